@@ -1,0 +1,1 @@
+"""rbfast: move reasoning from a strong teacher into an open model."""
