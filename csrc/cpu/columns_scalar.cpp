@@ -1,0 +1,2 @@
+#define ISA scalar
+#include "cpu/columns_kernel.inl"

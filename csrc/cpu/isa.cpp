@@ -1,0 +1,51 @@
+#include "cpu/isa.h"
+
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdlib>
+#include <cstring>
+
+namespace rbfast {
+namespace {
+
+constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512_bf16"};
+
+Isa best_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::avx512_bf16;
+  if (avx512) return Isa::avx512;
+  if (avx2) return Isa::avx2;
+#endif
+  return Isa::scalar;
+}
+
+}  // namespace
+
+Isa active_isa() {
+  static const Isa best = best_isa();
+  // Read at every call, so that a test can force each set in turn within one process.
+  const char* forced = std::getenv("RBFAST_CPU_ISA");
+  if (forced == nullptr || *forced == '\0') return best;
+  for (int i = 0; i < 4; ++i) {
+    if (std::strcmp(forced, kNames[i]) != 0) continue;
+    STD_TORCH_CHECK(i <= static_cast<int>(best), "RBFAST_CPU_ISA=", forced, " is not supported by this CPU, whose best is ",
+                    kNames[static_cast<int>(best)]);
+    return static_cast<Isa>(i);
+  }
+  STD_TORCH_CHECK(false, "RBFAST_CPU_ISA must be scalar, avx2, avx512 or avx512_bf16, got ", forced);
+}
+
+}  // namespace rbfast
+
+// The name of the active instruction set, for `rbfast info`; called through ctypes. Null when RBFAST_CPU_ISA is wrong.
+extern "C" __attribute__((visibility("default"))) const char* rbfast_cpu_isa() {
+  try {
+    return rbfast::kNames[static_cast<int>(rbfast::active_isa())];
+  } catch (const std::exception&) {
+    return nullptr;
+  }
+}

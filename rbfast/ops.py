@@ -1,0 +1,72 @@
+"""The registry of ops: schemas, fakes and the reference for each; the native library adds faster kernels per device.
+
+The torch dispatcher chooses: a native kernel where one is loaded for the device, else the reference. Ops whose name
+ends in an underscore write into their first argument. All tensors of a call share a device; A and B are fp32.
+"""
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rbfast import reference
+
+_LIBRARY = torch.library.Library("rbfast", "DEF")
+_SCHEMAS = {
+    "column_gather": "(Tensor x, Tensor cols) -> Tensor",
+    "column_grad": "(Tensor dy, Tensor xs, Tensor A, Tensor B, float scale) -> (Tensor, Tensor)",
+    "column_linear_": "(Tensor(a!) y, Tensor xs, Tensor A, Tensor B, float scale) -> ()",
+    "column_scatter_": "(Tensor(a!) dx, Tensor dy, Tensor cols, Tensor A, Tensor B, float scale) -> ()",
+    "column_fold_": "(Tensor(a!) weight, Tensor base_columns, Tensor cols, Tensor A, Tensor B, float scale) -> ()",
+}
+
+
+def _load_native() -> ctypes.CDLL | None:
+    """Loads rbfast/_C*.so if it was built. A library that is there but cannot be loaded raises: it is not ignored."""
+    built = sorted(Path(__file__).parent.glob("_C*.so"))
+    if not built:
+        return None
+    torch.ops.load_library(built[0])
+    return ctypes.CDLL(str(built[0]))
+
+
+for _name, _schema in _SCHEMAS.items():
+    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+_NATIVE = _load_native()
+
+column_gather = torch.ops.rbfast.column_gather
+column_grad = torch.ops.rbfast.column_grad
+column_linear_ = torch.ops.rbfast.column_linear_
+column_scatter_ = torch.ops.rbfast.column_scatter_
+column_fold_ = torch.ops.rbfast.column_fold_
+
+
+@torch.library.register_fake("rbfast::column_gather", lib=_LIBRARY)
+def _(x: Tensor, cols: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], cols.shape[0])
+
+
+@torch.library.register_fake("rbfast::column_grad", lib=_LIBRARY)
+def _(dy: Tensor, xs: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(A), torch.empty_like(B)
+
+
+for _name in ("column_linear_", "column_scatter_", "column_fold_"):
+    torch.library.register_fake(f"rbfast::{_name}", lambda *args: None, lib=_LIBRARY)
+
+
+def cpu_isa() -> str | None:
+    """The instruction set the CPU kernels use (RBFAST_CPU_ISA forces one), or None where they are not built."""
+    if _NATIVE is None:
+        return None
+    _NATIVE.rbfast_cpu_isa.restype = ctypes.c_char_p
+    name = _NATIVE.rbfast_cpu_isa()
+    return name.decode() if name else None
+
+
+def implementations() -> dict[str, str]:
+    """For each op, what a CPU call runs: 'native (ISA)' or 'reference'."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return {name: f"native ({cpu_isa()})" if has_kernel(f"rbfast::{name}", "CPU") else "reference" for name in _SCHEMAS}
