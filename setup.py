@@ -18,7 +18,7 @@ def cpu_extension() -> CppExtension:
         [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/*.cpp"))],
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)],
-        extra_compile_args=["-O3", "-Wall", "-fvisibility=hidden", f"-fmacro-prefix-map={ROOT}=."],
+        extra_compile_args=["-O3", "-Wall", "-fvisibility=hidden", "-ffp-contract=off", f"-fmacro-prefix-map={ROOT}=."],
         extra_link_args=["-s"],
         py_limited_api=True,
     )

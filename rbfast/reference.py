@@ -37,5 +37,11 @@ def column_scatter_(dx: Tensor, dy: Tensor, cols: Tensor, A: Tensor, B: Tensor, 
 
 
 def column_fold_(weight: Tensor, base_columns: Tensor, cols: Tensor, A: Tensor, B: Tensor, scale: float) -> None:
-    """Writes the delta into the weight [out, in]: weight[:, cols] = cast(base_columns + scale * B A)."""
-    weight[:, cols] = (wide(base_columns) + scale * wide(B) @ wide(A)).to(weight.dtype)
+    """Writes the delta into the weight [out, in]: weight[:, cols] = cast(base_columns + scale * B A).
+
+    The sum over k runs in order, each product rounded before it is added: a fold has the same bits on every machine.
+    """
+    delta = torch.zeros_like(wide(base_columns))
+    for b, a in zip((scale * wide(B)).unbind(1), wide(A).unbind(0), strict=True):
+        delta = delta + torch.outer(b, a)
+    weight[:, cols] = (wide(base_columns) + delta).to(weight.dtype)

@@ -1,38 +1,270 @@
-// The adapter's ops on the CPU: checks, threads and the choice of instruction set. The arithmetic is in columns_kernel.inl.
+// The adapter's ops on the CPU: checks, memory and threads. The arithmetic is in columns_kernel.inl.
+//
+// Tokens are cut into blocks and blocks into groups by the number of tokens alone, and partial sums are added in the
+// order of the groups, so the bits do not depend on the number of threads.
 #include "cpu/columns.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <tuple>
 
 #include "cpu/dispatch.h"
 
 namespace rbfast {
 namespace {
 
-using torch::stable::Tensor;
+// ---- checks
+// ----------------------------------------------------------------------------------------------------------
+
+void expect_matrix(const char* op, const char* name, const Tensor& x, int64_t rows, int64_t cols) {
+  expect(x.dim() == 2, op, ": ", name, " must have 2 dimensions, got ", x.dim());
+  expect((rows < 0 || x.size(0) == rows) && (cols < 0 || x.size(1) == cols), op, ": ", name, " must be [",
+         rows < 0 ? x.size(0) : rows, ", ", cols < 0 ? x.size(1) : cols, "] to fit the other arguments, got [",
+         x.size(0), ", ", x.size(1), "]");
+}
+
+void expect_float32(const char* op, const char* name, const Tensor& x) {
+  expect(x.scalar_type() == ScalarType::Float, op, ": ", name, " must be float32, got ",
+         torch::headeronly::toString(x.scalar_type()));
+}
+
+void expect_delta(const char* op, const Tensor& A, const Tensor& B, int64_t s, int64_t out) {
+  expect_float32(op, "A", A);
+  expect_float32(op, "B", B);
+  expect_matrix(op, "A", A, -1, s);
+  expect_matrix(op, "B", B, out, A.size(0));
+}
+
+// A write to an expanded tensor would let threads race for the same element.
+void expect_writable(const char* op, const char* name, const Tensor& x) {
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    expect(x.stride(d) != 0 || x.size(d) < 2, op, ": ", name, " is expanded: clone it before it is written to");
+  }
+}
+
+// The indices as a dense array, each known to be a column of a matrix of `width` columns.
+Tensor checked_columns(const char* op, const Tensor& cols, int64_t width) {
+  expect(cols.dim() == 1 && cols.scalar_type() == ScalarType::Long, op, ": cols must be int64 with 1 dimension, got ",
+         torch::headeronly::toString(cols.scalar_type()), " with ", cols.dim());
+  const Tensor dense = torch::stable::contiguous(cols);
+  const int64_t* index = data<int64_t>(dense);
+  for (int64_t j = 0; j < dense.size(0); ++j) {
+    expect(index[j] >= 0 && index[j] < width, op, ": cols must lie in [0, ", width, "), got ", index[j],
+           " at position ", j);
+  }
+  return dense;
+}
+
+// ---- memory
+// ----------------------------------------------------------------------------------------------------------
+
+// x itself where its rows are dense, else a copy.
+Tensor dense_rows(const Tensor& x) { return x.stride(1) == 1 || x.size(1) < 2 ? x : torch::stable::contiguous(x); }
+
+Tensor floats(const Tensor& like, int64_t rows, int64_t cols) {
+  return torch::stable::new_empty(like, {rows, cols}, ScalarType::Float);
+}
+
+// scale * B [out, k] as [out, k], and B as [k, out].
+Tensor scaled(const Tensor& B, float scale) {
+  const int64_t out = B.size(0), k = B.size(1), row = B.stride(0), col = B.stride(1);
+  const Tensor result = floats(B, out, k);
+  const float* source = data<float>(B);
+  float* target = mutable_data<float>(result);
+  for (int64_t o = 0; o < out; ++o)
+    for (int64_t i = 0; i < k; ++i) target[o * k + i] = scale * source[o * row + i * col];
+  return result;
+}
+Tensor transposed(const Tensor& B) {
+  const int64_t out = B.size(0), k = B.size(1), row = B.stride(0), col = B.stride(1);
+  const Tensor result = floats(B, k, out);
+  const float* source = data<float>(B);
+  float* target = mutable_data<float>(result);
+  for (int64_t i = 0; i < k; ++i)
+    for (int64_t o = 0; o < out; ++o) target[i * out + o] = source[o * row + i * col];
+  return result;
+}
+
+// ---- threads
+// ---------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kBlock = 32;  // tokens that stay in the cache while they are read more than once
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Calls f(first, count) for every run of at most `size` of `total` rows, in parallel where the rows are worth it.
+template <typename F>
+void parallel_blocks(int64_t total, int64_t size, int64_t elements_per_row, const F& f) {
+  const int64_t blocks = ceil_div(total, size);
+  torch::stable::parallel_for(0, blocks, grain(size * elements_per_row), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i * size, std::min(size, total - i * size));
+  });
+}
+
+// dot [tokens, k] = scale * x m^T for the rows of x from `first`.
+template <typename T>
+void project(Isa isa, const Tensor& x, int64_t first, int64_t tokens, int64_t k, const float* m, float scale,
+             float* dot) {
+  std::fill_n(dot, tokens * k, 0.0f);
+  RBFAST_CALL(isa, column_dot, data<T>(x) + first * x.stride(0), x.stride(0), tokens, x.size(1), k, m, dot);
+  for (int64_t i = 0; i < tokens * k; ++i) dot[i] *= scale;
+}
+
+// ---- ops
+// -------------------------------------------------------------------------------------------------------------
 
 Tensor column_gather(const Tensor& x, const Tensor& cols) {
-  const int64_t rows = x.size(0), s = cols.size(0);
-  const Tensor index = torch::stable::contiguous(cols);
-  const Tensor source = x.stride(1) == 1 ? x : torch::stable::contiguous(x);
-  Tensor xs = torch::stable::new_empty(x, {rows, s});
-  const int64_t* columns = static_cast<const int64_t*>(index.const_data_ptr());
+  const char* op = "column_gather";
+  expect_matrix(op, "x", x, -1, -1);
+  expect(x.size(1) <= INT32_MAX, op, ": x must have fewer than 2^31 columns, got ", x.size(1));
+  const Tensor index = checked_columns(op, cols, x.size(1)), source = dense_rows(x);
+  const int64_t s = cols.size(0), ld = source.stride(0);
+  const Tensor narrow = torch::stable::new_empty(cols, {s}, ScalarType::Int);
+  int32_t* columns = mutable_data<int32_t>(narrow);
+  std::copy_n(data<int64_t>(index), s, columns);
+  const Tensor xs = torch::stable::new_empty(x, {x.size(0), s});
+  const Isa isa = active_isa();
   for_each_type(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    torch::stable::parallel_for(0, rows, grain(s), [&](int64_t begin, int64_t end) {
-      RBFAST_CALL(column_gather, data<T>(source), source.stride(0), columns, s, mutable_data<T>(xs), begin, end);
+    parallel_blocks(x.size(0), kBlock, s, [&](int64_t t, int64_t tokens) {
+      RBFAST_CALL(isa, column_gather, data<T>(source) + t * ld, ld, tokens, columns, s, mutable_data<T>(xs) + t * s);
     });
   });
   return xs;
+}
+
+// The tokens of one partial sum: enough that the sums are small beside dy, and at most 64 sums.
+int64_t group_size(int64_t tokens) {
+  constexpr int64_t kLeast = 128, kMostGroups = 64;
+  return std::max(kLeast, ceil_div(ceil_div(tokens, kMostGroups), kBlock) * kBlock);
+}
+
+std::tuple<Tensor, Tensor> column_grad(const Tensor& dy, const Tensor& xs, const Tensor& A, const Tensor& B,
+                                       double scale) {
+  const char* op = "column_grad";
+  expect_matrix(op, "dy", dy, -1, -1);
+  expect_matrix(op, "xs", xs, dy.size(0), -1);
+  expect_delta(op, A, B, xs.size(1), dy.size(1));
+  const int64_t tokens = dy.size(0), out = dy.size(1), s = xs.size(1), k = A.size(0), width = k * (out + s);
+  const int64_t size = group_size(tokens), groups = std::max<int64_t>(1, ceil_div(tokens, size));
+  const Tensor y = dense_rows(dy), x = dense_rows(xs), a = torch::stable::contiguous(A), bt = transposed(B);
+  const Tensor hidden = floats(dy, 2 * tokens, k), sums = floats(dy, groups, width);
+  float* total = mutable_data<float>(sums);  // a row is one group's dB^T [k, out] and dA [k, s]
+  std::fill_n(total, width, 0.0f);
+  const Isa isa = active_isa();
+  for_each_type(dy.scalar_type(), [&](auto dy_type) {
+    for_each_type(xs.scalar_type(), [&](auto xs_type) {
+      using Y = decltype(dy_type);
+      using X = decltype(xs_type);
+      parallel_blocks(tokens, size, out + s, [&](int64_t first, int64_t count) {
+        float* dB = total + first / size * width;
+        float* dA = dB + k * out;
+        std::fill_n(dB, width, 0.0f);
+        for (int64_t t = first; t < first + count; t += kBlock) {
+          const int64_t n = std::min(kBlock, first + count - t);
+          float* h = mutable_data<float>(hidden) + t * k;
+          float* dh = h + tokens * k;
+          project<X>(isa, x, t, n, k, data<float>(a), static_cast<float>(scale), h);
+          std::fill_n(dh, n * k, 0.0f);
+          RBFAST_CALL(isa, column_dot_outer, data<Y>(y) + t * y.stride(0), y.stride(0), n, out, k, data<float>(bt), dh,
+                      h, dB);
+          for (int64_t i = 0; i < n * k; ++i) dh[i] *= static_cast<float>(scale);
+          RBFAST_CALL(isa, column_outer, data<X>(x) + t * x.stride(0), x.stride(0), n, s, k, dh, dA);
+        }
+      });
+    });
+  });
+  torch::stable::parallel_for(0, width, grain(groups), [&](int64_t begin, int64_t end) {
+    for (int64_t g = 1; g < groups; ++g)
+      for (int64_t j = begin; j < end; ++j) total[j] += total[g * width + j];
+  });
+  const Tensor dA = floats(A, k, s), dB = floats(B, out, k);
+  std::copy_n(total + k * out, k * s, mutable_data<float>(dA));
+  float* target = mutable_data<float>(dB);
+  for (int64_t o = 0; o < out; ++o)
+    for (int64_t i = 0; i < k; ++i) target[o * k + i] = total[i * out + o];
+  return {dA, dB};
+}
+
+void column_linear_(Tensor y, const Tensor& xs, const Tensor& A, const Tensor& B, double scale) {
+  const char* op = "column_linear_";
+  expect_matrix(op, "y", y, -1, -1);
+  expect_matrix(op, "xs", xs, y.size(0), -1);
+  expect_delta(op, A, B, xs.size(1), y.size(1));
+  expect_writable(op, "y", y);
+  const int64_t tokens = y.size(0), out = y.size(1), k = A.size(0);
+  const Tensor x = dense_rows(xs), a = torch::stable::contiguous(A), bt = transposed(B), hidden = floats(y, tokens, k);
+  Tensor target = dense_rows(y);
+  const int64_t ld = target.stride(0);
+  const Isa isa = active_isa();
+  for_each_type(y.scalar_type(), [&](auto y_type) {
+    for_each_type(xs.scalar_type(), [&](auto xs_type) {
+      using Y = decltype(y_type);
+      parallel_blocks(tokens, kBlock, out + xs.size(1), [&](int64_t t, int64_t n) {
+        float* h = mutable_data<float>(hidden) + t * k;
+        project<decltype(xs_type)>(isa, x, t, n, k, data<float>(a), static_cast<float>(scale), h);
+        RBFAST_CALL(isa, column_add, mutable_data<Y>(target) + t * ld, ld, n, out, k, h, data<float>(bt));
+      });
+    });
+  });
+  if (target.mutable_data_ptr() != y.mutable_data_ptr()) torch::stable::copy_(y, target);
+}
+
+void column_scatter_(Tensor dx, const Tensor& dy, const Tensor& cols, const Tensor& A, const Tensor& B, double scale) {
+  const char* op = "column_scatter_";
+  expect_matrix(op, "dx", dx, -1, -1);
+  expect_matrix(op, "dy", dy, dx.size(0), -1);
+  expect_delta(op, A, B, cols.numel(), dy.size(1));
+  expect_writable(op, "dx", dx);
+  const Tensor index = checked_columns(op, cols, dx.size(1));
+  const int64_t tokens = dx.size(0), s = index.size(0), k = A.size(0), row = dx.stride(0);
+  const Tensor y = dense_rows(dy), a = torch::stable::contiguous(A), bt = transposed(B), hidden = floats(dx, tokens, k);
+  const Isa isa = active_isa();
+  for_each_type(dx.scalar_type(), [&](auto dx_type) {
+    for_each_type(dy.scalar_type(), [&](auto dy_type) {
+      using X = decltype(dx_type);
+      parallel_blocks(tokens, kBlock, dy.size(1) + s, [&](int64_t t, int64_t n) {
+        float* dh = mutable_data<float>(hidden) + t * k;
+        project<decltype(dy_type)>(isa, y, t, n, k, data<float>(bt), static_cast<float>(scale), dh);
+        RBFAST_CALL(isa, column_scatter, mutable_data<X>(dx) + t * row, row, dx.stride(1), n, data<int64_t>(index), s,
+                    k, dh, data<float>(a));
+      });
+    });
+  });
+}
+
+void column_fold_(Tensor weight, const Tensor& base_columns, const Tensor& cols, const Tensor& A, const Tensor& B,
+                  double scale) {
+  const char* op = "column_fold_";
+  expect_matrix(op, "weight", weight, -1, -1);
+  expect_matrix(op, "base_columns", base_columns, weight.size(0), cols.numel());
+  expect(base_columns.scalar_type() == weight.scalar_type(), op, ": base_columns must have the dtype of weight, ",
+         torch::headeronly::toString(weight.scalar_type()), ", got ",
+         torch::headeronly::toString(base_columns.scalar_type()));
+  expect_delta(op, A, B, cols.numel(), weight.size(0));
+  expect_writable(op, "weight", weight);
+  const Tensor index = checked_columns(op, cols, weight.size(1)), base = dense_rows(base_columns);
+  const Tensor a = torch::stable::contiguous(A), b = scaled(B, static_cast<float>(scale));
+  const int64_t s = index.size(0), k = A.size(0), row = weight.stride(0), ld = base.stride(0);
+  const Isa isa = active_isa();
+  for_each_type(weight.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    parallel_blocks(weight.size(0), kBlock, s, [&](int64_t o, int64_t n) {
+      RBFAST_CALL(isa, column_fold, mutable_data<T>(weight) + o * row, row, weight.stride(1), data<T>(base) + o * ld,
+                  ld, n, data<int64_t>(index), s, k, data<float>(b) + o * k, data<float>(a));
+    });
+  });
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(rbfast, CPU, m) {
   m.impl("column_gather", TORCH_BOX(&column_gather));
+  m.impl("column_grad", TORCH_BOX(&column_grad));
+  m.impl("column_linear_", TORCH_BOX(&column_linear_));
+  m.impl("column_scatter_", TORCH_BOX(&column_scatter_));
+  m.impl("column_fold_", TORCH_BOX(&column_fold_));
 }
 
 }  // namespace rbfast

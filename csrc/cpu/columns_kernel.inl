@@ -1,27 +1,202 @@
-// Included by columns_{scalar,avx2,avx512}.cpp, each under its own target and with ISA set to its namespace.
+// The arithmetic of the adapter's ops. Included by columns_{scalar,avx2,avx512}.cpp, each under its own target and with
+// ISA set to its namespace.
+//
+// The delta of a frozen weight W [out, in] is dW[:, cols] = scale * B A, so its gradients need, for xs = x[:, cols],
+//     H = xs A^T,  dB = scale * dy^T H,  dH = scale * dy B,  dA = dH^T xs.
+// dy is the only large operand: T * out values, against k * (T + out) for everything it meets. `sweep` reads it once
+// and does both products; it serves H (dot alone) and dA (outer alone) too. A tile of a few tokens shares each load of
+// m and acc, and the features are cut so that those 2k rows stay in the first-level cache while the tokens go by. Every
+// sum runs in an order fixed by the shapes alone.
 #include "cpu/columns.h"
 
 namespace rbfast {
 namespace ISA {
 namespace {
 
+// A row's values [v, v + kLanes), of which only `valid` exist.
 template <typename T>
-void gather(const T* x, int64_t ld, const int64_t* cols, int64_t s, T* xs, int64_t begin, int64_t end) {
-  for (int64_t t = begin; t < end; ++t)
-    for (int64_t j = 0; j < s; ++j) xs[t * s + j] = x[t * ld + cols[j]];
+inline Lanes load_at(const T* row, int64_t v, int64_t valid) {
+  return valid >= kLanes ? load_lanes(row + v) : load_lanes(row + v, static_cast<int>(valid));
+}
+template <typename T>
+inline void store_at(T* row, int64_t v, int64_t valid, Lanes value) {
+  valid >= kLanes ? store_lanes(row + v, value) : store_lanes(row + v, value, static_cast<int>(valid));
+}
+
+// One pass over x [tokens, n]: dot [tokens, k] += x m^T and/or acc [k, n] += w^T x; m and acc have row stride n_all.
+template <typename T>
+struct Sweep {
+  const T* x;
+  int64_t ld, tokens, n, n_all, k;
+  const float* m;
+  float* dot;
+  const float* w;
+  float* acc;
+};
+
+// kTokens tokens from t, kRank ranks from i.
+template <typename T, bool kDot, bool kOuter, int kRank, int kTokens>
+inline void sweep_tile(const Sweep<T>& s, int64_t t, int64_t i) {
+  Lanes dot[kTokens][kRank] = {}, w[kTokens][kRank] = {};
+  if (kOuter) {
+    for (int a = 0; a < kTokens; ++a)
+      for (int b = 0; b < kRank; ++b) w[a][b] = splat(s.w[(t + a) * s.k + i + b]);
+  }
+  const T* x = s.x + t * s.ld;
+  const float* m = s.m + i * s.n_all;
+  float* acc = s.acc + i * s.n_all;
+  const auto step = [&](int64_t v, int64_t valid) __attribute__((always_inline)) {
+    Lanes value[kTokens];
+    for (int a = 0; a < kTokens; ++a) value[a] = load_at(x + a * s.ld, v, valid);
+    for (int b = 0; b < kRank; ++b) {
+      if (kDot) {
+        const Lanes row = load_at(m + b * s.n_all, v, valid);
+        for (int a = 0; a < kTokens; ++a) dot[a][b] = fmadd(value[a], row, dot[a][b]);
+      }
+      if (kOuter) {
+        Lanes total = load_at(acc + b * s.n_all, v, valid);
+        for (int a = 0; a < kTokens; ++a) total = fmadd(value[a], w[a][b], total);
+        store_at(acc + b * s.n_all, v, valid, total);
+      }
+    }
+  };
+  int64_t v = 0;
+  for (; v + kLanes <= s.n; v += kLanes) step(v, kLanes);
+  if (v < s.n) step(v, s.n - v);
+  if (kDot) {
+    for (int a = 0; a < kTokens; ++a)
+      for (int b = 0; b < kRank; ++b) s.dot[(t + a) * s.k + i + b] += sum(dot[a][b]);
+  }
+}
+
+template <typename T, bool kDot, bool kOuter, int kRank>
+void sweep_tokens(const Sweep<T>& s, int64_t i) {
+  constexpr int kTokens = kRank == 1 ? 8 : kRank == 2 ? 4 : 2;
+  int64_t t = 0;
+  for (; t + kTokens <= s.tokens; t += kTokens) sweep_tile<T, kDot, kOuter, kRank, kTokens>(s, t, i);
+  for (; t < s.tokens; ++t) sweep_tile<T, kDot, kOuter, kRank, 1>(s, t, i);
+}
+
+template <typename T, bool kDot, bool kOuter>
+void sweep(const Sweep<T>& s) {
+  constexpr int64_t kFeatures = 2048;
+  for (int64_t begin = 0; begin < s.n; begin += kFeatures) {
+    Sweep<T> part = s;
+    part.n = s.n - begin < kFeatures ? s.n - begin : kFeatures;
+    part.x += begin;
+    if (kDot) part.m += begin;
+    if (kOuter) part.acc += begin;
+    int64_t i = 0;
+    for (; i + 4 <= s.k; i += 4) sweep_tokens<T, kDot, kOuter, 4>(part, i);
+    for (; i + 2 <= s.k; i += 2) sweep_tokens<T, kDot, kOuter, 2>(part, i);
+    for (; i < s.k; ++i) sweep_tokens<T, kDot, kOuter, 1>(part, i);
+  }
+}
+
+// sum_i w[i] m[i, v], in order of i from zero, each product rounded before it is added: the same bits on every CPU.
+inline Lanes low_rank(const float* w, const float* m, int64_t n, int64_t k, int64_t v, int64_t valid) {
+  Lanes total = {};
+  for (int64_t i = 0; i < k; ++i) total = total + splat(w[i]) * load_at(m + i * n, v, valid);
+  return total;
+}
+
+// Cuts [0, rows) x [0, s) into tiles small enough for a buffer on the stack and calls f(row, rows, column, columns).
+constexpr int64_t kTileRows = 32, kTileCols = 256;
+template <typename F>
+void for_each_tile(int64_t rows, int64_t s, const F& f) {
+  for (int64_t r = 0; r < rows; r += kTileRows)
+    for (int64_t j = 0; j < s; j += kTileCols)
+      f(r, rows - r < kTileRows ? rows - r : kTileRows, j, s - j < kTileCols ? s - j : kTileCols);
+}
+
+// Calls f(r, j) over a tile, the index with the smaller stride innermost.
+template <typename F>
+void in_memory_order(int64_t row, int64_t col, int64_t rows, int64_t columns, const F& f) {
+  if (row < col) {
+    for (int64_t j = 0; j < columns; ++j)
+      for (int64_t r = 0; r < rows; ++r) f(r, j);
+  } else {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < columns; ++j) f(r, j);
+  }
+}
+
+template <typename T>
+void gather(const T* x, int64_t ld, int64_t tokens, const int32_t* cols, int64_t s, T* xs) {
+  for (int64_t t = 0; t < tokens; ++t, x += ld, xs += s)
+    for (int64_t j = 0; j < s; ++j) xs[j] = x[cols[j]];
+}
+
+template <typename T>
+void add(T* y, int64_t ld, int64_t tokens, int64_t n, int64_t k, const float* w, const float* m) {
+  for (int64_t t = 0; t < tokens; ++t, y += ld, w += k)
+    for (int64_t v = 0; v < n; v += kLanes)
+      store_at(y, v, n - v, load_at(y, v, n - v) + low_rank(w, m, n, k, v, n - v));
+}
+
+template <typename T>
+void scatter(T* dx, int64_t row, int64_t col, int64_t tokens, const int64_t* cols, int64_t s, int64_t k, const float* w,
+             const float* m) {
+  for_each_tile(tokens, s, [=](int64_t t, int64_t rows, int64_t first, int64_t columns) {
+    float tile[kTileRows][kTileCols];
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < columns; j += kLanes)
+        store_at(tile[r], j, columns - j, low_rank(w + (t + r) * k, m + first, s, k, j, columns - j));
+    in_memory_order(row, col, rows, columns, [&](int64_t r, int64_t j) {
+      T* target = dx + (t + r) * row + cols[first + j] * col;
+      store(target, load(target) + tile[r][j]);
+    });
+  });
+}
+
+template <typename T>
+void fold(T* weight, int64_t row, int64_t col, const T* base, int64_t ld, int64_t out, const int64_t* cols, int64_t s,
+          int64_t k, const float* b, const float* a) {
+  for_each_tile(out, s, [=](int64_t o, int64_t rows, int64_t first, int64_t columns) {
+    T tile[kTileRows][kTileCols];
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* source = base + (o + r) * ld + first;
+      for (int64_t j = 0; j < columns; j += kLanes) {
+        const Lanes delta = low_rank(b + (o + r) * k, a + first, s, k, j, columns - j);
+        store_at(tile[r], j, columns - j, load_at(source, j, columns - j) + delta);
+      }
+    }
+    in_memory_order(row, col, rows, columns,
+                    [&](int64_t r, int64_t j) { weight[(o + r) * row + cols[first + j] * col] = tile[r][j]; });
+  });
 }
 
 }  // namespace
 
-void column_gather(const F32* x, int64_t ld, const int64_t* cols, int64_t s, F32* xs, int64_t begin, int64_t end) {
-  gather(x, ld, cols, s, xs, begin, end);
-}
-void column_gather(const BF16* x, int64_t ld, const int64_t* cols, int64_t s, BF16* xs, int64_t begin, int64_t end) {
-  gather(x, ld, cols, s, xs, begin, end);
-}
-void column_gather(const F16* x, int64_t ld, const int64_t* cols, int64_t s, F16* xs, int64_t begin, int64_t end) {
-  gather(x, ld, cols, s, xs, begin, end);
-}
+#define RBFAST_DEFINE_COLUMN_KERNELS(T)                                                                              \
+  void column_gather(const T* x, int64_t ld, int64_t tokens, const int32_t* cols, int64_t s, T* xs) {                \
+    gather(x, ld, tokens, cols, s, xs);                                                                              \
+  }                                                                                                                  \
+  void column_dot(const T* x, int64_t ld, int64_t tokens, int64_t n, int64_t k, const float* m, float* dot) {        \
+    sweep<T, true, false>({x, ld, tokens, n, n, k, m, dot, nullptr, nullptr});                                       \
+  }                                                                                                                  \
+  void column_outer(const T* x, int64_t ld, int64_t tokens, int64_t n, int64_t k, const float* w, float* acc) {      \
+    sweep<T, false, true>({x, ld, tokens, n, n, k, nullptr, nullptr, w, acc});                                       \
+  }                                                                                                                  \
+  void column_dot_outer(const T* x, int64_t ld, int64_t tokens, int64_t n, int64_t k, const float* m, float* dot,    \
+                        const float* w, float* acc) {                                                                \
+    sweep<T, true, true>({x, ld, tokens, n, n, k, m, dot, w, acc});                                                  \
+  }                                                                                                                  \
+  void column_add(T* y, int64_t ld, int64_t tokens, int64_t n, int64_t k, const float* w, const float* m) {          \
+    add(y, ld, tokens, n, k, w, m);                                                                                  \
+  }                                                                                                                  \
+  void column_scatter(T* dx, int64_t row, int64_t col, int64_t tokens, const int64_t* cols, int64_t s, int64_t k,    \
+                      const float* w, const float* m) {                                                              \
+    scatter(dx, row, col, tokens, cols, s, k, w, m);                                                                 \
+  }                                                                                                                  \
+  void column_fold(T* weight, int64_t row, int64_t col, const T* base, int64_t ld, int64_t out, const int64_t* cols, \
+                   int64_t s, int64_t k, const float* b, const float* a) {                                           \
+    fold(weight, row, col, base, ld, out, cols, s, k, b, a);                                                         \
+  }
+
+RBFAST_DEFINE_COLUMN_KERNELS(F32)
+RBFAST_DEFINE_COLUMN_KERNELS(BF16)
+RBFAST_DEFINE_COLUMN_KERNELS(F16)
 
 }  // namespace ISA
 }  // namespace rbfast

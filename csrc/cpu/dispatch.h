@@ -1,20 +1,29 @@
-// What every CPU op needs between the torch dispatcher and its kernels: types, pointers, grain sizes, the ISA switch.
+// What every CPU op needs between the torch dispatcher and its kernels: types, pointers, checks, the ISA switch.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
+
+#include <sstream>
+#include <stdexcept>
 
 #include "cpu/isa.h"
 #include "cpu/lanes.h"
 
-// Calls KERNEL of the active instruction set.
-#define RBFAST_CALL(KERNEL, ...)                              \
-  switch (active_isa()) {                                     \
-    case Isa::scalar: scalar::KERNEL(__VA_ARGS__); break;     \
-    case Isa::avx2: avx2::KERNEL(__VA_ARGS__); break;         \
-    default: avx512::KERNEL(__VA_ARGS__); break;              \
+// Calls KERNEL as compiled for `isa`. Call active_isa() before a parallel region: it may throw, and what is thrown
+// inside one loses its message.
+#define RBFAST_CALL(isa, KERNEL, ...) \
+  switch (isa) {                      \
+    case Isa::scalar:                 \
+      scalar::KERNEL(__VA_ARGS__);    \
+      break;                          \
+    case Isa::avx2:                   \
+      avx2::KERNEL(__VA_ARGS__);      \
+      break;                          \
+    default:                          \
+      avx512::KERNEL(__VA_ARGS__);    \
+      break;                          \
   }
 
 namespace rbfast {
@@ -22,13 +31,28 @@ namespace rbfast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Throws the message (a RuntimeError in Python) unless `ok`.
+template <typename... Parts>
+void expect(bool ok, const Parts&... parts) {
+  if (ok) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+// Calls f(T{}) with the storage type of `type`.
 template <typename F>
 void for_each_type(ScalarType type, const F& f) {
   switch (type) {
-    case ScalarType::Float: return f(F32{});
-    case ScalarType::BFloat16: return f(BF16{});
-    case ScalarType::Half: return f(F16{});
-    default: STD_TORCH_CHECK(false, "expected float32, bfloat16 or float16, got ", torch::headeronly::toString(type));
+    case ScalarType::Float:
+      return f(F32{});
+    case ScalarType::BFloat16:
+      return f(BF16{});
+    case ScalarType::Half:
+      return f(F16{});
+    default:
+      expect(false, "the native CPU ops take float32, bfloat16 or float16, got ", torch::headeronly::toString(type),
+             "; cast it, or call the function of the same name in rbfast.reference");
   }
 }
 
@@ -37,7 +61,7 @@ const T* data(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
 }
 template <typename T>
-T* mutable_data(Tensor& tensor) {
+T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 

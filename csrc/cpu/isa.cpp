@@ -1,9 +1,10 @@
 #include "cpu/isa.h"
 
-#include <torch/headeronly/util/Exception.h>
-
 #include <cstdlib>
 #include <cstring>
+#include <string>
+
+#include "cpu/dispatch.h"
 
 namespace rbfast {
 namespace {
@@ -32,11 +33,11 @@ Isa active_isa() {
   if (forced == nullptr || *forced == '\0') return best;
   for (int i = 0; i < 4; ++i) {
     if (std::strcmp(forced, kNames[i]) != 0) continue;
-    STD_TORCH_CHECK(i <= static_cast<int>(best), "RBFAST_CPU_ISA=", forced, " is not supported by this CPU, whose best is ",
-                    kNames[static_cast<int>(best)]);
+    expect(i <= static_cast<int>(best), "RBFAST_CPU_ISA=", forced, " is not supported by this CPU, whose best is ",
+           kNames[static_cast<int>(best)]);
     return static_cast<Isa>(i);
   }
-  STD_TORCH_CHECK(false, "RBFAST_CPU_ISA must be scalar, avx2, avx512 or avx512_bf16, got ", forced);
+  throw std::runtime_error(std::string("RBFAST_CPU_ISA must be scalar, avx2, avx512 or avx512_bf16, got ") + forced);
 }
 
 }  // namespace rbfast

@@ -1,9 +1,17 @@
-// The three storage types and how one value of each is read and written as fp32. Included by ISA files: no STL and no
-// torch header in here, and everything is static, so that no symbol compiled for AVX-512 can be picked on an older CPU.
+// The three storage types, and one vector of fp32 values, as wide as the instruction set of the file that includes
+// this.
+//
+// Included by ISA files: no STL and no torch header in here, and everything is static, so that no symbol compiled for
+// AVX-512 can be picked by the linker for an older CPU. Lanes is a GCC vector: + - * / and comparisons work on it.
+// The build passes -ffp-contract=off, so a * b + c rounds twice on every CPU; fmadd(a, b, c) is the fused one.
 #pragma once
 
 #include <stdint.h>
 #include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace rbfast {
 
@@ -41,6 +49,103 @@ static inline void store(BF16* p, float value) {
 static inline void store(F16* p, float value) {
   const _Float16 half = static_cast<_Float16>(value);
   memcpy(p, &half, 2);
+}
+
+#if defined(__AVX512F__)
+static constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+static constexpr int kLanes = 8;
+#else
+static constexpr int kLanes = 4;
+#endif
+
+typedef float Lanes __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t LaneBits __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t HalfBits __attribute__((vector_size(kLanes * 2)));
+
+static inline Lanes splat(float value) { return value - Lanes{}; }
+
+// a * b + c, rounded once where the instruction set has it (scalar rounds twice).
+static inline Lanes fmadd(Lanes a, Lanes b, Lanes c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// The sum of the lanes, always in the same order: halves are added until one value is left.
+static inline float sum(Lanes v) {
+#if defined(__AVX512F__)
+  const __m256 low = _mm512_castps512_ps256(v), high = _mm512_extractf32x8_ps(v, 1);
+  const __m256 eight = _mm256_add_ps(low, high);
+#elif defined(__AVX2__)
+  const __m256 eight = v;
+#endif
+#if defined(__AVX2__)
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+
+// kLanes values from p, which may be unaligned.
+static inline Lanes load_lanes(const float* p) {
+  Lanes v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+static inline Lanes load_lanes(const F32* p) { return load_lanes(&p->bits); }
+static inline Lanes load_lanes(const BF16* p) {
+  HalfBits half;
+  memcpy(&half, p, sizeof half);
+  return reinterpret_cast<Lanes>(__builtin_convertvector(half, LaneBits) << 16);
+}
+static inline Lanes load_lanes(const F16* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  return Lanes{load(p), load(p + 1), load(p + 2), load(p + 3)};
+#endif
+}
+
+static inline void store_lanes(float* p, Lanes v) { memcpy(p, &v, sizeof v); }
+static inline void store_lanes(F32* p, Lanes v) { store_lanes(&p->bits, v); }
+static inline void store_lanes(BF16* p, Lanes v) {
+  const LaneBits wide = reinterpret_cast<LaneBits>(v);
+  const LaneBits top = wide >> 16;
+  const LaneBits rounded = v == v ? (wide + 0x7fff + (top & 1)) >> 16 : top | 0x40;
+  const HalfBits half = __builtin_convertvector(rounded, HalfBits);
+  memcpy(p, &half, sizeof half);
+}
+static inline void store_lanes(F16* p, Lanes v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes; ++i) store(p + i, v[i]);
+#endif
+}
+
+// The end of a row: the first n < kLanes values; a load fills the others with zero, a store leaves them alone.
+template <typename T>
+static inline Lanes load_lanes(const T* p, int n) {
+  T padded[kLanes] = {};
+  memcpy(padded, p, n * sizeof(T));
+  return load_lanes(padded);
+}
+template <typename T>
+static inline void store_lanes(T* p, Lanes v, int n) {
+  T padded[kLanes];
+  store_lanes(padded, v);
+  memcpy(p, padded, n * sizeof(T));
 }
 
 }  // namespace rbfast
