@@ -45,3 +45,127 @@ def column_fold_(weight: Tensor, base_columns: Tensor, cols: Tensor, A: Tensor, 
     for b, a in zip((scale * wide(B)).unbind(1), wide(A).unbind(0), strict=True):
         delta = delta + torch.outer(b, a)
     weight[:, cols] = (wide(base_columns) + delta).to(weight.dtype)
+
+
+def head_forward(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Logits [T, V] of hidden [T, H] through a head [V, H], never rounded below fp32."""
+    return wide(hidden) @ wide(weight).T
+
+
+def head_backward(dz: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of hidden [T, H] from the gradient dz [T, V] of its logits, in fp32 or wider."""
+    return wide(dz) @ wide(weight)
+
+
+def head_grad_(dW: Tensor, dz: Tensor, hidden: Tensor) -> None:
+    """Adds the head's gradient: dW [V, H] += dz^T hidden, with dz [T, V] and hidden [T, H]; dW is fp32 or wider."""
+    dW += wide(dz).T @ wide(hidden)
+
+
+# Reverse KL needs log p of everything the student may say; below this it is cut, as binary_cross_entropy does.
+LOG_FLOOR = -100.0
+
+
+def divergence(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """D(p, q) [T] over buckets [T, n] and its gradient [T, n] in the logits of q.
+
+    Each is a sum of terms that are >= 0 one by one, so rounding never makes it negative: p log(p/q) - p + q for forward
+    KL (beta = 0), q log(q/p) - q + p for reverse KL (beta = 1), and between them the generalised Jensen-Shannon
+    divergence beta KL(p, m) + (1 - beta) KL(q, m) with m = beta p + (1 - beta) q (Agarwal et al. 2024, section 2). The
+    two ends are not its limits, which are 0: JS(beta) / beta tends to the forward and JS(beta) / (1 - beta) to the
+    reverse KL.
+    """
+    p, q = log_p.exp(), log_q.exp()
+
+    def terms(log_a: Tensor, a: Tensor, log_b: Tensor, b: Tensor) -> Tensor:
+        return torch.where(a > 0, a * (log_a - log_b), 0.0) - a + b
+
+    if beta == 0:
+        return terms(log_p, p, log_q, q).sum(1).clamp_min(0), q - p
+    if beta == 1:
+        log_p = log_p.clamp_min(LOG_FLOOR)
+        score = torch.where(q > 0, log_q - log_p, 0.0)
+        return terms(log_q, q, log_p, p).sum(1).clamp_min(0), q * (score - (q * score).sum(1, keepdim=True))
+    m = beta * p + (1 - beta) * q
+    value = beta * terms(log_p, p, m.log(), m) + (1 - beta) * terms(log_q, q, m.log(), m)
+    score = torch.where(q > 0, log_q - m.log(), 0.0)
+    return value.sum(1).clamp_min(0), (1 - beta) * q * (score - (q * score).sum(1, keepdim=True))
+
+
+def _dense_rows(z: Tensor, teacher: Tensor, tau: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """D [T] and its gradient [T, V] in z/tau, over the ids both vocabularies have, renormalised on both sides."""
+    shared = min(z.shape[1], teacher.shape[1])
+    log_p, log_q = (torch.log_softmax(x[:, :shared] / tau, 1) for x in (teacher.double(), z))
+    value, gradient = divergence(log_p, log_q, beta)
+    return value, torch.nn.functional.pad(gradient, (0, z.shape[1] - shared))
+
+
+def _top_k_rows(z: Tensor, ids: Tensor, logprobs: Tensor, tau: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """D [T] over k + 1 buckets, the last one everything outside the support, and its gradient [T, V] in z/tau.
+
+    Entries with id -1 are padding. The teacher's log-probs are at temperature 1. At another one, its unseen tail is
+    given the student's shape r: sum_v (p_tail r_v)^(1/tau), constant in the gradient; so D is 0 where both agree.
+    """
+    used = ids >= 0
+    columns = ids.clamp_min(0)
+    log_p = logprobs.double().masked_fill(~used, -torch.inf)
+    log_total = torch.logsumexp(torch.cat([log_p, log_p.new_full((len(z), 1), -torch.inf)], 1), 1, keepdim=True)
+    log_p = log_p - log_total.clamp_min(0)  # a total a little over 1 by rounding is scaled back to 1
+    log_p_tail = torch.log1p(-log_total.clamp_max(0).exp())
+
+    in_support = torch.zeros_like(z, dtype=torch.int64).scatter_add(1, columns, used.long()) > 0
+    tail = z.masked_fill(in_support, -torch.inf)
+    log_tail, log_tail_1 = torch.logsumexp(tail / tau, 1, keepdim=True), torch.logsumexp(tail, 1, keepdim=True)
+    log_q = torch.cat([(z.gather(1, columns) / tau).masked_fill(~used, -torch.inf), log_tail], 1)
+    log_q = torch.log_softmax(log_q, 1)
+    log_shape = torch.where(log_tail_1 > -torch.inf, log_tail - log_tail_1 / tau, -torch.inf)
+    log_p = torch.log_softmax(torch.cat([log_p / tau, log_p_tail / tau + log_shape], 1), 1)
+
+    value, gradient = divergence(log_p, log_q, beta)
+    inside_tail = torch.where(in_support, 0.0, (tail / tau - log_tail).exp())
+    return value, (inside_tail * gradient[:, -1:]).scatter_add(1, columns, gradient[:, :-1].masked_fill(~used, 0.0))
+
+
+def divergence_rows_(
+    logits: Tensor,
+    dz: Tensor | None,
+    labels: Tensor,
+    weight: Tensor,
+    ce_weight: Tensor,
+    temperature: Tensor,
+    ids: Tensor | None,
+    logprobs: Tensor | None,
+    teacher: Tensor | None,
+    bias: Tensor | None,
+    beta: float,
+    logit_scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Divergence [T] and cross-entropy [T] of rows of logits [T, V], and the gradient of their weighted sum.
+
+    With z = cap(logit_scale * (logits + bias)), cap(x) = softcap * tanh(x / softcap), and q = softmax(z / temperature):
+    loss = weight * temperature^2 * D(p, q) + ce_weight * CE(softmax(z), label), D as in `divergence`.
+    The teacher's p is given by ids [T, k] (-1 is padding, no id twice) and logprobs [T, k], or by its logits
+    teacher [T, V'], or, for text alone, not at all, and then D is 0. labels, weight, ce_weight and temperature are [T].
+
+    dz [T, V] receives d loss / d logits; it may share memory with logits, whose content is lost in any case.
+    """
+    z = logits.double()
+    z = logit_scale * (z if bias is None else z + bias.double())
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    tau = temperature.double().unsqueeze(1)
+    if ids is not None and logprobs is not None:
+        value, gradient = _top_k_rows(z, ids, logprobs, tau, beta)
+    elif teacher is not None:
+        value, gradient = _dense_rows(z, teacher, tau, beta)
+    else:
+        value, gradient = z.new_zeros(len(z)), torch.zeros_like(z)
+    log_q = torch.log_softmax(z, 1)
+    label = labels.unsqueeze(1)
+    ce = -log_q.gather(1, label).squeeze(1)
+    if dz is not None:
+        gradient = weight.double().unsqueeze(1) * tau * gradient
+        gradient += ce_weight.double().unsqueeze(1) * log_q.exp().scatter_add(1, label, -torch.ones_like(tau))
+        gradient *= logit_scale * (1.0 if softcap is None else 1 - (z / softcap) ** 2)
+        dz.copy_(gradient)
+    return value.to(logits.dtype), ce.to(logits.dtype)

@@ -1,0 +1,267 @@
+"""DistillLoss against the plain formula in fp64, differentiated by autograd."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from rbfast.loss import DistillLoss
+from rbfast.signals import Dense, TopK
+
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
+
+
+def divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """The textbook definition over buckets [T, n]; differentiable in log_q."""
+    p, q = log_p.exp(), log_q.exp()
+    if beta == 0:
+        return (p * (log_p - log_q)).sum(1)
+    if beta == 1:
+        return (q * (log_q - log_p)).sum(1)
+    log_m = (beta * p + (1 - beta) * q).log()
+    return beta * (p * (log_p - log_m)).sum(1) + (1 - beta) * (q * (log_q - log_m)).sum(1)
+
+
+def student_logits(hidden, weight, bias=None, softcap=None, logit_scale=1.0) -> Tensor:
+    z = hidden @ weight.T
+    z = logit_scale * (z if bias is None else z + bias)
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def top_k_divergence(z: Tensor, ids: Tensor, log_p: Tensor, tau: Tensor, beta: float) -> Tensor:
+    """k + 1 buckets of a whole teacher distribution: given on ids, shaped like the student's elsewhere."""
+    with torch.no_grad():
+        support = torch.zeros_like(z, dtype=torch.bool).scatter(1, ids, True)
+        tail = torch.log_softmax(z.masked_fill(support, -torch.inf), 1)
+        teacher = (tail + torch.log1p(-log_p.exp().sum(1, keepdim=True))).scatter(1, ids, log_p)
+
+    def buckets(full: Tensor) -> Tensor:
+        full = torch.log_softmax(full / tau, 1)
+        rest = full.masked_fill(support, -torch.inf).logsumexp(1, keepdim=True)
+        return torch.cat([full.gather(1, ids), rest], 1)
+
+    return divergence(buckets(teacher), buckets(z), beta)
+
+
+def relative_error(ours: Tensor, truth: Tensor) -> float:
+    return float((ours.double() - truth.double()).norm() / truth.double().norm())
+
+
+class Case:
+    """A batch of T tokens with rows of all three kinds and ignored ones, in fp64."""
+
+    T, H, V, K = 23, 12, 37, 4
+
+    def __init__(self, seed: int = 0) -> None:
+        g = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+        self.hidden, self.weight, self.bias = normal(self.T, self.H), normal(self.V, self.H), normal(self.V)
+        self.labels = torch.randint(self.V, (self.T,), generator=g)
+        self.labels[[2, 9, 20]] = -100
+        order = torch.randperm(self.T, generator=g)
+        self.topk_rows, self.dense_rows = order[:9], order[9:17]
+        log_p = torch.log_softmax(2 * normal(9, self.V), 1)
+        self.logprobs, self.ids = log_p.topk(self.K, 1)
+        self.teacher_logits = 2 * normal(8, self.V)
+        self.w, self.a = torch.rand(self.T, generator=g).double(), torch.rand(self.T, generator=g).double()
+        self.tau = 0.5 + 2 * torch.rand(self.T, generator=g).double()
+
+    def signals(self) -> list:
+        return [TopK(self.ids, self.logprobs, self.topk_rows), Dense(logits=self.teacher_logits, rows=self.dense_rows)]
+
+    def plain(self, hidden: Tensor, weight: Tensor, bias: Tensor, beta: float, **head) -> tuple[Tensor, Tensor, Tensor]:
+        """Per-token loss, divergence and CE [T]."""
+        z = student_logits(hidden, weight, bias, **head)
+        tau = self.tau.unsqueeze(1)
+        d = torch.zeros(self.T, dtype=torch.float64)
+        rows = self.topk_rows
+        d = d.index_put((rows,), top_k_divergence(z[rows], self.ids, self.logprobs, tau[rows], beta))
+        rows = self.dense_rows
+        log_p, log_q = (torch.log_softmax(x / tau[rows], 1) for x in (self.teacher_logits, z[rows]))
+        d = d.index_put((rows,), divergence(log_p, log_q, beta))
+        valid = self.labels != -100
+        d = d * valid
+        ce = -torch.log_softmax(z, 1).gather(1, self.labels.clamp_min(0).unsqueeze(1)).squeeze(1) * valid
+        return self.w * self.tau**2 * d + self.a * ce, d, ce
+
+    def arguments(self) -> dict:
+        return {"weight": self.w, "ce_weight": self.a, "temperature": self.tau}
+
+
+@pytest.mark.parametrize("head", [{}, {"softcap": 3.0}, {"logit_scale": 0.25}, {"softcap": 2.0, "logit_scale": 1.7}])
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_mixed_rows_match_the_plain_formula(beta, reduction, head):
+    case = Case()
+    inputs = [x.clone().requires_grad_() for x in (case.hidden, case.weight, case.bias)]
+    truth, divergence_truth, ce_truth = case.plain(*inputs, beta, **head)
+    upstream = (
+        torch.linspace(0.5, 2, case.T, dtype=torch.float64) if reduction == "none" else torch.tensor(3.0).double()
+    )
+    count = int((case.labels != -100).sum())
+    truth = {"mean": truth.sum() / count, "sum": truth.sum(), "none": truth}[reduction]
+    expected = torch.autograd.grad(truth, inputs, upstream)
+
+    loss_fn = DistillLoss(beta, reduction=reduction, chunk_rows=16, **head)
+    hidden, weight, bias = inputs
+    out = loss_fn(hidden, weight, case.labels, case.signals(), head_bias=bias, **case.arguments())
+    torch.testing.assert_close(out.loss, truth)
+    torch.testing.assert_close(out.divergence, divergence_truth)
+    torch.testing.assert_close(out.ce, ce_truth)
+    for ours, theirs in zip(torch.autograd.grad(out.loss, inputs, upstream), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_gradcheck(beta):
+    case = Case()
+    inputs = [x.clone().requires_grad_() for x in (case.hidden, case.weight, case.bias)]
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        # Top-k rows at temperature 1: elsewhere the teacher's tail follows the student, a constant that moves.
+        return DistillLoss(beta, softcap=3.0)(
+            hidden, weight, case.labels, case.signals(), weight=case.w, ce_weight=case.a, head_bias=bias
+        ).loss
+
+    assert torch.autograd.gradcheck(loss, inputs, fast_mode=True)
+
+
+def test_num_items_divides_the_mean():
+    case = Case()
+    arguments = (case.hidden, case.weight, case.labels, case.signals())
+    total = DistillLoss(reduction="sum")(*arguments).loss
+    torch.testing.assert_close(DistillLoss()(*arguments, num_items=50).loss, total / 50)
+    torch.testing.assert_close(DistillLoss()(*arguments, num_items=torch.tensor(50)).loss, total / 50)
+    with pytest.raises(ValueError, match="num_items"):
+        DistillLoss(reduction="sum")(*arguments, num_items=50)
+
+
+@pytest.mark.parametrize("labels", [torch.full((5,), -100), torch.zeros(0, dtype=torch.int64)])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_nothing_to_learn_is_zero_with_zero_gradients(labels, reduction):
+    hidden = torch.randn(len(labels), 8, requires_grad=True)
+    weight = torch.randn(11, 8, requires_grad=True)
+    teacher = Dense(logits=torch.randn(len(labels), 11))
+    out = DistillLoss(reduction=reduction)(hidden, weight, labels, teacher, ce_weight=1.0)
+    out.loss.sum().backward()
+    assert out.loss.sum() == 0
+    assert hidden.grad is not None and not hidden.grad.any()
+    assert weight.grad is not None and not weight.grad.any()
+
+
+@pytest.mark.parametrize("student, teacher", [(37, 29), (29, 37)])
+def test_other_vocabulary_is_restricted_not_padded(student, teacher):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 8).double().requires_grad_(), torch.randn(student, 8).double()
+    logits = torch.randn(6, teacher).double()
+    out = DistillLoss()(hidden, weight, torch.zeros(6, dtype=torch.int64), Dense(logits=logits))
+    shared = min(student, teacher)
+    log_p, log_q = (torch.log_softmax(x[:, :shared], 1) for x in (logits, hidden @ weight.T))
+    truth = divergence(log_p, log_q, 0.0).mean()
+    torch.testing.assert_close(out.loss, truth)
+    expected = torch.autograd.grad(truth, hidden)
+    torch.testing.assert_close(torch.autograd.grad(out.loss, hidden), expected)
+
+
+def test_padding_and_duplicates_do_not_change_a_top_k_signal():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(3, 8), torch.randn(37, 8)
+    logprobs, ids = torch.log_softmax(torch.randn(3, 37), 1).topk(4, 1)
+    half = logprobs[:, :1] + math.log(0.5)
+    padding = torch.tensor([[-1], [36], [-1]])
+    messy_ids = torch.cat([ids[:, :1], padding, ids], 1)
+    messy_logprobs = torch.cat([half, torch.tensor([[-1.0], [-torch.inf], [-1.0]]), half, logprobs[:, 1:]], 1)
+    labels = torch.zeros(3, dtype=torch.int64)
+    clean = DistillLoss()(hidden, weight, labels, TopK(ids, logprobs))
+    messy = DistillLoss()(hidden, weight, labels, TopK(messy_ids, messy_logprobs))
+    torch.testing.assert_close(messy.divergence, clean.divergence)
+
+
+def test_log_probs_a_little_over_one_are_scaled_back():
+    logprobs = torch.tensor([[0.7, 0.302]]).log()
+    hidden, weight = torch.zeros(1, 8), torch.zeros(37, 8)
+    out = DistillLoss()(hidden, weight, torch.tensor([0]), TopK(torch.tensor([[3, 5]]), logprobs))
+    p = torch.tensor([0.7, 0.302]) / 1.002
+    torch.testing.assert_close(out.divergence[0], (p * (p * 37).log()).sum())
+
+
+def test_values_are_the_same_without_gradients_and_under_autocast():
+    case = Case()
+    hidden, weight = case.hidden.float().requires_grad_(), case.weight.float()
+    arguments = (case.labels, case.signals())
+    out = DistillLoss()(hidden, weight, *arguments)
+    with torch.no_grad():
+        silent = DistillLoss()(hidden, weight, *arguments)
+    assert not silent.loss.requires_grad
+    assert torch.equal(silent.divergence, out.divergence) and torch.equal(silent.ce, out.ce)
+
+    narrow = DistillLoss()(hidden.bfloat16(), weight.bfloat16(), *arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = DistillLoss()(hidden, weight, *arguments)
+    assert torch.equal(cast.loss, narrow.loss)
+    cast.loss.backward()
+    assert hidden.grad is not None and hidden.grad.dtype == torch.float32
+
+
+def good() -> dict:
+    torch.manual_seed(0)
+    logprobs, ids = torch.log_softmax(torch.randn(5, 11), 1).topk(3, 1)
+    labels = torch.tensor([1, 2, -100, 3, 4])
+    return dict(hidden=torch.randn(5, 8), head_weight=torch.randn(11, 8), labels=labels, teacher=TopK(ids, logprobs))
+
+
+NAN, ROWS, ROW_3 = torch.full((5, 3), torch.nan), torch.tensor([0, 1]), torch.arange(5) != 3
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda g: {"hidden": g["hidden"].unsqueeze(0)}, "flatten"),
+        (lambda g: {"hidden": g["hidden"].int()}, "hidden must be float32"),
+        (lambda g: {"hidden": g["hidden"].double()}, "both be float64"),
+        (lambda g: {"head_weight": torch.randn(11, 9)}, r"head_weight must be \[V, 8\]"),
+        (lambda g: {"head_bias": torch.randn(10)}, "head_bias"),
+        (lambda g: {"labels": g["labels"][:4]}, "one per row"),
+        (lambda g: {"labels": g["labels"].float()}, "integers"),
+        (
+            lambda g: {"labels": g["labels"].where(ROW_3, torch.tensor(11))},
+            r"labels must be in \[0, 11\).*got 11 at row 3",
+        ),
+        (lambda g: {"weight": torch.ones(4)}, "weight must be a float"),
+        (lambda g: {"weight": math.nan}, "weight must be finite"),
+        (lambda g: {"temperature": 0.0}, "temperature must be positive"),
+        (lambda g: {"teacher": None}, "nothing to learn"),
+        (lambda g: {"teacher": 3.0}, "teacher must be"),
+        (lambda g: {"teacher": [g["teacher"], g["teacher"]]}, "row 0 has more than one"),
+        (lambda g: {"teacher": TopK(g["teacher"].ids, NAN)}, "got NaN.*row 0"),
+        (lambda g: {"teacher": TopK(g["teacher"].ids + 11, g["teacher"].logprobs)}, "vocabulary of 11"),
+        (lambda g: {"teacher": TopK(g["teacher"].ids - 12, g["teacher"].logprobs)}, "negative"),
+        (lambda g: {"teacher": TopK(g["teacher"].ids, g["teacher"].logprobs + 1)}, "more than 1"),
+        (lambda g: {"teacher": TopK(g["teacher"].ids[:, :2], g["teacher"].logprobs)}, r"ids \[N, k\]"),
+        (lambda g: {"teacher": TopK(g["teacher"].ids.float(), g["teacher"].logprobs)}, "integer ids"),
+        (lambda g: {"teacher": TopK(g["teacher"].ids[:2], g["teacher"].logprobs[:2])}, "2 rows for 5 tokens"),
+        (lambda g: {"teacher": TopK(g["teacher"].ids, g["teacher"].logprobs, ROWS)}, r"rows must be \[5\]"),
+        (lambda g: {"teacher": TopK(g["teacher"].ids[:2], g["teacher"].logprobs[:2], ROWS + 4)}, "4..5"),
+        (lambda g: {"teacher": Dense()}, "Dense needs"),
+        (lambda g: {"teacher": Dense(torch.randn(5, 4), torch.randn(11, 5))}, "Dense needs hidden"),
+        (lambda g: {"teacher": Dense(torch.randn(5, 4), logits=torch.randn(5, 11))}, "not both"),
+        (lambda g: {"teacher": Dense(torch.randn(5, 4).double(), torch.randn(11, 4))}, "float64"),
+    ],
+)
+def test_bad_input_is_refused_by_name(change, message):
+    arguments = good()
+    DistillLoss()(**arguments)
+    with pytest.raises(ValueError, match=message):
+        DistillLoss()(**{**arguments, **change(arguments)})
+
+
+@pytest.mark.parametrize(
+    "setting", [{"beta": -0.1}, {"beta": 1.5}, {"reduction": "max"}, {"softcap": 0}, {"chunk_rows": 0}]
+)
+def test_bad_settings_are_refused_by_name(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        DistillLoss(**setting)
