@@ -1,0 +1,282 @@
+import json
+import random
+import subprocess
+import sys
+from statistics import mean
+
+import pytest
+from real_inputs import ROOT, data_path
+from tiny import tiny_model, tiny_tokenizer
+
+from rbfast.evaluate import (
+    Problem,
+    Result,
+    evaluate,
+    extract_answer,
+    grade,
+    load_problems,
+    paired_difference,
+    proportion,
+    summarize,
+)
+from rbfast.generate import Completion
+
+
+def plain(answer: str) -> Problem:
+    return Problem("file", "question", answer, {})
+
+
+# ---------------------------------------------------------------------------------------------------------- problems
+
+
+def test_generated_problems_are_distinct_and_the_same_in_every_process():
+    pytest.importorskip("reasoning_gym")
+    here = [problem.question for problem in load_problems("reasoning-gym:family_relationships", 5, seed=3)]
+    assert len(set(here)) == 5
+    code = (
+        "import json; from rbfast.evaluate import load_problems;"
+        "print(json.dumps([p.question for p in load_problems('family_relationships', 5, seed=3)]))"
+    )
+    for hash_seed in ("1", "2"):
+        environment = {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT), "PATH": ""}
+        output = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        )
+        assert json.loads(output.stdout.splitlines()[-1]) == here
+
+
+def test_neighbouring_seeds_share_nothing():
+    # The generators seed item i with seed + i: unspread, seeds 0 and 1 would share all items but one.
+    pytest.importorskip("reasoning_gym")
+    questions = [{problem.question for problem in load_problems("leg_counting", 40, seed=seed)} for seed in range(4)]
+    assert len(set.union(*questions)) == 160
+
+
+def test_excluded_questions_are_replaced_not_missed():
+    pytest.importorskip("reasoning_gym")
+    first = load_problems("chain_sum", 10, seed=0)
+    rest = load_problems("chain_sum", 10, seed=0, exclude={problem.question for problem in first[:4]})
+    assert rest[:6] == first[4:] and len(rest) == 10
+
+
+def test_unknown_tasks_and_impossible_numbers_are_refused():
+    pytest.importorskip("reasoning_gym")
+    with pytest.raises(ValueError, match="reasoning-gym's generators, got 'leg_countin'"):
+        load_problems("leg_countin", 3, seed=0)
+    with pytest.raises(ValueError, match="0 or more, got -1"):
+        load_problems("leg_counting", -1, seed=0)
+
+
+def test_problems_of_a_file(tmp_path):
+    path = tmp_path / "set.jsonl"
+    rows = [{"problem": f"p{i}", "answer": str(i)} for i in range(9)] + [
+        {"question": "q", "answer": "6*7 steps\n#### 42"}
+    ]
+    path.write_text("\n".join(map(json.dumps, [*rows, rows[0]])) + "\n\n")
+    problems = load_problems(str(path), 10, seed=1)
+    assert sorted(p.question for p in problems) == sorted([*(f"p{i}" for i in range(9)), "q"])
+    assert next(p.answer for p in problems if p.question == "q") == "42"
+    assert load_problems(str(path), 4, seed=1) == load_problems(str(path), 4, seed=1)
+    with pytest.raises(ValueError, match=r"holds 9 usable problems, 10 were asked for"):
+        load_problems(str(path), 10, seed=1, exclude={"q"})
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"set\.jsonl:2: expected one JSON object per line"),
+        ("[1]", r"set\.jsonl:2: expected a JSON object, got list"),
+        ('{"answer": "1"}', r"set\.jsonl:2: problem: expected text"),
+        ('{"problem": "p", "answer": null}', r"set\.jsonl:2: answer: expected text or a number, got None"),
+    ],
+)
+def test_malformed_lines_are_named(tmp_path, line, message):
+    path = tmp_path / "set.jsonl"
+    path.write_text('{"problem": "p", "answer": "1"}\n' + line)
+    with pytest.raises(ValueError, match=message):
+        load_problems(str(path), 1, seed=0)
+
+
+# ------------------------------------------------------------------------------------------------------------ grading
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("so <answer>4</answer>", "4"),
+        ("<answer>3</answer> no: <answer> 4 </answer> done", "4"),
+        ("I put it between <answer> and </answer>.\n<answer>12", "12"),
+        ("<answer>7</answer> and then <answer></answer>", "7"),
+        (r"thus \boxed{\frac{1}{2}} is it", r"\frac{1}{2}"),
+        (r"\boxed{1}, or rather \boxed{x^{2}+\{3\}}", r"x^{2}+\{3\}"),
+        (r"\boxed{broken", None),
+        ("steps\n#### 1,234", "1,234"),
+        ("Answer: 5\nThe final answer is **6**.", "6**."),
+        ("**Answer:** 5", "5"),
+        ("The answer to the problem is: 9 legs", "9 legs"),
+        ("There are 9 legs", None),
+        ("", None),
+    ],
+)
+def test_extract_answer(text, answer):
+    assert extract_answer(text) == answer
+
+
+def test_tags_outrank_boxes_which_outrank_phrases():
+    text = r"The answer is 1. #### 2 \boxed{3} "
+    assert extract_answer(text + "<answer>4</answer>") == "4"
+    assert extract_answer(text) == "3"
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "score"),
+    [
+        ("184", "There are **184** legs in total.", 1.0),
+        ("184", "3 x 6 = 18\nTotal = 184", 1.0),
+        ("1234", "<answer>$1,234.00</answer>", 1.0),
+        ("184", "<answer>184 legs</answer>", 1.0),
+        ("184", "The answer is 18.\nThat makes 184.", 0.0),
+        ("184", "1184", 0.0),
+        ("-4", "7 - 11 = -4", 1.0),
+        ("4", "7 - 11 = -4", 0.0),
+        ("grandmother", 'So Nova is his "Grandmother".', 1.0),
+        ("grandmother", "She is his mother, or his grandmother", 0.0),
+        ("['1', '2']", "The new list is: ['1', '2']", 1.0),
+        ("5", "", 0.0),
+        ("1e9", "<answer>1000000000</answer>", 1.0),
+    ],
+)
+def test_final_statements_are_read_as_a_person_would(answer, text, score):
+    assert grade(plain(answer), text) == score
+
+
+def test_every_answer_key_passes_its_own_verifier():
+    pytest.importorskip("reasoning_gym")
+    tasks = ("leg_counting", "number_sorting", "word_sorting", "complex_arithmetic", "spell_backward", "count_primes")
+    for task in tasks:
+        for problem in load_problems(task, 5, seed=0):
+            assert grade(problem, f"Some steps.\n\n<answer>{problem.answer}</answer>") == 1.0
+            assert grade(problem, "I can not tell.") < 1.0
+
+
+def test_the_tasks_own_verifier_decides():
+    # Any palindrome of the letters is right, whatever the key says.
+    pytest.importorskip("reasoning_gym")
+    problem = load_problems("palindrome_generation", 1, seed=5)[0]
+    half = problem.answer[: len(problem.answer) // 2]
+    middle = problem.answer[len(half) : len(problem.answer) - len(half)]
+    other = half[::-1] + middle + half
+    assert other != problem.answer and grade(problem, f"<answer>{other}</answer>") == 1.0
+
+
+def test_noise_is_wrong_but_never_an_error():
+    pytest.importorskip("reasoning_gym")
+    source = random.Random(0)
+    pieces = [
+        "<answer>",
+        "</answer>",
+        "\\boxed{",
+        "}",
+        "[",
+        "]",
+        "'",
+        "=",
+        ":",
+        "-",
+        "1e999999",
+        "inf",
+        "i",
+        " ",
+        "\n",
+        "##",
+        "**",
+    ]
+    for task in ("chain_sum", "number_sorting", "complex_arithmetic", "simple_equations", "gcd", "prime_factorization"):
+        problem = load_problems(task, 1, seed=0)[0]
+        for _ in range(100):
+            assert grade(problem, "".join(source.choices(pieces, k=12))) < 1.0
+
+
+def test_real_gsm8k_answers_are_found():
+    problems = load_problems(str(data_path("gsm8k/gsm8k_test.jsonl")), 100, seed=0)
+    assert all(grade(problem, f"Working.\n#### {problem.answer}") == 1.0 for problem in problems)
+    assert all(problem.answer.replace(",", "").lstrip("-").isdigit() for problem in problems)
+
+
+# --------------------------------------------------------------------------------------------- evaluation, statistics
+
+
+def test_evaluate_keeps_order_and_completions():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    problems = [Problem("file", "x" * length, "never", {}) for length in (30, 5, 80)]
+    results = evaluate(model, tokenizer, problems, max_new_tokens=6, batch_size=2)
+    assert [result.problem for result in results] == problems
+    again = evaluate(model, tokenizer, problems[1:2], max_new_tokens=6)
+    assert again == results[1:2]
+    record = json.loads(json.dumps(results[0].to_dict()))
+    assert record["completion"] == results[0].completion.text and record["correct"] is False
+    assert record["problem"] == "x" * 30 and record["tokens"] == results[0].completion.tokens
+
+
+def test_summary_counts_truncation():
+    results = [
+        Result(plain("1"), Completion("1", 10, False), 1.0),
+        Result(plain("1"), Completion("2", 30, True), 0.4),
+    ]
+    summary = summarize(results)
+    assert (summary["n"], summary["accuracy"], summary["truncated"], summary["tokens"]) == (2, 0.5, 0.5, 20)
+    with pytest.raises(ValueError, match="at least one result"):
+        summarize([])
+
+
+def test_paired_difference_matches_agresti_and_min():
+    # Wald interval on the table with half a problem added to each cell, written out from counts.
+    lost, won, same = 3, 11, 26
+    before = [1.0] * lost + [0.0] * won + [1.0] * same
+    after = [0.0] * lost + [1.0] * won + [1.0] * same
+    b, c, n = lost + 0.5, won + 0.5, lost + won + same + 2
+    centre, error = (c - b) / n, ((b + c - (c - b) ** 2 / n) ** 0.5) / n
+    interval = paired_difference(before, after)
+    assert interval.mean == pytest.approx(8 / 40)
+    assert (interval.low, interval.high) == pytest.approx(
+        (centre - 1.959964 * error, centre + 1.959964 * error), rel=1e-6
+    )
+
+
+def test_intervals_stay_honest_where_every_difference_is_the_same():
+    one = paired_difference([0.0], [1.0])
+    assert one.mean == 1.0 and one.low < 0 and one.high == 1.0
+    equal = paired_difference([1.0] * 30, [1.0] * 30)
+    assert equal.mean == 0.0 and -0.15 < equal.low < -0.01 and equal.low == -equal.high
+    all_won = paired_difference([0.0] * 30, [1.0] * 30)
+    assert all_won.mean == all_won.high == 1.0 and 0.7 < all_won.low < 1.0
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say():
+    source = random.Random(0)
+    gains, shares, n, runs = 0, 0, 40, 2000
+    for _ in range(runs):
+        before = [float(source.random() < 0.1) for _ in range(n)]
+        after = [float(source.random() < 0.5) for _ in range(n)]
+        gain, share = paired_difference(before, after), proportion(after)
+        gains += gain.low <= 0.4 <= gain.high
+        shares += share.low <= 0.5 <= share.high
+    # Four binomial standard errors below 95%, and not so wide that it covers always.
+    floor = 0.95 - 4 * (0.95 * 0.05 / runs) ** 0.5
+    assert floor < gains / runs < 0.99 and floor < shares / runs < 0.99
+
+
+def test_proportion_is_wilsons():
+    interval = proportion([1.0] * 3 + [0.0] * 37)
+    assert (interval.mean, interval.low, interval.high) == pytest.approx((0.075, 0.02585, 0.19864), abs=5e-5)
+    assert proportion([0.0]).high == pytest.approx(0.7935, abs=1e-4) and proportion([0.0]).low == 0.0
+
+
+def test_differences_need_matching_scores():
+    with pytest.raises(ValueError, match="same problems, got 2 and 1"):
+        paired_difference([0.0, 1.0], [1.0])
+    with pytest.raises(ValueError, match="got 0 and 0"):
+        paired_difference([], [])
+    with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+        paired_difference([0.0], [100.0])
+    assert paired_difference([0.25, 0.5], [0.5, 0.5]).mean == mean([0.25, 0.0])
