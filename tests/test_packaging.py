@@ -1,5 +1,6 @@
 """Each way to install, in a fresh environment and tried from outside the repository."""
 
+import json
 import os
 import subprocess
 import sys
@@ -29,7 +30,7 @@ def run(*command: str, cwd: Path, **env: str) -> str:
 @pytest.fixture
 def fresh(tmp_path: Path) -> Path:
     """A new environment that sees the dependencies of this one, but not its rbfast; returns its python."""
-    venv.create(tmp_path / "env", with_pip=True, symlinks=True)
+    venv.create(tmp_path / "env", symlinks=True)
     python = tmp_path / "env" / "bin" / "python"
     site = run(str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
     # A path line makes the packages importable; .pth files in that folder (an editable rbfast) are not followed.
@@ -54,12 +55,10 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def install(python: Path, *what: str, cwd: Path, **env: str) -> None:
-    run(str(python), "-m", "pip", "install", "--no-deps", "--no-build-isolation", *what, cwd=cwd, **env)
+    run(sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-build-isolation", *what, cwd=cwd, **env)
 
 
 def try_it(python: Path, cwd: Path) -> dict:
-    import json
-
     return json.loads(run(str(python), "-c", TRY, cwd=cwd).splitlines()[-1])
 
 
