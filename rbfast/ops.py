@@ -6,9 +6,11 @@ ends in an underscore write into their first argument. All tensors of a call sha
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rbfast import reference
 
@@ -80,6 +82,52 @@ def _(logits: Tensor, *args: object) -> tuple[Tensor, Tensor]:
 
 for _name in ("column_linear_", "column_scatter_", "column_fold_", "head_grad_"):
     torch.library.register_fake(f"rbfast::{_name}", lambda *args: None, lib=_LIBRARY)
+
+
+class _ColumnTap(torch.autograd.Function):
+    """The identity on y [..., out], whose backward computes dA and dB of a delta that is already in the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, xs: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(xs, A, B)
+        ctx.scale = scale
+        return y.detach()  # an alias that autograd does not count as a view, so that y may be changed in place later
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        xs, A, B = ctx.saved_tensors
+        dA, dB = column_grad(dy.reshape(-1, dy.shape[-1]), xs, A, B, ctx.scale)
+        return dy, None, dA, dB, None
+
+
+class _ColumnSide(torch.autograd.Function):
+    """y [..., out] + scale * (xs A^T) B^T, where xs [T, s] are the columns `cols` of x [..., in]."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, xs: Tensor, cols: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(xs, cols, A, B)
+        ctx.scale, ctx.x_shape, ctx.x_dtype = scale, x.shape, x.dtype
+        out = y.clone(memory_format=torch.contiguous_format)
+        column_linear_(out.view(-1, out.shape[-1]), xs, A, B, scale)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        xs, cols, A, B = ctx.saved_tensors
+        rows = dy.reshape(-1, dy.shape[-1])
+        dx = None
+        if ctx.needs_input_grad[1]:
+            dx = rows.new_zeros(rows.shape[0], ctx.x_shape[-1])
+            column_scatter_(dx, rows, cols, A, B, ctx.scale)
+            dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
+        dA, dB = column_grad(rows, xs, A, B, ctx.scale)
+        return dy, dx, None, None, dA, dB, None
+
+
+column_tap = _ColumnTap.apply
+column_side = _ColumnSide.apply
 
 
 def cpu_isa() -> str | None:
