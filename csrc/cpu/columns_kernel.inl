@@ -9,6 +9,9 @@
 // sum runs in an order fixed by the shapes alone.
 #include "cpu/columns.h"
 
+// Before a loop over a tile: its arrays live in registers only where every index is a constant.
+#define RBFAST_UNROLL _Pragma("GCC unroll 8")
+
 namespace rbfast {
 namespace ISA {
 namespace {
@@ -39,22 +42,27 @@ template <typename T, bool kDot, bool kOuter, int kRank, int kTokens>
 inline void sweep_tile(const Sweep<T>& s, int64_t t, int64_t i) {
   Lanes dot[kTokens][kRank] = {}, w[kTokens][kRank] = {};
   if (kOuter) {
-    for (int a = 0; a < kTokens; ++a)
-      for (int b = 0; b < kRank; ++b) w[a][b] = splat(s.w[(t + a) * s.k + i + b]);
+    RBFAST_UNROLL
+    for (int a = 0; a < kTokens; ++a) RBFAST_UNROLL
+    for (int b = 0; b < kRank; ++b) w[a][b] = splat(s.w[(t + a) * s.k + i + b]);
   }
   const T* x = s.x + t * s.ld;
-  const float* m = s.m + i * s.n_all;
-  float* acc = s.acc + i * s.n_all;
+  const float* m = kDot ? s.m + i * s.n_all : nullptr;
+  float* acc = kOuter ? s.acc + i * s.n_all : nullptr;
   const auto step = [&](int64_t v, int64_t valid) __attribute__((always_inline)) {
     Lanes value[kTokens];
+    RBFAST_UNROLL
     for (int a = 0; a < kTokens; ++a) value[a] = load_at(x + a * s.ld, v, valid);
+    RBFAST_UNROLL
     for (int b = 0; b < kRank; ++b) {
       if (kDot) {
         const Lanes row = load_at(m + b * s.n_all, v, valid);
+        RBFAST_UNROLL
         for (int a = 0; a < kTokens; ++a) dot[a][b] = fmadd(value[a], row, dot[a][b]);
       }
       if (kOuter) {
         Lanes total = load_at(acc + b * s.n_all, v, valid);
+        RBFAST_UNROLL
         for (int a = 0; a < kTokens; ++a) total = fmadd(value[a], w[a][b], total);
         store_at(acc + b * s.n_all, v, valid, total);
       }
@@ -64,8 +72,9 @@ inline void sweep_tile(const Sweep<T>& s, int64_t t, int64_t i) {
   for (; v + kLanes <= s.n; v += kLanes) step(v, kLanes);
   if (v < s.n) step(v, s.n - v);
   if (kDot) {
-    for (int a = 0; a < kTokens; ++a)
-      for (int b = 0; b < kRank; ++b) s.dot[(t + a) * s.k + i + b] += sum(dot[a][b]);
+    RBFAST_UNROLL
+    for (int a = 0; a < kTokens; ++a) RBFAST_UNROLL
+    for (int b = 0; b < kRank; ++b) s.dot[(t + a) * s.k + i + b] += sum(dot[a][b]);
   }
 }
 

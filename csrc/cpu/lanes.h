@@ -3,6 +3,7 @@
 //
 // Included by ISA files: no STL and no torch header in here, and everything is static, so that no symbol compiled for
 // AVX-512 can be picked by the linker for an older CPU. Lanes is a GCC vector: + - * / and comparisons work on it.
+// A file's width follows the ISA it defines: GCC 12 sets no __AVX512F__ after `#pragma GCC target` in C++.
 // The build passes -ffp-contract=off, so a * b + c rounds twice on every CPU; fmadd(a, b, c) is the fused one.
 #pragma once
 
@@ -10,7 +11,22 @@
 #include <string.h>
 
 #if defined(__x86_64__)
+#pragma GCC diagnostic push  // GCC 12 warns about its own header (GCC bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+#define RBFAST_LANES_scalar 4
+#define RBFAST_LANES_avx2 8
+#define RBFAST_LANES_avx512 16
+#define RBFAST_LANES_OF(isa) RBFAST_LANES_##isa
+#define RBFAST_LANES_OF_EXPANDED(isa) RBFAST_LANES_OF(isa)
+#if defined(ISA)
+#define RBFAST_LANES RBFAST_LANES_OF_EXPANDED(ISA)
+#else
+#define RBFAST_LANES RBFAST_LANES_scalar
 #endif
 
 namespace rbfast {
@@ -51,13 +67,7 @@ static inline void store(F16* p, float value) {
   memcpy(p, &half, 2);
 }
 
-#if defined(__AVX512F__)
-static constexpr int kLanes = 16;
-#elif defined(__AVX2__)
-static constexpr int kLanes = 8;
-#else
-static constexpr int kLanes = 4;
-#endif
+static constexpr int kLanes = RBFAST_LANES;
 
 typedef float Lanes __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t LaneBits __attribute__((vector_size(kLanes * 4)));
@@ -67,9 +77,9 @@ static inline Lanes splat(float value) { return value - Lanes{}; }
 
 // a * b + c, rounded once where the instruction set has it (scalar rounds twice).
 static inline Lanes fmadd(Lanes a, Lanes b, Lanes c) {
-#if defined(__AVX512F__)
+#if RBFAST_LANES == 16
   return _mm512_fmadd_ps(a, b, c);
-#elif defined(__AVX2__)
+#elif RBFAST_LANES == 8
   return _mm256_fmadd_ps(a, b, c);
 #else
   return a * b + c;
@@ -78,13 +88,13 @@ static inline Lanes fmadd(Lanes a, Lanes b, Lanes c) {
 
 // The sum of the lanes, always in the same order: halves are added until one value is left.
 static inline float sum(Lanes v) {
-#if defined(__AVX512F__)
+#if RBFAST_LANES == 16
   const __m256 low = _mm512_castps512_ps256(v), high = _mm512_extractf32x8_ps(v, 1);
   const __m256 eight = _mm256_add_ps(low, high);
-#elif defined(__AVX2__)
+#elif RBFAST_LANES == 8
   const __m256 eight = v;
 #endif
-#if defined(__AVX2__)
+#if RBFAST_LANES >= 8
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
@@ -101,14 +111,22 @@ static inline Lanes load_lanes(const float* p) {
 }
 static inline Lanes load_lanes(const F32* p) { return load_lanes(&p->bits); }
 static inline Lanes load_lanes(const BF16* p) {
+#if RBFAST_LANES == 16
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return reinterpret_cast<Lanes>(reinterpret_cast<LaneBits>(wide) << 16);
+#elif RBFAST_LANES == 8
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return reinterpret_cast<Lanes>(reinterpret_cast<LaneBits>(wide) << 16);
+#else
   HalfBits half;
   memcpy(&half, p, sizeof half);
   return reinterpret_cast<Lanes>(__builtin_convertvector(half, LaneBits) << 16);
+#endif
 }
 static inline Lanes load_lanes(const F16* p) {
-#if defined(__AVX512F__)
+#if RBFAST_LANES == 16
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__AVX2__)
+#elif RBFAST_LANES == 8
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
   return Lanes{load(p), load(p + 1), load(p + 2), load(p + 3)};
@@ -121,13 +139,20 @@ static inline void store_lanes(BF16* p, Lanes v) {
   const LaneBits wide = reinterpret_cast<LaneBits>(v);
   const LaneBits top = wide >> 16;
   const LaneBits rounded = v == v ? (wide + 0x7fff + (top & 1)) >> 16 : top | 0x40;
+#if RBFAST_LANES == 16
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(rounded)));
+#elif RBFAST_LANES == 8
+  const __m256i packed = _mm256_packus_epi32(reinterpret_cast<__m256i>(rounded), __m256i{});
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+#else
   const HalfBits half = __builtin_convertvector(rounded, HalfBits);
   memcpy(p, &half, sizeof half);
+#endif
 }
 static inline void store_lanes(F16* p, Lanes v) {
-#if defined(__AVX512F__)
+#if RBFAST_LANES == 16
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__AVX2__)
+#elif RBFAST_LANES == 8
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int i = 0; i < kLanes; ++i) store(p + i, v[i]);
