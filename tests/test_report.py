@@ -1,0 +1,62 @@
+import matplotlib.image
+import pytest
+
+from rbfast import report
+
+LOGS = [{"step": step, "loss_strategic": 1 / step, "loss_tactical": 2 / step} for step in range(1, 30)] + [
+    {"eval_loss": 1}
+]
+MODULES = {
+    f"model.layers.{layer}.{kind}": {"columns": layer, "values": 10 * layer, "in": 64, "score": 0.1}
+    for layer in range(12)
+    for kind in ("self_attn.q_proj", "mlp.down_proj")
+}
+ROWS = [
+    {"family": "gcd", "before": 0.1, "after": 0.5, "ci_low": 0.2, "ci_high": 0.6, "n": 40},
+    {"family": "chain_sum", "before": 0.0, "after": 1.0, "ci_low": 0.8, "ci_high": 1.0, "n": 1},
+]
+DRAW = [(report.plot_losses, LOGS), (report.plot_placement, MODULES), (report.plot_accuracy, ROWS)]
+
+
+@pytest.mark.parametrize(("draw", "data"), DRAW)
+def test_pictures_are_written_whole(draw, data, tmp_path):
+    draw(data, tmp_path / "picture.png")
+    picture = matplotlib.image.imread(tmp_path / "picture.png")
+    assert picture.shape[0] > 300 and picture.shape[1] > 400 and picture[..., :3].std() > 0.01
+    assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
+
+
+@pytest.mark.parametrize(("draw", "data"), DRAW)
+def test_pictures_are_the_same_every_time(draw, data, tmp_path):
+    draw(data, tmp_path / "one.png")
+    draw(data, tmp_path / "two.png")
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+
+
+def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):
+    path = tmp_path / "picture.png"
+    path.write_bytes(b"old")
+
+    def full_disk(self, name):
+        with open(name, "wb") as file:
+            file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report.FigureCanvasAgg, "print_png", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        report.plot_accuracy(ROWS, path)
+    assert path.read_bytes() == b"old" and [entry.name for entry in tmp_path.iterdir()] == ["picture.png"]
+
+
+def test_modules_are_placed_by_their_first_number():
+    assert report._layer_and_kind("model.layers.3.mlp.experts.7.up") == (3, "model.layers.mlp.experts.7.up")
+    assert report._layer_and_kind("head") == (-1, "head")
+
+
+def test_nothing_to_draw_is_said():
+    with pytest.raises(ValueError, match=r"expected loss_strategic, .* in 1 log records, got none"):
+        report.plot_losses([{"step": 1, "loss": 2.0}], "never.png")
+    with pytest.raises(ValueError, match="at least one module"):
+        report.plot_placement({}, "never.png")
+    with pytest.raises(ValueError, match="at least one family"):
+        report.plot_accuracy([], "never.png")
