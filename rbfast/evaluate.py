@@ -128,10 +128,12 @@ def _reasoning_gym() -> Any:
 
 # ------------------------------------------------------------------------------------------------------------ grading
 
+_WHOLE = re.compile(r".*(?:\n|</answer>)", re.DOTALL | re.IGNORECASE)
 _TAG = re.compile(r"<answer>(.*?)(?=</answer>|<answer>|\Z)", re.DOTALL | re.IGNORECASE)
 _HASHES = re.compile(r"####\s*(\S.*)")
 _PHRASE = re.compile(r"\banswer\b[^.\n:=]{0,60}?(?:\bis\b|:|=)[*_:\s]*(\S.*)", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+_QUANTITY = re.compile(rf"^\W*({_NUMBER.pattern})(?= [a-zA-Z]{{2,}})")
 _LIST = re.compile(r"\[.*\]", re.DOTALL)
 _QUOTED = re.compile(r"\*\*(.+?)\*\*|\"([^\"]+)\"|`([^`]+)`|\$([^$]+)\$|(?<!\w)'([^']+)'(?!\w)")
 
@@ -164,16 +166,22 @@ def _last_boxed(text: str) -> str | None:
     return None
 
 
-def grade(problem: Problem, completion: str) -> float:
+def grade(problem: Problem, completion: str, *, truncated: bool = False) -> float:
     """The score of a completion, by the task's own verifier: 1.0 is correct, less may be partial credit.
 
     The answer is what `extract_answer` finds, else the last line. It counts when any plain reading of it is correct
     (see `readings`), so that nobody loses on form alone; the rule is the same whoever wrote the completion.
+
+    Args:
+        truncated: the limit cut the completion: what stands after its last whole line or tag is no answer, and only a
+            marked answer counts.
     """
-    statement = extract_answer(completion) or completion.strip().rpartition("\n")[2]
-    score = (
-        functools.partial(_verifier(problem.task), entry=problem.entry) if problem.entry else _matches(problem.answer)
-    )
+    if truncated:
+        whole = _WHOLE.match(completion)
+        statement = (extract_answer(whole[0]) if whole else None) or ""
+    else:
+        statement = extract_answer(completion) or completion.strip().rpartition("\n")[2]
+    score = _scorer(problem)
     return max((_score(score, reading) for reading in readings(statement, problem.answer)), default=0.0)
 
 
@@ -181,14 +189,16 @@ def readings(statement: str, answer: str) -> list[str]:
     """The ways a person would read one final statement, most literal first.
 
     As it stands; its first and its last line; what follows the last `=` or `:`; its last quoted, bold or maths part;
-    its list; and, where the expected answer is a number, the last number of those two lines.
+    its list; and, where the expected answer is a number, the number a line opens with or the only number in it.
     """
     lines = [line for line in statement.splitlines() if line.strip()] or [statement]
     found = [statement, lines[0], lines[-1], re.split(r"[=:]\s", lines[-1])[-1], lines[-1].rpartition("=")[2]]
     found += [next(filter(None, match)) for match in _QUOTED.findall(statement)[-1:]]
     found += _LIST.findall(statement)
     if _number(answer) is not None:
-        found += [number.rstrip(".,") for line in (lines[0], lines[-1]) for number in _NUMBER.findall(line)[-1:]]
+        for line in (lines[0], lines[-1]):
+            numbers = {number.rstrip(".,") for number in _NUMBER.findall(line)}
+            found += numbers if len(numbers) == 1 else _QUANTITY.findall(line)
     stripped = [re.sub(r"^[\s*_`$\"]+|[\s*_`$\".]+$", "", reading) for reading in found]
     return [reading for reading in dict.fromkeys((*found, *stripped)) if reading]
 
@@ -202,6 +212,13 @@ def _score(score: Callable[[str], float], reading: str) -> float:
         return float(score(reading))
     except _UNREADABLE:
         return 0.0
+
+
+def _scorer(problem: Problem) -> Callable[[str], float]:
+    if not problem.entry:
+        return _matches(problem.answer)
+    verifier = _verifier(problem.task)
+    return lambda reading: verifier(reading, problem.entry)
 
 
 @functools.cache
@@ -276,7 +293,7 @@ def evaluate(
     completions = complete(
         model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
     )
-    return [Result(p, c, grade(p, c.text)) for p, c in zip(problems, completions, strict=True)]
+    return [Result(p, c, grade(p, c.text, truncated=c.truncated)) for p, c in zip(problems, completions, strict=True)]
 
 
 def summarize(results: Sequence[Result]) -> dict[str, float]:

@@ -137,6 +137,10 @@ def test_tags_outrank_boxes_which_outrank_phrases():
         ("184", "<answer>184 legs</answer>", 1.0),
         ("184", "The answer is 18.\nThat makes 184.", 0.0),
         ("184", "1184", 0.0),
+        ("184", "<answer>184 legs on 7 animals</answer>", 1.0),
+        ("7", "<answer>184 legs on 7 animals</answer>", 0.0),
+        ("1", "It is n * (n + 1) * (2 - 1)", 0.0),
+        ("3", "3 x 6 = 18", 0.0),
         ("-4", "7 - 11 = -4", 1.0),
         ("4", "7 - 11 = -4", 0.0),
         ("grandmother", 'So Nova is his "Grandmother".', 1.0),
@@ -148,6 +152,23 @@ def test_tags_outrank_boxes_which_outrank_phrases():
 )
 def test_final_statements_are_read_as_a_person_would(answer, text, score):
     assert grade(plain(answer), text) == score
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("<answer>4</answer>\n\nTo check this, we", 1.0),
+        ("<answer>4</answer> because the 5", 1.0),
+        ("The answer is 4.\nLet me also say that the", 1.0),
+        ("so the answer is 4", 0.0),
+        ("<answer>4", 0.0),
+        ("First we count\n4\nand then", 0.0),
+        ("answer: 4, as one", 0.0),
+    ],
+)
+def test_what_the_limit_cut_is_no_answer(text, score):
+    assert grade(plain("4"), text, truncated=True) == score
+    assert grade(plain("5"), text, truncated=True) == 0.0
 
 
 def test_every_answer_key_passes_its_own_verifier():
