@@ -23,6 +23,8 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from rbfast.trace import end_of_turn
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -88,9 +90,8 @@ def _check_positions(encoded: list[list[int]], max_new_tokens: int, model: PreTr
 def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Plain greedy decoding, whatever sampling the model's own settings ask for; stops at any end of turn it knows."""
     ends = model.generation_config.eos_token_id
-    stops = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    if not stops:
-        raise ValueError("neither the model nor its tokenizer names an end-of-text token: set tokenizer.eos_token")
+    # What the student is trained to end with need not be among the ends that its settings name (a base model's, say).
+    stops = {end_of_turn(tokenizer), *(ends if isinstance(ends, list) else [ends])} - {None}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops)
     return {"do_sample": False, "repetition_penalty": 1.0, "eos_token_id": sorted(stops), "pad_token_id": pad}
 

@@ -218,7 +218,7 @@ def encode(trace: Trace, tokenizer: "PreTrainedTokenizerBase", *, max_tokens: in
         return_offsets_mapping=True,
         verbose=False,
     )
-    ids = np.array([*prompt, *written.input_ids, _end_of_turn(tokenizer)], dtype=np.int64)
+    ids = np.array([*prompt, *written.input_ids, end_of_turn(tokenizer)], dtype=np.int64)
     if len(ids) > max_tokens:
         raise TraceError(f"{where}: expected at most {max_tokens} tokens, got {len(ids)}; raise max_tokens or drop it")
     labels = np.full(len(ids), IGNORE, dtype=np.int64)
@@ -245,7 +245,7 @@ def _token_roles(trace: Trace, offsets: np.ndarray) -> np.ndarray:
     return role_of[np.where(ink < end, ink, start)]
 
 
-def _end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int:
+def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int:
     """The token that ends an assistant's turn: the special token the chat template puts there, else the eos token."""
     if tokenizer.chat_template is not None:
         turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "reply"}]

@@ -81,3 +81,14 @@ def test_what_does_not_fit_is_refused(model):
         complete(model, tiny_tokenizer(), ["short", "x" * 250], max_new_tokens=10)
     with pytest.raises(ValueError, match="at least 1, got 0 and 4"):
         complete(model, tiny_tokenizer(), PROMPTS, max_new_tokens=0, batch_size=4)
+
+
+def test_the_end_of_turn_of_the_chat_template_ends_a_row_too(model):
+    tokenizer = tiny_tokenizer()
+    [expected] = complete(model, tokenizer, ["two words"], max_new_tokens=24)
+    last = alone(model, tokenizer, "two words", 24)[2]
+    turn_end = tokenizer.convert_ids_to_tokens(last)
+    tokenizer.add_special_tokens({"additional_special_tokens": [turn_end]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}" + turn_end + "{% endfor %}"
+    [shorter] = complete(model, tokenizer, ["two words"], max_new_tokens=24)
+    assert shorter.tokens == 3 < expected.tokens and not shorter.truncated
