@@ -31,6 +31,10 @@ class Span(NamedTuple):
     role: int
 
 
+_OPENING_REACH = 24  # characters; a cue of intention further into a unit says little
+
+# Every repetition below is bounded, or cannot match in two ways: the time stays linear on any text.
+
 # What is protected
 
 _BLANK = "\0"  # stands for a protected character; counts as mathematics
@@ -39,11 +43,11 @@ _CLOSER = {"```": "```", "$$": "$$", "\\(": "\\)", "\\[": "\\]"}
 # pandoc's rule: neither what follows an opening dollar nor what precedes a closing one is a space, and no digit follows
 # the closing one; so "$5 and $6" is money
 _INLINE_MATH = re.compile(r"\$(?:[^$\\\n]|\\.)*(?<!\s)\$(?!\d)")
-_LONGEST_MATH = 20_000  # characters; an opener that is not closed within them protects nothing
+_LONGEST_MATH = 5_000  # characters; an opener that is not closed within them protects nothing
 
 # Where units end
 
-_BREAK = re.compile(r"[.!?][.!?)\]\"'*_”]*\s+|\n\s*")
+_BREAK = re.compile(r"[.!?][.!?)\]\"'*_”]{0,8}\s+|\n\s*")
 _NO_SENTENCE_END = re.compile(  # at the end of the text before a full stop
     r"(?:^|[\s(*#_])(?:e\.g|i\.e|vs|dr|mr|ms|mrs|cf|eq|no|approx)$"
 )
@@ -55,8 +59,8 @@ _MATH_CHARACTERS = "0123456789+=*/^<>|\\{}×÷·√∑∏∫≤≥≠≈∈∞π
 _RELATIONS = "=≈≤≥≠<>"
 
 _ANSWER = re.compile(
-    r"####[ \t]*[-+$]?[\d.]\S*\s*(?:$|\n)|\\boxed|</?answer>|"
-    r"(?<![a-z])answer\s*(?:\*\*)?\s*(?:is|:|=|should be|must be|would be|will be)"
+    r"####[ \t]{0,4}[-+$]?[\d.]\S{0,40}[ \t]{0,4}(?:$|\n)|\\boxed|</?answer>|"
+    r"answer(?<![a-z]answer)\s{0,2}(?:\*\*)?\s{0,2}(?:is|:|=|should be|must be|would be|will be)"
     r"(?!\s*(?:in|not|asked|expected|correct|right|wrong)\b)"
 )
 
@@ -73,8 +77,9 @@ _REDUCTION = (
     r"break (?:it|this|that|the \w+) (?:down|into)|split (?:it|this|the \w+) into"
 )
 _CHANGE = (
-    r"wait|alternatively|instead|another (?:way|approach|method|idea)|different (?:way|approach|method)|hold on|"
-    rf"on second thought|{_LETS} (?:try|go back|step back)|try (?:a|another|to|using|with|different)"
+    r"wait(?! (?:for|to|until|a )| time)|alternatively|instead|another (?:way|approach|method|idea)|"
+    r"different (?:way|approach|method)|hold on|on second thought|"
+    rf"{_LETS} (?:try|go back|step back)|try (?:a|another|to|using|with|different)"
 )
 _VERIFICATION = (
     rf"{_LETS} (?:check|verify|double|confirm|recap|recheck|make sure|review|summarize|recompute|test)|"
@@ -84,12 +89,13 @@ _MONITORING = (
     r"hmm|so far|not sure|confus(?:ed|ing|ion)|mistake|that (?:can't|doesn't|does not|seems|makes)|makes sense|"
     r"seems? (?:off|wrong|right|correct|too)|i (?:think|wonder|should|need|remember|recall|guess)"
 )
-# Cues of intention that an equation outweighs.
+# Cues of intention: they open a unit, and an equation outweighs them.
 _INTENTION = (
-    r"first|firstly|to (?:begin|start|find|solve|determine|answer|calculate)|next step|"
+    r"(?<!the )first|firstly|to (?:begin|start|find|solve|determine|answer|calculate)|next step|"
     r"we (?:need|want|have|must) to|we can (?:use|apply|try|think|consider|start|find)|we (?:could|should|might)|"
-    rf"i (?:can|could|will|have to|must|might)|{_LETS}|maybe|perhaps|probably|actually|okay|alright|approach|method|"
-    r"finally|the key|remember|recall that|note that|notice that|plan|this means (?:we|i)|consider|suppose|think"
+    rf"i (?:can|could|will|have to|must|might)|{_LETS}(?! (?:say|assume|let|denote|call)\b)|"
+    r"maybe|perhaps|probably|actually|okay|alright|approach|method|finally|the key|"
+    r"remember|recall that|note that|notice that|plan|this means (?:we|i)|consider|suppose|think"
 )
 _CUE = re.compile(
     rf"(?<![a-z])(?:({'|'.join((_PLAN, _REDUCTION, _CHANGE, _VERIFICATION, _MONITORING))})|(?:{_INTENTION}))(?![a-z])"
@@ -97,8 +103,8 @@ _CUE = re.compile(
 
 # Opening words and marks that say nothing of the role: "2. **So, ...", "Okay, but ..."
 _LEAD = (
-    r"[\s>#*_(\[\"'\-•]*(?:(?:\d{1,3}|[a-z])[.)]\s+)?[*_]*"
-    r"(?:(?:so|but|and|okay|ok|well|oh|ah|yes|no|right|now|then|also|alright|thus|therefore|hence)\b[,.!\s]+)*"
+    r"[\s>#*_(\[\"'\-•]{0,12}(?:(?:\d{1,3}|[a-z])[.)]\s{1,4})?[*_]{0,3}"
+    r"(?:(?:so|but|and|okay|ok|well|oh|ah|yes|no|right|now|then|also|alright|thus|therefore|hence)\b[,.!\s]{1,4}){0,4}"
 )
 _QUESTION = (
     r"(?:(?:by|in|to|at|for|of|on|from|with)\s+)?(?:"
@@ -139,9 +145,10 @@ def _fold_case(text: str) -> str:
 
 def _blank_protected(text: str) -> str:
     pieces: list[str] = []
+    barren: dict[str, int] = {}
     done = position = 0
     while opener := _OPENER.search(text, position):
-        end = _protected_end(text, opener)
+        end = _protected_end(text, opener, barren)
         if end < 0:
             position = opener.end()
             continue
@@ -152,17 +159,21 @@ def _blank_protected(text: str) -> str:
     return "".join([*pieces, text[done:]])
 
 
-def _protected_end(text: str, opener: re.Match[str]) -> int:
-    """Where the region that `opener` opens ends, or -1 where it protects nothing."""
-    mark = opener.group()
+def _protected_end(text: str, opener: re.Match[str], barren: dict[str, int]) -> int:
+    """Where the region that `opener` opens ends, or -1 where it protects nothing.
+
+    `barren` keeps how far each closer was looked for in vain, so that no character is searched twice for it.
+    """
+    mark, start = opener.group(), opener.end()
     if mark == "$":
-        closed = _INLINE_MATH.match(text, opener.start(), opener.start() + _LONGEST_MATH)
+        closed = _INLINE_MATH.match(text, opener.start(), start + _LONGEST_MATH)
         return closed.end() if closed else -1
     closer = _CLOSER.get(mark) or mark.replace("\\begin", "\\end")
-    fence = mark == "```"
-    found = text.find(closer, opener.end(), len(text) if fence else opener.end() + _LONGEST_MATH)
+    limit = len(text) if mark == "```" else start + _LONGEST_MATH
+    found = text.find(closer, max(start, barren.get(closer, 0)), limit)
     if found < 0:
-        return len(text) if fence else -1  # an open fence runs to the end, as in Markdown
+        barren[closer] = limit - len(closer) + 1
+        return len(text) if mark == "```" else -1  # an open fence runs to the end, as in Markdown
     return found + len(closer)
 
 
@@ -199,7 +210,7 @@ def _weigh(blanked: str, ends: np.ndarray, asks: np.ndarray) -> np.ndarray:
     relation = _count(codes, _RELATIONS, starts) > 0
     cues = [(cue.start(), cue.lastindex is not None) for cue in _CUE.finditer(blanked)]
     strong = _marked(starts, [at for at, is_strong in cues if is_strong])
-    intends = _marked(starts, [at for at, is_strong in cues if not is_strong])
+    intends = _marked(starts, [at for at, is_strong in cues if not is_strong], reach=_OPENING_REACH)
     answers = _marked(starts, [found.start() for found in _ANSWER.finditer(blanked)])
 
     strategic = (asks & (density < 0.5)) | (strong & (density < np.where(relation, 0.12, 0.25)))
@@ -217,8 +228,10 @@ def _count(codes: np.ndarray, characters: str, starts: np.ndarray) -> np.ndarray
     return np.add.reduceat(table[np.minimum(codes, 0xFFFF)], starts)
 
 
-def _marked(starts: np.ndarray, positions: list[int]) -> np.ndarray:
-    """Which units hold one of `positions`, bool [units]."""
+def _marked(starts: np.ndarray, positions: list[int], reach: int | None = None) -> np.ndarray:
+    """Which units hold one of `positions` (among their first `reach` characters, where given), bool [units]."""
+    at = np.array(positions, dtype=np.int64)
+    units = np.searchsorted(starts, at, side="right") - 1
     marked = np.zeros(len(starts), dtype=bool)
-    marked[np.searchsorted(starts, np.array(positions, dtype=np.int64), side="right") - 1] = True
+    marked[units if reach is None else units[at - starts[units] < reach]] = True
     return marked

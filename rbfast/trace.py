@@ -53,7 +53,7 @@ IGNORE = -100
 INSTRUCTION = "Think step by step, then give the final answer between <answer> and </answer>."
 
 _LONGEST_LINE = 64 * 2**20  # bytes; 32k tokens with a top-20 each are a quarter of it
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 # Reading and writing
 
@@ -94,7 +94,7 @@ def _rows_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
             where = f"{path}:{number}"
             if len(line) > _LONGEST_LINE:
                 raise TraceError(
-                    f"{where}: expected a line of at most {_LONGEST_LINE} bytes; is this one trace a line?"
+                    f"{where}: expected at most {_LONGEST_LINE} bytes in a line; is this one trace a line?"
                 )
             if line.strip():
                 yield where, _parse_json(line, where)
