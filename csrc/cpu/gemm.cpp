@@ -1,0 +1,117 @@
+// The head's three products on the CPU: checks, scratch memory and threads. The arithmetic is in gemm_kernel.inl.
+//
+// Torch has no bf16 x bf16 -> fp32 product on the CPU, rounding logits to bf16 ruins the gradient near the teacher, and a
+// library's bits change with the number of rows; these have fp32 sums in an order that depends on k alone.
+#include "cpu/gemm.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+
+#include "cpu/dispatch.h"
+
+namespace rbfast {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+void expect_matrix(const char* op, const char* name, const Tensor& x, int64_t rows, int64_t columns) {
+  expect(x.dim() == 2, op, ": ", name, " must have 2 dimensions, got ", x.dim());
+  expect((rows < 0 || x.size(0) == rows) && (columns < 0 || x.size(1) == columns), op, ": ", name, " must be [",
+         rows < 0 ? x.size(0) : rows, ", ", columns < 0 ? x.size(1) : columns, "] to fit the other arguments, got [",
+         x.size(0), ", ", x.size(1), "]");
+}
+
+Storage storage(const Tensor& x) {
+  Storage type = Storage::f32;
+  for_each_type(x.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    type = std::is_same_v<T, BF16> ? Storage::bf16 : std::is_same_v<T, F16> ? Storage::f16 : Storage::f32;
+  });
+  return type;
+}
+
+// The rows of a matrix, or its columns, as the outer index of an operand.
+Tensor row_major(const Tensor& x) { return x.stride(1) == 1 || x.size(1) < 2 ? x : torch::stable::contiguous(x); }
+Operand by_rows(const Tensor& x) { return {x.const_data_ptr(), storage(x), x.stride(0), 1}; }
+Operand by_columns(const Tensor& x) { return {x.const_data_ptr(), storage(x), 1, x.stride(0)}; }
+
+void run(Isa isa, const Gemm& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1, void* scratch) {
+  if (isa == Isa::avx512_bf16 && g.a.type == Storage::bf16 && g.b.type == Storage::bf16)
+    return avx512_bf16::gemm(g, m0, m1, n0, n1, scratch);
+  RBFAST_CALL(isa, gemm, g, m0, m1, n0, n1, scratch);
+}
+
+// C [m, n] is cut into rectangles, one per thread, across its longer side first.
+void parallel_gemm(const Gemm& g, int64_t m, int64_t n) {
+  const Isa isa = active_isa();
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t row_units = ceil_div(m, kRowUnit), column_units = ceil_div(n, kColumnUnit);
+  const int64_t most_columns = std::min(threads, column_units), most_rows = std::min(threads, row_units);
+  const int64_t across = m > n ? std::min(ceil_div(threads, most_rows), most_columns) : most_columns;
+  const int64_t down = m > n ? most_rows : std::min(ceil_div(threads, most_columns), most_rows);
+  const int64_t width = ceil_div(column_units, across) * kColumnUnit, height = ceil_div(row_units, down) * kRowUnit;
+  const size_t bytes = ceil_div(gemm_scratch(height, g.k), 64) * 64;
+  const std::unique_ptr<char, decltype(&std::free)> scratch(
+      static_cast<char*>(std::aligned_alloc(64, bytes * across * down)), &std::free);
+  expect(scratch != nullptr, "out of memory: ", bytes * across * down, " bytes of scratch for a matrix product");
+  torch::stable::parallel_for(0, across * down, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t m0 = i / across * height, n0 = i % across * width;
+      if (m0 < m && n0 < n)
+        run(isa, g, m0, std::min(m0 + height, m), n0, std::min(n0 + width, n), scratch.get() + i * bytes);
+    }
+  });
+}
+
+Tensor head_forward(const Tensor& hidden, const Tensor& weight) {
+  expect_matrix("head_forward", "hidden", hidden, -1, -1);
+  expect_matrix("head_forward", "weight", weight, -1, hidden.size(1));
+  const int64_t tokens = hidden.size(0), vocabulary = weight.size(0), width = hidden.size(1);
+  Tensor logits = torch::stable::new_empty(hidden, {tokens, vocabulary}, ScalarType::Float);
+  if (width == 0) torch::stable::zero_(logits);
+  if (tokens == 0 || vocabulary == 0 || width == 0) return logits;
+  const Tensor x = row_major(hidden), w = row_major(weight);
+  parallel_gemm({by_rows(x), by_rows(w), mutable_data<float>(logits), vocabulary, width, Sums::fresh}, tokens,
+                vocabulary);
+  return logits;
+}
+
+Tensor head_backward(const Tensor& dz, const Tensor& weight) {
+  expect_matrix("head_backward", "dz", dz, -1, -1);
+  expect_matrix("head_backward", "weight", weight, dz.size(1), -1);
+  const int64_t tokens = dz.size(0), vocabulary = dz.size(1), width = weight.size(1);
+  Tensor gradient = torch::stable::new_empty(dz, {tokens, width}, ScalarType::Float);
+  if (vocabulary == 0) torch::stable::zero_(gradient);
+  if (tokens == 0 || vocabulary == 0 || width == 0) return gradient;
+  const Tensor x = row_major(dz), w = row_major(weight);
+  parallel_gemm({by_rows(x), by_columns(w), mutable_data<float>(gradient), width, vocabulary, Sums::fresh}, tokens,
+                width);
+  return gradient;
+}
+
+void head_grad_(Tensor dW, const Tensor& dz, const Tensor& hidden) {
+  expect_matrix("head_grad_", "dz", dz, -1, -1);
+  expect_matrix("head_grad_", "hidden", hidden, dz.size(0), -1);
+  expect_matrix("head_grad_", "dW", dW, dz.size(1), hidden.size(1));
+  const int64_t tokens = dz.size(0), vocabulary = dz.size(1), width = hidden.size(1);
+  expect(dW.scalar_type() == ScalarType::Float, "head_grad_: dW must be float32, got ",
+         torch::headeronly::toString(dW.scalar_type()));
+  expect(dW.is_contiguous(), "head_grad_: dW must be contiguous; accumulate into a contiguous tensor");
+  if (tokens == 0 || vocabulary == 0 || width == 0) return;
+  const Tensor x = row_major(dz), h = row_major(hidden);
+  parallel_gemm({by_columns(x), by_columns(h), mutable_data<float>(dW), width, tokens, Sums::resumed}, vocabulary,
+                width);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rbfast, CPU, m) {
+  m.impl("head_forward", TORCH_BOX(&head_forward));
+  m.impl("head_backward", TORCH_BOX(&head_backward));
+  m.impl("head_grad_", TORCH_BOX(&head_grad_));
+}
+
+}  // namespace rbfast

@@ -1,0 +1,223 @@
+// A packed matrix product, included by gemm_{scalar,avx2,avx512,avx512_bf16}.cpp, each under its own target and with
+// ISA set to its namespace.
+//
+// The unit of work is a tile of kRows x 3 vectors of C, held in registers while k runs. Both operands are packed first:
+// a panel of A holds kRows values for each k, a panel of B three vectors for each k, both read in order, so the inner
+// loop is one load per vector, one broadcast per row and kRows * 3 multiply-adds. Under AVX512_BF16 a packed word is a
+// pair of bf16 values of consecutive k and one instruction does 32 multiply-adds; elsewhere a word is an fp32 value.
+//
+// Memory: A is packed once per block of rows; a panel of B (18 KiB) is packed just before it is used and stays in the
+// first-level cache while all rows of the block pass over it. So each element of a large B is read once per row block.
+//
+// Order: k is cut at multiples of kBlockK. Sums run in order inside a block, and blocks are added to C in order
+// (Sums::fresh: smaller errors), or the sum goes on from the value in C (Sums::resumed: the same bits wherever a sum over
+// k was interrupted, at any even k). Nothing depends on the size of the rectangle, so nothing depends on the threads.
+#include "cpu/gemm.h"
+
+namespace rbfast {
+namespace ISA {
+namespace {
+
+#if defined(BF16_PAIRS)
+typedef uint32_t Word;
+typedef LaneBits Words;
+constexpr int kDepth = 2;  // values of k in a word
+constexpr int kBlockK = 192;
+#else
+typedef float Word;
+typedef Lanes Words;
+constexpr int kDepth = 1;
+constexpr int kBlockK = 96;
+#endif
+#if RBFAST_LANES == 16
+constexpr int kRows = 8;
+#else
+constexpr int kRows = 4;
+#endif
+constexpr int kVectors = 3;
+constexpr int kColumns = kVectors * kLanes;
+
+static inline Lanes multiply_add(Word a, Words b, Lanes sum) {
+#if defined(BF16_PAIRS)
+  return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+#else
+  return fmadd(splat(a), b, sum);
+#endif
+}
+
+// ---- packing: panel[k][i] = word k of outer i ----
+
+#if defined(BF16_PAIRS)
+static inline Word word(const BF16* p, int64_t k_stride, bool whole) {
+  return p->bits | (whole ? static_cast<Word>(p[k_stride].bits) << 16 : 0);
+}
+static inline Words load_words(const BF16* p) {
+  Words w;
+  memcpy(&w, p, sizeof w);
+  return w;
+}
+#else
+template <typename T>
+static inline Word word(const T* p, int64_t, bool) {
+  return load(p);
+}
+template <typename T>
+static inline Words load_words(const T* p) {
+  return load_lanes(p);
+}
+#endif
+
+// The words of a and b in turn: a0 b0 a1 b1 ... in low, high.
+static inline void interleave(Words a, Words b, Words& low, Words& high) {
+  LaneBits first, second;
+  for (int i = 0; i < kLanes; ++i) {
+    first[i] = i / 2 + (i % 2) * kLanes;
+    second[i] = first[i] + kLanes / 2;
+  }
+  low = __builtin_shuffle(a, b, first);
+  high = __builtin_shuffle(a, b, second);
+}
+
+// kLanes words of each of R outers, k contiguous: interleaving R vectors log2(R) times puts them in panel order.
+template <int R, typename T>
+static inline void pack_block(const T* const* outers, int64_t k, Word* panel, int ld) {
+  Words v[R], w[R];
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i) v[i] = outers[i] ? load_words(outers[i] + k) : Words{};
+#pragma GCC unroll 4
+  for (int stage = 1; stage < R; stage *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < R / 2; ++i) interleave(v[i], v[i + R / 2], w[2 * i], w[2 * i + 1]);
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) v[i] = w[i];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i) memcpy(panel + i * kLanes / R * ld, &v[i], sizeof(Words));
+}
+
+// Words [0, count) of R outers into panel[k * ld + i]; outers beyond `valid` and k beyond `depth` are zero.
+template <int R, typename T>
+static void pack_outers(const T* x, const Operand& g, int64_t valid, int64_t depth, Word* panel, int ld) {
+  const int64_t count = (depth + kDepth - 1) / kDepth;
+  int64_t done = 0;
+  if (g.k_stride == 1) {
+    const T* outers[R];
+    for (int i = 0; i < R; ++i) outers[i] = i < valid ? x + i * g.outer_stride : nullptr;
+    for (; (done + kLanes) * kDepth <= depth; done += kLanes) pack_block<R>(outers, done * kDepth, panel + done * ld, ld);
+  } else if (valid >= R && g.outer_stride == 1) {
+    for (; (done + 1) * kDepth <= depth; ++done) {
+      const T* p = x + done * kDepth * g.k_stride;
+      for (int i = 0; i < R; ++i) panel[done * ld + i] = word(p + i, g.k_stride, true);
+    }
+  }
+  for (; done < count; ++done) {
+    const bool whole = (done + 1) * kDepth <= depth;
+    for (int i = 0; i < R; ++i)
+      panel[done * ld + i] =
+          i < valid ? word(x + i * g.outer_stride + done * kDepth * g.k_stride, g.k_stride, whole) : Word{};
+  }
+}
+
+// A panel of `Width` outers from `outer`, in groups of R, for k in [k0, k0 + depth).
+template <int R, int Width, typename T>
+static void pack_panel(const Operand& x, int64_t outer, int64_t end, int64_t k0, int64_t depth, Word* panel) {
+  for (int i = 0; i < Width; i += R) {
+    const T* p = static_cast<const T*>(x.data) + (outer + i) * x.outer_stride + k0 * x.k_stride;
+    pack_outers<R>(p, x, end - outer - i, depth, panel + i, Width);
+  }
+}
+
+template <int R, int Width>
+static void pack(const Operand& x, int64_t outer, int64_t end, int64_t k0, int64_t depth, Word* panel) {
+#if defined(BF16_PAIRS)
+  pack_panel<R, Width, BF16>(x, outer, end, k0, depth, panel);
+#else
+  switch (x.type) {
+    case Storage::f32:
+      return pack_panel<R, Width, F32>(x, outer, end, k0, depth, panel);
+    case Storage::bf16:
+      return pack_panel<R, Width, BF16>(x, outer, end, k0, depth, panel);
+    case Storage::f16:
+      return pack_panel<R, Width, F16>(x, outer, end, k0, depth, panel);
+  }
+#endif
+}
+
+// ---- the tile ----
+
+enum class Update { set, add, resume };
+
+static inline void tile(const Word* a, const Word* b, int64_t count, float* c, int64_t ldc, Update update) {
+  Lanes sums[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 3
+    for (int j = 0; j < kVectors; ++j)
+      sums[i][j] = update == Update::resume ? load_lanes(c + i * ldc + j * kLanes) : Lanes{};
+  for (int64_t k = 0; k < count; ++k) {
+    Words columns[kVectors];
+    memcpy(columns, b + k * kColumns, sizeof columns);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 3
+      for (int j = 0; j < kVectors; ++j) sums[i][j] = multiply_add(a[k * kRows + i], columns[j], sums[i][j]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 3
+    for (int j = 0; j < kVectors; ++j) {
+      float* to = c + i * ldc + j * kLanes;
+      store_lanes(to, update == Update::add ? load_lanes(to) + sums[i][j] : sums[i][j]);
+    }
+}
+
+// A tile at the edge of C, of `rows` x `columns`: the same arithmetic on a whole tile beside it.
+static void edge_tile(const Word* a, const Word* b, int64_t count, float* c, int64_t ldc, Update update, int64_t rows,
+                      int64_t columns) {
+  float whole[kRows * kColumns] = {};
+  if (update != Update::set)
+    for (int64_t i = 0; i < rows; ++i) memcpy(whole + i * kColumns, c + i * ldc, columns * sizeof(float));
+  tile(a, b, count, whole, kColumns, update);
+  for (int64_t i = 0; i < rows; ++i) memcpy(c + i * ldc, whole + i * kColumns, columns * sizeof(float));
+}
+
+static int64_t words(int64_t depth) { return (depth + kDepth - 1) / kDepth; }
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+}  // namespace
+
+void gemm(const Gemm& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1, void* scratch) {
+  Word* panel_b = static_cast<Word*>(scratch);
+  Word* panels_a = panel_b + kColumns * kBlockK;
+  const int64_t k_block = gemm_k_block(g.k);
+  for (int64_t kb = 0; kb < g.k; kb += k_block) {
+    const int64_t kb_end = smaller(kb + k_block, g.k);
+    // Panels of A are cut at the same k as B: panel (row group r, block) starts at (r * padded + block start) * kRows.
+    const int64_t padded = words(k_block);
+    for (int64_t mb = m0; mb < m1; mb += kRowBlock) {
+      const int64_t mb_end = smaller(mb + kRowBlock, m1);
+      for (int64_t m = mb; m < mb_end; m += kRows)
+        pack<kRows, kRows>(g.a, m, mb_end, kb, kb_end - kb, panels_a + (m - mb) * padded);
+      for (int64_t n = n0; n < n1; n += kColumns) {
+        for (int64_t k = kb; k < kb_end; k += kBlockK) {
+          const int64_t depth = smaller(kBlockK, kb_end - k);
+          pack<kLanes, kColumns>(g.b, n, n1, k, depth, panel_b);
+          const Update update = g.sums == Sums::resumed ? Update::resume : k == 0 ? Update::set : Update::add;
+          const int64_t columns = smaller(kColumns, n1 - n);
+          for (int64_t m = mb; m < mb_end; m += kRows) {
+            const Word* panel_a = panels_a + (m - mb) * padded + words(k - kb) * kRows;
+            const int64_t rows = smaller(kRows, mb_end - m);
+            float* c = g.c + m * g.ldc + n;
+            if (rows == kRows && columns == kColumns)
+              tile(panel_a, panel_b, words(depth), c, g.ldc, update);
+            else
+              edge_tile(panel_a, panel_b, words(depth), c, g.ldc, update, rows, columns);
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace ISA
+}  // namespace rbfast

@@ -1,0 +1,2 @@
+#define ISA scalar
+#include "cpu/gemm_kernel.inl"
