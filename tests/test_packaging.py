@@ -55,7 +55,19 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def install(python: Path, *what: str, cwd: Path, **env: str) -> None:
-    run(sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-build-isolation", *what, cwd=cwd, **env)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "install",
+        "--no-deps",
+        "--no-build-isolation",
+        *what,
+        cwd=cwd,
+        **env,
+    )
 
 
 def try_it(python: Path, cwd: Path) -> dict:

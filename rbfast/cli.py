@@ -1,0 +1,248 @@
+"""The command line: `rbfast info | distill | eval | merge | export-lora | demo`.
+
+Results go to stdout (JSON with --json), progress to stderr. Exit codes: 0 done, 2 bad usage or input, 1 failure.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = {
+    "info": "rbfast info",
+    "distill": "rbfast distill smollm2-135m reason1k.jsonl -o runs/first --epochs 2",
+    "eval": "rbfast eval smollm2-135m --adapter runs/first --task leg_counting --task chain_sum -n 50",
+    "merge": "rbfast merge smollm2-135m runs/first -o merged/",
+    "export-lora": "rbfast export-lora smollm2-135m runs/first -o lora/",
+    "demo": "rbfast demo --out runs/demo",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"rbfast {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"rbfast {args.command}: interrupted; the same command goes on from what is saved", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rbfast", description="Move reasoning from a strong teacher into an open model."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=summary, description=summary, epilog=f"example: {EXAMPLES[name]}", allow_abbrev=False
+        )
+        sub.add_argument("--json", action="store_true", help="print the result as JSON, and no progress")
+        sub.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+        sub.set_defaults(run=run)
+        return sub
+
+    command("info", _info, "Say which implementation of each op is active, on which machine.")
+    _add_distill(command("distill", _distill, "Train a sparse adapter of MODEL on reasoning traces."))
+    _add_eval(command("eval", _eval, "Measure accuracy on generated problems or a file of problems."))
+    merge = command("merge", _merge, "Write MODEL with an adapter merged into its weights, as a plain checkpoint.")
+    lora = command("export-lora", _export_lora, "Write an adapter as a standard LoRA for PEFT, vLLM or llama.cpp.")
+    for sub in (merge, lora):
+        _add_model(sub)
+        sub.add_argument("adapter", help="folder of a trained adapter")
+        sub.add_argument("-o", "--out", type=Path, required=True, help="folder to write")
+    demo = command("demo", _demo, "Distill six task families into a 135M student; accuracy before and after.")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write (default: runs/demo)")
+    _add_device(demo)
+    return parser
+
+
+def _add_model(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("model", help="hub id, local folder, or smollm2-135m (the student that installs from PyPI)")
+    sub.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    _add_device(sub)
+
+
+def _add_device(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
+
+
+def _add_distill(sub: argparse.ArgumentParser) -> None:
+    _add_model(sub)
+    sub.add_argument("traces", help="JSONL, JSON or Parquet file, or the hub id of a dataset")
+    sub.add_argument("-o", "--out", type=Path, required=True, help="folder of the run; an interrupted run resumes")
+    sub.add_argument("--density", type=float, help="trainable values / all parameters, at most (default: 0.003)")
+    sub.add_argument("--rank", type=int, help="rank of each delta (default: what fits)")
+    sub.add_argument("--support", type=int, help="columns of each delta (default: what fits)")
+    sub.add_argument("--placement", choices=["gradient", "factored", "activation", "random"], help="default: gradient")
+    sub.add_argument("--epochs", type=float, help="passes over the traces (default: 1)")
+    sub.add_argument("--batch-size", type=int, help="traces per optimizer step (default: 8)")
+    sub.add_argument("--accumulation", type=int, help="batches per optimizer step (default: 1)")
+    sub.add_argument("--learning-rate", type=float, help="peak learning rate of AdamW")
+    sub.add_argument("--max-tokens", type=int, help="leave longer traces out, and list them (default: 4096)")
+    sub.add_argument("--save-steps", type=int, help="steps between checkpoints (default: 50)")
+
+
+def _add_eval(sub: argparse.ArgumentParser) -> None:
+    _add_model(sub)
+    sub.add_argument(
+        "--task", action="append", required=True, help="a reasoning-gym generator, or a .jsonl file; repeat"
+    )
+    sub.add_argument("--adapter", help="folder of a trained adapter to attach")
+    sub.add_argument("-n", type=int, default=50, help="problems per task (default: 50)")
+    sub.add_argument("--max-new-tokens", type=int, default=512, help="tokens per completion, at most (default: 512)")
+    sub.add_argument("--batch-size", type=int, default=32, help="completions at a time (default: 32)")
+    sub.add_argument("-o", "--out", type=Path, help="file to write every completion to (JSONL)")
+
+
+def _info(args: argparse.Namespace) -> int:
+    import torch
+
+    import rbfast
+    from rbfast import ops
+
+    facts = {
+        "rbfast": rbfast.__version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpu_isa": ops.cpu_isa(),
+        "ops": ops.implementations(),
+    }
+    lines = [f"{name}: {value}" for name, value in facts.items() if name != "ops"]
+    lines += [f"  {name}: {implementation}" for name, implementation in ops.implementations().items()]
+    if facts["cpu_isa"] is None:
+        lines.append("The native CPU ops are not built: reinstall with a C++ compiler on the PATH for full speed.")
+    return _print(args, facts, "\n".join(lines))
+
+
+def _distill(args: argparse.Namespace) -> int:
+    from rbfast.report import plot_losses
+    from rbfast.run import DistillConfig, distill
+    from rbfast.trace import read_traces
+
+    given = {
+        name: getattr(args, name)
+        for name in DistillConfig.__dataclass_fields__
+        if getattr(args, name, None) is not None
+    }
+    config = replace(DistillConfig(), **given)
+    traces = read_traces(args.traces)
+    model, tokenizer = _load(args)
+    run = distill(model, tokenizer, traces, args.out, config, quiet=args.json)
+    plot_losses(run.log_history, args.out / "losses.png")
+    last = {name: value for name, value in run.log_history[-1].items() if name.startswith("loss_")}
+    result = {
+        "out": str(args.out),
+        "trained": len(traces) - len(run.skipped),
+        "skipped": len(run.skipped),
+        "trainable_percent": run.adapter.trainable_percent,
+        "steps": len(run.log_history),
+        "seconds": run.seconds,
+        **last,
+    }
+    if run.skipped:
+        print(f"{len(run.skipped)} traces left out, see {args.out / 'skipped.jsonl'}", file=sys.stderr)
+    return _print(args, result, _lines(result))
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from rbfast.adapter import SparseAdapter
+    from rbfast.evaluate import evaluate, load_problems, summarize
+    from rbfast.files import write_text
+    from rbfast.progress import counting
+
+    problems = {task: load_problems(task, args.n, args.seed) for task in args.task}
+    model, tokenizer = _load(args)
+    if args.adapter:
+        SparseAdapter.from_pretrained(model, args.adapter)
+    results = {}
+    for task, asked in problems.items():
+        with counting(task, args.json) as progress:
+            results[task] = evaluate(
+                model,
+                tokenizer,
+                asked,
+                max_new_tokens=args.max_new_tokens,
+                batch_size=args.batch_size,
+                progress=progress,
+            )
+    if args.out:
+        records = [result.to_dict() for task in results.values() for result in task]
+        write_text(args.out, "".join(json.dumps(record) + "\n" for record in records))
+    summary = {task: summarize(found) for task, found in results.items()}
+    text = "\n".join(
+        f"{task}: {100 * s['accuracy']:.1f}% ({100 * s['ci_low']:.1f} .. {100 * s['ci_high']:.1f}), n={s['n']}, "
+        f"{100 * s['truncated']:.0f}% cut at the limit"
+        for task, s in summary.items()
+    )
+    return _print(args, summary, text)
+
+
+def _merge(args: argparse.Namespace) -> int:
+    model, tokenizer = _load(args)
+    _attach(model, args.adapter).merge()
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    return _print(args, {"out": str(args.out)}, f"wrote {args.out}")
+
+
+def _export_lora(args: argparse.Namespace) -> int:
+    model, _ = _load(args)
+    _attach(model, args.adapter).export_lora(args.out)
+    return _print(args, {"out": str(args.out)}, f"wrote {args.out}")
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from rbfast.demo import print_summary, run_demo
+
+    summary = run_demo(args.out, _device(args), args.seed, quiet=args.json)
+    if args.json:
+        return _print(args, summary, "")
+    print_summary(summary, Console())
+    print(f"see {args.out}: summary.json, the adapter, losses.png, placement.png, accuracy.png")
+    return 0
+
+
+def _device(args: argparse.Namespace) -> str:
+    import torch
+
+    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, Any]:
+    import torch
+
+    from rbfast.models import load_student
+
+    model, tokenizer = load_student(args.model, getattr(torch, args.dtype))
+    return model.to(_device(args)), tokenizer
+
+
+def _attach(model: Any, directory: str) -> Any:
+    from rbfast.adapter import SparseAdapter
+
+    return SparseAdapter.from_pretrained(model, directory)
+
+
+def _lines(result: dict[str, Any]) -> str:
+    return "\n".join(
+        f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}" for name, value in result.items()
+    )
+
+
+def _print(args: argparse.Namespace, result: dict[str, Any], text: str) -> int:
+    print(json.dumps(result) if args.json else text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""Progress on stderr, so that stdout stays clean for results."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+def bar(title: str, quiet: bool = False) -> Progress:
+    """A bar with counts, elapsed and remaining time; a task's description follows them."""
+    return Progress(
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        console=Console(file=sys.stderr),
+        disable=quiet,
+    )
+
+
+@contextmanager
+def counting(title: str, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A bar driven by calls of (done, total)."""
+    with bar(title, quiet) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -1,0 +1,218 @@
+"""From traces to a trained adapter in one call: encode, place, train, save. An interrupted run resumes by itself.
+
+```python
+model, tokenizer = load_student("smollm2-135m")
+run = distill(model, tokenizer, read_traces("reason1k.jsonl"), "runs/first", DistillConfig(epochs=2))
+```
+
+The folder of a run holds `run.json` (what was asked, on which traces), the adapter, `log.json` (losses by role),
+`skipped.jsonl` (traces that did not fit, with the reason), and `checkpoints/` while it is under way.
+"""
+
+import json
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from rbfast.adapter import SparseAdapter
+from rbfast.files import write_text
+from rbfast.models import final_hidden
+from rbfast import placement
+from rbfast.progress import bar
+from rbfast.trace import Example, Trace, collate, encode_all
+from rbfast.trainer import DistillTrainer, Objective, last_checkpoint, role_counts, token_losses
+
+LOG = "log.json"
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """What a run depends on, besides the model and the traces.
+
+    Attributes:
+        density: trainable values / all parameters of the base, at most.
+        rank, support: the shape of each delta; None leaves the split of the budget to the adapter.
+        placement: "gradient", "factored", "activation" (scores from `placement_traces` traces) or "random" (control).
+        batch_size: traces per optimizer step and process.
+        max_tokens: longer traces are left out and listed, never cut.
+    """
+
+    density: float = 0.003
+    rank: int | None = None
+    support: int | None = None
+    placement: str = "gradient"
+    placement_traces: int = 64
+    epochs: float = 1.0
+    batch_size: int = 8
+    accumulation: int = 1
+    learning_rate: float = 2e-3
+    warmup: float = 0.05
+    max_tokens: int = 4096
+    save_steps: int = 50
+    seed: int = 0
+    objective: Objective = field(default_factory=Objective)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: the attached adapter, the losses by step, the traces left out with the reason, the time spent."""
+
+    adapter: SparseAdapter
+    log_history: list[dict[str, float]]
+    skipped: list[tuple[Trace, str]]
+    seconds: float
+
+
+def distill(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    traces: Sequence[Trace],
+    out: str | Path,
+    config: DistillConfig = DistillConfig(),
+    quiet: bool = False,
+) -> Run:
+    """Trains an adapter of `model` on `traces` and saves it in `out`; the model is left with the adapter attached.
+
+    Called again with the same arguments it goes on from the last checkpoint, or loads what a finished run left.
+
+    Raises:
+        ValueError: no trace fits `max_tokens`, or `out` holds a run with other settings, model or traces.
+    """
+    out, start = Path(out), time.monotonic()
+    examples, skipped = encode_all(traces, tokenizer, max_tokens=config.max_tokens)
+    if not examples:
+        raise ValueError(f"none of the {len(traces)} traces can be trained on{_first_reason(skipped)}")
+    _claim(out, model, traces, config)
+    if (out / LOG).exists():
+        adapter, history = SparseAdapter.from_pretrained(model, out), json.loads((out / LOG).read_text())
+        return Run(adapter, history, skipped, time.monotonic() - start)
+    checkpoint = last_checkpoint(out / "checkpoints")
+    adapter = (
+        _place(model, examples, config) if checkpoint is None else SparseAdapter.from_pretrained(model, checkpoint)
+    )
+    trainer = DistillTrainer(
+        model, adapter, _arguments(out, model, config), examples, objective=config.objective, callbacks=[_Bar(quiet)]
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    adapter.save_pretrained(out)
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    write_text(out / "skipped.jsonl", "".join(json.dumps(t.to_dict() | {"reason": why}) + "\n" for t, why in skipped))
+    write_text(out / LOG, json.dumps(history, indent=1))  # last: its presence says that the run is finished
+    shutil.rmtree(out / "checkpoints")
+    return Run(adapter, history, skipped, time.monotonic() - start)
+
+
+def trace_loss(model: PreTrainedModel, examples: Sequence[Example], batch_size: int = 8) -> dict[str, float]:
+    """Mean cross-entropy per token of encoded traces, in nats: over each role, and over all tokens as `mean`."""
+    objective, sums, counts = Objective(), torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
+    with torch.no_grad():
+        for start in range(0, len(examples), batch_size):
+            batch = {name: x.to(model.device) for name, x in collate(examples[start : start + batch_size]).items()}
+            hidden = final_hidden(model, batch["input_ids"], batch["position_ids"])
+            ce = token_losses(model, hidden, batch, torch.ones(3), objective).ce.double().cpu()
+            roles = batch["roles"].view(-1).cpu()
+            sums += torch.stack([ce[roles == role].sum() for role in range(3)])
+            counts += role_counts(batch).cpu()
+    losses = {name: (sums[i] / counts[i]).item() for i, name in enumerate(("strategic", "tactical", "answer"))}
+    return losses | {"mean": (sums.sum() / counts.sum()).item()}
+
+
+def placement_scores(model: PreTrainedModel, examples: Sequence[Example], config: DistillConfig) -> "placement.Scores":
+    """Where the gradient of the objective is, measured on a seeded sample of the traces."""
+    chosen = random.Random(config.seed).sample(range(len(examples)), min(config.placement_traces, len(examples)))
+    batches = [
+        collate([examples[i] for i in chosen[start : start + config.batch_size]])
+        for start in range(0, len(chosen), config.batch_size)
+    ]
+
+    def loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+        batch = {name: x.to(model.device) for name, x in batch.items()}
+        weights = config.objective.weights(0.0).to(model.device) / role_counts(batch).clamp(min=1)
+        hidden = final_hidden(model, batch["input_ids"], batch["position_ids"])
+        return token_losses(model, hidden, batch, weights, config.objective).loss
+
+    return placement.score(model, batches, loss, method=config.placement, seed=config.seed)
+
+
+def _place(model: PreTrainedModel, examples: Sequence[Example], config: DistillConfig) -> SparseAdapter:
+    start = "random" if config.placement == "random" else placement_scores(model, examples, config)
+    return SparseAdapter.attach(
+        model, config.density, support=config.support, rank=config.rank, placement=start, seed=config.seed
+    )
+
+
+def _arguments(out: Path, model: PreTrainedModel, config: DistillConfig) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(out / "checkpoints"),
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.learning_rate,
+        warmup_steps=config.warmup,
+        lr_scheduler_type="linear",
+        weight_decay=0.0,
+        logging_steps=1,
+        save_steps=config.save_steps,
+        save_total_limit=2,
+        seed=config.seed,
+        use_cpu=model.device.type == "cpu",
+        report_to="none",
+        dataloader_pin_memory=False,
+    )
+
+
+def _claim(out: Path, model: PreTrainedModel, traces: Sequence[Trace], config: DistillConfig) -> None:
+    """Writes run.json, or checks that the one there asks for the same run."""
+    digest = blake2b("\n".join(json.dumps(t.to_dict(), sort_keys=True) for t in traces).encode(), digest_size=16)
+    asked: dict[str, Any] = asdict(config) | {
+        "base_model": model.config.name_or_path,
+        "traces": len(traces),
+        "traces_digest": digest.hexdigest(),
+    }
+    path = out / "run.json"
+    if path.exists():
+        held = json.loads(path.read_text())
+        differing = [name for name in asked if held.get(name) != asked[name]]
+        if differing:
+            name = differing[0]
+            raise ValueError(
+                f"{out} holds another run: its {name} is {held.get(name)!r}, now {asked[name]!r}; "
+                "choose another output folder or remove that one"
+            )
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(asked, indent=1))
+
+
+def _first_reason(skipped: Sequence[tuple[Trace, str]]) -> str:
+    return f"; the first: {skipped[0][1]}" if skipped else ""
+
+
+class _Bar(TrainerCallback):
+    """A progress bar on stderr, with the loss of each role."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.bar = bar("training", quiet)
+
+    def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
+        self.bar.start()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
+        losses = [f"{name[5:]} {value:.3f}" for name, value in (logs or {}).items() if name.startswith("loss_")]
+        self.bar.update(self.task, completed=state.global_step, description="  ".join(losses))
+
+    def on_train_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        self.bar.stop()

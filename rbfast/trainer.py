@@ -1,0 +1,213 @@
+"""A minimal trainer: transformers.Trainer with the hierarchical objective, an adapter, and padding-free batches.
+
+    trainer = DistillTrainer(model, adapter, args, train_dataset=examples)   # examples: trace.encode_all(...)
+    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+
+The objective is L = l_S mean_S + l_T mean_T + l_A mean_A over strategic, tactical and answer tokens, with denominators
+that are global over the accumulated batch and over all processes. The forward stops at the last hidden state: full
+logits never exist (see `rbfast.loss`).
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from rbfast.adapter import SparseAdapter
+from rbfast.loss import DistillLoss, LossOutput, TopK
+from rbfast.models import final_hidden, head_of
+from rbfast.trace import IGNORE, ROLES, Example, collate
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How the layers of a trace weigh, and what a teacher's log-probs are worth where a token has them.
+
+    The strategic weight is annealed linearly, from abstraction to implementation: by the end of training the share
+    `anneal` of it has moved to the tactical weight. Rows with log-probs lose `ce_share * CE + (1 - ce_share) * D`.
+    """
+
+    strategic: float = 0.4
+    tactical: float = 0.5
+    answer: float = 0.1
+    anneal: float = 0.5
+    strategic_temperature: float = 1.0
+    tactical_temperature: float = 1.0
+    answer_temperature: float = 1.0
+    ce_share: float = 0.5
+    beta: float = 0.0
+
+    def __post_init__(self) -> None:
+        weights = (self.strategic, self.tactical, self.answer)
+        if min(weights) < 0 or sum(weights) <= 0:
+            raise ValueError(f"role weights must be >= 0 and not all 0, got {weights}")
+        for name in ("anneal", "ce_share", "beta"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+
+    def weights(self, progress: float) -> Tensor:
+        """The weights of ROLES [3] when the share `progress` of training is done."""
+        moved = self.anneal * progress * self.strategic
+        return torch.tensor([self.strategic - moved, self.tactical + moved, self.answer])
+
+    def temperatures(self) -> Tensor:
+        return torch.tensor([self.strategic_temperature, self.tactical_temperature, self.answer_temperature])
+
+
+class Student(nn.Module):
+    """Base model and adapter as one module, so that optimizers, clipping and DDP find exactly what trains."""
+
+    accepts_loss_kwargs = True  # our loss divides by counts that already span the accumulated batch
+
+    def __init__(self, model: PreTrainedModel, adapter: SparseAdapter) -> None:
+        super().__init__()
+        self.model, self.adapter, self.config = model, adapter, model.config
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Last hidden states [T, H] of a packed row [1, T]."""
+        return final_hidden(self.model, input_ids, position_ids)
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        self.model.gradient_checkpointing_enable(**kwargs)
+
+
+def role_counts(batch: dict[str, Tensor]) -> Tensor:
+    """Supervised tokens per role, [3] int64."""
+    roles = batch["roles"][batch["labels"] != IGNORE]
+    return torch.bincount(roles, minlength=len(ROLES))
+
+
+def token_losses(
+    model: PreTrainedModel,
+    hidden: Tensor,
+    batch: dict[str, Tensor],
+    role_weights: Tensor,
+    objective: Objective,
+) -> LossOutput:
+    """The summed loss of a packed batch whose tokens weigh `role_weights[role]`, and each token's CE and divergence."""
+    labels, roles = batch["labels"].view(-1), batch["roles"].view(-1).clamp(min=0)
+    weight = role_weights.to(hidden.device, torch.float32)[roles]
+    temperature = objective.temperatures().to(hidden.device)[roles]
+    head = head_of(model)
+    teacher, ce_weight = None, weight
+    if "teacher_rows" in batch:
+        rows = batch["teacher_rows"]
+        teacher = TopK(batch["teacher_ids"], batch["teacher_logprobs"], rows)
+        share = torch.ones_like(weight).index_fill_(0, rows, objective.ce_share)
+        weight, ce_weight = weight * (1 - share), weight * share
+    loss_fn = DistillLoss(
+        beta=objective.beta, reduction="sum", softcap=head.softcap, logit_scale=head.logit_scale, ignore_index=IGNORE
+    )
+    return loss_fn(
+        hidden,
+        head.weight,
+        labels,
+        teacher=teacher,
+        weight=weight,
+        ce_weight=ce_weight,
+        temperature=temperature,
+        head_bias=head.bias,
+    )
+
+
+class DistillTrainer(Trainer):
+    """Trains the adapter of a frozen model on encoded traces; logs the loss of each role; checkpoints are atomic."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        adapter: SparseAdapter,
+        args: TrainingArguments,
+        train_dataset: Sequence[Example],
+        eval_dataset: Sequence[Example] | None = None,
+        objective: Objective | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args.remove_unused_columns = False
+        args.label_names = ["labels"]
+        self.objective = objective or Objective()
+        self._role_sums = torch.zeros(
+            2, len(ROLES), dtype=torch.float64
+        )  # summed CE and token counts since the last log
+        super().__init__(
+            model=Student(model, adapter),
+            args=args,
+            data_collator=collate,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            **kwargs,
+        )
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        """Supervised tokens per role [3], over the accumulated batch and all processes."""
+        counts = sum((role_counts(batch) for batch in batch_samples), torch.zeros(len(ROLES), dtype=torch.int64))
+        return self.accelerator.reduce(counts.to(device), "sum")
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[override]
+        counts = role_counts(inputs) if num_items_in_batch is None else num_items_in_batch
+        progress = self.state.global_step / max(self.state.max_steps, 1)
+        weights = self.objective.weights(progress).to(counts.device) / counts.clamp(min=1)
+        hidden = model(inputs["input_ids"], inputs["position_ids"])
+        out = token_losses(self.accelerator.unwrap_model(model).model, hidden, inputs, weights, self.objective)
+        if model.training:
+            self._count_roles(inputs, out.ce)
+        # DDP averages gradients over processes, while the denominators already span them.
+        loss = out.loss * self.accelerator.num_processes if model.training else out.loss
+        return (loss, out) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):  # type: ignore[override]
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def _count_roles(self, inputs: dict[str, Tensor], ce: Tensor) -> None:
+        kept = inputs["labels"].view(-1) != IGNORE
+        roles = inputs["roles"].view(-1)[kept].cpu()
+        values = torch.stack([ce[kept].double().cpu(), torch.ones(len(roles), dtype=torch.float64)])
+        self._role_sums.index_add_(1, roles, values)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            sums, counts = self._role_sums
+            logs |= {f"loss_{role}": (sums[i] / counts[i]).item() for i, role in enumerate(ROLES) if counts[i]}
+            self._role_sums.zero_()
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        self.model.adapter.save_pretrained(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.model.adapter.load(resume_from_checkpoint)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes the whole checkpoint under another name, then renames it: a cut run leaves no half checkpoint."""
+        final = Path(self.args.output_dir)
+        self.args.output_dir = str(final / "unfinished")
+        try:
+            if self.args.should_save:
+                shutil.rmtree(self.args.output_dir, ignore_errors=True)
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                name = f"checkpoint-{self.state.global_step}"
+                shutil.rmtree(final / name, ignore_errors=True)
+                os.replace(final / "unfinished" / name, final / name)
+                self._drop_old_checkpoints(final)
+        finally:
+            self.args.output_dir = str(final)
+
+    def _drop_old_checkpoints(self, folder: Path) -> None:
+        limit = self.args.save_total_limit
+        steps = sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+        for step in steps[:-limit] if limit else []:
+            shutil.rmtree(folder / f"checkpoint-{step}")
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest whole checkpoint in a folder, or None: for `trainer.train(resume_from_checkpoint=...)`."""
+    return get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None
