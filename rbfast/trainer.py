@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from rbfast.adapter import SparseAdapter
+from rbfast.columns import read_adapter
 from rbfast.loss import DistillLoss, LossOutput, TopK
 from rbfast.models import final_hidden, head_of
 from rbfast.trace import IGNORE, ROLES, Example, collate
@@ -183,7 +184,19 @@ class DistillTrainer(Trainer):
         self.model.adapter.save_pretrained(output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.model.adapter.load(resume_from_checkpoint)
+        _, saved = read_adapter(resume_from_checkpoint)
+        sites = self.model.adapter.sites()
+        for name, site in sites.items():
+            if name not in saved or not torch.equal(saved[name].cols, site.cols.cpu()):
+                raise ValueError(
+                    f"{resume_from_checkpoint} does not hold the adapter that is attached: {name} has other columns; "
+                    "attach it with SparseAdapter.from_pretrained(model, checkpoint) before resuming"
+                )
+        with torch.no_grad():
+            for name, site in sites.items():
+                site.A.copy_(saved[name].A)
+                site.B.copy_(saved[name].B)
+        self.model.adapter.fold()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes the whole checkpoint under another name, then renames it: a cut run leaves no half checkpoint."""
