@@ -5,6 +5,8 @@ that is half of a training step. Given the borders of the examples, each is atte
 what transformers calls "sdpa", so a model may keep it for good.
 """
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -64,7 +66,7 @@ def _attend(
 
 
 def _pairs(cuts: list[int] | None) -> list[tuple[int, int]]:
-    return list(zip(cuts[:-1], cuts[1:], strict=True)) if cuts else []
+    return list(itertools.pairwise(cuts)) if cuts else []
 
 
 AttentionInterface.register(NAME, _attend)

@@ -24,15 +24,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from rbfast import placement
 from rbfast.adapter import SparseAdapter
 from rbfast.files import write_text
 from rbfast.models import final_hidden
-from rbfast import placement
 from rbfast.progress import bar
 from rbfast.trace import Example, Trace, collate, encode_all
 from rbfast.trainer import DistillTrainer, Objective, last_checkpoint, role_counts, token_losses
 
-LOG = "log.json"
+RUN, LOG = "run.json", "log.json"
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ def distill(
     examples, skipped = encode_all(traces, tokenizer, max_tokens=config.max_tokens)
     if not examples:
         raise ValueError(f"none of the {len(traces)} traces can be trained on{_first_reason(skipped)}")
-    _claim(out, model, traces, config)
+    asked = _asked(model, traces, config)
+    _check_same_run(out / RUN, asked)
     if (out / LOG).exists():
         adapter, history = SparseAdapter.from_pretrained(model, out), json.loads((out / LOG).read_text())
         return Run(adapter, history, skipped, time.monotonic() - start)
@@ -100,6 +101,7 @@ def distill(
     adapter = (
         _place(model, examples, config) if checkpoint is None else SparseAdapter.from_pretrained(model, checkpoint)
     )
+    write_text(out / RUN, json.dumps(asked, indent=1))
     trainer = DistillTrainer(
         model, adapter, _arguments(out, model, config), examples, objective=config.objective, callbacks=[_Bar(quiet)]
     )
@@ -173,27 +175,25 @@ def _arguments(out: Path, model: PreTrainedModel, config: DistillConfig) -> Trai
     )
 
 
-def _claim(out: Path, model: PreTrainedModel, traces: Sequence[Trace], config: DistillConfig) -> None:
-    """Writes run.json, or checks that the one there asks for the same run."""
-    digest = blake2b("\n".join(json.dumps(t.to_dict(), sort_keys=True) for t in traces).encode(), digest_size=16)
-    asked: dict[str, Any] = asdict(config) | {
+def _asked(model: PreTrainedModel, traces: Sequence[Trace], config: DistillConfig) -> dict[str, Any]:
+    """What a run was asked to do, for run.json."""
+    lines = "\n".join(json.dumps(trace.to_dict(), sort_keys=True) for trace in traces)
+    return asdict(config) | {
         "base_model": model.config.name_or_path,
         "traces": len(traces),
-        "traces_digest": digest.hexdigest(),
+        "traces_digest": blake2b(lines.encode(), digest_size=16).hexdigest(),
     }
-    path = out / "run.json"
-    if path.exists():
-        held = json.loads(path.read_text())
-        differing = [name for name in asked if held.get(name) != asked[name]]
-        if differing:
-            name = differing[0]
+
+
+def _check_same_run(path: Path, asked: dict[str, Any]) -> None:
+    """A folder that holds a run is only ever continued with what that run was asked to do."""
+    held = json.loads(path.read_text()) if path.exists() else asked
+    for name, value in asked.items():
+        if held.get(name) != value:
             raise ValueError(
-                f"{out} holds another run: its {name} is {held.get(name)!r}, now {asked[name]!r}; "
+                f"{path.parent} holds another run: its {name} is {held.get(name)!r}, now {value!r}; "
                 "choose another output folder or remove that one"
             )
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(asked, indent=1))
 
 
 def _first_reason(skipped: Sequence[tuple[Trace, str]]) -> str:

@@ -1,0 +1,138 @@
+"""The command line as a person would use it, on a tiny random model saved to disk."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from rbfast.cli import main
+from rbfast.trace import Trace, write_traces
+
+
+@pytest.fixture(scope="module")
+def model_folder(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tiny")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def traces(tmp_path: Path) -> str:
+    path = tmp_path / "traces.jsonl"
+    write_traces(
+        path,
+        [
+            Trace(
+                problem=f"What is {n} + 1?", plan="Count on by one.", reasoning=f"{n} + 1 = {n + 1}", answer=str(n + 1)
+            )
+            for n in range(12)
+        ],
+    )
+    return str(path)
+
+
+def call(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = main(argv)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_info_names_an_implementation_for_every_op(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "info", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert all(how.startswith(("native", "reference")) for how in facts["ops"].values())
+    assert "column_grad" in facts["ops"]
+    assert call(capsys, "info")[1].count("\n") > len(facts["ops"])
+
+
+def test_from_traces_to_a_merged_model_and_a_lora(
+    capsys: pytest.CaptureFixture[str], model_folder: str, traces: str, tmp_path: Path
+) -> None:
+    run = str(tmp_path / "run")
+    distill = ["distill", model_folder, traces, "-o", run, "--density", "0.01", "--dtype", "float32", "--json"]
+    code, out, _ = call(capsys, *distill)
+    result = json.loads(out)
+    assert code == 0
+    assert result["trained"] == 12
+    assert 0 < result["trainable_percent"] <= 1.0
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    again = json.loads(call(capsys, *distill)[1])
+    assert again["loss_tactical"] == result["loss_tactical"]
+
+    records = tmp_path / "completions.jsonl"
+    code, out, _ = call(
+        capsys, "eval", model_folder, "--adapter", run, "--task", "leg_counting", "-n", "2",
+        "--max-new-tokens", "4", "--json", "-o", str(records),
+    )  # fmt: skip
+    assert code == 0
+    assert json.loads(out)["leg_counting"]["n"] == 2
+    assert len(records.read_text().splitlines()) == 2
+
+    code, _, _ = call(capsys, "merge", model_folder, run, "-o", str(tmp_path / "merged"), "--dtype", "float32")
+    assert code == 0
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+    code, _, _ = call(capsys, "export-lora", model_folder, run, "-o", str(tmp_path / "lora"), "--dtype", "float32")
+    assert code == 0
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ('{"problem": "1+1?", "reasoning": "1+1=2"}', "answer"),
+        ('{"problem": "1+1?", ', "traces.jsonl:1"),
+        ("", "trace"),
+    ],
+)
+def test_bad_traces_are_named_with_exit_code_2(
+    capsys: pytest.CaptureFixture[str], model_folder: str, tmp_path: Path, content: str, complaint: str
+) -> None:
+    path = tmp_path / "traces.jsonl"
+    path.write_text(content)
+    code, out, err = call(capsys, "distill", model_folder, str(path), "-o", str(tmp_path / "run"))
+    assert code == 2
+    assert out == ""
+    assert complaint in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("density", ["0", "1e-9", "2"])
+def test_bad_densities(
+    capsys: pytest.CaptureFixture[str], model_folder: str, traces: str, tmp_path: Path, density: str
+) -> None:
+    code, _, err = call(capsys, "distill", model_folder, traces, "-o", str(tmp_path / "run"), "--density", density)
+    assert code == 2
+    assert "density" in err
+
+
+def test_a_folder_with_another_run_is_refused(
+    capsys: pytest.CaptureFixture[str], model_folder: str, traces: str, tmp_path: Path
+) -> None:
+    common = ["distill", model_folder, traces, "-o", str(tmp_path / "run"), "--density", "0.01", "--json"]
+    assert call(capsys, *common)[0] == 0
+    code, _, err = call(capsys, *common, "--epochs", "2")
+    assert code == 2
+    assert "epochs is 1.0, now 2.0" in err
+
+
+def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["distill", "--help"])
+    assert done.value.code == 0
+    assert "example: rbfast distill" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as done:
+        main(["distil"])
+    assert done.value.code == 2
