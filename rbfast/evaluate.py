@@ -145,7 +145,8 @@ def extract_answer(text: str) -> str | None:
     `#### ..`, `answer is ..` / `Answer: ..`.
     """
     tagged = [match.strip() for match in _TAG.findall(text)]
-    for found in (*reversed(tagged), _last_boxed(text)):
+    # A student that repeats the instruction writes "between <answer> and </answer>": that "and" is no answer.
+    for found in (*(tag for tag in reversed(tagged) if tag != "and"), _last_boxed(text)):
         if found:
             return found
     for pattern in (_HASHES, _PHRASE):
@@ -189,16 +190,19 @@ def readings(statement: str, answer: str) -> list[str]:
     """The ways a person would read one final statement, most literal first.
 
     As it stands; its first and its last line; what follows the last `=` or `:`; its last quoted, bold or maths part;
-    its list; and, where the expected answer is a number, the number a line opens with or the only number in it.
+    its list, as written and with every item quoted; and, where the expected answer is a number, the number a line opens
+    with or the only number in it, as written and without zeros after the point.
     """
     lines = [line for line in statement.splitlines() if line.strip()] or [statement]
     found = [statement, lines[0], lines[-1], re.split(r"[=:]\s", lines[-1])[-1], lines[-1].rpartition("=")[2]]
     found += [next(filter(None, match)) for match in _QUOTED.findall(statement)[-1:]]
-    found += _LIST.findall(statement)
+    for written in _LIST.findall(statement):
+        found += [written, str([item.strip(" '\"") for item in written[1:-1].split(",")])]
     if _number(answer) is not None:
         for line in (lines[0], lines[-1]):
             numbers = {number.rstrip(".,") for number in _NUMBER.findall(line)}
-            found += numbers if len(numbers) == 1 else _QUANTITY.findall(line)
+            for number in numbers if len(numbers) == 1 else _QUANTITY.findall(line):
+                found += [number, _canonical(number)]
     stripped = [re.sub(r"^[\s*_`$\"]+|[\s*_`$\".]+$", "", reading) for reading in found]
     return [reading for reading in dict.fromkeys((*found, *stripped)) if reading]
 
@@ -235,6 +239,11 @@ def _matches(answer: str) -> Callable[[str], float]:
         return float(reading.strip().casefold() == answer.strip().casefold())
 
     return score
+
+
+def _canonical(number: str) -> str:
+    value = _number(number)
+    return f"{value.normalize():f}" if value is not None and abs(value.adjusted()) < 30 else number
 
 
 def _number(text: str) -> Decimal | None:
@@ -352,4 +361,6 @@ def proportion(outcomes: Sequence[float]) -> Interval:
     weight = _Z95**2 / n
     centre = (share + weight / 2) / (1 + weight)
     spread = _Z95 * math.sqrt(share * (1 - share) / n + weight / (4 * n)) / (1 + weight)
-    return Interval(share, max(0.0, centre - spread), min(1.0, centre + spread))
+    # At no success, and at nothing but successes, the bound is the share itself but for rounding.
+    low = centre - spread if share > 0 else 0.0
+    return Interval(share, low, centre + spread if share < 1 else 1.0)

@@ -106,6 +106,7 @@ def test_malformed_lines_are_named(tmp_path, line, message):
         ("so <answer>4</answer>", "4"),
         ("<answer>3</answer> no: <answer> 4 </answer> done", "4"),
         ("I put it between <answer> and </answer>.\n<answer>12", "12"),
+        ("This goes between <answer> and </answer>. The answer is 30", "30"),
         ("<answer>7</answer> and then <answer></answer>", "7"),
         (r"thus \boxed{\frac{1}{2}} is it", r"\frac{1}{2}"),
         (r"\boxed{1}, or rather \boxed{x^{2}+\{3\}}", r"x^{2}+\{3\}"),
@@ -147,6 +148,8 @@ def test_tags_outrank_boxes_which_outrank_phrases():
         ("grandmother", "She is his mother, or his grandmother", 0.0),
         ("['1', '2']", "The new list is: ['1', '2']", 1.0),
         ("5", "", 0.0),
+        ("['1.5', '2']", "The new list is: [1.5, 2]", 1.0),
+        ("['1.5', '2']", "The new list is: [2, 1.5]", 0.0),
         ("1e9", "<answer>1000000000</answer>", 1.0),
     ],
 )
@@ -188,6 +191,13 @@ def test_the_tasks_own_verifier_decides():
     middle = problem.answer[len(half) : len(problem.answer) - len(half)]
     other = half[::-1] + middle + half
     assert other != problem.answer and grade(problem, f"<answer>{other}</answer>") == 1.0
+
+
+def test_a_number_with_zeros_after_the_point_is_the_number():
+    pytest.importorskip("reasoning_gym")
+    problem = load_problems("simple_geometry", 1, seed=0)[0]
+    assert grade(problem, f"So the answer is {problem.answer}.0°.") == 1.0
+    assert grade(problem, f"So the answer is {problem.answer}.5°.") < 1.0
 
 
 def test_noise_is_wrong_but_never_an_error():
@@ -291,6 +301,7 @@ def test_proportion_is_wilsons():
     interval = proportion([1.0] * 3 + [0.0] * 37)
     assert (interval.mean, interval.low, interval.high) == pytest.approx((0.075, 0.02585, 0.19864), abs=5e-5)
     assert proportion([0.0]).high == pytest.approx(0.7935, abs=1e-4) and proportion([0.0]).low == 0.0
+    assert proportion([1.0] * 7).high == 1.0 and proportion([0.0] * 24).low == 0.0
 
 
 def test_differences_need_matching_scores():
