@@ -14,8 +14,7 @@
 namespace rbfast {
 namespace {
 
-// ---- checks
-// ----------------------------------------------------------------------------------------------------------
+// ---- checks ----
 
 void expect_matrix(const char* op, const char* name, const Tensor& x, int64_t rows, int64_t cols) {
   expect(x.dim() == 2, op, ": ", name, " must have 2 dimensions, got ", x.dim());
@@ -56,8 +55,16 @@ Tensor checked_columns(const char* op, const Tensor& cols, int64_t width) {
   return dense;
 }
 
-// ---- memory
-// ----------------------------------------------------------------------------------------------------------
+// Where each column starts in a row of x, in elements.
+Tensor checked_offsets(const char* op, const Tensor& cols, const Tensor& x) {
+  const Tensor index = checked_columns(op, cols, x.size(1)), offsets = torch::stable::new_empty(cols, {cols.size(0)});
+  const int64_t* column = data<int64_t>(index);
+  const int64_t stride = x.stride(1);
+  std::transform(column, column + cols.size(0), mutable_data<int64_t>(offsets), [=](int64_t c) { return c * stride; });
+  return offsets;
+}
+
+// ---- memory ----
 
 // x itself where its rows are dense, else a copy.
 Tensor dense_rows(const Tensor& x) { return x.stride(1) == 1 || x.size(1) < 2 ? x : torch::stable::contiguous(x); }
@@ -86,8 +93,7 @@ Tensor transposed(const Tensor& B) {
   return result;
 }
 
-// ---- threads
-// ---------------------------------------------------------------------------------------------------------
+// ---- threads ----
 
 constexpr int64_t kBlock = 32;  // tokens that stay in the cache while they are read more than once
 
@@ -111,8 +117,7 @@ void project(Isa isa, const Tensor& x, int64_t first, int64_t tokens, int64_t k,
   for (int64_t i = 0; i < tokens * k; ++i) dot[i] *= scale;
 }
 
-// ---- ops
-// -------------------------------------------------------------------------------------------------------------
+// ---- ops ----
 
 Tensor column_gather(const Tensor& x, const Tensor& cols) {
   const char* op = "column_gather";
@@ -217,8 +222,8 @@ void column_scatter_(Tensor dx, const Tensor& dy, const Tensor& cols, const Tens
   expect_matrix(op, "dy", dy, dx.size(0), -1);
   expect_delta(op, A, B, cols.numel(), dy.size(1));
   expect_writable(op, "dx", dx);
-  const Tensor index = checked_columns(op, cols, dx.size(1));
-  const int64_t tokens = dx.size(0), s = index.size(0), k = A.size(0), row = dx.stride(0);
+  const Tensor offsets = checked_offsets(op, cols, dx);
+  const int64_t tokens = dx.size(0), s = offsets.size(0), k = A.size(0), row = dx.stride(0);
   const Tensor y = dense_rows(dy), a = torch::stable::contiguous(A), bt = transposed(B), hidden = floats(dx, tokens, k);
   const Isa isa = active_isa();
   for_each_type(dx.scalar_type(), [&](auto dx_type) {
@@ -227,8 +232,8 @@ void column_scatter_(Tensor dx, const Tensor& dy, const Tensor& cols, const Tens
       parallel_blocks(tokens, kBlock, dy.size(1) + s, [&](int64_t t, int64_t n) {
         float* dh = mutable_data<float>(hidden) + t * k;
         project<decltype(dy_type)>(isa, y, t, n, k, data<float>(bt), static_cast<float>(scale), dh);
-        RBFAST_CALL(isa, column_scatter, mutable_data<X>(dx) + t * row, row, dx.stride(1), n, data<int64_t>(index), s,
-                    k, dh, data<float>(a));
+        RBFAST_CALL(isa, column_update, mutable_data<X>(dx) + t * row, row, data<int64_t>(offsets), n, s,
+                    static_cast<const X*>(nullptr), 0, k, dh, data<float>(a));
       });
     });
   });
@@ -244,15 +249,15 @@ void column_fold_(Tensor weight, const Tensor& base_columns, const Tensor& cols,
          torch::headeronly::toString(base_columns.scalar_type()));
   expect_delta(op, A, B, cols.numel(), weight.size(0));
   expect_writable(op, "weight", weight);
-  const Tensor index = checked_columns(op, cols, weight.size(1)), base = dense_rows(base_columns);
+  const Tensor offsets = checked_offsets(op, cols, weight), base = dense_rows(base_columns);
   const Tensor a = torch::stable::contiguous(A), b = scaled(B, static_cast<float>(scale));
-  const int64_t s = index.size(0), k = A.size(0), row = weight.stride(0), ld = base.stride(0);
+  const int64_t s = offsets.size(0), k = A.size(0), row = weight.stride(0), ld = base.stride(0);
   const Isa isa = active_isa();
   for_each_type(weight.scalar_type(), [&](auto type) {
     using T = decltype(type);
     parallel_blocks(weight.size(0), kBlock, s, [&](int64_t o, int64_t n) {
-      RBFAST_CALL(isa, column_fold, mutable_data<T>(weight) + o * row, row, weight.stride(1), data<T>(base) + o * ld,
-                  ld, n, data<int64_t>(index), s, k, data<float>(b) + o * k, data<float>(a));
+      RBFAST_CALL(isa, column_update, mutable_data<T>(weight) + o * row, row, data<int64_t>(offsets), n, s,
+                  data<T>(base) + o * ld, ld, k, data<float>(b) + o * k, data<float>(a));
     });
   });
 }

@@ -8,24 +8,22 @@
 
 #include "cpu/lanes.h"
 
-#define RBFAST_COLUMN_KERNELS_FOR(T)                                                                                 \
-  /* xs[t, j] = x[t, cols[j]] */                                                                                     \
-  void column_gather(const T* x, int64_t ld, int64_t tokens, const int32_t* cols, int64_t s, T* xs);                 \
-  /* dot[t, i] += sum_v x[t, v] m[i, v], with dot [T, k] and m [k, n] */                                             \
-  void column_dot(const T* x, int64_t ld, int64_t tokens, int64_t n, int64_t k, const float* m, float* dot);         \
-  /* acc[i, v] += sum_t w[t, i] x[t, v], with w [T, k] and acc [k, n] */                                             \
-  void column_outer(const T* x, int64_t ld, int64_t tokens, int64_t n, int64_t k, const float* w, float* acc);       \
-  /* both of the above in one pass over x */                                                                         \
-  void column_dot_outer(const T* x, int64_t ld, int64_t tokens, int64_t n, int64_t k, const float* m, float* dot,    \
-                        const float* w, float* acc);                                                                 \
-  /* y[t, v] += sum_i w[t, i] m[i, v], with w [T, k] and m [k, n] */                                                 \
-  void column_add(T* y, int64_t ld, int64_t tokens, int64_t n, int64_t k, const float* w, const float* m);           \
-  /* dx[t, cols[j]] += sum_i w[t, i] m[i, j], with dx strided by (row, col), w [T, k] and m [k, s] */                \
-  void column_scatter(T* dx, int64_t row, int64_t col, int64_t tokens, const int64_t* cols, int64_t s, int64_t k,    \
-                      const float* w, const float* m);                                                               \
-  /* weight[o, cols[j]] = base[o, j] + sum_i b[o, i] a[i, j], with weight strided by (row, col), b [out, k] */       \
-  void column_fold(T* weight, int64_t row, int64_t col, const T* base, int64_t ld, int64_t out, const int64_t* cols, \
-                   int64_t s, int64_t k, const float* b, const float* a);
+#define RBFAST_COLUMN_KERNELS_FOR(T)                                                                                   \
+  /* xs[t, j] = x[t, cols[j]] */                                                                                       \
+  void column_gather(const T* x, int64_t ld, int64_t tokens, const int32_t* cols, int64_t s, T* xs);                   \
+  /* dot[t, i] += sum_v x[t, v] m[i, v], with dot [T, k] and m [k, n] */                                               \
+  void column_dot(const T* x, int64_t ld, int64_t tokens, int64_t n, int64_t k, const float* m, float* dot);           \
+  /* acc[i, v] += sum_t w[t, i] x[t, v], with w [T, k] and acc [k, n] */                                               \
+  void column_outer(const T* x, int64_t ld, int64_t tokens, int64_t n, int64_t k, const float* w, float* acc);         \
+  /* both of the above in one pass over x */                                                                           \
+  void column_dot_outer(const T* x, int64_t ld, int64_t tokens, int64_t n, int64_t k, const float* m, float* dot,      \
+                        const float* w, float* acc);                                                                   \
+  /* y[t, v] += sum_i w[t, i] m[i, v], with w [T, k] and m [k, n] */                                                   \
+  void column_add(T* y, int64_t ld, int64_t tokens, int64_t n, int64_t k, const float* w, const float* m);             \
+  /* target[r, offset[j]] = base[r, j] + sum_i w[r, i] m[i, j], with w [rows, k], m [k, s] and offsets in elements; */ \
+  /* without a base it adds to what is there */                                                                        \
+  void column_update(T* target, int64_t row, const int64_t* offset, int64_t rows, int64_t s, const T* base,            \
+                     int64_t ld, int64_t k, const float* w, const float* m);
 
 #define RBFAST_COLUMN_KERNELS(ISA) \
   namespace ISA {                  \

@@ -26,6 +26,14 @@ inline void store_at(T* row, int64_t v, int64_t valid, Lanes value) {
   valid >= kLanes ? store_lanes(row + v, value) : store_lanes(row + v, value, static_cast<int>(valid));
 }
 
+// Calls f(v, valid) for every vector of a row of n values; valid is below kLanes at the last one alone.
+template <typename F>
+inline void for_lanes(int64_t n, const F& f) {
+  int64_t v = 0;
+  for (; v + kLanes <= n; v += kLanes) f(v, kLanes);
+  if (v < n) f(v, n - v);
+}
+
 // One pass over x [tokens, n]: dot [tokens, k] += x m^T and/or acc [k, n] += w^T x; m and acc have row stride n_all.
 template <typename T>
 struct Sweep {
@@ -49,7 +57,7 @@ inline void sweep_tile(const Sweep<T>& s, int64_t t, int64_t i) {
   const T* x = s.x + t * s.ld;
   const float* m = kDot ? s.m + i * s.n_all : nullptr;
   float* acc = kOuter ? s.acc + i * s.n_all : nullptr;
-  const auto step = [&](int64_t v, int64_t valid) __attribute__((always_inline)) {
+  for_lanes(s.n, [&](int64_t v, int64_t valid) __attribute__((always_inline)) {
     Lanes value[kTokens];
     RBFAST_UNROLL
     for (int a = 0; a < kTokens; ++a) value[a] = load_at(x + a * s.ld, v, valid);
@@ -67,10 +75,7 @@ inline void sweep_tile(const Sweep<T>& s, int64_t t, int64_t i) {
         store_at(acc + b * s.n_all, v, valid, total);
       }
     }
-  };
-  int64_t v = 0;
-  for (; v + kLanes <= s.n; v += kLanes) step(v, kLanes);
-  if (v < s.n) step(v, s.n - v);
+  });
   if (kDot) {
     RBFAST_UNROLL
     for (int a = 0; a < kTokens; ++a) RBFAST_UNROLL
@@ -102,105 +107,77 @@ void sweep(const Sweep<T>& s) {
   }
 }
 
-// sum_i w[i] m[i, v], in order of i from zero, each product rounded before it is added: the same bits on every CPU.
-inline Lanes low_rank(const float* w, const float* m, int64_t n, int64_t k, int64_t v, int64_t valid) {
-  Lanes total = {};
-  for (int64_t i = 0; i < k; ++i) total = total + splat(w[i]) * load_at(m + i * n, v, valid);
-  return total;
+// target[v] = base[v] + sum_i w[i] m[i, v] for a row of n values; m has row stride ld. The sum runs in order of i from
+// zero, each product rounded before it is added: the same bits on every CPU.
+template <typename T>
+inline void add_low_rank(const T* base, T* target, int64_t n, const float* w, const float* m, int64_t ld, int64_t k) {
+  for_lanes(n, [=](int64_t v, int64_t valid) __attribute__((always_inline)) {
+    Lanes total = {};
+    for (int64_t i = 0; i < k; ++i) total = total + splat(w[i]) * load_at(m + i * ld, v, valid);
+    store_at(target, v, valid, load_at(base, v, valid) + total);
+  });
 }
 
-// Cuts [0, rows) x [0, s) into tiles small enough for a buffer on the stack and calls f(row, rows, column, columns).
-constexpr int64_t kTileRows = 32, kTileCols = 256;
-template <typename F>
-void for_each_tile(int64_t rows, int64_t s, const F& f) {
-  for (int64_t r = 0; r < rows; r += kTileRows)
-    for (int64_t j = 0; j < s; j += kTileCols)
-      f(r, rows - r < kTileRows ? rows - r : kTileRows, j, s - j < kTileCols ? s - j : kTileCols);
-}
-
-// Calls f(r, j) over a tile, the index with the smaller stride innermost.
-template <typename F>
-void in_memory_order(int64_t row, int64_t col, int64_t rows, int64_t columns, const F& f) {
-  if (row < col) {
-    for (int64_t j = 0; j < columns; ++j)
-      for (int64_t r = 0; r < rows; ++r) f(r, j);
-  } else {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t j = 0; j < columns; ++j) f(r, j);
+// What in `target` is at (r, offset[j]) becomes base + w m, where w is [rows, k], m is [k, s], and base is [rows, s]
+// with row stride ld, or what is there already. A tile is worked out on the stack, and written along the smaller
+// stride.
+template <typename T>
+void update_columns(T* target, int64_t row, const int64_t* offset, int64_t rows, int64_t s, const T* base, int64_t ld,
+                    int64_t k, const float* w, const float* m) {
+  constexpr int64_t kTileRows = 32, kTileCols = 256;
+  for (int64_t first = 0; first < s; first += kTileCols) {
+    const int64_t columns = s - first < kTileCols ? s - first : kTileCols;
+    for (int64_t begin = 0; begin < rows; begin += kTileRows) {
+      const int64_t end = rows - begin < kTileRows ? rows : begin + kTileRows;
+      T tile[kTileRows][kTileCols];
+      for (int64_t r = begin; r < end; ++r) {
+        T* line = tile[r - begin];
+        if (base == nullptr) {
+          for (int64_t j = 0; j < columns; ++j) line[j] = target[r * row + offset[first + j]];
+        }
+        add_low_rank(base == nullptr ? line : base + r * ld + first, line, columns, w + r * k, m + first, s, k);
+      }
+      if (row == 1) {
+        for (int64_t j = 0; j < columns; ++j)
+          for (int64_t r = begin; r < end; ++r) target[r + offset[first + j]] = tile[r - begin][j];
+      } else {
+        for (int64_t r = begin; r < end; ++r)
+          for (int64_t j = 0; j < columns; ++j) target[r * row + offset[first + j]] = tile[r - begin][j];
+      }
+    }
   }
 }
 
 template <typename T>
 void gather(const T* x, int64_t ld, int64_t tokens, const int32_t* cols, int64_t s, T* xs) {
-  for (int64_t t = 0; t < tokens; ++t, x += ld, xs += s)
+  for (int64_t t = 0; t < tokens; ++t, x += ld, xs += s) {
+    RBFAST_UNROLL
     for (int64_t j = 0; j < s; ++j) xs[j] = x[cols[j]];
-}
-
-template <typename T>
-void add(T* y, int64_t ld, int64_t tokens, int64_t n, int64_t k, const float* w, const float* m) {
-  for (int64_t t = 0; t < tokens; ++t, y += ld, w += k)
-    for (int64_t v = 0; v < n; v += kLanes)
-      store_at(y, v, n - v, load_at(y, v, n - v) + low_rank(w, m, n, k, v, n - v));
-}
-
-template <typename T>
-void scatter(T* dx, int64_t row, int64_t col, int64_t tokens, const int64_t* cols, int64_t s, int64_t k, const float* w,
-             const float* m) {
-  for_each_tile(tokens, s, [=](int64_t t, int64_t rows, int64_t first, int64_t columns) {
-    float tile[kTileRows][kTileCols];
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t j = 0; j < columns; j += kLanes)
-        store_at(tile[r], j, columns - j, low_rank(w + (t + r) * k, m + first, s, k, j, columns - j));
-    in_memory_order(row, col, rows, columns, [&](int64_t r, int64_t j) {
-      T* target = dx + (t + r) * row + cols[first + j] * col;
-      store(target, load(target) + tile[r][j]);
-    });
-  });
-}
-
-template <typename T>
-void fold(T* weight, int64_t row, int64_t col, const T* base, int64_t ld, int64_t out, const int64_t* cols, int64_t s,
-          int64_t k, const float* b, const float* a) {
-  for_each_tile(out, s, [=](int64_t o, int64_t rows, int64_t first, int64_t columns) {
-    T tile[kTileRows][kTileCols];
-    for (int64_t r = 0; r < rows; ++r) {
-      const T* source = base + (o + r) * ld + first;
-      for (int64_t j = 0; j < columns; j += kLanes) {
-        const Lanes delta = low_rank(b + (o + r) * k, a + first, s, k, j, columns - j);
-        store_at(tile[r], j, columns - j, load_at(source, j, columns - j) + delta);
-      }
-    }
-    in_memory_order(row, col, rows, columns,
-                    [&](int64_t r, int64_t j) { weight[(o + r) * row + cols[first + j] * col] = tile[r][j]; });
-  });
+  }
 }
 
 }  // namespace
 
-#define RBFAST_DEFINE_COLUMN_KERNELS(T)                                                                              \
-  void column_gather(const T* x, int64_t ld, int64_t tokens, const int32_t* cols, int64_t s, T* xs) {                \
-    gather(x, ld, tokens, cols, s, xs);                                                                              \
-  }                                                                                                                  \
-  void column_dot(const T* x, int64_t ld, int64_t tokens, int64_t n, int64_t k, const float* m, float* dot) {        \
-    sweep<T, true, false>({x, ld, tokens, n, n, k, m, dot, nullptr, nullptr});                                       \
-  }                                                                                                                  \
-  void column_outer(const T* x, int64_t ld, int64_t tokens, int64_t n, int64_t k, const float* w, float* acc) {      \
-    sweep<T, false, true>({x, ld, tokens, n, n, k, nullptr, nullptr, w, acc});                                       \
-  }                                                                                                                  \
-  void column_dot_outer(const T* x, int64_t ld, int64_t tokens, int64_t n, int64_t k, const float* m, float* dot,    \
-                        const float* w, float* acc) {                                                                \
-    sweep<T, true, true>({x, ld, tokens, n, n, k, m, dot, w, acc});                                                  \
-  }                                                                                                                  \
-  void column_add(T* y, int64_t ld, int64_t tokens, int64_t n, int64_t k, const float* w, const float* m) {          \
-    add(y, ld, tokens, n, k, w, m);                                                                                  \
-  }                                                                                                                  \
-  void column_scatter(T* dx, int64_t row, int64_t col, int64_t tokens, const int64_t* cols, int64_t s, int64_t k,    \
-                      const float* w, const float* m) {                                                              \
-    scatter(dx, row, col, tokens, cols, s, k, w, m);                                                                 \
-  }                                                                                                                  \
-  void column_fold(T* weight, int64_t row, int64_t col, const T* base, int64_t ld, int64_t out, const int64_t* cols, \
-                   int64_t s, int64_t k, const float* b, const float* a) {                                           \
-    fold(weight, row, col, base, ld, out, cols, s, k, b, a);                                                         \
+#define RBFAST_DEFINE_COLUMN_KERNELS(T)                                                                           \
+  void column_gather(const T* x, int64_t ld, int64_t tokens, const int32_t* cols, int64_t s, T* xs) {             \
+    gather(x, ld, tokens, cols, s, xs);                                                                           \
+  }                                                                                                               \
+  void column_dot(const T* x, int64_t ld, int64_t tokens, int64_t n, int64_t k, const float* m, float* dot) {     \
+    sweep<T, true, false>({x, ld, tokens, n, n, k, m, dot, nullptr, nullptr});                                    \
+  }                                                                                                               \
+  void column_outer(const T* x, int64_t ld, int64_t tokens, int64_t n, int64_t k, const float* w, float* acc) {   \
+    sweep<T, false, true>({x, ld, tokens, n, n, k, nullptr, nullptr, w, acc});                                    \
+  }                                                                                                               \
+  void column_dot_outer(const T* x, int64_t ld, int64_t tokens, int64_t n, int64_t k, const float* m, float* dot, \
+                        const float* w, float* acc) {                                                             \
+    sweep<T, true, true>({x, ld, tokens, n, n, k, m, dot, w, acc});                                               \
+  }                                                                                                               \
+  void column_add(T* y, int64_t ld, int64_t tokens, int64_t n, int64_t k, const float* w, const float* m) {       \
+    for (int64_t t = 0; t < tokens; ++t, y += ld, w += k) add_low_rank(y, y, n, w, m, n, k);                      \
+  }                                                                                                               \
+  void column_update(T* target, int64_t row, const int64_t* offset, int64_t rows, int64_t s, const T* base,       \
+                     int64_t ld, int64_t k, const float* w, const float* m) {                                     \
+    update_columns(target, row, offset, rows, s, base, ld, k, w, m);                                              \
   }
 
 RBFAST_DEFINE_COLUMN_KERNELS(F32)
