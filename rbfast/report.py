@@ -9,7 +9,6 @@ plot_accuracy([{"family": "gcd", "before": 0.1, "after": 0.5, "ci_low": 0.2, "ci
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from rbfast.evaluate import proportion
+from rbfast.files import replacing
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 _COLOURS = {"strategic": "#0072B2", "tactical": "#D55E00", "answer": "#009E73"}
@@ -139,11 +139,5 @@ def _interval(share: float, n: int) -> tuple[float, float]:
 
 
 def _save(figure: Figure, path: str | Path) -> None:
-    """Write a PNG whole or not at all: a temporary name in the same folder, then a rename."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        FigureCanvasAgg(figure).print_png(str(partial))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as file:
+        FigureCanvasAgg(figure).print_png(file)

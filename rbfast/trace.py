@@ -10,7 +10,6 @@ A `Trace` that exists is valid: its fields are checked when it is made. What is 
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from rbfast.files import replacing
 from rbfast.schema import Trace, TraceError, show
 from rbfast.spans import ANSWER, ROLES, STRATEGIC, TACTICAL, Span, split_spans
 
@@ -149,18 +149,9 @@ def _parse_json(data: bytes, where: str) -> Any:
 
 def write_traces(path: str | Path, traces: Iterable[Trace]) -> None:
     """Write JSONL, whole or not at all: a temporary file in the same folder takes the name at the end."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            for trace in traces:
-                file.write(json.dumps(trace.to_dict(), ensure_ascii=False, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path, "w") as file:
+        for trace in traces:
+            file.write(json.dumps(trace.to_dict(), ensure_ascii=False, allow_nan=False) + "\n")
 
 
 # Tokens

@@ -37,9 +37,8 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):
     path = tmp_path / "picture.png"
     path.write_bytes(b"old")
 
-    def full_disk(self, name):
-        with open(name, "wb") as file:
-            file.write(b"half")
+    def full_disk(self, file):
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(report.FigureCanvasAgg, "print_png", full_disk)
