@@ -5,7 +5,8 @@ that is half of a training step. Given the borders of the examples, each is atte
 what transformers calls "sdpa", so a model may keep it for good.
 """
 
-import itertools
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ def _attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query [1, heads, T, d], key and value [1, kv heads, T, d] -> [1, T, heads, d], by transformers' convention."""
     longest = max((b - a for a, b in _pairs(example_borders)), default=0)
@@ -66,7 +67,7 @@ def _attend(
 
 
 def _pairs(cuts: list[int] | None) -> list[tuple[int, int]]:
-    return list(itertools.pairwise(cuts)) if cuts else []
+    return list(pairwise(cuts)) if cuts else []
 
 
 AttentionInterface.register(NAME, _attend)

@@ -224,7 +224,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     from rbfast.models import load_student
 
     model, tokenizer = load_student(args.model, getattr(torch, args.dtype))
-    return model.to(_device(args)), tokenizer
+    return model.to(torch.device(_device(args))), tokenizer  # type: ignore[arg-type]
 
 
 def _attach(model: Any, directory: str) -> Any:

@@ -43,7 +43,7 @@ def run_demo(out: str | Path, device: str = "cpu", seed: int = 0, quiet: bool = 
     """
     out, start = Path(out), time.monotonic()
     model, tokenizer = load_student(SMOLLM2, torch.bfloat16)
-    model.to(device)
+    model = model.to(torch.device(device))  # type: ignore[arg-type]
     splits = {name: split(name, train=TRAIN, held_out=HELD_OUT, seed=seed) for name in FAMILIES}
     traces = [trace for family, _ in splits.values() for trace in family]
     problems = [problem for _, family in splits.values() for problem in family]

@@ -24,11 +24,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from rbfast import placement
 from rbfast.adapter import SparseAdapter
 from rbfast.files import write_text
 from rbfast.models import final_hidden
 from rbfast.progress import bar
+from rbfast.scores import Scores, score
 from rbfast.trace import Example, Trace, collate, encode_all
 from rbfast.trainer import DistillTrainer, Objective, last_checkpoint, role_counts, token_losses
 
@@ -131,7 +131,7 @@ def trace_loss(model: PreTrainedModel, examples: Sequence[Example], batch_size: 
     return losses | {"mean": (sums.sum() / counts.sum()).item()}
 
 
-def placement_scores(model: PreTrainedModel, examples: Sequence[Example], config: DistillConfig) -> "placement.Scores":
+def placement_scores(model: PreTrainedModel, examples: Sequence[Example], config: DistillConfig) -> Scores:
     """Where the gradient of the objective is, measured on a seeded sample of the traces."""
     chosen = random.Random(config.seed).sample(range(len(examples)), min(config.placement_traces, len(examples)))
     batches = [
@@ -145,7 +145,7 @@ def placement_scores(model: PreTrainedModel, examples: Sequence[Example], config
         hidden = final_hidden(model, batch["input_ids"], batch["position_ids"])
         return token_losses(model, hidden, batch, weights, config.objective).loss
 
-    return placement.score(model, batches, loss, method=config.placement, seed=config.seed)
+    return score(model, batches, loss, method=config.placement, seed=config.seed)
 
 
 def _place(model: PreTrainedModel, examples: Sequence[Example], config: DistillConfig) -> SparseAdapter:

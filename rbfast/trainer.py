@@ -133,7 +133,8 @@ class DistillTrainer(Trainer):
     ) -> None:
         args.remove_unused_columns = False
         args.label_names = ["labels"]
-        self.objective = objective or Objective()
+        self.objective: Objective = objective or Objective()
+        self.adapter = adapter
         self._role_sums = torch.zeros(
             2, len(ROLES), dtype=torch.float64
         )  # summed CE and token counts since the last log
@@ -181,11 +182,11 @@ class DistillTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        self.model.adapter.save_pretrained(output_dir or self.args.output_dir)
+        self.adapter.save_pretrained(str(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         _, saved = read_adapter(resume_from_checkpoint)
-        sites = self.model.adapter.sites()
+        sites = self.adapter.sites()
         for name, site in sites.items():
             if name not in saved or not torch.equal(saved[name].cols, site.cols.cpu()):
                 raise ValueError(
@@ -196,11 +197,11 @@ class DistillTrainer(Trainer):
             for name, site in sites.items():
                 site.A.copy_(saved[name].A)
                 site.B.copy_(saved[name].B)
-        self.model.adapter.fold()
+        self.adapter.fold()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes the whole checkpoint under another name, then renames it: a cut run leaves no half checkpoint."""
-        final = Path(self.args.output_dir)
+        final = Path(str(self.args.output_dir))
         self.args.output_dir = str(final / "unfinished")
         try:
             if self.args.should_save:
