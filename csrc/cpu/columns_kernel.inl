@@ -48,6 +48,7 @@ struct Sweep {
 // kTokens tokens from t, kRank ranks from i.
 template <typename T, bool kDot, bool kOuter, int kRank, int kTokens>
 inline void sweep_tile(const Sweep<T>& s, int64_t t, int64_t i) {
+  constexpr int kAhead = 8;  // tokens: rows are too short for the hardware to see them coming
   Lanes dot[kTokens][kRank] = {}, w[kTokens][kRank] = {};
   if (kOuter) {
     RBFAST_UNROLL
@@ -60,7 +61,10 @@ inline void sweep_tile(const Sweep<T>& s, int64_t t, int64_t i) {
   for_lanes(s.n, [&](int64_t v, int64_t valid) __attribute__((always_inline)) {
     Lanes value[kTokens];
     RBFAST_UNROLL
-    for (int a = 0; a < kTokens; ++a) value[a] = load_at(x + a * s.ld, v, valid);
+    for (int a = 0; a < kTokens; ++a) {
+      value[a] = load_at(x + a * s.ld, v, valid);
+      __builtin_prefetch(x + (a + kAhead) * s.ld + v);
+    }
     RBFAST_UNROLL
     for (int b = 0; b < kRank; ++b) {
       if (kDot) {
