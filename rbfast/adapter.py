@@ -24,6 +24,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from rbfast import columns, ops
 from rbfast.columns import AdapterConfig, Delta, matrix_view
 from rbfast.placement import DEFAULT_DENSITY, count_parameters, plan
+from rbfast.scores import Scores
 
 Mode = Literal["auto", "fold", "side"]
 
@@ -195,7 +196,7 @@ class SparseAdapter(nn.Module):
         support: int | None = None,
         rank: int | None = None,
         targets: str | Sequence[str] = "all-linear",
-        placement: str | Path | None = None,
+        placement: Scores | str | Path | None = None,
         mode: Mode = "auto",
         scale: float = 1.0,
         seed: int = 0,

@@ -1,14 +1,12 @@
 """Placement: which columns of which matrices are trained, under a budget.
 
-    scores = score(model, batches, loss_fn)             # one backward pass per batch over reasoning traces
+    scores = score(model, batches, loss_fn)             # scores.py: one backward pass per batch of reasoning traces
     adapter = SparseAdapter.attach(model, placement=scores)
 
 Matrices that read the same input (q, k, v; gate, up) form a group and share one support.
 """
 
-import hashlib
 import math
-import re
 import warnings
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -19,19 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from rbfast.columns import AdapterConfig, Delta, MatrixInfo, fingerprint, matrix_shape, matrix_view
+from rbfast.scores import Scores, Shape, generator, group_siblings, select_linears
 
 DEFAULT_DENSITY = 0.003
 DEFAULT_RANK = 2
 _FULL_SHARE = 0.5  # a default rank grows until the supports take at most this share of the inputs
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One matrix [out_features, in_features] and the group it shares its input with."""
-
-    out_features: int
-    in_features: int
-    group: int
 
 
 @dataclass(frozen=True)
@@ -49,7 +39,7 @@ def plan(
     support: int | None,
     rank: int | None,
     targets: str | Sequence[str],
-    placement: str | Path | None,
+    placement: "Scores | str | Path | None",
     scale: float,
     seed: int,
 ) -> tuple[AdapterConfig, dict[str, Delta]]:
@@ -58,14 +48,19 @@ def plan(
         raise ValueError(f"density must be above 0 and at most 1 (the share of trained values), got {density}")
     if not (math.isfinite(scale) and scale != 0):
         raise ValueError(f"scale must be finite and not 0, got {scale}")
-    if placement not in (None, "random"):
-        raise ValueError(f'placement must be "random", got {placement!r}')
+    if isinstance(placement, Path) or (isinstance(placement, str) and placement != "random"):
+        placement = Scores.load(placement)
     if placement is None:
         warnings.warn("no placement given: columns are random, the control. Pass placement=score(...)", stacklevel=3)
     linears = select_linears(model, targets)
     shapes = group_siblings(linears)
+    if isinstance(placement, Scores):
+        shapes = placement.shapes_of(shapes)
     rank, supports = allocate(shapes, int(density * count_parameters(model)), rank, support)
-    starts = place_random(shapes, rank, supports, seed)
+    if isinstance(placement, Scores):
+        starts = place_scored(placement, shapes, rank, supports, seed)
+    else:
+        starts = place_random(shapes, rank, supports, seed)
     modules, deltas = {}, {}
     for name, start in starts.items():
         shape, weight = shapes[name], matrix_view(linears[name])
@@ -75,46 +70,9 @@ def plan(
         )
         deltas[name] = Delta(start.cols, start.A, torch.zeros(shape.out_features, rank))
     base = getattr(getattr(model, "config", None), "_name_or_path", None)
+    method = placement.method if isinstance(placement, Scores) else "random"
     dtype = str(next(iter(model.parameters())).dtype).removeprefix("torch.")
-    return AdapterConfig(base or None, dtype, density, scale, seed, "random", modules), deltas
-
-
-def select_linears(model: nn.Module, targets: str | Sequence[str] = "all-linear") -> dict[str, nn.Module]:
-    """The linear layers to adapt, by PEFT's rule: a list is exact-or-suffix, a string is a full-match regex, and
-    "all-linear" is every linear but the output head and those whose weight is tied to another module's.
-
-    Raises ValueError where the model has no linear layer or a target matches none.
-    """
-    linears = {name: module for name, module in model.named_modules() if name and matrix_shape(module) is not None}
-    if not linears:
-        raise ValueError(
-            f"expected a model with linear layers (nn.Linear, Conv1D, or a module with in_features, out_features and "
-            f"a weight), found none in {type(model).__name__}"
-        )
-    tied = _tied_weights(model)
-    if targets == "all-linear":
-        find_head = getattr(model, "get_output_embeddings", None)
-        head = find_head() if find_head else None
-        chosen = {name: m for name, m in linears.items() if m is not head and id(m.weight) not in tied}
-        if not chosen:
-            raise ValueError(f"every linear layer of {type(model).__name__} is its output head or tied; name targets")
-        return chosen
-    chosen = _match(linears, targets)
-    for name, module in chosen.items():
-        if id(module.weight) in tied:
-            raise ValueError(f"the weight of {name} is tied to another module's: a delta would change both; omit it")
-    return chosen
-
-
-def group_siblings(linears: Mapping[str, nn.Module]) -> dict[str, Shape]:
-    """Shapes, with siblings of equal in_features guessed to share their input: for placements that saw no forward."""
-    groups: dict[tuple[str, int], int] = {}
-    shapes = {}
-    for name, module in linears.items():
-        out_features, in_features = matrix_shape(module)  # type: ignore[misc]
-        key = name.rpartition(".")[0], in_features
-        shapes[name] = Shape(out_features, in_features, groups.setdefault(key, len(groups)))
-    return shapes
+    return AdapterConfig(base or None, dtype, density, scale, seed, method, modules), deltas
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -162,37 +120,42 @@ def place_random(shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, 
     starts, drawn = {}, {}
     for name, shape in shapes.items():
         if shape.group not in drawn:
-            order = torch.randperm(shape.in_features, generator=_generator(seed, "columns", name))
+            order = torch.randperm(shape.in_features, generator=generator(seed, "columns", name))
             drawn[shape.group] = order[: supports[name]].sort().values
-        start = torch.randn(rank, supports[name], generator=_generator(seed, "A", name))
+        start = torch.randn(rank, supports[name], generator=generator(seed, "A", name))
         starts[name] = Start(drawn[shape.group], start / start.norm(dim=1, keepdim=True), None)
     return starts
 
 
-def _tied_weights(model: nn.Module) -> set[int]:
-    names: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)] = names.get(id(parameter), 0) + 1
-    return {key for key, count in names.items() if count > 1}
+def place_scored(
+    scores: Scores, shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, int], seed: int
+) -> dict[str, Start]:
+    """The columns with the highest score, summed over a group; ties go to the lower index.
+
+    The rows of A are orthonormal, the leading right singular vectors of the gradient on those columns; a method that
+    has no gradient starts from a random A whose rows have norm 1, too.
+    """
+    totals: dict[int, Tensor] = {}
+    for name, shape in shapes.items():
+        totals[shape.group] = totals.get(shape.group, 0) + scores.columns[name]
+    random = place_random(shapes, rank, supports, seed)
+    starts = {}
+    for name, shape in shapes.items():
+        order = totals[shape.group].argsort(descending=True, stable=True)
+        cols = order[: supports[name]].sort().values
+        sketch = scores.sketches.get(name)
+        start = random[name].A if sketch is None else _leading_directions(sketch[:, cols], rank, name)
+        starts[name] = Start(cols, start, float(scores.columns[name][cols].sum()))
+    return starts
 
 
-def _match(linears: Mapping[str, nn.Module], targets: str | Sequence[str]) -> dict[str, nn.Module]:
-    examples = ", ".join(list(linears)[:3])
-    if isinstance(targets, str):
-        chosen = {name: module for name, module in linears.items() if re.fullmatch(targets, name)}
-        if not chosen:
-            raise ValueError(f"targets: the regex {targets!r} matches no linear layer; they are named like {examples}")
-        return chosen
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in linears):
-            raise ValueError(f"targets: {target!r} names no linear layer; they are named like {examples}")
-    if not targets:
-        raise ValueError(f"targets: expected at least one name, got none; linear layers are named like {examples}")
-    return {
-        name: module
-        for name, module in linears.items()
-        if any(name == target or name.endswith(f".{target}") for target in targets)
-    }
+def _leading_directions(sketch: Tensor, rank: int, name: str) -> Tensor:
+    """The first right singular vectors [rank, s] of a sketch [r, s], each with its largest entry positive."""
+    if rank > sketch.shape[0]:
+        raise ValueError(f"the scores of {name} hold {sketch.shape[0]} directions, too few for rank {rank}")
+    directions = torch.linalg.svd(sketch.double(), full_matrices=False).Vh[:rank]
+    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+    return (directions * largest.sign()).float()
 
 
 def _cost(shapes: Mapping[str, Shape], rank: int, support: int) -> int:
@@ -221,9 +184,3 @@ def _spend_rest(shapes: Mapping[str, Shape], supports: dict[str, int], rest: int
             for name in names:
                 supports[name] += 1
     return supports
-
-
-def _generator(seed: int, *what: str) -> torch.Generator:
-    """Independent streams by name, so that what one matrix draws does not depend on which others are there."""
-    digest = hashlib.blake2b(":".join((str(seed), *what)).encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest))

@@ -461,7 +461,6 @@ def test_the_surviving_share_falls_with_the_size_of_the_change():
         ({"scale": 0.0}, "scale must be finite and not 0"),
         ({"scale": float("nan")}, "scale must be finite and not 0"),
         ({"mode": "folded"}, 'mode must be "auto", "fold" or "side"'),
-        ({"placement": "best"}, 'placement must be "random"'),
         ({"targets": ["q_proj", "query"]}, "'query' names no linear layer; they are named like model.layers.0"),
         ({"targets": "layers.*"}, "the regex 'layers.*' matches no linear layer"),
         ({"targets": []}, "expected at least one name"),

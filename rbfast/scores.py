@@ -1,0 +1,296 @@
+"""Scores: what a model's gradient on reasoning traces says of each column of each matrix.
+
+    scores = score(model, batches, loss_fn)
+    scores.save("scores.safetensors")
+
+Matrices that read the same input (q, k, v; gate, up) form a group, found by watching the forward pass.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from rbfast.columns import matrix_shape, write_bytes
+
+FORMAT = "rbfast-scores"
+VERSION = 1
+SKETCH_ROWS = 64
+Method = Literal["gradient", "factored", "activation"]
+METHODS = ("gradient", "factored", "activation")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One matrix [out_features, in_features] and the group it shares its input with."""
+
+    out_features: int
+    in_features: int
+    group: int
+
+
+@dataclass(frozen=True)
+class Scores:
+    """By matrix: columns [in] fp32, the score of each input; sketches [r, in] fp32, a random projection of the summed
+    gradient whose leading right singular vectors are (nearly) the gradient's own; none for method "activation"."""
+
+    method: str
+    batches: int
+    base_model_name_or_path: str | None
+    shapes: dict[str, Shape]
+    columns: dict[str, Tensor]
+    sketches: dict[str, Tensor]
+
+    def shapes_of(self, matrices: Mapping[str, Shape]) -> dict[str, Shape]:
+        """The scored shapes of these matrices. Raises ValueError, naming it, for one that differs or was not scored."""
+        for name, shape in matrices.items():
+            came = self.shapes.get(name)
+            if came is None:
+                raise ValueError(f"{name} was not scored; score this model with the same targets")
+            if (came.out_features, came.in_features) != (shape.out_features, shape.in_features):
+                raise ValueError(f"{name} was scored as {came}, here it is {shape}; score this model")
+        return {name: self.shapes[name] for name in matrices}
+
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file, to a temporary name and then renamed."""
+        header = {"format": FORMAT, "version": VERSION, "method": self.method, "batches": self.batches}
+        header |= {"base_model_name_or_path": self.base_model_name_or_path}
+        header |= {"matrices": {name: asdict(shape) for name, shape in self.shapes.items()}}
+        tensors = {f"{name}.columns": column for name, column in self.columns.items()}
+        tensors |= {f"{name}.sketch": sketch for name, sketch in self.sketches.items()}
+        write_bytes(Path(path), save_tensors(tensors, metadata={"rbfast": json.dumps(header)}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Scores":
+        """Reads a file written by save(). Raises FileNotFoundError, and ValueError for one that is none."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f'{path}: expected a file of scores (or placement="random"), found none')
+        try:
+            with safe_open(path, "pt") as file:
+                header = json.loads((file.metadata() or {}).get("rbfast", "{}"))
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a complete safetensors file ({error}); score the model again") from error
+        if (header.get("format"), header.get("version")) != (FORMAT, VERSION):
+            raise ValueError(f"{path}: expected scores of version {VERSION} written by rbfast, got another file")
+        shapes = {name: Shape(**entry) for name, entry in header["matrices"].items()}
+        columns = {name: tensors[f"{name}.columns"] for name in shapes}
+        sketches = {name: tensors[f"{name}.sketch"] for name in shapes if f"{name}.sketch" in tensors}
+        return cls(header["method"], header["batches"], header["base_model_name_or_path"], shapes, columns, sketches)
+
+
+def score(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+    *,
+    method: Method = "gradient",
+    targets: str | Sequence[str] = "all-linear",
+    seed: int = 0,
+) -> Scores:
+    """Scores every column of the target matrices by what `loss_fn(model, batch)`, a scalar, says of it.
+
+    "gradient": sum over batches of sum_o G[o, c]^2, with G = dy^T x in fp32 (one dense G at a time).
+    "factored": E[x_c^2] * sum_o E[dy_o^2], which needs no G. "activation": E[x_c^2], which needs no backward.
+    The weights are frozen while it runs; nothing of the model is changed. Raises ValueError for no batches, a loss that
+    is not finite, and a loss that no matrix has a gradient of.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    watch = _Watch(select_linears(model, targets), method, seed)
+    scored = 0
+    with _frozen(model), watch.watching():
+        for batch in batches:
+            with torch.set_grad_enabled(method != "activation"):
+                loss = loss_fn(model, batch)
+            if not math.isfinite(loss.item()):
+                raise ValueError(f"batch {scored}: expected a finite loss, got {loss.item()}")
+            if method != "activation" and not loss.requires_grad:
+                raise ValueError(
+                    "the loss has no gradient: loss_fn must return a loss of the model's outputs, outside no_grad; "
+                    "reentrant gradient checkpointing must be off"
+                )
+            if method != "activation":
+                loss.backward()
+            watch.end_batch()
+            scored += 1
+    if scored == 0:
+        raise ValueError("expected at least one batch to score on, got none")
+    base = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return Scores(method, scored, base or None, watch.shapes(), watch.cpu(watch.columns), watch.cpu(watch.sketches))
+
+
+class _Watch:
+    """Hooks that see the input x and the output gradient dy of every matrix, and add up what the method needs."""
+
+    def __init__(self, linears: Mapping[str, nn.Module], method: Method, seed: int) -> None:
+        self.linears, self.method, self.seed = linears, method, seed
+        self.columns: dict[str, Tensor] = {}
+        self.sketches: dict[str, Tensor] = {}
+        self._projections: dict[str, Tensor] = {}
+        self._groups: dict[str, int] = {}
+        self._numbers = count()
+        self._inputs: dict[
+            tuple[int, int], tuple[int, Tensor]
+        ] = {}  # kept alive for a batch, so that an id is one input
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        hooks = [m.register_forward_hook(partial(self._after, name)) for name, m in self.linears.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def end_batch(self) -> None:
+        self._inputs.clear()
+
+    def shapes(self) -> dict[str, Shape]:
+        """Shapes with the groups seen, numbered in the model's order; a matrix that was never run is alone."""
+        numbers: dict[object, int] = {}
+        keys = {name: self._groups.get(name, name) for name in self.linears}
+        shapes = {}
+        for name, module in self.linears.items():
+            out_features, in_features = matrix_shape(module)  # type: ignore[misc]
+            shapes[name] = Shape(out_features, in_features, numbers.setdefault(keys[name], len(numbers)))
+        return shapes
+
+    def cpu(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """In the model's order, with zeros for a matrix that was never run."""
+        rows = next((tensor.shape[:-1] for tensor in found.values()), None)
+        if rows is None:
+            return {}
+        widths = {name: matrix_shape(module)[1] for name, module in self.linears.items()}  # type: ignore[index]
+        return {name: found[name].cpu() if name in found else torch.zeros(*rows, widths[name]) for name in self.linears}
+
+    def _after(self, name: str, module: nn.Module, args: tuple, y: Tensor) -> Tensor | None:
+        x = args[0].detach()
+        self._group(name, args[0])
+        if self.method == "activation":
+            self._add(self.columns, name, x.flatten(0, -2).float().square().mean(0))
+            return None
+        if not torch.is_grad_enabled():
+            return None
+        if not y.requires_grad:  # the first matrices: everything before them is frozen
+            y = y.detach().requires_grad_().clone()
+        y.register_hook(partial(self._backward, name, x))
+        return y
+
+    def _group(self, name: str, x: Tensor) -> None:
+        number, _ = self._inputs.setdefault((id(x), x._version), (next(self._numbers), x))
+        self._groups.setdefault(name, number)
+
+    def _backward(self, name: str, x: Tensor, dy: Tensor) -> None:
+        x, dy = x.flatten(0, -2).float(), dy.flatten(0, -2).float()
+        if name not in self._projections:
+            random = torch.randn(dy.shape[1], SKETCH_ROWS, generator=generator(self.seed, "sketch", name))
+            self._projections[name] = random.to(dy.device) / SKETCH_ROWS**0.5
+        projection = self._projections[name]
+        if self.method == "factored":
+            self._add(self.columns, name, x.square().mean(0) * dy.square().mean(0).sum())
+            self._add(self.sketches, name, (dy @ projection).T @ x)
+            return
+        gradient = dy.T @ x
+        self._add(self.columns, name, gradient.square().sum(0))
+        self._add(self.sketches, name, projection.T @ gradient)
+
+    def _add(self, totals: dict[str, Tensor], name: str, value: Tensor) -> None:
+        if name in totals:
+            totals[name] += value
+        else:
+            totals[name] = value
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def generator(seed: int, *what: str) -> torch.Generator:
+    """Independent streams by name, so that what one matrix draws does not depend on which others are there."""
+    digest = hashlib.blake2b(":".join((str(seed), *what)).encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest))
+
+
+def select_linears(model: nn.Module, targets: str | Sequence[str] = "all-linear") -> dict[str, nn.Module]:
+    """The linear layers to adapt, by PEFT's rule: a list is exact-or-suffix, a string is a full-match regex, and
+    "all-linear" is every linear but the output head and those whose weight is tied to another module's.
+
+    Raises ValueError where the model has no linear layer or a target matches none.
+    """
+    linears = {name: module for name, module in model.named_modules() if name and matrix_shape(module) is not None}
+    if not linears:
+        raise ValueError(
+            f"expected a model with linear layers (nn.Linear, Conv1D, or a module with in_features, out_features and "
+            f"a weight), found none in {type(model).__name__}"
+        )
+    tied = _tied_weights(model)
+    if targets == "all-linear":
+        find_head = getattr(model, "get_output_embeddings", None)
+        head = find_head() if find_head else None
+        chosen = {name: m for name, m in linears.items() if m is not head and id(m.weight) not in tied}
+        if not chosen:
+            raise ValueError(f"every linear layer of {type(model).__name__} is its output head or tied; name targets")
+        return chosen
+    chosen = _match(linears, targets)
+    for name, module in chosen.items():
+        if id(module.weight) in tied:
+            raise ValueError(f"the weight of {name} is tied to another module's: a delta would change both; omit it")
+    return chosen
+
+
+def group_siblings(linears: Mapping[str, nn.Module]) -> dict[str, Shape]:
+    """Shapes, with siblings of equal in_features guessed to share their input: for placements that saw no forward."""
+    groups: dict[tuple[str, int], int] = {}
+    shapes = {}
+    for name, module in linears.items():
+        out_features, in_features = matrix_shape(module)  # type: ignore[misc]
+        key = name.rpartition(".")[0], in_features
+        shapes[name] = Shape(out_features, in_features, groups.setdefault(key, len(groups)))
+    return shapes
+
+
+def _tied_weights(model: nn.Module) -> set[int]:
+    names: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)] = names.get(id(parameter), 0) + 1
+    return {key for key, count in names.items() if count > 1}
+
+
+def _match(linears: Mapping[str, nn.Module], targets: str | Sequence[str]) -> dict[str, nn.Module]:
+    examples = ", ".join(list(linears)[:3])
+    if isinstance(targets, str):
+        chosen = {name: module for name, module in linears.items() if re.fullmatch(targets, name)}
+        if not chosen:
+            raise ValueError(f"targets: the regex {targets!r} matches no linear layer; they are named like {examples}")
+        return chosen
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in linears):
+            raise ValueError(f"targets: {target!r} names no linear layer; they are named like {examples}")
+    if not targets:
+        raise ValueError(f"targets: expected at least one name, got none; linear layers are named like {examples}")
+    return {
+        name: module
+        for name, module in linears.items()
+        if any(name == target or name.endswith(f".{target}") for target in targets)
+    }
