@@ -23,17 +23,10 @@ from rbfast.progress import counting
 from rbfast.report import plot_accuracy, plot_losses, plot_placement
 from rbfast.run import DistillConfig, distill
 
-FAMILIES = (
-    "letter_counting",
-    "chain_sum",
-    "leg_counting",
-    "word_sequence_reversal",
-    "simple_geometry",
-    "number_filtering",
-)
-TRAIN, HELD_OUT = 160, 40
+FAMILIES = ("aiw", "color_cube_rotation", "family_relationships", "gcd", "chain_sum", "leg_counting")
+TRAIN, HELD_OUT = 140, 40
 MAX_NEW_TOKENS = 256
-CONFIG = DistillConfig()
+CONFIG = DistillConfig(batch_size=4, learning_rate=5e-3, placement_traces=32, save_steps=30)
 
 
 def run_demo(out: str | Path, device: str = "cpu", seed: int = 0, quiet: bool = False) -> dict[str, Any]:

@@ -292,10 +292,41 @@ def _kinship(
     return "parent-in-law", [f"{who} is married to {spouse[who]}.", born(spouse[who])]
 
 
+def _aiw(entry: dict[str, Any]) -> Worked:
+    question = entry["question"]
+    name = question.split()[0]
+    kind = {"siblings": "sisters", "friends": "female friends", "colleagues": "female colleagues"}[
+        entry["metadata"]["task_type"]
+    ]
+    count = int(re.search(rf"(\d+) {kind}", question)[1])  # type: ignore[index]
+    steps = f"{name} has {count} {kind}.\n{name} is a woman too, so she is one more: {count}+1={count + 1}"
+    return Worked(f"Count the {kind} of {name}, then count {name} herself.", steps, str(count + 1))
+
+
+def _color_cube_rotation(entry: dict[str, Any]) -> Worked:
+    from reasoning_gym.cognition.color_cube_rotation import Color, Cube, Side
+
+    facts = entry["metadata"]
+    cube = Cube({Side(side): Color(color) for side, color in facts["initial_state"].items()})
+    lines = [f"Start: {_faces(cube)}"]
+    for side in facts["rotations"]:
+        getattr(cube, f"rotate_{side}_to_top")()
+        lines.append(f"{side} to top: {_faces(cube)}")
+    target, color = facts["target_side"], cube.colors[Side(facts["target_side"])].value
+    lines.append(f"The {target} is {color}.")
+    return Worked("Write down all six sides, and again after each turn.", "\n".join(lines), color)
+
+
+def _faces(cube: Any) -> str:
+    return ", ".join(f"{side.value} {cube.colors[side].value}" for side in cube.colors)
+
+
 FAMILIES: dict[str, Family] = {
     name: Family(name, domain, work)
     for name, domain, work in (
         ("letter_counting", "algorithmic", _letter_counting),
+        ("aiw", "logic", _aiw),
+        ("color_cube_rotation", "cognition", _color_cube_rotation),
         ("chain_sum", "arithmetic", _chain_sum),
         ("leg_counting", "arithmetic", _leg_counting),
         ("simple_geometry", "geometry", _simple_geometry),
