@@ -179,7 +179,7 @@ def _solve(
     """Runs the chunks; `wanted` says which of the gradients of hidden, weight and bias to compute."""
     wide = reference.wide(hidden[:0]).dtype
     run: Any = reference if wide == torch.float64 else ops
-    weight, bias = weight.detach(), None if bias is None else bias.detach()
+    weight, bias = weight.detach(), None if bias is None else bias.detach().to(wide)
     solution = _Solution(
         *(torch.zeros(len(hidden), dtype=wide, device=hidden.device) for _ in range(2)),
         *(

@@ -83,7 +83,8 @@ def divergence(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tenso
     if beta == 0:
         return terms(log_p, p, log_q, q).sum(1).clamp_min(0), q - p
     if beta == 1:
-        log_p = log_p.clamp_min(LOG_FLOOR)
+        log_p = torch.where(q > 0, log_p.clamp_min(LOG_FLOOR), log_p)
+        p = log_p.exp()
         score = torch.where(q > 0, log_q - log_p, 0.0)
         return terms(log_q, q, log_p, p).sum(1).clamp_min(0), q * (score - (q * score).sum(1, keepdim=True))
     m = beta * p + (1 - beta) * q

@@ -9,8 +9,6 @@ from torch import Tensor
 from rbfast.loss import DistillLoss
 from rbfast.signals import Dense, TopK
 
-ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
-
 
 def divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     """The textbook definition over buckets [T, n]; differentiable in log_q."""
@@ -128,6 +126,101 @@ def test_gradcheck(beta):
         ).loss
 
     assert torch.autograd.gradcheck(loss, inputs, fast_mode=True)
+
+
+class Near:
+    """A bf16 student, and a teacher whose logits differ by about `gap`: its states have eight features more."""
+
+    T, H, V, K = 48, 96, 1500, 20
+
+    def __init__(self, gap: float) -> None:
+        g = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=g)
+
+        self.hidden = normal(self.T, self.H).bfloat16().requires_grad_()
+        self.weight = (0.3 * normal(self.V, self.H)).bfloat16().requires_grad_()
+        # The same numbers in fp64: a gradient of bf16 leaves would itself be rounded to bf16.
+        self.exact = tuple(x.detach().double().requires_grad_() for x in (self.hidden, self.weight))
+        self.labels = torch.randint(self.V, (self.T,), generator=g)
+        self.teacher_hidden = torch.cat([self.hidden.detach(), normal(self.T, 8).bfloat16()], 1)
+        self.teacher_weight = torch.cat([self.weight.detach(), (gap / 8**0.5 * normal(self.V, 8)).bfloat16()], 1)
+        z = self.teacher_hidden.double() @ self.teacher_weight.double().T
+        self.log_p = torch.log_softmax(z, 1)
+
+    def signal(self, kind: str) -> TopK | Dense:
+        if kind == "dense":
+            return Dense(self.teacher_hidden, self.teacher_weight)
+        logprobs, ids = self.log_p.topk(self.K, 1)
+        return TopK(ids, logprobs.float())
+
+    def plain(self, kind: str, beta: float) -> Tensor:
+        """Divergence [T] in fp64 of the same bf16 numbers; differentiable."""
+        z = self.exact[0] @ self.exact[1].T
+        if kind == "dense":
+            return divergence(self.log_p, torch.log_softmax(z, 1), beta)
+        signal = self.signal(kind)
+        return top_k_divergence(z, signal.ids, signal.logprobs.double(), torch.ones(self.T, 1).double(), beta)
+
+
+@pytest.mark.parametrize("gap", [1.0, 0.1, 0.02, 0.001])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("kind", ["dense", "top-k"])
+def test_gradient_error_is_at_most_0_3_percent_near_the_teacher(isa, kind, beta, gap):
+    near = Near(gap)
+    inputs = (near.hidden, near.weight)
+    truth = near.plain(kind, beta)
+    expected = torch.autograd.grad(truth.mean(), near.exact)
+    out = DistillLoss(beta)(*inputs, near.labels, near.signal(kind))
+    for ours, theirs in zip(torch.autograd.grad(out.loss, inputs), expected, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert relative_error(ours, theirs) <= 0.003
+    assert bool((out.divergence >= 0).all())
+    assert relative_error(out.divergence, truth.detach()) <= 0.003
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bits_do_not_depend_on_chunks_threads_or_packing(isa, dtype, threads):
+    T, H, V = 100, 40, 301
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(T, H, generator=g).to(dtype), torch.randn(V, H, generator=g).to(dtype)
+    bias, labels = torch.randn(V, generator=g), torch.randint(V, (T,), generator=g)
+    labels[::10] = -100
+    logprobs, ids = torch.log_softmax(torch.randn(40, V, generator=g), 1).topk(5, 1)
+    logits, tau = torch.randn(35, V, generator=g), 0.5 + torch.rand(T, generator=g)
+
+    def run(chunk_rows: int | None, order: Tensor) -> list[Tensor]:
+        inputs = [x.clone().requires_grad_() for x in (hidden[order], weight, bias)]
+        place = order.argsort()
+        teacher = [TopK(ids, logprobs, place[:40]), Dense(logits=logits, rows=place[40:75])]
+        out = DistillLoss(0.3, chunk_rows=chunk_rows)(
+            *inputs[:2], labels[order], teacher, ce_weight=0.5, temperature=tau[order], head_bias=inputs[2]
+        )
+        d_hidden, d_weight, d_bias = torch.autograd.grad(out.loss, inputs)
+        return [out.loss.detach(), out.divergence[place], out.ce[place], d_hidden[place], d_weight, d_bias]
+
+    truth = run(None, torch.arange(T))
+    for count, chunk_rows in ((1, 1), (2, 7), (3, 1000)):
+        threads(count)
+        assert all(torch.equal(a, b) for a, b in zip(run(chunk_rows, torch.arange(T)), truth, strict=True))
+    # In another packing order the head's gradient is another sum of the same terms; all else keeps its bits.
+    shuffled = run(7, torch.randperm(T, generator=g))
+    assert all(torch.equal(a, b) for a, b in zip(shuffled[:4], truth[:4], strict=True))
+    torch.testing.assert_close(shuffled[4:], truth[4:])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_head_trained_in_bf16_has_the_gradient_of_the_plain_formula(isa, reduction):
+    near = Near(1.0)
+    upstream = torch.linspace(0.5, 2, near.T) if reduction == "none" else torch.tensor(3.0)
+    truth = near.plain("top-k", 0.0)
+    truth = {"mean": truth.mean(), "sum": truth.sum(), "none": truth}[reduction]
+    inputs = (near.hidden, near.weight)
+    expected = torch.autograd.grad(truth, near.exact, upstream.double())
+    out = DistillLoss(reduction=reduction)(*inputs, near.labels, near.signal("top-k"))
+    for ours, theirs in zip(torch.autograd.grad(out.loss, inputs, upstream), expected, strict=True):
+        assert relative_error(ours, theirs) <= 0.003
 
 
 def test_num_items_divides_the_mean():

@@ -1,0 +1,65 @@
+// The passes over one row of logits that divergence_rows is made of, one set of entry points per instruction set. Plain
+// pointers only. The scalars between the passes are computed in fp64 by divergence_rows.cpp.
+#pragma once
+
+#include <stdint.h>
+
+#include "cpu/lanes.h"
+
+namespace rbfast {
+
+// Logits below this count as it: -inf without the NaN of inf - inf. exp of it is 0 beside any other logit.
+constexpr float kNone = -1e30f;
+
+// sum_v exp((z_v - max) * inv_tau) and sum_v exp(z_v - max); meaningless where max is kNone.
+struct LogSum {
+  float max;
+  double at_tau, at_one;
+};
+
+// What a row's gradient is multiplied by and where it goes: z = softcap * tanh(scale * x / softcap), softcap 0: none.
+struct Output {
+  void* dz;  // null: no gradient is wanted
+  bool is_bf16;
+  int64_t label;
+  float ce_weight;  // taken from the label's gradient
+  float scale, softcap;
+};
+
+// dz_v = at_tau * exp((z_v - max) * inv_tau) + at_one * exp(z_v - max)
+struct TailGradient {
+  float max, inv_tau, at_tau, at_one;
+};
+
+// A teacher's distribution over the first n ids beside the student's, at inverse temperature inv_tau:
+// log q_v = (z_v - z_max) * inv_tau - z_log, log p_v = (t_v - t_max) * inv_tau - t_log,
+// log p_v - log q_v = (t_v - z_v) * inv_tau - shift.
+// dz_v = coefficient * (gradient of D)_v + at_one * exp(z_v - z_max).
+struct DensePass {
+  int64_t n;
+  float inv_tau, z_max, z_log, t_max, t_log, shift, beta, rest_of_beta, coefficient, at_one;
+  float mean_score;  // what the pass for values returned, for the pass for gradients
+};
+// D, and the mean under q of log q/p (reverse KL) or log q/m (JS), which their gradients need.
+struct DenseValue {
+  double divergence, mean_score;
+};
+
+#define RBFAST_ROW_KERNELS(ISA)                                                                     \
+  namespace ISA {                                                                                   \
+  /* z = cap(scale * (z + bias)); bias may be null */                                               \
+  void head_logits(float* z, const float* bias, int64_t n, float scale, float softcap);             \
+  void log_sum(const float* z, int64_t n, float inv_tau, LogSum* result);                           \
+  void tail_gradient(const float* z, int64_t n, const TailGradient& g, const Output& out);          \
+  /* D alone; forward KL writes its gradient in the same pass where out has a dz */                 \
+  void dense_value(const float* z, const float* t, int64_t vocabulary, const DensePass& pass, const Output& out, \
+                   DenseValue* value);                                                              \
+  /* the gradient of reverse KL and JS */                                                           \
+  void dense_gradient(const float* z, const float* t, int64_t vocabulary, const DensePass& pass, const Output& out); \
+  }
+
+RBFAST_ROW_KERNELS(scalar)
+RBFAST_ROW_KERNELS(avx2)
+RBFAST_ROW_KERNELS(avx512)
+
+}  // namespace rbfast

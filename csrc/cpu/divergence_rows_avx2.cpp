@@ -1,0 +1,3 @@
+#pragma GCC target("avx2,fma,f16c")
+#define ISA avx2
+#include "cpu/divergence_rows_kernel.inl"

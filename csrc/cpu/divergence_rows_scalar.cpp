@@ -1,0 +1,2 @@
+#define ISA scalar
+#include "cpu/divergence_rows_kernel.inl"
