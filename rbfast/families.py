@@ -292,15 +292,23 @@ def _kinship(
     return "parent-in-law", [f"{who} is married to {spouse[who]}.", born(spouse[who])]
 
 
+_AIW_KINDS = {"siblings": "sisters", "friends": "female friends", "colleagues": "female colleagues"}
+
+
 def _aiw(entry: dict[str, Any]) -> Worked:
     question = entry["question"]
-    name = question.split()[0]
-    kind = {"siblings": "sisters", "friends": "female friends", "colleagues": "female colleagues"}[
-        entry["metadata"]["task_type"]
-    ]
-    count = int(re.search(rf"(\d+) {kind}", question)[1])  # type: ignore[index]
-    steps = f"{name} has {count} {kind}.\n{name} is a woman too, so she is one more: {count}+1={count + 1}"
-    return Worked(f"Count the {kind} of {name}, then count {name} herself.", steps, str(count + 1))
+    name, kind = question.split()[0], _AIW_KINDS[entry["metadata"]["task_type"]]
+    counts = [int(count) for count in re.findall(rf"(\d+) {kind}", question)]
+    total = counts[0] + 1
+    steps = f"{name} has {counts[0]} {kind}.\n{name} is a woman too, so she is one more: {counts[0]}+1={total}"
+    if len(counts) == 2:
+        # Matilda stands in both circles. The generator's key forgets the second, so it rarely agrees with this.
+        total = counts[0] + counts[1] - 1
+        steps = (
+            f"In the circle of {name}, Matilda has {counts[0]} {kind}.\n"
+            f"In the other circle she has {counts[1]}-1={counts[1] - 1}.\n{counts[0]}+{counts[1] - 1}={total}"
+        )
+    return Worked(f"Count the {kind}, and do not forget {name} herself.", steps, str(total))
 
 
 def _color_cube_rotation(entry: dict[str, Any]) -> Worked:
