@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from rbfast.adapter import SparseAdapter
 from rbfast.files import write_text
 from rbfast.models import final_hidden
 from rbfast.progress import bar
-from rbfast.scores import Scores, score
+from rbfast.scores import Method, Scores, score
 from rbfast.trace import Example, Trace, collate, encode_all
 from rbfast.trainer import DistillTrainer, Objective, last_checkpoint, role_counts, token_losses
 
@@ -50,7 +50,7 @@ class DistillConfig:
     density: float = 0.003
     rank: int | None = None
     support: int | None = None
-    placement: str = "gradient"
+    placement: Literal["gradient", "factored", "activation", "random"] = "gradient"
     placement_traces: int = 64
     epochs: float = 1.0
     batch_size: int = 8
@@ -131,7 +131,9 @@ def trace_loss(model: PreTrainedModel, examples: Sequence[Example], batch_size: 
     return losses | {"mean": (sums.sum() / counts.sum()).item()}
 
 
-def placement_scores(model: PreTrainedModel, examples: Sequence[Example], config: DistillConfig) -> Scores:
+def placement_scores(
+    model: PreTrainedModel, examples: Sequence[Example], config: DistillConfig, method: Method = "gradient"
+) -> Scores:
     """Where the gradient of the objective is, measured on a seeded sample of the traces."""
     chosen = random.Random(config.seed).sample(range(len(examples)), min(config.placement_traces, len(examples)))
     batches = [
@@ -139,17 +141,18 @@ def placement_scores(model: PreTrainedModel, examples: Sequence[Example], config
         for start in range(0, len(chosen), config.batch_size)
     ]
 
-    def loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    def loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
         batch = {name: x.to(model.device) for name, x in batch.items()}
         weights = config.objective.weights(0.0).to(model.device) / role_counts(batch).clamp(min=1)
         hidden = final_hidden(model, batch["input_ids"], batch["position_ids"])
         return token_losses(model, hidden, batch, weights, config.objective).loss
 
-    return score(model, batches, loss, method=config.placement, seed=config.seed)
+    return score(model, batches, loss, method=method, seed=config.seed)
 
 
 def _place(model: PreTrainedModel, examples: Sequence[Example], config: DistillConfig) -> SparseAdapter:
-    start = "random" if config.placement == "random" else placement_scores(model, examples, config)
+    method = config.placement
+    start = "random" if method == "random" else placement_scores(model, examples, config, method)
     return SparseAdapter.attach(
         model, config.density, support=config.support, rank=config.rank, placement=start, seed=config.seed
     )
