@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from rbfast.columns import matrix_shape, write_bytes
+from rbfast.columns import dtype_name, matrix_shape, write_bytes
 
 FORMAT = "rbfast-scores"
 VERSION = 1
@@ -86,8 +86,11 @@ class Scores:
         if (header.get("format"), header.get("version")) != (FORMAT, VERSION):
             raise ValueError(f"{path}: expected scores of version {VERSION} written by rbfast, got another file")
         shapes = {name: Shape(**entry) for name, entry in header["matrices"].items()}
-        columns = {name: tensors[f"{name}.columns"] for name in shapes}
-        sketches = {name: tensors[f"{name}.sketch"] for name in shapes if f"{name}.sketch" in tensors}
+        columns, sketches = {}, {}
+        for name, shape in shapes.items():
+            columns[name] = _checked(path, tensors, f"{name}.columns", (shape.in_features,))
+            if header["method"] != "activation":
+                sketches[name] = _checked(path, tensors, f"{name}.sketch", (SKETCH_ROWS, shape.in_features))
         return cls(header["method"], header["batches"], header["base_model_name_or_path"], shapes, columns, sketches)
 
 
@@ -130,6 +133,17 @@ def score(
         raise ValueError("expected at least one batch to score on, got none")
     base = getattr(getattr(model, "config", None), "_name_or_path", None)
     return Scores(method, scored, base or None, watch.shapes(), watch.cpu(watch.columns), watch.cpu(watch.sketches))
+
+
+def _checked(path: str | Path, tensors: Mapping[str, Tensor], key: str, shape: tuple[int, ...]) -> Tensor:
+    if key not in tensors:
+        raise ValueError(f"{path}: tensor {key} is missing; score the model again")
+    tensor = tensors[key]
+    if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
+        raise ValueError(f"{path}: {key}: expected {shape} float32, got {tuple(tensor.shape)} {dtype_name(tensor)}")
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{path}: {key}: expected finite values, got NaN or infinity; score the model again")
+    return tensor
 
 
 class _Watch:

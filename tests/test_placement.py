@@ -5,7 +5,8 @@ import torch
 from tiny_models import gpt2, llama
 from torch import nn
 
-from rbfast.placement import DEFAULT_RANK, Shape, allocate, count_parameters, place_random, select_linears
+from rbfast.placement import DEFAULT_RANK, allocate, count_parameters, place_random
+from rbfast.scores import Shape, select_linears
 
 SHAPES = {"q": Shape(24, 24, 0), "k": Shape(12, 24, 0), "up": Shape(40, 24, 1), "down": Shape(24, 40, 2)}
 
