@@ -9,7 +9,6 @@ matrix, saved as two files:
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,6 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
+
+from rbfast.files import replacing, write_text
 
 FORMAT = "rbfast-columns"
 VERSION = 1
@@ -183,25 +184,11 @@ def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes to a temporary name beside `path`, then renames; on failure the temporary file goes and `path` stays."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def _write_pair(directory: str | Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_bytes(directory / TENSOR_FILE, save_tensors(tensors, metadata={"format": "pt"}))
-    write_bytes(directory / CONFIG_FILE, (json.dumps(header, indent=1) + "\n").encode())
+    with replacing(directory / TENSOR_FILE) as file:
+        file.write(save_tensors(tensors, metadata={"format": "pt"}))
+    write_text(directory / CONFIG_FILE, json.dumps(header, indent=1) + "\n")
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -23,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from rbfast.columns import dtype_name, matrix_shape, write_bytes
+from rbfast.columns import dtype_name, matrix_shape
+from rbfast.files import replacing
 
 FORMAT = "rbfast-scores"
 VERSION = 1
@@ -70,7 +71,8 @@ class Scores:
         header |= {"matrices": {name: asdict(shape) for name, shape in self.shapes.items()}}
         tensors = {f"{name}.columns": column for name, column in self.columns.items()}
         tensors |= {f"{name}.sketch": sketch for name, sketch in self.sketches.items()}
-        write_bytes(Path(path), save_tensors(tensors, metadata={"rbfast": json.dumps(header)}))
+        with replacing(path) as file:
+            file.write(save_tensors(tensors, metadata={"rbfast": json.dumps(header)}))
 
     @classmethod
     def load(cls, path: str | Path) -> "Scores":
