@@ -125,6 +125,20 @@ def test_side_equals_fold():
     assert error(outputs["side"], outputs["fold"]) <= 16 * torch.finfo(torch.float32).eps
 
 
+def test_merging_an_adapter_beside_plain_weights_folds_it_exactly_as_fold_does():
+    states = {}
+    for mode in ("fold", "side"):
+        model = llama(torch.bfloat16)
+        original = snapshot(model)
+        adapter = attach(model, mode=mode)
+        disturb(adapter)
+        adapter.merge()
+        states[mode] = snapshot(model)
+        adapter.unmerge()
+        assert same_bits(snapshot(model), original)
+    assert same_bits(states["side"], states["fold"])
+
+
 @pytest.mark.parametrize("mode", ["fold", "side"])
 def test_a_saved_adapter_loads_bitwise(tmp_path, mode):
     model = llama(torch.bfloat16)
