@@ -188,10 +188,15 @@ def _solve(
         ),
     )
     for group in job.groups:
-        step = job.chunk_rows or _default_chunk_rows(group.signal, len(weight), wide.itemsize)
-        step = -(-step // ROW_MULTIPLE) * ROW_MULTIPLE
+        columns = [len(weight)] + ([group.signal.vocabulary] if isinstance(group.signal, Dense) else [])
+        step = job.chunk_rows or CHUNK_BYTES // (wide.itemsize * sum(columns))
+        step = min(max(1, -(-step // ROW_MULTIPLE)) * ROW_MULTIPLE, len(group.rows))
+        # One allocation for all chunks: touching fresh memory would cost a third of the product that fills it.
+        room = [torch.empty(step, n, dtype=wide, device=hidden.device) for n in columns]
         for start in range(0, len(group.rows), step):
-            _solve_chunk(run, hidden, weight, bias, job, group, slice(start, start + step), solution)
+            part = slice(start, min(start + step, len(group.rows)))
+            views = [x[: part.stop - start] for x in room]
+            _solve_chunk(run, hidden, weight, bias, job, group, part, views, solution)
     return solution
 
 
@@ -203,17 +208,20 @@ def _solve_chunk(
     job: _Job,
     group: _Group,
     part: slice,
+    room: list[Tensor],
     solution: _Solution,
 ) -> None:
-    """Adds some rows of a group to the solution."""
+    """Adds some rows of a group to the solution. room: where to put their logits, and a dense teacher's."""
     rows = group.rows[part]
     x = hidden.detach().index_select(0, rows)
-    logits = run.head_forward(x, weight)
+    logits = room[0]
+    run.head_forward_(logits, x, weight)
     ids = logprobs = teacher_logits = None
     if isinstance(group.signal, TopK) and group.entries is not None:
         ids, logprobs = group.signal.ids[group.entries[part]], group.signal.logprobs[group.entries[part]]
     elif isinstance(group.signal, Dense) and group.entries is not None:
-        teacher_logits = group.signal.rows_of_logits(group.entries[part], run).to(logits.dtype)
+        teacher_logits = room[1]
+        group.signal.write_logits_(teacher_logits, group.entries[part], run)
     dz = None
     if solution[2:] != (None, None, None):
         # The gradient takes the place of the logits; in bf16 it fills the first half of each row's memory.
@@ -229,11 +237,6 @@ def _solve_chunk(
         run.head_grad_(solution.d_weight, dz, x)
     if solution.d_bias is not None:
         run.head_grad_(solution.d_bias.unsqueeze(1), dz, x.new_ones(len(x), 1))
-
-
-def _default_chunk_rows(signal: Signal | None, vocabulary: int, itemsize: int) -> int:
-    teacher = signal.vocabulary if isinstance(signal, Dense) else 0
-    return max(1, CHUNK_BYTES // (itemsize * (vocabulary + teacher)))
 
 
 class _FusedLoss(torch.autograd.Function):

@@ -21,7 +21,7 @@ _SCHEMAS = {
     "column_linear_": "(Tensor(a!) y, Tensor xs, Tensor A, Tensor B, float scale) -> ()",
     "column_scatter_": "(Tensor(a!) dx, Tensor dy, Tensor cols, Tensor A, Tensor B, float scale) -> ()",
     "column_fold_": "(Tensor(a!) weight, Tensor base_columns, Tensor cols, Tensor A, Tensor B, float scale) -> ()",
-    "head_forward": "(Tensor hidden, Tensor weight) -> Tensor",
+    "head_forward_": "(Tensor(a!) logits, Tensor hidden, Tensor weight) -> ()",
     "head_backward": "(Tensor dz, Tensor weight) -> Tensor",
     "head_grad_": "(Tensor(a!) dW, Tensor dz, Tensor hidden) -> ()",
     "divergence_rows_": "(Tensor(a!) logits, Tensor(b!)? dz, Tensor labels, Tensor weight, Tensor ce_weight, "
@@ -49,7 +49,7 @@ column_grad = torch.ops.rbfast.column_grad
 column_linear_ = torch.ops.rbfast.column_linear_
 column_scatter_ = torch.ops.rbfast.column_scatter_
 column_fold_ = torch.ops.rbfast.column_fold_
-head_forward = torch.ops.rbfast.head_forward
+head_forward_ = torch.ops.rbfast.head_forward_
 head_backward = torch.ops.rbfast.head_backward
 head_grad_ = torch.ops.rbfast.head_grad_
 divergence_rows_ = torch.ops.rbfast.divergence_rows_
@@ -65,11 +65,6 @@ def _(dy: Tensor, xs: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tenso
     return torch.empty_like(A), torch.empty_like(B)
 
 
-@torch.library.register_fake("rbfast::head_forward", lib=_LIBRARY)
-def _(hidden: Tensor, weight: Tensor) -> Tensor:
-    return reference.wide(hidden).new_empty(hidden.shape[0], weight.shape[0])
-
-
 @torch.library.register_fake("rbfast::head_backward", lib=_LIBRARY)
 def _(dz: Tensor, weight: Tensor) -> Tensor:
     return reference.wide(dz).new_empty(dz.shape[0], weight.shape[1])
@@ -80,7 +75,7 @@ def _(logits: Tensor, *args: object) -> tuple[Tensor, Tensor]:
     return logits.new_empty(logits.shape[0]), logits.new_empty(logits.shape[0])
 
 
-for _name in ("column_linear_", "column_scatter_", "column_fold_", "head_grad_"):
+for _name in ("column_linear_", "column_scatter_", "column_fold_", "head_forward_", "head_grad_"):
     torch.library.register_fake(f"rbfast::{_name}", lambda *args: None, lib=_LIBRARY)
 
 

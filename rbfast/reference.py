@@ -47,9 +47,9 @@ def column_fold_(weight: Tensor, base_columns: Tensor, cols: Tensor, A: Tensor, 
     weight[:, cols] = (wide(base_columns) + delta).to(weight.dtype)
 
 
-def head_forward(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Logits [T, V] of hidden [T, H] through a head [V, H], never rounded below fp32."""
-    return wide(hidden) @ wide(weight).T
+def head_forward_(logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
+    """Sets logits [T, V], fp32 or wider, to those of hidden [T, H] through a head [V, H]."""
+    torch.mm(wide(hidden), wide(weight).T, out=logits)
 
 
 def head_backward(dz: Tensor, weight: Tensor) -> Tensor:

@@ -56,18 +56,19 @@ class Dense:
         assert source is not None
         return source.shape[dim]
 
-    def rows_of_logits(self, entries: Tensor, run: Any) -> Tensor:
-        """Logits [n, V'] of some of the rows; `run` holds the op head_forward."""
+    def write_logits_(self, z: Tensor, entries: Tensor, run: Any) -> None:
+        """Writes some rows' logits into z [n, V'], fp32 or wider; `run` holds the op head_forward_."""
         if self.logits is not None:
-            z = self.logits.detach()[entries]
+            z.copy_(self.logits.detach()[entries])
         else:
             assert self.hidden is not None and self.weight is not None
-            z = run.head_forward(self.hidden.detach()[entries], self.weight.detach())
+            run.head_forward_(z, self.hidden.detach()[entries], self.weight.detach())
         if self.bias is not None:
-            z = z + self.bias.detach()
+            z.add_(self.bias.detach())
         if self.logit_scale != 1:
-            z = z * self.logit_scale
-        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+            z.mul_(self.logit_scale)
+        if self.softcap is not None:
+            z.div_(self.softcap).tanh_().mul_(self.softcap)
 
 
 Signal = TopK | Dense

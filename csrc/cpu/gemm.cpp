@@ -24,6 +24,11 @@ void expect_matrix(const char* op, const char* name, const Tensor& x, int64_t ro
          x.size(0), ", ", x.size(1), "]");
 }
 
+void expect_sums(const char* op, const char* name, const Tensor& x) {
+  expect(x.scalar_type() == ScalarType::Float && x.is_contiguous(), op, ": ", name,
+         " must be float32 and contiguous, got ", torch::headeronly::toString(x.scalar_type()));
+}
+
 Storage storage(const Tensor& x) {
   Storage type = Storage::f32;
   for_each_type(x.scalar_type(), [&](auto t) {
@@ -66,17 +71,17 @@ void parallel_gemm(const Gemm& g, int64_t m, int64_t n) {
   });
 }
 
-Tensor head_forward(const Tensor& hidden, const Tensor& weight) {
-  expect_matrix("head_forward", "hidden", hidden, -1, -1);
-  expect_matrix("head_forward", "weight", weight, -1, hidden.size(1));
+void head_forward_(Tensor logits, const Tensor& hidden, const Tensor& weight) {
+  expect_matrix("head_forward_", "hidden", hidden, -1, -1);
+  expect_matrix("head_forward_", "weight", weight, -1, hidden.size(1));
+  expect_matrix("head_forward_", "logits", logits, hidden.size(0), weight.size(0));
+  expect_sums("head_forward_", "logits", logits);
   const int64_t tokens = hidden.size(0), vocabulary = weight.size(0), width = hidden.size(1);
-  Tensor logits = torch::stable::new_empty(hidden, {tokens, vocabulary}, ScalarType::Float);
   if (width == 0) torch::stable::zero_(logits);
-  if (tokens == 0 || vocabulary == 0 || width == 0) return logits;
+  if (tokens == 0 || vocabulary == 0 || width == 0) return;
   const Tensor x = row_major(hidden), w = row_major(weight);
   parallel_gemm({by_rows(x), by_rows(w), mutable_data<float>(logits), vocabulary, width, Sums::fresh}, tokens,
                 vocabulary);
-  return logits;
 }
 
 Tensor head_backward(const Tensor& dz, const Tensor& weight) {
@@ -97,9 +102,7 @@ void head_grad_(Tensor dW, const Tensor& dz, const Tensor& hidden) {
   expect_matrix("head_grad_", "hidden", hidden, dz.size(0), -1);
   expect_matrix("head_grad_", "dW", dW, dz.size(1), hidden.size(1));
   const int64_t tokens = dz.size(0), vocabulary = dz.size(1), width = hidden.size(1);
-  expect(dW.scalar_type() == ScalarType::Float, "head_grad_: dW must be float32, got ",
-         torch::headeronly::toString(dW.scalar_type()));
-  expect(dW.is_contiguous(), "head_grad_: dW must be contiguous; accumulate into a contiguous tensor");
+  expect_sums("head_grad_", "dW", dW);
   if (tokens == 0 || vocabulary == 0 || width == 0) return;
   const Tensor x = row_major(dz), h = row_major(hidden);
   parallel_gemm({by_columns(x), by_columns(h), mutable_data<float>(dW), width, tokens, Sums::resumed}, vocabulary,
@@ -109,7 +112,7 @@ void head_grad_(Tensor dW, const Tensor& dz, const Tensor& hidden) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(rbfast, CPU, m) {
-  m.impl("head_forward", TORCH_BOX(&head_forward));
+  m.impl("head_forward_", TORCH_BOX(&head_forward_));
   m.impl("head_backward", TORCH_BOX(&head_backward));
   m.impl("head_grad_", TORCH_BOX(&head_grad_));
 }

@@ -45,6 +45,9 @@ static inline Lanes multiply_add(Word a, Words b, Lanes sum) {
 #endif
 }
 
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t words(int64_t depth) { return (depth + kDepth - 1) / kDepth; }
+
 // ---- packing: panel[k][i] = word k of outer i ----
 
 #if defined(BF16_PAIRS)
@@ -98,7 +101,7 @@ static inline void pack_block(const T* const* outers, int64_t k, Word* panel, in
 // Words [0, count) of R outers into panel[k * ld + i]; outers beyond `valid` and k beyond `depth` are zero.
 template <int R, typename T>
 static void pack_outers(const T* x, const Operand& g, int64_t valid, int64_t depth, Word* panel, int ld) {
-  const int64_t count = (depth + kDepth - 1) / kDepth;
+  const int64_t count = words(depth);
   int64_t done = 0;
   if (g.k_stride == 1) {
     const T* outers[R];
@@ -143,24 +146,55 @@ static void pack(const Operand& x, int64_t outer, int64_t end, int64_t k0, int64
 #endif
 }
 
+// The cache lines that the next panel of B will be packed from, asked for one by one while tiles are computed: all at
+// once they would fill the core's miss buffers and stall it.
+struct Ahead {
+  const char* run;  // a stretch of memory that is contiguous, `length` long; `runs` of them follow
+  int64_t at, length, stride, runs;
+
+  inline void ask() {
+    if (runs <= 0) return;
+    __builtin_prefetch(run + at, 0, 2);
+    at += 64;
+    if (at < length) return;
+    at = 0;
+    run += stride;
+    --runs;
+  }
+};
+
+static inline Ahead panel_ahead(const Operand& x, int64_t outer, int64_t end, int64_t k0, int64_t depth) {
+  const int64_t bytes = x.type == Storage::f32 ? 4 : 2, outers = smaller(kColumns, end - outer);
+  const char* first = static_cast<const char*>(x.data) + (outer * x.outer_stride + k0 * x.k_stride) * bytes;
+  if (x.k_stride == 1) return {first, 0, depth * bytes, x.outer_stride * bytes, outers};
+  return {first, 0, outers * bytes, x.k_stride * bytes, depth};
+}
+
 // ---- the tile ----
 
 enum class Update { set, add, resume };
+constexpr int kAskEvery = 4;  // words of k between two lines asked for
 
-static inline void tile(const Word* a, const Word* b, int64_t count, float* c, int64_t ldc, Update update) {
+static inline void tile(const Word* a, const Word* b, int64_t count, float* c, int64_t ldc, Update update,
+                        Ahead& ahead) {
   Lanes sums[kRows][kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 3
     for (int j = 0; j < kVectors; ++j)
       sums[i][j] = update == Update::resume ? load_lanes(c + i * ldc + j * kLanes) : Lanes{};
-  for (int64_t k = 0; k < count; ++k) {
-    Words columns[kVectors];
-    memcpy(columns, b + k * kColumns, sizeof columns);
+  int64_t k = 0;
+  for (int line = 0; k < count; ++line) {
+    if (line < kRows * kVectors) __builtin_prefetch(c + line / kVectors * ldc + line % kVectors * kLanes, 1);
+    ahead.ask();
+    for (const int64_t stop = smaller(k + kAskEvery, count); k < stop; ++k) {
+      Words columns[kVectors];
+      memcpy(columns, b + k * kColumns, sizeof columns);
 #pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i)
+      for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 3
-      for (int j = 0; j < kVectors; ++j) sums[i][j] = multiply_add(a[k * kRows + i], columns[j], sums[i][j]);
+        for (int j = 0; j < kVectors; ++j) sums[i][j] = multiply_add(a[k * kRows + i], columns[j], sums[i][j]);
+    }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
@@ -173,16 +207,13 @@ static inline void tile(const Word* a, const Word* b, int64_t count, float* c, i
 
 // A tile at the edge of C, of `rows` x `columns`: the same arithmetic on a whole tile beside it.
 static void edge_tile(const Word* a, const Word* b, int64_t count, float* c, int64_t ldc, Update update, int64_t rows,
-                      int64_t columns) {
+                      int64_t columns, Ahead& ahead) {
   float whole[kRows * kColumns] = {};
   if (update != Update::set)
     for (int64_t i = 0; i < rows; ++i) memcpy(whole + i * kColumns, c + i * ldc, columns * sizeof(float));
-  tile(a, b, count, whole, kColumns, update);
+  tile(a, b, count, whole, kColumns, update, ahead);
   for (int64_t i = 0; i < rows; ++i) memcpy(c + i * ldc, whole + i * kColumns, columns * sizeof(float));
 }
-
-static int64_t words(int64_t depth) { return (depth + kDepth - 1) / kDepth; }
-static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 }  // namespace
 
@@ -204,14 +235,19 @@ void gemm(const Gemm& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1, void* s
           pack<kLanes, kColumns>(g.b, n, n1, k, depth, panel_b);
           const Update update = g.sums == Sums::resumed ? Update::resume : k == 0 ? Update::set : Update::add;
           const int64_t columns = smaller(kColumns, n1 - n);
+          Ahead ahead{};
+          if (const int64_t next = k + kBlockK; next < kb_end)
+            ahead = panel_ahead(g.b, n, n1, next, smaller(kBlockK, kb_end - next));
+          else if (n + kColumns < n1)
+            ahead = panel_ahead(g.b, n + kColumns, n1, kb, smaller(kBlockK, kb_end - kb));
           for (int64_t m = mb; m < mb_end; m += kRows) {
             const Word* panel_a = panels_a + (m - mb) * padded + words(k - kb) * kRows;
             const int64_t rows = smaller(kRows, mb_end - m);
             float* c = g.c + m * g.ldc + n;
             if (rows == kRows && columns == kColumns)
-              tile(panel_a, panel_b, words(depth), c, g.ldc, update);
+              tile(panel_a, panel_b, words(depth), c, g.ldc, update, ahead);
             else
-              edge_tile(panel_a, panel_b, words(depth), c, g.ldc, update, rows, columns);
+              edge_tile(panel_a, panel_b, words(depth), c, g.ldc, update, rows, columns, ahead);
           }
         }
       }
