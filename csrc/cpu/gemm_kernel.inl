@@ -188,8 +188,9 @@ static inline void tile(const Word* a, const Word* b, int64_t count, float* c, i
     if (line < kRows * kVectors) __builtin_prefetch(c + line / kVectors * ldc + line % kVectors * kLanes, 1);
     ahead.ask();
     for (const int64_t stop = smaller(k + kAskEvery, count); k < stop; ++k) {
-      Words columns[kVectors];
-      memcpy(columns, b + k * kColumns, sizeof columns);
+      Words columns[kVectors];  // loaded one by one: a copy of all three would go through the stack
+#pragma GCC unroll 3
+      for (int j = 0; j < kVectors; ++j) memcpy(&columns[j], b + k * kColumns + j * kLanes, sizeof(Words));
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 3
