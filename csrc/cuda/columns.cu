@@ -234,8 +234,7 @@ int64_t group_size(int64_t tokens, int64_t n, int64_t k) {
 // Runs the pass for all k ranks, 32 at a time.
 template <typename T>
 void run_sweep(const Device& device, Sweep<T> s) {
-  const Shape shape{ceil_div(block_count(s.n, s.k_all), kWarps), s.outer != nullptr ? ceil_div(s.tokens, s.group) : 1,
-                    kThreads};
+  const Shape shape{ceil_div(block_count(s.n, s.k_all), kWarps), ceil_div(s.tokens, s.group), kThreads};
   for (int64_t i = 0; i < s.k_all; i += kValues) {
     Sweep<T> part = s;
     part.k = static_cast<int>(std::min<int64_t>(kValues, s.k_all - i));
