@@ -30,9 +30,11 @@
 namespace rbfast {
 namespace {
 
-constexpr int kThreads = 512, kWarps = kThreads / kWarp, kVector = 4, kTile = kThreads * kVector;
+constexpr int kThreads = 256, kWarps = kThreads / kWarp, kVector = 4, kTile = kThreads * kVector;
+constexpr int kBlocks = 3;  // that share an SM
 constexpr int kLargestTeam = 8;
 constexpr int kMostIds = 1024;         // of a top-k teacher
+constexpr int kAhead = 4;              // vectors that a thread asks memory for before it looks at the first
 constexpr int kHoleBits = 0x7fc0b1d5;  // a NaN of our own: a logit of the teacher's support, which is not in the tail
 
 using Vector = Pack<float, kVector>;
@@ -180,19 +182,17 @@ struct Source {
     if (softcap != 0) x = tanh_lanes(x / softcap) * softcap;
     return x < kNone ? kNone : x;
   }
-  __device__ Vector load_logits(int64_t v) const {
+  __device__ Vector fetch(int64_t v) const {
     Vector z = read<kVector>(row + v, n - v, is_aligned, kNone);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) z.value[i] = v + i < n ? logit(z.value[i], v + i) : kNone;
     return z;
   }
-  __device__ Vector first(int64_t v, int round) const {
-    const Vector z = load_logits(v);
+  __device__ void keep(const Vector& z, int round) const {
     if (round < kept) tiles[round * kThreads + threadIdx.x] = z;
-    return z;
   }
   __device__ Vector again(int64_t v, int round) const {
-    return round < kept ? tiles[round * kThreads + threadIdx.x] : load_logits(v);
+    return round < kept ? tiles[round * kThreads + threadIdx.x] : fetch(v);
   }
 };
 
@@ -403,7 +403,7 @@ __device__ void solve_sparse(const Job& job, const Row& row, const Total& tail, 
   ce[row.index] = static_cast<float>(log_one - (z_label - top));
 }
 
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     sparse_rows(const Job job, const Plan plan, float* divergence, float* ce) {
   RBFAST_SHARED_MEMORY(memory);
   Shared& shared = *reinterpret_cast<Shared*>(memory);
@@ -416,9 +416,15 @@ __global__ void __launch_bounds__(kThreads, 2)
   team.meet();
 
   Sums sums[1];
-  for (int round = 0; round < plan.rounds; ++round) {
-    const int64_t v = team.position(round);
-    if (v < row.vocabulary) add(sums[0], source.first(v, round), v, 0, row.vocabulary, row.inv_tau);
+  for (int round = 0; round < plan.rounds; round += kAhead) {
+    Vector z[kAhead];
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) z[a] = source.fetch(team.position(round + a));
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+      source.keep(z[a], round + a);
+      add(sums[0], z[a], team.position(round + a), 0, row.vocabulary, row.inv_tau);
+    }
   }
   post_totals(sums, row.inv_tau, shared);
   team.meet();
@@ -513,7 +519,7 @@ __device__ void dense_values(const Team& team, const Plan& plan, const Source& s
 }
 
 template <Kind kKind>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kBlocks - 1)
     dense_rows_of(const Job job, const Plan plan, float* divergence, float* ce) {
   RBFAST_SHARED_MEMORY(memory);
   Shared& shared = *reinterpret_cast<Shared*>(memory);
@@ -525,15 +531,22 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (is_leader && row.has_label()) z_label = source.logit(source.row[row.label], row.label);
 
   Sums sums[kSums];
-  for (int round = 0; round < plan.rounds; ++round) {
-    const int64_t v = team.position(round);
-    if (v >= row.vocabulary) continue;
-    const Vector z = source.first(v, round);
-    if (v < other.n) {
-      add(sums[0], z, v, 0, other.n, row.inv_tau);
-      add(sums[2], other.first(v, round), v, 0, other.n, row.inv_tau);
+  for (int round = 0; round < plan.rounds; round += kAhead / 2) {
+    Vector z[kAhead / 2], t[kAhead / 2];
+#pragma unroll
+    for (int a = 0; a < kAhead / 2; ++a) {
+      z[a] = source.fetch(team.position(round + a));
+      t[a] = other.fetch(team.position(round + a));
     }
-    if (v + kVector > other.n) add(sums[1], z, v, other.n, row.vocabulary, row.inv_tau);
+#pragma unroll
+    for (int a = 0; a < kAhead / 2; ++a) {
+      const int64_t v = team.position(round + a);
+      source.keep(z[a], round + a);
+      other.keep(t[a], round + a);
+      add(sums[0], z[a], v, 0, other.n, row.inv_tau);
+      add(sums[2], t[a], v, 0, other.n, row.inv_tau);
+      if (v + kVector > other.n) add(sums[1], z[a], v, other.n, row.vocabulary, row.inv_tau);
+    }
   }
   post_totals(sums, row.inv_tau, shared);
   team.meet();
@@ -596,11 +609,11 @@ bool has_clusters(const Device& device, Kernel kernel) {
   return compiled.ptxVersion >= 90 && device.attribute(cudaDevAttrClusterLaunch) != 0;
 }
 
-// The team and the tiles it keeps. Three blocks share an SM's shared memory, two where a dense teacher is kept too.
+// The team and the tiles it keeps. Where a dense teacher is kept too, one block less shares an SM.
 Plan make_plan(const Device& device, const Job& job, Kernel kernel) {
   constexpr int kReserved = 1024;  // of each block, by the driver
   const int rows = job.teacher == nullptr ? 1 : 2;
-  const int64_t room = device.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / (rows == 1 ? 3 : 2) - kReserved;
+  const int64_t room = device.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / (kBlocks + 1 - rows) - kReserved;
   const int64_t entries = job.ids == nullptr || rows == 2 ? 0 : job.k + 1;
   Plan plan{};
   plan.kept_offset = static_cast<int>(ceil_div(sizeof(Shared) + entries * sizeof(Entry), 16) * 16);
