@@ -1,4 +1,4 @@
-"""Builds the native ops, for the CPU and for CUDA. What cannot be built is left out: the torch reference serves instead.
+"""Builds the native ops for the CPU and for CUDA. What cannot be built is left out: the torch reference serves instead.
 
 CUDA ops are built where torch has CUDA and its toolkit is found. RBFAST_CUDA=1 builds them under any torch and fails
 where it cannot; RBFAST_CUDA=0 leaves them out. TORCH_CUDA_ARCH_LIST chooses the GPUs.
@@ -56,7 +56,9 @@ def cuda_extension(toolkit: str) -> CppExtension:
 
 def toolkit_of(nvcc: str) -> str:
     """The folder that nvcc itself works from: what is on the PATH may be a link or a script."""
-    steps = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=True).stderr
+    steps = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=True
+    ).stderr
     (top,) = [line.removeprefix("#$ TOP=") for line in steps.splitlines() if line.startswith("#$ TOP=")]
     return os.path.realpath(top)
 

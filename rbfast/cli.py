@@ -117,7 +117,8 @@ def _info(args: argparse.Namespace) -> int:
         "ops_cuda": ops.implementations("cuda"),
     }
     lines = [f"{name}: {value}" for name, value in facts.items() if not name.startswith("ops")]
-    lines += [f"  {name}: {cpu}; on CUDA: {facts['ops_cuda'][name]}" for name, cpu in facts["ops"].items()]
+    cuda = ops.implementations("cuda")
+    lines += [f"  {name}: {cpu}; on CUDA: {cuda[name]}" for name, cpu in ops.implementations("cpu").items()]
     if facts["cpu_isa"] is None:
         lines.append("The native CPU ops are not built: reinstall with a C++ compiler on the PATH for full speed.")
     return _print(args, facts, "\n".join(lines))

@@ -1,7 +1,7 @@
 """The registry of ops: schemas, fakes and the reference for each; native libraries add faster kernels per device.
 
-The torch dispatcher chooses: a native kernel where one is loaded for the device (_C for the CPU, _C_cuda for CUDA), else
-the reference. Ops whose name ends in an underscore write into their first argument. All tensors of a call share a
+The torch dispatcher chooses: a native kernel where one is loaded for the device (_C for the CPU, _C_cuda for CUDA),
+else the reference. Ops whose name ends in an underscore write into their first argument. All tensors of a call share a
 device; A and B are fp32.
 """
 
@@ -35,7 +35,7 @@ _PRODUCTS = ("head_forward_", "head_backward", "head_grad_")  # on CUDA, torch's
 
 
 def _load(name: str) -> ctypes.CDLL | None:
-    """Loads rbfast/{name}.*so if it was built. A library that is there but cannot be loaded raises: it is not ignored."""
+    """Loads rbfast/{name}.*so if it was built. One that is there but cannot be loaded raises: it is not ignored."""
     built = sorted(Path(__file__).parent.glob(f"{name}.*so"))
     if not built:
         return None

@@ -1,4 +1,4 @@
-"""The head's three products on a GPU: library GEMMs of 16-bit operands with fp32 output, which torch has for CUDA alone.
+"""The head's three products on a GPU: library GEMMs of 16-bit operands with fp32 output, which torch has for CUDA only.
 
 Any other pair of dtypes is widened first, as in the reference. Shapes: T tokens, H hidden size, V vocabulary.
 """

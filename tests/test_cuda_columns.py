@@ -11,8 +11,8 @@ from torch import Tensor
 
 from rbfast import reference
 
-# T, in, out, s, k: odd sizes; more features than a warp takes, and several groups of tokens; every number of ranks that a
-# sweep is compiled for, and more than the largest.
+# T, in, out, s, k: odd sizes; more features than a warp takes, and several groups of tokens; every number of ranks that
+# a sweep is compiled for, and more than the largest.
 SHAPES = (
     (1, 1, 1, 1, 1),
     (3, 9, 5, 7, 2),

@@ -5,7 +5,7 @@
 // a tile at a time and exchange their sums through distributed shared memory. So few rows are under way at once, and
 // what a member reads it keeps in its shared memory as far as that goes; the later passes over the row read the rest
 // again, from the level-2 cache on a large GPU. A 128k row of fp32 logits is 64 KB for each of 8 members: it is read from
-// memory once, and three of its members share an SM, so that one loads while another computes.
+// memory once, and three blocks share an SM, so that one loads while another computes.
 //
 // dz may lie over the logits, element v at or before logit v. Where all of a row is kept, every logit is read before the
 // team first meets, and gradients are written after that. Where not, the team goes through the row in step: it meets
@@ -551,8 +551,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks - 1)
   post_totals(sums, row.inv_tau, shared);
   team.meet();
   if (threadIdx.x == 0) {
-    Total totals[kSums];
-    for (int i = 0; i < kSums; ++i) totals[i] = team_total(team, shared, i, row.inv_tau);
+    const Total totals[kSums] = {team_total(team, shared, 0, row.inv_tau), team_total(team, shared, 1, row.inv_tau),
+                                 team_total(team, shared, 2, row.inv_tau)};
     const double loss = dense_pass(job, row, totals, z_label, other.n, shared.pass);
     if (is_leader) ce[row.index] = static_cast<float>(loss);
   }
@@ -581,7 +581,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks - 1)
     if (plan.in_step) team.meet();
     if (v < row.vocabulary) row.put(gradient, z, v);
   }
-  __syncthreads();  // the sums in shared memory are read
   block_sum(values, shared);
   if (threadIdx.x == 0) shared.values[0] = values[0];
   team.meet();
