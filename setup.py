@@ -1,34 +1,91 @@
-"""Builds the native CPU ops. Without a C++ compiler the package still installs and runs on its torch reference."""
+"""Builds the native ops for the CPU and for CUDA. What cannot be built is left out: the torch reference serves instead.
+
+CUDA ops are built where torch has CUDA and its toolkit is found. RBFAST_CUDA=1 builds them under any torch and fails
+where it cannot; RBFAST_CUDA=0 leaves them out. TORCH_CUDA_ARCH_LIST chooses the GPUs.
+"""
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
+import torch
 from setuptools import setup
+from torch.utils import cpp_extension
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).resolve().parent
-STABLE_ABI = "0x020a000000000000"  # torch 2.10: one binary serves every later torch
+STABLE_ABI = ("TORCH_TARGET_VERSION", "0x020a000000000000")  # torch 2.10: one binary serves every later torch
+GPUS = "8.0;9.0a;10.0;12.0+PTX"
+HOST_FLAGS = ["-Wall", "-fvisibility=hidden", f"-fmacro-prefix-map={ROOT}=."]
+
+
+def sources(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
 
 
 def cpu_extension() -> CppExtension:
     """`rbfast/_C`: a library of ops for the torch dispatcher, not a Python module; the ISA is chosen at run time."""
     return CppExtension(
         "rbfast._C",
-        [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/*.cpp"))],
+        sources("csrc/*.cpp", "csrc/cpu/*.cpp"),
         include_dirs=[str(ROOT / "csrc")],
-        define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI)],
-        extra_compile_args=["-O3", "-Wall", "-fvisibility=hidden", "-ffp-contract=off", f"-fmacro-prefix-map={ROOT}=."],
+        define_macros=[STABLE_ABI],
+        extra_compile_args=["-O3", "-ffp-contract=off", *HOST_FLAGS],
         extra_link_args=["-s"],
         py_limited_api=True,
     )
 
 
+def cuda_extension(toolkit: str) -> CppExtension:
+    """`rbfast/_C_cuda`. Its runtime is linked statically, so that it fits a torch of any CUDA of the same age."""
+    cpp_extension.CUDA_HOME = toolkit  # a CPU-only torch leaves it empty whatever the environment says
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", GPUS)
+    return CppExtension(
+        "rbfast._C_cuda",
+        sources("csrc/cuda/*.cu"),
+        include_dirs=[str(ROOT / "csrc")],
+        define_macros=[STABLE_ABI, ("USE_CUDA", None)],
+        extra_compile_args={"cxx": [], "nvcc": ["-O3", "-Xcompiler", ",".join(HOST_FLAGS)]},
+        libraries=["cudart_static", "rt", "dl"],
+        library_dirs=[f"{toolkit}/lib64", f"{toolkit}/lib"],
+        extra_link_args=["-s"],
+        py_limited_api=True,
+    )
+
+
+def toolkit_of(nvcc: str) -> str:
+    """The folder that nvcc itself works from: what is on the PATH may be a link or a script."""
+    steps = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=True
+    ).stderr
+    (top,) = [line.removeprefix("#$ TOP=") for line in steps.splitlines() if line.startswith("#$ TOP=")]
+    return os.path.realpath(top)
+
+
+def cuda_toolkit() -> str | None:
+    """The folder of the CUDA toolkit to build with, or None where the CUDA ops are left out."""
+    asked = os.environ.get("RBFAST_CUDA", "")
+    if asked not in ("", "0", "1"):
+        raise ValueError(f"RBFAST_CUDA must be 1 (build the CUDA ops), 0 (leave them out) or unset, got {asked!r}")
+    if asked == "0" or (asked == "" and not torch.version.cuda):
+        return None
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which(f"{home}/bin/nvcc" if home else "nvcc")
+    if nvcc is not None:
+        return toolkit_of(nvcc)
+    if asked == "1":
+        raise RuntimeError("RBFAST_CUDA=1 needs nvcc: put it on the PATH, or set CUDA_HOME to the toolkit's folder")
+    print("rbfast: this torch has CUDA but nvcc was not found (set CUDA_HOME); installing without the CUDA ops.")
+    return None
+
+
 def extensions() -> list:
+    toolkit = cuda_toolkit()
     if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
         print("rbfast: no C++ compiler found (set CXX); installing without native ops. `rbfast info` will say so.")
         return []
-    return [cpu_extension()]
+    return [cpu_extension()] + ([cuda_extension(toolkit)] if toolkit else [])
 
 
 setup(

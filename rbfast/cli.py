@@ -117,10 +117,12 @@ def _info(args: argparse.Namespace) -> int:
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu_isa": ops.cpu_isa(),
-        "ops": ops.implementations(),
+        "ops": ops.implementations("cpu"),
+        "ops_cuda": ops.implementations("cuda"),
     }
-    lines = [f"{name}: {value}" for name, value in facts.items() if name != "ops"]
-    lines += [f"  {name}: {implementation}" for name, implementation in ops.implementations().items()]
+    lines = [f"{name}: {value}" for name, value in facts.items() if not name.startswith("ops")]
+    cuda = ops.implementations("cuda")
+    lines += [f"  {name}: {cpu}; on CUDA: {cuda[name]}" for name, cpu in ops.implementations("cpu").items()]
     if facts["cpu_isa"] is None:
         lines.append("The native CPU ops are not built: reinstall with a C++ compiler on the PATH for full speed.")
     return _print(args, facts, "\n".join(lines))

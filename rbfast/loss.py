@@ -23,8 +23,10 @@ from rbfast.signals import Dense, Signal, TopK, check_signal
 
 Reduction = Literal["mean", "sum", "none"]
 
-# A chunk's logits (student's and teacher's) take about this much memory. Larger chunks read the head fewer times.
+# A chunk's logits (student's and teacher's) take about this much memory. Larger chunks read the head fewer times, and a
+# GPU's products need many rows to run at its full rate.
 CHUNK_BYTES = 48 * 2**20
+CHUNK_BYTES_ON_GPU = 768 * 2**20
 # Chunks hold a multiple of this many rows: head_grad_ sums rows in pairs, so a pair must never be split by a chunk.
 ROW_MULTIPLE = 16
 
@@ -51,7 +53,7 @@ class DistillLoss(nn.Module):
         reduction: "mean" divides by `num_items` where given, else by the number of rows that take part.
         softcap: the student's logits are softcap * tanh(z / softcap), as in Gemma 2.
         logit_scale: multiplies the student's logits (after the bias, before the softcap), as in Cohere's models.
-        chunk_rows: rows taken at a time, rounded up to a multiple of 16; by default 48 MiB of logits.
+        chunk_rows: rows taken at a time, rounded up to a multiple of 16; by default 48 MiB of logits, 768 on a GPU.
     """
 
     def __init__(
@@ -189,7 +191,8 @@ def _solve(
     )
     for group in job.groups:
         columns = [len(weight)] + ([group.signal.vocabulary] if isinstance(group.signal, Dense) else [])
-        step = job.chunk_rows or CHUNK_BYTES // (wide.itemsize * sum(columns))
+        memory = CHUNK_BYTES if hidden.device.type == "cpu" else CHUNK_BYTES_ON_GPU
+        step = job.chunk_rows or memory // (wide.itemsize * sum(columns))
         step = min(max(1, -(-step // ROW_MULTIPLE)) * ROW_MULTIPLE, len(group.rows))
         # One allocation for all chunks: touching fresh memory would cost a third of the product that fills it.
         room = [torch.empty(step, n, dtype=wide, device=hidden.device) for n in columns]

@@ -1,7 +1,8 @@
-"""The registry of ops: schemas, fakes and the reference for each; the native library adds faster kernels per device.
+"""The registry of ops: schemas, fakes and the reference for each; native libraries add faster kernels per device.
 
-The torch dispatcher chooses: a native kernel where one is loaded for the device, else the reference. Ops whose name
-ends in an underscore write into their first argument. All tensors of a call share a device; A and B are fp32.
+The torch dispatcher chooses: a native kernel where one is loaded for the device (_C for the CPU, _C_cuda for CUDA),
+else the reference. Ops whose name ends in an underscore write into their first argument. All tensors of a call share a
+device; A and B are fp32.
 """
 
 import ctypes
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rbfast import reference
+from rbfast import products, reference
 
 _LIBRARY = torch.library.Library("rbfast", "DEF")
 _SCHEMAS = {
@@ -30,9 +31,12 @@ _SCHEMAS = {
 }
 
 
-def _load_native() -> ctypes.CDLL | None:
-    """Loads rbfast/_C*.so if it was built. A library that is there but cannot be loaded raises: it is not ignored."""
-    built = sorted(Path(__file__).parent.glob("_C*.so"))
+_PRODUCTS = ("head_forward_", "head_backward", "head_grad_")  # on CUDA, torch's own GEMMs: nobody writes better ones
+
+
+def _load(name: str) -> ctypes.CDLL | None:
+    """Loads rbfast/{name}.*so if it was built. One that is there but cannot be loaded raises: it is not ignored."""
+    built = sorted(Path(__file__).parent.glob(f"{name}.*so"))
     if not built:
         return None
     torch.ops.load_library(built[0])
@@ -42,7 +46,10 @@ def _load_native() -> ctypes.CDLL | None:
 for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
-_NATIVE = _load_native()
+for _name in _PRODUCTS:
+    _LIBRARY.impl(_name, getattr(products, _name), "CUDA")
+_NATIVE = _load("_C")
+_CUDA = _load("_C_cuda") if torch.version.cuda else None  # it asks torch for CUDA streams, which a CPU torch lacks
 
 column_gather = torch.ops.rbfast.column_gather
 column_grad = torch.ops.rbfast.column_grad
@@ -134,7 +141,17 @@ def cpu_isa() -> str | None:
     return name.decode() if name else None
 
 
-def implementations() -> dict[str, str]:
-    """For each op, what a CPU call runs: 'native (ISA)' or 'reference'."""
+def implementations(device: str = "cpu") -> dict[str, str]:
+    """For each op, what a call on "cpu" or "cuda" tensors runs; where that is the reference on CUDA, why."""
+    if device == "cuda":
+        return {name: "torch.mm, fp32 output" if name in _PRODUCTS else _on_cuda() for name in _SCHEMAS}
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return {name: f"native ({cpu_isa()})" if has_kernel(f"rbfast::{name}", "CPU") else "reference" for name in _SCHEMAS}
+
+
+def _on_cuda() -> str:
+    if _CUDA is not None:
+        return "CUDA C++"
+    if not torch.version.cuda:
+        return "reference (this torch is built without CUDA)"
+    return "reference (_C_cuda is not built: reinstall with nvcc on the PATH and RBFAST_CUDA=1)"

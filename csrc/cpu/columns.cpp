@@ -16,32 +16,6 @@ namespace {
 
 // ---- checks ----
 
-void expect_matrix(const char* op, const char* name, const Tensor& x, int64_t rows, int64_t cols) {
-  expect(x.dim() == 2, op, ": ", name, " must have 2 dimensions, got ", x.dim());
-  expect((rows < 0 || x.size(0) == rows) && (cols < 0 || x.size(1) == cols), op, ": ", name, " must be [",
-         rows < 0 ? x.size(0) : rows, ", ", cols < 0 ? x.size(1) : cols, "] to fit the other arguments, got [",
-         x.size(0), ", ", x.size(1), "]");
-}
-
-void expect_float32(const char* op, const char* name, const Tensor& x) {
-  expect(x.scalar_type() == ScalarType::Float, op, ": ", name, " must be float32, got ",
-         torch::headeronly::toString(x.scalar_type()));
-}
-
-void expect_delta(const char* op, const Tensor& A, const Tensor& B, int64_t s, int64_t out) {
-  expect_float32(op, "A", A);
-  expect_float32(op, "B", B);
-  expect_matrix(op, "A", A, -1, s);
-  expect_matrix(op, "B", B, out, A.size(0));
-}
-
-// A write to an expanded tensor would let threads race for the same element.
-void expect_writable(const char* op, const char* name, const Tensor& x) {
-  for (int64_t d = 0; d < x.dim(); ++d) {
-    expect(x.stride(d) != 0 || x.size(d) < 2, op, ": ", name, " is expanded: clone it before it is written to");
-  }
-}
-
 // The indices as a dense array, each known to be a column of a matrix of `width` columns.
 Tensor checked_columns(const char* op, const Tensor& cols, int64_t width) {
   expect(cols.dim() == 1 && cols.scalar_type() == ScalarType::Long, op, ": cols must be int64 with 1 dimension, got ",
@@ -66,13 +40,6 @@ Tensor checked_offsets(const char* op, const Tensor& cols, const Tensor& x) {
 
 // ---- memory ----
 
-// x itself where its rows are dense, else a copy.
-Tensor dense_rows(const Tensor& x) { return x.stride(1) == 1 || x.size(1) < 2 ? x : torch::stable::contiguous(x); }
-
-Tensor floats(const Tensor& like, int64_t rows, int64_t cols) {
-  return torch::stable::new_empty(like, {rows, cols}, ScalarType::Float);
-}
-
 // scale * B [out, k] as [out, k], and B as [k, out].
 Tensor scaled(const Tensor& B, float scale) {
   const int64_t out = B.size(0), k = B.size(1), row = B.stride(0), col = B.stride(1);
@@ -96,8 +63,6 @@ Tensor transposed(const Tensor& B) {
 // ---- threads ----
 
 constexpr int64_t kBlock = 32;  // tokens that stay in the cache while they are read more than once
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Calls f(first, count) for every run of at most `size` of `total` rows, in parallel where the rows are worth it.
 template <typename F>

@@ -1,13 +1,7 @@
-// What every CPU op needs between the torch dispatcher and its kernels: types, pointers, checks, the ISA switch.
+// What every CPU op needs between the torch dispatcher and its kernels: the storage types and the ISA switch.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <sstream>
-#include <stdexcept>
-
+#include "checks.h"
 #include "cpu/isa.h"
 #include "cpu/lanes.h"
 
@@ -28,18 +22,6 @@
 
 namespace rbfast {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// Throws the message (a RuntimeError in Python) unless `ok`.
-template <typename... Parts>
-void expect(bool ok, const Parts&... parts) {
-  if (ok) return;
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
-
 // Calls f(T{}) with the storage type of `type`.
 template <typename F>
 void for_each_type(ScalarType type, const F& f) {
@@ -54,15 +36,6 @@ void for_each_type(ScalarType type, const F& f) {
       expect(false, "the native CPU ops take float32, bfloat16 or float16, got ", torch::headeronly::toString(type),
              "; cast it, or call the function of the same name in rbfast.reference");
   }
-}
-
-template <typename T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-template <typename T>
-T* mutable_data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
 // Rows per task so that a task is worth a thread: about 32k elements.

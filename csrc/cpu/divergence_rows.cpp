@@ -12,32 +12,14 @@
 #include <utility>
 #include <vector>
 
+#include "buckets.h"
 #include "cpu/dispatch.h"
+#include "divergence_job.h"
 
 namespace rbfast {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr double kLogFloor = -100;  // log p counts at least this much in reverse KL
-
-struct Job {
-  Isa isa;
-  float* logits;
-  int64_t logits_stride, rows, vocabulary;
-  void* dz;
-  int64_t dz_stride;
-  bool dz_is_bf16;
-  const int64_t* labels;
-  const float *weight, *ce_weight, *temperature;
-  const int64_t* ids;
-  const float* logprobs;
-  int64_t k;
-  const float* teacher;
-  int64_t teacher_stride, teacher_vocabulary;
-  const float* bias;
-  double beta;
-  float logit_scale, softcap;
-};
 
 struct Losses {
   double divergence, ce;
@@ -46,6 +28,7 @@ struct Losses {
 // One row, with its logits already scaled and capped.
 struct Row {
   const Job& job;
+  Isa isa;
   float* z;
   Output out;
   double weight, ce_weight, tau;
@@ -60,34 +43,17 @@ double log_add(double x, double y) {
   return top == -kInfinity ? top : top + std::log(std::exp(x - top) + std::exp(y - top));
 }
 
-struct Bucket {
-  double log_p, log_q, gradient;
-};
-
-// a log(a/b) - a + b >= 0
-double kl_term(double a, double log_a, double b, double log_b) { return (a > 0 ? a * (log_a - log_b) : 0) - a + b; }
-
 // D over the buckets; leaves its gradient in the logits in each.
 double divergence(std::vector<Bucket>& buckets, double beta) {
   double value = 0, mean = 0;
   for (Bucket& b : buckets) {
-    const double log_p = beta == 1 && b.log_q > -kInfinity ? std::max(b.log_p, kLogFloor) : b.log_p;
-    const double p = std::exp(log_p), q = std::exp(b.log_q);
-    if (beta == 0) {
-      value += kl_term(p, log_p, q, b.log_q);
-      b.gradient = q - p;
-    } else if (beta == 1) {
-      value += kl_term(q, b.log_q, p, log_p);
-      b.gradient = q > 0 ? b.log_q - log_p : 0;
-    } else {
-      const double m = beta * p + (1 - beta) * q, log_m = std::log(m);
-      value += m > 0 ? beta * kl_term(p, log_p, m, log_m) + (1 - beta) * kl_term(q, b.log_q, m, log_m) : 0;
-      b.gradient = q > 0 ? b.log_q - log_m : 0;
-    }
-    mean += q * b.gradient;
+    const BucketTerm term = bucket_term(b.log_p, b.log_q, beta);
+    value += term.divergence;
+    mean += term.q * term.score;
+    b.gradient = term.score;
   }
   if (beta > 0)
-    for (Bucket& b : buckets) b.gradient = (beta == 1 ? 1 : 1 - beta) * std::exp(b.log_q) * (b.gradient - mean);
+    for (Bucket& b : buckets) b.gradient = score_gradient(b.log_q, b.gradient, mean, beta);
   return std::max(value, 0.0);
 }
 
@@ -130,7 +96,7 @@ Losses sparse_row(const Row& row, const int64_t* ids, const float* logprobs, int
     row.z[ids[i]] = kNone;  // what is left is the tail, which is summed by itself
   }
   LogSum tail;
-  RBFAST_CALL(row.job.isa, log_sum, row.z, row.job.vocabulary, row.inv_tau, &tail);
+  RBFAST_CALL(row.isa, log_sum, row.z, row.job.vocabulary, row.inv_tau, &tail);
   const bool has_tail = tail.max > kNone || std::isnan(tail.at_one);
   top = std::max<double>(top, tail.max);
   const double below = tail.max - top;
@@ -157,7 +123,7 @@ Losses sparse_row(const Row& row, const int64_t* ids, const float* logprobs, int
   double at_one = has_tail ? row.ce_weight * std::exp(below - log_one) : 0;
   if (inv_tau == 1) at_tau += std::exchange(at_one, 0);
   const TailGradient g{tail.max, row.inv_tau, static_cast<float>(at_tau), static_cast<float>(at_one)};
-  RBFAST_CALL(row.job.isa, tail_gradient, row.z, row.job.vocabulary, g, row.out);
+  RBFAST_CALL(row.isa, tail_gradient, row.z, row.job.vocabulary, g, row.out);
   for (size_t i = 0; i < support.size(); ++i) {
     const auto [id, z] = support[i];
     double gradient = row.weight * row.tau * buckets[i].gradient + row.ce_weight * std::exp(z - top - log_one);
@@ -177,9 +143,9 @@ Losses dense_row(const Row& row, const float* teacher) {
   const int64_t vocabulary = row.job.vocabulary, shared = std::min(vocabulary, row.job.teacher_vocabulary);
   const double inv_tau = row.inv_tau;
   LogSum z, rest{kNone, 0, 0}, t;
-  RBFAST_CALL(row.job.isa, log_sum, row.z, shared, row.inv_tau, &z);
-  if (shared < vocabulary) RBFAST_CALL(row.job.isa, log_sum, row.z + shared, vocabulary - shared, row.inv_tau, &rest);
-  RBFAST_CALL(row.job.isa, log_sum, teacher, shared, row.inv_tau, &t);
+  RBFAST_CALL(row.isa, log_sum, row.z, shared, row.inv_tau, &z);
+  if (shared < vocabulary) RBFAST_CALL(row.isa, log_sum, row.z + shared, vocabulary - shared, row.inv_tau, &rest);
+  RBFAST_CALL(row.isa, log_sum, teacher, shared, row.inv_tau, &t);
   const double top = std::max(z.max, rest.max);
   const double z_log = std::log(z.at_tau) + (z.max - top) * inv_tau, t_log = std::log(t.at_tau);
   const double log_one = std::log(z.at_one * std::exp(z.max - top) + rest.at_one * std::exp(rest.max - top));
@@ -197,47 +163,32 @@ Losses dense_row(const Row& row, const float* teacher) {
                  static_cast<float>(row.ce_weight * std::exp(-log_one)),
                  0};
   DenseValue value;
-  RBFAST_CALL(row.job.isa, dense_value, row.z, teacher, vocabulary, pass, row.out, &value);
+  RBFAST_CALL(row.isa, dense_value, row.z, teacher, vocabulary, pass, row.out, &value);
   if (row.out.dz != nullptr && row.job.beta != 0) {
     pass.mean_score = static_cast<float>(value.mean_score);
-    RBFAST_CALL(row.job.isa, dense_gradient, row.z, teacher, vocabulary, pass, row.out);
+    RBFAST_CALL(row.isa, dense_gradient, row.z, teacher, vocabulary, pass, row.out);
   }
   return {value.divergence, log_one - (row.z_label - top)};
 }
 
-Losses solve_row(const Job& job, int64_t i) {
+Losses solve_row(const Job& job, Isa isa, int64_t i) {
   float* z = job.logits + i * job.logits_stride;
   if (job.bias != nullptr || job.logit_scale != 1 || job.softcap != 0)
-    RBFAST_CALL(job.isa, head_logits, z, job.bias, job.vocabulary, job.logit_scale, job.softcap);
+    RBFAST_CALL(isa, head_logits, z, job.bias, job.vocabulary, job.logit_scale, job.softcap);
   void* dz = nullptr;
   if (job.dz != nullptr) dz = static_cast<char*>(job.dz) + i * job.dz_stride * (job.dz_is_bf16 ? 2 : 4);
   const double tau = job.temperature[i];
   const Output out{dz, job.dz_is_bf16, job.labels[i], job.ce_weight[i], job.logit_scale, job.softcap};
-  const Row row{job, z, out, job.weight[i], job.ce_weight[i], tau, static_cast<float>(1 / tau), logit(z[job.labels[i]])};
+  const Row row{job, isa, z, out, job.weight[i], job.ce_weight[i], tau, static_cast<float>(1 / tau), logit(z[job.labels[i]])};
   if (job.teacher != nullptr) return dense_row(row, job.teacher + i * job.teacher_stride);
   if (job.ids != nullptr) return sparse_row(row, job.ids + i * job.k, job.logprobs + i * job.k, job.k);
   return sparse_row(row, nullptr, nullptr, 0);
 }
 
-// ---- checks ----
-
-void expect_rows(const char* name, const Tensor& x, int64_t rows, ScalarType type) {
-  expect(x.dim() > 0 && x.size(0) == rows && x.scalar_type() == type, "divergence_rows_: ", name, " must be ",
-         torch::headeronly::toString(type), " with one entry per row of logits (", rows, "), got ",
-         torch::headeronly::toString(x.scalar_type()), " with ", x.dim() > 0 ? x.size(0) : 0);
-}
-
-void expect_ids(const char* name, const Tensor& ids, int64_t least, int64_t vocabulary) {
-  const int64_t* id = data<int64_t>(ids);
-  for (int64_t i = 0; i < ids.numel(); ++i)
-    expect(id[i] >= least && id[i] < vocabulary, "divergence_rows_: ", name, " must be in [", least, ", ", vocabulary,
-           "), got ", id[i]);
-}
-
-// [rows, columns] with dense rows, written or read in place.
-void expect_plane(const char* name, const Tensor& x, int64_t rows) {
-  expect(x.dim() == 2 && x.size(0) == rows && (x.stride(1) == 1 || x.size(1) < 2), "divergence_rows_: ", name,
-         " must be [", rows, ", columns] with dense rows; call contiguous() on it");
+void expect_ids(const char* name, const int64_t* ids, int64_t count, int64_t least, int64_t vocabulary) {
+  for (int64_t i = 0; i < count; ++i)
+    expect(ids[i] >= least && ids[i] < vocabulary, "divergence_rows_: ", name, " must be in [", least, ", ", vocabulary,
+           "), got ", ids[i]);
 }
 
 std::tuple<Tensor, Tensor> divergence_rows_(Tensor logits, std::optional<Tensor> dz, const Tensor& labels,
@@ -245,66 +196,18 @@ std::tuple<Tensor, Tensor> divergence_rows_(Tensor logits, std::optional<Tensor>
                                             std::optional<Tensor> ids, std::optional<Tensor> logprobs,
                                             std::optional<Tensor> teacher, std::optional<Tensor> bias, double beta,
                                             double logit_scale, std::optional<double> softcap) {
-  expect(logits.dim() == 2 && logits.size(1) > 0 && logits.scalar_type() == ScalarType::Float,
-         "divergence_rows_: logits must be float32 [T, V] with V > 0");
-  const int64_t rows = logits.size(0), vocabulary = logits.size(1);
-  expect_plane("logits", logits, rows);
-  Job job{};
-  job.isa = active_isa();
-  job.logits = mutable_data<float>(logits);
-  job.logits_stride = logits.stride(0);
-  job.rows = rows;
-  job.vocabulary = vocabulary;
-  if (dz) {
-    expect_plane("dz", *dz, rows);
-    job.dz_is_bf16 = dz->scalar_type() == ScalarType::BFloat16;
-    expect(dz->size(1) == vocabulary && (job.dz_is_bf16 || dz->scalar_type() == ScalarType::Float),
-           "divergence_rows_: dz must be float32 or bfloat16, of the shape of logits");
-    job.dz = dz->mutable_data_ptr();
-    job.dz_stride = dz->stride(0);
-  }
-  std::vector<Tensor> alive;  // what the pointers of the job point into
-  const auto dense = [&](const char* name, const Tensor& x, ScalarType type) {
-    expect_rows(name, x, rows, type);
-    return alive.emplace_back(torch::stable::contiguous(x));
-  };
-  const Tensor label = dense("labels", labels, ScalarType::Long);
-  expect_ids("labels", label, 0, vocabulary);
-  job.labels = data<int64_t>(label);
-  job.weight = data<float>(dense("weight", weight, ScalarType::Float));
-  job.ce_weight = data<float>(dense("ce_weight", ce_weight, ScalarType::Float));
-  job.temperature = data<float>(dense("temperature", temperature, ScalarType::Float));
-  if (ids && logprobs) {
-    const Tensor id = dense("ids", *ids, ScalarType::Long), log_p = dense("logprobs", *logprobs, ScalarType::Float);
-    expect(id.dim() == 2 && log_p.dim() == 2 && id.size(1) == log_p.size(1),
-           "divergence_rows_: ids and logprobs must both be [T, k]");
-    expect_ids("ids", id, -1, vocabulary);
-    job.ids = data<int64_t>(id);
-    job.logprobs = data<float>(log_p);
-    job.k = id.size(1);
-  } else if (teacher) {
-    expect_rows("teacher", *teacher, rows, ScalarType::Float);
-    expect_plane("teacher", *teacher, rows);
-    expect(teacher->size(1) > 0, "divergence_rows_: teacher must have at least one column");
-    job.teacher = data<float>(*teacher);
-    job.teacher_stride = teacher->stride(0);
-    job.teacher_vocabulary = teacher->size(1);
-  }
-  if (bias) {
-    const Tensor b = alive.emplace_back(torch::stable::contiguous(*bias));
-    expect(b.dim() == 1 && b.size(0) == vocabulary && b.scalar_type() == ScalarType::Float,
-           "divergence_rows_: bias must be float32 [", vocabulary, "]");
-    job.bias = data<float>(b);
-  }
-  job.beta = beta;
-  job.logit_scale = static_cast<float>(logit_scale);
-  job.softcap = static_cast<float>(softcap.value_or(0));
-
+  const Arguments arguments(logits, dz, labels, weight, ce_weight, temperature, ids, logprobs, teacher, bias, beta,
+                            logit_scale, softcap);
+  const Job& job = arguments.job;
+  expect_ids("labels", job.labels, job.rows, 0, job.vocabulary);
+  if (job.ids != nullptr) expect_ids("ids", job.ids, job.rows * job.k, -1, job.vocabulary);
+  const Isa isa = active_isa();
+  const int64_t rows = job.rows;
   Tensor value = torch::stable::new_empty(logits, {rows}), ce = torch::stable::new_empty(logits, {rows});
   float *values = mutable_data<float>(value), *ces = mutable_data<float>(ce);
-  torch::stable::parallel_for(0, rows, grain(vocabulary), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, rows, grain(job.vocabulary), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const Losses losses = solve_row(job, i);
+      const Losses losses = solve_row(job, isa, i);
       values[i] = static_cast<float>(losses.divergence);
       ces[i] = static_cast<float>(losses.ce);
     }

@@ -5,11 +5,9 @@
 #include <stdint.h>
 
 #include "cpu/lanes.h"
+#include "divergence_math.h"
 
 namespace rbfast {
-
-// Logits below this count as it: -inf without the NaN of inf - inf. exp of it is 0 beside any other logit.
-constexpr float kNone = -1e30f;
 
 // sum_v exp((z_v - max) * inv_tau) and sum_v exp(z_v - max); meaningless where max is kNone.
 struct LogSum {
@@ -31,15 +29,6 @@ struct TailGradient {
   float max, inv_tau, at_tau, at_one;
 };
 
-// A teacher's distribution over the first n ids beside the student's, at inverse temperature inv_tau:
-// log q_v = (z_v - z_max) * inv_tau - z_log, log p_v = (t_v - t_max) * inv_tau - t_log,
-// log p_v - log q_v = (t_v - z_v) * inv_tau - shift.
-// dz_v = coefficient * (gradient of D)_v + at_one * exp(z_v - z_max).
-struct DensePass {
-  int64_t n;
-  float inv_tau, z_max, z_log, t_max, t_log, shift, beta, rest_of_beta, coefficient, at_one;
-  float mean_score;  // what the pass for values returned, for the pass for gradients
-};
 // D, and the mean under q of log q/p (reverse KL) or log q/m (JS), which their gradients need.
 struct DenseValue {
   double divergence, mean_score;

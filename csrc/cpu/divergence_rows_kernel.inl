@@ -2,12 +2,7 @@
 //
 // Traffic: a row of 50k logits is 200 KB. It comes from memory once, in the first pass, and the later ones find it in
 // the level-2 cache; the gradient may be written over it, since its element v lies at or before logit v.
-//
-// Accuracy: with d = log p - log q computed from differences of logits, the larger of p and q is exp of its logarithm
-// and the smaller follows from exp(-|d|) - 1. So q - p and every term of D keep their relative accuracy when the two
-// are close, and every term is >= 0.
 #include "cpu/divergence_rows.h"
-#include "cpu/lanes_math.h"
 
 namespace rbfast {
 namespace ISA {
@@ -78,65 +73,6 @@ static void tail_gradient_of(const float* z, int64_t n, const TailGradient& g, c
     if (kTwo) gradient = fmadd(exp_negative(x), splat(g.at_one), gradient);
     put<T>(out, gradient, logit, v, n - v);
   }
-}
-
-// p and q of kLanes ids: e is the larger of the two, small.all * e the other one, gap = |log p - log q|.
-struct Pair {
-  Lanes e, gap;
-  LaneInts p_leads;
-  ExpChange small;
-};
-
-template <bool kFloor>
-static inline Pair pair(Lanes z, Lanes t, const DensePass& pass) {
-  const Lanes log_q = (z - pass.z_max) * pass.inv_tau - pass.z_log;
-  Lanes log_p = (t - pass.t_max) * pass.inv_tau - pass.t_log;
-  Lanes d = (t - z) * pass.inv_tau - pass.shift;
-  if (kFloor) {
-    const LaneInts low = log_p < splat(-100.0f);
-    log_p = low ? splat(-100.0f) : log_p;
-    d = low ? log_p - log_q : d;
-  }
-  const Lanes gap = magnitude(d);
-  const LaneInts p_leads = d >= splat(0.0f);
-  const Lanes log_e = p_leads ? log_p : log_q;
-  return {exp_negative(log_e > splat(0.0f) ? splat(0.0f) : log_e), gap, p_leads, exp_change(-gap)};
-}
-
-// With b = a exp(-gap) < a: b log(b/a) - b + a, over a.
-static inline Lanes lesser_term(const Pair& x) {
-  const Lanes bounded = x.gap > splat(100.0f) ? splat(100.0f) : x.gap;
-  const Lanes near = -x.small.rest - x.gap * x.small.change;
-  const Lanes far = 1.0f - (bounded + 1.0f) * x.small.all;
-  return x.gap < splat(0.34f) ? near : far;
-}
-
-enum class Kind { forward, reverse, js };
-
-struct Term {
-  Lanes divergence, q, score;  // score: log q/p or log q/m; for forward KL q holds q - p, and score nothing
-};
-
-template <Kind kKind>
-static inline Term term(Lanes z, Lanes t, const DensePass& pass) {
-  const Pair x = pair<kKind == Kind::reverse>(z, t, pass);
-  if (kKind == Kind::forward) {
-    const Lanes change = x.e * x.small.change;
-    return {x.e * (x.p_leads ? x.small.rest : lesser_term(x)), x.p_leads ? change : -change, Lanes{}};
-  }
-  const Lanes q = x.p_leads ? x.e * x.small.all : x.e;
-  if (kKind == Kind::reverse)
-    return {x.e * (x.p_leads ? lesser_term(x) : x.small.rest), q, x.p_leads ? -x.gap : x.gap};
-  // m = e (1 + u change), u the weight of the smaller one; m / (the smaller one) = 1 - (1 - u) change / all.
-  const Lanes u = x.p_leads ? splat(pass.rest_of_beta) : splat(pass.beta);
-  const Lanes rest_of_u = x.p_leads ? splat(pass.beta) : splat(pass.rest_of_beta);
-  const LogParts larger_one = log1p_parts(u * x.small.change, fmadd(u, x.small.all, rest_of_u));
-  const Lanes growth = -rest_of_u * x.small.change / x.small.all;
-  const LogParts smaller_one = log1p_parts(growth, growth + 1.0f);
-  const LaneInts is_far = x.gap > splat(40.0f);  // where growth may overflow, and the smaller one is nothing beside m
-  const Lanes lesser = is_far ? rest_of_u : x.small.all * smaller_one.rest;
-  const Lanes log_m_over_small = is_far ? larger_one.log + x.gap : smaller_one.log;
-  return {x.e * (rest_of_u * larger_one.rest + u * lesser), q, x.p_leads ? -log_m_over_small : -larger_one.log};
 }
 
 // The columns that the teacher lacks: CE alone.

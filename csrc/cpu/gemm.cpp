@@ -15,15 +15,6 @@
 namespace rbfast {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-void expect_matrix(const char* op, const char* name, const Tensor& x, int64_t rows, int64_t columns) {
-  expect(x.dim() == 2, op, ": ", name, " must have 2 dimensions, got ", x.dim());
-  expect((rows < 0 || x.size(0) == rows) && (columns < 0 || x.size(1) == columns), op, ": ", name, " must be [",
-         rows < 0 ? x.size(0) : rows, ", ", columns < 0 ? x.size(1) : columns, "] to fit the other arguments, got [",
-         x.size(0), ", ", x.size(1), "]");
-}
-
 void expect_sums(const char* op, const char* name, const Tensor& x) {
   expect(x.scalar_type() == ScalarType::Float && x.is_contiguous(), op, ": ", name,
          " must be float32 and contiguous, got ", torch::headeronly::toString(x.scalar_type()));
@@ -39,7 +30,6 @@ Storage storage(const Tensor& x) {
 }
 
 // The rows of a matrix, or its columns, as the outer index of an operand.
-Tensor row_major(const Tensor& x) { return x.stride(1) == 1 || x.size(1) < 2 ? x : torch::stable::contiguous(x); }
 Operand by_rows(const Tensor& x) { return {x.const_data_ptr(), storage(x), x.stride(0), 1}; }
 Operand by_columns(const Tensor& x) { return {x.const_data_ptr(), storage(x), 1, x.stride(0)}; }
 
@@ -79,7 +69,7 @@ void head_forward_(Tensor logits, const Tensor& hidden, const Tensor& weight) {
   const int64_t tokens = hidden.size(0), vocabulary = weight.size(0), width = hidden.size(1);
   if (width == 0) torch::stable::zero_(logits);
   if (tokens == 0 || vocabulary == 0 || width == 0) return;
-  const Tensor x = row_major(hidden), w = row_major(weight);
+  const Tensor x = dense_rows(hidden), w = dense_rows(weight);
   parallel_gemm({by_rows(x), by_rows(w), mutable_data<float>(logits), vocabulary, width, Sums::fresh}, tokens,
                 vocabulary);
 }
@@ -91,7 +81,7 @@ Tensor head_backward(const Tensor& dz, const Tensor& weight) {
   Tensor gradient = torch::stable::new_empty(dz, {tokens, width}, ScalarType::Float);
   if (vocabulary == 0) torch::stable::zero_(gradient);
   if (tokens == 0 || vocabulary == 0 || width == 0) return gradient;
-  const Tensor x = row_major(dz), w = row_major(weight);
+  const Tensor x = dense_rows(dz), w = dense_rows(weight);
   parallel_gemm({by_rows(x), by_columns(w), mutable_data<float>(gradient), width, vocabulary, Sums::fresh}, tokens,
                 width);
   return gradient;
@@ -104,7 +94,7 @@ void head_grad_(Tensor dW, const Tensor& dz, const Tensor& hidden) {
   const int64_t tokens = dz.size(0), vocabulary = dz.size(1), width = hidden.size(1);
   expect_sums("head_grad_", "dW", dW);
   if (tokens == 0 || vocabulary == 0 || width == 0) return;
-  const Tensor x = row_major(dz), h = row_major(hidden);
+  const Tensor x = dense_rows(dz), h = dense_rows(hidden);
   parallel_gemm({by_columns(x), by_columns(h), mutable_data<float>(dW), width, tokens, Sums::resumed}, vocabulary,
                 width);
 }

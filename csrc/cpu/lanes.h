@@ -72,9 +72,13 @@ static constexpr int kLanes = RBFAST_LANES;
 
 typedef float Lanes __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t LaneBits __attribute__((vector_size(kLanes * 4)));
+typedef int32_t LaneInts __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t HalfBits __attribute__((vector_size(kLanes * 2)));
 
 static inline Lanes splat(float value) { return value - Lanes{}; }
+static inline Lanes as_lanes(LaneInts bits) { return reinterpret_cast<Lanes>(bits); }
+static inline LaneInts as_ints(Lanes v) { return reinterpret_cast<LaneInts>(v); }
+static inline Lanes to_lanes(LaneInts v) { return __builtin_convertvector(v, Lanes); }
 
 // a * b + c, rounded once where the instruction set has it (scalar rounds twice).
 static inline Lanes fmadd(Lanes a, Lanes b, Lanes c) {

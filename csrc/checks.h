@@ -1,0 +1,70 @@
+// What an op of any device needs between the torch dispatcher and its kernels: tensors, their pointers, and checks whose
+// messages say what was expected and what came.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <sstream>
+#include <stdexcept>
+
+namespace rbfast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Throws the message (a RuntimeError in Python) unless `ok`.
+template <typename... Parts>
+void expect(bool ok, const Parts&... parts) {
+  if (ok) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+template <typename T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+template <typename T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// x itself where its rows are dense, else a copy.
+inline Tensor dense_rows(const Tensor& x) { return x.stride(1) == 1 || x.size(1) < 2 ? x : torch::stable::contiguous(x); }
+
+inline Tensor floats(const Tensor& like, int64_t rows, int64_t cols) {
+  return torch::stable::new_empty(like, {rows, cols}, ScalarType::Float);
+}
+
+inline void expect_matrix(const char* op, const char* name, const Tensor& x, int64_t rows, int64_t cols) {
+  expect(x.dim() == 2, op, ": ", name, " must have 2 dimensions, got ", x.dim());
+  expect((rows < 0 || x.size(0) == rows) && (cols < 0 || x.size(1) == cols), op, ": ", name, " must be [",
+         rows < 0 ? x.size(0) : rows, ", ", cols < 0 ? x.size(1) : cols, "] to fit the other arguments, got [",
+         x.size(0), ", ", x.size(1), "]");
+}
+
+inline void expect_float32(const char* op, const char* name, const Tensor& x) {
+  expect(x.scalar_type() == ScalarType::Float, op, ": ", name, " must be float32, got ",
+         torch::headeronly::toString(x.scalar_type()));
+}
+
+inline void expect_delta(const char* op, const Tensor& A, const Tensor& B, int64_t s, int64_t out) {
+  expect_float32(op, "A", A);
+  expect_float32(op, "B", B);
+  expect_matrix(op, "A", A, -1, s);
+  expect_matrix(op, "B", B, out, A.size(0));
+}
+
+// A write to an expanded tensor would let threads race for the same element.
+inline void expect_writable(const char* op, const char* name, const Tensor& x) {
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    expect(x.stride(d) != 0 || x.size(d) < 2, op, ": ", name, " is expanded: clone it before it is written to");
+  }
+}
+
+}  // namespace rbfast

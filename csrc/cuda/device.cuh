@@ -1,0 +1,144 @@
+// What the CUDA ops share: storage types, vector reads, sums over a warp, and launching on torch's stream.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include "checks.h"
+
+// The dynamic shared memory of a block. The tests bring another one, for threads that run on the host.
+#ifndef RBFAST_SHARED_MEMORY
+#define RBFAST_SHARED_MEMORY(name) extern __shared__ __align__(16) char name[]
+#endif
+
+namespace rbfast {
+
+// ---- values ----
+
+__device__ inline float load(const float* p) { return *p; }
+__device__ inline float load(const __nv_bfloat16* p) { return __bfloat162float(*p); }
+__device__ inline float load(const __half* p) { return __half2float(*p); }
+__device__ inline void store(float* p, float value) { *p = value; }
+__device__ inline void store(__nv_bfloat16* p, float value) { *p = __float2bfloat16_rn(value); }
+__device__ inline void store(__half* p, float value) { *p = __float2half_rn(value); }
+
+// Calls f(T{}) with the storage type of `type`.
+template <typename F>
+void for_each_type(ScalarType type, const F& f) {
+  switch (type) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::BFloat16:
+      return f(__nv_bfloat16{});
+    case ScalarType::Half:
+      return f(__half{});
+    default:
+      expect(false, "the CUDA ops take float32, bfloat16 or float16, got ", torch::headeronly::toString(type),
+             "; cast it, or call the function of the same name in rbfast.reference");
+  }
+}
+
+// n values that move together; aligned to their size, and to 16 bytes at most.
+template <typename T, int n>
+struct alignas(n * sizeof(T) < 16 ? n * sizeof(T) : 16) Pack {
+  T value[n];
+};
+
+__host__ __device__ inline bool is_aligned(const void* p, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
+}
+
+// The values p[0 .. left), at most n of them, the others `empty`; with one instruction where p is known to be aligned.
+template <int n, typename T>
+__device__ inline Pack<T, n> read(const T* p, int64_t left, bool aligned, T empty) {
+  Pack<T, n> values;
+  if (aligned && left >= n) return *reinterpret_cast<const Pack<T, n>*>(p);
+#pragma unroll
+  for (int i = 0; i < n; ++i) values.value[i] = i < left ? p[i] : empty;
+  return values;
+}
+
+// ---- a warp ----
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffff;
+
+__device__ inline double warp_sum(double value) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
+  return value;
+}
+// A NaN is passed over, as in the CPU's kernels: it comes back in the sums.
+template <typename T>
+__device__ inline T warp_max(T value) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    const T other = __shfl_xor_sync(kAllLanes, value, step);
+    if (other > value) value = other;
+  }
+  return value;
+}
+
+// ---- launching ----
+
+inline void check(cudaError_t error, const char* what) {
+  expect(error == cudaSuccess, "CUDA: ", what, " failed: ", cudaGetErrorString(error));
+}
+
+struct Shape {
+  int64_t x;  // blocks
+  int64_t y = 1;
+  int threads = 256;
+  int cluster = 1;  // blocks along x that share a cluster
+  size_t shared = 0;
+};
+
+// The device of a tensor, current for as long as this lives, and torch's current stream on it.
+class Device {
+ public:
+  explicit Device(const Tensor& tensor) : index_(tensor.get_device_index()) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    if (before_ != index_) check(cudaSetDevice(index_), "cudaSetDevice");
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  ~Device() {
+    if (before_ != index_) cudaSetDevice(before_);
+  }
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+
+  int attribute(cudaDeviceAttr which) const {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, index_), "cudaDeviceGetAttribute");
+    return value;
+  }
+
+  template <typename... Expected, typename... Given>
+  void launch(const Shape& shape, void (*kernel)(Expected...), Given&&... arguments) const {
+    if (shape.x == 0 || shape.y == 0) return;
+    expect(shape.x <= INT32_MAX && shape.y <= 65535, "CUDA: too large for one launch: ", shape.x, " x ", shape.y,
+           " blocks; split the rows between calls");
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(shape.x), static_cast<unsigned>(shape.y));
+    config.blockDim = dim3(shape.threads);
+    config.dynamicSmemBytes = shape.shared;
+    config.stream = stream_;
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = shape.cluster;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.attrs = &cluster;
+    config.numAttrs = shape.cluster > 1 ? 1 : 0;
+    check(cudaLaunchKernelEx(&config, kernel, static_cast<Expected>(arguments)...), "launching a kernel");
+  }
+
+ private:
+  int index_, before_ = 0;
+  cudaStream_t stream_ = nullptr;
+};
+
+}  // namespace rbfast

@@ -1,0 +1,671 @@
+// Losses of rows of logits and their gradient on a GPU; what is computed is defined in rbfast/reference.py, the
+// arithmetic of a value is in divergence_math.h, that of a top-k teacher's buckets in buckets.h.
+//
+// A row belongs to a team: one block, or on Hopper and later a cluster of up to 8, whose members take turns along the row
+// a tile at a time and exchange their sums through distributed shared memory. So few rows are under way at once, and
+// what a member reads it keeps in its shared memory as far as that goes; the later passes over the row read the rest
+// again, from the level-2 cache on a large GPU. A 128k row of fp32 logits is 64 KB for each of 8 members: it is read from
+// memory once, and three blocks share an SM, so that one loads while another computes.
+//
+// dz may lie over the logits, element v at or before logit v. Where all of a row is kept, every logit is read before the
+// team first meets, and gradients are written after that. Where not, the team goes through the row in step: it meets
+// between reading a stretch and writing its gradients, which can only cover what has been read.
+//
+// Ids and labels cannot be checked without waiting for the stream: a row with one outside the vocabulary becomes NaN.
+#include <cooperative_groups.h>
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+
+#include "cuda/device.cuh"
+#include "cuda/lane.cuh"
+#include "divergence_job.h"
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define RBFAST_HAS_CLUSTERS
+#endif
+
+namespace rbfast {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / kWarp, kVector = 4, kTile = kThreads * kVector;
+constexpr int kBlocks = 3;  // that share an SM
+constexpr int kLargestTeam = 8;
+constexpr int kMostIds = 1024;         // of a top-k teacher
+constexpr int kAhead = 4;              // vectors that a thread asks memory for before it looks at the first
+constexpr int kHoleBits = 0x7fc0b1d5;  // a NaN of our own: a logit of the teacher's support, which is not in the tail
+
+using Vector = Pack<float, kVector>;
+
+// How a launch lays out its rows.
+struct Plan {
+  int team;
+  int rounds, kept;  // tiles of a member, and how many of them it keeps; a dense teacher's are kept as well
+  bool in_step;      // dz lies over logits that are not all kept
+  int kept_offset;   // bytes before the tiles in shared memory: the buckets
+};
+
+// ---- a team ----
+
+struct Team {
+  int rank = 0, size = 1;
+
+  __device__ Team() {
+#ifdef RBFAST_HAS_CLUSTERS
+    rank = cooperative_groups::this_cluster().block_rank();
+    size = cooperative_groups::this_cluster().num_blocks();
+#endif
+  }
+  // All threads of all members wait here; what they wrote before, to shared and global memory, is seen after.
+  __device__ void meet() const {
+#ifdef RBFAST_HAS_CLUSTERS
+    if (size > 1) return cooperative_groups::this_cluster().sync();
+#endif
+    __syncthreads();
+  }
+  // Another member's copy of something in shared memory.
+  template <typename T>
+  __device__ T* of(T* mine, int member) const {
+#ifdef RBFAST_HAS_CLUSTERS
+    if (size > 1) return cooperative_groups::this_cluster().map_shared_rank(mine, member);
+#endif
+    return mine;
+  }
+  // Where this thread's values of a round begin.
+  __device__ int64_t position(int round) const {
+    return (static_cast<int64_t>(round) * size + rank) * kTile + threadIdx.x * kVector;
+  }
+};
+
+// sum exp((z - max) * inv_tau) and sum exp(z - max); meaningless where max is kNone.
+struct Sums {
+  float max = kNone, at_tau = 0, at_one = 0;
+};
+struct Total {
+  float max;
+  double at_tau, at_one;
+};
+
+constexpr int kSums = 3;  // of a dense row: the student's shared ids, its others, the teacher's ids
+
+struct Shared {
+  float tops[kSums][kWarps];
+  double sums[2 * kSums][kWarps];
+  Total totals[kSums];  // of this member
+  double values[2];     // of this member: the divergence, the mean score
+  DensePass pass;
+  float tail_max, tail_at_tau, tail_at_one;  // of the leader, for all
+};
+
+template <int n>
+__device__ void block_max(float (&top)[n], Shared& shared) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  for (int i = 0; i < n; ++i) {
+    const float most = warp_max(top[i]);
+    if (lane == 0) shared.tops[i][warp] = most;
+  }
+  __syncthreads();
+  for (int i = 0; i < n; ++i) {
+    top[i] = shared.tops[i][0];
+    for (int w = 1; w < kWarps; ++w) top[i] = larger(top[i], shared.tops[i][w]);
+  }
+}
+
+// In every thread, each the sum over the block, in an order that does not depend on timing.
+template <int n>
+__device__ void block_sum(double (&sum)[n], Shared& shared) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  for (int i = 0; i < n; ++i) {
+    const double total = warp_sum(sum[i]);
+    if (lane == 0) shared.sums[i][warp] = total;
+  }
+  __syncthreads();
+  for (int i = 0; i < n; ++i) {
+    sum[i] = 0;
+    for (int w = 0; w < kWarps; ++w) sum[i] += shared.sums[i][w];
+  }
+}
+
+// Leaves this member's totals of its threads' sums in shared memory; the team must meet before they are read.
+template <int n>
+__device__ void post_totals(const Sums (&sums)[n], float inv_tau, Shared& shared) {
+  float top[n];
+  for (int i = 0; i < n; ++i) top[i] = sums[i].max;
+  block_max(top, shared);
+  double total[2 * n];
+  for (int i = 0; i < n; ++i) {
+    total[2 * i] = sums[i].at_tau * exp_negative((sums[i].max - top[i]) * inv_tau);
+    total[2 * i + 1] = sums[i].at_one * exp_negative(sums[i].max - top[i]);
+  }
+  block_sum(total, shared);
+  if (threadIdx.x == 0)
+    for (int i = 0; i < n; ++i) shared.totals[i] = {top[i], total[2 * i], total[2 * i + 1]};
+}
+
+// The sums over the whole row, from what the members posted.
+__device__ Total team_total(const Team& team, Shared& shared, int which, float inv_tau) {
+  Total total{kNone, 0, 0};
+  for (int m = 0; m < team.size; ++m) total.max = larger(total.max, team.of(&shared, m)->totals[which].max);
+  for (int m = 0; m < team.size; ++m) {
+    const Total part = team.of(&shared, m)->totals[which];
+    total.at_tau += part.at_tau * exp_negative((part.max - total.max) * inv_tau);
+    total.at_one += part.at_one * exp_negative(part.max - total.max);
+  }
+  if (inv_tau == 1) total.at_one = total.at_tau;
+  return total;
+}
+
+__device__ double team_value(const Team& team, Shared& shared, int which) {
+  double value = 0;
+  for (int m = 0; m < team.size; ++m) value += team.of(&shared, m)->values[which];
+  return value;
+}
+
+// ---- a row ----
+
+// A row of logits that is read once and then again, its head applied: z = cap(scale * (x + bias)).
+struct Source {
+  const float* row;
+  int64_t n;
+  bool is_aligned;
+  const float* bias;
+  float scale, softcap;
+  Vector* tiles;
+  int kept;
+
+  __device__ float logit(float x, int64_t v) const {
+    if (as_ints(x) == kHoleBits) return kNone;
+    if (bias != nullptr) x += bias[v];
+    x *= scale;
+    if (softcap != 0) x = tanh_lanes(x / softcap) * softcap;
+    return x < kNone ? kNone : x;
+  }
+  __device__ Vector fetch(int64_t v) const {
+    Vector z = read<kVector>(row + v, n - v, is_aligned, kNone);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) z.value[i] = v + i < n ? logit(z.value[i], v + i) : kNone;
+    return z;
+  }
+  __device__ void keep(const Vector& z, int round) const {
+    if (round < kept) tiles[round * kThreads + threadIdx.x] = z;
+  }
+  __device__ Vector again(int64_t v, int round) const {
+    return round < kept ? tiles[round * kThreads + threadIdx.x] : fetch(v);
+  }
+};
+
+// What is said about one row, and where its gradient goes.
+struct Row {
+  int64_t index, label, vocabulary;
+  float weight, ce_weight, tau, inv_tau, scale, softcap;
+  void* dz;
+  bool is_bf16, is_aligned;
+
+  __device__ Row(const Job& job, int64_t i)
+      : index(i),
+        label(job.labels[i]),
+        vocabulary(job.vocabulary),
+        weight(job.weight[i]),
+        ce_weight(job.ce_weight[i]),
+        tau(job.temperature[i]),
+        inv_tau(1 / tau),
+        scale(job.logit_scale),
+        softcap(job.softcap),
+        dz(nullptr),
+        is_bf16(job.dz_is_bf16),
+        is_aligned(false) {
+    if (job.dz == nullptr) return;
+    const int bytes = is_bf16 ? 2 : 4;
+    dz = static_cast<char*>(job.dz) + i * job.dz_stride * bytes;
+    is_aligned = rbfast::is_aligned(dz, kVector * bytes);
+  }
+  __device__ bool has_label() const { return label >= 0 && label < vocabulary; }
+  // d loss / d logit v, from the gradient in z.
+  __device__ float finish(float gradient, float z, int64_t v) const {
+    if (v == label) gradient -= ce_weight;
+    if (softcap != 0) gradient *= 1 - z / softcap * (z / softcap);
+    return gradient * scale;
+  }
+  __device__ void put_one(float gradient, int64_t v) const {
+    if (is_bf16)
+      store(static_cast<__nv_bfloat16*>(dz) + v, gradient);
+    else
+      store(static_cast<float*>(dz) + v, gradient);
+  }
+  template <typename T>
+  __device__ void put_as(const Vector& gradient, int64_t v) const {
+    T* to = static_cast<T*>(dz) + v;
+    Pack<T, kVector> packed;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) store(&packed.value[i], gradient.value[i]);
+    if (is_aligned && v + kVector <= vocabulary) {
+      *reinterpret_cast<Pack<T, kVector>*>(to) = packed;
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kVector; ++i)
+      if (v + i < vocabulary) to[i] = packed.value[i];
+  }
+  __device__ void put(Vector gradient, const Vector& z, int64_t v) const {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) gradient.value[i] = finish(gradient.value[i], z.value[i], v + i);
+    if (is_bf16)
+      put_as<__nv_bfloat16>(gradient, v);
+    else
+      put_as<float>(gradient, v);
+  }
+};
+
+__device__ Source student(const Job& job, const Row& row, const Plan& plan, char* memory) {
+  const float* z = job.logits + row.index * job.logits_stride;
+  Vector* tiles = reinterpret_cast<Vector*>(memory + plan.kept_offset);
+  return {z, job.vocabulary, is_aligned(z, 16), job.bias, job.logit_scale, job.softcap, tiles, plan.kept};
+}
+
+__device__ Source teacher(const Job& job, const Row& row, const Plan& plan, char* memory) {
+  const float* t = job.teacher + row.index * job.teacher_stride;
+  Vector* tiles = reinterpret_cast<Vector*>(memory + plan.kept_offset) + plan.kept * kThreads;
+  const int64_t shared = job.vocabulary < job.teacher_vocabulary ? job.vocabulary : job.teacher_vocabulary;
+  return {t, shared, is_aligned(t, 16), nullptr, 1, 0, tiles, plan.kept};
+}
+
+// Adds the values below `end` of a vector at v.
+__device__ void add(Sums& sums, const Vector& z, int64_t v, int64_t begin, int64_t end, float inv_tau) {
+  float top = kNone;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i)
+    if (v + i >= begin && v + i < end) top = larger(top, z.value[i]);
+  if (top > sums.max) {
+    sums.at_tau *= exp_negative((sums.max - top) * inv_tau);
+    sums.at_one *= exp_negative(sums.max - top);
+    sums.max = top;
+  }
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    if (v + i < begin || v + i >= end) continue;
+    sums.at_tau += exp_negative((z.value[i] - sums.max) * inv_tau);
+    if (inv_tau != 1) sums.at_one += exp_negative(z.value[i] - sums.max);
+  }
+}
+
+// ---- text alone, or a top-k teacher ----
+
+struct Entry {
+  Bucket bucket;
+  double z;  // -inf: padding; NaN: an id outside the vocabulary
+  int64_t id;
+  float gradient;
+};
+
+// Reads the teacher's ids and leaves holes in the logits, so that what is left is the tail. The leader alone.
+__device__ double take_support(const Job& job, const Row& row, const Source& z, Entry* entries) {
+  const int64_t k = job.ids == nullptr ? 0 : job.k;
+  float* logits = job.logits + row.index * job.logits_stride;
+  for (int64_t i = threadIdx.x; i < k; i += kThreads) {
+    const int64_t id = job.ids[row.index * k + i];
+    const bool is_used = id >= 0 && id < job.vocabulary;
+    entries[i].id = is_used ? id : -1;
+    entries[i].z = is_used ? z.logit(logits[id], id) : id == -1 ? -INFINITY : NAN;
+    entries[i].bucket.log_p = id == -1 ? -INFINITY : job.logprobs[row.index * k + i];
+  }
+  const double label = row.has_label() ? z.logit(logits[row.label], row.label) : NAN;
+  __syncthreads();
+  for (int64_t i = threadIdx.x; i < k; i += kThreads)
+    if (entries[i].id >= 0) logits[entries[i].id] = as_lanes(kHoleBits);
+  return label;
+}
+
+// f(i) over the buckets 0 .. k, a lane at a time, summed.
+template <typename F>
+__device__ double sum_buckets(int64_t count, const F& f) {
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kWarp) sum += f(i);
+  return warp_sum(sum);
+}
+
+// Brings the teacher's log-probs at temperature 1 to the row's, with the tail as the last bucket.
+__device__ void teacher_buckets(const Row& row, const Total& tail, bool has_tail, Entry* entries, int64_t k) {
+  const double inv_tau = row.inv_tau;
+  const double total = sum_buckets(k, [&](int64_t i) { return exp(entries[i].bucket.log_p); });
+  const double excess = total > 1 ? log(total) : 0;  // over 1 by rounding: scaled back to 1
+  double rest = has_tail ? log1p(-(total > 1 ? 1 : total)) : -INFINITY;
+  const bool is_plain = inv_tau == 1 && has_tail;
+  // At another temperature the tail's share needs its shape: the student's.
+  if (!is_plain && has_tail) rest = rest * inv_tau + log(tail.at_tau) - log(tail.at_one) * inv_tau;
+  if (threadIdx.x == 0) entries[k].bucket.log_p = rest;
+  for (int64_t i = threadIdx.x; i < k; i += kWarp)
+    entries[i].bucket.log_p = (entries[i].bucket.log_p - excess) * (is_plain ? 1 : inv_tau);
+  __syncwarp();
+  if (is_plain) return;
+  double top = -INFINITY;
+  for (int64_t i = threadIdx.x; i <= k; i += kWarp) top = entries[i].bucket.log_p > top ? entries[i].bucket.log_p : top;
+  top = warp_max(top);
+  const double sum = sum_buckets(k + 1, [&](int64_t i) { return exp(entries[i].bucket.log_p - top); });
+  for (int64_t i = threadIdx.x; i <= k; i += kWarp) entries[i].bucket.log_p -= top + log(sum);
+  __syncwarp();
+}
+
+// D over the buckets, whose gradients it leaves in them.
+__device__ double bucket_divergence(double beta, Entry* entries, int64_t count) {
+  double mean = 0;
+  const double value = sum_buckets(count, [&](int64_t i) {
+    const BucketTerm term = bucket_term(entries[i].bucket.log_p, entries[i].bucket.log_q, beta);
+    entries[i].bucket.gradient = term.score;
+    mean += term.q * term.score;
+    return term.divergence;
+  });
+  mean = warp_sum(mean);
+  if (beta > 0)
+    for (int64_t i = threadIdx.x; i < count; i += kWarp)
+      entries[i].bucket.gradient = score_gradient(entries[i].bucket.log_q, entries[i].bucket.gradient, mean, beta);
+  __syncwarp();
+  return value < 0 ? 0 : value;
+}
+
+// The scalars of a row, by the leader's first warp: its losses, the gradient of the support, and what the tail's needs.
+__device__ void solve_sparse(const Job& job, const Row& row, const Total& tail, double z_label, Entry* entries,
+                             Shared& shared, float* divergence, float* ce) {
+  const int64_t k = job.ids == nullptr ? 0 : job.k;
+  const double inv_tau = row.inv_tau;
+  const bool has_tail = tail.max > kNone || isnan(tail.at_one);
+  double top = tail.max;
+  for (int64_t i = threadIdx.x; i < k; i += kWarp) top = entries[i].z > top ? entries[i].z : top;
+  top = warp_max(top);
+  const double below = tail.max - top;
+  double sum_tau = sum_buckets(k, [&](int64_t i) { return exp((entries[i].z - top) * inv_tau); });
+  double sum_one = sum_buckets(k, [&](int64_t i) { return exp(entries[i].z - top); });
+  if (has_tail) sum_tau += tail.at_tau * exp(below * inv_tau), sum_one += tail.at_one * exp(below);
+  const double log_tau = log(sum_tau), log_one = log(sum_one);
+  double value = 0, tail_pull = 0;
+  if (job.ids != nullptr) {
+    for (int64_t i = threadIdx.x; i < k; i += kWarp) entries[i].bucket.log_q = (entries[i].z - top) * inv_tau - log_tau;
+    if (threadIdx.x == 0)
+      entries[k].bucket.log_q = has_tail ? below * inv_tau + log(tail.at_tau) - log_tau : -INFINITY;
+    __syncwarp();
+    teacher_buckets(row, tail, has_tail, entries, k);
+    value = bucket_divergence(job.beta, entries, k + 1);
+    tail_pull = static_cast<double>(row.weight) * row.tau * entries[k].bucket.gradient;
+  }
+  for (int64_t i = threadIdx.x; i < k; i += kWarp) {
+    const double pull = static_cast<double>(row.weight) * row.tau * entries[i].bucket.gradient;
+    const double gradient = pull + row.ce_weight * exp(entries[i].z - top - log_one);
+    entries[i].gradient = row.finish(static_cast<float>(gradient), static_cast<float>(entries[i].z), entries[i].id);
+  }
+  if (threadIdx.x != 0) return;
+  double at_tau = has_tail ? tail_pull / tail.at_tau : 0, at_one = has_tail ? row.ce_weight * exp(below - log_one) : 0;
+  if (inv_tau == 1) at_tau += at_one, at_one = 0;
+  shared.tail_max = tail.max;
+  shared.tail_at_tau = static_cast<float>(at_tau);
+  shared.tail_at_one = static_cast<float>(at_one);
+  divergence[row.index] = static_cast<float>(value);
+  ce[row.index] = static_cast<float>(log_one - (z_label - top));
+}
+
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    sparse_rows(const Job job, const Plan plan, float* divergence, float* ce) {
+  RBFAST_SHARED_MEMORY(memory);
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  Entry* entries = reinterpret_cast<Entry*>(memory + sizeof(Shared));
+  const Team team;
+  const Row row(job, blockIdx.x / team.size);
+  const Source source = student(job, row, plan, memory);
+  double z_label = 0;
+  if (team.rank == 0) z_label = take_support(job, row, source, entries);
+  team.meet();
+
+  Sums sums[1];
+  for (int round = 0; round < plan.rounds; round += kAhead) {
+    Vector z[kAhead];
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) z[a] = source.fetch(team.position(round + a));
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+      source.keep(z[a], round + a);
+      add(sums[0], z[a], team.position(round + a), 0, row.vocabulary, row.inv_tau);
+    }
+  }
+  post_totals(sums, row.inv_tau, shared);
+  team.meet();
+  if (team.rank == 0 && threadIdx.x < kWarp)
+    solve_sparse(job, row, team_total(team, shared, 0, row.inv_tau), z_label, entries, shared, divergence, ce);
+  team.meet();
+  if (row.dz == nullptr) return;
+
+  const Shared& leader = *team.of(&shared, 0);
+  const float top = leader.tail_max, at_tau = leader.tail_at_tau, at_one = leader.tail_at_one;
+  for (int round = 0; round < plan.rounds; ++round) {
+    const int64_t v = team.position(round);
+    Vector z, gradient;
+    if (v < row.vocabulary) {
+      z = source.again(v, round);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        const float x = z.value[i] - top;
+        gradient.value[i] = exp_negative(x * row.inv_tau) * at_tau;
+        if (at_one != 0) gradient.value[i] += exp_negative(x) * at_one;
+      }
+    }
+    if (plan.in_step) team.meet();
+    if (v < row.vocabulary) row.put(gradient, z, v);
+  }
+  team.meet();  // the tail is written, and no member leaves while another reads its shared memory
+  if (team.rank != 0 || job.ids == nullptr) return;
+  for (int64_t i = threadIdx.x; i < job.k; i += kThreads)
+    if (entries[i].id >= 0) row.put_one(entries[i].gradient, entries[i].id);
+}
+
+// ---- a dense teacher ----
+
+// The scalars between the passes, from the sums over the row. Returns the CE.
+__device__ double dense_pass(const Job& job, const Row& row, const Total (&totals)[kSums], double z_label, int64_t n,
+                             DensePass& pass) {
+  const Total &z = totals[0], &rest = totals[1], &t = totals[2];
+  const double inv_tau = row.inv_tau, top = larger(z.max, rest.max);
+  const double z_log = log(z.at_tau) + (z.max - top) * inv_tau, t_log = log(t.at_tau);
+  const double log_one = log(z.at_one * exp(z.max - top) + rest.at_one * exp(rest.max - top));
+  pass.n = n;
+  pass.inv_tau = row.inv_tau;
+  pass.z_max = static_cast<float>(top);
+  pass.z_log = static_cast<float>(z_log);
+  pass.t_max = t.max;
+  pass.t_log = static_cast<float>(t_log);
+  pass.shift = static_cast<float>((t.max - top) * inv_tau + t_log - z_log);
+  pass.beta = static_cast<float>(job.beta);
+  pass.rest_of_beta = static_cast<float>(1 - job.beta);
+  const double share = job.beta == 0 || job.beta == 1 ? 1 : 1 - job.beta;
+  pass.coefficient = static_cast<float>(static_cast<double>(row.weight) * row.tau * share);
+  pass.at_one = static_cast<float>(row.ce_weight * exp(-log_one));
+  pass.mean_score = 0;
+  return log_one - (z_label - top);
+}
+
+// The gradient of a vector, before the label's part.
+template <Kind kKind>
+__device__ Vector dense_gradient(const Vector& z, const Vector& t, int64_t v, const DensePass& pass, double* divergence) {
+  Vector gradient;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    gradient.value[i] = pass.at_one == 0 ? 0 : exp_negative(z.value[i] - pass.z_max) * pass.at_one;
+    if (v + i >= pass.n) continue;
+    const Term x = term<kKind>(z.value[i], t.value[i], pass);
+    if (kKind == Kind::forward) *divergence += x.divergence;
+    const float part = kKind == Kind::forward ? x.q : x.q * (x.score - pass.mean_score);
+    gradient.value[i] = fmaf(part, pass.coefficient, gradient.value[i]);
+  }
+  return gradient;
+}
+
+// D of this thread's values, and the sum of their scores under q.
+template <Kind kKind>
+__device__ void dense_values(const Team& team, const Plan& plan, const Source& source, const Source& other,
+                             const DensePass& pass, double (&values)[2]) {
+  for (int round = 0; round < plan.rounds; ++round) {
+    const int64_t v = team.position(round);
+    if (v >= pass.n) continue;
+    const Vector z = source.again(v, round), t = other.again(v, round);
+    float terms = 0, scores = 0;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if (v + i >= pass.n) continue;
+      const Term x = term<kKind>(z.value[i], t.value[i], pass);
+      terms += x.divergence;
+      scores += kKind == Kind::forward ? 0 : x.q * x.score;
+    }
+    values[0] += terms;
+    values[1] += scores;
+  }
+}
+
+template <Kind kKind>
+__global__ void __launch_bounds__(kThreads, kBlocks - 1)
+    dense_rows_of(const Job job, const Plan plan, float* divergence, float* ce) {
+  RBFAST_SHARED_MEMORY(memory);
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  const Team team;
+  const Row row(job, blockIdx.x / team.size);
+  const Source source = student(job, row, plan, memory), other = teacher(job, row, plan, memory);
+  const bool is_leader = team.rank == 0 && threadIdx.x == 0;
+  double z_label = NAN;
+  if (is_leader && row.has_label()) z_label = source.logit(source.row[row.label], row.label);
+
+  Sums sums[kSums];
+  for (int round = 0; round < plan.rounds; round += kAhead / 2) {
+    Vector z[kAhead / 2], t[kAhead / 2];
+#pragma unroll
+    for (int a = 0; a < kAhead / 2; ++a) {
+      z[a] = source.fetch(team.position(round + a));
+      t[a] = other.fetch(team.position(round + a));
+    }
+#pragma unroll
+    for (int a = 0; a < kAhead / 2; ++a) {
+      const int64_t v = team.position(round + a);
+      source.keep(z[a], round + a);
+      other.keep(t[a], round + a);
+      add(sums[0], z[a], v, 0, other.n, row.inv_tau);
+      add(sums[2], t[a], v, 0, other.n, row.inv_tau);
+      if (v + kVector > other.n) add(sums[1], z[a], v, other.n, row.vocabulary, row.inv_tau);
+    }
+  }
+  post_totals(sums, row.inv_tau, shared);
+  team.meet();
+  if (threadIdx.x == 0) {
+    const Total totals[kSums] = {team_total(team, shared, 0, row.inv_tau), team_total(team, shared, 1, row.inv_tau),
+                                 team_total(team, shared, 2, row.inv_tau)};
+    const double loss = dense_pass(job, row, totals, z_label, other.n, shared.pass);
+    if (is_leader) ce[row.index] = static_cast<float>(loss);
+  }
+  __syncthreads();
+  DensePass pass = shared.pass;
+
+  double values[2] = {};
+  if (kKind != Kind::forward || row.dz == nullptr) {
+    dense_values<kKind>(team, plan, source, other, pass, values);
+    if (kKind != Kind::forward) {
+      block_sum(values, shared);
+      if (threadIdx.x == 0) shared.values[1] = values[1];
+      team.meet();
+      pass.mean_score = static_cast<float>(team_value(team, shared, 1));
+      values[0] = threadIdx.x == 0 ? values[0] : 0;  // summed already
+    }
+  }
+  for (int round = 0; row.dz != nullptr && round < plan.rounds; ++round) {
+    const int64_t v = team.position(round);
+    Vector z, gradient;
+    if (v < row.vocabulary) {
+      z = source.again(v, round);
+      const Vector t = v < pass.n ? other.again(v, round) : z;
+      gradient = dense_gradient<kKind>(z, t, v, pass, &values[0]);
+    }
+    if (plan.in_step) team.meet();
+    if (v < row.vocabulary) row.put(gradient, z, v);
+  }
+  block_sum(values, shared);
+  if (threadIdx.x == 0) shared.values[0] = values[0];
+  team.meet();
+  if (is_leader) {
+    const double value = team_value(team, shared, 0);
+    divergence[row.index] = static_cast<float>(value < 0 ? 0 : value);
+  }
+  team.meet();  // no member leaves while another reads its shared memory
+}
+
+// ---- launching ----
+
+using Kernel = void (*)(Job, Plan, float*, float*);
+
+Kernel kernel_of(const Job& job) {
+  if (job.teacher == nullptr) return sparse_rows;
+  if (job.beta == 0) return dense_rows_of<Kind::forward>;
+  return job.beta == 1 ? dense_rows_of<Kind::reverse> : dense_rows_of<Kind::js>;
+}
+
+// Whether the kernel that this device runs was compiled for clusters: one made for an older GPU may run on a newer one.
+bool has_clusters(const Device& device, Kernel kernel) {
+  cudaFuncAttributes compiled{};
+  check(cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(kernel)), "cudaFuncGetAttributes");
+  return compiled.ptxVersion >= 90 && device.attribute(cudaDevAttrClusterLaunch) != 0;
+}
+
+// The team and the tiles it keeps. Where a dense teacher is kept too, one block less shares an SM.
+Plan make_plan(const Device& device, const Job& job, Kernel kernel) {
+  constexpr int kReserved = 1024;  // of each block, by the driver
+  const int rows = job.teacher == nullptr ? 1 : 2;
+  const int64_t room = device.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / (kBlocks + 1 - rows) - kReserved;
+  const int64_t entries = job.ids == nullptr || rows == 2 ? 0 : job.k + 1;
+  Plan plan{};
+  plan.kept_offset = static_cast<int>(ceil_div(sizeof(Shared) + entries * sizeof(Entry), 16) * 16);
+  const int64_t tile = sizeof(Vector) * kThreads * rows, tiles = ceil_div(job.vocabulary, kTile);
+  const int64_t most_kept = std::max<int64_t>(0, (room - plan.kept_offset) / tile);
+  const int largest = has_clusters(device, kernel) ? kLargestTeam : 1;
+  plan.team = 1;
+  while (plan.team < largest && ceil_div(tiles, plan.team) > most_kept) plan.team *= 2;
+  plan.rounds = static_cast<int>(ceil_div(tiles, plan.team));
+  plan.kept = static_cast<int>(std::min<int64_t>(plan.rounds, most_kept));
+  plan.in_step = plan.kept < plan.rounds && job.dz == static_cast<void*>(job.logits);
+  return plan;
+}
+
+// A gradient over the logits must have each row in the memory of its own logits.
+void expect_rows_apart(const Job& job) {
+  if (job.dz == nullptr || job.rows == 0) return;
+  const int64_t bytes = job.dz_is_bf16 ? 2 : 4;
+  const char *z = reinterpret_cast<const char*>(job.logits), *dz = static_cast<const char*>(job.dz);
+  const char* z_end = z + ((job.rows - 1) * job.logits_stride + job.vocabulary) * 4;
+  const char* dz_end = dz + ((job.rows - 1) * job.dz_stride + job.vocabulary) * bytes;
+  const bool is_apart = dz_end <= z || z_end <= dz;
+  const bool is_same = dz == z && (job.rows < 2 || job.dz_stride * bytes == job.logits_stride * 4);
+  expect(is_apart || is_same, "divergence_rows_: dz overlaps logits in another way than row by row from the same ",
+         "address; give it memory of its own, or logits.view(dz.dtype)[:, :V]");
+}
+
+std::tuple<Tensor, Tensor> divergence_rows_(Tensor logits, std::optional<Tensor> dz, const Tensor& labels,
+                                            const Tensor& weight, const Tensor& ce_weight, const Tensor& temperature,
+                                            std::optional<Tensor> ids, std::optional<Tensor> logprobs,
+                                            std::optional<Tensor> teacher, std::optional<Tensor> bias, double beta,
+                                            double logit_scale, std::optional<double> softcap) {
+  const Device device(logits);
+  const Arguments arguments(logits, dz, labels, weight, ce_weight, temperature, ids, logprobs, teacher, bias, beta,
+                            logit_scale, softcap);
+  const Job& job = arguments.job;
+  expect(job.k <= kMostIds, "divergence_rows_: ids must be [T, k] with k at most ", kMostIds, " on a GPU, got ", job.k);
+  expect_rows_apart(job);
+  const Tensor value = torch::stable::new_empty(logits, {job.rows}), ce = torch::stable::new_empty(logits, {job.rows});
+  const Kernel kernel = kernel_of(job);
+  const Plan plan = make_plan(device, job, kernel);
+  const size_t tiles = sizeof(Vector) * kThreads * plan.kept * (job.teacher == nullptr ? 1 : 2);
+  const size_t bytes = plan.kept_offset + tiles;
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(bytes)),
+        "cudaFuncSetAttribute");
+  device.launch({job.rows * plan.team, 1, kThreads, plan.team, bytes}, kernel, job, plan, mutable_data<float>(value),
+                mutable_data<float>(ce));
+  return {value, ce};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rbfast, CUDA, m) { m.impl("divergence_rows_", TORCH_BOX(&divergence_rows_)); }
+
+}  // namespace rbfast

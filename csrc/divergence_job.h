@@ -1,0 +1,116 @@
+// The arguments of divergence_rows_ as plain pointers, checked: what the kernels of every device start from.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "checks.h"
+
+namespace rbfast {
+
+// Strides are in elements. No ids and no teacher: text alone.
+struct Job {
+  float* logits;
+  int64_t logits_stride, rows, vocabulary;
+  void* dz;  // null: no gradient is wanted
+  int64_t dz_stride;
+  bool dz_is_bf16;
+  const int64_t* labels;
+  const float *weight, *ce_weight, *temperature;
+  const int64_t* ids;
+  const float* logprobs;
+  int64_t k;
+  const float* teacher;
+  int64_t teacher_stride, teacher_vocabulary;
+  const float* bias;
+  double beta;
+  float logit_scale, softcap;  // softcap 0: none
+};
+
+// Checks shapes and types, not the values of labels and ids: on a GPU that would wait for the stream.
+class Arguments {
+ public:
+  Job job{};
+
+  Arguments(const Tensor& logits, const std::optional<Tensor>& dz, const Tensor& labels, const Tensor& weight,
+            const Tensor& ce_weight, const Tensor& temperature, const std::optional<Tensor>& ids,
+            const std::optional<Tensor>& logprobs, const std::optional<Tensor>& teacher,
+            const std::optional<Tensor>& bias, double beta, double logit_scale, std::optional<double> softcap) {
+    expect(logits.dim() == 2 && logits.size(1) > 0 && logits.scalar_type() == ScalarType::Float,
+           "divergence_rows_: logits must be float32 [T, V] with V > 0");
+    job.rows = logits.size(0);
+    job.vocabulary = logits.size(1);
+    expect_plane("logits", logits);
+    job.logits = mutable_data<float>(logits);
+    job.logits_stride = logits.stride(0);
+    if (dz) take_dz(*dz);
+    job.labels = data<int64_t>(dense("labels", labels, ScalarType::Long));
+    job.weight = data<float>(dense("weight", weight, ScalarType::Float));
+    job.ce_weight = data<float>(dense("ce_weight", ce_weight, ScalarType::Float));
+    job.temperature = data<float>(dense("temperature", temperature, ScalarType::Float));
+    if (ids && logprobs)
+      take_top_k(*ids, *logprobs);
+    else if (teacher)
+      take_teacher(*teacher);
+    if (bias) take_bias(*bias);
+    job.beta = beta;
+    job.logit_scale = static_cast<float>(logit_scale);
+    job.softcap = static_cast<float>(softcap.value_or(0));
+  }
+
+ private:
+  std::vector<Tensor> alive_;  // what the pointers of the job point into
+
+  void take_dz(const Tensor& dz) {
+    expect_plane("dz", dz);
+    job.dz_is_bf16 = dz.scalar_type() == ScalarType::BFloat16;
+    expect(dz.size(1) == job.vocabulary && (job.dz_is_bf16 || dz.scalar_type() == ScalarType::Float),
+           "divergence_rows_: dz must be float32 or bfloat16, of the shape of logits");
+    job.dz = dz.mutable_data_ptr();
+    job.dz_stride = dz.stride(0);
+  }
+
+  void take_top_k(const Tensor& ids, const Tensor& logprobs) {
+    const Tensor id = dense("ids", ids, ScalarType::Long), log_p = dense("logprobs", logprobs, ScalarType::Float);
+    expect(id.dim() == 2 && log_p.dim() == 2 && id.size(1) == log_p.size(1),
+           "divergence_rows_: ids and logprobs must both be [T, k]");
+    job.ids = data<int64_t>(id);
+    job.logprobs = data<float>(log_p);
+    job.k = id.size(1);
+  }
+
+  void take_teacher(const Tensor& teacher) {
+    expect_rows("teacher", teacher, ScalarType::Float);
+    expect_plane("teacher", teacher);
+    expect(teacher.size(1) > 0, "divergence_rows_: teacher must have at least one column");
+    job.teacher = data<float>(teacher);
+    job.teacher_stride = teacher.stride(0);
+    job.teacher_vocabulary = teacher.size(1);
+  }
+
+  void take_bias(const Tensor& bias) {
+    const Tensor b = alive_.emplace_back(torch::stable::contiguous(bias));
+    expect(b.dim() == 1 && b.size(0) == job.vocabulary && b.scalar_type() == ScalarType::Float,
+           "divergence_rows_: bias must be float32 [", job.vocabulary, "]");
+    job.bias = data<float>(b);
+  }
+
+  Tensor dense(const char* name, const Tensor& x, ScalarType type) {
+    expect_rows(name, x, type);
+    return alive_.emplace_back(torch::stable::contiguous(x));
+  }
+
+  void expect_rows(const char* name, const Tensor& x, ScalarType type) const {
+    expect(x.dim() > 0 && x.size(0) == job.rows && x.scalar_type() == type, "divergence_rows_: ", name, " must be ",
+           torch::headeronly::toString(type), " with one entry per row of logits (", job.rows, "), got ",
+           torch::headeronly::toString(x.scalar_type()), " with ", x.dim() > 0 ? x.size(0) : 0);
+  }
+
+  // [rows, columns] with dense rows, written or read in place.
+  void expect_plane(const char* name, const Tensor& x) const {
+    expect(x.dim() == 2 && x.size(0) == job.rows && (x.stride(1) == 1 || x.size(1) < 2), "divergence_rows_: ", name,
+           " must be [", job.rows, ", columns] with dense rows; call contiguous() on it");
+  }
+};
+
+}  // namespace rbfast

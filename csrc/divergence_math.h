@@ -1,0 +1,169 @@
+// The arithmetic of a row's losses, value by value, written once: for the vectors of a CPU and for one CUDA thread.
+//
+// Whoever includes it brings `Lanes`, one or more floats that operators work on (a GCC vector on a CPU, float on a GPU;
+// `c ? a : b` chooses lane by lane), `LaneInts` of the same width, and splat, fmadd, as_ints, as_lanes, to_lanes. A GPU
+// brings its own exp_negative too, and defines RBFAST_OWN_EXP_NEGATIVE.
+//
+// exp, log1p and tanh are good to about one unit in the last place, with the small differences kept apart: what a
+// divergence between two close distributions is made of. A NaN goes through: every clamp is written so that a
+// comparison with NaN keeps it.
+//
+// With d = log p - log q computed from differences of logits, the larger of p and q is exp of its logarithm and the
+// smaller follows from exp(-|d|) - 1. So q - p and every term of D keep their relative accuracy when the two are close,
+// and every term is >= 0.
+#pragma once
+
+#include <stdint.h>
+
+#ifndef RBFAST_INLINE
+#define RBFAST_INLINE static inline
+#endif
+
+namespace rbfast {
+
+// Logits below this count as it: -inf without the NaN of inf - inf. exp of it is 0 beside any other logit.
+constexpr float kNone = -1e30f;
+
+RBFAST_INLINE Lanes larger(Lanes a, Lanes b) { return b > a ? b : a; }
+RBFAST_INLINE Lanes magnitude(Lanes v) { return as_lanes(as_ints(v) & 0x7fffffff); }
+
+// exp(x) = 2^n (1 + r + square), |r| <= ln2 / 2, with square = r^2 P(r). For x in [-87, 0].
+struct ExpParts {
+  Lanes r, square, scale;
+  LaneInts is_near;  // n = 0
+};
+
+RBFAST_INLINE ExpParts exp_parts(Lanes x) {
+  const Lanes shifted = fmadd(x, splat(1.44269504f), splat(12582912.0f));  // n in the low bits
+  const Lanes n = shifted - 12582912.0f;
+  const Lanes r = fmadd(n, splat(2.12194440e-4f), fmadd(n, splat(-0.693359375f), x));
+  Lanes p = fmadd(r, splat(1.9875691500e-4f), splat(1.3981999507e-3f));
+  p = fmadd(p, r, splat(8.3334519073e-3f));
+  p = fmadd(p, r, splat(4.1665795894e-2f));
+  p = fmadd(p, r, splat(1.6666665459e-1f));
+  p = fmadd(p, r, splat(5.0000001201e-1f));
+  const LaneInts exponent = as_ints(shifted) - 0x4b400000 + 127;
+  return {r, p * (r * r), as_lanes(exponent << 23), n == splat(0.0f)};
+}
+
+#ifndef RBFAST_OWN_EXP_NEGATIVE
+// exp(x) for x <= 0; 0 below -87.
+RBFAST_INLINE Lanes exp_negative(Lanes x) {
+  const Lanes bounded = x < splat(-87.0f) ? splat(-87.0f) : x;
+  const ExpParts e = exp_parts(bounded);
+  const Lanes value = (e.r + e.square + 1.0f) * e.scale;
+  return x < splat(-87.0f) ? splat(0.0f) : value;
+}
+#endif
+
+// For x <= 0: all = exp(x), change = exp(x) - 1, rest = exp(x) - 1 - x >= 0.
+struct ExpChange {
+  Lanes all, change, rest;
+};
+
+RBFAST_INLINE ExpChange exp_change(Lanes x) {
+  const Lanes bounded = x < splat(-87.0f) ? splat(-87.0f) : x;
+  const ExpParts e = exp_parts(bounded);
+  const Lanes small = e.r + e.square;
+  const Lanes far = x < splat(-87.0f) ? splat(0.0f) : (small + 1.0f) * e.scale;
+  return {e.is_near ? small + 1.0f : far, e.is_near ? small : far - 1.0f, e.is_near ? e.square : far - 1.0f - x};
+}
+
+// For w > -1, given with y = 1 + w (which may be known better than by adding 1): log(1 + w), and w - log(1 + w) >= 0.
+struct LogParts {
+  Lanes log, rest;
+};
+
+RBFAST_INLINE LogParts log1p_parts(Lanes w, Lanes y) {
+  // 1 + w = 2^k f with f in [sqrt(1/2), sqrt(2)); log(1 + u) = 2 s + 2 s^3 (1/3 + s^2/5 + ...) with s = u / (2 + u).
+  const LaneInts bits = as_ints(y);
+  const LaneInts k = (bits - 0x3f3504f3) >> 23;
+  const LaneInts is_near = k == 0;
+  const Lanes u = is_near ? w : as_lanes(bits - (k << 23)) - 1.0f;
+  const Lanes s = u / (u + 2.0f), s2 = s * s;
+  Lanes p = fmadd(s2, splat(2.0f / 11), splat(2.0f / 9));
+  p = fmadd(p, s2, splat(2.0f / 7));
+  p = fmadd(p, s2, splat(2.0f / 5));
+  p = fmadd(p, s2, splat(2.0f / 3)) * s2;
+  const Lanes power = to_lanes(k) * 0.693147181f;
+  const Lanes log = fmadd(p, s, s + s) + power;
+  return {log, is_near ? s * (w - p) : w - log};
+}
+
+RBFAST_INLINE Lanes tanh_lanes(Lanes x) {
+  const Lanes t = exp_change(magnitude(x) * -2.0f).change;
+  const Lanes value = -t / (t + 2.0f);
+  return x < splat(0.0f) ? -value : value;
+}
+
+// ---- a teacher beside the student ----
+
+// A teacher's distribution over the first n ids beside the student's, at inverse temperature inv_tau:
+// log q_v = (z_v - z_max) * inv_tau - z_log, log p_v = (t_v - t_max) * inv_tau - t_log,
+// log p_v - log q_v = (t_v - z_v) * inv_tau - shift.
+// dz_v = coefficient * (gradient of D)_v + at_one * exp(z_v - z_max).
+struct DensePass {
+  int64_t n;
+  float inv_tau, z_max, z_log, t_max, t_log, shift, beta, rest_of_beta, coefficient, at_one;
+  float mean_score;  // what the pass for values returned, for the pass for gradients
+};
+// p and q of some ids: e is the larger of the two, small.all * e the other one, gap = |log p - log q|.
+struct Pair {
+  Lanes e, gap;
+  LaneInts p_leads;
+  ExpChange small;
+};
+
+template <bool kFloor>
+RBFAST_INLINE Pair pair(Lanes z, Lanes t, const DensePass& pass) {
+  const Lanes log_q = (z - pass.z_max) * pass.inv_tau - pass.z_log;
+  Lanes log_p = (t - pass.t_max) * pass.inv_tau - pass.t_log;
+  Lanes d = (t - z) * pass.inv_tau - pass.shift;
+  if (kFloor) {
+    const LaneInts low = log_p < splat(-100.0f);
+    log_p = low ? splat(-100.0f) : log_p;
+    d = low ? log_p - log_q : d;
+  }
+  const Lanes gap = magnitude(d);
+  const LaneInts p_leads = d >= splat(0.0f);
+  const Lanes log_e = p_leads ? log_p : log_q;
+  return {exp_negative(log_e > splat(0.0f) ? splat(0.0f) : log_e), gap, p_leads, exp_change(-gap)};
+}
+
+// With b = a exp(-gap) < a: b log(b/a) - b + a, over a.
+RBFAST_INLINE Lanes lesser_term(const Pair& x) {
+  const Lanes bounded = x.gap > splat(100.0f) ? splat(100.0f) : x.gap;
+  const Lanes near = -x.small.rest - x.gap * x.small.change;
+  const Lanes far = 1.0f - (bounded + 1.0f) * x.small.all;
+  return x.gap < splat(0.34f) ? near : far;
+}
+
+enum class Kind { forward, reverse, js };
+
+struct Term {
+  Lanes divergence, q, score;  // score: log q/p or log q/m; for forward KL q holds q - p, and score nothing
+};
+
+template <Kind kKind>
+RBFAST_INLINE Term term(Lanes z, Lanes t, const DensePass& pass) {
+  const Pair x = pair<kKind == Kind::reverse>(z, t, pass);
+  if (kKind == Kind::forward) {
+    const Lanes change = x.e * x.small.change;
+    return {x.e * (x.p_leads ? x.small.rest : lesser_term(x)), x.p_leads ? change : -change, Lanes{}};
+  }
+  const Lanes q = x.p_leads ? x.e * x.small.all : x.e;
+  if (kKind == Kind::reverse)
+    return {x.e * (x.p_leads ? lesser_term(x) : x.small.rest), q, x.p_leads ? -x.gap : x.gap};
+  // m = e (1 + u change), u the weight of the smaller one; m / (the smaller one) = 1 - (1 - u) change / all.
+  const Lanes u = x.p_leads ? splat(pass.rest_of_beta) : splat(pass.beta);
+  const Lanes rest_of_u = x.p_leads ? splat(pass.beta) : splat(pass.rest_of_beta);
+  const LogParts larger_one = log1p_parts(u * x.small.change, fmadd(u, x.small.all, rest_of_u));
+  const Lanes growth = -rest_of_u * x.small.change / x.small.all;
+  const LogParts smaller_one = log1p_parts(growth, growth + 1.0f);
+  const LaneInts is_far = x.gap > splat(40.0f);  // where growth may overflow, and the smaller one is nothing beside m
+  const Lanes lesser = is_far ? rest_of_u : x.small.all * smaller_one.rest;
+  const Lanes log_m_over_small = is_far ? larger_one.log + x.gap : smaller_one.log;
+  return {x.e * (rest_of_u * larger_one.rest + u * lesser), q, x.p_leads ? -log_m_over_small : -larger_one.log};
+}
+
+}  // namespace rbfast

@@ -1,0 +1,303 @@
+// CUDA on the host, as much of it as the kernels use: what lets csrc/cuda/*.cu be compiled by g++ and run on CPU tensors.
+//
+// A CUDA thread is a fiber. All fibers of a cluster take turns on one host thread, and each runs until it waits at a
+// barrier or exchanges values with its warp. So between two barriers threads run one after the other: in order, in
+// reverse, or in a random order, as the test says; a kernel with a race gives another result in one of them. A barrier
+// that some threads never reach ends the launch with an error.
+#pragma once
+
+#include <setjmp.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <vector>
+
+#define CUDA CPU  // the dispatch key: after the headers of torch, which have a word of that name
+
+#define __global__ static
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define RBFAST_SHARED_MEMORY(name) char* const name = on_host::block_of(on_host::current()).memory
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace on_host {
+
+constexpr size_t kStackBytes = 64 << 10;
+constexpr size_t kGuard = 64;         // bytes after a block's shared memory, which no thread may change
+constexpr int kMostShared = 232448;  // of a block
+
+struct Barrier {
+  int expected = 0, arrived = 0;
+  uint64_t generation = 0;
+};
+
+struct Warp {
+  Barrier barrier;
+  uint64_t values[2][32];  // of this exchange and of the one before it, which others may still be reading
+};
+
+struct Block {
+  dim3 index;
+  Barrier barrier;
+  std::vector<Warp> warps;
+  std::unique_ptr<char[]> room;
+  char* memory;
+};
+
+struct Fiber {
+  ucontext_t context;
+  jmp_buf state;
+  std::unique_ptr<char[]> stack;
+  unsigned thread;
+  int block;
+  const Barrier* waits_for;
+  uint64_t generation;
+  bool is_started, is_done;
+};
+
+// What the tests choose: the device that is imitated, and the order of its threads.
+struct Machine {
+  int has_clusters = 1, shared_bytes = 233472, order = 0;
+  std::vector<Fiber> fibers;
+  std::vector<Block> blocks;
+  Barrier cluster;
+  Fiber* current = nullptr;
+  jmp_buf scheduler;
+  ucontext_t entry;
+  std::function<void()> kernel;
+  std::mt19937 random{0};
+};
+inline Machine machine;
+
+inline Fiber& current() { return *machine.current; }
+inline Block& block_of(const Fiber& fiber) { return machine.blocks[fiber.block]; }
+inline Warp& warp_of(const Fiber& fiber) { return block_of(fiber).warps[fiber.thread / 32]; }
+
+inline void wait(Barrier& barrier) {
+  if (++barrier.arrived == barrier.expected) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    return;
+  }
+  Fiber& fiber = current();
+  fiber.waits_for = &barrier;
+  fiber.generation = barrier.generation;
+  if (_setjmp(fiber.state) == 0) _longjmp(machine.scheduler, 1);
+}
+
+inline void start_fiber() {
+  machine.kernel();
+  current().is_done = true;
+  _longjmp(machine.scheduler, 1);
+}
+
+inline void resume(Fiber& fiber) {
+  machine.current = &fiber;
+  threadIdx = dim3(fiber.thread);
+  blockIdx = block_of(fiber).index;
+  if (_setjmp(machine.scheduler) != 0) return;
+  if (fiber.is_started) _longjmp(fiber.state, 1);
+  fiber.is_started = true;
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_size = kStackBytes;
+  makecontext(&fiber.context, start_fiber, 0);
+  setcontext(&fiber.context);
+}
+
+inline bool can_run(const Fiber& fiber) {
+  return !fiber.is_done && (fiber.waits_for == nullptr || fiber.waits_for->generation != fiber.generation);
+}
+
+inline void run_fibers() {
+  std::vector<int> order(machine.fibers.size());
+  for (size_t i = 0; i < order.size(); ++i) order[i] = machine.order == 1 ? order.size() - 1 - i : i;
+  for (size_t done = 0; done < order.size();) {
+    if (machine.order > 1) std::shuffle(order.begin(), order.end(), machine.random);
+    bool is_stuck = true;
+    for (int i : order) {
+      Fiber& fiber = machine.fibers[i];
+      if (!can_run(fiber)) continue;
+      is_stuck = false;
+      resume(fiber);
+      done += fiber.is_done;
+    }
+    if (is_stuck) throw std::runtime_error("some threads wait at a barrier that others never reach");
+  }
+}
+
+inline void run_cluster(dim3 first, int blocks, unsigned threads, size_t shared) {
+  machine.blocks.clear();
+  machine.blocks.resize(blocks);
+  machine.cluster = {static_cast<int>(blocks * threads)};
+  machine.fibers.resize(blocks * threads);
+  for (int b = 0; b < blocks; ++b) {
+    Block& block = machine.blocks[b];
+    block.index = dim3(first.x + b, first.y);
+    block.barrier.expected = threads;
+    block.warps.resize(threads / 32);
+    for (Warp& warp : block.warps) warp.barrier.expected = 32;
+    block.room.reset(new char[shared + kGuard + 16]);
+    memset(block.room.get(), 0xff, shared + kGuard + 16);  // NaN: what nobody wrote is seen
+    block.memory = block.room.get() + (16 - reinterpret_cast<uintptr_t>(block.room.get()) % 16) % 16;
+    for (unsigned t = 0; t < threads; ++t) {
+      Fiber& fiber = machine.fibers[b * threads + t];
+      if (fiber.stack == nullptr) fiber.stack.reset(new char[kStackBytes]);
+      fiber.thread = t;
+      fiber.block = b;
+      fiber.waits_for = nullptr;
+      fiber.is_started = fiber.is_done = false;
+    }
+  }
+  run_fibers();
+  for (const Block& block : machine.blocks)
+    for (size_t i = 0; i < kGuard; ++i)
+      if (block.memory[shared + i] != static_cast<char>(0xff)) throw std::runtime_error("a write past shared memory");
+}
+
+// The value that another lane gives; all lanes of the warp take part.
+template <typename T>
+T exchange(T value, int from) {
+  static_assert(sizeof(T) <= 8);
+  Warp& warp = warp_of(current());
+  uint64_t* values = warp.values[warp.barrier.generation % 2];
+  memcpy(&values[current().thread % 32], &value, sizeof(T));
+  wait(warp.barrier);
+  memcpy(&value, &values[from], sizeof(T));
+  return value;
+}
+
+}  // namespace on_host
+
+extern "C" __attribute__((visibility("default"), used)) inline void imitate(int has_clusters, int shared_bytes, int order) {
+  on_host::machine.has_clusters = has_clusters;
+  on_host::machine.shared_bytes = shared_bytes;
+  on_host::machine.order = order;
+}
+
+// ---- in a kernel ----
+
+inline void __syncthreads() { on_host::wait(on_host::block_of(on_host::current()).barrier); }
+inline void __syncwarp() { on_host::wait(on_host::warp_of(on_host::current()).barrier); }
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return on_host::exchange(value, lane);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int step) {
+  return on_host::exchange(value, threadIdx.x % 32 ^ step);
+}
+inline float __int_as_float(int bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+inline int __float_as_int(float value) {
+  int bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+inline float __fmul_rn(float a, float b) { return a * b; }  // compiled with -ffp-contract=off
+inline float __fadd_rn(float a, float b) { return a + b; }
+using std::isnan;
+
+namespace cooperative_groups {
+struct Cluster {
+  static void sync() { on_host::wait(on_host::machine.cluster); }
+  static int block_rank() { return on_host::current().block; }
+  static int num_blocks() { return static_cast<int>(on_host::machine.blocks.size()); }
+  template <typename T>
+  static T* map_shared_rank(T* mine, int rank) {
+    const char* from = on_host::block_of(on_host::current()).memory;
+    return reinterpret_cast<T*>(on_host::machine.blocks[rank].memory + (reinterpret_cast<char*>(mine) - from));
+  }
+};
+inline Cluster this_cluster() { return {}; }
+}  // namespace cooperative_groups
+
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+struct __half {
+  _Float16 value;
+};
+inline float __bfloat162float(__nv_bfloat16 v) { return __int_as_float(static_cast<int>(uint32_t{v.bits} << 16)); }
+inline __nv_bfloat16 __float2bfloat16_rn(float v) {
+  const uint32_t bits = static_cast<uint32_t>(__float_as_int(v));
+  return {static_cast<uint16_t>(v != v ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+inline float __half2float(__half v) { return static_cast<float>(v.value); }
+inline __half __float2half_rn(float v) { return {static_cast<_Float16>(v)}; }
+
+// ---- the runtime ----
+
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaDeviceAttr { cudaDevAttrClusterLaunch, cudaDevAttrMaxSharedMemoryPerMultiprocessor };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+typedef struct Stream* cudaStream_t;
+
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    dim3 clusterDim;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = -1, cudaSuccess; }  // what torch calls the CPU
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) { return *stream = nullptr, 0; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  *value = which == cudaDevAttrClusterLaunch ? on_host::machine.has_clusters : on_host::machine.shared_bytes;
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->ptxVersion = on_host::machine.has_clusters ? 90 : 80;
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
+  return bytes <= on_host::kMostShared ? cudaSuccess : cudaErrorInvalidValue;
+}
+template <typename... Expected, typename... Given>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected...), Given... arguments) {
+  const int cluster = config->numAttrs > 0 ? config->attrs->val.clusterDim.x : 1;
+  const unsigned threads = config->blockDim.x;
+  if (threads % 32 != 0 || threads > 1024 || config->gridDim.x % cluster != 0) return cudaErrorInvalidValue;
+  gridDim = config->gridDim;
+  blockDim = config->blockDim;
+  on_host::machine.kernel = [&] { kernel(arguments...); };
+  for (unsigned y = 0; y < gridDim.y; ++y)
+    for (unsigned x = 0; x < gridDim.x; x += cluster)
+      on_host::run_cluster(dim3(x, y), cluster, threads, config->dynamicSmemBytes);
+  return cudaSuccess;
+}

@@ -1,0 +1,101 @@
+"""Building the CUDA ops without a GPU: every kernel for every architecture, and the library beside a CPU-only torch."""
+
+import ctypes
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_resources import ARCHITECTURES, Resources, all_resources, nvcc
+from test_packaging import ROOT, checkout, fresh, install, run, try_it  # noqa: F401  (fixtures)
+
+from rbfast import ops
+
+needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="nvcc is absent")
+KERNELS = {"sweep": 12, "sum_parts": 1, "gather": 3, "add_low_rank": 3, "update_columns": 3}
+KERNELS |= {"sparse_rows": 1, "dense_rows_of": 3}
+# The fewest blocks of a kernel that must fit an SM of 65536 registers, at the threads it is launched with.
+RESIDENT = {"sweep": (128, 2), "sparse_rows": (256, 3), "dense_rows_of": (256, 2)}
+
+
+@pytest.fixture(scope="module")
+def resources() -> list[Resources]:
+    return all_resources()
+
+
+@needs_nvcc
+def test_every_kernel_compiles_for_every_architecture_without_spills(resources: list[Resources]) -> None:
+    for architecture in ARCHITECTURES:
+        found = [r for r in resources if r.architecture == architecture]
+        assert {name: sum(r.kernel.split("<")[0] == name for r in found) for name in KERNELS} == KERNELS
+        assert len(found) == sum(KERNELS.values())
+    spilled = [r for r in resources if r.spill_bytes or r.stack_bytes]
+    assert not spilled
+
+
+@needs_nvcc
+def test_as_many_blocks_fit_as_the_launch_counts_on(resources: list[Resources]) -> None:
+    for r in resources:
+        threads, blocks = RESIDENT.get(r.kernel.split("<")[0], (256, 2))
+        assert (r.registers + 7) // 8 * 8 * threads * blocks <= 65536, r
+
+
+@needs_nvcc
+def test_a_wheel_with_cuda_works_on_a_torch_without(fresh: Path, checkout: Path, tmp_path: Path) -> None:  # noqa: F811
+    if torch.version.cuda:
+        pytest.skip("this torch has CUDA; tests/test_cuda.py tries the library itself")
+    install(fresh, ".", cwd=checkout, RBFAST_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0a")
+    found = try_it(fresh, tmp_path)
+    assert found["xs"] == [[2.0, 0.0], [5.0, 3.0]]
+    assert found["gather"].startswith("native")
+    (library,) = Path(found["file"]).parent.glob("_C_cuda.*so")
+    assert str(checkout).encode() not in library.read_bytes(), "errors would name folders of the build"
+    assert_registers_every_op(library, tmp_path)
+
+
+def assert_registers_every_op(library: Path, tmp_path: Path) -> None:
+    """Loads the library into a CPU-only torch, with the one symbol of a CUDA torch that it needs made up."""
+    stub = tmp_path / "stub.so"
+    source = "int aoti_torch_get_current_cuda_stream(int device, void** stream) { *stream = 0; return 0; }"
+    subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", stub], input=source, text=True, check=True)
+    program = """
+import ctypes, json, sys, torch
+from rbfast import ops
+ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
+torch.ops.load_library(sys.argv[2])
+print(json.dumps([n for n in ops._SCHEMAS if torch._C._dispatch_has_kernel_for_dispatch_key(f"rbfast::{n}", "CUDA")]))
+"""
+    done = run(sys.executable, "-c", program, str(stub), str(library), cwd=ROOT)
+    assert set(json.loads(done.splitlines()[-1])) == set(ops._SCHEMAS)
+
+
+def test_a_library_that_needs_a_cuda_torch_is_not_loaded_without_one() -> None:
+    if torch.version.cuda:
+        pytest.skip("this torch has CUDA")
+    assert ops._CUDA is None
+    assert ops.implementations("cuda")["column_grad"] == "reference (this torch is built without CUDA)"
+    built = sorted(Path(ops.__file__).parent.glob("_C_cuda.*so"))
+    if built:
+        with pytest.raises(OSError, match="undefined symbol: aoti_torch_get_current_cuda_stream"):
+            ctypes.CDLL(str(built[0]), 2)  # RTLD_NOW
+
+
+@pytest.mark.parametrize(
+    "env, message",
+    (
+        ({"RBFAST_CUDA": "yes"}, "RBFAST_CUDA must be 1"),
+        ({"RBFAST_CUDA": "1", "CUDA_HOME": "/nowhere"}, "RBFAST_CUDA=1 needs nvcc"),
+    ),
+)
+def test_a_build_that_cannot_be_what_was_asked_for_fails(env: dict[str, str], message: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"], cwd=ROOT, env={"PATH": _path()} | env, capture_output=True, text=True
+    )
+    assert done.returncode != 0 and message in done.stderr
+
+
+def _path() -> str:
+    return str(Path(shutil.which("c++") or "/usr/bin/c++").parent)
