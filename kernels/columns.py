@@ -21,7 +21,6 @@ import triton.language as tl
 from torch import Tensor
 
 TF32 = tl.constexpr("ieee" if torch.version.hip else "tf32")  # AMD has no tf32 everywhere; the pieces suit both
-MOST_RANK = 32  # of one program; dy is read once for every so many
 PROGRAMS = 512  # a sum over tokens is cut into groups until there are about this many programs
 
 
@@ -146,20 +145,24 @@ def update_kernel(
 # ---- launches ----
 
 
-def _launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: object, **options: object) -> None:
+def _launch(
+    kernel: triton.JITFunction, grid: tuple[int, ...], *args: object, enable_fp_fusion: bool = True, **options: object
+) -> None:
     if all(grid):
-        kernel[grid](*args, **options)
+        kernel[grid](*args, enable_fp_fusion=enable_fp_fusion, **options)
 
 
-def _rank_block(k: int) -> int:
-    return min(max(16, triton.next_power_of_2(k)), MOST_RANK)
+def _rank_block(x: Tensor, k: int) -> int:
+    """The ranks of one program, which reads x once for all of them: as many as its registers hold."""
+    return min(max(16, triton.next_power_of_2(k)), 32 if x.dtype == torch.bfloat16 else 16)
 
 
 def _project(x: Tensor, m: Tensor, scale: float) -> Tensor:
     """scale * x m [T, k] in fp32, with x [T, n] and m [n, k]."""
     (T, n), k = x.shape, m.shape[1]
     h = torch.empty(T, k, dtype=torch.float32, device=x.device)
-    block_t, block_n, block_k = 32, 128, _rank_block(k)
+    block_t, block_k = 32, _rank_block(x, k)
+    block_n = 128 if x.dtype == torch.bfloat16 and block_k == 16 else 64
     grid = (triton.cdiv(T, block_t), triton.cdiv(k, block_k))
     strides = (*x.stride(), *m.stride())
     _launch(project_kernel, grid, x, m, h, T, n, k, scale, *strides, block_t, block_n, block_k, num_warps=4)
@@ -175,7 +178,8 @@ def _group_tokens(tokens: int, blocks: int) -> int:
 def _contract(x: Tensor, w: Tensor, m: Tensor | None, transposed: bool) -> tuple[Tensor, Tensor | None]:
     """x^T w [n, k] (or its transpose), with x [T, n] and w [T, k]; and the parts [blocks, T, k] of x m, if m is given."""
     (T, n), k = x.shape, w.shape[1]
-    block_t, block_n, block_k = 32, 256 if n >= 2048 else 128, _rank_block(k)
+    block_t, block_k = 32, _rank_block(x, k)
+    block_n = 256 if n >= 2048 and block_k == 16 and x.dtype == torch.bfloat16 else 128
     blocks = triton.cdiv(n, block_n)
     group = _group_tokens(T, blocks)
     grid = (blocks, max(1, triton.cdiv(T, group)), triton.cdiv(k, block_k))
@@ -183,7 +187,7 @@ def _contract(x: Tensor, w: Tensor, m: Tensor | None, transposed: bool) -> tuple
     parts = None if m is None else torch.empty(blocks, T, k, dtype=torch.float32, device=x.device)
     strides = (*x.stride(), *((0, 0) if m is None else m.stride()), *((1, n) if transposed else (k, 1)))
     blocking = (m is not None, block_t, block_n, block_k)
-    options = {"num_warps": 8 if block_n == 256 else 4, "num_stages": 2 if x.dtype == torch.float32 else 3}
+    options = {"num_warps": 8 if block_n == 256 else 4, "num_stages": 4 if x.dtype == torch.bfloat16 else 2}
     _launch(contract_kernel, grid, x, w, m, sums, parts, T, n, k, group, *strides, *blocking, **options)
     return _add_parts(sums, 1.0), parts
 
