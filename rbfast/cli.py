@@ -105,7 +105,7 @@ def _info(args: argparse.Namespace) -> int:
     import torch
 
     import rbfast
-    from rbfast import ops
+    from rbfast import ops, text
 
     facts = {
         "rbfast": rbfast.__version__,
@@ -113,12 +113,13 @@ def _info(args: argparse.Namespace) -> int:
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu_isa": ops.cpu_isa(),
+        "text": text.implementation(),
         "ops": ops.implementations(),
     }
     lines = [f"{name}: {value}" for name, value in facts.items() if name != "ops"]
     lines += [f"  {name}: {implementation}" for name, implementation in ops.implementations().items()]
-    if facts["cpu_isa"] is None:
-        lines.append("The native CPU ops are not built: reinstall with a C++ compiler on the PATH for full speed.")
+    if facts["cpu_isa"] is None or facts["text"] == "reference":
+        lines.append("The native CPU code is not all built: reinstall with a C++ compiler on the PATH for full speed.")
     return _print(args, facts, "\n".join(lines))
 
 
