@@ -7,10 +7,10 @@ from functools import lru_cache
 
 import numpy as np
 
-_TYPESETTING = frozenset(
-    ("left", "right", "big", "bigl", "bigr", "bigg", "displaystyle", "text", "textbf", "textit", "mathrm", "mathbf")
-    + ("mathit", "operatorname", "quad", "qquad", "limits", "ldots", "cdots", "dots", "begin", "end")
-)
+_TYPESETTING = {
+    "left", "right", "big", "bigl", "bigr", "bigg", "displaystyle", "text", "textbf", "textit", "mathrm", "mathbf",
+    "mathit", "operatorname", "quad", "qquad", "limits", "ldots", "cdots", "dots", "begin", "end",
+}  # fmt: skip
 _ALIASES = {"dfrac": "frac", "tfrac": "frac", "leq": "le", "geq": "ge", "neq": "ne", "times": "*", "cdot": "*"}
 _TOKEN = re.compile(
     r"\\(?P<command>[a-z]+)|\\[^a-z\u0080-\U0010ffff]?|(?P<word>[a-z\u0080-\U0010ffff]+)|(?P<digits>[0-9]+)|"
