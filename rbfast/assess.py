@@ -14,7 +14,7 @@ import numpy as np
 
 from rbfast import decontaminate, text
 from rbfast.decontaminate import SHINGLE, Decontaminator, Found
-from rbfast.dedup import SIGNATURE
+from rbfast.dedup import SIGNATURE, key_of
 from rbfast.quality import Quality, flaw, proxy_difficulty, quality, repeated_shares
 from rbfast.schema import Trace, TraceError
 
@@ -34,7 +34,7 @@ class Part(NamedTuple):
     flaws: list[str | None]
     domains: list[str]
     fingerprints: np.ndarray  # uint64, of the problem
-    answers: np.ndarray  # uint64, of the answer
+    keys: np.ndarray  # uint64, what near duplicates share
     signatures: np.ndarray  # uint32 [n, 64], MinHash of the problem
     given: np.ndarray  # float64, the row's own difficulty, or NaN
     proxy: np.ndarray  # float64
@@ -86,7 +86,7 @@ class Assessor:
             flaws=flaws,
             domains=[trace.domain or "unknown" for trace in traces],
             fingerprints=text.fingerprints(texts, threads=threads),
-            answers=text.fingerprints(text.pack(trace.answer for trace in traces), threads=threads),
+            keys=np.array([key_of(trace.problem, trace.answer) for trace in traces], dtype=np.uint64),
             signatures=text.minhash(rows, SIGNATURE, threads=threads),
             given=np.array([np.nan if t.difficulty is None else t.difficulty for t in traces], dtype=np.float64),
             proxy=_finite("difficulty", [self.difficulty(trace) for trace in traces]),

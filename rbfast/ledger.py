@@ -73,7 +73,7 @@ class Ledger:
         preference = np.empty(len(items))
         preference[order] = _dense_ranks(certainty[items][order], self.part.quality[items][order])
         part = self.part
-        keeper = duplicates(part.fingerprints[items], part.signatures[items], part.answers[items], preference)
+        keeper = duplicates(part.fingerprints[items], part.signatures[items], part.keys[items], preference)
         self._keeper[items] = items[keeper]
         again = items[keeper != np.arange(len(items))]
         same = self.part.fingerprints[again] == self.part.fingerprints[self._keeper[again]]

@@ -61,7 +61,8 @@ def flaw(trace: Trace, repetition: float) -> str | None:
 def repeated_shares(texts: Sequence[str], *, threads: int = 1) -> np.ndarray:
     """For each text the share of its 20-token shingles that came before in it, float64 [n]."""
     rows, counts = text.shingles(text.pack(texts), _LOOP_SHINGLE, threads=threads)
-    return 1 - rows.lengths / np.maximum(counts - _LOOP_SHINGLE + 1, np.maximum(rows.lengths, 1))
+    total = np.maximum(counts - _LOOP_SHINGLE + 1, rows.lengths)
+    return (total - rows.lengths) / np.maximum(total, 1)
 
 
 def _cut_short(reasoning: str) -> str | None:
