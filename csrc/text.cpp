@@ -74,18 +74,35 @@ struct Ragged {
   }
 };
 
-// The distinct shingles of `tokens`, sorted, appended to `out`; returns how many. Fewer than k tokens make one shingle.
-int64_t append_shingles(const std::vector<uint64_t>& tokens, size_t k, std::vector<uint64_t>& out) {
-  if (tokens.empty()) return 0;
-  const size_t length = std::min(k, tokens.size()), before = out.size();
-  for (size_t i = 0; i + length <= tokens.size(); ++i) {
+// Calls f(hash) for every shingle of `tokens`, in their order. Fewer than k tokens make one shingle.
+template <typename F>
+void each_shingle(const std::vector<uint64_t>& tokens, size_t k, const F& f) {
+  const size_t length = std::min(k, tokens.size());
+  for (size_t i = 0; length > 0 && i + length <= tokens.size(); ++i) {
     uint64_t hash = 0;
     for (size_t j = i; j < i + length; ++j) hash = mix(hash + tokens[j]);
-    out.push_back(hash);
+    f(hash);
   }
+}
+
+// Sorts what was appended to `out` since it held `before`, without repetitions; returns how many there are.
+template <typename T>
+int64_t sort_new(std::vector<T>& out, size_t before) {
   std::sort(out.begin() + before, out.end());
   out.erase(std::unique(out.begin() + before, out.end()), out.end());
   return static_cast<int64_t>(out.size() - before);
+}
+
+// Calls f(i, hashes of the tokens of text i) for the texts of a part.
+template <typename F>
+void each_text(const char* text, const int64_t* at, int64_t first, int64_t last, bool mask_digits, const F& f) {
+  std::vector<uint64_t> tokens;
+  for (int64_t i = first; i < last; ++i) {
+    tokens.clear();
+    each_token(std::string_view(text + at[i], at[i + 1] - at[i]), mask_digits,
+               [&](std::string_view token) { tokens.push_back(hash_token(token)); });
+    f(i, tokens);
+  }
 }
 
 py::tuple shingles(const Array<uint8_t>& bytes, const Array<int64_t>& starts, int64_t k, bool mask_digits,
@@ -101,14 +118,13 @@ py::tuple shingles(const Array<uint8_t>& bytes, const Array<int64_t>& starts, in
   {
     const py::gil_scoped_release release;
     parallel_parts(n, threads, [&](int64_t part, int64_t first, int64_t last) {
-      std::vector<uint64_t> tokens;
-      for (int64_t i = first; i < last; ++i) {
-        tokens.clear();
-        each_token(std::string_view(text + at[i], at[i + 1] - at[i]), mask_digits,
-                   [&](std::string_view token) { tokens.push_back(hash_token(token)); });
+      auto& out = found.parts[part];
+      each_text(text, at, first, last, mask_digits, [&](int64_t i, const std::vector<uint64_t>& tokens) {
+        const size_t before = out.size();
+        each_shingle(tokens, k, [&](uint64_t hash) { out.push_back(hash); });
         count[i] = static_cast<int64_t>(tokens.size());
-        lengths[i] = append_shingles(tokens, k, found.parts[part]);
-      }
+        lengths[i] = sort_new(out, before);
+      });
     });
   }
   const Array<uint64_t> hashes = found.join();
@@ -138,13 +154,14 @@ class Table {
   std::vector<int64_t> starts_;
 };
 
-py::tuple lookup(const Array<uint64_t>& hashes, const Array<int64_t>& starts, const Array<uint64_t>& index,
-                 int64_t threads) {
-  const int64_t n = checked_rows("starts", starts, hashes.size());
+py::tuple find(const Array<uint8_t>& bytes, const Array<int64_t>& starts, int64_t k, bool mask_digits,
+               const Array<uint64_t>& index, int64_t threads) {
+  const int64_t n = checked_rows("starts", starts, bytes.size());
+  expect(k >= 1, "k must be at least 1, got " + std::to_string(k));
   checked_threads(threads);
   expect(index.size() < std::numeric_limits<int32_t>::max(), "index must have fewer than 2^31 hashes");
   expect(std::is_sorted(index.data(), index.data() + index.size()), "index must be sorted");
-  const uint64_t* hash = hashes.data();
+  const char* text = reinterpret_cast<const char*>(bytes.data());
   const int64_t* at = starts.data();
   Ragged<int32_t> found(n, threads);
   int64_t* lengths = found.starts.mutable_data() + 1;
@@ -153,14 +170,14 @@ py::tuple lookup(const Array<uint64_t>& hashes, const Array<int64_t>& starts, co
     const Table table(index.data(), index.size());
     parallel_parts(n, threads, [&](int64_t part, int64_t first, int64_t last) {
       auto& ids = found.parts[part];
-      for (int64_t i = first; i < last; ++i) {
+      each_text(text, at, first, last, mask_digits, [&](int64_t i, const std::vector<uint64_t>& tokens) {
         const size_t before = ids.size();
-        for (int64_t j = at[i]; j < at[i + 1]; ++j) {
-          const int64_t id = table.find(hash[j]);
+        each_shingle(tokens, k, [&](uint64_t hash) {
+          const int64_t id = table.find(hash);
           if (id >= 0) ids.push_back(static_cast<int32_t>(id));
-        }
-        lengths[i] = static_cast<int64_t>(ids.size() - before);
-      }
+        });
+        lengths[i] = sort_new(ids, before);
+      });
     });
   }
   const Array<int32_t> ids = found.join();
@@ -169,13 +186,15 @@ py::tuple lookup(const Array<uint64_t>& hashes, const Array<int64_t>& starts, co
 
 py::tuple containment(const Array<int32_t>& ids, const Array<int64_t>& starts, const Array<int32_t>& postings,
                       const Array<int64_t>& posting_starts, const Array<int64_t>& weights,
-                      const Array<int64_t>& totals, int64_t threads) {
+                      const Array<int64_t>& totals, double least, int64_t threads) {
   const int64_t n = checked_rows("starts", starts, ids.size()), evaluations = totals.size();
   const int64_t terms = checked_rows("posting_starts", posting_starts, postings.size());
   expect(weights.size() == terms, "weights must have one value for each row of postings");
   checked_below("ids", ids, terms);
   checked_below("postings", postings, evaluations);
   checked_threads(threads);
+  const double smallest = evaluations ? *std::min_element(totals.data(), totals.data() + evaluations) : 1;
+  expect(smallest > 0, "totals must be more than 0");
   Array<int32_t> best(n);
   Array<double> share(n);
   int32_t* best_item = best.mutable_data();
@@ -188,6 +207,11 @@ py::tuple containment(const Array<int32_t>& ids, const Array<int64_t>& starts, c
       std::vector<int64_t> shared(evaluations, 0);
       std::vector<int32_t> touched;
       for (int64_t i = first; i < last; ++i) {
+        best_item[i] = -1;
+        best_share[i] = 0.0;
+        int64_t held = 0;
+        for (int64_t j = at[i]; j < at[i + 1]; ++j) held += weight[id[j]];
+        if (static_cast<double>(held) / smallest < least) continue;  // boilerplate, that many items have
         touched.clear();
         for (int64_t j = at[i]; j < at[i + 1]; ++j)
           for (int64_t p = from[id[j]]; p < from[id[j] + 1]; ++p) {
@@ -195,11 +219,9 @@ py::tuple containment(const Array<int32_t>& ids, const Array<int64_t>& starts, c
             shared[item[p]] += weight[id[j]];
           }
         std::sort(touched.begin(), touched.end());  // of equal shares the first item is reported
-        best_item[i] = -1;
-        best_share[i] = 0.0;
         for (const int32_t e : touched) {
           const double part = static_cast<double>(shared[e]) / static_cast<double>(total[e]);
-          if (part > best_share[i]) best_share[i] = part, best_item[i] = e;
+          if (part >= least && part > best_share[i]) best_share[i] = part, best_item[i] = e;
           shared[e] = 0;
         }
       }
@@ -256,11 +278,11 @@ PYBIND11_MODULE(_text, m) {
   m.doc() = "The curation's hot loops. Called through rbfast.text; defined in rbfast.text_reference.";
   m.def("shingles", &shingles, py::arg("bytes").noconvert(), py::arg("starts").noconvert(), py::arg("k"),
         py::arg("mask_digits"), py::arg("threads"));
-  m.def("lookup", &lookup, py::arg("hashes").noconvert(), py::arg("starts").noconvert(), py::arg("index").noconvert(),
-        py::arg("threads"));
+  m.def("find", &find, py::arg("bytes").noconvert(), py::arg("starts").noconvert(), py::arg("k"),
+        py::arg("mask_digits"), py::arg("index").noconvert(), py::arg("threads"));
   m.def("containment", &containment, py::arg("ids").noconvert(), py::arg("starts").noconvert(),
         py::arg("postings").noconvert(), py::arg("posting_starts").noconvert(), py::arg("weights").noconvert(),
-        py::arg("totals").noconvert(), py::arg("threads"));
+        py::arg("totals").noconvert(), py::arg("least"), py::arg("threads"));
   m.def("minhash", &minhash, py::arg("hashes").noconvert(), py::arg("starts").noconvert(),
         py::arg("multipliers").noconvert(), py::arg("threads"));
   m.def("facility_location", &choose, py::arg("starts").noconvert(), py::arg("features").noconvert(),

@@ -134,8 +134,8 @@ class Decontaminator:
     def find(self, texts: Texts, problems: Sequence[str], *, threads: int = 1) -> Found:
         """What each problem shares with the evaluation sets. `texts` is `pack(problems)`."""
         return Found(
-            self._shared(texts, self._text, False, threads),
-            self._shared(texts, self._template, True, threads),
+            text.find(texts, SHINGLE, self._text.hashes, threads=threads),
+            text.find(texts, SHINGLE, self._template.hashes, mask_digits=True, threads=threads),
             *self._nearest(problems),
         )
 
@@ -150,17 +150,13 @@ class Decontaminator:
         matches: list[Match | None] = [None] * len(fingerprints)
         for name, shared, tier in (("template", found.template, self._template), ("text", found.text, self._text)):
             weights, totals = self._weigh(tier, shared, first)
-            items, shares = text.containment(shared, tier.items, weights, totals, threads=threads)
-            for at in np.flatnonzero(shares >= getattr(self.thresholds, name)).tolist():
+            least = getattr(self.thresholds, name)
+            items, shares = text.containment(shared, tier.items, weights, totals, least=least, threads=threads)
+            for at in np.flatnonzero(items >= 0).tolist():
                 matches[at] = Match(int(items[at]), name, float(shares[at]))
         for at in np.flatnonzero(found.cosine >= self.thresholds.paraphrase).tolist():
             matches[at] = matches[at] or Match(int(found.nearest[at]), "paraphrase", float(found.cosine[at]))
         return matches
-
-    @staticmethod
-    def _shared(texts: Texts, tier: _Tier, mask_digits: bool, threads: int) -> Rows:
-        rows, _ = text.shingles(texts, SHINGLE, mask_digits=mask_digits, threads=threads)
-        return text.lookup(rows, tier.hashes, threads=threads)
 
     def _weigh(self, tier: _Tier, shared: Rows, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Weights of the shingles, int64, and their sum for each item, int64.

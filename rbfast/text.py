@@ -1,8 +1,8 @@
 """Many texts at a time: tokens, shingles, sketches, and choosing a few that stand for all.
 
     texts = pack(["Find $\\frac12+1$.", "Find \\(\\dfrac{1}{2} + 1\\)."])          # the same tokens
-    hashes = shingles(texts, 5)                                                    # Rows of sorted distinct uint64
-    found = lookup(hashes, index)                                                  # which of them an index has
+    hashes, counts = shingles(texts, 5)                                            # Rows of sorted distinct uint64
+    found = find(texts, 5, index)                                                  # which of them an index has
 
 The native module `rbfast._text` runs where it is built, else `rbfast.text_reference`; both give the same arrays, for
 any number of threads. Sums are of whole numbers, so that no order of summation can change a bit.
@@ -160,26 +160,26 @@ def fingerprints(texts: Texts, *, threads: int = 1) -> np.ndarray:
     return found
 
 
-def lookup(rows: Rows, index: np.ndarray, *, threads: int = 1) -> Rows:
-    """Which hashes of each row are in `index` (uint64, sorted, distinct): their places there, int32, in their order."""
-    return Rows(*_IMPL.lookup(rows.values, rows.starts, index, threads))
+def find(texts: Texts, k: int, index: np.ndarray, *, mask_digits: bool = False, threads: int = 1) -> Rows:
+    """Which of its `shingles` each text shares with `index` (uint64, sorted, distinct): places there, int32, sorted."""
+    return Rows(*_IMPL.find(texts.data, texts.starts, k, mask_digits, index, threads))
 
 
 def containment(
-    found: Rows, postings: Rows, weights: np.ndarray, totals: np.ndarray, *, threads: int = 1
+    found: Rows, postings: Rows, weights: np.ndarray, totals: np.ndarray, *, least: float, threads: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each row the item it holds the largest share of, and that share.
+    """For each row the item it holds the largest share of, and that share, where it is at least `least`.
 
     Args:
-        found: terms of each row, as `lookup` gives them.
+        found: terms of each row, as `find` gives them.
         postings: for each term the items that have it, int32.
         weights: of each term, int64, 0 or more.
-        totals: for each item the sum of its terms' weights, int64.
+        totals: for each item the sum of its terms' weights, int64, more than 0.
 
     Returns:
-        int32 [rows], the first of equal shares, -1 where nothing is shared; float64 [rows] in [0, 1].
+        int32 [rows], the first of equal shares, else -1; float64 [rows] in [0, 1], else 0.
     """
-    return _IMPL.containment(found.values, found.starts, postings.values, postings.starts, weights, totals, threads)
+    return _IMPL.containment(*found, *postings, weights, totals, least, threads)
 
 
 def minhash(rows: Rows, width: int, *, threads: int = 1) -> np.ndarray:

@@ -88,12 +88,15 @@ def _shingles_of(row: np.ndarray, k: int) -> np.ndarray:
     return np.unique(value)
 
 
-def lookup(hashes: np.ndarray, starts: np.ndarray, index: np.ndarray, threads: int) -> tuple[np.ndarray, np.ndarray]:
+def find(
+    data: np.ndarray, starts: np.ndarray, k: int, mask_digits: bool, index: np.ndarray, threads: int
+) -> tuple[np.ndarray, np.ndarray]:
+    hashes, rows, _ = shingles(data, starts, k, mask_digits, threads)
     at = np.searchsorted(index, hashes)
     known = at < len(index)
     known[known] = index[at[known]] == hashes[known]
     before = np.append(0, np.cumsum(known))
-    return at[known].astype(np.int32), before[starts]
+    return at[known].astype(np.int32), before[rows]
 
 
 def containment(
@@ -103,6 +106,7 @@ def containment(
     posting_starts: np.ndarray,
     weights: np.ndarray,
     totals: np.ndarray,
+    least: float,
     threads: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     best, share = np.full(len(starts) - 1, -1, dtype=np.int32), np.zeros(len(starts) - 1)
@@ -112,8 +116,9 @@ def containment(
             for item in postings[posting_starts[term] : posting_starts[term + 1]].tolist():
                 shared[item] = shared.get(item, 0) + int(weights[term])
         for item in sorted(shared):
-            if shared[item] and shared[item] / int(totals[item]) > share[row]:
-                best[row], share[row] = item, shared[item] / int(totals[item])
+            part = shared[item] / int(totals[item])
+            if part >= least and part > share[row]:
+                best[row], share[row] = item, part
     return best, share
 
 

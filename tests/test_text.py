@@ -99,12 +99,11 @@ def as_rows(lists: list[list[int]], dtype: type) -> Rows:
     return Rows(values, np.append(0, np.cumsum([len(row) for row in lists], dtype=np.int64)))
 
 
-@given(rows_of_numbers, st.lists(st.integers(0, 30), max_size=20), st.integers(1, 4), st.integers(0, 2**33))
-def test_native_lookup_is_the_definition(native, lists, index, threads: int, spread: int) -> None:
-    rows = as_rows(lists, np.uint64)
-    rows = Rows(rows.values * np.uint64(spread * 2**24 + 1), rows.starts)
-    known = np.unique(np.array(index, dtype=np.uint64) * np.uint64(spread * 2**24 + 1))
-    assert same(native.lookup(*rows, known, threads), text_reference.lookup(*rows, known, 1))
+@given(TEXTS, TEXTS, st.integers(1, 3), st.booleans(), st.integers(1, 4))
+def test_native_find_is_the_definition(native, texts, others, k: int, masked: bool, threads: int) -> None:
+    index = np.unique(text.shingles(pack(others + texts[:1]), k, mask_digits=masked)[0].values)
+    expected = text_reference.find(*pack(texts), k, masked, index, 1)
+    assert same(native.find(*pack(texts), k, masked, index, threads), expected)
 
 
 @given(rows_of_numbers, st.randoms(use_true_random=False), st.integers(1, 4))
@@ -113,7 +112,7 @@ def test_native_containment_is_the_definition(native, lists, random, threads: in
     postings, found = as_rows(terms, np.int32), as_rows(lists, np.int32)
     weights = np.array([random.randrange(4) for _ in range(31)], dtype=np.int64)
     totals = np.array([1 + sum(int(w) for w, t in zip(weights, terms, strict=True) if e in t) for e in range(5)])
-    arguments = (*found, *postings, weights, totals)
+    arguments = (*found, *postings, weights, totals, random.choice([0.0, 0.3, 0.5, 1.0]))
     assert same(native.containment(*arguments, threads), text_reference.containment(*arguments, 1))
 
 
@@ -175,7 +174,7 @@ def test_vectors_have_unit_length_and_leave_out_what_most_texts_have() -> None:
         (lambda m, a: m.shingles(a["bytes"], a["bad"], 5, False, 1), "starts must run from 0 to 4"),
         (lambda m, a: m.shingles(a["bytes"], a["starts"], 0, False, 1), "k must be at least 1, got 0"),
         (lambda m, a: m.shingles(a["bytes"], a["starts"], 5, False, 0), "threads must be at least 1, got 0"),
-        (lambda m, a: m.lookup(a["hashes"], a["starts"], a["hashes"][::-1].copy(), 1), "index must be sorted"),
+        (lambda m, a: m.find(a["bytes"], a["starts"], 5, False, a["hashes"][::-1].copy(), 1), "index must be sorted"),
         (lambda m, a: m.facility_location(a["starts"], a["ids"], a["ids"], 4, 3, 1), r"size must lie in \[0, 2\]"),
         (lambda m, a: m.facility_location(a["starts"], a["ids"], a["ids"], 2, 1, 1), r"features must lie in \[0, 2\)"),
     ],
