@@ -1,12 +1,13 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rbfast.selection import quotas, represent, shortlist
 from rbfast.text import pack
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 3000), max_size=12), st.integers(0, 4000))
 def test_quotas_are_whole_possible_and_follow_square_roots(counts: list[int], size: int) -> None:
     share = quotas(counts, size)
@@ -26,6 +27,7 @@ def test_quotas() -> None:
         quotas([1], -1)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 200), st.integers(1, 4), st.integers(0, 2**32 - 1))
 def test_the_shortlist_is_the_top_of_a_sort(n: int, reach: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -35,7 +37,8 @@ def test_the_shortlist_is_the_top_of_a_sort(n: int, reach: int, seed: int) -> No
     for domain, found in enumerate(shortlist(scores, ties, domains, share, reach=reach)):
         items = [i for i in range(n) if domains[i] == domain]
         best = sorted(items, key=lambda i: (-scores[i], ties[i], i))
-        assert found.tolist() == best[: reach * share[domain]]
+        half = (len(items) + 1) // 2
+        assert found.tolist() == best[: max(share[domain], min(reach * share[domain], half))]
 
 
 def test_representatives_are_unlike_each_other() -> None:
