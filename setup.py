@@ -1,4 +1,5 @@
-"""Builds the native ops for the CPU and for CUDA. What cannot be built is left out: the torch reference serves instead.
+"""Builds the native ops for the CPU and for CUDA, and the text loops. What cannot be built is left out: the references
+serve instead.
 
 CUDA ops are built where torch has CUDA and its toolkit is found. RBFAST_CUDA=1 builds them under any torch and fails
 where it cannot; RBFAST_CUDA=0 leaves them out. TORCH_CUDA_ARCH_LIST chooses the GPUs.
@@ -9,8 +10,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pybind11
 import torch
-from setuptools import setup
+from setuptools import Extension, setup
 from torch.utils import cpp_extension
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
@@ -28,12 +30,24 @@ def cpu_extension() -> CppExtension:
     """`rbfast/_C`: a library of ops for the torch dispatcher, not a Python module; the ISA is chosen at run time."""
     return CppExtension(
         "rbfast._C",
-        sources("csrc/*.cpp", "csrc/cpu/*.cpp"),
+        sources("csrc/cpu/*.cpp"),
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[STABLE_ABI],
         extra_compile_args=["-O3", "-ffp-contract=off", *HOST_FLAGS],
         extra_link_args=["-s"],
         py_limited_api=True,
+    )
+
+
+def text_extension() -> Extension:
+    """`rbfast/_text`: a Python module without torch, for this Python alone (pybind11 has no limited API)."""
+    return Extension(
+        "rbfast._text",
+        ["csrc/text.cpp"],
+        include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
+        language="c++",
+        extra_compile_args=["-O3", "-pthread", *HOST_FLAGS],
+        extra_link_args=["-s", "-pthread"],
     )
 
 
@@ -85,12 +99,11 @@ def extensions() -> list:
     if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
         print("rbfast: no C++ compiler found (set CXX); installing without native ops. `rbfast info` will say so.")
         return []
-    return [cpu_extension()] + ([cuda_extension(toolkit)] if toolkit else [])
+    return [cpu_extension(), text_extension()] + ([cuda_extension(toolkit)] if toolkit else [])
 
 
 setup(
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtension},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
     packages=["rbfast"],
 )

@@ -17,6 +17,7 @@ _HOMES = {
     "distill": "run",
     "DistillTrainer": "trainer",
     "Objective": "trainer",
+    "curate": "curation",
     "Trace": "trace",
     "read_traces": "trace",
     "write_traces": "trace",

@@ -1,4 +1,4 @@
-"""The command line: `rbfast info | distill | eval | merge | export-lora | demo`.
+"""The command line: `rbfast info | curate | distill | eval | merge | export-lora | demo`.
 
 Results go to stdout (JSON with --json), progress to stderr. Exit codes: 0 done, 2 bad usage or input, 1 failure.
 """
@@ -13,6 +13,7 @@ from typing import Any
 
 EXAMPLES = {
     "info": "rbfast info",
+    "curate": "rbfast curate pool.jsonl more.parquet -o reason1k/ --size 1000 --against math500.jsonl aime25.jsonl",
     "distill": "rbfast distill smollm2-135m reason1k.jsonl -o runs/first --epochs 2",
     "eval": "rbfast eval smollm2-135m --adapter runs/first --task leg_counting --task chain_sum -n 50",
     "merge": "rbfast merge smollm2-135m runs/first -o merged/",
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     command("info", _info, "Say which implementation of each op is active, on which machine.")
+    _add_curate(command("curate", _curate, "Pick the traces to train on from a pool: Reason1K with its datasheet."))
     _add_distill(command("distill", _distill, "Train a sparse adapter of MODEL on reasoning traces."))
     _add_eval(command("eval", _eval, "Measure accuracy on generated problems or a file of problems."))
     merge = command("merge", _merge, "Write MODEL with an adapter merged into its weights, as a plain checkpoint.")
@@ -75,6 +77,16 @@ def _add_model(sub: argparse.ArgumentParser) -> None:
 
 def _add_device(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
+
+
+def _add_curate(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("pool", nargs="+", help="JSONL, JSON or Parquet files of traces, or hub ids of datasets")
+    sub.add_argument("-o", "--out", type=Path, required=True, help="folder to write")
+    sub.add_argument("--size", type=int, default=1000, help="traces to pick (default: 1000)")
+    sub.add_argument("--against", nargs="+", default=[], metavar="EVALSET", help="problems that must not be trained on")
+    sub.add_argument("--keep-templates", action="store_true", help="keep evaluation problems with other numbers")
+    sub.add_argument("--pass-rates", type=Path, help="what `rbfast eval -o` wrote for a student: its misses are hard")
+    sub.add_argument("--processes", type=int, default=1, help="processes that read and score (default: 1)")
 
 
 def _add_distill(sub: argparse.ArgumentParser) -> None:
@@ -109,7 +121,7 @@ def _info(args: argparse.Namespace) -> int:
     import torch
 
     import rbfast
-    from rbfast import ops
+    from rbfast import ops, text
 
     facts = {
         "rbfast": rbfast.__version__,
@@ -117,15 +129,39 @@ def _info(args: argparse.Namespace) -> int:
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu_isa": ops.cpu_isa(),
+        "text": text.implementation(),
         "ops": ops.implementations("cpu"),
         "ops_cuda": ops.implementations("cuda"),
     }
     lines = [f"{name}: {value}" for name, value in facts.items() if not name.startswith("ops")]
     cuda = ops.implementations("cuda")
     lines += [f"  {name}: {cpu}; on CUDA: {cuda[name]}" for name, cpu in ops.implementations("cpu").items()]
-    if facts["cpu_isa"] is None:
-        lines.append("The native CPU ops are not built: reinstall with a C++ compiler on the PATH for full speed.")
+    if facts["cpu_isa"] is None or facts["text"] == "reference":
+        lines.append("The native CPU code is not all built: reinstall with a C++ compiler on the PATH for full speed.")
     return _print(args, facts, "\n".join(lines))
+
+
+def _curate(args: argparse.Namespace) -> int:
+    from rbfast.curation import curate, read_pass_rates
+
+    result = curate(
+        args.pool,
+        args.out,
+        size=args.size,
+        against=args.against,
+        seed=args.seed,
+        pass_rates=read_pass_rates(args.pass_rates) if args.pass_rates else None,
+        keep_templates=args.keep_templates,
+        processes=args.processes,
+        quiet=args.json,
+    )
+    stages = [{"stage": s.name, "in": s.given, "dropped": s.dropped, "out": s.kept} for s in result.stages]
+    lines = [f"{s.name}: {s.given} in, {s.kept} out {_lines(s.dropped).splitlines()}" for s in result.stages]
+    lines.append(
+        f"{result.selected} traces in {args.out / 'reason1k.jsonl'}; see datasheet.html and dropped.jsonl there"
+    )
+    _print(args, {"out": str(args.out), "selected": result.selected, "stages": stages}, "\n".join(lines))
+    return 0 if result.selected else 1
 
 
 def _distill(args: argparse.Namespace) -> int:

@@ -23,8 +23,8 @@ def bar(title: str, quiet: bool = False) -> Progress:
 
 
 @contextmanager
-def counting(title: str, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A bar driven by calls of (done, total)."""
+def counting(title: str, quiet: bool = False) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar driven by calls of (done, total); total is None while it is not known."""
     with bar(title, quiet) as progress:
         task = progress.add_task("", total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -43,6 +43,7 @@ __all__ = [
     "encode",
     "encode_all",
     "format_prompt",
+    "read_rows",
     "read_traces",
     "split_spans",
     "write_traces",
@@ -70,6 +71,11 @@ def read_traces(source: str | Path, *, split: str = "train", limit: int | None =
     if not traces:
         raise TraceError(f"{source}: expected at least one trace, got none")
     return traces
+
+
+def read_rows(source: str | Path, *, split: str = "train") -> Iterator[tuple[str, Any]]:
+    """Every row, unchecked, with where it stands ("file:line"), one at a time; sources as for `read_traces`."""
+    return _rows(source, split, streaming=True)
 
 
 def _rows(source: str | Path, split: str, streaming: bool) -> Iterator[tuple[str, Any]]:

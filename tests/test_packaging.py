@@ -13,11 +13,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TRY = """
 import json, sys, torch, rbfast
-from rbfast import ops
+from rbfast import ops, text
 import transformers  # a folder of ours named like one of its dependencies must not break it
 from transformers import Trainer
 xs = ops.column_gather(torch.arange(6.0).view(2, 3), torch.tensor([2, 0]))
-print(json.dumps({"file": rbfast.__file__, "xs": xs.tolist(), "gather": ops.implementations()["column_gather"]}))
+print(json.dumps({"file": rbfast.__file__, "xs": xs.tolist(), "gather": ops.implementations()["column_gather"],
+    "text": text.implementation(), "tokens": text.shingles(text.pack(["a b"]), 1)[1].tolist()}))
 """
 
 
@@ -80,6 +81,7 @@ def test_install_from_the_checkout(fresh: Path, checkout: Path, tmp_path: Path, 
     found = try_it(fresh, tmp_path)
     assert found["xs"] == [[2.0, 0.0], [5.0, 3.0]]
     assert found["gather"].startswith("native")
+    assert (found["text"], found["tokens"]) == ("native", [2])
     assert (checkout in Path(found["file"]).parents) == editable
 
 
@@ -87,10 +89,12 @@ def test_wheel_and_sdist(fresh: Path, checkout: Path, tmp_path: Path) -> None:
     """`build` makes the wheel out of the unpacked sdist, so a wheel that works proves both."""
     run(sys.executable, "-m", "build", "--no-isolation", "-o", str(tmp_path / "dist"), cwd=checkout)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
-    assert "cp310-abi3" in wheel.name
+    assert f"cp{sys.version_info.major}{sys.version_info.minor}-" in wheel.name  # _text is for this Python alone
     assert len(list((tmp_path / "dist").glob("*.tar.gz"))) == 1
     install(fresh, str(wheel), cwd=tmp_path)
-    assert try_it(fresh, tmp_path)["gather"].startswith("native")
+    found = try_it(fresh, tmp_path)
+    assert found["gather"].startswith("native")
+    assert found["text"] == "native"
 
 
 def test_without_a_compiler_the_reference_serves_but_a_broken_library_raises(
@@ -100,7 +104,12 @@ def test_without_a_compiler_the_reference_serves_but_a_broken_library_raises(
     found = try_it(fresh, tmp_path)
     assert found["xs"] == [[2.0, 0.0], [5.0, 3.0]]
     assert found["gather"] == "reference"
+    assert (found["text"], found["tokens"]) == ("reference", [2])
     (Path(found["file"]).parent / "_C.abi3.so").write_bytes(b"not a library")
     done = subprocess.run([str(fresh), "-c", "from rbfast import ops"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode != 0
     assert "_C.abi3.so" in done.stderr
+    (Path(found["file"]).parent / f"_text{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"not a library")
+    done = subprocess.run([str(fresh), "-c", "from rbfast import text"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "_text" in done.stderr
