@@ -12,15 +12,15 @@ import re
 _LONGEST_MATH = 1_000  # characters; an opener that is not closed within them was no opener
 _TAIL = 32  # characters that the rules below look back, at most
 
-_BEGIN = re.compile(r"\\begin\{([a-zA-Z]{1,20}\*?)\}$")
+_BEGIN = re.compile(r"\\begin\{([a-zA-Z]{1,20}\*?)\}\Z")
 _MATH = {"\\(": "\\)", "\\[": "\\]"}
 # "$5 per day" is money, "$5 x$" and "$5 + 3$" are formulas
 _MONEY = re.compile(r"\d[\d,.]*[)]?\s+[A-Za-z]{2}")
 # A digit, what may join the next digit to it, and what may open a number.
-_NUMBER = re.compile(r"(?:\d[.,:/]?|\d[eE][-+]?|(?:^|[\s(\[{=*/^<>|,$])[-+.])$")
+_NUMBER = re.compile(r"(?:\d[.,:/]?|\d[eE][-+]?|(?:^|[\s(\[{=*/^<>|,$])[-+.])\Z")
 # A full stop after a digit may be a decimal point until white space follows.
-_SENTENCE_END = re.compile(r"(?:(?<!\d)[.!?][.!?)\]\"'*_”]{0,8}|[.!?][.!?)\]\"'*_”]{0,8}\s+|\n\s*)$")
-_ABBREVIATION = re.compile(r"(?:^|[\s(*#_])(?:[a-z]|e\.g|i\.e|vs|dr|mr|ms|mrs|cf|eq|no|approx)\.\s*$", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"(?:(?<!\d)[.!?][.!?)\]\"'*_”]{0,8}|[.!?][.!?)\]\"'*_”]{0,8}\s+|\n\s*)\Z")
+_ABBREVIATION = re.compile(r"(?:^|[\s(*#_])(?:[a-z]|e\.g|i\.e|vs|dr|mr|ms|mrs|cf|eq|no|approx)\.\s*\Z", re.IGNORECASE)
 
 
 class Boundary:

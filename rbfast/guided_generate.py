@@ -17,7 +17,7 @@ import hashlib
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -71,6 +71,7 @@ class Solution:
         tokens: the whole cost: what is left, what was struck, and `probe_tokens` thrown away after probes.
         truncated: the budget cut the answer.
         abandoned: the vote was decided before this sample ended.
+        sentences: nats; the entropy's moving average at each end of a sentence of thinking, where it was measured.
     """
 
     text: str
@@ -82,6 +83,7 @@ class Solution:
     truncated: bool
     abandoned: bool
     events: tuple[Event, ...]
+    sentences: tuple[float, ...]
 
 
 class Vocabulary:
@@ -196,6 +198,7 @@ class TokenRow:
             truncated=not row.finished,
             abandoned=self.abandoned,
             events=tuple(row.events),
+            sentences=tuple(row.sentences),
         )
 
 
@@ -448,3 +451,25 @@ def guided(
             if progress is not None:
                 progress(len(solutions), len(prompts))
     return [solutions[i] for i in range(len(prompts))]
+
+
+def calibrate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    guide: Guide,
+    *,
+    quantile: float = 0.9,
+) -> float:
+    """The `verify_above` [nats] that a model's own unguided thinking exceeds at 1 - `quantile` of its sentence ends.
+
+    Raises:
+        ValueError: a quantile outside (0, 1), or no sentence end in what the model wrote.
+    """
+    if not 0 < quantile < 1:
+        raise ValueError(f"quantile must lie in (0, 1), got {quantile}")
+    plain = replace(guide, interventions=(), minimum=0, probe_every=0, verify_above=math.inf)
+    ends = [end for [solution] in guided(model, tokenizer, prompts, plain) for end in solution.sentences]
+    if not ends:
+        raise ValueError("no sentence ended in what the model wrote: give more prompts or a larger budget")
+    return float(torch.tensor(ends, dtype=torch.float64).quantile(quantile))

@@ -26,7 +26,7 @@ streams = st.lists(st.sampled_from([*PIECES, "<end>"]), max_size=60)
 bytes_of_any_kind = st.lists(st.integers(0, 257), max_size=150)
 guides = st.builds(
     Guide,
-    budget=st.integers(40, 140),
+    budget=st.integers(50, 140),
     reserve=st.integers(32, 40),
     minimum=st.sampled_from([0, 0, 8]),
     finish=st.sampled_from(["", "</answer>"]),
@@ -154,7 +154,7 @@ def test_an_early_end_becomes_wait_up_to_the_cap():
 
 
 def test_a_model_that_ends_without_an_answer_is_asked_for_it():
-    guide = Guide(budget=100, close="<answer>", finish="</answer>", **SHORT)
+    guide = Guide(budget=200, close="<answer>", finish="</answer>", **SHORT)
     row, _ = drive(guide, tokens_of(["It is 42", "<end>", "42</answer>"]))
     assert row.row.thinking + row.row.answer == "It is 42\n\n<answer>42</answer>"
     assert row.row.events[0].kind == CLOSE and row.row.finished
@@ -171,7 +171,7 @@ def test_a_loop_gets_another_approach_then_the_end():
     guide = Guide(budget=2000, cap=1, cooldown=0, loop_length=6, **SHORT)
     row, _ = drive(guide, tokens_of(["round and round. " * 60]))
     assert [event.kind for event in row.row.events] == [OTHER, WRAP_UP]
-    assert row.row.thinking.startswith("round and round. ") and row.row.spent < 1000
+    assert row.row.thinking.startswith("round and round. ") and len(row.row.thinking) < 150
 
 
 def test_interventions_keep_their_distance():
@@ -261,7 +261,7 @@ def test_markers_the_vocabulary_cannot_write_are_refused():
         ("so $$x = 1", False, False),
         ("so $$x = 1$$\n", True, True),
         (r"so \(x", False, False),
-        (r"so \[x\].", True, False),
+        (r"so \[x\].", True, True),
         (r"a price of \$x here.", True, True),
         ("it costs $5 per day.", True, True),
         ("it costs $5", False, False),
