@@ -17,7 +17,7 @@ import hashlib
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -84,6 +84,10 @@ class Solution:
     abandoned: bool
     events: tuple[Event, ...]
     sentences: tuple[float, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A record for `json.dumps`."""
+        return asdict(self)
 
 
 class Vocabulary:
@@ -204,11 +208,10 @@ class TokenRow:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Draws tokens; a draw depends on the seed, the row's name and its step alone, never on the batch."""
+    """Draws tokens; a draw depends on the row's name, which holds the seed, and its step alone, never on the batch."""
 
     temperature: float
     top_p: float
-    seed: int
 
     def __post_init__(self) -> None:
         if not self.temperature > 0 or not 0 < self.top_p <= 1:
@@ -221,7 +224,7 @@ class Sampler:
         # The smallest set of tokens whose mass reaches top_p; the first is always in it.
         chances[(mass - chances) >= self.top_p] = 0.0
         mass = chances.cumsum(-1)
-        draws = [self._uniform(f"{self.seed}:{name}:{step}") for name, step in zip(names, steps, strict=True)]
+        draws = [self._uniform(f"{name}:{step}") for name, step in zip(names, steps, strict=True)]
         wanted = torch.tensor(draws, dtype=mass.dtype, device=mass.device)[:, None] * mass[:, -1:]
         place = torch.searchsorted(mass, wanted, right=True).clamp(max=mass.shape[1] - 1)
         return tokens.gather(1, place)[:, 0]
@@ -404,7 +407,7 @@ def guided(
     samples: int = 1,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     batch_size: int = 32,
     early_stop: bool = True,
     listen: Listener | None = None,
@@ -414,6 +417,7 @@ def guided(
 
     Args:
         temperature: 0 for greedy decoding.
+        seed: of the draws; one for each prompt, or one for all.
         batch_size: completions at a time, at most, a prompt's samples together.
         early_stop: abandon the samples of a prompt that can no longer change the majority.
         listen: called with (prompt, kind, text) for each piece as it is written; kind is `think`, `answer` or that of
@@ -428,7 +432,8 @@ def guided(
         raise ValueError(f"samples and batch_size must be at least 1, got {samples} and {batch_size}")
     if samples > 1 and temperature == 0:
         raise ValueError("several samples of one prompt need a temperature above 0: greedy ones are all the same")
-    sampler = None if temperature == 0 else Sampler(temperature, top_p, seed)
+    sampler = None if temperature == 0 else Sampler(temperature, top_p)
+    seeds = [f"{seed}:{i}" for i in range(len(prompts))] if isinstance(seed, int) else list(map(str, seed))
     settings = greedy_settings(model, tokenizer)
     vocabulary = Vocabulary(tokenizer, guide, settings["eos_token_id"])
     encoded = encode_prompts(model, tokenizer, prompts, guide.budget)
@@ -440,7 +445,7 @@ def guided(
                 model,
                 settings,
                 rows,
-                names=[f"{i}:{copy}" for i in batch for copy in range(samples)],
+                names=[f"{seeds[i]}:{copy}" for i in batch for copy in range(samples)],
                 groups=[i if early_stop else -1 - k for k, i in enumerate(i for i in batch for _ in range(samples))],
                 sampler=sampler,
                 entropies=guide.verify_above is not None,

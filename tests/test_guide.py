@@ -2,6 +2,7 @@
 
 import random
 import re
+from itertools import pairwise
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,8 +19,8 @@ END = 0
 SHORT = {"wait": "Wait.", "verify": "Check.", "other": "Else.", "wrap_up": "Stop."}
 # What may go wrong at a boundary, in pieces that hypothesis puts together.
 PIECES = [
-    "12", "3.5", ".", ",", "-", "1e", " ", "\n", "\n\n", "$", "$$", "`", "```", "```py\n", "\\(", "\\)", "\\[", "\\]", "\\$",
-    "\\begin{a}", "\\end{a}", "</", "<", "</think", "</think>", ">", "x", "So. ", "the sum is 12. ", "e.g. ", "é", "日",
+    "12", "3.5", ".", ",", "-", "1e", " ", "\n", "\n\n", "$", "$$", "`", "```", "```py\n", "\\(", "\\)", "\\[", "\\]",
+    "\\$", "\\begin{a}", "\\end{a}", "</", "<", "</think", "</think>", ">", "x", "So. ", "the sum is 12. ", "e.g. ", "é", "日",
     "It costs $5 per day. ", "loop loop. ", "</answer>", "7/8", "(", ")", "!",
 ]  # fmt: skip
 streams = st.lists(st.sampled_from([*PIECES, "<end>"]), max_size=60)
@@ -37,7 +38,7 @@ guides = st.builds(
     loop_times=st.integers(2, 3),
     **{name: st.just(text) for name, text in SHORT.items()},
 )
-relaxed = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+relaxed = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def tokens_of(pieces):
@@ -111,7 +112,8 @@ def open_formula_or_code(text):
 
 # No piece here opens one construct inside of another: what is open is then beyond dispute.
 PLAIN_PIECES = [
-    "12", "3", ".", " ", "\n", "so. ", "x", "\\(x^2", "\\)", "\\[12", "\\]", "```\ny = 1\n", "```\n", "</think>", "<end>", "is 4. ", "0.5",
+    "12", "3", ".", " ", "\n", "so. ", "x", "\\(x^2", "\\)", "\\[12", "\\]", "```\ny = 1\n", "```\n",
+    "</think>", "<end>", "is 4. ", "0.5",
 ]  # fmt: skip
 
 
@@ -126,7 +128,7 @@ def test_nothing_is_put_inside_a_number_latex_or_code(guide, stream):
             before += "```\n"
         assert open_formula_or_code(before) is None, (event, before)
         ended_by_the_model = event.kind == CLOSE or (event.kind == WAIT)
-        assert ended_by_the_model or not re.search(r"\d[.,]?$", before), (event, before)
+        assert ended_by_the_model or not re.search(r"\d[.,]?\Z", before), (event, before)
 
 
 def test_a_number_cut_by_the_budget_is_struck_whole():
@@ -178,7 +180,7 @@ def test_interventions_keep_their_distance():
     guide = Guide(budget=2000, cap=99, cooldown=50, verify_above=0.0, **SHORT)
     row, _ = drive(guide, tokens_of([f"Sentence {word} here. " for word in "abcdefghijklmnopqrstuvwxyz" * 3]), True)
     places = [event.at for event in row.row.events if event.kind == VERIFY]
-    assert len(places) > 10 and all(b - a >= 50 for a, b in zip(places, places[1:], strict=False))
+    assert len(places) > 10 and all(b - a >= 50 for a, b in pairwise(places))
 
 
 def test_sure_models_are_not_told_to_verify():
