@@ -1,4 +1,4 @@
-"""The command line: `rbfast info | curate | distill | eval | merge | export-lora | demo`.
+"""The command line: `rbfast info | curate | distill | solve | eval | merge | export-lora | demo`.
 
 Results go to stdout (JSON with --json), progress to stderr. Exit codes: 0 done, 2 bad usage or input, 1 failure.
 """
@@ -15,6 +15,7 @@ EXAMPLES = {
     "info": "rbfast info",
     "curate": "rbfast curate pool.jsonl more.parquet -o reason1k/ --size 1000 --against math500.jsonl aime25.jsonl",
     "distill": "rbfast distill smollm2-135m reason1k.jsonl -o runs/first --epochs 2",
+    "solve": 'rbfast solve smollm2-135m "A farm has 3 cows and 2 hens. How many legs?" --budget 400',
     "eval": "rbfast eval smollm2-135m --adapter runs/first --task leg_counting --task chain_sum -n 50",
     "merge": "rbfast merge smollm2-135m runs/first -o merged/",
     "export-lora": "rbfast export-lora smollm2-135m runs/first -o lora/",
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     command("info", _info, "Say which implementation of each op is active, on which machine.")
     _add_curate(command("curate", _curate, "Pick the traces to train on from a pool: Reason1K with its datasheet."))
     _add_distill(command("distill", _distill, "Train a sparse adapter of MODEL on reasoning traces."))
+    _add_solve(command("solve", _solve, "Solve a problem under a budget, the thinking shown as it is guided."))
     _add_eval(command("eval", _eval, "Measure accuracy on generated problems or a file of problems."))
     merge = command("merge", _merge, "Write MODEL with an adapter merged into its weights, as a plain checkpoint.")
     lora = command("export-lora", _export_lora, "Write an adapter as a standard LoRA for PEFT, vLLM or llama.cpp.")
@@ -105,16 +107,35 @@ def _add_distill(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--save-steps", type=int, help="steps between checkpoints (default: 50)")
 
 
+def _add_solve(sub: argparse.ArgumentParser) -> None:
+    _add_model(sub)
+    sub.add_argument("problem", help="the problem, or - to read it from stdin")
+    sub.add_argument("--adapter", help="folder of a trained adapter to attach")
+    sub.add_argument("--server", metavar="URL", help="ask an OpenAI-compatible server for MODEL; key: RBFAST_API_KEY")
+    sub.add_argument("--budget", type=int, default=1024, help="tokens in all, thinking and answer (default: 1024)")
+    sub.add_argument("--minimum", type=int, default=0, help="tokens of thinking, at least (default: 0)")
+    sub.add_argument("--maximum", type=int, help="tokens of thinking, at most (default: what the answer leaves)")
+    sub.add_argument("--verify-above", type=float, help="nats of mean entropy that call for a check (default: never)")
+    sub.add_argument("--probe-every", type=int, default=0, help="tokens between probes of the answer (default: never)")
+    sub.add_argument("--samples", type=int, default=1, help="completions that vote on the answer (default: 1)")
+    sub.add_argument("--temperature", type=float, help="default: 0 for one sample, 0.8 for several")
+
+
 def _add_eval(sub: argparse.ArgumentParser) -> None:
     _add_model(sub)
     sub.add_argument(
-        "--task", action="append", required=True, help="a reasoning-gym generator, or a .jsonl file; repeat"
+        "--task",
+        action="append",
+        required=True,
+        help="math-500, aime24, aime25, gsm8k, a reasoning-gym generator, a .jsonl file or a hub id; repeat",
     )
     sub.add_argument("--adapter", help="folder of a trained adapter to attach")
     sub.add_argument("-n", type=int, default=50, help="problems per task (default: 50)")
+    sub.add_argument("--samples", type=int, default=1, help="completions per problem (default: 1, greedy)")
+    sub.add_argument("--temperature", type=float, help="default: 0 for one sample, 0.8 for several")
     sub.add_argument("--max-new-tokens", type=int, default=512, help="tokens per completion, at most (default: 512)")
     sub.add_argument("--batch-size", type=int, default=32, help="completions at a time (default: 32)")
-    sub.add_argument("-o", "--out", type=Path, help="file to write every completion to (JSONL)")
+    sub.add_argument("-o", "--out", type=Path, help="JSONL file of every completion, with which it goes on")
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -194,10 +215,29 @@ def _distill(args: argparse.Namespace) -> int:
     return _print(args, result, _lines(result))
 
 
+def _solve(args: argparse.Namespace) -> int:
+    from rbfast.guided_generate import guide_for
+    from rbfast.transcript import Transcript
+
+    problem = sys.stdin.read() if args.problem == "-" else args.problem
+    if not problem.strip():
+        raise ValueError("problem: expected a text, got an empty one")
+    options = {name: getattr(args, name) for name in ("minimum", "maximum", "verify_above", "probe_every")}
+    transcript = Transcript(quiet=args.json or args.samples > 1)
+    if args.server:
+        result = _solve_remotely(args, problem, options, transcript)
+        return _print(args, result, transcript.summary)
+    model, tokenizer = _load(args)
+    if args.adapter:
+        _attach(model, args.adapter)
+    guide = guide_for(tokenizer, args.budget, **options)
+    result = _solve_here(args, model, tokenizer, problem, guide, transcript)
+    return _print(args, result, transcript.summary)
+
+
 def _eval(args: argparse.Namespace) -> int:
     from rbfast.adapter import SparseAdapter
-    from rbfast.evaluate import evaluate, load_problems, summarize
-    from rbfast.files import write_text
+    from rbfast.evaluate import evaluate, load_problems, summarize, summarize_samples
     from rbfast.progress import counting
 
     problems = {task: load_problems(task, args.n, args.seed) for task in args.task}
@@ -212,12 +252,16 @@ def _eval(args: argparse.Namespace) -> int:
                 tokenizer,
                 asked,
                 max_new_tokens=args.max_new_tokens,
+                samples=args.samples,
+                temperature=_temperature(args),
+                seed=args.seed,
                 batch_size=args.batch_size,
+                keep=args.out,
                 progress=progress,
             )
-    if args.out:
-        records = [result.to_dict() for task in results.values() for result in task]
-        write_text(args.out, "".join(json.dumps(record) + "\n" for record in records))
+    if args.samples > 1:
+        sampled = {task: summarize_samples(found) for task, found in results.items()}
+        return _print(args, sampled, "\n".join(f"{task}\n{_lines(s)}" for task, s in sampled.items()))
     summary = {task: summarize(found) for task, found in results.items()}
     text = "\n".join(
         f"{task}: {100 * s['accuracy']:.1f}% ({100 * s['ci_low']:.1f} .. {100 * s['ci_high']:.1f}), n={s['n']}, "
@@ -252,6 +296,51 @@ def _demo(args: argparse.Namespace) -> int:
     print_summary(summary, Console())
     print(f"see {args.out}: summary.json, the adapter, losses.png, placement.png, accuracy.png")
     return 0
+
+
+def _solve_here(
+    args: argparse.Namespace, model: Any, tokenizer: Any, problem: str, guide: Any, transcript: Any
+) -> dict[str, Any]:
+    from rbfast.grading import answer_key, extract_answer
+    from rbfast.guided_generate import guided
+    from rbfast.trace import format_prompt
+    from rbfast.vote import majority
+
+    [solutions] = guided(
+        model,
+        tokenizer,
+        [format_prompt(problem, tokenizer)],
+        guide,
+        samples=args.samples,
+        temperature=_temperature(args),
+        seed=args.seed,
+        listen=None if transcript.quiet else lambda _, kind, text: transcript.write(kind, text),
+    )
+    vote = majority([answer_key(solution.text) for solution in solutions if not solution.abandoned])
+    answer = vote.answer if args.samples > 1 else extract_answer(solutions[0].text)
+    transcript.end(answer, sum(solution.tokens for solution in solutions), args.samples, vote.votes)
+    return {"answer": answer, "votes": vote.votes, "solutions": [solution.to_dict() for solution in solutions]}
+
+
+def _solve_remotely(args: argparse.Namespace, problem: str, options: dict[str, Any], transcript: Any) -> dict[str, Any]:
+    from rbfast.grading import extract_answer
+    from rbfast.guide import Guide
+    from rbfast.guided_server import Server, solve_or_chat
+    from rbfast.trace import INSTRUCTION
+
+    if options["verify_above"] is not None or options["probe_every"] or args.samples > 1:
+        raise ValueError("--verify-above, --probe-every and --samples need a local model, leave --server out")
+    server = Server(args.server, args.model, temperature=args.temperature or 0.0, seed=args.seed)
+    guide = Guide(args.budget, close="<answer>", finish="</answer>", **options)
+    solution = solve_or_chat(server, problem, f"{problem}\n\n{INSTRUCTION}\n\n", guide, listen=transcript.write)
+    transcript.end(extract_answer(solution.text), solution.tokens, 1, 1)
+    return {"answer": extract_answer(solution.text), "solutions": [solution.to_dict()]}
+
+
+def _temperature(args: argparse.Namespace) -> float:
+    if args.temperature is not None:
+        return float(args.temperature)
+    return 0.0 if args.samples == 1 else 0.8
 
 
 def _device(args: argparse.Namespace) -> str:

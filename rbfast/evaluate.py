@@ -1,269 +1,66 @@
-"""Accuracy before and after: problems, greedy completions, each task's own verifier, paired statistics.
+"""Accuracy before and after: problems, completions, each task's own verifier, statistics over items.
 
 ```python
-problems = load_problems("leg_counting", n=50, seed=7)             # any reasoning-gym generator, or a .jsonl file
+problems = load_problems("leg_counting", n=50, seed=7)             # or math-500, gsm8k, a .jsonl file, a hub id
 before = evaluate(model, tokenizer, problems)
 ...                                                                # train
-after = evaluate(model, tokenizer, problems)
+after = evaluate(model, tokenizer, problems, keep="after.jsonl")   # interrupted? the same call goes on
 gain = paired_difference([r.correct for r in before], [r.correct for r in after])
+
+samples = evaluate(model, tokenizer, problems, samples=8, temperature=0.8)
+summarize_samples(samples)                                         # pass@1, pass@k, majority@8, clustered errors
 ```
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-import math
-import random
-import re
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rbfast.generate import Completion, complete
+from rbfast.generate import Completion, batches_by_length, complete
+from rbfast.grading import Problem, answer_key, extract_answer, grade, readings
+from rbfast.guide import Guide
+from rbfast.guided_generate import guided
+from rbfast.statistics import Interval, clustered, paired_bootstrap, paired_difference, pass_at_k, proportion
+from rbfast.tasks import load_problems
 from rbfast.trace import format_prompt
+from rbfast.vote import majority
 
-_REASONING_GYM = "reasoning-gym:"
-_Z95 = 1.959963984540054
-
-
-# ---------------------------------------------------------------------------------------------------------- problems
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A question with its answer; `entry` is what the task's own verifier needs, empty where answers are compared."""
-
-    task: str
-    question: str
-    answer: str
-    entry: dict[str, Any]
-
-
-def load_problems(task: str, n: int, seed: int, *, exclude: Collection[str] = ()) -> list[Problem]:
-    """`n` distinct problems of a task; the same arguments give the same problems on every machine.
-
-    Args:
-        task: a reasoning-gym generator at its default difficulty (`leg_counting`, `reasoning-gym:leg_counting`), or a
-            `.jsonl` file with the fields `problem` (or `question`) and `answer`, from which `n` lines are drawn.
-        exclude: questions to leave out, such as those trained on.
-
-    Raises:
-        ValueError: an unknown task, a malformed line, or fewer than `n` problems to be had.
-    """
-    if n < 0:
-        raise ValueError(f"n must be 0 or more, got {n}")
-    if task.endswith(".jsonl"):
-        return _sample_file(Path(task), n, seed, exclude)
-    return _generate_problems(task.removeprefix(_REASONING_GYM), n, seed, exclude)
-
-
-def _generate_problems(task: str, n: int, seed: int, exclude: Collection[str]) -> list[Problem]:
-    gym = _reasoning_gym()
-    if task not in gym.factory.DATASETS:
-        raise ValueError(f"task must be a .jsonl file or one of reasoning-gym's generators, got {task!r}")
-    # The generators seed item i with seed + i, so neighbouring seeds would share items: spread them first.
-    spread = int.from_bytes(hashlib.blake2b(f"{task}:{seed}".encode(), digest_size=4).digest(), "big") >> 1
-    tries = 4 * n + 100
-    dataset = gym.create_dataset(task, seed=spread, size=tries)
-    problems: dict[str, Problem] = {}
-    for index in range(tries):
-        if len(problems) == n:
-            break
-        entry = dataset[index]
-        question = entry["question"]
-        if question not in exclude and question not in problems:
-            problems[question] = Problem(task, question, str(entry["answer"]), entry)
-    if len(problems) < n:
-        raise ValueError(
-            f"{task} gave {len(problems)} distinct problems in {tries} draws, {n} were asked for: ask for fewer"
-        )
-    return list(problems.values())
-
-
-def _sample_file(path: Path, n: int, seed: int, exclude: Collection[str]) -> list[Problem]:
-    problems: dict[str, Problem] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            problem = _read_problem(line, path, number)
-            if problem.question not in exclude:
-                problems.setdefault(problem.question, problem)
-    if len(problems) < n:
-        raise ValueError(f"{path} holds {len(problems)} usable problems, {n} were asked for: ask for fewer")
-    return random.Random(seed).sample(list(problems.values()), n)
-
-
-def _read_problem(line: str, path: Path, number: int) -> Problem:
-    where = f"{path}:{number}"
-    try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: expected one JSON object per line, {error}") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(fields).__name__}")
-    question = fields.get("problem", fields.get("question"))
-    if not isinstance(question, str):
-        raise ValueError(f"{where}: problem: expected text (in `problem` or `question`), got {question!r}")
-    answer = fields.get("answer")
-    if not isinstance(answer, str | int | float):
-        raise ValueError(f"{where}: answer: expected text or a number, got {answer!r}")
-    text = str(answer)
-    return Problem(path.stem, question, extract_answer(text) or text.strip(), {})
-
-
-def _reasoning_gym() -> Any:
-    try:
-        import reasoning_gym
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            "problems of generated tasks need the package reasoning-gym: pip install reasoning-gym"
-        ) from error
-    return reasoning_gym
-
-
-# ------------------------------------------------------------------------------------------------------------ grading
-
-_WHOLE = re.compile(r".*(?:\n|</answer>)", re.DOTALL | re.IGNORECASE)
-_TAG = re.compile(r"<answer>(.*?)(?=</answer>|<answer>|\Z)", re.DOTALL | re.IGNORECASE)
-_HASHES = re.compile(r"####\s*(\S.*)")
-_PHRASE = re.compile(r"\banswer\b[^.\n:=]{0,60}?(?:\bis\b|:|=)[*_:\s]*(\S.*)", re.IGNORECASE)
-_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
-_QUANTITY = re.compile(rf"^\W*({_NUMBER.pattern})(?= [a-zA-Z]{{2,}})")
-_LIST = re.compile(r"\[.*\]", re.DOTALL)
-_QUOTED = re.compile(r"\*\*(.+?)\*\*|\"([^\"]+)\"|`([^`]+)`|\$([^$]+)\$|(?<!\w)'([^']+)'(?!\w)")
-
-
-def extract_answer(text: str) -> str | None:
-    """The final answer a completion states, or None where it marks none.
-
-    Looked for in this order, the last one of its kind: `<answer>..</answer>` (closed or not), a balanced `\\boxed{}`,
-    `#### ..`, `answer is ..` / `Answer: ..`.
-    """
-    tagged = [match.strip() for match in _TAG.findall(text)]
-    # A student that repeats the instruction writes "between <answer> and </answer>": that "and" is no answer.
-    for found in (*(tag for tag in reversed(tagged) if tag != "and"), _last_boxed(text)):
-        if found:
-            return found
-    for pattern in (_HASHES, _PHRASE):
-        if matches := pattern.findall(text):
-            return matches[-1].strip()
-    return None
-
-
-def _last_boxed(text: str) -> str | None:
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth = 0
-    for position in range(start + len("\\boxed"), len(text)):
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-        if depth == 0:
-            return text[start + len("\\boxed{") : position].strip()
-    return None
-
-
-def grade(problem: Problem, completion: str, *, truncated: bool = False) -> float:
-    """The score of a completion, by the task's own verifier: 1.0 is correct, less may be partial credit.
-
-    The answer is what `extract_answer` finds, else the last line. It counts when any plain reading of it is correct
-    (see `readings`), so that nobody loses on form alone; the rule is the same whoever wrote the completion.
-
-    Args:
-        truncated: the limit cut the completion: what stands after its last whole line or tag is no answer, and only a
-            marked answer counts.
-    """
-    if truncated:
-        whole = _WHOLE.match(completion)
-        statement = (extract_answer(whole[0]) if whole else None) or ""
-    else:
-        statement = extract_answer(completion) or completion.strip().rpartition("\n")[2]
-    score = _scorer(problem)
-    return max((_score(score, reading) for reading in readings(statement, problem.answer)), default=0.0)
-
-
-def readings(statement: str, answer: str) -> list[str]:
-    """The ways a person would read one final statement, most literal first.
-
-    As it stands; its first and its last line; what follows the last `=` or `:`; its last quoted, bold or maths part;
-    its list, as written and with every item quoted; and, where the expected answer is a number, the number a line opens
-    with or the only number in it, as written and without zeros after the point.
-    """
-    lines = [line for line in statement.splitlines() if line.strip()] or [statement]
-    found = [statement, lines[0], lines[-1], re.split(r"[=:]\s", lines[-1])[-1], lines[-1].rpartition("=")[2]]
-    found += [next(filter(None, match)) for match in _QUOTED.findall(statement)[-1:]]
-    for written in _LIST.findall(statement):
-        found += [written, str([item.strip(" '\"") for item in written[1:-1].split(",")])]
-    if _number(answer) is not None:
-        for line in (lines[0], lines[-1]):
-            numbers = {number.rstrip(".,") for number in _NUMBER.findall(line)}
-            for number in numbers if len(numbers) == 1 else _QUANTITY.findall(line):
-                found += [number, _canonical(number)]
-    stripped = [re.sub(r"^[\s*_`$\"]+|[\s*_`$\".]+$", "", reading) for reading in found]
-    return [reading for reading in dict.fromkeys((*found, *stripped)) if reading]
-
-
-# What a verifier may raise on text that is no answer; anything else is a defect and must be seen.
-_UNREADABLE = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, SyntaxError, RecursionError)
-
-
-def _score(score: Callable[[str], float], reading: str) -> float:
-    try:
-        return float(score(reading))
-    except _UNREADABLE:
-        return 0.0
-
-
-def _scorer(problem: Problem) -> Callable[[str], float]:
-    if not problem.entry:
-        return _matches(problem.answer)
-    verifier = _verifier(problem.task)
-    return lambda reading: verifier(reading, problem.entry)
-
-
-@functools.cache
-def _verifier(task: str) -> Callable[..., float]:
-    return _reasoning_gym().get_score_answer_fn(task)
-
-
-def _matches(answer: str) -> Callable[[str], float]:
-    expected = _number(answer)
-
-    def score(reading: str) -> float:
-        if expected is not None and _number(reading) is not None:
-            return float(_number(reading) == expected)
-        return float(reading.strip().casefold() == answer.strip().casefold())
-
-    return score
-
-
-def _canonical(number: str) -> str:
-    value = _number(number)
-    return f"{value.normalize():f}" if value is not None and abs(value.adjusted()) < 30 else number
-
-
-def _number(text: str) -> Decimal | None:
-    try:
-        value = Decimal(text.strip().strip("$%").replace(",", ""))
-    except InvalidOperation:
-        return None
-    return value if value.is_finite() else None
-
-
-# --------------------------------------------------------------------------------------------------------- evaluation
+__all__ = [
+    "Interval",
+    "Problem",
+    "Result",
+    "clustered",
+    "evaluate",
+    "extract_answer",
+    "grade",
+    "load_problems",
+    "paired_bootstrap",
+    "paired_difference",
+    "pass_at_k",
+    "proportion",
+    "readings",
+    "scores_by_item",
+    "summarize",
+    "summarize_samples",
+]
 
 
 @dataclass(frozen=True)
 class Result:
-    """A problem, what the model wrote, and its score."""
+    """A problem, what the model wrote, and its score; `sample` counts the completions of one problem."""
 
     problem: Problem
     completion: Completion
     score: float
+    sample: int = 0
 
     @property
     def correct(self) -> bool:
@@ -275,6 +72,7 @@ class Result:
             "task": self.problem.task,
             "problem": self.problem.question,
             "answer": self.problem.answer,
+            "sample": self.sample,
             "completion": self.completion.text,
             "extracted": extract_answer(self.completion.text),
             "score": self.score,
@@ -284,25 +82,153 @@ class Result:
         }
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How completions are written; what a file of results must agree on to be gone on with.
+
+    Args:
+        max_new_tokens: of a completion; where there is a guide, its budget counts instead.
+        temperature: 0 for greedy decoding.
+    """
+
+    max_new_tokens: int = 256
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    guide: Guide | None = None
+
+    def write(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], batch_size: int
+    ) -> list[list[Completion]]:
+        """`samples` completions of each problem."""
+        prompts = [format_prompt(problem.question, tokenizer) for problem in problems]
+        if self.guide is None and self.temperature == 0 and self.samples == 1:
+            found = complete(model, tokenizer, prompts, max_new_tokens=self.max_new_tokens, batch_size=batch_size)
+            return [[completion] for completion in found]
+        solutions = guided(
+            model,
+            tokenizer,
+            prompts,
+            self.guide or Guide(self.max_new_tokens, interventions=()),
+            samples=self.samples,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            # A problem's draws must not depend on which others are left to do.
+            seed=[self._seed(problem) for problem in problems],
+            batch_size=batch_size,
+            early_stop=False,
+        )
+        return [[Completion(s.text, s.tokens, s.truncated) for s in samples] for samples in solutions]
+
+    def _seed(self, problem: Problem) -> int:
+        name = f"{self.seed}:{problem.question}".encode()
+        return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
+
+
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
     *,
-    max_new_tokens: int = 256,
     batch_size: int = 32,
+    keep: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    **decoding: Any,
 ) -> list[Result]:
-    """Greedy completions of every problem, graded, in the order of `problems`.
+    """Completions of every problem, graded, in the order of `problems`, the samples of one next to each other.
 
     Args:
+        keep: a JSONL file that every result is added to as soon as its batch is done; what it already holds of these
+            problems is not written again.
         progress: called with (problems done, problems in all) after each batch.
+        decoding: the fields of `Decoding`.
+
+    Raises:
+        ValueError: `keep` holds results of another way of decoding, or a line that is none.
     """
-    prompts = [format_prompt(problem.question, tokenizer) for problem in problems]
-    completions = complete(
-        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
-    )
-    return [Result(p, c, grade(p, c.text, truncated=c.truncated)) for p, c in zip(problems, completions, strict=True)]
+    how = Decoding(**decoding)
+    store = _Store(Path(keep), how) if keep is not None else None
+    done = store.read(problems) if store else {}
+    left = [problem for problem in dict.fromkeys(map(_identity, problems)) if problem not in done]
+    by_identity = {_identity(problem): problem for problem in problems}
+    todo = [by_identity[identity] for identity in left]
+    lengths = [range(len(problem.question)) for problem in todo]
+    for rows in batches_by_length(lengths, max(1, batch_size // how.samples)):
+        asked = [todo[i] for i in rows]
+        written = how.write(model, tokenizer, asked, batch_size)
+        for problem, completions in zip(asked, written, strict=True):
+            results = [
+                Result(problem, c, grade(problem, c.text, truncated=c.truncated), sample)
+                for sample, c in enumerate(completions)
+            ]
+            done[_identity(problem)] = results
+            if store:
+                store.add(results)
+        if progress is not None:
+            progress(sum(_identity(problem) in done for problem in problems), len(problems))
+    return [result for problem in problems for result in done[_identity(problem)]]
+
+
+def _identity(problem: Problem) -> tuple[str, str]:
+    return problem.task, problem.question
+
+
+@dataclass
+class _Store:
+    """A file of results that grows by a batch at a time."""
+
+    path: Path
+    decoding: Decoding
+
+    def read(self, problems: Sequence[Problem]) -> dict[tuple[str, str], list[Result]]:
+        """The problems of which every sample is there. A last line that was cut short is taken off."""
+        self._mend()
+        known = {_identity(problem): problem for problem in problems}
+        found: dict[tuple[str, str], list[Result]] = {}
+        for where, record in self._records():
+            if record.get("decoding") != self._settings():
+                raise ValueError(
+                    f"{where}: holds results of another way of decoding, {record.get('decoding')}, asked for now: "
+                    f"{self._settings()}; name another file"
+                )
+            identity = record["task"], record["problem"]
+            if identity in known:
+                completion = Completion(record["completion"], record["tokens"], record["truncated"])
+                result = Result(known[identity], completion, record["score"], record["sample"])
+                found.setdefault(identity, []).append(result)
+        return {identity: results for identity, results in found.items() if len(results) == self.decoding.samples}
+
+    def add(self, results: Sequence[Result]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8", newline="\n") as file:
+            for result in results:
+                file.write(json.dumps(result.to_dict() | {"decoding": self._settings()}, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _settings(self) -> dict[str, Any]:
+        return dict(json.loads(json.dumps(asdict(self.decoding))))
+
+    def _mend(self) -> None:
+        if self.path.exists():
+            data = self.path.read_bytes()
+            whole = data.rfind(b"\n") + 1
+            if whole < len(data):
+                with self.path.open("rb+") as file:
+                    file.truncate(whole)
+
+    def _records(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        if not self.path.exists():
+            return
+        for number, line in enumerate(self.path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+            where = f"{self.path}:{number}"
+            try:
+                record = json.loads(line)
+                record["task"], record["problem"], record["completion"], record["sample"]
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{where}: expected a result of an evaluation: {error!r}; name another file") from None
+            yield where, record
 
 
 def summarize(results: Sequence[Result]) -> dict[str, float]:
@@ -320,47 +246,45 @@ def summarize(results: Sequence[Result]) -> dict[str, float]:
     }
 
 
-# --------------------------------------------------------------------------------------------------------- statistics
+def scores_by_item(results: Sequence[Result]) -> list[list[float]]:
+    """1.0 or 0.0 for each sample of each problem, in the order of the results: for `clustered`, `paired_bootstrap`."""
+    return [[float(result.correct) for result in item] for item in _items(results)]
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A mean with its 95% confidence interval."""
-
-    mean: float
-    low: float
-    high: float
+def _items(results: Sequence[Result]) -> list[list[Result]]:
+    items: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        items.setdefault(_identity(result.problem), []).append(result)
+    return list(items.values())
 
 
-def paired_difference(before: Sequence[float], after: Sequence[float]) -> Interval:
-    """The mean gain over the same problems, in [-1, 1], with a 95% interval.
+def summarize_samples(results: Sequence[Result]) -> dict[str, float]:
+    """Several samples a problem, every problem with as many.
 
-    The interval is Agresti and Min's for matched proportions (Statistics in Medicine 24, 2005): two pseudo-problems,
-    half a loss, half a win and one unchanged, join the data before the normal approximation. So it has a width even
-    where every difference is the same, and says next to nothing at n = 1. The mean itself is the plain one.
+    Returns `items`, `samples`, `pass@1` with its item-clustered standard error `pass@1_se`, unbiased `pass@k` for the
+    powers of two up to `samples` and for `samples`, `majority@n`, the share `truncated`, mean `tokens` of a completion.
 
     Raises:
-        ValueError: no problems, unequal lengths, or scores outside [0, 1].
+        ValueError: no results, or problems with different numbers of samples.
     """
-    if not before or len(before) != len(after):
-        raise ValueError(f"before and after must score the same problems, got {len(before)} and {len(after)}")
-    if not all(0.0 <= score <= 1.0 for score in (*before, *after)):
-        raise ValueError("scores must lie in [0, 1]")
-    differences = [float(b) - float(a) for a, b in zip(before, after, strict=True)]
-    n = len(differences) + 2
-    centre = sum(differences) / n
-    spread = _Z95 * math.sqrt(((sum(d * d for d in differences) + 1) / n - centre**2) / n)
-    return Interval(sum(differences) / len(differences), max(-1.0, centre - spread), min(1.0, centre + spread))
+    items = _items(results)
+    counts = sorted({len(item) for item in items})
+    if len(counts) != 1:
+        raise ValueError(f"every problem needs the same number of samples, got {counts or 'no results'}")
+    samples, n = counts[0], len(results)
+    mean, error = clustered(scores_by_item(results))
+    summary: dict[str, float] = {"items": len(items), "samples": samples, "pass@1": mean, "pass@1_se": error}
+    for k in sorted({*(2**power for power in range(1, samples.bit_length())), samples} - {1}):
+        chances = [pass_at_k(samples, sum(result.correct for result in item), k) for item in items]
+        summary[f"pass@{k}"] = sum(chances) / len(items)
+    summary[f"majority@{samples}"] = sum(map(_majority_correct, items)) / len(items)
+    summary["truncated"] = sum(result.completion.truncated for result in results) / n
+    summary["tokens"] = sum(result.completion.tokens for result in results) / n
+    return summary
 
 
-def proportion(outcomes: Sequence[float]) -> Interval:
-    """The share of successes in 0/1 outcomes with Wilson's 95% score interval."""
-    if not outcomes:
-        raise ValueError("a proportion needs at least one outcome, got none")
-    n, share = len(outcomes), sum(outcomes) / len(outcomes)
-    weight = _Z95**2 / n
-    centre = (share + weight / 2) / (1 + weight)
-    spread = _Z95 * math.sqrt(share * (1 - share) / n + weight / (4 * n)) / (1 + weight)
-    # At no success, and at nothing but successes, the bound is the share itself but for rounding.
-    low = centre - spread if share > 0 else 0.0
-    return Interval(share, low, centre + spread if share < 1 else 1.0)
+def _majority_correct(item: Sequence[Result]) -> float:
+    """Whether the samples' most frequent answer is correct, as the first sample that gave it was graded."""
+    keys = [answer_key(result.completion.text) for result in item]
+    winner = majority(keys).answer
+    return float(next((r.correct for r, key in zip(item, keys, strict=True) if key == winner and winner), False))

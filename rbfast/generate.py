@@ -1,13 +1,14 @@
-"""Greedy completions of many prompts, through the model's own `generate`.
+"""Completions of many prompts, through the model's own `generate`.
 
 A batch shrinks while it runs: as soon as half of its rows have finished, `generate` is stopped, the finished rows leave
 the batch and the key-value cache, and it goes on with the rest. A row that never stops then costs a small batch's time,
-not a whole one's.
+not a whole one's. `decode` is that loop; what happens at each token is a `Steering`'s to say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import (
     Cache,
     DynamicCache,
     GenerationConfig,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -57,27 +59,26 @@ def complete(
     """
     if max_new_tokens < 1 or batch_size < 1:
         raise ValueError(f"max_new_tokens and batch_size must be at least 1, got {max_new_tokens} and {batch_size}")
-    encoded = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
-    _check_positions(encoded, max_new_tokens, model)
-    greedy = _greedy(model, tokenizer)
-    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]), reverse=True)
+    encoded = encode_prompts(model, tokenizer, prompts, max_new_tokens)
+    greedy = greedy_settings(model, tokenizer)
     completions: dict[int, Completion] = {}
-    training = model.training
-    model.eval()
-    try:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            for row, written in zip(rows, _run(model, [encoded[i] for i in rows], greedy, max_new_tokens), strict=True):
+    with evaluating(model):
+        for rows in batches_by_length(encoded, batch_size):
+            steering = Steering(len(rows), greedy["eos_token_id"], model.device)
+            decode(model, [encoded[i] for i in rows], greedy, max_new_tokens, steering)
+            for row, written in zip(rows, steering.written, strict=True):
                 text = str(tokenizer.decode(written, skip_special_tokens=True))
                 completions[row] = Completion(text, len(written), written[-1] not in greedy["eos_token_id"])
             if progress is not None:
-                progress(len(completions), len(order))
-    finally:
-        model.train(training)
+                progress(len(completions), len(encoded))
     return [completions[i] for i in range(len(prompts))]
 
 
-def _check_positions(encoded: list[list[int]], max_new_tokens: int, model: PreTrainedModel) -> None:
+def encode_prompts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
+) -> list[list[int]]:
+    """The tokens of each prompt. Raises ValueError where a completion would not fit the model's positions."""
+    encoded = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
     limit = getattr(model.config, "max_position_embeddings", None)
     longest = max(map(len, encoded), default=0)
     if limit is not None and longest + max_new_tokens > limit:
@@ -85,9 +86,27 @@ def _check_positions(encoded: list[list[int]], max_new_tokens: int, model: PreTr
             f"the longest prompt has {longest} tokens and {max_new_tokens} more were asked for, "
             f"but the model has {limit} positions: lower max_new_tokens or leave that prompt out"
         )
+    return encoded
 
 
-def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def batches_by_length(encoded: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """Indices of prompts of similar length, the longest first."""
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]), reverse=True)
+    return (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode; the mode it was in is put back."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def greedy_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Plain greedy decoding, whatever sampling the model's own settings ask for; stops at any end of turn it knows."""
     ends = model.generation_config.eos_token_id
     # What the student is trained to end with need not be among the ends that its settings name (a base model's, say).
@@ -130,8 +149,12 @@ class _RoomyLayer(DynamicLayer):
         super().batch_select_indices(indices)
         self.room = None
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.room = None
 
-def _cache(model: PreTrainedModel) -> Cache:
+
+def new_cache(model: PreTrainedModel) -> Cache:
     """The model's own kind of cache, with room to grow where every layer keeps all of its past."""
     cache = DynamicCache(config=model.config)
     if all(type(layer) is DynamicLayer for layer in cache.layers):
@@ -139,49 +162,119 @@ def _cache(model: PreTrainedModel) -> Cache:
     return cache
 
 
-class _HalfDone(StoppingCriteria):
-    """Stops the whole batch once half of its rows have written an end token."""
+class Steering(StoppingCriteria):
+    """Watches the tokens of a batch: which rows have ended, when the batch is worth shrinking.
 
-    def __init__(self, stops: torch.Tensor):
-        self.stops = stops
-        self.finished: torch.Tensor | None = None
+    This one lets the model write freely until an end token; `GuidedSteering` puts texts in.
+
+    Attributes:
+        rows: int64 [rows]; the numbers of the rows that are in the batch.
+        ended: bool [rows]; which of them are done.
+        written: the tokens of every row there ever was, up to its end token.
+    """
+
+    def __init__(self, rows: int, stops: Sequence[int], device: torch.device):
+        self.rows = torch.arange(rows, device=device)
+        self.ended = torch.zeros_like(self.rows, dtype=torch.bool)
+        self.stops = torch.tensor(stops, device=device)
+        self.written: list[list[int]] = [[] for _ in range(rows)]
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        ended = torch.isin(input_ids[:, -1], self.stops)
-        self.finished = ended if self.finished is None else self.finished | ended
-        return torch.full_like(self.finished, bool(2 * self.finished.sum() >= len(self.finished)))
+        self.see(input_ids[:, -1])
+        return torch.full_like(self.ended, self.pausing())
 
+    def see(self, tokens: torch.Tensor) -> None:
+        """Takes the token [rows] that each row has just written; a row that has ended writes padding."""
+        self.ended = self.ended | torch.isin(tokens, self.stops)
 
-def _run(
-    model: PreTrainedModel, prompts: list[list[int]], greedy: dict[str, Any], max_new_tokens: int
-) -> list[list[int]]:
-    """The tokens written after each prompt, the end token included."""
-    device, pad = model.device, greedy["pad_token_id"]
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    stops = torch.tensor(greedy["eos_token_id"], device=device)
-    written: list[list[int]] = [[] for _ in prompts]
-    rows = torch.arange(len(prompts), device=device)
-    cache = _cache(model)
-    while len(rows) and ids.shape[1] < width + max_new_tokens:
-        before = ids.shape[1]
-        left = width + max_new_tokens - before
-        output = model.generate(  # type: ignore[operator]
-            ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            generation_config=GenerationConfig(**greedy, max_new_tokens=left, return_dict_in_generate=True),
-            stopping_criteria=StoppingCriteriaList([_HalfDone(stops)]),
-        )
-        ids, cache = output.sequences, output.past_key_values
-        ended = torch.isin(ids[:, before:], stops)
+    def pausing(self) -> bool:
+        """Whether `generate` must stop here: half of the rows are done."""
+        return bool(2 * self.ended.sum() >= len(self.ended))
+
+    def processors(self) -> LogitsProcessorList:
+        """What changes the scores before a token is chosen."""
+        return LogitsProcessorList()
+
+    def paused(self, batch: Batch, new: torch.Tensor) -> None:
+        """`generate` has stopped after writing `new` [rows, tokens]."""
+        ends = torch.isin(new, self.stops)
         # A row that ended is padded to the width of the others: keep up to its first end token.
-        lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, ids.shape[1] - before)
-        for row, length, new in zip(rows.tolist(), lengths.tolist(), ids[:, before:].tolist(), strict=True):
-            written[row] += new[:length]
-        keep = (~ended.any(1)).nonzero()[:, 0]
-        mask = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - before)], dim=1)[keep]
-        ids, rows = ids[keep], rows[keep]
-        cache.batch_select_indices(keep)
-    return written
+        lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, new.shape[1])
+        for row, length, tokens in zip(self.rows.tolist(), lengths.tolist(), new.tolist(), strict=True):
+            self.written[row] += tokens[:length]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """The batch keeps these of its rows [kept]."""
+        self.rows, self.ended = self.rows[rows], self.ended[rows]
+
+
+@dataclass
+class Batch:
+    """Rows that are being written: `ids` and `mask` [rows, width], and the cache of all but the last token."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    cache: Cache
+
+    def positions(self) -> dict[str, torch.Tensor]:
+        """`position_ids` where tokens within a row are masked: they take up no position; else `generate` knows."""
+        if not bool((self.mask[:, 1:] < self.mask[:, :-1]).any()):
+            return {}
+        return {"position_ids": (self.mask.cumsum(-1) - 1).clamp(min=0)}
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self.ids, self.mask = self.ids[rows], self.mask[rows]
+        self.cache.batch_select_indices(rows)
+
+
+def decode(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    settings: dict[str, Any],
+    max_new_tokens: int,
+    steering: Steering,
+    *,
+    copies: int = 1,
+) -> None:
+    """Writes after each prompt until its row has ended or has `max_new_tokens` tokens; `steering` takes them.
+
+    Args:
+        copies: rows of each prompt, next to each other; the prompt is read once for all of them.
+    """
+    batch = _prefilled(model, prompts, settings["pad_token_id"], copies)
+    last = batch.ids.shape[1] + max_new_tokens
+    while len(batch.ids) and (before := batch.ids.shape[1]) < last:
+        output = model.generate(  # type: ignore[operator]
+            batch.ids,
+            attention_mask=batch.mask,
+            past_key_values=batch.cache,
+            generation_config=GenerationConfig(**settings, max_new_tokens=last - before, return_dict_in_generate=True),
+            stopping_criteria=StoppingCriteriaList([steering]),
+            logits_processor=steering.processors(),
+            **batch.positions(),
+        )
+        batch.ids, batch.cache = output.sequences, output.past_key_values
+        new = batch.ids[:, before:]
+        batch.mask = torch.cat([batch.mask, batch.mask.new_ones(new.shape)], dim=1)
+        steering.paused(batch, new)
+        keep = (~steering.ended).nonzero()[:, 0]
+        if len(keep) < len(batch.ids):
+            steering.keep(keep)
+            batch.keep(keep)
+
+
+def _prefilled(model: PreTrainedModel, prompts: Sequence[list[int]], pad: int, copies: int) -> Batch:
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    batch = Batch(ids, mask, new_cache(model))
+    if copies > 1:
+        if width > 1:
+            one = GenerationConfig(max_new_tokens=1, do_sample=False, pad_token_id=pad, return_dict_in_generate=True)
+            output = model.generate(  # type: ignore[operator]
+                ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=batch.cache, generation_config=one
+            )
+            batch.cache = output.past_key_values
+            batch.cache.batch_repeat_interleave(copies)
+        batch.ids, batch.mask = (tensor.repeat_interleave(copies, dim=0) for tensor in (ids, mask))
+    return batch

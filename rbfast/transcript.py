@@ -1,0 +1,33 @@
+"""A guided solution as it is written: thinking dim, interventions marked, the answer bright."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.text import Text
+
+_STYLES = {"think": "dim", "answer": "bold"}
+_MARK = "black on yellow"
+
+
+class Transcript:
+    """Prints pieces to stdout as they come; `summary` is the line that ends it."""
+
+    def __init__(self, quiet: bool = False, console: Console | None = None):
+        self.quiet = quiet
+        self.summary = ""
+        self._console = console or Console(highlight=False)
+
+    def write(self, kind: str, text: str) -> None:
+        """A piece of `think` or `answer`, or the text that an intervention of this kind puts in."""
+        if self.quiet:
+            return
+        if kind in _STYLES:
+            self._console.print(Text(text, style=_STYLES[kind]), end="", soft_wrap=True)
+        else:
+            self._console.print(
+                Text(f" [{kind}] ", style=_MARK), Text(text, style="yellow"), sep="", end="", soft_wrap=True
+            )
+
+    def end(self, answer: str | None, tokens: int, samples: int, votes: int) -> None:
+        voted = f", {votes} of {samples} samples agree" if samples > 1 else ""
+        self.summary = f"{'' if self.quiet else chr(10)}answer: {answer} ({tokens} tokens{voted})"
