@@ -3,7 +3,7 @@
     python bench/bench_gpu.py --table docs/gpu.md --json runs/gpu/gpu.json      # what bench/gpu.sh runs
 
 Times are medians of CUDA events over rounds that take everybody in turn. A floor is what the work cannot do without:
-its own GEMMs, or a copy of its bytes. A peer that is not installed, or a section that fails, leaves a line that says so.
+its own GEMMs, or a copy of its bytes. A peer that is not installed or a section that fails leaves a line that says so.
 `--device cpu --toy` tries the script itself, at sizes of no meaning.
 """
 
@@ -40,10 +40,11 @@ class Sizes:
     rows: int = 1024
     layers: int = 48
     width: int = 3584  # of a Qwen2.5-7B layer
+    density: float = 0.003
     rounds: int = 7
 
 
-TOY = Sizes(T=32, H=64, V=2048, rows=16, layers=1, width=64, rounds=2)
+TOY = Sizes(T=32, H=64, V=2048, rows=16, layers=1, width=64, density=0.05, rounds=2)
 
 
 @dataclass(frozen=True)
@@ -293,7 +294,7 @@ def bench_step(bench: Bench) -> None:
 
     work = "step of four 7B-shaped layers"
     adapted = make()
-    adapter = SparseAdapter.attach(adapted, density=0.003, placement="random")
+    adapter = SparseAdapter.attach(adapted, density=s.density, placement="random")
     calls = {"frozen": step(make(), []), "rbfast": step(adapted, list(adapter.parameters()))}
     try:
         from peft import LoraConfig, get_peft_model
@@ -354,7 +355,7 @@ def markdown(facts: dict[str, str], sizes: Sizes, lines: list[Line]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--toy", action="store_true", help="sizes of no meaning, to try the script")
+    parser.add_argument("--toy", action="store_true", help="sizes of no meaning")
     parser.add_argument("--table", type=Path, required=True, help="markdown file to write")
     parser.add_argument("--json", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
