@@ -16,6 +16,7 @@ import json, sys, torch, rbfast
 from rbfast import ops
 import transformers  # a folder of ours named like one of its dependencies must not break it
 from transformers import Trainer
+from rbfast.kernels import columns, divergence_rows
 xs = ops.column_gather(torch.arange(6.0).view(2, 3), torch.tensor([2, 0]))
 print(json.dumps({"file": rbfast.__file__, "xs": xs.tolist(), "gather": ops.implementations()["column_gather"]}))
 """
@@ -81,6 +82,7 @@ def test_install_from_the_checkout(fresh: Path, checkout: Path, tmp_path: Path, 
     assert found["xs"] == [[2.0, 0.0], [5.0, 3.0]]
     assert found["gather"].startswith("native")
     assert (checkout in Path(found["file"]).parents) == editable
+    assert try_it(fresh, checkout)["xs"] == found["xs"]  # its folder named `kernels` hides nobody's package
 
 
 def test_wheel_and_sdist(fresh: Path, checkout: Path, tmp_path: Path) -> None:
