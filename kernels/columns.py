@@ -189,7 +189,10 @@ def _contract(x: Tensor, w: Tensor, m: Tensor | None, transposed: bool) -> tuple
     parts = None if m is None else torch.empty(blocks, T, k, dtype=torch.float32, device=x.device)
     strides = (*x.stride(), *((0, 0) if m is None else m.stride()), *((1, n) if transposed else (k, 1)))
     blocking = (m is not None, block_t, block_n, block_k)
-    options: dict[str, Any] = {"num_warps": 8 if block_n == 256 else 4, "num_stages": 4 if x.dtype == torch.bfloat16 else 2}
+    options: dict[str, Any] = {
+        "num_warps": 8 if block_n == 256 else 4,
+        "num_stages": 4 if x.dtype == torch.bfloat16 else 2,
+    }
     _launch(contract_kernel, grid, x, w, m, sums, parts, T, n, k, group, *strides, *blocking, **options)
     return _add_parts(sums, 1.0), parts
 
