@@ -105,5 +105,7 @@ def extensions() -> list:
 setup(
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtension},
-    packages=["rbfast"],
+    # kernels/ has no __init__.py: with one, a repository root on sys.path would hide the hub's `kernels` package from
+    # transformers. The symlink rbfast/kernels makes it importable as rbfast.kernels in every kind of install.
+    packages=["rbfast", "rbfast.kernels"],
 )

@@ -15,6 +15,8 @@ shapes alone and parts are added in order, so equal inputs give equal bits; no a
 Column indices are not checked against the matrix on a GPU: that would wait for the device. rbfast.columns checks them.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -146,7 +148,7 @@ def update_kernel(
 
 
 def _launch(
-    kernel: triton.JITFunction, grid: tuple[int, ...], *args: object, enable_fp_fusion: bool = True, **options: object
+    kernel: triton.JITFunction, grid: tuple[int, ...], *args: object, enable_fp_fusion: bool = True, **options: Any
 ) -> None:
     if all(grid):
         kernel[grid](*args, enable_fp_fusion=enable_fp_fusion, **options)
@@ -176,7 +178,7 @@ def _group_tokens(tokens: int, blocks: int) -> int:
 
 
 def _contract(x: Tensor, w: Tensor, m: Tensor | None, transposed: bool) -> tuple[Tensor, Tensor | None]:
-    """x^T w [n, k] (or its transpose), with x [T, n] and w [T, k]; and the parts [blocks, T, k] of x m, if m is given."""
+    """x^T w [n, k] (or its transpose), of x [T, n] and w [T, k]; with m [n, k] also the parts [blocks, T, k] of x m."""
     (T, n), k = x.shape, w.shape[1]
     block_t, block_k = 32, _rank_block(x, k)
     block_n = 256 if n >= 2048 and block_k == 16 and x.dtype == torch.bfloat16 else 128
@@ -187,7 +189,10 @@ def _contract(x: Tensor, w: Tensor, m: Tensor | None, transposed: bool) -> tuple
     parts = None if m is None else torch.empty(blocks, T, k, dtype=torch.float32, device=x.device)
     strides = (*x.stride(), *((0, 0) if m is None else m.stride()), *((1, n) if transposed else (k, 1)))
     blocking = (m is not None, block_t, block_n, block_k)
-    options = {"num_warps": 8 if block_n == 256 else 4, "num_stages": 4 if x.dtype == torch.bfloat16 else 2}
+    options: dict[str, Any] = {
+        "num_warps": 8 if block_n == 256 else 4,
+        "num_stages": 4 if x.dtype == torch.bfloat16 else 2,
+    }
     _launch(contract_kernel, grid, x, w, m, sums, parts, T, n, k, group, *strides, *blocking, **options)
     return _add_parts(sums, 1.0), parts
 

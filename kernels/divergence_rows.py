@@ -2,11 +2,11 @@
 
 Maths: one program per row, in passes over blocks of V. The first finds the maximum and the sums of exponentials (of the
 student, and of a dense teacher); scalars between the passes are fp64. A row with a top-k teacher, or with none, then
-needs one pass for dz. A dense row needs one more pass for reverse KL and JS, whose gradient contains a mean over the row.
+needs one pass for dz. A dense row needs one more for reverse KL and JS, whose gradient contains a mean over the row.
 
 Accuracy: with d = log p - log q from differences of logits, the larger of p and q is exp of its logarithm and the
-smaller follows from exp(-|d|) - 1. So q - p and every term of D keep their relative accuracy when the two are close, and
-every term is >= 0.
+smaller follows from exp(-|d|) - 1. So q - p and every term of D keep their relative accuracy when the two are close,
+and every term is >= 0.
 
 Traffic of a row in bytes, dz in bf16: top-k and text 4 V (sums) + 6 V (dz); dense forward KL 8 V + 10 V, the others 8 V
 more; 8 V more where the head has a bias, scale or softcap. FLOPs: about 40 (top-k) to 150 (JS) per logit.
@@ -217,7 +217,7 @@ def sparse_rows_kernel(
             factor = (1 - beta) if KIND == JS else 1.0
             pull, tail_pull = factor * q * (pull - mean), factor * tail_q * (tail_pull - mean)
         scale = tl.load(weight + i) * tau
-        at_tau = tl.where(has_tail, scale * tail_pull / tail_tau, 0.0)
+        at_tau = tl.where(has_tail, scale * tail_pull / tail_tau, 0.0).to(tl.float32)
         gradient_in = scale * pull + a * tl.exp(z_in.to(tl.float64) - log_one)
     tl.store(values + i, tl.where(value < 0, 0.0, value).to(tl.float32))
     tl.store(ces + i, (log_one - z_label).to(tl.float32))
@@ -229,7 +229,7 @@ def sparse_rows_kernel(
             z = _take(row, v, V)
             gradient = tl.exp(z - tail_top) * at_one
             if ids is not None:
-                gradient += tl.exp((z - tail_top) * inv_tau) * at_tau.to(tl.float32)
+                gradient += tl.exp((z - tail_top) * inv_tau) * at_tau
             _put(to, gradient, z, v, V, label, a, logit_scale, softcap, HAS_CAP)
         if ids is not None:
             gradient = gradient_in.to(tl.float32) - tl.where(id == label, a, 0.0)
@@ -375,7 +375,7 @@ def divergence_rows_(
     values, ces = logits.new_empty(T), logits.new_empty(T)
     bias = None if bias is None else bias.contiguous()
     has_head = bias is not None or logit_scale != 1 or softcap is not None
-    kind = {0: FORWARD, 1: REVERSE}.get(beta, JS).value
+    kind = (FORWARD if beta == 0 else REVERSE if beta == 1 else JS).value
     head = (float(beta), float(logit_scale), float(softcap or 0), has_head, softcap is not None, kind)
     strides = (logits.stride(0), 0 if dz is None else dz.stride(0))
     block = min(max(64, triton.next_power_of_2(V)), 2048)
@@ -404,8 +404,8 @@ def divergence_rows_(
 
 def _per_row(name: str, x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     if x.dtype != dtype or x.dim() == 0 or len(x) != rows:
-        got = f"{x.dtype} {list(x.shape)}"
-        raise ValueError(f"divergence_rows_: {name} must be {dtype} with one entry per row of logits ({rows}), got {got}")
+        wanted = f"{dtype} with one entry per row of logits ({rows})"
+        raise ValueError(f"divergence_rows_: {name} must be {wanted}, got {x.dtype} {list(x.shape)}")
     return x
 
 

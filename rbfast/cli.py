@@ -144,19 +144,19 @@ def _info(args: argparse.Namespace) -> int:
     import rbfast
     from rbfast import ops, text
 
-    facts = {
+    facts: dict[str, Any] = {
         "rbfast": rbfast.__version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu_isa": ops.cpu_isa(),
         "text": text.implementation(),
-        "ops": ops.implementations("cpu"),
-        "ops_cuda": ops.implementations("cuda"),
+        "ops": ops.implementations(),
+        "gpu_ops": ops.implementations("cuda"),
     }
-    lines = [f"{name}: {value}" for name, value in facts.items() if not name.startswith("ops")]
-    cuda = ops.implementations("cuda")
-    lines += [f"  {name}: {cpu}; on CUDA: {cuda[name]}" for name, cpu in ops.implementations("cpu").items()]
+    lines = [f"{name}: {value}" for name, value in facts.items() if name not in ("ops", "gpu_ops")]
+    for title, key in (("on the CPU", "ops"), ("on a GPU", "gpu_ops")):
+        lines += [f"{title}:"] + [f"  {name}: {implementation}" for name, implementation in facts[key].items()]
     if facts["cpu_isa"] is None or facts["text"] == "reference":
         lines.append("The native CPU code is not all built: reinstall with a C++ compiler on the PATH for full speed.")
     return _print(args, facts, "\n".join(lines))

@@ -1,11 +1,15 @@
-"""The registry of ops: schemas, fakes and the reference for each; native libraries add faster kernels per device.
+"""The registry of ops: schemas, fakes and the reference for each; native libraries and Triton add faster kernels.
 
-The torch dispatcher chooses: a native kernel where one is loaded for the device (_C for the CPU, _C_cuda for CUDA),
-else the reference. Ops whose name ends in an underscore write into their first argument. All tensors of a call share a
-device; A and B are fp32.
+The torch dispatcher chooses, op by op and device by device: a native kernel where one is loaded, else on a GPU a Triton
+kernel, else the reference. Ops whose name ends in an underscore write into their first argument. All tensors of a call
+share a device; A and B are fp32.
 """
 
 import ctypes
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +34,15 @@ _SCHEMAS = {
     "float beta, float logit_scale, float? softcap) -> (Tensor, Tensor)",
 }
 
-
+# The module of rbfast.kernels that has the op of this name in Triton.
+_TRITON_MODULES = {
+    "column_gather": "columns",
+    "column_grad": "columns",
+    "column_linear_": "columns",
+    "column_scatter_": "columns",
+    "column_fold_": "columns",
+    "divergence_rows_": "divergence_rows",
+}
 _PRODUCTS = ("head_forward_", "head_backward", "head_grad_")  # on CUDA, torch's own GEMMs: nobody writes better ones
 
 
@@ -43,13 +55,41 @@ def _load(name: str) -> ctypes.CDLL | None:
     return ctypes.CDLL(str(built[0]))
 
 
+def _has_kernel(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"rbfast::{name}", key)
+
+
+def _triton_op(name: str) -> Callable[..., Any]:
+    """The op in Triton on a GPU. Triton is imported by the first call."""
+
+    def call(*args: Any) -> Any:
+        module = importlib.import_module(f"rbfast.kernels.{_TRITON_MODULES[name]}")
+        with torch.cuda.device(args[0].device):  # Triton launches on the current device, not on that of its arguments
+            return getattr(module, name)(*args)
+
+    return call
+
+
+def _register_triton() -> set[str]:
+    """Registers the Triton kernels of the ops that have no native one for the GPU; returns their names."""
+    if not (torch.version.cuda or torch.version.hip) or importlib.util.find_spec("triton") is None:
+        return set()
+    missing = {name for name in _TRITON_MODULES if not _has_kernel(name, "CUDA")}
+    for name in sorted(missing):
+        _LIBRARY.impl(name, _triton_op(name), "CUDA")
+    return missing
+
+
 for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
-for _name in _PRODUCTS:
-    _LIBRARY.impl(_name, getattr(products, _name), "CUDA")
+# The order of preference: what is native is loaded first, Triton fills the gaps, the reference serves the rest.
 _NATIVE = _load("_C")
 _CUDA = _load("_C_cuda") if torch.version.cuda else None  # it asks torch for CUDA streams, which a CPU torch lacks
+_IN_TRITON = _register_triton()
+if torch.version.cuda:
+    for _name in _PRODUCTS:
+        _LIBRARY.impl(_name, getattr(products, _name), "CUDA")
 
 column_gather = torch.ops.rbfast.column_gather
 column_grad = torch.ops.rbfast.column_grad
@@ -142,16 +182,21 @@ def cpu_isa() -> str | None:
 
 
 def implementations(device: str = "cpu") -> dict[str, str]:
-    """For each op, what a call on "cpu" or "cuda" tensors runs; where that is the reference on CUDA, why."""
-    if device == "cuda":
-        return {name: "torch.mm, fp32 output" if name in _PRODUCTS else _on_cuda() for name in _SCHEMAS}
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    return {name: f"native ({cpu_isa()})" if has_kernel(f"rbfast::{name}", "CPU") else "reference" for name in _SCHEMAS}
+    """For each op, what a call on this device ("cpu" or "cuda") runs, and for the reference on a GPU why.
+
+    'native (ISA)', 'CUDA C++', 'triton (VERSION)', 'torch.mm, fp32 output' or 'reference (REASON)'; 'none (REASON)'
+    under a torch that is built without a GPU.
+    """
+    if device == "cpu":
+        return {name: f"native ({cpu_isa()})" if _has_kernel(name, "CPU") else "reference" for name in _SCHEMAS}
+    if not (torch.version.cuda or torch.version.hip):
+        return dict.fromkeys(_SCHEMAS, "none (this torch is built without a GPU)")
+    return {name: _on_gpu(name) for name in _SCHEMAS}
 
 
-def _on_cuda() -> str:
-    if _CUDA is not None:
-        return "CUDA C++"
-    if not torch.version.cuda:
-        return "reference (this torch is built without CUDA)"
-    return "reference (_C_cuda is not built: reinstall with nvcc on the PATH and RBFAST_CUDA=1)"
+def _on_gpu(name: str) -> str:
+    if name in _IN_TRITON:
+        return f"triton ({importlib.metadata.version('triton')})"
+    if name in _PRODUCTS:
+        return "torch.mm, fp32 output" if torch.version.cuda else "reference (products with fp32 output need CUDA)"
+    return "CUDA C++" if _has_kernel(name, "CUDA") else "reference (neither _C_cuda nor triton is installed)"

@@ -16,6 +16,7 @@ import json, sys, torch, rbfast
 from rbfast import ops, text
 import transformers  # a folder of ours named like one of its dependencies must not break it
 from transformers import Trainer
+from rbfast.kernels import columns, divergence_rows
 xs = ops.column_gather(torch.arange(6.0).view(2, 3), torch.tensor([2, 0]))
 print(json.dumps({"file": rbfast.__file__, "xs": xs.tolist(), "gather": ops.implementations()["column_gather"],
     "text": text.implementation(), "tokens": text.shingles(text.pack(["a b"]), 1)[1].tolist()}))
@@ -83,6 +84,7 @@ def test_install_from_the_checkout(fresh: Path, checkout: Path, tmp_path: Path, 
     assert found["gather"].startswith("native")
     assert (found["text"], found["tokens"]) == ("native", [2])
     assert (checkout in Path(found["file"]).parents) == editable
+    assert try_it(fresh, checkout)["xs"] == found["xs"]  # its folder named `kernels` hides nobody's package
 
 
 def test_wheel_and_sdist(fresh: Path, checkout: Path, tmp_path: Path) -> None:

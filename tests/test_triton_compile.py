@@ -1,0 +1,152 @@
+"""Every Triton kernel, in the specialisations that the ops launch, compiled for four GPUs without one.
+
+The launches are recorded, not made: an op called with tensors without memory says what it would launch.
+"""
+
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton", reason="triton is not installed: pip install 'rbfast[gpu]'")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from rbfast.kernels import columns, divergence_rows  # noqa: E402
+
+SHARED_LIMIT = {
+    80: 163,
+    90: 227,
+    100: 227,
+    120: 99,
+}  # KiB of one block: CUDA C++ programming guide, compute capabilities
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Launch(NamedTuple):
+    kernel: Any
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def source(self) -> ASTSource:
+        """What Triton would compile for these arguments: sizes of 1 and None are constants, addresses aligned."""
+        signature, constants, attributes = {}, {}, {}
+        for i, (parameter, value) in enumerate(zip(self.kernel.params, self.args, strict=True)):
+            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+                signature[parameter.name], constants[parameter.name] = "constexpr", value
+                continue
+            signature[parameter.name] = POINTERS[value.dtype] if isinstance(value, Tensor) else "fp32"
+            if isinstance(value, int):
+                signature[parameter.name] = "i32"
+            if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        return ASTSource(self.kernel, signature, constants, attributes)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def column_calls(dtype: torch.dtype, k: int) -> Iterator[Callable[[], object]]:
+    T, features, out, s = 4096, 5120, 13824, 256
+    x, xs, dy = empty(T, features, dtype=dtype), empty(T, s, dtype=dtype), empty(T, out, dtype=dtype)
+    A, B, cols = empty(k, s), empty(out, k), empty(s, dtype=torch.int64)
+    yield lambda: columns.column_gather(x, cols)
+    yield lambda: columns.column_grad(dy, xs, A, B, 0.5)
+    yield lambda: columns.column_linear_(dy, xs, A, B, 0.5)
+    yield lambda: columns.column_scatter_(x, dy, cols, A, B, 0.5)
+    yield lambda: columns.column_fold_(empty(out, features, dtype=dtype), empty(out, s, dtype=dtype), cols, A, B, 0.5)
+
+
+def row_calls(kind: str, beta: float, head: bool) -> Iterator[Callable[[], object]]:
+    T, V, k = 1024, 151936, 20
+    rows = (empty(T, dtype=torch.int64), empty(T), empty(T), empty(T))
+    ids, logprobs = (empty(T, k, dtype=torch.int64), empty(T, k)) if kind == "top-k" else (None, None)
+    teacher = empty(T, V) if kind == "dense" else None
+    bias, scale, softcap = (empty(V), 0.5, 30.0) if head else (None, 1.0, None)
+    dz = empty(T, V, dtype=torch.bfloat16)
+    yield lambda: divergence_rows.divergence_rows_(
+        empty(T, V), dz, *rows, ids, logprobs, teacher, bias, beta, scale, softcap
+    )
+
+
+def launches(monkeypatch: pytest.MonkeyPatch, calls: Iterator[Callable[[], object]]) -> list[Launch]:
+    """Each distinct kernel launch of these calls."""
+    seen: dict[str, Launch] = {}
+
+    def record(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        launch = Launch(kernel, args, {"enable_fp_fusion": True} | options)
+        seen[f"{launch.source().hash()} {options}"] = launch
+
+    for module in (columns, divergence_rows):
+        monkeypatch.setattr(module, "_launch", record)
+    for call in calls:
+        call()
+    return list(seen.values())
+
+
+def spilled_bytes(ptx: str, arch: int, folder: Path) -> int:
+    """What the assembler that Triton ships says of the registers it could not keep."""
+    ptxas = triton.knobs.nvidia.ptxas if arch < 90 else triton.knobs.nvidia.ptxas_blackwell
+    (folder / "kernel.ptx").write_text(ptx)
+    command = [ptxas.path, "-v", f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}", "kernel.ptx", "-o", "kernel.cubin"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    stores, loads = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)[0]
+    return int(stores) + int(loads)
+
+
+def assert_compiles(launch: Launch, arch: int, folder: Path) -> None:
+    compiled = triton.compile(launch.source(), target=GPUTarget("cuda", arch, 32), options=launch.options)
+    name = f"{launch.kernel.__name__} on sm_{arch}"
+    assert compiled.metadata.shared <= SHARED_LIMIT[arch] * 1024, name
+    assert spilled_bytes(compiled.asm["ptx"], arch, folder) == 0, name
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+
+
+# In fp16 and fp32 on the two that leave the least room: most registers are asked for on 80, least memory is on 120.
+@pytest.mark.parametrize(
+    "dtype, k, arch",
+    [(torch.bfloat16, k, arch) for k in (2, 20) for arch in SHARED_LIMIT]
+    + [(dtype, 20, arch) for dtype in (torch.float16, torch.float32) for arch in (80, 120)],
+)
+def test_column_kernels_fit_the_registers_and_shared_memory(dtype, k, arch, tmp_path, monkeypatch):
+    for launch in launches(monkeypatch, column_calls(dtype, k)):
+        assert_compiles(launch, arch, tmp_path)
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize(
+    "kind, beta, head",
+    (
+        ("text", 0.0, False),
+        ("top-k", 0.0, True),
+        ("top-k", 0.3, False),
+        ("dense", 0.0, False),
+        ("dense", 1.0, False),
+        ("dense", 0.3, True),
+    ),
+)
+def test_row_kernels_fit_the_registers_and_shared_memory(kind, beta, head, arch, tmp_path, monkeypatch):
+    for launch in launches(monkeypatch, row_calls(kind, beta, head)):
+        assert_compiles(launch, arch, tmp_path)
+
+
+def test_the_fold_multiplies_and_adds_apart(monkeypatch):
+    """A fused multiply-add would not round the product, and a fold would have other bits than on the CPU."""
+    (fold,) = launches(monkeypatch, (call for i, call in enumerate(column_calls(torch.bfloat16, 2)) if i == 4))
+    for fused in (False, True):
+        options = fold.options | {"enable_fp_fusion": fused}
+        sass = triton.compile(fold.source(), target=GPUTarget("cuda", 80, 32), options=options).asm["sass"]
+        assert ("FFMA" in sass) == fused and "FMUL" in sass
+    assert not fold.options["enable_fp_fusion"]
