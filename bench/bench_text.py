@@ -4,7 +4,8 @@
     pytest bench/bench_text.py -k million -s         # a million problems; prints seconds and peak memory
 
 Groups: `decontaminate` (5-shingles of a pool against 500 evaluation problems), `minhash` (64 values; datasketch),
-`choose` (facility location; apricot where it is installed). A seeded generator makes the problems, MATH-like in length.
+`choose` (facility location; apricot where it is installed), `split_spans` (real thinking, where it is at hand).
+A seeded generator makes the problems, MATH-like in length.
 """
 
 import random
@@ -17,10 +18,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
+from test_span_labels import MODELS, thoughts
 
 from rbfast import text, text_reference
 from rbfast.decontaminate import Decontaminator, Evaluation, stack
 from rbfast.selection import quotas, represent, shortlist
+from rbfast.spans import split_spans
 
 POOL, EVALUATIONS, MILLION = 4_000, 500, 1_000_000
 WORDS = re.findall(
@@ -113,6 +116,13 @@ def test_choose(benchmark: BenchmarkFixture, pool: list[str], who: str) -> None:
             "oracle": lambda: text_reference.facility_location(vectors.starts, vectors.values, values, width, size, 1),
         }
     measure(benchmark, f"choose {size} of {n}", calls[who], 3)
+
+
+def test_split_spans(benchmark: BenchmarkFixture) -> None:
+    """The bar: 5 MB/s. Real thinking of four models, as tests/test_span_labels.py reads it."""
+    thinking = "\n".join(thought for name in MODELS for thought in thoughts(name).values() if thought)
+    benchmark.extra_info["megabytes"] = len(thinking) / 1e6
+    measure(benchmark, f"split_spans {len(thinking) / 1e6:.2f} MB", lambda: split_spans(thinking))
 
 
 def report(what: str, seconds: float) -> None:

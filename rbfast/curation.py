@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain, islice
+from itertools import chain, count, islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import IO, Any
@@ -279,25 +279,24 @@ def _write(
     wheres: Mapping[int, str],
     quiet: bool,
 ) -> None:
-    item_of = dict(zip(ledger.rows.tolist(), range(len(ledger.rows)), strict=True))
-    selected, rows = set(chosen.tolist()), 0
+    flaws, selected, items, rows = ledger.part.flaws, set(chosen.tolist()), count(), 0
     with (
         replacing(out / "reason1k.jsonl", "w") as kept,
         replacing(out / "dropped.jsonl", "w") as dropped,
         counting("writing", quiet) as progress,
     ):
         for rows, (where, row) in enumerate(_pool_rows(pool), start=1):
-            item = item_of.get(rows - 1)
-            if item in selected:
+            if rows > len(flaws):
+                break
+            item = next(items) if flaws[rows - 1] is None else None
+            if item is not None and item in selected:
                 _write_line(kept, _finished(row, where, float(difficulty[item])).to_dict())
             else:
                 _write_line(dropped, {"where": where, "id": _id_of(row), **ledger.record(rows - 1, item, wheres)})
             if rows % _CHUNK == 0:
-                progress(rows, len(ledger.part.flaws))
-        if rows != len(ledger.part.flaws):
-            raise ValueError(
-                f"the pool had {len(ledger.part.flaws)} rows and now has {rows}: it changed while it was read"
-            )
+                progress(rows, len(flaws))
+        if rows != len(flaws):
+            raise ValueError(f"the pool had {len(flaws)} rows and now has others: it changed while it was read")
 
 
 def _write_line(file: IO[str], record: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from real_inputs import data_path
 from teacher_results import traces_from_results
 
 import rbfast
+from rbfast import curation
 from rbfast.assess import verify_answer
 from rbfast.cli import main
 from rbfast.curation import Weights, _difficulties, ranks, read_pass_rates
@@ -137,6 +138,22 @@ def test_nothing_left_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         rbfast.curate([empty], tmp_path / "out")
     with pytest.raises(TraceError, match="there is no such file"):
         rbfast.curate([tmp_path / "absent.jsonl"], tmp_path / "out")
+
+
+@pytest.mark.parametrize("rows_later", [1, 3])
+def test_a_pool_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch, rows_later: int) -> None:
+    pool = write_rows(tmp_path / "pool.jsonl", [row("One?"), row("Two?")])
+    fetch = curation._fetch
+
+    def fetch_and_change(*arguments: Any) -> Any:
+        found = fetch(*arguments)
+        write_rows(pool, [row(f"{number}?") for number in range(rows_later)])
+        return found
+
+    monkeypatch.setattr(curation, "_fetch", fetch_and_change)
+    with pytest.raises(ValueError, match="the pool had 2 rows and now has others"):
+        rbfast.curate([pool], tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_command_line(small: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
