@@ -191,8 +191,8 @@ class _Store:
         for where, record in self._records():
             if record.get("decoding") != self._settings():
                 raise ValueError(
-                    f"{where}: holds results of another model or way of decoding, {record.get('decoding')}, asked for now: "
-                    f"{self._settings()}; name another file"
+                    f"{where}: holds results of another model or way of decoding, {record.get('decoding')}, "
+                    f"asked for now: {self._settings()}; name another file"
                 )
             identity = record["task"], record["problem"]
             if identity in known:
