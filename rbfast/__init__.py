@@ -16,6 +16,8 @@ _HOMES = {
     "DistillConfig": "run",
     "distill": "run",
     "DistillTrainer": "trainer",
+    "Guide": "guide",
+    "guided": "guided_generate",
     "Objective": "trainer",
     "curate": "curation",
     "Trace": "trace",

@@ -225,8 +225,7 @@ def _solve(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name) for name in ("minimum", "maximum", "verify_above", "probe_every")}
     transcript = Transcript(quiet=args.json or args.samples > 1)
     if args.server:
-        result = _solve_remotely(args, problem, options, transcript)
-        return _print(args, result, transcript.summary)
+        return _solve_remotely(args, problem, options, transcript)
     model, tokenizer = _load(args)
     if args.adapter:
         _attach(model, args.adapter)
@@ -257,6 +256,7 @@ def _eval(args: argparse.Namespace) -> int:
                 seed=args.seed,
                 batch_size=args.batch_size,
                 keep=args.out,
+                label=_label(args),
                 progress=progress,
             )
     if args.samples > 1:
@@ -322,19 +322,35 @@ def _solve_here(
     return {"answer": answer, "votes": vote.votes, "solutions": [solution.to_dict() for solution in solutions]}
 
 
-def _solve_remotely(args: argparse.Namespace, problem: str, options: dict[str, Any], transcript: Any) -> dict[str, Any]:
+def _solve_remotely(args: argparse.Namespace, problem: str, options: dict[str, Any], transcript: Any) -> int:
     from rbfast.grading import extract_answer
     from rbfast.guide import Guide
-    from rbfast.guided_server import Server, solve_or_chat
+    from rbfast.guided_server import Server, ServerError, solve_or_chat
     from rbfast.trace import INSTRUCTION
 
     if options["verify_above"] is not None or options["probe_every"] or args.samples > 1:
         raise ValueError("--verify-above, --probe-every and --samples need a local model, leave --server out")
     server = Server(args.server, args.model, temperature=args.temperature or 0.0, seed=args.seed)
     guide = Guide(args.budget, close="<answer>", finish="</answer>", **options)
-    solution = solve_or_chat(server, problem, f"{problem}\n\n{INSTRUCTION}\n\n", guide, listen=transcript.write)
-    transcript.end(extract_answer(solution.text), solution.tokens, 1, 1)
-    return {"answer": extract_answer(solution.text), "solutions": [solution.to_dict()]}
+    prompt = f"{problem}\n\n{INSTRUCTION}\n\n"
+    try:
+        solution = solve_or_chat(server, problem, prompt, guide, listen=transcript.write)
+    except ServerError as error:
+        print(f"rbfast solve: error: {error}", file=sys.stderr)
+        if args.json and error.partial:
+            _print(args, {"answer": None, "error": str(error), "solutions": [error.partial.to_dict()]}, "")
+        return 1
+    answer = extract_answer(solution.text)
+    transcript.end(answer, solution.tokens, 1, 1)
+    return _print(args, {"answer": answer, "solutions": [solution.to_dict()]}, transcript.summary)
+
+
+def _label(args: argparse.Namespace) -> str:
+    """Whose completions are measured; an adapter that was trained again is another one."""
+    if not args.adapter:
+        return f"{args.model} {args.dtype}"
+    changed = max((path.stat().st_mtime_ns for path in Path(args.adapter).glob("*.safetensors")), default=0)
+    return f"{args.model} {args.dtype} {args.adapter} {changed}"
 
 
 def _temperature(args: argparse.Namespace) -> float:

@@ -89,6 +89,7 @@ class Decoding:
     Args:
         max_new_tokens: of a completion; where there is a guide, its budget counts instead.
         temperature: 0 for greedy decoding.
+        label: whose completions they are, as a name: the model, its adapter.
     """
 
     max_new_tokens: int = 256
@@ -97,6 +98,7 @@ class Decoding:
     top_p: float = 1.0
     seed: int = 0
     guide: Guide | None = None
+    label: str = ""
 
     def write(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], batch_size: int
@@ -145,7 +147,7 @@ def evaluate(
         decoding: the fields of `Decoding`.
 
     Raises:
-        ValueError: `keep` holds results of another way of decoding, or a line that is none.
+        ValueError: `keep` holds results of another label or way of decoding, or a line that is none.
     """
     how = Decoding(**decoding)
     store = _Store(Path(keep), how) if keep is not None else None
@@ -189,8 +191,8 @@ class _Store:
         for where, record in self._records():
             if record.get("decoding") != self._settings():
                 raise ValueError(
-                    f"{where}: holds results of another way of decoding, {record.get('decoding')}, asked for now: "
-                    f"{self._settings()}; name another file"
+                    f"{where}: holds results of another model or way of decoding, {record.get('decoding')}, "
+                    f"asked for now: {self._settings()}; name another file"
                 )
             identity = record["task"], record["problem"]
             if identity in known:

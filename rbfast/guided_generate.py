@@ -167,7 +167,7 @@ class TokenRow:
                 raise ValueError(f"expected a token that was to be put in, got {token}: the row was fed out of turn")
             return 0
         phase, ended = self.row.phase, token in self.vocabulary.stops
-        piece = "" if ended else self._stream.step(self.vocabulary.tokenizer._tokenizer, token) or ""  # type: ignore[attr-defined]
+        piece = "" if ended else self._stream.step(self.vocabulary.tokenizer.backend_tokenizer, token) or ""  # type: ignore[attr-defined]
         order = self.row.write(piece, 1, entropy, ended)
         if self._listen and piece:
             self._listen(phase.value, piece)

@@ -45,6 +45,12 @@ def equal(expected: str, statement: str, time_limit: float = TIME_LIMIT) -> bool
     return _verifier().ask(f"${expected}$", [f"${statement}$", statement], time_limit)
 
 
+def require() -> None:
+    """Raises ImportError, with what to do, where math-verify is not installed."""
+    if importlib.util.find_spec("math_verify") is None:
+        raise ImportError("mathematical answers are graded by the package math-verify: pip install math-verify")
+
+
 def _plain(text: str) -> str:
     """Without dollars around it and a full stop behind it, and with roots that are signs as LaTeX."""
     text = re.sub(r"^[\s$*]+|[\s$*.]+$", "", text)
@@ -131,8 +137,7 @@ _VERIFIERS: list[Verifier] = []
 
 def _verifier() -> Verifier:
     if not _VERIFIERS:
-        if importlib.util.find_spec("math_verify") is None:
-            raise ImportError("mathematical answers are graded by the package math-verify: pip install math-verify")
+        require()
         _VERIFIERS.append(Verifier())
         atexit.register(_VERIFIERS[0].close)
     return _VERIFIERS[0]

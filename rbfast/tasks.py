@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rbfast import mathematics
 from rbfast.grading import Problem, extract_answer, reasoning_gym
 
 _REASONING_GYM = "reasoning-gym:"
@@ -45,6 +46,7 @@ def load_problems(task: str, n: int | None, seed: int, *, exclude: Collection[st
 
     Raises:
         ValueError: an unknown task, a malformed line, or fewer than `n` problems to be had.
+        ImportError: what generates or grades the problems is not installed.
     """
     if n is not None and n < 0:
         raise ValueError(f"n must be 0 or more, got {n}")
@@ -93,6 +95,7 @@ def _sample(found: Sequence[Problem], source: str, n: int | None, seed: int, exc
             problems.setdefault(problem.question, problem)
     # Answers in LaTeX say that the answers of this source are mathematics.
     if any("\\" in problem.answer for problem in found):
+        mathematics.require()  # now, not after hours of writing
         problems = {question: replace(problem, mathematical=True) for question, problem in problems.items()}
     if n is None:
         return list(problems.values())

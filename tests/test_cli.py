@@ -89,6 +89,58 @@ def test_from_traces_to_a_merged_model_and_a_lora(
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
+def test_solve_keeps_to_its_budget(capsys: pytest.CaptureFixture[str], model_folder: str) -> None:
+    common = ["solve", model_folder, "What is 2 + 2?", "--budget", "120", "--minimum", "20", "--dtype", "float32"]
+    code, out, _ = call(capsys, *common, "--json")
+    solution = json.loads(out)["solutions"][0]
+    assert code == 0
+    assert solution["tokens"] <= 120
+    assert "<answer>" in solution["text"]
+    assert {event["kind"] for event in solution["events"]} & {"wrap up", "close", "wait"}
+
+    code, out, _ = call(capsys, *common)
+    shown = "".join(out.split())
+    assert code == 0
+    assert "".join(f"[{solution['events'][0]['kind']}]".split()) in shown
+    assert out.rstrip().splitlines()[-1].startswith("answer: ")
+
+    code, out, _ = call(capsys, *common, "--samples", "3", "--json")
+    assert code == 0
+    assert len(json.loads(out)["solutions"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--budget", "0"], "budget must be at least 1, got 0"),
+        (["--budget", "-3"], "budget must be at least 1, got -3"),
+        (["--budget", "9"], "raise reserve or budget"),
+        (["--server", "nowhere"], "url must look like http"),
+    ],
+)
+def test_impossible_solving_is_refused(
+    capsys: pytest.CaptureFixture[str], model_folder: str, options: list[str], complaint: str
+) -> None:
+    code, out, err = call(capsys, "solve", model_folder, "2 + 2?", *options)
+    assert code == 2
+    assert out == ""
+    assert complaint in err
+
+
+def test_eval_samples_and_goes_on(capsys: pytest.CaptureFixture[str], model_folder: str, tmp_path: Path) -> None:
+    problems, records = tmp_path / "set.jsonl", tmp_path / "records.jsonl"
+    problems.write_text('{"problem": "1+1?", "answer": "2"}\n{"problem": "1+2?", "answer": "3"}\n')
+    common = ["eval", model_folder, "--task", str(problems), "-n", "2", "--max-new-tokens", "4", "--samples", "3"]
+    code, out, _ = call(capsys, *common, "-o", str(records), "--json")
+    assert code == 0
+    [summary] = json.loads(out).values()
+    assert (summary["items"], summary["samples"]) == (2, 3)
+    assert {"pass@1", "pass@1_se", "pass@2", "pass@3", "majority@3", "truncated", "tokens"} <= set(summary)
+    before = records.read_text()
+    assert json.loads(call(capsys, *common, "-o", str(records), "--json")[1]) == {str(problems): summary}
+    assert records.read_text() == before
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [

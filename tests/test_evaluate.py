@@ -2,7 +2,8 @@ import json
 import random
 import subprocess
 import sys
-from statistics import mean
+from itertools import combinations
+from statistics import mean, stdev
 
 import pytest
 from real_inputs import ROOT, data_path
@@ -11,15 +12,21 @@ from tiny import tiny_model, tiny_tokenizer
 from rbfast.evaluate import (
     Problem,
     Result,
+    clustered,
     evaluate,
     extract_answer,
     grade,
     load_problems,
+    paired_bootstrap,
     paired_difference,
+    pass_at_k,
     proportion,
     summarize,
+    summarize_samples,
 )
 from rbfast.generate import Completion
+from rbfast.guide import Guide
+from rbfast.mathematics import Verifier, equal
 
 
 def plain(answer: str) -> Problem:
@@ -312,3 +319,208 @@ def test_differences_need_matching_scores():
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):
         paired_difference([0.0], [100.0])
     assert paired_difference([0.25, 0.5], [0.5, 0.5]).mean == mean([0.25, 0.0])
+
+
+# ------------------------------------------------------------------------------------------- samples, files of results
+
+
+def results_of(pattern: dict[str, str]) -> list[Result]:
+    """`{"question": "rwr"}`: right and wrong samples; the wrong ones all say the same."""
+    return [
+        Result(Problem("t", question, "1", {}), Completion(said, 5, False), score, sample)
+        for question, letters in pattern.items()
+        for sample, (said, score) in enumerate(
+            {"r": ("<answer>1</answer>", 1.0), "w": ("<answer>2</answer>", 0.0)}[letter] for letter in letters
+        )
+    ]
+
+
+def test_summary_of_samples():
+    summary = summarize_samples(results_of({"a": "rrww", "b": "wwww", "c": "rrrw", "d": "rwww"}))
+    assert (summary["items"], summary["samples"], summary["pass@1"]) == (4, 4, 6 / 16)
+    assert summary["pass@2"] == pytest.approx(((1 - 1 / 6) + 0 + 1 + 1 / 2) / 4)
+    assert summary["pass@4"] == 3 / 4
+    # A tie goes to the first answer given: "a" counts, "d" does not.
+    assert summary["majority@4"] == 2 / 4
+    with pytest.raises(ValueError, match="same number of samples, got \\[1, 2\\]"):
+        summarize_samples(results_of({"a": "r", "b": "rw"}))
+    with pytest.raises(ValueError, match="got no results"):
+        summarize_samples([])
+
+
+def test_pass_at_k_is_the_share_of_subsets():
+    for samples, correct, k in [(5, 2, 3), (6, 1, 2), (4, 0, 2), (3, 3, 1), (7, 3, 7)]:
+        drawn = list(combinations([1] * correct + [0] * (samples - correct), k))
+        assert pass_at_k(samples, correct, k) == pytest.approx(mean(any(draw) for draw in drawn))
+    with pytest.raises(ValueError, match="k must lie in"):
+        pass_at_k(3, 1, 4)
+
+
+def test_the_clustered_error_is_the_error_of_item_means():
+    scores = [[1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
+    means = [mean(item) for item in scores]
+    found, error = clustered(scores)
+    assert found == pytest.approx(mean(means))
+    assert error == pytest.approx((sum((m - found) ** 2 for m in means)) ** 0.5 / len(means))
+    # Samples that all agree say no more than one of them.
+    assert clustered([[1.0] * 9, [0.0] * 9])[1] == pytest.approx(clustered([[1.0], [0.0]])[1])
+
+
+def test_real_samples_have_the_statistics_that_were_counted():
+    # 15 tasks of 50 items, 3 completions each; a completion is right where its stored score is 0.99 at least.
+    items = []
+    for path in sorted(data_path("reasoning_gym_claude35").glob("*.json")):
+        for item in json.loads(path.read_text())["results"]:
+            items.append([float((completion["score"] or 0) >= 0.99) for completion in item["completions"]])
+    assert len(items) == 750
+    share, error = clustered(items)
+    naive = (share * (1 - share) / 2250) ** 0.5
+    assert (round(share, 3), round(error, 4), round(naive, 4)) == (0.583, 0.0164, 0.0104)
+    assert round(mean(pass_at_k(3, int(sum(item)), 3) for item in items), 3) == 0.679
+
+
+def test_the_bootstrap_agrees_with_theory_and_with_itself():
+    source = random.Random(1)
+    before = [[float(source.random() < 0.4) for _ in range(4)] for _ in range(200)]
+    after = [[float(source.random() < 0.6) for _ in range(4)] for _ in range(200)]
+    gain = paired_bootstrap(before, after, seed=3, draws=4000)
+    assert gain == paired_bootstrap(before, after, seed=3, draws=4000)
+    gains = [mean(b) - mean(a) for a, b in zip(before, after, strict=True)]
+    error = stdev(gains) / len(gains) ** 0.5
+    assert gain.mean == pytest.approx(mean(gains))
+    assert gain.high - gain.low == pytest.approx(2 * 1.96 * error, rel=0.06)
+    assert paired_bootstrap([[1.0]] * 9, [[1.0, 1.0]] * 9).high == 0.0
+    with pytest.raises(ValueError, match="same items, got 1 and 2"):
+        paired_bootstrap([[1.0]], [[1.0], [0.0]])
+
+
+def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    problems = [Problem("file", "x" * length, "never", {}) for length in (30, 5, 80, 12)]
+    options = {"max_new_tokens": 6, "batch_size": 2, "samples": 2, "temperature": 0.9, "seed": 4}
+    whole = evaluate(model, tokenizer, problems, **options)
+    path = tmp_path / "results.jsonl"
+
+    def stop(done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, tokenizer, problems, keep=path, progress=stop, **options)
+    assert len(path.read_text().splitlines()) == 4
+    path.write_text(path.read_text() + '{"task": "file", "prob')  # cut while it was written
+    asked = []
+    monkeypatch.setattr("rbfast.evaluate.grade", lambda problem, text, truncated: asked.append(problem) or 0.0)
+    assert evaluate(model, tokenizer, problems, keep=path, **options) == whole
+    assert len(asked) == 4 and len(path.read_text().splitlines()) == 8
+    assert evaluate(model, tokenizer, problems, keep=path, **options) == whole and len(asked) == 4
+    with pytest.raises(ValueError, match="another model or way of decoding"):
+        evaluate(model, tokenizer, problems, keep=path, **options | {"seed": 5})
+    path.write_text("{}\n")
+    with pytest.raises(ValueError, match=r"results\.jsonl:1: expected a result of an evaluation"):
+        evaluate(model, tokenizer, problems, keep=path, **options)
+
+
+def test_a_guide_may_write_the_completions():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    guide = Guide(90, close="<answer>", finish="</answer>", reserve=70)
+    [result] = evaluate(model, tokenizer, [Problem("file", "x", "never", {})], guide=guide)
+    assert result.completion.tokens <= 90 and "<answer>" in result.completion.text
+
+
+# ----------------------------------------------------------------------------------------------------- files, the hub
+
+
+def test_files_in_another_encoding_are_named(tmp_path):
+    path = tmp_path / "set.jsonl"
+    path.write_bytes('{"problem": "caf\u00e9", "answer": "1"}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"set\.jsonl:1: expected UTF-8, got byte 0xe9"):
+        load_problems(str(path), 1, seed=0)
+
+
+def test_benchmarks_and_hub_ids_name_a_dataset_and_a_split(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, config, split):
+        asked.append((name, config, split))
+        return [{"problem": "p", "answer": "\\frac{1}{2}"}, {"problem": "q", "answer": "3"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    problems = load_problems("math-500", None, seed=0)
+    assert [problem.answer for problem in problems] == ["\\frac{1}{2}", "3"] and problems[1].mathematical
+    load_problems("gsm8k", 1, seed=0)
+    load_problems("owner/name:validation", 1, seed=0)
+    assert asked == [
+        ("HuggingFaceH4/MATH-500", None, "test"),
+        ("openai/gsm8k", "main", "test"),
+        ("owner/name", None, "validation"),
+    ]
+    with pytest.raises(ValueError, match="generated without end"):
+        load_problems("leg_counting", None, seed=0)
+
+
+def test_the_real_benchmarks_are_read():
+    math500 = load_problems(str(data_path("math500/math500_test.jsonl")), None, seed=0)
+    assert len(math500) == 500 and all(problem.mathematical for problem in math500)
+    aime = load_problems(str(data_path("aime24_25/aime24.jsonl")), None, seed=0)
+    assert len(aime) == 30 and aime[0].answer == "204"
+    assert len(load_problems(str(data_path("gsm8k/gsm8k_test.jsonl")), None, seed=0)) == 1319
+
+
+# --------------------------------------------------------------------------------------------------------- mathematics
+
+
+# Read by hand: every other answer in these files is right.
+WRONG = {
+    "math500_deepseek_r1": {"math500_0018"},
+    "pilot_math500_qwen7b": {"math500_0009", "math500_0011", "math500_0018"},
+    "pilot_math500_llama8b": {"math500_0007", "math500_0009", "math500_0011", "math500_0018"},
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_real_answers_are_graded_as_people_grade_them(name):
+    pytest.importorskip("math_verify")
+    wrong = set()
+    for line in data_path(f"r1_math500_traces/{name}.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        problem = Problem("math-500", row["problem"], row["ground_truth"], {}, mathematical=True)
+        if grade(problem, row["full_response"]) < 1.0:
+            wrong.add(row["item_id"])
+    assert wrong == WRONG[name]
+
+
+@pytest.mark.parametrize(
+    ("answer", "statement", "same"),
+    [
+        (r"\frac{14}{3}", "14/3.", True),
+        (r"\text{Evelyn}", "Evelyn.", True),
+        (r"3\sqrt{13}", "3\u221a13", True),
+        (r"\left( 3, \frac{\pi}{2} \right)", r"(3, \pi/2)", True),
+        (r"90^\circ", "90", True),
+        ("x-3", "x - 3", True),
+        (r"\frac{1}{2}", "0.5", True),
+        (r"\frac{1}{2}", "0.51", False),
+        (r"\text{Evelyn}", "Carla", False),
+        (r"\frac{14}{3}", "", False),
+    ],
+)
+def test_equal_mathematics(answer, statement, same):
+    pytest.importorskip("math_verify")
+    assert equal(answer, statement) is same
+
+
+def test_an_answer_that_hangs_the_grader_is_wrong_and_the_next_one_is_graded():
+    pytest.importorskip("math_verify")
+    verifier = Verifier()
+    try:
+        assert verifier.ask("$5$", ["$6$"], 60.0) is False and verifier.killed == 0
+        first = verifier._process
+        assert verifier.ask("$5$", ["9**9**9**9**9"], 0.2) is False and verifier.killed == 1
+        assert first.poll() is not None
+        assert verifier.ask("$\\frac{1}{2}$", ["$1/2$"], 60.0) is True
+        assert verifier.killed == 1
+    finally:
+        verifier.close()

@@ -20,8 +20,8 @@ SHORT = {"wait": "Wait.", "verify": "Check.", "other": "Else.", "wrap_up": "Stop
 # What may go wrong at a boundary, in pieces that hypothesis puts together.
 PIECES = [
     "12", "3.5", ".", ",", "-", "1e", " ", "\n", "\n\n", "$", "$$", "`", "```", "```py\n", "\\(", "\\)", "\\[", "\\]",
-    "\\$", "\\begin{a}", "\\end{a}", "</", "<", "</think", "</think>", ">", "x", "So. ", "the sum is 12. ", "e.g. ", "é", "日",
-    "It costs $5 per day. ", "loop loop. ", "</answer>", "7/8", "(", ")", "!",
+    "\\$", "\\begin{a}", "\\end{a}", "</", "<", "</think", "</think>", ">", "x", "So. ", "the sum is 12. ", "e.g. ",
+    "é", "日", "It costs $5 per day. ", "loop loop. ", "</answer>", "7/8", "(", ")", "!",
 ]  # fmt: skip
 streams = st.lists(st.sampled_from([*PIECES, "<end>"]), max_size=60)
 bytes_of_any_kind = st.lists(st.integers(0, 257), max_size=150)
@@ -38,7 +38,7 @@ guides = st.builds(
     loop_times=st.integers(2, 3),
     **{name: st.just(text) for name, text in SHORT.items()},
 )
-relaxed = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+relaxed = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def tokens_of(pieces):
@@ -110,10 +110,11 @@ def open_formula_or_code(text):
     return None
 
 
-# No piece here opens one construct inside of another: what is open is then beyond dispute.
+# Whole constructs, none inside of another: what is open where an intervention comes is then beyond dispute.
 PLAIN_PIECES = [
-    "12", "3", ".", " ", "\n", "so. ", "x", "\\(x^2", "\\)", "\\[12", "\\]", "```\ny = 1\n", "```\n",
-    "</think>", "<end>", "is 4. ", "0.5",
+    "12", "3", ".", " ", "\n", "so. ", "x", "is 4. ", "0.5", "\\(x^2 + 12\\)", "\\[12. \\]",
+    "```\ny = 1.\nz = 2\n```\n",
+    "\\begin{a}1. 2\\end{a}", "</think>", "<end>",
 ]  # fmt: skip
 
 

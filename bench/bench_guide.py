@@ -1,0 +1,79 @@
+"""What guidance costs: the demo's student decodes greedily, plain and guided, everything watched and nothing put in.
+
+    pytest bench/bench_guide.py --benchmark-columns=min,median,rounds
+
+Plain and guided steps take turns, and both write the same tokens. `share` in extra_info is the processor time spent in
+guidance (the entropy, the state machines, choosing and watching tokens) over that of the whole decoding; it does not
+depend on what else the machine is doing. The bar is 0.02.
+"""
+
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rbfast.generate import complete
+from rbfast.guide import Guide
+from rbfast.guided_generate import GuidedSteering, guided
+from rbfast.models import SMOLLM2, load_student
+from rbfast.trace import format_prompt
+
+TOKENS = 96
+
+
+@pytest.fixture(scope="module")
+def student() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    return load_student(SMOLLM2, torch.float32)
+
+
+class Clock:
+    """Adds up the processor time of the calls it wraps."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def around(self, function: Callable) -> Callable:
+        def timed(*args, **kwargs):
+            start = time.process_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += time.process_time() - start
+
+        return timed
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_guidance(
+    benchmark: BenchmarkFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    student: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    rows: int,
+) -> None:
+    model, tokenizer = student
+    prompts = [format_prompt(f"Explain at length how to add {n} and {n + 1}.", tokenizer) for n in range(rows)]
+    # Everything is watched (entropies, loops, markers, boundaries); thresholds that nothing reaches.
+    guide = Guide(4 * TOKENS, reserve=3 * TOKENS, verify_above=1e9, loop_times=10**6, close="<answer>")
+    guide_time, seconds = Clock(), []
+    monkeypatch.setattr(GuidedSteering, "choose", guide_time.around(GuidedSteering.choose))
+    monkeypatch.setattr(GuidedSteering, "__call__", guide_time.around(GuidedSteering.__call__))
+
+    def run() -> None:
+        start = time.process_time()
+        guided(model, tokenizer, prompts, guide)
+        seconds.append(time.process_time() - start)
+
+    benchmark.group = f"{rows} rows"
+    benchmark.pedantic(run, rounds=2)
+    plain = time.process_time()
+    complete(model, tokenizer, prompts, max_new_tokens=TOKENS)
+    benchmark.extra_info |= {
+        "share": guide_time.seconds / sum(seconds),
+        "plain_seconds": time.process_time() - plain,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    print(f"\n{rows} rows: guidance is {100 * guide_time.seconds / sum(seconds):.2f}% of the processor time")
