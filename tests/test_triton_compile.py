@@ -71,9 +71,10 @@ def row_calls(kind: str, beta: float, head: bool) -> Iterator[Callable[[], objec
     ids, logprobs = (empty(T, k, dtype=torch.int64), empty(T, k)) if kind == "top-k" else (None, None)
     teacher = empty(T, V) if kind == "dense" else None
     bias, scale, softcap = (empty(V), 0.5, 30.0) if head else (None, 1.0, None)
-    dz = empty(T, V, dtype=torch.bfloat16)
+    logits = empty(T, V)
+    dz = logits.view(torch.bfloat16)[:, :V]  # over the logits, as the loss has it
     yield lambda: divergence_rows.divergence_rows_(
-        empty(T, V), dz, *rows, ids, logprobs, teacher, bias, beta, scale, softcap
+        logits, dz, *rows, ids, logprobs, teacher, bias, beta, scale, softcap
     )
 
 
