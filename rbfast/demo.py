@@ -23,9 +23,9 @@ from rbfast.progress import counting
 from rbfast.report import plot_accuracy, plot_losses, plot_placement
 from rbfast.run import DistillConfig, distill
 
-FAMILIES = ("aiw", "color_cube_rotation", "family_relationships", "gcd", "chain_sum", "leg_counting")
-TRAIN, HELD_OUT = 140, 40
-MAX_NEW_TOKENS = 256
+FAMILIES = ("aiw", "word_sequence_reversal", "chain_sum", "simple_geometry", "leg_counting")
+TRAIN, HELD_OUT = 140, 48
+MAX_NEW_TOKENS = 320
 CONFIG = DistillConfig(batch_size=4, learning_rate=5e-3, placement_traces=32, save_steps=30)
 
 

@@ -128,13 +128,25 @@ def _palindrome_generation(entry: dict[str, Any]) -> Worked:
 
 
 def _running_total(terms: list[tuple[str, int]], total: int) -> tuple[list[str], int]:
-    """One line per term, `total+term=new total`."""
+    """One line per term: `+47: 38+40=78, +7=85`. A step changes one place, as much as a small model can do."""
     lines = []
     for sign, term in terms:
-        result = total + term if sign == "+" else total - term
-        lines.append(f"{total}{sign}{term}={result}")
-        total = result
+        steps, total = _by_places(total, sign, term)
+        lines.append(f"{sign}{term}: {steps}")
     return lines, total
+
+
+def _by_places(total: int, sign: str, term: int) -> tuple[str, int]:
+    """`total + term` or `total - term`, the largest place of `term` first: the steps, and where they end.
+
+    A place that holds 0 has its step too: where such steps were left out, students made one up.
+    """
+    digits, steps = str(term), []
+    for place, digit in enumerate(digits, start=1):
+        part = int(digit) * 10 ** (len(digits) - place)
+        before, total = total, total + part if sign == "+" else total - part
+        steps.append(f"{'' if steps else before}{sign}{part}={total}")
+    return ", ".join(steps), total
 
 
 def _chain_sum(entry: dict[str, Any]) -> Worked:
@@ -142,7 +154,7 @@ def _chain_sum(entry: dict[str, Any]) -> Worked:
     lines, total = _running_total(
         [(sign, int(term)) for sign, term in zip(rest[::2], rest[1::2], strict=True)], int(first)
     )
-    plan = "Work from left to right, one term at a time, and keep the running total."
+    plan = "Keep a running total: term by term, place by place."
     return Worked(plan, "\n".join([*lines, "All terms are used."]), str(total))
 
 
@@ -152,9 +164,9 @@ def _leg_counting(entry: dict[str, Any]) -> Worked:
     total, lines = 0, []
     for animal, count in entry["metadata"]["animals"].items():
         legs = ANIMALS[animal]
-        lines.append(f"{count} {animal} x{legs}={count * legs}, {total}+{count * legs}={total + count * legs}")
-        total += count * legs
-    plan = "For each animal multiply its number by its legs, and keep a running total."
+        steps, total = _by_places(total, "+", count * legs)
+        lines.append(f"{count} {animal} x{legs}={count * legs}: {steps}")
+    plan = "Multiply each number by the legs of the animal. Keep a running total, place by place."
     return Worked(plan, "\n".join([*lines, "All animals are counted."]), str(total))
 
 
@@ -162,8 +174,10 @@ def _simple_geometry(entry: dict[str, Any]) -> Worked:
     sides, angles = entry["metadata"]["n_sides"], [int(angle) for angle in entry["metadata"]["known_angles"]]
     whole = 180 * (sides - 2)
     lines, rest = _running_total([("-", angle) for angle in angles], whole)
-    plan = f"The angles of {sides} sides add up to ({sides}-2)x180. Subtract the known ones."
-    return Worked(plan, "\n".join([f"{sides - 2}x180={whole}", *lines, "All angles are used."]), str(rest))
+    plan = f"The angles of {sides} sides add up to ({sides}-2)x180. Subtract the known ones, place by place."
+    return Worked(
+        plan, "\n".join([f"{sides}-2={sides - 2}, {sides - 2}x180={whole}", *lines, "All angles are used."]), str(rest)
+    )
 
 
 def _gcd(entry: dict[str, Any]) -> Worked:
