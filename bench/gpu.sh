@@ -9,7 +9,8 @@
 # run: the tests' host imitation of one, and a toy size for the benchmark on the CPU, reported in runs/gpu alone.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python}
+PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
+"$PYTHON" -c 'import torch' || { echo "$PYTHON has no torch: set PYTHON to the interpreter that has it"; exit 2; }
 OUT=runs/gpu
 export PYTHONPATH=$PWD
 mkdir -p "$OUT"

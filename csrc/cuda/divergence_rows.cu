@@ -28,12 +28,6 @@ constexpr int kLargestTeam = 8;
 constexpr int kMostIds = 1024;             // of a top-k teacher
 constexpr int64_t kMostColumns = 1 << 30;  // of a row, so that an int counts them
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-constexpr int kSparseBlocks = 2;  // the compiler spills registers there with three
-#else
-constexpr int kSparseBlocks = kBlocks;
-#endif
-
 // ---- text alone, or a top-k teacher ----
 
 struct Entry {
@@ -147,7 +141,7 @@ __device__ void solve_sparse(const Job& job, const Row& row, const Total& tail, 
   ce[row.index] = static_cast<float>(log_one - (z_label - top));
 }
 
-__global__ void __launch_bounds__(kThreads, kSparseBlocks)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     sparse_rows(const Job job, const Plan plan, float* divergence, float* ce) {
   RBFAST_SHARED_MEMORY(memory);
   Shared& shared = *reinterpret_cast<Shared*>(memory);

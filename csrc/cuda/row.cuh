@@ -15,7 +15,7 @@
 namespace rbfast {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / kWarp, kVector = 4, kTile = kThreads * kVector;
+constexpr int kThreads = 192, kWarps = kThreads / kWarp, kVector = 4, kTile = kThreads * kVector;
 constexpr int kAhead = 4;              // vectors that a thread asks memory for before it looks at the first
 constexpr int kHoleBits = 0x7fc0b1d5;  // a NaN of our own: a logit of the teacher's support, which is not in the tail
 
