@@ -190,7 +190,7 @@ def _contract(x: Tensor, w: Tensor, m: Tensor | None, transposed: bool) -> tuple
     strides = (*x.stride(), *((0, 0) if m is None else m.stride()), *((1, n) if transposed else (k, 1)))
     blocking = (m is not None, block_t, block_n, block_k)
     options: dict[str, Any] = {
-        "num_warps": 8 if block_n == 256 else 4,
+        "num_warps": 8 if block_n * block_k == 4096 else 4,
         "num_stages": 4 if x.dtype == torch.bfloat16 else 2,
     }
     _launch(contract_kernel, grid, x, w, m, sums, parts, T, n, k, group, *strides, *blocking, **options)
@@ -228,8 +228,8 @@ def column_gather(x: Tensor, cols: Tensor) -> Tensor:
     _expect_columns("column_gather", cols)
     (T, _), s = x.shape, len(cols)
     xs = torch.empty(T, s, dtype=x.dtype, device=x.device)
-    grid = (triton.cdiv(T, 32), triton.cdiv(s, 128))
-    _launch(gather_kernel, grid, x, cols.contiguous(), xs, T, s, *x.stride(), 32, 128, num_warps=4)
+    grid = (triton.cdiv(T, 16), triton.cdiv(s, 128))
+    _launch(gather_kernel, grid, x, cols.contiguous(), xs, T, s, *x.stride(), 16, 128, num_warps=4)
     return xs
 
 

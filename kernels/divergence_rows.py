@@ -378,8 +378,10 @@ def divergence_rows_(
     kind = (FORWARD if beta == 0 else REVERSE if beta == 1 else JS).value
     head = (float(beta), float(logit_scale), float(softcap or 0), has_head, softcap is not None, kind)
     strides = (logits.stride(0), 0 if dz is None else dz.stride(0))
-    block = min(max(64, triton.next_power_of_2(V)), 2048)
-    options = {"num_warps": 8 if block == 2048 else 4}
+    # What JS and a head keep of a block between passes leaves no registers for a wide one.
+    widest = 1024 if teacher is not None and has_head and kind == JS.value else 2048
+    block = min(max(64, triton.next_power_of_2(V)), widest)
+    options = {"num_warps": 8 if block == widest else 4}
     if ids is not None and logprobs is not None:
         ids, logprobs = _per_row("ids", ids, T, torch.int64), _per_row("logprobs", logprobs, T, torch.float32)
         if ids.dim() != 2 or ids.shape != logprobs.shape:

@@ -87,7 +87,7 @@ for _name, _schema in _SCHEMAS.items():
 _NATIVE = _load("_C")
 _CUDA = _load("_C_cuda") if torch.version.cuda else None  # it asks torch for CUDA streams, which a CPU torch lacks
 _IN_TRITON = _register_triton()
-if torch.version.cuda:
+if not torch.version.hip:
     for _name in _PRODUCTS:
         _LIBRARY.impl(_name, getattr(products, _name), "CUDA")
 
@@ -198,5 +198,5 @@ def _on_gpu(name: str) -> str:
     if name in _IN_TRITON:
         return f"triton ({importlib.metadata.version('triton')})"
     if name in _PRODUCTS:
-        return "torch.mm, fp32 output" if torch.version.cuda else "reference (products with fp32 output need CUDA)"
+        return "reference (ROCm has no products with fp32 output)" if torch.version.hip else "torch.mm, fp32 output"
     return "CUDA C++" if _has_kernel(name, "CUDA") else "reference (neither _C_cuda nor triton is installed)"
