@@ -141,7 +141,8 @@ def _by_places(total: int, sign: str, term: int) -> tuple[str, int]:
 
     A place that holds 0 has its step too: where such steps were left out, students made one up.
     """
-    digits, steps = str(term), []
+    digits = str(term)
+    steps: list[str] = []
     for place, digit in enumerate(digits, start=1):
         part = int(digit) * 10 ** (len(digits) - place)
         before, total = total, total + part if sign == "+" else total - part
