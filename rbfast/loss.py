@@ -5,7 +5,7 @@
     out.loss.backward()
 
 Rows are taken in chunks: logits of a chunk by one GEMM with fp32 output, one kernel that turns them into losses and
-their gradient in place, one GEMM back. Each row's values have the same bits whatever the chunk, the threads and the
+their gradient in place, one GEMM back. On a CPU each row's values have the same bits whatever the chunk, threads and
 place of the row; the gradient of a trained head is a sum over rows, so its last bits follow their order alone.
 
 Shapes: T tokens, H hidden size, V vocabulary, N rows of a signal, k its width.
