@@ -1,4 +1,4 @@
-"""The command line: `rbfast info | curate | distill | solve | eval | merge | export-lora | demo`.
+"""The command line: `rbfast info | curate | teach | distill | solve | eval | merge | export-lora | demo`.
 
 Results go to stdout (JSON with --json), progress to stderr. Exit codes: 0 done, 2 bad usage or input, 1 failure.
 """
@@ -11,9 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rbfast.server import ServerError
+
 EXAMPLES = {
     "info": "rbfast info",
     "curate": "rbfast curate pool.jsonl more.parquet -o reason1k/ --size 1000 --against math500.jsonl aime25.jsonl",
+    "teach": "rbfast teach their-model problems.jsonl -o taught/ --server https://api.example.com/v1 --samples 2",
     "distill": "rbfast distill smollm2-135m reason1k.jsonl -o runs/first --epochs 2",
     "solve": 'rbfast solve smollm2-135m "A farm has 3 cows and 2 hens. How many legs?" --budget 400',
     "eval": "rbfast eval smollm2-135m --adapter runs/first --task leg_counting --task chain_sum -n 50",
@@ -30,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"rbfast {args.command}: error: {error}", file=sys.stderr)
         return 2
+    except ServerError as error:
+        print(f"rbfast {args.command}: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"rbfast {args.command}: interrupted; the same command goes on from what is saved", file=sys.stderr)
         return 1
@@ -52,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command("info", _info, "Say which implementation of each op is active, on which machine.")
     _add_curate(command("curate", _curate, "Pick the traces to train on from a pool: Reason1K with its datasheet."))
+    _add_teach(command("teach", _teach, "Ask a teacher for solutions, or for its log-probs of traces."))
     _add_distill(command("distill", _distill, "Train a sparse adapter of MODEL on reasoning traces."))
     _add_solve(command("solve", _solve, "Solve a problem under a budget, the thinking shown as it is guided."))
     _add_eval(command("eval", _eval, "Measure accuracy on generated problems or a file of problems."))
@@ -91,10 +98,36 @@ def _add_curate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--processes", type=int, default=1, help="processes that read and score (default: 1)")
 
 
+def _add_teach(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("model", help="the teacher, as the server names it; without --server: hub id or local folder")
+    sub.add_argument("source", help="problems (file, hub id, reasoning-gym generator); with --score: traces")
+    sub.add_argument("-o", "--out", type=Path, required=True, help="folder to write; the same command goes on there")
+    sub.add_argument("--server", metavar="URL", help="an OpenAI-compatible server, up to /v1; key: RBFAST_API_KEY")
+    sub.add_argument("--concurrency", type=int, default=8, help="requests at a time (default: 8)")
+    asked = sub.add_argument_group("solutions")
+    asked.add_argument("-n", type=int, help="problems to ask (default: all, or 50 of a generator)")
+    asked.add_argument("--samples", type=int, default=1, help="solutions per problem (default: 1)")
+    asked.add_argument("--temperature", type=float, default=0.7, help="default: 0.7")
+    asked.add_argument("--prices", type=float, nargs=2, metavar=("READ", "WRITTEN"), help="of a million tokens")
+    asked.add_argument("--max-cost", type=float, help="nothing is asked that could cost more, in the prices' currency")
+    asked.add_argument("--max-total-tokens", type=int, help="nothing is asked that could take more")
+    scored = sub.add_argument_group("log-probs")
+    scored.add_argument("--score", action="store_true", help="score the traces in SOURCE, ask for nothing new")
+    scored.add_argument("--student", help="whose tokens to score: hub id, local folder, or smollm2-135m")
+    scored.add_argument("-k", type=int, default=32, help="candidates per token (default: 32)")
+    scored.add_argument("--align", action="store_true", help="the teacher may have other tokens: score the shared ones")
+    scored.add_argument("--dialect", choices=["vllm", "echo"], default="vllm", help="how the server scores prompts")
+    scored.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="of a local teacher's weights")
+    sub.add_argument("--max-tokens", type=int, default=4096, help="of a solution, or of a trace (default: 4096)")
+    _add_device(sub)
+
+
 def _add_distill(sub: argparse.ArgumentParser) -> None:
     _add_model(sub)
     sub.add_argument("traces", help="JSONL, JSON or Parquet file, or the hub id of a dataset")
     sub.add_argument("-o", "--out", type=Path, required=True, help="folder of the run; an interrupted run resumes")
+    sub.add_argument("--signals", type=Path, help="folder of a teacher's log-probs that `rbfast teach` wrote")
+    sub.add_argument("--teacher", help="a model with the student's tokens to run beside it: hub id or local folder")
     sub.add_argument("--density", type=float, help="trainable values / all parameters, at most (default: 0.003)")
     sub.add_argument("--rank", type=int, help="rank of each delta (default: what fits)")
     sub.add_argument("--support", type=int, help="columns of each delta (default: what fits)")
@@ -185,7 +218,90 @@ def _curate(args: argparse.Namespace) -> int:
     return 0 if result.selected else 1
 
 
+def _teach(args: argparse.Namespace) -> int:
+    if args.score:
+        return _teach_scores(args)
+    from rbfast.progress import bar
+    from rbfast.server import Server
+    from rbfast.teacher import Prices, read_questions, teach
+
+    if not args.server:
+        raise ValueError("solutions come from a server: name it with --server URL, or score traces with --score")
+    server = Server(args.server, args.model, temperature=args.temperature, seed=args.seed)
+    questions = read_questions(args.source, args.n, args.seed)
+    with bar("asking", args.json) as progress:
+        task = progress.add_task("", total=len(questions) * args.samples)
+        taught = teach(
+            server,
+            questions,
+            args.out,
+            samples=args.samples,
+            max_tokens=args.max_tokens,
+            top_logprobs=args.k if args.student else 0,
+            concurrency=args.concurrency,
+            prices=Prices(*args.prices or (0.0, 0.0)),
+            max_cost=args.max_cost,
+            max_total_tokens=args.max_total_tokens,
+            progress=lambda done, total, words: progress.update(task, completed=done, total=total, description=words),
+        )
+    result = {"out": str(args.out)} | taught.summary()
+    if args.student:
+        result["signals"] = _keep_replies(args, taught)
+    _print(args, result, _lines(result))
+    return 1 if taught.open else 0
+
+
+def _keep_replies(args: argparse.Namespace, taught: Any) -> int:
+    """The log-probs that came with the solutions, in the folder `signals`; of how many traces."""
+    from rbfast.scoring import keep_reply
+
+    tokenizer = _tokenizer(args.student)
+    with _signal_store(args, tokenizer) as store:
+        for trace, reply in zip(taught.traces, taught.replies, strict=True):
+            keep_reply(trace, reply, tokenizer, store)
+    return len(store)
+
+
+def _teach_scores(args: argparse.Namespace) -> int:
+    from rbfast.progress import counting
+    from rbfast.scoring import score_locally, score_on_server
+    from rbfast.server import Server
+    from rbfast.trace import read_traces
+
+    if not args.student:
+        raise ValueError("--score needs --student: log-probs are kept for the tokens of one student")
+    traces = read_traces(args.source)
+    tokenizer = _tokenizer(args.student)
+    with _signal_store(args, tokenizer) as store, counting("scoring", args.json) as progress:
+        options: dict[str, Any] = {"align": args.align, "max_tokens": args.max_tokens, "progress": progress}
+        if args.server:
+            server = Server(args.server, args.model)
+            options |= {"dialect": args.dialect, "concurrency": args.concurrency}
+            refused = score_on_server(server, traces, tokenizer, store, **options)
+        else:
+            teacher, teacher_tokenizer = _load(args)
+            refused = score_locally(teacher, teacher_tokenizer, traces, tokenizer, store, **options)
+    for _, reason in refused[:5]:
+        print(f"no log-probs: {reason}", file=sys.stderr)
+    result = {"out": str(args.out / "signals"), "scored": len(store), "refused": len(refused)}
+    _print(args, result, _lines(result))
+    return 0 if len(store) else 1
+
+
+def _signal_store(args: argparse.Namespace, tokenizer: Any) -> Any:
+    from rbfast.signal_store import SignalStore
+
+    return SignalStore(args.out / "signals", args.model, args.k, len(tokenizer))
+
+
+def _tokenizer(student: str) -> Any:
+    from rbfast.models import load_tokenizer
+
+    return load_tokenizer(student)
+
+
 def _distill(args: argparse.Namespace) -> int:
+    from rbfast.models import load_teacher
     from rbfast.report import plot_losses
     from rbfast.run import DistillConfig, distill
     from rbfast.trace import read_traces
@@ -198,7 +314,8 @@ def _distill(args: argparse.Namespace) -> int:
     config = replace(DistillConfig(), **given)
     traces = read_traces(args.traces)
     model, tokenizer = _load(args)
-    run = distill(model, tokenizer, traces, args.out, config, quiet=args.json)
+    teacher = load_teacher(args.teacher, tokenizer, model.dtype).to(model.device) if args.teacher else None
+    run = distill(model, tokenizer, traces, args.out, config, quiet=args.json, signals=args.signals, teacher=teacher)
     plot_losses(run.log_history, args.out / "losses.png")
     last = {name: value for name, value in run.log_history[-1].items() if name.startswith("loss_")}
     result = {

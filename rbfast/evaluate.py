@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rbfast.files import Journal
 from rbfast.generate import Completion, batches_by_length, complete
 from rbfast.grading import Problem, answer_key, extract_answer, grade, readings
 from rbfast.guide import Guide
@@ -176,61 +176,35 @@ def _identity(problem: Problem) -> tuple[str, str]:
     return problem.task, problem.question
 
 
-@dataclass
 class _Store:
     """A file of results that grows by a batch at a time."""
 
-    path: Path
-    decoding: Decoding
+    def __init__(self, path: Path, decoding: Decoding) -> None:
+        self.journal, self.decoding = Journal(path), decoding
+        self.settings = dict(json.loads(json.dumps(asdict(decoding))))
 
     def read(self, problems: Sequence[Problem]) -> dict[tuple[str, str], list[Result]]:
-        """The problems of which every sample is there. A last line that was cut short is taken off."""
-        self._mend()
+        """The problems of which every sample is there."""
         known = {_identity(problem): problem for problem in problems}
         found: dict[tuple[str, str], list[Result]] = {}
-        for where, record in self._records():
-            if record.get("decoding") != self._settings():
+        for where, record in self.journal.read():
+            try:
+                identity, sample = (record["task"], record["problem"]), record["sample"]
+                completion = Completion(record["completion"], record["tokens"], record["truncated"])
+                score = record["score"]
+            except (TypeError, KeyError) as error:
+                raise ValueError(f"{where}: expected a result of an evaluation: {error!r}; name another file") from None
+            if record.get("decoding") != self.settings:
                 raise ValueError(
                     f"{where}: holds results of another model or way of decoding, {record.get('decoding')}, "
-                    f"asked for now: {self._settings()}; name another file"
+                    f"asked for now: {self.settings}; name another file"
                 )
-            identity = record["task"], record["problem"]
             if identity in known:
-                completion = Completion(record["completion"], record["tokens"], record["truncated"])
-                result = Result(known[identity], completion, record["score"], record["sample"])
-                found.setdefault(identity, []).append(result)
+                found.setdefault(identity, []).append(Result(known[identity], completion, score, sample))
         return {identity: results for identity, results in found.items() if len(results) == self.decoding.samples}
 
     def add(self, results: Sequence[Result]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8", newline="\n") as file:
-            for result in results:
-                file.write(json.dumps(result.to_dict() | {"decoding": self._settings()}, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _settings(self) -> dict[str, Any]:
-        return dict(json.loads(json.dumps(asdict(self.decoding))))
-
-    def _mend(self) -> None:
-        if self.path.exists():
-            data = self.path.read_bytes()
-            whole = data.rfind(b"\n") + 1
-            if whole < len(data):
-                with self.path.open("rb+") as file:
-                    file.truncate(whole)
-
-    def _records(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        if not self.path.exists():
-            return
-        for number, line in enumerate(self.path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
-            where = f"{self.path}:{number}"
-            try:
-                record = json.loads(line)
-                record["task"], record["problem"], record["completion"], record["sample"]
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{where}: expected a result of an evaluation: {error!r}; name another file") from None
-            yield where, record
+        self.journal.append(result.to_dict() | {"decoding": self.settings} for result in results)
 
 
 def summarize(results: Sequence[Result]) -> dict[str, float]:

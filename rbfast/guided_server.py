@@ -13,21 +13,15 @@ from what is left of the text, which the server's prefix cache has read already.
 from __future__ import annotations
 
 import http.client
-import json
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 from rbfast.guide import Event, Guide, Phase, Row
+from rbfast.server import LONGEST_PAUSE, Server, ServerError, events
 from rbfast.trace import INSTRUCTION
-
-_KEYS = ("RBFAST_API_KEY", "OPENAI_API_KEY")
-_BUSY = {408, 409, 429, 500, 502, 503, 504}
-_LONGEST_PAUSE = 30.0  # seconds, whatever the server asks for
 
 
 @dataclass(frozen=True)
@@ -44,76 +38,6 @@ class ServerSolution:
     def to_dict(self) -> dict[str, Any]:
         """A record for `json.dumps`."""
         return asdict(self)
-
-
-class ServerError(RuntimeError):
-    """A server that does not answer, or not as it was asked. `partial` is what it had written, `status` its reply."""
-
-    def __init__(self, message: str, status: int | None = None, partial: ServerSolution | None = None):
-        super().__init__(message)
-        self.status, self.partial = status, partial
-
-
-@dataclass(frozen=True)
-class Server:
-    """Where to ask.
-
-    Args:
-        url: up to `/v1`.
-        model: as the server names it.
-        timeout: seconds without a byte.
-        retries: of a request that the server refused for now, or broke off, before it is given up.
-        pause: seconds before the first of them; doubled each time.
-    """
-
-    url: str
-    model: str
-    timeout: float = 120.0
-    retries: int = 4
-    pause: float = 1.0
-    temperature: float = 0.0
-    seed: int = 0
-    _key: str | None = field(default=None, repr=False, init=False)
-
-    def __post_init__(self) -> None:
-        if urlsplit(self.url).scheme not in ("http", "https") or not urlsplit(self.url).hostname:
-            raise ValueError(f"url must look like http://host:8000/v1, got {self.url!r}")
-        object.__setattr__(self, "_key", next(filter(None, map(os.environ.get, _KEYS)), None))
-
-    def post(self, path: str, body: dict[str, Any]) -> http.client.HTTPResponse:
-        """The reply to a request, whose body is still to be read; busy servers are asked again."""
-        body = {"model": self.model, "temperature": self.temperature, "seed": self.seed} | body
-        for attempt in range(self.retries + 1):
-            try:
-                response = self._send(path, body)
-                if response.status == 200:
-                    return response
-                refusal, status = _refusal(response), response.status
-                wait = response.headers.get("Retry-After", "")
-            except (OSError, http.client.HTTPException) as error:
-                refusal, status, wait = f"{type(error).__name__}: {error}", None, ""
-            if status is not None and status not in _BUSY:
-                break
-            if attempt < self.retries:
-                time.sleep(min(_LONGEST_PAUSE, float(wait) if wait.isdigit() else self.pause * 2**attempt))
-        raise ServerError(f"{self.url}{path} said {status or 'nothing'}: {refusal}", status)
-
-    def _send(self, path: str, body: dict[str, Any]) -> http.client.HTTPResponse:
-        parts = urlsplit(self.url)
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(str(parts.hostname), parts.port, timeout=self.timeout)
-        headers = {"Content-Type": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        # The response closes the connection when it is closed itself.
-        headers["Connection"] = "close"
-        connection.request("POST", parts.path.rstrip("/") + path, json.dumps(body).encode(), headers)
-        return connection.getresponse()
-
-
-def _refusal(response: http.client.HTTPResponse) -> str:
-    with closing(response):
-        return response.read(500).decode("utf-8", "replace").strip() or response.reason
 
 
 def solve(
@@ -150,7 +74,7 @@ def solve(
             if failures > server.retries:
                 reason = f"{server.url} broke off {failures} times: {type(error).__name__}: {error}"
                 raise ServerError(reason, partial=_solution(row)) from error
-            time.sleep(min(_LONGEST_PAUSE, server.pause * 2**failures))
+            time.sleep(min(LONGEST_PAUSE, server.pause * 2**failures))
     return _solution(row)
 
 
@@ -166,7 +90,7 @@ def _one_stream(
     allowed, before, reason = row.left, row.spent, None
     body = {"prompt": text, "max_tokens": allowed, "stream": True, "stream_options": {"include_usage": True}}
     with closing(server.post("/completions", body)) as response:
-        for chunk in _events(response):
+        for chunk in events(response):
             _check(server, allowed, (chunk.get("usage") or {}).get("completion_tokens", 0))
             for choice in chunk.get("choices", [])[:1]:
                 reason = choice.get("finish_reason") or reason
@@ -198,24 +122,6 @@ def _check(server: Server, allowed: int, written: int) -> None:
         raise ServerError(f"{server.url} ignores max_tokens: at most {allowed} were asked for, {written} came")
 
 
-def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a server-sent stream; IncompleteRead where it ends before it says so."""
-    for line in response:
-        if not line.startswith(b"data:"):
-            continue
-        data = line[5:].strip()
-        if data == b"[DONE]":
-            return
-        try:
-            event = json.loads(data)
-        except ValueError:
-            raise http.client.IncompleteRead(data) from None
-        if "error" in event:
-            raise ServerError(f"the server broke off: {event['error']}")
-        yield event
-    raise http.client.IncompleteRead(b"")
-
-
 def chat(server: Server, problem: str, guide: Guide) -> ServerSolution:
     """An answer by a server that only chats: nothing can be put in, so the budget is asked for and checked.
 
@@ -227,14 +133,13 @@ def chat(server: Server, problem: str, guide: Guide) -> ServerSolution:
         "max_tokens": guide.budget,
         "stream": False,
     }
-    with closing(server.post("/chat/completions", body)) as response:
-        try:
-            reply = json.loads(response.read())
-            choice = reply["choices"][0]
-            answer = choice["message"].get("content") or ""
-            thinking = choice["message"].get("reasoning_content") or ""
-        except (ValueError, LookupError, TypeError, http.client.HTTPException) as error:
-            raise ServerError(f"{server.url} sent no chat completion: {type(error).__name__}: {error}") from error
+    reply = server.ask("/chat/completions", body)
+    try:
+        choice = reply["choices"][0]
+        answer = choice["message"].get("content") or ""
+        thinking = choice["message"].get("reasoning_content") or ""
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ServerError(f"{server.url} sent no chat completion: {type(error).__name__}: {error}") from error
     tokens = (reply.get("usage") or {}).get("completion_tokens")
     solution = ServerSolution(thinking + answer, thinking, answer, tokens or 0, choice.get("finish_reason") == "length")
     if tokens is None or tokens > guide.budget:

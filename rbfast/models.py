@@ -46,9 +46,28 @@ def load_student(
     dtype = dtype or fast_dtype("cuda" if torch.cuda.is_available() else "cpu")
     if name_or_path == SMOLLM2:
         return _load_smollm2(dtype)
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
-    return model.eval(), tokenizer
+    return model.eval(), load_tokenizer(name_or_path)
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a student alone; names as for `load_student`."""
+    if name_or_path == SMOLLM2:
+        return AutoTokenizer.from_pretrained(_smollm2_folder(), gguf_file=_GGUF)
+    return AutoTokenizer.from_pretrained(name_or_path)
+
+
+def load_teacher(
+    name_or_path: str, student: PreTrainedTokenizerBase, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """A model to run beside a student. Raises ValueError where it does not have the student's tokens."""
+    model, tokenizer = load_student(name_or_path, dtype)
+    if tokenizer.get_vocab() != student.get_vocab():
+        raise ValueError(
+            f"{name_or_path} has other tokens than the student ({len(tokenizer)} and {len(student)}), so its "
+            "distribution is not over the student's; score the traces with `rbfast teach --score --align` instead"
+        )
+    return model
 
 
 class Head(NamedTuple):
@@ -87,9 +106,8 @@ def final_hidden(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor
 
 
 def _load_smollm2(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    folder = _smollm2_folder()
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=_GGUF)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=_GGUF, dtype=torch.float32)
+    tokenizer = load_tokenizer(SMOLLM2)
+    model: Any = AutoModelForCausalLM.from_pretrained(_smollm2_folder(), gguf_file=_GGUF, dtype=torch.float32)
     # The weights are dequantised by now; what still says "quantised" only keeps the model from being saved or trained.
     del model.config.quantization_config
     model.hf_quantizer = None

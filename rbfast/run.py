@@ -29,6 +29,7 @@ from rbfast.files import write_text
 from rbfast.models import final_hidden
 from rbfast.progress import bar
 from rbfast.scores import Method, Scores, score
+from rbfast.signal_store import SignalStore
 from rbfast.trace import Example, Trace, collate, encode_all
 from rbfast.trainer import DistillTrainer, Objective, last_checkpoint, role_counts, token_losses
 
@@ -80,30 +81,50 @@ def distill(
     out: str | Path,
     config: DistillConfig = DistillConfig(),
     quiet: bool = False,
+    *,
+    signals: str | Path | None = None,
+    teacher: PreTrainedModel | None = None,
 ) -> Run:
     """Trains an adapter of `model` on `traces` and saves it in `out`; the model is left with the adapter attached.
 
     Called again with the same arguments it goes on from the last checkpoint, or loads what a finished run left.
 
+    Args:
+        signals: a folder of log-probs that `rbfast teach` wrote; traces that it lacks teach by their text.
+        teacher: a model with the student's tokens, run beside it, for tokens without signals.
+
     Raises:
-        ValueError: no trace fits `max_tokens`, or `out` holds a run with other settings, model or traces.
+        ValueError: no trace fits `max_tokens`, `signals` holds none of them, or `out` holds a run with other settings,
+            model, traces or teacher.
     """
     out, start = Path(out), time.monotonic()
     examples, skipped = encode_all(traces, tokenizer, max_tokens=config.max_tokens)
     if not examples:
         raise ValueError(f"none of the {len(traces)} traces can be trained on{_first_reason(skipped)}")
     asked = _asked(model, traces, config)
+    if signals is not None:
+        asked |= {"signals": _fill(examples, signals)}
+    if teacher is not None:
+        asked |= {"teacher": teacher.config.name_or_path}
     _check_same_run(out / RUN, asked)
     if (out / LOG).exists():
         adapter, history = SparseAdapter.from_pretrained(model, out), json.loads((out / LOG).read_text())
         return Run(adapter, history, skipped, time.monotonic() - start)
     checkpoint = last_checkpoint(out / "checkpoints")
     adapter = (
-        _place(model, examples, config) if checkpoint is None else SparseAdapter.from_pretrained(model, checkpoint)
+        _place(model, examples, config, teacher)
+        if checkpoint is None
+        else SparseAdapter.from_pretrained(model, checkpoint)
     )
     write_text(out / RUN, json.dumps(asked, indent=1))
     trainer = DistillTrainer(
-        model, adapter, _arguments(out, model, config), examples, objective=config.objective, callbacks=[_Bar(quiet)]
+        model,
+        adapter,
+        _arguments(out, model, config),
+        examples,
+        objective=config.objective,
+        teacher=teacher,
+        callbacks=[_Bar(quiet)],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -132,7 +153,11 @@ def trace_loss(model: PreTrainedModel, examples: Sequence[Example], batch_size: 
 
 
 def placement_scores(
-    model: PreTrainedModel, examples: Sequence[Example], config: DistillConfig, method: Method = "gradient"
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    config: DistillConfig,
+    method: Method = "gradient",
+    teacher: PreTrainedModel | None = None,
 ) -> Scores:
     """Where the gradient of the objective is, measured on a seeded sample of the traces."""
     chosen = random.Random(config.seed).sample(range(len(examples)), min(config.placement_traces, len(examples)))
@@ -145,14 +170,28 @@ def placement_scores(
         batch = {name: x.to(model.device) for name, x in batch.items()}
         weights = config.objective.weights(0.0).to(model.device) / role_counts(batch).clamp(min=1)
         hidden = final_hidden(model, batch["input_ids"], batch["position_ids"])
-        return token_losses(model, hidden, batch, weights, config.objective).loss
+        return token_losses(model, hidden, batch, weights, config.objective, teacher).loss
 
     return score(model, batches, loss, method=method, seed=config.seed)
 
 
-def _place(model: PreTrainedModel, examples: Sequence[Example], config: DistillConfig) -> SparseAdapter:
+def _fill(examples: Sequence[Example], signals: str | Path) -> dict[str, Any]:
+    """Gives the examples their signals; says whose they are, and of how many."""
+    store = SignalStore.open(signals)
+    missing = len(store.fill(examples))
+    if missing == len(examples):
+        raise ValueError(
+            f"{signals} holds log-probs of none of the {len(examples)} traces: they are known by the student's tokens; "
+            "was it made for other traces, or for a student with another tokenizer?"
+        )
+    return {"teacher": store.teacher, "k": store.k, "traces": len(examples) - missing}
+
+
+def _place(
+    model: PreTrainedModel, examples: Sequence[Example], config: DistillConfig, teacher: PreTrainedModel | None
+) -> SparseAdapter:
     method = config.placement
-    start = "random" if method == "random" else placement_scores(model, examples, config, method)
+    start = "random" if method == "random" else placement_scores(model, examples, config, method, teacher)
     return SparseAdapter.attach(
         model, config.density, support=config.support, rank=config.rank, placement=start, seed=config.seed
     )

@@ -175,7 +175,7 @@ class Example:
     input_ids: np.ndarray  # int64 [n], and so are labels and roles
     labels: np.ndarray
     roles: np.ndarray
-    teacher_ids: np.ndarray | None = None  # int64 [m, k]
+    teacher_ids: np.ndarray | None = None  # int64 or int32 [m, k]
     teacher_logprobs: np.ndarray | None = None  # float32 [m, k]
     teacher_rows: np.ndarray | None = None  # int64 [m]
     id: str | None = None
@@ -317,7 +317,7 @@ def _collate_signals(examples: Sequence[Example], lengths: Sequence[int]) -> dic
     if not rows:
         return {}
     return {
-        "teacher_ids": torch.from_numpy(_stack_rows(ids, 0)),
+        "teacher_ids": torch.from_numpy(_stack_rows(ids, 0)).long(),
         "teacher_logprobs": torch.from_numpy(_stack_rows(logprobs, -math.inf)),
         "teacher_rows": torch.from_numpy(np.concatenate(rows)),
     }

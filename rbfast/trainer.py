@@ -22,7 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from rbfast.adapter import SparseAdapter
 from rbfast.columns import read_adapter
-from rbfast.loss import DistillLoss, LossOutput, TopK
+from rbfast.loss import Dense, DistillLoss, LossOutput, TopK
 from rbfast.models import final_hidden, head_of
 from rbfast.trace import IGNORE, ROLES, Example, collate
 
@@ -91,18 +91,27 @@ def token_losses(
     batch: dict[str, Tensor],
     role_weights: Tensor,
     objective: Objective,
+    teacher: PreTrainedModel | None = None,
 ) -> LossOutput:
-    """The summed loss of a packed batch whose tokens weigh `role_weights[role]`, and each token's CE and divergence."""
+    """The summed loss of a packed batch whose tokens weigh `role_weights[role]`, and each token's CE and divergence.
+
+    Tokens learn from the batch's top-k where it has one, else from the whole distribution of `teacher` where there is
+    one, else from the text alone.
+    """
     labels, roles = batch["labels"].view(-1), batch["roles"].view(-1).clamp(min=0)
     weight = role_weights.to(hidden.device, torch.float32)[roles]
     temperature = objective.temperatures().to(hidden.device)[roles]
     head = head_of(model)
-    teacher, ce_weight = None, weight
+    signals: list[TopK | Dense] = []
+    taught = torch.zeros_like(labels, dtype=torch.bool)
     if "teacher_rows" in batch:
-        rows = batch["teacher_rows"]
-        teacher = TopK(batch["teacher_ids"], batch["teacher_logprobs"], rows)
-        share = torch.ones_like(weight).index_fill_(0, rows, objective.ce_share)
-        weight, ce_weight = weight * (1 - share), weight * share
+        signals.append(TopK(batch["teacher_ids"], batch["teacher_logprobs"], batch["teacher_rows"]))
+        taught[batch["teacher_rows"]] = True
+    if teacher is not None and len(rows := torch.nonzero((labels != IGNORE) & ~taught).squeeze(1)):
+        signals.append(_online(teacher, batch, rows))
+        taught[rows] = True
+    share = torch.where(taught, objective.ce_share, 1.0)
+    weight, ce_weight = weight * (1 - share), weight * share
     loss_fn = DistillLoss(
         beta=objective.beta, reduction="sum", softcap=head.softcap, logit_scale=head.logit_scale, ignore_index=IGNORE
     )
@@ -110,12 +119,20 @@ def token_losses(
         hidden,
         head.weight,
         labels,
-        teacher=teacher,
+        teacher=signals or None,
         weight=weight,
         ce_weight=ce_weight,
         temperature=temperature,
         head_bias=head.bias,
     )
+
+
+@torch.no_grad()
+def _online(teacher: PreTrainedModel, batch: dict[str, Tensor], rows: Tensor) -> Dense:
+    """The whole distribution of a teacher at some rows of a batch; its logits never exist at once either."""
+    hidden = final_hidden(teacher, batch["input_ids"], batch["position_ids"])
+    head = head_of(teacher)
+    return Dense(hidden[rows], head.weight, rows, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap)
 
 
 class DistillTrainer(Trainer):
@@ -129,12 +146,14 @@ class DistillTrainer(Trainer):
         train_dataset: Sequence[Example],
         eval_dataset: Sequence[Example] | None = None,
         objective: Objective | None = None,
+        teacher: PreTrainedModel | None = None,
         **kwargs: Any,
     ) -> None:
         args.remove_unused_columns = False
         args.label_names = ["labels"]
         self.objective: Objective = objective or Objective()
         self.adapter = adapter
+        self.teacher = teacher if teacher is None else teacher.eval().requires_grad_(False)
         self._role_sums = torch.zeros(
             2, len(ROLES), dtype=torch.float64
         )  # summed CE and token counts since the last log
@@ -157,7 +176,8 @@ class DistillTrainer(Trainer):
         progress = self.state.global_step / max(self.state.max_steps, 1)
         weights = self.objective.weights(progress).to(counts.device) / counts.clamp(min=1)
         hidden = model(inputs["input_ids"], inputs["position_ids"])
-        out = token_losses(self.accelerator.unwrap_model(model).model, hidden, inputs, weights, self.objective)
+        student = self.accelerator.unwrap_model(model).model
+        out = token_losses(student, hidden, inputs, weights, self.objective, self.teacher)
         if model.training:
             self._count_roles(inputs, out.ce)
         # DDP averages gradients over processes, while the denominators already span them.

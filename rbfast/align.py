@@ -1,0 +1,138 @@
+"""A teacher's log-probs at the student's tokens, wherever the two tokenizers cut a text at the same places.
+
+Tokens are compared as bytes. Where the student's token and the teacher's cover the same bytes, the teacher's candidates
+there are worth what they say for the student's tokens of the same bytes; candidates that the student has no token for
+stay in the tail. Nothing is guessed: elsewhere there is no signal, and the text alone teaches.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class Piece(NamedTuple):
+    """A teacher's token as it stands in a text, and what it held likely at that place, with natural log-probs."""
+
+    written: bytes
+    top: Sequence[tuple[bytes, float]]
+
+
+class Row(NamedTuple):
+    """The candidates for one of the student's tokens: its ids and their natural log-probs, at least one."""
+
+    token: int
+    ids: list[int]
+    logprobs: list[float]
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
+    """The bytes that each id stands for in a text; None for special tokens and ids without a token.
+
+    Raises:
+        ValueError: the tokenizer is not a fast one.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(f"log-probs need a fast tokenizer to be aligned, got {type(tokenizer).__name__}")
+    decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder"))
+    spell = _spell_byte_level if "ByteLevel" in decoder else _spell_sentencepiece
+    vocabulary = tokenizer.get_vocab()
+    found: list[bytes | None] = [None] * (max(vocabulary.values()) + 1)
+    added = tokenizer.added_tokens_decoder
+    for token, number in vocabulary.items():
+        if number not in added:
+            found[number] = spell(token)
+        elif not added[number].special:
+            found[number] = added[number].content.encode()
+    return found
+
+
+def ids_by_bytes(tokens: Sequence[bytes | None]) -> dict[bytes, int]:
+    """The id of each token's bytes; of several ids the first, but a whole character before a lone byte's fallback."""
+    found: dict[bytes, int] = {}
+    for number, written in enumerate(tokens):
+        if written:
+            found.setdefault(written, number)
+    return found
+
+
+def student_ids(teacher: Sequence[bytes | None], student: Sequence[bytes | None], size: int) -> np.ndarray:
+    """int64 [size]: for each id of the teacher the student's id of the same bytes, else -1."""
+    by_bytes = ids_by_bytes(student)
+    mapped = np.full(size, -1, dtype=np.int64)
+    for number, written in enumerate(teacher):
+        if written:
+            mapped[number] = by_bytes.get(written, -1)
+    return mapped
+
+
+def places(tokens: Sequence[bytes | None], text: bytes) -> list[tuple[int, int]]:
+    """The bytes [start, end) of `text` that each token stands for; an opening blank of the tokenizer's own is at -1.
+
+    Raises:
+        ValueError: the tokens do not spell the text, because the tokenizer normalises it or some token is special.
+    """
+    if any(token is None for token in tokens):
+        raise ValueError("the tokens hold a special or unknown one, which stands for no bytes")
+    ends = np.cumsum([0, *(len(token or b"") for token in tokens)])
+    joined = b"".join(token or b"" for token in tokens)
+    opening = 0 if joined == text else 1
+    if opening and joined != b" " + text:
+        at = next(
+            (i for i, (a, b) in enumerate(zip(joined, text, strict=False)) if a != b), min(len(joined), len(text))
+        )
+        raise ValueError(f"the tokens spell another text: {joined[at : at + 20]!r} for {text[at : at + 20]!r}")
+    return [(int(start) - opening, int(end) - opening) for start, end in pairwise(ends)]
+
+
+def align(
+    student: Sequence[tuple[int, int]],
+    teacher: Sequence[tuple[int, int]],
+    pieces: Sequence[Piece],
+    ids: Mapping[bytes, int],
+) -> list[Row]:
+    """A row for each of the student's tokens that is a token of the teacher's too.
+
+    Args:
+        student, teacher: the places of both one's tokens in the same text.
+        pieces: the teacher's tokens.
+        ids: `ids_by_bytes` of the student.
+    """
+    at = dict(zip(teacher, pieces, strict=True))
+    rows = []
+    for token, place in enumerate(student):
+        piece = at.get(place)
+        known = [(ids[written], value) for written, value in piece.top if written in ids] if piece else []
+        if known:
+            rows.append(Row(token, [number for number, _ in known], [value for _, value in known]))
+    return rows
+
+
+def _spell_byte_level(token: str) -> bytes:
+    letters = _letters()
+    return bytes(letters[letter] for letter in token) if all(letter in letters for letter in token) else token.encode()
+
+
+@lru_cache
+def _letters() -> dict[str, int]:
+    """GPT-2's letters for bytes: printable ones stand for themselves, the others follow from U+0100 on, in order."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _spell_sentencepiece(token: str) -> bytes:
+    if match := _BYTE.fullmatch(token):
+        return bytes([int(match[1], 16)])
+    return token.replace("▁", " ").encode()

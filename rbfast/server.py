@@ -1,0 +1,135 @@
+"""An OpenAI-compatible server (vLLM, SGLang, llama.cpp, a vendor's): requests, and what to do when they fail.
+
+```python
+server = Server("http://localhost:8000/v1", "my-model")          # the key, if any, from RBFAST_API_KEY
+reply = server.ask("/chat/completions", {"messages": [...]})     # a dict; a busy or broken server is asked again
+```
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+_KEYS = ("RBFAST_API_KEY", "OPENAI_API_KEY")
+_BUSY = {408, 409, 429, 500, 502, 503, 504}
+LONGEST_PAUSE = 30.0  # seconds, whatever the server asks for
+_Read = TypeVar("_Read")
+
+
+class ServerError(RuntimeError):
+    """A server that does not answer, or not as it was asked. `partial` is what it had written, `status` its reply."""
+
+    def __init__(self, message: str, status: int | None = None, partial: Any = None):
+        super().__init__(message)
+        self.status, self.partial = status, partial
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where to ask.
+
+    Args:
+        url: up to `/v1`.
+        model: as the server names it.
+        timeout: seconds without a byte.
+        retries: of a request that the server refused for now, or broke off, before it is given up.
+        pause: seconds before the first of them; doubled each time.
+        temperature, seed: sent with every request that does not set its own; None is not sent.
+    """
+
+    url: str
+    model: str
+    timeout: float = 120.0
+    retries: int = 4
+    pause: float = 1.0
+    temperature: float | None = 0.0
+    seed: int | None = 0
+    _key: str | None = field(default=None, repr=False, init=False)
+
+    def __post_init__(self) -> None:
+        if urlsplit(self.url).scheme not in ("http", "https") or not urlsplit(self.url).hostname:
+            raise ValueError(f"url must look like http://host:8000/v1, got {self.url!r}")
+        object.__setattr__(self, "_key", next(filter(None, map(os.environ.get, _KEYS)), None))
+
+    def post(self, path: str, body: dict[str, Any]) -> http.client.HTTPResponse:
+        """The reply to a request, whose body is still to be read; a busy server is asked again."""
+        return self._insist(path, body, lambda response: response)
+
+    def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The whole reply; a server that breaks off, or sends no JSON object, is asked again too."""
+        return self._insist(path, body, _whole)
+
+    def _insist(self, path: str, body: dict[str, Any], read: Callable[[http.client.HTTPResponse], _Read]) -> _Read:
+        """What `read` makes of the first good reply. Raises ServerError after too many bad ones, or a final one."""
+        body = {"model": self.model, "temperature": self.temperature, "seed": self.seed} | body
+        data = json.dumps({name: value for name, value in body.items() if value is not None}).encode()
+        for attempt in range(self.retries + 1):
+            status, wait = None, ""
+            try:
+                response = self._send(path, data)
+                status = response.status
+                if status == 200:
+                    return read(response)
+                refusal, wait = _refusal(response), response.headers.get("Retry-After", "")
+            except (OSError, http.client.HTTPException) as error:
+                refusal, status = f"{type(error).__name__}: {error}", None
+            if status is not None and status not in _BUSY:
+                break
+            if attempt < self.retries:
+                time.sleep(min(LONGEST_PAUSE, float(wait) if wait.isdigit() else self.pause * 2**attempt))
+        raise ServerError(f"{self.url}{path} said {status or 'nothing'}: {refusal}", status)
+
+    def _send(self, path: str, data: bytes) -> http.client.HTTPResponse:
+        parts = urlsplit(self.url)
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        connection = kind(str(parts.hostname), parts.port, timeout=self.timeout)
+        headers = {"Content-Type": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        # The response closes the connection when it is closed itself.
+        headers["Connection"] = "close"
+        connection.request("POST", parts.path.rstrip("/") + path, data, headers)
+        return connection.getresponse()
+
+
+def _refusal(response: http.client.HTTPResponse) -> str:
+    with closing(response):
+        return response.read(500).decode("utf-8", "replace").strip() or response.reason
+
+
+def _whole(response: http.client.HTTPResponse) -> dict[str, Any]:
+    with closing(response):
+        data = response.read()
+    try:
+        reply = json.loads(data)
+    except ValueError:
+        raise http.client.IncompleteRead(data[:200]) from None
+    if not isinstance(reply, dict):
+        raise http.client.HTTPException(f"expected a JSON object, got {type(reply).__name__}")
+    return reply
+
+
+def events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a server-sent stream; IncompleteRead where it ends before it says so."""
+    for line in response:
+        if not line.startswith(b"data:"):
+            continue
+        data = line[5:].strip()
+        if data == b"[DONE]":
+            return
+        try:
+            event = json.loads(data)
+        except ValueError:
+            raise http.client.IncompleteRead(data) from None
+        if "error" in event:
+            raise ServerError(f"the server broke off: {event['error']}")
+        yield event
+    raise http.client.IncompleteRead(b"")
