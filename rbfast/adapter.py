@@ -77,8 +77,11 @@ class ColumnDelta(nn.Module):
         super().__init__()
         object.__setattr__(self, "linear", linear)  # not a submodule: the base stays outside the adapter's state
         device = next((t.device for t in (*linear.parameters(), *linear.buffers())), None)
-        self.A = nn.Parameter(delta.A.to(device, torch.float32, copy=True))
-        self.B = nn.Parameter(delta.B.to(device, torch.float32, copy=True))
+        # In one layout wherever they come from: fused optimizers pair values, gradients and moments by their place.
+        self.A, self.B = (
+            nn.Parameter(torch.empty(part.shape, dtype=torch.float32, device=device).copy_(part))
+            for part in (delta.A, delta.B)
+        )
         self.register_buffer("cols", delta.cols.to(device, copy=True))
         self.register_buffer("base_columns", None, persistent=False)
         self.scale, self.folds, self.enabled = scale, fold, True

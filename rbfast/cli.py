@@ -5,6 +5,7 @@ Results go to stdout (JSON with --json), progress to stderr. Exit codes: 0 done,
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -316,6 +317,8 @@ def _distill(args: argparse.Namespace) -> int:
     model, tokenizer = _load(args)
     teacher = load_teacher(args.teacher, tokenizer, model.dtype).to(model.device) if args.teacher else None
     run = distill(model, tokenizer, traces, args.out, config, quiet=args.json, signals=args.signals, teacher=teacher)
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # the first process speaks for all
     plot_losses(run.log_history, args.out / "losses.png")
     last = {name: value for name, value in run.log_history[-1].items() if name.startswith("loss_")}
     result = {
@@ -479,7 +482,9 @@ def _temperature(args: argparse.Namespace) -> float:
 def _device(args: argparse.Namespace) -> str:
     import torch
 
-    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device or not torch.cuda.is_available():
+        return args.device or "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun gives each process its own
 
 
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:

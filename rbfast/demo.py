@@ -46,7 +46,9 @@ def run_demo(out: str | Path, device: str = "cpu", seed: int = 0, quiet: bool = 
             return _measured(
                 out / f"{name}.jsonl",
                 problems,
-                lambda: evaluate(model, tokenizer, problems, max_new_tokens=MAX_NEW_TOKENS, batch_size=60, progress=progress),
+                lambda: evaluate(
+                    model, tokenizer, problems, max_new_tokens=MAX_NEW_TOKENS, batch_size=60, progress=progress
+                ),
             )
 
     before = measure("before")

@@ -10,6 +10,7 @@ The folder of a run holds `run.json` (what was asked, on which traces), the adap
 """
 
 import json
+import os
 import random
 import shutil
 import time
@@ -124,16 +125,19 @@ def distill(
         examples,
         objective=config.objective,
         teacher=teacher,
-        callbacks=[_Bar(quiet)],
+        callbacks=[_Bar(quiet or int(os.environ.get("RANK", 0)) > 0)],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=checkpoint)
-    adapter.save_pretrained(out)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    write_text(out / "skipped.jsonl", "".join(json.dumps(t.to_dict() | {"reason": why}) + "\n" for t, why in skipped))
-    write_text(out / LOG, json.dumps(history, indent=1))  # last: its presence says that the run is finished
-    shutil.rmtree(out / "checkpoints")
+    if trainer.is_world_process_zero():
+        adapter.save_pretrained(out)
+        reasons = (json.dumps(trace.to_dict() | {"reason": why}) + "\n" for trace, why in skipped)
+        write_text(out / "skipped.jsonl", "".join(reasons))
+        write_text(out / LOG, json.dumps(history, indent=1))  # last: its presence says that the run is finished
+        shutil.rmtree(out / "checkpoints")
+    trainer.accelerator.wait_for_everyone()
     return Run(adapter, history, skipped, time.monotonic() - start)
 
 
@@ -214,6 +218,8 @@ def _arguments(out: Path, model: PreTrainedModel, config: DistillConfig) -> Trai
         use_cpu=model.device.type == "cpu",
         report_to="none",
         dataloader_pin_memory=False,
+        ddp_broadcast_buffers=False,  # every process has the same, and they do not change
+        ddp_find_unused_parameters=False,
     )
 
 

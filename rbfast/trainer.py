@@ -165,6 +165,17 @@ class DistillTrainer(Trainer):
             eval_dataset=eval_dataset,
             **kwargs,
         )
+        self._check_same_columns()
+
+    def _check_same_columns(self) -> None:
+        """Gradients are averaged by position: on every process a position must be the same column."""
+        cols = torch.cat([site.cols for site in self.adapter.sites().values()]).to(self.args.device)
+        everyones = self.accelerator.gather(cols[None])
+        if not bool((everyones == cols).all()):
+            raise RuntimeError(
+                "the processes placed their adapters on different columns; score once and give every process the file: "
+                "SparseAdapter.attach(model, placement='scores.safetensors')"
+            )
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Supervised tokens per role [3], over the accumulated batch and all processes."""
@@ -196,7 +207,7 @@ class DistillTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            sums, counts = self._role_sums
+            sums, counts = self.accelerator.reduce(self._role_sums.to(self.args.device), "sum").cpu()
             logs |= {f"loss_{role}": (sums[i] / counts[i]).item() for i, role in enumerate(ROLES) if counts[i]}
             self._role_sums.zero_()
         super().log(logs, start_time)
@@ -226,7 +237,9 @@ class DistillTrainer(Trainer):
         try:
             if self.args.should_save:
                 shutil.rmtree(self.args.output_dir, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # every process adds the state of its random numbers
             if self.args.should_save:
                 name = f"checkpoint-{self.state.global_step}"
                 shutil.rmtree(final / name, ignore_errors=True)

@@ -1,0 +1,59 @@
+"""A run from traces to adapter: cut anywhere, it goes on to the same bits, also where a gradient placed the columns."""
+
+import pytest
+import torch
+from tiny_models import llama
+from tiny_tokenizers import byte_level
+from transformers import TrainerCallback
+
+from rbfast.adapter import SparseAdapter
+from rbfast.run import DistillConfig, distill
+from rbfast.scores import score
+from rbfast.trace import Trace
+from rbfast.trainer import DistillTrainer
+
+TRACES = [Trace(f"What is {n} + 1?", f"Add one.\n{n} + 1 = {n + 1}", str(n + 1)) for n in range(24)]
+TOKENIZER = byte_level(*(trace.completion() for trace in TRACES))
+
+
+class PowerCut(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise RuntimeError("power cut")
+
+
+def run(folder, monkeypatch, cut_at=None, **settings):
+    with monkeypatch.context() as patch:
+        if cut_at is not None:
+            start = DistillTrainer.__init__
+
+            def begin(self, *args, **kwargs):
+                start(self, *args, **kwargs)
+                self.add_callback(PowerCut(cut_at))
+
+            patch.setattr(DistillTrainer, "__init__", begin)
+        config = DistillConfig(density=0.2, rank=3, batch_size=4, learning_rate=1e-2, save_steps=2, **settings)
+        model = llama(vocab_size=len(TOKENIZER), max_position_embeddings=256)
+        return distill(model, TOKENIZER, TRACES, folder, config, quiet=True).adapter.state_dict()
+
+
+@pytest.mark.parametrize("placement", ["gradient", "activation", "random"])
+def test_a_cut_run_goes_on_to_the_same_bits(tmp_path, monkeypatch, placement):
+    whole = run(tmp_path / "whole", monkeypatch, placement=placement)
+    for cut in (1, 5):  # before the first checkpoint, and once both A and B have moments
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(tmp_path / "cut", monkeypatch, cut_at=cut, placement=placement)
+    found = run(tmp_path / "cut", monkeypatch, placement=placement)
+    assert all(torch.equal(found[name], value) for name, value in whole.items())
+
+
+def test_parameters_are_laid_out_alike_wherever_they_come_from(tmp_path):
+    """Fused Adam pairs values and moments by their place in memory: moments of another layout would be scrambled."""
+    model = llama(vocab_size=61)
+    ids = torch.arange(22).view(2, 11)
+    scores = score(model, [{"input_ids": ids, "labels": ids}], lambda model, batch: model(**batch).loss)
+    adapter = SparseAdapter.attach(model, density=0.2, rank=3, placement=scores)
+    assert all(parameter.is_contiguous() for parameter in adapter.parameters())
