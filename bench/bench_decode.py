@@ -1,0 +1,52 @@
+"""What an adapter costs while a model writes: the base, the adapter folded in, and merged; one row, greedily.
+
+    OMP_NUM_THREADS=1 pytest bench/bench_decode.py -s
+
+The three take turns, so that a machine that slows down slows all of them. A ratio is the median over the rounds of a
+turn's processor time by that of the base in the same round.
+"""
+
+import statistics
+import time
+from copy import deepcopy
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from rbfast.adapter import SparseAdapter
+from rbfast.models import SMOLLM2, load_student
+
+TOKENS, ROUNDS = 64, 9
+
+
+def write(model: torch.nn.Module, ids: torch.Tensor) -> float:
+    """Seconds of processor time for TOKENS tokens."""
+    begun = time.process_time()
+    model.generate(ids, do_sample=False, min_new_tokens=TOKENS, max_new_tokens=TOKENS)  # type: ignore[operator]
+    return time.process_time() - begun
+
+
+def test_decoding(benchmark: BenchmarkFixture) -> None:
+    base, tokenizer = load_student(SMOLLM2, torch.float32)
+    ids = tokenizer("A farm has 3 cows and 2 hens. How many legs?", return_tensors="pt").input_ids
+    folded, merged = deepcopy(base), deepcopy(base)
+    SparseAdapter.attach(folded, placement="random")
+    SparseAdapter.attach(merged, placement="random").merge()
+    models = {"base": base, "folded": folded, "merged": merged}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+
+    def turn() -> None:
+        for name, model in models.items():
+            seconds[name].append(write(model, ids))
+
+    turn()  # warm
+    for times in seconds.values():
+        times.clear()
+    benchmark.group = f"{TOKENS} tokens, {torch.get_num_threads()} threads"
+    benchmark.pedantic(turn, rounds=ROUNDS)
+    for name in ("folded", "merged"):
+        ratios = [a / b for a, b in zip(seconds[name], seconds["base"], strict=True)]
+        benchmark.extra_info[name] = statistics.median(ratios)
+        print(f"\n{name}: {statistics.median(ratios):.3f} of the base ({min(ratios):.3f} .. {max(ratios):.3f})")
+    assert statistics.median(seconds["base"]) == pytest.approx(statistics.median(seconds["merged"]), rel=0.1)
