@@ -1,4 +1,4 @@
-"""The command line: `rbfast info | curate | teach | distill | solve | eval | merge | export-lora | demo`.
+"""The command line: `rbfast info | curate | teach | distill | solve | eval | report | merge | export-lora | demo`.
 
 Results go to stdout (JSON with --json), progress to stderr. Exit codes: 0 done, 2 bad usage or input, 1 failure.
 """
@@ -21,6 +21,7 @@ EXAMPLES = {
     "distill": "rbfast distill smollm2-135m reason1k.jsonl -o runs/first --epochs 2",
     "solve": 'rbfast solve smollm2-135m "A farm has 3 cows and 2 hens. How many legs?" --budget 400',
     "eval": "rbfast eval smollm2-135m --adapter runs/first --task leg_counting --task chain_sum -n 50",
+    "report": "rbfast report runs/first runs/second -o report.html",
     "merge": "rbfast merge smollm2-135m runs/first -o merged/",
     "export-lora": "rbfast export-lora smollm2-135m runs/first -o lora/",
     "demo": "rbfast demo --out runs/demo",
@@ -63,13 +64,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_distill(command("distill", _distill, "Train a sparse adapter of MODEL on reasoning traces."))
     _add_solve(command("solve", _solve, "Solve a problem under a budget, the thinking shown as it is guided."))
     _add_eval(command("eval", _eval, "Measure accuracy on generated problems or a file of problems."))
+    _add_report(command("report", _report, "Write one page about runs: losses, placement, accuracy, examples, cost."))
     merge = command("merge", _merge, "Write MODEL with an adapter merged into its weights, as a plain checkpoint.")
     lora = command("export-lora", _export_lora, "Write an adapter as a standard LoRA for PEFT, vLLM or llama.cpp.")
     for sub in (merge, lora):
         _add_model(sub)
         sub.add_argument("adapter", help="folder of a trained adapter")
         sub.add_argument("-o", "--out", type=Path, required=True, help="folder to write")
-    demo = command("demo", _demo, "Distill six task families into a 135M student; accuracy before and after.")
+    demo = command("demo", _demo, "Distill five task families into a 135M student; accuracy before and after.")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write (default: runs/demo)")
     _add_device(demo)
     return parser
@@ -170,6 +172,17 @@ def _add_eval(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--max-new-tokens", type=int, default=512, help="tokens per completion, at most (default: 512)")
     sub.add_argument("--batch-size", type=int, default=32, help="completions at a time (default: 32)")
     sub.add_argument("-o", "--out", type=Path, help="JSONL file of every completion, with which it goes on")
+
+
+def _add_report(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="folder that distill or demo wrote; what `rbfast eval -o` put there counts: a file whose name begins with "
+        "before is the base model's, any other the trained one's",
+    )
+    sub.add_argument("-o", "--out", type=Path, required=True, help="HTML file to write")
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -391,6 +404,13 @@ def _eval(args: argparse.Namespace) -> int:
     return _print(args, summary, text)
 
 
+def _report(args: argparse.Namespace) -> int:
+    from rbfast.report_page import write_report
+
+    write_report(args.runs, args.out)
+    return _print(args, {"out": str(args.out)}, f"wrote {args.out}")
+
+
 def _merge(args: argparse.Namespace) -> int:
     model, tokenizer = _load(args)
     _attach(model, args.adapter).merge()
@@ -414,7 +434,7 @@ def _demo(args: argparse.Namespace) -> int:
     if args.json:
         return _print(args, summary, "")
     print_summary(summary, Console())
-    print(f"see {args.out}: summary.json, the adapter, losses.png, placement.png, accuracy.png")
+    print(f"see {args.out}: report.html, summary.json, the adapter, losses.png, placement.png, accuracy.png")
     return 0
 
 

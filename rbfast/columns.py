@@ -112,7 +112,7 @@ def read_adapter(directory: str | Path) -> tuple[AdapterConfig, dict[str, Delta]
 
     Raises FileNotFoundError where one is missing and ValueError, naming the first mismatch, for anything malformed.
     """
-    config = _read_config(Path(directory) / CONFIG_FILE)
+    config = read_config(Path(directory) / CONFIG_FILE)
     path = Path(directory) / TENSOR_FILE
     try:
         tensors = load_tensors(_read_bytes(path))
@@ -197,7 +197,8 @@ def _read_bytes(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _read_config(path: Path) -> AdapterConfig:
+def read_config(path: Path) -> AdapterConfig:
+    """Reads and validates adapter_config.json alone; raises as `read_adapter` does."""
     try:
         header = json.loads(_read_bytes(path))
     except ValueError as error:

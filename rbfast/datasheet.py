@@ -6,9 +6,6 @@
 It holds no time and no machine, so the same curation has the same datasheet.
 """
 
-import base64
-import html
-import io
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,18 +14,18 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import rbfast
 from rbfast.assess import RIGHT, WRONG
 from rbfast.files import write_text
 from rbfast.ledger import Ledger
+from rbfast.page import escape, page, picture, table
 from rbfast.quality import Quality
+from rbfast.report import AFTER, BEFORE, plain
 
 _BINS = 20
 _MOST_MATCHED = 50  # evaluation problems that are listed
-_BEFORE, _AFTER = "#999999", "#0072B2"  # Okabe and Ito
 
 
 def describe(settings: Mapping[str, Any], ledger: Ledger, difficulty: np.ndarray, chosen: np.ndarray) -> dict[str, Any]:
@@ -119,23 +116,14 @@ def write_datasheet(folder: str | Path, sheet: Mapping[str, Any]) -> None:
     write_text(Path(folder) / "datasheet.html", render(sheet))
 
 
-_STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .8rem;border-bottom:1px solid #ddd}"
-    "td,th{text-align:left;vertical-align:top}td.n{text-align:right;font-variant-numeric:tabular-nums}img{max-width:100%}"
-    "pre{white-space:pre-wrap;background:#f6f6f6;padding:.8rem}"
-)
-
-
 def render(sheet: Mapping[str, Any]) -> str:
     """The datasheet as one HTML page, pictures inside; every text of the pool is escaped."""
     selected = sheet["stages"][-1]["out"]
-    stages = [(s["stage"], s["in"], _reasons(s["dropped"]), s["out"]) for s in sheet["stages"]]
     matched = [(m["where"], m["problem"], _reasons(m["items"])) for m in sheet["contamination"]]
     marks = [(name, mark["before"], mark["after"]) for name, mark in sheet["marks"].items()]
     body = [
         f"<h1>{selected:,} traces of {sheet['stages'][0]['in']:,}</h1>",
-        _table(("stage", "in", "dropped, and why", "out"), stages),
+        stages_table(sheet),
         _picture(_draw_stages, sheet["stages"], "What was dropped, and why"),
         _picture(_draw_domains, sheet["domains"], "Domains before and after"),
         *(
@@ -147,29 +135,23 @@ def render(sheet: Mapping[str, Any]) -> str:
             )
         ),
         "<h2>Marks of quality, means</h2>",
-        _table(("mark", "before", "after"), marks),
+        table(("mark", "before", "after"), marks),
         f"<h2>Evaluation problems met, of {sheet['evaluation_problems']:,}</h2>",
-        _table(("where", "problem", "items of the pool"), matched) if matched else "<p>None.</p>",
+        table(("where", "problem", "items of the pool"), matched) if matched else "<p>None.</p>",
         "<h2>Settings</h2>",
-        f"<pre>{html.escape(json.dumps(sheet['settings'], indent=1, ensure_ascii=False))}</pre>",
+        f"<pre>{escape(json.dumps(sheet['settings'], indent=1, ensure_ascii=False))}</pre>",
     ]
-    head = f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Datasheet</title><style>{_STYLE}</style>'
-    return "\n".join([head, *body, f"<p>rbfast {html.escape(sheet['rbfast'])}</p></html>\n"])
+    return page("Datasheet", body)
+
+
+def stages_table(sheet: Mapping[str, Any]) -> str:
+    """What each stage took in, dropped for which reason, and let through, as HTML."""
+    rows = [(s["stage"], s["in"], _reasons(s["dropped"]), s["out"]) for s in sheet["stages"]]
+    return table(("stage", "in", "dropped, and why", "out"), rows)
 
 
 def _reasons(counts: Mapping[str, int]) -> str:
     return "; ".join(f"{count:,} {reason}" for reason, count in counts.items())
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    def cell(value: Any) -> str:
-        if isinstance(value, int | float):
-            return f'<td class="n">{value:,}</td>'
-        return f"<td>{html.escape('' if value is None else str(value))}</td>"
-
-    lines = ["".join(map(cell, row)) for row in rows]
-    titles = "".join(f"<th>{html.escape(title)}</th>" for title in header)
-    return f"<table><tr>{titles}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def _picture(draw: Callable[[Axes, Any], None], data: Any, title: str) -> str:
@@ -177,17 +159,14 @@ def _picture(draw: Callable[[Axes, Any], None], data: Any, title: str) -> str:
     axes = figure.add_subplot(title=title)
     axes.spines[["top", "right"]].set_visible(False)
     draw(axes, data)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    encoded = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{encoded}">'
+    return picture(figure, title)
 
 
 def _draw_stages(axes: Axes, stages: Sequence[Mapping[str, Any]]) -> None:
     dropped = [(f"{s['stage']}: {reason}", count) for s in stages for reason, count in s["dropped"].items()]
     bars = [*dropped, ("selected", stages[-1]["out"])][::-1]
-    names = [_plain(name) for name, _ in bars]
-    drawn = axes.barh(range(len(bars)), [count for _, count in bars], color=[_AFTER] + [_BEFORE] * len(dropped))
+    names = [plain(name) for name, _ in bars]
+    drawn = axes.barh(range(len(bars)), [count for _, count in bars], color=[AFTER] + [BEFORE] * len(dropped))
     axes.bar_label(drawn, padding=3, fontsize=8)
     axes.set_yticks(range(len(bars)), names, fontsize=8)
     axes.set(xlabel="items")
@@ -195,13 +174,13 @@ def _draw_stages(axes: Axes, stages: Sequence[Mapping[str, Any]]) -> None:
 
 def _draw_domains(axes: Axes, domains: Sequence[Mapping[str, Any]]) -> None:
     shown = domains[:20]
-    for offset, key, colour in ((-0.2, "eligible", _BEFORE), (0.2, "after", _AFTER)):
+    for offset, key, colour in ((-0.2, "eligible", BEFORE), (0.2, "after", AFTER)):
         total = max(1, sum(domain[key] for domain in domains))
         share = [100 * domain[key] / total for domain in shown]
         axes.bar(
             np.arange(len(shown)) + offset, share, width=0.38, color=colour, label="selected" if key == "after" else key
         )
-    names = [f"{_plain(domain['domain'])}\n{domain['after']} of {domain['eligible']}" for domain in shown]
+    names = [f"{plain(domain['domain'])}\n{domain['after']} of {domain['eligible']}" for domain in shown]
     axes.set_xticks(range(len(shown)), names, rotation=45, ha="right", fontsize=8)
     axes.set(ylabel="share of items (%)")
     axes.legend(frameon=False)
@@ -210,16 +189,10 @@ def _draw_domains(axes: Axes, domains: Sequence[Mapping[str, Any]]) -> None:
 def _draw_histogram(label: str) -> Callable[[Axes, Any], None]:
     def draw(axes: Axes, histogram: Mapping[str, Any]) -> None:
         edges = histogram["edges"]
-        for key, colour in (("before", _BEFORE), ("after", _AFTER)):
+        for key, colour in (("before", BEFORE), ("after", AFTER)):
             counts = np.array(histogram[key], dtype=float)
             axes.stairs(100 * counts / max(1.0, counts.sum()), edges, color=colour, fill=True, alpha=0.6, label=key)
         axes.set(xlabel=label, ylabel="share of items (%)")
         axes.legend(frameon=False)
 
     return draw
-
-
-def _plain(name: str) -> str:
-    """A name that matplotlib draws as it stands: no mathematics, no line breaks, not too long."""
-    name = " ".join(name.split()).replace("$", r"\$")
-    return name if len(name) <= 60 else name[:57] + "..."

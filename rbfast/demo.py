@@ -21,6 +21,7 @@ from rbfast.files import write_text
 from rbfast.models import SMOLLM2, fast_dtype, load_student
 from rbfast.progress import counting
 from rbfast.report import plot_accuracy, plot_losses, plot_placement
+from rbfast.report_page import write_report
 from rbfast.run import DistillConfig, distill
 
 FAMILIES = ("aiw", "word_sequence_reversal", "chain_sum", "simple_geometry", "leg_counting")
@@ -68,6 +69,7 @@ def run_demo(out: str | Path, device: str = "cpu", seed: int = 0, quiet: bool = 
     plot_placement(placed, out / "placement.png")
     plot_accuracy([{"family": name} | entry for name, entry in families.items()], out / "accuracy.png")
     write_text(out / "summary.json", json.dumps(summary, indent=1))
+    write_report([out], out / "report.html")
     return summary
 
 

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rbfast.files import Journal
 from rbfast.generate import Completion, batches_by_length, complete
 from rbfast.grading import Problem, answer_key, extract_answer, grade, readings
-from rbfast.guide import Guide
+from rbfast.guide import Event, Guide
 from rbfast.guided_generate import guided
 from rbfast.statistics import Interval, clustered, paired_bootstrap, paired_difference, pass_at_k, proportion
 from rbfast.tasks import load_problems
@@ -67,8 +67,11 @@ class Result:
         return self.score >= 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """A record for `json.dumps`: the whole completion is kept, so that any other rule can grade it later."""
-        return {
+        """A record for `json.dumps`: the whole completion is kept, so that any other rule can grade it later.
+
+        `events` are there where a guide put something in.
+        """
+        record: dict[str, Any] = {
             "task": self.problem.task,
             "problem": self.problem.question,
             "answer": self.problem.answer,
@@ -80,6 +83,8 @@ class Result:
             "tokens": self.completion.tokens,
             "truncated": self.completion.truncated,
         }
+        events = [asdict(event) for event in self.completion.events]
+        return record | ({"events": events} if events else {})
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,7 @@ class Decoding:
             batch_size=batch_size,
             early_stop=False,
         )
-        return [[Completion(s.text, s.tokens, s.truncated) for s in samples] for samples in solutions]
+        return [[Completion(s.text, s.tokens, s.truncated, s.events) for s in samples] for samples in solutions]
 
     def _seed(self, problem: Problem) -> int:
         name = f"{self.seed}:{problem.question}".encode()
@@ -190,7 +195,8 @@ class _Store:
         for where, record in self.journal.read():
             try:
                 identity, sample = (record["task"], record["problem"]), record["sample"]
-                completion = Completion(record["completion"], record["tokens"], record["truncated"])
+                events = tuple(Event(**event) for event in record.get("events", ()))
+                completion = Completion(record["completion"], record["tokens"], record["truncated"], events)
                 score = record["score"]
             except (TypeError, KeyError) as error:
                 raise ValueError(f"{where}: expected a result of an evaluation: {error!r}; name another file") from None

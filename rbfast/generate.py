@@ -25,16 +25,18 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from rbfast.guide import Event
 from rbfast.trace import end_of_turn
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What the model wrote after a prompt: the text, its number of tokens, whether the limit cut it."""
+    """What the model wrote after a prompt: the text, its tokens, whether the limit cut it, what a guide put in."""
 
     text: str
     tokens: int
     truncated: bool
+    events: tuple[Event, ...] = ()
 
 
 def complete(

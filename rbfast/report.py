@@ -1,10 +1,12 @@
-"""Pictures of a run: loss curves by role, where the budget went, accuracy before and after.
+"""Pictures of a run: loss curves by role, where the budget went, accuracy before and after, accuracy against tokens.
 
 ```python
 plot_losses(trainer.state.log_history, "losses.png")
 plot_placement({"model.layers.0.self_attn.q_proj": {"columns": 17, "values": 9792, "in": 576}}, "placement.png")
 plot_accuracy([{"family": "gcd", "before": 0.1, "after": 0.5, "ci_low": 0.2, "ci_high": 0.6, "n": 40}], "accuracy.png")
 ```
+
+Each `plot_X(data, path)` writes what `draw_X(data)` returns as a figure.
 """
 
 from __future__ import annotations
@@ -15,19 +17,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from rbfast.evaluate import proportion
 from rbfast.files import replacing
+from rbfast.spans import ROLES
+from rbfast.statistics import Interval, proportion
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-_COLOURS = {"strategic": "#0072B2", "tactical": "#D55E00", "answer": "#009E73"}
-_BEFORE, _AFTER = "#999999", "#0072B2"
+_COLOURS = dict(zip(ROLES, ("#0072B2", "#D55E00", "#009E73"), strict=True))
+BEFORE, AFTER = "#999999", "#0072B2"
 _NUMBERED = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
+_WIDEST = 24.0  # inches
 
 
 def plot_losses(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Writes `draw_losses`."""
+    _save(draw_losses(log_history), path)
+
+
+def draw_losses(log_history: Sequence[Mapping[str, Any]]) -> Figure:
     """Curves of `loss_strategic`, `loss_tactical` and `loss_answer` against `step`, with a running mean.
 
     Raises:
@@ -51,10 +62,15 @@ def plot_losses(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> N
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title="Training loss by role", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    _save(figure, path)
+    return figure
 
 
 def plot_placement(modules: Mapping[str, Mapping[str, float]], path: str | Path) -> None:
+    """Writes `draw_placement`."""
+    _save(draw_placement(modules), path)
+
+
+def draw_placement(modules: Mapping[str, Mapping[str, float]]) -> Figure:
     """A map, layers down and matrices across, of the share of input columns that each matrix trains.
 
     Args:
@@ -63,36 +79,66 @@ def plot_placement(modules: Mapping[str, Mapping[str, float]], path: str | Path)
     """
     if not modules:
         raise ValueError("expected at least one module, got none")
-    placed = {name: _layer_and_kind(name) for name in modules}
-    layers = sorted({layer for layer, _ in placed.values()})
-    kinds = list(dict.fromkeys(kind for _, kind in placed.values()))
-    share = np.full((len(layers), len(kinds)), np.nan)
-    values = np.zeros_like(share)
-    for name, (layer, kind) in placed.items():
-        row, column = layers.index(layer), kinds.index(kind)
-        share[row, column] = modules[name]["columns"] / modules[name]["in"]
-        values[row, column] = modules[name]["values"]
+    share, layers, kinds = _by_layer_and_kind({name: 100 * m["columns"] / m["in"] for name, m in modules.items()})
+    values = np.nan_to_num(_by_layer_and_kind({name: m["values"] for name, m in modules.items()})[0])
 
-    figure = Figure(
-        figsize=(max(5.0, 1.1 * len(kinds) + 2.6), max(3.2, 0.21 * len(layers) + 2.4)), layout="constrained"
-    )
+    figure = _map_figure(len(layers), len(kinds), 2.6)
     grid = figure.add_gridspec(2, 2, width_ratios=[4, 1.1], height_ratios=[1, max(3.0, len(layers) / 5)])
     axes = figure.add_subplot(grid[1, 0])
-    image = axes.imshow(100 * share, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
-    axes.set_xticks(range(len(kinds)), [kind.rpartition(".")[2] for kind in kinds], rotation=30, ha="right")
-    ticks = range(0, len(layers), max(1, len(layers) // 10))
-    axes.set_yticks(ticks, [str(layers[tick]) for tick in ticks])
-    axes.set(ylabel="layer")
+    image = axes.imshow(share, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
+    _name_ticks(axes, layers, kinds)
     figure.colorbar(image, ax=axes, location="bottom", label="trained input columns (%), blank: none", aspect=40)
     by_kind = figure.add_subplot(grid[0, 0], sharex=axes)
-    by_kind.bar(range(len(kinds)), values.sum(0) / 1000, color=_AFTER)
+    by_kind.bar(range(len(kinds)), values.sum(0) / 1000, color=AFTER)
     by_kind.tick_params(labelbottom=False)
     by_kind.set(ylabel="values\n(thousand)", title=f"Where the {values.sum():,.0f} trained values went")
     by_layer = figure.add_subplot(grid[1, 1], sharey=axes)
-    by_layer.barh(range(len(layers)), values.sum(1) / 1000, color=_AFTER)
+    by_layer.barh(range(len(layers)), values.sum(1) / 1000, color=AFTER)
     by_layer.tick_params(labelleft=False)
     by_layer.set(xlabel="values\n(thousand)")
-    _save(figure, path)
+    return figure
+
+
+def draw_scores(scores: Mapping[str, float]) -> Figure:
+    """A map, layers down and matrices across, of the score by which each matrix's columns were chosen.
+
+    Raises:
+        ValueError: no score is above 0.
+    """
+    drawn = {name: score for name, score in scores.items() if 0 < score < np.inf}
+    if not drawn:
+        raise ValueError(f"expected a score above 0, got none among {len(scores)}")
+    score, layers, kinds = _by_layer_and_kind(drawn)
+    figure = _map_figure(len(layers), len(kinds), 1.2)
+    axes = figure.add_subplot(title="Score of the chosen columns")
+    image = axes.imshow(score, aspect="auto", cmap="viridis", norm=LogNorm(), interpolation="nearest")
+    _name_ticks(axes, layers, kinds)
+    figure.colorbar(image, ax=axes, location="bottom", label="sum over a matrix, log scale; blank: none", aspect=40)
+    return figure
+
+
+def _by_layer_and_kind(values: Mapping[str, float]) -> tuple[np.ndarray, list[int], list[str]]:
+    """Values as [layers, kinds], NaN where there is no such matrix; the layers; the kinds."""
+    placed = {name: _layer_and_kind(name) for name in values}
+    layers = sorted({layer for layer, _ in placed.values()})
+    kinds = list(dict.fromkeys(kind for _, kind in placed.values()))
+    grid = np.full((len(layers), len(kinds)), np.nan)
+    for name, (layer, kind) in placed.items():
+        grid[layers.index(layer), kinds.index(kind)] = values[name]
+    return grid, layers, kinds
+
+
+def _map_figure(layers: int, kinds: int, beside: float) -> Figure:
+    """A figure that gives each cell of a map its room, with `beside` inches for the rest."""
+    width, height = max(5.0, 1.1 * kinds + beside), max(3.2, 0.21 * layers + 2.4)
+    return Figure(figsize=(min(width, _WIDEST), min(height, _WIDEST)), layout="constrained")
+
+
+def _name_ticks(axes: Axes, layers: Sequence[int], kinds: Sequence[str]) -> None:
+    axes.set_xticks(range(len(kinds)), [plain(kind.rpartition(".")[2]) for kind in kinds], rotation=30, ha="right")
+    ticks = range(0, len(layers), max(1, len(layers) // 10))
+    axes.set_yticks(ticks, [str(layers[tick]) for tick in ticks])
+    axes.set(ylabel="layer")
 
 
 def _layer_and_kind(name: str) -> tuple[int, str]:
@@ -102,6 +148,11 @@ def _layer_and_kind(name: str) -> tuple[int, str]:
 
 
 def plot_accuracy(families: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Writes `draw_accuracy`."""
+    _save(draw_accuracy(families), path)
+
+
+def draw_accuracy(families: Sequence[Mapping[str, Any]]) -> Figure:
     """Bars before and after by family, each with its Wilson interval; the paired gain with its interval above them.
 
     Args:
@@ -109,9 +160,9 @@ def plot_accuracy(families: Sequence[Mapping[str, Any]], path: str | Path) -> No
     """
     if not families:
         raise ValueError("expected at least one family, got none")
-    figure = Figure(figsize=(max(5.0, 1.25 * len(families) + 1.5), 4.6), layout="constrained")
+    figure = Figure(figsize=(min(max(5.0, 1.25 * len(families) + 1.5), _WIDEST), 4.6), layout="constrained")
     axes = figure.add_subplot()
-    for offset, key, colour in ((-0.2, "before", _BEFORE), (0.2, "after", _AFTER)):
+    for offset, key, colour in ((-0.2, "before", BEFORE), (0.2, "after", AFTER)):
         bounds = [_interval(row[key], row["n"]) for row in families]
         heights = np.array([100 * row[key] for row in families])
         errors = np.abs(100 * np.array(bounds).T - heights)
@@ -121,21 +172,49 @@ def plot_accuracy(families: Sequence[Mapping[str, Any]], path: str | Path) -> No
         gain, low, high = (100 * value for value in (row["after"] - row["before"], row["ci_low"], row["ci_high"]))
         top = 100 * max(_interval(row[key], row["n"])[1] for key in ("before", "after"))
         axes.text(place, top + 1.5, f"{gain:+.0f}\n[{low:+.0f}, {high:+.0f}]", ha="center", va="bottom", fontsize=8)
-    axes.set_xticks(
-        range(len(families)), [f"{row['family']}\nn={row['n']}" for row in families], rotation=20, ha="right"
-    )
+    names = [f"{plain(row['family'])}\nn={row['n']}" for row in families]
+    axes.set_xticks(range(len(families)), names, rotation=20, ha="right")
     axes.set(ylabel="solved (%)", ylim=(0, 118), title="Held-out accuracy before and after, 95% intervals")
     axes.set_yticks(range(0, 101, 20))
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.legend(frameon=False, loc="upper left", ncols=2)
-    _save(figure, path)
+    return figure
 
 
 def _interval(share: float, n: int) -> tuple[float, float]:
     solved = round(share * n)
     interval = proportion([1.0] * solved + [0.0] * (n - solved))
     return interval.low, interval.high
+
+
+def draw_budgets(curves: Mapping[str, Mapping[int, Interval]]) -> Figure:
+    """The share solved against the budget, a line with its 95% band for each of `before` and `after`.
+
+    Args:
+        curves: for each side, by tokens of budget, the share solved with its interval.
+    """
+    if not any(curves.values()):
+        raise ValueError("expected at least one budget, got none")
+    figure = Figure(figsize=(7.5, 3.8), layout="constrained")
+    axes = figure.add_subplot()
+    for side, points in curves.items():
+        budgets, colour = sorted(points), {"before": BEFORE, "after": AFTER}[side]
+        means, lows, highs = (
+            [100 * getattr(points[budget], part) for budget in budgets] for part in ("mean", "low", "high")
+        )
+        axes.plot(budgets, means, color=colour, linewidth=2, marker="o", markersize=3, label=side)
+        axes.fill_between(budgets, lows, highs, color=colour, alpha=0.2, linewidth=0)
+    axes.set(xlabel="tokens a completion may have", ylabel="solved (%)", ylim=(0, None), title="Accuracy by budget")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return figure
+
+
+def plain(name: str) -> str:
+    """A name that matplotlib draws as it stands: no mathematics, no line breaks, not too long."""
+    name = " ".join(name.split()).encode("utf-8", "replace").decode("utf-8").replace("$", r"\$")
+    return name if len(name) <= 60 else name[:57] + "..."
 
 
 def _save(figure: Figure, path: str | Path) -> None:

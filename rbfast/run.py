@@ -5,8 +5,8 @@ model, tokenizer = load_student("smollm2-135m")
 run = distill(model, tokenizer, read_traces("reason1k.jsonl"), "runs/first", DistillConfig(epochs=2))
 ```
 
-The folder of a run holds `run.json` (what was asked, on which traces), the adapter, `log.json` (losses by role),
-`skipped.jsonl` (traces that did not fit, with the reason), and `checkpoints/` while it is under way.
+The folder of a run holds `run.json` (what was asked, on which traces; in the end what it cost), the adapter, `log.json`
+(losses by role), `skipped.jsonl` (traces that did not fit, with the reason), and `checkpoints/` while it is under way.
 """
 
 import json
@@ -29,12 +29,11 @@ from rbfast.adapter import SparseAdapter
 from rbfast.files import write_text
 from rbfast.models import final_hidden
 from rbfast.progress import bar
+from rbfast.run_folder import LOG, RUN, SKIPPED
 from rbfast.scores import Method, Scores, score
 from rbfast.signal_store import SignalStore
 from rbfast.trace import Example, Trace, collate, encode_all
 from rbfast.trainer import DistillTrainer, Objective, last_checkpoint, role_counts, token_losses
-
-RUN, LOG = "run.json", "log.json"
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,14 @@ def distill(
     if trainer.is_world_process_zero():
         adapter.save_pretrained(out)
         reasons = (json.dumps(trace.to_dict() | {"reason": why}) + "\n" for trace, why in skipped)
-        write_text(out / "skipped.jsonl", "".join(reasons))
+        write_text(out / SKIPPED, "".join(reasons))
+        cost = {
+            "trainable_percent": adapter.trainable_percent,
+            "tokens_per_epoch": sum(len(example.input_ids) for example in examples),
+            "seconds": time.monotonic() - start,
+            "resumed": checkpoint is not None,
+        }
+        write_text(out / RUN, json.dumps(asked | cost, indent=1))
         write_text(out / LOG, json.dumps(history, indent=1))  # last: its presence says that the run is finished
         shutil.rmtree(out / "checkpoints")
     trainer.accelerator.wait_for_everyone()

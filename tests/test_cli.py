@@ -81,6 +81,11 @@ def test_from_traces_to_a_merged_model_and_a_lora(
     assert json.loads(out)["leg_counting"]["n"] == 2
     assert len(records.read_text().splitlines()) == 2
 
+    page = tmp_path / "report.html"
+    records.rename(tmp_path / "run" / records.name)
+    assert call(capsys, "report", run, "-o", str(page))[:2] == (0, f"wrote {page}\n")
+    assert f"{result['trainable_percent']:.3f}% of " in page.read_text(encoding="utf-8")
+
     code, _, _ = call(capsys, "merge", model_folder, run, "-o", str(tmp_path / "merged"), "--dtype", "float32")
     assert code == 0
     assert (tmp_path / "merged" / "model.safetensors").exists()

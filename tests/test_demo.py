@@ -43,6 +43,7 @@ def test_the_demo_writes_its_table_and_pictures_and_resumes(tmp_path: Path, monk
         assert {"before", "after", "gain", "ci_low", "ci_high", "n"} <= row.keys()
         assert row["ci_low"] <= row["after"] - row["before"] <= row["ci_high"]
     assert summary["mean"]["n"] == 2 * len(demo.FAMILIES)
+    assert "Report of " in (tmp_path / "report.html").read_text(encoding="utf-8")
     for name in ("losses.png", "placement.png", "accuracy.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "adapter_model.safetensors").exists()

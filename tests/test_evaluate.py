@@ -428,6 +428,17 @@ def test_a_guide_may_write_the_completions():
     assert result.completion.tokens <= 90 and "<answer>" in result.completion.text
 
 
+def test_what_a_guide_put_in_is_recorded(tmp_path):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    guide = Guide(90, close="<answer>", finish="</answer>", reserve=70)
+    problems, path = [Problem("file", "x", "never", {})], tmp_path / "results.jsonl"
+    results = evaluate(model, tokenizer, problems, guide=guide, keep=path)
+    assert results[0].completion.events
+    recorded = json.loads(path.read_text())["events"]
+    assert [event["kind"] for event in recorded] == [event.kind for event in results[0].completion.events]
+    assert evaluate(model, tokenizer, problems, guide=guide, keep=path) == results
+
+
 # ----------------------------------------------------------------------------------------------------- files, the hub
 
 

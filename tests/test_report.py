@@ -2,6 +2,7 @@ import matplotlib.image
 import pytest
 
 from rbfast import report
+from rbfast.statistics import Interval
 
 LOGS = [{"step": step, "loss_strategic": 1 / step, "loss_tactical": 2 / step} for step in range(1, 30)] + [
     {"eval_loss": 1}
@@ -15,6 +16,7 @@ ROWS = [
     {"family": "gcd", "before": 0.1, "after": 0.5, "ci_low": 0.2, "ci_high": 0.6, "n": 40},
     {"family": "chain_sum", "before": 0.0, "after": 1.0, "ci_low": 0.8, "ci_high": 1.0, "n": 1},
 ]
+SCORES = {name: 0.1 * number for number, name in enumerate(MODULES)}
 DRAW = [(report.plot_losses, LOGS), (report.plot_placement, MODULES), (report.plot_accuracy, ROWS)]
 
 
@@ -45,6 +47,28 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         report.plot_accuracy(ROWS, path)
     assert path.read_bytes() == b"old" and [entry.name for entry in tmp_path.iterdir()] == ["picture.png"]
+
+
+def test_scores_are_drawn_where_there_are_some():
+    figure = report.draw_scores({**SCORES, "model.layers.12.self_attn.q_proj": float("nan")})
+    drawn = figure.axes[0].images[0].get_array()
+    assert drawn.shape == (12, 2) and drawn.mask.sum() == 1  # the first score is 0
+    with pytest.raises(ValueError, match="expected a score above 0, got none among 1"):
+        report.draw_scores({"head": 0.0})
+
+
+def test_budgets_are_drawn_for_each_side():
+    share = Interval(0.5, 0.25, 0.75)
+    axes = report.draw_budgets({"before": {64: share}, "after": {128: share, 64: share}}).axes[0]
+    assert [line.get_xdata().tolist() for line in axes.lines] == [[64], [64, 128]]
+    assert axes.lines[1].get_ydata().tolist() == [50, 50]
+    with pytest.raises(ValueError, match="at least one budget"):
+        report.draw_budgets({"before": {}})
+
+
+def test_names_are_drawn_as_they_stand():
+    assert report.plain("a\n$x$ \ud83d") == r"a \$x\$ ?"
+    assert len(report.plain("x" * 100)) == 60
 
 
 def test_modules_are_placed_by_their_first_number():
