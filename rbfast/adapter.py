@@ -24,7 +24,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from rbfast import columns, ops
 from rbfast.columns import AdapterConfig, Delta, matrix_view
 from rbfast.placement import DEFAULT_DENSITY, count_parameters, plan
-from rbfast.scores import Scores
+from rbfast.scores import Scores, left_out
 
 Mode = Literal["auto", "fold", "side"]
 
@@ -171,7 +171,10 @@ class MatrixSummary:
 
 
 class SparseAdapter(nn.Module):
-    """Deltas attached to a model. Made by `attach` or `from_pretrained`; its parameters are `<module>.A` and `.B`."""
+    """Deltas attached to a model. Made by `attach` or `from_pretrained`; its parameters are `<module>.A` and `.B`.
+
+    left_out: by name, the shape of every weight of two or more dimensions that has no delta; embeddings and head aside.
+    """
 
     def __init__(self, model: nn.Module, config: AdapterConfig, deltas: Mapping[str, Delta], mode: Mode) -> None:
         super().__init__()
@@ -180,6 +183,7 @@ class SparseAdapter(nn.Module):
         folds = {name: _folds(name, modules[name], mode) for name in deltas}
         self.config = config
         self._base_count = count_parameters(model)
+        self.left_out = left_out(model, deltas)
         self._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
@@ -208,8 +212,9 @@ class SparseAdapter(nn.Module):
 
         placement: Scores (or a file of them), or "random". `support` and `rank` default to what fits (see
         placement.allocate). mode: "fold" writes the deltas into the weights, "side" adds them beside, "auto" folds
-        wherever the weight is a plain bf16, fp16 or fp32 tensor. Raises ValueError for a density outside (0, 1], one
-        that nothing fits, a model without linear layers, and a model that has an adapter attached.
+        wherever the weight is a plain bf16, fp16 or fp32 tensor. Warns of experts in stacked weights, which get no
+        delta. Raises ValueError for a density outside (0, 1], one that nothing fits, a model without linear layers,
+        and a model that has an adapter attached.
         """
         config, deltas = plan(model, density, support, rank, targets, placement, scale, seed)
         return cls(model, config, deltas, mode)

