@@ -165,7 +165,8 @@ class DistillTrainer(Trainer):
             eval_dataset=eval_dataset,
             **kwargs,
         )
-        self._check_same_columns()
+        if self.accelerator.num_processes > 1:
+            self._check_same_columns()
 
     def _check_same_columns(self) -> None:
         """Gradients are averaged by position: on every process a position must be the same column."""
