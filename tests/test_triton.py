@@ -22,7 +22,7 @@ from test_columns_ops import run as run_columns
 from test_divergence_rows import EPS32, ROUNDINGS, Rows
 from test_divergence_rows import make as make_rows
 
-from rbfast import reference
+from rbfast import ops, reference
 from rbfast.kernels import columns, divergence_rows
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -77,6 +77,11 @@ def test_a_gpu_build_of_torch_gets_triton_and_the_rest_the_reference() -> None:
         "reference (neither _C_cuda nor triton is installed)",
         "torch.mm, fp32 output",
     }
+
+
+def test_tensors_on_two_devices_are_refused():
+    with pytest.raises(ValueError, match="column_gather: all tensors must be on one device, got cpu and meta"):
+        ops._triton_op("column_gather")(torch.ones(2, 3), torch.zeros(1, dtype=torch.int64, device="meta"))
 
 
 # ---- the adapter's ops ----

@@ -383,7 +383,16 @@ std::tuple<Tensor, Tensor> divergence_rows_(Tensor logits, std::optional<Tensor>
                                             std::optional<Tensor> ids, std::optional<Tensor> logprobs,
                                             std::optional<Tensor> teacher, std::optional<Tensor> bias, double beta,
                                             double logit_scale, std::optional<double> softcap) {
-  const Device device(logits);
+  const Device device("divergence_rows_", {{"logits", logits},
+                                           {"dz", dz},
+                                           {"labels", labels},
+                                           {"weight", weight},
+                                           {"ce_weight", ce_weight},
+                                           {"temperature", temperature},
+                                           {"ids", ids},
+                                           {"logprobs", logprobs},
+                                           {"teacher", teacher},
+                                           {"bias", bias}});
   const Arguments arguments(logits, dz, labels, weight, ce_weight, temperature, ids, logprobs, teacher, bias, beta,
                             logit_scale, softcap);
   const Job& job = arguments.job;
