@@ -100,7 +100,7 @@ def test_a_large_vocabulary(gpu: Gpu, kind: str, beta: float) -> None:
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 2, 3])
-@pytest.mark.parametrize("V", [1000, 5003, 20_000])
+@pytest.mark.parametrize("V", [1000, 5003, 11_000, 20_000])
 @pytest.mark.parametrize("kind, beta", [("text", 0.0), ("top-k", 0.0), ("dense", 0.0), ("dense", 0.5)])
 def test_gradient_in_place_of_the_logits(gpu: Gpu, kind: str, beta: float, V: int, ahead: int) -> None:
     """At every alignment of a row; nothing between the rows is touched."""
