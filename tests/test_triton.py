@@ -279,6 +279,22 @@ def test_a_nan_is_not_hidden(kind):
 
 
 @here
+@pytest.mark.parametrize("wrong", (50, -2, 1 << 40))
+def test_ids_and_labels_outside_the_vocabulary_make_their_row_nan(wrong):
+    others = [0, 1, *range(3, 9)]
+    rows = make_rows("top-k", 50, 50)
+    rows.ids[2, 3] = wrong
+    divergence, _, dz = rows.run(OnDevice)
+    assert bool(divergence[2].isnan()) and bool(dz[2].isnan().all())
+    assert not divergence[others].isnan().any() and not dz[others].isnan().any()
+    for kind in ("text", "dense", "top-k"):
+        rows = make_rows(kind, 50, 50)
+        rows.labels[2] = wrong
+        _, ce, _ = rows.run(OnDevice)
+        assert bool(ce[2].isnan()) and not ce[others].isnan().any()
+
+
+@here
 def test_no_rows_and_no_support():
     empty, none = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
     divergence, ce, dz = Rows(torch.zeros(0, 37), none, empty, empty, empty).run(OnDevice)
