@@ -113,8 +113,8 @@ struct Argument {
   }
 };
 
-// The device of an op's tensors, current for as long as this lives, and torch's current stream on it. Torch calls the op
-// for the GPU if any of them is there; a kernel that follows the pointer of another one would read what is not its own.
+// The device of an op's tensors, current for as long as this lives, and torch's current stream on it. Torch calls the
+// op for the GPU if any of them is there; a kernel must not follow the pointer of one that is not.
 class Device {
  public:
   Device(const char* op, std::initializer_list<Argument> arguments)

@@ -8,9 +8,9 @@
 // memory once, and three blocks share an SM, so that one loads while another computes.
 //
 // dz may lie over the logits. In fp32 each thread writes where it has just read. In bf16, element v covers logit v / 2:
-// where the first half of a row is kept, those are logits that were read before the team first met. Where it is not, the
-// team goes through the row in step: it meets between reading a stretch and writing its gradients, which can only cover
-// what has been read.
+// where the first half of a row is kept, those are logits that were read before the team first met. Where it is not,
+// the team goes through the row in step: it meets between reading a stretch and writing its gradients, which can only
+// cover what has been read.
 //
 // Ids and labels cannot be checked without waiting for the stream: a row with one outside the vocabulary becomes NaN.
 #include <torch/csrc/stable/library.h>

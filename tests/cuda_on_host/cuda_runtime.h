@@ -42,7 +42,7 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace on_host {
 
 constexpr size_t kStackBytes = 64 << 10;
-constexpr size_t kGuard = 64;         // bytes after a block's shared memory, which no thread may change
+constexpr size_t kGuard = 64;  // bytes after a block's shared memory, which no thread may change
 
 struct Barrier {
   int expected = 0, arrived = 0;
