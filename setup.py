@@ -63,7 +63,9 @@ def cuda_extension(toolkit: str) -> CppExtension:
         extra_compile_args={"cxx": [], "nvcc": ["-O3", "-Xcompiler", ",".join(HOST_FLAGS)]},
         libraries=["cudart_static", "rt", "dl"],
         library_dirs=[f"{toolkit}/lib64", f"{toolkit}/lib"],
-        extra_link_args=["-s"],
+        # CUDA streams come from libtorch_cuda, which only libtorch.so leads to. It is empty itself, so a linker that
+        # keeps what is used would drop it; and it is there under a CPU-only torch too, which has no libtorch_cuda.
+        extra_link_args=["-s", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"],
         py_limited_api=True,
     )
 

@@ -70,7 +70,8 @@ def project_kernel(
     acc = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
     for start in range(0, n, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
-        tile = tl.load(x + t * x_row + j[None, :] * x_col, mask=(t < T) & (j[None, :] < n), other=0.0)
+        at = t * x_row + j[None, :].to(tl.int64) * x_col
+        tile = tl.load(x + at, mask=(t < T) & (j[None, :] < n), other=0.0)
         w = tl.load(m + j[:, None] * m_row + i * m_col, mask=(j[:, None] < n) & (i < k), other=0.0)
         acc = _dot(tile, w, acc)
     tl.store(h + t * k + i, scale * acc, mask=(t < T) & (i < k))
@@ -96,7 +97,8 @@ def contract_kernel(
     last = tl.minimum(first + group, T)
     for start in range(first, last, BLOCK_T):
         t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
-        tile = tl.load(x + t * x_row + j[None, :] * x_col, mask=(t < last) & (j[None, :] < n), other=0.0)
+        at_x = t * x_row + j[None, :].to(tl.int64) * x_col
+        tile = tl.load(x + at_x, mask=(t < last) & (j[None, :] < n), other=0.0)
         at = t * k + i
         in_w = (t < last) & (i < k)
         if HAS_M:
@@ -131,10 +133,11 @@ def update_kernel(
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     mask = (r < rows) & (j < n)
+    j = j.to(tl.int64)
     acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
     for i in range(k):
         a = scale * tl.load(left + r * left_row + i * left_col, mask=r < rows, other=0.0)
-        acc += a * tl.load(right + i * right_row + j.to(tl.int64) * right_col, mask=j < n, other=0.0)
+        acc += a * tl.load(right + i * right_row + j * right_col, mask=j < n, other=0.0)
     column = tl.load(cols + j, mask=j < n, other=0) if HAS_COLS else j
     if base is None:
         old = tl.load(target + r * target_row + column * target_col, mask=mask)

@@ -3,6 +3,7 @@
 Maths: one program per row, in passes over blocks of V. The first finds the maximum and the sums of exponentials (of the
 student, and of a dense teacher); scalars between the passes are fp64. A row with a top-k teacher, or with none, then
 needs one pass for dz. A dense row needs one more for reverse KL and JS, whose gradient contains a mean over the row.
+Ids and labels cannot be checked without waiting for the device: a row with one outside the vocabulary becomes NaN.
 
 Accuracy: with d = log p - log q from differences of logits, the larger of p and q is exp of its logarithm and the
 smaller follows from exp(-|d|) - 1. So q - p and every term of D keep their relative accuracy when the two are close,
@@ -76,6 +77,13 @@ def _tanh(x):
 @triton.jit
 def _at_least_none(z):
     return tl.where(z < NONE, NONE, z)  # a comparison with NaN keeps it; tl.maximum would not
+
+
+@triton.jit
+def _take_label(row, label, V):
+    """The label's logit, fp64; NaN where the label is outside the vocabulary."""
+    is_there = (label >= 0) & (label < V)
+    return _at_least_none(tl.load(row + label, mask=is_there, other=float("nan"))).to(tl.float64)
 
 
 @triton.jit
@@ -183,14 +191,15 @@ def sparse_rows_kernel(
     label, a = tl.load(labels + i), tl.load(ce_weight + i)
     if HAS_HEAD:
         _write_head(row, bias, V, logit_scale, softcap, HAS_CAP, BLOCK)
-    z_label = _at_least_none(tl.load(row + label)).to(tl.float64)
+    z_label = _take_label(row, label, V)
     tau = tl.load(temperature + i)
     inv_tau = 1.0 / tau
     if ids is not None:
         slot = tl.arange(0, BLOCK_K)
         id = tl.load(ids + i * k + slot, mask=slot < k, other=-1)
-        used = id >= 0
-        z_in = _at_least_none(tl.load(row + id, mask=used, other=NONE))
+        used = (id >= 0) & (id < V)
+        is_padding = id == -1
+        z_in = _at_least_none(tl.load(row + id, mask=used, other=float("nan")))
         tl.debug_barrier()
         tl.store(row + id, tl.full((BLOCK_K,), NONE, tl.float32), mask=used)  # what is left is the tail
         tl.debug_barrier()
@@ -200,8 +209,8 @@ def sparse_rows_kernel(
     log_one = tail_top + tl.log(tail_one)
     value = 0.0
     if ids is not None:
-        top = tl.maximum(tl.max(z_in, 0), tail_top).to(tl.float64)
-        x, below = tl.where(used, z_in.to(tl.float64) - top, float("-inf")), tail_top.to(tl.float64) - top
+        top = tl.maximum(tl.max(tl.where(used, z_in, NONE), 0), tail_top).to(tl.float64)
+        x, below = tl.where(is_padding, float("-inf"), z_in.to(tl.float64) - top), tail_top.to(tl.float64) - top
         sum_tau = tl.sum(tl.exp(x * inv_tau), 0) + tl.where(has_tail, tail_tau * tl.exp(below * inv_tau), 0.0)
         sum_one = tl.sum(tl.exp(x), 0) + tl.where(has_tail, tail_one * tl.exp(below), 0.0)
         log_one = top + tl.log(sum_one)
@@ -301,7 +310,7 @@ def dense_rows_kernel(
     label, a = tl.load(labels + i), tl.load(ce_weight + i)
     if HAS_HEAD:
         _write_head(row, bias, V, logit_scale, softcap, HAS_CAP, BLOCK)
-    z_label = _at_least_none(tl.load(row + label)).to(tl.float64)
+    z_label = _take_label(row, label, V)
     tau = tl.load(temperature + i)
     inv_tau = 1.0 / tau
     z_max, z_tau, z_one = _log_sum(row, 0, shared, inv_tau, BLOCK)

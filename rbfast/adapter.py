@@ -96,11 +96,18 @@ class ColumnDelta(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base's weight as a writable [out, in] view."""
+        """The base's weight as a writable [out, in] view, and the delta brought to its device: ask for it first."""
+        self._follow_base()
         view = matrix_view(self.linear)
         if view is None:
             raise RuntimeError("the base's weight is no longer a plain floating tensor; detach the adapter before that")
         return view
+
+    def _follow_base(self) -> None:
+        """Moves the delta to the base's device: model.to(device) does not reach it."""
+        weight = self.linear.weight
+        if isinstance(weight, Tensor) and weight.device != self._masters[0].device and not weight.is_meta:
+            self.to(weight.device)
 
     @torch.no_grad()
     def fold(self) -> None:
@@ -112,7 +119,8 @@ class ColumnDelta(nn.Module):
     @torch.no_grad()
     def restore(self) -> None:
         """Writes the original columns back, bitwise."""
-        self.weight[:, self.cols] = self.base_columns.to(self.weight.dtype)
+        weight = self.weight
+        weight[:, self.cols] = self.base_columns.to(weight.dtype)
 
     def remove_hooks(self) -> None:
         for hook in self._hooks:
@@ -122,7 +130,8 @@ class ColumnDelta(nn.Module):
     @torch.no_grad()
     def folded_columns(self) -> Tensor:
         """The columns [out, s] that fold() writes, bitwise."""
-        base = self.base_columns.to(self.weight.dtype)
+        weight = self.weight
+        base = self.base_columns.to(weight.dtype)
         folded = torch.empty_like(base)
         ops.column_fold_(folded, base, torch.arange(base.shape[1], device=base.device), self.A, self.B, self.scale)
         return folded
@@ -130,14 +139,17 @@ class ColumnDelta(nn.Module):
     @torch.no_grad()
     def survivors(self) -> tuple[int, int]:
         """(how many weights the fold changes, how many it would change without rounding)."""
-        wanted = self.scale * (self.B @ self.A) != 0
-        changed = self.folded_columns() != self.base_columns.to(self.weight.dtype)
+        folded = self.folded_columns()
+        wanted, changed = self.scale * (self.B @ self.A) != 0, folded != self.base_columns.to(folded.dtype)
         return int((wanted & changed).sum()), int(wanted.sum())
 
     def _before(self, linear: nn.Module, args: tuple) -> None:
-        a, b = self._masters
-        if torch.compiler.is_compiling() or not self.folds or not self.enabled:
+        if torch.compiler.is_compiling() or not self.enabled:
             return
+        self._follow_base()
+        if not self.folds:
+            return
+        a, b = self._masters
         if self._versions != (a._version, b._version):
             self.fold()
 
@@ -172,6 +184,9 @@ class MatrixSummary:
 
 class SparseAdapter(nn.Module):
     """Deltas attached to a model. Made by `attach` or `from_pretrained`; its parameters are `<module>.A` and `.B`.
+
+    Where the model is moved to another device afterwards, its deltas follow with the next forward; before that, and
+    before torch.compile, `adapter.to(device)` moves them.
 
     left_out: by name, the shape of every weight of two or more dimensions that has no delta; embeddings and head aside.
     """

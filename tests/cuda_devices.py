@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,6 +33,15 @@ class Gpu:
     @property
     def is_real(self) -> bool:
         return self.device == "cuda"
+
+    @property
+    def called_for_any_device(self) -> Any:
+        """The ops as the dispatcher calls them for a GPU, which it does if any tensor of a call is there."""
+        if self.is_real:
+            return self.ops
+        key = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)  # what stands for the GPU on the host
+        calls = {name: functools.partial(getattr(self.ops, name).default.redispatch, key) for name in ops._SCHEMAS}
+        return SimpleNamespace(**calls)
 
 
 @functools.cache

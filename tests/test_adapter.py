@@ -8,10 +8,11 @@ import pytest
 import torch
 from tiny_models import MODELS, attach, batch, disturb, gpt2, llama
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from transformers import GPT2LMHeadModel
 
-from rbfast.adapter import SparseAdapter
+from rbfast.adapter import ColumnDelta, SparseAdapter
 from rbfast.columns import matrix_shape
 
 
@@ -438,6 +439,24 @@ def test_accumulated_gradients_are_the_sum():
         model(**batch(seed=seed)).loss.backward()
     for name, parameter in adapter.named_parameters():
         assert torch.equal(parameter.grad, parts[0][name] + parts[1][name])
+
+
+@pytest.mark.parametrize("mode", ["fold", "side"])
+def test_the_delta_follows_the_base_to_its_device(monkeypatch, mode):
+    """Without another device at hand: a fake weight that says it is on a GPU, and the move it asks for."""
+    model = llama()
+    adapter = attach(model, mode=mode)
+    moves = []
+    monkeypatch.setattr(ColumnDelta, "to", lambda site, device: moves.append(device))
+    site = next(iter(adapter.sites().values()))
+    model(**batch())
+    site.linear.weight = nn.Parameter(torch.empty(site.linear.weight.shape, device="meta"), requires_grad=False)
+    site._before(site.linear, ())
+    assert moves == []  # a weight that is offloaded for now takes nothing with it
+    with FakeTensorMode():
+        site.linear.weight = nn.Parameter(torch.empty(site.linear.weight.shape, device="cuda:1"), requires_grad=False)
+    site._before(site.linear, ())
+    assert moves == [torch.device("cuda:1")]
 
 
 def test_an_output_may_be_changed_in_place_afterwards():

@@ -148,11 +148,12 @@ def test_the_loss_is_as_right_as_on_the_cpu(dtype: torch.dtype) -> None:
             assert float((mine - other).norm()) <= rounding * float(other.norm()), name
 
 
-def trained(device: str, mode: str) -> list[Tensor]:
-    """The adapter's values after three steps on a tiny model."""
-    model = llama().to(device)
+def trained(device: str, mode: str, attached_on: str | None = None) -> list[Tensor]:
+    """The adapter's values after three steps on a tiny model, which may move to the device after it was attached."""
+    model = llama().to(attached_on or device)
     adapter = attach(model, mode=mode)
     optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    model.to(device)
     inputs = {name: value.to(device) for name, value in batch().items()}
     for _ in range(3):
         model(**inputs).loss.backward()
@@ -163,5 +164,7 @@ def trained(device: str, mode: str) -> list[Tensor]:
 
 @pytest.mark.parametrize("mode", ["fold", "side"])
 def test_an_adapter_trains_as_on_the_cpu(mode: str) -> None:
-    for ours, theirs in zip(trained("cuda", mode), trained("cpu", mode), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    expected = trained("cpu", mode)
+    for attached_on in ("cuda", "cpu"):
+        for ours, theirs in zip(trained("cuda", mode, attached_on), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)

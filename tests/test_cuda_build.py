@@ -57,18 +57,25 @@ def test_a_wheel_with_cuda_works_on_a_torch_without(fresh: Path, checkout: Path,
 
 
 def assert_registers_every_op(library: Path, tmp_path: Path) -> None:
-    """Loads the library into a CPU-only torch, with the one symbol of a CUDA torch that it needs made up."""
-    stub = tmp_path / "stub.so"
+    """Loads the library into this torch with a libtorch.so in front that leads to CUDA streams, as a CUDA torch's does:
+    torch loads libraries for themselves alone, so the library must ask for libtorch.so by itself to find them."""
+    needed = run("readelf", "-d", str(library), cwd=ROOT)
+    assert "[libtorch.so]" in needed and "cuda" not in needed, needed
     source = "int aoti_torch_get_current_cuda_stream(int device, void** stream) { *stream = 0; return 0; }"
-    subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", stub], input=source, text=True, check=True)
+    of_torch = Path(torch.__file__).parent / "lib"
+    for name, code, linked in (
+        ("libtorch_cuda.so", source, []),
+        ("libtorch.so", "", [f"-L{tmp_path}", "-ltorch_cuda", f"-L{of_torch}", "-ltorch_cpu"]),
+    ):
+        flags = ["-shared", "-fPIC", f"-Wl,-soname,{name}", "-Wl,--no-as-needed", "-x", "c", "-", "-x", "none"]
+        subprocess.run(["cc", *flags, *linked, "-o", tmp_path / name], input=code, text=True, check=True)
     program = """
-import ctypes, json, sys, torch
+import json, sys, torch
 from rbfast import ops
-ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
-torch.ops.load_library(sys.argv[2])
+torch.ops.load_library(sys.argv[1])
 print(json.dumps([n for n in ops._SCHEMAS if torch._C._dispatch_has_kernel_for_dispatch_key(f"rbfast::{n}", "CUDA")]))
 """
-    done = run(sys.executable, "-c", program, str(stub), str(library), cwd=ROOT)
+    done = run(sys.executable, "-c", program, str(library), cwd=ROOT, LD_LIBRARY_PATH=f"{tmp_path}:{of_torch}")
     assert set(json.loads(done.splitlines()[-1])) == set(ops._SCHEMAS)
 
 

@@ -188,3 +188,14 @@ def test_bad_arguments(gpu: Gpu, name: str, change: Callable[[Delta], dict], mes
     d = make((5, 90, 77, 33, 2), torch.float32)
     with pytest.raises(RuntimeError, match=message):
         run_on(gpu, name, replace(d, **change(d)))
+
+
+@pytest.mark.parametrize(
+    "name, left", (("column_gather", "cols"), *((name, "A") for name in OPS[1:]), *((name, "B") for name in OPS[1:]))
+)
+def test_a_tensor_left_on_another_device_is_named(gpu: Gpu, name: str, left: str) -> None:
+    d = make((5, 90, 77, 33, 2), torch.float32).map(lambda t: t.to(gpu.device))
+    d = replace(d, cols=d.cols.to(gpu.device))
+    stray = replace(d, **{left: getattr(d, left).to("cpu" if gpu.is_real else "meta")})
+    with pytest.raises(RuntimeError, match=rf"{name}: all tensors must be on one device, but .* and {left} on "):
+        run(name, stray, gpu.called_for_any_device)

@@ -100,7 +100,7 @@ def test_a_large_vocabulary(gpu: Gpu, kind: str, beta: float) -> None:
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 2, 3])
-@pytest.mark.parametrize("V", [1000, 5003, 20_000])
+@pytest.mark.parametrize("V", [1000, 5003, 11_000, 20_000])
 @pytest.mark.parametrize("kind, beta", [("text", 0.0), ("top-k", 0.0), ("dense", 0.0), ("dense", 0.5)])
 def test_gradient_in_place_of_the_logits(gpu: Gpu, kind: str, beta: float, V: int, ahead: int) -> None:
     """At every alignment of a row; nothing between the rows is touched."""
@@ -259,3 +259,13 @@ def test_a_gradient_that_lies_across_rows_is_refused(gpu: Gpu) -> None:
     for dz in (room[1:], room[:9].view(torch.bfloat16).view(18, 40)[:9]):
         with pytest.raises(RuntimeError, match="dz overlaps logits in another way than row by row"):
             gpu.ops.divergence_rows_(room[:9], dz, *moved)
+
+
+@pytest.mark.parametrize("left", ["labels", "temperature", "ids", "logprobs", "teacher", "bias"])
+def test_a_tensor_left_on_another_device_is_named(gpu: Gpu, left: str) -> None:
+    rows = make("dense" if left == "teacher" else "top-k", head=True)
+    values = {field.name: getattr(rows, field.name) for field in fields(rows)}
+    moved = {name: x.to(gpu.device) if isinstance(x, Tensor) else x for name, x in values.items()}
+    logits, *rest = (moved | {left: moved[left].to("cpu" if gpu.is_real else "meta")}).values()
+    with pytest.raises(RuntimeError, match=f"divergence_rows_: .* logits is on .* and {left} on "):
+        gpu.called_for_any_device.divergence_rows_(logits, None, *rest)

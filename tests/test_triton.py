@@ -22,7 +22,7 @@ from test_columns_ops import run as run_columns
 from test_divergence_rows import EPS32, ROUNDINGS, Rows
 from test_divergence_rows import make as make_rows
 
-from rbfast import reference
+from rbfast import ops, reference
 from rbfast.kernels import columns, divergence_rows
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -77,6 +77,11 @@ def test_a_gpu_build_of_torch_gets_triton_and_the_rest_the_reference() -> None:
         "reference (neither _C_cuda nor triton is installed)",
         "torch.mm, fp32 output",
     }
+
+
+def test_tensors_on_two_devices_are_refused():
+    with pytest.raises(ValueError, match="column_gather: all tensors must be on one device, got cpu and meta"):
+        ops._triton_op("column_gather")(torch.ones(2, 3), torch.zeros(1, dtype=torch.int64, device="meta"))
 
 
 # ---- the adapter's ops ----
@@ -271,6 +276,22 @@ def test_a_nan_is_not_hidden(kind):
     divergence, ce, dz = rows.run(OnDevice)
     assert bool(ce[0].isnan()) and bool(dz[0].isnan().any()) and not ce[1:].isnan().any()
     assert kind == "text" or bool(divergence[0].isnan())
+
+
+@here
+@pytest.mark.parametrize("wrong", (50, -2, 1 << 40))
+def test_ids_and_labels_outside_the_vocabulary_make_their_row_nan(wrong):
+    others = [0, 1, *range(3, 9)]
+    rows = make_rows("top-k", 50, 50)
+    rows.ids[2, 3] = wrong
+    divergence, _, dz = rows.run(OnDevice)
+    assert bool(divergence[2].isnan()) and bool(dz[2].isnan().all())
+    assert not divergence[others].isnan().any() and not dz[others].isnan().any()
+    for kind in ("text", "dense", "top-k"):
+        rows = make_rows(kind, 50, 50)
+        rows.labels[2] = wrong
+        _, ce, _ = rows.run(OnDevice)
+        assert bool(ce[2].isnan()) and not ce[others].isnan().any()
 
 
 @here

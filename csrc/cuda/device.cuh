@@ -6,6 +6,10 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include <initializer_list>
+#include <optional>
+#include <string>
+
 #include "checks.h"
 
 // The dynamic shared memory of a block. The tests bring another one, for threads that run on the host.
@@ -95,10 +99,32 @@ struct Shape {
   size_t shared = 0;
 };
 
-// The device of a tensor, current for as long as this lives, and torch's current stream on it.
+// A tensor of an op and what its messages call it; no tensor where an optional one is not given.
+struct Argument {
+  const char* name;
+  const Tensor* tensor;
+
+  Argument(const char* name, const Tensor& x) : name(name), tensor(&x) {}
+  Argument(const char* name, const std::optional<Tensor>& x) : name(name), tensor(x ? &*x : nullptr) {}
+
+  std::string place() const {
+    if (tensor->is_cpu()) return "the CPU";
+    return (tensor->is_cuda() ? "cuda:" : "another device, of index ") + std::to_string(tensor->get_device_index());
+  }
+};
+
+// The device of an op's tensors, current for as long as this lives, and torch's current stream on it. Torch calls the
+// op for the GPU if any of them is there; a kernel must not follow the pointer of one that is not.
 class Device {
  public:
-  explicit Device(const Tensor& tensor) : index_(tensor.get_device_index()) {
+  Device(const char* op, std::initializer_list<Argument> arguments)
+      : index_(arguments.begin()->tensor->get_device_index()) {
+    const Argument& first = *arguments.begin();
+    for (const Argument& x : arguments) {
+      if (x.tensor == nullptr || x.tensor->device() == first.tensor->device()) continue;
+      expect(false, op, ": all tensors must be on one device, but ", first.name, " is on ", first.place(), " and ",
+             x.name, " on ", x.place(), "; move one with .to(device)");
+    }
     check(cudaGetDevice(&before_), "cudaGetDevice");
     if (before_ != index_) check(cudaSetDevice(index_), "cudaSetDevice");
     void* stream = nullptr;

@@ -7,9 +7,10 @@
 // again, from the level-2 cache on a large GPU. A 128k row of fp32 logits is 64 KB for each of 8 members: it is read from
 // memory once, and three blocks share an SM, so that one loads while another computes.
 //
-// dz may lie over the logits, element v at or before logit v. Where all of a row is kept, every logit is read before the
-// team first meets, and gradients are written after that. Where not, the team goes through the row in step: it meets
-// between reading a stretch and writing its gradients, which can only cover what has been read.
+// dz may lie over the logits. In fp32 each thread writes where it has just read. In bf16, element v covers logit v / 2:
+// where the first half of a row is kept, those are logits that were read before the team first met. Where it is not,
+// the team goes through the row in step: it meets between reading a stretch and writing its gradients, which can only
+// cover what has been read.
 //
 // Ids and labels cannot be checked without waiting for the stream: a row with one outside the vocabulary becomes NaN.
 #include <torch/csrc/stable/library.h>
@@ -361,7 +362,9 @@ Plan make_plan(const Device& device, const Job& job, Kernel kernel) {
   while (plan.team < largest && ceil_div(tiles, plan.team) > most_kept) plan.team *= 2;
   plan.rounds = static_cast<int>(ceil_div(tiles, plan.team));
   plan.kept = static_cast<int>(std::min<int64_t>(plan.rounds, most_kept));
-  plan.in_step = plan.kept < plan.rounds && job.dz == static_cast<void*>(job.logits);
+  // Gradient v in bf16 covers logit v / 2: the kept half of a row is all that is ever covered.
+  const int64_t kept = int64_t{plan.kept} * plan.team * kTile;
+  plan.in_step = job.dz == static_cast<void*>(job.logits) && job.dz_is_bf16 && job.vocabulary > 2 * kept;
   return plan;
 }
 
@@ -383,7 +386,16 @@ std::tuple<Tensor, Tensor> divergence_rows_(Tensor logits, std::optional<Tensor>
                                             std::optional<Tensor> ids, std::optional<Tensor> logprobs,
                                             std::optional<Tensor> teacher, std::optional<Tensor> bias, double beta,
                                             double logit_scale, std::optional<double> softcap) {
-  const Device device(logits);
+  const Device device("divergence_rows_", {{"logits", logits},
+                                           {"dz", dz},
+                                           {"labels", labels},
+                                           {"weight", weight},
+                                           {"ce_weight", ce_weight},
+                                           {"temperature", temperature},
+                                           {"ids", ids},
+                                           {"logprobs", logprobs},
+                                           {"teacher", teacher},
+                                           {"bias", bias}});
   const Arguments arguments(logits, dz, labels, weight, ce_weight, temperature, ids, logprobs, teacher, bias, beta,
                             logit_scale, softcap);
   const Job& job = arguments.job;
@@ -395,8 +407,9 @@ std::tuple<Tensor, Tensor> divergence_rows_(Tensor logits, std::optional<Tensor>
   const Plan plan = make_plan(device, job, kernel);
   const size_t tiles = sizeof(Vector) * kThreads * plan.kept * (job.teacher == nullptr ? 1 : 2);
   const size_t bytes = plan.kept_offset + tiles;
+  // The same limit in every call: another thread may be about to launch this kernel with more than these bytes.
   check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(bytes)),
+                             device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)),
         "cudaFuncSetAttribute");
   device.launch({job.rows * plan.team, 1, kThreads, plan.team, bytes}, kernel, job, plan, mutable_data<float>(value),
                 mutable_data<float>(ce));

@@ -25,7 +25,7 @@ using Vector = Pack<float, kVector>;
 struct Plan {
   int team;
   int rounds, kept;  // tiles of a member, and how many of them it keeps; a dense teacher's are kept as well
-  bool in_step;      // dz lies over logits that are not all kept
+  bool in_step;      // dz is written over logits that are not kept
   int kept_offset;   // bytes before the tiles in shared memory: the buckets
 };
 

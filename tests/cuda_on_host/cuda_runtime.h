@@ -42,8 +42,7 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace on_host {
 
 constexpr size_t kStackBytes = 64 << 10;
-constexpr size_t kGuard = 64;         // bytes after a block's shared memory, which no thread may change
-constexpr int kMostShared = 232448;  // of a block
+constexpr size_t kGuard = 64;  // bytes after a block's shared memory, which no thread may change
 
 struct Barrier {
   int expected = 0, arrived = 0;
@@ -87,6 +86,7 @@ struct Machine {
   std::mt19937 random{0};
 };
 inline Machine machine;
+inline int most_shared() { return machine.shared_bytes - 1024; }  // of a block
 
 inline Fiber& current() { return *machine.current; }
 inline Block& block_of(const Fiber& fiber) { return machine.blocks[fiber.block]; }
@@ -251,7 +251,11 @@ inline __half __float2half_rn(float v) { return {static_cast<_Float16>(v)}; }
 // ---- the runtime ----
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
-enum cudaDeviceAttr { cudaDevAttrClusterLaunch, cudaDevAttrMaxSharedMemoryPerMultiprocessor };
+enum cudaDeviceAttr {
+  cudaDevAttrClusterLaunch,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 typedef struct Stream* cudaStream_t;
@@ -278,7 +282,9 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = -1, cudaSuccess
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) { return *stream = nullptr, 0; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-  *value = which == cudaDevAttrClusterLaunch ? on_host::machine.has_clusters : on_host::machine.shared_bytes;
+  *value = which == cudaDevAttrClusterLaunch                  ? on_host::machine.has_clusters
+           : which == cudaDevAttrMaxSharedMemoryPerBlockOptin ? on_host::most_shared()
+                                                              : on_host::machine.shared_bytes;
   return cudaSuccess;
 }
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
@@ -286,13 +292,14 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const v
   return cudaSuccess;
 }
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
-  return bytes <= on_host::kMostShared ? cudaSuccess : cudaErrorInvalidValue;
+  return bytes <= on_host::most_shared() ? cudaSuccess : cudaErrorInvalidValue;
 }
 template <typename... Expected, typename... Given>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected...), Given... arguments) {
   const int cluster = config->numAttrs > 0 ? config->attrs->val.clusterDim.x : 1;
   const unsigned threads = config->blockDim.x;
   if (threads % 32 != 0 || threads > 1024 || config->gridDim.x % cluster != 0) return cudaErrorInvalidValue;
+  if (config->dynamicSmemBytes > static_cast<size_t>(on_host::most_shared())) return cudaErrorInvalidValue;
   gridDim = config->gridDim;
   blockDim = config->blockDim;
   on_host::machine.kernel = [&] { kernel(arguments...); };
