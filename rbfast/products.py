@@ -1,8 +1,8 @@
 """The head's three products on a GPU: library GEMMs of 16-bit operands with fp32 output, which torch has for CUDA only.
 
-Any other pair of dtypes is widened first, as in the reference, but a slice of the vocabulary at a time: a head in fp32 is
-twice as large as the one that is there. That is what an fp16 student meets, whose dz is fp32, and one of mixed dtypes.
-Shapes: T tokens, H hidden size, V vocabulary.
+Any other pair of dtypes is widened first, as in the reference, but a slice of the vocabulary at a time: a head in fp32
+is twice the one that is there. That is what an fp16 student meets, whose dz is fp32, and one of mixed dtypes. Shapes: T
+tokens, H hidden size, V vocabulary.
 """
 
 from collections.abc import Iterator
