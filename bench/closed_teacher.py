@@ -30,7 +30,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from closed_teacher_report import best, put_section, section
+from closed_teacher_report import best, section
+from pages import put_section
 from rich.console import Console
 from rich.markdown import Markdown
 from teacher_results import one_per_problem, traces_from_results

@@ -2,17 +2,15 @@
 
 import datetime
 import importlib.metadata
-import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+from pages import cpu
 
 import rbfast
 from rbfast.evaluate import paired_difference
-from rbfast.files import write_text
 
 LOSSES = ("strategic", "tactical", "answer", "mean")
 
@@ -99,31 +97,6 @@ the shortest correct completion of each problem, where it fits {recipe.tokens} t
 
 {accuracy_table(measured["before"], measured["after"], fitting)}
 
-{datetime.date.today()}; {_cpu()}, {torch.get_num_threads()} threads; {seconds:.0f} s of measuring in all \
+{datetime.date.today()}; {cpu()}, {torch.get_num_threads()} threads; {seconds:.0f} s of measuring in all \
 ({trained["seconds"]:.0f} s of it the training for the second table); {", ".join(versions)}.
 """
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def put_section(path: Path, name: str, text: str) -> None:
-    """Replaces what stands between `<!-- name -->` and `<!-- /name -->` in a file; the rest stays, bit for bit.
-
-    A file without the markers gets them at its end; no file, a new one with a heading.
-
-    Raises:
-        ValueError: one marker without the other, in the wrong order, or more than once.
-    """
-    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    old = path.read_text(encoding="utf-8") if path.exists() else "# Results\n"
-    before, opened, rest = old.partition(start)
-    _, closed, after = rest.partition(end)
-    if (old.count(start), old.count(end)) not in ((0, 0), (1, 1)) or bool(opened) != bool(closed):
-        raise ValueError(f"{path}: expected one {start} and then one {end}, or neither; put them right")
-    if not opened:
-        before, after = old.rstrip("\n") + "\n\n", "\n"
-    write_text(path, f"{before}{start}\n{text.strip()}\n{end}{after}")

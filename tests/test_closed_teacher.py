@@ -9,7 +9,8 @@ import closed_teacher
 import pytest
 import torch
 from closed_teacher import Recipe, fresh_problems, part, run_recipe
-from closed_teacher_report import comparison_table, put_section
+from closed_teacher_report import comparison_table
+from pages import put_section
 from real_inputs import data_path
 from teacher_results import (
     CORRECT,

@@ -1,0 +1,31 @@
+"""What the benchmarks write into docs/: sections between markers, and the machine they ran on."""
+
+import platform
+from pathlib import Path
+
+from rbfast.files import write_text
+
+
+def cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def put_section(path: Path, name: str, text: str) -> None:
+    """Replaces what stands between `<!-- name -->` and `<!-- /name -->` in a file; the rest stays, bit for bit.
+
+    A file without the markers gets them at its end; no file, a new one with a heading.
+
+    Raises:
+        ValueError: one marker without the other, in the wrong order, or more than once.
+    """
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    old = path.read_text(encoding="utf-8") if path.exists() else "# Results\n"
+    before, opened, rest = old.partition(start)
+    _, closed, after = rest.partition(end)
+    if (old.count(start), old.count(end)) not in ((0, 0), (1, 1)) or bool(opened) != bool(closed):
+        raise ValueError(f"{path}: expected one {start} and then one {end}, or neither; put them right")
+    if not opened:
+        before, after = old.rstrip("\n") + "\n\n", "\n"
+    write_text(path, f"{before}{start}\n{text.strip()}\n{end}{after}")
