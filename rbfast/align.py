@@ -45,6 +45,11 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
     """
     if not tokenizer.is_fast:
         raise ValueError(f"log-probs need a fast tokenizer to be aligned, got {type(tokenizer).__name__}")
+    return _spelled(tokenizer, len(tokenizer))
+
+
+@lru_cache(maxsize=4)  # every trace asks for it, of the same two tokenizers; the size tells of tokens added since
+def _spelled(tokenizer: PreTrainedTokenizerBase, size: int) -> list[bytes | None]:
     decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder"))
     spell = _spell_byte_level if "ByteLevel" in decoder else _spell_sentencepiece
     vocabulary = tokenizer.get_vocab()

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from tiny_models import MODELS, attach, batch, disturb, gpt2, llama
+from tiny_models import MODELS, attach, batch, disturb, gpt2, llama, same_bits, snapshot
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
@@ -26,14 +26,6 @@ def train(model, adapter, steps=3, optimizer=None):
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
-
-
-def snapshot(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same_bits(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def reparameterised(model, adapter, base, dtype):

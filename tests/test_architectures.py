@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import FAMILIES, VOCABULARY, attach, batch, disturb, family
+from tiny_models import FAMILIES, VOCABULARY, attach, batch, disturb, family, same_bits, snapshot
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers.pytorch_utils import Conv1D
@@ -107,14 +107,6 @@ def train(model, adapter, steps=4):
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
-
-
-def snapshot(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same_bits(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def logits(model):

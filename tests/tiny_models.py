@@ -112,3 +112,11 @@ def disturb(adapter, size=0.1, seed=1):
         for parameter in adapter.parameters():
             parameter.add_(size * torch.randn(parameter.shape, generator=generator))
     adapter.fold()
+
+
+def snapshot(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same_bits(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
