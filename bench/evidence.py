@@ -30,6 +30,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from closed_teacher import RESULTS, digest, part
 from pages import cpu, put_section
@@ -62,6 +63,7 @@ class Settings:
     max_new_tokens: int
     rate: float
     student: str = SMOLLM2
+    density: float = 0.003
 
 
 @dataclass(frozen=True)
@@ -130,10 +132,9 @@ def drawn(items: Sequence[Trace], lengths: Mapping[str, int], size: int, tokens:
 
 def flat(traces: Sequence[Trace], tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Objective:
     """Roles weigh by their share of the tokens, throughout: every token the same."""
-    counts = torch.zeros(3, dtype=torch.int64)
-    for example in encode_all(traces, tokenizer, max_tokens=settings.tokens)[0]:
-        counts += torch.bincount(example.roles[example.roles >= 0], minlength=3)
-    strategic, tactical, answer = (counts / counts.sum()).tolist()
+    examples, _ = encode_all(traces, tokenizer, max_tokens=settings.tokens)
+    roles = np.concatenate([example.roles for example in examples])
+    strategic, tactical, answer = (np.bincount(roles[roles >= 0], minlength=3) / np.sum(roles >= 0)).tolist()
     return Objective(strategic, tactical, answer, anneal=0.0)
 
 
@@ -179,7 +180,9 @@ def train_and_measure(
     quiet: bool,
 ) -> dict[str, Any]:
     student = deepcopy(model)
-    config = DistillConfig(learning_rate=settings.rate, max_tokens=settings.tokens, seed=seed, objective=objective)
+    config = DistillConfig(
+        settings.density, learning_rate=settings.rate, max_tokens=settings.tokens, seed=seed, objective=objective
+    )
     with TemporaryDirectory() as folder:
         run = distill(student, tokenizer, traces, folder, config, quiet=quiet)
     measured = measure(student, tokenizer, split, settings, f"evaluating {title}", quiet)

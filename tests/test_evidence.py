@@ -19,20 +19,22 @@ from rbfast.adapter import SparseAdapter
 from rbfast.evaluate import Problem
 from rbfast.trace import Trace, encode_all
 
-SETTINGS = Settings(size=12, held_out=2, problems=2, tokens=700, max_new_tokens=4, rate=1e-2, student="tiny")
+SETTINGS = Settings(
+    size=12, held_out=2, problems=2, tokens=1500, max_new_tokens=4, rate=1e-2, student="tiny", density=0.05
+)
 
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> list[Trace]:
     """All completions of ten results of each of two tasks, right and wrong."""
     folder = tmp_path_factory.mktemp("data")
-    for name in ("claude35_algorithmic__word_sorting.json", "claude35_cognition__number_sequence.json"):
+    for name in ("claude35_logic__propositional_logic.json", "claude35_cognition__number_sequence.json"):
         results = json.loads((data_path("reasoning_gym_claude35") / name).read_text())
         (folder / name).write_text(json.dumps(results | {"results": results["results"][:10]}))
     return traces_from_results(folder, "someone", incorrect=True)[0]
 
 
-TASKS = ("word_sorting", "number_sequence")
+TASKS = ("propositional_logic", "number_sequence")
 
 
 def roomy_model() -> LlamaForCausalLM:
@@ -118,7 +120,7 @@ def test_budgets_are_kept_by_every_setting(tmp_path: Path) -> None:
             parameter.normal_(std=0.5)
     adapter.fold()
     problems = [Problem("toy", f"What is {i} plus {i}?", str(2 * i), {}) for i in range(3)]
-    budgets = (150, 200)
+    budgets = (300, 400)
     found = scaling.measure(model, tokenizer, adapter, problems, budgets, tmp_path)
     assert set(found) == {(s, b, name) for s in scaling.SIDES for b in budgets for name in scaling.SETTINGS}
     for (_, budget, setting), cell in found.items():
@@ -126,6 +128,6 @@ def test_budgets_are_kept_by_every_setting(tmp_path: Path) -> None:
         assert setting != "plain" or not any(cell["interventions"])
         assert setting != "wrap up" or any(cell["interventions"])
     text = scaling.section(found, budgets, len(problems), "the command", torch.float32, "scaling.png")
-    assert "| 150 | 0.0% (" in text
+    assert "| 300 | 0.0% (" in text
     assert text.count("| before |") == len(scaling.SETTINGS) - 1
     assert len(scaling.draw(found, budgets).axes) == 2
