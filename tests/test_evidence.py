@@ -108,7 +108,7 @@ def test_a_seed_is_measured_once_and_becomes_a_table(pool: list[Trace], tmp_path
     assert "| random, right | 100% |" in text
     monkeypatch.setattr(evidence, "distill", lambda *_, **__: pytest.fail("a finished part was made again"))
     assert evidence.run_seed(model, tokenizer, pool, TASKS, 0, tmp_path, SETTINGS, quiet=True) == found[0]
-    with pytest.raises(ValueError, match="rate 0.01, now it is 0.02"):
+    with pytest.raises(ValueError, match=r"rate 0\.01, now it is 0\.02"):
         evidence.run_seed(model, tokenizer, pool, TASKS, 0, tmp_path, replace(SETTINGS, rate=0.02), quiet=True)
 
 
