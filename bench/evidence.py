@@ -50,7 +50,7 @@ from rbfast.trainer import Objective
 
 SECTION = "evidence"
 TEACHER = "claude-3.5-sonnet"
-ARMS = ("curated", "random", "random, right", "curated, flat")
+ARMS = ("curated", "random", "curated, flat", "random, right")
 SAME_TOKENS = 0.005  # relative
 
 
@@ -146,8 +146,8 @@ def arms(split: Split, tokenizer: PreTrainedTokenizerBase, seed: int, settings: 
     return {
         "curated": chosen,
         "random": draw(split.pool),
-        "random, right": draw(right),
         "curated, flat": chosen,
+        "random, right": draw(right),
     }
 
 
@@ -163,7 +163,7 @@ def measure(
     examples, _ = encode_all(split.held_out, tokenizer, max_tokens=settings.tokens)
     with counting(title, quiet) as progress:
         results = evaluate(
-            model, tokenizer, split.problems, max_new_tokens=settings.max_new_tokens, batch_size=60, progress=progress
+            model, tokenizer, split.problems, max_new_tokens=settings.max_new_tokens, batch_size=120, progress=progress
         )
     return {"loss": trace_loss(model, examples), "solved": [result.correct for result in results]}
 
@@ -202,9 +202,10 @@ def run_seed(
     seed: int,
     out: Path,
     settings: Settings,
+    names: Sequence[str] = ARMS,
     quiet: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """What was measured before training, and after that of every arm."""
+    """What was measured before training, and after that of the arms named."""
     shared = split(traces, tasks, tokenizer, seed, settings)
     asked = asdict(settings) | {"dtype": str(model.dtype), "problems": digest(p.question for p in shared.problems)}
     found = {
@@ -214,7 +215,9 @@ def run_seed(
             lambda: measure(model, tokenizer, shared, settings, "evaluating before training", quiet),
         )["result"]
     }
-    for name, chosen in arms(shared, tokenizer, seed, settings).items():
+    chosen_by = arms(shared, tokenizer, seed, settings)
+    for name in names:
+        chosen = chosen_by[name]
         objective = flat(chosen, tokenizer, settings) if name == "curated, flat" else Objective()
         found[name] = part(
             out / f"{seed}-{name.replace(', ', '-')}.json",
@@ -256,11 +259,11 @@ def section(found: Sequence[Mapping[str, Mapping[str, Any]]], settings: Settings
         tokens = statistics.mean(seed[name]["tokens"] for seed in found)
         gain = _gain(solved["before"], solved[name])
         table.append(f"| {name} | {100 * right:.0f}% | {tokens:,.0f} | {loss} | {share} | {gain} |")
-    pairs = (("random", "curated"), ("random, right", "curated"), ("curated, flat", "curated"))
+    others = [name for name in found[0] if name not in ("before", "curated")]
     compared = [
-        f"- {second} against {first}: {_gain(solved[first], solved[second])} points of accuracy; loss "
-        f"{_spread([seed[second]['loss']['mean'] - seed[first]['loss']['mean'] for seed in found])}."
-        for first, second in pairs
+        f"- curated against {other}: {_gain(solved[other], solved['curated'])} points of accuracy; loss "
+        f"{_spread([seed['curated']['loss']['mean'] - seed[other]['loss']['mean'] for seed in found])}."
+        for other in others
     ]
     one, fresh = found[0]["curated"], len(found[0]["before"]["solved"])
     return "\n".join(
@@ -277,7 +280,7 @@ def section(found: Sequence[Mapping[str, Mapping[str, Any]]], settings: Settings
             "",
             *table,
             "",
-            "The difference in accuracy with its interval, and in loss for each seed (below 0: the first is better):",
+            "The difference in accuracy with its interval, and in loss for each seed (below 0: curated is better):",
             "",
             *compared,
             "",
@@ -292,19 +295,22 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the experiment; run again, it goes on")
     parser.add_argument("--results", type=Path, default=RESULTS, help="Markdown file to put the section in")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="default: all")
     parser.add_argument("--size", type=int, default=400, help="traces of each arm (default: 400)")
     parser.add_argument("--held-out", type=int, default=4, help="problems per task kept out of the pool (default: 4)")
-    parser.add_argument("--problems", type=int, default=16, help="fresh problems per task (default: 16)")
+    parser.add_argument("--problems", type=int, default=8, help="fresh problems per task (default: 8)")
     parser.add_argument("--tokens", type=int, default=512, help="longer traces are left out (default: 512)")
-    parser.add_argument("--max-new-tokens", type=int, default=320, help="tokens of a completion (default: 320)")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="tokens of a completion (default: 256)")
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate (default: 3e-3)")
     args = parser.parse_args(argv)
     settings = Settings(args.size, args.held_out, args.problems, args.tokens, args.max_new_tokens, args.rate)
     try:
         model, tokenizer = load_student(settings.student)
         traces, fates = traces_from_results(args.data, TEACHER, incorrect=True)
+        names = dict.fromkeys(["curated", *args.arms])
         found = [
-            run_seed(model, tokenizer, traces, list(fates), seed, args.out, settings) for seed in range(args.seeds)
+            run_seed(model, tokenizer, traces, list(fates), seed, args.out, settings, list(names))
+            for seed in range(args.seeds)
         ]
         text = section(found, settings, shlex.join(["python", "bench/evidence.py", *argv]), model.dtype)
         put_section(args.results, SECTION, text)

@@ -23,8 +23,8 @@ from rbfast.signals import Dense, Signal, TopK, check_signal
 
 Reduction = Literal["mean", "sum", "none"]
 
-# A chunk's logits (student's and teacher's) take at most this much memory, or that of LEAST_ROWS: larger chunks read the
-# head fewer times, and a product of fewer rows spends its time on arranging the head, not on multiplying.
+# A chunk's logits (student's and teacher's) take at most this much memory, or that of LEAST_ROWS: larger chunks read
+# the head fewer times, and a product of fewer rows spends its time on arranging the head, not on multiplying.
 CHUNK_BYTES = 40 * 2**20
 CHUNK_BYTES_ON_GPU = 768 * 2**20
 LEAST_ROWS = 96
