@@ -45,7 +45,7 @@ class DistillConfig:
         density: trainable values / all parameters of the base, at most.
         rank, support: the shape of each delta; None leaves the split of the budget to the adapter.
         placement: "gradient", "factored", "activation" (scores from `placement_traces` traces) or "random" (control).
-        batch_size: traces per optimizer step and process.
+        batch_size, accumulation: traces per batch, and batches per optimizer step, of each process.
         max_tokens: longer traces are left out and listed, never cut.
     """
 

@@ -19,10 +19,14 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
 
 from rbfast.adapter import check_free
+from rbfast.columns import is_sharded
 
 
 def shard(model: PreTrainedModel, over: int | None = None, device: str | None = None) -> None:
     """Spreads a model's weights over processes, in place. Every process calls it, with the same model.
+
+    One that transformers has sharded while it was read (`distributed_config=`) keeps its parts: there it only has to
+    learn to run without its head.
 
     Args:
         over: how many processes, one after the other, share a copy of the model; None is all of them. The processes of
@@ -34,14 +38,20 @@ def shard(model: PreTrainedModel, over: int | None = None, device: str | None = 
             adapter attached, or it does not name the class of its layers.
     """
     check_free(model)
-    kind = torch.device(device or model.device).type
-    PartialState(cpu=kind == "cpu")  # joins the processes that torchrun or accelerate started
+    if not is_sharded(model):
+        _spread(model, over, torch.device(device or model.device).type)
+    model.run_backbone = MethodType(_run_backbone, model)  # type: ignore[assignment]
+    register_fsdp_forward_method(model, "run_backbone")
+
+
+def _spread(model: PreTrainedModel, over: int | None, device: str) -> None:
+    PartialState(cpu=device == "cpu")  # joins the processes that torchrun or accelerate started
     if not dist.is_initialized():
         raise ValueError("a model is sharded over processes, and this is the only one: start them with torchrun")
     processes = dist.get_world_size()
     over = over or processes
     if processes % over:
-        raise ValueError(f"a copy of the model can't be spread over {over} of {processes} processes: they must divide")
+        raise ValueError(f"{processes} processes can't share copies by {over}: expected a divisor of {processes}")
     layers = set(model._no_split_modules or ())
     units = [module for module in model.modules() if type(module).__name__ in layers]
     if not units:
@@ -49,12 +59,10 @@ def shard(model: PreTrainedModel, over: int | None = None, device: str | None = 
     ends = model.get_input_embeddings(), model.get_output_embeddings()
     if ends[1] is not None and ends[0].weight is not ends[1].weight:
         units += ends  # by themselves they are not gathered for the backward, which does without them
-    mesh = init_device_mesh(kind, (processes // over, over), mesh_dim_names=("copy", "part"))["part"]
+    mesh = init_device_mesh(device, (processes // over, over), mesh_dim_names=("copy", "part"))["part"]
     for module in (*reversed(units), model):  # what is inside another comes first
         # Outside of a forward no weight is whole: nothing can be written into a copy that is thrown away.
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
-    model.run_backbone = MethodType(_run_backbone, model)  # type: ignore[assignment]
-    register_fsdp_forward_method(model, "run_backbone")
 
 
 def _run_backbone(model: PreTrainedModel, **inputs: Any) -> Any:

@@ -82,10 +82,10 @@ def check_close(found, expected):
     assert len(log) == len(log_alone) == STEPS
     for entry, other in zip(log, log_alone, strict=True):
         for name in ("loss", "loss_strategic", "loss_tactical", "loss_answer"):
-            assert entry[name] == pytest.approx(other[name], rel=1e-4), name
+            assert entry[name] == pytest.approx(other[name], rel=1e-5), name
     for name, tensor in reference.items():
         if tensor.is_floating_point():
-            torch.testing.assert_close(tensors[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+            torch.testing.assert_close(tensors[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
         else:
             assert torch.equal(tensors[name], tensor), name
 
