@@ -62,6 +62,7 @@ class Settings:
     tokens: int  # longer traces are no part of the pool
     max_new_tokens: int
     rate: float
+    tested: tuple[str, ...] = ()  # the tasks of the fresh problems; all where there are none
     student: str = SMOLLM2
     density: float = 0.003
 
@@ -94,7 +95,8 @@ def split(
     pool = [trace for trace in fitting if trace.problem not in aside]
     held_out = one_per_problem(trace for trace in fitting if trace.problem in aside and trace.verified)
     seen = {trace.problem for trace in traces}
-    problems = [p for task in tasks for p in load_problems(task, settings.problems, 1000 + seed, exclude=seen)]
+    tested = settings.tested or tasks
+    problems = [p for task in tested for p in load_problems(task, settings.problems, 1000 + seed, exclude=seen)]
     return Split(pool, held_out, problems, lengths)
 
 
@@ -163,7 +165,7 @@ def measure(
     examples, _ = encode_all(split.held_out, tokenizer, max_tokens=settings.tokens)
     with counting(title, quiet) as progress:
         results = evaluate(
-            model, tokenizer, split.problems, max_new_tokens=settings.max_new_tokens, batch_size=120, progress=progress
+            model, tokenizer, split.problems, max_new_tokens=settings.max_new_tokens, batch_size=80, progress=progress
         )
     return {"loss": trace_loss(model, examples), "solved": [result.correct for result in results]}
 
@@ -273,7 +275,8 @@ def section(found: Sequence[Mapping[str, Mapping[str, Any]]], settings: Settings
             f"`{command}`",
             "",
             f"Student: {settings.student}, {dtype}; {one['traces']} traces of {TEACHER}, {one['steps']} steps of 8 at",
-            f"{settings.rate:g}; {len(found)} seeds, {fresh} fresh problems each, greedy, at most "
+            f"{settings.rate:g}; {len(found)} seeds, {fresh} fresh problems each"
+            f"{' of ' + ', '.join(settings.tested) if settings.tested else ''}; greedy, at most "
             f"{settings.max_new_tokens} tokens.",
             "Intervals of 95% for paired proportions, all seeds together. The loss is nats per token of right traces",
             "of problems that no arm has seen.",
@@ -298,12 +301,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="default: all")
     parser.add_argument("--size", type=int, default=400, help="traces of each arm (default: 400)")
     parser.add_argument("--held-out", type=int, default=4, help="problems per task kept out of the pool (default: 4)")
-    parser.add_argument("--problems", type=int, default=8, help="fresh problems per task (default: 8)")
+    parser.add_argument("--tested", nargs="+", default=[], help="tasks of the fresh problems (default: all)")
+    parser.add_argument("--problems", type=int, default=16, help="fresh problems per task (default: 16)")
     parser.add_argument("--tokens", type=int, default=512, help="longer traces are left out (default: 512)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="tokens of a completion (default: 256)")
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate (default: 3e-3)")
     args = parser.parse_args(argv)
-    settings = Settings(args.size, args.held_out, args.problems, args.tokens, args.max_new_tokens, args.rate)
+    settings = Settings(
+        args.size, args.held_out, args.problems, args.tokens, args.max_new_tokens, args.rate, tuple(args.tested)
+    )
     try:
         model, tokenizer = load_student(settings.student)
         traces, fates = traces_from_results(args.data, TEACHER, incorrect=True)

