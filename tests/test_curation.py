@@ -115,7 +115,7 @@ def claude(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_real_pool_the_same_bytes_for_any_number_of_processes(claude: Path, tmp_path: Path, monkeypatch) -> None:
     against = [data_path("math500/math500_test.jsonl")]
     one = rbfast.curate([claude], tmp_path / "one", size=100, against=against, seed=3)
-    monkeypatch.setattr("rbfast.curation._CHUNK", 100)
+    monkeypatch.setattr("rbfast.pool.CHUNK", 100)
     monkeypatch.setattr("rbfast.text.cores", lambda: 5)
     rbfast.curate([claude], tmp_path / "two", size=100, against=against, seed=3, processes=3)
     for name in FILES:
