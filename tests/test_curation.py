@@ -222,6 +222,14 @@ def test_pass_rates_are_means_over_tries(tmp_path: Path) -> None:
         ({"reference": "7"}, True),
         ({"reference": 7}, True),
         ({"reference": "8"}, False),
+        ({"reference": "1 + 6 = 7\n#### 7"}, True),
+        ({"answer": "\\frac{3}{4}", "reference": "0.75"}, True),
+        ({"answer": "\\frac12", "reference": "The half: $\\boxed{\\dfrac{1}{2}}$"}, True),
+        ({"answer": "3/4", "reference": "0.75"}, True),
+        ({"answer": "3/5", "reference": "0.75"}, False),
+        ({"answer": "1+x^2", "reference": "$x^2 + 1$"}, True),
+        ({"answer": "(1,2]", "reference": "(1, 2]"}, True),
+        ({"answer": "Ann and Bob", "reference": "ann and bob"}, True),
     ],
 )
 def test_answers_are_verified(fields: dict[str, Any], verdict: bool | None) -> None:
