@@ -106,7 +106,7 @@ def _absolute(source: Source) -> Source:
 
 
 def _read(row: Mapping[str, bytes], size: int) -> Iterator[dict[str, bytes]]:
-    """The chunks of a pool. An error is passed on as the last of them: raised here, Ray would change its type and words."""
+    """The chunks of a pool; an error is passed on as the last of them, for Ray would change its type and words."""
     try:
         yield from ({"chunk": pickle.dumps(chunk)} for chunk in chunks(pickle.loads(row["pool"]), size))
     except Exception as error:
