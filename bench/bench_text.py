@@ -6,8 +6,8 @@
 
 Groups: `decontaminate` (5-shingles of a pool against 500 evaluation problems), `minhash` (64 values; datasketch),
 `choose` (facility location; apricot, whose choice must be worth as much), `split_spans` (real thinking,
-where it is at hand). A seeded generator makes the problems, MATH-like in length. The libraries are run where they are installed:
-pip install datasketch apricot-select cloudpickle.
+where it is at hand). A seeded generator makes the problems, MATH-like in length. The libraries are run where they are
+installed: pip install datasketch apricot-select cloudpickle.
 """
 
 import random

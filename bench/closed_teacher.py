@@ -6,7 +6,8 @@ The folder holds evaluation results of reasoning-gym tasks, one JSON file a task
 then two questions are asked:
 
 1. How far does the loss of held-out traces fall, and how far with LoRA at no more trained values, on the same batches
-   in the same order, with the same objective, schedule and trainer, each at the best of its rates?
+   in the same order, with the same objective, schedule and trainer, each at the best of its rates? For several seeds,
+   which draw the traces, their order and how both begin.
 2. What share of freshly generated problems of these tasks does it solve before and after, by each task's own verifier?
 
 Every finished part is kept in --out and read back, so an interrupted script goes on where it stopped. At the end the
@@ -22,7 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, partial
 from hashlib import blake2b
 from pathlib import Path
@@ -30,7 +31,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from closed_teacher_report import best, section
+from closed_teacher_report import averaged, best, section
 from pages import put_section
 from rich.console import Console
 from rich.markdown import Markdown
@@ -65,7 +66,7 @@ class Recipe:
     train: int = _option(160, "traces the comparison trains on")
     compare_tokens: int = _option(320, "longer traces stay out of the comparison")
     rates: tuple[float, ...] = _option((1e-3, 3e-3, 1e-2), "learning rates of the adapter")
-    lora_rates: tuple[float, ...] = _option((1e-3, 3e-3, 1e-2), "learning rates of LoRA")
+    lora_rates: tuple[float, ...] = _option((1e-3, 3e-3, 1e-2, 3e-2), "learning rates of LoRA")
     lora_rank: int = _option(1, "rank of LoRA, on all linears")
     density: float = _option(0.003, "trained values / all parameters, at most")
     batch_size: int = _option(8, "traces per optimizer step")
@@ -74,6 +75,7 @@ class Recipe:
     problems: int = _option(16, "fresh problems per task")
     max_new_tokens: int = _option(320, "tokens of a completion, at most")
     seed: int = _option(0, "seed of everything random")
+    compare_seeds: int = _option(3, "seeds of the comparison, from --seed on")
 
     def config(self, **more: Any) -> DistillConfig:
         return DistillConfig(density=self.density, batch_size=self.batch_size, seed=self.seed, **more)
@@ -136,7 +138,7 @@ def compare(
 
     def entry(name: str, asked: Mapping[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         record = part(
-            out / "compare" / f"{name}.json",
+            out / "compare" / str(recipe.seed) / f"{name}.json",
             {"student": recipe.student, "dtype": str(model.dtype), "data": data, **asked},
             measure,
         )
@@ -286,7 +288,8 @@ def run_recipe(
     chosen = one_per_problem(traces)
     problems = fresh_problems(fates, traces, recipe)
     short, _ = encode_all(chosen, tokenizer, max_tokens=recipe.compare_tokens)
-    entries = compare(model, short, out, recipe, quiet)
+    seeds = range(recipe.seed, recipe.seed + recipe.compare_seeds)
+    entries = averaged([compare(model, short, out, replace(recipe, seed=seed), quiet) for seed in seeds])
     rate = best(entries, "rbfast")["rate"]
     measured = distil_and_evaluate(model, tokenizer, chosen, problems, out, recipe, rate, quiet)
     trained, _ = encode_all(chosen, tokenizer, max_tokens=recipe.tokens)

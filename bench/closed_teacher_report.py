@@ -4,6 +4,7 @@ import datetime
 import importlib.metadata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import mean
 from typing import Any
 
 import torch
@@ -20,15 +21,41 @@ def best(entries: Iterable[Mapping[str, Any]], method: str) -> Mapping[str, Any]
     return min((entry for entry in entries if entry["method"] == method), key=lambda entry: entry["mean"])
 
 
+def averaged(found: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """The entries of several seeds as one each: means of the losses; `means` keeps each seed's, `seconds` adds up."""
+    return [
+        {
+            **entries[0],
+            **{column: mean(entry[column] for entry in entries) for column in LOSSES},
+            "means": [entry["mean"] for entry in entries],
+            "seconds": sum(entry["seconds"] for entry in entries),
+        }
+        for entries in zip(*found, strict=True)
+    ]
+
+
 def comparison_table(entries: Sequence[Mapping[str, Any]]) -> str:
-    """Every entry; the lowest value of each column of losses in bold; a line on where each method's best rate lies."""
+    """Every entry; the lowest value of each column of losses in bold; where each method's best rate lies, and by how
+    much they differ there."""
     lowest = {column: min(entry[column] for entry in entries) for column in LOSSES}
-    lines = ["| method | trained values | learning rate | strategic | tactical | answer | mean |", "| --- " * 7 + "|"]
+    lines = [
+        "| method | trained values | learning rate | strategic | tactical | answer | mean | each seed |",
+        "| --- " * 8 + "|",
+    ]
     for entry in entries:
         losses = [f"{entry[c]:.4f}" if entry[c] > lowest[c] else f"**{entry[c]:.4f}**" for c in LOSSES]
         rate = "" if entry["rate"] is None else f"{entry['rate']:g}"
-        lines.append(f"| {entry['method']} | {entry['values']:,} | {rate} | {' | '.join(losses)} |")
-    return "\n".join([*lines, "", " ".join(_best_rate(entries, method) for method in ("rbfast", "LoRA"))])
+        lines.append(
+            f"| {entry['method']} | {entry['values']:,} | {rate} | {' | '.join(losses)} | {_each(entry['means'])} |"
+        )
+    ours, theirs = best(entries, "rbfast"), best(entries, "LoRA")
+    differences = [our - their for our, their in zip(ours["means"], theirs["means"], strict=True)]
+    compared = f"rbfast minus LoRA there: {mean(differences):+.4f} ({_each(differences, '+')})."
+    return "\n".join([*lines, "", " ".join([_best_rate(entries, "rbfast"), _best_rate(entries, "LoRA"), compared])])
+
+
+def _each(values: Iterable[float], sign: str = "") -> str:
+    return ", ".join(f"{value:{sign}.4f}" for value in values)
 
 
 def _best_rate(entries: Sequence[Mapping[str, Any]], method: str) -> str:
@@ -85,7 +112,8 @@ def section(
 **Held-out loss**, nats per token on {recipe.held_out} traces of at most {recipe.compare_tokens} tokens. Both methods
 train on the same {recipe.train} other traces: one epoch of batch {recipe.batch_size} in the same order, with the same
 objective, schedule and trainer. rbfast places by the gradient at density {recipe.density:g}; LoRA is PEFT's, rank
-{recipe.lora_rank} on all linears, with fp32 weights. One seed.
+{recipe.lora_rank} on all linears, with fp32 weights. Means over {recipe.compare_seeds} seeds, which draw the traces,
+their order and how both begin.
 
 {comparison_table(entries)}
 

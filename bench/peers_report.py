@@ -66,8 +66,8 @@ def section(benchmarks: Sequence[Mapping[str, Any]]) -> str:
     machine = groups[0][1]
     return f"""`make bench`
 
-Medians of {rounds} rounds in which everybody takes a turn. Ratios are taken within a round and stand with their
-quartiles. Extra MiB: resident memory at the peak of a step over what is there before it.
+Medians of {rounds} rounds or more, in which everybody takes a turn. Ratios are taken within a round and stand
+with their quartiles. Extra MiB: resident memory at the peak of a step over what is there before it.
 
 {tables}
 

@@ -21,11 +21,14 @@ CORRECT, INCORRECT, TEXT_AFTER = "correct", "incorrect", "correct, text after th
 UNTAGGED, UNREASONED, OTHER = "no <answer>...</answer>", "no reasoning", "tagged answer is not the scored one"
 
 
-def traces_from_results(folder: str | Path, teacher: str) -> tuple[list[Trace], dict[str, Counter]]:
+def traces_from_results(
+    folder: str | Path, teacher: str, incorrect: bool = False
+) -> tuple[list[Trace], dict[str, Counter]]:
     """The traces of the correct completions (score >= 1) in a folder of `*.json`, and per task what became of each.
 
     A completion's reasoning is what stands before its last `<answer>`, its answer what stands inside. A correct one is
-    dropped where it has no such answer, no reasoning, or tags another answer than the one that was scored.
+    dropped where it has no such answer, no reasoning, or tags another answer than the one that was scored. With
+    `incorrect` the others become traces too, as raw as a pool is, where they have reasoning and an answer.
 
     Raises:
         ValueError: no files, or one that does not hold results, named with what is wrong.
@@ -42,7 +45,7 @@ def traces_from_results(folder: str | Path, teacher: str) -> tuple[list[Trace], 
             for number, completion in enumerate(item["completions"]):
                 fate, reasoning, answer = _split_completion(completion)
                 counts[fate] += 1
-                if fate in (CORRECT, TEXT_AFTER):
+                if fate in (CORRECT, TEXT_AFTER) or (incorrect and fate == INCORRECT and reasoning and answer):
                     traces.append(
                         Trace(
                             problem=item["question"],
@@ -52,7 +55,7 @@ def traces_from_results(folder: str | Path, teacher: str) -> tuple[list[Trace], 
                             source=results["name"],
                             teacher=teacher,
                             id=f"{path.stem}:{index}:{number}",
-                            verified=True,
+                            verified=fate != INCORRECT,
                         )
                     )
     return traces, fates
@@ -85,18 +88,19 @@ def _read_results(path: Path) -> dict[str, Any]:
 
 def _split_completion(completion: Mapping[str, Any]) -> tuple[str, str, str]:
     """(what becomes of it, its reasoning, its answer)."""
-    if completion["score"] < 1:
-        return INCORRECT, "", ""
     reasoning, _, tagged = completion["full_model_response"].rpartition("<answer>")
     answer, closed, after = tagged.partition("</answer>")
-    reasoning, answer = reasoning.strip(), answer.strip()
-    if not closed or not answer:
-        return UNTAGGED, "", ""
-    if not reasoning:
-        return UNREASONED, "", ""
-    if answer != completion.get("model_answer", answer):
-        return OTHER, "", ""
-    return TEXT_AFTER if after.strip() else CORRECT, reasoning, answer
+    reasoning, answer = reasoning.strip(), answer.strip() if closed else ""
+    fate = TEXT_AFTER if after.strip() else CORRECT
+    if completion["score"] < 1:
+        fate = INCORRECT
+    elif not answer:
+        fate = UNTAGGED
+    elif not reasoning:
+        fate = UNREASONED
+    elif answer != completion.get("model_answer", answer):
+        fate = OTHER
+    return fate, reasoning, answer
 
 
 def one_per_problem(traces: Iterable[Trace]) -> list[Trace]:

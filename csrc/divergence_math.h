@@ -1,8 +1,9 @@
 // The arithmetic of a row's losses, value by value, written once: for the vectors of a CPU and for one CUDA thread.
 //
 // Whoever includes it brings `Lanes`, one or more floats that operators work on (a GCC vector on a CPU, float on a GPU;
-// `c ? a : b` chooses lane by lane), `LaneInts` of the same width, and splat, fmadd, as_ints, as_lanes, to_lanes. A GPU
-// brings its own exp_negative too, and defines RBFAST_OWN_EXP_NEGATIVE.
+// `c ? a : b` chooses lane by lane), `LaneInts` of the same width, and splat, fmadd, as_ints, as_lanes, to_lanes,
+// larger, smaller and times_power as cpu/lanes.h describes them. A GPU brings its own exp_negative too, and defines
+// RBFAST_OWN_EXP_NEGATIVE.
 //
 // exp, log1p and tanh are good to about one unit in the last place, with the small differences kept apart: what a
 // divergence between two close distributions is made of. A NaN goes through: every clamp is written so that a
@@ -24,35 +25,29 @@ namespace rbfast {
 // Logits below this count as it: -inf without the NaN of inf - inf. exp of it is 0 beside any other logit.
 constexpr float kNone = -1e30f;
 
-RBFAST_INLINE Lanes larger(Lanes a, Lanes b) { return b > a ? b : a; }
 RBFAST_INLINE Lanes magnitude(Lanes v) { return as_lanes(as_ints(v) & 0x7fffffff); }
 
-// exp(x) = 2^n (1 + r + square), |r| <= ln2 / 2, with square = r^2 P(r). For x in [-87, 0].
+// exp(x) = 2^n (1 + r + square), |r| <= ln2 / 2, with square = r^2 P(r). For x in [-120, 0].
 struct ExpParts {
-  Lanes r, square, scale;
-  LaneInts is_near;  // n = 0
+  Lanes r, square, n;
 };
 
 RBFAST_INLINE ExpParts exp_parts(Lanes x) {
-  const Lanes shifted = fmadd(x, splat(1.44269504f), splat(12582912.0f));  // n in the low bits
-  const Lanes n = shifted - 12582912.0f;
+  const Lanes n = fmadd(x, splat(1.44269504f), splat(12582912.0f)) - 12582912.0f;
   const Lanes r = fmadd(n, splat(2.12194440e-4f), fmadd(n, splat(-0.693359375f), x));
   Lanes p = fmadd(r, splat(1.9875691500e-4f), splat(1.3981999507e-3f));
   p = fmadd(p, r, splat(8.3334519073e-3f));
   p = fmadd(p, r, splat(4.1665795894e-2f));
   p = fmadd(p, r, splat(1.6666665459e-1f));
   p = fmadd(p, r, splat(5.0000001201e-1f));
-  const LaneInts exponent = as_ints(shifted) - 0x4b400000 + 127;
-  return {r, p * (r * r), as_lanes(exponent << 23), n == splat(0.0f)};
+  return {r, p * (r * r), n};
 }
 
 #ifndef RBFAST_OWN_EXP_NEGATIVE
-// exp(x) for x <= 0; 0 below -87.
+// exp(x) for x <= 0.
 RBFAST_INLINE Lanes exp_negative(Lanes x) {
-  const Lanes bounded = x < splat(-87.0f) ? splat(-87.0f) : x;
-  const ExpParts e = exp_parts(bounded);
-  const Lanes value = (e.r + e.square + 1.0f) * e.scale;
-  return x < splat(-87.0f) ? splat(0.0f) : value;
+  const ExpParts e = exp_parts(larger(x, splat(-120.0f)));
+  return times_power(e.r + e.square + 1.0f, e.n);
 }
 #endif
 
@@ -62,11 +57,11 @@ struct ExpChange {
 };
 
 RBFAST_INLINE ExpChange exp_change(Lanes x) {
-  const Lanes bounded = x < splat(-87.0f) ? splat(-87.0f) : x;
-  const ExpParts e = exp_parts(bounded);
+  const ExpParts e = exp_parts(larger(x, splat(-120.0f)));
+  const LaneInts is_near = e.n == splat(0.0f);
   const Lanes small = e.r + e.square;
-  const Lanes far = x < splat(-87.0f) ? splat(0.0f) : (small + 1.0f) * e.scale;
-  return {e.is_near ? small + 1.0f : far, e.is_near ? small : far - 1.0f, e.is_near ? e.square : far - 1.0f - x};
+  const Lanes all = times_power(small + 1.0f, e.n), change = is_near ? small : all - 1.0f;
+  return {all, change, is_near ? e.square : change - x};
 }
 
 // For w > -1, given with y = 1 + w (which may be known better than by adding 1): log(1 + w), and w - log(1 + w) >= 0.
@@ -127,12 +122,12 @@ RBFAST_INLINE Pair pair(Lanes z, Lanes t, const DensePass& pass) {
   const Lanes gap = magnitude(d);
   const LaneInts p_leads = d >= splat(0.0f);
   const Lanes log_e = p_leads ? log_p : log_q;
-  return {exp_negative(log_e > splat(0.0f) ? splat(0.0f) : log_e), gap, p_leads, exp_change(-gap)};
+  return {exp_negative(smaller(log_e, splat(0.0f))), gap, p_leads, exp_change(-gap)};
 }
 
 // With b = a exp(-gap) < a: b log(b/a) - b + a, over a.
 RBFAST_INLINE Lanes lesser_term(const Pair& x) {
-  const Lanes bounded = x.gap > splat(100.0f) ? splat(100.0f) : x.gap;
+  const Lanes bounded = smaller(x.gap, splat(100.0f));
   const Lanes near = -x.small.rest - x.gap * x.small.change;
   const Lanes far = 1.0f - (bounded + 1.0f) * x.small.all;
   return x.gap < splat(0.34f) ? near : far;

@@ -193,7 +193,7 @@ class SparseAdapter(nn.Module):
 
     def __init__(self, model: nn.Module, config: AdapterConfig, deltas: Mapping[str, Delta], mode: Mode) -> None:
         super().__init__()
-        _check_free(model)
+        check_free(model)
         modules = dict(model.named_modules())
         folds = {name: _folds(name, modules[name], mode) for name in deltas}
         self.config = config
@@ -266,12 +266,14 @@ class SparseAdapter(nn.Module):
     def merge(self) -> None:
         """Leaves the weights as they were trained with, bitwise, and removes every hook: the model is a plain one.
 
-        Raises RuntimeError for a base that cannot hold the deltas (quantised): export_lora() is for that.
+        Raises RuntimeError for a base that cannot hold the deltas (quantised, sharded): export_lora() is for that.
         """
         self._require("attached", "merge")
         for name, site in self.sites().items():
             if matrix_view(site.linear) is None:
-                raise RuntimeError(f"cannot merge into {name}: its weight is quantised; use export_lora() instead")
+                raise RuntimeError(
+                    f"cannot merge into {name}: its weight is quantised or sharded; use export_lora() instead"
+                )
         for site in self.sites().values():
             if not site.folds:
                 site.base_columns = site.weight.index_select(1, site.cols)
@@ -393,7 +395,8 @@ def _folds(name: str, linear: nn.Module, mode: Mode) -> bool:
     return foldable and mode != "side"
 
 
-def _check_free(model: nn.Module) -> None:
+def check_free(model: nn.Module) -> None:
+    """Raises ValueError for a model that has an adapter attached."""
     for name, module in model.named_modules():
         for hook in module._forward_hooks.values():
             if isinstance(getattr(hook, "__self__", None), ColumnDelta):

@@ -137,9 +137,10 @@ def _add_distill(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--support", type=int, help="columns of each delta (default: what fits)")
     sub.add_argument("--placement", choices=["gradient", "factored", "activation", "random"], help="default: gradient")
     sub.add_argument("--epochs", type=float, help="passes over the traces (default: 1)")
-    sub.add_argument("--batch-size", type=int, help="traces per optimizer step (default: 8)")
-    sub.add_argument("--accumulation", type=int, help="batches per optimizer step (default: 1)")
+    sub.add_argument("--batch-size", type=int, help="traces per batch and process (default: 8)")
+    sub.add_argument("--accumulation", type=int, help="batches per process and optimizer step (default: 1)")
     sub.add_argument("--learning-rate", type=float, help="peak learning rate of AdamW")
+    sub.add_argument("--shard", type=int, metavar="PROCESSES", help="spread each copy of MODEL over so many processes")
     sub.add_argument("--max-tokens", type=int, help="leave longer traces out, and list them (default: 4096)")
     sub.add_argument("--save-steps", type=int, help="steps between checkpoints (default: 50)")
 
@@ -329,8 +330,15 @@ def _distill(args: argparse.Namespace) -> int:
     }
     config = replace(DistillConfig(), **given)
     traces = read_traces(args.traces)
-    model, tokenizer = _load(args)
+    device = _device(args)
+    model, tokenizer = _load(args, "cpu" if args.shard else device)  # of a sharded one a device only ever sees parts
     teacher = load_teacher(args.teacher, tokenizer, model.dtype).to(model.device) if args.teacher else None
+    if args.shard:
+        from rbfast.sharding import shard
+
+        for base in (model, teacher):
+            if base is not None:
+                shard(base, args.shard, device)
     run = distill(model, tokenizer, traces, args.out, config, quiet=args.json, signals=args.signals, teacher=teacher)
     if os.environ.get("RANK", "0") != "0":
         return 0  # the first process speaks for all
@@ -509,14 +517,14 @@ def _device(args: argparse.Namespace) -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun gives each process its own
 
 
-def _load(args: argparse.Namespace) -> tuple[Any, Any]:
+def _load(args: argparse.Namespace, device: str | None = None) -> tuple[Any, Any]:
     import torch
 
     from rbfast.models import fast_dtype, load_student
 
     dtype = getattr(torch, args.dtype) if args.dtype else fast_dtype(_device(args))
     model, tokenizer = load_student(args.model, dtype)
-    return model.to(torch.device(_device(args))), tokenizer  # type: ignore[arg-type]
+    return model.to(torch.device(device or _device(args))), tokenizer  # type: ignore[arg-type]
 
 
 def _attach(model: Any, directory: str) -> Any:

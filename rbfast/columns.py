@@ -83,16 +83,36 @@ def matrix_shape(module: nn.Module) -> tuple[int, int] | None:
 
 def matrix_view(module: nn.Module) -> Tensor | None:
     """The weight as a writable [out, in] view, or None where a delta cannot be folded in (quantised, sharded, meta)."""
-    weight: Any = getattr(module, "weight", None)
+    return _as_matrix(module, getattr(module, "weight", None))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or all of one that is sharded over processes: there every process has to ask."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the model's weights are spread over processes."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def _as_matrix(module: nn.Module, weight: Any) -> Tensor | None:
     if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta or weight.dtype not in FOLDABLE:
         return None
     view = weight.detach().T if is_transposed(module) else weight.detach()
     return view if tuple(view.shape) == matrix_shape(module) else None
 
 
-def fingerprint(weight: Tensor) -> str:
-    """Of an evenly spaced sample of a weight, rounded to bf16 so that fp32 and bf16 loads of one model agree."""
-    flat = weight.detach().reshape(-1)
+def fingerprint(module: nn.Module) -> str | None:
+    """Of an evenly spaced sample of a weight, rounded to bf16 so that fp32 and bf16 loads of one model agree.
+
+    None for a quantised weight, which cannot be compared bit by bit.
+    """
+    weight = _as_matrix(module, whole(module.weight))  # type: ignore[arg-type]
+    if weight is None:
+        return None
+    flat = weight.reshape(-1)
     sample = flat[:: max(1, flat.numel() // _SAMPLE)].to(torch.bfloat16).cpu().contiguous()
     return hashlib.blake2b(sample.view(torch.int16).numpy().tobytes(), digest_size=8).hexdigest()
 
@@ -140,10 +160,10 @@ def check_base(config: AdapterConfig, matrices: Mapping[str, nn.Module], where: 
         if shape != expected:
             raise ValueError(f"{where}: made for {base}, where {name} is {expected}, not {shape}; load that base")
     for name, info in config.modules.items():
-        weight = matrix_view(matrices[name])
-        if weight is None or info.fingerprint is None or "float16" in {config.base_dtype, dtype_name(weight)}:
-            continue  # a quantised weight, or one rounded to fp16, cannot be compared bit by bit
-        if fingerprint(weight) != info.fingerprint:
+        weight: Any = matrices[name].weight
+        if info.fingerprint is None or "float16" in {config.base_dtype, dtype_name(weight)}:
+            continue  # a weight rounded to fp16 cannot be compared bit by bit, nor can a quantised one
+        if fingerprint(matrices[name]) not in (info.fingerprint, None):
             raise ValueError(f"{where}: made for {base}; the weights of {name} differ from those; load that base")
 
 

@@ -23,10 +23,11 @@ from rbfast.signals import Dense, Signal, TopK, check_signal
 
 Reduction = Literal["mean", "sum", "none"]
 
-# A chunk's logits (student's and teacher's) take about this much memory. Larger chunks read the head fewer times, and a
-# GPU's products need many rows to run at its full rate.
-CHUNK_BYTES = 48 * 2**20
+# A chunk's logits (student's and teacher's) take at most this much memory, or that of LEAST_ROWS: larger chunks read
+# the head fewer times, and a product of fewer rows spends its time on arranging the head, not on multiplying.
+CHUNK_BYTES = 40 * 2**20
 CHUNK_BYTES_ON_GPU = 768 * 2**20
+LEAST_ROWS = 96
 # Chunks hold a multiple of this many rows: head_grad_ sums rows in pairs, so a pair must never be split by a chunk.
 ROW_MULTIPLE = 16
 
@@ -53,7 +54,8 @@ class DistillLoss(nn.Module):
         reduction: "mean" divides by `num_items` where given, else by the number of rows that take part.
         softcap: the student's logits are softcap * tanh(z / softcap), as in Gemma 2.
         logit_scale: multiplies the student's logits (after the bias, before the softcap), as in Cohere's models.
-        chunk_rows: rows taken at a time, rounded up to a multiple of 16; by default 48 MiB of logits, 768 on a GPU.
+        chunk_rows: rows taken at a time, rounded up to a multiple of 16; by default 40 MiB of logits or
+            96 rows, whichever is more; 768 MiB on a GPU.
     """
 
     def __init__(
@@ -192,8 +194,9 @@ def _solve(
     for group in job.groups:
         columns = [len(weight)] + ([group.signal.vocabulary] if isinstance(group.signal, Dense) else [])
         memory = CHUNK_BYTES if hidden.device.type == "cpu" else CHUNK_BYTES_ON_GPU
-        step = job.chunk_rows or memory // (wide.itemsize * sum(columns))
-        step = min(max(1, -(-step // ROW_MULTIPLE)) * ROW_MULTIPLE, len(group.rows))
+        fitting = memory // (wide.itemsize * sum(columns)) // ROW_MULTIPLE * ROW_MULTIPLE
+        step = -(-job.chunk_rows // ROW_MULTIPLE) * ROW_MULTIPLE if job.chunk_rows else max(LEAST_ROWS, fitting)
+        step = min(step, len(group.rows))
         # One allocation for all chunks: touching fresh memory would cost a third of the product that fills it.
         room = [torch.empty(step, n, dtype=wide, device=hidden.device) for n in columns]
         for start in range(0, len(group.rows), step):

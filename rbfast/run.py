@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -44,7 +45,7 @@ class DistillConfig:
         density: trainable values / all parameters of the base, at most.
         rank, support: the shape of each delta; None leaves the split of the budget to the adapter.
         placement: "gradient", "factored", "activation" (scores from `placement_traces` traces) or "random" (control).
-        batch_size: traces per optimizer step and process.
+        batch_size, accumulation: traces per batch, and batches per optimizer step, of each process.
         max_tokens: longer traces are left out and listed, never cut.
     """
 
@@ -87,15 +88,16 @@ def distill(
 ) -> Run:
     """Trains an adapter of `model` on `traces` and saves it in `out`; the model is left with the adapter attached.
 
-    Called again with the same arguments it goes on from the last checkpoint, or loads what a finished run left.
+    Called again with the same arguments it goes on from the last checkpoint, or loads what a finished run left. It may
+    go on under another number of processes, if an optimizer step takes as many traces as before (docs/distributed.md).
 
     Args:
         signals: a folder of log-probs that `rbfast teach` wrote; traces that it lacks teach by their text.
         teacher: a model with the student's tokens, run beside it, for tokens without signals.
 
     Raises:
-        ValueError: no trace fits `max_tokens`, `signals` holds none of them, or `out` holds a run with other settings,
-            model, traces or teacher.
+        ValueError: no trace fits `max_tokens`, `signals` holds none of them, `out` holds a run with other settings,
+            model, traces or teacher, or it is not the same folder for all processes.
     """
     out, start = Path(out), time.monotonic()
     examples, skipped = encode_all(traces, tokenizer, max_tokens=config.max_tokens)
@@ -106,21 +108,22 @@ def distill(
         asked |= {"signals": _fill(examples, signals)}
     if teacher is not None:
         asked |= {"teacher": teacher.config.name_or_path}
-    _check_same_run(out / RUN, asked)
+    _check_same_run(out, asked)
+    arguments = _arguments(out, model, config)  # from here on the processes know each other
+    checkpoint = last_checkpoint(out / "checkpoints")
+    _check_same_folder(out, checkpoint)
     if (out / LOG).exists():
         adapter, history = SparseAdapter.from_pretrained(model, out), json.loads((out / LOG).read_text())
         return Run(adapter, history, skipped, time.monotonic() - start)
-    checkpoint = last_checkpoint(out / "checkpoints")
     adapter = (
         _place(model, examples, config, teacher)
         if checkpoint is None
         else SparseAdapter.from_pretrained(model, checkpoint)
     )
-    write_text(out / RUN, json.dumps(asked, indent=1))
     trainer = DistillTrainer(
         model,
         adapter,
-        _arguments(out, model, config),
+        arguments,
         examples,
         objective=config.objective,
         teacher=teacher,
@@ -128,6 +131,8 @@ def distill(
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
+    if trainer.is_world_process_zero():
+        write_text(out / RUN, json.dumps(asked, indent=1))
     trainer.train(resume_from_checkpoint=checkpoint)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     if trainer.is_world_process_zero():
@@ -233,22 +238,48 @@ def _arguments(out: Path, model: PreTrainedModel, config: DistillConfig) -> Trai
 def _asked(model: PreTrainedModel, traces: Sequence[Trace], config: DistillConfig) -> dict[str, Any]:
     """What a run was asked to do, for run.json."""
     lines = "\n".join(json.dumps(trace.to_dict(), sort_keys=True) for trace in traces)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
     return asdict(config) | {
+        "processes": processes,
+        "traces_per_step": config.batch_size * config.accumulation * processes,
         "base_model": model.config.name_or_path,
         "traces": len(traces),
         "traces_digest": blake2b(lines.encode(), digest_size=16).hexdigest(),
     }
 
 
-def _check_same_run(path: Path, asked: dict[str, Any]) -> None:
-    """A folder that holds a run is only ever continued with what that run was asked to do."""
-    held = json.loads(path.read_text()) if path.exists() else asked
-    for name, value in asked.items():
-        if held.get(name) != value:
+def _check_same_run(folder: Path, asked: dict[str, Any]) -> None:
+    """A folder that holds a run is only ever continued with what that run was asked to do.
+
+    How an optimizer step's traces are split over batches and processes may change, but not their number.
+    """
+    held = json.loads((folder / RUN).read_text()) if (folder / RUN).exists() else asked
+    free = {"processes", "traces_per_step"}  # of no account to a run that is finished
+    if not (folder / LOG).exists():
+        free |= {"batch_size", "accumulation"}
+        if (step := held.get("traces_per_step")) != asked["traces_per_step"]:
             raise ValueError(
-                f"{path.parent} holds another run: its {name} is {held.get(name)!r}, now {value!r}; "
+                f"{folder} holds a run whose optimizer steps take {step} traces, now they would take "
+                f"{asked['traces_per_step']}: batch size {asked['batch_size']} x accumulation {asked['accumulation']} "
+                f"x {asked['processes']} process(es); change one of them or choose another output folder"
+            )
+    for name, value in asked.items():
+        if name not in free and held.get(name) != value:
+            raise ValueError(
+                f"{folder} holds another run: its {name} is {held.get(name)!r}, now {value!r}; "
                 "choose another output folder or remove that one"
             )
+
+
+def _check_same_folder(out: Path, checkpoint: str | None) -> None:
+    """All processes must begin at the same step: with different folders they would wait for each other for ever."""
+    found = "a finished run" if (out / LOG).exists() else Path(checkpoint).name if checkpoint else "no checkpoint"
+    everyones = sorted(set(gather_object([found])))
+    if len(everyones) > 1:
+        raise ValueError(
+            f"{out} is not the same folder for all processes, which find {' and '.join(everyones)} in it; "
+            "give every node one shared folder"
+        )
 
 
 def _first_reason(skipped: Sequence[tuple[Trace, str]]) -> str:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from rbfast.adapter import SparseAdapter
-from rbfast.columns import read_adapter
+from rbfast.columns import is_sharded, read_adapter
 from rbfast.loss import Dense, DistillLoss, LossOutput, TopK
 from rbfast.models import final_hidden, head_of
 from rbfast.trace import IGNORE, ROLES, Example, collate
@@ -69,11 +69,19 @@ class Student(nn.Module):
 
     def __init__(self, model: PreTrainedModel, adapter: SparseAdapter) -> None:
         super().__init__()
-        self.model, self.adapter, self.config = model, adapter, model.config
+        self.adapter, self.config = adapter, model.config
+        if is_sharded(model):
+            self.__dict__["model"] = model  # not a submodule: DDP copies what it finds, and takes no shards
+        else:
+            self.model = model
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Last hidden states [T, H] of a packed row [1, T]."""
         return final_hidden(self.model, input_ids, position_ids)
+
+    def train(self, mode: bool = True) -> "Student":
+        self.model.train(mode)
+        return super().train(mode)
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         self.model.gradient_checkpointing_enable(**kwargs)
@@ -107,7 +115,8 @@ def token_losses(
     if "teacher_rows" in batch:
         signals.append(TopK(batch["teacher_ids"], batch["teacher_logprobs"], batch["teacher_rows"]))
         taught[batch["teacher_rows"]] = True
-    if teacher is not None and len(rows := torch.nonzero((labels != IGNORE) & ~taught).squeeze(1)):
+    rows = torch.nonzero((labels != IGNORE) & ~taught).squeeze(1)
+    if teacher is not None and (len(rows) or is_sharded(teacher)):  # a sharded one runs on every process or on none
         signals.append(_online(teacher, batch, rows))
         taught[rows] = True
     share = torch.where(taught, objective.ce_share, 1.0)
@@ -152,7 +161,7 @@ class DistillTrainer(Trainer):
         args.remove_unused_columns = False
         args.label_names = ["labels"]
         self.objective: Objective = objective or Objective()
-        self.adapter = adapter
+        self.adapter, self._traces = adapter, len(train_dataset)
         self.teacher = teacher if teacher is None else teacher.eval().requires_grad_(False)
         self._role_sums = torch.zeros(
             2, len(ROLES), dtype=torch.float64
@@ -165,6 +174,11 @@ class DistillTrainer(Trainer):
             eval_dataset=eval_dataset,
             **kwargs,
         )
+        if self.is_fsdp_enabled:
+            raise ValueError(
+                "here only the frozen base is sharded, which the Trainer's FSDP cannot do: launch without it, and call "
+                "rbfast.sharding.shard(model) before the adapter is attached (`rbfast distill --shard PROCESSES`)"
+            )
         if self.accelerator.num_processes > 1:
             self._check_same_columns()
 
@@ -180,8 +194,20 @@ class DistillTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Supervised tokens per role [3], over the accumulated batch and all processes."""
+        if self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last:
+            self._leave_out_repeats(batch_samples[-1])
         counts = sum((role_counts(batch) for batch in batch_samples), torch.zeros(len(ROLES), dtype=torch.int64))
         return self.accelerator.reduce(counts.to(device), "sum")
+
+    def _leave_out_repeats(self, batch: dict[str, Tensor]) -> None:
+        """Every process gets as many batches of as many traces: where there are too few, the last batch of an epoch is
+        filled up with its first traces. They would count twice: they lose their labels."""
+        size = self.args.train_batch_size
+        left = self._traces % (size * self.args.world_size)  # traces that the last batches still have
+        own = max(left - size * self.args.process_index, 0)
+        starts = torch.nonzero(batch["position_ids"].view(-1) == 0).squeeze(1)
+        if left and own < len(starts):
+            batch["labels"][:, starts[own] :] = IGNORE
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[override]
         counts = role_counts(inputs) if num_items_in_batch is None else num_items_in_batch

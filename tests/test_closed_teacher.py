@@ -9,7 +9,7 @@ import closed_teacher
 import pytest
 import torch
 from closed_teacher import Recipe, fresh_problems, part, run_recipe
-from closed_teacher_report import comparison_table
+from closed_teacher_report import averaged, comparison_table
 from pages import put_section
 from real_inputs import data_path
 from teacher_results import (
@@ -199,6 +199,7 @@ RECIPE = Recipe(
     tokens=700,
     problems=2,
     max_new_tokens=4,
+    compare_seeds=2,
 )
 
 
@@ -239,9 +240,12 @@ def test_the_pipeline_measures_both_and_resumes(data: Path, tmp_path: Path, monk
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     text = run_recipe(model, tokenizer, data, out, RECIPE, "the command", quiet=True)
 
-    entries = [json.loads(path.read_text())["result"] for path in (out / "compare").glob("*.json")]
-    before = next(entry for entry in entries if entry["method"] == "before")
-    trained = [entry for entry in entries if entry["method"] != "before"]
+    found = [
+        [json.loads(path.read_text())["result"] for path in sorted((out / "compare" / seed).glob("*.json"))]
+        for seed in ("0", "1")
+    ]
+    before = next(entry for entry in found[0] if entry["method"] == "before")
+    trained = [entry for entry in found[0] if entry["method"] != "before"]
     assert sorted((e["method"], e["rate"]) for e in trained) == [("LoRA", 0.01), ("rbfast", 0.01), ("rbfast", 0.03)]
     parameters = sum(p.numel() for p in tiny_model().parameters())
     for entry in trained:
@@ -249,16 +253,20 @@ def test_the_pipeline_measures_both_and_resumes(data: Path, tmp_path: Path, monk
         assert f"{entry['mean']:.4f}" in text
         assert entry["values"] > 0
     assert all(e["values"] <= RECIPE.density * parameters for e in trained if e["method"] == "rbfast")
-    assert batches[0] == batches[1] == batches[2]  # every run of the comparison: the same batches, in the same order
+    assert batches[0] == batches[1] == batches[2]  # every run of a seed: the same batches, in the same order
+    assert batches[3] == batches[4] == batches[5] != batches[0]
     assert len(batches[0]) == 2
-    assert len(batches) == 4
+    assert len(batches) == 7
 
     chosen = one_per_problem(traces_from_results(data, RECIPE.teacher)[0])
     fitting, _ = encode_all(chosen, tokenizer, max_tokens=RECIPE.tokens)
     training = json.loads((out / "training.json").read_text())["result"]
     assert training["traces"] == len(fitting) > RECIPE.train
-    assert training["steps"] == len(batches[3]) == -(-len(fitting) // 2)
-    assert training["rate"] == min((e for e in trained if e["method"] == "rbfast"), key=lambda e: e["mean"])["rate"]
+    assert training["steps"] == len(batches[6]) == -(-len(fitting) // 2)
+    rates = {e["rate"]: [e["mean"]] for e in found[0] if e["method"] == "rbfast"}
+    for entry in (e for e in found[1] if e["method"] == "rbfast"):
+        rates[entry["rate"]].append(entry["mean"])
+    assert training["rate"] == min(rates, key=lambda rate: sum(rates[rate]))
     solved = {when: json.loads((out / f"{when}.json").read_text())["result"] for when in ("before", "after")}
     questions = {when: [record["problem"] for record in records] for when, records in solved.items()}
     assert questions["before"] == questions["after"]
@@ -309,14 +317,20 @@ def test_the_lowest_loss_is_bold_and_a_rate_at_the_edge_is_said() -> None:
             "tactical": 1.0,
             "answer": 1.0,
             "mean": mean,
+            "seconds": 1.0,
         }
 
     middle = [entry("rbfast", 0.1, 0.7), entry("rbfast", 0.2, 0.5), entry("rbfast", 0.3, 0.9)]
-    table = comparison_table([entry("before", None, 2.0), *middle, entry("LoRA", 0.1, 0.6), entry("LoRA", 0.2, 0.7)])
-    assert "| rbfast | 9 | 0.2 | **1.0000** | **1.0000** | **1.0000** | **0.5000** |" in table
-    assert "| 0.6000 |" in table
+    first = [entry("before", None, 2.0), *middle, entry("LoRA", 0.1, 0.6), entry("LoRA", 0.2, 0.7)]
+    second = [entry("before", None, 2.0), *middle, entry("LoRA", 0.1, 0.8), entry("LoRA", 0.2, 0.9)]
+    entries = averaged([first, second])
+    assert entries[0]["seconds"] == 2.0
+    table = comparison_table(entries)
+    assert "| rbfast | 9 | 0.2 | **1.0000** | **1.0000** | **1.0000** | **0.5000** | 0.5000, 0.5000 |" in table
+    assert "| 0.7000 | 0.6000, 0.8000 |" in table
     assert "Best of rbfast: 0.5000 at 0.2. " in table
-    assert "Best of LoRA: 0.6000 at 0.1 (the lowest tried: its best may lie beyond)." in table
+    assert "Best of LoRA: 0.7000 at 0.1 (the lowest tried: its best may lie beyond). " in table
+    assert table.endswith("rbfast minus LoRA there: -0.2000 (-0.1000, -0.3000).")
 
 
 def test_a_section_is_replaced_and_the_rest_of_the_file_stays(tmp_path: Path) -> None:

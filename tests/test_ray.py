@@ -16,7 +16,7 @@ import pytest
 from bench_text import problem
 
 from rbfast import curate
-from rbfast.assess import Assessor
+from rbfast.assess import Assessor, stack
 from rbfast.cli import main
 from rbfast.decontaminate import Decontaminator
 from rbfast.pool import assessed, assessed_on_ray
@@ -52,9 +52,11 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
             "reasoning": "First, let me check this. " * rng.randrange(1, 4) + rng.choice(["So it is 7.", "so the"]),
             "answer": "7",
             "domain": rng.choice("abc"),
+            "id": str(number),
         }
-        for _ in range(500)
+        for number in range(500)
     ]
+    rows[0]["reasoning"] = "It is 7."
     rows[50] = {"problem": "no more"}
     folder = tmp_path_factory.mktemp("pool")
     write_rows(folder / "against.jsonl", [{"problem": text} for text in problems[:10]])
@@ -75,22 +77,27 @@ def test_the_bytes_of_one_process(ray: Any, pool: list[Path], tmp_path: Path, mo
     assert ray.is_initialized()
 
 
-def test_two_workers_share_a_file(ray: Any, pool: list[Path], tmp_path: Path, monkeypatch) -> None:
-    def with_another(trace: Trace) -> float:
-        """The number of the worker, once it has seen that another one works too."""
-        (tmp_path / str(os.getpid())).touch()
-        until = time.monotonic() + 60
-        while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < until:
+def test_two_workers_share_a_file_and_its_order_is_kept(
+    ray: Any, pool: list[Path], tmp_path: Path, monkeypatch
+) -> None:
+    def first_is_last(trace: Trace) -> float:
+        """The number of the worker. The first trace waits until another worker is two chunks on."""
+        me, until = f"{os.getpid()}.", time.monotonic() + 60
+        (tmp_path / f"{me}{trace.id}").touch()
+        while trace.id == "0" and time.monotonic() < until:
+            if sum(not path.name.startswith(me) for path in tmp_path.iterdir()) > 40:
+                break
             time.sleep(0.01)
         return float(os.getpid())
 
     monkeypatch.setattr("rbfast.pool.CHUNK", 20)
     monkeypatch.chdir(pool[0].parent)  # workers are elsewhere
-    parts = list(assessed_on_ray([pool[0].name], Assessor(Decontaminator([]), quality=with_another), "auto"))
-    assert [len(part.flaws) for part in parts] == [20] * 16 + [13]
-    workers = {number for part in parts for number in part.quality.tolist()}
-    assert len(workers) == 2
-    assert os.getpid() not in workers
+    name, decontaminator = [pool[0].name], Decontaminator([])
+    there = stack([*assessed_on_ray(name, Assessor(decontaminator, quality=first_is_last), "auto")])
+    here = stack([*assessed(name, Assessor(decontaminator), 1)])
+    assert there.fingerprints.tolist() == here.fingerprints.tolist()
+    assert there.quality[0] not in there.quality[20:40]
+    assert os.getpid() not in there.quality
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,18 @@ def test_a_checkpoint_cut_while_being_written_is_not_taken(tmp_path: Path, monke
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_the_trainers_own_sharding_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = DistillTrainer.create_accelerator_and_postprocess
+
+    def make_sharding(self: DistillTrainer) -> None:
+        make(self)
+        self.is_fsdp_enabled = True  # as `accelerate launch --use_fsdp` has it on GPUs
+
+    monkeypatch.setattr(DistillTrainer, "create_accelerator_and_postprocess", make_sharding)
+    with pytest.raises(ValueError, match=r"only the frozen base is sharded.*--shard PROCESSES"):
+        train(tmp_path)
+
+
 def test_accumulating_two_batches_is_one_batch_of_both(tmp_path: Path) -> None:
     once = train(tmp_path / "a", per_device_train_batch_size=4)
     twice = train(tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=2)

@@ -13,17 +13,26 @@ constexpr int64_t kBlock = 64 * kLanes;
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Calls f(v, left) for every vector of [begin, end); left is below kLanes at the last one alone. A constant in the loop,
+// so that a body made for whole vectors has no test in it.
+template <typename F>
+static inline __attribute__((always_inline)) void for_lanes(int64_t begin, int64_t end, const F& f) {
+  int64_t v = begin;
+  for (; v + kLanes <= end; v += kLanes) f(v, kLanes);
+  if (v < end) f(v, end - v);
+}
+
 // kLanes logits, of which `left` are there.
-static inline Lanes take(const float* p, int64_t left) {
+static inline __attribute__((always_inline)) Lanes take(const float* p, int64_t left) {
   Lanes z = left >= kLanes ? load_lanes(p) : load_lanes(p, static_cast<int>(left));
   if (left < kLanes)
     for (int i = static_cast<int>(left); i < kLanes; ++i) z[i] = kNone;
-  return z < splat(kNone) ? splat(kNone) : z;
+  return larger(z, splat(kNone));
 }
 
 // Finishes kLanes values of the gradient in z, at column v, and stores them.
 template <typename T>
-static inline void put(const Output& out, Lanes gradient, Lanes z, int64_t v, int64_t left) {
+static inline __attribute__((always_inline)) void put(const Output& out, Lanes gradient, Lanes z, int64_t v, int64_t left) {
   const uint64_t lane = static_cast<uint64_t>(out.label - v);
   if (lane < static_cast<uint64_t>(kLanes)) gradient[lane] -= out.ce_weight;
   if (out.softcap != 0) {
@@ -45,7 +54,7 @@ static void log_sum_of(const float* z, int64_t n, float inv_tau, LogSum* result)
   for (int64_t b = 0; b < n; b += kBlock) {
     const int64_t end = smaller(b + kBlock, n);
     Lanes most = splat(kNone);
-    for (int64_t v = b; v < end; v += kLanes) most = larger(most, take(z + v, end - v));
+    for_lanes(b, end, [&](int64_t v, int64_t left) __attribute__((always_inline)) { most = larger(most, take(z + v, left)); });
     float block_top = kNone;
     for (int i = 0; i < kLanes; ++i) block_top = most[i] > block_top ? most[i] : block_top;
     if (block_top > top) {
@@ -54,11 +63,11 @@ static void log_sum_of(const float* z, int64_t n, float inv_tau, LogSum* result)
       top = block_top;
     }
     Lanes sum_tau{}, sum_one{};
-    for (int64_t v = b; v < end; v += kLanes) {
-      const Lanes x = take(z + v, end - v) - top;
+    for_lanes(b, end, [&](int64_t v, int64_t left) __attribute__((always_inline)) {
+      const Lanes x = take(z + v, left) - top;
       sum_tau += exp_negative(x * inv_tau);
       if (kTwo) sum_one += exp_negative(x);
-    }
+    });
     at_tau += sum(sum_tau);
     if (kTwo) at_one += sum(sum_one);
   }
@@ -67,21 +76,21 @@ static void log_sum_of(const float* z, int64_t n, float inv_tau, LogSum* result)
 
 template <typename T, bool kTwo>
 static void tail_gradient_of(const float* z, int64_t n, const TailGradient& g, const Output& out) {
-  for (int64_t v = 0; v < n; v += kLanes) {
-    const Lanes logit = take(z + v, n - v), x = logit - g.max;
+  for_lanes(0, n, [&](int64_t v, int64_t left) __attribute__((always_inline)) {
+    const Lanes logit = take(z + v, left), x = logit - g.max;
     Lanes gradient = exp_negative(x * g.inv_tau) * g.at_tau;
     if (kTwo) gradient = fmadd(exp_negative(x), splat(g.at_one), gradient);
-    put<T>(out, gradient, logit, v, n - v);
-  }
+    put<T>(out, gradient, logit, v, left);
+  });
 }
 
 // The columns that the teacher lacks: CE alone.
 template <typename T>
 static void rest_of_row(const float* z, int64_t vocabulary, const DensePass& pass, const Output& out) {
-  for (int64_t v = pass.n; v < vocabulary; v += kLanes) {
-    const Lanes logit = take(z + v, vocabulary - v);
-    put<T>(out, exp_negative(logit - pass.z_max) * pass.at_one, logit, v, vocabulary - v);
-  }
+  for_lanes(pass.n, vocabulary, [&](int64_t v, int64_t left) __attribute__((always_inline)) {
+    const Lanes logit = take(z + v, left);
+    put<T>(out, exp_negative(logit - pass.z_max) * pass.at_one, logit, v, left);
+  });
 }
 
 template <typename T, Kind kKind, bool kValue, bool kGradient>
@@ -91,9 +100,9 @@ static void dense(const float* z, const float* t, int64_t vocabulary, const Dens
   for (int64_t b = 0; b < pass.n; b += kBlock) {
     const int64_t end = smaller(b + kBlock, pass.n);
     Lanes terms{}, scores{};
-    for (int64_t v = b; v < end; v += kLanes) {
-      const Lanes logit = take(z + v, end - v);
-      const Term x = term<kKind>(logit, take(t + v, end - v), pass);
+    for_lanes(b, end, [&](int64_t v, int64_t left) __attribute__((always_inline)) {
+      const Lanes logit = take(z + v, left);
+      const Term x = term<kKind>(logit, take(t + v, left), pass);
       if (kValue) {
         terms += x.divergence;
         if (kKind != Kind::forward) scores = fmadd(x.q, x.score, scores);
@@ -101,9 +110,9 @@ static void dense(const float* z, const float* t, int64_t vocabulary, const Dens
       if (kGradient) {
         const Lanes gradient = kKind == Kind::forward ? x.q : x.q * (x.score - pass.mean_score);
         const Lanes ce = pass.at_one == 0 ? Lanes{} : exp_negative(logit - pass.z_max) * pass.at_one;
-        put<T>(out, fmadd(gradient, splat(pass.coefficient), ce), logit, v, end - v);
+        put<T>(out, fmadd(gradient, splat(pass.coefficient), ce), logit, v, left);
       }
-    }
+    });
     divergence += sum(terms);
     mean_score += sum(scores);
   }
@@ -114,16 +123,16 @@ static void dense(const float* z, const float* t, int64_t vocabulary, const Dens
 }  // namespace
 
 void head_logits(float* z, const float* bias, int64_t n, float scale, float softcap) {
-  for (int64_t v = 0; v < n; v += kLanes) {
-    Lanes x = take(z + v, n - v);
-    if (bias != nullptr) x += take(bias + v, n - v);
+  for_lanes(0, n, [&](int64_t v, int64_t left) __attribute__((always_inline)) {
+    Lanes x = take(z + v, left);
+    if (bias != nullptr) x += take(bias + v, left);
     x *= scale;
     if (softcap != 0) x = tanh_lanes(x / softcap) * softcap;
-    if (n - v >= kLanes)
+    if (left >= kLanes)
       store_lanes(z + v, x);
     else
-      store_lanes(z + v, x, static_cast<int>(n - v));
-  }
+      store_lanes(z + v, x, static_cast<int>(left));
+  });
 }
 
 void log_sum(const float* z, int64_t n, float inv_tau, LogSum* result) {

@@ -151,6 +151,7 @@ static void pack(const Operand& x, int64_t outer, int64_t end, int64_t k0, int64
 struct Ahead {
   const char* run;  // a stretch of memory that is contiguous, `length` long; `runs` of them follow
   int64_t at, length, stride, runs;
+  int64_t every;  // words of k between two lines asked for, so that all are when the last tile is done
 
   inline void ask() {
     if (runs <= 0) return;
@@ -163,17 +164,21 @@ struct Ahead {
   }
 };
 
-static inline Ahead panel_ahead(const Operand& x, int64_t outer, int64_t end, int64_t k0, int64_t depth) {
+static inline Ahead panel_ahead(const Operand& x, int64_t outer, int64_t end, int64_t k0, int64_t depth,
+                                int64_t tiles) {
   const int64_t bytes = x.type == Storage::f32 ? 4 : 2, outers = smaller(kColumns, end - outer);
   const char* first = static_cast<const char*>(x.data) + (outer * x.outer_stride + k0 * x.k_stride) * bytes;
-  if (x.k_stride == 1) return {first, 0, depth * bytes, x.outer_stride * bytes, outers};
-  return {first, 0, outers * bytes, x.k_stride * bytes, depth};
+  const bool along_k = x.k_stride == 1;
+  Ahead ahead{first, 0, along_k ? depth * bytes : outers * bytes, (along_k ? x.outer_stride : x.k_stride) * bytes,
+              along_k ? outers : depth, 4};
+  const int64_t lines = (ahead.length + 63) / 64 * ahead.runs, asked = words(depth) * tiles;
+  if (asked < lines * ahead.every) ahead.every = asked < 2 * lines ? 1 : asked / lines;
+  return ahead;
 }
 
 // ---- the tile ----
 
 enum class Update { set, add, resume };
-constexpr int kAskEvery = 4;  // words of k between two lines asked for
 
 static inline void tile(const Word* a, const Word* b, int64_t count, float* c, int64_t ldc, Update update,
                         Ahead& ahead) {
@@ -187,7 +192,7 @@ static inline void tile(const Word* a, const Word* b, int64_t count, float* c, i
   for (int line = 0; k < count; ++line) {
     if (line < kRows * kVectors) __builtin_prefetch(c + line / kVectors * ldc + line % kVectors * kLanes, 1);
     ahead.ask();
-    for (const int64_t stop = smaller(k + kAskEvery, count); k < stop; ++k) {
+    for (const int64_t stop = smaller(k + ahead.every, count); k < stop; ++k) {
       Words columns[kVectors];  // loaded one by one: a copy of all three would go through the stack
 #pragma GCC unroll 3
       for (int j = 0; j < kVectors; ++j) memcpy(&columns[j], b + k * kColumns + j * kLanes, sizeof(Words));
@@ -236,11 +241,13 @@ void gemm(const Gemm& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1, void* s
           pack<kLanes, kColumns>(g.b, n, n1, k, depth, panel_b);
           const Update update = g.sums == Sums::resumed ? Update::resume : k == 0 ? Update::set : Update::add;
           const int64_t columns = smaller(kColumns, n1 - n);
+          const int64_t tiles = (mb_end - mb + kRows - 1) / kRows;
           Ahead ahead{};
+          ahead.every = kBlockK;
           if (const int64_t next = k + kBlockK; next < kb_end)
-            ahead = panel_ahead(g.b, n, n1, next, smaller(kBlockK, kb_end - next));
+            ahead = panel_ahead(g.b, n, n1, next, smaller(kBlockK, kb_end - next), tiles);
           else if (n + kColumns < n1)
-            ahead = panel_ahead(g.b, n + kColumns, n1, kb, smaller(kBlockK, kb_end - kb));
+            ahead = panel_ahead(g.b, n + kColumns, n1, kb, smaller(kBlockK, kb_end - kb), tiles);
           for (int64_t m = mb; m < mb_end; m += kRows) {
             const Word* panel_a = panels_a + (m - mb) * padded + words(k - kb) * kRows;
             const int64_t rows = smaller(kRows, mb_end - m);

@@ -91,6 +91,38 @@ static inline Lanes fmadd(Lanes a, Lanes b, Lanes c) {
 #endif
 }
 
+// b where it is greater than a, else a: a NaN in a stays.
+static inline Lanes larger(Lanes a, Lanes b) {
+#if RBFAST_LANES == 16
+  return _mm512_max_ps(b, a);
+#elif RBFAST_LANES == 8
+  return _mm256_max_ps(b, a);
+#else
+  return b > a ? b : a;
+#endif
+}
+
+// b where it is less than a, else a: a NaN in a stays.
+static inline Lanes smaller(Lanes a, Lanes b) {
+#if RBFAST_LANES == 16
+  return _mm512_min_ps(b, a);
+#elif RBFAST_LANES == 8
+  return _mm256_min_ps(b, a);
+#else
+  return b < a ? b : a;
+#endif
+}
+
+// v * 2^n for whole n <= 0, or 0 where n is below -126.
+static inline Lanes times_power(Lanes v, Lanes n) {
+#if RBFAST_LANES == 16
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, splat(-126.0f), _CMP_NLT_UQ), v, n);
+#else
+  const LaneInts exponent = as_ints(n + 12582912.0f) - 0x4b400000 + 127;  // n in the low bits of the sum
+  return n < splat(-126.0f) ? splat(0.0f) : v * as_lanes(exponent << 23);
+#endif
+}
+
 // The sum of the lanes, always in the same order: halves are added until one value is left.
 static inline float sum(Lanes v) {
 #if RBFAST_LANES == 16

@@ -14,6 +14,11 @@ RBFAST_INLINE float fmadd(float a, float b, float c) { return fmaf(a, b, c); }
 RBFAST_INLINE float as_lanes(int bits) { return __int_as_float(bits); }
 RBFAST_INLINE int as_ints(float value) { return __float_as_int(value); }
 RBFAST_INLINE float to_lanes(int value) { return static_cast<float>(value); }
+RBFAST_INLINE float larger(float a, float b) { return b > a ? b : a; }
+RBFAST_INLINE float smaller(float a, float b) { return b < a ? b : a; }
+RBFAST_INLINE float times_power(float v, float n) {
+  return n < -126.0f ? 0.0f : v * __int_as_float((static_cast<int>(n) + 127) << 23);
+}
 
 // 2^x by the special function unit, within 2^-22 of itself; 0 below the smallest normal number.
 RBFAST_INLINE float exp2_fast(float x) {

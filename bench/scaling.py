@@ -1,0 +1,218 @@
+"""Test-time scaling: the demo's student before and after distillation, under budgets, with and without interventions.
+
+    make demo && python bench/scaling.py --run runs/demo --out runs/scaling
+
+The demo's held-out problems, the first of each family; greedy. A budget counts every token after the prompt, those of
+interventions and those that were struck included, so that a row of the table compares at equal cost. The settings:
+
+- plain: generation up to the budget;
+- wrap up: a quarter of the budget is kept back, and where thinking has used the rest the answer is asked for;
+- wait, verify, other approach: each of them besides the wrap-up. `wait` does not let the thinking end before half of
+  the budget; `verify` comes at the sentence ends that are less certain than 9 of 10 of the same model's own; `other
+  approach` at loops, which the wrap-up alone lets run;
+- all: everything at once.
+
+Every finished cell is kept in --out and read back. The table takes its place in docs/results.md, the picture beside it.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from closed_teacher import RESULTS, digest, part
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from pages import cpu, put_section
+from rich.console import Console
+from rich.markdown import Markdown
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rbfast.adapter import SparseAdapter
+from rbfast.demo import FAMILIES, HELD_OUT, TRAIN
+from rbfast.evaluate import Problem, evaluate
+from rbfast.families import split
+from rbfast.files import replacing
+from rbfast.guide import OTHER, VERIFY, WAIT, WRAP_UP, Guide
+from rbfast.guided_generate import calibrate, guide_for
+from rbfast.models import SMOLLM2, load_student
+from rbfast.progress import counting
+from rbfast.statistics import paired_difference, proportion
+from rbfast.trace import format_prompt
+
+SECTION = "scaling"
+SETTINGS = {
+    "plain": (),
+    "wrap up": (WRAP_UP,),
+    "wait": (WAIT, WRAP_UP),
+    "verify": (VERIFY, WRAP_UP),
+    "other approach": (OTHER, WRAP_UP),
+    "all": (WAIT, VERIFY, OTHER, WRAP_UP),
+}
+SIDES = ("before", "after")
+
+Cell = dict[str, list[float]]  # `solved` and `tokens` of every problem, in order
+Cells = dict[tuple[str, int, str], Cell]  # by side, budget and setting
+
+
+def guide(tokenizer: PreTrainedTokenizerBase, budget: int, setting: str, verify_above: float) -> Guide:
+    """The guide of a setting; `verify_above` where it verifies."""
+    interventions = SETTINGS[setting]
+    chosen = guide_for(tokenizer, budget, interventions=interventions)
+    if WAIT in interventions:
+        chosen = replace(chosen, minimum=budget // 2)
+    return replace(chosen, verify_above=verify_above) if VERIFY in interventions else chosen
+
+
+def cell(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], chosen: Guide, title: str
+) -> Cell:
+    with counting(title) as progress:
+        results = evaluate(model, tokenizer, problems, batch_size=60, progress=progress, guide=chosen)
+    return {
+        "solved": [float(result.correct) for result in results],
+        "tokens": [float(result.completion.tokens) for result in results],
+        "interventions": [float(len(result.completion.events)) for result in results],
+    }
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: SparseAdapter,
+    problems: Sequence[Problem],
+    budgets: Sequence[int],
+    out: Path,
+) -> Cells:
+    prompts = [format_prompt(problem.question, tokenizer) for problem in problems[:: max(1, len(problems) // 40)]]
+    asked = {"dtype": str(model.dtype), "problems": digest(problem.question for problem in problems)}
+    found: Cells = {}
+    for side in SIDES:
+        with adapter.disabled() if side == "before" else nullcontext():
+            threshold = partial(calibrate, model, tokenizer, prompts, guide_for(tokenizer, max(budgets)))
+            verify_above = part(out / f"{side}-threshold.json", asked, threshold)["result"]
+            for budget in budgets:
+                for setting in SETTINGS:
+                    chosen = guide(tokenizer, budget, setting, verify_above)
+                    title = f"{side}, {setting}, {budget}"
+                    found[side, budget, setting] = part(
+                        out / f"{side}-{budget}-{setting.replace(' ', '-')}.json",
+                        asked | {"guide": repr(chosen)},
+                        partial(cell, model, tokenizer, problems, chosen, title),
+                    )["result"]
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- the section
+
+
+def percent(values: Sequence[float]) -> float:
+    return 100 * sum(values) / len(values)
+
+
+def table(found: Cells, budgets: Sequence[int], side: str) -> list[str]:
+    """A line for each budget: the share solved by each setting, with the mean tokens written."""
+    lines = [f"| budget, {side} | " + " | ".join(SETTINGS) + " |", "| --- " * (len(SETTINGS) + 1) + "|"]
+    for budget in budgets:
+        cells = [found[side, budget, setting] for setting in SETTINGS]
+        shown = [f"{percent(c['solved']):.1f}% ({sum(c['tokens']) / len(c['tokens']):.0f})" for c in cells]
+        lines.append(f"| {budget} | {' | '.join(shown)} |")
+    return lines
+
+
+def effects(found: Cells, budgets: Sequence[int], side: str) -> list[str]:
+    """For every setting the paired difference to plain generation, all budgets together."""
+    plain = [x for budget in budgets for x in found[side, budget, "plain"]["solved"]]
+    lines = []
+    for setting in list(SETTINGS)[1:]:
+        guided = [x for budget in budgets for x in found[side, budget, setting]["solved"]]
+        put_in = [x for budget in budgets for x in found[side, budget, setting]["interventions"]]
+        gain = paired_difference(plain, guided)
+        lines.append(
+            f"| {side} | {setting} | {sum(put_in) / len(put_in):.2f} "
+            f"| {100 * gain.mean:+.1f} ({100 * gain.low:+.1f} .. {100 * gain.high:+.1f}) |"
+        )
+    return lines
+
+
+def draw(found: Cells, budgets: Sequence[int]) -> Figure:
+    """A panel for each side: the share solved against the budget, a line for each setting, plain's interval."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    for axes, side in zip(figure.subplots(1, 2, sharey=True), SIDES, strict=True):
+        bands = [proportion(found[side, budget, "plain"]["solved"]) for budget in budgets]
+        axes.fill_between(budgets, [100 * b.low for b in bands], [100 * b.high for b in bands], alpha=0.15, linewidth=0)
+        for setting in SETTINGS:
+            shares = [percent(found[side, budget, setting]["solved"]) for budget in budgets]
+            axes.plot(budgets, shares, marker="o", markersize=3, linewidth=1.5, label=setting)
+        axes.set(title=f"{side} distillation", xlabel="tokens a completion may have", ylim=(0, None))
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("solved (%)")
+    figure.axes[1].legend(frameon=False, fontsize="small")
+    return figure
+
+
+def section(found: Cells, budgets: Sequence[int], problems: int, command: str, dtype: Any, picture: str) -> str:
+    return "\n".join(
+        [
+            "## Accuracy against the budget",
+            "",
+            f"`{command}`",
+            "",
+            f"The demo's student, {dtype}, on {problems} of the demo's held-out problems; greedy. In brackets the mean",
+            "of the tokens written, interventions and what they struck included.",
+            "",
+            *table(found, budgets, "before"),
+            "",
+            *table(found, budgets, "after"),
+            "",
+            "Against plain generation at the same budget, all budgets together (95% interval of paired proportions; a",
+            "problem counts once for each budget, so the intervals are too narrow):",
+            "",
+            "| side | setting | interventions each | gain, points |",
+            "| --- | --- | --- | --- |",
+            *effects(found, budgets, "before"),
+            *effects(found, budgets, "after"),
+            "",
+            f"![accuracy against the budget]({picture})",
+            "",
+            f"{date.today()}; {cpu()}, {torch.get_num_threads()} threads; torch {torch.__version__}.",
+        ]
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="folder of the demo's run, with its adapter")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the experiment; run again, it goes on")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="Markdown file to put the section in")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[48, 96, 192, 384])
+    parser.add_argument("--problems", type=int, default=24, help="of each family, at most (default: 24)")
+    args = parser.parse_args(argv)
+    try:
+        model, tokenizer = load_student(SMOLLM2)
+        adapter = SparseAdapter.from_pretrained(model, args.run)
+        splits = [split(name, train=TRAIN, held_out=HELD_OUT, seed=0)[1] for name in FAMILIES]
+        problems = [problem for family in splits for problem in family[: args.problems]]
+        found = measure(model, tokenizer, adapter, problems, args.budgets, args.out)
+        picture = args.results.with_name("scaling.png")
+        with replacing(picture) as file:
+            FigureCanvasAgg(draw(found, args.budgets)).print_png(file)
+        command = shlex.join(["python", "bench/scaling.py", *argv])
+        text = section(found, args.budgets, len(problems), command, model.dtype, picture.name)
+        put_section(args.results, SECTION, text)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"scaling: error: {error}", file=sys.stderr)
+        return 2
+    Console().print(Markdown(text))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
