@@ -21,6 +21,7 @@ from rbfast.schema import Trace, TraceError
 UNVERIFIED, WRONG, RIGHT = -1, 0, 1
 _CUT = {"length", "max_tokens"}  # how servers call a reply that met its limit
 _CUT_FIELDS = ("finish_reason", "done_reason", "stop_reason")
+_MATHEMATICAL = "\\/^(["  # of an answer that can be written in several ways
 
 Verify = Callable[[Trace, Mapping[str, Any]], bool | None]
 """Whether a trace's answer is right, from the trace and the row it came in; None where that cannot be said."""
@@ -101,16 +102,22 @@ class Assessor:
 def verify_answer(trace: Trace, row: Mapping[str, Any]) -> bool | None:
     """What the trace says of itself (`verified`), else its answer graded against the row's `reference`, else None.
 
-    Grading is `rbfast.evaluate.grade`'s.
+    A reference may be a solution that marks its answer. Grading is `rbfast.grading.grade`'s.
+
+    Raises:
+        ImportError: two answers that are not the same to the letter may be to a mathematician, and math-verify is not
+            installed.
     """
     if trace.verified is not None:
         return trace.verified
     reference = row.get("reference")
     if reference is None:
         return None
-    from rbfast.evaluate import Problem, grade
+    from rbfast.grading import Problem, extract_answer, grade
 
-    return grade(Problem("", trace.problem, str(reference), {}), f"<answer>{trace.answer}</answer>") >= 1.0
+    stated = extract_answer(str(reference)) or str(reference).strip()
+    mathematical = any(sign in stated + trace.answer for sign in _MATHEMATICAL)
+    return grade(Problem("", trace.problem, stated, {}, mathematical), f"<answer>{trace.answer}</answer>") >= 1.0
 
 
 def stack(parts: Sequence[Part]) -> Part:

@@ -99,6 +99,7 @@ def _add_curate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--keep-templates", action="store_true", help="keep evaluation problems with other numbers")
     sub.add_argument("--pass-rates", type=Path, help="what `rbfast eval -o` wrote for a student: its misses are hard")
     sub.add_argument("--processes", type=int, default=1, help="processes that read and score (default: 1)")
+    sub.add_argument("--ray", metavar="ADDRESS", help="score on a Ray cluster instead: auto, local, or host:port")
 
 
 def _add_teach(sub: argparse.ArgumentParser) -> None:
@@ -222,6 +223,7 @@ def _curate(args: argparse.Namespace) -> int:
         pass_rates=read_pass_rates(args.pass_rates) if args.pass_rates else None,
         keep_templates=args.keep_templates,
         processes=args.processes,
+        ray=args.ray,
         quiet=args.json,
     )
     stages = [{"stage": s.name, "in": s.given, "dropped": s.dropped, "out": s.kept} for s in result.stages]

@@ -5,19 +5,16 @@
 
 Writes `reason1k.jsonl` (in the order of the pool), `dropped.jsonl` (every other item: where it stands, its stage, its
 reason, what it matched), `datasheet.json` and `datasheet.html`. The same arguments give the same bytes, for any number
-of processes.
+of processes, here or on a Ray cluster.
 
 The pool is read three times, a chunk at a time, and never held: to assess each item, to fetch the problems of those
 that may be chosen, and to write. Between, an item is some 400 bytes of hashes and scores.
 """
 
 import json
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain, count, islice
-from multiprocessing import get_context
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,16 +26,13 @@ from rbfast.datasheet import describe, write_datasheet
 from rbfast.decontaminate import Decontaminator, Embed, Thresholds, read_evaluations
 from rbfast.files import replacing
 from rbfast.ledger import Ledger, Stage
+from rbfast.pool import CHUNK, Source, assessed, assessed_on_ray, pool_rows
 from rbfast.progress import counting
 from rbfast.quality import proxy_difficulty
 from rbfast.schema import Trace
 from rbfast.selection import quotas, represent, shortlist
 from rbfast.text_reference import mix
 from rbfast.trace import read_rows
-
-_CHUNK = 1024  # rows
-
-Source = str | Path
 
 
 @dataclass(frozen=True)
@@ -80,6 +74,7 @@ def curate(
     thresholds: Thresholds | None = None,
     keep_templates: bool = False,
     processes: int = 1,
+    ray: str | None = None,
     quiet: bool = True,
 ) -> Curation:
     """Clean, decontaminate, deduplicate, score and select; see the module for what is written to `out`.
@@ -93,17 +88,24 @@ def curate(
             picklable. See docs/curation.md.
         keep_templates: keep problems that differ from an evaluation problem in their numbers alone.
         processes: how many assess the pool.
+        ray: a Ray cluster that assesses it in their place, as `ray.init` takes it: "auto", "local" or host:port. A Ray
+            session that is open is used.
 
     Raises:
         TraceError: a file that cannot be read. A row that is no trace is dropped with its reason.
         ValueError: nothing in the pool, or an argument out of its range.
+        ImportError: `ray` is given, and Ray Data is not installed.
     """
     if size < 1 or processes < 1:
         raise ValueError(f"size and processes must be at least 1, got {size} and {processes}")
+    if ray is not None and processes > 1:
+        raise ValueError(f"expected processes or ray, got {processes} and {ray!r}: Ray starts its own workers")
     pool = [pool] if isinstance(pool, str | Path) else list(pool)
     decontaminator = Decontaminator(read_evaluations(against), thresholds, embed)
     weights = weights or Weights()
-    part = _assess(pool, Assessor(decontaminator, quality, difficulty, verify), processes, quiet)
+    assessor = Assessor(decontaminator, quality, difficulty, verify)
+    parts = assessed(pool, assessor, processes) if ray is None else assessed_on_ray(pool, assessor, ray)
+    part = _joined(parts, pool, quiet)
     ledger = Ledger(part)
     ledger.decontaminate(decontaminator, keep_templates)
     ledger.dedup()
@@ -138,52 +140,19 @@ def read_pass_rates(path: Source) -> dict[str, float]:
 
 # -------------------------------------------------------------------------------------------------------- reading
 
-_worker: Assessor
 
-
-def _start_worker(assessor: Assessor) -> None:
-    global _worker
-    _worker = assessor
-
-
-def _work(rows: list[tuple[str, Any]]) -> Part:
-    return _worker(rows)
-
-
-def _assess(pool: Sequence[Source], assessor: Assessor, processes: int, quiet: bool) -> Part:
-    """The whole pool, assessed by several processes, joined in its order."""
-    parts: list[Part] = []
+def _joined(parts: Iterator[Part], pool: Sequence[Source], quiet: bool) -> Part:
+    """The parts of the pool as one."""
+    found: list[Part] = []
     done = 0
     with counting("assessing", quiet) as progress:
-        for part in _in_order(assessor, _chunks(pool), processes):
-            parts.append(part)
+        for part in parts:
+            found.append(part)
             done += len(part.flaws)
             progress(done, None)
-    if not parts:
+    if not found:
         raise ValueError(f"expected at least one trace in {', '.join(map(str, pool)) or 'the pool'}, got none")
-    return assess.stack(parts)
-
-
-def _in_order(assessor: Assessor, chunks: Iterator[list[tuple[str, Any]]], processes: int) -> Iterator[Part]:
-    if processes == 1:
-        yield from (assessor(chunk, threads=text.cores()) for chunk in chunks)
-        return
-    # spawned, for a forked process inherits locks of threads it does not have
-    with ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (assessor,)) as workers:
-        ahead = deque(workers.submit(_work, chunk) for chunk in islice(chunks, 2 * processes))
-        while ahead:
-            yield ahead.popleft().result()
-            ahead.extend(workers.submit(_work, chunk) for chunk in islice(chunks, 1))
-
-
-def _chunks(pool: Sequence[Source]) -> Iterator[list[tuple[str, Any]]]:
-    rows = _pool_rows(pool)
-    while chunk := list(islice(rows, _CHUNK)):
-        yield chunk
-
-
-def _pool_rows(pool: Sequence[Source]) -> Iterator[tuple[str, Any]]:
-    return chain.from_iterable(read_rows(source) for source in pool)
+    return assess.stack(found)
 
 
 # --------------------------------------------------------------------------------------------------------- scores
@@ -257,12 +226,12 @@ def _fetch(
     wanted, located = set(problem_rows.tolist()), set(where_rows.tolist())
     problems, wheres = {}, {}
     with counting("fetching", quiet) as progress:
-        for number, (where, row) in enumerate(_pool_rows(pool)):
+        for number, (where, row) in enumerate(pool_rows(pool)):
             if number in wanted:
                 problems[number] = row["problem"]
             if number in located:
                 wheres[number] = where
-            if number % _CHUNK == 0:
+            if number % CHUNK == 0:
                 progress(number, None)
     return problems, wheres
 
@@ -285,7 +254,7 @@ def _write(
         replacing(out / "dropped.jsonl", "w") as dropped,
         counting("writing", quiet) as progress,
     ):
-        for rows, (where, row) in enumerate(_pool_rows(pool), start=1):
+        for rows, (where, row) in enumerate(pool_rows(pool), start=1):
             if rows > len(flaws):
                 break
             item = next(items) if flaws[rows - 1] is None else None
@@ -293,7 +262,7 @@ def _write(
                 _write_line(kept, _finished(row, where, float(difficulty[item])).to_dict())
             else:
                 _write_line(dropped, {"where": where, "id": _id_of(row), **ledger.record(rows - 1, item, wheres)})
-            if rows % _CHUNK == 0:
+            if rows % CHUNK == 0:
                 progress(rows, len(flaws))
         if rows != len(flaws):
             raise ValueError(f"the pool had {len(flaws)} rows and now has others: it changed while it was read")

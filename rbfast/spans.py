@@ -4,14 +4,16 @@ r"""Roles in a trace: which characters are strategy, which are worked steps, whi
     for span in split_spans(text):
         print(ROLES[span.role], text[span.start : span.end])
 
-`split_spans` is deterministic and takes time linear in the text. Four passes:
+`split_spans` is deterministic and takes time linear in the text. Five passes:
 
 1. protect: LaTeX (\( \), \[ \], $...$, $$...$$, \begin..\end) and code fences are blanked, so that no unit ends
    inside them and no cue is read there;
 2. cut: a unit ends at a sentence end or a line break;
 3. weigh: a unit's cues (plan, reduction, change of approach, verification, monitoring, heading, sub-question) stand
    against its share of mathematical characters, for "first, 3 * 4 = 12" is a step and "first, find the cost" a plan;
-4. join: neighbouring units of one role become one span.
+4. heed: a plan that the teacher marked as one is strategic whatever it holds: <plan> ... </plan>, the section under a
+   Markdown heading that says plan; and so is every Markdown heading but one that states the answer;
+5. join: neighbouring units of one role become one span.
 """
 
 import re
@@ -125,6 +127,13 @@ _HEADING = (
 )
 _OPENING = re.compile(rf"{_HEADING}|{_LEAD}(?:{_QUESTION}|{_INSTRUCTION})")
 
+# What a teacher marked as a plan
+
+_LONGEST_PLAN = 5_000  # characters; a tag that is not closed within them marks nothing
+_TAGGED = re.compile(rf"<(plan|strategy|approach|outline)>(?:(?!<\1>).){{0,{_LONGEST_PLAN}}}?</\1>", re.DOTALL)
+_HEADED = re.compile(r"^(?:(#{1,6})[ \t]|\*\*(?=[^*\n]{1,80}\*\*:?[ \t]*$))([^\n]*)$\n?", re.MULTILINE)
+_SAYS_PLAN = re.compile(r"\b(?:plan|strategy|approach|outline|roadmap)\b")
+
 
 def split_spans(text: str) -> list[Span]:
     """The roles of `text`: spans that tile it exactly, neighbours of different roles. Empty text gives no span."""
@@ -133,6 +142,15 @@ def split_spans(text: str) -> list[Span]:
     blanked = _fold_case(_blank_protected(text))
     ends, asks = _cut(blanked)
     roles = _weigh(blanked, ends, asks)
+    plans, headings = _marked_by_teacher(blanked)
+    if plans or headings:
+        role_of = np.repeat(roles, np.diff(ends, prepend=0))
+        for start, end in headings:
+            role_of[start:end][role_of[start:end] == TACTICAL] = STRATEGIC
+        for start, end in plans:
+            role_of[start:end] = STRATEGIC
+        ends = np.append(np.flatnonzero(role_of[1:] != role_of[:-1]) + 1, len(role_of))
+        roles = role_of[ends - 1]
     last = np.flatnonzero(np.append(roles[1:] != roles[:-1], True))
     edges = ends[last].tolist()
     return [Span(*span) for span in zip([0, *edges[:-1]], edges, roles[last].tolist(), strict=True)]
@@ -219,6 +237,24 @@ def _weigh(blanked: str, ends: np.ndarray, asks: np.ndarray) -> np.ndarray:
     for unit in np.flatnonzero(prose & ~strategic & ~answers).tolist():
         strategic[unit] = _OPENING.match(blanked, starts[unit], ends[unit]) is not None
     return np.where(answers & ~asks, ANSWER, np.where(strategic, STRATEGIC, TACTICAL))
+
+
+def _marked_by_teacher(blanked: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Where plans stand that are marked as such, and where headings do.
+
+    A section ends at the next heading of its level or above. One that no heading ends may hold the solution too: it is
+    no plan.
+    """
+    plans = [tag.span() for tag in _TAGGED.finditer(blanked)]
+    headings = [*_HEADED.finditer(blanked)]
+    open_: list[tuple[int, int]] = []  # sections that say plan: level, start
+    for heading in headings:
+        level = len(heading[1] or "#######")  # a line in bold is below every #
+        while open_ and open_[-1][0] >= level:
+            plans.append((open_.pop()[1], heading.start()))
+        if _SAYS_PLAN.search(heading[2]):
+            open_.append((level, heading.start()))
+    return plans, [heading.span() for heading in headings]
 
 
 def _count(codes: np.ndarray, characters: str, starts: np.ndarray) -> np.ndarray:

@@ -115,7 +115,7 @@ def claude(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_real_pool_the_same_bytes_for_any_number_of_processes(claude: Path, tmp_path: Path, monkeypatch) -> None:
     against = [data_path("math500/math500_test.jsonl")]
     one = rbfast.curate([claude], tmp_path / "one", size=100, against=against, seed=3)
-    monkeypatch.setattr("rbfast.curation._CHUNK", 100)
+    monkeypatch.setattr("rbfast.pool.CHUNK", 100)
     monkeypatch.setattr("rbfast.text.cores", lambda: 5)
     rbfast.curate([claude], tmp_path / "two", size=100, against=against, seed=3, processes=3)
     for name in FILES:
@@ -222,6 +222,14 @@ def test_pass_rates_are_means_over_tries(tmp_path: Path) -> None:
         ({"reference": "7"}, True),
         ({"reference": 7}, True),
         ({"reference": "8"}, False),
+        ({"reference": "1 + 6 = 7\n#### 7"}, True),
+        ({"answer": "\\frac{3}{4}", "reference": "0.75"}, True),
+        ({"answer": "\\frac12", "reference": "The half: $\\boxed{\\dfrac{1}{2}}$"}, True),
+        ({"answer": "3/4", "reference": "0.75"}, True),
+        ({"answer": "3/5", "reference": "0.75"}, False),
+        ({"answer": "1+x^2", "reference": "$x^2 + 1$"}, True),
+        ({"answer": "(1,2]", "reference": "(1, 2]"}, True),
+        ({"answer": "Ann and Bob", "reference": "ann and bob"}, True),
     ],
 )
 def test_answers_are_verified(fields: dict[str, Any], verdict: bool | None) -> None:

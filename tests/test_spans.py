@@ -53,6 +53,43 @@ def test_spans_tile_any_text_and_neighbours_differ(text: str) -> None:
     assert spans == split_spans(text)
 
 
+def test_a_plan_that_the_teacher_marked_is_strategic_whatever_it_holds() -> None:
+    steps = "1. 3 * 4 = 12\n2. 12 + 5 = 17\n"
+    worked = "3 * 4 = 12 and 12 + 5 = 17.\n"
+    for before, plan, after in (
+        ("", f"<plan>\n{steps}</plan>", f"\n{worked}"),
+        (worked, f"<Strategy>{steps}</Strategy>", worked),
+        ("", f"## Plan\n{steps}", f"## Solution\n{worked}"),
+        ("", f"## My plan\n### First\n{steps}", f"# 7 * 6 = 42\n{worked}"),
+        ("", f"**Approach:**\n{steps}", f"**Solution**\n{worked}"),
+        (worked, "### Step 2: 3 * 4 = 12", f"\n{worked}"),
+    ):
+        roles = role_characters(before + plan + after)
+        end = len(before) + len(plan)
+        assert (roles[len(before) : end] == STRATEGIC).all()
+        for outside in (roles[: len(before)], roles[end:]):
+            assert len(outside) == 0 or outside[-1] == TACTICAL
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "3 * 4 = 12 <plan> 12 + 5 = 17",  # not closed
+        "```\n# plan\n3 * 4 = 12\n# next\n```",  # code
+        "The plan costs 12 + 5 = 17.",
+        "3 * 4 = 12 #plan 12 + 5 = 17",
+    ],
+)
+def test_what_is_no_marked_plan(text: str) -> None:
+    assert roles_of(text) == ["tactical"]
+
+
+def test_a_last_section_that_says_plan_may_hold_the_solution() -> None:
+    text = "## Plan and solution\n3 * 4 = 12\n"
+    [heading] = [text[span.start : span.end] for span in split_spans(text) if span.role == STRATEGIC]
+    assert heading == "## Plan and solution\n"
+
+
 @pytest.mark.parametrize(
     "text",
     [
