@@ -26,7 +26,8 @@ from rbfast.evaluate import (
 )
 from rbfast.generate import Completion
 from rbfast.guide import Guide
-from rbfast.mathematics import Verifier, equal
+from rbfast.judge import Judge
+from rbfast.mathematics import equal
 
 
 def plain(answer: str) -> Problem:
@@ -525,13 +526,31 @@ def test_equal_mathematics(answer, statement, same):
 
 def test_an_answer_that_hangs_the_grader_is_wrong_and_the_next_one_is_graded():
     pytest.importorskip("math_verify")
-    verifier = Verifier()
+    judge = Judge("math-verify")
     try:
-        assert verifier.ask("$5$", ["$6$"], 60.0) is False and verifier.killed == 0
-        first = verifier._process
-        assert verifier.ask("$5$", ["9**9**9**9**9"], 0.2) is False and verifier.killed == 1
+        assert judge.ask(["$5$", ["$6$"]], 60.0) is False and judge.killed == 0
+        first = judge._process
+        assert judge.ask(["$5$", ["9**9**9**9**9"]], 0.2) is None and judge.killed == 1
         assert first.poll() is not None
-        assert verifier.ask("$\\frac{1}{2}$", ["$1/2$"], 60.0) is True
-        assert verifier.killed == 1
+        assert judge.ask(["$\\frac{1}{2}$", ["$1/2$"]], 60.0) is True
+        assert judge.killed == 1
     finally:
-        verifier.close()
+        judge.close()
+
+
+def test_an_answer_that_hangs_a_tasks_own_verifier_is_wrong_and_the_next_one_is_graded(monkeypatch):
+    # Countdown evaluates what it is given: in this process no time limit could end it.
+    pytest.importorskip("reasoning_gym")
+    [problem] = load_problems("countdown", 1, seed=0)
+    own = Judge("reasoning-gym")
+    monkeypatch.setattr("rbfast.grading.judge", lambda kind: own)
+    try:
+        right = f"<answer>{problem.entry['metadata']['expression']}</answer>"
+        assert grade(problem, right) == 1.0 and own.killed == 0
+        ask = own.ask
+        monkeypatch.setattr(own, "ask", lambda question: ask(question, 0.5))
+        assert grade(problem, "<answer>9**9**9**9</answer>") < 1.0 and own.killed == 1
+        monkeypatch.setattr(own, "ask", ask)
+        assert grade(problem, right) == 1.0 and own.killed == 1
+    finally:
+        own.close()
