@@ -354,7 +354,7 @@ def _solve(args: argparse.Namespace) -> int:
     from rbfast.guided_generate import guide_for
     from rbfast.transcript import Transcript
 
-    problem = sys.stdin.read() if args.problem == "-" else args.problem
+    problem = _read_stdin() if args.problem == "-" else args.problem
     if not problem.strip():
         raise ValueError("problem: expected a text, got an empty one")
     options = {name: getattr(args, name) for name in ("minimum", "maximum", "verify_above", "probe_every")}
@@ -508,6 +508,14 @@ def _remote_prompt(args: argparse.Namespace, problem: str, options: dict[str, An
     print("without --tokenizer the model reads plain text, not its chat template", file=sys.stderr)
     guide = Guide(args.budget, close="<answer>", finish="</answer>", **options)
     return f"{problem}\n\n{INSTRUCTION}\n\n", guide, None
+
+
+def _read_stdin() -> str:
+    data = sys.stdin.buffer.read()  # UTF-8 whatever the locale says
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"problem: expected UTF-8 on stdin, got byte {data[error.start]:#04x}") from None
 
 
 def _label(args: argparse.Namespace) -> str:

@@ -473,11 +473,30 @@ def test_benchmarks_and_hub_ids_name_a_dataset_and_a_split(monkeypatch):
         load_problems("leg_counting", None, seed=0)
 
 
+@pytest.mark.parametrize(
+    ("task", "place", "row"),
+    [
+        ("aime24", ("HuggingFaceH4/aime_2024", None, "train"), {"id": 61, "solution": "s", "url": "u", "year": "2024"}),
+        ("aime25", ("math-ai/aime25", None, "test"), {"id": "0"}),
+    ],
+)
+def test_aime_rows_are_read_as_they_are_on_the_hub(monkeypatch, task, place, row):
+    import datasets
+
+    asked = []
+    rows = [row | {"problem": "Find $n$.", "answer": "025"}]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *where, split: asked.append((*where, split)) or rows)
+    [problem] = load_problems(task, None, seed=0)
+    assert asked == [place] and problem.question == "Find $n$."
+    assert [grade(problem, f"\\boxed{{{answer}}}") for answer in ("25", "025", "26")] == [1.0, 1.0, 0.0]
+
+
 def test_the_real_benchmarks_are_read():
     math500 = load_problems(str(data_path("math500/math500_test.jsonl")), None, seed=0)
     assert len(math500) == 500 and all(problem.mathematical for problem in math500)
-    aime = load_problems(str(data_path("aime24_25/aime24.jsonl")), None, seed=0)
-    assert len(aime) == 30 and aime[0].answer == "204"
+    for year, first in (("24", "204"), ("25", "70")):
+        aime = load_problems(str(data_path(f"aime24_25/aime{year}.jsonl")), None, seed=0)
+        assert len(aime) == 30 and aime[0].answer == first and all(0 <= int(p.answer) <= 999 for p in aime)
     assert len(load_problems(str(data_path("gsm8k/gsm8k_test.jsonl")), None, seed=0)) == 1319
 
 
