@@ -310,8 +310,7 @@ def solve_many(
         seeded = replace(server, seed=None if server.seed is None else server.seed + copy)
         solution = solve_or_chat(seeded, problem, prompt, guide, abandoned=over.is_set, **options)
         with lock:  # here, not where they are waited for: the next sample in the queue begins at once
-            if not solution.abandoned:
-                answers.append(answer_key(solution.text))
+            answers.append(answer_key(solution.text))
             if early_stop and decided(answers, samples - len(answers)):
                 over.set()
         return solution

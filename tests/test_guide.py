@@ -304,6 +304,13 @@ def test_a_stable_probe_that_could_not_be_followed_by_an_answer_does_not_end_the
     assert row.phase is Phase.THINK and row.left == 8
 
 
+@pytest.mark.parametrize(("budget", "pays"), [(16, False), (17, True)])
+def test_a_probe_leaves_a_token(budget, pays):
+    row = Row(Guide(budget=budget, interventions=(), probe_every=5, probe_tokens=1), len)
+    row.write("word.", tokens=5)
+    assert row.wants_probe is pays and len(row.probe_text) + 1 == 11
+
+
 def test_a_budget_that_is_all_reserve_goes_straight_to_the_answer():
     row = Row(Guide(budget=60, reserve=60, **SHORT), len)
     order = row.start()
