@@ -13,11 +13,12 @@ _LONGEST_MATH = 1_000  # characters; an opener that is not closed within them wa
 _TAIL = 32  # characters that the rules below look back, at most
 
 _BEGIN = re.compile(r"\\begin\{([a-zA-Z]{1,20}\*?)\}\Z")
+_ARGUMENT = re.compile(r"\\[a-zA-Z]+\*?\{\Z")
 _MATH = {"\\(": "\\)", "\\[": "\\]"}
 # "$5 per day" is money, "$5 x$" and "$5 + 3$" are formulas
 _MONEY = re.compile(r"\d[\d,.]*[)]?\s+[A-Za-z]{2}")
-# A digit, what may join the next digit to it, and what may open a number.
-_NUMBER = re.compile(r"(?:\d[.,:/]?|\d[eE][-+]?|(?:^|[\s(\[{=*/^<>|,$])[-+.])\Z")
+# A digit, what may join the next digit to it, what may open a number; a command whose name may go on.
+_UNFINISHED = re.compile(r"(?:\d[.,:/]?|\d[eE][-+]?|(?:^|[\s(\[{=*/^<>|,$])[-+.]|\\(?:[a-zA-Z]+\*?)?)\Z")
 # A full stop after a digit may be a decimal point until white space follows.
 _SENTENCE_END = re.compile(r"(?:(?<!\d)[.!?][.!?)\]\"'*_”]{0,8}|[.!?][.!?)\]\"'*_”]{0,8}\s+|\n\s*)\Z")
 _ABBREVIATION = re.compile(r"(?:^|[\s(*#_])(?:[a-z]|e\.g|i\.e|vs|dr|mr|ms|mrs|cf|eq|no|approx)\.\s*\Z", re.IGNORECASE)
@@ -40,6 +41,7 @@ class Boundary:
         self._closer = ""
         self._inside = ""  # what follows the opener, as far as the rules need it
         self._length = 0
+        self._depth = 0  # of braces
 
     def write(self, text: str) -> None:
         for character in text:
@@ -66,7 +68,7 @@ class Boundary:
     @property
     def safe(self) -> bool:
         """Whether a text may be put here: outside of LaTeX, code, a number and the marker."""
-        return not self._closer and not _NUMBER.search(self._tail) and not self._tail.endswith(self._prefixes)
+        return not self._closer and not _UNFINISHED.search(self._tail) and not self._tail.endswith(self._prefixes)
 
     @property
     def sentence_end(self) -> bool:
@@ -79,11 +81,11 @@ class Boundary:
             self._open(character)
         elif self._tail[-2:] in _MATH and self._tail[-3:-2] != "\\":
             self._open(_MATH[self._tail[-2:]])
-        elif character == "}" and (environment := _BEGIN.search(self._tail)):
-            self._open(f"\\end{{{environment[1]}}}")
+        elif character == "{" and _ARGUMENT.search(self._tail):
+            self._open("}")
 
     def _open(self, closer: str) -> None:
-        self._closer, self._inside, self._length = closer, "", 0
+        self._closer, self._inside, self._length, self._depth = closer, "", 0, 1
 
     def _look_for_end(self, character: str) -> None:
         self._length += 1
@@ -92,6 +94,8 @@ class Boundary:
             return
         if self._closes(character) or (not self.in_fence and self._length > _LONGEST_MATH):
             self._closer = ""
+            if environment := _BEGIN.search(self._tail):
+                self._open(f"\\end{{{environment[1]}}}")
 
     def _longer_delimiter(self) -> bool:
         """`$$` and the code fence begin like their short forms."""
@@ -110,5 +114,8 @@ class Boundary:
             return ends or character == "\n" or self._inside[0].isspace() or bool(_MONEY.match(self._inside))
         if self._closer == "`":
             return character in "`\n" or (self._inside[0] == "`" and self._length > 1)
+        if self._closer == "}":
+            self._depth += 0 if self._tail[-2:-1] == "\\" else {"{": 1, "}": -1}.get(character, 0)
+            return self._depth == 0
         # The opener's own characters are no closer: four backticks do not end the fence that three began.
         return self._length >= len(self._closer) and self._tail.endswith(self._closer)

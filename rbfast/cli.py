@@ -150,6 +150,8 @@ def _add_solve(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("problem", help="the problem, or - to read it from stdin")
     sub.add_argument("--adapter", help="folder of a trained adapter to attach")
     sub.add_argument("--server", metavar="URL", help="ask an OpenAI-compatible server for MODEL; key: RBFAST_API_KEY")
+    sub.add_argument("--tokenizer", metavar="NAME", help="the served model's: hub id or folder; for its chat template")
+    sub.add_argument("--concurrency", type=int, default=8, help="requests to a server at a time (default: 8)")
     sub.add_argument("--budget", type=int, default=1024, help="tokens in all, thinking and answer (default: 1024)")
     sub.add_argument("--minimum", type=int, default=0, help="tokens of thinking, at least (default: 0)")
     sub.add_argument("--maximum", type=int, help="tokens of thinking, at most (default: what the answer leaves)")
@@ -362,11 +364,15 @@ def _solve(args: argparse.Namespace) -> int:
     from rbfast.guided_generate import guide_for
     from rbfast.transcript import Transcript
 
-    problem = sys.stdin.read() if args.problem == "-" else args.problem
+    problem = _read_stdin() if args.problem == "-" else args.problem
     if not problem.strip():
         raise ValueError("problem: expected a text, got an empty one")
     options = {name: getattr(args, name) for name in ("minimum", "maximum", "verify_above", "probe_every")}
     transcript = Transcript(quiet=args.json or args.samples > 1)
+    if args.server and args.adapter:
+        raise ValueError("--adapter is for a local model: merge it, and serve the merged checkpoint")
+    if args.tokenizer and not args.server:
+        raise ValueError("--tokenizer is for --server: a local model brings its own")
     if args.server:
         return _solve_remotely(args, problem, options, transcript)
     model, tokenizer = _load(args)
@@ -473,26 +479,53 @@ def _solve_here(
 
 
 def _solve_remotely(args: argparse.Namespace, problem: str, options: dict[str, Any], transcript: Any) -> int:
-    from rbfast.grading import extract_answer
-    from rbfast.guide import Guide
-    from rbfast.guided_server import Server, ServerError, solve_or_chat
-    from rbfast.trace import INSTRUCTION
+    from rbfast.grading import answer_key, extract_answer
+    from rbfast.guided_server import Server, ServerError, solve_many
+    from rbfast.vote import majority
 
-    if options["verify_above"] is not None or options["probe_every"] or args.samples > 1:
-        raise ValueError("--verify-above, --probe-every and --samples need a local model, leave --server out")
-    server = Server(args.server, args.model, temperature=args.temperature or 0.0, seed=args.seed)
-    guide = Guide(args.budget, close="<answer>", finish="</answer>", **options)
-    prompt = f"{problem}\n\n{INSTRUCTION}\n\n"
+    server = Server(args.server, args.model, temperature=_temperature(args), seed=args.seed)
+    prompt, guide, count = _remote_prompt(args, problem, options)
+    listen = None if transcript.quiet else transcript.write
+    many = {"samples": args.samples, "concurrency": args.concurrency}
     try:
-        solution = solve_or_chat(server, problem, prompt, guide, listen=transcript.write)
+        solutions = solve_many(server, problem, prompt, guide, **many, count=count, listen=listen)
     except ServerError as error:
         print(f"rbfast solve: error: {error}", file=sys.stderr)
         if args.json and error.partial:
-            _print(args, {"answer": None, "error": str(error), "solutions": [error.partial.to_dict()]}, "")
+            written = [solution.to_dict() for solution in error.partial]
+            _print(args, {"answer": None, "error": str(error), "solutions": written}, "")
         return 1
-    answer = extract_answer(solution.text)
-    transcript.end(answer, solution.tokens, 1, 1)
-    return _print(args, {"answer": answer, "solutions": [solution.to_dict()]}, transcript.summary)
+    vote = majority([answer_key(solution.text) for solution in solutions if not solution.abandoned])
+    answer = vote.answer if args.samples > 1 else extract_answer(solutions[0].text)
+    transcript.end(answer, sum(solution.tokens for solution in solutions), args.samples, vote.votes)
+    result = {"answer": answer, "votes": vote.votes, "solutions": [solution.to_dict() for solution in solutions]}
+    return _print(args, result, transcript.summary)
+
+
+def _remote_prompt(args: argparse.Namespace, problem: str, options: dict[str, Any]) -> tuple[str, Any, Any]:
+    """The prompt, the guide and a function that counts tokens: the tokenizer's where there is one, else plain text."""
+    if args.tokenizer:
+        from rbfast.guided_generate import Vocabulary, guide_for
+        from rbfast.guided_server import prompt_for
+        from rbfast.models import load_tokenizer
+
+        tokenizer = load_tokenizer(args.tokenizer)
+        guide = guide_for(tokenizer, args.budget, **options)
+        return prompt_for(problem, tokenizer), guide, Vocabulary(tokenizer, guide, ()).count
+    from rbfast.guide import Guide
+    from rbfast.trace import INSTRUCTION
+
+    print("without --tokenizer the model reads plain text, not its chat template", file=sys.stderr)
+    guide = Guide(args.budget, close="<answer>", finish="</answer>", **options)
+    return f"{problem}\n\n{INSTRUCTION}\n\n", guide, None
+
+
+def _read_stdin() -> str:
+    data = sys.stdin.buffer.read()  # UTF-8 whatever the locale says
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"problem: expected UTF-8 on stdin, got byte {data[error.start]:#04x}") from None
 
 
 def _label(args: argparse.Namespace) -> str:

@@ -8,13 +8,13 @@ grade(problem, completion.text, truncated=completion.truncated)    # 1.0 is corr
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from rbfast.judge import judge
 from rbfast.mathematics import equal
 
 
@@ -88,7 +88,7 @@ def grade(problem: Problem, completion: str, *, truncated: bool = False) -> floa
     else:
         statement = extract_answer(completion) or completion.strip().rpartition("\n")[2]
     score = _scorer(problem)
-    best = max((_score(score, reading) for reading in readings(statement, problem.answer)), default=0.0)
+    best = max(map(score, readings(statement, problem.answer)), default=0.0)
     return float(equal(problem.answer, statement)) if problem.mathematical and best < 1.0 else best
 
 
@@ -113,22 +113,12 @@ def readings(statement: str, answer: str) -> list[str]:
     return [reading for reading in dict.fromkeys((*found, *stripped)) if reading]
 
 
-# What a verifier may raise on text that is no answer; anything else is a defect and must be seen.
-_UNREADABLE = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, SyntaxError, RecursionError)
-
-
-def _score(score: Callable[[str], float], reading: str) -> float:
-    try:
-        return float(score(reading))
-    except _UNREADABLE:
-        return 0.0
-
-
 def _scorer(problem: Problem) -> Callable[[str], float]:
     if not problem.entry:
         return _matches(problem.answer)
-    verifier = _verifier(problem.task)
-    return lambda reading: verifier(reading, problem.entry)
+    reasoning_gym()
+    verifier = judge("reasoning-gym")
+    return lambda reading: verifier.ask([problem.task, problem.entry, reading]) or 0.0
 
 
 def reasoning_gym() -> Any:
@@ -140,11 +130,6 @@ def reasoning_gym() -> Any:
             "problems of generated tasks need the package reasoning-gym: pip install reasoning-gym"
         ) from error
     return reasoning_gym
-
-
-@functools.cache
-def _verifier(task: str) -> Callable[..., float]:
-    return reasoning_gym().get_score_answer_fn(task)
 
 
 def _matches(answer: str) -> Callable[[str], float]:

@@ -14,10 +14,13 @@ for: every token that was ever written, put in or spent on a probe counts agains
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
+
+import numpy as np
 
 from rbfast.boundary import Boundary
 
@@ -217,24 +220,23 @@ class Row:
 
     @property
     def wants_probe(self) -> bool:
-        """Whether it is time to probe the answer, and the thinking's share of the budget pays for it."""
+        """Whether it is time to probe the answer, and the thinking's share of the budget has a token more than that."""
         due = 0 < self._next_probe <= self.spent - self.probed_tokens and self.phase is Phase.THINK
-        return due and self.spent + self.guide.probe_tokens + self.count(self.probe_text) <= self._limit
+        return due and self.spent + self.guide.probe_tokens + self.count(self.probe_text) < self._limit
 
     @property
     def probe_text(self) -> str:
         return self._joined(self.guide.close + self.guide.probe, 0)
 
-    def probed(self, answer: str, tokens: int) -> Order | None:
-        """Takes the answer that a probe gave for `tokens` tokens (put in and written, then thrown away)."""
+    def probed(self, text: str, tokens: int) -> Order | None:
+        """Takes what the model wrote to a probe, for `tokens` tokens (put in and written, then thrown away)."""
         self.spent += tokens
         self.probed_tokens += tokens
         self._next_probe += self.guide.probe_every
-        self._probes = [*self._probes, answer.strip()][-self.guide.probe_agree :]
+        self._probes = [*self._probes, _first_answer(text, self.guide.finish)][-self.guide.probe_agree :]
         stable = len(self._probes) == self.guide.probe_agree and len(set(self._probes)) == 1 and self._probes[0]
-        if stable and self._kept >= self.guide.minimum:
-            return self._stop_thinking(STABLE)
-        return self._stop_thinking(WRAP_UP) if self._guarded and self.left < 1 else None
+        pays = self._guarded or self.spent + self.count(self._joined(self.guide.close)) < self.guide.budget
+        return self._stop_thinking(STABLE) if stable and pays and self._kept >= self.guide.minimum else None
 
     # ----------------------------------------------------------------------------------------------------- thinking
 
@@ -412,3 +414,27 @@ class Row:
     def _done(self, finished: bool) -> Order | None:
         self.finished, self.phase = finished, Phase.DONE
         return None
+
+
+def _first_answer(text: str, finish: str) -> str:
+    """What a probe was told: up to the end of the answer, or of its first line."""
+    if finish:
+        text = text.partition(finish)[0]
+    return text.strip().partition("\n")[0].strip()
+
+
+def calibrated(guide: Guide, quantile: float, sentences: Callable[[Guide], Iterable[float]]) -> float:
+    """The `verify_above` [nats] that is exceeded at 1 - `quantile` of the ends of sentences of unguided thinking.
+
+    Args:
+        sentences: the entropies at the ends of sentences (`Row.sentences`) under the guide that it is given.
+
+    Raises:
+        ValueError: a quantile outside (0, 1), or no sentence end.
+    """
+    if not 0 < quantile < 1:
+        raise ValueError(f"quantile must lie in (0, 1), got {quantile}")
+    ends = list(sentences(replace(guide, interventions=(), minimum=0, probe_every=0, verify_above=math.inf)))
+    if not ends:
+        raise ValueError("no sentence ended in what the model wrote: give more prompts or a larger budget")
+    return float(np.quantile(ends, quantile))

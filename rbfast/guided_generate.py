@@ -17,7 +17,7 @@ import hashlib
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -43,7 +43,7 @@ from rbfast.generate import (
     new_cache,
 )
 from rbfast.grading import answer_key
-from rbfast.guide import Event, Guide, Order, Phase, Row
+from rbfast.guide import Event, Guide, Order, Phase, Row, calibrated
 from rbfast.trace import end_of_turn
 from rbfast.vote import decided
 
@@ -173,9 +173,9 @@ class TokenRow:
             self._listen(phase.value, piece)
         return self._obey(order)
 
-    def probed(self, answer: str, tokens: int) -> int:
-        """Takes a probed answer; returns how many tokens are struck."""
-        return self._obey(self.row.probed(answer, tokens))
+    def probed(self, text: str, tokens: int) -> int:
+        """Takes what was written to a probe; returns how many tokens are struck."""
+        return self._obey(self.row.probed(text, tokens))
 
     def _obey(self, order: Order | None) -> int:
         if order is None:
@@ -324,8 +324,7 @@ class GuidedSteering(Steering):
         for i, put, ids in zip(asking, texts, written, strict=True):
             row = self.token_rows[i]
             text = str(vocabulary.tokenizer.decode(ids, skip_special_tokens=True))
-            answer = _first_answer(text, row.row.guide.finish)
-            self.struck[i] = row.probed(answer, len(put) + len(ids))
+            self.struck[i] = row.probed(text, len(put) + len(ids))
 
     def keep(self, rows: torch.Tensor) -> None:
         super().keep(rows)
@@ -351,13 +350,6 @@ def entropy(scores: torch.Tensor) -> torch.Tensor:
     chances = (scores - normalizer).exp_()
     # 0 * -inf would be no number
     return normalizer[:, 0] - torch.linalg.vecdot(chances, scores.clamp(min=torch.finfo(scores.dtype).min))
-
-
-def _first_answer(text: str, finish: str) -> str:
-    """What a probe was told: up to the end of the answer, or of its first line."""
-    if finish:
-        text = text.partition(finish)[0]
-    return text.strip().partition("\n")[0].strip()
 
 
 def _continue(
@@ -471,10 +463,8 @@ def calibrate(
     Raises:
         ValueError: a quantile outside (0, 1), or no sentence end in what the model wrote.
     """
-    if not 0 < quantile < 1:
-        raise ValueError(f"quantile must lie in (0, 1), got {quantile}")
-    plain = replace(guide, interventions=(), minimum=0, probe_every=0, verify_above=math.inf)
-    ends = [end for [solution] in guided(model, tokenizer, prompts, plain) for end in solution.sentences]
-    if not ends:
-        raise ValueError("no sentence ended in what the model wrote: give more prompts or a larger budget")
-    return float(torch.tensor(ends, dtype=torch.float64).quantile(quantile))
+
+    def sentences(plain: Guide) -> list[float]:
+        return [end for [solution] in guided(model, tokenizer, prompts, plain) for end in solution.sentences]
+
+    return calibrated(guide, quantile, sentences)

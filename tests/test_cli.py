@@ -1,5 +1,6 @@
 """The command line as a person would use it, on a tiny random model saved to disk."""
 
+import io
 import json
 from pathlib import Path
 
@@ -130,6 +131,15 @@ def test_impossible_solving_is_refused(
     assert code == 2
     assert out == ""
     assert complaint in err
+
+
+def test_a_problem_in_another_encoding_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("What is the café's bill?".encode("latin-1"))))
+    code, out, err = call(capsys, "solve", "smollm2-135m", "-")
+    assert (code, out) == (2, "")
+    assert "problem: expected UTF-8 on stdin, got byte 0xe9" in err
 
 
 def test_eval_samples_and_goes_on(capsys: pytest.CaptureFixture[str], model_folder: str, tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ from rbfast.evaluate import (
 )
 from rbfast.generate import Completion
 from rbfast.guide import Guide
-from rbfast.mathematics import Verifier, equal
+from rbfast.judge import Judge
+from rbfast.mathematics import equal
 
 
 def plain(answer: str) -> Problem:
@@ -472,11 +473,30 @@ def test_benchmarks_and_hub_ids_name_a_dataset_and_a_split(monkeypatch):
         load_problems("leg_counting", None, seed=0)
 
 
+@pytest.mark.parametrize(
+    ("task", "place", "row"),
+    [
+        ("aime24", ("HuggingFaceH4/aime_2024", None, "train"), {"id": 61, "solution": "s", "url": "u", "year": "2024"}),
+        ("aime25", ("math-ai/aime25", None, "test"), {"id": "0"}),
+    ],
+)
+def test_aime_rows_are_read_as_they_are_on_the_hub(monkeypatch, task, place, row):
+    import datasets
+
+    asked = []
+    rows = [row | {"problem": "Find $n$.", "answer": "025"}]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *where, split: asked.append((*where, split)) or rows)
+    [problem] = load_problems(task, None, seed=0)
+    assert asked == [place] and problem.question == "Find $n$."
+    assert [grade(problem, f"\\boxed{{{answer}}}") for answer in ("25", "025", "26")] == [1.0, 1.0, 0.0]
+
+
 def test_the_real_benchmarks_are_read():
     math500 = load_problems(str(data_path("math500/math500_test.jsonl")), None, seed=0)
     assert len(math500) == 500 and all(problem.mathematical for problem in math500)
-    aime = load_problems(str(data_path("aime24_25/aime24.jsonl")), None, seed=0)
-    assert len(aime) == 30 and aime[0].answer == "204"
+    for year, first in (("24", "204"), ("25", "70")):
+        aime = load_problems(str(data_path(f"aime24_25/aime{year}.jsonl")), None, seed=0)
+        assert len(aime) == 30 and aime[0].answer == first and all(0 <= int(p.answer) <= 999 for p in aime)
     assert len(load_problems(str(data_path("gsm8k/gsm8k_test.jsonl")), None, seed=0)) == 1319
 
 
@@ -525,13 +545,31 @@ def test_equal_mathematics(answer, statement, same):
 
 def test_an_answer_that_hangs_the_grader_is_wrong_and_the_next_one_is_graded():
     pytest.importorskip("math_verify")
-    verifier = Verifier()
+    judge = Judge("math-verify")
     try:
-        assert verifier.ask("$5$", ["$6$"], 60.0) is False and verifier.killed == 0
-        first = verifier._process
-        assert verifier.ask("$5$", ["9**9**9**9**9"], 0.2) is False and verifier.killed == 1
+        assert judge.ask(["$5$", ["$6$"]], 60.0) is False and judge.killed == 0
+        first = judge._process
+        assert judge.ask(["$5$", ["9**9**9**9**9"]], 0.2) is None and judge.killed == 1
         assert first.poll() is not None
-        assert verifier.ask("$\\frac{1}{2}$", ["$1/2$"], 60.0) is True
-        assert verifier.killed == 1
+        assert judge.ask(["$\\frac{1}{2}$", ["$1/2$"]], 60.0) is True
+        assert judge.killed == 1
     finally:
-        verifier.close()
+        judge.close()
+
+
+def test_an_answer_that_hangs_a_tasks_own_verifier_is_wrong_and_the_next_one_is_graded(monkeypatch):
+    # Countdown evaluates what it is given: in this process no time limit could end it.
+    pytest.importorskip("reasoning_gym")
+    [problem] = load_problems("countdown", 1, seed=0)
+    own = Judge("reasoning-gym")
+    monkeypatch.setattr("rbfast.grading.judge", lambda kind: own)
+    try:
+        right = f"<answer>{problem.entry['metadata']['expression']}</answer>"
+        assert grade(problem, right) == 1.0 and own.killed == 0
+        ask = own.ask
+        monkeypatch.setattr(own, "ask", lambda question: ask(question, 0.5))
+        assert grade(problem, "<answer>9**9**9**9</answer>") < 1.0 and own.killed == 1
+        monkeypatch.setattr(own, "ask", ask)
+        assert grade(problem, right) == 1.0 and own.killed == 1
+    finally:
+        own.close()

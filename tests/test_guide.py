@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections import deque
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
 from rbfast.boundary import Boundary
-from rbfast.guide import CLOSE, OTHER, STABLE, VERIFY, WAIT, WRAP_UP, Guide, Phase, Row
+from rbfast.guide import CLOSE, INTERVENTIONS, OTHER, STABLE, VERIFY, WAIT, WRAP_UP, Guide, Phase, Row
 from rbfast.guided_generate import TokenRow, Vocabulary
 from rbfast.vote import decided, majority
 
@@ -25,19 +26,27 @@ PIECES = [
 ]  # fmt: skip
 streams = st.lists(st.sampled_from([*PIECES, "<end>"]), max_size=60)
 bytes_of_any_kind = st.lists(st.integers(0, 257), max_size=150)
-guides = st.builds(
-    Guide,
-    budget=st.integers(50, 140),
-    reserve=st.integers(32, 40),
-    minimum=st.sampled_from([0, 0, 8]),
-    finish=st.sampled_from(["", "</answer>"]),
-    cap=st.integers(0, 4),
-    cooldown=st.integers(0, 20),
-    verify_above=st.sampled_from([None, 0.5]),
-    loop_length=st.integers(1, 8),
-    loop_times=st.integers(2, 3),
-    **{name: st.just(text) for name, text in SHORT.items()},
-)
+options = {
+    "budget": st.integers(50, 140),
+    "reserve": st.integers(32, 40),
+    "minimum": st.sampled_from([0, 0, 8]),
+    "finish": st.sampled_from(["", "</answer>"]),
+    "cap": st.integers(0, 4),
+    "cooldown": st.integers(0, 20),
+    "verify_above": st.sampled_from([None, 0.5]),
+    "loop_length": st.integers(1, 8),
+    "loop_times": st.integers(2, 3),
+} | {name: st.just(text) for name, text in SHORT.items()}
+guides = st.builds(Guide, **options)
+more_options = {
+    "interventions": st.sets(st.sampled_from(INTERVENTIONS)).map(sorted),
+    "maximum": st.sampled_from([None, 10, 40]),
+    "probe_every": st.sampled_from([0, 1, 7]),
+    "probe_agree": st.integers(2, 3),
+    "probe_tokens": st.integers(1, 5),
+    "probe": st.sampled_from(["", "A:"]),
+}
+all_guides = st.builds(Guide, **options | more_options)
 relaxed = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -58,7 +67,10 @@ def drive(guide, stream, entropies=None):
     row, source, fed = new_row(guide), iter(stream), []
     noise = random.Random(0)
     while not row.done:
-        assert row.row.spent - row.row.probed_tokens <= guide.budget
+        if row.wants_probe:
+            written = noise.randint(1, guide.probe_tokens)
+            row.probed(noise.choice("77 "), row.row.count(row.row.probe_text) + written)
+            continue
         token = row.queue[0] if row.queue else next(source, TOKENIZER("a").input_ids[0])
         entropy = noise.random() if entropies else None
         fed.append((token, entropy))
@@ -74,6 +86,34 @@ def test_the_budget_is_never_exceeded_and_every_answer_ends(guide, stream, entro
     assert fed[-1][0] == END and row.ids[-1] == END
     assert row.row.phase is Phase.DONE and guide.close in row.row.thinking
     assert row.row.thinking.endswith(guide.close)
+
+
+@relaxed
+@given(all_guides, st.one_of(streams.map(tokens_of), bytes_of_any_kind), st.booleans())
+def test_so_it_is_with_any_interventions_and_probes(guide, stream, entropies):
+    row, fed = drive(guide, stream, entropies)
+    assert row.row.phase is Phase.DONE
+    assert len(fed) + row.row.probed_tokens == row.row.spent <= guide.budget
+    if WRAP_UP in guide.interventions:
+        assert row.ids[-1] == END and row.row.thinking.endswith(guide.close)
+    if guide.passive:
+        assert row.ids == [token for token, _ in fed] and not row.row.events
+
+
+@relaxed
+@given(all_guides, st.lists(st.tuples(st.sampled_from([*PIECES, "<end>"]), st.integers(1, 9)), max_size=60))
+def test_so_it_is_in_pieces_of_many_tokens_as_a_server_sends_them(guide, stream):
+    row, source = Row(guide, len, end_cost=0), iter(stream)
+    row.start()
+    while row.phase is not Phase.DONE:
+        if row.wants_probe:
+            row.probed("7", row.count(row.probe_text) + guide.probe_tokens)
+            continue
+        text, tokens = next(source, ("a", 1))
+        assert row.left >= 1
+        row.write("" if text == "<end>" else text, min(tokens, row.left), ended=text == "<end>")
+    assert row.spent <= guide.budget
+    assert row.thinking.endswith(guide.close) or WRAP_UP not in guide.interventions
 
 
 @relaxed
@@ -130,6 +170,54 @@ def test_nothing_is_put_inside_a_number_latex_or_code(guide, stream):
         assert open_formula_or_code(before) is None, (event, before)
         ended_by_the_model = event.kind == CLOSE or (event.kind == WAIT)
         assert ended_by_the_model or not re.search(r"\d[.,]?\Z", before), (event, before)
+
+
+# Constructs that must stay whole, whatever is in them, and any text between them. None opens another.
+WHOLE = [
+    "$x = 12.5$", "$$x. \n\ny = 1.$$", "\\(x^2. 1\\)", "\\[12. \\]", "\\begin{a}1. 2\n\n\\end{a}", "`a. b!`",
+    "\\boxed{12. {a. } b}", "\\alpha", "```\ny = 1.\n\nz = 2. \n```\n",
+]  # fmt: skip
+texts_with_wholes = st.lists(
+    st.one_of(st.sampled_from(WHOLE), st.text("ab .,!?019\n", min_size=1, max_size=9), st.just("</think>")),
+    max_size=40,
+)
+
+
+def marked(pieces):
+    """(character, number of its piece, whether what follows it belongs to the same construct or number)."""
+    text = "".join(pieces)
+    numbers = {i for found in re.finditer(r"\d+(?:[.,]\d+)*", text) for i in range(found.start(), found.end() - 1)}
+    place = 0
+    for number, piece in enumerate(pieces):
+        for i, character in enumerate(piece):
+            inside = i + 1 < len(piece) and (piece in WHOLE or piece == "</think>")
+            yield character, number, inside or place in numbers
+            place += 1
+
+
+@relaxed
+@given(guides, texts_with_wholes)
+def test_what_must_stay_whole_is_never_cut(guide, pieces):
+    # By the places where the stream was made up, not by reading the text again.
+    row, noise = new_row(guide), random.Random(0)
+    source, kept = deque(marked(pieces)), []
+    while not row.done:
+        if row.queue:
+            row.feed(row.queue[0])
+            continue
+        character, number, inside = source.popleft() if source else ("a", -1, False)
+        events = len(row.row.events)
+        struck = row.feed(TOKENIZER(character).input_ids[0], noise.random())
+        kept.append((character, number, inside))
+        if len(row.row.events) == events:
+            continue
+        put = row.row.thinking[row.row.events[-1].at :]
+        del kept[len(kept) - struck :]
+        fence_closed = put.startswith("```\n") and kept and kept[-1][0] == "\n" and pieces[kept[-1][1]] == WHOLE[-1]
+        assert not kept or not kept[-1][2] or fence_closed, (row.row.events[-1], row.row.thinking)
+        kept.clear()
+        while source and source[0][1] == number and pieces[number] in WHOLE:
+            source.popleft()  # the rest of what was struck, which no model would go on with
 
 
 def test_a_number_cut_by_the_budget_is_struck_whole():
@@ -207,6 +295,22 @@ def test_a_stable_probe_ends_the_thinking():
     assert row.probed_tokens == 100 and row.spent == 150 + len(order.text)
 
 
+def test_a_stable_probe_that_could_not_be_followed_by_an_answer_does_not_end_the_thinking():
+    guide = Guide(budget=40, interventions=(), probe_every=5, probe_agree=2, probe_tokens=1)
+    row = Row(guide, len)
+    for _ in range(2):
+        row.write("word.", tokens=5)
+        assert row.wants_probe and row.probed("8", 11) is None
+    assert row.phase is Phase.THINK and row.left == 8
+
+
+@pytest.mark.parametrize(("budget", "pays"), [(16, False), (17, True)])
+def test_a_probe_leaves_a_token(budget, pays):
+    row = Row(Guide(budget=budget, interventions=(), probe_every=5, probe_tokens=1), len)
+    row.write("word.", tokens=5)
+    assert row.wants_probe is pays and len(row.probe_text) + 1 == 11
+
+
 def test_a_budget_that_is_all_reserve_goes_straight_to_the_answer():
     row = Row(Guide(budget=60, reserve=60, **SHORT), len)
     order = row.start()
@@ -273,6 +377,12 @@ def test_markers_the_vocabulary_cannot_write_are_refused():
         ("an `inline. ", False, False),
         ("an `inline.` piece.", True, True),
         (r"\begin{align} x.", False, False),
+        (r"\begin{al", False, False),
+        (r"so it is \boxed{a \} {b.} c.", False, False),
+        (r"so it is \boxed{a \} {b.} c}.", True, True),
+        ("so \\", False, False),
+        (r"so \alph", False, False),
+        (r"so \alpha is.", True, True),
         (r"\begin{align} x. \end{align}" + "\n", True, True),
         ("3 - ", True, False),
         ("3 -", False, False),

@@ -1,6 +1,7 @@
 """Guided inference with real batches: the same as plain generation when it is off, each row alone when it is on."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from rbfast.generate import complete, greedy_settings
 from rbfast.guide import WAIT, WRAP_UP, Guide
-from rbfast.guided_generate import Sampler, Vocabulary, calibrate, entropy, guide_for, guided
+from rbfast.guided_generate import Sampler, TokenRow, Vocabulary, calibrate, entropy, guide_for, guided
 from rbfast.trace import format_prompt
 
 PROMPTS = ["a", "a much longer prompt than the others", "two words", "2 + 2 =", "xyz", "The end is near", "b", "?"]
@@ -66,7 +67,10 @@ def test_off_it_is_plain_generation_bit_by_bit(model, batch_size):
     assert [(s.text, s.tokens, s.truncated) for [s] in solutions] == [(c.text, c.tokens, c.truncated) for c in expected]
 
 
-def test_off_it_is_transformers_own_generate(model):
+@pytest.mark.parametrize("seed", range(4))
+def test_off_it_is_transformers_own_generate(seed):
+    model = tiny_model(seed)
+    model.generation_config.eos_token_id = STOPS
     settings = greedy_settings(model, TOKENIZER)
     plain = guide(budget=24, reserve=1, minimum=0, interventions=())
     for prompt in PROMPTS:
@@ -82,6 +86,66 @@ def test_rows_never_affect_each_other(model):
     assert guided(model, TOKENIZER, PROMPTS[::-1], guide(), batch_size=3) == together[::-1]
     kinds = {event.kind for [solution] in together for event in solution.events}
     assert {WAIT, "close"} <= kinds and any(event.struck for [s] in together for event in s.events)
+
+
+class Scripted:
+    """Draws what was written for a row, whatever the model says: the text of a model that is out to do harm."""
+
+    def __init__(self, temperature, top_p):
+        source = random.Random(0)
+        texts = ["".join(source.choices(HARMFUL, k=60)) for _ in PROMPTS]
+        texts[1] = "round and "
+        self.streams = [[0 if c == "\0" else TOKENIZER(c).input_ids[0] for c in text] for text in texts]
+        self.streams[0] = [source.randrange(2, 258) for _ in range(200)]
+
+    def token(self, row, step):
+        stream = self.streams[row]
+        return stream[step % len(stream)]
+
+    def draw(self, scores, names, steps):
+        rows = (int(name.split(":")[1]) for name in names)
+        return torch.tensor([self.token(row, step) for row, step in zip(rows, steps, strict=True)])
+
+
+HARMFUL = [
+    "12",
+    ".",
+    "3",
+    " ",
+    "\n",
+    "$",
+    "`",
+    "```",
+    "\\(",
+    "\\[",
+    "</think>",
+    "</",
+    "so. ",
+    "x",
+    "\0",
+    "</answer>",
+    "é",
+]
+
+
+@pytest.mark.parametrize("probe_every", [0, 20])
+def test_adversarial_rows_never_affect_each_other(model, monkeypatch, probe_every):
+    monkeypatch.setattr("rbfast.guided_generate.Sampler", Scripted)
+    asked = guide(minimum=20, probe_every=probe_every, probe_tokens=3, loop_length=4)
+    together = guided(model, TOKENIZER, PROMPTS, asked, temperature=1.0)
+    assert {e.kind for [s] in together for e in s.events} >= {WAIT, WRAP_UP, "other approach"}
+    for batch_size in (1, 3):
+        assert guided(model, TOKENIZER, PROMPTS, asked, temperature=1.0, batch_size=batch_size) == together
+    if probe_every:
+        assert any(solution.probe_tokens for [solution] in together)
+        return
+    # The batch is the state machine of each row alone.
+    vocabulary = Vocabulary(TOKENIZER, asked, STOPS)
+    for number, [solution] in enumerate(together):
+        row = TokenRow(asked, vocabulary)
+        while not row.done:
+            row.feed(row.queue[0] if row.queue else Scripted(1.0, 1.0).token(number, row.written))
+        assert row.solution() == solution
 
 
 def test_what_was_struck_leaves_no_trace(model):
