@@ -38,6 +38,19 @@ def test_the_student_from_pypi_can_be_saved_and_loaded(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def test_a_gguf_file_is_a_student():
+    pytest.importorskip("gguf")
+    try:
+        file = models._gguf("smollm2-135m")
+    except ImportError as absent:
+        pytest.skip(str(absent))
+    (named, _), (model, tokenizer) = load_student("smollm2-135m"), load_student(str(file))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), named.parameters(), strict=True))
+    assert tokenizer.chat_template
+    with pytest.raises(FileNotFoundError, match=r"other\.gguf: expected a GGUF file, found none"):
+        load_student(str(file.with_name("other.gguf")))
+
+
 @pytest.mark.parametrize(("multiplies", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_the_dtype_is_one_the_cpu_can_multiply(multiplies, dtype, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: multiplies)
