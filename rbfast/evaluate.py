@@ -189,25 +189,30 @@ class _Store:
         self.settings = dict(json.loads(json.dumps(asdict(decoding))))
 
     def read(self, problems: Sequence[Problem]) -> dict[tuple[str, str], list[Result]]:
-        """The problems of which every sample is there."""
+        """The problems of which every sample is there; what a killed process wrote of others goes from the file."""
         known = {_identity(problem): problem for problem in problems}
         found: dict[tuple[str, str], list[Result]] = {}
+        records = []
         for where, record in self.journal.read():
+            records.append(record)
             try:
                 identity, sample = (record["task"], record["problem"]), record["sample"]
                 events = tuple(Event(**event) for event in record.get("events", ()))
                 completion = Completion(record["completion"], record["tokens"], record["truncated"], events)
                 score = record["score"]
-            except (TypeError, KeyError) as error:
+                if identity in known:
+                    found.setdefault(identity, []).append(Result(known[identity], completion, score, sample))
+            except (TypeError, KeyError, AttributeError) as error:
                 raise ValueError(f"{where}: expected a result of an evaluation: {error!r}; name another file") from None
             if record.get("decoding") != self.settings:
                 raise ValueError(
                     f"{where}: holds results of another model or way of decoding, {record.get('decoding')}, "
                     f"asked for now: {self.settings}; name another file"
                 )
-            if identity in known:
-                found.setdefault(identity, []).append(Result(known[identity], completion, score, sample))
-        return {identity: results for identity, results in found.items() if len(results) == self.decoding.samples}
+        whole = {key: results for key, results in found.items() if len(results) == self.decoding.samples}
+        if partial := found.keys() - whole.keys():
+            self.journal.rewrite(r for r in records if (r["task"], r["problem"]) not in partial)
+        return whole
 
     def add(self, results: Sequence[Result]) -> None:
         self.journal.append(result.to_dict() | {"decoding": self.settings} for result in results)

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rbfast.guide import Event, Guide, Phase, Row
-from rbfast.server import LONGEST_PAUSE, Server, ServerError, events
+from rbfast.server import LONGEST_PAUSE, Server, ServerError
 from rbfast.trace import INSTRUCTION
 
 
@@ -90,7 +90,7 @@ def _one_stream(
     allowed, before, reason = row.left, row.spent, None
     body = {"prompt": text, "max_tokens": allowed, "stream": True, "stream_options": {"include_usage": True}}
     with closing(server.post("/completions", body)) as response:
-        for chunk in events(response):
+        for chunk in server.events(response):
             _check(server, allowed, (chunk.get("usage") or {}).get("completion_tokens", 0))
             for choice in chunk.get("choices", [])[:1]:
                 reason = choice.get("finish_reason") or reason

@@ -47,12 +47,13 @@ def load_student(
         dtype: the dtype of every floating-point weight; None is `fast_dtype` of the machine's GPU, or else of its CPU.
 
     Raises:
+        ValueError: the model brings code of its own, which is never run.
         ImportError: `smollm2-135m` was asked for and the package that carries it, or its reader `gguf`, is absent.
     """
     dtype = dtype or fast_dtype("cuda" if torch.cuda.is_available() else "cpu")
     if name_or_path == SMOLLM2:
         return _load_smollm2(dtype)
-    model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, trust_remote_code=False)
     return model.eval(), load_tokenizer(name_or_path)
 
 
@@ -60,7 +61,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a student alone; names as for `load_student`."""
     if name_or_path == SMOLLM2:
         return AutoTokenizer.from_pretrained(_smollm2_folder(), gguf_file=_GGUF)
-    return AutoTokenizer.from_pretrained(name_or_path)
+    return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)  # None would ask on the terminal
 
 
 def load_teacher(

@@ -26,14 +26,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rbfast.adapter import SparseAdapter
+from rbfast.checkpoints import last_checkpoint
 from rbfast.files import write_text
 from rbfast.models import final_hidden, packs
 from rbfast.progress import bar
-from rbfast.run_folder import LOG, RUN, SKIPPED
+from rbfast.run_folder import LOG, RUN, SKIPPED, read_json
 from rbfast.scores import Method, Scores, score
 from rbfast.signal_store import SignalStore
 from rbfast.trace import Example, Trace, collate, encode_all
-from rbfast.trainer import DistillTrainer, Objective, last_checkpoint, role_counts, token_losses
+from rbfast.trainer import DistillTrainer, Objective, role_counts, token_losses
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,10 @@ def distill(
 
     Raises:
         ValueError: no trace fits `max_tokens`, `signals` holds none of them, or `out` holds a run with other settings,
-            model, traces or teacher.
+            model, traces or teacher, or a file that is broken.
     """
     out, start = Path(out), time.monotonic()
+    first = int(os.environ.get("RANK", 0)) == 0  # of the processes, which share the folder
     examples, skipped = encode_all(traces, tokenizer, max_tokens=config.max_tokens)
     if not examples:
         raise ValueError(f"none of the {len(traces)} traces can be trained on{_first_reason(skipped)}")
@@ -107,8 +109,10 @@ def distill(
     if teacher is not None:
         asked |= {"teacher": teacher.config.name_or_path}
     _check_same_run(out / RUN, asked)
-    if (out / LOG).exists():
-        adapter, history = SparseAdapter.from_pretrained(model, out), json.loads((out / LOG).read_text())
+    if (history := read_json(out / LOG, [{"step": int}])) is not None:
+        adapter = SparseAdapter.from_pretrained(model, out)
+        if first:
+            shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of a run that was killed while it removed them
         return Run(adapter, history, skipped, time.monotonic() - start)
     checkpoint = last_checkpoint(out / "checkpoints")
     adapter = (
@@ -116,7 +120,8 @@ def distill(
         if checkpoint is None
         else SparseAdapter.from_pretrained(model, checkpoint)
     )
-    write_text(out / RUN, json.dumps(asked, indent=1))
+    if first:
+        write_text(out / RUN, json.dumps(asked, indent=1))
     trainer = DistillTrainer(
         model,
         adapter,
@@ -124,7 +129,7 @@ def distill(
         examples,
         objective=config.objective,
         teacher=teacher,
-        callbacks=[_Bar(quiet or int(os.environ.get("RANK", 0)) > 0)],
+        callbacks=[_Bar(quiet or not first)],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -242,9 +247,9 @@ def _asked(model: PreTrainedModel, traces: Sequence[Trace], config: DistillConfi
 
 def _check_same_run(path: Path, asked: dict[str, Any]) -> None:
     """A folder that holds a run is only ever continued with what that run was asked to do."""
-    held = json.loads(path.read_text()) if path.exists() else asked
+    held = read_json(path, {})
     for name, value in asked.items():
-        if held.get(name) != value:
+        if held is not None and held.get(name) != value:
             raise ValueError(
                 f"{path.parent} holds another run: its {name} is {held.get(name)!r}, now {value!r}; "
                 "choose another output folder or remove that one"

@@ -94,12 +94,12 @@ def read_run(folder: str | Path) -> RunFolder:
         ValueError: the folder holds no run, or a file in it is not what rbfast writes; the message names the file.
     """
     folder = Path(folder)
-    settings = _read(folder / RUN, _SETTINGS)
+    settings = read_json(folder / RUN, _SETTINGS)
     if settings is None:
         raise ValueError(
             f"{folder}: expected the folder of a run, as `rbfast distill` or `rbfast demo` writes it; it holds no {RUN}"
         )
-    log = _read(folder / LOG, [{"step": int}])
+    log = read_json(folder / LOG, [{"step": int}])
     for number, entry in enumerate(log or (), start=1):
         _check_some(entry, _LOSSES, f"{folder / LOG}: entry {number}")
     skipped = folder / SKIPPED
@@ -110,7 +110,7 @@ def read_run(folder: str | Path) -> RunFolder:
         skipped=[record for _, record in _lines(skipped, {"reason": str})] if skipped.exists() else None,
         adapter=read_config(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else None,
         cost=_cost(folder, settings),
-        datasheet=_read(folder / DATASHEET, _SHEET),
+        datasheet=read_json(folder / DATASHEET, _SHEET),
         measurements=_measurements(folder),
     )
 
@@ -146,7 +146,7 @@ def _of(task: str, items: Items) -> Items:
 
 def _cost(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What the run says of its cost, and the demo's summary of the whole; the run knows its training best."""
-    summary = _read(folder / SUMMARY, {}) or {}
+    summary = read_json(folder / SUMMARY, {}) or {}
     _check_some(summary, _COST, str(folder / SUMMARY))
     _check_some(settings, _COST, str(folder / RUN))
     recorded = {name: value for name, value in summary.items() if name in _COST}
@@ -197,8 +197,8 @@ def _met(sides: Iterable[Items]) -> int | None:
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-def _read(path: Path, shape: Any) -> Any:
-    """The JSON in a file, or None where there is no such file."""
+def read_json(path: Path, shape: Any) -> Any:
+    """The JSON in a file, or None where there is no such file. Raises ValueError where it is none of this shape."""
     if not path.is_file():
         return None
     return _parse(path.read_bytes(), shape, str(path))

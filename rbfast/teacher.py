@@ -205,26 +205,35 @@ class _Job:
         """The record of a reply."""
         reply = self.server.ask("/chat/completions", self.body())
         try:
-            choice = reply["choices"][0]
-            message = choice["message"]
-            text, thinking = message.get("content") or "", message.get("reasoning_content") or ""
-            usage = reply.get("usage") or {}
-            top = (choice.get("logprobs") or {}).get("content") or []
-        except (LookupError, TypeError, AttributeError) as error:
-            raise ServerError(f"{self.server.url} sent no chat completion: {error!r}") from error
+            return self._record(reply)
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise ServerError(f"{self.server.url} sent no chat completion: {error!r:.200}") from error
+
+    def _record(self, reply: dict[str, Any]) -> dict[str, Any]:
+        choice = reply["choices"][0]
+        message, usage = choice["message"], reply.get("usage") or {}
+        texts = {"text": message.get("content") or "", "thinking": message.get("reasoning_content") or ""}
+        for name, text in texts.items():
+            if not isinstance(text, str):
+                raise TypeError(f"{name}: expected a string, got {type(text).__name__}")
+            text.encode()  # half a surrogate pair could not be written down
         read, written = self.worst()
+        top = (choice.get("logprobs") or {}).get("content") or []
         return {
             "key": self.key,
             "problem": self.question.text,
             "sample": self.sample,
-            "text": text,
-            "thinking": thinking,
+            **texts,
             "finish_reason": choice.get("finish_reason"),
             # A server that does not count is taken to have used all it was allowed.
-            "prompt_tokens": usage.get("prompt_tokens", read),
-            "completion_tokens": usage.get("completion_tokens", written),
+            "prompt_tokens": _counted(usage.get("prompt_tokens"), read),
+            "completion_tokens": _counted(usage.get("completion_tokens"), written),
             "logprobs": [[_latin(token), [[_latin(c), c["logprob"]] for c in token["top_logprobs"]]] for token in top],
         }
+
+
+def _counted(said: Any, most: int) -> int:
+    return said if type(said) is int and said >= 0 else most
 
 
 def _latin(token: dict[str, Any]) -> str:
