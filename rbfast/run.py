@@ -115,13 +115,13 @@ def distill(
             shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of a run that was killed while it removed them
         return Run(adapter, history, skipped, time.monotonic() - start)
     checkpoint = last_checkpoint(out / "checkpoints")
+    if first:  # before the long part, which a folder that cannot be written to would waste
+        write_text(out / RUN, json.dumps(asked, indent=1))
     adapter = (
         _place(model, examples, config, teacher)
         if checkpoint is None
         else SparseAdapter.from_pretrained(model, checkpoint)
     )
-    if first:
-        write_text(out / RUN, json.dumps(asked, indent=1))
     trainer = DistillTrainer(
         model,
         adapter,
@@ -146,7 +146,7 @@ def distill(
             "resumed": checkpoint is not None,
         }
         write_text(out / RUN, json.dumps(asked | cost, indent=1))
-        write_text(out / LOG, json.dumps(history, indent=1))  # last: its presence says that the run is finished
+        write_text(out / LOG, json.dumps(history, indent=1, sort_keys=True))  # last: it says that the run is finished
         shutil.rmtree(out / "checkpoints")
     trainer.accelerator.wait_for_everyone()
     return Run(adapter, history, skipped, time.monotonic() - start)

@@ -26,7 +26,8 @@ RUN, LOG, SKIPPED, SUMMARY, DATASHEET = "run.json", "log.json", "skipped.jsonl",
 Record = dict[str, Any]
 Items = dict[tuple[str, str], list[Record]]  # by task and problem, the completions of the problem
 
-# A shape is a type or several, [shape] for a list of it, or {name: shape} for an object that has at least these.
+# A shape is a type or several, [shape] for a list of it, {name: shape} for an object that has at least these, or
+# {str: shape} for one of which every value is that.
 _NUMBER = (int, float)
 _SETTINGS = {"base_model": (str, NoneType), "traces": int, "density": _NUMBER}
 _COST = {
@@ -41,7 +42,7 @@ _LOSSES = {f"loss_{role}": _NUMBER for role in ROLES}
 _RESULT = {"task": str, "problem": str, "completion": str, "correct": bool, "tokens": int, "truncated": bool}
 _EVENT = {"kind": str, "at": int, "struck": str}
 _SHEET = {
-    "stages": [{"stage": str, "in": int, "out": int, "dropped": dict}],
+    "stages": [{"stage": str, "in": int, "out": int, "dropped": {str: int}}],
     "domains": [{"domain": str, "before": int, "eligible": int, "after": int}],
 }
 
@@ -183,7 +184,7 @@ def _limit(record: Record, where: str) -> int | None:
     if (decoding := record.get("decoding")) is None:
         return None
     if (guide := decoding.get("guide")) is not None:
-        _check(guide, {"budget": int}, f"{where}: decoding: guide")
+        check(guide, {"budget": int}, f"{where}: decoding: guide")
         return int(guide["budget"])
     return int(decoding["max_new_tokens"])
 
@@ -218,25 +219,30 @@ def _parse(text: bytes, shape: Any, where: str) -> Any:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: expected JSON: {error}") from None
-    _check(value, shape, where)
+    check(value, shape, where)
     return value
 
 
-def _check(value: Any, shape: Any, where: str) -> None:
+def check(value: Any, shape: Any, where: str) -> None:
+    """Raises ValueError, naming the first mismatch, for a value of another shape."""
     kinds = type(shape) if isinstance(shape, dict | list) else shape
     if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
         names = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
         raise ValueError(f"{where}: expected {names}, got {show(value)}")
     if isinstance(shape, list):
         for number, item in enumerate(value, start=1):
-            _check(item, shape[0], f"{where}: entry {number}")
+            check(item, shape[0], f"{where}: entry {number}")
     elif isinstance(shape, dict):
         for name, inner in shape.items():
-            if name not in value:
+            if name is str:
+                for key, item in value.items():
+                    check(item, inner, f"{where}: {key}")
+            elif name not in value:
                 raise ValueError(f"{where}: {name} is missing")
-            _check(value[name], inner, f"{where}: {name}")
+            else:
+                check(value[name], inner, f"{where}: {name}")
 
 
 def _check_some(value: Mapping[str, Any], shape: Mapping[str, Any], where: str) -> None:
     """Checks the parts of `shape` that are there."""
-    _check(value, {name: inner for name, inner in shape.items() if name in value}, where)
+    check(value, {name: inner for name, inner in shape.items() if name in value}, where)

@@ -204,6 +204,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         kinds = {"teacher": str, "k": int, "vocabulary": int}
         if wrong := [name for name, kind in kinds.items() if type(about[name]) is not kind]:
             raise TypeError(f"{wrong[0]}: expected {kinds[wrong[0]].__name__}, got {show(about[wrong[0]])}")
+        if min(about["k"], about["vocabulary"]) < 1:
+            raise ValueError("k and vocabulary must be at least 1")
     except FileNotFoundError:
         raise ValueError(f"{path.parent}: expected a folder that `rbfast teach --score` wrote, got none") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -19,10 +19,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from rbfast.files import Journal, write_text
 from rbfast.grading import Problem, extract_answer, grade
+from rbfast.run_folder import check
 from rbfast.schema import Trace, TraceError
 from rbfast.server import Server, ServerError
 from rbfast.tasks import load_problems
@@ -36,6 +38,8 @@ SYSTEM = (
     "</answer>."
 )
 
+_REPLY = {"key": str, "text": str, "thinking": str, "finish_reason": (str, NoneType), "logprobs": list}
+_REPLY |= {"prompt_tokens": int, "completion_tokens": int}
 _PLAN = re.compile(r"\s*<plan>(.*?)</plan>\s*", re.DOTALL | re.IGNORECASE)
 _THINK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 _ANSWER = re.compile(r"\s*<answer>", re.IGNORECASE)
@@ -165,11 +169,9 @@ def teach(
     journal = Journal(out / REPLIES)
     replies = {}
     for where, record in journal.read():
-        try:
-            replies[record["key"]] = record
-            purse.pay(record["prompt_tokens"], record["completion_tokens"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{where}: expected a teacher's reply: {error!r}; choose another folder") from None
+        check(record, _REPLY, f"{where}: expected a teacher's reply, choose another folder")
+        replies[record["key"]] = record
+        purse.pay(record["prompt_tokens"], record["completion_tokens"])
     todo = [job for job in jobs if job.key not in replies]
     reason = _ask_all(todo, journal, replies, purse, concurrency, progress)
     return _collect(jobs, replies, purse, reason, out, server.model)

@@ -25,6 +25,7 @@ class OpenAI:
         self.faults, self.requests, self.headers = [], [], []
         self.under_way, self.most_under_way, self.pause = 0, 0, 0.0
         self.counts = True  # says how many tokens it read and wrote
+        self.retry_after = None  # a header of a refusal
         self.lock = threading.Lock()
         self.http = None
         self.port = 0
@@ -140,6 +141,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, status, data, cut=False):
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
+        if status != 200 and self.state.retry_after is not None:
+            self.send_header("Retry-After", self.state.retry_after)
         self.end_headers()
         self.wfile.write(data[: len(data) // 2] if cut else data)
 
