@@ -26,7 +26,7 @@ def step_of(folder: Path) -> int:
 
 def write_digests(folder: Path) -> None:
     """The last file of a checkpoint: the digest of every other one."""
-    digests = {path.name: _digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    digests = {path.name: _digest(path) for path in sorted(folder.iterdir()) if path.name != DIGESTS}
     write_text(folder / DIGESTS, json.dumps(digests, indent=1))
 
 

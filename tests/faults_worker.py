@@ -31,16 +31,16 @@ _KILLED = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncat
 
 def training(folder):
     """A function that runs the job into a folder. What is slow or shared is made here, once."""
-    traces = [Trace(f"What is {n} + 1?", f"Add one.\n{n} + 1 = {n + 1}", str(n + 1)) for n in range(24)]
+    traces = [Trace(f"What is {n} + 1?", f"Add one.\n{n} + 1 = {n + 1}", str(n + 1)) for n in range(12)]
     tokenizer = byte_level(*(trace.completion() for trace in traces))
     model = llama(vocab_size=len(tokenizer), max_position_embeddings=256)
-    config = DistillConfig(density=0.2, rank=3, batch_size=4, learning_rate=1e-2, save_steps=2)
+    config = DistillConfig(density=0.2, rank=3, batch_size=4, learning_rate=1e-2, save_steps=1)
     return lambda out: distill(model, tokenizer, traces, out, config, quiet=True)
 
 
 def curation(folder):
     pool = folder / "pool.jsonl"
-    steps = [f"Take {n} and {n * n}.\n{n} + {n * n} = {n + n * n}\nSo it is {n + n * n}." for n in range(90)]
+    steps = [f"Take {n} and {n * n}.\n{n} + {n * n} = {n + n * n}\nSo it is {n + n * n}." for n in range(40)]
     write_traces(pool, [Trace(f"Add {n} to its square.", step, str(n + n * n)) for n, step in enumerate(steps)])
     return lambda out: curate([pool], out, size=20)
 

@@ -25,6 +25,7 @@ class OpenAI:
         self.faults, self.requests, self.headers = [], [], []
         self.under_way, self.most_under_way, self.pause = 0, 0, 0.0
         self.counts = True  # says how many tokens it read and wrote
+        self.says = b'{"error": "not now"}'  # in a refusal
         self.retry_after = None  # a header of a refusal
         self.lock = threading.Lock()
         self.http = None
@@ -127,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _reply(self, body, fault):
         state = self.state
         if isinstance(fault, int):
-            return self._send(fault, b'{"error": "not now"}')
+            return self._send(fault, state.says)
         if fault == "hang":
             time.sleep(1.0)
             return self.connection.close()

@@ -34,7 +34,7 @@ def test_killed_anywhere_or_on_a_full_disk_it_goes_on_to_the_same_bytes(tmp_path
     """Half of the kills stand before what is done to a file, the others anywhere; then limits on the size of a file."""
     worker = [sys.executable, str(Path(__file__).with_name("faults_worker.py")), job, str(tmp_path), str(KILLS)]
     home = {"PYTHONPATH": os.pathsep.join(sys.path), "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(worker, env=os.environ | home, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(worker, env=os.environ | home, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["whole"] == 0 and report["left"], report["error"]
