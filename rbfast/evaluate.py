@@ -183,7 +183,7 @@ def _identity(problem: Problem) -> tuple[str, str]:
 
 
 _NUMBER = (int, float)
-_RECORD = {"task": str, "problem": str, "completion": str, "tokens": int, "truncated": bool}
+_RECORD: dict[str, Any] = {"task": str, "problem": str, "completion": str, "tokens": int, "truncated": bool}
 _RECORD |= {"score": _NUMBER, "sample": int}
 
 

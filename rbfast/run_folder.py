@@ -225,7 +225,7 @@ def _parse(text: bytes, shape: Any, where: str) -> Any:
 
 def check(value: Any, shape: Any, where: str) -> None:
     """Raises ValueError, naming the first mismatch, for a value of another shape."""
-    kinds = type(shape) if isinstance(shape, dict | list) else shape
+    kinds: Any = type(shape) if isinstance(shape, dict | list) else shape
     if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
         names = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
         raise ValueError(f"{where}: expected {names}, got {show(value)}")
