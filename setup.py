@@ -2,7 +2,8 @@
 serve instead.
 
 CUDA ops are built where torch has CUDA and its toolkit is found. RBFAST_CUDA=1 builds them under any torch and fails
-where it cannot; RBFAST_CUDA=0 leaves them out. TORCH_CUDA_ARCH_LIST chooses the GPUs.
+where it cannot; RBFAST_CUDA=0 leaves them out. TORCH_CUDA_ARCH_LIST chooses the GPUs. RBFAST_SANITIZE=1 builds what
+runs on the CPU with AddressSanitizer and UBSan, for tests/test_sanitizers.py.
 """
 
 import os
@@ -19,6 +20,9 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 ROOT = Path(__file__).resolve().parent
 STABLE_ABI = ("TORCH_TARGET_VERSION", "0x020a000000000000")  # torch 2.10: one binary serves every later torch
 GPUS = "8.0;9.0a;10.0;12.0+PTX"
+SANITIZE = ["-fsanitize=address,undefined"] if os.environ.get("RBFAST_SANITIZE") == "1" else []
+OPTIMIZE = ["-O1", "-g1", "-fno-sanitize-recover=all", *SANITIZE] if SANITIZE else ["-O3"]
+LINK = SANITIZE or ["-s"]
 HOST_FLAGS = ["-Wall", "-fvisibility=hidden", f"-fmacro-prefix-map={ROOT}=."]
 
 
@@ -33,8 +37,8 @@ def cpu_extension() -> CppExtension:
         sources("csrc/cpu/*.cpp"),
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[STABLE_ABI],
-        extra_compile_args=["-O3", "-ffp-contract=off", *HOST_FLAGS],
-        extra_link_args=["-s"],
+        extra_compile_args=[*OPTIMIZE, "-ffp-contract=off", *HOST_FLAGS],
+        extra_link_args=LINK,
         py_limited_api=True,
     )
 
@@ -46,8 +50,8 @@ def text_extension() -> Extension:
         ["csrc/text.cpp"],
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
         language="c++",
-        extra_compile_args=["-O3", "-pthread", *HOST_FLAGS],
-        extra_link_args=["-s", "-pthread"],
+        extra_compile_args=[*OPTIMIZE, "-pthread", *HOST_FLAGS],
+        extra_link_args=[*LINK, "-pthread"],
     )
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from rbfast.files import replacing, write_text
+from rbfast.seal import check_seal, seal
 
 FORMAT = "rbfast-columns"
 VERSION = 1
@@ -135,7 +136,9 @@ def read_adapter(directory: str | Path) -> tuple[AdapterConfig, dict[str, Delta]
     config = read_config(Path(directory) / CONFIG_FILE)
     path = Path(directory) / TENSOR_FILE
     try:
-        tensors = load_tensors(_read_bytes(path))
+        data = _read_bytes(path)
+        tensors = load_tensors(data)
+        check_seal(data)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a complete safetensors file ({error}); save the adapter again") from error
     expected = {f"{name}.{key}" for name in config.modules for key in ("cols", "A", "B")}
@@ -207,7 +210,7 @@ def dtype_name(tensor: Tensor) -> str:
 def _write_pair(directory: str | Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     directory = Path(directory)
     with replacing(directory / TENSOR_FILE) as file:
-        file.write(save_tensors(tensors, metadata={"format": "pt"}))
+        file.write(seal(save_tensors(tensors, metadata={"format": "pt"})))
     write_text(directory / CONFIG_FILE, json.dumps(header, indent=1) + "\n")
 
 
@@ -221,7 +224,7 @@ def read_config(path: Path) -> AdapterConfig:
     """Reads and validates adapter_config.json alone; raises as `read_adapter` does."""
     try:
         header = json.loads(_read_bytes(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}); save the adapter again") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         came = header.get("format", header.get("peft_type")) if isinstance(header, dict) else type(header).__name__
@@ -231,14 +234,14 @@ def read_config(path: Path) -> AdapterConfig:
     entries = header.get("modules")
     if not isinstance(entries, dict) or not entries:
         raise ValueError(f"{path}: modules: expected an object with at least one matrix, got {entries!r}")
-    modules = {name: _from_json(MatrixInfo, entry, f"{path}: modules: {name}") for name, entry in entries.items()}
+    modules = {name: from_json(MatrixInfo, entry, f"{path}: modules: {name}") for name, entry in entries.items()}
     for name, info in modules.items():
         if not (1 <= info.support <= info.in_features and info.rank >= 1 and info.out_features >= 1):
             raise ValueError(f"{path}: modules: {name}: expected 1 <= support <= in_features and rank >= 1, got {info}")
-    return _from_json(AdapterConfig, header | {"modules": modules}, str(path))
+    return from_json(AdapterConfig, header | {"modules": modules}, str(path))
 
 
-def _from_json(cls: type, entry: object, where: str) -> Any:
+def from_json(cls: type, entry: object, where: str) -> Any:
     """Builds a flat dataclass from a JSON object, checking that every field is there and has its type."""
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: expected an object, got {entry!r}")

@@ -28,6 +28,7 @@ from rbfast.generate import Completion, batches_by_length, complete
 from rbfast.grading import Problem, answer_key, extract_answer, grade, readings
 from rbfast.guide import Event, Guide
 from rbfast.guided_generate import guided
+from rbfast.run_folder import check
 from rbfast.statistics import Interval, clustered, paired_bootstrap, paired_difference, pass_at_k, proportion
 from rbfast.tasks import load_problems
 from rbfast.trace import format_prompt
@@ -181,6 +182,11 @@ def _identity(problem: Problem) -> tuple[str, str]:
     return problem.task, problem.question
 
 
+_NUMBER = (int, float)
+_RECORD: dict[str, Any] = {"task": str, "problem": str, "completion": str, "tokens": int, "truncated": bool}
+_RECORD |= {"score": _NUMBER, "sample": int}
+
+
 class _Store:
     """A file of results that grows by a batch at a time."""
 
@@ -189,25 +195,31 @@ class _Store:
         self.settings = dict(json.loads(json.dumps(asdict(decoding))))
 
     def read(self, problems: Sequence[Problem]) -> dict[tuple[str, str], list[Result]]:
-        """The problems of which every sample is there."""
+        """The problems of which every sample is there; what a killed process wrote of others goes from the file."""
         known = {_identity(problem): problem for problem in problems}
         found: dict[tuple[str, str], list[Result]] = {}
+        records = []
         for where, record in self.journal.read():
+            records.append(record)
             try:
+                check(record, _RECORD, where)
                 identity, sample = (record["task"], record["problem"]), record["sample"]
                 events = tuple(Event(**event) for event in record.get("events", ()))
                 completion = Completion(record["completion"], record["tokens"], record["truncated"], events)
                 score = record["score"]
-            except (TypeError, KeyError) as error:
+                if identity in known:
+                    found.setdefault(identity, []).append(Result(known[identity], completion, score, sample))
+            except (TypeError, KeyError, AttributeError, ValueError) as error:
                 raise ValueError(f"{where}: expected a result of an evaluation: {error!r}; name another file") from None
             if record.get("decoding") != self.settings:
                 raise ValueError(
                     f"{where}: holds results of another model or way of decoding, {record.get('decoding')}, "
                     f"asked for now: {self.settings}; name another file"
                 )
-            if identity in known:
-                found.setdefault(identity, []).append(Result(known[identity], completion, score, sample))
-        return {identity: results for identity, results in found.items() if len(results) == self.decoding.samples}
+        whole = {key: results for key, results in found.items() if len(results) == self.decoding.samples}
+        if partial := found.keys() - whole.keys():
+            self.journal.rewrite(r for r in records if (r["task"], r["problem"]) not in partial)
+        return whole
 
     def add(self, results: Sequence[Result]) -> None:
         self.journal.append(result.to_dict() | {"decoding": self.settings} for result in results)

@@ -4,25 +4,57 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import IO, Any
 
 
 @contextmanager
 def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Opens a temporary file beside `path` that takes its name at the end; on an error it goes and `path` stays."""
+    """Opens a temporary file beside `path` that takes its name at the end; on an error it goes and `path` stays.
+
+    What a process that was killed left of an earlier try goes as well.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{escape(path.name)}.*.tmp"):
+        if not _is_running(left.name.split(".")[-2]):
+            left.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
     try:
-        with open(temporary, mode, encoding=encoding, newline=newline) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with naming(path):
+            with open(temporary, mode, encoding=encoding, newline=newline) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Names the file in an OSError that does not: a write to a full disk says only that it is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+def _is_running(process: str) -> bool:
+    """Whether a process may still run, by its number. Only POSIX tells without touching it."""
+    if os.name != "posix" or not process.isdecimal():
+        return True
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -51,15 +83,20 @@ class Journal:
                 where = f"{self.path}:{number}"
                 try:
                     yield where, json.loads(line)
-                except ValueError as error:  # UnicodeDecodeError is one too
+                except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError too
                     raise ValueError(f"{where}: expected a record in JSON: {error}; name another file") from None
 
     def append(self, records: Iterable[Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8", newline="\n") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        with naming(self.path), self.path.open("a", encoding="utf-8", newline="\n") as file:
+            file.writelines(map(_line, records))
             file.flush()
             os.fsync(file.fileno())
+
+    def rewrite(self, records: Iterable[Any]) -> None:
+        """Puts these records in place of all that are there, whole or not at all."""
+        with replacing(self.path, "w") as file:
+            file.writelines(map(_line, records))
 
     def _mend(self) -> None:
         data = self.path.read_bytes()
@@ -67,3 +104,7 @@ class Journal:
         if whole < len(data):
             with self.path.open("rb+") as file:
                 file.truncate(whole)
+
+
+def _line(record: Any) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rbfast.grading import answer_key
 from rbfast.guide import Event, Guide, Order, Phase, Row, calibrated
-from rbfast.server import LONGEST_PAUSE, Server, ServerError, events
+from rbfast.server import LONGEST_PAUSE, Server, ServerError
 from rbfast.trace import INSTRUCTION, format_prompt
 from rbfast.vote import decided
 
@@ -187,7 +187,7 @@ class _Piece(NamedTuple):
 
 
 def _pieces(server: Server, response: http.client.HTTPResponse) -> Iterator[_Piece]:
-    for chunk in events(response):
+    for chunk in server.events(response):
         try:
             choice = (chunk.get("choices") or [{}])[0]
             candidates = _candidates(choice.get("logprobs") or {})

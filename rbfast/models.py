@@ -49,13 +49,14 @@ def load_student(
         dtype: the dtype of every floating-point weight; None is `fast_dtype` of the machine's GPU, or else of its CPU.
 
     Raises:
+        ValueError: the model brings code of its own, which is never run.
         ImportError: the package that carries `smollm2-135m` is absent, or `gguf`, which reads GGUF files.
         FileNotFoundError: the GGUF file is absent.
     """
     dtype = dtype or fast_dtype("cuda" if torch.cuda.is_available() else "cpu")
     if (file := _gguf(name_or_path)) is not None:
         return _load_gguf(file, dtype), load_tokenizer(name_or_path)
-    model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, trust_remote_code=False)
     return model.eval(), load_tokenizer(name_or_path)
 
 
@@ -63,7 +64,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a student alone; names as for `load_student`."""
     if (file := _gguf(name_or_path)) is not None:
         return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    return AutoTokenizer.from_pretrained(name_or_path)
+    return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)  # None would ask on the terminal
 
 
 def load_teacher(

@@ -27,14 +27,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rbfast.adapter import SparseAdapter
+from rbfast.checkpoints import last_checkpoint
 from rbfast.files import write_text
 from rbfast.models import final_hidden, packs
 from rbfast.progress import bar
-from rbfast.run_folder import LOG, RUN, SKIPPED
+from rbfast.run_folder import LOG, RUN, SKIPPED, read_json
 from rbfast.scores import Method, Scores, score
 from rbfast.signal_store import SignalStore
 from rbfast.trace import Example, Trace, collate, encode_all
-from rbfast.trainer import DistillTrainer, Objective, last_checkpoint, role_counts, token_losses
+from rbfast.trainer import DistillTrainer, Objective, role_counts, token_losses
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,10 @@ def distill(
 
     Raises:
         ValueError: no trace fits `max_tokens`, `signals` holds none of them, `out` holds a run with other settings,
-            model, traces or teacher, or it is not the same folder for all processes.
+            model, traces or teacher, or a file that is broken, or it is not the same folder for all processes.
     """
     out, start = Path(out), time.monotonic()
+    first = int(os.environ.get("RANK", 0)) == 0  # of the processes, which share the folder
     examples, skipped = encode_all(traces, tokenizer, max_tokens=config.max_tokens)
     if not examples:
         raise ValueError(f"none of the {len(traces)} traces can be trained on{_first_reason(skipped)}")
@@ -112,9 +114,13 @@ def distill(
     arguments = _arguments(out, model, config)  # from here on the processes know each other
     checkpoint = last_checkpoint(out / "checkpoints")
     _check_same_folder(out, checkpoint)
-    if (out / LOG).exists():
-        adapter, history = SparseAdapter.from_pretrained(model, out), json.loads((out / LOG).read_text())
+    if (history := read_json(out / LOG, [{"step": int}])) is not None:
+        adapter = SparseAdapter.from_pretrained(model, out)
+        if first:
+            shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of a run that was killed while it removed them
         return Run(adapter, history, skipped, time.monotonic() - start)
+    if first:  # before the long part, which a folder that cannot be written to would waste
+        write_text(out / RUN, json.dumps(asked, indent=1))
     adapter = (
         _place(model, examples, config, teacher)
         if checkpoint is None
@@ -127,12 +133,10 @@ def distill(
         examples,
         objective=config.objective,
         teacher=teacher,
-        callbacks=[_Bar(quiet or int(os.environ.get("RANK", 0)) > 0)],
+        callbacks=[_Bar(quiet or not first)],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    if trainer.is_world_process_zero():
-        write_text(out / RUN, json.dumps(asked, indent=1))
     trainer.train(resume_from_checkpoint=checkpoint)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     if trainer.is_world_process_zero():
@@ -146,7 +150,7 @@ def distill(
             "resumed": checkpoint is not None,
         }
         write_text(out / RUN, json.dumps(asked | cost, indent=1))
-        write_text(out / LOG, json.dumps(history, indent=1))  # last: its presence says that the run is finished
+        write_text(out / LOG, json.dumps(history, indent=1, sort_keys=True))  # last: it says that the run is finished
         shutil.rmtree(out / "checkpoints")
     trainer.accelerator.wait_for_everyone()
     return Run(adapter, history, skipped, time.monotonic() - start)
@@ -253,7 +257,9 @@ def _check_same_run(folder: Path, asked: dict[str, Any]) -> None:
 
     How an optimizer step's traces are split over batches and processes may change, but not their number.
     """
-    held = json.loads((folder / RUN).read_text()) if (folder / RUN).exists() else asked
+    held = read_json(folder / RUN, {})
+    if held is None:
+        return
     free = {"processes", "traces_per_step"}  # of no account to a run that is finished
     if not (folder / LOG).exists():
         free |= {"batch_size", "accumulation"}

@@ -26,7 +26,8 @@ RUN, LOG, SKIPPED, SUMMARY, DATASHEET = "run.json", "log.json", "skipped.jsonl",
 Record = dict[str, Any]
 Items = dict[tuple[str, str], list[Record]]  # by task and problem, the completions of the problem
 
-# A shape is a type or several, [shape] for a list of it, or {name: shape} for an object that has at least these.
+# A shape is a type or several, [shape] for a list of it, {name: shape} for an object that has at least these, or
+# {str: shape} for one of which every value is that.
 _NUMBER = (int, float)
 _SETTINGS = {"base_model": (str, NoneType), "traces": int, "density": _NUMBER}
 _COST = {
@@ -41,7 +42,7 @@ _LOSSES = {f"loss_{role}": _NUMBER for role in ROLES}
 _RESULT = {"task": str, "problem": str, "completion": str, "correct": bool, "tokens": int, "truncated": bool}
 _EVENT = {"kind": str, "at": int, "struck": str}
 _SHEET = {
-    "stages": [{"stage": str, "in": int, "out": int, "dropped": dict}],
+    "stages": [{"stage": str, "in": int, "out": int, "dropped": {str: int}}],
     "domains": [{"domain": str, "before": int, "eligible": int, "after": int}],
 }
 
@@ -94,12 +95,12 @@ def read_run(folder: str | Path) -> RunFolder:
         ValueError: the folder holds no run, or a file in it is not what rbfast writes; the message names the file.
     """
     folder = Path(folder)
-    settings = _read(folder / RUN, _SETTINGS)
+    settings = read_json(folder / RUN, _SETTINGS)
     if settings is None:
         raise ValueError(
             f"{folder}: expected the folder of a run, as `rbfast distill` or `rbfast demo` writes it; it holds no {RUN}"
         )
-    log = _read(folder / LOG, [{"step": int}])
+    log = read_json(folder / LOG, [{"step": int}])
     for number, entry in enumerate(log or (), start=1):
         _check_some(entry, _LOSSES, f"{folder / LOG}: entry {number}")
     skipped = folder / SKIPPED
@@ -110,7 +111,7 @@ def read_run(folder: str | Path) -> RunFolder:
         skipped=[record for _, record in _lines(skipped, {"reason": str})] if skipped.exists() else None,
         adapter=read_config(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else None,
         cost=_cost(folder, settings),
-        datasheet=_read(folder / DATASHEET, _SHEET),
+        datasheet=read_json(folder / DATASHEET, _SHEET),
         measurements=_measurements(folder),
     )
 
@@ -146,7 +147,7 @@ def _of(task: str, items: Items) -> Items:
 
 def _cost(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What the run says of its cost, and the demo's summary of the whole; the run knows its training best."""
-    summary = _read(folder / SUMMARY, {}) or {}
+    summary = read_json(folder / SUMMARY, {}) or {}
     _check_some(summary, _COST, str(folder / SUMMARY))
     _check_some(settings, _COST, str(folder / RUN))
     recorded = {name: value for name, value in summary.items() if name in _COST}
@@ -183,7 +184,7 @@ def _limit(record: Record, where: str) -> int | None:
     if (decoding := record.get("decoding")) is None:
         return None
     if (guide := decoding.get("guide")) is not None:
-        _check(guide, {"budget": int}, f"{where}: decoding: guide")
+        check(guide, {"budget": int}, f"{where}: decoding: guide")
         return int(guide["budget"])
     return int(decoding["max_new_tokens"])
 
@@ -197,8 +198,8 @@ def _met(sides: Iterable[Items]) -> int | None:
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-def _read(path: Path, shape: Any) -> Any:
-    """The JSON in a file, or None where there is no such file."""
+def read_json(path: Path, shape: Any) -> Any:
+    """The JSON in a file, or None where there is no such file. Raises ValueError where it is none of this shape."""
     if not path.is_file():
         return None
     return _parse(path.read_bytes(), shape, str(path))
@@ -218,25 +219,30 @@ def _parse(text: bytes, shape: Any, where: str) -> Any:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: expected JSON: {error}") from None
-    _check(value, shape, where)
+    check(value, shape, where)
     return value
 
 
-def _check(value: Any, shape: Any, where: str) -> None:
-    kinds = type(shape) if isinstance(shape, dict | list) else shape
+def check(value: Any, shape: Any, where: str) -> None:
+    """Raises ValueError, naming the first mismatch, for a value of another shape."""
+    kinds: Any = type(shape) if isinstance(shape, dict | list) else shape
     if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
         names = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
         raise ValueError(f"{where}: expected {names}, got {show(value)}")
     if isinstance(shape, list):
         for number, item in enumerate(value, start=1):
-            _check(item, shape[0], f"{where}: entry {number}")
+            check(item, shape[0], f"{where}: entry {number}")
     elif isinstance(shape, dict):
         for name, inner in shape.items():
-            if name not in value:
+            if name is str:
+                for key, item in value.items():
+                    check(item, inner, f"{where}: {key}")
+            elif name not in value:
                 raise ValueError(f"{where}: {name} is missing")
-            _check(value[name], inner, f"{where}: {name}")
+            else:
+                check(value[name], inner, f"{where}: {name}")
 
 
 def _check_some(value: Mapping[str, Any], shape: Mapping[str, Any], where: str) -> None:
     """Checks the parts of `shape` that are there."""
-    _check(value, {name: inner for name, inner in shape.items() if name in value}, where)
+    check(value, {name: inner for name, inner in shape.items() if name in value}, where)

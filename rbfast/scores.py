@@ -16,15 +16,18 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from rbfast.columns import dtype_name, matrix_shape
+from rbfast.columns import dtype_name, from_json, matrix_shape
 from rbfast.files import replacing
+from rbfast.seal import check_seal, seal
 
 FORMAT = "rbfast-scores"
 VERSION = 1
@@ -72,7 +75,7 @@ class Scores:
         tensors = {f"{name}.columns": column for name, column in self.columns.items()}
         tensors |= {f"{name}.sketch": sketch for name, sketch in self.sketches.items()}
         with replacing(path) as file:
-            file.write(save_tensors(tensors, metadata={"rbfast": json.dumps(header)}))
+            file.write(seal(save_tensors(tensors, metadata={"rbfast": json.dumps(header)})))
 
     @classmethod
     def load(cls, path: str | Path) -> "Scores":
@@ -80,14 +83,12 @@ class Scores:
         if not Path(path).is_file():
             raise FileNotFoundError(f'{path}: expected a file of scores (or placement="random"), found none')
         try:
-            with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {}).get("rbfast", "{}"))
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+            data = Path(path).read_bytes()
+            tensors, metadata = load_tensors(data), check_seal(data)
         except SafetensorError as error:
             raise ValueError(f"{path}: not a complete safetensors file ({error}); score the model again") from error
-        if (header.get("format"), header.get("version")) != (FORMAT, VERSION):
-            raise ValueError(f"{path}: expected scores of version {VERSION} written by rbfast, got another file")
-        shapes = {name: Shape(**entry) for name, entry in header["matrices"].items()}
+        header = _header(path, metadata)
+        shapes = {name: from_json(Shape, entry, f"{path}: {name}") for name, entry in header["matrices"].items()}
         columns, sketches = {}, {}
         for name, shape in shapes.items():
             columns[name] = _checked(path, tensors, f"{name}.columns", (shape.in_features,))
@@ -135,6 +136,20 @@ def score(
         raise ValueError("expected at least one batch to score on, got none")
     base = getattr(getattr(model, "config", None), "_name_or_path", None)
     return Scores(method, scored, base or None, watch.shapes(), watch.cpu(watch.columns), watch.cpu(watch.sketches))
+
+
+def _header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        header = json.loads(metadata.get("rbfast", "{}"))
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict) or (header.get("format"), header.get("version")) != (FORMAT, VERSION):
+        raise ValueError(f"{path}: expected scores of version {VERSION} written by rbfast, got another file")
+    kinds = {"method": str, "batches": int, "base_model_name_or_path": (str, NoneType), "matrices": dict}
+    for name, kind in kinds.items():
+        if name not in header or not isinstance(header[name], kind):  # type: ignore[arg-type]
+            raise ValueError(f"{path}: {name} is missing or of another type; score the model again")
+    return header
 
 
 def _checked(path: str | Path, tensors: Mapping[str, Tensor], key: str, shape: tuple[int, ...]) -> Tensor:

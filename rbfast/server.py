@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 _KEYS = ("RBFAST_API_KEY", "OPENAI_API_KEY")
 _BUSY = {408, 409, 429, 500, 502, 503, 504}
+_SHOWN = 500  # characters of a refusal
 LONGEST_PAUSE = 30.0  # seconds, whatever the server asks for
 _Read = TypeVar("_Read")
 
@@ -55,9 +56,12 @@ class Server:
     _key: str | None = field(default=None, repr=False, init=False)
 
     def __post_init__(self) -> None:
-        if urlsplit(self.url).scheme not in ("http", "https") or not urlsplit(self.url).hostname:
+        parts = urlsplit(self.url)
+        if parts.username is not None or parts.query:  # it is shown in messages, which a key must never reach
+            raise ValueError(f"url must look like http://host:8000/v1, without a key in it; set {_KEYS[0]} instead")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"url must look like http://host:8000/v1, got {self.url!r}")
-        object.__setattr__(self, "_key", next(filter(None, map(os.environ.get, _KEYS)), None))
+        object.__setattr__(self, "_key", _key_of_environment())
 
     def post(self, path: str, body: dict[str, Any]) -> http.client.HTTPResponse:
         """The reply to a request, whose body is still to be read; a busy server is asked again."""
@@ -78,13 +82,13 @@ class Server:
                 status = response.status
                 if status == 200:
                     return read(response)
-                refusal, wait = _refusal(response), response.headers.get("Retry-After", "")
+                refusal, wait = self._refusal(response), response.headers.get("Retry-After", "")
             except (OSError, http.client.HTTPException) as error:
                 refusal, status = f"{type(error).__name__}: {error}", None
             if status is not None and status not in _BUSY:
                 break
             if attempt < self.retries:
-                time.sleep(min(LONGEST_PAUSE, float(wait) if wait.isdigit() else self.pause * 2**attempt))
+                time.sleep(min(LONGEST_PAUSE, float(wait) if wait.isdecimal() else self.pause * 2**attempt))
         raise ServerError(f"{self.url}{path} said {status or 'nothing'}: {refusal}", status)
 
     def _send(self, path: str, data: bytes) -> http.client.HTTPResponse:
@@ -99,10 +103,44 @@ class Server:
         connection.request("POST", parts.path.rstrip("/") + path, data, headers)
         return connection.getresponse()
 
+    def _refusal(self, response: http.client.HTTPResponse) -> str:
+        """What the server says, in short; a server may repeat the key it was sent."""
+        with closing(response):
+            said = response.read(_SHOWN + len(self._key or "")).decode("utf-8", "replace")
+        return self._hide(said)[:_SHOWN].strip() or response.reason
 
-def _refusal(response: http.client.HTTPResponse) -> str:
-    with closing(response):
-        return response.read(500).decode("utf-8", "replace").strip() or response.reason
+    def _hide(self, text: str) -> str:
+        return text.replace(self._key, "*" * len(self._key)) if self._key else text
+
+    def events(self, response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+        """The JSON objects of a server-sent stream; IncompleteRead where it ends before it says so."""
+        for line in response:
+            if not line.startswith(b"data:"):
+                continue
+            data = line[5:].strip()
+            if data == b"[DONE]":
+                return
+            try:
+                event = json.loads(data)
+            except (ValueError, RecursionError):
+                raise http.client.IncompleteRead(data) from None
+            if not isinstance(event, dict):
+                raise http.client.HTTPException(f"expected JSON objects, got {type(event).__name__}")
+            if "error" in event:
+                raise ServerError(f"the server broke off: {self._hide(str(event['error']))}")
+            yield event
+        raise http.client.IncompleteRead(b"")
+
+
+def _key_of_environment() -> str | None:
+    """The first key that is set. Raises ValueError for one that no request can carry, and does not show it."""
+    for name in _KEYS:
+        key = os.environ.get(name, "").strip()  # a key read from a file ends in a line break
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError(f"{name} must hold printable ASCII characters only; set it again")
+        if key:
+            return key
+    return None
 
 
 def _whole(response: http.client.HTTPResponse) -> dict[str, Any]:
@@ -110,26 +148,8 @@ def _whole(response: http.client.HTTPResponse) -> dict[str, Any]:
         data = response.read()
     try:
         reply = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise http.client.IncompleteRead(data[:200]) from None
     if not isinstance(reply, dict):
         raise http.client.HTTPException(f"expected a JSON object, got {type(reply).__name__}")
     return reply
-
-
-def events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a server-sent stream; IncompleteRead where it ends before it says so."""
-    for line in response:
-        if not line.startswith(b"data:"):
-            continue
-        data = line[5:].strip()
-        if data == b"[DONE]":
-            return
-        try:
-            event = json.loads(data)
-        except ValueError:
-            raise http.client.IncompleteRead(data) from None
-        if "error" in event:
-            raise ServerError(f"the server broke off: {event['error']}")
-        yield event
-    raise http.client.IncompleteRead(b"")

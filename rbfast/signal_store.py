@@ -25,15 +25,18 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, save
 
 from rbfast.files import replacing, write_text
+from rbfast.schema import show
+from rbfast.seal import check_seal, seal
 from rbfast.trace import IGNORE, Example
 
 FORMAT, VERSION = "rbfast-signals", 1
 MANIFEST = "signals.json"
 _SHARD_TOKENS = 2**18
 _KEY_BYTES = 16
+_SLACK = 1e-3  # probabilities in half precision can add up to a little more than 1
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class SignalStore:
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
         self.folder, self.k, self.teacher = Path(folder), k, teacher
+        self.vocabulary = vocabulary
         self._dtype = np.uint16 if vocabulary <= 2**16 else np.int32
         about = {"format": FORMAT, "version": VERSION, "teacher": teacher, "k": k, "vocabulary": vocabulary}
         self._check(about)
@@ -98,7 +102,7 @@ class SignalStore:
         if not len(rows) == len(ids) == len(logprobs) or ids.shape != logprobs.shape or ids.shape[1] > self.k:
             raise ValueError(f"expected rows [n], ids and logprobs [n, up to {self.k}], got {rows.shape}, {ids.shape}")
         # Also refuses NaN.
-        if not np.all(np.exp(logprobs.astype(np.float64)).sum(1) <= 1 + 1e-3):
+        if not np.all(np.exp(logprobs.astype(np.float64)).sum(1) <= 1 + _SLACK):
             raise ValueError("expected log-probs whose probabilities add up to at most 1; are they logits?")
         blank = ((0, 0), (0, self.k - ids.shape[1]))
         ids = np.pad(np.where(logprobs == -math.inf, 0, ids), blank)
@@ -120,13 +124,13 @@ class SignalStore:
         }
         path = self.folder / f"signals-{len(self._shards):05d}.safetensors"
         with replacing(path) as file:
-            file.write(save(tensors))
+            file.write(seal(save(tensors)))
         for item, entry in enumerate(entries):
             self._places[entry.key] = len(self._shards), item
         self._shards.append(path)
 
     def fill(self, examples: Iterable[Example]) -> list[Example]:
-        """Gives each example its signals; returns those that there are none of."""
+        """Gives each example its signals; returns those without. Raises ValueError for a broken shard."""
         self.flush()
         missing = []
         for example in examples:
@@ -137,7 +141,10 @@ class SignalStore:
             shard, item = self._shard(place[0]), place[1]
             ends = shard["ends"]
             part = slice(int(ends[item - 1]) if item else 0, int(ends[item]))
-            example.teacher_rows = shard["rows"][part].astype(np.int64)
+            rows = shard["rows"][part].astype(np.int64)
+            if len(rows) and not 0 <= rows.min() <= rows.max() < len(example.labels):
+                raise ValueError(f"{self._shards[place[0]]}: rows beyond the end of a trace; remove it and score again")
+            example.teacher_rows = rows
             example.teacher_ids = shard["ids"][part].astype(np.int32)
             example.teacher_logprobs = shard["logprobs"][part]
         return missing
@@ -160,8 +167,10 @@ class SignalStore:
         if self._loaded is None or self._loaded[0] != number:
             path = self._shards[number]
             try:
-                tensors = load_file(path)
-                _check_shard(tensors, self.k)
+                data = path.read_bytes()
+                tensors = load(data)
+                check_seal(data)
+                self._check_shard(tensors)
             except (SafetensorError, KeyError, ValueError) as error:
                 raise ValueError(
                     f"{path}: not a whole shard of signals ({error}); remove it and score again"
@@ -169,24 +178,37 @@ class SignalStore:
             self._loaded = number, tensors
         return self._loaded[1]
 
-
-def _check_shard(tensors: dict[str, np.ndarray], k: int) -> None:
-    keys, ends, rows = tensors["keys"], tensors["ends"], tensors["rows"]
-    n = len(rows)
-    if keys.shape != (len(ends), _KEY_BYTES) or (len(ends) and ends[-1] != n) or np.any(np.diff(ends, prepend=0) < 0):
-        raise ValueError("its index does not fit its rows")
-    if tensors["ids"].shape != (n, k) or tensors["logprobs"].shape != (n, k):
-        raise ValueError(f"expected ids and logprobs [{n}, {k}]")
+    def _check_shard(self, tensors: dict[str, np.ndarray]) -> None:
+        keys, ends, rows, ids, logprobs = (tensors[name] for name in ("keys", "ends", "rows", "ids", "logprobs"))
+        dtypes = {"keys": np.uint8, "ends": np.int64, "rows": np.int32, "ids": self._dtype, "logprobs": np.float32}
+        for name, dtype in dtypes.items():
+            if tensors[name].dtype != dtype:
+                raise ValueError(f"expected {name} to be {np.dtype(dtype)}, got {tensors[name].dtype}")
+        n = rows.size
+        if keys.shape != (ends.size, _KEY_BYTES) or rows.shape != (n,) or np.any(np.diff(ends, prepend=0) < 0):
+            raise ValueError("its index does not fit its rows")
+        if (ends[-1] if ends.size else 0) != n:
+            raise ValueError("its index does not fit its rows")
+        if ids.shape != (n, self.k) or logprobs.shape != (n, self.k):
+            raise ValueError(f"expected ids and logprobs [{n}, {self.k}]")
+        if n and not 0 <= ids.min() <= ids.max() < self.vocabulary:
+            raise ValueError(f"expected ids below {self.vocabulary}")
+        if not np.all(np.exp(logprobs.astype(np.float64)).sum(1) <= 1 + _SLACK):  # also refuses NaN
+            raise ValueError("expected log-probs whose probabilities add up to at most 1")
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         valid = about["format"] == FORMAT and about["version"] == VERSION
-        about["teacher"], about["k"], about["vocabulary"]
+        kinds = {"teacher": str, "k": int, "vocabulary": int}
+        if wrong := [name for name, kind in kinds.items() if type(about[name]) is not kind]:
+            raise TypeError(f"{wrong[0]}: expected {kinds[wrong[0]].__name__}, got {show(about[wrong[0]])}")
+        if min(about["k"], about["vocabulary"]) < 1:
+            raise ValueError("k and vocabulary must be at least 1")
     except FileNotFoundError:
         raise ValueError(f"{path.parent}: expected a folder that `rbfast teach --score` wrote, got none") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: expected the description of a folder of signals: {error!r}") from None
     if not valid:
         raise ValueError(f"{path}: expected {FORMAT} of version {VERSION}, got another")

@@ -124,6 +124,8 @@ def _parse(line: bytes, where: str) -> Any:
         ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: expected one JSON object per line, {error}") from None
+    except (RecursionError, ValueError) as error:  # nested too deep; a number of thousands of digits
+        raise ValueError(f"{where}: expected JSON that can be read: {error}") from None
 
 
 def _read_hub(name: str, config: str | None, split: str, task: str) -> list[Problem]:

@@ -19,10 +19,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from rbfast.files import Journal, write_text
 from rbfast.grading import Problem, extract_answer, grade
+from rbfast.run_folder import check
 from rbfast.schema import Trace, TraceError
 from rbfast.server import Server, ServerError
 from rbfast.tasks import load_problems
@@ -36,6 +38,8 @@ SYSTEM = (
     "</answer>."
 )
 
+_REPLY = {"key": str, "text": str, "thinking": str, "finish_reason": (str, NoneType), "logprobs": list}
+_REPLY |= {"prompt_tokens": int, "completion_tokens": int}
 _PLAN = re.compile(r"\s*<plan>(.*?)</plan>\s*", re.DOTALL | re.IGNORECASE)
 _THINK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 _ANSWER = re.compile(r"\s*<answer>", re.IGNORECASE)
@@ -165,11 +169,9 @@ def teach(
     journal = Journal(out / REPLIES)
     replies = {}
     for where, record in journal.read():
-        try:
-            replies[record["key"]] = record
-            purse.pay(record["prompt_tokens"], record["completion_tokens"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{where}: expected a teacher's reply: {error!r}; choose another folder") from None
+        check(record, _REPLY, f"{where}: expected a teacher's reply, choose another folder")
+        replies[record["key"]] = record
+        purse.pay(record["prompt_tokens"], record["completion_tokens"])
     todo = [job for job in jobs if job.key not in replies]
     reason = _ask_all(todo, journal, replies, purse, concurrency, progress)
     return _collect(jobs, replies, purse, reason, out, server.model)
@@ -205,26 +207,35 @@ class _Job:
         """The record of a reply."""
         reply = self.server.ask("/chat/completions", self.body())
         try:
-            choice = reply["choices"][0]
-            message = choice["message"]
-            text, thinking = message.get("content") or "", message.get("reasoning_content") or ""
-            usage = reply.get("usage") or {}
-            top = (choice.get("logprobs") or {}).get("content") or []
-        except (LookupError, TypeError, AttributeError) as error:
-            raise ServerError(f"{self.server.url} sent no chat completion: {error!r}") from error
+            return self._record(reply)
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise ServerError(f"{self.server.url} sent no chat completion: {error!r:.200}") from error
+
+    def _record(self, reply: dict[str, Any]) -> dict[str, Any]:
+        choice = reply["choices"][0]
+        message, usage = choice["message"], reply.get("usage") or {}
+        texts = {"text": message.get("content") or "", "thinking": message.get("reasoning_content") or ""}
+        for name, text in texts.items():
+            if not isinstance(text, str):
+                raise TypeError(f"{name}: expected a string, got {type(text).__name__}")
+            text.encode()  # half a surrogate pair could not be written down
         read, written = self.worst()
+        top = (choice.get("logprobs") or {}).get("content") or []
         return {
             "key": self.key,
             "problem": self.question.text,
             "sample": self.sample,
-            "text": text,
-            "thinking": thinking,
+            **texts,
             "finish_reason": choice.get("finish_reason"),
             # A server that does not count is taken to have used all it was allowed.
-            "prompt_tokens": usage.get("prompt_tokens", read),
-            "completion_tokens": usage.get("completion_tokens", written),
+            "prompt_tokens": _counted(usage.get("prompt_tokens"), read),
+            "completion_tokens": _counted(usage.get("completion_tokens"), written),
             "logprobs": [[_latin(token), [[_latin(c), c["logprob"]] for c in token["top_logprobs"]]] for token in top],
         }
+
+
+def _counted(said: Any, most: int) -> int:
+    return said if type(said) is int and said >= 0 else most
 
 
 def _latin(token: dict[str, Any]) -> str:

@@ -124,7 +124,7 @@ def _rows_parquet(path: Path) -> Iterator[tuple[str, Any]]:
                 for row in batch.to_pylist():
                     yield f"{path}: row {number}", row
                     number += 1
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise TraceError(f"{path}: expected a Parquet file: {error}") from error
 
 

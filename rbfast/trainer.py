@@ -1,7 +1,7 @@
 """A minimal trainer: transformers.Trainer with the hierarchical objective, an adapter, and padding-free batches.
 
     trainer = DistillTrainer(model, adapter, args, train_dataset=examples)   # examples: trace.encode_all(...)
-    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))   # of rbfast.checkpoints
 
 The objective is L = l_S mean_S + l_T mean_T + l_A mean_A over strategic, tactical and answer tokens, with denominators
 that are global over the accumulated batch and over all processes. The forward stops at the last hidden state: full
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from rbfast.adapter import SparseAdapter
+from rbfast.checkpoints import step_of, write_digests
 from rbfast.columns import is_sharded, read_adapter
 from rbfast.loss import Dense, DistillLoss, LossOutput, TopK
 from rbfast.models import final_hidden, head_of
@@ -269,19 +269,19 @@ class DistillTrainer(Trainer):
             self.accelerator.wait_for_everyone()  # every process adds the state of its random numbers
             if self.args.should_save:
                 name = f"checkpoint-{self.state.global_step}"
+                write_digests(final / "unfinished" / name)
                 shutil.rmtree(final / name, ignore_errors=True)
                 os.replace(final / "unfinished" / name, final / name)
                 self._drop_old_checkpoints(final)
+        except RuntimeError as error:
+            if "PytorchStreamWriter" not in str(error):
+                raise
+            raise OSError(f"{final}: a checkpoint could not be written, is the disk full? {error}") from error
         finally:
             self.args.output_dir = str(final)
 
     def _drop_old_checkpoints(self, folder: Path) -> None:
         limit = self.args.save_total_limit
-        steps = sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
-        for step in steps[:-limit] if limit else []:
-            shutil.rmtree(folder / f"checkpoint-{step}")
-
-
-def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest whole checkpoint in a folder, or None: for `trainer.train(resume_from_checkpoint=...)`."""
-    return get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None
+        found = sorted((path for path in folder.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
+        for path in found[:-limit] if limit else []:
+            shutil.rmtree(path)

@@ -25,6 +25,8 @@ class OpenAI:
         self.faults, self.requests, self.headers = [], [], []
         self.under_way, self.most_under_way, self.pause = 0, 0, 0.0
         self.counts = True  # says how many tokens it read and wrote
+        self.says = b'{"error": "not now"}'  # in a refusal
+        self.retry_after = None  # a header of a refusal
         self.lock = threading.Lock()
         self.http = None
         self.port = 0
@@ -126,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _reply(self, body, fault):
         state = self.state
         if isinstance(fault, int):
-            return self._send(fault, b'{"error": "not now"}')
+            return self._send(fault, state.says)
         if fault == "hang":
             time.sleep(1.0)
             return self.connection.close()
@@ -140,6 +142,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, status, data, cut=False):
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
+        if status != 200 and self.state.retry_after is not None:
+            self.send_header("Retry-After", self.state.retry_after)
         self.end_headers()
         self.wfile.write(data[: len(data) // 2] if cut else data)
 

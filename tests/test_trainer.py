@@ -8,9 +8,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from rbfast.adapter import SparseAdapter
+from rbfast.checkpoints import last_checkpoint
 from rbfast.models import final_hidden, packs
 from rbfast.trace import Example, collate
-from rbfast.trainer import DistillTrainer, Objective, last_checkpoint, role_counts, token_losses
+from rbfast.trainer import DistillTrainer, Objective, role_counts, token_losses
 
 VOCAB = 61
 
