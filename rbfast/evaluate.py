@@ -28,6 +28,7 @@ from rbfast.generate import Completion, batches_by_length, complete
 from rbfast.grading import Problem, answer_key, extract_answer, grade, readings
 from rbfast.guide import Event, Guide
 from rbfast.guided_generate import guided
+from rbfast.memory import give_back
 from rbfast.run_folder import check
 from rbfast.statistics import Interval, clustered, paired_bootstrap, paired_difference, pass_at_k, proportion
 from rbfast.tasks import load_problems
@@ -173,6 +174,7 @@ def evaluate(
             done[_identity(problem)] = results
             if store:
                 store.add(results)
+        give_back()
         if progress is not None:
             progress(sum(_identity(problem) in done for problem in problems), len(problems))
     return [result for problem in problems for result in done[_identity(problem)]]

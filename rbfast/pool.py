@@ -83,7 +83,7 @@ def assessed_on_ray(pool: Sequence[Source], assessor: Assessor, address: str) ->
     if own:
         ray.init(address, log_to_driver=False)
     try:
-        data = ray.data.from_items([{"pool": pickle.dumps([*map(_absolute, pool)])}])
+        data: Any = ray.data.from_items([{"pool": pickle.dumps([*map(_absolute, pool)])}])
         data.context.execution_options.preserve_order = True
         data.context.target_max_block_size = 1  # byte: a chunk is a block, and every block a task
         data.context.enable_progress_bars = False

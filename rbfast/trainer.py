@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from rbfast.adapter import SparseAdapter
 from rbfast.checkpoints import step_of, write_digests
 from rbfast.columns import is_sharded, read_adapter
 from rbfast.loss import Dense, DistillLoss, LossOutput, TopK
+from rbfast.memory import EVERY, give_back
 from rbfast.models import final_hidden, head_of
 from rbfast.trace import IGNORE, ROLES, Example, collate
 
@@ -174,6 +175,8 @@ class DistillTrainer(Trainer):
             eval_dataset=eval_dataset,
             **kwargs,
         )
+        if model.device.type == "cpu":
+            self.add_callback(_GiveBack())
         if self.is_fsdp_enabled:
             raise ValueError(
                 "here only the frozen base is sharded, which the Trainer's FSDP cannot do: launch without it, and call "
@@ -285,3 +288,9 @@ class DistillTrainer(Trainer):
         found = sorted((path for path in folder.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
         for path in found[:-limit] if limit else []:
             shutil.rmtree(path)
+
+
+class _GiveBack(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        if state.global_step % EVERY == 0:
+            give_back()
