@@ -63,7 +63,7 @@ def load_student(
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a student alone; names as for `load_student`."""
     if (file := _gguf(name_or_path)) is not None:
-        return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)  # None would ask on the terminal
 
 
@@ -202,7 +202,9 @@ def _gguf(name_or_path: str) -> Path | None:
 
 
 def _load_gguf(file: Path, dtype: torch.dtype) -> PreTrainedModel:
-    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+    )
     # The weights are dequantised by now; what still says "quantised" only keeps the model from being saved or trained.
     del model.config.quantization_config
     model.hf_quantizer = None
