@@ -31,7 +31,12 @@ EXAMPLES = {
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()  # here, where a pipe that nobody reads any more can still be told from a failure
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would fail again at the exit
+        return 1
     except (ValueError, OSError, ImportError) as error:
         print(f"rbfast {args.command}: error: {error}", file=sys.stderr)
         return 2
