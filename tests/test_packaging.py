@@ -24,7 +24,8 @@ print(json.dumps({"file": rbfast.__file__, "xs": xs.tolist(), "gather": ops.impl
 
 
 def run(*command: str, cwd: Path, **env: str) -> str:
-    done = subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True)
+    ours = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # which may lead to this rbfast
+    done = subprocess.run(command, cwd=cwd, env=ours | env, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 
