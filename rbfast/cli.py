@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rbfast import __version__
 from rbfast.server import ServerError
 
 EXAMPLES = {
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rbfast", description="Move reasoning from a strong teacher into an open model."
     )
+    parser.add_argument("--version", action="version", version=f"rbfast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
@@ -234,7 +236,10 @@ def _curate(args: argparse.Namespace) -> int:
         quiet=args.json,
     )
     stages = [{"stage": s.name, "in": s.given, "dropped": s.dropped, "out": s.kept} for s in result.stages]
-    lines = [f"{s.name}: {s.given} in, {s.kept} out {_lines(s.dropped).splitlines()}" for s in result.stages]
+    lines = [
+        f"{s.name}: {s.given} in, {s.kept} out" + "".join(f"; {why}: {n}" for why, n in s.dropped.items())
+        for s in result.stages
+    ]
     lines.append(
         f"{result.selected} traces in {args.out / 'reason1k.jsonl'}; see datasheet.html and dropped.jsonl there"
     )
@@ -350,7 +355,10 @@ def _distill(args: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") != "0":
         return 0  # the first process speaks for all
     plot_losses(run.log_history, args.out / "losses.png")
-    last = {name: value for name, value in run.log_history[-1].items() if name.startswith("loss_")}
+    first, last = run.log_history[0], run.log_history[-1]
+    names = sorted(name for name in last if name.startswith("loss_"))
+    losses = {f"first_{name}": first[name] for name in names if name in first}
+    losses |= {f"last_{name}": last[name] for name in names}
     result = {
         "out": str(args.out),
         "trained": len(traces) - len(run.skipped),
@@ -358,7 +366,7 @@ def _distill(args: argparse.Namespace) -> int:
         "trainable_percent": run.adapter.trainable_percent,
         "steps": len(run.log_history),
         "seconds": run.seconds,
-        **last,
+        **losses,  # of the batches of the first and the last step, each before its update
     }
     if run.skipped:
         print(f"{len(run.skipped)} traces left out, see {args.out / 'skipped.jsonl'}", file=sys.stderr)

@@ -172,7 +172,7 @@ class Row:
             if guide.kept_back < needed:
                 raise ValueError(
                     f"the wrap-up, an answer and its end need {needed} tokens, the reserve holds {guide.kept_back} "
-                    f"of a budget of {guide.budget}: raise reserve or budget"
+                    f"of a budget of {guide.budget}: raise the reserve, or the budget to {4 * needed}"
                 )
             self._limit = min(self._limit, guide.maximum or self._limit)
         if guide.minimum > self._limit:

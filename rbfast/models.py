@@ -51,11 +51,13 @@ def load_student(
     Raises:
         ValueError: the model brings code of its own, which is never run.
         ImportError: the package that carries `smollm2-135m` is absent, or `gguf`, which reads GGUF files.
-        FileNotFoundError: the GGUF file is absent.
+        FileNotFoundError: the GGUF file or the folder is absent.
     """
     dtype = dtype or fast_dtype("cuda" if torch.cuda.is_available() else "cpu")
     if (file := _gguf(name_or_path)) is not None:
         return _load_gguf(file, dtype), load_tokenizer(name_or_path)
+    if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).is_dir():
+        raise FileNotFoundError(f"{name_or_path}: expected the folder of a model, found none")
     model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, trust_remote_code=False)
     return model.eval(), load_tokenizer(name_or_path)
 

@@ -111,7 +111,7 @@ def distill(
     if teacher is not None:
         asked |= {"teacher": teacher.config.name_or_path}
     _check_same_run(out, asked)
-    arguments = _arguments(out, model, config)  # from here on the processes know each other
+    arguments = _arguments(out, model, config, len(examples))  # from here on the processes know each other
     checkpoint = last_checkpoint(out / "checkpoints")
     _check_same_folder(out, checkpoint)
     if (history := read_json(out / LOG, [{"step": int}])) is not None:
@@ -217,14 +217,17 @@ def _place(
     )
 
 
-def _arguments(out: Path, model: PreTrainedModel, config: DistillConfig) -> TrainingArguments:
+def _arguments(out: Path, model: PreTrainedModel, config: DistillConfig, examples: int) -> TrainingArguments:
+    step = config.batch_size * config.accumulation * int(os.environ.get("WORLD_SIZE", 1))
+    steps = -(-examples // step) * config.epochs
     return TrainingArguments(
         output_dir=str(out / "checkpoints"),
         num_train_epochs=config.epochs,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
         learning_rate=config.learning_rate,
-        warmup_steps=config.warmup,
+        # The first step of a warmup has a rate of 0: a run too short for more than that does without.
+        warmup_steps=config.warmup if config.warmup * steps > 1 else 0,
         lr_scheduler_type="linear",
         weight_decay=0.0,
         logging_steps=1,

@@ -52,6 +52,8 @@ def load_problems(task: str, n: int | None, seed: int, *, exclude: Collection[st
     if n is not None and n < 0:
         raise ValueError(f"n must be 0 or more, got {n}")
     if task.endswith(".jsonl"):
+        if not Path(task).is_file():
+            raise FileNotFoundError(f"{task}: expected a file of problems, found none")
         return _sample(_read_file(Path(task)), task, n, seed, exclude)
     if task in BENCHMARKS:
         return _sample(_read_hub(*BENCHMARKS[task], task), task, n, seed, exclude)

@@ -73,7 +73,7 @@ def test_from_traces_to_a_merged_model_and_a_lora(
     assert 0 < result["trainable_percent"] <= 1.0
     assert not (tmp_path / "run" / "checkpoints").exists()
     again = json.loads(call(capsys, *distill)[1])
-    assert again["loss_tactical"] == result["loss_tactical"]
+    assert again["last_loss_tactical"] == result["last_loss_tactical"]
 
     records = tmp_path / "completions.jsonl"
     code, out, _ = call(
@@ -122,7 +122,7 @@ def test_solve_keeps_to_its_budget(capsys: pytest.CaptureFixture[str], model_fol
     [
         (["--budget", "0"], "budget must be at least 1, got 0"),
         (["--budget", "-3"], "budget must be at least 1, got -3"),
-        (["--budget", "9"], "raise reserve or budget"),
+        (["--budget", "9"], "raise the reserve, or the budget to"),
         (["--server", "nowhere"], "url must look like http"),
     ],
 )

@@ -51,6 +51,12 @@ def test_a_gguf_file_is_a_student():
         load_student(str(file.with_name("other.gguf")))
 
 
+def test_a_folder_that_is_not_there_is_said_before_the_hub_is_asked(tmp_path):
+    for name in (str(tmp_path / "none"), "./none", "~/none/there"):
+        with pytest.raises(FileNotFoundError, match="expected the folder of a model, found none"):
+            load_student(name)
+
+
 @pytest.mark.parametrize(("multiplies", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_the_dtype_is_one_the_cpu_can_multiply(multiplies, dtype, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: multiplies)

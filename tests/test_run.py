@@ -57,3 +57,11 @@ def test_parameters_are_laid_out_alike_wherever_they_come_from(tmp_path):
     scores = score(model, [{"input_ids": ids, "labels": ids}], lambda model, batch: model(**batch).loss)
     adapter = SparseAdapter.attach(model, density=0.2, rank=3, placement=scores)
     assert all(parameter.is_contiguous() for parameter in adapter.parameters())
+
+
+def test_a_run_of_one_step_trains(tmp_path):
+    model = llama(vocab_size=len(TOKENIZER), max_position_embeddings=256)
+    config = DistillConfig(density=0.2, rank=3, batch_size=4, placement="random")
+    found = distill(model, TOKENIZER, TRACES[:4], tmp_path, config, quiet=True)
+    assert len(found.log_history) == 1
+    assert any(bool(site.B.any()) for site in found.adapter.sites().values())
