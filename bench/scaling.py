@@ -151,9 +151,9 @@ def draw(found: Cells, budgets: Sequence[int]) -> Figure:
         for setting in SETTINGS:
             shares = [percent(found[side, budget, setting]["solved"]) for budget in budgets]
             axes.plot(budgets, shares, marker="o", markersize=3, linewidth=1.5, label=setting)
-        axes.set(title=f"{side} distillation", xlabel="tokens a completion may have", ylim=(0, None))
+        axes.set(title=f"{side} distillation", xlabel="tokens a completion may have")
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("solved (%)")
+    figure.axes[0].set(ylabel="solved (%)", ylim=(0, None))  # now that both sides are drawn: they share it
     figure.axes[1].legend(frameon=False, fontsize="small")
     return figure
 
