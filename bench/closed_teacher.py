@@ -32,9 +32,7 @@ from typing import Any
 
 import torch
 from closed_teacher_report import averaged, best, section
-from pages import put_section
-from rich.console import Console
-from rich.markdown import Markdown
+from pages import publish
 from teacher_results import one_per_problem, traces_from_results
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -315,15 +313,12 @@ def main(argv: Sequence[str]) -> int:
     given = {option.name: getattr(args, option.name) for option in fields(Recipe)}
     recipe = Recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
     command = shlex.join(["python", "bench/closed_teacher.py", *argv])
-    try:
+
+    def make() -> str:
         model, tokenizer = load_student(recipe.student)
-        text = run_recipe(model, tokenizer, args.data, args.out, recipe, command)
-        put_section(args.results, SECTION, text)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"closed_teacher: error: {error}", file=sys.stderr)
-        return 2
-    Console().print(Markdown(text))
-    return 0
+        return run_recipe(model, tokenizer, args.data, args.out, recipe, command)
+
+    return publish("closed_teacher", args.results, SECTION, make)
 
 
 if __name__ == "__main__":

@@ -33,9 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 from closed_teacher import RESULTS, digest, part
-from pages import cpu, put_section
-from rich.console import Console
-from rich.markdown import Markdown
+from pages import cpu, publish
 from teacher_results import one_per_problem, traces_from_results
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -310,7 +308,8 @@ def main(argv: Sequence[str]) -> int:
     settings = Settings(
         args.size, args.held_out, args.problems, args.tokens, args.max_new_tokens, args.rate, tuple(args.tested)
     )
-    try:
+
+    def make() -> str:
         model, tokenizer = load_student(settings.student)
         traces, fates = traces_from_results(args.data, TEACHER, incorrect=True)
         names = dict.fromkeys(["curated", *args.arms])
@@ -318,13 +317,9 @@ def main(argv: Sequence[str]) -> int:
             run_seed(model, tokenizer, traces, list(fates), seed, args.out, settings, list(names))
             for seed in range(args.seeds)
         ]
-        text = section(found, settings, shlex.join(["python", "bench/evidence.py", *argv]), model.dtype)
-        put_section(args.results, SECTION, text)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"evidence: error: {error}", file=sys.stderr)
-        return 2
-    Console().print(Markdown(text))
-    return 0
+        return section(found, settings, shlex.join(["python", "bench/evidence.py", *argv]), model.dtype)
+
+    return publish("evidence", args.results, SECTION, make)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,12 @@
 """What the benchmarks write into docs/: sections between markers, and the machine they ran on."""
 
 import platform
+import sys
+from collections.abc import Callable
 from pathlib import Path
+
+from rich.console import Console
+from rich.markdown import Markdown
 
 from rbfast.files import write_text
 
@@ -29,3 +34,15 @@ def put_section(path: Path, name: str, text: str) -> None:
     if not opened:
         before, after = old.rstrip("\n") + "\n\n", "\n"
     write_text(path, f"{before}{start}\n{text.strip()}\n{end}{after}")
+
+
+def publish(program: str, path: Path, name: str, make: Callable[[], str]) -> int:
+    """What a script ends with: the section that `make` returns, put into a file and shown; the exit code."""
+    try:
+        text = make()
+        put_section(path, name, text)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 2
+    Console().print(Markdown(text))
+    return 0

@@ -30,9 +30,7 @@ import torch
 from closed_teacher import RESULTS, digest, part
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from pages import cpu, put_section
-from rich.console import Console
-from rich.markdown import Markdown
+from pages import cpu, publish
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rbfast.adapter import SparseAdapter
@@ -195,7 +193,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--budgets", type=int, nargs="+", default=[48, 96, 192, 384])
     parser.add_argument("--problems", type=int, default=24, help="of each family, at most (default: 24)")
     args = parser.parse_args(argv)
-    try:
+
+    def make() -> str:
         model, tokenizer = load_student(SMOLLM2)
         adapter = SparseAdapter.from_pretrained(model, args.run)
         splits = [split(name, train=TRAIN, held_out=HELD_OUT, seed=0)[1] for name in FAMILIES]
@@ -205,13 +204,9 @@ def main(argv: Sequence[str]) -> int:
         with replacing(picture) as file:
             FigureCanvasAgg(draw(found, args.budgets)).print_png(file)
         command = shlex.join(["python", "bench/scaling.py", *argv])
-        text = section(found, args.budgets, len(problems), command, model.dtype, picture.name)
-        put_section(args.results, SECTION, text)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"scaling: error: {error}", file=sys.stderr)
-        return 2
-    Console().print(Markdown(text))
-    return 0
+        return section(found, args.budgets, len(problems), command, model.dtype, picture.name)
+
+    return publish("scaling", args.results, SECTION, make)
 
 
 if __name__ == "__main__":

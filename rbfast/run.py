@@ -139,7 +139,7 @@ def distill(
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=checkpoint)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    if trainer.is_world_process_zero():
+    if first:
         adapter.save_pretrained(out)
         reasons = (json.dumps(trace.to_dict() | {"reason": why}) + "\n" for trace, why in skipped)
         write_text(out / SKIPPED, "".join(reasons))
