@@ -5,8 +5,9 @@
     out.loss.backward()
 
 Rows are taken in chunks: logits of a chunk by one GEMM with fp32 output, one kernel that turns them into losses and
-their gradient in place, one GEMM back. On a CPU each row's values have the same bits whatever the chunk, threads and
-place of the row; the gradient of a trained head is a sum over rows, so its last bits follow their order alone.
+their gradient in place, one GEMM back, which may leave out what hardly counts (`gradient_filter`). On a CPU each row's
+values have the same bits whatever the chunk, threads and place of the row; the gradient of a trained head is a sum over
+rows, so its last bits follow their order alone.
 
 Shapes: T tokens, H hidden size, V vocabulary, N rows of a signal, k its width.
 """
@@ -33,11 +34,19 @@ ROW_MULTIPLE = 16
 
 
 class LossOutput(NamedTuple):
-    """loss: scalar, or [T] for reduction="none". divergence, ce: [T], detached, unweighted, 0 at ignored rows."""
+    """What a loss returns, detached but for `loss`; rows that are ignored have 0.
+
+    Attributes:
+        loss: a scalar, or [T] for reduction="none".
+        divergence, ce: [T], unweighted.
+        filtered: [T]; the gradient of a row's weighted loss in `hidden`, before any mean, lacks at most this much by
+            the gradient filter, as a Euclidean norm. 0 without one.
+    """
 
     loss: Tensor
     divergence: Tensor
     ce: Tensor
+    filtered: Tensor
 
 
 class DistillLoss(nn.Module):
@@ -56,6 +65,9 @@ class DistillLoss(nn.Module):
         logit_scale: multiplies the student's logits (after the bias, before the softcap), as in Cohere's models.
         chunk_rows: rows taken at a time, rounded up to a multiple of 16; by default 40 MiB of logits or
             96 rows, whichever is more; 768 MiB on a GPU.
+        gradient_filter: in [0, 1). The gradient of hidden lacks the entries of a row of d loss / d logits that are
+            smallest in magnitude, as long as they sum to at most this share of the row. 0.02 saves a CPU most of that
+            product, at an error of about 0.02 (docs/results.md); it saves a GPU nothing.
     """
 
     def __init__(
@@ -66,6 +78,7 @@ class DistillLoss(nn.Module):
         softcap: float | None = None,
         logit_scale: float = 1.0,
         chunk_rows: int | None = None,
+        gradient_filter: float = 0.0,
     ) -> None:
         super().__init__()
         if not 0 <= beta <= 1:
@@ -76,13 +89,19 @@ class DistillLoss(nn.Module):
             raise ValueError(f"softcap must be positive or None, got {softcap}")
         if chunk_rows is not None and chunk_rows < 1:
             raise ValueError(f"chunk_rows must be at least 1 or None, got {chunk_rows}")
+        if not 0 <= gradient_filter < 1:
+            raise ValueError(
+                f"gradient_filter must be in [0, 1), a share of each row's gradient, got {gradient_filter}"
+            )
         self.beta, self.ignore_index, self.reduction = float(beta), ignore_index, reduction
         self.softcap, self.logit_scale, self.chunk_rows = softcap, float(logit_scale), chunk_rows
+        self.gradient_filter = float(gradient_filter)
 
     def extra_repr(self) -> str:
         return (
             f"beta={self.beta}, ignore_index={self.ignore_index}, reduction={self.reduction!r}, "
-            f"softcap={self.softcap}, logit_scale={self.logit_scale}, chunk_rows={self.chunk_rows}"
+            f"softcap={self.softcap}, logit_scale={self.logit_scale}, chunk_rows={self.chunk_rows}, "
+            f"gradient_filter={self.gradient_filter}"
         )
 
     @torch.compiler.disable
@@ -134,14 +153,14 @@ class DistillLoss(nn.Module):
             softcap=self.softcap,
             logit_scale=self.logit_scale,
             chunk_rows=self.chunk_rows,
+            gradient_filter=self.gradient_filter,
         )
         if not bool((job.temperature > 0).all()):
             raise ValueError("temperature must be positive in every row")
         items = torch.as_tensor(len(rows) if num_items is None else num_items, device=hidden.device).clamp_min(1)
         divisor = items if self.reduction == "mean" else torch.ones_like(items)
         with torch.autocast(hidden.device.type, enabled=False):
-            loss, divergence, ce = _FusedLoss.apply(hidden, head_weight, head_bias, job, self.reduction, divisor)
-        return LossOutput(loss, divergence, ce)
+            return LossOutput(*_FusedLoss.apply(hidden, head_weight, head_bias, job, self.reduction, divisor))
 
 
 class _Group(NamedTuple):
@@ -165,13 +184,18 @@ class _Job:
     softcap: float | None
     logit_scale: float
     chunk_rows: int | None
+    gradient_filter: float
 
 
 class _Solution(NamedTuple):
-    """Per-row values [T] and unreduced gradients: d_hidden [T, H], d_weight [V, H], d_bias [V]; None if not wanted."""
+    """Per-row values [T] and unreduced gradients: d_hidden [T, H], d_weight [V, H], d_bias [V]; None if not wanted.
+
+    left_out: the summed magnitude of the entries of d loss / d logits that d_hidden lacks.
+    """
 
     divergence: Tensor
     ce: Tensor
+    left_out: Tensor
     d_hidden: Tensor | None
     d_weight: Tensor | None
     d_bias: Tensor | None
@@ -185,7 +209,7 @@ def _solve(
     run: Any = reference if wide == torch.float64 else ops
     weight, bias = weight.detach(), None if bias is None else bias.detach().to(wide)
     solution = _Solution(
-        *(torch.zeros(len(hidden), dtype=wide, device=hidden.device) for _ in range(2)),
+        *(torch.zeros(len(hidden), dtype=wide, device=hidden.device) for _ in range(3)),
         *(
             torch.zeros(x.shape, dtype=wide, device=x.device) if asked and x is not None else None
             for x, asked in zip((hidden, weight, bias), wanted, strict=True)
@@ -229,7 +253,7 @@ def _solve_chunk(
         teacher_logits = room[1]
         group.signal.write_logits_(teacher_logits, group.entries[part], run)
     dz = None
-    if solution[2:] != (None, None, None):
+    if solution[3:] != (None, None, None):
         # The gradient takes the place of the logits; in bf16 it fills the first half of each row's memory.
         narrow = hidden.dtype == weight.dtype == torch.bfloat16
         dz = logits.view(torch.bfloat16)[:, : logits.shape[1]] if narrow else logits
@@ -238,7 +262,10 @@ def _solve_chunk(
         logits, dz, *parameters, ids, logprobs, teacher_logits, bias, job.beta, job.logit_scale, job.softcap
     )
     if solution.d_hidden is not None:
-        solution.d_hidden[rows] = run.head_backward(dz, weight)
+        floors = None
+        if job.gradient_filter > 0:
+            floors, solution.left_out[rows] = run.row_floors(dz, job.gradient_filter)
+        solution.d_hidden[rows] = run.head_backward(dz, weight, floors)
     if solution.d_weight is not None:
         run.head_grad_(solution.d_weight, dz, x)
     if solution.d_bias is not None:
@@ -257,7 +284,7 @@ class _FusedLoss(torch.autograd.Function):
         job: _Job,
         reduction: Reduction,
         divisor: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         ctx.job, ctx.reduction, ctx.divisor = job, reduction, divisor
         # With reduction="none" the head's gradient depends on every row's upstream gradient: backward computes it.
@@ -265,12 +292,13 @@ class _FusedLoss(torch.autograd.Function):
         wanted = (wants_hidden, wants_weight and not ctx.recompute_head, wants_bias and not ctx.recompute_head)
         solution = _solve(hidden, weight, bias, job, wanted)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.gradients = solution[2:]
+        ctx.gradients = solution[3:]
         if ctx.recompute_head:
             ctx.save_for_backward(hidden, weight, bias)
         loss = job.weight * job.temperature**2 * solution.divergence + job.ce_weight * solution.ce
-        ctx.mark_non_differentiable(solution.divergence, solution.ce)
-        return _reduce(loss, reduction, divisor), solution.divergence, solution.ce
+        filtered = solution.left_out * _longest_row(weight) if job.gradient_filter > 0 else solution.left_out
+        ctx.mark_non_differentiable(solution.divergence, solution.ce, filtered)
+        return _reduce(loss, reduction, divisor), solution.divergence, solution.ce, filtered
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -289,6 +317,11 @@ class _FusedLoss(torch.autograd.Function):
             d_hidden = d_hidden * (scale.unsqueeze(1) if ctx.reduction == "none" else scale)
         gradients = zip((d_hidden, d_weight, d_bias), ctx.dtypes, strict=True)
         return (*(None if d is None else d.to(dtype) for d, dtype in gradients), None, None, None)
+
+
+def _longest_row(weight: Tensor) -> Tensor:
+    """An upper bound of the norms of the rows of a head [V, H]: what torch computes in 16 bits is rounded to them."""
+    return 1.01 * reference.wide(torch.linalg.vector_norm(weight.detach(), dim=1).max())
 
 
 def _reduce(loss: Tensor, reduction: Reduction, divisor: Tensor) -> Tensor:

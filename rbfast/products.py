@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rbfast.reference import wide
+from rbfast.reference import above, wide
 
 SLICE_BYTES = 64 * 2**20  # of a head in fp32, widened at a time
 
@@ -35,8 +35,9 @@ def head_forward_(logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
         torch.mm(x, wide(weight[part]).T, out=logits[:, part])
 
 
-def head_backward(dz: Tensor, weight: Tensor) -> Tensor:
-    """dz [T, V] weight [V, H] in fp32."""
+def head_backward(dz: Tensor, weight: Tensor, floors: Tensor | None = None) -> Tensor:
+    """dz [T, V] weight [V, H] in fp32; what is below the floor [T] of its row counts as 0, but is multiplied."""
+    dz = above(dz, floors)
     if _has_wide_output(dz, weight):
         return torch.mm(dz, weight, out_dtype=torch.float32)
     total = wide(dz[:0]).new_zeros(len(dz), weight.shape[1])

@@ -52,9 +52,38 @@ def head_forward_(logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
     torch.mm(wide(hidden), wide(weight).T, out=logits)
 
 
-def head_backward(dz: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of hidden [T, H] from the gradient dz [T, V] of its logits, in fp32 or wider."""
-    return wide(dz) @ wide(weight)
+def head_backward(dz: Tensor, weight: Tensor, floors: Tensor | None = None) -> Tensor:
+    """Gradient of hidden [T, H] from the gradient dz [T, V] of its logits, in fp32 or wider.
+
+    What is smaller in magnitude than the floor [T] of its row counts as 0.
+    """
+    return wide(above(dz, floors)) @ wide(weight)
+
+
+def above(dz: Tensor, floors: Tensor | None) -> Tensor:
+    """dz [T, V] with 0 in place of what is smaller in magnitude than the floor [T] of its row."""
+    return dz if floors is None else dz.masked_fill(wide(dz).abs() < floors.unsqueeze(1), 0.0)
+
+
+FLOORS = tuple(2.0**-n for n in range(8, 16))  # those that are tried, as shares of what may be left out
+_SUM_ERROR = 2.0**-12  # more than sums in fp32 are rounded by
+
+
+def row_floors(dz: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """For each row of dz [T, V] a floor: the values below it sum, in magnitude, to at most `share` of the row.
+
+    The floor is the largest of FLOORS that hold this, or the smallest number there is. With it comes what the values
+    below sum to, rounded up. Infinities and NaNs are below no floor and are not in the sums.
+    """
+    size = wide(dz).abs()
+    allowed = share * size.masked_fill(~size.isfinite(), 0.0).sum(1, dtype=torch.float64)
+    floors, left_out = torch.full_like(size[:, 0], 1e-45), torch.zeros_like(size[:, 0])
+    for part in reversed(FLOORS):
+        limit = part * allowed.to(size.dtype)
+        bound = (1 + _SUM_ERROR) * size.masked_fill(~(size < limit.unsqueeze(1)), 0.0).sum(1, dtype=torch.float64)
+        holds = (bound <= allowed) & (limit > floors) & limit.isfinite()
+        floors, left_out = torch.where(holds, limit, floors), torch.where(holds, bound.to(size.dtype), left_out)
+    return floors, left_out
 
 
 def head_grad_(dW: Tensor, dz: Tensor, hidden: Tensor) -> None:

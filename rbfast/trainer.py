@@ -34,6 +34,7 @@ class Objective:
 
     The strategic weight is annealed linearly, from abstraction to implementation: by the end of training the share
     `anneal` of it has moved to the tactical weight. Rows with log-probs lose `ce_share * CE + (1 - ce_share) * D`.
+    `gradient_filter` is DistillLoss's: the share of each token's gradient that a CPU need not compute.
     """
 
     strategic: float = 0.4
@@ -45,6 +46,7 @@ class Objective:
     answer_temperature: float = 1.0
     ce_share: float = 0.5
     beta: float = 0.0
+    gradient_filter: float = 0.0
 
     def __post_init__(self) -> None:
         weights = (self.strategic, self.tactical, self.answer)
@@ -53,6 +55,7 @@ class Objective:
         for name in ("anneal", "ce_share", "beta"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        DistillLoss(gradient_filter=self.gradient_filter)  # which knows what it takes
 
     def weights(self, progress: float) -> Tensor:
         """The weights of ROLES [3] when the share `progress` of training is done."""
@@ -123,7 +126,12 @@ def token_losses(
     share = torch.where(taught, objective.ce_share, 1.0)
     weight, ce_weight = weight * (1 - share), weight * share
     loss_fn = DistillLoss(
-        beta=objective.beta, reduction="sum", softcap=head.softcap, logit_scale=head.logit_scale, ignore_index=IGNORE
+        beta=objective.beta,
+        reduction="sum",
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+        ignore_index=IGNORE,
+        gradient_filter=objective.gradient_filter,
     )
     return loss_fn(
         hidden,

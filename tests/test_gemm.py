@@ -1,10 +1,10 @@
-"""The head's products, head_forward_, head_backward and head_grad_, against fp64 on every instruction set."""
+"""The head's products against fp64 on every instruction set, and the floors below which head_backward reads nothing."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from rbfast import ops
+from rbfast import ops, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS32 = torch.finfo(torch.float32).eps
@@ -97,6 +97,72 @@ def test_bits_do_not_depend_on_rows_threads_or_chunks(dtype, threads):
         assert torch.equal(again, dW)
 
 
+def peaked(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Values of many sizes: a few make up most of a row."""
+    sizes = (4 * draw(*shape, dtype=torch.float32, seed=3)).exp()
+    return (draw(*shape, dtype=torch.float32, seed=2) * sizes).clamp(-6e4, 6e4).to(dtype)
+
+
+def sums_below(dz: Tensor, floors: Tensor) -> tuple[Tensor, Tensor]:
+    """By row, in fp64: the magnitudes below the floor, and all of them."""
+    size = dz.double().abs()
+    return size.masked_fill(size >= floors.double().unsqueeze(1), 0.0).sum(1), size.sum(1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (20, 70, 4999)])
+def test_filtered_products_match_fp64(shape, dtype):
+    T, H, V = shape
+    dz, weight = draw(T, V, dtype=dtype, seed=2), draw(V, H, dtype=dtype, seed=1)
+    for floors in (torch.zeros(T), torch.linspace(0.01, 3, T), torch.full((T,), 100.0)):
+        kept = reference.above(dz, floors)
+        assert_product(ops.head_backward(dz, weight, floors), kept, weight)
+    assert_product(ops.head_backward(dz, weight.float(), floors / 90), reference.above(dz, floors / 90), weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_of_filtered_rows_do_not_depend_on_others(dtype, threads):
+    dz, weight = peaked(100, 2999, dtype=dtype), draw(2999, 100, dtype=dtype, seed=1)
+    floors = ops.row_floors(dz, 0.01)[0]
+    threads(1)
+    gradient = ops.head_backward(dz, weight, floors)
+    for count, chunk in ((1, 1), (2, 7), (3, 64), (64, 100)):
+        threads(count)
+        parts = [slice(i, i + chunk) for i in range(0, 100, chunk)]
+        assert torch.equal(torch.cat([ops.head_backward(dz[p], weight, floors[p]) for p in parts]), gradient)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("share", [0.0, 0.004, 0.02, 0.3])
+def test_what_lies_below_a_floor_is_bounded(share, dtype):
+    for dz in (peaked(9, 4999, dtype=dtype), draw(9, 33, dtype=dtype), draw(3, 1, dtype=dtype)):
+        floors, left_out = ops.row_floors(dz, share)
+        below, total = sums_below(dz, floors)
+        assert bool((below <= left_out).all()) and bool((left_out <= share * total * (1 + 1e-6)).all())
+        expected = reference.row_floors(dz, share)[0]
+        # A sum that all but equals what is allowed may fall on either side: then the floor is the next one.
+        ratio = floors / expected
+        assert bool(((ratio - 1).abs() < 1e-5).float().mean() >= 0.8) and bool(((ratio > 0.49) & (ratio < 2.01)).all())
+    assert share == 0 or bool((ops.row_floors(peaked(9, 4999, dtype=dtype), share)[0] > 1e-30).all())
+
+
+def test_floors_of_extreme_rows():
+    dz = torch.zeros(6, 40)
+    dz[1, :] = torch.nan
+    dz[2, 0] = torch.inf
+    dz[3] = 3e38  # the sum of the row overflows in fp32
+    dz[4] = 1e-44
+    dz[5, :20], dz[5, 20] = 1e-5, 1.0
+    floors, left_out = ops.row_floors(dz, 0.02)
+    below = dz.abs() < floors.unsqueeze(1)
+    assert below.sum(1).tolist() == [40, 0, 39, 0, 0, 39]
+    assert left_out[:5].tolist() == [0, 0, 0, 0, 0] and 2e-4 <= float(left_out[5]) <= 2.001e-4
+    others = [0, 1, 2, 4, 5]
+    torch.testing.assert_close(floors[others], reference.row_floors(dz[others], 0.02)[0], atol=0, rtol=1e-6)
+    gradient = ops.head_backward(dz, torch.ones(40, 3), floors)
+    assert bool(gradient[1].isnan().all()) and bool(gradient[2].isinf().all()) and float(gradient[5, 0]) == 1
+
+
 def test_wrong_shapes_are_named():
     with pytest.raises(RuntimeError, match=r"head_forward_: weight must be \[7, 5\]"):
         head_forward(torch.randn(3, 5), torch.randn(7, 6))
@@ -108,10 +174,16 @@ def test_wrong_shapes_are_named():
         ops.head_grad_(torch.zeros(7, 5).bfloat16(), torch.randn(3, 7), torch.randn(3, 5))
     with pytest.raises(RuntimeError, match="float32, bfloat16 or float16"):
         head_forward(torch.randn(3, 5).double(), torch.randn(7, 5).double())
+    with pytest.raises(RuntimeError, match=r"head_backward: floors must be \[3\]"):
+        ops.head_backward(torch.randn(3, 7), torch.randn(7, 5), torch.zeros(4))
+    with pytest.raises(RuntimeError, match="head_backward: floors must be float32"):
+        ops.head_backward(torch.randn(3, 7), torch.randn(7, 5), torch.zeros(3).double())
 
 
 def test_opcheck():
     hidden, weight, dz = torch.randn(3, 5), torch.randn(7, 5), torch.randn(3, 7)
     torch.library.opcheck(ops.head_forward_, (torch.zeros(3, 7), hidden, weight))
     torch.library.opcheck(ops.head_backward, (dz, weight))
+    torch.library.opcheck(ops.head_backward, (dz, weight, torch.ones(3)))
+    torch.library.opcheck(ops.row_floors, (dz, 0.1))
     torch.library.opcheck(ops.head_grad_, (torch.zeros(7, 5), dz, hidden))

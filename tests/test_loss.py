@@ -114,6 +114,36 @@ def test_mixed_rows_match_the_plain_formula(beta, reduction, head):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_trains", [False, True])
+def test_a_filtered_gradient_lacks_at_most_what_it_says(dtype, head_trains):
+    T, H, V = 60, 24, 3000
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*shape, generator=g).to(dtype) for shape in ((T, H), (V, H)))
+    labels, row_weight = torch.randint(V, (T,), generator=g), torch.rand(T, generator=g)
+    labels[7] = -100
+    log_p, ids = torch.log_softmax(3 * torch.randn(T, V, generator=g), 1).topk(20)
+
+    def solve(share: float) -> tuple:
+        inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(head_trains)]
+        loss_fn = DistillLoss(reduction="sum", gradient_filter=share)
+        out = loss_fn(*inputs, labels, TopK(ids, log_p), weight=row_weight, ce_weight=0.5, temperature=0.7)
+        out.loss.backward()
+        return out, inputs[0].grad.double(), inputs[1].grad
+
+    exact, d_hidden, d_weight = solve(0.0)
+    assert not bool(exact.filtered.any())
+    for share in (0.003, 0.02, 0.1):
+        out, filtered, d_weight_too = solve(share)
+        assert torch.equal(out.loss, exact.loss) and torch.equal(out.divergence, exact.divergence)
+        assert not head_trains or torch.equal(d_weight_too, d_weight)
+        error = (filtered - d_hidden).norm(dim=1)
+        rounding = 2**-8 * d_hidden.norm(dim=1) if dtype == torch.bfloat16 else 1e-5
+        assert bool((error <= out.filtered + rounding).all())
+        assert float(out.filtered[7]) == 0 and bool((out.filtered[labels >= 0] > 0).all())
+        assert 1e-4 * share < relative_error(filtered, d_hidden) < 5 * share + 2**-8
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 def test_gradcheck(beta):
     case = Case()
@@ -353,7 +383,8 @@ def test_bad_input_is_refused_by_name(change, message):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"beta": -0.1}, {"beta": 1.5}, {"reduction": "max"}, {"softcap": 0}, {"chunk_rows": 0}]
+    "setting",
+    [{"beta": -0.1}, {"beta": 1.5}, {"reduction": "max"}, {"softcap": 0}, {"chunk_rows": 0}, {"gradient_filter": 1}],
 )
 def test_bad_settings_are_refused_by_name(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):

@@ -21,6 +21,8 @@ def test_widened_products_match_fp64(monkeypatch, shape, other, dtype):
     products.head_forward_(logits, hidden, weight)
     assert_product(logits, hidden, weight.T)
     assert_product(products.head_backward(dz, weight), dz, weight)
+    floors = torch.full((T,), 0.5)
+    assert_product(products.head_backward(dz, weight, floors), dz.masked_fill(dz.abs() < 0.5, 0.0), weight)
     start, x = draw(V, H, dtype=torch.float32, seed=3), draw(T, H, dtype=dtype)
     dW = start.clone()
     products.head_grad_(dW, dz, x)

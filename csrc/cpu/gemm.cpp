@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <optional>
+#include <tuple>
 
 #include "cpu/dispatch.h"
 
@@ -33,31 +35,63 @@ Storage storage(const Tensor& x) {
 Operand by_rows(const Tensor& x) { return {x.const_data_ptr(), storage(x), x.stride(0), 1}; }
 Operand by_columns(const Tensor& x) { return {x.const_data_ptr(), storage(x), 1, x.stride(0)}; }
 
-void run(Isa isa, const Gemm& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1, void* scratch) {
-  if (isa == Isa::avx512_bf16 && g.a.type == Storage::bf16 && g.b.type == Storage::bf16)
-    return avx512_bf16::gemm(g, m0, m1, n0, n1, scratch);
-  RBFAST_CALL(isa, gemm, g, m0, m1, n0, n1, scratch);
+// Whether values are multiplied in pairs of bf16.
+bool in_pairs(Isa isa, const Gemm& g) {
+  return isa == Isa::avx512_bf16 && g.a.type == Storage::bf16 && g.b.type == Storage::bf16;
 }
 
-// C [m, n] is cut into rectangles, one per thread, across its longer side first.
-void parallel_gemm(const Gemm& g, int64_t m, int64_t n) {
-  const Isa isa = active_isa();
+// How C [m, n] is cut into rectangles, one for each thread.
+struct Rectangles {
+  int64_t down, across, height, width;
+};
+
+// Across the longer side first.
+Rectangles rectangles(int64_t m, int64_t n, bool rows_first) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t row_units = ceil_div(m, kRowUnit), column_units = ceil_div(n, kColumnUnit);
   const int64_t most_columns = std::min(threads, column_units), most_rows = std::min(threads, row_units);
-  const int64_t across = m > n ? std::min(ceil_div(threads, most_rows), most_columns) : most_columns;
-  const int64_t down = m > n ? most_rows : std::min(ceil_div(threads, most_columns), most_rows);
-  const int64_t width = ceil_div(column_units, across) * kColumnUnit, height = ceil_div(row_units, down) * kRowUnit;
-  const size_t bytes = ceil_div(gemm_scratch(height, g.k), 64) * 64;
+  const int64_t across = rows_first ? std::min(ceil_div(threads, most_rows), most_columns) : most_columns;
+  const int64_t down = rows_first ? most_rows : std::min(ceil_div(threads, most_columns), most_rows);
+  return {down, across, ceil_div(row_units, down) * kRowUnit, ceil_div(column_units, across) * kColumnUnit};
+}
+
+// Calls f(m0, m1, n0, n1, scratch) for each of them on its thread, with so many bytes of scratch.
+template <typename F>
+void for_each(const Rectangles& cut, int64_t m, int64_t n, int64_t scratch_bytes, const F& f) {
+  const size_t bytes = ceil_div(scratch_bytes, 64) * 64;
   const std::unique_ptr<char, decltype(&std::free)> scratch(
-      static_cast<char*>(std::aligned_alloc(64, bytes * across * down)), &std::free);
-  expect(scratch != nullptr, "out of memory: ", bytes * across * down, " bytes of scratch for a matrix product");
-  torch::stable::parallel_for(0, across * down, 1, [&](int64_t begin, int64_t end) {
+      static_cast<char*>(std::aligned_alloc(64, bytes * cut.across * cut.down)), &std::free);
+  expect(scratch != nullptr, "out of memory: ", bytes * cut.across * cut.down,
+         " bytes of scratch for a matrix product");
+  torch::stable::parallel_for(0, cut.across * cut.down, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t m0 = i / across * height, n0 = i % across * width;
+      const int64_t m0 = i / cut.across * cut.height, n0 = i % cut.across * cut.width;
       if (m0 < m && n0 < n)
-        run(isa, g, m0, std::min(m0 + height, m), n0, std::min(n0 + width, n), scratch.get() + i * bytes);
+        f(m0, std::min(m0 + cut.height, m), n0, std::min(n0 + cut.width, n), scratch.get() + i * bytes);
     }
+  });
+}
+
+void parallel_gemm(const Gemm& g, int64_t m, int64_t n) {
+  const Isa isa = active_isa();
+  const Rectangles cut = rectangles(m, n, m > n);
+  for_each(cut, m, n, gemm_scratch(cut.height, g.k), [&](int64_t m0, int64_t m1, int64_t n0, int64_t n1, char* scratch) {
+    if (in_pairs(isa, g))
+      avx512_bf16::gemm(g, m0, m1, n0, n1, scratch);
+    else
+      RBFAST_CALL(isa, gemm, g, m0, m1, n0, n1, scratch);
+  });
+}
+
+// Threads share the rows first: each then looks at its own rows alone.
+void parallel_filtered_gemm(const Gemm& g, const float* floors, int64_t m, int64_t n) {
+  const Isa isa = active_isa();
+  const Rectangles cut = rectangles(m, n, true);
+  for_each(cut, m, n, filtered_scratch(cut.width), [&](int64_t m0, int64_t m1, int64_t n0, int64_t n1, char* scratch) {
+    if (in_pairs(isa, g))
+      avx512_bf16::filtered_gemm(g, floors, m0, m1, n0, n1, scratch);
+    else
+      RBFAST_CALL(isa, filtered_gemm, g, floors, m0, m1, n0, n1, scratch);
   });
 }
 
@@ -74,17 +108,41 @@ void head_forward_(Tensor logits, const Tensor& hidden, const Tensor& weight) {
                 vocabulary);
 }
 
-Tensor head_backward(const Tensor& dz, const Tensor& weight) {
+Tensor head_backward(const Tensor& dz, const Tensor& weight, std::optional<Tensor> floors) {
   expect_matrix("head_backward", "dz", dz, -1, -1);
   expect_matrix("head_backward", "weight", weight, dz.size(1), -1);
   const int64_t tokens = dz.size(0), vocabulary = dz.size(1), width = weight.size(1);
+  if (floors) {
+    expect_float32("head_backward", "floors", *floors);
+    expect(floors->dim() == 1 && floors->size(0) == tokens && floors->is_contiguous(), "head_backward: floors must be [",
+           tokens, "], one for each row of dz, and contiguous");
+  }
   Tensor gradient = torch::stable::new_empty(dz, {tokens, width}, ScalarType::Float);
-  if (vocabulary == 0) torch::stable::zero_(gradient);
+  if (vocabulary == 0 || floors) torch::stable::zero_(gradient);
   if (tokens == 0 || vocabulary == 0 || width == 0) return gradient;
   const Tensor x = dense_rows(dz), w = dense_rows(weight);
-  parallel_gemm({by_rows(x), by_columns(w), mutable_data<float>(gradient), width, vocabulary, Sums::fresh}, tokens,
-                width);
+  const Gemm g{by_rows(x), by_columns(w), mutable_data<float>(gradient), width, vocabulary, Sums::fresh};
+  if (floors)
+    parallel_filtered_gemm(g, data<float>(*floors), tokens, width);
+  else
+    parallel_gemm(g, tokens, width);
   return gradient;
+}
+
+std::tuple<Tensor, Tensor> row_floors(const Tensor& dz, double share) {
+  expect_matrix("row_floors", "dz", dz, -1, -1);
+  const Tensor x = dense_rows(dz);
+  const int64_t rows = dz.size(0), count = dz.size(1);
+  Tensor floors = torch::stable::new_empty(dz, {rows}, ScalarType::Float);
+  Tensor left_out = torch::stable::new_empty(dz, {rows}, ScalarType::Float);
+  const Isa isa = active_isa();
+  const Operand a = by_rows(x);
+  float *floor = mutable_data<float>(floors), *sum = mutable_data<float>(left_out);
+  torch::stable::parallel_for(0, rows, grain(count), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      RBFAST_CALL(isa, row_floor, a, i, count, static_cast<float>(share), floor + i, sum + i);
+  });
+  return {floors, left_out};
 }
 
 void head_grad_(Tensor dW, const Tensor& dz, const Tensor& hidden) {
@@ -104,6 +162,7 @@ void head_grad_(Tensor dW, const Tensor& dz, const Tensor& hidden) {
 STABLE_TORCH_LIBRARY_IMPL(rbfast, CPU, m) {
   m.impl("head_forward_", TORCH_BOX(&head_forward_));
   m.impl("head_backward", TORCH_BOX(&head_backward));
+  m.impl("row_floors", TORCH_BOX(&row_floors));
   m.impl("head_grad_", TORCH_BOX(&head_grad_));
 }
 

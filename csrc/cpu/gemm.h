@@ -46,10 +46,23 @@ static inline int64_t gemm_scratch(int64_t rows, int64_t k) {
   return 4 * (padded * (gemm_k_block(k) + 2) + kColumnUnit * 192);
 }
 
-#define RBFAST_GEMM(ISA)                                                                                         \
-  namespace ISA {                                                                                                \
-  /* Rows [m0, m1) and columns [n0, n1) of C. The order of the sum over k is the same whatever the rectangle. */ \
-  void gemm(const Gemm& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1, void* scratch);                       \
+// A filtered product takes this many words of k at a time, and so many of those it needs in one panel of B.
+constexpr int64_t kFilteredWords = 1024;
+constexpr int64_t kFilteredPanel = 96;
+// Bytes of scratch that one call of filtered_gemm needs for `columns` columns, aligned to 64.
+static inline int64_t filtered_scratch(int64_t columns) {
+  return 4 * (columns + kColumnUnit) * kFilteredPanel + 6 * kRowBlock * kFilteredWords;
+}
+
+#define RBFAST_GEMM(ISA)                                                                                               \
+  namespace ISA {                                                                                                      \
+  /* Rows [m0, m1) and columns [n0, n1) of C. The order of the sum over k is the same whatever the rectangle. */       \
+  void gemm(const Gemm& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1, void* scratch);                             \
+  /* As gemm, but what is smaller in row i of A than floors[i] >= 0 counts as 0. C holds zeros; a row of B lies along n. */ \
+  void filtered_gemm(const Gemm& g, const float* floors, int64_t m0, int64_t m1, int64_t n0, int64_t n1,               \
+                     void* scratch);                                                                                   \
+  /* A floor for a row of A: what lies below sums, in magnitude, to *left_out, which is at most `share` of the row. */ \
+  void row_floor(const Operand& a, int64_t row, int64_t k, float share, float* floor, float* left_out);                \
   }
 
 RBFAST_GEMM(scalar)

@@ -2,3 +2,4 @@
 #define ISA avx512_bf16
 #define BF16_PAIRS
 #include "cpu/gemm_kernel.inl"
+#include "cpu/filtered_kernel.inl"

@@ -121,29 +121,23 @@ static void pack_outers(const T* x, const Operand& g, int64_t valid, int64_t dep
   }
 }
 
-// A panel of `Width` outers from `outer`, in groups of R, for k in [k0, k0 + depth).
-template <int R, int Width, typename T>
-static void pack_panel(const Operand& x, int64_t outer, int64_t end, int64_t k0, int64_t depth, Word* panel) {
-  for (int i = 0; i < Width; i += R) {
-    const T* p = static_cast<const T*>(x.data) + (outer + i) * x.outer_stride + k0 * x.k_stride;
-    pack_outers<R>(p, x, end - outer - i, depth, panel + i, Width);
-  }
+// Calls f with a pointer to element `offset` of x, in its type.
+template <typename F>
+static inline void typed(const Operand& x, int64_t offset, const F& f) {
+#if !defined(BF16_PAIRS)
+  if (x.type == Storage::f32) return f(static_cast<const F32*>(x.data) + offset);
+  if (x.type == Storage::f16) return f(static_cast<const F16*>(x.data) + offset);
+#endif
+  f(static_cast<const BF16*>(x.data) + offset);
 }
 
+// A panel of `Width` outers from `outer`, in groups of R, for k in [k0, k0 + depth).
 template <int R, int Width>
 static void pack(const Operand& x, int64_t outer, int64_t end, int64_t k0, int64_t depth, Word* panel) {
-#if defined(BF16_PAIRS)
-  pack_panel<R, Width, BF16>(x, outer, end, k0, depth, panel);
-#else
-  switch (x.type) {
-    case Storage::f32:
-      return pack_panel<R, Width, F32>(x, outer, end, k0, depth, panel);
-    case Storage::bf16:
-      return pack_panel<R, Width, BF16>(x, outer, end, k0, depth, panel);
-    case Storage::f16:
-      return pack_panel<R, Width, F16>(x, outer, end, k0, depth, panel);
-  }
-#endif
+  typed(x, outer * x.outer_stride + k0 * x.k_stride, [&](const auto* p) {
+    for (int i = 0; i < Width; i += R)
+      pack_outers<R>(p + i * x.outer_stride, x, end - outer - i, depth, panel + i, Width);
+  });
 }
 
 // The cache lines that the next panel of B will be packed from, asked for one by one while tiles are computed: all at
@@ -180,7 +174,14 @@ static inline Ahead panel_ahead(const Operand& x, int64_t outer, int64_t end, in
 
 enum class Update { set, add, resume };
 
-static inline void tile(const Word* a, const Word* b, int64_t count, float* c, int64_t ldc, Update update,
+// Words of B in order, or, where kPicked, those of `places`.
+struct Panel {
+  const Word* words;
+  const int16_t* places;
+};
+
+template <bool kPicked>
+static inline void tile(const Word* a, const Panel& b, int64_t count, float* c, int64_t ldc, Update update,
                         Ahead& ahead) {
   Lanes sums[kRows][kVectors];
 #pragma GCC unroll 8
@@ -193,9 +194,10 @@ static inline void tile(const Word* a, const Word* b, int64_t count, float* c, i
     if (line < kRows * kVectors) __builtin_prefetch(c + line / kVectors * ldc + line % kVectors * kLanes, 1);
     ahead.ask();
     for (const int64_t stop = smaller(k + ahead.every, count); k < stop; ++k) {
+      const Word* word_of_b = b.words + (kPicked ? b.places[k] : k) * kColumns;
       Words columns[kVectors];  // loaded one by one: a copy of all three would go through the stack
 #pragma GCC unroll 3
-      for (int j = 0; j < kVectors; ++j) memcpy(&columns[j], b + k * kColumns + j * kLanes, sizeof(Words));
+      for (int j = 0; j < kVectors; ++j) memcpy(&columns[j], word_of_b + j * kLanes, sizeof(Words));
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 3
@@ -212,12 +214,13 @@ static inline void tile(const Word* a, const Word* b, int64_t count, float* c, i
 }
 
 // A tile at the edge of C, of `rows` x `columns`: the same arithmetic on a whole tile beside it.
-static void edge_tile(const Word* a, const Word* b, int64_t count, float* c, int64_t ldc, Update update, int64_t rows,
+template <bool kPicked>
+static void edge_tile(const Word* a, const Panel& b, int64_t count, float* c, int64_t ldc, Update update, int64_t rows,
                       int64_t columns, Ahead& ahead) {
   float whole[kRows * kColumns] = {};
   if (update != Update::set)
     for (int64_t i = 0; i < rows; ++i) memcpy(whole + i * kColumns, c + i * ldc, columns * sizeof(float));
-  tile(a, b, count, whole, kColumns, update, ahead);
+  tile<kPicked>(a, b, count, whole, kColumns, update, ahead);
   for (int64_t i = 0; i < rows; ++i) memcpy(c + i * ldc, whole + i * kColumns, columns * sizeof(float));
 }
 
@@ -253,9 +256,9 @@ void gemm(const Gemm& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1, void* s
             const int64_t rows = smaller(kRows, mb_end - m);
             float* c = g.c + m * g.ldc + n;
             if (rows == kRows && columns == kColumns)
-              tile(panel_a, panel_b, words(depth), c, g.ldc, update, ahead);
+              tile<false>(panel_a, {panel_b, nullptr}, words(depth), c, g.ldc, update, ahead);
             else
-              edge_tile(panel_a, panel_b, words(depth), c, g.ldc, update, rows, columns, ahead);
+              edge_tile<false>(panel_a, {panel_b, nullptr}, words(depth), c, g.ldc, update, rows, columns, ahead);
           }
         }
       }

@@ -1,0 +1,228 @@
+// A product that leaves out the smallest values of A, included after gemm_kernel.inl, whose words and tiles it uses.
+//
+// A group of kRows rows needs only the words of k in which one of its rows has a value left, and the block of rows only
+// those that one of its groups needs. Panels of B are packed from the latter, and a group's tile picks the former out of
+// them. A row's sum runs over k in order, and a word that is there for the sake of other rows adds zeros to it: so its
+// bits do not depend on the rows beside it.
+namespace rbfast {
+namespace ISA {
+namespace {
+
+constexpr int64_t kPanels = (kFilteredWords + kFilteredPanel - 1) / kFilteredPanel;
+constexpr int64_t kGroups = kRowBlock / kRows;
+
+static inline Lanes magnitude(Lanes v) { return as_lanes(as_ints(v) & 0x7fffffff); }
+
+template <typename T>
+static inline Lanes magnitudes(const T* p, int64_t left) {
+  return magnitude(left < kLanes ? load_lanes(p, static_cast<int>(left)) : load_lanes(p));
+}
+
+// sum + v where v is less than the limit.
+static inline Lanes add_below(Lanes sum, Lanes v, Lanes limit) {
+#if RBFAST_LANES == 16
+  return _mm512_mask_add_ps(sum, _mm512_cmp_ps_mask(v, limit, _CMP_LT_OQ), sum, v);
+#else
+  return v < limit ? sum + v : sum;
+#endif
+}
+
+// ---- the floor of a row ----
+
+// Floors that are tried, as shares of what may be left out: 2^-8, 2^-9 ... 2^-15. Below the first lie few values of a
+// peaked row, and many thousands have to lie below the last to add up to more.
+constexpr int kFloors = 8;
+constexpr int kFirstFloor = 8;
+
+// The sum of a row's magnitudes below each of N limits. Sums in fp32 are short, so that their rounding stays small.
+template <int N, typename T>
+static void sums_below(const T* row, int64_t count, const float* limits, double* found) {
+  constexpr int64_t kBlock = 256 * kLanes;
+  for (int j = 0; j < N; ++j) found[j] = 0;
+  for (int64_t start = 0; start < count; start += kBlock) {
+    const int64_t end = smaller(start + kBlock, count);
+    Lanes sums[N] = {};
+    for (int64_t i = start; i < end; i += kLanes) {
+      const Lanes size = magnitudes(row + i, end - i);
+#pragma GCC unroll 16
+      for (int j = 0; j < N; ++j) sums[j] = add_below(sums[j], size, splat(limits[j]));
+    }
+    for (int j = 0; j < N; ++j) found[j] += sum(sums[j]);
+  }
+}
+
+// ---- which words are needed ----
+
+// What a group of rows needs of a piece of k, in order.
+struct Needs {
+  Word* values;                 // [count][kRows]
+  int16_t* places;              // [count]: the word of k, then where it is in its panel of B
+  int16_t starts[kPanels + 1];  // the first of each panel
+};
+
+// Marks each of `depth` values of k at which one of the rows has something that is not below its floor.
+template <typename T>
+static void mark(const T* a, int64_t stride, int64_t rows, int64_t depth, const float* floors, LaneInts* marks) {
+  for (int64_t k = 0; k < depth; k += kLanes) {
+    LaneInts any{};
+    for (int64_t i = 0; i < rows; ++i) any |= ~(magnitudes(a + i * stride + k, depth - k) < splat(floors[i]));
+    marks[k / kLanes] = any;
+  }
+}
+
+// The bits of a value, or of 0 where it is below the floor. No branch: which it is cannot be foretold.
+static inline uint32_t bits_above(float value, float floor) {
+  uint32_t bits, limit;
+  memcpy(&bits, &value, 4);
+  memcpy(&limit, &floor, 4);
+  return (bits & 0x7fffffff) < limit ? 0 : bits;
+}
+
+// The word at p, 0 in place of what is below the floor.
+template <typename T>
+static inline Word word_above(const T* p, float floor, bool whole) {
+#if defined(BF16_PAIRS)
+  return bits_above(load(p), floor) >> 16 | (whole ? bits_above(load(p + 1), floor) : 0);
+#else
+  const uint32_t bits = bits_above(load(p), floor);
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+#endif
+}
+
+// The words `order` of B, whose rows start at b, in panels of kColumns columns; columns beyond `columns` are zero.
+template <typename T>
+static void pack_needed(const T* b, int64_t stride, const int16_t* order, int64_t count, int64_t depth, int64_t columns,
+                        Word* panels) {
+  for (int64_t i = 0; i < count; ++i) {
+    const T* p = b + order[i] * kDepth * stride;
+    const T* soon = b + order[smaller(i + 2, count - 1)] * kDepth * stride;
+    const bool whole = (order[i] + 1) * kDepth <= depth;
+    Word* to = panels + i * kColumns;
+    for (int64_t n = 0; n < columns; n += kColumns, to += kColumns * kFilteredPanel) {
+      for (int d = 0; d < kDepth; ++d)
+        for (int64_t line = 0; line < kColumns * int64_t{sizeof(T)}; line += 64)
+          __builtin_prefetch(reinterpret_cast<const char*>(soon + d * stride + n) + line);
+      if (whole && columns - n >= kColumns)
+        for (int j = 0; j < kColumns; ++j) to[j] = word(p + n + j, stride, true);
+      else
+        for (int j = 0; j < kColumns; ++j) to[j] = j + n < columns ? word(p + n + j, stride, whole) : Word{};
+    }
+  }
+}
+
+// Writes the words of k that the rows need into needs.places and marks them in `needed`; returns how many they are.
+static int64_t find_needs(const Operand& a, const float* floors, int64_t m, int64_t rows, int64_t k, int64_t depth,
+                          const Needs& needs, uint8_t* needed) {
+  LaneInts marks[kFilteredWords * kDepth / kLanes];
+  typed(a, m * a.outer_stride + k, [&](const auto* p) { mark(p, a.outer_stride, rows, depth, floors + m, marks); });
+  const int32_t* marked = reinterpret_cast<const int32_t*>(marks);
+  int64_t count = 0;
+  for (int64_t w = 0; w < words(depth); ++w) {
+    const int any = (marked[w * kDepth] | marked[w * kDepth + kDepth - 1]) & 1;
+    needs.places[count] = static_cast<int16_t>(w);
+    count += any;
+    needed[w] |= any;
+  }
+  return count;
+}
+
+// From words of k to places among the `ranks` of needed ones, panel by panel, and the rows' values there.
+static void take_values(const Operand& a, const float* floors, int64_t m, int64_t rows, int64_t k, int64_t depth,
+                        const int16_t* ranks, int64_t count, Needs& needs) {
+  typed(a, m * a.outer_stride + k, [&](const auto* p) {
+    int64_t panel = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t w = needs.places[i], rank = ranks[w];
+      for (; panel <= rank / kFilteredPanel; ++panel) needs.starts[panel] = static_cast<int16_t>(i);
+      needs.places[i] = static_cast<int16_t>(rank % kFilteredPanel);
+      const bool whole = (w + 1) * kDepth <= depth;
+      Word* to = needs.values + i * kRows;
+      for (int64_t r = 0; r < rows; ++r) to[r] = word_above(p + r * a.outer_stride + w * kDepth, floors[m + r], whole);
+      for (int64_t r = rows; r < kRows; ++r) to[r] = Word{};
+    }
+    for (; panel <= kPanels; ++panel) needs.starts[panel] = static_cast<int16_t>(count);
+  });
+}
+
+// Adds the product over a piece of k to a rectangle of C.
+static void add_piece(const Gemm& g, const float* floors, int64_t m0, int64_t m1, int64_t n0, int64_t n1, int64_t k,
+                      int64_t depth, Needs* needs, Word* panels) {
+  uint8_t needed[kFilteredWords] = {};
+  int64_t counts[kGroups];
+  for (int64_t m = m0, group = 0; m < m1; m += kRows, ++group)
+    counts[group] = find_needs(g.a, floors, m, smaller(kRows, m1 - m), k, depth, needs[group], needed);
+  int16_t order[kFilteredWords], ranks[kFilteredWords];
+  int64_t total = 0;
+  for (int64_t w = 0; w < words(depth); ++w) {
+    ranks[w] = static_cast<int16_t>(total);
+    order[total] = static_cast<int16_t>(w);
+    total += needed[w];
+  }
+  for (int64_t m = m0, group = 0; m < m1; m += kRows, ++group)
+    take_values(g.a, floors, m, smaller(kRows, m1 - m), k, depth, ranks, counts[group], needs[group]);
+  Ahead nothing{};
+  nothing.every = kBlockK;
+  for (int64_t first = 0, p = 0; first < total; first += kFilteredPanel, ++p) {
+    typed(g.b, n0 + k * g.b.k_stride, [&](const auto* b) {
+      pack_needed(b, g.b.k_stride, order + first, smaller(kFilteredPanel, total - first), depth, n1 - n0, panels);
+    });
+    for (int64_t n = n0; n < n1; n += kColumns)
+      for (int64_t m = m0, group = 0; m < m1; m += kRows, ++group) {
+        const Needs& own = needs[group];
+        const int64_t start = own.starts[p], count = own.starts[p + 1] - start;
+        if (count == 0) continue;
+        const Word* a = own.values + start * kRows;
+        const Panel b{panels + (n - n0) * kFilteredPanel, own.places + start};
+        const int64_t rows = smaller(kRows, m1 - m), columns = smaller(kColumns, n1 - n);
+        float* c = g.c + m * g.ldc + n;
+        if (rows == kRows && columns == kColumns)
+          tile<true>(a, b, count, c, g.ldc, Update::resume, nothing);
+        else
+          edge_tile<true>(a, b, count, c, g.ldc, Update::resume, rows, columns, nothing);
+      }
+  }
+}
+
+}  // namespace
+
+void row_floor(const Operand& a, int64_t row, int64_t k, float share, float* floor, float* left_out) {
+  typed(a, row * a.outer_stride, [&](const auto* p) {
+    const float everything = __builtin_inff();
+    double total, below[kFloors];
+    sums_below<1>(p, k, &everything, &total);
+    const double allowed = share * total;
+    *floor = 1e-45f;  // the smallest number there is: zeros alone lie below
+    *left_out = 0;
+    if (!(allowed < __builtin_inff())) return;
+    float limits[kFloors];
+    for (int j = 0; j < kFloors; ++j)
+      limits[j] = static_cast<float>(allowed) / static_cast<float>(1 << (kFirstFloor + j));
+    sums_below<kFloors>(p, k, limits, below);
+    for (int j = kFloors - 1; j >= 0; --j) {
+      const double bound = below[j] * (1 + 0x1p-12);  // more than the sums can be rounded by
+      if (!(bound <= allowed)) break;
+      if (limits[j] > *floor) *floor = limits[j], *left_out = static_cast<float>(bound);
+    }
+  });
+}
+
+void filtered_gemm(const Gemm& g, const float* floors, int64_t m0, int64_t m1, int64_t n0, int64_t n1, void* scratch) {
+  Word* panels = static_cast<Word*>(scratch);
+  Word* values = panels + (n1 - n0 + kColumns) * kFilteredPanel;
+  int16_t* places = reinterpret_cast<int16_t*>(values + kRowBlock * kFilteredWords);
+  Needs needs[kGroups];
+  for (int64_t i = 0; i < kGroups; ++i) {
+    needs[i].values = values + i * kRows * kFilteredWords;
+    needs[i].places = places + i * kFilteredWords;
+  }
+  for (int64_t mb = m0; mb < m1; mb += kRowBlock) {
+    const int64_t mb_end = smaller(mb + kRowBlock, m1);
+    for (int64_t k = 0; k < g.k; k += kFilteredWords * kDepth)
+      add_piece(g, floors, mb, mb_end, n0, n1, k, smaller(kFilteredWords * kDepth, g.k - k), needs, panels);
+  }
+}
+
+}  // namespace ISA
+}  // namespace rbfast
