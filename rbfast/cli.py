@@ -174,7 +174,8 @@ def _add_eval(sub: argparse.ArgumentParser) -> None:
         "--task",
         action="append",
         required=True,
-        help="math-500, aime24, aime25, gsm8k, a reasoning-gym generator, a .jsonl file or a hub id; repeat",
+        help="math-500, aime24, aime25, gsm8k, a reasoning-gym generator, a .jsonl file, or a dataset on the hub: "
+        "owner/name, owner/name:split or owner/name:config:split; repeat",
     )
     sub.add_argument("--adapter", help="folder of a trained adapter to attach")
     sub.add_argument("-n", type=int, default=50, help="problems per task (default: 50)")

@@ -463,14 +463,49 @@ def test_benchmarks_and_hub_ids_name_a_dataset_and_a_split(monkeypatch):
     problems = load_problems("math-500", None, seed=0)
     assert [problem.answer for problem in problems] == ["\\frac{1}{2}", "3"] and problems[1].mathematical
     load_problems("gsm8k", 1, seed=0)
-    load_problems("owner/name:validation", 1, seed=0)
+    for place in (
+        "owner/name",
+        "owner/name:validation",
+        "owner/name:main:train",
+        "owner/name:train[:9]+test[2:]",
+        "owner/name:main:test[:100]",
+    ):
+        load_problems(place, 1, seed=0)
     assert asked == [
         ("HuggingFaceH4/MATH-500", None, "test"),
         ("openai/gsm8k", "main", "test"),
+        ("owner/name", None, "test"),
         ("owner/name", None, "validation"),
+        ("owner/name", "main", "train"),
+        ("owner/name", None, "train[:9]+test[2:]"),
+        ("owner/name", "main", "test[:100]"),
     ]
     with pytest.raises(ValueError, match="generated without end"):
         load_problems("leg_counting", None, seed=0)
+
+
+@pytest.mark.parametrize(
+    "task", ["owner/name:", "owner/name::test", "owner/name:main:", "owner/name:a:b:c", "owner/name:test[", ":main:o/n"]
+)
+def test_a_place_on_the_hub_that_is_none_is_refused_before_it_is_asked(monkeypatch, task):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *where, split: pytest.fail("asked the hub"))
+    with pytest.raises(ValueError, match="expected owner/name, owner/name:split or owner/name:config:split"):
+        load_problems(task, 1, seed=0)
+
+
+def test_a_dataset_that_needs_a_config_says_how_to_name_it(monkeypatch):
+    import datasets
+
+    def load_dataset(name, config, split):
+        raise ValueError("Config name is missing. Please pick one among the available configs: ['main', 'socratic']")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match=r"n \(split test\) .* \['main', 'socratic'\]; one .* owner/name:config:split"):
+        load_problems("owner/n", 1, seed=0)
+    with pytest.raises(ValueError, match=r"n \(config main, split test\) could not be loaded"):
+        load_problems("owner/n:main:test", 1, seed=0)
 
 
 @pytest.mark.parametrize(
