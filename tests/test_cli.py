@@ -104,6 +104,7 @@ def test_solve_keeps_to_its_budget(capsys: pytest.CaptureFixture[str], model_fol
     assert code == 0
     assert solution["tokens"] <= 120
     assert "<answer>" in solution["text"]
+    assert solution["thinking"] and not any("answer>" in solution[part] for part in ("thinking", "answer"))
     assert {event["kind"] for event in solution["events"]} & {"wrap up", "close", "wait"}
 
     code, out, _ = call(capsys, *common)

@@ -25,6 +25,7 @@ from rbfast.evaluate import (
     summarize_samples,
 )
 from rbfast.generate import Completion
+from rbfast.grading import without_tags
 from rbfast.guide import Guide
 from rbfast.judge import Judge
 from rbfast.mathematics import equal
@@ -129,6 +130,20 @@ def test_malformed_lines_are_named(tmp_path, line, message):
 )
 def test_extract_answer(text, answer):
     assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("part", "shown"),
+    [
+        ("<think>\n3 < 4 </think>\n", "3 < 4"),
+        ("so\n<answer>", "so"),
+        ("16</answer>", "16"),
+        ("It is <Answer>16</Answer>.", "It is 16."),
+        ("a <b> c", "a <b> c"),
+    ],
+)
+def test_parts_are_shown_without_their_tags(part, shown):
+    assert without_tags(part) == shown
 
 
 def test_tags_outrank_boxes_which_outrank_phrases():
