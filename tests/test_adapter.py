@@ -3,7 +3,9 @@
 import contextlib
 import copy
 import gc
+import re
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -626,6 +628,14 @@ def test_bad_options_are_refused_and_leave_the_model_alone(options, message):
     with pytest.raises(ValueError, match=message):
         attach(model, **options)
     assert same_bits(snapshot(model), original) and all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("place", [str, Path])
+def test_a_placement_that_is_no_file_is_told_what_it_may_be(tmp_path, place):
+    for name in ("foo", tmp_path):
+        message = re.escape(f"of a file of them, got {str(name)!r}: there is no such file")
+        with pytest.raises(FileNotFoundError, match='placement must be "random", Scores .* ' + message):
+            attach(llama(), placement=place(name))
 
 
 def test_a_model_without_linears_is_refused():
