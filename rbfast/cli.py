@@ -369,6 +369,13 @@ def _distill(args: argparse.Namespace) -> int:
         "seconds": run.seconds,
         **losses,  # of the batches of the first and the last step, each before its update
     }
+    if run.found:
+        result["already_finished"] = True
+        print(
+            f"already finished: the adapter is in {args.out}, nothing was trained; to train again choose another "
+            "folder or remove this one",
+            file=sys.stderr,
+        )
     if run.skipped:
         print(f"{len(run.skipped)} traces left out, see {args.out / 'skipped.jsonl'}", file=sys.stderr)
     return _print(args, result, _lines(result))

@@ -68,12 +68,16 @@ class DistillConfig:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: the attached adapter, the losses by step, the traces left out with the reason, the time spent."""
+    """A finished run: the attached adapter, the losses by step, the traces left out with the reason, the time spent.
+
+    `found` says that it was finished before, and only loaded.
+    """
 
     adapter: SparseAdapter
     log_history: list[dict[str, float]]
     skipped: list[tuple[Trace, str]]
     seconds: float
+    found: bool = False
 
 
 def distill(
@@ -118,7 +122,7 @@ def distill(
         adapter = SparseAdapter.from_pretrained(model, out)
         if first:
             shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of a run that was killed while it removed them
-        return Run(adapter, history, skipped, time.monotonic() - start)
+        return Run(adapter, history, skipped, time.monotonic() - start, found=True)
     if first:  # before the long part, which a folder that cannot be written to would waste
         write_text(out / RUN, json.dumps(asked, indent=1))
     adapter = (

@@ -66,13 +66,17 @@ def test_from_traces_to_a_merged_model_and_a_lora(
 ) -> None:
     run = str(tmp_path / "run")
     distill = ["distill", model_folder, traces, "-o", run, "--density", "0.01", "--dtype", "float32", "--json"]
-    code, out, _ = call(capsys, *distill)
+    code, out, err = call(capsys, *distill)
     result = json.loads(out)
+    assert "already" not in out + err
     assert code == 0
     assert result["trained"] == 12
     assert 0 < result["trainable_percent"] <= 1.0
     assert not (tmp_path / "run" / "checkpoints").exists()
-    again = json.loads(call(capsys, *distill)[1])
+    code, out, err = call(capsys, *distill)
+    again = json.loads(out)
+    assert code == 0 and again["already_finished"] is True
+    assert f"already finished: the adapter is in {run}, nothing was trained;" in err
     assert again["last_loss_tactical"] == result["last_loss_tactical"]
 
     records = tmp_path / "completions.jsonl"
