@@ -183,6 +183,14 @@ def test_bad_traces_are_named_with_exit_code_2(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_without_an_epoch_is_refused_before_anything_is_read(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for epochs in ("0", "-1"):
+        code, out, err = call(capsys, "distill", "no/model", "none.jsonl", "-o", str(tmp_path), "--epochs", epochs)
+        assert (code, out) == (2, "") and f"epochs must be finite and above 0, got {float(epochs)}" in err
+
+
 @pytest.mark.parametrize("density", ["0", "1e-9", "2"])
 def test_bad_densities(
     capsys: pytest.CaptureFixture[str], model_folder: str, traces: str, tmp_path: Path, density: str
