@@ -15,24 +15,22 @@ tables take their place between the markers of docs/results.md. docs/closed_teac
 """
 
 import argparse
-import json
 import random
 import shlex
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, partial
-from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from closed_teacher_report import averaged, best, section
-from pages import publish
+from pages import RESULTS, publish
+from parts import digest, part
 from teacher_results import one_per_problem, traces_from_results
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -47,7 +45,6 @@ from rbfast.trace import Example, Trace, encode_all, write_traces
 from rbfast.trainer import DistillTrainer
 
 SECTION = "closed_teacher"
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results.md"
 
 
 def _option(default: Any, help: str) -> Any:
@@ -77,33 +74,6 @@ class Recipe:
 
     def config(self, **more: Any) -> DistillConfig:
         return DistillConfig(density=self.density, batch_size=self.batch_size, seed=self.seed, **more)
-
-
-# ---------------------------------------------------------------------------------------------------- finished parts
-
-
-def part(path: Path, asked: Mapping[str, Any], measure: Callable[[], Any]) -> dict[str, Any]:
-    """The record kept in `path`, else what `measure` finds now, kept there with what was asked and the seconds it took.
-
-    Raises:
-        ValueError: the record answers another question.
-    """
-    wanted = json.loads(json.dumps(asked))
-    if path.exists():
-        record = json.loads(path.read_text())
-        for name in wanted | record["asked"]:
-            held, now = record["asked"].get(name), wanted.get(name)
-            if held != now:
-                raise ValueError(f"{path} was made with {name} {held!r}, now it is {now!r}: choose another --out")
-        return record
-    start = time.monotonic()
-    record = {"result": measure(), "asked": wanted, "seconds": time.monotonic() - start}
-    write_text(path, json.dumps(record, indent=1))
-    return record
-
-
-def digest(items: Iterable[Any]) -> str:
-    return blake2b(json.dumps(list(items), sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------- held-out loss, beside LoRA

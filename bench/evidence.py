@@ -32,8 +32,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from closed_teacher import RESULTS, digest, part
-from pages import cpu, publish
+from pages import RESULTS, cpu, publish
+from parts import digest, part
 from teacher_results import one_per_problem, traces_from_results
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 

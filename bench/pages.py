@@ -10,6 +10,8 @@ from rich.markdown import Markdown
 
 from rbfast.files import write_text
 
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results.md"
+
 
 def cpu() -> str:
     info = Path("/proc/cpuinfo")

@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from closed_teacher import RESULTS, digest, part
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from pages import cpu, publish
+from pages import RESULTS, cpu, publish
+from parts import digest, part
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rbfast.adapter import SparseAdapter

@@ -15,6 +15,7 @@ _HOMES = {
     "TopK": "loss",
     "DistillConfig": "run",
     "distill": "run",
+    "evaluating": "generate",
     "DistillTrainer": "trainer",
     "Guide": "guide",
     "guided": "guided_generate",

@@ -8,6 +8,9 @@
 A delta runs in one of two ways. Folded, it is written into the frozen weight after every optimizer step: the forward is
 the base's own, and the backward keeps `x[:, cols]` and reads dy once. Beside the weight (a quantised base), it adds
 `scale * (x[:, cols] A^T) B^T` to the output. No module is replaced and the base's state_dict() keeps its keys.
+
+Without gradients the hooks of a folded delta do nothing, but calling them takes time: `unhooked(model)` takes them off
+for a block, and so does `rbfast.evaluating(model)`, in which all completions of ours are written.
 """
 
 import weakref
@@ -20,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 from rbfast import columns, ops
 from rbfast.columns import AdapterConfig, Delta, matrix_view
@@ -27,6 +31,7 @@ from rbfast.placement import DEFAULT_DENSITY, count_parameters, plan
 from rbfast.scores import Scores, left_out
 
 Mode = Literal["auto", "fold", "side"]
+_DELTA = "_rbfast_delta"  # the attribute of a linear that holds its ColumnDelta
 
 
 class _SharedGather:
@@ -92,7 +97,9 @@ class ColumnDelta(nn.Module):
         if fold:
             self.base_columns = self.weight.index_select(1, self.cols)
             self.fold()
-        self._hooks = (linear.register_forward_pre_hook(self._before), linear.register_forward_hook(self._after))
+        self._hooks: tuple[RemovableHandle, ...] = ()
+        linear.__dict__[_DELTA] = self  # not a submodule either
+        self.hook()
 
     @property
     def weight(self) -> Tensor:
@@ -122,9 +129,25 @@ class ColumnDelta(nn.Module):
         weight = self.weight
         weight[:, self.cols] = self.base_columns.to(weight.dtype)
 
-    def remove_hooks(self) -> None:
+    @property
+    def attached(self) -> bool:
+        return self.linear.__dict__.get(_DELTA) is self
+
+    def hook(self) -> None:
+        """Puts the hooks on the matrix. The delta belongs to the matrix's own output: nobody's hook comes before it."""
+        after = self.linear.register_forward_hook(self._after, prepend=True)
+        self._hooks = self.linear.register_forward_pre_hook(self._before), after
+
+    def unhook(self) -> None:
+        """Takes them off: where nothing asks for gradients a folded delta is in the weight and needs none."""
         for hook in self._hooks:
             hook.remove()
+        self._hooks = ()
+
+    def release(self) -> None:
+        """Lets go of the matrix, for good."""
+        self.unhook()
+        del self.linear.__dict__[_DELTA]
         self._gather.members -= 1
 
     @torch.no_grad()
@@ -147,10 +170,12 @@ class ColumnDelta(nn.Module):
         if torch.compiler.is_compiling() or not self.enabled:
             return
         self._follow_base()
-        if not self.folds:
-            return
+        self.catch_up()
+
+    def catch_up(self) -> None:
+        """Folds what was changed since the last fold."""
         a, b = self._masters
-        if self._versions != (a._version, b._version):
+        if self.folds and self.enabled and self._versions != (a._version, b._version):
             self.fold()
 
     def _after(self, linear: nn.Module, args: tuple, y: Tensor) -> Tensor | None:
@@ -373,7 +398,7 @@ class SparseAdapter(nn.Module):
 
     def _release(self, state: Literal["merged", "detached"]) -> None:
         for site in self.sites().values():
-            site.remove_hooks()
+            site.release()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._follower()
@@ -397,13 +422,39 @@ def _folds(name: str, linear: nn.Module, mode: Mode) -> bool:
 
 def check_free(model: nn.Module) -> None:
     """Raises ValueError for a model that has an adapter attached."""
+    if (first := next(_sites(model), None)) is not None:
+        raise ValueError(
+            f"this model has a SparseAdapter attached already (at {first[0]}); one at a time: call its detach() or "
+            f"merge() first"
+        )
+
+
+@contextmanager
+def unhooked(model: nn.Module) -> Iterator[None]:
+    """Within the block a folded adapter of `model` costs nothing: its hooks are off, and the forward is the base's own.
+
+    For forwards without gradients: a backward would give the adapter none. Steps of an optimizer and load_state_dict()
+    fold as ever; after changing parameters by hand call adapter.fold(). Deltas beside the weight keep their hooks.
+    Blocks may nest, and the adapter may be disabled, merged or detached within one.
+    """
+    sites = [site for _, site in _sites(model) if site.folds and site._hooks]
+    for site in sites:
+        site.catch_up()
+    for site in sites:
+        site.unhook()
+    try:
+        yield
+    finally:
+        for site in sites:
+            if site.attached:
+                site.hook()
+
+
+def _sites(model: nn.Module) -> Iterator[tuple[str, ColumnDelta]]:
+    """The deltas attached to a model, with the names of their matrices."""
     for name, module in model.named_modules():
-        for hook in module._forward_hooks.values():
-            if isinstance(getattr(hook, "__self__", None), ColumnDelta):
-                raise ValueError(
-                    f"this model has a SparseAdapter attached already (at {name}); one at a time: call its detach() or "
-                    f"merge() first"
-                )
+        if _DELTA in module.__dict__:
+            yield name, module.__dict__[_DELTA]
 
 
 def _follow_optimizers(adapter: SparseAdapter) -> weakref.finalize:

@@ -174,7 +174,8 @@ def _add_eval(sub: argparse.ArgumentParser) -> None:
         "--task",
         action="append",
         required=True,
-        help="math-500, aime24, aime25, gsm8k, a reasoning-gym generator, a .jsonl file or a hub id; repeat",
+        help="math-500, aime24, aime25, gsm8k, a reasoning-gym generator, a .jsonl file, or a dataset on the hub: "
+        "owner/name, owner/name:split or owner/name:config:split; repeat",
     )
     sub.add_argument("--adapter", help="folder of a trained adapter to attach")
     sub.add_argument("-n", type=int, default=50, help="problems per task (default: 50)")
@@ -368,6 +369,13 @@ def _distill(args: argparse.Namespace) -> int:
         "seconds": run.seconds,
         **losses,  # of the batches of the first and the last step, each before its update
     }
+    if run.found:
+        result["already_finished"] = True
+        print(
+            f"already finished: the adapter is in {args.out}, nothing was trained; to train again choose another "
+            "folder or remove this one",
+            file=sys.stderr,
+        )
     if run.skipped:
         print(f"{len(run.skipped)} traces left out, see {args.out / 'skipped.jsonl'}", file=sys.stderr)
     return _print(args, result, _lines(result))

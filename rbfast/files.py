@@ -64,7 +64,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 class Journal:
-    """A JSONL file that grows by whole records, each on disk before `append` returns."""
+    """A JSONL file that grows by whole records (objects), each on disk before `append` returns."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -99,11 +99,21 @@ class Journal:
             file.writelines(map(_line, records))
 
     def _mend(self) -> None:
+        """Cuts off a record that was torn; a whole one, to which an editor gave no line break, gets it."""
         data = self.path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            with self.path.open("rb+") as file:
-                file.truncate(whole)
+        last = data[data.rfind(b"\n") + 1 :]
+        if not last:
+            return
+        try:
+            json.loads(last)  # no beginning of an object is JSON
+        except RecursionError:
+            return
+        except ValueError:
+            if last.strip(b"\0 \t\r")[:1] in (b"", b"{"):  # else it was never a record: it is named, and stays
+                os.truncate(self.path, len(data) - len(last))
+        else:
+            with self.path.open("ab") as file:
+                file.write(b"\n")
 
 
 def _line(record: Any) -> str:

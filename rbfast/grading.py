@@ -35,6 +35,7 @@ class Problem:
 
 _WHOLE = re.compile(r".*(?:\n|</answer>)", re.DOTALL | re.IGNORECASE)
 _TAG = re.compile(r"<answer>(.*?)(?=</answer>|<answer>|\Z)", re.DOTALL | re.IGNORECASE)
+_MARKS = re.compile(r"</?(?:think|answer)>", re.IGNORECASE)
 _HASHES = re.compile(r"####\s*(\S.*)")
 _PHRASE = re.compile(r"\banswer\b[^.\n:=]{0,60}?(?:\bis\b|:|=)[*_:\s]*(\S.*)", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
@@ -58,6 +59,11 @@ def extract_answer(text: str) -> str | None:
         if matches := pattern.findall(text):
             return matches[-1].strip()
     return None
+
+
+def without_tags(text: str) -> str:
+    """A part of a completion for people: no `<think>` or `<answer>`, opened or closed, and no white space around it."""
+    return _MARKS.sub("", text).strip()
 
 
 def _last_boxed(text: str) -> str | None:

@@ -42,7 +42,7 @@ from rbfast.generate import (
     greedy_settings,
     new_cache,
 )
-from rbfast.grading import answer_key
+from rbfast.grading import answer_key, without_tags
 from rbfast.guide import Event, Guide, Order, Phase, Row, calibrated
 from rbfast.trace import end_of_turn
 from rbfast.vote import decided
@@ -86,8 +86,8 @@ class Solution:
     sentences: tuple[float, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """A record for `json.dumps`."""
-        return asdict(self)
+        """A record for `json.dumps`; `thinking` and `answer` without their tags, which `text` keeps."""
+        return asdict(self) | {"thinking": without_tags(self.thinking), "answer": without_tags(self.answer)}
 
 
 class Vocabulary:

@@ -24,7 +24,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rbfast.grading import answer_key
+from rbfast.grading import answer_key, without_tags
 from rbfast.guide import Event, Guide, Order, Phase, Row, calibrated
 from rbfast.server import LONGEST_PAUSE, Server, ServerError
 from rbfast.trace import INSTRUCTION, format_prompt
@@ -60,8 +60,8 @@ class ServerSolution:
     sentences: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """A record for `json.dumps`."""
-        return asdict(self)
+        """A record for `json.dumps`; `thinking` and `answer` without their tags, which `text` keeps."""
+        return asdict(self) | {"thinking": without_tags(self.thinking), "answer": without_tags(self.answer)}
 
 
 def prompt_for(problem: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -52,13 +52,15 @@ def load_student(
         ValueError: the model brings code of its own, which is never run.
         ImportError: the package that carries `smollm2-135m` is absent, or `gguf`, which reads GGUF files.
         FileNotFoundError: the GGUF file or the folder is absent.
+        OSError: there is no folder of this name, and the hub does not give such a model; the message says what it said.
     """
     dtype = dtype or fast_dtype("cuda" if torch.cuda.is_available() else "cpu")
     if (file := _gguf(name_or_path)) is not None:
         return _load_gguf(file, dtype), load_tokenizer(name_or_path)
     if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).is_dir():
         raise FileNotFoundError(f"{name_or_path}: expected the folder of a model, found none")
-    model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, trust_remote_code=False)
+    with _explained(name_or_path):
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, trust_remote_code=False)
     return model.eval(), load_tokenizer(name_or_path)
 
 
@@ -66,7 +68,24 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a student alone; names as for `load_student`."""
     if (file := _gguf(name_or_path)) is not None:
         return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
-    return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)  # None would ask on the terminal
+    with _explained(name_or_path):
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)  # None would ask on the terminal
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Says what a name may be where the hub, which is asked for whatever is no folder, gives nothing for it."""
+    try:
+        yield
+    except OSError as error:
+        if Path(name).exists():  # which file it lacks is said already
+            raise
+        said = str(error).strip().partition("\n")[0].rstrip(".")
+        raise OSError(
+            f"{name}: expected a hub id (owner/name), the folder of a model, a .gguf file or {SMOLLM2}; there is no "
+            f"such folder, and the hub gave nothing: {said}. Check the spelling; without a connection name a local "
+            "folder"
+        ) from error
 
 
 def load_teacher(

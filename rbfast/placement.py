@@ -49,6 +49,11 @@ def plan(
     if not (math.isfinite(scale) and scale != 0):
         raise ValueError(f"scale must be finite and not 0, got {scale}")
     if isinstance(placement, Path) or (isinstance(placement, str) and placement != "random"):
+        if not Path(placement).is_file():
+            raise FileNotFoundError(
+                f'placement must be "random", Scores (of rbfast.scores.score) or the path of a file of them, '
+                f"got {str(placement)!r}: there is no such file"
+            )
         placement = Scores.load(placement)
     if placement is None:
         warnings.warn("no placement given: columns are random, the control. Pass placement=score(...)", stacklevel=3)

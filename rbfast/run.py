@@ -10,6 +10,7 @@ The folder of a run holds `run.json` (what was asked, on which traces; in the en
 """
 
 import json
+import math
 import os
 import random
 import shutil
@@ -32,7 +33,7 @@ from rbfast.files import write_text
 from rbfast.models import final_hidden, packs
 from rbfast.progress import bar
 from rbfast.run_folder import LOG, RUN, SKIPPED, read_json
-from rbfast.scores import Method, Scores, score
+from rbfast.scores import METHODS, Method, Scores, score
 from rbfast.signal_store import SignalStore
 from rbfast.trace import Example, Trace, collate, encode_all
 from rbfast.trainer import DistillTrainer, Objective, role_counts, token_losses
@@ -47,7 +48,11 @@ class DistillConfig:
         rank, support: the shape of each delta; None leaves the split of the budget to the adapter.
         placement: "gradient", "factored", "activation" (scores from `placement_traces` traces) or "random" (control).
         batch_size, accumulation: traces per batch, and batches per optimizer step, of each process.
+        warmup: the share of the steps before the peak learning rate.
         max_tokens: longer traces are left out and listed, never cut.
+
+    Raises:
+        ValueError: a number out of its range, or an unknown placement.
     """
 
     density: float = 0.003
@@ -65,15 +70,36 @@ class DistillConfig:
     seed: int = 0
     objective: Objective = field(default_factory=Objective)
 
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density must be above 0 and at most 1 (the share of trained values), got {self.density}")
+        for name in ("epochs", "learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup must be at least 0 and below 1 (a share of the steps), got {self.warmup}")
+        for name in ("rank", "support", "placement_traces", "batch_size", "accumulation", "max_tokens", "save_steps"):
+            value = getattr(self, name)
+            if value is not None and not value >= 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 <= self.seed < 2**32:  # what NumPy takes
+            raise ValueError(f"seed must be at least 0 and below 2**32, got {self.seed}")
+        if self.placement not in (*METHODS, "random"):
+            raise ValueError(f"placement must be one of {', '.join(METHODS)} or random, got {self.placement!r}")
+
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: the attached adapter, the losses by step, the traces left out with the reason, the time spent."""
+    """A finished run: the attached adapter, the losses by step, the traces left out with the reason, the time spent.
+
+    `found` says that it was finished before, and only loaded.
+    """
 
     adapter: SparseAdapter
     log_history: list[dict[str, float]]
     skipped: list[tuple[Trace, str]]
     seconds: float
+    found: bool = False
 
 
 def distill(
@@ -118,7 +144,7 @@ def distill(
         adapter = SparseAdapter.from_pretrained(model, out)
         if first:
             shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of a run that was killed while it removed them
-        return Run(adapter, history, skipped, time.monotonic() - start)
+        return Run(adapter, history, skipped, time.monotonic() - start, found=True)
     if first:  # before the long part, which a folder that cannot be written to would waste
         write_text(out / RUN, json.dumps(asked, indent=1))
     adapter = (

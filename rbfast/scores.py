@@ -81,7 +81,7 @@ class Scores:
     def load(cls, path: str | Path) -> "Scores":
         """Reads a file written by save(). Raises FileNotFoundError, and ValueError for one that is none."""
         if not Path(path).is_file():
-            raise FileNotFoundError(f'{path}: expected a file of scores (or placement="random"), found none')
+            raise FileNotFoundError(f"{path}: expected a file of scores, found none")
         try:
             data = Path(path).read_bytes()
             tensors, metadata = load_tensors(data), check_seal(data)

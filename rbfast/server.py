@@ -11,6 +11,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -33,6 +34,25 @@ class ServerError(RuntimeError):
         self.status, self.partial = status, partial
 
 
+@dataclass
+class Retries:
+    """Requests that were asked again: how many in all, and how many wait for that now. Threads share it."""
+
+    made: int = 0
+    waiting: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def pause(self, seconds: float) -> None:
+        """Waits before a request is asked again."""
+        with self._lock:
+            self.made, self.waiting = self.made + 1, self.waiting + 1
+        try:
+            time.sleep(seconds)
+        finally:
+            with self._lock:
+                self.waiting -= 1
+
+
 @dataclass(frozen=True)
 class Server:
     """Where to ask.
@@ -44,6 +64,9 @@ class Server:
         retries: of a request that the server refused for now, or broke off, before it is given up.
         pause: seconds before the first of them; doubled each time.
         temperature, seed: sent with every request that does not set its own; None is not sent.
+
+    Attributes:
+        retried: how often it was asked again.
     """
 
     url: str
@@ -53,6 +76,7 @@ class Server:
     pause: float = 1.0
     temperature: float | None = 0.0
     seed: int | None = 0
+    retried: Retries = field(default_factory=Retries, repr=False, init=False, compare=False)
     _key: str | None = field(default=None, repr=False, init=False)
 
     def __post_init__(self) -> None:
@@ -88,7 +112,8 @@ class Server:
             if status is not None and status not in _BUSY:
                 break
             if attempt < self.retries:
-                time.sleep(min(LONGEST_PAUSE, float(wait) if wait.isdecimal() else self.pause * 2**attempt))
+                seconds = float(wait) if wait.isdecimal() else self.pause * 2**attempt
+                self.retried.pause(min(LONGEST_PAUSE, seconds))
         raise ServerError(f"{self.url}{path} said {status or 'nothing'}: {refusal}", status)
 
     def _send(self, path: str, data: bytes) -> http.client.HTTPResponse:

@@ -5,6 +5,7 @@ load_problems("leg_counting", n=50, seed=7)                 # a reasoning-gym ge
 load_problems("math-500", n=None, seed=0)                   # all of a benchmark
 load_problems("my/problems.jsonl", n=100, seed=0)           # fields `problem` and `answer`
 load_problems("owner/name:test", n=100, seed=0)             # a dataset on the hub, and its split
+load_problems("owner/name:main:test", n=100, seed=0)        # where it has several configs, one of them
 ```
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +34,7 @@ BENCHMARKS = {
     "aime25": ("math-ai/aime25", None, "test"),
     "gsm8k": ("openai/gsm8k", "main", "test"),
 }
+_HUB = re.compile(r"(?P<name>[^:]+)(?:(?::(?P<config>[^:\[\]]+))?:(?P<split>(?:[^:\[\]]|\[[^\[\]]*\])+))?")
 _QUESTION_FIELDS = ("problem", "question", "prompt")
 
 
@@ -41,7 +44,8 @@ def load_problems(task: str, n: int | None, seed: int, *, exclude: Collection[st
     Args:
         task: a reasoning-gym generator at its default difficulty (`leg_counting`, `reasoning-gym:leg_counting`); a
             `.jsonl` file with the fields `problem` (or `question`, `prompt`) and `answer`; one of `BENCHMARKS`; or a
-            dataset on the hub with such fields, `owner/name` or `owner/name:split`.
+            dataset on the hub with such fields: `owner/name`, `owner/name:split` or `owner/name:config:split`, of which
+            the split (default: test) may be a slice, `test[:100]`.
         n: drawn from what there is; None for all of a file or dataset, in its order.
         exclude: questions to leave out, such as those trained on.
 
@@ -58,8 +62,7 @@ def load_problems(task: str, n: int | None, seed: int, *, exclude: Collection[st
     if task in BENCHMARKS:
         return _sample(_read_hub(*BENCHMARKS[task], task), task, n, seed, exclude)
     if "/" in task:
-        name, _, split = task.partition(":")
-        return _sample(_read_hub(name, None, split or "test", task), task, n, seed, exclude)
+        return _sample(_read_hub(*_hub_place(task), task), task, n, seed, exclude)
     if n is None:
         raise ValueError(f"{task} is generated without end: say how many problems")
     return _generate_problems(task.removeprefix(_REASONING_GYM), n, seed, exclude)
@@ -69,8 +72,8 @@ def _generate_problems(task: str, n: int, seed: int, exclude: Collection[str]) -
     gym = reasoning_gym()
     if task not in gym.factory.DATASETS:
         raise ValueError(
-            f"task must be a .jsonl file, one of {', '.join(BENCHMARKS)}, a dataset on the hub (owner/name) "
-            f"or one of reasoning-gym's generators, got {task!r}"
+            f"task must be a .jsonl file, one of {', '.join(BENCHMARKS)}, a dataset on the hub "
+            f"(owner/name:config:split) or one of reasoning-gym's generators, got {task!r}"
         )
     # The generators seed item i with seed + i, so neighbouring seeds would share items: spread them first.
     spread = int.from_bytes(hashlib.blake2b(f"{task}:{seed}".encode(), digest_size=4).digest(), "big") >> 1
@@ -130,13 +133,25 @@ def _parse(line: bytes, where: str) -> Any:
         raise ValueError(f"{where}: expected JSON that can be read: {error}") from None
 
 
+def _hub_place(task: str) -> tuple[str, str | None, str]:
+    """The name, config and split of a dataset on the hub."""
+    match = _HUB.fullmatch(task)
+    if match is None:
+        raise ValueError(f"{task}: expected owner/name, owner/name:split or owner/name:config:split")
+    return match["name"], match["config"], match["split"] or "test"
+
+
 def _read_hub(name: str, config: str | None, split: str, task: str) -> list[Problem]:
     import datasets
 
     try:
         rows = datasets.load_dataset(name, config, split=split)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{task}: the dataset {name} (split {split}) could not be loaded: {error}") from error
+        part = f"split {split}" if config is None else f"config {config}, split {split}"
+        raise ValueError(
+            f"{task}: the dataset {name} ({part}) could not be loaded: {error}; one of several configs is named as "
+            f"owner/name:config:split"
+        ) from error
     return [_problem(row, f"{name}[{split}]: row {number}", task) for number, row in enumerate(rows)]
 
 

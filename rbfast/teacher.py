@@ -45,6 +45,7 @@ _THINK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 _ANSWER = re.compile(r"\s*<answer>", re.IGNORECASE)
 _HOPELESS = {401, 402, 403, 404}  # the next question would be refused too
 _MOST_FAILURES = 8  # in a row
+_LONGEST_SILENCE = 1.0  # seconds; a server that says to come back later is no reason for more
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,8 @@ def teach(
         concurrency: questions under way at a time.
         max_cost, max_total_tokens: nothing is asked that could pass them, be the reply as long as it may; replies of
             earlier calls in this folder count.
-        progress: called with (replies there, replies wanted, a few words on the cost).
+        progress: called with (replies there, replies wanted, a few words on the cost and on what is asked again), with
+            every reply and every second.
 
     Raises:
         ValueError: an option out of range, or a folder whose replies cannot be read.
@@ -173,7 +175,13 @@ def teach(
         replies[record["key"]] = record
         purse.pay(record["prompt_tokens"], record["completion_tokens"])
     todo = [job for job in jobs if job.key not in replies]
-    reason = _ask_all(todo, journal, replies, purse, concurrency, progress)
+    wanted = len(replies) + len(todo)
+
+    def report() -> None:
+        if progress:
+            progress(len(replies), wanted, purse.words() + _retries(server))
+
+    reason = _ask_all(todo, journal, replies, purse, concurrency, report)
     return _collect(jobs, replies, purse, reason, out, server.model)
 
 
@@ -280,12 +288,12 @@ def _ask_all(
     replies: dict[str, Any],
     purse: _Purse,
     concurrency: int,
-    progress: Callable[[int, int, str], None] | None,
+    report: Callable[[], None],
 ) -> str | None:
     """Adds what comes to the journal and to `replies`; returns why some jobs stay open, None where none does."""
     queue: deque[_Job] = deque(jobs)
     pending: dict[Future[dict[str, Any]], _Job] = {}
-    wanted, failures, reason = len(replies) + len(jobs), 0, None
+    failures, reason = 0, None
     stopped: BaseException | None = None
     with ThreadPoolExecutor(concurrency) as pool:
         while queue or pending:
@@ -296,7 +304,7 @@ def _ask_all(
                 reason = f"the budget does not allow another question ({purse.words()} so far)"
                 break
             try:
-                done, _ = wait(pending, return_when=FIRST_COMPLETED)
+                done, _ = wait(pending, _LONGEST_SILENCE, return_when=FIRST_COMPLETED)
             except KeyboardInterrupt as interrupt:  # what is under way is paid for: take it, ask nothing more
                 stopped = interrupt
                 queue.clear()
@@ -314,11 +322,15 @@ def _ask_all(
                 if error and (error.status in _HOPELESS or failures >= max(_MOST_FAILURES, concurrency)):
                     stopped = stopped or error
                     queue.clear()
-            if progress:
-                progress(len(replies), wanted, purse.words())
+            report()
     if stopped is not None:
         raise stopped
     return reason
+
+
+def _retries(server: Server) -> str:
+    made, waiting = server.retried.made, server.retried.waiting
+    return f", asked again: {made} ({waiting} waiting)" if made else ""
 
 
 def _outcome(future: Future[dict[str, Any]]) -> tuple[dict[str, Any] | None, ServerError | None]:

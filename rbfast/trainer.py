@@ -8,6 +8,7 @@ that are global over the accumulated batch and over all processes. The forward s
 logits never exist (see `rbfast.loss`).
 """
 
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -50,11 +51,14 @@ class Objective:
 
     def __post_init__(self) -> None:
         weights = (self.strategic, self.tactical, self.answer)
-        if min(weights) < 0 or sum(weights) <= 0:
-            raise ValueError(f"role weights must be >= 0 and not all 0, got {weights}")
+        if not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
+            raise ValueError(f"role weights must be finite, >= 0 and not all 0, got {weights}")
         for name in ("anneal", "ce_share", "beta"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        for name in ("strategic_temperature", "tactical_temperature", "answer_temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}")
         DistillLoss(gradient_filter=self.gradient_filter)  # which knows what it takes
 
     def weights(self, progress: float) -> Tensor:

@@ -1,8 +1,11 @@
 """SparseAdapter on small random models: gradients, folding, merging, files, and life inside PyTorch."""
 
+import contextlib
 import copy
 import gc
+import re
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from transformers import GPT2LMHeadModel
 
-from rbfast.adapter import ColumnDelta, SparseAdapter
+from rbfast.adapter import ColumnDelta, SparseAdapter, unhooked
 from rbfast.columns import matrix_shape
 
 
@@ -277,6 +280,133 @@ def test_states_that_do_not_fit_are_refused():
             action()
 
 
+def hooks(model):
+    return [
+        (name, type(hook.__self__).__name__)
+        for name, module in model.named_modules()
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    ]
+
+
+def test_an_unhooked_adapter_is_in_the_weights_alone_and_trains_on_afterwards():
+    trained = {}
+    for block in (unhooked, contextlib.nullcontext):
+        model = llama()
+        adapter = attach(model)
+        optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.05)
+        train(model, adapter, optimizer=optimizer)
+        with torch.no_grad():
+            logits, before = model(**batch()).logits, hooks(model)
+            with block(model):
+                assert torch.equal(model(**batch()).logits, logits)
+        assert hooks(model) == before and len(before) == 2 * len(adapter.sites())
+        trained[block] = train(model, adapter, optimizer=optimizer), snapshot(adapter)
+    losses, parameters = trained[unhooked]
+    assert losses == trained[contextlib.nullcontext][0]
+    assert same_bits(parameters, trained[contextlib.nullcontext][1])
+
+
+def test_no_hook_is_left_in_an_unhooked_block_and_each_comes_back_once():
+    model = llama()
+    adapter = attach(model)
+    before = hooks(model)
+    with pytest.raises(KeyError), unhooked(model):
+        assert hooks(model) == []
+        with unhooked(model):
+            assert hooks(model) == []
+        assert hooks(model) == []
+        with pytest.raises(ValueError, match="attached already"):
+            attach(model)
+        with pytest.raises(TypeError, match=r"adapter\.merge\(\)"):
+            copy.deepcopy(model)
+        raise KeyError
+    assert hooks(model) == before
+    adapter.detach()
+    with unhooked(model):
+        assert hooks(model) == []
+    assert hooks(model) == []
+
+
+def test_changes_before_and_within_an_unhooked_block_are_folded():
+    model = llama()
+    adapter = attach(model)
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=1.0)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.1)
+    assert not is_folded(adapter)
+    with unhooked(model):
+        assert is_folded(adapter)
+        before = snapshot(model)
+        for parameter in adapter.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        assert is_folded(adapter) and not same_bits(snapshot(model), before)
+        adapter.load_state_dict(
+            {name: 2 * value if value.is_floating_point() else value for name, value in adapter.state_dict().items()}
+        )
+        assert is_folded(adapter)
+
+
+def test_an_adapter_may_be_disabled_merged_or_detached_while_unhooked():
+    model = llama()
+    original = snapshot(model)
+    adapter = attach(model)
+    train(model, adapter)
+    trained = snapshot(model)
+    with unhooked(model):
+        with adapter.disabled():
+            assert same_bits(snapshot(model), original)
+        assert same_bits(snapshot(model), trained)
+    with adapter.disabled(), unhooked(model):
+        assert same_bits(snapshot(model), original)
+    assert same_bits(snapshot(model), trained)
+    with unhooked(model):
+        adapter.merge()
+    assert hooks(model) == [] and same_bits(snapshot(model), trained)
+    adapter.unmerge()
+    second = attach(model)
+    with unhooked(model):
+        second.detach()
+        third = attach(model)
+    assert len(hooks(model)) == 2 * len(third.sites())  # those of the third alone
+    disturb(third)
+    assert train(model, third, steps=3)[2] > 0
+
+
+def test_deltas_beside_the_weight_keep_their_hooks():
+    model = llama()
+    adapter = attach(model, mode="side")
+    disturb(adapter)
+    logits, before = model(**batch()).logits, hooks(model)
+    with unhooked(model):
+        assert hooks(model) == before
+        assert torch.equal(model(**batch()).logits, logits)
+
+
+def test_somebody_elses_hook_sees_the_matrix_with_its_delta():
+    """One that was there before the adapter changes the output: the delta's gradient goes through it."""
+    gradients = {}
+    for when in ("before", "after", "before, and unhooked since"):
+        linear = nn.Linear(8, 4)
+        with torch.no_grad():
+            linear.weight.copy_(torch.linspace(-1, 1, 32).view(4, 8))
+            linear.bias.zero_()
+        model = nn.ModuleDict({"linear": linear})
+        if when != "after":
+            linear.register_forward_hook(lambda module, args, y: 2 * y)
+        adapter = attach(model, density=1.0, rank=1, support=4)
+        if when == "after":
+            linear.register_forward_hook(lambda module, args, y: 2 * y)
+        disturb(adapter)
+        if "unhooked" in when:
+            with unhooked(model):
+                pass
+        linear(torch.linspace(0, 1, 40).view(5, 8)).square().sum().backward()
+        gradients[when] = {name: parameter.grad for name, parameter in adapter.named_parameters()}
+    assert all(same_bits(found, gradients["after"]) for found in gradients.values())
+
+
 def test_copying_and_pickling_are_refused_with_the_way_out():
     model = llama()
     adapter = attach(model)
@@ -498,6 +628,14 @@ def test_bad_options_are_refused_and_leave_the_model_alone(options, message):
     with pytest.raises(ValueError, match=message):
         attach(model, **options)
     assert same_bits(snapshot(model), original) and all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("place", [str, Path])
+def test_a_placement_that_is_no_file_is_told_what_it_may_be(tmp_path, place):
+    for name in ("foo", tmp_path):
+        message = re.escape(f"of a file of them, got {str(name)!r}: there is no such file")
+        with pytest.raises(FileNotFoundError, match='placement must be "random", Scores .* ' + message):
+            attach(llama(), placement=place(name))
 
 
 def test_a_model_without_linears_is_refused():

@@ -66,13 +66,17 @@ def test_from_traces_to_a_merged_model_and_a_lora(
 ) -> None:
     run = str(tmp_path / "run")
     distill = ["distill", model_folder, traces, "-o", run, "--density", "0.01", "--dtype", "float32", "--json"]
-    code, out, _ = call(capsys, *distill)
+    code, out, err = call(capsys, *distill)
     result = json.loads(out)
+    assert "already" not in out + err
     assert code == 0
     assert result["trained"] == 12
     assert 0 < result["trainable_percent"] <= 1.0
     assert not (tmp_path / "run" / "checkpoints").exists()
-    again = json.loads(call(capsys, *distill)[1])
+    code, out, err = call(capsys, *distill)
+    again = json.loads(out)
+    assert code == 0 and again["already_finished"] is True
+    assert f"already finished: the adapter is in {run}, nothing was trained;" in err
     assert again["last_loss_tactical"] == result["last_loss_tactical"]
 
     records = tmp_path / "completions.jsonl"
@@ -104,6 +108,7 @@ def test_solve_keeps_to_its_budget(capsys: pytest.CaptureFixture[str], model_fol
     assert code == 0
     assert solution["tokens"] <= 120
     assert "<answer>" in solution["text"]
+    assert solution["thinking"] and not any("answer>" in solution[part] for part in ("thinking", "answer"))
     assert {event["kind"] for event in solution["events"]} & {"wrap up", "close", "wait"}
 
     code, out, _ = call(capsys, *common)
@@ -176,6 +181,14 @@ def test_bad_traces_are_named_with_exit_code_2(
     assert out == ""
     assert complaint in err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_an_epoch_is_refused_before_anything_is_read(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for epochs in ("0", "-1"):
+        code, out, err = call(capsys, "distill", "no/model", "none.jsonl", "-o", str(tmp_path), "--epochs", epochs)
+        assert (code, out) == (2, "") and f"epochs must be finite and above 0, got {float(epochs)}" in err
 
 
 @pytest.mark.parametrize("density", ["0", "1e-9", "2"])

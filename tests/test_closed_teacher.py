@@ -8,7 +8,7 @@ from pathlib import Path
 import closed_teacher
 import pytest
 import torch
-from closed_teacher import Recipe, fresh_problems, part, run_recipe
+from closed_teacher import Recipe, fresh_problems, run_recipe
 from closed_teacher_report import averaged, comparison_table
 from pages import put_section
 from real_inputs import data_path
@@ -297,14 +297,6 @@ def test_fresh_problems_leave_out_what_was_trained_on() -> None:
     again = [problem.question for problem in fresh_problems(["gcd"], [seen], RECIPE)]
     assert seen.problem not in again
     assert len(again) == RECIPE.problems
-
-
-def test_a_part_is_measured_once_and_only_for_one_question(tmp_path: Path) -> None:
-    first = part(tmp_path / "a.json", {"rates": (1, 2)}, lambda: 7)
-    assert part(tmp_path / "a.json", {"rates": (1, 2)}, lambda: pytest.fail("measured again")) == first
-    assert first["result"] == 7
-    with pytest.raises(ValueError, match=r"rates \[1, 2\], now it is \[3\]"):
-        part(tmp_path / "a.json", {"rates": (3,)}, lambda: 8)
 
 
 def test_the_lowest_loss_is_bold_and_a_rate_at_the_edge_is_said() -> None:

@@ -25,6 +25,7 @@ from rbfast.evaluate import (
     summarize_samples,
 )
 from rbfast.generate import Completion
+from rbfast.grading import without_tags
 from rbfast.guide import Guide
 from rbfast.judge import Judge
 from rbfast.mathematics import equal
@@ -129,6 +130,20 @@ def test_malformed_lines_are_named(tmp_path, line, message):
 )
 def test_extract_answer(text, answer):
     assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("part", "shown"),
+    [
+        ("<think>\n3 < 4 </think>\n", "3 < 4"),
+        ("so\n<answer>", "so"),
+        ("16</answer>", "16"),
+        ("It is <Answer>16</Answer>.", "It is 16."),
+        ("a <b> c", "a <b> c"),
+    ],
+)
+def test_parts_are_shown_without_their_tags(part, shown):
+    assert without_tags(part) == shown
 
 
 def test_tags_outrank_boxes_which_outrank_phrases():
@@ -463,14 +478,49 @@ def test_benchmarks_and_hub_ids_name_a_dataset_and_a_split(monkeypatch):
     problems = load_problems("math-500", None, seed=0)
     assert [problem.answer for problem in problems] == ["\\frac{1}{2}", "3"] and problems[1].mathematical
     load_problems("gsm8k", 1, seed=0)
-    load_problems("owner/name:validation", 1, seed=0)
+    for place in (
+        "owner/name",
+        "owner/name:validation",
+        "owner/name:main:train",
+        "owner/name:train[:9]+test[2:]",
+        "owner/name:main:test[:100]",
+    ):
+        load_problems(place, 1, seed=0)
     assert asked == [
         ("HuggingFaceH4/MATH-500", None, "test"),
         ("openai/gsm8k", "main", "test"),
+        ("owner/name", None, "test"),
         ("owner/name", None, "validation"),
+        ("owner/name", "main", "train"),
+        ("owner/name", None, "train[:9]+test[2:]"),
+        ("owner/name", "main", "test[:100]"),
     ]
     with pytest.raises(ValueError, match="generated without end"):
         load_problems("leg_counting", None, seed=0)
+
+
+@pytest.mark.parametrize(
+    "task", ["owner/name:", "owner/name::test", "owner/name:main:", "owner/name:a:b:c", "owner/name:test[", ":main:o/n"]
+)
+def test_a_place_on_the_hub_that_is_none_is_refused_before_it_is_asked(monkeypatch, task):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *where, split: pytest.fail("asked the hub"))
+    with pytest.raises(ValueError, match="expected owner/name, owner/name:split or owner/name:config:split"):
+        load_problems(task, 1, seed=0)
+
+
+def test_a_dataset_that_needs_a_config_says_how_to_name_it(monkeypatch):
+    import datasets
+
+    def load_dataset(name, config, split):
+        raise ValueError("Config name is missing. Please pick one among the available configs: ['main', 'socratic']")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match=r"n \(split test\) .* \['main', 'socratic'\]; one .* owner/name:config:split"):
+        load_problems("owner/n", 1, seed=0)
+    with pytest.raises(ValueError, match=r"n \(config main, split test\) could not be loaded"):
+        load_problems("owner/n:main:test", 1, seed=0)
 
 
 @pytest.mark.parametrize(

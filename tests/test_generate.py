@@ -1,6 +1,9 @@
+import contextlib
+
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
+from tiny_models import attach, disturb
 
 from rbfast.generate import Completion, complete
 
@@ -74,6 +77,28 @@ def test_training_mode_is_restored_and_progress_counts_prompts(model):
     )
     assert model.training and seen == [(3, 8), (6, 8), (8, 8)]
     assert complete(model, tiny_tokenizer(), []) == []
+
+
+def test_a_folded_adapter_writes_without_hooks_and_gets_them_back(model, monkeypatch):
+    adapter = attach(model)
+    disturb(adapter, size=1.0)
+    tokenizer, hooked = tiny_tokenizer(), []
+    with monkeypatch.context() as patch:
+        patch.setattr("rbfast.generate.unhooked", contextlib.nullcontext)
+        expected = complete(model, tokenizer, PROMPTS, max_new_tokens=24)
+    assert expected != complete(tiny_model(), tokenizer, PROMPTS, max_new_tokens=24), "the adapter must matter here"
+    forward = model.forward
+    linears = [site.linear for site in adapter.sites().values()]
+    monkeypatch.setattr(
+        model,
+        "forward",
+        lambda *args, **kwargs: (
+            hooked.extend(linear for linear in linears if linear._forward_hooks or linear._forward_pre_hooks)
+            or forward(*args, **kwargs)
+        ),
+    )
+    assert complete(model, tokenizer, PROMPTS, max_new_tokens=24) == expected and hooked == []
+    assert all(linear._forward_hooks and linear._forward_pre_hooks for linear in linears)
 
 
 def test_what_does_not_fit_is_refused(model):

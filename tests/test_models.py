@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 from rbfast import models
-from rbfast.models import load_student
+from rbfast.models import load_student, load_tokenizer
 
 
 def test_a_local_folder_loads_in_the_dtype_asked_for(tmp_path):
@@ -55,6 +55,26 @@ def test_a_folder_that_is_not_there_is_said_before_the_hub_is_asked(tmp_path):
     for name in (str(tmp_path / "none"), "./none", "~/none/there"):
         with pytest.raises(FileNotFoundError, match="expected the folder of a model, found none"):
             load_student(name)
+
+
+@pytest.mark.parametrize("name", ["smollm2-135", "runs/merged", "runs/first/merged", "a b"])
+@pytest.mark.parametrize("load", [load_student, load_tokenizer])
+def test_a_name_that_is_nothing_is_told_what_it_may_be(monkeypatch, name, load):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = (
+        rf"^{name}: expected a hub id .*, the folder of a model, .* or smollm2-135m; there is no such folder, and "
+    )
+    with pytest.raises(
+        OSError, match=message + r"[^\n]*\. Check the spelling; without a connection name a local folder$"
+    ):
+        load(name)
+
+
+def test_a_folder_that_lacks_a_file_is_not_taken_for_a_hub_id(tmp_path):
+    tiny_model().config.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match=r"model\.safetensors") as refused:
+        load_student(str(tmp_path))
+    assert "expected a hub id" not in str(refused.value)
 
 
 @pytest.mark.parametrize(("multiplies", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])

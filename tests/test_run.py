@@ -1,5 +1,7 @@
 """A run from traces to adapter: cut anywhere, it goes on to the same bits, also where a gradient placed the columns."""
 
+import re
+
 import pytest
 import torch
 from tiny_models import llama
@@ -10,7 +12,7 @@ from rbfast.adapter import SparseAdapter
 from rbfast.run import DistillConfig, distill
 from rbfast.scores import score
 from rbfast.trace import Trace
-from rbfast.trainer import DistillTrainer
+from rbfast.trainer import DistillTrainer, Objective
 
 TRACES = [Trace(f"What is {n} + 1?", f"Add one.\n{n} + 1 = {n + 1}", str(n + 1)) for n in range(24)]
 TOKENIZER = byte_level(*(trace.completion() for trace in TRACES))
@@ -48,6 +50,50 @@ def test_a_cut_run_goes_on_to_the_same_bits(tmp_path, monkeypatch, placement):
             run(tmp_path / "cut", monkeypatch, cut_at=cut, placement=placement)
     found = run(tmp_path / "cut", monkeypatch, placement=placement)
     assert all(torch.equal(found[name], value) for name, value in whole.items())
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("density", (0, -0.1, 1.5, NAN)),
+        ("epochs", (0, -1.0, float("inf"), NAN)),
+        ("learning_rate", (0.0, -1e-3, float("inf"), NAN)),
+        ("warmup", (-0.1, 1, 20, NAN)),
+        ("rank", (0, -2)),
+        ("support", (0,)),
+        ("placement_traces", (0,)),
+        ("batch_size", (0, -8)),
+        ("accumulation", (0,)),
+        ("max_tokens", (0,)),
+        ("save_steps", (0, -1)),
+        ("seed", (-1, 2**32)),
+        ("placement", ("gradients",)),
+    ],
+)
+def test_settings_that_make_no_run_are_refused(name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=rf"^{name} must be .*, got {re.escape(repr(value))}$"):
+            DistillConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("strategic", (-1.0, NAN, float("inf"))),
+        ("anneal", (-0.1, 1.1, NAN)),
+        ("ce_share", (2, NAN)),
+        ("beta", (-1, NAN)),
+        ("strategic_temperature", (0.0, -1.0, NAN)),
+        ("answer_temperature", (0.0, float("inf"))),
+    ],
+)
+def test_objectives_that_are_none_are_refused(name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=rf"({name}|role weights) must be .*, got .*{re.escape(repr(value))}"):
+            Objective(**{name: value})
 
 
 def test_parameters_are_laid_out_alike_wherever_they_come_from(tmp_path):

@@ -1,6 +1,8 @@
 """A teacher asked over a real server on the loopback interface: traces, budgets, faults, and never the same twice."""
 
 import json
+import threading
+from types import SimpleNamespace
 
 import pytest
 from openai_server import serving
@@ -70,6 +72,28 @@ def test_a_fault_is_asked_again_and_leaves_no_trace(server, tmp_path, fault):
     taught = teach(server.client(timeout=0.3), QUESTIONS[:4], tmp_path, concurrency=1)
     assert len(taught.traces) == 4 and len(server.requests) == 6
     assert len((tmp_path / "replies.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_wait_for_a_busy_server_is_reported_while_it_lasts(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("RBFAST_API_KEY", "sk-secret")
+    monkeypatch.setattr("rbfast.teacher._LONGEST_SILENCE", 0.01)
+    server.faults, server.says, server.retry_after = [429, 503], b"not yet, sk-secret", "7"
+    said, seen, asked_for = [], threading.Event(), []
+    pause = lambda seconds: asked_for.append(seconds) or seen.wait(10)  # noqa: E731
+    monkeypatch.setattr("rbfast.server.time", SimpleNamespace(sleep=pause))
+
+    def progress(done, wanted, words):
+        said.append((done, wanted, words))
+        if "waiting" in words:
+            seen.set()  # nobody waits any longer, once it was said that somebody does
+
+    teach(server.client(), QUESTIONS[:3], tmp_path, concurrency=1, progress=progress)
+    assert seen.is_set() and asked_for == [7.0, 7.0]
+    assert any(
+        (done, wanted) == (0, 3) and words.endswith(", asked again: 1 (1 waiting)") for done, wanted, words in said
+    )
+    assert said[-1][:2] == (3, 3) and said[-1][2].endswith("written, asked again: 2 (0 waiting)")
+    assert not any("secret" in words for _, _, words in said)
 
 
 def test_a_question_that_is_refused_stays_open(server, tmp_path):

@@ -1,0 +1,40 @@
+"""Finished parts of an experiment: each is kept in a file of its own, so that an interrupted script goes on.
+
+    record = part(out / "before.json", {"seed": 0, "data": digest(rows)}, measure)      # the second time it is read
+    record["result"]
+
+What was kept for another question is refused, never taken.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from rbfast.files import write_text
+
+
+def part(path: Path, asked: Mapping[str, Any], measure: Callable[[], Any]) -> dict[str, Any]:
+    """The record kept in `path`, else what `measure` finds now, kept there with what was asked and the seconds it took.
+
+    Raises:
+        ValueError: the record answers another question.
+    """
+    wanted = json.loads(json.dumps(asked))
+    if path.exists():
+        record = json.loads(path.read_text())
+        for name in wanted | record["asked"]:
+            held, now = record["asked"].get(name), wanted.get(name)
+            if held != now:
+                raise ValueError(f"{path} was made with {name} {held!r}, now it is {now!r}: choose another --out")
+        return record
+    start = time.monotonic()
+    record = {"result": measure(), "asked": wanted, "seconds": time.monotonic() - start}
+    write_text(path, json.dumps(record, indent=1))
+    return record
+
+
+def digest(items: Iterable[Any]) -> str:
+    return blake2b(json.dumps(list(items), sort_keys=True).encode(), digest_size=16).hexdigest()
