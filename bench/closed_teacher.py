@@ -60,8 +60,8 @@ class Recipe:
     held_out: int = _option(40, "traces the comparison measures the loss on")
     train: int = _option(160, "traces the comparison trains on")
     compare_tokens: int = _option(320, "longer traces stay out of the comparison")
-    rates: tuple[float, ...] = _option((1e-3, 3e-3, 1e-2), "learning rates of the adapter")
-    lora_rates: tuple[float, ...] = _option((1e-3, 3e-3, 1e-2, 3e-2), "learning rates of LoRA")
+    rates: tuple[float, ...] = _option((2e-2, 3e-2, 4e-2), "learning rates of the adapter")
+    lora_rates: tuple[float, ...] = _option((1e-2, 2e-2, 3e-2, 4e-2), "learning rates of LoRA")
     lora_rank: int = _option(1, "rank of LoRA, on all linears")
     density: float = _option(0.003, "trained values / all parameters, at most")
     batch_size: int = _option(8, "traces per optimizer step")
@@ -94,8 +94,11 @@ def compare(
     def scores() -> Any:
         return placement_scores(model, train, recipe.config())
 
-    def sparse(student: PreTrainedModel) -> Any:
+    def placed(student: PreTrainedModel) -> Any:
         return SparseAdapter.attach(student, recipe.density, placement=scores(), seed=recipe.seed)
+
+    def control(student: PreTrainedModel) -> Any:
+        return SparseAdapter.attach(student, recipe.density, placement="random", seed=recipe.seed)
 
     def lora(student: PreTrainedModel) -> Any:
         from peft import LoraConfig, get_peft_model
@@ -124,13 +127,17 @@ def compare(
         return {"method": method, "rate": rate, "values": values, **trace_loss(student, held_out)}
 
     asked = {"batch_size": recipe.batch_size, "seed": recipe.seed}
+    density, rank = {"density": recipe.density}, {"rank": recipe.lora_rank}
+    methods = (
+        ("rbfast", recipe.rates, density, placed),
+        ("random columns", recipe.rates, density, control),
+        ("LoRA", recipe.lora_rates, rank, lora),
+    )
     entries = [entry("before", {}, before)]
-    for rate in recipe.rates:
-        budget = {"density": recipe.density}
-        entries.append(entry(f"rbfast-{rate:g}", asked | budget, partial(trained, "rbfast", rate, sparse)))
-    for rate in recipe.lora_rates:
-        budget = {"rank": recipe.lora_rank}
-        entries.append(entry(f"LoRA-{rate:g}", asked | budget, partial(trained, "LoRA", rate, lora)))
+    for method, rates, budget, attach in methods:
+        for rate in rates:
+            name = f"{method.replace(' ', '-')}-{rate:g}"
+            entries.append(entry(name, asked | budget, partial(trained, method, rate, attach)))
     return entries
 
 

@@ -21,6 +21,7 @@ from rbfast.scores import Scores, Shape, generator, group_siblings, select_linea
 
 DEFAULT_DENSITY = 0.003
 DEFAULT_RANK = 2
+START_NORM = 0.1
 _FULL_SHARE = 0.5  # a default rank grows until the supports take at most this share of the inputs
 
 
@@ -133,46 +134,40 @@ def allocate(
 
 
 def place_random(shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, int], seed: int) -> dict[str, Start]:
-    """The control: random columns per group, random A whose rows have norm 1. Bitwise the same for one seed."""
-    starts, drawn = {}, {}
+    """The control: random columns per group. Bitwise the same for one seed."""
+    drawn: dict[int, Tensor] = {}
     for name, shape in shapes.items():
         if shape.group not in drawn:
             order = torch.randperm(shape.in_features, generator=generator(seed, "columns", name))
             drawn[shape.group] = order[: supports[name]].sort().values
-        start = torch.randn(rank, supports[name], generator=generator(seed, "A", name))
-        starts[name] = Start(drawn[shape.group], start / start.norm(dim=1, keepdim=True), None)
-    return starts
+    return {
+        name: Start(drawn[shape.group], _start(name, rank, supports[name], seed), None)
+        for name, shape in shapes.items()
+    }
 
 
 def place_scored(
     scores: Scores, shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, int], seed: int
 ) -> dict[str, Start]:
-    """The columns with the highest score, summed over a group; ties go to the lower index.
-
-    The rows of A are orthonormal, the leading right singular vectors of the gradient on those columns; a method that
-    has no gradient starts from a random A whose rows have norm 1, too.
-    """
+    """The columns with the highest score, summed over a group; ties go to the lower index."""
     totals: dict[int, Tensor] = {}
     for name, shape in shapes.items():
         totals[shape.group] = totals.get(shape.group, 0) + scores.columns[name]
-    random = place_random(shapes, rank, supports, seed)
     starts = {}
     for name, shape in shapes.items():
-        order = totals[shape.group].argsort(descending=True, stable=True)
-        cols = order[: supports[name]].sort().values
-        sketch = scores.sketches.get(name)
-        start = random[name].A if sketch is None else _leading_directions(sketch[:, cols], rank, name)
-        starts[name] = Start(cols, start, float(scores.columns[name][cols].sum()))
+        cols = totals[shape.group].argsort(descending=True, stable=True)[: supports[name]].sort().values
+        found = float(scores.columns[name][cols].sum())
+        starts[name] = Start(cols, _start(name, rank, supports[name], seed), found)
     return starts
 
 
-def _leading_directions(sketch: Tensor, rank: int, name: str) -> Tensor:
-    """The first right singular vectors [rank, s] of a sketch [r, s], each with its largest entry positive."""
-    if rank > sketch.shape[0]:
-        raise ValueError(f"the scores of {name} hold {sketch.shape[0]} directions, too few for rank {rank}")
-    directions = torch.linalg.svd(sketch.double(), full_matrices=False).Vh[:rank]
-    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
-    return (directions * largest.sign()).float()
+def _start(name: str, rank: int, support: int, seed: int) -> Tensor:
+    """A random A [rank, support] with rows of norm START_NORM: so small that a few steps turn it where the traces need.
+
+    The gradient's leading directions make a worse start: they are the inputs that are large for every token.
+    """
+    start = torch.randn(rank, support, generator=generator(seed, "A", name))
+    return START_NORM * start / start.norm(dim=1, keepdim=True)
 
 
 def _cost(shapes: Mapping[str, Shape], rank: int, support: int) -> int:

@@ -218,7 +218,7 @@ def placement_scores(
         return token_losses(model, hidden, batch, weights, config.objective, teacher).loss
 
     packs(model)  # asked before anybody watches: its two examples are no traces
-    return score(model, batches, loss, method=method, seed=config.seed)
+    return score(model, batches, loss, method=method)
 
 
 def _fill(examples: Sequence[Example], signals: str | Path) -> dict[str, Any]:

@@ -30,8 +30,7 @@ from rbfast.files import replacing
 from rbfast.seal import check_seal, seal
 
 FORMAT = "rbfast-scores"
-VERSION = 1
-SKETCH_ROWS = 64
+VERSION = 2
 Method = Literal["gradient", "factored", "activation"]
 METHODS = ("gradient", "factored", "activation")
 
@@ -47,15 +46,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scores:
-    """By matrix: columns [in] fp32, the score of each input; sketches [r, in] fp32, a random projection of the summed
-    gradient whose leading right singular vectors are (nearly) the gradient's own; none for method "activation"."""
+    """By matrix: columns [in] fp32, the score of each input."""
 
     method: str
     batches: int
     base_model_name_or_path: str | None
     shapes: dict[str, Shape]
     columns: dict[str, Tensor]
-    sketches: dict[str, Tensor]
 
     def shapes_of(self, matrices: Mapping[str, Shape]) -> dict[str, Shape]:
         """The scored shapes of these matrices. Raises ValueError, naming it, for one that differs or was not scored."""
@@ -73,7 +70,6 @@ class Scores:
         header |= {"base_model_name_or_path": self.base_model_name_or_path}
         header |= {"matrices": {name: asdict(shape) for name, shape in self.shapes.items()}}
         tensors = {f"{name}.columns": column for name, column in self.columns.items()}
-        tensors |= {f"{name}.sketch": sketch for name, sketch in self.sketches.items()}
         with replacing(path) as file:
             file.write(seal(save_tensors(tensors, metadata={"rbfast": json.dumps(header)})))
 
@@ -89,12 +85,10 @@ class Scores:
             raise ValueError(f"{path}: not a complete safetensors file ({error}); score the model again") from error
         header = _header(path, metadata)
         shapes = {name: from_json(Shape, entry, f"{path}: {name}") for name, entry in header["matrices"].items()}
-        columns, sketches = {}, {}
-        for name, shape in shapes.items():
-            columns[name] = _checked(path, tensors, f"{name}.columns", (shape.in_features,))
-            if header["method"] != "activation":
-                sketches[name] = _checked(path, tensors, f"{name}.sketch", (SKETCH_ROWS, shape.in_features))
-        return cls(header["method"], header["batches"], header["base_model_name_or_path"], shapes, columns, sketches)
+        columns = {
+            name: _checked(path, tensors, f"{name}.columns", (shape.in_features,)) for name, shape in shapes.items()
+        }
+        return cls(header["method"], header["batches"], header["base_model_name_or_path"], shapes, columns)
 
 
 def score(
@@ -104,7 +98,6 @@ def score(
     *,
     method: Method = "gradient",
     targets: str | Sequence[str] = "all-linear",
-    seed: int = 0,
 ) -> Scores:
     """Scores every column of the target matrices by what `loss_fn(model, batch)`, a scalar, says of it.
 
@@ -115,7 +108,7 @@ def score(
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    watch = _Watch(select_linears(model, targets), method, seed)
+    watch = _Watch(select_linears(model, targets), method)
     scored = 0
     with _frozen(model), watch.watching():
         for batch in batches:
@@ -135,7 +128,7 @@ def score(
     if scored == 0:
         raise ValueError("expected at least one batch to score on, got none")
     base = getattr(getattr(model, "config", None), "_name_or_path", None)
-    return Scores(method, scored, base or None, watch.shapes(), watch.cpu(watch.columns), watch.cpu(watch.sketches))
+    return Scores(method, scored, base or None, watch.shapes(), watch.cpu())
 
 
 def _header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -166,11 +159,9 @@ def _checked(path: str | Path, tensors: Mapping[str, Tensor], key: str, shape: t
 class _Watch:
     """Hooks that see the input x and the output gradient dy of every matrix, and add up what the method needs."""
 
-    def __init__(self, linears: Mapping[str, nn.Module], method: Method, seed: int) -> None:
-        self.linears, self.method, self.seed = linears, method, seed
+    def __init__(self, linears: Mapping[str, nn.Module], method: Method) -> None:
+        self.linears, self.method = linears, method
         self.columns: dict[str, Tensor] = {}
-        self.sketches: dict[str, Tensor] = {}
-        self._projections: dict[str, Tensor] = {}
         self._groups: dict[str, int] = {}
         self._numbers = count()
         self._inputs: dict[
@@ -199,19 +190,16 @@ class _Watch:
             shapes[name] = Shape(out_features, in_features, numbers.setdefault(keys[name], len(numbers)))
         return shapes
 
-    def cpu(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """In the model's order, with zeros for a matrix that was never run."""
-        rows = next((tensor.shape[:-1] for tensor in found.values()), None)
-        if rows is None:
-            return {}
+    def cpu(self) -> dict[str, Tensor]:
+        """The columns in the model's order, with zeros for a matrix that was never run."""
         widths = {name: matrix_shape(module)[1] for name, module in self.linears.items()}  # type: ignore[index]
-        return {name: found[name].cpu() if name in found else torch.zeros(*rows, widths[name]) for name in self.linears}
+        return {name: self.columns.get(name, torch.zeros(width)).cpu() for name, width in widths.items()}
 
     def _after(self, name: str, module: nn.Module, args: tuple, y: Tensor) -> Tensor | None:
         x = args[0].detach()
         self._group(name, args[0])
         if self.method == "activation":
-            self._add(self.columns, name, x.flatten(0, -2).float().square().mean(0))
+            self._add(name, x.flatten(0, -2).float().square().mean(0))
             return None
         if not torch.is_grad_enabled():
             return None
@@ -226,23 +214,16 @@ class _Watch:
 
     def _backward(self, name: str, x: Tensor, dy: Tensor) -> None:
         x, dy = x.flatten(0, -2).float(), dy.flatten(0, -2).float()
-        if name not in self._projections:
-            random = torch.randn(dy.shape[1], SKETCH_ROWS, generator=generator(self.seed, "sketch", name))
-            self._projections[name] = random.to(dy.device) / SKETCH_ROWS**0.5
-        projection = self._projections[name]
         if self.method == "factored":
-            self._add(self.columns, name, x.square().mean(0) * dy.square().mean(0).sum())
-            self._add(self.sketches, name, (dy @ projection).T @ x)
-            return
-        gradient = dy.T @ x
-        self._add(self.columns, name, gradient.square().sum(0))
-        self._add(self.sketches, name, projection.T @ gradient)
-
-    def _add(self, totals: dict[str, Tensor], name: str, value: Tensor) -> None:
-        if name in totals:
-            totals[name] += value
+            self._add(name, x.square().mean(0) * dy.square().mean(0).sum())
         else:
-            totals[name] = value
+            self._add(name, (dy.T @ x).square().sum(0))
+
+    def _add(self, name: str, value: Tensor) -> None:
+        if name in self.columns:
+            self.columns[name] += value
+        else:
+            self.columns[name] = value
 
 
 @contextmanager

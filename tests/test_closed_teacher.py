@@ -246,23 +246,24 @@ def test_the_pipeline_measures_both_and_resumes(data: Path, tmp_path: Path, monk
     ]
     before = next(entry for entry in found[0] if entry["method"] == "before")
     trained = [entry for entry in found[0] if entry["method"] != "before"]
-    assert sorted((e["method"], e["rate"]) for e in trained) == [("LoRA", 0.01), ("rbfast", 0.01), ("rbfast", 0.03)]
+    swept = [(method, rate) for method in ("random columns", "rbfast") for rate in (0.01, 0.03)]
+    assert sorted((e["method"], e["rate"]) for e in trained) == [("LoRA", 0.01), *swept]
     parameters = sum(p.numel() for p in tiny_model().parameters())
     for entry in trained:
         assert entry["mean"] < before["mean"]
         assert f"{entry['mean']:.4f}" in text
         assert entry["values"] > 0
-    assert all(e["values"] <= RECIPE.density * parameters for e in trained if e["method"] == "rbfast")
-    assert batches[0] == batches[1] == batches[2]  # every run of a seed: the same batches, in the same order
-    assert batches[3] == batches[4] == batches[5] != batches[0]
+    assert all(e["values"] <= RECIPE.density * parameters for e in trained if e["method"] != "LoRA")
+    assert batches[0] == batches[1] == batches[2] == batches[3] == batches[4]  # every run of a seed, in the same order
+    assert batches[5] == batches[6] == batches[7] == batches[8] == batches[9] != batches[0]
     assert len(batches[0]) == 2
-    assert len(batches) == 7
+    assert len(batches) == 11
 
     chosen = one_per_problem(traces_from_results(data, RECIPE.teacher)[0])
     fitting, _ = encode_all(chosen, tokenizer, max_tokens=RECIPE.tokens)
     training = json.loads((out / "training.json").read_text())["result"]
     assert training["traces"] == len(fitting) > RECIPE.train
-    assert training["steps"] == len(batches[6]) == -(-len(fitting) // 2)
+    assert training["steps"] == len(batches[10]) == -(-len(fitting) // 2)
     rates = {e["rate"]: [e["mean"]] for e in found[0] if e["method"] == "rbfast"}
     for entry in (e for e in found[1] if e["method"] == "rbfast"):
         rates[entry["rate"]].append(entry["mean"])
@@ -313,6 +314,7 @@ def test_the_lowest_loss_is_bold_and_a_rate_at_the_edge_is_said() -> None:
         }
 
     middle = [entry("rbfast", 0.1, 0.7), entry("rbfast", 0.2, 0.5), entry("rbfast", 0.3, 0.9)]
+    middle.append(entry("random columns", 0.1, 0.75))
     first = [entry("before", None, 2.0), *middle, entry("LoRA", 0.1, 0.6), entry("LoRA", 0.2, 0.7)]
     second = [entry("before", None, 2.0), *middle, entry("LoRA", 0.1, 0.8), entry("LoRA", 0.2, 0.9)]
     entries = averaged([first, second])
@@ -320,8 +322,9 @@ def test_the_lowest_loss_is_bold_and_a_rate_at_the_edge_is_said() -> None:
     table = comparison_table(entries)
     assert "| rbfast | 9 | 0.2 | **1.0000** | **1.0000** | **1.0000** | **0.5000** | 0.5000, 0.5000 |" in table
     assert "| 0.7000 | 0.6000, 0.8000 |" in table
-    assert "Best of rbfast: 0.5000 at 0.2. " in table
-    assert "Best of LoRA: 0.7000 at 0.1 (the lowest tried: its best may lie beyond). " in table
+    assert "Best of rbfast: 0.5000 at 0.2.\n" in table
+    assert "Best of LoRA: 0.7000 at 0.1 (the lowest tried: its best may lie beyond).\n" in table
+    assert "rbfast minus random columns there: -0.2500 (-0.2500, -0.2500).\n" in table
     assert table.endswith("rbfast minus LoRA there: -0.2000 (-0.1000, -0.3000).")
 
 

@@ -206,7 +206,6 @@ def test_scores(tmp_path):
         found = Scores.load(path)
         assert (found.shapes, found.method, found.batches) == (whole.shapes, whole.method, whole.batches)
         assert all(torch.equal(found.columns[name], column) for name, column in whole.columns.items())
-        assert all(torch.equal(found.sketches[name], sketch) for name, sketch in whole.sketches.items())
 
     refused, _ = sweep(800, path, mutate, read)
     assert refused > 700

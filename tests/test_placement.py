@@ -5,7 +5,7 @@ import torch
 from tiny_models import gpt2, llama
 from torch import nn
 
-from rbfast.placement import DEFAULT_RANK, allocate, count_parameters, place_random
+from rbfast.placement import DEFAULT_RANK, START_NORM, allocate, count_parameters, place_random
 from rbfast.scores import Shape, select_linears
 
 SHAPES = {"q": Shape(24, 24, 0), "k": Shape(12, 24, 0), "up": Shape(40, 24, 1), "down": Shape(24, 40, 2)}
@@ -80,7 +80,7 @@ def test_random_placement_is_the_same_for_one_seed_whatever_else_is_placed():
     for name, start in first.items():
         assert torch.equal(start.cols, again[name].cols) and torch.equal(start.A, again[name].A)
         assert (start.cols.diff() > 0).all() and start.cols.numel() == 5
-        assert torch.allclose(start.A.norm(dim=1), torch.ones(2))
+        assert torch.allclose(start.A.norm(dim=1), torch.full((2,), START_NORM))
     assert torch.equal(first["down"].cols, fewer["down"].cols) and torch.equal(first["down"].A, fewer["down"].A)
     assert torch.equal(first["q"].cols, first["k"].cols)
     assert any(not torch.equal(first[name].cols, other[name].cols) for name in SHAPES)
