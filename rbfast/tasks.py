@@ -14,13 +14,12 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rbfast import mathematics
+from rbfast import hub, mathematics
 from rbfast.grading import Problem, extract_answer, reasoning_gym
 
 _REASONING_GYM = "reasoning-gym:"
@@ -29,12 +28,11 @@ _REASONING_GYM = "reasoning-gym:"
 # Where the benchmarks live on the hub, and which split is theirs. AIME 24 has the columns id, problem, solution, answer
 # ("025" with its zeros), url and year; AIME 25 has problem, answer and id; 30 rows each.
 BENCHMARKS = {
-    "math-500": ("HuggingFaceH4/MATH-500", None, "test"),
-    "aime24": ("HuggingFaceH4/aime_2024", None, "train"),
-    "aime25": ("math-ai/aime25", None, "test"),
-    "gsm8k": ("openai/gsm8k", "main", "test"),
+    "math-500": "HuggingFaceH4/MATH-500:test",
+    "aime24": "HuggingFaceH4/aime_2024:train",
+    "aime25": "math-ai/aime25:test",
+    "gsm8k": "openai/gsm8k:main:test",
 }
-_HUB = re.compile(r"(?P<name>[^:]+)(?:(?::(?P<config>[^:\[\]]+))?:(?P<split>(?:[^:\[\]]|\[[^\[\]]*\])+))?")
 _QUESTION_FIELDS = ("problem", "question", "prompt")
 
 
@@ -59,10 +57,8 @@ def load_problems(task: str, n: int | None, seed: int, *, exclude: Collection[st
         if not Path(task).is_file():
             raise FileNotFoundError(f"{task}: expected a file of problems, found none")
         return _sample(_read_file(Path(task)), task, n, seed, exclude)
-    if task in BENCHMARKS:
-        return _sample(_read_hub(*BENCHMARKS[task], task), task, n, seed, exclude)
-    if "/" in task:
-        return _sample(_read_hub(*_hub_place(task), task), task, n, seed, exclude)
+    if task in BENCHMARKS or "/" in task:
+        return _sample(_read_hub(BENCHMARKS.get(task, task), task), task, n, seed, exclude)
     if n is None:
         raise ValueError(f"{task} is generated without end: say how many problems")
     return _generate_problems(task.removeprefix(_REASONING_GYM), n, seed, exclude)
@@ -133,26 +129,15 @@ def _parse(line: bytes, where: str) -> Any:
         raise ValueError(f"{where}: expected JSON that can be read: {error}") from None
 
 
-def _hub_place(task: str) -> tuple[str, str | None, str]:
-    """The name, config and split of a dataset on the hub."""
-    match = _HUB.fullmatch(task)
-    if match is None:
-        raise ValueError(f"{task}: expected owner/name, owner/name:split or owner/name:config:split")
-    return match["name"], match["config"], match["split"] or "test"
-
-
-def _read_hub(name: str, config: str | None, split: str, task: str) -> list[Problem]:
-    import datasets
-
+def _read_hub(where: str, task: str) -> list[Problem]:
+    place = hub.place(where, split="test")
+    if place is None:
+        raise ValueError(f"{task}: expected {hub.FORMS}")
     try:
-        rows = datasets.load_dataset(name, config, split=split)
-    except (OSError, ValueError) as error:
-        part = f"split {split}" if config is None else f"config {config}, split {split}"
-        raise ValueError(
-            f"{task}: the dataset {name} ({part}) could not be loaded: {error}; one of several configs is named as "
-            f"owner/name:config:split"
-        ) from error
-    return [_problem(row, f"{name}[{split}]: row {number}", task) for number, row in enumerate(rows)]
+        rows = hub.load(place)
+    except ValueError as error:
+        raise ValueError(f"{task}: {error}") from error
+    return [_problem(row, f"{place}: row {number}", task) for number, row in enumerate(rows)]
 
 
 def _problem(fields: Any, where: str, task: str) -> Problem:

@@ -10,7 +10,6 @@ A `Trace` that exists is valid: its fields are checked when it is made. What is 
 
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from rbfast import hub
 from rbfast.files import replacing
 from rbfast.schema import Trace, TraceError, show
 from rbfast.spans import ANSWER, ROLES, STRATEGIC, TACTICAL, Span, split_spans
@@ -54,13 +54,13 @@ IGNORE = -100
 INSTRUCTION = "Think step by step, then give the final answer between <answer> and </answer>."
 
 _LONGEST_LINE = 64 * 2**20  # bytes; 32k tokens with a top-20 each are a quarter of it
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 # Reading and writing
 
 
 def read_traces(source: str | Path, *, split: str = "train", limit: int | None = None) -> list[Trace]:
-    """The traces of a .jsonl, .json or .parquet file, or of a dataset on the hub ("owner/name", of which `split`).
+    """The traces of a .jsonl, .json or .parquet file, or of a dataset on the hub (`owner/name`, of which `split`;
+    `owner/name:split` or `owner/name:config:split`).
 
     Reads the first `limit` where given. Raises TraceError at the first trace that is not valid.
     """
@@ -87,9 +87,10 @@ def _rows(source: str | Path, split: str, streaming: bool) -> Iterator[tuple[str
         if path.suffix not in readers:
             raise TraceError(f"{source}: expected a .jsonl, .json or .parquet file, got {path.suffix or 'no suffix'}")
         return readers[path.suffix](path)
-    if path.suffix in readers or not isinstance(source, str) or not _HUB_ID.fullmatch(source):
-        raise TraceError(f"{source}: expected a file or a hub id of the form owner/name; there is no such file")
-    return _rows_hub(source, split, streaming)
+    place = hub.place(source, split) if isinstance(source, str) and path.suffix not in readers else None
+    if place is None:
+        raise TraceError(f"{source}: expected a file or a dataset on the hub ({hub.FORMS}); there is no such file")
+    return _rows_hub(place, streaming)
 
 
 def _rows_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
@@ -128,15 +129,13 @@ def _rows_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         raise TraceError(f"{path}: expected a Parquet file: {error}") from error
 
 
-def _rows_hub(name: str, split: str, streaming: bool) -> Iterator[tuple[str, Any]]:
-    import datasets
-
+def _rows_hub(place: hub.Place, streaming: bool) -> Iterator[tuple[str, Any]]:
     try:
-        rows = datasets.load_dataset(name, split=split, streaming=streaming)
-    except (OSError, ValueError) as error:
-        raise TraceError(f"{name}: no such file, and no dataset of this name could be loaded: {error}") from error
+        rows = hub.load(place, streaming)
+    except ValueError as error:
+        raise TraceError(f"{place.name}: there is no such file, and {error}") from error
     for number, row in enumerate(rows):
-        yield f"{name}[{split}]: row {number}", row
+        yield f"{place}: row {number}", row
 
 
 def _parse_json(data: bytes, where: str) -> Any:

@@ -470,7 +470,7 @@ def test_benchmarks_and_hub_ids_name_a_dataset_and_a_split(monkeypatch):
 
     asked = []
 
-    def load_dataset(name, config, split):
+    def load_dataset(name, config, split, streaming):
         asked.append((name, config, split))
         return [{"problem": "p", "answer": "\\frac{1}{2}"}, {"problem": "q", "answer": "3"}]
 
@@ -505,7 +505,7 @@ def test_benchmarks_and_hub_ids_name_a_dataset_and_a_split(monkeypatch):
 def test_a_place_on_the_hub_that_is_none_is_refused_before_it_is_asked(monkeypatch, task):
     import datasets
 
-    monkeypatch.setattr(datasets, "load_dataset", lambda *where, split: pytest.fail("asked the hub"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *where, **_: pytest.fail("asked the hub"))
     with pytest.raises(ValueError, match="expected owner/name, owner/name:split or owner/name:config:split"):
         load_problems(task, 1, seed=0)
 
@@ -513,7 +513,7 @@ def test_a_place_on_the_hub_that_is_none_is_refused_before_it_is_asked(monkeypat
 def test_a_dataset_that_needs_a_config_says_how_to_name_it(monkeypatch):
     import datasets
 
-    def load_dataset(name, config, split):
+    def load_dataset(name, config, split, streaming):
         raise ValueError("Config name is missing. Please pick one among the available configs: ['main', 'socratic']")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -535,7 +535,7 @@ def test_aime_rows_are_read_as_they_are_on_the_hub(monkeypatch, task, place, row
 
     asked = []
     rows = [row | {"problem": "Find $n$.", "answer": "025"}]
-    monkeypatch.setattr(datasets, "load_dataset", lambda *where, split: asked.append((*where, split)) or rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *where, split, **_: asked.append((*where, split)) or rows)
     [problem] = load_problems(task, None, seed=0)
     assert asked == [place] and problem.question == "Find $n$."
     assert [grade(problem, f"\\boxed{{{answer}}}") for answer in ("25", "025", "26")] == [1.0, 1.0, 0.0]

@@ -231,9 +231,13 @@ def test_hub_ids_go_to_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
 
     asked = []
     table = datasets.Dataset.from_list([ROW, ROW | {"answer": "six"}, {"problem": "p"}])
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: asked.append((name, options)) or table)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *place, **options: asked.append((*place, options)) or table)
     assert [one.answer for one in read_traces("owner/name", split="test", limit=2)] == ["5", "six"]
-    assert asked == [("owner/name", {"split": "test", "streaming": True})]
+    assert [one.answer for one in read_traces("owner/name:main:test[:2]", limit=2)] == ["5", "six"]
+    assert asked == [
+        ("owner/name", None, {"split": "test", "streaming": True}),
+        ("owner/name", "main", {"split": "test[:2]", "streaming": True}),
+    ]
     with pytest.raises(TraceError, match=r"^owner/name\[train\]: row 2: reasoning: expected a string, got null"):
         read_traces("owner/name")
 
@@ -241,11 +245,11 @@ def test_hub_ids_go_to_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_hub_id_that_does_not_load_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    def refuse(name: str, **_: object) -> None:
+    def refuse(name: str, *_: object, **__: object) -> None:
         raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(TraceError, match=r"^owner/name: no such file, and no dataset .* doesn't exist"):
+    with pytest.raises(TraceError, match=r"^owner/name: there is no such file, and the dataset .* doesn't exist"):
         read_traces("owner/name")
 
 
