@@ -61,7 +61,7 @@ class Recipe:
     train: int = _option(160, "traces the comparison trains on")
     compare_tokens: int = _option(320, "longer traces stay out of the comparison")
     rates: tuple[float, ...] = _option((2e-2, 3e-2, 4e-2), "learning rates of the adapter")
-    lora_rates: tuple[float, ...] = _option((1e-2, 2e-2, 3e-2, 4e-2), "learning rates of LoRA")
+    lora_rates: tuple[float, ...] = _option((2e-2, 3e-2, 4e-2), "learning rates of LoRA")
     lora_rank: int = _option(1, "rank of LoRA, on all linears")
     density: float = _option(0.003, "trained values / all parameters, at most")
     batch_size: int = _option(8, "traces per optimizer step")

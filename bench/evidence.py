@@ -303,7 +303,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--problems", type=int, default=16, help="fresh problems per task (default: 16)")
     parser.add_argument("--tokens", type=int, default=512, help="longer traces are left out (default: 512)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="tokens of a completion (default: 256)")
-    parser.add_argument("--rate", type=float, default=3e-3, help="learning rate (default: 3e-3)")
+    parser.add_argument("--rate", type=float, default=1e-2, help="learning rate (default: 0.01)")
     args = parser.parse_args(argv)
     settings = Settings(
         args.size, args.held_out, args.problems, args.tokens, args.max_new_tokens, args.rate, tuple(args.tested)

@@ -282,8 +282,8 @@ class SparseAdapter(nn.Module):
         return {name: site for name, site in self.named_modules() if isinstance(site, ColumnDelta)}
 
     def fold(self) -> None:
-        """Writes every delta into its weight. Only needed after changing parameters by hand under torch.compile:
-        optimizer steps, load_state_dict and, without a compiler, the next forward do it by themselves."""
+        """Writes every delta into its weight. Only needed after changing parameters by hand under torch.compile or in
+        `unhooked`: optimizer steps, load_state_dict and, elsewhere, the next forward do it by themselves."""
         for site in self.sites().values():
             if site.folds and site.enabled:
                 site.fold()

@@ -23,7 +23,7 @@ class Place:
     split: str
 
     def __str__(self) -> str:
-        return f"{self.name}[{self.split}]"
+        return f"{self.name if self.config is None else f'{self.name}:{self.config}'}[{self.split}]"
 
 
 def place(text: str, split: str) -> Place | None:
@@ -33,11 +33,12 @@ def place(text: str, split: str) -> Place | None:
 
 
 def load(place: Place, streaming: bool = False) -> Iterable[dict[str, Any]]:
-    """Its rows. Raises ValueError where they cannot be had."""
+    """Its rows, one at a time as they arrive where `streaming`. Raises ValueError where they cannot be had."""
     import datasets
 
+    whole = "[" not in place.split  # a slice cannot be streamed
     try:
-        return datasets.load_dataset(place.name, place.config, split=place.split, streaming=streaming)
+        return datasets.load_dataset(place.name, place.config, split=place.split, streaming=streaming and whole)
     except (OSError, ValueError) as error:
         part = f"split {place.split}" if place.config is None else f"config {place.config}, split {place.split}"
         raise ValueError(

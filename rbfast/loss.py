@@ -67,7 +67,7 @@ class DistillLoss(nn.Module):
             96 rows, whichever is more; 768 MiB on a GPU.
         gradient_filter: in [0, 1). The gradient of hidden lacks the entries of a row of d loss / d logits that are
             smallest in magnitude, as long as they sum to at most this share of the row. 0.02 saves a CPU most of that
-            product, at an error of about 0.02 (docs/results.md); it saves a GPU nothing.
+            product, at an error of about 0.02 (docs/results.md); a GPU, which it would save nothing, ignores it.
     """
 
     def __init__(
@@ -263,7 +263,7 @@ def _solve_chunk(
     )
     if solution.d_hidden is not None:
         floors = None
-        if job.gradient_filter > 0:
+        if job.gradient_filter > 0 and hidden.device.type == "cpu":
             floors, solution.left_out[rows] = run.row_floors(dz, job.gradient_filter)
         solution.d_hidden[rows] = run.head_backward(dz, weight, floors)
     if solution.d_weight is not None:
@@ -296,7 +296,7 @@ class _FusedLoss(torch.autograd.Function):
         if ctx.recompute_head:
             ctx.save_for_backward(hidden, weight, bias)
         loss = job.weight * job.temperature**2 * solution.divergence + job.ce_weight * solution.ce
-        filtered = solution.left_out * _longest_row(weight) if job.gradient_filter > 0 else solution.left_out
+        filtered = _norm_bound(solution.left_out, weight)
         ctx.mark_non_differentiable(solution.divergence, solution.ce, filtered)
         return _reduce(loss, reduction, divisor), solution.divergence, solution.ce, filtered
 
@@ -319,9 +319,12 @@ class _FusedLoss(torch.autograd.Function):
         return (*(None if d is None else d.to(dtype) for d, dtype in gradients), None, None, None)
 
 
-def _longest_row(weight: Tensor) -> Tensor:
-    """An upper bound of the norms of the rows of a head [V, H]: what torch computes in 16 bits is rounded to them."""
-    return 1.01 * reference.wide(torch.linalg.vector_norm(weight.detach(), dim=1).max())
+def _norm_bound(left_out: Tensor, weight: Tensor) -> Tensor:
+    """Upper bounds [T] of the norms of rows of dz W, where dz sums in magnitude to left_out [T] by row; W is [V, H]."""
+    if not bool(left_out.any()):
+        return left_out
+    longest = reference.wide(torch.linalg.vector_norm(weight.detach(), dim=1).max())
+    return torch.where(left_out > 0, left_out * (1.01 * longest), 0.0)  # 1.01: norms are rounded to the head's dtype
 
 
 def _reduce(loss: Tensor, reduction: Reduction, divisor: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ def allocate(
 
 
 def place_random(shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, int], seed: int) -> dict[str, Start]:
-    """The control: random columns per group. Bitwise the same for one seed."""
+    """The control: random columns per group, A as `_start` has it. Bitwise the same for one seed."""
     drawn: dict[int, Tensor] = {}
     for name, shape in shapes.items():
         if shape.group not in drawn:
@@ -149,7 +149,7 @@ def place_random(shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, 
 def place_scored(
     scores: Scores, shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, int], seed: int
 ) -> dict[str, Start]:
-    """The columns with the highest score, summed over a group; ties go to the lower index."""
+    """The columns with the highest score, summed over a group, ties to the lower index; A as `_start` has it."""
     totals: dict[int, Tensor] = {}
     for name, shape in shapes.items():
         totals[shape.group] = totals.get(shape.group, 0) + scores.columns[name]

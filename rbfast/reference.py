@@ -77,7 +77,8 @@ def row_floors(dz: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """
     size = wide(dz).abs()
     allowed = share * size.masked_fill(~size.isfinite(), 0.0).sum(1, dtype=torch.float64)
-    floors, left_out = torch.full_like(size[:, 0], 1e-45), torch.zeros_like(size[:, 0])
+    left_out = size.new_zeros(len(size))
+    floors = torch.nextafter(left_out, torch.ones_like(left_out))
     for part in reversed(FLOORS):
         limit = part * allowed.to(size.dtype)
         bound = (1 + _SUM_ERROR) * size.masked_fill(~(size < limit.unsqueeze(1)), 0.0).sum(1, dtype=torch.float64)

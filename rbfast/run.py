@@ -63,7 +63,7 @@ class DistillConfig:
     epochs: float = 1.0
     batch_size: int = 8
     accumulation: int = 1
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-2
     warmup: float = 0.05
     max_tokens: int = 4096
     save_steps: int = 50

@@ -34,13 +34,15 @@ class ServerError(RuntimeError):
         self.status, self.partial = status, partial
 
 
-@dataclass
 class Retries:
     """Requests that were asked again: how many in all, and how many wait for that now. Threads share it."""
 
-    made: int = 0
-    waiting: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    def __init__(self) -> None:
+        self.made = self.waiting = 0
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return Retries, ()  # a copied server has asked nothing yet
 
     def pause(self, seconds: float) -> None:
         """Waits before a request is asked again."""

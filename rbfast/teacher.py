@@ -304,6 +304,7 @@ def _ask_all(
                 reason = f"the budget does not allow another question ({purse.words()} so far)"
                 break
             try:
+                report()
                 done, _ = wait(pending, _LONGEST_SILENCE, return_when=FIRST_COMPLETED)
             except KeyboardInterrupt as interrupt:  # what is under way is paid for: take it, ask nothing more
                 stopped = interrupt
@@ -322,7 +323,7 @@ def _ask_all(
                 if error and (error.status in _HOPELESS or failures >= max(_MOST_FAILURES, concurrency)):
                     stopped = stopped or error
                     queue.clear()
-            report()
+        report()
     if stopped is not None:
         raise stopped
     return reason

@@ -61,6 +61,8 @@ def test_strided_operands(isa):
     wide = draw(9, 240, dtype=torch.bfloat16)
     transposed, weight = draw(70, 9, dtype=torch.bfloat16).T, draw(120, 70, dtype=torch.bfloat16, seed=1)
     assert_product(ops.head_backward(wide[:, :120], weight), wide[:, :120], weight)
+    floors = torch.linspace(0.1, 2, 9)
+    assert_product(ops.head_backward(wide[:, :120], weight, floors), reference.above(wide[:, :120], floors), weight)
     assert_product(head_forward(transposed, weight), transposed, weight.T)
     assert_product(
         head_forward(draw(9, 120, dtype=torch.bfloat16), weight.T), draw(9, 120, dtype=torch.bfloat16), weight

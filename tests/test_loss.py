@@ -114,34 +114,64 @@ def test_mixed_rows_match_the_plain_formula(beta, reduction, head):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
 @pytest.mark.parametrize("head_trains", [False, True])
-def test_a_filtered_gradient_lacks_at_most_what_it_says(dtype, head_trains):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_filtered_gradient_lacks_at_most_what_it_says(dtype, head_trains, reduction):
     T, H, V = 60, 24, 3000
     g = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(*shape, generator=g).to(dtype) for shape in ((T, H), (V, H)))
     labels, row_weight = torch.randint(V, (T,), generator=g), torch.rand(T, generator=g)
     labels[7] = -100
     log_p, ids = torch.log_softmax(3 * torch.randn(T, V, generator=g), 1).topk(20)
+    signals = [
+        TopK(ids[:40], log_p[:40], torch.arange(40)),
+        Dense(logits=3 * torch.randn(20, V), rows=torch.arange(40, T)),
+    ]
 
     def solve(share: float) -> tuple:
         inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(head_trains)]
-        loss_fn = DistillLoss(reduction="sum", gradient_filter=share)
-        out = loss_fn(*inputs, labels, TopK(ids, log_p), weight=row_weight, ce_weight=0.5, temperature=0.7)
-        out.loss.backward()
+        loss_fn = DistillLoss(reduction=reduction, gradient_filter=share, softcap=9.0, chunk_rows=32)
+        out = loss_fn(*inputs, labels, signals, weight=row_weight, ce_weight=0.5, temperature=0.7)
+        out.loss.sum().backward()
         return out, inputs[0].grad.double(), inputs[1].grad
 
     exact, d_hidden, d_weight = solve(0.0)
     assert not bool(exact.filtered.any())
+    rows = 59 if reduction == "mean" else 1
     for share in (0.003, 0.02, 0.1):
         out, filtered, d_weight_too = solve(share)
         assert torch.equal(out.loss, exact.loss) and torch.equal(out.divergence, exact.divergence)
         assert not head_trains or torch.equal(d_weight_too, d_weight)
         error = (filtered - d_hidden).norm(dim=1)
         rounding = 2**-8 * d_hidden.norm(dim=1) if dtype == torch.bfloat16 else 1e-5
-        assert bool((error <= out.filtered + rounding).all())
+        assert bool((error <= out.filtered / rows + rounding).all())
         assert float(out.filtered[7]) == 0 and bool((out.filtered[labels >= 0] > 0).all())
         assert 1e-4 * share < relative_error(filtered, d_hidden) < 5 * share + 2**-8
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_bound_of_a_filtered_gradient_is_reached_where_everything_left_out_adds_up(dtype):
+    """One direction for the whole head, and logits by the bias: what is left out has one sign."""
+    T, H, V = 5, 8, 5000
+    direction = torch.linspace(-1, 1, H, dtype=dtype)
+    hidden, bias = torch.randn(T, H, dtype=dtype).requires_grad_(), torch.linspace(0, 12, V, dtype=dtype)
+    weight, upstream = direction.expand(V, H).contiguous(), torch.linspace(0.1, 3, T, dtype=dtype)
+    loss_fn = DistillLoss(reduction="none", gradient_filter=0.02)
+    out = loss_fn(hidden, weight, torch.full((T,), V - 1), ce_weight=upstream, head_bias=bias)
+    out.loss.sum().backward()
+    error = hidden.grad.norm(dim=1)  # the whole gradient is 0: it sums to 0 over the vocabulary
+    assert bool((error <= out.filtered).all()) and bool((error >= 0.98 * out.filtered).all())
+
+
+def test_a_filter_takes_extreme_heads():
+    hidden, labels = torch.randn(4, 8, dtype=torch.float16).requires_grad_(), torch.tensor([1, -100, 2, 3])
+    weight = torch.randn(300, 8, dtype=torch.float16)
+    weight[0] = 6e4  # a norm beyond fp16
+    out = DistillLoss(gradient_filter=0.3)(hidden, weight, labels, ce_weight=1.0)
+    assert float(out.filtered[1]) == 0 and not bool(out.filtered.isnan().any())
+    with torch.no_grad():
+        assert not bool(DistillLoss(gradient_filter=0.3)(hidden, weight, labels, ce_weight=1.0).filtered.any())
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])

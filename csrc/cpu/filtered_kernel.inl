@@ -1,9 +1,9 @@
 // A product that leaves out the smallest values of A, included after gemm_kernel.inl, whose words and tiles it uses.
 //
-// A group of kRows rows needs only the words of k in which one of its rows has a value left, and the block of rows only
-// those that one of its groups needs. Panels of B are packed from the latter, and a group's tile picks the former out of
-// them. A row's sum runs over k in order, and a word that is there for the sake of other rows adds zeros to it: so its
-// bits do not depend on the rows beside it.
+// A group of kRows rows needs only the words of k in which one of its rows has a value left, the block of rows only those
+// that one of its groups needs. Panels of B are packed from the latter, and a group's tile picks the former out of them.
+// A row's sum runs over k in order, and a word that is there for the sake of other rows adds zeros to it: so its
+// bits do not depend on the rows beside it, as long as B is finite.
 namespace rbfast {
 namespace ISA {
 namespace {

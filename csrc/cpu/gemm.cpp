@@ -40,19 +40,14 @@ bool in_pairs(Isa isa, const Gemm& g) {
   return isa == Isa::avx512_bf16 && g.a.type == Storage::bf16 && g.b.type == Storage::bf16;
 }
 
-// How C [m, n] is cut into rectangles, one for each thread.
+// Rectangles of C [m, n], down x across of them, all but the last ones `height` x `width`.
 struct Rectangles {
   int64_t down, across, height, width;
 };
 
-// Across the longer side first.
-Rectangles rectangles(int64_t m, int64_t n, bool rows_first) {
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t row_units = ceil_div(m, kRowUnit), column_units = ceil_div(n, kColumnUnit);
-  const int64_t most_columns = std::min(threads, column_units), most_rows = std::min(threads, row_units);
-  const int64_t across = rows_first ? std::min(ceil_div(threads, most_rows), most_columns) : most_columns;
-  const int64_t down = rows_first ? most_rows : std::min(ceil_div(threads, most_columns), most_rows);
-  return {down, across, ceil_div(row_units, down) * kRowUnit, ceil_div(column_units, across) * kColumnUnit};
+Rectangles rectangles(int64_t m, int64_t n, int64_t down, int64_t across) {
+  return {down, across, ceil_div(ceil_div(m, kRowUnit), down) * kRowUnit,
+          ceil_div(ceil_div(n, kColumnUnit), across) * kColumnUnit};
 }
 
 // Calls f(m0, m1, n0, n1, scratch) for each of them on its thread, with so many bytes of scratch.
@@ -72,10 +67,17 @@ void for_each(const Rectangles& cut, int64_t m, int64_t n, int64_t scratch_bytes
   });
 }
 
+// One rectangle per thread, across the longer side first.
 void parallel_gemm(const Gemm& g, int64_t m, int64_t n) {
   const Isa isa = active_isa();
-  const Rectangles cut = rectangles(m, n, m > n);
-  for_each(cut, m, n, gemm_scratch(cut.height, g.k), [&](int64_t m0, int64_t m1, int64_t n0, int64_t n1, char* scratch) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t most_down = std::min(threads, ceil_div(m, kRowUnit));
+  const int64_t most_across = std::min(threads, ceil_div(n, kColumnUnit));
+  const int64_t across = m > n ? std::min(ceil_div(threads, most_down), most_across) : most_across;
+  const int64_t down = m > n ? most_down : std::min(ceil_div(threads, most_across), most_down);
+  const Rectangles cut = rectangles(m, n, down, across);
+  const int64_t bytes = gemm_scratch(cut.height, g.k);
+  for_each(cut, m, n, bytes, [&](int64_t m0, int64_t m1, int64_t n0, int64_t n1, char* scratch) {
     if (in_pairs(isa, g))
       avx512_bf16::gemm(g, m0, m1, n0, n1, scratch);
     else
@@ -83,11 +85,15 @@ void parallel_gemm(const Gemm& g, int64_t m, int64_t n) {
   });
 }
 
-// Threads share the rows first: each then looks at its own rows alone.
+// Threads share the rows first, since each has to look through its own, but not so that a word of B serves few of them.
 void parallel_filtered_gemm(const Gemm& g, const float* floors, int64_t m, int64_t n) {
   const Isa isa = active_isa();
-  const Rectangles cut = rectangles(m, n, true);
-  for_each(cut, m, n, filtered_scratch(cut.width), [&](int64_t m0, int64_t m1, int64_t n0, int64_t n1, char* scratch) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t down = std::min(threads, ceil_div(m, 4 * kRowUnit));
+  const int64_t across = std::min(threads / down, ceil_div(n, kColumnUnit));
+  const Rectangles cut = rectangles(m, n, down, across);
+  const int64_t bytes = filtered_scratch(cut.width);
+  for_each(cut, m, n, bytes, [&](int64_t m0, int64_t m1, int64_t n0, int64_t n1, char* scratch) {
     if (in_pairs(isa, g))
       avx512_bf16::filtered_gemm(g, floors, m0, m1, n0, n1, scratch);
     else
@@ -114,14 +120,15 @@ Tensor head_backward(const Tensor& dz, const Tensor& weight, std::optional<Tenso
   const int64_t tokens = dz.size(0), vocabulary = dz.size(1), width = weight.size(1);
   if (floors) {
     expect_float32("head_backward", "floors", *floors);
-    expect(floors->dim() == 1 && floors->size(0) == tokens && floors->is_contiguous(), "head_backward: floors must be [",
-           tokens, "], one for each row of dz, and contiguous");
+    expect(floors->dim() == 1 && floors->size(0) == tokens && floors->is_contiguous(),
+           "head_backward: floors must be [", tokens, "], one for each row of dz, and contiguous");
   }
   Tensor gradient = torch::stable::new_empty(dz, {tokens, width}, ScalarType::Float);
   if (vocabulary == 0 || floors) torch::stable::zero_(gradient);
   if (tokens == 0 || vocabulary == 0 || width == 0) return gradient;
   const Tensor x = dense_rows(dz), w = dense_rows(weight);
-  const Gemm g{by_rows(x), by_columns(w), mutable_data<float>(gradient), width, vocabulary, Sums::fresh};
+  const Sums sums = floors ? Sums::resumed : Sums::fresh;
+  const Gemm g{by_rows(x), by_columns(w), mutable_data<float>(gradient), width, vocabulary, sums};
   if (floors)
     parallel_filtered_gemm(g, data<float>(*floors), tokens, width);
   else

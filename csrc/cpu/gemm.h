@@ -58,7 +58,7 @@ static inline int64_t filtered_scratch(int64_t columns) {
   namespace ISA {                                                                                                      \
   /* Rows [m0, m1) and columns [n0, n1) of C. The order of the sum over k is the same whatever the rectangle. */       \
   void gemm(const Gemm& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1, void* scratch);                             \
-  /* As gemm, but what is smaller in row i of A than floors[i] >= 0 counts as 0. C holds zeros; a row of B lies along n. */ \
+  /* As gemm with resumed sums, but what is smaller in row i of A than floors[i] >= 0 counts as 0; B lies along n. */  \
   void filtered_gemm(const Gemm& g, const float* floors, int64_t m0, int64_t m1, int64_t n0, int64_t n1,               \
                      void* scratch);                                                                                   \
   /* A floor for a row of A: what lies below sums, in magnitude, to *left_out, which is at most `share` of the row. */ \
