@@ -94,11 +94,11 @@ def compare(
     def scores() -> Any:
         return placement_scores(model, train, recipe.config())
 
-    def placed(student: PreTrainedModel) -> Any:
-        return SparseAdapter.attach(student, recipe.density, placement=scores(), seed=recipe.seed)
+    def sparse(student: PreTrainedModel) -> Any:
+        return SparseAdapter.attach(student, recipe.density, seed=recipe.seed)
 
-    def control(student: PreTrainedModel) -> Any:
-        return SparseAdapter.attach(student, recipe.density, placement="random", seed=recipe.seed)
+    def by_gradient(student: PreTrainedModel) -> Any:
+        return SparseAdapter.attach(student, recipe.density, placement=scores(), seed=recipe.seed)
 
     def lora(student: PreTrainedModel) -> Any:
         from peft import LoraConfig, get_peft_model
@@ -129,8 +129,8 @@ def compare(
     asked = {"batch_size": recipe.batch_size, "seed": recipe.seed}
     density, rank = {"density": recipe.density}, {"rank": recipe.lora_rank}
     methods = (
-        ("rbfast", recipe.rates, density, placed),
-        ("random columns", recipe.rates, density, control),
+        ("rbfast", recipe.rates, density, sparse),
+        ("columns by gradient", recipe.rates, density, by_gradient),
         ("LoRA", recipe.lora_rates, rank, lora),
     )
     entries = [entry("before", {}, before)]

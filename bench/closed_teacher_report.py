@@ -13,7 +13,7 @@ from pages import cpu
 import rbfast
 from rbfast.evaluate import paired_difference
 
-METHODS = ("rbfast", "random columns", "LoRA")
+METHODS = ("rbfast", "columns by gradient", "LoRA")
 LOSSES = ("strategic", "tactical", "answer", "mean")
 
 
@@ -114,9 +114,9 @@ def section(
 
 **Held-out loss**, nats per token on {recipe.held_out} traces of at most {recipe.compare_tokens} tokens. All methods
 train on the same {recipe.train} other traces: one epoch of batch {recipe.batch_size} in the same order, with the same
-objective, schedule and trainer. rbfast places by the gradient at density {recipe.density:g}, its control takes random
-columns; LoRA is PEFT's, rank {recipe.lora_rank} on all linears, with fp32 weights. Means over {recipe.compare_seeds}
-seeds, which draw the traces, their order and how each begins.
+objective, schedule and trainer. rbfast draws columns at random, at density {recipe.density:g}; beside it those with
+the largest gradient; LoRA is PEFT's, rank {recipe.lora_rank} on all linears, with fp32 weights. Means over
+{recipe.compare_seeds} seeds, which draw the traces, their order and how each begins.
 
 {comparison_table(entries)}
 

@@ -1,6 +1,6 @@
 """SparseAdapter: low-rank deltas on chosen columns of a frozen model.
 
-    adapter = SparseAdapter.attach(model, density=0.003, placement=scores)
+    adapter = SparseAdapter.attach(model, density=0.003)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3)
     model(...).loss.backward(); optimizer.step()        # the deltas fold into the weights by themselves
     adapter.save_pretrained("out/")
@@ -243,18 +243,18 @@ class SparseAdapter(nn.Module):
         support: int | None = None,
         rank: int | None = None,
         targets: str | Sequence[str] = "all-linear",
-        placement: Scores | str | Path | None = None,
+        placement: Scores | str | Path = "random",
         mode: Mode = "auto",
         scale: float = 1.0,
         seed: int = 0,
     ) -> "SparseAdapter":
         """Freezes `model` and attaches new deltas of at most `density` times its parameters.
 
-        placement: Scores (or a file of them), or "random". `support` and `rank` default to what fits (see
-        placement.allocate). mode: "fold" writes the deltas into the weights, "side" adds them beside, "auto" folds
-        wherever the weight is a plain bf16, fp16 or fp32 tensor. Warns of experts in stacked weights, which get no
-        delta. Raises ValueError for a density outside (0, 1], one that nothing fits, a model without linear layers,
-        and a model that has an adapter attached.
+        placement: "random" columns, drawn for every group of matrices, or the best by Scores (or a file of them).
+        `support` and `rank` default to what fits (see placement.allocate). mode: "fold" writes the deltas into the
+        weights, "side" adds them beside, "auto" folds wherever the weight is a plain bf16, fp16 or fp32 tensor. Warns
+        of experts in stacked weights, which get no delta. Raises ValueError for a density outside (0, 1], one that
+        nothing fits, a model without linear layers, and a model that has an adapter attached.
         """
         config, deltas = plan(model, density, support, rank, targets, placement, scale, seed)
         return cls(model, config, deltas, mode)

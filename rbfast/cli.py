@@ -142,7 +142,7 @@ def _add_distill(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--density", type=float, help="trainable values / all parameters, at most (default: 0.003)")
     sub.add_argument("--rank", type=int, help="rank of each delta (default: what fits)")
     sub.add_argument("--support", type=int, help="columns of each delta (default: what fits)")
-    sub.add_argument("--placement", choices=["gradient", "factored", "activation", "random"], help="default: gradient")
+    sub.add_argument("--placement", choices=["gradient", "factored", "activation", "random"], help="default: random")
     sub.add_argument("--epochs", type=float, help="passes over the traces (default: 1)")
     sub.add_argument("--batch-size", type=int, help="traces per batch and process (default: 8)")
     sub.add_argument("--accumulation", type=int, help="batches per process and optimizer step (default: 1)")

@@ -27,7 +27,7 @@ from rbfast.run import DistillConfig, distill
 FAMILIES = ("aiw", "word_sequence_reversal", "chain_sum", "simple_geometry", "leg_counting")
 TRAIN, HELD_OUT = 140, 48
 MAX_NEW_TOKENS = 320
-CONFIG = DistillConfig(batch_size=4, placement_traces=32, save_steps=30)
+CONFIG = DistillConfig(batch_size=4, save_steps=30)
 
 
 def run_demo(out: str | Path, device: str = "cpu", seed: int = 0, quiet: bool = False) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def plan(
     support: int | None,
     rank: int | None,
     targets: str | Sequence[str],
-    placement: "Scores | str | Path | None",
+    placement: "Scores | str | Path",
     scale: float,
     seed: int,
 ) -> tuple[AdapterConfig, dict[str, Delta]]:
@@ -56,8 +56,6 @@ def plan(
                 f"got {str(placement)!r}: there is no such file"
             )
         placement = Scores.load(placement)
-    if placement is None:
-        warnings.warn("no placement given: columns are random, the control. Pass placement=score(...)", stacklevel=3)
     linears = select_linears(model, targets)
     if targets == "all-linear":
         _warn_of_experts(model)
@@ -134,7 +132,7 @@ def allocate(
 
 
 def place_random(shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, int], seed: int) -> dict[str, Start]:
-    """The control: random columns per group, A as `_start` has it. Bitwise the same for one seed."""
+    """Random columns, drawn anew for every group, A as `_start` has it. Bitwise the same for one seed."""
     drawn: dict[int, Tensor] = {}
     for name, shape in shapes.items():
         if shape.group not in drawn:

@@ -46,7 +46,7 @@ class DistillConfig:
     Attributes:
         density: trainable values / all parameters of the base, at most.
         rank, support: the shape of each delta; None leaves the split of the budget to the adapter.
-        placement: "gradient", "factored", "activation" (scores from `placement_traces` traces) or "random" (control).
+        placement: "random", or by scores from `placement_traces` traces: "gradient", "factored", "activation".
         batch_size, accumulation: traces per batch, and batches per optimizer step, of each process.
         warmup: the share of the steps before the peak learning rate.
         max_tokens: longer traces are left out and listed, never cut.
@@ -58,7 +58,7 @@ class DistillConfig:
     density: float = 0.003
     rank: int | None = None
     support: int | None = None
-    placement: Literal["gradient", "factored", "activation", "random"] = "gradient"
+    placement: Literal["gradient", "factored", "activation", "random"] = "random"
     placement_traces: int = 64
     epochs: float = 1.0
     batch_size: int = 8

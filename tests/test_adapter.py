@@ -643,10 +643,10 @@ def test_a_model_without_linears_is_refused():
         attach(nn.Embedding(3, 3))
 
 
-def test_no_placement_is_random_and_says_so():
-    with pytest.warns(UserWarning, match="columns are random"):
-        adapter = attach(llama(), placement=None)
+def test_columns_are_random_unless_said_otherwise():
+    adapter, same = SparseAdapter.attach(llama(), density=0.05), attach(llama(), density=0.05, placement="random")
     assert adapter.config.placement == "random"
+    assert all(torch.equal(site.cols, same.sites()[name].cols) for name, site in adapter.sites().items())
 
 
 def test_density_one_trains_at_most_as_many_values_as_the_base_has():

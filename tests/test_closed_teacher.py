@@ -246,7 +246,7 @@ def test_the_pipeline_measures_both_and_resumes(data: Path, tmp_path: Path, monk
     ]
     before = next(entry for entry in found[0] if entry["method"] == "before")
     trained = [entry for entry in found[0] if entry["method"] != "before"]
-    swept = [(method, rate) for method in ("random columns", "rbfast") for rate in (0.01, 0.03)]
+    swept = [(method, rate) for method in ("columns by gradient", "rbfast") for rate in (0.01, 0.03)]
     assert sorted((e["method"], e["rate"]) for e in trained) == [("LoRA", 0.01), *swept]
     parameters = sum(p.numel() for p in tiny_model().parameters())
     for entry in trained:
@@ -314,7 +314,7 @@ def test_the_lowest_loss_is_bold_and_a_rate_at_the_edge_is_said() -> None:
         }
 
     middle = [entry("rbfast", 0.1, 0.7), entry("rbfast", 0.2, 0.5), entry("rbfast", 0.3, 0.9)]
-    middle.append(entry("random columns", 0.1, 0.75))
+    middle.append(entry("columns by gradient", 0.1, 0.75))
     first = [entry("before", None, 2.0), *middle, entry("LoRA", 0.1, 0.6), entry("LoRA", 0.2, 0.7)]
     second = [entry("before", None, 2.0), *middle, entry("LoRA", 0.1, 0.8), entry("LoRA", 0.2, 0.9)]
     entries = averaged([first, second])
@@ -324,7 +324,7 @@ def test_the_lowest_loss_is_bold_and_a_rate_at_the_edge_is_said() -> None:
     assert "| 0.7000 | 0.6000, 0.8000 |" in table
     assert "Best of rbfast: 0.5000 at 0.2.\n" in table
     assert "Best of LoRA: 0.7000 at 0.1 (the lowest tried: its best may lie beyond).\n" in table
-    assert "rbfast minus random columns there: -0.2500 (-0.2500, -0.2500).\n" in table
+    assert "rbfast minus columns by gradient there: -0.2500 (-0.2500, -0.2500).\n" in table
     assert table.endswith("rbfast minus LoRA there: -0.2000 (-0.1000, -0.3000).")
 
 
