@@ -75,6 +75,7 @@ def test_a_gpu_build_of_torch_gets_triton_and_the_rest_the_reference() -> None:
     assert not imported  # it is by the first call
     assert set(ask("triton")[0].values()) == {
         "reference (neither _C_cuda nor triton is installed)",
+        "reference (a filter saves a GPU nothing)",
         "torch.mm, fp32 output",
     }
 
