@@ -131,6 +131,9 @@ class DistillLoss(nn.Module):
         Raises:
             ValueError: shapes, dtypes or values that do not fit; it says which.
         """
+        if not torch.is_grad_enabled():  # else the gradients would be computed, for nobody
+            hidden, head_weight = hidden.detach(), head_weight.detach()
+            head_bias = None if head_bias is None else head_bias.detach()
         if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, head_weight = hidden.to(dtype), head_weight.to(dtype)

@@ -174,6 +174,16 @@ def test_a_filter_takes_extreme_heads():
     assert out.filtered.tolist() == [math.inf, 0.0, math.inf, math.inf]
 
 
+def test_without_gradients_none_is_computed(monkeypatch):
+    case = Case()
+    inputs = [x.requires_grad_() for x in (case.hidden, case.weight, case.bias)]
+    monkeypatch.setattr("rbfast.reference.head_backward", lambda *_: pytest.fail("a gradient of hidden"))
+    monkeypatch.setattr("rbfast.reference.head_grad_", lambda *_: pytest.fail("a gradient of the head"))
+    with torch.no_grad():
+        out = DistillLoss()(*inputs[:2], case.labels, case.signals(), head_bias=inputs[2], **case.arguments())
+    assert not out.loss.requires_grad and float(out.loss) > 0
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 def test_gradcheck(beta):
     case = Case()
