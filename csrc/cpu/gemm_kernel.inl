@@ -181,7 +181,7 @@ struct Panel {
 };
 
 template <bool kPicked>
-static inline void tile(const Word* a, const Panel& b, int64_t count, float* c, int64_t ldc, Update update,
+static inline void tile(const Word* a, Panel b, int64_t count, float* c, int64_t ldc, Update update,
                         Ahead& ahead) {
   Lanes sums[kRows][kVectors];
 #pragma GCC unroll 8
@@ -194,7 +194,7 @@ static inline void tile(const Word* a, const Panel& b, int64_t count, float* c, 
     if (line < kRows * kVectors) __builtin_prefetch(c + line / kVectors * ldc + line % kVectors * kLanes, 1);
     ahead.ask();
     for (const int64_t stop = smaller(k + ahead.every, count); k < stop; ++k) {
-      const Word* word_of_b = b.words + (kPicked ? b.places[k] : k) * kColumns;
+      const Word* word_of_b = kPicked ? b.words + b.places[k] * kColumns : b.words + k * kColumns;
       Words columns[kVectors];  // loaded one by one: a copy of all three would go through the stack
 #pragma GCC unroll 3
       for (int j = 0; j < kVectors; ++j) memcpy(&columns[j], word_of_b + j * kLanes, sizeof(Words));
@@ -215,7 +215,7 @@ static inline void tile(const Word* a, const Panel& b, int64_t count, float* c, 
 
 // A tile at the edge of C, of `rows` x `columns`: the same arithmetic on a whole tile beside it.
 template <bool kPicked>
-static void edge_tile(const Word* a, const Panel& b, int64_t count, float* c, int64_t ldc, Update update, int64_t rows,
+static void edge_tile(const Word* a, Panel b, int64_t count, float* c, int64_t ldc, Update update, int64_t rows,
                       int64_t columns, Ahead& ahead) {
   float whole[kRows * kColumns] = {};
   if (update != Update::set)
