@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pybind11
 import torch
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from torch.utils import cpp_extension
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
@@ -113,5 +113,5 @@ setup(
     cmdclass={"build_ext": BuildExtension},
     # kernels/ has no __init__.py: with one, a repository root on sys.path would hide the hub's `kernels` package from
     # transformers. The symlink rbfast/kernels makes it importable as rbfast.kernels in every kind of install.
-    packages=["rbfast", "rbfast.kernels"],
+    packages=[*find_packages(include=["rbfast", "rbfast.*"]), "rbfast.kernels"],
 )

@@ -15,8 +15,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rbfast.adapter import SparseAdapter
-from rbfast.models import SMOLLM2, load_student
+from rbfast.adapter.sparse_adapter import SparseAdapter
+from rbfast.models.student import SMOLLM2, load_student
 
 DENSITY = 0.003
 

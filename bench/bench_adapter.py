@@ -16,7 +16,7 @@ from measure import TOY, Step, absent, race, versions
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import nn
 
-from rbfast.models import fast_dtype
+from rbfast.models.student import fast_dtype
 
 TOKENS, ROUNDS = (16 if TOY else 1024), 5
 

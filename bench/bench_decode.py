@@ -19,9 +19,9 @@ from measure import TOY
 from pytest_benchmark.fixture import BenchmarkFixture
 from transformers import PreTrainedModel
 
-from rbfast.adapter import SparseAdapter
-from rbfast.generate import evaluating
-from rbfast.models import SMOLLM2, load_student
+from rbfast.adapter.sparse_adapter import SparseAdapter
+from rbfast.inference.decoding import evaluating
+from rbfast.models.student import SMOLLM2, load_student
 
 Block = Callable[[PreTrainedModel], AbstractContextManager[None]]
 TOKENS, ROUNDS = (2, 2) if TOY else (64, 9)

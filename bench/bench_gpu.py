@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from rbfast import Dense, DistillLoss, SparseAdapter, TopK, ops
-from rbfast.files import write_text
+from rbfast.utils.files import write_text
 
 Call = Callable[[], object]
 AHEAD_CYCLES = 20_000_000  # about 10 ms of a GPU, in which the host launches what is timed

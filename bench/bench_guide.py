@@ -16,11 +16,11 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rbfast.generate import complete
-from rbfast.guide import Guide
-from rbfast.guided_generate import GuidedSteering, guided
-from rbfast.models import SMOLLM2, load_student
-from rbfast.trace import format_prompt
+from rbfast.data.encoding import format_prompt
+from rbfast.inference.decoding import complete
+from rbfast.inference.guide import Guide
+from rbfast.inference.local import GuidedSteering, guided
+from rbfast.models.student import SMOLLM2, load_student
 
 TOKENS = 96
 

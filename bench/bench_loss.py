@@ -15,7 +15,7 @@ from measure import TOY, Step, race, versions
 from peers import Batch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from rbfast.models import fast_dtype
+from rbfast.models.student import fast_dtype
 
 K = 20
 SHAPES = {  # a student's head: T, H, V, and rounds

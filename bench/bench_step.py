@@ -23,11 +23,11 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from rbfast.loss import DistillLoss
-from rbfast.models import fast_dtype, final_hidden, head_of
-from rbfast.signals import Dense
-from rbfast.trace import IGNORE, NO_ROLE, Example, collate
-from rbfast.trainer import DistillTrainer
+from rbfast.data.encoding import IGNORE, NO_ROLE, Example, collate
+from rbfast.loss.distill_loss import DistillLoss
+from rbfast.loss.teacher_signal import Dense
+from rbfast.models.student import fast_dtype, final_hidden, head_of
+from rbfast.training.trainer import DistillTrainer
 
 SEQUENCES, TOKENS, PROMPT, ROUNDS, K = 2, (16 if TOY else 256), 8, 5, 20
 SETTINGS = dict(

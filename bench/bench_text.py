@@ -21,12 +21,12 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
-from test_span_labels import MODELS, thoughts
+from real_thoughts import MODELS, thoughts
 
-from rbfast import text, text_reference
-from rbfast.decontaminate import Decontaminator, Evaluation, stack
-from rbfast.selection import quotas, represent, shortlist
-from rbfast.spans import split_spans
+from rbfast.curation import text, text_reference
+from rbfast.curation.decontaminate import Decontaminator, Evaluation, stack
+from rbfast.curation.selection import quotas, represent, shortlist
+from rbfast.data.spans import split_spans
 
 POOL, EVALUATIONS, MILLION = 4_000, 500, 1_000_000
 WORDS = re.findall(

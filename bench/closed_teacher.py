@@ -35,14 +35,18 @@ from teacher_results import one_per_problem, traces_from_results
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from rbfast.adapter import SparseAdapter
-from rbfast.evaluate import Problem, evaluate, load_problems
-from rbfast.files import write_text
-from rbfast.models import SMOLLM2, load_student
-from rbfast.progress import counting
-from rbfast.run import DistillConfig, distill, placement_scores, trace_loss
-from rbfast.trace import Example, Trace, encode_all, write_traces
-from rbfast.trainer import DistillTrainer
+from rbfast.adapter.sparse_adapter import SparseAdapter
+from rbfast.data.encoding import Example, encode_all
+from rbfast.data.readers import write_traces
+from rbfast.data.trace import Trace
+from rbfast.evaluation.evaluate import evaluate
+from rbfast.grading.grade import Problem
+from rbfast.grading.tasks import load_problems
+from rbfast.models.student import SMOLLM2, load_student
+from rbfast.training.distill import DistillConfig, distill, placement_scores, trace_loss
+from rbfast.training.trainer import DistillTrainer
+from rbfast.utils.files import write_text
+from rbfast.utils.progress import counting
 
 SECTION = "closed_teacher"
 

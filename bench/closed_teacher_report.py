@@ -11,7 +11,7 @@ import torch
 from pages import cpu
 
 import rbfast
-from rbfast.evaluate import paired_difference
+from rbfast.evaluation.statistics import paired_difference
 
 METHODS = ("rbfast", "columns by gradient", "LoRA")
 LOSSES = ("strategic", "tactical", "answer", "mean")

@@ -37,14 +37,18 @@ from parts import digest, part
 from teacher_results import one_per_problem, traces_from_results
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rbfast.curation import curate
-from rbfast.evaluate import Problem, evaluate, load_problems
-from rbfast.models import SMOLLM2, load_student
-from rbfast.progress import counting
-from rbfast.run import DistillConfig, distill, trace_loss
-from rbfast.statistics import paired_difference
-from rbfast.trace import Trace, encode_all, read_traces, write_traces
-from rbfast.trainer import Objective
+from rbfast.curation.curate import curate
+from rbfast.data.encoding import encode_all
+from rbfast.data.readers import read_traces, write_traces
+from rbfast.data.trace import Trace
+from rbfast.evaluation.evaluate import evaluate
+from rbfast.evaluation.statistics import paired_difference
+from rbfast.grading.grade import Problem
+from rbfast.grading.tasks import load_problems
+from rbfast.models.student import SMOLLM2, load_student
+from rbfast.training.distill import DistillConfig, distill, trace_loss
+from rbfast.training.objective import Objective
+from rbfast.utils.progress import counting
 
 SECTION = "evidence"
 TEACHER = "claude-3.5-sonnet"

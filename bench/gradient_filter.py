@@ -22,12 +22,12 @@ import torch
 from pages import cpu, publish
 from torch import Tensor
 
-from rbfast.demo import FAMILIES
-from rbfast.families import split
-from rbfast.loss import DistillLoss, LossOutput
-from rbfast.models import SMOLLM2, fast_dtype, final_hidden, load_student
-from rbfast.signals import TopK
-from rbfast.trace import IGNORE, collate, encode_all
+from rbfast.data.encoding import IGNORE, collate, encode_all
+from rbfast.demo.run import FAMILIES
+from rbfast.demo.worked_families import split
+from rbfast.loss.distill_loss import DistillLoss, LossOutput
+from rbfast.loss.teacher_signal import TopK
+from rbfast.models.student import SMOLLM2, fast_dtype, final_hidden, load_student
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results.md"
 SHARES = (0.0, 0.005, 0.01, 0.02, 0.05)

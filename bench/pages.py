@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markdown import Markdown
 
-from rbfast.files import write_text
+from rbfast.utils.files import write_text
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results.md"
 

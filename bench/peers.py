@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rbfast.loss import DistillLoss
-from rbfast.signals import Dense, TopK
+from rbfast.loss.distill_loss import DistillLoss
+from rbfast.loss.teacher_signal import Dense, TopK
 
 
 @dataclass(frozen=True)

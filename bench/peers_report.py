@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from measure import FLOORS
 from pages import cpu, put_section
 
-from rbfast.files import replacing
+from rbfast.utils.files import replacing
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 

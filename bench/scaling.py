@@ -33,17 +33,18 @@ from pages import RESULTS, cpu, publish
 from parts import digest, part
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rbfast.adapter import SparseAdapter
-from rbfast.demo import FAMILIES, HELD_OUT, TRAIN
-from rbfast.evaluate import Problem, evaluate
-from rbfast.families import split
-from rbfast.files import replacing
-from rbfast.guide import OTHER, VERIFY, WAIT, WRAP_UP, Guide
-from rbfast.guided_generate import calibrate, guide_for
-from rbfast.models import SMOLLM2, load_student
-from rbfast.progress import counting
-from rbfast.statistics import paired_difference, proportion
-from rbfast.trace import format_prompt
+from rbfast.adapter.sparse_adapter import SparseAdapter
+from rbfast.data.encoding import format_prompt
+from rbfast.demo.run import FAMILIES, HELD_OUT, TRAIN
+from rbfast.demo.worked_families import split
+from rbfast.evaluation.evaluate import evaluate
+from rbfast.evaluation.statistics import paired_difference, proportion
+from rbfast.grading.grade import Problem
+from rbfast.inference.guide import OTHER, VERIFY, WAIT, WRAP_UP, Guide
+from rbfast.inference.local import calibrate, guide_for
+from rbfast.models.student import SMOLLM2, load_student
+from rbfast.utils.files import replacing
+from rbfast.utils.progress import counting
 
 SECTION = "scaling"
 SETTINGS = {

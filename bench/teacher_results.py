@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rbfast.trace import Trace
+from rbfast.data.trace import Trace
 
 CORRECT, INCORRECT, TEXT_AFTER = "correct", "incorrect", "correct, text after the answer cut off"
 UNTAGGED, UNREASONED, OTHER = "no <answer>...</answer>", "no reasoning", "tagged answer is not the scored one"

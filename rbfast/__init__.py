@@ -9,22 +9,22 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "SparseAdapter": "adapter",
-    "Dense": "loss",
-    "DistillLoss": "loss",
-    "TopK": "loss",
-    "DistillConfig": "run",
-    "distill": "run",
-    "evaluating": "generate",
-    "DistillTrainer": "trainer",
-    "Guide": "guide",
-    "guided": "guided_generate",
-    "Objective": "trainer",
-    "curate": "curation",
-    "Trace": "trace",
-    "read_traces": "trace",
-    "write_traces": "trace",
-    "load_student": "models",
+    "SparseAdapter": "adapter.sparse_adapter",
+    "Dense": "loss.teacher_signal",
+    "DistillLoss": "loss.distill_loss",
+    "TopK": "loss.teacher_signal",
+    "DistillConfig": "training.distill",
+    "distill": "training.distill",
+    "evaluating": "inference.decoding",
+    "DistillTrainer": "training.trainer",
+    "Guide": "inference.guide",
+    "guided": "inference.local",
+    "Objective": "training.objective",
+    "curate": "curation.curate",
+    "Trace": "data.trace",
+    "read_traces": "data.readers",
+    "write_traces": "data.readers",
+    "load_student": "models.student",
 }
 __all__ = sorted(_HOMES)
 

@@ -5,6 +5,7 @@ from copy import deepcopy
 from typing import TYPE_CHECKING
 
 import pytest
+from fresh_installs import checkout, fresh  # noqa: F401  (fixtures)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,7 +16,7 @@ def pristine() -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """The student in float32 and its tokenizer, shared by the whole session: nobody changes them."""
     import torch
 
-    from rbfast.models import SMOLLM2, load_student
+    from rbfast.models.student import SMOLLM2, load_student
 
     try:
         return load_student(SMOLLM2, torch.float32)

@@ -1,0 +1,198 @@
+"""The delta's format: which matrices a delta can change, what it is made of, and how it is written, read and exported.
+
+A delta changes some columns of one frozen weight [out, in]: `W[:, cols] += scale * B A`. An adapter is one delta per
+matrix, saved as two files:
+
+    adapter_config.json          what it was made for: the base, its matrices, support and rank of each
+    adapter_model.safetensors    <module>.cols [s] int64, <module>.A [k, s] fp32, <module>.B [out, k] fp32
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from rbfast.models.linears import dtype_name, fingerprint, matrix_shape
+from rbfast.utils.files import replacing, write_text
+from rbfast.utils.records import from_json
+from rbfast.utils.sealed import check_seal, seal
+
+FORMAT = "rbfast-columns"
+VERSION = 1
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks vLLM serves
+
+
+@dataclass(frozen=True)
+class Delta:
+    """cols [s] int64, sorted and unique; A [k, s] fp32; B [out, k] fp32."""
+
+    cols: Tensor
+    A: Tensor
+    B: Tensor
+
+
+@dataclass(frozen=True)
+class MatrixInfo:
+    """What the config says of one matrix. Matrices of one `group` share an input and therefore a support."""
+
+    out_features: int
+    in_features: int
+    support: int
+    rank: int
+    group: int
+    fingerprint: str | None
+    score: float | None
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The content of adapter_config.json."""
+
+    base_model_name_or_path: str | None
+    base_dtype: str
+    density: float
+    scale: float
+    seed: int
+    placement: str
+    modules: dict[str, MatrixInfo]
+
+
+def write_adapter(directory: str | Path, config: AdapterConfig, deltas: Mapping[str, Delta]) -> None:
+    """Writes both files, each to a temporary name and then renamed: a failure leaves nothing half-written."""
+    tensors = {}
+    for name, delta in deltas.items():
+        for key in ("cols", "A", "B"):
+            tensors[f"{name}.{key}"] = getattr(delta, key).detach().cpu().contiguous()
+    header = {"format": FORMAT, "version": VERSION} | asdict(config)
+    _write_pair(directory, header, tensors)
+
+
+def read_adapter(directory: str | Path) -> tuple[AdapterConfig, dict[str, Delta]]:
+    """Reads and validates both files.
+
+    Raises FileNotFoundError where one is missing and ValueError, naming the first mismatch, for anything malformed.
+    """
+    config = read_config(Path(directory) / CONFIG_FILE)
+    path = Path(directory) / TENSOR_FILE
+    try:
+        data = _read_bytes(path)
+        tensors = load_tensors(data)
+        check_seal(data)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a complete safetensors file ({error}); save the adapter again") from error
+    expected = {f"{name}.{key}" for name in config.modules for key in ("cols", "A", "B")}
+    for problem, keys in (("missing", expected - tensors.keys()), ("not in the config", tensors.keys() - expected)):
+        if keys:
+            raise ValueError(f"{path}: tensor {min(keys)} is {problem} ({len(keys)} such); save the adapter again")
+    deltas = {}
+    for name, info in config.modules.items():
+        delta = Delta(*(tensors[f"{name}.{key}"] for key in ("cols", "A", "B")))
+        _check_delta(f"{path}: {name}", delta, info)
+        deltas[name] = delta
+    return config, deltas
+
+
+def check_base(config: AdapterConfig, matrices: Mapping[str, nn.Module], where: str | Path) -> None:
+    """Raises ValueError, naming the first mismatch, unless these are the matrices the adapter was made for."""
+    base = f"{config.base_model_name_or_path or 'an unnamed model'}"
+    for name, info in config.modules.items():
+        if name not in matrices:
+            raise ValueError(f"{where}: made for {base}, whose linear {name} is not in this model; load that base")
+        expected, shape = (info.out_features, info.in_features), matrix_shape(matrices[name])
+        if shape != expected:
+            raise ValueError(f"{where}: made for {base}, where {name} is {expected}, not {shape}; load that base")
+    for name, info in config.modules.items():
+        weight: Any = matrices[name].weight
+        if info.fingerprint is None or "float16" in {config.base_dtype, dtype_name(weight)}:
+            continue  # a weight rounded to fp16 cannot be compared bit by bit, nor can a quantised one
+        if fingerprint(matrices[name]) not in (info.fingerprint, None):
+            raise ValueError(f"{where}: made for {base}; the weights of {name} differ from those; load that base")
+
+
+def write_lora(directory: str | Path, config: AdapterConfig, deltas: Mapping[str, Delta], transposed: bool) -> None:
+    """Writes the adapter as a LoRA that PEFT, vLLM and llama.cpp load: A [r, in] is zero off the support.
+
+    The rank is padded with zeros to the next one vLLM serves; `transposed` says the matrices are Conv1D.
+    Raises ValueError where the adapter's rank is larger than those.
+    """
+    needed = max(info.rank for info in config.modules.values())
+    rank = next((rank for rank in LORA_RANKS if rank >= needed), None)
+    if rank is None:
+        raise ValueError(f"a LoRA file holds a rank of at most {LORA_RANKS[-1]}, this adapter has {needed}; merge it")
+    tensors = {}
+    for name, delta in deltas.items():
+        info = config.modules[name]
+        lora_a, lora_b = torch.zeros(rank, info.in_features), torch.zeros(info.out_features, rank)
+        lora_a[: info.rank, delta.cols.cpu()] = delta.A.detach().cpu()
+        lora_b[:, : info.rank] = delta.B.detach().cpu()
+        tensors[f"base_model.model.{name}.lora_A.weight"] = lora_a
+        tensors[f"base_model.model.{name}.lora_B.weight"] = lora_b
+    header = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "r": rank,
+        "lora_alpha": rank * config.scale,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": transposed,
+        "inference_mode": True,
+        "target_modules": list(config.modules),
+    }
+    _write_pair(directory, header, tensors)
+
+
+def _write_pair(directory: str | Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    directory = Path(directory)
+    with replacing(directory / TENSOR_FILE) as file:
+        file.write(seal(save_tensors(tensors, metadata={"format": "pt"})))
+    write_text(directory / CONFIG_FILE, json.dumps(header, indent=1) + "\n")
+
+
+def _read_bytes(path: Path) -> bytes:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a file written by SparseAdapter.save_pretrained, found none")
+    return path.read_bytes()
+
+
+def read_config(path: Path) -> AdapterConfig:
+    """Reads and validates adapter_config.json alone; raises as `read_adapter` does."""
+    try:
+        header = json.loads(_read_bytes(path))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); save the adapter again") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        came = header.get("format", header.get("peft_type")) if isinstance(header, dict) else type(header).__name__
+        raise ValueError(f'{path}: format: expected "{FORMAT}", got {came!r}; this is not an rbfast adapter')
+    if header.get("version") != VERSION:
+        raise ValueError(f"{path}: version: expected {VERSION}, got {header.get('version')!r}; update rbfast")
+    entries = header.get("modules")
+    if not isinstance(entries, dict) or not entries:
+        raise ValueError(f"{path}: modules: expected an object with at least one matrix, got {entries!r}")
+    modules = {name: from_json(MatrixInfo, entry, f"{path}: modules: {name}") for name, entry in entries.items()}
+    for name, info in modules.items():
+        if not (1 <= info.support <= info.in_features and info.rank >= 1 and info.out_features >= 1):
+            raise ValueError(f"{path}: modules: {name}: expected 1 <= support <= in_features and rank >= 1, got {info}")
+    return from_json(AdapterConfig, header | {"modules": modules}, str(path))
+
+
+def _check_delta(where: str, delta: Delta, info: MatrixInfo) -> None:
+    shapes = {"cols": (info.support,), "A": (info.rank, info.support), "B": (info.out_features, info.rank)}
+    for key, shape in shapes.items():
+        tensor, dtype = getattr(delta, key), torch.int64 if key == "cols" else torch.float32
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+            came = f"{tuple(tensor.shape)} {dtype_name(tensor)}"
+            raise ValueError(f"{where}.{key}: expected {shape} {str(dtype).removeprefix('torch.')}, got {came}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{where}.{key}: expected finite values, got NaN or infinity")
+    if (delta.cols.diff() <= 0).any() or delta.cols[0] < 0 or delta.cols[-1] >= info.in_features:
+        raise ValueError(f"{where}.cols: expected sorted unique columns in 0..{info.in_features - 1}")

@@ -1,0 +1,235 @@
+"""Scores: what a model's gradient on reasoning traces says of each column of each matrix.
+
+    scores = score(model, batches, loss_fn)
+    scores.save("scores.safetensors")
+
+Matrices that read the same input (q, k, v; gate, up) form a group, found by watching the forward pass.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import count
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from rbfast.models.linears import Shape, dtype_name, matrix_shape, select_linears
+from rbfast.utils.files import replacing
+from rbfast.utils.records import from_json
+from rbfast.utils.sealed import check_seal, seal
+
+FORMAT = "rbfast-scores"
+VERSION = 2
+Method = Literal["gradient", "factored", "activation"]
+METHODS = ("gradient", "factored", "activation")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """By matrix: columns [in] fp32, the score of each input."""
+
+    method: str
+    batches: int
+    base_model_name_or_path: str | None
+    shapes: dict[str, Shape]
+    columns: dict[str, Tensor]
+
+    def shapes_of(self, matrices: Mapping[str, Shape]) -> dict[str, Shape]:
+        """The scored shapes of these matrices. Raises ValueError, naming it, for one that differs or was not scored."""
+        for name, shape in matrices.items():
+            came = self.shapes.get(name)
+            if came is None:
+                raise ValueError(f"{name} was not scored; score this model with the same targets")
+            if (came.out_features, came.in_features) != (shape.out_features, shape.in_features):
+                raise ValueError(f"{name} was scored as {came}, here it is {shape}; score this model")
+        return {name: self.shapes[name] for name in matrices}
+
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file, to a temporary name and then renamed."""
+        header = {"format": FORMAT, "version": VERSION, "method": self.method, "batches": self.batches}
+        header |= {"base_model_name_or_path": self.base_model_name_or_path}
+        header |= {"matrices": {name: asdict(shape) for name, shape in self.shapes.items()}}
+        tensors = {f"{name}.columns": column for name, column in self.columns.items()}
+        with replacing(path) as file:
+            file.write(seal(save_tensors(tensors, metadata={"rbfast": json.dumps(header)})))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Scores":
+        """Reads a file written by save(). Raises FileNotFoundError, and ValueError for one that is none."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: expected a file of scores, found none")
+        try:
+            data = Path(path).read_bytes()
+            tensors, metadata = load_tensors(data), check_seal(data)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a complete safetensors file ({error}); score the model again") from error
+        header = _header(path, metadata)
+        shapes = {name: from_json(Shape, entry, f"{path}: {name}") for name, entry in header["matrices"].items()}
+        columns = {
+            name: _checked(path, tensors, f"{name}.columns", (shape.in_features,)) for name, shape in shapes.items()
+        }
+        return cls(header["method"], header["batches"], header["base_model_name_or_path"], shapes, columns)
+
+
+def score(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+    *,
+    method: Method = "gradient",
+    targets: str | Sequence[str] = "all-linear",
+) -> Scores:
+    """Scores every column of the target matrices by what `loss_fn(model, batch)`, a scalar, says of it.
+
+    "gradient": sum over batches of sum_o G[o, c]^2, with G = dy^T x in fp32 (one dense G at a time).
+    "factored": E[x_c^2] * sum_o E[dy_o^2], which needs no G. "activation": E[x_c^2], which needs no backward.
+    The weights are frozen while it runs; nothing of the model is changed. Raises ValueError for no batches, a loss that
+    is not finite, and a loss that no matrix has a gradient of.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    watch = _Watch(select_linears(model, targets), method)
+    scored = 0
+    with _frozen(model), watch.watching():
+        for batch in batches:
+            with torch.set_grad_enabled(method != "activation"):
+                loss = loss_fn(model, batch)
+            if not math.isfinite(loss.item()):
+                raise ValueError(f"batch {scored}: expected a finite loss, got {loss.item()}")
+            if method != "activation" and not loss.requires_grad:
+                raise ValueError(
+                    "the loss has no gradient: loss_fn must return a loss of the model's outputs, outside no_grad; "
+                    "reentrant gradient checkpointing must be off"
+                )
+            if method != "activation":
+                loss.backward()
+            watch.end_batch()
+            scored += 1
+    if scored == 0:
+        raise ValueError("expected at least one batch to score on, got none")
+    base = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return Scores(method, scored, base or None, watch.shapes(), watch.cpu())
+
+
+def _header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        header = json.loads(metadata.get("rbfast", "{}"))
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict) or (header.get("format"), header.get("version")) != (FORMAT, VERSION):
+        raise ValueError(f"{path}: expected scores of version {VERSION} written by rbfast, got another file")
+    kinds = {"method": str, "batches": int, "base_model_name_or_path": (str, NoneType), "matrices": dict}
+    for name, kind in kinds.items():
+        if name not in header or not isinstance(header[name], kind):  # type: ignore[arg-type]
+            raise ValueError(f"{path}: {name} is missing or of another type; score the model again")
+    return header
+
+
+def _checked(path: str | Path, tensors: Mapping[str, Tensor], key: str, shape: tuple[int, ...]) -> Tensor:
+    if key not in tensors:
+        raise ValueError(f"{path}: tensor {key} is missing; score the model again")
+    tensor = tensors[key]
+    if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
+        raise ValueError(f"{path}: {key}: expected {shape} float32, got {tuple(tensor.shape)} {dtype_name(tensor)}")
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{path}: {key}: expected finite values, got NaN or infinity; score the model again")
+    return tensor
+
+
+class _Watch:
+    """Hooks that see the input x and the output gradient dy of every matrix, and add up what the method needs."""
+
+    def __init__(self, linears: Mapping[str, nn.Module], method: Method) -> None:
+        self.linears, self.method = linears, method
+        self.columns: dict[str, Tensor] = {}
+        self._groups: dict[str, int] = {}
+        self._numbers = count()
+        self._inputs: dict[
+            tuple[int, int], tuple[int, Tensor]
+        ] = {}  # kept alive for a batch, so that an id is one input
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        hooks = [m.register_forward_hook(partial(self._after, name)) for name, m in self.linears.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def end_batch(self) -> None:
+        self._inputs.clear()
+
+    def shapes(self) -> dict[str, Shape]:
+        """Shapes with the groups seen, numbered in the model's order; a matrix that was never run is alone."""
+        numbers: dict[object, int] = {}
+        keys = {name: self._groups.get(name, name) for name in self.linears}
+        shapes = {}
+        for name, module in self.linears.items():
+            out_features, in_features = matrix_shape(module)  # type: ignore[misc]
+            shapes[name] = Shape(out_features, in_features, numbers.setdefault(keys[name], len(numbers)))
+        return shapes
+
+    def cpu(self) -> dict[str, Tensor]:
+        """The columns in the model's order, with zeros for a matrix that was never run."""
+        widths = {name: matrix_shape(module)[1] for name, module in self.linears.items()}  # type: ignore[index]
+        return {name: self.columns.get(name, torch.zeros(width)).cpu() for name, width in widths.items()}
+
+    def _after(self, name: str, module: nn.Module, args: tuple, y: Tensor) -> Tensor | None:
+        x = args[0].detach()
+        self._group(name, args[0])
+        if self.method == "activation":
+            self._add(name, x.flatten(0, -2).float().square().mean(0))
+            return None
+        if not torch.is_grad_enabled():
+            return None
+        if not y.requires_grad:  # the first matrices: everything before them is frozen
+            y = y.detach().requires_grad_().clone()
+        y.register_hook(partial(self._backward, name, x))
+        return y
+
+    def _group(self, name: str, x: Tensor) -> None:
+        number, _ = self._inputs.setdefault((id(x), x._version), (next(self._numbers), x))
+        self._groups.setdefault(name, number)
+
+    def _backward(self, name: str, x: Tensor, dy: Tensor) -> None:
+        x, dy = x.flatten(0, -2).float(), dy.flatten(0, -2).float()
+        if self.method == "factored":
+            self._add(name, x.square().mean(0) * dy.square().mean(0).sum())
+        else:
+            self._add(name, (dy.T @ x).square().sum(0))
+
+    def _add(self, name: str, value: Tensor) -> None:
+        if name in self.columns:
+            self.columns[name] += value
+        else:
+            self.columns[name] = value
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def generator(seed: int, *what: str) -> torch.Generator:
+    """Independent streams by name, so that what one matrix draws does not depend on which others are there."""
+    digest = hashlib.blake2b(":".join((str(seed), *what)).encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest))

@@ -1,0 +1,160 @@
+"""What is said of each item of a pool by itself: is it whole, what is its problem, how hard and how good.
+
+    part = Assessor(decontaminator)(rows)         # rows: [("pool.jsonl:1", {"problem": ..., ...}), ...]
+
+An assessor can be sent to other processes, keeps nothing from one call to the next, and says the same of an item
+whatever stands beside it: so the parts of a pool may be assessed anywhere, and joined in order.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rbfast.curation import decontaminate, text
+from rbfast.curation.decontaminate import SHINGLE, Decontaminator, Found
+from rbfast.curation.dedup import SIGNATURE, key_of
+from rbfast.curation.quality import Quality, flaw, proxy_difficulty, quality, repeated_shares
+from rbfast.data.trace import Trace, TraceError
+
+UNVERIFIED, WRONG, RIGHT = -1, 0, 1
+_CUT = {"length", "max_tokens"}  # how servers call a reply that met its limit
+_CUT_FIELDS = ("finish_reason", "done_reason", "stop_reason")
+_MATHEMATICAL = "\\/^(["  # of an answer that can be written in several ways
+
+Verify = Callable[[Trace, Mapping[str, Any]], bool | None]
+"""Whether a trace's answer is right, from the trace and the row it came in; None where that cannot be said."""
+Score = Callable[[Trace], float]
+"""A mark of a trace, higher for harder (or better)."""
+
+
+class Part(NamedTuple):
+    """A part of a pool, assessed. `flaws` has a value for every row, the rest for those without a flaw, in order."""
+
+    flaws: list[str | None]
+    domains: list[str]
+    fingerprints: np.ndarray  # uint64, of the problem
+    keys: np.ndarray  # uint64, what near duplicates share
+    signatures: np.ndarray  # uint32 [n, 64], MinHash of the problem
+    given: np.ndarray  # float64, the row's own difficulty, or NaN
+    proxy: np.ndarray  # float64
+    marks: np.ndarray  # float32 [n, 6], a Quality
+    quality: np.ndarray  # float64
+    verified: np.ndarray  # int8: UNVERIFIED, WRONG or RIGHT
+    lengths: np.ndarray  # int32, characters of reasoning
+    found: Found
+
+
+@dataclass(frozen=True)
+class Assessor:
+    """Assesses rows. The scores are functions, so that others can take their place.
+
+    `quality` takes the place of the built-in mark; `difficulty` that of the trace's length; `verify` that of
+    `verify_answer`.
+    """
+
+    decontaminator: Decontaminator
+    quality: Score | None = None
+    difficulty: Score = proxy_difficulty
+    verify: Verify | None = None
+
+    def __call__(self, rows: Sequence[tuple[str, Any]], *, threads: int = 1) -> Part:
+        read = [_read(where, row) for where, row in rows]
+        whole = [trace for trace in read if isinstance(trace, Trace)]
+        repeated = iter(repeated_shares([trace.reasoning for trace in whole], threads=threads).tolist())
+        flaws: list[str | None] = []
+        kept: list[tuple[Trace, Mapping[str, Any], Quality]] = []
+        for trace, (_, row) in zip(read, rows, strict=True):
+            if isinstance(trace, str):
+                flaws.append(trace)
+                continue
+            share = next(repeated)
+            flaws.append(_cut_by_server(row) or flaw(trace, share))
+            if flaws[-1] is None:
+                kept.append((trace, row, quality(trace, share)))
+        return self._describe(flaws, kept, threads)
+
+    def _describe(
+        self, flaws: list[str | None], kept: Sequence[tuple[Trace, Mapping[str, Any], Quality]], threads: int
+    ) -> Part:
+        traces = [trace for trace, _, _ in kept]
+        problems = [trace.problem for trace in traces]
+        texts = text.pack(problems)
+        verify = self.verify or verify_answer
+        rows, _ = text.shingles(texts, SHINGLE, threads=threads)
+        return Part(
+            flaws=flaws,
+            domains=[trace.domain or "unknown" for trace in traces],
+            fingerprints=text.fingerprints(texts, threads=threads),
+            keys=np.array([key_of(trace.problem, trace.answer) for trace in traces], dtype=np.uint64),
+            signatures=text.minhash(rows, SIGNATURE, threads=threads),
+            given=np.array([np.nan if t.difficulty is None else t.difficulty for t in traces], dtype=np.float64),
+            proxy=_finite("difficulty", [self.difficulty(trace) for trace in traces]),
+            marks=np.array([mark for _, _, mark in kept], dtype=np.float32).reshape(-1, len(Quality._fields)),
+            quality=_finite("quality", [self.quality(t) if self.quality else mark.score for t, _, mark in kept]),
+            verified=np.array([_verdict(verify(trace, row)) for trace, row, _ in kept], dtype=np.int8),
+            lengths=np.array([len(trace.reasoning) for trace in traces], dtype=np.int32),
+            found=self.decontaminator.find(texts, problems, threads=threads),
+        )
+
+
+def verify_answer(trace: Trace, row: Mapping[str, Any]) -> bool | None:
+    """What the trace says of itself (`verified`), else its answer graded against the row's `reference`, else None.
+
+    A reference may be a solution that marks its answer. Grading is `rbfast.grading.grade.grade`'s.
+
+    Raises:
+        ImportError: two answers that are not the same to the letter may be to a mathematician, and math-verify is not
+            installed.
+    """
+    if trace.verified is not None:
+        return trace.verified
+    reference = row.get("reference")
+    if reference is None:
+        return None
+    from rbfast.grading.grade import Problem, extract_answer, grade
+
+    stated = extract_answer(str(reference)) or str(reference).strip()
+    mathematical = any(sign in stated + trace.answer for sign in _MATHEMATICAL)
+    return grade(Problem("", trace.problem, stated, {}, mathematical), f"<answer>{trace.answer}</answer>") >= 1.0
+
+
+def stack(parts: Sequence[Part]) -> Part:
+    """The parts of a pool as one."""
+    joined = {
+        name: np.concatenate([getattr(part, name) for part in parts])
+        for name in Part._fields
+        if name not in ("flaws", "domains", "found")
+    }
+    return Part(
+        flaws=[flaw for part in parts for flaw in part.flaws],
+        domains=[domain for part in parts for domain in part.domains],
+        found=decontaminate.stack([part.found for part in parts]),
+        **joined,
+    )
+
+
+def _read(where: str, row: Any) -> Trace | str:
+    try:
+        return Trace.from_dict(row)
+    except TraceError as error:
+        return f"not a trace: {error}"
+
+
+def _cut_by_server(row: Mapping[str, Any]) -> str | None:
+    for field in _CUT_FIELDS:
+        if row.get(field) in _CUT:
+            return f"truncated: its {field} is {row[field]}"
+    return "truncated: so it says" if row.get("truncated") is True else None
+
+
+def _verdict(verified: bool | None) -> int:
+    return UNVERIFIED if verified is None else RIGHT if verified else WRONG
+
+
+def _finite(name: str, values: Sequence[float]) -> np.ndarray:
+    scores = np.array(values, dtype=np.float64)
+    if not np.isfinite(scores).all():
+        raise ValueError(f"{name} must give a finite number for every trace, got {scores[~np.isfinite(scores)][0]}")
+    return scores

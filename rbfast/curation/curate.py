@@ -1,0 +1,284 @@
+"""Reason1K: from a pool of traces the thousand to train on, with a reason for every one that is left out.
+
+    result = curate(["pool.jsonl"], "reason1k/", size=1000, against=["math500.jsonl"], seed=0)
+    print(result.stages)                       # clean, decontaminate, dedup, score, select: in, dropped why, out
+
+Writes `reason1k.jsonl` (in the order of the pool), `dropped.jsonl` (every other item: where it stands, its stage, its
+reason, what it matched), `datasheet.json` and `datasheet.html`. The same arguments give the same bytes, for any number
+of processes, here or on a Ray cluster.
+
+The pool is read three times, a chunk at a time, and never held: to assess each item, to fetch the problems of those
+that may be chosen, and to write. Between, an item is some 400 bytes of hashes and scores.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import count
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from rbfast.curation import assess, text
+from rbfast.curation.assess import RIGHT, UNVERIFIED, WRONG, Assessor, Part, Score, Verify
+from rbfast.curation.datasheet import describe, write_datasheet
+from rbfast.curation.decontaminate import Decontaminator, Embed, Thresholds, read_evaluations
+from rbfast.curation.ledger import Ledger, Stage
+from rbfast.curation.pool import CHUNK, Source, assessed, assessed_on_ray, pool_rows
+from rbfast.curation.quality import proxy_difficulty
+from rbfast.curation.selection import quotas, represent, shortlist
+from rbfast.curation.text_reference import mix
+from rbfast.data.readers import read_rows
+from rbfast.data.trace import Trace
+from rbfast.utils.files import replacing
+from rbfast.utils.progress import counting
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How much each criterion, a number in [0, 1], matters in an item's score."""
+
+    difficulty: float = 0.5
+    quality: float = 0.4
+    verified: float = 0.1  # 1 where the answer is known to be right, 0.5 where nothing is known
+
+    def __post_init__(self) -> None:
+        if min(asdict(self).values()) < 0 or not 0 < sum(asdict(self).values()) < float("inf"):
+            raise ValueError(f"weights must be 0 or more, and one of them more, got {self}")
+
+
+@dataclass
+class Curation:
+    """What became of a pool."""
+
+    out: Path
+    selected: int
+    stages: list[Stage]
+    datasheet: dict[str, Any] = field(repr=False)
+
+
+def curate(
+    pool: Sequence[Source],
+    out: Source,
+    *,
+    size: int = 1000,
+    against: Sequence[Source] = (),
+    seed: int = 0,
+    pass_rates: Mapping[str, float] | None = None,
+    quality: Score | None = None,
+    difficulty: Score = proxy_difficulty,
+    verify: Verify | None = None,
+    embed: Embed | None = None,
+    weights: Weights | None = None,
+    thresholds: Thresholds | None = None,
+    keep_templates: bool = False,
+    processes: int = 1,
+    ray: str | None = None,
+    quiet: bool = True,
+) -> Curation:
+    """Clean, decontaminate, deduplicate, score and select; see the module for what is written to `out`.
+
+    Args:
+        pool: files (.jsonl, .json, .parquet) or hub ids of traces; beyond a trace's fields a row's `reference` (the
+            right answer), `finish_reason` and `truncated` are read.
+        against: evaluation sets whose problems must not be trained on, as files or hub ids (of which `test`).
+        pass_rates: share of a student's tries that solve a problem, by its text; see `read_pass_rates`.
+        quality, difficulty, verify, embed: functions in place of the built-in ones; with several processes they must be
+            picklable. See docs/curation.md.
+        keep_templates: keep problems that differ from an evaluation problem in their numbers alone.
+        processes: how many assess the pool.
+        ray: a Ray cluster that assesses it in their place, as `ray.init` takes it: "auto", "local" or host:port. A Ray
+            session that is open is used.
+
+    Raises:
+        TraceError: a file that cannot be read. A row that is no trace is dropped with its reason.
+        ValueError: nothing in the pool, or an argument out of its range.
+        ImportError: `ray` is given, and Ray Data is not installed.
+    """
+    if size < 1 or processes < 1:
+        raise ValueError(f"size and processes must be at least 1, got {size} and {processes}")
+    if ray is not None and processes > 1:
+        raise ValueError(f"expected processes or ray, got {processes} and {ray!r}: Ray starts its own workers")
+    pool = [pool] if isinstance(pool, str | Path) else list(pool)
+    decontaminator = Decontaminator(read_evaluations(against), thresholds, embed)
+    weights = weights or Weights()
+    assessor = Assessor(decontaminator, quality, difficulty, verify)
+    parts = assessed(pool, assessor, processes) if ray is None else assessed_on_ray(pool, assessor, ray)
+    part = _joined(parts, pool, quiet)
+    ledger = Ledger(part)
+    ledger.decontaminate(decontaminator, keep_templates)
+    ledger.dedup()
+    ledger.drop(
+        "score", dict.fromkeys(np.flatnonzero(ledger.alive & (part.verified == WRONG)).tolist(), "wrong answer")
+    )
+    difficulty_of = _difficulties(part, pass_rates or {}, ledger.alive)
+    chosen, wheres = _select(ledger, _scores(part, difficulty_of, weights, ledger.alive), pool, size, seed, quiet)
+    _write(Path(out), pool, ledger, difficulty_of, chosen, wheres, quiet)
+    settings = {"seed": seed, "size": size, "pool": list(map(str, pool)), "against": list(map(str, against))}
+    settings |= {"weights": asdict(weights), "thresholds": asdict(decontaminator.thresholds)}
+    sheet = describe(settings | {"keep_templates": keep_templates}, ledger, difficulty_of, chosen)
+    write_datasheet(Path(out), sheet)
+    return Curation(Path(out), len(chosen), ledger.stages, sheet)
+
+
+def read_pass_rates(path: Source) -> dict[str, float]:
+    """The share of tries that were correct, by problem, from records as `rbfast eval -o` writes them."""
+    tries: dict[str, list[bool]] = {}
+    for where, row in read_rows(path):
+        if (
+            not isinstance(row, dict)
+            or not isinstance(row.get("problem"), str)
+            or not isinstance(row.get("correct"), bool)
+        ):
+            raise ValueError(
+                f"{where}: expected a record of `rbfast eval -o` with problem and correct, got another row"
+            )
+        tries.setdefault(row["problem"], []).append(row["correct"])
+    return {problem: sum(correct) / len(correct) for problem, correct in tries.items()}
+
+
+# -------------------------------------------------------------------------------------------------------- reading
+
+
+def _joined(parts: Iterator[Part], pool: Sequence[Source], quiet: bool) -> Part:
+    """The parts of the pool as one."""
+    found: list[Part] = []
+    done = 0
+    with counting("assessing", quiet) as progress:
+        for part in parts:
+            found.append(part)
+            done += len(part.flaws)
+            progress(done, None)
+    if not found:
+        raise ValueError(f"expected at least one trace in {', '.join(map(str, pool)) or 'the pool'}, got none")
+    return assess.stack(found)
+
+
+# --------------------------------------------------------------------------------------------------------- scores
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """The share of values below each, equal ones counting half: float64 in (0, 1)."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    below = np.append(0, np.cumsum(counts)[:-1])
+    return ((below + counts / 2) / max(len(values), 1))[place]
+
+
+def _difficulties(part: Part, pass_rates: Mapping[str, float], alive: np.ndarray) -> np.ndarray:
+    """float64 [n] in [0, 1]: 1 - the student's pass rate; else the rank of the difficulty that the row gives among all
+    that give one; else the rank of the proxy among all."""
+    found = np.full(len(alive), np.nan)
+    found[alive] = ranks(part.proxy[alive])
+    given = alive & ~np.isnan(part.given)
+    found[given] = ranks(part.given[given])
+    if pass_rates:
+        known = text.fingerprints(text.pack(pass_rates))
+        rates = np.array(list(pass_rates.values()), dtype=np.float64)
+        if not ((rates >= 0) & (rates <= 1)).all():
+            raise ValueError(f"pass rates must lie in [0, 1], got {rates.min()} to {rates.max()}")
+        order = np.argsort(known, kind="stable")
+        at = np.minimum(np.searchsorted(known[order], part.fingerprints), len(known) - 1)
+        tried = alive & (known[order][at] == part.fingerprints)
+        found[tried] = 1 - rates[order][at[tried]]
+    return found
+
+
+def _scores(part: Part, difficulty: np.ndarray, weights: Weights, alive: np.ndarray) -> np.ndarray:
+    scores = np.full(len(alive), -np.inf)
+    verified = np.where(part.verified == UNVERIFIED, 0.5, part.verified == RIGHT)
+    marks = weights.difficulty * difficulty[alive] + weights.quality * ranks(part.quality[alive])
+    scores[alive] = (marks + weights.verified * verified[alive]) / sum(asdict(weights).values())
+    return scores
+
+
+# ------------------------------------------------------------------------------------------------------ selection
+
+
+def _select(
+    ledger: Ledger, scores: np.ndarray, pool: Sequence[Source], size: int, seed: int, quiet: bool
+) -> tuple[np.ndarray, dict[int, str]]:
+    """The chosen items, sorted; and where the rows stand that others are duplicates of."""
+    names, domains = np.unique(np.array(ledger.part.domains, dtype=object), return_inverse=True)
+    domains = np.where(ledger.alive, domains, -1)
+    share = quotas(np.bincount(domains[ledger.alive], minlength=len(names)).tolist(), size)
+    ties = mix(ledger.part.fingerprints ^ mix(np.array([seed], dtype=np.int64).astype(np.uint64)))
+    short = shortlist(scores, ties, domains, share)
+    problems, wheres = _fetch(
+        pool, ledger.rows[np.concatenate([*short, []]).astype(np.int64)], ledger.stood_for(), quiet
+    )
+    chosen = [
+        items[represent(text.pack(problems[row] for row in ledger.rows[items].tolist()), wanted, threads=text.cores())]
+        for items, wanted in zip(short, share, strict=True)
+        if wanted
+    ]
+    selected = np.sort(np.concatenate([*chosen, np.empty(0, dtype=np.int64)]))
+    kinds = dict.fromkeys(np.flatnonzero(ledger.alive).tolist(), "others of its domain score higher")
+    kinds |= dict.fromkeys(np.concatenate([*short, []]).astype(np.int64).tolist(), "others of its domain stand for it")
+    ledger.drop("select", {item: kind for item, kind in kinds.items() if item not in set(selected.tolist())})
+    return selected, wheres
+
+
+def _fetch(
+    pool: Sequence[Source], problem_rows: np.ndarray, where_rows: np.ndarray, quiet: bool
+) -> tuple[dict[int, str], dict[int, str]]:
+    """The problems of some rows of the pool, and where some others stand."""
+    wanted, located = set(problem_rows.tolist()), set(where_rows.tolist())
+    problems, wheres = {}, {}
+    with counting("fetching", quiet) as progress:
+        for number, (where, row) in enumerate(pool_rows(pool)):
+            if number in wanted:
+                problems[number] = row["problem"]
+            if number in located:
+                wheres[number] = where
+            if number % CHUNK == 0:
+                progress(number, None)
+    return problems, wheres
+
+
+# -------------------------------------------------------------------------------------------------------- writing
+
+
+def _write(
+    out: Path,
+    pool: Sequence[Source],
+    ledger: Ledger,
+    difficulty: np.ndarray,
+    chosen: np.ndarray,
+    wheres: Mapping[int, str],
+    quiet: bool,
+) -> None:
+    flaws, selected, items, rows = ledger.part.flaws, set(chosen.tolist()), count(), 0
+    with (
+        replacing(out / "reason1k.jsonl", "w") as kept,
+        replacing(out / "dropped.jsonl", "w") as dropped,
+        counting("writing", quiet) as progress,
+    ):
+        for rows, (where, row) in enumerate(pool_rows(pool), start=1):
+            if rows > len(flaws):
+                break
+            item = next(items) if flaws[rows - 1] is None else None
+            if item is not None and item in selected:
+                _write_line(kept, _finished(row, where, float(difficulty[item])).to_dict())
+            else:
+                _write_line(dropped, {"where": where, "id": _id_of(row), **ledger.record(rows - 1, item, wheres)})
+            if rows % CHUNK == 0:
+                progress(rows, len(flaws))
+        if rows != len(flaws):
+            raise ValueError(f"the pool had {len(flaws)} rows and now has others: it changed while it was read")
+
+
+def _write_line(file: IO[str], record: Mapping[str, Any]) -> None:
+    file.write(
+        json.dumps({k: v for k, v in record.items() if v is not None}, ensure_ascii=False, allow_nan=False) + "\n"
+    )
+
+
+def _finished(row: Mapping[str, Any], where: str, difficulty: float) -> Trace:
+    trace = Trace.from_dict(row)
+    return replace(trace, id=trace.id or where, difficulty=round(difficulty, 6))
+
+
+def _id_of(row: Any) -> str | None:
+    found = row.get("id") if isinstance(row, Mapping) else None
+    return found if isinstance(found, str) else None

@@ -1,0 +1,202 @@
+"""Which problems of a pool give away a problem of an evaluation set.
+
+    evaluations = read_evaluations(["math500.jsonl", "aime25.jsonl"])
+    found = contaminated(["Find the number of integer values of $k$ ...", ...], evaluations)
+    found[0]            # None, or Match(item=80, tier="text", share=1.0)
+
+A problem is judged by the share of an evaluation problem that it holds, in 5-shingles of LaTeX-aware tokens, each
+weighted by how rare it is (idf): "find the number of integer values" weighs little, the equation much. Three tiers:
+
+- text: at least half of an evaluation problem is there;
+- template: with every number masked at least four fifths of it is there: the same problem with other numbers;
+- paraphrase: the embeddings of the two are close. Only where a function that embeds texts is given.
+
+In a pool that is read in parts, `Decontaminator.find` runs on each part alone and `Decontaminator.judge` once on all
+that was found: how rare a shingle is, is known at the end.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from rbfast.curation import text
+from rbfast.curation.text import Rows, Texts
+from rbfast.data.readers import read_rows
+from rbfast.data.trace import TraceError
+
+SHINGLE = 5
+_QUESTION_FIELDS = ("problem", "question", "prompt")
+_WHOLE = 2**20  # a weight of one nat, as a whole number
+
+Embed = Callable[[Sequence[str]], np.ndarray]
+"""Texts to vectors, float [n, d], of any length but zero."""
+
+
+class Evaluation(NamedTuple):
+    """A problem that training must not see; `where` is its file and line."""
+
+    where: str
+    problem: str
+
+
+class Match(NamedTuple):
+    """The evaluation problem (its place in the list) that a problem gives away, how it was seen, and how much of it."""
+
+    item: int
+    tier: str  # "text", "template" or "paraphrase"
+    share: float  # of the evaluation problem's weight; for a paraphrase the cosine
+
+
+class Found(NamedTuple):
+    """What a part of the pool shares with the evaluation sets, before it is known how much that weighs."""
+
+    text: Rows
+    template: Rows
+    nearest: np.ndarray  # int32 [n], by embedding; -1 where there is none
+    cosine: np.ndarray  # float32 [n]
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """The least share (for paraphrases: cosine) that counts, by tier."""
+
+    text: float = 0.5
+    template: float = 0.8
+    paraphrase: float = 0.9
+
+    def __post_init__(self) -> None:
+        for name in ("text", "template", "paraphrase"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in (0, 1], got {getattr(self, name)}")
+
+
+def read_evaluations(sources: Iterable[str | Path], *, split: str = "test") -> list[Evaluation]:
+    """The problems of evaluation sets: files (.jsonl, .json, .parquet) or hub ids, of which `split`.
+
+    Raises:
+        TraceError: a row without a text under `problem`, `question` or `prompt`.
+    """
+    found = []
+    for source in sources:
+        for where, row in read_rows(source, split=split):
+            named = [row[field] for field in _QUESTION_FIELDS if field in row] if isinstance(row, dict) else []
+            if not named or not isinstance(named[0], str) or not named[0].strip():
+                raise TraceError(f"{where}: expected a text under {', '.join(_QUESTION_FIELDS)}; rename the field")
+            found.append(Evaluation(where, named[0]))
+    return found
+
+
+def contaminated(
+    problems: Sequence[str],
+    evaluations: Sequence[Evaluation],
+    *,
+    thresholds: Thresholds | None = None,
+    embed: Embed | None = None,
+    threads: int | None = None,
+) -> list[Match | None]:
+    """For each problem the evaluation problem it gives away, or None."""
+    decontaminator = Decontaminator(evaluations, thresholds or Thresholds(), embed)
+    texts = text.pack(problems)
+    found = decontaminator.find(texts, problems, threads=threads or text.cores())
+    return decontaminator.judge(found, text.fingerprints(texts), threads=threads or text.cores())
+
+
+class _Tier(NamedTuple):
+    """The shingles of the evaluation problems: sorted hashes, and for each the items that have it."""
+
+    hashes: np.ndarray
+    items: Rows
+
+    @classmethod
+    def of(cls, texts: Texts, mask_digits: bool) -> "_Tier":
+        rows, _ = text.shingles(texts, SHINGLE, mask_digits=mask_digits)
+        item = np.repeat(np.arange(len(texts.starts) - 1, dtype=np.int32), rows.lengths)
+        order = np.argsort(rows.values, kind="stable")
+        hashes, counts = np.unique(rows.values, return_counts=True)
+        return cls(hashes, Rows(item[order], np.append(0, np.cumsum(counts))))
+
+
+class Decontaminator:
+    """An index of the evaluation problems; it can be sent to other processes."""
+
+    def __init__(
+        self, evaluations: Sequence[Evaluation], thresholds: Thresholds | None = None, embed: Embed | None = None
+    ) -> None:
+        self.evaluations = tuple(evaluations)
+        self.thresholds = thresholds or Thresholds()
+        self._embed = embed
+        texts = text.pack(item.problem for item in evaluations)
+        self._text, self._template = _Tier.of(texts, mask_digits=False), _Tier.of(texts, mask_digits=True)
+        self._vectors = self._unit([item.problem for item in evaluations]) if embed and evaluations else None
+
+    def find(self, texts: Texts, problems: Sequence[str], *, threads: int = 1) -> Found:
+        """What each problem shares with the evaluation sets. `texts` is `pack(problems)`."""
+        return Found(
+            text.find(texts, SHINGLE, self._text.hashes, threads=threads),
+            text.find(texts, SHINGLE, self._template.hashes, mask_digits=True, threads=threads),
+            *self._nearest(problems),
+        )
+
+    def judge(self, found: Found, fingerprints: np.ndarray, *, threads: int = 1) -> list[Match | None]:
+        """The verdict on every problem of the pool, from what `find` gave for all of it.
+
+        Args:
+            fingerprints: uint64 [n]; a problem that is there several times counts once when rarity is measured.
+        """
+        first = np.zeros(len(fingerprints), dtype=bool)
+        first[np.unique(fingerprints, return_index=True)[1]] = True
+        matches: list[Match | None] = [None] * len(fingerprints)
+        for name, shared, tier in (("template", found.template, self._template), ("text", found.text, self._text)):
+            weights, totals = self._weigh(tier, shared, first)
+            least = getattr(self.thresholds, name)
+            items, shares = text.containment(shared, tier.items, weights, totals, least=least, threads=threads)
+            for at in np.flatnonzero(items >= 0).tolist():
+                matches[at] = Match(int(items[at]), name, float(shares[at]))
+        for at in np.flatnonzero(found.cosine >= self.thresholds.paraphrase).tolist():
+            matches[at] = matches[at] or Match(int(found.nearest[at]), "paraphrase", float(found.cosine[at]))
+        return matches
+
+    def _weigh(self, tier: _Tier, shared: Rows, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Weights of the shingles, int64, and their sum for each item, int64.
+
+        A weight is -log of the share of other problems that have the shingle, in the pool or in the evaluation sets,
+        whichever is larger: boilerplate of either weighs little.
+        """
+        counted = np.repeat(first, shared.lengths)
+        in_pool = np.bincount(shared.values[counted], minlength=len(tier.hashes))
+        pool, items = int(first.sum()), len(self.evaluations)
+        common = np.maximum((in_pool - 1) / max(pool, 1), (tier.items.lengths - 1) / max(items, 1))
+        weights = np.rint(-_WHOLE * np.log(np.maximum(common, 1 / (pool + items + 1)))).astype(np.int64)
+        totals = np.zeros(items, dtype=np.int64)
+        np.add.at(totals, tier.items.values, np.repeat(weights, tier.items.lengths))
+        return weights, np.maximum(totals, 1)
+
+    def _nearest(self, problems: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        if self._vectors is None or not problems:
+            return np.full(len(problems), -1, dtype=np.int32), np.zeros(len(problems), dtype=np.float32)
+        cosines = self._unit(problems) @ self._vectors.T
+        nearest = cosines.argmax(1)
+        return nearest.astype(np.int32), cosines[np.arange(len(problems)), nearest]
+
+    def _unit(self, problems: Sequence[str]) -> np.ndarray:
+        """Embeddings as unit vectors, float32 [n, d]."""
+        assert self._embed is not None
+        vectors = np.asarray(self._embed(problems), dtype=np.float32)
+        if vectors.ndim != 2 or len(vectors) != len(problems) or not np.isfinite(vectors).all():
+            raise ValueError(
+                f"embed must return finite numbers [{len(problems)}, d], got {list(vectors.shape)}: a row for each text"
+            )
+        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def stack(parts: Sequence[Found]) -> Found:
+    """What was found in the parts of a pool, as one."""
+    return Found(
+        text.stack([part.text for part in parts]),
+        text.stack([part.template for part in parts]),
+        np.concatenate([part.nearest for part in parts]),
+        np.concatenate([part.cosine for part in parts]),
+    )

@@ -1,0 +1,84 @@
+"""One trace for each problem: the same problem typed twice, and nearly the same problem with the same answer.
+
+    keeper = duplicates(fingerprints, signatures, keys, preference)
+    keeper[i] == i                                     # i is kept; else i says again what keeper[i] says
+
+Problems of the same tokens are one problem, whatever their answers: one of them may be wrong. Problems whose shingles
+mostly agree (MinHash) count as one only where their answers agree, and the numbers and single letters in them: problems
+made from a template share most of their words and are different problems all the same.
+"""
+
+import re
+from hashlib import blake2b
+
+import numpy as np
+
+from rbfast.curation.text import fold
+from rbfast.curation.text_reference import mix, tokens
+
+SIGNATURE = 64  # values of a MinHash signature; its estimate of a Jaccard index of 0.8 has a standard error of 0.05
+_BANDS = 16  # of 4 values: a pair of Jaccard index 0.8 meets in one with a probability of 0.9998, one of 0.3 with 0.12
+_LEAST_AGREEMENT = 0.8
+_DATA = re.compile(r"[0-9]+|(?<![^\W\d_])[b-z](?![^\W\d_])")  # "a" is an article more often than a variable
+
+
+def key_of(problem: str, answer: str) -> int:
+    """64 bits of what near duplicates must share: the answer's tokens, and the problem's numbers and single letters."""
+    data = _DATA.findall(fold(problem))
+    return int.from_bytes(
+        blake2b("\0".join([*tokens(fold(answer)), "", *data]).encode(), digest_size=8).digest(), "big"
+    )
+
+
+def duplicates(
+    fingerprints: np.ndarray, signatures: np.ndarray, keys: np.ndarray, preference: np.ndarray
+) -> np.ndarray:
+    """For each item the item that stands for it, int64 [n].
+
+    Args:
+        fingerprints: of the problem's tokens, uint64 [n]; 0 is a problem without tokens, like no other.
+        signatures: MinHash of the problem's shingles, uint32 [n, 64].
+        keys: `key_of` each item, uint64 [n].
+        preference: float [n]; of duplicates the highest is kept, of equals the first.
+    """
+    same = _same_value(fingerprints, fingerprints != 0)
+    near = [_near_in_band(signatures, keys, band) for band in range(_BANDS)]
+    groups = _components(len(fingerprints), np.concatenate([same, *near]))
+    order = np.lexsort((np.arange(len(groups)), -preference, groups))  # by group, the best first
+    opens = np.append(True, np.diff(groups[order]) > 0)[: len(order)]
+    keeper = np.empty(len(groups), dtype=np.int64)
+    keeper[order] = order[opens][np.cumsum(opens) - 1]
+    return keeper
+
+
+def _same_value(values: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    """Pairs (first item of a value, another item of it), int64 [pairs, 2]."""
+    items = np.flatnonzero(counted)
+    order = items[np.argsort(values[items], kind="stable")]
+    opens = np.append(True, np.diff(values[order]) > 0)[: len(order)]  # unsigned differences are never negative
+    first = order[opens][np.cumsum(opens) - 1]
+    return np.stack([first, order], axis=1)[first != order]
+
+
+def _near_in_band(signatures: np.ndarray, keys: np.ndarray, band: int) -> np.ndarray:
+    """The pairs that meet in a band and agree in enough of their signatures."""
+    width = signatures.shape[1] // _BANDS
+    meet = keys
+    for column in range(band * width, (band + 1) * width):
+        meet = mix(meet + signatures[:, column].astype(np.uint64))
+    pairs = _same_value(meet, signatures[:, 0] != np.iinfo(np.uint32).max)  # an empty problem is near to none
+    agreement = (signatures[pairs[:, 0]] == signatures[pairs[:, 1]]).mean(1)
+    return pairs[(agreement >= _LEAST_AGREEMENT) & (keys[pairs[:, 0]] == keys[pairs[:, 1]])]
+
+
+def _components(n: int, pairs: np.ndarray) -> np.ndarray:
+    """The least item that each item is connected to, int64 [n]."""
+    label = np.arange(n)
+    while len(pairs):
+        least = label[pairs].min(1)
+        before = label.copy()
+        np.minimum.at(label, pairs.ravel(), np.repeat(least, 2))
+        label = label[label]
+        if np.array_equal(label, before):
+            break
+    return label

@@ -1,0 +1,116 @@
+"""What became of every item of a pool: the stage that dropped it, why, and what it was compared with."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rbfast.curation import text
+from rbfast.curation.assess import RIGHT, UNVERIFIED, Part
+from rbfast.curation.decontaminate import Decontaminator, Evaluation, Match
+from rbfast.curation.dedup import duplicates
+
+_STAGES = ("clean", "decontaminate", "dedup", "score", "select")
+_CONTAMINATED = {
+    "text": "holds an evaluation problem",
+    "template": "an evaluation problem with other numbers",
+    "paraphrase": "paraphrases an evaluation problem",
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How many items a stage was given, and how many it dropped for which kind of reason."""
+
+    name: str
+    given: int
+    dropped: dict[str, int]
+
+    @property
+    def kept(self) -> int:
+        return self.given - sum(self.dropped.values())
+
+
+class Ledger:
+    """The fate of a pool. Rows are counted in the pool, items among the rows without a flaw; item i is `rows[i]`."""
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        self.rows = np.flatnonzero([flaw is None for flaw in part.flaws])
+        self.alive = np.ones(len(self.rows), dtype=bool)
+        self.matches: list[Match | None] = [None] * len(self.rows)
+        self.evaluations: tuple[Evaluation, ...] = ()
+        flaws = Counter(flaw.partition(":")[0] for flaw in part.flaws if flaw is not None)
+        self.stages = [Stage("clean", len(part.flaws), _by_count(flaws))]
+        self._stage_of = np.zeros(len(self.rows), dtype=np.int8)  # 0: in no stage
+        self._kind_of: list[str] = [""] * len(self.rows)
+        self._keeper = np.arange(len(self.rows))
+
+    def drop(self, stage: str, kinds: Mapping[int, str]) -> None:
+        """Ends a stage: these items leave, for these kinds of reason."""
+        self.stages.append(Stage(stage, int(self.alive.sum()), _by_count(Counter(kinds.values()))))
+        for item, kind in kinds.items():
+            self.alive[item] = False
+            self._stage_of[item] = len(self.stages) - 1
+            self._kind_of[item] = kind
+
+    def decontaminate(self, decontaminator: Decontaminator, keep_templates: bool) -> None:
+        self.matches = decontaminator.judge(self.part.found, self.part.fingerprints, threads=text.cores())
+        self.evaluations = decontaminator.evaluations
+        kept = {"template"} if keep_templates else set()
+        self.drop(
+            "decontaminate",
+            {item: _CONTAMINATED[m.tier] for item, m in enumerate(self.matches) if m and m.tier not in kept},
+        )
+
+    def dedup(self) -> None:
+        """Keeps one of each problem: the right before the unverified, then the better written, then the first."""
+        items = np.flatnonzero(self.alive)
+        certainty = np.where(self.part.verified == UNVERIFIED, 1, 2 * (self.part.verified == RIGHT))
+        order = np.lexsort((self.part.quality[items], certainty[items]))
+        preference = np.empty(len(items))
+        preference[order] = _dense_ranks(certainty[items][order], self.part.quality[items][order])
+        part = self.part
+        keeper = duplicates(part.fingerprints[items], part.signatures[items], part.keys[items], preference)
+        self._keeper[items] = items[keeper]
+        again = items[keeper != np.arange(len(items))]
+        same = self.part.fingerprints[again] == self.part.fingerprints[self._keeper[again]]
+        kinds = np.where(same, "the same problem", "nearly the same problem and answer")
+        self.drop("dedup", dict(zip(again.tolist(), kinds.tolist(), strict=True)))
+
+    @property
+    def eligible(self) -> np.ndarray:
+        """The items that selection was given, bool."""
+        return self.alive | (self._stage_of == len(_STAGES) - 1)
+
+    def stood_for(self) -> np.ndarray:
+        """The rows that duplicates were dropped for, int64, sorted."""
+        return self.rows[np.unique(self._keeper[self._keeper != np.arange(len(self._keeper))])]
+
+    def record(self, row: int, item: int | None, wheres: Mapping[int, str]) -> dict[str, Any]:
+        """What `dropped.jsonl` says of a row: its stage, the reason, and what it matched."""
+        if item is None:
+            return {"stage": "clean", "reason": self.part.flaws[row]}
+        stage = self.stages[self._stage_of[item]].name
+        found: dict[str, Any] = {"stage": stage, "reason": self._kind_of[item]}
+        match = self.matches[item]
+        if stage == "decontaminate" and match:
+            where, problem = self.evaluations[match.item]
+            found["matched"] = {"where": where, "problem": problem, "share": round(match.share, 4)}
+        if stage == "dedup":
+            found["duplicate_of"] = wheres[int(self.rows[self._keeper[item]])]
+        return found
+
+
+def _by_count(kinds: Counter[str]) -> dict[str, int]:
+    return dict(sorted(kinds.items(), key=lambda kind: (-kind[1], kind[0])))
+
+
+def _dense_ranks(*columns: np.ndarray) -> np.ndarray:
+    """Ranks of sorted rows, equal rows sharing one."""
+    changes = np.zeros(len(columns[0]), dtype=bool)
+    for column in columns:
+        changes[1:] |= column[1:] != column[:-1]
+    return np.cumsum(changes)

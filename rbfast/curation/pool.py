@@ -1,0 +1,122 @@
+"""A pool of traces, read a chunk at a time and assessed in its order: here, by several processes, or on Ray Data.
+
+    parts = assessed(["pool.jsonl"], assessor, processes=4)
+    parts = assessed_on_ray(["pool.jsonl"], assessor, "auto")       # the same parts, from a running Ray cluster
+
+What an `Assessor` says of an item does not depend on the items beside it, so all of these join to the same bytes.
+"""
+
+import pickle
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import chain, islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from rbfast.curation import text
+from rbfast.curation.assess import Assessor, Part
+from rbfast.data.readers import read_rows
+
+CHUNK = 1024  # rows
+
+Source = str | Path
+Row = tuple[str, Any]
+"""Where a row stands ("file:line"), and what is there."""
+
+
+def pool_rows(pool: Sequence[Source]) -> Iterator[Row]:
+    """Every row of the pool, one at a time."""
+    return chain.from_iterable(read_rows(source) for source in pool)
+
+
+def chunks(pool: Sequence[Source], size: int) -> Iterator[list[Row]]:
+    """The rows of the pool, `size` at a time."""
+    rows = pool_rows(pool)
+    while chunk := list(islice(rows, size)):
+        yield chunk
+
+
+def assessed(pool: Sequence[Source], assessor: Assessor, processes: int) -> Iterator[Part]:
+    """The parts of a pool, in its order. This process reads; with several, the others assess."""
+    read = chunks(pool, CHUNK)
+    if processes == 1:
+        yield from (assessor(chunk, threads=text.cores()) for chunk in read)
+        return
+    # spawned, for a forked process inherits locks of threads it does not have
+    with ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (assessor,)) as workers:
+        ahead = deque(workers.submit(_work, chunk) for chunk in islice(read, 2 * processes))
+        while ahead:
+            yield ahead.popleft().result()
+            ahead.extend(workers.submit(_work, chunk) for chunk in islice(read, 1))
+
+
+_worker: Assessor
+
+
+def _start_worker(assessor: Assessor) -> None:
+    global _worker
+    _worker = assessor
+
+
+def _work(chunk: list[Row]) -> Part:
+    return _worker(chunk)
+
+
+def assessed_on_ray(pool: Sequence[Source], assessor: Assessor, address: str) -> Iterator[Part]:
+    """The parts of a pool, in its order. One worker, on this machine, reads; the others, on any, assess.
+
+    Args:
+        address: as `ray.init` takes it: "auto", "local", host:port. A session that is open is used, and left open.
+
+    Raises:
+        ImportError: Ray Data is not installed.
+        Exception: what reading or assessing raised.
+    """
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise ImportError(f"a pool on Ray needs Ray Data: pip install 'rbfast[ray]' ({error})") from None
+    own = not ray.is_initialized()
+    if own:
+        ray.init(address, log_to_driver=False)
+    try:
+        data: Any = ray.data.from_items([{"pool": pickle.dumps([*map(_absolute, pool)])}])
+        data.context.execution_options.preserve_order = True
+        data.context.target_max_block_size = 1  # byte: a chunk is a block, and every block a task
+        data.context.enable_progress_bars = False
+        # The reader mostly waits for the others, and must not keep a core from them.
+        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+        data = data.flat_map(_read, fn_kwargs={"size": CHUNK}, num_cpus=0, label_selector=here)
+        for row in data.map(_assess, fn_kwargs={"assessor": assessor}, num_cpus=1).iter_rows():
+            part = pickle.loads(row["part"])
+            if isinstance(part, Exception):
+                raise part
+            yield part
+    finally:
+        if own:
+            ray.shutdown()
+
+
+def _absolute(source: Source) -> Source:
+    """Workers have working folders of their own."""
+    return Path(source).resolve() if Path(source).exists() else source
+
+
+def _read(row: Mapping[str, bytes], size: int) -> Iterator[dict[str, bytes]]:
+    """The chunks of a pool; an error is passed on as the last of them, for Ray would change its type and words."""
+    try:
+        yield from ({"chunk": pickle.dumps(chunk)} for chunk in chunks(pickle.loads(row["pool"]), size))
+    except Exception as error:
+        yield {"chunk": pickle.dumps(error)}
+
+
+def _assess(row: Mapping[str, bytes], assessor: Assessor) -> dict[str, bytes]:
+    """A chunk's part, or the error in its place."""
+    chunk = pickle.loads(row["chunk"])
+    try:
+        return {"part": pickle.dumps(chunk if isinstance(chunk, Exception) else assessor(chunk))}
+    except Exception as error:
+        return {"part": pickle.dumps(error)}

@@ -1,0 +1,212 @@
+r"""What a trace's own text says of it: whether it is whole, and how well it reasons.
+
+    repetition = repeated_shares(["Let me check ...", ...])
+    flaw(trace, repetition[0])                     # None, or "truncated: it ends inside \[ ... \]"
+    quality(trace, repetition[0]).score            # 0 to 1
+
+The four cues are LIMO's (arXiv 2502.03387: elaboration, self-verification, exploration, granularity), each a count per
+word that saturates, so that a trace is not better for saying "check" in every line. They say how a text is written, not
+that it is right: that is the verifier's to say.
+"""
+
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from rbfast.curation import text
+from rbfast.data.trace import Trace
+
+_LOOP_SHINGLE = 20  # tokens; nobody writes twenty in a row twice without looping or quoting
+_MOST_REPEATED = 0.3  # share of a text; complete traces of three models stay below 0.11, looping ones above 0.6
+_MOST_FOREIGN = 0.05  # share of letters
+
+# ------------------------------------------------------------------------------------------------------------- clean
+
+_PAIRS = (("\\(", "\\)"), ("\\[", "\\]"), ("\\begin{", "\\end{"))
+_CUT_MARKS = tuple(",;([{=+*/<&\\")  # nothing ends on these
+_CUT_WORDS = re.compile(
+    r"\b(?:a|an|the|of|to|is|are|was|were|and|or|but|so|that|which|if|then|because|since|with|for|from|in|on|by|at|as|"
+    r"we|i|it|let|let's|this|has|have|equals|be|can|will|therefore|thus|hence|where|when|not)\s*$"
+)
+_SENTENCE_END = re.compile(r"[.!?:][\s)\]\"'”’*_$]*$")
+_MAY_END_BARE = re.compile(rf"{_SENTENCE_END.pattern}|answer|\\boxed|\\\]$|\$\$$|^[^a-z]*$", re.IGNORECASE)
+_LEAST_LINES = 4  # before their full stops say anything of the last
+
+
+def flaw(trace: Trace, repetition: float) -> str | None:
+    """Why a trace cannot be used, as "kind: what was seen", or None.
+
+    What was cut off is seen by its text only where the cut shows; the server's word for it is better (see `curate`).
+
+    Args:
+        repetition: what `repeated_shares` says of its reasoning.
+    """
+    if repetition > _MOST_REPEATED:
+        return "looping: most of the reasoning repeats itself"
+    if seen := _cut_short(trace.reasoning):
+        return f"truncated: {seen}"
+    if seen := _unreadable(trace.answer):
+        return f"unreadable answer: {seen}"
+    if _foreign_share(trace.problem, trace.reasoning) > _MOST_FOREIGN:
+        return "language: the reasoning changes to a script that the problem is not written in"
+    return None
+
+
+def repeated_shares(texts: Sequence[str], *, threads: int = 1) -> np.ndarray:
+    """For each text the share of its 20-token shingles that came before in it, float64 [n]."""
+    rows, counts = text.shingles(text.pack(texts), _LOOP_SHINGLE, threads=threads)
+    total = np.maximum(counts - _LOOP_SHINGLE + 1, rows.lengths)
+    return (total - rows.lengths) / np.maximum(total, 1)
+
+
+def _cut_short(reasoning: str) -> str | None:
+    written = reasoning.rstrip()
+    if written.count("```") % 2:
+        return "it ends inside a code fence"
+    if written.count("$$") % 2:
+        return "it ends inside $$ ... $$"
+    for opener, closer in _PAIRS:
+        if written.rfind(opener) > written.rfind(closer):
+            return f"it ends inside {opener} ... {closer}"
+    if "<think>" in written and "</think>" not in written:
+        return "its thinking does not end"
+    if written.endswith(_CUT_MARKS):
+        return f"it ends on {written[-1]!r}"
+    if written[-1].isalpha() and _CUT_WORDS.search(written[-20:]):
+        return f"it ends on {written.split()[-1]!r}"
+    *lines, last = (line for line in written.split("\n") if line.strip())
+    stopped = sum(_SENTENCE_END.search(line) is not None for line in lines)
+    if len(lines) >= _LEAST_LINES and stopped >= 0.95 * len(lines) and not _MAY_END_BARE.search(last):
+        return "its last line has no full stop, unlike the others"
+    return None
+
+
+def _unreadable(answer: str) -> str | None:
+    if not any(character.isalnum() or unicodedata.category(character) == "Sm" for character in answer):
+        return "it holds no letter, digit or sign"
+    if answer.count("{") - answer.count("\\{") != answer.count("}") - answer.count("\\}"):
+        return "its braces do not balance"
+    return None
+
+
+def _foreign_share(problem: str, reasoning: str) -> float:
+    """The share of the reasoning's letters in scripts that the problem does not use; Latin and Greek belong to all."""
+    if reasoning.isascii():
+        return 0.0
+    counts = Counter(reasoning)
+    letters = {c: n for c, n in counts.items() if c.isalpha()}
+    known = {"LATIN", "GREEK", *(_script(c) for c in set(problem) if c.isalpha())}
+    return sum(n for c, n in letters.items() if _script(c) not in known) / max(1, sum(letters.values()))
+
+
+@lru_cache(maxsize=1 << 16)
+def _script(character: str) -> str:
+    """The script as its Unicode name opens: LATIN, CYRILLIC, CJK; mathematical alphabets count as Latin."""
+    script = unicodedata.name(character, "").partition(" ")[0]
+    return (
+        "CJK" if script in ("HIRAGANA", "KATAKANA") else "LATIN" if character.isascii() else _MATHS.get(script, script)
+    )
+
+
+_MATHS = {"MATHEMATICAL": "LATIN", "DOUBLE-STRUCK": "LATIN", "SCRIPT": "LATIN", "FULLWIDTH": "LATIN", "MICRO": "GREEK"}
+
+# ----------------------------------------------------------------------------------------------------------- quality
+
+_WORD = re.compile(r"\w+")
+
+
+class _Cue(NamedTuple):
+    """Words and phrases that count for a mark, and how many of them in a hundred words count in full."""
+
+    full: float
+    words: frozenset[str]
+    phrases: tuple[str, ...]
+
+
+def _cue(full: float, listed: str) -> _Cue:
+    cues = [cue.strip() for cue in listed.split(",")]
+    return _Cue(full, frozenset(cue for cue in cues if " " not in cue), tuple(cue for cue in cues if " " in cue))
+
+
+_CUES = {
+    "verification": _cue(
+        1.5,
+        "check, checks, checking, verify, verifies, verified, verifying, verification, confirm, confirms, confirmed, "
+        "recheck, recompute, indeed, satisfy, satisfies, satisfied, consistent, holds, matches, make sure, makes "
+        "sense, plug back, plugging back, substituting back, plug it back, plugging it back, add up",
+    ),
+    "exploration": _cue(
+        2.0,
+        "alternatively, perhaps, maybe, might, wait, hmm, suppose, instead, consider, however, what if, another "
+        "way, another approach, another method, different approach, let me try, let's try, on the other hand",
+    ),
+    "granularity": _cue(
+        6.0,
+        "therefore, thus, hence, since, because, so, then, next, first, firstly, second, secondly, third, finally, "
+        "now, implies, follows, means, step, which gives, we get, we have, we obtain",
+    ),
+}
+_WEIGHTS = {"elaboration": 0.3, "verification": 0.2, "exploration": 0.25, "granularity": 0.25}  # LIMO's
+_HALF_ELABORATED = 200  # words
+
+
+class Quality(NamedTuple):
+    """Marks in [0, 1], 1 the best."""
+
+    elaboration: float  # words / (words + 200)
+    verification: float  # cues per word, up to 1.5 in a hundred
+    exploration: float  # the same, up to 2
+    granularity: float  # connectives per word, up to 6 in a hundred
+    completeness: float  # 1 where the reasoning arrives at the answer, else 0.5
+    repetition: float  # the share that repeats itself: 0 the best
+
+    @property
+    def score(self) -> float:
+        """The four cues, weighted as LIMO does, times completeness, times what does not repeat."""
+        cues = sum(weight * getattr(self, name) for name, weight in _WEIGHTS.items())
+        return cues * self.completeness * (1 - self.repetition)
+
+
+def quality(trace: Trace, repetition: float) -> Quality:
+    """How well a trace reasons, by its text alone; the plan counts as part of it.
+
+    Args:
+        repetition: what `repeated_shares` says of its reasoning.
+    """
+    written = f"{trace.plan or ''}\n{trace.reasoning}".lower()
+    words = _WORD.findall(written)
+    marks = {
+        name: min(1.0, 100 * _count(cue, words, written) / (cue.full * max(len(words), 100)))
+        for name, cue in _CUES.items()
+    }
+    return Quality(
+        elaboration=len(words) / (len(words) + _HALF_ELABORATED),
+        completeness=1.0 if _arrives(trace) else 0.5,
+        repetition=float(repetition),
+        **marks,
+    )
+
+
+def _count(cue: _Cue, words: Sequence[str], written: str) -> int:
+    return sum(map(cue.words.__contains__, words)) + sum(map(written.count, cue.phrases))
+
+
+def _arrives(trace: Trace) -> bool:
+    """Whether the answer stands in the last quarter of the reasoning (its last 300 characters at least)."""
+    reach = max(300, len(trace.reasoning) // 4)
+    answer, end = text.fold(trace.answer), text.fold(trace.reasoning[-reach:])
+    return "".join(answer.split()) in "".join(end.split())
+
+
+def proxy_difficulty(trace: Trace) -> float:
+    """How hard a trace's problem may be where no student has tried it: the logarithm of the trace's length.
+
+    Teachers write more on what is harder; s1 (arXiv 2501.19393) picks by length too. Compare ranks, not values.
+    """
+    return math.log(1 + len(trace.reasoning))

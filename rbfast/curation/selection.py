@@ -1,0 +1,74 @@
+"""Choosing a few items from many: every domain its share, from the best of each those that stand for the rest.
+
+    share = quotas([900, 100, 4], size=40)                          # [28, 9, 3]: by square roots
+    short = shortlist(scores, ties, domains, share)                 # the best of each domain
+    chosen = represent(pack(problems of short[0]), share[0])        # places in short[0], in the order chosen
+
+Square roots let small domains be heard without letting them rule. Scores alone would choose near copies of the best
+item; facility location chooses, from those with good scores, items unlike each other and like what they stand for.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from rbfast.curation import text
+from rbfast.curation.text import Texts
+
+REACH = 8  # candidates for each item to be chosen
+
+
+def quotas(counts: Sequence[int], size: int) -> list[int]:
+    """How many of `size` items each domain gives: in proportion to the square root of what it has, never more.
+
+    What a domain cannot give goes to the others. Sums to the lesser of `size` and all there is; of equal remainders the
+    earlier domain is rounded up.
+    """
+    if size < 0 or any(count < 0 for count in counts):
+        raise ValueError(f"size and counts must be 0 or more, got {size} and {list(counts)}")
+    size = min(size, sum(counts))
+    share = [0.0] * len(counts)
+    open_ = [i for i, count in enumerate(counts) if count]
+    left = float(size)
+    while open_:
+        unit = left / sum(math.sqrt(counts[i]) for i in open_)
+        full = [i for i in open_ if unit * math.sqrt(counts[i]) >= counts[i]]
+        for i in full or open_:
+            share[i] = float(counts[i]) if full else unit * math.sqrt(counts[i])
+        left -= sum(share[i] for i in full)
+        open_ = [i for i in open_ if i not in full] if full else []
+    whole = [min(int(part), count) for part, count in zip(share, counts, strict=True)]
+    by_remainder = sorted(range(len(counts)), key=lambda i: (whole[i] - share[i], i))
+    for i in (i for _ in range(2) for i in by_remainder):
+        if sum(whole) < size and whole[i] < counts[i]:
+            whole[i] += 1
+    return whole
+
+
+def shortlist(
+    scores: np.ndarray, ties: np.ndarray, domains: np.ndarray, share: Sequence[int], *, reach: int = REACH
+) -> list[np.ndarray]:
+    """The `reach * share[d]` best items of each domain d, but no more than its better half, best first, int64.
+
+    So scores count in a small pool too: nothing of the lower half is chosen while the upper half has enough.
+
+    Args:
+        scores: float [n]; ties: [n], of equal scores the lower tie comes first, then the lower place.
+        domains: the domain of each item, int [n].
+    """
+    found = []
+    for domain, wanted in enumerate(share):
+        items = np.flatnonzero(domains == domain)
+        count = min(len(items), max(wanted, min(reach * wanted, (len(items) + 1) // 2)))
+        if 0 < count < len(items):  # what is below the last that may count need not be sorted
+            least = np.partition(scores[items], len(items) - count)[len(items) - count]
+            items = items[scores[items] >= least]
+        found.append(items[np.lexsort((items, ties[items], -scores[items]))][:count])
+    return found
+
+
+def represent(texts: Texts, size: int, *, threads: int = 1) -> np.ndarray:
+    """`size` places of `texts` that best stand for all of them by their words, int64, in the order chosen."""
+    vectors, values = text.unit_vectors(texts, threads=threads)
+    return text.facility_location(vectors, values, size, threads=threads)[0]

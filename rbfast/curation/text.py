@@ -1,0 +1,238 @@
+"""Many texts at a time: tokens, shingles, sketches, and choosing a few that stand for all.
+
+    texts = pack(["Find $\\frac12+1$.", "Find \\(\\dfrac{1}{2} + 1\\)."])          # the same tokens
+    hashes, counts = shingles(texts, 5)                                            # Rows of sorted distinct uint64
+    found = find(texts, 5, index)                                                  # which of them an index has
+
+The native module `rbfast._text` runs if it was built, else `rbfast.curation.text_reference`; both give the same
+arrays, for any number of threads. Sums are of whole numbers, so that no order of summation can change a bit.
+"""
+
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rbfast.curation import text_reference
+
+
+class Texts(NamedTuple):
+    """Folded texts in one buffer: UTF-8 `data` uint8 [bytes]; text i is `data[starts[i] : starts[i + 1]]`."""
+
+    data: np.ndarray
+    starts: np.ndarray  # int64 [n + 1]
+
+
+class Rows(NamedTuple):
+    """Rows of different lengths: row i is `values[starts[i] : starts[i + 1]]`."""
+
+    values: np.ndarray
+    starts: np.ndarray  # int64 [n + 1]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.starts)
+
+
+def _load_native() -> Any:
+    """`rbfast._text` if it was built for this Python. One that is there but cannot be loaded raises."""
+    return import_module("rbfast._text") if find_spec("rbfast._text") else None
+
+
+_NATIVE = _load_native()
+_IMPL = _NATIVE or text_reference
+
+
+def implementation() -> str:
+    """'native' or 'reference': what the functions below run."""
+    return "reference" if _NATIVE is None else "native"
+
+
+def cores() -> int:
+    """The processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ------------------------------------------------------------------------------------------------------------- folding
+
+# What a sign is called in LaTeX, so that both typings give one token. Spaces keep it from joining a word.
+_SIGNS = {
+    **dict.fromkeys("×·⋅∙∗", "*"),
+    **dict.fromkeys("−‒", "-"),
+    **dict.fromkeys("⁄∕", "/"),
+    **{"≤": " le ", "⩽": " le ", "≥": " ge ", "⩾": " ge ", "≠": " ne ", "≈": " approx ", "≡": " equiv ", "≅": " cong "},
+    **{"∼": " sim ", "±": " pm ", "∓": " mp ", "÷": " div ", "√": " sqrt ", "∞": " infty ", "°": " circ "},
+    **{"∑": " sum ", "∏": " prod ", "∫": " int ", "∂": " partial ", "∇": " nabla ", "∈": " in ", "∉": " notin "},
+    **{
+        "⊂": " subset ",
+        "⊆": " subseteq ",
+        "∪": " cup ",
+        "∩": " cap ",
+        "∅": " emptyset ",
+        "→": " to ",
+        "⇒": " implies ",
+    },
+    **{"∠": " angle ", "△": " triangle ", "⊥": " perp ", "∥": " parallel ", "∀": " forall ", "∃": " exists "},
+    **{"⌊": " lfloor ", "⌋": " rfloor ", "⌈": " lceil ", "⌉": " rceil ", "⟨": " langle ", "⟩": " rangle "},
+}
+_UNSPACED = ("CJK ", "HIRAGANA ", "KATAKANA ", "THAI ", "LAO ", "KHMER ", "MYANMAR ")  # written without spaces
+_LONE_GREEK = re.compile("(?<![α-ω])[α-ω](?![α-ω])")  # a variable; in Greek words the letters stay together
+
+
+def fold(text: str) -> str:
+    """`text` in lower case with one spelling for each sign: what the tokens are read from.
+
+    Beyond ASCII: NFKC, full case folding, digits of any script as 0 to 9, mathematical signs and lone Greek letters by
+    their LaTeX names, ideographs apart, other punctuation as space. Half a surrogate pair counts as punctuation.
+    """
+    if text.isascii():
+        return text.lower()
+    plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return _LONE_GREEK.sub(_greek_name, plain.translate(_FOLDED))
+
+
+def _greek_name(match: re.Match[str]) -> str:
+    name = unicodedata.name(match.group()).rpartition(" ")[2].lower()
+    return f" {'lambda' if name == 'lamda' else name} "
+
+
+class _Folded(dict[int, str]):
+    """The translation of one character, found when it is first met."""
+
+    def __missing__(self, code: int) -> str:
+        self[code] = found = self._translate(chr(code))
+        return found
+
+    @staticmethod
+    def _translate(character: str) -> str:
+        kind = unicodedata.category(character)
+        if character.isascii():
+            return character.lower()
+        if character in _SIGNS:
+            return _SIGNS[character]
+        if kind == "Nd":
+            return str(unicodedata.decimal(character))
+        if kind[0] in "LMN":
+            alone = unicodedata.name(character, "").startswith(_UNSPACED)
+            return f" {character} " if alone else character
+        if kind[0] == "S":
+            return f" {character} "
+        return "" if kind == "Cf" else " "
+
+
+_FOLDED = _Folded()
+
+
+def pack(texts: Iterable[str]) -> Texts:
+    """Folds texts and joins them into one buffer."""
+    encoded = [fold(text).encode() for text in texts]
+    starts = np.zeros(len(encoded) + 1, dtype=np.int64)
+    np.cumsum([len(text) for text in encoded], out=starts[1:])
+    return Texts(np.frombuffer(b"".join(encoded), dtype=np.uint8), starts)
+
+
+# --------------------------------------------------------------------------------------------------------------- loops
+
+
+def shingles(texts: Texts, k: int, *, mask_digits: bool = False, threads: int = 1) -> tuple[Rows, np.ndarray]:
+    """The distinct shingles of k tokens of each text, sorted, as 64-bit hashes; and its number of tokens, int64 [n].
+
+    A text of fewer than k tokens has one shingle, all of it. A token's hash is FNV-1a; a shingle's folds its tokens'
+    with splitmix64's finaliser: the same on every machine. `mask_digits` reads every run of digits as one sign.
+    """
+    hashes, starts, counts = _IMPL.shingles(texts.data, texts.starts, k, mask_digits, threads)
+    return Rows(hashes, starts), counts
+
+
+def fingerprints(texts: Texts, *, threads: int = 1) -> np.ndarray:
+    """One hash for all the tokens of each text in their order, uint64 [n]; 0 where a text has none.
+
+    Two of a million different texts agree with a probability of 3e-8.
+    """
+    rows, _ = shingles(texts, 2**62, threads=threads)
+    found = np.zeros(len(rows.starts) - 1, dtype=np.uint64)
+    found[rows.lengths > 0] = rows.values
+    return found
+
+
+def find(texts: Texts, k: int, index: np.ndarray, *, mask_digits: bool = False, threads: int = 1) -> Rows:
+    """Which of its `shingles` each text shares with `index` (uint64, sorted, distinct): places there, int32, sorted."""
+    return Rows(*_IMPL.find(texts.data, texts.starts, k, mask_digits, index, threads))
+
+
+def containment(
+    found: Rows, postings: Rows, weights: np.ndarray, totals: np.ndarray, *, least: float, threads: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each row the item it holds the largest share of, and that share, where it is at least `least`.
+
+    Args:
+        found: terms of each row, as `find` gives them.
+        postings: for each term the items that have it, int32.
+        weights: of each term, int64, 0 or more.
+        totals: for each item the sum of its terms' weights, int64, more than 0.
+
+    Returns:
+        int32 [rows], the first of equal shares, else -1; float64 [rows] in [0, 1], else 0.
+    """
+    return _IMPL.containment(*found, *postings, weights, totals, least, threads)
+
+
+def minhash(rows: Rows, width: int, *, threads: int = 1) -> np.ndarray:
+    """MinHash signatures, uint32 [n, width]: the share of equal values estimates the Jaccard index of two rows.
+
+    Value w is the least upper half of `hash * m_w` (multiply-shift), with odd m_w from splitmix64. Broder 1997.
+    """
+    multipliers = text_reference.mix(np.arange(width, dtype=np.uint64)) | np.uint64(1)
+    return _IMPL.minhash(rows.values, rows.starts, multipliers, threads)
+
+
+def facility_location(
+    vectors: Rows, values: np.ndarray, size: int, *, threads: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `size` rows that best stand for all, greedily: each next one adds most to sum_i max_j in chosen <x_i, x_j>.
+
+    Args:
+        vectors: the features of each row, int32, 0 or more, each at most once.
+        values: of each feature of each row, int32; 0 or more for the greedy guarantee of 1 - 1/e.
+
+    Returns:
+        The rows in the order chosen, int64 [size]; what each added, int64 [size]. Of equal gains the lower row.
+    """
+    width = int(vectors.values.max(initial=-1)) + 1
+    return _IMPL.facility_location(vectors.starts, vectors.values, values, width, size, threads)
+
+
+# ------------------------------------------------------------------------------------------------------------- vectors
+
+_SCALE = 2**15  # a unit vector's length in whole numbers
+
+
+def unit_vectors(texts: Texts, *, threads: int = 1) -> tuple[Rows, np.ndarray]:
+    """Texts as sparse vectors of tf-idf kind, for `facility_location`: dot products are cosines times 2^30.
+
+    A feature is a distinct token (digits masked), its value the idf log((n + 1) / df) over these texts. Tokens of more
+    than half of the texts say nothing of one and are left out.
+    """
+    rows, _ = shingles(texts, 1, mask_digits=True, threads=threads)
+    n = len(rows.starts) - 1
+    terms, places, counts = np.unique(rows.values, return_inverse=True, return_counts=True)
+    kept = (2 * counts <= n) if n > 1 else np.ones(len(terms), dtype=bool)
+    idf = np.where(kept, np.log((n + 1) / counts), 0.0)
+    inside = np.append(0, np.cumsum(kept[places]))
+    features = (np.cumsum(kept) - 1)[places[kept[places]]].astype(np.int32)
+    starts = inside[rows.starts]
+    weight = idf[places[kept[places]]]
+    norm = np.sqrt(np.bincount(np.repeat(np.arange(n), np.diff(starts)), weights=weight**2, minlength=n))
+    values = np.rint(_SCALE * weight / np.repeat(norm, np.diff(starts))).astype(np.int32)
+    return Rows(features, starts), values
+
+
+def stack(rows: Sequence[Rows]) -> Rows:
+    """Rows of several parts, one part after another."""
+    values = np.concatenate([part.values for part in rows])
+    return Rows(values, np.append(0, np.cumsum(np.concatenate([part.lengths for part in rows]))).astype(np.int64))

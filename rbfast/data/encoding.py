@@ -1,0 +1,191 @@
+"""Traces as tokens with roles, packed into training batches.
+
+examples, left_out = encode_all(traces, tokenizer, max_tokens=2048)
+batch = collate(examples[:8])                            # input_ids, position_ids, labels, roles: [1, T]
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from rbfast.data.spans import ANSWER
+from rbfast.data.trace import Trace, TraceError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NO_ROLE = -1
+IGNORE = -100
+INSTRUCTION = "Think step by step, then give the final answer between <answer> and </answer>."
+
+
+@dataclass
+class Example:
+    """One tokenised trace: prompt, completion, end of turn.
+
+    Labels are already shifted: `labels[i]` is `input_ids[i + 1]` where that token is the student's to write, else
+    IGNORE; `roles[i]` is the role of `labels[i]`, else NO_ROLE. The teacher's top-k for `labels[teacher_rows[j]]` is
+    row j of `teacher_ids` and `teacher_logprobs`; where a row is short it ends in id 0 at log-prob -inf.
+    """
+
+    input_ids: np.ndarray  # int64 [n], and so are labels and roles
+    labels: np.ndarray
+    roles: np.ndarray
+    teacher_ids: np.ndarray | None = None  # int64 or int32 [m, k]
+    teacher_logprobs: np.ndarray | None = None  # float32 [m, k]
+    teacher_rows: np.ndarray | None = None  # int64 [m]
+    id: str | None = None
+
+
+def format_prompt(problem: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The prompt that asks for a solution, special tokens included: tokenise it with `add_special_tokens=False`."""
+    request = f"{problem}\n\n{INSTRUCTION}"
+    if tokenizer.chat_template is not None:
+        return _render(tokenizer, [{"role": "user", "content": request}], open_reply=True)
+    opens_with_bos = tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+    return f"{tokenizer.bos_token if opens_with_bos else ''}{request}\n\n"
+
+
+def _render(tokenizer: "PreTrainedTokenizerBase", turns: list[dict[str, str]], open_reply: bool) -> str:
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=open_reply))
+
+
+def encode(trace: Trace, tokenizer: "PreTrainedTokenizerBase", *, max_tokens: int = 4096) -> Example:
+    """Tokenise prompt and completion apart, as they meet at inference, and give every trained token its role.
+
+    A token has the role of its first character that is no white space. Special tokens that are spelled out in a
+    completion stay text. Raises TraceError where the trace is longer than `max_tokens` (it is never cut) or its
+    signals do not fit the tokens; ValueError where the tokenizer gives no offsets or has no end of turn.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(f"roles need a fast tokenizer (one that gives offsets), got {type(tokenizer).__name__}")
+    where = trace.id or repr(trace.problem[:40])
+    prompt = tokenizer(format_prompt(trace.problem, tokenizer), add_special_tokens=False, verbose=False).input_ids
+    written = tokenizer(
+        trace.completion(),
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    ids = np.array([*prompt, *written.input_ids, end_of_turn(tokenizer)], dtype=np.int64)
+    if len(ids) > max_tokens:
+        raise TraceError(f"{where}: expected at most {max_tokens} tokens, got {len(ids)}; raise max_tokens or drop it")
+    labels = np.full(len(ids), IGNORE, dtype=np.int64)
+    labels[len(prompt) - 1 : -1] = ids[len(prompt) :]
+    roles = np.full(len(ids), NO_ROLE, dtype=np.int64)
+    offsets = np.array(written.offset_mapping, dtype=np.int64).reshape(-1, 2)
+    roles[len(prompt) - 1 : -2] = _token_roles(trace, offsets)
+    roles[-2] = ANSWER
+    example = Example(ids, labels, roles, id=trace.id)
+    if trace.signals is not None:
+        _add_signals(example, trace.signals, max(len(tokenizer), tokenizer.vocab_size), where)
+    return example
+
+
+def _token_roles(trace: Trace, offsets: np.ndarray) -> np.ndarray:
+    """The role of each token of the completion, int64 [tokens], from its character offsets [tokens, 2]."""
+    text = trace.completion()
+    spans = np.array(trace.role_spans(), dtype=np.int64)
+    role_of = np.repeat(spans[:, 2], spans[:, 1] - spans[:, 0])
+    blank = np.array([character.isspace() for character in text])
+    next_ink = np.minimum.accumulate(np.where(blank, len(text), np.arange(len(text)))[::-1])[::-1]
+    start, end = np.minimum(offsets[:, 0], len(text) - 1), offsets[:, 1]
+    ink = next_ink[start]
+    return role_of[np.where(ink < end, ink, start)]
+
+
+def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The token that ends an assistant's turn: the added token the chat template puts there, else the eos token."""
+    if tokenizer.chat_template is not None:
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "reply"}]
+        after = _render(tokenizer, turns, open_reply=False).rpartition("reply")[2].lstrip()
+        first = tokenizer(after, add_special_tokens=False).input_ids[:1]
+        if first and first[0] in tokenizer.added_tokens_decoder:
+            return first[0]
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no eos token, and its chat template ends no turn; set tokenizer.eos_token")
+    return tokenizer.eos_token_id
+
+
+def _add_signals(example: Example, signals: Mapping[str, list[list[Any]]], vocabulary: int, where: str) -> None:
+    rows = np.flatnonzero(example.labels != IGNORE)
+    ids, logprobs = signals["ids"], signals["logprobs"]
+    if len(ids) != len(rows):
+        raise TraceError(
+            f"{where}: signals: expected {len(rows)} rows, one for each trained token, got {len(ids)}; "
+            "were they made with another tokenizer?"
+        )
+    if (largest := max(chain.from_iterable(ids))) >= vocabulary:
+        raise TraceError(f"{where}: signals.ids: expected ids below {vocabulary}, the vocabulary, got {largest}")
+    width = max(map(len, ids))
+    example.teacher_rows = rows
+    example.teacher_ids = np.array([row + [0] * (width - len(row)) for row in ids], dtype=np.int64)
+    padded = [row + [-math.inf] * (width - len(row)) for row in logprobs]
+    example.teacher_logprobs = np.array(padded, dtype=np.float32)
+
+
+def encode_all(
+    traces: Iterable[Trace], tokenizer: "PreTrainedTokenizerBase", *, max_tokens: int = 4096, progress: bool = False
+) -> tuple[list[Example], list[tuple[Trace, str]]]:
+    """Encode what can be encoded; returns the examples, and the traces that were left out with the reason."""
+    if progress:
+        from rich.progress import track
+
+        traces = track(traces, description="tokenising")
+    examples: list[Example] = []
+    left_out: list[tuple[Trace, str]] = []
+    for trace in traces:
+        try:
+            examples.append(encode(trace, tokenizer, max_tokens=max_tokens))
+        except TraceError as error:
+            left_out.append((trace, str(error)))
+    return examples, left_out
+
+
+def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    """Pack examples end to end without padding.
+
+    Returns `input_ids`, `position_ids` (from 0 in each example), `labels` and `roles`, int64 [1, T]; and where an
+    example has signals `teacher_ids` int64 [N, k], `teacher_logprobs` float32 [N, k] and `teacher_rows` int64 [N],
+    rows of the T axis. A model keeps the examples apart by the restarting positions: give it no attention mask
+    and `use_cache=False`.
+    """
+    if not examples:
+        raise ValueError("collate needs at least one example, got none")
+    packed = {
+        name: torch.from_numpy(np.concatenate([getattr(example, name) for example in examples]))[None]
+        for name in ("input_ids", "labels", "roles")
+    }
+    lengths = [len(example.input_ids) for example in examples]
+    packed["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
+    return packed | _collate_signals(examples, lengths)
+
+
+def _collate_signals(examples: Sequence[Example], lengths: Sequence[int]) -> dict[str, torch.Tensor]:
+    ids, logprobs, rows = [], [], []
+    for example, start in zip(examples, np.cumsum([0, *lengths[:-1]]), strict=True):
+        if example.teacher_ids is None or example.teacher_logprobs is None or example.teacher_rows is None:
+            continue
+        ids.append(example.teacher_ids)
+        logprobs.append(example.teacher_logprobs)
+        rows.append(example.teacher_rows + start)
+    if not rows:
+        return {}
+    return {
+        "teacher_ids": torch.from_numpy(_stack_rows(ids, 0)).long(),
+        "teacher_logprobs": torch.from_numpy(_stack_rows(logprobs, -math.inf)),
+        "teacher_rows": torch.from_numpy(np.concatenate(rows)),
+    }
+
+
+def _stack_rows(blocks: Sequence[np.ndarray], fill: float) -> np.ndarray:
+    """Blocks [m_i, k_i] under each other, [sum m_i, max k_i], short rows ended with `fill`."""
+    width = max(block.shape[1] for block in blocks)
+    padded = [np.pad(block, ((0, 0), (0, width - block.shape[1])), constant_values=fill) for block in blocks]
+    return np.concatenate(padded)

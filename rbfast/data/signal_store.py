@@ -1,0 +1,222 @@
+"""A teacher's log-probs on disk: the top k at each trained token of each trace, in safetensors shards.
+
+```python
+with SignalStore(folder, teacher="my-teacher", k=32) as store:
+    if example not in store:
+        store.add(example, rows, ids, logprobs)
+missing = SignalStore.open(folder).fill(examples)                # before training
+```
+
+A trace is known by its token ids, so that signals of another text or another tokenizer are never taken for its own.
+What is not listed is the tail: its mass is 1 minus the sum, which is why log-probs are kept in fp32 (rounded to 16 bits
+they would change the gradient of a student near the teacher by percents). A token takes `k` times 6 bytes, or 8 in
+vocabularies above 65,536.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from rbfast.data.encoding import IGNORE, Example
+from rbfast.utils.files import replacing, write_text
+from rbfast.utils.records import show
+from rbfast.utils.sealed import check_seal, seal
+
+FORMAT, VERSION = "rbfast-signals", 1
+MANIFEST = "signals.json"
+_SHARD_TOKENS = 2**18
+_KEY_BYTES = 16
+_SLACK = 1e-3  # probabilities in half precision can add up to a little more than 1
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """The top k of one trace: rows int32 [n] of its example, ids [n, k], logprobs float32 [n, k], padded with -inf."""
+
+    key: bytes
+    rows: np.ndarray
+    ids: np.ndarray
+    logprobs: np.ndarray
+
+
+class SignalStore:
+    """A folder of shards that grows; whole shards only, so that an interrupted run goes on after the last one."""
+
+    def __init__(self, folder: str | Path, teacher: str, k: int, vocabulary: int) -> None:
+        """Opens the folder, or makes it.
+
+        Args:
+            teacher: whose log-probs they are, as a name.
+            k: candidates per token, at most.
+            vocabulary: of the student, whose ids they are.
+
+        Raises:
+            ValueError: the folder holds signals of another teacher, k or vocabulary, or a file that is none.
+        """
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        self.folder, self.k, self.teacher = Path(folder), k, teacher
+        self.vocabulary = vocabulary
+        self._dtype = np.uint16 if vocabulary <= 2**16 else np.int32
+        about = {"format": FORMAT, "version": VERSION, "teacher": teacher, "k": k, "vocabulary": vocabulary}
+        self._check(about)
+        self._pending: list[_Entry] = []
+        self._places: dict[bytes, tuple[int, int]] = {}  # shard and item
+        self._loaded: tuple[int, dict[str, np.ndarray]] | None = None
+        self._shards = sorted(self.folder.glob("signals-*.safetensors"))
+        for number in range(len(self._shards)):
+            for item, key in enumerate(self._shard(number)["keys"]):
+                self._places[key.tobytes()] = number, item
+
+    @classmethod
+    def open(cls, folder: str | Path) -> SignalStore:
+        """An existing folder. Raises ValueError where it holds no signals."""
+        about = _read_manifest(Path(folder) / MANIFEST)
+        return cls(folder, about["teacher"], about["k"], about["vocabulary"])
+
+    def __enter__(self) -> SignalStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flush()
+
+    def __len__(self) -> int:
+        return len(self._places) + len(self._pending)
+
+    def __contains__(self, example: Example) -> bool:
+        key = _key(example)
+        return key in self._places or any(entry.key == key for entry in self._pending)
+
+    def add(self, example: Example, rows: np.ndarray, ids: np.ndarray, logprobs: np.ndarray) -> None:
+        """Keeps log-probs [n, up to k] of the labels at `rows` [n] of an example; -inf marks padding."""
+        if not len(rows) == len(ids) == len(logprobs) or ids.shape != logprobs.shape or ids.shape[1] > self.k:
+            raise ValueError(f"expected rows [n], ids and logprobs [n, up to {self.k}], got {rows.shape}, {ids.shape}")
+        # Also refuses NaN.
+        if not np.all(np.exp(logprobs.astype(np.float64)).sum(1) <= 1 + _SLACK):
+            raise ValueError("expected log-probs whose probabilities add up to at most 1; are they logits?")
+        blank = ((0, 0), (0, self.k - ids.shape[1]))
+        ids = np.pad(np.where(logprobs == -math.inf, 0, ids), blank)
+        logprobs = np.pad(logprobs, blank, constant_values=-math.inf)
+        entry = _Entry(_key(example), rows.astype(np.int32), ids.astype(self._dtype), logprobs.astype(np.float32))
+        self._pending.append(entry)
+        if sum(len(entry.rows) for entry in self._pending) >= _SHARD_TOKENS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what was added since as one more shard, to a temporary name and then renamed."""
+        if not self._pending:
+            return
+        entries, self._pending = self._pending, []
+        tensors = {
+            "keys": np.stack([np.frombuffer(entry.key, dtype=np.uint8) for entry in entries]),
+            "ends": np.cumsum([len(entry.rows) for entry in entries]),
+            **{name: np.concatenate([getattr(e, name) for e in entries]) for name in ("rows", "ids", "logprobs")},
+        }
+        path = self.folder / f"signals-{len(self._shards):05d}.safetensors"
+        with replacing(path) as file:
+            file.write(seal(save(tensors)))
+        for item, entry in enumerate(entries):
+            self._places[entry.key] = len(self._shards), item
+        self._shards.append(path)
+
+    def fill(self, examples: Iterable[Example]) -> list[Example]:
+        """Gives each example its signals; returns those without. Raises ValueError for a broken shard."""
+        self.flush()
+        missing = []
+        for example in examples:
+            place = self._places.get(_key(example))
+            if place is None:
+                missing.append(example)
+                continue
+            shard, item = self._shard(place[0]), place[1]
+            ends = shard["ends"]
+            part = slice(int(ends[item - 1]) if item else 0, int(ends[item]))
+            rows = shard["rows"][part].astype(np.int64)
+            if len(rows) and not 0 <= rows.min() <= rows.max() < len(example.labels):
+                raise ValueError(f"{self._shards[place[0]]}: rows beyond the end of a trace; remove it and score again")
+            example.teacher_rows = rows
+            example.teacher_ids = shard["ids"][part].astype(np.int32)
+            example.teacher_logprobs = shard["logprobs"][part]
+        return missing
+
+    def _check(self, about: dict[str, Any]) -> None:
+        path = self.folder / MANIFEST
+        if not path.exists():
+            write_text(path, json.dumps(about, indent=1))
+            return
+        held = _read_manifest(path)
+        for name, value in about.items():
+            if held[name] != value:
+                raise ValueError(
+                    f"{self.folder} holds signals with {name} {held[name]!r}, now it is {value!r}; "
+                    "choose another folder"
+                )
+
+    def _shard(self, number: int) -> dict[str, np.ndarray]:
+        """One shard, kept until another is asked for. Raises ValueError, naming the file, where it is broken."""
+        if self._loaded is None or self._loaded[0] != number:
+            path = self._shards[number]
+            try:
+                data = path.read_bytes()
+                tensors = load(data)
+                check_seal(data)
+                self._check_shard(tensors)
+            except (SafetensorError, KeyError, ValueError) as error:
+                raise ValueError(
+                    f"{path}: not a whole shard of signals ({error}); remove it and score again"
+                ) from error
+            self._loaded = number, tensors
+        return self._loaded[1]
+
+    def _check_shard(self, tensors: dict[str, np.ndarray]) -> None:
+        keys, ends, rows, ids, logprobs = (tensors[name] for name in ("keys", "ends", "rows", "ids", "logprobs"))
+        dtypes = {"keys": np.uint8, "ends": np.int64, "rows": np.int32, "ids": self._dtype, "logprobs": np.float32}
+        for name, dtype in dtypes.items():
+            if tensors[name].dtype != dtype:
+                raise ValueError(f"expected {name} to be {np.dtype(dtype)}, got {tensors[name].dtype}")
+        n = rows.size
+        if keys.shape != (ends.size, _KEY_BYTES) or rows.shape != (n,) or np.any(np.diff(ends, prepend=0) < 0):
+            raise ValueError("its index does not fit its rows")
+        if (ends[-1] if ends.size else 0) != n:
+            raise ValueError("its index does not fit its rows")
+        if ids.shape != (n, self.k) or logprobs.shape != (n, self.k):
+            raise ValueError(f"expected ids and logprobs [{n}, {self.k}]")
+        if n and not 0 <= ids.min() <= ids.max() < self.vocabulary:
+            raise ValueError(f"expected ids below {self.vocabulary}")
+        if not np.all(np.exp(logprobs.astype(np.float64)).sum(1) <= 1 + _SLACK):  # also refuses NaN
+            raise ValueError("expected log-probs whose probabilities add up to at most 1")
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        valid = about["format"] == FORMAT and about["version"] == VERSION
+        kinds = {"teacher": str, "k": int, "vocabulary": int}
+        if wrong := [name for name, kind in kinds.items() if type(about[name]) is not kind]:
+            raise TypeError(f"{wrong[0]}: expected {kinds[wrong[0]].__name__}, got {show(about[wrong[0]])}")
+        if min(about["k"], about["vocabulary"]) < 1:
+            raise ValueError("k and vocabulary must be at least 1")
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent}: expected a folder that `rbfast teach --score` wrote, got none") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: expected the description of a folder of signals: {error!r}") from None
+    if not valid:
+        raise ValueError(f"{path}: expected {FORMAT} of version {VERSION}, got another")
+    return dict(about)
+
+
+def _key(example: Example) -> bytes:
+    """A name for the tokens of an example and which of them are trained."""
+    first: Sequence[int] = np.flatnonzero(example.labels != IGNORE)[:1].tolist()
+    data = np.array([*first, *example.input_ids], dtype="<i8").tobytes()
+    return blake2b(data, digest_size=_KEY_BYTES).digest()

@@ -1,0 +1,183 @@
+"""The trace: its fields, their checks, and the text the student learns to write.
+
+A `Trace` that exists is valid: its fields are checked when it is made. A `TraceError` reads
+"file:line: field: expected ..., got ...; what to do".
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from rbfast.data.spans import ANSWER, ROLES, STRATEGIC, Span, split_spans
+from rbfast.utils.records import show
+
+_REQUIRED = ("problem", "reasoning", "answer")
+_OPTIONAL_TEXT = ("plan", "domain", "source", "teacher", "id")
+_LOGPROB_SLACK = 1e-3  # a log-softmax in half precision can end a little above zero
+
+
+class TraceError(ValueError):
+    """A trace that cannot be used: where it stands, which field, what was expected, what came, what to do."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One training example.
+
+    `spans` tile `reasoning` exactly, in characters. `signals` holds the teacher's top log-probs,
+    `{"ids": [[int]], "logprobs": [[float]]}`, one row for each token the student is trained on (see `encode`).
+    Raises TraceError where a field has the wrong type, is empty, is not finite, or the spans do not tile.
+    """
+
+    problem: str
+    reasoning: str
+    answer: str
+    plan: str | None = None
+    domain: str | None = None
+    source: str | None = None
+    teacher: str | None = None
+    id: str | None = None
+    difficulty: float | None = None
+    verified: bool | None = None
+    spans: tuple[Span, ...] | None = None
+    signals: dict[str, list[list[Any]]] | None = None
+
+    def __post_init__(self) -> None:
+        for field in _REQUIRED:
+            _check_text(field, getattr(self, field))
+            if not getattr(self, field).strip():
+                raise TraceError(f"{field}: expected text, got an empty string; fill it or leave the trace out")
+        for field in _OPTIONAL_TEXT:
+            if getattr(self, field) is not None:
+                _check_text(field, getattr(self, field))
+        _check_difficulty(self.difficulty)
+        if not isinstance(self.verified, bool | None):
+            raise TraceError(f"verified: expected true, false or null, got {show(self.verified)}")
+        if self.spans is not None:
+            _check_spans(self.spans, len(self.reasoning))
+        if self.signals is not None:
+            _check_signals(self.signals)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any], where: str = "") -> "Trace":
+        """The trace in a row of a file; `where` (as "file:line") opens the message of a TraceError.
+
+        Fields that a trace does not have are ignored; an optional text that is empty counts as absent.
+        """
+        prefix = f"{where}: " if where else ""
+        if not isinstance(fields, Mapping):
+            raise TraceError(f"{prefix}expected an object with {', '.join(_REQUIRED)}, got {show(fields)}")
+        if missing := [field for field in _REQUIRED if field not in fields]:
+            present = ", ".join(map(str, list(fields)[:20])) or "no fields"
+            raise TraceError(f"{prefix}{missing[0]}: expected this field, got {present}; rename the fields or add it")
+        known: dict[str, Any] = {field.name: fields.get(field.name) for field in dataclasses.fields(cls)}
+        known.update({field: None for field in _OPTIONAL_TEXT if known[field] == ""})
+        try:
+            if known["spans"] is not None:
+                known["spans"] = _parse_spans(known["spans"])
+            return cls(**known)
+        except TraceError as error:
+            raise TraceError(f"{prefix}{error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that are set, as JSON writes them."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.spans is not None:
+            fields["spans"] = [[span.start, span.end, ROLES[span.role]] for span in self.spans]
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def completion(self) -> str:
+        """What the student learns to write."""
+        return f"{self._plan_text()}{self.reasoning}{self._answer_text()}"
+
+    def role_spans(self) -> list[Span]:
+        """Spans that tile `completion()` exactly: the plan, the reasoning by its own spans or else by `split_spans`,
+        the answer."""
+        offset = len(self._plan_text())
+        spans = [Span(0, offset, STRATEGIC)] if offset else []
+        inner = split_spans(self.reasoning) if self.spans is None else self.spans
+        spans += [Span(start + offset, end + offset, role) for start, end, role in inner]
+        end = offset + len(self.reasoning)
+        return [*spans, Span(end, end + len(self._answer_text()), ANSWER)]
+
+    def _plan_text(self) -> str:
+        return f"{self.plan}\n\n" if self.plan else ""
+
+    def _answer_text(self) -> str:
+        return f"\n\n<answer>{self.answer}</answer>"
+
+
+def _check_text(field: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise TraceError(f"{field}: expected a string, got {show(value)}; write it as text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TraceError(
+            f"{field}: expected Unicode text, got half a surrogate pair at character {error.start}; "
+            "write the file again from its source as UTF-8"
+        ) from None
+
+
+def _check_difficulty(value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise TraceError(f"difficulty: expected a finite number or null, got {show(value)}")
+
+
+def _parse_spans(items: object) -> tuple[Span, ...]:
+    """Spans from [[start, end, "role"], ...], or from objects with these three keys (Parquet has no mixed lists)."""
+    if not isinstance(items, list | tuple):
+        raise TraceError(f'spans: expected [[start, end, "role"], ...], got {show(items)}')
+    spans = []
+    for item in items:
+        parts = [item.get(key) for key in ("start", "end", "role")] if isinstance(item, Mapping) else item
+        if not isinstance(parts, list | tuple) or len(parts) != 3 or parts[2] not in ROLES:
+            raise TraceError(f"spans: expected [start, end, role] with a role of {', '.join(ROLES)}, got {show(item)}")
+        spans.append(Span(parts[0], parts[1], ROLES.index(parts[2])))
+    return tuple(spans)
+
+
+def _check_spans(spans: Sequence[Span], length: int) -> None:
+    position = 0
+    for start, end, role in spans:
+        if type(start) is not int or type(end) is not int or role not in range(len(ROLES)):
+            raise TraceError(f"spans: expected integers and a role, got {show((start, end, role))}")
+        if start != position or end <= start:
+            raise TraceError(
+                f"spans: expected a span that starts at character {position} and is not empty, got [{start}, {end}); "
+                "spans must tile the reasoning without gaps or overlaps"
+            )
+        position = end
+    if position != length:
+        raise TraceError(
+            f"spans: expected the last span to end with the reasoning at character {length}, got {position}"
+        )
+
+
+def _check_signals(signals: object) -> None:
+    if not isinstance(signals, Mapping) or set(signals) != {"ids", "logprobs"}:
+        raise TraceError(f'signals: expected {{"ids": [[...]], "logprobs": [[...]]}}, got {show(signals)}')
+    for name, kinds in (("ids", {int}), ("logprobs", {int, float})):
+        rows = signals[name]
+        if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+            raise TraceError(f"signals.{name}: expected a list of lists, one for each trained token, got {show(rows)}")
+        if wrong := set(map(type, chain.from_iterable(rows))) - kinds:
+            raise TraceError(f"signals.{name}: expected numbers, got {wrong.pop().__name__}")
+    ids, logprobs = signals["ids"], signals["logprobs"]
+    if (counts := list(map(len, ids))) != list(map(len, logprobs)):
+        raise TraceError("signals: expected as many ids as logprobs in every row, got different lengths")
+    if 0 in counts:
+        raise TraceError(f"signals: expected at least one id in every row, got none in row {counts.index(0)}")
+    if any(token < 0 for token in chain.from_iterable(ids)):
+        raise TraceError("signals.ids: expected token ids of 0 or more, got a negative one")
+    for value in chain.from_iterable(logprobs):
+        if not math.isfinite(value) or value > _LOGPROB_SLACK:
+            raise TraceError(
+                f"signals.logprobs: expected finite log-probabilities of at most 0, got {value}; leave out tokens of "
+                "probability 0, and pass log-probabilities rather than logits"
+            )

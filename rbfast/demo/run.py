@@ -1,0 +1,121 @@
+"""The demo: distill worked traces of several task families into a small student, with accuracy before and after.
+
+Everything is embedded: the student installs from PyPI, problems and worked solutions are generated. Held-out problems
+come from other seeds than the traces and share no question with them. The same seed gives the same numbers.
+"""
+
+import json
+import resource
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from rbfast.demo.worked_families import split
+from rbfast.evaluation.evaluate import Result, evaluate
+from rbfast.evaluation.statistics import paired_difference
+from rbfast.grading.grade import Problem
+from rbfast.models.student import SMOLLM2, fast_dtype, load_student
+from rbfast.report.plots import plot_accuracy, plot_losses, plot_placement
+from rbfast.report.run_report import write_report
+from rbfast.training.distill import DistillConfig, distill
+from rbfast.utils.files import write_text
+from rbfast.utils.progress import counting
+
+FAMILIES = ("aiw", "word_sequence_reversal", "chain_sum", "simple_geometry", "leg_counting")
+TRAIN, HELD_OUT = 140, 48
+MAX_NEW_TOKENS = 320
+CONFIG = DistillConfig(batch_size=4, save_steps=30)
+
+
+def run_demo(out: str | Path, device: str = "cpu", seed: int = 0, quiet: bool = False) -> dict[str, Any]:
+    """Runs the demo into the folder `out` and returns what it writes to `out/summary.json`.
+
+    Interrupted, it goes on where it stopped: a finished evaluation is read back, training resumes.
+    """
+    out, start = Path(out), time.monotonic()
+    model, tokenizer = load_student(SMOLLM2, fast_dtype(device))
+    model = model.to(torch.device(device))  # type: ignore[arg-type]
+    splits = {name: split(name, train=TRAIN, held_out=HELD_OUT, seed=seed) for name in FAMILIES}
+    traces = [trace for family, _ in splits.values() for trace in family]
+    problems = [problem for _, family in splits.values() for problem in family]
+
+    def measure(name: str) -> list[dict[str, Any]]:
+        with counting(f"evaluating {name} training", quiet) as progress:
+            return _measured(
+                out / f"{name}.jsonl",
+                problems,
+                lambda: evaluate(
+                    model, tokenizer, problems, max_new_tokens=MAX_NEW_TOKENS, batch_size=60, progress=progress
+                ),
+            )
+
+    before = measure("before")
+    run = distill(model, tokenizer, traces, out, CONFIG, quiet=quiet)
+    after = measure("after")
+    families = {name: _compare(_of(name, before), _of(name, after)) for name in FAMILIES}
+    summary = {
+        "trainable_percent": run.adapter.trainable_percent,
+        "families": families,
+        "mean": _compare(before, after),
+        "seconds": time.monotonic() - start,
+        "training_seconds": run.seconds,
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+    plot_losses(run.log_history, out / "losses.png")
+    placed = {m.name: {"columns": m.columns, "values": m.values, "in": m.in_features} for m in run.adapter.summary()}
+    plot_placement(placed, out / "placement.png")
+    plot_accuracy([{"family": name} | entry for name, entry in families.items()], out / "accuracy.png")
+    write_text(out / "summary.json", json.dumps(summary, indent=1))
+    write_report([out], out / "report.html")
+    return summary
+
+
+def print_summary(summary: dict[str, Any], console: Console) -> None:
+    """The table people look at: a line per family, the paired gain with its 95% interval."""
+    table = Table("family", "n", "before", "after", "gain (95% interval)")
+    for name, row in [*summary["families"].items(), ("mean", summary["mean"])]:
+        if name == "mean":
+            table.add_section()
+        gain = (
+            f"{100 * (row['after'] - row['before']):+.1f} ({100 * row['ci_low']:+.1f} .. {100 * row['ci_high']:+.1f})"
+        )
+        table.add_row(name, str(row["n"]), f"{100 * row['before']:.1f}%", f"{100 * row['after']:.1f}%", gain)
+    console.print(table)
+    console.print(
+        f"trained {summary['trainable_percent']:.3f}% of the parameters; {summary['seconds'] / 60:.1f} minutes "
+        f"({summary['training_seconds'] / 60:.1f} of training), peak memory {summary['peak_memory_mb'] / 1024:.1f} GiB"
+    )
+
+
+def _measured(path: Path, problems: Sequence[Problem], measure: Callable[[], list[Result]]) -> list[dict[str, Any]]:
+    """The records in `path` if they are of these problems, else measured now and written there."""
+    if path.exists():
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        if [r["problem"] for r in records] == [p.question for p in problems]:
+            return records
+    records = [result.to_dict() for result in measure()]
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+    return records
+
+
+def _of(family: str, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [record for record in records if record["task"].removeprefix("reasoning-gym:") == family]
+
+
+def _compare(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> dict[str, float]:
+    first, second = ([float(record["correct"]) for record in records] for records in (before, after))
+    gain = paired_difference(first, second)
+    n = len(first)
+    return {
+        "before": sum(first) / n,
+        "after": sum(second) / n,
+        "gain": gain.mean,
+        "ci_low": gain.low,
+        "ci_high": gain.high,
+        "n": n,
+    }

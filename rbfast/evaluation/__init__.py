@@ -1,0 +1,1 @@
+"""Accuracy of a model: completions of problems, graded and kept (`evaluate`), with intervals (`statistics`)."""

@@ -1,0 +1,286 @@
+"""Accuracy before and after: problems, completions, each task's own verifier, statistics over items.
+
+```python
+problems = load_problems("leg_counting", n=50, seed=7)             # or math-500, gsm8k, a .jsonl file, a hub id
+before = evaluate(model, tokenizer, problems)
+...                                                                # train
+after = evaluate(model, tokenizer, problems, keep="after.jsonl")   # interrupted? the same call goes on
+gain = paired_difference([r.correct for r in before], [r.correct for r in after])
+
+samples = evaluate(model, tokenizer, problems, samples=8, temperature=0.8)
+summarize_samples(samples)                                         # pass@1, pass@k, majority@8, clustered errors
+```
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rbfast.data.encoding import format_prompt
+from rbfast.evaluation.statistics import Interval, clustered, paired_bootstrap, paired_difference, pass_at_k, proportion
+from rbfast.grading.grade import Problem, answer_key, extract_answer, grade, readings
+from rbfast.grading.tasks import load_problems
+from rbfast.inference.decoding import Completion, batches_by_length, complete
+from rbfast.inference.guide import Event, Guide
+from rbfast.inference.local import guided
+from rbfast.inference.vote import majority
+from rbfast.utils.files import Journal
+from rbfast.utils.memory import give_back
+from rbfast.utils.records import check
+
+__all__ = [
+    "Interval",
+    "Problem",
+    "Result",
+    "clustered",
+    "evaluate",
+    "extract_answer",
+    "grade",
+    "load_problems",
+    "paired_bootstrap",
+    "paired_difference",
+    "pass_at_k",
+    "proportion",
+    "readings",
+    "scores_by_item",
+    "summarize",
+    "summarize_samples",
+]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A problem, what the model wrote, and its score; `sample` counts the completions of one problem."""
+
+    problem: Problem
+    completion: Completion
+    score: float
+    sample: int = 0
+
+    @property
+    def correct(self) -> bool:
+        return self.score >= 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """A record for `json.dumps`: the whole completion is kept, so that any other rule can grade it later.
+
+        `events` are there where a guide put something in.
+        """
+        record: dict[str, Any] = {
+            "task": self.problem.task,
+            "problem": self.problem.question,
+            "answer": self.problem.answer,
+            "sample": self.sample,
+            "completion": self.completion.text,
+            "extracted": extract_answer(self.completion.text),
+            "score": self.score,
+            "correct": self.correct,
+            "tokens": self.completion.tokens,
+            "truncated": self.completion.truncated,
+        }
+        events = [asdict(event) for event in self.completion.events]
+        return record | ({"events": events} if events else {})
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How completions are written; what a file of results must agree on to be gone on with.
+
+    Args:
+        max_new_tokens: of a completion; where there is a guide, its budget counts instead.
+        temperature: 0 for greedy decoding.
+        label: whose completions they are, as a name: the model, its adapter.
+    """
+
+    max_new_tokens: int = 256
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    guide: Guide | None = None
+    label: str = ""
+
+    def write(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], batch_size: int
+    ) -> list[list[Completion]]:
+        """`samples` completions of each problem."""
+        prompts = [format_prompt(problem.question, tokenizer) for problem in problems]
+        if self.guide is None and self.temperature == 0 and self.samples == 1:
+            found = complete(model, tokenizer, prompts, max_new_tokens=self.max_new_tokens, batch_size=batch_size)
+            return [[completion] for completion in found]
+        solutions = guided(
+            model,
+            tokenizer,
+            prompts,
+            self.guide or Guide(self.max_new_tokens, interventions=()),
+            samples=self.samples,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            # A problem's draws must not depend on which others are left to do.
+            seed=[self._seed(problem) for problem in problems],
+            batch_size=batch_size,
+            early_stop=False,
+        )
+        return [[Completion(s.text, s.tokens, s.truncated, s.events) for s in samples] for samples in solutions]
+
+    def _seed(self, problem: Problem) -> int:
+        name = f"{self.seed}:{problem.question}".encode()
+        return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    *,
+    batch_size: int = 32,
+    keep: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **decoding: Any,
+) -> list[Result]:
+    """Completions of every problem, graded, in the order of `problems`, the samples of one next to each other.
+
+    Args:
+        keep: a JSONL file that every result is added to as soon as its batch is done; what it already holds of these
+            problems is not written again.
+        progress: called with (problems done, problems in all) after each batch.
+        decoding: the fields of `Decoding`.
+
+    Raises:
+        ValueError: `keep` holds results of another label or way of decoding, or a line that is none.
+    """
+    how = Decoding(**decoding)
+    store = _Store(Path(keep), how) if keep is not None else None
+    done = store.read(problems) if store else {}
+    left = [problem for problem in dict.fromkeys(map(_identity, problems)) if problem not in done]
+    by_identity = {_identity(problem): problem for problem in problems}
+    todo = [by_identity[identity] for identity in left]
+    lengths = [range(len(problem.question)) for problem in todo]
+    for rows in batches_by_length(lengths, max(1, batch_size // how.samples)):
+        asked = [todo[i] for i in rows]
+        written = how.write(model, tokenizer, asked, batch_size)
+        for problem, completions in zip(asked, written, strict=True):
+            results = [
+                Result(problem, c, grade(problem, c.text, truncated=c.truncated), sample)
+                for sample, c in enumerate(completions)
+            ]
+            done[_identity(problem)] = results
+            if store:
+                store.add(results)
+        give_back()
+        if progress is not None:
+            progress(sum(_identity(problem) in done for problem in problems), len(problems))
+    return [result for problem in problems for result in done[_identity(problem)]]
+
+
+def _identity(problem: Problem) -> tuple[str, str]:
+    return problem.task, problem.question
+
+
+_NUMBER = (int, float)
+_RECORD: dict[str, Any] = {"task": str, "problem": str, "completion": str, "tokens": int, "truncated": bool}
+_RECORD |= {"score": _NUMBER, "sample": int}
+
+
+class _Store:
+    """A file of results that grows by a batch at a time."""
+
+    def __init__(self, path: Path, decoding: Decoding) -> None:
+        self.journal, self.decoding = Journal(path), decoding
+        self.settings = dict(json.loads(json.dumps(asdict(decoding))))
+
+    def read(self, problems: Sequence[Problem]) -> dict[tuple[str, str], list[Result]]:
+        """The problems of which every sample is there; what a killed process wrote of others goes from the file."""
+        known = {_identity(problem): problem for problem in problems}
+        found: dict[tuple[str, str], list[Result]] = {}
+        records = []
+        for where, record in self.journal.read():
+            records.append(record)
+            try:
+                check(record, _RECORD, where)
+                identity, sample = (record["task"], record["problem"]), record["sample"]
+                events = tuple(Event(**event) for event in record.get("events", ()))
+                completion = Completion(record["completion"], record["tokens"], record["truncated"], events)
+                score = record["score"]
+                if identity in known:
+                    found.setdefault(identity, []).append(Result(known[identity], completion, score, sample))
+            except (TypeError, KeyError, AttributeError, ValueError) as error:
+                raise ValueError(f"{where}: expected a result of an evaluation: {error!r}; name another file") from None
+            if record.get("decoding") != self.settings:
+                raise ValueError(
+                    f"{where}: holds results of another model or way of decoding, {record.get('decoding')}, "
+                    f"asked for now: {self.settings}; name another file"
+                )
+        whole = {key: results for key, results in found.items() if len(results) == self.decoding.samples}
+        if partial := found.keys() - whole.keys():
+            self.journal.rewrite(r for r in records if (r["task"], r["problem"]) not in partial)
+        return whole
+
+    def add(self, results: Sequence[Result]) -> None:
+        self.journal.append(result.to_dict() | {"decoding": self.settings} for result in results)
+
+
+def summarize(results: Sequence[Result]) -> dict[str, float]:
+    """`n`, `accuracy` with its 95% interval (`ci_low`, `ci_high`), the share `truncated`, mean `tokens` written."""
+    if not results:
+        raise ValueError("summarize needs at least one result, got none")
+    interval = proportion([result.correct for result in results])
+    return {
+        "n": len(results),
+        "accuracy": interval.mean,
+        "ci_low": interval.low,
+        "ci_high": interval.high,
+        "truncated": sum(result.completion.truncated for result in results) / len(results),
+        "tokens": sum(result.completion.tokens for result in results) / len(results),
+    }
+
+
+def scores_by_item(results: Sequence[Result]) -> list[list[float]]:
+    """1.0 or 0.0 for each sample of each problem, in the order of the results: for `clustered`, `paired_bootstrap`."""
+    return [[float(result.correct) for result in item] for item in _items(results)]
+
+
+def _items(results: Sequence[Result]) -> list[list[Result]]:
+    items: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        items.setdefault(_identity(result.problem), []).append(result)
+    return list(items.values())
+
+
+def summarize_samples(results: Sequence[Result]) -> dict[str, float]:
+    """Several samples a problem, every problem with as many.
+
+    Returns `items`, `samples`, `pass@1` with its item-clustered standard error `pass@1_se`, unbiased `pass@k` for the
+    powers of two up to `samples` and for `samples`, `majority@n`, the share `truncated`, mean `tokens` of a completion.
+
+    Raises:
+        ValueError: no results, or problems with different numbers of samples.
+    """
+    items = _items(results)
+    counts = sorted({len(item) for item in items})
+    if len(counts) != 1:
+        raise ValueError(f"every problem needs the same number of samples, got {counts or 'no results'}")
+    samples, n = counts[0], len(results)
+    mean, error = clustered(scores_by_item(results))
+    summary: dict[str, float] = {"items": len(items), "samples": samples, "pass@1": mean, "pass@1_se": error}
+    for k in sorted({*(2**power for power in range(1, samples.bit_length())), samples} - {1}):
+        chances = [pass_at_k(samples, sum(result.correct for result in item), k) for item in items]
+        summary[f"pass@{k}"] = sum(chances) / len(items)
+    summary[f"majority@{samples}"] = sum(map(_majority_correct, items)) / len(items)
+    summary["truncated"] = sum(result.completion.truncated for result in results) / n
+    summary["tokens"] = sum(result.completion.tokens for result in results) / n
+    return summary
+
+
+def _majority_correct(item: Sequence[Result]) -> float:
+    """Whether the samples' most frequent answer is correct, as the first sample that gave it was graded."""
+    keys = [answer_key(result.completion.text) for result in item]
+    winner = majority(keys).answer
+    return float(next((r.correct for r, key in zip(item, keys, strict=True) if key == winner and winner), False))

@@ -1,0 +1,122 @@
+"""Verdicts on what a model wrote, from a process that can be killed: math-verify's, or a reasoning-gym task's own.
+
+```python
+judge("math-verify").ask(["$1/2$", ["$0.5$"]], seconds=5)       # True; None where there is no verdict within the limit
+```
+
+Both read an answer by evaluating it, and an answer may be a tower of powers. One process serves all answers of a kind;
+one that takes too long is killed with it, and the next answer gets a new process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import base64
+import contextlib
+import functools
+import logging
+import os
+import pickle
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from json import loads
+from pathlib import Path
+from typing import Any, Literal
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["math-verify", "reasoning-gym"]
+TIME_LIMIT = 5.0  # seconds of processor time an answer
+_PATIENCE = 24  # times as long by the wall clock: the machine may be busy
+_START_LIMIT = 120.0  # seconds; importing sympy on a busy machine
+
+
+class Judge:
+    """A worker process, started at the first question and again after every one that it did not survive."""
+
+    def __init__(self, kind: Kind) -> None:
+        self._kind = kind
+        self._process: subprocess.Popen[str] | None = None
+        self._answers: queue.Queue[str] = queue.Queue()
+        self._lock = threading.Lock()
+        self.killed = 0
+
+    def ask(self, question: Sequence[Any], seconds: float = TIME_LIMIT) -> Any:
+        """The verdict; None, and a warning, where there is none within so many seconds of processor time.
+
+        Args:
+            question: `[expected, [statement, ...]]` for math-verify, `[task, entry, reading]` for reasoning-gym.
+
+        Raises:
+            RuntimeError: the process does not start.
+        """
+        with self._lock:
+            process = self._running()
+            assert process.stdin is not None
+            try:
+                process.stdin.write(base64.b64encode(pickle.dumps((seconds, question))).decode() + "\n")
+                process.stdin.flush()
+                answer = self._answers.get(timeout=_PATIENCE * seconds)
+            except (queue.Empty, BrokenPipeError):
+                answer = ""
+            if answer:
+                return loads(answer)
+            log.warning("no verdict on %.80r within %g s of processor time: it is wrong", question[-1], seconds)
+            self.close()
+            self.killed += 1
+            return None
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            assert self._process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):  # what it did not read any more
+                self._process.stdin.close()
+            self._process = None
+
+    def _running(self) -> subprocess.Popen[str]:
+        if self._process is None:
+            self._process, self._answers = _start(self._kind)
+            if self._answers.get(timeout=_START_LIMIT) == "":
+                self.close()
+                package = self._kind.replace("-", "_")
+                raise RuntimeError(f"the grading process ended as it started: does `import {package}` work?")
+        return self._process
+
+
+def _start(kind: Kind) -> tuple[subprocess.Popen[str], queue.Queue[str]]:
+    home = str(Path(__file__).resolve().parents[2])  # of the package, so that `-m` finds it
+    paths = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rbfast.grading.judge_worker", kind],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    answers: queue.Queue[str] = queue.Queue()
+    threading.Thread(target=_pump, args=(process, answers), daemon=True).start()
+    return process, answers
+
+
+def _pump(process: subprocess.Popen[str], answers: queue.Queue[str]) -> None:
+    """Moves lines to where one can wait for them with a time limit; an empty one says that the process has ended."""
+    assert process.stdout is not None
+    with process.stdout:
+        for line in process.stdout:
+            answers.put(line)
+    answers.put("")
+
+
+@functools.cache
+def judge(kind: Kind) -> Judge:
+    """The one of this kind that all of a program shares."""
+    shared = Judge(kind)
+    atexit.register(shared.close)
+    return shared

@@ -1,0 +1,89 @@
+"""The process that judges answers: `python -m rbfast.grading.judge_worker math-verify|reasoning-gym`.
+
+A question a line on stdin (from `rbfast.grading.judge`), a verdict in JSON a line out; `"ready"` comes first. An answer
+that takes more seconds of processor time ends the process, wherever it is; so a busy machine grades like an idle one.
+Memory is limited too, for an answer may be a tower of powers.
+"""
+
+import base64
+import contextlib
+import functools
+import json
+import logging
+import pickle
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+_MEMORY = 4 * 2**30  # bytes
+
+
+def main() -> None:
+    answers = sys.stdout
+    sys.stdout = sys.stderr  # whatever a parser prints is no answer
+    _limit_memory()
+    judge = _JUDGES[sys.argv[1]]()
+    _say(answers, "ready")
+    for line in sys.stdin:
+        seconds, question = pickle.loads(base64.b64decode(line))  # from the process that started this one
+        _end_after(seconds)
+        verdict = judge(*question)
+        _end_after(0)
+        _say(answers, verdict)
+
+
+def _math_verify() -> Callable[[str, list[str]], bool]:
+    from math_verify import parse, verify
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns of every text it can not read
+
+    def equal(expected: str, statements: list[str]) -> bool:
+        gold = parse(expected, parsing_timeout=None)
+        return any(verify(gold, parse(text, parsing_timeout=None), timeout_seconds=None) for text in statements)
+
+    return equal
+
+
+# What a task's verifier may raise on text that is no answer; anything else is a defect and ends the process.
+_UNREADABLE = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, SyntaxError, RecursionError)
+
+
+def _reasoning_gym() -> Callable[[str, dict[str, Any], str], float]:
+    import reasoning_gym
+
+    verifier_of = functools.cache(reasoning_gym.get_score_answer_fn)
+
+    def score(task: str, entry: dict[str, Any], reading: str) -> float:
+        try:
+            return float(verifier_of(task)(reading, entry))
+        except _UNREADABLE:
+            return 0.0
+
+    return score
+
+
+_JUDGES: dict[str, Callable[[], Callable[..., Any]]] = {"math-verify": _math_verify, "reasoning-gym": _reasoning_gym}
+
+
+def _say(answers: Any, value: Any) -> None:
+    print(json.dumps(value), file=answers, flush=True)
+
+
+def _end_after(seconds: float) -> None:
+    """Of processor time, by the signal that nobody handles; 0 for never."""
+    if hasattr(signal, "setitimer"):  # not on Windows, where the wall clock of whoever waits is the only limit
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+def _limit_memory() -> None:
+    with contextlib.suppress(ImportError):  # no such limits on Windows
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        limit = _MEMORY if hard == resource.RLIM_INFINITY else min(_MEMORY, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+if __name__ == "__main__":
+    main()

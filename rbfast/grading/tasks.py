@@ -1,0 +1,154 @@
+"""Problems: of reasoning-gym's generators, of known benchmarks, of files and of datasets on the hub.
+
+```python
+load_problems("leg_counting", n=50, seed=7)                 # a reasoning-gym generator
+load_problems("math-500", n=None, seed=0)                   # all of a benchmark
+load_problems("my/problems.jsonl", n=100, seed=0)           # fields `problem` and `answer`
+load_problems("owner/name:test", n=100, seed=0)             # a dataset on the hub, and its split
+load_problems("owner/name:main:test", n=100, seed=0)        # where it has several configs, one of them
+```
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rbfast.data import hub
+from rbfast.grading import math_equality
+from rbfast.grading.grade import Problem, extract_answer, reasoning_gym
+
+_REASONING_GYM = "reasoning-gym:"
+
+
+# Where the benchmarks live on the hub, and which split is theirs. AIME 24 has the columns id, problem, solution, answer
+# ("025" with its zeros), url and year; AIME 25 has problem, answer and id; 30 rows each.
+BENCHMARKS = {
+    "math-500": "HuggingFaceH4/MATH-500:test",
+    "aime24": "HuggingFaceH4/aime_2024:train",
+    "aime25": "math-ai/aime25:test",
+    "gsm8k": "openai/gsm8k:main:test",
+}
+_QUESTION_FIELDS = ("problem", "question", "prompt")
+
+
+def load_problems(task: str, n: int | None, seed: int, *, exclude: Collection[str] = ()) -> list[Problem]:
+    """`n` distinct problems of a task; the same arguments give the same problems on every machine.
+
+    Args:
+        task: a reasoning-gym generator at its default difficulty (`leg_counting`, `reasoning-gym:leg_counting`); a
+            `.jsonl` file with the fields `problem` (or `question`, `prompt`) and `answer`; one of `BENCHMARKS`; or a
+            dataset on the hub with such fields: `owner/name`, `owner/name:split` or `owner/name:config:split`, of which
+            the split (default: test) may be a slice, `test[:100]`.
+        n: drawn from what there is; None for all of a file or dataset, in its order.
+        exclude: questions to leave out, such as those trained on.
+
+    Raises:
+        ValueError: an unknown task, a malformed line, or fewer than `n` problems to be had.
+        ImportError: what generates or grades the problems is not installed.
+    """
+    if n is not None and n < 0:
+        raise ValueError(f"n must be 0 or more, got {n}")
+    if task.endswith(".jsonl"):
+        if not Path(task).is_file():
+            raise FileNotFoundError(f"{task}: expected a file of problems, found none")
+        return _sample(_read_file(Path(task)), task, n, seed, exclude)
+    if task in BENCHMARKS or "/" in task:
+        return _sample(_read_hub(BENCHMARKS.get(task, task), task), task, n, seed, exclude)
+    if n is None:
+        raise ValueError(f"{task} is generated without end: say how many problems")
+    return _generate_problems(task.removeprefix(_REASONING_GYM), n, seed, exclude)
+
+
+def _generate_problems(task: str, n: int, seed: int, exclude: Collection[str]) -> list[Problem]:
+    gym = reasoning_gym()
+    if task not in gym.factory.DATASETS:
+        raise ValueError(
+            f"task must be a .jsonl file, one of {', '.join(BENCHMARKS)}, a dataset on the hub "
+            f"(owner/name:config:split) or one of reasoning-gym's generators, got {task!r}"
+        )
+    # The generators seed item i with seed + i, so neighbouring seeds would share items: spread them first.
+    spread = int.from_bytes(hashlib.blake2b(f"{task}:{seed}".encode(), digest_size=4).digest(), "big") >> 1
+    tries = 4 * n + 100
+    dataset = gym.create_dataset(task, seed=spread, size=tries)
+    problems: dict[str, Problem] = {}
+    for index in range(tries):
+        if len(problems) == n:
+            break
+        entry = dataset[index]
+        question = entry["question"]
+        if question not in exclude and question not in problems:
+            problems[question] = Problem(task, question, str(entry["answer"]), entry)
+    if len(problems) < n:
+        raise ValueError(
+            f"{task} gave {len(problems)} distinct problems in {tries} draws, {n} were asked for: ask for fewer"
+        )
+    return list(problems.values())
+
+
+def _sample(found: Sequence[Problem], source: str, n: int | None, seed: int, exclude: Collection[str]) -> list[Problem]:
+    problems: dict[str, Problem] = {}
+    for problem in found:
+        if problem.question not in exclude:
+            problems.setdefault(problem.question, problem)
+    # Answers in LaTeX say that the answers of this source are mathematics.
+    if any("\\" in problem.answer for problem in found):
+        math_equality.require()  # now, not after hours of writing
+        problems = {question: replace(problem, mathematical=True) for question, problem in problems.items()}
+    if n is None:
+        return list(problems.values())
+    if len(problems) < n:
+        raise ValueError(f"{source} holds {len(problems)} usable problems, {n} were asked for: ask for fewer")
+    return random.Random(seed).sample(list(problems.values()), n)
+
+
+def _read_file(path: Path) -> list[Problem]:
+    problems = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                where = f"{path}:{number}"
+                problems.append(_problem(_parse(line, where), where, path.stem))
+    return problems
+
+
+def _parse(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where}: expected UTF-8, got byte {line[error.start]:#04x}; convert the file to UTF-8"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: expected one JSON object per line, {error}") from None
+    except (RecursionError, ValueError) as error:  # nested too deep; a number of thousands of digits
+        raise ValueError(f"{where}: expected JSON that can be read: {error}") from None
+
+
+def _read_hub(where: str, task: str) -> list[Problem]:
+    place = hub.place(where, split="test")
+    if place is None:
+        raise ValueError(f"{task}: expected {hub.FORMS}")
+    try:
+        rows = hub.load(place)
+    except ValueError as error:
+        raise ValueError(f"{task}: {error}") from error
+    return [_problem(row, f"{place}: row {number}", task) for number, row in enumerate(rows)]
+
+
+def _problem(fields: Any, where: str, task: str) -> Problem:
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(fields).__name__}")
+    question = next((fields[name] for name in _QUESTION_FIELDS if name in fields), None)
+    if not isinstance(question, str):
+        raise ValueError(f"{where}: problem: expected text (in `problem` or `question`), got {question!r}")
+    answer = fields.get("answer")
+    if not isinstance(answer, str | int | float):
+        raise ValueError(f"{where}: answer: expected text or a number, got {answer!r}")
+    text = str(answer)
+    return Problem(task, question, extract_answer(text) or text.strip(), {})

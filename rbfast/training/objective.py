@@ -1,0 +1,118 @@
+"""The hierarchical objective: L = l_S mean_S + l_T mean_T + l_A mean_A over strategic, tactical and answer tokens."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rbfast.data.encoding import IGNORE
+from rbfast.data.spans import ROLES
+from rbfast.loss.distill_loss import DistillLoss, LossOutput
+from rbfast.loss.teacher_signal import Dense, TopK
+from rbfast.models.linears import is_sharded
+from rbfast.models.student import final_hidden, head_of
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How the layers of a trace weigh, and what a teacher's log-probs are worth where a token has them.
+
+    The strategic weight is annealed linearly, from abstraction to implementation: by the end of training the share
+    `anneal` of it has moved to the tactical weight. Rows with log-probs lose `ce_share * CE + (1 - ce_share) * D`.
+    `gradient_filter` is DistillLoss's: the share of each token's gradient that a CPU need not compute.
+    """
+
+    strategic: float = 0.4
+    tactical: float = 0.5
+    answer: float = 0.1
+    anneal: float = 0.5
+    strategic_temperature: float = 1.0
+    tactical_temperature: float = 1.0
+    answer_temperature: float = 1.0
+    ce_share: float = 0.5
+    beta: float = 0.0
+    gradient_filter: float = 0.0
+
+    def __post_init__(self) -> None:
+        weights = (self.strategic, self.tactical, self.answer)
+        if not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
+            raise ValueError(f"role weights must be finite, >= 0 and not all 0, got {weights}")
+        for name in ("anneal", "ce_share", "beta"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        for name in ("strategic_temperature", "tactical_temperature", "answer_temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}")
+        DistillLoss(gradient_filter=self.gradient_filter)  # which knows what it takes
+
+    def weights(self, progress: float) -> Tensor:
+        """The weights of ROLES [3] when the share `progress` of training is done."""
+        moved = self.anneal * progress * self.strategic
+        return torch.tensor([self.strategic - moved, self.tactical + moved, self.answer])
+
+    def temperatures(self) -> Tensor:
+        return torch.tensor([self.strategic_temperature, self.tactical_temperature, self.answer_temperature])
+
+
+def role_counts(batch: dict[str, Tensor]) -> Tensor:
+    """Supervised tokens per role, [3] int64."""
+    roles = batch["roles"][batch["labels"] != IGNORE]
+    return torch.bincount(roles, minlength=len(ROLES))
+
+
+def token_losses(
+    model: PreTrainedModel,
+    hidden: Tensor,
+    batch: dict[str, Tensor],
+    role_weights: Tensor,
+    objective: Objective,
+    teacher: PreTrainedModel | None = None,
+) -> LossOutput:
+    """The summed loss of a packed batch whose tokens weigh `role_weights[role]`, and each token's CE and divergence.
+
+    Tokens learn from the batch's top-k where it has one, else from the whole distribution of `teacher` where there is
+    one, else from the text alone.
+    """
+    labels, roles = batch["labels"].view(-1), batch["roles"].view(-1).clamp(min=0)
+    weight = role_weights.to(hidden.device, torch.float32)[roles]
+    temperature = objective.temperatures().to(hidden.device)[roles]
+    head = head_of(model)
+    signals: list[TopK | Dense] = []
+    taught = torch.zeros_like(labels, dtype=torch.bool)
+    if "teacher_rows" in batch:
+        signals.append(TopK(batch["teacher_ids"], batch["teacher_logprobs"], batch["teacher_rows"]))
+        taught[batch["teacher_rows"]] = True
+    rows = torch.nonzero((labels != IGNORE) & ~taught).squeeze(1)
+    if teacher is not None and (len(rows) or is_sharded(teacher)):  # a sharded one runs on every process or on none
+        signals.append(_online(teacher, batch, rows))
+        taught[rows] = True
+    share = torch.where(taught, objective.ce_share, 1.0)
+    weight, ce_weight = weight * (1 - share), weight * share
+    loss_fn = DistillLoss(
+        beta=objective.beta,
+        reduction="sum",
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+        ignore_index=IGNORE,
+        gradient_filter=objective.gradient_filter,
+    )
+    return loss_fn(
+        hidden,
+        head.weight,
+        labels,
+        teacher=signals or None,
+        weight=weight,
+        ce_weight=ce_weight,
+        temperature=temperature,
+        head_bias=head.bias,
+    )
+
+
+@torch.no_grad()
+def _online(teacher: PreTrainedModel, batch: dict[str, Tensor], rows: Tensor) -> Dense:
+    """The whole distribution of a teacher at some rows of a batch; its logits never exist at once either."""
+    hidden = final_hidden(teacher, batch["input_ids"], batch["position_ids"])
+    head = head_of(teacher)
+    return Dense(hidden[rows], head.weight, rows, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap)

@@ -1,0 +1,206 @@
+"""A minimal trainer: transformers.Trainer with the hierarchical objective, an adapter, and padding-free batches.
+
+    trainer = DistillTrainer(model, adapter, args, train_dataset=examples)   # examples: trace.encode_all(...)
+    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))   # of rbfast.training.checkpoints
+
+The objective is L = l_S mean_S + l_T mean_T + l_A mean_A over strategic, tactical and answer tokens, with denominators
+that are global over the accumulated batch and over all processes. The forward stops at the last hidden state: full
+logits never exist (see `rbfast.loss.distill_loss`).
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from rbfast.adapter.adapter_files import read_adapter
+from rbfast.adapter.sparse_adapter import SparseAdapter
+from rbfast.data.encoding import IGNORE, Example, collate
+from rbfast.data.spans import ROLES
+from rbfast.models.linears import is_sharded
+from rbfast.models.student import final_hidden
+from rbfast.training.checkpoints import step_of, write_digests
+from rbfast.training.objective import Objective, role_counts, token_losses
+from rbfast.utils.memory import EVERY, give_back
+
+
+class Student(nn.Module):
+    """Base model and adapter as one module, so that optimizers, clipping and DDP find exactly what trains."""
+
+    accepts_loss_kwargs = True  # our loss divides by counts that already span the accumulated batch
+
+    def __init__(self, model: PreTrainedModel, adapter: SparseAdapter) -> None:
+        super().__init__()
+        self.adapter, self.config = adapter, model.config
+        if is_sharded(model):
+            self.__dict__["model"] = model  # not a submodule: DDP copies what it finds, and takes no shards
+        else:
+            self.model = model
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Last hidden states [T, H] of a packed row [1, T]."""
+        return final_hidden(self.model, input_ids, position_ids)
+
+    def train(self, mode: bool = True) -> "Student":
+        self.model.train(mode)
+        return super().train(mode)
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        self.model.gradient_checkpointing_enable(**kwargs)
+
+
+class DistillTrainer(Trainer):
+    """Trains the adapter of a frozen model on encoded traces; logs the loss of each role; checkpoints are atomic."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        adapter: SparseAdapter,
+        args: TrainingArguments,
+        train_dataset: Sequence[Example],
+        eval_dataset: Sequence[Example] | None = None,
+        objective: Objective | None = None,
+        teacher: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args.remove_unused_columns = False
+        args.label_names = ["labels"]
+        self.objective: Objective = objective or Objective()
+        self.adapter, self._traces = adapter, len(train_dataset)
+        self.teacher = teacher if teacher is None else teacher.eval().requires_grad_(False)
+        self._role_sums = torch.zeros(
+            2, len(ROLES), dtype=torch.float64
+        )  # summed CE and token counts since the last log
+        super().__init__(
+            model=Student(model, adapter),
+            args=args,
+            data_collator=collate,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            **kwargs,
+        )
+        if model.device.type == "cpu":
+            self.add_callback(_GiveBack())
+        if self.is_fsdp_enabled:
+            raise ValueError(
+                "here only the frozen base is sharded, which the Trainer's FSDP cannot do: launch without it, and call "
+                "rbfast.training.sharding.shard(model) "
+                "before the adapter is attached (`rbfast distill --shard PROCESSES`)"
+            )
+        if self.accelerator.num_processes > 1:
+            self._check_same_columns()
+
+    def _check_same_columns(self) -> None:
+        """Gradients are averaged by position: on every process a position must be the same column."""
+        cols = torch.cat([site.cols for site in self.adapter.sites().values()]).to(self.args.device)
+        everyones = self.accelerator.gather(cols[None])
+        if not bool((everyones == cols).all()):
+            raise RuntimeError(
+                "the processes placed their adapters on different columns; score once and give every process the file: "
+                "SparseAdapter.attach(model, placement='scores.safetensors')"
+            )
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        """Supervised tokens per role [3], over the accumulated batch and all processes."""
+        if self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last:
+            self._leave_out_repeats(batch_samples[-1])
+        counts = sum((role_counts(batch) for batch in batch_samples), torch.zeros(len(ROLES), dtype=torch.int64))
+        return self.accelerator.reduce(counts.to(device), "sum")
+
+    def _leave_out_repeats(self, batch: dict[str, Tensor]) -> None:
+        """Every process gets as many batches of as many traces: where there are too few, the last batch of an epoch is
+        filled up with its first traces. They would count twice: they lose their labels."""
+        size = self.args.train_batch_size
+        left = self._traces % (size * self.args.world_size)  # traces that the last batches still have
+        own = max(left - size * self.args.process_index, 0)
+        starts = torch.nonzero(batch["position_ids"].view(-1) == 0).squeeze(1)
+        if left and own < len(starts):
+            batch["labels"][:, starts[own] :] = IGNORE
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[override]
+        counts = role_counts(inputs) if num_items_in_batch is None else num_items_in_batch
+        progress = self.state.global_step / max(self.state.max_steps, 1)
+        weights = self.objective.weights(progress).to(counts.device) / counts.clamp(min=1)
+        hidden = model(inputs["input_ids"], inputs["position_ids"])
+        student = self.accelerator.unwrap_model(model).model
+        out = token_losses(student, hidden, inputs, weights, self.objective, self.teacher)
+        if model.training:
+            self._count_roles(inputs, out.ce)
+        # DDP averages gradients over processes, while the denominators already span them.
+        loss = out.loss * self.accelerator.num_processes if model.training else out.loss
+        return (loss, out) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):  # type: ignore[override]
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def _count_roles(self, inputs: dict[str, Tensor], ce: Tensor) -> None:
+        kept = inputs["labels"].view(-1) != IGNORE
+        roles = inputs["roles"].view(-1)[kept].cpu()
+        values = torch.stack([ce[kept].double().cpu(), torch.ones(len(roles), dtype=torch.float64)])
+        self._role_sums.index_add_(1, roles, values)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            sums, counts = self.accelerator.reduce(self._role_sums.to(self.args.device), "sum").cpu()
+            logs |= {f"loss_{role}": (sums[i] / counts[i]).item() for i, role in enumerate(ROLES) if counts[i]}
+            self._role_sums.zero_()
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        self.adapter.save_pretrained(str(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        _, saved = read_adapter(resume_from_checkpoint)
+        sites = self.adapter.sites()
+        for name, site in sites.items():
+            if name not in saved or not torch.equal(saved[name].cols, site.cols.cpu()):
+                raise ValueError(
+                    f"{resume_from_checkpoint} does not hold the adapter that is attached: {name} has other columns; "
+                    "attach it with SparseAdapter.from_pretrained(model, checkpoint) before resuming"
+                )
+        with torch.no_grad():
+            for name, site in sites.items():
+                site.A.copy_(saved[name].A)
+                site.B.copy_(saved[name].B)
+        self.adapter.fold()
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes the whole checkpoint under another name, then renames it: a cut run leaves no half checkpoint."""
+        final = Path(str(self.args.output_dir))
+        self.args.output_dir = str(final / "unfinished")
+        try:
+            if self.args.should_save:
+                shutil.rmtree(self.args.output_dir, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # every process adds the state of its random numbers
+            if self.args.should_save:
+                name = f"checkpoint-{self.state.global_step}"
+                write_digests(final / "unfinished" / name)
+                shutil.rmtree(final / name, ignore_errors=True)
+                os.replace(final / "unfinished" / name, final / name)
+                self._drop_old_checkpoints(final)
+        except RuntimeError as error:
+            if "PytorchStreamWriter" not in str(error):
+                raise
+            raise OSError(f"{final}: a checkpoint could not be written, is the disk full? {error}") from error
+        finally:
+            self.args.output_dir = str(final)
+
+    def _drop_old_checkpoints(self, folder: Path) -> None:
+        limit = self.args.save_total_limit
+        found = sorted((path for path in folder.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
+        for path in found[:-limit] if limit else []:
+            shutil.rmtree(path)
+
+
+class _GiveBack(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        if state.global_step % EVERY == 0:
+            give_back()

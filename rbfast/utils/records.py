@@ -1,0 +1,81 @@
+"""Records read from JSON, checked against the shape they must have; errors name the place, the field and what came."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+
+def from_json(cls: type, entry: object, where: str) -> Any:
+    """Builds a flat dataclass from a JSON object, checking that every field is there and has its type."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where}: expected an object, got {entry!r}")
+    values = {}
+    for field in fields(cls):
+        if field.name not in entry:
+            raise ValueError(f"{where}: {field.name} is missing; save the adapter again")
+        value = entry[field.name]
+        expected = dict if field.name == "modules" else field.type
+        value = float(value) if expected is float and type(value) is int else value
+        if isinstance(value, bool) or not isinstance(value, expected):  # type: ignore[arg-type]
+            raise ValueError(f"{where}: {field.name}: expected {field.type}, got {value!r}")
+        values[field.name] = value
+    return cls(**values)
+
+
+def show(value: object) -> str:
+    if value is None:
+        return "null"
+    text = repr(value[:60] if isinstance(value, str | bytes | list | tuple) else value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def read_json(path: Path, shape: Any) -> Any:
+    """The JSON in a file, or None where there is no such file. Raises ValueError where it is none of this shape."""
+    if not path.is_file():
+        return None
+    return _parse(path.read_bytes(), shape, str(path))
+
+
+def json_lines(path: Path, shape: Any, most: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSONL file, each with where it stands. A last line that was cut short is left out."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if (most is not None and number > most) or not line.endswith(b"\n"):
+                return
+            yield f"{path}:{number}", _parse(line, shape, f"{path}:{number}")
+
+
+def _parse(text: bytes, shape: Any, where: str) -> Any:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: expected JSON: {error}") from None
+    check(value, shape, where)
+    return value
+
+
+def check(value: Any, shape: Any, where: str) -> None:
+    """Raises ValueError, naming the first mismatch, for a value of another shape."""
+    kinds: Any = type(shape) if isinstance(shape, dict | list) else shape
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+        names = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+        raise ValueError(f"{where}: expected {names}, got {show(value)}")
+    if isinstance(shape, list):
+        for number, item in enumerate(value, start=1):
+            check(item, shape[0], f"{where}: entry {number}")
+    elif isinstance(shape, dict):
+        for name, inner in shape.items():
+            if name is str:
+                for key, item in value.items():
+                    check(item, inner, f"{where}: {key}")
+            elif name not in value:
+                raise ValueError(f"{where}: {name} is missing")
+            else:
+                check(value[name], inner, f"{where}: {name}")
+
+
+def check_some(value: Mapping[str, Any], shape: Mapping[str, Any], where: str) -> None:
+    """Checks the parts of `shape` that are there."""
+    check(value, {name: inner for name, inner in shape.items() if name in value}, where)

@@ -1,0 +1,175 @@
+"""The delta's files: what is written is read back bitwise, and everything malformed is named."""
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import attach, batch, disturb, gpt2, llama
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from rbfast.adapter import adapter_files
+from rbfast.models import linears
+
+
+def saved(directory, **options):
+    model = llama()
+    adapter = attach(model, **options)
+    disturb(adapter)
+    adapter.save_pretrained(directory)
+    return model, adapter
+
+
+def test_the_config_says_what_the_adapter_is_made_of(tmp_path):
+    saved(tmp_path, seed=5, scale=0.25)
+    header = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (header["format"], header["version"], header["seed"], header["scale"]) == ("rbfast-columns", 1, 5, 0.25)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for name, entry in header["modules"].items():
+        assert tensors[f"{name}.A"].shape == (entry["rank"], entry["support"])
+        assert tensors[f"{name}.B"].shape == (entry["out_features"], entry["rank"])
+        assert tensors[f"{name}.cols"].dtype == torch.int64
+    assert len(tensors) == 3 * len(header["modules"])
+    assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def set_field(*path, value):
+    def change(header):
+        *parents, last = path
+        for key in parents:
+            header = header[key]
+        header[last] = value
+
+    return change
+
+
+def drop_field(*path):
+    def change(header):
+        *parents, last = path
+        for key in parents:
+            header = header[key]
+        del header[last]
+
+    return change
+
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_field("format", value="lora"), "format: expected \"rbfast-columns\", got 'lora'"),
+        (drop_field("format"), "this is not an rbfast adapter"),
+        (set_field("version", value=2), "version: expected 1, got 2; update rbfast"),
+        (drop_field("scale"), "scale is missing"),
+        (set_field("scale", value="1"), "scale: expected .*float.*, got '1'"),
+        (set_field("seed", value=True), "seed: expected .*int.*, got True"),
+        (set_field("modules", value={}), "modules: expected an object with at least one matrix"),
+        (set_field("modules", Q, value=3), "q_proj: expected an object, got 3"),
+        (set_field("modules", Q, "rank", value=0), "q_proj: expected 1 <= support <= in_features and rank >= 1"),
+        (set_field("modules", Q, "support", value=25), "q_proj: expected 1 <= support <= in_features"),
+        (drop_field("modules", Q, "group"), "q_proj: group is missing"),
+        (drop_field("modules", Q), r"tensor model\.layers\.0\.self_attn\.q_proj\.A is not in the config \(3 such\)"),
+    ],
+)
+def test_a_malformed_config_is_named(tmp_path, change, message):
+    saved(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    header = json.loads(file.read_text())
+    change(header)
+    file.write_text(json.dumps(header))
+    with pytest.raises(ValueError, match=message):
+        adapter_files.read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '"x"'])
+def test_a_config_that_is_no_json_object_is_named(tmp_path, text):
+    saved(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"adapter_config\.json: (not JSON|format: expected)"):
+        adapter_files.read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("cols", lambda t: t.flip(0), "expected sorted unique columns in 0..23"),
+        ("cols", lambda t: t.clamp(max=int(t[1])), "expected sorted unique columns"),
+        ("cols", lambda t: t - 24, "expected sorted unique columns"),
+        ("cols", lambda t: t + 24, "expected sorted unique columns"),
+        ("cols", lambda t: t.int(), r"cols: expected \(\d+,\) int64, got \(\d+,\) int32"),
+        ("A", lambda t: t[:, :-1].contiguous(), r"A: expected \(2, \d+\) float32, got"),
+        ("A", lambda t: t.bfloat16(), "float32, got .* bfloat16"),
+        ("B", lambda t: t.index_fill(0, torch.tensor(3), float("nan")), "B: expected finite values"),
+        ("B", lambda t: t.index_fill(0, torch.tensor(3), float("inf")), "B: expected finite values"),
+    ],
+)
+def test_a_malformed_tensor_is_named(tmp_path, key, change, message):
+    saved(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {f"{Q}.{key}": change(tensors[f"{Q}.{key}"])}, file)
+    with pytest.raises(ValueError, match=message) as error:
+        adapter_files.read_adapter(tmp_path)
+    assert Q in str(error.value)
+
+
+def test_missing_and_truncated_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json: expected a file written by"):
+        adapter_files.read_adapter(tmp_path)
+    saved(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    for size in (0, 5, 200, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"adapter_model\.safetensors: not a complete safetensors file"):
+            adapter_files.read_adapter(tmp_path)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors"):
+        adapter_files.read_adapter(tmp_path)
+
+
+def test_matrix_shapes_of_every_kind_of_layer():
+    assert linears.matrix_shape(nn.Linear(3, 5)) == (5, 3)
+    assert linears.matrix_shape(Conv1D(5, 3)) == (5, 3)
+    for other in (nn.Embedding(3, 5), nn.LayerNorm(3), nn.Conv1d(3, 5, 1), nn.Bilinear(3, 4, 5), nn.Sequential()):
+        assert linears.matrix_shape(other) is None
+    view = linears.matrix_view(Conv1D(5, 3))
+    assert view is not None and view.shape == (5, 3)
+    assert linears.matrix_view(nn.Linear(3, 5, device="meta")) is None
+    assert linears.matrix_view(nn.Linear(3, 5, dtype=torch.float64)) is None
+
+
+def test_the_fingerprint_agrees_across_fp32_and_bf16_and_sees_one_changed_weight():
+    layer = nn.Linear(24, 40)
+    before = linears.fingerprint(layer)
+    assert linears.fingerprint(layer.bfloat16()) == before
+    with torch.no_grad():
+        layer.weight[7, 0] += 1
+    assert linears.fingerprint(layer) != before
+
+
+@pytest.mark.parametrize(("make", "rank", "padded"), [(llama, 1, 1), (llama, 2, 8), (gpt2, 2, 8)])
+def test_peft_loads_the_exported_lora_and_computes_the_same(tmp_path, make, rank, padded):
+    peft = pytest.importorskip("peft")
+    model = make()
+    adapter = attach(model, rank=rank, scale=0.5)
+    disturb(adapter)
+    adapter.export_lora(tmp_path)
+    ours = model(**batch()).logits
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == padded
+    lora = peft.PeftModel.from_pretrained(make(), tmp_path)
+    theirs = lora(**batch()).logits
+    assert torch.dist(ours, theirs) <= 16 * torch.finfo(torch.float32).eps * ours.norm()
+    assert torch.dist(ours, make()(**batch()).logits) > 0.01 * ours.norm()
+
+
+def test_a_lora_of_too_large_a_rank_is_refused(tmp_path):
+    adapter = attach(llama())
+    info = {name: replace(info, rank=513) for name, info in adapter.config.modules.items()}
+    with pytest.raises(ValueError, match="a rank of at most 512, this adapter has 513"):
+        adapter_files.write_lora(tmp_path, replace(adapter.config, modules=info), {}, False)

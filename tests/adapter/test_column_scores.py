@@ -1,0 +1,202 @@
+"""Scores: what the hooks add up against the definitions, groups found in the forward, files, and the placement made."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import batch, gpt2, llama
+from torch import nn
+
+from rbfast.adapter.column_scores import METHODS, Scores, score
+from rbfast.adapter.placement import START_NORM
+from rbfast.adapter.sparse_adapter import SparseAdapter
+
+MATRIX = "model.layers.1.mlp.up_proj"
+BATCHES = [batch(seed=seed) for seed in range(3)]
+
+
+def loss_fn(model, inputs):
+    return model(**inputs).loss
+
+
+def dense_gradients(model, matrix):
+    """The weight's gradient by autograd, one per batch."""
+    weight = model.get_parameter(f"{matrix}.weight")
+    return [torch.autograd.grad(loss_fn(model, inputs), weight)[0] for inputs in BATCHES]
+
+
+def captured(model, matrix):
+    """x and dy of one matrix, one pair per batch."""
+    seen = []
+
+    def watch(module, args, y):
+        y.register_hook(lambda dy: seen.append((args[0].detach().flatten(0, -2), dy.flatten(0, -2))))
+
+    hook = model.get_submodule(matrix).register_forward_hook(watch)
+    for inputs in BATCHES:
+        loss_fn(model, inputs).backward()
+    hook.remove()
+    model.zero_grad()
+    return seen
+
+
+@pytest.mark.parametrize(("make", "matrix"), [(llama, MATRIX), (gpt2, "transformer.h.1.mlp.c_fc")])
+def test_the_gradient_method_sums_squared_gradients(make, matrix):
+    model = make()
+    gradients = dense_gradients(model, matrix)
+    gradients = [gradient.T for gradient in gradients] if make is gpt2 else gradients
+    expected = sum(gradient.square().sum(0) for gradient in gradients)
+    scores = score(model, BATCHES, loss_fn)
+    torch.testing.assert_close(scores.columns[matrix], expected)
+    assert scores.batches == 3
+
+
+def test_the_first_layer_is_scored_though_everything_before_it_is_frozen():
+    model = llama()
+    matrix = "model.layers.0.self_attn.q_proj"
+    expected = sum(gradient.square().sum(0) for gradient in dense_gradients(model, matrix))
+    torch.testing.assert_close(score(model, BATCHES, loss_fn).columns[matrix], expected)
+
+
+def test_the_factored_and_activation_methods_follow_their_definitions():
+    model = llama()
+    pairs = captured(model, MATRIX)
+    power = [x.square().mean(0) for x, _ in pairs]
+    expected = sum(p * dy.square().mean(0).sum() for p, (_, dy) in zip(power, pairs, strict=True))
+    torch.testing.assert_close(score(model, BATCHES, loss_fn, method="factored").columns[MATRIX], expected)
+    activation = score(model, BATCHES, loss_fn, method="activation")
+    torch.testing.assert_close(activation.columns[MATRIX], sum(power))
+
+
+def test_matrices_given_the_same_tensor_are_one_group_with_one_support():
+    scores = score(llama(), BATCHES, loss_fn)
+    groups = {}
+    for name, shape in scores.shapes.items():
+        groups.setdefault(shape.group, []).append(name.removeprefix("model.layers."))
+    assert list(groups.values())[:4] == [
+        ["0.self_attn.q_proj", "0.self_attn.k_proj", "0.self_attn.v_proj"],
+        ["0.self_attn.o_proj"],
+        ["0.mlp.gate_proj", "0.mlp.up_proj"],
+        ["0.mlp.down_proj"],
+    ]
+    assert list(groups) == list(range(8))
+    sites = SparseAdapter.attach(llama(), density=0.1, placement=scores).sites()
+    q, k, o = (sites[f"model.layers.0.self_attn.{kind}_proj"] for kind in "qko")
+    assert torch.equal(q.cols, k.cols) and not torch.equal(q.cols, o.cols)
+
+
+def test_the_columns_with_the_highest_group_score_are_taken_and_A_starts_small():
+    scores = score(llama(), BATCHES, loss_fn)
+    adapter = SparseAdapter.attach(llama(), density=0.1, placement=scores)
+    total = sum(scores.columns[f"model.layers.0.self_attn.{kind}_proj"] for kind in "qkv")
+    site = adapter.sites()["model.layers.0.self_attn.v_proj"]
+    left_out = torch.ones(24, dtype=torch.bool).index_fill(0, site.cols, False)
+    assert total[site.cols].min() >= total[left_out].max()
+    for site in adapter.sites().values():
+        torch.testing.assert_close(site.A.detach().norm(dim=1), torch.full((len(site.A),), START_NORM))
+        assert not site.B.any()
+    assert adapter.config.placement == "gradient"
+    rows = {row.name: row for row in adapter.summary()}
+    cols = adapter.sites()[MATRIX].cols
+    assert rows[MATRIX].score == pytest.approx(scores.columns[MATRIX][cols].sum().item())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_scoring_and_placement_are_deterministic_and_survive_a_file(tmp_path, method):
+    first, again = (score(llama(), BATCHES, loss_fn, method=method) for _ in range(2))
+    first.save(tmp_path / "scores.safetensors")
+    states = [
+        SparseAdapter.attach(llama(), density=0.1, placement=placement).state_dict()
+        for placement in (first, again, tmp_path / "scores.safetensors", str(tmp_path / "scores.safetensors"))
+    ]
+    for state in states[1:]:
+        assert all(torch.equal(state[name], tensor) for name, tensor in states[0].items())
+    loaded = Scores.load(tmp_path / "scores.safetensors")
+    assert (loaded.method, loaded.batches, loaded.shapes) == (first.method, 3, first.shapes)
+    assert list(tmp_path.iterdir()) == [tmp_path / "scores.safetensors"]
+
+
+def test_the_model_is_left_as_it_was():
+    model = llama()
+    model.model.norm.weight.requires_grad_(False)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(KeyError):
+        score(model, BATCHES, lambda model, inputs: loss_fn(model, inputs["absent"]))
+    score(model, BATCHES, loss_fn)
+    assert flags == [parameter.requires_grad for parameter in model.parameters()]
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_gradient_checkpointing_scores_the_same():
+    model = llama()
+    plain = score(model, BATCHES, loss_fn)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    again = score(model, BATCHES, loss_fn)
+    assert again.shapes == plain.shapes
+    assert all(torch.equal(again.columns[name], column) for name, column in plain.columns.items())
+
+
+def test_a_matrix_that_never_ran_scores_zero():
+    model = nn.ModuleDict({"used": nn.Linear(8, 8), "unused": nn.Linear(8, 4)})
+    scores = score(model, [torch.randn(3, 8)], lambda model, x: model["used"](x).square().sum())
+    assert scores.columns["used"].all() and not scores.columns["unused"].any()
+    assert scores.shapes["used"].group != scores.shapes["unused"].group
+    SparseAdapter.attach(model, density=0.4, placement=scores)
+
+
+@pytest.mark.parametrize(
+    ("batches", "loss", "message"),
+    [
+        ([], loss_fn, "at least one batch"),
+        (BATCHES, lambda m, b: loss_fn(m, b) * float("nan"), "batch 0: expected a finite loss, got nan"),
+        (BATCHES, lambda m, b: loss_fn(m, b).detach(), "the loss has no gradient"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(batches, loss, message):
+    with pytest.raises(ValueError, match=message):
+        score(llama(), batches, loss)
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(ValueError, match="method must be one of gradient, factored, activation, got 'magic'"):
+        score(llama(), BATCHES, loss_fn, method="magic")
+
+
+def test_scores_of_another_model_are_refused():
+    scores = score(llama(), BATCHES, loss_fn)
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.gate_proj was scored as .*40.* here it is .*48"):
+        SparseAdapter.attach(llama(intermediate_size=48), density=0.1, placement=scores)
+    with pytest.raises(ValueError, match=r"model\.layers\.2\.self_attn\.q_proj was not scored"):
+        SparseAdapter.attach(llama(num_hidden_layers=3), density=0.1, placement=scores)
+
+
+def test_malformed_score_files_are_named(tmp_path):
+    file = tmp_path / "scores.safetensors"
+    with pytest.raises(FileNotFoundError, match="expected a file of scores"):
+        Scores.load(file)
+    score(llama(), BATCHES[:1], loss_fn).save(file)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9])
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
+        Scores.load(file)
+    file.write_bytes(whole)
+    tensors = load_file(file)
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match="expected scores of version 2 written by rbfast"):
+        Scores.load(file)
+    header = {"format": "rbfast-scores", "version": 2, "method": "gradient", "batches": 1}
+    header |= {
+        "base_model_name_or_path": None,
+        "matrices": {MATRIX: {"out_features": 40, "in_features": 24, "group": 0}},
+    }
+    for broken, message in (
+        ({}, rf"tensor {MATRIX}\.columns is missing"),
+        ({f"{MATRIX}.columns": torch.zeros(23)}, r"expected \(24,\) float32, got \(23,\) float32"),
+        ({f"{MATRIX}.columns": torch.full((24,), float("nan"))}, "expected finite values"),
+    ):
+        save_file(broken, file, metadata={"rbfast": json.dumps(header)})
+        with pytest.raises(ValueError, match=message):
+            Scores.load(file)

@@ -1,0 +1,227 @@
+"""The command line as a person would use it, on a tiny random model saved to disk."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from rbfast.cli.main import main
+from rbfast.data.readers import write_traces
+from rbfast.data.trace import Trace
+
+
+@pytest.fixture(scope="module")
+def model_folder(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tiny")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def traces(tmp_path: Path) -> str:
+    path = tmp_path / "traces.jsonl"
+    write_traces(
+        path,
+        [
+            Trace(
+                problem=f"What is {n} + 1?", plan="Count on by one.", reasoning=f"{n} + 1 = {n + 1}", answer=str(n + 1)
+            )
+            for n in range(12)
+        ],
+    )
+    return str(path)
+
+
+def call(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = main(argv)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_info_names_an_implementation_for_every_op(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "info", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert all(how.startswith(("native", "reference")) for how in facts["ops"].values())
+    assert "column_grad" in facts["ops"]
+    assert call(capsys, "info")[1].count("\n") > len(facts["ops"])
+
+
+def test_from_traces_to_a_merged_model_and_a_lora(
+    capsys: pytest.CaptureFixture[str], model_folder: str, traces: str, tmp_path: Path
+) -> None:
+    run = str(tmp_path / "run")
+    distill = ["distill", model_folder, traces, "-o", run, "--density", "0.01", "--dtype", "float32", "--json"]
+    code, out, err = call(capsys, *distill)
+    result = json.loads(out)
+    assert "already" not in out + err
+    assert code == 0
+    assert result["trained"] == 12
+    assert 0 < result["trainable_percent"] <= 1.0
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    code, out, err = call(capsys, *distill)
+    again = json.loads(out)
+    assert code == 0 and again["already_finished"] is True
+    assert f"already finished: the adapter is in {run}, nothing was trained;" in err
+    assert again["last_loss_tactical"] == result["last_loss_tactical"]
+
+    records = tmp_path / "completions.jsonl"
+    code, out, _ = call(
+        capsys, "eval", model_folder, "--adapter", run, "--task", "leg_counting", "-n", "2",
+        "--max-new-tokens", "4", "--json", "-o", str(records),
+    )  # fmt: skip
+    assert code == 0
+    assert json.loads(out)["leg_counting"]["n"] == 2
+    assert len(records.read_text().splitlines()) == 2
+
+    page = tmp_path / "report.html"
+    records.rename(tmp_path / "run" / records.name)
+    assert call(capsys, "report", run, "-o", str(page))[:2] == (0, f"wrote {page}\n")
+    assert f"{result['trainable_percent']:.3f}% of " in page.read_text(encoding="utf-8")
+
+    code, _, _ = call(capsys, "merge", model_folder, run, "-o", str(tmp_path / "merged"), "--dtype", "float32")
+    assert code == 0
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+    code, _, _ = call(capsys, "export-lora", model_folder, run, "-o", str(tmp_path / "lora"), "--dtype", "float32")
+    assert code == 0
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_solve_keeps_to_its_budget(capsys: pytest.CaptureFixture[str], model_folder: str) -> None:
+    common = ["solve", model_folder, "What is 2 + 2?", "--budget", "120", "--minimum", "20", "--dtype", "float32"]
+    code, out, _ = call(capsys, *common, "--json")
+    solution = json.loads(out)["solutions"][0]
+    assert code == 0
+    assert solution["tokens"] <= 120
+    assert "<answer>" in solution["text"]
+    assert solution["thinking"] and not any("answer>" in solution[part] for part in ("thinking", "answer"))
+    assert {event["kind"] for event in solution["events"]} & {"wrap up", "close", "wait"}
+
+    code, out, _ = call(capsys, *common)
+    shown = "".join(out.split())
+    assert code == 0
+    assert "".join(f"[{solution['events'][0]['kind']}]".split()) in shown
+    assert out.rstrip().splitlines()[-1].startswith("answer: ")
+
+    code, out, _ = call(capsys, *common, "--samples", "3", "--json")
+    assert code == 0
+    assert len(json.loads(out)["solutions"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--budget", "0"], "budget must be at least 1, got 0"),
+        (["--budget", "-3"], "budget must be at least 1, got -3"),
+        (["--budget", "9"], "raise the reserve, or the budget to"),
+        (["--server", "nowhere"], "url must look like http"),
+    ],
+)
+def test_impossible_solving_is_refused(
+    capsys: pytest.CaptureFixture[str], model_folder: str, options: list[str], complaint: str
+) -> None:
+    code, out, err = call(capsys, "solve", model_folder, "2 + 2?", *options)
+    assert code == 2
+    assert out == ""
+    assert complaint in err
+
+
+def test_a_problem_in_another_encoding_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("What is the café's bill?".encode("latin-1"))))
+    code, out, err = call(capsys, "solve", "smollm2-135m", "-")
+    assert (code, out) == (2, "")
+    assert "problem: expected UTF-8 on stdin, got byte 0xe9" in err
+
+
+def test_eval_samples_and_goes_on(capsys: pytest.CaptureFixture[str], model_folder: str, tmp_path: Path) -> None:
+    problems, records = tmp_path / "set.jsonl", tmp_path / "records.jsonl"
+    problems.write_text('{"problem": "1+1?", "answer": "2"}\n{"problem": "1+2?", "answer": "3"}\n')
+    common = ["eval", model_folder, "--task", str(problems), "-n", "2", "--max-new-tokens", "4", "--samples", "3"]
+    code, out, _ = call(capsys, *common, "-o", str(records), "--json")
+    assert code == 0
+    [summary] = json.loads(out).values()
+    assert (summary["items"], summary["samples"]) == (2, 3)
+    assert {"pass@1", "pass@1_se", "pass@2", "pass@3", "majority@3", "truncated", "tokens"} <= set(summary)
+    before = records.read_text()
+    assert json.loads(call(capsys, *common, "-o", str(records), "--json")[1]) == {str(problems): summary}
+    assert records.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ('{"problem": "1+1?", "reasoning": "1+1=2"}', "answer"),
+        ('{"problem": "1+1?", ', "traces.jsonl:1"),
+        ("", "trace"),
+    ],
+)
+def test_bad_traces_are_named_with_exit_code_2(
+    capsys: pytest.CaptureFixture[str], model_folder: str, tmp_path: Path, content: str, complaint: str
+) -> None:
+    path = tmp_path / "traces.jsonl"
+    path.write_text(content)
+    code, out, err = call(capsys, "distill", model_folder, str(path), "-o", str(tmp_path / "run"))
+    assert code == 2
+    assert out == ""
+    assert complaint in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_an_epoch_is_refused_before_anything_is_read(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for epochs in ("0", "-1"):
+        code, out, err = call(capsys, "distill", "no/model", "none.jsonl", "-o", str(tmp_path), "--epochs", epochs)
+        assert (code, out) == (2, "") and f"epochs must be finite and above 0, got {float(epochs)}" in err
+
+
+@pytest.mark.parametrize("density", ["0", "1e-9", "2"])
+def test_bad_densities(
+    capsys: pytest.CaptureFixture[str], model_folder: str, traces: str, tmp_path: Path, density: str
+) -> None:
+    code, _, err = call(capsys, "distill", model_folder, traces, "-o", str(tmp_path / "run"), "--density", density)
+    assert code == 2
+    assert "density" in err
+
+
+def test_a_folder_with_another_run_is_refused(
+    capsys: pytest.CaptureFixture[str], model_folder: str, traces: str, tmp_path: Path
+) -> None:
+    common = ["distill", model_folder, traces, "-o", str(tmp_path / "run"), "--density", "0.01", "--json"]
+    assert call(capsys, *common)[0] == 0
+    code, _, err = call(capsys, *common, "--epochs", "2")
+    assert code == 2
+    assert "epochs is 1.0, now 2.0" in err
+
+
+def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["distill", "--help"])
+    assert done.value.code == 0
+    assert "example: rbfast distill" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as done:
+        main(["distil"])
+    assert done.value.code == 2
+
+
+def test_a_pipe_that_is_closed_is_no_error():
+    command = f"{sys.executable} -m rbfast.cli.main info | true"
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert run.stderr == ""

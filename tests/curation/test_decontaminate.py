@@ -1,0 +1,151 @@
+"""Decontamination on the pairs that people confirmed, on paraphrases by number, and at its edges."""
+
+import csv
+import json
+import pickle
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from real_inputs import data_path
+
+from rbfast.curation import text
+from rbfast.curation.decontaminate import (
+    Decontaminator,
+    Evaluation,
+    Match,
+    Thresholds,
+    contaminated,
+    read_evaluations,
+    stack,
+)
+from rbfast.data.trace import TraceError
+
+
+@pytest.fixture(scope="module")
+def math500() -> list[Evaluation]:
+    return read_evaluations([data_path("math500/math500_test.jsonl")])
+
+
+@pytest.fixture(scope="module")
+def s1k() -> list[str]:
+    with data_path("s1k_questions/s1k_questions.json").open(encoding="utf-8") as file:
+        return [row["problem"] for row in json.load(file)]
+
+
+def confirmed() -> set[tuple[int, int]]:
+    """(place in s1K, place in MATH-500) of the pairs that people confirmed."""
+    with data_path("decontam_audit/s1_confirmed.csv").open(encoding="utf-8", newline="") as file:
+        return {(int(row["train_id"][-4:]), int(row["math500_id"][-4:])) for row in csv.DictReader(file)}
+
+
+def test_confirmed_pairs_are_flagged_and_nothing_else(s1k: list[str], math500: list[Evaluation]) -> None:
+    flagged = {(place, match.item) for place, match in enumerate(contaminated(s1k, math500)) if match}
+    assert len(confirmed()) == 4
+    assert flagged == confirmed()  # the bar is two others at most
+    with data_path("s1k_questions/s1_ngram_hits.jsonl").open(encoding="utf-8") as file:
+        assert len({json.loads(line)["train_id"] for line in file}) == 185  # what any shared 8-gram flags
+
+
+def test_the_verdicts_stand_apart_from_the_thresholds(s1k: list[str], math500: list[Evaluation]) -> None:
+    """The four hold 0.93 and more of their problem, the next less than 0.4: the threshold is not tuned to them."""
+    found = contaminated(s1k, math500, thresholds=Thresholds(text=0.2, template=1.0))
+    shares = sorted((match.share for match in found if match), reverse=True)
+    assert shares[3] > 0.9
+    assert shares[4] < 0.4
+
+
+def change_digits(problem: str, rng: random.Random) -> str:
+    return re.sub(r"\d", lambda digit: str((int(digit[0]) + rng.randrange(1, 10)) % 10), problem)
+
+
+def test_other_numbers_are_reported_by_the_template_tier(math500: list[Evaluation]) -> None:
+    rng = random.Random(0)
+    pool = [change_digits(item.problem, rng) for item in math500]
+    unlike = Thresholds(text=1.0)
+    found = contaminated(pool, math500, thresholds=unlike)
+    assert all(found)
+    changed = [(place, match) for place, match in enumerate(found) if match and match.tier == "template"]
+    drawing = re.compile(r"\[asy\].*?\[/asy\]", re.DOTALL)
+    told = [drawing.sub("", item.problem) for item in math500]
+    assert [place for place, _ in changed] == [place for place, text in enumerate(told) if re.search(r"\d", text)]
+    assert len(changed) == 460
+    own = sum(math500[match.item].problem == math500[place].problem for place, match in changed)
+    assert own >= 0.99 * len(changed)  # two problems of the set share a template
+
+
+def test_other_numbers_of_other_lengths_are_reported_too() -> None:
+    evaluations = [Evaluation("e:1", "A farm has 3 cows and 12 hens. How many legs do they have in all?")]
+    pool = ["A farm has 45 cows and 7 hens. How many legs do they have in all?", "How many legs have 3 dogs?"]
+    match, other = contaminated(pool, evaluations)
+    assert match == Match(0, "template", 1.0)
+    assert other is None
+
+
+def test_short_problems_are_seen() -> None:
+    evaluations = [Evaluation("e:1", "Compute $\\sin 60^\\circ$."), Evaluation("e:2", "What is $5!$?")]
+    found = contaminated(["compute \\(\\sin(60°)\\)", "Compute $\\cos 60^\\circ$.", "", "Solve x."], evaluations)
+    assert [match and (match.item, match.tier) for match in found] == [(0, "text"), None, None, None]
+
+
+def test_boilerplate_weighs_little() -> None:
+    ask = "Please reason step by step, and put your final answer within a box at the very end of your reply."
+    evaluations = [
+        Evaluation(f"e:{i}", f"{words} {ask}") for i, words in enumerate(("add the odd primes up to nine", "b"))
+    ]
+    evaluations += [Evaluation(f"f:{i}", f"unlike the others number {'x' * i} {ask}") for i in range(20)]
+    pool = [f"{words} {ask}" for words in ("what colour has the sky over the sea", "add the odd primes up to nine")]
+    found = contaminated(pool, evaluations)
+    assert found[0] is None
+    assert found[1] is not None and found[1].item == 0
+
+
+def test_parts_and_threads_do_not_matter(s1k: list[str], math500: list[Evaluation]) -> None:
+    index = pickle.loads(pickle.dumps(Decontaminator(math500)))
+    parts = [s1k[:1], s1k[1:400], [], s1k[400:]]
+    found = stack([index.find(text.pack(part), part, threads=threads) for threads, part in enumerate(parts, start=1)])
+    verdicts = index.judge(found, text.fingerprints(text.pack(s1k)), threads=2)
+    assert verdicts == contaminated(s1k, math500, threads=1)
+
+
+def test_copies_in_the_pool_do_not_hide_it(math500: list[Evaluation]) -> None:
+    half = math500[285].problem
+    half = half[: int(0.7 * len(half))]
+    assert all(contaminated([half] * 500 + ["Find the area of the triangle."] * 20, math500)[:500])
+
+
+def test_no_evaluations_and_no_problems(math500: list[Evaluation]) -> None:
+    assert contaminated(["What is 1 + 1?"], []) == [None]
+    assert contaminated([], math500) == []
+
+
+def letters(problems: list[str]) -> np.ndarray:
+    return np.array([[problem.lower().count(chr(97 + i)) for i in range(26)] for problem in problems], dtype=float)
+
+
+def test_an_embedding_sees_paraphrases() -> None:
+    evaluations = [Evaluation("e:1", "silent night"), Evaluation("e:2", "zebra crossing")]
+    pool = ["listen thing", "tricycles", ""]
+    found = contaminated(pool, evaluations, embed=letters)
+    assert found[0] is not None and found[0][:2] == (0, "paraphrase") and found[0].share == pytest.approx(1.0)
+    assert found[1:] == [None, None]
+    assert contaminated(pool, evaluations) == [None] * 3
+    with pytest.raises(ValueError, match=r"embed must return finite numbers \[2, d\], got \[2\]"):
+        contaminated(pool, evaluations, embed=lambda problems: np.ones(len(problems)))
+
+
+def test_evaluation_files(tmp_path: Path) -> None:
+    path = tmp_path / "set.jsonl"
+    path.write_text('{"question": "One?"}\n\n{"prompt": "Two?", "answer": 2}\n')
+    assert read_evaluations([path]) == [Evaluation(f"{path}:1", "One?"), Evaluation(f"{path}:3", "Two?")]
+    path.write_text('{"text": "One?"}\n')
+    with pytest.raises(TraceError, match=r"set\.jsonl:1: expected a text under problem, question, prompt"):
+        read_evaluations([path])
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.5, float("nan")])
+def test_thresholds(threshold: float) -> None:
+    with pytest.raises(ValueError, match="template must lie in"):
+        Thresholds(template=threshold)

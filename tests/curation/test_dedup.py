@@ -1,0 +1,57 @@
+import numpy as np
+import pytest
+
+from rbfast.curation import text
+from rbfast.curation.dedup import SIGNATURE, duplicates, key_of
+
+
+def keepers(items: list[tuple[str, str]], preference: list[float] | None = None) -> list[int]:
+    """Of (problem, answer) pairs, as the curation computes their columns."""
+    packed = text.pack(problem for problem, _ in items)
+    rows, _ = text.shingles(packed, 5)
+    keys = np.array([key_of(*item) for item in items], dtype=np.uint64)
+    likes = np.array(preference or [0.0] * len(items))
+    return duplicates(text.fingerprints(packed), text.minhash(rows, SIGNATURE), keys, likes).tolist()
+
+
+LONG = (
+    "A farmer keeps 12 cows and 31 hens on a field by the river, and every morning before the sun is up he counts all "
+    "the legs he can see from the gate. On market days he sells a few of the hens, but today is no market day, and it "
+    "rains so hard that none of the animals would leave the dry barn where they sleep at night if he let them. {}"
+)
+
+
+def test_typings_of_one_problem_are_one_whatever_the_answer() -> None:
+    assert keepers([("Find $\\frac12+x$.", "1"), ("find \\(\\dfrac{1}{2} + x\\)", "2"), ("Find $x$.", "1")]) == [
+        0,
+        0,
+        2,
+    ]
+
+
+def test_of_duplicates_the_preferred_is_kept_of_equals_the_first() -> None:
+    items = [("One plus one?", "2")] * 3 + [("Two?", "2")]
+    assert keepers(items, [0.1, 0.5, 0.5, 0.0]) == [1, 1, 1, 3]
+
+
+def test_a_reworded_problem_is_the_same_one() -> None:
+    asked = [LONG.format("How many legs does he count?"), LONG.format("How many legs will he count?")]
+    assert keepers([(asked[0], "110"), (asked[1], "110"), (asked[1], "108")]) == [0, 0, 0]  # 2 says what 1 says
+    assert keepers([(asked[0], "110"), (asked[1], "108")]) == [0, 1]
+
+
+@pytest.mark.parametrize(("said", "instead"), [("12 cows", "14 cows"), ("by the river", "by river b")])
+def test_other_data_make_another_problem(said: str, instead: str) -> None:
+    asked = LONG.format("How many legs does he count?")
+    assert keepers([(asked, "110"), (asked.replace(said, instead), "110")]) == [0, 1]
+
+
+def test_problems_without_a_word_are_like_no_other() -> None:
+    assert keepers([("?", "1"), ("!", "1"), ("", "1")]) == [0, 1, 2]
+    assert keepers([]) == []
+
+
+def test_chains_of_duplicates_have_one_keeper() -> None:
+    """a is near b and b is c's copy: all three are one, though a and c never meet."""
+    asked = [LONG.format("How many legs does he count?"), LONG.format("How many legs will he count?")]
+    assert keepers([(asked[0], "110"), (asked[1], "110"), (asked[1], "9")], [0.0, 0.0, 1.0]) == [2, 2, 2]

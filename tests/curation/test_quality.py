@@ -1,0 +1,131 @@
+"""Flaws and marks on real traces of four models, and on made ones."""
+
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+from real_inputs import data_path
+
+from rbfast.curation.quality import Quality, flaw, quality, repeated_shares
+from rbfast.data.trace import Trace
+
+QWEN = "qwen3_think_onoff/qwen3-8b__think-on.jsonl"
+
+
+def thinking(name: str, field: str) -> list[tuple[str, bool]]:
+    """(what a model thought, whether it finished) of a file."""
+    with data_path(name).open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return [(row[field], row.get("done_reason", "stop") == "stop") for row in rows if row[field]]
+
+
+def flaw_of(reasoning: str, problem: str = "What is it?", answer: str = "7") -> str | None:
+    return flaw(Trace(problem, reasoning, answer), float(repeated_shares([reasoning])[0]))
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "count"),
+    [
+        (QWEN, "thinking", 189),
+        ("r1_math500_traces/math500_deepseek_r1.jsonl", "reasoning_trace", 20),
+        ("r1_math500_traces/pilot_math500_qwen7b.jsonl", "reasoning_trace", 19),
+        ("r1_math500_traces/pilot_math500_llama8b.jsonl", "reasoning_trace", 20),
+    ],
+)
+def test_finished_thinking_has_no_flaw(name: str, field: str, count: int) -> None:
+    whole = [text for text, finished in thinking(name, field) if finished]
+    assert len(whole) == count
+    assert [flaw_of(text) for text in whole] == [None] * count
+
+
+def test_thinking_that_met_the_limit_loops() -> None:
+    """Qwen3-8B's five thoughts that the limit cut are loops; the other six met it in the reply that followed."""
+    with data_path(QWEN).open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    cut = [row["thinking"] for row in rows if row["done_reason"] == "length" and not row["content"]]
+    assert len(cut) == 5
+    assert all((flaw_of(text) or "").startswith("looping") for text in cut)
+
+
+def test_some_of_what_is_cut_at_random_is_seen() -> None:
+    """A cut shows in the text where it leaves a sentence or a formula open: measured 0.30 for Qwen3, 0.55 for R1."""
+    rng = random.Random(0)
+    for name, field, least in (
+        (QWEN, "thinking", 0.25),
+        ("r1_math500_traces/math500_deepseek_r1.jsonl", "reasoning_trace", 0.4),
+    ):
+        whole = [text for text, finished in thinking(name, field) if finished]
+        cut = [text[: rng.randrange(len(text) // 2, len(text))] for text in whole]
+        assert np.mean([flaw_of(text) is not None for text in cut]) >= least
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "complaint"),
+    [
+        ("So \\[ x = 3", r"inside \\\[ ... \\\]"),
+        ("We have \\(x\\) and \\(y", r"inside \\\( ... \\\)"),
+        ("```python\nprint(1)", "inside a code fence"),
+        ("$$x=1$$ and $$y", r"inside \$\$"),
+        ("\\begin{align} x", "inside"),
+        ("<think>It is 7.", "its thinking does not end"),
+        ("It is 3 +", "ends on '\\+'"),
+        ("So it must be the", "ends on 'the'"),
+        ("One is 1.\nTwo is 2.\nThree is 3.\nFour is 4.\nFive seems odd to me", "no full stop"),
+    ],
+)
+def test_cut_reasoning(reasoning: str, complaint: str) -> None:
+    found = flaw_of(reasoning)
+    assert found is not None and found.startswith("truncated: ")
+    assert re.search(complaint, found)
+
+
+@pytest.mark.parametrize(
+    "reasoning",
+    [
+        "3 cows x4=12\n2 hens x2=4, 12+4=16",
+        "It is 7",
+        "```\nx\n```",
+        "One.\nTwo.\nThree.\nFour.\nThe answer is seven",
+        "\\[x=7\\]",
+    ],
+)
+def test_whole_reasoning(reasoning: str) -> None:
+    assert flaw_of(reasoning) is None
+
+
+def test_answers_and_languages() -> None:
+    assert flaw_of("It is 7.", answer="...") == "unreadable answer: it holds no letter, digit or sign"
+    assert flaw_of("It is 7.", answer="\\frac{1}{2") == "unreadable answer: its braces do not balance"
+    assert flaw_of("It is \\{1\\}.", answer="\\{1, 2\\}") is None
+    assert (flaw_of("所以我们得到答案 7.") or "").startswith("language")
+    assert flaw_of("所以我们得到答案 7.", problem="求解 x") is None
+    assert flaw_of("Thus α + β ≤ 𝑥, naïve.") is None
+
+
+def test_repetition_is_the_share_said_before() -> None:
+    once = " ".join(f"word{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(100))
+    assert repeated_shares([once, f"{once} {once}", "", "short"]).tolist() == [0.0, pytest.approx(81 / 181), 0.0, 0.0]
+    assert repeated_shares([]).tolist() == []
+
+
+def test_marks() -> None:
+    plain = quality(Trace("p", "x is 3. " * 30, "3"), 0.0)
+    checked = quality(Trace("p", "x is 3. Wait, let me check: therefore it holds. " * 30, "3"), 0.0)
+    assert plain[:4] == (pytest.approx(90 / 290), 0.0, 0.0, 0.0)
+    assert all(0 <= mark <= 1 for mark in checked)
+    assert all(better > worse for better, worse in zip(checked[:4], plain[:4], strict=True))
+    assert quality(Trace("p", "It is 4.", "3"), 0.0).completeness == 0.5
+    assert quality(Trace("p", "It is \\frac{ 1 }{2}.", "\\frac{1}{2}"), 0.0).completeness == 1.0
+    assert Quality(1, 1, 1, 1, 1, 0).score == pytest.approx(1.0)
+    assert Quality(1, 1, 1, 1, 0.5, 0.5).score == pytest.approx(0.25)
+
+
+def test_thinking_models_reason_at_greater_length_than_a_plain_reply() -> None:
+    def mean(texts: list[str]) -> np.ndarray:
+        return np.mean([quality(Trace("p", text, "1"), 0.0) for text in texts], axis=0)
+
+    think = mean([text for text, finished in thinking(QWEN, "thinking") if finished])
+    reply = mean([text for text, _ in thinking("qwen3_think_onoff/qwen3-8b__think-off.jsonl", "content")])
+    assert (think[:3] > reply[:3]).all()  # elaboration, verification, exploration

@@ -1,0 +1,139 @@
+"""A pool assessed on Ray Data with two workers: the bytes, and the errors, of one process.
+
+The workers start in about half a minute on one core.
+"""
+
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench_text import problem
+
+from rbfast import curate
+from rbfast.cli.main import main
+from rbfast.curation.assess import Assessor, stack
+from rbfast.curation.decontaminate import Decontaminator
+from rbfast.curation.pool import assessed, assessed_on_ray
+from rbfast.data.trace import Trace, TraceError
+
+FILES = ("reason1k.jsonl", "dropped.jsonl", "datasheet.json", "datasheet.html")
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Any]:
+    """A session with two workers."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'rbfast[ray]'")
+    pytest.importorskip("ray.data")
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three files of unlike lengths, with copies, evaluation problems, cut thoughts and rows that are no trace."""
+    rng = random.Random(0)
+    problems = [problem(rng) for _ in range(300)]
+    rows: list[Any] = [
+        {
+            "problem": rng.choice(problems),
+            "reasoning": "First, let me check this. " * rng.randrange(1, 4) + rng.choice(["So it is 7.", "so the"]),
+            "answer": "7",
+            "domain": rng.choice("abc"),
+            "id": str(number),
+        }
+        for number in range(500)
+    ]
+    rows[0]["reasoning"] = "It is 7."
+    rows[50] = {"problem": "no more"}
+    folder = tmp_path_factory.mktemp("pool")
+    write_rows(folder / "against.jsonl", [{"problem": text} for text in problems[:10]])
+    parts = {"one": rows[:333], "two": rows[333:340], "three": rows[340:]}
+    return [write_rows(folder / f"{name}.jsonl", part) for name, part in parts.items()]
+
+
+def test_the_bytes_of_one_process(ray: Any, pool: list[Path], tmp_path: Path, monkeypatch) -> None:
+    against = pool[0].with_name("against.jsonl")
+    one = curate(pool, tmp_path / "one", size=20, against=[against], seed=3)
+    monkeypatch.setattr("rbfast.curation.pool.CHUNK", 40)
+    command = ["curate", *map(str, pool), "-o", str(tmp_path / "ray"), "--against", str(against), "--ray", "auto"]
+    assert main([*command, "--size", "20", "--seed", "3", "--json"]) == 0
+    for name in FILES:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "ray" / name).read_bytes()
+    assert one.selected == 20
+    assert all(stage.dropped for stage in one.stages if stage.name != "score")
+    assert ray.is_initialized()
+
+
+def test_two_workers_share_a_file_and_its_order_is_kept(
+    ray: Any, pool: list[Path], tmp_path: Path, monkeypatch
+) -> None:
+    def first_is_last(trace: Trace) -> float:
+        """The number of the worker. The first trace waits until another worker is two chunks on."""
+        me, until = f"{os.getpid()}.", time.monotonic() + 60
+        (tmp_path / f"{me}{trace.id}").touch()
+        while trace.id == "0" and time.monotonic() < until:
+            if sum(not path.name.startswith(me) for path in tmp_path.iterdir()) > 40:
+                break
+            time.sleep(0.01)
+        return float(os.getpid())
+
+    monkeypatch.setattr("rbfast.curation.pool.CHUNK", 20)
+    monkeypatch.chdir(pool[0].parent)  # workers are elsewhere
+    name, decontaminator = [pool[0].name], Decontaminator([])
+    there = stack([*assessed_on_ray(name, Assessor(decontaminator, quality=first_is_last), "auto")])
+    here = stack([*assessed(name, Assessor(decontaminator), 1)])
+    assert there.fingerprints.tolist() == here.fingerprints.tolist()
+    assert there.quality[0] not in there.quality[20:40]
+    assert os.getpid() not in there.quality
+
+
+@pytest.mark.parametrize(
+    ("line", "error", "message"),
+    [
+        ('{"problem": ', TraceError, "torn.jsonl:21: "),
+        ('{"problem": "?", "reasoning": "It is 7.", "answer": "7", "difficulty": 3}', ValueError, "quality must give"),
+    ],
+)
+def test_errors_are_those_of_one_process(
+    ray: Any, pool: list[Path], tmp_path: Path, line: str, error: type, message: str
+) -> None:
+    torn = tmp_path / "torn.jsonl"
+    torn.write_text("".join(pool[0].read_text(encoding="utf-8").splitlines(True)[:20]) + line + "\n")
+    assessor = Assessor(Decontaminator([]), quality=lambda trace: float("nan") if trace.difficulty else 1.0)
+    with pytest.raises(error, match=message) as here:
+        list(assessed([torn], assessor, 1))
+    with pytest.raises(error) as there:
+        list(assessed_on_ray([torn], assessor, "auto"))
+    assert type(there.value) is type(here.value)
+    assert str(there.value) == str(here.value)
+
+
+def test_a_session_of_its_own_is_closed(ray: Any, tmp_path: Path, monkeypatch) -> None:
+    calls = []
+    monkeypatch.setattr(ray, "is_initialized", iter([False]).__next__)
+    monkeypatch.setattr(ray.data, "from_items", lambda items: 1 / 0)
+    monkeypatch.setattr(ray, "init", lambda address, **options: calls.append(address))
+    monkeypatch.setattr(ray, "shutdown", lambda: calls.append("closed"))
+    with pytest.raises(ZeroDivisionError):
+        curate([tmp_path / "pool.jsonl"], tmp_path / "out", ray="host:6379")
+    assert calls == ["host:6379", "closed"]
+
+
+def test_without_ray_it_says_what_to_install(pool: list[Path], tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(["curate", str(pool[0]), "-o", str(tmp_path), "--ray", "auto"]) == 2
+    assert "pip install 'rbfast[ray]'" in capsys.readouterr().err
+    assert main(["curate", str(pool[0]), "-o", str(tmp_path), "--ray", "auto", "--processes", "2"]) == 2
+    assert "expected processes or ray, got 2 and 'auto'" in capsys.readouterr().err

@@ -1,0 +1,208 @@
+"""The text loops: the native ones against their definitions, and the definitions against what they promise."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from real_inputs import data_path
+
+from rbfast.curation import text, text_reference
+from rbfast.curation.text import Rows, fold, pack
+from rbfast.curation.text_reference import tokens
+
+MARKS = ["\\frac", "\\", "12", "[asy]", "[/asy]", "x", "\\left", "\\text1", "\\begin{a*}", "\\end{b", "c}", "{", "}"]
+MARKS += ["½", "π", "ßé", "≤", "中文", "-", "<", "=", "\u200b", "\ud800", "İ", "١٢"]
+TEXTS = st.lists(st.lists(st.sampled_from([*MARKS, " "]) | st.text(max_size=6), max_size=12).map("".join), max_size=8)
+
+
+def tokens_of(problem: str) -> list[str]:
+    return tokens(fold(problem))
+
+
+def same(ours: object, theirs: object) -> bool:
+    pairs = zip(ours, theirs, strict=True) if isinstance(ours, tuple) else [(ours, theirs)]
+    return all(np.array_equal(one, other) and one.dtype == other.dtype for one, other in pairs)
+
+
+@pytest.fixture(scope="module")
+def native():
+    if text._NATIVE is None:
+        pytest.skip("rbfast._text is not built")
+    return text._NATIVE
+
+
+@pytest.fixture(scope="module")
+def problems() -> list[str]:
+    with data_path("s1k_questions/s1k_questions.json").open(encoding="utf-8") as file:
+        return [row["problem"] for row in json.load(file)]
+
+
+@pytest.mark.parametrize(
+    "typings",
+    [
+        ["$\\frac12+1$", "\\(\\dfrac{1}{2} + 1\\)", "\\[\\tfrac {1}{2}+1.\\]"],
+        ["Is $a\\leq b$?", "Is a ≤ b?", "is \\(a \\le b\\)"],
+        ["$2\\pi r\\times 3$", "2πr·3", "$2\\pi\\,r \\cdot 3$"],
+        ["$\\left( x^{2} \\right)$", "$(x^2)$", "(x²)"],
+        ["\\begin{align*}x=1\\end{align*}", "$$x=1$$"],
+        ["A hexagon [asy]draw((0,0)--(1,1));[/asy] is", "A hexagon is"],
+        ["Straße", "STRASSE", "straße"],
+        ["naïve", "nai\u0308ve", "na\u00adïve"],
+        ["３ ٤", "3 4"],
+        ["求解x", "求 解 x"],
+    ],
+)
+def test_typings_of_one_text_have_the_same_tokens(typings: list[str]) -> None:
+    assert len({tuple(tokens_of(typing)) for typing in typings}) == 1
+    assert len(np.unique(text.fingerprints(pack(typings)))) == 1
+
+
+def test_tokens() -> None:
+    assert tokens_of("Let $f(x)=\\sqrt23-1$") == ["let", "f", "x", "=", "sqrt", "2", "3", "-", "1"]
+    assert tokens("x12 \\sqrt23", mask_digits=True) == ["x", "0", "sqrt", "0", "0"]
+    assert tokens_of("και λ") == ["και", "lambda"]
+    assert tokens_of("[asy] open") == ["asy", "open"]
+
+
+@settings(deadline=None)
+@given(TEXTS, st.integers(1, 6), st.booleans(), st.integers(1, 5))
+def test_native_shingles_are_the_definition(native, texts: list[str], k: int, masked: bool, threads: int) -> None:
+    packed = pack(texts)
+    expected = text_reference.shingles(*packed, k, masked, 1)
+    assert same(native.shingles(*packed, k, masked, threads), expected)
+
+
+def test_native_shingles_are_the_definition_on_real_problems(native, problems: list[str]) -> None:
+    packed = pack(problems)
+    for k, masked in ((1, True), (5, False), (2**62, False)):
+        expected = text_reference.shingles(*packed, k, masked, 1)
+        assert same(native.shingles(*packed, k, masked, 3), expected)
+
+
+def test_hashes_never_change() -> None:
+    """They may be stored: FNV-1a of "a" is its published value, and a shingle's is pinned."""
+    assert text_reference.hash_token("a") == 0xAF63DC4C8601EC8C
+    assert int(text_reference.mix(np.zeros(1, dtype=np.uint64))[0]) == 0xE220A8397B1DCDAF  # splitmix64's first from 0
+    rows, counts = text.shingles(pack(["a b c", ""]), 5)
+    assert rows.lengths.tolist() == [1, 0]
+    assert counts.tolist() == [3, 0]
+
+
+rows_of_numbers = st.lists(st.lists(st.integers(0, 30), max_size=8, unique=True).map(sorted), max_size=8)
+
+
+def as_rows(lists: list[list[int]], dtype: type) -> Rows:
+    values = np.array([value for row in lists for value in row], dtype=dtype)
+    return Rows(values, np.append(0, np.cumsum([len(row) for row in lists], dtype=np.int64)))
+
+
+@settings(deadline=None)
+@given(TEXTS, TEXTS, st.integers(1, 3), st.booleans(), st.integers(1, 4))
+def test_native_find_is_the_definition(native, texts, others, k: int, masked: bool, threads: int) -> None:
+    index = np.unique(text.shingles(pack(others + texts[:1]), k, mask_digits=masked)[0].values)
+    expected = text_reference.find(*pack(texts), k, masked, index, 1)
+    assert same(native.find(*pack(texts), k, masked, index, threads), expected)
+
+
+@settings(deadline=None)
+@given(rows_of_numbers, st.randoms(use_true_random=False), st.integers(1, 4))
+def test_native_containment_is_the_definition(native, lists, random, threads: int) -> None:
+    terms = [sorted(random.sample(range(5), random.randrange(4))) for _ in range(31)]
+    postings, found = as_rows(terms, np.int32), as_rows(lists, np.int32)
+    weights = np.array([random.randrange(4) for _ in range(31)], dtype=np.int64)
+    totals = np.array([1 + sum(int(w) for w, t in zip(weights, terms, strict=True) if e in t) for e in range(5)])
+    arguments = (*found, *postings, weights, totals, random.choice([0.0, 0.3, 0.5, 1.0]))
+    assert same(native.containment(*arguments, threads), text_reference.containment(*arguments, 1))
+
+
+@settings(deadline=None)
+@given(rows_of_numbers, st.integers(1, 4))
+def test_native_minhash_is_the_definition(native, lists, threads: int) -> None:
+    rows = as_rows(lists, np.uint64)
+    multipliers = text_reference.mix(np.arange(7, dtype=np.uint64)) | np.uint64(1)
+    hashes = text_reference.mix(rows.values)
+    expected = text_reference.minhash(hashes, rows.starts, multipliers, 1)
+    assert same(native.minhash(hashes, rows.starts, multipliers, threads), expected)
+
+
+def test_signatures_estimate_the_jaccard_index() -> None:
+    shared, mine, theirs = (text_reference.mix(np.arange(i * 1000, i * 1000 + 300, dtype=np.uint64)) for i in range(3))
+    rows = as_rows([sorted({*shared, *mine}), sorted({*shared, *theirs})], np.uint64)
+    one, other = text.minhash(rows, 1024)
+    assert abs(np.mean(one == other) - 1 / 3) < 4 * np.sqrt(1 / 3 * 2 / 3 / 1024)
+
+
+@settings(deadline=None)
+@given(rows_of_numbers, st.randoms(use_true_random=False), st.integers(1, 4))
+def test_native_facility_location_is_the_definition(native, lists, random, threads: int) -> None:
+    rows = as_rows(lists, np.int32)
+    values = np.array([random.randrange(4) for _ in rows.values], dtype=np.int32)
+    size = random.randrange(len(lists) + 1)
+    arguments = (rows.starts, *rows[:1], values, 31, size)
+    assert same(native.facility_location(*arguments, threads), text_reference.facility_location(*arguments, 1))
+
+
+def test_lazy_greedy_is_greedy(problems: list[str]) -> None:
+    """Against the definition of greedy: every gain computed every time, from the whole similarity matrix."""
+    vectors, values = text.unit_vectors(pack(problems[:150]))
+    dense = np.zeros((150, vectors.values.max() + 1), dtype=np.int64)
+    dense[np.repeat(np.arange(150), vectors.lengths), vectors.values] = values
+    similarity = dense @ dense.T
+    best, expected, gains = np.zeros(150, dtype=np.int64), [], []
+    for _ in range(20):
+        gain = np.maximum(similarity - best, 0).sum(1)
+        gain[expected] = -1
+        expected.append(int(gain.argmax()))
+        gains.append(int(gain.max()))
+        best = np.maximum(best, similarity[expected[-1]])
+    chosen, added = text.facility_location(vectors, values, 20, threads=2)
+    assert chosen.tolist() == expected
+    assert added.tolist() == gains
+
+
+def test_vectors_have_unit_length_and_leave_out_what_most_texts_have() -> None:
+    vectors, values = text.unit_vectors(pack(["find the cat", "find the dog 1", "find a bird 2", "owl", ""]))
+    lengths = np.sqrt(
+        np.bincount(np.repeat(np.arange(5), vectors.lengths), weights=values.astype(float) ** 2, minlength=5)
+    )
+    assert np.allclose(lengths, [2**15] * 4 + [0], rtol=1e-4)
+    assert vectors.lengths.tolist() == [2, 3, 3, 1, 0]  # "find" stands in three of five
+
+
+@pytest.mark.parametrize(
+    ("call", "complaint"),
+    [
+        (lambda m, a: m.shingles(a["bytes"], a["bad"], 5, False, 1), "starts must run from 0 to 4"),
+        (lambda m, a: m.shingles(a["bytes"], a["starts"], 0, False, 1), "k must be at least 1, got 0"),
+        (lambda m, a: m.shingles(a["bytes"], a["starts"], 5, False, 0), "threads must be at least 1, got 0"),
+        (lambda m, a: m.find(a["bytes"], a["starts"], 5, False, a["hashes"][::-1].copy(), 1), "index must be sorted"),
+        (lambda m, a: m.facility_location(a["starts"], a["ids"], a["ids"], 4, 3, 1), r"size must lie in \[0, 2\]"),
+        (lambda m, a: m.facility_location(a["starts"], a["ids"], a["ids"], 2, 1, 1), r"features must lie in \[0, 2\)"),
+    ],
+)
+def test_native_checks(native, call, complaint: str) -> None:
+    arrays = {
+        "bytes": np.frombuffer(b"a bc", dtype=np.uint8),
+        "starts": np.array([0, 1, 4]),
+        "bad": np.array([0, 1, 3]),
+        "hashes": np.arange(4, dtype=np.uint64),
+        "ids": np.arange(4, dtype=np.int32),
+    }
+    with pytest.raises(ValueError, match=complaint):
+        call(native, arrays)
+    with pytest.raises(TypeError):
+        native.shingles(arrays["ids"], arrays["starts"], 5, False, 1)
+
+
+def test_the_reference_serves_where_nothing_is_built() -> None:
+    code = (
+        "import sys; sys.modules['rbfast._text'] = None\n"
+        "from rbfast import text\n"
+        "print(text.implementation(), text.shingles(text.pack(['a b']), 1)[1].tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["reference", "[2]"], done.stderr

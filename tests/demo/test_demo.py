@@ -1,0 +1,61 @@
+"""The demo's line at a toy size: what it writes, and that it goes on where it stopped."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from rbfast.demo import run
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerBase) -> None:
+    def load(name: str, dtype: torch.dtype) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        return LlamaForCausalLM(config).to(dtype), tokenizer
+
+    monkeypatch.setattr(run, "load_student", load)
+    monkeypatch.setattr(run, "TRAIN", 4)
+    monkeypatch.setattr(run, "HELD_OUT", 2)
+    monkeypatch.setattr(run, "MAX_NEW_TOKENS", 4)
+
+
+@pytest.mark.usefixtures("toy")
+def test_the_demo_writes_its_table_and_pictures_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    summary = run.run_demo(tmp_path, quiet=True)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert 0 < summary["trainable_percent"] <= 0.3
+    assert summary["families"].keys() == set(run.FAMILIES)
+    assert len(run.FAMILIES) >= 5
+    for row in [*summary["families"].values(), summary["mean"]]:
+        assert {"before", "after", "gain", "ci_low", "ci_high", "n"} <= row.keys()
+        assert row["ci_low"] <= row["after"] - row["before"] <= row["ci_high"]
+    assert summary["mean"]["n"] == 2 * len(run.FAMILIES)
+    assert "Report of " in (tmp_path / "report.html").read_text(encoding="utf-8")
+    for name in ("losses.png", "placement.png", "accuracy.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+    monkeypatch.setattr(run, "evaluate", lambda *_, **__: pytest.fail("a finished evaluation was made again"))
+    again = run.run_demo(tmp_path, quiet=True)
+    assert again["families"] == summary["families"]
+
+
+@pytest.mark.usefixtures("toy")
+def test_another_configuration_does_not_reuse_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.run_demo(tmp_path, quiet=True)
+    monkeypatch.setattr(run, "CONFIG", replace(run.CONFIG, epochs=2.0))
+    with pytest.raises(ValueError, match="holds another run"):
+        run.run_demo(tmp_path, quiet=True)

@@ -1,0 +1,119 @@
+import contextlib
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+from tiny_models import attach, disturb
+
+from rbfast.inference.decoding import Completion, complete
+
+PROMPTS = ["a", "a much longer prompt than the others", "two words", "2 + 2 =", "xyz", "The end is near", "b", "?"]
+# Many end tokens, so that a random model ends its rows at different times.
+STOPS = [0, *range(2, 258, 30)]
+
+
+@pytest.fixture
+def model():
+    model = tiny_model()
+    model.generation_config.eos_token_id = STOPS
+    return model
+
+
+def alone(model, tokenizer, prompt: str, max_new_tokens: int) -> list[int]:
+    """The plain definition: one row, no cache, argmax."""
+    ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    written = []
+    while len(written) < max_new_tokens and (not written or written[-1] not in STOPS):
+        with torch.no_grad():
+            written.append(int(model(torch.tensor([ids + written])).logits[0, -1].argmax()))
+    return written
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_batches_write_what_each_prompt_writes_alone(model, batch_size):
+    tokenizer = tiny_tokenizer()
+    expected = [alone(model, tokenizer, prompt, 24) for prompt in PROMPTS]
+    assert len({len(written) for written in expected}) > 2, (
+        "rows must end at different times for this test to mean much"
+    )
+    assert 0 < sum(written[-1] not in STOPS for written in expected) < len(PROMPTS)
+    completions = complete(model, tokenizer, PROMPTS, max_new_tokens=24, batch_size=batch_size)
+    assert completions == [
+        Completion(tokenizer.decode(w, skip_special_tokens=True), len(w), w[-1] not in STOPS) for w in expected
+    ]
+
+
+def test_a_batch_shrinks_once_half_of_its_rows_have_ended(model, monkeypatch):
+    widths = []
+    forward = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda *args, **kwargs: widths.append(len(kwargs["input_ids"])) or forward(*args, **kwargs)
+    )
+    tokenizer = tiny_tokenizer()
+    completions = complete(model, tokenizer, PROMPTS, max_new_tokens=24, batch_size=8)
+    assert widths[0] == 8 and widths == sorted(widths, reverse=True) and widths[-1] < 4
+    assert sum(widths) < 8 * max(completion.tokens for completion in completions)
+
+
+def test_sampling_settings_of_the_model_are_ignored(model):
+    tokenizer = tiny_tokenizer()
+    expected = complete(model, tokenizer, PROMPTS, max_new_tokens=8)
+    model.generation_config.do_sample = True
+    model.generation_config.temperature = 5.0
+    model.generation_config.repetition_penalty = 1.5
+    assert complete(model, tokenizer, PROMPTS, max_new_tokens=8) == expected
+
+
+def test_training_mode_is_restored_and_progress_counts_prompts(model):
+    seen = []
+    model.train()
+    complete(
+        model,
+        tiny_tokenizer(),
+        PROMPTS,
+        max_new_tokens=2,
+        batch_size=3,
+        progress=lambda done, of: seen.append((done, of)),
+    )
+    assert model.training and seen == [(3, 8), (6, 8), (8, 8)]
+    assert complete(model, tiny_tokenizer(), []) == []
+
+
+def test_a_folded_adapter_writes_without_hooks_and_gets_them_back(model, monkeypatch):
+    adapter = attach(model)
+    disturb(adapter, size=1.0)
+    tokenizer, hooked = tiny_tokenizer(), []
+    with monkeypatch.context() as patch:
+        patch.setattr("rbfast.inference.decoding.unhooked", contextlib.nullcontext)
+        expected = complete(model, tokenizer, PROMPTS, max_new_tokens=24)
+    assert expected != complete(tiny_model(), tokenizer, PROMPTS, max_new_tokens=24), "the adapter must matter here"
+    forward = model.forward
+    linears = [site.linear for site in adapter.sites().values()]
+    monkeypatch.setattr(
+        model,
+        "forward",
+        lambda *args, **kwargs: (
+            hooked.extend(linear for linear in linears if linear._forward_hooks or linear._forward_pre_hooks)
+            or forward(*args, **kwargs)
+        ),
+    )
+    assert complete(model, tokenizer, PROMPTS, max_new_tokens=24) == expected and hooked == []
+    assert all(linear._forward_hooks and linear._forward_pre_hooks for linear in linears)
+
+
+def test_what_does_not_fit_is_refused(model):
+    with pytest.raises(ValueError, match="longest prompt has 250 tokens and 10 more"):
+        complete(model, tiny_tokenizer(), ["short", "x" * 250], max_new_tokens=10)
+    with pytest.raises(ValueError, match="at least 1, got 0 and 4"):
+        complete(model, tiny_tokenizer(), PROMPTS, max_new_tokens=0, batch_size=4)
+
+
+def test_the_end_of_turn_of_the_chat_template_ends_a_row_too(model):
+    tokenizer = tiny_tokenizer()
+    [expected] = complete(model, tokenizer, ["two words"], max_new_tokens=24)
+    last = alone(model, tokenizer, "two words", 24)[2]
+    turn_end = tokenizer.convert_ids_to_tokens(last)
+    tokenizer.add_special_tokens({"additional_special_tokens": [turn_end]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}" + turn_end + "{% endfor %}"
+    [shorter] = complete(model, tokenizer, ["two words"], max_new_tokens=24)
+    assert shorter.tokens == 3 < expected.tokens and not shorter.truncated

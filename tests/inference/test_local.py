@@ -1,0 +1,294 @@
+"""Guided inference with real batches: the same as plain generation when it is off, each row alone when it is on."""
+
+import math
+import random
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+
+from rbfast.data.encoding import format_prompt
+from rbfast.inference.decoding import complete, greedy_settings
+from rbfast.inference.guide import WAIT, WRAP_UP, Guide
+from rbfast.inference.local import Sampler, TokenRow, Vocabulary, calibrate, entropy, guide_for, guided
+
+PROMPTS = ["a", "a much longer prompt than the others", "two words", "2 + 2 =", "xyz", "The end is near", "b", "?"]
+STOPS = [0, *range(2, 258, 30)]
+SHORT = {"wait": "Wait.", "verify": "Check.", "other": "Else.", "wrap_up": "Stop."}
+TOKENIZER = tiny_tokenizer()
+
+
+@pytest.fixture
+def model():
+    model = tiny_model()
+    model.generation_config.eos_token_id = STOPS
+    return model
+
+
+def guide(**options):
+    return Guide(
+        **{"budget": 150, "reserve": 50, "minimum": 50, "finish": "</answer>", "cooldown": 8} | SHORT | options
+    )
+
+
+def alone(model, prompt, solution):
+    """What the model would write in each place of a solution: one row, no cache, nothing ever struck."""
+    ids = TOKENIZER(prompt, add_special_tokens=False).input_ids
+    whole = torch.tensor([ids + list(solution.ids)])
+    with torch.no_grad():
+        return model(whole).logits[0, len(ids) - 1 : -1].argmax(-1).tolist()
+
+
+def put_tokens(solution):
+    """Which tokens of a solution were put in, by position (one token a byte here)."""
+    return {p for e, text in placed(solution) for p in range(e.at, e.at + len(text))}
+
+
+def placed(solution):
+    texts = {
+        WAIT: "Wait.\n",
+        WRAP_UP: "Stop.\n</think>",
+        "close": "</think>",
+        "verify": "Check.\n",
+        "other approach": "Else.\n",
+    }
+    for event in solution.events:
+        text = texts[event.kind]
+        rest = solution.thinking[event.at :]
+        yield event, rest[: rest.index(text) + len(text)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_off_it_is_plain_generation_bit_by_bit(model, batch_size):
+    expected = complete(model, TOKENIZER, PROMPTS, max_new_tokens=24, batch_size=batch_size)
+    solutions = guided(
+        model, TOKENIZER, PROMPTS, guide(budget=24, reserve=1, minimum=0, interventions=()), batch_size=batch_size
+    )
+    assert [(s.text, s.tokens, s.truncated) for [s] in solutions] == [(c.text, c.tokens, c.truncated) for c in expected]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_off_it_is_transformers_own_generate(seed):
+    model = tiny_model(seed)
+    model.generation_config.eos_token_id = STOPS
+    settings = greedy_settings(model, TOKENIZER)
+    plain = guide(budget=24, reserve=1, minimum=0, interventions=())
+    for prompt in PROMPTS:
+        ids = torch.tensor([TOKENIZER(prompt, add_special_tokens=False).input_ids])
+        expected = model.generate(ids, max_new_tokens=24, **settings)[0, ids.shape[1] :].tolist()
+        [[solution]] = guided(model, TOKENIZER, [prompt], plain)
+        assert list(solution.ids) == expected
+
+
+def test_rows_never_affect_each_other(model):
+    together = guided(model, TOKENIZER, PROMPTS, guide(), batch_size=8)
+    assert guided(model, TOKENIZER, PROMPTS, guide(), batch_size=1) == together
+    assert guided(model, TOKENIZER, PROMPTS[::-1], guide(), batch_size=3) == together[::-1]
+    kinds = {event.kind for [solution] in together for event in solution.events}
+    assert {WAIT, "close"} <= kinds and any(event.struck for [s] in together for event in s.events)
+
+
+class Scripted:
+    """Draws what was written for a row, whatever the model says: the text of a model that is out to do harm."""
+
+    def __init__(self, temperature, top_p):
+        source = random.Random(0)
+        texts = ["".join(source.choices(HARMFUL, k=60)) for _ in PROMPTS]
+        texts[1] = "round and "
+        self.streams = [[0 if c == "\0" else TOKENIZER(c).input_ids[0] for c in text] for text in texts]
+        self.streams[0] = [source.randrange(2, 258) for _ in range(200)]
+
+    def token(self, row, step):
+        stream = self.streams[row]
+        return stream[step % len(stream)]
+
+    def draw(self, scores, names, steps):
+        rows = (int(name.split(":")[1]) for name in names)
+        return torch.tensor([self.token(row, step) for row, step in zip(rows, steps, strict=True)])
+
+
+HARMFUL = [
+    "12",
+    ".",
+    "3",
+    " ",
+    "\n",
+    "$",
+    "`",
+    "```",
+    "\\(",
+    "\\[",
+    "</think>",
+    "</",
+    "so. ",
+    "x",
+    "\0",
+    "</answer>",
+    "é",
+]
+
+
+@pytest.mark.parametrize("probe_every", [0, 20])
+def test_adversarial_rows_never_affect_each_other(model, monkeypatch, probe_every):
+    monkeypatch.setattr("rbfast.inference.local.Sampler", Scripted)
+    asked = guide(minimum=20, probe_every=probe_every, probe_tokens=3, loop_length=4)
+    together = guided(model, TOKENIZER, PROMPTS, asked, temperature=1.0)
+    assert {e.kind for [s] in together for e in s.events} >= {WAIT, WRAP_UP, "other approach"}
+    for batch_size in (1, 3):
+        assert guided(model, TOKENIZER, PROMPTS, asked, temperature=1.0, batch_size=batch_size) == together
+    if probe_every:
+        assert any(solution.probe_tokens for [solution] in together)
+        return
+    # The batch is the state machine of each row alone.
+    vocabulary = Vocabulary(TOKENIZER, asked, STOPS)
+    for number, [solution] in enumerate(together):
+        row = TokenRow(asked, vocabulary)
+        while not row.done:
+            row.feed(row.queue[0] if row.queue else Scripted(1.0, 1.0).token(number, row.written))
+        assert row.solution() == solution
+
+
+def test_what_was_struck_leaves_no_trace(model):
+    # Every token that was not put in is the one that the model, reading only what is left, would write there.
+    visible = torch.full((258,), -1e4)
+    visible[0] = visible[2:96] = 0.0  # the end and printable characters: a token is one character
+    model.lm_head.bias = torch.nn.Parameter(visible)
+    checked = 0
+    for prompt, [solution] in zip(PROMPTS, guided(model, TOKENIZER, PROMPTS, guide()), strict=True):
+        greedy, forced = alone(model, prompt, solution), put_tokens(solution)
+        free = [i for i in range(len(solution.thinking)) if i not in forced]
+        assert [greedy[i] for i in free] == [solution.ids[i] for i in free]
+        checked += any(event.struck for event in solution.events) and bool(free)
+    assert checked
+
+
+def test_every_row_ends_within_its_budget(model):
+    for budget in (60, 90, 150):
+        for [solution] in guided(model, TOKENIZER, PROMPTS, guide(budget=budget, reserve=45, minimum=10)):
+            assert solution.tokens <= budget and solution.ids[-1] in STOPS
+            assert "</think>" in solution.thinking
+
+
+def test_the_cache_is_kept_across_interventions(model, monkeypatch):
+    read = []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *a, **k: read.append(k["input_ids"].shape[1]) or forward(*a, **k))
+    [[solution]] = guided(model, TOKENIZER, ["two words"], guide())
+    assert solution.events and read[0] == len("two words") and set(read[1:]) == {1}
+    assert len(read) == solution.tokens
+
+
+def test_samples_share_the_prefill(model, monkeypatch):
+    read = []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *a, **k: read.append(tuple(k["input_ids"].shape)) or forward(*a, **k))
+    prompt = PROMPTS[1]
+    [samples] = guided(model, TOKENIZER, [prompt], guide(), samples=5, temperature=1.0)
+    assert read[0] == (1, len(prompt) - 1) and read[1] == (5, 1)
+    assert len({solution.ids for solution in samples}) > 1
+
+
+def test_samples_depend_on_the_seed_and_not_on_the_batch(model):
+    def sampled(**options):
+        return guided(
+            model, TOKENIZER, PROMPTS[:4], guide(), **{"samples": 2, "temperature": 0.9, "early_stop": False} | options
+        )
+
+    first = sampled()
+    assert sampled(batch_size=2) == first
+    assert sampled(seed=1) != first
+
+
+def test_draws_follow_the_distribution():
+    scores = torch.tensor([[2.0, 1.0, 0.0, -math.inf]])
+    draw = lambda sampler, i: sampler.draw(scores, ["row"], [i]).item()  # noqa: E731
+    n = 4000
+    counts = torch.bincount(torch.tensor([draw(Sampler(2.0, 1.0), i) for i in range(n)]), minlength=4) / n
+    expected = torch.softmax(scores[0] / 2, -1)
+    # five binomial standard errors
+    assert ((counts - expected).abs() <= 5 * (expected * (1 - expected) / n).sqrt()).all()
+    nucleus = {draw(Sampler(1.0, 0.7), i) for i in range(200)}
+    assert nucleus == {0, 1}  # 0.665 of the mass is the first's: two are needed for 0.7
+    assert {draw(Sampler(1.0, 0.6), i) for i in range(200)} == {0}
+    with pytest.raises(ValueError, match="temperature must be above 0"):
+        Sampler(0.0, 1.0)
+
+
+def test_a_decided_vote_abandons_the_rest(model, monkeypatch):
+    monkeypatch.setattr("rbfast.inference.local.answer_key", lambda text: "same")
+    [samples] = guided(model, TOKENIZER, ["two words"], guide(), samples=7, temperature=1.5)
+    gone = [solution for solution in samples if solution.abandoned]
+    assert 0 < len(gone) <= 3
+    [all_of_them] = guided(model, TOKENIZER, ["two words"], guide(), samples=7, temperature=1.5, early_stop=False)
+    assert not any(solution.abandoned for solution in all_of_them)
+    assert sum(s.tokens for s in samples) < sum(s.tokens for s in all_of_them)
+    kept = [i for i, solution in enumerate(samples) if not solution.abandoned]
+    assert [samples[i] for i in kept] == [all_of_them[i] for i in kept]
+
+
+def test_probes_leave_the_rows_as_they_were(model):
+    probing = guide(probe_every=16, probe_tokens=4, probe_agree=99, budget=210)
+    plain = guided(model, TOKENIZER, PROMPTS, guide(budget=210))
+    for [with_probes], [without] in zip(guided(model, TOKENIZER, PROMPTS, probing), plain, strict=True):
+        assert with_probes.tokens <= 210
+        if with_probes.events == without.events and not with_probes.truncated:
+            assert with_probes.ids == without.ids
+            assert with_probes.tokens == without.tokens + with_probes.probe_tokens
+    probed = [with_probes for [with_probes] in guided(model, TOKENIZER, PROMPTS, probing)]
+    assert sum(solution.probe_tokens > 0 for solution in probed) > 3
+
+
+def test_entropy_is_the_definition():
+    scores = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)) * 4
+    expected = torch.distributions.Categorical(logits=scores.double()).entropy()
+    torch.testing.assert_close(entropy(scores).double(), expected, rtol=1e-5, atol=1e-6)
+    scores[0, 3:] = -math.inf
+    assert entropy(scores)[0] == pytest.approx(
+        torch.distributions.Categorical(logits=scores[0, :3].double()).entropy().item(), rel=1e-5
+    )
+
+
+def test_calibration_is_a_quantile_of_the_models_own(model):
+    low, high = (calibrate(model, TOKENIZER, PROMPTS, guide(), quantile=q) for q in (0.1, 0.9))
+    assert 0 < low < high < math.log(258)
+    with pytest.raises(ValueError, match="quantile must lie in"):
+        calibrate(model, TOKENIZER, PROMPTS, guide(), quantile=1.5)
+
+
+def test_the_listener_hears_everything_in_order(model):
+    heard = []
+    [[solution]] = guided(
+        model, TOKENIZER, ["xyz"], guide(), listen=lambda row, kind, text: heard.append((row, kind, text))
+    )
+    assert {row for row, _, _ in heard} == {0}
+    put = [kind for _, kind, _ in heard if kind not in ("think", "answer")]
+    assert put[: len(solution.events)] == [event.kind for event in solution.events]
+    assert "".join(text for _, kind, text in heard if kind == "answer") in solution.answer
+
+
+def test_markers_suit_the_tokenizer():
+    plain = guide_for(TOKENIZER, budget=500)
+    assert (plain.close, plain.finish) == ("<answer>", "</answer>")
+    thinking = tiny_tokenizer()
+    thinking.add_tokens(["</think>"])
+    assert guide_for(thinking, budget=500).close == "</think>"
+    assert guide_for(thinking, budget=500, close="<answer>").close == "<answer>"
+    assert len(Vocabulary(TOKENIZER, Guide(500), [0]).encode("</think>")) == 8  # a marker may be a sequence
+
+
+def test_bad_requests_are_refused(model):
+    with pytest.raises(ValueError, match="longest prompt has 200 tokens and 150 more"):
+        guided(model, TOKENIZER, ["x" * 200], guide())
+    with pytest.raises(ValueError, match="need a temperature above 0"):
+        guided(model, TOKENIZER, ["x"], guide(), samples=2)
+    with pytest.raises(ValueError, match="at least 1, got 0 and 32"):
+        guided(model, TOKENIZER, ["x"], guide(), samples=0)
+
+
+def test_a_real_student_answers_within_its_budget(pristine):
+    model, tokenizer = pristine
+    prompt = format_prompt("A farm has 3 cows and 2 hens. How many legs are there?", tokenizer)
+    steps = guide_for(tokenizer, budget=120, reserve=50, minimum=30)
+    [[solution]] = guided(model, tokenizer, [prompt], steps)
+    assert solution.tokens <= 120 and "<answer>" in solution.text
+    assert solution.text.rstrip().endswith("</answer>") or not solution.truncated

@@ -1,0 +1,431 @@
+"""DistillLoss against the plain formula in fp64, differentiated by autograd."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from rbfast.loss.distill_loss import DistillLoss
+from rbfast.loss.teacher_signal import Dense, TopK
+
+
+def divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """The textbook definition over buckets [T, n]; differentiable in log_q."""
+    p, q = log_p.exp(), log_q.exp()
+    if beta == 0:
+        return (p * (log_p - log_q)).sum(1)
+    if beta == 1:
+        return (q * (log_q - log_p)).sum(1)
+    log_m = (beta * p + (1 - beta) * q).log()
+    return beta * (p * (log_p - log_m)).sum(1) + (1 - beta) * (q * (log_q - log_m)).sum(1)
+
+
+def student_logits(hidden, weight, bias=None, softcap=None, logit_scale=1.0) -> Tensor:
+    z = hidden @ weight.T
+    z = logit_scale * (z if bias is None else z + bias)
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def top_k_divergence(z: Tensor, ids: Tensor, log_p: Tensor, tau: Tensor, beta: float) -> Tensor:
+    """k + 1 buckets of a whole teacher distribution: given on ids, shaped like the student's elsewhere."""
+    with torch.no_grad():
+        support = torch.zeros_like(z, dtype=torch.bool).scatter(1, ids, True)
+        tail = torch.log_softmax(z.masked_fill(support, -torch.inf), 1)
+        teacher = (tail + torch.log1p(-log_p.exp().sum(1, keepdim=True))).scatter(1, ids, log_p)
+
+    def buckets(full: Tensor) -> Tensor:
+        full = torch.log_softmax(full / tau, 1)
+        rest = full.masked_fill(support, -torch.inf).logsumexp(1, keepdim=True)
+        return torch.cat([full.gather(1, ids), rest], 1)
+
+    return divergence(buckets(teacher), buckets(z), beta)
+
+
+def relative_error(ours: Tensor, truth: Tensor) -> float:
+    return float((ours.double() - truth.double()).norm() / truth.double().norm())
+
+
+class Case:
+    """A batch of T tokens with rows of all three kinds and ignored ones, in fp64."""
+
+    T, H, V, K = 23, 12, 37, 4
+
+    def __init__(self, seed: int = 0) -> None:
+        g = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+        self.hidden, self.weight, self.bias = normal(self.T, self.H), normal(self.V, self.H), normal(self.V)
+        self.labels = torch.randint(self.V, (self.T,), generator=g)
+        self.labels[[2, 9, 20]] = -100
+        order = torch.randperm(self.T, generator=g)
+        self.topk_rows, self.dense_rows = order[:9], order[9:17]
+        log_p = torch.log_softmax(2 * normal(9, self.V), 1)
+        self.logprobs, self.ids = log_p.topk(self.K, 1)
+        self.teacher_logits = 2 * normal(8, self.V)
+        self.w, self.a = torch.rand(self.T, generator=g).double(), torch.rand(self.T, generator=g).double()
+        self.tau = 0.5 + 2 * torch.rand(self.T, generator=g).double()
+
+    def signals(self) -> list:
+        return [TopK(self.ids, self.logprobs, self.topk_rows), Dense(logits=self.teacher_logits, rows=self.dense_rows)]
+
+    def plain(self, hidden: Tensor, weight: Tensor, bias: Tensor, beta: float, **head) -> tuple[Tensor, Tensor, Tensor]:
+        """Per-token loss, divergence and CE [T]."""
+        z = student_logits(hidden, weight, bias, **head)
+        tau = self.tau.unsqueeze(1)
+        d = torch.zeros(self.T, dtype=torch.float64)
+        rows = self.topk_rows
+        d = d.index_put((rows,), top_k_divergence(z[rows], self.ids, self.logprobs, tau[rows], beta))
+        rows = self.dense_rows
+        log_p, log_q = (torch.log_softmax(x / tau[rows], 1) for x in (self.teacher_logits, z[rows]))
+        d = d.index_put((rows,), divergence(log_p, log_q, beta))
+        valid = self.labels != -100
+        d = d * valid
+        ce = -torch.log_softmax(z, 1).gather(1, self.labels.clamp_min(0).unsqueeze(1)).squeeze(1) * valid
+        return self.w * self.tau**2 * d + self.a * ce, d, ce
+
+    def arguments(self) -> dict:
+        return {"weight": self.w, "ce_weight": self.a, "temperature": self.tau}
+
+
+@pytest.mark.parametrize("head", [{}, {"softcap": 3.0}, {"logit_scale": 0.25}, {"softcap": 2.0, "logit_scale": 1.7}])
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_mixed_rows_match_the_plain_formula(beta, reduction, head):
+    case = Case()
+    inputs = [x.clone().requires_grad_() for x in (case.hidden, case.weight, case.bias)]
+    truth, divergence_truth, ce_truth = case.plain(*inputs, beta, **head)
+    upstream = (
+        torch.linspace(0.5, 2, case.T, dtype=torch.float64) if reduction == "none" else torch.tensor(3.0).double()
+    )
+    count = int((case.labels != -100).sum())
+    truth = {"mean": truth.sum() / count, "sum": truth.sum(), "none": truth}[reduction]
+    expected = torch.autograd.grad(truth, inputs, upstream)
+
+    loss_fn = DistillLoss(beta, reduction=reduction, chunk_rows=16, **head)
+    hidden, weight, bias = inputs
+    out = loss_fn(hidden, weight, case.labels, case.signals(), head_bias=bias, **case.arguments())
+    torch.testing.assert_close(out.loss, truth)
+    torch.testing.assert_close(out.divergence, divergence_truth)
+    torch.testing.assert_close(out.ce, ce_truth)
+    for ours, theirs in zip(torch.autograd.grad(out.loss, inputs, upstream), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize("head_trains", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_filtered_gradient_lacks_at_most_what_it_says(dtype, head_trains, reduction):
+    T, H, V = 60, 24, 3000
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*shape, generator=g).to(dtype) for shape in ((T, H), (V, H)))
+    labels, row_weight = torch.randint(V, (T,), generator=g), torch.rand(T, generator=g)
+    labels[7] = -100
+    log_p, ids = torch.log_softmax(3 * torch.randn(T, V, generator=g), 1).topk(20)
+    signals = [
+        TopK(ids[:40], log_p[:40], torch.arange(40)),
+        Dense(logits=3 * torch.randn(20, V), rows=torch.arange(40, T)),
+    ]
+
+    def solve(share: float) -> tuple:
+        inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(head_trains)]
+        loss_fn = DistillLoss(reduction=reduction, gradient_filter=share, softcap=9.0, chunk_rows=32)
+        out = loss_fn(*inputs, labels, signals, weight=row_weight, ce_weight=0.5, temperature=0.7)
+        out.loss.sum().backward()
+        return out, inputs[0].grad.double(), inputs[1].grad
+
+    exact, d_hidden, d_weight = solve(0.0)
+    assert not bool(exact.filtered.any())
+    rows = 59 if reduction == "mean" else 1
+    for share in (0.003, 0.02, 0.1):
+        out, filtered, d_weight_too = solve(share)
+        assert torch.equal(out.loss, exact.loss) and torch.equal(out.divergence, exact.divergence)
+        assert not head_trains or torch.equal(d_weight_too, d_weight)
+        error = (filtered - d_hidden).norm(dim=1)
+        rounding = 2**-8 * d_hidden.norm(dim=1) if dtype == torch.bfloat16 else 1e-5
+        assert bool((error <= out.filtered / rows + rounding).all())
+        assert float(out.filtered[7]) == 0 and bool((out.filtered[labels >= 0] > 0).all())
+        assert 1e-4 * share < relative_error(filtered, d_hidden) < 5 * share + 2**-8
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_bound_of_a_filtered_gradient_is_reached_where_everything_left_out_adds_up(dtype):
+    """One direction for the whole head, and logits by the bias: what is left out has one sign."""
+    T, H, V = 5, 8, 5000
+    direction = torch.linspace(-1, 1, H, dtype=dtype)
+    hidden, bias = torch.randn(T, H, dtype=dtype).requires_grad_(), torch.linspace(0, 12, V, dtype=dtype)
+    weight, upstream = direction.expand(V, H).contiguous(), torch.linspace(0.1, 3, T, dtype=dtype)
+    loss_fn = DistillLoss(reduction="none", gradient_filter=0.02)
+    out = loss_fn(hidden, weight, torch.full((T,), V - 1), ce_weight=upstream, head_bias=bias)
+    out.loss.sum().backward()
+    error = hidden.grad.norm(dim=1)  # the whole gradient is 0: it sums to 0 over the vocabulary
+    assert bool((error <= out.filtered).all()) and bool((error >= 0.98 * out.filtered).all())
+
+
+def test_a_filter_takes_extreme_heads():
+    hidden = -torch.rand(4, 8, generator=torch.Generator().manual_seed(0)).half()
+    weight = torch.randn(300, 8, generator=torch.Generator().manual_seed(1)).half()
+    weight[0] = 6e4  # a norm beyond fp16, and logits far below all others
+    labels, loss_fn = torch.tensor([1, -100, 2, 3]), DistillLoss(gradient_filter=0.3)
+    assert not bool(loss_fn(hidden, weight, labels, ce_weight=1.0).filtered.any())  # no gradient, nothing left out
+    out = loss_fn(hidden.requires_grad_(), weight, labels, ce_weight=1.0)
+    assert out.filtered.tolist() == [math.inf, 0.0, math.inf, math.inf]
+
+
+def test_without_gradients_none_is_computed(monkeypatch):
+    case = Case()
+    inputs = [x.requires_grad_() for x in (case.hidden, case.weight, case.bias)]
+    monkeypatch.setattr("rbfast.ops.reference.head_backward", lambda *_: pytest.fail("a gradient of hidden"))
+    monkeypatch.setattr("rbfast.ops.reference.head_grad_", lambda *_: pytest.fail("a gradient of the head"))
+    with torch.no_grad():
+        out = DistillLoss()(*inputs[:2], case.labels, case.signals(), head_bias=inputs[2], **case.arguments())
+    assert not out.loss.requires_grad and float(out.loss) > 0
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_gradcheck(beta):
+    case = Case()
+    inputs = [x.clone().requires_grad_() for x in (case.hidden, case.weight, case.bias)]
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        # Top-k rows at temperature 1: elsewhere the teacher's tail follows the student, a constant that moves.
+        return DistillLoss(beta, softcap=3.0)(
+            hidden, weight, case.labels, case.signals(), weight=case.w, ce_weight=case.a, head_bias=bias
+        ).loss
+
+    assert torch.autograd.gradcheck(loss, inputs, fast_mode=True)
+
+
+class Near:
+    """A bf16 student, and a teacher whose logits differ by about `gap`: its states have eight features more."""
+
+    T, H, V, K = 48, 96, 1500, 20
+
+    def __init__(self, gap: float) -> None:
+        g = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=g)
+
+        self.hidden = normal(self.T, self.H).bfloat16().requires_grad_()
+        self.weight = (0.3 * normal(self.V, self.H)).bfloat16().requires_grad_()
+        # The same numbers in fp64: a gradient of bf16 leaves would itself be rounded to bf16.
+        self.exact = tuple(x.detach().double().requires_grad_() for x in (self.hidden, self.weight))
+        self.labels = torch.randint(self.V, (self.T,), generator=g)
+        self.teacher_hidden = torch.cat([self.hidden.detach(), normal(self.T, 8).bfloat16()], 1)
+        self.teacher_weight = torch.cat([self.weight.detach(), (gap / 8**0.5 * normal(self.V, 8)).bfloat16()], 1)
+        z = self.teacher_hidden.double() @ self.teacher_weight.double().T
+        self.log_p = torch.log_softmax(z, 1)
+
+    def signal(self, kind: str) -> TopK | Dense:
+        if kind == "dense":
+            return Dense(self.teacher_hidden, self.teacher_weight)
+        logprobs, ids = self.log_p.topk(self.K, 1)
+        return TopK(ids, logprobs.float())
+
+    def plain(self, kind: str, beta: float) -> Tensor:
+        """Divergence [T] in fp64 of the same bf16 numbers; differentiable."""
+        z = self.exact[0] @ self.exact[1].T
+        if kind == "dense":
+            return divergence(self.log_p, torch.log_softmax(z, 1), beta)
+        signal = self.signal(kind)
+        return top_k_divergence(z, signal.ids, signal.logprobs.double(), torch.ones(self.T, 1).double(), beta)
+
+
+@pytest.mark.parametrize("gap", [1.0, 0.1, 0.02, 0.001])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("kind", ["dense", "top-k"])
+def test_gradient_error_is_at_most_0_3_percent_near_the_teacher(isa, kind, beta, gap):
+    near = Near(gap)
+    inputs = (near.hidden, near.weight)
+    truth = near.plain(kind, beta)
+    expected = torch.autograd.grad(truth.mean(), near.exact)
+    out = DistillLoss(beta)(*inputs, near.labels, near.signal(kind))
+    for ours, theirs in zip(torch.autograd.grad(out.loss, inputs), expected, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert relative_error(ours, theirs) <= 0.003
+    assert bool((out.divergence >= 0).all())
+    assert relative_error(out.divergence, truth.detach()) <= 0.003
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bits_do_not_depend_on_chunks_threads_or_packing(isa, dtype, threads):
+    T, H, V = 100, 40, 301
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(T, H, generator=g).to(dtype), torch.randn(V, H, generator=g).to(dtype)
+    bias, labels = torch.randn(V, generator=g), torch.randint(V, (T,), generator=g)
+    labels[::10] = -100
+    logprobs, ids = torch.log_softmax(torch.randn(40, V, generator=g), 1).topk(5, 1)
+    logits, tau = torch.randn(35, V, generator=g), 0.5 + torch.rand(T, generator=g)
+
+    def run(chunk_rows: int | None, order: Tensor) -> list[Tensor]:
+        inputs = [x.clone().requires_grad_() for x in (hidden[order], weight, bias)]
+        place = order.argsort()
+        teacher = [TopK(ids, logprobs, place[:40]), Dense(logits=logits, rows=place[40:75])]
+        out = DistillLoss(0.3, chunk_rows=chunk_rows)(
+            *inputs[:2], labels[order], teacher, ce_weight=0.5, temperature=tau[order], head_bias=inputs[2]
+        )
+        d_hidden, d_weight, d_bias = torch.autograd.grad(out.loss, inputs)
+        return [out.loss.detach(), out.divergence[place], out.ce[place], d_hidden[place], d_weight, d_bias]
+
+    truth = run(None, torch.arange(T))
+    for count, chunk_rows in ((1, 1), (2, 7), (3, 1000)):
+        threads(count)
+        assert all(torch.equal(a, b) for a, b in zip(run(chunk_rows, torch.arange(T)), truth, strict=True))
+    # In another packing order the head's gradient is another sum of the same terms; all else keeps its bits.
+    shuffled = run(7, torch.randperm(T, generator=g))
+    assert all(torch.equal(a, b) for a, b in zip(shuffled[:4], truth[:4], strict=True))
+    torch.testing.assert_close(shuffled[4:], truth[4:])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_head_trained_in_bf16_has_the_gradient_of_the_plain_formula(isa, reduction):
+    near = Near(1.0)
+    upstream = torch.linspace(0.5, 2, near.T) if reduction == "none" else torch.tensor(3.0)
+    truth = near.plain("top-k", 0.0)
+    truth = {"mean": truth.mean(), "sum": truth.sum(), "none": truth}[reduction]
+    inputs = (near.hidden, near.weight)
+    expected = torch.autograd.grad(truth, near.exact, upstream.double())
+    out = DistillLoss(reduction=reduction)(*inputs, near.labels, near.signal("top-k"))
+    for ours, theirs in zip(torch.autograd.grad(out.loss, inputs, upstream), expected, strict=True):
+        assert relative_error(ours, theirs) <= 0.003
+
+
+def test_num_items_divides_the_mean():
+    case = Case()
+    arguments = (case.hidden, case.weight, case.labels, case.signals())
+    total = DistillLoss(reduction="sum")(*arguments).loss
+    torch.testing.assert_close(DistillLoss()(*arguments, num_items=50).loss, total / 50)
+    torch.testing.assert_close(DistillLoss()(*arguments, num_items=torch.tensor(50)).loss, total / 50)
+    with pytest.raises(ValueError, match="num_items"):
+        DistillLoss(reduction="sum")(*arguments, num_items=50)
+
+
+@pytest.mark.parametrize("labels", [torch.full((5,), -100), torch.zeros(0, dtype=torch.int64)])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_nothing_to_learn_is_zero_with_zero_gradients(labels, reduction):
+    hidden = torch.randn(len(labels), 8, requires_grad=True)
+    weight = torch.randn(11, 8, requires_grad=True)
+    teacher = Dense(logits=torch.randn(len(labels), 11))
+    out = DistillLoss(reduction=reduction)(hidden, weight, labels, teacher, ce_weight=1.0)
+    out.loss.sum().backward()
+    assert out.loss.sum() == 0
+    assert hidden.grad is not None and not hidden.grad.any()
+    assert weight.grad is not None and not weight.grad.any()
+
+
+@pytest.mark.parametrize("student, teacher", [(37, 29), (29, 37)])
+def test_other_vocabulary_is_restricted_not_padded(student, teacher):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 8).double().requires_grad_(), torch.randn(student, 8).double()
+    logits = torch.randn(6, teacher).double()
+    out = DistillLoss()(hidden, weight, torch.zeros(6, dtype=torch.int64), Dense(logits=logits))
+    shared = min(student, teacher)
+    log_p, log_q = (torch.log_softmax(x[:, :shared], 1) for x in (logits, hidden @ weight.T))
+    truth = divergence(log_p, log_q, 0.0).mean()
+    torch.testing.assert_close(out.loss, truth)
+    expected = torch.autograd.grad(truth, hidden)
+    torch.testing.assert_close(torch.autograd.grad(out.loss, hidden), expected)
+
+
+def test_padding_and_duplicates_do_not_change_a_top_k_signal():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(3, 8), torch.randn(37, 8)
+    logprobs, ids = torch.log_softmax(torch.randn(3, 37), 1).topk(4, 1)
+    half = logprobs[:, :1] + math.log(0.5)
+    padding = torch.tensor([[-1], [36], [-1]])
+    messy_ids = torch.cat([ids[:, :1], padding, ids], 1)
+    messy_logprobs = torch.cat([half, torch.tensor([[-1.0], [-torch.inf], [-1.0]]), half, logprobs[:, 1:]], 1)
+    labels = torch.zeros(3, dtype=torch.int64)
+    clean = DistillLoss()(hidden, weight, labels, TopK(ids, logprobs))
+    messy = DistillLoss()(hidden, weight, labels, TopK(messy_ids, messy_logprobs))
+    torch.testing.assert_close(messy.divergence, clean.divergence)
+
+
+def test_log_probs_a_little_over_one_are_scaled_back():
+    logprobs = torch.tensor([[0.7, 0.302]]).log()
+    hidden, weight = torch.zeros(1, 8), torch.zeros(37, 8)
+    out = DistillLoss()(hidden, weight, torch.tensor([0]), TopK(torch.tensor([[3, 5]]), logprobs))
+    p = torch.tensor([0.7, 0.302]) / 1.002
+    torch.testing.assert_close(out.divergence[0], (p * (p * 37).log()).sum())
+
+
+def test_values_are_the_same_without_gradients_and_under_autocast():
+    case = Case()
+    hidden, weight = case.hidden.float().requires_grad_(), case.weight.float()
+    arguments = (case.labels, case.signals())
+    out = DistillLoss()(hidden, weight, *arguments)
+    with torch.no_grad():
+        silent = DistillLoss()(hidden, weight, *arguments)
+    assert not silent.loss.requires_grad
+    assert torch.equal(silent.divergence, out.divergence) and torch.equal(silent.ce, out.ce)
+
+    narrow = DistillLoss()(hidden.bfloat16(), weight.bfloat16(), *arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = DistillLoss()(hidden, weight, *arguments)
+    assert torch.equal(cast.loss, narrow.loss)
+    cast.loss.backward()
+    assert hidden.grad is not None and hidden.grad.dtype == torch.float32
+
+
+def good() -> dict:
+    torch.manual_seed(0)
+    logprobs, ids = torch.log_softmax(torch.randn(5, 11), 1).topk(3, 1)
+    labels = torch.tensor([1, 2, -100, 3, 4])
+    return dict(hidden=torch.randn(5, 8), head_weight=torch.randn(11, 8), labels=labels, teacher=TopK(ids, logprobs))
+
+
+NAN, ROWS, ROW_3 = torch.full((5, 3), torch.nan), torch.tensor([0, 1]), torch.arange(5) != 3
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda g: {"hidden": g["hidden"].unsqueeze(0)}, "flatten"),
+        (lambda g: {"hidden": g["hidden"].int()}, "hidden must be float32"),
+        (lambda g: {"hidden": g["hidden"].double()}, "both be float64"),
+        (lambda g: {"head_weight": torch.randn(11, 9)}, r"head_weight must be \[V, 8\]"),
+        (lambda g: {"head_bias": torch.randn(10)}, "head_bias"),
+        (lambda g: {"labels": g["labels"][:4]}, "one per row"),
+        (lambda g: {"labels": g["labels"].float()}, "integers"),
+        (
+            lambda g: {"labels": g["labels"].where(ROW_3, torch.tensor(11))},
+            r"labels must be in \[0, 11\).*got 11 at row 3",
+        ),
+        (lambda g: {"weight": torch.ones(4)}, "weight must be a float"),
+        (lambda g: {"weight": math.nan}, "weight must be finite"),
+        (lambda g: {"temperature": 0.0}, "temperature must be positive"),
+        (lambda g: {"teacher": None}, "nothing to learn"),
+        (lambda g: {"teacher": 3.0}, "teacher must be"),
+        (lambda g: {"teacher": [g["teacher"], g["teacher"]]}, "row 0 has more than one"),
+        (lambda g: {"teacher": TopK(g["teacher"].ids, NAN)}, "got NaN.*row 0"),
+        (lambda g: {"teacher": TopK(g["teacher"].ids + 11, g["teacher"].logprobs)}, "vocabulary of 11"),
+        (lambda g: {"teacher": TopK(g["teacher"].ids - 12, g["teacher"].logprobs)}, "negative"),
+        (lambda g: {"teacher": TopK(g["teacher"].ids, g["teacher"].logprobs + 1)}, "more than 1"),
+        (lambda g: {"teacher": TopK(g["teacher"].ids[:, :2], g["teacher"].logprobs)}, r"ids \[N, k\]"),
+        (lambda g: {"teacher": TopK(g["teacher"].ids.float(), g["teacher"].logprobs)}, "integer ids"),
+        (lambda g: {"teacher": TopK(g["teacher"].ids[:2], g["teacher"].logprobs[:2])}, "2 rows for 5 tokens"),
+        (lambda g: {"teacher": TopK(g["teacher"].ids, g["teacher"].logprobs, ROWS)}, r"rows must be \[5\]"),
+        (lambda g: {"teacher": TopK(g["teacher"].ids[:2], g["teacher"].logprobs[:2], ROWS + 4)}, "4..5"),
+        (lambda g: {"teacher": Dense()}, "Dense needs"),
+        (lambda g: {"teacher": Dense(torch.randn(5, 4), torch.randn(11, 5))}, "Dense needs hidden"),
+        (lambda g: {"teacher": Dense(torch.randn(5, 4), logits=torch.randn(5, 11))}, "not both"),
+        (lambda g: {"teacher": Dense(torch.randn(5, 4).double(), torch.randn(11, 4))}, "float64"),
+    ],
+)
+def test_bad_input_is_refused_by_name(change, message):
+    arguments = good()
+    DistillLoss()(**arguments)
+    with pytest.raises(ValueError, match=message):
+        DistillLoss()(**{**arguments, **change(arguments)})
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"beta": -0.1}, {"beta": 1.5}, {"reduction": "max"}, {"softcap": 0}, {"chunk_rows": 0}, {"gradient_filter": 1}],
+)
+def test_bad_settings_are_refused_by_name(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        DistillLoss(**setting)

@@ -1,0 +1,352 @@
+"""Every family of architectures, tiny and random: attach, a packed training step, save, load, merge, export."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import FAMILIES, VOCABULARY, attach, batch, disturb, family, same_bits, snapshot
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers.pytorch_utils import Conv1D
+
+from rbfast.adapter.adapter_files import LORA_RANKS
+from rbfast.adapter.column_scores import score
+from rbfast.adapter.sparse_adapter import SparseAdapter
+from rbfast.data.encoding import IGNORE, Example, collate
+from rbfast.models.student import final_hidden, packs
+from rbfast.training.distill import DistillConfig, placement_scores
+from rbfast.training.objective import Objective, role_counts, token_losses
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*stacks of experts"),
+    pytest.mark.filterwarnings("ignore:.*run one at a time"),
+]
+both_modes = pytest.mark.parametrize("mode", ["fold", "side"])
+every_family = pytest.mark.parametrize("name", FAMILIES)
+# Folded, every family; beside the weights, a few: what differs there does not know the family.
+families_and_modes = pytest.mark.parametrize(
+    ("name", "mode"),
+    [(name, "fold") for name in FAMILIES] + [(name, "side") for name in ("llama", "gpt2", "mixtral", "falcon-h1")],
+)
+
+EPS = torch.finfo(torch.float32).eps
+EXPERTS = {"experts.gate_up_proj", "experts.down_proj"}
+MAMBA2 = {"conv1d.weight", "out_proj.weight"}
+# What of a family gets no delta, by the end of its name.
+LEFT_OUT = {
+    "mixtral": {"mlp.gate.weight"} | EXPERTS,
+    "qwen2-moe": {"mlp.gate.weight"} | EXPERTS,
+    "qwen3-moe": {"mlp.gate.weight"} | EXPERTS,
+    "gpt-oss": {"router.weight", "experts.gate_up_proj_bias", "experts.down_proj_bias"} | EXPERTS,
+    "falcon-h1": MAMBA2,
+    "bamba": MAMBA2,
+    "jamba": MAMBA2 | {"x_proj.weight", "dt_proj.weight", "mamba.A_log", "router.weight"} | EXPERTS,
+    "lfm2": {"conv.weight"},
+}
+# Whose examples must run one at a time: an attention that ignores the positions, or a state that is handed on.
+RUNS_ALONE = {"gpt-oss", "falcon", "falcon-alibi", "falcon-h1", "bamba", "jamba", "lfm2"}
+
+
+def adapted(name, mode="fold", dtype=torch.float32):
+    model = family(name, dtype)
+    adapter = attach(model, mode=mode, density=0.2)
+    disturb(adapter)
+    return model, adapter
+
+
+def examples(lengths=(5, 9, 12), seed=0):
+    rng = np.random.default_rng(seed)
+    made = []
+    for length in lengths:
+        ids = rng.integers(0, VOCABULARY, length)
+        labels = np.append(ids[1:], IGNORE)
+        labels[:2] = IGNORE
+        made.append(Example(ids, labels, np.where(labels == IGNORE, -1, np.arange(length) % 3)))
+    return made
+
+
+def packed_loss(model, made, counts=None):
+    """As the trainer computes it."""
+    packed = collate(made)
+    weights = Objective().weights(0.0) / (role_counts(packed) if counts is None else counts)
+    hidden = final_hidden(model, packed["input_ids"], packed["position_ids"])
+    return token_losses(model, hidden, packed, weights, Objective()).loss
+
+
+def plain_loss(model, made):
+    """The same, written out: the model's own logits of every example alone."""
+    sums, counts = torch.zeros(3, dtype=torch.float64), torch.zeros(3)
+    for example in made:
+        logits = model(input_ids=torch.from_numpy(example.input_ids)[None], use_cache=False).logits[0].double()
+        ce = cross_entropy(logits, torch.from_numpy(example.labels), reduction="none")
+        for role in range(3):
+            sums[role] = sums[role] + ce[torch.from_numpy(example.roles == role)].sum()
+            counts[role] += (example.roles == role).sum()
+    return (Objective().weights(0.0) * sums / counts).sum()
+
+
+def gradient(loss, adapter):
+    """All gradients in one vector; zeros for an expert that no token was sent to."""
+    found = torch.autograd.grad(loss, list(adapter.parameters()), allow_unused=True, materialize_grads=True)
+    return torch.cat([part.flatten() for part in found])
+
+
+def apart(left, right):
+    return ((left - right).norm() / right.norm()).item()
+
+
+def train(model, adapter, steps=4):
+    optimizer, losses = torch.optim.AdamW(adapter.parameters(), lr=0.03), []
+    for _ in range(steps):
+        loss = packed_loss(model, examples())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=batch()["input_ids"], use_cache=False).logits
+
+
+def ending(name, known):
+    return next((end for end in known if name.endswith(f".{end}")), name)
+
+
+@every_family
+def test_every_linear_gets_a_delta_and_the_rest_is_listed(name):
+    model = family(name)
+    adapter = attach(model)
+    expected = LEFT_OUT.get(name, set())
+    linears = {f"{n}.weight" for n, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    linears = {n for n in linears if ending(n, expected) == n} - {"lm_head.weight"}
+    assert {f"{site}.weight" for site in adapter.sites()} == linears and len(linears) >= 4
+    assert {ending(n, expected) for n in adapter.left_out} == expected
+
+
+@every_family
+def test_every_matrix_is_scored_by_a_gradient(name):
+    found = score(family(name), [examples()], packed_loss)
+    assert all(column.sum() > 0 for column in found.columns.values())
+
+
+@every_family
+@both_modes
+def test_a_packed_step_is_the_plain_one_of_every_example_alone(name, mode):
+    model, adapter = adapted(name, mode)
+    reference, reference_adapter = adapted(name)
+    loss, expected = packed_loss(model, examples()), plain_loss(reference, examples())
+    assert loss.item() == pytest.approx(expected.item(), rel=32 * EPS)
+    assert apart(gradient(loss, adapter), gradient(expected, reference_adapter)) <= 256 * EPS
+    assert packs(model) == (name not in RUNS_ALONE)
+
+
+@every_family
+@both_modes
+def test_it_trains_saves_loads_merges_and_comes_apart_bitwise(name, mode, tmp_path):
+    model = family(name)
+    original = snapshot(model)
+    adapter = attach(model, mode=mode)
+    losses = train(model, adapter)
+    assert losses[3] < losses[2] < losses[1] < losses[0]
+    trained, changed = snapshot(model), {f"{site}.weight" for site in adapter.sites()}
+    assert {n for n in trained if not torch.equal(trained[n], original[n])} == (changed if mode == "fold" else set())
+    adapter.save_pretrained(tmp_path)
+    again = family(name)
+    SparseAdapter.from_pretrained(again, tmp_path, mode=mode)
+    written = logits(model)
+    assert torch.equal(logits(again), written) and not torch.equal(written, logits(family(name)))
+    adapter.merge()
+    model.requires_grad_(False)  # as it was written with: torch chooses a product (Jamba's dt_proj) by this flag too
+    if mode == "fold":
+        assert same_bits(snapshot(model), trained) and torch.equal(logits(model), written)
+    else:
+        assert apart(logits(model), written) <= 64 * EPS
+    adapter.unmerge()
+    assert same_bits(snapshot(model), original)
+
+
+@every_family
+def test_the_exported_lora_means_the_same_to_peft_and_fits_vllm_and_llama_cpp(name, tmp_path):
+    peft = pytest.importorskip("peft")
+    model, adapter = adapted(name)
+    adapter.export_lora(tmp_path)
+    assert apart(logits(peft.PeftModel.from_pretrained(family(name), tmp_path)), logits(model)) <= 64 * EPS
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    # vLLM's PEFTHelper: these fields, no bias, no DoRA, no modules_to_save; a rank it has kernels for.
+    assert config["r"] in LORA_RANKS and config["bias"] == "none" and config["lora_alpha"] == config["r"]
+    assert not {"modules_to_save", "use_dora", "use_rslora"} & config.keys()
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    expected = {}
+    for site, delta in adapter.sites().items():
+        out_features, in_features = delta.weight.shape
+        # llama.cpp's LoraTorchTensor: two matrices of one dtype, A [r, in] and B [out, r]; vLLM parses the same names.
+        expected[f"base_model.model.{site}.lora_A.weight"] = (config["r"], in_features)
+        expected[f"base_model.model.{site}.lora_B.weight"] = (out_features, config["r"])
+    assert {key: tuple(tensor.shape) for key, tensor in tensors.items()} == expected
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+@families_and_modes
+def test_gradient_checkpointing_gives_the_same_gradients(name, mode):
+    model, adapter = adapted(name, mode)
+    expected = gradient(packed_loss(model, examples()), adapter)
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    model.train()
+    assert torch.equal(gradient(packed_loss(model, examples()), adapter), expected)
+
+
+@families_and_modes
+def test_autocast_and_bf16_are_close(name, mode):
+    model, adapter = adapted(name, mode)
+    expected = packed_loss(model, examples()).item()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = packed_loss(model, examples())
+    assert gradient(loss, adapter).isfinite().all()
+    assert 0 < abs(loss.item() - expected) <= 0.03 * expected
+    half, _ = adapted(name, mode, torch.bfloat16)
+    assert packed_loss(half, examples()).item() == pytest.approx(expected, rel=0.03)
+    assert packs(half) == packs(model)
+
+
+@families_and_modes
+def test_two_accumulated_batches_are_one(name, mode):
+    model, adapter = adapted(name, mode)
+    counts = role_counts(collate(examples()))
+    whole = gradient(packed_loss(model, examples(), counts), adapter)
+    for part in (examples()[:1], examples()[1:]):
+        packed_loss(model, part, counts).backward()
+    summed = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in adapter.parameters()])
+    assert apart(summed, whole) <= 256 * EPS
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [("llama", "fold"), ("llama", "side"), ("gpt2", "side"), ("mixtral", "fold")]
+)
+def test_compiled_whole_it_has_the_same_logits_and_gradients(name, mode):
+    torch._dynamo.reset()
+    model, adapter = adapted(name, mode)
+    inputs = {"input_ids": batch()["input_ids"], "use_cache": False}
+    eager, compiled = model(**inputs).logits, torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs).logits
+    assert apart(compiled, eager) <= 8 * EPS
+    gradients = [gradient(found.square().mean(), adapter) for found in (compiled, eager)]
+    assert apart(*gradients) <= 64 * EPS
+
+
+def test_a_family_that_cannot_pack_says_so_once():
+    model = family("bamba")
+    with pytest.warns(UserWarning, match="BambaForCausalLM does not keep the examples of a packed row apart"):
+        packed_loss(model, examples())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        packed_loss(model, examples())
+
+
+def test_asking_whether_it_packs_leaves_the_model_as_it_was():
+    model = family("llama").train()
+    model.model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    generator = torch.get_rng_state()
+    assert packs(model)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_asking_whether_it_packs_leaves_nothing_in_the_scores():
+    asked, fresh = family("llama"), family("llama")
+    assert packs(asked)
+    scores = [placement_scores(model, examples(), DistillConfig(), "activation") for model in (asked, fresh)]
+    assert same_bits(scores[0].columns, scores[1].columns)
+
+
+def test_a_head_that_does_more_than_it_says_is_refused():
+    model = family("llama")
+    model.lm_head.register_forward_hook(lambda module, args, y: y * 1.5)
+    with pytest.raises(ValueError, match="LlamaForCausalLM does more to its logits than"):
+        packed_loss(model, examples())
+
+
+def test_experts_without_a_delta_are_announced():
+    with pytest.warns(UserWarning, match=r"4 stacks of experts \(the first is model\.layers\.0\.mlp\.experts\."):
+        attach(family("mixtral"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attach(family("mixtral"), targets=["q_proj"])
+
+
+def test_a_layer_that_a_mamba_mixer_may_bypass_is_no_target():
+    with pytest.raises(ValueError, match=r"may use the weight of model\.layers\.0\.mamba\.out_proj without running"):
+        attach(family("bamba"), targets=["out_proj"])
+
+
+def quantisable():
+    return family("llama", hidden_size=64, intermediate_size=64, num_attention_heads=2)
+
+
+def torchao_llama(bits):
+    """int8 weights with a scale for each row, int4 ones with a scale for every 32 columns."""
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    groups = torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=torchao.PerGroup(32))
+    config = torchao.Int8WeightOnlyConfig() if bits == 8 else groups
+    model = quantisable()
+    torchao.quantize_(model, config, lambda module, name: isinstance(module, nn.Linear) and name != "lm_head")
+    return model
+
+
+def bitsandbytes_llama(bits):
+    """LLM.int8(), which rounds the activations too, and NF4."""
+    layers = pytest.importorskip("bitsandbytes.nn", reason="bitsandbytes is not installed")
+    kind, options = (layers.Linear8bitLt, {"has_fp16_weights": False}) if bits == 8 else (layers.Linear4bit, {})
+    model = quantisable()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            quantised = kind(module.in_features, module.out_features, bias=False, **options)
+            quantised.load_state_dict(module.state_dict())
+            model.set_submodule(name, quantised.to("cpu"))
+    return model
+
+
+QUANTISED = {"torchao": torchao_llama, "bitsandbytes": bitsandbytes_llama}
+
+
+def dequantised(model):
+    """A plain model with the weights that the quantised layers multiply with."""
+    plain = quantisable()
+    with torch.no_grad():
+        for name, module in plain.named_modules():
+            if isinstance(module, nn.Linear):
+                module.weight.copy_(model.get_submodule(name)(torch.eye(module.in_features)).T)
+    return plain
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("package", QUANTISED)
+def test_a_quantised_base_trains_beside_its_weights(package, bits, tmp_path):
+    model = QUANTISED[package](bits)
+    before, plain = logits(model), dequantised(model)
+    assert 0.01 < apart(before, logits(quantisable())) < 0.6, "the weights must have been quantised"
+    adapter, reference = attach(model), attach(plain, mode="side")
+    assert len(adapter.sites()) == 14 and not any(site.folds for site in adapter.sites().values())
+    assert not adapter.left_out and torch.equal(logits(model), before)
+    losses = train(model, adapter)
+    assert losses[3] < losses[2] < losses[1] < losses[0]
+    reference.load_state_dict(adapter.state_dict())
+    ours, theirs = (gradient(packed_loss(m, examples()), a) for m, a in ((model, adapter), (plain, reference)))
+    assert apart(ours, theirs) <= (0.02 if (package, bits) == ("bitsandbytes", 8) else 64 * EPS)
+    written = logits(model)
+    adapter.save_pretrained(tmp_path)
+    with adapter.disabled():
+        assert torch.equal(logits(model), before)
+    with pytest.raises(RuntimeError, match="its weight is quantised; use export_lora"):
+        adapter.merge()
+    adapter.export_lora(tmp_path / "lora")
+    adapter.detach()
+    assert torch.equal(logits(model), before)
+    SparseAdapter.from_pretrained(model, tmp_path)
+    assert torch.equal(logits(model), written)

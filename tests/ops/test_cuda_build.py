@@ -1,0 +1,109 @@
+"""Building the CUDA ops without a GPU: every kernel for every architecture, and the library beside a CPU-only torch."""
+
+import ctypes
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fresh_installs import ROOT, install, run, try_it
+from kernel_resources import ARCHITECTURES, Resources, all_resources, nvcc
+
+from rbfast import ops
+
+needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="nvcc is absent")
+KERNELS = {"sweep": 12, "sum_parts": 1, "gather": 3, "add_low_rank": 3, "update_columns": 3}
+KERNELS |= {"sparse_rows": 1, "dense_rows_of": 3}
+# The fewest blocks of a kernel that must fit an SM of 65536 registers, at the threads it is launched with.
+RESIDENT = {"sweep": (128, 2), "sparse_rows": (192, 3), "dense_rows_of": (192, 2)}
+
+
+@pytest.fixture(scope="module")
+def resources() -> list[Resources]:
+    return all_resources()
+
+
+@needs_nvcc
+def test_every_kernel_compiles_for_every_architecture_without_spills(resources: list[Resources]) -> None:
+    for architecture in ARCHITECTURES:
+        found = [r for r in resources if r.architecture == architecture]
+        assert {name: sum(r.kernel.split("<")[0] == name for r in found) for name in KERNELS} == KERNELS
+        assert len(found) == sum(KERNELS.values())
+    spilled = [r for r in resources if r.spill_bytes or r.stack_bytes]
+    assert not spilled
+
+
+@needs_nvcc
+def test_as_many_blocks_fit_as_the_launch_counts_on(resources: list[Resources]) -> None:
+    for r in resources:
+        threads, blocks = RESIDENT.get(r.kernel.split("<")[0], (256, 2))
+        assert (r.registers + 7) // 8 * 8 * threads * blocks <= 65536, r
+
+
+@needs_nvcc
+def test_a_wheel_with_cuda_works_on_a_torch_without(fresh: Path, checkout: Path, tmp_path: Path) -> None:
+    if torch.version.cuda:
+        pytest.skip("this torch has CUDA; tests/test_cuda.py tries the library itself")
+    install(fresh, ".", cwd=checkout, RBFAST_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0a")
+    found = try_it(fresh, tmp_path)
+    assert found["xs"] == [[2.0, 0.0], [5.0, 3.0]]
+    assert found["gather"].startswith("native")
+    (library,) = Path(found["file"]).parent.glob("_C_cuda.*so")
+    assert str(checkout).encode() not in library.read_bytes(), "errors would name folders of the build"
+    assert_registers_every_op(library, tmp_path)
+
+
+def assert_registers_every_op(library: Path, tmp_path: Path) -> None:
+    """Loads the library into this torch with a libtorch.so in front that leads to CUDA streams, as a CUDA torch's does:
+    torch loads libraries for themselves alone, so the library must ask for libtorch.so by itself to find them."""
+    needed = run("readelf", "-d", str(library), cwd=ROOT)
+    assert "[libtorch.so]" in needed and "cuda" not in needed, needed
+    source = "int aoti_torch_get_current_cuda_stream(int device, void** stream) { *stream = 0; return 0; }"
+    of_torch = Path(torch.__file__).parent / "lib"
+    for name, code, linked in (
+        ("libtorch_cuda.so", source, []),
+        ("libtorch.so", "", [f"-L{tmp_path}", "-ltorch_cuda", f"-L{of_torch}", "-ltorch_cpu"]),
+    ):
+        flags = ["-shared", "-fPIC", f"-Wl,-soname,{name}", "-Wl,--no-as-needed", "-x", "c", "-", "-x", "none"]
+        subprocess.run(["cc", *flags, *linked, "-o", tmp_path / name], input=code, text=True, check=True)
+    program = """
+import json, sys, torch
+from rbfast import ops
+torch.ops.load_library(sys.argv[1])
+print(json.dumps([n for n in ops._SCHEMAS if torch._C._dispatch_has_kernel_for_dispatch_key(f"rbfast::{n}", "CUDA")]))
+"""
+    done = run(sys.executable, "-c", program, str(library), cwd=ROOT, LD_LIBRARY_PATH=f"{tmp_path}:{of_torch}")
+    on_cpus_alone = {"row_floors"}
+    assert set(json.loads(done.splitlines()[-1])) == set(ops._SCHEMAS) - on_cpus_alone
+
+
+def test_a_library_that_needs_a_cuda_torch_is_not_loaded_without_one() -> None:
+    if torch.version.cuda:
+        pytest.skip("this torch has CUDA")
+    assert ops._CUDA is None
+    assert ops.implementations("cuda")["column_grad"] == "none (this torch is built without a GPU)"
+    built = sorted(Path(ops.__file__).parents[1].glob("_C_cuda.*so"))
+    if built:
+        with pytest.raises(OSError, match="undefined symbol: aoti_torch_get_current_cuda_stream"):
+            ctypes.CDLL(str(built[0]), 2)  # RTLD_NOW
+
+
+@pytest.mark.parametrize(
+    "env, message",
+    (
+        ({"RBFAST_CUDA": "yes"}, "RBFAST_CUDA must be 1"),
+        ({"RBFAST_CUDA": "1", "CUDA_HOME": "/nowhere"}, "RBFAST_CUDA=1 needs nvcc"),
+    ),
+)
+def test_a_build_that_cannot_be_what_was_asked_for_fails(env: dict[str, str], message: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"], cwd=ROOT, env={"PATH": _path()} | env, capture_output=True, text=True
+    )
+    assert done.returncode != 0 and message in done.stderr
+
+
+def _path() -> str:
+    return str(Path(shutil.which("c++") or "/usr/bin/c++").parent)

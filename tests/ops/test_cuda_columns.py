@@ -1,0 +1,201 @@
+"""The adapter's CUDA ops against the plain-torch reference in fp64: on the GPU, or on the host where there is none."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from cuda_devices import HOSTS, Gpu, host, real
+from test_columns_ops import DTYPES, EMPTY, EPS32, OPS, Delta, make, run, scattered_in_memory
+from torch import Tensor
+
+from rbfast.ops import reference
+
+# T, in, out, s, k: odd sizes; more features than a warp takes, and several groups of tokens; every number of ranks that
+# a sweep is compiled for, and more than the largest.
+SHAPES = (
+    (1, 1, 1, 1, 1),
+    (3, 9, 5, 7, 2),
+    (65, 90, 77, 33, 3),
+    (300, 70, 192, 64, 4),
+    (1700, 40, 520, 17, 1),
+    (70, 40, 300, 17, 8),
+    (37, 80, 150, 80, 16),
+    (37, 80, 50, 80, 23),
+    (20, 80, 70, 33, 40),
+)
+
+
+@pytest.fixture(params=(*HOSTS, "cuda"))
+def gpu(request: pytest.FixtureRequest) -> Gpu:
+    return real() if request.param == "cuda" else host(request.param)
+
+
+def run_on(gpu: Gpu, name: str, d: Delta) -> tuple[Tensor, ...]:
+    there = replace(d.map(lambda t: t.to(gpu.device)), cols=d.cols.to(gpu.device))
+    return tuple(result.cpu() for result in run(name, there, gpu.ops))
+
+
+def assert_same(ours: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_within_budget(gpu: Gpu, name: str, d: Delta) -> None:
+    """At each element: at most the error of plain torch, half a step of the result's dtype, and one step of fp32
+    of the sum of the terms' sizes."""
+    truths = run(name, d.map(Tensor.double), reference)
+    sizes = run(name, d.map(lambda t: t.double().abs()), reference)
+    for ours, plain, truth, size in zip(run_on(gpu, name, d), run(name, d, reference), truths, sizes, strict=True):
+        assert ours.dtype == plain.dtype and ours.shape == plain.shape
+        info = torch.finfo(ours.dtype)
+        budget = (plain - truth).abs() + info.eps / 2 * truth.abs() + EPS32 * size + info.smallest_normal * info.eps
+        assert ((ours - truth).abs() <= budget).all()
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_error_is_within_budget(gpu: Gpu, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    assert_within_budget(gpu, name, make(shape, dtype))
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize(
+    "dtype, magnitude", ((torch.bfloat16, 1e30), (torch.bfloat16, 1e-38), (torch.float16, 1e4), (torch.float16, 1e-7))
+)
+def test_large_and_tiny_values(gpu: Gpu, name: str, dtype: torch.dtype, magnitude: float) -> None:
+    d = make((65, 40, 77, 33, 2), dtype, magnitude)
+    if name == "column_grad":  # its products square the magnitude, out of fp32's range
+        d = replace(d, xs=make((65, 40, 77, 33, 2), dtype).xs)
+    assert_within_budget(gpu, name, d)
+
+
+@pytest.mark.parametrize("shape", EMPTY)
+@pytest.mark.parametrize("name", OPS)
+def test_empty(gpu: Gpu, name: str, shape: tuple[int, ...]) -> None:
+    d = make(shape, torch.bfloat16)
+    assert_same(run_on(gpu, name, d), run(name, d, reference))
+
+
+@pytest.mark.parametrize("bad", (float("nan"), float("inf"), float("-inf")))
+@pytest.mark.parametrize("name", OPS)
+def test_what_is_not_finite_goes_where_it_does_in_torch(gpu: Gpu, name: str, bad: float) -> None:
+    d = make((65, 90, 77, 33, 2), torch.bfloat16)
+    for tensor in (d.dy, d.y, d.dx, d.xs, d.base, d.x):
+        tensor[-1, -1] = bad
+    for ours, expected in zip(run_on(gpu, name, d), run(name, d, reference), strict=True):
+        assert torch.equal(ours.isfinite(), expected.isfinite())
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize(
+    "layout", (scattered_in_memory, lambda t: t.T.contiguous().T, lambda t: torch.cat((t, t), 1)[:, : t.shape[1]])
+)
+def test_any_strides_give_the_same_bits(gpu: Gpu, name: str, layout: Callable[[Tensor], Tensor]) -> None:
+    d = make((70, 90, 77, 33, 3), torch.bfloat16)
+    there = d.map(lambda t: t.to(gpu.device))
+    strided = replace(there.map(layout), cols=scattered_in_memory(d.cols).to(gpu.device))
+    assert_same(tuple(result.cpu() for result in run(name, strided, gpu.ops)), run_on(gpu, name, d))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_aligned_or_not_the_bits_are_the_same(gpu: Gpu, dtype: torch.dtype) -> None:
+    d = make((50, 300, 512, 256, 2), dtype)
+    room = torch.zeros(50 * 512 + 1, dtype=dtype)
+    shifted = replace(d, dy=room[1:].view(50, 512))
+    shifted.dy.copy_(d.dy)
+    assert_same(run_on(gpu, "column_grad", shifted), run_on(gpu, "column_grad", d))
+
+
+def test_writing_through_a_view_touches_nothing_else(gpu: Gpu) -> None:
+    d = make((70, 90, 77, 33, 3), torch.bfloat16).map(lambda t: t.to(gpu.device))
+    d = replace(d, cols=d.cols.to(gpu.device))
+    calls = (
+        ("column_linear_", d.y, (d.xs, d.A, d.B, d.scale)),
+        ("column_scatter_", d.dx, (d.dy, d.cols, d.A, d.B, d.scale)),
+        ("column_fold_", d.weight, (d.base, d.cols, d.A, d.B, d.scale)),
+    )
+    for name, target, rest in calls:
+        wide = torch.full((2 * target.shape[1], 2 * target.shape[0]), torch.nan, dtype=target.dtype, device=gpu.device)
+        view = wide.T[::2, ::2]
+        view.copy_(target)
+        getattr(gpu.ops, name)(view, *rest)
+        assert torch.equal(view, run(name, d, gpu.ops)[0])
+        assert wide.isnan().sum() == 3 * target.numel()
+
+
+@pytest.mark.parametrize("name", ("column_grad", "column_linear_", "column_scatter_"))
+def test_activations_of_two_dtypes(gpu: Gpu, name: str) -> None:
+    d = make((65, 90, 77, 33, 2), torch.bfloat16)
+    assert_within_budget(gpu, name, replace(d, xs=d.xs.float(), dx=d.dx.float()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", (1, 2, 5))
+def test_fold_writes_the_bits_of_the_reference(gpu: Gpu, dtype: torch.dtype, k: int) -> None:
+    d = make((1, 300, 100, 270, k), dtype)
+    expected = run("column_fold_", d, reference)
+    assert_same(run_on(gpu, "column_fold_", d), expected)
+    transposed = replace(d, weight=d.weight.T.contiguous().T)
+    assert_same(run_on(gpu, "column_fold_", transposed), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fold_rounds_every_float_as_torch_does(gpu: Gpu, dtype: torch.dtype) -> None:
+    bits = torch.randint(-(2**31), 2**31, (1, 1 << 14), dtype=torch.int64, generator=torch.Generator().manual_seed(0))
+    values = bits.to(torch.int32).view(torch.float32)  # every exponent and sign, NaN, and ties of the 16-bit types
+    values = torch.cat((values, torch.arange(1 << 16, dtype=torch.int32).mul(1 << 15).view(torch.float32)[None]), 1)
+    weight = torch.zeros(1, values.shape[1], dtype=dtype, device=gpu.device)
+    cols, one = torch.arange(values.shape[1], device=gpu.device), torch.ones(1, 1, device=gpu.device)
+    gpu.ops.column_fold_(weight, weight.clone(), cols, values.to(gpu.device), one, 1.0)
+    assert_same((weight.cpu(),), (values.to(dtype),))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_the_same_bits_every_time(gpu: Gpu, name: str) -> None:
+    d = make((1700, 300, 520, 256, 2), torch.bfloat16)
+    first = run_on(gpu, name, d)
+    for _ in range(2):
+        assert_same(run_on(gpu, name, d), first)
+
+
+def test_a_column_outside_the_matrix_is_nan_and_never_written(gpu: Gpu) -> None:
+    d = make((5, 90, 77, 33, 2), torch.float32)
+    for wrong in (-1, 90):
+        cols = d.cols.clone()
+        cols[4] = wrong
+        bad = replace(d, cols=cols)
+        (xs,) = run_on(gpu, "column_gather", bad)
+        assert xs[:, 4].isnan().all() and torch.equal(xs.nan_to_num(0)[:, 5:], d.xs[:, 5:])
+        for name, before in (("column_scatter_", d.dx), ("column_fold_", d.weight)):
+            (after,) = run_on(gpu, name, bad)
+            assert torch.equal(after[:, d.cols[4]], before[:, d.cols[4]])
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    (
+        ("column_gather", lambda d: {"cols": d.cols.int()}, "column_gather: cols must be int64"),
+        ("column_gather", lambda d: {"x": d.x.double()}, "CUDA ops take float32, bfloat16 or float16, got Double"),
+        ("column_grad", lambda d: {"A": d.A.bfloat16()}, "column_grad: A must be float32, got BFloat16"),
+        ("column_grad", lambda d: {"xs": d.xs[1:]}, r"xs must be \[5, 33\] to fit the other arguments, got \[4, 33\]"),
+        ("column_linear_", lambda d: {"B": d.B[1:]}, r"column_linear_: B must be \[77, 2\] .* got \[76, 2\]"),
+        ("column_scatter_", lambda d: {"cols": d.cols[1:]}, r"column_scatter_: A must be \[2, 32\] .* got \[2, 33\]"),
+        ("column_fold_", lambda d: {"base": d.base.half()}, "base_columns must have the dtype of weight, Float"),
+    ),
+)
+def test_bad_arguments(gpu: Gpu, name: str, change: Callable[[Delta], dict], message: str) -> None:
+    d = make((5, 90, 77, 33, 2), torch.float32)
+    with pytest.raises(RuntimeError, match=message):
+        run_on(gpu, name, replace(d, **change(d)))
+
+
+@pytest.mark.parametrize(
+    "name, left", (("column_gather", "cols"), *((name, "A") for name in OPS[1:]), *((name, "B") for name in OPS[1:]))
+)
+def test_a_tensor_left_on_another_device_is_named(gpu: Gpu, name: str, left: str) -> None:
+    d = make((5, 90, 77, 33, 2), torch.float32).map(lambda t: t.to(gpu.device))
+    d = replace(d, cols=d.cols.to(gpu.device))
+    stray = replace(d, **{left: getattr(d, left).to("cpu" if gpu.is_real else "meta")})
+    with pytest.raises(RuntimeError, match=rf"{name}: all tensors must be on one device, but .* and {left} on "):
+        run(name, stray, gpu.called_for_any_device)

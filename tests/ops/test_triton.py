@@ -1,0 +1,333 @@
+"""The Triton kernels against the reference in fp64: on a GPU where there is one, else under Triton's interpreter.
+
+The interpreter has to be asked for before Triton is imported, so one test here runs the others in a process of its own
+that has TRITON_INTERPRET=1. What the interpreter runs is the kernels' arithmetic, operation by operation, in NumPy.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed: pip install 'rbfast[gpu]'")
+
+from test_columns_ops import EMPTY, OPS, make, scattered_in_memory
+from test_columns_ops import run as run_columns
+from test_divergence_rows import EPS32, ROUNDINGS, Rows
+from test_divergence_rows import make as make_rows
+
+from rbfast import ops
+from rbfast.kernels import columns, divergence_rows
+from rbfast.ops import reference
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+here = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(),
+    reason="no GPU here: test_everything_under_the_interpreter runs this on the CPU",
+)
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs a GPU")
+BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.skipif(INTERPRETED, reason="the interpreter's bf16 is wrong"))
+DTYPES = (torch.float32, torch.float16, BF16)
+# T, in, out, s, k: sizes below one block, several blocks and groups of tokens, several blocks of rank.
+SHAPES = ((1, 1, 1, 1, 1), (65, 90, 77, 33, 3), (270, 40, 2100, 17, 4), (37, 80, 50, 80, 37), (600, 20, 140, 9, 2))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
+def test_everything_under_the_interpreter() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        cwd=Path(__file__).parents[2],
+        # One thread: the blocks are small, and threads that wait for each other cost more than they give.
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-6000:]
+
+
+def test_a_gpu_build_of_torch_gets_triton_and_the_rest_the_reference() -> None:
+    """The registry under a torch that says it was built for CUDA, with Triton and without."""
+    script = "\n".join(
+        (
+            "import importlib.util, json, sys, torch",
+            "torch.version.cuda = '13.0'",
+            "find = importlib.util.find_spec",
+            "hidden = sys.argv[1:]",
+            "importlib.util.find_spec = lambda name, *args: None if name in hidden else find(name, *args)",
+            "from rbfast import ops",
+            "print(json.dumps([ops.implementations('cuda'), 'triton' in sys.modules]))",
+        )
+    )
+
+    def ask(*hidden: str) -> tuple[dict[str, str], bool]:
+        command = [sys.executable, "-c", script, *hidden]
+        done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+        return tuple(json.loads(done.stdout))
+
+    found, imported = ask()
+    assert all(found[name].startswith("triton (") for name in (*OPS, "divergence_rows_"))
+    assert not imported  # it is by the first call
+    assert set(ask("triton")[0].values()) == {
+        "reference (neither _C_cuda nor triton is installed)",
+        "reference (a filter saves a GPU nothing)",
+        "torch.mm, fp32 output",
+    }
+
+
+def test_tensors_on_two_devices_are_refused():
+    with pytest.raises(ValueError, match="column_gather: all tensors must be on one device, got cpu and meta"):
+        ops._triton_op("column_gather")(torch.ones(2, 3), torch.zeros(1, dtype=torch.int64, device="meta"))
+
+
+# ---- the adapter's ops ----
+
+
+def on_device(d):
+    return replace(d.map(lambda t: t.to(DEVICE)), cols=d.cols.to(DEVICE))
+
+
+def run_triton(name, d) -> tuple[Tensor, ...]:
+    return tuple(result.cpu() for result in run_columns(name, on_device(d), columns))
+
+
+def assert_within_budget(name, d) -> None:
+    """At each element: the error of plain torch, half a step of the result's dtype, and one of fp32 of the terms."""
+    truths, plains = run_columns(name, d.map(Tensor.double), reference), run_columns(name, d, reference)
+    sizes = run_columns(name, d.map(lambda t: t.double().abs()), reference)
+    for ours, plain, truth, size in zip(run_triton(name, d), plains, truths, sizes, strict=True):
+        assert ours.dtype == plain.dtype and ours.shape == plain.shape
+        budget = (plain - truth).abs() + torch.finfo(ours.dtype).eps / 2 * truth.abs() + EPS32 * size
+        assert ((ours - truth).abs() <= budget + torch.finfo(ours.dtype).tiny).all()
+
+
+@here
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_columns_match_fp64(name, dtype, shape):
+    assert_within_budget(name, make(shape, dtype))
+
+
+@here
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("shape", EMPTY)
+def test_empty_columns(name, shape):
+    d = make(shape, torch.float16)
+    assert all(map(torch.equal, run_triton(name, d), run_columns(name, d, reference)))
+
+
+@here
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", (float("nan"), float("inf")))
+def test_what_is_not_finite_goes_where_it_does_in_torch(name, dtype, bad):
+    d = make((65, 90, 77, 33, 2), dtype)
+    for tensor in (d.dy, d.y, d.dx, d.xs, d.base, d.x):
+        tensor[-1, -1] = bad
+    for ours, expected in zip(run_triton(name, d), run_columns(name, d, reference), strict=True):
+        assert torch.equal(ours.isfinite(), expected.isfinite())
+
+
+@here
+@pytest.mark.parametrize("name", OPS)
+def test_any_strides_give_the_same_bits(name):
+    d = on_device(make((70, 90, 77, 33, 3), torch.float16))
+    strided = replace(d.map(lambda t: scattered_in_memory(t).to(DEVICE)), cols=d.cols)
+    if DEVICE == "cuda":  # .to(device) would make them dense
+        strided = d.map(lambda t: t.T.contiguous().T)
+    for ours, expected in zip(run_columns(name, strided, columns), run_columns(name, d, columns), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@here
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", (1, 5))
+def test_fold_writes_the_bits_of_the_reference(dtype, k):
+    d = make((1, 300, 100, 270, k), dtype)
+    assert torch.equal(run_triton("column_fold_", d)[0], run_columns("column_fold_", d, reference)[0])
+
+
+@here
+@pytest.mark.parametrize(
+    "name, change, message",
+    (
+        ("column_gather", lambda d: {"cols": d.cols.int()}, "column_gather: cols must be int64"),
+        ("column_grad", lambda d: {"A": d.A.half()}, "column_grad: A must be float32, got torch.float16"),
+        ("column_grad", lambda d: {"xs": d.xs[1:]}, r"xs must be \[5, 33\] to fit the other arguments, got \[4, 33\]"),
+        ("column_linear_", lambda d: {"y": d.y.double()}, "take float32, bfloat16 or float16, got torch.float64"),
+        ("column_fold_", lambda d: {"base": d.base.half()}, "base_columns must have the dtype of weight"),
+    ),
+)
+def test_bad_columns(name, change, message):
+    d = make((5, 90, 77, 33, 2), torch.float32)
+    with pytest.raises(ValueError, match=message):
+        run_triton(name, replace(d, **change(d)))
+
+
+# ---- divergence_rows_ ----
+
+
+class OnDevice:
+    """The op for rows that live on the CPU."""
+
+    @staticmethod
+    def divergence_rows_(logits, dz, *rest) -> tuple[Tensor, Tensor]:
+        z, *moved = (x.to(DEVICE) if isinstance(x, Tensor) else x for x in (logits, *rest))
+        gradient = None if dz is None else torch.empty_like(dz, device=DEVICE)
+        divergence, ce = divergence_rows.divergence_rows_(z, gradient, *moved)
+        if dz is not None:
+            dz.copy_(gradient)
+        return divergence.cpu(), ce.cpu()
+
+
+def assert_rows_close_to_fp64(rows: Rows) -> None:
+    ours, truth, moved = rows.run(OnDevice), rows.double().run(reference), rows.nudged().run(reference)
+    for result, exact, other in zip(ours, truth, moved, strict=True):
+        assert float((result - exact).norm()) <= float((other - exact).norm() + ROUNDINGS * EPS32 * exact.norm())
+    assert bool((ours[0] >= 0).all())
+
+
+@here
+@pytest.mark.parametrize("head", (False, True))
+@pytest.mark.parametrize("gap", (3.0, 0.001))
+@pytest.mark.parametrize("size", ((1, 1), (5, 5), (37, 50), (3001, 2700)))
+@pytest.mark.parametrize("beta", (0.0, 0.3, 1.0))
+@pytest.mark.parametrize("kind", ("dense", "top-k"))
+def test_rows_with_a_teacher_match_fp64(kind, beta, size, gap, head):
+    assert_rows_close_to_fp64(make_rows(kind, *size, gap=gap, head=head, beta=beta))
+
+
+@here
+@pytest.mark.parametrize("kind", ("dense", "top-k"))
+@pytest.mark.parametrize("beta", (0.0, 0.3, 1.0))
+def test_the_gradient_near_the_teacher(kind, beta):
+    """The bar of 0.3% against fp64 at the same inputs, where student and teacher are 0.001 apart."""
+    rows = replace(make_rows(kind, 1000, 1000, gap=0.001, beta=beta, k=20), ce_weight=torch.zeros(9))
+    *_, ours = rows.run(OnDevice)
+    *_, exact = rows.double().run(reference)
+    assert float((ours - exact).norm()) <= 0.003 * float(exact.norm())
+
+
+@here
+@pytest.mark.parametrize("size", ((1, 1), (37, 50), (3001, 2700)))
+@pytest.mark.parametrize("head", (False, True))
+def test_text_rows_match_fp64(size, head):
+    assert_rows_close_to_fp64(make_rows("text", *size, head=head))
+
+
+@here
+@pytest.mark.parametrize("kind", ("text", "dense", "top-k"))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_in_place_of_the_logits(kind, dtype):
+    """V takes several blocks, and in 16 bits dz fills the first half of each row's memory."""
+    rows = make_rows(kind, 5000, 5000, head=True)
+    values = [x.to(DEVICE) if isinstance(x := getattr(rows, f.name), Tensor) else x for f in fields(rows)][1:]
+    apart = torch.empty(9, 5000, dtype=dtype, device=DEVICE)
+    expected = divergence_rows.divergence_rows_(rows.logits.clone().to(DEVICE), apart, *values)
+    logits = rows.logits.clone().to(DEVICE)
+    place = logits.view(dtype)[:, :5000]
+    ours = divergence_rows.divergence_rows_(logits, place, *values)
+    assert all(map(torch.equal, ours, expected)) and torch.equal(place, apart)
+    silent = divergence_rows.divergence_rows_(rows.logits.clone().to(DEVICE), None, *values)
+    assert all(map(torch.equal, silent, expected))
+
+
+@here
+@pytest.mark.parametrize("beta", (0.0, 0.3, 1.0))
+@pytest.mark.parametrize("kind", ("dense", "top-k"))
+def test_extreme_logits(kind, beta):
+    rows = make_rows(kind, 50, 50, beta=beta)
+    sign = torch.where(torch.arange(50) % 2 == 0, 1.0, -1.0)
+    logits = 1e4 * torch.where(torch.arange(9).unsqueeze(1) % 2 == 0, sign, -sign).contiguous()
+    rows = replace(rows, logits=logits)
+    if kind == "dense":
+        rows = replace(rows, teacher=(1e4 * sign).expand(9, 50).contiguous())
+    assert_rows_close_to_fp64(rows)
+    assert all(bool(result.isfinite().all()) for result in rows.run(OnDevice))
+
+
+@here
+@pytest.mark.parametrize("beta", (0.0, 0.3))
+def test_a_peaked_teacher_and_masked_logits_stay_finite(beta):
+    rows = make_rows("dense", 50, 50, beta=beta)
+    teacher = torch.full((9, 50), -torch.inf)
+    teacher[:, 7] = 3.0
+    assert_rows_close_to_fp64(replace(rows, teacher=teacher))
+    peaked = make_rows("top-k", 50, beta=beta, k=2)
+    certain = torch.tensor([0.0, -torch.inf]).expand(9, 2).contiguous()
+    assert_rows_close_to_fp64(replace(peaked, ids=torch.tensor([[7, -1]]).expand(9, 2).contiguous(), logprobs=certain))
+    masked = torch.zeros(50)
+    masked[3] = -torch.inf
+    rows = replace(rows, bias=masked, labels=torch.zeros(9, dtype=torch.int64), teacher=rows.teacher + masked)
+    divergence, ce, dz = rows.run(OnDevice)
+    assert bool(divergence.isfinite().all()) and bool(ce.isfinite().all()) and not dz[:, 3].any()
+
+
+@here
+@pytest.mark.parametrize("kind", ("text", "dense", "top-k"))
+def test_a_nan_is_not_hidden(kind):
+    rows = make_rows(kind, 50, 50)
+    rows.logits[0, 20] = torch.nan
+    divergence, ce, dz = rows.run(OnDevice)
+    assert bool(ce[0].isnan()) and bool(dz[0].isnan().any()) and not ce[1:].isnan().any()
+    assert kind == "text" or bool(divergence[0].isnan())
+
+
+@here
+@pytest.mark.parametrize("wrong", (50, -2, 1 << 40))
+def test_ids_and_labels_outside_the_vocabulary_make_their_row_nan(wrong):
+    others = [0, 1, *range(3, 9)]
+    rows = make_rows("top-k", 50, 50)
+    rows.ids[2, 3] = wrong
+    divergence, _, dz = rows.run(OnDevice)
+    assert bool(divergence[2].isnan()) and bool(dz[2].isnan().all())
+    assert not divergence[others].isnan().any() and not dz[others].isnan().any()
+    for kind in ("text", "dense", "top-k"):
+        rows = make_rows(kind, 50, 50)
+        rows.labels[2] = wrong
+        _, ce, _ = rows.run(OnDevice)
+        assert bool(ce[2].isnan()) and not ce[others].isnan().any()
+
+
+@here
+def test_no_rows_and_no_support():
+    empty, none = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+    divergence, ce, dz = Rows(torch.zeros(0, 37), none, empty, empty, empty).run(OnDevice)
+    assert divergence.shape == ce.shape == (0,) and dz.shape == (0, 37)
+    assert_rows_close_to_fp64(make_rows("top-k", 37, k=0))
+
+
+@here
+def test_wrong_rows_are_named():
+    rows = make_rows("top-k")
+    for change, message in (
+        ({"labels": rows.labels.int()}, "labels must be torch.int64"),
+        ({"weight": rows.weight[:4]}, "weight must be torch.float32 with one entry per row"),
+        ({"bias": torch.zeros(36)}, r"bias must be float32 \[37\]"),
+        ({"logits": rows.logits.double()}, "logits must be float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(rows, **change).run(OnDevice)
+    values = [x.to(DEVICE) if isinstance(x := getattr(rows, f.name), Tensor) else x for f in fields(rows)][1:]
+    logits = rows.logits.clone().to(DEVICE)
+    packed = logits.view(-1).view(torch.float16)[: 9 * 37].view(9, 37)  # its row 1 starts in the logits of row 0
+    with pytest.raises(ValueError, match="dz may lie over logits only if each row starts where its logits start"):
+        divergence_rows.divergence_rows_(logits, packed, *values)
+
+
+# ---- through the dispatcher ----
+
+
+@on_a_gpu
+@pytest.mark.parametrize("name", OPS)
+def test_the_registry_compiles_without_graph_breaks(name):
+    d = on_device(make((65, 90, 77, 33, 2), torch.bfloat16))
+    compiled = torch.compile(run_columns, fullgraph=True)
+    assert all(map(torch.equal, compiled(name, d), run_columns(name, d)))

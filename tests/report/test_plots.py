@@ -1,0 +1,85 @@
+import matplotlib.image
+import pytest
+
+from rbfast.evaluation.statistics import Interval
+from rbfast.report import plots
+
+LOGS = [{"step": step, "loss_strategic": 1 / step, "loss_tactical": 2 / step} for step in range(1, 30)] + [
+    {"eval_loss": 1}
+]
+MODULES = {
+    f"model.layers.{layer}.{kind}": {"columns": layer, "values": 10 * layer, "in": 64, "score": 0.1}
+    for layer in range(12)
+    for kind in ("self_attn.q_proj", "mlp.down_proj")
+}
+ROWS = [
+    {"family": "gcd", "before": 0.1, "after": 0.5, "ci_low": 0.2, "ci_high": 0.6, "n": 40},
+    {"family": "chain_sum", "before": 0.0, "after": 1.0, "ci_low": 0.8, "ci_high": 1.0, "n": 1},
+]
+SCORES = {name: 0.1 * number for number, name in enumerate(MODULES)}
+DRAW = [(plots.plot_losses, LOGS), (plots.plot_placement, MODULES), (plots.plot_accuracy, ROWS)]
+
+
+@pytest.mark.parametrize(("draw", "data"), DRAW)
+def test_pictures_are_written_whole(draw, data, tmp_path):
+    draw(data, tmp_path / "picture.png")
+    picture = matplotlib.image.imread(tmp_path / "picture.png")
+    assert picture.shape[0] > 300 and picture.shape[1] > 400 and picture[..., :3].std() > 0.01
+    assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
+
+
+@pytest.mark.parametrize(("draw", "data"), DRAW)
+def test_pictures_are_the_same_every_time(draw, data, tmp_path):
+    draw(data, tmp_path / "one.png")
+    draw(data, tmp_path / "two.png")
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+
+
+def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):
+    path = tmp_path / "picture.png"
+    path.write_bytes(b"old")
+
+    def full_disk(self, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(plots.FigureCanvasAgg, "print_png", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        plots.plot_accuracy(ROWS, path)
+    assert path.read_bytes() == b"old" and [entry.name for entry in tmp_path.iterdir()] == ["picture.png"]
+
+
+def test_scores_are_drawn_where_there_are_some():
+    figure = plots.draw_scores({**SCORES, "model.layers.12.self_attn.q_proj": float("nan")})
+    drawn = figure.axes[0].images[0].get_array()
+    assert drawn.shape == (12, 2) and drawn.mask.sum() == 1  # the first score is 0
+    with pytest.raises(ValueError, match="expected a score above 0, got none among 1"):
+        plots.draw_scores({"head": 0.0})
+
+
+def test_budgets_are_drawn_for_each_side():
+    share = Interval(0.5, 0.25, 0.75)
+    axes = plots.draw_budgets({"before": {64: share}, "after": {128: share, 64: share}}).axes[0]
+    assert [line.get_xdata().tolist() for line in axes.lines] == [[64], [64, 128]]
+    assert axes.lines[1].get_ydata().tolist() == [50, 50]
+    with pytest.raises(ValueError, match="at least one budget"):
+        plots.draw_budgets({"before": {}})
+
+
+def test_names_are_drawn_as_they_stand():
+    assert plots.plain("a\n$x$ \ud83d") == r"a \$x\$ ?"
+    assert len(plots.plain("x" * 100)) == 60
+
+
+def test_modules_are_placed_by_their_first_number():
+    assert plots._layer_and_kind("model.layers.3.mlp.experts.7.up") == (3, "model.layers.mlp.experts.7.up")
+    assert plots._layer_and_kind("head") == (-1, "head")
+
+
+def test_nothing_to_draw_is_said():
+    with pytest.raises(ValueError, match=r"expected loss_strategic, .* in 1 log records, got none"):
+        plots.plot_losses([{"step": 1, "loss": 2.0}], "never.png")
+    with pytest.raises(ValueError, match="at least one module"):
+        plots.plot_placement({}, "never.png")
+    with pytest.raises(ValueError, match="at least one family"):
+        plots.plot_accuracy([], "never.png")

@@ -1,0 +1,62 @@
+"""What the processes of tests/test_distributed.py run: `distill` on a tiny model, one job after the other.
+
+    torchrun --nproc-per-node 2 tests/distributed_worker.py FOLDER '{"job": {"batch_size": 2}}'
+
+A job is a folder's name with settings of DistillConfig or of `distill_tiny`. One that fails leaves error.txt there.
+"""
+
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from tiny_models import llama
+from tiny_tokenizers import byte_level
+
+from rbfast.adapter.sparse_adapter import SparseAdapter
+from rbfast.data.trace import Trace
+from rbfast.training.distill import DistillConfig, distill
+from rbfast.training.sharding import shard
+from rbfast.training.trainer import DistillTrainer
+
+TRACES = [Trace(f"What is {n} + 1?", f"Add one.\n{n} + 1 = {n + 1}" + " ok" * (n % 4), str(n + 1)) for n in range(25)]
+
+
+def distill_tiny(out, stop_at=None, over=None, beside=False, taught=False, untied=False, **settings):
+    """stop_at: the step that fails. over: the processes that share a sharded base. beside: deltas that don't fold into
+    a whole base either. taught: by another model, sharded as the base is. untied: a head of its own."""
+    tokenizer = byte_level(*(trace.completion() for trace in TRACES))
+    size = dict(vocab_size=len(tokenizer), max_position_embeddings=256, tie_word_embeddings=not untied)
+    model, teacher = llama(**size), llama(**size, num_hidden_layers=3) if taught else None
+    for base in (model, teacher):
+        if over and base is not None:
+            shard(base, over)
+    step = DistillTrainer.training_step
+
+    def step_or_fail(self, *args, **kwargs):
+        if self.state.global_step == stop_at:
+            raise RuntimeError("power cut")
+        return step(self, *args, **kwargs)
+
+    config = DistillConfig(density=0.05, learning_rate=1e-2, save_steps=2, **settings)
+    attach = partial(SparseAdapter.attach, mode="side" if beside else "auto")
+    with patch.object(DistillTrainer, "training_step", step_or_fail), patch.object(SparseAdapter, "attach", attach):
+        distill(model, tokenizer, TRACES, out, config, quiet=True, teacher=teacher)
+
+
+def main(folder, jobs):
+    torch.set_num_threads(1)
+    for name, settings in jobs.items():
+        out = folder / name / os.environ["RANK"] if settings.pop("apart", False) else folder / name
+        try:
+            distill_tiny(out, **settings)
+        except (RuntimeError, ValueError) as error:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "error.txt").write_text(str(error))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -1,0 +1,174 @@
+"""A warmed-up process that forks to run a job, and kills the fork or fills its disk: for tests/test_faults.py.
+
+`python faults_worker.py JOB FOLDER KILLS` prints a JSON object: what the job leaves undisturbed and after each fault.
+"""
+
+import hashlib
+import json
+import os
+import random
+import resource
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+from tiny import tiny_model, tiny_tokenizer
+from tiny_models import llama
+from tiny_tokenizers import byte_level
+
+from rbfast.curation.curate import curate
+from rbfast.data.readers import write_traces
+from rbfast.data.trace import Trace
+from rbfast.evaluation.evaluate import evaluate
+from rbfast.grading.grade import Problem
+from rbfast.training.distill import DistillConfig, distill
+from rbfast.utils.files import write_text
+
+_KILLED = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "fsync"}
+
+
+def training(folder):
+    """A function that runs the job into a folder. What is slow or shared is made here, once."""
+    traces = [Trace(f"What is {n} + 1?", f"Add one.\n{n} + 1 = {n + 1}", str(n + 1)) for n in range(12)]
+    tokenizer = byte_level(*(trace.completion() for trace in traces))
+    model = llama(vocab_size=len(tokenizer), max_position_embeddings=256)
+    config = DistillConfig(density=0.2, rank=3, batch_size=4, learning_rate=1e-2, save_steps=1)
+    return lambda out: distill(model, tokenizer, traces, out, config, quiet=True)
+
+
+def curation(folder):
+    pool = folder / "pool.jsonl"
+    steps = [f"Take {n} and {n * n}.\n{n} + {n * n} = {n + n * n}\nSo it is {n + n * n}." for n in range(40)]
+    write_traces(pool, [Trace(f"Add {n} to its square.", step, str(n + n * n)) for n, step in enumerate(steps)])
+    return lambda out: curate([pool], out, size=20)
+
+
+def evaluation(folder):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    problems = [Problem("file", "x" * (3 + 7 * n % 41), "never", {}) for n in range(12)]
+    options = dict(max_new_tokens=6, batch_size=4, samples=2, temperature=0.9, seed=4)
+
+    def run(out):
+        results = evaluate(model, tokenizer, problems, keep=out / "results.jsonl", **options)
+        write_text(out / "table.json", json.dumps([result.to_dict() for result in results], indent=1))
+
+    return run
+
+
+JOBS = {"training": training, "curation": curation, "evaluation": evaluation}
+
+
+def left_in(out):
+    """By name the digest of every file of a folder, but for what says how long it took. Lines of results may come in
+    another order."""
+    found = {}
+    for path in sorted(path for path in out.rglob("*") if path.is_file()):
+        data = path.read_bytes()
+        if path.name == "run.json":
+            data = json.dumps({name: v for name, v in json.loads(data).items() if name not in _OF_TIME}).encode()
+        if path.name == "results.jsonl":
+            data = b"".join(sorted(data.splitlines(keepends=True)))
+        found[str(path.relative_to(out))] = hashlib.blake2b(data, digest_size=8).hexdigest()
+    return found
+
+
+_OF_TIME = ("seconds", "resumed")
+
+
+class Events:
+    """Counts what a process does to the files of a folder; before number `at` of it the process kills itself."""
+
+    def __init__(self, out, at=None, cut=0):
+        self.out, self.at, self.cut, self.count = str(out), at, cut, 0
+        sys.addaudithook(self.hear)
+        fsync = os.fsync
+
+        def cut_short(fd):
+            if self.count == self.at:  # killed while it was written
+                os.ftruncate(fd, max(0, os.fstat(fd).st_size - self.cut))
+            self.hear("fsync", (self.out,))
+            fsync(fd)
+
+        os.fsync = cut_short
+
+    def hear(self, event, args):
+        if event not in _KILLED or not str(args[0]).startswith(self.out):
+            return
+        if event == "open" and not (isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)):
+            return
+        if self.count == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.count += 1
+
+
+def start(job, out, prepare=lambda: None, after=lambda prepared: None):
+    """The process id of a fork that runs the job and ends with code 0, or 3 after an OSError, or 1 after another."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code, said = 0, ""
+    try:
+        prepared = prepare()
+        job(out)
+        after(prepared)
+    except OSError as error:
+        code, said = 3, str(error)
+    except BaseException:
+        code, said = 1, traceback.format_exc()
+    if said:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        out.with_suffix(".error").write_text(said)
+    os._exit(code)
+
+
+def finish(pid):
+    """The code of a process, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def error_of(out):
+    path = out.with_suffix(".error")
+    return path.read_text() if path.exists() else None
+
+
+def main(name, folder, kills):
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that a file that is too large is an OSError
+    rng, job = random.Random(name), JOBS[name](folder)
+    whole = folder / "whole"
+    finish(start(job, folder / "warm"))
+    _, status, used = os.wait4(start(job, whole), 0)
+    seconds = used.ru_utime + used.ru_stime
+    report = {"whole": os.waitstatus_to_exitcode(status), "error": error_of(whole), "trials": []}
+    counted = folder / "events"
+    keep = lambda events: counted.with_suffix(".count").write_text(str(events.count))  # noqa: E731
+    finish(start(job, counted, lambda: Events(counted), keep))
+    events = int(counted.with_suffix(".count").read_text())
+    report |= {"left": left_in(whole), "events": events, "seconds": seconds}
+    at_events = sorted(rng.sample(range(events), min(events, kills // 2)))
+    points = [("event", n) for n in at_events]
+    points += [("second", rng.uniform(0.0, 0.95) * seconds) for _ in range(kills - len(points))]
+    largest = max(path.stat().st_size for path in whole.rglob("*") if path.is_file())
+    points += [("bytes", int(largest * rng.random() ** 3)) for _ in range(8)]
+    for number, (kind, point) in enumerate(points):
+        out = folder / f"trial-{number}"
+        if kind == "event":
+            code = finish(start(job, out, lambda: Events(out, point, rng.randrange(150))))  # noqa: B023
+        elif kind == "second":
+            # Of processor time, so that load moves no point; like SIGKILL this signal ends what does not handle it.
+            code = finish(start(job, out, lambda: signal.setitimer(signal.ITIMER_PROF, point)))  # noqa: B023
+        else:
+            limit = (point, resource.RLIM_INFINITY)
+            code = finish(start(job, out, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)))  # noqa: B023
+        trial = {"kind": kind, "point": point, "code": code, "said": error_of(out), "out": str(out)}
+        out.with_suffix(".error").unlink(missing_ok=True)
+        report["trials"].append(
+            trial | {"resumed": finish(start(job, out)), "error": error_of(out), "left": left_in(out)}
+        )
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,157 @@
+"""A small OpenAI-compatible server on the loopback interface around a model, which misbehaves when told to.
+
+It writes what `script(problem)` says, with the model's own log-probs; it scores prompts in vLLM's way and by echo.
+"""
+
+import json
+import socket
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import torch
+
+from rbfast.teacher.align import token_bytes
+from rbfast.teacher.client import Server
+
+
+class OpenAI:
+    """The server's side. `faults`: what to do with the next requests: None, a status, "hang", "cut" or "kill"."""
+
+    def __init__(self, model, tokenizer, script=lambda problem: "<answer>1</answer>"):
+        self.model, self.tokenizer, self.script = model, tokenizer, script
+        self.bytes = token_bytes(tokenizer)
+        self.faults, self.requests, self.headers = [], [], []
+        self.under_way, self.most_under_way, self.pause = 0, 0, 0.0
+        self.counts = True  # says how many tokens it read and wrote
+        self.says = b'{"error": "not now"}'  # in a refusal
+        self.retry_after = None  # a header of a refusal
+        self.lock = threading.Lock()
+        self.http = None
+        self.port = 0
+
+    def start(self):
+        handler = type("Handler", (_Handler,), {"state": self})
+        self.http = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
+        self.http.daemon_threads = True
+        self.port = self.http.server_port
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def stop(self):
+        self.http.shutdown()
+        self.http.server_close()
+
+    def client(self, **options):
+        return Server(
+            f"http://127.0.0.1:{self.port}/v1", "tiny", **{"timeout": 5, "retries": 3, "pause": 0.01} | options
+        )
+
+    def logprobs(self, ids):
+        """[n, V]: row i speaks of token i + 1."""
+        with self.lock, torch.no_grad():
+            return self.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+
+    def text(self, number):
+        return (self.bytes[number] or b"").decode("utf-8", "replace")
+
+    def complete(self, body):
+        prompt = body["prompt"]
+        ids = prompt if isinstance(prompt, list) else self.tokenizer(prompt, add_special_tokens=False).input_ids
+        table = self.logprobs(ids)
+        if "prompt_logprobs" in body:
+            scored = [None, *(self._ranked(table[i], ids[i + 1], body["prompt_logprobs"]) for i in range(len(ids) - 1))]
+            choice = {"prompt_logprobs": scored}
+            if body.get("return_token_ids"):
+                choice["prompt_token_ids"] = ids
+        else:
+            generated = int(table[-1].argmax())
+            written = [*ids, generated]
+            tops = [None]
+            for row in table:
+                best = row.topk(body["logprobs"])
+                found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+                tops.append({self.text(n): value for n, value in found})
+            choice = {"logprobs": {"tokens": [self.text(n) for n in written], "top_logprobs": tops}}
+        return {"choices": [choice], "usage": {"prompt_tokens": len(ids), "completion_tokens": 1}}
+
+    def _ranked(self, row, actual, k):
+        numbers = [actual, *(n for n in row.topk(k).indices.tolist() if n != actual)]
+        return {str(n): {"logprob": float(row[n]), "decoded_token": self.text(n)} for n in numbers}
+
+    def chat(self, body):
+        problem = body["messages"][-1]["content"]
+        reply = self.script(problem)
+        ids = self.tokenizer(reply, add_special_tokens=False, split_special_tokens=True).input_ids
+        cut = len(ids) > body["max_tokens"]
+        ids = ids[: body["max_tokens"]]
+        text = b"".join(self.bytes[n] for n in ids).decode("utf-8", "replace")
+        choice = {"message": {"content": text}, "finish_reason": "length" if cut else "stop"}
+        if body.get("logprobs"):
+            prompt = self.tokenizer(problem, add_special_tokens=False).input_ids
+            table = self.logprobs(prompt + ids)[len(prompt) - 1 :]
+            choice["logprobs"] = {"content": [self._content(table[i], n, body) for i, n in enumerate(ids)]}
+        usage = {"prompt_tokens": len(problem.split()), "completion_tokens": len(ids)}
+        return {"choices": [choice]} | ({"usage": usage} if self.counts else {})
+
+    def _content(self, row, number, body):
+        best = row.topk(body["top_logprobs"]).indices.tolist()
+        return self._said(row, number) | {"top_logprobs": [self._said(row, n) for n in best]}
+
+    def _said(self, row, number):
+        raw = self.bytes[number]
+        return {"token": self.text(number), "bytes": None if raw is None else list(raw), "logprob": float(row[number])}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    state: OpenAI
+
+    def log_message(self, *args):
+        pass
+
+    def do_POST(self):
+        state = self.state
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with state.lock:
+            state.requests.append(body)
+            state.headers.append(dict(self.headers))
+            fault = state.faults.pop(0) if state.faults else None
+            state.under_way += 1
+            state.most_under_way = max(state.most_under_way, state.under_way)
+        try:
+            self._reply(body, fault)
+        finally:
+            with state.lock:
+                state.under_way -= 1
+
+    def _reply(self, body, fault):
+        state = self.state
+        if isinstance(fault, int):
+            return self._send(fault, state.says)
+        if fault == "hang":
+            time.sleep(1.0)
+            return self.connection.close()
+        if fault == "kill":
+            return self.connection.shutdown(socket.SHUT_RDWR)
+        time.sleep(state.pause)
+        found = state.chat(body) if self.path.endswith("/chat/completions") else state.complete(body)
+        data = json.dumps(found).encode()
+        self._send(200, data, cut=fault == "cut")
+
+    def _send(self, status, data, cut=False):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        if status != 200 and self.state.retry_after is not None:
+            self.send_header("Retry-After", self.state.retry_after)
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2] if cut else data)
+
+
+@contextmanager
+def serving(model, tokenizer, **options):
+    server = OpenAI(model, tokenizer, **options).start()
+    try:
+        yield server
+    finally:
+        server.stop()

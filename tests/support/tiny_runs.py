@@ -1,0 +1,36 @@
+"""Runs of `distill` on a tiny model, which may be cut by a power failure."""
+
+from tiny_models import llama
+from tiny_tokenizers import byte_level
+from transformers import TrainerCallback
+
+from rbfast.data.trace import Trace
+from rbfast.training.distill import DistillConfig, distill
+from rbfast.training.trainer import DistillTrainer
+
+TRACES = [Trace(f"What is {n} + 1?", f"Add one.\n{n} + 1 = {n + 1}", str(n + 1)) for n in range(24)]
+TOKENIZER = byte_level(*(trace.completion() for trace in TRACES))
+
+
+class PowerCut(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise RuntimeError("power cut")
+
+
+def run(folder, monkeypatch, cut_at=None, **settings):
+    with monkeypatch.context() as patch:
+        if cut_at is not None:
+            start = DistillTrainer.__init__
+
+            def begin(self, *args, **kwargs):
+                start(self, *args, **kwargs)
+                self.add_callback(PowerCut(cut_at))
+
+            patch.setattr(DistillTrainer, "__init__", begin)
+        config = DistillConfig(density=0.2, rank=3, batch_size=4, learning_rate=1e-2, save_steps=2, **settings)
+        model = llama(vocab_size=len(TOKENIZER), max_position_embeddings=256)
+        return distill(model, TOKENIZER, TRACES, folder, config, quiet=True).adapter.state_dict()

@@ -1,0 +1,131 @@
+"""Two processes on a CPU train what one does on the same global batch, also on a sharded base, and end what it began.
+
+25 traces in global batches of 4: the last batch of an epoch is not a full one.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from distributed_worker import distill_tiny
+from real_inputs import ROOT
+from safetensors.torch import load_file
+
+WORKER = ROOT / "tests" / "support" / "distributed_worker.py"
+STEPS = 7
+RANDOM = {"placement": "random"}  # by gradients, the columns follow the batches they were measured on
+LARGE = {"taught": True, "untied": True}
+
+# By folder; what begins with "cut" is ended by other processes.
+FIRST = {
+    "two": {"batch_size": 2} | RANDOM,
+    "two-accumulating": {"batch_size": 1, "accumulation": 2} | RANDOM,
+    "whole": {"batch_size": 2},
+    "cut-whole": {"batch_size": 2, "stop_at": 5},
+    "beside": {"batch_size": 2, "beside": True},
+    "sharded": {"batch_size": 2, "over": 2},
+    "beside-large": {"batch_size": 2, "beside": True} | LARGE,
+    "sharded-large": {"batch_size": 2, "over": 2} | LARGE,
+    "cut-two": {"batch_size": 2, "stop_at": 3} | RANDOM,
+}
+SECOND = {
+    "cut-whole": {"batch_size": 2},
+    "cut-one": {"batch_size": 2, "over": 2} | RANDOM,
+    "apart": {"batch_size": 2, "apart": True} | RANDOM,
+}
+
+
+def launch(folder, jobs):
+    """Runs jobs in two new processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, *launcher, str(WORKER), str(folder), json.dumps(jobs)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    launch(folder, FIRST)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    distill_tiny(folder, batch_size=4, **RANDOM)
+    return trained(folder)
+
+
+@pytest.fixture(scope="module")
+def second(first):
+    """What the first processes and one process began, gone on with by two others."""
+    for name in ("cut-one", "apart/0"):
+        with pytest.raises(RuntimeError, match="power cut"):
+            distill_tiny(first / name, stop_at=3, batch_size=4, **RANDOM)
+    launch(first, SECOND)
+    return first
+
+
+def trained(folder):
+    assert not (folder / "checkpoints").exists(), (folder / "error.txt").read_text()
+    return load_file(folder / "adapter_model.safetensors"), json.loads((folder / "log.json").read_text())
+
+
+def check_close(found, expected):
+    """The sums of two processes are added in another order: equal within fp32 rounding, and no further."""
+    (tensors, log), (reference, log_alone) = found, expected
+    assert len(log) == len(log_alone) == STEPS
+    for entry, other in zip(log, log_alone, strict=True):
+        for name in ("loss", "loss_strategic", "loss_tactical", "loss_answer"):
+            assert entry[name] == pytest.approx(other[name], rel=1e-5), name
+    for name, tensor in reference.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensors[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+        else:
+            assert torch.equal(tensors[name], tensor), name
+
+
+def check_bits(found, expected):
+    (tensors, log), (reference, other_log) = found, expected
+    assert tensors.keys() == reference.keys()
+    assert all(torch.equal(tensors[name], value) for name, value in reference.items())
+    assert [entry["loss"] for entry in log] == [entry["loss"] for entry in other_log]
+
+
+@pytest.mark.parametrize("name", ["two", "two-accumulating"])
+def test_two_processes_train_what_one_does(first, alone, name):
+    check_close(trained(first / name), alone)
+
+
+@pytest.mark.parametrize("size", ["", "-large"])
+def test_a_sharded_base_gives_the_bits_of_a_whole_one(first, size):
+    """Also the gradients that place the columns, and the fingerprints of the base in the adapter's config."""
+    check_bits(trained(first / f"sharded{size}"), trained(first / f"beside{size}"))
+    written = [(first / f"{name}{size}" / "adapter_config.json").read_bytes() for name in ("sharded", "beside")]
+    assert written[0] == written[1]
+
+
+def test_two_processes_resume_what_was_cut_to_the_same_bits(second):
+    check_bits(trained(second / "cut-whole"), trained(second / "whole"))
+
+
+def test_what_one_process_began_two_end_on_a_sharded_base(second, alone):
+    check_close(trained(second / "cut-one"), alone)
+
+
+def test_what_two_processes_began_one_ends(first, alone):
+    assert (first / "cut-two" / "error.txt").read_text() == "power cut"
+    with pytest.raises(ValueError, match="optimizer steps take 4 traces, now they would take 2: batch size 2 x"):
+        distill_tiny(first / "cut-two", batch_size=2, **RANDOM)
+    distill_tiny(first / "cut-two", batch_size=2, accumulation=2, **RANDOM)
+    check_close(trained(first / "cut-two"), alone)
+
+
+def test_processes_with_different_folders_are_refused(second):
+    message = (second / "apart" / "1" / "error.txt").read_text()
+    assert "is not the same folder for all processes, which find checkpoint-2 and no checkpoint in it" in message

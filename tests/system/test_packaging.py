@@ -1,0 +1,52 @@
+"""Each way to install, in a fresh environment and tried from outside the repository."""
+
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from fresh_installs import install, run, try_it
+
+
+@pytest.mark.parametrize("editable", [False, True])
+def test_install_from_the_checkout(fresh: Path, checkout: Path, tmp_path: Path, editable: bool) -> None:
+    install(fresh, *(["-e"] if editable else []), ".", cwd=checkout)
+    found = try_it(fresh, tmp_path)
+    assert found["xs"] == [[2.0, 0.0], [5.0, 3.0]]
+    assert found["gather"].startswith("native")
+    assert (found["text"], found["tokens"]) == ("native", [2])
+    assert (checkout in Path(found["file"]).parents) == editable
+    assert try_it(fresh, checkout)["xs"] == found["xs"]  # its folder named `kernels` hides nobody's package
+
+
+def test_wheel_and_sdist(fresh: Path, checkout: Path, tmp_path: Path) -> None:
+    """`build` makes the wheel out of the unpacked sdist, so a wheel that works proves both."""
+    run(sys.executable, "-m", "build", "--no-isolation", "-o", str(tmp_path / "dist"), cwd=checkout)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert f"cp{sys.version_info.major}{sys.version_info.minor}-" in wheel.name  # _text is for this Python alone
+    assert len(list((tmp_path / "dist").glob("*.tar.gz"))) == 1
+    install(fresh, str(wheel), cwd=tmp_path)
+    found = try_it(fresh, tmp_path)
+    assert found["gather"].startswith("native")
+    assert found["text"] == "native"
+
+
+def test_without_a_compiler_the_reference_serves_but_a_broken_library_raises(
+    fresh: Path, checkout: Path, tmp_path: Path
+) -> None:
+    install(fresh, ".", cwd=checkout, CXX="no-such-compiler")
+    found = try_it(fresh, tmp_path)
+    assert found["xs"] == [[2.0, 0.0], [5.0, 3.0]]
+    assert found["gather"] == "reference"
+    assert (found["text"], found["tokens"]) == ("reference", [2])
+    (Path(found["file"]).parent / "_C.abi3.so").write_bytes(b"not a library")
+    done = subprocess.run([str(fresh), "-c", "from rbfast import ops"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "_C.abi3.so" in done.stderr
+    (Path(found["file"]).parent / f"_text{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"not a library")
+    done = subprocess.run(
+        [str(fresh), "-c", "from rbfast.curation import text"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "_text" in done.stderr

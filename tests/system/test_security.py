@@ -1,0 +1,294 @@
+"""Nothing that is loaded runs code, no name leaves its folder, and no key is written down.
+
+That HTML pages escape what they show is in test_report_page.py and test_curation.py.
+"""
+
+import ast
+import io
+import json
+import logging
+import os
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from openai_server import serving
+from questions import QUESTIONS, solve
+from safetensors.torch import load_file, save_file
+from tiny import tiny_model, tiny_tokenizer
+from tiny_models import attach, llama
+from tiny_runs import TOKENIZER, TRACES, run
+
+import rbfast
+from rbfast.adapter.column_scores import Scores
+from rbfast.adapter.sparse_adapter import SparseAdapter
+from rbfast.cli.main import main
+from rbfast.data.signal_store import SignalStore
+from rbfast.models.student import load_student
+from rbfast.teacher.client import Server, ServerError
+from rbfast.training.checkpoints import write_digests
+
+KEY = "sk-recognisable-0123456789"
+
+
+class Planted:
+    """A pickle that leaves a file where it is loaded."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+@pytest.fixture
+def mark(tmp_path):
+    """A path at which nothing may appear."""
+    yield tmp_path / "ran"
+    assert not (tmp_path / "ran").exists()
+
+
+def plain_pickle(mark):
+    return pickle.dumps(Planted(mark))
+
+
+def torch_pickle(mark):
+    """What torch.save would write: a zip with a pickle in it."""
+    buffer = io.BytesIO()
+    torch.save({"state": Planted(mark)}, buffer)
+    return buffer.getvalue()
+
+
+PICKLES = {"pickle": plain_pickle, "torch": torch_pickle}
+
+
+def test_the_plant_works(tmp_path):
+    for number, make in enumerate(PICKLES.values()):
+        data, mark = make(tmp_path / f"ran{number}"), tmp_path / f"ran{number}"
+        torch.load(io.BytesIO(data), weights_only=False) if zipfile.is_zipfile(io.BytesIO(data)) else pickle.loads(data)
+        assert mark.exists()
+
+
+# -------------------------------------------------------------------------------------------------------------- code
+
+
+def sources():
+    for path in sorted(Path(rbfast.__file__).parent.rglob("*.py")):
+        yield path, ast.parse(path.read_text(encoding="utf-8"))
+
+
+BETWEEN_OWN_PROCESSES = {"judge.py", "judge_worker.py", "pool.py"}  # pickles that a process of ours made, by a pipe
+
+
+def test_no_module_unpickles_unpacks_or_evaluates():
+    forbidden = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "tarfile", "zipfile", "yaml"}
+    for path, tree in sources():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [name.name for name in node.names]
+                met = forbidden & {name.partition(".")[0] for name in names}
+                assert not met or (met == {"pickle"} and path.name in BETWEEN_OWN_PROCESSES), path
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in {"eval", "exec", "torch.load", "np.load", "numpy.load", "os.system"}, (
+                    path,
+                    called,
+                )
+                assert not any(keyword.arg == "shell" for keyword in node.keywords), path
+
+
+def test_no_module_trusts_the_code_of_a_model():
+    for path, tree in sources():
+        for node in ast.walk(tree):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            trust = [ast.unparse(k.value) for k in node.keywords if k.arg == "trust_remote_code"]
+            assert trust in ([], ["False"]), path
+            loads = node.func.attr == "from_pretrained" and ast.unparse(node.func.value).startswith("Auto")
+            if loads:
+                assert trust == ["False"], (path, ast.unparse(node))
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    folder = tmp_path / "model"
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_code_that_a_model_brings_is_not_run(model_folder, mark, monkeypatch, known):
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("nobody is there to be asked"))
+    code = f"open({str(mark)!r}, 'w')\nclass Config: pass\nclass Model: pass\n"
+    (model_folder / "evil.py").write_text(code)
+    config = json.loads((model_folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    if not known:
+        config["model_type"] = "evil"
+    (model_folder / "config.json").write_text(json.dumps(config))
+    if known:
+        load_student(str(model_folder))
+    else:
+        with pytest.raises(ValueError, match="custom code"):
+            load_student(str(model_folder))
+
+
+@pytest.mark.parametrize("kind", PICKLES)
+def test_a_pickle_in_place_of_weights_does_not_run(model_folder, mark, kind):
+    (model_folder / "model.safetensors").unlink()
+    (model_folder / "pytorch_model.bin").write_bytes(PICKLES[kind](mark))
+    with pytest.raises(Exception, match=r"(?i)weights.?only|unpickl|unsupported|corrupt|pickle"):
+        load_student(str(model_folder))
+
+
+@pytest.mark.parametrize("kind", PICKLES)
+def test_pickles_in_our_own_files_do_not_run(tmp_path, mark, kind):
+    data = PICKLES[kind](mark)
+    adapter = tmp_path / "adapter"
+    attach(llama()).save_pretrained(adapter)
+    for name in ("adapter_model.bin", "pytorch_model.bin", "training_args.bin", "optimizer.pt"):
+        (adapter / name).write_bytes(data)  # not looked at
+    SparseAdapter.from_pretrained(llama(), adapter)
+    (adapter / "adapter_model.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
+        SparseAdapter.from_pretrained(llama(), adapter)
+    (tmp_path / "scores.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
+        Scores.load(tmp_path / "scores.safetensors")
+    SignalStore(tmp_path / "signals", "teacher", 2, 9)
+    (tmp_path / "signals" / "signals-00000.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match="not a whole shard"):
+        SignalStore.open(tmp_path / "signals")
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cut")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        run(folder, patch, cut_at=3, placement="random")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
+def test_a_planted_checkpoint_does_not_run(cut, tmp_path, mark, monkeypatch, name):
+    """Whoever can plant a file can write its digest too."""
+    shutil.copytree(cut, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-2"
+    (checkpoint / name).write_bytes(torch_pickle(mark))
+    write_digests(checkpoint)
+    if name == "training_args.bin":  # never read
+        run(tmp_path / "run", monkeypatch, placement="random")
+    else:
+        with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+            run(tmp_path / "run", monkeypatch, placement="random")
+
+
+# -------------------------------------------------------------------------------------------------------------- paths
+
+
+def everything_under(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("name", ["../../escaped", "/tmp/escaped", "..\\escaped", "a/../../escaped"])
+def test_no_name_in_a_file_becomes_a_path(tmp_path, name):
+    """Matrices, ids, problems, domains and tasks with the names of files elsewhere write where they are told to."""
+    inner = tmp_path / "in" / "ner"
+    adapter = inner / "adapter"
+    attach(llama()).save_pretrained(adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    old = next(iter(config["modules"]))
+    config["modules"] = {name if key == old else key: value for key, value in config["modules"].items()}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    renamed = {key.replace(old, name): value for key, value in tensors.items()}
+    save_file(renamed, adapter / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="is not in this model"):
+        SparseAdapter.from_pretrained(llama(), adapter)
+    rows = [trace.to_dict() | {"id": name, "domain": name, "source": name, "teacher": name} for trace in TRACES]
+    (inner / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = everything_under(tmp_path)
+    rbfast.curate([inner / "pool.jsonl"], inner / "out", size=5)
+    new = everything_under(tmp_path) - before
+    files = ("reason1k.jsonl", "dropped.jsonl", "datasheet.json", "datasheet.html")
+    assert new == {"in/ner/out", *(f"in/ner/out/{file}" for file in files)}
+    assert not Path("/tmp/escaped").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------- keys
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("RBFAST_API_KEY", KEY)
+    with serving(llama(vocab_size=len(TOKENIZER)), TOKENIZER, script=solve) as server:
+        server.says = json.dumps({"error": f"Incorrect API key provided: Bearer {KEY}. " + "x" * 470 + KEY}).encode()
+        yield server
+
+
+@pytest.mark.parametrize("mode", [[], ["--json"]])
+def test_a_key_reaches_the_server_and_nothing_else(server, tmp_path, capfd, caplog, mode):
+    """The server repeats it in every refusal, as some do."""
+    caplog.set_level(logging.DEBUG)
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps({"problem": q.text}) + "\n" for q in QUESTIONS))
+    command = ["teach", "tiny", str(tmp_path / "problems.jsonl"), "-o", str(tmp_path / "out"), *mode]
+    command += ["--server", f"http://127.0.0.1:{server.port}/v1", "--concurrency", "1"]
+    server.faults = [None, 400, None, 400]
+    codes = [main(command)]
+    server.faults = [401]
+    codes.append(main(command))
+    codes.append(main(command))
+    assert codes == [1, 1, 0] and server.headers[0]["Authorization"] == f"Bearer {KEY}"
+    written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    said = capfd.readouterr()
+    assert "Incorrect API key" in said.err
+    for text in (*written.values(), said.out.encode(), said.err.encode(), caplog.text.encode()):
+        assert KEY[:12].encode() not in text
+
+
+def test_a_key_stays_out_of_errors_and_representations(server):
+    server.faults = [401]
+    client = server.client()
+    with pytest.raises(ServerError, match=r"Incorrect API key provided: Bearer \*+") as caught:
+        client.ask("/chat/completions", {"messages": []})
+    shown = repr(client) + str(client) + repr(caught.value) + str(caught.value)
+    assert KEY[:12] not in shown
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", " "])
+def test_a_key_from_a_file_loses_its_line_break(server, monkeypatch, end):
+    monkeypatch.setenv("RBFAST_API_KEY", KEY + end)
+    teach_one = {"messages": [{"role": "user", "content": QUESTIONS[0].text}], "max_tokens": 50}
+    server.client().ask("/chat/completions", teach_one)
+    assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize("odd", [KEY + "\nX-Evil: 1", KEY + "…", "\x00" + KEY])
+def test_a_key_that_no_request_can_carry_is_refused_unseen(monkeypatch, odd):
+    if "\x00" in odd:
+        monkeypatch.setattr(os, "environ", os.environ | {"RBFAST_API_KEY": odd})
+    else:
+        monkeypatch.setenv("RBFAST_API_KEY", odd)
+    with pytest.raises(ValueError, match="RBFAST_API_KEY must hold printable ASCII") as caught:
+        Server("http://127.0.0.1:9/v1", "m")
+    assert KEY[:12] not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", [f"http://me:{KEY}@host/v1", f"http://{KEY}@host/v1", f"https://host/v1?api_key={KEY}"])
+def test_a_key_in_a_url_is_refused_unseen(url):
+    with pytest.raises(ValueError, match="without a key in it; set RBFAST_API_KEY") as caught:
+        Server(url, "m")
+    assert KEY[:12] not in str(caught.value)
+
+
+def test_a_key_stays_out_of_a_training_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("RBFAST_API_KEY", KEY)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path, monkeypatch, cut_at=3, placement="random")
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.name == "optimizer.pt" for path in files)
+    assert all(KEY.encode() not in path.read_bytes() for path in files)

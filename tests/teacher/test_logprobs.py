@@ -1,0 +1,246 @@
+"""A teacher's log-probs for traces: what is kept against the teacher's own softmax in fp64, by every way to get it."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from openai_server import serving
+from tiny_models import llama
+from tiny_tokenizers import byte_fallback, byte_level
+
+from rbfast.data.encoding import IGNORE, collate, encode, format_prompt
+from rbfast.data.signal_store import SignalStore
+from rbfast.data.trace import Trace
+from rbfast.loss.distill_loss import DistillLoss
+from rbfast.loss.teacher_signal import TopK
+from rbfast.teacher.client import ServerError
+from rbfast.teacher.logprobs import TokenizersDiffer, keep_reply, score_locally, score_on_server
+from rbfast.teacher.solutions import Question, teach
+
+TEXTS = ["Add 12 and 30.\n12 + 30 = 42, é 😀.", "Then take 2 away.\n42 - 2 = 40.", "Count the 你好."]
+TRACES = [
+    Trace(f"Problem {i}?", text, str(i), plan="Add." if i == 0 else None, id=f"t{i}") for i, text in enumerate(TEXTS)
+]
+TOKENIZER = byte_level(*TEXTS)
+OTHER = byte_fallback(*TEXTS)
+K = 5
+
+
+def teacher_model(tokenizer):
+    return llama(vocab_size=len(tokenizer), max_position_embeddings=512).eval()
+
+
+def store_at(path, tokenizer=TOKENIZER, k=K):
+    return SignalStore(path, "tiny", k, len(tokenizer))
+
+
+def filled(store, traces=TRACES, tokenizer=TOKENIZER):
+    examples = [encode(trace, tokenizer) for trace in traces]
+    assert store.fill(examples) == []
+    return examples
+
+
+def exact(model, ids):
+    """log softmax fp64 [n, V] of a sequence."""
+    with torch.no_grad():
+        return model.double()(torch.tensor([list(ids)])).logits[0].log_softmax(-1)
+
+
+def check_exact(model, examples, k=K):
+    for example in examples:
+        rows = np.flatnonzero(example.labels != IGNORE)
+        assert example.teacher_rows.tolist() == rows.tolist()
+        expected = exact(model, example.input_ids)[rows].topk(k)
+        torch.testing.assert_close(torch.tensor(example.teacher_logprobs), expected.values.float(), atol=1e-5, rtol=0)
+        assert (torch.tensor(example.teacher_ids) == expected.indices).float().mean() > 0.99
+
+
+def test_a_local_teacher_of_the_same_tokens_scores_every_trained_one(tmp_path):
+    model = teacher_model(TOKENIZER)
+    with store_at(tmp_path) as store:
+        assert score_locally(model, TOKENIZER, TRACES, TOKENIZER, store) == []
+    examples = filled(SignalStore.open(tmp_path))
+    check_exact(model, examples)
+    batch = collate(examples)
+    assert batch["teacher_ids"].dtype == torch.int64 and len(batch["teacher_rows"]) == len(batch["teacher_ids"])
+
+
+def test_a_teacher_with_a_larger_head_keeps_to_the_students_ids(tmp_path):
+    model = llama(vocab_size=len(TOKENIZER) + 64)
+    with store_at(tmp_path, k=len(TOKENIZER) + 64) as store:
+        score_locally(model, TOKENIZER, TRACES, TOKENIZER, store)
+    example = filled(SignalStore.open(tmp_path))[0]
+    assert example.teacher_ids.max() < len(TOKENIZER)
+    mass = np.exp(example.teacher_logprobs.astype(np.float64)).sum(1)
+    expected = exact(model, example.input_ids)[example.teacher_rows][:, : len(TOKENIZER)].exp().sum(1)
+    np.testing.assert_allclose(mass, expected.numpy(), atol=1e-5)  # the rest is the tail
+
+
+def test_a_local_teacher_of_other_tokens_is_an_error_unless_aligned(tmp_path):
+    model = teacher_model(OTHER)
+    with store_at(tmp_path) as store:
+        with pytest.raises(TokenizersDiffer, match="other tokens than the student's"):
+            score_locally(model, OTHER, TRACES, TOKENIZER, store)
+        assert score_locally(model, OTHER, TRACES, TOKENIZER, store, align=True) == []
+    for example, trace in zip(filled(SignalStore.open(tmp_path)), TRACES, strict=True):
+        assert 0 < len(example.teacher_rows) < (example.labels != IGNORE).sum()
+        check_aligned(model, example, trace)
+
+
+def check_aligned(model, example, trace):
+    """Where the student's token is its first candidate, the teacher's probability of the same text is beside it."""
+    prompt = OTHER(format_prompt(trace.problem, OTHER), add_special_tokens=False).input_ids
+    written = OTHER(trace.completion(), add_special_tokens=False).input_ids
+    table = exact(model, prompt + written)[len(prompt) - 1 :]
+    sets = [set(np.round(row.numpy(), 4)) for row in table[: len(written)]]
+    for values in example.teacher_logprobs:
+        known = {round(float(v), 4) for v in values if v > -math.inf}
+        assert any(all(min(abs(v - w) for w in row) < 2e-4 for v in known) for row in sets)
+
+
+def test_scoring_goes_on_where_it_stopped(tmp_path):
+    model, calls = teacher_model(TOKENIZER), []
+    with store_at(tmp_path) as store:
+        score_locally(model, TOKENIZER, TRACES[:2], TOKENIZER, store)
+    with store_at(tmp_path) as store:
+        score_locally(model, TOKENIZER, TRACES, TOKENIZER, store, progress=lambda *done: calls.append(done))
+    assert calls == [(1, 1)] and len(SignalStore.open(tmp_path)) == 3
+
+
+def test_a_trace_that_is_too_long_is_refused_with_the_reason(tmp_path):
+    with store_at(tmp_path) as store:
+        refused = score_locally(teacher_model(TOKENIZER), TOKENIZER, TRACES, TOKENIZER, store, max_tokens=60)
+    assert refused and "at most 60 tokens" in refused[0][1]
+
+
+@pytest.mark.parametrize("dialect", ["vllm", "echo"])
+def test_a_server_of_the_same_tokens_says_what_the_model_says(tmp_path, dialect):
+    ascii_only = [trace for trace in TRACES if trace.completion().isascii()] if dialect == "echo" else TRACES
+    model = teacher_model(TOKENIZER)
+    with serving(model, TOKENIZER) as server, store_at(tmp_path) as store:
+        server.faults = [429, "cut"]
+        assert score_on_server(server.client(), ascii_only, TOKENIZER, store, dialect=dialect) == []
+        sent = len(server.requests)
+        score_on_server(server.client(), ascii_only, TOKENIZER, store, dialect=dialect)
+        assert len(server.requests) == sent == len(ascii_only) + 2
+    examples = filled(SignalStore.open(tmp_path), ascii_only)
+    if dialect == "vllm":
+        check_exact(model, examples)
+    for example in examples:
+        rows = torch.tensor(example.teacher_rows)
+        table = exact(model, example.input_ids)[rows]
+        values = table.gather(1, torch.tensor(example.teacher_ids).long()).float()
+        known = torch.tensor(example.teacher_logprobs) > -math.inf
+        torch.testing.assert_close(torch.tensor(example.teacher_logprobs)[known], values[known], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dialect", ["vllm", "echo"])
+def test_a_server_of_other_tokens_is_an_error_unless_aligned(tmp_path, dialect):
+    ascii_trace = TRACES[1:2]
+    with serving(teacher_model(OTHER), OTHER) as server, store_at(tmp_path) as store:
+        with pytest.raises(TokenizersDiffer, match="align"):
+            score_on_server(server.client(), ascii_trace, TOKENIZER, store, dialect=dialect)
+        assert score_on_server(server.client(), ascii_trace, TOKENIZER, store, dialect=dialect, align=True) == []
+    [example] = filled(SignalStore.open(tmp_path), ascii_trace)
+    assert 0 < len(example.teacher_rows) < (example.labels != IGNORE).sum()
+
+
+def test_a_server_that_scores_no_prompts_is_named(tmp_path):
+    with serving(teacher_model(TOKENIZER), TOKENIZER) as server, store_at(tmp_path) as store:
+        server.complete = lambda body: {"choices": [{"text": "hello"}]}
+        with pytest.raises(ServerError, match="sends no prompt_logprobs"):
+            score_on_server(server.client(), TRACES, TOKENIZER, store)
+
+
+@pytest.mark.parametrize("served", [TOKENIZER, OTHER], ids=["same tokens", "other tokens"])
+def test_a_teachers_own_reply_carries_its_log_probs_into_the_trace(tmp_path, served):
+    reply = "<plan>Add.</plan>\nAdd 12 and 30.\n12 + 30 = 42.\n\n<answer>42</answer>"
+    with serving(teacher_model(served), served, script=lambda problem: reply) as server:
+        taught = teach(server.client(), [Question("12 + 30?")], tmp_path / "taught", top_logprobs=K)
+    [trace], [record] = taught.traces, taught.replies
+    with store_at(tmp_path / "signals") as store:
+        assert keep_reply(trace, record, TOKENIZER, store) is None
+    [example] = filled(SignalStore.open(tmp_path / "signals"), [trace])
+    labels = example.labels[example.teacher_rows]
+    if served is TOKENIZER:
+        # All of the reasoning and the answer, which the reply writes as the trace does; not the plan.
+        assert TOKENIZER.decode(labels) == "Add 12 and 30.\n12 + 30 = 42.\n\n<answer>42</answer>"
+    said = np.array([value for _, top in record["logprobs"] for _, value in top], dtype=np.float32)
+    kept = example.teacher_logprobs[example.teacher_logprobs > -math.inf]
+    assert len(labels) > 5 and np.isin(kept, said).all()
+
+
+def test_a_reply_without_log_probs_says_so(tmp_path):
+    reply = {"text": "Add.\n\n<answer>1</answer>", "logprobs": []}
+    with store_at(tmp_path) as store:
+        assert "no log-probs" in keep_reply(Trace("1?", "Add.", "1"), reply, TOKENIZER, store)
+
+
+# The store
+
+
+def test_a_store_takes_what_is_its_own_and_nothing_else(tmp_path):
+    with store_at(tmp_path) as store:
+        score_locally(teacher_model(TOKENIZER), TOKENIZER, TRACES, TOKENIZER, store)
+    changed = Trace(TRACES[0].problem, TRACES[0].reasoning + "!", TRACES[0].answer)
+    missing = SignalStore.open(tmp_path).fill([encode(trace, TOKENIZER) for trace in (TRACES[0], changed)])
+    assert len(missing) == 1
+    for other in (dict(k=K + 1), dict(tokenizer=OTHER)):
+        with pytest.raises(ValueError, match="choose another folder"):
+            store_at(tmp_path, **other)
+    with pytest.raises(ValueError, match="holds signals with teacher 'tiny', now it is 'huge'"):
+        SignalStore(tmp_path, "huge", K, len(TOKENIZER))
+
+
+def test_a_broken_store_is_named(tmp_path):
+    with pytest.raises(ValueError, match="expected a folder that `rbfast teach --score` wrote"):
+        SignalStore.open(tmp_path / "absent")
+    with store_at(tmp_path) as store:
+        score_locally(teacher_model(TOKENIZER), TOKENIZER, TRACES, TOKENIZER, store)
+    [shard] = tmp_path.glob("*.safetensors")
+    whole = shard.read_bytes()
+    for broken in (whole[:-5], whole[:40], b"", b"x" * 100):
+        shard.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"signals-00000\.safetensors: not a whole shard"):
+            SignalStore.open(tmp_path)
+    shard.write_bytes(whole)
+    (tmp_path / "signals.json").write_text(json.dumps({"format": "other"}))
+    with pytest.raises(ValueError, match=r"signals\.json"):
+        SignalStore.open(tmp_path)
+
+
+def test_logits_and_nan_are_refused(tmp_path):
+    example = encode(TRACES[0], TOKENIZER)
+    with store_at(tmp_path) as store:
+        for values in ([[3.0, 1.0]], [[math.nan, -1.0]]):
+            with pytest.raises(ValueError, match="are they logits"):
+                store.add(example, np.array([1]), np.array([[1, 2]]), np.array(values))
+
+
+def test_a_token_takes_a_few_hundred_bytes(tmp_path):
+    with store_at(tmp_path, k=32) as store:
+        score_locally(teacher_model(TOKENIZER), TOKENIZER, TRACES * 1, TOKENIZER, store)
+    tokens = sum((encode(trace, TOKENIZER).labels != IGNORE).sum() for trace in TRACES)
+    size = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    assert size / tokens < 32 * 6 + 4 + 20
+
+
+def test_sixteen_bits_would_be_too_few_near_the_teacher():
+    """A student 0.02 nats from its teacher, in fp64: what rounding the teacher's log-probs does to the gradient."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 64, generator=generator, dtype=torch.float64) for n in (64, 4096))
+    logits = hidden @ (0.4 * weight).T
+    logits += 0.02 * torch.randn(logits.shape, generator=generator, dtype=torch.float64)
+    top = logits.log_softmax(-1).topk(32)
+
+    def gradient(logprobs):
+        leaf = hidden.clone().requires_grad_()
+        labels = torch.zeros(len(leaf), dtype=torch.int64)
+        DistillLoss()(leaf, 0.4 * weight, labels, TopK(top.indices, logprobs.double())).loss.backward()
+        return leaf.grad
+
+    exact = gradient(top.values)
+    errors = [((gradient(top.values.to(d)) - exact).norm() / exact.norm()).item() for d in (torch.float32, torch.half)]
+    assert errors[0] < 1e-4 and 0.01 < errors[1] < 0.05

@@ -1,0 +1,212 @@
+"""A teacher asked over a real server on the loopback interface: traces, budgets, faults, and never the same twice."""
+
+import json
+import threading
+from types import SimpleNamespace
+
+import pytest
+from openai_server import serving
+from questions import QUESTIONS, solve
+from tiny_models import llama
+from tiny_tokenizers import byte_level
+
+from rbfast.data.readers import read_traces
+from rbfast.data.trace import TraceError
+from rbfast.teacher.client import Server, ServerError
+from rbfast.teacher.solutions import Prices, Question, read_questions, teach, trace_of
+
+
+@pytest.fixture
+def server():
+    tokenizer = byte_level(solve(QUESTIONS[0].text))
+    with serving(llama(vocab_size=len(tokenizer)), tokenizer, script=solve) as server:
+        yield server
+
+
+def asked(server):
+    return [body["messages"][-1]["content"] for body in server.requests]
+
+
+def test_replies_become_traces_with_a_plan(server, tmp_path):
+    taught = teach(server.client(), QUESTIONS, tmp_path)
+    traces = read_traces(tmp_path / "traces.jsonl")
+    assert traces == taught.traces and len(traces) == 12
+    first = traces[0]
+    assert (first.plan, first.reasoning, first.answer) == ("Add one to 0.", "Start at 0.\n0 + 1 = 1", "1")
+    assert (first.teacher, first.domain, first.id, first.verified) == ("tiny", "sums", "q0/0", None)
+    summary = json.loads((tmp_path / "teach.json").read_text())
+    assert summary["traces"] == 12 and summary["open"] == summary["failed"] == 0 and summary["reason"] is None
+    assert server.requests[0]["messages"][0]["role"] == "system"
+
+
+def test_the_same_call_asks_nothing_twice(server, tmp_path):
+    teach(server.client(), QUESTIONS[:5], tmp_path)
+    first = (tmp_path / "traces.jsonl").read_bytes()
+    taught = teach(server.client(), QUESTIONS[:5], tmp_path)
+    assert len(server.requests) == 5 and (tmp_path / "traces.jsonl").read_bytes() == first
+    more = teach(server.client(), QUESTIONS, tmp_path)
+    assert sorted(asked(server)) == sorted(question.text for question in QUESTIONS)
+    assert more.written > taught.written
+
+
+def test_samples_are_asked_with_their_own_seeds(server, tmp_path):
+    taught = teach(server.client(temperature=0.7, seed=5), QUESTIONS[:2], tmp_path, samples=3)
+    assert len(taught.traces) == 6 and {body["seed"] for body in server.requests} == {5, 6, 7}
+    assert {body["temperature"] for body in server.requests} == {0.7}
+
+
+def test_many_are_asked_at_a_time_but_no_more(server, tmp_path):
+    server.pause = 0.05
+    teach(server.client(), QUESTIONS, tmp_path, concurrency=3)
+    assert server.most_under_way == 3
+
+
+@pytest.mark.parametrize("fault", [429, 500, 503, "cut", "kill", "hang"])
+def test_a_fault_is_asked_again_and_leaves_no_trace(server, tmp_path, fault):
+    server.faults = [fault, None, fault]
+    taught = teach(server.client(timeout=0.3), QUESTIONS[:4], tmp_path, concurrency=1)
+    assert len(taught.traces) == 4 and len(server.requests) == 6
+    assert len((tmp_path / "replies.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_wait_for_a_busy_server_is_reported_while_it_lasts(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("RBFAST_API_KEY", "sk-secret")
+    monkeypatch.setattr("rbfast.teacher.solutions._LONGEST_SILENCE", 0.01)
+    server.faults, server.says, server.retry_after = [429, 503], b"not yet, sk-secret", "7"
+    said, seen, asked_for = [], threading.Event(), []
+    pause = lambda seconds: asked_for.append(seconds) or seen.wait(10)  # noqa: E731
+    monkeypatch.setattr("rbfast.teacher.client.time", SimpleNamespace(sleep=pause))
+
+    def progress(done, wanted, words):
+        said.append((done, wanted, words))
+        if "waiting" in words:
+            seen.set()  # nobody waits any longer, once it was said that somebody does
+
+    teach(server.client(), QUESTIONS[:3], tmp_path, concurrency=1, progress=progress)
+    assert seen.is_set() and asked_for == [7.0, 7.0]
+    assert any(
+        (done, wanted) == (0, 3) and words.endswith(", asked again: 1 (1 waiting)") for done, wanted, words in said
+    )
+    assert said[-1][:2] == (3, 3) and said[-1][2].endswith("written, asked again: 2 (0 waiting)")
+    assert not any("secret" in words for _, _, words in said)
+
+
+def test_a_question_that_is_refused_stays_open(server, tmp_path):
+    server.faults = [None, 400]
+    taught = teach(server.client(), QUESTIONS[:4], tmp_path, concurrency=1)
+    assert (len(taught.traces), taught.open) == (3, 1) and "said 400" in taught.reason
+    assert teach(server.client(), QUESTIONS[:4], tmp_path).open == 0
+    assert len(server.requests) == 5
+
+
+def test_a_wrong_key_ends_it_at_once(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("RBFAST_API_KEY", "sk-secret")
+    server.faults = [None, 401]
+    with pytest.raises(ServerError, match="said 401"):
+        teach(server.client(), QUESTIONS, tmp_path, concurrency=1)
+    assert len(server.requests) == 2
+    assert server.headers[0]["Authorization"] == "Bearer sk-secret"
+    assert all("sk-secret" not in path.read_text() for path in tmp_path.iterdir())
+
+
+def test_a_server_that_restarts_goes_on(server, tmp_path):
+    client = server.client(retries=0)
+    teach(client, QUESTIONS[:3], tmp_path)
+    server.stop()
+    with pytest.raises(ServerError, match="said nothing"):
+        teach(client, QUESTIONS, tmp_path)
+    assert len((tmp_path / "replies.jsonl").read_text().splitlines()) == 3
+    server.start()
+    assert len(teach(client, QUESTIONS, tmp_path).traces) == 12
+    assert sorted(asked(server)) == sorted(question.text for question in QUESTIONS)
+
+
+def test_a_torn_line_of_a_killed_run_is_asked_again(server, tmp_path):
+    teach(server.client(), QUESTIONS[:3], tmp_path)
+    replies = tmp_path / "replies.jsonl"
+    replies.write_bytes(replies.read_bytes()[:-9])
+    assert len(teach(server.client(), QUESTIONS[:3], tmp_path).traces) == 3
+    assert len(server.requests) == 4
+
+
+def test_the_budget_holds_whatever_the_replies_cost(server, tmp_path):
+    prices = Prices(read=1.0, written=100.0)
+    options = dict(max_tokens=200, prices=prices, max_cost=0.05, concurrency=4)
+    taught = teach(server.client(), QUESTIONS, tmp_path, **options)
+    assert 0 < len(taught.traces) < 12 and taught.open == 12 - len(taught.traces)
+    assert taught.cost <= 0.05 and "budget" in taught.reason
+    # One more would have been able to pass it.
+    assert taught.cost + prices.cost(len(QUESTIONS[0].text.encode()), 200) > 0.05
+    again = teach(server.client(), QUESTIONS, tmp_path, **options)
+    assert again.cost == taught.cost and len(server.requests) == len(taught.traces)
+
+
+def test_a_server_that_does_not_count_is_taken_at_its_worst(server, tmp_path):
+    server.counts = False
+    taught = teach(server.client(), QUESTIONS[:1], tmp_path, max_tokens=500)
+    assert taught.written == 500 and taught.read > 100
+
+
+def test_tokens_can_be_capped(server, tmp_path):
+    taught = teach(server.client(), QUESTIONS, tmp_path, max_tokens=100, max_total_tokens=800, concurrency=1)
+    assert taught.read + taught.written <= 800 and taught.open > 0
+
+
+def test_what_is_no_trace_is_listed_with_the_reason(server, tmp_path):
+    server.script = lambda problem: "I do not know." if " 1 " in problem else solve(problem)
+    taught = teach(server.client(), QUESTIONS[:3], tmp_path)
+    assert (len(taught.traces), taught.failed) == (2, 1)
+    [failed] = map(json.loads, (tmp_path / "failed.jsonl").read_text().splitlines())
+    assert failed["problem"] == "What is 1 + 1?" and "no answer" in failed["reason"]
+    cut = teach(server.client(), QUESTIONS[:3], tmp_path / "short", max_tokens=5)
+    assert cut.failed == 3 and "cut at the limit" in (tmp_path / "short" / "failed.jsonl").read_text()
+
+
+def test_known_answers_verify_the_teacher(server, tmp_path):
+    file = tmp_path / "problems.jsonl"
+    rows = [{"problem": "What is 3 + 1?", "answer": 4}, {"question": "What is 5 + 1?", "answer": "#### 7"}]
+    rows += [{"problem": "What is 7 + 1?"}, {"problem": "What is 3 + 1?", "answer": 4}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    taught = teach(server.client(), read_questions(file), tmp_path / "out")
+    assert [trace.verified for trace in taught.traces] == [True, False, None]
+
+
+def test_thinking_is_the_reasoning_where_a_teacher_thinks():
+    reply = {"text": "So it is \\boxed{4}.", "thinking": " Two and two. ", "finish_reason": "stop", "key": "k"}
+    trace = trace_of(Question("2 + 2?"), reply, "t")
+    assert (trace.reasoning, trace.answer, trace.plan) == ("Two and two.", "4", None)
+    tagged = reply | {"text": "<think>\nHm.\n</think>\n<plan>Add.</plan><answer>4</answer>", "thinking": ""}
+    trace = trace_of(Question("2 + 2?"), tagged, "t")
+    assert (trace.reasoning, trace.answer, trace.plan) == ("Hm.", "4", "Add.")
+    with pytest.raises(TraceError, match="reasoning"):
+        trace_of(Question("2 + 2?"), reply | {"text": "<answer>4</answer>", "thinking": ""}, "t")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples": 0}, "samples must be at least 1, got 0"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"max_cost": 1.0}, "max_cost needs the prices"),
+    ],
+)
+def test_bad_options_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        teach(Server("http://127.0.0.1:9/v1", "m"), QUESTIONS, tmp_path, **options)
+
+
+def test_questions_that_are_none_are_named(tmp_path):
+    file = tmp_path / "problems.jsonl"
+    file.write_text('{"problem": "Why?"}\n{"problem": " "}\n')
+    with pytest.raises(ValueError, match=r"problems\.jsonl:2: problem: expected text"):
+        read_questions(file)
+    file.write_text("")
+    with pytest.raises(ValueError, match="at least one problem"):
+        read_questions(file)
+    assert len(read_questions("chain_sum", n=3)) == 3
+
+
+def test_replies_of_something_else_are_refused(tmp_path):
+    (tmp_path / "replies.jsonl").write_text('{"text": "?"}\n')
+    with pytest.raises(ValueError, match=r"replies\.jsonl:1: expected a teacher's reply"):
+        teach(Server("http://127.0.0.1:9/v1", "m"), QUESTIONS, tmp_path)

@@ -1,0 +1,84 @@
+"""A run from traces to adapter: cut anywhere, it goes on to the same bits, also where a gradient placed the columns."""
+
+import re
+
+import pytest
+import torch
+from tiny_models import llama
+from tiny_runs import TOKENIZER, TRACES, run
+
+from rbfast.adapter.column_scores import score
+from rbfast.adapter.sparse_adapter import SparseAdapter
+from rbfast.training.distill import DistillConfig, distill
+from rbfast.training.objective import Objective
+
+
+@pytest.mark.parametrize("placement", ["gradient", "activation", "random"])
+def test_a_cut_run_goes_on_to_the_same_bits(tmp_path, monkeypatch, placement):
+    whole = run(tmp_path / "whole", monkeypatch, placement=placement)
+    for cut in (1, 5):  # before the first checkpoint, and once both A and B have moments
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(tmp_path / "cut", monkeypatch, cut_at=cut, placement=placement)
+    found = run(tmp_path / "cut", monkeypatch, placement=placement)
+    assert all(torch.equal(found[name], value) for name, value in whole.items())
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("density", (0, -0.1, 1.5, NAN)),
+        ("epochs", (0, -1.0, float("inf"), NAN)),
+        ("learning_rate", (0.0, -1e-3, float("inf"), NAN)),
+        ("warmup", (-0.1, 1, 20, NAN)),
+        ("rank", (0, -2)),
+        ("support", (0,)),
+        ("placement_traces", (0,)),
+        ("batch_size", (0, -8)),
+        ("accumulation", (0,)),
+        ("max_tokens", (0,)),
+        ("save_steps", (0, -1)),
+        ("seed", (-1, 2**32)),
+        ("placement", ("gradients",)),
+    ],
+)
+def test_settings_that_make_no_run_are_refused(name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=rf"^{name} must be .*, got {re.escape(repr(value))}$"):
+            DistillConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("strategic", (-1.0, NAN, float("inf"))),
+        ("anneal", (-0.1, 1.1, NAN)),
+        ("ce_share", (2, NAN)),
+        ("beta", (-1, NAN)),
+        ("strategic_temperature", (0.0, -1.0, NAN)),
+        ("answer_temperature", (0.0, float("inf"))),
+    ],
+)
+def test_objectives_that_are_none_are_refused(name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=rf"({name}|role weights) must be .*, got .*{re.escape(repr(value))}"):
+            Objective(**{name: value})
+
+
+def test_parameters_are_laid_out_alike_wherever_they_come_from(tmp_path):
+    """Fused Adam pairs values and moments by their place in memory: moments of another layout would be scrambled."""
+    model = llama(vocab_size=61)
+    ids = torch.arange(22).view(2, 11)
+    scores = score(model, [{"input_ids": ids, "labels": ids}], lambda model, batch: model(**batch).loss)
+    adapter = SparseAdapter.attach(model, density=0.2, rank=3, placement=scores)
+    assert all(parameter.is_contiguous() for parameter in adapter.parameters())
+
+
+def test_a_run_of_one_step_trains(tmp_path):
+    model = llama(vocab_size=len(TOKENIZER), max_position_embeddings=256)
+    config = DistillConfig(density=0.2, rank=3, batch_size=4, placement="random")
+    found = distill(model, TOKENIZER, TRACES[:4], tmp_path, config, quiet=True)
+    assert len(found.log_history) == 1
+    assert any(bool(site.B.any()) for site in found.adapter.sites().values())

@@ -1,0 +1,125 @@
+"""A sharded base in a group of one process: every architecture runs as it did whole, and what cannot be is refused."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny_models import attach, disturb, family, gpt2, llama
+from tiny_tokenizers import byte_level
+from torch.distributed.fsdp import fully_shard
+
+from rbfast.adapter.sparse_adapter import SparseAdapter
+from rbfast.cli.main import main
+from rbfast.data.readers import write_traces
+from rbfast.data.trace import Trace
+from rbfast.models.linears import is_sharded, whole
+from rbfast.models.student import final_hidden, head_of, load_student, packs
+from rbfast.training import sharding
+from rbfast.training.sharding import shard
+
+
+@pytest.fixture
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def row():
+    ids, positions = torch.arange(1, 18)[None], torch.cat([torch.arange(8), torch.arange(9)])[None]
+    return ids, positions
+
+
+def gradients(model):
+    """Hidden states, the head, and the gradients of an adapter that runs beside the weights."""
+    adapter = attach(model, mode="side")
+    disturb(adapter)
+    hidden = final_hidden(model, *row())
+    hidden.square().sum().backward()
+    return [hidden, head_of(model).weight, *(parameter.grad for parameter in adapter.parameters())]
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "gemma2", "mixtral", "falcon-h1"])
+def test_a_sharded_model_has_the_bits_of_a_whole_one(group, name):
+    expected = gradients(family(name))
+    model = family(name)
+    shard(model)
+    assert is_sharded(model) and packs(model) == packs(family(name))
+    assert all(hasattr(parameter, "full_tensor") for parameter in model.parameters())  # nothing stays whole
+    found = gradients(model)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_a_model_that_came_sharded_keeps_its_parts(group):
+    expected = gradients(family("llama"))
+    model = family("llama")
+    for module in (*model.model.layers, model):  # much as transformers does it
+        fully_shard(module)
+    parts = list(model.parameters())
+    shard(model)
+    assert all(one is other for one, other in zip(model.parameters(), parts, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(gradients(model), expected, strict=True))
+
+
+def test_gradient_checkpointing_gathers_again(group):
+    expected = gradients(llama())
+    model = llama()
+    shard(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    assert all(torch.equal(one, other) for one, other in zip(gradients(model), expected, strict=True))
+
+
+def test_an_adapter_of_a_sharded_model_is_saved_for_the_whole_one(group, tmp_path):
+    whole_one, model = attach(llama(), mode="side"), llama()
+    shard(model)
+    adapter = attach(model)
+    whole_one.save_pretrained(tmp_path / "whole")
+    adapter.save_pretrained(tmp_path / "sharded")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "sharded" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    with pytest.raises(RuntimeError, match="quantised or sharded"):
+        adapter.merge()
+    adapter.detach()
+    other = llama(initializer_range=0.3)
+    shard(other)
+    with pytest.raises(ValueError, match="differ from those"):
+        SparseAdapter.from_pretrained(other, tmp_path / "sharded")
+
+
+def test_the_command_line_shards_what_it_trains(group, tmp_path, monkeypatch):
+    traces = [Trace(f"What is {n} + 1?", f"{n} + 1 = {n + 1}", str(n + 1)) for n in range(8)]
+    tokenizer = byte_level(*(trace.completion() for trace in traces))
+    llama(vocab_size=len(tokenizer), max_position_embeddings=256).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    write_traces(tmp_path / "traces.jsonl", traces)
+    asked = []
+    monkeypatch.setattr(sharding, "shard", lambda *args: (asked.append(args[1:]), shard(*args)))
+    places = [str(tmp_path / name) for name in ("base", "traces.jsonl", "run")]
+    options = ["--shard", "1", "--density", "0.05", "--device", "cpu", "--dtype", "float32", "--json"]
+    assert main(["distill", *places[:2], "-o", places[2], "--teacher", places[0], *options]) == 0
+    assert asked == [(1, "cpu")] * 2
+    model, _ = load_student(places[0], torch.float32)
+    assert SparseAdapter.from_pretrained(model, places[2]).surviving_share() > 0.9
+
+
+def test_what_cannot_be_sharded_is_refused(group):
+    model = gpt2()
+    with pytest.raises(ValueError, match="1 processes can't share copies by 3"):
+        shard(model, over=3)
+    adapter = attach(model)
+    with pytest.raises(ValueError, match="has a SparseAdapter attached"):
+        shard(model)
+    adapter.detach()
+    model._no_split_modules = None
+    with pytest.raises(ValueError, match="GPT2LMHeadModel names no class of layers"):
+        shard(model)
+
+
+def test_one_process_alone_is_refused():
+    with pytest.raises(ValueError, match="this is the only one: start them with torchrun"):
+        shard(gpt2())
+
+
+def test_whole_is_the_tensor_itself_where_nothing_is_sharded():
+    tensor = torch.ones(3)
+    assert whole(tensor) is tensor and not is_sharded(llama())

@@ -1,0 +1,169 @@
+"""A teacher's signals in training, and the command line that makes and uses them."""
+
+import json
+
+import pytest
+import torch
+from openai_server import serving
+from tiny_models import llama
+from tiny_tokenizers import byte_fallback, byte_level
+
+from rbfast.cli.main import main
+from rbfast.data.encoding import IGNORE, collate, encode
+from rbfast.data.readers import read_traces, write_traces
+from rbfast.data.signal_store import SignalStore
+from rbfast.data.trace import Trace
+from rbfast.loss.distill_loss import DistillLoss
+from rbfast.loss.teacher_signal import Dense
+from rbfast.models.student import load_teacher
+from rbfast.teacher.logprobs import score_locally
+from rbfast.training.distill import DistillConfig, distill
+from rbfast.training.objective import Objective, token_losses
+
+TRACES = [Trace(f"What is {n} + 1?", f"Add one.\n{n} + 1 = {n + 1}", str(n + 1), id=f"t{n}") for n in range(6)]
+TOKENIZER = byte_level(*(trace.completion() for trace in TRACES))
+OBJECTIVE = Objective(ce_share=0.25)
+CONFIG = DistillConfig(density=0.05, batch_size=2, placement="random", objective=OBJECTIVE)
+
+
+def model(seed=0):
+    found = llama(vocab_size=len(TOKENIZER), max_position_embeddings=512).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in found.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return found
+
+
+def scored(folder, traces=TRACES, teacher=None):
+    with SignalStore(folder, "tiny", 5, len(TOKENIZER)) as store:
+        score_locally(teacher or model(1), TOKENIZER, traces, TOKENIZER, store)
+    return folder
+
+
+def packed(traces=TRACES[:2], store=None):
+    examples = [encode(trace, TOKENIZER) for trace in traces]
+    if store:
+        SignalStore.open(store).fill(examples)
+    return collate(examples)
+
+
+def losses(student, batch, teacher=None):
+    hidden = student.model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).last_hidden_state[0]
+    return hidden, token_losses(student, hidden, batch, torch.ones(3), OBJECTIVE, teacher)
+
+
+def test_a_running_teacher_gives_its_whole_distribution():
+    student, teacher, batch = model(), model(1), packed()
+    hidden, out = losses(student, batch, teacher)
+    with torch.no_grad():
+        logits = teacher(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[0]
+    expected = DistillLoss(reduction="sum")(
+        hidden, student.lm_head.weight, batch["labels"][0], Dense(logits=logits), weight=0.75, ce_weight=0.25
+    )
+    torch.testing.assert_close(out.loss, expected.loss)
+    assert not any(parameter.grad is not None for parameter in teacher.parameters())
+
+
+def test_a_student_that_is_its_own_teacher_diverges_by_nothing():
+    student = model()
+    _, out = losses(student, packed(), student)
+    assert out.divergence.max() < 1e-5 and out.ce.sum() > 1
+
+
+def test_tokens_with_log_probs_learn_from_those_and_the_others_from_the_running_teacher(tmp_path):
+    student, teacher = model(), model(1)
+    batch = packed(store=scored(tmp_path, TRACES[:1]))
+    _, mixed = losses(student, batch, teacher)
+    _, running = losses(student, packed(), teacher)
+    first = torch.zeros(len(mixed.ce), dtype=torch.bool).index_fill_(0, batch["teacher_rows"], True)
+    trained = batch["labels"][0] != IGNORE
+    assert first.any() and (trained & ~first).any()
+    assert torch.equal(mixed.divergence[~first], running.divergence[~first])
+    # The tail of a top-k is one bucket, which can only bring the two closer.
+    assert (mixed.divergence[first] < running.divergence[first]).all()
+
+
+def test_training_uses_a_folder_of_signals(tmp_path):
+    folder = scored(tmp_path / "signals", TRACES[:4])
+    taught = distill(model(), TOKENIZER, TRACES, tmp_path / "run", CONFIG, quiet=True, signals=folder)
+    plain = distill(model(), TOKENIZER, TRACES, tmp_path / "plain", CONFIG, quiet=True)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["signals"] == {
+        "teacher": "tiny",
+        "k": 5,
+        "traces": 4,
+    }
+    [a, b] = ([p.detach() for p in run.adapter.parameters()] for run in (taught, plain))
+    assert not all(map(torch.equal, a, b))
+    with pytest.raises(ValueError, match="its signals"):
+        distill(
+            model(), TOKENIZER, TRACES, tmp_path / "run", CONFIG, quiet=True, signals=scored(tmp_path / "s", TRACES[:2])
+        )
+
+
+def test_signals_of_other_traces_are_refused(tmp_path):
+    folder = scored(tmp_path / "signals", TRACES[:2])
+    with pytest.raises(ValueError, match="log-probs of none of the 4 traces"):
+        distill(model(), TOKENIZER, TRACES[2:], tmp_path / "run", CONFIG, quiet=True, signals=folder)
+
+
+def test_a_running_teacher_trains_and_resumes_to_the_same_bits(tmp_path):
+    runs = [
+        distill(model(), TOKENIZER, TRACES, tmp_path / str(i), CONFIG, quiet=True, teacher=model(1)) for i in range(2)
+    ]
+    [a, b] = ([p.detach() for p in run.adapter.parameters()] for run in runs)
+    assert all(map(torch.equal, a, b))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A teacher and a student on disk, and one with another tokenizer."""
+    root = tmp_path_factory.mktemp("models")
+    other = byte_fallback(*(trace.completion() for trace in TRACES), size=30)
+    for name, tokenizer in (("teacher", TOKENIZER), ("student", TOKENIZER), ("other", other)):
+        tokenizer.save_pretrained(root / name)
+        llama(vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(root / name)
+    return root
+
+
+def test_the_command_line_scores_and_trains(folders, tmp_path, capsys):
+    traces, out = tmp_path / "traces.jsonl", tmp_path / "scored"
+    write_traces(traces, TRACES)
+    teacher, student = str(folders / "teacher"), str(folders / "student")
+    score = ["teach", teacher, str(traces), "-o", str(out), "--score", "--student", student, "-k", "4", "--json"]
+    assert main(score) == 0
+    assert json.loads(capsys.readouterr().out) == {"out": str(out / "signals"), "scored": 6, "refused": 0}
+    train = ["distill", student, str(traces), "-o", str(tmp_path / "run"), "--density", "0.05", "--json"]
+    assert main([*train, "--signals", str(out / "signals"), "--teacher", teacher]) == 0
+    assert json.loads(capsys.readouterr().out)["trained"] == 6
+    wrong = [str(folders / "other") if word == teacher else word for word in score]
+    wrong[wrong.index(str(out))] = str(tmp_path / "aligned")
+    assert main(wrong) == 2 and "--align" in capsys.readouterr().err
+    assert main([*wrong, "--align"]) == 0
+    assert main([*train[:4], str(tmp_path / "x"), "--teacher", str(folders / "other")]) == 2
+    assert "other tokens than the student" in capsys.readouterr().err
+
+
+def test_the_command_line_asks_a_server(folders, tmp_path, capsys):
+    problems, out = tmp_path / "problems.jsonl", tmp_path / "taught"
+    problems.write_text('{"problem": "What is 3 + 1?", "answer": "4"}\n{"problem": "What is 5 + 1?"}\n')
+    reply = "<plan>Add one.</plan>\nAdd one.\n3 + 1 = 4\n\n<answer>4</answer>"
+    with serving(model(), TOKENIZER, script=lambda problem: reply) as server:
+        url = f"http://127.0.0.1:{server.port}/v1"
+        ask = ["teach", "tiny", str(problems), "-o", str(out), "--server", url, "--json"]
+        assert main([*ask, "--student", str(folders / "student"), "-k", "5", "--prices", "1", "2"]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert (result["traces"], result["signals"], result["open"]) == (2, 2, 0) and result["cost"] > 0
+        assert [trace.verified for trace in read_traces(out / "traces.jsonl")] == [True, None]
+        assert len(SignalStore.open(out / "signals")) == 2
+        server.faults = [401]
+        ask[ask.index(str(out))] = str(tmp_path / "again")
+        assert main(ask) == 1 and "said 401" in capsys.readouterr().err
+    assert main(["teach", "tiny", str(problems), "-o", str(out)]) == 2
+    assert "--server" in capsys.readouterr().err
+
+
+def test_a_teacher_with_other_tokens_cannot_run_beside_the_student(folders):
+    assert load_teacher(str(folders / "teacher"), TOKENIZER).config.vocab_size == len(TOKENIZER)
+    with pytest.raises(ValueError, match="other tokens than the student"):
+        load_teacher(str(folders / "other"), TOKENIZER)

@@ -1,0 +1,177 @@
+"""The trainer on a tiny random Llama: its objective against plain autograd, packing, accumulation, exact resume."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+
+from rbfast.adapter.sparse_adapter import SparseAdapter
+from rbfast.data.encoding import Example, collate
+from rbfast.models.student import final_hidden, packs
+from rbfast.training.checkpoints import last_checkpoint
+from rbfast.training.objective import Objective, role_counts, token_losses
+from rbfast.training.trainer import DistillTrainer
+
+VOCAB = 61
+
+
+def tiny_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    return LlamaForCausalLM(config)
+
+
+def some_examples(n: int, seed: int = 0) -> list[Example]:
+    rng = np.random.default_rng(seed)
+    examples = []
+    for i in range(n):
+        length = int(rng.integers(8, 20))
+        ids = rng.integers(0, VOCAB, length)
+        labels = np.append(ids[1:], -100)
+        labels[:3] = -100
+        roles = np.where(labels == -100, -1, np.arange(length) % 3)
+        examples.append(Example(ids, labels, roles, None, None, None, str(i)))
+    return examples
+
+
+def arguments(folder: Path, **more: object) -> TrainingArguments:
+    settings = dict(
+        output_dir=str(folder),
+        per_device_train_batch_size=2,
+        num_train_epochs=1,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=0,
+    )
+    return TrainingArguments(**(settings | more))
+
+
+def plain_loss(model: LlamaForCausalLM, examples: list[Example], weights: torch.Tensor) -> torch.Tensor:
+    """The objective written out: every example alone, full logits, fp64."""
+    sums, counts = torch.zeros(3, dtype=torch.float64), torch.zeros(3)
+    for example in examples:
+        logits = model(input_ids=torch.from_numpy(example.input_ids)[None]).logits[0].double()
+        ce = torch.nn.functional.cross_entropy(logits, torch.from_numpy(example.labels), reduction="none")
+        for role in range(3):
+            sums[role] = sums[role] + ce[torch.from_numpy(example.roles == role)].sum()
+            counts[role] += (example.roles == role).sum()
+    return (weights * sums / counts).sum()
+
+
+def test_a_packed_batch_has_the_loss_and_gradient_of_its_examples_alone() -> None:
+    model, examples, objective = tiny_model(), some_examples(4), Objective()
+    adapter = SparseAdapter.attach(model, density=0.05, placement="random")
+    batch, weights = collate(examples), objective.weights(0.0)
+    for parameter in adapter.parameters():  # B starts at zero: move it, so that A has a gradient too
+        torch.nn.init.normal_(parameter, std=0.1)
+    hidden = final_hidden(model, batch["input_ids"], batch["position_ids"])
+    out = token_losses(model, hidden, batch, weights / role_counts(batch), objective)
+    expected = plain_loss(model, examples, weights)
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    ours = torch.autograd.grad(out.loss, list(adapter.parameters()))
+    theirs = torch.autograd.grad(expected, list(adapter.parameters()))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.linalg.norm(a - b) <= 1e-5 * torch.linalg.norm(b)
+
+
+def test_the_strategic_weight_moves_to_the_tactical_one() -> None:
+    objective = Objective(strategic=0.4, tactical=0.5, answer=0.1, anneal=0.5)
+    assert objective.weights(0.0).tolist() == pytest.approx([0.4, 0.5, 0.1])
+    assert objective.weights(1.0).tolist() == pytest.approx([0.2, 0.7, 0.1])
+    with pytest.raises(ValueError, match="role weights"):
+        Objective(strategic=-1.0)
+
+
+def test_full_logits_are_never_built_and_roles_are_logged(tmp_path: Path) -> None:
+    model = tiny_model()
+    adapter = SparseAdapter.attach(model, density=0.05, placement="random")
+    packs(model)  # it looks at the logits of a few tokens, once
+    model.lm_head.register_forward_hook(lambda *_: pytest.fail("the head ran as a module: it builds full logits"))
+    trainer = DistillTrainer(model, adapter, arguments(tmp_path), some_examples(4), some_examples(2, seed=1))
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
+    for entry in trainer.state.log_history[:2]:
+        assert {"loss", "loss_strategic", "loss_tactical", "loss_answer"} <= entry.keys()
+
+
+def train(folder: Path, stop_at: int | None = None, **more: object) -> dict[str, torch.Tensor]:
+    model = tiny_model()
+    checkpoint = last_checkpoint(folder)
+    adapter = SparseAdapter.attach(model, density=0.05, placement="random")
+    trainer = DistillTrainer(model, adapter, arguments(folder, **more), some_examples(12))
+    if stop_at is not None:
+        trainer.add_callback(Crash(stop_at))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return {name: value.clone() for name, value in adapter.state_dict().items()}
+
+
+class Crash(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise RuntimeError("power cut")
+
+
+def test_a_cut_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    saving = dict(save_strategy="steps", save_steps=2, save_total_limit=1)
+    whole = train(tmp_path / "whole", **saving)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(tmp_path / "cut", stop_at=5, **saving)
+    assert last_checkpoint(tmp_path / "cut") == str(tmp_path / "cut" / "checkpoint-4")
+    assert [path.name for path in (tmp_path / "cut").glob("checkpoint-*")] == ["checkpoint-4"]
+    resumed = train(tmp_path / "cut", **saving)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_checkpoint_cut_while_being_written_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saving = dict(save_strategy="steps", save_steps=2)
+    real = DistillTrainer._save_rng_state
+
+    def fail_second(self: DistillTrainer, folder: str) -> None:
+        if self.state.global_step == 4:
+            raise OSError(28, "No space left on device")
+        real(self, folder)
+
+    monkeypatch.setattr(DistillTrainer, "_save_rng_state", fail_second)
+    with pytest.raises(OSError, match="No space left"):
+        train(tmp_path / "full", **saving)
+    assert last_checkpoint(tmp_path / "full") == str(tmp_path / "full" / "checkpoint-2")
+    monkeypatch.undo()
+    resumed, whole = train(tmp_path / "full", **saving), train(tmp_path / "whole", **saving)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_the_trainers_own_sharding_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = DistillTrainer.create_accelerator_and_postprocess
+
+    def make_sharding(self: DistillTrainer) -> None:
+        make(self)
+        self.is_fsdp_enabled = True  # as `accelerate launch --use_fsdp` has it on GPUs
+
+    monkeypatch.setattr(DistillTrainer, "create_accelerator_and_postprocess", make_sharding)
+    with pytest.raises(ValueError, match=r"only the frozen base is sharded.*--shard PROCESSES"):
+        train(tmp_path)
+
+
+def test_accumulating_two_batches_is_one_batch_of_both(tmp_path: Path) -> None:
+    once = train(tmp_path / "a", per_device_train_batch_size=4)
+    twice = train(tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    for name, value in once.items():
+        assert torch.allclose(value.float(), twice[name].float(), rtol=1e-3, atol=1e-5), name
