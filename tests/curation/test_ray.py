@@ -22,6 +22,8 @@ from rbfast.curation.decontaminate import Decontaminator
 from rbfast.curation.pool import assessed, assessed_on_ray
 from rbfast.data.trace import Trace, TraceError
 
+pytestmark = pytest.mark.slow
+
 FILES = ("reason1k.jsonl", "dropped.jsonl", "datasheet.json", "datasheet.html")
 
 

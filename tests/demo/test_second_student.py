@@ -16,6 +16,8 @@ from rbfast.evaluation.evaluate import evaluate
 from rbfast.models.student import final_hidden, head_of, load_student
 from rbfast.training.distill import DistillConfig, distill, trace_loss
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def gemma():

@@ -14,6 +14,8 @@ from kernel_resources import ARCHITECTURES, Resources, all_resources, nvcc
 
 from rbfast import ops
 
+pytestmark = pytest.mark.slow
+
 needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="nvcc is absent")
 KERNELS = {"sweep": 12, "sum_parts": 1, "gather": 3, "add_low_rank": 3, "update_columns": 3}
 KERNELS |= {"sparse_rows": 1, "dense_rows_of": 3}

@@ -26,6 +26,8 @@ from rbfast import ops
 from rbfast.kernels import columns, divergence_rows
 from rbfast.ops import reference
 
+pytestmark = pytest.mark.slow
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 here = pytest.mark.skipif(

@@ -20,6 +20,8 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from rbfast.kernels import columns, divergence_rows  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 SHARED_LIMIT = {
     80: 163,
     90: 227,

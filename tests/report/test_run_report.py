@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -326,6 +327,8 @@ window.onload = () => {{
 def draw(tmp_path: Path) -> Any:
     """A function that draws a page in a headless browser; returns what each frame measures, and the console."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None and os.environ.get("CI"):
+        pytest.fail(f"no browser on the PATH: .ci/run installs one of {', '.join(BROWSERS)}")
     if browser is None:
         pytest.skip(f"no browser on the PATH: looked for {', '.join(BROWSERS)}")
 

@@ -14,6 +14,8 @@ from distributed_worker import distill_tiny
 from real_inputs import ROOT
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 WORKER = ROOT / "tests" / "support" / "distributed_worker.py"
 STEPS = 7
 RANDOM = {"placement": "random"}  # by gradients, the columns follow the batches they were measured on

@@ -27,6 +27,8 @@ from rbfast.training.checkpoints import last_checkpoint
 from rbfast.training.distill import distill
 from rbfast.utils.files import Journal, replacing
 
+pytestmark = pytest.mark.slow
+
 KILLS = 50
 
 

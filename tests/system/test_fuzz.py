@@ -37,6 +37,8 @@ from rbfast.teacher.solutions import Question, _Job, read_questions, teach
 from rbfast.training.checkpoints import last_checkpoint, write_digests
 from rbfast.utils.sealed import seal
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 20  # seconds a file may take
 HUGE, DEEP = "@huge@", "@deep@"  # stand for what json.dumps cannot write
 VALUES = [None, True, False, 0, -1, 3, 2**63, 1.5, 1e308, math.nan, math.inf, "", " ", "x", "\ud800", "\0", "é" * 999]

@@ -12,6 +12,8 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 from rbfast.inference.decoding import complete  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 QUESTIONS = [f"Which word follows number {n}?" for n in range(12)]
 CHOICES = ["red", "a longer answer", "7"]
 DATA = """

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from fresh_installs import install, run, try_it
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("editable", [False, True])
 def test_install_from_the_checkout(fresh: Path, checkout: Path, tmp_path: Path, editable: bool) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = ROOT / "build" / "sanitized"
 TESTS = ["ops/test_columns_ops.py", "ops/test_divergence_rows.py", "ops/test_gemm.py", "curation/test_text.py"]
