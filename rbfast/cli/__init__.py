@@ -1,1 +1,1 @@
-"""The command line, `rbfast COMMAND`: arguments in, results on stdout, progress on stderr. Nobody imports it."""
+"""The command line: arguments in, results on stdout, progress on stderr. A module for each kind of work."""

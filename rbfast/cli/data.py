@@ -1,0 +1,168 @@
+"""`rbfast curate | teach`: the commands that make training data."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from rbfast.cli.common import Command, add_device, lines, load_model, print_result
+
+
+def add_curate(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("pool", nargs="+", help="JSONL, JSON or Parquet files of traces, or hub ids of datasets")
+    sub.add_argument("-o", "--out", type=Path, required=True, help="folder to write")
+    sub.add_argument("--size", type=int, default=1000, help="traces to pick (default: 1000)")
+    sub.add_argument("--against", nargs="+", default=[], metavar="EVALSET", help="problems that must not be trained on")
+    sub.add_argument("--keep-templates", action="store_true", help="keep evaluation problems with other numbers")
+    sub.add_argument("--pass-rates", type=Path, help="what `rbfast eval -o` wrote for a student: its misses are hard")
+    sub.add_argument("--processes", type=int, default=1, help="processes that read and score (default: 1)")
+    sub.add_argument("--ray", metavar="ADDRESS", help="score on a Ray cluster instead: auto, local, or host:port")
+
+
+def run_curate(args: argparse.Namespace) -> int:
+    from rbfast.curation.curate import curate, read_pass_rates
+
+    result = curate(
+        args.pool,
+        args.out,
+        size=args.size,
+        against=args.against,
+        seed=args.seed,
+        pass_rates=read_pass_rates(args.pass_rates) if args.pass_rates else None,
+        keep_templates=args.keep_templates,
+        processes=args.processes,
+        ray=args.ray,
+        quiet=args.json,
+    )
+    stages = [{"stage": s.name, "in": s.given, "dropped": s.dropped, "out": s.kept} for s in result.stages]
+    lines = [
+        f"{s.name}: {s.given} in, {s.kept} out" + "".join(f"; {why}: {n}" for why, n in s.dropped.items())
+        for s in result.stages
+    ]
+    lines.append(
+        f"{result.selected} traces in {args.out / 'reason1k.jsonl'}; see datasheet.html and dropped.jsonl there"
+    )
+    print_result(args, {"out": str(args.out), "selected": result.selected, "stages": stages}, "\n".join(lines))
+    return 0 if result.selected else 1
+
+
+def add_teach(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("model", help="the teacher, as the server names it; without --server: hub id or local folder")
+    sub.add_argument("source", help="problems (file, hub id, reasoning-gym generator); with --score: traces")
+    sub.add_argument("-o", "--out", type=Path, required=True, help="folder to write; the same command goes on there")
+    sub.add_argument("--server", metavar="URL", help="an OpenAI-compatible server, up to /v1; key: RBFAST_API_KEY")
+    sub.add_argument("--concurrency", type=int, default=8, help="requests at a time (default: 8)")
+    asked = sub.add_argument_group("solutions")
+    asked.add_argument("-n", type=int, help="problems to ask (default: all, or 50 of a generator)")
+    asked.add_argument("--samples", type=int, default=1, help="solutions per problem (default: 1)")
+    asked.add_argument("--temperature", type=float, default=0.7, help="default: 0.7")
+    asked.add_argument("--prices", type=float, nargs=2, metavar=("READ", "WRITTEN"), help="of a million tokens")
+    asked.add_argument("--max-cost", type=float, help="nothing is asked that could cost more, in the prices' currency")
+    asked.add_argument("--max-total-tokens", type=int, help="nothing is asked that could take more")
+    scored = sub.add_argument_group("log-probs")
+    scored.add_argument("--score", action="store_true", help="score the traces in SOURCE, ask for nothing new")
+    scored.add_argument("--student", help="whose tokens to score: hub id, local folder, or smollm2-135m")
+    scored.add_argument("-k", type=int, default=32, help="candidates per token (default: 32)")
+    scored.add_argument("--align", action="store_true", help="the teacher may have other tokens: score the shared ones")
+    scored.add_argument("--dialect", choices=["vllm", "echo"], default="vllm", help="how the server scores prompts")
+    scored.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="of a local teacher's weights")
+    sub.add_argument("--max-tokens", type=int, default=4096, help="of a solution, or of a trace (default: 4096)")
+    add_device(sub)
+
+
+def run_teach(args: argparse.Namespace) -> int:
+    if args.score:
+        return _teach_scores(args)
+    from rbfast.teacher.client import Server
+    from rbfast.teacher.solutions import Prices, read_questions, teach
+    from rbfast.utils.progress import bar
+
+    if not args.server:
+        raise ValueError("solutions come from a server: name it with --server URL, or score traces with --score")
+    server = Server(args.server, args.model, temperature=args.temperature, seed=args.seed)
+    questions = read_questions(args.source, args.n, args.seed)
+    with bar("asking", args.json) as progress:
+        task = progress.add_task("", total=len(questions) * args.samples)
+        taught = teach(
+            server,
+            questions,
+            args.out,
+            samples=args.samples,
+            max_tokens=args.max_tokens,
+            top_logprobs=args.k if args.student else 0,
+            concurrency=args.concurrency,
+            prices=Prices(*args.prices or (0.0, 0.0)),
+            max_cost=args.max_cost,
+            max_total_tokens=args.max_total_tokens,
+            progress=lambda done, total, words: progress.update(task, completed=done, total=total, description=words),
+        )
+    result = {"out": str(args.out)} | taught.summary()
+    if args.student:
+        result["signals"] = _keep_replies(args, taught)
+    print_result(args, result, lines(result))
+    return 1 if taught.open else 0
+
+
+def _keep_replies(args: argparse.Namespace, taught: Any) -> int:
+    """The log-probs that came with the solutions, in the folder `signals`; of how many traces."""
+    from rbfast.teacher.logprobs import keep_reply
+
+    tokenizer = _tokenizer(args.student)
+    with _signal_store(args, tokenizer) as store:
+        for trace, reply in zip(taught.traces, taught.replies, strict=True):
+            keep_reply(trace, reply, tokenizer, store)
+    return len(store)
+
+
+def _teach_scores(args: argparse.Namespace) -> int:
+    from rbfast.data.readers import read_traces
+    from rbfast.teacher.client import Server
+    from rbfast.teacher.logprobs import score_locally, score_on_server
+    from rbfast.utils.progress import counting
+
+    if not args.student:
+        raise ValueError("--score needs --student: log-probs are kept for the tokens of one student")
+    traces = read_traces(args.source)
+    tokenizer = _tokenizer(args.student)
+    with _signal_store(args, tokenizer) as store, counting("scoring", args.json) as progress:
+        options: dict[str, Any] = {"align": args.align, "max_tokens": args.max_tokens, "progress": progress}
+        if args.server:
+            server = Server(args.server, args.model)
+            options |= {"dialect": args.dialect, "concurrency": args.concurrency}
+            refused = score_on_server(server, traces, tokenizer, store, **options)
+        else:
+            teacher, teacher_tokenizer = load_model(args)
+            refused = score_locally(teacher, teacher_tokenizer, traces, tokenizer, store, **options)
+    for _, reason in refused[:5]:
+        print(f"no log-probs: {reason}", file=sys.stderr)
+    result = {"out": str(args.out / "signals"), "scored": len(store), "refused": len(refused)}
+    print_result(args, result, lines(result))
+    return 0 if len(store) else 1
+
+
+def _signal_store(args: argparse.Namespace, tokenizer: Any) -> Any:
+    from rbfast.data.signal_store import SignalStore
+
+    return SignalStore(args.out / "signals", args.model, args.k, len(tokenizer))
+
+
+def _tokenizer(student: str) -> Any:
+    from rbfast.models.student import load_tokenizer
+
+    return load_tokenizer(student)
+
+
+CURATE = Command(
+    name="curate",
+    summary="Pick the traces to train on from a pool: Reason1K with its datasheet.",
+    example="rbfast curate pool.jsonl more.parquet -o reason1k/ --size 1000 --against math500.jsonl aime25.jsonl",
+    add_arguments=add_curate,
+    run=run_curate,
+)
+TEACH = Command(
+    name="teach",
+    summary="Ask a teacher for solutions, or for its log-probs of traces.",
+    example="rbfast teach their-model problems.jsonl -o taught/ --server https://api.example.com/v1 --samples 2",
+    add_arguments=add_teach,
+    run=run_teach,
+)

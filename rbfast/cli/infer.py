@@ -1,0 +1,202 @@
+"""`rbfast solve | eval`: the commands that let a model answer."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from rbfast.cli.common import Command, add_model, attach, lines, load_model, print_result, temperature_of
+
+
+def add_solve(sub: argparse.ArgumentParser) -> None:
+    add_model(sub)
+    sub.add_argument("problem", help="the problem, or - to read it from stdin")
+    sub.add_argument("--adapter", help="folder of a trained adapter to attach")
+    sub.add_argument("--server", metavar="URL", help="ask an OpenAI-compatible server for MODEL; key: RBFAST_API_KEY")
+    sub.add_argument("--tokenizer", metavar="NAME", help="the served model's: hub id or folder; for its chat template")
+    sub.add_argument("--concurrency", type=int, default=8, help="requests to a server at a time (default: 8)")
+    sub.add_argument("--budget", type=int, default=1024, help="tokens in all, thinking and answer (default: 1024)")
+    sub.add_argument("--minimum", type=int, default=0, help="tokens of thinking, at least (default: 0)")
+    sub.add_argument("--maximum", type=int, help="tokens of thinking, at most (default: what the answer leaves)")
+    sub.add_argument("--verify-above", type=float, help="nats of mean entropy that call for a check (default: never)")
+    sub.add_argument("--probe-every", type=int, default=0, help="tokens between probes of the answer (default: never)")
+    sub.add_argument("--samples", type=int, default=1, help="completions that vote on the answer (default: 1)")
+    sub.add_argument("--temperature", type=float, help="default: 0 for one sample, 0.8 for several")
+
+
+def run_solve(args: argparse.Namespace) -> int:
+    from rbfast.cli.transcript import Transcript
+    from rbfast.inference.local import guide_for
+
+    problem = _read_stdin() if args.problem == "-" else args.problem
+    if not problem.strip():
+        raise ValueError("problem: expected a text, got an empty one")
+    options = {name: getattr(args, name) for name in ("minimum", "maximum", "verify_above", "probe_every")}
+    transcript = Transcript(quiet=args.json or args.samples > 1)
+    if args.server and args.adapter:
+        raise ValueError("--adapter is for a local model: merge it, and serve the merged checkpoint")
+    if args.tokenizer and not args.server:
+        raise ValueError("--tokenizer is for --server: a local model brings its own")
+    if args.server:
+        return _solve_remotely(args, problem, options, transcript)
+    model, tokenizer = load_model(args)
+    if args.adapter:
+        attach(model, args.adapter)
+    guide = guide_for(tokenizer, args.budget, **options)
+    result = _solve_here(args, model, tokenizer, problem, guide, transcript)
+    return print_result(args, result, transcript.summary)
+
+
+def _solve_here(
+    args: argparse.Namespace, model: Any, tokenizer: Any, problem: str, guide: Any, transcript: Any
+) -> dict[str, Any]:
+    from rbfast.data.encoding import format_prompt
+    from rbfast.grading.grade import answer_key, extract_answer
+    from rbfast.inference.local import guided
+    from rbfast.inference.vote import majority
+
+    [solutions] = guided(
+        model,
+        tokenizer,
+        [format_prompt(problem, tokenizer)],
+        guide,
+        samples=args.samples,
+        temperature=temperature_of(args),
+        seed=args.seed,
+        listen=None if transcript.quiet else lambda _, kind, text: transcript.write(kind, text),
+    )
+    vote = majority([answer_key(solution.text) for solution in solutions if not solution.abandoned])
+    answer = vote.answer if args.samples > 1 else extract_answer(solutions[0].text)
+    transcript.end(answer, sum(solution.tokens for solution in solutions), args.samples, vote.votes)
+    return {"answer": answer, "votes": vote.votes, "solutions": [solution.to_dict() for solution in solutions]}
+
+
+def _solve_remotely(args: argparse.Namespace, problem: str, options: dict[str, Any], transcript: Any) -> int:
+    from rbfast.grading.grade import answer_key, extract_answer
+    from rbfast.inference.remote import solve_many
+    from rbfast.inference.vote import majority
+    from rbfast.teacher.client import Server, ServerError
+
+    server = Server(args.server, args.model, temperature=temperature_of(args), seed=args.seed)
+    prompt, guide, count = _remote_prompt(args, problem, options)
+    listen = None if transcript.quiet else transcript.write
+    many = {"samples": args.samples, "concurrency": args.concurrency}
+    try:
+        solutions = solve_many(server, problem, prompt, guide, **many, count=count, listen=listen)
+    except ServerError as error:
+        print(f"rbfast solve: error: {error}", file=sys.stderr)
+        if args.json and error.partial:
+            written = [solution.to_dict() for solution in error.partial]
+            print_result(args, {"answer": None, "error": str(error), "solutions": written}, "")
+        return 1
+    vote = majority([answer_key(solution.text) for solution in solutions if not solution.abandoned])
+    answer = vote.answer if args.samples > 1 else extract_answer(solutions[0].text)
+    transcript.end(answer, sum(solution.tokens for solution in solutions), args.samples, vote.votes)
+    result = {"answer": answer, "votes": vote.votes, "solutions": [solution.to_dict() for solution in solutions]}
+    return print_result(args, result, transcript.summary)
+
+
+def _remote_prompt(args: argparse.Namespace, problem: str, options: dict[str, Any]) -> tuple[str, Any, Any]:
+    """The prompt, the guide and a function that counts tokens: the tokenizer's where there is one, else plain text."""
+    if args.tokenizer:
+        from rbfast.inference.local import Vocabulary, guide_for
+        from rbfast.inference.remote import prompt_for
+        from rbfast.models.student import load_tokenizer
+
+        tokenizer = load_tokenizer(args.tokenizer)
+        guide = guide_for(tokenizer, args.budget, **options)
+        return prompt_for(problem, tokenizer), guide, Vocabulary(tokenizer, guide, ()).count
+    from rbfast.data.encoding import INSTRUCTION
+    from rbfast.inference.guide import Guide
+
+    print("without --tokenizer the model reads plain text, not its chat template", file=sys.stderr)
+    guide = Guide(args.budget, close="<answer>", finish="</answer>", **options)
+    return f"{problem}\n\n{INSTRUCTION}\n\n", guide, None
+
+
+def _read_stdin() -> str:
+    data = sys.stdin.buffer.read()  # UTF-8 whatever the locale says
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"problem: expected UTF-8 on stdin, got byte {data[error.start]:#04x}") from None
+
+
+def add_eval(sub: argparse.ArgumentParser) -> None:
+    add_model(sub)
+    sub.add_argument(
+        "--task",
+        action="append",
+        required=True,
+        help="math-500, aime24, aime25, gsm8k, a reasoning-gym generator, a .jsonl file, or a dataset on the hub: "
+        "owner/name, owner/name:split or owner/name:config:split; repeat",
+    )
+    sub.add_argument("--adapter", help="folder of a trained adapter to attach")
+    sub.add_argument("-n", type=int, default=50, help="problems per task (default: 50)")
+    sub.add_argument("--samples", type=int, default=1, help="completions per problem (default: 1, greedy)")
+    sub.add_argument("--temperature", type=float, help="default: 0 for one sample, 0.8 for several")
+    sub.add_argument("--max-new-tokens", type=int, default=512, help="tokens per completion, at most (default: 512)")
+    sub.add_argument("--batch-size", type=int, default=32, help="completions at a time (default: 32)")
+    sub.add_argument("-o", "--out", type=Path, help="JSONL file of every completion, with which it goes on")
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    from rbfast.adapter.sparse_adapter import SparseAdapter
+    from rbfast.evaluation.evaluate import evaluate, summarize, summarize_samples
+    from rbfast.grading.tasks import load_problems
+    from rbfast.utils.progress import counting
+
+    problems = {task: load_problems(task, args.n, args.seed) for task in args.task}
+    model, tokenizer = load_model(args)
+    if args.adapter:
+        SparseAdapter.from_pretrained(model, args.adapter)
+    results = {}
+    for task, asked in problems.items():
+        with counting(task, args.json) as progress:
+            results[task] = evaluate(
+                model,
+                tokenizer,
+                asked,
+                max_new_tokens=args.max_new_tokens,
+                samples=args.samples,
+                temperature=temperature_of(args),
+                seed=args.seed,
+                batch_size=args.batch_size,
+                keep=args.out,
+                label=_label(args),
+                progress=progress,
+            )
+    if args.samples > 1:
+        sampled = {task: summarize_samples(found) for task, found in results.items()}
+        return print_result(args, sampled, "\n".join(f"{task}\n{lines(s)}" for task, s in sampled.items()))
+    summary = {task: summarize(found) for task, found in results.items()}
+    text = "\n".join(
+        f"{task}: {100 * s['accuracy']:.1f}% ({100 * s['ci_low']:.1f} .. {100 * s['ci_high']:.1f}), n={s['n']}, "
+        f"{100 * s['truncated']:.0f}% cut at the limit"
+        for task, s in summary.items()
+    )
+    return print_result(args, summary, text)
+
+
+def _label(args: argparse.Namespace) -> str:
+    """Whose completions are measured; an adapter that was trained again is another one."""
+    if not args.adapter:
+        return f"{args.model} {args.dtype}"
+    changed = max((path.stat().st_mtime_ns for path in Path(args.adapter).glob("*.safetensors")), default=0)
+    return f"{args.model} {args.dtype} {args.adapter} {changed}"
+
+
+SOLVE = Command(
+    name="solve",
+    summary="Solve a problem under a budget, the thinking shown as it is guided.",
+    example='rbfast solve smollm2-135m "A farm has 3 cows and 2 hens. How many legs?" --budget 400',
+    add_arguments=add_solve,
+    run=run_solve,
+)
+EVAL = Command(
+    name="eval",
+    summary="Measure accuracy on generated problems or a file of problems.",
+    example="rbfast eval smollm2-135m --adapter runs/first --task leg_counting --task chain_sum -n 50",
+    add_arguments=add_eval,
+    run=run_eval,
+)

@@ -1,0 +1,174 @@
+"""`rbfast distill | merge | export-lora | report | demo`: training an adapter, and what comes out of it."""
+
+import argparse
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from rbfast.cli.common import Command, add_device, add_model, attach, device_of, lines, load_model, print_result
+
+
+def add_distill(sub: argparse.ArgumentParser) -> None:
+    add_model(sub)
+    sub.add_argument("traces", help="JSONL, JSON or Parquet file, or the hub id of a dataset")
+    sub.add_argument("-o", "--out", type=Path, required=True, help="folder of the run; an interrupted run resumes")
+    sub.add_argument("--signals", type=Path, help="folder of a teacher's log-probs that `rbfast teach` wrote")
+    sub.add_argument("--teacher", help="a model with the student's tokens to run beside it: hub id or local folder")
+    sub.add_argument("--density", type=float, help="trainable values / all parameters, at most (default: 0.003)")
+    sub.add_argument("--rank", type=int, help="rank of each delta (default: what fits)")
+    sub.add_argument("--support", type=int, help="columns of each delta (default: what fits)")
+    sub.add_argument("--placement", choices=["gradient", "factored", "activation", "random"], help="default: random")
+    sub.add_argument("--epochs", type=float, help="passes over the traces (default: 1)")
+    sub.add_argument("--batch-size", type=int, help="traces per batch and process (default: 8)")
+    sub.add_argument("--accumulation", type=int, help="batches per process and optimizer step (default: 1)")
+    sub.add_argument("--learning-rate", type=float, help="peak learning rate of AdamW")
+    sub.add_argument("--shard", type=int, metavar="PROCESSES", help="spread each copy of MODEL over so many processes")
+    sub.add_argument("--max-tokens", type=int, help="leave longer traces out, and list them (default: 4096)")
+    sub.add_argument("--save-steps", type=int, help="steps between checkpoints (default: 50)")
+
+
+def run_distill(args: argparse.Namespace) -> int:
+    from rbfast.data.readers import read_traces
+    from rbfast.models.student import load_teacher
+    from rbfast.report.plots import plot_losses
+    from rbfast.training.distill import DistillConfig, distill
+
+    given = {
+        name: getattr(args, name)
+        for name in DistillConfig.__dataclass_fields__
+        if getattr(args, name, None) is not None
+    }
+    config = replace(DistillConfig(), **given)
+    traces = read_traces(args.traces)
+    device = device_of(args)
+    model, tokenizer = load_model(
+        args, "cpu" if args.shard else device
+    )  # of a sharded one a device only ever sees parts
+    teacher = load_teacher(args.teacher, tokenizer, model.dtype).to(model.device) if args.teacher else None
+    if args.shard:
+        from rbfast.training.sharding import shard
+
+        for base in (model, teacher):
+            if base is not None:
+                shard(base, args.shard, device)
+    run = distill(model, tokenizer, traces, args.out, config, quiet=args.json, signals=args.signals, teacher=teacher)
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # the first process speaks for all
+    plot_losses(run.log_history, args.out / "losses.png")
+    first, last = run.log_history[0], run.log_history[-1]
+    names = sorted(name for name in last if name.startswith("loss_"))
+    losses = {f"first_{name}": first[name] for name in names if name in first}
+    losses |= {f"last_{name}": last[name] for name in names}
+    result = {
+        "out": str(args.out),
+        "trained": len(traces) - len(run.skipped),
+        "skipped": len(run.skipped),
+        "trainable_percent": run.adapter.trainable_percent,
+        "steps": len(run.log_history),
+        "seconds": run.seconds,
+        **losses,  # of the batches of the first and the last step, each before its update
+    }
+    if run.found:
+        result["already_finished"] = True
+        print(
+            f"already finished: the adapter is in {args.out}, nothing was trained; to train again choose another "
+            "folder or remove this one",
+            file=sys.stderr,
+        )
+    if run.skipped:
+        print(f"{len(run.skipped)} traces left out, see {args.out / 'skipped.jsonl'}", file=sys.stderr)
+    return print_result(args, result, lines(result))
+
+
+def _add_adapter(sub: argparse.ArgumentParser) -> None:
+    add_model(sub)
+    sub.add_argument("adapter", help="folder of a trained adapter")
+    sub.add_argument("-o", "--out", type=Path, required=True, help="folder to write")
+
+
+def run_merge(args: argparse.Namespace) -> int:
+    model, tokenizer = load_model(args)
+    attach(model, args.adapter).merge()
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    return print_result(args, {"out": str(args.out)}, f"wrote {args.out}")
+
+
+def run_export_lora(args: argparse.Namespace) -> int:
+    model, _ = load_model(args)
+    attach(model, args.adapter).export_lora(args.out)
+    return print_result(args, {"out": str(args.out)}, f"wrote {args.out}")
+
+
+def add_report(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="folder that distill or demo wrote; what `rbfast eval -o` put there counts: a file whose name begins with "
+        "before is the base model's, any other the trained one's",
+    )
+    sub.add_argument("-o", "--out", type=Path, required=True, help="HTML file to write")
+
+
+def run_report(args: argparse.Namespace) -> int:
+    from rbfast.report.run_report import write_report
+
+    write_report(args.runs, args.out)
+    return print_result(args, {"out": str(args.out)}, f"wrote {args.out}")
+
+
+def add_demo(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write (default: runs/demo)")
+    add_device(sub)
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from rbfast.demo.run import print_summary, run_demo
+
+    summary = run_demo(args.out, device_of(args), args.seed, quiet=args.json)
+    if args.json:
+        return print_result(args, summary, "")
+    print_summary(summary, Console())
+    print(f"see {args.out}: report.html, summary.json, the adapter, losses.png, placement.png, accuracy.png")
+    return 0
+
+
+DISTILL = Command(
+    name="distill",
+    summary="Train a sparse adapter of MODEL on reasoning traces.",
+    example="rbfast distill smollm2-135m reason1k.jsonl -o runs/first --epochs 2",
+    add_arguments=add_distill,
+    run=run_distill,
+)
+MERGE = Command(
+    name="merge",
+    summary="Write MODEL with an adapter merged into its weights, as a plain checkpoint.",
+    example="rbfast merge smollm2-135m runs/first -o merged/",
+    add_arguments=_add_adapter,
+    run=run_merge,
+)
+EXPORT_LORA = Command(
+    name="export-lora",
+    summary="Write an adapter as a standard LoRA for PEFT, vLLM or llama.cpp.",
+    example="rbfast export-lora smollm2-135m runs/first -o lora/",
+    add_arguments=_add_adapter,
+    run=run_export_lora,
+)
+REPORT = Command(
+    name="report",
+    summary="Write one page about runs: losses, placement, accuracy, examples, cost.",
+    example="rbfast report runs/first runs/second -o report.html",
+    add_arguments=add_report,
+    run=run_report,
+)
+DEMO = Command(
+    name="demo",
+    summary="Distill five task families into a 135M student; accuracy before and after.",
+    example="rbfast demo --out runs/demo",
+    add_arguments=add_demo,
+    run=run_demo,
+)
