@@ -88,7 +88,7 @@ def measure(tokens: int, rounds: int) -> list[str]:
         if share == 0:
             exact = hidden.grad.double()
         size = exact.norm(dim=1)
-        error, bound = (hidden.grad.double() - exact).norm(dim=1) / size, out.filtered / size
+        error, bound = (hidden.grad.double() - exact).norm(dim=1) / size, out.hidden_grad_error_bound / size
         lines.append(
             f"| {name} | {share:g} | {statistics.median(ratios):.2f} ({min(ratios):.2f} .. {max(ratios):.2f}) "
             f"| {error.median():.2%} | {error.max():.2%} | {bound.median():.2%} |"
@@ -106,7 +106,7 @@ def section(tokens: int, rounds: int, command: str) -> str:
             "",
             f"The loss on {tokens} tokens of worked traces, forward and backward, by the time of its two products in",
             f"torch ({rounds} rounds: median, fastest .. slowest); how much the filter changes a token's gradient in",
-            "`hidden`, and how much it may have at most, as `LossOutput.filtered` says.",
+            "`hidden`, and how much it may have at most, as `LossOutput.hidden_grad_error_bound` says.",
             "",
             "| signal | gradient_filter | seconds / products | error, median | error, largest | bound, median |",
             "| --- | --- | --- | --- | --- | --- |",

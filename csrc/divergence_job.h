@@ -32,7 +32,7 @@ class Arguments {
  public:
   Job job{};
 
-  Arguments(const Tensor& logits, const std::optional<Tensor>& dz, const Tensor& labels, const Tensor& weight,
+  Arguments(const Tensor& logits, const std::optional<Tensor>& dz, const Tensor& labels, const Tensor& kl_weight,
             const Tensor& ce_weight, const Tensor& temperature, const std::optional<Tensor>& ids,
             const std::optional<Tensor>& logprobs, const std::optional<Tensor>& teacher,
             const std::optional<Tensor>& bias, double beta, double logit_scale, std::optional<double> softcap) {
@@ -45,7 +45,7 @@ class Arguments {
     job.logits_stride = logits.stride(0);
     if (dz) take_dz(*dz);
     job.labels = data<int64_t>(dense("labels", labels, ScalarType::Long));
-    job.weight = data<float>(dense("weight", weight, ScalarType::Float));
+    job.weight = data<float>(dense("kl_weight", kl_weight, ScalarType::Float));
     job.ce_weight = data<float>(dense("ce_weight", ce_weight, ScalarType::Float));
     job.temperature = data<float>(dense("temperature", temperature, ScalarType::Float));
     if (ids && logprobs)

@@ -31,7 +31,7 @@ struct Row {
   Isa isa;
   float* z;
   Output out;
-  double weight, ce_weight, tau;
+  double kl_weight, ce_weight, tau;
   float inv_tau;
   double z_label;
 };
@@ -76,7 +76,7 @@ void teacher_buckets(const Row& row, const float* logprobs, const LogSum& tail, 
   for (Bucket& b : buckets) b.log_p -= normaliser;
 }
 
-// A row with k log-probs of its teacher, or with none (k = 0 and weight 0): text alone.
+// A row with k log-probs of its teacher, or with none (k = 0 and kl_weight 0): text alone.
 Losses sparse_row(const Row& row, const int64_t* ids, const float* logprobs, int64_t k) {
   struct Entry {
     int64_t id;
@@ -115,7 +115,7 @@ Losses sparse_row(const Row& row, const int64_t* ids, const float* logprobs, int
     buckets.push_back({0, has_tail ? below * inv_tau + std::log(tail.at_tau) - log_tau : -kInfinity, 0});
     teacher_buckets(row, logprobs, tail, has_tail, buckets);
     losses.divergence = divergence(buckets, row.job.beta);
-    tail_pull = row.weight * row.tau * buckets.back().gradient;
+    tail_pull = row.kl_weight * row.tau * buckets.back().gradient;
   }
   if (row.out.dz == nullptr) return losses;
 
@@ -126,7 +126,7 @@ Losses sparse_row(const Row& row, const int64_t* ids, const float* logprobs, int
   RBFAST_CALL(row.isa, tail_gradient, row.z, row.job.vocabulary, g, row.out);
   for (size_t i = 0; i < support.size(); ++i) {
     const auto [id, z] = support[i];
-    double gradient = row.weight * row.tau * buckets[i].gradient + row.ce_weight * std::exp(z - top - log_one);
+    double gradient = row.kl_weight * row.tau * buckets[i].gradient + row.ce_weight * std::exp(z - top - log_one);
     if (id == row.out.label) gradient -= row.ce_weight;
     if (row.out.softcap != 0) gradient *= 1 - (z / row.out.softcap) * (z / row.out.softcap);
     const float value = static_cast<float>(gradient * row.out.scale);
@@ -159,7 +159,7 @@ Losses dense_row(const Row& row, const float* teacher) {
                  static_cast<float>(shift),
                  static_cast<float>(row.job.beta),
                  static_cast<float>(1 - row.job.beta),
-                 static_cast<float>(row.weight * row.tau * (row.job.beta == 0 || row.job.beta == 1 ? 1 : 1 - row.job.beta)),
+                 static_cast<float>(row.kl_weight * row.tau * (row.job.beta == 0 || row.job.beta == 1 ? 1 : 1 - row.job.beta)),
                  static_cast<float>(row.ce_weight * std::exp(-log_one)),
                  0};
   DenseValue value;
@@ -192,11 +192,11 @@ void expect_ids(const char* name, const int64_t* ids, int64_t count, int64_t lea
 }
 
 std::tuple<Tensor, Tensor> divergence_rows_(Tensor logits, std::optional<Tensor> dz, const Tensor& labels,
-                                            const Tensor& weight, const Tensor& ce_weight, const Tensor& temperature,
+                                            const Tensor& kl_weight, const Tensor& ce_weight, const Tensor& temperature,
                                             std::optional<Tensor> ids, std::optional<Tensor> logprobs,
                                             std::optional<Tensor> teacher, std::optional<Tensor> bias, double beta,
                                             double logit_scale, std::optional<double> softcap) {
-  const Arguments arguments(logits, dz, labels, weight, ce_weight, temperature, ids, logprobs, teacher, bias, beta,
+  const Arguments arguments(logits, dz, labels, kl_weight, ce_weight, temperature, ids, logprobs, teacher, bias, beta,
                             logit_scale, softcap);
   const Job& job = arguments.job;
   expect_ids("labels", job.labels, job.rows, 0, job.vocabulary);

@@ -1,7 +1,7 @@
 """The distillation loss, from hidden states to a number and its gradients without ever holding logits [T, V].
 
     loss_fn = DistillLoss(beta=0.0)
-    out = loss_fn(hidden, head_weight, labels, teacher=TopK(ids, logprobs), weight=w, ce_weight=0.1, temperature=tau)
+    out = loss_fn(hidden, head_weight, labels, teacher=TopK(ids, logprobs), kl_weight=w, ce_weight=0.1, temperature=tau)
     out.loss.backward()
 
 Rows are taken in chunks: logits of a chunk by one GEMM with fp32 output, one kernel that turns them into losses and
@@ -40,18 +40,18 @@ class LossOutput(NamedTuple):
     Attributes:
         loss: a scalar, or [T] for reduction="none".
         divergence, ce: [T], unweighted.
-        filtered: [T]; the gradient of a row's weighted loss in `hidden`, before any mean, lacks at most this much by
-            the gradient filter, as a Euclidean norm. 0 without one.
+        hidden_grad_error_bound: [T]; the gradient of a row's weighted loss in `hidden`, before any mean, lacks at most
+            this much by the gradient filter, as a Euclidean norm. 0 without one.
     """
 
     loss: Tensor
     divergence: Tensor
     ce: Tensor
-    filtered: Tensor
+    hidden_grad_error_bound: Tensor
 
 
 class DistillLoss(nn.Module):
-    """loss = weight * temperature^2 * D(p, q) + ce_weight * CE(label), over the rows whose label is not `ignore_index`.
+    """loss = kl_weight * temperature^2 * D(p, q) + ce_weight * CE(label), over rows whose label is not `ignore_index`.
 
     q = softmax(z / temperature) with z the student's logits, p the teacher's distribution, CE at temperature 1.
     D is the forward KL(p, q) for beta=0, the reverse KL(q, p) for beta=1, and between them the generalised
@@ -112,7 +112,7 @@ class DistillLoss(nn.Module):
         head_weight: Tensor,
         labels: Tensor,
         teacher: Signal | Sequence[Signal] | None = None,
-        weight: float | Tensor = 1.0,
+        kl_weight: float | Tensor = 1.0,
         ce_weight: float | Tensor = 0.0,
         temperature: float | Tensor = 1.0,
         head_bias: Tensor | None = None,
@@ -125,7 +125,7 @@ class DistillLoss(nn.Module):
             head_weight: [V, H]; the logits are hidden @ head_weight.T + head_bias.
             labels: [T] int64, already shifted: labels[i] is the token that hidden[i] predicts.
             teacher: one signal, or several that cover different rows; rows without one are text only (CE alone).
-            weight, ce_weight, temperature: floats or [T].
+            kl_weight, ce_weight, temperature: floats or [T].
             head_bias: [V].
             num_items: what "mean" divides by, for a mean over several accumulated batches.
 
@@ -149,7 +149,7 @@ class DistillLoss(nn.Module):
             raise ValueError("there is nothing to learn from: give a teacher, or a ce_weight above 0 for text alone")
         job = _Job(
             labels=labels,
-            weight=_per_row(weight, "weight", hidden),
+            kl_weight=_per_row(kl_weight, "kl_weight", hidden),
             ce_weight=_per_row(ce_weight, "ce_weight", hidden),
             temperature=_per_row(temperature, "temperature", hidden),
             groups=_group_rows(signals, rows, hidden, head_weight.shape[0]),
@@ -177,10 +177,10 @@ class _Group(NamedTuple):
 
 @dataclass(frozen=True)
 class _Job:
-    """All of a loss that is not differentiated. labels, weight, ce_weight, temperature: [T]."""
+    """All of a loss that is not differentiated. labels, kl_weight, ce_weight, temperature: [T]."""
 
     labels: Tensor
-    weight: Tensor
+    kl_weight: Tensor
     ce_weight: Tensor
     temperature: Tensor
     groups: list[_Group]
@@ -261,7 +261,7 @@ def _solve_chunk(
         # The gradient takes the place of the logits; in bf16 it fills the first half of each row's memory.
         narrow = hidden.dtype == weight.dtype == torch.bfloat16
         dz = logits.view(torch.bfloat16)[:, : logits.shape[1]] if narrow else logits
-    parameters = (job.labels[rows], job.weight[rows], job.ce_weight[rows], job.temperature[rows])
+    parameters = (job.labels[rows], job.kl_weight[rows], job.ce_weight[rows], job.temperature[rows])
     solution.divergence[rows], solution.ce[rows] = run.divergence_rows_(
         logits, dz, *parameters, ids, logprobs, teacher_logits, bias, job.beta, job.logit_scale, job.softcap
     )
@@ -299,10 +299,10 @@ class _FusedLoss(torch.autograd.Function):
         ctx.gradients = solution[3:]
         if ctx.recompute_head:
             ctx.save_for_backward(hidden, weight, bias)
-        loss = job.weight * job.temperature**2 * solution.divergence + job.ce_weight * solution.ce
-        filtered = _norm_bound(solution.left_out, weight)
-        ctx.mark_non_differentiable(solution.divergence, solution.ce, filtered)
-        return _reduce(loss, reduction, divisor), solution.divergence, solution.ce, filtered
+        loss = job.kl_weight * job.temperature**2 * solution.divergence + job.ce_weight * solution.ce
+        error_bound = _norm_bound(solution.left_out, weight)
+        ctx.mark_non_differentiable(solution.divergence, solution.ce, error_bound)
+        return _reduce(loss, reduction, divisor), solution.divergence, solution.ce, error_bound
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -311,7 +311,7 @@ class _FusedLoss(torch.autograd.Function):
         d_hidden, d_weight, d_bias = ctx.gradients
         if ctx.recompute_head:
             hidden, weight, bias = ctx.saved_tensors
-            job = replace(ctx.job, weight=ctx.job.weight * scale, ce_weight=ctx.job.ce_weight * scale)
+            job = replace(ctx.job, kl_weight=ctx.job.kl_weight * scale, ce_weight=ctx.job.ce_weight * scale)
             wanted = (False, ctx.needs_input_grad[1], ctx.needs_input_grad[2])
             solution = _solve(hidden, weight, bias, job, wanted)
             d_weight, d_bias = solution.d_weight, solution.d_bias

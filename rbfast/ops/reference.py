@@ -161,7 +161,7 @@ def divergence_rows_(
     logits: Tensor,
     dz: Tensor | None,
     labels: Tensor,
-    weight: Tensor,
+    kl_weight: Tensor,
     ce_weight: Tensor,
     temperature: Tensor,
     ids: Tensor | None,
@@ -175,9 +175,10 @@ def divergence_rows_(
     """Divergence [T] and cross-entropy [T] of rows of logits [T, V], and the gradient of their weighted sum.
 
     With z = cap(logit_scale * (logits + bias)), cap(x) = softcap * tanh(x / softcap), and q = softmax(z / temperature):
-    loss = weight * temperature^2 * D(p, q) + ce_weight * CE(softmax(z), label), D as in `divergence`.
+    loss = kl_weight * temperature^2 * D(p, q) + ce_weight * CE(softmax(z), label), D as in `divergence`.
     The teacher's p is given by ids [T, k] (-1 is padding, no id twice) and logprobs [T, k], or by its logits
-    teacher [T, V'], or, for text alone, not at all, and then D is 0. labels, weight, ce_weight and temperature are [T].
+    teacher [T, V'], or, for text alone, not at all, and then D is 0. labels, kl_weight, ce_weight and temperature are
+    [T].
 
     dz [T, V] receives d loss / d logits; it may share memory with logits, whose content is lost in any case.
     """
@@ -195,7 +196,7 @@ def divergence_rows_(
     label = labels.unsqueeze(1)
     ce = -log_q.gather(1, label).squeeze(1)
     if dz is not None:
-        gradient = weight.double().unsqueeze(1) * tau * gradient
+        gradient = kl_weight.double().unsqueeze(1) * tau * gradient
         gradient += ce_weight.double().unsqueeze(1) * log_q.exp().scatter_add(1, label, -torch.ones_like(tau))
         gradient *= logit_scale * (1.0 if softcap is None else 1 - (z / softcap) ** 2)
         dz.copy_(gradient)

@@ -30,7 +30,7 @@ _SCHEMAS = {
     "head_backward": "(Tensor dz, Tensor weight, Tensor? floors=None) -> Tensor",
     "row_floors": "(Tensor dz, float share) -> (Tensor, Tensor)",
     "head_grad_": "(Tensor(a!) dW, Tensor dz, Tensor hidden) -> ()",
-    "divergence_rows_": "(Tensor(a!) logits, Tensor(b!)? dz, Tensor labels, Tensor weight, Tensor ce_weight, "
+    "divergence_rows_": "(Tensor(a!) logits, Tensor(b!)? dz, Tensor labels, Tensor kl_weight, Tensor ce_weight, "
     "Tensor temperature, Tensor? ids, Tensor? logprobs, Tensor? teacher, Tensor? bias, "
     "float beta, float logit_scale, float? softcap) -> (Tensor, Tensor)",
 }

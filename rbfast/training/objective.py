@@ -89,7 +89,7 @@ def token_losses(
         signals.append(_online(teacher, batch, rows))
         taught[rows] = True
     share = torch.where(taught, objective.ce_share, 1.0)
-    weight, ce_weight = weight * (1 - share), weight * share
+    kl_weight, ce_weight = weight * (1 - share), weight * share
     loss_fn = DistillLoss(
         beta=objective.beta,
         reduction="sum",
@@ -103,7 +103,7 @@ def token_losses(
         head.weight,
         labels,
         teacher=signals or None,
-        weight=weight,
+        kl_weight=kl_weight,
         ce_weight=ce_weight,
         temperature=temperature,
         head_bias=head.bias,

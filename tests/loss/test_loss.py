@@ -87,7 +87,7 @@ class Case:
         return self.w * self.tau**2 * d + self.a * ce, d, ce
 
     def arguments(self) -> dict:
-        return {"weight": self.w, "ce_weight": self.a, "temperature": self.tau}
+        return {"kl_weight": self.w, "ce_weight": self.a, "temperature": self.tau}
 
 
 @pytest.mark.parametrize("head", [{}, {"softcap": 3.0}, {"logit_scale": 0.25}, {"softcap": 2.0, "logit_scale": 1.7}])
@@ -132,12 +132,12 @@ def test_a_filtered_gradient_lacks_at_most_what_it_says(dtype, head_trains, redu
     def solve(share: float) -> tuple:
         inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(head_trains)]
         loss_fn = DistillLoss(reduction=reduction, gradient_filter=share, softcap=9.0, chunk_rows=32)
-        out = loss_fn(*inputs, labels, signals, weight=row_weight, ce_weight=0.5, temperature=0.7)
+        out = loss_fn(*inputs, labels, signals, kl_weight=row_weight, ce_weight=0.5, temperature=0.7)
         out.loss.sum().backward()
         return out, inputs[0].grad.double(), inputs[1].grad
 
     exact, d_hidden, d_weight = solve(0.0)
-    assert not bool(exact.filtered.any())
+    assert not bool(exact.hidden_grad_error_bound.any())
     rows = 59 if reduction == "mean" else 1
     for share in (0.003, 0.02, 0.1):
         out, filtered, d_weight_too = solve(share)
@@ -145,8 +145,8 @@ def test_a_filtered_gradient_lacks_at_most_what_it_says(dtype, head_trains, redu
         assert not head_trains or torch.equal(d_weight_too, d_weight)
         error = (filtered - d_hidden).norm(dim=1)
         rounding = 2**-8 * d_hidden.norm(dim=1) if dtype == torch.bfloat16 else 1e-5
-        assert bool((error <= out.filtered / rows + rounding).all())
-        assert float(out.filtered[7]) == 0 and bool((out.filtered[labels >= 0] > 0).all())
+        assert bool((error <= out.hidden_grad_error_bound / rows + rounding).all())
+        assert float(out.hidden_grad_error_bound[7]) == 0 and bool((out.hidden_grad_error_bound[labels >= 0] > 0).all())
         assert 1e-4 * share < relative_error(filtered, d_hidden) < 5 * share + 2**-8
 
 
@@ -161,7 +161,9 @@ def test_the_bound_of_a_filtered_gradient_is_reached_where_everything_left_out_a
     out = loss_fn(hidden, weight, torch.full((T,), V - 1), ce_weight=upstream, head_bias=bias)
     out.loss.sum().backward()
     error = hidden.grad.norm(dim=1)  # the whole gradient is 0: it sums to 0 over the vocabulary
-    assert bool((error <= out.filtered).all()) and bool((error >= 0.98 * out.filtered).all())
+    assert bool((error <= out.hidden_grad_error_bound).all()) and bool(
+        (error >= 0.98 * out.hidden_grad_error_bound).all()
+    )
 
 
 def test_a_filter_takes_extreme_heads():
@@ -169,9 +171,11 @@ def test_a_filter_takes_extreme_heads():
     weight = torch.randn(300, 8, generator=torch.Generator().manual_seed(1)).half()
     weight[0] = 6e4  # a norm beyond fp16, and logits far below all others
     labels, loss_fn = torch.tensor([1, -100, 2, 3]), DistillLoss(gradient_filter=0.3)
-    assert not bool(loss_fn(hidden, weight, labels, ce_weight=1.0).filtered.any())  # no gradient, nothing left out
+    assert not bool(
+        loss_fn(hidden, weight, labels, ce_weight=1.0).hidden_grad_error_bound.any()
+    )  # no gradient, nothing left out
     out = loss_fn(hidden.requires_grad_(), weight, labels, ce_weight=1.0)
-    assert out.filtered.tolist() == [math.inf, 0.0, math.inf, math.inf]
+    assert out.hidden_grad_error_bound.tolist() == [math.inf, 0.0, math.inf, math.inf]
 
 
 def test_without_gradients_none_is_computed(monkeypatch):
@@ -192,7 +196,7 @@ def test_gradcheck(beta):
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         # Top-k rows at temperature 1: elsewhere the teacher's tail follows the student, a constant that moves.
         return DistillLoss(beta, softcap=3.0)(
-            hidden, weight, case.labels, case.signals(), weight=case.w, ce_weight=case.a, head_bias=bias
+            hidden, weight, case.labels, case.signals(), kl_weight=case.w, ce_weight=case.a, head_bias=bias
         ).loss
 
     assert torch.autograd.gradcheck(loss, inputs, fast_mode=True)
@@ -394,8 +398,8 @@ NAN, ROWS, ROW_3 = torch.full((5, 3), torch.nan), torch.tensor([0, 1]), torch.ar
             lambda g: {"labels": g["labels"].where(ROW_3, torch.tensor(11))},
             r"labels must be in \[0, 11\).*got 11 at row 3",
         ),
-        (lambda g: {"weight": torch.ones(4)}, "weight must be a float"),
-        (lambda g: {"weight": math.nan}, "weight must be finite"),
+        (lambda g: {"kl_weight": torch.ones(4)}, "kl_weight must be a float"),
+        (lambda g: {"kl_weight": math.nan}, "kl_weight must be finite"),
         (lambda g: {"temperature": 0.0}, "temperature must be positive"),
         (lambda g: {"teacher": None}, "nothing to learn"),
         (lambda g: {"teacher": 3.0}, "teacher must be"),

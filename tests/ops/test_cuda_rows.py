@@ -168,7 +168,7 @@ def test_reverse_kl_floors_a_teacher_of_zero(gpu: Gpu) -> None:
     teacher[:, 7] = 3.0
     rows = replace(rows, teacher=teacher)
     # What is rounded is a log-prob of -100, times q <= 1 and the row's factor.
-    atol = ROUNDINGS * EPS32 * 100 * float((rows.weight * rows.temperature).max())
+    atol = ROUNDINGS * EPS32 * 100 * float((rows.kl_weight * rows.temperature).max())
     for ours, exact in zip(run(gpu, rows), rows.double().run(reference), strict=True):
         torch.testing.assert_close(ours.double(), exact, rtol=ROUNDINGS * EPS32, atol=atol)
 
@@ -237,7 +237,7 @@ def test_wrong_arguments_are_named(gpu: Gpu) -> None:
     rows = make("top-k")
     for change, message in (
         ({"labels": rows.labels.int()}, "labels must be Long"),
-        ({"weight": rows.weight[:4]}, "weight must be Float with one entry per row"),
+        ({"kl_weight": rows.kl_weight[:4]}, "kl_weight must be Float with one entry per row"),
         ({"bias": torch.zeros(36)}, r"bias must be float32 \[37\]"),
         ({"ids": None, "teacher": torch.zeros(8, 37)}, "teacher must be Float with one entry per row"),
         (

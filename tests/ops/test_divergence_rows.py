@@ -22,7 +22,7 @@ class Rows:
 
     logits: Tensor
     labels: Tensor
-    weight: Tensor
+    kl_weight: Tensor
     ce_weight: Tensor
     temperature: Tensor
     ids: Tensor | None = None
@@ -64,7 +64,7 @@ def make(
     rows = Rows(
         logits=3 * torch.randn(9, V, generator=g),
         labels=torch.randint(V, (9,), generator=g),
-        weight=0.5 + torch.rand(9, generator=g),
+        kl_weight=0.5 + torch.rand(9, generator=g),
         ce_weight=torch.rand(9, generator=g),
         temperature=torch.where(torch.arange(9) < 3, 1.0, 0.5 + 2 * torch.rand(9, generator=g)),
         **options,
@@ -174,7 +174,7 @@ def test_reverse_kl_floors_a_teacher_of_zero():
     teacher[:, 7] = 3.0
     rows = replace(rows, teacher=teacher)
     # What is rounded is a log-prob of -100, times q <= 1 and the row's factor.
-    atol = ROUNDINGS * EPS32 * 100 * float((rows.weight * rows.temperature).max())
+    atol = ROUNDINGS * EPS32 * 100 * float((rows.kl_weight * rows.temperature).max())
     for ours, exact in zip(rows.run(), rows.double().run(reference), strict=True):
         torch.testing.assert_close(ours.double(), exact, rtol=ROUNDINGS * EPS32, atol=atol)
 
@@ -207,7 +207,7 @@ def test_wrong_arguments_are_named():
     for change, message in (
         ({"labels": rows.labels + 37}, r"labels must be in \[0, 37\)"),
         ({"labels": rows.labels.int()}, "labels must be Long"),
-        ({"weight": rows.weight[:4]}, "weight must be Float with one entry per row"),
+        ({"kl_weight": rows.kl_weight[:4]}, "kl_weight must be Float with one entry per row"),
         ({"ids": rows.ids + 37}, r"ids must be in \[-1, 37\)"),
         ({"bias": torch.zeros(36)}, r"bias must be float32 \[37\]"),
         ({"ids": None, "teacher": torch.zeros(8, 37)}, "teacher must be Float with one entry per row"),

@@ -311,7 +311,7 @@ def test_wrong_rows_are_named():
     rows = make_rows("top-k")
     for change, message in (
         ({"labels": rows.labels.int()}, "labels must be torch.int64"),
-        ({"weight": rows.weight[:4]}, "weight must be torch.float32 with one entry per row"),
+        ({"kl_weight": rows.kl_weight[:4]}, "weight must be torch.float32 with one entry per row"),
         ({"bias": torch.zeros(36)}, r"bias must be float32 \[37\]"),
         ({"logits": rows.logits.double()}, "logits must be float32"),
     ):

@@ -59,7 +59,7 @@ def test_a_running_teacher_gives_its_whole_distribution():
     with torch.no_grad():
         logits = teacher(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[0]
     expected = DistillLoss(reduction="sum")(
-        hidden, student.lm_head.weight, batch["labels"][0], Dense(logits=logits), weight=0.75, ce_weight=0.25
+        hidden, student.lm_head.weight, batch["labels"][0], Dense(logits=logits), kl_weight=0.75, ce_weight=0.25
     )
     torch.testing.assert_close(out.loss, expected.loss)
     assert not any(parameter.grad is not None for parameter in teacher.parameters())
