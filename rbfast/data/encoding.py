@@ -15,6 +15,7 @@ import torch
 
 from rbfast.data.spans import ANSWER
 from rbfast.data.trace import Trace, TraceError
+from rbfast.loss.teacher_signal import TopK, check_top_k
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -152,9 +153,9 @@ def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
     """Pack examples end to end without padding.
 
     Returns `input_ids`, `position_ids` (from 0 in each example), `labels` and `roles`, int64 [1, T]; and where an
-    example has signals `teacher_ids` int64 [N, k], `teacher_logprobs` float32 [N, k] and `teacher_rows` int64 [N],
-    rows of the T axis. A model keeps the examples apart by the restarting positions: give it no attention mask
-    and `use_cache=False`.
+    example has signals `teacher_ids` int64 [N, k] (-1 is padding), `teacher_logprobs` float32 [N, k] and `teacher_rows`
+    int64 [N], rows of the T axis. `text_rows` int64 are the rows with a label that have no signal. A model keeps the
+    examples apart by the restarting positions: give it no attention mask and `use_cache=False`.
     """
     if not examples:
         raise ValueError("collate needs at least one example, got none")
@@ -164,10 +165,26 @@ def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
     }
     lengths = [len(example.input_ids) for example in examples]
     packed["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
-    return packed | _collate_signals(examples, lengths)
+    is_text = packed["labels"][0] != IGNORE
+    packed |= _collate_signals(examples, lengths, is_text)
+    if "teacher_rows" in packed:
+        is_text[packed["teacher_rows"]] = False
+    return packed | {"text_rows": is_text.nonzero().squeeze(1)}
 
 
-def _collate_signals(examples: Sequence[Example], lengths: Sequence[int]) -> dict[str, torch.Tensor]:
+def leave_out(batch: dict[str, torch.Tensor], start: torch.Tensor | int) -> None:
+    """Takes the tokens from `start` on out of what a batch trains: their labels, and their rows of signals."""
+    batch["labels"][:, start:] = IGNORE
+    batch["text_rows"] = batch["text_rows"][batch["text_rows"] < start]
+    if "teacher_rows" in batch:
+        kept = batch["teacher_rows"] < start
+        batch |= {name: batch[name][kept] for name in ("teacher_ids", "teacher_logprobs", "teacher_rows")}
+
+
+def _collate_signals(
+    examples: Sequence[Example], lengths: Sequence[int], is_trained: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The signals of the rows that are trained (bool [T]), checked: here, on the CPU, looking at values is free."""
     ids, logprobs, rows = [], [], []
     for example, start in zip(examples, np.cumsum([0, *lengths[:-1]]), strict=True):
         if example.teacher_ids is None or example.teacher_logprobs is None or example.teacher_rows is None:
@@ -177,11 +194,14 @@ def _collate_signals(examples: Sequence[Example], lengths: Sequence[int]) -> dic
         rows.append(example.teacher_rows + start)
     if not rows:
         return {}
-    return {
-        "teacher_ids": torch.from_numpy(_stack_rows(ids, 0)).long(),
-        "teacher_logprobs": torch.from_numpy(_stack_rows(logprobs, -math.inf)),
-        "teacher_rows": torch.from_numpy(np.concatenate(rows)),
-    }
+    all_ids, all_logprobs = (
+        torch.from_numpy(_stack_rows(ids, -1)).long(),
+        torch.from_numpy(_stack_rows(logprobs, -math.inf)),
+    )
+    all_rows = torch.from_numpy(np.concatenate(rows))
+    kept = is_trained[all_rows]
+    signal = check_top_k(TopK(all_ids[kept], all_logprobs[kept]))
+    return {"teacher_ids": signal.ids, "teacher_logprobs": signal.logprobs, "teacher_rows": all_rows[kept]}
 
 
 def _stack_rows(blocks: Sequence[np.ndarray], fill: float) -> np.ndarray:

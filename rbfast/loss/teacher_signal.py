@@ -3,8 +3,9 @@
 Shapes: T tokens of the batch, N rows of a signal, k its width, V' and H' the teacher's vocabulary and hidden size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -56,13 +57,15 @@ class Dense:
         assert source is not None
         return source.shape[dim]
 
-    def write_logits_(self, z: Tensor, entries: Tensor, run: Any) -> None:
-        """Writes some rows' logits into z [n, V'], fp32 or wider; `run` holds the op head_forward_."""
+    def write_logits_(
+        self, z: Tensor, entries: Tensor | slice, head_forward_: Callable[[Tensor, Tensor, Tensor], None]
+    ) -> None:
+        """Writes the logits of some entries [n] into z [n, V'], fp32 or wider."""
         if self.logits is not None:
             z.copy_(self.logits.detach()[entries])
         else:
             assert self.hidden is not None and self.weight is not None
-            run.head_forward_(z, self.hidden.detach()[entries], self.weight.detach())
+            head_forward_(z, self.hidden.detach()[entries], self.weight.detach())
         if self.bias is not None:
             z.add_(self.bias.detach())
         if self.logit_scale != 1:
@@ -74,15 +77,14 @@ class Dense:
 Signal = TopK | Dense
 
 
-def check_signal(signal: Signal, vocabulary: int, hidden: Tensor) -> Signal:
-    """The signal for a student's hidden [T, H]: rows filled in, padding as id -1, duplicates merged.
+def check_signal(signal: Signal, hidden: Tensor) -> Signal:
+    """The signal as a loss of hidden [T, H] takes it: on its device, in its dtype. Values are not looked at.
 
     Raises:
-        ValueError: it does not fit the batch or the vocabulary, or holds no distribution.
+        ValueError: its shapes or dtypes do not fit.
     """
     if isinstance(signal, TopK):
-        signal = _check_top_k(signal, vocabulary, hidden)
-        count = len(signal.ids)
+        signal, count = _check_top_k(signal, hidden), len(signal.ids)
     elif isinstance(signal, Dense):
         count = _check_dense(signal, hidden)
     else:
@@ -90,18 +92,16 @@ def check_signal(signal: Signal, vocabulary: int, hidden: Tensor) -> Signal:
     return replace(signal, rows=_check_rows(signal.rows, count, hidden))
 
 
-def _check_rows(rows: Tensor | None, count: int, hidden: Tensor) -> Tensor:
+def _check_rows(rows: Tensor | None, count: int, hidden: Tensor) -> Tensor | None:
     tokens = len(hidden)
     if rows is None:
         if count != tokens:
             raise ValueError(f"the signal has {count} rows for {tokens} tokens; say which rows it covers with rows=[N]")
-        return torch.arange(tokens, device=hidden.device)
+        return None
     if rows.shape != (count,) or rows.is_floating_point() or rows.dtype == torch.bool:
         raise ValueError(
             f"rows must be [{count}] integers, one per row of the signal, got {rows.dtype} {list(rows.shape)}"
         )
-    if count and not 0 <= int(rows.min()) <= int(rows.max()) < tokens:
-        raise ValueError(f"rows must be in [0, {tokens}), got {int(rows.min())}..{int(rows.max())}")
     return rows.to(hidden.device, torch.int64)
 
 
@@ -122,38 +122,63 @@ def _check_dense(signal: Dense, student: Tensor) -> int:
     return len(hidden)
 
 
-def _check_top_k(signal: TopK, vocabulary: int, hidden: Tensor) -> TopK:
+def _check_top_k(signal: TopK, hidden: Tensor) -> TopK:
     ids, logprobs = signal.ids, signal.logprobs
     if ids.dim() != 2 or ids.shape != logprobs.shape:
         raise ValueError(f"TopK needs ids [N, k] and logprobs [N, k], got {list(ids.shape)} and {list(logprobs.shape)}")
     if ids.is_floating_point() or ids.dtype == torch.bool or not logprobs.is_floating_point():
         raise ValueError(f"TopK needs integer ids and floating-point logprobs, got {ids.dtype} and {logprobs.dtype}")
     ids, logprobs = ids.to(hidden.device, torch.int64), logprobs.detach().to(hidden.device, wide(hidden[:0]).dtype)
-    _refuse(logprobs.isnan(), "teacher log-probs must be numbers, got NaN")
-    _refuse(ids >= vocabulary, f"teacher ids must be below the student's vocabulary of {vocabulary}; drop or map them")
-    _refuse(ids < -1, "teacher ids must not be negative (-1 marks padding)")
-    padding = (ids == -1) | (logprobs == -torch.inf)
-    ids, logprobs = ids.masked_fill(padding, -1), logprobs.masked_fill(padding, -torch.inf)
-    ids, logprobs = _merge_duplicates(ids, logprobs)
-    _refuse(logprobs.exp().sum(1) > 1 + MASS_TOLERANCE, "teacher probabilities of one row add up to more than 1")
     return TopK(ids, logprobs, signal.rows)
 
 
-def _refuse(wrong: Tensor, message: str) -> None:
-    if bool(wrong.any()):
-        raise ValueError(f"{message} (row {int(wrong.nonzero()[0][0])} of the signal)")
+def check_top_k(signal: TopK, vocabulary: int | None = None) -> TopK:
+    """The signal with padding as id -1 and duplicates merged, as `DistillLoss` with `rows=` takes it; looks at values.
+
+    Raises:
+        ValueError: a row holds no distribution over the vocabulary (None: of any size).
+    """
+    signal = mark_padding(signal)
+    for wrong, explain in top_k_faults(signal, 2**31 if vocabulary is None else vocabulary):
+        if bool(wrong.any()):
+            raise ValueError(explain())
+    return merge_duplicates(signal)
 
 
-def _merge_duplicates(ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids [N, k] with each id at most once per row; a repeated one keeps its first place with the sum of its mass."""
+def mark_padding(signal: TopK) -> TopK:
+    """The signal with id -1 and a log-prob of -inf wherever it has one of the two."""
+    padding = (signal.ids == -1) | (signal.logprobs == -torch.inf)
+    ids, logprobs = signal.ids.masked_fill(padding, -1), signal.logprobs.masked_fill(padding, -torch.inf)
+    return replace(signal, ids=ids, logprobs=logprobs)
+
+
+def top_k_faults(signal: TopK, vocabulary: int) -> list[tuple[Tensor, Callable[[], str]]]:
+    """What may be wrong with the values of a signal: where it is, and a function that says so."""
+    ids, logprobs = signal.ids, signal.logprobs
+    faults = [
+        (logprobs.isnan(), "teacher log-probs must be numbers, got NaN"),
+        (ids >= vocabulary, f"teacher ids must be below the student's vocabulary of {vocabulary}; drop or map them"),
+        (ids < -1, "teacher ids must not be negative (-1 marks padding)"),
+        (logprobs.exp().sum(1) > 1 + MASS_TOLERANCE, "teacher probabilities of one row add up to more than 1"),
+    ]
+    return [(wrong, partial(_say_row, message, wrong)) for wrong, message in faults]
+
+
+def _say_row(message: str, wrong: Tensor) -> str:
+    return f"{message} (row {int(wrong.nonzero()[0][0])} of the signal)"
+
+
+def merge_duplicates(signal: TopK) -> TopK:
+    """The signal with each id at most once per row; a repeated one keeps its first place with the sum of its mass."""
+    ids, logprobs = signal.ids, signal.logprobs
     ordered = ids.sort(1).values
     at_fault = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
     if not bool(at_fault.any()):
-        return ids, logprobs
+        return signal
     ids, logprobs = ids.clone(), logprobs.clone()
     some, their = ids[at_fault], logprobs[at_fault]
     same = (some.unsqueeze(2) == some.unsqueeze(1)) & (some >= 0).unsqueeze(2)
     repeated = (some >= 0) & (same.int().argmax(2) != torch.arange(some.shape[1], device=some.device))
     merged = their.unsqueeze(1).masked_fill(~same, -torch.inf).logsumexp(2)
     ids[at_fault], logprobs[at_fault] = some.masked_fill(repeated, -1), merged.masked_fill(repeated, -torch.inf)
-    return ids, logprobs
+    return replace(signal, ids=ids, logprobs=logprobs)

@@ -181,7 +181,7 @@ def _top_k(teacher: PreTrainedModel, hidden: Tensor, k: int) -> tuple[Tensor, Te
     ids, values = [], []
     for part in torch.arange(len(hidden), device=hidden.device).split(step):
         logits = torch.empty(len(part), len(head.weight), device=hidden.device)
-        signal.write_logits_(logits, part, ops)
+        signal.write_logits_(logits, part, ops.head_forward_)
         best = logits.topk(k)
         values.append(best.values - logits.logsumexp(1, keepdim=True))
         ids.append(best.indices)

@@ -47,19 +47,29 @@ class Objective:
                 raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}")
         DistillLoss(gradient_filter=self.gradient_filter)  # which knows what it takes
 
-    def weights(self, progress: float) -> Tensor:
+    def weights(self, progress: float, device: torch.device | None = None) -> Tensor:
         """The weights of ROLES [3] when the share `progress` of training is done."""
         moved = self.anneal * progress * self.strategic
-        return torch.tensor([self.strategic - moved, self.tactical + moved, self.answer])
+        return _filled([self.strategic - moved, self.tactical + moved, self.answer], device)
 
-    def temperatures(self) -> Tensor:
-        return torch.tensor([self.strategic_temperature, self.tactical_temperature, self.answer_temperature])
+    def temperatures(self, device: torch.device | None = None) -> Tensor:
+        return _filled([self.strategic_temperature, self.tactical_temperature, self.answer_temperature], device)
+
+
+def _filled(values: list[float], device: torch.device | None) -> Tensor:
+    """The values as a tensor on a device; copying one from the host would wait for the device."""
+    return torch.cat([torch.full((1,), value, device=device) for value in values])
 
 
 def role_counts(batch: dict[str, Tensor]) -> Tensor:
     """Supervised tokens per role, [3] int64."""
-    roles = batch["roles"][batch["labels"] != IGNORE]
-    return torch.bincount(roles, minlength=len(ROLES))
+    return role_mask(batch).sum(1)
+
+
+def role_mask(batch: dict[str, Tensor]) -> Tensor:
+    """Which tokens are supervised in each role, bool [3, T]."""
+    roles, labels = batch["roles"].view(-1), batch["labels"].view(-1)
+    return (roles == torch.arange(len(ROLES), device=roles.device).unsqueeze(1)) & (labels != IGNORE)
 
 
 def token_losses(
@@ -77,18 +87,19 @@ def token_losses(
     """
     labels, roles = batch["labels"].view(-1), batch["roles"].view(-1).clamp(min=0)
     weight = role_weights.to(hidden.device, torch.float32)[roles]
-    temperature = objective.temperatures().to(hidden.device)[roles]
+    temperature = objective.temperatures(hidden.device)[roles]
     head = head_of(model)
     signals: list[TopK | Dense] = []
-    taught = torch.zeros_like(labels, dtype=torch.bool)
+    share = torch.ones_like(weight)
+    rows = text_rows = batch["text_rows"]
     if "teacher_rows" in batch:
-        signals.append(TopK(batch["teacher_ids"], batch["teacher_logprobs"], batch["teacher_rows"]))
-        taught[batch["teacher_rows"]] = True
-    rows = torch.nonzero((labels != IGNORE) & ~taught).squeeze(1)
-    if teacher is not None and (len(rows) or is_sharded(teacher)):  # a sharded one runs on every process or on none
-        signals.append(_online(teacher, batch, rows))
-        taught[rows] = True
-    share = torch.where(taught, objective.ce_share, 1.0)
+        taught_rows = batch["teacher_rows"]
+        signals.append(TopK(batch["teacher_ids"], batch["teacher_logprobs"], taught_rows))
+        share.index_fill_(0, taught_rows, objective.ce_share)
+        rows = torch.cat([taught_rows, text_rows])
+    if teacher is not None and (len(text_rows) or is_sharded(teacher)):  # sharded: it runs on every process or on none
+        signals.append(_online(teacher, batch, text_rows))
+        share.index_fill_(0, text_rows, objective.ce_share)
     kl_weight, ce_weight = weight * (1 - share), weight * share
     loss_fn = DistillLoss(
         beta=objective.beta,
@@ -107,6 +118,7 @@ def token_losses(
         ce_weight=ce_weight,
         temperature=temperature,
         head_bias=head.bias,
+        rows=rows,
     )
 
 

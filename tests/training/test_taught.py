@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from host_waits import host_waits
 from openai_server import serving
 from tiny_models import llama
 from tiny_tokenizers import byte_fallback, byte_level
@@ -18,7 +19,7 @@ from rbfast.loss.teacher_signal import Dense
 from rbfast.models.student import load_teacher
 from rbfast.teacher.logprobs import score_locally
 from rbfast.training.distill import DistillConfig, distill
-from rbfast.training.objective import Objective, token_losses
+from rbfast.training.objective import Objective, role_counts, token_losses
 
 TRACES = [Trace(f"What is {n} + 1?", f"Add one.\n{n} + 1 = {n + 1}", str(n + 1), id=f"t{n}") for n in range(6)]
 TOKENIZER = byte_level(*(trace.completion() for trace in TRACES))
@@ -82,6 +83,20 @@ def test_tokens_with_log_probs_learn_from_those_and_the_others_from_the_running_
     assert torch.equal(mixed.divergence[~first], running.divergence[~first])
     # The tail of a top-k is one bucket, which can only bring the two closer.
     assert (mixed.divergence[first] < running.divergence[first]).all()
+
+
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_the_objective_never_waits_for_the_device(tmp_path, with_teacher, monkeypatch):
+    batch = packed(store=scored(tmp_path, TRACES[:1]))
+    student, teacher = model(), model(1) if with_teacher else None
+    hidden = student.model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).last_hidden_state[0]
+    monkeypatch.setattr(
+        "rbfast.training.objective.final_hidden", lambda *_: hidden.detach()
+    )  # models wait as they like
+    with host_waits(monkeypatch) as waits:
+        weights = OBJECTIVE.weights(0.3, hidden.device) / role_counts(batch)
+        token_losses(student, hidden, batch, weights, OBJECTIVE, teacher).loss.backward()
+    assert waits.found == []
 
 
 def test_training_uses_a_folder_of_signals(tmp_path):

@@ -1,0 +1,50 @@
+"""How often a loss waits for its device."""
+
+import pytest
+import torch
+from host_waits import host_waits
+from torch import Tensor
+
+from rbfast.loss.distill_loss import DistillLoss
+from rbfast.loss.teacher_signal import Dense, TopK
+
+T, H, V, K = 40, 16, 61, 5
+
+
+def signals(kind: str) -> list:
+    g = torch.Generator().manual_seed(0)
+    log_p, ids = torch.log_softmax(torch.randn(T, V, generator=g), 1).topk(K)
+    logits = torch.randn(T, V, generator=g)
+    return {
+        "text": [],
+        "top-k": [TopK(ids, log_p)],
+        "dense": [Dense(torch.randn(T, 8, generator=g), torch.randn(V, 8, generator=g))],
+        "mixed": [TopK(ids[:9], log_p[:9], torch.arange(9)), Dense(logits=logits[:7], rows=torch.arange(12, 19))],
+    }[kind]
+
+
+@pytest.mark.parametrize("trained_head", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("ignored", [0, 8])
+@pytest.mark.parametrize("kind", ["text", "top-k", "dense", "mixed"])
+def test_a_loss_waits_once_and_never_if_it_is_told_its_rows(kind, ignored, reduction, trained_head, monkeypatch):
+    g = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(T, H, generator=g), torch.randn(V, H, generator=g)
+    labels = torch.randint(V, (T,), generator=g)
+    labels[T - ignored :] = -100
+    rows = torch.nonzero(labels >= 0).squeeze(1)
+    parameters = {"kl_weight": torch.rand(T, generator=g), "ce_weight": 0.3, "temperature": 1.5}
+
+    def run(**known: Tensor) -> tuple[list[str], list[Tensor]]:
+        inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained_head)]
+        upstream = torch.ones(T) if reduction == "none" else torch.ones(())
+        with host_waits(monkeypatch) as waits:
+            out = DistillLoss(reduction=reduction)(*inputs, labels, signals(kind), **parameters, **known)
+            out.loss.backward(upstream)
+        return waits.found, [out.loss.detach(), out.divergence, out.ce, *(x.grad for x in inputs if x.requires_grad)]
+
+    asked, values = run()
+    assert len(asked) <= 1, asked
+    told, same = run(rows=rows)
+    assert told == []
+    assert all(map(torch.equal, values, same))
