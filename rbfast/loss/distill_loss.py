@@ -119,8 +119,8 @@ class DistillLoss(nn.Module):
             num_items: what "mean" divides by, for a mean over several accumulated batches.
             rows: int64 [n], the rows whose label is not `ignore_index`, if the caller knows them. Then nothing is read
                 back from the device, and values are trusted: labels and parameters are in range, the rows of signals
-                are among `rows` and no row has two, TopK is as `check_top_k` leaves it. A row that breaks this raises
-                or becomes NaN.
+                are among `rows` and no row has two, TopK is as `check_top_k` leaves it (padding is -1, no id twice).
+                What breaks this may go unnoticed and give a wrong loss.
 
         Raises:
             ValueError: shapes, dtypes or values that do not fit; it says which.
