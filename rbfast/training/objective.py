@@ -56,10 +56,15 @@ class Objective:
         return torch.tensor([self.strategic_temperature, self.tactical_temperature, self.answer_temperature])
 
 
+def by_role(batch: dict[str, Tensor]) -> Tensor:
+    """Which tokens of a packed batch are supervised in each of ROLES, bool [3, T]."""
+    roles, kept = batch["roles"].view(-1), batch["labels"].view(-1) != IGNORE
+    return torch.stack([kept & (roles == role) for role in range(len(ROLES))])
+
+
 def role_counts(batch: dict[str, Tensor]) -> Tensor:
-    """Supervised tokens per role, [3] int64."""
-    roles = batch["roles"][batch["labels"] != IGNORE]
-    return torch.bincount(roles, minlength=len(ROLES))
+    """Supervised tokens per role, [3] int64; the device is not waited for."""
+    return by_role(batch).sum(1)
 
 
 def token_losses(
@@ -84,10 +89,11 @@ def token_losses(
     if "teacher_rows" in batch:
         signals.append(TopK(batch["teacher_ids"], batch["teacher_logprobs"], batch["teacher_rows"]))
         taught[batch["teacher_rows"]] = True
-    rows = torch.nonzero((labels != IGNORE) & ~taught).squeeze(1)
-    if teacher is not None and (len(rows) or is_sharded(teacher)):  # a sharded one runs on every process or on none
-        signals.append(_online(teacher, batch, rows))
-        taught[rows] = True
+    if teacher is not None:
+        rows = torch.nonzero((labels != IGNORE) & ~taught).squeeze(1)
+        if len(rows) or is_sharded(teacher):  # a sharded one runs on every process or on none
+            signals.append(_online(teacher, batch, rows))
+            taught[rows] = True
     share = torch.where(taught, objective.ce_share, 1.0)
     weight, ce_weight = weight * (1 - share), weight * share
     loss_fn = DistillLoss(

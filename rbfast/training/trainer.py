@@ -25,7 +25,7 @@ from rbfast.data.spans import ROLES
 from rbfast.models.linears import is_sharded
 from rbfast.models.student import final_hidden
 from rbfast.training.checkpoints import step_of, write_digests
-from rbfast.training.objective import Objective, role_counts, token_losses
+from rbfast.training.objective import Objective, by_role, role_counts, token_losses
 from rbfast.utils.memory import EVERY, give_back
 
 
@@ -73,9 +73,8 @@ class DistillTrainer(Trainer):
         self.objective: Objective = objective or Objective()
         self.adapter, self._traces = adapter, len(train_dataset)
         self.teacher = teacher if teacher is None else teacher.eval().requires_grad_(False)
-        self._role_sums = torch.zeros(
-            2, len(ROLES), dtype=torch.float64
-        )  # summed CE and token counts since the last log
+        # Summed CE and token counts since the last log; on the device, which nobody waits for until then.
+        self._role_sums = torch.zeros(2, len(ROLES), dtype=torch.float64, device=args.device)
         super().__init__(
             model=Student(model, adapter),
             args=args,
@@ -109,7 +108,7 @@ class DistillTrainer(Trainer):
         """Supervised tokens per role [3], over the accumulated batch and all processes."""
         if self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last:
             self._leave_out_repeats(batch_samples[-1])
-        counts = sum((role_counts(batch) for batch in batch_samples), torch.zeros(len(ROLES), dtype=torch.int64))
+        counts = torch.stack([role_counts(batch) for batch in batch_samples]).sum(0)  # where the batches are
         return self.accelerator.reduce(counts.to(device), "sum")
 
     def _leave_out_repeats(self, batch: dict[str, Tensor]) -> None:
@@ -140,14 +139,12 @@ class DistillTrainer(Trainer):
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
     def _count_roles(self, inputs: dict[str, Tensor], ce: Tensor) -> None:
-        kept = inputs["labels"].view(-1) != IGNORE
-        roles = inputs["roles"].view(-1)[kept].cpu()
-        values = torch.stack([ce[kept].double().cpu(), torch.ones(len(roles), dtype=torch.float64)])
-        self._role_sums.index_add_(1, roles, values)
+        of_role = by_role(inputs)
+        self._role_sums += torch.stack([torch.where(of_role, ce.double(), 0.0).sum(1), of_role.sum(1).double()])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            sums, counts = self.accelerator.reduce(self._role_sums.to(self.args.device), "sum").cpu()
+            sums, counts = self.accelerator.reduce(self._role_sums, "sum").cpu()
             logs |= {f"loss_{role}": (sums[i] / counts[i]).item() for i, role in enumerate(ROLES) if counts[i]}
             self._role_sums.zero_()
         super().log(logs, start_time)
