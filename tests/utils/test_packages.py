@@ -44,5 +44,5 @@ def test_a_dependency_that_reasoning_gym_lacks_is_named(tmp_path, monkeypatch):
 def test_the_grading_process_says_why_it_cannot_start(tmp_path, monkeypatch):
     write_package(tmp_path, "math_verify", "import absent_dependency")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(ImportError, match="cannot be imported: ModuleNotFoundError.*absent_dependency"):
+    with pytest.raises(ImportError, match=r"cannot be imported: ModuleNotFoundError.*absent_dependency"):
         Judge("math-verify").ask(["$1$", ["$1$"]])
