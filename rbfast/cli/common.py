@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,11 +33,9 @@ def add_device(sub: argparse.ArgumentParser) -> None:
 
 
 def device_of(args: argparse.Namespace) -> str:
-    import torch
+    from rbfast.utils.devices import find_device
 
-    if args.device or not torch.cuda.is_available():
-        return args.device or "cpu"
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun gives each process its own
+    return str(find_device(args.device))
 
 
 def load_model(args: argparse.Namespace, device: str | None = None) -> tuple[Any, Any]:

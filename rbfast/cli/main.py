@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from rbfast import __version__
-from rbfast.cli.common import Command
+from rbfast.cli.common import Command, device_of
 from rbfast.cli.data import CURATE, TEACH
 from rbfast.cli.infer import EVAL, SOLVE
 from rbfast.cli.info import INFO
@@ -22,6 +22,8 @@ COMMANDS = (INFO, CURATE, TEACH, DISTILL, SOLVE, EVAL, REPORT, MERGE, EXPORT_LOR
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
+        if getattr(args, "device", None):  # now, not after an hour of reading
+            device_of(args)
         code = args.run(args)
         sys.stdout.flush()  # here, where a pipe that nobody reads any more can still be told from a failure
         return code

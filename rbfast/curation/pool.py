@@ -18,6 +18,7 @@ from typing import Any
 from rbfast.curation import text
 from rbfast.curation.assess import Assessor, Part
 from rbfast.data.readers import read_rows
+from rbfast.utils.packages import need
 
 CHUNK = 1024  # rows
 
@@ -74,11 +75,8 @@ def assessed_on_ray(pool: Sequence[Source], assessor: Assessor, address: str) ->
         ImportError: Ray Data is not installed.
         Exception: what reading or assessing raised.
     """
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise ImportError(f"a pool on Ray needs Ray Data: pip install 'rbfast[ray]' ({error})") from None
+    ray: Any = need("ray", "pools on Ray", install="'rbfast[ray]'")
+    need("ray.data", "pools on Ray", install="'rbfast[ray]'")
     own = not ray.is_initialized()
     if own:
         ray.init(address, log_to_driver=False)

@@ -16,6 +16,7 @@ from typing import Any
 
 from rbfast.grading.judge import judge
 from rbfast.grading.math_equality import equal
+from rbfast.utils.packages import need
 
 
 @dataclass(frozen=True)
@@ -128,14 +129,8 @@ def _scorer(problem: Problem) -> Callable[[str], float]:
 
 
 def reasoning_gym() -> Any:
-    """The package. Raises ImportError, with what to do, where it is not installed."""
-    try:
-        import reasoning_gym
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            "problems of generated tasks need the package reasoning-gym: pip install reasoning-gym"
-        ) from error
-    return reasoning_gym
+    """The package. Raises ImportError, with what to do, where it cannot be imported."""
+    return need("reasoning_gym", "problems of generated tasks", install="reasoning-gym")
 
 
 def _matches(answer: str) -> Callable[[str], float]:

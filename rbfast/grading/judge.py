@@ -26,6 +26,8 @@ from json import loads
 from pathlib import Path
 from typing import Any, Literal
 
+from rbfast.grading.judge_worker import READY
+
 log = logging.getLogger(__name__)
 
 Kind = Literal["math-verify", "reasoning-gym"]
@@ -51,7 +53,7 @@ class Judge:
             question: `[expected, [statement, ...]]` for math-verify, `[task, entry, reading]` for reasoning-gym.
 
         Raises:
-            RuntimeError: the process does not start.
+            ImportError: the package that judges cannot be imported.
         """
         with self._lock:
             process = self._running()
@@ -81,10 +83,11 @@ class Judge:
     def _running(self) -> subprocess.Popen[str]:
         if self._process is None:
             self._process, self._answers = _start(self._kind)
-            if self._answers.get(timeout=_START_LIMIT) == "":
+            first = self._answers.get(timeout=_START_LIMIT)
+            if first == "" or loads(first) != READY:
                 self.close()
-                package = self._kind.replace("-", "_")
-                raise RuntimeError(f"the grading process ended as it started: does `import {package}` work?")
+                why = loads(first) if first else "the grading process ended as it started"
+                raise ImportError(f"answers are graded by the package {self._kind}, which cannot be imported: {why}")
         return self._process
 
 

@@ -1,8 +1,8 @@
 """The process that judges answers: `python -m rbfast.grading.judge_worker math-verify|reasoning-gym`.
 
-A question a line on stdin (from `rbfast.grading.judge`), a verdict in JSON a line out; `"ready"` comes first. An answer
-that takes more seconds of processor time ends the process, wherever it is; so a busy machine grades like an idle one.
-Memory is limited too, for an answer may be a tower of powers.
+A question a line on stdin (from `rbfast.grading.judge`), a verdict in JSON a line out; `"ready"` comes first, or why a
+package could not be imported. An answer that takes more seconds of processor time ends the process, wherever it is; so
+a busy machine grades like an idle one. Memory is limited too, for an answer may be a tower of powers.
 """
 
 import base64
@@ -16,6 +16,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from rbfast.utils.packages import said
+
+READY = "ready"
 _MEMORY = 4 * 2**30  # bytes
 
 
@@ -23,8 +26,12 @@ def main() -> None:
     answers = sys.stdout
     sys.stdout = sys.stderr  # whatever a parser prints is no answer
     _limit_memory()
-    judge = _JUDGES[sys.argv[1]]()
-    _say(answers, "ready")
+    try:
+        judge = _JUDGES[sys.argv[1]]()
+    except Exception as error:  # whatever a package does as it is imported
+        _say(answers, said(error))
+        return
+    _say(answers, READY)
     for line in sys.stdin:
         seconds, question = pickle.loads(base64.b64decode(line))  # from the process that started this one
         _end_after(seconds)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, chain, islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -38,7 +38,9 @@ Progress = Callable[[int, int], None]
 Dialect = Literal["vllm", "echo"]
 DIALECTS = ("vllm", "echo")
 _NOTHING_SHARED = "the two tokenizers share no token of it"
-_CHUNK_BYTES = 2**26  # of a teacher's logits at a time
+# Tokens that a local teacher reads together, and the bytes of its logits at a time.
+_TOKENS, _TOKENS_ON_GPU = 2048, 16384
+_CHUNK_BYTES, _CHUNK_BYTES_ON_GPU = 2**26, 2**29
 
 
 class TokenizersDiffer(ValueError):
@@ -109,14 +111,36 @@ def score_locally(
     vocabulary = head_of(teacher).weight.shape[0]
     mapped = _mapping(teacher_tokenizer, tokenizer, same, vocabulary)
     tasks, refused = _tasks(traces, tokenizer, store, max_tokens)
-    for done, task in enumerate(tasks, start=1):
-        try:
-            _score_one(teacher, teacher_tokenizer, tokenizer, task, mapped, same, store)
-        except ValueError as error:
-            refused.append((task.trace, f"{task.name}: {error}"))
+    read = _reader(teacher_tokenizer, tokenizer, same)
+    done = 0
+    for batch in _batches(tasks, _TOKENS if teacher.device.type == "cpu" else _TOKENS_ON_GPU):
+        readings = []
+        for task in batch:
+            try:
+                readings.append(read(task))
+            except ValueError as error:
+                refused.append((task.trace, f"{task.name}: {error}"))
+        nothing = _score_batch(teacher, readings, mapped, store) if readings else []
+        refused += [(task.trace, f"{task.name}: {_NOTHING_SHARED}") for task in nothing]
+        done += len(batch)
         if progress:
             progress(done, len(tasks))
     return refused
+
+
+def _batches(tasks: Iterable[_Task], tokens: int) -> Iterator[list[_Task]]:
+    """Tasks in their order, of so many of the student's tokens together, or one that has more."""
+    batch: list[_Task] = []
+    size = 0
+    for task in tasks:
+        length = len(task.example.input_ids)
+        if batch and size + length > tokens:
+            yield batch
+            batch, size = [], 0
+        batch.append(task)
+        size += length
+    if batch:
+        yield batch
 
 
 def _mapping(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, same: bool, vocabulary: int) -> Tensor:
@@ -127,36 +151,64 @@ def _mapping(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase,
     return torch.from_numpy(student_ids(token_bytes(teacher), token_bytes(student), vocabulary))
 
 
-def _score_one(
-    teacher: PreTrainedModel,
-    teacher_tokenizer: PreTrainedTokenizerBase,
-    tokenizer: PreTrainedTokenizerBase,
-    task: _Task,
-    mapped: Tensor,
-    same: bool,
-    store: SignalStore,
-) -> None:
-    prompt = teacher_tokenizer(format_prompt(task.trace.problem, teacher_tokenizer), add_special_tokens=False).input_ids
-    if same:
-        written = task.written
-        pairs = [(token, token) for token in range(len(written))]
-        if end_of_turn(teacher_tokenizer) == end_of_turn(tokenizer):
-            pairs.append((len(written), len(written)))
-    else:
-        written, pairs = _shared_tokens(teacher_tokenizer, tokenizer, task)
-        if not pairs:
-            raise ValueError(_NOTHING_SHARED)
-    ids = torch.tensor([prompt + written], device=teacher.device)
-    hidden = final_hidden(teacher, ids, torch.arange(ids.shape[1], device=ids.device)[None])
-    reading = torch.tensor([len(prompt) - 1 + theirs for _, theirs in pairs], device=ids.device)
-    top_ids, logprobs = _top_k(teacher, hidden[reading], store.k)
-    found = mapped[top_ids.cpu()]
-    logprobs = logprobs.cpu().masked_fill(found < 0, -torch.inf)
-    known = (found >= 0).any(1)
-    if not known.any():
-        raise ValueError(_NOTHING_SHARED)
-    rows = torch.tensor([task.first + ours for ours, _ in pairs])[known]
-    store.add(task.example, rows.numpy(), found[known].clamp(min=0).numpy(), logprobs[known].numpy())
+@dataclass(frozen=True)
+class _Reading:
+    """A trace as the teacher reads it.
+
+    Attributes:
+        ids: the teacher's tokens of its own prompt and of the completion.
+        pairs: a token of the student's completion, and the row of `ids` that says what comes there.
+    """
+
+    task: _Task
+    ids: list[int]
+    pairs: list[tuple[int, int]]
+
+
+def _reader(
+    teacher_tokenizer: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, same: bool
+) -> Callable[[_Task], _Reading]:
+    """How the teacher reads a task. The function raises ValueError for one of which it shares no token."""
+    same_end = end_of_turn(teacher_tokenizer) == end_of_turn(tokenizer)
+
+    def read(task: _Task) -> _Reading:
+        opening = format_prompt(task.trace.problem, teacher_tokenizer)
+        prompt = teacher_tokenizer(opening, add_special_tokens=False).input_ids
+        if same:
+            written = task.written
+            shared = [(token, token) for token in range(len(written) + same_end)]
+        else:
+            written, shared = _shared_tokens(teacher_tokenizer, tokenizer, task)
+            if not shared:
+                raise ValueError(_NOTHING_SHARED)
+        return _Reading(task, prompt + written, [(ours, len(prompt) - 1 + theirs) for ours, theirs in shared])
+
+    return read
+
+
+def _score_batch(
+    teacher: PreTrainedModel, readings: Sequence[_Reading], mapped: Tensor, store: SignalStore
+) -> list[_Task]:
+    """Adds the top k of traces read together, packed without padding; returns those of which no candidate is known."""
+    lengths = [len(reading.ids) for reading in readings]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None].to(teacher.device)
+    ids = torch.tensor([list(chain.from_iterable(reading.ids for reading in readings))], device=teacher.device)
+    starts = [0, *accumulate(lengths)]
+    rows = [start + row for reading, start in zip(readings, starts, strict=False) for _, row in reading.pairs]
+    hidden = final_hidden(teacher, ids, positions)[torch.tensor(rows, device=teacher.device)]
+    top_ids, logprobs = (found.cpu() for found in _top_k(teacher, hidden, store.k))
+    top_ids = mapped[top_ids]
+    logprobs = logprobs.masked_fill(top_ids < 0, -torch.inf)
+    counts = [len(reading.pairs) for reading in readings]
+    nothing = []
+    for reading, found, values in zip(readings, top_ids.split(counts), logprobs.split(counts), strict=True):
+        known = (found >= 0).any(1)
+        if not known.any():
+            nothing.append(reading.task)
+            continue
+        at = torch.tensor([reading.task.first + ours for ours, _ in reading.pairs])[known]
+        store.add(reading.task.example, at.numpy(), found[known].clamp(min=0).numpy(), values[known].numpy())
+    return nothing
 
 
 def _shared_tokens(
@@ -177,7 +229,8 @@ def _top_k(teacher: PreTrainedModel, hidden: Tensor, k: int) -> tuple[Tensor, Te
     head = head_of(teacher)
     signal = Dense(hidden, head.weight, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap)
     k = min(k, len(head.weight))
-    step = max(1, _CHUNK_BYTES // (4 * len(head.weight)))
+    memory = _CHUNK_BYTES if hidden.device.type == "cpu" else _CHUNK_BYTES_ON_GPU
+    step = max(1, memory // (4 * len(head.weight)))
     ids, values = [], []
     for part in torch.arange(len(hidden), device=hidden.device).split(step):
         logits = torch.empty(len(part), len(head.weight), device=hidden.device)

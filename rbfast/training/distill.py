@@ -33,6 +33,7 @@ from rbfast.data.encoding import Example, collate, encode_all
 from rbfast.data.signal_store import SignalStore
 from rbfast.data.trace import Trace
 from rbfast.models.student import final_hidden, packs
+from rbfast.training.arguments import DeviceArguments
 from rbfast.training.checkpoints import last_checkpoint
 from rbfast.training.objective import Objective, role_counts, token_losses
 from rbfast.training.run_folder import LOG, RUN, SKIPPED
@@ -249,7 +250,7 @@ def _place(
 def _arguments(out: Path, model: PreTrainedModel, config: DistillConfig, examples: int) -> TrainingArguments:
     step = config.batch_size * config.accumulation * int(os.environ.get("WORLD_SIZE", 1))
     steps = -(-examples // step) * config.epochs
-    return TrainingArguments(
+    return DeviceArguments(
         output_dir=str(out / "checkpoints"),
         num_train_epochs=config.epochs,
         per_device_train_batch_size=config.batch_size,
@@ -263,7 +264,7 @@ def _arguments(out: Path, model: PreTrainedModel, config: DistillConfig, example
         save_steps=config.save_steps,
         save_total_limit=2,
         seed=config.seed,
-        use_cpu=model.device.type == "cpu",
+        train_device=str(model.device),
         report_to="none",
         dataloader_pin_memory=False,
         ddp_broadcast_buffers=False,  # every process has the same, and they do not change

@@ -15,6 +15,8 @@ from rbfast.data.signal_store import SignalStore
 from rbfast.data.trace import Trace
 from rbfast.loss.distill_loss import DistillLoss
 from rbfast.loss.teacher_signal import TopK
+from rbfast.models.student import packs
+from rbfast.teacher import logprobs
 from rbfast.teacher.client import ServerError
 from rbfast.teacher.logprobs import TokenizersDiffer, keep_reply, score_locally, score_on_server
 from rbfast.teacher.solutions import Question, teach
@@ -65,6 +67,34 @@ def test_a_local_teacher_of_the_same_tokens_scores_every_trained_one(tmp_path):
     check_exact(model, examples)
     batch = collate(examples)
     assert batch["teacher_ids"].dtype == torch.int64 and len(batch["teacher_rows"]) == len(batch["teacher_ids"])
+
+
+@pytest.mark.parametrize("teacher_tokenizer", [TOKENIZER, OTHER], ids=["same", "other"])
+def test_traces_read_together_get_what_they_get_alone(tmp_path, monkeypatch, teacher_tokenizer):
+    model, forwards = teacher_model(teacher_tokenizer), []
+    model.model.register_forward_hook(lambda *_: forwards.append(1))
+    found = []
+    for name, tokens in (("alone", 1), ("together", 10**6)):
+        monkeypatch.setattr(logprobs, "_TOKENS", tokens)
+        with store_at(tmp_path / name) as store:
+            packs(model)  # a few forwards of its own, the first time
+            forwards.clear()
+            assert score_locally(model, teacher_tokenizer, TRACES, TOKENIZER, store, align=True) == []
+        assert len(forwards) == (len(TRACES) if name == "alone" else 1)
+        found.append(filled(SignalStore.open(tmp_path / name)))
+    for alone, together in zip(*found, strict=True):
+        assert np.array_equal(alone.teacher_rows, together.teacher_rows)
+        np.testing.assert_allclose(together.teacher_logprobs, alone.teacher_logprobs, atol=1e-5)
+        assert (together.teacher_ids == alone.teacher_ids).mean() > 0.99  # two may be as likely
+
+
+def test_one_trace_that_shares_no_token_does_not_stop_the_others(tmp_path, monkeypatch):
+    read = logprobs._shared_tokens
+    nothing = lambda t, s, task: ([], []) if task.trace is TRACES[1] else read(t, s, task)  # noqa: E731
+    monkeypatch.setattr(logprobs, "_shared_tokens", nothing)
+    with store_at(tmp_path) as store:
+        [(trace, reason)] = score_locally(teacher_model(OTHER), OTHER, TRACES, TOKENIZER, store, align=True)
+    assert trace is TRACES[1] and "share no token" in reason and len(SignalStore.open(tmp_path)) == 2
 
 
 def test_a_teacher_with_a_larger_head_keeps_to_the_students_ids(tmp_path):

@@ -1,0 +1,47 @@
+"""TrainingArguments for a model that is where it shall be trained."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from transformers import TrainingArguments
+
+_ACCELERATES_DEVICE = "ACCELERATE_TORCH_DEVICE"
+
+
+@dataclass
+class DeviceArguments(TrainingArguments):
+    """Trains on `train_device`, whichever it is.
+
+    Left to itself the Trainer takes the first GPU, whatever device was asked for, and puts the model on all GPUs at
+    once (nn.DataParallel) where this process sees several.
+    """
+
+    train_device: str = "cpu"
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        device = torch.device(self.train_device)
+        self.use_cpu = device.type == "cpu"
+        with _accelerate_on(device):
+            super()._setup_devices  # noqa: B018  (it joins the processes)
+        self._n_gpu = 0 if self.use_cpu else 1
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        return device
+
+
+@contextmanager
+def _accelerate_on(device: torch.device) -> Iterator[None]:
+    """Within the block accelerate sets itself up on this device."""
+    before = os.environ.get(_ACCELERATES_DEVICE)
+    os.environ[_ACCELERATES_DEVICE] = str(device)
+    try:
+        yield
+    finally:
+        del os.environ[_ACCELERATES_DEVICE]
+        if before is not None:
+            os.environ[_ACCELERATES_DEVICE] = before

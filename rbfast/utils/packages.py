@@ -1,0 +1,31 @@
+"""Packages that only some commands need: imported at first use, with what to install where one is absent."""
+
+from importlib import import_module
+from types import ModuleType
+
+
+def need(module: str, purpose: str, install: str) -> ModuleType:
+    """Imports a module of an optional package.
+
+    Args:
+        purpose: what needs it, as the subject of a sentence: "problems of generated tasks".
+        install: what `pip install` takes.
+
+    Raises:
+        ImportError: the package is absent, or it is there and cannot be imported; the message says which, and why.
+    """
+    package = module.partition(".")[0]
+    try:
+        return import_module(module)
+    except Exception as error:  # whatever a package does as it is imported
+        if isinstance(error, ModuleNotFoundError) and error.name == package:
+            raise ImportError(f"{purpose} need the package {package}: pip install {install}") from None
+        raise ImportError(
+            f"{purpose} need the package {package}, which is installed but cannot be imported: {said(error)}"
+        ) from error
+
+
+def said(error: Exception) -> str:
+    """An error's kind and words on one line."""
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__

@@ -1,0 +1,89 @@
+"""Every job of the command line runs where the model is, on a device that is not the CPU.
+
+The device is a pretend one (tests/support/pretend_device): it computes on the CPU, and mixing it with the CPU raises
+what a GPU raises. So a job gives the numbers of the CPU there, or fails.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cli_jobs import AFTERWARDS, JOBS
+from real_inputs import ROOT
+from safetensors.numpy import load_file as load_arrays
+from safetensors.torch import load_file
+
+WORKER = ROOT / "tests" / "support" / "pretend_device" / "jobs.py"
+TRAININGS = ("text", "signals", "teacher", "gradient", "factored", "activation", "cut", "whole")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="the jobs run in forks"),
+    pytest.mark.skipif(shutil.which("c++") is None, reason="the pretend device is compiled, and there is no compiler"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("jobs")
+
+
+@pytest.fixture(scope="module")
+def ended(folder):
+    """By device and job the exit code and what was said."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("LOCAL_RANK", None)
+    found = subprocess.run([sys.executable, str(WORKER), str(folder)], env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("job", [*JOBS, *AFTERWARDS])
+@pytest.mark.parametrize("device", ["cpu", "pretend"])
+def test_the_job_ends_well(ended, device, job):
+    assert ended[device][job]["code"] == 0, ended[device][job]["said"]
+
+
+def trained(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("job", TRAININGS)
+def test_training_gives_the_adapter_of_the_cpu(ended, folder, job):
+    expected = trained(folder / "cpu" / job)
+    for name, tensor in trained(folder / "pretend" / job).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+        assert tensor.abs().max() > 0
+
+
+def test_an_interrupted_run_resumes_bitwise(ended, folder):
+    assert json.loads((folder / "pretend" / "cut" / "run.json").read_text())["resumed"]
+    whole = trained(folder / "pretend" / "whole")
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in trained(folder / "pretend" / "cut").items())
+
+
+def test_scores_are_those_of_the_cpu(ended, folder):
+    name = "teach/signals/signals-00000.safetensors"
+    here, there = (load_arrays(folder / device / name) for device in ("pretend", "cpu"))
+    assert np.array_equal(here["keys"], there["keys"]) and np.array_equal(here["rows"], there["rows"])
+    np.testing.assert_allclose(here["logprobs"], there["logprobs"], atol=1e-5)
+
+
+def test_placements_differ(ended, folder):
+    random, scored = (trained(folder / "pretend" / job) for job in ("text", "gradient"))
+    assert any(not torch.equal(random[name], scored[name]) for name in random if name.endswith(".cols"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "pretend"])
+def test_solutions_answers_and_files_are_there(ended, folder, device):
+    assert json.loads(ended[device]["solve"]["said"].splitlines()[-1])["solutions"][0]["tokens"] > 0
+    assert len((folder / device / "eval-samples" / "results.jsonl").read_text().splitlines()) == 8
+    for name in ("merge/model.safetensors", "export-lora/adapter_model.safetensors", "demo/summary.json"):
+        assert (folder / device / name).exists()
+    assert "Report of " in (folder / device / "report" / "report.html").read_text(encoding="utf-8")

@@ -1,0 +1,48 @@
+"""Optional packages: one that is absent says what to install, one that is broken says why it cannot be imported."""
+
+import pytest
+
+from rbfast.grading.grade import reasoning_gym
+from rbfast.grading.judge import Judge
+from rbfast.utils.packages import need
+
+
+def write_package(folder, name, source):
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text(source)
+
+
+def test_an_absent_package_says_what_to_install():
+    with pytest.raises(ImportError, match=r"^colours need the package no_such_package: pip install 'a\[b\]'$"):
+        need("no_such_package.part", "colours", install="'a[b]'")
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("import absent_dependency", "ModuleNotFoundError: No module named 'absent_dependency'"),
+        ("from os import no_such_name", "ImportError: cannot import name 'no_such_name'"),
+        ("raise RuntimeError('built for\\nanother torch')", "RuntimeError: built for another torch"),
+    ],
+)
+def test_a_package_that_cannot_be_imported_says_why(source, reason, tmp_path, monkeypatch):
+    write_package(tmp_path, "a_broken_package", source)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=f"installed but cannot be imported: {reason}"):
+        need("a_broken_package", "colours", install="a-broken-package")
+
+
+def test_a_dependency_that_reasoning_gym_lacks_is_named(tmp_path, monkeypatch):
+    write_package(tmp_path, "reasoning_gym", "import absent_dependency")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(__import__("sys").modules, "reasoning_gym", raising=False)
+    with pytest.raises(ImportError, match="absent_dependency") as raised:
+        reasoning_gym()
+    assert "pip install" not in str(raised.value)
+
+
+def test_the_grading_process_says_why_it_cannot_start(tmp_path, monkeypatch):
+    write_package(tmp_path, "math_verify", "import absent_dependency")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(ImportError, match=r"cannot be imported: ModuleNotFoundError.*absent_dependency"):
+        Judge("math-verify").ask(["$1$", ["$1$"]])
