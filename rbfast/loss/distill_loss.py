@@ -266,10 +266,10 @@ def _solve_chunk(
         logits, dz, *parameters, ids, logprobs, teacher_logits, bias, job.beta, job.logit_scale, job.softcap
     )
     if solution.d_hidden is not None:
-        floors = None
+        thresholds = None
         if job.gradient_filter > 0 and hidden.device.type == "cpu":
-            floors, solution.left_out[rows] = run.row_floors(dz, job.gradient_filter)
-        solution.d_hidden[rows] = run.head_backward(dz, weight, floors)
+            thresholds, solution.left_out[rows] = run.row_thresholds(dz, job.gradient_filter)
+        solution.d_hidden[rows] = run.head_backward(dz, weight, thresholds)
     if solution.d_weight is not None:
         run.head_grad_(solution.d_weight, dz, x)
     if solution.d_bias is not None:

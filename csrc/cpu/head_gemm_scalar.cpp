@@ -1,3 +1,3 @@
 #define ISA scalar
-#include "cpu/gemm_kernel.inl"
+#include "cpu/head_gemm_kernel.inl"
 #include "cpu/filtered_kernel.inl"

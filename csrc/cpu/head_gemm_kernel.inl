@@ -1,5 +1,5 @@
-// A packed matrix product, included by gemm_{scalar,avx2,avx512,avx512_bf16}.cpp, each under its own target and with
-// ISA set to its namespace.
+// A packed matrix product, included by head_gemm_{scalar,avx2,avx512,avx512_bf16}.cpp, each under its own target and
+// with ISA set to its namespace.
 //
 // The unit of work is a tile of kRows x 3 vectors of C, held in registers while k runs. Both operands are packed first:
 // a panel of A holds kRows values for each k, a panel of B three vectors for each k, both read in order, so the inner
@@ -12,7 +12,7 @@
 // Order: k is cut at multiples of kBlockK. Sums run in order inside a block, and blocks are added to C in order
 // (Sums::fresh: smaller errors), or the sum goes on from the value in C (Sums::resumed: the same bits wherever a sum over
 // k was interrupted, at any even k). Nothing depends on the size of the rectangle, so nothing depends on the threads.
-#include "cpu/gemm.h"
+#include "cpu/head_gemm.h"
 
 namespace rbfast {
 namespace ISA {
