@@ -13,6 +13,7 @@
 #include <tuple>
 
 #include "cpu/dispatch.h"
+#include "cpu/head_gemm_amx.h"
 
 namespace rbfast {
 namespace {
@@ -35,10 +36,10 @@ Storage storage(const Tensor& x) {
 Operand by_rows(const Tensor& x) { return {x.const_data_ptr(), storage(x), x.stride(0), 1}; }
 Operand by_columns(const Tensor& x) { return {x.const_data_ptr(), storage(x), 1, x.stride(0)}; }
 
-// Whether values are multiplied in pairs of bf16.
-bool in_pairs(Isa isa, const Gemm& g) {
-  return isa == Isa::avx512_bf16 && g.a.type == Storage::bf16 && g.b.type == Storage::bf16;
-}
+bool are_bf16(const Gemm& g) { return g.a.type == Storage::bf16 && g.b.type == Storage::bf16; }
+// Whether values are multiplied in pairs of bf16, and whether in tiles.
+bool in_pairs(Isa isa, const Gemm& g) { return isa >= Isa::avx512_bf16 && are_bf16(g); }
+bool in_tiles(Isa isa, const Gemm& g) { return isa == Isa::amx && are_bf16(g); }
 
 // Rectangles of C [m, n], down x across of them, all but the last ones `height` x `width`.
 struct Rectangles {
@@ -76,9 +77,11 @@ void parallel_gemm(const Gemm& g, int64_t m, int64_t n) {
   const int64_t across = m > n ? std::min(ceil_div(threads, most_down), most_across) : most_across;
   const int64_t down = m > n ? most_down : std::min(ceil_div(threads, most_across), most_down);
   const Rectangles cut = rectangles(m, n, down, across);
-  const int64_t bytes = gemm_scratch(cut.height, g.k);
+  const int64_t bytes = in_tiles(isa, g) ? amx::scratch(g) : gemm_scratch(cut.height, g.k);
   for_each(cut, m, n, bytes, [&](int64_t m0, int64_t m1, int64_t n0, int64_t n1, char* scratch) {
-    if (in_pairs(isa, g))
+    if (in_tiles(isa, g))
+      amx::gemm(g, m0, m1, n0, n1, scratch);
+    else if (in_pairs(isa, g))
       avx512_bf16::gemm(g, m0, m1, n0, n1, scratch);
     else
       RBFAST_CALL(isa, gemm, g, m0, m1, n0, n1, scratch);
