@@ -1,7 +1,7 @@
 // The head's three products on the CPU: checks, scratch memory, threads. The arithmetic is in head_gemm_kernel.inl.
 //
-// Torch has no bf16 x bf16 -> fp32 product on the CPU, rounding logits to bf16 ruins the gradient near the teacher, and a
-// library's bits change with the number of rows; these have fp32 sums in an order that depends on k alone.
+// Torch has no bf16 x bf16 -> fp32 product on the CPU, rounding logits to bf16 ruins the gradient near the teacher, and
+// a library's bits change with the number of rows; these have fp32 sums in an order that depends on k alone.
 #include "cpu/head_gemm.h"
 
 #include <torch/csrc/stable/library.h>

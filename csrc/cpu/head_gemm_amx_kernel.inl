@@ -1,16 +1,18 @@
 // A matrix product by tile instructions, included by head_gemm_amx.cpp, and by the tests with an emulation of the
 // instructions in their place. Vectors are GCC's own, so that it compiles for any CPU.
 //
-// A tile instruction adds to C [16, 16] the product of 16 rows of 32 values of k and 16 columns of 16 pairs of them. One
-// operand lies in rows along k, the other in columns of words of two values of consecutive k. C, of 2 x 2 tiles, stays
-// in tile registers while k runs: four loads and four products a step, all from packed panels.
+// A tile instruction adds to C [16, 16] the product of 16 rows of 32 values of k and 16 columns of 16 pairs of them.
+// One operand lies in rows along k, the other in columns of words of two values of consecutive k. C, of 2 x 2 tiles,
+// stays in tile registers while k runs: four loads and four products a step, all from packed panels.
 //
 // Packing: where k is contiguous, rows are copied and columns are transposed; elsewhere columns are woven from pairs of
 // rows of memory, and rows are woven and transposed. Both operands of head_forward_ lie along k, so one is transposed:
 // the weight, which pays where there are many tokens; or C, with the weight as the operand in rows.
 //
-// Order: within 32 values of k the instruction adds up even and odd ones apart; then step by step. Fresh sums start anew
-// at each block of k, and blocks are added in order; resumed sums go on from the value in C.
+// Order: within 32 values of k the instruction adds up even and odd ones apart; then step by step. Fresh sums start
+// anew at each block of k, and blocks are added in order; resumed sums go on from the value in C.
+#include "cpu/head_gemm_amx.h"
+
 namespace rbfast {
 namespace amx {
 namespace {
@@ -44,10 +46,10 @@ static inline V load_as(const BF16* p, int64_t n) {
 // ---- 16 x 16 words, transposed ----
 
 #define RBFAST_EACH_LANE(a, b, c, d) \
-  Words { a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12 }
-#define RBFAST_LANES_AT(a, b, c, d)                                                                                 \
-  Words { 4 * a, 4 * a + 1, 4 * a + 2, 4 * a + 3, 4 * b, 4 * b + 1, 4 * b + 2, 4 * b + 3, 4 * c, 4 * c + 1, 4 * c + 2, \
-          4 * c + 3, 4 * d, 4 * d + 1, 4 * d + 2, 4 * d + 3 }
+  Words{a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12}
+#define RBFAST_LANES_AT(a, b, c, d)                                                     \
+  Words{4 * a, 4 * a + 1, 4 * a + 2, 4 * a + 3, 4 * b, 4 * b + 1, 4 * b + 2, 4 * b + 3, \
+        4 * c, 4 * c + 1, 4 * c + 2, 4 * c + 3, 4 * d, 4 * d + 1, 4 * d + 2, 4 * d + 3}
 
 static inline void transpose(Words* v) {
   Words t[16];
@@ -248,8 +250,7 @@ struct alignas(64) TileConfig {
   uint8_t rows[16];
 };
 // Eight tiles of 16 rows of 64 bytes.
-constexpr TileConfig kWholeTiles{
-    1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+constexpr TileConfig kWholeTiles{1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
 // Whether C is computed transposed: what is transposed then is C, else the operand in columns.
 static bool is_turned(const Gemm& g, int64_t rows) { return g.b.k_stride == 1 && rows / kTile < g.k / kDepth; }
@@ -278,8 +279,8 @@ void gemm(const Gemm& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1, void* s
         settle();
         const auto at = [&](int64_t i, int64_t j) {
           const int64_t m = turned ? qb + j * kPanel : pb + i * kPanel, n = turned ? pb + i * kPanel : qb + j * kPanel;
-          const Target target{g.c + m * g.ldc + n, g.ldc, smaller(kPanel, m1 - m), smaller(kPanel, n1 - n), turned,
-                              update, whole};
+          const Target target{
+              g.c + m * g.ldc + n, g.ldc, smaller(kPanel, m1 - m), smaller(kPanel, n1 - n), turned, update, whole};
           block(rows + i * p.panel_bytes(), columns + j * q.panel_bytes(), steps, target);
         };
         // Along the rows of C: so that its lines are asked for in order.

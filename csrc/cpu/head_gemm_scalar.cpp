@@ -1,3 +1,2 @@
 #define ISA scalar
-#include "cpu/head_gemm_kernel.inl"
-#include "cpu/filtered_kernel.inl"
+#include "cpu/head_gemm_filtered_kernel.inl"

@@ -59,7 +59,8 @@ Isa active_isa() {
            kNames[static_cast<int>(best)]);
     return static_cast<Isa>(i);
   }
-  throw std::runtime_error(std::string("RBFAST_CPU_ISA must be scalar, avx2, avx512, avx512_bf16 or amx, got ") + forced);
+  throw std::runtime_error(std::string("RBFAST_CPU_ISA must be scalar, avx2, avx512, avx512_bf16 or amx, got ") +
+                           forced);
 }
 
 }  // namespace rbfast

@@ -1,9 +1,12 @@
-// A product that leaves out the smallest values of A, included after head_gemm_kernel.inl; it uses its words and tiles.
+// Included by head_gemm_{scalar,avx2,avx512,avx512_bf16}.cpp, each under its own target and with ISA set to its
+// namespace: head_gemm_kernel.inl, and with its words and tiles a product that leaves out the smallest values of A.
 //
-// A group of kRows rows needs only the words of k in which one of its rows has a value left, the block of rows only those
-// that one of its groups needs. Panels of B are packed from the latter, and a group's tile picks the former out of them.
-// A row's sum runs over k in order, and a word that is there for the sake of other rows adds zeros to it: so its
-// bits do not depend on the rows beside it, as long as B is finite.
+// A group of kRows rows needs only the words of k in which one of its rows has a value left, the block of rows only
+// those that one of its groups needs. Panels of B are packed from the latter, and a group's tile picks the former out
+// of them. A row's sum runs over k in order, and a word that is there for the sake of other rows adds zeros to it: so
+// its bits do not depend on the rows beside it, as long as B is finite.
+#include "cpu/head_gemm_kernel.inl"
+
 namespace rbfast {
 namespace ISA {
 namespace {
