@@ -35,7 +35,7 @@ def student(pristine: "tuple[PreTrainedModel, PreTrainedTokenizerBase]") -> "Cal
     return lambda: deepcopy(pristine[0])
 
 
-@pytest.fixture(params=("scalar", "avx2", "avx512", "avx512_bf16"))
+@pytest.fixture(params=("scalar", "avx2", "avx512", "avx512_bf16", "amx"))
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs the test on each instruction set of this machine in turn."""
     from rbfast import ops

@@ -2,14 +2,33 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <string>
+
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "cpu/dispatch.h"
 
 namespace rbfast {
 namespace {
 
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx"};
+constexpr int kCount = static_cast<int>(std::size(kNames));
+
+#if defined(__x86_64__)
+// Linux hands out the tile registers to a process that asks for them, for all of its threads; it may refuse.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 Isa best_isa() {
 #if defined(__x86_64__)
@@ -17,7 +36,10 @@ Isa best_isa() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::avx512_bf16;
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool tiles = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16");
+  if (avx512_bf16 && tiles && may_use_tiles()) return Isa::amx;
+  if (avx512_bf16) return Isa::avx512_bf16;
   if (avx512) return Isa::avx512;
   if (avx2) return Isa::avx2;
 #endif
@@ -31,13 +53,14 @@ Isa active_isa() {
   // Read at every call, so that a test can force each set in turn within one process.
   const char* forced = std::getenv("RBFAST_CPU_ISA");
   if (forced == nullptr || *forced == '\0') return best;
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < kCount; ++i) {
     if (std::strcmp(forced, kNames[i]) != 0) continue;
     expect(i <= static_cast<int>(best), "RBFAST_CPU_ISA=", forced, " is not supported by this CPU, whose best is ",
            kNames[static_cast<int>(best)]);
     return static_cast<Isa>(i);
   }
-  throw std::runtime_error(std::string("RBFAST_CPU_ISA must be scalar, avx2, avx512 or avx512_bf16, got ") + forced);
+  throw std::runtime_error(std::string("RBFAST_CPU_ISA must be scalar, avx2, avx512, avx512_bf16 or amx, got ") +
+                           forced);
 }
 
 }  // namespace rbfast

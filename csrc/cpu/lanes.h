@@ -22,6 +22,7 @@
 #define RBFAST_LANES_avx2 8
 #define RBFAST_LANES_avx512 16
 #define RBFAST_LANES_avx512_bf16 16
+#define RBFAST_LANES_amx 16
 #define RBFAST_LANES_OF(isa) RBFAST_LANES_##isa
 #define RBFAST_LANES_OF_EXPANDED(isa) RBFAST_LANES_OF(isa)
 #if defined(ISA)

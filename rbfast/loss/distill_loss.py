@@ -52,7 +52,7 @@ class DistillLoss(nn.Module):
         reduction: "mean" divides by `num_items` where given, else by the number of rows that take part.
         softcap: the student's logits are softcap * tanh(z / softcap), as in Gemma 2.
         logit_scale: multiplies the student's logits (after the bias, before the softcap), as in Cohere's models.
-        chunk_rows: rows taken at a time, rounded up to a multiple of 16; by default 40 MiB of logits or
+        chunk_rows: rows taken at a time, rounded up to a multiple of 32; by default 40 MiB of logits or
             96 rows, whichever is more; 768 MiB on a GPU.
         gradient_filter: in [0, 1). The gradient of hidden lacks the entries of a row of d loss / d logits that are
             smallest in magnitude, as long as they sum to at most this share of the row. 0.02 saves a CPU most of that

@@ -26,17 +26,17 @@ Reduction = Literal["mean", "sum", "none"]
 CHUNK_BYTES = 40 * 2**20
 CHUNK_BYTES_ON_GPU = 768 * 2**20
 LEAST_ROWS = 96
-# Chunks hold a multiple of this many rows: head_grad_ sums rows in pairs, so a pair must never be split by a chunk.
-ROW_MULTIPLE = 16
+# Chunks hold a multiple of this many rows: head_grad_ sums rows in pairs, or by 32, which a chunk must never split.
+ROW_MULTIPLE = 32
 
 
 class LossOps(Protocol):
     """The ops a loss is made of: the registry's, or the reference for fp64."""
 
     def head_forward_(self, logits: Tensor, hidden: Tensor, weight: Tensor, /) -> None: ...
-    def head_backward(self, dz: Tensor, weight: Tensor, floors: Tensor | None, /) -> Tensor: ...
+    def head_backward(self, dz: Tensor, weight: Tensor, thresholds: Tensor | None, /) -> Tensor: ...
     def head_grad_(self, dW: Tensor, dz: Tensor, hidden: Tensor, /) -> None: ...
-    def row_floors(self, dz: Tensor, share: float, /) -> tuple[Tensor, Tensor]: ...
+    def row_thresholds(self, dz: Tensor, share: float, /) -> tuple[Tensor, Tensor]: ...
     def divergence_rows_(
         self,
         logits: Tensor,
@@ -170,10 +170,10 @@ def _solve_chunk(
     if dz is None:
         return
     if solution.d_hidden is not None:
-        floors = None
+        thresholds = None
         if job.gradient_filter > 0 and hidden.device.type == "cpu":
-            floors, solution.left_out[rows] = loss_ops.row_floors(dz, job.gradient_filter)
-        solution.d_hidden[rows] = loss_ops.head_backward(dz, weight, floors)
+            thresholds, solution.left_out[rows] = loss_ops.row_thresholds(dz, job.gradient_filter)
+        solution.d_hidden[rows] = loss_ops.head_backward(dz, weight, thresholds)
     if solution.d_weight is not None:
         loss_ops.head_grad_(solution.d_weight, dz, x)
     if solution.d_bias is not None:

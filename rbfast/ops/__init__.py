@@ -21,7 +21,7 @@ from rbfast.ops.registry import (
     head_forward_,
     head_grad_,
     implementations,
-    row_floors,
+    row_thresholds,
 )
 
 __all__ = [
@@ -38,5 +38,5 @@ __all__ = [
     "head_forward_",
     "head_grad_",
     "implementations",
-    "row_floors",
+    "row_thresholds",
 ]

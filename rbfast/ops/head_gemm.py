@@ -35,9 +35,9 @@ def head_forward_(logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
         torch.mm(x, wide(weight[part]).T, out=logits[:, part])
 
 
-def head_backward(dz: Tensor, weight: Tensor, floors: Tensor | None = None) -> Tensor:
-    """dz [T, V] weight [V, H] in fp32; what is below the floor [T] of its row counts as 0, but is multiplied."""
-    dz = above(dz, floors)
+def head_backward(dz: Tensor, weight: Tensor, thresholds: Tensor | None = None) -> Tensor:
+    """dz [T, V] weight [V, H] in fp32; what is below the threshold [T] of its row counts as 0, but is multiplied."""
+    dz = above(dz, thresholds)
     if _has_wide_output(dz, weight):
         return torch.mm(dz, weight, out_dtype=torch.float32)
     total = wide(dz[:0]).new_zeros(len(dz), weight.shape[1])

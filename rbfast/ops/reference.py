@@ -52,39 +52,39 @@ def head_forward_(logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
     torch.mm(wide(hidden), wide(weight).T, out=logits)
 
 
-def head_backward(dz: Tensor, weight: Tensor, floors: Tensor | None = None) -> Tensor:
+def head_backward(dz: Tensor, weight: Tensor, thresholds: Tensor | None = None) -> Tensor:
     """Gradient of hidden [T, H] from the gradient dz [T, V] of its logits, in fp32 or wider.
 
-    What is smaller in magnitude than the floor [T] of its row counts as 0.
+    What is smaller in magnitude than the threshold [T] of its row counts as 0.
     """
-    return wide(above(dz, floors)) @ wide(weight)
+    return wide(above(dz, thresholds)) @ wide(weight)
 
 
-def above(dz: Tensor, floors: Tensor | None) -> Tensor:
-    """dz [T, V] with 0 in place of what is smaller in magnitude than the floor [T] of its row."""
-    return dz if floors is None else dz.masked_fill(wide(dz).abs() < floors.unsqueeze(1), 0.0)
+def above(dz: Tensor, thresholds: Tensor | None) -> Tensor:
+    """dz [T, V] with 0 in place of what is smaller in magnitude than the threshold [T] of its row."""
+    return dz if thresholds is None else dz.masked_fill(wide(dz).abs() < thresholds.unsqueeze(1), 0.0)
 
 
-FLOORS = tuple(2.0**-n for n in range(8, 16))  # those that are tried, as shares of what may be left out
+THRESHOLDS = tuple(2.0**-n for n in range(8, 16))  # those that are tried, as shares of what may be left out
 _SUM_ERROR = 2.0**-12  # more than sums in fp32 are rounded by
 
 
-def row_floors(dz: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """For each row of dz [T, V] a floor: the values below it sum, in magnitude, to at most `share` of the row.
+def row_thresholds(dz: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """For each row of dz [T, V] a threshold: the values below it sum, in magnitude, to at most `share` of the row.
 
-    The floor is the largest of FLOORS that hold this, or the smallest number there is. With it comes what the values
-    below sum to, rounded up. Infinities and NaNs are below no floor and are not in the sums.
+    It is the largest of THRESHOLDS that hold this, or the smallest number there is. With it comes what the values below
+    sum to, rounded up. Infinities and NaNs are below no threshold and are not in the sums.
     """
     size = wide(dz).abs()
     allowed = share * size.masked_fill(~size.isfinite(), 0.0).sum(1, dtype=torch.float64)
     left_out = size.new_zeros(len(size))
-    floors = torch.nextafter(left_out, torch.ones_like(left_out))
-    for part in reversed(FLOORS):
+    thresholds = torch.nextafter(left_out, torch.ones_like(left_out))
+    for part in reversed(THRESHOLDS):
         limit = part * allowed.to(size.dtype)
         bound = (1 + _SUM_ERROR) * size.masked_fill(~(size < limit.unsqueeze(1)), 0.0).sum(1, dtype=torch.float64)
-        holds = (bound <= allowed) & (limit > floors) & limit.isfinite()
-        floors, left_out = torch.where(holds, limit, floors), torch.where(holds, bound.to(size.dtype), left_out)
-    return floors, left_out
+        holds = (bound <= allowed) & (limit > thresholds) & limit.isfinite()
+        thresholds, left_out = torch.where(holds, limit, thresholds), torch.where(holds, bound.to(size.dtype), left_out)
+    return thresholds, left_out
 
 
 def head_grad_(dW: Tensor, dz: Tensor, hidden: Tensor) -> None:

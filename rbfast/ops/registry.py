@@ -27,8 +27,8 @@ _SCHEMAS = {
     "column_scatter_": "(Tensor(a!) dx, Tensor dy, Tensor cols, Tensor A, Tensor B, float scale) -> ()",
     "column_fold_": "(Tensor(a!) weight, Tensor base_columns, Tensor cols, Tensor A, Tensor B, float scale) -> ()",
     "head_forward_": "(Tensor(a!) logits, Tensor hidden, Tensor weight) -> ()",
-    "head_backward": "(Tensor dz, Tensor weight, Tensor? floors=None) -> Tensor",
-    "row_floors": "(Tensor dz, float share) -> (Tensor, Tensor)",
+    "head_backward": "(Tensor dz, Tensor weight, Tensor? thresholds=None) -> Tensor",
+    "row_thresholds": "(Tensor dz, float share) -> (Tensor, Tensor)",
     "head_grad_": "(Tensor(a!) dW, Tensor dz, Tensor hidden) -> ()",
     "divergence_rows_": "(Tensor(a!) logits, Tensor(b!)? dz, Tensor labels, Tensor kl_weight, Tensor ce_weight, "
     "Tensor temperature, Tensor? ids, Tensor? logprobs, Tensor? teacher, Tensor? bias, "
@@ -104,7 +104,7 @@ column_fold_ = torch.ops.rbfast.column_fold_
 head_forward_ = torch.ops.rbfast.head_forward_
 head_backward = torch.ops.rbfast.head_backward
 head_grad_ = torch.ops.rbfast.head_grad_
-row_floors = torch.ops.rbfast.row_floors
+row_thresholds = torch.ops.rbfast.row_thresholds
 divergence_rows_ = torch.ops.rbfast.divergence_rows_
 
 
@@ -119,11 +119,11 @@ def _(dy: Tensor, xs: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tenso
 
 
 @torch.library.register_fake("rbfast::head_backward", lib=_LIBRARY)
-def _(dz: Tensor, weight: Tensor, floors: Tensor | None = None) -> Tensor:
+def _(dz: Tensor, weight: Tensor, thresholds: Tensor | None = None) -> Tensor:
     return reference.wide(dz).new_empty(dz.shape[0], weight.shape[1])
 
 
-@torch.library.register_fake("rbfast::row_floors", lib=_LIBRARY)
+@torch.library.register_fake("rbfast::row_thresholds", lib=_LIBRARY)
 def _(dz: Tensor, share: float) -> tuple[Tensor, Tensor]:
     return reference.wide(dz).new_empty(dz.shape[0]), reference.wide(dz).new_empty(dz.shape[0])
 
@@ -206,7 +206,7 @@ def implementations(device: str = "cpu") -> dict[str, str]:
 
 
 def _on_gpu(name: str) -> str:
-    if name == "row_floors":
+    if name == "row_thresholds":
         return "reference (a filter saves a GPU nothing)"
     if name in _IN_TRITON:
         return f"triton ({importlib.metadata.version('triton')})"

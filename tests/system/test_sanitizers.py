@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = ROOT / "build" / "sanitized"
-TESTS = ["ops/test_columns_ops.py", "ops/test_divergence_rows.py", "ops/test_gemm.py", "curation/test_text.py"]
+TESTS = ["ops/test_columns_ops.py", "ops/test_divergence_rows.py", "ops/test_head_gemm.py", "curation/test_text.py"]
 PYTHON_ONLY = "not opcheck and not compiles and not graph"
 
 

@@ -54,15 +54,15 @@ static inline int64_t filtered_scratch(int64_t columns) {
   return 4 * (columns + kColumnUnit) * kFilteredPanel + 6 * kRowBlock * kFilteredWords;
 }
 
-#define RBFAST_GEMM(ISA)                                                                                               \
-  namespace ISA {                                                                                                      \
-  /* Rows [m0, m1) and columns [n0, n1) of C. The order of the sum over k is the same whatever the rectangle. */       \
-  void gemm(const Gemm& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1, void* scratch);                             \
-  /* As gemm with resumed sums, but what is smaller in row i of A than floors[i] >= 0 counts as 0; B lies along n. */  \
-  void filtered_gemm(const Gemm& g, const float* floors, int64_t m0, int64_t m1, int64_t n0, int64_t n1,               \
-                     void* scratch);                                                                                   \
-  /* A floor for a row of A: what lies below sums, in magnitude, to *left_out, which is at most `share` of the row. */ \
-  void row_floor(const Operand& a, int64_t row, int64_t k, float share, float* floor, float* left_out);                \
+#define RBFAST_GEMM(ISA)                                                                                              \
+  namespace ISA {                                                                                                     \
+  /* Rows [m0, m1) and columns [n0, n1) of C. The order of the sum over k is the same whatever the rectangle. */      \
+  void gemm(const Gemm& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1, void* scratch);                            \
+  /* As gemm with resumed sums; what is smaller in row i of A than thresholds[i] >= 0 counts as 0. B lies along n. */ \
+  void filtered_gemm(const Gemm& g, const float* thresholds, int64_t m0, int64_t m1, int64_t n0, int64_t n1,          \
+                     void* scratch);                                                                                  \
+  /* A threshold for a row of A: what lies below sums to *left_out, at most `share` of the row (in magnitude). */     \
+  void row_threshold(const Operand& a, int64_t row, int64_t k, float share, float* threshold, float* left_out);       \
   }
 
 RBFAST_GEMM(scalar)

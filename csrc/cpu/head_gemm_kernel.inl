@@ -1,5 +1,4 @@
-// A packed matrix product, included by gemm_{scalar,avx2,avx512,avx512_bf16}.cpp, each under its own target and with
-// ISA set to its namespace.
+// A packed matrix product for the instruction set ISA; see head_gemm_filtered_kernel.inl.
 //
 // The unit of work is a tile of kRows x 3 vectors of C, held in registers while k runs. Both operands are packed first:
 // a panel of A holds kRows values for each k, a panel of B three vectors for each k, both read in order, so the inner
@@ -10,9 +9,10 @@
 // first-level cache while all rows of the block pass over it. So each element of a large B is read once per row block.
 //
 // Order: k is cut at multiples of kBlockK. Sums run in order inside a block, and blocks are added to C in order
-// (Sums::fresh: smaller errors), or the sum goes on from the value in C (Sums::resumed: the same bits wherever a sum over
-// k was interrupted, at any even k). Nothing depends on the size of the rectangle, so nothing depends on the threads.
-#include "cpu/gemm.h"
+// (Sums::fresh: smaller errors), or the sum goes on from the value in C (Sums::resumed: the same bits wherever a sum
+// over k was interrupted, at any even k). Nothing depends on the size of the rectangle, so nothing depends on the
+// threads.
+#include "cpu/head_gemm.h"
 
 namespace rbfast {
 namespace ISA {
@@ -106,7 +106,8 @@ static void pack_outers(const T* x, const Operand& g, int64_t valid, int64_t dep
   if (g.k_stride == 1) {
     const T* outers[R];
     for (int i = 0; i < R; ++i) outers[i] = i < valid ? x + i * g.outer_stride : nullptr;
-    for (; (done + kLanes) * kDepth <= depth; done += kLanes) pack_block<R>(outers, done * kDepth, panel + done * ld, ld);
+    for (; (done + kLanes) * kDepth <= depth; done += kLanes)
+      pack_block<R>(outers, done * kDepth, panel + done * ld, ld);
   } else if (valid >= R && g.outer_stride == 1) {
     for (; (done + 1) * kDepth <= depth; ++done) {
       const T* p = x + done * kDepth * g.k_stride;
@@ -163,8 +164,12 @@ static inline Ahead panel_ahead(const Operand& x, int64_t outer, int64_t end, in
   const int64_t bytes = x.type == Storage::f32 ? 4 : 2, outers = smaller(kColumns, end - outer);
   const char* first = static_cast<const char*>(x.data) + (outer * x.outer_stride + k0 * x.k_stride) * bytes;
   const bool along_k = x.k_stride == 1;
-  Ahead ahead{first, 0, along_k ? depth * bytes : outers * bytes, (along_k ? x.outer_stride : x.k_stride) * bytes,
-              along_k ? outers : depth, 4};
+  Ahead ahead{first,
+              0,
+              along_k ? depth * bytes : outers * bytes,
+              (along_k ? x.outer_stride : x.k_stride) * bytes,
+              along_k ? outers : depth,
+              4};
   const int64_t lines = (ahead.length + 63) / 64 * ahead.runs, asked = words(depth) * tiles;
   if (asked < lines * ahead.every) ahead.every = asked < 2 * lines ? 1 : asked / lines;
   return ahead;
@@ -181,8 +186,7 @@ struct Panel {
 };
 
 template <bool kPicked>
-static inline void tile(const Word* a, Panel b, int64_t count, float* c, int64_t ldc, Update update,
-                        Ahead& ahead) {
+static inline void tile(const Word* a, Panel b, int64_t count, float* c, int64_t ldc, Update update, Ahead& ahead) {
   Lanes sums[kRows][kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)

@@ -1,9 +1,12 @@
-// A product that leaves out the smallest values of A, included after gemm_kernel.inl, whose words and tiles it uses.
+// Included by head_gemm_{scalar,avx2,avx512,avx512_bf16}.cpp, each under its own target and with ISA set to its
+// namespace: head_gemm_kernel.inl, and with its words and tiles a product that leaves out the smallest values of A.
 //
-// A group of kRows rows needs only the words of k in which one of its rows has a value left, the block of rows only those
-// that one of its groups needs. Panels of B are packed from the latter, and a group's tile picks the former out of them.
-// A row's sum runs over k in order, and a word that is there for the sake of other rows adds zeros to it: so its
-// bits do not depend on the rows beside it, as long as B is finite.
+// A group of kRows rows needs only the words of k in which one of its rows has a value left, the block of rows only
+// those that one of its groups needs. Panels of B are packed from the latter, and a group's tile picks the former out
+// of them. A row's sum runs over k in order, and a word that is there for the sake of other rows adds zeros to it: so
+// its bits do not depend on the rows beside it, as long as B is finite.
+#include "cpu/head_gemm_kernel.inl"
+
 namespace rbfast {
 namespace ISA {
 namespace {
@@ -27,12 +30,12 @@ static inline Lanes add_below(Lanes sum, Lanes v, Lanes limit) {
 #endif
 }
 
-// ---- the floor of a row ----
+// ---- the threshold of a row ----
 
-// Floors that are tried, as shares of what may be left out: 2^-8, 2^-9 ... 2^-15. Below the first lie few values of a
+// Thresholds to try, as shares of what may be left out: 2^-8, 2^-9 ... 2^-15. Below the first lie few values of a
 // peaked row, and many thousands have to lie below the last to add up to more.
-constexpr int kFloors = 8;
-constexpr int kFirstFloor = 8;
+constexpr int kThresholds = 8;
+constexpr int kFirstThreshold = 8;
 
 // The sum of a row's magnitudes below each of N limits. Sums in fp32 are short, so that their rounding stays small.
 template <int N, typename T>
@@ -60,31 +63,31 @@ struct Needs {
   int16_t starts[kPanels + 1];  // the first of each panel
 };
 
-// Marks each of `depth` values of k at which one of the rows has something that is not below its floor.
+// Marks each of `depth` values of k at which one of the rows has something that is not below its threshold.
 template <typename T>
-static void mark(const T* a, int64_t stride, int64_t rows, int64_t depth, const float* floors, LaneInts* marks) {
+static void mark(const T* a, int64_t stride, int64_t rows, int64_t depth, const float* thresholds, LaneInts* marks) {
   for (int64_t k = 0; k < depth; k += kLanes) {
     LaneInts any{};
-    for (int64_t i = 0; i < rows; ++i) any |= ~(magnitudes(a + i * stride + k, depth - k) < splat(floors[i]));
+    for (int64_t i = 0; i < rows; ++i) any |= ~(magnitudes(a + i * stride + k, depth - k) < splat(thresholds[i]));
     marks[k / kLanes] = any;
   }
 }
 
-// The bits of a value, or of 0 where it is below the floor. No branch: which it is cannot be foretold.
-static inline uint32_t bits_above(float value, float floor) {
+// The bits of a value, or of 0 where it is below the threshold. No branch: which it is cannot be foretold.
+static inline uint32_t bits_above(float value, float threshold) {
   uint32_t bits, limit;
   memcpy(&bits, &value, 4);
-  memcpy(&limit, &floor, 4);
+  memcpy(&limit, &threshold, 4);
   return (bits & 0x7fffffff) < limit ? 0 : bits;
 }
 
-// The word at p, 0 in place of what is below the floor.
+// The word at p, 0 in place of what is below the threshold.
 template <typename T>
-static inline Word word_above(const T* p, float floor, bool whole) {
+static inline Word word_above(const T* p, float threshold, bool whole) {
 #if defined(BF16_PAIRS)
-  return bits_above(load(p), floor) >> 16 | (whole ? bits_above(load(p + 1), floor) : 0);
+  return bits_above(load(p), threshold) >> 16 | (whole ? bits_above(load(p + 1), threshold) : 0);
 #else
-  const uint32_t bits = bits_above(load(p), floor);
+  const uint32_t bits = bits_above(load(p), threshold);
   float value;
   memcpy(&value, &bits, 4);
   return value;
@@ -113,10 +116,10 @@ static void pack_needed(const T* b, int64_t stride, const int16_t* order, int64_
 }
 
 // Writes the words of k that the rows need into needs.places and marks them in `needed`; returns how many they are.
-static int64_t find_needs(const Operand& a, const float* floors, int64_t m, int64_t rows, int64_t k, int64_t depth,
+static int64_t find_needs(const Operand& a, const float* thresholds, int64_t m, int64_t rows, int64_t k, int64_t depth,
                           const Needs& needs, uint8_t* needed) {
   LaneInts marks[kFilteredWords * kDepth / kLanes];
-  typed(a, m * a.outer_stride + k, [&](const auto* p) { mark(p, a.outer_stride, rows, depth, floors + m, marks); });
+  typed(a, m * a.outer_stride + k, [&](const auto* p) { mark(p, a.outer_stride, rows, depth, thresholds + m, marks); });
   const int32_t* marked = reinterpret_cast<const int32_t*>(marks);
   int64_t count = 0;
   for (int64_t w = 0; w < words(depth); ++w) {
@@ -129,7 +132,7 @@ static int64_t find_needs(const Operand& a, const float* floors, int64_t m, int6
 }
 
 // From words of k to places among the `ranks` of needed ones, panel by panel, and the rows' values there.
-static void take_values(const Operand& a, const float* floors, int64_t m, int64_t rows, int64_t k, int64_t depth,
+static void take_values(const Operand& a, const float* thresholds, int64_t m, int64_t rows, int64_t k, int64_t depth,
                         const int16_t* ranks, int64_t count, Needs& needs) {
   typed(a, m * a.outer_stride + k, [&](const auto* p) {
     int64_t panel = 0;
@@ -139,7 +142,8 @@ static void take_values(const Operand& a, const float* floors, int64_t m, int64_
       needs.places[i] = static_cast<int16_t>(rank % kFilteredPanel);
       const bool whole = (w + 1) * kDepth <= depth;
       Word* to = needs.values + i * kRows;
-      for (int64_t r = 0; r < rows; ++r) to[r] = word_above(p + r * a.outer_stride + w * kDepth, floors[m + r], whole);
+      for (int64_t r = 0; r < rows; ++r)
+        to[r] = word_above(p + r * a.outer_stride + w * kDepth, thresholds[m + r], whole);
       for (int64_t r = rows; r < kRows; ++r) to[r] = Word{};
     }
     for (; panel <= kPanels; ++panel) needs.starts[panel] = static_cast<int16_t>(count);
@@ -147,12 +151,12 @@ static void take_values(const Operand& a, const float* floors, int64_t m, int64_
 }
 
 // Adds the product over a piece of k to a rectangle of C.
-static void add_piece(const Gemm& g, const float* floors, int64_t m0, int64_t m1, int64_t n0, int64_t n1, int64_t k,
+static void add_piece(const Gemm& g, const float* thresholds, int64_t m0, int64_t m1, int64_t n0, int64_t n1, int64_t k,
                       int64_t depth, Needs* needs, Word* panels) {
   uint8_t needed[kFilteredWords] = {};
   int64_t counts[kGroups];
   for (int64_t m = m0, group = 0; m < m1; m += kRows, ++group)
-    counts[group] = find_needs(g.a, floors, m, smaller(kRows, m1 - m), k, depth, needs[group], needed);
+    counts[group] = find_needs(g.a, thresholds, m, smaller(kRows, m1 - m), k, depth, needs[group], needed);
   int16_t order[kFilteredWords], ranks[kFilteredWords];
   int64_t total = 0;
   for (int64_t w = 0; w < words(depth); ++w) {
@@ -161,7 +165,7 @@ static void add_piece(const Gemm& g, const float* floors, int64_t m0, int64_t m1
     total += needed[w];
   }
   for (int64_t m = m0, group = 0; m < m1; m += kRows, ++group)
-    take_values(g.a, floors, m, smaller(kRows, m1 - m), k, depth, ranks, counts[group], needs[group]);
+    take_values(g.a, thresholds, m, smaller(kRows, m1 - m), k, depth, ranks, counts[group], needs[group]);
   Ahead nothing{};
   nothing.every = kBlockK;
   for (int64_t first = 0, p = 0; first < total; first += kFilteredPanel, ++p) {
@@ -187,28 +191,29 @@ static void add_piece(const Gemm& g, const float* floors, int64_t m0, int64_t m1
 
 }  // namespace
 
-void row_floor(const Operand& a, int64_t row, int64_t k, float share, float* floor, float* left_out) {
+void row_threshold(const Operand& a, int64_t row, int64_t k, float share, float* threshold, float* left_out) {
   typed(a, row * a.outer_stride, [&](const auto* p) {
     const float everything = __builtin_inff();
-    double total, below[kFloors];
+    double total, below[kThresholds];
     sums_below<1>(p, k, &everything, &total);
     const double allowed = share * total;
-    *floor = 1e-45f;  // the smallest number there is: zeros alone lie below
+    *threshold = 1e-45f;  // the smallest number there is: zeros alone lie below
     *left_out = 0;
     if (!(allowed < __builtin_inff())) return;
-    float limits[kFloors];
-    for (int j = 0; j < kFloors; ++j)
-      limits[j] = static_cast<float>(allowed) / static_cast<float>(1 << (kFirstFloor + j));
-    sums_below<kFloors>(p, k, limits, below);
-    for (int j = kFloors - 1; j >= 0; --j) {
+    float limits[kThresholds];
+    for (int j = 0; j < kThresholds; ++j)
+      limits[j] = static_cast<float>(allowed) / static_cast<float>(1 << (kFirstThreshold + j));
+    sums_below<kThresholds>(p, k, limits, below);
+    for (int j = kThresholds - 1; j >= 0; --j) {
       const double bound = below[j] * (1 + 0x1p-12);  // more than the sums can be rounded by
       if (!(bound <= allowed)) break;
-      if (limits[j] > *floor) *floor = limits[j], *left_out = static_cast<float>(bound);
+      if (limits[j] > *threshold) *threshold = limits[j], *left_out = static_cast<float>(bound);
     }
   });
 }
 
-void filtered_gemm(const Gemm& g, const float* floors, int64_t m0, int64_t m1, int64_t n0, int64_t n1, void* scratch) {
+void filtered_gemm(const Gemm& g, const float* thresholds, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
+                   void* scratch) {
   Word* panels = static_cast<Word*>(scratch);
   Word* values = panels + (n1 - n0 + kColumns) * kFilteredPanel;
   int16_t* places = reinterpret_cast<int16_t*>(values + kRowBlock * kFilteredWords);
@@ -220,7 +225,7 @@ void filtered_gemm(const Gemm& g, const float* floors, int64_t m0, int64_t m1, i
   for (int64_t mb = m0; mb < m1; mb += kRowBlock) {
     const int64_t mb_end = smaller(mb + kRowBlock, m1);
     for (int64_t k = 0; k < g.k; k += kFilteredWords * kDepth)
-      add_piece(g, floors, mb, mb_end, n0, n1, k, smaller(kFilteredWords * kDepth, g.k - k), needs, panels);
+      add_piece(g, thresholds, mb, mb_end, n0, n1, k, smaller(kFilteredWords * kDepth, g.k - k), needs, panels);
   }
 }
 

@@ -1,38 +1,20 @@
-"""The head's products against fp64 on every instruction set, and the floors below which head_backward reads nothing."""
+"""The head's products against fp64 on every instruction set, and the thresholds of its filter."""
 
 import pytest
 import torch
+from head_products import DTYPES, SHAPES, assert_product, draw
 from torch import Tensor
 
 from rbfast import ops
 from rbfast.ops import reference
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-EPS32 = torch.finfo(torch.float32).eps
-# T, H, V: below one vector, odd, an exact tile, more rows than a block, more of k than one block and than one panel.
-SHAPES = ((1, 1, 1), (3, 5, 7), (16, 192, 96), (17, 33, 49), (130, 577, 1001), (300, 4100, 50))
-
 pytestmark = pytest.mark.usefixtures("isa")
-
-
-def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def head_forward(hidden: Tensor, weight: Tensor) -> Tensor:
     logits = torch.full((len(hidden), len(weight)), torch.nan)
     ops.head_forward_(logits, hidden, weight)
     return logits
-
-
-def assert_product(ours: Tensor, a: Tensor, b: Tensor, start: Tensor | None = None) -> None:
-    """ours = start + a @ b within the error that any order of an fp32 sum may have."""
-    a, b = a.double(), b.double()
-    truth, size = a @ b, a.abs() @ b.abs()
-    if start is not None:
-        truth, size = truth + start, size + start.abs()
-    assert ours.dtype == torch.float32
-    assert bool(((ours - truth).abs() <= (a.shape[1] + 1) * EPS32 * size).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -62,8 +44,10 @@ def test_strided_operands(isa):
     wide = draw(9, 240, dtype=torch.bfloat16)
     transposed, weight = draw(70, 9, dtype=torch.bfloat16).T, draw(120, 70, dtype=torch.bfloat16, seed=1)
     assert_product(ops.head_backward(wide[:, :120], weight), wide[:, :120], weight)
-    floors = torch.linspace(0.1, 2, 9)
-    assert_product(ops.head_backward(wide[:, :120], weight, floors), reference.above(wide[:, :120], floors), weight)
+    thresholds = torch.linspace(0.1, 2, 9)
+    assert_product(
+        ops.head_backward(wide[:, :120], weight, thresholds), reference.above(wide[:, :120], thresholds), weight
+    )
     assert_product(head_forward(transposed, weight), transposed, weight.T)
     assert_product(
         head_forward(draw(9, 120, dtype=torch.bfloat16), weight.T), draw(9, 120, dtype=torch.bfloat16), weight
@@ -93,7 +77,7 @@ def test_bits_do_not_depend_on_rows_threads_or_chunks(dtype, threads):
         parts = [slice(i, i + chunk) for i in range(0, 100, chunk)]
         assert torch.equal(torch.cat([head_forward(hidden[p], weight) for p in parts]), logits)
         assert torch.equal(torch.cat([ops.head_backward(dz[p], weight) for p in parts]), gradient)
-    for chunk in (2, 16, 64):  # an even number of rows: a pair is never split
+    for chunk in (32, 64, 96):  # what is summed at once is never split
         again = torch.zeros(1001, 577)
         for i in range(0, 100, chunk):
             ops.head_grad_(again, dz[i : i + chunk], hidden[i : i + chunk])
@@ -106,10 +90,10 @@ def peaked(*shape: int, dtype: torch.dtype) -> Tensor:
     return (draw(*shape, dtype=torch.float32, seed=2) * sizes).clamp(-6e4, 6e4).to(dtype)
 
 
-def sums_below(dz: Tensor, floors: Tensor) -> tuple[Tensor, Tensor]:
-    """By row, in fp64: the magnitudes below the floor, and all of them."""
+def sums_below(dz: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    """By row, in fp64: the magnitudes below the threshold, and all of them."""
     size = dz.double().abs()
-    return size.masked_fill(size >= floors.double().unsqueeze(1), 0.0).sum(1), size.sum(1)
+    return size.masked_fill(size >= thresholds.double().unsqueeze(1), 0.0).sum(1), size.sum(1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -117,52 +101,52 @@ def sums_below(dz: Tensor, floors: Tensor) -> tuple[Tensor, Tensor]:
 def test_filtered_products_match_fp64(shape, dtype):
     T, H, V = shape
     dz, weight = draw(T, V, dtype=dtype, seed=2), draw(V, H, dtype=dtype, seed=1)
-    for floors in (torch.zeros(T), torch.linspace(0.01, 3, T), torch.full((T,), 100.0)):
-        kept = reference.above(dz, floors)
-        assert_product(ops.head_backward(dz, weight, floors), kept, weight)
-    assert_product(ops.head_backward(dz, weight.float(), floors / 90), reference.above(dz, floors / 90), weight)
+    for thresholds in (torch.zeros(T), torch.linspace(0.01, 3, T), torch.full((T,), 100.0)):
+        kept = reference.above(dz, thresholds)
+        assert_product(ops.head_backward(dz, weight, thresholds), kept, weight)
+    assert_product(ops.head_backward(dz, weight.float(), thresholds / 90), reference.above(dz, thresholds / 90), weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_of_filtered_rows_do_not_depend_on_others(dtype, threads):
     dz, weight = peaked(100, 2999, dtype=dtype), draw(2999, 100, dtype=dtype, seed=1)
-    floors = ops.row_floors(dz, 0.01)[0]
+    thresholds = ops.row_thresholds(dz, 0.01)[0]
     threads(1)
-    gradient = ops.head_backward(dz, weight, floors)
+    gradient = ops.head_backward(dz, weight, thresholds)
     for count, chunk in ((1, 1), (2, 7), (3, 64), (64, 100)):
         threads(count)
         parts = [slice(i, i + chunk) for i in range(0, 100, chunk)]
-        assert torch.equal(torch.cat([ops.head_backward(dz[p], weight, floors[p]) for p in parts]), gradient)
+        assert torch.equal(torch.cat([ops.head_backward(dz[p], weight, thresholds[p]) for p in parts]), gradient)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("share", [0.0, 0.004, 0.02, 0.3])
-def test_what_lies_below_a_floor_is_bounded(share, dtype):
+def test_what_lies_below_a_threshold_is_bounded(share, dtype):
     for dz in (peaked(9, 4999, dtype=dtype), draw(9, 33, dtype=dtype), draw(3, 1, dtype=dtype)):
-        floors, left_out = ops.row_floors(dz, share)
-        below, total = sums_below(dz, floors)
+        thresholds, left_out = ops.row_thresholds(dz, share)
+        below, total = sums_below(dz, thresholds)
         assert bool((below <= left_out).all()) and bool((left_out <= share * total * (1 + 1e-6)).all())
-        expected = reference.row_floors(dz, share)[0]
-        # A sum that all but equals what is allowed may fall on either side: then the floor is the next one.
-        ratio = floors / expected
+        expected = reference.row_thresholds(dz, share)[0]
+        # A sum that all but equals what is allowed may fall on either side: then the threshold is the next one.
+        ratio = thresholds / expected
         assert bool(((ratio - 1).abs() < 1e-5).float().mean() >= 0.8) and bool(((ratio > 0.49) & (ratio < 2.01)).all())
-    assert share == 0 or bool((ops.row_floors(peaked(9, 4999, dtype=dtype), share)[0] > 1e-30).all())
+    assert share == 0 or bool((ops.row_thresholds(peaked(9, 4999, dtype=dtype), share)[0] > 1e-30).all())
 
 
-def test_floors_of_extreme_rows():
+def test_thresholds_of_extreme_rows():
     dz = torch.zeros(6, 40)
     dz[1, :] = torch.nan
     dz[2, 0] = torch.inf
     dz[3] = 3e38  # the sum of the row overflows in fp32
     dz[4] = 1e-44
     dz[5, :20], dz[5, 20] = 1e-5, 1.0
-    floors, left_out = ops.row_floors(dz, 0.02)
-    below = dz.abs() < floors.unsqueeze(1)
+    thresholds, left_out = ops.row_thresholds(dz, 0.02)
+    below = dz.abs() < thresholds.unsqueeze(1)
     assert below.sum(1).tolist() == [40, 0, 39, 0, 0, 39]
     assert left_out[:5].tolist() == [0, 0, 0, 0, 0] and 2e-4 <= float(left_out[5]) <= 2.001e-4
     others = [0, 1, 2, 4, 5]
-    torch.testing.assert_close(floors[others], reference.row_floors(dz[others], 0.02)[0], atol=0, rtol=1e-6)
-    gradient = ops.head_backward(dz, torch.ones(40, 3), floors)
+    torch.testing.assert_close(thresholds[others], reference.row_thresholds(dz[others], 0.02)[0], atol=0, rtol=1e-6)
+    gradient = ops.head_backward(dz, torch.ones(40, 3), thresholds)
     assert bool(gradient[1].isnan().all()) and bool(gradient[2].isinf().all()) and float(gradient[5, 0]) == 1
 
 
@@ -177,9 +161,9 @@ def test_wrong_shapes_are_named():
         ops.head_grad_(torch.zeros(7, 5).bfloat16(), torch.randn(3, 7), torch.randn(3, 5))
     with pytest.raises(RuntimeError, match="float32, bfloat16 or float16"):
         head_forward(torch.randn(3, 5).double(), torch.randn(7, 5).double())
-    with pytest.raises(RuntimeError, match=r"head_backward: floors must be \[3\]"):
+    with pytest.raises(RuntimeError, match=r"head_backward: thresholds must be \[3\]"):
         ops.head_backward(torch.randn(3, 7), torch.randn(7, 5), torch.zeros(4))
-    with pytest.raises(RuntimeError, match="head_backward: floors must be float32"):
+    with pytest.raises(RuntimeError, match="head_backward: thresholds must be float32"):
         ops.head_backward(torch.randn(3, 7), torch.randn(7, 5), torch.zeros(3).double())
 
 
@@ -188,5 +172,5 @@ def test_opcheck():
     torch.library.opcheck(ops.head_forward_, (torch.zeros(3, 7), hidden, weight))
     torch.library.opcheck(ops.head_backward, (dz, weight))
     torch.library.opcheck(ops.head_backward, (dz, weight, torch.ones(3)))
-    torch.library.opcheck(ops.row_floors, (dz, 0.1))
+    torch.library.opcheck(ops.row_thresholds, (dz, 0.1))
     torch.library.opcheck(ops.head_grad_, (torch.zeros(7, 5), dz, hidden))

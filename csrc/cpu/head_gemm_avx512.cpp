@@ -1,4 +1,3 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")
 #define ISA avx512
-#include "cpu/gemm_kernel.inl"
-#include "cpu/filtered_kernel.inl"
+#include "cpu/head_gemm_filtered_kernel.inl"

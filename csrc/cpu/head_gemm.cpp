@@ -1,8 +1,8 @@
-// The head's three products on the CPU: checks, scratch memory and threads. The arithmetic is in gemm_kernel.inl.
+// The head's three products on the CPU: checks, scratch memory, threads. The arithmetic is in head_gemm_kernel.inl.
 //
-// Torch has no bf16 x bf16 -> fp32 product on the CPU, rounding logits to bf16 ruins the gradient near the teacher, and a
-// library's bits change with the number of rows; these have fp32 sums in an order that depends on k alone.
-#include "cpu/gemm.h"
+// Torch has no bf16 x bf16 -> fp32 product on the CPU, rounding logits to bf16 ruins the gradient near the teacher, and
+// a library's bits change with the number of rows; these have fp32 sums in an order that depends on k alone.
+#include "cpu/head_gemm.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -13,6 +13,7 @@
 #include <tuple>
 
 #include "cpu/dispatch.h"
+#include "cpu/head_gemm_amx.h"
 
 namespace rbfast {
 namespace {
@@ -35,10 +36,10 @@ Storage storage(const Tensor& x) {
 Operand by_rows(const Tensor& x) { return {x.const_data_ptr(), storage(x), x.stride(0), 1}; }
 Operand by_columns(const Tensor& x) { return {x.const_data_ptr(), storage(x), 1, x.stride(0)}; }
 
-// Whether values are multiplied in pairs of bf16.
-bool in_pairs(Isa isa, const Gemm& g) {
-  return isa == Isa::avx512_bf16 && g.a.type == Storage::bf16 && g.b.type == Storage::bf16;
-}
+bool are_bf16(const Gemm& g) { return g.a.type == Storage::bf16 && g.b.type == Storage::bf16; }
+// Whether values are multiplied in pairs of bf16, and whether in tiles.
+bool in_pairs(Isa isa, const Gemm& g) { return isa >= Isa::avx512_bf16 && are_bf16(g); }
+bool in_tiles(Isa isa, const Gemm& g) { return isa == Isa::amx && are_bf16(g); }
 
 // Rectangles of C [m, n], down x across of them, all but the last ones `height` x `width`.
 struct Rectangles {
@@ -76,9 +77,11 @@ void parallel_gemm(const Gemm& g, int64_t m, int64_t n) {
   const int64_t across = m > n ? std::min(ceil_div(threads, most_down), most_across) : most_across;
   const int64_t down = m > n ? most_down : std::min(ceil_div(threads, most_across), most_down);
   const Rectangles cut = rectangles(m, n, down, across);
-  const int64_t bytes = gemm_scratch(cut.height, g.k);
+  const int64_t bytes = in_tiles(isa, g) ? amx::scratch(g) : gemm_scratch(cut.height, g.k);
   for_each(cut, m, n, bytes, [&](int64_t m0, int64_t m1, int64_t n0, int64_t n1, char* scratch) {
-    if (in_pairs(isa, g))
+    if (in_tiles(isa, g))
+      amx::gemm(g, m0, m1, n0, n1, scratch);
+    else if (in_pairs(isa, g))
       avx512_bf16::gemm(g, m0, m1, n0, n1, scratch);
     else
       RBFAST_CALL(isa, gemm, g, m0, m1, n0, n1, scratch);
@@ -86,7 +89,7 @@ void parallel_gemm(const Gemm& g, int64_t m, int64_t n) {
 }
 
 // Threads share the rows first, since each has to look through its own, but not so that a word of B serves few of them.
-void parallel_filtered_gemm(const Gemm& g, const float* floors, int64_t m, int64_t n) {
+void parallel_filtered_gemm(const Gemm& g, const float* thresholds, int64_t m, int64_t n) {
   const Isa isa = active_isa();
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t down = std::min(threads, ceil_div(m, 4 * kRowUnit));
@@ -95,9 +98,9 @@ void parallel_filtered_gemm(const Gemm& g, const float* floors, int64_t m, int64
   const int64_t bytes = filtered_scratch(cut.width);
   for_each(cut, m, n, bytes, [&](int64_t m0, int64_t m1, int64_t n0, int64_t n1, char* scratch) {
     if (in_pairs(isa, g))
-      avx512_bf16::filtered_gemm(g, floors, m0, m1, n0, n1, scratch);
+      avx512_bf16::filtered_gemm(g, thresholds, m0, m1, n0, n1, scratch);
     else
-      RBFAST_CALL(isa, filtered_gemm, g, floors, m0, m1, n0, n1, scratch);
+      RBFAST_CALL(isa, filtered_gemm, g, thresholds, m0, m1, n0, n1, scratch);
   });
 }
 
@@ -114,42 +117,42 @@ void head_forward_(Tensor logits, const Tensor& hidden, const Tensor& weight) {
                 vocabulary);
 }
 
-Tensor head_backward(const Tensor& dz, const Tensor& weight, std::optional<Tensor> floors) {
+Tensor head_backward(const Tensor& dz, const Tensor& weight, std::optional<Tensor> thresholds) {
   expect_matrix("head_backward", "dz", dz, -1, -1);
   expect_matrix("head_backward", "weight", weight, dz.size(1), -1);
   const int64_t tokens = dz.size(0), vocabulary = dz.size(1), width = weight.size(1);
-  if (floors) {
-    expect_float32("head_backward", "floors", *floors);
-    expect(floors->dim() == 1 && floors->size(0) == tokens && floors->is_contiguous(),
-           "head_backward: floors must be [", tokens, "], one for each row of dz, and contiguous");
+  if (thresholds) {
+    expect_float32("head_backward", "thresholds", *thresholds);
+    expect(thresholds->dim() == 1 && thresholds->size(0) == tokens && thresholds->is_contiguous(),
+           "head_backward: thresholds must be [", tokens, "], one for each row of dz, and contiguous");
   }
   Tensor gradient = torch::stable::new_empty(dz, {tokens, width}, ScalarType::Float);
-  if (vocabulary == 0 || floors) torch::stable::zero_(gradient);
+  if (vocabulary == 0 || thresholds) torch::stable::zero_(gradient);
   if (tokens == 0 || vocabulary == 0 || width == 0) return gradient;
   const Tensor x = dense_rows(dz), w = dense_rows(weight);
-  const Sums sums = floors ? Sums::resumed : Sums::fresh;
+  const Sums sums = thresholds ? Sums::resumed : Sums::fresh;
   const Gemm g{by_rows(x), by_columns(w), mutable_data<float>(gradient), width, vocabulary, sums};
-  if (floors)
-    parallel_filtered_gemm(g, data<float>(*floors), tokens, width);
+  if (thresholds)
+    parallel_filtered_gemm(g, data<float>(*thresholds), tokens, width);
   else
     parallel_gemm(g, tokens, width);
   return gradient;
 }
 
-std::tuple<Tensor, Tensor> row_floors(const Tensor& dz, double share) {
-  expect_matrix("row_floors", "dz", dz, -1, -1);
+std::tuple<Tensor, Tensor> row_thresholds(const Tensor& dz, double share) {
+  expect_matrix("row_thresholds", "dz", dz, -1, -1);
   const Tensor x = dense_rows(dz);
   const int64_t rows = dz.size(0), count = dz.size(1);
-  Tensor floors = torch::stable::new_empty(dz, {rows}, ScalarType::Float);
+  Tensor thresholds = torch::stable::new_empty(dz, {rows}, ScalarType::Float);
   Tensor left_out = torch::stable::new_empty(dz, {rows}, ScalarType::Float);
   const Isa isa = active_isa();
   const Operand a = by_rows(x);
-  float *floor = mutable_data<float>(floors), *sum = mutable_data<float>(left_out);
+  float *threshold = mutable_data<float>(thresholds), *sum = mutable_data<float>(left_out);
   torch::stable::parallel_for(0, rows, grain(count), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      RBFAST_CALL(isa, row_floor, a, i, count, static_cast<float>(share), floor + i, sum + i);
+      RBFAST_CALL(isa, row_threshold, a, i, count, static_cast<float>(share), threshold + i, sum + i);
   });
-  return {floors, left_out};
+  return {thresholds, left_out};
 }
 
 void head_grad_(Tensor dW, const Tensor& dz, const Tensor& hidden) {
@@ -169,7 +172,7 @@ void head_grad_(Tensor dW, const Tensor& dz, const Tensor& hidden) {
 STABLE_TORCH_LIBRARY_IMPL(rbfast, CPU, m) {
   m.impl("head_forward_", TORCH_BOX(&head_forward_));
   m.impl("head_backward", TORCH_BOX(&head_backward));
-  m.impl("row_floors", TORCH_BOX(&row_floors));
+  m.impl("row_thresholds", TORCH_BOX(&row_thresholds));
   m.impl("head_grad_", TORCH_BOX(&head_grad_));
 }
 

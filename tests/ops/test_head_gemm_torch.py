@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_gemm import DTYPES, SHAPES, assert_product, draw
+from head_products import DTYPES, SHAPES, assert_product, draw
 
 from rbfast.ops import head_gemm
 
@@ -21,8 +21,8 @@ def test_widened_products_match_fp64(monkeypatch, shape, other, dtype):
     head_gemm.head_forward_(logits, hidden, weight)
     assert_product(logits, hidden, weight.T)
     assert_product(head_gemm.head_backward(dz, weight), dz, weight)
-    floors = torch.full((T,), 0.5)
-    assert_product(head_gemm.head_backward(dz, weight, floors), dz.masked_fill(dz.abs() < 0.5, 0.0), weight)
+    thresholds = torch.full((T,), 0.5)
+    assert_product(head_gemm.head_backward(dz, weight, thresholds), dz.masked_fill(dz.abs() < 0.5, 0.0), weight)
     start, x = draw(V, H, dtype=torch.float32, seed=3), draw(T, H, dtype=dtype)
     dW = start.clone()
     head_gemm.head_grad_(dW, dz, x)

@@ -1,4 +1,0 @@
-#pragma GCC target("avx2,fma,f16c")
-#define ISA avx2
-#include "cpu/gemm_kernel.inl"
-#include "cpu/filtered_kernel.inl"

@@ -1,0 +1,43 @@
+// The head's products of bf16 values by tiles of 16 x 32 (AMX). Plain pointers only.
+#pragma once
+
+#include "cpu/head_gemm.h"
+
+namespace rbfast {
+namespace amx {
+
+// Tiles go in pairs: a panel is 32 rows of A or columns of B, a step 32 values of k.
+constexpr int64_t kPanel = 32;
+constexpr int64_t kDepth = 32;
+// Bytes of a step of a panel, with a line to spare: steps 2 KiB apart would share two sets of the first-level cache.
+constexpr int64_t kStepBytes = 2 * 1024 + 64;
+// Bytes of each operand that are packed at a time: together less than a level-2 cache.
+constexpr int64_t kRowBytes = 384 << 10;
+constexpr int64_t kColumnBytes = 1280 << 10;
+
+static inline int64_t ceil_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// How much of k is packed at a time. Sums that are fresh restart there, so that it decides about their last bits.
+static inline int64_t k_block(const Gemm& g) {
+  if (g.b.k_stride != 1) return 1024;
+  return g.k <= 4096 ? ceil_to(g.k, kDepth) : 2048;
+}
+
+// Panels of that depth that fit, at least one.
+static inline int64_t fitting_panels(int64_t depth, int64_t bytes) {
+  const int64_t fitting = bytes / (depth / kDepth * kStepBytes);
+  return fitting > 1 ? fitting : 1;
+}
+
+// Bytes of scratch that one call of gemm needs, aligned to 64.
+static inline int64_t scratch(const Gemm& g) {
+  const int64_t depth = k_block(g), panels = fitting_panels(depth, kRowBytes) + fitting_panels(depth, kColumnBytes);
+  return panels * (depth / kDepth * kStepBytes) + kPanel * kPanel * 4;
+}
+
+// As gemm of the other instruction sets, for operands that are both bf16. The order of a sum over k is cut at multiples
+// of kDepth: sums may be resumed there.
+void gemm(const Gemm& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1, void* scratch);
+
+}  // namespace amx
+}  // namespace rbfast

@@ -1,0 +1,300 @@
+// A matrix product by tile instructions, included by head_gemm_amx.cpp, and by the tests with an emulation of the
+// instructions in their place. Vectors are GCC's own, so that it compiles for any CPU.
+//
+// A tile instruction adds to C [16, 16] the product of 16 rows of 32 values of k and 16 columns of 16 pairs of them.
+// One operand lies in rows along k, the other in columns of words of two values of consecutive k. C, of 2 x 2 tiles,
+// stays in tile registers while k runs: four loads and four products a step, all from packed panels.
+//
+// Packing: where k is contiguous, rows are copied and columns are transposed; elsewhere columns are woven from pairs of
+// rows of memory, and rows are woven and transposed. Both operands of head_forward_ lie along k, so one is transposed:
+// the weight, which pays where there are many tokens; or C, with the weight as the operand in rows.
+//
+// Order: within 32 values of k the instruction adds up even and odd ones apart; then step by step. Fresh sums start
+// anew at each block of k, and blocks are added in order; resumed sums go on from the value in C.
+#include "cpu/head_gemm_amx.h"
+
+namespace rbfast {
+namespace amx {
+namespace {
+
+constexpr int64_t kTile = 16;
+
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef float Floats __attribute__((vector_size(64)));
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// What was written before is seen by tile instructions, of whose reads the compiler does not know.
+static inline void settle() { asm volatile("" ::: "memory"); }
+
+template <typename V, typename T>
+static inline V load_as(const T* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+// The first n values, of two bytes each; the others are zero.
+template <typename V>
+static inline V load_as(const BF16* p, int64_t n) {
+  if (n * 2 >= int64_t{sizeof(V)}) return load_as<V>(p);
+  V v{};
+  if (n > 0) memcpy(&v, p, n * 2);
+  return v;
+}
+
+// ---- 16 x 16 words, transposed ----
+
+#define RBFAST_EACH_LANE(a, b, c, d) \
+  Words{a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12}
+#define RBFAST_LANES_AT(a, b, c, d)                                                     \
+  Words{4 * a, 4 * a + 1, 4 * a + 2, 4 * a + 3, 4 * b, 4 * b + 1, 4 * b + 2, 4 * b + 3, \
+        4 * c, 4 * c + 1, 4 * c + 2, 4 * c + 3, 4 * d, 4 * d + 1, 4 * d + 2, 4 * d + 3}
+
+static inline void transpose(Words* v) {
+  Words t[16];
+#pragma GCC unroll 4
+  for (int g = 0; g < 16; g += 4) {  // 4 x 4 words in each lane of 4 rows
+    const Words a = __builtin_shuffle(v[g], v[g + 1], RBFAST_EACH_LANE(0, 16, 1, 17));
+    const Words b = __builtin_shuffle(v[g], v[g + 1], RBFAST_EACH_LANE(2, 18, 3, 19));
+    const Words c = __builtin_shuffle(v[g + 2], v[g + 3], RBFAST_EACH_LANE(0, 16, 1, 17));
+    const Words d = __builtin_shuffle(v[g + 2], v[g + 3], RBFAST_EACH_LANE(2, 18, 3, 19));
+    t[g] = __builtin_shuffle(a, c, RBFAST_EACH_LANE(0, 1, 16, 17));
+    t[g + 1] = __builtin_shuffle(a, c, RBFAST_EACH_LANE(2, 3, 18, 19));
+    t[g + 2] = __builtin_shuffle(b, d, RBFAST_EACH_LANE(0, 1, 16, 17));
+    t[g + 3] = __builtin_shuffle(b, d, RBFAST_EACH_LANE(2, 3, 18, 19));
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {  // 4 x 4 lanes
+    const Words low = __builtin_shuffle(t[c], t[c + 4], RBFAST_LANES_AT(0, 1, 4, 5));
+    const Words high = __builtin_shuffle(t[c], t[c + 4], RBFAST_LANES_AT(2, 3, 6, 7));
+    const Words low_2 = __builtin_shuffle(t[c + 8], t[c + 12], RBFAST_LANES_AT(0, 1, 4, 5));
+    const Words high_2 = __builtin_shuffle(t[c + 8], t[c + 12], RBFAST_LANES_AT(2, 3, 6, 7));
+    v[c] = __builtin_shuffle(low, low_2, RBFAST_LANES_AT(0, 2, 4, 6));
+    v[c + 4] = __builtin_shuffle(low, low_2, RBFAST_LANES_AT(1, 3, 5, 7));
+    v[c + 8] = __builtin_shuffle(high, high_2, RBFAST_LANES_AT(0, 2, 4, 6));
+    v[c + 12] = __builtin_shuffle(high, high_2, RBFAST_LANES_AT(1, 3, 5, 7));
+  }
+}
+
+static inline void store_tile(char* to, const Words* v) {
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) memcpy(to + 64 * i, &v[i], 64);
+}
+
+// ---- packing ----
+
+// One operand's outers [begin, end) and k [k0, k0 + depth). A panel has ceil(depth / kDepth) steps of two tiles.
+struct Part {
+  const Operand& x;
+  int64_t begin, end, k0, depth;
+
+  const BF16* at(int64_t outer, int64_t k) const {
+    return static_cast<const BF16*>(x.data) + outer * x.outer_stride + (k0 + k) * x.k_stride;
+  }
+  int64_t panels() const { return (end - begin + kPanel - 1) / kPanel; }
+  int64_t panel_bytes() const { return (depth + kDepth - 1) / kDepth * kStepBytes; }
+};
+
+// Word i: value i of the row at k and of the one after it.
+static inline Words weave(const Part& part, int64_t outer, int64_t k) {
+  const int64_t valid = part.end - outer;
+  const Halves even = k < part.depth ? load_as<Halves>(part.at(outer, k), valid) : Halves{};
+  const Halves odd = k + 1 < part.depth ? load_as<Halves>(part.at(outer, k + 1), valid) : Halves{};
+  return __builtin_convertvector(even, Words) | __builtin_convertvector(odd, Words) << 16;
+}
+
+// Rows along k, copied.
+static void pack_rows(const Part& part, char* panels) {
+  for (int64_t i = 0; i < part.panels() * kPanel; ++i) {
+    char* to = panels + i / kPanel * part.panel_bytes() + i % kPanel * 64;
+    for (int64_t k = 0; k < part.depth; k += kDepth, to += kStepBytes) {
+      const bool there = part.begin + i < part.end;
+      const Words row = there ? load_as<Words>(part.at(part.begin + i, k), part.depth - k) : Words{};
+      memcpy(to, &row, 64);
+    }
+  }
+}
+
+// Rows across k: woven, then transposed.
+static void pack_rows_across(const Part& part, char* panels) {
+  for (int64_t k = 0; k < part.depth; k += kDepth)
+    for (int64_t i = 0; i < part.panels() * kPanel; i += kTile) {
+      Words v[16];
+#pragma GCC unroll 16
+      for (int r = 0; r < 16; ++r) v[r] = weave(part, part.begin + i, k + 2 * r);
+      transpose(v);
+      store_tile(panels + i / kPanel * part.panel_bytes() + k / kDepth * kStepBytes + i % kPanel * 64, v);
+    }
+}
+
+// Columns across k, woven.
+static void pack_columns_across(const Part& part, char* panels) {
+  for (int64_t k = 0; k < ceil_to(part.depth, kDepth); k += 2)
+    for (int64_t i = 0; i < part.panels() * kPanel; i += kTile) {
+      const Words v = weave(part, part.begin + i, k);
+      memcpy(panels + i / kPanel * part.panel_bytes() + k / kDepth * kStepBytes + i % kPanel * 64 + k % kDepth * 32, &v,
+             64);
+    }
+}
+
+// Columns along k: words of two values are there already, and are transposed.
+static void pack_columns(const Part& part, char* panels) {
+  for (int64_t i = 0; i < part.panels() * kPanel; i += kTile)
+    for (int64_t k = 0; k < part.depth; k += kDepth) {
+      Words v[16];
+#pragma GCC unroll 16
+      for (int r = 0; r < 16; ++r) {
+        const int64_t outer = part.begin + i + r;
+        v[r] = outer < part.end ? load_as<Words>(part.at(outer, k), part.depth - k) : Words{};
+      }
+      transpose(v);
+      store_tile(panels + i / kPanel * part.panel_bytes() + k / kDepth * kStepBytes + i % kPanel * 64, v);
+    }
+}
+
+// ---- 2 x 2 tiles of C ----
+
+enum class Update { set, add, resume };
+
+struct Target {
+  float* c;
+  int64_t ld, rows, columns;  // up to kPanel each
+  bool turned;                // rows of C are columns of the tiles
+  Update update;
+  float* whole;  // [kPanel, kPanel], where C is not written directly
+
+  bool direct() const { return !turned && update != Update::add && rows == kPanel && columns == kPanel; }
+};
+
+static inline void multiply(const char* p, const char* q, int64_t steps) {
+  for (int64_t s = 0; s < steps; ++s, p += kStepBytes, q += kStepBytes) {
+    _tile_loadd(4, p, 64);
+    _tile_loadd(6, q, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, q + 1024, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, p + 1024, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+static inline void load_tiles(const float* c, int64_t ld) {
+  _tile_loadd(0, c, ld * 4);
+  _tile_loadd(1, c + kTile, ld * 4);
+  _tile_loadd(2, c + kTile * ld, ld * 4);
+  _tile_loadd(3, c + kTile * ld + kTile, ld * 4);
+}
+
+static inline void store_tiles(float* c, int64_t ld) {
+  _tile_stored(0, c, ld * 4);
+  _tile_stored(1, c + kTile, ld * 4);
+  _tile_stored(2, c + kTile * ld, ld * 4);
+  _tile_stored(3, c + kTile * ld + kTile, ld * 4);
+}
+
+// Values [0, n) of a row of up to kTile.
+static inline void put_row(float* c, Floats v, int64_t n, bool add) {
+  if (n == kTile) {
+    if (add) v += load_as<Floats>(c);
+    memcpy(c, &v, sizeof v);
+  } else {
+    for (int64_t i = 0; i < n; ++i) c[i] = add ? c[i] + v[i] : v[i];
+  }
+}
+
+// From `whole` to C.
+static void put_block(const Target& t) {
+  const bool add = t.update == Update::add;
+  for (int64_t i = 0; i < t.rows; i += kTile)
+    for (int64_t j = 0; j < t.columns; j += kTile) {
+      Words v[16];
+      const float* tile = t.turned ? t.whole + j * kPanel + i : t.whole + i * kPanel + j;
+#pragma GCC unroll 16
+      for (int r = 0; r < 16; ++r) v[r] = load_as<Words>(tile + r * kPanel);
+      if (t.turned) transpose(v);
+      const int64_t rows = smaller(kTile, t.rows - i), columns = smaller(kTile, t.columns - j);
+      if (rows == kTile)
+#pragma GCC unroll 16
+        for (int r = 0; r < 16; ++r) put_row(t.c + (i + r) * t.ld + j, reinterpret_cast<Floats>(v[r]), columns, add);
+      else
+        for (int64_t r = 0; r < rows; ++r)
+          put_row(t.c + (i + r) * t.ld + j, reinterpret_cast<Floats>(v[r]), columns, add);
+    }
+}
+
+static void block(const char* p, const char* q, int64_t steps, const Target& t) {
+  if (t.update != Update::resume) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else if (t.direct()) {
+    load_tiles(t.c, t.ld);
+  } else {
+    memset(t.whole, 0, kPanel * kPanel * sizeof(float));
+    for (int64_t i = 0; i < t.rows; ++i) memcpy(t.whole + i * kPanel, t.c + i * t.ld, t.columns * sizeof(float));
+    settle();
+    load_tiles(t.whole, kPanel);
+  }
+  multiply(p, q, steps);
+  if (t.direct()) return store_tiles(t.c, t.ld);
+  store_tiles(t.whole, kPanel);
+  put_block(t);
+}
+
+struct alignas(64) TileConfig {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
+};
+// Eight tiles of 16 rows of 64 bytes.
+constexpr TileConfig kWholeTiles{1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+
+// Whether C is computed transposed: what is transposed then is C, else the operand in columns.
+static bool is_turned(const Gemm& g, int64_t rows) { return g.b.k_stride == 1 && rows / kTile < g.k / kDepth; }
+
+}  // namespace
+
+void gemm(const Gemm& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1, void* scratch) {
+  _tile_loadconfig(&kWholeTiles);
+  const bool turned = is_turned(g, m1 - m0);
+  const Operand &in_rows = turned ? g.b : g.a, &in_columns = turned ? g.a : g.b;
+  const int64_t p0 = turned ? n0 : m0, p1 = turned ? n1 : m1, q0 = turned ? m0 : n0, q1 = turned ? m1 : n1;
+  const int64_t longest = k_block(g), p_step = fitting_panels(longest, kRowBytes) * kPanel,
+                q_step = fitting_panels(longest, kColumnBytes) * kPanel;
+  float* whole = static_cast<float*>(scratch);
+  char* rows = static_cast<char*>(scratch) + kPanel * kPanel * 4;
+  char* columns = rows + p_step / kPanel * (longest / kDepth * kStepBytes);
+  for (int64_t k = 0; k < g.k; k += longest) {
+    const int64_t depth = smaller(longest, g.k - k), steps = (depth + kDepth - 1) / kDepth;
+    const Update update = g.sums == Sums::resumed ? Update::resume : k == 0 ? Update::set : Update::add;
+    for (int64_t qb = q0; qb < q1; qb += q_step) {
+      const Part q{in_columns, qb, smaller(qb + q_step, q1), k, depth};
+      q.x.k_stride == 1 ? pack_columns(q, columns) : pack_columns_across(q, columns);
+      for (int64_t pb = p0; pb < p1; pb += p_step) {
+        const Part p{in_rows, pb, smaller(pb + p_step, p1), k, depth};
+        p.x.k_stride == 1 ? pack_rows(p, rows) : pack_rows_across(p, rows);
+        settle();
+        const auto at = [&](int64_t i, int64_t j) {
+          const int64_t m = turned ? qb + j * kPanel : pb + i * kPanel, n = turned ? pb + i * kPanel : qb + j * kPanel;
+          const Target target{
+              g.c + m * g.ldc + n, g.ldc, smaller(kPanel, m1 - m), smaller(kPanel, n1 - n), turned, update, whole};
+          block(rows + i * p.panel_bytes(), columns + j * q.panel_bytes(), steps, target);
+        };
+        // Along the rows of C: so that its lines are asked for in order.
+        if (turned)
+          for (int64_t j = 0; j < q.panels(); ++j)
+            for (int64_t i = 0; i < p.panels(); ++i) at(i, j);
+        else
+          for (int64_t i = 0; i < p.panels(); ++i)
+            for (int64_t j = 0; j < q.panels(); ++j) at(i, j);
+      }
+    }
+  }
+  _tile_release();
+}
+
+}  // namespace amx
+}  // namespace rbfast

@@ -1,0 +1,3 @@
+#pragma GCC target("avx2,fma,f16c")
+#define ISA avx2
+#include "cpu/head_gemm_filtered_kernel.inl"

@@ -1,0 +1,2 @@
+#define ISA scalar
+#include "cpu/head_gemm_filtered_kernel.inl"
