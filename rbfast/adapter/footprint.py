@@ -1,9 +1,12 @@
-"""The memory that an adapter takes beside its base."""
+"""What an adapter of a model is by default, and the memory that it takes beside its base."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rbfast.models.linears import Shape
+from torch import nn
+
+from rbfast.adapter.placement import DEFAULT_DENSITY, allocate
+from rbfast.models.linears import Shape, count_parameters, group_siblings, select_linears
 
 _INDEX, _FP32 = 8, 4  # bytes
 
@@ -45,6 +48,27 @@ def planned(shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, int],
     kept = sum(supports[name] * (shape.out_features * itemsize + _INDEX) for name, shape in shapes.items())
     values = sum(rank * (shape.out_features + supports[name]) for name, shape in shapes.items())
     return Footprint(base, kept, _FP32 * values, 3 * _FP32 * values)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model and the adapter that SparseAdapter.attach(model) would give it; `support` is (narrowest, widest)."""
+
+    parameters: int
+    matrices: int
+    support: tuple[int, int]
+    rank: int
+    values: int
+    footprint: Footprint
+
+
+def outline(model: nn.Module, itemsize: int = 2) -> Outline:
+    """Asks for shapes alone, so the model may be on the meta device; its weights take `itemsize` bytes a value."""
+    shapes, parameters = group_siblings(select_linears(model)), count_parameters(model)
+    rank, supports = allocate(shapes, int(DEFAULT_DENSITY * parameters))
+    found = planned(shapes, rank, supports, parameters * itemsize, itemsize)
+    support = min(supports.values()), max(supports.values())
+    return Outline(parameters, len(shapes), support, rank, found.values // _FP32, found)
 
 
 def _megabytes(count: int) -> str:

@@ -4,8 +4,9 @@ import pytest
 import torch
 from qwen_shapes import QWEN_7B, QWEN_7B_PARAMETERS
 from tiny_models import MODELS, attach, llama
+from transformers import AutoModelForCausalLM, Qwen2Config
 
-from rbfast.adapter.footprint import planned
+from rbfast.adapter.footprint import outline, planned
 from rbfast.adapter.placement import allocate
 from rbfast.models.linears import group_siblings, select_linears
 
@@ -48,3 +49,17 @@ def test_an_adapter_of_a_7b_model_takes_at_most_a_sixth_of_it(density):
     found = planned(QWEN_7B, rank, supports, 2 * QWEN_7B_PARAMETERS, 2)
     assert found.share <= 1 / 6
     assert str(found).startswith(f"{found.attached / 1e9:.2f} GB beside the base's 15.23 GB ({found.share:.1%}): ")
+
+
+def test_the_outline_of_a_7b_model_needs_none_of_its_weights():
+    sizes = dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28)
+    config = Qwen2Config(**sizes, num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    found = outline(model)
+    assert sorted(shape.in_features for shape in QWEN_7B.values()) == sorted(
+        shape.in_features for shape in group_siblings(select_linears(model)).values()
+    )
+    assert (found.parameters, found.matrices, found.support) == (QWEN_7B_PARAMETERS, 196, (448, 448))
+    assert found.values == found.rank * sum(shape.out_features + 448 for shape in QWEN_7B.values())
+    assert found.values <= 0.003 * QWEN_7B_PARAMETERS and found.footprint.share < 1 / 6
