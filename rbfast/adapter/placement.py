@@ -3,12 +3,14 @@
     scores = score(model, batches, loss_fn)             # scores.py: one backward pass per batch of reasoning traces
     adapter = SparseAdapter.attach(model, placement=scores)
 
-Matrices that read the same input (q, k, v; gate, up) form a group and share one support.
+Matrices that read the same input (q, k, v; gate, up) form a group and share one support. A support is made of runs of
+16 aligned columns, which a machine moves as fast as a copy; single columns cost several times as much.
 """
 
 import math
 import warnings
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +31,10 @@ from rbfast.models.linears import (
 
 DEFAULT_DENSITY = 0.003
 DEFAULT_RANK = 2
+RUN = 16  # columns: 32 bytes of bf16, the least a GPU moves
+WIDE = 1024  # inputs of a model that is large: what its supports take counts
+_PART = 8  # of the inputs of a large model its supports take one in so many
 START_NORM = 0.1
-_FULL_SHARE = 0.5  # a default rank grows until the supports take at most this share of the inputs
 
 
 @dataclass(frozen=True)
@@ -104,38 +108,41 @@ def allocate(
 ) -> tuple[int, dict[str, int]]:
     """Splits a budget of trained values over matrices: (rank k, support s of each), the sum of k (out + s) <= budget.
 
-    Every matrix gets the same support, capped at its inputs; what is left over buys one more column for the first
-    groups. Without `rank`: DEFAULT_RANK, less where that does not fit, more where it would leave budget unused; with
-    `support` given, the largest rank that fits. Raises ValueError where nothing fits.
+    Every matrix gets the same support, in whole runs, capped at its inputs; what is left over buys one more run for
+    the first groups. Models of WIDE inputs or more take an eighth of their inputs at most, and the largest rank that
+    fits: the rest of the budget stays unspent. Smaller ones take DEFAULT_RANK, less if that does not fit, more if it
+    would leave budget unused. A given `support` is kept as it is, with the largest rank that fits; one that is no
+    multiple of a run cuts the last run. Raises ValueError if nothing fits.
     """
     for name, value in (("rank", rank), ("support", support)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    rank = rank or _default_rank(shapes, budget, support)
-    narrowest = min(shape.in_features for shape in shapes.values())
-    if rank > min(support or narrowest, narrowest):
-        raise ValueError(f"rank must be at most the support ({min(support or narrowest, narrowest)}), got {rank}")
-    least = _cost(shapes, rank, support or rank)
-    if least > budget:
+    most = {name: min(support or _most(shapes), shape.in_features) for name, shape in shapes.items()}
+    rank = rank or _default_rank(shapes, budget, most, support is not None)
+    if rank > min(most.values()):
+        raise ValueError(f"rank must be at most the support ({min(most.values())}), got {rank}")
+    supports = most if support is not None else _whole_runs(shapes, rank, rank)
+    if _cost(shapes, rank, supports) > budget:
         raise ValueError(
-            f"the budget is {budget:,} trained values; rank {rank} with {support or rank} column(s) in each of "
-            f"{len(shapes)} matrices needs {least:,}; raise density, or name fewer targets"
+            f"the budget is {budget:,} trained values; rank {rank} with {max(supports.values())} column(s) in each of "
+            f"{len(shapes)} matrices needs {_cost(shapes, rank, supports):,}; raise density, or name fewer targets"
         )
     if support is not None:
-        return rank, {name: min(support, shape.in_features) for name, shape in shapes.items()}
-    widest = max(shape.in_features for shape in shapes.values())
-    support = bisect_right(range(1, widest + 1), budget, key=lambda s: _cost(shapes, rank, s))
-    supports = {name: min(support, shape.in_features) for name, shape in shapes.items()}
-    return rank, _spend_rest(shapes, supports, budget - _cost(shapes, rank, support), rank)
+        return rank, supports
+    columns = bisect_right(
+        range(1, _most(shapes) + 1), budget, key=lambda n: _cost(shapes, rank, _whole_runs(shapes, n, rank))
+    )
+    return rank, _spend_rest(shapes, _whole_runs(shapes, columns, rank), most, budget, rank)
 
 
 def place_random(shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, int], seed: int) -> dict[str, Start]:
-    """Random columns, drawn anew for every group, A as `_start` has it. Bitwise the same for one seed."""
+    """Random runs of columns, drawn anew for every group, A as `_start` has it. Bitwise the same for one seed."""
     drawn: dict[int, Tensor] = {}
     for name, shape in shapes.items():
         if shape.group not in drawn:
-            order = torch.randperm(shape.in_features, generator=generator(seed, "columns", name))
-            drawn[shape.group] = order[: supports[name]].sort().values
+            runs = shape.in_features // run_length(shape.in_features)
+            order = torch.randperm(runs, generator=generator(seed, "columns", name))
+            drawn[shape.group] = _columns(order, shape.in_features, supports[name])
     return {
         name: Start(drawn[shape.group], _start(name, rank, supports[name], seed), None)
         for name, shape in shapes.items()
@@ -145,16 +152,33 @@ def place_random(shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, 
 def place_scored(
     scores: Scores, shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, int], seed: int
 ) -> dict[str, Start]:
-    """The columns with the highest score, summed over a group, ties to the lower index; A as `_start` has it."""
+    """The runs with the highest score, summed over their columns and a group, ties to the lower index; A as `_start`
+    has it."""
     totals: dict[int, Tensor] = {}
     for name, shape in shapes.items():
-        totals[shape.group] = totals.get(shape.group, 0) + scores.columns[name]
+        totals[shape.group] = totals.get(shape.group, 0) + scores.columns[name].double()
     starts = {}
     for name, shape in shapes.items():
-        cols = totals[shape.group].argsort(descending=True, stable=True)[: supports[name]].sort().values
+        by_run = totals[shape.group].view(-1, run_length(shape.in_features)).sum(1)
+        cols = _columns(by_run.argsort(descending=True, stable=True), shape.in_features, supports[name])
         found = float(scores.columns[name][cols].sum())
         starts[name] = Start(cols, _start(name, rank, supports[name], seed), found)
     return starts
+
+
+def run_length(in_features: int) -> int:
+    """How many columns a run has: the largest power of two up to RUN that divides the inputs, so that none are left.
+
+    Of 576 inputs 16, of 584 8. In a matrix of an odd number of inputs, whose rows start anywhere, a run is one column.
+    """
+    return math.gcd(in_features, RUN)
+
+
+def _columns(runs: Tensor, in_features: int, support: int) -> Tensor:
+    """The first `support` columns of these runs, sorted: of the last run that is needed perhaps only its beginning."""
+    run = run_length(in_features)
+    needed = runs[: -(-support // run)]
+    return (needed[:, None] * run + torch.arange(run)).flatten()[:support].sort().values
 
 
 def _start(name: str, rank: int, support: int, seed: int) -> Tensor:
@@ -166,29 +190,51 @@ def _start(name: str, rank: int, support: int, seed: int) -> Tensor:
     return START_NORM * start / start.norm(dim=1, keepdim=True)
 
 
-def _cost(shapes: Mapping[str, Shape], rank: int, support: int) -> int:
-    return rank * sum(shape.out_features + min(support, shape.in_features) for shape in shapes.values())
+def _cost(shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, int]) -> int:
+    return rank * sum(shape.out_features + supports[name] for name, shape in shapes.items())
 
 
-def _default_rank(shapes: Mapping[str, Shape], budget: int, support: int | None) -> int:
-    narrowest = min(shape.in_features for shape in shapes.values())
-    if support is not None:
-        return max(1, min(support, narrowest, budget // _cost(shapes, 1, support)))
-    half = sum(shape.out_features + int(_FULL_SHARE * shape.in_features) for shape in shapes.values())
-    rank = min(narrowest, max(DEFAULT_RANK, budget // half))
-    while rank > 1 and _cost(shapes, rank, rank) > budget:
+def _whole_runs(shapes: Mapping[str, Shape], columns: int, rank: int) -> dict[str, int]:
+    """Supports of at most `columns`, in whole runs; no narrower than the rank, no wider than the matrix."""
+
+    def support(width: int) -> int:
+        run = run_length(width)
+        return min(width, max(columns // run, -(-rank // run)) * run)
+
+    return {name: support(shape.in_features) for name, shape in shapes.items()}
+
+
+def _most(shapes: Mapping[str, Shape]) -> int:
+    """The widest support that is taken unasked: of a large model a part of the usual inputs, of a small one all."""
+    widths = Counter(shape.in_features for shape in shapes.values())
+    usual = max(widths, key=lambda width: (widths[width], -width))
+    return usual // _PART if usual >= WIDE else max(widths)
+
+
+def _default_rank(shapes: Mapping[str, Shape], budget: int, most: Mapping[str, int], fixed: bool) -> int:
+    """The largest rank that fits with the supports `most`; if they are not `fixed`, they may be narrower for more."""
+    narrowest = min(most.values())
+    if fixed:
+        return max(1, min(narrowest, budget // _cost(shapes, 1, most)))
+    wide = {name: min(width, max(1, shapes[name].in_features // 2)) for name, width in most.items()}
+    rank = min(narrowest, max(DEFAULT_RANK, budget // _cost(shapes, 1, wide)))
+    while rank > 1 and _cost(shapes, rank, _whole_runs(shapes, rank, rank)) > budget:
         rank -= 1
     return rank
 
 
-def _spend_rest(shapes: Mapping[str, Shape], supports: dict[str, int], rest: int, rank: int) -> dict[str, int]:
-    """One more column for each group, in order, as long as it fits: the members of a group keep one support."""
+def _spend_rest(
+    shapes: Mapping[str, Shape], supports: dict[str, int], most: Mapping[str, int], budget: int, rank: int
+) -> dict[str, int]:
+    """One more run for each group, in order, as long as it fits: the members of a group keep one support."""
+    rest = budget - _cost(shapes, rank, supports)
     members: dict[int, list[str]] = {}
     for name, shape in shapes.items():
         members.setdefault(shape.group, []).append(name)
     for names in members.values():
-        if supports[names[0]] < shapes[names[0]].in_features and rank * len(names) <= rest:
-            rest -= rank * len(names)
+        run = run_length(shapes[names[0]].in_features)
+        if supports[names[0]] + run <= most[names[0]] and rank * run * len(names) <= rest:
+            rest -= rank * run * len(names)
             for name in names:
-                supports[name] += 1
+                supports[name] += run
     return supports

@@ -29,8 +29,9 @@ from rbfast import ops
 from rbfast.adapter import adapter_files
 from rbfast.adapter.adapter_files import AdapterConfig, Delta
 from rbfast.adapter.column_scores import Scores
+from rbfast.adapter.footprint import Footprint
 from rbfast.adapter.placement import DEFAULT_DENSITY, plan
-from rbfast.models.linears import count_parameters, is_transposed, left_out, matrix_view
+from rbfast.models.linears import bytes_of, count_parameters, is_transposed, left_out, matrix_view
 
 Mode = Literal["auto", "fold", "side"]
 _DELTA = "_rbfast_delta"  # the attribute of a linear that holds its ColumnDelta
@@ -224,7 +225,7 @@ class SparseAdapter(nn.Module):
         modules = dict(model.named_modules())
         folds = {name: _folds(name, modules[name], mode) for name in deltas}
         self.config = config
-        self._base_count = count_parameters(model)
+        self._base_count, self._base_bytes = count_parameters(model), bytes_of(model.parameters())
         self.left_out = left_out(model, deltas)
         self._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in self._frozen:
@@ -372,6 +373,11 @@ class SparseAdapter(nn.Module):
                 MatrixSummary(name, info.out_features, info.in_features, info.support, info.rank, values, info.score)
             )
         return rows
+
+    def footprint(self) -> Footprint:
+        """The memory that the adapter takes beside the base it was attached to."""
+        values = bytes_of(self.parameters())
+        return Footprint(self._base_bytes, bytes_of(self.buffers()), values, 3 * values)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         result = super().load_state_dict(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""`rbfast info`: which implementations this installation has."""
+"""`rbfast info`: what this installation runs, and what an adapter of a model would be."""
 
 import argparse
 from typing import Any
@@ -7,6 +7,10 @@ from rbfast.cli.common import Command, print_result
 
 
 def run_info(args: argparse.Namespace) -> int:
+    return _installation(args) if args.model is None else _model(args)
+
+
+def _installation(args: argparse.Namespace) -> int:
     import torch
 
     import rbfast
@@ -31,10 +35,47 @@ def run_info(args: argparse.Namespace) -> int:
     return print_result(args, facts, "\n".join(lines))
 
 
+def _model(args: argparse.Namespace) -> int:
+    from rbfast.adapter.footprint import outline
+    from rbfast.models.student import load_outline
+
+    found = outline(load_outline(args.model))
+    footprint = found.footprint
+    facts = {
+        "model": args.model,
+        "parameters": found.parameters,
+        "weight_bytes": {"bfloat16": 2 * found.parameters, "float32": 4 * found.parameters},
+        "matrices": found.matrices,
+        "support": found.support,
+        "rank": found.rank,
+        "trained_values": found.values,
+        "kept_bytes": footprint.kept,
+        "value_bytes": footprint.values,
+        "adamw_bytes": footprint.adamw,
+        "share_of_base": footprint.share,
+    }
+    narrowest, widest = found.support
+    columns = f"{narrowest}" if narrowest == widest else f"{narrowest} to {widest}"
+    lines = [
+        f"{args.model}: {found.parameters:,} parameters, "
+        f"{2 * found.parameters / 1e9:.2f} GB in bfloat16, {4 * found.parameters / 1e9:.2f} GB in float32",
+        f"adapter by default: rank {found.rank} on {columns} columns of {found.matrices} matrices, "
+        f"{found.values:,} trained values ({found.values / found.parameters:.3%})",
+        f"its memory, in bfloat16: {footprint}",
+    ]
+    return print_result(args, facts, "\n".join(lines))
+
+
+def _add_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "model", nargs="?", help="say what this model takes and what its adapter would be; no weights are loaded"
+    )
+
+
 INFO = Command(
     name="info",
-    summary="Say which implementation of each op is active, on which machine.",
-    example="rbfast info",
-    add_arguments=lambda sub: None,
+    summary="Say which implementation of each op is active, or what an adapter of a model takes.",
+    example="rbfast info smollm2-135m",
+    add_arguments=_add_arguments,
     run=run_info,
 )

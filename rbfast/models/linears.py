@@ -189,3 +189,8 @@ def count_parameters(model: nn.Module) -> int:
         if shape is not None and matrix_view(module) is None:
             counts[id(module.weight)] = shape[0] * shape[1]
     return sum(counts.values())
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """What the tensors take, each once."""
+    return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())

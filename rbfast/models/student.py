@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rbfast.models.linears import whole
 from rbfast.models.packed_attention import borders, drop_packed_attention, has_packed_attention, use_packed_attention
@@ -57,11 +57,19 @@ def load_student(
     dtype = dtype or fast_dtype("cuda" if torch.cuda.is_available() else "cpu")
     if (file := _gguf(name_or_path)) is not None:
         return _load_gguf(file, dtype), load_tokenizer(name_or_path)
-    if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).is_dir():
-        raise FileNotFoundError(f"{name_or_path}: expected the folder of a model, found none")
     with _explained(name_or_path):
         model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, trust_remote_code=False)
     return model.eval(), load_tokenizer(name_or_path)
+
+
+def load_outline(name_or_path: str) -> PreTrainedModel:
+    """A student without its weights, on the meta device, for what asks for shapes alone; names and errors as for
+    `load_student`."""
+    file = _gguf(name_or_path)
+    source, options = (name_or_path, {}) if file is None else (str(file.parent), {"gguf_file": file.name})
+    with _explained(source), torch.device("meta"):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
@@ -75,6 +83,8 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
     """Says what a name may be where the hub, which is asked for whatever is no folder, gives nothing for it."""
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise FileNotFoundError(f"{name}: expected the folder of a model, found none")
     try:
         yield
     except OSError as error:

@@ -433,13 +433,13 @@ def test_a_forgotten_adapter_and_its_model_are_collected():
 
 def test_parameters_are_fp32_named_after_their_matrix_and_counted(capsys):
     model = llama(torch.bfloat16)
-    adapter = attach(model, density=0.04)
+    adapter = attach(model, density=0.05)
     names = [name for name, _ in adapter.named_parameters()]
     assert names[:2] == ["model.layers.0.self_attn.q_proj.A", "model.layers.0.self_attn.q_proj.B"]
     assert all(parameter.dtype == torch.float32 for parameter in adapter.parameters())
     trained = sum(parameter.numel() for parameter in adapter.parameters())
     total = sum(parameter.numel() for parameter in model.parameters())
-    assert 0.035 * total < trained <= 0.04 * total
+    assert 0.045 * total < trained <= 0.05 * total
     assert adapter.trainable_percent == 100 * trained / total
     assert sum(row.values for row in adapter.summary()) == trained
     adapter.print_trainable_parameters()
@@ -608,7 +608,7 @@ def test_the_surviving_share_falls_with_the_size_of_the_change():
         ({"density": 0}, "density must be above 0 and at most 1"),
         ({"density": -0.1}, "density must be above 0"),
         ({"density": 1.5}, "density must be above 0 and at most 1"),
-        ({"density": 1e-9}, r"the budget is 0 trained values; rank 1 with 1 column\(s\) in each of 14 matrices needs"),
+        ({"density": 1e-9}, r"the budget is 0 trained values; rank 1 with 8 column\(s\) in each of 14 matrices needs"),
         ({"density": 0.01, "support": 20, "rank": 4}, "rank 4 with 20 column"),
         ({"support": 0}, "support must be at least 1, got 0"),
         ({"support": 3, "rank": 4}, r"rank must be at most the support \(3\), got 4"),
@@ -653,5 +653,5 @@ def test_density_one_trains_at_most_as_many_values_as_the_base_has():
     model = llama()
     adapter = attach(model, density=1.0)
     assert 50 < adapter.trainable_percent <= 100
-    losses = train(model, adapter, steps=5)
-    assert losses[4] < losses[0]
+    losses = train(model, adapter, steps=5, optimizer=torch.optim.AdamW(adapter.parameters(), lr=0.01))
+    assert losses[4] < losses[0]  # the same batch

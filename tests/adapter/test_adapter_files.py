@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import attach, batch, disturb, gpt2, llama
+from tiny_models import attach, batch, disturb, gpt2, llama, same_bits, snapshot
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from rbfast.adapter import adapter_files
+from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.models import linears
 
 
@@ -166,6 +167,43 @@ def test_peft_loads_the_exported_lora_and_computes_the_same(tmp_path, make, rank
     theirs = lora(**batch()).logits
     assert torch.dist(ours, theirs) <= 16 * torch.finfo(torch.float32).eps * ours.norm()
     assert torch.dist(ours, make()(**batch()).logits) > 0.01 * ours.norm()
+
+
+def with_single_columns(adapter):
+    """The adapter as it was placed before supports were made of runs: columns anywhere, five of each matrix."""
+    infos, deltas = {}, {}
+    for name, info in adapter.config.modules.items():
+        cols = torch.tensor([0, 3, 7, 11, info.in_features - 1])
+        generator = torch.Generator().manual_seed(len(name))
+        a, b = (torch.randn(shape, generator=generator) for shape in ((2, 5), (info.out_features, 2)))
+        infos[name], deltas[name] = replace(info, support=5, rank=2), adapter_files.Delta(cols, a, b)
+    return replace(adapter.config, modules=infos), deltas
+
+
+def test_files_with_single_columns_still_load_fold_export_and_come_off(tmp_path):
+    model = llama()
+    adapter = attach(model)
+    config, deltas = with_single_columns(adapter)
+    adapter.detach()
+    original = snapshot(model)
+    adapter_files.write_adapter(tmp_path / "old", config, deltas)
+    loaded = SparseAdapter.from_pretrained(model, tmp_path / "old")
+    for name, delta in deltas.items():
+        exact = original[f"{name}.weight"].double()
+        exact[:, delta.cols] += delta.B.double() @ delta.A.double()
+        found = loaded.sites()[name].weight
+        assert (found.double() - exact).abs().max() <= 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+    loaded.save_pretrained(tmp_path / "again")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "old" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+    loaded.export_lora(tmp_path / "lora")
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    for name, delta in deltas.items():
+        a, b = (tensors[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+        assert torch.equal(a[:2, delta.cols], delta.A) and torch.equal(b[:, :2], delta.B)
+        assert a.count_nonzero() == delta.A.numel()
+    loaded.detach()
+    assert same_bits(snapshot(model), original)
 
 
 def test_a_lora_of_too_large_a_rank_is_refused(tmp_path):

@@ -2,10 +2,20 @@
 
 import pytest
 import torch
+from qwen_shapes import QWEN_7B, QWEN_7B_PARAMETERS
 from tiny_models import gpt2, llama
 from torch import nn
 
-from rbfast.adapter.placement import DEFAULT_RANK, START_NORM, allocate, place_random
+from rbfast.adapter.column_scores import Scores
+from rbfast.adapter.placement import (
+    DEFAULT_RANK,
+    START_NORM,
+    WIDE,
+    allocate,
+    place_random,
+    place_scored,
+    run_length,
+)
 from rbfast.models.linears import Shape, count_parameters, select_linears
 
 SHAPES = {"q": Shape(24, 24, 0), "k": Shape(12, 24, 0), "up": Shape(40, 24, 1), "down": Shape(24, 40, 2)}
@@ -15,27 +25,58 @@ def spent(shapes, rank, supports):
     return sum(rank * (shape.out_features + supports[name]) for name, shape in shapes.items())
 
 
-@pytest.mark.parametrize("budget", range(110, 1200, 37))
+def runs_of(cols, run):
+    """The numbers of the aligned runs that the columns are made of; an error if they are not."""
+    runs = cols.view(-1, run)
+    assert torch.equal(runs, runs[:, :1] + torch.arange(run)) and (runs[:, 0] % run == 0).all()
+    return (runs[:, 0] // run).tolist()
+
+
+@pytest.mark.parametrize("budget", range(136, 1200, 37))
 @pytest.mark.parametrize("rank", [None, 1, 2, 3])
-def test_the_split_stays_within_the_budget_and_no_further_column_fits(budget, rank):
-    if rank is not None and spent(SHAPES, rank, dict.fromkeys(SHAPES, rank)) > budget:
-        with pytest.raises(ValueError, match=rf"the budget is {budget} trained values; rank {rank} with {rank} column"):
+def test_the_split_stays_within_the_budget_and_no_further_run_fits(budget, rank):
+    if rank is not None and spent(SHAPES, rank, dict.fromkeys(SHAPES, 8)) > budget:
+        with pytest.raises(ValueError, match=rf"the budget is {budget} trained values; rank {rank} with 8 column"):
             allocate(SHAPES, budget, rank)
         return
     k, supports = allocate(SHAPES, budget, rank)
     assert rank is None or k == rank
     assert spent(SHAPES, k, supports) <= budget
     assert supports["q"] == supports["k"]  # one group, one support
-    assert max(supports.values()) - min(supports.values()) <= 1 or supports["q"] == 24
+    assert all(support % 8 == 0 for support in supports.values())
+    assert max(supports.values()) - min(supports.values()) <= 8 or supports["q"] == 24
     left = budget - spent(SHAPES, k, supports)
-    assert supports["down"] == 40 or left < k * len(SHAPES)
+    assert supports["down"] == 40 or left < k * 8 * len(SHAPES)
 
 
 def test_the_default_rank_follows_the_budget():
-    assert allocate(SHAPES, 110)[0] == 1
+    assert allocate(SHAPES, 140)[0] == 1
     assert allocate(SHAPES, 300)[0] == DEFAULT_RANK
     rank, supports = allocate(SHAPES, 1600)
     assert rank > DEFAULT_RANK and supports["q"] < 24
+
+
+@pytest.mark.parametrize(("width", "run"), [(576, 16), (576 + 8, 8), (18944, 16), (50, 2), (7, 1), (16, 16)])
+def test_a_run_is_the_largest_power_of_two_that_leaves_no_rest(width, run):
+    assert run_length(width) == run
+    shapes = {"only": Shape(10, width, 0)}
+    _, supports = allocate(shapes, 10 + width, rank=1)
+    assert supports == {"only": width // 8 if width >= WIDE else width}
+    half = run_length(width) * (width // run_length(width) // 2) or width
+    runs = runs_of(place_random(shapes, 1, {"only": half}, seed=0)["only"].cols, run)
+    assert len(runs) == len(set(runs)) == half // run and max(runs) < width // run
+
+
+@pytest.mark.parametrize("rank", [None, 1, 2])
+@pytest.mark.parametrize("density", [0.0005, 0.003, 0.011, 0.05])
+def test_a_large_model_takes_an_eighth_of_its_inputs_at_most(density, rank):
+    budget = int(density * QWEN_7B_PARAMETERS)
+    k, supports = allocate(QWEN_7B, budget, rank)
+    assert spent(QWEN_7B, k, supports) <= budget
+    assert max(supports.values()) <= 3584 // 8 and all(support % 16 == 0 for support in supports.values())
+    if density >= 0.003:
+        assert set(supports.values()) == {3584 // 8}
+        assert rank or spent(QWEN_7B, k + 1, supports) > budget
 
 
 def test_a_given_support_is_kept_and_capped_at_the_inputs():
@@ -84,3 +125,36 @@ def test_random_placement_is_the_same_for_one_seed_whatever_else_is_placed():
     assert torch.equal(first["down"].cols, fewer["down"].cols) and torch.equal(first["down"].A, fewer["down"].A)
     assert torch.equal(first["q"].cols, first["k"].cols)
     assert any(not torch.equal(first[name].cols, other[name].cols) for name in SHAPES)
+
+
+def test_scored_placement_takes_the_runs_with_the_largest_sum_over_their_group():
+    columns = {"q": torch.zeros(48), "k": torch.zeros(48)}
+    columns["q"][3] = 5.0  # the best column is in the run that is the worst as a whole
+    columns["q"][16:32], columns["k"][32:48] = 0.2, 0.4
+    shapes = {"q": Shape(4, 48, 0), "k": Shape(4, 48, 0)}
+    starts = place_scored(Scores("gradient", 1, None, shapes, columns), shapes, 1, {"q": 16, "k": 16}, 0)
+    assert runs_of(starts["q"].cols, 16) == runs_of(starts["k"].cols, 16) == [2]
+    assert starts["q"].score == 0 and starts["k"].score == pytest.approx(6.4)
+    wider = place_scored(Scores("gradient", 1, None, shapes, columns), shapes, 1, {"q": 24, "k": 24}, 0)
+    assert wider["q"].cols.tolist() == [*range(8), *range(32, 48)]  # 6.4, 5.0 and its beginning, 3.2
+    assert torch.equal(wider["q"].A.norm(dim=1), torch.tensor([START_NORM]))
+
+
+def test_equal_runs_go_to_the_lower_index():
+    shapes = {"o": Shape(4, 64, 0)}
+    scores = Scores("gradient", 1, None, shapes, {"o": torch.ones(64)})
+    assert place_scored(scores, shapes, 1, {"o": 32}, 0)["o"].cols.tolist() == list(range(32))
+
+
+@pytest.mark.parametrize("support", [1, 10, 16, 20, 33])
+def test_a_support_that_is_no_multiple_of_a_run_cuts_the_last_one(support):
+    shapes = {"o": Shape(4, 64, 0)}
+    _, supports = allocate(shapes, 1000, rank=1, support=support)
+    cols = place_random(shapes, 1, supports, seed=3)["o"].cols
+    assert cols.numel() == support == supports["o"] and (cols.diff() > 0).all()
+    counts = torch.bincount(cols // 16, minlength=4)
+    assert sorted(counts[counts > 0].tolist(), reverse=True) == [16] * (support // 16) + [support % 16] * (
+        support % 16 > 0
+    )
+    cut = cols[cols // 16 == int((counts == support % 16).nonzero()[0])] % 16 if support % 16 else torch.arange(0)
+    assert torch.equal(cut, torch.arange(support % 16))

@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.cli.main import main
 from rbfast.data.readers import write_traces
 from rbfast.data.trace import Trace
+from rbfast.models.student import load_student
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +63,20 @@ def test_info_names_an_implementation_for_every_op(capsys: pytest.CaptureFixture
     assert all(how.startswith(("native", "reference")) for how in facts["ops"].values())
     assert "column_grad" in facts["ops"]
     assert call(capsys, "info")[1].count("\n") > len(facts["ops"])
+
+
+def test_info_of_a_model_says_what_its_adapter_takes(capsys: pytest.CaptureFixture[str], model_folder: str) -> None:
+    code, out, _ = call(capsys, "info", model_folder, "--json")
+    facts, model = json.loads(out), load_student(model_folder, torch.float32)[0]
+    adapter = SparseAdapter.attach(model)
+    assert code == 0
+    assert facts["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert facts["matrices"] == len(adapter.sites())
+    assert facts["trained_values"] == sum(parameter.numel() for parameter in adapter.parameters())
+    assert facts["adamw_bytes"] == adapter.footprint().adamw
+    said = call(capsys, "info", model_folder)[1]
+    assert f"{facts['parameters']:,} parameters" in said
+    assert f"({facts['share_of_base']:.1%})" in said
 
 
 def test_from_traces_to_a_merged_model_and_a_lora(

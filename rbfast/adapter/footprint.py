@@ -1,0 +1,75 @@
+"""What an adapter of a model is by default, and the memory that it takes beside its base."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from rbfast.adapter.placement import DEFAULT_DENSITY, allocate
+from rbfast.models.linears import Shape, count_parameters, group_siblings, select_linears
+
+_INDEX, _FP32 = 8, 4  # bytes
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes. `base` is what the base's own weights take.
+
+    kept: the original columns, which a fold writes over, and their numbers; of a delta beside its weight the numbers
+    alone. values: A and B. adamw: the gradient and the two moments of each value while AdamW trains them.
+    """
+
+    base: int
+    kept: int
+    values: int
+    adamw: int
+
+    @property
+    def attached(self) -> int:
+        return self.kept + self.values
+
+    @property
+    def share(self) -> float:
+        """What is attached, by the base's weights."""
+        return self.attached / self.base
+
+    def __str__(self) -> str:
+        attached, base, kept, values, adamw = map(
+            _megabytes, (self.attached, self.base, self.kept, self.values, self.adamw)
+        )
+        return (
+            f"{attached} beside the base's {base} ({self.share:.1%}): {kept} of kept columns, {values} of A and B; "
+            f"AdamW adds {adamw} while it trains"
+        )
+
+
+def planned(shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, int], base: int, itemsize: int) -> Footprint:
+    """That of deltas of these shapes, folded into weights of `itemsize` bytes a value."""
+    kept = sum(supports[name] * (shape.out_features * itemsize + _INDEX) for name, shape in shapes.items())
+    values = sum(rank * (shape.out_features + supports[name]) for name, shape in shapes.items())
+    return Footprint(base, kept, _FP32 * values, 3 * _FP32 * values)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model and the adapter that SparseAdapter.attach(model) would give it; `support` is (narrowest, widest)."""
+
+    parameters: int
+    matrices: int
+    support: tuple[int, int]
+    rank: int
+    values: int
+    footprint: Footprint
+
+
+def outline(model: nn.Module, itemsize: int = 2) -> Outline:
+    """Asks for shapes alone, so the model may be on the meta device; its weights take `itemsize` bytes a value."""
+    shapes, parameters = group_siblings(select_linears(model)), count_parameters(model)
+    rank, supports = allocate(shapes, int(DEFAULT_DENSITY * parameters))
+    found = planned(shapes, rank, supports, parameters * itemsize, itemsize)
+    support = min(supports.values()), max(supports.values())
+    return Outline(parameters, len(shapes), support, rank, found.values // _FP32, found)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
