@@ -6,11 +6,11 @@ from pathlib import Path
 import peers_report
 import pytest
 import torch
-from accuracy import gradient, in_fp64, negatives
-from adapters import ADAPTERS, trained
-from measure import absent, reason
-from pages import put_section
-from peers import DENSE, TOP_K, Batch, plain_dense, rbfast_dense, rbfast_top_k
+from experiments.accuracy import gradient, in_fp64, negatives
+from harness import absent, reason
+from peers.adapters import ADAPTERS, trained
+from peers.losses import DENSE, TOP_K, Batch, plain_dense, rbfast_dense, rbfast_top_k
+from publish import put_section
 from tiny import tiny_model
 
 T, H, V, K = 24, 32, 211, 5

@@ -10,7 +10,8 @@ from rich.markdown import Markdown
 
 from rbfast.utils.files import write_text
 
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE, RESULTS = DOCS / "bench.md", DOCS / "results.md"
 
 
 def cpu() -> str:

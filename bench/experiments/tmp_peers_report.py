@@ -5,17 +5,16 @@ python bench/peers_report.py runs/bench/bench.json      # rewrites the section o
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
 
+from harness import FLOORS
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from measure import FLOORS
-from pages import cpu, put_section
+from publish import cpu, put_section
 
 from rbfast.utils.files import replacing
 
@@ -114,7 +113,3 @@ def main(argv: Sequence[str]) -> int:
     draw(benchmarks, args.docs / "bench.png")
     print(text)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
