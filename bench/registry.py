@@ -8,6 +8,7 @@ The cases themselves are in bench/cases, a file for each group. A floor is a tim
 GEMMs, or a copy of its bytes; the frozen model plays that part for an adapter.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -81,7 +82,9 @@ def measured(metric: str, found: Found, values: Mapping[str, float]) -> float | 
         return values[metric]
     if " / " in metric:
         above, below = (_seconds(side, found) for side in metric.split(" / "))
-        return median(a / b for a, b in zip(above, below, strict=True)) if above and below else None
+        if not above or not below:
+            return None
+        return median(a / b if b > 0 else math.inf for a, b in zip(above, below, strict=True))  # b may be a difference
     name, _, unit = metric.rpartition(" ")
     if unit not in _METRICS or not found.get(name, {}).get("seconds"):
         return None
