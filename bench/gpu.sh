@@ -123,12 +123,12 @@ fi
 # Apart, so that what ends one of them (an illegal access ends the process) leaves the others.
 run=("$PYTHON" bench/run.py --device cuda --peers "${size[@]}" --record "$LOGS/cases.jsonl")
 quiet=(-- --tb=line --show-capture=no -W ignore)
-section ops 60 "${run[@]}" rows columns accuracy fold "${quiet[@]}"
+section ops 75 "${run[@]}" rows columns accuracy fold "${quiet[@]}"
 section loss 90 "${run[@]}" loss "${quiet[@]}"
 section steps 80 "${run[@]}" step trainer "${quiet[@]}"
 section kernels 30 "$PYTHON" bench/run.py "four 7B" "top-k frozen" --device cuda "${size[@]}" --kernels 12
 cp "$LOGS/kernels.log" "$LOGS/kernels.txt"
-[ -n "$capability" ] && head -n 30 "$LOGS/kernels.txt" | cut -c1-110
+[ -n "$capability" ] && head -n 30 "$LOGS/kernels.txt" | cut -c1-90
 
 "$PYTHON" bench/gpu_page.py "$LOGS/cases.jsonl" --page "$page" --json "$LOGS/gpu.json" --kernels "$LOGS/kernels.txt"
 if [ -n "${OUT:-}" ]; then

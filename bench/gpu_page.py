@@ -138,7 +138,7 @@ def terminal(entries: Sequence[Entry]) -> str:
     bars = [bar for entry in entries for bar in entry.get("bars", [])]
     missed = sum(bar["passes"] is False for bar in bars)
     failed = sum("failed" in entry for entry in entries)
-    lines = [" | ".join(cell for cell in cells(entry) if cell)[:330] for entry in entries]
+    lines = [" | ".join(cell for cell in cells(entry) if cell)[:260] for entry in entries]
     summary = f"{len(entries)} cases, {failed} failed; {len(bars)} bars, {missed} missed"
     return "\n".join([*lines, summary])
 

@@ -7,7 +7,7 @@ with 4,096 tokens, and the gradient of all linears of the 14B.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -56,6 +56,7 @@ def columns(features: int, s: int) -> Tensor:
     return (runs[:, None] * RUN + torch.arange(RUN)).flatten()
 
 
+@cache
 def in_runs(name: str) -> dict[str, Any]:
     """The argument that tells an op of the runs."""
     schema = getattr(torch.ops.rbfast, name).default._schema
