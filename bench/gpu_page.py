@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from registry import FLOORS, is_ours
+from registry import FLOORS
 
 from rbfast import ops
 from rbfast.utils.files import write_text
@@ -69,7 +69,7 @@ def cells(entry: Entry) -> list[str]:
         _time(ours) if ours else _values(entry),
         _time(floor) if floor else "",
         share,
-        "; ".join(_peer(name, found, ours) for name, found in who.items() if not is_ours(name)),
+        "; ".join(_peer(name, found, ours) for name, found in who.items() if name not in (*FLOORS, "rbfast")),
         str(ours.get("waits", "")),
         "" if extra is None else f"{extra * 2**20 / 1e9:.2f} GB",
         "; ".join(_bar(bar) for bar in entry["bars"]),

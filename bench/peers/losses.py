@@ -80,9 +80,10 @@ def rbfast_dense(beta: float) -> Loss:
     return lambda b: loss(b.hidden, b.weight, b.labels, Dense(b.teacher_hidden, b.teacher_weight), **rows(b)).loss
 
 
-def rbfast_top_k(beta: float) -> Loss:
+def rbfast_top_k(beta: float, knows_rows: bool = True) -> Loss:
     loss = DistillLoss(beta)
-    return lambda b: loss(b.hidden, b.weight, b.labels, TopK(b.ids, b.logprobs), **rows(b)).loss
+    given = rows if knows_rows else lambda b: {}
+    return lambda b: loss(b.hidden, b.weight, b.labels, TopK(b.ids, b.logprobs), **given(b)).loss
 
 
 def rows(batch: Batch) -> dict[str, Tensor]:
