@@ -17,11 +17,11 @@ test: $(READY)
 quick: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile -q -m "not slow"
 
-# Speed and memory beside the peers, written into docs/bench.md and docs/bench.png; their numbers: bench/accuracy.py.
+# Speed and memory beside the peers on this kind of CPU, written into docs/bench.md.
 bench: $(BENCH_READY)
-	mkdir -p runs/bench
-	$(BIN)/python -m pytest -q bench/bench_loss.py bench/bench_adapter.py bench/bench_step.py --benchmark-json=runs/bench/bench.json; \
-	status=$$?; $(BIN)/python bench/peers_report.py runs/bench/bench.json && exit $$status
+	rm -f runs/bench/cases.jsonl
+	$(BIN)/python bench/run.py products loss adapter trainer --peers --record runs/bench/cases.jsonl; \
+	status=$$?; $(BIN)/python bench/cpu_page.py runs/bench/cases.jsonl && exit $$status
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

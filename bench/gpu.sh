@@ -1,76 +1,138 @@
 #!/usr/bin/env bash
-# One command on a machine with a GPU: builds from source, tests the CUDA ops, measures them beside their floors and
-# peers, and runs them in Triton and under compute-sanitizer. Writes docs/gpu.md, and JSON and logs to runs/gpu. Under ten
-# minutes whatever happens; needs no network, only what is installed: torch with CUDA (which brings triton), nvcc, a C++
-# compiler, ninja, setuptools, pybind11, pytest, transformers, safetensors; peers are used where they are.
+# One command on a machine with a GPU, in under five minutes: builds the CUDA ops for that GPU, runs the commands and the
+# tests that need one, measures every op beside its floor and its peers, and says what a training step's time goes to.
+# Needs no network, only what is installed: torch with CUDA (which brings triton), nvcc, a C++ compiler, ninja, setuptools,
+# pybind11, pytest, pytest-benchmark, transformers, safetensors; pytest-xdist and peers are used if they are there.
 #
-#     bash bench/gpu.sh
+#     bash bench/gpu.sh                                  # writes docs/gpu.md, and JSON and logs to runs/gpu
+#     bash bench/gpu.sh --no-build                       # with the rbfast/_C_cuda*.so that is there
+#     bash bench/gpu.sh --profile "column_grad 14B"      # one case's kernels under ncu, nothing else
 #
-# Every section runs even if an earlier one failed; the exit status says whether all went well. Without a GPU it is a dry
-# run: the tests' host imitation of one, Triton's interpreter, and a toy size for the benchmark on the CPU, reported in
-# runs/gpu alone. What it has no time for is the demo, end to end on the GPU:
-#
-#     rbfast demo --device cuda --out runs/demo-gpu
+# A line for each section; every section runs even if an earlier one failed, and the exit status says whether all went
+# well. The last lines are a table of all cases with their bars. If OUT is set, the page and the JSON are copied there.
+# Without a GPU it is a dry run: toy sizes on the CPU, reported in runs/gpu alone.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
+PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 "$PYTHON" -c 'import torch' || { echo "$PYTHON has no torch: set PYTHON to the interpreter that has it"; exit 2; }
-OUT=runs/gpu
-export PYTHONPATH=$PWD
-mkdir -p "$OUT"
+LOGS=runs/gpu
+export PYTHON PYTHONPATH=$PWD
+mkdir -p "$LOGS"
+rm -f "$LOGS"/*.log "$LOGS"/cases.jsonl "$LOGS"/kernels.txt
 failed=()
 
-# section NAME SECONDS COMMAND...
-section() {
-  local name=$1 limit=$2 start=$SECONDS
+capability=$("$PYTHON" -c 'import torch; print(*torch.cuda.get_device_capability(), sep=".") if torch.cuda.is_available() else None')
+[ "$capability" = None ] && capability=
+if [ "${1:-}" = --profile ]; then
+  [ -n "$capability" ] || { echo "--profile needs a GPU"; exit 2; }
+  exec ncu --profile-from-start off --clock-control none --section SpeedOfLight --section Occupancy --section LaunchStats \
+    --section MemoryWorkloadAnalysis --section WarpStateStats "$PYTHON" bench/run.py "${2:?name a case}" --device cuda --once
+fi
+
+TOTAL=295  # seconds for all sections together, so that a slow one does not cost the sitting
+
+# bounded LOG SECONDS COMMAND...: its exit status; 124 if it took too long.
+bounded() {
+  local log=$LOGS/$1.log limit=$2
   shift 2
-  printf '== %s: ' "$name"
-  if timeout $((limit * slack)) "$@" >"$OUT/$name.log" 2>&1; then
-    echo "ok, $((SECONDS - start)) s; $(tail -n 1 "$OUT/$name.log")"
+  if [ -z "$capability" ]; then
+    limit=$((limit * 4))  # a dry run shares a smaller machine with others
+  elif [ $((TOTAL - SECONDS)) -lt "$limit" ]; then
+    limit=$((TOTAL - SECONDS))
+  fi
+  [ "$limit" -ge 3 ] || { echo "no time is left for it" >"$log"; return 124; }
+  timeout --kill-after=5 "$limit" "$@" >"$log" 2>&1
+}
+
+# tell NAME STATUS SINCE: the section's line.
+tell() {
+  if [ "$2" = 0 ]; then
+    echo "== $1: ok, $((SECONDS - $3)) s; $(tail -n 1 "$LOGS/$1.log" | cut -c1-150)"
   else
-    echo "FAILED after $((SECONDS - start)) s, see $OUT/$name.log"
-    tail -n 25 "$OUT/$name.log"
-    failed+=("$name")
+    echo "== $1: FAILED ($2) after $((SECONDS - $3)) s, see $LOGS/$1.log"
+    if grep -q '^FAILED\|^ERROR' "$LOGS/$1.log"; then
+      grep '^FAILED\|^ERROR' "$LOGS/$1.log" | cut -c1-160 | head -n 20
+      tail -n 1 "$LOGS/$1.log" | cut -c1-150
+    else
+      tail -n 5 "$LOGS/$1.log" | cut -c1-200
+    fi
+    failed+=("$1")
   fi
 }
 
-capability=$("$PYTHON" -c 'import torch; print(*torch.cuda.get_device_capability(), sep=".") if torch.cuda.is_available() else None')
+# section NAME SECONDS COMMAND...
+section() {
+  local start=$SECONDS name=$1
+  bounded "$@"
+  tell "$name" $? "$start"
+}
+
+# beside NAME SECONDS COMMAND...: like section, but in the background; told by wait_for_all.
+names=() pids=()
+beside() {
+  bounded "$@" &
+  names+=("$1") pids+=($!)
+}
+
+wait_for_all() {
+  local start=$1 i
+  for i in "${!pids[@]}"; do
+    wait "${pids[$i]}"
+    tell "${names[$i]}" $? "$start"
+  done
+}
+
+is_built() {
+  local built
+  built=$(ls rbfast/_C_cuda*.so 2>/dev/null | head -n 1)
+  [ -n "$built" ] && [ -z "$(find csrc setup.py -newer "$built" -type f | head -n 1)" ]
+}
+
+pytest=("$PYTHON" -m pytest -q -p no:cacheprovider --tb=short --show-capture=no)
 if [ -n "$capability" ]; then
   [ "$capability" = 9.0 ] && capability=9.0a
   export RBFAST_CUDA=1 TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability}
-  where="cuda and not hopper and not ampere and not starved"
-  bench=(--device cuda --table docs/gpu.md)
-  interpret=0
-  slack=1
+  if [ "${1:-}" = --no-build ] || is_built; then
+    echo "== build: skipped, $(ls rbfast/_C_cuda*.so)"
+  else
+    section build 120 "$PYTHON" setup.py build_ext --inplace
+  fi
+
+  # What is not timed, all of it at once.
+  start=$SECONDS
+  "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 6) || workers=()
+  not_the_host="not hopper and not ampere and not starved and not under_the_interpreter"
+  mapfile -t on_gpu < <(grep -rl --include='test_*.py' 'cuda\.is_available\|cuda_devices' tests)
+  beside tests 90 "${pytest[@]}" "${workers[@]}" "${on_gpu[@]}" -k "$not_the_host"
+  [ -f bench/smoke.sh ] && beside smoke 90 bash bench/smoke.sh
+  if command -v compute-sanitizer >/dev/null; then
+    small="(test_any_strides or test_empty or test_activations or test_supports or test_no_rows or test_extreme)"
+    for tool in memcheck racecheck; do
+      # Without torch's own pool of memory, in which a read past a tensor ends in the next one and is not noticed.
+      beside "$tool" 80 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+        "${pytest[@]}" -x tests/ops/test_cuda_columns.py tests/ops/test_cuda_rows.py -k "$small and $not_the_host"
+    done
+  fi
+  wait_for_all "$start"
+  size=() page=docs/gpu.md
 else
   echo "no GPU here: this is a dry run"
-  where="hopper"
-  bench=(--device cpu --toy --table "$OUT/gpu.md")
-  interpret=1
-  slack=4
-fi
-small="(test_any_strides or test_empty or test_activations or test_supports or test_no_rows or test_extreme) and $where"
-# Few of the cases: each compiles kernels of its own.
-in_triton="(columns_match and shape2) or near_the_teacher or in_place or outside_the_vocabulary"
-test=("$PYTHON" -m pytest -q -p no:cacheprovider)
-
-# The limits add up to 570 seconds.
-section build 120 "$PYTHON" setup.py build_ext --inplace
-section tests 100 "${test[@]}" tests/test_cuda.py tests/test_cuda_columns.py tests/test_cuda_rows.py \
-  -k "test_cuda.py or ($where)"
-section bench 180 "$PYTHON" bench/bench_gpu.py "${bench[@]}" --json "$OUT/gpu.json"
-section triton 70 env TRITON_INTERPRET=$interpret "${test[@]}" tests/test_triton.py -k "$in_triton"
-if [ -n "$capability" ] && command -v compute-sanitizer >/dev/null; then
-  for tool in memcheck racecheck; do
-    # Without torch's own pool of memory, in which a read past a tensor ends in the next one and is not noticed.
-    section "$tool" 50 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      "${test[@]}" -x tests/test_cuda_columns.py tests/test_cuda_rows.py -k "$small"
-  done
-else
-  echo "== memcheck, racecheck: skipped, they need a GPU and compute-sanitizer"
+  size=(--toy) page=$LOGS/gpu.md
 fi
 
-if [ ${#failed[@]} -gt 0 ]; then
-  echo "failed: ${failed[*]}"
-  exit 1
+# Apart, so that what ends one of them (an illegal access ends the process) leaves the others.
+run=("$PYTHON" bench/run.py --device cuda --peers "${size[@]}" --record "$LOGS/cases.jsonl")
+quiet=(-- --tb=line --show-capture=no -W ignore)
+section ops 75 "${run[@]}" rows columns accuracy fold "${quiet[@]}"
+section loss 90 "${run[@]}" loss "${quiet[@]}"
+section steps 80 "${run[@]}" step trainer "${quiet[@]}"
+section kernels 30 "$PYTHON" bench/run.py "four 7B" "top-k frozen" --device cuda "${size[@]}" --kernels 12
+cp "$LOGS/kernels.log" "$LOGS/kernels.txt"
+[ -n "$capability" ] && head -n 30 "$LOGS/kernels.txt" | cut -c1-90
+
+"$PYTHON" bench/gpu_page.py "$LOGS/cases.jsonl" --page "$page" --json "$LOGS/gpu.json" --kernels "$LOGS/kernels.txt"
+if [ -n "${OUT:-}" ]; then
+  cp "$page" "$LOGS"/*.json "$LOGS"/*.log "$OUT"
 fi
+echo "$SECONDS s; wrote $page and $LOGS/gpu.json${failed[*]:+; failed: ${failed[*]}}"
+[ ${#failed[@]} -eq 0 ]

@@ -5,14 +5,12 @@ from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import closed_teacher
 import pytest
 import torch
-from closed_teacher import Recipe, fresh_problems, run_recipe
-from closed_teacher_report import averaged, comparison_table
-from pages import put_section
-from real_inputs import data_path
-from teacher_results import (
+from experiments import closed_teacher
+from experiments.closed_teacher import Recipe, fresh_problems, run_recipe
+from experiments.closed_teacher_report import averaged, comparison_table
+from experiments.teacher_results import (
     CORRECT,
     INCORRECT,
     OTHER,
@@ -22,6 +20,8 @@ from teacher_results import (
     one_per_problem,
     traces_from_results,
 )
+from publish import put_section
+from real_inputs import data_path
 from tiny import tiny_model, tiny_tokenizer
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 

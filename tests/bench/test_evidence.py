@@ -5,13 +5,12 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import evidence
 import pytest
-import scaling
 import torch
-from evidence import Settings, arms, drawn, flat, section, split
+from experiments import evidence, scaling
+from experiments.evidence import Settings, arms, drawn, flat, section, split
+from experiments.teacher_results import traces_from_results
 from real_inputs import data_path
-from teacher_results import traces_from_results
 from tiny import tiny_model, tiny_tokenizer
 from transformers import LlamaForCausalLM
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from parts import digest, part
+from experiments.parts import digest, part
 
 
 def test_a_part_is_measured_once_and_only_for_one_question(tmp_path: Path) -> None:

@@ -1,16 +1,17 @@
-"""The benchmarks' peers: each computes what bench/peers.py says it does, and a record becomes a page and a picture."""
+"""The benchmarks' peers: each computes what bench/peers says it does, and a record becomes a page and a picture."""
 
 import json
 from pathlib import Path
 
-import peers_report
+import cpu_page
 import pytest
+import registry
 import torch
-from accuracy import gradient, in_fp64, negatives
-from adapters import ADAPTERS, trained
-from measure import absent, reason
-from pages import put_section
-from peers import DENSE, TOP_K, Batch, plain_dense, rbfast_dense, rbfast_top_k
+from experiments.accuracy import gradient, in_fp64, negatives
+from harness import absent, reason
+from peers.adapters import ADAPTERS, trained
+from peers.losses import DENSE, TOP_K, Batch, plain_dense, rbfast_dense, rbfast_top_k
+from publish import kind_of, put_section
 from tiny import tiny_model
 
 T, H, V, K = 24, 32, 211, 5
@@ -78,21 +79,57 @@ def test_why_somebody_is_missing() -> None:
         absent(ValueError("why"))()
 
 
-def test_a_record_becomes_a_page_and_a_picture(tmp_path: Path) -> None:
+def record_of(path: Path, seconds: list[float]) -> Path:
     who = {
         "floor": {"seconds": [1.0, 1.0, 1.0]},
-        "rbfast": {"seconds": [2.0, 2.0, 4.0], "extra_mib": 7.4, "note": ""},
-        "theirs": {"seconds": [4.0, 4.0, 4.0], "extra_mib": None, "note": "whole logits"},
+        "rbfast": {"seconds": seconds, "extra_mib": 7.4, "note": ""},
+        "torch.compile": {"seconds": [4.0, 4.0, 4.0], "extra_mib": None, "note": "whole logits"},
         "absent": {"missing": "trl is not installed", "note": "never shown"},
     }
-    facts = {"who": who, "versions": {"torch": "2.0"}, "threads": 2, "isa": "avx2"}
-    record = tmp_path / "bench.json"
-    record.write_text(json.dumps({"benchmarks": [{"group": "loss, tiny", "extra_info": facts}]}))
+    facts = {"title": "loss, tiny", "versions": {"torch": "2.0"}, "threads": 2, "isa": "avx2"}
+    entries = [{"case": "loss-top-k-SmolLM2-135M", "who": who} | facts, {"case": "loss-dense", "failed": "no"}]
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+def test_a_record_becomes_a_page_and_a_picture(tmp_path: Path, monkeypatch, capsys) -> None:
+    record = record_of(tmp_path / "cases.jsonl", [2.0, 2.0, 4.0])
     put_section(tmp_path / "bench.md", "other", "stays")
-    assert peers_report.main([str(record), "--docs", str(tmp_path)]) == 0
+    monkeypatch.setattr(cpu_page, "cpu_kind", lambda: "Xeon, AMX")
+    assert cpu_page.main([str(record), "--docs", str(tmp_path)]) == 0
     page = (tmp_path / "bench.md").read_text()
     assert "| rbfast | 2.000 | 2.00 [2.00, 3.00] | 1.00 [1.00, 1.00] | 7 |  |" in page
-    assert "| theirs | 4.000 | 4.00 [4.00, 4.00] | 2.00 [1.50, 2.00] |  | whole logits |" in page
+    assert "| torch.compile | 4.000 | 4.00 [4.00, 4.00] | 2.00 [1.50, 2.00] |  | whole logits |" in page
     assert "| absent | - | - | - | - | trl is not installed |" in page
     assert "stays" in page
-    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "bench-xeon-amx.png").read_bytes().startswith(b"\x89PNG")
+    assert "| loss, top-k, SmolLM2-135M: over its bare products | 2.00 |" in capsys.readouterr().out
+
+
+def test_a_kind_of_cpu_replaces_its_own_figures_alone(tmp_path: Path, monkeypatch) -> None:
+    for kind, seconds in (("Xeon, AMX", [2.0, 2.0, 2.0]), ("Zen 5, AVX-512", [1.5] * 3), ("Xeon, AMX", [1.0] * 3)):
+        record = record_of(tmp_path / "cases.jsonl", seconds)
+        monkeypatch.setattr(cpu_page, "cpu_kind", lambda kind=kind: kind)
+        assert cpu_page.main([str(record), "--docs", str(tmp_path)]) == 0
+    page = (tmp_path / "bench.md").read_text()
+    assert "| ratio of times | Xeon, AMX | Zen 5, AVX-512 |" in page
+    assert "| loss, top-k, SmolLM2-135M: over its bare products | 1.00 | 1.50 |" in page
+    assert page.count("### Xeon, AMX") == page.count("### Zen 5, AVX-512") == 1
+    assert "| rbfast | 1.500 |" in page and "| rbfast | 2.000 |" not in page
+
+
+def test_what_is_quoted_is_a_case_that_is_measured() -> None:
+    assert {case for case, _ in cpu_page.RATIOS.values()} <= {str(case) for case in registry.cases("cpu")}
+
+
+@pytest.mark.parametrize(
+    ("facts", "kind"),
+    [
+        ({"vendor_id": "AuthenticAMD", "cpu family": "26", "flags": "avx2 avx512f avx512_bf16"}, "Zen 5, AVX-512"),
+        ({"vendor_id": "AuthenticAMD", "cpu family": "25", "flags": "avx2"}, "Zen 3, AVX2"),
+        ({"vendor_id": "GenuineIntel", "model name": "Intel(R) Xeon(R)", "flags": "avx512f amx_bf16"}, "Xeon, AMX"),
+        ({"Features": "asimd"}, "aarch64"),
+    ],
+)
+def test_kinds_of_cpu(facts: dict[str, str], kind: str) -> None:
+    assert kind_of(facts, "aarch64") == kind

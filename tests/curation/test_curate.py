@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from experiments.teacher_results import traces_from_results
 from real_inputs import data_path
-from teacher_results import traces_from_results
 
 import rbfast
 from rbfast.cli.main import main

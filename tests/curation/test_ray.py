@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_text import problem
+from cases.test_text import problem
 
 from rbfast import curate
 from rbfast.cli.main import main

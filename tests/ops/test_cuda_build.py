@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from experiments.kernel_resources import ARCHITECTURES, Resources, all_resources, nvcc
 from fresh_installs import ROOT, install, run, try_it
-from kernel_resources import ARCHITECTURES, Resources, all_resources, nvcc
 
 from rbfast import ops
 

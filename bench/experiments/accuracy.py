@@ -1,6 +1,6 @@
 """Faithful numbers in bf16, for rbfast and its peers: gradients, negative divergences, merging and unmerging.
 
-    python bench/accuracy.py            # rewrites its section of docs/bench.md; about three minutes
+    python bench/experiments accuracy            # rewrites its section of docs/bench.md; about three minutes
 
 A student and a teacher whose logits are a given gap apart, exactly, in bf16: the teacher's hidden state is that of the
 student with a few numbers more, and so is its head. The gradient of the hidden states is held against that of
@@ -8,7 +8,6 @@ DistillLoss on the same inputs in fp64, which runs the plain reference.
 """
 
 import argparse
-import sys
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from datetime import date
@@ -17,14 +16,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from adapters import ADAPTERS, sparse, trained
-from measure import reason, versions
-from pages import cpu, put_section
-from peers import DENSE, PACKAGES, TOP_K, Batch, Loss, Peer, liger, rbfast_dense, rbfast_top_k, trl_gkd
+from harness import reason, versions
+from peers.adapters import ADAPTERS, sparse, trained
+from peers.losses import DENSE, PACKAGES, TOP_K, Batch, Loss, Peer, liger, rbfast_dense, rbfast_top_k, trl_gkd
+from publish import PAGE, cpu, put_section
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "bench.md"
 T, H, V, K, EXTRA = 64, 256, 4096, 20, 8
 GAPS = (1.0, 0.1, 0.02, 0.001)
 # Besides those that are timed: two peers as they are called where mixed precision or a compiler is not in play.
@@ -194,7 +192,7 @@ def merge_table() -> str:
 def section() -> str:
     found = versions(("torch", "transformers", "peft", *PACKAGES))
     tables = "\n\n".join(loss_table(title) for title in TABLES)
-    return f"""`python bench/accuracy.py`
+    return f"""`python bench/experiments accuracy`
 
 Relative error of the loss's gradient in the hidden states against fp64 of the same bf16 inputs, and in brackets how
 many of {T} rows have a negative divergence (-: its value is no divergence). T={T}, H={H}, V={V}; the gap is the rms
@@ -220,7 +218,3 @@ def main(argv: list[str]) -> int:
     put_section(args.page, "accuracy", text)
     print(text)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -8,7 +8,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from pages import cpu
+from publish import cpu
 
 import rbfast
 from rbfast.evaluation.statistics import paired_difference

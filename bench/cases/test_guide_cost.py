@@ -1,6 +1,6 @@
 """What guidance costs: the demo's student decodes greedily, plain and guided, everything watched and nothing put in.
 
-    OMP_NUM_THREADS=1 pytest bench/bench_guide.py --benchmark-columns=min,median,rounds --benchmark-json=guide.json
+    OMP_NUM_THREADS=1 pytest bench/cases/test_guide_cost.py --benchmark-columns=min,median,rounds
 
 Plain and guided steps take turns, and both write the same tokens. `share` in extra_info is the processor time spent in
 guidance (the entropy, the state machines, choosing and watching tokens) over that of the whole decoding. On one thread

@@ -1,18 +1,20 @@
 """How much memory a curation takes for each item of its pool: peaks of pools that differ in their size alone.
 
-    python bench/pool_memory.py                   # 20,000 and 80,000 items, of 1,000 and of 4,000 characters
+    python bench/experiments pool_memory                   # 20,000 and 80,000 items, of 1,000 and of 4,000 characters
 
 Each pool is written to a temporary folder and curated by a process of its own, against 500 evaluation problems.
 """
 
+import argparse
 import json
 import random
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from bench_text import EVALUATIONS, WORDS, problem
+from cases.test_text import EVALUATIONS, WORDS, problem
 
 SIZES, CHARACTERS = (20_000, 80_000), (1_000, 4_000)
 CURATE = """
@@ -46,7 +48,8 @@ def peak(folder: Path, size: int, characters: int) -> int:
     return 1024 * int(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     rng = random.Random(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -57,7 +60,4 @@ def main() -> None:
             growth = (peaks[1] - peaks[0]) / (SIZES[1] - SIZES[0])
             shown = ", ".join(f"{n:,} items {p / 2**20:,.0f} MiB" for n, p in zip(SIZES, peaks, strict=True))
             print(f"{characters:,} characters each: {shown}; {growth:,.0f} bytes for each more", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -1,21 +1,22 @@
 """What the compiler makes of each CUDA kernel: registers, shared memory and spills for every GPU generation.
 
-python bench/kernel_resources.py            # the table of docs/kernels.md; needs nvcc, not a GPU
+python bench/experiments kernel_resources            # the table of docs/kernels.md; needs nvcc, not a GPU
 """
 
+import argparse
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch.utils.cpp_extension import include_paths
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("80", "90a", "100", "120")
 
 
@@ -105,7 +106,10 @@ def table(found: list[Resources]) -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str]) -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     if nvcc() is None:
-        sys.exit("nvcc was not found: put it on the PATH, or set CUDA_HOME")
+        print("nvcc was not found: put it on the PATH, or set CUDA_HOME", file=sys.stderr)
+        return 2
     print("registers of a thread / bytes spilled\n\n" + table(all_resources()))
+    return 0

@@ -1,6 +1,6 @@
 """What curation and hierarchy are worth: one student, trained on chosen traces, on random ones, and with flat weights.
 
-    python bench/evidence.py --data ../shared/data/reasoning_gym_claude35 --out runs/evidence
+    python bench/experiments evidence --data ../shared/data/reasoning_gym_claude35 --out runs/evidence
 
 The folder holds evaluation results of reasoning-gym tasks with several completions per problem. Every completion that
 reasons, tags an answer and fits becomes an item of the pool, right or wrong, but for some problems that are held out.
@@ -20,7 +20,6 @@ import argparse
 import random
 import shlex
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -32,11 +31,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from pages import RESULTS, cpu, publish
-from parts import digest, part
-from teacher_results import one_per_problem, traces_from_results
+from publish import RESULTS, cpu, publish
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from experiments.parts import digest, part
+from experiments.teacher_results import one_per_problem, traces_from_results
 from rbfast.curation.curate import curate
 from rbfast.data.encoding import encode_all
 from rbfast.data.readers import read_traces, write_traces
@@ -321,10 +320,6 @@ def main(argv: Sequence[str]) -> int:
             run_seed(model, tokenizer, traces, list(fates), seed, args.out, settings, list(names))
             for seed in range(args.seeds)
         ]
-        return section(found, settings, shlex.join(["python", "bench/evidence.py", *argv]), model.dtype)
+        return section(found, settings, shlex.join(["python", "bench/experiments", "evidence", *argv]), model.dtype)
 
     return publish("evidence", args.results, SECTION, make)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

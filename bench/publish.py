@@ -2,7 +2,7 @@
 
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -10,13 +10,34 @@ from rich.markdown import Markdown
 
 from rbfast.utils.files import write_text
 
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE, RESULTS = DOCS / "bench.md", DOCS / "results.md"
 
 
 def cpu() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def cpu_kind() -> str:
+    """What kinds of CPU differ in for us: the maker's generation and the widest bf16 or vector unit, as "Xeon, AMX"."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    return kind_of(facts, platform.machine())
+
+
+def kind_of(facts: Mapping[str, str], machine: str) -> str:
+    """The kind of a CPU with these entries of /proc/cpuinfo."""
+    flags, family = facts.get("flags", "").split(), facts.get("cpu family", "")
+    if not flags:
+        return machine
+    units = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512", "avx512f": "AVX-512 without bf16", "avx2": "AVX2"}
+    unit = next((said for flag, said in units.items() if flag in flags), "no AVX2")
+    zen = {"26": "Zen 5", "25": "Zen 4" if "avx512f" in flags else "Zen 3", "23": "Zen 2"}
+    maker = "Xeon" if "Xeon" in facts.get("model name", "") else facts.get("model name", machine)
+    return f"{zen.get(family, maker) if facts.get('vendor_id') == 'AuthenticAMD' else maker}, {unit}"
 
 
 def put_section(path: Path, name: str, text: str) -> None:

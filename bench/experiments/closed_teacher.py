@@ -1,6 +1,6 @@
 """A closed teacher's completions, distilled: what the student learns from them, beside LoRA at an equal budget.
 
-    python bench/closed_teacher.py --data ../shared/data/reasoning_gym_claude35 --out runs/closed_teacher
+    python bench/experiments closed_teacher --data ../shared/data/reasoning_gym_claude35 --out runs/closed_teacher
 
 The folder holds evaluation results of reasoning-gym tasks, one JSON file a task. The correct completions become traces;
 then two questions are asked:
@@ -17,7 +17,6 @@ tables take their place between the markers of docs/results.md. docs/closed_teac
 import argparse
 import random
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -28,13 +27,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from closed_teacher_report import averaged, best, section
-from pages import RESULTS, publish
-from parts import digest, part
-from teacher_results import one_per_problem, traces_from_results
+from publish import RESULTS, publish
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from experiments.closed_teacher_report import averaged, best, section
+from experiments.parts import digest, part
+from experiments.teacher_results import one_per_problem, traces_from_results
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.data.encoding import Example, encode_all
 from rbfast.data.readers import write_traces
@@ -293,14 +292,10 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     given = {option.name: getattr(args, option.name) for option in fields(Recipe)}
     recipe = Recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
-    command = shlex.join(["python", "bench/closed_teacher.py", *argv])
+    command = shlex.join(["python", "bench/experiments", "closed_teacher", *argv])
 
     def make() -> str:
         model, tokenizer = load_student(recipe.student)
         return run_recipe(model, tokenizer, args.data, args.out, recipe, command)
 
     return publish("closed_teacher", args.results, SECTION, make)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,7 +1,7 @@
 """The curation's loops at the size of a large pool, beside plain Python and the libraries people use for each.
 
-    pytest bench/bench_text.py --benchmark-group-by=group --benchmark-columns=min,median,rounds -k "not million"
-    pytest bench/bench_text.py -k million -s         # a million problems; prints seconds and peak memory
+    pytest bench/cases/test_text.py --benchmark-group-by=group --benchmark-columns=min,median,rounds -k "not million"
+    pytest bench/cases/test_text.py -k million -s         # a million problems; prints seconds and peak memory
     taskset -c 0 pytest ... --benchmark-timer=time.process_time   # one core, on a machine that does other work too
 
 Groups: `decontaminate` (5-shingles of a pool against 500 evaluation problems), `minhash` (64 values; datasketch),

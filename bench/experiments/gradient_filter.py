@@ -1,6 +1,6 @@
 """What a gradient filter saves, and what it costs: the demo's student on worked traces of the demo's families.
 
-    python bench/gradient_filter.py
+    python bench/experiments gradient_filter
 
 Filtering lives on how peaked a model's distributions are, so the hidden states and the head are a real student's, and
 the traces are texts. The loss runs forward and backward at several `gradient_filter`s, in turn with the products that
@@ -11,7 +11,6 @@ table takes its place between the markers of docs/results.md.
 import argparse
 import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
@@ -19,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from pages import cpu, publish
+from publish import RESULTS, cpu, publish
 from torch import Tensor
 
 from rbfast.data.encoding import IGNORE, collate, encode_all
@@ -29,7 +28,6 @@ from rbfast.loss.distill_loss import DistillLoss, LossOutput
 from rbfast.loss.teacher_signal import TopK
 from rbfast.models.student import SMOLLM2, fast_dtype, final_hidden, load_student
 
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results.md"
 SHARES = (0.0, 0.005, 0.01, 0.02, 0.05)
 K = 20
 
@@ -124,9 +122,5 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=int, default=9, help="(default: 9)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="Markdown file to put the section in")
     args = parser.parse_args(argv)
-    command = shlex.join(["python", "bench/gradient_filter.py", *argv])
+    command = shlex.join(["python", "bench/experiments", "gradient_filter", *argv])
     return publish("gradient_filter", args.results, "filter", lambda: section(args.tokens, args.rounds, command))
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,6 +1,6 @@
 """What an adapter costs while a model writes: the base, the adapter folded in, and merged; one row, greedily.
 
-    OMP_NUM_THREADS=1 pytest bench/bench_decode.py -s
+    OMP_NUM_THREADS=1 pytest bench/cases/test_decode.py -s
 
 The folded one is timed within `evaluating`, as rbfast decodes, and with its hooks on, as a plain `generate` runs it.
 The four take turns, so that a machine that slows down slows all of them. A ratio is the median over the rounds of a
@@ -15,8 +15,8 @@ from copy import deepcopy
 
 import pytest
 import torch
-from measure import TOY
 from pytest_benchmark.fixture import BenchmarkFixture
+from registry import Place
 from transformers import PreTrainedModel
 
 from rbfast.adapter.sparse_adapter import SparseAdapter
@@ -24,18 +24,18 @@ from rbfast.inference.decoding import evaluating
 from rbfast.models.student import SMOLLM2, load_student
 
 Block = Callable[[PreTrainedModel], AbstractContextManager[None]]
-TOKENS, ROUNDS = (2, 2) if TOY else (64, 9)
 
 
-def write(model: PreTrainedModel, block: Block, ids: torch.Tensor) -> float:
-    """Seconds of processor time for TOKENS tokens, entering and leaving the block included."""
+def write(model: PreTrainedModel, block: Block, ids: torch.Tensor, tokens: int) -> float:
+    """Seconds of processor time for so many tokens, entering and leaving the block included."""
     begun = time.process_time()
     with block(model):
-        model.generate(ids, do_sample=False, min_new_tokens=TOKENS, max_new_tokens=TOKENS)  # type: ignore[operator]
+        model.generate(ids, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)  # type: ignore[operator]
     return time.process_time() - begun
 
 
-def test_decoding(benchmark: BenchmarkFixture) -> None:
+def test_decoding(benchmark: BenchmarkFixture, place: Place) -> None:
+    tokens = place.size(64, 2)
     base, tokenizer = load_student(SMOLLM2, torch.float32)
     ids = tokenizer("A farm has 3 cows and 2 hens. How many legs?", return_tensors="pt").input_ids
     folded, merged = deepcopy(base), deepcopy(base)
@@ -51,15 +51,17 @@ def test_decoding(benchmark: BenchmarkFixture) -> None:
 
     def turn() -> None:
         for name, (model, block) in models.items():
-            seconds[name].append(write(model, block, ids))
+            seconds[name].append(write(model, block, ids, tokens))
 
     turn()  # warm
     for times in seconds.values():
         times.clear()
-    benchmark.group = f"{TOKENS} tokens, {torch.get_num_threads()} threads"
-    benchmark.pedantic(turn, rounds=ROUNDS)
+    benchmark.group = f"{tokens} tokens, {torch.get_num_threads()} threads"
+    benchmark.pedantic(turn, rounds=place.size(9, 2))
     for name in list(models)[1:]:
         ratios = [a / b for a, b in zip(seconds[name], seconds["base"], strict=True)]
         benchmark.extra_info[name] = statistics.median(ratios)
         print(f"\n{name}: {statistics.median(ratios):.3f} of the base ({min(ratios):.3f} .. {max(ratios):.3f})")
-    assert TOY or statistics.median(seconds["base"]) == pytest.approx(statistics.median(seconds["merged"]), rel=0.1)
+    assert place.is_toy or statistics.median(seconds["base"]) == pytest.approx(
+        statistics.median(seconds["merged"]), rel=0.1
+    )

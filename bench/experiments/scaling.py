@@ -1,6 +1,6 @@
 """Test-time scaling: the demo's student before and after distillation, under budgets, with and without interventions.
 
-    make demo && python bench/scaling.py --run runs/demo --out runs/scaling
+    make demo && python bench/experiments scaling --run runs/demo --out runs/scaling
 
 The demo's held-out problems, the first of each family; greedy. A budget counts every token after the prompt, those of
 interventions and those that were struck included, so that a row of the table compares at equal cost. The settings:
@@ -17,7 +17,6 @@ Every finished cell is kept in --out and read back. The table takes its place in
 
 import argparse
 import shlex
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -29,10 +28,10 @@ from typing import Any
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from pages import RESULTS, cpu, publish
-from parts import digest, part
+from publish import RESULTS, cpu, publish
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from experiments.parts import digest, part
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.data.encoding import format_prompt
 from rbfast.demo.run import FAMILIES, HELD_OUT, TRAIN
@@ -204,11 +203,7 @@ def main(argv: Sequence[str]) -> int:
         picture = args.results.with_name("scaling.png")
         with replacing(picture) as file:
             FigureCanvasAgg(draw(found, args.budgets)).print_png(file)
-        command = shlex.join(["python", "bench/scaling.py", *argv])
+        command = shlex.join(["python", "bench/experiments", "scaling", *argv])
         return section(found, args.budgets, len(problems), command, model.dtype, picture.name)
 
     return publish("scaling", args.results, SECTION, make)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

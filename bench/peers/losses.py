@@ -3,11 +3,12 @@
     loss = DENSE["TRL GKD"].load(beta=0.0)      # raises ImportError where the package is absent
     loss(batch).backward()
 
-All are means over rows whose gradient flows to batch.hidden alone: the head is frozen.
+All are means over rows; the gradient flows to batch.hidden, and to batch.weight if that asks for it.
 """
 
 import importlib.metadata
 import importlib.util
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from rbfast.loss.teacher_signal import Dense, TopK
 
 @dataclass(frozen=True)
 class Batch:
-    """A student's hidden [T, H] and frozen head [V, H], its teacher's [T, H'] and [V, H'] and top-k [T, k]."""
+    """A student's hidden [T, H] and head [V, H], its teacher's [T, H'] and [V, H'] and top-k [T, k]."""
 
     hidden: Tensor
     weight: Tensor
@@ -33,14 +34,18 @@ class Batch:
     logprobs: Tensor
 
     @classmethod
-    def draw(cls, T: int, H: int, V: int, k: int, dtype: torch.dtype, seed: int = 0) -> "Batch":
+    def draw(
+        cls, T: int, H: int, V: int, k: int, dtype: torch.dtype, device: str = "cpu", is_trained: bool = False
+    ) -> "Batch":
         """A student at some distance from its teacher, who has a head of the same size but its own memory."""
-        g = torch.Generator().manual_seed(seed)
-        hidden = torch.randn(T, H, generator=g)
-        weight = (torch.randn(V, H, generator=g) * (3 / H**0.5)).to(dtype)
-        teacher_hidden = (hidden + 0.3 * torch.randn(T, H, generator=g)).to(dtype)
-        labels = torch.randint(V, (T,), generator=g)
-        return cls.near(hidden.to(dtype), weight, labels, teacher_hidden, weight.clone(), k)
+        g = torch.Generator(device).manual_seed(0)
+        hidden = torch.randn(T, H, generator=g, device=device)
+        weight = (torch.randn(V, H, generator=g, device=device) * (3 / H**0.5)).to(dtype)
+        teacher_hidden = (hidden + 0.3 * torch.randn(T, H, generator=g, device=device)).to(dtype)
+        labels = torch.randint(V, (T,), generator=g, device=device)
+        teacher_weight = weight.clone()
+        weight.requires_grad_(is_trained)
+        return cls.near(hidden.to(dtype), weight, labels, teacher_hidden, teacher_weight, k)
 
     @classmethod
     def near(
@@ -72,12 +77,20 @@ class Peer:
 
 def rbfast_dense(beta: float) -> Loss:
     loss = DistillLoss(beta)
-    return lambda b: loss(b.hidden, b.weight, b.labels, Dense(b.teacher_hidden, b.teacher_weight)).loss
+    return lambda b: loss(b.hidden, b.weight, b.labels, Dense(b.teacher_hidden, b.teacher_weight), **rows(b)).loss
 
 
-def rbfast_top_k(beta: float) -> Loss:
+def rbfast_top_k(beta: float, knows_rows: bool = True) -> Loss:
     loss = DistillLoss(beta)
-    return lambda b: loss(b.hidden, b.weight, b.labels, TopK(b.ids, b.logprobs)).loss
+    given = rows if knows_rows else lambda b: {}
+    return lambda b: loss(b.hidden, b.weight, b.labels, TopK(b.ids, b.logprobs), **given(b)).loss
+
+
+def rows(batch: Batch) -> dict[str, Tensor]:
+    """The rows that take part, which a trainer knows: all of them."""
+    if "rows" not in inspect.signature(DistillLoss.forward).parameters:
+        return {}
+    return {"rows": torch.arange(len(batch.labels), device=batch.labels.device)}
 
 
 def plain_dense(beta: float) -> Loss:
@@ -135,6 +148,20 @@ def liger(beta: float, compile: bool = True) -> Loss:
     return lambda b: jsd(b.hidden, b.weight, b.teacher_hidden, b.teacher_weight, b.labels, None, None)
 
 
+def liger_fused(beta: float) -> Loss:
+    """Its Triton kernels; for a GPU."""
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    jsd = LigerFusedLinearJSD(jsd_beta=beta)
+    return lambda b: jsd(b.hidden, b.weight, b.teacher_hidden, b.teacher_weight, b.labels)
+
+
+def cut_cross_entropy(beta: float) -> Loss:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return lambda b: linear_cross_entropy(b.hidden, b.weight, b.labels)
+
+
 def trl_chunked(beta: float) -> Loss:
     """The loss of DistillationTrainer, which is TRL's own function: it has no public name."""
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
@@ -174,7 +201,7 @@ def _torchtune_losses() -> Any:
     return module
 
 
-PACKAGES = ("trl", "liger-kernel", "torchtune")
+PACKAGES = ("trl", "liger-kernel", "torchtune", "cut-cross-entropy")
 DENSE = {
     "rbfast": Peer(rbfast_dense),
     "torch": Peer(plain_dense, "whole logits of both"),
@@ -190,3 +217,9 @@ TOP_K = {
     "torch.compile": Peer(compiled(plain_top_k), "whole logits"),
 }
 SIGNALS = {"dense": DENSE, "top-k": TOP_K}
+# On a GPU the peers' own kernels take part, and those that a CPU alone needs do not.
+SIGNALS_ON_GPU = {
+    "dense": {who: DENSE[who] for who in ("rbfast", "torch", "torch.compile")}
+    | {"Liger fused JSD": Peer(liger_fused, "computes the gradient of the frozen head too")},
+    "top-k": TOP_K | {"CCE": Peer(cut_cross_entropy, "the text's cross-entropy alone", False)},
+}

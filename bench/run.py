@@ -1,0 +1,57 @@
+"""One command line for the benchmarks: a thin front to pytest-benchmark.
+
+    python bench/run.py loss --device cuda --peers      # a group, or a case by part of its name
+    python bench/run.py --peers                         # all cases of a CPU
+    python bench/run.py columns --toy                   # sizes of no meaning: does it work?
+    python bench/run.py "four 7B" --device cuda --kernels 15        # where the time of a call goes, by torch.profiler
+    python bench/run.py "column_grad 14B" --device cuda --once      # one call of rbfast, for ncu
+
+Groups: rows, columns, accuracy, fold, products, loss, adapter, step, trainer. What follows `--` goes to pytest.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+
+def main(argv: list[str]) -> int:
+    ours, _, to_pytest = (argv, [], []) if "--" not in argv else _split(argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", help="groups, or parts of names; all of them if none is given")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--toy", action="store_true", help="sizes of no meaning, on the CPU if there is no GPU")
+    parser.add_argument("--peers", action="store_true", help="the peers too, not rbfast and its floor alone")
+    parser.add_argument("--record", type=Path, help="add a line of JSON for each case to this file")
+    parser.add_argument("--once", action="store_true", help="run rbfast once, between the marks of a profiler")
+    parser.add_argument("--kernels", type=int, metavar="N", help="print the N kernels or ops that take the most time")
+    args = parser.parse_args(ours)
+    if args.once or args.kernels:
+        import profiling
+
+        return profiling.main(args.cases, args.device, args.toy, args.kernels)
+    return pytest.main(_pytest_arguments(args) + to_pytest)
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
+    at = argv.index("--")
+    return argv[:at], ["--"], argv[at + 1 :]
+
+
+def _pytest_arguments(args: argparse.Namespace) -> list[str]:
+    given = [str(HERE / "cases"), "--benchmark-only", "-q", f"--device={args.device}"]
+    given += ["--benchmark-group-by=group", "--benchmark-columns=median,iqr,rounds", "-p", "no:cacheprovider"]
+    given += [flag for flag, asked in (("--toy", args.toy), ("--peers", args.peers)) if asked]
+    given += [f"--record={args.record}"] if args.record else []
+    names = [name.replace(" ", "-").replace(",", "") for name in args.cases]
+    return given + (["-k", " or ".join(names)] if names else [])
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,119 @@
+"""How the benchmarks measure: rounds in turn, waits, bars, and the page of what a GPU said."""
+
+import json
+import subprocess
+from functools import partial
+from pathlib import Path
+
+import gpu_page
+import pytest
+import registry
+import torch
+from harness import absent, clock_for, host_waits, in_turn, race
+from registry import Bar
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_everybody_takes_a_turn_in_every_round() -> None:
+    order: list[str] = []
+    found = race({who: partial(order.append, who) for who in "ab"}, 3, clock_for("cpu"), "cpu")
+    assert order[:4] == ["a", "a", "b", "b"]  # warm
+    assert order[4:10] == ["a", "b"] * 3
+    assert all(len(entry["seconds"]) == 3 for entry in found.values())
+
+
+def test_a_step_may_say_what_counts_and_one_that_fails_says_why() -> None:
+    found = race({"rbfast": lambda: 0.25, "theirs": absent(ValueError("no"))}, 2, clock_for("cpu"), "cpu")
+    assert found["rbfast"]["seconds"] == [0.25, 0.25]
+    assert found["theirs"] == {"missing": "ValueError: no"}
+
+
+def test_inputs_take_turns() -> None:
+    seen: list[int] = []
+    step = in_turn([partial(seen.append, i) for i in range(3)])
+    for _ in range(4):
+        step()
+    assert seen == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("step", "waits"),
+    [
+        (lambda x: x + 1, 0),
+        (lambda x: x.sum().item(), 1),
+        (lambda x: bool((x > 0).all()), 1),
+        (lambda x: x.nonzero(), 1),
+        (lambda x: x[x > 0], 1),
+        (lambda x: x[torch.arange(2)], 0),
+        (lambda x: torch.equal(x, x), 1),
+    ],
+)
+def test_waits_are_counted(step, waits: int) -> None:
+    assert host_waits(partial(step, torch.ones(3)), "cpu") == waits
+
+
+def test_bars_are_judged_by_the_median_of_the_rounds() -> None:
+    found = {
+        "frozen": {"seconds": [1.0, 1.0, 2.0]},
+        "rbfast": {"seconds": [1.1, 1.2, 2.0], "extra_mib": 2000.0, "waits": 3},
+        "LoRA": {"seconds": [2.0, 2.0, 5.0]},
+        "absent": {"missing": "not installed"},
+    }
+    for bar, value, passes in [
+        (Bar("rbfast ms", "<=", 1200.5), 1200.0, True),
+        (Bar("rbfast GB", "<=", 2.0), 2000 * 2**20 / 1e9, False),
+        (Bar("rbfast waits", "<=", 2), 3, False),
+        (Bar("rbfast / frozen", "<=", 1.1), 1.1, True),
+        (Bar("LoRA - frozen / rbfast - frozen", ">=", 5.5), 10.0, True),
+        (Bar("absent / rbfast", ">=", 1.0), None, None),
+        (Bar("error %", "<=", 0.3), 0.2, True),
+    ]:
+        judged = bar.judge(found, {"error %": 0.2})
+        assert judged == (None if value is None else pytest.approx(value), passes)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_case_has_a_name_of_its_own_and_a_known_group(device: str) -> None:
+    cases = registry.cases(device)
+    assert len({str(case) for case in cases}) == len(cases)
+    assert {case.group for case in cases} <= set(registry.GROUPS)
+
+
+def test_a_record_becomes_a_page_and_a_short_table(tmp_path: Path, capsys) -> None:
+    entry = {
+        "case": "loss-a",
+        "group": "loss",
+        "title": "loss, T=4",
+        "values": {},
+        "bars": [{"bar": "rbfast ms <= 1", "value": 2.0, "passes": False}],
+        "who": {
+            "floor": {"seconds": [0.001, 0.001, 0.001], "note": ""},
+            "rbfast": {"seconds": [0.002, 0.002, 0.003], "note": "", "waits": 2, "extra_mib": 1000.0},
+            "theirs": {"seconds": [0.004, 0.004, 0.004], "note": "whole logits"},
+            "absent": {"missing": "x is not installed", "note": ""},
+        },
+        "versions": {"torch": "2"},
+    }
+    failed = {"case": "loss-b", "group": "loss", "failed": "RuntimeError: no"}
+    record = tmp_path / "cases.jsonl"
+    record.write_text("".join(json.dumps(line) + "\n" for line in [entry, failed] * 20))
+    paths = [str(record), "--page", str(tmp_path / "gpu.md"), "--json", str(tmp_path / "gpu.json")]
+    assert gpu_page.main(paths) == 0
+    line = "| loss-a | 2 ms ±0% | 1 ms ±0% | 50% | theirs 4 (2.00x); absent: x is not installed | 2 | 1.05 GB |"
+    page = (tmp_path / "gpu.md").read_text()
+    assert f"{line} MISSED: rbfast ms <= 1 (2) |" in page
+    assert "FAILED: RuntimeError: no" in page and "theirs: whole logits" in page
+    said = capsys.readouterr().out
+    assert "40 cases, 20 failed; 20 bars, 20 missed" in said
+    assert len(said) < 10_000
+    assert len(json.loads((tmp_path / "gpu.json").read_text())["cases"]) == 40
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it is no dry run")
+def test_a_dry_run_of_the_gpu_script() -> None:
+    done = subprocess.run(["bash", "bench/gpu.sh"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    cases = registry.cases("cuda")
+    assert f"{len(cases)} cases, 0 failed" in done.stdout
