@@ -6,12 +6,11 @@
 
 Groups: `decontaminate` (5-shingles of a pool against 500 evaluation problems), `minhash` (64 values; datasketch),
 `choose` (facility location; apricot, whose choice must be worth as much), `split_spans` (real thinking,
-where it is at hand). A seeded generator makes the problems, MATH-like in length. The libraries are run where they are
+where it is at hand). The problems are those of cases/problems.py. The libraries are run where they are
 installed: pip install datasketch apricot-select cloudpickle.
 """
 
 import random
-import re
 import resource
 import sys
 import time
@@ -23,26 +22,13 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 from real_thoughts import MODELS, thoughts
 
+from cases.problems import EVALUATIONS, problem
 from rbfast.curation import text, text_reference
 from rbfast.curation.decontaminate import Decontaminator, Evaluation, stack
 from rbfast.curation.selection import quotas, represent, shortlist
 from rbfast.data.spans import split_spans
 
-POOL, EVALUATIONS, MILLION = 4_000, 500, 1_000_000
-WORDS = re.findall(
-    r"\w+",
-    "find the number of integers such that sum all positive real values area triangle circle radius point let be a "
-    "function polynomial with roots in set each how many ways probability that two distinct prime divisor remainder "
-    "when divided by largest smallest possible value given line plane angle sequence term first what is of and if then",
-)
-
-
-def problem(rng: random.Random) -> str:
-    """A text of about 50 tokens with some LaTeX, 230 characters on average."""
-    words = rng.choices(WORDS, k=rng.randrange(20, 45))
-    maths = f"$\\frac{{{rng.randrange(100)}}}{{x+{rng.randrange(1000)}}} \\leq {rng.randrange(10**6)}y^{{2}}$"
-    words.insert(rng.randrange(len(words)), maths)
-    return " ".join(words).capitalize() + "?"
+POOL, MILLION = 4_000, 1_000_000
 
 
 @pytest.fixture(scope="module")

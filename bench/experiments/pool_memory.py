@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from cases.test_text import EVALUATIONS, WORDS, problem
+from cases.problems import EVALUATIONS, WORDS, problem
 
 SIZES, CHARACTERS = (20_000, 80_000), (1_000, 4_000)
 CURATE = """

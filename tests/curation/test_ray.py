@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases.test_text import problem
+from cases.problems import problem
 
 from rbfast import curate
 from rbfast.cli.main import main
