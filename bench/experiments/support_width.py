@@ -1,9 +1,9 @@
 """How wide a support must be: held-out loss by width, at equal trained values and each at the best of its rates.
 
-    python bench/support_width.py --data ../shared/data/reasoning_gym_claude35 --out runs/width.jsonl [--device cuda]
+    python bench/experiments support_width --data ../shared/data/reasoning_gym_claude35 --out runs/width.jsonl [--device cuda]
 
 A closed teacher's right completions are the traces; every training sees the same 160 in the same order and is measured
-on 40 others (bench/closed_teacher.py). A seed draws the traces, their order, the columns and the start of A. For each
+on 40 others (closed_teacher). A seed draws the traces, their order, the columns and the start of A. For each
 width the rank is the one whose trained values are nearest to the budget; widths are shares of the student's usual
 inputs. Each training is a line of --out: the script goes on from there. The table takes a mean over the seeds.
 """
@@ -11,7 +11,6 @@ inputs. Each training is a line of --out: the script goes on from there. The tab
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
@@ -20,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from closed_teacher import Recipe, split_examples, train_adapter
-from teacher_results import one_per_problem, traces_from_results
 
+from experiments.closed_teacher import Recipe, split_examples, train_adapter
+from experiments.teacher_results import one_per_problem, traces_from_results
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.data.encoding import encode_all
 from rbfast.models.linears import count_parameters, group_siblings, select_linears
@@ -110,7 +109,3 @@ def main(argv: Sequence[str]) -> int:
             print(json.dumps(records[-1]), flush=True)
     print(table(records))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
