@@ -1,6 +1,6 @@
 """How wide a support must be: held-out loss by width, at equal trained values and each at the best of its rates.
 
-    python bench/experiments support_width --data ../shared/data/reasoning_gym_claude35 --out runs/width.jsonl [--device cuda]
+    python bench/experiments support_width --data ../shared/data/reasoning_gym_claude35 --out runs/width.jsonl
 
 A closed teacher's right completions are the traces; every training sees the same 160 in the same order and is measured
 on 40 others (closed_teacher). A seed draws the traces, their order, the columns and the start of A. For each
