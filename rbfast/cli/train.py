@@ -121,19 +121,27 @@ def run_report(args: argparse.Namespace) -> int:
 
 def add_demo(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write (default: runs/demo)")
+    sub.add_argument("--seeds", type=int, default=1, help="run it with so many seeds, from --seed on (default: 1)")
     add_device(sub)
 
 
 def run_demo(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from rbfast.demo.run import print_summary, run_demo
+    from rbfast.demo.run import print_summary, run_demo, run_seeds
 
-    summary = run_demo(args.out, device_of(args), args.seed, quiet=args.json)
+    if args.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
+    if args.seeds == 1:
+        summary = run_demo(args.out, device_of(args), args.seed, quiet=args.json)
+    else:
+        seeds = range(args.seed, args.seed + args.seeds)
+        summary = run_seeds(args.out, seeds, device_of(args), quiet=args.json)
     if args.json:
         return print_result(args, summary, "")
     print_summary(summary, Console())
-    print(f"see {args.out}: report.html, summary.json, the adapter, losses.png, placement.png, accuracy.png")
+    folder = args.out if args.seeds == 1 else f"{args.out}/seed{args.seed}"
+    print(f"see {args.out}: report.html, summary.json; {folder}: the adapter, losses.png, placement.png, accuracy.png")
     return 0
 
 

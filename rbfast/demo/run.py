@@ -8,6 +8,7 @@ import json
 import resource
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ CONFIG = DistillConfig(batch_size=4, save_steps=30)
 def run_demo(out: str | Path, device: str = "cpu", seed: int = 0, quiet: bool = False) -> dict[str, Any]:
     """Runs the demo into the folder `out` and returns what it writes to `out/summary.json`.
 
-    Interrupted, it goes on where it stopped: a finished evaluation is read back, training resumes.
+    The seed draws traces, problems, columns, their start and the order of training. Interrupted, it goes on where it
+    stopped: a finished evaluation is read back, training resumes.
     """
     out, start = Path(out), time.monotonic()
     model, tokenizer = load_student(SMOLLM2, fast_dtype(device))
@@ -55,7 +57,7 @@ def run_demo(out: str | Path, device: str = "cpu", seed: int = 0, quiet: bool = 
             )
 
     before = measure("before")
-    run = distill(model, tokenizer, traces, out, CONFIG, quiet=quiet)
+    run = distill(model, tokenizer, traces, out, replace(CONFIG, seed=seed), quiet=quiet)
     after = measure("after")
     families = {name: _compare(_of(name, before), _of(name, after)) for name in FAMILIES}
     summary = {
@@ -75,6 +77,32 @@ def run_demo(out: str | Path, device: str = "cpu", seed: int = 0, quiet: bool = 
     return summary
 
 
+def run_seeds(out: str | Path, seeds: Sequence[int], device: str = "cpu", quiet: bool = False) -> dict[str, Any]:
+    """The demo once for each seed, in a folder of its own; `out/summary.json` is of all their problems together.
+
+    One training's gain depends on how its products are rounded; `gains` says how much.
+    """
+    out = Path(out)
+    folders = [out / f"seed{seed}" for seed in seeds]
+    runs = [run_demo(folder, device, seed, quiet) for folder, seed in zip(folders, seeds, strict=True)]
+    before, after = (
+        [record for folder in folders for record in _read(folder / f"{name}.jsonl")] for name in ("before", "after")
+    )
+    summary = {
+        "seeds": list(seeds),
+        "gains": [run["mean"]["gain"] for run in runs],
+        "trainable_percent": runs[0]["trainable_percent"],
+        "families": {name: _compare(_of(name, before), _of(name, after)) for name in FAMILIES},
+        "mean": _compare(before, after),
+        "seconds": sum(run["seconds"] for run in runs),
+        "training_seconds": sum(run["training_seconds"] for run in runs),
+        "peak_memory_mb": max(run["peak_memory_mb"] for run in runs),
+    }
+    write_text(out / "summary.json", json.dumps(summary, indent=1))
+    write_report(folders, out / "report.html")
+    return summary
+
+
 def print_summary(summary: dict[str, Any], console: Console) -> None:
     """The table people look at: a line per family, the paired gain with its 95% interval."""
     table = Table("family", "n", "before", "after", "gain (95% interval)")
@@ -86,6 +114,8 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         )
         table.add_row(name, str(row["n"]), f"{100 * row['before']:.1f}%", f"{100 * row['after']:.1f}%", gain)
     console.print(table)
+    if "gains" in summary:
+        console.print("gain of each seed: " + ", ".join(f"{100 * gain:+.1f}" for gain in summary["gains"]))
     console.print(
         f"trained {summary['trainable_percent']:.3f}% of the parameters; {summary['seconds'] / 60:.1f} minutes "
         f"({summary['training_seconds'] / 60:.1f} of training), peak memory {summary['peak_memory_mb'] / 1024:.1f} GiB"
@@ -95,12 +125,16 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
 def _measured(path: Path, problems: Sequence[Problem], measure: Callable[[], list[Result]]) -> list[dict[str, Any]]:
     """The records in `path` if they are of these problems, else measured now and written there."""
     if path.exists():
-        records = [json.loads(line) for line in path.read_text().splitlines()]
+        records = _read(path)
         if [r["problem"] for r in records] == [p.question for p in problems]:
             return records
     records = [result.to_dict() for result in measure()]
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
     return records
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def _of(family: str, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

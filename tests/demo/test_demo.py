@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from rbfast.demo import run
@@ -51,6 +52,21 @@ def test_the_demo_writes_its_table_and_pictures_and_resumes(tmp_path: Path, monk
     monkeypatch.setattr(run, "evaluate", lambda *_, **__: pytest.fail("a finished evaluation was made again"))
     again = run.run_demo(tmp_path, quiet=True)
     assert again["families"] == summary["families"]
+
+
+@pytest.mark.usefixtures("toy")
+def test_several_seeds_are_one_table_of_all_their_problems(tmp_path: Path) -> None:
+    summary = run.run_seeds(tmp_path, range(3, 5), quiet=True)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    alone = [json.loads((tmp_path / f"seed{seed}" / "summary.json").read_text()) for seed in (3, 4)]
+    assert summary["seeds"] == [3, 4] and summary["gains"] == [one["mean"]["gain"] for one in alone]
+    assert summary["mean"]["n"] == sum(one["mean"]["n"] for one in alone)
+    assert summary["mean"]["gain"] == pytest.approx(sum(summary["gains"]) / 2)
+    assert {name: row["n"] for name, row in summary["families"].items()} == dict.fromkeys(run.FAMILIES, 4)
+    settings = [json.loads((tmp_path / f"seed{seed}" / "run.json").read_text()) for seed in (3, 4)]
+    assert settings[0] != settings[1]
+    assert "Report of " in (tmp_path / "report.html").read_text(encoding="utf-8")
+    run.print_summary(summary, Console())
 
 
 @pytest.mark.usefixtures("toy")
