@@ -20,20 +20,18 @@ def add_curate(sub: argparse.ArgumentParser) -> None:
 
 
 def run_curate(args: argparse.Namespace) -> int:
-    from rbfast.curation.curate import curate, read_pass_rates
+    from rbfast.curation.curate import CurateConfig, curate, read_pass_rates
 
-    result = curate(
-        args.pool,
-        args.out,
+    config = CurateConfig(
         size=args.size,
         against=args.against,
         seed=args.seed,
-        pass_rates=read_pass_rates(args.pass_rates) if args.pass_rates else None,
+        pass_rates=read_pass_rates(args.pass_rates) if args.pass_rates else {},
         keep_templates=args.keep_templates,
         processes=args.processes,
         ray=args.ray,
-        quiet=args.json,
     )
+    result = curate(args.pool, args.out, config, quiet=args.json)
     stages = [{"stage": s.name, "in": s.given, "dropped": s.dropped, "out": s.kept} for s in result.stages]
     lines = [
         f"{s.name}: {s.given} in, {s.kept} out" + "".join(f"; {why}: {n}" for why, n in s.dropped.items())

@@ -379,14 +379,14 @@ def test_parquet(tmp_path):
 
 
 def test_a_pool_accounts_for_every_row(tmp_path):
-    from rbfast.curation.curate import curate
+    from rbfast.curation.curate import CurateConfig, curate
 
     pool, out = tmp_path / "pool.jsonl", tmp_path / "out"
     write_traces(pool, TRACES * 4)
 
     def read():
         shutil.rmtree(out, ignore_errors=True)
-        result = curate([pool], out, size=3)
+        result = curate([pool], out, CurateConfig(size=3))
         dropped = (out / "dropped.jsonl").read_bytes().count(b"\n")
         assert result.selected + dropped == len(list(read_rows(pool)))
 

@@ -212,7 +212,7 @@ def test_no_name_in_a_file_becomes_a_path(tmp_path, name):
     rows = [trace.to_dict() | {"id": name, "domain": name, "source": name, "teacher": name} for trace in TRACES]
     (inner / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     before = everything_under(tmp_path)
-    rbfast.curate([inner / "pool.jsonl"], inner / "out", size=5)
+    rbfast.curate([inner / "pool.jsonl"], inner / "out", rbfast.CurateConfig(size=5))
     new = everything_under(tmp_path) - before
     files = ("reason1k.jsonl", "dropped.jsonl", "datasheet.json", "datasheet.html")
     assert new == {"in/ner/out", *(f"in/ner/out/{file}" for file in files)}
