@@ -42,6 +42,8 @@ from rbfast.utils.files import write_text
 from rbfast.utils.progress import bar
 from rbfast.utils.records import read_json
 
+_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}  # as transformers names them
+
 
 @dataclass(frozen=True)
 class DistillConfig:
@@ -53,6 +55,7 @@ class DistillConfig:
         placement: "random", or by scores from `placement_traces` traces: "gradient", "factored", "activation".
         batch_size, accumulation: traces per batch, and batches per optimizer step, of each process.
         warmup: the share of the steps before the peak learning rate.
+        schedule: how the learning rate goes on from its peak: to zero along a line or a cosine, or not at all.
         max_tokens: longer traces are left out and listed, never cut.
 
     Raises:
@@ -69,6 +72,7 @@ class DistillConfig:
     accumulation: int = 1
     learning_rate: float = 1e-2
     warmup: float = 0.05
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
     max_tokens: int = 4096
     save_steps: int = 50
     seed: int = 0
@@ -90,6 +94,8 @@ class DistillConfig:
             raise ValueError(f"seed must be at least 0 and below 2**32, got {self.seed}")
         if self.placement not in (*METHODS, "random"):
             raise ValueError(f"placement must be one of {', '.join(METHODS)} or random, got {self.placement!r}")
+        if self.schedule not in _SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(_SCHEDULES)}, got {self.schedule!r}")
 
 
 @dataclass(frozen=True)
@@ -152,7 +158,7 @@ def distill(
     if first:  # before the long part, which a folder that cannot be written to would waste
         write_text(out / RUN, json.dumps(asked, indent=1))
     adapter = (
-        _place(model, examples, config, teacher)
+        _attach_adapter(model, examples, config, teacher)
         if checkpoint is None
         else SparseAdapter.from_pretrained(model, checkpoint)
     )
@@ -237,7 +243,7 @@ def _fill(examples: Sequence[Example], signals: str | Path) -> dict[str, Any]:
     return {"teacher": store.teacher, "k": store.k, "traces": len(examples) - missing}
 
 
-def _place(
+def _attach_adapter(
     model: PreTrainedModel, examples: Sequence[Example], config: DistillConfig, teacher: PreTrainedModel | None
 ) -> SparseAdapter:
     method = config.placement
@@ -258,7 +264,7 @@ def _arguments(out: Path, model: PreTrainedModel, config: DistillConfig, example
         learning_rate=config.learning_rate,
         # The first step of a warmup has a rate of 0: a run too short for more than that does without.
         warmup_steps=config.warmup if config.warmup * steps > 1 else 0,
-        lr_scheduler_type="linear",
+        lr_scheduler_type=_SCHEDULES[config.schedule],
         weight_decay=0.0,
         logging_steps=1,
         save_steps=config.save_steps,

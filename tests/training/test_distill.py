@@ -42,6 +42,7 @@ NAN = float("nan")
         ("save_steps", (0, -1)),
         ("seed", (-1, 2**32)),
         ("placement", ("gradients",)),
+        ("schedule", ("step",)),
     ],
 )
 def test_settings_that_make_no_run_are_refused(name, values):
