@@ -46,7 +46,7 @@ def run_curate(args: argparse.Namespace) -> int:
 
 def add_teach(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", help="the teacher, as the server names it; without --server: hub id or local folder")
-    sub.add_argument("source", help="problems (file, hub id, reasoning-gym generator); with --score: traces")
+    sub.add_argument("source", help="problems (file, hub id, reasoning-gym generator); with --logprobs: traces")
     sub.add_argument("-o", "--out", type=Path, required=True, help="folder to write; the same command goes on there")
     sub.add_argument("--server", metavar="URL", help="an OpenAI-compatible server, up to /v1; key: RBFAST_API_KEY")
     sub.add_argument("--concurrency", type=int, default=8, help="requests at a time (default: 8)")
@@ -58,25 +58,25 @@ def add_teach(sub: argparse.ArgumentParser) -> None:
     asked.add_argument("--max-cost", type=float, help="nothing is asked that could cost more, in the prices' currency")
     asked.add_argument("--max-total-tokens", type=int, help="nothing is asked that could take more")
     scored = sub.add_argument_group("log-probs")
-    scored.add_argument("--score", action="store_true", help="score the traces in SOURCE, ask for nothing new")
-    scored.add_argument("--student", help="whose tokens to score: hub id, local folder, or smollm2-135m")
+    scored.add_argument("--logprobs", action="store_true", help="read the traces in SOURCE, ask for nothing new")
+    scored.add_argument("--student", help="whose tokens: hub id, local folder, or smollm2-135m")
     scored.add_argument("-k", type=int, default=32, help="candidates per token (default: 32)")
-    scored.add_argument("--align", action="store_true", help="the teacher may have other tokens: score the shared ones")
-    scored.add_argument("--dialect", choices=["vllm", "echo"], default="vllm", help="how the server scores prompts")
+    scored.add_argument("--align", action="store_true", help="the teacher may have other tokens: take the shared ones")
+    scored.add_argument("--dialect", choices=["vllm", "echo"], default="vllm", help="how the server is asked")
     scored.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="of a local teacher's weights")
     sub.add_argument("--max-tokens", type=int, default=4096, help="of a solution, or of a trace (default: 4096)")
     add_device(sub)
 
 
 def run_teach(args: argparse.Namespace) -> int:
-    if args.score:
-        return _teach_scores(args)
+    if args.logprobs:
+        return _teach_logprobs(args)
     from rbfast.teacher.client import Server
     from rbfast.teacher.solutions import Prices, read_questions, teach
     from rbfast.utils.progress import bar
 
     if not args.server:
-        raise ValueError("solutions come from a server: name it with --server URL, or score traces with --score")
+        raise ValueError("solutions come from a server: name it with --server URL, or ask for --logprobs of traces")
     server = Server(args.server, args.model, temperature=args.temperature, seed=args.seed)
     questions = read_questions(args.source, args.n, args.seed)
     with bar("asking", args.json) as progress:
@@ -96,44 +96,45 @@ def run_teach(args: argparse.Namespace) -> int:
         )
     result = {"out": str(args.out)} | taught.summary()
     if args.student:
-        result["signals"] = _keep_replies(args, taught)
+        result["signals"] = _add_replies(args, taught)
     print_result(args, result, lines(result))
     return 1 if taught.open else 0
 
 
-def _keep_replies(args: argparse.Namespace, taught: Any) -> int:
+def _add_replies(args: argparse.Namespace, taught: Any) -> int:
     """The log-probs that came with the solutions, in the folder `signals`; of how many traces."""
-    from rbfast.teacher.logprobs import keep_reply
+    from rbfast.teacher.server_logprobs import add_reply_logprobs
 
     tokenizer = _tokenizer(args.student)
     with _signal_store(args, tokenizer) as store:
         for trace, reply in zip(taught.traces, taught.replies, strict=True):
-            keep_reply(trace, reply, tokenizer, store)
+            add_reply_logprobs(trace, reply, tokenizer, store)
     return len(store)
 
 
-def _teach_scores(args: argparse.Namespace) -> int:
+def _teach_logprobs(args: argparse.Namespace) -> int:
     from rbfast.data.readers import read_traces
     from rbfast.teacher.client import Server
-    from rbfast.teacher.logprobs import score_locally, score_on_server
+    from rbfast.teacher.logprobs import add_local_logprobs
+    from rbfast.teacher.server_logprobs import add_server_logprobs
     from rbfast.utils.progress import counting
 
     if not args.student:
-        raise ValueError("--score needs --student: log-probs are kept for the tokens of one student")
+        raise ValueError("--logprobs needs --student: log-probs are kept for the tokens of one student")
     traces = read_traces(args.source)
     tokenizer = _tokenizer(args.student)
-    with _signal_store(args, tokenizer) as store, counting("scoring", args.json) as progress:
+    with _signal_store(args, tokenizer) as store, counting("reading", args.json) as progress:
         options: dict[str, Any] = {"align": args.align, "max_tokens": args.max_tokens, "progress": progress}
         if args.server:
             server = Server(args.server, args.model)
             options |= {"dialect": args.dialect, "concurrency": args.concurrency}
-            refused = score_on_server(server, traces, tokenizer, store, **options)
+            refused = add_server_logprobs(server, traces, tokenizer, store, **options)
         else:
             teacher, teacher_tokenizer = load_model(args)
-            refused = score_locally(teacher, teacher_tokenizer, traces, tokenizer, store, **options)
+            refused = add_local_logprobs(teacher, teacher_tokenizer, traces, tokenizer, store, **options)
     for _, reason in refused[:5]:
         print(f"no log-probs: {reason}", file=sys.stderr)
-    result = {"out": str(args.out / "signals"), "scored": len(store), "refused": len(refused)}
+    result = {"out": str(args.out / "signals"), "traces": len(store), "refused": len(refused)}
     print_result(args, result, lines(result))
     return 0 if len(store) else 1
 

@@ -201,7 +201,7 @@ def test_native_checks(native, call, complaint: str) -> None:
 def test_the_reference_serves_where_nothing_is_built() -> None:
     code = (
         "import sys; sys.modules['rbfast._text'] = None\n"
-        "from rbfast import text\n"
+        "from rbfast.curation import text\n"
         "print(text.implementation(), text.shingles(text.pack(['a b']), 1)[1].tolist())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
