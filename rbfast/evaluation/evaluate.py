@@ -224,7 +224,7 @@ def summarize(results: Sequence[Result]) -> dict[str, float]:
     }
 
 
-def scores_by_item(results: Sequence[Result]) -> list[list[float]]:
+def correct_by_item(results: Sequence[Result]) -> list[list[float]]:
     """1.0 or 0.0 for each sample of each problem, in the order of the results: for `clustered`, `paired_bootstrap`."""
     return [[float(result.correct) for result in item] for item in _items(results)]
 
@@ -250,7 +250,7 @@ def summarize_samples(results: Sequence[Result]) -> dict[str, float]:
     if len(counts) != 1:
         raise ValueError(f"every problem needs the same number of samples, got {counts or 'no results'}")
     samples, n = counts[0], len(results)
-    mean, error = clustered(scores_by_item(results))
+    mean, error = clustered(correct_by_item(results))
     summary: dict[str, float] = {"items": len(items), "samples": samples, "pass@1": mean, "pass@1_se": error}
     for k in sorted({*(2**power for power in range(1, samples.bit_length())), samples} - {1}):
         chances = [pass_at_k(samples, sum(result.correct for result in item), k) for item in items]

@@ -82,7 +82,7 @@ def student_ids(teacher: Sequence[bytes | None], student: Sequence[bytes | None]
     return mapped
 
 
-def places(tokens: Sequence[bytes | None], text: bytes) -> list[tuple[int, int]]:
+def byte_spans(tokens: Sequence[bytes | None], text: bytes) -> list[tuple[int, int]]:
     """The bytes [start, end) of `text` that each token stands for; an opening blank of the tokenizer's own is at -1.
 
     Raises:
@@ -110,7 +110,7 @@ def align(
     """The candidates for each of the student's tokens that is a token of the teacher's too.
 
     Args:
-        student, teacher: the places of both one's tokens in the same text.
+        student, teacher: the spans of both one's tokens in the same text.
         pieces: the teacher's tokens.
         ids: `ids_by_bytes` of the student.
     """

@@ -19,7 +19,7 @@ import numpy as np
 from rbfast.data.encoding import INSTRUCTION, format_prompt
 from rbfast.data.signal_store import SignalStore
 from rbfast.data.trace import Trace
-from rbfast.teacher.align import Piece, align, ids_by_bytes, places, token_bytes
+from rbfast.teacher.align import Piece, align, byte_spans, ids_by_bytes, token_bytes
 from rbfast.teacher.client import Server, ServerError
 from rbfast.teacher.logprobs import NOTHING_SHARED, PendingTrace, Progress, TokenizersDiffer, pending_traces
 
@@ -132,9 +132,9 @@ class _Reader:
         text = pending.trace.completion().encode()
         pieces = self._pieces(opening + pending.trace.completion())
         shift = len(opening.encode())
-        spelled = places([piece.written for piece in pieces], opening.encode() + text)
+        spelled = byte_spans([piece.written for piece in pieces], opening.encode() + text)
         theirs = [(start - shift, end - shift) for start, end in spelled]
-        student = places([self.tokens[number] for number in pending.written], text)
+        student = byte_spans([self.tokens[number] for number in pending.written], text)
         rows = align(student, theirs, pieces, self.ids)
         if not self.align and len(rows) < len(student):
             raise TokenizersDiffer(
@@ -221,8 +221,8 @@ def add_reply_logprobs(
     opening = completion.index(trace.reasoning.encode(), len((trace.plan or "").encode()))
     shared = _shared_length(text[start:], completion[opening:])
     try:
-        theirs = [(a - start + opening, b - start + opening) for a, b in places([p.written for p in pieces], text)]
-        ours = places([tokens[number] for number in pending.written], completion)
+        theirs = [(a - start + opening, b - start + opening) for a, b in byte_spans([p.written for p in pieces], text)]
+        ours = byte_spans([tokens[number] for number in pending.written], completion)
     except ValueError as error:
         return str(error)
     rows = [
