@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from rbfast.adapter.column_scores import METHODS, Method, Scores, score
+from rbfast.adapter.column_scores import METHODS, ColumnScores, Method, score_columns
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.data.encoding import Example, collate, encode_all
 from rbfast.data.signal_store import SignalStore
@@ -213,7 +213,7 @@ def placement_scores(
     config: DistillConfig,
     method: Method = "gradient",
     teacher: PreTrainedModel | None = None,
-) -> Scores:
+) -> ColumnScores:
     """Where the gradient of the objective is, measured on a seeded sample of the traces."""
     chosen = random.Random(config.seed).sample(range(len(examples)), min(config.placement_traces, len(examples)))
     batches = [
@@ -228,7 +228,7 @@ def placement_scores(
         return token_losses(model, hidden, batch, weights, config.objective, teacher).loss
 
     packs(model)  # asked before anybody watches: its two examples are no traces
-    return score(model, batches, loss, method=method)
+    return score_columns(model, batches, loss, method=method)
 
 
 def _fill(examples: Sequence[Example], signals: str | Path) -> dict[str, Any]:
