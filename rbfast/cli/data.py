@@ -46,7 +46,7 @@ def run_curate(args: argparse.Namespace) -> int:
 
 def add_teach(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", help="the teacher, as the server names it; without --server: hub id or local folder")
-    sub.add_argument("source", help="problems (file, hub id, reasoning-gym generator); with --logprobs: traces")
+    sub.add_argument("source", help="problems (file, hub id, reasoning-gym generator); with --score: traces")
     sub.add_argument("-o", "--out", type=Path, required=True, help="folder to write; the same command goes on there")
     sub.add_argument("--server", metavar="URL", help="an OpenAI-compatible server, up to /v1; key: RBFAST_API_KEY")
     sub.add_argument("--concurrency", type=int, default=8, help="requests at a time (default: 8)")
@@ -58,7 +58,7 @@ def add_teach(sub: argparse.ArgumentParser) -> None:
     asked.add_argument("--max-cost", type=float, help="nothing is asked that could cost more, in the prices' currency")
     asked.add_argument("--max-total-tokens", type=int, help="nothing is asked that could take more")
     scored = sub.add_argument_group("log-probs")
-    scored.add_argument("--logprobs", action="store_true", help="read the traces in SOURCE, ask for nothing new")
+    scored.add_argument("--score", action="store_true", help="log-probs of the traces in SOURCE, ask for nothing new")
     scored.add_argument("--student", help="whose tokens: hub id, local folder, or smollm2-135m")
     scored.add_argument("-k", type=int, default=32, help="candidates per token (default: 32)")
     scored.add_argument("--align", action="store_true", help="the teacher may have other tokens: take the shared ones")
@@ -69,14 +69,14 @@ def add_teach(sub: argparse.ArgumentParser) -> None:
 
 
 def run_teach(args: argparse.Namespace) -> int:
-    if args.logprobs:
+    if args.score:
         return _teach_logprobs(args)
     from rbfast.teacher.client import Server
     from rbfast.teacher.solutions import Prices, read_questions, teach
     from rbfast.utils.progress import bar
 
     if not args.server:
-        raise ValueError("solutions come from a server: name it with --server URL, or ask for --logprobs of traces")
+        raise ValueError("solutions come from a server: name it with --server URL, or ask for log-probs with --score")
     server = Server(args.server, args.model, temperature=args.temperature, seed=args.seed)
     questions = read_questions(args.source, args.n, args.seed)
     with bar("asking", args.json) as progress:
@@ -103,24 +103,24 @@ def run_teach(args: argparse.Namespace) -> int:
 
 def _add_replies(args: argparse.Namespace, taught: Any) -> int:
     """The log-probs that came with the solutions, in the folder `signals`; of how many traces."""
-    from rbfast.teacher.server_logprobs import add_reply_logprobs
+    from rbfast.teacher.server_logprobs import keep_reply
 
     tokenizer = _tokenizer(args.student)
     with _signal_store(args, tokenizer) as store:
         for trace, reply in zip(taught.traces, taught.replies, strict=True):
-            add_reply_logprobs(trace, reply, tokenizer, store)
+            keep_reply(trace, reply, tokenizer, store)
     return len(store)
 
 
 def _teach_logprobs(args: argparse.Namespace) -> int:
     from rbfast.data.readers import read_traces
     from rbfast.teacher.client import Server
-    from rbfast.teacher.logprobs import add_local_logprobs
-    from rbfast.teacher.server_logprobs import add_server_logprobs
+    from rbfast.teacher.logprobs import score_locally
+    from rbfast.teacher.server_logprobs import score_on_server
     from rbfast.utils.progress import counting
 
     if not args.student:
-        raise ValueError("--logprobs needs --student: log-probs are kept for the tokens of one student")
+        raise ValueError("--score needs --student: log-probs are kept for the tokens of one student")
     traces = read_traces(args.source)
     tokenizer = _tokenizer(args.student)
     with _signal_store(args, tokenizer) as store, counting("reading", args.json) as progress:
@@ -128,13 +128,13 @@ def _teach_logprobs(args: argparse.Namespace) -> int:
         if args.server:
             server = Server(args.server, args.model)
             options |= {"dialect": args.dialect, "concurrency": args.concurrency}
-            refused = add_server_logprobs(server, traces, tokenizer, store, **options)
+            refused = score_on_server(server, traces, tokenizer, store, **options)
         else:
             teacher, teacher_tokenizer = load_model(args)
-            refused = add_local_logprobs(teacher, teacher_tokenizer, traces, tokenizer, store, **options)
+            refused = score_locally(teacher, teacher_tokenizer, traces, tokenizer, store, **options)
     for _, reason in refused[:5]:
         print(f"no log-probs: {reason}", file=sys.stderr)
-    result = {"out": str(args.out / "signals"), "traces": len(store), "refused": len(refused)}
+    result = {"out": str(args.out / "signals"), "scored": len(store), "refused": len(refused)}
     print_result(args, result, lines(result))
     return 0 if len(store) else 1
 

@@ -207,7 +207,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         if min(about["k"], about["vocabulary"]) < 1:
             raise ValueError("k and vocabulary must be at least 1")
     except FileNotFoundError:
-        raise ValueError(f"{path.parent}: expected a folder that `rbfast teach --logprobs` wrote, got none") from None
+        raise ValueError(f"{path.parent}: expected a folder that `rbfast teach --score` wrote, got none") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: expected the description of a folder of signals: {error!r}") from None
     if not valid:

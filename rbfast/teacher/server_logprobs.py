@@ -2,8 +2,8 @@
 
 ```python
 with SignalStore(folder, teacher="my-teacher", k=32, vocabulary=len(tokenizer)) as store:
-    refused = add_server_logprobs(server, traces, tokenizer, store)     # vLLM's prompt_logprobs, or echo with logprobs
-    reason = add_reply_logprobs(trace, reply, tokenizer, store)         # that came with the reply when it was asked
+    refused = score_on_server(server, traces, tokenizer, store)     # vLLM's prompt_logprobs, or echo with logprobs
+    reason = keep_reply(trace, reply, tokenizer, store)         # that came with the reply when it was asked
 ```
 """
 
@@ -21,7 +21,7 @@ from rbfast.data.signal_store import SignalStore
 from rbfast.data.trace import Trace
 from rbfast.teacher.align import Piece, align, byte_spans, ids_by_bytes, token_bytes
 from rbfast.teacher.client import Server, ServerError
-from rbfast.teacher.logprobs import NOTHING_SHARED, PendingTrace, Progress, TokenizersDiffer, pending_traces
+from rbfast.teacher.logprobs import _NOTHING_SHARED, Progress, TokenizersDiffer, _Task, _tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,7 +30,7 @@ Dialect = Literal["vllm", "echo"]
 DIALECTS = ("vllm", "echo")
 
 
-def add_server_logprobs(
+def score_on_server(
     server: Server,
     traces: Sequence[Trace],
     tokenizer: PreTrainedTokenizerBase,
@@ -59,19 +59,19 @@ def add_server_logprobs(
     if dialect not in DIALECTS:
         raise ValueError(f"dialect must be one of {', '.join(DIALECTS)}, got {dialect!r}")
     reader = _Reader(server, tokenizer, store.k, dialect, align)
-    left, refused = pending_traces(traces, tokenizer, store, max_tokens)
-    queue = iter(left)
+    tasks, refused = _tasks(traces, tokenizer, store, max_tokens)
+    queue = iter(tasks)
     with ThreadPoolExecutor(concurrency) as pool:
         done = 0
         while batch := list(islice(queue, 4 * concurrency)):
-            for pending, found in zip(batch, pool.map(reader.read, batch), strict=True):
+            for task, found in zip(batch, pool.map(reader.read, batch), strict=True):
                 done += 1
                 if isinstance(found, str):
-                    refused.append((pending.trace, f"{pending.name}: {found}"))
+                    refused.append((task.trace, f"{task.name}: {found}"))
                 else:
-                    store.add(pending.example, *found)
+                    store.add(task.example, *found)
                 if progress:
-                    progress(done, len(left))
+                    progress(done, len(tasks))
             store.flush()  # what was paid for is kept
     return refused
 
@@ -86,62 +86,62 @@ class _Reader:
         self.tokens = token_bytes(tokenizer)
         self.ids = ids_by_bytes(self.tokens)
 
-    def read(self, pending: PendingTrace) -> tuple[np.ndarray, np.ndarray, np.ndarray] | str:
+    def read(self, task: _Task) -> tuple[np.ndarray, np.ndarray, np.ndarray] | str:
         """rows, ids, logprobs for `SignalStore.add`; or why there are none."""
         if self.dialect == "vllm" and not self.align:
-            return _table(self._by_ids(pending), self.k)
+            return _table(self._by_ids(task), self.k)
         try:
-            found = self._by_text(pending)
+            found = self._by_text(task)
         except TokenizersDiffer:
             raise
         except ValueError as error:
             return str(error)
-        return _table(found, self.k) if found else NOTHING_SHARED
+        return _table(found, self.k) if found else _NOTHING_SHARED
 
-    def _by_ids(self, pending: PendingTrace) -> list[tuple[int, list[int], list[float]]]:
+    def _by_ids(self, task: _Task) -> list[tuple[int, list[int], list[float]]]:
         """The server is given the student's ids; what it calls them shows whether they are its own."""
-        ids = pending.example.input_ids.tolist()
+        ids = task.example.input_ids.tolist()
         choice = self._ask({"prompt": ids, "prompt_logprobs": self.k, "add_special_tokens": False})
         tops = choice["prompt_logprobs"]
         if len(tops) != len(ids):
-            raise TokenizersDiffer(f"{pending.name}: {len(ids)} tokens were sent, log-probs of {len(tops)} came")
+            raise TokenizersDiffer(f"{task.name}: {len(ids)} tokens were sent, log-probs of {len(tops)} came")
         found = []
-        for row in range(pending.first, len(ids) - 1):
+        for row in range(task.first, len(ids) - 1):
             number, top = ids[row + 1], tops[row + 1]
-            self._check_same(pending, number, (top.get(str(number)) or {}).get("decoded_token"))
+            self._check_same(task, number, (top.get(str(number)) or {}).get("decoded_token"))
             known = [(int(n), entry["logprob"]) for n, entry in top.items() if int(n) < len(self.tokens)]
             found.append((row, [n for n, _ in known], [value for _, value in known]))
         return found
 
-    def _check_same(self, pending: PendingTrace, number: int, theirs: str | None) -> None:
+    def _check_same(self, task: _Task, number: int, theirs: str | None) -> None:
         written = self.tokens[number]
         if theirs is None or not theirs or "\ufffd" in theirs or written is None:
             return  # part of a character, or a special token: it has no text to compare
         if theirs.strip() != written.decode("utf-8", "replace").strip():  # some decode without the opening blank
             raise TokenizersDiffer(
-                f"{pending.name}: token {number} is {theirs!r} to the server and {written!r} to the student: the "
+                f"{task.name}: token {number} is {theirs!r} to the server and {written!r} to the student: the "
                 "tokenizers differ; with align=True (--align) the tokens that both cut alike get theirs"
             )
 
-    def _by_text(self, pending: PendingTrace) -> list[tuple[int, list[int], list[float]]]:
+    def _by_text(self, task: _Task) -> list[tuple[int, list[int], list[float]]]:
         opening = (
-            f"{pending.trace.problem}\n\n{INSTRUCTION}\n\n"
+            f"{task.trace.problem}\n\n{INSTRUCTION}\n\n"
             if self.align
-            else format_prompt(pending.trace.problem, self.tokenizer)
+            else format_prompt(task.trace.problem, self.tokenizer)
         )
-        text = pending.trace.completion().encode()
-        pieces = self._pieces(opening + pending.trace.completion())
+        text = task.trace.completion().encode()
+        pieces = self._pieces(opening + task.trace.completion())
         shift = len(opening.encode())
         spelled = byte_spans([piece.written for piece in pieces], opening.encode() + text)
         theirs = [(start - shift, end - shift) for start, end in spelled]
-        student = byte_spans([self.tokens[number] for number in pending.written], text)
+        student = byte_spans([self.tokens[number] for number in task.written], text)
         rows = align(student, theirs, pieces, self.ids)
         if not self.align and len(rows) < len(student):
             raise TokenizersDiffer(
-                f"{pending.name}: the server cuts the text into other tokens than the student and shares {len(rows)} "
+                f"{task.name}: the server cuts the text into other tokens than the student and shares {len(rows)} "
                 f"of {len(student)}; with align=True (--align) those get theirs"
             )
-        return [(pending.first + row.token, row.ids, row.logprobs) for row in rows]
+        return [(task.first + row.token, row.ids, row.logprobs) for row in rows]
 
     def _pieces(self, text: str) -> list[Piece]:
         """The tokens of `text` as the server cuts it; the first one's candidates, and often its text, are not said."""
@@ -200,7 +200,7 @@ def _table(found: Sequence[tuple[int, list[int], list[float]]], k: int) -> tuple
     return rows, *table
 
 
-def add_reply_logprobs(
+def keep_reply(
     trace: Trace, reply: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, store: SignalStore
 ) -> str | None:
     """Adds what a reply of `teach` says of its own tokens to `store`, as far as the trace repeats its text.
@@ -208,10 +208,10 @@ def add_reply_logprobs(
     Returns:
         why there is nothing to add, else None.
     """
-    left, refused = pending_traces([trace], tokenizer, store, max_tokens=2**31)
-    if not left:
+    tasks, refused = _tasks([trace], tokenizer, store, max_tokens=2**31)
+    if not tasks:
         return refused[0][1] if refused else None
-    [pending], tokens = left, token_bytes(tokenizer)
+    [task], tokens = tasks, token_bytes(tokenizer)
     pieces = [Piece(_raw(token), [(_raw(other), value) for other, value in top]) for token, top in reply["logprobs"]]
     text, completion = reply["text"].encode(), trace.completion().encode()
     start = text.find(trace.reasoning.encode())
@@ -222,17 +222,17 @@ def add_reply_logprobs(
     shared = _shared_length(text[start:], completion[opening:])
     try:
         theirs = [(a - start + opening, b - start + opening) for a, b in byte_spans([p.written for p in pieces], text)]
-        ours = byte_spans([tokens[number] for number in pending.written], completion)
+        ours = byte_spans([tokens[number] for number in task.written], completion)
     except ValueError as error:
         return str(error)
     rows = [
-        (pending.first + row.token, row.ids, row.logprobs)
+        (task.first + row.token, row.ids, row.logprobs)
         for row in align(ours, theirs, pieces, ids_by_bytes(tokens))
         if opening <= ours[row.token][0] and ours[row.token][1] <= opening + shared
     ]
     if not rows:
-        return NOTHING_SHARED
-    store.add(pending.example, *_table(rows, store.k))
+        return _NOTHING_SHARED
+    store.add(task.example, *_table(rows, store.k))
     return None
 
 

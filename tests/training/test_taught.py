@@ -17,7 +17,7 @@ from rbfast.data.trace import Trace
 from rbfast.loss.distill_loss import DistillLoss
 from rbfast.loss.teacher_signal import Dense
 from rbfast.models.student import load_teacher
-from rbfast.teacher.logprobs import add_local_logprobs
+from rbfast.teacher.logprobs import score_locally
 from rbfast.training.distill import DistillConfig, distill
 from rbfast.training.objective import Objective, role_counts, token_losses
 
@@ -38,7 +38,7 @@ def model(seed=0):
 
 def scored(folder, traces=TRACES, teacher=None):
     with SignalStore(folder, "tiny", 5, len(TOKENIZER)) as store:
-        add_local_logprobs(teacher or model(1), TOKENIZER, traces, TOKENIZER, store)
+        score_locally(teacher or model(1), TOKENIZER, traces, TOKENIZER, store)
     return folder
 
 
@@ -156,9 +156,9 @@ def test_the_command_line_takes_logprobs_and_trains(folders, tmp_path, capsys):
     traces, out = tmp_path / "traces.jsonl", tmp_path / "scored"
     write_traces(traces, TRACES)
     teacher, student = str(folders / "teacher"), str(folders / "student")
-    teach = ["teach", teacher, str(traces), "-o", str(out), "--logprobs", "--student", student, "-k", "4", "--json"]
+    teach = ["teach", teacher, str(traces), "-o", str(out), "--score", "--student", student, "-k", "4", "--json"]
     assert main(teach) == 0
-    assert json.loads(capsys.readouterr().out) == {"out": str(out / "signals"), "traces": 6, "refused": 0}
+    assert json.loads(capsys.readouterr().out) == {"out": str(out / "signals"), "scored": 6, "refused": 0}
     train = ["distill", student, str(traces), "-o", str(tmp_path / "run"), "--density", "0.05", "--json"]
     assert main([*train, "--signals", str(out / "signals"), "--teacher", teacher]) == 0
     assert json.loads(capsys.readouterr().out)["trained"] == 6
