@@ -16,7 +16,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rbfast.data.encoding import format_prompt
+from rbfast.data.chat_template import format_prompt
 from rbfast.inference.decoding import complete
 from rbfast.inference.guide import Guide, Limits, Phrases
 from rbfast.inference.local import guided

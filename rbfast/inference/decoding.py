@@ -26,7 +26,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from rbfast.adapter.sparse_adapter import unhooked
-from rbfast.data.encoding import end_of_turn
+from rbfast.data.chat_template import end_of_turn
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from functools import partial
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rbfast.data.encoding import format_prompt
+from rbfast.data.chat_template import format_prompt
 from rbfast.inference.decoding import batches_by_length, decode, encode_prompts, evaluating, greedy_settings
 from rbfast.inference.guide import Guide, Phrases
 from rbfast.inference.solver import GREEDY, Listener, Sampling, Solution

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rbfast.data.encoding import INSTRUCTION, format_prompt
+from rbfast.data.chat_template import INSTRUCTION, format_prompt
 from rbfast.grading.grade import answer_key
 from rbfast.inference.guide import Guide, Phrases
 from rbfast.inference.solver import GREEDY, Listener, Sampling, Solution

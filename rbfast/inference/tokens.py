@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
-from rbfast.data.encoding import end_of_turn
+from rbfast.data.chat_template import end_of_turn
 from rbfast.grading.grade import answer_key
 from rbfast.inference.guide import Guide, Phrases
 from rbfast.inference.solver import Solution

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from rbfast import ops
-from rbfast.data.encoding import IGNORE, Example, encode_all, end_of_turn, format_prompt
+from rbfast.data.chat_template import end_of_turn, format_prompt
+from rbfast.data.encoding import IGNORE, Example, encode_all
 from rbfast.data.signal_store import SignalStore
 from rbfast.data.trace import Trace
 from rbfast.loss.teacher_signal import Dense

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from rbfast.data.encoding import INSTRUCTION, format_prompt
+from rbfast.data.chat_template import INSTRUCTION, format_prompt
 from rbfast.data.signal_store import SignalStore
 from rbfast.data.trace import Trace
 from rbfast.teacher.align import Piece, align, byte_spans, ids_by_bytes, token_bytes

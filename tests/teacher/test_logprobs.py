@@ -10,7 +10,8 @@ from openai_server import serving
 from tiny_models import llama
 from tiny_tokenizers import byte_fallback, byte_level
 
-from rbfast.data.encoding import IGNORE, collate, encode, format_prompt
+from rbfast.data.chat_template import format_prompt
+from rbfast.data.encoding import IGNORE, collate, encode
 from rbfast.data.signal_store import SignalStore
 from rbfast.data.trace import Trace
 from rbfast.loss.distill_loss import DistillLoss
