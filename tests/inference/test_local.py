@@ -251,9 +251,10 @@ def test_entropy_is_the_definition():
     )
 
 
-def test_calibration_is_a_quantile_of_the_models_own(model):
+def test_calibration_is_a_quantile_of_the_models_own(model, monkeypatch):
+    monkeypatch.setattr("rbfast.inference.local.format_prompt", lambda problem, tokenizer: problem)
     solver = LocalSolver(model, TOKENIZER)
-    low, high = (calibrate(solver, [""], guide(), quantile=q) for q in (0.1, 0.9))
+    low, high = (calibrate(solver, PROMPTS, guide(), quantile=q) for q in (0.1, 0.9))
     assert 0 < low < high < math.log(258)
     with pytest.raises(ValueError, match="quantile must lie in"):
         calibrate(solver, PROMPTS, guide(), quantile=1.5)
