@@ -414,7 +414,9 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch):
     assert len(path.read_text().splitlines()) == 4
     path.write_text(path.read_text() + '{"task": "file", "prob')  # cut while it was written
     asked = []
-    monkeypatch.setattr("rbfast.grading.grade.grade", lambda problem, text, truncated: asked.append(problem) or 0.0)
+    monkeypatch.setattr(
+        "rbfast.evaluation.evaluate.grade", lambda problem, text, truncated: asked.append(problem) or 0.0
+    )
     assert evaluate(model, tokenizer, problems, keep=path, **options) == whole
     assert len(asked) == 4 and len(path.read_text().splitlines()) == 8
     assert evaluate(model, tokenizer, problems, keep=path, **options) == whole and len(asked) == 4
