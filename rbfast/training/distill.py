@@ -162,34 +162,50 @@ def distill(
         if checkpoint is None
         else SparseAdapter.from_pretrained(model, checkpoint)
     )
+    trainer = _trainer(model, adapter, arguments, examples, config, teacher, quiet or not first)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    run = Run(adapter, history, skipped, time.monotonic() - start)
+    if first:
+        _save(run, out, asked, examples, resumed=checkpoint is not None)
+    trainer.accelerator.wait_for_everyone()
+    return run
+
+
+def _trainer(
+    model: PreTrainedModel,
+    adapter: SparseAdapter,
+    arguments: TrainingArguments,
+    examples: Sequence[Example],
+    config: DistillConfig,
+    teacher: PreTrainedModel | None,
+    quiet: bool,
+) -> DistillTrainer:
+    """The trainer, with our bar in place of its printed lines."""
     trainer = DistillTrainer(
-        model,
-        adapter,
-        arguments,
-        examples,
-        objective=config.objective,
-        teacher=teacher,
-        callbacks=[_Bar(quiet or not first)],
+        model, adapter, arguments, examples, objective=config.objective, teacher=teacher, callbacks=[_Bar(quiet)]
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    if first:
-        adapter.save_pretrained(out)
-        reasons = (json.dumps(trace.to_dict() | {"reason": why}) + "\n" for trace, why in skipped)
-        write_text(out / SKIPPED, "".join(reasons))
-        cost = {
-            "trainable_percent": adapter.trainable_percent,
-            "tokens_per_epoch": sum(len(example.input_ids) for example in examples),
-            "seconds": time.monotonic() - start,
-            "resumed": checkpoint is not None,
-        }
-        write_text(out / RUN, json.dumps(asked | cost, indent=1))
-        write_text(out / LOG, json.dumps(history, indent=1, sort_keys=True))  # last: it says that the run is finished
-        shutil.rmtree(out / "checkpoints")
-    trainer.accelerator.wait_for_everyone()
-    return Run(adapter, history, skipped, time.monotonic() - start)
+    return trainer
+
+
+def _save(run: Run, out: Path, asked: dict[str, Any], examples: Sequence[Example], resumed: bool) -> None:
+    """Writes the adapter and what became of the run; its checkpoints go."""
+    run.adapter.save_pretrained(out)
+    reasons = (json.dumps(trace.to_dict() | {"reason": why}) + "\n" for trace, why in run.skipped)
+    write_text(out / SKIPPED, "".join(reasons))
+    cost = {
+        "trainable_percent": run.adapter.trainable_percent,
+        "tokens_per_epoch": sum(len(example.input_ids) for example in examples),
+        "seconds": run.seconds,
+        "resumed": resumed,
+    }
+    write_text(out / RUN, json.dumps(asked | cost, indent=1))
+    write_text(
+        out / LOG, json.dumps(run.log_history, indent=1, sort_keys=True)
+    )  # last: it ends the run
+    shutil.rmtree(out / "checkpoints")
 
 
 def trace_loss(model: PreTrainedModel, examples: Sequence[Example], batch_size: int = 8) -> dict[str, float]:
