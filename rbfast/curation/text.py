@@ -226,9 +226,9 @@ def unit_vectors(texts: Texts, *, threads: int = 1) -> tuple[Ragged, np.ndarray]
     inside = np.append(0, np.cumsum(kept[places]))
     features = (np.cumsum(kept) - 1)[places[kept[places]]].astype(np.int32)
     starts = inside[rows.starts]
-    weight = idf[places[kept[places]]]
-    norm = np.sqrt(np.bincount(np.repeat(np.arange(n), np.diff(starts)), weights=weight**2, minlength=n))
-    values = np.rint(_SCALE * weight / np.repeat(norm, np.diff(starts))).astype(np.int32)
+    weighed = idf[places[kept[places]]]
+    norm = np.sqrt(np.bincount(np.repeat(np.arange(n), np.diff(starts)), weights=weighed**2, minlength=n))
+    values = np.rint(_SCALE * weighed / np.repeat(norm, np.diff(starts))).astype(np.int32)
     return Ragged(features, starts), values
 
 
