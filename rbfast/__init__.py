@@ -9,22 +9,29 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "SparseAdapter": "adapter.sparse_adapter",
+    "CurateConfig": "curation.curate",
     "Dense": "loss.teacher_signal",
-    "DistillLoss": "loss.distill_loss",
-    "TopK": "loss.teacher_signal",
     "DistillConfig": "training.distill",
-    "distill": "training.distill",
-    "evaluating": "inference.decoding",
+    "DistillLoss": "loss.distill_loss",
     "DistillTrainer": "training.trainer",
     "Guide": "inference.guide",
-    "guided": "inference.local",
+    "Limits": "inference.guide",
+    "LocalSolver": "inference.local",
     "Objective": "training.objective",
-    "curate": "curation.curate",
+    "Phrases": "inference.guide",
+    "Sampling": "inference.solver",
+    "ServerSolver": "inference.remote",
+    "SparseAdapter": "adapter.sparse_adapter",
+    "TopK": "loss.teacher_signal",
     "Trace": "data.trace",
+    "calibrate": "inference.solver",
+    "curate": "curation.curate",
+    "distill": "training.distill",
+    "evaluating": "inference.decoding",
+    "guided": "inference.local",
+    "load_student": "models.student",
     "read_traces": "data.readers",
     "write_traces": "data.readers",
-    "load_student": "models.student",
 }
 __all__ = sorted(_HOMES)
 

@@ -16,10 +16,11 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rbfast.data.encoding import format_prompt
+from rbfast.data.chat_template import format_prompt
 from rbfast.inference.decoding import complete
-from rbfast.inference.guide import Guide
-from rbfast.inference.local import GuidedSteering, guided
+from rbfast.inference.guide import Guide, Limits, Phrases
+from rbfast.inference.local import guided
+from rbfast.inference.steering import GuidedSteering
 from rbfast.models.student import SMOLLM2, load_student
 
 TOKENS = 96
@@ -57,7 +58,8 @@ def test_guidance(
     model, tokenizer = student
     prompts = [format_prompt(f"Explain at length how to add {n} and {n + 1}.", tokenizer) for n in range(rows)]
     # Everything is watched (entropies, loops, markers, boundaries); thresholds that nothing reaches.
-    guide = Guide(4 * TOKENS, reserve=3 * TOKENS, verify_above=1e9, loop_times=10**6, close="<answer>")
+    limits = Limits(4 * TOKENS, reserve=3 * TOKENS, verify_above=1e9, loop_times=10**6)
+    guide = Guide(limits, Phrases(close="<answer>"))
     guide_time, seconds = Clock(), []
     monkeypatch.setattr(GuidedSteering, "choose", guide_time.around(GuidedSteering.choose))
     monkeypatch.setattr(GuidedSteering, "__call__", guide_time.around(GuidedSteering.__call__))

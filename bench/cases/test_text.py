@@ -24,7 +24,7 @@ from real_thoughts import MODELS, thoughts
 
 from cases.problems import EVALUATIONS, problem
 from rbfast.curation import text, text_reference
-from rbfast.curation.decontaminate import Decontaminator, Evaluation, stack
+from rbfast.curation.decontaminate import Decontaminator, Evaluation, join_found
 from rbfast.curation.selection import quotas, represent, shortlist
 from rbfast.data.spans import split_spans
 
@@ -51,7 +51,7 @@ def decontaminate(decontaminator: Decontaminator, problems: Sequence[str], threa
         texts = text.pack(chunk)
         found.append(decontaminator.find(texts, chunk, threads=threads))
         fingerprints.append(text.fingerprints(texts, threads=threads))
-    matches = decontaminator.judge(stack(found), np.concatenate(fingerprints), threads=threads)
+    matches = decontaminator.judge(join_found(found), np.concatenate(fingerprints), threads=threads)
     return sum(match is not None for match in matches)
 
 

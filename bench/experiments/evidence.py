@@ -36,7 +36,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiments.parts import digest, part
 from experiments.teacher_results import one_per_problem, traces_from_results
-from rbfast.curation.curate import curate
+from rbfast.curation.curate import CurateConfig, curate
 from rbfast.data.encoding import encode_all
 from rbfast.data.readers import read_traces, write_traces
 from rbfast.data.trace import Trace
@@ -104,7 +104,7 @@ def split(
 def curated(split: Split, seed: int, settings: Settings) -> list[Trace]:
     with TemporaryDirectory() as folder:
         write_traces(Path(folder) / "pool.jsonl", split.pool)
-        chosen = curate([Path(folder) / "pool.jsonl"], folder, size=settings.size, seed=seed)
+        chosen = curate([Path(folder) / "pool.jsonl"], folder, CurateConfig(size=settings.size, seed=seed))
         return read_traces(chosen.out / "reason1k.jsonl")
 
 

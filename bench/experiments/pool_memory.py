@@ -19,8 +19,8 @@ from cases.problems import EVALUATIONS, WORDS, problem
 SIZES, CHARACTERS = (20_000, 80_000), (1_000, 4_000)
 CURATE = """
 import resource, sys
-from rbfast import curate
-curate([sys.argv[1]], sys.argv[2], against=[sys.argv[3]])
+from rbfast import CurateConfig, curate
+curate([sys.argv[1]], sys.argv[2], CurateConfig(against=[sys.argv[3]]))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

@@ -19,7 +19,6 @@ import argparse
 import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -33,14 +32,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiments.parts import digest, part
 from rbfast.adapter.sparse_adapter import SparseAdapter
-from rbfast.data.encoding import format_prompt
 from rbfast.demo.run import FAMILIES, HELD_OUT, TRAIN
 from rbfast.demo.worked_families import split
 from rbfast.evaluation.evaluate import evaluate
 from rbfast.evaluation.statistics import paired_difference, proportion
 from rbfast.grading.grade import Problem
-from rbfast.inference.guide import OTHER, VERIFY, WAIT, WRAP_UP, Guide
-from rbfast.inference.local import calibrate, guide_for
+from rbfast.inference.guide import OTHER, VERIFY, WAIT, WRAP_UP, Guide, Limits
+from rbfast.inference.local import LocalSolver
+from rbfast.inference.solver import calibrate
+from rbfast.inference.tokens import phrases_for
 from rbfast.models.student import SMOLLM2, load_student
 from rbfast.utils.files import replacing
 from rbfast.utils.progress import counting
@@ -63,10 +63,12 @@ Cells = dict[tuple[str, int, str], Cell]  # by side, budget and setting
 def guide(tokenizer: PreTrainedTokenizerBase, budget: int, setting: str, verify_above: float) -> Guide:
     """The guide of a setting; `verify_above` where it verifies."""
     interventions = SETTINGS[setting]
-    chosen = guide_for(tokenizer, budget, interventions=interventions)
-    if WAIT in interventions:
-        chosen = replace(chosen, minimum=budget // 2)
-    return replace(chosen, verify_above=verify_above) if VERIFY in interventions else chosen
+    limits = Limits(
+        budget,
+        minimum=budget // 2 if WAIT in interventions else 0,
+        verify_above=verify_above if VERIFY in interventions else None,
+    )
+    return Guide(limits, phrases_for(tokenizer), interventions)
 
 
 def cell(
@@ -77,7 +79,7 @@ def cell(
     return {
         "solved": [float(result.correct) for result in results],
         "tokens": [float(result.completion.tokens) for result in results],
-        "interventions": [float(len(result.completion.events)) for result in results],
+        "interventions": [float(len(result.events)) for result in results],
     }
 
 
@@ -89,12 +91,13 @@ def measure(
     budgets: Sequence[int],
     out: Path,
 ) -> Cells:
-    prompts = [format_prompt(problem.question, tokenizer) for problem in problems[:: max(1, len(problems) // 40)]]
+    questions = [problem.question for problem in problems[:: max(1, len(problems) // 40)]]
     asked = {"dtype": str(model.dtype), "problems": digest(problem.question for problem in problems)}
     found: Cells = {}
     for side in SIDES:
         with adapter.disabled() if side == "before" else nullcontext():
-            threshold = partial(calibrate, model, tokenizer, prompts, guide_for(tokenizer, max(budgets)))
+            plain = Guide(Limits(max(budgets)), phrases_for(tokenizer))
+            threshold = partial(calibrate, LocalSolver(model, tokenizer), questions, plain)
             verify_above = part(out / f"{side}-threshold.json", asked, threshold)["result"]
             for budget in budgets:
                 for setting in SETTINGS:

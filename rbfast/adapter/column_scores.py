@@ -1,6 +1,6 @@
 """Scores: what a model's gradient on reasoning traces says of each column of each matrix.
 
-    scores = score(model, batches, loss_fn)
+    scores = score_columns(model, batches, loss_fn)
     scores.save("scores.safetensors")
 
 Matrices that read the same input (q, k, v; gate, up) form a group, found by watching the forward pass.
@@ -36,7 +36,7 @@ METHODS = ("gradient", "factored", "activation")
 
 
 @dataclass(frozen=True)
-class Scores:
+class ColumnScores:
     """By matrix: columns [in] fp32, the score of each input."""
 
     method: str
@@ -65,7 +65,7 @@ class Scores:
             file.write(seal(save_tensors(tensors, metadata={"rbfast": json.dumps(header)})))
 
     @classmethod
-    def load(cls, path: str | Path) -> "Scores":
+    def load(cls, path: str | Path) -> "ColumnScores":
         """Reads a file written by save(). Raises FileNotFoundError, and ValueError for one that is none."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: expected a file of scores, found none")
@@ -82,14 +82,14 @@ class Scores:
         return cls(header["method"], header["batches"], header["base_model_name_or_path"], shapes, columns)
 
 
-def score(
+def score_columns(
     model: nn.Module,
     batches: Iterable[Any],
     loss_fn: Callable[[nn.Module, Any], Tensor],
     *,
     method: Method = "gradient",
     targets: str | Sequence[str] = "all-linear",
-) -> Scores:
+) -> ColumnScores:
     """Scores every column of the target matrices by what `loss_fn(model, batch)`, a scalar, says of it.
 
     "gradient": sum over batches of sum_o G[o, c]^2, with G = dy^T x in fp32 (one dense G at a time).
@@ -119,7 +119,7 @@ def score(
     if scored == 0:
         raise ValueError("expected at least one batch to score on, got none")
     base = getattr(getattr(model, "config", None), "_name_or_path", None)
-    return Scores(method, scored, base or None, watch.shapes(), watch.cpu())
+    return ColumnScores(method, scored, base or None, watch.shapes(), watch.cpu())
 
 
 def _header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:

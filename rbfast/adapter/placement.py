@@ -1,6 +1,6 @@
 """Placement: which columns of which matrices are trained, under a budget.
 
-    scores = score(model, batches, loss_fn)             # scores.py: one backward pass per batch of reasoning traces
+    scores = score_columns(model, batches, loss_fn)     # column_scores: one backward pass per batch of reasoning traces
     adapter = SparseAdapter.attach(model, placement=scores)
 
 Matrices that read the same input (q, k, v; gate, up) form a group and share one support. A support is made of runs of
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rbfast.adapter.adapter_files import AdapterConfig, Delta, MatrixInfo
-from rbfast.adapter.column_scores import Scores, generator
+from rbfast.adapter.column_scores import ColumnScores, generator
 from rbfast.models.linears import (
     Shape,
     count_parameters,
@@ -52,7 +52,7 @@ def plan(
     support: int | None,
     rank: int | None,
     targets: str | Sequence[str],
-    placement: "Scores | str | Path",
+    placement: "ColumnScores | str | Path",
     scale: float,
     seed: int,
 ) -> tuple[AdapterConfig, dict[str, Delta]]:
@@ -64,18 +64,18 @@ def plan(
     if isinstance(placement, Path) or (isinstance(placement, str) and placement != "random"):
         if not Path(placement).is_file():
             raise FileNotFoundError(
-                f'placement must be "random", Scores (of rbfast.adapter.column_scores.score) or the path of a '
+                'placement must be "random", ColumnScores (of rbfast.adapter.column_scores) or the path of a '
                 f"file of them, got {str(placement)!r}: there is no such file"
             )
-        placement = Scores.load(placement)
+        placement = ColumnScores.load(placement)
     linears = select_linears(model, targets)
     if targets == "all-linear":
         _warn_of_experts(model)
     shapes = group_siblings(linears)
-    if isinstance(placement, Scores):
+    if isinstance(placement, ColumnScores):
         shapes = placement.shapes_of(shapes)
     rank, supports = allocate(shapes, int(density * count_parameters(model)), rank, support)
-    if isinstance(placement, Scores):
+    if isinstance(placement, ColumnScores):
         starts = place_scored(placement, shapes, rank, supports, seed)
     else:
         starts = place_random(shapes, rank, supports, seed)
@@ -87,7 +87,7 @@ def plan(
         )
         deltas[name] = Delta(start.cols, start.A, torch.zeros(shape.out_features, rank))
     base = getattr(getattr(model, "config", None), "_name_or_path", None)
-    method = placement.method if isinstance(placement, Scores) else "random"
+    method = placement.method if isinstance(placement, ColumnScores) else "random"
     dtype = str(next(iter(model.parameters())).dtype).removeprefix("torch.")
     return AdapterConfig(base or None, dtype, density, scale, seed, method, modules), deltas
 
@@ -150,7 +150,7 @@ def place_random(shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, 
 
 
 def place_scored(
-    scores: Scores, shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, int], seed: int
+    scores: ColumnScores, shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, int], seed: int
 ) -> dict[str, Start]:
     """The runs with the highest score, summed over their columns and a group, ties to the lower index; A as `_start`
     has it."""

@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 from rbfast import ops
 from rbfast.adapter import adapter_files
 from rbfast.adapter.adapter_files import AdapterConfig, Delta
-from rbfast.adapter.column_scores import Scores
+from rbfast.adapter.column_scores import ColumnScores
 from rbfast.adapter.footprint import Footprint
 from rbfast.adapter.placement import DEFAULT_DENSITY, plan
 from rbfast.models.linears import bytes_of, count_parameters, is_transposed, left_out, matrix_view
@@ -246,14 +246,14 @@ class SparseAdapter(nn.Module):
         support: int | None = None,
         rank: int | None = None,
         targets: str | Sequence[str] = "all-linear",
-        placement: Scores | str | Path = "random",
+        placement: ColumnScores | str | Path = "random",
         mode: Mode = "auto",
         scale: float = 1.0,
         seed: int = 0,
     ) -> "SparseAdapter":
         """Freezes `model` and attaches new deltas of at most `density` times its parameters.
 
-        placement: "random" columns, drawn for every group of matrices, or the best by Scores (or a file of them).
+        placement: "random" columns, drawn for every group of matrices, or the best by ColumnScores (or a file of them).
         `support` and `rank` default to what fits (see placement.allocate). mode: "fold" writes the deltas into the
         weights, "side" adds them beside, "auto" folds wherever the weight is a plain bf16, fp16 or fp32 tensor. Warns
         of experts in stacked weights, which get no delta. Raises ValueError for a density outside (0, 1], one that

@@ -20,20 +20,18 @@ def add_curate(sub: argparse.ArgumentParser) -> None:
 
 
 def run_curate(args: argparse.Namespace) -> int:
-    from rbfast.curation.curate import curate, read_pass_rates
+    from rbfast.curation.curate import CurateConfig, curate, read_pass_rates
 
-    result = curate(
-        args.pool,
-        args.out,
+    config = CurateConfig(
         size=args.size,
         against=args.against,
         seed=args.seed,
-        pass_rates=read_pass_rates(args.pass_rates) if args.pass_rates else None,
+        pass_rates=read_pass_rates(args.pass_rates) if args.pass_rates else {},
         keep_templates=args.keep_templates,
         processes=args.processes,
         ray=args.ray,
-        quiet=args.json,
     )
+    result = curate(args.pool, args.out, config, quiet=args.json)
     stages = [{"stage": s.name, "in": s.given, "dropped": s.dropped, "out": s.kept} for s in result.stages]
     lines = [
         f"{s.name}: {s.given} in, {s.kept} out" + "".join(f"; {why}: {n}" for why, n in s.dropped.items())
@@ -60,11 +58,11 @@ def add_teach(sub: argparse.ArgumentParser) -> None:
     asked.add_argument("--max-cost", type=float, help="nothing is asked that could cost more, in the prices' currency")
     asked.add_argument("--max-total-tokens", type=int, help="nothing is asked that could take more")
     scored = sub.add_argument_group("log-probs")
-    scored.add_argument("--score", action="store_true", help="score the traces in SOURCE, ask for nothing new")
-    scored.add_argument("--student", help="whose tokens to score: hub id, local folder, or smollm2-135m")
+    scored.add_argument("--score", action="store_true", help="log-probs of the traces in SOURCE, ask for nothing new")
+    scored.add_argument("--student", help="whose tokens: hub id, local folder, or smollm2-135m")
     scored.add_argument("-k", type=int, default=32, help="candidates per token (default: 32)")
-    scored.add_argument("--align", action="store_true", help="the teacher may have other tokens: score the shared ones")
-    scored.add_argument("--dialect", choices=["vllm", "echo"], default="vllm", help="how the server scores prompts")
+    scored.add_argument("--align", action="store_true", help="the teacher may have other tokens: take the shared ones")
+    scored.add_argument("--dialect", choices=["vllm", "echo"], default="vllm", help="how the server is asked")
     scored.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="of a local teacher's weights")
     sub.add_argument("--max-tokens", type=int, default=4096, help="of a solution, or of a trace (default: 4096)")
     add_device(sub)
@@ -72,13 +70,13 @@ def add_teach(sub: argparse.ArgumentParser) -> None:
 
 def run_teach(args: argparse.Namespace) -> int:
     if args.score:
-        return _teach_scores(args)
+        return _teach_logprobs(args)
     from rbfast.teacher.client import Server
     from rbfast.teacher.solutions import Prices, read_questions, teach
     from rbfast.utils.progress import bar
 
     if not args.server:
-        raise ValueError("solutions come from a server: name it with --server URL, or score traces with --score")
+        raise ValueError("solutions come from a server: name it with --server URL, or ask for log-probs with --score")
     server = Server(args.server, args.model, temperature=args.temperature, seed=args.seed)
     questions = read_questions(args.source, args.n, args.seed)
     with bar("asking", args.json) as progress:
@@ -98,14 +96,14 @@ def run_teach(args: argparse.Namespace) -> int:
         )
     result = {"out": str(args.out)} | taught.summary()
     if args.student:
-        result["signals"] = _keep_replies(args, taught)
+        result["signals"] = _add_replies(args, taught)
     print_result(args, result, lines(result))
     return 1 if taught.open else 0
 
 
-def _keep_replies(args: argparse.Namespace, taught: Any) -> int:
+def _add_replies(args: argparse.Namespace, taught: Any) -> int:
     """The log-probs that came with the solutions, in the folder `signals`; of how many traces."""
-    from rbfast.teacher.logprobs import keep_reply
+    from rbfast.teacher.server_logprobs import keep_reply
 
     tokenizer = _tokenizer(args.student)
     with _signal_store(args, tokenizer) as store:
@@ -114,17 +112,18 @@ def _keep_replies(args: argparse.Namespace, taught: Any) -> int:
     return len(store)
 
 
-def _teach_scores(args: argparse.Namespace) -> int:
+def _teach_logprobs(args: argparse.Namespace) -> int:
     from rbfast.data.readers import read_traces
     from rbfast.teacher.client import Server
-    from rbfast.teacher.logprobs import score_locally, score_on_server
+    from rbfast.teacher.logprobs import score_locally
+    from rbfast.teacher.server_logprobs import score_on_server
     from rbfast.utils.progress import counting
 
     if not args.student:
         raise ValueError("--score needs --student: log-probs are kept for the tokens of one student")
     traces = read_traces(args.source)
     tokenizer = _tokenizer(args.student)
-    with _signal_store(args, tokenizer) as store, counting("scoring", args.json) as progress:
+    with _signal_store(args, tokenizer) as store, counting("reading", args.json) as progress:
         options: dict[str, Any] = {"align": args.align, "max_tokens": args.max_tokens, "progress": progress}
         if args.server:
             server = Server(args.server, args.model)

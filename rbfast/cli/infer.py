@@ -2,10 +2,18 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rbfast.cli.common import Command, add_model, attach, lines, load_model, print_result, temperature_of
+from rbfast.teacher.client import ServerError
+
+if TYPE_CHECKING:
+    from rbfast.cli.transcript import Transcript
+    from rbfast.inference.solver import Solution, Solver
+
+_LIMITS = ("budget", "minimum", "maximum", "verify_above", "probe_every")
 
 
 def add_solve(sub: argparse.ArgumentParser) -> None:
@@ -26,92 +34,60 @@ def add_solve(sub: argparse.ArgumentParser) -> None:
 
 def run_solve(args: argparse.Namespace) -> int:
     from rbfast.cli.transcript import Transcript
-    from rbfast.inference.local import guide_for
+    from rbfast.inference.guide import Guide, Limits
+    from rbfast.inference.solver import Sampling
 
     problem = _read_stdin() if args.problem == "-" else args.problem
     if not problem.strip():
         raise ValueError("problem: expected a text, got an empty one")
-    options = {name: getattr(args, name) for name in ("minimum", "maximum", "verify_above", "probe_every")}
-    transcript = Transcript(quiet=args.json or args.samples > 1)
     if args.server and args.adapter:
         raise ValueError("--adapter is for a local model: merge it, and serve the merged checkpoint")
     if args.tokenizer and not args.server:
         raise ValueError("--tokenizer is for --server: a local model brings its own")
-    if args.server:
-        return _solve_remotely(args, problem, options, transcript)
-    model, tokenizer = load_model(args)
-    if args.adapter:
-        attach(model, args.adapter)
-    guide = guide_for(tokenizer, args.budget, **options)
-    result = _solve_here(args, model, tokenizer, problem, guide, transcript)
-    return print_result(args, result, transcript.summary)
-
-
-def _solve_here(
-    args: argparse.Namespace, model: Any, tokenizer: Any, problem: str, guide: Any, transcript: Any
-) -> dict[str, Any]:
-    from rbfast.data.encoding import format_prompt
-    from rbfast.grading.grade import answer_key, extract_answer
-    from rbfast.inference.local import guided
-    from rbfast.inference.vote import majority
-
-    [solutions] = guided(
-        model,
-        tokenizer,
-        [format_prompt(problem, tokenizer)],
-        guide,
-        samples=args.samples,
-        temperature=temperature_of(args),
-        seed=args.seed,
-        listen=None if transcript.quiet else lambda _, kind, text: transcript.write(kind, text),
-    )
-    vote = majority([answer_key(solution.text) for solution in solutions if not solution.abandoned])
-    answer = vote.answer if args.samples > 1 else extract_answer(solutions[0].text)
-    transcript.end(answer, sum(solution.tokens for solution in solutions), args.samples, vote.votes)
-    return {"answer": answer, "votes": vote.votes, "solutions": [solution.to_dict() for solution in solutions]}
-
-
-def _solve_remotely(args: argparse.Namespace, problem: str, options: dict[str, Any], transcript: Any) -> int:
-    from rbfast.grading.grade import answer_key, extract_answer
-    from rbfast.inference.remote import solve_many
-    from rbfast.inference.vote import majority
-    from rbfast.teacher.client import Server, ServerError
-
-    server = Server(args.server, args.model, temperature=temperature_of(args), seed=args.seed)
-    prompt, guide, count = _remote_prompt(args, problem, options)
-    listen = None if transcript.quiet else transcript.write
-    many = {"samples": args.samples, "concurrency": args.concurrency}
+    limits = Limits(**{name: getattr(args, name) for name in _LIMITS})
+    sampling = Sampling(args.samples, temperature_of(args), seed=args.seed)
+    transcript = Transcript(quiet=args.json or args.samples > 1)
+    listen = None if transcript.quiet else lambda _, kind, text: transcript.write(kind, text)
+    solver = _server_solver(args) if args.server else _local_solver(args)
     try:
-        solutions = solve_many(server, problem, prompt, guide, **many, count=count, listen=listen)
+        [solutions] = solver.solve([problem], Guide(limits, solver.phrases()), sampling, listen=listen)
     except ServerError as error:
-        print(f"rbfast solve: error: {error}", file=sys.stderr)
         if args.json and error.partial:
             written = [solution.to_dict() for solution in error.partial]
             print_result(args, {"answer": None, "error": str(error), "solutions": written}, "")
-        return 1
-    vote = majority([answer_key(solution.text) for solution in solutions if not solution.abandoned])
-    answer = vote.answer if args.samples > 1 else extract_answer(solutions[0].text)
-    transcript.end(answer, sum(solution.tokens for solution in solutions), args.samples, vote.votes)
+        raise
+    return _print_solutions(args, solutions, transcript)
+
+
+def _server_solver(args: argparse.Namespace) -> "Solver":
+    from rbfast.inference.remote import ServerSolver
+    from rbfast.models.student import load_tokenizer
+    from rbfast.teacher.client import Server
+
+    if not args.tokenizer:
+        print("without --tokenizer the model reads plain text, not its chat template", file=sys.stderr)
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    return ServerSolver(Server(args.server, args.model), tokenizer, args.concurrency)
+
+
+def _local_solver(args: argparse.Namespace) -> "Solver":
+    from rbfast.inference.local import LocalSolver
+
+    model, tokenizer = load_model(args)
+    if args.adapter:
+        attach(model, args.adapter)
+    return LocalSolver(model, tokenizer)
+
+
+def _print_solutions(args: argparse.Namespace, solutions: "Sequence[Solution]", transcript: "Transcript") -> int:
+    from rbfast.grading.grade import extract_answer
+    from rbfast.inference.solver import vote_of
+
+    vote = vote_of(solutions)
+    answer = vote.answer if len(solutions) > 1 else extract_answer(solutions[0].text)
+    transcript.end(answer, sum(solution.tokens for solution in solutions), len(solutions), vote.votes)
     result = {"answer": answer, "votes": vote.votes, "solutions": [solution.to_dict() for solution in solutions]}
     return print_result(args, result, transcript.summary)
-
-
-def _remote_prompt(args: argparse.Namespace, problem: str, options: dict[str, Any]) -> tuple[str, Any, Any]:
-    """The prompt, the guide and a function that counts tokens: the tokenizer's where there is one, else plain text."""
-    if args.tokenizer:
-        from rbfast.inference.local import Vocabulary, guide_for
-        from rbfast.inference.remote import prompt_for
-        from rbfast.models.student import load_tokenizer
-
-        tokenizer = load_tokenizer(args.tokenizer)
-        guide = guide_for(tokenizer, args.budget, **options)
-        return prompt_for(problem, tokenizer), guide, Vocabulary(tokenizer, guide, ()).count
-    from rbfast.data.encoding import INSTRUCTION
-    from rbfast.inference.guide import Guide
-
-    print("without --tokenizer the model reads plain text, not its chat template", file=sys.stderr)
-    guide = Guide(args.budget, close="<answer>", finish="</answer>", **options)
-    return f"{problem}\n\n{INSTRUCTION}\n\n", guide, None
 
 
 def _read_stdin() -> str:

@@ -3,10 +3,14 @@
 import argparse
 import os
 import sys
-from dataclasses import replace
+from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rbfast.cli.common import Command, add_device, add_model, attach, device_of, lines, load_model, print_result
+
+if TYPE_CHECKING:
+    from rbfast.training.distill import DistillConfig, Run
 
 
 def add_distill(sub: argparse.ArgumentParser) -> None:
@@ -19,58 +23,45 @@ def add_distill(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--rank", type=int, help="rank of each delta (default: what fits)")
     sub.add_argument("--support", type=int, help="columns of each delta (default: what fits)")
     sub.add_argument("--placement", choices=["gradient", "factored", "activation", "random"], help="default: random")
+    sub.add_argument("--placement-traces", type=int, help="traces that place the columns (default: 64)")
     sub.add_argument("--epochs", type=float, help="passes over the traces (default: 1)")
     sub.add_argument("--batch-size", type=int, help="traces per batch and process (default: 8)")
     sub.add_argument("--accumulation", type=int, help="batches per process and optimizer step (default: 1)")
-    sub.add_argument("--learning-rate", type=float, help="peak learning rate of AdamW")
+    sub.add_argument("--learning-rate", type=float, help="peak learning rate of AdamW (default: 0.01)")
+    sub.add_argument("--warmup", type=float, help="share of the steps before the peak (default: 0.05)")
+    sub.add_argument("--schedule", choices=["linear", "cosine", "constant"], help="after the peak (default: linear)")
     sub.add_argument("--shard", type=int, metavar="PROCESSES", help="spread each copy of MODEL over so many processes")
     sub.add_argument("--max-tokens", type=int, help="leave longer traces out, and list them (default: 4096)")
     sub.add_argument("--save-steps", type=int, help="steps between checkpoints (default: 50)")
+    _add_objective(sub)
+
+
+def _add_objective(sub: argparse.ArgumentParser) -> None:
+    group = sub.add_argument_group("the loss", "of each role: the strategic, the tactical and the answer's tokens")
+    roles = ("STRATEGIC", "TACTICAL", "ANSWER")
+    group.add_argument("--role-weights", type=float, nargs=3, metavar=roles, help="default: 0.4 0.5 0.1")
+    group.add_argument("--anneal", type=float, help="share of the strategic weight that moves over (default: 0.5)")
+    group.add_argument("--temperature", type=float, nargs="+", help="one for all roles, or one for each (default: 1)")
+    group.add_argument("--beta", type=float, help="0 forward KL, 1 reverse KL, between: Jensen-Shannon (default: 0)")
+    group.add_argument(
+        "--ce-weight", type=float, dest="ce_share", help="the text's share where a teacher has log-probs (default: 0.5)"
+    )
+    group.add_argument("--gradient-filter", type=float, help="share of a gradient that a CPU may skip (default: 0)")
 
 
 def run_distill(args: argparse.Namespace) -> int:
     from rbfast.data.readers import read_traces
-    from rbfast.models.student import load_teacher
     from rbfast.report.plots import plot_losses
-    from rbfast.training.distill import DistillConfig, distill
+    from rbfast.training.distill import distill
 
-    given = {
-        name: getattr(args, name)
-        for name in DistillConfig.__dataclass_fields__
-        if getattr(args, name, None) is not None
-    }
-    config = replace(DistillConfig(), **given)
+    config = _distill_config(args)
     traces = read_traces(args.traces)
-    device = device_of(args)
-    model, tokenizer = load_model(
-        args, "cpu" if args.shard else device
-    )  # of a sharded one a device only ever sees parts
-    teacher = load_teacher(args.teacher, tokenizer, model.dtype).to(model.device) if args.teacher else None
-    if args.shard:
-        from rbfast.training.sharding import shard
-
-        for base in (model, teacher):
-            if base is not None:
-                shard(base, args.shard, device)
+    model, tokenizer, teacher = _load_models(args)
     run = distill(model, tokenizer, traces, args.out, config, quiet=args.json, signals=args.signals, teacher=teacher)
     if os.environ.get("RANK", "0") != "0":
         return 0  # the first process speaks for all
     plot_losses(run.log_history, args.out / "losses.png")
-    first, last = run.log_history[0], run.log_history[-1]
-    names = sorted(name for name in last if name.startswith("loss_"))
-    losses = {f"first_{name}": first[name] for name in names if name in first}
-    losses |= {f"last_{name}": last[name] for name in names}
-    result = {
-        "out": str(args.out),
-        "trained": len(traces) - len(run.skipped),
-        "skipped": len(run.skipped),
-        "trainable_percent": run.adapter.trainable_percent,
-        "steps": len(run.log_history),
-        "seconds": run.seconds,
-        **losses,  # of the batches of the first and the last step, each before its update
-    }
     if run.found:
-        result["already_finished"] = True
         print(
             f"already finished: the adapter is in {args.out}, nothing was trained; to train again choose another "
             "folder or remove this one",
@@ -78,7 +69,65 @@ def run_distill(args: argparse.Namespace) -> int:
         )
     if run.skipped:
         print(f"{len(run.skipped)} traces left out, see {args.out / 'skipped.jsonl'}", file=sys.stderr)
+    result = _outcome(run, args.out, len(traces))
     return print_result(args, result, lines(result))
+
+
+def _distill_config(args: argparse.Namespace) -> "DistillConfig":
+    """The defaults, with what was given on the command line."""
+    from rbfast.training.distill import DistillConfig
+    from rbfast.training.objective import Objective
+
+    objective = _given(args, Objective) | _by_role("", args.role_weights) | _by_role("_temperature", args.temperature)
+    return DistillConfig(**_given(args, DistillConfig), objective=Objective(**objective))
+
+
+def _given(args: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """The fields of a dataclass that are among the arguments."""
+    names = (field.name for field in fields(kind))
+    return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+
+
+def _by_role(suffix: str, values: list[float] | None) -> dict[str, float]:
+    if not values:
+        return {}
+    if len(values) not in (1, 3):
+        raise ValueError(f"temperature: expected 1 number, or 3 (strategic, tactical, answer), got {len(values)}")
+    every = values * 3 if len(values) == 1 else values
+    return {f"{role}{suffix}": value for role, value in zip(("strategic", "tactical", "answer"), every, strict=True)}
+
+
+def _load_models(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """The student, its tokenizer and the teacher, if there is one, spread over processes if that is asked for."""
+    from rbfast.models.student import load_teacher
+
+    device = device_of(args)
+    model, tokenizer = load_model(args, "cpu" if args.shard else device)  # a device only sees parts of a sharded one
+    teacher = load_teacher(args.teacher, tokenizer, model.dtype).to(model.device) if args.teacher else None
+    if args.shard:
+        from rbfast.training.sharding import shard
+
+        for base in (model, teacher):
+            if base is not None:
+                shard(base, args.shard, device)
+    return model, tokenizer, teacher
+
+
+def _outcome(run: "Run", out: Path, traces: int) -> dict[str, Any]:
+    first, last = run.log_history[0], run.log_history[-1]
+    names = sorted(name for name in last if name.startswith("loss_"))
+    result = {
+        "out": str(out),
+        "trained": traces - len(run.skipped),
+        "skipped": len(run.skipped),
+        "trainable_percent": run.adapter.trainable_percent,
+        "steps": len(run.log_history),
+        "seconds": run.seconds,
+        # of the batches of the first and the last step, each before its update
+        **{f"first_{name}": first[name] for name in names if name in first},
+        **{f"last_{name}": last[name] for name in names},
+    }
+    return result | ({"already_finished": True} if run.found else {})
 
 
 def _add_adapter(sub: argparse.ArgumentParser) -> None:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rbfast.curation import decontaminate, text
-from rbfast.curation.decontaminate import SHINGLE, Decontaminator, Found
+from rbfast.curation import text
+from rbfast.curation.decontaminate import SHINGLE, Decontaminator, Found, join_found
 from rbfast.curation.dedup import SIGNATURE, key_of
 from rbfast.curation.quality import Quality, flaw, proxy_difficulty, quality, repeated_shares
 from rbfast.data.trace import Trace, TraceError
@@ -25,8 +25,8 @@ _MATHEMATICAL = "\\/^(["  # of an answer that can be written in several ways
 
 Verify = Callable[[Trace, Mapping[str, Any]], bool | None]
 """Whether a trace's answer is right, from the trace and the row it came in; None where that cannot be said."""
-Score = Callable[[Trace], float]
-"""A mark of a trace, higher for harder (or better)."""
+TraceMeasure = Callable[[Trace], float]
+"""How hard, or how good, a trace is: higher for harder (or better)."""
 
 
 class Part(NamedTuple):
@@ -48,15 +48,15 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Assessor:
-    """Assesses rows. The scores are functions, so that others can take their place.
+    """Assesses rows. The measures are functions, so that others can take their place.
 
     `quality` takes the place of the built-in mark; `difficulty` that of the trace's length; `verify` that of
     `verify_answer`.
     """
 
     decontaminator: Decontaminator
-    quality: Score | None = None
-    difficulty: Score = proxy_difficulty
+    quality: TraceMeasure | None = None
+    difficulty: TraceMeasure = proxy_difficulty
     verify: Verify | None = None
 
     def __call__(self, rows: Sequence[tuple[str, Any]], *, threads: int = 1) -> Part:
@@ -120,7 +120,7 @@ def verify_answer(trace: Trace, row: Mapping[str, Any]) -> bool | None:
     return grade(Problem("", trace.problem, stated, {}, mathematical), f"<answer>{trace.answer}</answer>") >= 1.0
 
 
-def stack(parts: Sequence[Part]) -> Part:
+def join_parts(parts: Sequence[Part]) -> Part:
     """The parts of a pool as one."""
     joined = {
         name: np.concatenate([getattr(part, name) for part in parts])
@@ -130,7 +130,7 @@ def stack(parts: Sequence[Part]) -> Part:
     return Part(
         flaws=[flaw for part in parts for flaw in part.flaws],
         domains=[domain for part in parts for domain in part.domains],
-        found=decontaminate.stack([part.found for part in parts]),
+        found=join_found([part.found for part in parts]),
         **joined,
     )
 
@@ -154,7 +154,7 @@ def _verdict(verified: bool | None) -> int:
 
 
 def _finite(name: str, values: Sequence[float]) -> np.ndarray:
-    scores = np.array(values, dtype=np.float64)
-    if not np.isfinite(scores).all():
-        raise ValueError(f"{name} must give a finite number for every trace, got {scores[~np.isfinite(scores)][0]}")
-    return scores
+    found = np.array(values, dtype=np.float64)
+    if not np.isfinite(found).all():
+        raise ValueError(f"{name} must give a finite number for every trace, got {found[~np.isfinite(found)][0]}")
+    return found

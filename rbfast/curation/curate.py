@@ -1,6 +1,6 @@
 """Reason1K: from a pool of traces the thousand to train on, with a reason for every one that is left out.
 
-    result = curate(["pool.jsonl"], "reason1k/", size=1000, against=["math500.jsonl"], seed=0)
+    result = curate(["pool.jsonl"], "reason1k/", CurateConfig(size=1000, against=["math500.jsonl"], seed=0))
     print(result.stages)                       # clean, decontaminate, dedup, score, select: in, dropped why, out
 
 Writes `reason1k.jsonl` (in the order of the pool), `dropped.jsonl` (every other item: where it stands, its stage, its
@@ -8,7 +8,7 @@ reason, what it matched), `datasheet.json` and `datasheet.html`. The same argume
 of processes, here or on a Ray cluster.
 
 The pool is read three times, a chunk at a time, and never held: to assess each item, to fetch the problems of those
-that may be chosen, and to write. Between, an item is some 400 bytes of hashes and scores.
+that may be chosen, and to write. Between, an item is some 400 bytes of hashes and marks.
 """
 
 import json
@@ -20,8 +20,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from rbfast.curation import assess, text
-from rbfast.curation.assess import RIGHT, UNVERIFIED, WRONG, Assessor, Part, Score, Verify
+from rbfast.curation import text
+from rbfast.curation.assess import RIGHT, UNVERIFIED, Assessor, Part, TraceMeasure, Verify, join_parts
 from rbfast.curation.datasheet import describe, write_datasheet
 from rbfast.curation.decontaminate import Decontaminator, Embed, Thresholds, read_evaluations
 from rbfast.curation.ledger import Ledger, Stage
@@ -37,7 +37,7 @@ from rbfast.utils.progress import counting
 
 @dataclass(frozen=True)
 class Weights:
-    """How much each criterion, a number in [0, 1], matters in an item's score."""
+    """How much each criterion, a number in [0, 1], matters in an item's merit."""
 
     difficulty: float = 0.5
     quality: float = 0.4
@@ -58,30 +58,12 @@ class Curation:
     datasheet: dict[str, Any] = field(repr=False)
 
 
-def curate(
-    pool: Sequence[Source],
-    out: Source,
-    *,
-    size: int = 1000,
-    against: Sequence[Source] = (),
-    seed: int = 0,
-    pass_rates: Mapping[str, float] | None = None,
-    quality: Score | None = None,
-    difficulty: Score = proxy_difficulty,
-    verify: Verify | None = None,
-    embed: Embed | None = None,
-    weights: Weights | None = None,
-    thresholds: Thresholds | None = None,
-    keep_templates: bool = False,
-    processes: int = 1,
-    ray: str | None = None,
-    quiet: bool = True,
-) -> Curation:
-    """Clean, decontaminate, deduplicate, score and select; see the module for what is written to `out`.
+@dataclass(frozen=True)
+class CurateConfig:
+    """How a pool is curated.
 
     Args:
-        pool: files (.jsonl, .json, .parquet) or hub ids of traces; beyond a trace's fields a row's `reference` (the
-            right answer), `finish_reason` and `truncated` are read.
+        size: traces to pick.
         against: evaluation sets whose problems must not be trained on, as files or hub ids (of which `test`).
         pass_rates: share of a student's tries that solve a problem, by its text; see `read_pass_rates`.
         quality, difficulty, verify, embed: functions in place of the built-in ones; with several processes they must be
@@ -92,34 +74,71 @@ def curate(
             session that is open is used.
 
     Raises:
-        TraceError: a file that cannot be read. A row that is no trace is dropped with its reason.
-        ValueError: nothing in the pool, or an argument out of its range.
-        ImportError: `ray` is given, and Ray Data is not installed.
+        ValueError: a number out of its range, or both `processes` and `ray`.
     """
-    if size < 1 or processes < 1:
-        raise ValueError(f"size and processes must be at least 1, got {size} and {processes}")
-    if ray is not None and processes > 1:
-        raise ValueError(f"expected processes or ray, got {processes} and {ray!r}: Ray starts its own workers")
-    pool = [pool] if isinstance(pool, str | Path) else list(pool)
-    decontaminator = Decontaminator(read_evaluations(against), thresholds, embed)
-    weights = weights or Weights()
-    assessor = Assessor(decontaminator, quality, difficulty, verify)
-    parts = assessed(pool, assessor, processes) if ray is None else assessed_on_ray(pool, assessor, ray)
-    part = _joined(parts, pool, quiet)
-    ledger = Ledger(part)
-    ledger.decontaminate(decontaminator, keep_templates)
+
+    size: int = 1000
+    against: Sequence[Source] = ()
+    seed: int = 0
+    pass_rates: Mapping[str, float] = field(default_factory=dict)
+    quality: TraceMeasure | None = None
+    difficulty: TraceMeasure = proxy_difficulty
+    verify: Verify | None = None
+    embed: Embed | None = None
+    weights: Weights = field(default_factory=Weights)
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    keep_templates: bool = False
+    processes: int = 1
+    ray: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.processes < 1:
+            raise ValueError(f"size and processes must be at least 1, got {self.size} and {self.processes}")
+        if self.ray is not None and self.processes > 1:
+            raise ValueError(
+                f"expected processes or ray, got {self.processes} and {self.ray!r}: Ray starts its own workers"
+            )
+
+    def settings(self, pool: Sequence[Source]) -> dict[str, Any]:
+        """What the datasheet says of a curation."""
+        return {
+            "seed": self.seed,
+            "size": self.size,
+            "pool": list(map(str, pool)),
+            "against": list(map(str, self.against)),
+            "weights": asdict(self.weights),
+            "thresholds": asdict(self.thresholds),
+            "keep_templates": self.keep_templates,
+        }
+
+
+def curate(
+    pool: Sequence[Source], out: Source, config: CurateConfig = CurateConfig(), *, quiet: bool = True
+) -> Curation:
+    """Clean, decontaminate, deduplicate, score and select; see the module for what is written to `out`.
+
+    Args:
+        pool: files (.jsonl, .json, .parquet) or hub ids of traces; beyond a trace's fields a row's `reference` (the
+            right answer), `finish_reason` and `truncated` are read.
+
+    Raises:
+        TraceError: a file that cannot be read. A row that is no trace is dropped with its reason.
+        ValueError: nothing in the pool, or a pass rate outside [0, 1].
+        ImportError: Ray is asked for, and Ray Data is not installed.
+    """
+    pool, out = [pool] if isinstance(pool, str | Path) else list(pool), Path(out)
+    decontaminator = Decontaminator(read_evaluations(config.against), config.thresholds, config.embed)
+    ledger = Ledger(_joined(_assessed(pool, decontaminator, config), pool, quiet))
+    ledger.decontaminate(decontaminator, config.keep_templates)
     ledger.dedup()
-    ledger.drop(
-        "score", dict.fromkeys(np.flatnonzero(ledger.alive & (part.verified == WRONG)).tolist(), "wrong answer")
-    )
-    difficulty_of = _difficulties(part, pass_rates or {}, ledger.alive)
-    chosen, wheres = _select(ledger, _scores(part, difficulty_of, weights, ledger.alive), pool, size, seed, quiet)
-    _write(Path(out), pool, ledger, difficulty_of, chosen, wheres, quiet)
-    settings = {"seed": seed, "size": size, "pool": list(map(str, pool)), "against": list(map(str, against))}
-    settings |= {"weights": asdict(weights), "thresholds": asdict(decontaminator.thresholds)}
-    sheet = describe(settings | {"keep_templates": keep_templates}, ledger, difficulty_of, chosen)
-    write_datasheet(Path(out), sheet)
-    return Curation(Path(out), len(chosen), ledger.stages, sheet)
+    ledger.drop_wrong()
+    difficulty = _difficulties(ledger.part, config.pass_rates, ledger.alive)
+    merits = _merits(ledger.part, difficulty, config.weights, ledger.alive)
+    chosen, wheres = _select(ledger, merits, pool, config, quiet)
+    _write(out, pool, ledger, difficulty, chosen, wheres, quiet)
+    sheet = describe(config.settings(pool), ledger, difficulty, chosen)
+    write_datasheet(out, sheet)
+    return Curation(out, len(chosen), ledger.stages, sheet)
 
 
 def read_pass_rates(path: Source) -> dict[str, float]:
@@ -141,6 +160,14 @@ def read_pass_rates(path: Source) -> dict[str, float]:
 # -------------------------------------------------------------------------------------------------------- reading
 
 
+def _assessed(pool: Sequence[Source], decontaminator: Decontaminator, config: CurateConfig) -> Iterator[Part]:
+    """The parts of the pool, assessed here or on a Ray cluster."""
+    assessor = Assessor(decontaminator, config.quality, config.difficulty, config.verify)
+    if config.ray is not None:
+        return assessed_on_ray(pool, assessor, config.ray)
+    return assessed(pool, assessor, config.processes)
+
+
 def _joined(parts: Iterator[Part], pool: Sequence[Source], quiet: bool) -> Part:
     """The parts of the pool as one."""
     found: list[Part] = []
@@ -152,17 +179,17 @@ def _joined(parts: Iterator[Part], pool: Sequence[Source], quiet: bool) -> Part:
             progress(done, None)
     if not found:
         raise ValueError(f"expected at least one trace in {', '.join(map(str, pool)) or 'the pool'}, got none")
-    return assess.stack(found)
+    return join_parts(found)
 
 
-# --------------------------------------------------------------------------------------------------------- scores
+# --------------------------------------------------------------------------------------------------------- merits
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
     """The share of values below each, equal ones counting half: float64 in (0, 1)."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
     below = np.append(0, np.cumsum(counts)[:-1])
-    return ((below + counts / 2) / max(len(values), 1))[place]
+    return ((below + counts / 2) / max(len(values), 1))[group]
 
 
 def _difficulties(part: Part, pass_rates: Mapping[str, float], alive: np.ndarray) -> np.ndarray:
@@ -184,29 +211,29 @@ def _difficulties(part: Part, pass_rates: Mapping[str, float], alive: np.ndarray
     return found
 
 
-def _scores(part: Part, difficulty: np.ndarray, weights: Weights, alive: np.ndarray) -> np.ndarray:
-    scores = np.full(len(alive), -np.inf)
+def _merits(part: Part, difficulty: np.ndarray, weights: Weights, alive: np.ndarray) -> np.ndarray:
+    """float64 [n]: what selection goes by, in [0, 1]; -inf for items that are out."""
+    merits = np.full(len(alive), -np.inf)
     verified = np.where(part.verified == UNVERIFIED, 0.5, part.verified == RIGHT)
     marks = weights.difficulty * difficulty[alive] + weights.quality * ranks(part.quality[alive])
-    scores[alive] = (marks + weights.verified * verified[alive]) / sum(asdict(weights).values())
-    return scores
+    merits[alive] = (marks + weights.verified * verified[alive]) / sum(asdict(weights).values())
+    return merits
 
 
 # ------------------------------------------------------------------------------------------------------ selection
 
 
 def _select(
-    ledger: Ledger, scores: np.ndarray, pool: Sequence[Source], size: int, seed: int, quiet: bool
+    ledger: Ledger, merits: np.ndarray, pool: Sequence[Source], config: CurateConfig, quiet: bool
 ) -> tuple[np.ndarray, dict[int, str]]:
     """The chosen items, sorted; and where the rows stand that others are duplicates of."""
     names, domains = np.unique(np.array(ledger.part.domains, dtype=object), return_inverse=True)
     domains = np.where(ledger.alive, domains, -1)
-    share = quotas(np.bincount(domains[ledger.alive], minlength=len(names)).tolist(), size)
-    ties = mix(ledger.part.fingerprints ^ mix(np.array([seed], dtype=np.int64).astype(np.uint64)))
-    short = shortlist(scores, ties, domains, share)
-    problems, wheres = _fetch(
-        pool, ledger.rows[np.concatenate([*short, []]).astype(np.int64)], ledger.stood_for(), quiet
-    )
+    share = quotas(np.bincount(domains[ledger.alive], minlength=len(names)).tolist(), config.size)
+    ties = mix(ledger.part.fingerprints ^ mix(np.array([config.seed], dtype=np.int64).astype(np.uint64)))
+    short = shortlist(merits, ties, domains, share)
+    shortlisted = np.concatenate([*short, []]).astype(np.int64)
+    problems, wheres = _fetch(pool, ledger.rows[shortlisted], ledger.stood_for(), quiet)
     chosen = [
         items[represent(text.pack(problems[row] for row in ledger.rows[items].tolist()), wanted, threads=text.cores())]
         for items, wanted in zip(short, share, strict=True)
@@ -214,8 +241,10 @@ def _select(
     ]
     selected = np.sort(np.concatenate([*chosen, np.empty(0, dtype=np.int64)]))
     kinds = dict.fromkeys(np.flatnonzero(ledger.alive).tolist(), "others of its domain score higher")
-    kinds |= dict.fromkeys(np.concatenate([*short, []]).astype(np.int64).tolist(), "others of its domain stand for it")
-    ledger.drop("select", {item: kind for item, kind in kinds.items() if item not in set(selected.tolist())})
+    kinds |= dict.fromkeys(shortlisted.tolist(), "others of its domain stand for it")
+    for item in selected.tolist():
+        del kinds[item]
+    ledger.drop("select", kinds)
     return selected, wheres
 
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rbfast.curation import text
-from rbfast.curation.text import Rows, Texts
+from rbfast.curation.text import Ragged, Texts
 from rbfast.data.readers import read_rows
 from rbfast.data.trace import TraceError
 
@@ -53,8 +53,8 @@ class Match(NamedTuple):
 class Found(NamedTuple):
     """What a part of the pool shares with the evaluation sets, before it is known how much that weighs."""
 
-    text: Rows
-    template: Rows
+    text: Ragged
+    template: Ragged
     nearest: np.ndarray  # int32 [n], by embedding; -1 where there is none
     cosine: np.ndarray  # float32 [n]
 
@@ -108,7 +108,7 @@ class _Tier(NamedTuple):
     """The shingles of the evaluation problems: sorted hashes, and for each the items that have it."""
 
     hashes: np.ndarray
-    items: Rows
+    items: Ragged
 
     @classmethod
     def of(cls, texts: Texts, mask_digits: bool) -> "_Tier":
@@ -116,7 +116,7 @@ class _Tier(NamedTuple):
         item = np.repeat(np.arange(len(texts.starts) - 1, dtype=np.int32), rows.lengths)
         order = np.argsort(rows.values, kind="stable")
         hashes, counts = np.unique(rows.values, return_counts=True)
-        return cls(hashes, Rows(item[order], np.append(0, np.cumsum(counts))))
+        return cls(hashes, Ragged(item[order], np.append(0, np.cumsum(counts))))
 
 
 class Decontaminator:
@@ -159,7 +159,7 @@ class Decontaminator:
             matches[at] = matches[at] or Match(int(found.nearest[at]), "paraphrase", float(found.cosine[at]))
         return matches
 
-    def _weigh(self, tier: _Tier, shared: Rows, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _weigh(self, tier: _Tier, shared: Ragged, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Weights of the shingles, int64, and their sum for each item, int64.
 
         A weight is -log of the share of other problems that have the shingle, in the pool or in the evaluation sets,
@@ -192,11 +192,11 @@ class Decontaminator:
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
-def stack(parts: Sequence[Found]) -> Found:
+def join_found(parts: Sequence[Found]) -> Found:
     """What was found in the parts of a pool, as one."""
     return Found(
-        text.stack([part.text for part in parts]),
-        text.stack([part.template for part in parts]),
+        text.join_ragged([part.text for part in parts]),
+        text.join_ragged([part.template for part in parts]),
         np.concatenate([part.nearest for part in parts]),
         np.concatenate([part.cosine for part in parts]),
     )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from rbfast.curation import text
-from rbfast.curation.assess import RIGHT, UNVERIFIED, Part
+from rbfast.curation.assess import RIGHT, UNVERIFIED, WRONG, Part
 from rbfast.curation.decontaminate import Decontaminator, Evaluation, Match
 from rbfast.curation.dedup import duplicates
 
@@ -79,6 +79,11 @@ class Ledger:
         same = self.part.fingerprints[again] == self.part.fingerprints[self._keeper[again]]
         kinds = np.where(same, "the same problem", "nearly the same problem and answer")
         self.drop("dedup", dict(zip(again.tolist(), kinds.tolist(), strict=True)))
+
+    def drop_wrong(self) -> None:
+        """Drops the items whose answers are known to be wrong."""
+        wrong = np.flatnonzero(self.alive & (self.part.verified == WRONG))
+        self.drop("score", dict.fromkeys(wrong.tolist(), "wrong answer"))
 
     @property
     def eligible(self) -> np.ndarray:

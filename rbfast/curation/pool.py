@@ -23,16 +23,16 @@ from rbfast.utils.packages import need
 CHUNK = 1024  # rows
 
 Source = str | Path
-Row = tuple[str, Any]
+PoolRow = tuple[str, Any]
 """Where a row stands ("file:line"), and what is there."""
 
 
-def pool_rows(pool: Sequence[Source]) -> Iterator[Row]:
+def pool_rows(pool: Sequence[Source]) -> Iterator[PoolRow]:
     """Every row of the pool, one at a time."""
     return chain.from_iterable(read_rows(source) for source in pool)
 
 
-def chunks(pool: Sequence[Source], size: int) -> Iterator[list[Row]]:
+def chunks(pool: Sequence[Source], size: int) -> Iterator[list[PoolRow]]:
     """The rows of the pool, `size` at a time."""
     rows = pool_rows(pool)
     while chunk := list(islice(rows, size)):
@@ -61,7 +61,7 @@ def _start_worker(assessor: Assessor) -> None:
     _worker = assessor
 
 
-def _work(chunk: list[Row]) -> Part:
+def _work(chunk: list[PoolRow]) -> Part:
     return _worker(chunk)
 
 

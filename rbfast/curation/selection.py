@@ -1,11 +1,11 @@
 """Choosing a few items from many: every domain its share, from the best of each those that stand for the rest.
 
     share = quotas([900, 100, 4], size=40)                          # [28, 9, 3]: by square roots
-    short = shortlist(scores, ties, domains, share)                 # the best of each domain
+    short = shortlist(merits, ties, domains, share)                 # the best of each domain
     chosen = represent(pack(problems of short[0]), share[0])        # places in short[0], in the order chosen
 
-Square roots let small domains be heard without letting them rule. Scores alone would choose near copies of the best
-item; facility location chooses, from those with good scores, items unlike each other and like what they stand for.
+Square roots let small domains be heard without letting them rule. Merit alone would choose near copies of the best
+item; facility location chooses, from those with merit, items unlike each other and like what they stand for.
 """
 
 import math
@@ -47,14 +47,14 @@ def quotas(counts: Sequence[int], size: int) -> list[int]:
 
 
 def shortlist(
-    scores: np.ndarray, ties: np.ndarray, domains: np.ndarray, share: Sequence[int], *, reach: int = REACH
+    merits: np.ndarray, ties: np.ndarray, domains: np.ndarray, share: Sequence[int], *, reach: int = REACH
 ) -> list[np.ndarray]:
     """The `reach * share[d]` best items of each domain d, but no more than its better half, best first, int64.
 
-    So scores count in a small pool too: nothing of the lower half is chosen while the upper half has enough.
+    So merits count in a small pool too: nothing of the lower half is chosen while the upper half has enough.
 
     Args:
-        scores: float [n]; ties: [n], of equal scores the lower tie comes first, then the lower place.
+        merits: float [n]; ties: [n], of equal merits the lower tie comes first, then the lower place.
         domains: the domain of each item, int [n].
     """
     found = []
@@ -62,9 +62,9 @@ def shortlist(
         items = np.flatnonzero(domains == domain)
         count = min(len(items), max(wanted, min(reach * wanted, (len(items) + 1) // 2)))
         if 0 < count < len(items):  # what is below the last that may count need not be sorted
-            least = np.partition(scores[items], len(items) - count)[len(items) - count]
-            items = items[scores[items] >= least]
-        found.append(items[np.lexsort((items, ties[items], -scores[items]))][:count])
+            least = np.partition(merits[items], len(items) - count)[len(items) - count]
+            items = items[merits[items] >= least]
+        found.append(items[np.lexsort((items, ties[items], -merits[items]))][:count])
     return found
 
 

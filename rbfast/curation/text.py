@@ -1,7 +1,7 @@
 """Many texts at a time: tokens, shingles, sketches, and choosing a few that stand for all.
 
     texts = pack(["Find $\\frac12+1$.", "Find \\(\\dfrac{1}{2} + 1\\)."])          # the same tokens
-    hashes, counts = shingles(texts, 5)                                            # Rows of sorted distinct uint64
+    hashes, counts = shingles(texts, 5)                                            # Ragged of sorted distinct uint64
     found = find(texts, 5, index)                                                  # which of them an index has
 
 The native module `rbfast._text` runs if it was built, else `rbfast.curation.text_reference`; both give the same
@@ -28,7 +28,7 @@ class Texts(NamedTuple):
     starts: np.ndarray  # int64 [n + 1]
 
 
-class Rows(NamedTuple):
+class Ragged(NamedTuple):
     """Rows of different lengths: row i is `values[starts[i] : starts[i + 1]]`."""
 
     values: np.ndarray
@@ -139,14 +139,14 @@ def pack(texts: Iterable[str]) -> Texts:
 # --------------------------------------------------------------------------------------------------------------- loops
 
 
-def shingles(texts: Texts, k: int, *, mask_digits: bool = False, threads: int = 1) -> tuple[Rows, np.ndarray]:
+def shingles(texts: Texts, k: int, *, mask_digits: bool = False, threads: int = 1) -> tuple[Ragged, np.ndarray]:
     """The distinct shingles of k tokens of each text, sorted, as 64-bit hashes; and its number of tokens, int64 [n].
 
     A text of fewer than k tokens has one shingle, all of it. A token's hash is FNV-1a; a shingle's folds its tokens'
     with splitmix64's finaliser: the same on every machine. `mask_digits` reads every run of digits as one sign.
     """
     hashes, starts, counts = _IMPL.shingles(texts.data, texts.starts, k, mask_digits, threads)
-    return Rows(hashes, starts), counts
+    return Ragged(hashes, starts), counts
 
 
 def fingerprints(texts: Texts, *, threads: int = 1) -> np.ndarray:
@@ -160,13 +160,13 @@ def fingerprints(texts: Texts, *, threads: int = 1) -> np.ndarray:
     return found
 
 
-def find(texts: Texts, k: int, index: np.ndarray, *, mask_digits: bool = False, threads: int = 1) -> Rows:
+def find(texts: Texts, k: int, index: np.ndarray, *, mask_digits: bool = False, threads: int = 1) -> Ragged:
     """Which of its `shingles` each text shares with `index` (uint64, sorted, distinct): places there, int32, sorted."""
-    return Rows(*_IMPL.find(texts.data, texts.starts, k, mask_digits, index, threads))
+    return Ragged(*_IMPL.find(texts.data, texts.starts, k, mask_digits, index, threads))
 
 
 def containment(
-    found: Rows, postings: Rows, weights: np.ndarray, totals: np.ndarray, *, least: float, threads: int = 1
+    found: Ragged, postings: Ragged, weights: np.ndarray, totals: np.ndarray, *, least: float, threads: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
     """For each row the item it holds the largest share of, and that share, where it is at least `least`.
 
@@ -182,7 +182,7 @@ def containment(
     return _IMPL.containment(*found, *postings, weights, totals, least, threads)
 
 
-def minhash(rows: Rows, width: int, *, threads: int = 1) -> np.ndarray:
+def minhash(rows: Ragged, width: int, *, threads: int = 1) -> np.ndarray:
     """MinHash signatures, uint32 [n, width]: the share of equal values estimates the Jaccard index of two rows.
 
     Value w is the least upper half of `hash * m_w` (multiply-shift), with odd m_w from splitmix64. Broder 1997.
@@ -192,7 +192,7 @@ def minhash(rows: Rows, width: int, *, threads: int = 1) -> np.ndarray:
 
 
 def facility_location(
-    vectors: Rows, values: np.ndarray, size: int, *, threads: int = 1
+    vectors: Ragged, values: np.ndarray, size: int, *, threads: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `size` rows that best stand for all, greedily: each next one adds most to sum_i max_j in chosen <x_i, x_j>.
 
@@ -212,7 +212,7 @@ def facility_location(
 _SCALE = 2**15  # a unit vector's length in whole numbers
 
 
-def unit_vectors(texts: Texts, *, threads: int = 1) -> tuple[Rows, np.ndarray]:
+def unit_vectors(texts: Texts, *, threads: int = 1) -> tuple[Ragged, np.ndarray]:
     """Texts as sparse vectors of tf-idf kind, for `facility_location`: dot products are cosines times 2^30.
 
     A feature is a distinct token (digits masked), its value the idf log((n + 1) / df) over these texts. Tokens of more
@@ -226,13 +226,13 @@ def unit_vectors(texts: Texts, *, threads: int = 1) -> tuple[Rows, np.ndarray]:
     inside = np.append(0, np.cumsum(kept[places]))
     features = (np.cumsum(kept) - 1)[places[kept[places]]].astype(np.int32)
     starts = inside[rows.starts]
-    weight = idf[places[kept[places]]]
-    norm = np.sqrt(np.bincount(np.repeat(np.arange(n), np.diff(starts)), weights=weight**2, minlength=n))
-    values = np.rint(_SCALE * weight / np.repeat(norm, np.diff(starts))).astype(np.int32)
-    return Rows(features, starts), values
+    weighed = idf[places[kept[places]]]
+    norm = np.sqrt(np.bincount(np.repeat(np.arange(n), np.diff(starts)), weights=weighed**2, minlength=n))
+    values = np.rint(_SCALE * weighed / np.repeat(norm, np.diff(starts))).astype(np.int32)
+    return Ragged(features, starts), values
 
 
-def stack(rows: Sequence[Rows]) -> Rows:
+def join_ragged(rows: Sequence[Ragged]) -> Ragged:
     """Rows of several parts, one part after another."""
     values = np.concatenate([part.values for part in rows])
-    return Rows(values, np.append(0, np.cumsum(np.concatenate([part.lengths for part in rows]))).astype(np.int64))
+    return Ragged(values, np.append(0, np.cumsum(np.concatenate([part.lengths for part in rows]))).astype(np.int64))

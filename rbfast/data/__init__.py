@@ -1,3 +1,3 @@
-"""Traces and what becomes of them: fields and checks (`trace`), roles (`spans`), files and the hub (`readers`,
-`hub`), packed token batches (`encoding`), a teacher's log-probs on disk (`signal_store`).
+"""Traces and what becomes of them: fields and checks (`trace`), roles (`spans`), files and the hub (`readers`, `hub`),
+a model's prompt (`chat_template`), packed token batches (`encoding`), a teacher's log-probs on disk (`signal_store`).
 """

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from rbfast.data.chat_template import end_of_turn, format_prompt
 from rbfast.data.spans import ANSWER
 from rbfast.data.trace import Trace, TraceError
 from rbfast.loss.teacher_signal import TopK, check_top_k
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 NO_ROLE = -1
 IGNORE = -100
-INSTRUCTION = "Think step by step, then give the final answer between <answer> and </answer>."
 
 
 @dataclass
@@ -41,19 +41,6 @@ class Example:
     teacher_logprobs: np.ndarray | None = None  # float32 [m, k]
     teacher_rows: np.ndarray | None = None  # int64 [m]
     id: str | None = None
-
-
-def format_prompt(problem: str, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The prompt that asks for a solution, special tokens included: tokenise it with `add_special_tokens=False`."""
-    request = f"{problem}\n\n{INSTRUCTION}"
-    if tokenizer.chat_template is not None:
-        return _render(tokenizer, [{"role": "user", "content": request}], open_reply=True)
-    opens_with_bos = tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
-    return f"{tokenizer.bos_token if opens_with_bos else ''}{request}\n\n"
-
-
-def _render(tokenizer: "PreTrainedTokenizerBase", turns: list[dict[str, str]], open_reply: bool) -> str:
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=open_reply))
 
 
 def encode(trace: Trace, tokenizer: "PreTrainedTokenizerBase", *, max_tokens: int = 4096) -> Example:
@@ -99,19 +86,6 @@ def _token_roles(trace: Trace, offsets: np.ndarray) -> np.ndarray:
     start, end = np.minimum(offsets[:, 0], len(text) - 1), offsets[:, 1]
     ink = next_ink[start]
     return role_of[np.where(ink < end, ink, start)]
-
-
-def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The token that ends an assistant's turn: the added token the chat template puts there, else the eos token."""
-    if tokenizer.chat_template is not None:
-        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "reply"}]
-        after = _render(tokenizer, turns, open_reply=False).rpartition("reply")[2].lstrip()
-        first = tokenizer(after, add_special_tokens=False).input_ids[:1]
-        if first and first[0] in tokenizer.added_tokens_decoder:
-            return first[0]
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no eos token, and its chat template ends no turn; set tokenizer.eos_token")
-    return tokenizer.eos_token_id
 
 
 def _add_signals(example: Example, signals: Mapping[str, list[list[Any]]], vocabulary: int, where: str) -> None:

@@ -46,10 +46,10 @@ def _rows(source: str | Path, split: str, streaming: bool) -> Iterator[tuple[str
         if path.suffix not in readers:
             raise TraceError(f"{source}: expected a .jsonl, .json or .parquet file, got {path.suffix or 'no suffix'}")
         return readers[path.suffix](path)
-    place = hub.place(source, split) if isinstance(source, str) and path.suffix not in readers else None
-    if place is None:
+    dataset = hub.named(source, split) if isinstance(source, str) and path.suffix not in readers else None
+    if dataset is None:
         raise TraceError(f"{source}: expected a file or a dataset on the hub ({hub.FORMS}); there is no such file")
-    return _rows_hub(place, streaming)
+    return _rows_hub(dataset, streaming)
 
 
 def _rows_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
@@ -88,13 +88,13 @@ def _rows_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         raise TraceError(f"{path}: expected a Parquet file: {error}") from error
 
 
-def _rows_hub(place: hub.Place, streaming: bool) -> Iterator[tuple[str, Any]]:
+def _rows_hub(dataset: hub.HubDataset, streaming: bool) -> Iterator[tuple[str, Any]]:
     try:
-        rows = hub.load(place, streaming)
+        rows = hub.load_rows(dataset, streaming)
     except ValueError as error:
-        raise TraceError(f"{place.name}: there is no such file, and {error}") from error
+        raise TraceError(f"{dataset.name}: there is no such file, and {error}") from error
     for number, row in enumerate(rows):
-        yield f"{place}: row {number}", row
+        yield f"{dataset}: row {number}", row
 
 
 def _parse_json(data: bytes, where: str) -> Any:

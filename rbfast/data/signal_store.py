@@ -134,16 +134,16 @@ class SignalStore:
         self.flush()
         missing = []
         for example in examples:
-            place = self._places.get(_key(example))
-            if place is None:
+            found = self._places.get(_key(example))
+            if found is None:
                 missing.append(example)
                 continue
-            shard, item = self._shard(place[0]), place[1]
+            shard, item = self._shard(found[0]), found[1]
             ends = shard["ends"]
             part = slice(int(ends[item - 1]) if item else 0, int(ends[item]))
             rows = shard["rows"][part].astype(np.int64)
             if len(rows) and not 0 <= rows.min() <= rows.max() < len(example.labels):
-                raise ValueError(f"{self._shards[place[0]]}: rows beyond the end of a trace; remove it and score again")
+                raise ValueError(f"{self._shards[found[0]]}: rows beyond the end of a trace; remove it and teach again")
             example.teacher_rows = rows
             example.teacher_ids = shard["ids"][part].astype(np.int32)
             example.teacher_logprobs = shard["logprobs"][part]
@@ -173,7 +173,7 @@ class SignalStore:
                 self._check_shard(tensors)
             except (SafetensorError, KeyError, ValueError) as error:
                 raise ValueError(
-                    f"{path}: not a whole shard of signals ({error}); remove it and score again"
+                    f"{path}: not a whole shard of signals ({error}); remove it and teach again"
                 ) from error
             self._loaded = number, tensors
         return self._loaded[1]

@@ -23,46 +23,32 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rbfast.data.encoding import format_prompt
-from rbfast.evaluation.statistics import Interval, clustered, paired_bootstrap, paired_difference, pass_at_k, proportion
-from rbfast.grading.grade import Problem, answer_key, extract_answer, grade, readings
-from rbfast.grading.tasks import load_problems
+from rbfast.data.chat_template import format_prompt
+from rbfast.evaluation.statistics import clustered, pass_at_k, proportion
+from rbfast.grading.grade import Problem, answer_key, extract_answer, grade
 from rbfast.inference.decoding import Completion, batches_by_length, complete
-from rbfast.inference.guide import Event, Guide
-from rbfast.inference.local import guided
+from rbfast.inference.guide import Guide, Limits
+from rbfast.inference.local import LocalSolver
+from rbfast.inference.solver import Sampling
+from rbfast.inference.state import Event
 from rbfast.inference.vote import majority
 from rbfast.utils.files import Journal
 from rbfast.utils.memory import give_back
 from rbfast.utils.records import check
 
-__all__ = [
-    "Interval",
-    "Problem",
-    "Result",
-    "clustered",
-    "evaluate",
-    "extract_answer",
-    "grade",
-    "load_problems",
-    "paired_bootstrap",
-    "paired_difference",
-    "pass_at_k",
-    "proportion",
-    "readings",
-    "scores_by_item",
-    "summarize",
-    "summarize_samples",
-]
-
 
 @dataclass(frozen=True)
 class Result:
-    """A problem, what the model wrote, and its score; `sample` counts the completions of one problem."""
+    """A problem, what the model wrote, and its grade in [0, 1]; what a guide put in.
+
+    `sample` counts the completions of one problem.
+    """
 
     problem: Problem
     completion: Completion
     score: float
     sample: int = 0
+    events: tuple[Event, ...] = ()
 
     @property
     def correct(self) -> bool:
@@ -85,8 +71,11 @@ class Result:
             "tokens": self.completion.tokens,
             "truncated": self.completion.truncated,
         }
-        events = [asdict(event) for event in self.completion.events]
+        events = [asdict(event) for event in self.events]
         return record | ({"events": events} if events else {})
+
+
+Written = tuple[Completion, tuple[Event, ...]]
 
 
 @dataclass(frozen=True)
@@ -109,26 +98,19 @@ class Decoding:
 
     def write(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], batch_size: int
-    ) -> list[list[Completion]]:
-        """`samples` completions of each problem."""
-        prompts = [format_prompt(problem.question, tokenizer) for problem in problems]
+    ) -> list[list[Written]]:
+        """`samples` completions of each problem, with what a guide put into them."""
         if self.guide is None and self.temperature == 0 and self.samples == 1:
+            prompts = [format_prompt(problem.question, tokenizer) for problem in problems]
             found = complete(model, tokenizer, prompts, max_new_tokens=self.max_new_tokens, batch_size=batch_size)
-            return [[completion] for completion in found]
-        solutions = guided(
-            model,
-            tokenizer,
-            prompts,
-            self.guide or Guide(self.max_new_tokens, interventions=()),
-            samples=self.samples,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            # A problem's draws must not depend on which others are left to do.
-            seed=[self._seed(problem) for problem in problems],
-            batch_size=batch_size,
-            early_stop=False,
-        )
-        return [[Completion(s.text, s.tokens, s.truncated, s.events) for s in samples] for samples in solutions]
+            return [[(completion, ())] for completion in found]
+        # A problem's draws must not depend on which others are left to do.
+        seeds = [self._seed(problem) for problem in problems]
+        sampling = Sampling(self.samples, self.temperature, self.top_p, seeds, early_stop=False)
+        guide = self.guide or Guide(Limits(self.max_new_tokens), interventions=())
+        solver = LocalSolver(model, tokenizer, batch_size)
+        solutions = solver.solve([problem.question for problem in problems], guide, sampling)
+        return [[(Completion(s.text, s.tokens, s.truncated), s.events) for s in samples] for samples in solutions]
 
     def _seed(self, problem: Problem) -> int:
         name = f"{self.seed}:{problem.question}".encode()
@@ -168,8 +150,8 @@ def evaluate(
         written = how.write(model, tokenizer, asked, batch_size)
         for problem, completions in zip(asked, written, strict=True):
             results = [
-                Result(problem, c, grade(problem, c.text, truncated=c.truncated), sample)
-                for sample, c in enumerate(completions)
+                Result(problem, c, grade(problem, c.text, truncated=c.truncated), sample, events)
+                for sample, (c, events) in enumerate(completions)
             ]
             done[_identity(problem)] = results
             if store:
@@ -207,10 +189,10 @@ class _Store:
                 check(record, _RECORD, where)
                 identity, sample = (record["task"], record["problem"]), record["sample"]
                 events = tuple(Event(**event) for event in record.get("events", ()))
-                completion = Completion(record["completion"], record["tokens"], record["truncated"], events)
+                completion = Completion(record["completion"], record["tokens"], record["truncated"])
                 score = record["score"]
                 if identity in known:
-                    found.setdefault(identity, []).append(Result(known[identity], completion, score, sample))
+                    found.setdefault(identity, []).append(Result(known[identity], completion, score, sample, events))
             except (TypeError, KeyError, AttributeError, ValueError) as error:
                 raise ValueError(f"{where}: expected a result of an evaluation: {error!r}; name another file") from None
             if record.get("decoding") != self.settings:
@@ -242,7 +224,7 @@ def summarize(results: Sequence[Result]) -> dict[str, float]:
     }
 
 
-def scores_by_item(results: Sequence[Result]) -> list[list[float]]:
+def correct_by_item(results: Sequence[Result]) -> list[list[float]]:
     """1.0 or 0.0 for each sample of each problem, in the order of the results: for `clustered`, `paired_bootstrap`."""
     return [[float(result.correct) for result in item] for item in _items(results)]
 
@@ -268,7 +250,7 @@ def summarize_samples(results: Sequence[Result]) -> dict[str, float]:
     if len(counts) != 1:
         raise ValueError(f"every problem needs the same number of samples, got {counts or 'no results'}")
     samples, n = counts[0], len(results)
-    mean, error = clustered(scores_by_item(results))
+    mean, error = clustered(correct_by_item(results))
     summary: dict[str, float] = {"items": len(items), "samples": samples, "pass@1": mean, "pass@1_se": error}
     for k in sorted({*(2**power for power in range(1, samples.bit_length())), samples} - {1}):
         chances = [pass_at_k(samples, sum(result.correct for result in item), k) for item in items]

@@ -46,9 +46,9 @@ def proportion(outcomes: Sequence[float]) -> Interval:
     if not outcomes:
         raise ValueError("a proportion needs at least one outcome, got none")
     n, share = len(outcomes), sum(outcomes) / len(outcomes)
-    weight = _Z95**2 / n
-    centre = (share + weight / 2) / (1 + weight)
-    spread = _Z95 * math.sqrt(share * (1 - share) / n + weight / (4 * n)) / (1 + weight)
+    pull = _Z95**2 / n
+    centre = (share + pull / 2) / (1 + pull)
+    spread = _Z95 * math.sqrt(share * (1 - share) / n + pull / (4 * n)) / (1 + pull)
     # At no success, and at nothing but successes, the bound is the share itself but for rounding.
     low = centre - spread if share > 0 else 0.0
     return Interval(share, low, centre + spread if share < 1 else 1.0)

@@ -131,14 +131,14 @@ def _parse(line: bytes, where: str) -> Any:
 
 
 def _read_hub(where: str, task: str) -> list[Problem]:
-    place = hub.place(where, split="test")
-    if place is None:
+    dataset = hub.named(where, split="test")
+    if dataset is None:
         raise ValueError(f"{task}: expected {hub.FORMS}")
     try:
-        rows = hub.load(place)
+        rows = hub.load_rows(dataset)
     except ValueError as error:
         raise ValueError(f"{task}: {error}") from error
-    return [_problem(row, f"{place}: row {number}", task) for number, row in enumerate(rows)]
+    return [_problem(row, f"{dataset}: row {number}", task) for number, row in enumerate(rows)]
 
 
 def _problem(fields: Any, where: str, task: str) -> Problem:

@@ -26,18 +26,16 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from rbfast.adapter.sparse_adapter import unhooked
-from rbfast.data.encoding import end_of_turn
-from rbfast.inference.guide import Event
+from rbfast.data.chat_template import end_of_turn
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What the model wrote after a prompt: the text, its tokens, whether the limit cut it, what a guide put in."""
+    """What the model wrote after a prompt: the text, its tokens, whether the limit cut it."""
 
     text: str
     tokens: int
     truncated: bool
-    events: tuple[Event, ...] = ()
 
 
 def complete(
@@ -175,7 +173,7 @@ def new_cache(model: PreTrainedModel) -> Cache:
 class Steering(StoppingCriteria):
     """Watches the tokens of a batch: which rows have ended, when the batch is worth shrinking.
 
-    This one lets the model write freely until an end token; `GuidedSteering` puts texts in.
+    This one lets the model write freely until an end token; a subclass may do more (`rbfast.inference.steering`).
 
     Attributes:
         rows: int64 [rows]; the numbers of the rows that are in the batch.
@@ -202,10 +200,10 @@ class Steering(StoppingCriteria):
         return bool(2 * self.ended.sum() >= len(self.ended))
 
     def processors(self) -> LogitsProcessorList:
-        """What changes the scores before a token is chosen."""
+        """What changes the logits before a token is chosen."""
         return LogitsProcessorList()
 
-    def paused(self, batch: Batch, new: torch.Tensor) -> None:
+    def paused(self, batch: CachedBatch, new: torch.Tensor) -> None:
         """`generate` has stopped after writing `new` [rows, tokens]."""
         ends = torch.isin(new, self.stops)
         # A row that ended is padded to the width of the others: keep up to its first end token.
@@ -219,7 +217,7 @@ class Steering(StoppingCriteria):
 
 
 @dataclass
-class Batch:
+class CachedBatch:
     """Rows that are being written: `ids` and `mask` [rows, width], and the cache of all but the last token."""
 
     ids: torch.Tensor
@@ -273,13 +271,19 @@ def decode(
             batch.keep(keep)
 
 
-def _prefilled(model: PreTrainedModel, prompts: Sequence[list[int]], pad: int, copies: int) -> Batch:
+def _padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask [rows, width], padded on the left."""
     width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    batch = Batch(ids, mask, new_cache(model))
+    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    return ids, mask
+
+
+def _prefilled(model: PreTrainedModel, prompts: Sequence[list[int]], pad: int, copies: int) -> CachedBatch:
+    ids, mask = _padded(prompts, pad, model.device)
+    batch = CachedBatch(ids, mask, new_cache(model))
     if copies > 1:
-        if width > 1:
+        if ids.shape[1] > 1:
             one = GenerationConfig(max_new_tokens=1, do_sample=False, pad_token_id=pad, return_dict_in_generate=True)
             output = model.generate(  # type: ignore[operator]
                 ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=batch.cache, generation_config=one
@@ -288,3 +292,50 @@ def _prefilled(model: PreTrainedModel, prompts: Sequence[list[int]], pad: int, c
             batch.cache.batch_repeat_interleave(copies)
         batch.ids, batch.mask = (tensor.repeat_interleave(copies, dim=0) for tensor in (ids, mask))
     return batch
+
+
+def continuation(
+    model: PreTrainedModel,
+    batch: CachedBatch,
+    rows: Sequence[int],
+    texts: Sequence[list[int]],
+    settings: dict[str, Any],
+    limit: int,
+) -> list[list[int]]:
+    """Greedy tokens, `limit` at most, that follow each text after its row; the batch stays as it is.
+
+    Raises:
+        ValueError: a cache that drops a part of the past, from which nothing can be copied.
+    """
+    branch = _branch(model, batch, rows, texts, settings["pad_token_id"])
+    output = model.generate(  # type: ignore[operator]
+        branch.ids,
+        attention_mask=branch.mask,
+        past_key_values=branch.cache,
+        generation_config=GenerationConfig(**settings, max_new_tokens=limit, return_dict_in_generate=True),
+        **branch.positions(),
+    )
+    stops = set(settings["eos_token_id"])
+    written = []
+    for ids in output.sequences[:, branch.ids.shape[1] :].tolist():
+        end = next((i + 1 for i, token in enumerate(ids) if token in stops), len(ids))
+        written.append(ids[:end])
+    return written
+
+
+def _branch(
+    model: PreTrainedModel, batch: CachedBatch, rows: Sequence[int], texts: Sequence[list[int]], pad: int
+) -> CachedBatch:
+    """A copy of some rows of a batch, a text after each."""
+    index = torch.tensor(rows, device=batch.ids.device)
+    put, seen = _padded(texts, pad, index.device)
+    cache = new_cache(model)
+    for number, layer in enumerate(batch.cache.layers):
+        if not isinstance(layer, DynamicLayer) or layer.is_sliding:
+            raise ValueError(
+                f"expected a cache that keeps all of its past, got {type(layer).__name__}: nothing can be tried out "
+                "beside it, so leave probes out (probe_every=0)"
+            )
+        cache.update(layer.keys[index], layer.values[index], number)  # type: ignore[index]
+    ids, mask = batch.ids[index], batch.mask[index]
+    return CachedBatch(torch.cat([ids, put], dim=1), torch.cat([mask, seen.to(mask)], dim=1), cache)

@@ -2,14 +2,15 @@
 
 ```python
 server = Server("http://localhost:8000/v1", "my-model")          # the key, if any, from RBFAST_API_KEY
-prompt = prompt_for(problem, tokenizer)                          # the served model's own chat template
-solution = solve(server, prompt, guide)                          # completions: interventions, probes, budget
-solution = chat(server, problem, guide)                          # chat only: the budget is asked for, and checked
-votes = solve_many(server, problem, prompt, guide, samples=16)   # whichever it has; stops when the vote is decided
+solver = ServerSolver(server, tokenizer)                         # the served model's own, for its chat template
+guide = Guide(Limits(1024), solver.phrases())
+[samples] = solver.solve([problem], guide, Sampling(16, temperature=0.8))    # stops when the vote is decided
+solution = write(server, prompt, guide)                          # one by completions: interventions, probes, budget
+solution = chat(server, problem, guide)                          # one by chat: the budget is asked for, and checked
 ```
 
-A completion is streamed and read by the same `Row` as in a batch. An order closes the stream; the next request goes on
-from what is left of the text, which the server's prefix cache has read already.
+A completion is streamed and read by the same `GuideState` as in a batch. An order closes the stream; the next request
+goes on from what is left of the text, which the server's prefix cache has read already.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rbfast.data.encoding import INSTRUCTION, format_prompt
-from rbfast.grading.grade import answer_key, without_tags
-from rbfast.inference.guide import Event, Guide, Order, Phase, Row, calibrated
+from rbfast.data.chat_template import INSTRUCTION, format_prompt
+from rbfast.grading.grade import answer_key
+from rbfast.inference.guide import Guide, Phrases
+from rbfast.inference.solver import GREEDY, Listener, Sampling, Solution
+from rbfast.inference.state import GuideState, Order, Phase
 from rbfast.inference.vote import decided
 from rbfast.teacher.client import LONGEST_PAUSE, Server, ServerError
 
@@ -38,32 +42,6 @@ _NO_COMPLETIONS = (404, 405, 501)
 _MALFORMED = (LookupError, TypeError, AttributeError)
 
 
-@dataclass(frozen=True)
-class ServerSolution:
-    """What a server wrote: the text, its cost in tokens as far as the server says it, the interventions.
-
-    Attributes:
-        truncated: the budget cut the answer.
-        probe_tokens: of `tokens`, those thrown away after probes.
-        abandoned: the vote was decided before this sample ended.
-        sentences: nats; the entropy's moving average at each end of a sentence of thinking, where it was measured.
-    """
-
-    text: str
-    thinking: str
-    answer: str
-    tokens: int
-    truncated: bool
-    events: tuple[Event, ...] = ()
-    probe_tokens: int = 0
-    abandoned: bool = False
-    sentences: tuple[float, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """A record for `json.dumps`; `thinking` and `answer` without their tags, which `text` keeps."""
-        return asdict(self) | {"thinking": without_tags(self.thinking), "answer": without_tags(self.answer)}
-
-
 def prompt_for(problem: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """`format_prompt` without the token that begins a text, where a server that reads text puts it in itself."""
     prompt, begin = format_prompt(problem, tokenizer), tokenizer.bos_token
@@ -71,7 +49,7 @@ def prompt_for(problem: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return prompt.removeprefix(str(begin)) if adds_it else prompt
 
 
-def solve(
+def write(
     server: Server,
     prompt: str,
     guide: Guide,
@@ -79,7 +57,7 @@ def solve(
     count: Callable[[str], int] | None = None,
     listen: Callable[[str, str], None] | None = None,
     abandoned: Callable[[], bool] = lambda: False,
-) -> ServerSolution:
+) -> Solution:
     """A guided completion of `prompt`, which carries the model's own special tokens.
 
     Args:
@@ -92,55 +70,41 @@ def solve(
         ServerError: no answer after all retries, more tokens than were asked for, or no log-probs where the guide's
             `verify_above` needs them; `partial` holds what there is.
     """
-    row = Row(guide, count or (lambda text: len(text.encode())), end_cost=0)
+    state = GuideState(guide, count or (lambda text: len(text.encode())), end_cost=0)
     hear = listen or (lambda kind, text: None)
-    order, failures = row.start(), 0
+    order, failures = state.start(), 0
     while True:
         if order and order.text:
             hear(order.kind, order.text)
-        if row.phase is Phase.DONE or abandoned():
-            return _solution(row)
-        before = row.spent
+        if state.phase is Phase.DONE or abandoned():
+            return Solution.of(state)
+        before = state.spent
         try:
-            if row.wants_probe:
-                order = _probe(server, prompt + row.thinking, row)
+            if state.wants_probe:
+                order = _probe(server, prompt + state.thinking, state)
             else:
-                order = _one_stream(server, prompt + row.thinking + row.answer, row, count, hear, abandoned)
+                order = _one_stream(server, prompt + state.thinking + state.answer, state, count, hear, abandoned)
         except ServerError as error:
-            raise ServerError(str(error), error.status, _solution(row)) from error
+            raise ServerError(str(error), error.status, Solution.of(state)) from error
         except (OSError, http.client.HTTPException) as error:
-            order, failures = None, 0 if row.spent > before else failures + 1
+            order, failures = None, 0 if state.spent > before else failures + 1
             if failures > server.retries:
                 reason = f"{server.url} broke off {failures} times: {type(error).__name__}: {error}"
-                raise ServerError(reason, partial=_solution(row)) from error
+                raise ServerError(reason, partial=Solution.of(state)) from error
             time.sleep(min(LONGEST_PAUSE, server.pause * 2**failures))
-
-
-def _solution(row: Row) -> ServerSolution:
-    return ServerSolution(
-        text=row.thinking + row.answer,
-        thinking=row.thinking,
-        answer=row.answer,
-        tokens=row.spent,
-        truncated=not row.finished,
-        events=tuple(row.events),
-        probe_tokens=row.probed_tokens,
-        abandoned=row.phase is not Phase.DONE,
-        sentences=tuple(row.sentences),
-    )
 
 
 def _one_stream(
     server: Server,
     text: str,
-    row: Row,
+    state: GuideState,
     count: Callable[[str], int] | None,
     hear: Callable[[str, str], None],
     abandoned: Callable[[], bool],
 ) -> Order | None:
     """Lets the model write until an order, a probe, or the end of what was asked for."""
-    allowed, before, said, reason = row.left, row.spent, 0, None
-    measures, measured = row.guide.verify_above is not None, False
+    allowed, before, said, reason = state.left, state.spent, 0, None
+    measures, measured = state.limits.verify_above is not None, False
     body = {"prompt": text, "max_tokens": allowed, "stream": True, "stream_options": {"include_usage": True}}
     if measures:
         body["logprobs"] = _CANDIDATES
@@ -156,18 +120,18 @@ def _one_stream(
             if measures and not measured:
                 raise ServerError(f"{server.url} sends no log-probs, and verify_above needs them: leave it out")
             tokens = piece.tokens or max(1, count(piece.text) if count else 1)
-            phase = row.phase.value
-            order = row.write(piece.text, min(tokens, row.left), piece.entropy)
+            phase = state.phase.value
+            order = state.write(piece.text, min(tokens, state.left), piece.entropy)
             hear(phase, piece.text)
-            if order or row.phase is Phase.DONE or row.wants_probe or abandoned():
+            if order or state.phase is Phase.DONE or state.wants_probe or abandoned():
                 return order
     if reason is None:
         raise http.client.IncompleteRead(b"")
     if reason != "length":
-        return row.write("", max(0, said - (row.spent - before)), ended=True)
+        return state.write("", max(0, said - (state.spent - before)), ended=True)
     # Fewer pieces than tokens: pieces of several tokens. What was asked for is used up, and no more than that.
-    rest = allowed - (row.spent - before)
-    return row.write("", rest) if rest else None
+    rest = allowed - (state.spent - before)
+    return state.write("", rest) if rest else None
 
 
 class _Piece(NamedTuple):
@@ -224,9 +188,9 @@ def _check(server: Server, allowed: int, written: int) -> None:
         raise ServerError(f"{server.url} ignores max_tokens: at most {allowed} were asked for, {written} came")
 
 
-def _probe(server: Server, text: str, row: Row) -> Order | None:
+def _probe(server: Server, text: str, state: GuideState) -> Order | None:
     """Has the model give its answer now, and throws it away."""
-    limit, finish, put = row.guide.probe_tokens, row.guide.finish, row.probe_text
+    limit, finish, put = state.limits.probe_tokens, state.phrases.finish, state.probe_text
     body = {"prompt": text + put, "max_tokens": limit, "temperature": 0.0, "stop": [finish] if finish else None}
     reply = server.ask("/completions", body)
     try:
@@ -235,10 +199,10 @@ def _probe(server: Server, text: str, row: Row) -> Order | None:
     except _MALFORMED as error:
         raise ServerError(f"{server.url} sent no completion: {type(error).__name__}: {error}") from error
     _check(server, limit, written or 0)
-    return row.probed(answer, row.count(put) + (limit if written is None else written))
+    return state.probed(answer, state.count(put) + (limit if written is None else written))
 
 
-def chat(server: Server, problem: str, guide: Guide) -> ServerSolution:
+def chat(server: Server, problem: str, guide: Guide) -> Solution:
     """An answer by a server that only chats: nothing can be put in, so the budget is asked for and checked.
 
     Raises:
@@ -246,7 +210,7 @@ def chat(server: Server, problem: str, guide: Guide) -> ServerSolution:
     """
     body = {
         "messages": [{"role": "user", "content": f"{problem}\n\n{INSTRUCTION}"}],
-        "max_tokens": guide.budget,
+        "max_tokens": guide.limits.budget,
         "stream": False,
     }
     reply = server.ask("/chat/completions", body)
@@ -257,92 +221,131 @@ def chat(server: Server, problem: str, guide: Guide) -> ServerSolution:
     except _MALFORMED as error:
         raise ServerError(f"{server.url} sent no chat completion: {type(error).__name__}: {error}") from error
     tokens = (reply.get("usage") or {}).get("completion_tokens")
-    solution = ServerSolution(thinking + answer, thinking, answer, tokens or 0, choice.get("finish_reason") == "length")
-    if tokens is None or tokens > guide.budget:
+    solution = Solution(thinking + answer, thinking, answer, tokens or 0, choice.get("finish_reason") == "length")
+    if tokens is None or tokens > guide.limits.budget:
         raise ServerError(
-            f"{server.url} did not honour the budget: at most {guide.budget} tokens were asked for, it says "
+            f"{server.url} did not honour the budget: at most {guide.limits.budget} tokens were asked for, it says "
             f"{'nothing of how many' if tokens is None else tokens} it wrote",
             partial=solution,
         )
     return solution
 
 
-def solve_or_chat(server: Server, problem: str, prompt: str, guide: Guide, **options: Any) -> ServerSolution:
-    """`solve`, or `chat` where the server has no completions (404, 405, 501)."""
-    try:
-        return solve(server, prompt, guide, **options)
-    except ServerError as error:
-        if error.status not in _NO_COMPLETIONS:
-            raise
-        return chat(server, problem, guide)
-
-
-def solve_many(
-    server: Server,
-    problem: str,
-    prompt: str,
-    guide: Guide,
-    *,
-    samples: int = 1,
-    concurrency: int = 8,
-    early_stop: bool = True,
-    **options: Any,
-) -> list[ServerSolution]:
-    """`samples` solutions by `solve_or_chat`, whose answers vote (see `vote`); a seed each, from the server's on.
+@dataclass(frozen=True)
+class ServerSolver:
+    """A served model as a `Solver`.
 
     Args:
+        tokenizer: the served model's own, for its chat template and to count tokens; without it the model reads plain
+            text, and a text that is put in counts a token a byte.
         concurrency: requests at a time.
-        early_stop: abandon the samples that can no longer change the majority.
-        options: of `solve`.
 
     Raises:
-        ValueError: numbers out of range, or several samples at temperature 0.
-        ServerError: one sample met it; `partial` is the list of what all of them had written.
+        ValueError: a concurrency below 1.
     """
-    if samples < 1 or concurrency < 1:
-        raise ValueError(f"samples and concurrency must be at least 1, got {samples} and {concurrency}")
-    if samples > 1 and server.temperature == 0:
-        raise ValueError("several samples of one prompt need a temperature above 0: greedy ones are all the same")
-    over, lock = threading.Event(), threading.Lock()
-    answers: list[str | None] = []
 
-    def one(copy: int) -> ServerSolution:
-        seeded = replace(server, seed=None if server.seed is None else server.seed + copy)
-        solution = solve_or_chat(seeded, problem, prompt, guide, abandoned=over.is_set, **options)
-        with lock:  # here, not where they are waited for: the next sample in the queue begins at once
-            answers.append(answer_key(solution.text))
-            if early_stop and decided(answers, samples - len(answers)):
-                over.set()
-        return solution
+    server: Server
+    tokenizer: PreTrainedTokenizerBase | None = None
+    concurrency: int = 8
 
-    with ThreadPoolExecutor(min(samples, concurrency)) as pool:
-        futures = [pool.submit(one, copy) for copy in range(samples)]
+    def __post_init__(self) -> None:
+        if self.concurrency < 1:
+            raise ValueError(f"concurrency must be at least 1, got {self.concurrency}")
+
+    def phrases(self) -> Phrases:
+        if self.tokenizer is None:
+            return Phrases(close="<answer>", finish="</answer>")
+        from rbfast.inference.tokens import phrases_for
+
+        return phrases_for(self.tokenizer)
+
+    def solve(
+        self, problems: Sequence[str], guide: Guide, sampling: Sampling = GREEDY, *, listen: Listener | None = None
+    ) -> list[list[Solution]]:
+        """The samples of every problem, one problem after the other; a seed each, from the sampling's on. See `Solver`.
+
+        By chat where the server has no completions (404, 405, 501).
+
+        Raises:
+            ServerError: one sample met it; `partial` is the list of what all samples of its problem had written.
+        """
+        seeds = [sampling.seed] * len(problems) if isinstance(sampling.seed, int) else sampling.seed
+        return [
+            self._samples(problem, guide, sampling, seed, listen and partial(listen, i))
+            for i, (problem, seed) in enumerate(zip(problems, seeds, strict=True))
+        ]
+
+    def _samples(
+        self, problem: str, guide: Guide, sampling: Sampling, seed: int, listen: Callable[[str, str], None] | None
+    ) -> list[Solution]:
+        vote = _RunningVote(sampling.samples, sampling.early_stop)
+
+        def one(copy: int) -> Solution:
+            solution = self._one(problem, guide, self._asked(sampling, seed + copy), listen, vote.over.is_set)
+            vote.take(answer_key(solution.text))  # here: the next sample in the queue begins at once
+            return solution
+
+        with ThreadPoolExecutor(min(sampling.samples, self.concurrency)) as pool:
+            futures = [pool.submit(one, copy) for copy in range(sampling.samples)]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            except ServerError as error:
+                vote.over.set()
+                raise ServerError(str(error), error.status, list(filter(None, map(_outcome, futures)))) from error
+            finally:
+                vote.over.set()  # an interrupt too ends the samples that are under way
+        return [future.result() for future in futures]
+
+    def _one(
+        self,
+        problem: str,
+        guide: Guide,
+        server: Server,
+        listen: Callable[[str, str], None] | None,
+        abandoned: Callable[[], bool],
+    ) -> Solution:
         try:
-            for future in as_completed(futures):
-                future.result()
+            prompt, count = self._prompt(problem), self._count(guide)
+            return write(server, prompt, guide, count=count, listen=listen, abandoned=abandoned)
         except ServerError as error:
-            over.set()
-            raise ServerError(str(error), error.status, list(filter(None, map(_outcome, futures)))) from error
-        finally:
-            over.set()  # an interrupt too ends the samples that are under way
-    return [future.result() for future in futures]
+            if error.status not in _NO_COMPLETIONS:
+                raise
+            return chat(server, problem, guide)
+
+    def _asked(self, sampling: Sampling, seed: int) -> Server:
+        """The server, asked as the sampling says."""
+        top_p = sampling.top_p if sampling.top_p < 1 else None
+        return replace(self.server, temperature=sampling.temperature, top_p=top_p, seed=seed)
+
+    def _prompt(self, problem: str) -> str:
+        return f"{problem}\n\n{INSTRUCTION}\n\n" if self.tokenizer is None else prompt_for(problem, self.tokenizer)
+
+    def _count(self, guide: Guide) -> Callable[[str], int] | None:
+        if self.tokenizer is None:
+            return None
+        from rbfast.inference.tokens import Vocabulary
+
+        return Vocabulary(self.tokenizer, guide, ()).count
 
 
-def _outcome(future: Future[ServerSolution]) -> ServerSolution | None:
+class _RunningVote:
+    """The answers of samples that are being written by several threads; `over` once the rest cannot change them."""
+
+    def __init__(self, samples: int, early_stop: bool):
+        self.over = threading.Event()
+        self._samples, self._early_stop = samples, early_stop
+        self._answers: list[str | None] = []
+        self._lock = threading.Lock()
+
+    def take(self, answer: str | None) -> None:
+        with self._lock:
+            self._answers.append(answer)
+            if self._early_stop and decided(self._answers, self._samples - len(self._answers)):
+                self.over.set()
+
+
+def _outcome(future: Future[Solution]) -> Solution | None:
     """What there is of a sample, whether it succeeded or not."""
     error = future.exception()
     return error.partial if isinstance(error, ServerError) else None if error else future.result()
-
-
-def calibrate(server: Server, prompts: Sequence[str], guide: Guide, *, quantile: float = 0.9, **options: Any) -> float:
-    """As `rbfast.inference.local.calibrate`, by what the server says of its best five candidates at each token.
-
-    Raises:
-        ValueError: a quantile outside (0, 1), or no sentence end in what the model wrote.
-        ServerError: as `solve`.
-    """
-
-    def sentences(plain: Guide) -> list[float]:
-        return [end for prompt in prompts for end in solve(server, prompt, plain, **options).sentences]
-
-    return calibrated(guide, quantile, sentences)

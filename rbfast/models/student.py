@@ -106,7 +106,7 @@ def load_teacher(
     if tokenizer.get_vocab() != student.get_vocab():
         raise ValueError(
             f"{name_or_path} has other tokens than the student ({len(tokenizer)} and {len(student)}), so its "
-            "distribution is not over the student's; score the traces with `rbfast teach --score --align` instead"
+            "distribution is not over the student's; use what `rbfast teach --score --align` writes of the traces"
         )
     return model
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rbfast.ops.reference import above, wide
+from rbfast.ops.dtypes import wide
 
 SLICE_BYTES = 64 * 2**20  # of a head in fp32, widened at a time
 
@@ -37,7 +37,8 @@ def head_forward_(logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
 
 def head_backward(dz: Tensor, weight: Tensor, thresholds: Tensor | None = None) -> Tensor:
     """dz [T, V] weight [V, H] in fp32; what is below the threshold [T] of its row counts as 0, but is multiplied."""
-    dz = above(dz, thresholds)
+    if thresholds is not None:
+        dz = dz.masked_fill(wide(dz).abs() < thresholds.unsqueeze(1), 0.0)
     if _has_wide_output(dz, weight):
         return torch.mm(dz, weight, out_dtype=torch.float32)
     total = wide(dz[:0]).new_zeros(len(dz), weight.shape[1])

@@ -6,10 +6,7 @@ Shapes: T tokens, `in`/`out` features of a frozen weight [out, in], s columns in
 import torch
 from torch import Tensor
 
-
-def wide(x: Tensor) -> Tensor:
-    """x in the accumulation dtype: fp64 stays, everything else becomes fp32."""
-    return x if x.dtype == torch.float64 else x.float()
+from rbfast.ops.dtypes import wide
 
 
 def column_gather(x: Tensor, cols: Tensor) -> Tensor:

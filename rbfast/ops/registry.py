@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rbfast.ops import head_gemm, reference
+from rbfast.ops.dtypes import wide
 
 _LIBRARY = torch.library.Library("rbfast", "DEF")
 _SCHEMAS = {
@@ -120,12 +121,12 @@ def _(dy: Tensor, xs: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tenso
 
 @torch.library.register_fake("rbfast::head_backward", lib=_LIBRARY)
 def _(dz: Tensor, weight: Tensor, thresholds: Tensor | None = None) -> Tensor:
-    return reference.wide(dz).new_empty(dz.shape[0], weight.shape[1])
+    return wide(dz).new_empty(dz.shape[0], weight.shape[1])
 
 
 @torch.library.register_fake("rbfast::row_thresholds", lib=_LIBRARY)
 def _(dz: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    return reference.wide(dz).new_empty(dz.shape[0]), reference.wide(dz).new_empty(dz.shape[0])
+    return wide(dz).new_empty(dz.shape[0]), wide(dz).new_empty(dz.shape[0])
 
 
 @torch.library.register_fake("rbfast::divergence_rows_", lib=_LIBRARY)

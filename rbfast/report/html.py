@@ -72,8 +72,8 @@ def _text(cell: Any) -> str:
 
 
 def _line(tag: str, cells: Sequence[str], right: Sequence[bool]) -> str:
-    place = {True: ' class="n"', False: ""}
-    return f"<tr>{''.join(f'<{tag}{place[r]}>{escape(c)}</{tag}>' for c, r in zip(cells, right, strict=True))}</tr>"
+    align = {True: ' class="n"', False: ""}
+    return f"<tr>{''.join(f'<{tag}{align[r]}>{escape(c)}</{tag}>' for c, r in zip(cells, right, strict=True))}</tr>"
 
 
 def picture(figure: Figure, alt: str) -> str:
@@ -96,3 +96,8 @@ def stages_table(sheet: Mapping[str, Any]) -> str:
 def dropped_because(counts: Mapping[str, int]) -> str:
     """Counts by reason, as a text."""
     return "; ".join(f"{count:,} {reason}" for reason, count in counts.items())
+
+
+def remark(text: str) -> str:
+    """A quiet line of plain text."""
+    return f'<p class="quiet">{escape(text)}</p>'

@@ -168,10 +168,10 @@ def draw_accuracy(families: Sequence[Mapping[str, Any]]) -> Figure:
         errors = np.abs(100 * np.array(bounds).T - heights)
         places = np.arange(len(families)) + offset
         axes.bar(places, heights, width=0.38, color=colour, label=key, yerr=errors, capsize=3, error_kw={"lw": 1})
-    for place, row in enumerate(families):
+    for x, row in enumerate(families):
         gain, low, high = (100 * value for value in (row["after"] - row["before"], row["ci_low"], row["ci_high"]))
         top = 100 * max(_interval(row[key], row["n"])[1] for key in ("before", "after"))
-        axes.text(place, top + 1.5, f"{gain:+.0f}\n[{low:+.0f}, {high:+.0f}]", ha="center", va="bottom", fontsize=8)
+        axes.text(x, top + 1.5, f"{gain:+.0f}\n[{low:+.0f}, {high:+.0f}]", ha="center", va="bottom", fontsize=8)
     names = [f"{plain(row['family'])}\nn={row['n']}" for row in families]
     axes.set_xticks(range(len(families)), names, rotation=20, ha="right")
     axes.set(ylabel="solved (%)", ylim=(0, 118), title="Held-out accuracy before and after, 95% intervals")

@@ -128,14 +128,14 @@ def compare(name: str, before: Items, after: Items) -> Comparison:
     """
     shared = [problem for problem in before if problem in after]
     if shared:
-        first, second = ([score(items[problem]) for problem in shared] for items in (before, after))
+        first, second = ([share_right(items[problem]) for problem in shared] for items in (before, after))
         return Comparison(name, len(shared), proportion(first), proportion(second), paired_difference(first, second))
-    scores = [score(records) for records in (after or before).values()]
-    alone = proportion(scores) if scores else None
-    return Comparison(name, len(scores), None if after else alone, alone if after else None, None)
+    shares = [share_right(records) for records in (after or before).values()]
+    alone = proportion(shares) if shares else None
+    return Comparison(name, len(shares), None if after else alone, alone if after else None, None)
 
 
-def score(records: list[Record]) -> float:
+def share_right(records: list[Record]) -> float:
     """The share of a problem's completions that is right."""
     return sum(record["correct"] for record in records) / len(records)
 
@@ -195,3 +195,13 @@ def _met(sides: Iterable[Items]) -> int | None:
 
 
 # ------------------------------------------------------------------------------------------------------------- files
+
+
+def main_measurement(run: RunFolder) -> Measurement | None:
+    """The measurement to speak of: one with both sides, and of those the one with the highest limit."""
+    return max(run.measurements, key=lambda m: (bool(m.before and m.after), m.limit or 0), default=None)
+
+
+def task_name(name: str) -> str:
+    """A task as people call it: a file by its name, a generator without its library."""
+    return Path(name).name if name.endswith(".jsonl") else name.removeprefix("reasoning-gym:")

@@ -23,13 +23,13 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Piece(NamedTuple):
-    """A teacher's token as it stands in a text, and what it held likely at that place, with natural log-probs."""
+    """A teacher's token as it stands in a text, and what it held likely there, with natural log-probs."""
 
     written: bytes
     top: Sequence[tuple[bytes, float]]
 
 
-class Row(NamedTuple):
+class AlignedToken(NamedTuple):
     """The candidates for one of the student's tokens: its ids and their natural log-probs, at least one."""
 
     token: int
@@ -82,7 +82,7 @@ def student_ids(teacher: Sequence[bytes | None], student: Sequence[bytes | None]
     return mapped
 
 
-def places(tokens: Sequence[bytes | None], text: bytes) -> list[tuple[int, int]]:
+def byte_spans(tokens: Sequence[bytes | None], text: bytes) -> list[tuple[int, int]]:
     """The bytes [start, end) of `text` that each token stands for; an opening blank of the tokenizer's own is at -1.
 
     Raises:
@@ -106,22 +106,22 @@ def align(
     teacher: Sequence[tuple[int, int]],
     pieces: Sequence[Piece],
     ids: Mapping[bytes, int],
-) -> list[Row]:
-    """A row for each of the student's tokens that is a token of the teacher's too.
+) -> list[AlignedToken]:
+    """The candidates for each of the student's tokens that is a token of the teacher's too.
 
     Args:
-        student, teacher: the places of both one's tokens in the same text.
+        student, teacher: the spans of both one's tokens in the same text.
         pieces: the teacher's tokens.
         ids: `ids_by_bytes` of the student.
     """
     at = dict(zip(teacher, pieces, strict=True))
-    rows = []
-    for token, place in enumerate(student):
-        piece = at.get(place)
+    found = []
+    for token, span in enumerate(student):
+        piece = at.get(span)
         known = [(ids[written], value) for written, value in piece.top if written in ids] if piece else []
         if known:
-            rows.append(Row(token, [number for number, _ in known], [value for _, value in known]))
-    return rows
+            found.append(AlignedToken(token, [number for number, _ in known], [value for _, value in known]))
+    return found
 
 
 def _spell_byte_level(token: str) -> bytes:

@@ -65,7 +65,7 @@ class Server:
         timeout: seconds without a byte.
         retries: of a request that the server refused for now, or broke off, before it is given up.
         pause: seconds before the first of them; doubled each time.
-        temperature, seed: sent with every request that does not set its own; None is not sent.
+        temperature, top_p, seed: sent with every request that does not set its own; None is not sent.
 
     Attributes:
         retried: how often it was asked again.
@@ -77,6 +77,7 @@ class Server:
     retries: int = 4
     pause: float = 1.0
     temperature: float | None = 0.0
+    top_p: float | None = None
     seed: int | None = 0
     retried: Retries = field(default_factory=Retries, repr=False, init=False, compare=False)
     _key: str | None = field(default=None, repr=False, init=False)
@@ -99,8 +100,8 @@ class Server:
 
     def _insist(self, path: str, body: dict[str, Any], read: Callable[[http.client.HTTPResponse], _Read]) -> _Read:
         """What `read` makes of the first good reply. Raises ServerError after too many bad ones, or a final one."""
-        body = {"model": self.model, "temperature": self.temperature, "seed": self.seed} | body
-        data = json.dumps({name: value for name, value in body.items() if value is not None}).encode()
+        sent = {"model": self.model, "temperature": self.temperature, "top_p": self.top_p, "seed": self.seed} | body
+        data = json.dumps({name: value for name, value in sent.items() if value is not None}).encode()
         for attempt in range(self.retries + 1):
             status, wait = None, ""
             try:

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from rbfast.adapter.column_scores import METHODS, Method, Scores, score
+from rbfast.adapter.column_scores import METHODS, ColumnScores, Method, score_columns
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.data.encoding import Example, collate, encode_all
 from rbfast.data.signal_store import SignalStore
@@ -42,6 +42,8 @@ from rbfast.utils.files import write_text
 from rbfast.utils.progress import bar
 from rbfast.utils.records import read_json
 
+_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}  # as transformers names them
+
 
 @dataclass(frozen=True)
 class DistillConfig:
@@ -53,6 +55,7 @@ class DistillConfig:
         placement: "random", or by scores from `placement_traces` traces: "gradient", "factored", "activation".
         batch_size, accumulation: traces per batch, and batches per optimizer step, of each process.
         warmup: the share of the steps before the peak learning rate.
+        schedule: how the learning rate goes on from its peak: to zero along a line or a cosine, or not at all.
         max_tokens: longer traces are left out and listed, never cut.
 
     Raises:
@@ -69,6 +72,7 @@ class DistillConfig:
     accumulation: int = 1
     learning_rate: float = 1e-2
     warmup: float = 0.05
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
     max_tokens: int = 4096
     save_steps: int = 50
     seed: int = 0
@@ -90,6 +94,8 @@ class DistillConfig:
             raise ValueError(f"seed must be at least 0 and below 2**32, got {self.seed}")
         if self.placement not in (*METHODS, "random"):
             raise ValueError(f"placement must be one of {', '.join(METHODS)} or random, got {self.placement!r}")
+        if self.schedule not in _SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(_SCHEDULES)}, got {self.schedule!r}")
 
 
 @dataclass(frozen=True)
@@ -152,38 +158,54 @@ def distill(
     if first:  # before the long part, which a folder that cannot be written to would waste
         write_text(out / RUN, json.dumps(asked, indent=1))
     adapter = (
-        _place(model, examples, config, teacher)
+        _attach_adapter(model, examples, config, teacher)
         if checkpoint is None
         else SparseAdapter.from_pretrained(model, checkpoint)
     )
+    trainer = _trainer(model, adapter, arguments, examples, config, teacher, quiet or not first)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    run = Run(adapter, history, skipped, time.monotonic() - start)
+    if first:
+        _save(run, out, asked, examples, resumed=checkpoint is not None)
+    trainer.accelerator.wait_for_everyone()
+    return run
+
+
+def _trainer(
+    model: PreTrainedModel,
+    adapter: SparseAdapter,
+    arguments: TrainingArguments,
+    examples: Sequence[Example],
+    config: DistillConfig,
+    teacher: PreTrainedModel | None,
+    quiet: bool,
+) -> DistillTrainer:
+    """The trainer, with our bar in place of its printed lines."""
     trainer = DistillTrainer(
-        model,
-        adapter,
-        arguments,
-        examples,
-        objective=config.objective,
-        teacher=teacher,
-        callbacks=[_Bar(quiet or not first)],
+        model, adapter, arguments, examples, objective=config.objective, teacher=teacher, callbacks=[_Bar(quiet)]
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    if first:
-        adapter.save_pretrained(out)
-        reasons = (json.dumps(trace.to_dict() | {"reason": why}) + "\n" for trace, why in skipped)
-        write_text(out / SKIPPED, "".join(reasons))
-        cost = {
-            "trainable_percent": adapter.trainable_percent,
-            "tokens_per_epoch": sum(len(example.input_ids) for example in examples),
-            "seconds": time.monotonic() - start,
-            "resumed": checkpoint is not None,
-        }
-        write_text(out / RUN, json.dumps(asked | cost, indent=1))
-        write_text(out / LOG, json.dumps(history, indent=1, sort_keys=True))  # last: it says that the run is finished
-        shutil.rmtree(out / "checkpoints")
-    trainer.accelerator.wait_for_everyone()
-    return Run(adapter, history, skipped, time.monotonic() - start)
+    return trainer
+
+
+def _save(run: Run, out: Path, asked: dict[str, Any], examples: Sequence[Example], resumed: bool) -> None:
+    """Writes the adapter and what became of the run; its checkpoints go."""
+    run.adapter.save_pretrained(out)
+    reasons = (json.dumps(trace.to_dict() | {"reason": why}) + "\n" for trace, why in run.skipped)
+    write_text(out / SKIPPED, "".join(reasons))
+    cost = {
+        "trainable_percent": run.adapter.trainable_percent,
+        "tokens_per_epoch": sum(len(example.input_ids) for example in examples),
+        "seconds": run.seconds,
+        "resumed": resumed,
+    }
+    write_text(out / RUN, json.dumps(asked | cost, indent=1))
+    write_text(
+        out / LOG, json.dumps(run.log_history, indent=1, sort_keys=True)
+    )  # last: it ends the run
+    shutil.rmtree(out / "checkpoints")
 
 
 def trace_loss(model: PreTrainedModel, examples: Sequence[Example], batch_size: int = 8) -> dict[str, float]:
@@ -207,7 +229,7 @@ def placement_scores(
     config: DistillConfig,
     method: Method = "gradient",
     teacher: PreTrainedModel | None = None,
-) -> Scores:
+) -> ColumnScores:
     """Where the gradient of the objective is, measured on a seeded sample of the traces."""
     chosen = random.Random(config.seed).sample(range(len(examples)), min(config.placement_traces, len(examples)))
     batches = [
@@ -222,7 +244,7 @@ def placement_scores(
         return token_losses(model, hidden, batch, weights, config.objective, teacher).loss
 
     packs(model)  # asked before anybody watches: its two examples are no traces
-    return score(model, batches, loss, method=method)
+    return score_columns(model, batches, loss, method=method)
 
 
 def _fill(examples: Sequence[Example], signals: str | Path) -> dict[str, Any]:
@@ -237,7 +259,7 @@ def _fill(examples: Sequence[Example], signals: str | Path) -> dict[str, Any]:
     return {"teacher": store.teacher, "k": store.k, "traces": len(examples) - missing}
 
 
-def _place(
+def _attach_adapter(
     model: PreTrainedModel, examples: Sequence[Example], config: DistillConfig, teacher: PreTrainedModel | None
 ) -> SparseAdapter:
     method = config.placement
@@ -258,7 +280,7 @@ def _arguments(out: Path, model: PreTrainedModel, config: DistillConfig, example
         learning_rate=config.learning_rate,
         # The first step of a warmup has a rate of 0: a run too short for more than that does without.
         warmup_steps=config.warmup if config.warmup * steps > 1 else 0,
-        lr_scheduler_type="linear",
+        lr_scheduler_type=_SCHEDULES[config.schedule],
         weight_decay=0.0,
         logging_steps=1,
         save_steps=config.save_steps,

@@ -634,7 +634,7 @@ def test_bad_options_are_refused_and_leave_the_model_alone(options, message):
 def test_a_placement_that_is_no_file_is_told_what_it_may_be(tmp_path, place):
     for name in ("foo", tmp_path):
         message = re.escape(f"of a file of them, got {str(name)!r}: there is no such file")
-        with pytest.raises(FileNotFoundError, match='placement must be "random", Scores .* ' + message):
+        with pytest.raises(FileNotFoundError, match='placement must be "random", ColumnScores .* ' + message):
             attach(llama(), placement=place(name))
 
 

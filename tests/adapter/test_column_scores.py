@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import batch, gpt2, llama
 from torch import nn
 
-from rbfast.adapter.column_scores import METHODS, Scores, score
+from rbfast.adapter.column_scores import METHODS, ColumnScores, score_columns
 from rbfast.adapter.placement import START_NORM
 from rbfast.adapter.sparse_adapter import SparseAdapter
 
@@ -47,7 +47,7 @@ def test_the_gradient_method_sums_squared_gradients(make, matrix):
     gradients = dense_gradients(model, matrix)
     gradients = [gradient.T for gradient in gradients] if make is gpt2 else gradients
     expected = sum(gradient.square().sum(0) for gradient in gradients)
-    scores = score(model, BATCHES, loss_fn)
+    scores = score_columns(model, BATCHES, loss_fn)
     torch.testing.assert_close(scores.columns[matrix], expected)
     assert scores.batches == 3
 
@@ -56,7 +56,7 @@ def test_the_first_layer_is_scored_though_everything_before_it_is_frozen():
     model = llama()
     matrix = "model.layers.0.self_attn.q_proj"
     expected = sum(gradient.square().sum(0) for gradient in dense_gradients(model, matrix))
-    torch.testing.assert_close(score(model, BATCHES, loss_fn).columns[matrix], expected)
+    torch.testing.assert_close(score_columns(model, BATCHES, loss_fn).columns[matrix], expected)
 
 
 def test_the_factored_and_activation_methods_follow_their_definitions():
@@ -64,13 +64,13 @@ def test_the_factored_and_activation_methods_follow_their_definitions():
     pairs = captured(model, MATRIX)
     power = [x.square().mean(0) for x, _ in pairs]
     expected = sum(p * dy.square().mean(0).sum() for p, (_, dy) in zip(power, pairs, strict=True))
-    torch.testing.assert_close(score(model, BATCHES, loss_fn, method="factored").columns[MATRIX], expected)
-    activation = score(model, BATCHES, loss_fn, method="activation")
+    torch.testing.assert_close(score_columns(model, BATCHES, loss_fn, method="factored").columns[MATRIX], expected)
+    activation = score_columns(model, BATCHES, loss_fn, method="activation")
     torch.testing.assert_close(activation.columns[MATRIX], sum(power))
 
 
 def test_matrices_given_the_same_tensor_are_one_group_with_one_support():
-    scores = score(llama(), BATCHES, loss_fn)
+    scores = score_columns(llama(), BATCHES, loss_fn)
     groups = {}
     for name, shape in scores.shapes.items():
         groups.setdefault(shape.group, []).append(name.removeprefix("model.layers."))
@@ -87,7 +87,7 @@ def test_matrices_given_the_same_tensor_are_one_group_with_one_support():
 
 
 def test_the_runs_with_the_highest_group_score_are_taken_and_A_starts_small():
-    scores = score(llama(), BATCHES, loss_fn)
+    scores = score_columns(llama(), BATCHES, loss_fn)
     adapter = SparseAdapter.attach(llama(), density=0.1, placement=scores)
     total = sum(scores.columns[f"model.layers.0.self_attn.{kind}_proj"] for kind in "qkv")
     site = adapter.sites()["model.layers.0.self_attn.v_proj"]
@@ -106,7 +106,7 @@ def test_the_runs_with_the_highest_group_score_are_taken_and_A_starts_small():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_scoring_and_placement_are_deterministic_and_survive_a_file(tmp_path, method):
-    first, again = (score(llama(), BATCHES, loss_fn, method=method) for _ in range(2))
+    first, again = (score_columns(llama(), BATCHES, loss_fn, method=method) for _ in range(2))
     first.save(tmp_path / "scores.safetensors")
     states = [
         SparseAdapter.attach(llama(), density=0.1, placement=placement).state_dict()
@@ -114,7 +114,7 @@ def test_scoring_and_placement_are_deterministic_and_survive_a_file(tmp_path, me
     ]
     for state in states[1:]:
         assert all(torch.equal(state[name], tensor) for name, tensor in states[0].items())
-    loaded = Scores.load(tmp_path / "scores.safetensors")
+    loaded = ColumnScores.load(tmp_path / "scores.safetensors")
     assert (loaded.method, loaded.batches, loaded.shapes) == (first.method, 3, first.shapes)
     assert list(tmp_path.iterdir()) == [tmp_path / "scores.safetensors"]
 
@@ -124,8 +124,8 @@ def test_the_model_is_left_as_it_was():
     model.model.norm.weight.requires_grad_(False)
     flags = [parameter.requires_grad for parameter in model.parameters()]
     with pytest.raises(KeyError):
-        score(model, BATCHES, lambda model, inputs: loss_fn(model, inputs["absent"]))
-    score(model, BATCHES, loss_fn)
+        score_columns(model, BATCHES, lambda model, inputs: loss_fn(model, inputs["absent"]))
+    score_columns(model, BATCHES, loss_fn)
     assert flags == [parameter.requires_grad for parameter in model.parameters()]
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
@@ -133,17 +133,17 @@ def test_the_model_is_left_as_it_was():
 
 def test_gradient_checkpointing_scores_the_same():
     model = llama()
-    plain = score(model, BATCHES, loss_fn)
+    plain = score_columns(model, BATCHES, loss_fn)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    again = score(model, BATCHES, loss_fn)
+    again = score_columns(model, BATCHES, loss_fn)
     assert again.shapes == plain.shapes
     assert all(torch.equal(again.columns[name], column) for name, column in plain.columns.items())
 
 
 def test_a_matrix_that_never_ran_scores_zero():
     model = nn.ModuleDict({"used": nn.Linear(8, 8), "unused": nn.Linear(8, 4)})
-    scores = score(model, [torch.randn(3, 8)], lambda model, x: model["used"](x).square().sum())
+    scores = score_columns(model, [torch.randn(3, 8)], lambda model, x: model["used"](x).square().sum())
     assert scores.columns["used"].all() and not scores.columns["unused"].any()
     assert scores.shapes["used"].group != scores.shapes["unused"].group
     SparseAdapter.attach(model, density=0.4, placement=scores)
@@ -159,16 +159,16 @@ def test_a_matrix_that_never_ran_scores_zero():
 )
 def test_what_cannot_be_scored_is_refused(batches, loss, message):
     with pytest.raises(ValueError, match=message):
-        score(llama(), batches, loss)
+        score_columns(llama(), batches, loss)
 
 
 def test_an_unknown_method_is_refused():
     with pytest.raises(ValueError, match="method must be one of gradient, factored, activation, got 'magic'"):
-        score(llama(), BATCHES, loss_fn, method="magic")
+        score_columns(llama(), BATCHES, loss_fn, method="magic")
 
 
 def test_scores_of_another_model_are_refused():
-    scores = score(llama(), BATCHES, loss_fn)
+    scores = score_columns(llama(), BATCHES, loss_fn)
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.gate_proj was scored as .*40.* here it is .*48"):
         SparseAdapter.attach(llama(intermediate_size=48), density=0.1, placement=scores)
     with pytest.raises(ValueError, match=r"model\.layers\.2\.self_attn\.q_proj was not scored"):
@@ -178,17 +178,17 @@ def test_scores_of_another_model_are_refused():
 def test_malformed_score_files_are_named(tmp_path):
     file = tmp_path / "scores.safetensors"
     with pytest.raises(FileNotFoundError, match="expected a file of scores"):
-        Scores.load(file)
-    score(llama(), BATCHES[:1], loss_fn).save(file)
+        ColumnScores.load(file)
+    score_columns(llama(), BATCHES[:1], loss_fn).save(file)
     whole = file.read_bytes()
     file.write_bytes(whole[:-9])
     with pytest.raises(ValueError, match="not a complete safetensors file"):
-        Scores.load(file)
+        ColumnScores.load(file)
     file.write_bytes(whole)
     tensors = load_file(file)
     save_file(tensors, file)
     with pytest.raises(ValueError, match="expected scores of version 2 written by rbfast"):
-        Scores.load(file)
+        ColumnScores.load(file)
     header = {"format": "rbfast-scores", "version": 2, "method": "gradient", "batches": 1}
     header |= {
         "base_model_name_or_path": None,
@@ -201,4 +201,4 @@ def test_malformed_score_files_are_named(tmp_path):
     ):
         save_file(broken, file, metadata={"rbfast": json.dumps(header)})
         with pytest.raises(ValueError, match=message):
-            Scores.load(file)
+            ColumnScores.load(file)

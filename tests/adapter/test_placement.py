@@ -6,7 +6,7 @@ from qwen_shapes import QWEN_7B, QWEN_7B_PARAMETERS
 from tiny_models import gpt2, llama
 from torch import nn
 
-from rbfast.adapter.column_scores import Scores
+from rbfast.adapter.column_scores import ColumnScores
 from rbfast.adapter.placement import (
     DEFAULT_RANK,
     START_NORM,
@@ -132,17 +132,17 @@ def test_scored_placement_takes_the_runs_with_the_largest_sum_over_their_group()
     columns["q"][3] = 5.0  # the best column is in the run that is the worst as a whole
     columns["q"][16:32], columns["k"][32:48] = 0.2, 0.4
     shapes = {"q": Shape(4, 48, 0), "k": Shape(4, 48, 0)}
-    starts = place_scored(Scores("gradient", 1, None, shapes, columns), shapes, 1, {"q": 16, "k": 16}, 0)
+    starts = place_scored(ColumnScores("gradient", 1, None, shapes, columns), shapes, 1, {"q": 16, "k": 16}, 0)
     assert runs_of(starts["q"].cols, 16) == runs_of(starts["k"].cols, 16) == [2]
     assert starts["q"].score == 0 and starts["k"].score == pytest.approx(6.4)
-    wider = place_scored(Scores("gradient", 1, None, shapes, columns), shapes, 1, {"q": 24, "k": 24}, 0)
+    wider = place_scored(ColumnScores("gradient", 1, None, shapes, columns), shapes, 1, {"q": 24, "k": 24}, 0)
     assert wider["q"].cols.tolist() == [*range(8), *range(32, 48)]  # 6.4, 5.0 and its beginning, 3.2
     assert torch.equal(wider["q"].A.norm(dim=1), torch.tensor([START_NORM]))
 
 
 def test_equal_runs_go_to_the_lower_index():
     shapes = {"o": Shape(4, 64, 0)}
-    scores = Scores("gradient", 1, None, shapes, {"o": torch.ones(64)})
+    scores = ColumnScores("gradient", 1, None, shapes, {"o": torch.ones(64)})
     assert place_scored(scores, shapes, 1, {"o": 32}, 0)["o"].cols.tolist() == list(range(32))
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from rbfast.adapter.sparse_adapter import SparseAdapter
-from rbfast.cli.main import main
+from rbfast.cli.main import _parser, main
+from rbfast.cli.train import _distill_config
 from rbfast.data.readers import write_traces
 from rbfast.data.trace import Trace
 from rbfast.models.student import load_student
+from rbfast.training.distill import DistillConfig
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +219,29 @@ def test_bad_densities(
     code, _, err = call(capsys, "distill", model_folder, traces, "-o", str(tmp_path / "run"), "--density", density)
     assert code == 2
     assert "density" in err
+
+
+def parsed(*options: str) -> DistillConfig:
+    return _distill_config(_parser().parse_args(["distill", "model", "traces", "-o", "out", *options]))
+
+
+def test_every_setting_of_a_run_is_an_option() -> None:
+    assert parsed() == DistillConfig()
+    flags = {"density": "0.1", "placement": "factored", "schedule": "cosine", "warmup": "0.5", "epochs": "2.5"}
+    numbers = {"rank", "support", "placement_traces", "batch_size", "accumulation", "max_tokens", "save_steps", "seed"}
+    flags |= dict.fromkeys(numbers, "7") | {"learning_rate": "0.25"}
+    config = parsed(*(part for name, value in flags.items() for part in ("--" + name.replace("_", "-"), value)))
+    given = {name: type(getattr(DistillConfig(), name) or 0)(value) for name, value in flags.items()}
+    assert given.keys() == DistillConfig.__dataclass_fields__.keys() - {"objective"}
+    assert config == DistillConfig(**given)  # type: ignore[arg-type]
+
+
+def test_every_setting_of_the_loss_is_an_option() -> None:
+    options = "--role-weights 1 2 3 --anneal 0.25 --temperature 4 5 6 --ce-weight 0.75 --beta 1 --gradient-filter 0.5"
+    assert astuple(parsed(*options.split()).objective) == (1, 2, 3, 0.25, 4, 5, 6, 0.75, 1, 0.5)
+    assert parsed("--temperature", "2").objective.temperatures().tolist() == [2.0] * 3
+    with pytest.raises(ValueError, match="expected 1 number, or 3"):
+        parsed("--temperature", "2", "3")
 
 
 def test_a_folder_with_another_run_is_refused(

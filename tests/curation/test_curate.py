@@ -16,7 +16,7 @@ import rbfast
 from rbfast.cli.main import main
 from rbfast.curation import curate
 from rbfast.curation.assess import verify_answer
-from rbfast.curation.curate import Weights, _difficulties, ranks, read_pass_rates
+from rbfast.curation.curate import CurateConfig, Weights, _difficulties, ranks, read_pass_rates
 from rbfast.data.readers import read_traces, write_traces
 from rbfast.data.trace import Trace, TraceError
 
@@ -61,7 +61,7 @@ def small(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_every_item_is_kept_or_dropped_with_a_reason(small: tuple[Path, Path], tmp_path: Path) -> None:
     pool, evaluations = small
-    result = rbfast.curate([pool], tmp_path / "out", size=3, against=[evaluations])
+    result = rbfast.curate([pool], tmp_path / "out", CurateConfig(size=3, against=[evaluations]))
     kept, dropped = read_traces(tmp_path / "out" / "reason1k.jsonl"), rows_of(tmp_path / "out" / "dropped.jsonl")
     assert [stage.name for stage in result.stages] == ["clean", "decontaminate", "dedup", "score", "select"]
     assert [stage.given for stage in result.stages] == [12, 8, 6, 5, 4]
@@ -86,7 +86,7 @@ def test_every_item_is_kept_or_dropped_with_a_reason(small: tuple[Path, Path], t
 
 
 def test_the_page_escapes_what_the_pool_says(small: tuple[Path, Path], tmp_path: Path) -> None:
-    rbfast.curate([small[0]], tmp_path / "out", size=3, against=[small[1]])
+    rbfast.curate([small[0]], tmp_path / "out", CurateConfig(size=3, against=[small[1]]))
     page = (tmp_path / "out" / "datasheet.html").read_text(encoding="utf-8")
     assert "<b>" not in page
     assert page.count("data:image/png;base64,") == 5
@@ -97,7 +97,7 @@ def test_the_page_escapes_what_the_pool_says(small: tuple[Path, Path], tmp_path:
 
 
 def test_templates_can_be_kept(small: tuple[Path, Path], tmp_path: Path) -> None:
-    result = rbfast.curate([small[0]], tmp_path / "out", size=9, against=[small[1]], keep_templates=True)
+    result = rbfast.curate([small[0]], tmp_path / "out", CurateConfig(size=9, against=[small[1]], keep_templates=True))
     assert result.stages[1].dropped == {"holds an evaluation problem": 1}
     sheet = json.loads((tmp_path / "out" / "datasheet.json").read_text(encoding="utf-8"))
     assert sheet["contamination"][0]["items"] == {"template": 1, "text": 1}
@@ -114,10 +114,10 @@ def claude(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_real_pool_the_same_bytes_for_any_number_of_processes(claude: Path, tmp_path: Path, monkeypatch) -> None:
     against = [data_path("math500/math500_test.jsonl")]
-    one = rbfast.curate([claude], tmp_path / "one", size=100, against=against, seed=3)
+    one = rbfast.curate([claude], tmp_path / "one", CurateConfig(size=100, against=against, seed=3))
     monkeypatch.setattr("rbfast.curation.pool.CHUNK", 100)
     monkeypatch.setattr("rbfast.curation.text.cores", lambda: 5)
-    rbfast.curate([claude], tmp_path / "two", size=100, against=against, seed=3, processes=3)
+    rbfast.curate([claude], tmp_path / "two", CurateConfig(size=100, against=against, seed=3, processes=3))
     for name in FILES:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert one.selected == 100
@@ -174,17 +174,17 @@ def shorter_is_better(trace: Trace) -> float:
     return -float(len(trace.reasoning))
 
 
-def test_scores_are_pluggable(tmp_path: Path) -> None:
+def test_measures_are_pluggable(tmp_path: Path) -> None:
     pool = write_rows(tmp_path / "pool.jsonl", [row(f"Say {word}?") for word in ("a", "abcdefgh", "abcd")])
     only = Weights(difficulty=0, quality=1, verified=0)
-    rbfast.curate([pool], tmp_path / "out", size=1, quality=shorter_is_better, weights=only, processes=2)
+    rbfast.curate([pool], tmp_path / "out", CurateConfig(size=1, quality=shorter_is_better, weights=only, processes=2))
     sheet = json.loads((tmp_path / "out" / "datasheet.json").read_text(encoding="utf-8"))
     assert sheet["settings"]["weights"] == {"difficulty": 0, "quality": 1, "verified": 0}
     assert sheet["quality"]["edges"][-1] < 0
-    result = rbfast.curate([pool], tmp_path / "none", verify=lambda trace, row: False)
+    result = rbfast.curate([pool], tmp_path / "none", CurateConfig(verify=lambda trace, row: False))
     assert result.stages[3].dropped == {"wrong answer": 3}
     with pytest.raises(ValueError, match="quality must give a finite number for every trace, got nan"):
-        rbfast.curate([pool], tmp_path / "nan", quality=lambda trace: math.nan)
+        rbfast.curate([pool], tmp_path / "nan", CurateConfig(quality=lambda trace: math.nan))
 
 
 def test_difficulty_is_what_the_student_missed_else_what_is_given_else_the_length() -> None:

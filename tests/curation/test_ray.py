@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from cases.problems import problem
 
-from rbfast import curate
+from rbfast import CurateConfig, curate
 from rbfast.cli.main import main
-from rbfast.curation.assess import Assessor, stack
+from rbfast.curation.assess import Assessor, join_parts
 from rbfast.curation.decontaminate import Decontaminator
 from rbfast.curation.pool import assessed, assessed_on_ray
 from rbfast.data.trace import Trace, TraceError
@@ -67,7 +67,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def test_the_bytes_of_one_process(ray: Any, pool: list[Path], tmp_path: Path, monkeypatch) -> None:
     against = pool[0].with_name("against.jsonl")
-    one = curate(pool, tmp_path / "one", size=20, against=[against], seed=3)
+    one = curate(pool, tmp_path / "one", CurateConfig(size=20, against=[against], seed=3))
     monkeypatch.setattr("rbfast.curation.pool.CHUNK", 40)
     command = ["curate", *map(str, pool), "-o", str(tmp_path / "ray"), "--against", str(against), "--ray", "auto"]
     assert main([*command, "--size", "20", "--seed", "3", "--json"]) == 0
@@ -94,8 +94,8 @@ def test_two_workers_share_a_file_and_its_order_is_kept(
     monkeypatch.setattr("rbfast.curation.pool.CHUNK", 20)
     monkeypatch.chdir(pool[0].parent)  # workers are elsewhere
     name, decontaminator = [pool[0].name], Decontaminator([])
-    there = stack([*assessed_on_ray(name, Assessor(decontaminator, quality=first_is_last), "auto")])
-    here = stack([*assessed(name, Assessor(decontaminator), 1)])
+    there = join_parts([*assessed_on_ray(name, Assessor(decontaminator, quality=first_is_last), "auto")])
+    here = join_parts([*assessed(name, Assessor(decontaminator), 1)])
     assert there.fingerprints.tolist() == here.fingerprints.tolist()
     assert there.quality[0] not in there.quality[20:40]
     assert os.getpid() not in there.quality
@@ -129,7 +129,7 @@ def test_a_session_of_its_own_is_closed(ray: Any, tmp_path: Path, monkeypatch) -
     monkeypatch.setattr(ray, "init", lambda address, **options: calls.append(address))
     monkeypatch.setattr(ray, "shutdown", lambda: calls.append("closed"))
     with pytest.raises(ZeroDivisionError):
-        curate([tmp_path / "pool.jsonl"], tmp_path / "out", ray="host:6379")
+        curate([tmp_path / "pool.jsonl"], tmp_path / "out", CurateConfig(ray="host:6379"))
     assert calls == ["host:6379", "closed"]
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from real_inputs import data_path
 
 from rbfast.curation import text, text_reference
-from rbfast.curation.text import Rows, fold, pack
+from rbfast.curation.text import Ragged, fold, pack
 from rbfast.curation.text_reference import tokens
 
 MARKS = ["\\frac", "\\", "12", "[asy]", "[/asy]", "x", "\\left", "\\text1", "\\begin{a*}", "\\end{b", "c}", "{", "}"]
@@ -95,9 +95,9 @@ def test_hashes_never_change() -> None:
 rows_of_numbers = st.lists(st.lists(st.integers(0, 30), max_size=8, unique=True).map(sorted), max_size=8)
 
 
-def as_rows(lists: list[list[int]], dtype: type) -> Rows:
+def as_rows(lists: list[list[int]], dtype: type) -> Ragged:
     values = np.array([value for row in lists for value in row], dtype=dtype)
-    return Rows(values, np.append(0, np.cumsum([len(row) for row in lists], dtype=np.int64)))
+    return Ragged(values, np.append(0, np.cumsum([len(row) for row in lists], dtype=np.int64)))
 
 
 @settings(deadline=None)
@@ -201,7 +201,7 @@ def test_native_checks(native, call, complaint: str) -> None:
 def test_the_reference_serves_where_nothing_is_built() -> None:
     code = (
         "import sys; sys.modules['rbfast._text'] = None\n"
-        "from rbfast import text\n"
+        "from rbfast.curation import text\n"
         "print(text.implementation(), text.shingles(text.pack(['a b']), 1)[1].tolist())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

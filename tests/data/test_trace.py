@@ -12,7 +12,8 @@ import pytest
 import torch
 from real_inputs import data_path
 
-from rbfast.data.encoding import IGNORE, INSTRUCTION, NO_ROLE, collate, encode, encode_all, format_prompt
+from rbfast.data.chat_template import INSTRUCTION, format_prompt
+from rbfast.data.encoding import IGNORE, NO_ROLE, collate, encode, encode_all
 from rbfast.data.readers import read_traces, write_traces
 from rbfast.data.spans import ANSWER, STRATEGIC, TACTICAL, Span, split_spans
 from rbfast.data.trace import Trace, TraceError

@@ -16,7 +16,7 @@ from rbfast.grading.judge import Judge
 from rbfast.grading.math_equality import equal
 from rbfast.grading.tasks import load_problems
 from rbfast.inference.decoding import Completion
-from rbfast.inference.guide import Guide
+from rbfast.inference.guide import Guide, Limits, Phrases
 
 
 def plain(answer: str) -> Problem:
@@ -31,7 +31,7 @@ def test_generated_problems_are_distinct_and_the_same_in_every_process():
     here = [problem.question for problem in load_problems("reasoning-gym:family_relationships", 5, seed=3)]
     assert len(set(here)) == 5
     code = (
-        "import json; from rbfast.evaluation.evaluate import load_problems;"
+        "import json; from rbfast.grading.tasks import load_problems;"
         "print(json.dumps([p.question for p in load_problems('family_relationships', 5, seed=3)]))"
     )
     for hash_seed in ("1", "2"):
@@ -414,7 +414,9 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch):
     assert len(path.read_text().splitlines()) == 4
     path.write_text(path.read_text() + '{"task": "file", "prob')  # cut while it was written
     asked = []
-    monkeypatch.setattr("rbfast.grading.grade.grade", lambda problem, text, truncated: asked.append(problem) or 0.0)
+    monkeypatch.setattr(
+        "rbfast.evaluation.evaluate.grade", lambda problem, text, truncated: asked.append(problem) or 0.0
+    )
     assert evaluate(model, tokenizer, problems, keep=path, **options) == whole
     assert len(asked) == 4 and len(path.read_text().splitlines()) == 8
     assert evaluate(model, tokenizer, problems, keep=path, **options) == whole and len(asked) == 4
@@ -427,19 +429,19 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch):
 
 def test_a_guide_may_write_the_completions():
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    guide = Guide(90, close="<answer>", finish="</answer>", reserve=70)
+    guide = Guide(Limits(90, reserve=70), Phrases(close="<answer>", finish="</answer>"))
     [result] = evaluate(model, tokenizer, [Problem("file", "x", "never", {})], guide=guide)
     assert result.completion.tokens <= 90 and "<answer>" in result.completion.text
 
 
 def test_what_a_guide_put_in_is_recorded(tmp_path):
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    guide = Guide(90, close="<answer>", finish="</answer>", reserve=70)
+    guide = Guide(Limits(90, reserve=70), Phrases(close="<answer>", finish="</answer>"))
     problems, path = [Problem("file", "x", "never", {})], tmp_path / "results.jsonl"
     results = evaluate(model, tokenizer, problems, guide=guide, keep=path)
-    assert results[0].completion.events
+    assert results[0].events
     recorded = json.loads(path.read_text())["events"]
-    assert [event["kind"] for event in recorded] == [event.kind for event in results[0].completion.events]
+    assert [event["kind"] for event in recorded] == [event.kind for event in results[0].events]
     assert evaluate(model, tokenizer, problems, guide=guide, keep=path) == results
 
 

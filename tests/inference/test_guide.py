@@ -6,13 +6,15 @@ from collections import deque
 from itertools import pairwise
 
 import pytest
+from guides import make_guide
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
 from rbfast.inference.boundary import Boundary
-from rbfast.inference.guide import CLOSE, INTERVENTIONS, OTHER, STABLE, VERIFY, WAIT, WRAP_UP, Guide, Phase, Row
-from rbfast.inference.local import TokenRow, Vocabulary
+from rbfast.inference.guide import INTERVENTIONS, OTHER, VERIFY, WAIT, WRAP_UP
+from rbfast.inference.state import CLOSE, STABLE, GuideState, Phase
+from rbfast.inference.tokens import TokenState, Vocabulary
 from rbfast.inference.vote import decided, majority
 
 TOKENIZER = tiny_tokenizer()
@@ -37,7 +39,7 @@ options = {
     "loop_length": st.integers(1, 8),
     "loop_times": st.integers(2, 3),
 } | {name: st.just(text) for name, text in SHORT.items()}
-guides = st.builds(Guide, **options)
+guides = st.builds(make_guide, **options)
 more_options = {
     "interventions": st.sets(st.sampled_from(INTERVENTIONS)).map(sorted),
     "maximum": st.sampled_from([None, 10, 40]),
@@ -46,7 +48,7 @@ more_options = {
     "probe_tokens": st.integers(1, 5),
     "probe": st.sampled_from(["", "A:"]),
 }
-all_guides = st.builds(Guide, **options | more_options)
+all_guides = st.builds(make_guide, **options | more_options)
 relaxed = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -59,7 +61,7 @@ def tokens_of(pieces):
 
 
 def new_row(guide):
-    return TokenRow(guide, Vocabulary(TOKENIZER, guide, [END]))
+    return TokenState(guide, Vocabulary(TOKENIZER, guide, [END]))
 
 
 def drive(guide, stream, entropies=None):
@@ -68,8 +70,8 @@ def drive(guide, stream, entropies=None):
     noise = random.Random(0)
     while not row.done:
         if row.wants_probe:
-            written = noise.randint(1, guide.probe_tokens)
-            row.probed(noise.choice("77 "), row.row.count(row.row.probe_text) + written)
+            written = noise.randint(1, guide.limits.probe_tokens)
+            row.probed(noise.choice("77 "), row.state.count(row.state.probe_text) + written)
             continue
         token = row.queue[0] if row.queue else next(source, TOKENIZER("a").input_ids[0])
         entropy = noise.random() if entropies else None
@@ -82,45 +84,45 @@ def drive(guide, stream, entropies=None):
 @given(guides, streams.map(tokens_of), st.booleans())
 def test_the_budget_is_never_exceeded_and_every_answer_ends(guide, stream, entropies):
     row, fed = drive(guide, stream, entropies)
-    assert len(fed) == row.row.spent <= guide.budget
+    assert len(fed) == row.state.spent <= guide.limits.budget
     assert fed[-1][0] == END and row.ids[-1] == END
-    assert row.row.phase is Phase.DONE and guide.close in row.row.thinking
-    assert row.row.thinking.endswith(guide.close)
+    assert row.state.phase is Phase.DONE and guide.phrases.close in row.state.thinking
+    assert row.state.thinking.endswith(guide.phrases.close)
 
 
 @relaxed
 @given(all_guides, st.one_of(streams.map(tokens_of), bytes_of_any_kind), st.booleans())
 def test_so_it_is_with_any_interventions_and_probes(guide, stream, entropies):
     row, fed = drive(guide, stream, entropies)
-    assert row.row.phase is Phase.DONE
-    assert len(fed) + row.row.probed_tokens == row.row.spent <= guide.budget
+    assert row.state.phase is Phase.DONE
+    assert len(fed) + row.state.probed_tokens == row.state.spent <= guide.limits.budget
     if WRAP_UP in guide.interventions:
-        assert row.ids[-1] == END and row.row.thinking.endswith(guide.close)
+        assert row.ids[-1] == END and row.state.thinking.endswith(guide.phrases.close)
     if guide.passive:
-        assert row.ids == [token for token, _ in fed] and not row.row.events
+        assert row.ids == [token for token, _ in fed] and not row.state.events
 
 
 @relaxed
 @given(all_guides, st.lists(st.tuples(st.sampled_from([*PIECES, "<end>"]), st.integers(1, 9)), max_size=60))
 def test_so_it_is_in_pieces_of_many_tokens_as_a_server_sends_them(guide, stream):
-    row, source = Row(guide, len, end_cost=0), iter(stream)
+    row, source = GuideState(guide, len, end_cost=0), iter(stream)
     row.start()
     while row.phase is not Phase.DONE:
         if row.wants_probe:
-            row.probed("7", row.count(row.probe_text) + guide.probe_tokens)
+            row.probed("7", row.count(row.probe_text) + guide.limits.probe_tokens)
             continue
         text, tokens = next(source, ("a", 1))
         assert row.left >= 1
         row.write("" if text == "<end>" else text, min(tokens, row.left), ended=text == "<end>")
-    assert row.spent <= guide.budget
-    assert row.thinking.endswith(guide.close) or WRAP_UP not in guide.interventions
+    assert row.spent <= guide.limits.budget
+    assert row.thinking.endswith(guide.phrases.close) or WRAP_UP not in guide.interventions
 
 
 @relaxed
 @given(guides, bytes_of_any_kind)
 def test_bytes_that_are_no_text_keep_the_budget_too(guide, stream):
     row, fed = drive(guide, stream)
-    assert len(fed) == row.row.spent <= guide.budget and row.ids[-1] == END
+    assert len(fed) == row.state.spent <= guide.limits.budget and row.ids[-1] == END
 
 
 @relaxed
@@ -133,8 +135,8 @@ def test_the_state_is_a_fold_over_the_tokens(guide, stream):
             first.feed(token, entropy)
         for token, entropy in fed:
             again.feed(token, entropy)
-        assert first.row.events == row.row.events[: len(first.row.events)]
-        assert (again.ids, again.row.events, again.row.spent) == (row.ids, row.row.events, row.row.spent)
+        assert first.state.events == row.state.events[: len(first.state.events)]
+        assert (again.ids, again.state.events, again.state.spent) == (row.ids, row.state.events, row.state.spent)
 
 
 def open_formula_or_code(text):
@@ -162,8 +164,8 @@ PLAIN_PIECES = [
 @given(guides, st.lists(st.sampled_from(PLAIN_PIECES), max_size=60).map(tokens_of))
 def test_nothing_is_put_inside_a_number_latex_or_code(guide, stream):
     row, _ = drive(guide, stream, entropies=True)
-    thinking = row.row.thinking
-    for event in row.row.events:
+    thinking = row.state.thinking
+    for event in row.state.events:
         before, put = thinking[: event.at], thinking[event.at :]
         if put.startswith("```\n"):
             before += "```\n"
@@ -206,75 +208,75 @@ def test_what_must_stay_whole_is_never_cut(guide, pieces):
             row.feed(row.queue[0])
             continue
         character, number, inside = source.popleft() if source else ("a", -1, False)
-        events = len(row.row.events)
+        events = len(row.state.events)
         struck = row.feed(TOKENIZER(character).input_ids[0], noise.random())
         kept.append((character, number, inside))
-        if len(row.row.events) == events:
+        if len(row.state.events) == events:
             continue
-        put = row.row.thinking[row.row.events[-1].at :]
+        put = row.state.thinking[row.state.events[-1].at :]
         del kept[len(kept) - struck :]
         fence_closed = put.startswith("```\n") and kept and kept[-1][0] == "\n" and pieces[kept[-1][1]] == WHOLE[-1]
-        assert not kept or not kept[-1][2] or fence_closed, (row.row.events[-1], row.row.thinking)
+        assert not kept or not kept[-1][2] or fence_closed, (row.state.events[-1], row.state.thinking)
         kept.clear()
         while source and source[0][1] == number and pieces[number] in WHOLE:
             source.popleft()  # the rest of what was struck, which no model would go on with
 
 
 def test_a_number_cut_by_the_budget_is_struck_whole():
-    guide = Guide(budget=60, reserve=36, **SHORT)
+    guide = make_guide(budget=60, reserve=36, **SHORT)
     row, _ = drive(guide, tokens_of(["x = 123456789012345678901234567890"]))
-    [event] = row.row.events
+    [event] = row.state.events
     assert event.kind == WRAP_UP and event.struck == "12345678901234567890"[: len(event.struck)]
-    assert row.row.thinking == "x = \n\nStop.\n</think>"
+    assert row.state.thinking == "x = \n\nStop.\n</think>"
 
 
 def test_an_open_fence_is_closed_and_its_code_kept():
-    guide = Guide(budget=100, reserve=40, **SHORT)
+    guide = make_guide(budget=100, reserve=40, **SHORT)
     row, _ = drive(guide, tokens_of(["```py\n", "y = x + 1\n" * 9]))
-    assert row.row.thinking.startswith("```py\ny = x + 1\ny = x + 1\n")
-    assert "\n```\nStop.\n</think>" in row.row.thinking
+    assert row.state.thinking.startswith("```py\ny = x + 1\ny = x + 1\n")
+    assert "\n```\nStop.\n</think>" in row.state.thinking
 
 
 def test_an_early_end_becomes_wait_up_to_the_cap():
-    guide = Guide(budget=300, minimum=200, cap=2, finish="</answer>", **SHORT)
+    guide = make_guide(budget=300, minimum=200, cap=2, finish="</answer>", **SHORT)
     row, _ = drive(guide, tokens_of(["First = 12</think>", "Then</think>", "Last</think>", "42</answer>"]))
-    assert [event.kind for event in row.row.events] == [WAIT, WAIT]
-    assert row.row.events[0].struck == "</think>"
-    assert row.row.thinking == "First = 12\n\nWait.\nThen\n\nWait.\nLast</think>"
-    assert row.row.answer == "42</answer>" and row.row.finished
+    assert [event.kind for event in row.state.events] == [WAIT, WAIT]
+    assert row.state.events[0].struck == "</think>"
+    assert row.state.thinking == "First = 12\n\nWait.\nThen\n\nWait.\nLast</think>"
+    assert row.state.answer == "42</answer>" and row.state.finished
 
 
 def test_a_model_that_ends_without_an_answer_is_asked_for_it():
-    guide = Guide(budget=200, close="<answer>", finish="</answer>", **SHORT)
+    guide = make_guide(budget=200, close="<answer>", finish="</answer>", **SHORT)
     row, _ = drive(guide, tokens_of(["It is 42", "<end>", "42</answer>"]))
-    assert row.row.thinking + row.row.answer == "It is 42\n\n<answer>42</answer>"
-    assert row.row.events[0].kind == CLOSE and row.row.finished
+    assert row.state.thinking + row.state.answer == "It is 42\n\n<answer>42</answer>"
+    assert row.state.events[0].kind == CLOSE and row.state.finished
 
 
 def test_the_marker_may_share_a_token_with_what_follows_it():
-    guide = Guide(budget=400)
-    row = Row(guide, len)
+    guide = make_guide(budget=400)
+    row = GuideState(guide, len)
     assert row.write("done </thi") is None and row.write("nk>\nIt is 4", tokens=3) is None
     assert (row.thinking, row.answer, row.phase) == ("done </think>", "\nIt is 4", Phase.ANSWER)
 
 
 def test_a_loop_gets_another_approach_then_the_end():
-    guide = Guide(budget=2000, cap=1, cooldown=0, loop_length=6, **SHORT)
+    guide = make_guide(budget=2000, cap=1, cooldown=0, loop_length=6, **SHORT)
     row, _ = drive(guide, tokens_of(["round and round. " * 60]))
-    assert [event.kind for event in row.row.events] == [OTHER, WRAP_UP]
-    assert row.row.thinking.startswith("round and round. ") and len(row.row.thinking) < 150
+    assert [event.kind for event in row.state.events] == [OTHER, WRAP_UP]
+    assert row.state.thinking.startswith("round and round. ") and len(row.state.thinking) < 150
 
 
 def test_interventions_keep_their_distance():
-    guide = Guide(budget=2000, cap=99, cooldown=50, verify_above=0.0, **SHORT)
+    guide = make_guide(budget=2000, cap=99, cooldown=50, verify_above=0.0, **SHORT)
     row, _ = drive(guide, tokens_of([f"Sentence {word} here. " for word in "abcdefghijklmnopqrstuvwxyz" * 3]), True)
-    places = [event.at for event in row.row.events if event.kind == VERIFY]
+    places = [event.at for event in row.state.events if event.kind == VERIFY]
     assert len(places) > 10 and all(b - a >= 50 for a, b in pairwise(places))
 
 
 def test_sure_models_are_not_told_to_verify():
-    guide = Guide(budget=500, verify_above=2.0, cooldown=0, **SHORT)
-    row = Row(guide, len)
+    guide = make_guide(budget=500, verify_above=2.0, cooldown=0, **SHORT)
+    row = GuideState(guide, len)
     for _ in range(8):
         assert row.write("Sure. ", entropy=0.1) is None
     orders = [row.write("Unsure. ", entropy=9.0) for _ in range(9)]
@@ -283,8 +285,8 @@ def test_sure_models_are_not_told_to_verify():
 
 
 def test_a_stable_probe_ends_the_thinking():
-    guide = Guide(budget=900, probe_every=10, probe_agree=3, **SHORT)
-    row = Row(guide, len)
+    guide = make_guide(budget=900, probe_every=10, probe_agree=3, **SHORT)
+    row = GuideState(guide, len)
     for answer in ("", "7", "8", "8"):
         assert row.write("word word. ", tokens=10) is None
         assert row.wants_probe and row.probed(answer, 20) is None
@@ -296,8 +298,8 @@ def test_a_stable_probe_ends_the_thinking():
 
 
 def test_a_stable_probe_that_could_not_be_followed_by_an_answer_does_not_end_the_thinking():
-    guide = Guide(budget=40, interventions=(), probe_every=5, probe_agree=2, probe_tokens=1)
-    row = Row(guide, len)
+    guide = make_guide(budget=40, interventions=(), probe_every=5, probe_agree=2, probe_tokens=1)
+    row = GuideState(guide, len)
     for _ in range(2):
         row.write("word.", tokens=5)
         assert row.wants_probe and row.probed("8", 11) is None
@@ -306,13 +308,13 @@ def test_a_stable_probe_that_could_not_be_followed_by_an_answer_does_not_end_the
 
 @pytest.mark.parametrize(("budget", "pays"), [(16, False), (17, True)])
 def test_a_probe_leaves_a_token(budget, pays):
-    row = Row(Guide(budget=budget, interventions=(), probe_every=5, probe_tokens=1), len)
+    row = GuideState(make_guide(budget=budget, interventions=(), probe_every=5, probe_tokens=1), len)
     row.write("word.", tokens=5)
     assert row.wants_probe is pays and len(row.probe_text) + 1 == 11
 
 
 def test_a_budget_that_is_all_reserve_goes_straight_to_the_answer():
-    row = Row(Guide(budget=60, reserve=60, **SHORT), len)
+    row = GuideState(make_guide(budget=60, reserve=60, **SHORT), len)
     order = row.start()
     assert order.kind == WRAP_UP and row.phase is Phase.ANSWER and row.thinking == "Stop.\n</think>"
 
@@ -332,14 +334,14 @@ def test_a_budget_that_is_all_reserve_goes_straight_to_the_answer():
 )
 def test_bad_guides_are_refused(options, complaint):
     with pytest.raises(ValueError, match=complaint):
-        Guide(**options)
+        make_guide(**options)
 
 
 def test_budgets_that_hold_no_answer_are_refused():
     with pytest.raises(ValueError, match=r"need \d+ tokens, the reserve holds 2 of a budget of 10: raise"):
-        Row(Guide(budget=10), len)
+        GuideState(make_guide(budget=10), len)
     with pytest.raises(ValueError, match="minimum must fit into the budget, got 90 of 60 tokens of thinking"):
-        Row(Guide(budget=100, reserve=40, minimum=90, **SHORT), len)
+        GuideState(make_guide(budget=100, reserve=40, minimum=90, **SHORT), len)
 
 
 def test_markers_the_vocabulary_cannot_write_are_refused():
@@ -350,7 +352,7 @@ def test_markers_the_vocabulary_cannot_write_are_refused():
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<e>", unk_token="<unk>")
     with pytest.raises(ValueError, match="close must be a text that the tokenizer can write, got '</think>'"):
-        Vocabulary(tokenizer, Guide(budget=100), [2])
+        Vocabulary(tokenizer, make_guide(budget=100), [2])
 
 
 @pytest.mark.parametrize(

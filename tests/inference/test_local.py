@@ -5,12 +5,15 @@ import random
 
 import pytest
 import torch
+from guides import make_guide
 from tiny import tiny_model, tiny_tokenizer
 
-from rbfast.data.encoding import format_prompt
 from rbfast.inference.decoding import complete, greedy_settings
-from rbfast.inference.guide import WAIT, WRAP_UP, Guide
-from rbfast.inference.local import Sampler, TokenRow, Vocabulary, calibrate, entropy, guide_for, guided
+from rbfast.inference.guide import WAIT, WRAP_UP, Guide, Limits
+from rbfast.inference.local import LocalSolver, guided
+from rbfast.inference.solver import Sampling, calibrate
+from rbfast.inference.steering import Sampler, entropy
+from rbfast.inference.tokens import TokenState, Vocabulary, phrases_for
 
 PROMPTS = ["a", "a much longer prompt than the others", "two words", "2 + 2 =", "xyz", "The end is near", "b", "?"]
 STOPS = [0, *range(2, 258, 30)]
@@ -26,7 +29,7 @@ def model():
 
 
 def guide(**options):
-    return Guide(
+    return make_guide(
         **{"budget": 150, "reserve": 50, "minimum": 50, "finish": "</answer>", "cooldown": 8} | SHORT | options
     )
 
@@ -132,17 +135,17 @@ HARMFUL = [
 def test_adversarial_rows_never_affect_each_other(model, monkeypatch, probe_every):
     monkeypatch.setattr("rbfast.inference.local.Sampler", Scripted)
     asked = guide(minimum=20, probe_every=probe_every, probe_tokens=3, loop_length=4)
-    together = guided(model, TOKENIZER, PROMPTS, asked, temperature=1.0)
+    together = guided(model, TOKENIZER, PROMPTS, asked, Sampling(temperature=1.0))
     assert {e.kind for [s] in together for e in s.events} >= {WAIT, WRAP_UP, "other approach"}
     for batch_size in (1, 3):
-        assert guided(model, TOKENIZER, PROMPTS, asked, temperature=1.0, batch_size=batch_size) == together
+        assert guided(model, TOKENIZER, PROMPTS, asked, Sampling(temperature=1.0), batch_size=batch_size) == together
     if probe_every:
         assert any(solution.probe_tokens for [solution] in together)
         return
     # The batch is the state machine of each row alone.
     vocabulary = Vocabulary(TOKENIZER, asked, STOPS)
     for number, [solution] in enumerate(together):
-        row = TokenRow(asked, vocabulary)
+        row = TokenState(asked, vocabulary)
         while not row.done:
             row.feed(row.queue[0] if row.queue else Scripted(1.0, 1.0).token(number, row.written))
         assert row.solution() == solution
@@ -183,16 +186,15 @@ def test_samples_share_the_prefill(model, monkeypatch):
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda *a, **k: read.append(tuple(k["input_ids"].shape)) or forward(*a, **k))
     prompt = PROMPTS[1]
-    [samples] = guided(model, TOKENIZER, [prompt], guide(), samples=5, temperature=1.0)
+    [samples] = guided(model, TOKENIZER, [prompt], guide(), Sampling(samples=5, temperature=1.0))
     assert read[0] == (1, len(prompt) - 1) and read[1] == (5, 1)
     assert len({solution.ids for solution in samples}) > 1
 
 
 def test_samples_depend_on_the_seed_and_not_on_the_batch(model):
-    def sampled(**options):
-        return guided(
-            model, TOKENIZER, PROMPTS[:4], guide(), **{"samples": 2, "temperature": 0.9, "early_stop": False} | options
-        )
+    def sampled(seed=0, batch_size=32):
+        sampling = Sampling(samples=2, temperature=0.9, seed=seed, early_stop=False)
+        return guided(model, TOKENIZER, PROMPTS[:4], guide(), sampling, batch_size=batch_size)
 
     first = sampled()
     assert sampled(batch_size=2) == first
@@ -215,11 +217,12 @@ def test_draws_follow_the_distribution():
 
 
 def test_a_decided_vote_abandons_the_rest(model, monkeypatch):
-    monkeypatch.setattr("rbfast.inference.local.answer_key", lambda text: "same")
-    [samples] = guided(model, TOKENIZER, ["two words"], guide(), samples=7, temperature=1.5)
+    monkeypatch.setattr("rbfast.inference.tokens.answer_key", lambda text: "same")
+    [samples] = guided(model, TOKENIZER, ["two words"], guide(), Sampling(samples=7, temperature=1.5))
     gone = [solution for solution in samples if solution.abandoned]
     assert 0 < len(gone) <= 3
-    [all_of_them] = guided(model, TOKENIZER, ["two words"], guide(), samples=7, temperature=1.5, early_stop=False)
+    to_the_end = Sampling(samples=7, temperature=1.5, early_stop=False)
+    [all_of_them] = guided(model, TOKENIZER, ["two words"], guide(), to_the_end)
     assert not any(solution.abandoned for solution in all_of_them)
     assert sum(s.tokens for s in samples) < sum(s.tokens for s in all_of_them)
     kept = [i for i, solution in enumerate(samples) if not solution.abandoned]
@@ -248,11 +251,13 @@ def test_entropy_is_the_definition():
     )
 
 
-def test_calibration_is_a_quantile_of_the_models_own(model):
-    low, high = (calibrate(model, TOKENIZER, PROMPTS, guide(), quantile=q) for q in (0.1, 0.9))
+def test_calibration_is_a_quantile_of_the_models_own(model, monkeypatch):
+    monkeypatch.setattr("rbfast.inference.local.format_prompt", lambda problem, tokenizer: problem)
+    solver = LocalSolver(model, TOKENIZER)
+    low, high = (calibrate(solver, PROMPTS, guide(), quantile=q) for q in (0.1, 0.9))
     assert 0 < low < high < math.log(258)
     with pytest.raises(ValueError, match="quantile must lie in"):
-        calibrate(model, TOKENIZER, PROMPTS, guide(), quantile=1.5)
+        calibrate(solver, PROMPTS, guide(), quantile=1.5)
 
 
 def test_the_listener_hears_everything_in_order(model):
@@ -267,28 +272,39 @@ def test_the_listener_hears_everything_in_order(model):
 
 
 def test_markers_suit_the_tokenizer():
-    plain = guide_for(TOKENIZER, budget=500)
-    assert (plain.close, plain.finish) == ("<answer>", "</answer>")
+    plain = phrases_for(TOKENIZER)
+    assert (plain.close, plain.finish, plain.probe) == ("<answer>", "</answer>", "")
     thinking = tiny_tokenizer()
     thinking.add_tokens(["</think>"])
-    assert guide_for(thinking, budget=500).close == "</think>"
-    assert guide_for(thinking, budget=500, close="<answer>").close == "<answer>"
-    assert len(Vocabulary(TOKENIZER, Guide(500), [0]).encode("</think>")) == 8  # a marker may be a sequence
+    assert (phrases_for(thinking).close, phrases_for(thinking).probe) == ("</think>", "\n\n<answer>")
+    assert len(Vocabulary(TOKENIZER, Guide(Limits(500)), [0]).encode("</think>")) == 8  # a marker may be a sequence
 
 
 def test_bad_requests_are_refused(model):
     with pytest.raises(ValueError, match="longest prompt has 200 tokens and 150 more"):
         guided(model, TOKENIZER, ["x" * 200], guide())
-    with pytest.raises(ValueError, match="need a temperature above 0"):
-        guided(model, TOKENIZER, ["x"], guide(), samples=2)
-    with pytest.raises(ValueError, match="at least 1, got 0 and 32"):
-        guided(model, TOKENIZER, ["x"], guide(), samples=0)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        guided(model, TOKENIZER, ["x"], guide(), batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"samples": 2}, "need a temperature above 0"),
+        ({"samples": 0}, "samples must be at least 1, got 0"),
+        ({"temperature": -1.0}, "temperature must be 0 or more"),
+        ({"top_p": 0.0}, r"top_p in \(0, 1\]"),
+    ],
+)
+def test_impossible_sampling_is_refused(options, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        Sampling(**options)
 
 
 def test_a_real_student_answers_within_its_budget(pristine):
     model, tokenizer = pristine
-    prompt = format_prompt("A farm has 3 cows and 2 hens. How many legs are there?", tokenizer)
-    steps = guide_for(tokenizer, budget=120, reserve=50, minimum=30)
-    [[solution]] = guided(model, tokenizer, [prompt], steps)
+    solver = LocalSolver(model, tokenizer)
+    steps = Guide(Limits(budget=120, reserve=50, minimum=30), solver.phrases())
+    [[solution]] = solver.solve(["A farm has 3 cows and 2 hens. How many legs are there?"], steps)
     assert solution.tokens <= 120 and "<answer>" in solution.text
     assert solution.text.rstrip().endswith("</answer>") or not solution.truncated

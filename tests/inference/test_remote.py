@@ -7,11 +7,14 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from guides import make_guide
 from tiny import tiny_tokenizer
 
 from rbfast.cli.main import main
-from rbfast.inference.guide import OTHER, STABLE, VERIFY, WAIT, WRAP_UP, Guide
-from rbfast.inference.remote import calibrate, chat, prompt_for, solve, solve_many, solve_or_chat
+from rbfast.inference.guide import OTHER, VERIFY, WAIT, WRAP_UP, Guide, Limits
+from rbfast.inference.remote import ServerSolver, chat, prompt_for, write
+from rbfast.inference.solver import Sampling, calibrate
+from rbfast.inference.state import STABLE
 from rbfast.inference.vote import majority
 from rbfast.teacher.client import Server, ServerError
 
@@ -136,13 +139,13 @@ def start():
 
 
 def guide(**options):
-    return Guide(**{"budget": 120, "reserve": 40} | SHORT | options)
+    return make_guide(**{"budget": 120, "reserve": 40} | SHORT | options)
 
 
 def test_a_stream_is_read_to_its_end(start):
     state, server = start("So |x| = 4|.|</think>|It is |4|.")
     heard = []
-    solution = solve(server, PROMPT, guide(), listen=lambda kind, text: heard.append((kind, text)))
+    solution = write(server, PROMPT, guide(), listen=lambda kind, text: heard.append((kind, text)))
     assert (solution.thinking, solution.answer) == ("So x = 4.</think>", "It is 4.")
     assert {"thinking": "So x = 4.", "answer": "It is 4."}.items() <= solution.to_dict().items()
     assert (solution.tokens, solution.truncated, solution.events) == (8, False, ())
@@ -152,7 +155,7 @@ def test_a_stream_is_read_to_its_end(start):
 
 def test_interventions_go_on_from_what_is_left(start):
     state, server = start("Easy: |12|</think>|Hm, |so |3| words.\n|</think>|3")
-    solution = solve(server, PROMPT, guide(minimum=8))
+    solution = write(server, PROMPT, guide(minimum=8))
     assert (solution.events[0].kind, solution.events[0].struck) == (WAIT, "</think>")
     assert solution.text.startswith("Easy: 12\n\nWait.\n")
     # What the client did not read before it closed is gone; the next prompt is what was kept.
@@ -161,7 +164,7 @@ def test_interventions_go_on_from_what_is_left(start):
 
 def test_the_budget_ends_the_thinking_and_then_the_answer(start):
     _, server = start("|".join(["word "] * 500))
-    solution = solve(server, PROMPT, guide(budget=60, reserve=40))
+    solution = write(server, PROMPT, guide(budget=60, reserve=40))
     assert [event.kind for event in solution.events] == [WRAP_UP]
     assert solution.tokens <= 60 and solution.truncated
     assert solution.thinking.endswith("Stop.\n</think>") and solution.answer.startswith("word ")
@@ -169,7 +172,7 @@ def test_the_budget_ends_the_thinking_and_then_the_answer(start):
 
 def test_a_tokenizers_count_is_used(start):
     _, server = start("|".join(["two words "] * 100))
-    solution = solve(server, PROMPT, guide(budget=60, reserve=20), count=lambda text: len(text.split()))
+    solution = write(server, PROMPT, guide(budget=60, reserve=20), count=lambda text: len(text.split()))
     assert solution.tokens <= 60 and 35 < len(solution.text.split()) <= 60
 
 
@@ -177,7 +180,7 @@ def test_a_tokenizers_count_is_used(start):
 def test_a_broken_stream_is_gone_on_with(start, fault):
     state, server = start("So |x| = 4|.|</think>|It is |4|.")
     state.faults = [fault]
-    solution = solve(server, PROMPT, guide())
+    solution = write(server, PROMPT, guide())
     assert solution.text == "So x = 4.</think>It is 4." and solution.tokens == 8
     assert state.requests[1]["prompt"] == PROMPT + "So x" and state.requests[1]["max_tokens"] == 78
 
@@ -186,7 +189,7 @@ def test_a_server_that_always_breaks_off_loses_nothing(start):
     state, server = start("So |x| = 4|.|</think>|It is |4|.")
     state.faults = ["close"] * 2 + [429] * 9
     with pytest.raises(ServerError, match="429") as caught:
-        solve(server, PROMPT, guide())
+        write(server, PROMPT, guide())
     assert caught.value.partial.text == "So x = 4." and caught.value.status == 429
 
 
@@ -194,7 +197,7 @@ def test_a_server_that_always_breaks_off_loses_nothing(start):
 def test_busy_servers_are_asked_again(start, status):
     state, server = start("</think>|4")
     state.faults = [status, status]
-    assert solve(server, PROMPT, guide()).answer == "4"
+    assert write(server, PROMPT, guide()).answer == "4"
     assert len(state.requests) == 3
 
 
@@ -202,7 +205,7 @@ def test_refusals_are_not_repeated(start):
     state, server = start("</think>|4")
     state.faults = [401]
     with pytest.raises(ServerError, match=r"said 401: .*not now"):
-        solve(server, PROMPT, guide())
+        write(server, PROMPT, guide())
     assert len(state.requests) == 1
 
 
@@ -210,24 +213,24 @@ def test_a_server_that_ignores_the_limit_is_named(start):
     state, server = start("|".join(["word "] * 500))
     state.faults = ["ignore"]
     with pytest.raises(ServerError, match="ignores max_tokens: at most 80 were asked for, 500 came"):
-        solve(server, PROMPT, guide())
+        write(server, PROMPT, guide())
 
 
 def test_a_server_that_ignores_the_limit_piece_by_piece_is_cut_off(start):
     state, server = start(WORDS)
     state.faults = ["deaf"] * 9
-    solution = solve(server, PROMPT, guide(budget=60))
+    solution = write(server, PROMPT, guide(budget=60))
     assert solution.tokens == 60 and solution.truncated and solution.thinking.endswith("Stop.\n</think>")
 
 
 def test_chat_is_the_fallback_and_is_checked(start):
     state, server = start("It is |<answer>|4|</answer>")
     state.completions = False
-    solution = solve_or_chat(server, "2+2?", PROMPT, guide())
+    solution = samples_of(server, guide(), "2+2?", samples=1)[0]
     assert solution.text == "It is <answer>4</answer>" and solution.tokens == 4
     assert state.requests[-1]["messages"][0]["content"].startswith("2+2?\n\n")
     with pytest.raises(ServerError, match=r"did not honour the budget: at most 3 tokens .* it says 4") as caught:
-        chat(server, "2+2?", Guide(3))
+        chat(server, "2+2?", Guide(Limits(3)))
     assert caught.value.partial.text == "It is <answer>4</answer>"
     state.usage = False
     with pytest.raises(ServerError, match="it says nothing of how many"):
@@ -237,7 +240,7 @@ def test_chat_is_the_fallback_and_is_checked(start):
 def test_nobody_there():
     server = Server("http://127.0.0.1:9/v1", "m", timeout=2, retries=1, pause=0.01)
     with pytest.raises(ServerError, match="said nothing: ConnectionRefusedError"):
-        solve(server, PROMPT, guide())
+        write(server, PROMPT, guide())
     with pytest.raises(ValueError, match="url must look like"):
         Server("localhost:8000", "m")
 
@@ -246,11 +249,11 @@ def test_the_key_is_sent_and_never_shown(start, monkeypatch):
     monkeypatch.setenv("RBFAST_API_KEY", "sk-secret")
     state, plain = start("</think>|4")
     server = Server(plain.url, "m", pause=0.01, retries=0)
-    solve(server, PROMPT, guide())
+    write(server, PROMPT, guide())
     assert state.headers[0]["Authorization"] == "Bearer sk-secret"
     state.faults = [500]
     with pytest.raises(ServerError) as caught:
-        solve(server, PROMPT, guide())
+        write(server, PROMPT, guide())
     assert "sk-secret" not in repr(server) + str(caught.value)
 
 
@@ -264,43 +267,43 @@ def test_an_unsure_model_is_told_to_verify(start):
     state, server = start(WORDS)
     state.logprobs = [UNSURE]
     asked = guide(budget=400, verify_above=1.0, cooldown=0, cap=1, loop_length=999)
-    solution = solve(server, PROMPT, asked)
+    solution = write(server, PROMPT, asked)
     assert [event.kind for event in solution.events] == [VERIFY, WRAP_UP] and "Check.\n" in solution.thinking
     assert {round(measured, 9) for measured in solution.sentences} == {round(math.log(5), 9)}
     assert state.requests[0]["logprobs"] == 5
     state, server = start(WORDS)
     state.logprobs = [SURE]
-    assert [event.kind for event in solve(server, PROMPT, asked).events] == [WRAP_UP]
+    assert [event.kind for event in write(server, PROMPT, asked).events] == [WRAP_UP]
     state, server = start(WORDS)
-    solve(server, PROMPT, guide())
+    write(server, PROMPT, guide())
     assert "logprobs" not in state.requests[0]
 
 
 def test_the_rest_of_a_distribution_counts_as_one_token(start):
     state, server = start("One. |</think>|4")
     state.logprobs = [[math.log(0.5), math.log(0.25)]]
-    [measured] = solve(server, PROMPT, guide(verify_above=9.0)).sentences
+    [measured] = write(server, PROMPT, guide(verify_above=9.0)).sentences
     assert measured == pytest.approx(1.5 * math.log(2))
 
 
 def test_a_server_without_log_probs_can_not_verify(start):
     _, server = start("So it is. |</think>|4")
     with pytest.raises(ServerError, match="sends no log-probs, and verify_above needs them: leave it out"):
-        solve(server, PROMPT, guide(verify_above=1.0))
+        write(server, PROMPT, guide(verify_above=1.0))
 
 
 def test_calibration_is_a_quantile_of_what_the_server_says(start):
     state, server = start("|".join(["On. "] * 60))
     state.logprobs = [UNSURE, SURE]
-    low, high = (calibrate(server, [PROMPT], guide(budget=50), quantile=q) for q in (0.1, 0.9))
+    low, high = (calibrate(ServerSolver(server), ["q"], guide(budget=50), quantile=q) for q in (0.1, 0.9))
     assert 0 < low < high < math.log(5)
     with pytest.raises(ValueError, match="quantile must lie in"):
-        calibrate(server, [PROMPT], guide(), quantile=1.0)
+        calibrate(ServerSolver(server), ["q"], guide(), quantile=1.0)
 
 
 def test_a_loop_gets_another_approach(start):
     _, server = start("|".join(["round and ", "round. "] * 20 + ["</think>", "4"]))
-    solution = solve(server, PROMPT, guide(loop_length=4, cooldown=0, cap=1))
+    solution = write(server, PROMPT, guide(loop_length=4, cooldown=0, cap=1))
     assert solution.events[0].kind == OTHER and "Else.\n" in solution.thinking
 
 
@@ -311,7 +314,7 @@ def probing(**options):
 def test_a_stable_probe_ends_the_thinking(start):
     state, server = start(WORDS)
     state.probed = ["5", " 4 </answer> and", "\n4\nso"]
-    solution = solve(server, PROMPT, probing(interventions=()), count=lambda text: len(text.split()))
+    solution = write(server, PROMPT, probing(interventions=()), count=lambda text: len(text.split()))
     assert [event.kind for event in solution.events] == [STABLE]
     assert [request["prompt"] for request in state.probes] == [
         PROMPT + "word. " * words + "\n\n</think>A:" for words in (5, 10, 15)
@@ -329,7 +332,7 @@ def test_a_stable_probe_ends_the_thinking(start):
 def test_probes_are_paid_from_the_budget(start, usage):
     state, server = start(WORDS)
     state.probed, state.usage = [f"{n}" for n in range(99)], usage
-    solution = solve(server, PROMPT, probing(), count=lambda text: len(text.split()))
+    solution = write(server, PROMPT, probing(), count=lambda text: len(text.split()))
     written = len((solution.text).split())
     assert solution.probe_tokens == len(state.probes) * (2 if usage else 4) and len(state.probes) > 5
     assert written <= solution.tokens - solution.probe_tokens and solution.tokens <= 300
@@ -339,14 +342,14 @@ def test_a_probe_that_ignores_the_limit_is_named(start):
     state, server = start(WORDS)
     state.probed = ["far more than was asked for"]
     with pytest.raises(ServerError, match="ignores max_tokens: at most 3 were asked for, 6 came") as caught:
-        solve(server, PROMPT, probing())
+        write(server, PROMPT, probing())
     assert caught.value.partial.thinking == "word. " * 5
 
 
 def test_the_answer_goes_on_after_the_thinkings_share(start):
     # The first request asks for the thinking's share, and ends within the answer: the reserve is still there.
     state, server = start("|".join(["word "] * 60 + ["</think>"] + ["answer "] * 30))
-    solution = solve(server, PROMPT, guide(loop_length=99))
+    solution = write(server, PROMPT, guide(loop_length=99))
     assert [request["max_tokens"] for request in state.requests] == [80, 40]
     assert solution.answer == "answer " * 30 and solution.tokens == 91 and not solution.truncated
 
@@ -354,12 +357,12 @@ def test_the_answer_goes_on_after_the_thinkings_share(start):
 def test_pieces_of_several_tokens_are_counted_at_the_end(start):
     state, server = start("two words. |</think>|it is 4")
     state.usage = "exact"
-    assert solve(server, PROMPT, guide()).tokens == 6
+    assert write(server, PROMPT, guide()).tokens == 6
 
 
 def test_an_own_count_that_is_too_high_blames_nobody(start):
     _, server = start("|".join(["word "] * 90))
-    solution = solve(server, PROMPT, guide(budget=61), count=lambda text: 3)
+    solution = write(server, PROMPT, guide(budget=61), count=lambda text: 3)
     assert solution.tokens <= 61 and solution.truncated
 
 
@@ -367,7 +370,7 @@ def test_chunks_that_are_no_completion_are_named(start):
     state, server = start("So |x| = 4|.|</think>|It is |4|.")
     state.faults = ["close", "nonsense"]
     with pytest.raises(ServerError, match="sent no completion: TypeError") as caught:
-        solve(server, PROMPT, guide())
+        write(server, PROMPT, guide())
     assert caught.value.partial.text == "So x"
 
 
@@ -408,62 +411,75 @@ def test_solve_reads_the_tokenizer_from_the_command_line(start, tmp_path, capsys
 
 
 def plain(**options):
-    return Guide(**{"budget": 10**6, "close": "<answer>", "finish": "</answer>"} | options)
+    return make_guide(**{"budget": 10**6, "close": "<answer>", "finish": "</answer>"} | options)
 
 
 def says(answer):
     return f"So |<answer>|{answer}|</answer>"
 
 
+def samples_of(server, asked, problem="q", *, samples, concurrency=8, **options):
+    sampling = Sampling(samples, temperature=0.8 if samples > 1 else 0.0, **options)
+    [solutions] = ServerSolver(server, concurrency=concurrency).solve([problem], asked, sampling)
+    return solutions
+
+
 ENDLESS = "|".join(["word "] * 200_000)
 
 
 def test_samples_vote_each_with_a_seed_of_its_own(start):
-    state, server = start(says(4), says(5), says(5), says(6), temperature=0.8, seed=4)
-    solutions = solve_many(server, "q", PROMPT, plain(), samples=4)
+    state, server = start(says(4), says(5), says(5), says(6))
+    solutions = samples_of(server, plain(), samples=4, seed=4)
     assert [solution.answer for solution in solutions] == ["4</answer>", "5</answer>", "5</answer>", "6</answer>"]
     assert sorted(request["seed"] for request in state.requests) == [4, 5, 6, 7]
     assert {request["temperature"] for request in state.requests} == {0.8}
 
 
 def test_a_decided_vote_abandons_what_is_still_written(start):
-    _, server = start(says(4), says(4), ENDLESS, temperature=0.8)
-    solutions = solve_many(server, "q", PROMPT, plain(interventions=()), samples=3, concurrency=3)
+    _, server = start(says(4), says(4), ENDLESS)
+    solutions = samples_of(server, plain(interventions=()), samples=3, concurrency=3)
     assert [solution.abandoned for solution in solutions] == [False, False, True]
     assert solutions[2].tokens < 200_000 and solutions[2].tokens == len(solutions[2].text.split())
 
 
 def test_a_decided_vote_does_not_ask_again(start):
-    state, server = start(says(4), temperature=0.8)
-    solutions = solve_many(server, "q", PROMPT, plain(), samples=9, concurrency=1)
+    state, server = start(says(4))
+    solutions = samples_of(server, plain(), samples=9, concurrency=1)
     assert len(state.requests) == 5 and [solution.tokens for solution in solutions[5:]] == [0] * 4
     assert majority([solution.answer for solution in solutions if not solution.abandoned]).votes == 5
-    state, server = start(says(4), temperature=0.8)
-    solve_many(server, "q", PROMPT, plain(), samples=9, concurrency=1, early_stop=False)
+    state, server = start(says(4))
+    samples_of(server, plain(), samples=9, concurrency=1, early_stop=False)
     assert len(state.requests) == 9
 
 
 def test_a_sample_that_fails_loses_none_of_the_others(start):
-    state, server = start(says(4), says(5), temperature=0.8, retries=0)
+    state, server = start(says(4), says(5), retries=0)
     state.faults = [None, 401]
     with pytest.raises(ServerError, match="said 401") as caught:
-        solve_many(server, "q", PROMPT, plain(), samples=5, concurrency=1)
+        samples_of(server, plain(), samples=5, concurrency=1)
     assert caught.value.status == 401 and caught.value.partial[0].answer == "4</answer>"
 
 
 def test_samples_by_chat_vote_too(start):
-    state, server = start(says(4), temperature=0.8)
+    state, server = start(says(4))
     state.completions = False
-    solutions = solve_many(server, "2+2?", PROMPT, plain(budget=500), samples=3)
+    solutions = samples_of(server, plain(budget=500), "2+2?", samples=3)
     assert "So <answer>4</answer>" in {solution.text for solution in solutions}
 
 
-def test_impossible_votes_are_refused(start):
-    _, server = start(says(4))
-    with pytest.raises(ValueError, match="need a temperature above 0"):
-        solve_many(server, "q", PROMPT, plain(), samples=2)
-    with pytest.raises(ValueError, match="at least 1, got 0 and 8"):
-        solve_many(server, "q", PROMPT, plain(), samples=0)
+def test_problems_are_solved_one_after_the_other_each_from_its_own_seed(start):
+    state, server = start(*(says(number) for number in range(8)))
+    found = ServerSolver(server).solve(["one?", "two?"], plain(), Sampling(2, 0.5, 0.9, seed=[2, 5]))
+    assert [[sample.answer for sample in samples] for samples in found] == [
+        [f"{number}</answer>" for number in seeds] for seeds in ((2, 3), (5, 6))
+    ]
+    assert [request["prompt"].split("\n")[0] for request in state.requests] == ["one?"] * 2 + ["two?"] * 2
+    assert {(request["temperature"], request["top_p"]) for request in state.requests} == {(0.5, 0.9)}
+
+
+def test_a_concurrency_of_none_is_refused(start):
+    with pytest.raises(ValueError, match="concurrency must be at least 1, got 0"):
+        ServerSolver(start(says(4))[1], concurrency=0)
 
 
 def test_samples_vote_from_the_command_line(start, capsys):

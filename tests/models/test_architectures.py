@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers.pytorch_utils import Conv1D
 
 from rbfast.adapter.adapter_files import LORA_RANKS
-from rbfast.adapter.column_scores import score
+from rbfast.adapter.column_scores import score_columns
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.data.encoding import IGNORE, Example, collate
 from rbfast.models.student import final_hidden, packs
@@ -131,7 +131,7 @@ def test_every_linear_gets_a_delta_and_the_rest_is_listed(name):
 
 @every_family
 def test_every_matrix_is_scored_by_a_gradient(name):
-    found = score(family(name), [examples()], packed_loss)
+    found = score_columns(family(name), [examples()], packed_loss)
     assert all(column.sum() > 0 for column in found.columns.values())
 
 

@@ -18,7 +18,7 @@ from tiny import tiny_model, tiny_tokenizer
 from tiny_models import llama
 from tiny_tokenizers import byte_level
 
-from rbfast.curation.curate import curate
+from rbfast.curation.curate import CurateConfig, curate
 from rbfast.data.readers import write_traces
 from rbfast.data.trace import Trace
 from rbfast.evaluation.evaluate import evaluate
@@ -42,7 +42,7 @@ def curation(folder):
     pool = folder / "pool.jsonl"
     steps = [f"Take {n} and {n * n}.\n{n} + {n * n} = {n + n * n}\nSo it is {n + n * n}." for n in range(40)]
     write_traces(pool, [Trace(f"Add {n} to its square.", step, str(n + n * n)) for n, step in enumerate(steps)])
-    return lambda out: curate([pool], out, size=20)
+    return lambda out: curate([pool], out, CurateConfig(size=20))
 
 
 def evaluation(folder):

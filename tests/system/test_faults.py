@@ -68,7 +68,9 @@ def closed(request, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_to_is_named_before_any_work(closed, monkeypatch):
-    monkeypatch.setattr("rbfast.training.distill._place", lambda *args: pytest.fail("columns were placed first"))
+    monkeypatch.setattr(
+        "rbfast.training.distill._attach_adapter", lambda *args: pytest.fail("columns were placed first")
+    )
     model = llama(vocab_size=len(TOKENIZER), max_position_embeddings=256)
     calls = [
         lambda: distill(model, TOKENIZER, TRACES, closed, quiet=True),

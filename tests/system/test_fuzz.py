@@ -21,7 +21,7 @@ from tiny_models import attach, batch, disturb, llama
 from tiny_tokenizers import byte_level
 
 from rbfast.adapter.adapter_files import read_adapter
-from rbfast.adapter.column_scores import Scores, score
+from rbfast.adapter.column_scores import ColumnScores, score_columns
 from rbfast.data.encoding import encode
 from rbfast.data.readers import read_rows, read_traces, write_traces
 from rbfast.data.signal_store import SignalStore
@@ -203,11 +203,11 @@ def test_folders_of_runs(tmp_path, name):
 
 def test_scores(tmp_path):
     path = tmp_path / "scores.safetensors"
-    whole = score(llama(), [batch()], lambda model, inputs: model(**inputs).loss)
+    whole = score_columns(llama(), [batch()], lambda model, inputs: model(**inputs).loss)
     whole.save(path)
 
     def read():
-        found = Scores.load(path)
+        found = ColumnScores.load(path)
         assert (found.shapes, found.method, found.batches) == (whole.shapes, whole.method, whole.batches)
         assert all(torch.equal(found.columns[name], column) for name, column in whole.columns.items())
 
@@ -218,7 +218,7 @@ def test_scores(tmp_path):
 def test_the_header_of_scores(tmp_path):
     """With a digest that fits, so that the checks behind it are met."""
     path = tmp_path / "scores.safetensors"
-    score(llama(), [batch()], lambda model, inputs: model(**inputs).loss).save(path)
+    score_columns(llama(), [batch()], lambda model, inputs: model(**inputs).loss).save(path)
 
     def change(data, rng):
         end = 8 + int.from_bytes(data[:8], "little")
@@ -230,7 +230,7 @@ def test_the_header_of_scores(tmp_path):
         return seal(len(written).to_bytes(8, "little") + written + data[end:])
 
     def read():
-        found = Scores.load(path)
+        found = ColumnScores.load(path)
         assert found.columns.keys() == found.shapes.keys()
 
     refused, _ = sweep(400, path, change, read)
@@ -379,14 +379,14 @@ def test_parquet(tmp_path):
 
 
 def test_a_pool_accounts_for_every_row(tmp_path):
-    from rbfast.curation.curate import curate
+    from rbfast.curation.curate import CurateConfig, curate
 
     pool, out = tmp_path / "pool.jsonl", tmp_path / "out"
     write_traces(pool, TRACES * 4)
 
     def read():
         shutil.rmtree(out, ignore_errors=True)
-        result = curate([pool], out, size=3)
+        result = curate([pool], out, CurateConfig(size=3))
         dropped = (out / "dropped.jsonl").read_bytes().count(b"\n")
         assert result.selected + dropped == len(list(read_rows(pool)))
 

@@ -55,7 +55,7 @@ def test_a_curation_has_these_bytes(tmp_path, monkeypatch):
         for i in range(40)
     ]
     Path("pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    rbfast.curate(["pool.jsonl"], "out", size=10, seed=3)
+    rbfast.curate(["pool.jsonl"], "out", rbfast.CurateConfig(size=10, seed=3))
     assert digest(Path("out/reason1k.jsonl").read_bytes()) == "3cbe6f8c8873eab5"
 
 

@@ -23,7 +23,7 @@ from tiny_models import attach, llama
 from tiny_runs import TOKENIZER, TRACES, run
 
 import rbfast
-from rbfast.adapter.column_scores import Scores
+from rbfast.adapter.column_scores import ColumnScores
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.cli.main import main
 from rbfast.data.signal_store import SignalStore
@@ -158,7 +158,7 @@ def test_pickles_in_our_own_files_do_not_run(tmp_path, mark, kind):
         SparseAdapter.from_pretrained(llama(), adapter)
     (tmp_path / "scores.safetensors").write_bytes(data)
     with pytest.raises(ValueError, match="not a complete safetensors file"):
-        Scores.load(tmp_path / "scores.safetensors")
+        ColumnScores.load(tmp_path / "scores.safetensors")
     SignalStore(tmp_path / "signals", "teacher", 2, 9)
     (tmp_path / "signals" / "signals-00000.safetensors").write_bytes(data)
     with pytest.raises(ValueError, match="not a whole shard"):
@@ -212,7 +212,7 @@ def test_no_name_in_a_file_becomes_a_path(tmp_path, name):
     rows = [trace.to_dict() | {"id": name, "domain": name, "source": name, "teacher": name} for trace in TRACES]
     (inner / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     before = everything_under(tmp_path)
-    rbfast.curate([inner / "pool.jsonl"], inner / "out", size=5)
+    rbfast.curate([inner / "pool.jsonl"], inner / "out", rbfast.CurateConfig(size=5))
     new = everything_under(tmp_path) - before
     files = ("reason1k.jsonl", "dropped.jsonl", "datasheet.json", "datasheet.html")
     assert new == {"in/ner/out", *(f"in/ner/out/{file}" for file in files)}

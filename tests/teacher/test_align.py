@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny_tokenizers import END, byte_fallback, byte_level
 
-from rbfast.teacher.align import Piece, align, ids_by_bytes, places, student_ids, token_bytes
+from rbfast.teacher.align import Piece, align, byte_spans, ids_by_bytes, student_ids, token_bytes
 
 TEXT = "Add 12 and 30: é, 你好, 😀.\n  Then 42."
 TOKENIZERS = {"byte level": byte_level(TEXT), "byte fallback": byte_fallback(TEXT)}
@@ -26,7 +26,7 @@ def cut(tokenizer, text):
 @pytest.mark.parametrize("text", [TEXT, "x", " two blanks", "\x00\x7f\u00ad\u0142", "never seen: ∑ₙ Ж 🧮"])
 def test_the_bytes_of_the_tokens_spell_the_text(tokenizer, text):
     tokens = cut(tokenizer, text)
-    found = places(tokens, text.encode())
+    found = byte_spans(tokens, text.encode())
     assert found[0][0] in (-1, 0) and found[-1][1] == len(text.encode())
     assert all(end == start for (_, end), (start, _) in pairwise(found))
     assert b"".join(text.encode()[max(0, start) : end] for start, end in found) == text.encode()
@@ -34,7 +34,7 @@ def test_the_bytes_of_the_tokens_spell_the_text(tokenizer, text):
 
 def test_the_students_real_tokenizer_spells_text_too(tokenizer, request):
     real = request.getfixturevalue("pristine")[1]
-    assert places(cut(real, TEXT), TEXT.encode())[-1][1] == len(TEXT.encode())
+    assert byte_spans(cut(real, TEXT), TEXT.encode())[-1][1] == len(TEXT.encode())
     assert token_bytes(real)[real.eos_token_id] is None
 
 
@@ -42,16 +42,16 @@ def test_special_tokens_have_no_bytes(tokenizer):
     tokens = token_bytes(tokenizer)
     assert tokens[tokenizer.convert_tokens_to_ids(END)] is None
     with pytest.raises(ValueError, match="special or unknown"):
-        places([b"a", None], b"a")
+        byte_spans([b"a", None], b"a")
     with pytest.raises(ValueError, match="spell another text: b'b' for b'c'"):
-        places([b"a", b"b"], b"ac")
+        byte_spans([b"a", b"b"], b"ac")
 
 
 def test_rows_stand_where_both_have_a_token_of_the_same_bytes():
     ids = {b"ab": 0, b"c": 1, b"cd": 2, b"x": 3}
-    student = places([b"ab", b"c", b"d", b"x"], b"abcdx")
+    student = byte_spans([b"ab", b"c", b"d", b"x"], b"abcdx")
     pieces = [Piece(b"ab", [(b"ab", -0.1), (b"abc", -3.0)]), Piece(b"cd", [(b"cd", -0.1)]), Piece(b"x", [(b"y", -0.1)])]
-    rows = align(student, places([p.written for p in pieces], b"abcdx"), pieces, ids)
+    rows = align(student, byte_spans([p.written for p in pieces], b"abcdx"), pieces, ids)
     assert rows == [(0, [0], [-0.1])]  # "cd" is cut otherwise, and of "x" no candidate is the student's
 
 

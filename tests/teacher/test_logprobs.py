@@ -10,7 +10,8 @@ from openai_server import serving
 from tiny_models import llama
 from tiny_tokenizers import byte_fallback, byte_level
 
-from rbfast.data.encoding import IGNORE, collate, encode, format_prompt
+from rbfast.data.chat_template import format_prompt
+from rbfast.data.encoding import IGNORE, collate, encode
 from rbfast.data.signal_store import SignalStore
 from rbfast.data.trace import Trace
 from rbfast.loss.distill_loss import DistillLoss
@@ -18,7 +19,8 @@ from rbfast.loss.teacher_signal import TopK
 from rbfast.models.student import packs
 from rbfast.teacher import logprobs
 from rbfast.teacher.client import ServerError
-from rbfast.teacher.logprobs import TokenizersDiffer, keep_reply, score_locally, score_on_server
+from rbfast.teacher.logprobs import TokenizersDiffer, score_locally
+from rbfast.teacher.server_logprobs import keep_reply, score_on_server
 from rbfast.teacher.solutions import Question, teach
 
 TEXTS = ["Add 12 and 30.\n12 + 30 = 42, é 😀.", "Then take 2 away.\n42 - 2 = 40.", "Count the 你好."]

@@ -7,7 +7,7 @@ import torch
 from tiny_models import llama
 from tiny_runs import TOKENIZER, TRACES, run
 
-from rbfast.adapter.column_scores import score
+from rbfast.adapter.column_scores import score_columns
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.training.distill import DistillConfig, distill
 from rbfast.training.objective import Objective
@@ -42,6 +42,7 @@ NAN = float("nan")
         ("save_steps", (0, -1)),
         ("seed", (-1, 2**32)),
         ("placement", ("gradients",)),
+        ("schedule", ("step",)),
     ],
 )
 def test_settings_that_make_no_run_are_refused(name, values):
@@ -71,7 +72,7 @@ def test_parameters_are_laid_out_alike_wherever_they_come_from(tmp_path):
     """Fused Adam pairs values and moments by their place in memory: moments of another layout would be scrambled."""
     model = llama(vocab_size=61)
     ids = torch.arange(22).view(2, 11)
-    scores = score(model, [{"input_ids": ids, "labels": ids}], lambda model, batch: model(**batch).loss)
+    scores = score_columns(model, [{"input_ids": ids, "labels": ids}], lambda model, batch: model(**batch).loss)
     adapter = SparseAdapter.attach(model, density=0.2, rank=3, placement=scores)
     assert all(parameter.is_contiguous() for parameter in adapter.parameters())
 

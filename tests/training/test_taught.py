@@ -152,17 +152,17 @@ def folders(tmp_path_factory):
     return root
 
 
-def test_the_command_line_scores_and_trains(folders, tmp_path, capsys):
+def test_the_command_line_takes_logprobs_and_trains(folders, tmp_path, capsys):
     traces, out = tmp_path / "traces.jsonl", tmp_path / "scored"
     write_traces(traces, TRACES)
     teacher, student = str(folders / "teacher"), str(folders / "student")
-    score = ["teach", teacher, str(traces), "-o", str(out), "--score", "--student", student, "-k", "4", "--json"]
-    assert main(score) == 0
+    teach = ["teach", teacher, str(traces), "-o", str(out), "--score", "--student", student, "-k", "4", "--json"]
+    assert main(teach) == 0
     assert json.loads(capsys.readouterr().out) == {"out": str(out / "signals"), "scored": 6, "refused": 0}
     train = ["distill", student, str(traces), "-o", str(tmp_path / "run"), "--density", "0.05", "--json"]
     assert main([*train, "--signals", str(out / "signals"), "--teacher", teacher]) == 0
     assert json.loads(capsys.readouterr().out)["trained"] == 6
-    wrong = [str(folders / "other") if word == teacher else word for word in score]
+    wrong = [str(folders / "other") if word == teacher else word for word in teach]
     wrong[wrong.index(str(out))] = str(tmp_path / "aligned")
     assert main(wrong) == 2 and "--align" in capsys.readouterr().err
     assert main([*wrong, "--align"]) == 0

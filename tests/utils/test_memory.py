@@ -9,7 +9,7 @@ from rbfast.utils import memory
 
 # In a process of its own: what others left free would take what is kept here, and with it the holes.
 HOLES = """
-from rbfast import memory
+from rbfast.utils import memory
 def resident_mib():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmRSS"))

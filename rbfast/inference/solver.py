@@ -1,0 +1,148 @@
+"""What every guided model takes and gives, whether it runs here (`local`) or on a server (`remote`).
+
+```python
+solver = LocalSolver(model, tokenizer)                      # or ServerSolver(Server(url, name), tokenizer)
+guide = Guide(Limits(1024), solver.phrases())
+[[solution]] = solver.solve([problem], guide)
+guide = guide.with_limits(verify_above=calibrate(solver, problems, guide))
+[samples] = solver.solve([problem], guide, Sampling(samples=16, temperature=0.8, seed=1))
+vote_of(samples).answer
+```
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from rbfast.grading.grade import answer_key, without_tags
+from rbfast.inference.guide import Guide, Phrases
+from rbfast.inference.state import Event, GuideState, Phase
+from rbfast.inference.vote import Vote, majority
+
+Listener = Callable[[int, str, str], None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How many completions of each prompt, and how freely they are drawn.
+
+    Args:
+        temperature: 0 for greedy decoding.
+        top_p: the share of the distribution that is drawn from.
+        seed: of the draws; one for each prompt, or one for all.
+        early_stop: abandon the samples of a prompt that can no longer change the majority.
+
+    Raises:
+        ValueError: a number out of its range, or several samples at temperature 0.
+    """
+
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | Sequence[int] = 0
+    early_stop: bool = True
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"samples must be at least 1, got {self.samples}")
+        if not self.temperature >= 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"temperature must be 0 or more and top_p in (0, 1], got {self.temperature}, {self.top_p}")
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError("several samples of one prompt need a temperature above 0: greedy ones are all the same")
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
+class Solution:
+    """One guided completion.
+
+    Attributes:
+        text: all that is left of it, without special tokens; `thinking` and `answer` are its parts.
+        tokens: the whole cost: what is left, what was struck, and `probe_tokens` thrown away after probes; as far as a
+            server says it.
+        truncated: the budget cut the answer.
+        abandoned: the vote was decided before this sample ended.
+        sentences: nats; the entropy's moving average at each end of a sentence of thinking, where it was measured.
+        ids: the tokens of `text`; empty for a server's, which sends none.
+    """
+
+    text: str
+    thinking: str
+    answer: str
+    tokens: int
+    truncated: bool
+    events: tuple[Event, ...] = ()
+    probe_tokens: int = 0
+    abandoned: bool = False
+    sentences: tuple[float, ...] = ()
+    ids: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, state: GuideState) -> Solution:
+        """What has been written so far."""
+        return cls(
+            text=state.thinking + state.answer,
+            thinking=state.thinking,
+            answer=state.answer,
+            tokens=state.spent,
+            truncated=not state.finished,
+            events=tuple(state.events),
+            probe_tokens=state.probed_tokens,
+            abandoned=state.phase is not Phase.DONE,
+            sentences=tuple(state.sentences),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A record for `json.dumps`; `thinking` and `answer` without their tags, which `text` keeps."""
+        return asdict(self) | {"thinking": without_tags(self.thinking), "answer": without_tags(self.answer)}
+
+
+class Solver(Protocol):
+    """A model that solves problems under a guide."""
+
+    def phrases(self) -> Phrases:
+        """The markers that suit the model."""
+        ...
+
+    def solve(
+        self,
+        problems: Sequence[str],
+        guide: Guide,
+        sampling: Sampling = GREEDY,
+        *,
+        listen: Listener | None = None,
+    ) -> list[list[Solution]]:
+        """The samples of every problem, in the order of `problems`.
+
+        Args:
+            listen: called with (problem, kind, text) for each piece as it is written; kind is `think`, `answer` or
+                that of an intervention. For one sample a problem.
+        """
+        ...
+
+
+def vote_of(samples: Sequence[Solution]) -> Vote:
+    """The answer most of the samples agree on; abandoned ones have no vote."""
+    return majority([answer_key(sample.text) for sample in samples if not sample.abandoned])
+
+
+def calibrate(solver: Solver, problems: Sequence[str], guide: Guide, quantile: float = 0.9) -> float:
+    """The `verify_above` [nats] that a model's own unguided thinking exceeds at 1 - `quantile` of its sentence ends.
+
+    Raises:
+        ValueError: a quantile outside (0, 1), or no sentence end in what the model wrote.
+    """
+    if not 0 < quantile < 1:
+        raise ValueError(f"quantile must lie in (0, 1), got {quantile}")
+    plain = replace(guide, interventions=()).with_limits(minimum=0, probe_every=0, verify_above=math.inf)
+    ends = [end for samples in solver.solve(problems, plain) for sample in samples for end in sample.sentences]
+    if not ends:
+        raise ValueError("no sentence ended in what the model wrote: give more prompts or a larger budget")
+    return float(np.quantile(ends, quantile))

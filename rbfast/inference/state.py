@@ -1,0 +1,350 @@
+"""The state of one guided completion: what to put into a model's thinking, and when; one budget for all it writes.
+
+```python
+state = GuideState(guide, count)                           # count(text) -> tokens that putting the text in costs
+order = state.write(" so x = 3.", tokens=1, entropy=0.4)   # None: let the model go on; else do what the order says
+```
+
+A completion is thinking, then answering, then done. The state is a fold over what was written: the same pieces of text
+give the same state whatever the batch, and the Hugging Face loop and the server client share it. An `Order` strikes the
+last pieces, where the model was inside of something that must not be cut, and puts a text in. What is struck has been
+paid for: every token that was ever written, put in or spent on a probe counts against the one budget.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from rbfast.inference.boundary import Boundary
+from rbfast.inference.guide import OTHER, VERIFY, WAIT, WRAP_UP, Guide
+
+STABLE, CLOSE = "stable", "close"  # the thinking ends: probes agreed; the model ended its turn without an answer
+
+_DECAY = 0.9  # of the entropy's moving average, a token
+_PATIENCE = 32  # tokens that a due intervention waits for the end of a sentence
+_FENCE_END = "```\n"
+
+
+class Phase(Enum):
+    THINK, ANSWER, DONE = "think", "answer", "done"
+
+
+@dataclass(frozen=True)
+class Order:
+    """What must happen now: the last `strike` pieces are struck, `text` is put in; with `end` the turn ends."""
+
+    kind: str
+    strike: int = 0
+    text: str = ""
+    end: bool = False
+
+
+@dataclass(frozen=True)
+class Event:
+    """An intervention: its kind, how many characters of thinking stood before it, the text it struck."""
+
+    kind: str
+    at: int
+    struck: str
+
+
+@dataclass
+class GuideState:
+    """The state of one guided completion.
+
+    Args:
+        count: tokens that putting a text in costs, at most.
+        end_cost: tokens that ending the turn costs: 1 where an end token is written, 0 where one stops asking.
+
+    Raises:
+        ValueError: the reserve does not hold the wrap-up, one token of answer and the end.
+    """
+
+    guide: Guide
+    count: Callable[[str], int]
+    end_cost: int = 1
+    phase: Phase = Phase.THINK
+    spent: int = 0
+    probed_tokens: int = 0
+    finished: bool = False  # the model ended its answer by itself, or wrote all of it
+    answer: str = ""
+    events: list[Event] = field(default_factory=list)
+    sentences: list[float] = field(default_factory=list)  # the entropy's average at each end of a sentence
+
+    def __post_init__(self) -> None:
+        self.limits, self.phrases = self.guide.limits, self.guide.phrases
+        self._pieces: list[tuple[str, int]] = []
+        self._kept = 0
+        self._boundary = Boundary(self.phrases.close)
+        self._safe, self._repair = 0, ""  # pieces up to the last safe place, and the text that makes it safe
+        self._tail = ""
+        self._average: float | None = None
+        self._recent: deque[str] = deque(maxlen=self.limits.loop_length)
+        self._met: Counter[tuple[str, ...]] = Counter()
+        self._used, self._last = 0, 0
+        self._due: tuple[str, int] | None = None
+        self._probes: list[str] = []
+        self._next_probe = self.limits.probe_every
+        self._finish_cost = (self.count(self.phrases.finish) if self.phrases.finish else 0) + self.end_cost
+        self._limit = self._thinking_limit() if self._guarded else self.limits.budget
+        if self.limits.minimum > self._limit:
+            raise ValueError(
+                f"minimum must fit into the budget, got {self.limits.minimum} of {self._limit} tokens of thinking "
+                f"(a budget of {self.limits.budget}, {self.limits.kept_back} of them kept back): lower minimum or "
+                "raise budget"
+            )
+
+    def _thinking_limit(self) -> int:
+        """Tokens of thinking before the wrap-up, at most."""
+        budget, kept_back = self.limits.budget, self.limits.kept_back
+        needed = self._wrap_cost() + 1 + self._finish_cost
+        if kept_back < needed:
+            raise ValueError(
+                f"the wrap-up, an answer and its end need {needed} tokens, the reserve holds {kept_back} "
+                f"of a budget of {budget}: raise the reserve, or the budget to {4 * needed}"
+            )
+        return min(budget - kept_back, self.limits.maximum or budget)
+
+    @property
+    def thinking(self) -> str:
+        """What is left of the thinking, the close marker included once it is there."""
+        return "".join(text for text, _ in self._pieces)
+
+    @property
+    def left(self) -> int:
+        """Tokens that the model may write before the next order at the latest."""
+        if self.phase is Phase.THINK:
+            return self._limit - self.spent
+        return self.limits.budget - self.spent - self._finish_cost if self._guarded else self.limits.budget - self.spent
+
+    @property
+    def _guarded(self) -> bool:
+        return WRAP_UP in self.guide.interventions
+
+    # ------------------------------------------------------------------------------------------------- what happens
+
+    def start(self) -> Order | None:
+        """The order before the first token, if there is one: a budget that is all reserve leaves no thinking."""
+        return self._stop_thinking(WRAP_UP) if self._guarded and self.left < 1 else None
+
+    def write(self, text: str, tokens: int = 1, entropy: float | None = None, ended: bool = False) -> Order | None:
+        """Takes what the model wrote: `text`, of `tokens` tokens, from a distribution of `entropy` nats.
+
+        Args:
+            ended: this was the end of the turn, not text.
+        """
+        self.spent += tokens
+        if self.phase is Phase.THINK:
+            self._pieces.append(("" if ended else text, tokens))
+            self._kept += tokens
+            return self._ended_thinking() if ended else self._think(text, entropy)
+        if self.phase is Phase.ANSWER:
+            return self._answer(text, ended)
+        raise ValueError("the completion is done: nothing more can be written to it")
+
+    @property
+    def wants_probe(self) -> bool:
+        """Whether it is time to probe the answer, and the thinking's share of the budget has a token more than that."""
+        due = 0 < self._next_probe <= self.spent - self.probed_tokens and self.phase is Phase.THINK
+        return due and self.spent + self.limits.probe_tokens + self.count(self.probe_text) < self._limit
+
+    @property
+    def probe_text(self) -> str:
+        return self._joined(self.phrases.close + self.phrases.probe, 0)
+
+    def probed(self, text: str, tokens: int) -> Order | None:
+        """Takes what the model wrote to a probe, for `tokens` tokens (put in and written, then thrown away)."""
+        self.spent += tokens
+        self.probed_tokens += tokens
+        self._next_probe += self.limits.probe_every
+        self._probes = [*self._probes, _first_answer(text, self.phrases.finish)][-self.limits.probe_agree :]
+        stable = len(self._probes) == self.limits.probe_agree and len(set(self._probes)) == 1 and self._probes[0]
+        pays = self._guarded or self.spent + self.count(self._joined(self.phrases.close)) < self.limits.budget
+        return self._stop_thinking(STABLE) if stable and pays and self._kept >= self.limits.minimum else None
+
+    # ----------------------------------------------------------------------------------------------------- thinking
+
+    def _think(self, text: str, entropy: float | None) -> Order | None:
+        if entropy is not None:
+            self._average = entropy if self._average is None else _DECAY * self._average + (1 - _DECAY) * entropy
+        marker = self._find_close(text)
+        if marker is not None:
+            return self._closed(marker)
+        self._boundary.write(text)
+        self._remember_safe_place(text)
+        self._look_for_loop(text)
+        if self.left < 1:
+            return self._stop_thinking(WRAP_UP) if self._guarded else self._done(finished=False)
+        return self._at_sentence_end() if self._boundary.sentence_end and text else self._overdue()
+
+    def _find_close(self, text: str) -> int | None:
+        """Characters of `text` that follow the close marker, where the marker ends in `text`."""
+        close = self.phrases.close
+        seen = self._tail + text
+        at = seen.find(close)
+        self._tail = seen[-(len(close) - 1) :] if len(close) > 1 else ""
+        return None if at < 0 else len(seen) - at - len(close)
+
+    def _closed(self, rest: int) -> Order | None:
+        strike = self._back_over(self._marker_pieces(rest))
+        if self._kept < self.limits.minimum and (order := self._intervene(WAIT, self.phrases.wait, strike)):
+            return order
+        text, tokens = self._pieces[-1]
+        self._pieces[-1] = text[: len(text) - rest], tokens
+        self.phase, self.answer = Phase.ANSWER, text[len(text) - rest :]
+        return self._end_if_due()
+
+    def _marker_pieces(self, rest: int) -> int:
+        """How many of the last pieces hold the close marker, which ends `rest` characters before their end."""
+        pieces, length = 0, 0
+        while length < rest + len(self.phrases.close):
+            pieces += 1
+            length += len(self._pieces[-pieces][0])
+        return pieces
+
+    def _back_over(self, pieces: int) -> int:
+        """What to strike with the last pieces: nothing, for they ended what came before, unless a formula is open."""
+        return max(pieces, len(self._pieces) - self._safe) if self._boundary.open else pieces
+
+    def _ended_thinking(self) -> Order | None:
+        """The model ended its turn without an answer."""
+        strike = self._back_over(1)
+        if self._kept < self.limits.minimum and (order := self._intervene(WAIT, self.phrases.wait, strike)):
+            return order
+        if not self._guarded:
+            return self._done(finished=True)
+        return self._put(CLOSE, self._joined(self.phrases.close, strike), strike, Phase.ANSWER)
+
+    def _remember_safe_place(self, text: str) -> None:
+        # A piece without text is a part of a character: no place to interrupt.
+        if not text:
+            return
+        if self._boundary.safe:
+            self._safe, self._repair = len(self._pieces), ""
+        elif self._boundary.in_fence and not self._boundary.in_line:
+            self._safe, self._repair = len(self._pieces), _FENCE_END
+
+    def _look_for_loop(self, text: str) -> None:
+        self._recent.append(text)
+        if len(self._recent) < self.limits.loop_length:
+            return
+        key = tuple(self._recent)
+        self._met[key] += 1
+        if self._met[key] < self.limits.loop_times or self._due is not None:
+            return
+        if OTHER in self.guide.interventions and self._used < self.limits.cap:
+            if self._cool:
+                self._due = OTHER, self.spent + _PATIENCE
+        elif self._guarded:
+            self._due = WRAP_UP, self.spent + _PATIENCE
+
+    @property
+    def _cool(self) -> bool:
+        return self.spent - self._last >= self.limits.cooldown
+
+    def _at_sentence_end(self) -> Order | None:
+        if self._average is not None:
+            self.sentences.append(self._average)
+        if self._due is not None:
+            return self._do_due()
+        if self._guarded and self.left <= self._limit // 16:
+            return self._stop_thinking(WRAP_UP)
+        above = self.limits.verify_above
+        if above is not None and self._average is not None and self._average > above and self._cool:
+            return self._intervene(VERIFY, self.phrases.verify, 0)
+        return None
+
+    def _overdue(self) -> Order | None:
+        return self._do_due() if self._due is not None and self.spent >= self._due[1] else None
+
+    def _do_due(self) -> Order | None:
+        assert self._due is not None
+        kind, _ = self._due
+        self._due = None
+        if kind == OTHER and (order := self._intervene(OTHER, self.phrases.other, len(self._pieces) - self._safe)):
+            return order
+        return self._stop_thinking(WRAP_UP) if self._guarded else None
+
+    # ------------------------------------------------------------------------------------------------- interventions
+
+    def _intervene(self, kind: str, text: str, strike: int) -> Order | None:
+        """An intervention, where it is on, not used up, and the thinking's share of the budget pays for it."""
+        if kind not in self.guide.interventions or self._used >= self.limits.cap:
+            return None
+        joined = self._joined(text + "\n", strike)
+        if self.spent + self.count(joined) >= self._limit:
+            return None
+        self._used += 1
+        return self._put(kind, joined, strike, Phase.THINK)
+
+    def _stop_thinking(self, kind: str) -> Order:
+        strike = len(self._pieces) - self._safe
+        words = "" if kind == STABLE else f"{self.phrases.wrap_up}\n"
+        return self._put(kind, self._joined(words + self.phrases.close, strike), strike, Phase.ANSWER)
+
+    def _put(self, kind: str, text: str, strike: int, phase: Phase) -> Order:
+        struck = self._pieces[len(self._pieces) - strike :]
+        del self._pieces[len(self._pieces) - strike :]
+        cost = self.count(text)
+        self.events.append(Event(kind, len(self.thinking), "".join(piece for piece, _ in struck)))
+        self._pieces.append((text, cost))
+        self._kept += cost - sum(tokens for _, tokens in struck)
+        self.spent += cost
+        self._last, self.phase = self.spent, phase
+        self._forget()
+        return Order(kind, strike, text)
+
+    def _forget(self) -> None:
+        """After a text was put in, what came before it says nothing about what follows."""
+        self._boundary.restart(self._pieces[-1][0])
+        self._safe, self._repair, self._tail, self._due = len(self._pieces), "", "", None
+        self._recent.clear()
+        self._met.clear()
+
+    def _joined(self, text: str, strike: int | None = None) -> str:
+        """`text` as it follows the last safe place: an open code fence closed, in a paragraph of its own."""
+        strike = len(self._pieces) - self._safe if strike is None else strike
+        kept = len(self._pieces) - strike
+        repair = self._repair if kept == self._safe else ""
+        before = repair or next((piece for piece, _ in reversed(self._pieces[:kept]) if piece), "\n")
+        return repair + ("" if before.endswith("\n") else "\n\n") + text
+
+    def _wrap_cost(self) -> int:
+        words = f"{self.phrases.wrap_up}\n{self.phrases.close}"
+        return max(self.count(before + words) for before in ("", "\n\n", _FENCE_END))
+
+    # ------------------------------------------------------------------------------------------------------- answer
+
+    def _answer(self, text: str, ended: bool) -> Order | None:
+        if ended:
+            return self._done(finished=True)
+        self.answer += text
+        if self.phrases.finish and self._guarded and self.phrases.finish in self.answer:
+            self.finished = True
+            return self._finish("")
+        return self._end_if_due()
+
+    def _end_if_due(self) -> Order | None:
+        if self.left >= 1:
+            return None
+        return self._finish(self.phrases.finish) if self._guarded else self._done(finished=False)
+
+    def _finish(self, text: str) -> Order:
+        self.answer += text
+        self.spent += self.end_cost + (self.count(text) if text else 0)
+        self.phase = Phase.DONE
+        return Order("end", 0, text, end=True)
+
+    def _done(self, finished: bool) -> Order | None:
+        self.finished, self.phase = finished, Phase.DONE
+        return None
+
+
+def _first_answer(text: str, finish: str) -> str:
+    """What a probe was told: up to the end of the answer, or of its first line."""
+    if finish:
+        text = text.partition(finish)[0]
+    return text.strip().partition("\n")[0].strip()

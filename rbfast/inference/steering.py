@@ -1,0 +1,165 @@
+"""A batch under guidance: each row forced, struck, probed and ended by the state of its own completion."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from rbfast.inference.decoding import CachedBatch, Steering, continuation
+from rbfast.inference.tokens import TokenState
+from rbfast.inference.vote import decided
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws tokens; a draw depends on the row's name, which holds the seed, and its step alone, never on the batch."""
+
+    temperature: float
+    top_p: float
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"temperature must be above 0 and top_p in (0, 1], got {self.temperature}, {self.top_p}")
+
+    def draw(self, scores: torch.Tensor, names: Sequence[str], steps: Sequence[int]) -> torch.Tensor:
+        """A token [rows] for each row of `scores` [rows, V]."""
+        chances, tokens = torch.softmax(scores.double() / self.temperature, dim=-1).sort(descending=True, stable=True)
+        mass = chances.cumsum(-1)
+        # The smallest set of tokens whose mass reaches top_p; the first is always in it.
+        chances[(mass - chances) >= self.top_p] = 0.0
+        mass = chances.cumsum(-1)
+        draws = [self._uniform(f"{name}:{step}") for name, step in zip(names, steps, strict=True)]
+        wanted = torch.tensor(draws, dtype=mass.dtype, device=mass.device)[:, None] * mass[:, -1:]
+        drawn = torch.searchsorted(mass, wanted, right=True).clamp(max=mass.shape[1] - 1)
+        return tokens.gather(1, drawn)[:, 0]
+
+    @staticmethod
+    def _uniform(name: str) -> float:
+        return (int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 11) / 2**53
+
+
+@dataclass
+class SampleGroup:
+    """The samples of one prompt: those that can no longer change the majority are abandoned."""
+
+    running: list[TokenState]
+    answers: list[str | None] = field(default_factory=list)
+
+    def take_answer(self, sample: TokenState) -> None:
+        """Takes the vote of a sample that has just ended."""
+        self.running.remove(sample)
+        self.answers.append(sample.key)
+        if self.running and decided(self.answers, len(self.running)):
+            for other in self.running:
+                other.abandoned = True
+
+
+class GuidedSteering(Steering):
+    """Steers each row of a batch by its own `TokenState`.
+
+    Args:
+        names: of the rows, for the sampler.
+        groups: of each row, the samples that it votes with; None for a row that runs to its end whatever others say.
+        measures_entropy: whether the states need to know how sure the model was of each token.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        settings: dict[str, Any],
+        states: Sequence[TokenState],
+        *,
+        names: Sequence[str],
+        groups: Sequence[SampleGroup | None],
+        sampler: Sampler | None = None,
+        measures_entropy: bool = False,
+    ):
+        super().__init__(len(states), settings["eos_token_id"], model.device)
+        self.model, self.settings = model, settings
+        self.states, self.names, self.groups = list(states), list(names), list(groups)
+        self.sampler, self.measures_entropy = sampler, measures_entropy
+        self.entropies: list[float | None] = [None] * len(states)
+        self.struck = [0] * len(states)
+        self.ended = torch.tensor([state.done for state in states], device=model.device)
+
+    def processors(self) -> LogitsProcessorList:
+        return LogitsProcessorList([_Choose(self)])
+
+    def choose(self, scores: torch.Tensor) -> torch.Tensor:
+        """The logits [rows, V] with every token that is not the model's own greedy choice made the only one."""
+        if self.measures_entropy:
+            self.entropies = list(entropy(scores).tolist())
+        forced = {i: state.queue[0] for i, state in enumerate(self.states) if state.queue}
+        if self.sampler is not None:
+            drawn = self.sampler.draw(scores, self.names, [state.written for state in self.states]).tolist()
+            forced = dict(enumerate(drawn)) | forced
+        for i, token in forced.items():
+            scores[i] = -math.inf
+            scores[i, token] = 0.0
+        return scores
+
+    def see(self, tokens: torch.Tensor) -> None:
+        for i, (state, token) in enumerate(zip(self.states, tokens.tolist(), strict=True)):
+            if state.done:
+                continue
+            self.struck[i] = state.feed(token, self.entropies[i])
+            group = self.groups[i]
+            if state.done and group is not None:
+                group.take_answer(state)
+        self.ended = torch.tensor([state.done for state in self.states], device=tokens.device)
+
+    def pausing(self) -> bool:
+        return any(self.struck) or any(state.wants_probe for state in self.states) or super().pausing()
+
+    def paused(self, batch: CachedBatch, new: torch.Tensor) -> None:
+        self._strike(batch)
+        asking = [i for i, state in enumerate(self.states) if state.wants_probe]
+        if asking:
+            self._probe(batch, asking)
+            self._strike(batch)
+
+    def _strike(self, batch: CachedBatch) -> None:
+        """The last tokens of the rows that say so are no longer attended to."""
+        for i, count in enumerate(self.struck):
+            if count:
+                batch.mask[i, -count:] = 0
+                # Any token that is no padding: `generate` warns of rows that end in padding.
+                batch.ids[i, -count:] = self.states[i].queue[0]
+        self.struck = [0] * len(self.states)
+
+    def _probe(self, batch: CachedBatch, asking: list[int]) -> None:
+        vocabulary = self.states[0].vocabulary
+        texts = [vocabulary.encode(self.states[i].state.probe_text) for i in asking]
+        limit = self.states[0].state.limits.probe_tokens
+        written = continuation(self.model, batch, asking, texts, self.settings, limit)
+        for i, put, ids in zip(asking, texts, written, strict=True):
+            text = str(vocabulary.tokenizer.decode(ids, skip_special_tokens=True))
+            self.struck[i] = self.states[i].probed(text, len(put) + len(ids))
+
+    def keep(self, rows: torch.Tensor) -> None:
+        super().keep(rows)
+        kept = set(rows.tolist())
+        for name in ("states", "names", "groups", "entropies", "struck"):
+            setattr(self, name, [item for i, item in enumerate(getattr(self, name)) if i in kept])
+
+
+class _Choose(LogitsProcessor):
+    def __init__(self, steering: GuidedSteering):
+        self.steering = steering
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:  # type: ignore[override]
+        return self.steering.choose(scores)
+
+
+def entropy(scores: torch.Tensor) -> torch.Tensor:
+    """Nats [rows] of the distributions whose logits are `scores` [rows, V]; a logit may be -inf."""
+    normalizer = torch.logsumexp(scores, dim=-1, keepdim=True)
+    chances = (scores - normalizer).exp_()
+    # 0 * -inf would be no number
+    return normalizer[:, 0] - torch.linalg.vecdot(chances, scores.clamp(min=torch.finfo(scores.dtype).min))

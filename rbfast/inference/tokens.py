@@ -1,0 +1,140 @@
+"""A guided completion token by token: a tokenizer as a guide needs it, and the state of a completion over token ids."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase
+
+from rbfast.data.chat_template import end_of_turn
+from rbfast.grading.grade import answer_key
+from rbfast.inference.guide import Guide, Phrases
+from rbfast.inference.solver import Solution
+from rbfast.inference.state import GuideState, Order, Phase
+
+THINK_CLOSE = "</think>"
+
+
+def phrases_for(tokenizer: PreTrainedTokenizerBase) -> Phrases:
+    """The markers that suit a tokenizer: `</think>` if it knows it, else those of a plain chain of thought.
+
+    A plain chain of thought ends where its answer begins, at `<answer>`, as `format_prompt` asks for.
+    """
+    thinks = THINK_CLOSE in tokenizer.get_vocab() or THINK_CLOSE in str(tokenizer.chat_template or "")
+    if thinks:
+        return Phrases(close=THINK_CLOSE, finish="</answer>", probe="\n\n<answer>")
+    return Phrases(close="<answer>", finish="</answer>")
+
+
+class Vocabulary:
+    """A tokenizer as a guide needs it: texts to tokens, tokens to pieces of text, ends of turn.
+
+    Raises:
+        ValueError: the tokenizer is not a fast one, or a marker of the guide cannot be written in its vocabulary.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, guide: Guide, stops: Sequence[int]):
+        if not tokenizer.is_fast:
+            raise ValueError(f"guidance needs a fast tokenizer, got {type(tokenizer).__name__}")
+        self.tokenizer = tokenizer
+        self.stops = frozenset(stops)
+        self.end = end_of_turn(tokenizer)
+        self._encoded: dict[str, list[int]] = {}
+        for name, text in asdict(guide.phrases).items():
+            self._check(name, text)
+
+    def _check(self, name: str, text: str) -> None:
+        ids = self.encode(text)
+        back = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if self.stops.intersection(ids) or text.strip() not in back:
+            raise ValueError(
+                f"{name} must be a text that the tokenizer can write, got {text!r}, which comes back as {back!r}: "
+                "choose a marker that its vocabulary can spell"
+            )
+
+    def encode(self, text: str) -> list[int]:
+        if text not in self._encoded:
+            self._encoded[text] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return self._encoded[text]
+
+    def count(self, text: str) -> int:
+        return len(self.encode(text))
+
+
+class TokenState:
+    """A guided completion over token ids: THINK -> FORCE(queue) -> ANSWER, a fold over the tokens it was fed.
+
+    Attributes:
+        queue: tokens to write before the model may choose again.
+        ids: the tokens that are left, without what was struck.
+        written: tokens fed, the struck ones included.
+    """
+
+    def __init__(self, guide: Guide, vocabulary: Vocabulary, listen: Callable[[str, str], None] | None = None):
+        self.vocabulary = vocabulary
+        self.state = GuideState(guide, vocabulary.count)
+        self.queue: deque[int] = deque()
+        self.ids: list[int] = []
+        self.written = 0
+        self.abandoned = False
+        self._listen = listen
+        self._stream = DecodeStream(skip_special_tokens=False)
+        self._obey(self.state.start())
+
+    @property
+    def done(self) -> bool:
+        return self.abandoned or (self.state.phase is Phase.DONE and not self.queue)
+
+    @property
+    def wants_probe(self) -> bool:
+        return not self.queue and not self.done and self.state.wants_probe
+
+    @property
+    def key(self) -> str | None:
+        """Its answer, as a vote counts it."""
+        return answer_key(self.state.thinking + self.state.answer)
+
+    def feed(self, token: int, entropy: float | None = None) -> int:
+        """Takes the next token, which must be the queue's where there is one; returns how many tokens are struck."""
+        self.written += 1
+        self.ids.append(token)
+        if self.queue:
+            if token != self.queue.popleft():
+                raise ValueError(f"expected a token that was to be put in, got {token}: it was fed out of turn")
+            return 0
+        phase, ended = self.state.phase, token in self.vocabulary.stops
+        piece = "" if ended else self._stream.step(self.vocabulary.tokenizer.backend_tokenizer, token) or ""  # type: ignore[attr-defined]
+        order = self.state.write(piece, 1, entropy, ended)
+        if self._listen and piece:
+            self._listen(phase.value, piece)
+        return self._obey(order)
+
+    def probed(self, text: str, tokens: int) -> int:
+        """Takes what was written to a probe; returns how many tokens are struck."""
+        return self._obey(self.state.probed(text, tokens))
+
+    def _obey(self, order: Order | None) -> int:
+        if order is None:
+            return 0
+        if order.strike:
+            del self.ids[-order.strike :]
+        self.queue.extend(self.vocabulary.encode(order.text) if order.text else [])
+        if order.end:
+            self.queue.append(self.vocabulary.end)
+        self._stream = DecodeStream(skip_special_tokens=False)
+        if self._listen and order.text:
+            self._listen(order.kind, order.text)
+        return order.strike
+
+    def solution(self) -> Solution:
+        found = Solution.of(self.state)
+        return replace(
+            found,
+            text=str(self.vocabulary.tokenizer.decode(self.ids, skip_special_tokens=True)),
+            ids=tuple(self.ids),
+            tokens=found.tokens if not self.abandoned else self.written + found.probe_tokens,
+            abandoned=self.abandoned,
+        )

@@ -1,0 +1,244 @@
+"""Log-probs of a served teacher: of traces that exist, if it scores prompts, or of the replies that became traces.
+
+```python
+with SignalStore(folder, teacher="my-teacher", k=32, vocabulary=len(tokenizer)) as store:
+    refused = score_on_server(server, traces, tokenizer, store)     # vLLM's prompt_logprobs, or echo with logprobs
+    reason = keep_reply(trace, reply, tokenizer, store)         # that came with the reply when it was asked
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from rbfast.data.chat_template import INSTRUCTION, format_prompt
+from rbfast.data.signal_store import SignalStore
+from rbfast.data.trace import Trace
+from rbfast.teacher.align import Piece, align, byte_spans, ids_by_bytes, token_bytes
+from rbfast.teacher.client import Server, ServerError
+from rbfast.teacher.logprobs import _NOTHING_SHARED, Progress, TokenizersDiffer, _Task, _tasks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Dialect = Literal["vllm", "echo"]
+DIALECTS = ("vllm", "echo")
+
+
+def score_on_server(
+    server: Server,
+    traces: Sequence[Trace],
+    tokenizer: PreTrainedTokenizerBase,
+    store: SignalStore,
+    *,
+    dialect: Dialect = "vllm",
+    align: bool = False,
+    max_tokens: int = 4096,
+    concurrency: int = 8,
+    progress: Progress | None = None,
+) -> list[tuple[Trace, str]]:
+    """Adds the top k of every trace that `store` lacks, as `server` reads it as a prompt.
+
+    Args:
+        dialect: "vllm" asks for `prompt_logprobs`; "echo" for the prompt back with `logprobs`, as OpenAI's completions.
+        align: the server's tokenizer may differ from the student's. It is then shown plain text, without the student's
+            chat template; else the student's own token ids (vllm) or its prompt (echo).
+
+    Returns:
+        the traces that got none, with the reason.
+
+    Raises:
+        TokenizersDiffer: the server reads other tokens than the student and `align` is False.
+        ServerError: no answer after all retries, or one without log-probs.
+    """
+    if dialect not in DIALECTS:
+        raise ValueError(f"dialect must be one of {', '.join(DIALECTS)}, got {dialect!r}")
+    reader = _Reader(server, tokenizer, store.k, dialect, align)
+    tasks, refused = _tasks(traces, tokenizer, store, max_tokens)
+    queue = iter(tasks)
+    with ThreadPoolExecutor(concurrency) as pool:
+        done = 0
+        while batch := list(islice(queue, 4 * concurrency)):
+            for task, found in zip(batch, pool.map(reader.read, batch), strict=True):
+                done += 1
+                if isinstance(found, str):
+                    refused.append((task.trace, f"{task.name}: {found}"))
+                else:
+                    store.add(task.example, *found)
+                if progress:
+                    progress(done, len(tasks))
+            store.flush()  # what was paid for is kept
+    return refused
+
+
+class _Reader:
+    """Asks for the log-probs of one trace, and finds the student's tokens in the reply."""
+
+    def __init__(
+        self, server: Server, tokenizer: PreTrainedTokenizerBase, k: int, dialect: Dialect, align: bool
+    ) -> None:
+        self.server, self.tokenizer, self.k, self.dialect, self.align = server, tokenizer, k, dialect, align
+        self.tokens = token_bytes(tokenizer)
+        self.ids = ids_by_bytes(self.tokens)
+
+    def read(self, task: _Task) -> tuple[np.ndarray, np.ndarray, np.ndarray] | str:
+        """rows, ids, logprobs for `SignalStore.add`; or why there are none."""
+        if self.dialect == "vllm" and not self.align:
+            return _table(self._by_ids(task), self.k)
+        try:
+            found = self._by_text(task)
+        except TokenizersDiffer:
+            raise
+        except ValueError as error:
+            return str(error)
+        return _table(found, self.k) if found else _NOTHING_SHARED
+
+    def _by_ids(self, task: _Task) -> list[tuple[int, list[int], list[float]]]:
+        """The server is given the student's ids; what it calls them shows whether they are its own."""
+        ids = task.example.input_ids.tolist()
+        choice = self._ask({"prompt": ids, "prompt_logprobs": self.k, "add_special_tokens": False})
+        tops = choice["prompt_logprobs"]
+        if len(tops) != len(ids):
+            raise TokenizersDiffer(f"{task.name}: {len(ids)} tokens were sent, log-probs of {len(tops)} came")
+        found = []
+        for row in range(task.first, len(ids) - 1):
+            number, top = ids[row + 1], tops[row + 1]
+            self._check_same(task, number, (top.get(str(number)) or {}).get("decoded_token"))
+            known = [(int(n), entry["logprob"]) for n, entry in top.items() if int(n) < len(self.tokens)]
+            found.append((row, [n for n, _ in known], [value for _, value in known]))
+        return found
+
+    def _check_same(self, task: _Task, number: int, theirs: str | None) -> None:
+        written = self.tokens[number]
+        if theirs is None or not theirs or "\ufffd" in theirs or written is None:
+            return  # part of a character, or a special token: it has no text to compare
+        if theirs.strip() != written.decode("utf-8", "replace").strip():  # some decode without the opening blank
+            raise TokenizersDiffer(
+                f"{task.name}: token {number} is {theirs!r} to the server and {written!r} to the student: the "
+                "tokenizers differ; with align=True (--align) the tokens that both cut alike get theirs"
+            )
+
+    def _by_text(self, task: _Task) -> list[tuple[int, list[int], list[float]]]:
+        opening = (
+            f"{task.trace.problem}\n\n{INSTRUCTION}\n\n"
+            if self.align
+            else format_prompt(task.trace.problem, self.tokenizer)
+        )
+        text = task.trace.completion().encode()
+        pieces = self._pieces(opening + task.trace.completion())
+        shift = len(opening.encode())
+        spelled = byte_spans([piece.written for piece in pieces], opening.encode() + text)
+        theirs = [(start - shift, end - shift) for start, end in spelled]
+        student = byte_spans([self.tokens[number] for number in task.written], text)
+        rows = align(student, theirs, pieces, self.ids)
+        if not self.align and len(rows) < len(student):
+            raise TokenizersDiffer(
+                f"{task.name}: the server cuts the text into other tokens than the student and shares {len(rows)} "
+                f"of {len(student)}; with align=True (--align) those get theirs"
+            )
+        return [(task.first + row.token, row.ids, row.logprobs) for row in rows]
+
+    def _pieces(self, text: str) -> list[Piece]:
+        """The tokens of `text` as the server cuts it; the first one's candidates, and often its text, are not said."""
+        if self.dialect == "vllm":
+            choice = self._ask({"prompt": text, "prompt_logprobs": self.k, "return_token_ids": True})
+            pieces = list(_vllm_pieces(choice))
+        else:
+            choice = self._ask({"prompt": text, "echo": True, "logprobs": self.k})
+            pieces = list(_echo_pieces(choice["logprobs"]))[: choice["prompt_tokens"]]
+        rest = sum(len(piece.written) for piece in pieces[1:])
+        data = text.encode()
+        return [Piece(data[: max(0, len(data) - rest)], []), *pieces[1:]]
+
+    def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
+        wanted = "prompt_logprobs" if self.dialect == "vllm" else "logprobs"
+        reply = self.server.ask("/completions", {"max_tokens": 1} | body)
+        choice = (reply.get("choices") or [{}])[0]
+        # vLLM puts them beside the choice, or above it.
+        found = choice.get(wanted) or reply.get(wanted)
+        if not found:
+            raise ServerError(
+                f"{self.server.url} sends no {wanted}: it does not score prompts this way; dialects: "
+                f"{', '.join(DIALECTS)}"
+            )
+        # One token is generated, because some servers refuse to generate none.
+        counted = (reply.get("usage") or {}).get("prompt_tokens", -1)
+        return choice | {wanted: found, "prompt_tokens": counted}
+
+
+def _vllm_pieces(choice: dict[str, Any]) -> Iterator[Piece]:
+    numbers = choice.get("prompt_token_ids") or [None] * len(choice["prompt_logprobs"])
+    for number, top in zip(numbers, choice["prompt_logprobs"], strict=True):
+        # The first token has no candidates; of the others, the one that was written comes first.
+        if top is None:
+            yield Piece(b"", [])
+            continue
+        written = top[str(number)] if number is not None else next(iter(top.values()))
+        yield Piece(
+            str(written["decoded_token"]).encode(),
+            [(str(entry["decoded_token"]).encode(), entry["logprob"]) for entry in top.values()],
+        )
+
+
+def _echo_pieces(said: dict[str, Any]) -> Iterator[Piece]:
+    for token, top in zip(said["tokens"], said["top_logprobs"], strict=True):
+        yield Piece(token.encode(), [(other.encode(), value) for other, value in (top or {}).items()])
+
+
+def _table(found: Sequence[tuple[int, list[int], list[float]]], k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """rows [n], ids and logprobs [n, k]: the best k of each row, for servers list the written token besides them."""
+    rows = np.array([row for row, _, _ in found])
+    table = np.zeros((len(found), k), dtype=np.int64), np.full((len(found), k), -np.inf)
+    for i, (_, ids, values) in enumerate(found):
+        best = np.argsort(-np.array(values), kind="stable")[:k]
+        table[0][i, : len(best)], table[1][i, : len(best)] = np.array(ids)[best], np.array(values)[best]
+    return rows, *table
+
+
+def keep_reply(
+    trace: Trace, reply: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, store: SignalStore
+) -> str | None:
+    """Adds what a reply of `teach` says of its own tokens to `store`, as far as the trace repeats its text.
+
+    Returns:
+        why there is nothing to add, else None.
+    """
+    tasks, refused = _tasks([trace], tokenizer, store, max_tokens=2**31)
+    if not tasks:
+        return refused[0][1] if refused else None
+    [task], tokens = tasks, token_bytes(tokenizer)
+    pieces = [Piece(_raw(token), [(_raw(other), value) for other, value in top]) for token, top in reply["logprobs"]]
+    text, completion = reply["text"].encode(), trace.completion().encode()
+    start = text.find(trace.reasoning.encode())
+    if start < 0 or not pieces:
+        return "the reply has no log-probs of the reasoning"
+    # The trace is the reply from here on, until the answer is written another way.
+    opening = completion.index(trace.reasoning.encode(), len((trace.plan or "").encode()))
+    shared = _shared_length(text[start:], completion[opening:])
+    try:
+        theirs = [(a - start + opening, b - start + opening) for a, b in byte_spans([p.written for p in pieces], text)]
+        ours = byte_spans([tokens[number] for number in task.written], completion)
+    except ValueError as error:
+        return str(error)
+    rows = [
+        (task.first + row.token, row.ids, row.logprobs)
+        for row in align(ours, theirs, pieces, ids_by_bytes(tokens))
+        if opening <= ours[row.token][0] and ours[row.token][1] <= opening + shared
+    ]
+    if not rows:
+        return _NOTHING_SHARED
+    store.add(task.example, *_table(rows, store.k))
+    return None
+
+
+def _shared_length(a: bytes, b: bytes) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _raw(letters: str) -> bytes:
+    return letters.encode("latin-1")

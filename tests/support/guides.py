@@ -1,0 +1,13 @@
+"""Guides from flat options, as the tests spell them."""
+
+from dataclasses import fields
+from typing import Any
+
+from rbfast.inference.guide import Guide, Limits, Phrases
+
+
+def make_guide(**options: Any) -> Guide:
+    """A guide whose limits, phrases and interventions are all given by name."""
+    limits = {field.name: options.pop(field.name) for field in fields(Limits) if field.name in options}
+    phrases = {field.name: options.pop(field.name) for field in fields(Phrases) if field.name in options}
+    return Guide(Limits(**limits), Phrases(**phrases), **options)

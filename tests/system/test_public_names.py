@@ -1,0 +1,50 @@
+"""What `from rbfast import ...` offers, and that each name has one home."""
+
+import subprocess
+import sys
+
+import pytest
+
+import rbfast
+
+PUBLIC = [
+    "CurateConfig",
+    "Dense",
+    "DistillConfig",
+    "DistillLoss",
+    "DistillTrainer",
+    "Guide",
+    "Limits",
+    "LocalSolver",
+    "Objective",
+    "Phrases",
+    "Sampling",
+    "ServerSolver",
+    "SparseAdapter",
+    "TopK",
+    "Trace",
+    "calibrate",
+    "curate",
+    "distill",
+    "evaluating",
+    "guided",
+    "load_student",
+    "read_traces",
+    "write_traces",
+]
+
+
+def test_these_are_the_public_names():
+    assert dir(rbfast) == rbfast.__all__ == PUBLIC
+    with pytest.raises(AttributeError, match="no attribute 'distil'"):
+        _ = rbfast.distil
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_name_is_defined_where_it_is_said_to_be(name):
+    assert getattr(rbfast, name).__module__ == f"rbfast.{rbfast._HOMES[name]}"
+
+
+def test_the_loss_alone_imports_no_trainer():
+    code = "import sys; from rbfast import DistillLoss; assert 'rbfast.training.trainer' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
