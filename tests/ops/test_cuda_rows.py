@@ -14,7 +14,7 @@ from rbfast.ops import reference
 KINDS = ("text", "dense", "top-k")
 
 
-@pytest.fixture(params=(*HOSTS, "cuda"))
+@pytest.fixture(params=("hopper", "ampere", "starved", "cuda"))
 def gpu(request: pytest.FixtureRequest) -> Gpu:
     return real() if request.param == "cuda" else host(request.param)
 

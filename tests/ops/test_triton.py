@@ -24,7 +24,7 @@ from test_divergence_rows import make as make_rows
 
 from rbfast import ops
 from rbfast.kernels import columns, divergence_rows
-from rbfast.ops import reference
+from rbfast.ops import reference, registry
 
 pytestmark = pytest.mark.slow
 
@@ -85,7 +85,7 @@ def test_a_gpu_build_of_torch_gets_triton_and_the_rest_the_reference() -> None:
 
 def test_tensors_on_two_devices_are_refused():
     with pytest.raises(ValueError, match="column_gather: all tensors must be on one device, got cpu and meta"):
-        ops._triton_op("column_gather")(torch.ones(2, 3), torch.zeros(1, dtype=torch.int64, device="meta"))
+        registry._triton_op("column_gather")(torch.ones(2, 3), torch.zeros(1, dtype=torch.int64, device="meta"))
 
 
 # ---- the adapter's ops ----
