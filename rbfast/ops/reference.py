@@ -30,9 +30,7 @@ def column_linear_(y: Tensor, xs: Tensor, A: Tensor, B: Tensor, scale: float) ->
     y.copy_(wide(y) + scale * (wide(xs) @ wide(A).T) @ wide(B).T)
 
 
-def column_scatter_(
-    dx: Tensor, dy: Tensor, cols: Tensor, A: Tensor, B: Tensor, scale: float, run: int = 1
-) -> None:
+def column_scatter_(dx: Tensor, dy: Tensor, cols: Tensor, A: Tensor, B: Tensor, scale: float, run: int = 1) -> None:
     """The delta's part of the input gradient: dx[:, cols] += scale * (dy B) A, with dx [T, in] and dy [T, out]."""
     delta = scale * (wide(dy) @ wide(B)) @ wide(A)
     dx[:, cols] = (wide(dx[:, cols]) + delta).to(dx.dtype)

@@ -26,7 +26,7 @@ SHAPES = (
     (20, 80, 70, 33, 40),
 )
 # What column_grad may be off by, in shares of the sum of its terms' sizes: its fp32 operands are cut into two pieces of
-# bf16 beside activations of 16 bits, which leaves 2^-18 of each, and what the small pieces of fp16 would add is left out.
+# bf16 beside activations of 16 bits, which leaves 2^-18 of each. What the small pieces of fp16 would add is left out.
 PIECES = 2.0**-16
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_devices import HOSTS, Gpu, host, real
+from cuda_devices import Gpu, host, real
 from test_divergence_rows import BETAS, EPS32, ROUNDINGS, Rows, make
 from torch import Tensor
 
