@@ -60,6 +60,12 @@ inline void expect_delta(const char* op, const Tensor& A, const Tensor& B, int64
   expect_matrix(op, "B", B, out, A.size(0));
 }
 
+// The columns of a support come in aligned runs of `run`.
+inline void expect_run(const char* op, int64_t s, int64_t run) {
+  expect(run >= 1 && run <= 16 && (run & (run - 1)) == 0, op, ": run must be 1, 2, 4, 8 or 16, got ", run);
+  expect(s % run == 0, op, ": run must divide the number of columns, ", s, ", got ", run);
+}
+
 // A write to an expanded tensor would let threads race for the same element.
 inline void expect_writable(const char* op, const char* name, const Tensor& x) {
   for (int64_t d = 0; d < x.dim(); ++d) {

@@ -1,16 +1,17 @@
-"""The adapter's ops in Triton: same names, arguments and results as in rbfast/reference.py.
+"""The adapter's ops in Triton: same names, arguments and results as in rbfast/ops/reference.py.
 
 Maths: with H = scale * xs A^T the gradients of y += H B^T are dB = dy^T H, dH = scale * dy B and dA = dH^T xs.
 
 Traffic of column_grad, for dy [T, out] in bf16: dy is read once, 2 T out bytes. A program owns one block of features
 and one group of tokens; it keeps its part of dB in registers and writes its part of dH. Parts are written once and read
 once: 8 T k bytes for every 256 features and 8 out k for every group. So little else moves while k is below 30 or so.
-FLOPs: 4 T k (out + s), three times that on the tensor cores. column_gather moves 4 T s bytes (more where columns lie in
-separate sectors); column_linear_ and column_scatter_ read and write what they change once, after one read of xs or dy.
+FLOPs: 4 T k (out + s), three times that on the tensor cores. column_gather moves 4 T s bytes (more where single columns
+lie in separate sectors); column_linear_ and column_scatter_ read and write what they change once, after one read of xs
+or dy.
 
-Precision: sums are in fp32, and no product is rounded to less. A bf16 or fp16 operand is exact on the tensor cores; its
-fp32 partner is cut into three pieces of 8 bits, which are exact there too. Order: the split of a sum follows from the
-shapes alone and parts are added in order, so equal inputs give equal bits; no atomics.
+Precision: sums are in fp32, and no product is rounded to less. Tensor cores multiply pieces of 8 bits, which bf16 holds
+exactly: an fp32 factor is cut into three of them, an fp16 operand into two, a bf16 operand is one. Order: the split of a
+sum follows from the shapes alone and parts are added in order, so equal inputs give equal bits; no atomics.
 
 Column indices are not checked against the matrix on a GPU: that would wait for the device. rbfast.columns checks them.
 """
@@ -22,7 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TF32 = tl.constexpr("ieee" if torch.version.hip else "tf32")  # AMD has no tf32 everywhere; the pieces suit both
+# The interpreter cannot multiply bf16: it gets the same values in fp32.
+PIECE = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
 PROGRAMS = 512  # a sum over tokens is cut into groups until there are about this many programs
 
 
@@ -39,23 +41,38 @@ def _dot(x, w, acc):
         return tl.dot(x, w, acc, input_precision="ieee")
     high = _top_bits(w)
     middle = _top_bits(w - high)
-    low = w - high - middle  # 8 bits are left
-    if x.dtype == tl.bfloat16:
-        acc = tl.dot(x, low.to(tl.bfloat16), acc)
-        acc = tl.dot(x, middle.to(tl.bfloat16), acc)
-        return tl.dot(x, high.to(tl.bfloat16), acc)
-    x = x.to(tl.float32)
-    acc = tl.dot(x, low, acc, input_precision=TF32)
-    acc = tl.dot(x, middle, acc, input_precision=TF32)
-    return tl.dot(x, high, acc, input_precision=TF32)
+    low = (w - high - middle).to(PIECE)  # 8 bits are left
+    high, middle = high.to(PIECE), middle.to(PIECE)
+    if x.dtype == tl.float16:
+        x_high = _top_bits(x.to(tl.float32))
+        x_low = (x.to(tl.float32) - x_high).to(PIECE)  # 3 bits are left
+        acc = _multiply(x_low, low, acc)
+        acc = _multiply(x_low, middle, acc)
+        acc = _multiply(x_low, high, acc)
+        x = x_high
+    acc = _multiply(x.to(PIECE), low, acc)
+    acc = _multiply(x.to(PIECE), middle, acc)
+    return _multiply(x.to(PIECE), high, acc)
 
 
 @triton.jit
-def gather_kernel(x, cols, xs, T, s, x_row, x_col, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
+def _multiply(x, w, acc):
+    """acc + x w of pieces, whose products are exact in fp32."""
+    return tl.dot(x, w, acc, input_precision="ieee")
+
+
+@triton.jit
+def _in_runs(column, RUN: tl.constexpr):
+    """Tells the compiler that columns come in runs, so that it moves the values of one together."""
+    return tl.max_contiguous(tl.multiple_of(column, (1, RUN)), (1, RUN))
+
+
+@triton.jit
+def gather_kernel(x, cols, xs, T, s, x_row, x_col, RUN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     j = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)[None, :]
     mask = (t < T) & (j < s)
-    column = tl.load(cols + j, mask=j < s, other=0)
+    column = _in_runs(tl.load(cols + j, mask=j < s, other=0), RUN)
     tl.store(xs + t * s + j, tl.load(x + t * x_row + column * x_col, mask=mask), mask=mask)
 
 
@@ -123,7 +140,7 @@ def add_parts_kernel(parts, total, count, size, scale, BLOCK: tl.constexpr):
 def update_kernel(
     target, base, cols, left, right, rows, n, k, scale,
     target_row, target_col, base_row, base_col, left_row, left_col, right_row, right_col,
-    HAS_COLS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_COLS: tl.constexpr, RUN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """target[:, cols] = base + (scale * left) right over `rows` rows and n columns, with left [rows, k], right [k, n].
 
@@ -138,7 +155,7 @@ def update_kernel(
     for i in range(k):
         a = scale * tl.load(left + r * left_row + i * left_col, mask=r < rows, other=0.0)
         acc += a * tl.load(right + i * right_row + j * right_col, mask=j < n, other=0.0)
-    column = tl.load(cols + j, mask=j < n, other=0) if HAS_COLS else j
+    column = _in_runs(tl.load(cols + j, mask=j < n, other=0), RUN) if HAS_COLS else j
     if base is None:
         old = tl.load(target + r * target_row + column * target_col, mask=mask)
     else:
@@ -193,7 +210,7 @@ def _contract(x: Tensor, w: Tensor, m: Tensor | None, transposed: bool) -> tuple
     strides = (*x.stride(), *((0, 0) if m is None else m.stride()), *((1, n) if transposed else (k, 1)))
     blocking = (m is not None, block_t, block_n, block_k)
     options: dict[str, Any] = {
-        "num_warps": 8 if block_n * block_k == 4096 else 4,
+        "num_warps": 8 if block_n * block_k == 4096 or x.dtype == torch.float16 else 4,
         "num_stages": 4 if x.dtype == torch.bfloat16 else 2,
     }
     _launch(contract_kernel, grid, x, w, m, sums, parts, T, n, k, group, *strides, *blocking, **options)
@@ -209,7 +226,7 @@ def _add_parts(parts: Tensor, scale: float) -> Tensor:
 
 
 def _update_(
-    target: Tensor, base: Tensor | None, cols: Tensor | None, left: Tensor, right: Tensor, scale: float
+    target: Tensor, base: Tensor | None, cols: Tensor | None, left: Tensor, right: Tensor, scale: float, run: int = 1
 ) -> None:
     """target[:, cols] = base + (scale * left) right, with left [rows, k], right [k, n]; base None: target[:, cols]."""
     rows, n = len(target), right.shape[1]
@@ -218,7 +235,7 @@ def _update_(
     block_r, block_n = 32, 128
     grid = (triton.cdiv(rows, block_r), triton.cdiv(n, block_n))
     sizes = (rows, n, len(right), scale)
-    blocking = (cols is not None, block_r, block_n)
+    blocking = (cols is not None, run, block_r, block_n)
     # Without fused multiply-add the products are rounded, as in the reference.
     _launch(update_kernel, grid, *tensors, *sizes, *strides, *blocking, num_warps=4, enable_fp_fusion=False)
 
@@ -226,13 +243,13 @@ def _update_(
 # ---- ops ----
 
 
-def column_gather(x: Tensor, cols: Tensor) -> Tensor:
+def column_gather(x: Tensor, cols: Tensor, run: int = 1) -> Tensor:
     _expect("column_gather", "x", x, (None, None))
-    _expect_columns("column_gather", cols)
+    _expect_columns("column_gather", cols, run)
     (T, _), s = x.shape, len(cols)
     xs = torch.empty(T, s, dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(T, 16), triton.cdiv(s, 128))
-    _launch(gather_kernel, grid, x, cols.contiguous(), xs, T, s, *x.stride(), 16, 128, num_warps=4)
+    _launch(gather_kernel, grid, x, cols.contiguous(), xs, T, s, *x.stride(), run, 16, 128, num_warps=4)
     return xs
 
 
@@ -257,26 +274,28 @@ def column_linear_(y: Tensor, xs: Tensor, A: Tensor, B: Tensor, scale: float) ->
     _update_(y, None, None, _project(xs, A.T, scale), B.T, 1.0)
 
 
-def column_scatter_(dx: Tensor, dy: Tensor, cols: Tensor, A: Tensor, B: Tensor, scale: float) -> None:
+def column_scatter_(dx: Tensor, dy: Tensor, cols: Tensor, A: Tensor, B: Tensor, scale: float, run: int = 1) -> None:
     op = "column_scatter_"
     _expect(op, "dx", dx, (None, None))
     _expect(op, "dy", dy, (len(dx), None))
-    _expect_columns(op, cols)
+    _expect_columns(op, cols, run)
     _expect_delta(op, A, B, len(cols), dy.shape[1])
     _expect_writable(op, "dx", dx)
-    _update_(dx, None, cols.contiguous(), _project(dy, B, scale), A, 1.0)
+    _update_(dx, None, cols.contiguous(), _project(dy, B, scale), A, 1.0, run)
 
 
-def column_fold_(weight: Tensor, base_columns: Tensor, cols: Tensor, A: Tensor, B: Tensor, scale: float) -> None:
+def column_fold_(
+    weight: Tensor, base_columns: Tensor, cols: Tensor, A: Tensor, B: Tensor, scale: float, run: int = 1
+) -> None:
     op = "column_fold_"
     _expect(op, "weight", weight, (None, None))
-    _expect_columns(op, cols)
+    _expect_columns(op, cols, run)
     _expect(op, "base_columns", base_columns, (len(weight), len(cols)))
     if base_columns.dtype != weight.dtype:
         raise ValueError(f"{op}: base_columns must have the dtype of weight, {weight.dtype}, got {base_columns.dtype}")
     _expect_delta(op, A, B, len(cols), len(weight))
     _expect_writable(op, "weight", weight)
-    _update_(weight, base_columns, cols.contiguous(), B, A, scale)
+    _update_(weight, base_columns, cols.contiguous(), B, A, scale, run)
 
 
 # ---- checks: a wrong shape would read memory that is not there ----
@@ -300,9 +319,11 @@ def _expect_delta(op: str, A: Tensor, B: Tensor, s: int, out: int) -> None:
         _expect(op, name, x, shape)
 
 
-def _expect_columns(op: str, cols: Tensor) -> None:
+def _expect_columns(op: str, cols: Tensor, run: int) -> None:
     if cols.dtype != torch.int64 or cols.dim() != 1:
         raise ValueError(f"{op}: cols must be int64 with 1 dimension, got {cols.dtype} with {cols.dim()}")
+    if run not in (1, 2, 4, 8, 16) or len(cols) % run:
+        raise ValueError(f"{op}: run must be 1, 2, 4, 8 or 16 and divide the {len(cols)} columns, got {run}")
 
 
 def _expect_writable(op: str, name: str, x: Tensor) -> None:

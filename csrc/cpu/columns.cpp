@@ -16,22 +16,25 @@ namespace {
 
 // ---- checks ----
 
-// The indices as a dense array, each known to be a column of a matrix of `width` columns.
-Tensor checked_columns(const char* op, const Tensor& cols, int64_t width) {
+// The indices as a dense array, each known to be a column of a matrix of `width` columns, in runs of `run`.
+Tensor checked_columns(const char* op, const Tensor& cols, int64_t width, int64_t run) {
   expect(cols.dim() == 1 && cols.scalar_type() == ScalarType::Long, op, ": cols must be int64 with 1 dimension, got ",
          torch::headeronly::toString(cols.scalar_type()), " with ", cols.dim());
+  expect_run(op, cols.size(0), run);
   const Tensor dense = torch::stable::contiguous(cols);
   const int64_t* index = data<int64_t>(dense);
   for (int64_t j = 0; j < dense.size(0); ++j) {
     expect(index[j] >= 0 && index[j] < width, op, ": cols must lie in [0, ", width, "), got ", index[j],
            " at position ", j);
+    expect(index[j] % run == j % run && index[j] / run == index[j / run * run] / run, op,
+           ": cols must come in aligned runs of ", run, ", got ", index[j], " at position ", j);
   }
   return dense;
 }
 
 // Where each column starts in a row of x, in elements.
-Tensor checked_offsets(const char* op, const Tensor& cols, const Tensor& x) {
-  const Tensor index = checked_columns(op, cols, x.size(1)), offsets = torch::stable::new_empty(cols, {cols.size(0)});
+Tensor checked_offsets(const char* op, const Tensor& cols, const Tensor& x, int64_t run) {
+  const Tensor index = checked_columns(op, cols, x.size(1), run), offsets = torch::stable::new_empty(cols, {cols.size(0)});
   const int64_t* column = data<int64_t>(index);
   const int64_t stride = x.stride(1);
   std::transform(column, column + cols.size(0), mutable_data<int64_t>(offsets), [=](int64_t c) { return c * stride; });
@@ -84,11 +87,11 @@ void project(Isa isa, const Tensor& x, int64_t first, int64_t tokens, int64_t k,
 
 // ---- ops ----
 
-Tensor column_gather(const Tensor& x, const Tensor& cols) {
+Tensor column_gather(const Tensor& x, const Tensor& cols, int64_t run) {
   const char* op = "column_gather";
   expect_matrix(op, "x", x, -1, -1);
   expect(x.size(1) <= INT32_MAX, op, ": x must have fewer than 2^31 columns, got ", x.size(1));
-  const Tensor index = checked_columns(op, cols, x.size(1)), source = dense_rows(x);
+  const Tensor index = checked_columns(op, cols, x.size(1), run), source = dense_rows(x);
   const int64_t s = cols.size(0), ld = source.stride(0);
   const Tensor narrow = torch::stable::new_empty(cols, {s}, ScalarType::Int);
   int32_t* columns = mutable_data<int32_t>(narrow);
@@ -98,7 +101,8 @@ Tensor column_gather(const Tensor& x, const Tensor& cols) {
   for_each_type(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
     parallel_blocks(x.size(0), kBlock, s, [&](int64_t t, int64_t tokens) {
-      RBFAST_CALL(isa, column_gather, data<T>(source) + t * ld, ld, tokens, columns, s, mutable_data<T>(xs) + t * s);
+      RBFAST_CALL(isa, column_gather, data<T>(source) + t * ld, ld, tokens, columns, s, run,
+                  mutable_data<T>(xs) + t * s);
     });
   });
   return xs;
@@ -181,14 +185,16 @@ void column_linear_(Tensor y, const Tensor& xs, const Tensor& A, const Tensor& B
   if (target.mutable_data_ptr() != y.mutable_data_ptr()) torch::stable::copy_(y, target);
 }
 
-void column_scatter_(Tensor dx, const Tensor& dy, const Tensor& cols, const Tensor& A, const Tensor& B, double scale) {
+void column_scatter_(Tensor dx, const Tensor& dy, const Tensor& cols, const Tensor& A, const Tensor& B, double scale,
+                     int64_t run) {
   const char* op = "column_scatter_";
   expect_matrix(op, "dx", dx, -1, -1);
   expect_matrix(op, "dy", dy, dx.size(0), -1);
   expect_delta(op, A, B, cols.numel(), dy.size(1));
   expect_writable(op, "dx", dx);
-  const Tensor offsets = checked_offsets(op, cols, dx);
+  const Tensor offsets = checked_offsets(op, cols, dx, run);
   const int64_t tokens = dx.size(0), s = offsets.size(0), k = A.size(0), row = dx.stride(0);
+  const int64_t together = dx.stride(1) == 1 ? run : 1;
   const Tensor y = dense_rows(dy), a = torch::stable::contiguous(A), bt = transposed(B), hidden = floats(dx, tokens, k);
   const Isa isa = active_isa();
   for_each_type(dx.scalar_type(), [&](auto dx_type) {
@@ -198,14 +204,14 @@ void column_scatter_(Tensor dx, const Tensor& dy, const Tensor& cols, const Tens
         float* dh = mutable_data<float>(hidden) + t * k;
         project<decltype(dy_type)>(isa, y, t, n, k, data<float>(bt), static_cast<float>(scale), dh);
         RBFAST_CALL(isa, column_update, mutable_data<X>(dx) + t * row, row, data<int64_t>(offsets), n, s,
-                    static_cast<const X*>(nullptr), 0, k, dh, data<float>(a));
+                    together, static_cast<const X*>(nullptr), 0, k, dh, data<float>(a));
       });
     });
   });
 }
 
 void column_fold_(Tensor weight, const Tensor& base_columns, const Tensor& cols, const Tensor& A, const Tensor& B,
-                  double scale) {
+                  double scale, int64_t run) {
   const char* op = "column_fold_";
   expect_matrix(op, "weight", weight, -1, -1);
   expect_matrix(op, "base_columns", base_columns, weight.size(0), cols.numel());
@@ -214,15 +220,16 @@ void column_fold_(Tensor weight, const Tensor& base_columns, const Tensor& cols,
          torch::headeronly::toString(base_columns.scalar_type()));
   expect_delta(op, A, B, cols.numel(), weight.size(0));
   expect_writable(op, "weight", weight);
-  const Tensor offsets = checked_offsets(op, cols, weight), base = dense_rows(base_columns);
+  const Tensor offsets = checked_offsets(op, cols, weight, run), base = dense_rows(base_columns);
   const Tensor a = torch::stable::contiguous(A), b = scaled(B, static_cast<float>(scale));
   const int64_t s = offsets.size(0), k = A.size(0), row = weight.stride(0), ld = base.stride(0);
+  const int64_t together = weight.stride(1) == 1 ? run : 1;
   const Isa isa = active_isa();
   for_each_type(weight.scalar_type(), [&](auto type) {
     using T = decltype(type);
     parallel_blocks(weight.size(0), kBlock, s, [&](int64_t o, int64_t n) {
       RBFAST_CALL(isa, column_update, mutable_data<T>(weight) + o * row, row, data<int64_t>(offsets), n, s,
-                  data<T>(base) + o * ld, ld, k, data<float>(b) + o * k, data<float>(a));
+                  together, data<T>(base) + o * ld, ld, k, data<float>(b) + o * k, data<float>(a));
     });
   });
 }

@@ -112,9 +112,13 @@ void sweep(const Sweep<T>& s) {
 }
 
 // target[v] = base[v] + sum_i w[i] m[i, v] for a row of n values; m has row stride ld. The sum runs in order of i from
-// zero, each product rounded before it is added: the same bits on every CPU.
+// zero, each product rounded before it is added: the same bits on every CPU. With k = 0 the base is copied bit by bit.
 template <typename T>
 inline void add_low_rank(const T* base, T* target, int64_t n, const float* w, const float* m, int64_t ld, int64_t k) {
+  if (k == 0) {
+    for (int64_t v = 0; v < n; ++v) target[v] = base[v];
+    return;
+  }
   for_lanes(n, [=](int64_t v, int64_t valid) __attribute__((always_inline)) {
     Lanes total = {};
     for (int64_t i = 0; i < k; ++i) total = total + splat(w[i]) * load_at(m + i * ld, v, valid);
@@ -122,23 +126,44 @@ inline void add_low_rank(const T* base, T* target, int64_t n, const float* w, co
   });
 }
 
+// to[to_at(j)] = from[from_at(j)] for j below s, where both go up by one within a run.
+template <int64_t kRun, typename T, typename To, typename From>
+inline void copy_runs(T* to, const To& to_at, const T* from, const From& from_at, int64_t s) {
+  for (int64_t j = 0; j < s; j += kRun) __builtin_memcpy(to + to_at(j), from + from_at(j), kRun * sizeof(T));
+}
+template <typename T, typename To, typename From>
+inline void copy_columns(T* to, const To& to_at, const T* from, const From& from_at, int64_t s, int64_t run) {
+  switch (run) {
+    case 16:
+      return copy_runs<16>(to, to_at, from, from_at, s);
+    case 8:
+      return copy_runs<8>(to, to_at, from, from_at, s);
+    case 4:
+      return copy_runs<4>(to, to_at, from, from_at, s);
+    case 2:
+      return copy_runs<2>(to, to_at, from, from_at, s);
+    default:
+      return copy_runs<1>(to, to_at, from, from_at, s);
+  }
+}
+
 // What in `target` is at (r, offset[j]) becomes base + w m, where w is [rows, k], m is [k, s], and base is [rows, s]
 // with row stride ld, or what is there already. A tile is worked out on the stack, and written along the smaller
 // stride.
 template <typename T>
-void update_columns(T* target, int64_t row, const int64_t* offset, int64_t rows, int64_t s, const T* base, int64_t ld,
-                    int64_t k, const float* w, const float* m) {
+void update_columns(T* target, int64_t row, const int64_t* offset, int64_t rows, int64_t s, int64_t run, const T* base,
+                    int64_t ld, int64_t k, const float* w, const float* m) {
   constexpr int64_t kTileRows = 32, kTileCols = 256;
+  const auto in_order = [](int64_t j) { return j; };
   for (int64_t first = 0; first < s; first += kTileCols) {
     const int64_t columns = s - first < kTileCols ? s - first : kTileCols;
+    const auto at = [=](int64_t j) { return offset[first + j]; };
     for (int64_t begin = 0; begin < rows; begin += kTileRows) {
       const int64_t end = rows - begin < kTileRows ? rows : begin + kTileRows;
       T tile[kTileRows][kTileCols];
       for (int64_t r = begin; r < end; ++r) {
         T* line = tile[r - begin];
-        if (base == nullptr) {
-          for (int64_t j = 0; j < columns; ++j) line[j] = target[r * row + offset[first + j]];
-        }
+        if (base == nullptr) copy_columns(line, in_order, target + r * row, at, columns, run);
         add_low_rank(base == nullptr ? line : base + r * ld + first, line, columns, w + r * k, m + first, s, k);
       }
       if (row == 1) {
@@ -146,25 +171,24 @@ void update_columns(T* target, int64_t row, const int64_t* offset, int64_t rows,
           for (int64_t r = begin; r < end; ++r) target[r + offset[first + j]] = tile[r - begin][j];
       } else {
         for (int64_t r = begin; r < end; ++r)
-          for (int64_t j = 0; j < columns; ++j) target[r * row + offset[first + j]] = tile[r - begin][j];
+          copy_columns(target + r * row, at, tile[r - begin], in_order, columns, run);
       }
     }
   }
 }
 
 template <typename T>
-void gather(const T* x, int64_t ld, int64_t tokens, const int32_t* cols, int64_t s, T* xs) {
-  for (int64_t t = 0; t < tokens; ++t, x += ld, xs += s) {
-    RBFAST_UNROLL
-    for (int64_t j = 0; j < s; ++j) xs[j] = x[cols[j]];
-  }
+void gather(const T* x, int64_t ld, int64_t tokens, const int32_t* cols, int64_t s, int64_t run, T* xs) {
+  const auto at = [=](int64_t j) { return static_cast<int64_t>(cols[j]); };
+  const auto in_order = [](int64_t j) { return j; };
+  for (int64_t t = 0; t < tokens; ++t, x += ld, xs += s) copy_columns(xs, in_order, x, at, s, run);
 }
 
 }  // namespace
 
 #define RBFAST_DEFINE_COLUMN_KERNELS(T)                                                                           \
-  void column_gather(const T* x, int64_t ld, int64_t tokens, const int32_t* cols, int64_t s, T* xs) {             \
-    gather(x, ld, tokens, cols, s, xs);                                                                           \
+  void column_gather(const T* x, int64_t ld, int64_t tokens, const int32_t* cols, int64_t s, int64_t run, T* xs) { \
+    gather(x, ld, tokens, cols, s, run, xs);                                                                      \
   }                                                                                                               \
   void column_dot(const T* x, int64_t ld, int64_t tokens, int64_t n, int64_t k, const float* m, float* dot) {     \
     sweep<T, true, false>({x, ld, tokens, n, n, k, m, dot, nullptr, nullptr});                                    \
@@ -179,9 +203,9 @@ void gather(const T* x, int64_t ld, int64_t tokens, const int32_t* cols, int64_t
   void column_add(T* y, int64_t ld, int64_t tokens, int64_t n, int64_t k, const float* w, const float* m) {       \
     for (int64_t t = 0; t < tokens; ++t, y += ld, w += k) add_low_rank(y, y, n, w, m, n, k);                      \
   }                                                                                                               \
-  void column_update(T* target, int64_t row, const int64_t* offset, int64_t rows, int64_t s, const T* base,       \
-                     int64_t ld, int64_t k, const float* w, const float* m) {                                     \
-    update_columns(target, row, offset, rows, s, base, ld, k, w, m);                                              \
+  void column_update(T* target, int64_t row, const int64_t* offset, int64_t rows, int64_t s, int64_t run,         \
+                     const T* base, int64_t ld, int64_t k, const float* w, const float* m) {                      \
+    update_columns(target, row, offset, rows, s, run, base, ld, k, w, m);                                         \
   }
 
 RBFAST_DEFINE_COLUMN_KERNELS(F32)

@@ -31,7 +31,7 @@ from rbfast.adapter.adapter_files import AdapterConfig, Delta
 from rbfast.adapter.column_scores import ColumnScores
 from rbfast.adapter.footprint import Footprint
 from rbfast.adapter.placement import DEFAULT_DENSITY, plan
-from rbfast.models.linears import bytes_of, count_parameters, is_transposed, left_out, matrix_view
+from rbfast.models.linears import bytes_of, count_parameters, is_transposed, left_out, matrix_shape, matrix_view
 
 Mode = Literal["auto", "fold", "side"]
 _DELTA = "_rbfast_delta"  # the attribute of a linear that holds its ColumnDelta
@@ -45,16 +45,16 @@ class _SharedGather:
         self._kept: tuple[weakref.ref, int, Tensor] | None = None  # the input, its version, and its columns
         self._left = 0  # members that have yet to ask for them
 
-    def __call__(self, x: Tensor, cols: Tensor, dtype: torch.dtype) -> Tensor:
+    def __call__(self, x: Tensor, cols: Tensor, run: int, dtype: torch.dtype) -> Tensor:
         if self.members == 1 or torch.compiler.is_compiling():  # a compiler merges equal gathers itself
-            return _gather(x, cols, dtype)
+            return _gather(x, cols, run, dtype)
         if (
             self._kept is None
             or self._kept[0]() is not x
             or self._kept[1] != x._version
             or self._kept[2].dtype != dtype
         ):
-            self._kept = weakref.ref(x, self._drop), x._version, _gather(x, cols, dtype)
+            self._kept = weakref.ref(x, self._drop), x._version, _gather(x, cols, run, dtype)
             self._left = self.members
         xs = self._kept[2]
         self._left -= 1
@@ -67,9 +67,9 @@ class _SharedGather:
             self._kept = None
 
 
-def _gather(x: Tensor, cols: Tensor, dtype: torch.dtype) -> Tensor:
+def _gather(x: Tensor, cols: Tensor, run: int, dtype: torch.dtype) -> Tensor:
     x = x.detach()
-    return ops.column_gather(x.reshape(-1, x.shape[-1]), cols).to(dtype)
+    return ops.column_gather(x.reshape(-1, x.shape[-1]), cols, run).to(dtype)
 
 
 class ColumnDelta(nn.Module):
@@ -93,6 +93,9 @@ class ColumnDelta(nn.Module):
         self.register_buffer("cols", delta.cols.to(device, copy=True))
         self.register_buffer("base_columns", None, persistent=False)
         self.scale, self.folds, self.enabled = scale, fold, True
+        shape = matrix_shape(linear)
+        assert shape is not None, "only matrices get a delta"
+        self.run = ops.run_of(delta.cols, shape[1])
         self._versions: tuple[int, int] | None = None
         self._masters = (self.A, self.B)  # read in every forward: nn.Module's own attribute lookup is slow
         self._gather = gather
@@ -123,14 +126,15 @@ class ColumnDelta(nn.Module):
     def fold(self) -> None:
         """Writes W0[:, cols] + scale * B A into the weight."""
         weight, base = self.weight, self.base_columns
-        ops.column_fold_(weight, base.to(weight.dtype), self.cols, self.A, self.B, self.scale)
+        ops.column_fold_(weight, base.to(weight.dtype), self.cols, self.A, self.B, self.scale, self.run)
         self._versions = self.A._version, self.B._version
 
     @torch.no_grad()
     def restore(self) -> None:
         """Writes the original columns back, bitwise."""
         weight = self.weight
-        weight[:, self.cols] = self.base_columns.to(weight.dtype)
+        base, A, B = self.base_columns.to(weight.dtype), self.A[:0], self.B[:, :0]
+        ops.column_fold_(weight, base, self.cols, A, B, self.scale, self.run)
 
     @property
     def attached(self) -> bool:
@@ -159,7 +163,8 @@ class ColumnDelta(nn.Module):
         weight = self.weight
         base = self.base_columns.to(weight.dtype)
         folded = torch.empty_like(base)
-        ops.column_fold_(folded, base, torch.arange(base.shape[1], device=base.device), self.A, self.B, self.scale)
+        every = torch.arange(base.shape[1], device=base.device)
+        ops.column_fold_(folded, base, every, self.A, self.B, self.scale, self.run)
         return folded
 
     @torch.no_grad()
@@ -185,10 +190,10 @@ class ColumnDelta(nn.Module):
         if not self.enabled or (self.folds and not torch.is_grad_enabled()):
             return None
         x = args[0]
-        xs = self._gather(x, self.cols, y.dtype)
+        xs = self._gather(x, self.cols, self.run, y.dtype)
         if self.folds:
             return ops.column_tap(y, xs, self.A, self.B, self.scale)
-        return ops.column_side(y, x, xs, self.cols, self.A, self.B, self.scale)
+        return ops.column_side(y, x, xs, self.cols, self.A, self.B, self.scale, self.run)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(

@@ -22,6 +22,7 @@ from rbfast.ops.registry import (
     head_grad_,
     implementations,
     row_thresholds,
+    run_of,
 )
 
 __all__ = [
@@ -39,4 +40,5 @@ __all__ = [
     "head_grad_",
     "implementations",
     "row_thresholds",
+    "run_of",
 ]

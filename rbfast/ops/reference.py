@@ -9,8 +9,8 @@ from torch import Tensor
 from rbfast.ops.dtypes import wide
 
 
-def column_gather(x: Tensor, cols: Tensor) -> Tensor:
-    """The support's columns of x [T, in], copied: [T, s]."""
+def column_gather(x: Tensor, cols: Tensor, run: int = 1) -> Tensor:
+    """The support's columns of x [T, in], copied: [T, s]. (`run` only helps faster kernels, here and below.)"""
     return x.index_select(1, cols)
 
 
@@ -27,17 +27,23 @@ def column_linear_(y: Tensor, xs: Tensor, A: Tensor, B: Tensor, scale: float) ->
     y.copy_(wide(y) + scale * (wide(xs) @ wide(A).T) @ wide(B).T)
 
 
-def column_scatter_(dx: Tensor, dy: Tensor, cols: Tensor, A: Tensor, B: Tensor, scale: float) -> None:
+def column_scatter_(dx: Tensor, dy: Tensor, cols: Tensor, A: Tensor, B: Tensor, scale: float, run: int = 1) -> None:
     """The delta's part of the input gradient: dx[:, cols] += scale * (dy B) A, with dx [T, in] and dy [T, out]."""
     delta = scale * (wide(dy) @ wide(B)) @ wide(A)
     dx[:, cols] = (wide(dx[:, cols]) + delta).to(dx.dtype)
 
 
-def column_fold_(weight: Tensor, base_columns: Tensor, cols: Tensor, A: Tensor, B: Tensor, scale: float) -> None:
+def column_fold_(
+    weight: Tensor, base_columns: Tensor, cols: Tensor, A: Tensor, B: Tensor, scale: float, run: int = 1
+) -> None:
     """Writes the delta into the weight [out, in]: weight[:, cols] = cast(base_columns + scale * B A).
 
     The sum over k runs in order, each product rounded before it is added: a fold has the same bits on every machine.
+    With k = 0 the base columns are copied bit by bit.
     """
+    if len(A) == 0:
+        weight[:, cols] = base_columns
+        return
     delta = torch.zeros_like(wide(base_columns))
     for b, a in zip((scale * wide(B)).unbind(1), wide(A).unbind(0), strict=True):
         delta = delta + torch.outer(b, a)

@@ -2,7 +2,7 @@
 
 The torch dispatcher chooses, op by op and device by device: a native kernel where one is loaded, else on a GPU a Triton
 kernel, else the reference. Ops whose name ends in an underscore write into their first argument. All tensors of a call
-share a device; A and B are fp32.
+share a device; A and B are fp32. `run` says that cols comes in aligned runs of so many columns, see `run_of`.
 """
 
 import ctypes
@@ -22,11 +22,12 @@ from rbfast.ops.dtypes import wide
 
 _LIBRARY = torch.library.Library("rbfast", "DEF")
 _SCHEMAS = {
-    "column_gather": "(Tensor x, Tensor cols) -> Tensor",
+    "column_gather": "(Tensor x, Tensor cols, int run=1) -> Tensor",
     "column_grad": "(Tensor dy, Tensor xs, Tensor A, Tensor B, float scale) -> (Tensor, Tensor)",
     "column_linear_": "(Tensor(a!) y, Tensor xs, Tensor A, Tensor B, float scale) -> ()",
-    "column_scatter_": "(Tensor(a!) dx, Tensor dy, Tensor cols, Tensor A, Tensor B, float scale) -> ()",
-    "column_fold_": "(Tensor(a!) weight, Tensor base_columns, Tensor cols, Tensor A, Tensor B, float scale) -> ()",
+    "column_scatter_": "(Tensor(a!) dx, Tensor dy, Tensor cols, Tensor A, Tensor B, float scale, int run=1) -> ()",
+    "column_fold_": "(Tensor(a!) weight, Tensor base_columns, Tensor cols, Tensor A, Tensor B, float scale, "
+    "int run=1) -> ()",
     "head_forward_": "(Tensor(a!) logits, Tensor hidden, Tensor weight) -> ()",
     "head_backward": "(Tensor dz, Tensor weight, Tensor? thresholds=None) -> Tensor",
     "row_thresholds": "(Tensor dz, float share) -> (Tensor, Tensor)",
@@ -110,7 +111,7 @@ divergence_rows_ = torch.ops.rbfast.divergence_rows_
 
 
 @torch.library.register_fake("rbfast::column_gather", lib=_LIBRARY)
-def _(x: Tensor, cols: Tensor) -> Tensor:
+def _(x: Tensor, cols: Tensor, run: int = 1) -> Tensor:
     return x.new_empty(x.shape[0], cols.shape[0])
 
 
@@ -156,12 +157,14 @@ class _ColumnTap(torch.autograd.Function):
 
 
 class _ColumnSide(torch.autograd.Function):
-    """y [..., out] + scale * (xs A^T) B^T, where xs [T, s] are the columns `cols` of x [..., in]."""
+    """y [..., out] + scale * (xs A^T) B^T, where xs [T, s] are the columns `cols` of x [..., in], in runs of `run`."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, xs: Tensor, cols: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, xs: Tensor, cols: Tensor, A: Tensor, B: Tensor, scale: float, run: int = 1
+    ) -> Tensor:
         ctx.save_for_backward(xs, cols, A, B)
-        ctx.scale, ctx.x_shape, ctx.x_dtype = scale, x.shape, x.dtype
+        ctx.scale, ctx.run, ctx.x_shape, ctx.x_dtype = scale, run, x.shape, x.dtype
         out = y.clone(memory_format=torch.contiguous_format)
         column_linear_(out.view(-1, out.shape[-1]), xs, A, B, scale)
         return out
@@ -174,10 +177,26 @@ class _ColumnSide(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[1]:
             dx = rows.new_zeros(rows.shape[0], ctx.x_shape[-1])
-            column_scatter_(dx, rows, cols, A, B, ctx.scale)
+            column_scatter_(dx, rows, cols, A, B, ctx.scale, ctx.run)
             dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
         dA, dB = column_grad(rows, xs, A, B, ctx.scale)
-        return dy, dx, None, None, dA, dB, None
+        return dy, dx, None, None, dA, dB, None, None
+
+
+def run_of(cols: Tensor, in_features: int) -> int:
+    """The longest run, of 16, 8, 4, 2 or 1 columns, that cols [s] comes in.
+
+    In runs of r, each r entries of cols are consecutive columns, the first of them a multiple of r; r divides s and
+    in_features. Reads cols on the host: ask once.
+    """
+    host = cols.cpu()
+    for run in (16, 8, 4, 2):
+        if len(host) % run or in_features % run or len(host) == 0:
+            continue
+        runs = host.view(-1, run)
+        if bool((runs[:, 0] % run == 0).all()) and bool((runs == runs[:, :1] + torch.arange(run)).all()):
+            return run
+    return 1
 
 
 column_tap = _ColumnTap.apply

@@ -56,45 +56,50 @@ class Delta:
     xs: Tensor
     base: Tensor
     scale: float
+    run: int = 1
 
     def map(self, f: Callable[[Tensor], Tensor]) -> "Delta":
         """f over every floating tensor."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: f(v) for name, v in values.items() if name not in ("cols", "scale")})
+        return replace(self, **{name: f(v) for name, v in values.items() if isinstance(v, Tensor) and name != "cols"})
 
 
-def make(shape: tuple[int, ...], dtype: torch.dtype, magnitude: float = 1.0, seed: int = 0) -> Delta:
+def make(shape: tuple[int, ...], dtype: torch.dtype, magnitude: float = 1.0, seed: int = 0, run: int = 1) -> Delta:
+    """T, in, out, s and k; the columns are drawn in runs."""
     tokens, features, out, s, k = shape
     generator = torch.Generator().manual_seed(seed)
 
     def draw(rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns, generator=generator)
 
-    cols = torch.randperm(features, generator=generator)[:s]
+    runs = torch.randperm(features // run, generator=generator)[: s // run]
+    cols = (runs[:, None] * run + torch.arange(run)).flatten()
     x, dx, y, dy, weight = (
         (magnitude * draw(*size)).to(dtype)
         for size in ((tokens, features), (tokens, features), (tokens, out), (tokens, out), (out, features))
     )
-    return Delta(x, dx, y, dy, weight, draw(k, s), draw(out, k), cols, x[:, cols], weight[:, cols], scale=0.7)
+    return Delta(x, dx, y, dy, weight, draw(k, s), draw(out, k), cols, x[:, cols], weight[:, cols], 0.7, run)
 
 
 def run(name: str, d: Delta, module: object = ops) -> tuple[Tensor, ...]:
     """The results of an op; those written in place are copies."""
     op = getattr(module, name)
     if name == "column_gather":
-        return (op(d.x, d.cols),)
+        return (op(d.x, d.cols, d.run),)
     if name == "column_grad":
         return op(d.dy, d.xs, d.A, d.B, d.scale)
     if name == "column_linear_":
         op(y := d.y.clone(), d.xs, d.A, d.B, d.scale)
         return (y,)
     if name == "column_scatter_":
-        op(dx := d.dx.clone(), d.dy, d.cols, d.A, d.B, d.scale)
+        op(dx := d.dx.clone(), d.dy, d.cols, d.A, d.B, d.scale, d.run)
         return (dx,)
-    op(weight := d.weight.clone(), d.base, d.cols, d.A, d.B, d.scale)
+    op(weight := d.weight.clone(), d.base, d.cols, d.A, d.B, d.scale, d.run)
     return (weight,)
 
 
+IN_RUNS = ("column_gather", "column_scatter_", "column_fold_")
+RUNS = (2, 4, 8, 16)
 OPS = ("column_gather", "column_grad", "column_linear_", "column_scatter_", "column_fold_")
 
 
@@ -233,6 +238,51 @@ def test_fold_rounds_every_float_as_torch_does(dtype: torch.dtype) -> None:
     assert_same((weight,), (values.to(dtype),))
 
 
+@pytest.mark.parametrize("name", IN_RUNS)
+@pytest.mark.parametrize("run_length", RUNS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_runs_give_the_bits_of_single_columns(name: str, dtype: torch.dtype, run_length: int) -> None:
+    d = make((65, 330, 77, 288, 3), dtype, run=run_length)
+    singles = replace(d, run=1)
+    assert_same(run(name, d), run(name, singles))
+    strided = d.map(lambda t: t.T.contiguous().T)
+    assert_same(run(name, strided), run(name, singles))
+
+
+@pytest.mark.parametrize("name", IN_RUNS)
+def test_columns_that_come_in_no_such_runs_are_refused(name: str) -> None:
+    d = make((5, 90, 77, 32, 2), torch.float32, run=16)
+    shifted = replace(d, cols=d.cols + 1)
+    with pytest.raises(RuntimeError, match=rf"^{name}: cols must come in aligned runs of 16, got \d+ at position 0$"):
+        run(name, shifted)
+    swapped = replace(d, cols=d.cols.flip(0))
+    with pytest.raises(RuntimeError, match=rf"^{name}: cols must come in aligned runs of 16"):
+        run(name, swapped)
+    with pytest.raises(RuntimeError, match=rf"^{name}: run must divide the number of columns, 33, got 16$"):
+        run(name, replace(make((5, 90, 77, 33, 2), torch.float32), run=16))
+    with pytest.raises(RuntimeError, match=rf"^{name}: run must be 1, 2, 4, 8 or 16, got 3$"):
+        run(name, replace(make((5, 90, 77, 33, 2), torch.float32), run=3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_fold_of_no_ranks_copies_the_base_bit_by_bit(dtype: torch.dtype) -> None:
+    d = make((1, 90, 77, 32, 0), dtype, run=16)
+    d.base[0, :3] = torch.tensor((-0.0, float("nan"), float("inf")), dtype=dtype)
+    (weight,) = run("column_fold_", d)
+    as_bits = torch.int32 if dtype == torch.float32 else torch.int16
+    assert torch.equal(weight[:, d.cols].view(as_bits), d.base.view(as_bits))
+
+
+def test_the_longest_run_is_found() -> None:
+    for run_length in (1, *RUNS):
+        cols = make((1, 96, 1, 64, 1), torch.float32, run=run_length).cols
+        assert ops.run_of(cols, 96) == run_length
+        assert ops.run_of(cols + 1, 96) == 1
+    everything = torch.arange(96)
+    assert [ops.run_of(everything, width) for width in (96, 104, 100, 98, 97)] == [16, 8, 4, 2, 1]
+    assert [ops.run_of(everything[:s], 96) for s in (0, 1, 8, 24, 32)] == [1, 1, 8, 8, 16]
+
+
 def test_grad_is_the_gradient_of_linear() -> None:
     d = make((20, 30, 25, 12, 3), torch.float32).map(Tensor.double)
     A, B = d.A.requires_grad_(), d.B.requires_grad_()
@@ -303,11 +353,11 @@ def test_an_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def arguments(name: str, d: Delta) -> tuple:
     return {
-        "column_gather": (d.x, d.cols),
+        "column_gather": (d.x, d.cols, d.run),
         "column_grad": (d.dy, d.xs, d.A, d.B, d.scale),
         "column_linear_": (d.y, d.xs, d.A, d.B, d.scale),
-        "column_scatter_": (d.dx, d.dy, d.cols, d.A, d.B, d.scale),
-        "column_fold_": (d.weight, d.base, d.cols, d.A, d.B, d.scale),
+        "column_scatter_": (d.dx, d.dy, d.cols, d.A, d.B, d.scale, d.run),
+        "column_fold_": (d.weight, d.base, d.cols, d.A, d.B, d.scale, d.run),
     }[name]
 
 

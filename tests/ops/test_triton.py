@@ -17,14 +17,13 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'rbfast[gpu]'")
 
-from test_columns_ops import EMPTY, OPS, make, scattered_in_memory
+from test_columns_ops import EMPTY, IN_RUNS, OPS, RUNS, make, scattered_in_memory
 from test_columns_ops import run as run_columns
 from test_divergence_rows import EPS32, ROUNDINGS, Rows
 from test_divergence_rows import make as make_rows
 
-from rbfast import ops
 from rbfast.kernels import columns, divergence_rows
-from rbfast.ops import reference
+from rbfast.ops import reference, registry
 
 pytestmark = pytest.mark.slow
 
@@ -85,7 +84,7 @@ def test_a_gpu_build_of_torch_gets_triton_and_the_rest_the_reference() -> None:
 
 def test_tensors_on_two_devices_are_refused():
     with pytest.raises(ValueError, match="column_gather: all tensors must be on one device, got cpu and meta"):
-        ops._triton_op("column_gather")(torch.ones(2, 3), torch.zeros(1, dtype=torch.int64, device="meta"))
+        registry._triton_op("column_gather")(torch.ones(2, 3), torch.zeros(1, dtype=torch.int64, device="meta"))
 
 
 # ---- the adapter's ops ----
@@ -157,6 +156,14 @@ def test_fold_writes_the_bits_of_the_reference(dtype, k):
 
 
 @here
+@pytest.mark.parametrize("name", IN_RUNS)
+@pytest.mark.parametrize("run", RUNS)
+def test_runs_give_the_bits_of_single_columns(name, run):
+    d = make((65, 336, 77, 288, 3), torch.float16, run=run)
+    assert all(map(torch.equal, run_triton(name, d), run_triton(name, replace(d, run=1))))
+
+
+@here
 @pytest.mark.parametrize(
     "name, change, message",
     (
@@ -165,6 +172,7 @@ def test_fold_writes_the_bits_of_the_reference(dtype, k):
         ("column_grad", lambda d: {"xs": d.xs[1:]}, r"xs must be \[5, 33\] to fit the other arguments, got \[4, 33\]"),
         ("column_linear_", lambda d: {"y": d.y.double()}, "take float32, bfloat16 or float16, got torch.float64"),
         ("column_fold_", lambda d: {"base": d.base.half()}, "base_columns must have the dtype of weight"),
+        ("column_fold_", lambda d: {"run": 2}, "run must be 1, 2, 4, 8 or 16 and divide the 33 columns, got 2"),
     ),
 )
 def test_bad_columns(name, change, message):

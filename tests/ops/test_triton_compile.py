@@ -60,11 +60,12 @@ def column_calls(dtype: torch.dtype, k: int) -> Iterator[Callable[[], object]]:
     T, features, out, s = 4096, 5120, 13824, 256
     x, xs, dy = empty(T, features, dtype=dtype), empty(T, s, dtype=dtype), empty(T, out, dtype=dtype)
     A, B, cols = empty(k, s), empty(out, k), empty(s, dtype=torch.int64)
-    yield lambda: columns.column_gather(x, cols)
+    yield lambda: columns.column_gather(x, cols, 16)
     yield lambda: columns.column_grad(dy, xs, A, B, 0.5)
     yield lambda: columns.column_linear_(dy, xs, A, B, 0.5)
-    yield lambda: columns.column_scatter_(x, dy, cols, A, B, 0.5)
-    yield lambda: columns.column_fold_(empty(out, features, dtype=dtype), empty(out, s, dtype=dtype), cols, A, B, 0.5)
+    yield lambda: columns.column_scatter_(x, dy, cols, A, B, 0.5, 16)
+    weight, base = empty(out, features, dtype=dtype), empty(out, s, dtype=dtype)
+    yield lambda: columns.column_fold_(weight, base, cols, A, B, 0.5, 16)
 
 
 def row_calls(kind: str, beta: float, head: bool) -> Iterator[Callable[[], object]]:

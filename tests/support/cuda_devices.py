@@ -15,11 +15,12 @@ import torch
 from torch.utils.cpp_extension import include_paths
 
 from rbfast import ops
+from rbfast.ops import registry
 
 ROOT = Path(__file__).resolve().parents[2]
 # name -> whether it has clusters, bytes of shared memory of an SM, the order of its threads: 0 as numbered, 1 reversed,
-# 2 at random. The last one keeps next to nothing of a row.
-HOSTS = {"hopper": (1, 233472, 0), "ampere": (0, 167936, 1), "starved": (1, 20000, 2)}
+# 2 at random. Geforce has the least that a GPU has; starved keeps next to nothing of a row.
+HOSTS = {"hopper": (1, 233472, 0), "ampere": (0, 167936, 1), "geforce": (1, 102400, 2), "starved": (1, 20000, 2)}
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Gpu:
         if self.is_real:
             return self.ops
         key = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)  # what stands for the GPU on the host
-        calls = {name: functools.partial(getattr(self.ops, name).default.redispatch, key) for name in ops._SCHEMAS}
+        calls = {name: functools.partial(getattr(self.ops, name).default.redispatch, key) for name in registry._SCHEMAS}
         return SimpleNamespace(**calls)
 
 
@@ -62,7 +63,7 @@ def _host_library() -> ctypes.CDLL:
         )
         namespace = torch.library.Library("rbfast_on_host", "DEF")
         _host_library.namespace = namespace  # type: ignore[attr-defined]  # it goes with its ops
-        for name, schema in ops._SCHEMAS.items():
+        for name, schema in registry._SCHEMAS.items():
             namespace.define(name + schema)
         torch.ops.load_library(folder / "host.so")
         return ctypes.CDLL(str(folder / "host.so"))

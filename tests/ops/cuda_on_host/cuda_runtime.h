@@ -31,6 +31,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define RBFAST_TENSOR_CORE_ON_HOST
 #define RBFAST_SHARED_MEMORY(name) char* const name = on_host::block_of(on_host::current()).memory
 
 struct dim3 {
@@ -62,6 +63,13 @@ struct Block {
   char* memory;
 };
 
+// A copy that is on its way; without `to`, the end of a group of them.
+struct Copy {
+  void* to = nullptr;
+  const void* from = nullptr;
+  int bytes = 0;
+};
+
 struct Fiber {
   ucontext_t context;
   jmp_buf state;
@@ -71,6 +79,7 @@ struct Fiber {
   const Barrier* waits_for;
   uint64_t generation;
   bool is_started, is_done;
+  std::vector<Copy> copies;
 };
 
 // What the tests choose: the device that is imitated, and the order of its threads.
@@ -166,6 +175,7 @@ inline void run_cluster(dim3 first, int blocks, unsigned threads, size_t shared)
       fiber.block = b;
       fiber.waits_for = nullptr;
       fiber.is_started = fiber.is_done = false;
+      fiber.copies.clear();
     }
   }
   run_fibers();
@@ -174,15 +184,22 @@ inline void run_cluster(dim3 first, int blocks, unsigned threads, size_t shared)
       if (block.memory[shared + i] != static_cast<char>(0xff)) throw std::runtime_error("a write past shared memory");
 }
 
-// The value that another lane gives; all lanes of the warp take part.
+// What every lane of the warp gives, until the exchange after the next one; all lanes take part.
+inline const uint64_t* exchange_all(uint64_t value) {
+  Warp& warp = warp_of(current());
+  uint64_t* values = warp.values[warp.barrier.generation % 2];
+  values[current().thread % 32] = value;
+  wait(warp.barrier);
+  return values;
+}
+
+// The value that another lane gives.
 template <typename T>
 T exchange(T value, int from) {
   static_assert(sizeof(T) <= 8);
-  Warp& warp = warp_of(current());
-  uint64_t* values = warp.values[warp.barrier.generation % 2];
-  memcpy(&values[current().thread % 32], &value, sizeof(T));
-  wait(warp.barrier);
-  memcpy(&value, &values[from], sizeof(T));
+  uint64_t bits = 0;
+  memcpy(&bits, &value, sizeof(T));
+  memcpy(&value, &exchange_all(bits)[from], sizeof(T));
   return value;
 }
 
@@ -245,6 +262,10 @@ inline __nv_bfloat16 __float2bfloat16_rn(float v) {
   const uint32_t bits = static_cast<uint32_t>(__float_as_int(v));
   return {static_cast<uint16_t>(v != v ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
+struct __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)}; }
 inline float __half2float(__half v) { return static_cast<float>(v.value); }
 inline __half __float2half_rn(float v) { return {static_cast<_Float16>(v)}; }
 
@@ -252,6 +273,7 @@ inline __half __float2half_rn(float v) { return {static_cast<_Float16>(v)}; }
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
   cudaDevAttrClusterLaunch,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
   cudaDevAttrMaxSharedMemoryPerBlockOptin
@@ -282,7 +304,8 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = -1, cudaSuccess
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) { return *stream = nullptr, 0; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-  *value = which == cudaDevAttrClusterLaunch                  ? on_host::machine.has_clusters
+  *value = which == cudaDevAttrMultiProcessorCount            ? 5
+           : which == cudaDevAttrClusterLaunch                ? on_host::machine.has_clusters
            : which == cudaDevAttrMaxSharedMemoryPerBlockOptin ? on_host::most_shared()
                                                               : on_host::machine.shared_bytes;
   return cudaSuccess;

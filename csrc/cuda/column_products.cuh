@@ -1,0 +1,116 @@
+// What the adapter's ops share on a GPU: a matrix of activations with any strides, and H = x m^T, their product with a
+// factor of the delta.
+#pragma once
+
+#include "cuda/tensor_core.cuh"
+
+namespace rbfast {
+
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+constexpr int kTokens = 32;   // of a tile: two times the rows of a product
+constexpr int kLeaf = 16;     // features of a product
+constexpr int kMostRanks = 32;  // at a time; ranks come in blocks of 8
+
+using Floats = Pack<float, 4>;       // a lane's part of a product [16, 8]
+using Pair = Pack<uint32_t, 2>;  // a lane's part of an operand [16, 8], of one piece
+
+inline __device__ Floats operator+(Floats a, const Floats& b) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) a.value[i] += b.value[i];
+  return a;
+}
+
+// x [tokens, n]
+template <typename T>
+struct Matrix {
+  const T* x;
+  int64_t row, column, tokens, n;
+  bool aligned;  // rows are dense and start at multiples of 16 bytes
+
+  explicit Matrix(const Tensor& from)
+      : x(data<T>(from)),
+        row(from.stride(0)),
+        column(from.stride(1)),
+        tokens(from.size(0)),
+        n(from.size(1)),
+        aligned(column == 1 && is_aligned(x, 16) && row * sizeof(T) % 16 == 0) {}
+};
+
+// The values at (t, v .. v + count), with 0 for what is outside.
+template <int count, typename T>
+__device__ inline Pack<T, count> read(const Matrix<T>& m, int64_t t, int64_t v) {
+  const int64_t left = t < m.tokens ? m.n - v : 0;
+  const T* from = m.x + t * m.row + v * m.column;
+  if (m.aligned && left >= count) return *reinterpret_cast<const Pack<T, count>*>(from);
+  Pack<T, count> values{};
+  for (int i = 0; i < count; ++i)
+    if (i < left) values.value[i] = from[i * m.column];
+  return values;
+}
+
+// Up to kMostRanks ranks of A or B: m[i * rank + v * feature]
+struct Factor {
+  const float* m;
+  int64_t rank, feature;
+  int k;
+
+  Factor(const Tensor& from, int64_t rank, int64_t feature, int64_t first, int k)
+      : m(data<float>(from) + first * rank), rank(rank), feature(feature), k(k) {}
+  __device__ float at(int i, int64_t v, int64_t n) const { return i < k && v < n ? m[i * rank + v * feature] : 0; }
+  // The values of rank i at `count` features from v on.
+  template <int count>
+  __device__ void read(int i, int64_t v, int64_t n, float (&values)[count]) const {
+    const float* from = m + i * rank + v * feature;
+    const int64_t left = i < k ? n - v : 0;
+    if (feature == 1 && left >= count) {
+#pragma unroll
+      for (int e = 0; e < count; ++e) values[e] = from[e];
+    } else {
+#pragma unroll
+      for (int e = 0; e < count; ++e, from += feature) values[e] = e < left ? *from : 0;
+    }
+  }
+};
+
+// Where H goes: as the operands of products with tiles of T, [tiles, 2, blocks of ranks, pieces, lanes], and/or as plain
+// floats [tokens, ld].
+struct Hidden {
+  Pair* operands = nullptr;
+  int pieces = 0;
+  float* plain = nullptr;
+  int64_t ld = 0;
+};
+
+// H for up to kMostRanks ranks; column_project.cu has it.
+void project(const Device& device, const Tensor& x, const Factor& m, const Hidden& to);
+// H [tokens, k] for all ranks of m [k, n], m[i * rank + v * feature], as plain floats.
+Tensor project_all(const Device& device, const Tensor& x, const Tensor& m, int64_t k, int64_t rank, int64_t feature);
+
+template <int kBlocks>
+struct RankBlocks {};  // of 8 ranks
+
+// Calls f(RankBlocks<n>{}) with as many as hold k ranks.
+template <typename F>
+void for_rank_blocks(int k, const F& f) {
+  switch ((k + 7) / 8) {
+    case 1:
+      return f(RankBlocks<1>{});
+    case 2:
+      return f(RankBlocks<2>{});
+    case 3:
+      return f(RankBlocks<3>{});
+    default:
+      return f(RankBlocks<4>{});
+  }
+}
+
+// Lets a kernel use `bytes` of shared memory, which it must be told beyond 48 KB.
+template <typename... Expected>
+void allow_shared(void (*kernel)(Expected...), size_t bytes) {
+  if (bytes <= 48 << 10) return;
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(bytes)),
+        "cudaFuncSetAttribute");
+}
+
+}  // namespace rbfast

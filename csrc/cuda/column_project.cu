@@ -1,0 +1,110 @@
+// H = x m^T on a GPU, where x [tokens, n] are activations and m [k, n] is a factor of the delta, fp32.
+//
+// A block takes 32 tokens. Its warps share the features and add up what they got in shared memory, in their order. Lanes
+// read 16 bytes of a row at once: which feature a product counts as its first is free, as long as x and m agree. m is cut
+// into three pieces of bf16, so H is as exact as fp32 sums are.
+#include <algorithm>
+
+#include "cuda/column_products.cuh"
+
+namespace rbfast {
+namespace {
+
+template <typename T, int kN>
+__global__ void __launch_bounds__(kThreads, 1) project_tile(const Matrix<T> x, const Factor m, const Hidden to) {
+  constexpr int kLane = 8, kParts = kTokens / kLeaf, kRow = 8 * kN + 1;  // a lane reads 8 features of a row at once
+  RBFAST_SHARED_MEMORY(memory);
+  Floats* parts = reinterpret_cast<Floats*>(memory);                        // [warps, kParts, kN, lanes]
+  float* total = reinterpret_cast<float*>(parts + kWarps * kParts * kN * kWarp);  // [kTokens, kRow]
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, c = lane % 4;
+  const int64_t first = blockIdx.x * int64_t{kTokens};
+  float acc[kParts][kN][4] = {};
+#pragma unroll 1
+  for (int64_t begin = warp * 4 * kLane; begin < x.n; begin += kWarps * 4 * kLane) {
+    const int64_t v = begin + kLane * c;
+    uint32_t a[kParts][2][kPieces<T>][4];  // of 2 products: features v .. v + 4 and v + 4 .. v + 8 of every lane
+#pragma unroll
+    for (int i = 0; i < kParts * 2; ++i) {
+      const Pack<T, kLane> row = read<kLane>(x, first + 8 * i + g, v);
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {
+        uint32_t piece[kPieces<T>];
+        split_pair(row.value + 2 * pair, piece);
+#pragma unroll
+        for (int p = 0; p < kPieces<T>; ++p) a[i / 2][pair / 2][p][i % 2 + pair % 2 * 2] = piece[p];
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+      float values[kLane];
+      m.read(8 * j + g, v, x.n, values);
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        uint32_t b[3][2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float* pair = values + 4 * step + 2 * half;
+          uint32_t piece[3];
+          split(pair[0], pair[1], piece);
+#pragma unroll
+          for (int p = 0; p < 3; ++p) b[p][half] = piece[p];
+        }
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) multiply_pieces(acc[part][j], a[part][step], b);
+      }
+    }
+  }
+#pragma unroll
+  for (int part = 0; part < kParts; ++part)
+#pragma unroll
+    for (int j = 0; j < kN; ++j)
+      memcpy(&parts[((warp * kParts + part) * kN + j) * kWarp + lane], acc[part][j], sizeof(Floats));
+  __syncthreads();
+  for (int i = threadIdx.x; i < kParts * kN * kWarp; i += kThreads) {
+    Floats sum = parts[i];
+    for (int w = 1; w < kWarps; ++w) sum = sum + parts[w * kParts * kN * kWarp + i];
+    const int l = i % kWarp, t = i / (kN * kWarp) * kLeaf + l / 4, rank = i / kWarp % kN * 8 + l % 4 * 2;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) total[(t + e / 2 * 8) * kRow + rank + e % 2] = sum.value[e];
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; to.operands != nullptr && i < kParts * kN * kWarp; i += kThreads) {
+    const int l = i % kWarp, t = i / (kN * kWarp) * kLeaf + l % 4 * 2, rank = i / kWarp % kN * 8 + l / 4;
+    uint32_t upper[3], lower[3];
+    split(total[t * kRow + rank], total[(t + 1) * kRow + rank], upper);
+    split(total[(t + 8) * kRow + rank], total[(t + 9) * kRow + rank], lower);
+    const int64_t at = (blockIdx.x * int64_t{kParts * kN} + i / kWarp) * to.pieces;
+#pragma unroll
+    for (int p = 0; p < 3; ++p)
+      if (p < to.pieces) to.operands[(at + p) * kWarp + l] = {{upper[p], lower[p]}};
+  }
+  for (int i = threadIdx.x; to.plain != nullptr && i < kTokens * m.k; i += kThreads)
+    if (first + i / m.k < x.tokens) to.plain[(first + i / m.k) * to.ld + i % m.k] = total[i / m.k * kRow + i % m.k];
+}
+
+template <typename T, int kN>
+void launch(const Device& device, RankBlocks<kN>, const Matrix<T>& x, const Factor& m, const Hidden& to) {
+  constexpr size_t kParts = kWarps * kTokens / kLeaf * kN * kWarp * sizeof(Floats);
+  constexpr size_t kShared = kParts + kTokens * (8 * kN + 1) * sizeof(float);
+  device.launch({ceil_div(x.tokens, kTokens), 1, kThreads, 1, kShared}, project_tile<T, kN>, x, m, to);
+}
+
+}  // namespace
+
+void project(const Device& device, const Tensor& x, const Factor& m, const Hidden& to) {
+  for_each_type(x.scalar_type(), [&](auto type) {
+    const Matrix<decltype(type)> matrix(x);
+    for_rank_blocks(m.k, [&](auto blocks) { launch(device, blocks, matrix, m, to); });
+  });
+}
+
+Tensor project_all(const Device& device, const Tensor& x, const Tensor& m, int64_t k, int64_t rank, int64_t feature) {
+  const Tensor hidden = floats(x, x.size(0), k);
+  for (int64_t i = 0; i < k; i += kMostRanks) {
+    const int ranks = static_cast<int>(std::min<int64_t>(kMostRanks, k - i));
+    project(device, x, Factor(m, rank, feature, i, ranks), {nullptr, 0, mutable_data<float>(hidden) + i, k});
+  }
+  return hidden;
+}
+
+}  // namespace rbfast
