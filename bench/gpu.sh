@@ -104,7 +104,7 @@ if [ -n "$capability" ]; then
   not_the_host="not hopper and not ampere and not starved and not under_the_interpreter"
   mapfile -t on_gpu < <(grep -rl --include='test_*.py' 'cuda\.is_available\|cuda_devices' tests)
   beside tests 90 "${pytest[@]}" "${workers[@]}" "${on_gpu[@]}" -k "$not_the_host"
-  [ -f bench/smoke.sh ] && beside smoke 90 bash bench/smoke.sh
+  beside smoke 90 "$PYTHON" bench/smoke.py
   if command -v compute-sanitizer >/dev/null; then
     small="(test_any_strides or test_empty or test_activations or test_supports or test_no_rows or test_extreme)"
     for tool in memcheck racecheck; do
