@@ -113,8 +113,8 @@ def score_locally(
                 readings.append(read(task))
             except ValueError as error:
                 refused.append((task.trace, f"{task.name}: {error}"))
-        nothing = _score_batch(teacher, readings, mapped, store) if readings else []
-        refused += [(task.trace, f"{task.name}: {_NOTHING_SHARED}") for task in nothing]
+        if readings:
+            _score_batch(teacher, readings, mapped, store)
         done += len(batch)
         if progress:
             progress(done, len(tasks))
@@ -179,29 +179,19 @@ def _reader(
     return read
 
 
-def _score_batch(
-    teacher: PreTrainedModel, readings: Sequence[_Reading], mapped: Tensor, store: SignalStore
-) -> list[_Task]:
-    """Adds the top k of traces read together, packed without padding; returns those of which no candidate is known."""
+def _score_batch(teacher: PreTrainedModel, readings: Sequence[_Reading], mapped: Tensor, store: SignalStore) -> None:
+    """Adds the top k of traces read together, packed without padding."""
     lengths = [len(reading.ids) for reading in readings]
     positions = torch.cat([torch.arange(length) for length in lengths])[None].to(teacher.device)
     ids = torch.tensor([list(chain.from_iterable(reading.ids for reading in readings))], device=teacher.device)
     starts = [0, *accumulate(lengths)]
     rows = [start + row for reading, start in zip(readings, starts, strict=False) for _, row in reading.pairs]
     hidden = final_hidden(teacher, ids, positions)[torch.tensor(rows, device=teacher.device)]
-    top_ids, logprobs = (found.cpu() for found in _top_k(teacher, hidden, store.k))
-    top_ids = mapped[top_ids]
-    logprobs = logprobs.masked_fill(top_ids < 0, -torch.inf)
+    top_ids, logprobs = (found.cpu() for found in _top_k(teacher, hidden, store.k, mapped >= 0))
     counts = [len(reading.pairs) for reading in readings]
-    nothing = []
-    for reading, found, values in zip(readings, top_ids.split(counts), logprobs.split(counts), strict=True):
-        known = (found >= 0).any(1)
-        if not known.any():
-            nothing.append(reading.task)
-            continue
-        at = torch.tensor([reading.task.first + ours for ours, _ in reading.pairs])[known]
-        store.add(reading.task.example, at.numpy(), found[known].clamp(min=0).numpy(), values[known].numpy())
-    return nothing
+    for reading, found, values in zip(readings, mapped[top_ids].split(counts), logprobs.split(counts), strict=True):
+        at = np.array([reading.task.first + ours for ours, _ in reading.pairs])
+        store.add(reading.task.example, at, found.numpy(), values.numpy())
 
 
 def _shared_tokens(
@@ -217,18 +207,24 @@ def _shared_tokens(
     return written, [(token, at[span]) for token, span in enumerate(student) if span in at]
 
 
-def _top_k(teacher: PreTrainedModel, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """ids and natural log-probs [n, k] of hidden states [n, H], from fp32 logits."""
+def _top_k(teacher: PreTrainedModel, hidden: Tensor, k: int, is_known: Tensor) -> tuple[Tensor, Tensor]:
+    """ids and natural log-probs [n, k] of hidden states [n, H], from fp32 logits.
+
+    Only ids that are known, bool [V], are candidates: a head has rows that are no token, and another tokenizer's tokens
+    need not be the student's. The log-probs are over all of the head's rows.
+    """
     head = head_of(teacher)
     signal = Dense(hidden, head.weight, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap)
-    k = min(k, len(head.weight))
+    k = min(k, int(is_known.sum()))
+    unknown = ~is_known.to(hidden.device)
     memory = _CHUNK_BYTES if hidden.device.type == "cpu" else _CHUNK_BYTES_ON_GPU
     step = max(1, memory // (4 * len(head.weight)))
     ids, values = [], []
     for part in torch.arange(len(hidden), device=hidden.device).split(step):
         logits = torch.empty(len(part), len(head.weight), device=hidden.device)
         signal.write_logits_(logits, part, ops.head_forward_)
-        best = logits.topk(k)
-        values.append(best.values - logits.logsumexp(1, keepdim=True))
+        total = logits.logsumexp(1, keepdim=True)
+        best = logits.masked_fill_(unknown, -torch.inf).topk(k)
+        values.append(best.values - total)
         ids.append(best.indices)
     return torch.cat(ids), torch.cat(values)

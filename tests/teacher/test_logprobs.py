@@ -110,6 +110,26 @@ def test_a_teacher_with_a_larger_head_keeps_to_the_students_ids(tmp_path):
     np.testing.assert_allclose(mass, expected.numpy(), atol=1e-5)  # the rest is the tail
 
 
+@pytest.mark.parametrize("teacher_tokenizer", [TOKENIZER, OTHER], ids=["same", "other"])
+def test_rows_of_a_head_that_are_no_token_never_crowd_out_the_tokens(tmp_path, teacher_tokenizer):
+    model = llama(vocab_size=len(teacher_tokenizer) + 64)
+    hidden = []
+    model.model.norm.register_forward_hook(lambda *given: hidden.append(given[2].detach()))
+    with torch.no_grad():
+        model.model.norm.weight.copy_(torch.sign(torch.randn(model.config.hidden_size)) * 2)
+        model.lm_head.weight[len(teacher_tokenizer) :] *= 5  # some of them are likelier than any token, everywhere
+    with store_at(tmp_path) as store:
+        assert score_locally(model, teacher_tokenizer, TRACES, TOKENIZER, store, align=True) == []
+    logits = model.lm_head(hidden[-1])[0]
+    assert logits.topk(K).indices.min(1).values.ge(len(teacher_tokenizer)).float().mean() > 0.5, "crowded"
+    for example in filled(SignalStore.open(tmp_path)):
+        assert np.isfinite(example.teacher_logprobs).all() and example.teacher_logprobs.shape[1] == K
+        if teacher_tokenizer is TOKENIZER:
+            best = exact(model, example.input_ids)[example.teacher_rows][:, : len(TOKENIZER)].topk(K)
+            np.testing.assert_allclose(example.teacher_logprobs, best.values.numpy(), atol=1e-4)
+            model.float()
+
+
 def test_a_local_teacher_of_other_tokens_is_an_error_unless_aligned(tmp_path):
     model = teacher_model(OTHER)
     with store_at(tmp_path) as store:
