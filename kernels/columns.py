@@ -9,9 +9,9 @@ FLOPs: 4 T k (out + s), three times that on the tensor cores. column_gather move
 lie in separate sectors); column_linear_ and column_scatter_ read and write what they change once, after one read of xs
 or dy.
 
-Precision: sums are in fp32, and no product is rounded to less. Tensor cores multiply pieces of 8 bits, which bf16 holds
-exactly: an fp32 factor is cut into three of them, an fp16 operand into two, a bf16 operand is one. Order: the split of a
-sum follows from the shapes alone and parts are added in order, so equal inputs give equal bits; no atomics.
+Precision: sums are in fp32, and no product is rounded to less. Tensor cores multiply pieces of 8 bits, which bf16
+holds exactly: an fp32 factor is cut into three of them, an fp16 operand into two, a bf16 operand is one. Order: the
+split of a sum follows from the shapes alone and parts are added in order, so equal inputs give equal bits; no atomics.
 
 Column indices are not checked against the matrix on a GPU: that would wait for the device. rbfast.columns checks them.
 """
