@@ -103,20 +103,20 @@ def run_teach(args: argparse.Namespace) -> int:
 
 def _add_replies(args: argparse.Namespace, taught: Any) -> int:
     """The log-probs that came with the solutions, in the folder `signals`; of how many traces."""
-    from rbfast.teacher.server_logprobs import keep_reply
+    from rbfast.teacher.server_logprobs import add_reply_logprobs
 
     tokenizer = _tokenizer(args.student)
     with _signal_store(args, tokenizer) as store:
         for trace, reply in zip(taught.traces, taught.replies, strict=True):
-            keep_reply(trace, reply, tokenizer, store)
+            add_reply_logprobs(trace, reply, tokenizer, store)
     return len(store)
 
 
 def _teach_logprobs(args: argparse.Namespace) -> int:
     from rbfast.data.readers import read_traces
     from rbfast.teacher.client import Server
-    from rbfast.teacher.logprobs import score_locally
-    from rbfast.teacher.server_logprobs import score_on_server
+    from rbfast.teacher.logprobs import add_local_logprobs
+    from rbfast.teacher.server_logprobs import add_server_logprobs
     from rbfast.utils.progress import counting
 
     if not args.student:
@@ -128,10 +128,10 @@ def _teach_logprobs(args: argparse.Namespace) -> int:
         if args.server:
             server = Server(args.server, args.model)
             options |= {"dialect": args.dialect, "concurrency": args.concurrency}
-            refused = score_on_server(server, traces, tokenizer, store, **options)
+            refused = add_server_logprobs(server, traces, tokenizer, store, **options)
         else:
             teacher, teacher_tokenizer = load_model(args)
-            refused = score_locally(teacher, teacher_tokenizer, traces, tokenizer, store, **options)
+            refused = add_local_logprobs(teacher, teacher_tokenizer, traces, tokenizer, store, **options)
     for _, reason in refused[:5]:
         print(f"no log-probs: {reason}", file=sys.stderr)
     result = {"out": str(args.out / "signals"), "scored": len(store), "refused": len(refused)}

@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from rbfast.adapter.sparse_adapter import unhooked
+from rbfast.adapter.column_delta import unhooked
 from rbfast.data.chat_template import end_of_turn
 
 
@@ -103,7 +103,7 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
         with evaluating(model), torch.no_grad():
             model(**batch)                              # or model.generate(...)
 
-    For what needs no gradients: a folded adapter gets none within the block (`rbfast.adapter.sparse_adapter.unhooked`).
+    For what needs no gradients: a folded adapter gets none within the block (`rbfast.adapter.column_delta.unhooked`).
     """
     training = model.training
     model.eval()

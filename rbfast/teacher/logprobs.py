@@ -2,7 +2,7 @@
 
 ```python
 with SignalStore(folder, teacher="my-teacher", k=32, vocabulary=len(tokenizer)) as store:
-    refused = score_locally(teacher, teacher_tokenizer, traces, tokenizer, store)
+    refused = add_local_logprobs(teacher, teacher_tokenizer, traces, tokenizer, store)
 ```
 
 The teacher reads its own prompt and the student's completion. Where both tokenize alike, every trained token gets its
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[int, int], None]
-_NOTHING_SHARED = "the two tokenizers share no token of it"
+NOTHING_SHARED = "the two tokenizers share no token of it"
 # Tokens that a local teacher reads together, and the bytes of its logits at a time.
 _TOKENS, _TOKENS_ON_GPU = 2048, 16384
 _CHUNK_BYTES, _CHUNK_BYTES_ON_GPU = 2**26, 2**29
@@ -44,8 +44,8 @@ class TokenizersDiffer(ValueError):
 
 
 @dataclass(frozen=True)
-class _Task:
-    """A trace to score: its example, and the student's tokens of its completion."""
+class PendingTrace:
+    """A trace without log-probs yet: its example, and the student's tokens of its completion."""
 
     trace: Trace
     example: Example
@@ -61,22 +61,22 @@ class _Task:
         return self.trace.id or repr(self.trace.problem[:40])
 
 
-def _tasks(
+def pending_traces(
     traces: Iterable[Trace], tokenizer: PreTrainedTokenizerBase, store: SignalStore, max_tokens: int
-) -> tuple[list[_Task], list[tuple[Trace, str]]]:
-    """What is still to be scored, and the traces that cannot be, with the reason."""
+) -> tuple[list[PendingTrace], list[tuple[Trace, str]]]:
+    """The traces that `store` lacks, and those that can have no log-probs, with the reason."""
     tasks, refused = [], []
     for trace in traces:
         examples, left_out = encode_all([trace], tokenizer, max_tokens=max_tokens)
         refused += left_out
         for example in examples:
             if example not in store:
-                tasks.append(_Task(trace, example, example.labels[example.labels != IGNORE][:-1].tolist()))
+                tasks.append(PendingTrace(trace, example, example.labels[example.labels != IGNORE][:-1].tolist()))
     return tasks, refused
 
 
 @torch.no_grad()
-def score_locally(
+def add_local_logprobs(
     teacher: PreTrainedModel,
     teacher_tokenizer: PreTrainedTokenizerBase,
     traces: Sequence[Trace],
@@ -103,7 +103,7 @@ def score_locally(
         )
     vocabulary = head_of(teacher).weight.shape[0]
     mapped = _mapping(teacher_tokenizer, tokenizer, same, vocabulary)
-    tasks, refused = _tasks(traces, tokenizer, store, max_tokens)
+    tasks, refused = pending_traces(traces, tokenizer, store, max_tokens)
     read = _reader(teacher_tokenizer, tokenizer, same)
     done = 0
     for batch in _batches(tasks, _TOKENS if teacher.device.type == "cpu" else _TOKENS_ON_GPU):
@@ -114,16 +114,16 @@ def score_locally(
             except ValueError as error:
                 refused.append((task.trace, f"{task.name}: {error}"))
         if readings:
-            _score_batch(teacher, readings, mapped, store)
+            _add_batch(teacher, readings, mapped, store)
         done += len(batch)
         if progress:
             progress(done, len(tasks))
     return refused
 
 
-def _batches(tasks: Iterable[_Task], tokens: int) -> Iterator[list[_Task]]:
+def _batches(tasks: Iterable[PendingTrace], tokens: int) -> Iterator[list[PendingTrace]]:
     """Tasks in their order, of so many of the student's tokens together, or one that has more."""
-    batch: list[_Task] = []
+    batch: list[PendingTrace] = []
     size = 0
     for task in tasks:
         length = len(task.example.input_ids)
@@ -153,18 +153,18 @@ class _Reading:
         pairs: a token of the student's completion, and the row of `ids` that says what comes there.
     """
 
-    task: _Task
+    task: PendingTrace
     ids: list[int]
     pairs: list[tuple[int, int]]
 
 
 def _reader(
     teacher_tokenizer: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, same: bool
-) -> Callable[[_Task], _Reading]:
+) -> Callable[[PendingTrace], _Reading]:
     """How the teacher reads a task. The function raises ValueError for one of which it shares no token."""
     same_end = end_of_turn(teacher_tokenizer) == end_of_turn(tokenizer)
 
-    def read(task: _Task) -> _Reading:
+    def read(task: PendingTrace) -> _Reading:
         opening = format_prompt(task.trace.problem, teacher_tokenizer)
         prompt = teacher_tokenizer(opening, add_special_tokens=False).input_ids
         if same:
@@ -173,13 +173,13 @@ def _reader(
         else:
             written, shared = _shared_tokens(teacher_tokenizer, tokenizer, task)
             if not shared:
-                raise ValueError(_NOTHING_SHARED)
+                raise ValueError(NOTHING_SHARED)
         return _Reading(task, prompt + written, [(ours, len(prompt) - 1 + theirs) for ours, theirs in shared])
 
     return read
 
 
-def _score_batch(teacher: PreTrainedModel, readings: Sequence[_Reading], mapped: Tensor, store: SignalStore) -> None:
+def _add_batch(teacher: PreTrainedModel, readings: Sequence[_Reading], mapped: Tensor, store: SignalStore) -> None:
     """Adds the top k of traces read together, packed without padding."""
     lengths = [len(reading.ids) for reading in readings]
     positions = torch.cat([torch.arange(length) for length in lengths])[None].to(teacher.device)
@@ -195,7 +195,7 @@ def _score_batch(teacher: PreTrainedModel, readings: Sequence[_Reading], mapped:
 
 
 def _shared_tokens(
-    teacher_tokenizer: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, task: _Task
+    teacher_tokenizer: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, task: PendingTrace
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """The teacher's tokens of the completion, and (student's token, teacher's token) where both are the same bytes."""
     completion = task.trace.completion()

@@ -2,8 +2,8 @@
 
 ```python
 with SignalStore(folder, teacher="my-teacher", k=32, vocabulary=len(tokenizer)) as store:
-    refused = score_on_server(server, traces, tokenizer, store)     # vLLM's prompt_logprobs, or echo with logprobs
-    reason = keep_reply(trace, reply, tokenizer, store)         # that came with the reply when it was asked
+    refused = add_server_logprobs(server, traces, tokenizer, store)     # vLLM's prompt_logprobs, or echo with logprobs
+    reason = add_reply_logprobs(trace, reply, tokenizer, store)         # that came with the reply when it was asked
 ```
 """
 
@@ -21,7 +21,7 @@ from rbfast.data.signal_store import SignalStore
 from rbfast.data.trace import Trace
 from rbfast.teacher.align import Piece, align, byte_spans, ids_by_bytes, token_bytes
 from rbfast.teacher.client import Server, ServerError
-from rbfast.teacher.logprobs import _NOTHING_SHARED, Progress, TokenizersDiffer, _Task, _tasks
+from rbfast.teacher.logprobs import NOTHING_SHARED, PendingTrace, Progress, TokenizersDiffer, pending_traces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,7 +30,7 @@ Dialect = Literal["vllm", "echo"]
 DIALECTS = ("vllm", "echo")
 
 
-def score_on_server(
+def add_server_logprobs(
     server: Server,
     traces: Sequence[Trace],
     tokenizer: PreTrainedTokenizerBase,
@@ -59,7 +59,7 @@ def score_on_server(
     if dialect not in DIALECTS:
         raise ValueError(f"dialect must be one of {', '.join(DIALECTS)}, got {dialect!r}")
     reader = _Reader(server, tokenizer, store.k, dialect, align)
-    tasks, refused = _tasks(traces, tokenizer, store, max_tokens)
+    tasks, refused = pending_traces(traces, tokenizer, store, max_tokens)
     queue = iter(tasks)
     with ThreadPoolExecutor(concurrency) as pool:
         done = 0
@@ -86,7 +86,7 @@ class _Reader:
         self.tokens = token_bytes(tokenizer)
         self.ids = ids_by_bytes(self.tokens)
 
-    def read(self, task: _Task) -> tuple[np.ndarray, np.ndarray, np.ndarray] | str:
+    def read(self, task: PendingTrace) -> tuple[np.ndarray, np.ndarray, np.ndarray] | str:
         """rows, ids, logprobs for `SignalStore.add`; or why there are none."""
         if self.dialect == "vllm" and not self.align:
             return _table(self._by_ids(task), self.k)
@@ -96,9 +96,9 @@ class _Reader:
             raise
         except ValueError as error:
             return str(error)
-        return _table(found, self.k) if found else _NOTHING_SHARED
+        return _table(found, self.k) if found else NOTHING_SHARED
 
-    def _by_ids(self, task: _Task) -> list[tuple[int, list[int], list[float]]]:
+    def _by_ids(self, task: PendingTrace) -> list[tuple[int, list[int], list[float]]]:
         """The server is given the student's ids; what it calls them shows whether they are its own."""
         ids = task.example.input_ids.tolist()
         choice = self._ask({"prompt": ids, "prompt_logprobs": self.k, "add_special_tokens": False})
@@ -113,7 +113,7 @@ class _Reader:
             found.append((row, [n for n, _ in known], [value for _, value in known]))
         return found
 
-    def _check_same(self, task: _Task, number: int, theirs: str | None) -> None:
+    def _check_same(self, task: PendingTrace, number: int, theirs: str | None) -> None:
         written = self.tokens[number]
         if theirs is None or not theirs or "\ufffd" in theirs or written is None:
             return  # part of a character, or a special token: it has no text to compare
@@ -123,7 +123,7 @@ class _Reader:
                 "tokenizers differ; with align=True (--align) the tokens that both cut alike get theirs"
             )
 
-    def _by_text(self, task: _Task) -> list[tuple[int, list[int], list[float]]]:
+    def _by_text(self, task: PendingTrace) -> list[tuple[int, list[int], list[float]]]:
         opening = (
             f"{task.trace.problem}\n\n{INSTRUCTION}\n\n"
             if self.align
@@ -200,7 +200,7 @@ def _table(found: Sequence[tuple[int, list[int], list[float]]], k: int) -> tuple
     return rows, *table
 
 
-def keep_reply(
+def add_reply_logprobs(
     trace: Trace, reply: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, store: SignalStore
 ) -> str | None:
     """Adds what a reply of `teach` says of its own tokens to `store`, as far as the trace repeats its text.
@@ -208,7 +208,7 @@ def keep_reply(
     Returns:
         why there is nothing to add, else None.
     """
-    tasks, refused = _tasks([trace], tokenizer, store, max_tokens=2**31)
+    tasks, refused = pending_traces([trace], tokenizer, store, max_tokens=2**31)
     if not tasks:
         return refused[0][1] if refused else None
     [task], tokens = tasks, token_bytes(tokenizer)
@@ -231,7 +231,7 @@ def keep_reply(
         if opening <= ours[row.token][0] and ours[row.token][1] <= opening + shared
     ]
     if not rows:
-        return _NOTHING_SHARED
+        return NOTHING_SHARED
     store.add(task.example, *_table(rows, store.k))
     return None
 

@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from transformers import GPT2LMHeadModel
 
-from rbfast.adapter.sparse_adapter import ColumnDelta, SparseAdapter, unhooked
+from rbfast.adapter.column_delta import ColumnDelta, unhooked
+from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.models.linears import matrix_shape
 
 

@@ -19,8 +19,8 @@ from rbfast.loss.teacher_signal import TopK
 from rbfast.models.student import packs
 from rbfast.teacher import logprobs
 from rbfast.teacher.client import ServerError
-from rbfast.teacher.logprobs import TokenizersDiffer, score_locally
-from rbfast.teacher.server_logprobs import keep_reply, score_on_server
+from rbfast.teacher.logprobs import TokenizersDiffer, add_local_logprobs
+from rbfast.teacher.server_logprobs import add_reply_logprobs, add_server_logprobs
 from rbfast.teacher.solutions import Question, teach
 
 TEXTS = ["Add 12 and 30.\n12 + 30 = 42, é 😀.", "Then take 2 away.\n42 - 2 = 40.", "Count the 你好."]
@@ -64,7 +64,7 @@ def check_exact(model, examples, k=K):
 def test_a_local_teacher_of_the_same_tokens_scores_every_trained_one(tmp_path):
     model = teacher_model(TOKENIZER)
     with store_at(tmp_path) as store:
-        assert score_locally(model, TOKENIZER, TRACES, TOKENIZER, store) == []
+        assert add_local_logprobs(model, TOKENIZER, TRACES, TOKENIZER, store) == []
     examples = filled(SignalStore.open(tmp_path))
     check_exact(model, examples)
     batch = collate(examples)
@@ -81,7 +81,7 @@ def test_traces_read_together_get_what_they_get_alone(tmp_path, monkeypatch, tea
         with store_at(tmp_path / name) as store:
             packs(model)  # a few forwards of its own, the first time
             forwards.clear()
-            assert score_locally(model, teacher_tokenizer, TRACES, TOKENIZER, store, align=True) == []
+            assert add_local_logprobs(model, teacher_tokenizer, TRACES, TOKENIZER, store, align=True) == []
         assert len(forwards) == (len(TRACES) if name == "alone" else 1)
         found.append(filled(SignalStore.open(tmp_path / name)))
     for alone, together in zip(*found, strict=True):
@@ -95,14 +95,14 @@ def test_one_trace_that_shares_no_token_does_not_stop_the_others(tmp_path, monke
     nothing = lambda t, s, task: ([], []) if task.trace is TRACES[1] else read(t, s, task)  # noqa: E731
     monkeypatch.setattr(logprobs, "_shared_tokens", nothing)
     with store_at(tmp_path) as store:
-        [(trace, reason)] = score_locally(teacher_model(OTHER), OTHER, TRACES, TOKENIZER, store, align=True)
+        [(trace, reason)] = add_local_logprobs(teacher_model(OTHER), OTHER, TRACES, TOKENIZER, store, align=True)
     assert trace is TRACES[1] and "share no token" in reason and len(SignalStore.open(tmp_path)) == 2
 
 
 def test_a_teacher_with_a_larger_head_keeps_to_the_students_ids(tmp_path):
     model = llama(vocab_size=len(TOKENIZER) + 64)
     with store_at(tmp_path, k=len(TOKENIZER) + 64) as store:
-        score_locally(model, TOKENIZER, TRACES, TOKENIZER, store)
+        add_local_logprobs(model, TOKENIZER, TRACES, TOKENIZER, store)
     example = filled(SignalStore.open(tmp_path))[0]
     assert example.teacher_ids.max() < len(TOKENIZER)
     mass = np.exp(example.teacher_logprobs.astype(np.float64)).sum(1)
@@ -119,7 +119,7 @@ def test_rows_of_a_head_that_are_no_token_never_crowd_out_the_tokens(tmp_path, t
         model.model.norm.weight.copy_(torch.sign(torch.randn(model.config.hidden_size)) * 2)
         model.lm_head.weight[len(teacher_tokenizer) :] *= 5  # some of them are likelier than any token, everywhere
     with store_at(tmp_path) as store:
-        assert score_locally(model, teacher_tokenizer, TRACES, TOKENIZER, store, align=True) == []
+        assert add_local_logprobs(model, teacher_tokenizer, TRACES, TOKENIZER, store, align=True) == []
     logits = model.lm_head(hidden[-1])[0]
     assert logits.topk(K).indices.min(1).values.ge(len(teacher_tokenizer)).float().mean() > 0.5, "crowded"
     for example in filled(SignalStore.open(tmp_path)):
@@ -134,8 +134,8 @@ def test_a_local_teacher_of_other_tokens_is_an_error_unless_aligned(tmp_path):
     model = teacher_model(OTHER)
     with store_at(tmp_path) as store:
         with pytest.raises(TokenizersDiffer, match="other tokens than the student's"):
-            score_locally(model, OTHER, TRACES, TOKENIZER, store)
-        assert score_locally(model, OTHER, TRACES, TOKENIZER, store, align=True) == []
+            add_local_logprobs(model, OTHER, TRACES, TOKENIZER, store)
+        assert add_local_logprobs(model, OTHER, TRACES, TOKENIZER, store, align=True) == []
     for example, trace in zip(filled(SignalStore.open(tmp_path)), TRACES, strict=True):
         assert 0 < len(example.teacher_rows) < (example.labels != IGNORE).sum()
         check_aligned(model, example, trace)
@@ -155,15 +155,15 @@ def check_aligned(model, example, trace):
 def test_scoring_goes_on_where_it_stopped(tmp_path):
     model, calls = teacher_model(TOKENIZER), []
     with store_at(tmp_path) as store:
-        score_locally(model, TOKENIZER, TRACES[:2], TOKENIZER, store)
+        add_local_logprobs(model, TOKENIZER, TRACES[:2], TOKENIZER, store)
     with store_at(tmp_path) as store:
-        score_locally(model, TOKENIZER, TRACES, TOKENIZER, store, progress=lambda *done: calls.append(done))
+        add_local_logprobs(model, TOKENIZER, TRACES, TOKENIZER, store, progress=lambda *done: calls.append(done))
     assert calls == [(1, 1)] and len(SignalStore.open(tmp_path)) == 3
 
 
 def test_a_trace_that_is_too_long_is_refused_with_the_reason(tmp_path):
     with store_at(tmp_path) as store:
-        refused = score_locally(teacher_model(TOKENIZER), TOKENIZER, TRACES, TOKENIZER, store, max_tokens=60)
+        refused = add_local_logprobs(teacher_model(TOKENIZER), TOKENIZER, TRACES, TOKENIZER, store, max_tokens=60)
     assert refused and "at most 60 tokens" in refused[0][1]
 
 
@@ -173,9 +173,9 @@ def test_a_server_of_the_same_tokens_says_what_the_model_says(tmp_path, dialect)
     model = teacher_model(TOKENIZER)
     with serving(model, TOKENIZER) as server, store_at(tmp_path) as store:
         server.faults = [429, "cut"]
-        assert score_on_server(server.client(), ascii_only, TOKENIZER, store, dialect=dialect) == []
+        assert add_server_logprobs(server.client(), ascii_only, TOKENIZER, store, dialect=dialect) == []
         sent = len(server.requests)
-        score_on_server(server.client(), ascii_only, TOKENIZER, store, dialect=dialect)
+        add_server_logprobs(server.client(), ascii_only, TOKENIZER, store, dialect=dialect)
         assert len(server.requests) == sent == len(ascii_only) + 2
     examples = filled(SignalStore.open(tmp_path), ascii_only)
     if dialect == "vllm":
@@ -193,8 +193,8 @@ def test_a_server_of_other_tokens_is_an_error_unless_aligned(tmp_path, dialect):
     ascii_trace = TRACES[1:2]
     with serving(teacher_model(OTHER), OTHER) as server, store_at(tmp_path) as store:
         with pytest.raises(TokenizersDiffer, match="align"):
-            score_on_server(server.client(), ascii_trace, TOKENIZER, store, dialect=dialect)
-        assert score_on_server(server.client(), ascii_trace, TOKENIZER, store, dialect=dialect, align=True) == []
+            add_server_logprobs(server.client(), ascii_trace, TOKENIZER, store, dialect=dialect)
+        assert add_server_logprobs(server.client(), ascii_trace, TOKENIZER, store, dialect=dialect, align=True) == []
     [example] = filled(SignalStore.open(tmp_path), ascii_trace)
     assert 0 < len(example.teacher_rows) < (example.labels != IGNORE).sum()
 
@@ -203,7 +203,7 @@ def test_a_server_that_scores_no_prompts_is_named(tmp_path):
     with serving(teacher_model(TOKENIZER), TOKENIZER) as server, store_at(tmp_path) as store:
         server.complete = lambda body: {"choices": [{"text": "hello"}]}
         with pytest.raises(ServerError, match="sends no prompt_logprobs"):
-            score_on_server(server.client(), TRACES, TOKENIZER, store)
+            add_server_logprobs(server.client(), TRACES, TOKENIZER, store)
 
 
 @pytest.mark.parametrize("served", [TOKENIZER, OTHER], ids=["same tokens", "other tokens"])
@@ -213,7 +213,7 @@ def test_a_teachers_own_reply_carries_its_log_probs_into_the_trace(tmp_path, ser
         taught = teach(server.client(), [Question("12 + 30?")], tmp_path / "taught", top_logprobs=K)
     [trace], [record] = taught.traces, taught.replies
     with store_at(tmp_path / "signals") as store:
-        assert keep_reply(trace, record, TOKENIZER, store) is None
+        assert add_reply_logprobs(trace, record, TOKENIZER, store) is None
     [example] = filled(SignalStore.open(tmp_path / "signals"), [trace])
     labels = example.labels[example.teacher_rows]
     if served is TOKENIZER:
@@ -227,7 +227,7 @@ def test_a_teachers_own_reply_carries_its_log_probs_into_the_trace(tmp_path, ser
 def test_a_reply_without_log_probs_says_so(tmp_path):
     reply = {"text": "Add.\n\n<answer>1</answer>", "logprobs": []}
     with store_at(tmp_path) as store:
-        assert "no log-probs" in keep_reply(Trace("1?", "Add.", "1"), reply, TOKENIZER, store)
+        assert "no log-probs" in add_reply_logprobs(Trace("1?", "Add.", "1"), reply, TOKENIZER, store)
 
 
 # The store
@@ -235,7 +235,7 @@ def test_a_reply_without_log_probs_says_so(tmp_path):
 
 def test_a_store_takes_what_is_its_own_and_nothing_else(tmp_path):
     with store_at(tmp_path) as store:
-        score_locally(teacher_model(TOKENIZER), TOKENIZER, TRACES, TOKENIZER, store)
+        add_local_logprobs(teacher_model(TOKENIZER), TOKENIZER, TRACES, TOKENIZER, store)
     changed = Trace(TRACES[0].problem, TRACES[0].reasoning + "!", TRACES[0].answer)
     missing = SignalStore.open(tmp_path).fill([encode(trace, TOKENIZER) for trace in (TRACES[0], changed)])
     assert len(missing) == 1
@@ -250,7 +250,7 @@ def test_a_broken_store_is_named(tmp_path):
     with pytest.raises(ValueError, match="expected a folder that `rbfast teach --score` wrote"):
         SignalStore.open(tmp_path / "absent")
     with store_at(tmp_path) as store:
-        score_locally(teacher_model(TOKENIZER), TOKENIZER, TRACES, TOKENIZER, store)
+        add_local_logprobs(teacher_model(TOKENIZER), TOKENIZER, TRACES, TOKENIZER, store)
     [shard] = tmp_path.glob("*.safetensors")
     whole = shard.read_bytes()
     for broken in (whole[:-5], whole[:40], b"", b"x" * 100):
@@ -273,7 +273,7 @@ def test_logits_and_nan_are_refused(tmp_path):
 
 def test_a_token_takes_a_few_hundred_bytes(tmp_path):
     with store_at(tmp_path, k=32) as store:
-        score_locally(teacher_model(TOKENIZER), TOKENIZER, TRACES * 1, TOKENIZER, store)
+        add_local_logprobs(teacher_model(TOKENIZER), TOKENIZER, TRACES * 1, TOKENIZER, store)
     tokens = sum((encode(trace, TOKENIZER).labels != IGNORE).sum() for trace in TRACES)
     size = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
     assert size / tokens < 32 * 6 + 4 + 20

@@ -17,7 +17,7 @@ from rbfast.data.trace import Trace
 from rbfast.loss.distill_loss import DistillLoss
 from rbfast.loss.teacher_signal import Dense
 from rbfast.models.student import load_teacher
-from rbfast.teacher.logprobs import score_locally
+from rbfast.teacher.logprobs import add_local_logprobs
 from rbfast.training.distill import DistillConfig, distill
 from rbfast.training.objective import Objective, role_counts, token_losses
 
@@ -38,7 +38,7 @@ def model(seed=0):
 
 def scored(folder, traces=TRACES, teacher=None):
     with SignalStore(folder, "tiny", 5, len(TOKENIZER)) as store:
-        score_locally(teacher or model(1), TOKENIZER, traces, TOKENIZER, store)
+        add_local_logprobs(teacher or model(1), TOKENIZER, traces, TOKENIZER, store)
     return folder
 
 
