@@ -7,6 +7,7 @@
 
 // Calls KERNEL as compiled for `isa`. Call active_isa() before a parallel region: it may throw, and what is thrown
 // inside one loses its message.
+#if defined(__x86_64__)
 #define RBFAST_CALL(isa, KERNEL, ...) \
   switch (isa) {                      \
     case Isa::scalar:                 \
@@ -19,6 +20,9 @@
       avx512::KERNEL(__VA_ARGS__);    \
       break;                          \
   }
+#else
+#define RBFAST_CALL(isa, KERNEL, ...) (void)(isa), scalar::KERNEL(__VA_ARGS__)
+#endif
 
 namespace rbfast {
 

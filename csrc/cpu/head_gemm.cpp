@@ -37,9 +37,24 @@ Operand by_rows(const Tensor& x) { return {x.const_data_ptr(), storage(x), x.str
 Operand by_columns(const Tensor& x) { return {x.const_data_ptr(), storage(x), 1, x.stride(0)}; }
 
 bool are_bf16(const Gemm& g) { return g.a.type == Storage::bf16 && g.b.type == Storage::bf16; }
-// Whether values are multiplied in pairs of bf16, and whether in tiles.
-bool in_pairs(Isa isa, const Gemm& g) { return isa >= Isa::avx512_bf16 && are_bf16(g); }
 bool in_tiles(Isa isa, const Gemm& g) { return isa == Isa::amx && are_bf16(g); }
+
+// A rectangle of C, by the kernel for these operands: bf16 values are multiplied in tiles or in pairs.
+void multiply(Isa isa, const Gemm& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1, void* scratch) {
+#if defined(__x86_64__)
+  if (in_tiles(isa, g)) return amx::gemm(g, m0, m1, n0, n1, scratch);
+  if (isa >= Isa::avx512_bf16 && are_bf16(g)) return avx512_bf16::gemm(g, m0, m1, n0, n1, scratch);
+#endif
+  RBFAST_CALL(isa, gemm, g, m0, m1, n0, n1, scratch);
+}
+
+void multiply_filtered(Isa isa, const Gemm& g, const float* thresholds, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
+                       void* scratch) {
+#if defined(__x86_64__)
+  if (isa >= Isa::avx512_bf16 && are_bf16(g)) return avx512_bf16::filtered_gemm(g, thresholds, m0, m1, n0, n1, scratch);
+#endif
+  RBFAST_CALL(isa, filtered_gemm, g, thresholds, m0, m1, n0, n1, scratch);
+}
 
 // Rectangles of C [m, n], down x across of them, all but the last ones `height` x `width`.
 struct Rectangles {
@@ -79,12 +94,7 @@ void parallel_gemm(const Gemm& g, int64_t m, int64_t n) {
   const Rectangles cut = rectangles(m, n, down, across);
   const int64_t bytes = in_tiles(isa, g) ? amx::scratch(g) : gemm_scratch(cut.height, g.k);
   for_each(cut, m, n, bytes, [&](int64_t m0, int64_t m1, int64_t n0, int64_t n1, char* scratch) {
-    if (in_tiles(isa, g))
-      amx::gemm(g, m0, m1, n0, n1, scratch);
-    else if (in_pairs(isa, g))
-      avx512_bf16::gemm(g, m0, m1, n0, n1, scratch);
-    else
-      RBFAST_CALL(isa, gemm, g, m0, m1, n0, n1, scratch);
+    multiply(isa, g, m0, m1, n0, n1, scratch);
   });
 }
 
@@ -97,10 +107,7 @@ void parallel_filtered_gemm(const Gemm& g, const float* thresholds, int64_t m, i
   const Rectangles cut = rectangles(m, n, down, across);
   const int64_t bytes = filtered_scratch(cut.width);
   for_each(cut, m, n, bytes, [&](int64_t m0, int64_t m1, int64_t n0, int64_t n1, char* scratch) {
-    if (in_pairs(isa, g))
-      avx512_bf16::filtered_gemm(g, thresholds, m0, m1, n0, n1, scratch);
-    else
-      RBFAST_CALL(isa, filtered_gemm, g, thresholds, m0, m1, n0, n1, scratch);
+    multiply_filtered(isa, g, thresholds, m0, m1, n0, n1, scratch);
   });
 }
 

@@ -18,6 +18,11 @@ namespace {
 constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx"};
 constexpr int kCount = static_cast<int>(std::size(kNames));
 
+struct Choice {
+  Isa isa;
+  const char* why;  // and nothing better
+};
+
 #if defined(__x86_64__)
 // Linux hands out the tile registers to a process that asks for them, for all of its threads; it may refuse.
 bool may_use_tiles() {
@@ -28,31 +33,41 @@ bool may_use_tiles() {
   return false;
 #endif
 }
+
+Choice choose() {
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
+    return {Isa::scalar, "this CPU has no AVX2"};
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
+    return {Isa::avx2, "this CPU has no AVX-512"};
+  if (!__builtin_cpu_supports("avx512bf16")) return {Isa::avx512, "this CPU has no products of bf16"};
+  if (!__builtin_cpu_supports("amx-tile") || !__builtin_cpu_supports("amx-bf16"))
+    return {Isa::avx512_bf16, "this CPU has no AMX"};
+  if (!may_use_tiles()) return {Isa::avx512_bf16, "this CPU has AMX, but the kernel refuses its tiles"};
+  return {Isa::amx, "the best there is"};
+}
+#else
+Choice choose() { return {Isa::scalar, "vectors of four floats: there are kernels for x86-64 alone"}; }
 #endif
 
-Isa best_isa() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  const bool tiles = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16");
-  if (avx512_bf16 && tiles && may_use_tiles()) return Isa::amx;
-  if (avx512_bf16) return Isa::avx512_bf16;
-  if (avx512) return Isa::avx512;
-  if (avx2) return Isa::avx2;
-#endif
-  return Isa::scalar;
+const Choice& choice() {
+  static const Choice best = choose();
+  return best;
+}
+
+const char* forced_isa() {
+  const char* name = std::getenv("RBFAST_CPU_ISA");
+  return name == nullptr || *name == '\0' ? nullptr : name;
 }
 
 }  // namespace
 
 Isa active_isa() {
-  static const Isa best = best_isa();
+  const Isa best = choice().isa;
   // Read at every call, so that a test can force each set in turn within one process.
-  const char* forced = std::getenv("RBFAST_CPU_ISA");
-  if (forced == nullptr || *forced == '\0') return best;
+  const char* forced = forced_isa();
+  if (forced == nullptr) return best;
   for (int i = 0; i < kCount; ++i) {
     if (std::strcmp(forced, kNames[i]) != 0) continue;
     expect(i <= static_cast<int>(best), "RBFAST_CPU_ISA=", forced, " is not supported by this CPU, whose best is ",
@@ -72,4 +87,9 @@ extern "C" __attribute__((visibility("default"))) const char* rbfast_cpu_isa() {
   } catch (const std::exception&) {
     return nullptr;
   }
+}
+
+// Why it is this one, and none better.
+extern "C" __attribute__((visibility("default"))) const char* rbfast_cpu_isa_reason() {
+  return rbfast::forced_isa() != nullptr ? "RBFAST_CPU_ISA says so" : rbfast::choice().why;
 }

@@ -50,8 +50,13 @@ static inline float load(const BF16* p) {
   memcpy(&value, &wide, 4);
   return value;
 }
+#if defined(__aarch64__)
+typedef __fp16 Float16;  // GCC 12 has _Float16 for C alone there
+#else
+typedef _Float16 Float16;
+#endif
 static inline float load(const F16* p) {
-  _Float16 half;
+  Float16 half;
   memcpy(&half, p, 2);
   return static_cast<float>(half);
 }
@@ -65,7 +70,7 @@ static inline void store(BF16* p, float value) {
                            : static_cast<uint16_t>((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
 }
 static inline void store(F16* p, float value) {
-  const _Float16 half = static_cast<_Float16>(value);
+  const Float16 half = static_cast<Float16>(value);
   memcpy(p, &half, 2);
 }
 

@@ -23,6 +23,7 @@ def _installation(args: argparse.Namespace) -> int:
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu_isa": ops.cpu_isa(),
+        "cpu_isa_reason": ops.cpu_isa_reason(),
         "text": text.implementation(),
         "ops": ops.implementations(),
         "gpu_ops": ops.implementations("cuda"),

@@ -212,6 +212,14 @@ def cpu_isa() -> str | None:
     return name.decode() if name else None
 
 
+def cpu_isa_reason() -> str:
+    """Why `cpu_isa` is not a better one."""
+    if _NATIVE is None:
+        return "not built: reinstall with a C++ compiler on the PATH"
+    _NATIVE.rbfast_cpu_isa_reason.restype = ctypes.c_char_p
+    return _NATIVE.rbfast_cpu_isa_reason().decode()
+
+
 def implementations(device: str = "cpu") -> dict[str, str]:
     """For each op, what a call on this device ("cpu" or "cuda") runs, and for the reference on a GPU why.
 
