@@ -310,7 +310,7 @@ def test_the_tensors_of_signals(store):
 def test_results_of_an_evaluation(tmp_path, monkeypatch):
     path = tmp_path / "results.jsonl"
     problems = [Problem("task", f"{n}?", str(n), {}) for n in range(3)]
-    write = lambda self, model, tokenizer, asked, size: [[Completion(p.answer, 2, False)] for p in asked]  # noqa: E731
+    write = lambda self, model, tokenizer, asked, size: [[(Completion(p.answer, 2, False), ())] for p in asked]  # noqa: E731
     monkeypatch.setattr(Decoding, "write", write)
     evaluate(None, None, problems, keep=path)
 
