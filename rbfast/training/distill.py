@@ -202,9 +202,7 @@ def _save(run: Run, out: Path, asked: dict[str, Any], examples: Sequence[Example
         "resumed": resumed,
     }
     write_text(out / RUN, json.dumps(asked | cost, indent=1))
-    write_text(
-        out / LOG, json.dumps(run.log_history, indent=1, sort_keys=True)
-    )  # last: it ends the run
+    write_text(out / LOG, json.dumps(run.log_history, indent=1, sort_keys=True))  # last: it ends the run
     shutil.rmtree(out / "checkpoints")
 
 
