@@ -194,7 +194,7 @@ def _solve_chunk(
         return
     if solution.d_hidden is not None:
         thresholds = None
-        if job.gradient_filter > 0 and hidden.device.type == "cpu":
+        if job.gradient_filter > 0 and ops.filter_saves(hidden, weight):
             thresholds, solution.left_out[rows] = loss_ops.row_thresholds(dz, job.gradient_filter)
         solution.d_hidden[rows] = loss_ops.head_backward(dz, weight, thresholds)
     if solution.d_weight is not None:
@@ -228,7 +228,7 @@ class FusedLoss(torch.autograd.Function):
             ctx.save_for_backward(hidden, weight, bias)
         kl_weight, ce_weight, temperature = job.parameters
         loss = kl_weight * temperature**2 * solution.divergence + ce_weight * solution.ce
-        filtered = job.gradient_filter > 0 and wants_hidden
+        filtered = job.gradient_filter > 0 and wants_hidden and ops.filter_saves(hidden, weight)
         error_bound = _norm_bound(solution.left_out, weight) if filtered else solution.left_out
         ctx.mark_non_differentiable(solution.divergence, solution.ce, error_bound)
         return _reduce(loss, reduction, divisor), solution.divergence, solution.ce, error_bound
