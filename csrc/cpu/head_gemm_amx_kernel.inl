@@ -6,8 +6,8 @@
 // stays in tile registers while k runs: four loads and four products a step, all from packed panels.
 //
 // Packing: where k is contiguous, rows are copied and columns are transposed; elsewhere columns are woven from pairs of
-// rows of memory, and rows are woven and transposed. Both operands of head_forward_ lie along k, so one is transposed:
-// the weight, which pays where there are many tokens; or C, with the weight as the operand in rows.
+// rows of memory, and rows are woven and transposed. (head_forward_ could take its weight as the operand in rows and
+// transpose C instead: for 96 to 512 tokens and hidden sizes of 576 to 4096 that took as long.)
 //
 // Order: within 32 values of k the instruction adds up even and odd ones apart; then step by step. Fresh sums start
 // anew at each block of k, and blocks are added in order; resumed sums go on from the value in C.
@@ -21,7 +21,6 @@ constexpr int64_t kTile = 16;
 
 typedef uint32_t Words __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef float Floats __attribute__((vector_size(64)));
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -160,11 +159,10 @@ enum class Update { set, add, resume };
 struct Target {
   float* c;
   int64_t ld, rows, columns;  // up to kPanel each
-  bool turned;                // rows of C are columns of the tiles
   Update update;
   float* whole;  // [kPanel, kPanel], where C is not written directly
 
-  bool direct() const { return !turned && update != Update::add && rows == kPanel && columns == kPanel; }
+  bool direct() const { return update != Update::add && rows == kPanel && columns == kPanel; }
 };
 
 static inline void multiply(const char* p, const char* q, int64_t steps) {
@@ -194,34 +192,13 @@ static inline void store_tiles(float* c, int64_t ld) {
   _tile_stored(3, c + kTile * ld + kTile, ld * 4);
 }
 
-// Values [0, n) of a row of up to kTile.
-static inline void put_row(float* c, Floats v, int64_t n, bool add) {
-  if (n == kTile) {
-    if (add) v += load_as<Floats>(c);
-    memcpy(c, &v, sizeof v);
-  } else {
-    for (int64_t i = 0; i < n; ++i) c[i] = add ? c[i] + v[i] : v[i];
-  }
-}
-
 // From `whole` to C.
 static void put_block(const Target& t) {
-  const bool add = t.update == Update::add;
-  for (int64_t i = 0; i < t.rows; i += kTile)
-    for (int64_t j = 0; j < t.columns; j += kTile) {
-      Words v[16];
-      const float* tile = t.turned ? t.whole + j * kPanel + i : t.whole + i * kPanel + j;
-#pragma GCC unroll 16
-      for (int r = 0; r < 16; ++r) v[r] = load_as<Words>(tile + r * kPanel);
-      if (t.turned) transpose(v);
-      const int64_t rows = smaller(kTile, t.rows - i), columns = smaller(kTile, t.columns - j);
-      if (rows == kTile)
-#pragma GCC unroll 16
-        for (int r = 0; r < 16; ++r) put_row(t.c + (i + r) * t.ld + j, reinterpret_cast<Floats>(v[r]), columns, add);
-      else
-        for (int64_t r = 0; r < rows; ++r)
-          put_row(t.c + (i + r) * t.ld + j, reinterpret_cast<Floats>(v[r]), columns, add);
-    }
+  for (int64_t i = 0; i < t.rows; ++i) {
+    float* to = t.c + i * t.ld;
+    const float* from = t.whole + i * kPanel;
+    for (int64_t j = 0; j < t.columns; ++j) to[j] = t.update == Update::add ? to[j] + from[j] : from[j];
+  }
 }
 
 static void block(const char* p, const char* q, int64_t steps, const Target& t) {
@@ -252,44 +229,32 @@ struct alignas(64) TileConfig {
 // Eight tiles of 16 rows of 64 bytes.
 constexpr TileConfig kWholeTiles{1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-// Whether C is computed transposed: what is transposed then is C, else the operand in columns.
-static bool is_turned(const Gemm& g, int64_t rows) { return g.b.k_stride == 1 && rows / kTile < g.k / kDepth; }
-
 }  // namespace
 
 void gemm(const Gemm& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1, void* scratch) {
   _tile_loadconfig(&kWholeTiles);
-  const bool turned = is_turned(g, m1 - m0);
-  const Operand &in_rows = turned ? g.b : g.a, &in_columns = turned ? g.a : g.b;
-  const int64_t p0 = turned ? n0 : m0, p1 = turned ? n1 : m1, q0 = turned ? m0 : n0, q1 = turned ? m1 : n1;
-  const int64_t longest = k_block(g), p_step = fitting_panels(longest, kRowBytes) * kPanel,
-                q_step = fitting_panels(longest, kColumnBytes) * kPanel;
+  const int64_t longest = k_block(g), m_step = fitting_panels(longest, kRowBytes) * kPanel,
+                n_step = fitting_panels(longest, kColumnBytes) * kPanel;
   float* whole = static_cast<float*>(scratch);
   char* rows = static_cast<char*>(scratch) + kPanel * kPanel * 4;
-  char* columns = rows + p_step / kPanel * (longest / kDepth * kStepBytes);
+  char* columns = rows + m_step / kPanel * (longest / kDepth * kStepBytes);
   for (int64_t k = 0; k < g.k; k += longest) {
     const int64_t depth = smaller(longest, g.k - k), steps = (depth + kDepth - 1) / kDepth;
     const Update update = g.sums == Sums::resumed ? Update::resume : k == 0 ? Update::set : Update::add;
-    for (int64_t qb = q0; qb < q1; qb += q_step) {
-      const Part q{in_columns, qb, smaller(qb + q_step, q1), k, depth};
-      q.x.k_stride == 1 ? pack_columns(q, columns) : pack_columns_across(q, columns);
-      for (int64_t pb = p0; pb < p1; pb += p_step) {
-        const Part p{in_rows, pb, smaller(pb + p_step, p1), k, depth};
-        p.x.k_stride == 1 ? pack_rows(p, rows) : pack_rows_across(p, rows);
+    for (int64_t n = n0; n < n1; n += n_step) {
+      const Part b{g.b, n, smaller(n + n_step, n1), k, depth};
+      b.x.k_stride == 1 ? pack_columns(b, columns) : pack_columns_across(b, columns);
+      for (int64_t m = m0; m < m1; m += m_step) {
+        const Part a{g.a, m, smaller(m + m_step, m1), k, depth};
+        a.x.k_stride == 1 ? pack_rows(a, rows) : pack_rows_across(a, rows);
         settle();
-        const auto at = [&](int64_t i, int64_t j) {
-          const int64_t m = turned ? qb + j * kPanel : pb + i * kPanel, n = turned ? pb + i * kPanel : qb + j * kPanel;
-          const Target target{
-              g.c + m * g.ldc + n, g.ldc, smaller(kPanel, m1 - m), smaller(kPanel, n1 - n), turned, update, whole};
-          block(rows + i * p.panel_bytes(), columns + j * q.panel_bytes(), steps, target);
-        };
-        // Along the rows of C: so that its lines are asked for in order.
-        if (turned)
-          for (int64_t j = 0; j < q.panels(); ++j)
-            for (int64_t i = 0; i < p.panels(); ++i) at(i, j);
-        else
-          for (int64_t i = 0; i < p.panels(); ++i)
-            for (int64_t j = 0; j < q.panels(); ++j) at(i, j);
+        for (int64_t i = 0; i < a.panels(); ++i)
+          for (int64_t j = 0; j < b.panels(); ++j) {
+            const int64_t row = m + i * kPanel, column = n + j * kPanel;
+            const Target target{g.c + row * g.ldc + column,   g.ldc,  smaller(kPanel, m1 - row),
+                                smaller(kPanel, n1 - column), update, whole};
+            block(rows + i * a.panel_bytes(), columns + j * b.panel_bytes(), steps, target);
+          }
       }
     }
   }

@@ -56,7 +56,8 @@ class DistillLoss(nn.Module):
             96 rows, whichever is more; 768 MiB on a GPU.
         gradient_filter: in [0, 1). The gradient of hidden lacks the entries of a row of d loss / d logits that are
             smallest in magnitude, as long as they sum to at most this share of the row. 0.02 saves a CPU most of that
-            product, at an error of about 0.02 (docs/results.md); a GPU, which it would save nothing, ignores it.
+            product, at an error of about 0.02 (docs/results.md). A GPU, and a CPU with AMX for bf16, would save
+            nothing and ignore it.
     """
 
     def __init__(

@@ -8,6 +8,7 @@ rows, so its last bits follow their order alone.
 Shapes: T tokens, H hidden size, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -20,6 +21,7 @@ from rbfast.loss.teacher_signal import Dense, TopK
 from rbfast.ops import reference
 
 Reduction = Literal["mean", "sum", "none"]
+HeadForward = Callable[[Tensor, Tensor, Tensor], None]  # the op head_forward_
 
 # A chunk's logits (student's and teacher's) take at most this much memory, or that of LEAST_ROWS: larger chunks read
 # the head fewer times, and a product of fewer rows spends its time on arranging the head, not on multiplying.
@@ -124,6 +126,26 @@ def _at(index: Tensor | None, part: slice) -> Tensor | slice:
     return part if index is None else index[part]
 
 
+def _forward_beside(forward: HeadForward, x: Tensor, weight: Tensor, logits: Tensor) -> HeadForward:
+    """head_forward_ for a teacher, beside a student's x [n, H], weight and logits.
+
+    If they share the head in fp32, the teacher's logits are the student's plus a product of the difference of their
+    hidden states: two products would round the logits by more than a small gap between them can bear.
+    """
+
+    def teacher_forward(z: Tensor, hidden: Tensor, head: Tensor) -> None:
+        if hidden.dtype != x.dtype or x.dtype not in (torch.float32, torch.float64) or not _is_same(head, weight):
+            return forward(z, hidden, head)
+        forward(z, hidden - x, head)
+        z.add_(logits)
+
+    return teacher_forward
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
+
+
 def _solve_chunk(
     loss_ops: LossOps,
     hidden: Tensor,
@@ -145,7 +167,8 @@ def _solve_chunk(
         ids, logprobs = group.signal.ids[entries], group.signal.logprobs[entries]
     elif isinstance(group.signal, Dense):
         teacher_logits = room[1]
-        group.signal.write_logits_(teacher_logits, entries, loss_ops.head_forward_)
+        forward = _forward_beside(loss_ops.head_forward_, x, weight, logits)
+        group.signal.write_logits_(teacher_logits, entries, forward)
     dz = None
     if solution.wants_gradient:
         # The gradient takes the place of the logits; in bf16 it fills the first half of each row's memory.
@@ -171,7 +194,7 @@ def _solve_chunk(
         return
     if solution.d_hidden is not None:
         thresholds = None
-        if job.gradient_filter > 0 and hidden.device.type == "cpu":
+        if job.gradient_filter > 0 and ops.filter_saves(hidden, weight):
             thresholds, solution.left_out[rows] = loss_ops.row_thresholds(dz, job.gradient_filter)
         solution.d_hidden[rows] = loss_ops.head_backward(dz, weight, thresholds)
     if solution.d_weight is not None:
@@ -205,7 +228,7 @@ class FusedLoss(torch.autograd.Function):
             ctx.save_for_backward(hidden, weight, bias)
         kl_weight, ce_weight, temperature = job.parameters
         loss = kl_weight * temperature**2 * solution.divergence + ce_weight * solution.ce
-        filtered = job.gradient_filter > 0 and wants_hidden
+        filtered = job.gradient_filter > 0 and wants_hidden and ops.filter_saves(hidden, weight)
         error_bound = _norm_bound(solution.left_out, weight) if filtered else solution.left_out
         ctx.mark_non_differentiable(solution.divergence, solution.ce, error_bound)
         return _reduce(loss, reduction, divisor), solution.divergence, solution.ce, error_bound

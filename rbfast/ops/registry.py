@@ -220,6 +220,12 @@ def cpu_isa_reason() -> str:
     return _NATIVE.rbfast_cpu_isa_reason().decode()
 
 
+def filter_saves(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether thresholds make head_backward faster for these: not on a GPU, nor in AMX's tiles, which skip nothing."""
+    in_tiles = hidden.dtype == weight.dtype == torch.bfloat16 and cpu_isa() == "amx"
+    return hidden.device.type == "cpu" and not in_tiles
+
+
 def implementations(device: str = "cpu") -> dict[str, str]:
     """For each op, what a call on this device ("cpu" or "cuda") runs, and for the reference on a GPU why.
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rbfast import ops
 from rbfast.loss.distill_loss import DistillLoss
 from rbfast.loss.teacher_signal import Dense, TopK
 
@@ -117,7 +118,9 @@ def test_mixed_rows_match_the_plain_formula(beta, reduction, head):
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
 @pytest.mark.parametrize("head_trains", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_filtered_gradient_lacks_at_most_what_it_says(dtype, head_trains, reduction):
+def test_a_filtered_gradient_lacks_at_most_what_it_says(dtype, head_trains, reduction, monkeypatch):
+    if ops.cpu_isa() == "amx":  # which filters no bf16
+        monkeypatch.setenv("RBFAST_CPU_ISA", "avx512_bf16")
     T, H, V = 60, 24, 3000
     g = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(*shape, generator=g).to(dtype) for shape in ((T, H), (V, H)))
@@ -148,6 +151,20 @@ def test_a_filtered_gradient_lacks_at_most_what_it_says(dtype, head_trains, redu
         assert bool((error <= out.hidden_grad_error_bound / rows + rounding).all())
         assert float(out.hidden_grad_error_bound[7]) == 0 and bool((out.hidden_grad_error_bound[labels >= 0] > 0).all())
         assert 1e-4 * share < relative_error(filtered, d_hidden) < 5 * share + 2**-8
+
+
+def test_a_filter_that_saves_nothing_is_left_out(monkeypatch):
+    monkeypatch.setenv("RBFAST_CPU_ISA", "amx")
+    if ops.cpu_isa() != "amx":
+        pytest.skip("this CPU has no amx")
+    weight, labels = torch.randn(300, 8).bfloat16(), torch.arange(5)
+    hidden = torch.randn(5, 8).bfloat16().requires_grad_()
+    gradients = []
+    for share in (0.0, 0.3):
+        out = DistillLoss(gradient_filter=share)(hidden, weight, labels, ce_weight=1.0)
+        gradients += torch.autograd.grad(out.loss, hidden)
+        assert not bool(out.hidden_grad_error_bound.any())
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -252,6 +269,24 @@ def test_gradient_error_is_at_most_0_3_percent_near_the_teacher(isa, kind, beta,
         assert relative_error(ours, theirs) <= 0.003
     assert bool((out.divergence >= 0).all())
     assert relative_error(out.divergence, truth.detach()) <= 0.003
+
+
+@pytest.mark.parametrize("gap", [1.0, 0.02, 0.001])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_gradient_error_under_a_head_that_both_share(isa, beta, gap):
+    """Logits of size 4 in fp32: two products of their own would be off by 0.3% of a gap of 0.001."""
+    T, H, V = 37, 64, 1003
+    g = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(T, H, generator=g), 4 / H**0.5 * torch.randn(V, H, generator=g)
+    theirs, labels = hidden + gap / 4 * torch.randn(T, H, generator=g), torch.randint(V, (T,), generator=g)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        x, head = hidden.to(dtype).requires_grad_(), weight.to(dtype)
+        teacher = Dense(theirs, head) if dtype == torch.float32 else Dense(logits=theirs.double() @ head.T)
+        out = DistillLoss(beta, chunk_rows=32)(x, head, labels, teacher)
+        found.append((torch.autograd.grad(out.loss, x)[0], out.divergence))
+    for ours, exact in zip(*found, strict=True):
+        assert relative_error(ours, exact) <= 0.001
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

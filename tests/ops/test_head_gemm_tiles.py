@@ -18,7 +18,7 @@ from rbfast import ops
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "tests/ops/tiles_on_any_cpu.cpp"
 PANEL = 32
-# More of k than is packed at a time, more rows and more columns; few tokens, for which C is computed transposed.
+# More of k than is packed at a time, more rows and more columns.
 LONG = ((40, 5000, 50), (70, 64, 2100), (1100, 40, 60), (33, 130, 1500))
 
 
