@@ -24,6 +24,7 @@ from rbfast.ops.registry import (
     implementations,
     row_thresholds,
     run_of,
+    scale_,
 )
 
 __all__ = [
@@ -43,4 +44,5 @@ __all__ = [
     "implementations",
     "row_thresholds",
     "run_of",
+    "scale_",
 ]

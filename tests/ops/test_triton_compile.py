@@ -18,7 +18,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed: pip inst
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from rbfast.kernels import columns, divergence_rows  # noqa: E402
+from rbfast.kernels import columns, divergence_rows, scale  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -89,7 +89,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, calls: Iterator[Callable[[], objec
         launch = Launch(kernel, args, {"enable_fp_fusion": True} | options)
         seen[f"{launch.source().hash()} {options}"] = launch
 
-    for module in (columns, divergence_rows):
+    for module in (columns, divergence_rows, scale):
         monkeypatch.setattr(module, "_launch", record)
     for call in calls:
         call()
