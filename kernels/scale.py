@@ -35,4 +35,4 @@ def scale_(x: Tensor, factor: Tensor) -> None:
             f"got strides {x.stride()} and {factor.dtype} {list(factor.shape)}"
         )
     if x.numel():
-        _launch(scale_kernel, (min(PROGRAMS, triton.cdiv(x.numel(), BLOCK)),), x, factor, x.numel(), BLOCK=BLOCK)
+        _launch(scale_kernel, (min(PROGRAMS, triton.cdiv(x.numel(), BLOCK)),), x, factor, x.numel(), BLOCK)

@@ -146,6 +146,13 @@ def test_row_kernels_fit_the_registers_and_shared_memory(kind, beta, head, arch,
         assert_compiles(launch, arch, tmp_path)
 
 
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scale_fits_the_registers(dtype, arch, tmp_path, monkeypatch):
+    (launch,) = launches(monkeypatch, iter([lambda: scale.scale_(empty(128256, 4096, dtype=dtype), empty(1))]))
+    assert_compiles(launch, arch, tmp_path)
+
+
 def test_the_fold_multiplies_and_adds_apart(monkeypatch):
     """A fused multiply-add would not round the product, and a fold would have other bits than on the CPU."""
     (fold,) = launches(monkeypatch, (call for i, call in enumerate(column_calls(torch.bfloat16, 2)) if i == 4))
