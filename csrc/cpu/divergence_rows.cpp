@@ -146,6 +146,7 @@ Losses dense_row(const Row& row, const float* teacher) {
   RBFAST_CALL(row.isa, log_sum, row.z, shared, row.inv_tau, &z);
   if (shared < vocabulary) RBFAST_CALL(row.isa, log_sum, row.z + shared, vocabulary - shared, row.inv_tau, &rest);
   RBFAST_CALL(row.isa, log_sum, teacher, shared, row.inv_tau, &t);
+  if (t.max <= kNone) t.max = std::numeric_limits<float>::quiet_NaN();  // no distribution: neither is there a loss
   const double top = std::max(z.max, rest.max);
   const double z_log = std::log(z.at_tau) + (z.max - top) * inv_tau, t_log = std::log(t.at_tau);
   const double log_one = std::log(z.at_one * std::exp(z.max - top) + rest.at_one * std::exp(rest.max - top));
@@ -165,7 +166,8 @@ Losses dense_row(const Row& row, const float* teacher) {
   DenseValue value;
   RBFAST_CALL(row.isa, dense_value, row.z, teacher, vocabulary, pass, row.out, &value);
   if (row.out.dz != nullptr && row.job.beta != 0) {
-    pass.mean_score = static_cast<float>(value.mean_score);
+    // log1p_parts passes no NaN on to the scores of JS; the divergence has it.
+    pass.mean_score = static_cast<float>(std::isnan(value.divergence) ? value.divergence : value.mean_score);
     RBFAST_CALL(row.isa, dense_gradient, row.z, teacher, vocabulary, pass, row.out);
   }
   return {value.divergence, log_one - (row.z_label - top)};

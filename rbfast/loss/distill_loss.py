@@ -16,9 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rbfast.loss.fused_loss import FusedLoss, Job, Reduction
-from rbfast.loss.inputs import check_shapes, stack_parameters, value_faults
-from rbfast.loss.row_groups import group_known_rows, group_rows
+from rbfast.loss.fused_loss import FusedLoss, Reduction
+from rbfast.loss.inputs import check_shapes, stack_parameters, value_questions
+from rbfast.loss.row_groups import TakenRows, take_known_rows, take_rows
+from rbfast.loss.solver import Job
 from rbfast.loss.teacher_signal import Signal, check_signal
 
 
@@ -53,7 +54,7 @@ class DistillLoss(nn.Module):
         softcap: the student's logits are softcap * tanh(z / softcap), as in Gemma 2.
         logit_scale: multiplies the student's logits (after the bias, before the softcap), as in Cohere's models.
         chunk_rows: rows taken at a time, rounded up to a multiple of 32; by default 40 MiB of logits or
-            96 rows, whichever is more; 768 MiB on a GPU.
+            96 rows, whichever is more; on a GPU at most 1024 rows, and 925 MB with their gradient.
         gradient_filter: in [0, 1). The gradient of hidden lacks the entries of a row of d loss / d logits that are
             smallest in magnitude, as long as they sum to at most this share of the row. 0.02 saves a CPU most of that
             product, at an error of about 0.02 (docs/results.md). A GPU, and a CPU with AMX for bf16, would save
@@ -140,27 +141,35 @@ class DistillLoss(nn.Module):
         given = [] if teacher is None else teacher if isinstance(teacher, Sequence) else [teacher]
         if not given and isinstance(ce_weight, int | float) and ce_weight == 0:
             raise ValueError("there is nothing to learn from: give a teacher, or a ce_weight above 0 for text alone")
-        parameters = stack_parameters(hidden, kl_weight=kl_weight, ce_weight=ce_weight, temperature=temperature)
+        named = {"kl_weight": kl_weight, "ce_weight": ce_weight, "temperature": temperature}
+        parameters = stack_parameters(hidden, **named)
         signals = [check_signal(signal, hidden) for signal in given]
         labels = labels.to(torch.int64)
         if rows is not None:
-            groups = group_known_rows(signals, rows, len(hidden))
+            taken = take_known_rows(signals, rows, len(hidden))
         else:
-            faults = value_faults(labels, self.ignore_index, len(head_weight), parameters)
-            groups = group_rows(signals, labels, self.ignore_index, faults, len(head_weight))
-        job = Job(
+            questions = value_questions(labels, self.ignore_index, len(head_weight), parameters, named)
+            taken = take_rows(signals, labels, self.ignore_index, questions, len(head_weight))
+        job = self._job(labels, parameters, taken, self._divisor(num_items, taken.size))
+        with torch.autocast(hidden.device.type, enabled=False):
+            return LossOutput(*FusedLoss.apply(hidden, head_weight, head_bias, job, self.reduction))
+
+    def _job(self, labels: Tensor, parameters: Tensor, taken: TakenRows, divisor: int | Tensor) -> Job:
+        if taken.order is not None:
+            labels, parameters = labels[taken.order], parameters[:, taken.order]
+        if not (isinstance(divisor, int) and divisor == 1):
+            parameters[:2].div_(divisor)
+        return Job(
             labels=labels,
             parameters=parameters,
-            groups=groups,
+            taken=taken,
+            divisor=divisor,
             beta=self.beta,
             softcap=self.softcap,
             logit_scale=self.logit_scale,
             chunk_rows=self.chunk_rows,
             gradient_filter=self.gradient_filter,
         )
-        divisor = self._divisor(num_items, sum(group.size for group in groups))
-        with torch.autocast(hidden.device.type, enabled=False):
-            return LossOutput(*FusedLoss.apply(hidden, head_weight, head_bias, job, self.reduction, divisor))
 
     def _divisor(self, num_items: int | Tensor | None, rows: int) -> int | Tensor:
         if self.reduction != "mean":

@@ -1,12 +1,13 @@
 """The checks of what DistillLoss is given. Shapes: T tokens, H hidden size, V vocabulary."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from rbfast.loss.row_groups import Fault
-from rbfast.ops.reference import wide
+from rbfast.loss.questions import Question
+from rbfast.ops.dtypes import wide_dtype
 
 
 def check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
@@ -30,8 +31,8 @@ def check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | 
 
 def stack_parameters(hidden: Tensor, **parameters: float | Tensor) -> Tensor:
     """Floats or [T] tensors as rows of one tensor in the accumulation dtype, detached; numbers are checked here."""
-    stacked = torch.empty(len(parameters), len(hidden), dtype=wide(hidden[:0]).dtype, device=hidden.device)
-    for row, (name, value) in zip(stacked, parameters.items(), strict=True):
+    stacked = torch.empty(len(parameters), len(hidden), dtype=wide_dtype(hidden.dtype), device=hidden.device)
+    for row, (name, value) in zip(stacked.unbind(), parameters.items(), strict=True):
         if isinstance(value, Tensor):
             if value.dim() > 0 and value.shape != hidden.shape[:1]:
                 raise ValueError(f"{name} must be a float or [T] = [{len(hidden)}], got {tuple(value.shape)}")
@@ -45,22 +46,36 @@ def stack_parameters(hidden: Tensor, **parameters: float | Tensor) -> Tensor:
     return stacked
 
 
-def value_faults(labels: Tensor, ignore_index: int, vocabulary: int, parameters: Tensor) -> list[Fault]:
-    """What may be wrong with the labels [T] and the parameters [3, T] of a loss."""
-    wrong_label = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
-    not_finite = ~parameters.isfinite()
+def value_questions(
+    labels: Tensor, ignore_index: int, vocabulary: int, stacked: Tensor, parameters: Mapping[str, float | Tensor]
+) -> list[Question]:
+    """What may be wrong with labels [T] and with the parameters that are tensors, which `stacked` [n, T] holds."""
+    if not len(labels):
+        return []
+    asked = _label_questions(labels, ignore_index, vocabulary)
+    for row, (name, value) in zip(stacked.unbind(), parameters.items(), strict=True):
+        if isinstance(value, Tensor):
+            asked += _parameter_questions(name, row)
+    return asked
 
-    def say_label() -> str:
-        row = int(wrong_label.nonzero()[0])
+
+def _label_questions(labels: Tensor, ignore_index: int, vocabulary: int) -> list[Question]:
+    low, high = labels.masked_fill(labels == ignore_index, 0).aminmax()
+
+    def explain() -> str:
+        wrong = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
+        row = int(wrong.nonzero()[0])
         allowed = f"[0, {vocabulary}) or ignore_index {ignore_index}"
         return f"labels must be in {allowed}, got {int(labels[row])} at row {row}"
 
-    def say_parameter() -> str:
-        name = ("kl_weight", "ce_weight", "temperature")[int(not_finite.nonzero()[0][0])]
-        return f"{name} must be finite in every row"
+    return [Question(low, lambda label: label < 0, explain), Question(high, lambda label: label >= vocabulary, explain)]
 
-    return [
-        Fault(wrong_label, say_label),
-        Fault(not_finite, say_parameter),
-        Fault(parameters[2] <= 0, lambda: "temperature must be positive in every row"),
+
+def _parameter_questions(name: str, values: Tensor) -> list[Question]:
+    low, high = (x.double() for x in values.aminmax())  # both NaN if any is
+    asked = [
+        Question(x, lambda v: not math.isfinite(v), lambda: f"{name} must be finite in every row") for x in (low, high)
     ]
+    if name == "temperature":
+        asked.append(Question(low, lambda v: v <= 0, lambda: f"{name} must be positive in every row"))
+    return asked

@@ -1,50 +1,57 @@
-"""Which rows of a batch take part in a loss, by signal, and the checks of values that need to look at the device.
+"""Which rows of a batch take part in a loss, and which signal each of them has.
 
-Looking costs a wait for the device, so everything is asked at once: the number of rows of each group and whether any
-value is wrong are read back together. What exactly is wrong is worked out only after that. Where the caller says which
-rows take part nothing is read at all.
+Where the caller says which rows take part nothing is read from the device. Else one wait tells how many rows each
+signal has, and whether all values are right. Shapes: T tokens, n rows that take part, N rows of a signal.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rbfast.loss.teacher_signal import Signal, TopK, mark_padding, merge_duplicates, top_k_faults
+from rbfast.loss.questions import Question, read_back
+from rbfast.loss.teacher_signal import Dense, Signal, TopK, mark_padding, merge_duplicates, repeated_id, top_k_questions
 
 
-class RowGroup(NamedTuple):
-    """Rows that share a signal (None: text only).
+@dataclass(frozen=True)
+class RowGroup:
+    """Neighbours among the rows that take part, which share a signal (None: text only).
 
-    rows: [size] into the T axis; None: all T rows in order.
     entries: [size] into the signal's N axis; None: entry i belongs to the group's row i.
     """
 
     size: int
-    rows: Tensor | None
     signal: Signal | None = None
     entries: Tensor | None = None
 
-
-class Fault(NamedTuple):
-    """A check that waits to be read: the values that fail it, and a function that says what is wrong with them."""
-
-    wrong: Tensor
-    explain: Callable[[], str]
+    @property
+    def teacher_columns(self) -> int:
+        """How many logits a row of its signal has."""
+        return self.signal.vocabulary if isinstance(self.signal, Dense) else 0
 
 
-def group_known_rows(signals: Sequence[Signal], rows: Tensor, tokens: int) -> list[RowGroup]:
-    """The groups of rows [n] that are known to take part, all rows of the signals among them; reads nothing back."""
+@dataclass(frozen=True)
+class TakenRows:
+    """The rows that take part, group by group. order: [n] into the T axis; None: all T rows in order."""
+
+    order: Tensor | None
+    groups: list[RowGroup]
+
+    @property
+    def size(self) -> int:
+        return sum(group.size for group in self.groups)
+
+
+def take_known_rows(signals: Sequence[Signal], rows: Tensor, tokens: int) -> TakenRows:
+    """Rows [n] that are known to take part, all rows of the signals among them; reads nothing back."""
     if rows.dtype != torch.int64 or rows.dim() != 1:
         raise ValueError(f"rows must be int64 [n], the rows that take part, got {rows.dtype} {list(rows.shape)}")
-    everything = len(rows) == tokens
     if not len(rows):
-        return []
-    if len(signals) == 1 and signals[0].rows is None:
-        return [RowGroup(tokens, None, signals[0]) if everything else RowGroup(len(rows), rows, signals[0], rows)]
-    if not signals:
-        return [RowGroup(len(rows), None if everything else rows)]
+        return TakenRows(rows, [])
+    if not signals or (len(signals) == 1 and signals[0].rows is None):
+        order = None if len(rows) == tokens else rows
+        return TakenRows(order, [RowGroup(len(rows), signals[0], order) if signals else RowGroup(len(rows))])
     claimed = [_rows_of(signal, tokens, rows.device) for signal in signals]
     left = len(rows) - sum(map(len, claimed))
     if left < 0:
@@ -52,107 +59,98 @@ def group_known_rows(signals: Sequence[Signal], rows: Tensor, tokens: int) -> li
             f"the signals cover {len(rows) - left} rows, but only {len(rows)} take part; "
             "leave the others out of the signals too"
         )
-    groups = [RowGroup(len(their), their, signal) for their, signal in zip(claimed, signals, strict=True)]
+    groups = [RowGroup(len(their), signal) for their, signal in zip(claimed, signals, strict=True)]
     if left:
         has_signal = torch.zeros(tokens, dtype=torch.bool, device=rows.device)
-        for their in claimed:
-            has_signal.index_fill_(0, their, True)
-        order = has_signal[rows].argsort(stable=True)
-        groups.append(RowGroup(left, rows[order[:left]]))
-    return [group for group in groups if group.size]
+        has_signal.index_fill_(0, _joined(claimed), True)
+        claimed.append(rows[has_signal[rows].sort(stable=True).indices[:left]])
+        groups.append(RowGroup(left))
+    return TakenRows(_joined(claimed), [group for group in groups if group.size])
 
 
-def group_rows(
-    signals: Sequence[Signal], labels: Tensor, ignore_index: int, faults: Sequence[Fault], vocabulary: int
-) -> list[RowGroup]:
-    """The groups of the rows [T] whose label is not ignored; reads back from the device once.
+def take_rows(
+    signals: Sequence[Signal], labels: Tensor, ignore_index: int, questions: Sequence[Question], vocabulary: int
+) -> TakenRows:
+    """The rows whose label [T] is not ignored; reads back from the device once.
 
     Raises:
-        ValueError: a fault was found, or two signals claim one row, or a signal holds no distribution.
+        ValueError: an answer to a question is wrong, or two signals claim one row, or a signal holds no distribution.
     """
-    tokens, text = len(labels), len(signals)
-    owner = torch.full((tokens,), text, dtype=torch.int64, device=labels.device)
-    claims = torch.zeros_like(owner)
-    faults, entries, has_repeats = list(faults), [], []
+    if not len(labels):
+        return TakenRows(None, [])
     signals = [mark_padding(signal) if isinstance(signal, TopK) else signal for signal in signals]
-    for number, signal in enumerate(signals):
-        if isinstance(signal, TopK):
-            faults += [Fault(*fault) for fault in top_k_faults(signal, vocabulary)]
-            has_repeats.append(_has_repeats(signal.ids))
-        entries.append(None if signal.rows is None else _claim(signal.rows, number, owner, claims, faults))
-        if signal.rows is None:
-            owner.fill_(number)
-            claims += 1
-    if len(signals) > 1 or any(signal.rows is not None for signal in signals):
-        faults.append(Fault(claims > 1, lambda: _say_claimed_twice(claims)))
-    key = owner.masked_fill(labels == ignore_index, text + 1)
-    counts, is_wrong, repeats = _read_back(key, text + 1, faults, has_repeats)
-    if any(is_wrong):
-        raise ValueError(faults[is_wrong.index(True)].explain())
-    signals = [merge_duplicates(signal) if isinstance(signal, TopK) and any(repeats) else signal for signal in signals]
-    return _split(key, counts, signals, entries)
+    top_k = [signal for signal in signals if isinstance(signal, TopK) and signal.ids.numel()]
+    asked = [*questions, *(question for signal in top_k for question in top_k_questions(signal, vocabulary))]
+    repeats = [repeated_id(signal.ids) for signal in top_k]
+    is_ignored = labels == ignore_index
+    if not signals or (len(signals) == 1 and signals[0].rows is None):
+        ignored, *repeated = read_back(asked, [is_ignored.sum(), *repeats])
+        taken = len(labels) - ignored
+        order = is_ignored.sort(stable=True).indices[:taken] if ignored else None
+        owned = [RowGroup(taken, signals[0], order) if signals else RowGroup(taken)]
+    else:
+        claims = _Claims(signals, is_ignored)
+        numbers = read_back(asked + claims.questions(), [is_ignored.sum(), *claims.ignored(), *repeats])
+        lost, repeated = numbers[1 : 1 + len(signals)], numbers[1 + len(signals) :]
+        order, owned = claims.split(len(labels) - numbers[0], lost)
+    if any(id >= 0 for id in repeated):
+        owned = [RowGroup(group.size, _merged(group.signal), group.entries) for group in owned]
+    return TakenRows(order, [group for group in owned if group.size])
 
 
-def _claim(rows: Tensor, number: int, owner: Tensor, claims: Tensor, faults: list[Fault]) -> Tensor:
-    """Marks the rows [N] of a signal as its own; returns for each row of the batch which entry is its [T]."""
-    tokens = len(owner)
-    faults.append(
-        Fault((rows < 0) | (rows >= tokens), lambda: f"rows must be in [0, {tokens}), got {rows.min()}..{rows.max()}")
-    )
-    inside = (
-        rows.clamp(0, tokens - 1) if tokens else rows[:0]
-    )  # a row outside must not stop the device before it is read
-    owner.index_fill_(0, inside, number)
-    claims.index_add_(0, inside, torch.ones_like(inside))
-    return torch.zeros_like(owner).index_copy_(0, inside, torch.arange(len(inside), device=owner.device))
+class _Claims:
+    """Rows of a batch claimed by signals that say which are theirs. is_ignored: [T]."""
+
+    def __init__(self, signals: Sequence[Signal], is_ignored: Tensor) -> None:
+        self.signals, self.is_ignored, self.tokens = signals, is_ignored, len(is_ignored)
+        claimed = [_rows_of(signal, self.tokens, is_ignored.device) for signal in signals]
+        self.sizes, self.rows = [len(rows) for rows in claimed], _joined(claimed)
+        self.inside = self.rows.clamp(0, self.tokens - 1)  # a row outside must not stop the device before it is read
+
+    def questions(self) -> list[Question]:
+        asked = []
+        if len(self.rows):
+            low, high = self.rows.aminmax()
+            asked += [Question(low, lambda row: row < 0, self._say_outside)]
+            asked += [Question(high, lambda row: row >= self.tokens, self._say_outside)]
+        if len(self.rows) > 1:
+            ordered = self.rows.sort().values
+            twice = torch.where(ordered[1:] == ordered[:-1], ordered[1:], self.tokens).amin()
+            asked += [Question(twice, lambda row: row < self.tokens, lambda: _say_claimed_twice(int(twice)))]
+        return asked
+
+    def _say_outside(self) -> str:
+        return f"rows must be in [0, {self.tokens}), got {self.rows.min()}..{self.rows.max()}"
+
+    def ignored(self) -> list[Tensor]:
+        """How many rows of each signal are ignored."""
+        return [part.sum() for part in self.is_ignored[self.inside].split(self.sizes)]
+
+    def split(self, taken: int, ignored: Sequence[int]) -> tuple[Tensor, list[RowGroup]]:
+        """The rows that take part: by signal and its entries, then those of text alone."""
+        count = len(self.rows)
+        key = torch.full_like(self.is_ignored, count, dtype=torch.int64)
+        key.index_copy_(0, self.inside, torch.arange(count, device=key.device))
+        entries, order = key.masked_fill_(self.is_ignored, count + 1).sort(stable=True)
+        groups, start, first = [], 0, 0
+        for signal, size, lost in zip(self.signals, self.sizes, ignored, strict=True):
+            part, first_entry = entries[start : start + size - lost], first
+            groups.append(RowGroup(size - lost, signal, part - first_entry if lost else None))
+            start, first = start + size - lost, first + size
+        return order[:taken], [*groups, RowGroup(taken - start)]
 
 
-def _say_claimed_twice(claims: Tensor) -> str:
-    return f"row {int((claims > 1).nonzero()[0])} has more than one teacher signal; give each row one"
+def _say_claimed_twice(row: int) -> str:
+    return f"row {row} has more than one teacher signal; give each row one"
 
 
-def _has_repeats(ids: Tensor) -> Tensor:
-    """Whether a row of ids [N, k] holds an id twice; -1 does not count."""
-    ordered = ids.sort(1).values
-    return ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()
-
-
-def _read_back(
-    key: Tensor, groups: int, faults: Sequence[Fault], flags: Sequence[Tensor]
-) -> tuple[list[int], list[bool], list[bool]]:
-    """How many rows have each key below `groups`, which faults there are, and the flags: the one wait of a call."""
-    numbers = torch.arange(groups, device=key.device).unsqueeze(1)
-    answers = [
-        (key == numbers).sum(1),
-        *(fault.wrong.any().reshape(1) for fault in faults),
-        *(f.reshape(1) for f in flags),
-    ]
-    values = torch.cat([answer.to(torch.int64) for answer in answers]).tolist()
-    end = groups + len(faults)
-    return values[:groups], [bool(v) for v in values[groups:end]], [bool(v) for v in values[end:]]
-
-
-def _split(
-    key: Tensor, counts: Sequence[int], signals: Sequence[Signal], entries: Sequence[Tensor | None]
-) -> list[RowGroup]:
-    """The groups, in the order of their keys; rows ascend within a group."""
-    tokens = len(key)
-    if max(counts) == tokens > 0:
-        whole = counts.index(tokens)
-        if whole == len(signals):
-            return [RowGroup(tokens, None)]
-        return [RowGroup(tokens, None, signals[whole], entries[whole])]
-    groups, start = [], 0
-    order = key.argsort(stable=True)
-    for number, count in enumerate(counts):
-        rows, start = order[start : start + count], start + count
-        if count and number == len(signals):
-            groups.append(RowGroup(count, rows))
-        elif count:
-            place = entries[number]
-            groups.append(RowGroup(count, rows, signals[number], rows if place is None else place[rows]))
-    return groups
+def _merged(signal: Signal | None) -> Signal | None:
+    return merge_duplicates(signal) if isinstance(signal, TopK) else signal
 
 
 def _rows_of(signal: Signal, tokens: int, device: torch.device) -> Tensor:
     return torch.arange(tokens, device=device) if signal.rows is None else signal.rows
+
+
+def _joined(rows: Sequence[Tensor]) -> Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(list(rows))

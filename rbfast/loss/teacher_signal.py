@@ -3,14 +3,15 @@
 Shapes: T tokens of the batch, N rows of a signal, k its width, V' and H' the teacher's vocabulary and hidden size.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from rbfast.ops.reference import wide
+from rbfast.loss.questions import Question, read_back
+from rbfast.ops.dtypes import wide_dtype
 
 # How far over 1 a row's probabilities may add up: bf16 log-probs near 0 are off by up to 0.4%.
 MASS_TOLERANCE = 1e-2
@@ -128,7 +129,7 @@ def _check_top_k(signal: TopK, hidden: Tensor) -> TopK:
         raise ValueError(f"TopK needs ids [N, k] and logprobs [N, k], got {list(ids.shape)} and {list(logprobs.shape)}")
     if ids.is_floating_point() or ids.dtype == torch.bool or not logprobs.is_floating_point():
         raise ValueError(f"TopK needs integer ids and floating-point logprobs, got {ids.dtype} and {logprobs.dtype}")
-    ids, logprobs = ids.to(hidden.device, torch.int64), logprobs.detach().to(hidden.device, wide(hidden[:0]).dtype)
+    ids, logprobs = ids.to(hidden.device, torch.int64), logprobs.detach().to(hidden.device, wide_dtype(hidden.dtype))
     return TopK(ids, logprobs, signal.rows)
 
 
@@ -139,33 +140,46 @@ def check_top_k(signal: TopK, vocabulary: int | None = None) -> TopK:
         ValueError: a row holds no distribution over the vocabulary (None: of any size).
     """
     signal = mark_padding(signal)
-    for wrong, explain in top_k_faults(signal, 2**31 if vocabulary is None else vocabulary):
-        if bool(wrong.any()):
-            raise ValueError(explain())
-    return merge_duplicates(signal)
+    if not signal.ids.numel():
+        return signal
+    asked = top_k_questions(signal, 2**31 if vocabulary is None else vocabulary)
+    (repeated,) = read_back(asked, [repeated_id(signal.ids)])
+    return merge_duplicates(signal) if repeated >= 0 else signal
 
 
 def mark_padding(signal: TopK) -> TopK:
     """The signal with id -1 and a log-prob of -inf wherever it has one of the two."""
-    padding = (signal.ids == -1) | (signal.logprobs == -torch.inf)
-    ids, logprobs = signal.ids.masked_fill(padding, -1), signal.logprobs.masked_fill(padding, -torch.inf)
-    return replace(signal, ids=ids, logprobs=logprobs)
+    ids = signal.ids.masked_fill(signal.logprobs == -torch.inf, -1)
+    return replace(signal, ids=ids, logprobs=signal.logprobs.masked_fill(ids == -1, -torch.inf))
 
 
-def top_k_faults(signal: TopK, vocabulary: int) -> list[tuple[Tensor, Callable[[], str]]]:
-    """What may be wrong with the values of a signal: where it is, and a function that says so."""
+def top_k_questions(signal: TopK, vocabulary: int) -> list[Question]:
+    """What may be wrong with the values of a signal that has any, its padding marked."""
     ids, logprobs = signal.ids, signal.logprobs
-    faults = [
-        (logprobs.isnan(), "teacher log-probs must be numbers, got NaN"),
-        (ids >= vocabulary, f"teacher ids must be below the student's vocabulary of {vocabulary}; drop or map them"),
-        (ids < -1, "teacher ids must not be negative (-1 marks padding)"),
-        (logprobs.exp().sum(1) > 1 + MASS_TOLERANCE, "teacher probabilities of one row add up to more than 1"),
+    low, high = ids.aminmax()
+    mass = logprobs.exp().sum(1, dtype=torch.float64)
+    most = mass.amax()  # a NaN, if there is one
+
+    def say(message: str, wrong: Callable[[], Tensor]) -> Callable[[], str]:
+        return lambda: f"{message} (row {int(wrong().nonzero()[0][0])} of the signal)"
+
+    too_large = f"teacher ids must be below the student's vocabulary of {vocabulary}; drop or map them"
+    negative = "teacher ids must not be negative (-1 marks padding)"
+    too_much = "teacher probabilities of one row add up to more than 1"
+    return [
+        Question(most, math.isnan, say("teacher log-probs must be numbers, got NaN", lambda: logprobs.isnan())),
+        Question(high, lambda id: id >= vocabulary, say(too_large, lambda: ids >= vocabulary)),
+        Question(low, lambda id: id < -1, say(negative, lambda: ids < -1)),
+        Question(most, lambda total: total > 1 + MASS_TOLERANCE, say(too_much, lambda: mass > 1 + MASS_TOLERANCE)),
     ]
-    return [(wrong, partial(_say_row, message, wrong)) for wrong, message in faults]
 
 
-def _say_row(message: str, wrong: Tensor) -> str:
-    return f"{message} (row {int(wrong.nonzero()[0][0])} of the signal)"
+def repeated_id(ids: Tensor) -> Tensor:
+    """The largest id that a row of ids [N, k] holds twice, padding aside; -1 if there is none. N and k are above 0."""
+    if ids.shape[1] == 1:
+        return ids.new_full((), -1)
+    ordered = ids.sort(1).values
+    return torch.where(ordered[:, 1:] == ordered[:, :-1], ordered[:, 1:], -1).amax()
 
 
 def merge_duplicates(signal: TopK) -> TopK:
@@ -173,8 +187,6 @@ def merge_duplicates(signal: TopK) -> TopK:
     ids, logprobs = signal.ids, signal.logprobs
     ordered = ids.sort(1).values
     at_fault = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
-    if not bool(at_fault.any()):
-        return signal
     ids, logprobs = ids.clone(), logprobs.clone()
     some, their = ids[at_fault], logprobs[at_fault]
     same = (some.unsqueeze(2) == some.unsqueeze(1)) & (some >= 0).unsqueeze(2)

@@ -25,6 +25,7 @@ from rbfast.ops.registry import (
     implementations,
     row_thresholds,
     run_of,
+    scale_,
 )
 
 __all__ = [
@@ -45,4 +46,5 @@ __all__ = [
     "implementations",
     "row_thresholds",
     "run_of",
+    "scale_",
 ]

@@ -95,6 +95,11 @@ def head_grad_(dW: Tensor, dz: Tensor, hidden: Tensor) -> None:
     dW += wide(dz).T @ wide(hidden)
 
 
+def scale_(x: Tensor, factor: Tensor) -> None:
+    """x *= factor, one number in fp32 or wider, which a product of bf16 would otherwise round first."""
+    x.mul_(factor.reshape(1))
+
+
 # Reverse KL needs log p of everything the student may say; below this it is cut, as binary_cross_entropy does.
 LOG_FLOOR = -100.0
 

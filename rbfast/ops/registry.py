@@ -32,6 +32,7 @@ _SCHEMAS = {
     "head_backward": "(Tensor dz, Tensor weight, Tensor? thresholds=None) -> Tensor",
     "row_thresholds": "(Tensor dz, float share) -> (Tensor, Tensor)",
     "head_grad_": "(Tensor(a!) dW, Tensor dz, Tensor hidden) -> ()",
+    "scale_": "(Tensor(a!) x, Tensor factor) -> ()",
     "divergence_rows_": "(Tensor(a!) logits, Tensor(b!)? dz, Tensor labels, Tensor kl_weight, Tensor ce_weight, "
     "Tensor temperature, Tensor? ids, Tensor? logprobs, Tensor? teacher, Tensor? bias, "
     "float beta, float logit_scale, float? softcap) -> (Tensor, Tensor)",
@@ -45,6 +46,7 @@ _TRITON_MODULES = {
     "column_scatter_": "columns",
     "column_fold_": "columns",
     "divergence_rows_": "divergence_rows",
+    "scale_": "scale",
 }
 _PRODUCTS = ("head_forward_", "head_backward", "head_grad_")  # on CUDA, torch's own GEMMs: nobody writes better ones
 
@@ -106,6 +108,7 @@ column_fold_ = torch.ops.rbfast.column_fold_
 head_forward_ = torch.ops.rbfast.head_forward_
 head_backward = torch.ops.rbfast.head_backward
 head_grad_ = torch.ops.rbfast.head_grad_
+scale_ = torch.ops.rbfast.scale_
 row_thresholds = torch.ops.rbfast.row_thresholds
 divergence_rows_ = torch.ops.rbfast.divergence_rows_
 
@@ -135,7 +138,7 @@ def _(logits: Tensor, *args: object) -> tuple[Tensor, Tensor]:
     return logits.new_empty(logits.shape[0]), logits.new_empty(logits.shape[0])
 
 
-for _name in ("column_linear_", "column_scatter_", "column_fold_", "head_forward_", "head_grad_"):
+for _name in ("column_linear_", "column_scatter_", "column_fold_", "head_forward_", "head_grad_", "scale_"):
     torch.library.register_fake(f"rbfast::{_name}", lambda *args: None, lib=_LIBRARY)
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from plain_losses import Near, divergence, relative_error, top_k_divergence
 from torch import Tensor
 
 from rbfast import ops
@@ -11,40 +12,10 @@ from rbfast.loss.distill_loss import DistillLoss
 from rbfast.loss.teacher_signal import Dense, TopK
 
 
-def divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    """The textbook definition over buckets [T, n]; differentiable in log_q."""
-    p, q = log_p.exp(), log_q.exp()
-    if beta == 0:
-        return (p * (log_p - log_q)).sum(1)
-    if beta == 1:
-        return (q * (log_q - log_p)).sum(1)
-    log_m = (beta * p + (1 - beta) * q).log()
-    return beta * (p * (log_p - log_m)).sum(1) + (1 - beta) * (q * (log_q - log_m)).sum(1)
-
-
 def student_logits(hidden, weight, bias=None, softcap=None, logit_scale=1.0) -> Tensor:
     z = hidden @ weight.T
     z = logit_scale * (z if bias is None else z + bias)
     return z if softcap is None else softcap * torch.tanh(z / softcap)
-
-
-def top_k_divergence(z: Tensor, ids: Tensor, log_p: Tensor, tau: Tensor, beta: float) -> Tensor:
-    """k + 1 buckets of a whole teacher distribution: given on ids, shaped like the student's elsewhere."""
-    with torch.no_grad():
-        support = torch.zeros_like(z, dtype=torch.bool).scatter(1, ids, True)
-        tail = torch.log_softmax(z.masked_fill(support, -torch.inf), 1)
-        teacher = (tail + torch.log1p(-log_p.exp().sum(1, keepdim=True))).scatter(1, ids, log_p)
-
-    def buckets(full: Tensor) -> Tensor:
-        full = torch.log_softmax(full / tau, 1)
-        rest = full.masked_fill(support, -torch.inf).logsumexp(1, keepdim=True)
-        return torch.cat([full.gather(1, ids), rest], 1)
-
-    return divergence(buckets(teacher), buckets(z), beta)
-
-
-def relative_error(ours: Tensor, truth: Tensor) -> float:
-    return float((ours.double() - truth.double()).norm() / truth.double().norm())
 
 
 class Case:
@@ -217,42 +188,6 @@ def test_gradcheck(beta):
         ).loss
 
     assert torch.autograd.gradcheck(loss, inputs, fast_mode=True)
-
-
-class Near:
-    """A bf16 student, and a teacher whose logits differ by about `gap`: its states have eight features more."""
-
-    T, H, V, K = 48, 96, 1500, 20
-
-    def __init__(self, gap: float) -> None:
-        g = torch.Generator().manual_seed(0)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=g)
-
-        self.hidden = normal(self.T, self.H).bfloat16().requires_grad_()
-        self.weight = (0.3 * normal(self.V, self.H)).bfloat16().requires_grad_()
-        # The same numbers in fp64: a gradient of bf16 leaves would itself be rounded to bf16.
-        self.exact = tuple(x.detach().double().requires_grad_() for x in (self.hidden, self.weight))
-        self.labels = torch.randint(self.V, (self.T,), generator=g)
-        self.teacher_hidden = torch.cat([self.hidden.detach(), normal(self.T, 8).bfloat16()], 1)
-        self.teacher_weight = torch.cat([self.weight.detach(), (gap / 8**0.5 * normal(self.V, 8)).bfloat16()], 1)
-        z = self.teacher_hidden.double() @ self.teacher_weight.double().T
-        self.log_p = torch.log_softmax(z, 1)
-
-    def signal(self, kind: str) -> TopK | Dense:
-        if kind == "dense":
-            return Dense(self.teacher_hidden, self.teacher_weight)
-        logprobs, ids = self.log_p.topk(self.K, 1)
-        return TopK(ids, logprobs.float())
-
-    def plain(self, kind: str, beta: float) -> Tensor:
-        """Divergence [T] in fp64 of the same bf16 numbers; differentiable."""
-        z = self.exact[0] @ self.exact[1].T
-        if kind == "dense":
-            return divergence(self.log_p, torch.log_softmax(z, 1), beta)
-        signal = self.signal(kind)
-        return top_k_divergence(z, signal.ids, signal.logprobs.double(), torch.ones(self.T, 1).double(), beta)
 
 
 @pytest.mark.parametrize("gap", [1.0, 0.1, 0.02, 0.001])

@@ -202,6 +202,17 @@ def test_a_nan_is_not_hidden():
         assert not rows.run()[1][1:].isnan().any()
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_a_teacher_row_of_only_minus_inf_is_nan(beta):
+    rows = make("dense", 50, 50, beta=beta)
+    rows.teacher[4] = -torch.inf
+    for ours, exact in zip(rows.run(), rows.double().run(reference), strict=True):
+        torch.testing.assert_close(ours.double(), exact, equal_nan=True, rtol=1e-4, atol=1e-5)
+    divergence, ce, dz = rows.run()
+    assert torch.equal(divergence.isnan(), torch.arange(9) == 4) and bool(ce.isfinite().all())
+    assert bool(dz[4].isnan().all()) and bool(dz[:4].isfinite().all()) and bool(dz[5:].isfinite().all())
+
+
 def test_wrong_arguments_are_named():
     rows = make("top-k")
     for change, message in (

@@ -22,7 +22,7 @@ from test_columns_ops import run as run_columns
 from test_divergence_rows import EPS32, ROUNDINGS, Rows
 from test_divergence_rows import make as make_rows
 
-from rbfast.kernels import columns, divergence_rows
+from rbfast.kernels import columns, divergence_rows, scale
 from rbfast.ops import reference, registry
 
 pytestmark = pytest.mark.slow
@@ -73,7 +73,7 @@ def test_a_gpu_build_of_torch_gets_triton_and_the_rest_the_reference() -> None:
         return tuple(json.loads(done.stdout))
 
     found, imported = ask()
-    assert all(found[name].startswith("triton (") for name in (*OPS, "divergence_rows_"))
+    assert all(found[name].startswith("triton (") for name in (*OPS, "divergence_rows_", "scale_"))
     assert not imported  # it is by the first call
     assert set(ask("triton")[0].values()) == {
         "reference (neither _C_cuda nor triton is installed)",
@@ -341,3 +341,29 @@ def test_the_registry_compiles_without_graph_breaks(name):
     d = on_device(make((65, 90, 77, 33, 2), torch.bfloat16))
     compiled = torch.compile(run_columns, fullgraph=True)
     assert all(map(torch.equal, compiled(name, d), run_columns(name, d)))
+
+
+# ---- scale_ ----
+
+
+@here
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ((1,), (3, 7), (100, 300), (0, 4)))
+def test_scale_multiplies_in_the_factor_s_dtype_and_leaves_alone_what_1_would_not_change(shape, dtype, monkeypatch):
+    monkeypatch.setattr(scale, "PROGRAMS", 2)  # each takes several blocks
+    monkeypatch.setattr(scale, "BLOCK", 1024)
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    for factor in (1 / 3, 1.0, -2.0, torch.nan):
+        x, by = start.clone(), torch.tensor(factor, device=DEVICE)
+        scale.scale_(x, by)
+        torch.testing.assert_close(x, (start.float() * by).to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_scale_takes_one_number_and_dense_memory():
+    for x, factor in (
+        (torch.ones(3, 4).T, torch.ones(())),
+        (torch.ones(3), torch.ones(2)),
+        (torch.ones(3), torch.ones((), dtype=torch.float16)),
+    ):
+        with pytest.raises(ValueError, match="x must be contiguous and factor one float32 or float64"):
+            scale.scale_(x, factor)

@@ -18,7 +18,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed: pip inst
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from rbfast.kernels import columns, divergence_rows  # noqa: E402
+from rbfast.kernels import columns, divergence_rows, scale  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -89,7 +89,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, calls: Iterator[Callable[[], objec
         launch = Launch(kernel, args, {"enable_fp_fusion": True} | options)
         seen[f"{launch.source().hash()} {options}"] = launch
 
-    for module in (columns, divergence_rows):
+    for module in (columns, divergence_rows, scale):
         monkeypatch.setattr(module, "_launch", record)
     for call in calls:
         call()
@@ -144,6 +144,13 @@ def test_column_kernels_fit_the_registers_and_shared_memory(dtype, k, arch, tmp_
 def test_row_kernels_fit_the_registers_and_shared_memory(kind, beta, head, arch, tmp_path, monkeypatch):
     for launch in launches(monkeypatch, row_calls(kind, beta, head)):
         assert_compiles(launch, arch, tmp_path)
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scale_fits_the_registers(dtype, arch, tmp_path, monkeypatch):
+    (launch,) = launches(monkeypatch, iter([lambda: scale.scale_(empty(128256, 4096, dtype=dtype), empty(1))]))
+    assert_compiles(launch, arch, tmp_path)
 
 
 def test_the_fold_multiplies_and_adds_apart(monkeypatch):

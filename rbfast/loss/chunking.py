@@ -1,0 +1,71 @@
+"""How many rows a loss takes at a time. Shapes: T rows take part, H hidden size, V vocabulary, V' a dense teacher's."""
+
+from typing import NamedTuple
+
+import torch
+
+# On a CPU a chunk's logits (student's and teacher's) take at most this much memory, or that of LEAST_ROWS: larger
+# chunks read the head fewer times, and a product of few rows spends its time on arranging the head, not on multiplying.
+CPU_BYTES = 40 * 2**20
+LEAST_ROWS = 96
+# Chunks hold a multiple of this many rows: head_grad_ sums rows in pairs, or by 32, which a chunk must never split.
+ROW_MULTIPLE = 32
+
+# On a GPU logits and dz take at most this much together. Rows fill tiles of the products; on an H200 with H = 4096 and
+# V = 128256, 512 rows cost 8% more than 768, and more than 1024 gain nothing.
+GPU_BYTES = 925 * 10**6
+TILE_ROWS = 128
+MOST_ROWS = 1024
+# Each product that is added to a gradient in bf16 rounds it. With more than two the error could exceed 0.3%.
+MOST_ROUNDINGS = 2
+
+
+class Chunking(NamedTuple):
+    """How many rows' logits exist at a time, and how many rows' dz.
+
+    keeps_dz: dz has memory of its own, in bf16, beside the logits. Else it takes their place, and product is chunk.
+    rounds_sum: the head's gradient is added up in bf16, by at most MOST_ROUNDINGS products. Else it is in fp32.
+    """
+
+    chunk: int
+    product: int
+    keeps_dz: bool = False
+    rounds_sum: bool = False
+
+
+def chunk_on_cpu(rows: int, row_bytes: int, asked: int | None) -> Chunking:
+    """row_bytes: of a row's logits. asked: how many rows the user wants a chunk to have."""
+    fitting = max(LEAST_ROWS, CPU_BYTES // row_bytes // ROW_MULTIPLE * ROW_MULTIPLE)
+    chunk = _limit(rows, _up(asked, ROW_MULTIPLE) if asked else fitting)
+    return Chunking(chunk, chunk)
+
+
+def chunk_on_gpu(rows: int, row_bytes: int, asked: int | None, memory: int = GPU_BYTES) -> Chunking:
+    fitting = max(ROW_MULTIPLE, min(MOST_ROWS, memory // row_bytes))
+    multiple = TILE_ROWS if fitting >= TILE_ROWS else ROW_MULTIPLE
+    fitting = fitting // multiple * multiple
+    chunks = max(1, -(-rows // fitting))
+    chunk = _limit(rows, _up(asked, ROW_MULTIPLE) if asked else _up(-(-rows // chunks), multiple))
+    return Chunking(chunk, chunk)
+
+
+def chunk_trained_head(rows: int, row_bytes: int, asked: int | None, head: torch.Size) -> Chunking:
+    """On a GPU in bf16: a product that adds to the head's gradient [V, H] reads and writes all of it, so few are made.
+
+    Half of the rows' dz is smaller than a sum in fp32 if T <= 4 H. Then the sum is in bf16, with two products.
+    """
+    V, H = head
+    dz_bytes = torch.bfloat16.itemsize * V
+    rounds_sum = rows <= 4 * H
+    product = max(GPU_BYTES // 2 // dz_bytes, -(-rows // MOST_ROUNDINGS) if rounds_sum else 0)
+    product = _limit(rows, _up(product, TILE_ROWS))
+    room = max(GPU_BYTES - product * dz_bytes, GPU_BYTES // 4)
+    return Chunking(chunk_on_gpu(product, row_bytes, asked, room).chunk, product, True, rounds_sum)
+
+
+def _limit(rows: int, most: int) -> int:
+    return max(1, min(rows, most))
+
+
+def _up(rows: int, multiple: int) -> int:
+    return -(-rows // multiple) * multiple

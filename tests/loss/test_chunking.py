@@ -1,0 +1,92 @@
+"""How many rows a loss takes at a time, and what it computes if it goes about it as on a GPU."""
+
+import pytest
+import torch
+from plain_losses import Near, relative_error
+
+from rbfast.loss import chunking, solver
+from rbfast.loss.chunking import chunk_on_cpu, chunk_on_gpu, chunk_trained_head
+from rbfast.loss.distill_loss import DistillLoss
+from rbfast.ops.head_gemm import head_grad_rounded_
+
+LLAMA_8B = torch.Size((128256, 4096))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 31, 33, 95, 500, 1000, 1025, 4096, 4097, 50_000])
+@pytest.mark.parametrize("V", [1, 500, 49152, 128256, 262144])
+@pytest.mark.parametrize("asked", [None, 1, 7, 3000])
+def test_chunks_are_whole_tiles_of_any_batch(rows, V, asked):
+    for plan in (
+        chunk_on_cpu(rows, 4 * V, asked),
+        chunk_on_gpu(rows, 8 * V, asked),
+        chunk_trained_head(rows, 4 * V, asked, torch.Size((V, 1000))),
+    ):
+        assert 1 <= plan.chunk <= plan.product <= max(1, rows)
+        assert plan.chunk % 32 == 0 or plan.chunk == plan.product
+        if plan.rounds_sum:
+            assert -(-rows // plan.product) <= 2
+
+
+def test_a_gpu_needs_less_than_a_gigabyte_at_the_size_of_llama_8b():
+    V, H = LLAMA_8B
+    for plan, logits_bytes in (
+        (chunk_on_gpu(4096, 4 * V, None), 4 * V),
+        (chunk_on_gpu(4096, 8 * V, None), 8 * V),
+        (chunk_trained_head(4096, 4 * V, None, LLAMA_8B), 4 * V),
+    ):
+        dz_bytes = 2 * V * plan.product if plan.keeps_dz else 0
+        d_hidden = 4 * 4096 * H - 2 * 4096 * H  # in fp32, of which half is returned
+        assert plan.chunk * logits_bytes + dz_bytes + d_hidden < 1e9
+        assert plan.chunk >= 768
+
+
+def test_a_long_batch_adds_up_the_gradient_of_its_head_in_fp32():
+    assert chunk_trained_head(4 * 4096, 4 * LLAMA_8B[0], None, LLAMA_8B).rounds_sum
+    plan = chunk_trained_head(4 * 4096 + 1, 4 * LLAMA_8B[0], None, LLAMA_8B)
+    assert plan.keeps_dz and not plan.rounds_sum
+    assert 2 * plan.product * LLAMA_8B[0] < 925e6
+
+
+@pytest.mark.parametrize("products", [1, 2])
+def test_two_products_in_bf16_cost_a_gradient_less_than_0_3_percent(products):
+    g = torch.Generator().manual_seed(0)
+    dz, x = torch.randn(1024, 300, generator=g).bfloat16(), torch.randn(1024, 200, generator=g).bfloat16()
+    dW = torch.full((300, 200), torch.nan, dtype=torch.bfloat16)
+    for i, part in enumerate(torch.arange(1024).tensor_split(products)):
+        head_grad_rounded_(dW, dz[part], x[part], adds=i > 0)
+    error = relative_error(dW, dz.double().T @ x.double())
+    assert 0.001 < error < (0.002 if products == 1 else 0.003)
+
+
+@pytest.mark.parametrize("memory", [925 * 10**6, 2 * 1500 * 24])
+@pytest.mark.parametrize("chunk_rows", [None, 1])
+@pytest.mark.parametrize("kind", ["dense", "top-k"])
+def test_a_head_trained_as_on_a_gpu_has_the_gradient_of_the_plain_formula(kind, chunk_rows, memory, monkeypatch):
+    """dz in memory of its own, for several chunks; a sum of one or of two products, or in fp32 (memory for 24 rows)."""
+    monkeypatch.setattr(solver, "_is_gpu", lambda x: True)
+    monkeypatch.setattr(chunking, "GPU_BYTES", memory)
+    monkeypatch.setattr(chunking, "TILE_ROWS", 16)
+    near = Near(1.0)
+    rows = torch.arange(near.T)
+    truth = near.plain(kind, 0.0)
+    expected = torch.autograd.grad(truth.mean(), near.exact)
+    loss_fn = DistillLoss(chunk_rows=chunk_rows)
+    out = loss_fn(near.hidden, near.weight, near.labels, near.signal(kind), rows=rows)
+    for ours, theirs in zip(torch.autograd.grad(out.loss, (near.hidden, near.weight)), expected, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert relative_error(ours, theirs) <= 0.003
+    assert relative_error(out.divergence, truth.detach()) <= 0.003
+
+
+def test_a_second_backward_pass_gives_the_same_gradients():
+    near = Near(0.1)
+    inputs = (near.hidden, near.weight)
+    for reduction in ("mean", "none"):
+        out = DistillLoss(reduction=reduction)(*inputs, near.labels, near.signal("top-k"))
+        upstream = torch.full_like(out.loss, 4.0)
+        once = torch.autograd.grad(out.loss, inputs, upstream, retain_graph=True)
+        kept = [x.clone() for x in once]
+        twice = torch.autograd.grad(out.loss, inputs, upstream)
+        for a, b, c in zip(once, kept, twice, strict=True):
+            assert torch.equal(a, b)
+            torch.testing.assert_close(a, c)
