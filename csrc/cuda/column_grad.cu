@@ -6,12 +6,12 @@
 // its products there, on tensor cores. What they need as partners, H and B, is fp32: it is cut into two pieces of bf16
 // (three where dy is fp32). A block takes a strip of features and a run of tokens, a warp keeps B and dB of its features
 // in registers. Per tile of 32 tokens the warps' parts of dH are added up in shared memory, so what goes back to memory
-// is k floats for every token and strip: 4 k / 1024 of the bytes of a bf16 dy for strips of 512.
+// is k floats for every token and strip: 4 k / 512 of the bytes of a bf16 dy for strips of 256.
 //
-// Four launches: `project` makes H, `sweep` over dy leaves parts of dB and dH, `sweep` over xs adds up dH and leaves
-// parts of dA, `sum_parts` adds up dA and dB. Work is cut into equal shares for all multiprocessors: block b does units
-// [b * share, ...) of the list of all (strip, tile of tokens). Every sum runs in an order fixed by the shapes and the
-// number of multiprocessors, without atomics.
+// Five launches: `project` makes H, `sweep` over dy leaves parts of dB and dH, `sum_hidden` adds up dH, `sweep` over xs
+// leaves parts of dA, `sum_parts` adds up dA and dB. Work is cut into equal shares for all multiprocessors: block b does
+// units [b * share, ...) of the list of all (strip, tile of tokens). Every sum runs in an order fixed by the shapes and
+// the number of multiprocessors, without atomics.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -22,8 +22,8 @@
 namespace rbfast {
 namespace {
 
-constexpr int kBlocks = 1;  // of `sweep` on a multiprocessor
-constexpr int kLeaves16 = 4, kLeaves32 = 1;  // 16 features each, of a warp; of 16-bit and of 32-bit values
+constexpr int kBlocks = 2;  // of `sweep` on a multiprocessor, where its shared memory holds two tiles for each
+constexpr int kLeaves16 = 2, kLeaves32 = 1;  // 16 features each, of a warp; of 16-bit and of 32-bit values
 
 // ---- both products of a matrix ----
 
@@ -90,44 +90,64 @@ template <typename T>
 struct Sweep {
   Matrix<T> x;
   Shares shares;
-  int stages;  // tiles in shared memory: one is worked on, the others are on their way
+  int stages;          // tiles in shared memory: one is worked on, the others are on their way
+  const Pair* hidden;  // w, as operands: H or dH
   // with both products:
-  const Pair* hidden;  // H, as `project` leaves it
-  Factor m;            // B
-  // dH: with both products it is written, else read
+  Factor m;  // B
   Dots dots;
 };
 
-// Bytes of shared memory for one tile and its H, and for what the warps have to add up.
-template <typename T, int kN, bool kDot>
-constexpr int kStageBytes = Tile<T>::kBytes + (kDot ? kTokens / kLeaf * kN * kPartners<T> * kWarp * 8 : 0);
-template <int kN, bool kDot>
-constexpr int kScratchBytes = kDot ? kWarps * kTokens / kLeaf * kN * kWarp * 16 : kTokens * (8 * kN + 1) * 4;
+// A strip of features and a tile of tokens.
+struct Unit {
+  int strip, tile;
 
-// Starts to copy a unit's tile of x, and of H.
-template <typename T, int kN, bool kDot>
-__device__ void start_copies(const Sweep<T>& s, int64_t unit, char* stage) {
+  __device__ void advance(int tiles) {
+    if (++tile < tiles) return;
+    tile = 0;
+    ++strip;
+  }
+};
+
+// Bytes of shared memory for one tile and its part of w, and for what the warps have to add up.
+template <typename T, int kN>
+constexpr int kHiddenPairs = kTokens / kLeaf * kN * kPartners<T> * kWarp;
+template <typename T, int kN>
+constexpr int kStageBytes = Tile<T>::kBytes + kHiddenPairs<T, kN> * sizeof(Pair);
+template <int kN, bool kDot>
+constexpr int kScratchBytes = kDot ? kWarps * kTokens / kLeaf * kN * kWarp * sizeof(Floats) : 0;
+
+// Starts to copy a unit's tile of x. A thread copies the same features of every 8th row, so `at` is the same for all.
+template <typename T>
+__device__ void copy_tile(const Matrix<T>& x, Unit unit, T* values) {
   using Tile = Tile<T>;
-  constexpr int kChunks = Tile::kWidth / Tile::kChunk;
-  const Tile tile{reinterpret_cast<T*>(stage)};
-  const int64_t first = unit % s.shares.tiles * kTokens, begin = unit / s.shares.tiles * Tile::kWidth;
+  constexpr int kChunks = Tile::kWidth / Tile::kChunk, kRows = kThreads / kChunks;
+  static_assert(kRows % 8 == 0 && kTokens % kRows == 0);
+  const int row = threadIdx.x / kChunks, v = threadIdx.x % kChunks * Tile::kChunk;
+  const int64_t feature = unit.strip * int64_t{Tile::kWidth} + v, left = x.n - feature;
+  const int valid = left < 0 ? 0 : left < Tile::kChunk ? static_cast<int>(left) : Tile::kChunk;
+  int64_t t = unit.tile * int64_t{kTokens} + row;
+  const T* from = x.x + t * x.row + feature;
+  T* to = Tile{values}.at(row, v);
 #pragma unroll
-  for (int i = threadIdx.x; i < kTokens * kChunks; i += kThreads) {
-    const int row = i / kChunks, v = i % kChunks * Tile::kChunk;
-    if (s.x.aligned) {
-      const int64_t left = first + row < s.x.tokens ? s.x.n - begin - v : 0;
-      const int valid = left < 0 ? 0 : left < Tile::kChunk ? static_cast<int>(left) : Tile::kChunk;
-      copy_async(tile.at(row, v), valid > 0 ? s.x.x + (first + row) * s.x.row + begin + v : s.x.x, valid * sizeof(T));
+  for (int i = 0; i < kTokens / kRows; ++i, t += kRows, from += kRows * x.row, to += kRows * Tile::kWidth) {
+    if (x.aligned) {
+      const bool is_inside = t < x.tokens && valid > 0;
+      copy_async(to, is_inside ? from : x.x, is_inside ? valid * sizeof(T) : 0);
     } else {
-      *reinterpret_cast<Pack<T, Tile::kChunk>*>(tile.at(row, v)) = read<Tile::kChunk>(s.x, first + row, begin + v);
+      *reinterpret_cast<Pack<T, Tile::kChunk>*>(to) = read<Tile::kChunk>(x, t, feature);
     }
   }
-  if constexpr (kDot) {
-    constexpr int kPairs = kTokens / kLeaf * kN * kPartners<T> * kWarp;
-    const Pair* from = s.hidden + unit % s.shares.tiles * kPairs;
-    Pair* to = reinterpret_cast<Pair*>(stage + Tile::kBytes);
-    for (int i = 2 * threadIdx.x; i < kPairs; i += 2 * kThreads) copy_async(to + i, from + i, 16);
-  }
+}
+
+// Starts to copy a unit's tile of x and its part of w.
+template <typename T, int kN>
+__device__ void start_copies(const Sweep<T>& s, Unit unit, char* stage) {
+  copy_tile(s.x, unit, reinterpret_cast<T*>(stage));
+  constexpr int kPairs = kHiddenPairs<T, kN>;
+  const Pair* from = s.hidden + unit.tile * int64_t{kPairs};
+  Pair* to = reinterpret_cast<Pair*>(stage + Tile<T>::kBytes);
+#pragma unroll
+  for (int i = 2 * threadIdx.x; i < kPairs; i += 2 * kThreads) copy_async(to + i, from + i, 16);
 }
 
 __device__ inline void wait_for_stage(int stages) {
@@ -139,63 +159,35 @@ __device__ inline void wait_for_stage(int stages) {
     wait_for_copies<0>();
 }
 
-// dH of a tile from its parts, as rows of 8 kN + 1 floats.
-template <int kN>
-__device__ void add_dots(const Dots& dots, int64_t tile, float* rows) {
-  constexpr int kCount = kTokens / kLeaf * kN * kWarp, kRow = 8 * kN + 1;
-  for (int i = threadIdx.x; i < kCount; i += kThreads) {
-    Floats sum{};
-#pragma unroll 8
-    for (int64_t q = 0; q < dots.strips; ++q) sum = sum + dots.parts[(q * dots.tiles + tile) * kCount + i];
-    const int l = i % kWarp, t = i / (kN * kWarp) * kLeaf + l / 4, rank = i / kWarp % kN * 8 + l % 4 * 2;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) rows[(t + e / 2 * 8) * kRow + rank + e % 2] = sum.value[e];
-  }
-}
-
-// The pieces of the operand [16 tokens, 8 ranks] that rows of floats hold.
-template <int kN, int kCount>
-__device__ void hidden_operand(const float* rows, int t, int block, uint32_t (&h)[kCount][2]) {
-  constexpr int kRow = 8 * kN + 1;
-  const int lane = threadIdx.x % kWarp;
-  const float* from = rows + (t + lane % 4 * 2) * kRow + 8 * block + lane / 4;
-  uint32_t upper[kCount], lower[kCount];
-  split(from[0], from[kRow], upper);
-  split(from[8 * kRow], from[9 * kRow], lower);
-#pragma unroll
-  for (int p = 0; p < kCount; ++p) {
-    h[p][0] = upper[p];
-    h[p][1] = lower[p];
-  }
-}
-
 template <typename T, int kN, bool kDot>
 __global__ void __launch_bounds__(kThreads, kBlocks) sweep(const Sweep<T> s) {
   using Tile = Tile<T>;
   constexpr int kLeaves = Tile::kLeaves, kParts = kTokens / kLeaf, kPartner = kPartners<T>;
-  constexpr int kStage = kStageBytes<T, kN, kDot>;
+  constexpr int kStage = kStageBytes<T, kN>;
   RBFAST_SHARED_MEMORY(memory);
   char* scratch = memory + s.stages * kStage;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t tiles = s.shares.tiles, all = s.shares.strips * tiles, begin = blockIdx.x * s.shares.share;
-  const int64_t end = begin + s.shares.share < all ? begin + s.shares.share : all;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, tiles = static_cast<int>(s.shares.tiles);
+  const int64_t all = s.shares.strips * tiles, begin = blockIdx.x * s.shares.share;
+  const int count = static_cast<int>(begin + s.shares.share < all ? s.shares.share : all - begin);
+  Unit unit{static_cast<int>(begin / tiles), static_cast<int>(begin % tiles)}, ahead = unit;
   float outer[kLeaves][kN][4];
   uint32_t m[kDot ? kLeaves : 1][kN][kPartner][2];
-  int64_t strip = -1, left = 0;  // the strip of features that this block works on, and those from its first one on
+  int strip = -1;    // of features, that this block works on
+  int64_t left = 0;  // features from its first one on
 
   const auto store_outer = [&] {
 #pragma unroll
     for (int f = 0; f < kLeaves; ++f) {
       const int leaf = f * kWarps + warp;
       if (leaf * kLeaf >= left) continue;
-      const int64_t at = ((blockIdx.x + strip) * Tile::kStrip + leaf) * kN;
+      Floats* to = s.shares.parts + ((blockIdx.x + strip) * int64_t{Tile::kStrip} + leaf) * kN * kWarp + lane;
 #pragma unroll
-      for (int j = 0; j < kN; ++j) memcpy(&s.shares.parts[(at + j) * kWarp + lane], outer[f][j], sizeof(Floats));
+      for (int j = 0; j < kN; ++j) write_floats(to + j * kWarp, outer[f][j]);
     }
   };
-  const auto start_strip = [&](int64_t next) {
+  const auto start_strip = [&](int next) {
     strip = next;
-    left = s.x.n - strip * Tile::kWidth;
+    left = s.x.n - strip * int64_t{Tile::kWidth};
 #pragma unroll
     for (int f = 0; f < kLeaves; ++f)
 #pragma unroll
@@ -203,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) sweep(const Sweep<T> s) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) outer[f][j][i] = 0;
         if constexpr (kDot) {
-          const int64_t v = strip * Tile::kWidth + (f * kWarps + warp) * kLeaf + lane % 4 * 2;
+          const int64_t v = strip * int64_t{Tile::kWidth} + (f * kWarps + warp) * kLeaf + lane % 4 * 2;
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             uint32_t piece[kPartner];
@@ -217,38 +209,34 @@ __global__ void __launch_bounds__(kThreads, kBlocks) sweep(const Sweep<T> s) {
   };
 
   for (int i = 0; i < s.stages - 1; ++i) {
-    if (begin + i < end) start_copies<T, kN, kDot>(s, begin + i, memory + i * kStage);
+    if (i < count) start_copies<T, kN>(s, ahead, memory + i * kStage);
+    ahead.advance(tiles);
     close_copies();
   }
   int now = 0, next = s.stages - 1;
-  for (int64_t unit = begin; unit < end; ++unit) {
+  for (int i = 0; i < count; ++i) {
     wait_for_stage(s.stages);
     __syncthreads();  // the tile is there, and nobody reads the one before it any more
-    if (unit + s.stages - 1 < end) start_copies<T, kN, kDot>(s, unit + s.stages - 1, memory + next * kStage);
+    if (i + s.stages - 1 < count) start_copies<T, kN>(s, ahead, memory + next * kStage);
+    ahead.advance(tiles);
     close_copies();
-    if (unit / tiles != strip) {
+    if (unit.strip != strip) {
       if (strip >= 0) store_outer();
-      start_strip(unit / tiles);
+      start_strip(unit.strip);
     }
     const Tile tile{reinterpret_cast<T*>(memory + now * kStage)};
-    if constexpr (!kDot) {
-      add_dots<kN>(s.dots, unit % tiles, reinterpret_cast<float*>(scratch));
-      __syncthreads();
-    }
-#pragma unroll
+    const Pair* pairs = reinterpret_cast<const Pair*>(memory + now * kStage + Tile::kBytes) + lane;
+#pragma unroll(sizeof(T) * kN < 8 ? kParts : 1)  // as registers allow
     for (int part = 0; part < kParts; ++part) {
       uint32_t h[kN][kPartner][2];
 #pragma unroll
-      for (int j = 0; j < kN; ++j) {
-        if constexpr (kDot) {
-          const Pair* pairs = reinterpret_cast<const Pair*>(memory + now * kStage + Tile::kBytes);
+      for (int j = 0; j < kN; ++j)
 #pragma unroll
-          for (int p = 0; p < kPartner; ++p)
-            memcpy(h[j][p], &pairs[((part * kN + j) * kPartner + p) * kWarp + lane], sizeof(Pair));
-        } else {
-          hidden_operand<kN>(reinterpret_cast<const float*>(scratch), part * kLeaf, j, h[j]);
+        for (int p = 0; p < kPartner; ++p) {
+          const Pair pair = pairs[((part * kN + j) * kPartner + p) * kWarp];
+          h[j][p][0] = pair.value[0];
+          h[j][p][1] = pair.value[1];
         }
-      }
       float dot[kN][4] = {};
 #pragma unroll
       for (int f = 0; f < kLeaves; ++f) {
@@ -267,21 +255,22 @@ __global__ void __launch_bounds__(kThreads, kBlocks) sweep(const Sweep<T> s) {
       if constexpr (kDot) {
         Floats* to = reinterpret_cast<Floats*>(scratch) + (warp * kParts + part) * kN * kWarp + lane;
 #pragma unroll
-        for (int j = 0; j < kN; ++j) memcpy(to + j * kWarp, dot[j], sizeof(Floats));
+        for (int j = 0; j < kN; ++j) to[j * kWarp] = floats_of(dot[j]);
       }
     }
     if constexpr (kDot) {
       constexpr int kCount = kParts * kN * kWarp;
       __syncthreads();
       const Floats* from = reinterpret_cast<const Floats*>(scratch);
-      Floats* to = s.dots.parts + (strip * tiles + unit % tiles) * kCount;
-      for (int i = threadIdx.x; i < kCount; i += kThreads) {
-        Floats sum = from[i];
+      Floats* to = s.dots.parts + (static_cast<int64_t>(unit.strip) * tiles + unit.tile) * kCount;
+      for (int l = threadIdx.x; l < kCount; l += kThreads) {
+        Floats sum = from[l];
 #pragma unroll
-        for (int w = 1; w < kWarps; ++w) sum = sum + from[w * kCount + i];
-        to[i] = sum;
+        for (int w = 1; w < kWarps; ++w) sum = sum + from[w * kCount + l];
+        write_floats(to + l, sum.value);
       }
     }
+    unit.advance(tiles);
     now = now + 1 < s.stages ? now + 1 : 0;
     next = next + 1 < s.stages ? next + 1 : 0;
   }
@@ -289,6 +278,41 @@ __global__ void __launch_bounds__(kThreads, kBlocks) sweep(const Sweep<T> s) {
 }
 
 // ---- sums of parts ----
+
+// The sum of parts[i * step] over [begin, end), which the warps share; complete in warp 0.
+__device__ Floats sum_of_parts(const Floats* parts, int64_t step, int64_t begin, int64_t end, Floats* scratch) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t each = (end - begin + kWarps - 1) / kWarps, from = begin + warp * each;
+  const int64_t to = from + each < end ? from + each : end;
+  Floats sum{};
+#pragma unroll 4
+  for (int64_t i = from; i < to; ++i) sum = sum + read_floats(parts + i * step + lane);
+  scratch[threadIdx.x] = sum;
+  __syncthreads();
+  for (int w = 1; warp == 0 && w < kWarps; ++w) sum = sum + scratch[w * kWarp + lane];
+  return sum;
+}
+
+// dH, from its parts, as operands with `pieces` pieces. A block adds up 16 tokens by 8 ranks.
+__global__ void __launch_bounds__(kThreads) sum_hidden(const Dots dots, int pieces, Pair* to) {
+  constexpr int kRow = 9;
+  RBFAST_SHARED_MEMORY(memory);
+  Floats* scratch = reinterpret_cast<Floats*>(memory);
+  const int lane = threadIdx.x % kWarp, g = lane / 4, c = lane % 4;
+  const Floats sum =
+      sum_of_parts(dots.parts + blockIdx.x * int64_t{kWarp}, gridDim.x * int64_t{kWarp}, 0, dots.strips, scratch);
+  if (threadIdx.x >= kWarp) return;
+  float* total = reinterpret_cast<float*>(scratch + kThreads);  // [16, kRow]
+#pragma unroll
+  for (int e = 0; e < 4; ++e) total[(g + e / 2 * 8) * kRow + 2 * c + e % 2] = sum.value[e];
+  __syncwarp();
+  uint32_t upper[3], lower[3];
+  split(total[2 * c * kRow + g], total[(2 * c + 1) * kRow + g], upper);
+  split(total[(2 * c + 8) * kRow + g], total[(2 * c + 9) * kRow + g], lower);
+#pragma unroll
+  for (int p = 0; p < 3; ++p)
+    if (p < pieces) to[(blockIdx.x * int64_t{pieces} + p) * kWarp + lane] = {{upper[p], lower[p]}};
+}
 
 // sum[v * feature + i * rank] = scale * the sum over the blocks that had v's strip.
 struct Sum {
@@ -302,24 +326,18 @@ struct Sum {
 
 __global__ void __launch_bounds__(kThreads) sum_parts(const Sum first, const Sum second) {
   RBFAST_SHARED_MEMORY(memory);
-  Floats* parts = reinterpret_cast<Floats*>(memory);
   const int64_t of_first = first.leaves * first.rank_blocks;
   const bool is_first = blockIdx.x < of_first;
   const Sum s = is_first ? first : second;
   const int64_t index = is_first ? blockIdx.x : blockIdx.x - of_first;
   const int64_t leaf = index / s.rank_blocks, strip = leaf / s.strip_leaves, tiles = s.shares.tiles;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, j = static_cast<int>(index % s.rank_blocks);
+  const int lane = threadIdx.x % kWarp, j = static_cast<int>(index % s.rank_blocks);
   const int64_t begin = tiles > 0 ? strip * tiles / s.shares.share : 0;
   const int64_t end = tiles > 0 ? ((strip + 1) * tiles - 1) / s.shares.share + 1 : 0;
-  const int64_t each = (end - begin + kWarps - 1) / kWarps, from = begin + warp * each;
-  Floats sum{};
-#pragma unroll 4
-  for (int64_t b = from; b < (from + each < end ? from + each : end); ++b)
-    sum = sum + s.shares.parts[(((b + strip) * s.strip_leaves + leaf % s.strip_leaves) * s.rank_blocks + j) * kWarp + lane];
-  parts[threadIdx.x] = sum;
-  __syncthreads();
-  if (warp > 0) return;
-  for (int w = 1; w < kWarps; ++w) sum = sum + parts[w * kWarp + lane];
+  const int64_t step = s.strip_leaves * s.rank_blocks * kWarp;  // from block to block
+  const Floats* parts = s.shares.parts + strip * step + (leaf % s.strip_leaves * s.rank_blocks + j) * kWarp;
+  const Floats sum = sum_of_parts(parts, step, begin, end, reinterpret_cast<Floats*>(memory));
+  if (threadIdx.x >= kWarp) return;
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
     const int64_t v = leaf * kLeaf + lane / 4 + e / 2 * 8;
@@ -330,36 +348,39 @@ __global__ void __launch_bounds__(kThreads) sum_parts(const Sum first, const Sum
 
 // ---- launching ----
 
+// Bytes of shared memory for a block, of so many on a multiprocessor.
+int64_t shared_room(const Device& device, int blocks) {
+  constexpr int kReserved = 1024;  // by the system, for each block
+  const int all = device.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / blocks - kReserved;
+  return std::min(all, device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+}
+
+// Blocks of a sweep on a multiprocessor. With one block, two tiles fit into what every GPU has.
+template <typename T, int kN, bool kDot>
+int sweep_blocks(const Device& device) {
+  constexpr int kLeast = 2 * kStageBytes<T, kN> + kScratchBytes<kN, kDot>;
+  return shared_room(device, kBlocks) >= kLeast ? kBlocks : 1;
+}
+
 // How the units of a matrix are shared.
-Shares shares_of(const Device& device, int64_t tokens, int64_t n, int64_t width) {
-  Shares s{ceil_div(n, width), ceil_div(tokens, kTokens), 1, 0, nullptr};
-  const int64_t units = s.strips * s.tiles, busy = kBlocks * device.attribute(cudaDevAttrMultiProcessorCount);
+template <typename T, int kN, bool kDot>
+Shares shares_of(const Device& device, int64_t tokens, int64_t n) {
+  Shares s{ceil_div(n, Tile<T>::kWidth), ceil_div(tokens, kTokens), 1, 0, nullptr};
+  const int64_t units = s.strips * s.tiles;
+  const int64_t busy = sweep_blocks<T, kN, kDot>(device) * device.attribute(cudaDevAttrMultiProcessorCount);
   s.share = std::max<int64_t>(1, ceil_div(units, busy));
   s.blocks = ceil_div(units, s.share);
   return s;
 }
 
-// Bytes of shared memory for a block.
-int64_t shared_room(const Device& device) {
-  constexpr int kReserved = 1024;  // by the system, for each block
-  const int all = device.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / kBlocks - kReserved;
-  return std::min(all, device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
-}
-
 template <typename T, int kN, bool kDot>
 void launch_sweep(const Device& device, Sweep<T> s) {
   constexpr int64_t kMostStages = 4;
-  const int64_t room = shared_room(device) - kScratchBytes<kN, kDot>;
-  s.stages = static_cast<int>(std::min(kMostStages, room / kStageBytes<T, kN, kDot>));
-  const size_t shared = s.stages * kStageBytes<T, kN, kDot> + kScratchBytes<kN, kDot>;
+  const int64_t room = shared_room(device, sweep_blocks<T, kN, kDot>(device)) - kScratchBytes<kN, kDot>;
+  s.stages = static_cast<int>(std::min(kMostStages, room / kStageBytes<T, kN>));
+  const size_t shared = s.stages * kStageBytes<T, kN> + kScratchBytes<kN, kDot>;
   allow_shared(sweep<T, kN, kDot>, shared);
   device.launch({s.shares.blocks, 1, kThreads, 1, shared}, sweep<T, kN, kDot>, s);
-}
-
-// Ranks at a time: two tiles have to fit into shared memory.
-int most_ranks(const Device& device) {
-  constexpr int kNeeded = 2 * kStageBytes<__half, 4, true> + kScratchBytes<4, true>;
-  return shared_room(device) >= kNeeded ? kMostRanks : kMostRanks - 8;
 }
 
 // Memory that is cut into pieces.
@@ -393,22 +414,25 @@ template <typename Y, typename X, int kN>
 void grad_of_ranks(const Device& device, RankBlocks<kN>, const Gradients& g, int64_t first, int k) {
   const Matrix<Y> y(g.dy);
   const Matrix<X> x(g.xs);
-  Shares of_y = shares_of(device, y.tokens, y.n, Tile<Y>::kWidth), of_x = shares_of(device, x.tokens, x.n, Tile<X>::kWidth);
+  Shares of_y = shares_of<Y, kN, true>(device, y.tokens, y.n), of_x = shares_of<X, kN, false>(device, x.tokens, x.n);
   const int64_t tiles = of_y.tiles, of_tile = kTokens / kLeaf * kN * kWarp;
   Workspace work;
-  const int64_t operands = work.add<Pair>(tiles * of_tile * kPartners<Y>);
+  const int64_t hidden = work.add<Pair>(tiles * of_tile * kPartners<Y>);
+  const int64_t d_hidden = work.add<Pair>(tiles * of_tile * kPartners<X>);
   const int64_t dots = work.add<Floats>(of_y.strips * tiles * of_tile);
   const int64_t dB_parts = work.add<Floats>((of_y.blocks + of_y.strips) * Tile<Y>::kStrip * kN * kWarp);
   const int64_t dA_parts = work.add<Floats>((of_x.blocks + of_x.strips) * Tile<X>::kStrip * kN * kWarp);
   work.allocate(g.dy);
   of_y.parts = work.at<Floats>(dB_parts);
   of_x.parts = work.at<Floats>(dA_parts);
-  const Pair* hidden = work.at<Pair>(operands);
   const Factor a(g.A, g.A.stride(0), g.A.stride(1), first, k), b(g.B, g.B.stride(1), g.B.stride(0), first, k);
-  project(device, g.xs, a, {work.at<Pair>(operands), kPartners<Y>});
+  project(device, g.xs, a, {work.at<Pair>(hidden), kPartners<Y>});
   const Dots parts{work.at<Floats>(dots), of_y.strips, tiles};
-  launch_sweep<Y, kN, true>(device, {y, of_y, 0, hidden, b, parts});
-  launch_sweep<X, kN, false>(device, {x, of_x, 0, nullptr, b, parts});
+  launch_sweep<Y, kN, true>(device, {y, of_y, 0, work.at<Pair>(hidden), b, parts});
+  constexpr size_t kShared = kThreads * sizeof(Floats) + 16 * 9 * sizeof(float);
+  const int pieces = kPartners<X>;
+  device.launch({tiles * kTokens / kLeaf * kN, 1, kThreads, 1, kShared}, sum_hidden, parts, pieces, work.at<Pair>(d_hidden));
+  launch_sweep<X, kN, false>(device, {x, of_x, 0, work.at<Pair>(d_hidden), b, parts});
   const int64_t all = g.A.size(0);
   const Sum dB{of_y, y.n, ceil_div(y.n, kLeaf), Tile<Y>::kStrip, k, kN, g.scale, g.dB + first, all, 1};
   const Sum dA{of_x, x.n, ceil_div(x.n, kLeaf), Tile<X>::kStrip, k, kN, g.scale, g.dA + first * x.n, 1, x.n};
@@ -427,9 +451,8 @@ std::tuple<Tensor, Tensor> column_grad(const Tensor& dy, const Tensor& xs, const
   const Gradients gradients{dy, xs, A, B, static_cast<float>(scale), mutable_data<float>(dA), mutable_data<float>(dB)};
   for_each_type(dy.scalar_type(), [&](auto dy_type) {
     for_each_type(xs.scalar_type(), [&](auto xs_type) {
-      const int most = most_ranks(device);
-      for (int64_t i = 0; i < k; i += most) {
-        const int ranks = static_cast<int>(std::min<int64_t>(most, k - i));
+      for (int64_t i = 0; i < k; i += kMostRanks) {
+        const int ranks = static_cast<int>(std::min<int64_t>(kMostRanks, k - i));
         for_rank_blocks(ranks, [&](auto blocks) {
           grad_of_ranks<decltype(dy_type), decltype(xs_type)>(device, blocks, gradients, i, ranks);
         });

@@ -14,6 +14,19 @@ constexpr int kMostRanks = 32;  // at a time; ranks come in blocks of 8
 using Floats = Pack<float, 4>;       // a lane's part of a product [16, 8]
 using Pair = Pack<uint32_t, 2>;  // a lane's part of an operand [16, 8], of one piece
 
+inline __device__ Floats floats_of(const float (&values)[4]) { return {{values[0], values[1], values[2], values[3]}}; }
+// From and to global memory, with one instruction.
+__device__ inline Floats read_floats(const Floats* from) {
+  const Bits<16> bits = read_bits<16>(from);
+  Floats values;
+  memcpy(&values, &bits, sizeof(values));
+  return values;
+}
+__device__ inline void write_floats(Floats* to, const float (&values)[4]) {
+  Bits<16> bits;
+  memcpy(&bits, values, sizeof(bits));
+  write_bits<16>(to, bits);
+}
 inline __device__ Floats operator+(Floats a, const Floats& b) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) a.value[i] += b.value[i];
@@ -53,18 +66,26 @@ struct Factor {
   const float* m;
   int64_t rank, feature;
   int k;
+  bool aligned;  // the features of a rank are dense and start at multiples of 16 bytes
 
   Factor(const Tensor& from, int64_t rank, int64_t feature, int64_t first, int k)
-      : m(data<float>(from) + first * rank), rank(rank), feature(feature), k(k) {}
+      : m(data<float>(from) + first * rank),
+        rank(rank),
+        feature(feature),
+        k(k),
+        aligned(feature == 1 && is_aligned(m, 16) && rank % 4 == 0) {}
   __device__ float at(int i, int64_t v, int64_t n) const { return i < k && v < n ? m[i * rank + v * feature] : 0; }
-  // The values of rank i at `count` features from v on.
+  // The values of rank i at `count` features from v on, which is a multiple of 4.
   template <int count>
   __device__ void read(int i, int64_t v, int64_t n, float (&values)[count]) const {
     const float* from = m + i * rank + v * feature;
     const int64_t left = i < k ? n - v : 0;
-    if (feature == 1 && left >= count) {
+    if (aligned && left >= count) {
 #pragma unroll
-      for (int e = 0; e < count; ++e) values[e] = from[e];
+      for (int e = 0; e < count; e += 4) {
+        const Bits<16> four = read_bits<16>(from + e);
+        memcpy(values + e, &four, sizeof(four));
+      }
     } else {
 #pragma unroll
       for (int e = 0; e < count; ++e, from += feature) values[e] = e < left ? *from : 0;

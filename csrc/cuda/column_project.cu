@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads, 1) project_tile(const Matrix<T> x, c
   for (int part = 0; part < kParts; ++part)
 #pragma unroll
     for (int j = 0; j < kN; ++j)
-      memcpy(&parts[((warp * kParts + part) * kN + j) * kWarp + lane], acc[part][j], sizeof(Floats));
+      parts[((warp * kParts + part) * kN + j) * kWarp + lane] = floats_of(acc[part][j]);
   __syncthreads();
   for (int i = threadIdx.x; i < kParts * kN * kWarp; i += kThreads) {
     Floats sum = parts[i];

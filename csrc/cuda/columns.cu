@@ -19,28 +19,6 @@ namespace {
 
 constexpr int kLane = 8;  // values of a row that a lane has, at most
 
-// Calls f(std::integral_constant<int, n>) for n = vector, a power of 2 up to kLane.
-template <typename F>
-__device__ inline void for_vector(int vector, const F& f) {
-  if (vector == 8)
-    f(std::integral_constant<int, 8>{});
-  else if (vector == 4)
-    f(std::integral_constant<int, 4>{});
-  else if (vector == 2)
-    f(std::integral_constant<int, 2>{});
-  else
-    f(std::integral_constant<int, 1>{});
-}
-
-template <int n, typename T>
-__device__ inline Pack<T, n>* as_vector(T* p) {
-  return reinterpret_cast<Pack<T, n>*>(p);
-}
-template <int n, typename T>
-__device__ inline const Pack<T, n>* as_vector(const T* p) {
-  return reinterpret_cast<const Pack<T, n>*>(p);
-}
-
 // ---- gather ----
 
 template <typename T>
@@ -52,27 +30,37 @@ struct Gather {
   T* xs;
 };
 
-// xs[t, j] = x[t, cols[j]], a vector of kVector columns at a time.
+// xs[t, j] = x[t, cols[j]], kVector columns at a time; a thread has kPieces of them in each of kRows rows.
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kThreads) gather(const Gather<T> p) {
-  constexpr int kRows = 4;  // that share each index
-  using Vector = Pack<T, kVector>;
-  const int64_t first = (blockIdx.x * int64_t{kWarps} + threadIdx.x / kWarp) * kRows;
-  for (int64_t j = threadIdx.x % kWarp * kVector; j < p.s; j += kWarp * kVector) {
-    const int64_t c = p.cols[j];
+struct GatherTile {
+  static constexpr int kRows = 4, kPieces = kVector * sizeof(T) == 16 ? 1 : 4;
+  static constexpr int kTall = kWarps * kRows, kWide = kWarp * kVector * kPieces;
+};
+
+template <typename T, int kVector>
+__global__ void __launch_bounds__(kThreads, 4) gather(const Gather<T> p) {
+  using Tile = GatherTile<T, kVector>;
+  using Vector = Bits<kVector * sizeof(T)>;
+  const int64_t first = blockIdx.x * int64_t{Tile::kTall} + threadIdx.x / kWarp * Tile::kRows;
+  const int64_t left = blockIdx.y * int64_t{Tile::kWide} + threadIdx.x % kWarp * kVector;
+  Vector values[Tile::kRows][Tile::kPieces];
+#pragma unroll
+  for (int q = 0; q < Tile::kPieces; ++q) {
+    const int64_t j = left + q * kWarp * kVector, c = j < p.s ? p.cols[j] : -1;
     const bool is_inside = c >= 0 && c + kVector <= p.width && c % kVector == 0;
-    Vector values[kRows];
 #pragma unroll
-    for (int a = 0; a < kRows; ++a) {
+    for (int a = 0; a < Tile::kRows; ++a) {
+      memset(&values[a][q], 0xff, sizeof(Vector));  // NaN, in every dtype
       if (first + a < p.tokens && is_inside)
-        values[a] = *reinterpret_cast<const Vector*>(p.x + (first + a) * p.row + c * p.column);
-      else
-#pragma unroll
-        for (int e = 0; e < kVector; ++e) store(values[a].value + e, NAN);
+        values[a][q] = read_bits<sizeof(Vector)>(p.x + (first + a) * p.row + c * p.column);
     }
+  }
 #pragma unroll
-    for (int a = 0; a < kRows; ++a)
-      if (first + a < p.tokens) *reinterpret_cast<Vector*>(p.xs + (first + a) * p.s + j) = values[a];
+  for (int q = 0; q < Tile::kPieces; ++q) {
+    const int64_t j = left + q * kWarp * kVector;
+#pragma unroll
+    for (int a = 0; a < Tile::kRows; ++a)
+      if (first + a < p.tokens && j < p.s) write_bits<sizeof(Vector)>(p.xs + (first + a) * p.s + j, values[a][q]);
   }
 }
 
@@ -127,98 +115,142 @@ struct Update {
   const float* m;  // m[i * m_rank + j * m_column]
   int64_t m_rank, m_column;
   float scale;
-  int vector, base_vector;  // values that move together in the target and in the base
-  int64_t tiles;            // of rows, for one block
+  int64_t tiles;  // of rows, for one block
 };
 
-// A tile is kWarps * kRows rows by 32 * kLane columns, lanes along the columns; or, where the rows are what lies together
-// in memory, 32 * kRows rows by kWarps * kLane columns, lanes along the rows.
-template <typename T, bool kDown>
+// A thread has kRows rows by kPieces pieces of kVector columns. In a tile kAcross threads stand side by side. They are
+// neighbours in a warp, except where the rows are what lies together in memory: then a warp goes down the rows.
+template <int kVector, bool kDown>
 struct UpdateTile {
-  static constexpr int kRows = kDown ? 2 : 4, kRanks = 16;  // rows of a thread; ranks in shared memory at a time
-  static constexpr int kTall = (kDown ? kWarp : kWarps) * kRows, kWide = (kDown ? kWarps : kWarp) * kLane;
-  static constexpr size_t kShared = kRanks * (kTall + kWide) * sizeof(float);
+  static constexpr int kRows = kVector == 8 && !kDown ? 4 : 2, kPieces = kLane / kVector;  // as registers allow
+  static constexpr int kAcross = kDown || kVector > 1 ? kWarps : kWarp, kGroups = kThreads / kAcross;
+  static constexpr int kTall = kGroups * kRows, kWide = kAcross * kLane;
+  static constexpr int kRanks = 32;                  // in shared memory at a time
+  static constexpr int kStep = kTall + 4;            // from rank to rank of w: other banks for neighbours
+  static constexpr size_t kShared = kRanks * (kStep + kWide) * sizeof(float);
+
+  static __device__ int across() { return kDown ? threadIdx.x / kWarp : threadIdx.x % kAcross; }
+  static __device__ int row(int a) {
+    return kDown ? threadIdx.x % kWarp + a * kGroups : static_cast<int>(threadIdx.x) / kAcross * kRows + a;
+  }
+  static __device__ int column(int piece) { return kDown ? across() * kLane + piece * kVector : (piece * kAcross + across()) * kVector; }
+  // Where column v of the tile has its values of m: threads that read 16 bytes side by side do so from other banks.
+  static __device__ int place(int v) {
+    return kVector == 8 ? v / 4 % 2 * (kWide / 2) + v / 8 * 4 + v % 4 : v;
+  }
 };
 
-template <typename T, bool kDown>
-__global__ void __launch_bounds__(kThreads, 2) update_columns(const Update<T> p) {
-  using Tile = UpdateTile<T, kDown>;
-  constexpr int kRows = Tile::kRows, kRanks = Tile::kRanks, kTall = Tile::kTall, kWide = Tile::kWide;
-  constexpr int kApart = kDown ? kWarp : 1;  // from one row of a thread to the next
+// Reads the tile's rows of w, scaled, and, if asked to, its columns of m: `ranks` of them from `begin` on.
+template <typename Tile, typename T>
+__device__ void read_factors(const Update<T>& p, int64_t top, int64_t left, int64_t begin, int ranks, bool with_m,
+                             float* w, float* m) {
+  int row = static_cast<int>(threadIdx.x) / ranks, rank = static_cast<int>(threadIdx.x) % ranks;
+  while (row < Tile::kTall) {
+    const int64_t r = top + row;
+    const float value = r < p.rows ? p.w[r * p.w_row + (begin + rank) * p.w_rank] : 0;
+    w[rank * Tile::kStep + row] = __fmul_rn(p.scale, value);
+    row += kThreads / ranks;
+    rank += kThreads % ranks;
+    if (rank >= ranks) {
+      rank -= ranks;
+      ++row;
+    }
+  }
+  for (int i = threadIdx.x; with_m && i < ranks * Tile::kWide; i += kThreads) {
+    const int v = i % Tile::kWide, of = i / Tile::kWide;
+    m[of * Tile::kWide + Tile::place(v)] = left + v < p.s ? p.m[(begin + of) * p.m_rank + (left + v) * p.m_column] : 0;
+  }
+}
+
+template <typename T, int kVector, bool kDown>
+__global__ void __launch_bounds__(kThreads, 3) update_columns(const Update<T> p) {
+  using Tile = UpdateTile<kVector, kDown>;
+  using Vector = Bits<kVector * sizeof(T)>;
+  constexpr int kRows = Tile::kRows, kPieces = Tile::kPieces;
+  constexpr int kTogether = kDown ? 1 : kVector, kTargets = kLane / kTogether;  // values side by side in the target
   RBFAST_SHARED_MEMORY(memory);
-  float* w = reinterpret_cast<float*>(memory);  // [kRanks, kTall], scaled
-  float* m = w + kRanks * kTall;                // [kRanks, kWide]
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int of_row = kDown ? lane : warp * kRows, of_column = (kDown ? warp : lane) * kLane;
-  const int64_t j = blockIdx.y * int64_t{kWide} + of_column;
-  int column[kLane];  // of the target; negative where nothing is written
+  float* w = reinterpret_cast<float*>(memory);   // [kRanks, kStep], scaled
+  float* m = w + Tile::kRanks * Tile::kStep;     // [kRanks, kWide]
+  const int64_t left = blockIdx.y * int64_t{Tile::kWide};
+  int column[kTargets];  // of the target; negative where nothing is written
 #pragma unroll
-  for (int e = 0; e < kLane; ++e) {
-    const int64_t c = j + e < p.s ? p.cols[j + e] : -1;
-    const bool is_inside = c >= 0 && c < p.width && c % p.vector == e % p.vector;
-    column[e] = is_inside ? static_cast<int>(c) : -1;
+  for (int q = 0; q < kTargets; ++q) {
+    const int64_t j = left + Tile::column(q * kTogether / kVector) + q * kTogether % kVector;
+    const int64_t c = j < p.s ? p.cols[j] : -1;
+    column[q] = c >= 0 && c + kTogether <= p.width && c % kTogether == 0 ? static_cast<int>(c) : -1;
   }
   for (int64_t tile = 0; tile < p.tiles; ++tile) {
-    const int64_t top = (blockIdx.x * p.tiles + tile) * kTall;
+    const int64_t top = (blockIdx.x * p.tiles + tile) * Tile::kTall;
     if (top >= p.rows) break;
-    Pack<T, kLane> values[kRows];
+    Vector values[kRows][kPieces];
 #pragma unroll
     for (int a = 0; a < kRows; ++a) {
-      const int64_t r = top + of_row + a * kApart;
-      if (r >= p.rows) break;
-      const T* target = p.target + r * p.row;
-      for_vector(p.base == nullptr ? p.vector : p.base_vector, [&](auto vector) {
-        constexpr int kVector = decltype(vector)::value;
+      const int64_t r = top + Tile::row(a);
+      if (p.base != nullptr) {
 #pragma unroll
-        for (int e = 0; e < kLane; e += kVector) {
-          if (column[e] < 0) continue;
-          const T* from = p.base == nullptr ? target + column[e] * p.column : p.base + r * p.ld + j + e;
-          memcpy(values[a].value + e, as_vector<kVector>(from), sizeof(T) * kVector);
+        for (int q = 0; q < kPieces; ++q) {
+          const int64_t j = left + Tile::column(q);
+          if (r < p.rows && j < p.s) values[a][q] = read_bits<sizeof(Vector)>(p.base + r * p.ld + j);
         }
-      });
+      } else {
+#pragma unroll
+        for (int q = 0; q < kTargets; ++q)
+          if (r < p.rows && column[q] >= 0) {
+            const T* from = p.target + r * p.row + column[q] * p.column;
+            if constexpr (kTogether == kVector)
+              values[a][q] = read_bits<sizeof(Vector)>(from);
+            else
+              set_value<T, sizeof(Vector)>(values[a][q / kVector], q % kVector, *from);
+          }
+      }
     }
     float total[kRows][kLane] = {};
-    for (int64_t begin = 0; begin < p.k; begin += kRanks) {
-      const int ranks = p.k - begin < kRanks ? static_cast<int>(p.k - begin) : kRanks;
+    for (int64_t begin = 0; begin < p.k; begin += Tile::kRanks) {
+      const int ranks = p.k - begin < Tile::kRanks ? static_cast<int>(p.k - begin) : Tile::kRanks;
       __syncthreads();
-      for (int i = threadIdx.x; i < ranks * kTall; i += kThreads) {
-        const int64_t r = top + i / ranks;
-        const float value = r < p.rows ? p.w[r * p.w_row + (begin + i % ranks) * p.w_rank] : 0;
-        w[i % ranks * kTall + i / ranks] = __fmul_rn(p.scale, value);
-      }
-      if (tile == 0 || p.k > kRanks)
-        for (int i = threadIdx.x; i < ranks * kWide; i += kThreads) {
-          const int64_t at = blockIdx.y * int64_t{kWide} + i % kWide;
-          m[i] = at < p.s ? p.m[(begin + i / kWide) * p.m_rank + at * p.m_column] : 0;
-        }
+      read_factors<Tile>(p, top, left, begin, ranks, tile == 0 || p.k > Tile::kRanks, w, m);
       __syncthreads();
+#pragma unroll 1
       for (int i = 0; i < ranks; ++i) {
-        float left[kRows], right[kLane];
+        Pack<float, kRows> of_row;
+        const float *from_w = w + i * Tile::kStep, *from_m = m + i * Tile::kWide;
+        if constexpr (kDown) {
 #pragma unroll
-        for (int a = 0; a < kRows; ++a) left[a] = w[i * kTall + of_row + a * kApart];
+          for (int a = 0; a < kRows; ++a) of_row.value[a] = from_w[Tile::row(a)];
+        } else {
+          of_row = *reinterpret_cast<const Pack<float, kRows>*>(from_w + Tile::row(0));
+        }
+        constexpr int kRead = kVector < 4 ? kVector : 4;
+        Pack<float, kRead> of_column[kLane / kRead];
 #pragma unroll
-        for (int e = 0; e < kLane; e += 4) memcpy(right + e, &m[i * kWide + of_column + e], 16);
+        for (int e = 0; e < kLane; e += kRead)
+          of_column[e / kRead] =
+              *reinterpret_cast<const Pack<float, kRead>*>(from_m + Tile::place(Tile::column(e / kVector) + e % kVector));
 #pragma unroll
         for (int a = 0; a < kRows; ++a)
 #pragma unroll
-          for (int e = 0; e < kLane; ++e) total[a][e] = __fadd_rn(total[a][e], __fmul_rn(left[a], right[e]));
+          for (int e = 0; e < kLane; ++e) total[a][e] = __fadd_rn(total[a][e], __fmul_rn(of_row.value[a], of_column[e / kRead].value[e % kRead]));
       }
     }
 #pragma unroll
     for (int a = 0; a < kRows; ++a) {
-      const int64_t r = top + of_row + a * kApart;
-      if (r >= p.rows) break;
+      const int64_t r = top + Tile::row(a);
       if (p.k > 0)
 #pragma unroll
-        for (int e = 0; e < kLane; ++e)
-          store(values[a].value + e, __fadd_rn(load(values[a].value + e), total[a][e]));
-      T* target = p.target + r * p.row;
-      for_vector(p.vector, [&](auto vector) {
-        constexpr int kVector = decltype(vector)::value;
+        for (int e = 0; e < kLane; ++e) {
+          T value = value_of<T, sizeof(Vector)>(values[a][e / kVector], e % kVector);
+          store(&value, __fadd_rn(load(&value), total[a][e]));
+          set_value<T, sizeof(Vector)>(values[a][e / kVector], e % kVector, value);
+        }
 #pragma unroll
-        for (int e = 0; e < kLane; e += kVector)
-          if (column[e] >= 0) memcpy(as_vector<kVector>(target + column[e] * p.column), values[a].value + e, sizeof(T) * kVector);
-      });
+      for (int q = 0; q < kTargets; ++q)
+        if (r < p.rows && column[q] >= 0) {
+          T* to = p.target + r * p.row + column[q] * p.column;
+          if constexpr (kTogether == kVector)
+            write_bits<sizeof(Vector)>(to, values[a][q]);
+          else
+            *to = value_of<T, sizeof(Vector)>(values[a][q / kVector], q % kVector);
+        }
     }
   }
 }
@@ -234,24 +266,30 @@ int vector_of(const void* p, int64_t row, int64_t column, int64_t run) {
   return static_cast<int>(vector);
 }
 
-template <typename T, bool kDown>
+template <typename T, int kVector, bool kDown>
 void launch_update(const Device& device, Update<T> p) {
-  using Tile = UpdateTile<T, kDown>;
+  using Tile = UpdateTile<kVector, kDown>;
   const int64_t across = ceil_div(p.s, Tile::kWide), down = ceil_div(p.rows, Tile::kTall);
-  const int64_t busy = 4 * device.attribute(cudaDevAttrMultiProcessorCount);  // so many blocks share the work evenly
+  const int64_t busy = 8 * device.attribute(cudaDevAttrMultiProcessorCount);  // so many blocks share the work evenly
   p.tiles = std::max<int64_t>(1, std::min<int64_t>(8, across * down / busy));
-  device.launch({ceil_div(down, p.tiles), across, kThreads, 1, Tile::kShared}, update_columns<T, kDown>, p);
+  device.launch({ceil_div(down, p.tiles), across, kThreads, 1, Tile::kShared}, update_columns<T, kVector, kDown>, p);
 }
 
 template <typename T>
-void run_update(const Device& device, Update<T> p, int64_t run) {
+void run_update(const Device& device, const Update<T>& p, int64_t run) {
+  constexpr int kVector = 16 / sizeof(T);
   expect(p.width <= INT32_MAX, "CUDA: a matrix must have fewer than 2^31 columns, got ", p.width);
-  p.vector = vector_of<T>(p.target, p.row, p.column, run);
-  p.base_vector = p.base == nullptr ? 1 : vector_of<T>(p.base, p.ld, 1, p.s % kLane == 0 ? kLane : 1);
-  if (p.row == 1 && p.column != 1)
-    launch_update<T, true>(device, p);
+  const bool is_down = p.row == 1 && p.column != 1;
+  const bool has_vectors = (is_down || vector_of<T>(p.target, p.row, p.column, run) == kVector) &&
+                           (p.base == nullptr || vector_of<T>(p.base, p.ld, 1, p.s % kVector == 0 ? kVector : 1) == kVector);
+  if (is_down && has_vectors)
+    launch_update<T, kVector, true>(device, p);
+  else if (is_down)
+    launch_update<T, 1, true>(device, p);
+  else if (has_vectors)
+    launch_update<T, kVector, false>(device, p);
   else
-    launch_update<T, false>(device, p);
+    launch_update<T, 1, false>(device, p);
 }
 
 // ---- ops ----
@@ -265,7 +303,8 @@ const int64_t* checked_columns(const char* op, const Tensor& cols, int64_t run) 
 
 template <typename T, int kVector>
 void launch_gather(const Device& device, const Gather<T>& p) {
-  device.launch({ceil_div(p.tokens, kWarps * 4), p.s > 0, kThreads}, gather<T, kVector>, p);
+  using Tile = GatherTile<T, kVector>;
+  device.launch({ceil_div(p.tokens, Tile::kTall), ceil_div(p.s, Tile::kWide), kThreads}, gather<T, kVector>, p);
 }
 
 Tensor column_gather(const Tensor& x, const Tensor& cols, int64_t run) {
@@ -282,8 +321,8 @@ Tensor column_gather(const Tensor& x, const Tensor& cols, int64_t run) {
     const int vector = vector_of<T>(p.x, p.row, p.column, run);
     if (vector * sizeof(T) == 16)
       launch_gather<T, 16 / sizeof(T)>(device, p);
-    else if (vector * sizeof(T) == 8)
-      launch_gather<T, 8 / sizeof(T)>(device, p);
+    else if (vector >= 2)
+      launch_gather<T, 2>(device, p);
     else
       launch_gather<T, 1>(device, p);
   });
@@ -324,7 +363,7 @@ void column_scatter_(Tensor dx, const Tensor& dy, const Tensor& cols, const Tens
     using T = decltype(type);
     const Update<T> update{mutable_data<T>(dx), dx.stride(0), dx.stride(1), tokens, dx.size(1), column, cols.size(0),
                            nullptr, 0, k, data<float>(d_hidden), k, 1, data<float>(A), A.stride(0), A.stride(1),
-                           static_cast<float>(scale), 1, 1, 1};
+                           static_cast<float>(scale), 1};
     run_update(device, update, run);
   });
 }
@@ -347,7 +386,7 @@ void column_fold_(Tensor weight, const Tensor& base_columns, const Tensor& cols,
     using T = decltype(type);
     const Update<T> update{mutable_data<T>(weight), weight.stride(0), weight.stride(1), out, weight.size(1), column,
                            cols.size(0), data<T>(base), base.stride(0), k, data<float>(B), B.stride(0), B.stride(1),
-                           data<float>(A), A.stride(0), A.stride(1), static_cast<float>(scale), 1, 1, 1};
+                           data<float>(A), A.stride(0), A.stride(1), static_cast<float>(scale), 1};
     run_update(device, update, run);
   });
 }

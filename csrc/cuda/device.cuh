@@ -9,6 +9,7 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <type_traits>
 
 #include "checks.h"
 
@@ -49,6 +50,40 @@ template <typename T, int n>
 struct alignas(n * sizeof(T) < 16 ? n * sizeof(T) : 16) Pack {
   T value[n];
 };
+
+// `bytes` bytes in registers, which move with one instruction. As values of 16 bits they would take a register each.
+template <int bytes>
+using Bits = Pack<std::conditional_t<bytes % 4 == 0, uint32_t, uint16_t>, bytes % 4 == 0 ? bytes / 4 : bytes / 2>;
+
+template <int bytes>
+__device__ inline Bits<bytes> read_bits(const void* from) {
+  return *static_cast<const Bits<bytes>*>(from);
+}
+// With one instruction, whatever the compiler finds out about the parts.
+template <int bytes>
+__device__ inline void write_bits(void* to, const Bits<bytes>& bits) {
+#ifdef __CUDA_ARCH__
+  if constexpr (bytes == 16) {
+    const uint32_t* part = bits.value;
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(part[0]), "r"(part[1]), "r"(part[2]),
+                 "r"(part[3])
+                 : "memory");
+    return;
+  }
+#endif
+  *static_cast<Bits<bytes>*>(to) = bits;
+}
+// Value i of those in `bits`.
+template <typename T, int bytes>
+__device__ inline T value_of(const Bits<bytes>& bits, int i) {
+  T value;
+  memcpy(&value, reinterpret_cast<const char*>(&bits) + i * sizeof(T), sizeof(T));
+  return value;
+}
+template <typename T, int bytes>
+__device__ inline void set_value(Bits<bytes>& bits, int i, T value) {
+  memcpy(reinterpret_cast<char*>(&bits) + i * sizeof(T), &value, sizeof(T));
+}
 
 __host__ __device__ inline bool is_aligned(const void* p, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(p) % bytes == 0;
