@@ -27,6 +27,7 @@ _AS_IT_STANDS = NormalizationConfig(
 _CONFIG = [LatexExtractionConfig(boxed_match_priority=-1, normalization_config=_AS_IT_STANDS)]
 # What the parser reads as something else: numbers side by side, text, primes, a base, a percentage, double factorials.
 _MISREAD = re.compile(r"\d\s+\d|\\text|'|\d_|%|!!|(?<![a-zA-Z\\])[a-zA-Z]{5,}")
+_ENVIRONMENT = re.compile(r"\\(?:begin|end)\{\w+\}")
 _CONSTANTS = {"i": sympy.I, "e": sympy.E}
 _DECIMAL = re.compile(r"-?(\d*)\.(\d+)")
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns of every text it can not read
@@ -40,7 +41,7 @@ def same_value(expected: str, statement: str) -> bool:
     if isinstance(left, sympy.core.relational.Relational) and type(left) is type(right):
         return _same_relation(left, right)
     if isinstance(left, sympy.Expr) and isinstance(right, sympy.Expr):
-        return _same_expression(left, right, _tolerance(expected, statement))
+        return _same_expression(left, right) or _rounds(expected, left, right) or _rounds(statement, right, left)
     if isinstance(left, sympy.MatrixBase) and isinstance(right, sympy.MatrixBase):
         return left.shape == right.shape and all(map(_same_expression, left.flat(), right.flat()))
     if isinstance(left, sympy.Expr | sympy.MatrixBase) or isinstance(right, sympy.Expr | sympy.MatrixBase):
@@ -51,31 +52,34 @@ def same_value(expected: str, statement: str) -> bool:
 @functools.lru_cache(maxsize=512)
 def _read(text: str) -> Any:
     text = text.strip().strip("$").replace("**", "^")
-    if _MISREAD.search(text):
+    if _MISREAD.search(_ENVIRONMENT.sub(" ", text)):
         return None
     found = parse(f"${text}$", _CONFIG, fallback_mode="no_fallback", parsing_timeout=None)
     if not found:
         return None
     if not isinstance(found[0], sympy.Expr):
         return found[0]
-    return found[0].subs({s: _CONSTANTS[s.name] for s in found[0].free_symbols if s.name in _CONSTANTS})
+    exact = found[0].xreplace({number: sympy.Rational(str(number)) for number in found[0].atoms(sympy.Float)})
+    return exact.subs({symbol: _CONSTANTS[symbol.name] for symbol in exact.free_symbols if symbol.name in _CONSTANTS})
 
 
-def _tolerance(*texts: str) -> Any:
-    """How far a decimal of so many digits may be from what it rounds; 0 if none is such a decimal, or both are."""
-    decimals = [match for text in texts if (match := _DECIMAL.fullmatch(text.strip("$ ")))]
-    if len(decimals) != 1 or len((decimals[0][1] + decimals[0][2]).lstrip("0")) < _LEAST_DIGITS:
-        return sympy.Integer(0)
-    return sympy.Rational(1, 10 ** len(decimals[0][2]))
+def _rounds(text: str, decimal: Any, other: Any) -> bool:
+    """Whether a text is a decimal that is the other number, rounded or cut off, with digits enough to leave no doubt."""
+    match = _DECIMAL.fullmatch(text.strip("$ "))
+    if match is None or len((match[1] + match[2]).lstrip("0")) < _LEAST_DIGITS:
+        return False
+    value = _value(other)
+    if value is None or not value.is_real or value * decimal <= 0:
+        return False
+    left_out = (abs(value) - abs(decimal)) * 10 ** len(match[2])
+    return bool(-0.5 <= left_out < 1)
 
 
-def _same_expression(left: Any, right: Any, tolerance: Any = sympy.Integer(0)) -> bool:
+def _same_expression(left: Any, right: Any) -> bool:
     symbols = sorted(left.free_symbols | right.free_symbols, key=str)
     if not symbols:
-        return _close(_value(left), _value(right), tolerance)
-    return all(
-        _close(_value(left.subs(point)), _value(right.subs(point)), tolerance) for point in _points(symbols)
-    )
+        return _close(_value(left), _value(right))
+    return all(_close(_value(left.subs(point)), _value(right.subs(point))) for point in _points(symbols))
 
 
 def _points(symbols: list[Any]) -> list[dict[Any, Any]]:
@@ -91,12 +95,12 @@ def _value(expression: Any) -> Any:
     return value if value.is_number else None
 
 
-def _close(left: Any, right: Any, tolerance: Any) -> bool:
+def _close(left: Any, right: Any) -> bool:
     if left is None or right is None:
         return False
     if not (left.is_finite and right.is_finite):
         return bool(left == right) and left is not sympy.nan
-    return bool(abs(left - right) <= max(tolerance, _EQUAL * max(abs(left), abs(right))))
+    return bool(abs(left - right) <= _EQUAL * max(abs(left), abs(right)))
 
 
 def _same_relation(left: Any, right: Any) -> bool:
@@ -112,4 +116,4 @@ def _same_relation(left: Any, right: Any) -> bool:
             return False
         ratios.append(above / below)
     signed = isinstance(left, sympy.Eq) or bool(ratios[0] > 0)
-    return signed and all(_close(ratio, ratios[0], sympy.Integer(0)) for ratio in ratios)
+    return signed and all(_close(ratio, ratios[0]) for ratio in ratios)

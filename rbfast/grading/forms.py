@@ -174,7 +174,8 @@ def _equation(text: str, parts: list[str]) -> Form:
         parts = parts[::-1]  # 5 = x
     left = parts[0]
     name = left if _IDENTIFIER.fullmatch(left) else ""
-    told = bool(name) or _says_value(left)
+    again = len(parts) > 2 and any(re.search(rf"(?<![a-zA-Z]){re.escape(name or '=')}(?![a-zA-Z])", p) for p in parts[1:])
+    told = not again and (bool(name) or _says_value(left))
     equation = "" if r"\approx" in text or len(parts) > 2 and told else text
     approximated = [part for part in split(text, re.compile(r"\\approx(?![a-zA-Z])"))]
     values = [parts[-1]]

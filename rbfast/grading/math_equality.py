@@ -134,6 +134,8 @@ def _equal(expected: Form, found: Form, same: Same) -> bool:
         return any(_equal(expected, form, same) for form in found.items)
     if isinstance(expected, One) and isinstance(found, One):
         return _equal_values(expected, found, same)
+    if isinstance(expected, One) and isinstance(found, Several) and found.brackets == "" and found.items:
+        return all(_equal(expected, form, same) for form in found.items)  # one value, written twice
     expected, found = _several(expected), _several(found)
     if expected.name and found.name and expected.name != found.name:
         return False
@@ -141,6 +143,8 @@ def _equal(expected: Form, found: Form, same: Same) -> bool:
         return expected.brackets == found.brackets and _as_sets(expected.items, found.items, same)
     if expected.brackets and found.brackets and expected.brackets != found.brackets:
         return False
+    if expected.brackets == "[]" and not found.brackets and len(found.items) == 2:
+        return False  # an interval, which needs its brackets
     if "{}" in (expected.brackets, found.brackets) or not expected.brackets and not found.brackets:
         return _as_sets(expected.items, found.items, same)
     return _in_order(_by_name(expected), _by_name(found), same)
@@ -250,6 +254,8 @@ def _equal_quantities(expected: _Quantity, found: _Quantity) -> bool:
         return expected.unit.dimension == found.unit.dimension and (
             expected.value * expected.unit.size == found.value * found.unit.size
         )
+    if expected.unit and found.percent or found.unit and expected.percent:
+        return False
     if _close(expected, found):
         return True
     if expected.percent != found.percent:
@@ -267,12 +273,13 @@ def _equal_in_base(expected: _Quantity, found: _Quantity) -> bool:
 
 
 def _close(left: _Quantity, right: _Quantity) -> bool:
-    """Equal, or one a decimal that rounds the other, with digits enough to leave no doubt."""
+    """Equal, or one a decimal that is the other, rounded or cut off, with digits enough to leave no doubt."""
     if left.value == right.value:
         return True
     for decimal, other in ((left, right), (right, left)):
         if decimal.places is not None and other.places is None and _digits(decimal) >= _LEAST_DIGITS:
-            return abs(decimal.value - other.value) < Fraction(1, 10**decimal.places)
+            left_out = (abs(other.value) - abs(decimal.value)) * 10**decimal.places
+            return decimal.value * other.value > 0 and Fraction(-1, 2) <= left_out < 1
     return False
 
 
@@ -287,17 +294,19 @@ def _bare(text: str) -> str:
 def _words(text: str) -> str:
     """The words of a text that has nothing else in it, else an empty text."""
     bare = re.sub(r"^([\"'`])(.*)\1$", r"\2", _bare(text).strip(" ."))
+    if choice := _chooses(text):
+        return choice
     if _NO_WORDS.search(bare) or not re.search(r"[^\W\d_]", bare):
-        return _chooses(text) or ""
+        return ""
     return re.sub(r"^(?:the|an?) (?=\S)|[\s\-]+", "", bare.casefold())
 
 
 def _chooses(text: str) -> str | None:
     """The letter of a choice: `(C)`, `C.`, `(C) 5`."""
-    match = _CHOICE.fullmatch(_bare(text).strip())
+    match = _CHOICE.fullmatch(re.sub(r"^(?:[Oo]ption|[Cc]hoice) ", "", _bare(text).strip()))
     return match[match.lastindex or 0].casefold() if match else None
 
 
 def _are_products(*words: str) -> bool:
     """Whether letters may be variables that are multiplied: `xy` is `yx`, but `no` is not `on`."""
-    return all(len(word) <= 4 and set("xyzabcmnk") >= set(word) for word in words)
+    return all(len(word) == 1 or len(word) <= 4 and set("xyzabcmnk") >= set(word) for word in words)

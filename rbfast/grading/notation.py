@@ -61,7 +61,9 @@ _RULES = [
         (r"\\\\(?=(?:[dtc]?frac|sqrt|text|boxed|pi|left|right|cdot|times|pm|le|ge|in|cup|infty)(?![a-z]))", r"\\"),
         (r"\\\\(?:\[\d+\w+\])?(?![a-zA-Z])", r" \\\\ "),
         (r"(?<!\\)\\[()\[\]]", " "),
-        (r"\{,\}|,\\[!,]\s*", "\u200b"),  # no doubt that it groups digits
+        (r"(?<![\\a-zA-Z{])(sin|cos|tan|ln|log|exp)(?=\s*[({\\_])", r"\\\1"),
+        (r"\\log_\s*(\d)", r"\\log_{\1}"),
+        (r"\{,\}|, ?\\[!,]\s*", "\u200b"),  # no doubt that it groups digits
         (r"(?<=\d)\\!(?=\d)", ""),
         (r"(?<=\d)(?:\\,|~)(?=\d{3}(?!\d))", "\u200b"),
         (r"\\!", ""),
@@ -119,7 +121,8 @@ def normalize(text: str) -> str:
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
     text = braced(text.replace("\u200b", ""))
-    return _EDGES.sub("", re.sub(r"\s+", " ", text)).strip()
+    lines = r"\s+" if r"\begin" in text else r"[^\S\n]+"
+    return _EDGES.sub("", re.sub(lines, " ", text)).strip()
 
 
 def _ascii(text: str) -> str:

@@ -24,10 +24,11 @@ _MARKED = re.compile(
 )
 _BETWEEN = re.compile(r"[\s,;$*]*(?:and|or)?\s*")
 _VERB = re.compile(r"\b(?:is|are|was|equals|be|makes|gives|has|have)\b(?:\s+(?:exactly|therefore|thus|then|equal to))?\s*")
-_COLON = re.compile(r":\s+")
+_COLON = re.compile(r":\**\s+")
 _SEPARATOR = re.compile(r"[,;]|\b(?:and|or)\b")
 _THEREFORE = re.compile(r"\b(?:so|thus|hence|therefore|then|giving|gives|total)\b", re.IGNORECASE)
-_LIST = re.compile(r"\[.*\]", re.DOTALL)
+_OPENING = re.compile(r"^(?:so|thus|hence|therefore|then|finally)[,:]?\s+", re.IGNORECASE)
+_LIST = re.compile(r"(?:^|(?<=\s))\[.*\]", re.DOTALL)
 _PLAIN_NUMBER = re.compile(r"[-\u2212]?[$€£]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:/\d+)?%?")
 _SHARED = re.compile(r"\s*(\S+(?: [A-Za-z]{2,})+?) (?:on|across|among|from|for) (?:the |its |all )?\S*\d\S* [A-Za-z]+\.?")
 _EDGES = re.compile(r"^[\s*_`$\"]+|[\s*_`$\".°]+$")
@@ -67,6 +68,7 @@ def is_sentence(line: str) -> bool:
 
 
 def _of_line(line: str) -> list[str]:
+    line = _OPENING.sub("", line)
     found = [line]
     if label := _COLON.split(line)[1:]:
         found.append(label[-1])
