@@ -21,7 +21,6 @@ from rbfast.data.trace import Trace, TraceError
 UNVERIFIED, WRONG, RIGHT = -1, 0, 1
 _CUT = {"length", "max_tokens"}  # how servers call a reply that met its limit
 _CUT_FIELDS = ("finish_reason", "done_reason", "stop_reason")
-_MATHEMATICAL = "\\/^(["  # of an answer that can be written in several ways
 
 Verify = Callable[[Trace, Mapping[str, Any]], bool | None]
 """Whether a trace's answer is right, from the trace and the row it came in; None where that cannot be said."""
@@ -116,8 +115,7 @@ def verify_answer(trace: Trace, row: Mapping[str, Any]) -> bool | None:
     from rbfast.grading.grade import Problem, extract_answer, grade
 
     stated = extract_answer(str(reference)) or str(reference).strip()
-    mathematical = any(sign in stated + trace.answer for sign in _MATHEMATICAL)
-    return grade(Problem("", trace.problem, stated, {}, mathematical), f"<answer>{trace.answer}</answer>") >= 1.0
+    return grade(Problem("", trace.problem, stated, {}), f"<answer>{trace.answer}</answer>") >= 1.0
 
 
 def join_parts(parts: Sequence[Part]) -> Part:

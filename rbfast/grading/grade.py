@@ -11,27 +11,23 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from rbfast.grading.judge import judge
-from rbfast.grading.math_equality import equal
+from rbfast.grading.math_equality import equals_any, is_number, key
+from rbfast.grading.notation import closing
+from rbfast.grading.statements import readings
 from rbfast.utils.packages import need
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A question with its answer.
-
-    `entry` is what the task's own verifier needs, empty where answers are compared; then `mathematical` says that they
-    are mathematics, which may be equal and look different.
-    """
+    """A question with its answer. `entry` is what the task's own verifier needs, empty where answers are compared."""
 
     task: str
     question: str
     answer: str
     entry: dict[str, Any]
-    mathematical: bool = False
 
 
 _WHOLE = re.compile(r".*(?:\n|</answer>)", re.DOTALL | re.IGNORECASE)
@@ -39,23 +35,26 @@ _TAG = re.compile(r"<answer>(.*?)(?=</answer>|<answer>|\Z)", re.DOTALL | re.IGNO
 _MARKS = re.compile(r"</?(?:think|answer)>", re.IGNORECASE)
 _HASHES = re.compile(r"####\s*(\S.*)")
 _PHRASE = re.compile(r"\banswer\b[^.\n:=]{0,60}?(?:\bis\b|:|=)[*_:\s]*(\S.*)", re.IGNORECASE)
-_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
-_QUANTITY = re.compile(rf"^\W*({_NUMBER.pattern})(?= [a-zA-Z]{{2,}})")
-_LIST = re.compile(r"\[.*\]", re.DOTALL)
-_QUOTED = re.compile(r"\*\*(.+?)\*\*|\"([^\"]+)\"|`([^`]+)`|\$([^$]+)\$|(?<!\w)'([^']+)'(?!\w)")
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{|\d)")
+# What may stand between two boxes of one answer: `\boxed{2}$ and $x = \boxed{3}`.
+_JOINT = re.compile(
+    r"(?:[\s$,;&.*]|\\[()\[\],;!]|\\(?:quad|qquad)|\\text\{\s*(?:,\s*)?(?:and|or)?\s*\}|\b(?:and|or)\b"
+    r"|[a-zA-Z](?:_\{?\w\}?)?\s*=)*"
+)
 
 
 def extract_answer(text: str) -> str | None:
     """The final answer a completion states, or None where it marks none.
 
-    Looked for in this order, the last one of its kind: `<answer>..</answer>` (closed or not), a balanced `\\boxed{}`,
-    `#### ..`, `answer is ..` / `Answer: ..`.
+    Looked for in this order, the last one of its kind: `<answer>..</answer>` (closed or not), a balanced `\\boxed{}`
+    (or several that are listed: `\\boxed{2}` and `\\boxed{3}`), `#### ..`, `answer is ..` / `Answer: ..`.
     """
     tagged = [match.strip() for match in _TAG.findall(text)]
     # A student that repeats the instruction writes "between <answer> and </answer>": that "and" is no answer.
-    for found in (*(tag for tag in reversed(tagged) if tag != "and"), _last_boxed(text)):
-        if found:
-            return found
+    if answer := next((tag for tag in reversed(tagged) if tag and tag != "and"), None):
+        return _last_boxed(answer) or answer
+    if answer := _last_boxed(text):
+        return answer
     for pattern in (_HASHES, _PHRASE):
         if matches := pattern.findall(text):
             return matches[-1].strip()
@@ -68,22 +67,35 @@ def without_tags(text: str) -> str:
 
 
 def _last_boxed(text: str) -> str | None:
-    start = text.rfind("\\boxed{")
-    if start < 0:
+    """What the last box holds that closes; of boxes that are listed, all."""
+    boxes = [(match.start(), *_content(text, match.end())) for match in _BOX.finditer(text)]
+    closed = [(start, content.strip(), end) for start, content, end in boxes if content.strip()]
+    if not closed:
         return None
-    depth = 0
-    for position in range(start + len("\\boxed"), len(text)):
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-        if depth == 0:
-            return text[start + len("\\boxed{") : position].strip()
-    return None
+    first, content, _ = closed[-1]
+    listed = [content]
+    for start, content, end in reversed(closed[:-1]):
+        if start >= first or end > first:
+            continue  # a box around the others
+        if not _JOINT.fullmatch(text[end:first]):
+            break
+        first = start
+        listed.insert(0, content)
+    return ", ".join(dict.fromkeys(listed))
+
+
+def _content(text: str, start: int) -> tuple[str, int]:
+    if text[start] != "{":
+        return text[start], start + 1
+    end = closing(text, start)
+    return ("", start) if end is None else (text[start + 1 : end], end + 1)
 
 
 def grade(problem: Problem, completion: str, *, truncated: bool = False) -> float:
-    """The score of a completion, by the task's own verifier: 1.0 is correct, less may be partial credit.
+    """The score of a completion: 1.0 is correct, less may be partial credit of a task's own verifier.
 
-    The answer is what `extract_answer` finds, else the last line. It counts when any plain reading of it is correct
-    (see `readings`), so that nobody loses on form alone; the rule is the same whoever wrote the completion.
+    The answer is what `extract_answer` finds, else the last line. It counts if any plain reading of it (`readings`) is
+    equal to the expected one (`math_equality`), or passes the verifier; the rule is the same whoever wrote it.
 
     Args:
         truncated: the limit cut the completion: what stands after its last whole line or tag is no answer, and only a
@@ -94,35 +106,14 @@ def grade(problem: Problem, completion: str, *, truncated: bool = False) -> floa
         statement = (extract_answer(whole[0]) if whole else None) or ""
     else:
         statement = extract_answer(completion) or completion.strip().rpartition("\n")[2]
-    score = _scorer(problem)
-    best = max(map(score, readings(statement, problem.answer)), default=0.0)
-    return float(equal(problem.answer, statement)) if problem.mathematical and best < 1.0 else best
-
-
-def readings(statement: str, answer: str) -> list[str]:
-    """The ways a person would read one final statement, most literal first.
-
-    As it stands; its first and its last line; what follows the last `=` or `:`; its last quoted, bold or maths part;
-    its list, as written and with every item quoted; and, where the expected answer is a number, the number a line opens
-    with or the only number in it, as written and without zeros after the point.
-    """
-    lines = [line for line in statement.splitlines() if line.strip()] or [statement]
-    found = [statement, lines[0], lines[-1], re.split(r"[=:]\s", lines[-1])[-1], lines[-1].rpartition("=")[2]]
-    found += [next(filter(None, match)) for match in _QUOTED.findall(statement)[-1:]]
-    for written in _LIST.findall(statement):
-        found += [written, str([item.strip(" '\"") for item in written[1:-1].split(",")])]
-    if _number(answer) is not None:
-        for line in (lines[0], lines[-1]):
-            numbers = {number.rstrip(".,") for number in _NUMBER.findall(line)}
-            for number in numbers if len(numbers) == 1 else _QUANTITY.findall(line):
-                found += [number, _canonical(number)]
-    stripped = [re.sub(r"^[\s*_`$\"]+|[\s*_`$\".]+$", "", reading) for reading in found]
-    return [reading for reading in dict.fromkeys((*found, *stripped)) if reading]
-
-
-def _scorer(problem: Problem) -> Callable[[str], float]:
+    found = readings(statement)
     if not problem.entry:
-        return _matches(problem.answer)
+        return float(equals_any(problem.answer, found))
+    verifier = _verifier(problem)
+    return max(map(verifier, found), default=0.0)
+
+
+def _verifier(problem: Problem) -> Callable[[str], float]:
     reasoning_gym()
     verifier = judge("reasoning-gym")
     return lambda reading: verifier.ask([problem.task, problem.entry, reading]) or 0.0
@@ -133,33 +124,8 @@ def reasoning_gym() -> Any:
     return need("reasoning_gym", "problems of generated tasks", install="reasoning-gym")
 
 
-def _matches(answer: str) -> Callable[[str], float]:
-    expected = _number(answer)
-
-    def score(reading: str) -> float:
-        if expected is not None and _number(reading) is not None:
-            return float(_number(reading) == expected)
-        return float(reading.strip().casefold() == answer.strip().casefold())
-
-    return score
-
-
 def answer_key(text: str) -> str | None:
-    """What a vote counts: the final answer of a completion, equal for equal numbers; None where it has none."""
-    statement = (extract_answer(text) or text.strip().rpartition("\n")[2]).strip(" \n*$.`")
-    if _number(statement) is None:
-        return re.sub(r"\s+", " ", statement).casefold() or None
-    return _canonical(statement)
-
-
-def _canonical(number: str) -> str:
-    value = _number(number)
-    return f"{value.normalize():f}" if value is not None and abs(value.adjusted()) < 30 else number
-
-
-def _number(text: str) -> Decimal | None:
-    try:
-        value = Decimal(text.strip().strip("$%").replace(",", ""))
-    except InvalidOperation:
-        return None
-    return value if value.is_finite() else None
+    """What a vote counts: the final answer of a completion, the same text for equal numbers; None where it has none."""
+    statement = extract_answer(text) or text.strip().rpartition("\n")[2]
+    keys = [key(reading) for reading in readings(statement)]
+    return next(filter(is_number, keys), keys[0] if keys else "") or None

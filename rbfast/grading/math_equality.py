@@ -1,48 +1,312 @@
-r"""Whether two mathematical answers are equal, by math-verify in a process that can be killed.
+r"""Whether two final answers are equal: the same value, the same words, or the same form of equal values.
 
 ```python
 equal(r"\frac{14}{3}", "14/3")             # True
+equal("2", r"\frac{\pi}{2}")               # False: the whole answer counts, not the digits in it
+equal(r"(-\infty, 3]", "x ≤ 3")            # True
 ```
+
+Numbers are compared exactly, here. What has roots, letters or functions in it is parsed by math-verify and compared in
+a process that can be killed.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import NamedTuple
 
+from rbfast.grading.exact import exact
+from rbfast.grading.forms import Either, Form, One, Several, read
 from rbfast.grading.judge import TIME_LIMIT, judge
+from rbfast.grading.notation import normalize
+from rbfast.grading.units import Unit, split_unit
 
-_ROOT = re.compile(r"√\s*(?:\{([^{}]*)\}|\(([^()]*)\)|(\w+))")
-_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*)\}")
+Same = Callable[[str, str], bool]
+"""Whether two expressions in LaTeX have the same value."""
+
+_LEAST_DIGITS = 6  # of a decimal that may stand for a number which it rounds
+_MOST_QUESTIONS = 100  # to the judge, for one verdict
+_MOST_ITEMS = 50  # of a set whose order is free
+_GROUPED = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
+_SPACED = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?: \d{3})+(?![\d,/]| ?/)")
+_DECIMAL = re.compile(r"-?(\d*)\.(\d+)(?:\.\.\.)?")
+_BASE = re.compile(r"\(?([0-9A-F]+)\)?_\{?(\d+)\}?")
+_CHOICE = re.compile(r"\(([A-Ja-j])\)|([A-Ja-j])[.):]?|\(?([A-J])[.):]\s+[\w$(\\].*")
+_NO_WORDS = re.compile(r"[\\\d+^_=<>*/|$%()\[\]{}!]|(?<![^\W\d_]{2})-|-(?![^\W\d_]{2})|'(?![a-z])")
+_SMALL = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty"
+)
+_NUMERALS = {word: str(value) for value, word in enumerate(_SMALL.split())}
+
+
+class _Asked:
+    """The judge's word on expressions; after one that it couldn't read in time it isn't asked again."""
+
+    def __init__(self, time_limit: float) -> None:
+        self._limit, self._left = time_limit, _MOST_QUESTIONS
+
+    def __call__(self, left: str, right: str) -> bool:
+        self._left -= 1
+        if self._left < 0:
+            return False
+        require()
+        verdict = judge("math-verify").ask([left, [right]], self._limit)
+        if verdict is None:
+            self._left = 0
+        return bool(verdict)
 
 
 def equal(expected: str, statement: str, time_limit: float = TIME_LIMIT) -> bool:
-    """Whether a statement is the expected answer: the same words, or mathematics that math-verify finds equal.
+    """Whether a statement is the expected answer.
 
     Raises:
-        ImportError: math-verify is not installed.
+        ImportError: the answers need math-verify, which is not installed.
     """
-    expected, statement = _plain(expected), _plain(statement)
-    if not expected or not statement:
+    return equals_any(expected, [statement], time_limit)
+
+
+def equals_any(expected: str, statements: Sequence[str], time_limit: float = TIME_LIMIT) -> bool:
+    """Whether one of several readings of a statement is the expected answer; see `equal`."""
+    same = _Asked(time_limit)
+    return any(_equal_statements(expected, statement, same) for statement in statements)
+
+
+def _equal_statements(expected: str, statement: str, same: Same) -> bool:
+    left, right = normalize(expected), normalize(statement)
+    if not left or not right:
         return False
-    if _words(expected) == _words(statement):
+    if left == right or _words(left) == _words(right) != "":
         return True
-    require()
-    return bool(judge("math-verify").ask([f"${expected}$", [f"${statement}$", statement]], time_limit))
+    return any(
+        _equal(read(wanted), read(found), same) for wanted in _ungrouped(left)[:1] for found in _ungrouped(right)
+    ) or (left != _ungrouped(left)[0] and _equal(read(left), read(right), same))
 
 
 def require() -> None:
-    """Raises ImportError, with what to do, where math-verify is not installed."""
+    """Raises ImportError, with what to do, if math-verify is not installed."""
     if importlib.util.find_spec("math_verify") is None:
         raise ImportError("mathematical answers are graded by the package math-verify: pip install math-verify")
 
 
-def _plain(text: str) -> str:
-    """Without dollars around it and a full stop behind it, and with roots that are signs as LaTeX."""
-    text = re.sub(r"^[\s$*]+|[\s$*.]+$", "", text)
-    return _ROOT.sub(lambda match: f"\\sqrt{{{match[1] or match[2] or match[3]}}}", text)
+def key(statement: str) -> str:
+    """The same text for answers that are equal beyond doubt: numbers by their value, anything else as normalized."""
+    text = _ungrouped(normalize(statement))[0]
+    form = read(text)
+    if isinstance(form, One):
+        quantity = _quantity(form.text)
+        if quantity is not None and quantity.base is None:
+            return _shown(quantity.value)
+    return re.sub(r"\s+", " ", _bare(text)).casefold()
+
+
+def is_number(text: str) -> bool:
+    """Whether a key is a number's: two such keys are equal only if they are the same."""
+    return exact(text) is not None
+
+
+def _shown(value: Fraction) -> str:
+    below = value.denominator
+    for prime in (2, 5):
+        while below % prime == 0:
+            below //= prime
+    if value.denominator == 1 or below != 1 or value.denominator > 10**12:
+        return str(value)
+    places = next(n for n in range(64) if (value * 10**n).denominator == 1)
+    digits = f"{abs(value.numerator) * 10**places // value.denominator:0{places + 1}d}"
+    return f"{'-' if value < 0 else ''}{digits[:-places]}.{digits[-places:]}"
+
+
+def _ungrouped(text: str) -> list[str]:
+    """With commas that group digits taken out, and as it stands: `100,200` may be two numbers."""
+    joined = _GROUPED.sub(lambda match: match[0].replace(",", ""), text)
+    joined = _SPACED.sub(lambda match: match[0].replace(" ", ""), joined)
+    return list(dict.fromkeys((joined, text)))
+
+
+def _equal(expected: Form, found: Form, same: Same) -> bool:
+    if isinstance(expected, Either):
+        return any(_equal(form, found, same) for form in expected.items)
+    if isinstance(found, Either):
+        return any(_equal(expected, form, same) for form in found.items)
+    if isinstance(expected, One) and isinstance(found, One):
+        return _equal_values(expected, found, same)
+    if isinstance(expected, One) and isinstance(found, Several) and found.brackets == "" and found.items:
+        return all(_equal(expected, form, same) for form in found.items)  # one value, written twice
+    expected, found = _several(expected), _several(found)
+    if expected.name and found.name and expected.name != found.name:
+        return False
+    if expected.brackets == "u" or found.brackets == "u":
+        return expected.brackets == found.brackets and _as_sets(expected.items, found.items, same)
+    if expected.brackets and found.brackets and expected.brackets != found.brackets:
+        return False
+    if expected.brackets == "[]" and not found.brackets and len(found.items) == 2:
+        return False  # an interval, which needs its brackets
+    if "{}" in (expected.brackets, found.brackets) or not expected.brackets and not found.brackets:
+        return _as_sets(expected.items, found.items, same)
+    return _in_order(_by_name(expected), _by_name(found), same)
+
+
+def _several(form: One | Several) -> Several:
+    return form if isinstance(form, Several) else Several((form,), "")
+
+
+def _by_name(form: Several) -> Sequence[Form]:
+    """`y=3, x=2` as the pair (2, 3)."""
+    names = [item.name for item in form.items if isinstance(item, One) and item.name]
+    if form.brackets or len(set(names)) < len(form.items):
+        return form.items
+    return sorted(form.items, key=lambda item: item.name if isinstance(item, One) else "")
+
+
+def _in_order(expected: Sequence[Form], found: Sequence[Form], same: Same) -> bool:
+    return len(expected) == len(found) and all(_equal(e, f, same) for e, f in zip(expected, found, strict=True))
+
+
+def _as_sets(expected: Sequence[Form], found: Sequence[Form], same: Same) -> bool:
+    if len(expected) != len(found) or len(expected) > _MOST_ITEMS:
+        return False
+    left = list(found)
+    for wanted in expected:
+        match = next((form for form in left if _equal(wanted, form, same)), None)
+        if match is None:
+            return False
+        left.remove(match)
+    return True
+
+
+def _equal_values(expected: One, found: One, same: Same) -> bool:
+    if expected.equation and found.equation:
+        if expected.name and expected.name == found.name:
+            return _equal_texts(expected.text, found.text, same)
+        if not expected.name or not found.name or _has_letters(expected.text + found.text):
+            return same(expected.equation, found.equation)
+        return len(expected.name) > 1 and _equal_texts(expected.text, found.text, same)
+    if expected.name and found.name and expected.name != found.name:
+        return False
+    if expected.equation and not expected.named_only:
+        return False
+    return _equal_texts(expected.text, found.text, same)
+
+
+def _has_letters(text: str) -> bool:
+    return re.search(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", text)) is not None
+
+
+class _Quantity(NamedTuple):
+    value: Fraction
+    unit: Unit | None
+    percent: bool
+    base: int | None
+    places: int | None  # after the point, of a decimal
+
+
+def _equal_texts(expected: str, found: str, same: Same) -> bool:
+    if expected == found:
+        return True
+    left, right = _quantity(expected), _quantity(found)
+    if left is not None and right is not None:
+        return _equal_quantities(left, right)
+    plain = _words(expected), _words(found)
+    if all(plain):
+        return plain[0] == plain[1] or (not _chooses(expected) and _are_products(*plain) and same(expected, found))
+    if any(plain) and (left or right or not _are_products(*filter(None, plain))):
+        return _chooses(expected) is not None and _chooses(expected) == _chooses(found)
+    return _equal_expressions(expected, found, same)
+
+
+def _equal_expressions(expected: str, found: str, same: Same) -> bool:
+    (wanted, measure), (given, other) = split_unit(expected), split_unit(found)
+    if measure and other and measure != other:
+        return False
+    return same(wanted.removesuffix("%"), given.removesuffix("%"))
+
+
+def _quantity(text: str) -> _Quantity | None:
+    """The number that the whole of a text is, with its unit."""
+    text = _NUMERALS.get(text.casefold(), text)
+    if match := _BASE.fullmatch(text):
+        return _in_base(match[1], int(match[2]))
+    percent = re.search(r"\s*(?:%|(?:\\text\{)?\s*per ?cent(?:age)?\s*\}?)(?: points?)?$", text)
+    core, unit = (text[: percent.start()], None) if percent else split_unit(text)
+    core = core.removesuffix("...").strip()
+    value = exact(core)
+    if value is None:
+        return None
+    decimal = _DECIMAL.fullmatch(core)
+    return _Quantity(value, unit, percent is not None, None, len(decimal[2]) if decimal else None)
+
+
+def _in_base(digits: str, base: int) -> _Quantity | None:
+    try:
+        return _Quantity(Fraction(int(digits, base)), None, False, base, None)
+    except ValueError:
+        return None
+
+
+def _equal_quantities(expected: _Quantity, found: _Quantity) -> bool:
+    if expected.base != found.base:
+        return _equal_in_base(expected, found)
+    if expected.unit and found.unit:
+        return expected.unit.dimension == found.unit.dimension and (
+            expected.value * expected.unit.size == found.value * found.unit.size
+        )
+    if expected.unit and found.percent or found.unit and expected.percent:
+        return False
+    if _close(expected, found):
+        return True
+    if expected.percent != found.percent:
+        of_percent, other = (expected, found) if expected.percent else (found, expected)
+        return of_percent.value == 100 * other.value
+    return False
+
+
+def _equal_in_base(expected: _Quantity, found: _Quantity) -> bool:
+    """The base of the question may be left out; a base that is written must be right."""
+    if found.base is None and found.value.denominator == 1:
+        written = _in_base(str(found.value), expected.base or 10)
+        return written is not None and written.value == expected.value
+    return expected.base is None and expected.value == found.value
+
+
+def _close(left: _Quantity, right: _Quantity) -> bool:
+    """Equal, or one a decimal that is the other, rounded or cut off, with digits enough to leave no doubt."""
+    if left.value == right.value:
+        return True
+    for decimal, other in ((left, right), (right, left)):
+        if decimal.places is not None and other.places is None and _digits(decimal) >= _LEAST_DIGITS:
+            left_out = (abs(other.value) - abs(decimal.value)) * 10**decimal.places
+            return decimal.value * other.value > 0 and Fraction(-1, 2) <= left_out < 1
+    return False
+
+
+def _digits(decimal: _Quantity) -> int:
+    return len(str(abs(decimal.value.numerator * 10 ** (decimal.places or 0) // decimal.value.denominator)))
+
+
+def _bare(text: str) -> str:
+    return re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
 
 
 def _words(text: str) -> str:
-    text = _TEXT.sub(r"\1", text).replace("\\left", "").replace("\\right", "").replace("dfrac", "frac")
-    return re.sub(r"\\[ ,;!]|\s+", "", text).casefold()
+    """The words of a text that has nothing else in it, else an empty text."""
+    bare = re.sub(r"^([\"'`])(.*)\1$", r"\2", _bare(text).strip(" ."))
+    if choice := _chooses(text):
+        return choice
+    if _NO_WORDS.search(bare) or not re.search(r"[^\W\d_]", bare):
+        return ""
+    return re.sub(r"^(?:the|an?) (?=\S)|[\s\-]+", "", bare.casefold())
+
+
+def _chooses(text: str) -> str | None:
+    """The letter of a choice: `(C)`, `C.`, `(C) 5`."""
+    match = _CHOICE.fullmatch(re.sub(r"^(?:[Oo]ption|[Cc]hoice) ", "", _bare(text).strip()))
+    return match[match.lastindex or 0].casefold() if match else None
+
+
+def _are_products(*words: str) -> bool:
+    """Whether letters may be variables that are multiplied: `xy` is `yx`, but `no` is not `on`."""
+    return all(len(word) == 1 or len(word) <= 4 and set("xyzabcmnk") >= set(word) for word in words)

@@ -15,7 +15,6 @@ import hashlib
 import json
 import random
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +95,7 @@ def _sample(found: Sequence[Problem], source: str, n: int | None, seed: int, exc
     for problem in found:
         if problem.question not in exclude:
             problems.setdefault(problem.question, problem)
-    # Answers in LaTeX say that the answers of this source are mathematics.
-    if any("\\" in problem.answer for problem in found):
-        math_equality.require()  # now, not after hours of writing
-        problems = {question: replace(problem, mathematical=True) for question, problem in problems.items()}
+    math_equality.require()  # now, not after hours of writing
     if n is None:
         return list(problems.values())
     if len(problems) < n:

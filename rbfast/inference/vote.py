@@ -1,10 +1,17 @@
-"""Self-consistency: the answer most samples of one prompt agree on (Wang et al., arXiv 2203.11171)."""
+"""Self-consistency: the answer most samples of one prompt agree on (Wang et al., arXiv 2203.11171).
+
+Two answers are one vote if `math_equality.equal` says so, as it does when answers are graded. Keys of numbers are the
+same for equal ones (`answer_key`), so only the others are compared, each with the first of every group.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from rbfast.grading.math_equality import equal, is_number
 
 
 class Vote(NamedTuple):
@@ -17,16 +24,33 @@ class Vote(NamedTuple):
 
 def majority(answers: Sequence[str | None]) -> Vote:
     """The most frequent answer; of equally frequent ones the first that was given. None is no vote."""
-    given = [answer for answer in answers if answer is not None]
-    if not given:
+    counts = _counts(answers)
+    if not counts:
         return Vote(None, 0, 0)
-    # A Counter keeps the order of first sight, and `max` the first of equals.
-    counts = Counter(given)
-    winner = max(counts, key=counts.__getitem__)
-    return Vote(winner, counts[winner], len(given))
+    winner = max(counts, key=counts.__getitem__)  # `max` is the first of equals
+    return Vote(winner, counts[winner], sum(counts.values()))
 
 
 def decided(answers: Sequence[str | None], running: int) -> bool:
     """Whether `running` more answers can no longer change the majority, nor tie with it."""
-    counts = sorted(Counter(answer for answer in answers if answer is not None).values(), reverse=True)
+    counts = sorted(_counts(answers).values(), reverse=True)
     return bool(counts) and counts[0] - (counts[1] if len(counts) > 1 else 0) > running
+
+
+def _counts(answers: Sequence[str | None]) -> dict[str, int]:
+    """Votes for each answer as it was first given, in that order."""
+    counts: dict[str, int] = {}
+    for answer, votes in Counter(answer for answer in answers if answer is not None).items():
+        group = next((first for first in counts if _agree(first, answer)), answer)
+        counts[group] = counts.get(group, 0) + votes
+    return counts
+
+
+@functools.lru_cache(maxsize=4096)
+def _agree(first: str, answer: str) -> bool:
+    if is_number(first) and is_number(answer):
+        return first == answer
+    try:
+        return equal(first, answer)
+    except ImportError:  # a vote needs no grader; without one, only numbers and words are compared
+        return False

@@ -121,7 +121,7 @@ def _question(row: Any, where: str) -> Question:
     known = None
     if isinstance(answer, str | int | float) and str(answer).strip():
         stated = extract_answer(str(answer)) or str(answer).strip()
-        known = Problem("", text, stated, {}, mathematical="\\" in stated)
+        known = Problem("", text, stated, {})
     optional = {name: row[name] for name in ("domain", "source", "id") if isinstance(row.get(name), str)}
     return Question(text, known, **optional)
 

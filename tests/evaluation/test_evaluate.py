@@ -466,7 +466,7 @@ def test_benchmarks_and_hub_ids_name_a_dataset_and_a_split(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     problems = load_problems("math-500", None, seed=0)
-    assert [problem.answer for problem in problems] == ["\\frac{1}{2}", "3"] and problems[1].mathematical
+    assert [problem.answer for problem in problems] == ["\\frac{1}{2}", "3"]
     load_problems("gsm8k", 1, seed=0)
     for place in (
         "owner/name",
@@ -533,7 +533,7 @@ def test_aime_rows_are_read_as_they_are_on_the_hub(monkeypatch, task, place, row
 
 def test_the_real_benchmarks_are_read():
     math500 = load_problems(str(data_path("math500/math500_test.jsonl")), None, seed=0)
-    assert len(math500) == 500 and all(problem.mathematical for problem in math500)
+    assert len(math500) == 500
     for year, first in (("24", "204"), ("25", "70")):
         aime = load_problems(str(data_path(f"aime24_25/aime{year}.jsonl")), None, seed=0)
         assert len(aime) == 30 and aime[0].answer == first and all(0 <= int(p.answer) <= 999 for p in aime)
@@ -557,7 +557,7 @@ def test_real_answers_are_graded_as_people_grade_them(name):
     wrong = set()
     for line in data_path(f"r1_math500_traces/{name}.jsonl").read_text().splitlines():
         row = json.loads(line)
-        problem = Problem("math-500", row["problem"], row["ground_truth"], {}, mathematical=True)
+        problem = Problem("math-500", row["problem"], row["ground_truth"], {})
         if grade(problem, row["full_response"]) < 1.0:
             wrong.add(row["item_id"])
     assert wrong == WRONG[name]

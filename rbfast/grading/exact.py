@@ -1,0 +1,162 @@
+r"""Exact arithmetic on what is written with digits alone: `\frac{1}{2}+3`, `3 1/2`, `2^{10}`, `6!`, `0.\overline{3}`.
+
+```python
+exact(r"3\frac{1}{2}")       # Fraction(7, 2)
+exact(r"5\sqrt{3}")          # None: not a number of this kind
+```
+
+Mathematics on floats calls tiny numbers equal, and a parser of LaTeX reads `3 1/2` as a sum; neither happens here.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from fractions import Fraction
+
+_MOST_BITS = 20_000  # of a power; beyond it nobody waits
+_TOKEN = re.compile(
+    r"\s*(?:(?P<repeating>\d*\.\d*\\overline\{\d+\})|(?P<number>\d+\.?\d*(?:[eE][-+]?\d{1,4})?|\.\d+(?:[eE][-+]?\d{1,4})?)"
+    r"|(?P<frac>\\frac\{)|(?P<times>\\cdot|\\times)|(?P<sign>[-+*/^!(){}]))"
+)
+_MIXED = re.compile(r"\s*(\d+)(?:\s*\\frac\{(\d+)\}\{(\d+)\}| +(\d+) ?/ ?(\d+)(?!\s*[\d.^!/]))(?![\d.])")
+
+
+class _Unreadable(Exception):
+    pass
+
+
+@functools.lru_cache(maxsize=4096)
+def exact(text: str) -> Fraction | None:
+    """The value; None if there is more to it than rational arithmetic on numbers, or no end of it."""
+    if len(text) > 400 or not any(letter.isdigit() for letter in text):
+        return None
+    try:
+        reader = _Reader(text)
+        value = reader.sum()
+        return value if reader.rest() == "" else None
+    except (_Unreadable, ZeroDivisionError, RecursionError):
+        return None
+
+
+class _Reader:
+    """Recursive descent: sum, product, power, factor."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.at = text, 0
+
+    def rest(self) -> str:
+        return self.text[self.at :].strip()
+
+    def peek(self) -> tuple[str, str]:
+        match = _TOKEN.match(self.text, self.at)
+        return (match.lastgroup or "", match[0].strip()) if match else ("", "")
+
+    def take(self, *wanted: str) -> str | None:
+        match = _TOKEN.match(self.text, self.at)
+        if match is None or match[0].strip() not in wanted:
+            return None
+        self.at = match.end()
+        return match[0].strip()
+
+    def expect(self, wanted: str) -> None:
+        if self.take(wanted) is None:
+            raise _Unreadable
+
+    def sum(self) -> Fraction:
+        sign = self.take("+", "-")
+        value = self.product()
+        value = -value if sign == "-" else value
+        while operator := self.take("+", "-"):
+            following = self.product()
+            value += following if operator == "+" else -following
+        return value
+
+    def product(self) -> Fraction:
+        value = self.power()
+        while True:
+            if operator := self.take("*", "/", r"\cdot", r"\times"):
+                sign = -1 if self.take("-") else 1
+                following = sign * self.power()
+                value = _bounded(value / following if operator == "/" else value * following)
+            elif self.peek()[1] == "(":
+                value = _bounded(value * self.power())
+            else:
+                return value
+
+    def power(self) -> Fraction:
+        base = self.factor()
+        if self.take("!"):
+            base = _factorial(base)
+        if not self.take("^"):
+            return base
+        if self.take("{"):
+            exponent = self.sum()
+            self.expect("}")
+        else:
+            sign = -1 if self.take("-") else 1
+            exponent = sign * self.power()
+        return _power(base, exponent)
+
+    def factor(self) -> Fraction:
+        if match := _MIXED.match(self.text, self.at):
+            whole, above, below = int(match[1]), int(match[2] or match[4]), int(match[3] or match[5])
+            if not 0 < above < below:
+                raise _Unreadable
+            self.at = match.end()
+            return whole + Fraction(above, below)
+        kind, token = self.peek()
+        match = _TOKEN.match(self.text, self.at)
+        if match is None or kind in ("times", ""):
+            raise _Unreadable
+        self.at = match.end()
+        if kind == "number":
+            return _number(token)
+        if kind == "repeating":
+            return _repeating(token)
+        if kind == "frac":
+            above = self.sum()
+            self.expect("}")
+            self.expect("{")
+            below = self.sum()
+            self.expect("}")
+            return above / below
+        if token in "({":
+            value = self.sum()
+            self.expect(")" if token == "(" else "}")
+            return value
+        raise _Unreadable
+
+
+def _number(text: str) -> Fraction:
+    mantissa, _, exponent = text.lower().partition("e")
+    return _bounded(Fraction(mantissa + ("0" if mantissa.endswith(".") else "")) * Fraction(10) ** int(exponent or 0))
+
+
+def _repeating(text: str) -> Fraction:
+    fixed, _, period = text.rstrip("}").partition(r"\overline{")
+    places = len(fixed.partition(".")[2])
+    start = Fraction(fixed + "0" if fixed.endswith(".") else fixed) if fixed != "." else Fraction(0)
+    return start + Fraction(int(period), 10**places * (10 ** len(period) - 1))
+
+
+def _factorial(value: Fraction) -> Fraction:
+    if value.denominator != 1 or not 0 <= value <= 1000:
+        raise _Unreadable
+    return Fraction(math.factorial(int(value)))
+
+
+def _power(base: Fraction, exponent: Fraction) -> Fraction:
+    if exponent.denominator != 1:
+        raise _Unreadable
+    bits = max(base.numerator.bit_length(), base.denominator.bit_length())
+    if bits * abs(exponent) > _MOST_BITS:
+        raise _Unreadable
+    return base ** int(exponent)
+
+
+def _bounded(value: Fraction) -> Fraction:
+    if value.numerator.bit_length() + value.denominator.bit_length() > 8 * _MOST_BITS:
+        raise _Unreadable
+    return value

@@ -1,0 +1,285 @@
+r"""The form of an answer: one value, or several in a list, a tuple, a set, an interval, a union.
+
+```python
+read("x=2, x=3")             # Several((One("2", "x"), One("3", "x")), "")
+read(r"x\le 3")              # Several((One(r"-\infty"), One("3")), "(]", "x")
+read(r"2\pm\sqrt{3}")        # Several((One(r"2+\sqrt{3}"), One(r"2-\sqrt{3}")), "")
+```
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from rbfast.grading.exact import exact
+from rbfast.grading.notation import closing
+
+
+@dataclass(frozen=True)
+class One:
+    """One value, and the name that it was given (`x` in `x = 2`). `equation` is all of what had an equals sign."""
+
+    text: str
+    name: str = ""
+    equation: str = ""
+    named_only: bool = True  # what was left of the equals sign was a name: the value says all
+
+
+@dataclass(frozen=True)
+class Several:
+    """Several values; the brackets are "" for a list without, "()", "[]", "(]", "[)", "{}", or "u" for a union."""
+
+    items: tuple[Form, ...]
+    brackets: str
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Either:
+    """A value written twice, as in `22/7 ≈ 3.14`."""
+
+    items: tuple[Form, ...]
+
+
+Form: TypeAlias = One | Several | Either
+
+_NAME = r"(?:\\?[A-Za-z]+(?:_\{?\w+\}?)?'*|\\(?:overline|angle|triangle|vec|text)\s*\{?[A-Za-z' ]*\}?)"
+_IDENTIFIER = re.compile(rf"{_NAME}(?:\([^()]*\))?|\|{_NAME}\||\\text\{{[^{{}}]*\}}|[A-Za-z][A-Za-z ,'*]*|\([a-zA-Z](?:,\s*[a-zA-Z])+\)")
+_AND_OR = re.compile(r"(?:,\s*)?(?:\\text\{\s*(and|or)\s*\}|(?<![a-zA-Z\\])(and|or)(?![a-zA-Z]))\s*")
+_VARIABLE = re.compile(r"\\?[A-Za-z]+(?:_\{?\w+\}?)?|f\(x\)")
+_RELATION = re.compile(r"\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])|<|>")
+_MATRIX = re.compile(r"\\begin\{([pbvB]?matrix|array)\}(?:\{[lcr|]+\})?(.*)\\end\{\1\}", re.DOTALL)
+_EQUALS = re.compile(r"(?<![<>!:\\])=(?!=)|\\approx(?![a-zA-Z])|\\equiv(?![a-zA-Z])|\\sim(?:eq)?(?![a-zA-Z])")
+_REALS = re.compile(r"\\mathbb\s*\{?R\}?|(?:all|any)? ?reals?(?: numbers?)?|all real", re.IGNORECASE)
+_NOTHING = re.compile(r"\\emptyset|\\\{\s*\\\}|no (?:real )?solutions?|none|the empty set|empty set", re.IGNORECASE)
+_OPEN, _CLOSE = "([{", ")]}"
+
+
+def read(text: str) -> Form:
+    """The form of an answer as `normalize` leaves it."""
+    text = text.strip()
+    words = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip()
+    if _REALS.fullmatch(words):
+        return Several((One(r"-\infty"), One(r"\infty")), "()")
+    if _NOTHING.fullmatch(words):
+        return Several((), "{}")
+    if match := re.match(rf"({_NAME}|\([^()]*\))\s*\\in(?![a-zA-Z])\s*", text):
+        return read(text[match.end() :])
+    return _union(text) or _list(text) or _bracketed(text) or _single(text)
+
+
+def _union(text: str) -> Form | None:
+    parts = split(text, re.compile(r"\\cup(?![a-zA-Z])"))
+    return Several(tuple(map(read, parts)), "u") if len(parts) > 1 else None
+
+
+def _list(text: str) -> Form | None:
+    joined = _AND_OR.sub(lambda match: "; " if (match[1] or match[2]) == "and" else " \x02 ", text)
+    parts = [part for part in split(joined, re.compile(r"[,;\x02\n]|\\\\(?!\w)")) if part.strip()]
+    if len(parts) < 2:
+        return None
+    return _collected([read(part) for part in parts], disjoint="\x02" in joined)
+
+
+def _collected(forms: list[Form], *, disjoint: bool) -> Form:
+    """A list without brackets. Two sides of one interval are the interval; several intervals a union."""
+    intervals = [form for form in forms if isinstance(form, Several) and form.name]
+    if len(intervals) == len(forms):
+        return (None if disjoint else _between(intervals)) or Several(tuple(intervals), "u", intervals[0].name)
+    name = ""
+    items: list[Form] = []
+    for form in forms:
+        flat = form.items if isinstance(form, Several) and form.brackets == "" else (form,)
+        for item in flat:
+            if isinstance(item, One):  # in `x = 2, 3` the name holds for both
+                name = item.name or name
+                item = replace(item, name=name) if not item.equation and name else item
+            items.append(item)
+    return Several(tuple(items), "")
+
+
+def _between(intervals: list[Several]) -> Several | None:
+    if len(intervals) != 2:
+        return None
+    low = next((form for form in intervals if form.items[1] == One(r"\infty")), None)
+    high = next((form for form in intervals if form.items[0] == One(r"-\infty")), None)
+    if low is None or high is None or low.name != high.name:
+        return None
+    (start, _), (_, end) = low.items, high.items
+    ends = [exact(item.text) if isinstance(item, One) else None for item in (start, end)]
+    if ends[0] is not None and ends[1] is not None and ends[0] >= ends[1]:
+        return None
+    return Several((start, end), low.brackets[0] + high.brackets[1], low.name)
+
+
+def _bracketed(text: str) -> Form | None:
+    if match := _MATRIX.fullmatch(text):
+        cells = [cell.strip() for cell in re.split(r"\\\\|&", match[2])]
+        if "&" in match[2] and "\\\\" in match[2].strip().rstrip("\\"):
+            return None  # more than a vector
+        return Several(tuple(map(read, cells)), "()") if len(cells) > 1 else None
+    for opening, end, brackets in ((r"\{", r"\}", "{}"), (r"\langle", r"\rangle", "()")):
+        if text.startswith(opening) and text.endswith(end):
+            return _inside(text[len(opening) : -len(end)], brackets)
+    if len(text) > 1 and text[0] in "([" and text[-1] in ")]" and matching(text, 0) == len(text) - 1:
+        return _inside(text[1:-1], text[0] + text[-1])
+    return None
+
+
+def _inside(text: str, brackets: str) -> Form | None:
+    if brackets == "{}" and (match := re.match(rf"\s*{_NAME}(?:\s*\\in\s*\\mathbb\{{R\}})?\s*[:|]\s*", text)):
+        return read(text[match.end() :])
+    parts = split(text, re.compile(r"[,;]"))
+    if len(parts) < 2:
+        inner = read(text)
+        if brackets == "()" and not isinstance(inner, One):
+            return inner
+        return Several((inner,), brackets) if brackets in ("{}", "[]") else None
+    forms = tuple(map(read, parts))
+    if brackets == "{}":
+        return replace(flat, brackets="{}") if isinstance(flat := _collected(list(forms), disjoint=False), Several) else flat
+    return Several(forms, brackets)
+
+
+def _single(text: str) -> Form:
+    if (interval := _interval(text)) is not None:
+        return interval
+    parts = split(text, _EQUALS)
+    if len(parts) > 1 and all(part.strip() for part in parts[1:]):
+        return _equation(text, [part.strip() for part in parts])
+    if r"\pm" in text or r"\mp" in text:
+        signs = ((r"+", "-"), ("-", "+"))
+        return Several(tuple(One(_signed(text, plus, minus)) for plus, minus in signs), "")
+    return One(_unwrapped(text))
+
+
+def _signed(text: str, plus: str, minus: str) -> str:
+    text = re.sub(r"\\pm(?![a-zA-Z])\s*", plus, text)
+    return re.sub(r"\\mp(?![a-zA-Z])\s*", minus, text).strip().removeprefix("+")
+
+
+def _unwrapped(text: str) -> str:
+    while text.startswith("(") and text.endswith(")") and matching(text, 0) == len(text) - 1 and len(text) > 3:
+        text = text[1:-1].strip()
+    if len(text) > 2 and text[0] == text[-1] and text[0] in "\"'":
+        text = text[1:-1]
+    return text.removeprefix("+").strip()
+
+
+def _equation(text: str, parts: list[str]) -> Form:
+    r"""The value of `x = .. = value`; of `value \approx 3.14` both."""
+    if _IDENTIFIER.fullmatch(parts[-1]) and exact(parts[0]) is not None and len(parts) == 2:
+        parts = parts[::-1]  # 5 = x
+    left = parts[0]
+    name = left if _IDENTIFIER.fullmatch(left) else ""
+    again = len(parts) > 2 and any(re.search(rf"(?<![a-zA-Z]){re.escape(name or '=')}(?![a-zA-Z])", p) for p in parts[1:])
+    told = not again and (bool(name) or _says_value(left))
+    equation = "" if r"\approx" in text or len(parts) > 2 and told else text
+    approximated = [part for part in split(text, re.compile(r"\\approx(?![a-zA-Z])"))]
+    values = [parts[-1]]
+    if len(approximated) > 1:
+        before = split(approximated[0], _EQUALS)[-1].strip()
+        values = [parts[-1]] + ([before] if before != name else [])
+    if not told:
+        return One(text, equation=text, named_only=False)
+    return _named([read(value) for value in values], name, equation)
+
+
+def _named(values: list[Form], name: str, equation: str) -> Form:
+    forms: list[Form] = []
+    for form in values:
+        if isinstance(form, One):
+            forms.append(replace(form, name=name, equation=equation, named_only=bool(name)))
+        elif isinstance(form, Several) and form.brackets == "" and name:
+            forms.append(replace(form, items=tuple(replace(i, name=name) if isinstance(i, One) else i for i in form.items)))
+        else:
+            forms.append(form)
+    return forms[0] if len(forms) == 1 else Either(tuple(forms))
+
+
+def _says_value(left: str) -> bool:
+    """Whether what it equals is an answer: of a calculation, or of an expression in several letters (`x+y = 5`).
+
+    `2x = 5` and `x^2 = 4` are steps on the way to `x`.
+    """
+    bare = re.sub(r"\\text\{[^{}]*\}|\\[a-zA-Z]+", " ", left)
+    letters = set(re.findall(r"[a-zA-Z]", bare))
+    return len(letters) != 1 or re.match(r"\s*\\(?:sin|cos|tan|log|ln|angle|overline|det|sec|csc|cot)", left) is not None
+
+
+def _interval(text: str) -> Several | None:
+    parts = [part.strip() for part in split(text, _RELATION)]
+    signs = [sign for sign in _RELATION.findall(text)]
+    if len(parts) != len(signs) + 1 or len(signs) not in (1, 2):
+        return None
+    if len(signs) == 1:
+        left, right = parts
+        if _VARIABLE.fullmatch(left) and not _VARIABLE.fullmatch(right.lstrip("-")):
+            return _half_line(left, signs[0], right)
+        flipped = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}[signs[0]]
+        if _VARIABLE.fullmatch(right) and not _VARIABLE.fullmatch(left.lstrip("-")):
+            return _half_line(right, flipped, left)
+        return None
+    low, name, high = parts
+    if signs[0] in (">", r"\ge"):
+        low, high, signs = high, low, [_turned(sign) for sign in reversed(signs)]
+    if not _VARIABLE.fullmatch(name) or not all(sign in ("<", r"\le") for sign in signs):
+        return None
+    brackets = ("[" if signs[0] == r"\le" else "(") + ("]" if signs[1] == r"\le" else ")")
+    return Several((read(low), read(high)), brackets, name)
+
+
+def _turned(sign: str) -> str:
+    return {">": "<", r"\ge": r"\le", "<": ">", r"\le": r"\ge"}[sign]
+
+
+def _half_line(name: str, sign: str, end: str) -> Several:
+    if sign in ("<", r"\le"):
+        return Several((One(r"-\infty"), read(end)), "(]" if sign == r"\le" else "()", name)
+    return Several((read(end), One(r"\infty")), "[)" if sign == r"\ge" else "()", name)
+
+
+def matching(text: str, start: int) -> int | None:
+    """Where the bracket at `start` closes; a half-open interval closes a round one with a square one."""
+    depth, position = 0, start
+    while position < len(text):
+        if text[position] == "\\":
+            if text[position + 1 : position + 2] in ("{", "}"):
+                depth += 1 if text[position + 1] == "{" else -1
+            position += 2
+            continue
+        depth += (text[position] in _OPEN) - (text[position] in _CLOSE)
+        if depth == 0:
+            return position
+        position += 1
+    return None
+
+
+def split(text: str, separator: re.Pattern[str]) -> list[str]:
+    """Parts between separators that stand outside all brackets; the whole if brackets don't match."""
+    parts, last, position = [], 0, 0
+    while position < len(text):
+        if match := separator.match(text, position):
+            parts.append(text[last:position])
+            last = position = match.end()
+            continue
+        opens = text[position] in _OPEN or text.startswith(r"\{", position) or text.startswith(r"\langle", position)
+        if opens or text.startswith(r"\begin", position):
+            end = _end_of_group(text, position)
+            if end is None:
+                return [text]
+            position = end
+        position += 2 if text.startswith("\\", position) and not text.startswith("\\\\", position) else 1
+    return [*parts, text[last:]]
+
+
+def _end_of_group(text: str, position: int) -> int | None:
+    if text[position] == "{":
+        return closing(text, position)
+    for opening, end in ((r"\langle", r"\rangle"), (r"\begin", r"\end")):
+        if text.startswith(opening, position):
+            found = text.find(end, position)
+            return None if found < 0 else found + len(end) - 1
+    return matching(text, position)

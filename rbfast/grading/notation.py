@@ -1,0 +1,215 @@
+r"""One notation for answers: what people, keyboards and models write in many ways becomes plain LaTeX.
+
+```python
+normalize("−√13 ⁄ 2")                      # "-\sqrt{13} / 2"
+normalize(r"$\dfrac12\,\text{cm}$")        # r"\frac{1}{2} \text{cm}"
+```
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import unicodedata
+
+_SIGNS = {
+    **dict.fromkeys("−–—‐‑‒﹣－⁻", "-"),
+    **dict.fromkeys("⁄∕／", "/"),
+    **dict.fromkeys("·⋅∙•", r"\cdot "),
+    **dict.fromkeys("\u2009\u200a\u202f\u2006\u2005\u2004\u2002\u2003\u2007\u2008\u00a0\u3000", " "),
+    **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u2061\u2062\u2063\u00ad", ""),
+    **dict.fromkeys("’′", "'"),
+    **dict.fromkeys("“”", '"'),
+    "×": r"\times ",
+    "÷": "/",
+    "∗": "*",
+    "±": r"\pm ",
+    "∓": r"\mp ",
+    "≤": r"\le ",
+    "≥": r"\ge ",
+    "⩽": r"\le ",
+    "⩾": r"\ge ",
+    "≠": r"\ne ",
+    "≈": r"\approx ",
+    "∞": r"\infty ",
+    "∪": r"\cup ",
+    "∩": r"\cap ",
+    "∈": r"\in ",
+    "∅": r"\emptyset ",
+    "ℝ": r"\mathbb{R}",
+    "ℤ": r"\mathbb{Z}",
+    "°": r"^\circ ",
+    "º": r"^\circ ",
+    "√": r"\sqrt ",
+    "∛": r"\sqrt[3] ",
+    "⟨": r"\langle ",
+    "⟩": r"\rangle ",
+    "→": r"\to ",
+    "∠": r"\angle ",
+    "、": ",",
+    "。": ".",
+}
+_GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi . pi rho . sigma tau upsilon phi chi psi omega"
+_SIGNS |= {chr(0x3B1 + i): rf"\{name} " for i, name in enumerate(_GREEK.split()) if name != "."}
+_SIGNS |= {"Δ": r"\Delta ", "Ω": r"\Omega ", "Σ": r"\Sigma ", "ϕ": r"\phi ", "µ": r"\mu "}
+_UP = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "0123456789+-()n")
+_DOWN = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+
+_RULES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"\\\\(?=(?:[dtc]?frac|sqrt|text|boxed|pi|left|right|cdot|times|pm|le|ge|in|cup|infty)(?![a-z]))", r"\\"),
+        (r"\\\\(?:\[\d+\w+\])?(?![a-zA-Z])", r" \\\\ "),
+        (r"(?<!\\)\\[()\[\]]", " "),
+        (r"(?<![\\a-zA-Z{])(sin|cos|tan|ln|log|exp)(?=\s*[({\\_])", r"\\\1"),
+        (r"\\log_\s*(\d)", r"\\log_{\1}"),
+        (r"\{,\}|, ?\\[!,]\s*", "\u200b"),  # no doubt that it groups digits
+        (r"(?<=\d)\\!(?=\d)", ""),
+        (r"(?<=\d)(?:\\,|~)(?=\d{3}(?!\d))", "\u200b"),
+        (r"\\!", ""),
+        (r"(?<!\\)\\[,;:> ]|~|\\(?:quad|qquad|thinspace|enspace|hfill)(?![a-zA-Z])", " "),
+        (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|mathstrut)(?![a-zA-Z])\s*\.?(?=[^\d]|$)", ""),
+        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+        (r"\\(?:mathrm|mathbf|mathit|mathsf|textbf|textit|textrm|textnormal|mbox|operatorname\*?|bf|rm)\s*\{", r"\\text{"),
+        (r"\\(?:leqslant|leq)(?![a-zA-Z])", r"\\le"),
+        (r"\\(?:geqslant|geq)(?![a-zA-Z])", r"\\ge"),
+        (r"\\neq(?![a-zA-Z])", r"\\ne"),
+        (r"\\lt(?![a-zA-Z])|&lt;", "<"),
+        (r"\\gt(?![a-zA-Z])|&gt;", ">"),
+        (r"<=", r"\\le "),
+        (r">=", r"\\ge "),
+        (r"!=(?=\s*-?[\d\\a-z])", r"\\ne "),
+        (r"\+/-|\+-", r"\\pm "),
+        (r"\\lbrace(?![a-zA-Z])", r"\\{"),
+        (r"\\rbrace(?![a-zA-Z])", r"\\}"),
+        (r"\\(?:degree|degrees)(?![a-zA-Z])", r"^\\circ"),
+        (r"\^\s*\{\s*\\circ\s*\}", r"^\\circ "),
+        (r"\\(?:varnothing|O)(?![a-zA-Z])", r"\\emptyset"),
+        (r"\\(?:vee|lor)(?![a-zA-Z])", r"\\text{ or }"),
+        (r"\\land(?![a-zA-Z])|\\wedge(?![a-zA-Z])", r"\\text{ and }"),
+        (r"\\(?:ldots|dots|cdots)(?![a-zA-Z])", "..."),
+        (r"\\div(?![a-zA-Z])", "/"),
+        (r"\\(?:mid|vert)(?![a-zA-Z])", "|"),
+        (r"\\%", "%"),
+        (r"\\\$", "$"),
+        (r"\\#", "#"),
+        (r"\\text\{\s*(\$?-?\d[\d.,]*)", r"\1\\text{"),  # a number in words' clothes
+        (r"\\text\{\s*\}(?:\s*\^\s*\{?\s*\d\s*\}?)?", ""),
+        (r"\*\*(?=\s*[\d({-])(?<=[\w)}]\*\*)", "^"),
+        (r"(?<![\\a-zA-Z])sqrt(?![a-zA-Z])", r"\\sqrt"),
+        (r"(?<![\\a-zA-Z])(?:infinity|inf|oo)(?![a-zA-Z])", r"\\infty "),
+        (r"(?<![\\a-zA-Z])(pi|theta|alpha|beta)(?![a-zA-Z])", r"\\\1 "),
+        (r"(?<=[\d\s)])pi(?![a-zA-Z])", r"\\pi "),
+        (r"(?<=\d)\s*[xX]\s*(?=\d)", r"\\times "),
+        (r"(?<=[\w)}])\s*\*\s*(?=[\w(\\{])", r"\\cdot "),
+    )
+]
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_RUN = {re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ]+"): ("^", _UP), re.compile("[₀₁₂₃₄₅₆₇₈₉]+"): ("_", _DOWN)}
+_EDGES = re.compile(r"^[\s*`]+|[\s*`.:]+$")
+_COMMAND = re.compile(r"\\[a-zA-Z]+(?:\[[^\]]*\])?")
+
+
+@functools.lru_cache(maxsize=1024)
+def normalize(text: str) -> str:
+    r"""An answer in plain LaTeX: ASCII, `\frac` and `\sqrt` with braces, no spacing, sizing or boxes, no dollars or full
+    stop around it. Digits that are surely grouped (`1{,}234`, `1\,234`, a thin space) are joined.
+    """
+    text = _ascii(text)
+    text = unbox(text)
+    text = _undollared(_EDGES.sub("", text))
+    for pattern, replacement in _RULES:
+        text = pattern.sub(replacement, text)
+    text = braced(text.replace("\u200b", ""))
+    lines = r"\s+" if r"\begin" in text else r"[^\S\n]+"
+    return _EDGES.sub("", re.sub(lines, " ", text)).strip()
+
+
+def _ascii(text: str) -> str:
+    if text.isascii():
+        return text
+    for run, (mark, digits) in _RUN.items():
+        text = run.sub(lambda match, mark=mark, digits=digits: f"{mark}{{{match[0].translate(digits)}}}", text)
+    text = re.sub(r"(?<=\d)[\u2009\u202f\u2006\u00a0\u2007](?=\d{3}(?!\d))", "", text)
+    return "".join(map(_letter, text))
+
+
+def _letter(letter: str) -> str:
+    if letter.isascii():
+        return letter
+    if letter in _SIGNS:
+        return _SIGNS[letter]
+    if unicodedata.decimal(letter, None) is not None:
+        return str(unicodedata.decimal(letter))
+    plain = unicodedata.normalize("NFKC", letter)
+    if "\u2044" in plain:  # a fraction in one letter; the space makes 3½ a mixed number
+        above, _, below = plain.partition("\u2044")
+        return rf"\frac{{{above}}}{{{below}}}"
+    return "".join(_SIGNS.get(part, part) for part in plain)
+
+
+def unbox(text: str) -> str:
+    r"""Without `\boxed{}` around what it holds."""
+    while match := _BOX.search(text):
+        end = closing(text, match.end() - 1)
+        if end is None:
+            return text[: match.start()] + text[match.end() :]
+        text = text[: match.start()] + text[match.end() : end] + text[end + 1 :]
+    return text
+
+
+def closing(text: str, start: int) -> int | None:
+    r"""Where the brace that opens at `start` closes; braces that are signs (`\{`) don't count."""
+    depth, position = 0, start
+    while position < len(text):
+        if text[position] == "\\":
+            position += 2
+            continue
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
+        if depth == 0:
+            return position
+        position += 1
+    return None
+
+
+def _undollared(text: str) -> str:
+    """Without the dollars that open and close mathematics; one alone before a number is money."""
+    text = text.replace("$$", "$")
+    if text.replace("\\$", "").count("$") > 1:
+        return re.sub(r"(?<!\\)\$", " ", text).strip()
+    return text
+
+
+def braced(text: str) -> str:
+    r"""With braces around what `\frac`, `\sqrt`, `^` and `_` take."""
+    for command, arguments in ((r"\frac", 2), (r"\sqrt", 1)):
+        if command in text:
+            text = _with_arguments(text, command, arguments)
+    return re.sub(r"\^\s*\(([^()]*)\)", r"^{\1}", text) if "^" in text else text
+
+
+def _with_arguments(text: str, command: str, count: int) -> str:
+    parts = re.split(re.escape(command) + r"(?![a-zA-Z])", text)
+    out = parts[0]
+    for part in parts[1:]:
+        head = re.match(r"\s*(\[[^\]]*\])?", part)
+        assert head is not None
+        out += command + (head[1] or "")
+        rest = part[head.end() :]
+        for _ in range(count):
+            argument, rest = _argument(rest.lstrip(), whole=count == 1)
+            out += f"{{{argument}}}"
+        out += rest
+    return out
+
+
+def _argument(text: str, *, whole: bool) -> tuple[str, str]:
+    """What a command takes, and the rest: a group, a command or a digit; a root takes a whole number or `(...)`."""
+    if text.startswith("{"):
+        end = closing(text, 0)
+        return (text[1:], "") if end is None else (text[1:end], text[end + 1 :])
+    if whole and (match := re.match(r"\d+(?:\.\d+)?|\(([^()]*)\)", text)):
+        return match[1] or match[0], text[match.end() :]
+    if match := _COMMAND.match(text):
+        return match[0], text[match.end() :]
+    return text[:1], text[1:]

@@ -1,0 +1,153 @@
+r"""The unit behind a number: which words may stand there, and what they are worth.
+
+```python
+split_unit(r"16\text{ cm}^2")        # ("16", Unit("length^2", Fraction(1, 10000)))
+split_unit("16 legs")                # ("16", None): a thing that is counted
+split_unit("7x")                     # ("7x", None): no unit
+```
+
+A measure must agree with the expected one, if both are written; a thing that is counted need not.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from typing import NamedTuple
+
+
+class Unit(NamedTuple):
+    """What is measured, and how much one of it is."""
+
+    dimension: str
+    size: Fraction
+
+
+_TABLE = """
+length: m meter metre =1; cm centimeter centimetre =1/100; mm millimeter millimetre =1/1000; km kilometer kilometre =1000
+length: in inch inches =127/5000; ft foot feet =381/1250; yd yard =1143/1250; mi mile =201168/125
+mass: g gram gm =1; kg kilogram kilo =1000; mg milligram =1/1000; lb pound =45359237/100000; oz ounce =45359237/1600000
+time: s sec second =1; min minute =60; h hr hour =3600; day =86400; week =604800
+volume: l liter litre =1; ml milliliter millilitre cc =1/1000
+money: dollar usd buck =1; cent =1/100
+angle: degree deg =1
+angle/time: rpm =1
+temperature: celsius =1
+temperature f: fahrenheit =1
+length/time: mph =1397/3125; kph kmh kmph =5/18
+euros: euro =1
+sterling: gbp =1
+rupees: rupee rs =1
+"""
+_UNITS: dict[str, Unit] = {}
+for _line in _TABLE.strip().splitlines():
+    _dimension, _, _names = _line.partition(": ")
+    for _entry in _names.split(";"):
+        _words, _, _size = _entry.partition("=")
+        _UNITS |= {word: Unit(_dimension, Fraction(_size)) for word in _words.split()}
+
+_MULTIPLIERS = {
+    "dozen": 12,
+    "hundred": 100,
+    "thousand": 10**3,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+}
+_CURRENCY = {"$": "dollar", "€": "euro", "£": "gbp", "₹": "rupee", "¥": "yen"}
+# Words that say another number, or less than one.
+OTHER_VALUE = frozenset(
+    "pi sin cos tan cot sec csc log ln exp sqrt mod modulo times over squared cubed factorial half halves third thirds "
+    "quarter quarters fourth fourths fifth fifths tenth tenths hundredths root roots plus minus or and out choose more "
+    "less greater fewer than most least between by divided power e i x y z ab xy not never no nor neither negative infinity "
+    "googol score pair pairs couple base radical theta alpha beta to versus vs ratio rem remainder either approximately "
+    "million billion thousand hundred dozen trillion excluding except without before after twice thrice double triple ago "
+    "false wrong incorrect".split()
+)
+_SHORT = frozenset("of in on a an the per cu sq men way ant cat dog pen cow hen pig car cup day egg toy box row leg".split())
+_WORD = r"[A-Za-z][A-Za-z'.\-]*(?:\s*\^\s*\{?[23]\}?)?"
+_TAIL = re.compile(rf"(?P<gap>\s*)(?<![\\A-Za-z])(?P<unit>{_WORD}(?:\s*[ /]\s*{_WORD})*)\.?$")
+_TEXT = re.compile(r"\\text\{([^{}]*)\}")
+_DEGREES = re.compile(r"\^\\circ\s*(?:\\text\{\s*)?([CF]?)\}?$")
+
+
+def split_unit(text: str) -> tuple[str, Unit | None]:
+    """What stands before the unit, and the unit: None if it is none, or counts things. Text as `normalize` leaves it."""
+    sign, currency, rest = _currency(text)
+    if currency:
+        return sign + rest, _UNITS.get(currency)
+    if match := _DEGREES.search(text):
+        name = {"C": "celsius", "F": "fahrenheit", "": "degree"}[match[1]]
+        return text[: match.start()].strip(), _UNITS[name]
+    return _worded(text)
+
+
+def _currency(text: str) -> tuple[str, str, str]:
+    match = re.match(r"([-+]?)\s*([$€£₹¥])\s*(.*)$", text, re.DOTALL)
+    return (match[1], _CURRENCY[match[2]], match[3]) if match else ("", "", text)
+
+
+def _worded(text: str) -> tuple[str, Unit | None]:
+    spelled = _TEXT.sub(lambda match: f"\x01{match[1]} ", text).rstrip()
+    marked = "\x01" in spelled
+    match = _TAIL.search(spelled.replace("\x01", " ") if marked else spelled)
+    if match is None:
+        return text, None
+    phrase = match["unit"]
+    core = spelled.replace("\x01", " ")[: match.start()].strip()
+    if not re.search(r"[\d)}%!.]$|\\[a-zA-Z]+$", core):
+        return text, None
+    if not marked and not _may_follow(phrase, bool(match["gap"])):
+        return text, None
+    return _scaled(text, core, phrase)
+
+
+def _may_follow(phrase: str, spaced: bool) -> bool:
+    """Whether plain letters may be a unit: a product of variables looks much the same."""
+    words = re.split(r"[ /]+", phrase)
+    if not spaced:
+        return len(words[0].rstrip("^{}23")) > 1 and unit_of(phrase) is not None
+    known = unit_of(phrase) is not None
+    return known or all(len(word) > 3 or word in _SHORT for word in words)
+
+
+def _scaled(text: str, core: str, phrase: str) -> tuple[str, Unit | None]:
+    words = phrase.split()
+    size = _MULTIPLIERS.get(words[0].lower())
+    if size is not None:
+        scaled = f"({core})\\cdot {size}"
+        return (scaled, None) if len(words) == 1 else _scaled(text, scaled, " ".join(words[1:]))
+    if any(word.strip(".-'").lower() in OTHER_VALUE for word in re.split(r"[ /\-]+", phrase) if unit_of(word) is None):
+        return text, None
+    return core, unit_of(phrase)
+
+
+def unit_of(phrase: str) -> Unit | None:
+    """The measure that words name: `cm^2`, `square inches`, `miles per hour`, `km/h`; None for any other words."""
+    phrase = re.sub(r"[{}\s]+", " ", phrase.replace(".", "")).strip()
+    above, per, below = re.sub(r"\s+per\s+", "/", phrase).partition("/")
+    unit = _simple(above)
+    if not per or unit is None:
+        return unit
+    other = _simple(below)
+    return other and Unit(f"{unit.dimension}/{other.dimension}", unit.size / other.size)
+
+
+def _simple(phrase: str) -> Unit | None:
+    power, words = 1, phrase.strip().split(" ")
+    for names, exponent in ((("square", "sq"), 2), (("cubic", "cu"), 3)):
+        if words[0].lower() in names and len(words) > 1:
+            power, words = exponent, words[1:]
+    match = re.fullmatch(r"([A-Za-z]+) ?(?:\^ ?([23]))?", " ".join(words))
+    if match is None:
+        return None
+    unit = _named(match[1])
+    power = int(match[2] or power)
+    return unit and (unit if power == 1 else Unit(f"{unit.dimension}^{power}", unit.size**power))
+
+
+def _named(word: str) -> Unit | None:
+    if len(word) == 1:
+        return _UNITS.get("l" if word == "L" else word)
+    word = word.lower()
+    return _UNITS.get(word) or _UNITS.get(word.removesuffix("s"))
