@@ -114,10 +114,19 @@ def _solve(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job, wanted
 
 def _chunk_rows(job: Job, group: RowGroup, row_bytes: int, device: torch.device) -> int:
     """How many rows of a group to take at a time."""
-    memory = CHUNK_BYTES if device.type == "cpu" else CHUNK_BYTES_ON_GPU
-    fitting = memory // row_bytes // ROW_MULTIPLE * ROW_MULTIPLE
-    step = -(-job.chunk_rows // ROW_MULTIPLE) * ROW_MULTIPLE if job.chunk_rows else max(LEAST_ROWS, fitting)
+    step = -(-job.chunk_rows // ROW_MULTIPLE) * ROW_MULTIPLE if job.chunk_rows else _usual_rows(row_bytes, device)
     return min(step, group.size)
+
+
+def _usual_rows(row_bytes: int, device: torch.device) -> int:
+    memory = CHUNK_BYTES if device.type == "cpu" else CHUNK_BYTES_ON_GPU
+    return max(LEAST_ROWS, memory // row_bytes // ROW_MULTIPLE * ROW_MULTIPLE)
+
+
+def logits_bytes(tokens: int, vocabulary: int, device: torch.device) -> int:
+    """What the logits take that exist at a time, of so many tokens over so many entries (both models')."""
+    row_bytes = 4 * vocabulary
+    return min(tokens, _usual_rows(row_bytes, device)) * row_bytes
 
 
 def _at(index: Tensor | None, part: slice) -> Tensor | slice:
