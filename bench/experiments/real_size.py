@@ -1,6 +1,6 @@
 """A student of real size on one GPU: three steps of a Qwen2.5-7B with random weights, on 16k tokens each.
 
-    python bench/experiments real_size              # on cuda, in less than a minute; prints the plan, then a line of JSON
+    python bench/experiments real_size              # on cuda, in less than a minute: the plan, then a line of JSON
     python bench/experiments real_size --toy        # on the CPU, in seconds: does it work?
 
 The weights are made where they are used. Two of the three batches are one trace of 16k tokens, the third is eight of
@@ -20,11 +20,11 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from cases.models import qwen
 from harness import settle
 from registry import Place
 from transformers import PreTrainedModel, TrainerCallback
 
-from cases.models import qwen
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.data.encoding import IGNORE, NO_ROLE, Example, collate, on_device
 from rbfast.models import packed_attention
@@ -39,7 +39,7 @@ LIMIT_GB, PROMPT, PARTS = 80, 8, 8
 
 
 def traces(vocabulary: int, tokens: int) -> list[Example]:
-    """Two of `tokens` tokens and eight that have as many together, of random tokens; what follows a prompt is trained."""
+    """Two of `tokens` random tokens and eight that have as many together; what follows a prompt is trained."""
     draw = np.random.default_rng(0)
     return [trace(draw.integers(0, vocabulary, n)) for n in (tokens, tokens, *[tokens // PARTS] * PARTS)]
 

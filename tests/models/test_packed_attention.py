@@ -1,6 +1,7 @@
 """A packed row attended to in one call: the same hidden states and gradients as one example at a time."""
 
 import inspect
+from itertools import pairwise
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, w
     cuts = cu_seq_q.tolist()
     assert cuts == cu_seq_k.tolist()
     parts = []
-    for a, b in zip(cuts, cuts[1:], strict=False):
+    for a, b in pairwise(cuts):
         q, k, v = (x[a:b].transpose(0, 1)[None] for x in (query, key, value))
         attended = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=enable_gqa)
         parts.append(attended[0].transpose(0, 1))
