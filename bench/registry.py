@@ -31,6 +31,7 @@ GROUPS = (
     "adapter",
     "step",
     "trainer",
+    "teacher",
 )  # the quick ones first
 FLOORS = ("floor", "frozen")
 _METRICS = {"ms": ("seconds", 1e3), "GB": ("extra_mib", 2**20 / 1e9), "waits": ("waits", 1)}

@@ -38,7 +38,7 @@ def states(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     traces = [trace for name in FAMILIES for trace in split(name, train=8, held_out=1, seed=0)[0]]
     batch = collate(encode_all(traces, tokenizer, max_tokens=512)[0])
     with torch.no_grad():
-        hidden = final_hidden(model, batch["input_ids"], batch["position_ids"])
+        hidden = final_hidden(model, batch["input_ids"], batch["position_ids"], batch["lengths"])
     rows = (batch["labels"].view(-1) != IGNORE).nonzero()[:tokens, 0]
     if len(rows) < tokens:
         raise ValueError(f"the traces have {len(rows)} answered tokens, {tokens} were asked for: ask for fewer")

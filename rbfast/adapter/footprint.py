@@ -35,7 +35,7 @@ class Footprint:
 
     def __str__(self) -> str:
         attached, base, kept, values, adamw = map(
-            _megabytes, (self.attached, self.base, self.kept, self.values, self.adamw)
+            megabytes, (self.attached, self.base, self.kept, self.values, self.adamw)
         )
         return (
             f"{attached} beside the base's {base} ({self.share:.1%}): {kept} of kept columns, {values} of A and B; "
@@ -71,5 +71,6 @@ def outline(model: nn.Module, itemsize: int = 2) -> Outline:
     return Outline(parameters, len(shapes), support, rank, found.values // _FP32, found)
 
 
-def _megabytes(count: int) -> str:
+def megabytes(count: int) -> str:
+    """Bytes for people, in MB or GB."""
     return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"

@@ -183,6 +183,11 @@ class SparseAdapter(nn.Module):
                 self.fold()
 
     @property
+    def parameters_of_base(self) -> int:
+        """All parameters of the base, of a quantised matrix the values that it stands for."""
+        return self._base_count
+
+    @property
     def trainable_percent(self) -> float:
         """Trained values per hundred parameters of the base."""
         return 100 * self._values() / self._base_count

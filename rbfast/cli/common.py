@@ -28,6 +28,14 @@ def add_model(sub: argparse.ArgumentParser) -> None:
     add_device(sub)
 
 
+def add_load_in(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--load-in",
+        choices=["4bit", "8bit"],
+        help="quantise MODEL as it is read, by bitsandbytes or torchao; the adapter then runs beside its weights",
+    )
+
+
 def add_device(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
 
@@ -44,8 +52,11 @@ def load_model(args: argparse.Namespace, device: str | None = None) -> tuple[Any
     from rbfast.models.student import fast_dtype, load_student
 
     dtype = getattr(torch, args.dtype) if args.dtype else fast_dtype(device_of(args))
+    device = device or device_of(args)
+    if (load_in := getattr(args, "load_in", None)) is not None:
+        return load_student(args.model, dtype, load_in=load_in, device=device)
     model, tokenizer = load_student(args.model, dtype)
-    return model.to(torch.device(device or device_of(args))), tokenizer  # type: ignore[arg-type]
+    return model.to(torch.device(device)), tokenizer  # type: ignore[arg-type]
 
 
 def attach(model: Any, directory: str) -> Any:

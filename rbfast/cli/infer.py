@@ -6,7 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rbfast.cli.common import Command, add_model, attach, lines, load_model, print_result, temperature_of
+from rbfast.cli.common import (
+    Command,
+    add_load_in,
+    add_model,
+    attach,
+    lines,
+    load_model,
+    print_result,
+    temperature_of,
+)
 from rbfast.teacher.client import ServerError
 
 if TYPE_CHECKING:
@@ -18,6 +27,7 @@ _LIMITS = ("budget", "minimum", "maximum", "verify_above", "probe_every")
 
 def add_solve(sub: argparse.ArgumentParser) -> None:
     add_model(sub)
+    add_load_in(sub)
     sub.add_argument("problem", help="the problem, or - to read it from stdin")
     sub.add_argument("--adapter", help="folder of a trained adapter to attach")
     sub.add_argument("--server", metavar="URL", help="ask an OpenAI-compatible server for MODEL; key: RBFAST_API_KEY")
@@ -100,6 +110,7 @@ def _read_stdin() -> str:
 
 def add_eval(sub: argparse.ArgumentParser) -> None:
     add_model(sub)
+    add_load_in(sub)
     sub.add_argument(
         "--task",
         action="append",

@@ -7,7 +7,17 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rbfast.cli.common import Command, add_device, add_model, attach, device_of, lines, load_model, print_result
+from rbfast.cli.common import (
+    Command,
+    add_device,
+    add_load_in,
+    add_model,
+    attach,
+    device_of,
+    lines,
+    load_model,
+    print_result,
+)
 
 if TYPE_CHECKING:
     from rbfast.training.distill import DistillConfig, Run
@@ -15,6 +25,7 @@ if TYPE_CHECKING:
 
 def add_distill(sub: argparse.ArgumentParser) -> None:
     add_model(sub)
+    add_load_in(sub)
     sub.add_argument("traces", help="JSONL, JSON or Parquet file, or the hub id of a dataset")
     sub.add_argument("-o", "--out", type=Path, required=True, help="folder of the run; an interrupted run resumes")
     sub.add_argument("--signals", type=Path, help="folder of a teacher's log-probs that `rbfast teach` wrote")
@@ -26,13 +37,26 @@ def add_distill(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--placement-traces", type=int, help="traces that place the columns (default: 64)")
     sub.add_argument("--epochs", type=float, help="passes over the traces (default: 1)")
     sub.add_argument("--batch-size", type=int, help="traces per batch and process (default: 8)")
+    sub.add_argument(
+        "--tokens-per-batch",
+        type=int,
+        metavar="N",
+        help="fill batches up to N tokens, not by traces; a longer trace is alone in its batch",
+    )
     sub.add_argument("--accumulation", type=int, help="batches per process and optimizer step (default: 1)")
+    sub.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        default=None,
+        help="run each layer again for its backward: a third slower, far less memory",
+    )
     sub.add_argument("--learning-rate", type=float, help="peak learning rate of AdamW (default: 0.01)")
     sub.add_argument("--warmup", type=float, help="share of the steps before the peak (default: 0.05)")
     sub.add_argument("--schedule", choices=["linear", "cosine", "constant"], help="after the peak (default: linear)")
     sub.add_argument("--shard", type=int, metavar="PROCESSES", help="spread each copy of MODEL over so many processes")
     sub.add_argument("--max-tokens", type=int, help="leave longer traces out, and list them (default: 4096)")
     sub.add_argument("--save-steps", type=int, help="steps between checkpoints (default: 50)")
+    sub.add_argument("--plan", action="store_true", help="say what memory the run would take, and train nothing")
     _add_objective(sub)
 
 
@@ -52,11 +76,14 @@ def _add_objective(sub: argparse.ArgumentParser) -> None:
 def run_distill(args: argparse.Namespace) -> int:
     from rbfast.data.readers import read_traces
     from rbfast.report.plots import plot_losses
-    from rbfast.training.distill import distill
+    from rbfast.training.distill import distill, plan_run
 
     config = _distill_config(args)
     traces = read_traces(args.traces)
     model, tokenizer, teacher = _load_models(args)
+    if args.plan:
+        plan = plan_run(model, tokenizer, traces, config, teacher)
+        return print_result(args, plan.to_dict(), str(plan))
     run = distill(model, tokenizer, traces, args.out, config, quiet=args.json, signals=args.signals, teacher=teacher)
     if os.environ.get("RANK", "0") != "0":
         return 0  # the first process speaks for all
@@ -70,6 +97,8 @@ def run_distill(args: argparse.Namespace) -> int:
     if run.skipped:
         print(f"{len(run.skipped)} traces left out, see {args.out / 'skipped.jsonl'}", file=sys.stderr)
     result = _outcome(run, args.out, len(traces))
+    if args.json and run.plan is not None:
+        result["plan"] = run.plan.to_dict()
     return print_result(args, result, lines(result))
 
 
@@ -101,6 +130,10 @@ def _load_models(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The student, its tokenizer and the teacher, if there is one, spread over processes if that is asked for."""
     from rbfast.models.student import load_teacher
 
+    if args.shard and args.load_in:
+        raise ValueError(
+            "--load-in is for a model that is whole on its device, --shard for one in parts: choose one"
+        )
     device = device_of(args)
     model, tokenizer = load_model(args, "cpu" if args.shard else device)  # a device only sees parts of a sharded one
     teacher = load_teacher(args.teacher, tokenizer, model.dtype).to(model.device) if args.teacher else None

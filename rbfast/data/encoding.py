@@ -123,17 +123,18 @@ def encode_all(
     return examples, left_out
 
 
-def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+def collate(examples: Sequence[Example]) -> dict[str, Any]:
     """Pack examples end to end without padding.
 
     Returns `input_ids`, `position_ids` (from 0 in each example), `labels` and `roles`, int64 [1, T]; and where an
     example has signals `teacher_ids` int64 [N, k] (-1 is padding), `teacher_logprobs` float32 [N, k] and `teacher_rows`
-    int64 [N], rows of the T axis. `text_rows` int64 are the rows with a label that have no signal. A model keeps the
-    examples apart by the restarting positions: give it no attention mask and `use_cache=False`.
+    int64 [N], rows of the T axis. `text_rows` int64 are the rows with a label that have no signal. `lengths` is a list
+    of the examples' lengths. A model keeps the examples apart by the restarting positions: give it no attention mask
+    and `use_cache=False`.
     """
     if not examples:
         raise ValueError("collate needs at least one example, got none")
-    packed = {
+    packed: dict[str, Any] = {
         name: torch.from_numpy(np.concatenate([getattr(example, name) for example in examples]))[None]
         for name in ("input_ids", "labels", "roles")
     }
@@ -143,10 +144,15 @@ def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
     packed |= _collate_signals(examples, lengths, is_text)
     if "teacher_rows" in packed:
         is_text[packed["teacher_rows"]] = False
-    return packed | {"text_rows": is_text.nonzero().squeeze(1)}
+    return packed | {"text_rows": is_text.nonzero().squeeze(1), "lengths": lengths}
 
 
-def leave_out(batch: dict[str, torch.Tensor], start: torch.Tensor | int) -> None:
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch with its tensors on a device."""
+    return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+
+
+def leave_out(batch: dict[str, Any], start: int) -> None:
     """Takes the tokens from `start` on out of what a batch trains: their labels, and their rows of signals."""
     batch["labels"][:, start:] = IGNORE
     batch["text_rows"] = batch["text_rows"][batch["text_rows"] < start]

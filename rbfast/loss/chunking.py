@@ -69,3 +69,10 @@ def _limit(rows: int, most: int) -> int:
 
 def _up(rows: int, multiple: int) -> int:
     return -(-rows // multiple) * multiple
+
+
+def logits_bytes(tokens: int, vocabulary: int, device: torch.device) -> int:
+    """What the logits take that exist at a time, of so many tokens over so many entries (both models')."""
+    row_bytes = 4 * vocabulary
+    choose = chunk_on_cpu if device.type == "cpu" else chunk_on_gpu
+    return choose(tokens, row_bytes, None).chunk * row_bytes

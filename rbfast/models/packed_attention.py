@@ -1,27 +1,83 @@
-"""Attention over a packed row, one example at a time, for models that use PyTorch's scaled_dot_product_attention.
+"""Attention over a packed row, each example by itself, for models that use PyTorch's scaled_dot_product_attention.
 
 Packing eight examples behind one mask makes attention compute all T x T scores and throw seven eighths away; on a CPU
-that is half of a training step. Given the borders of the examples, each is attended to by itself. Without them this is
-what transformers calls "sdpa", so a model may keep it for good.
+that is half of a training step. Given where the examples begin, each is attended to by itself: on a GPU all of them by
+one call of PyTorch's flash kernels for rows of many lengths, elsewhere one after the other. Told nothing, this is what
+transformers calls "sdpa", so a model may keep it for good.
 """
 
-from itertools import pairwise
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "rbfast_packed"
+NO_MASK = (1, 1, 1, 1)
 
 
-def borders(position_ids: Tensor) -> list[int]:
-    """Where examples begin in a packed row [1, T], then T: positions restart at 0."""
+@dataclass(frozen=True)
+class Packing:
+    """How a packed row [1, T] is cut: `cuts` are where its n examples begin, then T; `on_device` the same, int32
+    [n + 1], if one kernel takes all examples at once."""
+
+    cuts: list[int]
+    on_device: Tensor | None = None
+
+    @property
+    def longest(self) -> int:
+        return max(b - a for a, b in pairwise(self.cuts))
+
+
+def lengths_of(position_ids: Tensor) -> list[int]:
+    """The lengths of the examples in a packed row [1, T], whose positions restart at 0. It waits for a GPU."""
     starts = (position_ids[0] == 0).nonzero()[:, 0].tolist()
-    return [*starts, position_ids.shape[1]]
+    return [b - a for a, b in pairwise([*starts, position_ids.shape[1]])]
+
+
+def packed_inputs(model: PreTrainedModel, lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
+    """What a model that `has_packed_attention` is called with besides a row of examples of these lengths.
+
+    If no example is longer than what a token may see, there is no mask to make: a mask of four dimensions is taken as
+    it is, and nobody looks at this one. Else transformers would make one of T x T, after a look at the positions.
+    """
+    found = packing(lengths, device)
+    window = _configured_window(model)
+    if window is not None and found.longest > window:
+        return {"packing": found}
+    return {"packing": found, "attention_mask": torch.empty(NO_MASK, dtype=torch.bool, device=device)}
+
+
+def packing(lengths: Sequence[int], device: torch.device) -> Packing:
+    """Of examples of these lengths; the host does not wait for the device."""
+    cuts = list(accumulate(lengths, initial=0))
+    if len(lengths) < 2 or not takes_all_at_once(device):
+        return Packing(cuts)
+    on_host = torch.tensor(cuts, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return Packing(cuts, on_host.to(device, non_blocking=True))
+
+
+def takes_all_at_once(device: torch.device) -> bool:
+    """Whether a kernel of this device takes examples of any lengths in one call."""
+    return device.type == "cuda" and _varlen_attn() is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@cache
+def _varlen_attn() -> Callable[..., Tensor] | None:
+    """PyTorch's flash attention over rows of many lengths, if this PyTorch has it with a scale (from 2.11 on)."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if {"scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys() else None
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
@@ -41,6 +97,15 @@ def has_packed_attention(model: PreTrainedModel) -> bool:
     return model.config.get_text_config()._attn_implementation == NAME
 
 
+def attention_of(model: PreTrainedModel, device: torch.device) -> str:
+    """What a model attends with to the examples of a packed row, for people."""
+    if not has_packed_attention(model):
+        return f"{model.config.get_text_config()._attn_implementation}, the model's own"
+    if takes_all_at_once(device):
+        return "flash kernels, all examples of a batch in one call (torch.nn.attention.varlen)"
+    return "scaled_dot_product_attention, one example at a time"
+
+
 def _attend(
     module: nn.Module,
     query: Tensor,
@@ -48,18 +113,21 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    example_borders: list[int] | None = None,
+    packing: Packing | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query [1, heads, T, d], key and value [1, kv heads, T, d] -> [1, T, heads, d], by transformers' convention."""
-    longest = max((b - a for a, b in _pairs(example_borders)), default=0)
     window = _window(module, kwargs)
-    if not longest or (window is not None and longest > window):
+    if packing is None or (window is not None and packing.longest > window):
+        if attention_mask is not None and attention_mask.shape == NO_MASK:
+            raise RuntimeError(f"{type(module).__name__} sees {window} tokens, which its model's config does not say")
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    if packing.on_device is not None and not dropout and _suits_flash(query):
+        return _attend_at_once(query, key, value, packing, scaling), None
     parts = [
         scaled_dot_product_attention(
             query[:, :, a:b],
@@ -70,21 +138,36 @@ def _attend(
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        for a, b in _pairs(example_borders)
+        for a, b in pairwise(packing.cuts)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
+def _suits_flash(query: Tensor) -> bool:
+    return query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
+
+
+def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None) -> Tensor:
+    attend, groups = _varlen_attn(), query.shape[1] // key.shape[1]
+    assert attend is not None
+    options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}  # causal
+    if "enable_gqa" in inspect.signature(attend).parameters:
+        options["enable_gqa"] = groups > 1
+    elif groups > 1:
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    rows = (x[0].transpose(0, 1) for x in (query, key, value))
+    return attend(*rows, packing.on_device, packing.on_device, packing.longest, packing.longest, **options)[None]
+
+
 def _window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
     """How far a token may see. Some models (Qwen2-MoE, Llama 4) only put it into the mask: then the config tells."""
-    if "sliding_window" in kwargs:
-        return kwargs["sliding_window"]
-    config = getattr(module, "config", None)
+    return kwargs["sliding_window"] if "sliding_window" in kwargs else _configured_window(module)
+
+
+def _configured_window(model: nn.Module) -> int | None:
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if isinstance(config, PreTrainedConfig) else config
     return getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
-
-
-def _pairs(cuts: list[int] | None) -> list[tuple[int, int]]:
-    return list(pairwise(cuts)) if cuts else []
 
 
 AttentionInterface.register(NAME, _attend)

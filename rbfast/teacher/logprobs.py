@@ -186,7 +186,7 @@ def _add_batch(teacher: PreTrainedModel, readings: Sequence[_Reading], mapped: T
     ids = torch.tensor([list(chain.from_iterable(reading.ids for reading in readings))], device=teacher.device)
     starts = [0, *accumulate(lengths)]
     rows = [start + row for reading, start in zip(readings, starts, strict=False) for _, row in reading.pairs]
-    hidden = final_hidden(teacher, ids, positions)[torch.tensor(rows, device=teacher.device)]
+    hidden = final_hidden(teacher, ids, positions, lengths)[torch.tensor(rows, device=teacher.device)]
     top_ids, logprobs = (found.cpu() for found in _top_k(teacher, hidden, store.k, mapped >= 0))
     counts = [len(reading.pairs) for reading in readings]
     for reading, found, values in zip(readings, mapped[top_ids].split(counts), logprobs.split(counts), strict=True):

@@ -14,28 +14,33 @@ import math
 import os
 import random
 import shutil
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from hashlib import blake2b
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rbfast.adapter.column_scores import METHODS, ColumnScores, Method, score_columns
 from rbfast.adapter.sparse_adapter import SparseAdapter
-from rbfast.data.encoding import Example, collate, encode_all
+from rbfast.data.encoding import Example, collate, encode_all, on_device
 from rbfast.data.signal_store import SignalStore
 from rbfast.data.trace import Trace
+from rbfast.models.checkpointing import checkpointing
+from rbfast.models.linears import is_sharded
 from rbfast.models.student import final_hidden, packs
 from rbfast.training.arguments import DeviceArguments
+from rbfast.training.batches import batches_by_tokens
 from rbfast.training.checkpoints import last_checkpoint
 from rbfast.training.objective import Objective, role_counts, token_losses
+from rbfast.training.plan import Plan, make_plan
+from rbfast.training.resume import asked_of, check_same_folder, check_same_run
 from rbfast.training.run_folder import LOG, RUN, SKIPPED
 from rbfast.training.trainer import DistillTrainer
 from rbfast.utils.files import write_text
@@ -54,6 +59,9 @@ class DistillConfig:
         rank, support: the shape of each delta; None leaves the split of the budget to the adapter.
         placement: "random", or by scores from `placement_traces` traces: "gradient", "factored", "activation".
         batch_size, accumulation: traces per batch, and batches per optimizer step, of each process.
+        tokens_per_batch: in place of batch_size, as many traces as have so many tokens together, at most; a longer one
+            is alone in its batch.
+        gradient_checkpointing: keep only what goes into a layer, and run the layer again for its backward.
         warmup: the share of the steps before the peak learning rate.
         schedule: how the learning rate goes on from its peak: to zero along a line or a cosine, or not at all.
         max_tokens: longer traces are left out and listed, never cut.
@@ -69,7 +77,9 @@ class DistillConfig:
     placement_traces: int = 64
     epochs: float = 1.0
     batch_size: int = 8
+    tokens_per_batch: int | None = None
     accumulation: int = 1
+    gradient_checkpointing: bool = False
     learning_rate: float = 1e-2
     warmup: float = 0.05
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -86,7 +96,8 @@ class DistillConfig:
                 raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup must be at least 0 and below 1 (a share of the steps), got {self.warmup}")
-        for name in ("rank", "support", "placement_traces", "batch_size", "accumulation", "max_tokens", "save_steps"):
+        counts = ("rank", "support", "placement_traces", "batch_size", "tokens_per_batch", "accumulation", "max_tokens")
+        for name in (*counts, "save_steps"):
             value = getattr(self, name)
             if value is not None and not value >= 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -102,7 +113,7 @@ class DistillConfig:
 class Run:
     """A finished run: the attached adapter, the losses by step, the traces left out with the reason, the time spent.
 
-    `found` says that it was finished before, and only loaded.
+    `found` says that it was finished before, and only loaded; else there is the `plan`, if the base is not sharded.
     """
 
     adapter: SparseAdapter
@@ -110,6 +121,7 @@ class Run:
     skipped: list[tuple[Trace, str]]
     seconds: float
     found: bool = False
+    plan: Plan | None = None
 
 
 def distill(
@@ -138,18 +150,16 @@ def distill(
     """
     out, start = Path(out), time.monotonic()
     first = int(os.environ.get("RANK", 0)) == 0  # of the processes, which share the folder
-    examples, skipped = encode_all(traces, tokenizer, max_tokens=config.max_tokens)
-    if not examples:
-        raise ValueError(f"none of the {len(traces)} traces can be trained on{_first_reason(skipped)}")
-    asked = _asked(model, traces, config)
+    examples, skipped = _encoded(traces, tokenizer, config)
+    asked = asked_of(model, traces, asdict(config))
     if signals is not None:
         asked |= {"signals": _fill(examples, signals)}
     if teacher is not None:
         asked |= {"teacher": teacher.config.name_or_path}
-    _check_same_run(out, asked)
-    arguments = _arguments(out, model, config, len(examples))  # from here on the processes know each other
+    check_same_run(out, asked)
+    arguments = _arguments(out, model, config, examples)  # from here on the processes know each other
     checkpoint = last_checkpoint(out / "checkpoints")
-    _check_same_folder(out, checkpoint)
+    check_same_folder(out, checkpoint)
     if (history := read_json(out / LOG, [{"step": int}])) is not None:
         adapter = SparseAdapter.from_pretrained(model, out)
         if first:
@@ -162,14 +172,54 @@ def distill(
         if checkpoint is None
         else SparseAdapter.from_pretrained(model, checkpoint)
     )
+    plan = None if is_sharded(model) else make_plan(model, adapter, *_planned(examples, config), teacher)
+    if first and not quiet and plan is not None:
+        print(plan, file=sys.stderr)
     trainer = _trainer(model, adapter, arguments, examples, config, teacher, quiet or not first)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with checkpointing(model) if config.gradient_checkpointing else nullcontext():
+        trainer.train(resume_from_checkpoint=checkpoint)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    run = Run(adapter, history, skipped, time.monotonic() - start)
+    run = Run(adapter, history, skipped, time.monotonic() - start, plan=plan)
     if first:
         _save(run, out, asked, examples, resumed=checkpoint is not None)
     trainer.accelerator.wait_for_everyone()
     return run
+
+
+def plan_run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    traces: Sequence[Trace],
+    config: DistillConfig = DistillConfig(),
+    teacher: PreTrainedModel | None = None,
+) -> Plan:
+    """What `distill` would take with these arguments; nothing is trained. Raises ValueError if no trace fits."""
+    examples, _ = _encoded(traces, tokenizer, config)
+    adapter = _attach_adapter(model, examples, replace(config, placement="random"), teacher)
+    try:
+        return make_plan(model, adapter, *_planned(examples, config), teacher)
+    finally:
+        adapter.detach()
+
+
+def _planned(examples: Sequence[Example], config: DistillConfig) -> tuple[list[Sequence[Example]], bool]:
+    """Batches as large as any that are trained, and whether layers run again."""
+    return _batches(sorted(examples, key=lambda one: -len(one.input_ids)), config), config.gradient_checkpointing
+
+
+def _encoded(
+    traces: Sequence[Trace], tokenizer: PreTrainedTokenizerBase, config: DistillConfig
+) -> tuple[list[Example], list[tuple[Trace, str]]]:
+    examples, skipped = encode_all(traces, tokenizer, max_tokens=config.max_tokens)
+    if not examples:
+        raise ValueError(f"none of the {len(traces)} traces can be trained on{_first_reason(skipped)}")
+    return examples, skipped
+
+
+def _batches(examples: Sequence[Example], config: DistillConfig) -> list[Sequence[Example]]:
+    if config.tokens_per_batch is not None:
+        return [*batches_by_tokens(examples, config.tokens_per_batch, config.seed)]
+    return [examples[start : start + config.batch_size] for start in range(0, len(examples), config.batch_size)]
 
 
 def _trainer(
@@ -183,7 +233,14 @@ def _trainer(
 ) -> DistillTrainer:
     """The trainer, with our bar in place of its printed lines."""
     trainer = DistillTrainer(
-        model, adapter, arguments, examples, objective=config.objective, teacher=teacher, callbacks=[_Bar(quiet)]
+        model,
+        adapter,
+        arguments,
+        examples,
+        objective=config.objective,
+        teacher=teacher,
+        tokens_per_batch=config.tokens_per_batch,
+        callbacks=[_Bar(quiet)],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -200,6 +257,7 @@ def _save(run: Run, out: Path, asked: dict[str, Any], examples: Sequence[Example
         "tokens_per_epoch": sum(len(example.input_ids) for example in examples),
         "seconds": run.seconds,
         "resumed": resumed,
+        "plan": None if run.plan is None else run.plan.to_dict(),
     }
     write_text(out / RUN, json.dumps(asked | cost, indent=1))
     write_text(out / LOG, json.dumps(run.log_history, indent=1, sort_keys=True))  # last: it ends the run
@@ -211,8 +269,8 @@ def trace_loss(model: PreTrainedModel, examples: Sequence[Example], batch_size: 
     objective, sums, counts = Objective(), torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
     with torch.no_grad():
         for start in range(0, len(examples), batch_size):
-            batch = {name: x.to(model.device) for name, x in collate(examples[start : start + batch_size]).items()}
-            hidden = final_hidden(model, batch["input_ids"], batch["position_ids"])
+            batch = on_device(collate(examples[start : start + batch_size]), model.device)
+            hidden = final_hidden(model, batch["input_ids"], batch["position_ids"], batch["lengths"])
             ce = token_losses(model, hidden, batch, torch.ones(3), objective).ce.double().cpu()
             roles = batch["roles"].view(-1).cpu()
             sums += torch.stack([ce[roles == role].sum() for role in range(3)])
@@ -229,20 +287,18 @@ def placement_scores(
     teacher: PreTrainedModel | None = None,
 ) -> ColumnScores:
     """Where the gradient of the objective is, measured on a seeded sample of the traces."""
-    chosen = random.Random(config.seed).sample(range(len(examples)), min(config.placement_traces, len(examples)))
-    batches = [
-        collate([examples[i] for i in chosen[start : start + config.batch_size]])
-        for start in range(0, len(chosen), config.batch_size)
-    ]
+    chosen = random.Random(config.seed).sample(examples, min(config.placement_traces, len(examples)))
+    batches = [collate(batch) for batch in _batches(chosen, config)]
 
-    def loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-        batch = {name: x.to(model.device) for name, x in batch.items()}
+    def loss(model: Any, batch: dict[str, Any]) -> Tensor:
+        batch = on_device(batch, model.device)
         weights = config.objective.weights(0.0).to(model.device) / role_counts(batch).clamp(min=1)
-        hidden = final_hidden(model, batch["input_ids"], batch["position_ids"])
+        hidden = final_hidden(model, batch["input_ids"], batch["position_ids"], batch["lengths"])
         return token_losses(model, hidden, batch, weights, config.objective, teacher).loss
 
     packs(model)  # asked before anybody watches: its two examples are no traces
-    return score_columns(model, batches, loss, method=method)
+    with checkpointing(model) if config.gradient_checkpointing else nullcontext():
+        return score_columns(model, batches, loss, method=method)
 
 
 def _fill(examples: Sequence[Example], signals: str | Path) -> dict[str, Any]:
@@ -267,9 +323,11 @@ def _attach_adapter(
     )
 
 
-def _arguments(out: Path, model: PreTrainedModel, config: DistillConfig, examples: int) -> TrainingArguments:
-    step = config.batch_size * config.accumulation * int(os.environ.get("WORLD_SIZE", 1))
-    steps = -(-examples // step) * config.epochs
+def _arguments(
+    out: Path, model: PreTrainedModel, config: DistillConfig, examples: Sequence[Example]
+) -> TrainingArguments:
+    per_step = config.accumulation * int(os.environ.get("WORLD_SIZE", 1))
+    steps = math.ceil(len(_batches(examples, config)) / per_step) * config.epochs
     return DeviceArguments(
         output_dir=str(out / "checkpoints"),
         num_train_epochs=config.epochs,
@@ -290,55 +348,6 @@ def _arguments(out: Path, model: PreTrainedModel, config: DistillConfig, example
         ddp_broadcast_buffers=False,  # every process has the same, and they do not change
         ddp_find_unused_parameters=False,
     )
-
-
-def _asked(model: PreTrainedModel, traces: Sequence[Trace], config: DistillConfig) -> dict[str, Any]:
-    """What a run was asked to do, for run.json."""
-    lines = "\n".join(json.dumps(trace.to_dict(), sort_keys=True) for trace in traces)
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    return asdict(config) | {
-        "processes": processes,
-        "traces_per_step": config.batch_size * config.accumulation * processes,
-        "base_model": model.config.name_or_path,
-        "traces": len(traces),
-        "traces_digest": blake2b(lines.encode(), digest_size=16).hexdigest(),
-    }
-
-
-def _check_same_run(folder: Path, asked: dict[str, Any]) -> None:
-    """A folder that holds a run is only ever continued with what that run was asked to do.
-
-    How an optimizer step's traces are split over batches and processes may change, but not their number.
-    """
-    held = read_json(folder / RUN, {})
-    if held is None:
-        return
-    free = {"processes", "traces_per_step"}  # of no account to a run that is finished
-    if not (folder / LOG).exists():
-        free |= {"batch_size", "accumulation"}
-        if (step := held.get("traces_per_step")) != asked["traces_per_step"]:
-            raise ValueError(
-                f"{folder} holds a run whose optimizer steps take {step} traces, now they would take "
-                f"{asked['traces_per_step']}: batch size {asked['batch_size']} x accumulation {asked['accumulation']} "
-                f"x {asked['processes']} process(es); change one of them or choose another output folder"
-            )
-    for name, value in asked.items():
-        if name not in free and held.get(name) != value:
-            raise ValueError(
-                f"{folder} holds another run: its {name} is {held.get(name)!r}, now {value!r}; "
-                "choose another output folder or remove that one"
-            )
-
-
-def _check_same_folder(out: Path, checkpoint: str | None) -> None:
-    """All processes must begin at the same step: with different folders they would wait for each other for ever."""
-    found = "a finished run" if (out / LOG).exists() else Path(checkpoint).name if checkpoint else "no checkpoint"
-    everyones = sorted(set(gather_object([found])))
-    if len(everyones) > 1:
-        raise ValueError(
-            f"{out} is not the same folder for all processes, which find {' and '.join(everyones)} in it; "
-            "give every node one shared folder"
-        )
 
 
 def _first_reason(skipped: Sequence[tuple[Trace, str]]) -> str:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,12 +62,12 @@ def _filled(values: list[float], device: torch.device | None) -> Tensor:
     return torch.cat([torch.full((1,), value, device=device) for value in values])
 
 
-def role_counts(batch: dict[str, Tensor]) -> Tensor:
+def role_counts(batch: dict[str, Any]) -> Tensor:
     """Supervised tokens per role, [3] int64."""
     return role_mask(batch).sum(1)
 
 
-def role_mask(batch: dict[str, Tensor]) -> Tensor:
+def role_mask(batch: dict[str, Any]) -> Tensor:
     """Which tokens are supervised in each role, bool [3, T]."""
     roles, labels = batch["roles"].view(-1), batch["labels"].view(-1)
     return (roles == torch.arange(len(ROLES), device=roles.device).unsqueeze(1)) & (labels != IGNORE)
@@ -75,7 +76,7 @@ def role_mask(batch: dict[str, Tensor]) -> Tensor:
 def token_losses(
     model: PreTrainedModel,
     hidden: Tensor,
-    batch: dict[str, Tensor],
+    batch: dict[str, Any],
     role_weights: Tensor,
     objective: Objective,
     teacher: PreTrainedModel | None = None,
@@ -123,8 +124,8 @@ def token_losses(
 
 
 @torch.no_grad()
-def _online(teacher: PreTrainedModel, batch: dict[str, Tensor], rows: Tensor) -> Dense:
+def _online(teacher: PreTrainedModel, batch: dict[str, Any], rows: Tensor) -> Dense:
     """The whole distribution of a teacher at some rows of a batch; its logits never exist at once either."""
-    hidden = final_hidden(teacher, batch["input_ids"], batch["position_ids"])
+    hidden = final_hidden(teacher, batch["input_ids"], batch["position_ids"], batch["lengths"])
     head = head_of(teacher)
     return Dense(hidden[rows], head.weight, rows, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap)

@@ -20,10 +20,11 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from rbfast.adapter.adapter_files import read_adapter
 from rbfast.adapter.sparse_adapter import SparseAdapter
-from rbfast.data.encoding import Example, collate, leave_out
+from rbfast.data.encoding import Example, leave_out
 from rbfast.data.spans import ROLES
 from rbfast.models.linears import is_sharded
 from rbfast.models.student import final_hidden
+from rbfast.training.batches import batches_by_tokens, collate_items
 from rbfast.training.checkpoints import step_of, write_digests
 from rbfast.training.objective import Objective, role_counts, role_mask, token_losses
 from rbfast.utils.memory import EVERY, give_back
@@ -42,16 +43,20 @@ class Student(nn.Module):
         else:
             self.model = model
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor, lengths: Sequence[int]) -> Tensor:
         """Last hidden states [T, H] of a packed row [1, T]."""
-        return final_hidden(self.model, input_ids, position_ids)
+        return final_hidden(self.model, input_ids, position_ids, lengths)
 
     def train(self, mode: bool = True) -> "Student":
         self.model.train(mode)
         return super().train(mode)
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Of the base; the Trainer asks the module that it trains, by this name up to transformers 5.22."""
         self.model.gradient_checkpointing_enable(**kwargs)
+
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        self.model.activation_checkpointing_enable(**kwargs)
 
 
 class DistillTrainer(Trainer):
@@ -66,20 +71,26 @@ class DistillTrainer(Trainer):
         eval_dataset: Sequence[Example] | None = None,
         objective: Objective | None = None,
         teacher: PreTrainedModel | None = None,
+        tokens_per_batch: int | None = None,
         **kwargs: Any,
     ) -> None:
+        """`tokens_per_batch`: a batch takes traces of so many tokens, however many args would have in it."""
+        items: Sequence[Example] | Sequence[list[Example]] = train_dataset
+        if tokens_per_batch is not None:
+            items = batches_by_tokens(train_dataset, tokens_per_batch, args.seed)
+            args.per_device_train_batch_size = 1  # a batch is an item
         args.remove_unused_columns = False
         args.label_names = ["labels"]
         self.objective: Objective = objective or Objective()
-        self.adapter, self._traces = adapter, len(train_dataset)
+        self.adapter, self._items = adapter, len(items)
         self.teacher = teacher if teacher is None else teacher.eval().requires_grad_(False)
         # Summed CE and token counts since the last log.
         self._role_sums = torch.zeros(2, len(ROLES), dtype=torch.float64, device=args.device)
         super().__init__(
             model=Student(model, adapter),
             args=args,
-            data_collator=collate,
-            train_dataset=train_dataset,
+            data_collator=collate_items,
+            train_dataset=items,
             eval_dataset=eval_dataset,
             **kwargs,
         )
@@ -111,21 +122,20 @@ class DistillTrainer(Trainer):
         counts = torch.stack([role_counts(batch) for batch in batch_samples]).sum(0)
         return self.accelerator.reduce(counts.to(device), "sum")
 
-    def _leave_out_repeats(self, batch: dict[str, Tensor]) -> None:
-        """Every process gets as many batches of as many traces: where there are too few, the last batch of an epoch is
-        filled up with its first traces. They would count twice: they lose their labels."""
+    def _leave_out_repeats(self, batch: dict[str, Any]) -> None:
+        """Every process gets as many batches of as many items: where there are too few, the last batch of an epoch is
+        filled up with the epoch's first items. They would count twice: they lose their labels."""
         size = self.args.train_batch_size
-        left = self._traces % (size * self.args.world_size)  # traces that the last batches still have
+        left = self._items % (size * self.args.world_size)  # items that the last batches still have
         own = max(left - size * self.args.process_index, 0)
-        starts = torch.nonzero(batch["position_ids"].view(-1) == 0).squeeze(1)
-        if left and own < len(starts):
-            leave_out(batch, starts[own])
+        if left and own < size:
+            leave_out(batch, sum(batch["lengths"][:own]))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[override]
         counts = role_counts(inputs) if num_items_in_batch is None else num_items_in_batch
         progress = self.state.global_step / max(self.state.max_steps, 1)
         weights = self.objective.weights(progress, counts.device) / counts.clamp(min=1)
-        hidden = model(inputs["input_ids"], inputs["position_ids"])
+        hidden = model(inputs["input_ids"], inputs["position_ids"], inputs["lengths"])
         student = self.accelerator.unwrap_model(model).model
         out = token_losses(student, hidden, inputs, weights, self.objective, self.teacher)
         if model.training:
@@ -138,7 +148,7 @@ class DistillTrainer(Trainer):
         with torch.no_grad():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
-    def _count_roles(self, inputs: dict[str, Tensor], ce: Tensor) -> None:
+    def _count_roles(self, inputs: dict[str, Any], ce: Tensor) -> None:
         mask = role_mask(inputs)
         self._role_sums += torch.stack([torch.where(mask, ce.double(), 0.0).sum(1), mask.sum(1)])
 

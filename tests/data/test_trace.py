@@ -413,7 +413,7 @@ def test_signals_that_do_not_fit_are_an_error(tokenizer) -> None:
 def test_packing_lays_examples_end_to_end(tokenizer) -> None:
     examples = [encode(trace(answer=answer), tokenizer) for answer in ("5", "five, or V", "5.0")]
     batch = collate(examples)
-    assert set(batch) == {"input_ids", "position_ids", "labels", "roles", "text_rows"}
+    assert set(batch) == {"input_ids", "position_ids", "labels", "roles", "text_rows", "lengths"}
     assert batch["text_rows"].tolist() == (batch["labels"][0] != IGNORE).nonzero().squeeze(1).tolist()
     for name in ("input_ids", "labels", "roles"):
         assert batch[name].dtype == torch.int64

@@ -1,11 +1,13 @@
 """A run from traces to adapter: cut anywhere, it goes on to the same bits, also where a gradient placed the columns."""
 
 import re
+from functools import wraps
 
 import pytest
 import torch
 from tiny_models import llama
 from tiny_runs import TOKENIZER, TRACES, run
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from rbfast.adapter.column_scores import score_columns
 from rbfast.adapter.sparse_adapter import SparseAdapter
@@ -23,6 +25,40 @@ def test_a_cut_run_goes_on_to_the_same_bits(tmp_path, monkeypatch, placement):
     assert all(torch.equal(found[name], value) for name, value in whole.items())
 
 
+def test_a_cut_run_of_batches_of_tokens_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    settings = dict(tokens_per_batch=400, accumulation=2, epochs=2)
+    whole = run(tmp_path / "whole", monkeypatch, **settings)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path / "cut", monkeypatch, cut_at=3, **settings)
+    with pytest.raises(ValueError, match="steps take 800 tokens, now they would take 400: batch size 400 x"):
+        run(tmp_path / "cut", monkeypatch, **settings | {"accumulation": 1})
+    with pytest.raises(ValueError, match="its tokens_per_batch is 400, now 800"):
+        run(tmp_path / "cut", monkeypatch, tokens_per_batch=800, epochs=2)
+    found = run(tmp_path / "cut", monkeypatch, **settings)
+    assert all(torch.equal(found[name], value) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("placement", ["gradient", "random"])
+def test_layers_that_run_again_train_to_the_same_bits(tmp_path, monkeypatch, placement):
+    runs = []
+    monkeypatch.setattr(LlamaMLP, "forward", counting(LlamaMLP.forward, runs))
+    kept = run(tmp_path / "kept", monkeypatch, placement=placement)
+    once = len(runs)
+    again = run(tmp_path / "again", monkeypatch, placement=placement, gradient_checkpointing=True)
+    layers, batches = 2, 6
+    assert len(runs) - 2 * once == layers * batches * (2 if placement == "gradient" else 1)
+    assert all(torch.equal(again[name], value) for name, value in kept.items())
+
+
+def counting(forward, runs):
+    @wraps(forward)
+    def counted(self, *args, **kwargs):
+        runs.append(1)
+        return forward(self, *args, **kwargs)
+
+    return counted
+
+
 NAN = float("nan")
 
 
@@ -37,6 +73,7 @@ NAN = float("nan")
         ("support", (0,)),
         ("placement_traces", (0,)),
         ("batch_size", (0, -8)),
+        ("tokens_per_batch", (0, -1)),
         ("accumulation", (0,)),
         ("max_tokens", (0,)),
         ("save_steps", (0, -1)),

@@ -1,0 +1,38 @@
+"""Gradient checkpointing: a layer keeps only what goes into it, and runs again for its backward."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def checkpointed_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """The layers that can run again for their backward."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+@contextmanager
+def checkpointing(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block the layers of a model run again for their backward, whether it is in training mode or not.
+
+    Raises:
+        ValueError: the model cannot do that.
+    """
+    layers = checkpointed_layers(model)
+    if not model.supports_gradient_checkpointing or not layers:
+        raise ValueError(f"{type(model).__name__} has no layers that can be checkpointed: train it without")
+    # transformers 5.23 gave it another name, and the old one warns there.
+    _first_of(model, "activation_checkpointing_enable", "gradient_checkpointing_enable")({"use_reentrant": False})
+    for layer in layers:
+        layer.training = True  # its own mark alone, which is what it asks; what is inside of it keeps its mode
+    try:
+        yield
+    finally:
+        _first_of(model, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
+        for layer in layers:
+            layer.training = model.training
+
+
+def _first_of(model: PreTrainedModel, *names: str):  # type: ignore[no-untyped-def]
+    return next(getattr(model, name) for name in names if hasattr(model, name))

@@ -1,0 +1,40 @@
+"""Batches of so many tokens: which traces are trained together, decided once for a run.
+
+batches = batches_by_tokens(examples, 16384, seed=0)     # each is trained as one packed row
+"""
+
+import random
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+from rbfast.data.encoding import Example, collate
+
+_OPEN = 32  # batches that still take traces; more of them fill little better, and each trace looks at all
+
+
+def batches_by_tokens(examples: Sequence[Example], tokens: int, seed: int) -> list[list[Example]]:
+    """Batches of at most so many tokens, each trace in one of them; one that is longer is alone in its batch.
+
+    The traces are shuffled, and each goes into the first batch with room for it. The same examples, tokens and seed
+    give the same batches, on every process and after a restart; a trainer shuffles their order, not what is in them.
+    """
+    order = random.Random(seed).sample(range(len(examples)), len(examples))
+    batches: list[list[Example]] = []
+    room: list[int] = []
+    for number in order:
+        length = len(examples[number].input_ids)
+        first = max(0, len(batches) - _OPEN)
+        at = next((i for i in range(first, len(batches)) if length <= room[i]), None)
+        if at is None:
+            at = len(batches)
+            batches.append([])
+            room.append(tokens)
+        batches[at].append(examples[number])
+        room[at] -= length
+    return batches
+
+
+def collate_items(items: Sequence[Example | list[Example]]) -> dict[str, Any]:
+    """A packed row of examples, or of the examples of whole batches."""
+    return collate(list(chain.from_iterable(item if isinstance(item, list) else [item] for item in items)))

@@ -1,0 +1,190 @@
+"""What a run will take: parameters, memory, batches; said before a long run begins.
+
+    print(make_plan(model, adapter, batches, DistillConfig()))
+
+What is kept for the backward is not guessed from an architecture: two short rows are run forward, and what autograd
+keeps of the longer one beyond the shorter one is what a token costs.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import PreTrainedModel
+
+from rbfast.adapter.footprint import megabytes
+from rbfast.adapter.sparse_adapter import SparseAdapter
+from rbfast.data.encoding import Example
+from rbfast.loss.chunking import logits_bytes
+from rbfast.models.checkpointing import checkpointed_layers
+from rbfast.models.linears import bytes_of
+from rbfast.models.packed_attention import attention_of
+from rbfast.models.student import final_hidden, head_of
+
+_ROWS = 64, 128  # tokens of the two rows that are tried
+_USABLE = 0.92  # of a device's memory: the rest is the driver's, and what lies unused between tensors
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run in numbers; memory in bytes, of one process.
+
+    Attributes:
+        weights, teacher_weights: of the frozen models.
+        adapter: A and B and the original columns. optimizer: the gradients and moments of A and B.
+        tokens, batches: of an epoch; largest: the tokens of the largest batch.
+        kept: what a forward of the largest batch keeps for its backward.
+        kept_checkpointed: the same with gradient checkpointing; None if the model cannot do that.
+        loss: logits of a few tokens at a time, hidden states and their gradient.
+        memory: what the device has; None if nobody says.
+    """
+
+    device: str
+    parameters: int
+    trained: int
+    weights: int
+    teacher_weights: int
+    adapter: int
+    optimizer: int
+    tokens: int
+    batches: int
+    largest: int
+    kept: int
+    kept_checkpointed: int | None
+    is_checkpointed: bool
+    loss: int
+    attention: str
+    memory: int | None
+
+    @property
+    def fixed(self) -> int:
+        return self.weights + self.teacher_weights + self.adapter + self.optimizer
+
+    @property
+    def needed(self) -> int:
+        """At the largest batch."""
+        kept = self.kept_checkpointed if self.is_checkpointed and self.kept_checkpointed else self.kept
+        return self.fixed + kept + self.loss
+
+    @property
+    def fits(self) -> bool | None:
+        return None if self.memory is None else self.needed <= _USABLE * self.memory
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self) | {"needed": self.needed, "fits": self.fits}
+
+    def __str__(self) -> str:
+        rows = {
+            "student": f"{self.parameters:,} parameters, {megabytes(self.weights)}",
+            "teacher": megabytes(self.teacher_weights),
+            "adapter": f"{self.trained:,} trained ({self.trained / self.parameters:.3%}), {megabytes(self.adapter)}; "
+            f"gradients and AdamW {megabytes(self.optimizer)}",
+            "batches": f"{self.batches:,} an epoch of {self.tokens:,} tokens; the largest has {self.largest:,}",
+            "activations": self._activations(),
+            "loss": megabytes(self.loss),
+            "attention": self.attention,
+            "memory": self._memory(),
+        }
+        if not self.teacher_weights:
+            del rows["teacher"]
+        return "\n".join(f"{name:12} {said}" for name, said in rows.items())
+
+    def _activations(self) -> str:
+        said = f"about {megabytes(self.kept)} at the largest batch"
+        if self.kept_checkpointed is None:
+            return said
+        with_it = f"{megabytes(self.kept_checkpointed)} with gradient checkpointing"
+        return f"about {with_it} (on); {megabytes(self.kept)} without" if self.is_checkpointed else f"{said}; {with_it}"
+
+    def _memory(self) -> str:
+        needed = f"about {megabytes(self.needed)} needed"
+        if self.memory is None:
+            return f"{needed} on {self.device}"
+        said = f"{needed} of {megabytes(self.memory)} on {self.device}"
+        return f"{said}: fits" if self.fits else f"{said}: does not fit; {self._advice()}"
+
+    def _advice(self) -> str:
+        if self.fixed > _USABLE * (self.memory or 0):
+            return "the weights alone are too large: use --load-in 4bit, or --shard"
+        if self.kept_checkpointed is not None and not self.is_checkpointed:
+            return "use --gradient-checkpointing"
+        return f"use --tokens-per-batch {self._tokens_that_fit():,}".replace(",", "") + ", or shorter traces"
+
+    def _tokens_that_fit(self) -> int:
+        share = (_USABLE * (self.memory or 0) - self.fixed) / (self.needed - self.fixed)
+        return max(1, int(share * self.largest))
+
+
+def make_plan(
+    model: PreTrainedModel,
+    adapter: SparseAdapter,
+    batches: Sequence[Sequence[Example]],
+    is_checkpointed: bool = False,
+    teacher: PreTrainedModel | None = None,
+) -> Plan:
+    """The plan of training `adapter`, attached to `model`, on these batches; two short rows run through the model."""
+    sizes = [sum(len(example.input_ids) for example in batch) for batch in batches]
+    print_of = adapter.footprint()
+    per_token = _kept_per_token(model)
+    layers = len(checkpointed_layers(model))
+    head = head_of(model).weight
+    vocabulary, hidden = head.shape
+    largest = max(sizes)
+    layer = per_token * largest // max(1, layers)
+    inputs = layers * hidden * head.element_size() * largest
+    teacher_vocabulary = 0 if teacher is None else head_of(teacher).weight.shape[0]
+    return Plan(
+        device=str(model.device),
+        parameters=adapter.parameters_of_base,
+        trained=sum(parameter.numel() for parameter in adapter.parameters()),
+        weights=print_of.base,
+        teacher_weights=0 if teacher is None else bytes_of(teacher.parameters()),
+        adapter=print_of.attached,
+        optimizer=print_of.adamw,
+        tokens=sum(sizes),
+        batches=len(sizes),
+        largest=largest,
+        kept=per_token * largest + layer,  # and the gradients of a layer
+        kept_checkpointed=inputs + 2 * layer if layers and model.supports_gradient_checkpointing else None,
+        is_checkpointed=is_checkpointed,
+        loss=logits_bytes(largest, vocabulary + teacher_vocabulary, model.device)
+        + largest * hidden * (2 * head.element_size() + 4),
+        attention=attention_of(model, model.device),
+        memory=_memory_of(model.device),
+    )
+
+
+def _kept_per_token(model: PreTrainedModel) -> int:
+    """Bytes that autograd keeps of a token of a row, weights aside."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _ROWS[1]
+    short, long = (min(n, longest * n // _ROWS[1]) for n in _ROWS)
+    return max(0, _kept(model, long) - _kept(model, short)) // max(1, long - short)
+
+
+def _kept(model: PreTrainedModel, tokens: int) -> int:
+    """Bytes that autograd keeps of a row of so many tokens, weights aside."""
+    weights = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
+    found: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    ids = torch.arange(tokens, device=model.device)[None]
+    with torch.enable_grad(), saved_tensors_hooks(keep, lambda x: x):
+        hidden = final_hidden(model, ids % model.config.get_text_config().vocab_size, ids, [tokens])
+    del hidden  # until here the graph kept every storage alive: no address was used twice
+    return sum(found.values())
+
+
+def _memory_of(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None

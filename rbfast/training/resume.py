@@ -1,0 +1,76 @@
+"""Whether a folder holds the run that is asked for: a run is only ever continued as what it was begun."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+from transformers import PreTrainedModel
+
+from rbfast.data.trace import Trace
+from rbfast.training.run_folder import LOG, RUN
+from rbfast.utils.records import read_json
+
+
+def asked_of(model: PreTrainedModel, traces: Sequence[Trace], config: dict[str, Any]) -> dict[str, Any]:
+    """What a run was asked to do, for run.json. config: the fields of its DistillConfig."""
+    lines = "\n".join(json.dumps(trace.to_dict(), sort_keys=True) for trace in traces)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    unit, size = _batch_size(config)
+    asked = config | {
+        "processes": processes,
+        f"{unit}_per_step": size * config["accumulation"] * processes,
+        "base_model": model.config.name_or_path,
+        "traces": len(traces),
+        "traces_digest": blake2b(lines.encode(), digest_size=16).hexdigest(),
+    }
+    if (quantised := getattr(model.config, "quantization_config", None)) is not None:
+        asked["quantised"] = f"{quantised.quant_method}"
+    return asked
+
+
+def _batch_size(config: Mapping[str, Any]) -> tuple[str, int]:
+    """What the size of a batch counts, and how many of them it has."""
+    tokens = config["tokens_per_batch"]
+    return ("traces", config["batch_size"]) if tokens is None else ("tokens", tokens)
+
+
+def check_same_run(folder: Path, asked: dict[str, Any]) -> None:
+    """A folder that holds a run is only ever continued with what that run was asked to do.
+
+    How an optimizer step's traces are split over batches and processes may change, but not their number.
+    """
+    held = read_json(folder / RUN, {})
+    if held is None:
+        return
+    free = {"processes", "traces_per_step", "tokens_per_step"}  # of no account to a run that is finished
+    free.add("gradient_checkpointing")  # the same sums
+    if not (folder / LOG).exists():
+        free |= {"batch_size", "accumulation"}
+        unit, size = _batch_size(asked)
+        if (step := held.get(f"{unit}_per_step")) != asked[f"{unit}_per_step"]:
+            raise ValueError(
+                f"{folder} holds a run whose optimizer steps take {step} {unit}, now they would take "
+                f"{asked[f'{unit}_per_step']}: batch size {size} x accumulation {asked['accumulation']} "
+                f"x {asked['processes']} process(es); change one of them or choose another output folder"
+            )
+    for name, value in asked.items():
+        if name not in free and held.get(name) != value:
+            raise ValueError(
+                f"{folder} holds another run: its {name} is {held.get(name)!r}, now {value!r}; "
+                "choose another output folder or remove that one"
+            )
+
+
+def check_same_folder(out: Path, checkpoint: str | None) -> None:
+    """All processes must begin at the same step: with different folders they would wait for each other for ever."""
+    found = "a finished run" if (out / LOG).exists() else Path(checkpoint).name if checkpoint else "no checkpoint"
+    everyones = sorted(set(gather_object([found])))
+    if len(everyones) > 1:
+        raise ValueError(
+            f"{out} is not the same folder for all processes, which find {' and '.join(everyones)} in it; "
+            "give every node one shared folder"
+        )

@@ -1,0 +1,98 @@
+"""The plan of a run: what autograd keeps is what it says, checkpointing lowers it, and it says what fits."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import llama
+from tiny_runs import TOKENIZER, TRACES
+from torch.autograd.graph import saved_tensors_hooks
+
+from rbfast.data.encoding import collate, encode_all
+from rbfast.models.checkpointing import checkpointing
+from rbfast.models.student import final_hidden, packs
+from rbfast.training.distill import DistillConfig, distill, plan_run
+
+CONFIG = DistillConfig(density=0.2, rank=3, tokens_per_batch=400)
+
+
+@pytest.fixture
+def model():
+    return llama(vocab_size=len(TOKENIZER), max_position_embeddings=512, num_hidden_layers=4)
+
+
+def kept(model, examples):
+    """Bytes of what autograd keeps of a batch, each storage once."""
+    batch, storages = collate(examples), {}
+
+    def keep(x):
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with saved_tensors_hooks(keep, lambda x: x):
+        hidden = final_hidden(model, batch["input_ids"], batch["position_ids"], batch["lengths"])
+    for parameter in model.parameters():
+        storages.pop(parameter.untyped_storage().data_ptr(), None)
+    return hidden, sum(storages.values())
+
+
+def test_it_knows_what_a_forward_keeps(model):
+    plan = plan_run(model, TOKENIZER, TRACES, CONFIG)
+    examples, _ = encode_all(TRACES, TOKENIZER)
+    assert plan.tokens == sum(len(example.input_ids) for example in examples)
+    assert plan.largest <= 400 and plan.batches * 400 >= plan.tokens
+    model.requires_grad_(False)
+    from rbfast.adapter.sparse_adapter import SparseAdapter
+
+    adapter = SparseAdapter.attach(model, 0.2, rank=3)
+    packs(model)
+    batch = examples[: 400 // len(examples[0].input_ids)]
+    _, found = kept(model, batch)
+    found *= plan.largest / sum(len(example.input_ids) for example in batch)
+    layers = len(model.model.layers)
+    assert plan.kept == pytest.approx(found * (1 + 1 / layers), rel=0.1)  # and a layer's gradients
+    assert plan.trained == sum(parameter.numel() for parameter in adapter.parameters())
+    assert plan.weights == sum(4 * parameter.numel() for parameter in model.parameters())
+
+
+def test_checkpointing_keeps_less_and_the_plan_says_how_much(model):
+    without, with_it = (
+        plan_run(model, TOKENIZER, TRACES, replace(CONFIG, gradient_checkpointing=on)) for on in (False, True)
+    )
+    assert without.kept_checkpointed == with_it.kept_checkpointed < 0.75 * without.kept
+    assert with_it.needed < without.needed
+    assert "(on)" in str(with_it) and "(on)" not in str(without)
+
+
+def test_it_says_whether_it_fits_and_what_would(model):
+    plan = plan_run(model, TOKENIZER, TRACES, CONFIG)
+    assert plan.fits and "fits" in str(plan)
+    small = replace(plan, memory=plan.needed)  # some must stay free
+    assert not small.fits and "does not fit; use --gradient-checkpointing" in str(small)
+    checkpointed = replace(plan, is_checkpointed=True)
+    checkpointed = replace(checkpointed, memory=checkpointed.needed)
+    assert "does not fit; use --tokens-per-batch" in str(checkpointed)
+    assert "--load-in 4bit" in str(replace(plan, memory=plan.fixed))
+    assert replace(plan, memory=None).fits is None
+
+
+def test_a_plan_leaves_the_model_as_it_was(model):
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    plan_run(model, TOKENIZER, TRACES, CONFIG)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_a_run_keeps_its_plan(model, tmp_path, capsys):
+    found = distill(model, TOKENIZER, TRACES[:8], tmp_path, CONFIG)
+    held = json.loads((tmp_path / "run.json").read_text())["plan"]
+    assert held == json.loads(json.dumps(found.plan.to_dict()))
+    assert "activations" in capsys.readouterr().err
+
+
+def test_a_model_without_layers_to_run_again_says_so():
+    with pytest.raises(ValueError, match="has no layers that can be checkpointed"):
+        model = llama()
+        model.supports_gradient_checkpointing = False
+        with checkpointing(model):
+            pass
