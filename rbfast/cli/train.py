@@ -131,9 +131,7 @@ def _load_models(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     from rbfast.models.student import load_teacher
 
     if args.shard and args.load_in:
-        raise ValueError(
-            "--load-in is for a model that is whole on its device, --shard for one in parts: choose one"
-        )
+        raise ValueError("--load-in is for a model that is whole on its device, --shard for one in parts: choose one")
     device = device_of(args)
     model, tokenizer = load_model(args, "cpu" if args.shard else device)  # a device only sees parts of a sharded one
     teacher = load_teacher(args.teacher, tokenizer, model.dtype).to(model.device) if args.teacher else None
