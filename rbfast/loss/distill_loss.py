@@ -11,6 +11,7 @@ Shapes: T tokens, H hidden size, V vocabulary, N rows of a signal, k its width.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -130,7 +131,8 @@ class DistillLoss(nn.Module):
         if not torch.is_grad_enabled():  # else the gradients would be computed, for nobody
             hidden, head_weight = hidden.detach(), head_weight.detach()
             head_bias = None if head_bias is None else head_bias.detach()
-        if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        is_autocast = torch.is_autocast_enabled(hidden.device.type)
+        if is_autocast and hidden.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, head_weight = hidden.to(dtype), head_weight.to(dtype)
         check_shapes(hidden, head_weight, labels, head_bias)
@@ -151,7 +153,7 @@ class DistillLoss(nn.Module):
             questions = value_questions(labels, self.ignore_index, len(head_weight), parameters, named)
             taken = take_rows(signals, labels, self.ignore_index, questions, len(head_weight))
         job = self._job(labels, parameters, taken, self._divisor(num_items, taken.size))
-        with torch.autocast(hidden.device.type, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False) if is_autocast else nullcontext():
             return LossOutput(*FusedLoss.apply(hidden, head_weight, head_bias, job, self.reduction))
 
     def _job(self, labels: Tensor, parameters: Tensor, taken: TakenRows, divisor: int | Tensor) -> Job:

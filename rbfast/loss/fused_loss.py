@@ -80,8 +80,8 @@ def _at_tokens(values: Tensor | None, job: Job, hidden: Tensor) -> Tensor:
     """Values [n] of the rows that take part as [T], with 0 elsewhere; None: 0 everywhere."""
     order = job.taken.order
     if values is None:
-        return job.parameters.new_zeros(len(hidden))
-    return values if order is None else values.new_zeros(len(hidden)).index_copy_(0, order, values)
+        return job.parameters.new_zeros(hidden.shape[0])
+    return values if order is None else values.new_zeros(hidden.shape[0]).index_copy_(0, order, values)
 
 
 def _norm_bound(left_out: Tensor, weight: Tensor) -> Tensor:
@@ -91,5 +91,8 @@ def _norm_bound(left_out: Tensor, weight: Tensor) -> Tensor:
 
 
 def _sum(loss: Tensor) -> Tensor:
-    # Sorted, so that the order in which rows were packed does not reach the last bit.
-    return loss.sort().values.sum(dtype=torch.float64).to(loss.dtype)
+    # Sorted, so that the order in which rows were packed does not reach the last bit. On a GPU, where a row's own bits
+    # depend on its place in a product, that would cost more than all other sums and keep nothing.
+    if loss.device.type == "cpu":
+        loss = loss.sort().values
+    return loss.sum(dtype=torch.float64).to(loss.dtype)

@@ -110,7 +110,7 @@ class _Solver:
         self.left_out: list[Tensor] = []
 
     def _choose_chunking(self, trains_head: bool) -> Chunking:
-        rows, V = self.job.taken.size, len(self.weight)
+        rows, V = self.job.taken.size, self.weight.shape[0]
         row_bytes, asked = self.dtype.itemsize * (V + self.teacher_columns), self.job.chunk_rows
         if not _is_gpu(self.hidden):
             return chunk_on_cpu(rows, row_bytes, asked)
@@ -138,14 +138,14 @@ class _Solver:
 
     def _run(self) -> None:
         # One allocation for all chunks: touching fresh memory would cost a third of the product that fills it.
-        size, V, chunking = self.job.taken.size, len(self.weight), self.chunking
+        size, V, chunking = self.job.taken.size, self.weight.shape[0], self.chunking
         logits = self.hidden.new_empty(chunking.chunk, V, dtype=self.dtype)
         teacher = self.hidden.new_empty(chunking.chunk, self.teacher_columns, dtype=self.dtype)
         kept = self.hidden.new_empty(chunking.product, V) if chunking.keeps_dz else None
         for rows in _parts(0, size, chunking.product):
             at = rows if self.job.taken.order is None else self.job.taken.order[rows]
             x = self.hidden[at]
-            dz = None if kept is None else kept[: len(x)]
+            dz = None if kept is None else kept[: x.shape[0]]
             for part in _parts(rows.start, rows.stop, chunking.chunk):
                 inside, z = _moved(part, -rows.start), logits[: part.stop - part.start]
                 if kept is None and self.wants_gradient:
@@ -212,13 +212,17 @@ class _Solver:
             if self.job.gradient_filter > 0 and ops.filter_saves(self.hidden, self.weight):
                 thresholds, left_out = self.ops.row_thresholds(dz, self.job.gradient_filter)
                 self.left_out.append(left_out)
-            self.d_hidden[at] = self.ops.head_backward(dz, self.weight, thresholds)
+            d_hidden = self.ops.head_backward(dz, self.weight, thresholds)
+            if isinstance(at, slice) and d_hidden.shape == self.d_hidden.shape:
+                self.d_hidden = d_hidden
+            else:
+                self.d_hidden[at] = d_hidden
         if self.d_weight is not None and self.chunking.rounds_sum:
             head_grad_rounded_(self.d_weight, dz, x, adds)
         elif self.d_weight is not None:
             self.ops.head_grad_(self.d_weight, dz, x)
         if self.d_bias is not None:
-            self.ops.head_grad_(self.d_bias.unsqueeze(1), dz, x.new_ones(len(x), 1))
+            self.ops.head_grad_(self.d_bias.unsqueeze(1), dz, x.new_ones(x.shape[0], 1))
 
 
 def _forward_beside(forward: HeadForward, x: Tensor, weight: Tensor, logits: Tensor) -> HeadForward:

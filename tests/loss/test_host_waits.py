@@ -48,3 +48,28 @@ def test_a_loss_waits_once_and_never_if_it_is_told_its_rows(kind, ignored, reduc
     told, same = run(rows=rows)
     assert told == []
     assert all(map(torch.equal, values, same))
+
+
+# What a call launches, forward and backward: told its rows and not; half of it costs more to launch than to run.
+MOST_LAUNCHES = {
+    ("text", 0): (24, 30),
+    ("top-k", 0): (24, 43),
+    ("dense", 0): (25, 31),
+    ("top-k", 8): (33, 54),
+    ("mixed", 8): (43, 72),
+}
+
+
+@pytest.mark.parametrize("kind, ignored", MOST_LAUNCHES)
+def test_a_small_call_is_few_launches(kind, ignored, monkeypatch):
+    g = torch.Generator().manual_seed(1)
+    hidden = torch.randn(T, H, generator=g).requires_grad_()
+    weight = torch.randn(V, H, generator=g).requires_grad_()
+    labels = torch.randint(V, (T,), generator=g)
+    labels[T - ignored :] = -100
+    for known, most in zip(
+        ({"rows": torch.nonzero(labels >= 0).squeeze(1)}, {}), MOST_LAUNCHES[kind, ignored], strict=True
+    ):
+        with host_waits(monkeypatch) as calls:
+            DistillLoss()(hidden, weight, labels, signals(kind), ce_weight=0.3, **known).loss.backward()
+        assert calls.launches <= most
