@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 WAITING = {"_local_scalar_dense", "nonzero", "bincount", "equal", "unique", "_unique2", "masked_select", "is_nonzero"}
 
+NOT_LAUNCHED = {"detach", "empty", "empty_like", "empty_strided", "new_empty"}
+
 
 class HostWaits(TorchDispatchMode):
     """Counts waits by name; `tolist` reads memory without the dispatcher, so it is counted by itself."""
@@ -26,7 +28,7 @@ class HostWaits(TorchDispatchMode):
         )
         if name in WAITING or is_mask:
             self.found.append(name)
-        self.launches += not func.is_view and name not in ("empty", "detach", "empty_strided")
+        self.launches += not func.is_view and name not in NOT_LAUNCHED
         return func(*args, **(kwargs or {}))
 
 
