@@ -19,7 +19,7 @@ static inline int64_t ceil_to(int64_t n, int64_t unit) { return (n + unit - 1) /
 
 // How much of k is packed at a time. Sums that are fresh restart there, so that it decides about their last bits.
 static inline int64_t k_block(const Gemm& g) {
-  if (g.b.k_stride != 1) return 1024;
+  if (g.b.k_stride != 1) return g.sums == Sums::resumed ? 1024 : 512;
   return g.k <= 4096 ? ceil_to(g.k, kDepth) : 2048;
 }
 
