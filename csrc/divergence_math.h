@@ -2,8 +2,8 @@
 //
 // Whoever includes it brings `Lanes`, one or more floats that operators work on (a GCC vector on a CPU, float on a GPU;
 // `c ? a : b` chooses lane by lane), `LaneInts` of the same width, and splat, fmadd, as_ints, as_lanes, to_lanes,
-// larger, smaller and times_power as cpu/lanes.h describes them. A GPU brings its own exp_negative too, and defines
-// RBFAST_OWN_EXP_NEGATIVE.
+// larger, smaller and times_power as cpu/lanes.h describes them. A GPU has its own terms of a divergence
+// (cuda/divergence.cuh) and takes tanh from here.
 //
 // exp, log1p and tanh are good to about one unit in the last place, with the small differences kept apart: what a
 // divergence between two close distributions is made of. A NaN goes through: every clamp is written so that a
@@ -43,13 +43,11 @@ RBFAST_INLINE ExpParts exp_parts(Lanes x) {
   return {r, p * (r * r), n};
 }
 
-#ifndef RBFAST_OWN_EXP_NEGATIVE
 // exp(x) for x <= 0.
 RBFAST_INLINE Lanes exp_negative(Lanes x) {
   const ExpParts e = exp_parts(larger(x, splat(-120.0f)));
   return times_power(e.r + e.square + 1.0f, e.n);
 }
-#endif
 
 // For x <= 0: all = exp(x), change = exp(x) - 1, rest = exp(x) - 1 - x >= 0.
 struct ExpChange {

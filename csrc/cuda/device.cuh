@@ -3,6 +3,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
@@ -134,6 +135,25 @@ struct Shape {
   size_t shared = 0;
 };
 
+// The same as CUDA wants it. It points into itself.
+struct Configuration {
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute cluster{};
+
+  Configuration(const Shape& shape, cudaStream_t stream) {
+    config.gridDim = dim3(static_cast<unsigned>(shape.x), static_cast<unsigned>(shape.y));
+    config.blockDim = dim3(shape.threads);
+    config.dynamicSmemBytes = shape.shared;
+    config.stream = stream;
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = shape.cluster;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.attrs = &cluster;
+    config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  }
+  Configuration(const Configuration&) = delete;
+};
+
 // A tensor of an op and what its messages call it; no tensor where an optional one is not given.
 struct Argument {
   const char* name;
@@ -178,23 +198,37 @@ class Device {
     return value;
   }
 
+  int index() const { return index_; }
+
+  // Lets a kernel have as much shared memory as there is; always the same, for another thread may be about to launch it.
+  template <typename... Expected>
+  void allow_shared_memory(void (*kernel)(Expected...)) const {
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)),
+          "cudaFuncSetAttribute");
+  }
+
+  // How many clusters of a launch, or blocks where a cluster is one, the device holds at once.
+  template <typename... Expected>
+  int clusters_that_fit(const Shape& shape, void (*kernel)(Expected...)) const {
+    int count = 0;
+    if (shape.cluster == 1) {
+      check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, shape.threads, shape.shared),
+            "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+      return count * attribute(cudaDevAttrMultiProcessorCount);
+    }
+    Configuration configuration(shape, stream_);
+    check(cudaOccupancyMaxActiveClusters(&count, kernel, &configuration.config), "cudaOccupancyMaxActiveClusters");
+    return count;
+  }
+
   template <typename... Expected, typename... Given>
   void launch(const Shape& shape, void (*kernel)(Expected...), Given&&... arguments) const {
     if (shape.x == 0 || shape.y == 0) return;
     expect(shape.x <= INT32_MAX && shape.y <= 65535, "CUDA: too large for one launch: ", shape.x, " x ", shape.y,
            " blocks; split the rows between calls");
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(shape.x), static_cast<unsigned>(shape.y));
-    config.blockDim = dim3(shape.threads);
-    config.dynamicSmemBytes = shape.shared;
-    config.stream = stream_;
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = shape.cluster;
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    config.attrs = &cluster;
-    config.numAttrs = shape.cluster > 1 ? 1 : 0;
-    check(cudaLaunchKernelEx(&config, kernel, static_cast<Expected>(arguments)...), "launching a kernel");
+    Configuration configuration(shape, stream_);
+    check(cudaLaunchKernelEx(&configuration.config, kernel, static_cast<Expected>(arguments)...), "launching a kernel");
   }
 
  private:

@@ -1,10 +1,16 @@
-// One CUDA thread as the `Lanes` of divergence_math.h, and the GPU's own exp.
+// One CUDA thread as the `Lanes` of divergence_math.h, and the powers and logarithms of the special function unit.
 #pragma once
 
+#include <string.h>
+
+#include "cuda/device.cuh"
+
 #define RBFAST_INLINE static __device__ __forceinline__
-#define RBFAST_OWN_EXP_NEGATIVE
 
 namespace rbfast {
+
+constexpr float kLog2e = 1.44269504f;
+constexpr double kLn2 = 0.6931471805599453;
 
 typedef float Lanes;
 typedef int LaneInts;
@@ -20,25 +26,60 @@ RBFAST_INLINE float times_power(float v, float n) {
   return n < -126.0f ? 0.0f : v * __int_as_float((static_cast<int>(n) + 127) << 23);
 }
 
-// 2^x by the special function unit, within 2^-22 of itself; 0 below the smallest normal number.
+// 2^x within 2^-22 of itself; 0 below the smallest normal number.
 RBFAST_INLINE float exp2_fast(float x) {
 #ifdef __CUDA_ARCH__
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #else
-  return exp2f(x);
+  return x < -126.0f ? 0.0f : exp2f(x);
 #endif
 }
 
-// exp(x) for x <= 0; 0 below -87. What rounding x * log2(e) loses is put back to first order.
-RBFAST_INLINE float exp_negative(float x) {
-  constexpr float kLog2e = 1.44269502f, kLog2eRest = 1.92596303e-8f, kLn2 = 0.693147181f;
-  const float bounded = x < -127.0f ? -127.0f : x;
-  const float scaled = bounded * kLog2e;
-  const float lost = fmaf(bounded, kLog2eRest, fmaf(bounded, kLog2e, -scaled));
-  const float value = exp2_fast(scaled);
-  return fmaf(value, lost * kLn2, value);
+// log2(x) within 2^-22, or within 2^-22 of itself where that is more.
+RBFAST_INLINE float log2_fast(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return log2f(x);
+#endif
+}
+
+// a / b within two units in the last place; for 2^-126 < |b| < 2^126.
+RBFAST_INLINE float divide_fast(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fdividef(a, b);
+#else
+  return a / b;
+#endif
+}
+
+// The larger of two, and NaN if one of them is.
+RBFAST_INLINE float max_nan(float a, float b) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+#else
+  return a > b || a != a ? a : b;
+#endif
+}
+
+// Two values rounded to bf16, the first in the low half.
+RBFAST_INLINE unsigned pack_bf16(float low, float high) {
+#ifdef __CUDA_ARCH__
+  unsigned packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+#else
+  const __nv_bfloat16 pair[2] = {__float2bfloat16_rn(low), __float2bfloat16_rn(high)};
+  unsigned packed;
+  memcpy(&packed, pair, sizeof(packed));
+  return packed;
+#endif
 }
 
 }  // namespace rbfast

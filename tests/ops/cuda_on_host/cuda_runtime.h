@@ -22,6 +22,7 @@
 #include <memory>
 #include <random>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #define CUDA CPU  // the dispatch key: after the headers of torch, which have a word of that name
@@ -77,7 +78,7 @@ struct Fiber {
   unsigned thread;
   int block;
   const Barrier* waits_for;
-  uint64_t generation;
+  uint64_t generation, cluster_generation;  // of the barrier it waits for; of its cluster's when it arrived there
   bool is_started, is_done;
   std::vector<Copy> copies;
 };
@@ -101,16 +102,22 @@ inline Fiber& current() { return *machine.current; }
 inline Block& block_of(const Fiber& fiber) { return machine.blocks[fiber.block]; }
 inline Warp& warp_of(const Fiber& fiber) { return block_of(fiber).warps[fiber.thread / 32]; }
 
-inline void wait(Barrier& barrier) {
-  if (++barrier.arrived == barrier.expected) {
-    barrier.arrived = 0;
-    ++barrier.generation;
-    return;
-  }
+inline void arrive(Barrier& barrier) {
+  current().generation = barrier.generation;
+  if (++barrier.arrived < barrier.expected) return;
+  barrier.arrived = 0;
+  ++barrier.generation;
+}
+inline void wait_for(Barrier& barrier, uint64_t generation) {
   Fiber& fiber = current();
+  if (barrier.generation != generation) return;
   fiber.waits_for = &barrier;
-  fiber.generation = barrier.generation;
+  fiber.generation = generation;
   if (_setjmp(fiber.state) == 0) _longjmp(machine.scheduler, 1);
+}
+inline void wait(Barrier& barrier) {
+  arrive(barrier);
+  wait_for(barrier, current().generation);
 }
 
 inline void start_fiber() {
@@ -223,6 +230,17 @@ template <typename T>
 T __shfl_xor_sync(unsigned, T value, int step) {
   return on_host::exchange(value, threadIdx.x % 32 ^ step);
 }
+inline unsigned atomicOr(unsigned* p, unsigned bits) { return std::exchange(*p, *p | bits); }
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
+  const bool is_aligned = (reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes == 0;
+  if (!is_aligned || (bytes != 4 && bytes != 8 && bytes != 16)) throw std::runtime_error("a copy that a GPU cannot make");
+  on_host::current().copies.push_back({to, from, static_cast<int>(bytes)});
+}
+inline void __pipeline_commit() {}
+inline void __pipeline_wait_prior(size_t) {  // for all of them
+  for (const on_host::Copy& copy : on_host::current().copies) memcpy(copy.to, copy.from, copy.bytes);
+  on_host::current().copies.clear();
+}
 inline float __int_as_float(int bits) {
   float value;
   memcpy(&value, &bits, 4);
@@ -239,7 +257,11 @@ using std::isnan;
 
 namespace cooperative_groups {
 struct Cluster {
-  static void sync() { on_host::wait(on_host::machine.cluster); }
+  static void barrier_arrive() {
+    on_host::arrive(on_host::machine.cluster);
+    on_host::current().cluster_generation = on_host::current().generation;
+  }
+  static void barrier_wait() { on_host::wait_for(on_host::machine.cluster, on_host::current().cluster_generation); }
   static int block_rank() { return on_host::current().block; }
   static int num_blocks() { return static_cast<int>(on_host::machine.blocks.size()); }
   template <typename T>
@@ -316,6 +338,15 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const v
 }
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
   return bytes <= on_host::most_shared() ? cudaSuccess : cudaErrorInvalidValue;
+}
+// So few that some teams have several rows, and not all as many.
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
+  return *blocks = 1, cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t*) {
+  return *clusters = 2, cudaSuccess;
 }
 template <typename... Expected, typename... Given>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected...), Given... arguments) {

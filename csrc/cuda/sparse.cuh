@@ -1,0 +1,111 @@
+// The main kernels of text and of a top-k teacher, between prepare_rows and finish_rows of support.cuh.
+#pragma once
+
+#include "cuda/support.cuh"
+
+namespace rbfast {
+namespace {
+
+template <bool kHasHead>
+__device__ inline Vector tail_gradient(const Vector& z, const TailScale& tail, float scale, const Head& head) {
+  Vector gradient;
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) {
+    float g = power(z.value[j], scale, tail.shift) * tail.at_tau;
+    if (tail.at_one != 0) g = fmaf(power(z.value[j], kLog2e, tail.shift_one), tail.at_one, g);
+    gradient.value[j] = kHasHead ? head.finish(g, z.value[j]) : g;
+  }
+  return gradient;
+}
+
+// A team holds the whole row in its registers; it stays for as many rows as there are. kGeneral: with a head, or with
+// reverse KL or JS, which need more registers.
+template <int kBlocks, int kThreads, int kVectors, int kResident, bool kGeneral>
+__global__ void __launch_bounds__(kThreads, kGeneral && kResident > 2 ? 2 : kResident)
+    sparse_rows(const Job job, const Series series, const Scratch scratch) {
+  if constexpr (is_possible<kBlocks>()) {
+    using T = Team<kBlocks, kThreads>;
+    RBFAST_SHARED_MEMORY(memory);
+    auto& exchange = *reinterpret_cast<Exchange<Sums, T::kAllWarps>*>(memory);
+    const T team;
+    const Head head(job);
+    const int V = static_cast<int>(job.vocabulary);
+    team.meet();  // every member has begun
+    int turn = 0;
+    for (int64_t row = team.first_row(); row < job.rows; row += team.teams(), turn ^= 1) {
+      Vector z[kVectors];
+      read_tile<T::kStep>(z, job.logits + row * job.logits_stride, team.first(), V);
+      const RowInfo& info = scratch.rows[row];
+      const float scale = info.scale();
+      const bool needs_one = info.inv_tau != 1;
+      if (kGeneral) apply_head<T::kStep>(z, head, team.first(), V);
+      Sums mine[1];
+      add_tile(mine[0], z, scale, needs_one);
+      exchange.give(team, warp_sums(mine, scale, needs_one), turn);
+      team.meet();  // and every logit of the row is read: dz may lie over them
+      const Sums sums = exchange.total(scale, needs_one, turn, [](const Sums& given) { return given; });
+      if (team.is_leader()) scratch.sums[row] = sums;
+      if (job.dz == nullptr) continue;
+      const TailScale tail = tail_scale<kGeneral>(job, series, info, scratch.entries + row * job.k, sums, scale);
+      const Output output(job, row);
+      if (tail.at_one == 0)
+        output.put_tile<kVectors, T::kStep>(team.first(), [&](int, int i) {
+          return tail_gradient<kGeneral>(z[i], {tail.shift, tail.at_tau, 0, 0}, scale, head);
+        });
+      else
+        output.put_tile<kVectors, T::kStep>(
+            team.first(), [&](int, int i) { return tail_gradient<kGeneral>(z[i], tail, scale, head); });
+    }
+  }
+}
+
+constexpr int kStreamThreads = 512, kStreamVectors = 4;
+
+// Rows that no team can hold: read again in the second pass. The team is as large as it can be, so that few rows are
+// under way at once and the second pass finds what it can in the level-2 cache. dz may lie over the logits: in fp32 each
+// thread writes where it has just read; in bf16 (in_step) element v covers logit v / 2, so the team meets between
+// reading a tile and writing its gradients, which cover columns of this tile and of those before it.
+template <int kBlocks>
+__global__ void __launch_bounds__(kStreamThreads, 1)
+    sparse_streamed(const Job job, const Series series, const Scratch scratch, const bool in_step) {
+  if constexpr (is_possible<kBlocks>()) {
+    using T = Team<kBlocks, kStreamThreads>;
+    constexpr int kTile = T::kStep * kStreamVectors;
+    RBFAST_SHARED_MEMORY(memory);
+    auto& exchange = *reinterpret_cast<Exchange<Sums, T::kAllWarps>*>(memory);
+    const T team;
+    const Head head(job);
+    const int V = static_cast<int>(job.vocabulary);
+    const int64_t row = team.first_row();
+    const float* logits = job.logits + row * job.logits_stride;
+    const RowInfo info = scratch.rows[row];
+    const float scale = info.scale();
+    const bool needs_one = info.inv_tau != 1, is_plain = head.is_plain();
+    team.meet();  // every member has begun
+    Vector z[kStreamVectors];
+    Sums mine[1];
+    for (int first = team.first(); first < V; first += kTile) {
+      read_tile<T::kStep>(z, logits, first, V);
+      if (!is_plain) apply_head<T::kStep>(z, head, first, V);
+      add_tile(mine[0], z, scale, needs_one);
+    }
+    exchange.give(team, warp_sums(mine, scale, needs_one), 0);
+    team.meet();
+    const Sums sums = exchange.total(scale, needs_one, 0, [](const Sums& given) { return given; });
+    if (team.is_leader()) scratch.sums[row] = sums;
+    if (job.dz == nullptr) return;
+    const TailScale tail = tail_scale<true>(job, series, info, scratch.entries + row * job.k, sums, scale);
+    const Output output(job, row);
+    for (int start = 0; start < V; start += kTile) {
+      const int first = start + team.first();
+      read_tile<T::kStep>(z, logits, first, V);
+      if (in_step) team.meet();
+      if (!is_plain) apply_head<T::kStep>(z, head, first, V);
+      output.put_tile<kStreamVectors, T::kStep>(
+          first, [&](int, int i) { return tail_gradient<true>(z[i], tail, scale, head); });
+    }
+  }
+}
+
+}  // namespace
+}  // namespace rbfast

@@ -1,0 +1,246 @@
+// Rows of text and of a top-k teacher: what is known before the main kernel reads a row (prepare_rows), what its sums
+// mean for the gradient of the tail, and what follows from them (finish_rows): losses, and the support's own gradient.
+//
+// The support's logits are taken out of the row: holes are written over them, so that the main kernel's sums are those
+// of the tail. What then lies between these sums and the gradient is a handful of operations in fp32; logarithms and
+// all that a loss needs are left to finish_rows, in fp64.
+#pragma once
+
+#include "cuda/divergence.cuh"
+#include "cuda/row.cuh"
+
+namespace rbfast {
+namespace {
+
+constexpr int kPrepareThreads = 128;
+
+// f(i) over count entries, a lane at a time, summed.
+template <typename F>
+__device__ double sum_over(int count, const F& f) {
+  double sum = 0;
+  for (int i = threadIdx.x % kWarp; i < count; i += kWarp) sum += f(i);
+  return warp_sum(sum);
+}
+
+// The teacher's mass on its ids, which rounding may take over 1; then it is scaled back to 1.
+struct Mass {
+  double total, excess;  // excess: of each log-prob
+
+  __device__ Mass(const float* logprobs, const int64_t* ids, int k)
+      : total(sum_over(k, [&](int i) { return ids[i] == -1 ? 0 : exp(static_cast<double>(logprobs[i])); })),
+        excess(total > 1 ? log(total) : 0) {}
+  __device__ double tail() const { return total > 1 ? 0 : 1 - total; }
+};
+
+// One warp for a row. An id or a label outside the vocabulary has the logit NaN.
+__global__ void __launch_bounds__(kPrepareThreads) prepare_rows(const Job job, const Scratch scratch) {
+  const int64_t row = (int64_t{blockIdx.x} * kPrepareThreads + threadIdx.x) / kWarp;
+  if (row >= job.rows) return;
+  const Head head(job);
+  const int lane = threadIdx.x % kWarp, k = job.ids == nullptr ? 0 : static_cast<int>(job.k);
+  float* logits = job.logits + row * job.logits_stride;
+  const bool has_teacher = job.ids != nullptr || job.teacher != nullptr;
+  const float tau = has_teacher ? job.temperature[row] : 1;
+  const int64_t label = job.labels[row];
+  const bool is_there = label >= 0 && label < job.vocabulary;
+
+  RowInfo info{};
+  info.inv_tau = 1 / tau;
+  info.pull = has_teacher ? job.weight[row] * tau : 0;
+  info.ce_weight = job.ce_weight[row];
+  info.label = is_there ? static_cast<int>(label) : -1;
+  info.z_label = is_there ? head.logit(logits[label], info.label) : NAN;
+  info.support_max = kNone;
+  if (k > 0) {
+    const int64_t* ids = job.ids + row * k;
+    const float* logprobs = job.logprobs + row * k;
+    Entry* entries = scratch.entries + row * k;
+    const float scale = info.scale();
+    const Mass mass(logprobs, ids, k);
+    float top = kNone;
+    for (int i = lane; i < k; i += kWarp) {
+      const int64_t id = ids[i];
+      const bool is_used = id >= 0 && id < job.vocabulary;
+      const float z = is_used ? head.logit(logits[id], static_cast<int>(id)) : id == -1 ? -INFINITY : NAN;
+      const float log_p = static_cast<float>((logprobs[i] - mass.excess) * scale);
+      entries[i] = {z, id == -1 ? -INFINITY : log_p};
+      top = fmaxf(top, z);
+    }
+    __syncwarp();  // all logits are read, the label's too
+    for (int i = lane; i < k; i += kWarp)
+      if (ids[i] >= 0 && ids[i] < job.vocabulary) logits[ids[i]] = head.hole();
+    top = warp_max(top);
+    const auto sum = [&](float scale) {
+      const float shift = shift_of(top, scale);
+      return static_cast<float>(sum_over(k, [&](int i) { return power(entries[i].z, scale, shift); }));
+    };
+    info.support_max = top;
+    info.support_tau = sum(scale);
+    info.support_one = info.inv_tau == 1 ? info.support_tau : sum(kLog2e);
+    info.p_support = static_cast<float>(sum_over(k, [&](int i) { return exp2_fast(entries[i].log_p); }));
+    info.p_tail = static_cast<float>(mass.tail());
+  } else if (job.ids != nullptr) {
+    info.p_tail = 1;
+  }
+  if (lane == 0) scratch.rows[row] = info;
+}
+
+// ---- between a row's sums and its gradient ----
+
+// dz of the tail: at_tau * power(z, scale, shift) + at_one * power(z, log2(e), shift_one). At tau = 1 at_one is 0.
+struct TailScale {
+  float shift, at_tau, shift_one, at_one;
+};
+
+// The gradient of D in the tail's own logit, over its q: reverse KL and JS, by a whole warp. log_q and log_p are the
+// tail's, in base 2; support_shift brings an entry's z * scale to its log_q, log_norm its log_p to a probability's.
+template <Kind kKind>
+__device__ inline float tail_score(const Series& series, const Entry* entries, int k, float scale, float support_shift,
+                                   float log_norm, float log_q, float log_p) {
+  float mean = 0;
+#pragma unroll 1
+  for (int i = threadIdx.x % kWarp; i < k; i += kWarp) {
+    const Entry entry = entries[i];
+    mean += score_of<kKind>(fmaf(entry.z, scale, -support_shift), entry.log_p - log_norm, series).weighted;
+  }
+  const Score tail = score_of<kKind>(log_q, log_p, series);
+  return series.rest_of_beta * (tail.score - (warp_add(mean) + tail.weighted));
+}
+
+// From the sums of the tail. All lanes of a warp call it, with the same arguments. Without kGeneral, beta is 0.
+template <bool kGeneral>
+__device__ inline TailScale tail_scale(const Job& job, const Series& series, const RowInfo& info, const Entry* entries,
+                                       const Sums& tail, float scale) {
+  if (tail.at_one == 0) return {};  // there is none
+  const bool is_plain = info.inv_tau == 1;
+  const float shift = shift_of(tail.max, scale), shift_one = is_plain ? shift : shift_of(tail.max, kLog2e);
+  const float top = fmaxf(tail.max, info.support_max);
+  const float own = tail.at_tau * lowered(tail.max, top, scale);
+  const float all = own + info.support_tau * lowered(info.support_max, top, scale);
+  float pull = 0;
+  if (job.ids != nullptr) {
+    // The teacher's tail has the student's shape, which matters at other temperatures than 1.
+    float p = info.p_tail;
+    if (!is_plain)
+      p = exp2f(info.inv_tau * (log2f(p) - log2f(tail.at_one)) + fmaf(-info.inv_tau, shift_one, shift)) * tail.at_tau;
+    const float q = own / all, norm = p + info.p_support;
+    if (!kGeneral || job.beta == 0) {
+      pull = q - p / norm;
+    } else {
+      const float log_all = log2f(all) + shift_of(top, scale), log_norm = log2f(norm);
+      const float log_q = log2f(tail.at_tau) + shift - log_all, log_p = log2f(p) - log_norm;
+      const int k = static_cast<int>(job.k);
+      pull = job.beta == 1
+                 ? q * tail_score<Kind::reverse>(series, entries, k, scale, log_all, log_norm, log_q, log_p)
+                 : q * tail_score<Kind::js>(series, entries, k, scale, log_all, log_norm, log_q, log_p);
+    }
+    pull *= info.pull;
+  }
+  const float others = info.support_one == 0 ? 0
+                                             : info.support_one * exp2_fast(shift_of(info.support_max, kLog2e) - shift_one);
+  const float at_one = info.ce_weight / (tail.at_one + others), at_tau = pull / tail.at_tau;
+  if (is_plain) return {shift, at_tau + at_one, 0, 0};
+  return {shift, at_tau, shift_one, at_one};
+}
+
+// ---- after the main kernel ----
+
+// Brings the teacher's log-probs at temperature 1 to the row's, with the tail as the last bucket.
+__device__ inline void teacher_buckets(const float* logprobs, const int64_t* ids, double inv_tau, double log_shape,
+                                       bool has_tail, Bucket* buckets, int k) {
+  const int lane = threadIdx.x % kWarp;
+  const Mass mass(logprobs, ids, k);
+  const bool is_plain = inv_tau == 1 && has_tail;
+  if (lane == 0)
+    buckets[k].log_p = has_tail ? log1p(-(mass.total > 1 ? 1 : mass.total)) * inv_tau + log_shape : -INFINITY;
+  for (int i = lane; i < k; i += kWarp)
+    buckets[i].log_p = ids[i] == -1 ? -INFINITY : (logprobs[i] - mass.excess) * inv_tau;
+  __syncwarp();
+  if (is_plain) return;
+  double top = -INFINITY;
+  for (int i = lane; i <= k; i += kWarp) top = buckets[i].log_p > top ? buckets[i].log_p : top;
+  top = warp_max(top);
+  const double sum = sum_over(k + 1, [&](int i) { return exp(buckets[i].log_p - top); });
+  for (int i = lane; i <= k; i += kWarp) buckets[i].log_p -= top + log(sum);
+  __syncwarp();
+}
+
+// D over the buckets, whose gradients it leaves in them.
+__device__ inline double bucket_divergence(double beta, Bucket* buckets, int count) {
+  double mean = 0;
+  const double value = sum_over(count, [&](int i) {
+    const BucketTerm term = bucket_term(buckets[i].log_p, buckets[i].log_q, beta);
+    buckets[i].gradient = term.score;
+    mean += term.q * term.score;
+    return term.divergence;
+  });
+  mean = warp_sum(mean);
+  if (beta > 0)
+    for (int i = threadIdx.x % kWarp; i < count; i += kWarp)
+      buckets[i].gradient = score_gradient(buckets[i].log_q, buckets[i].gradient, mean, beta);
+  __syncwarp();
+  return value < 0 ? 0 : value;
+}
+
+// log of a sum of powers of 2 that lies below `max`, as the kernels computed them.
+__device__ inline double log_sum(float max, float sum, float scale) {
+  return log(static_cast<double>(sum)) + shift_of(max, scale) * kLn2;
+}
+__device__ inline double log_add(double a, double b) {
+  const double top = a > b || isnan(b) ? a : b;
+  return isinf(top) ? a + b : top + log(exp(a - top) + exp(b - top));
+}
+
+// The losses of a row and its gradient at the support and at the label, by one block of one warp.
+__global__ void __launch_bounds__(kWarp) finish_rows(const Job job, const Scratch scratch, float* divergence, float* ce) {
+  RBFAST_SHARED_MEMORY(memory);
+  Bucket* buckets = reinterpret_cast<Bucket*>(memory);
+  const int64_t row = blockIdx.x;
+  const int lane = threadIdx.x, k = job.ids == nullptr ? 0 : static_cast<int>(job.k);
+  const RowInfo info = scratch.rows[row];
+  const Sums tail = scratch.sums[row];
+  const Entry* entries = scratch.entries + row * k;
+  const int64_t* ids = job.ids + row * k;
+  const Head head(job);
+  const float scale = info.scale();
+  const double at_tau = static_cast<double>(scale) * kLn2, at_one = static_cast<double>(kLog2e) * kLn2;
+  const bool has_tail = tail.at_one > 0 || isnan(tail.at_one);
+  const double tail_tau = has_tail ? log_sum(tail.max, tail.at_tau, scale) : -INFINITY;
+  const double tail_one = has_tail ? log_sum(tail.max, tail.at_one, kLog2e) : -INFINITY;
+  const double log_tau = log_add(tail_tau, log_sum(info.support_max, info.support_tau, scale));
+  const double log_one = log_add(tail_one, log_sum(info.support_max, info.support_one, kLog2e));
+
+  double value = 0, tail_pull = 0;
+  if (job.ids != nullptr) {
+    for (int i = lane; i < k; i += kWarp) buckets[i].log_q = entries[i].z * at_tau - log_tau;
+    if (lane == 0) buckets[k].log_q = tail_tau - log_tau;
+    __syncwarp();
+    const bool is_plain = info.inv_tau == 1;
+    teacher_buckets(job.logprobs + row * k, ids, info.inv_tau, is_plain ? 0 : tail_tau - tail_one * info.inv_tau,
+                    has_tail, buckets, k);
+    value = bucket_divergence(job.beta, buckets, k + 1);
+    tail_pull = buckets[k].gradient;
+  }
+  if (lane == 0) {
+    divergence[row] = static_cast<float>(value);
+    ce[row] = static_cast<float>(log_one - info.z_label * at_one);
+  }
+  const Output output(job, row);
+  if (output.dz == nullptr) return;
+  const auto put = [&](int v, double z, double pull) {
+    const double one = exp(z * at_one - log_one) - (v == info.label ? 1 : 0);
+    output.put_one(head.finish(static_cast<float>(info.pull * pull + info.ce_weight * one), static_cast<float>(z)), v);
+  };
+  int is_in_support = 0;
+  for (int i = lane; i < k; i += kWarp) {
+    if (ids[i] < 0 || ids[i] >= job.vocabulary) continue;
+    if (ids[i] == info.label) is_in_support = 1;
+    put(static_cast<int>(ids[i]), entries[i].z, buckets[i].gradient);
+  }
+  is_in_support = warp_max(is_in_support);
+  if (lane == 0 && info.label >= 0 && !is_in_support)
+    put(info.label, info.z_label, has_tail ? tail_pull * exp(info.z_label * at_tau - tail_tau) : 0);
+}
+
+}  // namespace
+}  // namespace rbfast
