@@ -22,7 +22,9 @@
 namespace rbfast {
 namespace {
 
-constexpr int kBlocks = 2;  // of `sweep` on a multiprocessor, where its shared memory holds two tiles for each
+// Blocks of `sweep` on a multiprocessor, as registers allow; one if its shared memory does not hold two tiles for each.
+template <typename T, int kN>
+constexpr int kBlocks = kPieces<T> == 2 && kN == 4 ? 1 : 2;
 constexpr int kLeaves16 = 2, kLeaves32 = 1;  // 16 features each, of a warp; of 16-bit and of 32-bit values
 
 // ---- both products of a matrix ----
@@ -114,7 +116,7 @@ constexpr int kHiddenPairs = kTokens / kLeaf * kN * kPartners<T> * kWarp;
 template <typename T, int kN>
 constexpr int kStageBytes = Tile<T>::kBytes + kHiddenPairs<T, kN> * sizeof(Pair);
 template <int kN, bool kDot>
-constexpr int kScratchBytes = kDot ? kWarps * kTokens / kLeaf * kN * kWarp * sizeof(Floats) : 0;
+constexpr int kScratchBytes = kDot ? 2 * kWarps * kTokens / kLeaf * kN * kWarp * sizeof(Floats) : 0;
 
 // Starts to copy a unit's tile of x. A thread copies the same features of every 8th row, so `at` is the same for all.
 template <typename T>
@@ -160,7 +162,7 @@ __device__ inline void wait_for_stage(int stages) {
 }
 
 template <typename T, int kN, bool kDot>
-__global__ void __launch_bounds__(kThreads, kBlocks) sweep(const Sweep<T> s) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T, kN>) sweep(const Sweep<T> s) {
   using Tile = Tile<T>;
   constexpr int kLeaves = Tile::kLeaves, kParts = kTokens / kLeaf, kPartner = kPartners<T>;
   constexpr int kStage = kStageBytes<T, kN>;
@@ -183,6 +185,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks) sweep(const Sweep<T> s) {
       Floats* to = s.shares.parts + ((blockIdx.x + strip) * int64_t{Tile::kStrip} + leaf) * kN * kWarp + lane;
 #pragma unroll
       for (int j = 0; j < kN; ++j) write_floats(to + j * kWarp, outer[f][j]);
+    }
+  };
+  // Adds up what the warps left of dH for a unit, in the half of scratch that belongs to it.
+  const auto store_dot = [&](Unit of, int half) {
+    constexpr int kCount = kParts * kN * kWarp;
+    const Floats* from = reinterpret_cast<const Floats*>(scratch) + half * kWarps * kCount;
+    Floats* to = s.dots.parts + (static_cast<int64_t>(of.strip) * tiles + of.tile) * kCount;
+    for (int l = threadIdx.x; l < kCount; l += kThreads) {
+      Floats sum = from[l];
+#pragma unroll
+      for (int w = 1; w < kWarps; ++w) sum = sum + from[w * kCount + l];
+      write_floats(to + l, sum.value);
     }
   };
   const auto start_strip = [&](int next) {
@@ -214,12 +228,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks) sweep(const Sweep<T> s) {
     close_copies();
   }
   int now = 0, next = s.stages - 1;
+  Unit before{};
   for (int i = 0; i < count; ++i) {
     wait_for_stage(s.stages);
-    __syncthreads();  // the tile is there, and nobody reads the one before it any more
+    __syncthreads();  // the tile is there, so are the dots of the unit before, and nobody reads its tile any more
     if (i + s.stages - 1 < count) start_copies<T, kN>(s, ahead, memory + next * kStage);
     ahead.advance(tiles);
     close_copies();
+    if constexpr (kDot)
+      if (i > 0) store_dot(before, (i - 1) % 2);
     if (unit.strip != strip) {
       if (strip >= 0) store_outer();
       start_strip(unit.strip);
@@ -253,43 +270,36 @@ __global__ void __launch_bounds__(kThreads, kBlocks) sweep(const Sweep<T> s) {
         for (int j = 0; j < kN; ++j) multiply_pieces(outer[f][j], x, h[j]);
       }
       if constexpr (kDot) {
-        Floats* to = reinterpret_cast<Floats*>(scratch) + (warp * kParts + part) * kN * kWarp + lane;
+        Floats* to = reinterpret_cast<Floats*>(scratch) + ((i % 2 * kWarps + warp) * kParts + part) * kN * kWarp + lane;
 #pragma unroll
         for (int j = 0; j < kN; ++j) to[j * kWarp] = floats_of(dot[j]);
       }
     }
-    if constexpr (kDot) {
-      constexpr int kCount = kParts * kN * kWarp;
-      __syncthreads();
-      const Floats* from = reinterpret_cast<const Floats*>(scratch);
-      Floats* to = s.dots.parts + (static_cast<int64_t>(unit.strip) * tiles + unit.tile) * kCount;
-      for (int l = threadIdx.x; l < kCount; l += kThreads) {
-        Floats sum = from[l];
-#pragma unroll
-        for (int w = 1; w < kWarps; ++w) sum = sum + from[w * kCount + l];
-        write_floats(to + l, sum.value);
-      }
-    }
+    before = unit;
     unit.advance(tiles);
     now = now + 1 < s.stages ? now + 1 : 0;
     next = next + 1 < s.stages ? next + 1 : 0;
   }
-  if (strip >= 0) store_outer();
+  store_outer();
+  if constexpr (kDot) {
+    __syncthreads();
+    store_dot(before, (count - 1) % 2);
+  }
 }
 
 // ---- sums of parts ----
 
-// The sum of parts[i * step] over [begin, end), which the warps share; complete in warp 0.
-__device__ Floats sum_of_parts(const Floats* parts, int64_t step, int64_t begin, int64_t end, Floats* scratch) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t each = (end - begin + kWarps - 1) / kWarps, from = begin + warp * each;
-  const int64_t to = from + each < end ? from + each : end;
+// The sum of parts[i * step] over [begin, end), which `team` warps share; complete in the first of a team.
+__device__ Floats sum_of_parts(const Floats* parts, int64_t step, int begin, int end, int team, Floats* scratch) {
+  const int lane = threadIdx.x % kWarp, member = threadIdx.x / kWarp % team;
+  const int each = (end - begin + team - 1) / team, from = begin + member * each;
+  const int to = from + each < end ? from + each : end;
   Floats sum{};
-#pragma unroll 4
-  for (int64_t i = from; i < to; ++i) sum = sum + read_floats(parts + i * step + lane);
+#pragma unroll 8
+  for (int i = from; i < to; ++i) sum = sum + read_floats(parts + i * step + lane);
   scratch[threadIdx.x] = sum;
   __syncthreads();
-  for (int w = 1; warp == 0 && w < kWarps; ++w) sum = sum + scratch[w * kWarp + lane];
+  for (int w = 1; member == 0 && w < team; ++w) sum = sum + scratch[threadIdx.x + w * kWarp];
   return sum;
 }
 
@@ -300,7 +310,7 @@ __global__ void __launch_bounds__(kThreads) sum_hidden(const Dots dots, int piec
   Floats* scratch = reinterpret_cast<Floats*>(memory);
   const int lane = threadIdx.x % kWarp, g = lane / 4, c = lane % 4;
   const Floats sum =
-      sum_of_parts(dots.parts + blockIdx.x * int64_t{kWarp}, gridDim.x * int64_t{kWarp}, 0, dots.strips, scratch);
+      sum_of_parts(dots.parts + blockIdx.x * int64_t{kWarp}, gridDim.x * int64_t{kWarp}, 0, dots.strips, kWarps, scratch);
   if (threadIdx.x >= kWarp) return;
   float* total = reinterpret_cast<float*>(scratch + kThreads);  // [16, kRow]
 #pragma unroll
@@ -314,34 +324,47 @@ __global__ void __launch_bounds__(kThreads) sum_hidden(const Dots dots, int piec
     if (p < pieces) to[(blockIdx.x * int64_t{pieces} + p) * kWarp + lane] = {{upper[p], lower[p]}};
 }
 
-// sum[v * feature + i * rank] = scale * the sum over the blocks that had v's strip.
+// sum[v * feature + i * rank] = scale * the sum over the blocks that had v's strip, which a team of warps adds up.
 struct Sum {
   Shares shares;
-  int64_t n, leaves, strip_leaves;
-  int k, rank_blocks;
+  int n, strip_leaves, k, rank_blocks;
   float scale;
   float* sum;
   int64_t feature, rank;
+  int team, blocks;
+
+  Sum(const Shares& shares, int64_t n, int strip_leaves, int k, int rank_blocks, float scale, float* sum, int64_t feature,
+      int64_t rank)
+      : shares(shares),
+        n(static_cast<int>(n)),
+        strip_leaves(strip_leaves),
+        k(k),
+        rank_blocks(rank_blocks),
+        scale(scale),
+        sum(sum),
+        feature(feature),
+        rank(rank),
+        team(shares.tiles / shares.share > 8 ? kWarps : 1),  // few parts are read at once by one warp
+        blocks(static_cast<int>(ceil_div(ceil_div(n, kLeaf) * rank_blocks, kWarps / team))) {}
 };
 
 __global__ void __launch_bounds__(kThreads) sum_parts(const Sum first, const Sum second) {
   RBFAST_SHARED_MEMORY(memory);
-  const int64_t of_first = first.leaves * first.rank_blocks;
-  const bool is_first = blockIdx.x < of_first;
+  const bool is_first = static_cast<int>(blockIdx.x) < first.blocks;
   const Sum s = is_first ? first : second;
-  const int64_t index = is_first ? blockIdx.x : blockIdx.x - of_first;
-  const int64_t leaf = index / s.rank_blocks, strip = leaf / s.strip_leaves, tiles = s.shares.tiles;
-  const int lane = threadIdx.x % kWarp, j = static_cast<int>(index % s.rank_blocks);
-  const int64_t begin = tiles > 0 ? strip * tiles / s.shares.share : 0;
-  const int64_t end = tiles > 0 ? ((strip + 1) * tiles - 1) / s.shares.share + 1 : 0;
-  const int64_t step = s.strip_leaves * s.rank_blocks * kWarp;  // from block to block
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int index = (blockIdx.x - (is_first ? 0 : first.blocks)) * (kWarps / s.team) + warp / s.team;
+  const int leaf = index / s.rank_blocks, j = index % s.rank_blocks, strip = leaf / s.strip_leaves;
+  const int tiles = static_cast<int>(s.shares.tiles), share = static_cast<int>(s.shares.share);
+  const bool is_inside = tiles > 0 && leaf * kLeaf < s.n;
+  const int begin = is_inside ? strip * tiles / share : 0, end = is_inside ? ((strip + 1) * tiles - 1) / share + 1 : 0;
+  const int64_t step = static_cast<int64_t>(s.strip_leaves) * s.rank_blocks * kWarp;  // from block to block
   const Floats* parts = s.shares.parts + strip * step + (leaf % s.strip_leaves * s.rank_blocks + j) * kWarp;
-  const Floats sum = sum_of_parts(parts, step, begin, end, reinterpret_cast<Floats*>(memory));
-  if (threadIdx.x >= kWarp) return;
+  const Floats sum = sum_of_parts(parts, step, begin, end, s.team, reinterpret_cast<Floats*>(memory));
+  if (warp % s.team > 0) return;
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
-    const int64_t v = leaf * kLeaf + lane / 4 + e / 2 * 8;
-    const int i = 8 * j + lane % 4 * 2 + e % 2;
+    const int v = leaf * kLeaf + lane / 4 + e / 2 * 8, i = 8 * j + lane % 4 * 2 + e % 2;
     if (v < s.n && i < s.k) s.sum[v * s.feature + i * s.rank] = s.scale * sum.value[e];
   }
 }
@@ -355,11 +378,17 @@ int64_t shared_room(const Device& device, int blocks) {
   return std::min(all, device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
 }
 
-// Blocks of a sweep on a multiprocessor. With one block, two tiles fit into what every GPU has.
+// Blocks of a sweep that a multiprocessor has room for, with two tiles each.
 template <typename T, int kN, bool kDot>
 int sweep_blocks(const Device& device) {
   constexpr int kLeast = 2 * kStageBytes<T, kN> + kScratchBytes<kN, kDot>;
-  return shared_room(device, kBlocks) >= kLeast ? kBlocks : 1;
+  return shared_room(device, kBlocks<T, kN>) >= kLeast ? kBlocks<T, kN> : 1;
+}
+
+// Ranks at a time: all that one block has room for.
+int most_ranks(const Device& device) {
+  constexpr int kNeeded = 2 * kStageBytes<float, 4> + kScratchBytes<4, true>;
+  return shared_room(device, 1) >= kNeeded ? kMostRanks : kMostRanks - 8;
 }
 
 // How the units of a matrix are shared.
@@ -434,9 +463,9 @@ void grad_of_ranks(const Device& device, RankBlocks<kN>, const Gradients& g, int
   device.launch({tiles * kTokens / kLeaf * kN, 1, kThreads, 1, kShared}, sum_hidden, parts, pieces, work.at<Pair>(d_hidden));
   launch_sweep<X, kN, false>(device, {x, of_x, 0, work.at<Pair>(d_hidden), b, parts});
   const int64_t all = g.A.size(0);
-  const Sum dB{of_y, y.n, ceil_div(y.n, kLeaf), Tile<Y>::kStrip, k, kN, g.scale, g.dB + first, all, 1};
-  const Sum dA{of_x, x.n, ceil_div(x.n, kLeaf), Tile<X>::kStrip, k, kN, g.scale, g.dA + first * x.n, 1, x.n};
-  device.launch({(dB.leaves + dA.leaves) * kN, 1, kThreads, 1, kThreads * sizeof(Floats)}, sum_parts, dB, dA);
+  const Sum dB(of_y, y.n, Tile<Y>::kStrip, k, kN, g.scale, g.dB + first, all, 1);
+  const Sum dA(of_x, x.n, Tile<X>::kStrip, k, kN, g.scale, g.dA + first * x.n, 1, x.n);
+  device.launch({int64_t{dB.blocks} + dA.blocks, 1, kThreads, 1, kThreads * sizeof(Floats)}, sum_parts, dB, dA);
 }
 
 std::tuple<Tensor, Tensor> column_grad(const Tensor& dy, const Tensor& xs, const Tensor& A, const Tensor& B,
@@ -451,8 +480,9 @@ std::tuple<Tensor, Tensor> column_grad(const Tensor& dy, const Tensor& xs, const
   const Gradients gradients{dy, xs, A, B, static_cast<float>(scale), mutable_data<float>(dA), mutable_data<float>(dB)};
   for_each_type(dy.scalar_type(), [&](auto dy_type) {
     for_each_type(xs.scalar_type(), [&](auto xs_type) {
-      for (int64_t i = 0; i < k; i += kMostRanks) {
-        const int ranks = static_cast<int>(std::min<int64_t>(kMostRanks, k - i));
+      const int most = most_ranks(device);
+      for (int64_t i = 0; i < k; i += most) {
+        const int ranks = static_cast<int>(std::min<int64_t>(most, k - i));
         for_rank_blocks(ranks, [&](auto blocks) {
           grad_of_ranks<decltype(dy_type), decltype(xs_type)>(device, blocks, gradients, i, ranks);
         });

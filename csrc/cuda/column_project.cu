@@ -10,17 +10,21 @@
 namespace rbfast {
 namespace {
 
+// Warps of a block. There are not many blocks: more warps hide more of the memory's latency, as far as registers allow.
+template <typename T>
+constexpr int kReaders = sizeof(T) == 2 ? 16 : 8;
+
 template <typename T, int kN>
-__global__ void __launch_bounds__(kThreads, 1) project_tile(const Matrix<T> x, const Factor m, const Hidden to) {
+__global__ void __launch_bounds__(kReaders<T> * kWarp, 1) project_tile(const Matrix<T> x, const Factor m, const Hidden to) {
   constexpr int kLane = 8, kParts = kTokens / kLeaf, kRow = 8 * kN + 1;  // a lane reads 8 features of a row at once
   RBFAST_SHARED_MEMORY(memory);
   Floats* parts = reinterpret_cast<Floats*>(memory);                        // [warps, kParts, kN, lanes]
-  float* total = reinterpret_cast<float*>(parts + kWarps * kParts * kN * kWarp);  // [kTokens, kRow]
+  float* total = reinterpret_cast<float*>(parts + kReaders<T> * kParts * kN * kWarp);  // [kTokens, kRow]
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, c = lane % 4;
   const int64_t first = blockIdx.x * int64_t{kTokens};
   float acc[kParts][kN][4] = {};
 #pragma unroll 1
-  for (int64_t begin = warp * 4 * kLane; begin < x.n; begin += kWarps * 4 * kLane) {
+  for (int64_t begin = warp * 4 * kLane; begin < x.n; begin += kReaders<T> * 4 * kLane) {
     const int64_t v = begin + kLane * c;
     uint32_t a[kParts][2][kPieces<T>][4];  // of 2 products: features v .. v + 4 and v + 4 .. v + 8 of every lane
 #pragma unroll
@@ -60,15 +64,15 @@ __global__ void __launch_bounds__(kThreads, 1) project_tile(const Matrix<T> x, c
     for (int j = 0; j < kN; ++j)
       parts[((warp * kParts + part) * kN + j) * kWarp + lane] = floats_of(acc[part][j]);
   __syncthreads();
-  for (int i = threadIdx.x; i < kParts * kN * kWarp; i += kThreads) {
+  for (int i = threadIdx.x; i < kParts * kN * kWarp; i += kReaders<T> * kWarp) {
     Floats sum = parts[i];
-    for (int w = 1; w < kWarps; ++w) sum = sum + parts[w * kParts * kN * kWarp + i];
+    for (int w = 1; w < kReaders<T>; ++w) sum = sum + parts[w * kParts * kN * kWarp + i];
     const int l = i % kWarp, t = i / (kN * kWarp) * kLeaf + l / 4, rank = i / kWarp % kN * 8 + l % 4 * 2;
 #pragma unroll
     for (int e = 0; e < 4; ++e) total[(t + e / 2 * 8) * kRow + rank + e % 2] = sum.value[e];
   }
   __syncthreads();
-  for (int i = threadIdx.x; to.operands != nullptr && i < kParts * kN * kWarp; i += kThreads) {
+  for (int i = threadIdx.x; to.operands != nullptr && i < kParts * kN * kWarp; i += kReaders<T> * kWarp) {
     const int l = i % kWarp, t = i / (kN * kWarp) * kLeaf + l % 4 * 2, rank = i / kWarp % kN * 8 + l / 4;
     uint32_t upper[3], lower[3];
     split(total[t * kRow + rank], total[(t + 1) * kRow + rank], upper);
@@ -78,15 +82,16 @@ __global__ void __launch_bounds__(kThreads, 1) project_tile(const Matrix<T> x, c
     for (int p = 0; p < 3; ++p)
       if (p < to.pieces) to.operands[(at + p) * kWarp + l] = {{upper[p], lower[p]}};
   }
-  for (int i = threadIdx.x; to.plain != nullptr && i < kTokens * m.k; i += kThreads)
+  for (int i = threadIdx.x; to.plain != nullptr && i < kTokens * m.k; i += kReaders<T> * kWarp)
     if (first + i / m.k < x.tokens) to.plain[(first + i / m.k) * to.ld + i % m.k] = total[i / m.k * kRow + i % m.k];
 }
 
 template <typename T, int kN>
 void launch(const Device& device, RankBlocks<kN>, const Matrix<T>& x, const Factor& m, const Hidden& to) {
-  constexpr size_t kParts = kWarps * kTokens / kLeaf * kN * kWarp * sizeof(Floats);
+  constexpr size_t kParts = kReaders<T> * kTokens / kLeaf * kN * kWarp * sizeof(Floats);
   constexpr size_t kShared = kParts + kTokens * (8 * kN + 1) * sizeof(float);
-  device.launch({ceil_div(x.tokens, kTokens), 1, kThreads, 1, kShared}, project_tile<T, kN>, x, m, to);
+  allow_shared(project_tile<T, kN>, kShared);
+  device.launch({ceil_div(x.tokens, kTokens), 1, kReaders<T> * kWarp, 1, kShared}, project_tile<T, kN>, x, m, to);
 }
 
 }  // namespace

@@ -144,18 +144,29 @@ struct UpdateTile {
 template <typename Tile, typename T>
 __device__ void read_factors(const Update<T>& p, int64_t top, int64_t left, int64_t begin, int ranks, bool with_m,
                              float* w, float* m) {
+  constexpr int kBatch = 8;  // that a thread asks memory for at once
   int row = static_cast<int>(threadIdx.x) / ranks, rank = static_cast<int>(threadIdx.x) % ranks;
+  const int rows = kThreads / ranks, rest = kThreads % ranks;
   while (row < Tile::kTall) {
-    const int64_t r = top + row;
-    const float value = r < p.rows ? p.w[r * p.w_row + (begin + rank) * p.w_rank] : 0;
-    w[rank * Tile::kStep + row] = __fmul_rn(p.scale, value);
-    row += kThreads / ranks;
-    rank += kThreads % ranks;
-    if (rank >= ranks) {
-      rank -= ranks;
-      ++row;
+    float values[kBatch];
+    int to[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int64_t r = top + row;
+      to[i] = row < Tile::kTall ? rank * Tile::kStep + row : -1;
+      values[i] = to[i] >= 0 && r < p.rows ? p.w[r * p.w_row + (begin + rank) * p.w_rank] : 0;
+      row += rows;
+      rank += rest;
+      if (rank >= ranks) {
+        rank -= ranks;
+        ++row;
+      }
     }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+      if (to[i] >= 0) w[to[i]] = __fmul_rn(p.scale, values[i]);
   }
+#pragma unroll 4
   for (int i = threadIdx.x; with_m && i < ranks * Tile::kWide; i += kThreads) {
     const int v = i % Tile::kWide, of = i / Tile::kWide;
     m[of * Tile::kWide + Tile::place(v)] = left + v < p.s ? p.m[(begin + of) * p.m_rank + (left + v) * p.m_column] : 0;
