@@ -15,7 +15,7 @@ import math
 import re
 from fractions import Fraction
 
-_MOST_BITS = 20_000  # of a power; beyond it nobody waits
+_MOST_BITS = 10_000  # of a number; Python prints no longer ones
 _TOKEN = re.compile(
     r"\s*(?:(?P<repeating>\d*\.\d*\\overline\{\d+\})|(?P<number>\d+\.?\d*(?:[eE][-+]?\d{1,4})?|\.\d+(?:[eE][-+]?\d{1,4})?)"
     r"|(?P<frac>\\frac\{)|(?P<times>\\cdot|\\times)|(?P<sign>[-+*/^!(){}]))"
@@ -157,6 +157,6 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction:
 
 
 def _bounded(value: Fraction) -> Fraction:
-    if value.numerator.bit_length() + value.denominator.bit_length() > 8 * _MOST_BITS:
+    if value.numerator.bit_length() + value.denominator.bit_length() > _MOST_BITS:
         raise _Unreadable
     return value

@@ -589,7 +589,7 @@ def test_an_answer_that_hangs_the_grader_is_wrong_and_the_next_one_is_graded():
     try:
         assert judge.ask(["$5$", ["$6$"]], 60.0) is False and judge.killed == 0
         first = judge._process
-        assert judge.ask(["$5$", ["9**9**9**9**9"]], 0.2) is None and judge.killed == 1
+        assert judge.ask(["$5$", ["9^{9^{9^9}}"]], 0.2) is None and judge.killed == 1
         assert first.poll() is not None
         assert judge.ask(["$\\frac{1}{2}$", ["$1/2$"]], 60.0) is True
         assert judge.killed == 1
