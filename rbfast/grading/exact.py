@@ -105,7 +105,7 @@ class _Reader:
             if not 0 < above < below:
                 raise _Unreadable
             self.at = match.end()
-            return whole + Fraction(above, below)
+            return Fraction(whole * below + above, below)
         kind, token = self.peek()
         match = _TOKEN.match(self.text, self.at)
         if match is None or kind in ("times", ""):
@@ -116,12 +116,12 @@ class _Reader:
         if kind == "repeating":
             return _repeating(token)
         if kind == "frac":
-            above = self.sum()
+            numerator = self.sum()
             self.expect("}")
             self.expect("{")
-            below = self.sum()
+            denominator = self.sum()
             self.expect("}")
-            return above / below
+            return numerator / denominator
         if token in "({":
             value = self.sum()
             self.expect(")" if token == "(" else "}")
@@ -153,7 +153,7 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction:
     bits = max(base.numerator.bit_length(), base.denominator.bit_length())
     if bits * abs(exponent) > _MOST_BITS:
         raise _Unreadable
-    return base ** int(exponent)
+    return Fraction(base ** int(exponent))
 
 
 def _bounded(value: Fraction) -> Fraction:

@@ -64,7 +64,7 @@ def _read(text: str) -> Any:
 
 
 def _rounds(text: str, decimal: Any, other: Any) -> bool:
-    """Whether a text is a decimal that is the other number, rounded or cut off, with digits enough to leave no doubt."""
+    """Whether a text is a decimal of many digits that is the other number, rounded or cut off."""
     match = _DECIMAL.fullmatch(text.strip("$ "))
     if match is None or len((match[1] + match[2]).lstrip("0")) < _LEAST_DIGITS:
         return False

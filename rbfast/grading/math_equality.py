@@ -150,7 +150,7 @@ def _equal(expected: Form, found: Form, same: Same) -> bool:
         return False
     if expected.brackets == "[]" and not found.brackets and len(found.items) == 2:
         return False  # an interval, which needs its brackets
-    if "{}" in (expected.brackets, found.brackets) or not expected.brackets and not found.brackets:
+    if "{}" in (expected.brackets, found.brackets) or (not expected.brackets and not found.brackets):
         return _as_sets(expected.items, found.items, same)
     return _in_order(_by_name(expected), _by_name(found), same)
 
@@ -259,7 +259,7 @@ def _equal_quantities(expected: _Quantity, found: _Quantity) -> bool:
         return expected.unit.dimension == found.unit.dimension and (
             expected.value * expected.unit.size == found.value * found.unit.size
         )
-    if expected.unit and found.percent or found.unit and expected.percent:
+    if (expected.unit and found.percent) or (found.unit and expected.percent):
         return False
     if _close(expected, found):
         return True
@@ -314,4 +314,4 @@ def _chooses(text: str) -> str | None:
 
 def _are_products(*words: str) -> bool:
     """Whether letters may be variables that are multiplied: `xy` is `yx`, but `no` is not `on`."""
-    return all(len(word) == 1 or len(word) <= 4 and set("xyzabcmnk") >= set(word) for word in words)
+    return all(len(word) == 1 or (len(word) <= 4 and set("xyzabcmnk") >= set(word)) for word in words)

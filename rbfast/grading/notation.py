@@ -49,7 +49,10 @@ _SIGNS = {
     "、": ",",
     "。": ".",
 }
-_GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi . pi rho . sigma tau upsilon phi chi psi omega"
+_GREEK = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi . pi rho . sigma tau upsilon phi chi psi "
+    "omega"
+)
 _SIGNS |= {chr(0x3B1 + i): rf"\{name} " for i, name in enumerate(_GREEK.split()) if name != "."}
 _SIGNS |= {"Δ": r"\Delta ", "Ω": r"\Omega ", "Σ": r"\Sigma ", "ϕ": r"\phi ", "µ": r"\mu "}
 _UP = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "0123456789+-()n")
@@ -70,7 +73,10 @@ _RULES = [
         (r"(?<!\\)\\[,;:> ]|~|\\(?:quad|qquad|thinspace|enspace|hfill)(?![a-zA-Z])", " "),
         (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|mathstrut)(?![a-zA-Z])\s*\.?(?=[^\d]|$)", ""),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-        (r"\\(?:mathrm|mathbf|mathit|mathsf|textbf|textit|textrm|textnormal|mbox|operatorname\*?|bf|rm)\s*\{", r"\\text{"),
+        (
+            r"\\(?:mathrm|mathbf|mathit|mathsf|textbf|textit|textrm|textnormal|mbox|operatorname\*?|bf|rm)\s*\{",
+            r"\\text{",
+        ),
         (r"\\(?:leqslant|leq)(?![a-zA-Z])", r"\\le"),
         (r"\\(?:geqslant|geq)(?![a-zA-Z])", r"\\ge"),
         (r"\\neq(?![a-zA-Z])", r"\\ne"),
@@ -105,15 +111,15 @@ _RULES = [
     )
 ]
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_RUN = {re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ]+"): ("^", _UP), re.compile("[₀₁₂₃₄₅₆₇₈₉]+"): ("_", _DOWN)}
+_RAISED, _LOWERED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ]+"), re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
 _EDGES = re.compile(r"^[\s*`]+|[\s*`.:]+$")
 _COMMAND = re.compile(r"\\[a-zA-Z]+(?:\[[^\]]*\])?")
 
 
 @functools.lru_cache(maxsize=1024)
 def normalize(text: str) -> str:
-    r"""An answer in plain LaTeX: ASCII, `\frac` and `\sqrt` with braces, no spacing, sizing or boxes, no dollars or full
-    stop around it. Digits that are surely grouped (`1{,}234`, `1\,234`, a thin space) are joined.
+    r"""An answer in plain LaTeX: ASCII, `\frac` and `\sqrt` with braces, without spacing, sizing, boxes, dollars and the
+    full stop at its end. Digits that are surely grouped (`1{,}234`, `1\,234`, a thin space) are joined.
     """
     text = _ascii(text)
     text = unbox(text)
@@ -128,8 +134,8 @@ def normalize(text: str) -> str:
 def _ascii(text: str) -> str:
     if text.isascii():
         return text
-    for run, (mark, digits) in _RUN.items():
-        text = run.sub(lambda match, mark=mark, digits=digits: f"{mark}{{{match[0].translate(digits)}}}", text)
+    text = _RAISED.sub(lambda match: f"^{{{match[0].translate(_UP)}}}", text)
+    text = _LOWERED.sub(lambda match: f"_{{{match[0].translate(_DOWN)}}}", text)
     text = re.sub(r"(?<=\d)[\u2009\u202f\u2006\u00a0\u2007](?=\d{3}(?!\d))", "", text)
     return "".join(map(_letter, text))
 

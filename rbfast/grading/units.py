@@ -24,7 +24,8 @@ class Unit(NamedTuple):
 
 
 _TABLE = """
-length: m meter metre =1; cm centimeter centimetre =1/100; mm millimeter millimetre =1/1000; km kilometer kilometre =1000
+length: m meter metre =1; cm centimeter centimetre =1/100; mm millimeter millimetre =1/1000
+length: km kilometer kilometre =1000
 length: in inch inches =127/5000; ft foot feet =381/1250; yd yard =1143/1250; mi mile =201168/125
 mass: g gram gm =1; kg kilogram kilo =1000; mg milligram =1/1000; lb pound =45359237/100000; oz ounce =45359237/1600000
 time: s sec second =1; min minute =60; h hr hour =3600; day =86400; week =604800
@@ -56,15 +57,16 @@ _MULTIPLIERS = {
 }
 _CURRENCY = {"$": "dollar", "€": "euro", "£": "gbp", "₹": "rupee", "¥": "yen"}
 # Words that say another number, or less than one.
-OTHER_VALUE = frozenset(
-    "pi sin cos tan cot sec csc log ln exp sqrt mod modulo times over squared cubed factorial half halves third thirds "
-    "quarter quarters fourth fourths fifth fifths tenth tenths hundredths root roots plus minus or and out choose more "
-    "less greater fewer than most least between by divided power e i x y z ab xy not never no nor neither negative infinity "
-    "googol score pair pairs couple base radical theta alpha beta to versus vs ratio rem remainder either approximately "
-    "million billion thousand hundred dozen trillion excluding except without before after twice thrice double triple ago "
-    "false wrong incorrect".split()
-)
-_SHORT = frozenset("of in on a an the per cu sq men way ant cat dog pen cow hen pig car cup day egg toy box row leg".split())
+_OTHER_WORDS = """
+pi sin cos tan cot sec csc log ln exp sqrt mod modulo times over squared cubed factorial half halves third thirds quarter
+quarters fourth fourths fifth fifths tenth tenths hundredths root roots plus minus or and out choose more less greater
+fewer than most least between by divided power e i x y z ab xy not never no nor neither negative infinity score pair pairs
+couple base radical theta alpha beta to versus vs ratio rem remainder either approximately dozen hundred thousand million
+billion trillion excluding except without before after twice thrice double triple ago false wrong incorrect
+"""
+OTHER_VALUE = frozenset(_OTHER_WORDS.split())
+_SHORT_WORDS = "of in on a an the per cu sq men way ant cat dog pen cow hen pig car cup day egg toy box row leg"
+_SHORT = frozenset(_SHORT_WORDS.split())
 _WORD = r"[A-Za-z][A-Za-z'.\-]*(?:\s*\^\s*\{?[23]\}?)?"
 _TAIL = re.compile(rf"(?P<gap>\s*)(?<![\\A-Za-z])(?P<unit>{_WORD}(?:\s*[ /]\s*{_WORD})*)\.?$")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
@@ -72,7 +74,7 @@ _DEGREES = re.compile(r"\^\\circ\s*(?:\\text\{\s*)?([CF]?)\}?$")
 
 
 def split_unit(text: str) -> tuple[str, Unit | None]:
-    """What stands before the unit, and the unit: None if it is none, or counts things. Text as `normalize` leaves it."""
+    """What stands before the unit, and the unit (None if there is none, or it counts things), of normalized text."""
     sign, currency, rest = _currency(text)
     if currency:
         return sign + rest, _UNITS.get(currency)
