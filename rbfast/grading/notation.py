@@ -118,8 +118,8 @@ _COMMAND = re.compile(r"\\[a-zA-Z]+(?:\[[^\]]*\])?")
 
 @functools.lru_cache(maxsize=1024)
 def normalize(text: str) -> str:
-    r"""An answer in plain LaTeX: ASCII, `\frac` and `\sqrt` with braces, without spacing, sizing, boxes, dollars and the
-    full stop at its end. Digits that are surely grouped (`1{,}234`, `1\,234`, a thin space) are joined.
+    r"""An answer in plain LaTeX: ASCII, `\frac` and `\sqrt` with braces, without spacing, sizing, boxes, dollars and
+    the full stop at its end. Digits that are surely grouped (`1{,}234`, `1\,234`, a thin space) are joined.
     """
     text = _ascii(text)
     text = unbox(text)
