@@ -16,6 +16,7 @@ from rbfast.utils.records import show
 
 _REQUIRED = ("problem", "reasoning", "answer")
 _OPTIONAL_TEXT = ("plan", "domain", "source", "teacher", "id")
+_NUMBERS = ("answer", "id")  # of a file that may hold them as numbers
 _LOGPROB_SLACK = 1e-3  # a log-softmax in half precision can end a little above zero
 
 
@@ -65,7 +66,8 @@ class Trace:
     def from_dict(cls, fields: Mapping[str, Any], where: str = "") -> "Trace":
         """The trace in a row of a file; `where` (as "file:line") opens the message of a TraceError.
 
-        Fields that a trace does not have are ignored; an optional text that is empty counts as absent.
+        Fields that a trace does not have are ignored; an optional text that is empty counts as absent; an answer or an
+        id that is a number is taken as text.
         """
         prefix = f"{where}: " if where else ""
         if not isinstance(fields, Mapping):
@@ -75,6 +77,7 @@ class Trace:
             raise TraceError(f"{prefix}{missing[0]}: expected this field, got {present}; rename the fields or add it")
         known: dict[str, Any] = {field.name: fields.get(field.name) for field in dataclasses.fields(cls)}
         known.update({field: None for field in _OPTIONAL_TEXT if known[field] == ""})
+        known.update({field: str(known[field]) for field in _NUMBERS if _is_number(known[field])})
         try:
             if known["spans"] is not None:
                 known["spans"] = _parse_spans(known["spans"])
@@ -108,6 +111,10 @@ class Trace:
 
     def _answer_text(self) -> str:
         return f"\n\n<answer>{self.answer}</answer>"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_text(field: str, value: object) -> None:

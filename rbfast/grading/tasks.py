@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rbfast.data import hub
+from rbfast.data.readers import read_rows
 from rbfast.grading import math_equality
 from rbfast.grading.grade import Problem, extract_answer, reasoning_gym
 
@@ -33,6 +34,7 @@ BENCHMARKS = {
     "aime25": "math-ai/aime25:test",
     "gsm8k": "openai/gsm8k:main:test",
 }
+_FILES = (".jsonl", ".json", ".parquet")
 _QUESTION_FIELDS = ("problem", "question", "prompt")
 
 
@@ -41,9 +43,9 @@ def load_problems(task: str, n: int | None, seed: int, *, exclude: Collection[st
 
     Args:
         task: a reasoning-gym generator at its default difficulty (`leg_counting`, `reasoning-gym:leg_counting`); a
-            `.jsonl` file with the fields `problem` (or `question`, `prompt`) and `answer`; one of `BENCHMARKS`; or a
-            dataset on the hub with such fields: `owner/name`, `owner/name:split` or `owner/name:config:split`, of which
-            the split (default: test) may be a slice, `test[:100]`.
+            `.jsonl`, `.json` or `.parquet` file with the fields `problem` (or `question`, `prompt`) and `answer`; one
+            of `BENCHMARKS`; or a dataset on the hub with such fields: `owner/name`, `owner/name:split` or
+            `owner/name:config:split`, of which the split (default: test) may be a slice, `test[:100]`.
         n: drawn from what there is; None for all of a file or dataset, in its order.
         exclude: questions to leave out, such as those trained on.
 
@@ -53,7 +55,7 @@ def load_problems(task: str, n: int | None, seed: int, *, exclude: Collection[st
     """
     if n is not None and n < 0:
         raise ValueError(f"n must be 0 or more, got {n}")
-    if task.endswith(".jsonl"):
+    if task.endswith(_FILES):
         if not Path(task).is_file():
             raise FileNotFoundError(f"{task}: expected a file of problems, found none")
         return _sample(_read_file(Path(task)), task, n, seed, exclude)
@@ -68,7 +70,7 @@ def _generate_problems(task: str, n: int, seed: int, exclude: Collection[str]) -
     gym = reasoning_gym()
     if task not in gym.factory.DATASETS:
         raise ValueError(
-            f"task must be a .jsonl file, one of {', '.join(BENCHMARKS)}, a dataset on the hub "
+            f"task must be a .jsonl, .json or .parquet file, one of {', '.join(BENCHMARKS)}, a dataset on the hub "
             f"(owner/name:config:split) or one of reasoning-gym's generators, got {task!r}"
         )
     # The generators seed item i with seed + i, so neighbouring seeds would share items: spread them first.
@@ -104,6 +106,8 @@ def _sample(found: Sequence[Problem], source: str, n: int | None, seed: int, exc
 
 
 def _read_file(path: Path) -> list[Problem]:
+    if path.suffix != ".jsonl":
+        return [_problem(row, where, path.stem) for where, row in read_rows(path)]
     problems = []
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):

@@ -122,7 +122,9 @@ def _question(row: Any, where: str) -> Question:
     if isinstance(answer, str | int | float) and str(answer).strip():
         stated = extract_answer(str(answer)) or str(answer).strip()
         known = Problem("", text, stated, {})
-    optional = {name: row[name] for name in ("domain", "source", "id") if isinstance(row.get(name), str)}
+    optional = {name: row[name] for name in ("domain", "source") if isinstance(row.get(name), str)}
+    if isinstance(row.get("id"), str | int):
+        optional["id"] = str(row["id"])
     return Question(text, known, **optional)
 
 

@@ -43,13 +43,13 @@ def trace(**changes) -> Trace:
     ("changes", "message"),
     [
         ({"problem": None}, "problem: expected a string, got null"),
-        ({"answer": 5}, "answer: expected a string, got int 5"),
         ({"answer": math.nan}, "answer: expected a string, got float nan"),
+        ({"answer": True}, "answer: expected a string, got bool True"),
         ({"reasoning": ["a"]}, r"reasoning: expected a string, got list \['a'\]"),
         ({"reasoning": " \n"}, "reasoning: expected text, got an empty string"),
         ({"problem": "a\ud800"}, "problem: expected Unicode text, got half a surrogate pair at character 1"),
         ({"plan": 1}, "plan: expected a string, got int 1"),
-        ({"id": 7}, "id: expected a string, got int 7"),
+        ({"id": [7]}, r"id: expected a string, got list \[7\]"),
         ({"domain": math.nan}, "domain: expected a string, got float nan"),
         ({"difficulty": math.nan}, "difficulty: expected a finite number or null, got float nan"),
         ({"difficulty": "hard"}, "difficulty: expected a finite number or null, got str 'hard'"),
@@ -81,6 +81,12 @@ def trace(**changes) -> Trace:
 def test_a_field_that_is_wrong_is_named(changes: dict, message: str) -> None:
     with pytest.raises(TraceError, match=f"^here:3: {message}"):
         Trace.from_dict(ROW | changes, "here:3")
+
+
+def test_numbers_are_taken_as_text() -> None:
+    trace = Trace.from_dict(ROW | {"answer": 5, "id": 7})
+    assert (trace.answer, trace.id) == ("5", "7")
+    assert Trace.from_dict(ROW | {"answer": 0.5}).answer == "0.5"
 
 
 @pytest.mark.parametrize("field", ["problem", "reasoning", "answer"])
