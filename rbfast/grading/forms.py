@@ -58,6 +58,7 @@ _EQUALS = re.compile(r"(?<![<>!:\\])=(?!=)|\\approx(?![a-zA-Z])|\\equiv(?![a-zA-
 _REALS = re.compile(r"\\mathbb\s*\{?R\}?|(?:all|any)? ?reals?(?: numbers?)?|all real", re.IGNORECASE)
 _NOTHING = re.compile(r"\\emptyset|\\\{\s*\\\}|no (?:real )?solutions?|none|the empty set|empty set", re.IGNORECASE)
 _MOST_NESTED = 20  # brackets within brackets
+_COMMA = re.compile("[,;]")
 _OPEN, _CLOSE = "([{", ")]}"
 
 
@@ -133,6 +134,8 @@ def _bracketed(text: str) -> Form | None:
     for opening, end, brackets in ((r"\{", r"\}", "{}"), (r"\langle", r"\rangle", "()")):
         if text.startswith(opening) and text.endswith(end):
             return _inside(text[len(opening) : -len(end)], brackets)
+    if text.startswith("{") and closing(text, 0) == len(text) - 1 and len(split(text[1:-1], _COMMA)) > 1:
+        return _inside(text[1:-1], "{}")  # a set whose braces lost their backslash
     if len(text) > 1 and text[0] in "([" and text[-1] in ")]" and matching(text, 0) == len(text) - 1:
         return _inside(text[1:-1], text[0] + text[-1])
     return None
@@ -141,7 +144,7 @@ def _bracketed(text: str) -> Form | None:
 def _inside(text: str, brackets: str) -> Form | None:
     if brackets == "{}" and (match := re.match(rf"\s*{_NAME}(?:\s*\\in\s*\\mathbb\{{R\}})?\s*[:|]\s*", text)):
         return read(text[match.end() :])
-    parts = split(text, re.compile(r"[,;]"))
+    parts = split(text, _COMMA)
     if len(parts) < 2:
         inner = read(text)
         if brackets == "()" and not isinstance(inner, One):

@@ -62,8 +62,8 @@ pi sin cos tan cot sec csc log ln exp sqrt mod modulo times over squared cubed f
 quarter quarters fourth fourths fifth fifths tenth tenths hundredths root roots plus minus or and out choose more less
 greater fewer than most least between by divided power e i x y z ab xy not never no nor neither negative infinity
 score pair pairs couple base radical theta alpha beta to versus vs ratio rem remainder either approximately dozen
-hundred thousand million billion trillion excluding except without before after twice thrice double triple ago false
-wrong incorrect
+hundred thousand million billion trillion excluding except without before after twice thrice double triple ago tens
+hundreds thousands millions billions dozens false wrong incorrect
 """
 OTHER_VALUE = frozenset(_OTHER_WORDS.split())
 _SHORT_WORDS = "of in on a an the per cu sq men way ant cat dog pen cow hen pig car cup day egg toy box row leg"

@@ -123,6 +123,7 @@ RIGHT = [
     (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}"),
     ("['1.5', '2']", "The new list is: [1.5, 2]"),
     ("1, 2, 3", r"1,2,\text{ and }3"),
+    ("1, 2, 3", "{1, 2, 3}"),
     # intervals and inequalities
     (r"(-\infty,3]", r"x\le 3"),
     (r"(-\infty,3]", "x ≤ 3"),
@@ -165,6 +166,7 @@ WRONG = [
     ("4", "|x-4|"),
     ("5", "5 million"),
     ("5", "5 dozen"),
+    ("5", "5 tens"),
     ("5", "minus 5"),
     ("5", "not 5"),
     ("5", "5 halves"),
