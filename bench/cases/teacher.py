@@ -34,7 +34,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def score(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, traces: list[Trace], together: bool) -> Step:
     folders, number = Path(tempfile.mkdtemp()), count()
-    limits = {} if together else {"_TOKENS": 1, "_TOKENS_ON_GPU": 1}
+    limits = {name: getattr(logprobs, name) if together else 1 for name in ("_TOKENS", "_TOKENS_ON_GPU")}
 
     def step() -> None:
         folder = folders / str(next(number))

@@ -5,7 +5,8 @@
 
 The weights are made where they are used. Two of the three batches are one trace of 16k tokens, the third is eight of
 2k; layers run again for their backward. The bar is a peak below 80 GB. `packed` compares the hidden states of eight
-traces attended to in one call with those of one trace at a time, and their forwards' seconds.
+traces attended to in one call with those of one trace at a time, and their forwards' seconds; beside their difference
+stands what rounding does: that of one trace at a time, with its attention in fp32.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import torch
 from cases.models import qwen
 from harness import settle
 from registry import Place
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel, TrainerCallback
 
 from rbfast.adapter.sparse_adapter import SparseAdapter
@@ -117,12 +119,19 @@ def compare_attention(model: PreTrainedModel, examples: Sequence[Example]) -> di
     at_once, seconds = forward()
     with one_at_a_time():
         apart, seconds_apart = forward()
+        with patch.object(packed_attention, "scaled_dot_product_attention", attend_in_fp32):
+            exact, _ = forward()
     return {
         "at_once": packed_attention.takes_all_at_once(model.device),
         "seconds": round(seconds, 4),
         "seconds_one_at_a_time": round(seconds_apart, 4),
         "difference": float((at_once - apart).norm() / apart.norm()),
+        "difference_of_rounding": float((exact - apart).norm() / apart.norm()),
     }
+
+
+def attend_in_fp32(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
+    return scaled_dot_product_attention(query.float(), key.float(), value.float(), **options).to(query.dtype)
 
 
 def main(argv: list[str]) -> int:

@@ -71,7 +71,7 @@ def takes_all_at_once(device: torch.device) -> bool:
 
 
 @cache
-def _varlen_attn() -> Callable[..., Tensor] | None:
+def _varlen_attn() -> Callable[..., Any] | None:
     """PyTorch's flash attention over rows of many lengths, if this PyTorch has it with a scale (from 2.11 on)."""
     try:
         from torch.nn.attention.varlen import varlen_attn

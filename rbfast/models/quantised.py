@@ -43,4 +43,5 @@ def _by_torchao(bits: Bits) -> TorchAoConfig:
 
     if bits == "8bit":
         return TorchAoConfig(Int8WeightOnlyConfig())
-    return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(_GROUP)))
+    four = torch.int4  # type: ignore[attr-defined]
+    return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=four, granularity=PerGroup(_GROUP)))

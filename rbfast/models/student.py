@@ -196,7 +196,7 @@ def _try_packing(model: PreTrainedModel) -> bool:
     examples = [torch.arange(1, n, device=model.device)[None] * step for n in (7, 9)]
     positions = [torch.arange(ids.shape[1], device=model.device)[None] for ids in examples]
     lengths = [ids.shape[1] for ids in examples]
-    alone = [_backbone(model, *row, [n]) for *row, n in zip(examples, positions, lengths, strict=True)]
+    alone = [_backbone(model, ids, at, [n]) for ids, at, n in zip(examples, positions, lengths, strict=True)]
     eps = max(torch.finfo(dtype).eps for dtype in (model.dtype, alone[0].dtype))
     if not _apart(head_of(model).logits(alone[0]), model(input_ids=examples[0], use_cache=False).logits[0]) <= 8 * eps:
         raise ValueError(
