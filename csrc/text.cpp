@@ -96,11 +96,12 @@ int64_t sort_new(std::vector<T>& out, size_t before) {
 // Calls f(i, hashes of the tokens of text i) for the texts of a part.
 template <typename F>
 void each_text(const char* text, const int64_t* at, int64_t first, int64_t last, bool mask_digits, const F& f) {
+  Tokeniser tokenise;
   std::vector<uint64_t> tokens;
   for (int64_t i = first; i < last; ++i) {
     tokens.clear();
-    each_token(std::string_view(text + at[i], at[i + 1] - at[i]), mask_digits,
-               [&](std::string_view token) { tokens.push_back(hash_token(token)); });
+    for (const Token& token : tokenise(std::string_view(text + at[i], at[i + 1] - at[i]), mask_digits))
+      tokens.push_back(token.hash);
     f(i, tokens);
   }
 }
