@@ -171,7 +171,14 @@ def find(texts: Texts, k: int, index: np.ndarray, *, mask_digits: bool = False, 
 
 
 def containment(
-    found: Ragged, postings: Ragged, weights: np.ndarray, totals: np.ndarray, *, least: float, threads: int = 1
+    found: Ragged,
+    postings: Ragged,
+    weights: np.ndarray,
+    totals: np.ndarray,
+    *,
+    own: np.ndarray | None = None,
+    least: float,
+    threads: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
     """For each row the item it holds the largest share of, and that share, where it is at least `least`.
 
@@ -180,11 +187,13 @@ def containment(
         postings: for each term the items that have it, int32.
         weights: of each term, int64, 0 or more.
         totals: for each item the sum of its terms' weights, int64, more than 0.
+        own: for each row the same, int64; the share is then of both sides: twice what is shared of the two sums.
 
     Returns:
         int32 [rows], the first of equal shares, else -1; float64 [rows] in [0, 1], else 0.
     """
-    return _IMPL.containment(*found, *postings, weights, totals, least, threads)
+    both = np.empty(0, np.int64) if own is None else own
+    return _IMPL.containment(*found, *postings, weights, totals, both, least, threads)
 
 
 def minhash(rows: Ragged, width: int, *, threads: int = 1) -> np.ndarray:

@@ -189,6 +189,7 @@ def containment(
     posting_starts: np.ndarray,
     weights: np.ndarray,
     totals: np.ndarray,
+    own: np.ndarray,
     least: float,
     threads: int,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -199,7 +200,8 @@ def containment(
             for item in postings[posting_starts[term] : posting_starts[term + 1]].tolist():
                 shared[item] = shared.get(item, 0) + int(weights[term])
         for item in sorted(shared):
-            part = shared[item] / int(totals[item])
+            total = int(totals[item])
+            part = 2 * shared[item] / (total + int(own[row])) if len(own) else shared[item] / total
             if part >= least and part > share[row]:
                 best[row], share[row] = item, part
     return best, share

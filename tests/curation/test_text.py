@@ -168,7 +168,9 @@ def test_native_containment_is_the_definition(native, lists, random, threads: in
     postings, found = as_rows(terms, np.int32), as_rows(lists, np.int32)
     weights = np.array([random.randrange(4) for _ in range(31)], dtype=np.int64)
     totals = np.array([1 + sum(int(w) for w, t in zip(weights, terms, strict=True) if e in t) for e in range(5)])
-    arguments = (*found, *postings, weights, totals, random.choice([0.0, 0.3, 0.5, 1.0]))
+    held = [sum(int(weights[term]) for term in row) + random.randrange(3) for row in lists]
+    own = np.array(held if random.choice([False, True]) else [], dtype=np.int64)
+    arguments = (*found, *postings, weights, totals, own, random.choice([0.0, 0.3, 0.5, 1.0]))
     assert same(native.containment(*arguments, threads), text_reference.containment(*arguments, 1))
 
 
