@@ -96,11 +96,12 @@ int64_t sort_new(std::vector<T>& out, size_t before) {
 // Calls f(i, hashes of the tokens of text i) for the texts of a part.
 template <typename F>
 void each_text(const char* text, const int64_t* at, int64_t first, int64_t last, bool mask_digits, const F& f) {
+  Tokeniser tokenise;
   std::vector<uint64_t> tokens;
   for (int64_t i = first; i < last; ++i) {
     tokens.clear();
-    each_token(std::string_view(text + at[i], at[i + 1] - at[i]), mask_digits,
-               [&](std::string_view token) { tokens.push_back(hash_token(token)); });
+    for (const Token& token : tokenise(std::string_view(text + at[i], at[i + 1] - at[i]), mask_digits))
+      tokens.push_back(token.hash);
     f(i, tokens);
   }
 }
@@ -186,8 +187,10 @@ py::tuple find(const Array<uint8_t>& bytes, const Array<int64_t>& starts, int64_
 
 py::tuple containment(const Array<int32_t>& ids, const Array<int64_t>& starts, const Array<int32_t>& postings,
                       const Array<int64_t>& posting_starts, const Array<int64_t>& weights,
-                      const Array<int64_t>& totals, double least, int64_t threads) {
+                      const Array<int64_t>& totals, const Array<int64_t>& own, double least, int64_t threads) {
   const int64_t n = checked_rows("starts", starts, ids.size()), evaluations = totals.size();
+  const bool both = own.size() > 0;  // sides count
+  expect(!both || own.size() == n, "own must have one value for each row, or none");
   const int64_t terms = checked_rows("posting_starts", posting_starts, postings.size());
   expect(weights.size() == terms, "weights must have one value for each row of postings");
   checked_below("ids", ids, terms);
@@ -199,7 +202,8 @@ py::tuple containment(const Array<int32_t>& ids, const Array<int64_t>& starts, c
   Array<double> share(n);
   int32_t* best_item = best.mutable_data();
   double* best_share = share.mutable_data();
-  const int64_t *at = starts.data(), *from = posting_starts.data(), *weight = weights.data(), *total = totals.data();
+  const int64_t *at = starts.data(), *from = posting_starts.data(), *weight = weights.data(), *total = totals.data(),
+                *mine = own.data();
   const int32_t *id = ids.data(), *item = postings.data();
   {
     const py::gil_scoped_release release;
@@ -211,7 +215,9 @@ py::tuple containment(const Array<int32_t>& ids, const Array<int64_t>& starts, c
         best_share[i] = 0.0;
         int64_t held = 0;
         for (int64_t j = at[i]; j < at[i + 1]; ++j) held += weight[id[j]];
-        if (static_cast<double>(held) / smallest < least) continue;  // boilerplate, that many items have
+        const double most = both ? 2.0 * static_cast<double>(held) / (smallest + static_cast<double>(mine[i]))
+                                 : static_cast<double>(held) / smallest;
+        if (most < least) continue;  // boilerplate, that many items have
         touched.clear();
         for (int64_t j = at[i]; j < at[i + 1]; ++j)
           for (int64_t p = from[id[j]]; p < from[id[j] + 1]; ++p) {
@@ -220,7 +226,8 @@ py::tuple containment(const Array<int32_t>& ids, const Array<int64_t>& starts, c
           }
         std::sort(touched.begin(), touched.end());  // of equal shares the first item is reported
         for (const int32_t e : touched) {
-          const double part = static_cast<double>(shared[e]) / static_cast<double>(total[e]);
+          const double part = both ? static_cast<double>(2 * shared[e]) / static_cast<double>(total[e] + mine[i])
+                                   : static_cast<double>(shared[e]) / static_cast<double>(total[e]);
           if (part >= least && part > best_share[i]) best_share[i] = part, best_item[i] = e;
           shared[e] = 0;
         }
@@ -282,7 +289,7 @@ PYBIND11_MODULE(_text, m) {
         py::arg("mask_digits"), py::arg("index").noconvert(), py::arg("threads"));
   m.def("containment", &containment, py::arg("ids").noconvert(), py::arg("starts").noconvert(),
         py::arg("postings").noconvert(), py::arg("posting_starts").noconvert(), py::arg("weights").noconvert(),
-        py::arg("totals").noconvert(), py::arg("least"), py::arg("threads"));
+        py::arg("totals").noconvert(), py::arg("own").noconvert(), py::arg("least"), py::arg("threads"));
   m.def("minhash", &minhash, py::arg("hashes").noconvert(), py::arg("starts").noconvert(),
         py::arg("multipliers").noconvert(), py::arg("threads"));
   m.def("facility_location", &choose, py::arg("starts").noconvert(), py::arg("features").noconvert(),

@@ -1,13 +1,15 @@
 // Words and hashes of mathematical text, so that two typings of one problem give the same tokens.
 //
-// The text comes folded (rbfast/text.py): lower case, in UTF-8, and every character beyond ASCII belongs to a word. A token
-// is a word, a run of digits, one of + - * / = < >, or the name of a LaTeX command. What only sets type (\left, \text,
-// dollars, braces, Asymptote figures) gives no token, and \frac12 reads as TeX does: frac 1 2. rbfast/text_reference.py
-// says the same in Python and is the oracle of the tests.
+// The text comes folded (rbfast/curation/text.py): lower case, in UTF-8, and every character beyond ASCII belongs to a
+// word. A token is a word, a run of digits, a sign, or the name of a LaTeX command. What only sets type (\left, \text,
+// dollars, braces, Asymptote figures, round brackets that hold no sign) gives no token, and \frac12 reads as TeX does:
+// frac 1 2. rbfast/curation/text_reference.py says the same in Python and is the oracle of the tests.
 #pragma once
 
 #include <cstdint>
 #include <string_view>
+#include <utility>
+#include <vector>
 
 namespace rbfast {
 
@@ -48,56 +50,212 @@ inline std::string_view command_token(std::string_view name) {
   if (name == "geq") return "ge";
   if (name == "neq") return "ne";
   if (name == "times" || name == "cdot") return "*";
+  if (name == "prime") return "'";
+  if (name == "lvert" || name == "rvert" || name == "vert" || name == "mid") return "|";
+  if (name == "lbrace") return "{";
+  if (name == "rbrace") return "}";
   return name;
 }
 
-// Calls f(token) for every token of a folded text.
-template <typename F>
-void each_token(std::string_view text, bool mask_digits, const F& f) {
-  constexpr std::string_view kOpen = "[asy]", kClose = "[/asy]", kOperators = "+-*/=<>";
-  bool figures = true;  // until one is not closed
-  size_t at = 0;
-  const size_t end = text.size();
-  const auto run = [&](size_t from, bool (*belongs)(char)) {
-    while (from < end && belongs(text[from])) ++from;
-    return from;
-  };
-  const auto digits = [&](size_t stop) {
-    f(mask_digits ? std::string_view("0") : text.substr(at, stop - at));
-    at = stop;
-  };
-  while (at < end) {
-    const char c = text[at];
-    if (c == '\\') {
-      const size_t stop = run(at + 1, is_letter);
-      if (stop == at + 1) {  // a spacing or an escaped mark
-        at += at + 1 < end && !is_word(text[at + 1]) ? 2 : 1;
-        continue;
-      }
-      const std::string_view name = text.substr(at + 1, stop - at - 1), token = command_token(name);
-      at = stop;
-      if (!token.empty()) f(token);
-      if ((name == "begin" || name == "end") && at < end && text[at] == '{') {
-        const size_t close = run(at + 1, [](char x) { return is_letter(x) || x == '*'; });
-        if (close < end && text[close] == '}') at = close + 1;
-      } else if (at < end && is_digit(text[at])) {
-        digits(at + 1);
-      }
-    } else if (is_word(c)) {
-      const size_t stop = run(at, is_word);
-      f(text.substr(at, stop - at));
-      at = stop;
-    } else if (is_digit(c)) {
-      digits(run(at, is_digit));
-    } else if (figures && c == '[' && text.substr(at, kOpen.size()) == kOpen) {
-      const size_t close = text.find(kClose, at);
-      figures = close != std::string_view::npos;
-      at = figures ? close + kClose.size() : at + 1;
-    } else {
-      if (kOperators.find(c) != std::string_view::npos) f(text.substr(at, 1));
-      ++at;
+// A token: its hash, and its character where it has only one ("F" is the command frac, and 0 any longer token).
+struct Token {
+  uint64_t hash;
+  char sign;
+};
+
+inline Token token_of(std::string_view token) {
+  const char sign = token.size() == 1 ? token[0] : token == "frac" ? 'F' : '\0';
+  return {hash_token(token), sign};
+}
+
+inline bool is_in(char c, std::string_view set) { return set.find(c) != std::string_view::npos; }
+
+// Reads the tokens of one folded text as they stand, with a ',' for each stop.
+class Reader {
+ public:
+  Reader(std::string_view text, bool mask_digits, std::vector<Token>& out) : text_(text), masked_(mask_digits), out_(out) {}
+
+  void read() {
+    while (at_ < text_.size()) {
+      const char c = text_[at_];
+      if (c == '\\')
+        backslash();
+      else if (is_word(c))
+        word();
+      else if (is_digit(c))
+        digits(masked_ ? numeral_end() : run(at_, is_digit));
+      else if (figures_ && starts(kOpen))
+        figure();
+      else if (c == '!' || c == '\'')
+        mark(c);
+      else
+        sign(c);
     }
   }
+
+ private:
+  static constexpr std::string_view kOpen = "[asy]", kClose = "[/asy]";
+
+  bool starts(std::string_view prefix, size_t offset = 0) const {
+    return at_ + offset < text_.size() && text_.compare(at_ + offset, prefix.size(), prefix) == 0;
+  }
+  char peek(size_t at) const { return at < text_.size() ? text_[at] : '\0'; }
+  size_t run(size_t from, bool (*belongs)(char)) const {
+    while (from < text_.size() && belongs(text_[from])) ++from;
+    return from;
+  }
+  void push(std::string_view token) { out_.push_back(token_of(token)); }
+  void digits(size_t stop) {
+    push(masked_ ? std::string_view("0") : text_.substr(at_, stop - at_));
+    at_ = bound_ = stop;
+  }
+  // Where a numeral ends, with its commas (, or {,} or ,\!) before three digits and its point.
+  size_t numeral_end() const {
+    size_t stop = run(at_, is_digit);
+    for (;;) {
+      size_t from = stop;
+      if (text_.compare(from, 3, "{,}") == 0 || text_.compare(from, 3, ",\\!") == 0)
+        from += 3;
+      else if (peek(from) == ',')
+        from += 1;
+      else
+        break;
+      const size_t end = run(from, is_digit);
+      if (end != from + 3) break;
+      stop = end;
+    }
+    const size_t end = peek(stop) == '.' ? run(stop + 1, is_digit) : stop;
+    return end > stop + 1 ? end : stop;
+  }
+  void word() {
+    const size_t stop = run(at_, is_word);
+    push(text_.substr(at_, stop - at_));
+    const bool shortened = at_ > 0 && text_[at_ - 1] == '\'' && bound_ != at_;  // the t of "don't"
+    bound_ = stop == at_ + 1 && is_letter(text_[at_]) && !shortened ? stop : kNowhere;
+    at_ = stop;
+  }
+  void figure() {
+    const size_t close = text_.find(kClose, at_);
+    figures_ = close != std::string_view::npos;
+    if (figures_)
+      at_ = close + kClose.size();
+    else
+      sign('[');
+  }
+  void backslash() {
+    const size_t stop = run(at_ + 1, is_letter);
+    if (stop == at_ + 1) return escape(peek(at_ + 1));
+    const std::string_view name = text_.substr(at_ + 1, stop - at_ - 1), token = command_token(name);
+    at_ = stop;
+    if (!token.empty()) push(token);
+    if ((name == "begin" || name == "end") && peek(at_) == '{') {
+      const size_t close = run(at_ + 1, [](char x) { return is_letter(x) || x == '*'; });
+      if (peek(close) == '}') at_ = close + 1;
+    } else if (is_digit(peek(at_))) {
+      digits(at_ + 1);
+    }
+    bound_ = at_;
+  }
+  // A spacing, an escaped mark, or the end of a line.
+  void escape(char c) {
+    if (at_ + 1 < text_.size() && is_in(c, "{}|%")) push(text_.substr(at_ + 1, 1));
+    if (at_ + 1 < text_.size() && c == '\\') push(",");
+    at_ += at_ + 1 < text_.size() && !is_word(c) ? 2 : 1;
+  }
+  // "!" or "'": a sign of mathematics, or a sentence's.
+  void mark(char c) {
+    const bool follows = at_ == bound_ || (at_ > 0 && is_in(text_[at_ - 1], "})]|"));
+    const char next = peek(at_ + 1);
+    const bool in_word = is_word(next) && !(is_letter(next) && peek(at_ + 2) == '\'');  // in a'b' it is a prime
+    const bool counts = c == '!' ? follows || next == '=' : follows && !in_word;
+    if (counts) push(text_.substr(at_, 1));
+    ++at_;
+    bound_ = counts ? at_ : kNowhere;
+  }
+  void sign(char c) {
+    const bool raised = c == '^' && is_raised(peek(at_ + 1) == '{' ? 2 : 1);
+    if (is_in(c, ",;&"))
+      push(",");
+    else if (is_in(c, "+-*/=<>()[]|%^") && !raised)
+      push(text_.substr(at_, 1));
+    ++at_;
+  }
+  bool is_raised(size_t offset) const { return starts("\\circ", offset) || starts("\\prime", offset); }
+
+  static constexpr size_t kNowhere = static_cast<size_t>(-1);
+  std::string_view text_;
+  bool masked_;
+  std::vector<Token>& out_;
+  size_t at_ = 0, bound_ = kNowhere;  // where a prime or a factorial would belong to what was read last
+  bool figures_ = true;               // until one is not closed
+};
+
+// Each numeral with its sign as "0", fractions too; a sign between two terms is "+". In place.
+inline void whole_numerals(std::vector<Token>& row) {
+  static const Token plus = token_of("+");
+  size_t size = 0;
+  const auto before = [&](size_t back) { return size >= back ? row[size - back].sign : '\0'; };
+  for (size_t i = 0; i < row.size(); ++i) {
+    while (row[i].sign == '0') {
+      if ((before(2) == 'F' && before(1) == '0') || (before(2) == '0' && before(1) == '/')) {
+        size -= 2;
+      } else if (before(1) != '+' && before(1) != '-') {
+        break;
+      } else if (const char term = before(2); is_letter(term) || (term != '\0' && is_in(term, "0)]"))) {
+        row[size - 1] = plus;
+        break;
+      } else {
+        --size;
+      }
+    }
+    row[size++] = row[i];
+  }
+  row.resize(size);
 }
+
+// Drops the stops, and the round brackets that hold no sign or have no other half. In place.
+inline void group(std::vector<Token>& row, std::vector<std::pair<size_t, bool>>& opened) {
+  constexpr char kDropped = '\x01';
+  opened.clear();  // where, and whether a sign came before it in the brackets around it
+  bool is_signed = false;
+  for (size_t i = 0; i < row.size(); ++i) {
+    const char sign = row[i].sign;
+    if (sign == ',') {
+      row[i].sign = kDropped;
+    } else if (sign == '(') {
+      opened.emplace_back(i, is_signed);
+      row[i].sign = kDropped;
+      is_signed = false;
+    } else if (sign == ')') {
+      row[i].sign = kDropped;
+      if (opened.empty()) continue;
+      if (is_signed) row[i].sign = ')', row[opened.back().first].sign = '(';
+      is_signed = is_signed || opened.back().second;
+      opened.pop_back();
+    } else if (sign != '\0' && is_in(sign, "-+*/=<>^|!")) {
+      is_signed = true;
+    }
+  }
+  size_t size = 0;
+  for (const Token& token : row)
+    if (token.sign != kDropped) row[size++] = token;
+  row.resize(size);
+}
+
+// Tokens of one text after another, in memory that is used again.
+class Tokeniser {
+ public:
+  const std::vector<Token>& operator()(std::string_view text, bool mask_digits) {
+    row_.clear();
+    Reader(text, mask_digits, row_).read();
+    if (mask_digits) whole_numerals(row_);
+    group(row_, opened_);
+    return row_;
+  }
+
+ private:
+  std::vector<Token> row_;
+  std::vector<std::pair<size_t, bool>> opened_;
+};
 
 }  // namespace rbfast

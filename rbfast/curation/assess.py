@@ -20,7 +20,8 @@ from rbfast.data.trace import Trace, TraceError
 
 UNVERIFIED, WRONG, RIGHT = -1, 0, 1
 _CUT = {"length", "max_tokens"}  # how servers call a reply that met its limit
-_CUT_FIELDS = ("finish_reason", "done_reason", "stop_reason")
+_FINISHED = {"stop", "eos", "eos_token", "end_turn", "stop_sequence"}
+_END_FIELDS = ("finish_reason", "done_reason", "stop_reason")
 
 Verify = Callable[[Trace, Mapping[str, Any]], bool | None]
 """Whether a trace's answer is right, from the trace and the row it came in; None where that cannot be said."""
@@ -69,7 +70,7 @@ class Assessor:
                 flaws.append(trace)
                 continue
             share = next(repeated)
-            flaws.append(_cut_by_server(row) or flaw(trace, share))
+            flaws.append(_cut_by_server(row) or flaw(trace, share, finished=_finished(row)))
             if flaws[-1] is None:
                 kept.append((trace, row, quality(trace, share)))
         return self._describe(flaws, kept, threads)
@@ -141,10 +142,15 @@ def _read(where: str, row: Any) -> Trace | str:
 
 
 def _cut_by_server(row: Mapping[str, Any]) -> str | None:
-    for field in _CUT_FIELDS:
+    for field in _END_FIELDS:
         if row.get(field) in _CUT:
             return f"truncated: its {field} is {row[field]}"
     return "truncated: so it says" if row.get("truncated") is True else None
+
+
+def _finished(row: Mapping[str, Any]) -> bool:
+    """Whether the server said that the reply came to its end."""
+    return any(row.get(field) in _FINISHED for field in _END_FIELDS)
 
 
 def _verdict(verified: bool | None) -> int:

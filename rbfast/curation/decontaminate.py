@@ -5,10 +5,13 @@
     found[0]            # None, or Match(item=80, tier="text", share=1.0)
 
 A problem is judged by the share of an evaluation problem that it holds, in 5-shingles of LaTeX-aware tokens, each
-weighted by how rare it is (idf): "find the number of integer values" weighs little, the equation much. Three tiers:
+weighted by how rare it is (idf): "find the number of integer values" weighs little, the equation much. What says in
+which form to answer ("Express your answer as a common fraction.") counts for nothing. Four tiers:
 
 - text: at least half of an evaluation problem is there;
 - template: with every number masked at least four fifths of it is there: the same problem with other numbers;
+- variant: with every number masked 55% of both problems is shared, in 3-shingles, and a tenth with the numbers: the
+  same problem with other numbers, names or a clause more;
 - paraphrase: the embeddings of the two are close. Only where a function that embeds texts is given.
 
 In a pool that is read in parts, `Decontaminator.find` runs on each part alone and `Decontaminator.judge` once on all
@@ -23,11 +26,17 @@ from typing import NamedTuple
 import numpy as np
 
 from rbfast.curation import text
+from rbfast.curation.instructions import without_instructions
 from rbfast.curation.text import Ragged, Texts
 from rbfast.data.readers import read_rows
 from rbfast.data.trace import TraceError
 
 SHINGLE = 5
+_SHORT_SHINGLE = 3  # of variants: a name or a number of other words breaks fewer of them
+_SAID_ALIKE = (
+    0.1  # of the evaluation problem a variant shares by tokens with their numbers; formulas alone are no problem
+)
+_BYTES_OF_A_HIT = 60  # a variant has a template shingle in common for so many bytes, of the first 400
 _QUESTION_FIELDS = ("problem", "question", "prompt")
 _WHOLE = 2**20  # a weight of one nat, as a whole number
 
@@ -46,8 +55,8 @@ class Match(NamedTuple):
     """The evaluation problem (its place in the list) that a problem gives away, how it was seen, and how much of it."""
 
     item: int
-    tier: str  # "text", "template" or "paraphrase"
-    share: float  # of the evaluation problem's weight; for a paraphrase the cosine
+    tier: str  # "text", "template", "variant" or "paraphrase"
+    share: float  # of the evaluation problem's weight; for a variant of both problems'; for a paraphrase the cosine
 
 
 class Found(NamedTuple):
@@ -55,6 +64,8 @@ class Found(NamedTuple):
 
     text: Ragged
     template: Ragged
+    variant: Ragged
+    sizes: np.ndarray  # int64 [n], how many shingles of a variant's kind a problem has; 0 if it can be none
     nearest: np.ndarray  # int32 [n], by embedding; -1 where there is none
     cosine: np.ndarray  # float32 [n]
 
@@ -65,10 +76,11 @@ class Thresholds:
 
     text: float = 0.5
     template: float = 0.8
+    variant: float = 0.55
     paraphrase: float = 0.9
 
     def __post_init__(self) -> None:
-        for name in ("text", "template", "paraphrase"):
+        for name in ("text", "template", "variant", "paraphrase"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in (0, 1], got {getattr(self, name)}")
 
@@ -104,6 +116,13 @@ def contaminated(
     return decontaminator.judge(found, text.fingerprints(texts), threads=threads or text.cores())
 
 
+class _Best(NamedTuple):
+    """For each problem of the pool the evaluation problem it shares most with, or -1, and the share."""
+
+    items: np.ndarray
+    shares: np.ndarray
+
+
 class _Tier(NamedTuple):
     """The shingles of the evaluation problems: sorted hashes, and for each the items that have it."""
 
@@ -111,8 +130,8 @@ class _Tier(NamedTuple):
     items: Ragged
 
     @classmethod
-    def of(cls, texts: Texts, mask_digits: bool) -> "_Tier":
-        rows, _ = text.shingles(texts, SHINGLE, mask_digits=mask_digits)
+    def of(cls, texts: Texts, k: int, mask_digits: bool) -> "_Tier":
+        rows, _ = text.shingles(texts, k, mask_digits=mask_digits)
         item = np.repeat(np.arange(len(texts.starts) - 1, dtype=np.int32), rows.lengths)
         order = np.argsort(rows.values, kind="stable")
         hashes, counts = np.unique(rows.values, return_counts=True)
@@ -128,17 +147,35 @@ class Decontaminator:
         self.evaluations = tuple(evaluations)
         self.thresholds = thresholds or Thresholds()
         self._embed = embed
-        texts = text.pack(item.problem for item in evaluations)
-        self._text, self._template = _Tier.of(texts, mask_digits=False), _Tier.of(texts, mask_digits=True)
+        texts = text.pack(without_instructions(item.problem) for item in evaluations)
+        self._text, self._template = _Tier.of(texts, SHINGLE, False), _Tier.of(texts, SHINGLE, True)
+        self._variant = _Tier.of(texts, _SHORT_SHINGLE, True)
         self._vectors = self._unit([item.problem for item in evaluations]) if embed and evaluations else None
 
     def find(self, texts: Texts, problems: Sequence[str], *, threads: int = 1) -> Found:
         """What each problem shares with the evaluation sets. `texts` is `pack(problems)`."""
+        asked = [without_instructions(problem) for problem in problems]
+        if any(ours is not theirs for ours, theirs in zip(asked, problems, strict=True)):
+            texts = text.pack(asked)
+        template = text.find(texts, SHINGLE, self._template.hashes, mask_digits=True, threads=threads)
         return Found(
             text.find(texts, SHINGLE, self._text.hashes, threads=threads),
-            text.find(texts, SHINGLE, self._template.hashes, mask_digits=True, threads=threads),
+            template,
+            *self._variants(template.lengths, np.diff(texts.starts), asked, threads),
             *self._nearest(problems),
         )
+
+    def _variants(
+        self, hits: np.ndarray, lengths: np.ndarray, asked: Sequence[str], threads: int
+    ) -> tuple[Ragged, np.ndarray]:
+        """What each problem shares by short shingles, and how many it has, where it shares enough long ones."""
+        places = np.flatnonzero(hits >= np.maximum(1, np.minimum(lengths, 400) // _BYTES_OF_A_HIT))
+        texts = text.pack(asked[place] for place in places.tolist())
+        rows, _ = text.shingles(texts, _SHORT_SHINGLE, mask_digits=True, threads=threads)
+        found = text.find(texts, _SHORT_SHINGLE, self._variant.hashes, mask_digits=True, threads=threads)
+        sizes, shared = np.zeros((2, len(hits)), dtype=np.int64)
+        sizes[places], shared[places] = rows.lengths, found.lengths
+        return Ragged(found.values, np.append(0, np.cumsum(shared))), sizes
 
     def judge(self, found: Found, fingerprints: np.ndarray, *, threads: int = 1) -> list[Match | None]:
         """The verdict on every problem of the pool, from what `find` gave for all of it.
@@ -149,15 +186,23 @@ class Decontaminator:
         first = np.zeros(len(fingerprints), dtype=bool)
         first[np.unique(fingerprints, return_index=True)[1]] = True
         matches: list[Match | None] = [None] * len(fingerprints)
-        for name, shared, tier in (("template", found.template, self._template), ("text", found.text, self._text)):
-            weights, totals = self._weigh(tier, shared, first)
-            least = getattr(self.thresholds, name)
-            items, shares = text.containment(shared, tier.items, weights, totals, least=least, threads=threads)
-            for at in np.flatnonzero(items >= 0).tolist():
-                matches[at] = Match(int(items[at]), name, float(shares[at]))
+        said = self._best("text", found, first, min(_SAID_ALIKE, self.thresholds.text), threads)
+        variant = self._best("variant", found, first, self.thresholds.variant, threads)
+        variant.items[variant.items != said.items] = -1
+        said.items[said.shares < self.thresholds.text] = -1
+        template = self._best("template", found, first, self.thresholds.template, threads)
+        for name, best in (("variant", variant), ("template", template), ("text", said)):
+            for at in np.flatnonzero(best.items >= 0).tolist():
+                matches[at] = Match(int(best.items[at]), name, float(best.shares[at]))
         for at in np.flatnonzero(found.cosine >= self.thresholds.paraphrase).tolist():
             matches[at] = matches[at] or Match(int(found.nearest[at]), "paraphrase", float(found.cosine[at]))
         return matches
+
+    def _best(self, name: str, found: Found, first: np.ndarray, least: float, threads: int) -> "_Best":
+        shared, tier = getattr(found, name), getattr(self, f"_{name}")
+        weights, totals = self._weigh(tier, shared, first)
+        own = self._own_weights(found, weights, int(first.sum())) if name == "variant" else None
+        return _Best(*text.containment(shared, tier.items, weights, totals, own=own, least=least, threads=threads))
 
     def _weigh(self, tier: _Tier, shared: Ragged, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Weights of the shingles, int64, and their sum for each item, int64.
@@ -173,6 +218,13 @@ class Decontaminator:
         totals = np.zeros(items, dtype=np.int64)
         np.add.at(totals, tier.items.values, np.repeat(weights, tier.items.lengths))
         return weights, np.maximum(totals, 1)
+
+    def _own_weights(self, found: Found, weights: np.ndarray, pool: int) -> np.ndarray:
+        """For each problem of the pool the sum of its short shingles' weights, int64; one that no evaluation problem
+        has is as rare as can be."""
+        held = np.append(0, np.cumsum(weights[found.variant.values]))[found.variant.starts]
+        rarest = round(_WHOLE * np.log(pool + len(self.evaluations) + 1))
+        return np.maximum(1, np.diff(held) + rarest * (found.sizes - found.variant.lengths))
 
     def _nearest(self, problems: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if self._vectors is None or not problems:
@@ -197,6 +249,8 @@ def join_found(parts: Sequence[Found]) -> Found:
     return Found(
         text.join_ragged([part.text for part in parts]),
         text.join_ragged([part.template for part in parts]),
+        text.join_ragged([part.variant for part in parts]),
+        np.concatenate([part.sizes for part in parts]),
         np.concatenate([part.nearest for part in parts]),
         np.concatenate([part.cosine for part in parts]),
     )

@@ -4,7 +4,7 @@
     keeper[i] == i                                     # i is kept; else i says again what keeper[i] says
 
 Problems of the same tokens are one problem, whatever their answers: one of them may be wrong. Problems whose shingles
-mostly agree (MinHash) count as one only where their answers agree, and the numbers and single letters in them: problems
+mostly agree (MinHash) count as one only where their answers agree, and the numbers, letters and signs in them: problems
 made from a template share most of their words and are different problems all the same.
 """
 
@@ -21,13 +21,15 @@ _BANDS = 16  # of 4 values: a pair of Jaccard index 0.8 meets in one with a prob
 _LEAST_AGREEMENT = 0.8
 _DATA = re.compile(r"[0-9]+|(?<![^\W\d_])[b-z](?![^\W\d_])")  # "a" is an article more often than a variable
 
+_SIGNS = frozenset("+*/=<>()[]{}|!'%^")  # a hyphen is often only a word's
+
 
 def key_of(problem: str, answer: str) -> int:
-    """64 bits of what near duplicates must share: the answer's tokens, and the problem's numbers and single letters."""
-    data = _DATA.findall(fold(problem))
-    return int.from_bytes(
-        blake2b("\0".join([*tokens(fold(answer)), "", *data]).encode(), digest_size=8).digest(), "big"
-    )
+    """64 bits of what near duplicates must share: the answer's tokens, and the problem's numbers, letters and signs."""
+    folded = fold(problem)
+    signs = [token for token in tokens(folded) if token in _SIGNS]
+    shared = [*tokens(fold(answer)), "", *_DATA.findall(folded), "", *signs]
+    return int.from_bytes(blake2b("\0".join(shared).encode(), digest_size=8).digest(), "big")
 
 
 def duplicates(

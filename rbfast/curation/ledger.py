@@ -16,6 +16,7 @@ _STAGES = ("clean", "decontaminate", "dedup", "score", "select")
 _CONTAMINATED = {
     "text": "holds an evaluation problem",
     "template": "an evaluation problem with other numbers",
+    "variant": "a variant of an evaluation problem",
     "paraphrase": "paraphrases an evaluation problem",
 }
 

@@ -32,29 +32,35 @@ _PAIRS = (("\\(", "\\)"), ("\\[", "\\]"), ("\\begin{", "\\end{"))
 _CUT_MARKS = tuple(",;([{=+*/<&\\")  # nothing ends on these
 _CUT_WORDS = re.compile(
     r"\b(?:a|an|the|of|to|is|are|was|were|and|or|but|so|that|which|if|then|because|since|with|for|from|in|on|by|at|as|"
-    r"we|i|it|let|let's|this|has|have|equals|be|can|will|therefore|thus|hence|where|when|not)\s*$"
+    r"we|it|let|let's|this|has|have|equals|be|can|will|therefore|thus|hence|where|when|not)\s*$"
 )
+_NAMED = re.compile(r"(?:[=+*/^<>:-]\s*[a-z]|\w\+\+|:-?[(\[])$")  # x = a, C++, :-(
+_EMPHASIS = re.compile(r"(?<=[^\s*_])(\*{1,3}|_{1,3})$")
+_NO_ANSWER = re.compile(r"[\s.…?!,;:_'\"–—-]*")
 _SENTENCE_END = re.compile(r"[.!?:][\s)\]\"'”’*_$]*$")
 _MAY_END_BARE = re.compile(rf"{_SENTENCE_END.pattern}|answer|\\boxed|\\\]$|\$\$$|^[^a-z]*$", re.IGNORECASE)
 _LEAST_LINES = 4  # before their full stops say anything of the last
 
 
-def flaw(trace: Trace, repetition: float) -> str | None:
+def flaw(trace: Trace, repetition: float, *, finished: bool = False) -> str | None:
     """Why a trace cannot be used, as "kind: what was seen", or None.
 
-    What was cut off is seen by its text only where the cut shows; the server's word for it is better (see `curate`).
+    What was cut off is seen by its text only where the cut shows, and an ending may look like a cut and be none. Better
+    than both is another's word: a trace that is `finished`, or whose answer was verified, is not called cut.
 
     Args:
         repetition: what `repeated_shares` says of its reasoning.
+        finished: the server said that the reply came to its end.
     """
+    right = trace.verified is True
     if repetition > _MOST_REPEATED:
         return "looping: most of the reasoning repeats itself"
-    if seen := _cut_short(trace.reasoning):
+    if not (finished or right) and (seen := _cut_short(trace.reasoning)):
         return f"truncated: {seen}"
-    if seen := _unreadable(trace.answer):
+    if not right and (seen := _unreadable(trace.answer)):
         return f"unreadable answer: {seen}"
-    if _foreign_share(trace.problem, trace.reasoning) > _MOST_FOREIGN:
-        return "language: the reasoning changes to a script that the problem is not written in"
+    if _foreign_share(trace.problem + trace.answer, trace.reasoning) > _MOST_FOREIGN:
+        return "language: the reasoning changes to a script that problem and answer are not written in"
     return None
 
 
@@ -67,19 +73,38 @@ def repeated_shares(texts: Sequence[str], *, threads: int = 1) -> np.ndarray:
 
 def _cut_short(reasoning: str) -> str | None:
     written = reasoning.rstrip()
+    return _left_open(written) or (None if _closes_emphasis(written) else _breaks_off(written))
+
+
+def _left_open(written: str) -> str | None:
+    """What the text ends inside."""
     if written.count("```") % 2:
         return "it ends inside a code fence"
     if written.count("$$") % 2:
         return "it ends inside $$ ... $$"
+    formulas = written.replace("\\\\", "  ")  # the end of a line, that may stand before a bracket
     for opener, closer in _PAIRS:
-        if written.rfind(opener) > written.rfind(closer):
+        if formulas.rfind(opener) > formulas.rfind(closer):
             return f"it ends inside {opener} ... {closer}"
     if "<think>" in written and "</think>" not in written:
         return "its thinking does not end"
-    if written.endswith(_CUT_MARKS):
-        return f"it ends on {written[-1]!r}"
-    if written[-1].isalpha() and _CUT_WORDS.search(written[-20:]):
-        return f"it ends on {written.split()[-1]!r}"
+    return None
+
+
+def _closes_emphasis(written: str) -> bool:
+    """Whether the text ends on the mark that closes **bold** or *italics*, opened in the same line, or on a rule."""
+    line = f"\n{written}".rpartition("\n")[2]
+    mark = _EMPHASIS.search(line)
+    return not line.strip("*_ ") if mark is None else line[: mark.start()].count(mark[1]) % 2 == 1
+
+
+def _breaks_off(written: str) -> str | None:
+    """What shows at the end of a text that stops in a clause."""
+    if not _NAMED.search(written[-20:]):
+        if written.endswith(_CUT_MARKS):
+            return f"it ends on {written[-1]!r}"
+        if written[-1].isalpha() and _CUT_WORDS.search(written[-20:]):
+            return f"it ends on {written.split()[-1]!r}"
     *lines, last = (line for line in written.split("\n") if line.strip())
     stopped = sum(_SENTENCE_END.search(line) is not None for line in lines)
     if len(lines) >= _LEAST_LINES and stopped >= 0.95 * len(lines) and not _MAY_END_BARE.search(last):
@@ -88,20 +113,21 @@ def _cut_short(reasoning: str) -> str | None:
 
 
 def _unreadable(answer: str) -> str | None:
-    if not any(character.isalnum() or unicodedata.category(character) == "Sm" for character in answer):
+    if _NO_ANSWER.fullmatch(answer) and answer.strip() != "-":
         return "it holds no letter, digit or sign"
-    if answer.count("{") - answer.count("\\{") != answer.count("}") - answer.count("\\}"):
+    opened = answer.count("{") - answer.count("\\{") - answer.count("}") + answer.count("\\}")
+    if opened and any(map(str.isalnum, answer)):  # an answer may be the brackets that are missing
         return "its braces do not balance"
     return None
 
 
-def _foreign_share(problem: str, reasoning: str) -> float:
-    """The share of the reasoning's letters in scripts that the problem does not use; Latin and Greek belong to all."""
+def _foreign_share(given: str, reasoning: str) -> float:
+    """The share of the reasoning's letters in scripts that `given` does not use; Latin and Greek belong to all."""
     if reasoning.isascii():
         return 0.0
     counts = Counter(reasoning)
     letters = {c: n for c, n in counts.items() if c.isalpha()}
-    known = {"LATIN", "GREEK", *(_script(c) for c in set(problem) if c.isalpha())}
+    known = {"LATIN", "GREEK", *(_script(c) for c in set(given) if c.isalpha())}
     return sum(n for c, n in letters.items() if _script(c) not in known) / max(1, sum(letters.values()))
 
 

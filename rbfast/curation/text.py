@@ -65,6 +65,8 @@ _SIGNS = {
     **dict.fromkeys("×·⋅∙∗", "*"),
     **dict.fromkeys("−‒", "-"),
     **dict.fromkeys("⁄∕", "/"),
+    **dict.fromkeys("’‘′", "'"),
+    "∣": "|",
     **{"≤": " le ", "⩽": " le ", "≥": " ge ", "⩾": " ge ", "≠": " ne ", "≈": " approx ", "≡": " equiv ", "≅": " cong "},
     **{"∼": " sim ", "±": " pm ", "∓": " mp ", "÷": " div ", "√": " sqrt ", "∞": " infty ", "°": " circ "},
     **{"∑": " sum ", "∏": " prod ", "∫": " int ", "∂": " partial ", "∇": " nabla ", "∈": " in ", "∉": " notin "},
@@ -81,18 +83,21 @@ _SIGNS = {
     **{"⌊": " lfloor ", "⌋": " rfloor ", "⌈": " lceil ", "⌉": " rceil ", "⟨": " langle ", "⟩": " rangle "},
 }
 _UNSPACED = ("CJK ", "HIRAGANA ", "KATAKANA ", "THAI ", "LAO ", "KHMER ", "MYANMAR ")  # written without spaces
+_RAISED = re.compile("[⁰¹²³⁴-⁾ⁿⁱ]+")
 _LONE_GREEK = re.compile("(?<![α-ω])[α-ω](?![α-ω])")  # a variable; in Greek words the letters stay together
 
 
 def fold(text: str) -> str:
     """`text` in lower case with one spelling for each sign: what the tokens are read from.
 
-    Beyond ASCII: NFKC, full case folding, digits of any script as 0 to 9, mathematical signs and lone Greek letters by
-    their LaTeX names, ideographs apart, other punctuation as space. Half a surrogate pair counts as punctuation.
+    Beyond ASCII: NFKC, full case folding, digits of any script as 0 to 9, raised ones after "^", mathematical signs and
+    lone Greek letters by their LaTeX names, ideographs apart, other punctuation as space. Half a surrogate
+    pair counts as punctuation.
     """
     if text.isascii():
         return text.lower()
-    plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    raised = _RAISED.sub(lambda match: f"^{match.group()}", text)
+    plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", raised).casefold())
     return _LONE_GREEK.sub(_greek_name, plain.translate(_FOLDED))
 
 
@@ -143,7 +148,7 @@ def shingles(texts: Texts, k: int, *, mask_digits: bool = False, threads: int = 
     """The distinct shingles of k tokens of each text, sorted, as 64-bit hashes; and its number of tokens, int64 [n].
 
     A text of fewer than k tokens has one shingle, all of it. A token's hash is FNV-1a; a shingle's folds its tokens'
-    with splitmix64's finaliser: the same on every machine. `mask_digits` reads every run of digits as one sign.
+    with splitmix64's finaliser: the same on every machine. `mask_digits` reads every numeral as one sign.
     """
     hashes, starts, counts = _IMPL.shingles(texts.data, texts.starts, k, mask_digits, threads)
     return Ragged(hashes, starts), counts
@@ -166,7 +171,14 @@ def find(texts: Texts, k: int, index: np.ndarray, *, mask_digits: bool = False, 
 
 
 def containment(
-    found: Ragged, postings: Ragged, weights: np.ndarray, totals: np.ndarray, *, least: float, threads: int = 1
+    found: Ragged,
+    postings: Ragged,
+    weights: np.ndarray,
+    totals: np.ndarray,
+    *,
+    own: np.ndarray | None = None,
+    least: float,
+    threads: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
     """For each row the item it holds the largest share of, and that share, where it is at least `least`.
 
@@ -175,11 +187,13 @@ def containment(
         postings: for each term the items that have it, int32.
         weights: of each term, int64, 0 or more.
         totals: for each item the sum of its terms' weights, int64, more than 0.
+        own: for each row the same, int64; the share is then of both sides: twice what is shared of the two sums.
 
     Returns:
         int32 [rows], the first of equal shares, else -1; float64 [rows] in [0, 1], else 0.
     """
-    return _IMPL.containment(*found, *postings, weights, totals, least, threads)
+    both = np.empty(0, np.int64) if own is None else own
+    return _IMPL.containment(*found, *postings, weights, totals, both, least, threads)
 
 
 def minhash(rows: Ragged, width: int, *, threads: int = 1) -> np.ndarray:

@@ -11,26 +11,42 @@ _TYPESETTING = {
     "left", "right", "big", "bigl", "bigr", "bigg", "displaystyle", "text", "textbf", "textit", "mathrm", "mathbf",
     "mathit", "operatorname", "quad", "qquad", "limits", "ldots", "cdots", "dots", "begin", "end",
 }  # fmt: skip
-_ALIASES = {"dfrac": "frac", "tfrac": "frac", "leq": "le", "geq": "ge", "neq": "ne", "times": "*", "cdot": "*"}
+_ALIASES = {
+    **{"dfrac": "frac", "tfrac": "frac", "leq": "le", "geq": "ge", "neq": "ne", "times": "*", "cdot": "*"},
+    **{"prime": "'", "lvert": "|", "rvert": "|", "vert": "|", "mid": "|", "lbrace": "{", "rbrace": "}"},
+}
 _TOKEN = re.compile(
-    r"\\(?P<command>[a-z]+)|\\[^a-z\u0080-\U0010ffff]?|(?P<word>[a-z\u0080-\U0010ffff]+)|(?P<digits>[0-9]+)|"
-    r"(?P<figure>\[asy\])|(?P<operator>[-+*/=<>])"
+    r"\\(?P<command>[a-z]+)|\\(?P<escaped>[{}|%])|(?P<stop>\\\\|[,;&])|\\[^a-z\u0080-\U0010ffff]?|"
+    r"(?P<word>[a-z\u0080-\U0010ffff]+)|(?P<digits>[0-9]+)|(?P<figure>\[asy\])|\^(?=\{?\\(?:circ|prime))|"
+    r"(?P<operator>[-+*/=<>()\[\]|%^])|(?P<mark>[!'])"
 )
 _ENVIRONMENT = re.compile(r"\{[a-z*]*\}")
+_NUMERAL = re.compile(r"[0-9]+(?:(?:,|\{,\}|,\\!)[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?")
+_IN_WORD = re.compile(r"(?![a-z]')[a-z\u0080-\U0010ffff]")  # after "'"; in a'b' it is a prime
 _FIGURE_END = "[/asy]"
 _DIGITS = "0123456789"
+_STOP = ","  # what parts two numbers; no token
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_GROUPED = "-+*/=<>^|!"  # brackets around these say in which order
 
 
 def tokens(text: str, mask_digits: bool = False) -> list[str]:
-    """The tokens of a folded text: words, runs of digits ("0" where masked), operators, names of LaTeX commands.
+    """The tokens of a folded text: words, numerals, signs, names of LaTeX commands.
 
-    What only sets type gives none: `\\left`, `\\text`, dollars, braces, Asymptote figures. A digit after a command
-    stands alone, as TeX reads it.
+    What only sets type gives none: `\\left`, `\\text`, dollars, braces, Asymptote figures, round brackets that hold no
+    sign. A digit after a command stands alone, as TeX reads it. Where digits are masked a whole numeral is "0": its
+    sign, commas and point go, and a fraction of two numerals is one.
     """
+    row = _read(text, mask_digits)
+    return _grouped(_whole_numerals(row) if mask_digits else row)
+
+
+def _read(text: str, mask_digits: bool) -> list[str]:
+    """The tokens as they stand, with stops."""
     found: list[str] = []
-    at, figures = 0, True
+    at, bound, figures = 0, -1, True  # bound: where a prime or a factorial would belong to what was read last
     while match := _TOKEN.search(text, at):
-        at = match.end()
+        start, at = match.span()
         kind, token = match.lastgroup, match.group(match.lastgroup or 0)
         if kind == "command":
             if token not in _TYPESETTING:
@@ -40,15 +56,82 @@ def tokens(text: str, mask_digits: bool = False) -> list[str]:
             elif at < len(text) and text[at] in _DIGITS:
                 found.append("0" if mask_digits else text[at])
                 at += 1
+            bound = at
         elif kind == "digits":
+            at = bound = _numeral_end(text, start) if mask_digits else at
             found.append("0" if mask_digits else token)
+        elif kind == "word":
+            found.append(token)
+            shortened = start > 0 and text[start - 1] == "'" and bound != start  # the t of "don't"
+            bound = at if len(token) == 1 and token in _LETTERS and not shortened else -1
         elif kind == "figure":
             close = text.find(_FIGURE_END, at) if figures else -1
             figures = close >= 0
-            at = close + len(_FIGURE_END) if figures else match.start() + 1
+            at = close + len(_FIGURE_END) if figures else start
+            if not figures:
+                found.append("[")
+                at += 1
+        elif kind == "mark":
+            bound = _mark(text, start, bound, found)
+        elif kind == "stop":
+            found.append(_STOP)
         elif kind is not None:
             found.append(token)
     return found
+
+
+def _numeral_end(text: str, start: int) -> int:
+    match = _NUMERAL.match(text, start)
+    return match.end() if match else start
+
+
+def _mark(text: str, at: int, bound: int, found: list[str]) -> int:
+    """Reads "!" or "'" as a sign of mathematics, or as a sentence's; returns where another one would belong to it."""
+    follows = at == bound or (at > 0 and text[at - 1] in "})]|")
+    factorial, prime = text[at] == "!", follows and not _IN_WORD.match(text, at + 1)
+    if not ((follows or text[at + 1 : at + 2] == "=") if factorial else prime):
+        return -1
+    found.append(text[at])
+    return at + 1
+
+
+def _whole_numerals(row: list[str]) -> list[str]:
+    """Each numeral with its sign as "0", fractions too; a sign between two terms is "+"."""
+    found: list[str] = []
+    for token in row:
+        while token == "0" and found:
+            if found[-2:] in (["frac", "0"], ["0", "/"]):
+                del found[-2:]
+            elif found[-1] not in ("+", "-"):
+                break
+            elif len(found) > 1 and (found[-2] in ("0", ")", "]") or found[-2] in tuple(_LETTERS)):
+                found[-1] = "+"
+                break
+            else:
+                found.pop()
+        found.append(token)
+    return found
+
+
+def _grouped(row: list[str]) -> list[str]:
+    """Without stops, and without the round brackets that hold no sign, or that have no other half."""
+    kept = [token != _STOP for token in row]
+    opened: list[tuple[int, bool]] = []  # where, and whether a sign came before it in the brackets around it
+    signed = False
+    for at, token in enumerate(row):
+        if token == "(":
+            kept[at] = False
+            opened.append((at, signed))
+            signed = False
+        elif token == ")":
+            kept[at] = False
+            if opened:
+                before, outer = opened.pop()
+                kept[at] = kept[before] = signed
+                signed = signed or outer
+        else:
+            signed = signed or token in tuple(_GROUPED)
+    return [token for token, keep in zip(row, kept, strict=True) if keep]
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -106,6 +189,7 @@ def containment(
     posting_starts: np.ndarray,
     weights: np.ndarray,
     totals: np.ndarray,
+    own: np.ndarray,
     least: float,
     threads: int,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -116,7 +200,8 @@ def containment(
             for item in postings[posting_starts[term] : posting_starts[term + 1]].tolist():
                 shared[item] = shared.get(item, 0) + int(weights[term])
         for item in sorted(shared):
-            part = shared[item] / int(totals[item])
+            total = int(totals[item])
+            part = 2 * shared[item] / (total + int(own[row])) if len(own) else shared[item] / total
             if part >= least and part > share[row]:
                 best[row], share[row] = item, part
     return best, share

@@ -21,6 +21,7 @@ from rbfast.curation.decontaminate import (
     join_found,
     read_evaluations,
 )
+from rbfast.curation.instructions import without_instructions
 from rbfast.data.trace import TraceError
 
 
@@ -51,7 +52,7 @@ def test_confirmed_pairs_are_flagged_and_nothing_else(s1k: list[str], math500: l
 
 def test_the_verdicts_stand_apart_from_the_thresholds(s1k: list[str], math500: list[Evaluation]) -> None:
     """The four hold 0.93 and more of their problem, the next less than 0.4: the threshold is not tuned to them."""
-    found = contaminated(s1k, math500, thresholds=Thresholds(text=0.2, template=1.0))
+    found = contaminated(s1k, math500, thresholds=Thresholds(text=0.2, template=1.0, variant=1.0))
     shares = sorted((match.share for match in found if match), reverse=True)
     assert shares[3] > 0.9
     assert shares[4] < 0.4
@@ -88,6 +89,59 @@ def test_short_problems_are_seen() -> None:
     evaluations = [Evaluation("e:1", "Compute $\\sin 60^\\circ$."), Evaluation("e:2", "What is $5!$?")]
     found = contaminated(["compute \\(\\sin(60°)\\)", "Compute $\\cos 60^\\circ$.", "", "Solve x."], evaluations)
     assert [match and (match.item, match.tier) for match in found] == [(0, "text"), None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Calculate (8 - 3) * 2", "Calculate 8 - 3 * 2"),
+        ("Solve $|x-3|=5$.", "Solve $x-3=5$."),
+        ("Find $f'(2)$.", "Find $f(2)$."),
+        ("What is $5!$?", "What is $5$?"),
+    ],
+)
+def test_look_alike_problems_are_told_apart(one: str, other: str) -> None:
+    assert contaminated([one, other], [Evaluation("e:1", one)])[1] is None
+    assert contaminated([one, other], [Evaluation("e:1", other)])[0] is None
+
+
+SET = [
+    "A reflection takes $\\begin{pmatrix} 5 \\\\ 0 \\end{pmatrix}$ to $\\begin{pmatrix} 4 \\\\ 3 \\end{pmatrix}.$ "
+    "Which vector does the reflection take $\\begin{pmatrix} -2 \\\\ 3 \\end{pmatrix}$ to?",
+    "Mikka wants to order a pizza with two different toppings. He has 8 different toppings to choose from. How many "
+    "different pizzas could he order?",
+    "Find the equation of the plane containing the points $(0,-1,-1),$ $(-4,4,4),$ and $(4,5,1).$  Enter your answer "
+    "in the form \\[Ax + By + Cz + D = 0,\\]where $A,$ $B,$ $C,$ $D$ are integers such that $A > 0.$",
+    "Solve for x: 3x + 5 = 20. Express your answer as a common fraction.",
+]
+
+
+@pytest.mark.parametrize(
+    ("problem", "item", "tier"),
+    [
+        (SET[0].replace("5 \\", "-\\frac{1}{2} \\").replace("-2 ", "1,000 "), 0, "template"),
+        (f"Return your final response within \\boxed{{}}. {SET[0]}", 0, "text"),
+        ("Sarah wants to order a pizza with 2 different toppings. She has 9 different toppings to choose from. "
+         "How many different pizzas could she order?", 1, "variant"),
+        ("Solve for x: 7x + 9 = -44", 3, "template"),
+    ],
+)  # fmt: skip
+def test_a_problem_with_other_numbers_names_or_a_clause_is_met(problem: str, item: int, tier: str) -> None:
+    others = ["Find the area of a circle of radius three.", "How many different primes are there below one hundred?"]
+    match = contaminated([problem, *others], [Evaluation("e", asked) for asked in SET])[0]
+    assert match is not None
+    assert (match.item, match.tier) == (item, tier)
+
+
+def test_what_says_how_to_answer_counts_for_nothing() -> None:
+    asked = SET[2].partition("Enter")[2]
+    problem = f"A sphere touches three given planes and two lines. Find the plane of its centre. Enter{asked}"
+    assert contaminated([problem], [Evaluation("e", asked) for asked in SET]) == [None]
+    assert without_instructions("Find $x$ in $2x = 7$. Express your answer as a decimal like 1.5.").strip() == (
+        "Find $x$ in $2x = 7$."
+    )
+    for kept in ("Write your answer.", "List all the primes below 9.", "Which letter comes first?"):
+        assert without_instructions(kept) == kept
 
 
 def test_boilerplate_weighs_little() -> None:

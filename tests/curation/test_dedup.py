@@ -46,6 +46,21 @@ def test_other_data_make_another_problem(said: str, instead: str) -> None:
     assert keepers([(asked, "110"), (asked.replace(said, instead), "110")]) == [0, 1]
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Calculate (8 - 3) * 2", "Calculate 8 - 3 * 2"),
+        ("Solve $|x-3|=5$.", "Solve $x-3=5$."),
+        ("Find $f'(2)$.", "Find $f(2)$."),
+        ("Find $5!$.", "Find $5$."),
+        (LONG.format("How many is $|x-3|$?"), LONG.format("How many is $x-3$?")),
+        (LONG.format("How many is 9!?"), LONG.format("How many is 9?")),
+    ],
+)
+def test_signs_make_another_problem(one: str, other: str) -> None:
+    assert keepers([(one, "4"), (other, "4")]) == [0, 1]
+
+
 def test_problems_without_a_word_are_like_no_other() -> None:
     assert keepers([("?", "1"), ("!", "1"), ("", "1")]) == [0, 1, 2]
     assert keepers([]) == []

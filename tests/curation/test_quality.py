@@ -70,6 +70,10 @@ def test_some_of_what_is_cut_at_random_is_seen() -> None:
         ("$$x=1$$ and $$y", r"inside \$\$"),
         ("\\begin{align} x", "inside"),
         ("<think>It is 7.", "its thinking does not end"),
+        ("It is 3 *", "ends on '\\*'"),
+        ("We have **x** and **", "ends on '\\*'"),
+        ("It is $$x$$ so a", "ends on 'a'"),
+        ("$$x \\\\[4pt] y$$ and \\[ z", r"inside \\\[ ... \\\]"),
         ("It is 3 +", "ends on '\\+'"),
         ("So it must be the", "ends on 'the'"),
         ("One is 1.\nTwo is 2.\nThree is 3.\nFour is 4.\nFive seems odd to me", "no full stop"),
@@ -89,6 +93,13 @@ def test_cut_reasoning(reasoning: str, complaint: str) -> None:
         "```\nx\n```",
         "One.\nTwo.\nThree.\nFour.\nThe answer is seven",
         "\\[x=7\\]",
+        "So it is\n\n---\n\n**Answer: 670**",
+        "One.\nTwo.\nThree.\nFour.\n*Five, to the*",
+        "The roots are conjugate, so z = i",
+        "Thus x = a",
+        "The language is C++",
+        "$$\\begin{cases} x \\\\[4pt] y \\end{cases}$$",
+        "No solution :(",
     ],
 )
 def test_whole_reasoning(reasoning: str) -> None:
@@ -102,6 +113,35 @@ def test_answers_and_languages() -> None:
     assert (flaw_of("所以我们得到答案 7.") or "").startswith("language")
     assert flaw_of("所以我们得到答案 7.", problem="求解 x") is None
     assert flaw_of("Thus α + β ≤ 𝑥, naïve.") is None
+
+
+@pytest.mark.parametrize("answer", ["] } )", "(())", "✓", "👍", "-", "≤", "{}"])
+def test_answers_without_a_letter(answer: str) -> None:
+    assert flaw_of("It is that.", answer=answer) is None
+
+
+def test_a_translation_is_no_change_of_language() -> None:
+    assert flaw_of("Good morning is おはよう, so おはよう.", "Translate good morning.", "おはよう") is None
+
+
+def test_another_s_word_counts_more_than_an_ending() -> None:
+    cut = Trace("p", "So it is the", "7")
+    assert flaw(cut, 0.0) == "truncated: it ends on 'the'"
+    assert flaw(cut, 0.0, finished=True) is None
+    assert flaw(Trace("p", "So it is the", "7", verified=True), 0.0) is None
+    assert flaw(Trace("p", "So it is the", "7", verified=False), 0.0) is not None
+
+
+def test_finished_replies_have_no_flaw() -> None:
+    """Qwen3-8B without thinking: the two that met the limit loop, and nothing else is wrong with a reply."""
+    with data_path("qwen3_think_onoff/qwen3-8b__think-off.jsonl").open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    items = {
+        item["id"]: item for item in json.loads(data_path("qwen3_think_onoff/items.json").read_text(encoding="utf-8"))
+    }
+    flaws = {row["item_id"]: flaw_of(row["content"], items[row["item_id"]]["prompt"]) for row in rows}
+    assert len(flaws) == 200
+    assert {item for item, seen in flaws.items() if seen} == {r["item_id"] for r in rows if r["done_reason"] != "stop"}
 
 
 def test_repetition_is_the_share_said_before() -> None:

@@ -16,6 +16,8 @@ from rbfast.curation.text_reference import tokens
 
 MARKS = ["\\frac", "\\", "12", "[asy]", "[/asy]", "x", "\\left", "\\text1", "\\begin{a*}", "\\end{b", "c}", "{", "}"]
 MARKS += ["½", "π", "ßé", "≤", "中文", "-", "<", "=", "\u200b", "\ud800", "İ", "١٢"]
+MARKS += ["(", ")", "[", "]", "|", "!", "'", "%", "^", "+", "*", "/", ",", "&", ".", "000", "\\frac1", "0/", "f'", "x²"]
+MARKS += ["{,}", ",\\!", "\\{", "\\}", "\\%", "\\|", "\\\\", "^\\circ", "^{\\prime", "\\lvert", "!=", "’", "("]
 TEXTS = st.lists(st.lists(st.sampled_from([*MARKS, " "]) | st.text(max_size=6), max_size=12).map("".join), max_size=8)
 
 
@@ -48,6 +50,8 @@ def problems() -> list[str]:
         ["Is $a\\leq b$?", "Is a ≤ b?", "is \\(a \\le b\\)"],
         ["$2\\pi r\\times 3$", "2πr·3", "$2\\pi\\,r \\cdot 3$"],
         ["$\\left( x^{2} \\right)$", "$(x^2)$", "(x²)"],
+        ["$f'(x)$", "f′(x)", "f’(x)", "$f^{\\prime}(x)$"],
+        ["$\\left| x \\right|$", "|x|", "$\\lvert x\\rvert$"],
         ["\\begin{align*}x=1\\end{align*}", "$$x=1$$"],
         ["A hexagon [asy]draw((0,0)--(1,1));[/asy] is", "A hexagon is"],
         ["Straße", "STRASSE", "straße"],
@@ -65,7 +69,56 @@ def test_tokens() -> None:
     assert tokens_of("Let $f(x)=\\sqrt23-1$") == ["let", "f", "x", "=", "sqrt", "2", "3", "-", "1"]
     assert tokens("x12 \\sqrt23", mask_digits=True) == ["x", "0", "sqrt", "0", "0"]
     assert tokens_of("και λ") == ["και", "lambda"]
-    assert tokens_of("[asy] open") == ["asy", "open"]
+    assert tokens_of("[asy] open") == ["[", "asy", "]", "open"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Calculate (8 - 3) * 2", "Calculate 8 - 3 * 2"),
+        ("$|x-3|=5$", "$x-3=5$"),
+        ("$f'(2)$", "$f(2)$"),
+        ("$5!$", "$5$"),
+        ("5% of 20", "5 of 20"),
+        ("$x^2$", "$x_2$"),
+        ("$[0, 1)$", "$(0, 1]$"),
+        ("$\\{x\\}$", "$x$"),
+        ("x != 3", "x = 3"),
+    ],
+)
+def test_signs_tell_problems_apart(one: str, other: str) -> None:
+    assert tokens_of(one) != tokens_of(other)
+
+
+@pytest.mark.parametrize(
+    ("problem", "expected"),
+    [
+        ("Don’t! It's 5.", "don t it s 5"),
+        ("A'B'C' is 'x'", "a ' b ' c ' is x"),
+        ("(see f(x), below) a)", "see f x below a"),
+        ("((a+b)c)", "( ( a + b ) c )"),
+        ("3!! f''(x) \\alpha' (n+1)!", "3 ! ! f ' ' x alpha ' ( n + 1 ) !"),
+        ("60^\\circ 60^{\\circ} 60° f^\\prime", "60 circ 60 circ 60 circ f '"),
+        ("\\lvert x\\rvert 7\\%", "| x | 7 %"),
+    ],
+)
+def test_signs(problem: str, expected: str) -> None:
+    assert tokens_of(problem) == expected.split()
+
+
+@pytest.mark.parametrize(
+    ("problem", "expected"),
+    [
+        ("3x - 5 = -44", "0 x + 0 = 0"),
+        ("is 1,000,000.5 or $10{,}000$ or 3, 4", "is 0 or 0 or 0 0"),
+        ("(3,-4) and (3, 4)", "0 0 and 0 0"),
+        ("\\begin{pmatrix} -1 & -2 \\\\ -3 \\end{pmatrix}", "0 0 0"),
+        ("x - \\frac{-3}{4} + 2/7", "x + 0 + 0"),
+        ("x^{-1} - y", "x ^ 0 - y"),
+    ],
+)
+def test_a_masked_numeral_is_one_token(problem: str, expected: str) -> None:
+    assert tokens(fold(problem), mask_digits=True) == expected.split()
 
 
 @settings(deadline=None)
@@ -115,7 +168,9 @@ def test_native_containment_is_the_definition(native, lists, random, threads: in
     postings, found = as_rows(terms, np.int32), as_rows(lists, np.int32)
     weights = np.array([random.randrange(4) for _ in range(31)], dtype=np.int64)
     totals = np.array([1 + sum(int(w) for w, t in zip(weights, terms, strict=True) if e in t) for e in range(5)])
-    arguments = (*found, *postings, weights, totals, random.choice([0.0, 0.3, 0.5, 1.0]))
+    held = [sum(int(weights[term]) for term in row) + random.randrange(3) for row in lists]
+    own = np.array(held if random.choice([False, True]) else [], dtype=np.int64)
+    arguments = (*found, *postings, weights, totals, own, random.choice([0.0, 0.3, 0.5, 1.0]))
     assert same(native.containment(*arguments, threads), text_reference.containment(*arguments, 1))
 
 
