@@ -27,7 +27,7 @@ def stated_answer(text: str) -> str | None:
 
 
 def without_answer(text: str) -> str:
-    """The text before a final `<answer>` or `####`, which mark nothing but the answer; a box belongs to its sentence."""
+    """The text before a final `<answer>` or `####`, which hold only the answer; a box is part of its sentence."""
     for pattern in (_TAG, _HASHES):
         if found := list(pattern.finditer(text)):
             text = text[: text.index("####", found[-1].start()) if pattern is _HASHES else found[-1].start()]

@@ -21,7 +21,15 @@ _ROLES |= dict.fromkeys(("user", "human", "prompter", "student", "question"), US
 _ROLES |= dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "ai", "teacher", "answer"), ASSISTANT)
 _ROLES |= dict.fromkeys(("think", "thinking", "thought", "thoughts", "reasoning", "analysis"), THOUGHT)
 _ROLE_KEYS, _TEXT_KEYS = ("role", "from", "speaker"), ("content", "value", "text", "parts", "message")
-THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking", "think_content", "thinking_content", "thought", "thoughts")
+THOUGHT_KEYS = (
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+    "think_content",
+    "thinking_content",
+    "thought",
+    "thoughts",
+)
 
 _PAIRS = [(f"<{name}>", f"</{name}>") for name in ("think", "thinking", "thought", "thoughts", "reasoning", "reason")]
 _PAIRS += [
@@ -59,7 +67,7 @@ def parse_turns(value: object) -> list[Turn] | None:
     if isinstance(value, str):
         value = _parsed(value)
     if isinstance(value, Mapping):
-        value = objects_of(value) or [value]
+        value = objects_of(value) or [dict(value)]
     if not isinstance(value, list | tuple) or not value or not all(isinstance(item, Mapping) for item in value):
         return None
     turns: list[Turn] = []
@@ -89,12 +97,19 @@ def _turns_of(message: Mapping[str, Any], number: int) -> list[Turn] | None:
         return None
     if role.lower() not in _ROLES:
         raise TraceError(
-            f"turn {number}: expected a role of system, user or assistant, got {role!r}; such conversations are not read"
+            f"turn {number}: expected a role of system, user or assistant, got {role!r}; leave the row out"
         )
     content = next((message[key] for key in _TEXT_KEYS if message.get(key) is not None), None)
     thought, text = text_of(content, number)
     info = message["info"] if isinstance(message.get("info"), Mapping) else {}
-    return [Turn(_ROLES[role.lower()], text, _thought_beside(message) or _thought_beside(info) or thought, {**info, **message})]
+    return [
+        Turn(
+            _ROLES[role.lower()],
+            text,
+            _thought_beside(message) or _thought_beside(info) or thought,
+            {**info, **message},
+        )
+    ]
 
 
 def _thought_beside(message: Mapping[str, Any]) -> str | None:
@@ -119,7 +134,8 @@ def text_of(content: object, number: int = 1) -> tuple[str | None, str]:
         return None, content
     if not isinstance(content, list | tuple):
         raise TraceError(f"turn {number}: content: expected text or a list of blocks, got {show(content)}")
-    thoughts, texts = [], []
+    thoughts: list[str] = []
+    texts: list[str] = []
     for block in content:
         kind, text = _block(block, number)
         (thoughts if kind == THOUGHT else texts).append(text)

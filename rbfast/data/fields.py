@@ -18,11 +18,11 @@ NAMES = {
     "context": "context passage",
     "system": "system system_prompt system_message",
     "reasoning": "reasoning thinking thought thoughts think reasoning_content think_content thinking_content "
-    "reasoning_trace reasoning_text thinking_trace thinking_trajectory thinking_trajectories trajectory cot chain_of_thought "
-    "complex_cot rationale explanation scratchpad reasoning_steps thought_process thinking_process",
+    "trajectory reasoning_trace reasoning_text thinking_trace thinking_trajectory thinking_trajectories cot "
+    "chain_of_thought complex_cot rationale explanation scratchpad reasoning_steps thought_process thinking_process",
     "reply": "response output completion generation generated_text reply attempt model_output model_response chosen "
-    "answer_content generations completions responses outputs generated_solution generated_solutions samples candidates "
-    "rollouts attempts assistant",
+    "answer_content generations completions responses outputs generated_solution generated_solutions samples "
+    "candidates rollouts attempts assistant",
     "solution": "solution solutions worked_solution full_solution answer_cot",
     "answer": "answer final_answer expected_answer gold gold_answer ground_truth golden_answer ground_truth_answer "
     "reference_answer correct_answer target label short_answer final short_ans answer_key gold_label",
@@ -34,18 +34,24 @@ NAMES = {
     "plan": "plan",
     "domain": "domain subject topic category cot_type problem_type subset type",
     "source": "source source_type data_source dataset",
-    "teacher": "teacher generator model model_name teacher_model",
+    "teacher": "teacher generator model model_name teacher_model generation_model",
     "id": "id uuid unique_id custom_id problem_id question_id _id",
     "difficulty": "difficulty",
 }
 _ROLE_OF = {name.replace("_", ""): role for role, names in NAMES.items() for name in names.split()}
 _ORDER = {name.replace("_", ""): order for names in NAMES.values() for order, name in enumerate(names.split())}
 # What a teacher's name may stand before: "deepseek_attempt", "r1_solution_1", "claude_thinking_trajectory".
-_BY_TEACHER = "thinking_trajectory thinking_trajectories reasoning reasoning_content thinking cot attempt response solution "
+_BY_TEACHER = (
+    "thinking_trajectory thinking_trajectories reasoning reasoning_content thinking cot attempt response solution "
+)
 _BY_TEACHER += "output completion generation generations grade answer"
-_TEACHERS_FIELD = re.compile(rf"(?P<teacher>\w+?)_(?P<name>{'|'.join(sorted(_BY_TEACHER.split(), key=len, reverse=True))})")
+_TEACHERS_FIELD = re.compile(
+    rf"(?P<teacher>\w+?)_(?P<name>{'|'.join(sorted(_BY_TEACHER.split(), key=len, reverse=True))})"
+)
 _NUMBERED = re.compile(r"(?P<name>.+?)_?(?P<number>\d+)")
-_NOT_TEACHERS = re.compile(r"(?:ground_truth|gold|golden|reference|expected|correct|orig|original|final|short|human)(?:_.*)?")
+_NOT_TEACHERS = re.compile(
+    r"(?:ground_truth|gold|golden|reference|expected|correct|orig|original|final|short|human)(?:_.*)?"
+)
 
 
 class Field(NamedTuple):
@@ -58,7 +64,7 @@ class Field(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def meanings(names: tuple[str, ...]) -> Mapping[str, list[Field]]:
-    """The fields of a row by what they mean, those that are named best first; fields of no known meaning are left out."""
+    """The fields of a row by what they mean, those that are named best first; without those of no known meaning."""
     found: dict[str, list[Field]] = {}
     numbered = [match["name"] for name in names if (match := _NUMBERED.fullmatch(name))]
     for name in names:
@@ -87,13 +93,13 @@ def _squeezed(name: str) -> str:
     return re.sub(r"[\W_]+", "", name).lower()
 
 
-MAPPED = ("problem", "reasoning", "answer", "reply", "solution", "conversation", "system", "plan", "domain", "source")
-MAPPED += ("teacher", "id", "difficulty", "verdict")
+_MAPPED = "problem reasoning answer reply solution conversation system plan domain source teacher id difficulty verdict"
+MAPPED = tuple(_MAPPED.split())
 _SYNONYMS = {"response": "reply", "completion": "reply", "messages": "conversation", "verified": "verdict"}
 
 
 def parse_map(text: str) -> dict[str, str]:
-    """`problem=question,answer=gold` as a mapping from what is meant to the field. Raises ValueError for another form."""
+    """`problem=question,answer=gold` as a mapping from meanings to fields. Raises ValueError for another form."""
     found = {}
     for part in filter(None, text.split(",")):
         meant, equals, field = (piece.strip() for piece in part.partition("="))

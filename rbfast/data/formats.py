@@ -1,7 +1,7 @@
 """The shapes in which people hold traces and problems, known by what their fields mean, one row at a time.
 
 ```python
-interpret({"question": "2+2?", "answer": "Add.\\n#### 4"}).rows         # [{"problem": .., "reasoning": .., "answer": "4"}]
+interpret({"question": "2+2?", "answer": "Add.\\n#### 4"}).rows     # [{"problem": .., "reasoning": .., "answer": "4"}]
 interpret(row, FormatOptions(fields={"problem": "q", "reasoning": "work", "answer": "gold"}))
 ```
 
@@ -10,6 +10,7 @@ What a row is taken for depends on that row alone. docs/formats.md lists the sha
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from rbfast.data.answers import as_text, stated_answer, without_answer
@@ -73,8 +74,8 @@ def interpret(row: Any, options: FormatOptions = AUTO) -> Interpretation:
         missing = next((name for name in _NATIVE if name not in row and name not in options.fields), None)
         if missing is not None:
             raise TraceError(f"{missing}: expected this field, got {names_of(row)}; {ADVICE}")
-    values, is_batch = _unwrapped(row)
-    if options.format == "batch" and not is_batch:
+    values, batch = _unwrapped(row)
+    if options.format == "batch" and batch is None:
         raise TraceError(f"expected a batch's request with its response, got {names_of(row)}")
     one = Row(values, options.fields, options.teacher_field)
     asked = _question(one)
@@ -82,7 +83,7 @@ def interpret(row: Any, options: FormatOptions = AUTO) -> Interpretation:
     if options.format == "native":
         formats = ("trajectories",)
     form, replies = find_replies(one, asked.reply, formats)
-    name = "OpenAI batch rows" if is_batch else _name(form, row, one)
+    name = _name(form, one, asked) if batch is None else batch
     try:
         return Interpretation(name, [_trace_row(one, asked, reply, form, len(replies)) for reply in replies])
     except TraceError as error:
@@ -96,16 +97,16 @@ def _as_native(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**row, **changed} if changed else row
 
 
-def _name(form: str, row: Mapping[str, Any], one: Row) -> str:
+def _name(form: str, row: Row, asked: "_Question") -> str:
     """What people call such rows."""
     names = {"generations": "problems with generations", "completions": "prompts with completions"}
     names |= {"solutions": "problems with solutions", "conversations": "conversations"}
     if form == "trajectories":
-        fields = [found.name for found, _ in one.candidates("reasoning")]
+        fields = [found.name for found, _ in row.candidates("reasoning")]
         return "s1K trajectories" if any("traject" in name for name in fields) else f"problems with {fields[0]}"
-    if form == "generations" and "correctness_math_verify" in row:
+    if form == "generations" and "correctness_math_verify" in row.values:
         return "OpenR1 generations"
-    if form == "conversations" and "<|begin_of_thought|>" in str(one.candidates("conversation")[:1]):
+    if form == "conversations" and asked.reply is not None and "<|begin_of_thought|>" in asked.reply.text:
         return "OpenThoughts conversations"
     return names[form]
 
@@ -122,7 +123,7 @@ class _Question:
 
 
 def _question(row: Row) -> _Question:
-    """What is asked. A conversation's own question goes before that of another field if the reply is the conversation's."""
+    """What is asked: a conversation's own question before that of another field."""
     conversation = None if "problem" in row.fields and "conversation" not in row.fields else _conversation(row)
     system = row.text("system")
     if conversation is not None:
@@ -179,7 +180,11 @@ def _gold(row: Row, asked: _Question) -> str | None:
     """The known answer in a solution or in the question's own message."""
     texts = [value for role in ("solution", "reference") for _, value in row.candidates(role) if isinstance(value, str)]
     found = next((answer for text in texts if (answer := stated_answer(text))), None)
-    return found or as_text(asked.rest.get("reference_answer")) or (stated_answer(asked.reply.text) if asked.reply else None)
+    return (
+        found
+        or as_text(asked.rest.get("reference_answer"))
+        or (stated_answer(asked.reply.text) if asked.reply else None)
+    )
 
 
 def _stated_field(row: Row) -> str | None:
@@ -202,14 +207,19 @@ def _trace_row(row: Row, asked: _Question, reply: Reply, form: str, count: int) 
         answer = reply.text.strip() or stated_answer(reply.thought)
     if not answer:
         raise TraceError(
-            r"answer: expected one that the text marks (\boxed{}, ####, <answer>) or in a field of its own, got neither; "
+            r"answer: expected one that the text marks (\boxed{}, ####, <answer>) or a field of its own, got neither; "
             "name the field with --map answer=FIELD"
         )
     reasoning = reply.thought or without_answer(reply.text)
     if not reasoning.strip() or reasoning.strip() == answer.strip():
         raise TraceError(f"reasoning: expected working before the answer, got none; {ADVICE}")
-    reference = field_answer or as_text(asked.rest.get("reference_answer"))
-    found = {"problem": asked.text.strip(), "reasoning": reasoning.strip(), "answer": answer.strip(), "system": asked.system}
+    reference = field_answer or as_text(asked.rest.get("reference_answer")) or row.text("reference")
+    found = {
+        "problem": asked.text.strip(),
+        "reasoning": reasoning.strip(),
+        "answer": answer.strip(),
+        "system": asked.system,
+    }
     found |= _about(row, asked, reply, count)
     if own and reference and form != "solutions" and "verified" not in found:
         found["reference"] = reference
@@ -224,7 +234,8 @@ def _about(row: Row, asked: _Question, reply: Reply, count: int) -> dict[str, An
     if found["id"] and count > 1:
         found["id"] += f"/{reply.number}"
     difficulty = next((value for _, value in row.candidates("difficulty")), None)
-    found["difficulty"] = difficulty if isinstance(difficulty, int | float) and difficulty == difficulty else None
+    is_number = isinstance(difficulty, int | float) and not isinstance(difficulty, bool) and isfinite(difficulty)
+    found["difficulty"] = difficulty if is_number else None
     found |= {name: row.values[name] for name in _KEPT if name in row.values and not isinstance(row.values[name], list)}
     if reply.verified is not None:
         found["verified"] = reply.verified
@@ -234,11 +245,16 @@ def _about(row: Row, asked: _Question, reply: Reply, count: int) -> dict[str, An
 # --------------------------------------------------------------------------------------------------------- batches
 
 
-def _unwrapped(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
-    """The request and the response of a batch as fields of a row; whether the row is one."""
-    request = next((row[key] for key in ("request", "body", "params") if isinstance(row.get(key), Mapping)), {})
+_WRAPPERS = {"request", "response", "body", "params", "result", "choices"}
+
+
+def _unwrapped(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
+    """The request and the response of a batch as fields of a row, and what people call it; else the row, and None."""
+    request: Any = next((row[key] for key in ("request", "body", "params") if isinstance(row.get(key), Mapping)), {})
     request = request["body"] if isinstance(request.get("body"), Mapping) else request
-    response = next((row[key] for key in ("response", "result", "completion") if isinstance(row.get(key), Mapping)), {})
+    response: Any = next(
+        (row[key] for key in ("response", "result", "completion") if isinstance(row.get(key), Mapping)), {}
+    )
     response = next((response[key] for key in ("body", "message") if isinstance(response.get(key), Mapping)), response)
     choices = response.get("choices") or row.get("choices")
     if isinstance(choices, Mapping):
@@ -247,16 +263,19 @@ def _unwrapped(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
         raise TraceError(f"expected a response, got the error {show(row['error'])}; ask again")
     messages = request.get("messages") or request.get("input")
     if not messages and not choices:
-        return row, False
-    flat = {key: value for key, value in row.items() if key not in ("request", "response", "body", "params", "result", "choices")}
+        return row, None
+    flat = {key: value for key, value in row.items() if key not in _WRAPPERS}
     if messages:
         system = [{"role": "system", "content": request["system"]}] if isinstance(request.get("system"), str) else []
         flat["messages"] = [*system, *messages] if isinstance(messages, list) else messages
     if isinstance(choices, list):
-        flat["generations"] = [[choice["message"]] for choice in choices if isinstance(choice.get("message"), Mapping)]
-        flat["finish_reasons"] = [choice.get("finish_reason") for choice in choices if isinstance(choice.get("message"), Mapping)]
+        said = [
+            choice for choice in choices if isinstance(choice, Mapping) and isinstance(choice.get("message"), Mapping)
+        ]
+        flat["generations"] = [[choice["message"]] for choice in said]
+        flat["finish_reasons"] = [choice.get("finish_reason") for choice in said]
     elif response.get("content"):
         flat["generations"] = [[{"role": ASSISTANT, "content": response["content"]}]]
         flat["finish_reasons"] = [response.get("stop_reason")]
     flat["model"] = response.get("model") or request.get("model") or flat.get("model")
-    return flat, True
+    return flat, "Anthropic batch rows" if "params" in row else "OpenAI batch rows"

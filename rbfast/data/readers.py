@@ -1,6 +1,6 @@
 """Traces and rows from files and the hub, and traces into files.
 
-traces = read_traces("traces.jsonl")                     # or .json, .parquet, or a hub id; of any shape in docs/formats.md
+traces = read_traces("traces.jsonl")                     # or .json, .parquet, a hub id; any shape in docs/formats.md
 traces = read_traces("pool.jsonl", on_error="skip", unreadable="pool.unreadable.jsonl")
 """
 
@@ -43,17 +43,18 @@ def read_traces(
         unreadable: JSONL file for the rows that were skipped: where each stands, and why.
 
     Raises:
-        TraceError: a row that holds no trace; with "skip", a source that holds none at all or none in its first 100 rows.
+        TraceError: a row that holds no trace; with "skip", a source without any in it, or in its first 100 rows.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     if on_error not in ("raise", "skip"):
         raise ValueError(f'on_error: expected "raise" or "skip", got {on_error!r}')
     reader = TraceReader(source, split=split, options=options, skip=on_error == "skip", streaming=limit is not None)
-    traces = list(islice(reader, limit))
-    if not traces:
-        raise TraceError(reader.complaint() if reader.unreadable else f"{source}: expected at least one trace, got none")
-    reader.report(unreadable)
+    traces = reader.all(limit)
+    if reader.unreadable:
+        log.warning("%s: %s, the first: %s", source, reader.summary(), reader.unreadable[0][1])
+        if unreadable is not None:
+            reader.list_unreadable(unreadable)
     return traces
 
 
@@ -62,7 +63,7 @@ PATIENCE = 100  # rows without a trace, at the start of a source
 
 class TraceReader:
     """The traces of a source, one at a time; what its rows were read as (`counts`), and those that were not, with why
-    (`unreadable`)."""
+    (`unreadable`). With `skip` it gives up if none of the first `patience` rows holds a trace."""
 
     def __init__(
         self,
@@ -72,8 +73,9 @@ class TraceReader:
         options: FormatOptions = AUTO,
         skip: bool = False,
         streaming: bool = True,
+        patience: int | None = PATIENCE,
     ) -> None:
-        self.source, self.options, self.skip = source, options, skip
+        self.source, self.options, self.skip, self.patience = source, options, skip, patience
         self.counts: Counter[str] = Counter()
         self.unreadable: list[tuple[str, str]] = []
         self._rows = _rows(source, split, streaming, lenient=skip)
@@ -91,29 +93,45 @@ class TraceReader:
             self.counts[name] += 1
             yield from traces
 
+    def all(self, limit: int | None = None) -> list[Trace]:
+        """The traces, or the first `limit`. Raises TraceError if there are none."""
+        traces = list(islice(self, limit))
+        if not traces:
+            raise TraceError(self.complaint())
+        return traces
+
     def _skip(self, where: str, reason: str) -> None:
         self.unreadable.append((where, reason))
-        if len(self.unreadable) == PATIENCE and not self.counts:
+        if len(self.unreadable) == self.patience and not self.counts:
             raise TraceError(self.complaint())
 
     def complaint(self) -> str:
         """Why nothing was read."""
+        if not self.unreadable:
+            return f"{self.source}: expected at least one trace, got none"
         first = self.unreadable[0][1]
-        return first if len(self.unreadable) == 1 else f"{first} (and none of the first {len(self.unreadable)} rows is read)"
+        return (
+            first
+            if len(self.unreadable) == 1
+            else f"{first} (and none of the first {len(self.unreadable)} rows is read)"
+        )
 
     def summary(self) -> str:
         """As what the rows were read: "reads 17,398 rows as OpenThoughts conversations"."""
-        read = " and ".join(f"{count:,} rows as {name}" for name, count in self.counts.most_common()) or "no rows"
-        return f"reads {read}" + (f"; {len(self.unreadable):,} rows are not read" if self.unreadable else "")
+        read = " and ".join(f"{_rows_in_words(count)} as {name}" for name, count in self.counts.most_common())
+        left = f"; {_rows_in_words(len(self.unreadable))} not read" if self.unreadable else ""
+        return f"reads {read or 'no rows'}{left}"
 
-    def report(self, path: str | Path | None) -> None:
-        """Warns of the rows that were not read, and lists them in a file."""
-        if not self.unreadable:
-            return
-        log.warning("%s: %d rows are not read, the first: %s", self.source, len(self.unreadable), self.unreadable[0][1])
-        if path is not None:
-            lines = [json.dumps({"where": w, "reason": r}, ensure_ascii=False) for w, r in self.unreadable]
-            write_text(path, "\n".join(lines) + "\n")
+    def list_unreadable(self, path: str | Path) -> None:
+        """Writes the rows that were not read as JSONL: where each stands, and why."""
+        lines = [
+            json.dumps({"where": where, "reason": reason}, ensure_ascii=False) for where, reason in self.unreadable
+        ]
+        write_text(path, "\n".join(lines) + "\n")
+
+
+def _rows_in_words(count: int) -> str:
+    return f"{count:,} row{'' if count == 1 else 's'}"
 
 
 def _traces_of(row: Any, options: FormatOptions) -> tuple[str, list[Trace]]:
@@ -129,10 +147,10 @@ def read_rows(source: str | Path, *, split: str = "train") -> Iterator[tuple[str
 
 
 def read_native_rows(
-    source: str | Path, options: FormatOptions = AUTO, *, note: Callable[[str], None] = lambda name: None
+    source: str | Path, options: FormatOptions = AUTO, *, note: Callable[[list[str]], None] | None = None
 ) -> Iterator[tuple[str, Any]]:
     """Every trace as a row with the fields of a trace, unchecked, and the TraceError in place of a row that holds none;
-    sources as for `read_traces`. `note` is told what each row was read as."""
+    sources as for `read_traces`. `note` gets as what each row was read."""
     for where, row in _rows(source, "train", streaming=True, lenient=True):
         if isinstance(row, TraceError):
             yield where, row
@@ -142,7 +160,8 @@ def read_native_rows(
         except TraceError as error:
             yield where, error
             continue
-        note(found.name)
+        if note is not None:
+            note([found.name])
         if len(found.rows) == 1:
             yield where, found.rows[0]
         else:
@@ -152,7 +171,11 @@ def read_native_rows(
 def _rows(source: str | Path, split: str, streaming: bool, lenient: bool = False) -> Iterator[tuple[str, Any]]:
     """Rows; if `lenient`, a TraceError in place of a line that is no JSON."""
     path = Path(source)
-    readers = {".jsonl": partial(_rows_jsonl, lenient=lenient), ".json": _rows_json, ".parquet": _rows_parquet}
+    readers: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
+        ".jsonl": partial(_rows_jsonl, lenient=lenient),
+        ".json": _rows_json,
+        ".parquet": _rows_parquet,
+    }
     if path.is_dir():
         raise TraceError(f"{source}: expected a file or a hub id, got a directory; name one of the files in it")
     if path.is_file():
@@ -230,8 +253,12 @@ def _parse_json(data: bytes, where: str) -> Any:
         raise TraceError(f"{where}: expected JSON that can be read: {error}") from None
 
 
-def write_traces(path: str | Path, traces: Iterable[Trace]) -> None:
-    """Write JSONL, whole or not at all: a temporary file in the same folder takes the name at the end."""
+def write_traces(path: str | Path, traces: Iterable[Trace]) -> int:
+    """Write JSONL, whole or not at all: a temporary file in the same folder takes the name at the end. Returns how many
+    traces there were."""
+    count = 0
     with replacing(path, "w") as file:
         for trace in traces:
             file.write(json.dumps(trace.to_dict(), ensure_ascii=False, allow_nan=False) + "\n")
+            count += 1
+    return count

@@ -2,8 +2,8 @@
 a completion, a worked solution. `find_replies` knows them by what the fields mean (`rbfast.data.fields`).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from rbfast.data.answers import as_text, stated_answer
@@ -30,7 +30,7 @@ class Reply(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """A row with what its fields mean. `fields` says of some what they are; a field that it names means nothing else."""
+    """A row with what its fields mean. `fields` says of some what they mean; those mean nothing else."""
 
     values: Mapping[str, Any]
     fields: Mapping[str, str] = field(default_factory=dict)
@@ -42,7 +42,9 @@ class Row:
             return [(Field(self.fields[role]), value_at(self.values, self.fields[role]))]
         taken = set(self.fields.values())
         found = meanings(tuple(map(str, self.values))).get(role, ())
-        return [(one, self.values[one.name]) for one in found if one.name not in taken and _holds(self.values[one.name])]
+        return [
+            (one, self.values[one.name]) for one in found if one.name not in taken and _holds(self.values[one.name])
+        ]
 
     def one(self, role: str) -> tuple[Field, Any] | None:
         """The field with this meaning, or None. Raises TraceError if several differ."""
@@ -104,7 +106,9 @@ def _is_series(value: object) -> bool:
     return not all(isinstance(item, Mapping) and "type" in item for item in value)
 
 
-def _judged(row: Row, teacher: str, replies: Sequence[Reply | TraceError], verdicts: Sequence[bool | None]) -> list[Reply]:
+def _judged(
+    row: Row, teacher: str, replies: Sequence[Reply | TraceError], verdicts: Sequence[bool | None]
+) -> list[Reply]:
     """Every right reply; else the first that is whole."""
     whole = _complete(row, len(replies))
     found = [
@@ -141,7 +145,9 @@ def _complete(row: Row, count: int) -> list[bool]:
     for role in ("complete", "finish"):
         for _, value in row.candidates(role):
             if isinstance(value, list | tuple) and len(value) == count:
-                whole = [so_far and mark is not False and mark not in _CUT for so_far, mark in zip(whole, value, strict=True)]
+                whole = [
+                    so_far and mark is not False and mark not in _CUT for so_far, mark in zip(whole, value, strict=True)
+                ]
     return whole
 
 
@@ -159,10 +165,14 @@ def read_reply(value: object) -> Reply:
     if (turns := parse_turns(value)) is not None:
         spoken = [turn for turn in turns if turn.role == ASSISTANT]
         if len(spoken) != 1:
-            raise TraceError(f"reply: expected one assistant's turn, got {len(spoken)}; say with --map which field it is")
+            raise TraceError(
+                f"reply: expected one assistant's turn, got {len(spoken)}; say with --map which field it is"
+            )
         return reply_of_turn(spoken[0])
     if isinstance(value, Mapping):
-        inner = next((value[key] for key in ("text", "content", "generation", "response", "output") if value.get(key)), None)
+        inner = next(
+            (value[key] for key in ("text", "content", "generation", "response", "output") if value.get(key)), None
+        )
         if inner is None:
             raise TraceError(f"reply: expected text, got {show(value)}")
         return read_reply(inner)
@@ -226,7 +236,9 @@ def _chosen(row: Row, found: Sequence[tuple[Field, Any]]) -> list[tuple[Field, A
     verdicts = {teacher: _verdict_by(row, teacher) for teacher in teachers}
     if all(verdict is None for verdict in verdicts.values()):
         names = " and ".join(one.name for one, _ in found)
-        raise TraceError(f"expected one teacher or a grade for each, got {names}; say which with --teacher-field {teachers[0]}")
+        raise TraceError(
+            f"expected one teacher or a grade for each, got {names}; say which with --teacher-field {teachers[0]}"
+        )
     teacher = next((name for name, verdict in verdicts.items() if verdict), teachers[0])
     return [(one, value) for one, value in found if one.teacher == teacher]
 
@@ -251,11 +263,10 @@ def _solutions(row: Row, _: Turn | None) -> list[Reply]:
     """A worked solution; or an answer that holds its working, as GSM8K's does."""
     if found := row.one("solution"):
         return [read_reply(_first(found[1]))._replace(verified=_verdict_by(row, ""))]
-    worked = [(one, value) for one, value in row.candidates("answer") if isinstance(value, str)]
-    for _, value in worked:
-        reply = read_reply(value)
-        if reply.thought or (stated_answer(reply.text) not in (None, reply.text.strip())):
-            return [reply._replace(verified=_verdict_by(row, ""))]
+    for value in (value for _, value in row.candidates("answer") if isinstance(value, str)):
+        written = read_reply(value)
+        if written.thought or (stated_answer(written.text) not in (None, written.text.strip())):
+            return [written._replace(verified=_verdict_by(row, ""))]
     return []
 
 

@@ -46,7 +46,9 @@ class Either:
 Form: TypeAlias = One | Several | Either
 
 _NAME = r"(?:\\?[A-Za-z]+(?:_\{?\w+\}?)?'*|\\(?:overline|angle|triangle|vec|text)\s*\{?[A-Za-z' ]*\}?)"
-_IDENTIFIER = re.compile(rf"{_NAME}(?:\([^()]*\))?|\|{_NAME}\||\\text\{{[^{{}}]*\}}|[A-Za-z][A-Za-z ,'*]*|\([a-zA-Z](?:,\s*[a-zA-Z])+\)")
+_IDENTIFIER = re.compile(
+    rf"{_NAME}(?:\([^()]*\))?|\|{_NAME}\||\\text\{{[^{{}}]*\}}|[A-Za-z][A-Za-z ,'*]*|\([a-zA-Z](?:,\s*[a-zA-Z])+\)"
+)
 _AND_OR = re.compile(r"(?:,\s*)?(?:\\text\{\s*(and|or)\s*\}|(?<![a-zA-Z\\])(and|or)(?![a-zA-Z]))\s*")
 _VARIABLE = re.compile(r"\\?[A-Za-z]+(?:_\{?\w+\}?)?|f\(x\)")
 _RELATION = re.compile(r"\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])|<|>")
@@ -139,7 +141,11 @@ def _inside(text: str, brackets: str) -> Form | None:
         return Several((inner,), brackets) if brackets in ("{}", "[]") else None
     forms = tuple(map(read, parts))
     if brackets == "{}":
-        return replace(flat, brackets="{}") if isinstance(flat := _collected(list(forms), disjoint=False), Several) else flat
+        return (
+            replace(flat, brackets="{}")
+            if isinstance(flat := _collected(list(forms), disjoint=False), Several)
+            else flat
+        )
     return Several(forms, brackets)
 
 
@@ -174,7 +180,9 @@ def _equation(text: str, parts: list[str]) -> Form:
         parts = parts[::-1]  # 5 = x
     left = parts[0]
     name = left if _IDENTIFIER.fullmatch(left) else ""
-    again = len(parts) > 2 and any(re.search(rf"(?<![a-zA-Z]){re.escape(name or '=')}(?![a-zA-Z])", p) for p in parts[1:])
+    again = len(parts) > 2 and any(
+        re.search(rf"(?<![a-zA-Z]){re.escape(name or '=')}(?![a-zA-Z])", p) for p in parts[1:]
+    )
     told = not again and (bool(name) or _says_value(left))
     equation = "" if r"\approx" in text or len(parts) > 2 and told else text
     approximated = [part for part in split(text, re.compile(r"\\approx(?![a-zA-Z])"))]
@@ -193,7 +201,9 @@ def _named(values: list[Form], name: str, equation: str) -> Form:
         if isinstance(form, One):
             forms.append(replace(form, name=name, equation=equation, named_only=bool(name)))
         elif isinstance(form, Several) and form.brackets == "" and name:
-            forms.append(replace(form, items=tuple(replace(i, name=name) if isinstance(i, One) else i for i in form.items)))
+            forms.append(
+                replace(form, items=tuple(replace(i, name=name) if isinstance(i, One) else i for i in form.items))
+            )
         else:
             forms.append(form)
     return forms[0] if len(forms) == 1 else Either(tuple(forms))
@@ -206,7 +216,9 @@ def _says_value(left: str) -> bool:
     """
     bare = re.sub(r"\\text\{[^{}]*\}|\\[a-zA-Z]+", " ", left)
     letters = set(re.findall(r"[a-zA-Z]", bare))
-    return len(letters) != 1 or re.match(r"\s*\\(?:sin|cos|tan|log|ln|angle|overline|det|sec|csc|cot)", left) is not None
+    return (
+        len(letters) != 1 or re.match(r"\s*\\(?:sin|cos|tan|log|ln|angle|overline|det|sec|csc|cot)", left) is not None
+    )
 
 
 def _interval(text: str) -> Several | None:

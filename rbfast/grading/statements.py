@@ -23,14 +23,18 @@ _MARKED = re.compile(
     r"\*\*(.+?)\*\*|\"([^\"]+)\"|`([^`]+)`|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]|(?<!\w)'([^']+)'(?!\w)"
 )
 _BETWEEN = re.compile(r"[\s,;$*]*(?:and|or)?\s*")
-_VERB = re.compile(r"\b(?:is|are|was|equals|be|makes|gives|has|have)\b(?:\s+(?:exactly|therefore|thus|then|equal to))?\s*")
+_VERB = re.compile(
+    r"\b(?:is|are|was|equals|be|makes|gives|has|have)\b(?:\s+(?:exactly|therefore|thus|then|equal to))?\s*"
+)
 _COLON = re.compile(r":\**\s+")
 _SEPARATOR = re.compile(r"[,;]|\b(?:and|or)\b")
 _THEREFORE = re.compile(r"\b(?:so|thus|hence|therefore|then|giving|gives|total)\b", re.IGNORECASE)
 _OPENING = re.compile(r"^(?:so|thus|hence|therefore|then|finally)[,:]?\s+", re.IGNORECASE)
 _LIST = re.compile(r"(?:^|(?<=\s))\[.*\]", re.DOTALL)
 _PLAIN_NUMBER = re.compile(r"[-\u2212]?[$€£]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:/\d+)?%?")
-_SHARED = re.compile(r"\s*(\S+(?: [A-Za-z]{2,})+?) (?:on|across|among|from|for) (?:the |its |all )?\S*\d\S* [A-Za-z]+\.?")
+_SHARED = re.compile(
+    r"\s*(\S+(?: [A-Za-z]{2,})+?) (?:on|across|among|from|for) (?:the |its |all )?\S*\d\S* [A-Za-z]+\.?"
+)
 _EDGES = re.compile(r"^[\s*_`$\"]+|[\s*_`$\".°]+$")
 
 
@@ -117,7 +121,9 @@ def _only_number(line: str) -> str | None:
     if len(numbers) != 1:
         return None
     number = tokens.pop(numbers[0])
-    if not _PLAIN_NUMBER.fullmatch(number) or not all(re.fullmatch(r"[^\W\d_][^\W\d_'’.\-]*|", word) for word in tokens):
+    if not _PLAIN_NUMBER.fullmatch(number) or not all(
+        re.fullmatch(r"[^\W\d_][^\W\d_'’.\-]*|", word) for word in tokens
+    ):
         return None
     if any(word.lower() in OTHER_VALUE for word in tokens) or not any(len(word) > 1 for word in tokens):
         return None

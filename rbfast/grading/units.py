@@ -64,7 +64,9 @@ OTHER_VALUE = frozenset(
     "million billion thousand hundred dozen trillion excluding except without before after twice thrice double triple ago "
     "false wrong incorrect".split()
 )
-_SHORT = frozenset("of in on a an the per cu sq men way ant cat dog pen cow hen pig car cup day egg toy box row leg".split())
+_SHORT = frozenset(
+    "of in on a an the per cu sq men way ant cat dog pen cow hen pig car cup day egg toy box row leg".split()
+)
 _WORD = r"[A-Za-z][A-Za-z'.\-]*(?:\s*\^\s*\{?[23]\}?)?"
 _TAIL = re.compile(rf"(?P<gap>\s*)(?<![\\A-Za-z])(?P<unit>{_WORD}(?:\s*[ /]\s*{_WORD})*)\.?$")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
