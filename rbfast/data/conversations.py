@@ -31,8 +31,8 @@ THOUGHT_KEYS = (
     "thoughts",
 )
 
-_PAIRS = [(f"<{name}>", f"</{name}>") for name in ("think", "thinking", "thought", "thoughts", "reasoning", "reason")]
-_PAIRS += [
+_TAGS = [(f"<{name}>", f"</{name}>") for name in ("think", "thinking", "thought", "thoughts", "reasoning", "reason")]
+_TAGS += [
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
     ("<|thinking|>", "<|/thinking|>"),
     ("[THINK]", "[/THINK]"),
@@ -40,9 +40,14 @@ _PAIRS += [
     ("<|channel|>analysis<|message|>", "<|end|>"),
     ("<|im_start|>think", "<|im_start|>answer"),
 ]
-_LONE_CLOSERS = ("</think>", "</thinking>", "<|end_of_thought|>", "[/THINK]", "◁/think▷")
+_OPENER = re.compile("|".join(re.escape(opener) for opener, _ in _TAGS), re.IGNORECASE)
+_CLOSERS = {opener.lower(): re.compile(re.escape(closer), re.IGNORECASE) for opener, closer in _TAGS}
+_LONE_CLOSER = re.compile(r"</think>|</thinking>|<\|end_of_thought\|>|\[/THINK\]|◁/think▷", re.IGNORECASE)
 _OPENING = re.compile(r"\s*(?:<\|start\|>assistant|<｜Assistant｜>|<\|im_start\|>assistant)?\s*")
-_SOLUTION = re.compile(r"<\|begin_of_solution\|>(.*?)(?:<\|end_of_solution\|>|\Z)", re.DOTALL)
+_SOLUTION = re.compile(
+    r"<\|begin_of_solution\|>(.*?)(?:<\|end_of_solution\|>|\Z)|<(output|solution|response)>(.*?)(?:</\2>|\Z)",
+    re.DOTALL | re.IGNORECASE,
+)
 _FINAL = re.compile(r"(?:<\|start\|>assistant)?<\|channel\|>final<\|message\|>")
 _ENDS = tuple(f"<|{name}|>" for name in ("im_end", "eot_id", "endoftext", "return", "end", "end_of_text"))
 _ENDS += ("<｜end▁of▁sentence｜>", "</s>")
@@ -106,7 +111,7 @@ def _turns_of(message: Mapping[str, Any], number: int) -> list[Turn] | None:
         Turn(
             _ROLES[role.lower()],
             text,
-            _thought_beside(message) or _thought_beside(info) or thought,
+            _thought_beside(message) or (info and _thought_beside(info)) or thought,
             {**info, **message},
         )
     ]
@@ -203,20 +208,16 @@ def split_thinking(reply: str) -> tuple[str | None, str]:
     """
     rest = reply[_OPENING.match(reply).end() :]  # type: ignore[union-attr]
     thoughts = []
-    while pair := next((pair for pair in _PAIRS if rest.startswith(pair[0])), None):
-        thought, closed, rest = rest[len(pair[0]) :].partition(pair[1])
-        if not closed:
-            raise TraceError(f"reply: {pair[0]} is opened and never closed; the reply was cut, leave it out")
-        thoughts.append(thought.strip())
-        rest = rest.lstrip()
-    if not thoughts and (closer := _lone_closer(rest)):
-        thought, _, rest = rest.partition(closer)
-        thoughts.append(thought.strip())
+    while opened := _OPENER.match(rest):
+        closed = _CLOSERS[opened[0].lower()].search(rest, opened.end())
+        if closed is None:
+            raise TraceError(f"reply: {opened[0]} is opened and never closed; the reply was cut, leave it out")
+        thoughts.append(rest[opened.end() : closed.start()].strip())
+        rest = rest[closed.end() :].lstrip()
+    if not thoughts and (closed := _LONE_CLOSER.search(rest)):
+        thoughts.append(rest[: closed.start()].strip())
+        rest = rest[closed.end() :]
     return "\n\n".join(filter(None, thoughts)) or None, _final_text(rest)
-
-
-def _lone_closer(text: str) -> str | None:
-    return next((closer for closer in _LONE_CLOSERS if closer in text), None)
 
 
 def _final_text(text: str) -> str:
@@ -225,5 +226,5 @@ def _final_text(text: str) -> str:
     while end := next((end for end in _ENDS if text.endswith(end)), None):
         text = text.removesuffix(end).rstrip()
     if solution := _SOLUTION.match(text):
-        return solution[1].strip()
+        return (solution[1] or solution[3] or "").strip()
     return text

@@ -14,18 +14,20 @@ from typing import Any, NamedTuple
 from rbfast.data.trace import TraceError
 
 NAMES = {
-    "problem": "problem question instruction query prompt input problem_statement user_prompt user task_prompt",
+    "problem": "problem question instruction query prompt input problem_statement user_prompt user task_prompt "
+    "inputs human",
     "context": "context passage",
     "system": "system system_prompt system_message",
     "reasoning": "reasoning thinking thought thoughts think reasoning_content think_content thinking_content "
-    "trajectory reasoning_trace reasoning_text thinking_trace thinking_trajectory thinking_trajectories cot "
-    "chain_of_thought complex_cot rationale explanation scratchpad reasoning_steps thought_process thinking_process",
+    "trajectory trace reasoning_trace reasoning_text thinking_trace thinking_trajectory thinking_trajectories cot "
+    "chain_of_thought complex_cot rationale explanation scratchpad reasoning_steps steps "
+    "thought_process thinking_process",
     "reply": "response output completion generation generated_text reply attempt model_output model_response chosen "
     "answer_content generations completions responses outputs generated_solution generated_solutions samples "
-    "candidates rollouts attempts assistant",
+    "candidates rollouts attempts assistant gpt content",
     "solution": "solution solutions worked_solution full_solution answer_cot",
     "answer": "answer final_answer expected_answer gold gold_answer ground_truth golden_answer ground_truth_answer "
-    "reference_answer correct_answer target label short_answer final short_ans answer_key gold_label",
+    "reference_answer correct_answer target targets short_answer gt gt_answer short_ans answer_key gold_label",
     "reference": "ground_truth_solution reference_solution gold_solution reference",
     "conversation": "messages conversations conversation dialogue dialog turns chat",
     "verdict": "correctness correct is_correct verified grade is_verified passed right",
@@ -42,9 +44,9 @@ _ROLE_OF = {name.replace("_", ""): role for role, names in NAMES.items() for nam
 _ORDER = {name.replace("_", ""): order for names in NAMES.values() for order, name in enumerate(names.split())}
 # What a teacher's name may stand before: "deepseek_attempt", "r1_solution_1", "claude_thinking_trajectory".
 _BY_TEACHER = (
-    "thinking_trajectory thinking_trajectories reasoning reasoning_content thinking cot attempt response solution "
+    "thinking_trajectory thinking_trajectories reasoning reasoning_content reasoning_trace thinking think thought "
+    "trace cot attempt response solution output completion generation generations grade answer"
 )
-_BY_TEACHER += "output completion generation generations grade answer"
 _TEACHERS_FIELD = re.compile(
     rf"(?P<teacher>\w+?)_(?P<name>{'|'.join(sorted(_BY_TEACHER.split(), key=len, reverse=True))})"
 )

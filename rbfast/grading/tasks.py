@@ -20,6 +20,7 @@ from typing import Any
 
 from rbfast.data import hub
 from rbfast.data.formats import AUTO, FormatOptions, question_of
+from rbfast.data.readers import read_rows
 from rbfast.data.trace import TraceError
 from rbfast.grading import math_equality
 from rbfast.grading.grade import Problem, extract_answer, reasoning_gym
@@ -45,9 +46,9 @@ def load_problems(
 
     Args:
         task: a reasoning-gym generator at its default difficulty (`leg_counting`, `reasoning-gym:leg_counting`); a
-            `.jsonl` file with the fields `problem` (or `question`, `prompt`) and `answer`; one of `BENCHMARKS`; or a
-            dataset on the hub with such fields: `owner/name`, `owner/name:split` or `owner/name:config:split`, of which
-            the split (default: test) may be a slice, `test[:100]`.
+            file (.jsonl, .json, .parquet) of any shape in docs/formats.md that gives its answers; one of `BENCHMARKS`;
+            or a dataset on the hub of such a shape: `owner/name`, `owner/name:split` or `owner/name:config:split`, of
+            which the split (default: test) may be a slice, `test[:100]`.
         n: drawn from what there is; None for all of a file or dataset, in its order.
         exclude: questions to leave out, such as those trained on.
         options: how rows are read, if not by what their fields mean.
@@ -58,6 +59,9 @@ def load_problems(
     """
     if n is not None and n < 0:
         raise ValueError(f"n must be 0 or more, got {n}")
+    if task.endswith((".json", ".parquet")) and Path(task).is_file():
+        rows = [_problem(row, where, Path(task).stem, options) for where, row in read_rows(task)]
+        return _sample(rows, task, n, seed, exclude)
     if task.endswith(".jsonl"):
         if not Path(task).is_file():
             raise FileNotFoundError(f"{task}: expected a file of problems, found none")
