@@ -2,9 +2,16 @@
 
 import argparse
 import json
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rbfast.data.formats import FormatOptions
+    from rbfast.data.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,36 @@ def add_load_in(sub: argparse.ArgumentParser) -> None:
 
 def add_device(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
+
+
+def add_formats(sub: argparse.ArgumentParser) -> None:
+    group = sub.add_argument_group("shapes", "how rows are read, if not by what their fields mean; see docs/formats.md")
+    group.add_argument("--format", metavar="NAME", help="native, generations, trajectories, conversations, ...")
+    group.add_argument("--map", metavar="problem=FIELD,...", default="", help="the fields of problem, answer, ...")
+    group.add_argument(
+        "--teacher-field", metavar="NAME", help="of several teachers' trajectories (default: the right one)"
+    )
+
+
+def format_options(args: argparse.Namespace) -> "FormatOptions":
+    from rbfast.data.fields import parse_map
+    from rbfast.data.formats import FormatOptions
+
+    return FormatOptions(args.format, parse_map(args.map), args.teacher_field)
+
+
+def read_traces_aloud(args: argparse.Namespace, source: str, unreadable: Path) -> "list[Trace]":
+    """The traces of a source; as what its rows were read goes to stderr, what was not read to a file."""
+    from rbfast.data.readers import TraceReader
+
+    reader = TraceReader(source, options=format_options(args), skip=True)
+    traces = reader.all()
+    if not args.json:
+        print(f"{source}: {reader.summary()}", file=sys.stderr)
+    if reader.unreadable and os.environ.get("RANK", "0") == "0":
+        reader.list_unreadable(unreadable)
+        print(f"{source}: what was not read, and why, is in {unreadable}", file=sys.stderr)
+    return traces
 
 
 def device_of(args: argparse.Namespace) -> str:

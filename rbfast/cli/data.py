@@ -1,11 +1,43 @@
-"""`rbfast curate | teach`: the commands that make training data."""
+"""`rbfast convert | curate | teach`: the commands that make training data."""
 
 import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
-from rbfast.cli.common import Command, add_device, lines, load_model, print_result
+from rbfast.cli.common import (
+    Command,
+    add_device,
+    add_formats,
+    format_options,
+    lines,
+    load_model,
+    print_result,
+    read_traces_aloud,
+)
+
+
+def add_convert(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("source", help="JSONL, JSON or Parquet file of any known shape, or the hub id of a dataset")
+    sub.add_argument("-o", "--out", type=Path, required=True, help="JSONL file to write; beside it what was not read")
+    add_formats(sub)
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    from rbfast.data.readers import TraceReader, write_traces
+
+    reader = TraceReader(args.source, options=format_options(args), skip=True, patience=None)
+    unreadable = args.out.with_suffix(".unreadable.jsonl")
+    count = write_traces(args.out, reader)
+    unreadable.unlink(missing_ok=True)  # of an earlier call
+    if reader.unreadable:
+        reader.list_unreadable(unreadable)
+    result = {"out": str(args.out), "traces": count, "unreadable": len(reader.unreadable), "rows": dict(reader.counts)}
+    text = f"{reader.summary()}; {count:,} traces in {args.out}"
+    if reader.unreadable:
+        text += f"\nwhat was not read, and why, is in {unreadable}; the first: {reader.unreadable[0][1]}"
+    print_result(args, result, text)
+    return 0 if count else 1
 
 
 def add_curate(sub: argparse.ArgumentParser) -> None:
@@ -17,6 +49,7 @@ def add_curate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--pass-rates", type=Path, help="what `rbfast eval -o` wrote for a student: its misses are hard")
     sub.add_argument("--processes", type=int, default=1, help="processes that read and score (default: 1)")
     sub.add_argument("--ray", metavar="ADDRESS", help="score on a Ray cluster instead: auto, local, or host:port")
+    add_formats(sub)
 
 
 def run_curate(args: argparse.Namespace) -> int:
@@ -30,6 +63,7 @@ def run_curate(args: argparse.Namespace) -> int:
         keep_templates=args.keep_templates,
         processes=args.processes,
         ray=args.ray,
+        formats=format_options(args),
     )
     result = curate(args.pool, args.out, config, quiet=args.json)
     stages = [{"stage": s.name, "in": s.given, "dropped": s.dropped, "out": s.kept} for s in result.stages]
@@ -37,6 +71,7 @@ def run_curate(args: argparse.Namespace) -> int:
         f"{s.name}: {s.given} in, {s.kept} out" + "".join(f"; {why}: {n}" for why, n in s.dropped.items())
         for s in result.stages
     ]
+    lines = [f"{source}: read as {' and '.join(names)}" for source, names in result.formats.items()] + lines
     lines.append(
         f"{result.selected} traces in {args.out / 'reason1k.jsonl'}; see datasheet.html and dropped.jsonl there"
     )
@@ -65,6 +100,7 @@ def add_teach(sub: argparse.ArgumentParser) -> None:
     scored.add_argument("--dialect", choices=["vllm", "echo"], default="vllm", help="how the server is asked")
     scored.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="of a local teacher's weights")
     sub.add_argument("--max-tokens", type=int, default=4096, help="of a solution, or of a trace (default: 4096)")
+    add_formats(sub)
     add_device(sub)
 
 
@@ -78,7 +114,7 @@ def run_teach(args: argparse.Namespace) -> int:
     if not args.server:
         raise ValueError("solutions come from a server: name it with --server URL, or ask for log-probs with --score")
     server = Server(args.server, args.model, temperature=args.temperature, seed=args.seed)
-    questions = read_questions(args.source, args.n, args.seed)
+    questions = read_questions(args.source, args.n, args.seed, format_options(args))
     with bar("asking", args.json) as progress:
         task = progress.add_task("", total=len(questions) * args.samples)
         taught = teach(
@@ -113,7 +149,6 @@ def _add_replies(args: argparse.Namespace, taught: Any) -> int:
 
 
 def _teach_logprobs(args: argparse.Namespace) -> int:
-    from rbfast.data.readers import read_traces
     from rbfast.teacher.client import Server
     from rbfast.teacher.logprobs import add_local_logprobs
     from rbfast.teacher.server_logprobs import add_server_logprobs
@@ -121,7 +156,7 @@ def _teach_logprobs(args: argparse.Namespace) -> int:
 
     if not args.student:
         raise ValueError("--score needs --student: log-probs are kept for the tokens of one student")
-    traces = read_traces(args.source)
+    traces = read_traces_aloud(args, args.source, args.out / "unreadable.jsonl")
     tokenizer = _tokenizer(args.student)
     with _signal_store(args, tokenizer) as store, counting("reading", args.json) as progress:
         options: dict[str, Any] = {"align": args.align, "max_tokens": args.max_tokens, "progress": progress}
@@ -151,6 +186,13 @@ def _tokenizer(student: str) -> Any:
     return load_tokenizer(student)
 
 
+CONVERT = Command(
+    name="convert",
+    summary="Write traces of any known shape as JSONL with the fields of a trace.",
+    example="rbfast convert s1k.parquet -o traces.jsonl --map answer=solution",
+    add_arguments=add_convert,
+    run=run_convert,
+)
 CURATE = Command(
     name="curate",
     summary="Pick the traces to train on from a pool: Reason1K with its datasheet.",

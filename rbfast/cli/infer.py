@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from rbfast.cli.common import (
     Command,
+    add_formats,
     add_load_in,
     add_model,
     attach,
+    format_options,
     lines,
     load_model,
     print_result,
@@ -126,6 +128,7 @@ def add_eval(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--max-new-tokens", type=int, default=512, help="tokens per completion, at most (default: 512)")
     sub.add_argument("--batch-size", type=int, default=32, help="completions at a time (default: 32)")
     sub.add_argument("-o", "--out", type=Path, help="JSONL file of every completion, with which it goes on")
+    add_formats(sub)
 
 
 def run_eval(args: argparse.Namespace) -> int:
@@ -134,7 +137,8 @@ def run_eval(args: argparse.Namespace) -> int:
     from rbfast.grading.tasks import load_problems
     from rbfast.utils.progress import counting
 
-    problems = {task: load_problems(task, args.n, args.seed) for task in args.task}
+    options = format_options(args)
+    problems = {task: load_problems(task, args.n, args.seed, options=options) for task in args.task}
     model, tokenizer = load_model(args)
     if args.adapter:
         SparseAdapter.from_pretrained(model, args.adapter)

@@ -1,4 +1,5 @@
-"""The command line: `rbfast info | curate | teach | distill | solve | eval | report | merge | export-lora | demo`.
+"""The command line: `rbfast info | convert | curate | teach | distill | solve | eval | report | merge | export-lora |
+demo`.
 
 Results go to stdout (JSON with --json), progress to stderr. Exit codes: 0 done, 2 bad usage or input, 1 failure.
 """
@@ -10,13 +11,13 @@ from collections.abc import Sequence
 
 from rbfast import __version__
 from rbfast.cli.common import Command, device_of
-from rbfast.cli.data import CURATE, TEACH
+from rbfast.cli.data import CONVERT, CURATE, TEACH
 from rbfast.cli.infer import EVAL, SOLVE
 from rbfast.cli.info import INFO
 from rbfast.cli.train import DEMO, DISTILL, EXPORT_LORA, MERGE, REPORT
 from rbfast.teacher.client import ServerError
 
-COMMANDS = (INFO, CURATE, TEACH, DISTILL, SOLVE, EVAL, REPORT, MERGE, EXPORT_LORA, DEMO)
+COMMANDS = (INFO, CONVERT, CURATE, TEACH, DISTILL, SOLVE, EVAL, REPORT, MERGE, EXPORT_LORA, DEMO)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

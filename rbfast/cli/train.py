@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rbfast.cli.common import (
     Command,
     add_device,
+    add_formats,
     add_load_in,
     add_model,
     attach,
@@ -17,6 +18,7 @@ from rbfast.cli.common import (
     lines,
     load_model,
     print_result,
+    read_traces_aloud,
 )
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ def add_distill(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--max-tokens", type=int, help="leave longer traces out, and list them (default: 4096)")
     sub.add_argument("--save-steps", type=int, help="steps between checkpoints (default: 50)")
     sub.add_argument("--plan", action="store_true", help="say what memory the run would take, and train nothing")
+    add_formats(sub)
     _add_objective(sub)
 
 
@@ -74,12 +77,11 @@ def _add_objective(sub: argparse.ArgumentParser) -> None:
 
 
 def run_distill(args: argparse.Namespace) -> int:
-    from rbfast.data.readers import read_traces
     from rbfast.report.plots import plot_losses
     from rbfast.training.distill import distill, plan_run
 
     config = _distill_config(args)
-    traces = read_traces(args.traces)
+    traces = read_traces_aloud(args, args.traces, args.out / "unreadable.jsonl")
     model, tokenizer, teacher = _load_models(args)
     if args.plan:
         plan = plan_run(model, tokenizer, traces, config, teacher)

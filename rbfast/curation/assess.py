@@ -136,6 +136,8 @@ def join_parts(parts: Sequence[Part]) -> Part:
 
 def _read(where: str, row: Any) -> Trace | str:
     try:
+        if isinstance(row, TraceError):
+            raise row
         return Trace.from_dict(row)
     except TraceError as error:
         return f"not a trace: {error}"

@@ -25,10 +25,11 @@ from rbfast.curation.assess import RIGHT, UNVERIFIED, Assessor, Part, TraceMeasu
 from rbfast.curation.datasheet import describe, write_datasheet
 from rbfast.curation.decontaminate import Decontaminator, Embed, Thresholds, read_evaluations
 from rbfast.curation.ledger import Ledger, Stage
-from rbfast.curation.pool import CHUNK, Source, assessed, assessed_on_ray, pool_rows
+from rbfast.curation.pool import CHUNK, Pool, Source, assessed, assessed_on_ray, pool_rows, recognise
 from rbfast.curation.quality import proxy_difficulty
 from rbfast.curation.selection import quotas, represent, shortlist
 from rbfast.curation.text_reference import mix
+from rbfast.data.formats import AUTO, FormatOptions
 from rbfast.data.readers import read_rows
 from rbfast.data.trace import Trace
 from rbfast.utils.files import replacing
@@ -56,6 +57,7 @@ class Curation:
     selected: int
     stages: list[Stage]
     datasheet: dict[str, Any] = field(repr=False)
+    formats: dict[Source, list[str]] = field(default_factory=dict, repr=False)  # as what each source was read
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class CurateConfig:
         processes: how many assess the pool.
         ray: a Ray cluster that assesses it in their place, as `ray.init` takes it: "auto", "local" or host:port. A Ray
             session that is open is used.
+        formats: how the pool's rows are read, if not by what their fields mean.
 
     Raises:
         ValueError: a number out of its range, or both `processes` and `ray`.
@@ -90,6 +93,7 @@ class CurateConfig:
     keep_templates: bool = False
     processes: int = 1
     ray: str | None = None
+    formats: FormatOptions = AUTO
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.processes < 1:
@@ -99,12 +103,12 @@ class CurateConfig:
                 f"expected processes or ray, got {self.processes} and {self.ray!r}: Ray starts its own workers"
             )
 
-    def settings(self, pool: Sequence[Source]) -> dict[str, Any]:
+    def settings(self, pool: Pool) -> dict[str, Any]:
         """What the datasheet says of a curation."""
         return {
             "seed": self.seed,
             "size": self.size,
-            "pool": list(map(str, pool)),
+            "pool": list(map(str, pool.sources)),
             "against": list(map(str, self.against)),
             "weights": asdict(self.weights),
             "thresholds": asdict(self.thresholds),
@@ -118,27 +122,30 @@ def curate(
     """Clean, decontaminate, deduplicate, score and select; see the module for what is written to `out`.
 
     Args:
-        pool: files (.jsonl, .json, .parquet) or hub ids of traces; beyond a trace's fields a row's `reference` (the
-            right answer), `finish_reason` and `truncated` are read.
+        pool: files (.jsonl, .json, .parquet) or hub ids of traces, of any shape in docs/formats.md; beyond a trace's
+            fields a row's `reference` (the right answer), `finish_reason` and `truncated` are read.
 
     Raises:
-        TraceError: a file that cannot be read. A row that is no trace is dropped with its reason.
+        TraceError: a file that cannot be read, or of whose first 100 rows none is a trace. Any other row that is no
+            trace is dropped with its reason.
         ValueError: nothing in the pool, or a pass rate outside [0, 1].
         ImportError: Ray is asked for, and Ray Data is not installed.
     """
-    pool, out = [pool] if isinstance(pool, str | Path) else list(pool), Path(out)
+    out = Path(out)
+    read = Pool((pool,) if isinstance(pool, str | Path) else tuple(pool), config.formats)
+    formats = recognise(read)
     decontaminator = Decontaminator(read_evaluations(config.against), config.thresholds, config.embed)
-    ledger = Ledger(_joined(_assessed(pool, decontaminator, config), pool, quiet))
+    ledger = Ledger(_joined(_assessed(read, decontaminator, config), read, quiet))
     ledger.decontaminate(decontaminator, config.keep_templates)
     ledger.dedup()
     ledger.drop_wrong()
     difficulty = _difficulties(ledger.part, config.pass_rates, ledger.alive)
     merits = _merits(ledger.part, difficulty, config.weights, ledger.alive)
-    chosen, wheres = _select(ledger, merits, pool, config, quiet)
-    _write(out, pool, ledger, difficulty, chosen, wheres, quiet)
-    sheet = describe(config.settings(pool), ledger, difficulty, chosen)
+    chosen, wheres = _select(ledger, merits, read, config, quiet)
+    _write(out, read, ledger, difficulty, chosen, wheres, quiet)
+    sheet = describe(config.settings(read), ledger, difficulty, chosen)
     write_datasheet(out, sheet)
-    return Curation(out, len(chosen), ledger.stages, sheet)
+    return Curation(out, len(chosen), ledger.stages, sheet, formats)
 
 
 def read_pass_rates(path: Source) -> dict[str, float]:
@@ -160,7 +167,7 @@ def read_pass_rates(path: Source) -> dict[str, float]:
 # -------------------------------------------------------------------------------------------------------- reading
 
 
-def _assessed(pool: Sequence[Source], decontaminator: Decontaminator, config: CurateConfig) -> Iterator[Part]:
+def _assessed(pool: Pool, decontaminator: Decontaminator, config: CurateConfig) -> Iterator[Part]:
     """The parts of the pool, assessed here or on a Ray cluster."""
     assessor = Assessor(decontaminator, config.quality, config.difficulty, config.verify)
     if config.ray is not None:
@@ -168,7 +175,7 @@ def _assessed(pool: Sequence[Source], decontaminator: Decontaminator, config: Cu
     return assessed(pool, assessor, config.processes)
 
 
-def _joined(parts: Iterator[Part], pool: Sequence[Source], quiet: bool) -> Part:
+def _joined(parts: Iterator[Part], pool: Pool, quiet: bool) -> Part:
     """The parts of the pool as one."""
     found: list[Part] = []
     done = 0
@@ -178,7 +185,7 @@ def _joined(parts: Iterator[Part], pool: Sequence[Source], quiet: bool) -> Part:
             done += len(part.flaws)
             progress(done, None)
     if not found:
-        raise ValueError(f"expected at least one trace in {', '.join(map(str, pool)) or 'the pool'}, got none")
+        raise ValueError(f"expected at least one trace in {', '.join(map(str, pool.sources)) or 'the pool'}, got none")
     return join_parts(found)
 
 
@@ -224,7 +231,7 @@ def _merits(part: Part, difficulty: np.ndarray, weights: Weights, alive: np.ndar
 
 
 def _select(
-    ledger: Ledger, merits: np.ndarray, pool: Sequence[Source], config: CurateConfig, quiet: bool
+    ledger: Ledger, merits: np.ndarray, pool: Pool, config: CurateConfig, quiet: bool
 ) -> tuple[np.ndarray, dict[int, str]]:
     """The chosen items, sorted; and where the rows stand that others are duplicates of."""
     names, domains = np.unique(np.array(ledger.part.domains, dtype=object), return_inverse=True)
@@ -249,7 +256,7 @@ def _select(
 
 
 def _fetch(
-    pool: Sequence[Source], problem_rows: np.ndarray, where_rows: np.ndarray, quiet: bool
+    pool: Pool, problem_rows: np.ndarray, where_rows: np.ndarray, quiet: bool
 ) -> tuple[dict[int, str], dict[int, str]]:
     """The problems of some rows of the pool, and where some others stand."""
     wanted, located = set(problem_rows.tolist()), set(where_rows.tolist())
@@ -270,7 +277,7 @@ def _fetch(
 
 def _write(
     out: Path,
-    pool: Sequence[Source],
+    pool: Pool,
     ledger: Ledger,
     difficulty: np.ndarray,
     chosen: np.ndarray,

@@ -21,13 +21,14 @@ that was found: how rare a shingle is, is known at the end.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rbfast.curation import text
 from rbfast.curation.instructions import without_instructions
 from rbfast.curation.text import Ragged, Texts
+from rbfast.data.formats import question_of
 from rbfast.data.readers import read_rows
 from rbfast.data.trace import TraceError
 
@@ -89,16 +90,25 @@ def read_evaluations(sources: Iterable[str | Path], *, split: str = "test") -> l
     """The problems of evaluation sets: files (.jsonl, .json, .parquet) or hub ids, of which `split`.
 
     Raises:
-        TraceError: a row without a text under `problem`, `question` or `prompt`.
+        TraceError: a row without a problem.
     """
     found = []
     for source in sources:
         for where, row in read_rows(source, split=split):
             named = [row[field] for field in _QUESTION_FIELDS if field in row] if isinstance(row, dict) else []
-            if not named or not isinstance(named[0], str) or not named[0].strip():
-                raise TraceError(f"{where}: expected a text under {', '.join(_QUESTION_FIELDS)}; rename the field")
-            found.append(Evaluation(where, named[0]))
+            problem = named[0] if named and isinstance(named[0], str) else _problem(row, where)
+            if not problem.strip():
+                raise TraceError(f"{where}: expected a text under {', '.join(_QUESTION_FIELDS)}, got an empty one")
+            found.append(Evaluation(where, problem))
     return found
+
+
+def _problem(row: Any, where: str) -> str:
+    """The problem of a row that has it in another field, or in a conversation."""
+    try:
+        return str(question_of(row)["problem"])
+    except TraceError as error:
+        raise TraceError(f"{where}: expected a text under {', '.join(_QUESTION_FIELDS)}: {error}") from None
 
 
 def contaminated(

@@ -1,15 +1,17 @@
 """A pool of traces, read a chunk at a time and assessed in its order: here, by several processes, or on Ray Data.
 
-    parts = assessed(["pool.jsonl"], assessor, processes=4)
-    parts = assessed_on_ray(["pool.jsonl"], assessor, "auto")       # the same parts, from a running Ray cluster
+    pool = Pool(("pool.jsonl",))
+    parts = assessed(pool, assessor, processes=4)
+    parts = assessed_on_ray(pool, assessor, "auto")                 # the same parts, from a running Ray cluster
 
 What an `Assessor` says of an item does not depend on the items beside it, so all of these join to the same bytes.
 """
 
 import pickle
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,29 +19,58 @@ from typing import Any
 
 from rbfast.curation import text
 from rbfast.curation.assess import Assessor, Part
-from rbfast.data.readers import read_rows
+from rbfast.data.formats import AUTO, FormatOptions
+from rbfast.data.readers import PATIENCE, read_native_rows
+from rbfast.data.trace import TraceError
 from rbfast.utils.packages import need
 
 CHUNK = 1024  # rows
 
 Source = str | Path
 PoolRow = tuple[str, Any]
-"""Where a row stands ("file:line"), and what is there."""
+"""Where a row stands ("file:line"), and its trace's fields; or a TraceError, if there is no trace."""
 
 
-def pool_rows(pool: Sequence[Source]) -> Iterator[PoolRow]:
-    """Every row of the pool, one at a time."""
-    return chain.from_iterable(read_rows(source) for source in pool)
+@dataclass(frozen=True)
+class Pool:
+    """Where traces are read from, and how."""
+
+    sources: tuple[Source, ...]
+    options: FormatOptions = AUTO
 
 
-def chunks(pool: Sequence[Source], size: int) -> Iterator[list[PoolRow]]:
+def pool_rows(pool: Pool) -> Iterator[PoolRow]:
+    """Every row of the pool, one at a time; a row of several traces is as many."""
+    return chain.from_iterable(read_native_rows(source, pool.options) for source in pool.sources)
+
+
+def recognise(pool: Pool) -> dict[Source, list[str]]:
+    """As what the first rows of each source are read, the most frequent first.
+
+    Raises:
+        TraceError: a source has rows, and none of its first 100 is read.
+    """
+    found: dict[Source, list[str]] = {}
+    for source in pool.sources:
+        names: Counter[str] = Counter()
+        errors = []
+        for _, row in islice(read_native_rows(source, pool.options, note=names.update), PATIENCE):
+            if isinstance(row, TraceError):
+                errors.append(row)
+        if errors and not names:
+            raise TraceError(f"{source}: none of the first {len(errors)} rows is a trace, the first: {errors[0]}")
+        found[source] = [name for name, _ in names.most_common()]
+    return found
+
+
+def chunks(pool: Pool, size: int) -> Iterator[list[PoolRow]]:
     """The rows of the pool, `size` at a time."""
     rows = pool_rows(pool)
     while chunk := list(islice(rows, size)):
         yield chunk
 
 
-def assessed(pool: Sequence[Source], assessor: Assessor, processes: int) -> Iterator[Part]:
+def assessed(pool: Pool, assessor: Assessor, processes: int) -> Iterator[Part]:
     """The parts of a pool, in its order. This process reads; with several, the others assess."""
     read = chunks(pool, CHUNK)
     if processes == 1:
@@ -65,7 +96,7 @@ def _work(chunk: list[PoolRow]) -> Part:
     return _worker(chunk)
 
 
-def assessed_on_ray(pool: Sequence[Source], assessor: Assessor, address: str) -> Iterator[Part]:
+def assessed_on_ray(pool: Pool, assessor: Assessor, address: str) -> Iterator[Part]:
     """The parts of a pool, in its order. One worker, on this machine, reads; the others, on any, assess.
 
     Args:
@@ -81,7 +112,7 @@ def assessed_on_ray(pool: Sequence[Source], assessor: Assessor, address: str) ->
     if own:
         ray.init(address, log_to_driver=False)
     try:
-        data: Any = ray.data.from_items([{"pool": pickle.dumps([*map(_absolute, pool)])}])
+        data: Any = ray.data.from_items([{"pool": pickle.dumps(_absolute(pool))}])
         data.context.execution_options.preserve_order = True
         data.context.target_max_block_size = 1  # byte: a chunk is a block, and every block a task
         data.context.enable_progress_bars = False
@@ -98,9 +129,9 @@ def assessed_on_ray(pool: Sequence[Source], assessor: Assessor, address: str) ->
             ray.shutdown()
 
 
-def _absolute(source: Source) -> Source:
+def _absolute(pool: Pool) -> Pool:
     """Workers have working folders of their own."""
-    return Path(source).resolve() if Path(source).exists() else source
+    return replace(pool, sources=tuple(Path(s).resolve() if Path(s).exists() else s for s in pool.sources))
 
 
 def _read(row: Mapping[str, bytes], size: int) -> Iterator[dict[str, bytes]]:

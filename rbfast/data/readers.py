@@ -1,35 +1,144 @@
 """Traces and rows from files and the hub, and traces into files.
 
-traces = read_traces("traces.jsonl")                     # or .json, .parquet, or a hub id
+traces = read_traces("traces.jsonl")                     # or .json, .parquet, a hub id; any shape in docs/formats.md
+traces = read_traces("pool.jsonl", on_error="skip", unreadable="pool.unreadable.jsonl")
 """
 
 import json
-from collections.abc import Iterable, Iterator
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rbfast.data import hub
+from rbfast.data.formats import AUTO, FormatOptions, interpret
 from rbfast.data.trace import Trace, TraceError
-from rbfast.utils.files import replacing
+from rbfast.utils.files import replacing, write_text
 from rbfast.utils.records import show
+
+log = logging.getLogger(__name__)
 
 _LONGEST_LINE = 64 * 2**20  # bytes; 32k tokens with a top-20 each are a quarter of it
 
 
-def read_traces(source: str | Path, *, split: str = "train", limit: int | None = None) -> list[Trace]:
+def read_traces(
+    source: str | Path,
+    *,
+    split: str = "train",
+    limit: int | None = None,
+    options: FormatOptions = AUTO,
+    on_error: Literal["raise", "skip"] = "raise",
+    unreadable: str | Path | None = None,
+) -> list[Trace]:
     """The traces of a .jsonl, .json or .parquet file, or of a dataset on the hub (`owner/name`, of which `split`;
     `owner/name:split` or `owner/name:config:split`).
 
-    Reads the first `limit` where given. Raises TraceError at the first trace that is not valid.
+    Args:
+        limit: the first so many, if not all.
+        options: how rows are read, if not by what their fields mean.
+        on_error: "raise" stops at the first row that holds no trace; "skip" goes on past it with a warning.
+        unreadable: JSONL file for the rows that were skipped: where each stands, and why.
+
+    Raises:
+        TraceError: a row that holds no trace; with "skip", a source without any in it, or in its first 100 rows.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
-    rows = islice(_rows(source, split, streaming=limit is not None), limit)
-    traces = [Trace.from_dict(row, where) for where, row in rows]
-    if not traces:
-        raise TraceError(f"{source}: expected at least one trace, got none")
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f'on_error: expected "raise" or "skip", got {on_error!r}')
+    reader = TraceReader(source, split=split, options=options, skip=on_error == "skip", streaming=limit is not None)
+    traces = reader.all(limit)
+    if reader.unreadable:
+        log.warning("%s: %s, the first: %s", source, reader.summary(), reader.unreadable[0][1])
+        if unreadable is not None:
+            reader.list_unreadable(unreadable)
     return traces
+
+
+PATIENCE = 100  # rows without a trace, at the start of a source
+
+
+class TraceReader:
+    """The traces of a source, one at a time; what its rows were read as (`counts`), and those that were not, with why
+    (`unreadable`). With `skip` it gives up if none of the first `patience` rows holds a trace."""
+
+    def __init__(
+        self,
+        source: str | Path,
+        *,
+        split: str = "train",
+        options: FormatOptions = AUTO,
+        skip: bool = False,
+        streaming: bool = True,
+        patience: int | None = PATIENCE,
+    ) -> None:
+        self.source, self.options, self.skip, self.patience = source, options, skip, patience
+        self.counts: Counter[str] = Counter()
+        self.unreadable: list[tuple[str, str]] = []
+        self._rows = _rows(source, split, streaming, lenient=skip)
+
+    def __iter__(self) -> Iterator[Trace]:
+        for where, row in self._rows:
+            try:
+                name, traces = _traces_of(row, self.options)
+            except TraceError as error:
+                reason = str(error) if error is row else f"{where}: {error}"
+                if not self.skip:
+                    raise TraceError(reason) from None
+                self._skip(where, reason)
+                continue
+            self.counts[name] += 1
+            yield from traces
+
+    def all(self, limit: int | None = None) -> list[Trace]:
+        """The traces, or the first `limit`. Raises TraceError if there are none."""
+        traces = list(islice(self, limit))
+        if not traces:
+            raise TraceError(self.complaint())
+        return traces
+
+    def _skip(self, where: str, reason: str) -> None:
+        self.unreadable.append((where, reason))
+        if len(self.unreadable) == self.patience and not self.counts:
+            raise TraceError(self.complaint())
+
+    def complaint(self) -> str:
+        """Why nothing was read."""
+        if not self.unreadable:
+            return f"{self.source}: expected at least one trace, got none"
+        first = self.unreadable[0][1]
+        return (
+            first
+            if len(self.unreadable) == 1
+            else f"{first} (and none of the first {len(self.unreadable)} rows is read)"
+        )
+
+    def summary(self) -> str:
+        """As what the rows were read: "reads 17,398 rows as OpenThoughts conversations"."""
+        read = " and ".join(f"{_rows_in_words(count)} as {name}" for name, count in self.counts.most_common())
+        left = f"; {_rows_in_words(len(self.unreadable))} not read" if self.unreadable else ""
+        return f"reads {read or 'no rows'}{left}"
+
+    def list_unreadable(self, path: str | Path) -> None:
+        """Writes the rows that were not read as JSONL: where each stands, and why."""
+        lines = [
+            json.dumps({"where": where, "reason": reason}, ensure_ascii=False) for where, reason in self.unreadable
+        ]
+        write_text(path, "\n".join(lines) + "\n")
+
+
+def _rows_in_words(count: int) -> str:
+    return f"{count:,} row{'' if count == 1 else 's'}"
+
+
+def _traces_of(row: Any, options: FormatOptions) -> tuple[str, list[Trace]]:
+    if isinstance(row, TraceError):
+        raise row
+    found = interpret(row, options)
+    return found.name, [Trace.from_dict(fields) for fields in found.rows]
 
 
 def read_rows(source: str | Path, *, split: str = "train") -> Iterator[tuple[str, Any]]:
@@ -37,9 +146,36 @@ def read_rows(source: str | Path, *, split: str = "train") -> Iterator[tuple[str
     return _rows(source, split, streaming=True)
 
 
-def _rows(source: str | Path, split: str, streaming: bool) -> Iterator[tuple[str, Any]]:
+def read_native_rows(
+    source: str | Path, options: FormatOptions = AUTO, *, note: Callable[[list[str]], None] | None = None
+) -> Iterator[tuple[str, Any]]:
+    """Every trace as a row with the fields of a trace, unchecked, and the TraceError in place of a row that holds none;
+    sources as for `read_traces`. `note` gets as what each row was read."""
+    for where, row in _rows(source, "train", streaming=True, lenient=True):
+        if isinstance(row, TraceError):
+            yield where, row
+            continue
+        try:
+            found = interpret(row, options)
+        except TraceError as error:
+            yield where, error
+            continue
+        if note is not None:
+            note([found.name])
+        if len(found.rows) == 1:
+            yield where, found.rows[0]
+        else:
+            yield from ((f"{where} ({number})", one) for number, one in enumerate(found.rows, start=1))
+
+
+def _rows(source: str | Path, split: str, streaming: bool, lenient: bool = False) -> Iterator[tuple[str, Any]]:
+    """Rows; if `lenient`, a TraceError in place of a line that is no JSON."""
     path = Path(source)
-    readers = {".jsonl": _rows_jsonl, ".json": _rows_json, ".parquet": _rows_parquet}
+    readers: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
+        ".jsonl": partial(_rows_jsonl, lenient=lenient),
+        ".json": _rows_json,
+        ".parquet": _rows_parquet,
+    }
     if path.is_dir():
         raise TraceError(f"{source}: expected a file or a hub id, got a directory; name one of the files in it")
     if path.is_file():
@@ -52,7 +188,7 @@ def _rows(source: str | Path, split: str, streaming: bool) -> Iterator[tuple[str
     return _rows_hub(dataset, streaming)
 
 
-def _rows_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+def _rows_jsonl(path: Path, lenient: bool) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as file:
         number = 0
         while line := file.readline(_LONGEST_LINE + 1):
@@ -63,7 +199,13 @@ def _rows_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                     f"{where}: expected at most {_LONGEST_LINE} bytes in a line; is this one trace a line?"
                 )
             if line.strip():
-                yield where, _parse_json(line, where)
+                try:
+                    row = _parse_json(line, where)
+                except TraceError as error:
+                    if not lenient:
+                        raise
+                    row = error
+                yield where, row
 
 
 def _rows_json(path: Path) -> Iterator[tuple[str, Any]]:
@@ -111,8 +253,12 @@ def _parse_json(data: bytes, where: str) -> Any:
         raise TraceError(f"{where}: expected JSON that can be read: {error}") from None
 
 
-def write_traces(path: str | Path, traces: Iterable[Trace]) -> None:
-    """Write JSONL, whole or not at all: a temporary file in the same folder takes the name at the end."""
+def write_traces(path: str | Path, traces: Iterable[Trace]) -> int:
+    """Write JSONL, whole or not at all: a temporary file in the same folder takes the name at the end. Returns how many
+    traces there were."""
+    count = 0
     with replacing(path, "w") as file:
         for trace in traces:
             file.write(json.dumps(trace.to_dict(), ensure_ascii=False, allow_nan=False) + "\n")
+            count += 1
+    return count

@@ -12,10 +12,10 @@ from itertools import chain
 from typing import Any
 
 from rbfast.data.spans import ANSWER, ROLES, STRATEGIC, Span, split_spans
-from rbfast.utils.records import show
+from rbfast.utils.records import objects_of, show
 
 _REQUIRED = ("problem", "reasoning", "answer")
-_OPTIONAL_TEXT = ("plan", "domain", "source", "teacher", "id")
+_OPTIONAL_TEXT = ("plan", "domain", "source", "teacher", "id", "system")
 _NUMBERS = ("answer", "id")  # of a file that may hold them as numbers
 _LOGPROB_SLACK = 1e-3  # a log-softmax in half precision can end a little above zero
 
@@ -28,7 +28,8 @@ class TraceError(ValueError):
 class Trace:
     """One training example.
 
-    `spans` tile `reasoning` exactly, in characters. `signals` holds the teacher's top log-probs,
+    `spans` tile `reasoning` exactly, in characters. `system` is the system prompt that the problem came with: it is
+    kept, and not shown to the student. `signals` holds the teacher's top log-probs,
     `{"ids": [[int]], "logprobs": [[float]]}`, one row for each token the student is trained on (see `encode`).
     Raises TraceError where a field has the wrong type, is empty, is not finite, or the spans do not tile.
     """
@@ -45,6 +46,7 @@ class Trace:
     verified: bool | None = None
     spans: tuple[Span, ...] | None = None
     signals: dict[str, list[list[Any]]] | None = None
+    system: str | None = None
 
     def __post_init__(self) -> None:
         for field in _REQUIRED:
@@ -137,7 +139,10 @@ def _check_difficulty(value: object) -> None:
 
 
 def _parse_spans(items: object) -> tuple[Span, ...]:
-    """Spans from [[start, end, "role"], ...], or from objects with these three keys (Parquet has no mixed lists)."""
+    """Spans from [[start, end, "role"], ...], from objects with these three keys (Parquet has no mixed lists), or from
+    an object of three lists (what `datasets` makes of those)."""
+    if isinstance(items, Mapping) and set(items) == {"start", "end", "role"}:
+        items = objects_of(items)
     if not isinstance(items, list | tuple):
         raise TraceError(f'spans: expected [[start, end, "role"], ...], got {show(items)}')
     spans = []

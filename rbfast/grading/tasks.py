@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from rbfast.data import hub
+from rbfast.data.formats import AUTO, FormatOptions, question_of
 from rbfast.data.readers import read_rows
+from rbfast.data.trace import TraceError
 from rbfast.grading import math_equality
 from rbfast.grading.grade import Problem, extract_answer, reasoning_gym
 
@@ -38,16 +40,19 @@ _FILES = (".jsonl", ".json", ".parquet")
 _QUESTION_FIELDS = ("problem", "question", "prompt")
 
 
-def load_problems(task: str, n: int | None, seed: int, *, exclude: Collection[str] = ()) -> list[Problem]:
+def load_problems(
+    task: str, n: int | None, seed: int, *, exclude: Collection[str] = (), options: FormatOptions = AUTO
+) -> list[Problem]:
     """`n` distinct problems of a task; the same arguments give the same problems on every machine.
 
     Args:
         task: a reasoning-gym generator at its default difficulty (`leg_counting`, `reasoning-gym:leg_counting`); a
-            `.jsonl`, `.json` or `.parquet` file with the fields `problem` (or `question`, `prompt`) and `answer`; one
-            of `BENCHMARKS`; or a dataset on the hub with such fields: `owner/name`, `owner/name:split` or
-            `owner/name:config:split`, of which the split (default: test) may be a slice, `test[:100]`.
+            file (.jsonl, .json, .parquet) of any shape in docs/formats.md that gives its answers; one of `BENCHMARKS`;
+            or a dataset on the hub of such a shape: `owner/name`, `owner/name:split` or `owner/name:config:split`, of
+            which the split (default: test) may be a slice, `test[:100]`.
         n: drawn from what there is; None for all of a file or dataset, in its order.
         exclude: questions to leave out, such as those trained on.
+        options: how rows are read, if not by what their fields mean.
 
     Raises:
         ValueError: an unknown task, a malformed line, or fewer than `n` problems to be had.
@@ -58,9 +63,9 @@ def load_problems(task: str, n: int | None, seed: int, *, exclude: Collection[st
     if task.endswith(_FILES):
         if not Path(task).is_file():
             raise FileNotFoundError(f"{task}: expected a file of problems, found none")
-        return _sample(_read_file(Path(task)), task, n, seed, exclude)
+        return _sample(_read_file(Path(task), options), task, n, seed, exclude)
     if task in BENCHMARKS or "/" in task:
-        return _sample(_read_hub(BENCHMARKS.get(task, task), task), task, n, seed, exclude)
+        return _sample(_read_hub(BENCHMARKS.get(task, task), task, options), task, n, seed, exclude)
     if n is None:
         raise ValueError(f"{task} is generated without end: say how many problems")
     return _generate_problems(task.removeprefix(_REASONING_GYM), n, seed, exclude)
@@ -105,15 +110,15 @@ def _sample(found: Sequence[Problem], source: str, n: int | None, seed: int, exc
     return random.Random(seed).sample(list(problems.values()), n)
 
 
-def _read_file(path: Path) -> list[Problem]:
+def _read_file(path: Path, options: FormatOptions) -> list[Problem]:
     if path.suffix != ".jsonl":
-        return [_problem(row, where, path.stem) for where, row in read_rows(path)]
+        return [_problem(row, where, path.stem, options) for where, row in read_rows(path)]
     problems = []
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 where = f"{path}:{number}"
-                problems.append(_problem(_parse(line, where), where, path.stem))
+                problems.append(_problem(_parse(line, where), where, path.stem, options))
     return problems
 
 
@@ -130,7 +135,7 @@ def _parse(line: bytes, where: str) -> Any:
         raise ValueError(f"{where}: expected JSON that can be read: {error}") from None
 
 
-def _read_hub(where: str, task: str) -> list[Problem]:
+def _read_hub(where: str, task: str, options: FormatOptions) -> list[Problem]:
     dataset = hub.named(where, split="test")
     if dataset is None:
         raise ValueError(f"{task}: expected {hub.FORMS}")
@@ -138,12 +143,17 @@ def _read_hub(where: str, task: str) -> list[Problem]:
         rows = hub.load_rows(dataset)
     except ValueError as error:
         raise ValueError(f"{task}: {error}") from error
-    return [_problem(row, f"{dataset}: row {number}", task) for number, row in enumerate(rows)]
+    return [_problem(row, f"{dataset}: row {number}", task, options) for number, row in enumerate(rows)]
 
 
-def _problem(fields: Any, where: str, task: str) -> Problem:
+def _problem(fields: Any, where: str, task: str, options: FormatOptions) -> Problem:
     if not isinstance(fields, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(fields).__name__}")
+    if options != AUTO or not (fields.keys() & set(_QUESTION_FIELDS) and "answer" in fields):
+        try:
+            fields = fields | question_of(fields, options)
+        except TraceError as error:
+            raise ValueError(f"{where}: problem: expected text: {error}") from None
     question = next((fields[name] for name in _QUESTION_FIELDS if name in fields), None)
     if not isinstance(question, str):
         raise ValueError(f"{where}: problem: expected text (in `problem` or `question`), got {question!r}")

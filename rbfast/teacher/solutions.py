@@ -22,6 +22,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from rbfast.data.formats import AUTO, FormatOptions, question_of
 from rbfast.data.readers import read_rows, write_traces
 from rbfast.data.trace import Trace, TraceError
 from rbfast.grading.grade import Problem, extract_answer, grade
@@ -89,9 +90,11 @@ class Taught:
         return {"traces": len(self.traces)} | counts
 
 
-def read_questions(source: str | Path, n: int | None = None, seed: int = 0) -> list[Question]:
-    """The problems of a JSONL, JSON or Parquet file or hub dataset (fields `problem`, optional `answer`, `domain`,
-    `source`, `id`), in their order; or `n` of a reasoning-gym generator. Each once.
+def read_questions(
+    source: str | Path, n: int | None = None, seed: int = 0, options: FormatOptions = AUTO
+) -> list[Question]:
+    """The problems of a JSONL, JSON or Parquet file or hub dataset of any shape in docs/formats.md, in their order; or
+    `n` of a reasoning-gym generator. Each once.
 
     Raises:
         ValueError: no such source, a row without a problem, or no rows.
@@ -102,7 +105,7 @@ def read_questions(source: str | Path, n: int | None = None, seed: int = 0) -> l
         return [Question(problem.question, problem, problem.task) for problem in problems]
     found: dict[str, Question] = {}
     for where, row in read_rows(source):
-        question = _question(row, where)
+        question = _question(row, where, options)
         found.setdefault(question.text, question)
         if n is not None and len(found) == n:
             break
@@ -111,21 +114,19 @@ def read_questions(source: str | Path, n: int | None = None, seed: int = 0) -> l
     return list(found.values())
 
 
-def _question(row: Any, where: str) -> Question:
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected an object with a problem, got {type(row).__name__}")
-    text = next((row[name] for name in ("problem", "question", "prompt") if name in row), None)
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{where}: problem: expected text (in `problem`, `question` or `prompt`), got {text!r}")
-    answer = row.get("answer")
+def _question(row: Any, where: str, options: FormatOptions) -> Question:
+    try:
+        fields = question_of(row, options)
+    except TraceError as error:
+        raise ValueError(f"{where}: {error}") from None
+    text, answer = fields["problem"], fields.get("answer")
+    if not text.strip():
+        raise ValueError(f"{where}: problem: expected text, got {text!r}")
     known = None
-    if isinstance(answer, str | int | float) and str(answer).strip():
-        stated = extract_answer(str(answer)) or str(answer).strip()
+    if answer is not None:
+        stated = extract_answer(answer) or answer.strip()
         known = Problem("", text, stated, {})
-    optional = {name: row[name] for name in ("domain", "source") if isinstance(row.get(name), str)}
-    if isinstance(row.get("id"), str | int):
-        optional["id"] = str(row["id"])
-    return Question(text, known, **optional)
+    return Question(text, known, **{name: fields[name] for name in ("domain", "source", "id") if name in fields})
 
 
 def teach(

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,13 @@ def show(value: object) -> str:
         return "null"
     text = repr(value[:60] if isinstance(value, str | bytes | list | tuple) else value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def objects_of(value: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """A list of objects from a mapping of lists, which is what `datasets` makes of it, or None if it is not one."""
+    if not value or not all(isinstance(column, list | tuple) for column in value.values()):
+        return None
+    return [dict(zip(value, item, strict=True)) for item in zip_longest(*value.values())]
 
 
 def read_json(path: Path, shape: Any) -> Any:

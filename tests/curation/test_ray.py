@@ -19,7 +19,7 @@ from rbfast import CurateConfig, curate
 from rbfast.cli.main import main
 from rbfast.curation.assess import Assessor, join_parts
 from rbfast.curation.decontaminate import Decontaminator
-from rbfast.curation.pool import assessed, assessed_on_ray
+from rbfast.curation.pool import Pool, assessed, assessed_on_ray
 from rbfast.data.trace import Trace, TraceError
 
 pytestmark = pytest.mark.slow
@@ -93,7 +93,7 @@ def test_two_workers_share_a_file_and_its_order_is_kept(
 
     monkeypatch.setattr("rbfast.curation.pool.CHUNK", 20)
     monkeypatch.chdir(pool[0].parent)  # workers are elsewhere
-    name, decontaminator = [pool[0].name], Decontaminator([])
+    name, decontaminator = Pool((pool[0].name,)), Decontaminator([])
     there = join_parts([*assessed_on_ray(name, Assessor(decontaminator, quality=first_is_last), "auto")])
     here = join_parts([*assessed(name, Assessor(decontaminator), 1)])
     assert there.fingerprints.tolist() == here.fingerprints.tolist()
@@ -104,7 +104,7 @@ def test_two_workers_share_a_file_and_its_order_is_kept(
 @pytest.mark.parametrize(
     ("line", "error", "message"),
     [
-        ('{"problem": ', TraceError, "torn.jsonl:21: "),
+        ('{"problem": ', TraceError, "absent.jsonl: expected a file"),
         ('{"problem": "?", "reasoning": "It is 7.", "answer": "7", "difficulty": 3}', ValueError, "quality must give"),
     ],
 )
@@ -112,12 +112,13 @@ def test_errors_are_those_of_one_process(
     ray: Any, pool: list[Path], tmp_path: Path, line: str, error: type, message: str
 ) -> None:
     torn = tmp_path / "torn.jsonl"
+    sources = Pool((torn, tmp_path / "absent.jsonl") if error is TraceError else (torn,))
     torn.write_text("".join(pool[0].read_text(encoding="utf-8").splitlines(True)[:20]) + line + "\n")
     assessor = Assessor(Decontaminator([]), quality=lambda trace: float("nan") if trace.difficulty else 1.0)
     with pytest.raises(error, match=message) as here:
-        list(assessed([torn], assessor, 1))
+        list(assessed(sources, assessor, 1))
     with pytest.raises(error) as there:
-        list(assessed_on_ray([torn], assessor, "auto"))
+        list(assessed_on_ray(sources, assessor, "auto"))
     assert type(there.value) is type(here.value)
     assert str(there.value) == str(here.value)
 
@@ -129,7 +130,7 @@ def test_a_session_of_its_own_is_closed(ray: Any, tmp_path: Path, monkeypatch) -
     monkeypatch.setattr(ray, "init", lambda address, **options: calls.append(address))
     monkeypatch.setattr(ray, "shutdown", lambda: calls.append("closed"))
     with pytest.raises(ZeroDivisionError):
-        curate([tmp_path / "pool.jsonl"], tmp_path / "out", CurateConfig(ray="host:6379"))
+        curate([write_rows(tmp_path / "pool.jsonl", [])], tmp_path / "out", CurateConfig(ray="host:6379"))
     assert calls == ["host:6379", "closed"]
 
 

@@ -1,0 +1,230 @@
+"""Conversations as people keep them, and the thinking in a reply: the turns, the thought and what follows it.
+
+```python
+parse_turns([{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "<think>Add.</think>4"}])
+split_thinking("<think>Add.</think>4")                              # ("Add.", "4")
+```
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rbfast.data.trace import TraceError
+from rbfast.utils.records import objects_of, show
+
+SYSTEM, USER, ASSISTANT, THOUGHT = "system", "user", "assistant", "thought"
+_ROLES = dict.fromkeys(("system", "developer", "context"), SYSTEM)
+_ROLES |= dict.fromkeys(("user", "human", "prompter", "student", "question"), USER)
+_ROLES |= dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "ai", "teacher", "answer"), ASSISTANT)
+_ROLES |= dict.fromkeys(("think", "thinking", "thought", "thoughts", "reasoning", "analysis"), THOUGHT)
+_ROLE_KEYS, _TEXT_KEYS = ("role", "from", "speaker"), ("content", "value", "text", "parts", "message")
+THOUGHT_KEYS = (
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+    "think_content",
+    "thinking_content",
+    "thought",
+    "thoughts",
+)
+
+_TAGS = [(f"<{name}>", f"</{name}>") for name in ("think", "thinking", "thought", "thoughts", "reasoning", "reason")]
+_TAGS += [
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<|thinking|>", "<|/thinking|>"),
+    ("[THINK]", "[/THINK]"),
+    ("◁think▷", "◁/think▷"),
+    ("<|channel|>analysis<|message|>", "<|end|>"),
+    ("<|im_start|>think", "<|im_start|>answer"),
+]
+_OPENER = re.compile("|".join(re.escape(opener) for opener, _ in _TAGS), re.IGNORECASE)
+_CLOSERS = {opener.lower(): re.compile(re.escape(closer), re.IGNORECASE) for opener, closer in _TAGS}
+_LONE_CLOSER = re.compile(r"</think>|</thinking>|<\|end_of_thought\|>|\[/THINK\]|◁/think▷", re.IGNORECASE)
+_OPENING = re.compile(r"\s*(?:<\|start\|>assistant|<｜Assistant｜>|<\|im_start\|>assistant)?\s*")
+_SOLUTION = re.compile(
+    r"<\|begin_of_solution\|>(.*?)(?:<\|end_of_solution\|>|\Z)|<(output|solution|response)>(.*?)(?:</\2>|\Z)",
+    re.DOTALL | re.IGNORECASE,
+)
+_FINAL = re.compile(r"(?:<\|start\|>assistant)?<\|channel\|>final<\|message\|>")
+_ENDS = tuple(f"<|{name}|>" for name in ("im_end", "eot_id", "endoftext", "return", "end", "end_of_text"))
+_ENDS += ("<｜end▁of▁sentence｜>", "</s>")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A message: who says it, its text, the thinking that came beside it, and what else the message holds."""
+
+    role: str
+    text: str
+    thought: str | None
+    rest: Mapping[str, Any]
+
+
+def parse_turns(value: object) -> list[Turn] | None:
+    """The turns of a conversation, or None if `value` is none: a list of messages (OpenAI's, ShareGPT's, Claude's), one
+    message, a mapping of lists as `datasets` makes of a list of objects, or any of these as JSON text.
+
+    Raises TraceError, naming the turn, if a message has an unknown role or holds something else than text.
+    """
+    if isinstance(value, str):
+        value = _parsed(value)
+    if isinstance(value, Mapping):
+        value = objects_of(value) or [dict(value)]
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(item, Mapping) for item in value):
+        return None
+    turns: list[Turn] = []
+    for number, message in enumerate(value, start=1):
+        found = _turns_of(message, number)
+        if found is None:
+            return None
+        turns += found
+    return _with_thoughts(turns)
+
+
+def _parsed(text: str) -> Any:
+    if text.lstrip()[:1] not in ("[", "{"):
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _turns_of(message: Mapping[str, Any], number: int) -> list[Turn] | None:
+    """The turn in a message; the two of an object like {"human": .., "assistant": ..}; None if it is no message."""
+    role = next((message[key] for key in _ROLE_KEYS if isinstance(message.get(key), str)), None)
+    if role is None:
+        if message and all(str(key).lower() in _ROLES for key in message):
+            return [Turn(_ROLES[str(key).lower()], text_of(text, number)[1], None, {}) for key, text in message.items()]
+        return None
+    if role.lower() not in _ROLES:
+        raise TraceError(
+            f"turn {number}: expected a role of system, user or assistant, got {role!r}; leave the row out"
+        )
+    content = next((message[key] for key in _TEXT_KEYS if message.get(key) is not None), None)
+    thought, text = text_of(content, number)
+    info = message["info"] if isinstance(message.get("info"), Mapping) else {}
+    return [
+        Turn(
+            _ROLES[role.lower()],
+            text,
+            _thought_beside(message) or (info and _thought_beside(info)) or thought,
+            {**info, **message},
+        )
+    ]
+
+
+def _thought_beside(message: Mapping[str, Any]) -> str | None:
+    for key in THOUGHT_KEYS:
+        value = message.get(key)
+        if isinstance(value, Mapping):
+            value = value.get("content") or value.get("text")
+        if isinstance(value, str) and value.strip():
+            return value
+    details = message.get("reasoning_details")
+    if isinstance(details, list):
+        parts = [item.get("text") or item.get("summary") for item in details if isinstance(item, Mapping)]
+        return "\n\n".join(part for part in parts if isinstance(part, str)) or None
+    return None
+
+
+def text_of(content: object, number: int = 1) -> tuple[str | None, str]:
+    """The thinking and the text of a message's content: a text, or a list of blocks."""
+    if content is None:
+        return None, ""
+    if isinstance(content, str):
+        return None, content
+    if not isinstance(content, list | tuple):
+        raise TraceError(f"turn {number}: content: expected text or a list of blocks, got {show(content)}")
+    thoughts: list[str] = []
+    texts: list[str] = []
+    for block in content:
+        kind, text = _block(block, number)
+        (thoughts if kind == THOUGHT else texts).append(text)
+    return "\n\n".join(filter(None, thoughts)) or None, "\n\n".join(filter(None, texts))
+
+
+def _block(block: object, number: int) -> tuple[str, str]:
+    if isinstance(block, str):
+        return "", block
+    if not isinstance(block, Mapping):
+        raise TraceError(f"turn {number}: content: expected blocks of text, got {show(block)}")
+    kind = str(block.get("type") or "")
+    if "redacted" in kind:
+        return THOUGHT, ""
+    is_thought = "think" in kind or "reason" in kind or (not kind and isinstance(block.get("thinking"), str))
+    keys = ("thinking", "reasoning", "text", "summary", "content") if is_thought else ("text", "content", "output_text")
+    text = next((block[key] for key in keys if block.get(key)), "" if "text" in kind or is_thought else None)
+    if isinstance(text, list):
+        text = text_of(text, number)[1]
+    if not isinstance(text, str):
+        raise TraceError(f"turn {number}: content: expected blocks of text or thinking, got {kind or show(block)}")
+    return THOUGHT if is_thought else "", text
+
+
+def _with_thoughts(turns: Sequence[Turn]) -> list[Turn]:
+    """Thoughts that have a message of their own join the assistant's after them."""
+    found: list[Turn] = []
+    thoughts: list[str] = []
+    for turn in turns:
+        if turn.role == THOUGHT:
+            thoughts.append(turn.text)
+            continue
+        if thoughts and turn.role == ASSISTANT:
+            turn = Turn(turn.role, turn.text, "\n\n".join(filter(None, [*thoughts, turn.thought])), turn.rest)
+            thoughts = []
+        found.append(turn)
+    return found
+
+
+def exchange(turns: Sequence[Turn]) -> tuple[str | None, Turn, Turn | None]:
+    """The system prompt, the question and the reply (None if there is none yet) of a conversation of one exchange.
+
+    Raises TraceError if it has more turns, or another order.
+    """
+    system = "\n\n".join(turn.text for turn in turns if turn.role == SYSTEM) or None
+    spoken = [turn for turn in turns if turn.role != SYSTEM]
+    order = [turn.role for turn in spoken]
+    if order == [USER]:
+        return system, spoken[0], None
+    if order == [USER, ASSISTANT]:
+        return system, spoken[0], spoken[1]
+    if order[:2] == [USER, ASSISTANT] and len(order) > 2:
+        raise TraceError(
+            f"conversation: expected one question and one reply, got {len(order)} turns; conversations with earlier "
+            "turns are not read yet: split them, or leave them out"
+        )
+    raise TraceError(f"conversation: expected a user's turn and an assistant's, got {', '.join(order) or 'no turns'}")
+
+
+def split_thinking(reply: str) -> tuple[str | None, str]:
+    """The thinking in a reply (None if it has none, or an empty one) and the text after it, without the marks of both.
+
+    A closing tag without an opening one ends the thinking, for a template may have opened it. Raises TraceError if the
+    thinking is never closed: then the reply was cut.
+    """
+    rest = reply[_OPENING.match(reply).end() :]  # type: ignore[union-attr]
+    thoughts = []
+    while opened := _OPENER.match(rest):
+        closed = _CLOSERS[opened[0].lower()].search(rest, opened.end())
+        if closed is None:
+            raise TraceError(f"reply: {opened[0]} is opened and never closed; the reply was cut, leave it out")
+        thoughts.append(rest[opened.end() : closed.start()].strip())
+        rest = rest[closed.end() :].lstrip()
+    if not thoughts and (closed := _LONE_CLOSER.search(rest)):
+        thoughts.append(rest[: closed.start()].strip())
+        rest = rest[closed.end() :]
+    return "\n\n".join(filter(None, thoughts)) or None, _final_text(rest)
+
+
+def _final_text(text: str) -> str:
+    text = _FINAL.sub("", text, count=1) if "<|channel|>" in text else text
+    text = text.strip()
+    while end := next((end for end in _ENDS if text.endswith(end)), None):
+        text = text.removesuffix(end).rstrip()
+    if solution := _SOLUTION.match(text):
+        return (solution[1] or solution[3] or "").strip()
+    return text

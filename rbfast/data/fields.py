@@ -1,0 +1,135 @@
+"""What the fields of a row mean: names that people give to problems, thinking, replies and answers.
+
+```python
+meanings(("question", "deepseek_thinking_trajectory", "deepseek_attempt"))
+# {"problem": [Field("question", "")], "reasoning": [Field("deepseek_thinking_trajectory", "deepseek")], ...}
+```
+"""
+
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from rbfast.data.trace import TraceError
+
+NAMES = {
+    "problem": "problem question instruction query prompt input problem_statement user_prompt user task_prompt "
+    "inputs human",
+    "context": "context passage",
+    "system": "system system_prompt system_message",
+    "reasoning": "reasoning thinking thought thoughts think reasoning_content think_content thinking_content "
+    "trajectory trace reasoning_trace reasoning_text thinking_trace thinking_trajectory thinking_trajectories cot "
+    "chain_of_thought complex_cot rationale explanation scratchpad reasoning_steps steps "
+    "thought_process thinking_process",
+    "reply": "response output completion generation generated_text reply attempt model_output model_response chosen "
+    "answer_content generations completions responses outputs generated_solution generated_solutions samples "
+    "candidates rollouts attempts assistant gpt content",
+    "solution": "solution solutions worked_solution full_solution answer_cot",
+    "answer": "answer final_answer expected_answer gold gold_answer ground_truth golden_answer ground_truth_answer "
+    "reference_answer correct_answer target targets short_answer gt gt_answer short_ans answer_key gold_label",
+    "reference": "ground_truth_solution reference_solution gold_solution reference",
+    "conversation": "messages conversations conversation dialogue dialog turns chat",
+    "verdict": "correctness correct is_correct verified grade is_verified passed right",
+    "complete": "is_reasoning_complete is_complete complete",
+    "finish": "finish_reason finish_reasons done_reason stop_reason",
+    "plan": "plan",
+    "domain": "domain subject topic category cot_type problem_type subset type",
+    "source": "source source_type data_source dataset",
+    "teacher": "teacher generator model model_name teacher_model generation_model",
+    "id": "id uuid unique_id custom_id problem_id question_id _id",
+    "difficulty": "difficulty",
+}
+_ROLE_OF = {name.replace("_", ""): role for role, names in NAMES.items() for name in names.split()}
+_ORDER = {name.replace("_", ""): order for names in NAMES.values() for order, name in enumerate(names.split())}
+# What a teacher's name may stand before: "deepseek_attempt", "r1_solution_1", "claude_thinking_trajectory".
+_BY_TEACHER = (
+    "thinking_trajectory thinking_trajectories reasoning reasoning_content reasoning_trace thinking think thought "
+    "trace cot attempt response solution output completion generation generations grade answer"
+)
+_TEACHERS_FIELD = re.compile(
+    rf"(?P<teacher>\w+?)_(?P<name>{'|'.join(sorted(_BY_TEACHER.split(), key=len, reverse=True))})"
+)
+_NUMBERED = re.compile(r"(?P<name>.+?)_?(?P<number>\d+)")
+_NOT_TEACHERS = re.compile(
+    r"(?:ground_truth|gold|golden|reference|expected|correct|orig|original|final|short|human)(?:_.*)?"
+)
+
+
+class Field(NamedTuple):
+    """A field of a row; `teacher` is whose it is, by its name, and `number` its place among others like it."""
+
+    name: str
+    teacher: str = ""
+    number: int | None = None
+
+
+@lru_cache(maxsize=1024)
+def meanings(names: tuple[str, ...]) -> Mapping[str, list[Field]]:
+    """The fields of a row by what they mean, those that are named best first; without those of no known meaning."""
+    found: dict[str, list[Field]] = {}
+    numbered = [match["name"] for name in names if (match := _NUMBERED.fullmatch(name))]
+    for name in names:
+        role, field = _meaning(name, numbered)
+        if role is not None:
+            found.setdefault(role, []).append(field)
+    for fields in found.values():
+        fields.sort(key=lambda field: (bool(field.teacher), _ORDER.get(_squeezed(field.name), 0)))
+    return found
+
+
+def _meaning(name: str, numbered: list[str]) -> tuple[str | None, Field]:
+    if role := _ROLE_OF.get(_squeezed(name)):
+        return role, Field(name)
+    match = _NUMBERED.fullmatch(name)
+    if match and numbered.count(match["name"]) > 1:
+        role, field = _meaning(match["name"], [])
+        return ("reply" if role == "solution" else role), Field(name, field.teacher, int(match["number"]))
+    if (owned := _TEACHERS_FIELD.fullmatch(name.lower())) and not _NOT_TEACHERS.fullmatch(owned["teacher"]):
+        role = _ROLE_OF[_squeezed(owned["name"])]
+        return ("reply" if role in ("solution", "answer") else role), Field(name, name[: owned.end("teacher")])
+    return None, Field(name)
+
+
+def _squeezed(name: str) -> str:
+    return re.sub(r"[\W_]+", "", name).lower()
+
+
+_MAPPED = "problem reasoning answer reply solution conversation system plan domain source teacher id difficulty verdict"
+MAPPED = tuple(_MAPPED.split())
+_SYNONYMS = {"response": "reply", "completion": "reply", "messages": "conversation", "verified": "verdict"}
+
+
+def parse_map(text: str) -> dict[str, str]:
+    """`problem=question,answer=gold` as a mapping from meanings to fields. Raises ValueError for another form."""
+    found = {}
+    for part in filter(None, text.split(",")):
+        meant, equals, field = (piece.strip() for piece in part.partition("="))
+        if not equals or not field:
+            raise ValueError(f"map: expected problem=FIELD,answer=FIELD, got {part!r}")
+        found[meant] = field
+    return found
+
+
+def check_map(fields: Mapping[str, str]) -> dict[str, str]:
+    """The mapping with one name for each meaning. Raises ValueError for an unknown one."""
+    renamed = {_SYNONYMS.get(meant, meant): field for meant, field in fields.items()}
+    if unknown := set(renamed) - set(MAPPED):
+        raise ValueError(f"map: expected one of {', '.join(MAPPED)}, got {', '.join(sorted(unknown))}")
+    return renamed
+
+
+def value_at(row: Mapping[str, Any], field: str) -> Any:
+    """The value of a field; `info.answer` is the field `answer` of the object `info`."""
+    if field in row:
+        return row[field]
+    value: Any = row
+    for part in field.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            raise TraceError(f"{field}: expected this field, got {names_of(row)}; name another with --map")
+        value = value[part]
+    return value
+
+
+def names_of(row: Mapping[str, Any]) -> str:
+    return ", ".join(map(str, list(row)[:20])) or "no fields"

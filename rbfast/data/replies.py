@@ -1,0 +1,279 @@
+"""Where in a row the reply is: generations with verdicts, trajectories of several teachers, a conversation's last turn,
+a completion, a worked solution. `find_replies` knows them by what the fields mean (`rbfast.data.fields`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from rbfast.data.answers import as_text, stated_answer
+from rbfast.data.conversations import ASSISTANT, Turn, parse_turns, split_thinking, text_of
+from rbfast.data.fields import Field, meanings, names_of, value_at
+from rbfast.data.trace import TraceError
+from rbfast.utils.records import show
+
+_FLAGS = {"on", "off", "true", "false", "yes", "no", "none", "low", "medium", "high"}  # not thoughts, but how to think
+_RIGHT = {"yes", "true", "correct", "right", "1", "pass", "passed", "y"}
+_WRONG = {"no", "false", "incorrect", "wrong", "0", "fail", "failed", "n"}
+_CUT = {"length", "max_tokens"}
+
+
+class Reply(NamedTuple):
+    """What a teacher wrote: the thinking, if there is any, and the text."""
+
+    thought: str | None
+    text: str
+    verified: bool | None = None
+    teacher: str = ""
+    number: int | None = None  # among the row's
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row with what its fields mean. `fields` says of some what they mean; those mean nothing else."""
+
+    values: Mapping[str, Any]
+    fields: Mapping[str, str] = field(default_factory=dict)
+    teacher_field: str | None = None
+
+    def candidates(self, role: str) -> list[tuple[Field, Any]]:
+        """The fields with this meaning that hold something."""
+        if role in self.fields:
+            return [(Field(self.fields[role]), value_at(self.values, self.fields[role]))]
+        taken = set(self.fields.values())
+        found = meanings(tuple(map(str, self.values))).get(role, ())
+        return [
+            (one, self.values[one.name]) for one in found if one.name not in taken and _holds(self.values[one.name])
+        ]
+
+    def one(self, role: str) -> tuple[Field, Any] | None:
+        """The field with this meaning, or None. Raises TraceError if several differ."""
+        return only(role, self.candidates(role))
+
+    def text(self, role: str) -> str | None:
+        """The first text or number with this meaning."""
+        return next((text for _, value in self.candidates(role) if (text := as_text(value)) is not None), None)
+
+
+def only(role: str, found: Sequence[tuple[Field, Any]]) -> tuple[Field, Any] | None:
+    if any(value != found[0][1] for _, value in found[1:]):
+        names = " and ".join(one.name for one, _ in found)
+        raise TraceError(
+            f"{role}: expected one field that it may be, got {names}; say which with --map {role}={found[0][0].name}"
+        )
+    return found[0] if found else None
+
+
+def _holds(value: object) -> bool:
+    return value is not None and value != "" and not (isinstance(value, list | tuple | Mapping) and not value)
+
+
+def find_replies(row: Row, reply: Turn | None, formats: Sequence[str]) -> tuple[str, list[Reply]]:
+    """The format of the first of `formats` that has a reply here, and the replies: several only if several are right.
+
+    `reply` is the last turn of the row's conversation, if it has one.
+    """
+    for name in formats:
+        if found := _FINDERS[name](row, reply):
+            return name, found
+    raise TraceError(f"reasoning: expected this field, got {names_of(row.values)}; {ADVICE}")
+
+
+ADVICE = "name the fields with --map problem=FIELD,reasoning=FIELD,answer=FIELD"
+
+
+# --------------------------------------------------------------------------------------------------- generations
+
+
+def _generations(row: Row, _: Turn | None) -> list[Reply]:
+    lists = [(one, value) for one, value in row.candidates("reply") if _is_series(value)]
+    if row.fields.keys() & {"reply", "reasoning"} and not lists:
+        return []
+    found = only("reply", _chosen(row, lists)) if lists else None
+    if found is not None:
+        return _judged(row, found[0].teacher, [_reply_of(item) for item in found[1]], _verdicts(row, len(found[1])))
+    numbered = [(one, value) for one, value in row.candidates("reply") if one.number is not None]
+    if len(numbered) > 1:
+        teacher = numbered[0][0].teacher
+        return _judged(row, teacher, [_reply_of(value) for _, value in numbered], [None] * len(numbered))
+    return []
+
+
+def _is_series(value: object) -> bool:
+    """Several replies: a list, of texts or of messages, that is no conversation and no list of blocks."""
+    if not isinstance(value, list | tuple) or parse_turns(value) is not None:
+        return False
+    return not all(isinstance(item, Mapping) and "type" in item for item in value)
+
+
+def _judged(
+    row: Row, teacher: str, replies: Sequence[Reply | TraceError], verdicts: Sequence[bool | None]
+) -> list[Reply]:
+    """Every right reply; else the first that is whole."""
+    whole = _complete(row, len(replies))
+    found = [
+        reply._replace(verified=verdict, teacher=teacher, number=number)
+        for number, (reply, verdict) in enumerate(zip(replies, verdicts, strict=True))
+        if whole[number] and isinstance(reply, Reply)
+    ]
+    if not found:
+        raise TraceError(f"generations: expected a whole reply, got {len(replies)} that were cut; leave the row out")
+    return [reply for reply in found if reply.verified] or found[:1]
+
+
+def _verdicts(row: Row, count: int) -> list[bool | None]:
+    """Of each generation: right if any of the row's judges says so, wrong if they only say the contrary."""
+    columns = [value for _, value in row.candidates("verdict")]
+    columns += [value for name, value in row.values.items() if name.startswith("correctness_")]
+    said: list[list[bool]] = [[] for _ in range(count)]
+    for column in columns:
+        if isinstance(column, list | tuple) and len(column) == count:
+            for marks, value in zip(said, column, strict=True):
+                marks += [verdict for verdict in [verdict_of(value)] if verdict is not None]
+    return [any(marks) if marks else None for marks in said]
+
+
+def verdict_of(value: object) -> bool | None:
+    if isinstance(value, bool):
+        return value
+    text = (as_text(value) or "").strip().lower()
+    return True if text in _RIGHT else False if text in _WRONG else None
+
+
+def _complete(row: Row, count: int) -> list[bool]:
+    whole = [True] * count
+    for role in ("complete", "finish"):
+        for _, value in row.candidates(role):
+            if isinstance(value, list | tuple) and len(value) == count:
+                whole = [
+                    so_far and mark is not False and mark not in _CUT for so_far, mark in zip(whole, value, strict=True)
+                ]
+    return whole
+
+
+def _reply_of(value: object) -> Reply | TraceError:
+    try:
+        return read_reply(value)
+    except TraceError as error:
+        return error
+
+
+def read_reply(value: object) -> Reply:
+    """A reply from a text, a message, messages of one reply, or blocks."""
+    if isinstance(value, str):
+        return Reply(*split_thinking(value))
+    if (turns := parse_turns(value)) is not None:
+        spoken = [turn for turn in turns if turn.role == ASSISTANT]
+        if len(spoken) != 1:
+            raise TraceError(
+                f"reply: expected one assistant's turn, got {len(spoken)}; say with --map which field it is"
+            )
+        return reply_of_turn(spoken[0])
+    if isinstance(value, Mapping):
+        inner = next(
+            (value[key] for key in ("text", "content", "generation", "response", "output") if value.get(key)), None
+        )
+        if inner is None:
+            raise TraceError(f"reply: expected text, got {show(value)}")
+        return read_reply(inner)
+    thought, text = text_of(value)
+    return _with_thought(thought, text)
+
+
+def reply_of_turn(turn: Turn) -> Reply:
+    return _with_thought(turn.thought, turn.text)
+
+
+def _with_thought(thought: str | None, text: str) -> Reply:
+    """Thinking that came beside a reply, else that in its tags."""
+    tagged, rest = split_thinking(text)
+    return Reply((thought and thought.strip()) or tagged, rest)
+
+
+# ------------------------------------------------------------------------------------ trajectories, completions, ...
+
+
+def _trajectories(row: Row, reply: Turn | None) -> list[Reply]:
+    """Thinking in a field of its own, with the reply beside it."""
+    thoughts = [(one, text) for one, value in row.candidates("reasoning") if (text := _thought_text(one, value))]
+    if not thoughts:
+        return []
+    found = only("reasoning", _chosen(row, thoughts))
+    assert found is not None
+    teacher = found[0].teacher
+    thought = split_thinking(found[1])
+    own = [(one, value) for one, value in row.candidates("reply") if one.teacher == teacher]
+    said = only("reply", own) or (only("solution", row.candidates("solution")) if reply is None else None)
+    text = read_reply(_first(said[1])).text if said else reply_of_turn(reply).text if reply else ""
+    joined = thought[0] or thought[1]
+    return [Reply(joined, text or (thought[1] if thought[0] else ""), _verdict_by(row, teacher), teacher)]
+
+
+def _thought_text(one: Field, value: object) -> str | None:
+    if isinstance(value, list | tuple) and value and all(isinstance(item, str) for item in value):
+        value = "\n\n".join(value) if "step" in one.name.lower() else value[0]
+    if isinstance(value, Mapping):
+        value = value.get("content") or value.get("text")
+    return value if isinstance(value, str) and value.strip().lower() not in _FLAGS | {""} else None
+
+
+def _first(value: object) -> object:
+    return value[0] if isinstance(value, list | tuple) and value and isinstance(value[0], str) else value
+
+
+def _chosen(row: Row, found: Sequence[tuple[Field, Any]]) -> list[tuple[Field, Any]]:
+    """The fields of one teacher: the one asked for, the only one, else the first that is graded right, else the first
+    graded."""
+    teachers = list(dict.fromkeys(one.teacher for one, _ in found))
+    if row.teacher_field is not None:
+        wanted = [(one, value) for one, value in found if row.teacher_field in (one.teacher, one.name)]
+        if not wanted:
+            names = ", ".join(one.name for one, _ in found)
+            raise TraceError(f"expected a field of the teacher {row.teacher_field!r}, got {names}; see --teacher-field")
+        return wanted
+    if len(teachers) < 2:
+        return list(found)
+    verdicts = {teacher: _verdict_by(row, teacher) for teacher in teachers}
+    if all(verdict is None for verdict in verdicts.values()):
+        names = " and ".join(one.name for one, _ in found)
+        raise TraceError(
+            f"expected one teacher or a grade for each, got {names}; say which with --teacher-field {teachers[0]}"
+        )
+    teacher = next((name for name, verdict in verdicts.items() if verdict), teachers[0])
+    return [(one, value) for one, value in found if one.teacher == teacher]
+
+
+def _verdict_by(row: Row, teacher: str) -> bool | None:
+    return next((verdict_of(value) for one, value in row.candidates("verdict") if one.teacher == teacher), None)
+
+
+def _conversations(row: Row, reply: Turn | None) -> list[Reply]:
+    return [reply_of_turn(reply)._replace(verified=_verdict_by(row, ""))] if reply is not None else []
+
+
+def _completions(row: Row, _: Turn | None) -> list[Reply]:
+    found = row.candidates("reply")
+    if not found:
+        return []
+    one, value = only("reply", _chosen(row, found)) or found[0]
+    return [read_reply(value)._replace(verified=_verdict_by(row, one.teacher), teacher=one.teacher)]
+
+
+def _solutions(row: Row, _: Turn | None) -> list[Reply]:
+    """A worked solution; or an answer that holds its working, as GSM8K's does."""
+    if found := row.one("solution"):
+        return [read_reply(_first(found[1]))._replace(verified=_verdict_by(row, ""))]
+    for value in (value for _, value in row.candidates("answer") if isinstance(value, str)):
+        written = read_reply(value)
+        if written.thought or (stated_answer(written.text) not in (None, written.text.strip())):
+            return [written._replace(verified=_verdict_by(row, ""))]
+    return []
+
+
+_FINDERS = {
+    "generations": _generations,
+    "trajectories": _trajectories,
+    "conversations": _conversations,
+    "completions": _completions,
+    "solutions": _solutions,
+}
