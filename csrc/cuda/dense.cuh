@@ -18,34 +18,31 @@ struct AllSums : BothSums {
   Sums rest;
 };
 
-// The scalars of a row between its sums and its gradient. p = power(t, scale, t_shift) * t_factor, q likewise;
+// The scalars of a row between its sums and its gradient. log2 q = (z - z_max) * scale - z_log, log2 p likewise;
 // log p/q = (t - z) * inv_tau - apart. shared: ids that the teacher has too.
 struct DenseScale {
-  float inv_tau, scale, z_shift, z_factor, t_shift, t_factor, apart, z_log, t_log;
-  float coefficient, q_one, at_one, shift_one;  // the CE's part is q_one * q + at_one * power(z, log2(e), shift_one)
+  float inv_tau, scale, z_max, z_log, t_max, t_log, apart, coefficient, q_one;
+  Powers q, p, one;  // the CE's part of the gradient is q_one * q + one(z)
   int shared;
 };
 
 __device__ inline DenseScale dense_scale(const RowInfo& info, const Sums& z, const Sums& t, const Sums& all,
                                          float share, int shared, bool is_q) {
-  DenseScale row;
-  row.inv_tau = info.inv_tau;
-  row.scale = info.scale();
-  row.shared = shared;
-  row.z_shift = shift_of(z.max, row.scale);
-  row.t_shift = shift_of(t.max, row.scale);
-  row.z_factor = 1 / z.at_tau;
-  row.t_factor = 1 / t.at_tau;
-  row.apart = (row.t_shift - row.z_shift + log2f(t.at_tau / z.at_tau)) * kLn2f;
-  row.z_log = row.z_shift + log2f(z.at_tau);
+  const float scale = info.scale();
   const bool is_empty = t.at_tau == 0;  // no teacher: the row is NaN
-  row.t_log = is_empty ? NAN : row.t_shift + log2f(t.at_tau);
-  row.coefficient = is_empty ? NAN : info.pull * share;
-  const float one = info.ce_weight / all.at_one;
-  row.q_one = is_q ? info.ce_weight : 0;
-  row.at_one = is_q ? 0 : one;
-  row.shift_one = shift_of(all.max, kLog2e);
-  return row;
+  return {info.inv_tau,
+          scale,
+          z.max,
+          log2f(z.at_tau),
+          t.max,
+          is_empty ? NAN : log2f(t.at_tau),
+          fmaf(t.max - z.max, scale, log2f(t.at_tau / z.at_tau)) * kLn2f,
+          is_empty ? NAN : info.pull * share,
+          is_q ? info.ce_weight : 0,
+          {z.max, scale, 1 / z.at_tau},
+          {t.max, scale, 1 / t.at_tau},
+          {all.max, kLog2e, is_q ? 0 : info.ce_weight / all.at_one},
+          shared};
 }
 
 // Of one id: its term of D, q, and the gradient of D in z as far as it does not need the whole row: for forward KL
@@ -58,17 +55,18 @@ template <Kind kKind>
 __device__ inline Part part_of(float z, float t, const DenseScale& row, const Series& series) {
   float d = fmaxf(fmaf(t - z, row.inv_tau, -row.apart), kNone);
   if (kKind == Kind::js) {
-    const JsTerm x = js_term(fmaf(z, row.scale, -row.z_log), fmaf(t, row.scale, -row.t_log), d, series);
+    const JsTerm x = js_term(fmaf(z - row.z_max, row.scale, -row.z_log), fmaf(t - row.t_max, row.scale, -row.t_log), d,
+                             series);
     return {x.term, x.score.q, x.score.weighted};
   }
-  const float q = power(z, row.scale, row.z_shift) * row.z_factor;
-  float p = power(t, row.scale, row.t_shift) * row.t_factor;
+  const float q = row.q(z);
+  float p = row.p(t);
   if (kKind == Kind::forward) {
     const KlTerm x = kl_term(p, q, d);
     return {x.term, q, x.change};
   }
-  if (fmaf(t, row.scale, -row.t_log) < kFloor2) {
-    d = (kFloor2 - fmaf(z, row.scale, -row.z_log)) * kLn2f;
+  if (fmaf(t - row.t_max, row.scale, -row.t_log) < kFloor2) {
+    d = (kFloor2 - fmaf(z - row.z_max, row.scale, -row.z_log)) * kLn2f;
     p = 0;
   }
   return {kl_term(q, p, -d).term, q, -q * d};
@@ -96,7 +94,7 @@ __device__ inline DenseTotals solve_tile(Vector (&z)[kVectors], int first, const
       terms[j] += x.term;
       if (kKind != Kind::forward) scores[j] += x.gradient;
       float gradient = fmaf(x.gradient, row.coefficient, x.q * row.q_one);
-      if (row.at_one != 0) gradient = fmaf(power(logit, kLog2e, row.shift_one), row.at_one, gradient);
+      if (row.one.factor != 0) gradient += row.one(logit);
       z[i].value[j] = kGeneral ? head.finish(gradient, logit) : gradient;
       q.value[j] = kGeneral ? head.finish(x.q, logit) : x.q;
     }
@@ -203,11 +201,11 @@ __device__ inline Sums shared_sums(const Vector* mine, float scale) {
 #pragma unroll 4
   for (int i = 0; i < kVectors; ++i)
     for (int j = 0; j < kVector; ++j) sums.max = fmaxf(sums.max, mine[i * kThreads].value[j]);
-  const float shift = shift_of(sums.max, scale);
+  const float base = sums.max > kNone ? sums.max : 0;
   float added[kVector] = {};
 #pragma unroll 4
   for (int i = 0; i < kVectors; ++i)
-    for (int j = 0; j < kVector; ++j) added[j] += power(mine[i * kThreads].value[j], scale, shift);
+    for (int j = 0; j < kVector; ++j) added[j] += exp2_fast((mine[i * kThreads].value[j] - base) * scale);
   sums.at_tau = (added[0] + added[1]) + (added[2] + added[3]);
   return sums;
 }
@@ -359,8 +357,7 @@ __global__ void __launch_bounds__(kWarp)
   const Sums all = scratch.sums[row];
   divergence[row] = static_cast<float>(sum < 0 ? 0 : sum);
   ce[row] = static_cast<float>(log(static_cast<double>(all.at_one)) +
-                               kLn2 * (static_cast<double>(shift_of(all.max, kLog2e)) -
-                                       static_cast<double>(scratch.rows[row].z_label) * static_cast<double>(kLog2e)));
+                               (static_cast<double>(all.max) - scratch.rows[row].z_label) * (kLog2e * kLn2));
 }
 
 }  // namespace

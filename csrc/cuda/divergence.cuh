@@ -33,8 +33,8 @@ __device__ inline KlTerm kl_term(float a, float b, float d) {
 
 // JS(beta), near: with d = log(p/q), log(m/q) = K(d) = log(1 - beta + beta exp(d)), the cumulants' function of a coin
 // with P(1) = beta; and the term beta p log(p/m) + (1 - beta) q log(q/m) is m (d K'(d) - K(d)).
-constexpr int kSeries = 6;
-constexpr float kNearJs = 0.25f;
+constexpr int kSeries = 8;
+constexpr float kNearJs = 0.5f;
 struct Series {
   float beta, rest_of_beta;
   float log[kSeries];   // of d^1 ... in K

@@ -83,14 +83,14 @@ __device__ inline void read_tile(Vector (&z)[kVectors], const float* row, int fi
   }
 }
 
-// Brings a tile of raw logits to what the softmax sees, holes to kNone.
+// Brings a tile of raw logits to what the softmax sees, holes to -inf.
 template <int kStep, int kVectors>
 __device__ inline void apply_head(Vector (&z)[kVectors], const Head& head, int first, int end) {
   for_each_vector<kVectors, kStep>(first, [&](int v, int i) {
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
       const float x = z[i].value[j];
-      z[i].value[j] = v + j >= end || __float_as_int(x) == kHoleBits ? kNone : head.logit(x, v + j);
+      z[i].value[j] = v + j >= end || __float_as_int(x) == kHoleBits ? -INFINITY : head.logit(x, v + j);
     }
   });
 }
@@ -104,19 +104,18 @@ __device__ inline void add_tile(Sums& sums, const Vector (&z)[kVectors], float s
 #pragma unroll
     for (int j = 0; j < kVector; ++j) top = fmaxf(top, z[i].value[j]);
   float added[kVector] = {};
-  const float shift = shift_of(top, scale);
+  const float base = top > kNone ? top : 0;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i)
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) added[j] += power(z[i].value[j], scale, shift);
+    for (int j = 0; j < kVector; ++j) added[j] += exp2_fast((z[i].value[j] - base) * scale);
   sums.at_tau = fmaf(sums.at_tau, lowered(sums.max, top, scale), (added[0] + added[1]) + (added[2] + added[3]));
   if (needs_one) {
     float ones[kVector] = {};
-    const float shift_one = shift_of(top, kLog2e);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i)
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) ones[j] += power(z[i].value[j], kLog2e, shift_one);
+      for (int j = 0; j < kVector; ++j) ones[j] += exp2_fast((z[i].value[j] - base) * kLog2e);
     sums.at_one = fmaf(sums.at_one, lowered(sums.max, top, kLog2e), (ones[0] + ones[1]) + (ones[2] + ones[3]));
   }
   sums.max = top;

@@ -6,13 +6,13 @@
 namespace rbfast {
 namespace {
 
-template <bool kHasHead>
-__device__ inline Vector tail_gradient(const Vector& z, const TailScale& tail, float scale, const Head& head) {
+template <bool kHasHead, bool kTwo>
+__device__ inline Vector tail_gradient(const Vector& z, const TailScale& tail, const Head& head) {
   Vector gradient;
 #pragma unroll
   for (int j = 0; j < kVector; ++j) {
-    float g = power(z.value[j], scale, tail.shift) * tail.at_tau;
-    if (tail.at_one != 0) g = fmaf(power(z.value[j], kLog2e, tail.shift_one), tail.at_one, g);
+    float g = tail.at_tau(z.value[j]);
+    if (kTwo) g += tail.at_one(z.value[j]);
     gradient.value[j] = kHasHead ? head.finish(g, z.value[j]) : g;
   }
   return gradient;
@@ -48,13 +48,13 @@ __global__ void __launch_bounds__(kThreads, kGeneral && kResident > 2 ? 2 : kRes
       if (job.dz == nullptr) continue;
       const TailScale tail = tail_scale<kGeneral>(job, series, info, scratch.entries + row * job.k, sums, scale);
       const Output output(job, row);
-      if (tail.at_one == 0)
+      if (tail.at_one.factor == 0)
         output.put_tile<kVectors, T::kStep>(team.first(), [&](int, int i) {
-          return tail_gradient<kGeneral>(z[i], {tail.shift, tail.at_tau, 0, 0}, scale, head);
+          return tail_gradient<kGeneral, false>(z[i], tail, head);
         });
       else
         output.put_tile<kVectors, T::kStep>(
-            team.first(), [&](int, int i) { return tail_gradient<kGeneral>(z[i], tail, scale, head); });
+            team.first(), [&](int, int i) { return tail_gradient<kGeneral, true>(z[i], tail, head); });
     }
   }
 }
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
       if (in_step) team.meet();
       if (!is_plain) apply_head<T::kStep>(z, head, first, V);
       output.put_tile<kStreamVectors, T::kStep>(
-          first, [&](int, int i) { return tail_gradient<true>(z[i], tail, scale, head); });
+          first, [&](int, int i) { return tail_gradient<true, true>(z[i], tail, head); });
     }
   }
 }

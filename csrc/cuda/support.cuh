@@ -71,8 +71,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows(const Job job, c
       if (ids[i] >= 0 && ids[i] < job.vocabulary) logits[ids[i]] = head.hole();
     top = warp_max(top);
     const auto sum = [&](float scale) {
-      const float shift = shift_of(top, scale);
-      return static_cast<float>(sum_over(k, [&](int i) { return power(entries[i].z, scale, shift); }));
+      return static_cast<float>(sum_over(k, [&](int i) { return exp2_fast((entries[i].z - top) * scale); }));
     };
     info.support_max = top;
     info.support_tau = sum(scale);
@@ -87,21 +86,22 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows(const Job job, c
 
 // ---- between a row's sums and its gradient ----
 
-// dz of the tail: at_tau * power(z, scale, shift) + at_one * power(z, log2(e), shift_one). At tau = 1 at_one is 0.
+// dz of the tail: at_tau(z) + at_one(z). At tau = 1 the second one is 0.
 struct TailScale {
-  float shift, at_tau, shift_one, at_one;
+  Powers at_tau, at_one;
 };
 
 // The gradient of D in the tail's own logit, over its q: reverse KL and JS, by a whole warp. log_q and log_p are the
-// tail's, in base 2; support_shift brings an entry's z * scale to its log_q, log_norm its log_p to a probability's.
+// tail's, in base 2; An entry's log_q is
+// (z - top) * scale - log_all; log_norm brings its log_p to a probability's.
 template <Kind kKind>
-__device__ inline float tail_score(const Series& series, const Entry* entries, int k, float scale, float support_shift,
+__device__ inline float tail_score(const Series& series, const Entry* entries, int k, float scale, float top, float log_all,
                                    float log_norm, float log_q, float log_p) {
   float mean = 0;
 #pragma unroll 1
   for (int i = threadIdx.x % kWarp; i < k; i += kWarp) {
     const Entry entry = entries[i];
-    mean += score_of<kKind>(fmaf(entry.z, scale, -support_shift), entry.log_p - log_norm, series).weighted;
+    mean += score_of<kKind>(fmaf(entry.z - top, scale, -log_all), entry.log_p - log_norm, series).weighted;
   }
   const Score tail = score_of<kKind>(log_q, log_p, series);
   return series.rest_of_beta * (tail.score - (warp_add(mean) + tail.weighted));
@@ -111,9 +111,8 @@ __device__ inline float tail_score(const Series& series, const Entry* entries, i
 template <bool kGeneral>
 __device__ inline TailScale tail_scale(const Job& job, const Series& series, const RowInfo& info, const Entry* entries,
                                        const Sums& tail, float scale) {
-  if (tail.at_one == 0) return {};  // there is none
+  if (tail.at_one == 0) return {{0, scale, 0}, {0, kLog2e, 0}};  // there is none
   const bool is_plain = info.inv_tau == 1;
-  const float shift = shift_of(tail.max, scale), shift_one = is_plain ? shift : shift_of(tail.max, kLog2e);
   const float top = fmaxf(tail.max, info.support_max);
   const float own = tail.at_tau * lowered(tail.max, top, scale);
   const float all = own + info.support_tau * lowered(info.support_max, top, scale);
@@ -122,25 +121,23 @@ __device__ inline TailScale tail_scale(const Job& job, const Series& series, con
     // The teacher's tail has the student's shape, which matters at other temperatures than 1.
     float p = info.p_tail;
     if (!is_plain)
-      p = exp2f(info.inv_tau * (log2f(p) - log2f(tail.at_one)) + fmaf(-info.inv_tau, shift_one, shift)) * tail.at_tau;
+      p = exp2f(info.inv_tau * (log2f(p) - log2f(tail.at_one))) * tail.at_tau;
     const float q = own / all, norm = p + info.p_support;
     if (!kGeneral || job.beta == 0) {
       pull = q - p / norm;
     } else {
-      const float log_all = log2f(all) + shift_of(top, scale), log_norm = log2f(norm);
-      const float log_q = log2f(tail.at_tau) + shift - log_all, log_p = log2f(p) - log_norm;
+      const float log_all = log2f(all), log_norm = log2f(norm);
+      const float log_q = fmaf(tail.max - top, scale, log2f(tail.at_tau) - log_all), log_p = log2f(p) - log_norm;
       const int k = static_cast<int>(job.k);
       pull = job.beta == 1
-                 ? q * tail_score<Kind::reverse>(series, entries, k, scale, log_all, log_norm, log_q, log_p)
-                 : q * tail_score<Kind::js>(series, entries, k, scale, log_all, log_norm, log_q, log_p);
+                 ? q * tail_score<Kind::reverse>(series, entries, k, scale, top, log_all, log_norm, log_q, log_p)
+                 : q * tail_score<Kind::js>(series, entries, k, scale, top, log_all, log_norm, log_q, log_p);
     }
     pull *= info.pull;
   }
-  const float others = info.support_one == 0 ? 0
-                                             : info.support_one * exp2_fast(shift_of(info.support_max, kLog2e) - shift_one);
+  const float others = info.support_one == 0 ? 0 : info.support_one * lowered(info.support_max, tail.max, kLog2e);
   const float at_one = info.ce_weight / (tail.at_one + others), at_tau = pull / tail.at_tau;
-  if (is_plain) return {shift, at_tau + at_one, 0, 0};
-  return {shift, at_tau, shift_one, at_one};
+  return {{tail.max, scale, is_plain ? at_tau + at_one : at_tau}, {tail.max, kLog2e, is_plain ? 0 : at_one}};
 }
 
 // ---- after the main kernel ----
@@ -182,9 +179,9 @@ __device__ inline double bucket_divergence(double beta, Bucket* buckets, int cou
   return value < 0 ? 0 : value;
 }
 
-// log of a sum of powers of 2 that lies below `max`, as the kernels computed them.
+// log of what the kernels' sum of powers stands for.
 __device__ inline double log_sum(float max, float sum, float scale) {
-  return log(static_cast<double>(sum)) + shift_of(max, scale) * kLn2;
+  return log(static_cast<double>(sum)) + max * (static_cast<double>(scale) * kLn2);
 }
 __device__ inline double log_add(double a, double b) {
   const double top = a > b || isnan(b) ? a : b;
@@ -216,7 +213,8 @@ __global__ void __launch_bounds__(kWarp) finish_rows(const Job job, const Scratc
     if (lane == 0) buckets[k].log_q = tail_tau - log_tau;
     __syncwarp();
     const bool is_plain = info.inv_tau == 1;
-    teacher_buckets(job.logprobs + row * k, ids, info.inv_tau, is_plain ? 0 : tail_tau - tail_one * info.inv_tau,
+    const double log_shape = log(static_cast<double>(tail.at_tau)) - log(static_cast<double>(tail.at_one)) * info.inv_tau;
+    teacher_buckets(job.logprobs + row * k, ids, info.inv_tau, is_plain ? 0 : log_shape,
                     has_tail, buckets, k);
     value = bucket_divergence(job.beta, buckets, k + 1);
     tail_pull = buckets[k].gradient;

@@ -91,20 +91,26 @@ __device__ inline float warp_add(float value) {
 
 // ---- sums of powers ----
 
-// What is taken from z * scale before 2 is raised to it: what the largest z makes of it, or 0 if there is none.
-__device__ inline float shift_of(float max, float scale) { return max > kNone ? __fmul_rn(max, scale) : 0; }
-
-__device__ inline float power(float z, float scale, float shift) { return exp2_fast(fmaf(z, scale, -shift)); }
-
-// Sums of power(z, scale, shift_of(max, scale)) over some logits, with the row's scale = log2(e) / tau and with log2(e).
+// Sums of 2^((z - max) * scale) over some logits, with the row's scale = log2(e) / tau and with log2(e). The difference
+// is exact where it counts: a row whose mass is on its largest logit has the sum 1.
 struct alignas(16) Sums {
   float max = kNone, at_tau = 0, at_one = 0, unused = 0;
 };
 
 // The factor that brings sums below `max` to sums below the larger `top`.
 __device__ inline float lowered(float max, float top, float scale) {
-  return exp2_fast(fminf(shift_of(max, scale) - shift_of(top, scale), 0.0f));
+  return exp2_fast((max - top) * scale);
 }
+
+// The same powers by one operation less for each logit, for what is multiplied by them: factor * 2^(z * scale - shift).
+struct Powers {
+  float scale, shift, factor;
+
+  __device__ Powers(float max, float scale, float factor) : scale(scale), shift(__fmul_rn(max, scale)), factor(factor) {
+    this->factor *= exp2_fast(-fmaf(max, scale, -shift));  // what the largest one is off by
+  }
+  __device__ float operator()(float z) const { return exp2_fast(fmaf(z, scale, -shift)) * factor; }
+};
 
 // The sums of all lanes of a warp, in all of them. Without `needs_one` tau is 1: the two sums are one.
 template <int n>
