@@ -24,7 +24,7 @@ namespace {
 
 // Blocks of `sweep` on a multiprocessor, as registers allow; one if its shared memory does not hold two tiles for each.
 template <typename T, int kN>
-constexpr int kBlocks = kPieces<T> == 2 && kN == 4 ? 1 : 2;
+constexpr int kBlocks = kN == 4 ? 1 : 2;
 constexpr int kLeaves16 = 2, kLeaves32 = 1;  // 16 features each, of a warp; of 16-bit and of 32-bit values
 
 // ---- both products of a matrix ----

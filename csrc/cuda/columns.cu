@@ -144,7 +144,7 @@ struct UpdateTile {
 template <typename Tile, typename T>
 __device__ void read_factors(const Update<T>& p, int64_t top, int64_t left, int64_t begin, int ranks, bool with_m,
                              float* w, float* m) {
-  constexpr int kBatch = 8;  // that a thread asks memory for at once
+  constexpr int kBatch = 4;  // that a thread asks memory for at once
   int row = static_cast<int>(threadIdx.x) / ranks, rank = static_cast<int>(threadIdx.x) % ranks;
   const int rows = kThreads / ranks, rest = kThreads % ranks;
   while (row < Tile::kTall) {
