@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rbfast.curation import text
-from rbfast.curation.instructions import without_instructions
+from rbfast.curation.instructions import may_instruct, without_instructions
 from rbfast.curation.text import Ragged, Texts
 from rbfast.data.formats import question_of
 from rbfast.data.readers import read_rows
@@ -37,7 +37,7 @@ _SHORT_SHINGLE = 3  # of variants: a name or a number of other words breaks fewe
 _SAID_ALIKE = (
     0.1  # of the evaluation problem a variant shares by tokens with their numbers; formulas alone are no problem
 )
-_BYTES_OF_A_HIT = 60  # a variant has a template shingle in common for so many bytes, of the first 400
+_BYTES_OF_A_HIT = 40  # a variant has a template shingle in common for so many bytes, of the first 400
 _QUESTION_FIELDS = ("problem", "question", "prompt")
 _WHOLE = 2**20  # a weight of one nat, as a whole number
 
@@ -164,26 +164,23 @@ class Decontaminator:
 
     def find(self, texts: Texts, problems: Sequence[str], *, threads: int = 1) -> Found:
         """What each problem shares with the evaluation sets. `texts` is `pack(problems)`."""
-        asked = [without_instructions(problem) for problem in problems]
-        if any(ours is not theirs for ours, theirs in zip(asked, problems, strict=True)):
-            texts = text.pack(asked)
+        asked = list(problems)
+        for place in may_instruct(texts).tolist():
+            asked[place] = without_instructions(asked[place])
+        texts = texts if asked == list(problems) else text.pack(asked)
+        said = text.find(texts, SHINGLE, self._text.hashes, threads=threads)
         template = text.find(texts, SHINGLE, self._template.hashes, mask_digits=True, threads=threads)
-        return Found(
-            text.find(texts, SHINGLE, self._text.hashes, threads=threads),
-            template,
-            *self._variants(template.lengths, np.diff(texts.starts), asked, threads),
-            *self._nearest(problems),
-        )
+        needed = np.maximum(1, np.minimum(np.diff(texts.starts), 400) // _BYTES_OF_A_HIT)
+        alike = (template.lengths >= needed) & (said.lengths >= np.maximum(1, needed // 3))
+        return Found(said, template, *self._variants(alike, asked, threads), *self._nearest(problems))
 
-    def _variants(
-        self, hits: np.ndarray, lengths: np.ndarray, asked: Sequence[str], threads: int
-    ) -> tuple[Ragged, np.ndarray]:
+    def _variants(self, alike: np.ndarray, asked: Sequence[str], threads: int) -> tuple[Ragged, np.ndarray]:
         """What each problem shares by short shingles, and how many it has, where it shares enough long ones."""
-        places = np.flatnonzero(hits >= np.maximum(1, np.minimum(lengths, 400) // _BYTES_OF_A_HIT))
+        places = np.flatnonzero(alike)
         texts = text.pack(asked[place] for place in places.tolist())
         rows, _ = text.shingles(texts, _SHORT_SHINGLE, mask_digits=True, threads=threads)
         found = text.find(texts, _SHORT_SHINGLE, self._variant.hashes, mask_digits=True, threads=threads)
-        sizes, shared = np.zeros((2, len(hits)), dtype=np.int64)
+        sizes, shared = np.zeros((2, len(alike)), dtype=np.int64)
         sizes[places], shared[places] = rows.lengths, found.lengths
         return Ragged(found.values, np.append(0, np.cumsum(shared))), sizes
 

@@ -127,6 +127,13 @@ def test_a_real_pool_the_same_bytes_for_any_number_of_processes(claude: Path, tm
     assert len(kept) + len(rows_of(tmp_path / "one" / "dropped.jsonl")) == len(read_traces(claude))
 
 
+def test_a_server_that_says_stop_is_believed(tmp_path: Path) -> None:
+    rows = [row("Stop?", reasoning="So it is the", finish_reason="stop"), row("Cut?", reasoning="So it is the")]
+    result = rbfast.curate([write_rows(tmp_path / "pool.jsonl", rows)], tmp_path / "out", CurateConfig(size=1))
+    assert result.selected == 1
+    assert rows_of(tmp_path / "out" / "dropped.jsonl")[0]["reason"] == "truncated: it ends on 'the'"
+
+
 def test_nothing_left_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pool = write_rows(tmp_path / "pool.jsonl", [row("Cut?", truncated=True)])
     assert main(["curate", str(pool), "-o", str(tmp_path / "out"), "--json"]) == 1
