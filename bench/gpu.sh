@@ -16,7 +16,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 "$PYTHON" -c 'import torch' || { echo "$PYTHON has no torch: set PYTHON to the interpreter that has it"; exit 2; }
 LOGS=runs/gpu
-export PYTHON PYTHONPATH=$PWD
+export PYTHON PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p "$LOGS"
 rm -f "$LOGS"/*.log "$LOGS"/cases.jsonl "$LOGS"/kernels.txt
 failed=()
@@ -29,7 +29,7 @@ if [ "${1:-}" = --profile ]; then
     --section MemoryWorkloadAnalysis --section WarpStateStats "$PYTHON" bench/run.py "${2:?name a case}" --device cuda --once
 fi
 
-TOTAL=295  # seconds for all sections together, so that a slow one does not cost the sitting
+TOTAL=${TOTAL:-295}  # seconds for all sections together, so that a slow one does not cost the sitting
 
 # bounded LOG SECONDS COMMAND...: its exit status; 124 if it took too long.
 bounded() {
