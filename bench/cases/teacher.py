@@ -18,7 +18,7 @@ from cases.models import qwen
 from rbfast.data.signal_store import SignalStore
 from rbfast.data.trace import Trace
 from rbfast.teacher import logprobs
-from rbfast.teacher.logprobs import score_locally
+from rbfast.teacher.logprobs import add_local_logprobs
 
 TRACES, K = 24, 20
 
@@ -39,7 +39,7 @@ def score(teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, traces: 
     def step() -> None:
         folder = folders / str(next(number))
         with patch.multiple(logprobs, **limits), SignalStore(folder, "bench", K, len(tokenizer)) as store:
-            refused = score_locally(teacher, tokenizer, traces, tokenizer, store)
+            refused = add_local_logprobs(teacher, tokenizer, traces, tokenizer, store)
         assert not refused, refused[0][1]
 
     return step
