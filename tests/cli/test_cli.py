@@ -229,11 +229,26 @@ def test_every_setting_of_a_run_is_an_option() -> None:
     assert parsed() == DistillConfig()
     flags = {"density": "0.1", "placement": "factored", "schedule": "cosine", "warmup": "0.5", "epochs": "2.5"}
     numbers = {"rank", "support", "placement_traces", "batch_size", "accumulation", "max_tokens", "save_steps", "seed"}
-    flags |= dict.fromkeys(numbers, "7") | {"learning_rate": "0.25"}
-    config = parsed(*(part for name, value in flags.items() for part in ("--" + name.replace("_", "-"), value)))
+    flags |= dict.fromkeys(numbers | {"tokens_per_batch"}, "7") | {"learning_rate": "0.25"}
+    options = [part for name, value in flags.items() for part in ("--" + name.replace("_", "-"), value)]
+    config = parsed(*options, "--gradient-checkpointing")
     given = {name: type(getattr(DistillConfig(), name) or 0)(value) for name, value in flags.items()}
+    given["gradient_checkpointing"] = True
     assert given.keys() == DistillConfig.__dataclass_fields__.keys() - {"objective"}
     assert config == DistillConfig(**given)  # type: ignore[arg-type]
+
+
+def test_a_plan_is_printed_and_nothing_is_trained(
+    capsys: pytest.CaptureFixture[str], model_folder: str, traces: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    line = ["distill", model_folder, traces, "-o", str(out), "--density", "0.2", "--tokens-per-batch", "500", "--plan"]
+    code, said, _ = call(capsys, *line)
+    assert code == 0 and "activations" in said and "memory" in said
+    code, said, _ = call(capsys, *line, "--json")
+    plan = json.loads(said)
+    assert code == 0 and plan["batches"] >= 1 and plan["needed"] > plan["weights"] > 0
+    assert not out.exists()
 
 
 def test_every_setting_of_the_loss_is_an_option() -> None:
