@@ -1,20 +1,17 @@
-"""Losses of rows of logits and their gradient in Triton: divergence_rows_ as in rbfast/reference.py.
+"""Losses of rows of logits and their gradient in Triton: divergence_rows_ as in rbfast/ops/reference.py.
 
 Maths: one program per row, in passes over blocks of V. The first finds the maximum and the sums of exponentials (of the
 student, and of a dense teacher); scalars between the passes are fp64. A row with a top-k teacher, or with none, then
 needs one pass for dz. A dense row needs one more for reverse KL and JS, whose gradient contains a mean over the row.
 Ids and labels cannot be checked without waiting for the device: a row with one outside the vocabulary becomes NaN.
 
-Accuracy: with d = log p - log q from differences of logits, the larger of p and q is exp of its logarithm and the
-smaller follows from exp(-|d|) - 1. So q - p and every term of D keep their relative accuracy when the two are close,
-and every term is >= 0.
-
 Traffic of a row in bytes, dz in bf16: top-k and text 4 V (sums) + 6 V (dz); dense forward KL 8 V + 10 V, the others 8 V
 more; 8 V more where the head has a bias, scale or softcap. FLOPs: about 40 (top-k) to 150 (JS) per logit.
 
-Memory: dz may lie over the logits. Its element v is at or before logit v, so a block of dz covers no logit of a later
-block; and a barrier between the loads and the stores of a block keeps a fast warp from overwriting what a slow one has
-yet to read. Rows lie in memory of their own, so programs do not meet.
+Memory: dz may lie over the logits, and no warp overwrites what another has yet to load, by construction. Every store to
+a row comes straight after a barrier, at which all warps have loaded all blocks up to this one. And the store of block
+[a, b) reaches no later block: it covers logits [a, b) if dz is fp32, [a / 2, b / 2) in 16 bits. Each row of dz starts
+with its logits, so programs do not meet.
 """
 
 import torch
@@ -22,77 +19,40 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NONE = tl.constexpr(-1e30)  # logits below it count as it: -inf without the NaN of inf - inf
-LOG_FLOOR = tl.constexpr(-100.0)  # log p counts at least this much in reverse KL
-FORWARD, REVERSE, JS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-
-
-# ---- functions of a number, by hand where the small difference must be kept ----
-
-
-@triton.jit
-def _exp_change(x):
-    """For x <= 0: exp(x), exp(x) - 1 and exp(x) - 1 - x >= 0, each to its own last place or nearly."""
-    bounded = tl.where(x < -87.0, -87.0, x)
-    shifted = bounded * 1.44269504 + 12582912.0  # the integer n next to x / ln 2, in the low bits
-    n = shifted - 12582912.0
-    r = bounded - n * 0.693359375 + n * 2.12194440e-4
-    p = 1.9875691500e-4 * r + 1.3981999507e-3
-    p = p * r + 8.3334519073e-3
-    p = p * r + 4.1665795894e-2
-    p = p * r + 1.6666665459e-1
-    p = p * r + 5.0000001201e-1
-    square = p * (r * r)
-    small = r + square
-    power = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
-    far = tl.where(x < -87.0, 0.0, (small + 1.0) * power)
-    near = n == 0.0
-    return tl.where(near, small + 1.0, far), tl.where(near, small, far - 1.0), tl.where(near, square, far - 1.0 - x)
-
-
-@triton.jit
-def _log1p(w, y):
-    """For w > -1 and y = 1 + w (maybe known better than by adding 1): log(1 + w), and w - log(1 + w) >= 0."""
-    bits = y.to(tl.int32, bitcast=True)
-    k = (bits - 0x3F3504F3) >> 23  # 1 + w = 2^k f with f in [sqrt(1/2), sqrt(2))
-    near = k == 0
-    u = tl.where(near, w, (bits - (k << 23)).to(tl.float32, bitcast=True) - 1.0)
-    s = u / (u + 2.0)  # log(1 + u) = 2 s + 2 s^3 (1/3 + s^2/5 + ...)
-    s2 = s * s
-    p = 0.181818182 * s2 + 0.222222222
-    p = p * s2 + 0.285714286
-    p = p * s2 + 0.4
-    p = (p * s2 + 0.666666667) * s2
-    log = p * s + (s + s) + k.to(tl.float32) * 0.693147181
-    return log, tl.where(near, s * (w - p), w - log)
-
-
-@triton.jit
-def _tanh(x):
-    _, t, _ = _exp_change(-2.0 * tl.abs(x))
-    value = -t / (t + 2.0)
-    return tl.where(x < 0.0, -value, value)
-
-
-@triton.jit
-def _at_least_none(z):
-    return tl.where(z < NONE, NONE, z)  # a comparison with NaN keeps it; tl.maximum would not
+from rbfast.kernels.divergence_terms import (
+    FORWARD,
+    JS,
+    NONE,
+    REVERSE,
+    at_least_none,
+    bucket,
+    dense_term,
+    tanh,
+    teacher_buckets,
+)
 
 
 @triton.jit
 def _take_label(row, label, V):
     """The label's logit, fp64; NaN where the label is outside the vocabulary."""
     is_there = (label >= 0) & (label < V)
-    return _at_least_none(tl.load(row + label, mask=is_there, other=float("nan"))).to(tl.float64)
+    return at_least_none(tl.load(row + label, mask=is_there, other=float("nan"))).to(tl.float64)
 
 
 @triton.jit
 def _take(row, v, end):
     """Block of logits; NONE from `end` on."""
-    return _at_least_none(tl.load(row + v, mask=v < end, other=NONE))
+    return at_least_none(tl.load(row + v, mask=v < end, other=NONE))
 
 
 # ---- passes over a row ----
+
+
+@triton.jit
+def _store(at, x, mask):
+    """To a row whose logits up to here are loaded, by this warp; the barrier waits for the others."""
+    tl.debug_barrier()
+    tl.store(at, x.to(at.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -105,8 +65,8 @@ def _write_head(row, bias, V, logit_scale, softcap, HAS_CAP: tl.constexpr, BLOCK
             z += _take(bias, v, V)
         z *= logit_scale
         if HAS_CAP:
-            z = softcap * _tanh(z / softcap)
-        tl.store(row + v, z, mask=v < V)
+            z = softcap * tanh(z / softcap)
+        _store(row + v, z, v < V)
     tl.debug_barrier()
 
 
@@ -140,43 +100,10 @@ def _finish(gradient, z, logit_scale, softcap, HAS_CAP: tl.constexpr):
 def _put(dz, gradient, z, v, V, label, ce_weight, logit_scale, softcap, HAS_CAP: tl.constexpr):
     gradient -= tl.where(v == label, ce_weight, 0.0)
     gradient = _finish(gradient, z, logit_scale, softcap, HAS_CAP)
-    tl.debug_barrier()  # all of this block's logits are read: dz may be written over them
-    tl.store(dz + v, gradient.to(dz.dtype.element_ty), mask=v < V)
+    _store(dz + v, gradient, v < V)
 
 
 # ---- rows with a top-k teacher, and rows of text ----
-
-
-@triton.jit
-def _bucket(log_p, log_q, beta, KIND: tl.constexpr):
-    """Of buckets in fp64: their terms of D, q, and for forward KL q - p, else log q/p or log q/m."""
-    q = tl.exp(log_q)
-    if KIND == REVERSE:
-        log_p = tl.where((q > 0) & (log_p < LOG_FLOOR), LOG_FLOOR, log_p)
-    p = tl.exp(log_p)
-    if KIND == FORWARD:
-        return tl.where(p > 0, p * (log_p - log_q), 0.0) - p + q, q, q - p
-    if KIND == REVERSE:
-        return tl.where(q > 0, q * (log_q - log_p), 0.0) - q + p, q, tl.where(q > 0, log_q - log_p, 0.0)
-    m = beta * p + (1 - beta) * q
-    log_m = tl.log(m)
-    of_p = tl.where(p > 0, p * (log_p - log_m), 0.0) - p + m
-    of_q = tl.where(q > 0, q * (log_q - log_m), 0.0) - q + m
-    return beta * of_p + (1 - beta) * of_q, q, tl.where(q > 0, log_q - log_m, 0.0)
-
-
-@triton.jit
-def _teacher_buckets(log_p, used, has_tail, tail_tau, tail_one, inv_tau):
-    """log p of the support and of the tail at the row's temperature, fp64; the tail has the student's shape."""
-    log_p = tl.where(used, log_p.to(tl.float64), float("-inf"))
-    total = tl.sum(tl.exp(log_p), 0)
-    excess = tl.where(total > 1, tl.log(total), 0.0)  # over 1 by rounding: scaled back to 1
-    tail = tl.log(1 - tl.where(total > 1, 1.0, total)) * inv_tau + tl.log(tail_tau) - tl.log(tail_one) * inv_tau
-    tail = tl.where(has_tail, tail, float("-inf"))
-    log_p = (log_p - excess) * inv_tau
-    top = tl.maximum(tl.max(log_p, 0), tail)
-    normaliser = top + tl.log(tl.sum(tl.exp(log_p - top), 0) + tl.exp(tail - top))
-    return log_p - normaliser, tail - normaliser
 
 
 @triton.jit
@@ -199,9 +126,8 @@ def sparse_rows_kernel(
         id = tl.load(ids + i * k + slot, mask=slot < k, other=-1)
         used = (id >= 0) & (id < V)
         is_padding = id == -1
-        z_in = _at_least_none(tl.load(row + id, mask=used, other=float("nan")))
-        tl.debug_barrier()
-        tl.store(row + id, tl.full((BLOCK_K,), NONE, tl.float32), mask=used)  # what is left is the tail
+        z_in = at_least_none(tl.load(row + id, mask=used, other=float("nan")))
+        _store(row + id, tl.full((BLOCK_K,), NONE, tl.float32), used)  # what is left is the tail
         tl.debug_barrier()
     tail_top, tail_tau, tail_one = _log_sum(row, 0, V, inv_tau, BLOCK)
     has_tail = (tail_top > NONE) | (tail_one != tail_one)
@@ -217,9 +143,9 @@ def sparse_rows_kernel(
         log_q = x * inv_tau - tl.log(sum_tau)
         log_q_tail = tl.where(has_tail, below * inv_tau + tl.log(tail_tau) - tl.log(sum_tau), float("-inf"))
         log_p = tl.load(logprobs + i * k + slot, mask=used, other=float("-inf"))
-        log_p, log_p_tail = _teacher_buckets(log_p, used, has_tail, tail_tau, tail_one, inv_tau)
-        term, q, pull = _bucket(log_p, log_q, beta, KIND)
-        tail_term, tail_q, tail_pull = _bucket(log_p_tail, log_q_tail, beta, KIND)
+        log_p, log_p_tail = teacher_buckets(log_p, used, has_tail, tail_tau, tail_one, inv_tau)
+        term, q, pull = bucket(log_p, log_q, beta, KIND)
+        tail_term, tail_q, tail_pull = bucket(log_p_tail, log_q_tail, beta, KIND)
         value = tl.sum(term, 0) + tail_term
         if KIND != FORWARD:
             mean = tl.sum(q * pull, 0) + tail_q * tail_pull
@@ -243,59 +169,10 @@ def sparse_rows_kernel(
         if ids is not None:
             gradient = gradient_in.to(tl.float32) - tl.where(id == label, a, 0.0)
             gradient = _finish(gradient, z_in, logit_scale, softcap, HAS_CAP)
-            tl.debug_barrier()
-            tl.store(to + id, gradient.to(dz.dtype.element_ty), mask=used)
+            _store(to + id, gradient, used)
 
 
 # ---- rows with the teacher's own logits ----
-
-
-@triton.jit
-def _lesser_term(gap, all, change, rest):
-    """With b = a exp(-gap) < a: b log(b/a) - b + a, over a."""
-    near = -rest - gap * change
-    far = 1.0 - (tl.where(gap > 100.0, 100.0, gap) + 1.0) * all
-    return tl.where(gap < 0.34, near, far)
-
-
-@triton.jit
-def _js_term(p_leads, e, gap, all, change, beta):
-    """With p and q being e and e * all, the larger and the smaller: the term of D, and log q/m."""
-    # m = e (1 + u change), u the weight of the smaller one; m / (the smaller one) = 1 - (1 - u) change / all.
-    u = tl.where(p_leads, 1.0 - beta, beta)
-    rest_of_u = tl.where(p_leads, beta, 1.0 - beta)
-    larger_log, larger_rest = _log1p(u * change, u * all + rest_of_u)
-    is_far = gap > 40.0  # where the growth may overflow, and the smaller one is nothing beside m
-    growth = tl.where(is_far, 0.0, -rest_of_u * change / all)
-    smaller_log, smaller_rest = _log1p(growth, growth + 1.0)
-    lesser = tl.where(is_far, rest_of_u, all * smaller_rest)
-    smaller_log = tl.where(is_far, larger_log + gap, smaller_log)
-    return e * (rest_of_u * larger_rest + u * lesser), tl.where(p_leads, -smaller_log, -larger_log)
-
-
-@triton.jit
-def _dense_term(z, t, z_max, z_log, t_max, t_log, shift, inv_tau, beta, KIND: tl.constexpr):
-    """Of a block of ids: its terms of D, q, and for forward KL q - p, else log q/p or log q/m."""
-    log_q = (z - z_max) * inv_tau - z_log
-    log_p = (t - t_max) * inv_tau - t_log
-    d = (t - z) * inv_tau - shift
-    if KIND == REVERSE:
-        low = log_p < LOG_FLOOR
-        log_p = tl.where(low, LOG_FLOOR, log_p)
-        d = tl.where(low, log_p - log_q, d)
-    gap, p_leads = tl.abs(d), d >= 0.0
-    log_e = tl.where(p_leads, log_p, log_q)
-    e = tl.exp(tl.where(log_e > 0.0, 0.0, log_e))
-    all, change, rest = _exp_change(-gap)
-    q = tl.where(p_leads, e * all, e)
-    if KIND == FORWARD:
-        term = e * tl.where(p_leads, rest, _lesser_term(gap, all, change, rest))
-        return term, q, e * tl.where(p_leads, change, -change)
-    if KIND == REVERSE:
-        term = e * tl.where(p_leads, _lesser_term(gap, all, change, rest), rest)
-        return term, q, -d
-    term, score = _js_term(p_leads, e, gap, all, change, beta)
-    return term, q, score
 
 
 @triton.jit
@@ -323,17 +200,18 @@ def dense_rows_kernel(
     shift = ((t_max.to(tl.float64) - top) * inv_tau + t_log - z_log).to(tl.float32)
     tl.store(ces + i, (log_one - (z_label - top)).to(tl.float32))
     z_log, t_log = z_log.to(tl.float32), t_log.to(tl.float32)
+    unknown = tl.where(t_max > NONE, 0.0, float("nan"))  # a teacher of only -inf has no distribution: its row is NaN
 
-    terms, scores = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    terms, scores = tl.zeros((BLOCK,), tl.float32) + unknown, tl.zeros((BLOCK,), tl.float32)
     if (KIND != FORWARD) or (dz is None):
         for start in range(0, shared, BLOCK):
             v = start + tl.arange(0, BLOCK)
             z, t = _take(row, v, shared), _take(teacher_at, v, shared)
-            term, q, pull = _dense_term(z, t, top, z_log, t_max, t_log, shift, inv_tau, beta, KIND)
+            term, q, pull = dense_term(z, t, top, z_log, t_max, t_log, shift, inv_tau, beta, KIND)
             terms += tl.where(v < shared, term, 0.0)
             scores += tl.where(v < shared, q * pull, 0.0)
     if dz is not None:
-        coefficient = tl.load(weight + i) * tau
+        coefficient = tl.load(weight + i) * tau + unknown
         if KIND == JS:
             coefficient *= 1 - beta
         mean = tl.sum(scores, 0)
@@ -341,7 +219,7 @@ def dense_rows_kernel(
         for start in range(0, V, BLOCK):
             v = start + tl.arange(0, BLOCK)
             z, t = _take(row, v, V), _take(teacher_at, v, shared)
-            term, q, pull = _dense_term(z, t, top, z_log, t_max, t_log, shift, inv_tau, beta, KIND)
+            term, q, pull = dense_term(z, t, top, z_log, t_max, t_log, shift, inv_tau, beta, KIND)
             if KIND == FORWARD:
                 terms += tl.where(v < shared, term, 0.0)
             else:
@@ -387,7 +265,8 @@ def divergence_rows_(
     kind = (FORWARD if beta == 0 else REVERSE if beta == 1 else JS).value
     head = (float(beta), float(logit_scale), float(softcap or 0), has_head, softcap is not None, kind)
     strides = (logits.stride(0), 0 if dz is None else dz.stride(0))
-    # What JS and a head keep of a block between passes leaves no registers for a wide one.
+    # What JS and a head keep of a block between passes leaves no registers for a wide one. No autotune: a trial run
+    # spoils the logits, and restoring them would take a copy of the largest tensor there is.
     widest = 1024 if teacher is not None and has_head and kind == JS.value else 2048
     block = min(max(64, triton.next_power_of_2(V)), widest)
     options = {"num_warps": 8 if block == widest else 4}
