@@ -1,17 +1,16 @@
 """The adapter's native CPU ops against the plain-torch reference in fp64, on every instruction set this machine has."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from column_cases import DTYPES, EMPTY, EPS32, IN_RUNS, OPS, RUNS, Delta, arguments, make, run, scattered_in_memory
 from torch import Tensor
 
 from rbfast import ops
 from rbfast.ops import reference
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-EPS32 = torch.finfo(torch.float32).eps
 # T, in, out, s, k: odd sizes, sizes below one vector, several groups of tokens, more features than one cache block.
 SHAPES = (
     (1, 1, 1, 1, 1),
@@ -21,7 +20,6 @@ SHAPES = (
     (270, 40, 2100, 17, 4),
     (37, 80, 50, 80, 23),
 )
-EMPTY = ((0, 9, 5, 7, 2), (3, 9, 5, 0, 2), (3, 9, 5, 7, 0), (3, 9, 0, 7, 2))
 
 
 @pytest.fixture(params=("scalar", "avx2", "avx512"), autouse=True)
@@ -39,68 +37,6 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What the ops take: x and dx [T, in], y and dy [T, out], weight [out, in]; xs and base are their columns."""
-
-    x: Tensor
-    dx: Tensor
-    y: Tensor
-    dy: Tensor
-    weight: Tensor
-    A: Tensor
-    B: Tensor
-    cols: Tensor
-    xs: Tensor
-    base: Tensor
-    scale: float
-    run: int = 1
-
-    def map(self, f: Callable[[Tensor], Tensor]) -> "Delta":
-        """f over every floating tensor."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: f(v) for name, v in values.items() if isinstance(v, Tensor) and name != "cols"})
-
-
-def make(shape: tuple[int, ...], dtype: torch.dtype, magnitude: float = 1.0, seed: int = 0, run: int = 1) -> Delta:
-    """T, in, out, s and k; the columns are drawn in runs."""
-    tokens, features, out, s, k = shape
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(rows: int, columns: int) -> Tensor:
-        return torch.randn(rows, columns, generator=generator)
-
-    runs = torch.randperm(features // run, generator=generator)[: s // run]
-    cols = (runs[:, None] * run + torch.arange(run)).flatten()
-    x, dx, y, dy, weight = (
-        (magnitude * draw(*size)).to(dtype)
-        for size in ((tokens, features), (tokens, features), (tokens, out), (tokens, out), (out, features))
-    )
-    return Delta(x, dx, y, dy, weight, draw(k, s), draw(out, k), cols, x[:, cols], weight[:, cols], 0.7, run)
-
-
-def run(name: str, d: Delta, module: object = ops) -> tuple[Tensor, ...]:
-    """The results of an op; those written in place are copies."""
-    op = getattr(module, name)
-    if name == "column_gather":
-        return (op(d.x, d.cols, d.run),)
-    if name == "column_grad":
-        return op(d.dy, d.xs, d.A, d.B, d.scale)
-    if name == "column_linear_":
-        op(y := d.y.clone(), d.xs, d.A, d.B, d.scale)
-        return (y,)
-    if name == "column_scatter_":
-        op(dx := d.dx.clone(), d.dy, d.cols, d.A, d.B, d.scale, d.run)
-        return (dx,)
-    op(weight := d.weight.clone(), d.base, d.cols, d.A, d.B, d.scale, d.run)
-    return (weight,)
-
-
-IN_RUNS = ("column_gather", "column_scatter_", "column_fold_")
-RUNS = (2, 4, 8, 16)
-OPS = ("column_gather", "column_grad", "column_linear_", "column_scatter_", "column_fold_")
 
 
 def assert_within_budget(name: str, d: Delta) -> None:
@@ -158,16 +94,6 @@ def test_what_is_not_finite_goes_where_it_does_in_torch(name: str, dtype: torch.
         tensor[-1, -1] = bad
     for ours, expected in zip(run(name, d), run(name, d, reference), strict=True):
         assert torch.equal(ours.isfinite(), expected.isfinite())
-
-
-def scattered_in_memory(t: Tensor) -> Tensor:
-    """t with a different layout: every second element of a transposed, larger tensor that holds NaN elsewhere."""
-    wide = torch.full(
-        [2 * size for size in reversed(t.shape)], float("nan") if t.is_floating_point() else -1, dtype=t.dtype
-    )
-    view = wide.T[::2, ::2] if t.dim() == 2 else wide[::2]
-    view.copy_(t)
-    return view
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -349,16 +275,6 @@ def test_an_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in OPS:
         with pytest.raises(RuntimeError, match=r"^RBFAST_CPU_ISA must be scalar, avx2, .* got neon$"):
             run(name, d)
-
-
-def arguments(name: str, d: Delta) -> tuple:
-    return {
-        "column_gather": (d.x, d.cols, d.run),
-        "column_grad": (d.dy, d.xs, d.A, d.B, d.scale),
-        "column_linear_": (d.y, d.xs, d.A, d.B, d.scale),
-        "column_scatter_": (d.dx, d.dy, d.cols, d.A, d.B, d.scale, d.run),
-        "column_fold_": (d.weight, d.base, d.cols, d.A, d.B, d.scale, d.run),
-    }[name]
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -8,10 +8,10 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from column_cases import OPS, Delta, arguments, make, run
 from head_products import DTYPES, SHAPES, assert_product, draw
-from test_columns_ops import OPS, Delta, arguments, make, run
-from test_divergence_rows import Rows
-from test_divergence_rows import make as make_rows
+from row_cases import Rows
+from row_cases import make as make_rows
 from tiny_models import attach, batch, llama
 from torch import Tensor
 

@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from column_cases import DTYPES, EMPTY, EPS32, IN_RUNS, OPS, RUNS, Delta, make, run, scattered_in_memory
 from cuda_devices import Gpu, host, real
-from test_columns_ops import DTYPES, EMPTY, EPS32, IN_RUNS, OPS, RUNS, Delta, make, run, scattered_in_memory
 from torch import Tensor
 
 from rbfast.ops import reference
+
+pytestmark = pytest.mark.slow
 
 # T, in, out, s, k: odd sizes; several tiles of tokens and strips of features, which blocks share unevenly; every number
 # of ranks that a sweep is compiled for, and more than the largest.

@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 from cuda_devices import Gpu, host, real
-from test_divergence_rows import BETAS, EPS32, ROUNDINGS, Rows, make
+from row_cases import BETAS, EPS32, ROUNDINGS, Rows, make
 from torch import Tensor
 
 from rbfast.ops import reference
+
+pytestmark = pytest.mark.slow
 
 KINDS = ("text", "dense", "top-k")
 

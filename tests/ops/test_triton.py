@@ -17,10 +17,10 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'rbfast[gpu]'")
 
-from test_columns_ops import EMPTY, IN_RUNS, OPS, RUNS, make, scattered_in_memory
-from test_columns_ops import run as run_columns
-from test_divergence_rows import EPS32, ROUNDINGS, Rows
-from test_divergence_rows import make as make_rows
+from column_cases import EMPTY, IN_RUNS, OPS, RUNS, make, scattered_in_memory
+from column_cases import run as run_columns
+from row_cases import EPS32, ROUNDINGS, Rows
+from row_cases import make as make_rows
 
 from rbfast.kernels import columns, divergence_rows, scale
 from rbfast.ops import reference, registry
