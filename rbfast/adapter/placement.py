@@ -182,7 +182,7 @@ def _columns(runs: Tensor, in_features: int, support: int) -> Tensor:
 
 
 def _start(name: str, rank: int, support: int, seed: int) -> Tensor:
-    """A random A [rank, support] with rows of norm START_NORM: so small that a few steps turn it where the traces need.
+    """A random A [rank, support] with rows of norm START_NORM: so small that a few steps turn it as the traces need.
 
     The gradient's leading directions make a worse start: they are the inputs that are large for every token.
     """

@@ -184,7 +184,7 @@ class SparseAdapter(nn.Module):
 
     @property
     def parameters_of_base(self) -> int:
-        """All parameters of the base, of a quantised matrix the values that it stands for."""
+        """All parameters of the base, of a quantised matrix the values that it represents."""
         return self._base_count
 
     @property
@@ -200,7 +200,7 @@ class SparseAdapter(nn.Module):
         )
 
     def surviving_share(self) -> float:
-        """The share of non-zero fp32 changes that survive the fold's rounding; 1 where there is no change to lose."""
+        """The share of non-zero fp32 changes that survive the fold's rounding; 1 if there is no change to lose."""
         self._require("attached", "ask for the surviving share of")
         counts = [site.survivors() for site in self.sites().values() if site.folds]
         wanted = sum(count for _, count in counts)

@@ -71,7 +71,7 @@ def _add_objective(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--temperature", type=float, nargs="+", help="one for all roles, or one for each (default: 1)")
     group.add_argument("--beta", type=float, help="0 forward KL, 1 reverse KL, between: Jensen-Shannon (default: 0)")
     group.add_argument(
-        "--ce-weight", type=float, dest="ce_share", help="the text's share where a teacher has log-probs (default: 0.5)"
+        "--ce-weight", type=float, dest="ce_share", help="the text's share if a teacher has log-probs (default: 0.5)"
     )
     group.add_argument("--gradient-filter", type=float, help="share of a gradient that a CPU may skip (default: 0)")
 
@@ -129,7 +129,7 @@ def _by_role(suffix: str, values: list[float] | None) -> dict[str, float]:
 
 
 def _load_models(args: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """The student, its tokenizer and the teacher, if there is one, spread over processes if that is asked for."""
+    """The student, its tokenizer and the teacher, if there is one, spread over processes with --shard."""
     from rbfast.models.student import load_teacher
 
     if args.shard and args.load_in:

@@ -1,4 +1,4 @@
-"""What is said of each item of a pool by itself: is it whole, what is its problem, how hard and how good.
+"""What is known of each item of a pool alone: is it whole, what is its problem, how hard and how good.
 
     part = Assessor(decontaminator)(rows)         # rows: [("pool.jsonl:1", {"problem": ..., ...}), ...]
 
@@ -24,7 +24,7 @@ _FINISHED = {"stop", "eos", "eos_token", "end_turn", "stop_sequence"}
 _END_FIELDS = ("finish_reason", "done_reason", "stop_reason")
 
 Verify = Callable[[Trace, Mapping[str, Any]], bool | None]
-"""Whether a trace's answer is right, from the trace and the row it came in; None where that cannot be said."""
+"""Whether a trace's answer is right, from the trace and the row it came in; None if unknown."""
 TraceMeasure = Callable[[Trace], float]
 """How hard, or how good, a trace is: higher for harder (or better)."""
 

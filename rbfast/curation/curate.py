@@ -42,7 +42,7 @@ class Weights:
 
     difficulty: float = 0.5
     quality: float = 0.4
-    verified: float = 0.1  # 1 where the answer is known to be right, 0.5 where nothing is known
+    verified: float = 0.1  # 1 if the answer is known to be right, 0.5 if nothing is known
 
     def __post_init__(self) -> None:
         if min(asdict(self).values()) < 0 or not 0 < sum(asdict(self).values()) < float("inf"):
@@ -129,7 +129,7 @@ def curate(
         TraceError: a file that cannot be read, or of whose first 100 rows none is a trace. Any other row that is no
             trace is dropped with its reason.
         ValueError: nothing in the pool, or a pass rate outside [0, 1].
-        ImportError: Ray is asked for, and Ray Data is not installed.
+        ImportError: `ray` is set, and Ray Data is not installed.
     """
     out = Path(out)
     read = Pool((pool,) if isinstance(pool, str | Path) else tuple(pool), config.formats)

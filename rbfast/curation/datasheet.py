@@ -32,7 +32,7 @@ def describe(settings: Mapping[str, Any], ledger: Ledger, difficulty: np.ndarray
     """The datasheet as JSON values. `before` counts the items without a flaw, `after` the chosen ones.
 
     Args:
-        difficulty: float [items], NaN where an item was dropped before it was scored.
+        difficulty: float [items], NaN if an item was dropped before it was scored.
         chosen: the items selected.
     """
     part = ledger.part

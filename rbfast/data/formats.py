@@ -123,7 +123,7 @@ class _Question:
 
 
 def _question(row: Row) -> _Question:
-    """What is asked: a conversation's own question before that of another field."""
+    """The question: a conversation's own before that of another field."""
     conversation = None if "problem" in row.fields and "conversation" not in row.fields else _conversation(row)
     system = row.text("system")
     if conversation is not None:

@@ -39,7 +39,7 @@ def read_traces(
     Args:
         limit: the first so many, if not all.
         options: how rows are read, if not by what their fields mean.
-        on_error: "raise" stops at the first row that holds no trace; "skip" goes on past it with a warning.
+        on_error: "raise" stops at the first row that holds no trace; "skip" skips it with a warning.
         unreadable: JSONL file for the rows that were skipped: where each stands, and why.
 
     Raises:

@@ -39,7 +39,7 @@ _OPENING_REACH = 24  # characters; a cue of intention further into a unit says l
 
 # What is protected
 
-_BLANK = "\0"  # stands for a protected character; counts as mathematics
+_BLANK = "\0"  # replaces a protected character; counts as mathematics
 _OPENER = re.compile(r"```|\$\$|(?<![\\$])\$(?=[^\s$])|\\\(|\\\[|\\begin\{[a-zA-Z]{1,20}\*?\}")
 _CLOSER = {"```": "```", "$$": "$$", "\\(": "\\)", "\\[": "\\]"}
 # pandoc's rule: neither what follows an opening dollar nor what precedes a closing one is a space, and no digit follows
@@ -178,7 +178,7 @@ def _blank_protected(text: str) -> str:
 
 
 def _protected_end(text: str, opener: re.Match[str], barren: dict[str, int]) -> int:
-    """Where the region that `opener` opens ends, or -1 where it protects nothing.
+    """Where the region that `opener` opens ends, or -1 if it protects nothing.
 
     `barren` keeps how far each closer was looked for in vain, so that no character is searched twice for it.
     """
@@ -265,7 +265,7 @@ def _count(codes: np.ndarray, characters: str, starts: np.ndarray) -> np.ndarray
 
 
 def _marked(starts: np.ndarray, positions: list[int], reach: int | None = None) -> np.ndarray:
-    """Which units hold one of `positions` (among their first `reach` characters, where given), bool [units]."""
+    """Which units hold one of `positions` (among their first `reach` characters, if given), bool [units]."""
     at = np.array(positions, dtype=np.int64)
     units = np.searchsorted(starts, at, side="right") - 1
     marked = np.zeros(len(starts), dtype=bool)

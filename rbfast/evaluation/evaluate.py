@@ -4,7 +4,7 @@
 problems = load_problems("leg_counting", n=50, seed=7)             # or math-500, gsm8k, a .jsonl file, a hub id
 before = evaluate(model, tokenizer, problems)
 ...                                                                # train
-after = evaluate(model, tokenizer, problems, keep="after.jsonl")   # interrupted? the same call goes on
+after = evaluate(model, tokenizer, problems, keep="after.jsonl")   # interrupted? the same call resumes
 gain = paired_difference([r.correct for r in before], [r.correct for r in after])
 
 samples = evaluate(model, tokenizer, problems, samples=8, temperature=0.8)
@@ -57,7 +57,7 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """A record for `json.dumps`: the whole completion is kept, so that any other rule can grade it later.
 
-        `events` are there where a guide put something in.
+        `events` are there if a guide put something in.
         """
         record: dict[str, Any] = {
             "task": self.problem.task,
@@ -83,7 +83,7 @@ class Decoding:
     """How completions are written; what a file of results must agree on to be gone on with.
 
     Args:
-        max_new_tokens: of a completion; where there is a guide, its budget counts instead.
+        max_new_tokens: of a completion; with a guide, its budget counts instead.
         temperature: 0 for greedy decoding.
         label: whose completions they are, as a name: the model, its adapter.
     """

@@ -1,7 +1,7 @@
 """Verdicts on what a model wrote, from a process that can be killed: math-verify's, or a reasoning-gym task's own.
 
 ```python
-judge("math-verify").ask(["$1/2$", ["$0.5$"]], seconds=5)       # True; None where there is no verdict within the limit
+judge("math-verify").ask(["$1/2$", ["$0.5$"]], seconds=5)       # True; None if there is no verdict within the limit
 ```
 
 Both read an answer by evaluating it, and an answer may be a tower of powers. One process serves all answers of a kind;
@@ -47,7 +47,7 @@ class Judge:
         self.killed = 0
 
     def ask(self, question: Sequence[Any], seconds: float = TIME_LIMIT) -> Any:
-        """The verdict; None, and a warning, where there is none within so many seconds of processor time.
+        """The verdict; None, and a warning, if there is none within so many seconds of processor time.
 
         Args:
             question: `[expected, [statement, ...]]` for math-verify, `[task, entry, reading]` for reasoning-gym.
@@ -109,7 +109,7 @@ def _start(kind: Kind) -> tuple[subprocess.Popen[str], queue.Queue[str]]:
 
 
 def _pump(process: subprocess.Popen[str], answers: queue.Queue[str]) -> None:
-    """Moves lines to where one can wait for them with a time limit; an empty one says that the process has ended."""
+    """Moves lines to a queue, which has a time limit to wait; an empty line says that the process has ended."""
     assert process.stdout is not None
     with process.stdout:
         for line in process.stdout:

@@ -5,7 +5,7 @@ load_problems("leg_counting", n=50, seed=7)                 # a reasoning-gym ge
 load_problems("math-500", n=None, seed=0)                   # all of a benchmark
 load_problems("my/problems.jsonl", n=100, seed=0)           # fields `problem` and `answer`
 load_problems("owner/name:test", n=100, seed=0)             # a dataset on the hub, and its split
-load_problems("owner/name:main:test", n=100, seed=0)        # where it has several configs, one of them
+load_problems("owner/name:main:test", n=100, seed=0)        # one of several configs
 ```
 """
 

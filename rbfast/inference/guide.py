@@ -1,4 +1,4 @@
-"""What guides a model's thinking: limits in tokens, the texts that are put in, which interventions are on.
+"""What guides a model's thinking: limits in tokens, the texts that are inserted, which interventions are on.
 
 ```python
 guide = Guide(Limits(budget=2048, reserve=256, minimum=200))
@@ -28,7 +28,7 @@ class Limits:
         maximum: of thinking (default: what the reserve leaves).
         cap: interventions in a completion, at most, the wrap-up aside.
         cooldown: tokens between an intervention and a `verify` or `other approach`.
-        verify_above: nats; `verify` comes at the end of a sentence where the moving average of the entropy is above
+        verify_above: nats; `verify` comes at the end of a sentence if the moving average of the entropy is above
             it. A high quantile of a model's own, see `calibrate`; None turns `verify` off.
         loop_length, loop_times: so many tokens in a row, met so many times, are a loop: `other approach`.
         probe_every: tokens between probes of the answer; 0 for none.

@@ -21,7 +21,7 @@ THINK_CLOSE = "</think>"
 def phrases_for(tokenizer: PreTrainedTokenizerBase) -> Phrases:
     """The markers that suit a tokenizer: `</think>` if it knows it, else those of a plain chain of thought.
 
-    A plain chain of thought ends where its answer begins, at `<answer>`, as `format_prompt` asks for.
+    A plain chain of thought ends where its answer begins, at `<answer>`, as `format_prompt` tells the model.
     """
     thinks = THINK_CLOSE in tokenizer.get_vocab() or THINK_CLOSE in str(tokenizer.chat_template or "")
     if thinks:
@@ -98,7 +98,7 @@ class TokenState:
         return answer_key(self.state.thinking + self.state.answer)
 
     def feed(self, token: int, entropy: float | None = None) -> int:
-        """Takes the next token, which must be the queue's where there is one; returns how many tokens are struck."""
+        """Takes the next token, which must be the queue's if there is one; returns how many tokens are struck."""
         self.written += 1
         self.ids.append(token)
         if self.queue:

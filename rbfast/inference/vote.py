@@ -15,7 +15,7 @@ from rbfast.grading.math_equality import equal, is_number
 
 
 class Vote(NamedTuple):
-    """The winner, None where no sample had an answer; the samples that voted for it, and all that voted."""
+    """The winner, None if no sample had an answer; the samples that voted for it, and all that voted."""
 
     answer: str | None
     votes: int

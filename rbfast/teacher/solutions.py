@@ -6,7 +6,7 @@ taught = teach(server, read_questions("problems.jsonl"), "taught/", samples=2, m
 ```
 
 The folder holds `replies.jsonl` (every reply as it came, at once), and at the end `traces.jsonl`, `failed.jsonl` (what
-is no trace, and why) and `teach.json` (counts, tokens, cost). The same call goes on from the replies that are there.
+is no trace, and why) and `teach.json` (counts, tokens, cost). The same call resumes from the replies that are there.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _LONGEST_SILENCE = 1.0  # seconds; a server that says to come back later is no r
 
 @dataclass(frozen=True)
 class Question:
-    """A problem to ask. `known` holds its answer, where there is one to verify the teacher's with."""
+    """A problem to ask. `known` holds its answer, if there is one to verify the teacher's with."""
 
     text: str
     known: Problem | None = None
@@ -73,7 +73,7 @@ class Prices:
 
 @dataclass(frozen=True)
 class Taught:
-    """What came of it. `open` questions were not asked, or not answered: the same call asks them again."""
+    """What came of it. `open` questions were not sent, or not answered: the same call sends them again."""
 
     traces: list[Trace]
     replies: list[dict[str, Any]]  # one for each trace
@@ -293,7 +293,7 @@ def _ask_all(
     concurrency: int,
     report: Callable[[], None],
 ) -> str | None:
-    """Adds what comes to the journal and to `replies`; returns why some jobs stay open, None where none does."""
+    """Adds what comes to the journal and to `replies`; returns why some jobs stay open, None if none does."""
     queue: deque[_Job] = deque(jobs)
     pending: dict[Future[dict[str, Any]], _Job] = {}
     failures, reason = 0, None
@@ -309,7 +309,7 @@ def _ask_all(
             try:
                 report()
                 done, _ = wait(pending, _LONGEST_SILENCE, return_when=FIRST_COMPLETED)
-            except KeyboardInterrupt as interrupt:  # what is under way is paid for: take it, ask nothing more
+            except KeyboardInterrupt as interrupt:  # requests under way are paid for: take their replies, send no more
                 stopped = interrupt
                 queue.clear()
                 continue
@@ -370,7 +370,7 @@ def _collect(
 
 
 def trace_of(question: Question, reply: dict[str, Any], teacher: str, sample: int = 0) -> Trace:
-    """The trace in a reply: its plan where it marks one, the thinking or the worked steps, the answer.
+    """The trace in a reply: its plan if it marks one, the thinking or the worked steps, the answer.
 
     Raises:
         TraceError: it was cut at the limit, states no answer, or has nothing before it.

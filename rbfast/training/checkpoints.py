@@ -31,7 +31,7 @@ def write_digests(folder: Path) -> None:
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest whole checkpoint in a folder, None where there are none at all. Warns where it is not the newest.
+    """The newest whole checkpoint in a folder, None if there is none. Warns if a newer one is not whole.
 
     Raises:
         ValueError: there are checkpoints, and none of them is whole.

@@ -30,7 +30,7 @@ def shard(model: PreTrainedModel, over: int | None = None, device: str | None = 
 
     Args:
         over: how many processes, one after the other, share a copy of the model; None is all of them. The processes of
-            one node are a good choice where it has room for a copy: nothing of the base then crosses the network.
+            one node are a good choice if it has room for a copy: nothing of the base then crosses the network.
         device: the type of device the parts go to ("cuda", "cpu"); None is where the model is.
 
     Raises:

@@ -13,7 +13,7 @@ EVERY = 8  # steps of training between two times
 
 
 def give_back() -> None:
-    """Returns free memory to the system, where the C library can (glibc)."""
+    """Returns free memory to the system, if the C library can (glibc)."""
     if (trim := _malloc_trim()) is not None:
         trim(0)
 
