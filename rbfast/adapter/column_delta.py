@@ -1,10 +1,10 @@
 """The delta of one matrix: its parameters, and the hooks that run it folded into the weight or beside it.
 
-    with unhooked(model), torch.no_grad():              # a folded delta costs a forward nothing at all
+    with unhooked(model), torch.no_grad():              # a folded delta costs a forward nothing
         model(...)
 
 Without gradients the hooks of a folded delta do nothing, but calling them takes time: `unhooked(model)` takes them off
-for a block, and so does `rbfast.evaluating(model)`, in which all completions of ours are written.
+for a block, and so does `rbfast.evaluating(model)`, which all our decoding uses.
 """
 
 import weakref
@@ -66,7 +66,7 @@ class ColumnDelta(nn.Module):
         super().__init__()
         object.__setattr__(self, "linear", linear)  # not a submodule: the base stays outside the adapter's state
         device = next((t.device for t in (*linear.parameters(), *linear.buffers())), None)
-        # In one layout wherever they come from: fused optimizers pair values, gradients and moments by their place.
+        # In one layout, whatever their source: fused optimizers pair values, gradients and moments by their place.
         self.A, self.B = (
             nn.Parameter(torch.empty(part.shape, dtype=torch.float32, device=device).copy_(part))
             for part in (delta.A, delta.B)

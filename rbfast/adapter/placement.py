@@ -39,7 +39,7 @@ START_NORM = 0.1
 
 @dataclass(frozen=True)
 class Start:
-    """Where one delta starts: cols [s] int64 sorted, A [k, s] fp32 (B starts at zero), and its score if it has one."""
+    """The start of one delta: cols [s] int64 sorted, A [k, s] fp32 (B starts at zero), and its score if it has one."""
 
     cols: Tensor
     A: Tensor

@@ -2,7 +2,7 @@
 
     adapter = SparseAdapter.attach(model, density=0.003)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3)
-    model(...).loss.backward(); optimizer.step()        # the deltas fold into the weights by themselves
+    model(...).loss.backward(); optimizer.step()        # the deltas fold into the weights automatically
     adapter.save_pretrained("out/")
 
 A delta runs in one of two ways. Folded, it is written into the frozen weight after every optimizer step: the forward is
@@ -50,7 +50,7 @@ class MatrixSummary:
 class SparseAdapter(nn.Module):
     """Deltas attached to a model. Made by `attach` or `from_pretrained`; its parameters are `<module>.A` and `.B`.
 
-    Where the model is moved to another device afterwards, its deltas follow with the next forward; before that, and
+    If the model is moved to another device afterwards, its deltas follow with the next forward; before that, and
     before torch.compile, `adapter.to(device)` moves them.
 
     left_out: by name, the shape of every weight of two or more dimensions that has no delta; embeddings and head aside.
@@ -123,7 +123,7 @@ class SparseAdapter(nn.Module):
 
     def fold(self) -> None:
         """Writes every delta into its weight. Only needed after changing parameters by hand under torch.compile or in
-        `unhooked`: optimizer steps, load_state_dict and, elsewhere, the next forward do it by themselves."""
+        `unhooked`: optimizer steps, load_state_dict and, elsewhere, the next forward do it automatically."""
         for site in self.sites().values():
             if site.folds and site.enabled:
                 site.fold()

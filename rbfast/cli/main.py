@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, where a closed pipe can still be distinguished from a failure
         return code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would fail again at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit would fail again
         return 1
     except (ValueError, OSError, ImportError) as error:
         print(f"rbfast {args.command}: error: {error}", file=sys.stderr)
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rbfast {args.command}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"rbfast {args.command}: interrupted; the same command goes on from what is saved", file=sys.stderr)
+        print(f"rbfast {args.command}: interrupted; run the same command to resume", file=sys.stderr)
         return 1
 
 

@@ -58,7 +58,7 @@ def add_distill(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--shard", type=int, metavar="PROCESSES", help="spread each copy of MODEL over so many processes")
     sub.add_argument("--max-tokens", type=int, help="leave longer traces out, and list them (default: 4096)")
     sub.add_argument("--save-steps", type=int, help="steps between checkpoints (default: 50)")
-    sub.add_argument("--plan", action="store_true", help="say what memory the run would take, and train nothing")
+    sub.add_argument("--plan", action="store_true", help="print the memory that the run would take, and train nothing")
     add_formats(sub)
     _add_objective(sub)
 
@@ -88,7 +88,7 @@ def run_distill(args: argparse.Namespace) -> int:
         return print_result(args, plan.to_dict(), str(plan))
     run = distill(model, tokenizer, traces, args.out, config, quiet=args.json, signals=args.signals, teacher=teacher)
     if os.environ.get("RANK", "0") != "0":
-        return 0  # the first process speaks for all
+        return 0  # only the first process prints
     plot_losses(run.log_history, args.out / "losses.png")
     if run.found:
         print(

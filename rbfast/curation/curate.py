@@ -1,9 +1,9 @@
-"""Reason1K: from a pool of traces the thousand to train on, with a reason for every one that is left out.
+"""Reason1K: the thousand traces of a pool to train on, with a reason for every one that is left out.
 
     result = curate(["pool.jsonl"], "reason1k/", CurateConfig(size=1000, against=["math500.jsonl"], seed=0))
     print(result.stages)                       # clean, decontaminate, dedup, score, select: in, dropped why, out
 
-Writes `reason1k.jsonl` (in the order of the pool), `dropped.jsonl` (every other item: where it stands, its stage, its
+Writes `reason1k.jsonl` (in the order of the pool), `dropped.jsonl` (every other item: its location, its stage, its
 reason, what it matched), `datasheet.json` and `datasheet.html`. The same arguments give the same bytes, for any number
 of processes, here or on a Ray cluster.
 
@@ -57,7 +57,7 @@ class Curation:
     selected: int
     stages: list[Stage]
     datasheet: dict[str, Any] = field(repr=False)
-    formats: dict[Source, list[str]] = field(default_factory=dict, repr=False)  # as what each source was read
+    formats: dict[Source, list[str]] = field(default_factory=dict, repr=False)  # the format of each source
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class CurateConfig:
             )
 
     def settings(self, pool: Pool) -> dict[str, Any]:
-        """What the datasheet says of a curation."""
+        """The settings of a curation, for its datasheet."""
         return {
             "seed": self.seed,
             "size": self.size,

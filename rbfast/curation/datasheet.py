@@ -74,7 +74,7 @@ def _domains(domains: Sequence[str], eligible: np.ndarray, after: np.ndarray) ->
 
 
 def _contamination(ledger: Ledger) -> list[dict[str, Any]]:
-    """The evaluation problems that were met most, with the tiers they were seen in."""
+    """The evaluation problems that were matched most, with the tiers that matched."""
     tiers: dict[int, Counter[str]] = {}
     for match in ledger.matches:
         if match:

@@ -1,4 +1,4 @@
-r"""What a trace's own text says of it: whether it is whole, and how well it reasons.
+r"""What the text of a trace shows: whether it is whole, and how well it reasons.
 
     repetition = repeated_shares(["Let me check ...", ...])
     flaw(trace, repetition[0])                     # None, or "truncated: it ends inside \[ ... \]"
@@ -6,7 +6,7 @@ r"""What a trace's own text says of it: whether it is whole, and how well it rea
 
 The four cues are LIMO's (arXiv 2502.03387: elaboration, self-verification, exploration, granularity), each a count per
 word that saturates, so that a trace is not better for saying "check" in every line. They say how a text is written, not
-that it is right: that is the verifier's to say.
+that it is right: that takes a verifier.
 """
 
 import math

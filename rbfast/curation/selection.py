@@ -4,7 +4,7 @@
     short = shortlist(merits, ties, domains, share)                 # the best of each domain
     chosen = represent(pack(problems of short[0]), share[0])        # places in short[0], in the order chosen
 
-Square roots let small domains be heard without letting them rule. Merit alone would choose near copies of the best
+Square roots give small domains a share without letting them dominate. Merit alone would choose near copies of the best
 item; facility location chooses, from those with merit, items unlike each other and like what they represent.
 """
 

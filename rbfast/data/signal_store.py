@@ -7,8 +7,8 @@ with SignalStore(folder, teacher="my-teacher", k=32) as store:
 missing = SignalStore.open(folder).fill(examples)                # before training
 ```
 
-A trace is known by its token ids, so that signals of another text or another tokenizer are never taken for its own.
-What is not listed is the tail: its mass is 1 minus the sum, which is why log-probs are kept in fp32 (rounded to 16 bits
+A trace is looked up by its token ids, so that signals of another text or tokenizer are never taken for its own.
+Unlisted tokens are the tail: its mass is 1 minus the sum, so log-probs are kept in fp32 (rounded to 16 bits
 they would change the gradient of a student near the teacher by percents). A token takes `k` times 6 bytes, or 8 in
 vocabularies above 65,536.
 """

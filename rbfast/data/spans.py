@@ -55,7 +55,7 @@ _NO_SENTENCE_END = re.compile(  # at the end of the text before a full stop
 )
 _ENUMERATOR = re.compile(r"[\s(*#_]*(?:\d{1,3}|[a-z])\.")
 
-# What speaks for a role
+# Cues for a role
 
 _MATH_CHARACTERS = "0123456789+=*/^<>|\\{}×÷·√∑∏∫≤≥≠≈∈∞π%" + _BLANK
 _RELATIONS = "=≈≤≥≠<>"

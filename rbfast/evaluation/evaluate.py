@@ -80,7 +80,7 @@ Written = tuple[Completion, tuple[Event, ...]]
 
 @dataclass(frozen=True)
 class Decoding:
-    """How completions are written; what a file of results must agree on to be gone on with.
+    """How completions are written; a file of results resumes only if these agree.
 
     Args:
         max_new_tokens: of a completion; with a guide, its budget counts instead.
@@ -198,7 +198,7 @@ class _Store:
             if record.get("decoding") != self.settings:
                 raise ValueError(
                     f"{where}: holds results of another model or way of decoding, {record.get('decoding')}, "
-                    f"asked for now: {self.settings}; name another file"
+                    f"requested now: {self.settings}; name another file"
                 )
         whole = {key: results for key, results in found.items() if len(results) == self.decoding.samples}
         if partial := found.keys() - whole.keys():

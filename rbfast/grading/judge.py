@@ -37,7 +37,7 @@ _START_LIMIT = 120.0  # seconds; importing sympy on a busy machine
 
 
 class Judge:
-    """A worker process, started at the first question and again after every one that it did not survive."""
+    """A worker process, started at the first question, and again whenever it died."""
 
     def __init__(self, kind: Kind) -> None:
         self._kind = kind
@@ -66,7 +66,7 @@ class Judge:
                 answer = ""
             if answer:
                 return loads(answer)
-            log.warning("no verdict on %.80r within %g s of processor time: it is wrong", question[-1], seconds)
+            log.warning("no verdict on %.80r within %g s of processor time: it counts as wrong", question[-1], seconds)
             self.close()
             self.killed += 1
             return None
@@ -119,7 +119,7 @@ def _pump(process: subprocess.Popen[str], answers: queue.Queue[str]) -> None:
 
 @functools.cache
 def judge(kind: Kind) -> Judge:
-    """The one of this kind that all of a program shares."""
+    """The judge of this kind, shared by the whole program."""
     shared = Judge(kind)
     atexit.register(shared.close)
     return shared

@@ -36,7 +36,7 @@ class Boundary:
         self.restart("")
 
     def restart(self, text: str) -> None:
-        """What is open is forgotten: `text` was put in by somebody who closed it."""
+        """Forgets what is open: `text` was inserted, and whoever inserted it closed what was open."""
         self._tail = text[-_TAIL:]
         self._closer = ""
         self._inside = ""  # what follows the opener, as far as the rules need it

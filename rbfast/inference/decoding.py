@@ -84,7 +84,7 @@ def encode_prompts(
     longest = max(map(len, encoded), default=0)
     if limit is not None and longest + max_new_tokens > limit:
         raise ValueError(
-            f"the longest prompt has {longest} tokens and {max_new_tokens} more were asked for, "
+            f"the longest prompt has {longest} tokens and {max_new_tokens} more were requested, "
             f"but the model has {limit} positions: lower max_new_tokens or leave that prompt out"
         )
     return encoded
@@ -333,8 +333,8 @@ def _branch(
     for number, layer in enumerate(batch.cache.layers):
         if not isinstance(layer, DynamicLayer) or layer.is_sliding:
             raise ValueError(
-                f"expected a cache that keeps all of its past, got {type(layer).__name__}: nothing can be tried out "
-                "beside it, so leave probes out (probe_every=0)"
+                f"expected a cache that keeps all of its past, got {type(layer).__name__}: no probe can "
+                "run beside it, so turn probes off (probe_every=0)"
             )
         cache.update(layer.keys[index], layer.values[index], number)  # type: ignore[index]
     ids, mask = batch.ids[index], batch.mask[index]

@@ -61,13 +61,13 @@ def write(
     """A guided completion of `prompt`, which carries the model's own special tokens.
 
     Args:
-        count: tokens of a text, by the model's tokenizer. Without it a streamed piece counts as one token where the
-            server does not say how many it is, and what is put in as one token a byte, which is never too few.
+        count: tokens of a text, by the model's tokenizer. Without it a streamed piece counts as one token if the
+            server does not say how many it is, and an inserted text as one token a byte, which is never too few.
         listen: called with (kind, text) for each piece: `think`, `answer` or the kind of an intervention.
         abandoned: called at each piece; once it is true, the rest is not written.
 
     Raises:
-        ServerError: no answer after all retries, more tokens than were asked for, or no log-probs where the guide's
+        ServerError: no answer after all retries, more tokens than requested, or no log-probs although the guide's
             `verify_above` needs them; `partial` holds what there is.
     """
     state = GuideState(guide, count or (lambda text: len(text.encode())), end_cost=0)
@@ -135,7 +135,7 @@ def _one_stream(
 
 
 class _Piece(NamedTuple):
-    """What came at a time.
+    """What came in one piece.
 
     Attributes:
         tokens: in `text`; 0 if the server does not say.
@@ -185,11 +185,11 @@ def _entropy(logprobs: Sequence[float]) -> float:
 
 def _check(server: Server, allowed: int, written: int) -> None:
     if written > allowed:
-        raise ServerError(f"{server.url} ignores max_tokens: at most {allowed} were asked for, {written} came")
+        raise ServerError(f"{server.url} ignores max_tokens: at most {allowed} were requested, {written} came")
 
 
 def _probe(server: Server, text: str, state: GuideState) -> Order | None:
-    """Has the model give its answer now, and throws it away."""
+    """Has the model answer now, and discards the answer."""
     limit, finish, put = state.limits.probe_tokens, state.phrases.finish, state.probe_text
     body = {"prompt": text + put, "max_tokens": limit, "temperature": 0.0, "stop": [finish] if finish else None}
     reply = server.ask("/completions", body)
@@ -224,8 +224,8 @@ def chat(server: Server, problem: str, guide: Guide) -> Solution:
     solution = Solution(thinking + answer, thinking, answer, tokens or 0, choice.get("finish_reason") == "length")
     if tokens is None or tokens > guide.limits.budget:
         raise ServerError(
-            f"{server.url} did not honour the budget: at most {guide.limits.budget} tokens were asked for, it says "
-            f"{'nothing of how many' if tokens is None else tokens} it wrote",
+            f"{server.url} did not honour the budget: at most {guide.limits.budget} tokens were requested, it reports "
+            f"{'no count' if tokens is None else tokens}",
             partial=solution,
         )
     return solution

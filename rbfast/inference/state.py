@@ -344,7 +344,7 @@ class GuideState:
 
 
 def _first_answer(text: str, finish: str) -> str:
-    """What a probe was told: up to the end of the answer, or of its first line."""
+    """The answer in a probe: up to the end of the answer, or of its first line."""
     if finish:
         text = text.partition(finish)[0]
     return text.strip().partition("\n")[0].strip()

@@ -103,7 +103,7 @@ class TokenState:
         self.ids.append(token)
         if self.queue:
             if token != self.queue.popleft():
-                raise ValueError(f"expected a token that was to be put in, got {token}: it was fed out of turn")
+                raise ValueError(f"expected a token of the queue, got {token}: feed tokens in order")
             return 0
         phase, ended = self.state.phase, token in self.vocabulary.stops
         piece = "" if ended else self._stream.step(self.vocabulary.tokenizer.backend_tokenizer, token) or ""  # type: ignore[attr-defined]

@@ -32,7 +32,7 @@ def majority(answers: Sequence[str | None]) -> Vote:
 
 
 def decided(answers: Sequence[str | None], running: int) -> bool:
-    """Whether `running` more answers can no longer change the majority, nor tie with it."""
+    """Whether `running` more answers can neither change the majority nor tie with it."""
     counts = sorted(_counts(answers).values(), reverse=True)
     return bool(counts) and counts[0] - (counts[1] if len(counts) > 1 else 0) > running
 

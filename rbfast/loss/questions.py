@@ -1,6 +1,6 @@
 """What a loss must read from its device, read at once: every read waits for the device, whatever its size.
 
-What exactly is wrong with a value is worked out only after something is known to be.
+The details of a fault are worked out only after a fault is found.
 """
 
 import struct

@@ -40,7 +40,7 @@ class Dense:
     rows: [N] the rows of the batch they belong to (None: all T rows in order).
     logit_scale, softcap: as in DistillLoss, for the teacher's own head.
 
-    Where V' differs from the student's V, both are restricted to the ids below min(V, V') and renormalised.
+    If V' differs from the student's V, both are restricted to the ids below min(V, V') and renormalised.
     """
 
     hidden: Tensor | None = None

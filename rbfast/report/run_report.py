@@ -2,7 +2,7 @@
 
     write_report(["runs/first", "runs/second"], "report.html")
 
-It shows what the folders hold and says what they do not. Texts of models, traces and files are escaped.
+It shows what the folders hold and names what is missing. Texts of models, traces and files are escaped.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""A teacher's log-probs at the student's tokens, wherever the two tokenizers cut a text at the same places.
+"""A teacher's log-probs at the student's tokens, if both tokenizers split the text at the same places.
 
-Tokens are compared as bytes. Where the student's token and the teacher's cover the same bytes, the teacher's candidates
-there are worth what they say for the student's tokens of the same bytes; candidates that the student has no token for
+Tokens are compared as bytes. If the student's token and the teacher's cover the same bytes, the teacher's candidates
+there count for the student's tokens of the same bytes; candidates that the student has no token for
 stay in the tail. Nothing is guessed: elsewhere there is no signal, and the text alone teaches.
 """
 
@@ -23,7 +23,7 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Piece(NamedTuple):
-    """A teacher's token as it stands in a text, and what it held likely there, with natural log-probs."""
+    """A teacher's token in a text, and its candidates there with natural log-probs."""
 
     written: bytes
     top: Sequence[tuple[bytes, float]]

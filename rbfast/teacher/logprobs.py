@@ -40,7 +40,7 @@ _CHUNK_BYTES, _CHUNK_BYTES_ON_GPU = 2**26, 2**29
 
 
 class TokenizersDiffer(ValueError):
-    """The teacher cuts a text into other tokens than the student."""
+    """The teacher splits a text into other tokens than the student."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def add_local_logprobs(
     if not same and not align:
         raise TokenizersDiffer(
             f"the teacher's tokenizer has other tokens than the student's ({len(teacher_tokenizer)} and "
-            f"{len(tokenizer)}); with align=True (--align) the tokens that both cut alike are scored"
+            f"{len(tokenizer)}); with align=True (--align) the tokens with the same boundaries in both are scored"
         )
     vocabulary = head_of(teacher).weight.shape[0]
     mapped = _mapping(teacher_tokenizer, tokenizer, same, vocabulary)

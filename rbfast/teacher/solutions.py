@@ -46,7 +46,7 @@ _THINK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 _ANSWER = re.compile(r"\s*<answer>", re.IGNORECASE)
 _HOPELESS = {401, 402, 403, 404}  # the next question would be refused too
 _MOST_FAILURES = 8  # in a row
-_LONGEST_SILENCE = 1.0  # seconds; a server that says to come back later is no reason for more
+_LONGEST_SILENCE = 1.0  # seconds, even if a server asks for a longer pause
 
 
 @dataclass(frozen=True)
@@ -150,9 +150,9 @@ def teach(
         max_tokens: of one reply.
         top_logprobs: candidates to ask for at each token, 0 for none; kept in `replies.jsonl`.
         concurrency: questions under way at a time.
-        max_cost, max_total_tokens: nothing is asked that could pass them, be the reply as long as it may; replies of
+        max_cost, max_total_tokens: nothing is sent that could exceed them, however long the reply; replies of
             earlier calls in this folder count.
-        progress: called with (replies there, replies wanted, a few words on the cost and on what is asked again), with
+        progress: called with (replies there, replies wanted, a few words on the cost and on retries), with
             every reply and every second.
 
     Raises:
@@ -257,7 +257,7 @@ def _latin(token: dict[str, Any]) -> str:
 
 @dataclass
 class _Purse:
-    """What was spent, and what may be."""
+    """What was spent, and the limits."""
 
     prices: Prices
     max_cost: float | None
@@ -273,7 +273,7 @@ class _Purse:
         return self.prices.cost(self.read, self.written)
 
     def affords(self, jobs: Sequence[_Job]) -> bool:
-        """Whether all of these could be paid, were every reply as long as it may be."""
+        """Whether the budget covers all of these if every reply has the maximum length."""
         worst = [job.worst() for job in jobs]
         read, written = self.read + sum(r for r, _ in worst), self.written + sum(w for _, w in worst)
         if self.max_tokens is not None and read + written > self.max_tokens:
@@ -334,7 +334,7 @@ def _ask_all(
 
 def _retries(server: Server) -> str:
     made, waiting = server.retried.made, server.retried.waiting
-    return f", asked again: {made} ({waiting} waiting)" if made else ""
+    return f", retries: {made} ({waiting} waiting)" if made else ""
 
 
 def _outcome(future: Future[dict[str, Any]]) -> tuple[dict[str, Any] | None, ServerError | None]:

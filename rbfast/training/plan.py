@@ -1,4 +1,4 @@
-"""What a run will take: parameters, memory, batches; said before a long run begins.
+"""What a run will take: parameters, memory, batches; shown before a long run begins.
 
     print(make_plan(model, adapter, batches, DistillConfig()))
 

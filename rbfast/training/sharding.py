@@ -58,7 +58,7 @@ def _spread(model: PreTrainedModel, over: int | None, device: str) -> None:
         raise ValueError(f"{type(model).__name__} names no class of layers (_no_split_modules) that could be gathered")
     ends = model.get_input_embeddings(), model.get_output_embeddings()
     if ends[1] is not None and ends[0].weight is not ends[1].weight:
-        units += ends  # by themselves they are not gathered for the backward, which does without them
+        units += ends  # else they would be gathered for the backward, which does not need them
     mesh = init_device_mesh(device, (processes // over, over), mesh_dim_names=("copy", "part"))["part"]
     for module in (*reversed(units), model):  # what is inside another comes first
         # Outside of a forward no weight is whole: nothing can be written into a copy that is thrown away.

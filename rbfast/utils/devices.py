@@ -23,7 +23,7 @@ def find_device(name: str | None = None) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, ImportError, AttributeError) as error:
         why = str(error).strip().partition("\n")[0]
-        raise ValueError(f"no device {name!r} to run on ({why}); there is {', '.join(_present())}") from None
+        raise ValueError(f"device {name!r} is not available ({why}): use {' or '.join(_present())}") from None
     return device
 
 

@@ -3,7 +3,7 @@
     file.write(seal(save(tensors, metadata)))
     tensors, metadata = load(data), check_seal(data)      # SafetensorError if a bit has changed since
 
-A flipped bit of a weight is a weight; only a digest tells. A file without one, from another writer, passes.
+A weight with a flipped bit is still a weight; only a digest shows it. A file without one, from another writer, passes.
 """
 
 import json
