@@ -195,7 +195,7 @@ def unhooked(model: nn.Module) -> Iterator[None]:
     """Within the block a folded adapter of `model` costs nothing: its hooks are off, and the forward is the base's own.
 
     For forwards without gradients: a backward would give the adapter none. Steps of an optimizer and load_state_dict()
-    fold as ever; after changing parameters by hand call adapter.fold(). Deltas beside the weight keep their hooks.
+    fold as usual; after changing parameters by hand call adapter.fold(). Deltas beside the weight keep their hooks.
     Blocks may nest, and the adapter may be disabled, merged or detached within one.
     """
     sites = [site for _, site in deltas_of(model) if site.folds and site._hooks]

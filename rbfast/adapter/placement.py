@@ -205,7 +205,7 @@ def _whole_runs(shapes: Mapping[str, Shape], columns: int, rank: int) -> dict[st
 
 
 def _most(shapes: Mapping[str, Shape]) -> int:
-    """The widest support that is taken unasked: of a large model a part of the usual inputs, of a small one all."""
+    """The widest support that is taken by default: of a large model a part of the usual inputs, of a small one all."""
     widths = Counter(shape.in_features for shape in shapes.values())
     usual = max(widths, key=lambda width: (widths[width], -width))
     return usual // _PART if usual >= WIDE else max(widths)

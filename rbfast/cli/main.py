@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(args, "device", None):  # now, not after an hour of reading
             device_of(args)
         code = args.run(args)
-        sys.stdout.flush()  # here, where a closed pipe can still be distinguished from a failure
+        sys.stdout.flush()  # here, because here a closed pipe can be told from a failure
         return code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit would fail again

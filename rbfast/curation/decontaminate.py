@@ -175,7 +175,7 @@ class Decontaminator:
         return Found(said, template, *self._variants(alike, asked, threads), *self._nearest(problems))
 
     def _variants(self, alike: np.ndarray, asked: Sequence[str], threads: int) -> tuple[Ragged, np.ndarray]:
-        """What each problem shares by short shingles, and how many it has, where it shares enough long ones."""
+        """What each problem shares by short shingles, and how many it has, if it shares enough long ones."""
         places = np.flatnonzero(alike)
         texts = text.pack(asked[place] for place in places.tolist())
         rows, _ = text.shingles(texts, _SHORT_SHINGLE, mask_digits=True, threads=threads)

@@ -126,7 +126,7 @@ def encode_all(
 def collate(examples: Sequence[Example]) -> dict[str, Any]:
     """Pack examples end to end without padding.
 
-    Returns `input_ids`, `position_ids` (from 0 in each example), `labels` and `roles`, int64 [1, T]; and where an
+    Returns `input_ids`, `position_ids` (from 0 in each example), `labels` and `roles`, int64 [1, T]; and if an
     example has signals `teacher_ids` int64 [N, k] (-1 is padding), `teacher_logprobs` float32 [N, k] and `teacher_rows`
     int64 [N], rows of the T axis. `text_rows` int64 are the rows with a label that have no signal. `lengths` is a list
     of the examples' lengths. A model keeps the examples apart by the restarting positions: give it no attention mask

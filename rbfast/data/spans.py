@@ -240,7 +240,7 @@ def _weigh(blanked: str, ends: np.ndarray, asks: np.ndarray) -> np.ndarray:
 
 
 def _marked_by_teacher(blanked: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Where plans stand that are marked as such, and where headings do.
+    """Where marked plans and headings are.
 
     A section ends at the next heading of its level or above. One that no heading ends may hold the solution too: it is
     no plan.

@@ -39,7 +39,7 @@ from rbfast.utils.records import check
 
 @dataclass(frozen=True)
 class Result:
-    """A problem, what the model wrote, and its grade in [0, 1]; what a guide put in.
+    """A problem, what the model wrote, its grade in [0, 1], and what a guide inserted.
 
     `sample` counts the completions of one problem.
     """

@@ -95,7 +95,7 @@ def grade(problem: Problem, completion: str, *, truncated: bool = False) -> floa
     """The score of a completion: 1.0 is correct, less may be partial credit of a task's own verifier.
 
     The answer is what `extract_answer` finds, else the last line. It counts if any plain reading of it (`readings`) is
-    equal to the expected one (`math_equality`), or passes the verifier; the rule is the same whoever wrote it.
+    equal to the expected one (`math_equality`), or passes the verifier; the rule is the same for every author.
 
     Args:
         truncated: the limit cut the completion: what stands after its last whole line or tag is no answer, and only a

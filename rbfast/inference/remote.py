@@ -237,7 +237,7 @@ class ServerSolver:
 
     Args:
         tokenizer: the served model's own, for its chat template and to count tokens; without it the model reads plain
-            text, and a text that is put in counts a token a byte.
+            text, and an inserted text counts a token a byte.
         concurrency: requests at a time.
 
     Raises:

@@ -8,7 +8,7 @@ order = state.write(" so x = 3.", tokens=1, entropy=0.4)   # None: let the model
 A completion is thinking, then answering, then done. The state is a fold over what was written: the same pieces of text
 give the same state whatever the batch, and the Hugging Face loop and the server client share it. An `Order` strikes the
 last pieces, if the model was inside of something that must not be cut, and puts a text in. What is struck has been
-paid for: every token that was ever written, put in or spent on a probe counts against the one budget.
+paid for: every token that was ever written, inserted or spent on a probe counts against the one budget.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Phase(Enum):
 
 @dataclass(frozen=True)
 class Order:
-    """What must happen now: the last `strike` pieces are struck, `text` is put in; with `end` the turn ends."""
+    """What must happen now: the last `strike` pieces are struck, `text` is inserted; with `end` the turn ends."""
 
     kind: str
     strike: int = 0
@@ -156,7 +156,7 @@ class GuideState:
         return self._joined(self.phrases.close + self.phrases.probe, 0)
 
     def probed(self, text: str, tokens: int) -> Order | None:
-        """Takes what the model wrote to a probe, for `tokens` tokens (put in and written, then thrown away)."""
+        """Takes what the model wrote to a probe, for `tokens` tokens (inserted and written, then discarded)."""
         self.spent += tokens
         self.probed_tokens += tokens
         self._next_probe += self.limits.probe_every
@@ -298,7 +298,7 @@ class GuideState:
         return Order(kind, strike, text)
 
     def _forget(self) -> None:
-        """After a text was put in, what came before it says nothing about what follows."""
+        """After a text was inserted, what came before it says nothing about what follows."""
         self._boundary.restart(self._pieces[-1][0])
         self._safe, self._repair, self._tail, self._due = len(self._pieces), "", "", None
         self._recent.clear()

@@ -1,7 +1,7 @@
 """Attention over a packed row, each example alone, for models that use PyTorch's scaled_dot_product_attention.
 
 Packing eight examples behind one mask makes attention compute all T x T scores and throw seven eighths away; on a CPU
-that is half of a training step. Given where the examples begin, each is attended to alone: on a GPU all of them by
+that is half of a training step. Given the start of each example, each is attended to alone: on a GPU all of them by
 one call of PyTorch's flash kernels for rows of many lengths, elsewhere one after the other. Told nothing, this is what
 transformers calls "sdpa", so a model may keep it.
 """

@@ -1,7 +1,7 @@
 """A frozen base spread over processes: each holds a part of every weight, and a layer is whole only while it runs.
 
     model, tokenizer = load_student("their/model")      # under torchrun, in CPU memory
-    shard(model, device="cuda")                         # before an adapter is attached; from here on as ever
+    shard(model, device="cuda")                         # before an adapter is attached; the rest is as usual
     distill(model, tokenizer, traces, "runs/first")
 
 Only the base is sharded (FSDP2, `torch.distributed.fsdp.fully_shard`). The adapter is small: it runs beside the
