@@ -79,7 +79,7 @@ def write_adapter(directory: str | Path, config: AdapterConfig, deltas: Mapping[
 def read_adapter(directory: str | Path) -> tuple[AdapterConfig, dict[str, Delta]]:
     """Reads and validates both files.
 
-    Raises FileNotFoundError where one is missing and ValueError, naming the first mismatch, for anything malformed.
+    Raises FileNotFoundError if one is missing and ValueError, naming the first mismatch, for anything malformed.
     """
     config = read_config(Path(directory) / CONFIG_FILE)
     path = Path(directory) / TENSOR_FILE
@@ -122,7 +122,7 @@ def write_lora(directory: str | Path, config: AdapterConfig, deltas: Mapping[str
     """Writes the adapter as a LoRA that PEFT, vLLM and llama.cpp load: A [r, in] is zero off the support.
 
     The rank is padded with zeros to the next one vLLM serves; `transposed` says the matrices are Conv1D.
-    Raises ValueError where the adapter's rank is larger than those.
+    Raises ValueError if the adapter's rank is larger than those.
     """
     needed = max(info.rank for info in config.modules.values())
     rank = next((rank for rank in LORA_RANKS if rank >= needed), None)

@@ -1,10 +1,10 @@
 """The delta of one matrix: its parameters, and the hooks that run it folded into the weight or beside it.
 
-    with unhooked(model), torch.no_grad():              # a folded delta costs a forward nothing at all
+    with unhooked(model), torch.no_grad():              # a folded delta costs a forward nothing
         model(...)
 
 Without gradients the hooks of a folded delta do nothing, but calling them takes time: `unhooked(model)` takes them off
-for a block, and so does `rbfast.evaluating(model)`, in which all completions of ours are written.
+for a block, and so does `rbfast.evaluating(model)`, which all our decoding uses.
 """
 
 import weakref
@@ -29,7 +29,7 @@ class SharedGather:
     def __init__(self) -> None:
         self.members = 0
         self._kept: tuple[weakref.ref, int, Tensor] | None = None  # the input, its version, and its columns
-        self._left = 0  # members that have yet to ask for them
+        self._left = 0  # members that have yet to take them
 
     def __call__(self, x: Tensor, cols: Tensor, run: int, dtype: torch.dtype) -> Tensor:
         if self.members == 1 or torch.compiler.is_compiling():  # a compiler merges equal gathers itself
@@ -66,7 +66,7 @@ class ColumnDelta(nn.Module):
         super().__init__()
         object.__setattr__(self, "linear", linear)  # not a submodule: the base stays outside the adapter's state
         device = next((t.device for t in (*linear.parameters(), *linear.buffers())), None)
-        # In one layout wherever they come from: fused optimizers pair values, gradients and moments by their place.
+        # In one layout, whatever their source: fused optimizers pair values, gradients and moments by their place.
         self.A, self.B = (
             nn.Parameter(torch.empty(part.shape, dtype=torch.float32, device=device).copy_(part))
             for part in (delta.A, delta.B)
@@ -90,7 +90,7 @@ class ColumnDelta(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base's weight as a writable [out, in] view, and the delta brought to its device: ask for it first."""
+        """The base's weight as a writable [out, in] view, and the delta moved to its device: call it first."""
         self._follow_base()
         view = matrix_view(self.linear)
         if view is None:
@@ -122,18 +122,18 @@ class ColumnDelta(nn.Module):
         return self.linear.__dict__.get(_DELTA) is self
 
     def hook(self) -> None:
-        """Puts the hooks on the matrix. The delta belongs to the matrix's own output: nobody's hook comes before it."""
+        """Puts the hooks on the matrix. Our hook runs first, because the delta belongs to the matrix's own output."""
         after = self.linear.register_forward_hook(self._after, prepend=True)
         self._hooks = self.linear.register_forward_pre_hook(self._before), after
 
     def unhook(self) -> None:
-        """Takes them off: where nothing asks for gradients a folded delta is in the weight and needs none."""
+        """Removes the hooks: without gradients a folded delta needs none, because it is in the weight."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = ()
 
     def release(self) -> None:
-        """Lets go of the matrix, for good."""
+        """Detaches from the matrix permanently."""
         self.unhook()
         del self.linear.__dict__[_DELTA]
         self._gather.members -= 1
@@ -195,7 +195,7 @@ def unhooked(model: nn.Module) -> Iterator[None]:
     """Within the block a folded adapter of `model` costs nothing: its hooks are off, and the forward is the base's own.
 
     For forwards without gradients: a backward would give the adapter none. Steps of an optimizer and load_state_dict()
-    fold as ever; after changing parameters by hand call adapter.fold(). Deltas beside the weight keep their hooks.
+    fold as usual; after changing parameters by hand call adapter.fold(). Deltas beside the weight keep their hooks.
     Blocks may nest, and the adapter may be disabled, merged or detached within one.
     """
     sites = [site for _, site in deltas_of(model) if site.folds and site._hooks]

@@ -1,4 +1,4 @@
-"""Scores: what a model's gradient on reasoning traces says of each column of each matrix.
+"""Scores: how a model's gradient on reasoning traces rates each column of each matrix.
 
     scores = score_columns(model, batches, loss_fn)
     scores.save("scores.safetensors")

@@ -39,7 +39,7 @@ START_NORM = 0.1
 
 @dataclass(frozen=True)
 class Start:
-    """Where one delta starts: cols [s] int64 sorted, A [k, s] fp32 (B starts at zero), and its score if it has one."""
+    """The start of one delta: cols [s] int64 sorted, A [k, s] fp32 (B starts at zero), and its score if it has one."""
 
     cols: Tensor
     A: Tensor
@@ -182,7 +182,7 @@ def _columns(runs: Tensor, in_features: int, support: int) -> Tensor:
 
 
 def _start(name: str, rank: int, support: int, seed: int) -> Tensor:
-    """A random A [rank, support] with rows of norm START_NORM: so small that a few steps turn it where the traces need.
+    """A random A [rank, support] with rows of norm START_NORM: so small that a few steps turn it as the traces need.
 
     The gradient's leading directions make a worse start: they are the inputs that are large for every token.
     """
@@ -205,7 +205,7 @@ def _whole_runs(shapes: Mapping[str, Shape], columns: int, rank: int) -> dict[st
 
 
 def _most(shapes: Mapping[str, Shape]) -> int:
-    """The widest support that is taken unasked: of a large model a part of the usual inputs, of a small one all."""
+    """The widest support that is taken by default: of a large model a part of the usual inputs, of a small one all."""
     widths = Counter(shape.in_features for shape in shapes.values())
     usual = max(widths, key=lambda width: (widths[width], -width))
     return usual // _PART if usual >= WIDE else max(widths)

@@ -2,7 +2,7 @@
 
     adapter = SparseAdapter.attach(model, density=0.003)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3)
-    model(...).loss.backward(); optimizer.step()        # the deltas fold into the weights by themselves
+    model(...).loss.backward(); optimizer.step()        # the deltas fold into the weights automatically
     adapter.save_pretrained("out/")
 
 A delta runs in one of two ways. Folded, it is written into the frozen weight after every optimizer step: the forward is
@@ -50,7 +50,7 @@ class MatrixSummary:
 class SparseAdapter(nn.Module):
     """Deltas attached to a model. Made by `attach` or `from_pretrained`; its parameters are `<module>.A` and `.B`.
 
-    Where the model is moved to another device afterwards, its deltas follow with the next forward; before that, and
+    If the model is moved to another device afterwards, its deltas follow with the next forward; before that, and
     before torch.compile, `adapter.to(device)` moves them.
 
     left_out: by name, the shape of every weight of two or more dimensions that has no delta; embeddings and head aside.
@@ -123,7 +123,7 @@ class SparseAdapter(nn.Module):
 
     def fold(self) -> None:
         """Writes every delta into its weight. Only needed after changing parameters by hand under torch.compile or in
-        `unhooked`: optimizer steps, load_state_dict and, elsewhere, the next forward do it by themselves."""
+        `unhooked`: optimizer steps, load_state_dict and, elsewhere, the next forward do it automatically."""
         for site in self.sites().values():
             if site.folds and site.enabled:
                 site.fold()
@@ -184,7 +184,7 @@ class SparseAdapter(nn.Module):
 
     @property
     def parameters_of_base(self) -> int:
-        """All parameters of the base, of a quantised matrix the values that it stands for."""
+        """All parameters of the base, of a quantised matrix the values that it represents."""
         return self._base_count
 
     @property
@@ -200,7 +200,7 @@ class SparseAdapter(nn.Module):
         )
 
     def surviving_share(self) -> float:
-        """The share of non-zero fp32 changes that survive the fold's rounding; 1 where there is no change to lose."""
+        """The share of non-zero fp32 changes that survive the fold's rounding; 1 if there is no change to lose."""
         self._require("attached", "ask for the surviving share of")
         counts = [site.survivors() for site in self.sites().values() if site.folds]
         wanted = sum(count for _, count in counts)

@@ -44,7 +44,7 @@ def add_load_in(sub: argparse.ArgumentParser) -> None:
 
 
 def add_device(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
+    sub.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
 
 
 def add_formats(sub: argparse.ArgumentParser) -> None:

@@ -18,8 +18,8 @@ from rbfast.cli.common import (
 
 
 def add_convert(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("source", help="JSONL, JSON or Parquet file of any known shape, or the hub id of a dataset")
-    sub.add_argument("-o", "--out", type=Path, required=True, help="JSONL file to write; beside it what was not read")
+    sub.add_argument("source", help="JSONL, JSON or Parquet file of any known format, or the hub id of a dataset")
+    sub.add_argument("-o", "--out", type=Path, required=True, help="JSONL file to write; unreadable rows go beside it")
     add_formats(sub)
 
 
@@ -82,22 +82,22 @@ def run_curate(args: argparse.Namespace) -> int:
 def add_teach(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", help="the teacher, as the server names it; without --server: hub id or local folder")
     sub.add_argument("source", help="problems (file, hub id, reasoning-gym generator); with --score: traces")
-    sub.add_argument("-o", "--out", type=Path, required=True, help="folder to write; the same command goes on there")
+    sub.add_argument("-o", "--out", type=Path, required=True, help="folder to write; the same command resumes there")
     sub.add_argument("--server", metavar="URL", help="an OpenAI-compatible server, up to /v1; key: RBFAST_API_KEY")
     sub.add_argument("--concurrency", type=int, default=8, help="requests at a time (default: 8)")
     asked = sub.add_argument_group("solutions")
     asked.add_argument("-n", type=int, help="problems to ask (default: all, or 50 of a generator)")
     asked.add_argument("--samples", type=int, default=1, help="solutions per problem (default: 1)")
     asked.add_argument("--temperature", type=float, default=0.7, help="default: 0.7")
-    asked.add_argument("--prices", type=float, nargs=2, metavar=("READ", "WRITTEN"), help="of a million tokens")
-    asked.add_argument("--max-cost", type=float, help="nothing is asked that could cost more, in the prices' currency")
-    asked.add_argument("--max-total-tokens", type=int, help="nothing is asked that could take more")
+    asked.add_argument("--prices", type=float, nargs=2, metavar=("READ", "WRITTEN"), help="per million tokens")
+    asked.add_argument("--max-cost", type=float, help="send nothing that could cost more, in the prices' currency")
+    asked.add_argument("--max-total-tokens", type=int, help="send nothing that could take more")
     scored = sub.add_argument_group("log-probs")
-    scored.add_argument("--score", action="store_true", help="log-probs of the traces in SOURCE, ask for nothing new")
+    scored.add_argument("--score", action="store_true", help="get log-probs of the traces in SOURCE, no new solutions")
     scored.add_argument("--student", help="whose tokens: hub id, local folder, or smollm2-135m")
     scored.add_argument("-k", type=int, default=32, help="candidates per token (default: 32)")
     scored.add_argument("--align", action="store_true", help="the teacher may have other tokens: take the shared ones")
-    scored.add_argument("--dialect", choices=["vllm", "echo"], default="vllm", help="how the server is asked")
+    scored.add_argument("--dialect", choices=["vllm", "echo"], default="vllm", help="the form of the requests")
     scored.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="of a local teacher's weights")
     sub.add_argument("--max-tokens", type=int, default=4096, help="of a solution, or of a trace (default: 4096)")
     add_formats(sub)

@@ -127,7 +127,7 @@ def add_eval(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--temperature", type=float, help="default: 0 for one sample, 0.8 for several")
     sub.add_argument("--max-new-tokens", type=int, default=512, help="tokens per completion, at most (default: 512)")
     sub.add_argument("--batch-size", type=int, default=32, help="completions at a time (default: 32)")
-    sub.add_argument("-o", "--out", type=Path, help="JSONL file of every completion, with which it goes on")
+    sub.add_argument("-o", "--out", type=Path, help="JSONL file of every completion; the same command resumes from it")
     add_formats(sub)
 
 

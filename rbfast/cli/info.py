@@ -68,9 +68,7 @@ def _model(args: argparse.Namespace) -> int:
 
 
 def _add_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "model", nargs="?", help="say what this model takes and what its adapter would be; no weights are loaded"
-    )
+    sub.add_argument("model", nargs="?", help="show the memory and the adapter of this model; no weights are loaded")
 
 
 INFO = Command(

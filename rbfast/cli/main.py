@@ -26,10 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(args, "device", None):  # now, not after an hour of reading
             device_of(args)
         code = args.run(args)
-        sys.stdout.flush()  # here, where a pipe that nobody reads any more can still be told from a failure
+        sys.stdout.flush()  # here, because here a closed pipe can be told from a failure
         return code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would fail again at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit would fail again
         return 1
     except (ValueError, OSError, ImportError) as error:
         print(f"rbfast {args.command}: error: {error}", file=sys.stderr)
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rbfast {args.command}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"rbfast {args.command}: interrupted; the same command goes on from what is saved", file=sys.stderr)
+        print(f"rbfast {args.command}: interrupted; run the same command to resume", file=sys.stderr)
         return 1
 
 

@@ -58,7 +58,7 @@ def add_distill(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--shard", type=int, metavar="PROCESSES", help="spread each copy of MODEL over so many processes")
     sub.add_argument("--max-tokens", type=int, help="leave longer traces out, and list them (default: 4096)")
     sub.add_argument("--save-steps", type=int, help="steps between checkpoints (default: 50)")
-    sub.add_argument("--plan", action="store_true", help="say what memory the run would take, and train nothing")
+    sub.add_argument("--plan", action="store_true", help="print the memory that the run would take, and train nothing")
     add_formats(sub)
     _add_objective(sub)
 
@@ -71,7 +71,7 @@ def _add_objective(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--temperature", type=float, nargs="+", help="one for all roles, or one for each (default: 1)")
     group.add_argument("--beta", type=float, help="0 forward KL, 1 reverse KL, between: Jensen-Shannon (default: 0)")
     group.add_argument(
-        "--ce-weight", type=float, dest="ce_share", help="the text's share where a teacher has log-probs (default: 0.5)"
+        "--ce-weight", type=float, dest="ce_share", help="the text's share if a teacher has log-probs (default: 0.5)"
     )
     group.add_argument("--gradient-filter", type=float, help="share of a gradient that a CPU may skip (default: 0)")
 
@@ -88,7 +88,7 @@ def run_distill(args: argparse.Namespace) -> int:
         return print_result(args, plan.to_dict(), str(plan))
     run = distill(model, tokenizer, traces, args.out, config, quiet=args.json, signals=args.signals, teacher=teacher)
     if os.environ.get("RANK", "0") != "0":
-        return 0  # the first process speaks for all
+        return 0  # only the first process prints
     plot_losses(run.log_history, args.out / "losses.png")
     if run.found:
         print(
@@ -129,7 +129,7 @@ def _by_role(suffix: str, values: list[float] | None) -> dict[str, float]:
 
 
 def _load_models(args: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """The student, its tokenizer and the teacher, if there is one, spread over processes if that is asked for."""
+    """The student, its tokenizer and the teacher, if there is one, spread over processes with --shard."""
     from rbfast.models.student import load_teacher
 
     if args.shard and args.load_in:

@@ -18,7 +18,7 @@ class Transcript:
         self._console = console or Console(highlight=False)
 
     def write(self, kind: str, text: str) -> None:
-        """A piece of `think` or `answer`, or the text that an intervention of this kind puts in."""
+        """A piece of `think` or `answer`, or the text that an intervention of this kind inserts."""
         if self.quiet:
             return
         if kind in _STYLES:

@@ -1,9 +1,9 @@
-"""What is said of each item of a pool by itself: is it whole, what is its problem, how hard and how good.
+"""What is known of each item of a pool alone: is it whole, what is its problem, how hard and how good.
 
     part = Assessor(decontaminator)(rows)         # rows: [("pool.jsonl:1", {"problem": ..., ...}), ...]
 
-An assessor can be sent to other processes, keeps nothing from one call to the next, and says the same of an item
-whatever stands beside it: so the parts of a pool may be assessed anywhere, and joined in order.
+An assessor can be sent to other processes, keeps nothing between calls, and assesses an item in the same way
+whatever is beside it. So the parts of a pool may be assessed anywhere, and joined in order.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +24,7 @@ _FINISHED = {"stop", "eos", "eos_token", "end_turn", "stop_sequence"}
 _END_FIELDS = ("finish_reason", "done_reason", "stop_reason")
 
 Verify = Callable[[Trace, Mapping[str, Any]], bool | None]
-"""Whether a trace's answer is right, from the trace and the row it came in; None where that cannot be said."""
+"""Whether a trace's answer is right, from the trace and the row it came in; None if unknown."""
 TraceMeasure = Callable[[Trace], float]
 """How hard, or how good, a trace is: higher for harder (or better)."""
 
@@ -50,8 +50,7 @@ class Part(NamedTuple):
 class Assessor:
     """Assesses rows. The measures are functions, so that others can take their place.
 
-    `quality` takes the place of the built-in mark; `difficulty` that of the trace's length; `verify` that of
-    `verify_answer`.
+    `quality` replaces the built-in mark, `difficulty` the trace's length, and `verify` `verify_answer`.
     """
 
     decontaminator: Decontaminator
@@ -100,12 +99,12 @@ class Assessor:
 
 
 def verify_answer(trace: Trace, row: Mapping[str, Any]) -> bool | None:
-    """What the trace says of itself (`verified`), else its answer graded against the row's `reference`, else None.
+    """The trace's own `verified`, else its answer graded against the row's `reference`, else None.
 
     A reference may be a solution that marks its answer. Grading is `rbfast.grading.grade.grade`'s.
 
     Raises:
-        ImportError: two answers that are not the same to the letter may be to a mathematician, and math-verify is not
+        ImportError: two answers differ as texts, comparing them needs math-verify, and it is not
             installed.
     """
     if trace.verified is not None:
@@ -151,7 +150,7 @@ def _cut_by_server(row: Mapping[str, Any]) -> str | None:
 
 
 def _finished(row: Mapping[str, Any]) -> bool:
-    """Whether the server said that the reply came to its end."""
+    """Whether the server said that the reply is complete."""
     return any(row.get(field) in _FINISHED for field in _END_FIELDS)
 
 

@@ -1,9 +1,9 @@
-"""Reason1K: from a pool of traces the thousand to train on, with a reason for every one that is left out.
+"""Reason1K: the thousand traces of a pool to train on, with a reason for every one that is left out.
 
     result = curate(["pool.jsonl"], "reason1k/", CurateConfig(size=1000, against=["math500.jsonl"], seed=0))
     print(result.stages)                       # clean, decontaminate, dedup, score, select: in, dropped why, out
 
-Writes `reason1k.jsonl` (in the order of the pool), `dropped.jsonl` (every other item: where it stands, its stage, its
+Writes `reason1k.jsonl` (in the order of the pool), `dropped.jsonl` (every other item: its location, its stage, its
 reason, what it matched), `datasheet.json` and `datasheet.html`. The same arguments give the same bytes, for any number
 of processes, here or on a Ray cluster.
 
@@ -42,7 +42,7 @@ class Weights:
 
     difficulty: float = 0.5
     quality: float = 0.4
-    verified: float = 0.1  # 1 where the answer is known to be right, 0.5 where nothing is known
+    verified: float = 0.1  # 1 if the answer is known to be right, 0.5 if nothing is known
 
     def __post_init__(self) -> None:
         if min(asdict(self).values()) < 0 or not 0 < sum(asdict(self).values()) < float("inf"):
@@ -57,7 +57,7 @@ class Curation:
     selected: int
     stages: list[Stage]
     datasheet: dict[str, Any] = field(repr=False)
-    formats: dict[Source, list[str]] = field(default_factory=dict, repr=False)  # as what each source was read
+    formats: dict[Source, list[str]] = field(default_factory=dict, repr=False)  # the format of each source
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class CurateConfig:
             )
 
     def settings(self, pool: Pool) -> dict[str, Any]:
-        """What the datasheet says of a curation."""
+        """The settings of a curation, for its datasheet."""
         return {
             "seed": self.seed,
             "size": self.size,
@@ -129,7 +129,7 @@ def curate(
         TraceError: a file that cannot be read, or of whose first 100 rows none is a trace. Any other row that is no
             trace is dropped with its reason.
         ValueError: nothing in the pool, or a pass rate outside [0, 1].
-        ImportError: Ray is asked for, and Ray Data is not installed.
+        ImportError: `ray` is set, and Ray Data is not installed.
     """
     out = Path(out)
     read = Pool((pool,) if isinstance(pool, str | Path) else tuple(pool), config.formats)

@@ -32,7 +32,7 @@ def describe(settings: Mapping[str, Any], ledger: Ledger, difficulty: np.ndarray
     """The datasheet as JSON values. `before` counts the items without a flaw, `after` the chosen ones.
 
     Args:
-        difficulty: float [items], NaN where an item was dropped before it was scored.
+        difficulty: float [items], NaN if an item was dropped before it was scored.
         chosen: the items selected.
     """
     part = ledger.part
@@ -74,7 +74,7 @@ def _domains(domains: Sequence[str], eligible: np.ndarray, after: np.ndarray) ->
 
 
 def _contamination(ledger: Ledger) -> list[dict[str, Any]]:
-    """The evaluation problems that were met most, with the tiers they were seen in."""
+    """The evaluation problems that were matched most, with the tiers that matched."""
     tiers: dict[int, Counter[str]] = {}
     for match in ledger.matches:
         if match:

@@ -12,7 +12,7 @@ which form to answer ("Express your answer as a common fraction.") counts for no
 - template: with every number masked at least four fifths of it is there: the same problem with other numbers;
 - variant: with every number masked 55% of both problems is shared, in 3-shingles, and a tenth with the numbers: the
   same problem with other numbers, names or a clause more;
-- paraphrase: the embeddings of the two are close. Only where a function that embeds texts is given.
+- paraphrase: the embeddings of the two are close. Only if a function that embeds texts is given.
 
 In a pool that is read in parts, `Decontaminator.find` runs on each part alone and `Decontaminator.judge` once on all
 that was found: how rare a shingle is, is known at the end.
@@ -67,7 +67,7 @@ class Found(NamedTuple):
     template: Ragged
     variant: Ragged
     sizes: np.ndarray  # int64 [n], how many shingles of a variant's kind a problem has; 0 if it can be none
-    nearest: np.ndarray  # int32 [n], by embedding; -1 where there is none
+    nearest: np.ndarray  # int32 [n], by embedding; -1 if there is none
     cosine: np.ndarray  # float32 [n]
 
 
@@ -175,7 +175,7 @@ class Decontaminator:
         return Found(said, template, *self._variants(alike, asked, threads), *self._nearest(problems))
 
     def _variants(self, alike: np.ndarray, asked: Sequence[str], threads: int) -> tuple[Ragged, np.ndarray]:
-        """What each problem shares by short shingles, and how many it has, where it shares enough long ones."""
+        """What each problem shares by short shingles, and how many it has, if it shares enough long ones."""
         places = np.flatnonzero(alike)
         texts = text.pack(asked[place] for place in places.tolist())
         rows, _ = text.shingles(texts, _SHORT_SHINGLE, mask_digits=True, threads=threads)

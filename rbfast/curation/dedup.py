@@ -4,7 +4,7 @@
     keeper[i] == i                                     # i is kept; else i says again what keeper[i] says
 
 Problems of the same tokens are one problem, whatever their answers: one of them may be wrong. Problems whose shingles
-mostly agree (MinHash) count as one only where their answers agree, and the numbers, letters and signs in them: problems
+mostly agree (MinHash) count as one only if their answers agree, and the numbers, letters and signs in them: problems
 made from a template share most of their words and are different problems all the same.
 """
 
@@ -35,7 +35,7 @@ def key_of(problem: str, answer: str) -> int:
 def duplicates(
     fingerprints: np.ndarray, signatures: np.ndarray, keys: np.ndarray, preference: np.ndarray
 ) -> np.ndarray:
-    """For each item the item that stands for it, int64 [n].
+    """For each item the item that represents it, int64 [n].
 
     Args:
         fingerprints: of the problem's tokens, uint64 [n]; 0 is a problem without tokens, like no other.

@@ -1,4 +1,4 @@
-"""What became of every item of a pool: the stage that dropped it, why, and what it was compared with."""
+"""The fate of every item of a pool: the stage that dropped it, why, and what it was compared with."""
 
 from collections import Counter
 from collections.abc import Mapping

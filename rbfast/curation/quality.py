@@ -1,4 +1,4 @@
-r"""What a trace's own text says of it: whether it is whole, and how well it reasons.
+r"""What the text of a trace shows: whether it is whole, and how well it reasons.
 
     repetition = repeated_shares(["Let me check ...", ...])
     flaw(trace, repetition[0])                     # None, or "truncated: it ends inside \[ ... \]"
@@ -6,7 +6,7 @@ r"""What a trace's own text says of it: whether it is whole, and how well it rea
 
 The four cues are LIMO's (arXiv 2502.03387: elaboration, self-verification, exploration, granularity), each a count per
 word that saturates, so that a trace is not better for saying "check" in every line. They say how a text is written, not
-that it is right: that is the verifier's to say.
+that it is right: that takes a verifier.
 """
 
 import math
@@ -22,7 +22,7 @@ import numpy as np
 from rbfast.curation import text
 from rbfast.data.trace import Trace
 
-_LOOP_SHINGLE = 20  # tokens; nobody writes twenty in a row twice without looping or quoting
+_LOOP_SHINGLE = 20  # tokens; twenty in a row come twice only in a loop or a quotation
 _MOST_REPEATED = 0.3  # share of a text; complete traces of three models stay below 0.11, looping ones above 0.6
 _MOST_FOREIGN = 0.05  # share of letters
 
@@ -45,7 +45,7 @@ _LEAST_LINES = 4  # before their full stops say anything of the last
 def flaw(trace: Trace, repetition: float, *, finished: bool = False) -> str | None:
     """Why a trace cannot be used, as "kind: what was seen", or None.
 
-    What was cut off is seen by its text only where the cut shows, and an ending may look like a cut and be none. Better
+    What was cut off is seen in its text only if the cut shows, and an ending may look like a cut and be none. Better
     than both is another's word: a trace that is `finished`, or whose answer was verified, is not called cut.
 
     Args:
@@ -189,7 +189,7 @@ class Quality(NamedTuple):
     verification: float  # cues per word, up to 1.5 in a hundred
     exploration: float  # the same, up to 2
     granularity: float  # connectives per word, up to 6 in a hundred
-    completeness: float  # 1 where the reasoning arrives at the answer, else 0.5
+    completeness: float  # 1 if the reasoning arrives at the answer, else 0.5
     repetition: float  # the share that repeats itself: 0 the best
 
     @property
@@ -231,7 +231,7 @@ def _arrives(trace: Trace) -> bool:
 
 
 def proxy_difficulty(trace: Trace) -> float:
-    """How hard a trace's problem may be where no student has tried it: the logarithm of the trace's length.
+    """How hard a trace's problem may be if no student has tried it: the logarithm of the trace's length.
 
     Teachers write more on what is harder; s1 (arXiv 2501.19393) picks by length too. Compare ranks, not values.
     """

@@ -1,11 +1,11 @@
-"""Choosing a few items from many: every domain its share, from the best of each those that stand for the rest.
+"""Choosing a few items from many: every domain its share, from the best of each those that represent the rest.
 
     share = quotas([900, 100, 4], size=40)                          # [28, 9, 3]: by square roots
     short = shortlist(merits, ties, domains, share)                 # the best of each domain
     chosen = represent(pack(problems of short[0]), share[0])        # places in short[0], in the order chosen
 
-Square roots let small domains be heard without letting them rule. Merit alone would choose near copies of the best
-item; facility location chooses, from those with merit, items unlike each other and like what they stand for.
+Square roots give small domains a share without letting them dominate. Merit alone would choose near copies of the best
+item; facility location chooses, from those with merit, items unlike each other and like what they represent.
 """
 
 import math
@@ -69,6 +69,6 @@ def shortlist(
 
 
 def represent(texts: Texts, size: int, *, threads: int = 1) -> np.ndarray:
-    """`size` places of `texts` that best stand for all of them by their words, int64, in the order chosen."""
+    """`size` places of `texts` that best represent all of them by their words, int64, in the order chosen."""
     vectors, values = text.unit_vectors(texts, threads=threads)
     return text.facility_location(vectors, values, size, threads=threads)[0]

@@ -1,4 +1,4 @@
-"""Many texts at a time: tokens, shingles, sketches, and choosing a few that stand for all.
+"""Many texts at a time: tokens, shingles, sketches, and choosing a few that represent all.
 
     texts = pack(["Find $\\frac12+1$.", "Find \\(\\dfrac{1}{2} + 1\\)."])          # the same tokens
     hashes, counts = shingles(texts, 5)                                            # Ragged of sorted distinct uint64
@@ -155,7 +155,7 @@ def shingles(texts: Texts, k: int, *, mask_digits: bool = False, threads: int = 
 
 
 def fingerprints(texts: Texts, *, threads: int = 1) -> np.ndarray:
-    """One hash for all the tokens of each text in their order, uint64 [n]; 0 where a text has none.
+    """One hash for all the tokens of each text in their order, uint64 [n]; 0 if a text has none.
 
     Two of a million different texts agree with a probability of 3e-8.
     """
@@ -180,7 +180,7 @@ def containment(
     least: float,
     threads: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each row the item it holds the largest share of, and that share, where it is at least `least`.
+    """For each row the item it holds the largest share of, and that share, if it is at least `least`.
 
     Args:
         found: terms of each row, as `find` gives them.
@@ -208,7 +208,7 @@ def minhash(rows: Ragged, width: int, *, threads: int = 1) -> np.ndarray:
 def facility_location(
     vectors: Ragged, values: np.ndarray, size: int, *, threads: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The `size` rows that best stand for all, greedily: each next one adds most to sum_i max_j in chosen <x_i, x_j>.
+    """The `size` rows that best represent all, greedily: each next one adds most to sum_i max_j in chosen <x_i, x_j>.
 
     Args:
         vectors: the features of each row, int32, 0 or more, each at most once.

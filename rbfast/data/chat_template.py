@@ -1,4 +1,4 @@
-"""What a model's chat template makes of a problem, and how it ends a turn: the same in training and at inference."""
+"""A problem in a model's chat template, and how a turn ends: the same in training and at inference."""
 
 from __future__ import annotations
 

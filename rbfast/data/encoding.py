@@ -29,9 +29,9 @@ IGNORE = -100
 class Example:
     """One tokenised trace: prompt, completion, end of turn.
 
-    Labels are already shifted: `labels[i]` is `input_ids[i + 1]` where that token is the student's to write, else
+    Labels are already shifted: `labels[i]` is `input_ids[i + 1]` if that token is the student's to write, else
     IGNORE; `roles[i]` is the role of `labels[i]`, else NO_ROLE. The teacher's top-k for `labels[teacher_rows[j]]` is
-    row j of `teacher_ids` and `teacher_logprobs`; where a row is short it ends in id 0 at log-prob -inf.
+    row j of `teacher_ids` and `teacher_logprobs`; a short row ends in id 0 at log-prob -inf.
     """
 
     input_ids: np.ndarray  # int64 [n], and so are labels and roles
@@ -47,8 +47,8 @@ def encode(trace: Trace, tokenizer: "PreTrainedTokenizerBase", *, max_tokens: in
     """Tokenise prompt and completion apart, as they meet at inference, and give every trained token its role.
 
     A token has the role of its first character that is no white space. Special tokens that are spelled out in a
-    completion stay text. Raises TraceError where the trace is longer than `max_tokens` (it is never cut) or its
-    signals do not fit the tokens; ValueError where the tokenizer gives no offsets or has no end of turn.
+    completion stay text. Raises TraceError if the trace is longer than `max_tokens` (it is never cut) or its
+    signals do not fit the tokens; ValueError if the tokenizer gives no offsets or has no end of turn.
     """
     if not tokenizer.is_fast:
         raise ValueError(f"roles need a fast tokenizer (one that gives offsets), got {type(tokenizer).__name__}")
@@ -126,7 +126,7 @@ def encode_all(
 def collate(examples: Sequence[Example]) -> dict[str, Any]:
     """Pack examples end to end without padding.
 
-    Returns `input_ids`, `position_ids` (from 0 in each example), `labels` and `roles`, int64 [1, T]; and where an
+    Returns `input_ids`, `position_ids` (from 0 in each example), `labels` and `roles`, int64 [1, T]; and if an
     example has signals `teacher_ids` int64 [N, k] (-1 is padding), `teacher_logprobs` float32 [N, k] and `teacher_rows`
     int64 [N], rows of the T axis. `text_rows` int64 are the rows with a label that have no signal. `lengths` is a list
     of the examples' lengths. A model keeps the examples apart by the restarting positions: give it no attention mask

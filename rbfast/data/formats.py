@@ -5,7 +5,7 @@ interpret({"question": "2+2?", "answer": "Add.\\n#### 4"}).rows     # [{"problem
 interpret(row, FormatOptions(fields={"problem": "q", "reasoning": "work", "answer": "gold"}))
 ```
 
-What a row is taken for depends on that row alone. docs/formats.md lists the shapes.
+The format of a row depends on that row alone. docs/formats.md lists the formats.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ class FormatOptions:
     """How rows are read, if not by what their fields mean.
 
     Args:
-        format: one of FORMATS; nothing else is looked for.
+        format: one of FORMATS; only this one is tried.
         fields: the field that holds the problem, the answer, ...: `{"problem": "q", "answer": "info.gold"}`.
         teacher_field: which teacher's trajectory, of several: the start of the field's name, or the whole name.
 
@@ -54,7 +54,7 @@ AUTO = FormatOptions()
 
 @dataclass(frozen=True)
 class Interpretation:
-    """What a row was taken for, in words for people, and the traces in it as rows with the fields of a trace."""
+    """The format of a row, in words for people, and the traces in it as rows with the fields of a trace."""
 
     name: str
     rows: list[Mapping[str, Any]]
@@ -98,7 +98,7 @@ def _as_native(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _name(form: str, row: Row, asked: "_Question") -> str:
-    """What people call such rows."""
+    """The name of such rows, for people."""
     names = {"generations": "problems with generations", "completions": "prompts with completions"}
     names |= {"solutions": "problems with solutions", "conversations": "conversations"}
     if form == "trajectories":
@@ -123,7 +123,7 @@ class _Question:
 
 
 def _question(row: Row) -> _Question:
-    """What is asked: a conversation's own question before that of another field."""
+    """The question: a conversation's own before that of another field."""
     conversation = None if "problem" in row.fields and "conversation" not in row.fields else _conversation(row)
     system = row.text("system")
     if conversation is not None:

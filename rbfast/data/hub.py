@@ -16,7 +16,7 @@ FORMS = "owner/name, owner/name:split or owner/name:config:split"
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A split of a dataset, of one of its configs where it has several."""
+    """A split of a dataset, of one of its configs if it has several."""
 
     name: str
     config: str | None
@@ -27,13 +27,13 @@ class HubDataset:
 
 
 def named(text: str, split: str) -> HubDataset | None:
-    """What `text` names, with `split` where it names none; None if it is not of one of the FORMS."""
+    """What `text` names, with `split` if it names none; None if it is not of one of the FORMS."""
     match = _NAME.fullmatch(text)
     return match and HubDataset(match["name"], match["config"], match["split"] or split)
 
 
 def load_rows(dataset: HubDataset, streaming: bool = False) -> Iterable[dict[str, Any]]:
-    """Its rows, one at a time as they arrive where `streaming`. Raises ValueError where they cannot be had."""
+    """Its rows, one at a time as they arrive if `streaming`. Raises ValueError if they cannot be loaded."""
     import datasets
 
     whole = "[" not in dataset.split  # a slice cannot be streamed

@@ -39,7 +39,7 @@ def read_traces(
     Args:
         limit: the first so many, if not all.
         options: how rows are read, if not by what their fields mean.
-        on_error: "raise" stops at the first row that holds no trace; "skip" goes on past it with a warning.
+        on_error: "raise" stops at the first row that holds no trace; "skip" skips it with a warning.
         unreadable: JSONL file for the rows that were skipped: where each stands, and why.
 
     Raises:
@@ -62,7 +62,7 @@ PATIENCE = 100  # rows without a trace, at the start of a source
 
 
 class TraceReader:
-    """The traces of a source, one at a time; what its rows were read as (`counts`), and those that were not, with why
+    """The traces of a source, one at a time; the formats of its rows (`counts`), and skipped rows with the reason
     (`unreadable`). With `skip` it gives up if none of the first `patience` rows holds a trace."""
 
     def __init__(
@@ -117,7 +117,7 @@ class TraceReader:
         )
 
     def summary(self) -> str:
-        """As what the rows were read: "reads 17,398 rows as OpenThoughts conversations"."""
+        """The formats found: "reads 17,398 rows as OpenThoughts conversations"."""
         read = " and ".join(f"{_rows_in_words(count)} as {name}" for name, count in self.counts.most_common())
         left = f"; {_rows_in_words(len(self.unreadable))} not read" if self.unreadable else ""
         return f"reads {read or 'no rows'}{left}"
@@ -150,7 +150,7 @@ def read_native_rows(
     source: str | Path, options: FormatOptions = AUTO, *, note: Callable[[list[str]], None] | None = None
 ) -> Iterator[tuple[str, Any]]:
     """Every trace as a row with the fields of a trace, unchecked, and the TraceError in place of a row that holds none;
-    sources as for `read_traces`. `note` gets as what each row was read."""
+    sources as for `read_traces`. `note` gets the format of each row."""
     for where, row in _rows(source, "train", streaming=True, lenient=True):
         if isinstance(row, TraceError):
             yield where, row

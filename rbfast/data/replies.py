@@ -222,7 +222,7 @@ def _first(value: object) -> object:
 
 
 def _chosen(row: Row, found: Sequence[tuple[Field, Any]]) -> list[tuple[Field, Any]]:
-    """The fields of one teacher: the one asked for, the only one, else the first that is graded right, else the first
+    """The fields of one teacher: the requested one, the only one, else the first that is graded right, else the first
     graded."""
     teachers = list(dict.fromkeys(one.teacher for one, _ in found))
     if row.teacher_field is not None:

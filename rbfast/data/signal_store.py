@@ -7,8 +7,8 @@ with SignalStore(folder, teacher="my-teacher", k=32) as store:
 missing = SignalStore.open(folder).fill(examples)                # before training
 ```
 
-A trace is known by its token ids, so that signals of another text or another tokenizer are never taken for its own.
-What is not listed is the tail: its mass is 1 minus the sum, which is why log-probs are kept in fp32 (rounded to 16 bits
+A trace is looked up by its token ids, so that signals of another text or tokenizer are never taken for its own.
+Unlisted tokens are the tail: its mass is 1 minus the sum, so log-probs are kept in fp32 (rounded to 16 bits
 they would change the gradient of a student near the teacher by percents). A token takes `k` times 6 bytes, or 8 in
 vocabularies above 65,536.
 """
@@ -50,7 +50,7 @@ class _Entry:
 
 
 class SignalStore:
-    """A folder of shards that grows; whole shards only, so that an interrupted run goes on after the last one."""
+    """A folder of shards that grows; whole shards only, so that an interrupted run resumes after the last one."""
 
     def __init__(self, folder: str | Path, teacher: str, k: int, vocabulary: int) -> None:
         """Opens the folder, or makes it.
@@ -80,7 +80,7 @@ class SignalStore:
 
     @classmethod
     def open(cls, folder: str | Path) -> SignalStore:
-        """An existing folder. Raises ValueError where it holds no signals."""
+        """An existing folder. Raises ValueError if it holds no signals."""
         about = _read_manifest(Path(folder) / MANIFEST)
         return cls(folder, about["teacher"], about["k"], about["vocabulary"])
 
@@ -163,7 +163,7 @@ class SignalStore:
                 )
 
     def _shard(self, number: int) -> dict[str, np.ndarray]:
-        """One shard, kept until another is asked for. Raises ValueError, naming the file, where it is broken."""
+        """One shard, kept until another is read. Raises ValueError, naming the file, if it is broken."""
         if self._loaded is None or self._loaded[0] != number:
             path = self._shards[number]
             try:

@@ -39,7 +39,7 @@ _OPENING_REACH = 24  # characters; a cue of intention further into a unit says l
 
 # What is protected
 
-_BLANK = "\0"  # stands for a protected character; counts as mathematics
+_BLANK = "\0"  # replaces a protected character; counts as mathematics
 _OPENER = re.compile(r"```|\$\$|(?<![\\$])\$(?=[^\s$])|\\\(|\\\[|\\begin\{[a-zA-Z]{1,20}\*?\}")
 _CLOSER = {"```": "```", "$$": "$$", "\\(": "\\)", "\\[": "\\]"}
 # pandoc's rule: neither what follows an opening dollar nor what precedes a closing one is a space, and no digit follows
@@ -55,7 +55,7 @@ _NO_SENTENCE_END = re.compile(  # at the end of the text before a full stop
 )
 _ENUMERATOR = re.compile(r"[\s(*#_]*(?:\d{1,3}|[a-z])\.")
 
-# What speaks for a role
+# Cues for a role
 
 _MATH_CHARACTERS = "0123456789+=*/^<>|\\{}×÷·√∑∏∫≤≥≠≈∈∞π%" + _BLANK
 _RELATIONS = "=≈≤≥≠<>"
@@ -178,7 +178,7 @@ def _blank_protected(text: str) -> str:
 
 
 def _protected_end(text: str, opener: re.Match[str], barren: dict[str, int]) -> int:
-    """Where the region that `opener` opens ends, or -1 where it protects nothing.
+    """Where the region that `opener` opens ends, or -1 if it protects nothing.
 
     `barren` keeps how far each closer was looked for in vain, so that no character is searched twice for it.
     """
@@ -240,7 +240,7 @@ def _weigh(blanked: str, ends: np.ndarray, asks: np.ndarray) -> np.ndarray:
 
 
 def _marked_by_teacher(blanked: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Where plans stand that are marked as such, and where headings do.
+    """Where marked plans and headings are.
 
     A section ends at the next heading of its level or above. One that no heading ends may hold the solution too: it is
     no plan.
@@ -265,7 +265,7 @@ def _count(codes: np.ndarray, characters: str, starts: np.ndarray) -> np.ndarray
 
 
 def _marked(starts: np.ndarray, positions: list[int], reach: int | None = None) -> np.ndarray:
-    """Which units hold one of `positions` (among their first `reach` characters, where given), bool [units]."""
+    """Which units hold one of `positions` (among their first `reach` characters, if given), bool [units]."""
     at = np.array(positions, dtype=np.int64)
     units = np.searchsorted(starts, at, side="right") - 1
     marked = np.zeros(len(starts), dtype=bool)

@@ -31,7 +31,7 @@ class Trace:
     `spans` tile `reasoning` exactly, in characters. `system` is the system prompt that the problem came with: it is
     kept, and not shown to the student. `signals` holds the teacher's top log-probs,
     `{"ids": [[int]], "logprobs": [[float]]}`, one row for each token the student is trained on (see `encode`).
-    Raises TraceError where a field has the wrong type, is empty, is not finite, or the spans do not tile.
+    Raises TraceError if a field has the wrong type, is empty, is not finite, or the spans do not tile.
     """
 
     problem: str

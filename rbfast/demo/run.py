@@ -36,7 +36,7 @@ CONFIG = DistillConfig(batch_size=4, save_steps=30)
 def run_demo(out: str | Path, device: str = "cpu", seed: int = 0, quiet: bool = False) -> dict[str, Any]:
     """Runs the demo into the folder `out` and returns what it writes to `out/summary.json`.
 
-    The seed draws traces, problems, columns, their start and the order of training. Interrupted, it goes on where it
+    The seed draws traces, problems, columns, their start and the order of training. Interrupted, it resumes where it
     stopped: a finished evaluation is read back, training resumes.
     """
     out, start = Path(out), time.monotonic()

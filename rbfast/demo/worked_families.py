@@ -140,7 +140,7 @@ def _running_total(terms: list[tuple[str, int]], total: int) -> tuple[list[str],
 def _by_places(total: int, sign: str, term: int) -> tuple[str, int]:
     """`total + term` or `total - term`, the largest place of `term` first: the steps, and where they end.
 
-    A place that holds 0 has its step too: where such steps were left out, students made one up.
+    A place that holds 0 has its step too: without such steps, students made one up.
     """
     digits = str(term)
     steps: list[str] = []

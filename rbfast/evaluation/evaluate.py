@@ -4,7 +4,7 @@
 problems = load_problems("leg_counting", n=50, seed=7)             # or math-500, gsm8k, a .jsonl file, a hub id
 before = evaluate(model, tokenizer, problems)
 ...                                                                # train
-after = evaluate(model, tokenizer, problems, keep="after.jsonl")   # interrupted? the same call goes on
+after = evaluate(model, tokenizer, problems, keep="after.jsonl")   # interrupted? the same call resumes
 gain = paired_difference([r.correct for r in before], [r.correct for r in after])
 
 samples = evaluate(model, tokenizer, problems, samples=8, temperature=0.8)
@@ -39,7 +39,7 @@ from rbfast.utils.records import check
 
 @dataclass(frozen=True)
 class Result:
-    """A problem, what the model wrote, and its grade in [0, 1]; what a guide put in.
+    """A problem, what the model wrote, its grade in [0, 1], and what a guide inserted.
 
     `sample` counts the completions of one problem.
     """
@@ -57,7 +57,7 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """A record for `json.dumps`: the whole completion is kept, so that any other rule can grade it later.
 
-        `events` are there where a guide put something in.
+        `events` are there if a guide put something in.
         """
         record: dict[str, Any] = {
             "task": self.problem.task,
@@ -80,10 +80,10 @@ Written = tuple[Completion, tuple[Event, ...]]
 
 @dataclass(frozen=True)
 class Decoding:
-    """How completions are written; what a file of results must agree on to be gone on with.
+    """How completions are written; a file of results resumes only if these agree.
 
     Args:
-        max_new_tokens: of a completion; where there is a guide, its budget counts instead.
+        max_new_tokens: of a completion; with a guide, its budget counts instead.
         temperature: 0 for greedy decoding.
         label: whose completions they are, as a name: the model, its adapter.
     """
@@ -198,7 +198,7 @@ class _Store:
             if record.get("decoding") != self.settings:
                 raise ValueError(
                     f"{where}: holds results of another model or way of decoding, {record.get('decoding')}, "
-                    f"asked for now: {self.settings}; name another file"
+                    f"requested now: {self.settings}; name another file"
                 )
         whole = {key: results for key, results in found.items() if len(results) == self.decoding.samples}
         if partial := found.keys() - whole.keys():

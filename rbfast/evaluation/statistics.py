@@ -25,7 +25,7 @@ def paired_difference(before: Sequence[float], after: Sequence[float]) -> Interv
 
     The interval is Agresti and Min's for matched proportions (Statistics in Medicine 24, 2005): two pseudo-problems,
     half a loss, half a win and one unchanged, join the data before the normal approximation. So it has a width even
-    where every difference is the same, and says next to nothing at n = 1. The mean itself is the plain one.
+    if every difference is the same, and says next to nothing at n = 1. The mean itself is the plain one.
 
     Raises:
         ValueError: no problems, unequal lengths, or scores outside [0, 1].

@@ -22,7 +22,7 @@ from rbfast.utils.packages import need
 
 @dataclass(frozen=True)
 class Problem:
-    """A question with its answer. `entry` is what the task's own verifier needs, empty where answers are compared."""
+    """A question with its answer. `entry` is what the task's own verifier needs, empty if answers are compared."""
 
     task: str
     question: str
@@ -44,7 +44,7 @@ _JOINT = re.compile(
 
 
 def extract_answer(text: str) -> str | None:
-    """The final answer a completion states, or None where it marks none.
+    """The final answer a completion states, or None if it marks none.
 
     Looked for in this order, the last one of its kind: `<answer>..</answer>` (closed or not), a balanced `\\boxed{}`
     (or several that are listed: `\\boxed{2}` and `\\boxed{3}`), `#### ..`, `answer is ..` / `Answer: ..`.
@@ -95,7 +95,7 @@ def grade(problem: Problem, completion: str, *, truncated: bool = False) -> floa
     """The score of a completion: 1.0 is correct, less may be partial credit of a task's own verifier.
 
     The answer is what `extract_answer` finds, else the last line. It counts if any plain reading of it (`readings`) is
-    equal to the expected one (`math_equality`), or passes the verifier; the rule is the same whoever wrote it.
+    equal to the expected one (`math_equality`), or passes the verifier; the rule is the same for every author.
 
     Args:
         truncated: the limit cut the completion: what stands after its last whole line or tag is no answer, and only a
@@ -120,12 +120,12 @@ def _verifier(problem: Problem) -> Callable[[str], float]:
 
 
 def reasoning_gym() -> Any:
-    """The package. Raises ImportError, with what to do, where it cannot be imported."""
+    """The package. Raises ImportError, with what to do, if it cannot be imported."""
     return need("reasoning_gym", "problems of generated tasks", install="reasoning-gym")
 
 
 def answer_key(text: str) -> str | None:
-    """What a vote counts: the final answer of a completion, the same text for equal numbers; None where it has none."""
+    """What a vote counts: the final answer of a completion, the same text for equal numbers; None if it has none."""
     statement = extract_answer(text) or text.strip().rpartition("\n")[2]
     keys = [key(reading) for reading in readings(statement)]
     return next(filter(is_number, keys), keys[0] if keys else "") or None

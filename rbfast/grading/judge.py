@@ -1,7 +1,7 @@
 """Verdicts on what a model wrote, from a process that can be killed: math-verify's, or a reasoning-gym task's own.
 
 ```python
-judge("math-verify").ask(["$1/2$", ["$0.5$"]], seconds=5)       # True; None where there is no verdict within the limit
+judge("math-verify").ask(["$1/2$", ["$0.5$"]], seconds=5)       # True; None if there is no verdict within the limit
 ```
 
 Both read an answer by evaluating it, and an answer may be a tower of powers. One process serves all answers of a kind;
@@ -37,7 +37,7 @@ _START_LIMIT = 120.0  # seconds; importing sympy on a busy machine
 
 
 class Judge:
-    """A worker process, started at the first question and again after every one that it did not survive."""
+    """A worker process, started at the first question, and again whenever it died."""
 
     def __init__(self, kind: Kind) -> None:
         self._kind = kind
@@ -47,7 +47,7 @@ class Judge:
         self.killed = 0
 
     def ask(self, question: Sequence[Any], seconds: float = TIME_LIMIT) -> Any:
-        """The verdict; None, and a warning, where there is none within so many seconds of processor time.
+        """The verdict; None, and a warning, if there is none within so many seconds of processor time.
 
         Args:
             question: `[expected, [statement, ...]]` for math-verify, `[task, entry, reading]` for reasoning-gym.
@@ -66,7 +66,7 @@ class Judge:
                 answer = ""
             if answer:
                 return loads(answer)
-            log.warning("no verdict on %.80r within %g s of processor time: it is wrong", question[-1], seconds)
+            log.warning("no verdict on %.80r within %g s of processor time: it counts as wrong", question[-1], seconds)
             self.close()
             self.killed += 1
             return None
@@ -109,7 +109,7 @@ def _start(kind: Kind) -> tuple[subprocess.Popen[str], queue.Queue[str]]:
 
 
 def _pump(process: subprocess.Popen[str], answers: queue.Queue[str]) -> None:
-    """Moves lines to where one can wait for them with a time limit; an empty one says that the process has ended."""
+    """Moves lines to a queue, which has a time limit to wait; an empty line says that the process has ended."""
     assert process.stdout is not None
     with process.stdout:
         for line in process.stdout:
@@ -119,7 +119,7 @@ def _pump(process: subprocess.Popen[str], answers: queue.Queue[str]) -> None:
 
 @functools.cache
 def judge(kind: Kind) -> Judge:
-    """The one of this kind that all of a program shares."""
+    """The judge of this kind, shared by the whole program."""
     shared = Judge(kind)
     atexit.register(shared.close)
     return shared

@@ -74,7 +74,7 @@ def _say(answers: Any, value: Any) -> None:
 
 
 def _end_after(seconds: float) -> None:
-    """Of processor time, by the signal that nobody handles; 0 for never."""
+    """Of processor time, by a signal without a handler; 0 for never."""
     if hasattr(signal, "setitimer"):  # not on Windows, where the wall clock of whoever waits is the only limit
         signal.setitimer(signal.ITIMER_PROF, seconds)
 

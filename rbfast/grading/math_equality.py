@@ -27,7 +27,7 @@ from rbfast.grading.units import Unit, split_unit
 Same = Callable[[str, str], bool]
 """Whether two expressions in LaTeX have the same value."""
 
-_LEAST_DIGITS = 6  # of a decimal that may stand for a number which it rounds
+_LEAST_DIGITS = 6  # of a decimal that may equal a number which it rounds
 _MOST_LETTERS = 1000  # of an answer that is more than words
 _MOST_QUESTIONS = 100  # to the judge, for one verdict
 _MOST_ITEMS = 50  # of a set whose order is free
@@ -45,7 +45,7 @@ _NUMERALS = {word: str(value) for value, word in enumerate(_SMALL.split())}
 
 
 class _Asked:
-    """The judge's word on expressions; after one that it couldn't read in time it isn't asked again."""
+    """The judge's word on expressions; after one that it couldn't read in time it isn't called again."""
 
     def __init__(self, time_limit: float) -> None:
         self._limit, self._left = time_limit, _MOST_QUESTIONS

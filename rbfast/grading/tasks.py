@@ -5,7 +5,7 @@ load_problems("leg_counting", n=50, seed=7)                 # a reasoning-gym ge
 load_problems("math-500", n=None, seed=0)                   # all of a benchmark
 load_problems("my/problems.jsonl", n=100, seed=0)           # fields `problem` and `answer`
 load_problems("owner/name:test", n=100, seed=0)             # a dataset on the hub, and its split
-load_problems("owner/name:main:test", n=100, seed=0)        # where it has several configs, one of them
+load_problems("owner/name:main:test", n=100, seed=0)        # one of several configs
 ```
 """
 
@@ -67,7 +67,7 @@ def load_problems(
     if task in BENCHMARKS or "/" in task:
         return _sample(_read_hub(BENCHMARKS.get(task, task), task, options), task, n, seed, exclude)
     if n is None:
-        raise ValueError(f"{task} is generated without end: say how many problems")
+        raise ValueError(f"{task} is unlimited: say how many problems")
     return _generate_problems(task.removeprefix(_REASONING_GYM), n, seed, exclude)
 
 
@@ -92,7 +92,7 @@ def _generate_problems(task: str, n: int, seed: int, exclude: Collection[str]) -
             problems[question] = Problem(task, question, str(entry["answer"]), entry)
     if len(problems) < n:
         raise ValueError(
-            f"{task} gave {len(problems)} distinct problems in {tries} draws, {n} were asked for: ask for fewer"
+            f"{task} gave {len(problems)} distinct problems in {tries} draws, but {n} were requested: request fewer"
         )
     return list(problems.values())
 
@@ -106,7 +106,7 @@ def _sample(found: Sequence[Problem], source: str, n: int | None, seed: int, exc
     if n is None:
         return list(problems.values())
     if len(problems) < n:
-        raise ValueError(f"{source} holds {len(problems)} usable problems, {n} were asked for: ask for fewer")
+        raise ValueError(f"{source} holds {len(problems)} usable problems, but {n} were requested: request fewer")
     return random.Random(seed).sample(list(problems.values()), n)
 
 

@@ -17,7 +17,7 @@ _ARGUMENT = re.compile(r"\\[a-zA-Z]+\*?\{\Z")
 _MATH = {"\\(": "\\)", "\\[": "\\]"}
 # "$5 per day" is money, "$5 x$" and "$5 + 3$" are formulas
 _MONEY = re.compile(r"\d[\d,.]*[)]?\s+[A-Za-z]{2}")
-# A digit, what may join the next digit to it, what may open a number; a command whose name may go on.
+# A digit, what may join the next digit to it, what may open a number; a command whose name may continue.
 _UNFINISHED = re.compile(r"(?:\d[.,:/]?|\d[eE][-+]?|(?:^|[\s(\[{=*/^<>|,$])[-+.]|\\(?:[a-zA-Z]+\*?)?)\Z")
 # A full stop after a digit may be a decimal point until white space follows.
 _SENTENCE_END = re.compile(r"(?:(?<!\d)[.!?][.!?)\]\"'*_”]{0,8}|[.!?][.!?)\]\"'*_”]{0,8}\s+|\n\s*)\Z")
@@ -36,7 +36,7 @@ class Boundary:
         self.restart("")
 
     def restart(self, text: str) -> None:
-        """What is open is forgotten: `text` was put in by somebody who closed it."""
+        """Forgets what is open: `text` was inserted, after what was open was closed."""
         self._tail = text[-_TAIL:]
         self._closer = ""
         self._inside = ""  # what follows the opener, as far as the rules need it

@@ -1,8 +1,8 @@
 """Completions of many prompts, through the model's own `generate`.
 
 A batch shrinks while it runs: as soon as half of its rows have finished, `generate` is stopped, the finished rows leave
-the batch and the key-value cache, and it goes on with the rest. A row that never stops then costs a small batch's time,
-not a whole one's. `decode` is that loop; what happens at each token is a `Steering`'s to say.
+the batch and the key-value cache, and decoding continues with the rest. A row that never stops then costs the time of a
+small batch, not of the whole one. `decode` is that loop; what happens at each token is a `Steering`'s to say.
 """
 
 from __future__ import annotations
@@ -78,13 +78,13 @@ def complete(
 def encode_prompts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
 ) -> list[list[int]]:
-    """The tokens of each prompt. Raises ValueError where a completion would not fit the model's positions."""
+    """The tokens of each prompt. Raises ValueError if a completion does not fit the model's positions."""
     encoded = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
     limit = getattr(model.config, "max_position_embeddings", None)
     longest = max(map(len, encoded), default=0)
     if limit is not None and longest + max_new_tokens > limit:
         raise ValueError(
-            f"the longest prompt has {longest} tokens and {max_new_tokens} more were asked for, "
+            f"the longest prompt has {longest} tokens and {max_new_tokens} more were requested, "
             f"but the model has {limit} positions: lower max_new_tokens or leave that prompt out"
         )
     return encoded
@@ -98,7 +98,7 @@ def batches_by_length(encoded: Sequence[Sequence[int]], batch_size: int) -> Iter
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, at the speed of the base where an adapter is folded into it; all is put back afterwards.
+    """Evaluation mode, at the speed of the base if an adapter is folded into it; restores everything afterwards.
 
         with evaluating(model), torch.no_grad():
             model(**batch)                              # or model.generate(...)
@@ -115,7 +115,7 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def greedy_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Plain greedy decoding, whatever sampling the model's own settings ask for; stops at any end of turn it knows."""
+    """Plain greedy decoding, whatever sampling the model's own settings name; stops at any end of turn it knows."""
     ends = model.generation_config.eos_token_id
     # What the student is trained to end with need not be among the ends that its settings name (a base model's, say).
     stops = {end_of_turn(tokenizer), *(ends if isinstance(ends, list) else [ends])} - {None}
@@ -163,7 +163,7 @@ class _RoomyLayer(DynamicLayer):
 
 
 def new_cache(model: PreTrainedModel) -> Cache:
-    """The model's own kind of cache, with room to grow where every layer keeps all of its past."""
+    """The model's own kind of cache, with room to grow if every layer keeps all of its past."""
     cache = DynamicCache(config=model.config)
     if all(type(layer) is DynamicLayer for layer in cache.layers):
         return Cache(layer_class_to_replicate=_RoomyLayer)
@@ -225,7 +225,7 @@ class CachedBatch:
     cache: Cache
 
     def positions(self) -> dict[str, torch.Tensor]:
-        """`position_ids` where tokens within a row are masked: they take up no position; else `generate` knows."""
+        """`position_ids` if tokens within a row are masked, as they take up no position; else `generate` sets them."""
         if not bool((self.mask[:, 1:] < self.mask[:, :-1]).any()):
             return {}
         return {"position_ids": (self.mask.cumsum(-1) - 1).clamp(min=0)}
@@ -333,8 +333,8 @@ def _branch(
     for number, layer in enumerate(batch.cache.layers):
         if not isinstance(layer, DynamicLayer) or layer.is_sliding:
             raise ValueError(
-                f"expected a cache that keeps all of its past, got {type(layer).__name__}: nothing can be tried out "
-                "beside it, so leave probes out (probe_every=0)"
+                f"expected a cache that keeps all of its past, got {type(layer).__name__}: no probe can "
+                "run beside it, so turn probes off (probe_every=0)"
             )
         cache.update(layer.keys[index], layer.values[index], number)  # type: ignore[index]
     ids, mask = batch.ids[index], batch.mask[index]

@@ -1,4 +1,4 @@
-"""What guides a model's thinking: limits in tokens, the texts that are put in, which interventions are on.
+"""What guides a model's thinking: limits in tokens, the texts that are inserted, which interventions are on.
 
 ```python
 guide = Guide(Limits(budget=2048, reserve=256, minimum=200))
@@ -24,11 +24,11 @@ class Limits:
     Args:
         budget: everything after the prompt, at most: thinking, interventions, what was struck, probes, answer.
         reserve: kept back for the wrap-up and the answer (default: a quarter of the budget, at most 256).
-        minimum: an end of thinking before so many tokens is struck, and `wait` put in its place.
+        minimum: an end of thinking before so many tokens is struck and replaced by `wait`.
         maximum: of thinking (default: what the reserve leaves).
         cap: interventions in a completion, at most, the wrap-up aside.
         cooldown: tokens between an intervention and a `verify` or `other approach`.
-        verify_above: nats; `verify` comes at the end of a sentence where the moving average of the entropy is above
+        verify_above: nats; `verify` comes at the end of a sentence if the moving average of the entropy is above
             it. A high quantile of a model's own, see `calibrate`; None turns `verify` off.
         loop_length, loop_times: so many tokens in a row, met so many times, are a loop: `other approach`.
         probe_every: tokens between probes of the answer; 0 for none.
@@ -70,7 +70,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Phrases:
-    """The texts of a guide: the model's markers, and what is put in.
+    """The texts of a guide: the model's markers, and what is inserted.
 
     Args:
         close: the marker that ends the thinking and begins the answer.
@@ -113,7 +113,7 @@ class Guide:
 
     @property
     def passive(self) -> bool:
-        """Whether nothing is ever put in: plain generation."""
+        """Whether nothing is ever inserted: plain generation."""
         return not self.interventions and not self.limits.probe_every
 
     def with_limits(self, **changes: Any) -> Guide:

@@ -7,7 +7,7 @@ guide = Guide(Limits(1024), phrases_for(tokenizer))
 [samples] = guided(model, tokenizer, [prompt], guide, Sampling(samples=16, temperature=0.8, seed=1))
 ```
 
-A text is put in by choosing its tokens for the model, one a step; what is struck stays in the cache, but the row no
+A text is inserted by choosing its tokens for the model, one a step; what is struck stays in the cache, but the row no
 longer attends to it and it takes up no position. Nothing is ever read twice, and each row goes its own way in a batch.
 """
 

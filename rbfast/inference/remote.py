@@ -6,11 +6,11 @@ solver = ServerSolver(server, tokenizer)                         # the served mo
 guide = Guide(Limits(1024), solver.phrases())
 [samples] = solver.solve([problem], guide, Sampling(16, temperature=0.8))    # stops when the vote is decided
 solution = write(server, prompt, guide)                          # one by completions: interventions, probes, budget
-solution = chat(server, problem, guide)                          # one by chat: the budget is asked for, and checked
+solution = chat(server, problem, guide)                          # one by chat: the budget is requested and checked
 ```
 
 A completion is streamed and read by the same `GuideState` as in a batch. An order closes the stream; the next request
-goes on from what is left of the text, which the server's prefix cache has read already.
+continues from what is left of the text, which the server's prefix cache has read already.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _MALFORMED = (LookupError, TypeError, AttributeError)
 
 
 def prompt_for(problem: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """`format_prompt` without the token that begins a text, where a server that reads text puts it in itself."""
+    """`format_prompt` without the token that begins a text, if a server that reads text adds it itself."""
     prompt, begin = format_prompt(problem, tokenizer), tokenizer.bos_token
     adds_it = begin is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
     return prompt.removeprefix(str(begin)) if adds_it else prompt
@@ -61,13 +61,13 @@ def write(
     """A guided completion of `prompt`, which carries the model's own special tokens.
 
     Args:
-        count: tokens of a text, by the model's tokenizer. Without it a streamed piece counts as one token where the
-            server does not say how many it is, and what is put in as one token a byte, which is never too few.
+        count: tokens of a text, by the model's tokenizer. Without it a streamed piece counts as one token if the
+            server does not say how many it is, and an inserted text as one token a byte, which is never too few.
         listen: called with (kind, text) for each piece: `think`, `answer` or the kind of an intervention.
-        abandoned: asked at each piece; once it is true, the rest is not written.
+        abandoned: called at each piece; once it is true, the rest is not written.
 
     Raises:
-        ServerError: no answer after all retries, more tokens than were asked for, or no log-probs where the guide's
+        ServerError: no answer after all retries, more tokens than requested, or no log-probs although the guide's
             `verify_above` needs them; `partial` holds what there is.
     """
     state = GuideState(guide, count or (lambda text: len(text.encode())), end_cost=0)
@@ -102,7 +102,7 @@ def _one_stream(
     hear: Callable[[str, str], None],
     abandoned: Callable[[], bool],
 ) -> Order | None:
-    """Lets the model write until an order, a probe, or the end of what was asked for."""
+    """Lets the model write until an order, a probe, or the end of the requested tokens."""
     allowed, before, said, reason = state.left, state.spent, 0, None
     measures, measured = state.limits.verify_above is not None, False
     body = {"prompt": text, "max_tokens": allowed, "stream": True, "stream_options": {"include_usage": True}}
@@ -129,17 +129,17 @@ def _one_stream(
         raise http.client.IncompleteRead(b"")
     if reason != "length":
         return state.write("", max(0, said - (state.spent - before)), ended=True)
-    # Fewer pieces than tokens: pieces of several tokens. What was asked for is used up, and no more than that.
+    # Fewer pieces than tokens: pieces of several tokens. The requested tokens are used up, and no more.
     rest = allowed - (state.spent - before)
     return state.write("", rest) if rest else None
 
 
 class _Piece(NamedTuple):
-    """What came at a time.
+    """What came in one piece.
 
     Attributes:
-        tokens: in `text`; 0 where the server does not say.
-        total: tokens so far; 0 where the server does not say.
+        tokens: in `text`; 0 if the server does not say.
+        total: tokens so far; 0 if the server does not say.
         entropy: nats, the mean over its tokens.
     """
 
@@ -185,11 +185,11 @@ def _entropy(logprobs: Sequence[float]) -> float:
 
 def _check(server: Server, allowed: int, written: int) -> None:
     if written > allowed:
-        raise ServerError(f"{server.url} ignores max_tokens: at most {allowed} were asked for, {written} came")
+        raise ServerError(f"{server.url} ignores max_tokens: at most {allowed} were requested, {written} came")
 
 
 def _probe(server: Server, text: str, state: GuideState) -> Order | None:
-    """Has the model give its answer now, and throws it away."""
+    """Has the model answer now, and discards the answer."""
     limit, finish, put = state.limits.probe_tokens, state.phrases.finish, state.probe_text
     body = {"prompt": text + put, "max_tokens": limit, "temperature": 0.0, "stop": [finish] if finish else None}
     reply = server.ask("/completions", body)
@@ -203,7 +203,7 @@ def _probe(server: Server, text: str, state: GuideState) -> Order | None:
 
 
 def chat(server: Server, problem: str, guide: Guide) -> Solution:
-    """An answer by a server that only chats: nothing can be put in, so the budget is asked for and checked.
+    """An answer by a server that only chats: nothing can be inserted, so the budget is requested and checked.
 
     Raises:
         ServerError: no answer after all retries, a reply that is none, no token count, or one above the budget.
@@ -224,8 +224,8 @@ def chat(server: Server, problem: str, guide: Guide) -> Solution:
     solution = Solution(thinking + answer, thinking, answer, tokens or 0, choice.get("finish_reason") == "length")
     if tokens is None or tokens > guide.limits.budget:
         raise ServerError(
-            f"{server.url} did not honour the budget: at most {guide.limits.budget} tokens were asked for, it says "
-            f"{'nothing of how many' if tokens is None else tokens} it wrote",
+            f"{server.url} did not honour the budget: at most {guide.limits.budget} tokens were requested, it reports "
+            f"{'no count' if tokens is None else tokens}",
             partial=solution,
         )
     return solution
@@ -237,7 +237,7 @@ class ServerSolver:
 
     Args:
         tokenizer: the served model's own, for its chat template and to count tokens; without it the model reads plain
-            text, and a text that is put in counts a token a byte.
+            text, and an inserted text counts a token a byte.
         concurrency: requests at a time.
 
     Raises:
@@ -264,7 +264,7 @@ class ServerSolver:
     ) -> list[list[Solution]]:
         """The samples of every problem, one problem after the other; a seed each, from the sampling's on. See `Solver`.
 
-        By chat where the server has no completions (404, 405, 501).
+        By chat if the server has no completions (404, 405, 501).
 
         Raises:
             ServerError: one sample met it; `partial` is the list of what all samples of its problem had written.
@@ -314,7 +314,7 @@ class ServerSolver:
             return chat(server, problem, guide)
 
     def _asked(self, sampling: Sampling, seed: int) -> Server:
-        """The server, asked as the sampling says."""
+        """The server, with the sampling's settings."""
         top_p = sampling.top_p if sampling.top_p < 1 else None
         return replace(self.server, temperature=sampling.temperature, top_p=top_p, seed=seed)
 

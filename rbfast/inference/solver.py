@@ -69,7 +69,7 @@ class Solution:
             server says it.
         truncated: the budget cut the answer.
         abandoned: the vote was decided before this sample ended.
-        sentences: nats; the entropy's moving average at each end of a sentence of thinking, where it was measured.
+        sentences: nats; the entropy's moving average at each end of a sentence of thinking, if it was measured.
         ids: the tokens of `text`; empty for a server's, which sends none.
     """
 

@@ -2,13 +2,13 @@
 
 ```python
 state = GuideState(guide, count)                           # count(text) -> tokens that putting the text in costs
-order = state.write(" so x = 3.", tokens=1, entropy=0.4)   # None: let the model go on; else do what the order says
+order = state.write(" so x = 3.", tokens=1, entropy=0.4)   # None: let the model continue; else do what the order says
 ```
 
 A completion is thinking, then answering, then done. The state is a fold over what was written: the same pieces of text
 give the same state whatever the batch, and the Hugging Face loop and the server client share it. An `Order` strikes the
-last pieces, where the model was inside of something that must not be cut, and puts a text in. What is struck has been
-paid for: every token that was ever written, put in or spent on a probe counts against the one budget.
+last pieces, if the model was inside of something that must not be cut, and puts a text in. What is struck has been
+paid for: every token that was ever written, inserted or spent on a probe counts against the one budget.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Phase(Enum):
 
 @dataclass(frozen=True)
 class Order:
-    """What must happen now: the last `strike` pieces are struck, `text` is put in; with `end` the turn ends."""
+    """What must happen now: the last `strike` pieces are struck, `text` is inserted; with `end` the turn ends."""
 
     kind: str
     strike: int = 0
@@ -57,7 +57,7 @@ class GuideState:
 
     Args:
         count: tokens that putting a text in costs, at most.
-        end_cost: tokens that ending the turn costs: 1 where an end token is written, 0 where one stops asking.
+        end_cost: tokens that ending the turn costs: 1 if an end token is written, 0 if the caller stops.
 
     Raises:
         ValueError: the reserve does not hold the wrap-up, one token of answer and the end.
@@ -69,7 +69,7 @@ class GuideState:
     phase: Phase = Phase.THINK
     spent: int = 0
     probed_tokens: int = 0
-    finished: bool = False  # the model ended its answer by itself, or wrote all of it
+    finished: bool = False  # the model ended its answer, or wrote all of it
     answer: str = ""
     events: list[Event] = field(default_factory=list)
     sentences: list[float] = field(default_factory=list)  # the entropy's average at each end of a sentence
@@ -156,7 +156,7 @@ class GuideState:
         return self._joined(self.phrases.close + self.phrases.probe, 0)
 
     def probed(self, text: str, tokens: int) -> Order | None:
-        """Takes what the model wrote to a probe, for `tokens` tokens (put in and written, then thrown away)."""
+        """Takes what the model wrote to a probe, for `tokens` tokens (inserted and written, then discarded)."""
         self.spent += tokens
         self.probed_tokens += tokens
         self._next_probe += self.limits.probe_every
@@ -181,7 +181,7 @@ class GuideState:
         return self._at_sentence_end() if self._boundary.sentence_end and text else self._overdue()
 
     def _find_close(self, text: str) -> int | None:
-        """Characters of `text` that follow the close marker, where the marker ends in `text`."""
+        """Characters of `text` that follow the close marker, if the marker ends in `text`."""
         close = self.phrases.close
         seen = self._tail + text
         at = seen.find(close)
@@ -271,7 +271,7 @@ class GuideState:
     # ------------------------------------------------------------------------------------------------- interventions
 
     def _intervene(self, kind: str, text: str, strike: int) -> Order | None:
-        """An intervention, where it is on, not used up, and the thinking's share of the budget pays for it."""
+        """An intervention, if it is on, not used up, and the thinking's share of the budget covers it."""
         if kind not in self.guide.interventions or self._used >= self.limits.cap:
             return None
         joined = self._joined(text + "\n", strike)
@@ -298,7 +298,7 @@ class GuideState:
         return Order(kind, strike, text)
 
     def _forget(self) -> None:
-        """After a text was put in, what came before it says nothing about what follows."""
+        """After a text was inserted, what came before it says nothing about what follows."""
         self._boundary.restart(self._pieces[-1][0])
         self._safe, self._repair, self._tail, self._due = len(self._pieces), "", "", None
         self._recent.clear()
@@ -344,7 +344,7 @@ class GuideState:
 
 
 def _first_answer(text: str, finish: str) -> str:
-    """What a probe was told: up to the end of the answer, or of its first line."""
+    """The answer in a probe: up to the end of the answer, or of its first line."""
     if finish:
         text = text.partition(finish)[0]
     return text.strip().partition("\n")[0].strip()

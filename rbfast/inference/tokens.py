@@ -21,7 +21,7 @@ THINK_CLOSE = "</think>"
 def phrases_for(tokenizer: PreTrainedTokenizerBase) -> Phrases:
     """The markers that suit a tokenizer: `</think>` if it knows it, else those of a plain chain of thought.
 
-    A plain chain of thought ends where its answer begins, at `<answer>`, as `format_prompt` asks for.
+    A plain chain of thought ends where its answer begins, at `<answer>`, as `format_prompt` tells the model.
     """
     thinks = THINK_CLOSE in tokenizer.get_vocab() or THINK_CLOSE in str(tokenizer.chat_template or "")
     if thinks:
@@ -98,12 +98,12 @@ class TokenState:
         return answer_key(self.state.thinking + self.state.answer)
 
     def feed(self, token: int, entropy: float | None = None) -> int:
-        """Takes the next token, which must be the queue's where there is one; returns how many tokens are struck."""
+        """Takes the next token, which must be the queue's if there is one; returns how many tokens are struck."""
         self.written += 1
         self.ids.append(token)
         if self.queue:
             if token != self.queue.popleft():
-                raise ValueError(f"expected a token that was to be put in, got {token}: it was fed out of turn")
+                raise ValueError(f"expected a token of the queue, got {token}: feed tokens in order")
             return 0
         phase, ended = self.state.phase, token in self.vocabulary.stops
         piece = "" if ended else self._stream.step(self.vocabulary.tokenizer.backend_tokenizer, token) or ""  # type: ignore[attr-defined]

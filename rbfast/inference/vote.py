@@ -15,7 +15,7 @@ from rbfast.grading.math_equality import equal, is_number
 
 
 class Vote(NamedTuple):
-    """The winner, None where no sample had an answer; the samples that voted for it, and all that voted."""
+    """The winner, None if no sample had an answer; the samples that voted for it, and all that voted."""
 
     answer: str | None
     votes: int
@@ -32,7 +32,7 @@ def majority(answers: Sequence[str | None]) -> Vote:
 
 
 def decided(answers: Sequence[str | None], running: int) -> bool:
-    """Whether `running` more answers can no longer change the majority, nor tie with it."""
+    """Whether `running` more answers can neither change the majority nor tie with it."""
     counts = sorted(_counts(answers).values(), reverse=True)
     return bool(counts) and counts[0] - (counts[1] if len(counts) > 1 else 0) > running
 

@@ -35,7 +35,7 @@ class Chunking(NamedTuple):
 
 
 def chunk_on_cpu(rows: int, row_bytes: int, asked: int | None) -> Chunking:
-    """row_bytes: of a row's logits. asked: how many rows the user wants a chunk to have."""
+    """row_bytes: of a row's logits. asked: the rows per chunk that the user sets, or None."""
     fitting = max(LEAST_ROWS, CPU_BYTES // row_bytes // ROW_MULTIPLE * ROW_MULTIPLE)
     chunk = _limit(rows, _up(asked, ROW_MULTIPLE) if asked else fitting)
     return Chunking(chunk, chunk)

@@ -51,7 +51,7 @@ class DistillLoss(nn.Module):
     Args:
         beta: in [0, 1].
         ignore_index: rows with this label take no part.
-        reduction: "mean" divides by `num_items` where given, else by the number of rows that take part.
+        reduction: "mean" divides by `num_items` if given, else by the number of rows that take part.
         softcap: the student's logits are softcap * tanh(z / softcap), as in Gemma 2.
         logit_scale: multiplies the student's logits (after the bias, before the softcap), as in Cohere's models.
         chunk_rows: rows taken at a time, rounded up to a multiple of 32; by default 40 MiB of logits or
@@ -110,7 +110,7 @@ class DistillLoss(nn.Module):
         num_items: int | Tensor | None = None,
         rows: Tensor | None = None,
     ) -> LossOutput:
-        """The loss of a packed batch; gradients flow to hidden, head_weight and head_bias, as far as they ask for them.
+        """The loss of a packed batch; gradients flow to hidden, head_weight and head_bias, if they require them.
 
         Args:
             hidden: [T, H], fp32, bf16 or fp16 (fp64 runs on the reference); autocast applies as to F.linear.
@@ -128,7 +128,7 @@ class DistillLoss(nn.Module):
         Raises:
             ValueError: shapes, dtypes or values that do not fit; it says which.
         """
-        if not torch.is_grad_enabled():  # else the gradients would be computed, for nobody
+        if not torch.is_grad_enabled():  # else the gradients would be computed in vain
             hidden, head_weight = hidden.detach(), head_weight.detach()
             head_bias = None if head_bias is None else head_bias.detach()
         is_autocast = torch.is_autocast_enabled(hidden.device.type)

@@ -1,6 +1,6 @@
-"""What a loss must learn from its device, asked at once: looking costs a wait, whatever one looks at.
+"""What a loss must read from its device, read at once: every read waits for the device, whatever its size.
 
-What exactly is wrong with a value is worked out only after something is known to be.
+The details of a fault are worked out only after a fault is found.
 """
 
 import struct
@@ -14,7 +14,7 @@ from torch import Tensor
 class Question(NamedTuple):
     """A number that is on the device (int64 or float64, of no dimension), and which of its values are wrong.
 
-    explain: says what is wrong and where; it may look at the device itself.
+    explain: says what is wrong and where; it may read from the device itself.
     """
 
     answer: Tensor

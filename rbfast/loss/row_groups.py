@@ -1,6 +1,6 @@
 """Which rows of a batch take part in a loss, and which signal each of them has.
 
-Where the caller says which rows take part nothing is read from the device. Else one wait tells how many rows each
+If the caller says which rows take part, nothing is read from the device. Else one wait tells how many rows each
 signal has, and whether all values are right. Shapes: T tokens, n rows that take part, N rows of a signal.
 """
 
@@ -105,7 +105,7 @@ class _Claims:
         self.signals, self.is_ignored, self.tokens = signals, is_ignored, len(is_ignored)
         claimed = [_rows_of(signal, self.tokens, is_ignored.device) for signal in signals]
         self.sizes, self.rows = [len(rows) for rows in claimed], _joined(claimed)
-        self.inside = self.rows.clamp(0, self.tokens - 1)  # a row outside must not stop the device before it is read
+        self.inside = self.rows.clamp(0, self.tokens - 1)  # a row outside must not crash the device before it is read
 
     def questions(self) -> list[Question]:
         asked = []

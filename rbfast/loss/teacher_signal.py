@@ -40,7 +40,7 @@ class Dense:
     rows: [N] the rows of the batch they belong to (None: all T rows in order).
     logit_scale, softcap: as in DistillLoss, for the teacher's own head.
 
-    Where V' differs from the student's V, both are restricted to the ids below min(V, V') and renormalised.
+    If V' differs from the student's V, both are restricted to the ids below min(V, V') and renormalised.
     """
 
     hidden: Tensor | None = None
@@ -119,7 +119,7 @@ def _check_dense(signal: Dense, student: Tensor) -> int:
             f"Dense needs hidden [N, H'] and weight [V', H'], got {list(hidden.shape)}, {list(weight.shape)}"
         )
     if student.dtype != torch.float64 and torch.float64 in (hidden.dtype, weight.dtype):
-        raise ValueError(f"Dense must not be float64 where the student is {student.dtype}; use float32")
+        raise ValueError(f"Dense must not be float64 if the student is {student.dtype}; use float32")
     return len(hidden)
 
 

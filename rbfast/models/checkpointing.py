@@ -25,7 +25,7 @@ def checkpointing(model: PreTrainedModel) -> Iterator[None]:
     # transformers 5.23 gave it another name, and the old one warns there.
     _first_of(model, "activation_checkpointing_enable", "gradient_checkpointing_enable")({"use_reentrant": False})
     for layer in layers:
-        layer.training = True  # its own mark alone, which is what it asks; what is inside of it keeps its mode
+        layer.training = True  # its own flag only, the one it reads; its submodules keep their mode
     try:
         yield
     finally:

@@ -29,12 +29,12 @@ def matrix_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def matrix_view(module: nn.Module) -> Tensor | None:
-    """The weight as a writable [out, in] view, or None where a delta cannot be folded in (quantised, sharded, meta)."""
+    """The weight as a writable [out, in] view, or None if a delta cannot be folded in (quantised, sharded, meta)."""
     return _as_matrix(module, getattr(module, "weight", None))
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or all of one that is sharded over processes: there every process has to ask."""
+    """The tensor itself, or all of one that is sharded over processes: there every process has to call it."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 
@@ -82,7 +82,7 @@ def select_linears(model: nn.Module, targets: str | Sequence[str] = "all-linear"
     "all-linear" is every linear but the output head, those whose weight is tied to another module's, and those of a
     Mamba mixer that may never run as a layer.
 
-    Raises ValueError where the model has no linear layer or a target matches none.
+    Raises ValueError if the model has no linear layer or a target matches none.
     """
     linears = {name: module for name, module in model.named_modules() if name and matrix_shape(module) is not None}
     if not linears:
@@ -182,7 +182,7 @@ def _match(linears: Mapping[str, nn.Module], targets: str | Sequence[str]) -> di
 
 
 def count_parameters(model: nn.Module) -> int:
-    """All parameters of the base: tied ones once, a quantised matrix as the out * in values it stands for."""
+    """All parameters of the base: tied ones once, a quantised matrix as the out * in values it represents."""
     counts = {id(parameter): parameter.numel() for parameter in model.parameters()}
     for module in model.modules():
         shape = matrix_shape(module)

@@ -1,9 +1,9 @@
-"""Attention over a packed row, each example by itself, for models that use PyTorch's scaled_dot_product_attention.
+"""Attention over a packed row, each example alone, for models that use PyTorch's scaled_dot_product_attention.
 
 Packing eight examples behind one mask makes attention compute all T x T scores and throw seven eighths away; on a CPU
-that is half of a training step. Given where the examples begin, each is attended to by itself: on a GPU all of them by
+that is half of a training step. Given the start of each example, each is attended to alone: on a GPU all of them by
 one call of PyTorch's flash kernels for rows of many lengths, elsewhere one after the other. Told nothing, this is what
-transformers calls "sdpa", so a model may keep it for good.
+transformers calls "sdpa", so a model may keep it.
 """
 
 import inspect
@@ -47,7 +47,7 @@ def packed_inputs(model: PreTrainedModel, lengths: Sequence[int], device: torch.
     """What a model that `has_packed_attention` is called with besides a row of examples of these lengths.
 
     If no example is longer than what a token may see, there is no mask to make: a mask of four dimensions is taken as
-    it is, and nobody looks at this one. Else transformers would make one of T x T, after a look at the positions.
+    it is, and this one is never read. Else transformers would make one of T x T, after a look at the positions.
     """
     found = packing(lengths, device)
     window = _configured_window(model)
@@ -81,7 +81,7 @@ def _varlen_attn() -> Callable[..., Any] | None:
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Switches a model from "sdpa" to this module, where its attention can be exchanged; others pack by their mask."""
+    """Switches a model from "sdpa" to this module, if its attention can be exchanged; others pack by their mask."""
     config = model.config.get_text_config()
     if config._attn_implementation == "sdpa" and model._supports_attention_backend:
         config._attn_implementation = NAME

@@ -1,4 +1,4 @@
-"""Weights of 4 or 8 bits: how transformers quantises a model while it reads it, by whichever package is installed.
+"""Weights of 4 or 8 bits: how transformers quantises a model while it reads it, with the package that is installed.
 
 bitsandbytes is taken first (NF4, LLM.int8()), then torchao (int4 in groups of 32 columns, int8 by row). An adapter runs
 beside such weights.

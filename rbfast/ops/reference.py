@@ -143,7 +143,7 @@ def _top_k_rows(z: Tensor, ids: Tensor, logprobs: Tensor, tau: Tensor, beta: flo
     """D [T] over k + 1 buckets, the last one everything outside the support, and its gradient [T, V] in z/tau.
 
     Entries with id -1 are padding. The teacher's log-probs are at temperature 1. At another one, its unseen tail is
-    given the student's shape r: sum_v (p_tail r_v)^(1/tau), constant in the gradient; so D is 0 where both agree.
+    given the student's shape r: sum_v (p_tail r_v)^(1/tau), constant in the gradient; so D is 0 if both agree.
     """
     used = ids >= 0
     columns = ids.clamp_min(0)

@@ -1,6 +1,6 @@
 """The registry of ops: schemas, fakes and the reference for each; native libraries and Triton add faster kernels.
 
-The torch dispatcher chooses, op by op and device by device: a native kernel where one is loaded, else on a GPU a Triton
+The torch dispatcher chooses, op by op and device by device: a native kernel if one is loaded, else on a GPU a Triton
 kernel, else the reference. Ops whose name ends in an underscore write into their first argument. All tensors of a call
 share a device; A and B are fp32. `run` says that cols comes in aligned runs of so many columns, see `run_of`.
 """
@@ -48,7 +48,7 @@ _TRITON_MODULES = {
     "divergence_rows_": "divergence_rows",
     "scale_": "scale",
 }
-_PRODUCTS = ("head_forward_", "head_backward", "head_grad_")  # on CUDA, torch's own GEMMs: nobody writes better ones
+_PRODUCTS = ("head_forward_", "head_backward", "head_grad_")  # on CUDA, torch's own GEMMs, which are fast enough
 
 
 def _load(name: str) -> ctypes.CDLL | None:
@@ -94,7 +94,7 @@ for _name, _schema in _SCHEMAS.items():
     _LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 # The order of preference: what is native is loaded first, Triton fills the gaps, the reference serves the rest.
 _NATIVE = _load("_C")
-_CUDA = _load("_C_cuda") if torch.version.cuda else None  # it asks torch for CUDA streams, which a CPU torch lacks
+_CUDA = _load("_C_cuda") if torch.version.cuda else None  # it needs torch's CUDA streams, which a CPU torch lacks
 _IN_TRITON = _register_triton()
 if not torch.version.hip:
     for _name in _PRODUCTS:
@@ -190,7 +190,7 @@ def run_of(cols: Tensor, in_features: int) -> int:
     """The longest run, of 16, 8, 4, 2 or 1 columns, that cols [s] comes in.
 
     In runs of r, each r entries of cols are consecutive columns, the first of them a multiple of r; r divides s and
-    in_features. Reads cols on the host: ask once.
+    in_features. Reads cols on the host: call it once.
     """
     host = cols.cpu()
     for run in (16, 8, 4, 2):
@@ -207,7 +207,7 @@ column_side = _ColumnSide.apply
 
 
 def cpu_isa() -> str | None:
-    """The instruction set the CPU kernels use (RBFAST_CPU_ISA forces one), or None where they are not built."""
+    """The instruction set the CPU kernels use (RBFAST_CPU_ISA forces one), or None if they are not built."""
     if _NATIVE is None:
         return None
     _NATIVE.rbfast_cpu_isa.restype = ctypes.c_char_p

@@ -19,7 +19,7 @@ from rbfast.report.read_run import (
     task_name,
 )
 
-_BUDGETS = 32  # points of a curve that is counted from one limit
+_BUDGETS = 32  # points of a curve that comes from one limit
 NOTHING_MEASURED = (
     "No completions in the folder. `rbfast eval MODEL --task TASK -o RUN/before.jsonl`, and the same with "
     "`--adapter RUN -o RUN/after.jsonl`, measure the base model and the trained one."

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 import rbfast
 
-_DPI = 144  # half as many again as a screen's 96: sharp where a pixel of the page is more than one of the screen
+_DPI = 144  # half as many again as a screen's 96: sharp if a pixel of the page is more than one of the screen
 _NUMBER = re.compile(r"[-+]?\d[\d,.]*%?( \(.{1,30}\))?")
 _SMALLEST = 0.62  # of a picture's width, so that its text stays legible on a phone; its box scrolls there
 _STYLE = """

@@ -118,7 +118,7 @@ def draw_scores(scores: Mapping[str, float]) -> Figure:
 
 
 def _by_layer_and_kind(values: Mapping[str, float]) -> tuple[np.ndarray, list[int], list[str]]:
-    """Values as [layers, kinds], NaN where there is no such matrix; the layers; the kinds."""
+    """Values as [layers, kinds], NaN if there is no such matrix; the layers; the kinds."""
     placed = {name: _layer_and_kind(name) for name in values}
     layers = sorted({layer for layer, _ in placed.values()})
     kinds = list(dict.fromkeys(kind for _, kind in placed.values()))

@@ -50,7 +50,7 @@ _SHEET = {
 class Measurement:
     """The completions under one limit of tokens. A side that was not measured is empty.
 
-    `limit` is None where it is not recorded and no completion met it.
+    `limit` is None if it is not recorded and no completion reached it.
     """
 
     limit: int | None
@@ -60,7 +60,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run as its folder tells it; None stands for a file that is not there.
+    """A run as recorded in its folder; None means that a file is missing.
 
     `cost` holds what is recorded of: trainable_percent, seconds (of everything), training_seconds, peak_memory_mb,
     tokens_per_epoch, resumed.
@@ -78,7 +78,7 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Shares solved of the same n problems, with 95% intervals; None where a side was not measured."""
+    """Shares solved of the same n problems, with 95% intervals; None if a side was not measured."""
 
     name: str
     n: int
@@ -122,7 +122,7 @@ def families(measured: Measurement) -> list[Comparison]:
 
 
 def compare(name: str, before: Items, after: Items) -> Comparison:
-    """Before and after over the problems that both sides have; where they share none, one side by itself.
+    """Before and after over the problems that both sides have; if they share none, one side alone.
 
     Of a problem with several completions the mean is taken; its interval is then wider than it need be.
     """

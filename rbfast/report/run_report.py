@@ -2,7 +2,7 @@
 
     write_report(["runs/first", "runs/second"], "report.html")
 
-It shows what the folders hold and says what they do not. Texts of models, traces and files are escaped.
+It shows what the folders hold and names what is missing. Texts of models, traces and files are escaped.
 """
 
 import json
@@ -46,7 +46,7 @@ def render(runs: Sequence[RunFolder]) -> str:
 
 
 def _names(runs: Sequence[RunFolder]) -> list[str]:
-    """The names of the folders; where two have the same, the paths as they were given."""
+    """The names of the folders; if two are the same, the paths as given."""
     names = [run.path.resolve().name for run in runs]
     return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
 
@@ -114,7 +114,7 @@ def _headline(run: RunFolder) -> str:
 
 
 def _base_model(run: RunFolder) -> str:
-    """The name alone: where a folder stood says nothing to a reader of the page."""
+    """The name alone: the path of a folder is of no use to a reader of the page."""
     name = run.settings["base_model"] or "an unnamed model"
     return Path(name).name if Path(name).is_absolute() else name
 

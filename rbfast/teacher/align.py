@@ -1,7 +1,7 @@
-"""A teacher's log-probs at the student's tokens, wherever the two tokenizers cut a text at the same places.
+"""A teacher's log-probs at the student's tokens, if both tokenizers split the text at the same places.
 
-Tokens are compared as bytes. Where the student's token and the teacher's cover the same bytes, the teacher's candidates
-there are worth what they say for the student's tokens of the same bytes; candidates that the student has no token for
+Tokens are compared as bytes. If the student's token and the teacher's cover the same bytes, the teacher's candidates
+there count for the student's tokens of the same bytes; candidates that the student has no token for
 stay in the tail. Nothing is guessed: elsewhere there is no signal, and the text alone teaches.
 """
 
@@ -23,7 +23,7 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Piece(NamedTuple):
-    """A teacher's token as it stands in a text, and what it held likely there, with natural log-probs."""
+    """A teacher's token in a text, and its candidates there with natural log-probs."""
 
     written: bytes
     top: Sequence[tuple[bytes, float]]
@@ -38,7 +38,7 @@ class AlignedToken(NamedTuple):
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
-    """The bytes that each id stands for in a text; None for special tokens and ids without a token.
+    """The bytes that each id represents in a text; None for special tokens and ids without a token.
 
     Raises:
         ValueError: the tokenizer is not a fast one.
@@ -48,7 +48,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
     return _spelled(tokenizer, len(tokenizer))
 
 
-@lru_cache(maxsize=4)  # every trace asks for it, of the same two tokenizers; the size tells of tokens added since
+@lru_cache(maxsize=4)  # every trace needs it, of the same two tokenizers; the size shows tokens added since
 def _spelled(tokenizer: PreTrainedTokenizerBase, size: int) -> list[bytes | None]:
     decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder"))
     spell = _spell_byte_level if "ByteLevel" in decoder else _spell_sentencepiece
@@ -83,7 +83,7 @@ def student_ids(teacher: Sequence[bytes | None], student: Sequence[bytes | None]
 
 
 def byte_spans(tokens: Sequence[bytes | None], text: bytes) -> list[tuple[int, int]]:
-    """The bytes [start, end) of `text` that each token stands for; an opening blank of the tokenizer's own is at -1.
+    """The bytes [start, end) of `text` that each token represents; an opening blank of the tokenizer's own is at -1.
 
     Raises:
         ValueError: the tokens do not spell the text, because the tokenizer normalises it or some token is special.
@@ -131,7 +131,7 @@ def _spell_byte_level(token: str) -> bytes:
 
 @lru_cache
 def _letters() -> dict[str, int]:
-    """GPT-2's letters for bytes: printable ones stand for themselves, the others follow from U+0100 on, in order."""
+    """GPT-2's letters for bytes: printable ones represent themselves, the others follow from U+0100 on, in order."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}

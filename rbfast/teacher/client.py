@@ -2,7 +2,7 @@
 
 ```python
 server = Server("http://localhost:8000/v1", "my-model")          # the key, if any, from RBFAST_API_KEY
-reply = server.ask("/chat/completions", {"messages": [...]})     # a dict; a busy or broken server is asked again
+reply = server.ask("/chat/completions", {"messages": [...]})     # a dict; retries if a server is busy or breaks off
 ```
 """
 
@@ -22,12 +22,12 @@ from urllib.parse import urlsplit
 _KEYS = ("RBFAST_API_KEY", "OPENAI_API_KEY")
 _BUSY = {408, 409, 429, 500, 502, 503, 504}
 _SHOWN = 500  # characters of a refusal
-LONGEST_PAUSE = 30.0  # seconds, whatever the server asks for
+LONGEST_PAUSE = 30.0  # seconds, however long a pause the server wants
 _Read = TypeVar("_Read")
 
 
 class ServerError(RuntimeError):
-    """A server that does not answer, or not as it was asked. `partial` is what it had written, `status` its reply."""
+    """A server that does not answer as requested. `partial` is what it had written, `status` its reply."""
 
     def __init__(self, message: str, status: int | None = None, partial: Any = None):
         super().__init__(message)
@@ -35,17 +35,17 @@ class ServerError(RuntimeError):
 
 
 class Retries:
-    """Requests that were asked again: how many in all, and how many wait for that now. Threads share it."""
+    """Requests that were retried: how many in all, and how many wait now. Threads share it."""
 
     def __init__(self) -> None:
         self.made = self.waiting = 0
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type, tuple]:
-        return Retries, ()  # a copied server has asked nothing yet
+        return Retries, ()  # a copied server has sent nothing yet
 
     def pause(self, seconds: float) -> None:
-        """Waits before a request is asked again."""
+        """Waits before a request is retried."""
         with self._lock:
             self.made, self.waiting = self.made + 1, self.waiting + 1
         try:
@@ -68,7 +68,7 @@ class Server:
         temperature, top_p, seed: sent with every request that does not set its own; None is not sent.
 
     Attributes:
-        retried: how often it was asked again.
+        retried: the retries so far.
     """
 
     url: str
@@ -91,11 +91,11 @@ class Server:
         object.__setattr__(self, "_key", _key_of_environment())
 
     def post(self, path: str, body: dict[str, Any]) -> http.client.HTTPResponse:
-        """The reply to a request, whose body is still to be read; a busy server is asked again."""
+        """The reply to a request, whose body is still to be read; retries if the server is busy."""
         return self._insist(path, body, lambda response: response)
 
     def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The whole reply; a server that breaks off, or sends no JSON object, is asked again too."""
+        """The whole reply; also retries if the server breaks off or sends no JSON object."""
         return self._insist(path, body, _whole)
 
     def _insist(self, path: str, body: dict[str, Any], read: Callable[[http.client.HTTPResponse], _Read]) -> _Read:
@@ -141,7 +141,7 @@ class Server:
         return text.replace(self._key, "*" * len(self._key)) if self._key else text
 
     def events(self, response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
-        """The JSON objects of a server-sent stream; IncompleteRead where it ends before it says so."""
+        """The JSON objects of a server-sent stream; IncompleteRead if it ends before it says so."""
         for line in response:
             if not line.startswith(b"data:"):
                 continue

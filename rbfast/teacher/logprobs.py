@@ -6,7 +6,7 @@ with SignalStore(folder, teacher="my-teacher", k=32, vocabulary=len(tokenizer)) 
 ```
 
 The teacher reads its own prompt and the student's completion. Where both tokenize alike, every trained token gets its
-top k; where they do not, that is an error unless `align=True`, and then the tokens that both share get theirs.
+top k; if they do not, that is an error unless `align=True`, and then the tokens that both share get theirs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _CHUNK_BYTES, _CHUNK_BYTES_ON_GPU = 2**26, 2**29
 
 
 class TokenizersDiffer(ValueError):
-    """The teacher cuts a text into other tokens than the student."""
+    """The teacher splits a text into other tokens than the student."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def add_local_logprobs(
     if not same and not align:
         raise TokenizersDiffer(
             f"the teacher's tokenizer has other tokens than the student's ({len(teacher_tokenizer)} and "
-            f"{len(tokenizer)}); with align=True (--align) the tokens that both cut alike are scored"
+            f"{len(tokenizer)}); with align=True (--align) the tokens with the same boundaries in both are scored"
         )
     vocabulary = head_of(teacher).weight.shape[0]
     mapped = _mapping(teacher_tokenizer, tokenizer, same, vocabulary)
@@ -137,7 +137,7 @@ def _batches(tasks: Iterable[PendingTrace], tokens: int) -> Iterator[list[Pendin
 
 
 def _mapping(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, same: bool, vocabulary: int) -> Tensor:
-    """The student's id of each of the teacher's, -1 where there is none; [vocabulary]."""
+    """The student's id of each of the teacher's, -1 if there is none; [vocabulary]."""
     if same:
         numbers = np.arange(vocabulary)
         return torch.from_numpy(np.where(numbers < len(student), numbers, -1))
@@ -197,7 +197,7 @@ def _add_batch(teacher: PreTrainedModel, readings: Sequence[_Reading], mapped: T
 def _shared_tokens(
     teacher_tokenizer: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, task: PendingTrace
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """The teacher's tokens of the completion, and (student's token, teacher's token) where both are the same bytes."""
+    """The teacher's tokens of the completion, and (student's token, teacher's token) if both are the same bytes."""
     completion = task.trace.completion()
     written = teacher_tokenizer(completion, add_special_tokens=False, split_special_tokens=True).input_ids
     ours, theirs = token_bytes(tokenizer), token_bytes(teacher_tokenizer)

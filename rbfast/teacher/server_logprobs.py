@@ -3,7 +3,7 @@
 ```python
 with SignalStore(folder, teacher="my-teacher", k=32, vocabulary=len(tokenizer)) as store:
     refused = add_server_logprobs(server, traces, tokenizer, store)     # vLLM's prompt_logprobs, or echo with logprobs
-    reason = add_reply_logprobs(trace, reply, tokenizer, store)         # that came with the reply when it was asked
+    reason = add_reply_logprobs(trace, reply, tokenizer, store)         # that came with the reply
 ```
 """
 
@@ -45,7 +45,7 @@ def add_server_logprobs(
     """Adds the top k of every trace that `store` lacks, as `server` reads it as a prompt.
 
     Args:
-        dialect: "vllm" asks for `prompt_logprobs`; "echo" for the prompt back with `logprobs`, as OpenAI's completions.
+        dialect: "vllm" requests `prompt_logprobs`; "echo" for the prompt back with `logprobs`, as OpenAI's completions.
         align: the server's tokenizer may differ from the student's. It is then shown plain text, without the student's
             chat template; else the student's own token ids (vllm) or its prompt (echo).
 

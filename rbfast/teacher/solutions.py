@@ -6,7 +6,7 @@ taught = teach(server, read_questions("problems.jsonl"), "taught/", samples=2, m
 ```
 
 The folder holds `replies.jsonl` (every reply as it came, at once), and at the end `traces.jsonl`, `failed.jsonl` (what
-is no trace, and why) and `teach.json` (counts, tokens, cost). The same call goes on from the replies that are there.
+is no trace, and why) and `teach.json` (counts, tokens, cost). The same call resumes from the replies that are there.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ _THINK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 _ANSWER = re.compile(r"\s*<answer>", re.IGNORECASE)
 _HOPELESS = {401, 402, 403, 404}  # the next question would be refused too
 _MOST_FAILURES = 8  # in a row
-_LONGEST_SILENCE = 1.0  # seconds; a server that says to come back later is no reason for more
+_LONGEST_SILENCE = 1.0  # seconds, even if a server asks for a longer pause
 
 
 @dataclass(frozen=True)
 class Question:
-    """A problem to ask. `known` holds its answer, where there is one to verify the teacher's with."""
+    """A problem to ask. `known` holds its answer, if there is one to verify the teacher's with."""
 
     text: str
     known: Problem | None = None
@@ -73,7 +73,7 @@ class Prices:
 
 @dataclass(frozen=True)
 class Taught:
-    """What came of it. `open` questions were not asked, or not answered: the same call asks them again."""
+    """What came of it. `open` questions were not sent, or not answered: the same call sends them again."""
 
     traces: list[Trace]
     replies: list[dict[str, Any]]  # one for each trace
@@ -150,9 +150,9 @@ def teach(
         max_tokens: of one reply.
         top_logprobs: candidates to ask for at each token, 0 for none; kept in `replies.jsonl`.
         concurrency: questions under way at a time.
-        max_cost, max_total_tokens: nothing is asked that could pass them, be the reply as long as it may; replies of
+        max_cost, max_total_tokens: nothing is sent that could exceed them, however long the reply; replies of
             earlier calls in this folder count.
-        progress: called with (replies there, replies wanted, a few words on the cost and on what is asked again), with
+        progress: called with (replies there, replies wanted, a few words on the cost and on retries), with
             every reply and every second.
 
     Raises:
@@ -257,7 +257,7 @@ def _latin(token: dict[str, Any]) -> str:
 
 @dataclass
 class _Purse:
-    """What was spent, and what may be."""
+    """What was spent, and the limits."""
 
     prices: Prices
     max_cost: float | None
@@ -273,7 +273,7 @@ class _Purse:
         return self.prices.cost(self.read, self.written)
 
     def affords(self, jobs: Sequence[_Job]) -> bool:
-        """Whether all of these could be paid, were every reply as long as it may be."""
+        """Whether the budget covers all of these if every reply has the maximum length."""
         worst = [job.worst() for job in jobs]
         read, written = self.read + sum(r for r, _ in worst), self.written + sum(w for _, w in worst)
         if self.max_tokens is not None and read + written > self.max_tokens:
@@ -293,7 +293,7 @@ def _ask_all(
     concurrency: int,
     report: Callable[[], None],
 ) -> str | None:
-    """Adds what comes to the journal and to `replies`; returns why some jobs stay open, None where none does."""
+    """Adds what comes to the journal and to `replies`; returns why some jobs stay open, None if none does."""
     queue: deque[_Job] = deque(jobs)
     pending: dict[Future[dict[str, Any]], _Job] = {}
     failures, reason = 0, None
@@ -309,7 +309,7 @@ def _ask_all(
             try:
                 report()
                 done, _ = wait(pending, _LONGEST_SILENCE, return_when=FIRST_COMPLETED)
-            except KeyboardInterrupt as interrupt:  # what is under way is paid for: take it, ask nothing more
+            except KeyboardInterrupt as interrupt:  # requests under way are paid for: take their replies, send no more
                 stopped = interrupt
                 queue.clear()
                 continue
@@ -334,7 +334,7 @@ def _ask_all(
 
 def _retries(server: Server) -> str:
     made, waiting = server.retried.made, server.retried.waiting
-    return f", asked again: {made} ({waiting} waiting)" if made else ""
+    return f", retries: {made} ({waiting} waiting)" if made else ""
 
 
 def _outcome(future: Future[dict[str, Any]]) -> tuple[dict[str, Any] | None, ServerError | None]:
@@ -370,7 +370,7 @@ def _collect(
 
 
 def trace_of(question: Question, reply: dict[str, Any], teacher: str, sample: int = 0) -> Trace:
-    """The trace in a reply: its plan where it marks one, the thinking or the worked steps, the answer.
+    """The trace in a reply: its plan if it marks one, the thinking or the worked steps, the answer.
 
     Raises:
         TraceError: it was cut at the limit, states no answer, or has nothing before it.

@@ -1,4 +1,4 @@
-"""TrainingArguments for a model that is where it shall be trained."""
+"""TrainingArguments for a model that is already on the device it trains on."""
 
 import os
 from collections.abc import Iterator
@@ -16,8 +16,8 @@ _ACCELERATES_DEVICE = "ACCELERATE_TORCH_DEVICE"
 class DeviceArguments(TrainingArguments):
     """Trains on `train_device`, whichever it is.
 
-    Left to itself the Trainer takes the first GPU, whatever device was asked for, and puts the model on all GPUs at
-    once (nn.DataParallel) where this process sees several.
+    Left to itself the Trainer takes the first GPU, whatever device was requested, and puts the model on all GPUs at
+    once (nn.DataParallel) if this process sees several.
     """
 
     train_device: str = "cpu"

@@ -2,8 +2,8 @@
 
     checkpoint = last_checkpoint("runs/first/checkpoints")          # for trainer.train(resume_from_checkpoint=...)
 
-A checkpoint takes its name when it is complete, so a process that is killed leaves none by halves. What a disk or a
-power cut does to it later, the digests of its files show.
+A checkpoint gets its name when it is complete, so a killed process leaves no partial one. The digests of its files
+show later damage by a disk or a power cut.
 """
 
 import json
@@ -31,7 +31,7 @@ def write_digests(folder: Path) -> None:
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest whole checkpoint in a folder, None where there are none at all. Warns where it is not the newest.
+    """The newest whole checkpoint in a folder, None if there is none. Warns if a newer one is not whole.
 
     Raises:
         ValueError: there are checkpoints, and none of them is whole.
@@ -42,7 +42,7 @@ def last_checkpoint(folder: str | Path) -> str | None:
         fault = _fault(path)
         if fault is None:
             if faults:
-                warnings.warn(f"{faults[0]}; going on from {path}", stacklevel=2)
+                warnings.warn(f"{faults[0]}; resuming from {path}", stacklevel=2)
             return str(path)
         faults.append(fault)
     if faults:
@@ -51,7 +51,7 @@ def last_checkpoint(folder: str | Path) -> str | None:
 
 
 def _fault(folder: Path) -> str | None:
-    """What keeps a checkpoint from being gone on with."""
+    """What keeps a run from resuming from a checkpoint."""
     try:
         digests = dict(json.loads((folder / DIGESTS).read_bytes()))
     except (OSError, ValueError, TypeError, RecursionError):

@@ -1,11 +1,11 @@
-"""From traces to a trained adapter in one call: encode, place, train, save. An interrupted run resumes by itself.
+"""From traces to a trained adapter in one call: encode, place, train, save. The same call resumes an interrupted run.
 
 ```python
 model, tokenizer = load_student("smollm2-135m")
 run = distill(model, tokenizer, read_traces("reason1k.jsonl"), "runs/first", DistillConfig(epochs=2))
 ```
 
-The folder of a run holds `run.json` (what was asked, on which traces; in the end what it cost), the adapter, `log.json`
+The folder of a run holds `run.json` (its settings and traces; in the end what it cost), the adapter, `log.json`
 (losses by role), `skipped.jsonl` (traces that did not fit, with the reason), and `checkpoints/` while it is under way.
 """
 
@@ -63,7 +63,7 @@ class DistillConfig:
             is alone in its batch.
         gradient_checkpointing: keep only what goes into a layer, and run the layer again for its backward.
         warmup: the share of the steps before the peak learning rate.
-        schedule: how the learning rate goes on from its peak: to zero along a line or a cosine, or not at all.
+        schedule: how the learning rate falls from its peak: to zero along a line or a cosine, or not at all.
         max_tokens: longer traces are left out and listed, never cut.
 
     Raises:
@@ -137,8 +137,8 @@ def distill(
 ) -> Run:
     """Trains an adapter of `model` on `traces` and saves it in `out`; the model is left with the adapter attached.
 
-    Called again with the same arguments it goes on from the last checkpoint, or loads what a finished run left. It may
-    go on under another number of processes, if an optimizer step takes as many traces as before (docs/distributed.md).
+    Called again with the same arguments it resumes from the last checkpoint, or loads a finished run. It may
+    resume under another number of processes, if an optimizer step takes as many traces as before (docs/distributed.md).
 
     Args:
         signals: a folder of log-probs that `rbfast teach` wrote; traces that it lacks teach by their text.
@@ -157,7 +157,7 @@ def distill(
     if teacher is not None:
         asked |= {"teacher": teacher.config.name_or_path}
     check_same_run(out, asked)
-    arguments = _arguments(out, model, config, examples)  # from here on the processes know each other
+    arguments = _arguments(out, model, config, examples)  # from here on the processes are connected
     checkpoint = last_checkpoint(out / "checkpoints")
     check_same_folder(out, checkpoint)
     if (history := read_json(out / LOG, [{"step": int}])) is not None:
@@ -296,7 +296,7 @@ def placement_scores(
         hidden = final_hidden(model, batch["input_ids"], batch["position_ids"], batch["lengths"])
         return token_losses(model, hidden, batch, weights, config.objective, teacher).loss
 
-    packs(model)  # asked before anybody watches: its two examples are no traces
+    packs(model)  # now, before scoring: its two examples are no traces
     with checkpointing(model) if config.gradient_checkpointing else nullcontext():
         return score_columns(model, batches, loss, method=method)
 
@@ -307,7 +307,7 @@ def _fill(examples: Sequence[Example], signals: str | Path) -> dict[str, Any]:
     missing = len(store.fill(examples))
     if missing == len(examples):
         raise ValueError(
-            f"{signals} holds log-probs of none of the {len(examples)} traces: they are known by the student's tokens; "
+            f"{signals} holds log-probs of none of the {len(examples)} traces, which are looked up by token; "
             "was it made for other traces, or for a student with another tokenizer?"
         )
     return {"teacher": store.teacher, "k": store.k, "traces": len(examples) - missing}

@@ -18,7 +18,7 @@ from rbfast.models.student import final_hidden, head_of
 
 @dataclass(frozen=True)
 class Objective:
-    """How the layers of a trace weigh, and what a teacher's log-probs are worth where a token has them.
+    """How the layers of a trace weigh, and what a teacher's log-probs are worth if a token has them.
 
     The strategic weight is annealed linearly, from abstraction to implementation: by the end of training the share
     `anneal` of it has moved to the tactical weight. Rows with log-probs lose `ce_share * CE + (1 - ce_share) * D`.
@@ -83,7 +83,7 @@ def token_losses(
 ) -> LossOutput:
     """The summed loss of a packed batch whose tokens weigh `role_weights[role]`, and each token's CE and divergence.
 
-    Tokens learn from the batch's top-k where it has one, else from the whole distribution of `teacher` where there is
+    Tokens learn from the batch's top-k if it has one, else from the whole distribution of `teacher` if there is
     one, else from the text alone.
     """
     labels, roles = batch["labels"].view(-1), batch["roles"].view(-1).clamp(min=0)

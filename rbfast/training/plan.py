@@ -1,4 +1,4 @@
-"""What a run will take: parameters, memory, batches; said before a long run begins.
+"""What a run will take: parameters, memory, batches; shown before a long run begins.
 
     print(make_plan(model, adapter, batches, DistillConfig()))
 
@@ -39,7 +39,7 @@ class Plan:
         kept: what a forward of the largest batch keeps for its backward.
         kept_checkpointed: the same with gradient checkpointing; None if the model cannot do that.
         loss: logits of a few tokens at a time, hidden states and their gradient.
-        memory: what the device has; None if nobody says.
+        memory: what the device has; None if unknown.
     """
 
     device: str

@@ -1,4 +1,4 @@
-"""Whether a folder holds the run that is asked for: a run is only ever continued as what it was begun."""
+"""Whether a folder holds the requested run: a run only ever resumes with the settings it started with."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from rbfast.utils.records import read_json
 
 
 def asked_of(model: PreTrainedModel, traces: Sequence[Trace], config: dict[str, Any]) -> dict[str, Any]:
-    """What a run was asked to do, for run.json. config: the fields of its DistillConfig."""
+    """The settings of a run, for run.json. config: the fields of its DistillConfig."""
     lines = "\n".join(json.dumps(trace.to_dict(), sort_keys=True) for trace in traces)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     unit, size = _batch_size(config)
@@ -39,14 +39,14 @@ def _batch_size(config: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def check_same_run(folder: Path, asked: dict[str, Any]) -> None:
-    """A folder that holds a run is only ever continued with what that run was asked to do.
+    """Raises ValueError if the folder holds a run with other settings.
 
     How an optimizer step's traces are split over batches and processes may change, but not their number.
     """
     held = read_json(folder / RUN, {})
     if held is None:
         return
-    free = {"processes", "traces_per_step", "tokens_per_step"}  # of no account to a run that is finished
+    free = {"processes", "traces_per_step", "tokens_per_step"}  # irrelevant to a finished run
     free.add("gradient_checkpointing")  # the same sums
     if not (folder / LOG).exists():
         free |= {"batch_size", "accumulation"}
@@ -66,7 +66,7 @@ def check_same_run(folder: Path, asked: dict[str, Any]) -> None:
 
 
 def check_same_folder(out: Path, checkpoint: str | None) -> None:
-    """All processes must begin at the same step: with different folders they would wait for each other for ever."""
+    """All processes must start at the same step: with different folders they would wait for each other forever."""
     found = "a finished run" if (out / LOG).exists() else Path(checkpoint).name if checkpoint else "no checkpoint"
     everyones = sorted(set(gather_object([found])))
     if len(everyones) > 1:

@@ -1,7 +1,7 @@
 """A frozen base spread over processes: each holds a part of every weight, and a layer is whole only while it runs.
 
     model, tokenizer = load_student("their/model")      # under torchrun, in CPU memory
-    shard(model, device="cuda")                         # before an adapter is attached; from here on as ever
+    shard(model, device="cuda")                         # before an adapter is attached; the rest is as usual
     distill(model, tokenizer, traces, "runs/first")
 
 Only the base is sharded (FSDP2, `torch.distributed.fsdp.fully_shard`). The adapter is small: it runs beside the
@@ -30,7 +30,7 @@ def shard(model: PreTrainedModel, over: int | None = None, device: str | None = 
 
     Args:
         over: how many processes, one after the other, share a copy of the model; None is all of them. The processes of
-            one node are a good choice where it has room for a copy: nothing of the base then crosses the network.
+            one node are a good choice if it has room for a copy: nothing of the base then crosses the network.
         device: the type of device the parts go to ("cuda", "cpu"); None is where the model is.
 
     Raises:
@@ -58,7 +58,7 @@ def _spread(model: PreTrainedModel, over: int | None, device: str) -> None:
         raise ValueError(f"{type(model).__name__} names no class of layers (_no_split_modules) that could be gathered")
     ends = model.get_input_embeddings(), model.get_output_embeddings()
     if ends[1] is not None and ends[0].weight is not ends[1].weight:
-        units += ends  # by themselves they are not gathered for the backward, which does without them
+        units += ends  # else they would be gathered for the backward, which does not need them
     mesh = init_device_mesh(device, (processes // over, over), mesh_dim_names=("copy", "part"))["part"]
     for module in (*reversed(units), model):  # what is inside another comes first
         # Outside of a forward no weight is whole: nothing can be written into a copy that is thrown away.

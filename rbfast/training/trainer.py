@@ -52,7 +52,7 @@ class Student(nn.Module):
         return super().train(mode)
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
-        """Of the base; the Trainer asks the module that it trains, by this name up to transformers 5.22."""
+        """Of the base; up to transformers 5.22 the Trainer reads this name of the module that it trains."""
         self.model.gradient_checkpointing_enable(**kwargs)
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
@@ -123,7 +123,7 @@ class DistillTrainer(Trainer):
         return self.accelerator.reduce(counts.to(device), "sum")
 
     def _leave_out_repeats(self, batch: dict[str, Any]) -> None:
-        """Every process gets as many batches of as many items: where there are too few, the last batch of an epoch is
+        """Every process gets as many batches of as many items: if there are too few, the last batch of an epoch is
         filled up with the epoch's first items. They would count twice: they lose their labels."""
         size = self.args.train_batch_size
         left = self._items % (size * self.args.world_size)  # items that the last batches still have

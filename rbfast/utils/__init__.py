@@ -1,3 +1,3 @@
-"""What every package needs and none is about: whole files (`files`), digests (`sealed`), checked records (`records`),
+"""What every package needs: whole files (`files`), digests (`sealed`), checked records (`records`),
 progress, memory.
 """

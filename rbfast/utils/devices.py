@@ -1,4 +1,4 @@
-"""The device that a name stands for, checked before anything is loaded for it."""
+"""The device that a name denotes, checked before anything is loaded for it."""
 
 import os
 
@@ -6,7 +6,7 @@ import torch
 
 
 def find_device(name: str | None = None) -> torch.device:
-    """The device called `name`, such as "cpu", "cuda:1" or "mps"; None is a GPU where there is one, else the CPU.
+    """The device called `name`, such as "cpu", "cuda:1" or "mps"; None is a GPU if there is one, else the CPU.
 
     Under torchrun a name without a number is the process's own device of that type.
 
@@ -23,7 +23,7 @@ def find_device(name: str | None = None) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, ImportError, AttributeError) as error:
         why = str(error).strip().partition("\n")[0]
-        raise ValueError(f"no device {name!r} to run on ({why}); there is {', '.join(_present())}") from None
+        raise ValueError(f"device {name!r} is not available ({why}): use {' or '.join(_present())}") from None
     return device
 
 

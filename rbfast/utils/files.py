@@ -35,7 +35,7 @@ def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Names the file in an OSError that does not: a write to a full disk says only that it is full."""
+    """Names the file in an OSError without a name: a write to a full disk says only that it is full."""
     try:
         yield
     except OSError as error:
@@ -109,7 +109,7 @@ class Journal:
         except RecursionError:
             return
         except ValueError:
-            if last.strip(b"\0 \t\r")[:1] in (b"", b"{"):  # else it was never a record: it is named, and stays
+            if last.strip(b"\0 \t\r")[:1] in (b"", b"{"):  # else it was never a record: it is reported, and stays
                 os.truncate(self.path, len(data) - len(last))
         else:
             with self.path.open("ab") as file:

@@ -1,4 +1,4 @@
-"""Memory that is free and still held: the C library keeps what tensors of many sizes leave between each other.
+"""Memory that is free and still held: the C library keeps the gaps between tensors of many sizes.
 
 On a CPU a run over examples of all lengths grows to several times of what it uses at any time. Giving back now and then
 keeps it near that; more often would make every step ask for the same pages again.
@@ -13,7 +13,7 @@ EVERY = 8  # steps of training between two times
 
 
 def give_back() -> None:
-    """Returns free memory to the system, where the C library can (glibc)."""
+    """Returns free memory to the system, if the C library can (glibc)."""
     if (trim := _malloc_trim()) is not None:
         trim(0)
 

@@ -1,4 +1,4 @@
-"""Packages that only some commands need: imported at first use, with what to install where one is absent."""
+"""Packages that only some commands need: imported at first use, with what to install if one is missing."""
 
 from importlib import import_module
 from types import ModuleType

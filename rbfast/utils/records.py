@@ -40,7 +40,7 @@ def objects_of(value: Mapping[str, Any]) -> list[dict[str, Any]] | None:
 
 
 def read_json(path: Path, shape: Any) -> Any:
-    """The JSON in a file, or None where there is no such file. Raises ValueError where it is none of this shape."""
+    """The JSON in a file, or None if there is no such file. Raises ValueError if it has another shape."""
     if not path.is_file():
         return None
     return _parse(path.read_bytes(), shape, str(path))

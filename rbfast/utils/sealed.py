@@ -1,9 +1,9 @@
 """Safetensors files that know what was written into them: a digest of the whole among their metadata.
 
     file.write(seal(save(tensors, metadata)))
-    tensors, metadata = load(data), check_seal(data)      # SafetensorError where a bit has changed since
+    tensors, metadata = load(data), check_seal(data)      # SafetensorError if a bit has changed since
 
-A flipped bit of a weight is a weight; only a digest tells. A file without one, from another writer, passes.
+A weight with a flipped bit is still a weight; only a digest shows it. A file without one, from another writer, passes.
 """
 
 import json
@@ -25,7 +25,7 @@ def seal(data: bytes) -> bytes:
 
 
 def check_seal(data: bytes) -> dict[str, str]:
-    """The metadata of a safetensors file. Raises SafetensorError where its digest is not that of its content."""
+    """The metadata of a safetensors file. Raises SafetensorError if its digest is not that of its content."""
     header, body = _split(data)
     metadata = header.get(_METADATA) or {}
     if _DIGEST in metadata and metadata[_DIGEST] != _digest(header, body):

@@ -212,7 +212,7 @@ def test_refusals_are_not_repeated(start):
 def test_a_server_that_ignores_the_limit_is_named(start):
     state, server = start("|".join(["word "] * 500))
     state.faults = ["ignore"]
-    with pytest.raises(ServerError, match="ignores max_tokens: at most 80 were asked for, 500 came"):
+    with pytest.raises(ServerError, match="ignores max_tokens: at most 80 were requested, 500 came"):
         write(server, PROMPT, guide())
 
 
@@ -229,11 +229,11 @@ def test_chat_is_the_fallback_and_is_checked(start):
     solution = samples_of(server, guide(), "2+2?", samples=1)[0]
     assert solution.text == "It is <answer>4</answer>" and solution.tokens == 4
     assert state.requests[-1]["messages"][0]["content"].startswith("2+2?\n\n")
-    with pytest.raises(ServerError, match=r"did not honour the budget: at most 3 tokens .* it says 4") as caught:
+    with pytest.raises(ServerError, match=r"did not honour the budget: at most 3 tokens .* it reports 4") as caught:
         chat(server, "2+2?", Guide(Limits(3)))
     assert caught.value.partial.text == "It is <answer>4</answer>"
     state.usage = False
-    with pytest.raises(ServerError, match="it says nothing of how many"):
+    with pytest.raises(ServerError, match="it reports no count"):
         chat(server, "2+2?", guide())
 
 
@@ -341,7 +341,7 @@ def test_probes_are_paid_from_the_budget(start, usage):
 def test_a_probe_that_ignores_the_limit_is_named(start):
     state, server = start(WORDS)
     state.probed = ["far more than was asked for"]
-    with pytest.raises(ServerError, match="ignores max_tokens: at most 3 were asked for, 6 came") as caught:
+    with pytest.raises(ServerError, match="ignores max_tokens: at most 3 were requested, 6 came") as caught:
         write(server, PROMPT, probing())
     assert caught.value.partial.thinking == "word. " * 5
 

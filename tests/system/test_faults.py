@@ -122,7 +122,7 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(cut, tmp_path,
         folder = tmp_path / name
         shutil.copytree(source, folder)
         DAMAGE[damage](folder / "checkpoint-4" / name, rng)
-        with pytest.warns(UserWarning, match="(is not what was written|missing or broken); going on from") as caught:
+        with pytest.warns(UserWarning, match="(is not what was written|missing or broken); resuming from") as caught:
             assert last_checkpoint(folder) == str(folder / "checkpoint-2")
         assert name in str(caught[0].message) or name == "digests.json"
         DAMAGE[damage](folder / "checkpoint-2" / name, rng)

@@ -363,7 +363,7 @@ def test_checkpoints(tmp_path):
         found = last_checkpoint(tmp_path / "checkpoints")
         assert found.endswith("checkpoint-2") or (newest / "optimizer.pt").read_bytes() == whole["optimizer.pt"]
 
-    with pytest.warns(UserWarning, match="going on from"):
+    with pytest.warns(UserWarning, match="resuming from"):
         for name in whole:
             sweep(500, newest / name, mutate_json if name.endswith("json") else mutate, read)
 

@@ -84,10 +84,8 @@ def test_a_wait_for_a_busy_server_is_reported_while_it_lasts(server, tmp_path, m
 
     teach(server.client(), QUESTIONS[:3], tmp_path, concurrency=1, progress=progress)
     assert seen.is_set() and asked_for == [7.0, 7.0]
-    assert any(
-        (done, wanted) == (0, 3) and words.endswith(", asked again: 1 (1 waiting)") for done, wanted, words in said
-    )
-    assert said[-1][:2] == (3, 3) and said[-1][2].endswith("written, asked again: 2 (0 waiting)")
+    assert any((done, wanted) == (0, 3) and words.endswith(", retries: 1 (1 waiting)") for done, wanted, words in said)
+    assert said[-1][:2] == (3, 3) and said[-1][2].endswith("written, retries: 2 (0 waiting)")
     assert not any("secret" in words for _, _, words in said)
 
 

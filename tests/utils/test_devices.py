@@ -9,7 +9,7 @@ from rbfast.utils.devices import find_device
 
 @pytest.mark.parametrize("name", ["cuda:99", "gpu", "meta", "cpu:x", "cud"])
 def test_an_absent_device_is_refused_with_what_there_is(name):
-    with pytest.raises(ValueError, match=rf"no device '{name}' to run on \(.+\); there is cpu"):
+    with pytest.raises(ValueError, match=rf"device '{name}' is not available \(.+\): use cpu"):
         find_device(name)
 
 
