@@ -11,8 +11,8 @@ BENCH_READY := $(VENV)/bench-ready
 demo: $(READY)
 	$(BIN)/rbfast demo --out runs/demo
 
-test: $(READY)
-	$(BIN)/python -m pytest tests
+test: quick
+	$(BIN)/python -m pytest tests -q -m slow
 
 quick: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile -q -m "not slow"

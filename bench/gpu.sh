@@ -126,7 +126,7 @@ quiet=(-- --tb=line --show-capture=no -W ignore)
 section ops 75 "${run[@]}" rows columns accuracy fold "${quiet[@]}"
 section loss 90 "${run[@]}" loss "${quiet[@]}"
 section steps 80 "${run[@]}" step trainer teacher "${quiet[@]}"
-section kernels 30 "$PYTHON" bench/run.py "four 7B" "top-k frozen" --device cuda "${size[@]}" --kernels 12
+section kernels 30 "$PYTHON" -W ignore bench/run.py "four 7B" "top-k frozen" --device cuda "${size[@]}" --kernels 12
 cp "$LOGS/kernels.log" "$LOGS/kernels.txt"
 [ -n "$capability" ] && head -n 30 "$LOGS/kernels.txt" | cut -c1-90
 
