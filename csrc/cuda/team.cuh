@@ -106,7 +106,8 @@ __device__ inline float lowered(float max, float top, float scale) {
 struct Powers {
   float scale, shift, factor;
 
-  __device__ Powers(float max, float scale, float factor) : scale(scale), shift(__fmul_rn(max, scale)), factor(factor) {
+  __device__ Powers(float max, float scale, float factor) : scale(scale), factor(factor) {
+    shift = __fmul_rn(max, scale);  // here: nvcc's host pass keeps initializers, and knows no __fmul_rn
     this->factor *= exp2_fast(-fmaf(max, scale, -shift));  // what the largest one is off by
   }
   __device__ float operator()(float z) const { return exp2_fast(fmaf(z, scale, -shift)) * factor; }
