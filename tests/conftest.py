@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from fresh_installs import checkout, fresh  # noqa: F401  (fixtures)
+from isas import use_isa
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,14 +39,7 @@ def student(pristine: "tuple[PreTrainedModel, PreTrainedTokenizerBase]") -> "Cal
 @pytest.fixture(params=("scalar", "avx2", "avx512", "avx512_bf16", "amx"))
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs the test on each instruction set of this machine in turn."""
-    from rbfast import ops
-
-    if ops.cpu_isa() is None:
-        pytest.skip("the native CPU ops are not built")
-    monkeypatch.setenv("RBFAST_CPU_ISA", request.param)
-    if ops.cpu_isa() != request.param:
-        pytest.skip(f"this CPU has no {request.param}")
-    return request.param
+    return use_isa(request.param, monkeypatch)
 
 
 @pytest.fixture

@@ -1,11 +1,12 @@
 """The adapter's native CPU ops against the plain-torch reference in fp64, on every instruction set this machine has."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from column_cases import DTYPES, EMPTY, EPS32, IN_RUNS, OPS, RUNS, Delta, arguments, make, run, scattered_in_memory
+from isas import use_isa
 from torch import Tensor
 
 from rbfast import ops
@@ -24,19 +25,8 @@ SHAPES = (
 
 @pytest.fixture(params=("scalar", "avx2", "avx512"), autouse=True)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if ops.cpu_isa() is None:
-        pytest.skip("the native CPU ops are not built")
-    monkeypatch.setenv("RBFAST_CPU_ISA", request.param)
-    if ops.cpu_isa() != request.param:
-        pytest.skip(f"this CPU has no {request.param}")
-    return request.param
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+    """The instruction sets that these ops are compiled for."""
+    return use_isa(request.param, monkeypatch)
 
 
 def assert_within_budget(name: str, d: Delta) -> None:
