@@ -23,6 +23,7 @@ GPUS = "8.0;9.0a;10.0;12.0+PTX"
 SANITIZE = ["-fsanitize=address,undefined"] if os.environ.get("RBFAST_SANITIZE") == "1" else []
 OPTIMIZE = ["-O1", "-g1", "-fno-sanitize-recover=all", *SANITIZE] if SANITIZE else ["-O3"]
 LINK = SANITIZE or ["-s"]
+HEADERS = ("csrc/**/*.h", "csrc/**/*.cuh", "csrc/**/*.inl")  # setuptools skips what is older than sources and these
 HOST_FLAGS = ["-Wall", "-fvisibility=hidden", f"-fmacro-prefix-map={ROOT}=."]
 
 
@@ -35,6 +36,7 @@ def cpu_extension() -> CppExtension:
     return CppExtension(
         "rbfast._C",
         sources("csrc/cpu/*.cpp"),
+        depends=sources(*HEADERS),
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[STABLE_ABI],
         extra_compile_args=[*OPTIMIZE, "-ffp-contract=off", *HOST_FLAGS],
@@ -48,6 +50,7 @@ def text_extension() -> Extension:
     return Extension(
         "rbfast._text",
         ["csrc/text.cpp"],
+        depends=sources(*HEADERS),
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
         language="c++",
         extra_compile_args=[*OPTIMIZE, "-pthread", *HOST_FLAGS],
@@ -62,6 +65,7 @@ def cuda_extension(toolkit: str) -> CppExtension:
     return CppExtension(
         "rbfast._C_cuda",
         sources("csrc/cuda/*.cu"),
+        depends=sources(*HEADERS),
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[STABLE_ABI, ("USE_CUDA", None)],
         extra_compile_args={"cxx": [], "nvcc": ["-O3", "-Xcompiler", ",".join(HOST_FLAGS)]},
