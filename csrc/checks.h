@@ -1,5 +1,5 @@
-// What an op of any device needs between the torch dispatcher and its kernels: tensors, their pointers, and checks whose
-// messages say what was expected and what came.
+// What an op of any device needs between the torch dispatcher and its kernels: tensors, their pointers, and checks
+// whose messages say what was expected and what came.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -35,7 +35,9 @@ T* mutable_data(const Tensor& tensor) {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // x itself where its rows are dense, else a copy.
-inline Tensor dense_rows(const Tensor& x) { return x.stride(1) == 1 || x.size(1) < 2 ? x : torch::stable::contiguous(x); }
+inline Tensor dense_rows(const Tensor& x) {
+  return x.stride(1) == 1 || x.size(1) < 2 ? x : torch::stable::contiguous(x);
+}
 
 inline Tensor floats(const Tensor& like, int64_t rows, int64_t cols) {
   return torch::stable::new_empty(like, {rows, cols}, ScalarType::Float);

@@ -145,8 +145,7 @@ RBFAST_INLINE Term term(Lanes z, Lanes t, const DensePass& pass) {
     return {x.e * (x.p_leads ? x.small.rest : lesser_term(x)), x.p_leads ? change : -change, Lanes{}};
   }
   const Lanes q = x.p_leads ? x.e * x.small.all : x.e;
-  if (kKind == Kind::reverse)
-    return {x.e * (x.p_leads ? lesser_term(x) : x.small.rest), q, x.p_leads ? -x.gap : x.gap};
+  if (kKind == Kind::reverse) return {x.e * (x.p_leads ? lesser_term(x) : x.small.rest), q, x.p_leads ? -x.gap : x.gap};
   // m = e (1 + u change), u the weight of the smaller one; m / (the smaller one) = 1 - (1 - u) change / all.
   const Lanes u = x.p_leads ? splat(pass.rest_of_beta) : splat(pass.beta);
   const Lanes rest_of_u = x.p_leads ? splat(pass.beta) : splat(pass.rest_of_beta);

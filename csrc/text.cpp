@@ -1,8 +1,8 @@
 // `rbfast._text`: the curation's hot loops over many texts, NumPy in and NumPy out, without the GIL.
 //
-// Texts come as one buffer of bytes and the n + 1 positions where they start and end. Each thread takes a run of texts and
-// writes what belongs to them, so results do not depend on the number of threads. The Python side (rbfast/text.py) gives
-// these functions arrays of the right types; rbfast/text_reference.py holds their definitions.
+// Texts come as one buffer of bytes and the n + 1 positions where they start and end. Each thread takes a run of texts
+// and writes what belongs to them, so results do not depend on the number of threads. The Python side (rbfast/text.py)
+// gives these functions arrays of the right types; rbfast/text_reference.py holds their definitions.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -186,8 +186,8 @@ py::tuple find(const Array<uint8_t>& bytes, const Array<int64_t>& starts, int64_
 }
 
 py::tuple containment(const Array<int32_t>& ids, const Array<int64_t>& starts, const Array<int32_t>& postings,
-                      const Array<int64_t>& posting_starts, const Array<int64_t>& weights,
-                      const Array<int64_t>& totals, const Array<int64_t>& own, double least, int64_t threads) {
+                      const Array<int64_t>& posting_starts, const Array<int64_t>& weights, const Array<int64_t>& totals,
+                      const Array<int64_t>& own, double least, int64_t threads) {
   const int64_t n = checked_rows("starts", starts, ids.size()), evaluations = totals.size();
   const bool both = own.size() > 0;  // sides count
   expect(!both || own.size() == n, "own must have one value for each row, or none");

@@ -34,7 +34,8 @@ Tensor checked_columns(const char* op, const Tensor& cols, int64_t width, int64_
 
 // Where each column starts in a row of x, in elements.
 Tensor checked_offsets(const char* op, const Tensor& cols, const Tensor& x, int64_t run) {
-  const Tensor index = checked_columns(op, cols, x.size(1), run), offsets = torch::stable::new_empty(cols, {cols.size(0)});
+  const Tensor index = checked_columns(op, cols, x.size(1), run),
+               offsets = torch::stable::new_empty(cols, {cols.size(0)});
   const int64_t* column = data<int64_t>(index);
   const int64_t stride = x.stride(1);
   std::transform(column, column + cols.size(0), mutable_data<int64_t>(offsets), [=](int64_t c) { return c * stride; });
@@ -203,8 +204,8 @@ void column_scatter_(Tensor dx, const Tensor& dy, const Tensor& cols, const Tens
       parallel_blocks(tokens, kBlock, dy.size(1) + s, [&](int64_t t, int64_t n) {
         float* dh = mutable_data<float>(hidden) + t * k;
         project<decltype(dy_type)>(isa, y, t, n, k, data<float>(bt), static_cast<float>(scale), dh);
-        RBFAST_CALL(isa, column_update, mutable_data<X>(dx) + t * row, row, data<int64_t>(offsets), n, s,
-                    together, static_cast<const X*>(nullptr), 0, k, dh, data<float>(a));
+        RBFAST_CALL(isa, column_update, mutable_data<X>(dx) + t * row, row, data<int64_t>(offsets), n, s, together,
+                    static_cast<const X*>(nullptr), 0, k, dh, data<float>(a));
       });
     });
   });
@@ -228,8 +229,8 @@ void column_fold_(Tensor weight, const Tensor& base_columns, const Tensor& cols,
   for_each_type(weight.scalar_type(), [&](auto type) {
     using T = decltype(type);
     parallel_blocks(weight.size(0), kBlock, s, [&](int64_t o, int64_t n) {
-      RBFAST_CALL(isa, column_update, mutable_data<T>(weight) + o * row, row, data<int64_t>(offsets), n, s,
-                  together, data<T>(base) + o * ld, ld, k, data<float>(b) + o * k, data<float>(a));
+      RBFAST_CALL(isa, column_update, mutable_data<T>(weight) + o * row, row, data<int64_t>(offsets), n, s, together,
+                  data<T>(base) + o * ld, ld, k, data<float>(b) + o * k, data<float>(a));
     });
   });
 }

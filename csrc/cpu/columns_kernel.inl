@@ -186,26 +186,26 @@ void gather(const T* x, int64_t ld, int64_t tokens, const int32_t* cols, int64_t
 
 }  // namespace
 
-#define RBFAST_DEFINE_COLUMN_KERNELS(T)                                                                           \
+#define RBFAST_DEFINE_COLUMN_KERNELS(T)                                                                            \
   void column_gather(const T* x, int64_t ld, int64_t tokens, const int32_t* cols, int64_t s, int64_t run, T* xs) { \
-    gather(x, ld, tokens, cols, s, run, xs);                                                                      \
-  }                                                                                                               \
-  void column_dot(const T* x, int64_t ld, int64_t tokens, int64_t n, int64_t k, const float* m, float* dot) {     \
-    sweep<T, true, false>({x, ld, tokens, n, n, k, m, dot, nullptr, nullptr});                                    \
-  }                                                                                                               \
-  void column_outer(const T* x, int64_t ld, int64_t tokens, int64_t n, int64_t k, const float* w, float* acc) {   \
-    sweep<T, false, true>({x, ld, tokens, n, n, k, nullptr, nullptr, w, acc});                                    \
-  }                                                                                                               \
-  void column_dot_outer(const T* x, int64_t ld, int64_t tokens, int64_t n, int64_t k, const float* m, float* dot, \
-                        const float* w, float* acc) {                                                             \
-    sweep<T, true, true>({x, ld, tokens, n, n, k, m, dot, w, acc});                                               \
-  }                                                                                                               \
-  void column_add(T* y, int64_t ld, int64_t tokens, int64_t n, int64_t k, const float* w, const float* m) {       \
-    for (int64_t t = 0; t < tokens; ++t, y += ld, w += k) add_low_rank(y, y, n, w, m, n, k);                      \
-  }                                                                                                               \
-  void column_update(T* target, int64_t row, const int64_t* offset, int64_t rows, int64_t s, int64_t run,         \
-                     const T* base, int64_t ld, int64_t k, const float* w, const float* m) {                      \
-    update_columns(target, row, offset, rows, s, run, base, ld, k, w, m);                                         \
+    gather(x, ld, tokens, cols, s, run, xs);                                                                       \
+  }                                                                                                                \
+  void column_dot(const T* x, int64_t ld, int64_t tokens, int64_t n, int64_t k, const float* m, float* dot) {      \
+    sweep<T, true, false>({x, ld, tokens, n, n, k, m, dot, nullptr, nullptr});                                     \
+  }                                                                                                                \
+  void column_outer(const T* x, int64_t ld, int64_t tokens, int64_t n, int64_t k, const float* w, float* acc) {    \
+    sweep<T, false, true>({x, ld, tokens, n, n, k, nullptr, nullptr, w, acc});                                     \
+  }                                                                                                                \
+  void column_dot_outer(const T* x, int64_t ld, int64_t tokens, int64_t n, int64_t k, const float* m, float* dot,  \
+                        const float* w, float* acc) {                                                              \
+    sweep<T, true, true>({x, ld, tokens, n, n, k, m, dot, w, acc});                                                \
+  }                                                                                                                \
+  void column_add(T* y, int64_t ld, int64_t tokens, int64_t n, int64_t k, const float* w, const float* m) {        \
+    for (int64_t t = 0; t < tokens; ++t, y += ld, w += k) add_low_rank(y, y, n, w, m, n, k);                       \
+  }                                                                                                                \
+  void column_update(T* target, int64_t row, const int64_t* offset, int64_t rows, int64_t s, int64_t run,          \
+                     const T* base, int64_t ld, int64_t k, const float* w, const float* m) {                       \
+    update_columns(target, row, offset, rows, s, run, base, ld, k, w, m);                                          \
   }
 
 RBFAST_DEFINE_COLUMN_KERNELS(F32)

@@ -1,5 +1,5 @@
-// Losses of rows of logits and their gradient on the CPU: checks, threads, and the fp64 scalars of a row. The passes over
-// a row are in divergence_rows_kernel.inl, the definition of what is computed in rbfast/reference.py.
+// Losses of rows of logits and their gradient on the CPU: checks, threads, and the fp64 scalars of a row. The passes
+// over a row are in divergence_rows_kernel.inl, the definition of what is computed in rbfast/reference.py.
 #include "cpu/divergence_rows.h"
 
 #include <torch/csrc/stable/library.h>
@@ -151,18 +151,19 @@ Losses dense_row(const Row& row, const float* teacher) {
   const double z_log = std::log(z.at_tau) + (z.max - top) * inv_tau, t_log = std::log(t.at_tau);
   const double log_one = std::log(z.at_one * std::exp(z.max - top) + rest.at_one * std::exp(rest.max - top));
   const double shift = (t.max - top) * inv_tau + t_log - z_log;
-  DensePass pass{shared,
-                 row.inv_tau,
-                 static_cast<float>(top),
-                 static_cast<float>(z_log),
-                 t.max,
-                 static_cast<float>(t_log),
-                 static_cast<float>(shift),
-                 static_cast<float>(row.job.beta),
-                 static_cast<float>(1 - row.job.beta),
-                 static_cast<float>(row.kl_weight * row.tau * (row.job.beta == 0 || row.job.beta == 1 ? 1 : 1 - row.job.beta)),
-                 static_cast<float>(row.ce_weight * std::exp(-log_one)),
-                 0};
+  DensePass pass{
+      shared,
+      row.inv_tau,
+      static_cast<float>(top),
+      static_cast<float>(z_log),
+      t.max,
+      static_cast<float>(t_log),
+      static_cast<float>(shift),
+      static_cast<float>(row.job.beta),
+      static_cast<float>(1 - row.job.beta),
+      static_cast<float>(row.kl_weight * row.tau * (row.job.beta == 0 || row.job.beta == 1 ? 1 : 1 - row.job.beta)),
+      static_cast<float>(row.ce_weight * std::exp(-log_one)),
+      0};
   DenseValue value;
   RBFAST_CALL(row.isa, dense_value, row.z, teacher, vocabulary, pass, row.out, &value);
   if (row.out.dz != nullptr && row.job.beta != 0) {
@@ -181,7 +182,8 @@ Losses solve_row(const Job& job, Isa isa, int64_t i) {
   if (job.dz != nullptr) dz = static_cast<char*>(job.dz) + i * job.dz_stride * (job.dz_is_bf16 ? 2 : 4);
   const double tau = job.temperature[i];
   const Output out{dz, job.dz_is_bf16, job.labels[i], job.ce_weight[i], job.logit_scale, job.softcap};
-  const Row row{job, isa, z, out, job.weight[i], job.ce_weight[i], tau, static_cast<float>(1 / tau), logit(z[job.labels[i]])};
+  const Row row{
+      job, isa, z, out, job.weight[i], job.ce_weight[i], tau, static_cast<float>(1 / tau), logit(z[job.labels[i]])};
   if (job.teacher != nullptr) return dense_row(row, job.teacher + i * job.teacher_stride);
   if (job.ids != nullptr) return sparse_row(row, job.ids + i * job.k, job.logprobs + i * job.k, job.k);
   return sparse_row(row, nullptr, nullptr, 0);

@@ -34,16 +34,16 @@ struct DenseValue {
   double divergence, mean_score;
 };
 
-#define RBFAST_ROW_KERNELS(ISA)                                                                     \
-  namespace ISA {                                                                                   \
-  /* z = cap(scale * (z + bias)); bias may be null */                                               \
-  void head_logits(float* z, const float* bias, int64_t n, float scale, float softcap);             \
-  void log_sum(const float* z, int64_t n, float inv_tau, LogSum* result);                           \
-  void tail_gradient(const float* z, int64_t n, const TailGradient& g, const Output& out);          \
-  /* D alone; forward KL writes its gradient in the same pass where out has a dz */                 \
-  void dense_value(const float* z, const float* t, int64_t vocabulary, const DensePass& pass, const Output& out, \
-                   DenseValue* value);                                                              \
-  /* the gradient of reverse KL and JS */                                                           \
+#define RBFAST_ROW_KERNELS(ISA)                                                                                      \
+  namespace ISA {                                                                                                    \
+  /* z = cap(scale * (z + bias)); bias may be null */                                                                \
+  void head_logits(float* z, const float* bias, int64_t n, float scale, float softcap);                              \
+  void log_sum(const float* z, int64_t n, float inv_tau, LogSum* result);                                            \
+  void tail_gradient(const float* z, int64_t n, const TailGradient& g, const Output& out);                           \
+  /* D alone; forward KL writes its gradient in the same pass where out has a dz */                                  \
+  void dense_value(const float* z, const float* t, int64_t vocabulary, const DensePass& pass, const Output& out,     \
+                   DenseValue* value);                                                                               \
+  /* the gradient of reverse KL and JS */                                                                            \
   void dense_gradient(const float* z, const float* t, int64_t vocabulary, const DensePass& pass, const Output& out); \
   }
 

@@ -13,8 +13,8 @@ constexpr int64_t kBlock = 64 * kLanes;
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Calls f(v, left) for every vector of [begin, end); left is below kLanes at the last one alone. A constant in the loop,
-// so that a body made for whole vectors has no test in it.
+// Calls f(v, left) for every vector of [begin, end); left is below kLanes at the last one alone. A constant in the
+// loop, so that a body made for whole vectors has no test in it.
 template <typename F>
 static inline __attribute__((always_inline)) void for_lanes(int64_t begin, int64_t end, const F& f) {
   int64_t v = begin;
@@ -32,7 +32,8 @@ static inline __attribute__((always_inline)) Lanes take(const float* p, int64_t 
 
 // Finishes kLanes values of the gradient in z, at column v, and stores them.
 template <typename T>
-static inline __attribute__((always_inline)) void put(const Output& out, Lanes gradient, Lanes z, int64_t v, int64_t left) {
+static inline __attribute__((always_inline)) void put(const Output& out, Lanes gradient, Lanes z, int64_t v,
+                                                      int64_t left) {
   const uint64_t lane = static_cast<uint64_t>(out.label - v);
   if (lane < static_cast<uint64_t>(kLanes)) gradient[lane] -= out.ce_weight;
   if (out.softcap != 0) {
@@ -54,7 +55,8 @@ static void log_sum_of(const float* z, int64_t n, float inv_tau, LogSum* result)
   for (int64_t b = 0; b < n; b += kBlock) {
     const int64_t end = smaller(b + kBlock, n);
     Lanes most = splat(kNone);
-    for_lanes(b, end, [&](int64_t v, int64_t left) __attribute__((always_inline)) { most = larger(most, take(z + v, left)); });
+    for_lanes(b, end,
+              [&](int64_t v, int64_t left) __attribute__((always_inline)) { most = larger(most, take(z + v, left)); });
     float block_top = kNone;
     for (int i = 0; i < kLanes; ++i) block_top = most[i] > block_top ? most[i] : block_top;
     if (block_top > top) {

@@ -1,17 +1,17 @@
-// column_grad on a GPU. The delta of a frozen weight W [out, in] is dW[:, cols] = scale * B A, so its gradients need, for
-// xs = x[:, cols],
+// column_grad on a GPU. The delta of a frozen weight W [out, in] is dW[:, cols] = scale * B A, so its gradients need,
+// for xs = x[:, cols],
 //     H = xs A^T,  dB = scale * dy^T H,  dH = dy B,  dA = scale * dH^T xs.
 //
 // Traffic: dy is the only large operand, T * out values. `sweep` copies it through shared memory once and does both of
 // its products there, on tensor cores. What they need as partners, H and B, is fp32: it is cut into two pieces of bf16
-// (three where dy is fp32). A block takes a strip of features and a run of tokens, a warp keeps B and dB of its features
-// in registers. Per tile of 32 tokens the warps' parts of dH are added up in shared memory, so what goes back to memory
-// is k floats for every token and strip: 4 k / 512 of the bytes of a bf16 dy for strips of 256.
+// (three where dy is fp32). A block takes a strip of features and a run of tokens, a warp keeps B and dB of its
+// features in registers. Per tile of 32 tokens the warps' parts of dH are added up in shared memory, so what goes back
+// to memory is k floats for every token and strip: 4 k / 512 of the bytes of a bf16 dy for strips of 256.
 //
 // Five launches: `project` makes H, `sweep` over dy leaves parts of dB and dH, `sum_hidden` adds up dH, `sweep` over xs
-// leaves parts of dA, `sum_parts` adds up dA and dB. Work is cut into equal shares for all multiprocessors: block b does
-// units [b * share, ...) of the list of all (strip, tile of tokens). Every sum runs in an order fixed by the shapes and
-// the number of multiprocessors, without atomics.
+// leaves parts of dA, `sum_parts` adds up dA and dB. Work is cut into equal shares for all multiprocessors: block b
+// does units [b * share, ...) of the list of all (strip, tile of tokens). Every sum runs in an order fixed by the
+// shapes and the number of multiprocessors, without atomics.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -29,8 +29,8 @@ constexpr int kLeaves16 = 2, kLeaves32 = 1;  // 16 features each, of a warp; of 
 
 // ---- both products of a matrix ----
 
-// A tile of x in shared memory: rows of kWidth values, in chunks of 16 bytes that change places from row to row, so that
-// eight rows of a chunk lie in different banks.
+// A tile of x in shared memory: rows of kWidth values, in chunks of 16 bytes that change places from row to row, so
+// that eight rows of a chunk lie in different banks.
 template <typename T>
 struct Tile {
   static constexpr int kLeaves = sizeof(T) == 4 ? kLeaves32 : kLeaves16;
@@ -38,9 +38,7 @@ struct Tile {
   static constexpr int kBytes = kTokens * kWidth * sizeof(T);
   T* values;
 
-  __device__ T* at(int t, int v) const {
-    return values + t * kWidth + ((v / kChunk) ^ (t & 7)) * kChunk + v % kChunk;
-  }
+  __device__ T* at(int t, int v) const { return values + t * kWidth + ((v / kChunk) ^ (t & 7)) * kChunk + v % kChunk; }
 
   // The pieces of the operand [16 tokens, 16 features] from (t, v) on, or, transposed, [16 features, 16 tokens].
   template <bool kTransposed>
@@ -81,8 +79,8 @@ struct Dots {
   int64_t strips, tiles;
 };
 
-// The list of units that all blocks share, and the parts [blocks + strips, leaves of a strip, blocks of ranks, lanes] of
-// x^T w that they leave: block b and strip q have part b + q to themselves.
+// The list of units that all blocks share, and the parts [blocks + strips, leaves of a strip, blocks of ranks, lanes]
+// of x^T w that they leave: block b and strip q have part b + q to themselves.
 struct Shares {
   int64_t strips, tiles, share, blocks;
   Floats* parts;
@@ -309,8 +307,8 @@ __global__ void __launch_bounds__(kThreads) sum_hidden(const Dots dots, int piec
   RBFAST_SHARED_MEMORY(memory);
   Floats* scratch = reinterpret_cast<Floats*>(memory);
   const int lane = threadIdx.x % kWarp, g = lane / 4, c = lane % 4;
-  const Floats sum =
-      sum_of_parts(dots.parts + blockIdx.x * int64_t{kWarp}, gridDim.x * int64_t{kWarp}, 0, dots.strips, kWarps, scratch);
+  const Floats sum = sum_of_parts(dots.parts + blockIdx.x * int64_t{kWarp}, gridDim.x * int64_t{kWarp}, 0, dots.strips,
+                                  kWarps, scratch);
   if (threadIdx.x >= kWarp) return;
   float* total = reinterpret_cast<float*>(scratch + kThreads);  // [16, kRow]
 #pragma unroll
@@ -333,8 +331,8 @@ struct Sum {
   int64_t feature, rank;
   int team, blocks;
 
-  Sum(const Shares& shares, int64_t n, int strip_leaves, int k, int rank_blocks, float scale, float* sum, int64_t feature,
-      int64_t rank)
+  Sum(const Shares& shares, int64_t n, int strip_leaves, int k, int rank_blocks, float scale, float* sum,
+      int64_t feature, int64_t rank)
       : shares(shares),
         n(static_cast<int>(n)),
         strip_leaves(strip_leaves),
@@ -460,7 +458,8 @@ void grad_of_ranks(const Device& device, RankBlocks<kN>, const Gradients& g, int
   launch_sweep<Y, kN, true>(device, {y, of_y, 0, work.at<Pair>(hidden), b, parts});
   constexpr size_t kShared = kThreads * sizeof(Floats) + 16 * 9 * sizeof(float);
   const int pieces = kPartners<X>;
-  device.launch({tiles * kTokens / kLeaf * kN, 1, kThreads, 1, kShared}, sum_hidden, parts, pieces, work.at<Pair>(d_hidden));
+  device.launch({tiles * kTokens / kLeaf * kN, 1, kThreads, 1, kShared}, sum_hidden, parts, pieces,
+                work.at<Pair>(d_hidden));
   launch_sweep<X, kN, false>(device, {x, of_x, 0, work.at<Pair>(d_hidden), b, parts});
   const int64_t all = g.A.size(0);
   const Sum dB(of_y, y.n, Tile<Y>::kStrip, k, kN, g.scale, g.dB + first, all, 1);

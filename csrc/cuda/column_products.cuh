@@ -7,11 +7,11 @@
 namespace rbfast {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kTokens = 32;   // of a tile: two times the rows of a product
-constexpr int kLeaf = 16;     // features of a product
+constexpr int kTokens = 32;     // of a tile: two times the rows of a product
+constexpr int kLeaf = 16;       // features of a product
 constexpr int kMostRanks = 32;  // at a time; ranks come in blocks of 8
 
-using Floats = Pack<float, 4>;       // a lane's part of a product [16, 8]
+using Floats = Pack<float, 4>;   // a lane's part of a product [16, 8]
 using Pair = Pack<uint32_t, 2>;  // a lane's part of an operand [16, 8], of one piece
 
 inline __device__ Floats floats_of(const float (&values)[4]) { return {{values[0], values[1], values[2], values[3]}}; }
@@ -93,8 +93,8 @@ struct Factor {
   }
 };
 
-// Where H goes: as the operands of products with tiles of T, [tiles, 2, blocks of ranks, pieces, lanes], and/or as plain
-// floats [tokens, ld].
+// Where H goes: as the operands of products with tiles of T, [tiles, 2, blocks of ranks, pieces, lanes], and/or as
+// plain floats [tokens, ld].
 struct Hidden {
   Pair* operands = nullptr;
   int pieces = 0;

@@ -1,8 +1,8 @@
 // H = x m^T on a GPU, where x [tokens, n] are activations and m [k, n] is a factor of the delta, fp32.
 //
-// A block takes 32 tokens. Its warps share the features and add up what they got in shared memory, in their order. Lanes
-// read 16 bytes of a row at once: which feature a product counts as its first is free, as long as x and m agree. m is cut
-// into three pieces of bf16, so H is as exact as fp32 sums are.
+// A block takes 32 tokens. Its warps share the features and add up what they got in shared memory, in their order.
+// Lanes read 16 bytes of a row at once: which feature a product counts as its first is free, as long as x and m agree.
+// m is cut into three pieces of bf16, so H is as exact as fp32 sums are.
 #include <algorithm>
 
 #include "cuda/column_products.cuh"
@@ -15,10 +15,11 @@ template <typename T>
 constexpr int kReaders = sizeof(T) == 2 ? 16 : 8;
 
 template <typename T, int kN>
-__global__ void __launch_bounds__(kReaders<T> * kWarp, 1) project_tile(const Matrix<T> x, const Factor m, const Hidden to) {
+__global__ void __launch_bounds__(kReaders<T>* kWarp, 1)
+    project_tile(const Matrix<T> x, const Factor m, const Hidden to) {
   constexpr int kLane = 8, kParts = kTokens / kLeaf, kRow = 8 * kN + 1;  // a lane reads 8 features of a row at once
   RBFAST_SHARED_MEMORY(memory);
-  Floats* parts = reinterpret_cast<Floats*>(memory);                        // [warps, kParts, kN, lanes]
+  Floats* parts = reinterpret_cast<Floats*>(memory);                                   // [warps, kParts, kN, lanes]
   float* total = reinterpret_cast<float*>(parts + kReaders<T> * kParts * kN * kWarp);  // [kTokens, kRow]
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, c = lane % 4;
   const int64_t first = blockIdx.x * int64_t{kTokens};
@@ -61,8 +62,7 @@ __global__ void __launch_bounds__(kReaders<T> * kWarp, 1) project_tile(const Mat
 #pragma unroll
   for (int part = 0; part < kParts; ++part)
 #pragma unroll
-    for (int j = 0; j < kN; ++j)
-      parts[((warp * kParts + part) * kN + j) * kWarp + lane] = floats_of(acc[part][j]);
+    for (int j = 0; j < kN; ++j) parts[((warp * kParts + part) * kN + j) * kWarp + lane] = floats_of(acc[part][j]);
   __syncthreads();
   for (int i = threadIdx.x; i < kParts * kN * kWarp; i += kReaders<T> * kWarp) {
     Floats sum = parts[i];

@@ -3,9 +3,9 @@
 //
 // Traffic: what is copied or changed is read and written once; the factors of the delta are read once for every tile.
 // Where columns come in runs, a lane moves up to 16 bytes at a time. A fold keeps its rows of B and its columns of A in
-// shared memory and goes down the rows: per value and rank one multiplication and one addition, because every product is
-// rounded before it is added. For k ranks that is 2 k operations a value, which an H200 does in the time of a copy for k
-// up to about 11.
+// shared memory and goes down the rows: per value and rank one multiplication and one addition, because every product
+// is rounded before it is added. For k ranks that is 2 k operations a value, which an H200 does in the time of a copy
+// for k up to about 11.
 //
 // A column outside the matrix, which a GPU cannot report without waiting, is read as NaN and never written.
 #include <torch/csrc/stable/library.h>
@@ -125,19 +125,19 @@ struct UpdateTile {
   static constexpr int kRows = kVector == 8 && !kDown ? 4 : 2, kPieces = kLane / kVector;  // as registers allow
   static constexpr int kAcross = kDown || kVector > 1 ? kWarps : kWarp, kGroups = kThreads / kAcross;
   static constexpr int kTall = kGroups * kRows, kWide = kAcross * kLane;
-  static constexpr int kRanks = 32;                  // in shared memory at a time
-  static constexpr int kStep = kTall + 4;            // from rank to rank of w: other banks for neighbours
+  static constexpr int kRanks = 32;        // in shared memory at a time
+  static constexpr int kStep = kTall + 4;  // from rank to rank of w: other banks for neighbours
   static constexpr size_t kShared = kRanks * (kStep + kWide) * sizeof(float);
 
   static __device__ int across() { return kDown ? threadIdx.x / kWarp : threadIdx.x % kAcross; }
   static __device__ int row(int a) {
     return kDown ? threadIdx.x % kWarp + a * kGroups : static_cast<int>(threadIdx.x) / kAcross * kRows + a;
   }
-  static __device__ int column(int piece) { return kDown ? across() * kLane + piece * kVector : (piece * kAcross + across()) * kVector; }
-  // Where column v of the tile has its values of m: threads that read 16 bytes side by side do so from other banks.
-  static __device__ int place(int v) {
-    return kVector == 8 ? v / 4 % 2 * (kWide / 2) + v / 8 * 4 + v % 4 : v;
+  static __device__ int column(int piece) {
+    return kDown ? across() * kLane + piece * kVector : (piece * kAcross + across()) * kVector;
   }
+  // Where column v of the tile has its values of m: threads that read 16 bytes side by side do so from other banks.
+  static __device__ int place(int v) { return kVector == 8 ? v / 4 % 2 * (kWide / 2) + v / 8 * 4 + v % 4 : v; }
 };
 
 // Reads the tile's rows of w, scaled, and, if asked to, its columns of m: `ranks` of them from `begin` on.
@@ -180,8 +180,8 @@ __global__ void __launch_bounds__(kThreads, 3) update_columns(const Update<T> p)
   constexpr int kRows = Tile::kRows, kPieces = Tile::kPieces;
   constexpr int kTogether = kDown ? 1 : kVector, kTargets = kLane / kTogether;  // values side by side in the target
   RBFAST_SHARED_MEMORY(memory);
-  float* w = reinterpret_cast<float*>(memory);   // [kRanks, kStep], scaled
-  float* m = w + Tile::kRanks * Tile::kStep;     // [kRanks, kWide]
+  float* w = reinterpret_cast<float*>(memory);  // [kRanks, kStep], scaled
+  float* m = w + Tile::kRanks * Tile::kStep;    // [kRanks, kWide]
   const int64_t left = blockIdx.y * int64_t{Tile::kWide};
   int column[kTargets];  // of the target; negative where nothing is written
 #pragma unroll
@@ -235,12 +235,13 @@ __global__ void __launch_bounds__(kThreads, 3) update_columns(const Update<T> p)
         Pack<float, kRead> of_column[kLane / kRead];
 #pragma unroll
         for (int e = 0; e < kLane; e += kRead)
-          of_column[e / kRead] =
-              *reinterpret_cast<const Pack<float, kRead>*>(from_m + Tile::place(Tile::column(e / kVector) + e % kVector));
+          of_column[e / kRead] = *reinterpret_cast<const Pack<float, kRead>*>(
+              from_m + Tile::place(Tile::column(e / kVector) + e % kVector));
 #pragma unroll
         for (int a = 0; a < kRows; ++a)
 #pragma unroll
-          for (int e = 0; e < kLane; ++e) total[a][e] = __fadd_rn(total[a][e], __fmul_rn(of_row.value[a], of_column[e / kRead].value[e % kRead]));
+          for (int e = 0; e < kLane; ++e)
+            total[a][e] = __fadd_rn(total[a][e], __fmul_rn(of_row.value[a], of_column[e / kRead].value[e % kRead]));
       }
     }
 #pragma unroll
@@ -291,8 +292,9 @@ void run_update(const Device& device, const Update<T>& p, int64_t run) {
   constexpr int kVector = 16 / sizeof(T);
   expect(p.width <= INT32_MAX, "CUDA: a matrix must have fewer than 2^31 columns, got ", p.width);
   const bool is_down = p.row == 1 && p.column != 1;
-  const bool has_vectors = (is_down || vector_of<T>(p.target, p.row, p.column, run) == kVector) &&
-                           (p.base == nullptr || vector_of<T>(p.base, p.ld, 1, p.s % kVector == 0 ? kVector : 1) == kVector);
+  const bool has_vectors =
+      (is_down || vector_of<T>(p.target, p.row, p.column, run) == kVector) &&
+      (p.base == nullptr || vector_of<T>(p.base, p.ld, 1, p.s % kVector == 0 ? kVector : 1) == kVector);
   if (is_down && has_vectors)
     launch_update<T, kVector, true>(device, p);
   else if (is_down)
@@ -351,8 +353,16 @@ void column_linear_(Tensor y, const Tensor& xs, const Tensor& A, const Tensor& B
   const Tensor hidden = project_all(device, xs, A, k, A.stride(0), A.stride(1));
   for_each_type(y.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    const Add<T> add{mutable_data<T>(y), y.stride(0),    y.stride(1), tokens,      out,
-                     k,                  data<float>(hidden), data<float>(B), B.stride(0), B.stride(1),
+    const Add<T> add{mutable_data<T>(y),
+                     y.stride(0),
+                     y.stride(1),
+                     tokens,
+                     out,
+                     k,
+                     data<float>(hidden),
+                     data<float>(B),
+                     B.stride(0),
+                     B.stride(1),
                      static_cast<float>(scale)};
     device.launch({ceil_div(tokens, 8), ceil_div(out, 256)}, add_low_rank<T>, add);
   });
@@ -372,9 +382,24 @@ void column_scatter_(Tensor dx, const Tensor& dy, const Tensor& cols, const Tens
   const Tensor d_hidden = project_all(device, dy, B, k, B.stride(1), B.stride(0));
   for_each_type(dx.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    const Update<T> update{mutable_data<T>(dx), dx.stride(0), dx.stride(1), tokens, dx.size(1), column, cols.size(0),
-                           nullptr, 0, k, data<float>(d_hidden), k, 1, data<float>(A), A.stride(0), A.stride(1),
-                           static_cast<float>(scale), 1};
+    const Update<T> update{mutable_data<T>(dx),
+                           dx.stride(0),
+                           dx.stride(1),
+                           tokens,
+                           dx.size(1),
+                           column,
+                           cols.size(0),
+                           nullptr,
+                           0,
+                           k,
+                           data<float>(d_hidden),
+                           k,
+                           1,
+                           data<float>(A),
+                           A.stride(0),
+                           A.stride(1),
+                           static_cast<float>(scale),
+                           1};
     run_update(device, update, run);
   });
 }
@@ -395,9 +420,24 @@ void column_fold_(Tensor weight, const Tensor& base_columns, const Tensor& cols,
   const int64_t* column = checked_columns(op, index, run);
   for_each_type(weight.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    const Update<T> update{mutable_data<T>(weight), weight.stride(0), weight.stride(1), out, weight.size(1), column,
-                           cols.size(0), data<T>(base), base.stride(0), k, data<float>(B), B.stride(0), B.stride(1),
-                           data<float>(A), A.stride(0), A.stride(1), static_cast<float>(scale), 1};
+    const Update<T> update{mutable_data<T>(weight),
+                           weight.stride(0),
+                           weight.stride(1),
+                           out,
+                           weight.size(1),
+                           column,
+                           cols.size(0),
+                           data<T>(base),
+                           base.stride(0),
+                           k,
+                           data<float>(B),
+                           B.stride(0),
+                           B.stride(1),
+                           data<float>(A),
+                           A.stride(0),
+                           A.stride(1),
+                           static_cast<float>(scale),
+                           1};
     run_update(device, update, run);
   });
 }

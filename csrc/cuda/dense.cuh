@@ -55,8 +55,8 @@ template <Kind kKind>
 __device__ inline Part part_of(float z, float t, const DenseScale& row, const Series& series) {
   float d = fmaxf(fmaf(t - z, row.inv_tau, -row.apart), kNone);
   if (kKind == Kind::js) {
-    const JsTerm x = js_term(fmaf(z - row.z_max, row.scale, -row.z_log), fmaf(t - row.t_max, row.scale, -row.t_log), d,
-                             series);
+    const JsTerm x =
+        js_term(fmaf(z - row.z_max, row.scale, -row.z_log), fmaf(t - row.t_max, row.scale, -row.t_log), d, series);
     return {x.term, x.score.q, x.score.weighted};
   }
   const float q = row.q(z);
@@ -145,8 +145,8 @@ struct DenseShared {
 
 // A row's scalars from what all warps gave; all threads call it.
 template <typename Given, int kWarps>
-__device__ inline DenseScale total_scale(const DenseShared<Given, kWarps>& shared, const RowInfo& info, int n, int V, int turn,
-                                         const Series& series, Sums* all_sums) {
+__device__ inline DenseScale total_scale(const DenseShared<Given, kWarps>& shared, const RowInfo& info, int n, int V,
+                                         int turn, const Series& series, Sums* all_sums) {
   const float scale = info.scale();
   const bool needs_one = info.inv_tau != 1 || n < V;
   const Sums z = shared.sums.total(scale, needs_one, turn, [](const Given& x) { return x.z; });
@@ -155,8 +155,8 @@ __device__ inline DenseScale total_scale(const DenseShared<Given, kWarps>& share
   if constexpr (std::is_same_v<Given, AllSums>) {
     const Sums both[2] = {z, shared.sums.total(scale, true, turn, [](const Given& x) { return x.rest; })};
     all.max = fmaxf(both[0].max, both[1].max);
-    all.at_one = both[0].at_one * lowered(both[0].max, all.max, kLog2e) +
-                 both[1].at_one * lowered(both[1].max, all.max, kLog2e);
+    all.at_one =
+        both[0].at_one * lowered(both[0].max, all.max, kLog2e) + both[1].at_one * lowered(both[1].max, all.max, kLog2e);
   }
   *all_sums = all;
   return dense_scale(info, z, t, all, series.rest_of_beta, n, !needs_one);

@@ -200,7 +200,8 @@ class Device {
 
   int index() const { return index_; }
 
-  // Lets a kernel have as much shared memory as there is; always the same, for another thread may be about to launch it.
+  // Lets a kernel have as much shared memory as there is; always the same, for another thread may be about to launch
+  // it.
   template <typename... Expected>
   void allow_shared_memory(void (*kernel)(Expected...)) const {
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,

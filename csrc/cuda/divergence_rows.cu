@@ -49,13 +49,20 @@ using Warps = std::integral_constant<int, Team<kBlocks, kThreads>::kAllWarps>;
 
 template <int kBlocks, int kThreads, int kVectors, int kResident>
 constexpr Layout sparse() {
-  return {kBlocks, kThreads, kVectors, sizeof(Exchange<Sums, Warps<kBlocks, kThreads>::value>), 0,
+  return {kBlocks,
+          kThreads,
+          kVectors,
+          sizeof(Exchange<Sums, Warps<kBlocks, kThreads>::value>),
+          0,
           {sparse_rows<kBlocks, kThreads, kVectors, kResident, false>,
            sparse_rows<kBlocks, kThreads, kVectors, kResident, true>, nullptr, nullptr, nullptr}};
 }
 template <int kBlocks, int kThreads, int kVectors, int kResident>
 constexpr Layout dense() {
-  return {kBlocks, kThreads, kVectors, 0,
+  return {kBlocks,
+          kThreads,
+          kVectors,
+          0,
           sizeof(DenseShared<BothSums, Warps<kBlocks, kThreads>::value>) + kThreads * kVectors * sizeof(Vector),
           {nullptr, nullptr, dense_rows<Kind::forward, kBlocks, kThreads, kVectors, kResident>,
            dense_rows<Kind::reverse, kBlocks, kThreads, kVectors, kResident>,
@@ -68,9 +75,6 @@ const Layout kSparseLayouts[] = {sparse<1, 256, 4, 4>(),  sparse<1, 256, 16, 2>(
                                  sparse<8, 256, 16, 2>(), sparse<8, 256, 19, 2>(), sparse<8, 512, 16, 1>()};
 const Layout kDenseLayouts[] = {dense<1, 256, 4, 2>(), dense<4, 256, 12, 2>(), dense<8, 256, 7, 3>(),
                                 dense<8, 256, 16, 2>(), dense<8, 512, 10, 1>()};
-
-// For tests and benchmarks: a layout to take, if it fits, in place of the tables' choice (-1: theirs, -2: stream).
-int forced_layout = -1;
 
 struct Plan {
   Kernel kernel = nullptr;  // null: stream
@@ -114,10 +118,10 @@ Plan make_plan(const Device& device, const Job& job) {
                *last = is_dense ? std::end(kDenseLayouts) : std::end(kSparseLayouts);
   const bool is_kept = !is_dense || (Head(job).is_plain() && job.teacher_vocabulary >= job.vocabulary);
   const auto fits = [&](const Layout& x) {
-    return is_kept && x.columns() >= job.vocabulary && (x.blocks == 1 || clusters) && x.sparse_bytes + x.dense_bytes <= room;
+    return is_kept && x.columns() >= job.vocabulary && (x.blocks == 1 || clusters) &&
+           x.sparse_bytes + x.dense_bytes <= room;
   };
-  const Layout* found = forced_layout == -2 ? last : std::find_if(first, last, fits);
-  if (forced_layout >= 0 && forced_layout < last - first && fits(first[forced_layout])) found = first + forced_layout;
+  const Layout* found = std::find_if(first, last, fits);
   if (found == last) return clusters ? streamed_plan<8>(family) : streamed_plan<1>(family);
   return {found->kernels[family], nullptr, found->blocks, found->threads, found->sparse_bytes + found->dense_bytes};
 }
@@ -147,7 +151,8 @@ Tensor make_scratch(const Tensor& logits, const Job& job, int warps, Scratch& sc
   return memory;
 }
 
-void launch(const Device& device, const Job& job, const Plan& plan, const Scratch& scratch, float* divergence, float* ce) {
+void launch(const Device& device, const Job& job, const Plan& plan, const Scratch& scratch, float* divergence,
+            float* ce) {
   constexpr int kRows = kPrepareThreads / kWarp;
   const Series series = make_series(job.beta);
   device.launch({(job.rows + kRows - 1) / kRows, 1, kPrepareThreads}, prepare_rows, job, scratch);
@@ -198,7 +203,8 @@ std::tuple<Tensor, Tensor> divergence_rows_(Tensor logits, std::optional<Tensor>
                             logit_scale, softcap);
   const Job& job = arguments.job;
   expect(job.k <= kMostIds, "divergence_rows_: ids must be [T, k] with k at most ", kMostIds, " on a GPU, got ", job.k);
-  expect(job.vocabulary <= kMostColumns, "divergence_rows_: logits must have at most 2^30 columns, got ", job.vocabulary);
+  expect(job.vocabulary <= kMostColumns, "divergence_rows_: logits must have at most 2^30 columns, got ",
+         job.vocabulary);
   expect_rows_apart(job);
   const Tensor value = torch::stable::new_empty(logits, {job.rows}), ce = torch::stable::new_empty(logits, {job.rows});
   const Plan plan = make_plan(device, job);
@@ -209,10 +215,6 @@ std::tuple<Tensor, Tensor> divergence_rows_(Tensor logits, std::optional<Tensor>
 }
 
 }  // namespace
-
-extern "C" __attribute__((visibility("default"))) void rbfast_force_row_layout(int layout) {
-  forced_layout = layout;
-}
 
 STABLE_TORCH_LIBRARY_IMPL(rbfast, CUDA, m) { m.impl("divergence_rows_", TORCH_BOX(&divergence_rows_)); }
 

@@ -74,9 +74,8 @@ __device__ inline void read_tile(Vector (&z)[kVectors], const float* row, int fi
   constexpr Vector kEmpty = {{-INFINITY, -INFINITY, -INFINITY, -INFINITY}};
   const bool is_aligned = rbfast::is_aligned(row, sizeof(Vector));
   if (is_aligned && end % kVector == 0) {
-    for_each_vector<kVectors, kStep>(first, [&](int v, int i) {
-      z[i] = v < end ? *reinterpret_cast<const Vector*>(row + v) : kEmpty;
-    });
+    for_each_vector<kVectors, kStep>(
+        first, [&](int v, int i) { z[i] = v < end ? *reinterpret_cast<const Vector*>(row + v) : kEmpty; });
   } else {
     for_each_vector<kVectors, kStep>(
         first, [&](int v, int i) { z[i] = read<kVector>(row + v, end - v, is_aligned, -INFINITY); });
@@ -146,7 +145,8 @@ struct Output {
     const float* g = gradient.value;
     if (v >= vocabulary) return;
     if (kBf16)
-      *reinterpret_cast<Pack<unsigned, 2>*>(static_cast<uint16_t*>(dz) + v) = {{pack_bf16(g[0], g[1]), pack_bf16(g[2], g[3])}};
+      *reinterpret_cast<Pack<unsigned, 2>*>(static_cast<uint16_t*>(dz) +
+                                            v) = {{pack_bf16(g[0], g[1]), pack_bf16(g[2], g[3])}};
     else
       *reinterpret_cast<Vector*>(static_cast<float*>(dz) + v) = gradient;
   }

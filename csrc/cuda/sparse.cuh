@@ -21,7 +21,7 @@ __device__ inline Vector tail_gradient(const Vector& z, const TailScale& tail, c
 // A team holds the whole row in its registers; it stays for as many rows as there are. kGeneral: with a head, or with
 // reverse KL or JS, which need more registers.
 template <int kBlocks, int kThreads, int kVectors, int kResident, bool kGeneral>
-__global__ void __launch_bounds__(kThreads, kGeneral && kResident > 2 ? 2 : kResident)
+__global__ void __launch_bounds__(kThreads, kGeneral&& kResident > 2 ? 2 : kResident)
     sparse_rows(const Job job, const Series series, const Scratch scratch) {
   if constexpr (is_possible<kBlocks>()) {
     using T = Team<kBlocks, kThreads>;
@@ -49,9 +49,8 @@ __global__ void __launch_bounds__(kThreads, kGeneral && kResident > 2 ? 2 : kRes
       const TailScale tail = tail_scale<kGeneral>(job, series, info, scratch.entries + row * job.k, sums, scale);
       const Output output(job, row);
       if (tail.at_one.factor == 0)
-        output.put_tile<kVectors, T::kStep>(team.first(), [&](int, int i) {
-          return tail_gradient<kGeneral, false>(z[i], tail, head);
-        });
+        output.put_tile<kVectors, T::kStep>(
+            team.first(), [&](int, int i) { return tail_gradient<kGeneral, false>(z[i], tail, head); });
       else
         output.put_tile<kVectors, T::kStep>(
             team.first(), [&](int, int i) { return tail_gradient<kGeneral, true>(z[i], tail, head); });
@@ -62,8 +61,8 @@ __global__ void __launch_bounds__(kThreads, kGeneral && kResident > 2 ? 2 : kRes
 constexpr int kStreamThreads = 512, kStreamVectors = 4;
 
 // Rows that no team can hold: read again in the second pass. The team is as large as it can be, so that few rows are
-// under way at once and the second pass finds what it can in the level-2 cache. dz may lie over the logits: in fp32 each
-// thread writes where it has just read; in bf16 (in_step) element v covers logit v / 2, so the team meets between
+// under way at once and the second pass finds what it can in the level-2 cache. dz may lie over the logits: in fp32
+// each thread writes where it has just read; in bf16 (in_step) element v covers logit v / 2, so the team meets between
 // reading a tile and writing its gradients, which cover columns of this tile and of those before it.
 template <int kBlocks>
 __global__ void __launch_bounds__(kStreamThreads, 1)

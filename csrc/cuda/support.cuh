@@ -95,8 +95,8 @@ struct TailScale {
 // tail's, in base 2; An entry's log_q is
 // (z - top) * scale - log_all; log_norm brings its log_p to a probability's.
 template <Kind kKind>
-__device__ inline float tail_score(const Series& series, const Entry* entries, int k, float scale, float top, float log_all,
-                                   float log_norm, float log_q, float log_p) {
+__device__ inline float tail_score(const Series& series, const Entry* entries, int k, float scale, float top,
+                                   float log_all, float log_norm, float log_q, float log_p) {
   float mean = 0;
 #pragma unroll 1
   for (int i = threadIdx.x % kWarp; i < k; i += kWarp) {
@@ -120,8 +120,7 @@ __device__ inline TailScale tail_scale(const Job& job, const Series& series, con
   if (job.ids != nullptr) {
     // The teacher's tail has the student's shape, which matters at other temperatures than 1.
     float p = info.p_tail;
-    if (!is_plain)
-      p = exp2f(info.inv_tau * (log2f(p) - log2f(tail.at_one))) * tail.at_tau;
+    if (!is_plain) p = exp2f(info.inv_tau * (log2f(p) - log2f(tail.at_one))) * tail.at_tau;
     const float q = own / all, norm = p + info.p_support;
     if (!kGeneral || job.beta == 0) {
       pull = q - p / norm;
@@ -189,7 +188,8 @@ __device__ inline double log_add(double a, double b) {
 }
 
 // The losses of a row and its gradient at the support and at the label, by one block of one warp.
-__global__ void __launch_bounds__(kWarp) finish_rows(const Job job, const Scratch scratch, float* divergence, float* ce) {
+__global__ void __launch_bounds__(kWarp)
+    finish_rows(const Job job, const Scratch scratch, float* divergence, float* ce) {
   RBFAST_SHARED_MEMORY(memory);
   Bucket* buckets = reinterpret_cast<Bucket*>(memory);
   const int64_t row = blockIdx.x;
@@ -213,9 +213,9 @@ __global__ void __launch_bounds__(kWarp) finish_rows(const Job job, const Scratc
     if (lane == 0) buckets[k].log_q = tail_tau - log_tau;
     __syncwarp();
     const bool is_plain = info.inv_tau == 1;
-    const double log_shape = log(static_cast<double>(tail.at_tau)) - log(static_cast<double>(tail.at_one)) * info.inv_tau;
-    teacher_buckets(job.logprobs + row * k, ids, info.inv_tau, is_plain ? 0 : log_shape,
-                    has_tail, buckets, k);
+    const double log_shape =
+        log(static_cast<double>(tail.at_tau)) - log(static_cast<double>(tail.at_one)) * info.inv_tau;
+    teacher_buckets(job.logprobs + row * k, ids, info.inv_tau, is_plain ? 0 : log_shape, has_tail, buckets, k);
     value = bucket_divergence(job.beta, buckets, k + 1);
     tail_pull = buckets[k].gradient;
   }

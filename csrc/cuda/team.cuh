@@ -98,9 +98,7 @@ struct alignas(16) Sums {
 };
 
 // The factor that brings sums below `max` to sums below the larger `top`.
-__device__ inline float lowered(float max, float top, float scale) {
-  return exp2_fast((max - top) * scale);
-}
+__device__ inline float lowered(float max, float top, float scale) { return exp2_fast((max - top) * scale); }
 
 // The same powers by one operation less for each logit, for what is multiplied by them: factor * 2^(z * scale - shift).
 struct Powers {

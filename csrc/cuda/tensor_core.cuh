@@ -1,9 +1,9 @@
 // Products of 16-bit matrices with sums in fp32, and what feeds them: mma.m16n8k16, ldmatrix and cp.async, as every GPU
 // since sm_80 has them. In the comments a lane of a warp is (g, c) with g = lane / 4 and c = lane % 4.
 //
-// A value that bf16 cannot hold is cut into a sum of bf16 pieces, each the rounding of what the pieces before it left: a
-// float into three, an fp16 into two (both exact), a bf16 is one. A product of two such sums leaves out the products of
-// pieces that are smaller than the last one kept.
+// A value that bf16 cannot hold is cut into a sum of bf16 pieces, each the rounding of what the pieces before it left:
+// a float into three, an fp16 into two (both exact), a bf16 is one. A product of two such sums leaves out the products
+// of pieces that are smaller than the last one kept.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -22,8 +22,8 @@ __device__ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], const
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Four 8 x 8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8. Lane (g, c) gets the pair
-// at (g, 2c) of each, or, transposed, the values at (2c, g) and (2c+1, g).
+// Four 8 x 8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8. Lane (g, c) gets the
+// pair at (g, 2c) of each, or, transposed, the values at (2c, g) and (2c+1, g).
 template <bool kTransposed>
 __device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(row));
@@ -96,7 +96,7 @@ template <int kA, int kB>
 __device__ inline void multiply_pieces(float (&d)[4], const uint32_t (&a)[kA][4], const uint32_t (&b)[kB][2]) {
   constexpr int kMost = kA > kB ? kA : kB;
   float own[4] = {};
-  float(&sum)[4] = kA == 3 ? own : d;
+  float (&sum)[4] = kA == 3 ? own : d;
 #pragma unroll
   for (int p = kMost - 1; p >= 0; --p)  // small products first
 #pragma unroll

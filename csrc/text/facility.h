@@ -1,7 +1,7 @@
 // Facility location by lazy greedy: choose the items that best stand for all of them.
 //
-// The gain of an item j is sum_i max(0, sim(i, j) - best_i), where best_i is the similarity of i to what is chosen so far
-// (Nemhauser, Wolsey and Fisher 1978). A gain never grows as more is chosen, so an old gain is a bound and few are
+// The gain of an item j is sum_i max(0, sim(i, j) - best_i), where best_i is the similarity of i to what is chosen so
+// far (Nemhauser, Wolsey and Fisher 1978). A gain never grows as more is chosen, so an old gain is a bound and few are
 // computed again (Minoux 1978). Similarities are dot products of sparse vectors of whole numbers: sums are exact, so no
 // order of summation, thread count or compiler can change what is chosen.
 #pragma once

@@ -9,7 +9,8 @@
 
 namespace rbfast {
 
-// Calls f(part, first, last) for `parts` consecutive runs of [0, total), each in its own thread; rethrows what one threw.
+// Calls f(part, first, last) for `parts` consecutive runs of [0, total), each in its own thread; rethrows what one
+// threw.
 template <typename F>
 void parallel_parts(int64_t total, int64_t parts, const F& f) {
   std::vector<std::exception_ptr> errors(parts);

@@ -42,8 +42,9 @@ bool is_one_of(std::string_view name, const std::string_view (&names)[N]) {
 // What a command is called by: itself, another name for the same sign, or nothing where it only sets type.
 inline std::string_view command_token(std::string_view name) {
   static constexpr std::string_view kTypesetting[] = {
-      "left",   "right",  "big",          "bigl",  "bigr", "bigg",   "displaystyle", "text",  "textbf", "textit", "mathrm",
-      "mathbf", "mathit", "operatorname", "quad",  "qquad", "limits", "ldots",        "cdots", "dots",   "begin",  "end"};
+      "left",   "right",  "big",    "bigl",   "bigr",   "bigg",         "displaystyle", "text",
+      "textbf", "textit", "mathrm", "mathbf", "mathit", "operatorname", "quad",         "qquad",
+      "limits", "ldots",  "cdots",  "dots",   "begin",  "end"};
   if (is_one_of(name, kTypesetting)) return {};
   if (name == "dfrac" || name == "tfrac") return "frac";
   if (name == "leq") return "le";
@@ -77,7 +78,8 @@ inline bool is_in(char c, std::string_view set) {  // inlined and unrolled, as a
 // Reads the tokens of one folded text as they stand, with a ',' for each stop.
 class Reader {
  public:
-  Reader(std::string_view text, bool mask_digits, std::vector<Token>& out) : text_(text), masked_(mask_digits), out_(out) {}
+  Reader(std::string_view text, bool mask_digits, std::vector<Token>& out)
+      : text_(text), masked_(mask_digits), out_(out) {}
 
   void read() {
     while (at_ < text_.size()) {
