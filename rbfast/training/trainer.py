@@ -10,7 +10,7 @@ logits never exist (see `rbfast.loss.distill_loss`).
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +31,33 @@ from rbfast.utils.memory import EVERY, give_back
 
 
 class Student(nn.Module):
-    """Base model and adapter as one module, so that optimizers, clipping and DDP find exactly what trains."""
+    """Base model and adapter as one module whose parameters are the adapter's: what optimizers, clipping and DDP find.
+
+    The frozen base is no submodule: a Trainer walks over all parameters several times a step, and DDP copies what it
+    finds.
+    """
 
     accepts_loss_kwargs = True  # our loss divides by counts that already span the accumulated batch
 
     def __init__(self, model: PreTrainedModel, adapter: SparseAdapter) -> None:
         super().__init__()
         self.adapter, self.config = adapter, model.config
-        if is_sharded(model):
-            self.__dict__["model"] = model  # not a submodule: DDP copies what it finds, and takes no shards
-        else:
-            self.model = model
+        self.__dict__["model"] = model
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, lengths: Sequence[int]) -> Tensor:
         """Last hidden states [T, H] of a packed row [1, T]."""
         return final_hidden(self.model, input_ids, position_ids, lengths)
 
     def train(self, mode: bool = True) -> "Student":
-        self.model.train(mode)
-        return super().train(mode)
+        if self.model.training != mode:
+            self.model.train(mode)
+        return self if self.training == mode else super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Student":
+        """Moves the base too, as `to(device)` and the like do to a submodule; a sharded one stays where it is."""
+        if not is_sharded(self.model):
+            self.model._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         """Of the base; up to transformers 5.22 the Trainer reads this name of the module that it trains."""
