@@ -37,6 +37,7 @@ class Student(nn.Module):
     finds.
     """
 
+    model: PreTrainedModel
     accepts_loss_kwargs = True  # our loss divides by counts that already span the accumulated batch
 
     def __init__(self, model: PreTrainedModel, adapter: SparseAdapter) -> None:
