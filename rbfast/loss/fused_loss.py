@@ -1,11 +1,12 @@
 """DistillLoss as a function of autograd: forward computes the gradients, since it has the logits, backward scales them.
 
-It scales in place, so a second backward pass computes them anew. So does the first one for the head's gradients if
+It gives them away, so a second backward pass computes them anew. So does the first one for the head's gradients if
 reduction is "none": those depend on each row's upstream gradient.
 
 Shapes: T tokens, n of them take part, H hidden size, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -49,24 +50,30 @@ class FusedLoss(torch.autograd.Function):
         if upstream is None:
             return (None,) * 5
         gradients, ctx.gradients = ctx.gradients, (None, None, None)  # they are the caller's now
-        _scale_(gradients, upstream)
+        gradients = _scaled(gradients, upstream, ctx.dtypes)
         hidden, weight, bias = (x is None and y for x, y in zip(gradients, ctx.needs_input_grad, strict=False))
         if hidden or weight or bias:
             job = _weighted(ctx.job, upstream, ctx.by_token)
             made = solve(ctx.saved_tensors, job, (hidden, weight, bias)).gradients
-            gradients = [x if x is not None else y for x, y in zip(gradients, made, strict=True)]
+            gradients = tuple(x if x is not None else y for x, y in zip(gradients, made, strict=True))
         return *(None if x is None else x.to(dtype) for x, dtype in zip(gradients, ctx.dtypes, strict=True)), None, None
 
 
-def _scale_(gradients: Gradients, upstream: Tensor) -> None:
-    """By the upstream gradient: a scalar, or [T] for a gradient of hidden alone."""
+def _scaled(gradients: Gradients, upstream: Tensor, dtypes: Sequence[torch.dtype | None]) -> Gradients:
+    """By the upstream gradient: a scalar, or [T] for a gradient of hidden alone. Those of hidden and bias in dtypes."""
     d_hidden, d_weight, d_bias = gradients
     if d_hidden is not None:
-        d_hidden.mul_(upstream.unsqueeze(1) if upstream.dim() else upstream)
+        d_hidden = _times(d_hidden, upstream.unsqueeze(1) if upstream.dim() else upstream, dtypes[0])
     if d_weight is not None:
         scale_(d_weight, upstream)
     if d_bias is not None:
-        d_bias.mul_(upstream)
+        d_bias = _times(d_bias, upstream, dtypes[2])
+    return d_hidden, d_weight, d_bias
+
+
+def _times(x: Tensor, factor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """x times factor in dtype, by one pass over memory; in place of x if that is its own."""
+    return torch.mul(x, factor, out=x if x.dtype == dtype else torch.empty_like(x, dtype=dtype))
 
 
 def _weighted(job: Job, upstream: Tensor, by_token: bool) -> Job:

@@ -144,14 +144,14 @@ class _Solver:
         kept = self.hidden.new_empty(chunking.product, V) if chunking.keeps_dz else None
         for rows in _parts(0, size, chunking.product):
             at = rows if self.job.taken.order is None else self.job.taken.order[rows]
-            x = self.hidden[at]
+            x = _cut(self.hidden, at)
             dz = None if kept is None else kept[: x.shape[0]]
             for part in _parts(rows.start, rows.stop, chunking.chunk):
-                inside, z = _moved(part, -rows.start), logits[: part.stop - part.start]
+                inside, z = _moved(part, -rows.start), _cut(logits, slice(0, part.stop - part.start))
                 if kept is None and self.wants_gradient:
                     # The gradient takes the place of the logits; in bf16 it fills the first half of each row's memory.
                     dz = z.view(torch.bfloat16)[:, :V] if self.is_narrow else z
-                self._go_forward(part, x[inside], z, dz if kept is None else kept[inside], teacher)
+                self._go_forward(part, _cut(x, inside), z, dz if kept is None else kept[inside], teacher)
             if dz is not None:
                 self._go_back(at, x, dz, adds=rows.start > 0)
 
@@ -166,9 +166,9 @@ class _Solver:
                 inside = _moved(part, -rows.start)
                 self._solve_rows(
                     part,
-                    logits[inside],
-                    None if dz is None else dz[inside],
-                    self._signal(group, _moved(part, -start), teacher, x[inside], logits[inside]),
+                    z := _cut(logits, inside),
+                    None if dz is None else _cut(dz, inside),
+                    self._signal(group, _moved(part, -start), teacher, _cut(x, inside), z),
                 )
             start = stop
 
@@ -178,7 +178,7 @@ class _Solver:
         """ids, log-probs and logits of some rows of a group. room: for a teacher's logits; x, student: their own."""
         signal, at = group.signal, part if group.entries is None else group.entries[part]
         if isinstance(signal, TopK):
-            return signal.ids[at], signal.logprobs[at], None
+            return _cut(signal.ids, at), _cut(signal.logprobs, at), None
         if isinstance(signal, Dense):
             logits = room[: part.stop - part.start, : signal.vocabulary]
             signal.write_logits_(logits, at, _forward_beside(self.ops.head_forward_, x, self.weight, student))
@@ -187,11 +187,11 @@ class _Solver:
 
     def _solve_rows(self, rows: slice, logits: Tensor, dz: Tensor | None, signal: tuple[Tensor | None, ...]) -> None:
         job, (ids, logprobs, teacher) = self.job, signal
-        kl_weight, ce_weight, temperature = job.parameters[:, rows].unbind()
+        kl_weight, ce_weight, temperature = (_cut(row, rows) for row in job.parameters.unbind())
         values = self.ops.divergence_rows_(
             logits,
             dz,
-            job.labels[rows],
+            _cut(job.labels, rows),
             kl_weight,
             ce_weight,
             temperature,
@@ -251,6 +251,13 @@ def _is_gpu(x: Tensor) -> bool:
 
 def _parts(start: int, stop: int, step: int) -> Iterator[slice]:
     return (slice(i, min(i + step, stop)) for i in range(start, stop, step))
+
+
+def _cut(x: Tensor, rows: Tensor | slice) -> Tensor:
+    """Rows of x; x itself if that is all of it, for a view costs the host as much as a small kernel."""
+    if isinstance(rows, slice) and rows.start == 0 and rows.stop == x.shape[0]:
+        return x
+    return x[rows]
 
 
 def _moved(part: slice, by: int) -> slice:
