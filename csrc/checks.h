@@ -2,10 +2,13 @@
 // whose messages say what was expected and what came.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <sstream>
 #include <stdexcept>
 
@@ -39,8 +42,24 @@ inline Tensor dense_rows(const Tensor& x) {
   return x.stride(1) == 1 || x.size(1) < 2 ? x : torch::stable::contiguous(x);
 }
 
+// Memory beside `like` that nothing is written to yet. Torch's new_empty goes through its dispatcher, which costs the
+// host as much as the launch of a kernel.
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  int64_t strides[4], count = 1;
+  for (size_t d = sizes.size(); d-- > 0; count *= std::max<int64_t>(1, sizes.begin()[d])) strides[d] = count;
+  int32_t device = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides, static_cast<int32_t>(type),
+                                                  device, like.get_device_index(), &made));
+  return Tensor(made);
+}
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return empty(like, sizes, like.scalar_type());
+}
+
 inline Tensor floats(const Tensor& like, int64_t rows, int64_t cols) {
-  return torch::stable::new_empty(like, {rows, cols}, ScalarType::Float);
+  return empty(like, {rows, cols}, ScalarType::Float);
 }
 
 inline void expect_matrix(const char* op, const char* name, const Tensor& x, int64_t rows, int64_t cols) {

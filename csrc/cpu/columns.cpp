@@ -34,8 +34,7 @@ Tensor checked_columns(const char* op, const Tensor& cols, int64_t width, int64_
 
 // Where each column starts in a row of x, in elements.
 Tensor checked_offsets(const char* op, const Tensor& cols, const Tensor& x, int64_t run) {
-  const Tensor index = checked_columns(op, cols, x.size(1), run),
-               offsets = torch::stable::new_empty(cols, {cols.size(0)});
+  const Tensor index = checked_columns(op, cols, x.size(1), run), offsets = empty(cols, {cols.size(0)});
   const int64_t* column = data<int64_t>(index);
   const int64_t stride = x.stride(1);
   std::transform(column, column + cols.size(0), mutable_data<int64_t>(offsets), [=](int64_t c) { return c * stride; });
@@ -94,10 +93,10 @@ Tensor column_gather(const Tensor& x, const Tensor& cols, int64_t run) {
   expect(x.size(1) <= INT32_MAX, op, ": x must have fewer than 2^31 columns, got ", x.size(1));
   const Tensor index = checked_columns(op, cols, x.size(1), run), source = dense_rows(x);
   const int64_t s = cols.size(0), ld = source.stride(0);
-  const Tensor narrow = torch::stable::new_empty(cols, {s}, ScalarType::Int);
+  const Tensor narrow = empty(cols, {s}, ScalarType::Int);
   int32_t* columns = mutable_data<int32_t>(narrow);
   std::copy_n(data<int64_t>(index), s, columns);
-  const Tensor xs = torch::stable::new_empty(x, {x.size(0), s});
+  const Tensor xs = empty(x, {x.size(0), s});
   const Isa isa = active_isa();
   for_each_type(x.scalar_type(), [&](auto type) {
     using T = decltype(type);

@@ -207,7 +207,7 @@ std::tuple<Tensor, Tensor> divergence_rows_(Tensor logits, std::optional<Tensor>
   if (job.ids != nullptr) expect_ids("ids", job.ids, job.rows * job.k, -1, job.vocabulary);
   const Isa isa = active_isa();
   const int64_t rows = job.rows;
-  Tensor value = torch::stable::new_empty(logits, {rows}), ce = torch::stable::new_empty(logits, {rows});
+  Tensor value = empty(logits, {rows}), ce = empty(logits, {rows});
   float *values = mutable_data<float>(value), *ces = mutable_data<float>(ce);
   torch::stable::parallel_for(0, rows, grain(job.vocabulary), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

@@ -327,7 +327,7 @@ Tensor column_gather(const Tensor& x, const Tensor& cols, int64_t run) {
   const Tensor index = torch::stable::contiguous(cols);
   const int64_t* column = checked_columns(op, index, run);
   const int64_t tokens = x.size(0), s = cols.size(0);
-  const Tensor xs = torch::stable::new_empty(x, {tokens, s});
+  const Tensor xs = empty(x, {tokens, s});
   for_each_type(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const Gather<T> p{data<T>(x), x.stride(0), x.stride(1), x.size(1), tokens, column, s, mutable_data<T>(xs)};

@@ -143,7 +143,7 @@ int64_t teams_that_fit(const Device& device, const Plan& plan) {
 Tensor make_scratch(const Tensor& logits, const Job& job, int warps, Scratch& scratch) {
   const int64_t k = job.ids == nullptr ? 0 : job.k, terms = job.teacher == nullptr ? 0 : warps;
   const int64_t floats = (sizeof(RowInfo) + sizeof(Sums) + k * sizeof(Entry)) / sizeof(float) + terms;
-  const Tensor memory = torch::stable::new_empty(logits, {job.rows * floats});
+  const Tensor memory = empty(logits, {job.rows * floats});
   scratch.rows = reinterpret_cast<RowInfo*>(memory.mutable_data_ptr());
   scratch.sums = reinterpret_cast<Sums*>(scratch.rows + job.rows);
   scratch.entries = reinterpret_cast<Entry*>(scratch.sums + job.rows);
@@ -206,7 +206,7 @@ std::tuple<Tensor, Tensor> divergence_rows_(Tensor logits, std::optional<Tensor>
   expect(job.vocabulary <= kMostColumns, "divergence_rows_: logits must have at most 2^30 columns, got ",
          job.vocabulary);
   expect_rows_apart(job);
-  const Tensor value = torch::stable::new_empty(logits, {job.rows}), ce = torch::stable::new_empty(logits, {job.rows});
+  const Tensor value = empty(logits, {job.rows}), ce = empty(logits, {job.rows});
   const Plan plan = make_plan(device, job);
   Scratch scratch;
   const Tensor memory = make_scratch(logits, job, plan.warps(), scratch);
