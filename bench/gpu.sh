@@ -101,7 +101,8 @@ if [ -n "$capability" ]; then
   # What is not timed, all of it at once.
   start=$SECONDS
   "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 6) || workers=()
-  not_the_host="not hopper and not ampere and not starved and not under_the_interpreter"
+  not_the_host=$("$PYTHON" -c 'import sys; sys.path.append("tests/support"); from cuda_devices import HOSTS
+print(*(f"not {name}" for name in HOSTS), "not under_the_interpreter", sep=" and ")')
   mapfile -t on_gpu < <(grep -rl --include='test_*.py' 'cuda\.is_available\|cuda_devices' tests)
   beside tests 90 "${pytest[@]}" "${workers[@]}" "${on_gpu[@]}" -k "$not_the_host"
   beside smoke 90 "$PYTHON" bench/smoke.py
