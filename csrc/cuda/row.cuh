@@ -111,10 +111,11 @@ __device__ inline void add_tile(Sums& sums, const Vector (&z)[kVectors], float s
   sums.at_tau = fmaf(sums.at_tau, lowered(sums.max, top, scale), (added[0] + added[1]) + (added[2] + added[3]));
   if (needs_one) {
     float ones[kVector] = {};
+    // Not (z - base) again: the compiler would keep the differences from above, in registers that there are not.
 #pragma unroll
     for (int i = 0; i < kVectors; ++i)
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) ones[j] += exp2_fast((z[i].value[j] - base) * kLog2e);
+      for (int j = 0; j < kVector; ++j) ones[j] += exp2_fast((base - z[i].value[j]) * -kLog2e);
     sums.at_one = fmaf(sums.at_one, lowered(sums.max, top, kLog2e), (ones[0] + ones[1]) + (ones[2] + ones[3]));
   }
   sums.max = top;

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads, kGeneral&& kResident > 2 ? 2 : kResi
     const int V = static_cast<int>(job.vocabulary);
     team.meet();  // every member has begun
     int turn = 0;
-    for (int64_t row = team.first_row(); row < job.rows; row += team.teams(), turn ^= 1) {
+    for (int row = team.first_row(); row < job.rows; row += team.teams(), turn ^= 1) {
       Vector z[kVectors];
       read_tile<T::kStep>(z, job.logits + row * job.logits_stride, team.first(), V);
       const RowInfo& info = scratch.rows[row];

@@ -60,8 +60,8 @@ struct Team {
   __device__ int first() const { return afresh((rank * kThreads + static_cast<int>(threadIdx.x)) * kVector); }
   __device__ int warp() const { return rank * kWarps + static_cast<int>(threadIdx.x) / kWarp; }
   __device__ bool is_leader() const { return rank == 0 && threadIdx.x == 0; }
-  __device__ int64_t first_row() const { return blockIdx.x / kBlocks; }
-  __device__ int64_t teams() const { return gridDim.x / kBlocks; }
+  __device__ int first_row() const { return static_cast<int>(blockIdx.x) / kBlocks; }
+  __device__ int teams() const { return static_cast<int>(gridDim.x) / kBlocks; }
 
   // All threads of all blocks wait for each other, and then see what the others wrote before.
   __device__ void meet() const {
