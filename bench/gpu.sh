@@ -104,7 +104,7 @@ if [ -n "$capability" ]; then
   not_the_host=$("$PYTHON" -c 'import sys; sys.path.append("tests/support"); from cuda_devices import HOSTS
 print(*(f"not {name}" for name in HOSTS), "not under_the_interpreter", sep=" and ")')
   mapfile -t on_gpu < <(grep -rl --include='test_*.py' 'cuda\.is_available\|cuda_devices' tests)
-  beside tests 90 "${pytest[@]}" "${workers[@]}" "${on_gpu[@]}" -k "$not_the_host"
+  beside tests 90 env OMP_NUM_THREADS=2 "${pytest[@]}" "${workers[@]}" "${on_gpu[@]}" -k "$not_the_host"
   beside smoke 90 "$PYTHON" bench/smoke.py
   if command -v compute-sanitizer >/dev/null; then
     small="(test_any_strides or test_empty or test_activations or test_supports or test_no_rows or test_extreme)"
