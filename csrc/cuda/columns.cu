@@ -64,49 +64,16 @@ __global__ void __launch_bounds__(kThreads, 4) gather(const Gather<T> p) {
   }
 }
 
-// ---- linear ----
-
-// y[t, v] += scale * sum_i h[t, i] B[v, i]
-template <typename T>
-struct Add {
-  T* y;
-  int64_t row, column, tokens, n, k;
-  const float* h;  // [tokens, k]
-  const float* B;  // B[v * b_row + i * b_rank]
-  int64_t b_row, b_rank;
-  float scale;
-};
-
-template <typename T>
-__global__ void add_low_rank(const Add<T> p) {
-  constexpr int kShared = 8;  // tokens that share each value of B
-  const int64_t v = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x, first = blockIdx.x * int64_t{kShared};
-  if (v >= p.n) return;
-  float total[kShared] = {};
-  for (int64_t i = 0; i < p.k; ++i) {
-    const float b = p.B[v * p.b_row + i * p.b_rank];
-#pragma unroll
-    for (int a = 0; a < kShared; ++a)
-      if (first + a < p.tokens) total[a] = fmaf(p.h[(first + a) * p.k + i], b, total[a]);
-  }
-#pragma unroll
-  for (int a = 0; a < kShared; ++a) {
-    if (first + a >= p.tokens) break;
-    T* y = p.y + (first + a) * p.row + v * p.column;
-    store(y, load(y) + p.scale * total[a]);
-  }
-}
-
-// ---- scatter and fold ----
+// ---- linear, scatter and fold ----
 
 // target[r, cols[j]] = base[r, j] + sum_i (scale * w[r, i]) m[i, j]; without a base it adds to what is there. The sum
 // runs in order of i from zero and every product is rounded before it is added: a fold has the same bits everywhere.
-// With k = 0 the base is copied bit by bit.
+// With k = 0 the base is copied bit by bit. Without cols it changes every column.
 template <typename T>
 struct Update {
   T* target;
   int64_t row, column, rows, width;
-  const int64_t* cols;
+  const int64_t* cols;  // or null
   int64_t s;
   const T* base;  // [rows, s] with row stride ld, or null
   int64_t ld, k;
@@ -187,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, 3) update_columns(const Update<T> p)
 #pragma unroll
   for (int q = 0; q < kTargets; ++q) {
     const int64_t j = left + Tile::column(q * kTogether / kVector) + q * kTogether % kVector;
-    const int64_t c = j < p.s ? p.cols[j] : -1;
+    const int64_t c = j >= p.s ? -1 : p.cols == nullptr ? j : p.cols[j];
     column[q] = c >= 0 && c + kTogether <= p.width && c % kTogether == 0 ? static_cast<int>(c) : -1;
   }
   for (int64_t tile = 0; tile < p.tiles; ++tile) {
@@ -314,6 +281,17 @@ const int64_t* checked_columns(const char* op, const Tensor& cols, int64_t run) 
   return data<int64_t>(cols);
 }
 
+// target += scale * w m, with w [rows, k]; the columns, m and a base are yet to be set.
+template <typename T>
+Update<T> add_to(const Tensor& target, const Tensor& w, float scale) {
+  Update<T> update{};
+  update.target = mutable_data<T>(target), update.row = target.stride(0), update.column = target.stride(1);
+  update.rows = target.size(0), update.width = target.size(1);
+  update.w = data<float>(w), update.w_row = w.stride(0), update.w_rank = w.stride(1), update.k = w.size(1);
+  update.scale = scale;
+  return update;
+}
+
 template <typename T, int kVector>
 void launch_gather(const Device& device, const Gather<T>& p) {
   using Tile = GatherTile<T, kVector>;
@@ -351,20 +329,14 @@ void column_linear_(Tensor y, const Tensor& xs, const Tensor& A, const Tensor& B
   const Device device(op, {{"y", y}, {"xs", xs}, {"A", A}, {"B", B}});
   const int64_t tokens = y.size(0), out = y.size(1), k = A.size(0);
   const Tensor hidden = project_all(device, xs, A, k, A.stride(0), A.stride(1));
+  int64_t run = 16;
+  while (out % run != 0) run /= 2;
   for_each_type(y.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    const Add<T> add{mutable_data<T>(y),
-                     y.stride(0),
-                     y.stride(1),
-                     tokens,
-                     out,
-                     k,
-                     data<float>(hidden),
-                     data<float>(B),
-                     B.stride(0),
-                     B.stride(1),
-                     static_cast<float>(scale)};
-    device.launch({ceil_div(tokens, 8), ceil_div(out, 256)}, add_low_rank<T>, add);
+    Update<T> update = add_to<T>(y, hidden, static_cast<float>(scale));
+    update.s = out;
+    update.m = data<float>(B), update.m_rank = B.stride(1), update.m_column = B.stride(0);
+    run_update(device, update, run);
   });
 }
 
@@ -382,24 +354,9 @@ void column_scatter_(Tensor dx, const Tensor& dy, const Tensor& cols, const Tens
   const Tensor d_hidden = project_all(device, dy, B, k, B.stride(1), B.stride(0));
   for_each_type(dx.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    const Update<T> update{mutable_data<T>(dx),
-                           dx.stride(0),
-                           dx.stride(1),
-                           tokens,
-                           dx.size(1),
-                           column,
-                           cols.size(0),
-                           nullptr,
-                           0,
-                           k,
-                           data<float>(d_hidden),
-                           k,
-                           1,
-                           data<float>(A),
-                           A.stride(0),
-                           A.stride(1),
-                           static_cast<float>(scale),
-                           1};
+    Update<T> update = add_to<T>(dx, d_hidden, static_cast<float>(scale));
+    update.cols = column, update.s = cols.size(0);
+    update.m = data<float>(A), update.m_rank = A.stride(0), update.m_column = A.stride(1);
     run_update(device, update, run);
   });
 }
@@ -420,24 +377,10 @@ void column_fold_(Tensor weight, const Tensor& base_columns, const Tensor& cols,
   const int64_t* column = checked_columns(op, index, run);
   for_each_type(weight.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    const Update<T> update{mutable_data<T>(weight),
-                           weight.stride(0),
-                           weight.stride(1),
-                           out,
-                           weight.size(1),
-                           column,
-                           cols.size(0),
-                           data<T>(base),
-                           base.stride(0),
-                           k,
-                           data<float>(B),
-                           B.stride(0),
-                           B.stride(1),
-                           data<float>(A),
-                           A.stride(0),
-                           A.stride(1),
-                           static_cast<float>(scale),
-                           1};
+    Update<T> update = add_to<T>(weight, B, static_cast<float>(scale));
+    update.cols = column, update.s = cols.size(0);
+    update.base = data<T>(base), update.ld = base.stride(0);
+    update.m = data<float>(A), update.m_rank = A.stride(0), update.m_column = A.stride(1);
     run_update(device, update, run);
   });
 }

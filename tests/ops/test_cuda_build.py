@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="nvcc is absent")
 KERNELS = {"sweep": 24, "project_tile": 12, "sum_hidden": 1, "sum_parts": 1, "gather": 9}
-KERNELS |= {"add_low_rank": 3, "update_columns": 12}
+KERNELS |= {"update_columns": 12}
 KERNELS |= {"prepare_rows": 1, "sparse_rows": 12, "sparse_streamed": 2, "finish_rows": 1}
 KERNELS |= {"dense_rows": 15, "dense_streamed": 6, "finish_dense": 1}
 # The fewest blocks of a kernel that must fit an SM of 65536 registers, at the threads it is launched with.
