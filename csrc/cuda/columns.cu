@@ -327,7 +327,7 @@ void column_linear_(Tensor y, const Tensor& xs, const Tensor& A, const Tensor& B
   expect_delta(op, A, B, xs.size(1), y.size(1));
   expect_writable(op, "y", y);
   const Device device(op, {{"y", y}, {"xs", xs}, {"A", A}, {"B", B}});
-  const int64_t tokens = y.size(0), out = y.size(1), k = A.size(0);
+  const int64_t out = y.size(1), k = A.size(0);
   const Tensor hidden = project_all(device, xs, A, k, A.stride(0), A.stride(1));
   int64_t run = 16;
   while (out % run != 0) run /= 2;
@@ -348,7 +348,7 @@ void column_scatter_(Tensor dx, const Tensor& dy, const Tensor& cols, const Tens
   expect_delta(op, A, B, cols.numel(), dy.size(1));
   expect_writable(op, "dx", dx);
   const Device device(op, {{"dx", dx}, {"dy", dy}, {"cols", cols}, {"A", A}, {"B", B}});
-  const int64_t tokens = dx.size(0), k = A.size(0);
+  const int64_t k = A.size(0);
   const Tensor index = torch::stable::contiguous(cols);
   const int64_t* column = checked_columns(op, index, run);
   const Tensor d_hidden = project_all(device, dy, B, k, B.stride(1), B.stride(0));
@@ -372,7 +372,6 @@ void column_fold_(Tensor weight, const Tensor& base_columns, const Tensor& cols,
   expect_delta(op, A, B, cols.numel(), weight.size(0));
   expect_writable(op, "weight", weight);
   const Device device(op, {{"weight", weight}, {"base_columns", base_columns}, {"cols", cols}, {"A", A}, {"B", B}});
-  const int64_t out = weight.size(0), k = A.size(0);
   const Tensor index = torch::stable::contiguous(cols), base = dense_rows(base_columns);
   const int64_t* column = checked_columns(op, index, run);
   for_each_type(weight.scalar_type(), [&](auto type) {
