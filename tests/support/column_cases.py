@@ -77,9 +77,8 @@ OPS = ("column_gather", "column_grad", "column_linear_", "column_scatter_", "col
 
 def scattered_in_memory(t: Tensor) -> Tensor:
     """t with a different layout: every second element of a transposed, larger tensor that holds NaN elsewhere."""
-    wide = torch.full(
-        [2 * size for size in reversed(t.shape)], float("nan") if t.is_floating_point() else -1, dtype=t.dtype
-    )
+    empty = float("nan") if t.is_floating_point() else -1
+    wide = torch.full([2 * size for size in reversed(t.shape)], empty, dtype=t.dtype, device=t.device)
     view = wide.T[::2, ::2] if t.dim() == 2 else wide[::2]
     view.copy_(t)
     return view

@@ -253,6 +253,7 @@ inline int __float_as_int(float value) {
 }
 inline float __fmul_rn(float a, float b) { return a * b; }  // compiled with -ffp-contract=off
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
 using std::isnan;
 
 namespace cooperative_groups {
