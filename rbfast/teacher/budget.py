@@ -27,17 +27,21 @@ class Purse:
     max_tokens: int | None
     read: int = 0
     written: int = 0
-    # What a server took beyond what its request allowed, at most: the next may take as much.
-    _over_read: int = 0
-    _over_written: int = 0
+    # What a server took beyond what its request allowed, at most: the next may take as much. None: no reply yet.
+    _over: tuple[int, int] | None = None
 
     def pay(self, read: int, written: int) -> None:
         self.read, self.written = self.read + read, self.written + written
 
     def learn(self, worst: tuple[int, int], read: int, written: int) -> None:
         """Notes how far a reply passed the worst that was expected of it."""
-        self._over_read = max(self._over_read, read - worst[0])
-        self._over_written = max(self._over_written, written - worst[1])
+        over = self._over or (0, 0)
+        self._over = max(over[0], read - worst[0]), max(over[1], written - worst[1])
+
+    def at_a_time(self, concurrency: int) -> int:
+        """Requests to have under way: under a limit one, until its reply says whether the server keeps to its own."""
+        limited = self.max_cost is not None or self.max_tokens is not None
+        return 1 if limited and self._over is None else concurrency
 
     @property
     def cost(self) -> float:
@@ -45,8 +49,9 @@ class Purse:
 
     def affords(self, worst: Sequence[tuple[int, int]]) -> bool:
         """Whether the budget covers replies that read and write so many tokens at most."""
-        read = self.read + sum(r for r, _ in worst) + len(worst) * self._over_read
-        written = self.written + sum(w for _, w in worst) + len(worst) * self._over_written
+        over = self._over or (0, 0)
+        read = self.read + sum(r + over[0] for r, _ in worst)
+        written = self.written + sum(w + over[1] for _, w in worst)
         if self.max_tokens is not None and read + written > self.max_tokens:
             return False
         return self.max_cost is None or self.prices.cost(read, written) <= self.max_cost

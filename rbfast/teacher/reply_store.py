@@ -16,13 +16,13 @@ _REPLY |= {"prompt_tokens": int, "completion_tokens": int}
 
 
 class ReplyStore:
-    """The replies in a file and what they cost.
+    """The replies in a file and what they cost. Those to `jobs` show how far the teacher passes what it is allowed.
 
     Raises:
         ValueError: the file holds something else.
     """
 
-    def __init__(self, path: Path, purse: Purse) -> None:
+    def __init__(self, path: Path, purse: Purse, jobs: Sequence[Job]) -> None:
         self.purse = purse
         self._journal = Journal(path)
         self._found: dict[str, dict[str, Any]] = {}
@@ -31,6 +31,9 @@ class ReplyStore:
             check(record, _REPLY, f"{where}: expected a teacher's reply, choose another folder")
             self._found[record["key"]] = record
             purse.pay(record["prompt_tokens"], record["completion_tokens"])
+        for job in jobs:
+            if (record := self.get(job)) is not None:
+                purse.learn(job.worst(), record["prompt_tokens"], record["completion_tokens"])
 
     def __len__(self) -> int:
         return len(self._found)

@@ -151,7 +151,7 @@ def teach(
     if top_logprobs:
         body |= {"logprobs": True, "top_logprobs": top_logprobs}
     jobs = [Job(question, sample, server, system, body) for question in questions for sample in range(samples)]
-    store = ReplyStore(out / REPLIES, Purse(prices, max_cost, max_total_tokens))
+    store = ReplyStore(out / REPLIES, Purse(prices, max_cost, max_total_tokens), jobs)
     todo = store.missing(jobs)
     wanted = len(store) + len(todo)
 
@@ -176,7 +176,7 @@ def _ask_all(jobs: Sequence[Job], store: ReplyStore, concurrency: int, report: C
     stopped: BaseException | None = None
     with ThreadPoolExecutor(concurrency) as pool:
         while queue or pending:
-            while queue and len(pending) < concurrency:
+            while queue and len(pending) < store.purse.at_a_time(concurrency):
                 if not store.purse.affords([job.worst() for job in (*pending.values(), queue[0])]):
                     break
                 job = queue.popleft()

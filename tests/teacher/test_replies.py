@@ -1,6 +1,7 @@
 """Replies in every shape that servers send: where the thinking is, how they end, what they count."""
 
 import json
+import re
 import warnings
 
 import pytest
@@ -98,9 +99,6 @@ def test_a_reply_that_was_finished_is_one(tmp_path, reason):
 def test_a_paid_reply_that_is_no_solution_is_kept_with_the_reason(tmp_path, reply, said):
     taught = taught_by(tmp_path, reply)
     assert (taught.failed, taught.open, taught.written) == (1, 0, 5)
-    pytest.raises(AssertionError, match=said).match  # noqa: B018
-    import re
-
     assert re.search(said, failures(tmp_path)[0])
 
 
@@ -112,6 +110,11 @@ def test_what_is_no_chat_completion_stays_open(tmp_path, reply):
     assert taught.open == 1 and "no chat completion" in taught.reason
 
 
+def reasoned(tokens):
+    return {"completion_tokens_details": {"reasoning_tokens": tokens}}
+
+
+@pytest.mark.filterwarnings("ignore:the teacher counts tokens of thinking")
 @pytest.mark.parametrize(
     ("usage", "read", "written"),
     [
@@ -143,14 +146,14 @@ def test_a_server_that_takes_more_than_it_was_allowed_does_not_pass_the_limit(tm
     questions = [Question(f"What is {n} + 2?") for n in range(9)]
     reply = chat_reply({"content": ANSWER, "reasoning": THOUGHT}, usage=usage)
     options = {"max_tokens": 100, "prices": Prices(0, 1000), "max_cost": 1.2}
-    taught = taught_by(tmp_path, reply, questions=questions, **options)
+    taught = taught_by(tmp_path, reply, questions=questions, concurrency=8, **options)
     assert (len(taught.traces), taught.open, taught.cost) == (2, 7, 1.0) and "budget" in taught.reason
     again = taught_by(tmp_path, reply, questions=questions, **options)
-    assert again.cost == 1.0 or again.cost <= 1.2
+    assert again.cost == 1.0
 
 
 def test_thinking_that_is_counted_and_not_sent_is_said_once(tmp_path):
-    usage = {"prompt_tokens": 10, "completion_tokens": 80, "completion_tokens_details": {"reasoning_tokens": 60}}
+    usage = {"prompt_tokens": 10, "completion_tokens": 80, **reasoned(60)}
     questions = [Question(f"What is {n} + 2?") for n in range(3)]
     with pytest.warns(UserWarning, match="counts tokens of thinking, but sends none") as said:
         taught_by(tmp_path / "hidden", chat_reply(f"So.\n{ANSWER}", usage=usage), questions=questions)
