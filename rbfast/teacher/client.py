@@ -14,7 +14,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,6 +29,7 @@ _KEYS = ("RBFAST_API_KEY", "OPENAI_API_KEY")
 _INVALID = (400, 422)  # the request, by what the server says of it
 _SHOWN = 500  # characters of a refusal
 _CONNECTING = 10.0  # seconds
+_LONGEST_PAUSE = 120.0  # seconds, as in the SDK
 _Found = TypeVar("_Found")
 
 
@@ -41,11 +42,11 @@ class ServerError(RuntimeError):
 
 
 class BrokenOff(Exception):
-    """A reply that ended before it was whole, or is none; the next one may be."""
+    """A reply that ended before it was whole, or is none; the next one may be. `pause`: seconds to wait, if known."""
 
-    def __init__(self, message: str, status: int | None = None):
+    def __init__(self, message: str, status: int | None = None, pause: float | None = None):
         super().__init__(message)
-        self.status = status
+        self.status, self.pause = status, pause
 
 
 def is_busy(status: int | None) -> bool:
@@ -87,9 +88,9 @@ def insist(retried: Retries, retries: int, attempt: Callable[[], _Found]) -> _Fo
         for number in range(retries):
             try:
                 return attempt()
-            except BrokenOff:
+            except BrokenOff as error:
                 retried.refused()
-                time.sleep(pause_after(number))
+                time.sleep(min(_LONGEST_PAUSE, pause_after(number) if error.pause is None else error.pause))
                 retried.again()
         return attempt()
     finally:
@@ -101,7 +102,7 @@ def pause_after(failures: int) -> float:
     return min(8.0, 0.5 * 2**failures)
 
 
-class _Connection:
+class Connection:
     """What all copies of a Server share: the SDK's client, the retries, and what the server refuses."""
 
     def __init__(self) -> None:
@@ -110,7 +111,7 @@ class _Connection:
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type, tuple]:
-        return _Connection, ()  # another process has connections of its own
+        return Connection, ()  # another process has connections of its own
 
     def client(self, make: Callable[[Retries], openai.OpenAI]) -> openai.OpenAI:
         with self._lock:
@@ -140,7 +141,7 @@ class Server:
     temperature: float | None = 0.0
     top_p: float | None = None
     seed: int | None = 0
-    connection: _Connection = field(default_factory=_Connection, repr=False, compare=False)
+    connection: Connection = field(default_factory=Connection, repr=False, compare=False)
     _key: str | None = field(default=None, repr=False, init=False)
 
     def __post_init__(self) -> None:
@@ -270,7 +271,14 @@ class Server:
         return reply
 
     def _hide(self, text: str) -> str:
-        return text.replace(self._key, "*" * len(self._key)) if self._key else text
+        return hide(text, [self._key or ""])
+
+
+def hide(text: str, keys: Iterable[str]) -> str:
+    """The text with stars in place of keys: a server may repeat the one that it was sent."""
+    for key in filter(None, keys):
+        text = text.replace(key, "*" * len(key))
+    return text
 
 
 def status_in(error: Any) -> int | None:

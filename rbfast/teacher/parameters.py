@@ -49,9 +49,10 @@ class Manners:
                 self._takes_newer_limit = True
                 return True
             found = [name for name in _OPTIONAL if name in sent and _names(name, refusal)]
+            said = " ".join(refusal.split())
             for name in found:
                 if name not in self._dropped:
-                    warnings.warn(f"the server refuses {name}: requests go without it ({refusal:.200})", stacklevel=2)
+                    warnings.warn(f"the server refuses {name}: requests go without it ({said:.200})", stacklevel=2)
             self._dropped.update(found)
         return bool(found)
 
