@@ -101,6 +101,9 @@ def add_teach(sub: argparse.ArgumentParser) -> None:
     asked.add_argument(
         "--extra-body", type=json_object, default={}, metavar="JSON", help="more fields of every request, as an object"
     )
+    asked.add_argument(
+        "--batch", action="store_true", help="ask by the server's batch API: within a day, at its lower prices"
+    )
     asked.add_argument("--prices", type=float, nargs=2, metavar=("READ", "WRITTEN"), help="per million tokens")
     asked.add_argument("--max-cost", type=float, help="send nothing that could cost more, in the prices' currency")
     asked.add_argument("--max-total-tokens", type=int, help="send nothing that could take more")
@@ -139,6 +142,7 @@ def run_teach(args: argparse.Namespace) -> int:
             max_cost=args.max_cost,
             max_total_tokens=args.max_total_tokens,
             extra=extra,
+            batch=args.batch,
             progress=lambda done, total, words: progress.update(task, completed=done, total=total, description=words),
         )
     result = {"out": str(args.out)} | taught.summary()

@@ -184,7 +184,7 @@ class Server:
         except openai.APIConnectionError as error:
             raise BrokenOff(_cause(error)) from None
         except openai.APIError as error:
-            raise ServerError(f"the server broke off: {self._hide(str(error.body or error.message))}") from None
+            raise ServerError(f"the server broke off: {self.hide(str(error.body or error.message))}") from None
         except (ValueError, RecursionError):
             raise BrokenOff("expected JSON objects, got something else") from None
         finally:
@@ -229,16 +229,16 @@ class Server:
             sent = self.sent(body)
             try:
                 with self.errors(path):
-                    return self.client().post(path, body=sent, options=self.options(), **how)
+                    return self.client().post(path, body=sent, options={"headers": self.headers()}, **how)
             except ServerError as error:
                 if error.status not in _INVALID or not self.connection.manners.learn(str(error), sent):
                     raise
 
-    def options(self) -> Any:
+    def headers(self) -> dict[str, Any]:
         """Of a request by the SDK: a server without a key is sent none."""
         import openai
 
-        return {} if self._key else {"headers": {"Authorization": openai.Omit()}}
+        return {} if self._key else {"Authorization": openai.Omit()}
 
     @contextmanager
     def errors(self, path: str) -> Iterator[None]:
@@ -248,7 +248,7 @@ class Server:
         try:
             yield
         except openai.APIStatusError as error:
-            said = self._hide(error.response.text)[:_SHOWN].strip() or error.response.reason_phrase
+            said = self.hide(error.response.text)[:_SHOWN].strip() or error.response.reason_phrase
             raise ServerError(f"{self.url}{path} said {error.status_code}: {said}", error.status_code) from None
         except openai.APIConnectionError as error:
             raise ServerError(f"{self.url}{path} said nothing: {_cause(error)}") from None
@@ -261,16 +261,17 @@ class Server:
         except (ValueError, RecursionError):
             reply = None
         if not isinstance(reply, dict):
-            said = self._hide(data.decode("utf-8", "replace"))[:_SHOWN]
+            said = self.hide(data.decode("utf-8", "replace"))[:_SHOWN]
             raise BrokenOff(f"{self.url}{path} sent no JSON object but {said!r}")
         if (error := reply.get("error")) and not reply.get("choices"):
             status = status_in(error)
-            said = self._hide(error if isinstance(error, str) else json.dumps(error, ensure_ascii=False))[:_SHOWN]
+            said = self.hide(error if isinstance(error, str) else json.dumps(error, ensure_ascii=False))[:_SHOWN]
             kind = BrokenOff if is_busy(status) else ServerError
             raise kind(f"{self.url}{path} sent an error: {said}", status)
         return reply
 
-    def _hide(self, text: str) -> str:
+    def hide(self, text: str) -> str:
+        """The text without the key."""
         return hide(text, [self._key or ""])
 
 

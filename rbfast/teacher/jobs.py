@@ -72,24 +72,33 @@ class Job:
 
     def record(self, reply: Mapping[str, Any]) -> dict[str, Any]:
         """What is kept of a reply. Raises ServerError for one that is no chat completion."""
-        try:
-            found = read_chat_reply(reply)
-        except ValueError as error:
-            raise ServerError(f"the server sent no chat completion: {error!s:.300}") from error
-        read, written = self.worst()
-        return {
-            "key": self.key,
-            "problem": self.question.text,
-            "sample": self.sample,
-            "text": found.text,
-            "thinking": found.thinking,
-            "fault": found.fault,
-            "finish_reason": found.finish_reason,
-            # A server that does not count is taken to have used all it was allowed.
-            "prompt_tokens": read if found.read is None else found.read,
-            "completion_tokens": written if found.written is None else found.written,
-            "hides_thinking": found.hides_thinking,
-            "message": found.message,
-            "usage": found.usage,
-            "logprobs": found.logprobs,
-        }
+        return record_of(reply, key=self.key, problem=self.question.text, sample=self.sample, worst=self.worst())
+
+
+def record_of(
+    reply: Mapping[str, Any], *, key: str, problem: str | None, sample: int | None, worst: tuple[int, int]
+) -> dict[str, Any]:
+    """What is kept of a reply. A server that does not count is taken to have used all it was allowed.
+
+    Raises:
+        ServerError: it is no chat completion.
+    """
+    try:
+        found = read_chat_reply(reply)
+    except ValueError as error:
+        raise ServerError(f"the server sent no chat completion: {error!s:.300}") from error
+    return {
+        "key": key,
+        "problem": problem,
+        "sample": sample,
+        "text": found.text,
+        "thinking": found.thinking,
+        "fault": found.fault,
+        "finish_reason": found.finish_reason,
+        "prompt_tokens": worst[0] if found.read is None else found.read,
+        "completion_tokens": worst[1] if found.written is None else found.written,
+        "hides_thinking": found.hides_thinking,
+        "message": found.message,
+        "usage": found.usage,
+        "logprobs": found.logprobs,
+    }

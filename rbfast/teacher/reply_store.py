@@ -44,11 +44,16 @@ class ReplyStore:
     def missing(self, jobs: Sequence[Job]) -> list[Job]:
         return [job for job in jobs if job.key not in self._found]
 
-    def add(self, job: Job, record: dict[str, Any]) -> None:
+    def has(self, key: str) -> bool:
+        return key in self._found
+
+    def add(self, record: dict[str, Any], worst: tuple[int, int] | None = None) -> None:
+        """Keeps and pays a reply. `worst`: the tokens that its request allowed, if they are known."""
         self._journal.append([record])
-        self._found[job.key] = record
+        self._found[record["key"]] = record
         self.purse.pay(record["prompt_tokens"], record["completion_tokens"])
-        self.purse.learn(job.worst(), record["prompt_tokens"], record["completion_tokens"])
+        if worst is not None:
+            self.purse.learn(worst, record["prompt_tokens"], record["completion_tokens"])
         if record.get("hides_thinking") and not self._warned:
             self._warned = True
             warnings.warn(

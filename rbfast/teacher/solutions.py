@@ -26,9 +26,10 @@ from rbfast.data.replies import split_reply
 from rbfast.data.trace import Trace, TraceError
 from rbfast.grading.grade import Problem, extract_answer, grade
 from rbfast.grading.tasks import load_problems
+from rbfast.teacher.batch import BATCH, ask_in_batches
 from rbfast.teacher.budget import FREE, Prices, Purse
 from rbfast.teacher.chat_reply import fault_of_finish
-from rbfast.teacher.client import ServerError
+from rbfast.teacher.client import Server, ServerError
 from rbfast.teacher.jobs import Job, Question, Teacher
 from rbfast.teacher.reply_store import ReplyStore
 from rbfast.utils.files import write_text
@@ -119,6 +120,7 @@ def teach(
     prices: Prices = FREE,
     max_cost: float | None = None,
     max_total_tokens: int | None = None,
+    batch: bool = False,
     system: str = SYSTEM,
     extra: Mapping[str, Any] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
@@ -131,6 +133,7 @@ def teach(
         concurrency: questions under way at a time.
         max_cost, max_total_tokens: nothing is sent that could exceed them, however long the reply; replies of
             earlier calls in this folder count.
+        batch: by the server's batch API, at its lower prices (`prices` must be those), within a day.
         extra: more fields of every request, as the server names them (`reasoning_effort`, ...).
         progress: called with (replies there, replies wanted, a few words on the cost and on retries), with
             every reply and every second.
@@ -155,11 +158,19 @@ def teach(
     todo = store.missing(jobs)
     wanted = len(store) + len(todo)
 
-    def report() -> None:
+    def report(state: str = "") -> None:
         if progress:
-            progress(len(store), wanted, store.purse.words() + _retries(server))
+            progress(len(store), wanted, ", ".join(filter(None, [state, store.purse.words()])) + _retries(server))
 
-    reason = _ask_all(todo, store, concurrency, report)
+    if batch:
+        if not isinstance(server, Server):
+            raise ValueError("batches need a server with OpenAI's batch API, got a provider with an API of its own")
+        reason = ask_in_batches(server, jobs, store, out, report)
+        report()
+    else:
+        if (out / BATCH).exists():
+            raise ValueError(f"{out / BATCH} names a batch under way: ask in batches again, or choose another folder")
+        reason = _ask_all(todo, store, concurrency, report)
     return _collect(jobs, store, reason, out, server.model)
 
 
@@ -196,7 +207,7 @@ def _ask_all(jobs: Sequence[Job], store: ReplyStore, concurrency: int, report: C
                 found, error = _outcome(future)
                 if found is not None:
                     failures = 0
-                    store.add(job, found)
+                    store.add(found, job.worst())
                     continue
                 failures, reason = failures + 1, str(error)
                 if error and (error.status in _HOPELESS or failures >= max(_MOST_FAILURES, concurrency)):
