@@ -77,6 +77,17 @@ def read_traces_aloud(args: argparse.Namespace, source: str, unreadable: Path) -
     return traces
 
 
+def json_object(text: str) -> dict[str, Any]:
+    """An argument that is a JSON object. Raises argparse.ArgumentTypeError for anything else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object such as '{{\"top_k\": 20}}', got {text!r:.80}")
+    return value
+
+
 def device_of(args: argparse.Namespace) -> str:
     from rbfast.utils.devices import find_device
 

@@ -10,6 +10,7 @@ from rbfast.cli.common import (
     add_device,
     add_formats,
     format_options,
+    json_object,
     lines,
     load_model,
     print_result,
@@ -80,15 +81,29 @@ def run_curate(args: argparse.Namespace) -> int:
 
 
 def add_teach(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("model", help="the teacher, as the server names it; without --server: hub id or local folder")
+    sub.add_argument("model", help="the teacher, as its server names it; with --score alone: hub id or local folder")
     sub.add_argument("source", help="problems (file, hub id, reasoning-gym generator); with --score: traces")
     sub.add_argument("-o", "--out", type=Path, required=True, help="folder to write; the same command resumes there")
     sub.add_argument("--server", metavar="URL", help="an OpenAI-compatible server, up to /v1; key: RBFAST_API_KEY")
+    sub.add_argument("--timeout", type=float, default=600.0, help="seconds without a byte of a reply (default: 600)")
     sub.add_argument("--concurrency", type=int, default=8, help="requests at a time (default: 8)")
     asked = sub.add_argument_group("solutions")
+    asked.add_argument(
+        "--provider",
+        metavar="NAME",
+        help="a provider with an API of its own, as litellm names it (anthropic, gemini, ...); key: ANTHROPIC_API_KEY "
+        "and the like; needs rbfast[teachers]",
+    )
     asked.add_argument("-n", type=int, help="problems to ask (default: all, or 50 of a generator)")
     asked.add_argument("--samples", type=int, default=1, help="solutions per problem (default: 1)")
     asked.add_argument("--temperature", type=float, default=0.7, help="default: 0.7")
+    asked.add_argument("--reasoning-effort", metavar="LEVEL", help="how long to think: low, medium, high, ...")
+    asked.add_argument(
+        "--extra-body", type=json_object, default={}, metavar="JSON", help="more fields of every request, as an object"
+    )
+    asked.add_argument(
+        "--batch", action="store_true", help="ask by the server's batch API: within a day, at its lower prices"
+    )
     asked.add_argument("--prices", type=float, nargs=2, metavar=("READ", "WRITTEN"), help="per million tokens")
     asked.add_argument("--max-cost", type=float, help="send nothing that could cost more, in the prices' currency")
     asked.add_argument("--max-total-tokens", type=int, help="send nothing that could take more")
@@ -107,13 +122,11 @@ def add_teach(sub: argparse.ArgumentParser) -> None:
 def run_teach(args: argparse.Namespace) -> int:
     if args.score:
         return _teach_logprobs(args)
-    from rbfast.teacher.client import Server
     from rbfast.teacher.solutions import Prices, read_questions, teach
     from rbfast.utils.progress import bar
 
-    if not args.server:
-        raise ValueError("solutions come from a server: name it with --server URL, or ask for log-probs with --score")
-    server = Server(args.server, args.model, temperature=args.temperature, seed=args.seed)
+    server = _teacher(args)
+    extra = args.extra_body | ({"reasoning_effort": args.reasoning_effort} if args.reasoning_effort else {})
     questions = read_questions(args.source, args.n, args.seed, format_options(args))
     with bar("asking", args.json) as progress:
         task = progress.add_task("", total=len(questions) * args.samples)
@@ -128,6 +141,8 @@ def run_teach(args: argparse.Namespace) -> int:
             prices=Prices(*args.prices or (0.0, 0.0)),
             max_cost=args.max_cost,
             max_total_tokens=args.max_total_tokens,
+            extra=extra,
+            batch=args.batch,
             progress=lambda done, total, words: progress.update(task, completed=done, total=total, description=words),
         )
     result = {"out": str(args.out)} | taught.summary()
@@ -135,6 +150,22 @@ def run_teach(args: argparse.Namespace) -> int:
         result["signals"] = _add_replies(args, taught)
     print_result(args, result, lines(result))
     return 1 if taught.open else 0
+
+
+def _teacher(args: argparse.Namespace) -> Any:
+    """Who is asked for solutions."""
+    common = {"timeout": args.timeout, "temperature": args.temperature, "seed": args.seed}
+    if args.provider:
+        from rbfast.teacher.providers import Provider
+
+        return Provider(args.provider, args.model, args.server, **common)
+    if args.server:
+        from rbfast.teacher.client import Server
+
+        return Server(args.server, args.model, **common)
+    raise ValueError(
+        "solutions come from a server: name it with --server URL or --provider NAME, or get log-probs with --score"
+    )
 
 
 def _add_replies(args: argparse.Namespace, taught: Any) -> int:
@@ -161,7 +192,7 @@ def _teach_logprobs(args: argparse.Namespace) -> int:
     with _signal_store(args, tokenizer) as store, counting("reading", args.json) as progress:
         options: dict[str, Any] = {"align": args.align, "max_tokens": args.max_tokens, "progress": progress}
         if args.server:
-            server = Server(args.server, args.model)
+            server = Server(args.server, args.model, timeout=args.timeout)
             options |= {"dialect": args.dialect, "concurrency": args.concurrency}
             refused = add_server_logprobs(server, traces, tokenizer, store, **options)
         else:

@@ -48,6 +48,8 @@ _SOLUTION = re.compile(
     r"<\|begin_of_solution\|>(.*?)(?:<\|end_of_solution\|>|\Z)|<(output|solution|response)>(.*?)(?:</\2>|\Z)",
     re.DOTALL | re.IGNORECASE,
 )
+# Channels whose marks a server took for special tokens and left out.
+_BARE_CHANNELS = re.compile(r"analysis(.*?)assistantfinal", re.DOTALL)
 _FINAL = re.compile(r"(?:<\|start\|>assistant)?<\|channel\|>final<\|message\|>")
 _ENDS = tuple(f"<|{name}|>" for name in ("im_end", "eot_id", "endoftext", "return", "end", "end_of_text"))
 _ENDS += ("<｜end▁of▁sentence｜>", "</s>")
@@ -214,6 +216,9 @@ def split_thinking(reply: str) -> tuple[str | None, str]:
             raise TraceError(f"reply: {opened[0]} is opened and never closed; the reply was cut, leave it out")
         thoughts.append(rest[opened.end() : closed.start()].strip())
         rest = rest[closed.end() :].lstrip()
+    if not thoughts and (bare := _BARE_CHANNELS.match(rest)):
+        thoughts.append(bare[1].strip())
+        rest = rest[bare.end() :]
     if not thoughts and (closed := _LONE_CLOSER.search(rest)):
         thoughts.append(rest[: closed.start()].strip())
         rest = rest[closed.end() :]

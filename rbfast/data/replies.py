@@ -177,15 +177,15 @@ def read_reply(value: object) -> Reply:
             raise TraceError(f"reply: expected text, got {show(value)}")
         return read_reply(inner)
     thought, text = text_of(value)
-    return _with_thought(thought, text)
+    return split_reply(thought, text)
 
 
 def reply_of_turn(turn: Turn) -> Reply:
-    return _with_thought(turn.thought, turn.text)
+    return split_reply(turn.thought, turn.text)
 
 
-def _with_thought(thought: str | None, text: str) -> Reply:
-    """Thinking that came beside a reply, else that in its tags."""
+def split_reply(thought: str | None, text: str) -> Reply:
+    """Thinking that came beside a reply, else that in its tags; raises TraceError if they are never closed."""
     tagged, rest = split_thinking(text)
     return Reply((thought and thought.strip()) or tagged, rest)
 

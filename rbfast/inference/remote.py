@@ -15,7 +15,6 @@ continues from what is left of the text, which the server's prefix cache has rea
 
 from __future__ import annotations
 
-import http.client
 import math
 import threading
 import time
@@ -32,7 +31,8 @@ from rbfast.inference.guide import Guide, Phrases
 from rbfast.inference.solver import GREEDY, Listener, Sampling, Solution
 from rbfast.inference.state import GuideState, Order, Phase
 from rbfast.inference.vote import decided
-from rbfast.teacher.client import LONGEST_PAUSE, Server, ServerError
+from rbfast.teacher.chat_reply import read_chat_reply
+from rbfast.teacher.client import BrokenOff, Server, ServerError, pause_after
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,12 +86,12 @@ def write(
                 order = _one_stream(server, prompt + state.thinking + state.answer, state, count, hear, abandoned)
         except ServerError as error:
             raise ServerError(str(error), error.status, Solution.of(state)) from error
-        except (OSError, http.client.HTTPException) as error:
+        except BrokenOff as error:
             order, failures = None, 0 if state.spent > before else failures + 1
             if failures > server.retries:
-                reason = f"{server.url} broke off {failures} times: {type(error).__name__}: {error}"
+                reason = f"{server.url} broke off {failures} times: {error}"
                 raise ServerError(reason, partial=Solution.of(state)) from error
-            time.sleep(min(LONGEST_PAUSE, server.pause * 2**failures))
+            time.sleep(pause_after(failures))
 
 
 def _one_stream(
@@ -108,8 +108,8 @@ def _one_stream(
     body = {"prompt": text, "max_tokens": allowed, "stream": True, "stream_options": {"include_usage": True}}
     if measures:
         body["logprobs"] = _CANDIDATES
-    with closing(server.post("/completions", body)) as response:
-        for piece in _pieces(server, response):
+    with closing(server.stream("/completions", body)) as events:
+        for piece in _pieces(server, events):
             reason = piece.reason or reason
             # A piece is one token at least; a count that the server gives is the truth, one by `count` is not.
             said = max(said + (piece.tokens or bool(piece.text)), piece.total)
@@ -126,7 +126,7 @@ def _one_stream(
             if order or state.phase is Phase.DONE or state.wants_probe or abandoned():
                 return order
     if reason is None:
-        raise http.client.IncompleteRead(b"")
+        raise BrokenOff("the stream ended before the text did")
     if reason != "length":
         return state.write("", max(0, said - (state.spent - before)), ended=True)
     # Fewer pieces than tokens: pieces of several tokens. The requested tokens are used up, and no more.
@@ -150,8 +150,8 @@ class _Piece(NamedTuple):
     reason: str | None
 
 
-def _pieces(server: Server, response: http.client.HTTPResponse) -> Iterator[_Piece]:
-    for chunk in server.events(response):
+def _pieces(server: Server, events: Iterator[dict[str, Any]]) -> Iterator[_Piece]:
+    for chunk in events:
         try:
             choice = (chunk.get("choices") or [{}])[0]
             candidates = _candidates(choice.get("logprobs") or {})
@@ -215,13 +215,11 @@ def chat(server: Server, problem: str, guide: Guide) -> Solution:
     }
     reply = server.ask("/chat/completions", body)
     try:
-        choice = reply["choices"][0]
-        answer = choice["message"].get("content") or ""
-        thinking = choice["message"].get("reasoning_content") or ""
-    except _MALFORMED as error:
-        raise ServerError(f"{server.url} sent no chat completion: {type(error).__name__}: {error}") from error
-    tokens = (reply.get("usage") or {}).get("completion_tokens")
-    solution = Solution(thinking + answer, thinking, answer, tokens or 0, choice.get("finish_reason") == "length")
+        found = read_chat_reply(reply)
+    except ValueError as error:
+        raise ServerError(f"{server.url} sent no chat completion: {error}") from error
+    tokens, cut = found.written, found.finish_reason == "length"
+    solution = Solution(found.thinking + found.text, found.thinking, found.text, tokens or 0, cut)
     if tokens is None or tokens > guide.limits.budget:
         raise ServerError(
             f"{server.url} did not honour the budget: at most {guide.limits.budget} tokens were requested, it reports "

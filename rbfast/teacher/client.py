@@ -1,29 +1,36 @@
-"""An OpenAI-compatible server (vLLM, SGLang, llama.cpp, a vendor's): requests, and what to do when they fail.
+"""An OpenAI-compatible server (vLLM, SGLang, llama.cpp, a vendor's), spoken to by the `openai` SDK.
 
 ```python
 server = Server("http://localhost:8000/v1", "my-model")          # the key, if any, from RBFAST_API_KEY
 reply = server.ask("/chat/completions", {"messages": [...]})     # a dict; retries if a server is busy or breaks off
+with closing(server.stream("/completions", body)) as events:     # dicts, as they come
+    ...
 ```
 """
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
+from rbfast.teacher.parameters import Manners
+
+if TYPE_CHECKING:
+    import openai
+
 _KEYS = ("RBFAST_API_KEY", "OPENAI_API_KEY")
-_BUSY = {408, 409, 429, 500, 502, 503, 504}
+_INVALID = (400, 422)  # the request, by what the server says of it
 _SHOWN = 500  # characters of a refusal
-LONGEST_PAUSE = 30.0  # seconds, however long a pause the server wants
-_Read = TypeVar("_Read")
+_CONNECTING = 10.0  # seconds
+_LONGEST_PAUSE = 120.0  # seconds, as in the SDK
+_Found = TypeVar("_Found")
 
 
 class ServerError(RuntimeError):
@@ -34,37 +41,93 @@ class ServerError(RuntimeError):
         self.status, self.partial = status, partial
 
 
+class BrokenOff(Exception):
+    """A reply that ended before it was whole, or is none; the next one may be. `pause`: seconds to wait, if known."""
+
+    def __init__(self, message: str, status: int | None = None, pause: float | None = None):
+        super().__init__(message)
+        self.status, self.pause = status, pause
+
+
+def is_busy(status: int | None) -> bool:
+    """Whether a status says that a later request may succeed; the SDK's rule."""
+    return status in (408, 409, 429) or (status is not None and 500 <= status < 600)
+
+
 class Retries:
     """Requests that were retried: how many in all, and how many wait now. Threads share it."""
 
     def __init__(self) -> None:
         self.made = self.waiting = 0
         self._lock = threading.Lock()
+        self._mine = threading.local()
+
+    def refused(self) -> None:
+        """This thread's request was refused for now, and waits."""
+        self._set_waiting(True)
+
+    def again(self) -> None:
+        """This thread's request is sent again."""
+        with self._lock:
+            self.made += 1
+        self._set_waiting(False)
+
+    def over(self) -> None:
+        """This thread's request has ended, well or not."""
+        self._set_waiting(False)
+
+    def _set_waiting(self, waits: bool) -> None:
+        with self._lock:
+            self.waiting += waits - getattr(self._mine, "waits", False)
+            self._mine.waits = waits
+
+
+def insist(retried: Retries, retries: int, attempt: Callable[[], _Found]) -> _Found:
+    """What `attempt` returns, tried again with growing pauses as long as it raises BrokenOff; then that is raised."""
+    try:
+        for number in range(retries):
+            try:
+                return attempt()
+            except BrokenOff as error:
+                retried.refused()
+                time.sleep(min(_LONGEST_PAUSE, pause_after(number) if error.pause is None else error.pause))
+                retried.again()
+        return attempt()
+    finally:
+        retried.over()
+
+
+def pause_after(failures: int) -> float:
+    """Seconds, growing with the failures so far, as the SDK's pauses do."""
+    return min(8.0, 0.5 * 2**failures)
+
+
+class Connection:
+    """What all copies of a Server share: the SDK's client, the retries, and what the server refuses."""
+
+    def __init__(self) -> None:
+        self.retried, self.manners = Retries(), Manners()
+        self._client: openai.OpenAI | None = None
+        self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type, tuple]:
-        return Retries, ()  # a copied server has sent nothing yet
+        return Connection, ()  # another process has connections of its own
 
-    def pause(self, seconds: float) -> None:
-        """Waits before a request is retried."""
+    def client(self, make: Callable[[Retries], openai.OpenAI]) -> openai.OpenAI:
         with self._lock:
-            self.made, self.waiting = self.made + 1, self.waiting + 1
-        try:
-            time.sleep(seconds)
-        finally:
-            with self._lock:
-                self.waiting -= 1
+            self._client = self._client or make(self.retried)
+            return self._client
 
 
 @dataclass(frozen=True)
 class Server:
-    """Where to ask.
+    """Where to ask. Parameters that the server refuses by name (temperature, top_p, seed) are left out with a warning.
 
     Args:
         url: up to `/v1`.
         model: as the server names it.
-        timeout: seconds without a byte.
+        timeout: seconds without a byte; a reply that is not streamed sends none before it is whole.
         retries: of a request that the server refused for now, or broke off, before it is given up.
-        pause: seconds before the first of them; doubled each time.
         temperature, top_p, seed: sent with every request that does not set its own; None is not sent.
 
     Attributes:
@@ -73,13 +136,12 @@ class Server:
 
     url: str
     model: str
-    timeout: float = 120.0
+    timeout: float = 600.0
     retries: int = 4
-    pause: float = 1.0
     temperature: float | None = 0.0
     top_p: float | None = None
     seed: int | None = 0
-    retried: Retries = field(default_factory=Retries, repr=False, init=False, compare=False)
+    connection: Connection = field(default_factory=Connection, repr=False, compare=False)
     _key: str | None = field(default=None, repr=False, init=False)
 
     def __post_init__(self) -> None:
@@ -90,74 +152,149 @@ class Server:
             raise ValueError(f"url must look like http://host:8000/v1, got {self.url!r}")
         object.__setattr__(self, "_key", _key_of_environment())
 
-    def post(self, path: str, body: dict[str, Any]) -> http.client.HTTPResponse:
-        """The reply to a request, whose body is still to be read; retries if the server is busy."""
-        return self._insist(path, body, lambda response: response)
+    @property
+    def retried(self) -> Retries:
+        return self.connection.retried
 
     def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The whole reply; also retries if the server breaks off or sends no JSON object."""
-        return self._insist(path, body, _whole)
+        """The whole reply, a JSON object; also retries if the server sends none, or says in it that it is busy."""
+        try:
+            return insist(self.retried, self.retries, lambda: self._whole(path, self._post(path, body)))
+        except BrokenOff as error:
+            raise ServerError(str(error), error.status) from None
 
-    def _insist(self, path: str, body: dict[str, Any], read: Callable[[http.client.HTTPResponse], _Read]) -> _Read:
-        """What `read` makes of the first good reply. Raises ServerError after too many bad ones, or a final one."""
-        sent = {"model": self.model, "temperature": self.temperature, "top_p": self.top_p, "seed": self.seed} | body
-        data = json.dumps({name: value for name, value in sent.items() if value is not None}).encode()
-        for attempt in range(self.retries + 1):
-            status, wait = None, ""
+    def stream(self, path: str, body: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
+        """The JSON objects of a server-sent stream, up to its end.
+
+        Raises:
+            BrokenOff: the connection broke, or what came is no JSON object.
+            ServerError: the server refused, or said that it broke off.
+        """
+        import openai
+
+        stream = self._post(path, body, stream=True)
+        try:
+            if "json" in stream.response.headers.get("content-type", ""):
+                self._whole(path, stream.response.read())
+                raise BrokenOff(f"{self.url}{path} sent one object and no stream")
+            for event in stream:
+                if not isinstance(event, dict):
+                    raise BrokenOff(f"expected JSON objects, got {type(event).__name__}")
+                yield event
+        except openai.APIConnectionError as error:
+            raise BrokenOff(_cause(error)) from None
+        except openai.APIError as error:
+            raise ServerError(f"the server broke off: {self.hide(str(error.body or error.message))}") from None
+        except (ValueError, RecursionError):
+            raise BrokenOff("expected JSON objects, got something else") from None
+        finally:
+            stream.close()
+
+    def sent(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The body of a request with what is sent with every one, as far as the server takes it."""
+        common = {"model": self.model, "temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
+        return self.connection.manners.fit({n: value for n, value in (common | body).items() if value is not None})
+
+    def client(self) -> openai.OpenAI:
+        """The SDK's client, made once."""
+        return self.connection.client(self._connect)
+
+    def _connect(self, retried: Retries) -> openai.OpenAI:
+        import openai
+
+        def sending(request: Any) -> None:
+            if request.headers.get("x-stainless-retry-count", "0") != "0":
+                retried.again()
+
+        def received(response: Any) -> None:
+            if is_busy(response.status_code):
+                retried.refused()
+
+        return openai.OpenAI(
+            base_url=self.url,
+            api_key=self._key or "none",
+            timeout=openai.Timeout(self.timeout, connect=min(_CONNECTING, self.timeout)),
+            max_retries=self.retries,
+            http_client=openai.DefaultHttpxClient(event_hooks={"request": [sending], "response": [received]}),
+        )
+
+    def _post(self, path: str, body: dict[str, Any], stream: bool = False) -> Any:
+        """The bytes of a reply, or its stream."""
+        import openai
+
+        how: dict[str, Any] = {"cast_to": bytes}
+        if stream:
+            how = {"cast_to": object, "stream": True, "stream_cls": openai.Stream[object]}
+        while True:
+            sent = self.sent(body)
             try:
-                response = self._send(path, data)
-                status = response.status
-                if status == 200:
-                    return read(response)
-                refusal, wait = self._refusal(response), response.headers.get("Retry-After", "")
-            except (OSError, http.client.HTTPException) as error:
-                refusal, status = f"{type(error).__name__}: {error}", None
-            if status is not None and status not in _BUSY:
-                break
-            if attempt < self.retries:
-                seconds = float(wait) if wait.isdecimal() else self.pause * 2**attempt
-                self.retried.pause(min(LONGEST_PAUSE, seconds))
-        raise ServerError(f"{self.url}{path} said {status or 'nothing'}: {refusal}", status)
+                with self.errors(path):
+                    return self.client().post(path, body=sent, options={"headers": self.headers()}, **how)
+            except ServerError as error:
+                if error.status not in _INVALID or not self.connection.manners.learn(str(error), sent):
+                    raise
 
-    def _send(self, path: str, data: bytes) -> http.client.HTTPResponse:
-        parts = urlsplit(self.url)
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(str(parts.hostname), parts.port, timeout=self.timeout)
-        headers = {"Content-Type": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        # The response closes the connection when it is closed itself.
-        headers["Connection"] = "close"
-        connection.request("POST", parts.path.rstrip("/") + path, data, headers)
-        return connection.getresponse()
+    def headers(self) -> dict[str, Any]:
+        """Of a request by the SDK: a server without a key is sent none."""
+        import openai
 
-    def _refusal(self, response: http.client.HTTPResponse) -> str:
-        """What the server says, in short; a server may repeat the key it was sent."""
-        with closing(response):
-            said = response.read(_SHOWN + len(self._key or "")).decode("utf-8", "replace")
-        return self._hide(said)[:_SHOWN].strip() or response.reason
+        return {} if self._key else {"Authorization": openai.Omit()}
 
-    def _hide(self, text: str) -> str:
-        return text.replace(self._key, "*" * len(self._key)) if self._key else text
+    @contextmanager
+    def errors(self, path: str) -> Iterator[None]:
+        """Turns the SDK's errors into ServerError, which never shows the key: a server may repeat it."""
+        import openai
 
-    def events(self, response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
-        """The JSON objects of a server-sent stream; IncompleteRead if it ends before it says so."""
-        for line in response:
-            if not line.startswith(b"data:"):
-                continue
-            data = line[5:].strip()
-            if data == b"[DONE]":
-                return
-            try:
-                event = json.loads(data)
-            except (ValueError, RecursionError):
-                raise http.client.IncompleteRead(data) from None
-            if not isinstance(event, dict):
-                raise http.client.HTTPException(f"expected JSON objects, got {type(event).__name__}")
-            if "error" in event:
-                raise ServerError(f"the server broke off: {self._hide(str(event['error']))}")
-            yield event
-        raise http.client.IncompleteRead(b"")
+        try:
+            yield
+        except openai.APIStatusError as error:
+            said = self.hide(error.response.text)[:_SHOWN].strip() or error.response.reason_phrase
+            raise ServerError(f"{self.url}{path} said {error.status_code}: {said}", error.status_code) from None
+        except openai.APIConnectionError as error:
+            raise ServerError(f"{self.url}{path} said nothing: {_cause(error)}") from None
+        finally:
+            self.retried.over()
+
+    def _whole(self, path: str, data: bytes) -> dict[str, Any]:
+        try:
+            reply = json.loads(data)
+        except (ValueError, RecursionError):
+            reply = None
+        if not isinstance(reply, dict):
+            said = self.hide(data.decode("utf-8", "replace"))[:_SHOWN]
+            raise BrokenOff(f"{self.url}{path} sent no JSON object but {said!r}")
+        if (error := reply.get("error")) and not reply.get("choices"):
+            status = status_in(error)
+            said = self.hide(error if isinstance(error, str) else json.dumps(error, ensure_ascii=False))[:_SHOWN]
+            kind = BrokenOff if is_busy(status) else ServerError
+            raise kind(f"{self.url}{path} sent an error: {said}", status)
+        return reply
+
+    def hide(self, text: str) -> str:
+        """The text without the key."""
+        return hide(text, [self._key or ""])
+
+
+def hide(text: str, keys: Iterable[str]) -> str:
+    """The text with stars in place of keys: a server may repeat the one that it was sent."""
+    for key in filter(None, keys):
+        text = text.replace(key, "*" * len(key))
+    return text
+
+
+def status_in(error: Any) -> int | None:
+    """The HTTP status that an error names in its body, if it does."""
+    if not isinstance(error, dict):
+        return None
+    codes = (error.get(name) for name in ("code", "status", "status_code"))
+    found = (int(code) for code in codes if isinstance(code, int | str) and str(code).isdecimal())
+    return next((code for code in found if 400 <= code < 600), None)
+
+
+def _cause(error: Exception) -> str:
+    """What went wrong below the SDK, in a line."""
+    found = error.__cause__ or error
+    return f"{type(found).__name__}: {found}".rstrip(": ")
 
 
 def _key_of_environment() -> str | None:
@@ -169,15 +306,3 @@ def _key_of_environment() -> str | None:
         if key:
             return key
     return None
-
-
-def _whole(response: http.client.HTTPResponse) -> dict[str, Any]:
-    with closing(response):
-        data = response.read()
-    try:
-        reply = json.loads(data)
-    except (ValueError, RecursionError):
-        raise http.client.IncompleteRead(data[:200]) from None
-    if not isinstance(reply, dict):
-        raise http.client.HTTPException(f"expected a JSON object, got {type(reply).__name__}")
-    return reply

@@ -14,22 +14,25 @@ from __future__ import annotations
 import json
 import re
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
-from hashlib import blake2b
+from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from rbfast.data.formats import AUTO, FormatOptions, question_of
 from rbfast.data.readers import read_rows, write_traces
+from rbfast.data.replies import split_reply
 from rbfast.data.trace import Trace, TraceError
 from rbfast.grading.grade import Problem, extract_answer, grade
 from rbfast.grading.tasks import load_problems
+from rbfast.teacher.batch import BATCH, ask_in_batches
+from rbfast.teacher.budget import FREE, Prices, Purse
+from rbfast.teacher.chat_reply import fault_of_finish
 from rbfast.teacher.client import Server, ServerError
-from rbfast.utils.files import Journal, write_text
-from rbfast.utils.records import check
+from rbfast.teacher.jobs import Job, Question, Teacher
+from rbfast.teacher.reply_store import ReplyStore
+from rbfast.utils.files import write_text
 
 REPLIES, TRACES, FAILED, SUMMARY = "replies.jsonl", "traces.jsonl", "failed.jsonl", "teach.json"
 SYSTEM = (
@@ -39,36 +42,12 @@ SYSTEM = (
     "</answer>."
 )
 
-_REPLY = {"key": str, "text": str, "thinking": str, "finish_reason": (str, NoneType), "logprobs": list}
-_REPLY |= {"prompt_tokens": int, "completion_tokens": int}
 _PLAN = re.compile(r"\s*<plan>(.*?)</plan>\s*", re.DOTALL | re.IGNORECASE)
-_THINK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 _ANSWER = re.compile(r"\s*<answer>", re.IGNORECASE)
+_OURS = {"model", "messages", "max_tokens", "max_completion_tokens", "n", "stream"}  # of a request's fields
 _HOPELESS = {401, 402, 403, 404}  # the next question would be refused too
 _MOST_FAILURES = 8  # in a row
 _LONGEST_SILENCE = 1.0  # seconds, even if a server asks for a longer pause
-
-
-@dataclass(frozen=True)
-class Question:
-    """A problem to ask. `known` holds its answer, if there is one to verify the teacher's with."""
-
-    text: str
-    known: Problem | None = None
-    domain: str | None = None
-    source: str | None = None
-    id: str | None = None
-
-
-@dataclass(frozen=True)
-class Prices:
-    """What a million tokens cost, read and written, in the currency of `max_cost`."""
-
-    read: float = 0.0
-    written: float = 0.0
-
-    def cost(self, read: int, written: int) -> float:
-        return (read * self.read + written * self.written) / 1e6
 
 
 @dataclass(frozen=True)
@@ -130,7 +109,7 @@ def _question(row: Any, where: str, options: FormatOptions) -> Question:
 
 
 def teach(
-    server: Server,
+    server: Teacher,
     questions: Sequence[Question],
     out: str | Path,
     *,
@@ -138,10 +117,12 @@ def teach(
     max_tokens: int = 4096,
     top_logprobs: int = 0,
     concurrency: int = 8,
-    prices: Prices = Prices(),
+    prices: Prices = FREE,
     max_cost: float | None = None,
     max_total_tokens: int | None = None,
+    batch: bool = False,
     system: str = SYSTEM,
+    extra: Mapping[str, Any] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Taught:
     """Asks for `samples` solutions of each question and turns the replies into traces.
@@ -152,6 +133,8 @@ def teach(
         concurrency: questions under way at a time.
         max_cost, max_total_tokens: nothing is sent that could exceed them, however long the reply; replies of
             earlier calls in this folder count.
+        batch: by the server's batch API, at its lower prices (`prices` must be those), within a day.
+        extra: more fields of every request, as the server names them (`reasoning_effort`, ...).
         progress: called with (replies there, replies wanted, a few words on the cost and on retries), with
             every reply and every second.
 
@@ -163,148 +146,54 @@ def teach(
     for name, value in (("samples", samples), ("max_tokens", max_tokens), ("concurrency", concurrency)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if max_cost is not None and prices == Prices():
+    if max_cost is not None and prices == FREE:
         raise ValueError("max_cost needs the prices of a million tokens, got none")
+    _check_extra(extra or {})
     out = Path(out)
-    body = {"max_tokens": max_tokens, "stream": False}
+    body: dict[str, Any] = {"max_tokens": max_tokens, "stream": False, **(extra or {})}
     if top_logprobs:
         body |= {"logprobs": True, "top_logprobs": top_logprobs}
-    jobs = [_Job(question, sample, server, system, body) for question in questions for sample in range(samples)]
-    purse = _Purse(prices, max_cost, max_total_tokens)
-    journal = Journal(out / REPLIES)
-    replies = {}
-    for where, record in journal.read():
-        check(record, _REPLY, f"{where}: expected a teacher's reply, choose another folder")
-        replies[record["key"]] = record
-        purse.pay(record["prompt_tokens"], record["completion_tokens"])
-    todo = [job for job in jobs if job.key not in replies]
-    wanted = len(replies) + len(todo)
+    jobs = [Job(question, sample, server, system, body) for question in questions for sample in range(samples)]
+    store = ReplyStore(out / REPLIES, Purse(prices, max_cost, max_total_tokens), jobs)
+    todo = store.missing(jobs)
+    wanted = len(store) + len(todo)
 
-    def report() -> None:
+    def report(state: str = "") -> None:
         if progress:
-            progress(len(replies), wanted, purse.words() + _retries(server))
+            progress(len(store), wanted, ", ".join(filter(None, [state, store.purse.words()])) + _retries(server))
 
-    reason = _ask_all(todo, journal, replies, purse, concurrency, report)
-    return _collect(jobs, replies, purse, reason, out, server.model)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One reply to get. Its key names everything that the reply depends on."""
-
-    question: Question
-    sample: int
-    server: Server
-    system: str
-    options: dict[str, Any]
-    key: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        asked = [self.server.model, self.server.temperature, self.body()]
-        digest = blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16)
-        object.__setattr__(self, "key", digest.hexdigest())
-
-    def body(self) -> dict[str, Any]:
-        turns = [{"role": "system", "content": self.system}] if self.system else []
-        seed = None if self.server.seed is None else self.server.seed + self.sample
-        turns.append({"role": "user", "content": self.question.text})
-        return {"messages": turns, "seed": seed, **self.options}
-
-    def worst(self) -> tuple[int, int]:
-        """Tokens read and written, at most: no token is shorter than a byte, and a turn has a few of its own."""
-        return len(self.system.encode()) + len(self.question.text.encode()) + 64, self.options["max_tokens"]
-
-    def ask(self) -> dict[str, Any]:
-        """The record of a reply."""
-        reply = self.server.ask("/chat/completions", self.body())
-        try:
-            return self._record(reply)
-        except (LookupError, TypeError, AttributeError, ValueError) as error:
-            raise ServerError(f"{self.server.url} sent no chat completion: {error!r:.200}") from error
-
-    def _record(self, reply: dict[str, Any]) -> dict[str, Any]:
-        choice = reply["choices"][0]
-        message, usage = choice["message"], reply.get("usage") or {}
-        texts = {"text": message.get("content") or "", "thinking": message.get("reasoning_content") or ""}
-        for name, text in texts.items():
-            if not isinstance(text, str):
-                raise TypeError(f"{name}: expected a string, got {type(text).__name__}")
-            text.encode()  # half a surrogate pair could not be written down
-        read, written = self.worst()
-        top = (choice.get("logprobs") or {}).get("content") or []
-        return {
-            "key": self.key,
-            "problem": self.question.text,
-            "sample": self.sample,
-            **texts,
-            "finish_reason": choice.get("finish_reason"),
-            # A server that does not count is taken to have used all it was allowed.
-            "prompt_tokens": _counted(usage.get("prompt_tokens"), read),
-            "completion_tokens": _counted(usage.get("completion_tokens"), written),
-            "logprobs": [[_latin(token), [[_latin(c), c["logprob"]] for c in token["top_logprobs"]]] for token in top],
-        }
+    if batch:
+        if not isinstance(server, Server):
+            raise ValueError("batches need a server with OpenAI's batch API, got a provider with an API of its own")
+        reason = ask_in_batches(server, jobs, store, out, report)
+        report()
+    else:
+        if (out / BATCH).exists():
+            raise ValueError(f"{out / BATCH} names a batch under way: ask in batches again, or choose another folder")
+        reason = _ask_all(todo, store, concurrency, report)
+    return _collect(jobs, store, reason, out, server.model)
 
 
-def _counted(said: Any, most: int) -> int:
-    return said if type(said) is int and said >= 0 else most
+def _check_extra(extra: Mapping[str, Any]) -> None:
+    if taken := sorted(_OURS & extra.keys()):
+        raise ValueError(f"the extra body cannot set {', '.join(taken)}: it has an option or argument of its own")
 
 
-def _latin(token: dict[str, Any]) -> str:
-    """A token's bytes as JSON can hold them, a letter for each."""
-    raw = token.get("bytes")
-    return (bytes(raw) if raw is not None else token["token"].encode()).decode("latin-1")
-
-
-@dataclass
-class _Purse:
-    """What was spent, and the limits."""
-
-    prices: Prices
-    max_cost: float | None
-    max_tokens: int | None
-    read: int = 0
-    written: int = 0
-
-    def pay(self, read: int, written: int) -> None:
-        self.read, self.written = self.read + read, self.written + written
-
-    @property
-    def cost(self) -> float:
-        return self.prices.cost(self.read, self.written)
-
-    def affords(self, jobs: Sequence[_Job]) -> bool:
-        """Whether the budget covers all of these if every reply has the maximum length."""
-        worst = [job.worst() for job in jobs]
-        read, written = self.read + sum(r for r, _ in worst), self.written + sum(w for _, w in worst)
-        if self.max_tokens is not None and read + written > self.max_tokens:
-            return False
-        return self.max_cost is None or self.prices.cost(read, written) <= self.max_cost
-
-    def words(self) -> str:
-        cost = f", cost {self.cost:.2f}" if self.prices != Prices() else ""
-        return f"{self.read} tokens read, {self.written} written{cost}"
-
-
-def _ask_all(
-    jobs: Sequence[_Job],
-    journal: Journal,
-    replies: dict[str, Any],
-    purse: _Purse,
-    concurrency: int,
-    report: Callable[[], None],
-) -> str | None:
-    """Adds what comes to the journal and to `replies`; returns why some jobs stay open, None if none does."""
-    queue: deque[_Job] = deque(jobs)
-    pending: dict[Future[dict[str, Any]], _Job] = {}
+def _ask_all(jobs: Sequence[Job], store: ReplyStore, concurrency: int, report: Callable[[], None]) -> str | None:
+    """Adds what comes to the store; returns why some jobs stay open, None if none does."""
+    queue: deque[Job] = deque(jobs)
+    pending: dict[Future[dict[str, Any]], Job] = {}
     failures, reason = 0, None
     stopped: BaseException | None = None
     with ThreadPoolExecutor(concurrency) as pool:
         while queue or pending:
-            while queue and len(pending) < concurrency and purse.affords([*pending.values(), queue[0]]):
+            while queue and len(pending) < store.purse.at_a_time(concurrency):
+                if not store.purse.affords([job.worst() for job in (*pending.values(), queue[0])]):
+                    break
                 job = queue.popleft()
                 pending[pool.submit(job.ask)] = job
             if not pending:
-                reason = f"the budget does not allow another question ({purse.words()} so far)"
+                reason = f"the budget does not allow another question ({store.purse.words()} so far)"
                 break
             try:
                 report()
@@ -314,13 +203,11 @@ def _ask_all(
                 queue.clear()
                 continue
             for future in done:
-                del pending[future]
+                job = pending.pop(future)
                 found, error = _outcome(future)
                 if found is not None:
                     failures = 0
-                    journal.append([found])
-                    replies[found["key"]] = found
-                    purse.pay(found["prompt_tokens"], found["completion_tokens"])
+                    store.add(found, job.worst())
                     continue
                 failures, reason = failures + 1, str(error)
                 if error and (error.status in _HOPELESS or failures >= max(_MOST_FAILURES, concurrency)):
@@ -332,9 +219,9 @@ def _ask_all(
     return reason
 
 
-def _retries(server: Server) -> str:
+def _retries(server: Teacher) -> str:
     made, waiting = server.retried.made, server.retried.waiting
-    return f", retries: {made} ({waiting} waiting)" if made else ""
+    return f", retries: {made} ({waiting} waiting)" if made or waiting else ""
 
 
 def _outcome(future: Future[dict[str, Any]]) -> tuple[dict[str, Any] | None, ServerError | None]:
@@ -344,15 +231,13 @@ def _outcome(future: Future[dict[str, Any]]) -> tuple[dict[str, Any] | None, Ser
         return None, error
 
 
-def _collect(
-    jobs: Sequence[_Job], replies: dict[str, Any], purse: _Purse, reason: str | None, out: Path, teacher: str
-) -> Taught:
+def _collect(jobs: Sequence[Job], store: ReplyStore, reason: str | None, out: Path, teacher: str) -> Taught:
     """Writes traces, failures and the summary."""
     traces: list[Trace] = []
     used: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     for job in jobs:
-        reply = replies.get(job.key)
+        reply = store.get(job)
         if reply is None:
             continue
         try:
@@ -360,7 +245,7 @@ def _collect(
             used.append(reply)
         except TraceError as error:
             failed.append({"problem": job.question.text, "sample": job.sample, "reason": str(error), "key": job.key})
-    missing = sum(job.key not in replies for job in jobs)
+    missing, purse = len(store.missing(jobs)), store.purse
     why = reason if missing else None
     taught = Taught(traces, used, len(failed), missing, why, purse.read, purse.written, purse.cost)
     write_traces(out / TRACES, traces)
@@ -373,13 +258,11 @@ def trace_of(question: Question, reply: dict[str, Any], teacher: str, sample: in
     """The trace in a reply: its plan if it marks one, the thinking or the worked steps, the answer.
 
     Raises:
-        TraceError: it was cut at the limit, states no answer, or has nothing before it.
+        TraceError: it was cut, filtered or refused, states no answer, or has nothing before it.
     """
-    if reply["finish_reason"] == "length":
-        raise TraceError("the reply was cut at the limit of tokens; raise max_tokens")
-    text, thinking = reply["text"], reply["thinking"]
-    if match := _THINK.match(text):
-        thinking, text = match[1], text[match.end() :]
+    if fault := fault_of_finish(reply["finish_reason"]) or reply.get("fault"):
+        raise TraceError(fault)
+    thinking, text, *_ = split_reply(reply["thinking"], reply["text"])
     answer = extract_answer(text)
     if answer is None:
         raise TraceError("the reply marks no answer")

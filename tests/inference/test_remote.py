@@ -3,6 +3,7 @@
 import json
 import math
 import threading
+import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -43,6 +44,11 @@ class Script:
         return left if ignore else left[: body["max_tokens"]]
 
 
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+
 @pytest.fixture
 def start():
     servers = []
@@ -60,7 +66,7 @@ def start():
                     state.probes.append(body)
                     return self.probe(body)
                 state.requests.append(body)
-                state.headers.append(dict(self.headers))
+                state.headers.append({name.title(): value for name, value in self.headers.items()})
                 fault = state.faults.pop(0) if state.faults else None
                 if isinstance(fault, int):
                     return self.reply(fault, {"error": "not now"})
@@ -129,7 +135,7 @@ def start():
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         servers.append(server)
-        settings = {"timeout": 10, "retries": 2, "pause": 0.01} | options
+        settings = {"timeout": 10, "retries": 2} | options
         return state, Server(f"http://127.0.0.1:{server.server_port}/v1", "m", **settings)
 
     yield run
@@ -238,8 +244,8 @@ def test_chat_is_the_fallback_and_is_checked(start):
 
 
 def test_nobody_there():
-    server = Server("http://127.0.0.1:9/v1", "m", timeout=2, retries=1, pause=0.01)
-    with pytest.raises(ServerError, match="said nothing: ConnectionRefusedError"):
+    server = Server("http://127.0.0.1:9/v1", "m", timeout=2, retries=1)
+    with pytest.raises(ServerError, match="said nothing: ConnectError"):
         write(server, PROMPT, guide())
     with pytest.raises(ValueError, match="url must look like"):
         Server("localhost:8000", "m")
@@ -248,7 +254,7 @@ def test_nobody_there():
 def test_the_key_is_sent_and_never_shown(start, monkeypatch):
     monkeypatch.setenv("RBFAST_API_KEY", "sk-secret")
     state, plain = start("</think>|4")
-    server = Server(plain.url, "m", pause=0.01, retries=0)
+    server = Server(plain.url, "m", retries=0)
     write(server, PROMPT, guide())
     assert state.headers[0]["Authorization"] == "Bearer sk-secret"
     state.faults = [500]

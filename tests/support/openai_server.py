@@ -6,7 +6,6 @@ It writes what `script(problem)` says, with the model's own log-probs; it scores
 import json
 import socket
 import threading
-import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -44,9 +43,7 @@ class OpenAI:
         self.http.server_close()
 
     def client(self, **options):
-        return Server(
-            f"http://127.0.0.1:{self.port}/v1", "tiny", **{"timeout": 5, "retries": 3, "pause": 0.01} | options
-        )
+        return Server(f"http://127.0.0.1:{self.port}/v1", "tiny", **{"timeout": 5, "retries": 3} | options)
 
     def logprobs(self, ids):
         """[n, V]: row i speaks of token i + 1."""
@@ -115,7 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with state.lock:
             state.requests.append(body)
-            state.headers.append(dict(self.headers))
+            state.headers.append({name.title(): value for name, value in self.headers.items()})
             fault = state.faults.pop(0) if state.faults else None
             state.under_way += 1
             state.most_under_way = max(state.most_under_way, state.under_way)
@@ -130,11 +127,11 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(fault, int):
             return self._send(fault, state.says)
         if fault == "hang":
-            time.sleep(1.0)
+            threading.Event().wait(1.0)  # tests take time.sleep away from clients
             return self.connection.close()
         if fault == "kill":
             return self.connection.shutdown(socket.SHUT_RDWR)
-        time.sleep(state.pause)
+        threading.Event().wait(state.pause)
         found = state.chat(body) if self.path.endswith("/chat/completions") else state.complete(body)
         data = json.dumps(found).encode()
         self._send(200, data, cut=fault == "cut")
@@ -142,8 +139,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, status, data, cut=False):
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
-        if status != 200 and self.state.retry_after is not None:
-            self.send_header("Retry-After", self.state.retry_after)
+        if status != 200:
+            after = self.state.retry_after
+            self.send_header("Retry-After-Ms" if after is None else "Retry-After", "10" if after is None else after)
         self.end_headers()
         self.wfile.write(data[: len(data) // 2] if cut else data)
 

@@ -33,7 +33,8 @@ from rbfast.inference.decoding import Completion
 from rbfast.report.read_run import read_run
 from rbfast.report.run_report import render
 from rbfast.teacher.client import Server
-from rbfast.teacher.solutions import Question, _Job, read_questions, teach
+from rbfast.teacher.jobs import Job
+from rbfast.teacher.solutions import Question, read_questions, teach
 from rbfast.training.checkpoints import last_checkpoint, write_digests
 from rbfast.utils.sealed import seal
 
@@ -331,7 +332,7 @@ def test_replies_of_a_teacher(tmp_path, monkeypatch):
     path = tmp_path / "replies.jsonl"
     reply = {"text": "Add.\n<answer>4</answer>", "thinking": "", "finish_reason": "stop", "logprobs": []}
     ask = lambda job: {"key": job.key, "prompt_tokens": 3, "completion_tokens": 2} | reply  # noqa: E731
-    monkeypatch.setattr(_Job, "ask", ask)
+    monkeypatch.setattr(Job, "ask", ask)
     questions = [Question(f"{n} + 1?") for n in range(3)]
     server = Server("http://127.0.0.1:9/v1", "m")
     teach(server, questions, tmp_path, concurrency=1)

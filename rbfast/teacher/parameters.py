@@ -1,0 +1,61 @@
+"""What a server refuses in a request: it is left out or renamed, once and aloud, and the request is sent again.
+
+```python
+manners = Manners()
+body = manners.fit({"model": "m", "temperature": 0.7, "max_tokens": 100})      # as the server wants it
+again = manners.learn("Unsupported parameter: 'temperature'", body)             # True: fit the body anew, send it again
+```
+"""
+
+import re
+import threading
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+_LIMIT, _NEWER_LIMIT = "max_tokens", "max_completion_tokens"
+_OPTIONAL = ("temperature", "top_p", "seed")  # without them an answer is still one to the question
+# How servers say that they don't take a parameter, or only its default. A value out of range is the user's to mend.
+_REFUSAL = re.compile(
+    r"unsupported|not support|unrecogni[sz]ed|unknown|unexpected|not (?:be )?(?:permitted|allowed|accepted|available)"
+    r"|forbidden|extra (?:inputs|fields)|not accept|deprecated|only (?:the default|be set)|cannot be (?:used|set)"
+    r"|(?:not a valid|invalid) (?:parameter|field|argument)|does(?: not|n't) (?:allow|take|have)"
+    r"|incompatible|no longer",
+    re.IGNORECASE,
+)
+
+
+class Manners:
+    """What a server was seen to refuse. Threads share it."""
+
+    def __init__(self) -> None:
+        self._dropped: set[str] = set()
+        self._takes_newer_limit = False
+        self._lock = threading.Lock()
+
+    def fit(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The body without what was refused."""
+        fitted = {name: value for name, value in body.items() if name not in self._dropped}
+        if self._takes_newer_limit and _LIMIT in fitted:
+            fitted[_NEWER_LIMIT] = fitted.pop(_LIMIT)
+        return fitted
+
+    def learn(self, refusal: str, sent: Mapping[str, Any]) -> bool:
+        """Whether a body fitted anew differs from the one that was refused. Warns of a parameter that is left out."""
+        if not _REFUSAL.search(refusal):
+            return False
+        with self._lock:
+            if _LIMIT in sent and _names(_NEWER_LIMIT, refusal):
+                self._takes_newer_limit = True
+                return True
+            found = [name for name in _OPTIONAL if name in sent and _names(name, refusal)]
+            said = " ".join(refusal.split())
+            for name in found:
+                if name not in self._dropped:
+                    warnings.warn(f"the server refuses {name}: requests go without it ({said:.200})", stacklevel=2)
+            self._dropped.update(found)
+        return bool(found)
+
+
+def _names(parameter: str, refusal: str) -> bool:
+    return re.search(rf"(?<![\w-]){parameter}(?![\w-])", refusal) is not None

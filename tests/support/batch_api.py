@@ -1,0 +1,65 @@
+"""A server with OpenAI's batch API: files, batches, and what becomes of each request."""
+
+import json
+
+from fake_api import Answer
+
+
+class Batches:
+    """Answers requests of the batch API. `reply(body)` makes the answer to each chat request of a batch: a completion,
+    or an `Answer` with another status. A batch is done at the second look."""
+
+    def __init__(self, reply):
+        self.reply = reply
+        self.files, self.batches, self.looks = {}, {}, {}
+        self.status = "completed"
+        self.errors = None
+
+    def __call__(self, request):
+        path = request.path.split("?")[0].removeprefix("/v1")
+        if request.method == "POST" and path == "/files":
+            return self.upload(request)
+        if request.method == "POST" and path == "/batches":
+            return self.create(request.body)
+        if path == "/batches":
+            return {"object": "list", "data": list(self.batches.values()), "has_more": False}
+        if path.startswith("/batches/"):
+            return self.look(path.split("/")[2])
+        if path.endswith("/content"):
+            return Answer(self.files[path.split("/")[2]])
+        return Answer({"error": {"message": f"no such path {path}"}}, 404)
+
+    def upload(self, request):
+        name = f"file-{len(self.files)}"
+        # The part of the form between its headers and the last boundary.
+        lines = request.data.decode().split("\r\n")
+        self.files[name] = next(line for line in lines if line.startswith('{"custom_id"'))
+        return {"id": name, "object": "file", "purpose": "batch", "bytes": 1, "created_at": 0, "filename": "f"}
+
+    def create(self, body):
+        name = f"batch-{len(self.batches)}"
+        self.batches[name] = {"id": name, "object": "batch", "status": "validating", "created_at": 0, **body}
+        return self.batches[name]
+
+    def look(self, name):
+        batch = self.batches[name]
+        self.looks[name] = self.looks.get(name, 0) + 1
+        if self.looks[name] == 1:
+            return batch | {"status": "in_progress"}
+        if "output_file_id" not in batch and self.status != "failed":
+            self.run(name, batch)
+        return batch | {"status": self.status, "errors": self.errors}
+
+    def run(self, name, batch):
+        good, bad = [], []
+        for line in filter(None, self.files[batch["input_file_id"]].split("\n")):
+            request = json.loads(line)
+            assert (request["method"], request["url"]) == ("POST", "/v1/chat/completions")
+            found = self.reply(request["body"])
+            found = found if isinstance(found, Answer) else Answer(found)
+            response = {"status_code": found.status, "request_id": "r", "body": found.content}
+            where = good if found.status == 200 else bad
+            where.append({"id": "x", "custom_id": request["custom_id"], "response": response, "error": None})
+        for kind, lines in (("output", good[::-1]), ("error", bad)):  # batches keep no order
+            self.files[f"{name}-{kind}"] = "".join(json.dumps(line) + "\n" for line in lines)
+            batch[f"{kind}_file_id"] = f"{name}-{kind}" if lines else None

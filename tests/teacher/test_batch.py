@@ -1,0 +1,201 @@
+"""Questions asked by a batch API: every reply once, whatever is killed, refused or expires."""
+
+import json
+import time
+
+import pytest
+from batch_api import Batches
+from fake_api import Answer, answering, chat_reply
+from questions import QUESTIONS, solve
+
+from rbfast.cli.main import main
+from rbfast.teacher.budget import Prices
+from rbfast.teacher.client import ServerError
+from rbfast.teacher.solutions import teach
+
+
+def solved(body):
+    return chat_reply(solve(body["messages"][-1]["content"]))
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+
+def in_batches(api, folder, questions=QUESTIONS[:4], **options):
+    return teach(api.client(), questions, folder, batch=True, **options)
+
+
+def created(api):
+    return [request for request in api.requests if (request.method, request.path) == ("POST", "/v1/batches")]
+
+
+def test_a_batch_becomes_the_same_traces_as_single_questions(tmp_path):
+    said = []
+    with answering(Batches(solved)) as api:
+        progress = lambda done, wanted, words: said.append((done, wanted, words))  # noqa: E731
+        taught = in_batches(api, tmp_path / "batch", progress=progress)
+        assert len(created(api)) == 1 and created(api)[0].body["completion_window"] == "24h"
+    with answering(lambda request: solved(request.body)) as api:
+        assert taught.traces == teach(api.client(), QUESTIONS[:4], tmp_path / "single").traces
+    assert said[0] == (0, 4, "batch batch-0: in_progress, 0 tokens read, 0 written") and said[-1][:2] == (4, 4)
+    assert not (tmp_path / "batch" / "batch.json").exists()
+
+
+def test_nothing_is_asked_twice_and_more_questions_are_another_batch(tmp_path):
+    with answering(Batches(solved)) as api:
+        in_batches(api, tmp_path)
+        in_batches(api, tmp_path)
+        assert len(created(api)) == 1
+        assert len(in_batches(api, tmp_path, QUESTIONS[:6]).traces) == 6
+        files = [request.data for request in api.requests if request.path == "/v1/files"]
+        assert [data.count(b'"custom_id"') for data in files] == [4, 2]
+
+
+def test_a_batch_whose_making_is_not_confirmed_is_not_made_again(tmp_path):
+    batches = Batches(solved)
+    with answering(batches) as api:
+        answer, faults = api.answer, [503, 500]
+
+        def losing(request):
+            found = answer(request)
+            made = (request.method, request.path) == ("POST", "/v1/batches")
+            return Answer("lost", faults.pop()) if made and faults else found
+
+        api.answer = losing
+        assert len(in_batches(api, tmp_path).traces) == 4
+        assert len(created(api)) == len(batches.batches) == 1
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moment", ["POST /v1/files", "POST /v1/batches", "GET /v1/batches/", "GET /v1/files/"])
+def test_a_killed_call_goes_on_with_its_batch(tmp_path, monkeypatch, moment):
+    """The server has done what was asked; the call dies before it reads the reply."""
+    batches = Batches(solved)
+    with answering(batches) as api:
+        answer = api.answer
+
+        def dying(request):
+            found = answer(request)
+            if f"{request.method} {request.path}".startswith(moment):
+                api.answer = answer
+                return Answer("killed", 499)
+            return found
+
+        api.answer = dying
+        with pytest.raises(ServerError, match="said 499"):
+            in_batches(api, tmp_path)
+        assert len(in_batches(api, tmp_path).traces) == 4
+        assert len(created(api)) == 1 and len(batches.batches) == 1
+
+
+def test_a_call_killed_while_replies_are_written_takes_the_rest(tmp_path, monkeypatch):
+    from rbfast.teacher.reply_store import ReplyStore
+
+    add = ReplyStore.add
+
+    def dying(store, *args):
+        if len(store) == 2:
+            raise Killed
+        add(store, *args)
+
+    with answering(Batches(solved)) as api:
+        with monkeypatch.context() as patch:
+            patch.setattr(ReplyStore, "add", dying)
+            with pytest.raises(Killed):
+                in_batches(api, tmp_path)
+        assert json.loads((tmp_path / "batch.json").read_text())["batch"] == "batch-0"
+        assert len(in_batches(api, tmp_path).traces) == 4 and len(created(api)) == 1
+    assert len((tmp_path / "replies.jsonl").read_text().splitlines()) == 4
+
+
+def test_replies_to_questions_of_an_earlier_call_are_kept(tmp_path):
+    with answering(Batches(solved)) as api:
+        (tmp_path / "batch.json").write_text("{}")
+        with pytest.raises(ValueError, match="url is missing"):
+            in_batches(api, tmp_path)
+        (tmp_path / "batch.json").unlink()
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(time, "sleep", raiser(Killed))
+            in_batches(api, tmp_path, QUESTIONS[:3])
+        with pytest.raises(ValueError, match="names a batch under way"):
+            teach(api.client(), QUESTIONS[:3], tmp_path)
+        assert len(in_batches(api, tmp_path, QUESTIONS[3:5]).traces) == 2
+        assert len(in_batches(api, tmp_path, QUESTIONS[:5]).traces) == 5 and len(created(api)) == 2
+
+
+def raiser(kind):
+    def fail(*args):
+        raise kind
+
+    return fail
+
+
+def test_the_budget_holds_over_batches(tmp_path):
+    with answering(Batches(solved)) as api:
+        options = {"max_tokens": 100, "prices": Prices(0, 1000), "max_cost": 0.35}
+        taught = in_batches(api, tmp_path, QUESTIONS, **options)
+        # Three replies may take 100 tokens each; they took 5 each, so that others could follow.
+        assert len(taught.traces) > 3 and taught.cost <= 0.35 and len(created(api)) > 1
+        options["max_cost"] = 0.09
+        short = in_batches(api, tmp_path / "short", **options)
+        assert (short.traces, short.open) == ([], 4) and "budget" in short.reason
+
+
+def test_a_refused_parameter_is_left_out_of_another_batch(tmp_path):
+    def reply(body):
+        if "temperature" in body:
+            return Answer({"error": {"message": "Unsupported parameter: 'temperature'"}}, 400)
+        return solved(body)
+
+    with answering(Batches(reply)) as api, pytest.warns(UserWarning, match="refuses temperature"):
+        assert len(in_batches(api, tmp_path).traces) == 4 and len(created(api)) == 2
+
+
+def test_a_request_that_fails_stays_open_with_the_reason(tmp_path):
+    def reply(body):
+        return Answer({"error": {"message": "too long"}}, 400) if " 2 " in str(body) else solved(body)
+
+    with answering(Batches(reply)) as api:
+        taught = in_batches(api, tmp_path)
+        assert (len(taught.traces), taught.open) == (3, 1) and "said 400 in a batch" in taught.reason
+        assert "too long" in taught.reason and len(created(api)) == 1
+
+
+@pytest.mark.parametrize("status", ["failed", "expired", "cancelled"])
+def test_a_batch_that_ends_badly_leaves_the_rest_open(tmp_path, status):
+    batches = Batches(lambda body: solved(body) if " 1 " in str(body) else Answer({"code": "batch_expired"}, 410))
+    batches.status, batches.errors = status, {"object": "list", "data": [{"message": "the model is gone"}]}
+    with answering(batches) as api:
+        taught = in_batches(api, tmp_path)
+        assert len(taught.traces) == (0 if status == "failed" else 1) and taught.open == 4 - len(taught.traces)
+        assert len(created(api)) == 1 and not (tmp_path / "batch.json").exists()
+    if status == "failed":
+        assert "status failed: the model is gone" in taught.reason
+
+
+def test_a_server_without_batches_is_named(tmp_path):
+    absent = Answer({"error": {"message": "no such path"}}, 404)
+    with answering(absent) as api, pytest.raises(ServerError, match=r"/files said 404: .*no such path"):
+        in_batches(api, tmp_path)
+
+
+def test_a_batch_of_another_server_is_left_alone(tmp_path):
+    (tmp_path / "batch.json").write_text(json.dumps({"url": "http://other/v1", "file": "f", "batch": "b"}))
+    with (
+        answering(Batches(solved)) as api,
+        pytest.raises(ValueError, match="is a batch of http://other/v1"),
+    ):
+        in_batches(api, tmp_path)
+
+
+def test_the_command_line_asks_in_batches(tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"problem": q.text}) + "\n" for q in QUESTIONS[:3]))
+    with answering(Batches(solved)) as api:
+        command = ["teach", "m", str(tmp_path / "p.jsonl"), "-o", str(tmp_path / "out"), "--batch", "--json"]
+        assert main([*command, "--server", f"{api.host}/v1"]) == 0
+    assert json.loads(capsys.readouterr().out)["traces"] == 3

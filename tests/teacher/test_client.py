@@ -1,0 +1,164 @@
+"""The client against a server that answers in every way that real ones do: busy, broken, in an odd shape."""
+
+import json
+import time
+from email.utils import formatdate
+
+import pytest
+from fake_api import Answer, answering, chat_reply, events
+from guides import make_guide
+
+from rbfast.inference.remote import chat, write
+from rbfast.teacher.client import BrokenOff, ServerError
+
+ASKED = {"messages": [{"role": "user", "content": "2 + 2?"}], "max_tokens": 50}
+GOOD = chat_reply("4")
+
+
+def ask(api, **options):
+    return api.client(**options).ask("/chat/completions", ASKED)
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """The pauses that were made, in no time."""
+    made = []
+    monkeypatch.setattr(time, "sleep", made.append)
+    return made
+
+
+@pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 504, 520, 522, 524, 529])
+def test_a_busy_server_is_asked_again(status, pauses):
+    with answering(Answer({"error": {"message": "busy"}}, status), GOOD) as api:
+        server = api.client()
+        assert server.ask("/chat/completions", ASKED) == GOOD
+        assert len(api.requests) == 2 and (server.retried.made, server.retried.waiting) == (1, 0)
+        assert len(pauses) == 1 and 0 < pauses[0] <= 1
+
+
+@pytest.mark.parametrize("status", [400, 401, 402, 403, 404, 422])
+def test_a_refusal_is_final_and_says_why(status, pauses):
+    with answering(Answer({"error": {"message": "no such thing"}}, status), GOOD) as api:
+        with pytest.raises(ServerError, match=f"said {status}: .*no such thing") as caught:
+            ask(api)
+        assert len(api.requests) == 1 and caught.value.status == status and pauses == []
+
+
+@pytest.mark.parametrize(
+    ("headers", "pause"),
+    [
+        (lambda: {"Retry-After": "7"}, 7),
+        (lambda: {"Retry-After": "1.5"}, 1.5),
+        (lambda: {"Retry-After-Ms": "2500"}, 2.5),
+        (lambda: {"Retry-After": formatdate(time.time() + 20, usegmt=True)}, 20),
+    ],
+)
+def test_a_server_is_given_the_pause_that_it_asks_for(headers, pause, pauses):
+    with answering(Answer("busy", 429, headers()), GOOD) as api:
+        assert ask(api) == GOOD
+    assert pauses == [pytest.approx(pause, abs=2 if pause == 20 else 0.01)]
+
+
+def test_retries_come_to_an_end(pauses):
+    with answering(Answer("still busy", 503)) as api:
+        with pytest.raises(ServerError, match="said 503: still busy"):
+            ask(api, retries=2)
+        assert len(api.requests) == 3
+
+
+def test_an_error_in_a_reply_of_200_is_an_error_that_says_what_the_server_said(pauses):
+    with answering({"error": {"code": 400, "message": "Provider returned error: context too long"}}) as api:
+        with pytest.raises(ServerError, match=r"sent an error: .*context too long") as caught:
+            ask(api)
+        assert len(api.requests) == 1 and caught.value.status == 400
+    with answering({"error": "model overloaded"}) as api, pytest.raises(ServerError, match="error: model overloaded"):
+        ask(api)
+
+
+def test_a_busy_error_in_a_reply_of_200_is_asked_again(pauses):
+    with answering({"error": {"code": 429, "message": "later"}}, {"error": {"code": "502"}}, GOOD) as api:
+        server = api.client()
+        assert server.ask("/chat/completions", ASKED) == GOOD and server.retried.made == 2
+    with answering({"error": {"code": 503, "message": "later"}}) as api:
+        with pytest.raises(ServerError, match="later") as caught:
+            ask(api, retries=1)
+        assert len(api.requests) == 2 and caught.value.status == 503
+
+
+def test_an_error_of_null_is_none():
+    with answering(GOOD | {"error": None}) as api:
+        assert ask(api)["choices"] == GOOD["choices"]
+
+
+@pytest.mark.parametrize("garbage", ["<html>starting</html>", "[1]", "", '{"choices":'])
+def test_a_reply_that_is_no_object_is_asked_again(garbage, pauses):
+    with answering(Answer(garbage), GOOD) as api:
+        assert ask(api) == GOOD and len(api.requests) == 2
+    with answering(Answer(garbage)) as api, pytest.raises(ServerError, match="sent no JSON object"):
+        ask(api, retries=1)
+
+
+def test_a_proxy_of_the_environment_is_used(monkeypatch):
+    with answering(GOOD) as api:
+        monkeypatch.setenv("HTTP_PROXY", api.host)
+        for name in ("NO_PROXY", "no_proxy", "http_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        server = type(api.client())("http://teacher.invalid/v1", "m", timeout=5)
+        assert server.ask("/chat/completions", ASKED) == GOOD
+        assert api.requests[0].path == "http://teacher.invalid/v1/chat/completions"
+
+
+def test_without_a_key_none_is_sent(monkeypatch):
+    for name in ("RBFAST_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    with answering(GOOD) as api:
+        ask(api)
+        assert "Authorization" not in api.requests[0].headers
+
+
+# -------------------------------------------------------------------------------------------------------------- streams
+
+
+def piece(text, reason=None, **beside):
+    return {"choices": [{"text": text, "finish_reason": reason}], **beside}
+
+
+def test_a_stream_ends_without_done_once_it_gave_a_reason():
+    with answering(events(piece("So.</think>"), piece("4", "stop"), done=False)) as api:
+        solution = write(api.client(), "Q", make_guide(budget=400))
+        assert solution.answer == "4" and len(api.requests) == 1
+
+
+def test_an_error_of_null_in_a_chunk_is_none():
+    with answering(events(piece("So.</think>4", "stop", error=None))) as api:
+        assert write(api.client(), "Q", make_guide(budget=400)).answer == "4"
+
+
+def test_an_error_in_a_chunk_says_what_the_server_said(monkeypatch):
+    monkeypatch.setenv("RBFAST_API_KEY", "sk-secret")
+    with answering(events(piece("So."), {"error": {"message": "out of memory, sk-secret", "code": 500}})) as api:
+        with pytest.raises(ServerError, match=r"broke off: .*out of memory") as caught:
+            write(api.client(), "Q", make_guide(budget=400))
+        assert caught.value.partial.text == "So." and "sk-secret" not in str(caught.value)
+
+
+def test_an_error_instead_of_a_stream_says_what_the_server_said():
+    error = {"error": {"message": "no such model"}}
+    with answering(error) as api, pytest.raises(ServerError, match="no such model"):
+        write(api.client(), "Q", make_guide(budget=400))
+
+
+@pytest.mark.parametrize("chunk", ["data: {broken\n\n", "data: [1]\n\n"])
+def test_a_chunk_that_is_no_object_breaks_the_stream_off(chunk):
+    text = f"data: {json.dumps(piece('So.'))}\n\n{chunk}"
+    with answering(Answer(text, headers={"Content-Type": "text/event-stream"})) as api:
+        found = api.client().stream("/completions", {"prompt": "Q"})
+        assert next(found) == piece("So.")
+        with pytest.raises(BrokenOff, match="expected JSON objects"):
+            next(found)
+
+
+def test_guided_chat_reads_thinking_in_any_field():
+    with answering(chat_reply({"content": "4", "reasoning": "Two and two."})) as api:
+        found = chat(api.client(), "2 + 2?", make_guide(budget=400))
+    assert (found.thinking, found.answer, found.tokens) == ("Two and two.", "4", 5)

@@ -1,0 +1,148 @@
+"""Providers with an API of their own, by litellm against a server in their shapes."""
+
+import logging
+import time
+
+import pytest
+from fake_api import Answer, answering
+
+from rbfast.cli.main import main
+from rbfast.teacher.client import ServerError
+from rbfast.teacher.jobs import Question
+from rbfast.teacher.solutions import teach
+
+pytestmark = pytest.mark.slow  # importing litellm takes seconds
+litellm = pytest.importorskip("litellm", reason="needs the extra teachers")
+
+KEY = "sk-ant-0123456789abcdef"
+THOUGHT, ANSWER = "Two and two make four.", "<answer>4</answer>"
+QUESTION = Question("What is 2 + 2?")
+CLAUDE = {
+    "id": "msg_1",
+    "type": "message",
+    "role": "assistant",
+    "model": "claude-sonnet-4-5",
+    "content": [
+        {"type": "thinking", "thinking": THOUGHT, "signature": "s"},
+        {"type": "text", "text": ANSWER},
+    ],
+    "stop_reason": "end_turn",
+    "usage": {"input_tokens": 10, "output_tokens": 40},
+}
+GEMINI = {
+    "candidates": [
+        {
+            "content": {"role": "model", "parts": [{"text": THOUGHT, "thought": True}, {"text": ANSWER}]},
+            "finishReason": "STOP",
+        }
+    ],
+    "usageMetadata": {
+        "promptTokenCount": 5,
+        "candidatesTokenCount": 7,
+        "thoughtsTokenCount": 90,
+        "totalTokenCount": 102,
+    },
+}
+
+
+def refusal(kind, message):
+    return {"type": "error", "error": {"type": kind, "message": message}}
+
+
+@pytest.fixture(autouse=True)
+def keys(monkeypatch):
+    monkeypatch.delenv("RBFAST_API_KEY", raising=False)
+    monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
+    monkeypatch.setenv("GEMINI_API_KEY", KEY)
+
+
+def provider(name, model, api, **options):
+    from rbfast.teacher.providers import Provider
+
+    return Provider(name, model, api.host, **{"timeout": 5, "seed": None} | options)
+
+
+def test_claude_is_asked_in_its_own_api_and_its_thinking_kept(tmp_path):
+    with answering(CLAUDE) as api:
+        teacher = provider("anthropic", "claude-sonnet-4-5", api, temperature=1.0)
+        extra = {"thinking": {"type": "enabled", "budget_tokens": 2000}}
+        taught = teach(teacher, [QUESTION], tmp_path, max_tokens=5000, extra=extra)
+        [request] = api.requests
+    assert request.path == "/v1/messages" and request.headers["X-Api-Key"] == KEY
+    assert request.body["max_tokens"] == 5000 and request.body["thinking"]["budget_tokens"] == 2000
+    [trace] = taught.traces
+    assert (trace.reasoning, trace.answer, trace.teacher) == (THOUGHT, "4", "anthropic/claude-sonnet-4-5")
+    assert (taught.read, taught.written) == (10, 40)
+    assert THOUGHT in (tmp_path / "replies.jsonl").read_text() and KEY not in (tmp_path / "replies.jsonl").read_text()
+
+
+def test_gemini_is_asked_in_its_own_api_and_its_thinking_paid(tmp_path):
+    with answering(GEMINI) as api:
+        teacher = provider("gemini", "gemini-2.5-pro", api)
+        taught = teach(teacher, [QUESTION], tmp_path, max_tokens=5000, extra={"reasoning_effort": "high"})
+        [request] = api.requests
+    assert request.path.endswith("/models/gemini-2.5-pro:generateContent")
+    config = request.body["generationConfig"]
+    assert config["max_output_tokens"] == 5000 and config["thinkingConfig"]["includeThoughts"] is True
+    assert [(trace.reasoning, trace.answer) for trace in taught.traces] == [(THOUGHT, "4")]
+    assert (taught.read, taught.written) == (5, 97)
+
+
+@pytest.mark.parametrize(("stop", "traces"), [("end_turn", 1), ("max_tokens", 0), ("refusal", 0)])
+def test_a_reply_that_was_not_finished_is_no_trace(tmp_path, stop, traces):
+    with answering(CLAUDE | {"stop_reason": stop}) as api:
+        taught = teach(provider("anthropic", "claude-sonnet-4-5", api), [QUESTION], tmp_path, max_tokens=5000)
+    assert (len(taught.traces), taught.failed) == (traces, 1 - traces)
+
+
+def test_a_busy_provider_is_asked_again_after_the_pause_it_wants(tmp_path, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    busy = Answer(refusal("rate_limit_error", "slow down"), 429, {"Retry-After": "7"})
+    with answering(busy, Answer(refusal("overloaded_error", "Overloaded"), 529), CLAUDE) as api:
+        teacher = provider("anthropic", "claude-sonnet-4-5", api)
+        assert len(teach(teacher, [QUESTION], tmp_path).traces) == 1
+        assert len(api.requests) == 3 and teacher.retried.made == 2
+    assert pauses[0] == 7 and len(pauses) == 2
+
+
+def test_a_wrong_key_ends_it_at_once_and_is_not_shown(tmp_path, caplog, capfd):
+    caplog.set_level(logging.DEBUG)
+    with answering(Answer(refusal("authentication_error", f"invalid x-api-key {KEY}"), 401)) as api:
+        with pytest.raises(ServerError, match="said 401") as caught:
+            teach(provider("anthropic", "claude-sonnet-4-5", api), [QUESTION] * 3, tmp_path, concurrency=1)
+        assert len(api.requests) == 1
+    said = capfd.readouterr()
+    for text in (str(caught.value), repr(caught.value), caplog.text, said.out, said.err):
+        assert KEY not in text
+    assert "Give Feedback" not in said.out  # litellm would print it
+
+
+def test_parameters_that_a_provider_refuses_are_left_out_and_said(tmp_path):
+    """litellm knows that Claude has no seed; the provider says itself what it doesn't take beside thinking."""
+    said = "`temperature` may only be set to 1 when thinking is enabled."
+    with answering(Answer(refusal("invalid_request_error", said), 400), CLAUDE) as api:
+        teacher = provider("anthropic", "claude-sonnet-4-5", api, temperature=0.7, seed=0)
+        with pytest.warns(UserWarning) as warned:
+            assert len(teach(teacher, [QUESTION], tmp_path).traces) == 1
+        assert "temperature" not in api.bodies[-1]
+    assert [str(w.message).split(":")[0] for w in warned if "refuses" in str(w.message)] == [
+        "the server refuses seed",
+        "the server refuses temperature",
+    ]
+
+
+def test_a_mistyped_provider_is_an_error_that_suggests_one(tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text('{"problem": "2 + 2?"}\n')
+    command = ["teach", "m", str(tmp_path / "p.jsonl"), "-o", str(tmp_path / "out"), "--provider", "antropic"]
+    assert main(command) == 2
+    assert "unknown provider 'antropic': use one that litellm knows, like anthropic" in capsys.readouterr().err
+
+
+def test_the_command_line_asks_a_provider(tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text('{"problem": "2 + 2?", "answer": 4}\n')
+    with answering(CLAUDE) as api:
+        command = ["teach", "claude-sonnet-4-5", str(tmp_path / "p.jsonl"), "-o", str(tmp_path / "out"), "--json"]
+        assert main([*command, "--provider", "anthropic", "--server", api.host, "--reasoning-effort", "low"]) == 0
+        assert api.bodies[0]["thinking"]["type"] == "enabled"
+    assert '"traces": 1' in capsys.readouterr().out
