@@ -22,10 +22,11 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from rbfast.data.answers import extract_answer
 from rbfast.data.formats import AUTO, FormatOptions, question_of
 from rbfast.data.readers import read_rows, write_traces
 from rbfast.data.trace import Trace, TraceError
-from rbfast.grading.grade import Problem, extract_answer, grade
+from rbfast.grading.grade import Problem, grade
 from rbfast.grading.tasks import load_problems
 from rbfast.teacher.client import Server, ServerError
 from rbfast.utils.files import Journal, write_text

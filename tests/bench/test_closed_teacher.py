@@ -25,9 +25,10 @@ from real_inputs import data_path
 from tiny import tiny_model, tiny_tokenizer
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rbfast.data.answers import extract_answer
 from rbfast.data.encoding import encode_all
 from rbfast.data.trace import Trace
-from rbfast.grading.grade import Problem, extract_answer, grade
+from rbfast.grading.grade import Problem, grade
 from rbfast.training.trainer import DistillTrainer
 
 # Of 150 completions a task; counted from the scores in the files.
