@@ -1,0 +1,27 @@
+"""The real student in float32, converted once: its GGUF file takes twenty seconds to read, the folder of it one."""
+
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from locks import locked
+
+
+def student_folder(cache: Path) -> str:
+    """The folder, which the first run on a machine makes in `cache`; skips if the student is not installed."""
+    import torch
+
+    from rbfast.models.student import SMOLLM2, _gguf, load_student
+
+    try:
+        file = _gguf(SMOLLM2)
+    except ImportError as absent:
+        pytest.skip(str(absent))
+    folder = cache / f"smollm2-transformers-{version('transformers')}-{file.stat().st_mtime_ns}"
+    with locked(cache / "lock"):
+        if not folder.is_dir():
+            unfinished = cache / "unfinished"
+            for part in load_student(SMOLLM2, torch.float32):
+                part.save_pretrained(unfinished)
+            unfinished.rename(folder)
+    return str(folder)
