@@ -112,6 +112,7 @@ def test_a_seed_is_measured_once_and_becomes_a_table(pool: list[Trace], tmp_path
         evidence.run_seed(model, tokenizer, pool, TASKS, 0, tmp_path, replace(SETTINGS, rate=0.02), quiet=True)
 
 
+@pytest.mark.slow
 def test_budgets_are_kept_by_every_setting(tmp_path: Path) -> None:
     model, tokenizer = roomy_model(), tiny_tokenizer()
     adapter = SparseAdapter.attach(model, 0.05, placement="random")

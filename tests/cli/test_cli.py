@@ -279,6 +279,7 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert done.value.code == 2
 
 
+@pytest.mark.slow
 def test_a_pipe_that_is_closed_is_no_error():
     command = f"{sys.executable} -m rbfast.cli.main info | true"
     run = subprocess.run(["bash", "-c", command], capture_output=True, text=True)

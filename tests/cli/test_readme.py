@@ -20,6 +20,7 @@ def block(request):
     return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[request.param]
 
 
+@pytest.mark.slow
 def test_it_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "reason1k").mkdir()

@@ -54,6 +54,7 @@ def test_the_demo_writes_its_table_and_pictures_and_resumes(tmp_path: Path, monk
     assert again["families"] == summary["families"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("toy")
 def test_several_seeds_are_one_table_of_all_their_problems(tmp_path: Path) -> None:
     summary = run.run_seeds(tmp_path, range(3, 5), quiet=True)
@@ -69,6 +70,7 @@ def test_several_seeds_are_one_table_of_all_their_problems(tmp_path: Path) -> No
     run.print_summary(summary, Console())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("toy")
 def test_another_configuration_does_not_reuse_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run.run_demo(tmp_path, quiet=True)
