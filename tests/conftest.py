@@ -25,15 +25,13 @@ def student_folder(pytestconfig: pytest.Config) -> str:
 
 
 @pytest.fixture(scope="session")
-def pristine(
-    student_folder: str, tokenizer: "PreTrainedTokenizerBase"
-) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+def pristine(student_folder: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """The student in float32 and its tokenizer, shared by the whole session: nobody changes them."""
     import torch
 
     from rbfast.models.student import load_student
 
-    return load_student(student_folder, torch.float32)[0], tokenizer
+    return load_student(student_folder, torch.float32)
 
 
 @pytest.fixture(scope="session")
