@@ -48,10 +48,10 @@ def checkout(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def quick_compiler(tmp_path: Path) -> str:
-    """A C++ compiler that optimises little, as CXX: how a package installs does not depend on how fast it is then."""
+    """A C++ compiler that optimises nothing, as CXX: how a package installs does not depend on how fast it runs."""
     script = tmp_path / "compiler" / "c++"
     script.parent.mkdir()
-    script.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O1\n')
+    script.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O0\n')
     script.chmod(0o755)
     return str(script)
 
