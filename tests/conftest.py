@@ -19,9 +19,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def student_folder(pytestconfig: pytest.Config) -> str:
+def student_folder() -> str:
     """The student in float32 and its tokenizer as a local folder."""
-    return real_student.student_folder(pytestconfig.cache.mkdir("student"))
+    return real_student.student_folder()
 
 
 @pytest.fixture(scope="session")
