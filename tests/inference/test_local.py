@@ -301,6 +301,7 @@ def test_impossible_sampling_is_refused(options, complaint):
         Sampling(**options)
 
 
+@pytest.mark.slow
 def test_a_real_student_answers_within_its_budget(pristine):
     model, tokenizer = pristine
     solver = LocalSolver(model, tokenizer)
