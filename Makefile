@@ -5,17 +5,18 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 BENCH_READY := $(VENV)/bench-ready
 
-# `make quick` is for while you work (three minutes on two cores), `make test` for before you push.
+# `make quick` is for while you work (three minutes on two cores), `make test` for before you push (twenty).
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 2
 .PHONY: demo test quick bench lint clean
 
 demo: $(READY)
 	$(BIN)/rbfast demo --out runs/demo
 
 test: quick
-	$(BIN)/python -m pytest tests -q -m slow
+	$(PYTEST) --dist loadgroup --no-loadscope-reorder -m slow
 
 quick: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile -q -m "not slow"
+	$(PYTEST) --dist worksteal -m "not slow"
 
 # Speed and memory beside the peers on this kind of CPU, written into docs/bench.md.
 bench: $(BENCH_READY)

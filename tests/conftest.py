@@ -5,29 +5,40 @@ from copy import deepcopy
 from typing import TYPE_CHECKING
 
 import pytest
-from fresh_installs import checkout, fresh  # noqa: F401  (fixtures)
+import real_student
+from fresh_installs import checkout, fresh, quick_compiler  # noqa: F401  (fixtures)
 from isas import use_isa
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes goes first, so that no worker is left with it at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture(scope="session")
-def pristine() -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+def student_folder() -> str:
+    """The student in float32 and its tokenizer as a local folder."""
+    return real_student.student_folder()
+
+
+@pytest.fixture(scope="session")
+def pristine(student_folder: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """The student in float32 and its tokenizer, shared by the whole session: nobody changes them."""
     import torch
 
-    from rbfast.models.student import SMOLLM2, load_student
+    from rbfast.models.student import load_student
 
-    try:
-        return load_student(SMOLLM2, torch.float32)
-    except ImportError as absent:
-        pytest.skip(str(absent))
+    return load_student(student_folder, torch.float32)
 
 
 @pytest.fixture(scope="session")
-def tokenizer(pristine: "tuple[PreTrainedModel, PreTrainedTokenizerBase]") -> "PreTrainedTokenizerBase":
-    return pristine[1]
+def tokenizer(student_folder: str) -> "PreTrainedTokenizerBase":
+    from rbfast.models.student import load_tokenizer
+
+    return load_tokenizer(student_folder)
 
 
 @pytest.fixture(scope="session")

@@ -92,7 +92,7 @@ def _local_solver(args: argparse.Namespace) -> "Solver":
 
 
 def _print_solutions(args: argparse.Namespace, solutions: "Sequence[Solution]", transcript: "Transcript") -> int:
-    from rbfast.grading.grade import extract_answer
+    from rbfast.data.answers import extract_answer
     from rbfast.inference.solver import vote_of
 
     vote = vote_of(solutions)

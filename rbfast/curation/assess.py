@@ -112,7 +112,8 @@ def verify_answer(trace: Trace, row: Mapping[str, Any]) -> bool | None:
     reference = row.get("reference")
     if reference is None:
         return None
-    from rbfast.grading.grade import Problem, extract_answer, grade
+    from rbfast.data.answers import extract_answer
+    from rbfast.grading.grade import Problem, grade
 
     stated = extract_answer(str(reference)) or str(reference).strip()
     return grade(Problem("", trace.problem, stated, {}), f"<answer>{trace.answer}</answer>") >= 1.0

@@ -1,7 +1,7 @@
 r"""The final answer that a solution states.
 
 ```python
-stated_answer(r"So it is $\boxed{\frac{1}{2}}$.")         # "\\frac{1}{2}"
+extract_answer(r"thus \boxed{\frac{1}{2}}")                # "\\frac{1}{2}"
 without_answer("48 / 2 = 24\n#### 24")                     # "48 / 2 = 24"
 ```
 """
@@ -9,28 +9,50 @@ without_answer("48 / 2 = 24\n#### 24")                     # "48 / 2 = 24"
 import math
 import re
 
-_TAG = re.compile(r"<answer>(.*?)(?:</answer>|(?=<answer>)|\Z)", re.DOTALL | re.IGNORECASE)
-_BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
-_HASHES = re.compile(r"^.*?####[ \t]*(\S.*)$", re.MULTILINE)
-_PHRASE = re.compile(r"\banswer\b[^.\n:=]{0,40}?(?:\bis\b|:|=)[*_:\s]*(\S.*)", re.IGNORECASE)
+_TAG = re.compile(r"<answer>(.*?)(?=</answer>|<answer>|\Z)", re.DOTALL | re.IGNORECASE)
+_HASHES = re.compile(r"####\s*(\S.*)")
+_PHRASE = re.compile(r"\banswer\b[^.\n:=]{0,60}?(?:\bis\b|:|=)[*_:\s]*(\S.*)", re.IGNORECASE)
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{|\d)")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _EDGES = " \t*_$`."
+# What may stand between two boxes of one answer: `\boxed{2}$ and $x = \boxed{3}`.
+_JOINT = re.compile(
+    r"(?:[\s$,;&.*]|\\[()\[\],;!]|\\(?:quad|qquad)|\\text\{\s*(?:,\s*)?(?:and|or)?\s*\}|\b(?:and|or)\b"
+    r"|[a-zA-Z](?:_\{?\w\}?)?\s*=)*"
+)
+
+
+def extract_answer(text: str) -> str | None:
+    """The final answer a completion states, or None if it marks none.
+
+    Looked for in this order, the last one of its kind: `<answer>..</answer>` (closed or not), a balanced `\\boxed{}`
+    (or several that are listed: `\\boxed{2}` and `\\boxed{3}`), `#### ..`, `answer is ..` / `Answer: ..`.
+    """
+    return _marked(text) or _last_of(_PHRASE, text)
 
 
 def stated_answer(text: str) -> str | None:
-    """The answer that a text marks, the last of its kind: `<answer>`, a balanced `\\boxed{}`, `#### ..`; else "the
-    answer is .." in its last line; None if there is none."""
-    tags = [content for content in (match[1].strip() for match in _TAG.finditer(text)) if content and content != "and"]
-    if tags:
-        return _boxed(tags[-1]) or _last_of(_HASHES, tags[-1]) or tags[-1]
-    return _boxed(text) or _last_of(_HASHES, text) or _phrase(text)
+    """As `extract_answer`, for a text that need not end in an answer: `the answer is ..` counts in its last line alone,
+    and without the signs around it."""
+    found = _marked(text)
+    if found is None and (phrase := _last_of(_PHRASE, text.strip().rpartition("\n")[2])):
+        found = phrase.strip(_EDGES) or None
+    return found
+
+
+def _marked(text: str) -> str | None:
+    tagged = [match.strip() for match in _TAG.findall(text)]
+    # A student that repeats the instruction writes "between <answer> and </answer>": that "and" is no answer.
+    if answer := next((tag for tag in reversed(tagged) if tag and tag != "and"), None):
+        return _last_boxed(answer) or answer
+    return _last_boxed(text) or _last_of(_HASHES, text)
 
 
 def without_answer(text: str) -> str:
     """The text before a final `<answer>` or `####`, which hold only the answer; a box is part of its sentence."""
     for pattern in (_TAG, _HASHES):
         if found := list(pattern.finditer(text)):
-            text = text[: text.index("####", found[-1].start()) if pattern is _HASHES else found[-1].start()]
+            text = text[: found[-1].start()]
     return text.strip()
 
 
@@ -48,26 +70,34 @@ def _last_of(pattern: re.Pattern[str], text: str) -> str | None:
     return found[-1].strip() if found else None
 
 
-def _phrase(text: str) -> str | None:
-    found = _last_of(_PHRASE, text.strip().rpartition("\n")[2])
-    return (found and found.strip(_EDGES)) or None
+def _last_boxed(text: str) -> str | None:
+    """What the last box holds that closes; of boxes that are listed, all."""
+    boxes = [(match.start(), *_content(text, match.end())) for match in _BOX.finditer(text)]
+    closed = [(start, content.strip(), end) for start, content, end in boxes if content.strip()]
+    if not closed:
+        return None
+    first, content, _ = closed[-1]
+    listed = [content]
+    for start, content, end in reversed(closed[:-1]):
+        if start >= first or end > first:
+            continue  # a box around the others
+        if not _JOINT.fullmatch(text[end:first]):
+            break
+        first = start
+        listed.insert(0, content)
+    return ", ".join(dict.fromkeys(listed))
 
 
-def _boxed(text: str) -> str | None:
-    """What the last box that closes holds; of boxes in each other, the outermost."""
-    found, end = None, 0
-    for opening in _BOX.finditer(text):
-        if opening.start() < end:
-            continue
-        closed = _closing(text, opening.end())
-        if closed is not None and (content := text[opening.end() : closed].strip()):
-            found, end = content, closed
-    return found
+def _content(text: str, start: int) -> tuple[str, int]:
+    if text[start] != "{":
+        return text[start], start + 1
+    end = closing(text, start)
+    return ("", start) if end is None else (text[start + 1 : end], end + 1)
 
 
-def _closing(text: str, start: int) -> int | None:
-    """Where the brace that was opened before `start` closes."""
-    depth = 1
+def closing(text: str, start: int) -> int | None:
+    r"""Where the brace that opens at `start` closes; braces that are signs (`\{`) don't count."""
+    depth = 0
     for match in _BRACE.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(match[0], 0)
         if depth == 0:

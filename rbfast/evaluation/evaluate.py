@@ -23,9 +23,10 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rbfast.data.answers import extract_answer
 from rbfast.data.chat_template import format_prompt
 from rbfast.evaluation.statistics import clustered, pass_at_k, proportion
-from rbfast.grading.grade import Problem, answer_key, extract_answer, grade
+from rbfast.grading.grade import Problem, answer_key, grade
 from rbfast.inference.decoding import Completion, batches_by_length, complete
 from rbfast.inference.guide import Guide, Limits
 from rbfast.inference.local import LocalSolver

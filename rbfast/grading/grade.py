@@ -1,7 +1,6 @@
-"""Grading: the final answer of a completion, and whether it is the expected one.
+"""Grading: whether the final answer of a completion is the expected one.
 
 ```python
-extract_answer(r"thus \\boxed{\\frac{1}{2}}")                      # "\\frac{1}{2}"
 grade(problem, completion.text, truncated=completion.truncated)    # 1.0 is correct
 ```
 """
@@ -13,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from rbfast.data.answers import extract_answer
 from rbfast.grading.judge import judge
 from rbfast.grading.math_equality import equals_any, is_number, key
-from rbfast.grading.notation import closing
 from rbfast.grading.statements import readings
 from rbfast.utils.packages import need
 
@@ -31,64 +30,12 @@ class Problem:
 
 
 _WHOLE = re.compile(r".*(?:\n|</answer>)", re.DOTALL | re.IGNORECASE)
-_TAG = re.compile(r"<answer>(.*?)(?=</answer>|<answer>|\Z)", re.DOTALL | re.IGNORECASE)
 _MARKS = re.compile(r"</?(?:think|answer)>", re.IGNORECASE)
-_HASHES = re.compile(r"####\s*(\S.*)")
-_PHRASE = re.compile(r"\banswer\b[^.\n:=]{0,60}?(?:\bis\b|:|=)[*_:\s]*(\S.*)", re.IGNORECASE)
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{|\d)")
-# What may stand between two boxes of one answer: `\boxed{2}$ and $x = \boxed{3}`.
-_JOINT = re.compile(
-    r"(?:[\s$,;&.*]|\\[()\[\],;!]|\\(?:quad|qquad)|\\text\{\s*(?:,\s*)?(?:and|or)?\s*\}|\b(?:and|or)\b"
-    r"|[a-zA-Z](?:_\{?\w\}?)?\s*=)*"
-)
-
-
-def extract_answer(text: str) -> str | None:
-    """The final answer a completion states, or None if it marks none.
-
-    Looked for in this order, the last one of its kind: `<answer>..</answer>` (closed or not), a balanced `\\boxed{}`
-    (or several that are listed: `\\boxed{2}` and `\\boxed{3}`), `#### ..`, `answer is ..` / `Answer: ..`.
-    """
-    tagged = [match.strip() for match in _TAG.findall(text)]
-    # A student that repeats the instruction writes "between <answer> and </answer>": that "and" is no answer.
-    if answer := next((tag for tag in reversed(tagged) if tag and tag != "and"), None):
-        return _last_boxed(answer) or answer
-    if answer := _last_boxed(text):
-        return answer
-    for pattern in (_HASHES, _PHRASE):
-        if matches := pattern.findall(text):
-            return matches[-1].strip()
-    return None
 
 
 def without_tags(text: str) -> str:
     """A part of a completion for people: no `<think>` or `<answer>`, opened or closed, and no white space around it."""
     return _MARKS.sub("", text).strip()
-
-
-def _last_boxed(text: str) -> str | None:
-    """What the last box holds that closes; of boxes that are listed, all."""
-    boxes = [(match.start(), *_content(text, match.end())) for match in _BOX.finditer(text)]
-    closed = [(start, content.strip(), end) for start, content, end in boxes if content.strip()]
-    if not closed:
-        return None
-    first, content, _ = closed[-1]
-    listed = [content]
-    for start, content, end in reversed(closed[:-1]):
-        if start >= first or end > first:
-            continue  # a box around the others
-        if not _JOINT.fullmatch(text[end:first]):
-            break
-        first = start
-        listed.insert(0, content)
-    return ", ".join(dict.fromkeys(listed))
-
-
-def _content(text: str, start: int) -> tuple[str, int]:
-    if text[start] != "{":
-        return text[start], start + 1
-    end = closing(text, start)
-    return ("", start) if end is None else (text[start + 1 : end], end + 1)
 
 
 def grade(problem: Problem, completion: str, *, truncated: bool = False) -> float:

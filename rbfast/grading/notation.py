@@ -12,6 +12,8 @@ import functools
 import re
 import unicodedata
 
+from rbfast.data.answers import closing
+
 _SIGNS = {
     **dict.fromkeys("−–—‐‑‒﹣－⁻", "-"),
     **dict.fromkeys("⁄∕／", "/"),
@@ -162,20 +164,6 @@ def unbox(text: str) -> str:
             return text[: match.start()] + text[match.end() :]
         text = text[: match.start()] + text[match.end() : end] + text[end + 1 :]
     return text
-
-
-def closing(text: str, start: int) -> int | None:
-    r"""Where the brace that opens at `start` closes; braces that are signs (`\{`) don't count."""
-    depth, position = 0, start
-    while position < len(text):
-        if text[position] == "\\":
-            position += 2
-            continue
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-        if depth == 0:
-            return position
-        position += 1
-    return None
 
 
 def _undollared(text: str) -> str:

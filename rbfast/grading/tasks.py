@@ -12,18 +12,18 @@ load_problems("owner/name:main:test", n=100, seed=0)        # one of several con
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from rbfast.data import hub
+from rbfast.data.answers import extract_answer
 from rbfast.data.formats import AUTO, FormatOptions, question_of
 from rbfast.data.readers import read_rows
 from rbfast.data.trace import TraceError
 from rbfast.grading import math_equality
-from rbfast.grading.grade import Problem, extract_answer, reasoning_gym
+from rbfast.grading.grade import Problem, reasoning_gym
 
 _REASONING_GYM = "reasoning-gym:"
 
@@ -111,28 +111,7 @@ def _sample(found: Sequence[Problem], source: str, n: int | None, seed: int, exc
 
 
 def _read_file(path: Path, options: FormatOptions) -> list[Problem]:
-    if path.suffix != ".jsonl":
-        return [_problem(row, where, path.stem, options) for where, row in read_rows(path)]
-    problems = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                where = f"{path}:{number}"
-                problems.append(_problem(_parse(line, where), where, path.stem, options))
-    return problems
-
-
-def _parse(line: bytes, where: str) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{where}: expected UTF-8, got byte {line[error.start]:#04x}; convert the file to UTF-8"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: expected one JSON object per line, {error}") from None
-    except (RecursionError, ValueError) as error:  # nested too deep; a number of thousands of digits
-        raise ValueError(f"{where}: expected JSON that can be read: {error}") from None
+    return [_problem(row, where, path.stem, options) for where, row in read_rows(path)]
 
 
 def _read_hub(where: str, task: str, options: FormatOptions) -> list[Problem]:

@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rbfast.data.answers import extract_answer
 from rbfast.data.formats import AUTO, FormatOptions, question_of
 from rbfast.data.readers import read_rows, write_traces
 from rbfast.data.replies import split_reply
 from rbfast.data.trace import Trace, TraceError
-from rbfast.grading.grade import Problem, extract_answer, grade
+from rbfast.grading.grade import Problem, grade
 from rbfast.grading.tasks import load_problems
 from rbfast.teacher.batch import BATCH, ask_in_batches
 from rbfast.teacher.budget import FREE, Prices, Purse

@@ -507,6 +507,7 @@ def test_a_quantised_matrix_runs_beside_its_weight_and_the_others_fold():
         attach(model, mode="fold")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["fold", "side"])
 def test_compiled_whole_it_trains_like_eager(mode):
     steps = {}

@@ -26,6 +26,7 @@ def trained():
     return model, adapter
 
 
+@pytest.mark.slow
 def test_it_loads_without_this_library_and_writes_the_same_tokens(trained, tmp_path):
     model, adapter = trained
     expected = written(model)

@@ -25,9 +25,10 @@ from real_inputs import data_path
 from tiny import tiny_model, tiny_tokenizer
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rbfast.data.answers import extract_answer
 from rbfast.data.encoding import encode_all
 from rbfast.data.trace import Trace
-from rbfast.grading.grade import Problem, extract_answer, grade
+from rbfast.grading.grade import Problem, grade
 from rbfast.training.trainer import DistillTrainer
 
 # Of 150 completions a task; counted from the scores in the files.
@@ -105,6 +106,7 @@ def test_a_trace_says_what_the_teacher_said(folder: Path, traces: list[Trace]) -
         assert "".join(trace.completion().split()) == "".join(completion["full_model_response"].split())
 
 
+@pytest.mark.slow
 def test_each_tasks_verifier_accepts_its_traces(folder: Path, traces: list[Trace]) -> None:
     """Where the installed generator still gives the question of the file, its entry grades the trace."""
     reasoning_gym = pytest.importorskip("reasoning_gym")
@@ -222,6 +224,7 @@ def student() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     return model, tiny_tokenizer()
 
 
+@pytest.mark.slow
 def test_the_pipeline_measures_both_and_resumes(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batches: list[list[list[int]]] = []
     compute_loss, train = DistillTrainer.compute_loss, DistillTrainer.train

@@ -96,6 +96,7 @@ def test_flat_weights_make_every_token_equal(pool: list[Trace]) -> None:
     assert torch.allclose(per_token, per_token[:1].expand(3))
 
 
+@pytest.mark.slow
 def test_a_seed_is_measured_once_and_becomes_a_table(pool: list[Trace], tmp_path: Path, monkeypatch) -> None:
     model, tokenizer = roomy_model(), tiny_tokenizer()
     found = [evidence.run_seed(model, tokenizer, pool, TASKS, seed, tmp_path, SETTINGS, quiet=True) for seed in (0, 1)]
@@ -112,6 +113,7 @@ def test_a_seed_is_measured_once_and_becomes_a_table(pool: list[Trace], tmp_path
         evidence.run_seed(model, tokenizer, pool, TASKS, 0, tmp_path, replace(SETTINGS, rate=0.02), quiet=True)
 
 
+@pytest.mark.slow
 def test_budgets_are_kept_by_every_setting(tmp_path: Path) -> None:
     model, tokenizer = roomy_model(), tiny_tokenizer()
     adapter = SparseAdapter.attach(model, 0.05, placement="random")

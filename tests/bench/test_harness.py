@@ -111,6 +111,7 @@ def test_a_record_becomes_a_page_and_a_short_table(tmp_path: Path, capsys) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it is no dry run")
 def test_a_dry_run_of_the_gpu_script() -> None:
     done = subprocess.run(["bash", "bench/gpu.sh"], cwd=ROOT, capture_output=True, text=True)

@@ -47,6 +47,7 @@ def test_torchtunes_is_the_teachers_cross_entropy(batch: Batch) -> None:
         DENSE["torchtune KL"].load(0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("who", TOP_K)
 def test_top_k_peers_compute_our_loss(batch: Batch, who: str) -> None:
     loss, exact = TOP_K[who].load(0.0), rbfast_top_k(0.0)

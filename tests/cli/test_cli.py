@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from tiny import model_of_words
+from transformers import PreTrainedTokenizerBase
 
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.cli.main import _parser, main
@@ -23,16 +24,7 @@ from rbfast.training.distill import DistillConfig
 @pytest.fixture(scope="module")
 def model_folder(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tiny")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model_of_words(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -279,6 +271,7 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert done.value.code == 2
 
 
+@pytest.mark.slow
 def test_a_pipe_that_is_closed_is_no_error():
     command = f"{sys.executable} -m rbfast.cli.main info | true"
     run = subprocess.run(["bash", "-c", command], capture_output=True, text=True)

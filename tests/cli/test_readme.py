@@ -20,7 +20,11 @@ def block(request):
     return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[request.param]
 
 
-def test_it_runs(block, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_it_runs(block, student, tokenizer, tmp_path, monkeypatch):
+    # The same weights, for the file they come in takes long to read: tests/models/test_student.py reads it.
+    monkeypatch.setattr("rbfast.models.student._load_gguf", lambda file, dtype: student().to(dtype))
+    monkeypatch.setattr("rbfast.models.student.load_tokenizer", lambda name: tokenizer)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "reason1k").mkdir()
     write_traces(tmp_path / "reason1k" / "reason1k.jsonl", make_traces("leg_counting", 2, seed=0))

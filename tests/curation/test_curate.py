@@ -112,6 +112,7 @@ def claude(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "pool.jsonl"
 
 
+@pytest.mark.slow
 def test_a_real_pool_the_same_bytes_for_any_number_of_processes(claude: Path, tmp_path: Path, monkeypatch) -> None:
     against = [data_path("math500/math500_test.jsonl")]
     one = rbfast.curate([claude], tmp_path / "one", CurateConfig(size=100, against=against, seed=3))

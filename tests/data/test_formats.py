@@ -223,7 +223,7 @@ def test_a_known_answer_and_a_cut_reply_are_passed_on() -> None:
 @pytest.mark.parametrize(
     ("text", "answer", "rest"),
     [
-        (r"So \boxed{1} or \boxed{\frac{1}{2}}.", r"\frac{1}{2}", r"So \boxed{1} or \boxed{\frac{1}{2}}."),
+        (r"So \boxed{1} or \boxed{\frac{1}{2}}.", r"1, \frac{1}{2}", r"So \boxed{1} or \boxed{\frac{1}{2}}."),
         (r"\boxed{\{1, 2\}} and \boxed{cut", r"\{1, 2\}", r"\boxed{\{1, 2\}} and \boxed{cut"),
         ("2 + 2 = 4\n#### 1,000", "1,000", "2 + 2 = 4"),
         ("Add. <answer> 4 </answer>", "4", "Add."),

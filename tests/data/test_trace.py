@@ -252,6 +252,7 @@ def test_real_parquet_of_another_layout_is_read_by_what_its_columns_mean() -> No
     assert traces[0].answer == r"a^2 + b^2 \leq 2, A^2 + B^2 \leq 1"
 
 
+@pytest.mark.slow
 def test_importing_loads_neither_datasets_nor_transformers() -> None:
     code = "import sys, rbfast.data.encoding; print(sorted({'datasets', 'transformers', 'pyarrow'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

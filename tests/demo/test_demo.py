@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from tiny import model_of_words
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from rbfast.demo import run
 
@@ -15,17 +16,7 @@ from rbfast.demo import run
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerBase) -> None:
     def load(name: str, dtype: torch.dtype) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        return LlamaForCausalLM(config).to(dtype), tokenizer
+        return model_of_words(tokenizer).to(dtype), tokenizer
 
     monkeypatch.setattr(run, "load_student", load)
     monkeypatch.setattr(run, "TRAIN", 4)
@@ -54,6 +45,7 @@ def test_the_demo_writes_its_table_and_pictures_and_resumes(tmp_path: Path, monk
     assert again["families"] == summary["families"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("toy")
 def test_several_seeds_are_one_table_of_all_their_problems(tmp_path: Path) -> None:
     summary = run.run_seeds(tmp_path, range(3, 5), quiet=True)
@@ -69,6 +61,7 @@ def test_several_seeds_are_one_table_of_all_their_problems(tmp_path: Path) -> No
     run.print_summary(summary, Console())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("toy")
 def test_another_configuration_does_not_reuse_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run.run_demo(tmp_path, quiet=True)

@@ -9,9 +9,10 @@ import pytest
 from real_inputs import ROOT, data_path
 from tiny import tiny_model, tiny_tokenizer
 
+from rbfast.data.answers import extract_answer
 from rbfast.evaluation.evaluate import Result, evaluate, summarize, summarize_samples
 from rbfast.evaluation.statistics import clustered, paired_bootstrap, paired_difference, pass_at_k, proportion
-from rbfast.grading.grade import Problem, extract_answer, grade, without_tags
+from rbfast.grading.grade import Problem, grade, without_tags
 from rbfast.grading.judge import Judge
 from rbfast.grading.math_equality import equal
 from rbfast.grading.tasks import load_problems
@@ -26,6 +27,7 @@ def plain(answer: str) -> Problem:
 # ---------------------------------------------------------------------------------------------------------- problems
 
 
+@pytest.mark.slow
 def test_generated_problems_are_distinct_and_the_same_in_every_process():
     pytest.importorskip("reasoning_gym")
     here = [problem.question for problem in load_problems("reasoning-gym:family_relationships", 5, seed=3)]
@@ -81,7 +83,7 @@ def test_problems_of_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", r"set\.jsonl:2: expected one JSON object per line"),
+        ("{", r"set\.jsonl:2, column 2: expected JSON"),
         ("[1]", r"set\.jsonl:2: expected a JSON object, got list"),
         ('{"answer": "1"}', r"set\.jsonl:2: problem: expected text"),
         ('{"problem": "p", "answer": null}', r"set\.jsonl:2: answer: expected text or a number, got None"),
@@ -597,6 +599,7 @@ def test_an_answer_that_hangs_the_grader_is_wrong_and_the_next_one_is_graded():
         judge.close()
 
 
+@pytest.mark.slow
 def test_an_answer_that_hangs_a_tasks_own_verifier_is_wrong_and_the_next_one_is_graded(monkeypatch):
     # Countdown evaluates what it is given: in this process no time limit could end it.
     pytest.importorskip("reasoning_gym")

@@ -9,8 +9,9 @@ from answer_pairs import RIGHT, WRONG
 pytest.importorskip("math_verify")
 
 from rbfast.curation.assess import verify_answer
+from rbfast.data.answers import extract_answer
 from rbfast.data.trace import Trace
-from rbfast.grading.grade import Problem, answer_key, extract_answer, grade
+from rbfast.grading.grade import Problem, answer_key, grade
 from rbfast.grading.tasks import load_problems
 from rbfast.inference.vote import majority
 from rbfast.teacher.solutions import read_questions, trace_of

@@ -143,11 +143,11 @@ def test_adversarial_rows_never_affect_each_other(model, monkeypatch, probe_ever
         assert any(solution.probe_tokens for [solution] in together)
         return
     # The batch is the state machine of each row alone.
-    vocabulary = Vocabulary(TOKENIZER, asked, STOPS)
+    vocabulary, script = Vocabulary(TOKENIZER, asked, STOPS), Scripted(1.0, 1.0)
     for number, [solution] in enumerate(together):
         row = TokenState(asked, vocabulary)
         while not row.done:
-            row.feed(row.queue[0] if row.queue else Scripted(1.0, 1.0).token(number, row.written))
+            row.feed(row.queue[0] if row.queue else script.token(number, row.written))
         assert row.solution() == solution
 
 
@@ -301,6 +301,7 @@ def test_impossible_sampling_is_refused(options, complaint):
         Sampling(**options)
 
 
+@pytest.mark.slow
 def test_a_real_student_answers_within_its_budget(pristine):
     model, tokenizer = pristine
     solver = LocalSolver(model, tokenizer)

@@ -226,6 +226,7 @@ def test_two_accumulated_batches_are_one(name, mode):
     assert apart(summed, whole) <= 256 * EPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mode"), [("llama", "fold"), ("llama", "side"), ("gpt2", "side"), ("mixtral", "fold")]
 )

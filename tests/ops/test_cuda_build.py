@@ -32,6 +32,8 @@ def resources() -> list[Resources]:
 
 
 @needs_nvcc
+@pytest.mark.long
+@pytest.mark.xdist_group("every kernel")
 def test_every_kernel_compiles_for_every_architecture(resources: list[Resources]) -> None:
     for architecture in ARCHITECTURES:
         found = [r for r in resources if r.architecture == architecture]
@@ -40,6 +42,8 @@ def test_every_kernel_compiles_for_every_architecture(resources: list[Resources]
 
 
 @needs_nvcc
+@pytest.mark.long
+@pytest.mark.xdist_group("every kernel")
 @pytest.mark.xfail(strict=True, reason="layouts of the row kernels and project_tile spill: docs/kernels.md lists them")
 def test_no_kernel_spills(resources: list[Resources]) -> None:
     spilled = [r for r in resources if r.spill_bytes or r.stack_bytes]
@@ -47,6 +51,8 @@ def test_no_kernel_spills(resources: list[Resources]) -> None:
 
 
 @needs_nvcc
+@pytest.mark.long
+@pytest.mark.xdist_group("every kernel")
 def test_as_many_blocks_fit_as_the_launch_counts_on(resources: list[Resources]) -> None:
     for r in resources:
         name, _, arguments = r.kernel.rstrip(">").partition("<")
@@ -58,10 +64,13 @@ def test_as_many_blocks_fit_as_the_launch_counts_on(resources: list[Resources]) 
 
 
 @needs_nvcc
-def test_a_wheel_with_cuda_works_on_a_torch_without(fresh: Path, checkout: Path, tmp_path: Path) -> None:
+@pytest.mark.long
+def test_a_wheel_with_cuda_works_on_a_torch_without(
+    fresh: Path, checkout: Path, quick_compiler: str, tmp_path: Path
+) -> None:
     if torch.version.cuda:
         pytest.skip("this torch has CUDA; tests/test_cuda.py tries the library itself")
-    install(fresh, ".", cwd=checkout, RBFAST_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0a")
+    install(fresh, ".", cwd=checkout, CXX=quick_compiler, RBFAST_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0a")
     found = try_it(fresh, tmp_path)
     assert found["xs"] == [[2.0, 0.0], [5.0, 3.0]]
     assert found["gather"].startswith("native")

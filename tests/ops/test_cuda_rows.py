@@ -5,15 +5,33 @@ from typing import Any
 
 import pytest
 import torch
+from covering import covering
 from cuda_devices import Gpu, host, real
-from row_cases import BETAS, EPS32, ROUNDINGS, Rows, make
+from row_cases import (
+    BETAS,
+    EPS32,
+    KINDS,
+    ROUNDINGS,
+    TAUGHT,
+    Rows,
+    assert_masked,
+    assert_no_rows,
+    assert_reverse_kl_floors_a_teacher_of_zero,
+    assert_tail,
+    certain,
+    extreme,
+    make,
+    masked,
+    no_rows,
+    taught_rows,
+    tiny_tail,
+)
 from torch import Tensor
 
 from rbfast.ops import reference
 
 pytestmark = pytest.mark.slow
 
-KINDS = ("text", "dense", "top-k")
 # Of a divergence's term: two exp2 and a log2 of the special function unit, each within 2^-22, and what they go through.
 # JS takes another log2, whose error does not shrink with beta as the term does.
 APPROXIMATIONS, APPROXIMATIONS_OF_JS = 16, 32
@@ -66,24 +84,18 @@ def in_place(gpu: Gpu, rows: Rows, dtype: torch.dtype, ahead: int = 0) -> tuple[
     lines = room[ahead:].view(T, V + ahead)
     logits, dz = lines[:, :V], lines.view(dtype)[:, :V]
     logits.copy_(rows.logits)
-    values = [getattr(rows, field.name) for field in fields(rows)][1:]
-    moved = [x.to(gpu.device) if isinstance(x, Tensor) else x for x in values]
-    divergence, ce = gpu.ops.divergence_rows_(logits, dz, *moved)
+    divergence, ce = gpu.ops.divergence_rows_(logits, dz, *rows.signals(gpu.device))
     assert bool((room[:ahead] == 7).all()) and bool((lines[:, V:] == 7).all()), "written outside the rows"
     return divergence.cpu(), ce.cpu(), dz.cpu()
 
 
-@pytest.mark.parametrize("head", [False, True])
-@pytest.mark.parametrize("gap", [3.0, 0.1, 0.001])
-@pytest.mark.parametrize("size", [(1, 1), (5, 5), (37, 50), (3001, 2700)])
-@pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("kind", ["dense", "top-k"])
+@taught_rows
 def test_rows_with_a_teacher_match_fp64(gpu: Gpu, kind: str, beta: float, size: tuple, gap: float, head: bool) -> None:
     rows = make(kind, *size, gap=gap, head=head, beta=beta)
     assert_close_to_fp64(gpu, rows)
 
 
-@pytest.mark.parametrize("kind", ["dense", "top-k"])
+@pytest.mark.parametrize("kind", TAUGHT)
 @pytest.mark.parametrize("beta", BETAS)
 def test_the_divergence_alone_matches_fp64(gpu: Gpu, kind: str, beta: float) -> None:
     rows = replace(make(kind, 3001, 2700, beta=beta), ce_weight=torch.zeros(9))
@@ -102,8 +114,7 @@ def test_text_rows_match_fp64(gpu: Gpu, V: int, head: bool) -> None:
 def test_a_large_vocabulary(gpu: Gpu, kind: str, beta: float) -> None:
     """More than a team keeps on the small devices, and a dense teacher on all."""
     rows = make(kind, 152_064, 152_064, gap=0.1, k=20, beta=beta)
-    per_row = [field.name for field in fields(rows) if isinstance(getattr(rows, field.name), Tensor)]
-    rows = replace(rows, **{name: getattr(rows, name)[2:4].contiguous() for name in per_row})
+    rows = rows.at(slice(2, 4))
     assert_close_to_fp64(gpu, rows)
     apart = run(gpu, rows)
     for dtype in (torch.float32, torch.bfloat16):
@@ -112,11 +123,15 @@ def test_a_large_vocabulary(gpu: Gpu, kind: str, beta: float) -> None:
         assert torch.equal(over[2], apart[2].to(dtype))
 
 
-@pytest.mark.parametrize("ahead", [0, 1, 2, 3])
-@pytest.mark.parametrize("V", [1000, 5003, 11_000, 20_000])
-@pytest.mark.parametrize("kind, beta", [("text", 0.0), ("top-k", 0.0), ("dense", 0.0), ("dense", 0.5)])
-def test_gradient_in_place_of_the_logits(gpu: Gpu, kind: str, beta: float, V: int, ahead: int) -> None:
+@covering(
+    2,
+    teacher=[("text", 0.0), ("top-k", 0.0), ("dense", 0.0), ("dense", 0.5)],
+    V=[1000, 5003, 11_000, 20_000],
+    ahead=[0, 1, 2, 3],
+)
+def test_gradient_in_place_of_the_logits(gpu: Gpu, teacher: tuple[str, float], V: int, ahead: int) -> None:
     """At every alignment of a row; nothing between the rows is touched."""
+    kind, beta = teacher
     rows = make(kind, V, V, head=True, beta=beta)
     apart = run(gpu, rows)
     for dtype in (torch.float32, torch.bfloat16):
@@ -128,8 +143,7 @@ def test_gradient_in_place_of_the_logits(gpu: Gpu, kind: str, beta: float, V: in
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_a_gradient(gpu: Gpu, kind: str) -> None:
     rows = make(kind, 3001, 3001, head=True)
-    values = [getattr(rows, field.name) for field in fields(rows)][1:]
-    divergence, ce = There(gpu).divergence_rows_(rows.logits.clone(), None, *values)
+    divergence, ce = There(gpu).divergence_rows_(rows.logits.clone(), None, *rows.signals())
     with_gradient = run(gpu, rows)
     assert torch.equal(ce, with_gradient[1])
     torch.testing.assert_close(divergence, with_gradient[0], rtol=ROUNDINGS * EPS32, atol=0)
@@ -139,51 +153,28 @@ def test_without_a_gradient(gpu: Gpu, kind: str) -> None:
 def test_a_row_has_the_same_bits_wherever_it_is(gpu: Gpu, kind: str) -> None:
     rows = make(kind, 5003, 5003)
     truth = run(gpu, rows)
-    per_row = [field.name for field in fields(rows) if isinstance(getattr(rows, field.name), Tensor)]
     order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
     for part in (order, order[:1], order[3:5]):
-        some = replace(rows, **{name: getattr(rows, name)[part] for name in per_row})
-        assert all(torch.equal(ours, whole[part]) for ours, whole in zip(run(gpu, some), truth, strict=True))
+        assert all(torch.equal(ours, whole[part]) for ours, whole in zip(run(gpu, rows.at(part)), truth, strict=True))
 
 
 @pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("kind", ["dense", "top-k"])
+@pytest.mark.parametrize("kind", TAUGHT)
 def test_extreme_logits(gpu: Gpu, kind: str, beta: float) -> None:
-    rows = make(kind, 50, 50, beta=beta)
-    sign = torch.where(torch.arange(50) % 2 == 0, 1.0, -1.0)
-    rows = replace(rows, logits=1e4 * torch.where(torch.arange(9).unsqueeze(1) % 2 == 0, sign, -sign).contiguous())
-    if kind == "dense":
-        rows = replace(rows, teacher=(1e4 * sign).expand(9, 50).contiguous())
+    rows = extreme(kind, beta)
     assert_close_to_fp64(gpu, rows)
     assert all(bool(result.isfinite().all()) for result in run(gpu, rows))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 def test_a_peaked_teacher_and_masked_logits_stay_finite(gpu: Gpu, beta: float) -> None:
-    rows = make("dense", 50, 50, beta=beta)
-    teacher = torch.full((9, 50), -torch.inf)
-    teacher[:, 7] = 3.0
-    assert_close_to_fp64(gpu, replace(rows, teacher=teacher))
-    peaked = make("top-k", 50, beta=beta, k=2)
-    certain = torch.tensor([0.0, -torch.inf]).expand(9, 2).contiguous()
-    ids = torch.tensor([[7, -1]]).expand(9, 2).contiguous()
-    assert_close_to_fp64(gpu, replace(peaked, ids=ids, logprobs=certain))
-    masked = torch.zeros(50)
-    masked[3] = -torch.inf
-    rows = replace(rows, bias=masked, labels=torch.zeros(9, dtype=torch.int64), teacher=rows.teacher + masked)
-    divergence, ce, dz = run(gpu, rows)
-    assert bool(divergence.isfinite().all()) and bool(ce.isfinite().all()) and not dz[:, 3].any()
+    for kind in TAUGHT:
+        assert_close_to_fp64(gpu, certain(kind, beta))
+    assert_masked(run(gpu, masked(beta)))
 
 
 def test_reverse_kl_floors_a_teacher_of_zero(gpu: Gpu) -> None:
-    rows = make("dense", 50, 50, beta=1.0)
-    teacher = torch.full((9, 50), -torch.inf)
-    teacher[:, 7] = 3.0
-    rows = replace(rows, teacher=teacher)
-    # What is rounded is a log-prob of -100, times q <= 1 and the row's factor.
-    atol = ROUNDINGS * EPS32 * 100 * float((rows.kl_weight * rows.temperature).max())
-    for ours, exact in zip(run(gpu, rows), rows.double().run(reference), strict=True):
-        torch.testing.assert_close(ours.double(), exact, rtol=ROUNDINGS * EPS32, atol=atol)
+    assert_reverse_kl_floors_a_teacher_of_zero(There(gpu))
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -199,18 +190,13 @@ def test_supports_at_their_limits(gpu: Gpu, beta: float) -> None:
 
 @pytest.mark.parametrize("student_tail", [1e-9, 1e-30])
 def test_a_tiny_tail_of_the_student_keeps_its_gradient(gpu: Gpu, student_tail: float) -> None:
-    """One column has nearly all the student's mass, the teacher gives it 0.9; elsewhere dz = q_v (1 - 0.1 / q_tail)."""
-    V = 1000
-    logits = torch.zeros(1, V)
-    logits[0, 0] = torch.log(torch.tensor((V - 1) / student_tail))
-    one, label = torch.ones(1), torch.zeros(1, dtype=torch.int64)
-    rows = Rows(logits, label, one, 0 * one, one, torch.tensor([[0]]), torch.tensor([[0.9]]).log())
+    rows = tiny_tail(student_tail)
     assert_close_to_fp64(gpu, rows)
-    torch.testing.assert_close(run(gpu, rows)[2][0, 1:], torch.full((V - 1,), -0.1 / (V - 1)), rtol=1e-5, atol=0)
+    assert_tail(run(gpu, rows)[2])
 
 
 @pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("kind", ["dense", "top-k"])
+@pytest.mark.parametrize("kind", TAUGHT)
 def test_the_gradient_near_the_teacher(gpu: Gpu, kind: str, beta: float) -> None:
     """The bar: within 0.3% of fp64 where rounding logits to bf16 costs 10-45%."""
     rows = replace(make(kind, 3001, 3001, gap=0.02, k=20, beta=beta), ce_weight=torch.zeros(9))
@@ -241,9 +227,7 @@ def test_ids_and_labels_outside_the_vocabulary_make_their_row_nan(gpu: Gpu) -> N
 
 
 def test_no_rows(gpu: Gpu) -> None:
-    empty, none = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
-    divergence, ce, dz = run(gpu, Rows(torch.zeros(0, 37), none, empty, empty, empty))
-    assert divergence.shape == ce.shape == (0,) and dz.shape == (0, 37)
+    assert_no_rows(run(gpu, no_rows()))
 
 
 def test_wrong_arguments_are_named(gpu: Gpu) -> None:
@@ -266,8 +250,7 @@ def test_wrong_arguments_are_named(gpu: Gpu) -> None:
 
 def test_a_gradient_that_lies_across_rows_is_refused(gpu: Gpu) -> None:
     rows = make("text", 40)
-    values = [getattr(rows, field.name) for field in fields(rows)][1:]
-    moved = [x.to(gpu.device) if isinstance(x, Tensor) else x for x in values]
+    moved = rows.signals(gpu.device)
     room = torch.zeros(10, 40, device=gpu.device)
     for dz in (room[1:], room[:9].view(torch.bfloat16).view(18, 40)[:9]):
         with pytest.raises(RuntimeError, match="dz overlaps logits in another way than row by row"):

@@ -118,6 +118,7 @@ long syscall(long number, long code) { errno = ENOSYS; return -1; }
 """
 
 
+@pytest.mark.slow
 def test_a_machine_that_refuses_its_tiles_does_without(tmp_path):
     if ops.cpu_isa() != "amx":
         pytest.skip("this CPU has no amx, or RBFAST_CPU_ISA is set")

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,23 @@ pytest.importorskip("triton", reason="triton is not installed: pip install 'rbfa
 
 from column_cases import EMPTY, IN_RUNS, OPS, RUNS, make, scattered_in_memory
 from column_cases import run as run_columns
-from row_cases import EPS32, ROUNDINGS, Rows
+from covering import covering
+from row_cases import (
+    EPS32,
+    KINDS,
+    SIZES,
+    TAUGHT,
+    assert_close_to_fp64,
+    assert_masked,
+    assert_no_rows,
+    assert_reverse_kl_floors_a_teacher_of_zero,
+    assert_tail,
+    certain,
+    extreme,
+    masked,
+    no_rows,
+    tiny_tail,
+)
 from row_cases import make as make_rows
 
 from rbfast.kernels import columns, divergence_rows, scale
@@ -36,10 +52,12 @@ here = pytest.mark.skipif(
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="needs a GPU")
 BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.skipif(INTERPRETED, reason="the interpreter's bf16 is wrong"))
 DTYPES = (torch.float32, torch.float16, BF16)
+BETAS = (0.0, 0.3, 1.0)
 # T, in, out, s, k: sizes below one block, several blocks and groups of tokens, several blocks of rank.
 SHAPES = ((1, 1, 1, 1, 1), (65, 90, 77, 33, 3), (270, 40, 2100, 17, 4), (37, 80, 50, 80, 37), (600, 20, 140, 9, 2))
 
 
+@pytest.mark.long
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_everything_under_the_interpreter() -> None:
     done = subprocess.run(
@@ -197,26 +215,15 @@ class OnDevice:
         return divergence.cpu(), ce.cpu()
 
 
-def assert_rows_close_to_fp64(rows: Rows) -> None:
-    ours, truth, moved = rows.run(OnDevice), rows.double().run(reference), rows.nudged().run(reference)
-    for result, exact, other in zip(ours, truth, moved, strict=True):
-        assert float((result - exact).norm()) <= float((other - exact).norm() + ROUNDINGS * EPS32 * exact.norm())
-    assert bool((ours[0] >= 0).all())
-
-
 @here
-@pytest.mark.parametrize("head", (False, True))
-@pytest.mark.parametrize("gap", (3.0, 0.001))
-@pytest.mark.parametrize("size", ((1, 1), (5, 5), (37, 50), (3001, 2700)))
-@pytest.mark.parametrize("beta", (0.0, 0.3, 1.0))
-@pytest.mark.parametrize("kind", ("dense", "top-k"))
+@covering(3, kind=TAUGHT, beta=BETAS, size=SIZES, gap=(3.0, 0.001), head=(False, True))
 def test_rows_with_a_teacher_match_fp64(kind, beta, size, gap, head):
-    assert_rows_close_to_fp64(make_rows(kind, *size, gap=gap, head=head, beta=beta))
+    assert_close_to_fp64(make_rows(kind, *size, gap=gap, head=head, beta=beta), OnDevice)
 
 
 @here
-@pytest.mark.parametrize("kind", ("dense", "top-k"))
-@pytest.mark.parametrize("beta", (0.0, 0.3, 1.0))
+@pytest.mark.parametrize("kind", TAUGHT)
+@pytest.mark.parametrize("beta", BETAS)
 def test_the_gradient_near_the_teacher(kind, beta):
     """The bar of 0.3% against fp64 at the same inputs, where student and teacher are 0.001 apart."""
     rows = replace(make_rows(kind, 1000, 1000, gap=0.001, beta=beta, k=20), ce_weight=torch.zeros(9))
@@ -229,7 +236,7 @@ def test_the_gradient_near_the_teacher(kind, beta):
 @pytest.mark.parametrize("size", ((1, 1), (37, 50), (3001, 2700)))
 @pytest.mark.parametrize("head", (False, True))
 def test_text_rows_match_fp64(size, head):
-    assert_rows_close_to_fp64(make_rows("text", *size, head=head))
+    assert_close_to_fp64(make_rows("text", *size, head=head), OnDevice)
 
 
 def assert_same_bits(name: str, ours: Tensor, expected: Tensor) -> None:
@@ -239,7 +246,7 @@ def assert_same_bits(name: str, ours: Tensor, expected: Tensor) -> None:
 
 
 @here
-@pytest.mark.parametrize("kind", ("text", "dense", "top-k"))
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient_in_place_of_the_logits(kind, dtype):
     """V takes several blocks, and in 16 bits dz fills the first half of each row's memory.
@@ -249,7 +256,7 @@ def test_gradient_in_place_of_the_logits(kind, dtype):
     """
     V = 5000
     rows = make_rows(kind, V, V, head=True)
-    values = [x.to(DEVICE) if isinstance(x := getattr(rows, f.name), Tensor) else x for f in fields(rows)][1:]
+    values = rows.signals(DEVICE)
     elsewhere = torch.empty_like(rows.logits, device=DEVICE).view(dtype)[:, :V]
     expected = divergence_rows.divergence_rows_(rows.logits.clone().to(DEVICE), elsewhere, *values)
     logits = rows.logits.clone().to(DEVICE)
@@ -263,38 +270,37 @@ def test_gradient_in_place_of_the_logits(kind, dtype):
 
 
 @here
-@pytest.mark.parametrize("beta", (0.0, 0.3, 1.0))
-@pytest.mark.parametrize("kind", ("dense", "top-k"))
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("kind", TAUGHT)
 def test_extreme_logits(kind, beta):
-    rows = make_rows(kind, 50, 50, beta=beta)
-    sign = torch.where(torch.arange(50) % 2 == 0, 1.0, -1.0)
-    logits = 1e4 * torch.where(torch.arange(9).unsqueeze(1) % 2 == 0, sign, -sign).contiguous()
-    rows = replace(rows, logits=logits)
-    if kind == "dense":
-        rows = replace(rows, teacher=(1e4 * sign).expand(9, 50).contiguous())
-    assert_rows_close_to_fp64(rows)
+    rows = extreme(kind, beta)
+    assert_close_to_fp64(rows, OnDevice)
     assert all(bool(result.isfinite().all()) for result in rows.run(OnDevice))
 
 
 @here
 @pytest.mark.parametrize("beta", (0.0, 0.3))
 def test_a_peaked_teacher_and_masked_logits_stay_finite(beta):
-    rows = make_rows("dense", 50, 50, beta=beta)
-    teacher = torch.full((9, 50), -torch.inf)
-    teacher[:, 7] = 3.0
-    assert_rows_close_to_fp64(replace(rows, teacher=teacher))
-    peaked = make_rows("top-k", 50, beta=beta, k=2)
-    certain = torch.tensor([0.0, -torch.inf]).expand(9, 2).contiguous()
-    assert_rows_close_to_fp64(replace(peaked, ids=torch.tensor([[7, -1]]).expand(9, 2).contiguous(), logprobs=certain))
-    masked = torch.zeros(50)
-    masked[3] = -torch.inf
-    rows = replace(rows, bias=masked, labels=torch.zeros(9, dtype=torch.int64), teacher=rows.teacher + masked)
-    divergence, ce, dz = rows.run(OnDevice)
-    assert bool(divergence.isfinite().all()) and bool(ce.isfinite().all()) and not dz[:, 3].any()
+    for kind in TAUGHT:
+        assert_close_to_fp64(certain(kind, beta), OnDevice)
+    assert_masked(masked(beta).run(OnDevice))
 
 
 @here
-@pytest.mark.parametrize("kind", ("text", "dense", "top-k"))
+def test_reverse_kl_floors_a_teacher_of_zero():
+    assert_reverse_kl_floors_a_teacher_of_zero(OnDevice)
+
+
+@here
+@pytest.mark.parametrize("student_tail", (1e-9, 1e-30))
+def test_a_tiny_tail_of_the_student_keeps_its_gradient(student_tail):
+    rows = tiny_tail(student_tail)
+    assert_close_to_fp64(rows, OnDevice)
+    assert_tail(rows.run(OnDevice)[2])
+
+
+@here
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_nan_is_not_hidden(kind):
     rows = make_rows(kind, 50, 50)
     rows.logits[0, 20] = torch.nan
@@ -305,7 +311,7 @@ def test_a_nan_is_not_hidden(kind):
 
 @here
 @pytest.mark.parametrize("V_teacher", (50, 40))
-@pytest.mark.parametrize("beta", (0.0, 0.3, 1.0))
+@pytest.mark.parametrize("beta", BETAS)
 def test_a_teacher_row_of_only_minus_inf_is_nan(beta, V_teacher):
     rows = make_rows("dense", 50, V_teacher, beta=beta)
     rows.teacher[4] = -torch.inf
@@ -323,7 +329,7 @@ def test_ids_and_labels_outside_the_vocabulary_make_their_row_nan(wrong):
     divergence, _, dz = rows.run(OnDevice)
     assert bool(divergence[2].isnan()) and bool(dz[2].isnan().all())
     assert not divergence[others].isnan().any() and not dz[others].isnan().any()
-    for kind in ("text", "dense", "top-k"):
+    for kind in KINDS:
         rows = make_rows(kind, 50, 50)
         rows.labels[2] = wrong
         _, ce, _ = rows.run(OnDevice)
@@ -332,10 +338,8 @@ def test_ids_and_labels_outside_the_vocabulary_make_their_row_nan(wrong):
 
 @here
 def test_no_rows_and_no_support():
-    empty, none = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
-    divergence, ce, dz = Rows(torch.zeros(0, 37), none, empty, empty, empty).run(OnDevice)
-    assert divergence.shape == ce.shape == (0,) and dz.shape == (0, 37)
-    assert_rows_close_to_fp64(make_rows("top-k", 37, k=0))
+    assert_no_rows(no_rows().run(OnDevice))
+    assert_close_to_fp64(make_rows("top-k", 37, k=0), OnDevice)
 
 
 @here
@@ -349,7 +353,7 @@ def test_wrong_rows_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             replace(rows, **change).run(OnDevice)
-    values = [x.to(DEVICE) if isinstance(x := getattr(rows, f.name), Tensor) else x for f in fields(rows)][1:]
+    values = rows.signals(DEVICE)
     logits = rows.logits.clone().to(DEVICE)
     packed = logits.view(-1).view(torch.float16)[: 9 * 37].view(9, 37)  # its row 1 starts in the logits of row 0
     with pytest.raises(ValueError, match="dz may lie over logits only if each row starts where its logits start"):

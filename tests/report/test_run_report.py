@@ -347,6 +347,7 @@ def draw(tmp_path: Path) -> Any:
     return measured
 
 
+@pytest.mark.slow
 def test_a_browser_draws_the_page(tmp_path: Path, draw: Any) -> None:
     runs = [write_run(tmp_path / "first"), nasty_run(tmp_path / "second")]
     frames, console = draw(page_of(*runs))
@@ -359,6 +360,7 @@ def test_a_browser_draws_the_page(tmp_path: Path, draw: Any) -> None:
         assert frame["text"] > 3000
 
 
+@pytest.mark.slow
 def test_the_browser_would_see_what_is_wrong(draw: Any) -> None:
     page = '<!DOCTYPE html><div style="width:500px">wide</div><img src="http://nowhere.invalid/x.png">'
     frames, console = draw(f"{page}<script>missing()</script>")

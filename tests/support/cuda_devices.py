@@ -2,9 +2,12 @@
 
 import ctypes
 import functools
+import hashlib
+import os
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from locks import locked
 from torch.utils.cpp_extension import include_paths
 
 from rbfast import ops
@@ -45,30 +49,51 @@ class Gpu:
         return SimpleNamespace(**calls)
 
 
+FLAGS = ["-std=c++20", "-O1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden"]
+FLAGS += ["-Wall", "-Werror", "-Wno-unknown-pragmas"]
+FLAGS += ["-Drbfast=rbfast_on_host", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+IMITATION = ROOT / "tests/ops/cuda_on_host"
+
+
 @functools.cache
 def _host_library() -> ctypes.CDLL:
-    """csrc/cuda compiled by g++ and loaded; its ops are torch.ops.rbfast_on_host, for CPU tensors."""
-    folder = Path(tempfile.mkdtemp(prefix="rbfast-cuda-on-host-"))
-    flags = ["-std=c++20", "-O1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden"]
-    flags += ["-Wall", "-Werror", "-Wno-unknown-pragmas"]
-    defines = ["-Drbfast=rbfast_on_host", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    paths = [f"-I{ROOT / 'tests/ops/cuda_on_host'}", f"-I{ROOT / 'csrc'}", *(f"-isystem{p}" for p in include_paths())]
-    libraries = Path(torch.__file__).parent / "lib"
-    try:
-        subprocess.run(
-            ["c++", *flags, *defines, *paths, "-shared", "-o", folder / "host.so", "-x", "c++"]
-            + [str(path) for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
-            + ["-x", "none", f"-L{libraries}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}"],
-            check=True,
-        )
-        namespace = torch.library.Library("rbfast_on_host", "DEF")
-        _host_library.namespace = namespace  # type: ignore[attr-defined]  # it goes with its ops
-        for name, schema in registry._SCHEMAS.items():
-            namespace.define(name + schema)
-        torch.ops.load_library(folder / "host.so")
-        return ctypes.CDLL(str(folder / "host.so"))
-    finally:
-        shutil.rmtree(folder)
+    """csrc/cuda compiled by g++ and loaded; its ops are torch.ops.rbfast_on_host, for CPU tensors.
+
+    The build stays in build/cuda-on-host until a source changes; the workers of a test run share it.
+    """
+    sources = sorted([*(ROOT / "csrc").glob("cuda/*"), *(ROOT / "csrc").glob("*.h"), *IMITATION.iterdir()])
+    digest = hashlib.sha256(f"{FLAGS} {torch.__version__}".encode())
+    for path in sources:
+        digest.update(path.read_bytes())
+    folder = ROOT / "build" / "cuda-on-host"
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / f"host-{digest.hexdigest()[:16]}.so"
+    with locked(folder / "lock"):
+        if not library.exists():
+            _compile(library)
+    namespace = torch.library.Library("rbfast_on_host", "DEF")
+    _host_library.namespace = namespace  # type: ignore[attr-defined]  # it goes with its ops
+    for name, schema in registry._SCHEMAS.items():
+        namespace.define(name + schema)
+    torch.ops.load_library(library)
+    return ctypes.CDLL(str(library))
+
+
+def _compile(library: Path) -> None:
+    paths = [f"-I{IMITATION}", f"-I{ROOT / 'csrc'}", *(f"-isystem{path}" for path in include_paths())]
+    with tempfile.TemporaryDirectory(prefix="rbfast-cuda-on-host-") as folder:
+
+        def compiled(source: Path) -> Path:
+            target = Path(folder, f"{source.stem}.o")
+            subprocess.run(["c++", *FLAGS, *paths, "-c", "-x", "c++", source, "-o", target], check=True)
+            return target
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compiled, sorted((ROOT / "csrc/cuda").glob("*.cu"))))
+        torch_libraries = Path(torch.__file__).parent / "lib"
+        linked = [f"-L{torch_libraries}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_libraries}"]
+        subprocess.run(["c++", "-shared", *objects, "-o", Path(folder, "host.so"), *linked], check=True)
+        shutil.move(Path(folder, "host.so"), library)
 
 
 def host(name: str) -> Gpu:

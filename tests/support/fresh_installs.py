@@ -46,6 +46,16 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path / "checkout"
 
 
+@pytest.fixture
+def quick_compiler(tmp_path: Path) -> str:
+    """A C++ compiler that optimises nothing, as CXX: how a package installs does not depend on how fast it runs."""
+    script = tmp_path / "compiler" / "c++"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O0\n')
+    script.chmod(0o755)
+    return str(script)
+
+
 def install(python: Path, *what: str, cwd: Path, **env: str) -> None:
     run(
         sys.executable,

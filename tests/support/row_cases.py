@@ -1,15 +1,24 @@
-"""Rows of logits with their signals, and what the op makes of them."""
+"""Rows of logits with their signals, what the op makes of them, and the hard ones every implementation is given."""
 
 from dataclasses import dataclass, fields, replace
 
 import torch
+from covering import covering
 from torch import Tensor
 
 from rbfast import ops
+from rbfast.ops import reference
 
 EPS32 = torch.finfo(torch.float32).eps
 ROUNDINGS = 4  # of a logit: bias, scale, cap, difference; and of a result: exp, factor, product, sum
 BETAS = (0.0, 0.01, 0.3, 0.99, 1.0)
+KINDS = ("text", "dense", "top-k")
+TAUGHT = KINDS[1:]
+SIZES = ((1, 1), (5, 5), (37, 50), (3001, 2700))  # V, V'
+taught_rows = covering(3, kind=TAUGHT, beta=BETAS, size=SIZES, gap=(3.0, 0.1, 0.001), head=(False, True))
+
+
+PER_ROW = ("logits", "labels", "kl_weight", "ce_weight", "temperature", "ids", "logprobs", "teacher")
 
 
 @dataclass(frozen=True)
@@ -31,10 +40,19 @@ class Rows:
 
     def run(self, implementation=ops, dz: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Divergence, CE and dz; logits are left alone."""
-        logits, *rest = (getattr(self, field.name) for field in fields(self))
-        dz = torch.empty_like(logits) if dz is None else dz
-        divergence, ce = implementation.divergence_rows_(logits.clone(), dz, *rest)
+        dz = torch.empty_like(self.logits) if dz is None else dz
+        divergence, ce = implementation.divergence_rows_(self.logits.clone(), dz, *self.signals())
         return divergence, ce, dz
+
+    def signals(self, device: str = "cpu") -> list:
+        """The op's arguments after logits and dz."""
+        values = [getattr(self, field.name) for field in fields(self)][1:]
+        return [x.to(device) if isinstance(x, Tensor) else x for x in values]
+
+    def at(self, part: Tensor | slice) -> "Rows":
+        """Some of the rows."""
+        values = {name: getattr(self, name) for name in PER_ROW}
+        return replace(self, **{name: x[part].contiguous() for name, x in values.items() if x is not None})
 
     def double(self) -> "Rows":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -79,3 +97,74 @@ def make(
         ids[0, 1:] = -1
         rows = replace(rows, ids=ids, logprobs=logprobs.float())
     return rows
+
+
+def assert_close_to_fp64(rows: Rows, implementation=ops) -> None:
+    """No further from the truth than the roundings of a logit and of a result take it."""
+    results = rows.run(implementation)
+    for ours, exact, other in zip(results, rows.double().run(reference), rows.nudged().run(reference), strict=True):
+        assert float((ours - exact).norm()) <= float((other - exact).norm() + ROUNDINGS * EPS32 * exact.norm())
+    assert bool((results[0] >= 0).all())
+
+
+def extreme(kind: str, beta: float) -> Rows:
+    """Logits of 1e4 and -1e4, in turn."""
+    rows = make(kind, 50, 50, beta=beta)
+    sign = torch.where(torch.arange(50) % 2 == 0, 1.0, -1.0)
+    rows = replace(rows, logits=1e4 * torch.where(torch.arange(9).unsqueeze(1) % 2 == 0, sign, -sign).contiguous())
+    return replace(rows, teacher=(1e4 * sign).expand(9, 50).contiguous()) if kind == "dense" else rows
+
+
+def certain(kind: str, beta: float) -> Rows:
+    """A teacher that gives one id everything."""
+    if kind == "dense":
+        teacher = torch.full((9, 50), -torch.inf)
+        teacher[:, 7] = 3.0
+        return replace(make("dense", 50, 50, beta=beta), teacher=teacher)
+    logprobs = torch.tensor([0.0, -torch.inf]).expand(9, 2).contiguous()
+    return replace(
+        make("top-k", 50, beta=beta, k=2), ids=torch.tensor([[7, -1]]).expand(9, 2).contiguous(), logprobs=logprobs
+    )
+
+
+def masked(beta: float) -> Rows:
+    """A bias of minus infinity at id 3, which the teacher has too."""
+    rows, bias = make("dense", 50, 50, beta=beta), torch.zeros(50)
+    bias[3] = -torch.inf
+    return replace(rows, bias=bias, labels=torch.zeros(9, dtype=torch.int64), teacher=rows.teacher + bias)
+
+
+def assert_masked(results: tuple[Tensor, Tensor, Tensor]) -> None:
+    divergence, ce, dz = results
+    assert bool(divergence.isfinite().all()) and bool(ce.isfinite().all()) and not dz[:, 3].any()
+
+
+def assert_reverse_kl_floors_a_teacher_of_zero(implementation=ops) -> None:
+    rows = certain("dense", 1.0)
+    # What is rounded is a log-prob of -100, times q <= 1 and the row's factor.
+    atol = ROUNDINGS * EPS32 * 100 * float((rows.kl_weight * rows.temperature).max())
+    for ours, exact in zip(rows.run(implementation), rows.double().run(reference), strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=ROUNDINGS * EPS32, atol=atol)
+
+
+def tiny_tail(student_tail: float, V: int = 1000) -> Rows:
+    """One column has nearly all the student's mass, the teacher gives it 0.9; elsewhere dz = q_v (1 - 0.1 / q_tail)."""
+    logits = torch.zeros(1, V)
+    logits[0, 0] = torch.log(torch.tensor((V - 1) / student_tail))
+    one, label = torch.ones(1), torch.zeros(1, dtype=torch.int64)
+    return Rows(logits, label, one, 0 * one, one, torch.tensor([[0]]), torch.tensor([[0.9]]).log())
+
+
+def assert_tail(dz: Tensor) -> None:
+    V = dz.shape[1]
+    torch.testing.assert_close(dz[0, 1:], torch.full((V - 1,), -0.1 / (V - 1)), rtol=1e-5, atol=0)
+
+
+def no_rows() -> Rows:
+    empty, none = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+    return Rows(torch.zeros(0, 37), none, empty, empty, empty)
+
+
+def assert_no_rows(results: tuple[Tensor, Tensor, Tensor]) -> None:
+    divergence, ce, dz = results
+    assert divergence.shape == ce.shape == (0,) and dz.shape == (0, 37)

@@ -32,6 +32,7 @@ pytestmark = pytest.mark.slow
 KILLS = 50
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("job", ["training", "curation", "evaluation"])
 def test_killed_anywhere_or_on_a_full_disk_it_goes_on_to_the_same_bytes(tmp_path, job):
     """Half of the kills stand before what is done to a file, the others anywhere; then limits on the size of a file."""

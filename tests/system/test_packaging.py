@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 from fresh_installs import install, run, try_it
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.mark.parametrize("editable", [False, True])
-def test_install_from_the_checkout(fresh: Path, checkout: Path, tmp_path: Path, editable: bool) -> None:
-    install(fresh, *(["-e"] if editable else []), ".", cwd=checkout)
+def test_install_from_the_checkout(
+    fresh: Path, checkout: Path, quick_compiler: str, tmp_path: Path, editable: bool
+) -> None:
+    install(fresh, *(["-e"] if editable else []), ".", cwd=checkout, CXX=quick_compiler)
     found = try_it(fresh, tmp_path)
     assert found["xs"] == [[2.0, 0.0], [5.0, 3.0]]
     assert found["gather"].startswith("native")
@@ -22,9 +24,10 @@ def test_install_from_the_checkout(fresh: Path, checkout: Path, tmp_path: Path, 
     assert try_it(fresh, checkout)["xs"] == found["xs"]  # its folder named `kernels` hides nobody's package
 
 
-def test_wheel_and_sdist(fresh: Path, checkout: Path, tmp_path: Path) -> None:
+def test_wheel_and_sdist(fresh: Path, checkout: Path, quick_compiler: str, tmp_path: Path) -> None:
     """`build` makes the wheel out of the unpacked sdist, so a wheel that works proves both."""
-    run(sys.executable, "-m", "build", "--no-isolation", "-o", str(tmp_path / "dist"), cwd=checkout)
+    build = [sys.executable, "-m", "build", "--no-isolation", "-o", str(tmp_path / "dist")]
+    run(*build, cwd=checkout, CXX=quick_compiler)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     assert f"cp{sys.version_info.major}{sys.version_info.minor}-" in wheel.name  # _text is for this Python alone
     assert len(list((tmp_path / "dist").glob("*.tar.gz"))) == 1

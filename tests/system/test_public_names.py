@@ -45,6 +45,7 @@ def test_a_public_name_is_defined_where_it_is_said_to_be(name):
     assert getattr(rbfast, name).__module__ == f"rbfast.{rbfast._HOMES[name]}"
 
 
+@pytest.mark.slow
 def test_the_loss_alone_imports_no_trainer():
     code = "import sys; from rbfast import DistillLoss; assert 'rbfast.training.trainer' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

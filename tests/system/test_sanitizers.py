@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from locks import locked
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = ROOT / "build" / "sanitized"
@@ -36,18 +37,27 @@ def runtime(name: str) -> str:
     return found
 
 
-def test_the_native_ops_touch_only_what_is_theirs() -> None:
+@pytest.fixture(scope="module")
+def sanitized() -> dict[str, str]:
+    """The environment in which Python takes the sanitized libraries from BUILT, built if a source has changed."""
     env = {"LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libubsan.so')}"}
     env |= {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}  # Python itself leaks at its end
     build = ["build", "--build-lib", str(BUILT), "--build-temp", str(BUILT / "temp")]
-    run(sys.executable, "setup.py", "-q", *build, cwd=ROOT, RBFAST_SANITIZE="1", RBFAST_CUDA="0")
+    BUILT.mkdir(parents=True, exist_ok=True)
+    with locked(BUILT / "lock"):
+        run(sys.executable, "setup.py", "-q", *build, cwd=ROOT, RBFAST_SANITIZE="1", RBFAST_CUDA="0")
     libraries = [path for name in ("_C", "_text") for path in (BUILT / "rbfast").glob(f"{name}.*so")]
     assert len(libraries) == 2 and all(b"__asan_init" in path.read_bytes() for path in libraries)
-    tests = [str(ROOT / "tests" / name) for name in TESTS]
     check = "import rbfast.ops; from rbfast.curation import text; "
     check += "print(rbfast.__file__, rbfast.ops.cpu_isa(), text.implementation())"
     said = run(sys.executable, "-c", check, cwd=BUILT, **env).split()
     assert Path(said[0]).parent == BUILT / "rbfast" and said[1] != "None" and said[2] == "native"
+    return env
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_the_native_ops_touch_only_what_is_theirs(sanitized: dict[str, str], name: str) -> None:
     options = ["-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
-    said = run(sys.executable, "-m", "pytest", *options, "-k", PYTHON_ONLY, *tests, cwd=BUILT, **env)
+    file = str(ROOT / "tests" / name)
+    said = run(sys.executable, "-m", "pytest", *options, "-k", PYTHON_ONLY, file, cwd=BUILT, **sanitized)
     assert " passed" in said and " failed" not in said

@@ -14,8 +14,10 @@ from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.training.distill import DistillConfig, distill
 from rbfast.training.objective import Objective
 
+ELSEWHERE = [pytest.param(placement, marks=pytest.mark.slow) for placement in ("activation", "random")]
 
-@pytest.mark.parametrize("placement", ["gradient", "activation", "random"])
+
+@pytest.mark.parametrize("placement", ["gradient", *ELSEWHERE])
 def test_a_cut_run_goes_on_to_the_same_bits(tmp_path, monkeypatch, placement):
     whole = run(tmp_path / "whole", monkeypatch, placement=placement)
     for cut in (1, 5):  # before the first checkpoint, and once both A and B have moments
