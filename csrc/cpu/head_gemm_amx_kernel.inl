@@ -23,6 +23,7 @@ constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kRowsAhead = 8;
 
 typedef uint32_t Words __attribute__((vector_size(64)));
+typedef float Floats __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 typedef uint16_t Line __attribute__((vector_size(64)));
 typedef uint64_t Pairs __attribute__((vector_size(64)));
@@ -209,7 +210,8 @@ struct Target {
   bool direct() const { return update != Update::add && rows == kPanel && columns == kPanel; }
 };
 
-// next: of the block after this one, [kPanel, kPanel], asked for while this one is computed.
+// next: of the block after this one, [kPanel, kPanel], asked for while this one is computed. The panel of A is used for
+// every panel of B in turn, so B's loads are marked as streaming, to leave A in the first-level cache.
 static inline void multiply(const char* p, const char* q, int64_t steps, const float* next, int64_t ld) {
   for (int64_t s = 0; s < steps; ++s, p += kStepBytes, q += kStepBytes) {
     if (s < kPanel / 2) {
@@ -220,9 +222,9 @@ static inline void multiply(const char* p, const char* q, int64_t steps, const f
       next += 2 * ld;
     }
     _tile_loadd(4, p, 64);
-    _tile_loadd(6, q, 64);
+    _tile_stream_loadd(6, q, 64);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, q + kTileBytes, 64);
+    _tile_stream_loadd(7, q + kTileBytes, 64);
     _tile_dpbf16ps(1, 4, 7);
     _tile_loadd(5, p + kTileBytes, 64);
     _tile_dpbf16ps(2, 5, 6);
@@ -244,13 +246,23 @@ static inline void store_tiles(float* c, int64_t ld) {
   _tile_stored(3, c + kTile * ld + kTile, ld * 4);
 }
 
+static inline void put_row(float* to, const float* from, int64_t columns, bool adds) {
+  for (int64_t j = 0; j < columns; ++j) to[j] = adds ? to[j] + from[j] : from[j];
+}
+
 // From `whole` to C.
 static void put_block(const Target& t) {
-  for (int64_t i = 0; i < t.rows; ++i) {
-    float* to = t.c + i * t.ld;
-    const float* from = t.whole + i * kPanel;
-    for (int64_t j = 0; j < t.columns; ++j) to[j] = t.update == Update::add ? to[j] + from[j] : from[j];
+  const bool adds = t.update == Update::add;
+  if (adds && t.rows == kPanel && t.columns == kPanel) {
+    float* to = t.c;
+    for (int64_t i = 0; i < kPanel; ++i, to += t.ld)
+      for (int64_t j = 0; j < kPanel; j += kTile) {
+        const Floats sum = load_as<Floats>(to + j) + load_as<Floats>(t.whole + i * kPanel + j);
+        memcpy(to + j, &sum, 64);
+      }
+    return;
   }
+  for (int64_t i = 0; i < t.rows; ++i) put_row(t.c + i * t.ld, t.whole + i * kPanel, t.columns, adds);
 }
 
 static void block(const char* p, const char* q, int64_t steps, const Target& t) {
