@@ -11,6 +11,9 @@ namespace {
 // Sums of this many values are kept in fp32; longer ones are added up in fp64.
 constexpr int64_t kBlock = 64 * kLanes;
 
+// The first pass over a row asks for logits this far ahead, since the CPU does not do so beyond a page.
+constexpr int64_t kAhead = 2048;
+
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Calls f(v, left) for every vector of [begin, end); left is below kLanes at the last one alone. A constant in the
@@ -55,8 +58,10 @@ static void log_sum_of(const float* z, int64_t n, float inv_tau, LogSum* result)
   for (int64_t b = 0; b < n; b += kBlock) {
     const int64_t end = smaller(b + kBlock, n);
     Lanes most = splat(kNone);
-    for_lanes(b, end,
-              [&](int64_t v, int64_t left) __attribute__((always_inline)) { most = larger(most, take(z + v, left)); });
+    for_lanes(b, end, [&](int64_t v, int64_t left) __attribute__((always_inline)) {
+      __builtin_prefetch(z + v + kAhead);
+      most = larger(most, take(z + v, left));
+    });
     float block_top = kNone;
     for (int i = 0; i < kLanes; ++i) block_top = most[i] > block_top ? most[i] : block_top;
     if (block_top > top) {

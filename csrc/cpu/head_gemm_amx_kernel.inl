@@ -18,9 +18,15 @@ namespace amx {
 namespace {
 
 constexpr int64_t kTile = 16;
+constexpr int64_t kTileBytes = 1024;
+// Rows of memory that are asked for ahead of those being packed.
+constexpr int64_t kRowsAhead = 8;
 
 typedef uint32_t Words __attribute__((vector_size(64)));
+typedef float Floats __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef uint16_t Line __attribute__((vector_size(64)));
+typedef uint64_t Pairs __attribute__((vector_size(64)));
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -49,6 +55,11 @@ static inline V load_as(const BF16* p, int64_t n) {
 #define RBFAST_LANES_AT(a, b, c, d)                                                     \
   Words{4 * a, 4 * a + 1, 4 * a + 2, 4 * a + 3, 4 * b, 4 * b + 1, 4 * b + 2, 4 * b + 3, \
         4 * c, 4 * c + 1, 4 * c + 2, 4 * c + 3, 4 * d, 4 * d + 1, 4 * d + 2, 4 * d + 3}
+
+// In each lane of 16 bytes, four of the eight values of each operand in turn.
+#define RBFAST_WOVEN_LANE(i) i, i + 32, i + 1, i + 33, i + 2, i + 34, i + 3, i + 35
+#define RBFAST_WOVEN(i) \
+  Line { RBFAST_WOVEN_LANE(i), RBFAST_WOVEN_LANE(i + 8), RBFAST_WOVEN_LANE(i + 16), RBFAST_WOVEN_LANE(i + 24) }
 
 static inline void transpose(Words* v) {
   Words t[16];
@@ -105,13 +116,23 @@ static inline Words weave(const Part& part, int64_t outer, int64_t k) {
 
 // Rows along k, copied.
 static void pack_rows(const Part& part, char* panels) {
-  for (int64_t i = 0; i < part.panels() * kPanel; ++i) {
-    char* to = panels + i / kPanel * part.panel_bytes() + i % kPanel * 64;
-    for (int64_t k = 0; k < part.depth; k += kDepth, to += kStepBytes) {
-      const bool there = part.begin + i < part.end;
-      const Words row = there ? load_as<Words>(part.at(part.begin + i, k), part.depth - k) : Words{};
-      memcpy(to, &row, 64);
+  const int64_t count = part.panels() * kPanel, valid = part.end - part.begin, bytes = part.panel_bytes();
+  const int64_t stride = part.x.outer_stride, depth = part.depth;
+  for (int64_t i = 0; i < count; ++i) {
+    char* to = panels + i / kPanel * bytes + i % kPanel * 64;
+    if (i >= valid) {
+      for (int64_t k = 0; k < depth; k += kDepth, to += kStepBytes) memset(to, 0, 64);
+      continue;
     }
+    const BF16* from = part.at(part.begin + i, 0);
+    int64_t k = 0;
+    for (; k + kDepth <= depth; k += kDepth, to += kStepBytes) {
+      __builtin_prefetch(from + k + 2 * stride);
+      memcpy(to, from + k, 64);
+    }
+    if (k == depth) continue;
+    const Words last = load_as<Words>(from + k, depth - k);
+    memcpy(to, &last, 64);
   }
 }
 
@@ -127,14 +148,38 @@ static void pack_rows_across(const Part& part, char* panels) {
     }
 }
 
+// 32 words of k: those of a whole panel, from a line of the row at k and one of the row after it.
+static inline void weave_panel(const BF16* even, const BF16* odd, char* to) {
+  const Line a = load_as<Line>(even), b = load_as<Line>(odd);
+  const Pairs low = reinterpret_cast<Pairs>(__builtin_shuffle(a, b, RBFAST_WOVEN(0)));
+  const Pairs high = reinterpret_cast<Pairs>(__builtin_shuffle(a, b, RBFAST_WOVEN(4)));
+  const Pairs first = __builtin_shuffle(low, high, Pairs{0, 1, 8, 9, 2, 3, 10, 11});
+  const Pairs second = __builtin_shuffle(low, high, Pairs{4, 5, 12, 13, 6, 7, 14, 15});
+  memcpy(to, &first, 64);
+  memcpy(to + kTileBytes, &second, 64);
+}
+
 // Columns across k, woven.
 static void pack_columns_across(const Part& part, char* panels) {
-  for (int64_t k = 0; k < ceil_to(part.depth, kDepth); k += 2)
-    for (int64_t i = 0; i < part.panels() * kPanel; i += kTile) {
-      const Words v = weave(part, part.begin + i, k);
-      memcpy(panels + i / kPanel * part.panel_bytes() + k / kDepth * kStepBytes + i % kPanel * 64 + k % kDepth * 32, &v,
-             64);
+  const int64_t stride = part.x.k_stride, bytes = part.panel_bytes(), whole = (part.end - part.begin) / kPanel;
+  const int64_t count = part.panels(), depth = part.depth;
+  for (int64_t k = 0; k < ceil_to(depth, kDepth); k += 2) {
+    char* to = panels + k / kDepth * kStepBytes + k % kDepth * 32;
+    int64_t p = 0;
+    if (k + 1 < depth) {
+      const BF16* from = part.at(part.begin, k);
+      for (; p < whole; ++p, from += kPanel, to += bytes) {
+        __builtin_prefetch(from + kRowsAhead * stride);
+        __builtin_prefetch(from + (kRowsAhead + 1) * stride);
+        weave_panel(from, from + stride, to);
+      }
     }
+    for (; p < count; ++p, to += bytes)
+      for (int64_t half = 0; half < 2; ++half) {
+        const Words v = weave(part, part.begin + p * kPanel + half * kTile, k);
+        memcpy(to + half * kTileBytes, &v, 64);
+      }
+  }
 }
 
 // Columns along k: words of two values are there already, and are transposed.
@@ -165,14 +210,23 @@ struct Target {
   bool direct() const { return update != Update::add && rows == kPanel && columns == kPanel; }
 };
 
-static inline void multiply(const char* p, const char* q, int64_t steps) {
+// next: of the block after this one, [kPanel, kPanel], asked for while this one is computed. The panel of A is used for
+// every panel of B in turn, so B's loads are marked as streaming, to leave A in the first-level cache.
+static inline void multiply(const char* p, const char* q, int64_t steps, const float* next, int64_t ld) {
   for (int64_t s = 0; s < steps; ++s, p += kStepBytes, q += kStepBytes) {
+    if (s < kPanel / 2) {
+      __builtin_prefetch(next, 1);
+      __builtin_prefetch(next + kTile, 1);
+      __builtin_prefetch(next + ld, 1);
+      __builtin_prefetch(next + ld + kTile, 1);
+      next += 2 * ld;
+    }
     _tile_loadd(4, p, 64);
-    _tile_loadd(6, q, 64);
+    _tile_stream_loadd(6, q, 64);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, q + 1024, 64);
+    _tile_stream_loadd(7, q + kTileBytes, 64);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, p + 1024, 64);
+    _tile_loadd(5, p + kTileBytes, 64);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
@@ -192,13 +246,23 @@ static inline void store_tiles(float* c, int64_t ld) {
   _tile_stored(3, c + kTile * ld + kTile, ld * 4);
 }
 
+static inline void put_row(float* to, const float* from, int64_t columns, bool adds) {
+  for (int64_t j = 0; j < columns; ++j) to[j] = adds ? to[j] + from[j] : from[j];
+}
+
 // From `whole` to C.
 static void put_block(const Target& t) {
-  for (int64_t i = 0; i < t.rows; ++i) {
-    float* to = t.c + i * t.ld;
-    const float* from = t.whole + i * kPanel;
-    for (int64_t j = 0; j < t.columns; ++j) to[j] = t.update == Update::add ? to[j] + from[j] : from[j];
+  const bool adds = t.update == Update::add;
+  if (adds && t.rows == kPanel && t.columns == kPanel) {
+    float* to = t.c;
+    for (int64_t i = 0; i < kPanel; ++i, to += t.ld)
+      for (int64_t j = 0; j < kPanel; j += kTile) {
+        const Floats sum = load_as<Floats>(to + j) + load_as<Floats>(t.whole + i * kPanel + j);
+        memcpy(to + j, &sum, 64);
+      }
+    return;
   }
+  for (int64_t i = 0; i < t.rows; ++i) put_row(t.c + i * t.ld, t.whole + i * kPanel, t.columns, adds);
 }
 
 static void block(const char* p, const char* q, int64_t steps, const Target& t) {
@@ -215,7 +279,7 @@ static void block(const char* p, const char* q, int64_t steps, const Target& t) 
     settle();
     load_tiles(t.whole, kPanel);
   }
-  multiply(p, q, steps);
+  multiply(p, q, steps, t.c + kPanel, t.ld);
   if (t.direct()) return store_tiles(t.c, t.ld);
   store_tiles(t.whole, kPanel);
   put_block(t);

@@ -4,9 +4,13 @@ from typing import NamedTuple
 
 import torch
 
+from rbfast import ops
+
 # On a CPU a chunk's logits (student's and teacher's) take at most this much memory, or that of LEAST_ROWS: larger
 # chunks read the head fewer times, and a product of few rows spends its time on arranging the head, not on multiplying.
 CPU_BYTES = 40 * 2**20
+# Where products run in AMX's tiles, arranging the head for a chunk takes a larger share of a product.
+TILES_BYTES = 96 * 2**20
 LEAST_ROWS = 96
 # Chunks hold a multiple of this many rows: head_grad_ sums rows in pairs, or by 32, which a chunk must never split.
 ROW_MULTIPLE = 32
@@ -34,9 +38,9 @@ class Chunking(NamedTuple):
     rounds_sum: bool = False
 
 
-def chunk_on_cpu(rows: int, row_bytes: int, asked: int | None) -> Chunking:
+def chunk_on_cpu(rows: int, row_bytes: int, asked: int | None, memory: int = CPU_BYTES) -> Chunking:
     """row_bytes: of a row's logits. asked: the rows per chunk that the user sets, or None."""
-    fitting = max(LEAST_ROWS, CPU_BYTES // row_bytes // ROW_MULTIPLE * ROW_MULTIPLE)
+    fitting = max(LEAST_ROWS, memory // row_bytes // ROW_MULTIPLE * ROW_MULTIPLE)
     chunk = _limit(rows, _up(asked, ROW_MULTIPLE) if asked else fitting)
     return Chunking(chunk, chunk)
 
@@ -75,5 +79,7 @@ def _up(rows: int, multiple: int) -> int:
 def logits_bytes(tokens: int, vocabulary: int, device: torch.device) -> int:
     """What the logits take that exist at a time, of so many tokens over so many entries (both models')."""
     row_bytes = 4 * vocabulary
-    choose = chunk_on_cpu if device.type == "cpu" else chunk_on_gpu
-    return choose(tokens, row_bytes, None).chunk * row_bytes
+    if device.type != "cpu":
+        return chunk_on_gpu(tokens, row_bytes, None).chunk * row_bytes
+    memory = TILES_BYTES if ops.cpu_isa() == "amx" else CPU_BYTES
+    return chunk_on_cpu(tokens, row_bytes, None, memory).chunk * row_bytes

@@ -26,6 +26,7 @@ from rbfast.ops.registry import (
     row_thresholds,
     run_of,
     scale_,
+    uses_tiles,
 )
 
 __all__ = [
@@ -47,4 +48,5 @@ __all__ = [
     "row_thresholds",
     "run_of",
     "scale_",
+    "uses_tiles",
 ]

@@ -223,10 +223,14 @@ def cpu_isa_reason() -> str:
     return _NATIVE.rbfast_cpu_isa_reason().decode()
 
 
+def uses_tiles(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the head's products of these run in AMX's tiles."""
+    return hidden.device.type == "cpu" and hidden.dtype == weight.dtype == torch.bfloat16 and cpu_isa() == "amx"
+
+
 def filter_saves(hidden: Tensor, weight: Tensor) -> bool:
     """Whether thresholds make head_backward faster for these: not on a GPU, nor in AMX's tiles, which skip nothing."""
-    in_tiles = hidden.dtype == weight.dtype == torch.bfloat16 and cpu_isa() == "amx"
-    return hidden.device.type == "cpu" and not in_tiles
+    return hidden.device.type == "cpu" and not uses_tiles(hidden, weight)
 
 
 def implementations(device: str = "cpu") -> dict[str, str]:

@@ -64,12 +64,14 @@ void multiply_add(int to, int a, int b) {
 #undef _tile_release
 #undef _tile_zero
 #undef _tile_loadd
+#undef _tile_stream_loadd
 #undef _tile_stored
 #undef _tile_dpbf16ps
 #define _tile_loadconfig(config) (void)(config)
 #define _tile_release() (void)0
 #define _tile_zero(tile) memset(&emulated::tiles[tile], 0, sizeof(emulated::Tile))
 #define _tile_loadd emulated::load
+#define _tile_stream_loadd emulated::load
 #define _tile_stored emulated::store
 #define _tile_dpbf16ps emulated::multiply_add
 #include "cpu/head_gemm_amx_kernel.inl"
