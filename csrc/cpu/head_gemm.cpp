@@ -133,7 +133,7 @@ Tensor head_backward(const Tensor& dz, const Tensor& weight, std::optional<Tenso
     expect(thresholds->dim() == 1 && thresholds->size(0) == tokens && thresholds->is_contiguous(),
            "head_backward: thresholds must be [", tokens, "], one for each row of dz, and contiguous");
   }
-  Tensor gradient = torch::stable::new_empty(dz, {tokens, width}, ScalarType::Float);
+  Tensor gradient = empty(dz, {tokens, width}, ScalarType::Float);
   if (vocabulary == 0 || thresholds) torch::stable::zero_(gradient);
   if (tokens == 0 || vocabulary == 0 || width == 0) return gradient;
   const Tensor x = dense_rows(dz), w = dense_rows(weight);
@@ -150,8 +150,8 @@ std::tuple<Tensor, Tensor> row_thresholds(const Tensor& dz, double share) {
   expect_matrix("row_thresholds", "dz", dz, -1, -1);
   const Tensor x = dense_rows(dz);
   const int64_t rows = dz.size(0), count = dz.size(1);
-  Tensor thresholds = torch::stable::new_empty(dz, {rows}, ScalarType::Float);
-  Tensor left_out = torch::stable::new_empty(dz, {rows}, ScalarType::Float);
+  Tensor thresholds = empty(dz, {rows}, ScalarType::Float);
+  Tensor left_out = empty(dz, {rows}, ScalarType::Float);
   const Isa isa = active_isa();
   const Operand a = by_rows(x);
   float *threshold = mutable_data<float>(thresholds), *sum = mutable_data<float>(left_out);
