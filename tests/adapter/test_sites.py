@@ -1,0 +1,508 @@
+"""Layers that are linear by name only, and what happens to a base behind a delta's back: right, or a clear error."""
+
+import warnings
+
+import pytest
+import torch
+from tiny_models import attach, batch, disturb, family, gpt2, llama, same_bits, snapshot
+from torch import nn
+from torch.nn.functional import linear
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+
+from rbfast.adapter.adapter_files import write_lora
+from rbfast.adapter.column_scores import score_columns
+from rbfast.adapter.sparse_adapter import SparseAdapter
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+
+
+class Pair(nn.Module):
+    """A plain linear layer, and then the layer under test."""
+
+    def __init__(self, layer, width=16):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.layer = nn.Linear(width, width), layer
+
+    def forward(self, x):
+        return self.layer(self.first(x).tanh())
+
+
+def rows(width=16):
+    return torch.randn(5, width, generator=torch.Generator().manual_seed(3))
+
+
+def on(model, **options):
+    return attach(model, **{"density": 1.0, "rank": 1, "support": 16} | options)
+
+
+def layer(**options):
+    torch.manual_seed(1)
+    return nn.Linear(16, 8, **options)
+
+
+def check_gradients(model, adapter, x):
+    """The adapter's gradients are those of finite differences of the loss, so its deltas do what they say."""
+
+    def loss():
+        y = model(x).double()
+        return (y - torch.linspace(-1, 1, y.numel()).view_as(y)).square().sum()
+
+    disturb(adapter)
+    loss().backward()
+    for name, parameter in adapter.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+        direction = parameter.grad / parameter.grad.norm()
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter.add_(direction, alpha=sign * 1e-2)
+                adapter.fold()
+                values.append(loss().item())
+                parameter.sub_(direction, alpha=sign * 1e-2)
+        adapter.fold()
+        assert (values[0] - values[1]) / 2e-2 == pytest.approx(parameter.grad.norm().item(), rel=5e-2), name
+
+
+COMPUTED = {
+    "weight_norm": lambda: weight_norm(layer()),
+    "spectral_norm": lambda: spectral_norm(layer()),
+    "parametrized weight_norm": lambda: parametrizations.weight_norm(layer()),
+    "parametrized spectral_norm": lambda: parametrizations.spectral_norm(layer()),
+    "orthogonal": lambda: parametrizations.orthogonal(layer()),
+    "pruned": lambda: prune.l1_unstructured(layer(), "weight", 0.5),
+}
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_a_weight_that_is_computed_gets_its_delta_beside_it(kind, tmp_path):
+    model = Pair(COMPUTED[kind]()).eval()
+    before = model(rows()).detach()
+    adapter = on(model)
+    assert {name: site.folds for name, site in adapter.sites().items()} == {"first": True, "layer": False}
+    assert torch.equal(model(rows()), before) and not any(name.startswith("layer") for name in adapter.left_out)
+    check_gradients(model, adapter, rows())
+    assert not torch.allclose(model(rows()), before, rtol=1e-2)
+    with pytest.raises(RuntimeError, match=r"cannot merge into layer: it computes its weight .* use export_lora"):
+        adapter.merge()
+    written = model(rows()).detach()
+    adapter.save_pretrained(tmp_path)
+    adapter.detach()
+    assert torch.equal(model(rows()), before)
+    SparseAdapter.from_pretrained(model, tmp_path)
+    assert torch.equal(model(rows()), written)
+
+
+def test_a_computed_weight_is_not_counted_twice():
+    plain, normed = Pair(layer()), Pair(parametrizations.weight_norm(layer()))
+    scales = normed.layer.parametrizations.weight.original0.numel()
+    assert on(normed).parameters_of_base == on(plain).parameters_of_base + scales
+
+
+class TimesWeight(nn.Module):
+    """Square, with the sizes of a linear layer, and y = x W."""
+
+    def __init__(self, in_features=16, out_features=16, start=None):
+        super().__init__()
+        torch.manual_seed(2)
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.randn(in_features, out_features) / 4 if start is None else start)
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+@pytest.mark.parametrize("mode", ["fold", "side"])
+@pytest.mark.parametrize("start", [None, torch.eye(16), torch.zeros(16, 16)], ids=["random", "identity", "zeros"])
+def test_a_square_layer_that_multiplies_from_the_left_is_seen_as_such(start, mode):
+    """By what its gradient is: the values of an identity don't tell."""
+    model = Pair(TimesWeight(start=start))
+    adapter = on(model, mode=mode, targets=["layer"])
+    check_gradients(model, adapter, rows())
+    written = model(rows()).detach()
+    adapter.merge()
+    assert torch.allclose(model(rows()), written, atol=1e-6)
+
+
+def test_an_oblong_one_folds_too():
+    model = Pair(TimesWeight(16, 6))
+    adapter = on(model)
+    assert all(site.folds for site in adapter.sites().values())
+    check_gradients(model, adapter, rows())
+
+
+class OwnForward(nn.Linear):
+    """y = x W^T, written out."""
+
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+class Scaled(nn.Linear):
+    """A weight that is multiplied by a gain: folding would give it a wrong gradient."""
+
+    def forward(self, x):
+        return linear(x, 3 * self.weight, self.bias)
+
+
+def test_a_layer_with_a_forward_of_its_own_folds_if_it_only_multiplies():
+    torch.manual_seed(0)
+    for kind, folds in ((OwnForward, True), (Scaled, False)):
+        model = Pair(kind(16, 16))
+        flags, state = [p.requires_grad for p in model.parameters()], torch.get_rng_state()
+        adapter = on(model)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert adapter.sites()["layer"].folds == folds
+        check_gradients(model, adapter, rows())
+        adapter.detach()
+        assert flags == [p.requires_grad for p in model.parameters()] and model.layer.training
+
+
+class Router(nn.Linear):
+    def forward(self, x):
+        y = super().forward(x)
+        return y, y.topk(2, -1).indices
+
+
+class Ignoring(nn.Linear):
+    def forward(self, x):
+        return x[..., : self.out_features] + self.bias
+
+
+class Flat(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).flatten()
+
+
+class Stacked(nn.Module):
+    in_features = out_features = 16
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 16, 16))
+
+    def forward(self, x):
+        return x @ self.weight[0]
+
+
+class Wrapper(nn.Module):
+    in_features, out_features = 16, 8
+
+    def __init__(self):
+        super().__init__()
+        self.inner = layer()
+
+    @property
+    def weight(self):
+        return self.inner.weight
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+UNFIT = {
+    "returns a tuple": (Router(16, 8), "layer returns a tuple, not a tensor"),
+    "ignores its weight": (Ignoring(16, 8), "layer gives the same output whatever its weight is"),
+    "flattens": (Flat(16, 8), r"layer turns an input \(1, 1, 16\) into \(8,\)"),
+    "stack": (Stacked(), r"layer has a weight of shape \(2, 16, 16\), which is no matrix"),
+    "wrapper": (Wrapper(), "layer wraps a layer and shows that layer's weight as its own"),
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_a_layer_that_can_have_no_delta_is_left_alone_with_a_word(kind):
+    module, reason = UNFIT[kind]
+    model = Pair(module)
+    with pytest.warns(UserWarning, match=f"1 linear layers can have no delta and are left as they are; .* {reason}"):
+        adapter = on(model)
+    assert set(adapter.sites()) == ({"first", "layer.inner"} if kind == "wrapper" else {"first"})
+    adapter.detach()
+    with pytest.raises(ValueError, match=f"{reason}; leave it out of targets"):
+        on(model, targets=["first", "layer"])
+
+
+def test_a_lazy_layer_has_to_run_first():
+    model = Pair(nn.LazyLinear(8))
+    with pytest.raises(ValueError, match="layer is a lazy layer without a weight: run the model once first"):
+        on(model)
+    model(rows())
+    assert set(on(model).sites()) == {"first", "layer"}
+
+
+def test_an_adapter_file_that_names_such_a_layer_is_refused(tmp_path):
+    on(Pair(layer())).save_pretrained(tmp_path)
+    torch.manual_seed(1)
+    with pytest.raises(ValueError, match="layer returns a tuple"):
+        SparseAdapter.from_pretrained(Pair(Router(16, 8)), tmp_path)
+
+
+def test_attention_of_torch_never_runs_its_output_layer():
+    model = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    with pytest.warns(UserWarning, match=r"MultiheadAttention multiplies by the weight of self_attn\.out_proj"):
+        adapter = on(model)
+    assert set(adapter.sites()) == {"linear1", "linear2"}
+    check_gradients(model, adapter, rows()[None])
+    for mode in ("fold", "side"):  # in evaluation torch would take weights past the layers, but for the hooks
+        adapter.detach()
+        adapter = on(model.eval(), mode=mode)
+        before = model(rows()[None]).detach()
+        disturb(adapter)
+        with torch.no_grad():
+            assert not torch.allclose(model(rows()[None]), before, atol=1e-3)
+
+
+def test_a_layer_that_acts_through_zeros_is_no_target():
+    model = family("llama")
+    attention = model.model.layers[0].self_attn
+    attention.A, attention.dt_proj = nn.Parameter(torch.zeros(2)), nn.Linear(16, 2)
+    with pytest.raises(ValueError, match=r"dt_proj acts through exp\(A softplus\(y\)\)"):
+        attach(model, targets=["dt_proj"])
+    with torch.no_grad():
+        attention.A.fill_(0.5)
+    assert len(attach(model, targets=["dt_proj"]).sites()) == 1
+
+
+def test_weights_in_one_memory_get_no_delta():
+    model = Pair(nn.Linear(16, 16))
+    model.layer.weight = nn.Parameter(model.first.weight.data.T)
+    model.last = nn.Linear(16, 16)
+    with pytest.warns(UserWarning, match="2 linear layers .* the weight of first shares its memory with another one"):
+        adapter = on(model)
+    assert set(adapter.sites()) == {"last"}
+    adapter.detach()
+    whole = torch.randn(32, 16)  # halves of one tensor don't overlap
+    model.first.weight, model.layer.weight = nn.Parameter(whole[:16]), nn.Parameter(whole[16:])
+    assert set(on(model).sites()) == {"first", "layer", "last"}
+
+
+def test_a_model_with_an_adapter_of_peft_is_refused():
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    for model in (wrapped, wrapped.base_model.model):
+        original = snapshot(model)
+        with pytest.raises(ValueError, match=r"carries an adapter of PEFT .* merge_and_unload\(\)"):
+            attach(model)
+        assert same_bits(snapshot(model), original)
+    attach(wrapped.unload())
+
+
+class Bypassing(nn.Module):
+    """Uses the weight of one layer past the layer, before or after another one runs."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.a, self.b, self.is_first = nn.Linear(16, 16), nn.Linear(16, 16), first
+
+    def forward(self, x):
+        past = linear(x, self.a.weight, self.a.bias)
+        return self.b(past) if self.is_first else past + self.b(x)
+
+
+@pytest.mark.parametrize("mode", ["fold", "side"])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_weight_that_is_used_past_its_layer_is_an_error_in_the_backward(first, mode):
+    model = Bypassing(first)
+    adapter = on(model, mode=mode)
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(RuntimeError, match="uses the weight of a without running that layer"):
+        for _ in range(2):  # what is used before any layer has run is seen in the second step
+            model(rows()).square().sum().backward()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                optimizer.step()
+    adapter.detach()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_layer_that_never_runs_is_named_once_and_its_weight_stays_frozen():
+    model = Pair(layer())
+    model.idle = nn.Linear(16, 16)
+    adapter = on(model)
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match=r"1 of 3 matrices got no gradient in the first step \(the first is idle\)"):
+        model(rows()).square().sum().backward()
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            model(rows()).square().sum().backward()
+            optimizer.step()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_model_that_runs_all_its_layers_computes_no_gradient_of_a_weight():
+    model = llama()
+    adapter = attach(model)
+    model(**batch()).loss.backward()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+class ByName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(16, 8)
+
+    def forward(self, x):
+        return self.a(input=x)
+
+
+@pytest.mark.parametrize("mode", ["fold", "side"])
+def test_a_layer_may_be_called_by_name(mode):
+    model = ByName()
+    adapter = on(model, mode=mode)
+    check_gradients(model, adapter, rows())
+    adapter.detach()
+    scores = score_columns(model, [rows()], lambda model, x: model(x).square().sum())
+    assert (scores.columns["a"] > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cast", [lambda a: a.bfloat16().float(), lambda a: a.half(), lambda a: a.double()])
+def test_an_adapter_is_never_cast(cast, dtype):
+    model = llama(dtype)
+    original = snapshot(model)
+    adapter = attach(model)
+    disturb(adapter)
+    trained, values = snapshot(model), snapshot(adapter)
+    cast(adapter)
+    assert same_bits(snapshot(adapter), values)
+    model(**batch()).loss.backward()
+    assert same_bits(snapshot(model), trained)
+    adapter.detach()
+    assert same_bits(snapshot(model), original)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_a_model_cast_after_attaching_merges_to_what_ran(make, dtype):
+    model = make()
+    adapter = attach(model)
+    disturb(adapter)
+    model.to(dtype)
+    logits, ran = model(**batch()).logits, snapshot(model)
+    adapter.merge()
+    assert same_bits(snapshot(model), ran) and torch.equal(model(**batch()).logits, logits)
+    adapter.unmerge()
+    assert same_bits(snapshot(model), snapshot(make(dtype)))
+
+
+def test_a_model_cast_and_cast_back_comes_apart_as_the_plain_one_would():
+    model = llama()
+    adapter = attach(model)
+    disturb(adapter)
+    model.bfloat16()(**batch())
+    model.float()(**batch())
+    adapter.detach()
+    assert same_bits(snapshot(model), snapshot(llama().bfloat16().float()))
+
+
+def test_a_model_cast_to_what_cannot_be_folded_says_so():
+    model = llama()
+    attach(model)
+    model.double()
+    with pytest.raises(RuntimeError, match="no longer a plain floating tensor"):
+        model(**batch())
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_base_weights_loaded_into_an_attached_model_keep_its_delta(make, assign):
+    model, base = make(), snapshot(make())
+    adapter = attach(model)
+    disturb(adapter)
+    trained = snapshot(model)
+    for state in (base, trained):  # the base's own file, and one saved with the delta in it
+        model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=assign)
+        assert same_bits(snapshot(model), trained)
+    with adapter.disabled():
+        for state in (trained, base):
+            model.load_state_dict(state)
+            assert same_bits(snapshot(model), base)
+    assert same_bits(snapshot(model), trained)
+    adapter.detach()
+    assert same_bits(snapshot(model), base)
+
+
+def test_weights_of_another_base_are_refused_and_nothing_is_lost():
+    model = llama()
+    base = snapshot(model)
+    adapter = attach(model)
+    disturb(adapter)
+    trained = snapshot(model)
+    other = {name: tensor + 0.5 for name, tensor in base.items()}
+    with pytest.raises(RuntimeError, match=r"q_proj\.weight: the weight of a Linear was changed while a delta"):
+        model.load_state_dict(other)
+    sites = [f"{name}.weight" for name in adapter.sites()]
+    assert all(torch.equal(model.state_dict()[name], trained[name]) for name in sites)
+
+
+def test_a_weight_written_by_hand_is_seen_by_the_next_forward_and_by_merge():
+    model = llama()
+    adapter = attach(model)
+    disturb(adapter)
+    weight = model.model.layers[1].mlp.up_proj.weight
+    trained, site = weight.clone(), adapter.sites()["model.layers.1.mlp.up_proj"]
+    with torch.no_grad():
+        weight[:, site.cols] = site.base_columns
+    model(**batch())
+    assert torch.equal(weight, trained)
+    with torch.no_grad():
+        weight.mul_(2)
+    for act in (lambda: model(**batch()), adapter.merge):
+        with pytest.raises(RuntimeError, match="was changed while a delta is folded into it"):
+            act()
+
+
+def test_an_optimizer_that_trains_a_folded_weight_is_refused():
+    model = llama()
+    adapter = attach(model)
+    weight = model.model.layers[0].mlp.up_proj.weight.requires_grad_()
+    optimizer = torch.optim.SGD([*adapter.parameters(), weight], lr=0.1)
+    model(**batch()).loss.backward()
+    with pytest.raises(RuntimeError, match=r"changed the weight of model\.layers\.0\.mlp\.up_proj, into which a delta"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["A", "B"])
+@pytest.mark.parametrize("mode", ["fold", "side"])
+def test_a_delta_that_is_not_finite_is_neither_saved_nor_exported_nor_merged(mode, part, value, tmp_path):
+    model = llama()
+    original = snapshot(model)
+    adapter = attach(model, mode=mode)
+    name, site = list(adapter.sites().items())[3]
+    with torch.no_grad():
+        getattr(site, part)[0, 0] = value
+    for act in (adapter.save_pretrained, adapter.export_lora, lambda _: adapter.merge()):
+        with pytest.raises(ValueError, match=rf"{name}\.{part} holds NaN or infinity, so the training has diverged"):
+            act(tmp_path)
+    with pytest.raises(ValueError, match="holds NaN"):
+        write_lora(tmp_path, adapter.config, adapter._deltas(), False)
+    assert list(tmp_path.iterdir()) == []
+    adapter.detach()
+    assert same_bits(snapshot(model), original)
+
+
+@pytest.mark.parametrize("mode", ["fold", "side"])
+def test_a_model_made_in_inference_mode_runs_there(mode):
+    with torch.inference_mode():
+        model = Pair(OwnForward(16, 16))
+        before, adapter = model(rows()), on(model, mode=mode)
+        assert set(adapter.sites()) == {"first", "layer"}
+        disturb(adapter)
+        assert not torch.equal(model(rows()), before)
+        adapter.detach()
+        assert torch.equal(model(rows()), before)
+
+
+def test_meta_and_fake_models_are_taken_at_their_word():
+    with torch.device("meta"):
+        model = Pair(OwnForward(16, 16))
+    adapter = on(model)
+    assert set(adapter.sites()) == {"first", "layer"} and not any(site.folds for site in adapter.sites().values())
