@@ -239,15 +239,16 @@ class ColumnDelta(nn.Module):
         self, linear: nn.Module, state: dict[str, Any], prefix: str, local: Any, strict: bool, *lists: list[str]
     ) -> None:
         """Keeps a weight out that is neither the base's nor that with the delta: which part is the delta's?"""
+        kept: Any = linear.weight
         weight, came = matrix_view(linear), state.get(f"{prefix}weight")
-        if weight is None or not isinstance(came, Tensor) or came.shape != linear.weight.shape or came.is_meta:
+        if weight is None or not isinstance(came, Tensor) or came.shape != kept.shape or came.is_meta:
             return
         self.catch_up()
         columns = came.detach().T if is_transposed(linear) else came.detach()
         columns = columns.to(weight.device, weight.dtype).index_select(1, self.cols)
         if not self._is_known(columns):
             lists[-1].append(f"{prefix}weight: " + _WRITTEN.format(kind=type(linear).__name__))
-            state[f"{prefix}weight"] = linear.weight.detach()
+            state[f"{prefix}weight"] = kept.detach()
 
     def _after_load(self, linear: nn.Module, incompatible: Any) -> None:
         if matrix_view(linear) is not None:
