@@ -20,6 +20,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from rbfast.models.linears import dtype_name, fingerprint, matrix_shape
+from rbfast.models.names import hub_id_of
 from rbfast.models.weight_use import own_weight
 from rbfast.utils.files import replacing, write_text
 from rbfast.utils.records import from_json
@@ -134,10 +135,17 @@ def check_base(config: AdapterConfig, matrices: Mapping[str, nn.Module], where: 
             raise ValueError(f"{where}: made for {base}; the weights of {name} differ from those; load that base")
 
 
-def write_lora(directory: str | Path, config: AdapterConfig, deltas: Mapping[str, Delta], transposed: bool) -> None:
+def write_lora(
+    directory: str | Path,
+    config: AdapterConfig,
+    deltas: Mapping[str, Delta],
+    transposed: bool,
+    base: str | None = None,
+) -> None:
     """Writes the adapter as a LoRA that PEFT, vLLM and llama.cpp load: A [r, in] is zero off the support.
 
-    The rank is padded with zeros to the next one vLLM serves; `transposed` says the matrices are Conv1D.
+    The rank is padded with zeros to the next one vLLM serves; `transposed` says the matrices are Conv1D. The file names
+    `base` as its base model, by default the hub id of the one it was trained on, if that has one.
     Raises ValueError if the adapter's rank is larger than those, and for a delta that is not finite.
     """
     check_finite(deltas)
@@ -156,7 +164,7 @@ def write_lora(directory: str | Path, config: AdapterConfig, deltas: Mapping[str
     header = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": config.base_model_name_or_path,
+        "base_model_name_or_path": base or hub_id_of(config.base_model_name_or_path),
         "r": rank,
         "lora_alpha": rank * config.scale,
         "lora_dropout": 0.0,

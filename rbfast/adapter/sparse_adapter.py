@@ -128,12 +128,16 @@ class SparseAdapter(nn.Module):
         """
         adapter_files.write_adapter(directory, self.config, self._deltas())
 
-    def export_lora(self, directory: str | Path) -> None:
-        """Writes the adapter as a standard LoRA, for PEFT, vLLM and llama.cpp."""
+    def export_lora(self, directory: str | Path, base: str | None = None) -> None:
+        """Writes the adapter as a standard LoRA, for PEFT, vLLM and llama.cpp.
+
+        base: what it names as its base model, a hub id or a folder; by default the hub id that the model was loaded by.
+        A model from a folder or a GGUF file has none, and then the file names no base: whoever loads it says which.
+        """
         transposed = {is_transposed(site.linear) for site in self.sites().values()}
         if len(transposed) > 1:
             raise ValueError("a LoRA file cannot hold both Conv1D and nn.Linear; attach to matrices of one kind")
-        adapter_files.write_lora(directory, self.config, self._deltas(), transposed.pop())
+        adapter_files.write_lora(directory, self.config, self._deltas(), transposed.pop(), base)
 
     def sites(self) -> dict[str, ColumnDelta]:
         """The deltas by the name of the matrix they change."""

@@ -4,7 +4,10 @@ A delta lives in a layer's weight and learns from what goes through the layer. S
 and whoever uses the weight must do it by running the layer.
 """
 
+import inspect
+import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -83,8 +86,30 @@ def _bypassed_linears(model: nn.Module) -> dict[int, Unfit]:
             # dt_proj is multiplied by by hand; in training a fused kernel takes x_proj, dt_proj and out_proj.
             reason = "a Mamba mixer may use the weight of NAME without running the layer"
             found |= {id(child): Unfit(reason, False) for name, child in children.items() if name != "in_proj"}
+        for name in _multiplied_by_hand(type(module)) & children.keys():
+            reason = f"{type(module).__name__} multiplies by the weight of NAME without running the layer"
+            found.setdefault(id(children[name]), Unfit(reason, True))
         gain = module._parameters.get("A")
         if "dt_proj" in children and gain is not None and not gain.is_meta and not gain.any():
             reason = "NAME acts through exp(A softplus(y)), which is 1 as long as A is 0, as it is here"  # Doge's masks
             found[id(children["dt_proj"])] = Unfit(reason, True)
     return found
+
+
+_PRODUCT = re.compile(
+    r"(?:@\s*|\b(?:linear|matmul|mm|addmm)\([^()]*(?:\([^()]*\)[^()]*)*?,\s*)self\.(\w+)\.weight\b(?!\.\w*type)"
+)
+
+
+@cache
+def _multiplied_by_hand(kind: type[nn.Module]) -> frozenset[str]:
+    """The layers, by their names in a class, whose weight its code multiplies by: `F.linear(x, self.gate.weight)`.
+
+    What is written otherwise shows in the first step (`rbfast.adapter.first_step`).
+    """
+    if kind.__module__.startswith("torch."):
+        return frozenset()
+    try:
+        return frozenset(_PRODUCT.findall(inspect.getsource(kind)))
+    except (OSError, TypeError):  # there is no source, as of a class made in a shell
+        return frozenset()

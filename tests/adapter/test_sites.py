@@ -286,6 +286,26 @@ def test_a_model_with_an_adapter_of_peft_is_refused():
     attach(wrapped.unload())
 
 
+class ByHand(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x):
+        x = linear(x.to(self.d.weight.dtype), self.a.weight) + x @ self.b.weight.T
+        return self.d(torch.matmul(self.d(x), self.c.weight.t()))
+
+
+def test_a_weight_that_the_code_of_a_model_multiplies_by_gets_no_delta():
+    model = ByHand()
+    with pytest.warns(UserWarning, match="3 linear layers .* ByHand multiplies by the weight of a without running"):
+        adapter = on(model)
+    assert set(adapter.sites()) == {"d"}
+    adapter.detach()
+    with pytest.raises(ValueError, match="multiplies by the weight of b without running the layer"):
+        on(model, targets=["b"])
+
+
 class Bypassing(nn.Module):
     """Uses the weight of one layer past the layer, before or after another one runs."""
 
@@ -294,7 +314,8 @@ class Bypassing(nn.Module):
         self.a, self.b, self.is_first = nn.Linear(16, 16), nn.Linear(16, 16), first
 
     def forward(self, x):
-        past = linear(x, self.a.weight, self.a.bias)
+        weight = self.a.weight  # by a name of its own: what attaching looks for in the code is not there
+        past = linear(x, weight, self.a.bias)
         return self.b(past) if self.is_first else past + self.b(x)
 
 

@@ -6,7 +6,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 MODEL_TYPES = sorted({name: kind for kind, name in reversed(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items())}.values())
 VOCABULARY = 61
-_LARGEST = 3_000_000  # parameters
+_LARGEST = 4_000_000  # parameters
 
 _SIZES = {
     32: "hidden_size d_model n_embd dim embedding_size emb_dim hidden_dim q_lora_rank kv_lora_rank lru_width "
@@ -41,8 +41,9 @@ _OWN = {
     "ministral": _HEADS,
     "nemotron": dict(num_key_value_heads=2),
     "lfm2_moe": dict(layer_types=_PAIR),
-    "falcon_h1": dict(mamba_d_ssm=64),
-    "mamba2": dict(num_heads=4, head_dim=16),
+    "falcon_h1": dict(mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16),
+    "deepseek_v2": dict(num_experts_per_tok=2, n_routed_experts=4),
+    "mamba2": dict(num_heads=4, head_dim=16, n_groups=2),
     "gpt_neo": dict(attention_types=[[["global", "local"], 1]]),
     "roc_bert": dict(enable_pronunciation=False, enable_shape=False),
     "rembert": dict(input_embedding_size=32, output_embedding_size=32),
