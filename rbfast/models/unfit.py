@@ -86,7 +86,7 @@ def _bypassed_linears(model: nn.Module) -> dict[int, Unfit]:
             # dt_proj is multiplied by by hand; in training a fused kernel takes x_proj, dt_proj and out_proj.
             reason = "a Mamba mixer may use the weight of NAME without running the layer"
             found |= {id(child): Unfit(reason, False) for name, child in children.items() if name != "in_proj"}
-        for name in _multiplied_by_hand(type(module)) & children.keys():
+        for name in children.keys() & _multiplied_by_hand(type(module)):  # type: ignore[arg-type]
             reason = f"{type(module).__name__} multiplies by the weight of NAME without running the layer"
             found.setdefault(id(children[name]), Unfit(reason, True))
         gain = module._parameters.get("A")
