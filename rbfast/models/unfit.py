@@ -8,7 +8,7 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ def _bypassed_linears(model: nn.Module) -> dict[int, Unfit]:
             # dt_proj is multiplied by by hand; in training a fused kernel takes x_proj, dt_proj and out_proj.
             reason = "a Mamba mixer may use the weight of NAME without running the layer"
             found |= {id(child): Unfit(reason, False) for name, child in children.items() if name != "in_proj"}
-        for name in children.keys() & _multiplied_by_hand(type(module)):  # type: ignore[arg-type]
+        for name in children.keys() & _multiplied_by_hand(type(module)):
             reason = f"{type(module).__name__} multiplies by the weight of NAME without running the layer"
             found.setdefault(id(children[name]), Unfit(reason, True))
         gain = module._parameters.get("A")
@@ -97,19 +97,28 @@ def _bypassed_linears(model: nn.Module) -> dict[int, Unfit]:
 
 
 _PRODUCT = re.compile(
-    r"(?:@\s*|\b(?:linear|matmul|mm|addmm)\([^()]*(?:\([^()]*\)[^()]*)*?,\s*)self\.(\w+)\.weight\b(?!\.\w*type)"
+    r"(?:@\s*|\b(?:linear|matmul|mm|addmm)\([^()]*(?:\([^()]*\)[^()]*)*?,\s*)self\.(\w+)\.weight\b(?!\.(?:dtype|shape|device))"
 )
 
 
-@cache
-def _multiplied_by_hand(kind: type[nn.Module]) -> frozenset[str]:
+def _multiplied_by_hand(kind: type[nn.Module]) -> set[str]:
     """The layers, by their names in a class, whose weight its code multiplies by: `F.linear(x, self.gate.weight)`.
 
     What is written otherwise shows in the first step (`rbfast.adapter.first_step`).
     """
+    return {name for base in kind.__mro__ if "forward" in vars(base) for name in _products_in(base)}
+
+
+@cache
+def _products_in(kind: type) -> frozenset[str]:
     if kind.__module__.startswith("torch."):
         return frozenset()
+    functions = [function for function in vars(kind).values() if inspect.isfunction(function)]
+    return frozenset(name for function in functions for name in _PRODUCT.findall(_source_of(function)))
+
+
+def _source_of(function: Any) -> str:
     try:
-        return frozenset(_PRODUCT.findall(inspect.getsource(kind)))
-    except (OSError, TypeError):  # there is no source, as of a class made in a shell
-        return frozenset()
+        return inspect.getsource(function)
+    except OSError:  # there is none, as of a class made in a shell
+        return ""
