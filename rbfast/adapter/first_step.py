@@ -6,9 +6,11 @@ on, the weight of each layer that has not run yet takes part in the backward: if
 error. Layers that run stop taking part, so a model without the fault computes nothing more than otherwise.
 """
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,23 +18,29 @@ from torch.utils.hooks import RemovableHandle
 
 from rbfast.models.weight_use import own_weight
 
-if TYPE_CHECKING:
-    from rbfast.adapter.column_delta import ColumnDelta
-
 _STEPS = 2  # of the optimizer: the first may start in the middle of a forward
+
+
+class Site(Protocol):
+    """The delta of one matrix, as far as it is watched (a ColumnDelta)."""
+
+    A: nn.Parameter
+    B: nn.Parameter
+    linear: nn.Module
+    watch: BypassWatch | None
 
 
 class BypassWatch:
     """Watches the layers of sites by name, until each has run or two steps were made."""
 
-    def __init__(self, sites: Mapping[str, "ColumnDelta"]) -> None:
+    def __init__(self, sites: Mapping[str, Site]) -> None:
         self._waiting = {id(site): (name, site) for name, site in sites.items()}
         self._hooks: dict[int, RemovableHandle] = {}
         self._begun, self._steps = False, 0
         for site in sites.values():
             site.watch = self
 
-    def saw(self, site: "ColumnDelta") -> None:
+    def saw(self, site: Site) -> None:
         """The layer of this site is about to run."""
         self._forget(site)
         if not self._begun:
@@ -40,7 +48,7 @@ class BypassWatch:
             for name, other in self._waiting.values():
                 self._mark(name, other)
 
-    def step(self, sites: Mapping[str, "ColumnDelta"]) -> None:
+    def step(self, sites: Mapping[str, Site]) -> None:
         """An optimizer has made a step. Warns, after the first one with gradients, of sites that got none."""
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return
@@ -61,13 +69,13 @@ class BypassWatch:
         for _, site in list(self._waiting.values()):
             self._forget(site)
 
-    def _mark(self, name: str, site: "ColumnDelta") -> None:
+    def _mark(self, name: str, site: Site) -> None:
         weight = own_weight(site.linear)
         if type(weight) is nn.Parameter and weight.is_floating_point() and weight.is_leaf and not weight.is_inference():
             weight.requires_grad_(True)
             self._hooks[id(site)] = weight.register_hook(lambda grad: _refuse(name))
 
-    def _forget(self, site: "ColumnDelta") -> None:
+    def _forget(self, site: Site) -> None:
         site.watch = None
         self._waiting.pop(id(site), None)
         hook = self._hooks.pop(id(site), None)
@@ -83,7 +91,7 @@ def _refuse(name: str) -> None:
     )
 
 
-def _reached(sites: Mapping[str, "ColumnDelta"]) -> dict[str, bool]:
+def _reached(sites: Mapping[str, Site]) -> dict[str, bool]:
     """Which sites have a gradient other than 0; one wait for the device."""
     found = {name: [x.grad for x in (site.A, site.B) if x.grad is not None] for name, site in sites.items()}
     sizes: list[Tensor] = [

@@ -115,9 +115,14 @@ def test_what_a_model_adds_to_the_scores_is_not_dropped(extra):
         packed_attention._attend(nn.Module(), query, query, query, **options)
 
 
-def test_a_model_with_a_mask_of_its_own_runs_one_example_at_a_time(monkeypatch):
+def test_a_model_with_a_mask_of_its_own_runs_one_example_at_a_time():
     model = llama().eval()
-    monkeypatch.setattr(packed_attention, "NO_MASK", (2, 2, 2, 2))  # as if another one than ours came back
+
+    def mask_itself(attention, args, kwargs):
+        tokens = kwargs["hidden_states"].shape[1]
+        return args, kwargs | {"attention_mask": torch.zeros(1, 1, tokens, tokens)}
+
+    model.model.layers[0].self_attn.register_forward_pre_hook(mask_itself, with_kwargs=True)
     with pytest.warns(UserWarning, match="does not keep the examples of a packed row apart"):
         assert not packs(model)
     assert not packed_attention.has_packed_attention(model)

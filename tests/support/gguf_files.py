@@ -19,7 +19,8 @@ _NAMES = {
 }
 _OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 SPECIAL = ["<unk>", "<s>", "</s>"]
-VOCABULARY = len(SPECIAL) + 256  # and a token for every byte
+_BYTES = 128  # as tokens of their own: those of ASCII, because llama.cpp keeps back what is no whole character
+VOCABULARY = len(SPECIAL) + _BYTES
 
 
 def write_llama(model, path) -> None:
@@ -36,9 +37,9 @@ def write_llama(model, path) -> None:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(VOCABULARY)
     writer.add_tokenizer_model("llama")
-    writer.add_token_list([*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))])
+    writer.add_token_list([*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(_BYTES))])
     writer.add_token_scores([0.0] * VOCABULARY)
-    writer.add_token_types([2, 3, 3, *[6] * 256])  # unknown, control, bytes
+    writer.add_token_types([2, 3, 3, *[6] * _BYTES])  # unknown, control, bytes
     writer.add_unk_token_id(0)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)

@@ -11,7 +11,7 @@ from tiny_models import attach, disturb, llama
 
 pytestmark = pytest.mark.slow
 
-PROMPTS = [[1, *(3 + (7 * n + 11 * i) % 256 for i in range(5 + n))] for n in range(8)]
+PROMPTS = [[1, *(3 + (7 * n + 11 * i) % 128 for i in range(5 + n))] for n in range(8)]
 TOKENS = 12
 
 
@@ -59,8 +59,9 @@ def test_llama_cpp(files):
         params.cpuparams.n_threads, params.warmup = 1, False
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(path), 1.0) for path in adapters]
         server = xllamacpp.Server(params)
-        asked = dict(n_predict=TOKENS, temperature=0.0, return_tokens=True, ignore_eos=False, cache_prompt=False)
-        return [server.handle_completions({"prompt": prompt, **asked})["tokens"] for prompt in PROMPTS]
+        asked = dict(max_tokens=TOKENS, temperature=0.0, logprobs=1, ignore_eos=True, cache_prompt=False)
+        replies = [server.handle_completions({"prompt": prompt, **asked})["choices"][0] for prompt in PROMPTS]
+        return [[token["id"] for token in reply["logprobs"]["content"]] for reply in replies]
 
     assert run([]) == base
     assert run([folder / "lora.gguf"]) == merged
