@@ -11,8 +11,10 @@ from tiny_models import attach, disturb, llama
 
 pytestmark = pytest.mark.slow
 
-PROMPTS = [[1, *(3 + (7 * n + 11 * i) % 128 for i in range(5 + n))] for n in range(8)]
-TOKENS = 12
+# Those of sixteen whose tokens are no near ties.
+PROMPTS = [[1, *(3 + (7 * n + 11 * i) % 128 for i in range(5 + n))] for n in (1, 2, 3, 5, 7, 8, 9, 11)]
+TOKENS = 8
+MARGIN = 0.02  # between the likeliest token and the next: closer ones are a matter of rounding
 
 
 def student():
@@ -30,7 +32,9 @@ def written(model):
         ids = torch.tensor([prompt])
         for _ in range(TOKENS):
             with torch.no_grad():
-                ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+                best = model(ids).logits[:, -1].topk(2)
+            assert best.values[0, 0] - best.values[0, 1] > MARGIN, "a near tie: choose other prompts"
+            ids = torch.cat([ids, best.indices[:, :1]], 1)
         found.append(ids[0, len(prompt) :].tolist())
     return found
 
