@@ -20,6 +20,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from rbfast.models.linears import dtype_name, fingerprint, matrix_shape
+from rbfast.models.names import hub_id_of
+from rbfast.models.weight_use import own_weight
 from rbfast.utils.files import replacing, write_text
 from rbfast.utils.records import from_json
 from rbfast.utils.sealed import check_seal, seal
@@ -67,8 +69,12 @@ class AdapterConfig:
 
 
 def write_adapter(directory: str | Path, config: AdapterConfig, deltas: Mapping[str, Delta]) -> None:
-    """Writes both files, each to a temporary name and then renamed: a failure leaves nothing half-written."""
+    """Writes both files, each to a temporary name and then renamed: a failure leaves nothing half-written.
+
+    Raises ValueError for a delta that is not finite.
+    """
     tensors = {}
+    check_finite(deltas)
     for name, delta in deltas.items():
         for key in ("cols", "A", "B"):
             tensors[f"{name}.{key}"] = getattr(delta, key).detach().cpu().contiguous()
@@ -101,6 +107,17 @@ def read_adapter(directory: str | Path) -> tuple[AdapterConfig, dict[str, Delta]
     return config, deltas
 
 
+def check_finite(deltas: Mapping[str, Delta]) -> None:
+    """Raises ValueError, naming it, for a delta with NaN or infinity: nothing reads or merges such a one."""
+    for name, delta in deltas.items():
+        for key in ("A", "B"):
+            if not torch.isfinite(getattr(delta, key)).all():
+                raise ValueError(
+                    f"{name}.{key} holds NaN or infinity, so the training has diverged: go back to an earlier "
+                    "checkpoint, or train with a lower learning rate"
+                )
+
+
 def check_base(config: AdapterConfig, matrices: Mapping[str, nn.Module], where: str | Path) -> None:
     """Raises ValueError, naming the first mismatch, unless these are the matrices the adapter was made for."""
     base = f"{config.base_model_name_or_path or 'an unnamed model'}"
@@ -111,19 +128,27 @@ def check_base(config: AdapterConfig, matrices: Mapping[str, nn.Module], where: 
         if shape != expected:
             raise ValueError(f"{where}: made for {base}, where {name} is {expected}, not {shape}; load that base")
     for name, info in config.modules.items():
-        weight: Any = matrices[name].weight
-        if info.fingerprint is None or "float16" in {config.base_dtype, dtype_name(weight)}:
+        weight = own_weight(matrices[name])
+        if weight is None or info.fingerprint is None or "float16" in {config.base_dtype, dtype_name(weight)}:
             continue  # a weight rounded to fp16 cannot be compared bit by bit, nor can a quantised one
         if fingerprint(matrices[name]) not in (info.fingerprint, None):
             raise ValueError(f"{where}: made for {base}; the weights of {name} differ from those; load that base")
 
 
-def write_lora(directory: str | Path, config: AdapterConfig, deltas: Mapping[str, Delta], transposed: bool) -> None:
+def write_lora(
+    directory: str | Path,
+    config: AdapterConfig,
+    deltas: Mapping[str, Delta],
+    transposed: bool,
+    base: str | None = None,
+) -> None:
     """Writes the adapter as a LoRA that PEFT, vLLM and llama.cpp load: A [r, in] is zero off the support.
 
-    The rank is padded with zeros to the next one vLLM serves; `transposed` says the matrices are Conv1D.
-    Raises ValueError if the adapter's rank is larger than those.
+    The rank is padded with zeros to the next one vLLM serves; `transposed` says the matrices are Conv1D. The file names
+    `base` as its base model, by default the hub id of the one it was trained on, if that has one.
+    Raises ValueError if the adapter's rank is larger than those, and for a delta that is not finite.
     """
+    check_finite(deltas)
     needed = max(info.rank for info in config.modules.values())
     rank = next((rank for rank in LORA_RANKS if rank >= needed), None)
     if rank is None:
@@ -139,7 +164,7 @@ def write_lora(directory: str | Path, config: AdapterConfig, deltas: Mapping[str
     header = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": config.base_model_name_or_path,
+        "base_model_name_or_path": base or hub_id_of(config.base_model_name_or_path),
         "r": rank,
         "lora_alpha": rank * config.scale,
         "lora_dropout": 0.0,

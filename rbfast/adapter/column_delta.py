@@ -8,7 +8,7 @@ for a block, and so does `rbfast.evaluating(model)`, which all our decoding uses
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,9 +18,15 @@ from torch.utils.hooks import RemovableHandle
 
 from rbfast import ops
 from rbfast.adapter.adapter_files import Delta
-from rbfast.models.linears import matrix_shape, matrix_view
+from rbfast.adapter.first_step import BypassWatch
+from rbfast.models.linears import is_transposed, matrix_shape, matrix_view
+from rbfast.models.weight_use import input_of, own_weight
 
 _DELTA = "_rbfast_delta"  # the attribute of a linear that holds its ColumnDelta
+_WRITTEN = (
+    "the weight of a {kind} was changed while a delta is folded into it, and it holds neither the base's values nor "
+    'those with the delta; detach the adapter before you change the base, or attach with mode="side"'
+)
 
 
 class SharedGather:
@@ -32,7 +38,8 @@ class SharedGather:
         self._left = 0  # members that have yet to take them
 
     def __call__(self, x: Tensor, cols: Tensor, run: int, dtype: torch.dtype) -> Tensor:
-        if self.members == 1 or torch.compiler.is_compiling():  # a compiler merges equal gathers itself
+        # A compiler merges equal gathers itself; of an inference tensor nobody knows whether it was changed since.
+        if self.members == 1 or torch.compiler.is_compiling() or x.is_inference():
             return _gather(x, cols, run, dtype)
         if (
             self._kept is None
@@ -67,10 +74,11 @@ class ColumnDelta(nn.Module):
         object.__setattr__(self, "linear", linear)  # not a submodule: the base stays outside the adapter's state
         device = next((t.device for t in (*linear.parameters(), *linear.buffers())), None)
         # In one layout, whatever their source: fused optimizers pair values, gradients and moments by their place.
-        self.A, self.B = (
-            nn.Parameter(torch.empty(part.shape, dtype=torch.float32, device=device).copy_(part))
-            for part in (delta.A, delta.B)
-        )
+        with torch.inference_mode(False):
+            self.A, self.B = (
+                nn.Parameter(torch.empty(part.shape, dtype=torch.float32, device=device).copy_(part))
+                for part in (delta.A, delta.B)
+            )
         self.register_buffer("cols", delta.cols.to(device, copy=True))
         self.register_buffer("base_columns", None, persistent=False)
         self.scale, self.folds, self.enabled = scale, fold, True
@@ -78,6 +86,8 @@ class ColumnDelta(nn.Module):
         assert shape is not None, "only matrices get a delta"
         self.run = ops.run_of(delta.cols, shape[1])
         self._versions: tuple[int, int] | None = None
+        self._written: tuple[int, int, torch.dtype] | None = None  # the weight as the last fold left it
+        self.watch: BypassWatch | None = None
         self._masters = (self.A, self.B)  # read in every forward: nn.Module's own attribute lookup is slow
         self._gather = gather
         gather.members += 1
@@ -86,6 +96,10 @@ class ColumnDelta(nn.Module):
             self.fold()
         self._hooks: tuple[RemovableHandle, ...] = ()
         linear.__dict__[_DELTA] = self  # not a submodule either
+        self._load_hooks: tuple[RemovableHandle, ...] = ()
+        if fold:
+            before = linear.register_load_state_dict_pre_hook(self._before_load)
+            self._load_hooks = before, linear.register_load_state_dict_post_hook(self._after_load)
         self.hook()
 
     @property
@@ -94,28 +108,53 @@ class ColumnDelta(nn.Module):
         self._follow_base()
         view = matrix_view(self.linear)
         if view is None:
-            raise RuntimeError("the base's weight is no longer a plain floating tensor; detach the adapter before that")
+            raise RuntimeError(
+                "the base's weight is no longer a plain floating tensor of at most 32 bits; detach the adapter before "
+                "you change it"
+            )
         return view
 
     def _follow_base(self) -> None:
         """Moves the delta to the base's device: model.to(device) does not reach it."""
-        weight = self.linear.weight
-        if isinstance(weight, Tensor) and weight.device != self._masters[0].device and not weight.is_meta:
+        weight = own_weight(self.linear)
+        if weight is None:
+            weight = next(self.linear.parameters(), self._masters[0])
+        if weight.device != self._masters[0].device and not weight.is_meta:
             self.to(weight.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ColumnDelta":
+        """Moves, and never casts: A and B are fp32, and the kept columns have the bits of the base."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
 
     @torch.no_grad()
     def fold(self) -> None:
         """Writes W0[:, cols] + scale * B A into the weight."""
-        weight, base = self.weight, self.base_columns
-        ops.column_fold_(weight, base.to(weight.dtype), self.cols, self.A, self.B, self.scale, self.run)
+        weight = self.weight
+        self._take_cast(weight)
+        ops.column_fold_(weight, self.base_columns, self.cols, self.A, self.B, self.scale, self.run)
         self._versions = self.A._version, self.B._version
+        self._written = self._stamp()
 
     @torch.no_grad()
     def restore(self) -> None:
         """Writes the original columns back, bitwise."""
         weight = self.weight
-        base, A, B = self.base_columns.to(weight.dtype), self.A[:0], self.B[:, :0]
-        ops.column_fold_(weight, base, self.cols, A, B, self.scale, self.run)
+        self._take_cast(weight)
+        ops.column_fold_(weight, self.base_columns, self.cols, self.A[:0], self.B[:, :0], self.scale, self.run)
+        self._written = self._stamp()
+
+    def _take_cast(self, weight: Tensor) -> None:
+        """The kept columns are cast if the model was: they are what its weight would be without a delta."""
+        self.base_columns = self.base_columns.to(weight.dtype)
+
+    def _stamp(self) -> tuple[int, int, torch.dtype]:
+        weight: Any = self.linear.weight
+        return id(weight), 0 if weight.is_inference() else weight._version, weight.dtype
 
     @property
     def attached(self) -> bool:
@@ -123,7 +162,7 @@ class ColumnDelta(nn.Module):
 
     def hook(self) -> None:
         """Puts the hooks on the matrix. Our hook runs first, because the delta belongs to the matrix's own output."""
-        after = self.linear.register_forward_hook(self._after, prepend=True)
+        after = self.linear.register_forward_hook(self._after, prepend=True, with_kwargs=True)
         self._hooks = self.linear.register_forward_pre_hook(self._before), after
 
     def unhook(self) -> None:
@@ -135,14 +174,15 @@ class ColumnDelta(nn.Module):
     def release(self) -> None:
         """Detaches from the matrix permanently."""
         self.unhook()
+        for hook in self._load_hooks:
+            hook.remove()
         del self.linear.__dict__[_DELTA]
         self._gather.members -= 1
 
     @torch.no_grad()
     def folded_columns(self) -> Tensor:
         """The columns [out, s] that fold() writes, bitwise."""
-        weight = self.weight
-        base = self.base_columns.to(weight.dtype)
+        base = self.base_columns.to(self.weight.dtype)
         folded = torch.empty_like(base)
         every = torch.arange(base.shape[1], device=base.device)
         ops.column_fold_(folded, base, every, self.A, self.B, self.scale, self.run)
@@ -160,17 +200,69 @@ class ColumnDelta(nn.Module):
             return
         self._follow_base()
         self.catch_up()
+        if self.watch is not None and torch.is_grad_enabled():
+            self.watch.saw(self)
 
     def catch_up(self) -> None:
-        """Folds what was changed since the last fold."""
+        """Folds what was changed since the last fold: A and B, or the base's weight.
+
+        Raises RuntimeError if the weight holds neither the base's columns nor those with the delta.
+        """
+        if not (self.folds and self.enabled):
+            return
         a, b = self._masters
-        if self.folds and self.enabled and self._versions != (a._version, b._version):
+        is_changed = self._versions != (a._version, b._version)
+        if self._written != self._stamp() and self._is_here():
+            self._take_base(trusts=is_changed)
+        elif is_changed:
             self.fold()
 
-    def _after(self, linear: nn.Module, args: tuple, y: Tensor) -> Tensor | None:
+    def _is_here(self) -> bool:
+        """Not on meta, as while it is offloaded, and no stand-in."""
+        weight: Any = self.linear.weight
+        return type(weight) in (Tensor, nn.Parameter) and not weight.is_meta
+
+    @torch.no_grad()
+    def _take_base(self, trusts: bool) -> None:
+        """Folds into a weight that was written by somebody else. trusts: its columns cannot be compared."""
+        found = self.weight.index_select(1, self.cols)
+        is_cast = found.dtype != self.base_columns.dtype
+        if not (trusts or is_cast or self._is_known(found)):
+            raise RuntimeError(_WRITTEN.format(kind=type(self.linear).__name__))
+        self.fold()
+
+    def _is_known(self, columns: Tensor) -> bool:
+        return any(torch.equal(columns, known) for known in (self.base_columns, self.folded_columns()))
+
+    @torch.no_grad()
+    def _before_load(
+        self, linear: nn.Module, state: dict[str, Any], prefix: str, local: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        """Keeps a weight out that is neither the base's nor that with the delta: which part is the delta's?"""
+        kept: Any = linear.weight
+        weight, came = matrix_view(linear), state.get(f"{prefix}weight")
+        if weight is None or not isinstance(came, Tensor) or came.shape != kept.shape or came.is_meta:
+            return
+        self.catch_up()
+        columns = came.detach().T if is_transposed(linear) else came.detach()
+        columns = columns.to(weight.device, weight.dtype).index_select(1, self.cols)
+        if not self._is_known(columns):
+            lists[-1].append(f"{prefix}weight: " + _WRITTEN.format(kind=type(linear).__name__))
+            state[f"{prefix}weight"] = kept.detach()
+
+    def _after_load(self, linear: nn.Module, incompatible: Any) -> None:
+        if matrix_view(linear) is not None:
+            (self.fold if self.enabled else self.restore)()
+
+    def _after(self, linear: nn.Module, args: tuple, kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
         if not self.enabled or (self.folds and not torch.is_grad_enabled()):
             return None
-        x = args[0]
+        if not isinstance(y, Tensor):
+            raise TypeError(
+                f"a {type(linear).__name__} with a delta returned a {type(y).__name__}, expected a tensor; leave it "
+                "out of targets"
+            )
+        x = input_of(args, kwargs)
         xs = self._gather(x, self.cols, self.run, y.dtype)
         if self.folds:
             return ops.column_tap(y, xs, self.A, self.B, self.scale)

@@ -25,6 +25,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from rbfast.models.linears import Shape, dtype_name, matrix_shape, select_linears
+from rbfast.models.weight_use import input_of
 from rbfast.utils.files import replacing
 from rbfast.utils.records import from_json
 from rbfast.utils.sealed import check_seal, seal
@@ -161,7 +162,9 @@ class _Watch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        hooks = [m.register_forward_hook(partial(self._after, name)) for name, m in self.linears.items()]
+        hooks = [
+            m.register_forward_hook(partial(self._after, name), with_kwargs=True) for name, m in self.linears.items()
+        ]
         try:
             yield
         finally:
@@ -186,9 +189,10 @@ class _Watch:
         widths = {name: matrix_shape(module)[1] for name, module in self.linears.items()}  # type: ignore[index]
         return {name: self.columns.get(name, torch.zeros(width)).cpu() for name, width in widths.items()}
 
-    def _after(self, name: str, module: nn.Module, args: tuple, y: Tensor) -> Tensor | None:
-        x = args[0].detach()
-        self._group(name, args[0])
+    def _after(self, name: str, module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor | None:
+        given = input_of(args, kwargs)
+        x = given.detach()
+        self._group(name, given)
         if self.method == "activation":
             self._add(name, x.flatten(0, -2).float().square().mean(0))
             return None

@@ -27,6 +27,7 @@ from rbfast.models.linears import (
     group_siblings,
     select_linears,
     stacked_experts,
+    unfit,
 )
 
 DEFAULT_DENSITY = 0.003
@@ -71,6 +72,7 @@ def plan(
     linears = select_linears(model, targets)
     if targets == "all-linear":
         _warn_of_experts(model)
+        _warn_of_unfit(model)
     shapes = group_siblings(linears)
     if isinstance(placement, ColumnScores):
         shapes = placement.shapes_of(shapes)
@@ -99,6 +101,15 @@ def _warn_of_experts(model: nn.Module) -> None:
         warnings.warn(
             f"{len(experts)} stacks of experts (the first is {next(iter(experts))}), {share:.0%} of the parameters, "
             "get no delta: only linear layers do; adapter.left_out lists every weight without one",
+            stacklevel=4,
+        )
+
+
+def _warn_of_unfit(model: nn.Module) -> None:
+    news = [why.reason for why in unfit(model).values() if why.is_news]
+    if news:
+        warnings.warn(
+            f"{len(news)} linear layers can have no delta and are left as they are; of the first: {news[0]}",
             stacklevel=4,
         )
 

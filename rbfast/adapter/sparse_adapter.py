@@ -27,9 +27,20 @@ from rbfast.adapter import adapter_files
 from rbfast.adapter.adapter_files import AdapterConfig, Delta
 from rbfast.adapter.column_delta import ColumnDelta, SharedGather, deltas_of
 from rbfast.adapter.column_scores import ColumnScores
+from rbfast.adapter.first_step import BypassWatch
 from rbfast.adapter.footprint import Footprint
 from rbfast.adapter.placement import DEFAULT_DENSITY, plan
-from rbfast.models.linears import bytes_of, count_parameters, is_transposed, left_out, matrix_view
+from rbfast.models.linears import (
+    bytes_of,
+    check_fit,
+    count_parameters,
+    is_transposed,
+    left_out,
+    matrix_view,
+    unfit,
+    why_not_folded,
+)
+from rbfast.models.weight_use import own_weight
 
 Mode = Literal["auto", "fold", "side"]
 
@@ -59,6 +70,7 @@ class SparseAdapter(nn.Module):
     def __init__(self, model: nn.Module, config: AdapterConfig, deltas: Mapping[str, Delta], mode: Mode) -> None:
         super().__init__()
         check_free(model)
+        check_fit(unfit(model), deltas)
         modules = dict(model.named_modules())
         folds = {name: _folds(name, modules[name], mode) for name in deltas}
         self.config = config
@@ -73,6 +85,7 @@ class SparseAdapter(nn.Module):
             self._plant(name, ColumnDelta(modules[name], delta, config.scale, folds[name], gather))
         self._state: Literal["attached", "merged", "detached"] = "attached"
         self._disabled = 0
+        self._watch = BypassWatch(self.sites())
         self._follower = _follow_optimizers(self)
 
     @classmethod
@@ -92,10 +105,12 @@ class SparseAdapter(nn.Module):
 
         placement: "random" columns, drawn for every group of matrices, or the best by ColumnScores (or a file of them).
         `support` and `rank` default to what fits (see placement.allocate). mode: "fold" writes the deltas into the
-        weights, "side" adds them beside, "auto" folds wherever the weight is a plain bf16, fp16 or fp32 tensor. Warns
-        of experts in stacked weights, which get no delta. Raises ValueError for a density outside (0, 1], one that
-        nothing fits, a model without linear layers, and a model that has an adapter attached.
+        weights, "side" adds them beside, "auto" folds wherever the weight is a plain bf16, fp16 or fp32 tensor that the
+        layer multiplies by. Warns of experts in stacked weights and of layers that can have no delta
+        (`rbfast.models.linears.unfit`). Raises ValueError for a density outside (0, 1], one that nothing fits, a model
+        without linear layers, and a model that has an adapter attached, PEFT's too.
         """
+        check_free(model)
         config, deltas = plan(model, density, support, rank, targets, placement, scale, seed)
         return cls(model, config, deltas, mode)
 
@@ -107,15 +122,22 @@ class SparseAdapter(nn.Module):
         return cls(model, config, deltas, mode)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes adapter_config.json and adapter_model.safetensors; a failure leaves nothing half-written."""
+        """Writes adapter_config.json and adapter_model.safetensors; a failure leaves nothing half-written.
+
+        Raises ValueError, naming it, for a matrix whose A or B holds NaN or infinity; so do export_lora and merge.
+        """
         adapter_files.write_adapter(directory, self.config, self._deltas())
 
-    def export_lora(self, directory: str | Path) -> None:
-        """Writes the adapter as a standard LoRA, for PEFT, vLLM and llama.cpp."""
+    def export_lora(self, directory: str | Path, base: str | None = None) -> None:
+        """Writes the adapter as a standard LoRA, for PEFT, vLLM and llama.cpp.
+
+        base: what it names as its base model, a hub id or a folder; by default the hub id that the model was loaded by.
+        A model from a folder or a GGUF file has none, and then the file names no base: whoever loads it says which.
+        """
         transposed = {is_transposed(site.linear) for site in self.sites().values()}
         if len(transposed) > 1:
             raise ValueError("a LoRA file cannot hold both Conv1D and nn.Linear; attach to matrices of one kind")
-        adapter_files.write_lora(directory, self.config, self._deltas(), transposed.pop())
+        adapter_files.write_lora(directory, self.config, self._deltas(), transposed.pop(), base)
 
     def sites(self) -> dict[str, ColumnDelta]:
         """The deltas by the name of the matrix they change."""
@@ -131,14 +153,18 @@ class SparseAdapter(nn.Module):
     def merge(self) -> None:
         """Leaves the weights as they were trained with, bitwise, and removes every hook: the model is a plain one.
 
-        Raises RuntimeError for a base that cannot hold the deltas (quantised, sharded): export_lora() is for that.
+        Raises RuntimeError for a base that cannot hold the deltas (quantised, sharded, weight-normed): export_lora() is
+        for that; and for one whose weights were changed since attaching.
         """
         self._require("attached", "merge")
         for name, site in self.sites().items():
             if matrix_view(site.linear) is None:
                 raise RuntimeError(
-                    f"cannot merge into {name}: its weight is quantised or sharded; use export_lora() instead"
+                    f"cannot merge into {name}: {why_not_folded(site.linear)}; use export_lora() instead"
                 )
+        adapter_files.check_finite(self._deltas())
+        for site in self.sites().values():
+            site.catch_up()
         for site in self.sites().values():
             if not site.folds:
                 site.base_columns = site.weight.index_select(1, site.cols)
@@ -247,6 +273,7 @@ class SparseAdapter(nn.Module):
             raise RuntimeError(f"cannot {verb} this adapter: it must be {state}, and it is {self._state}")
 
     def _release(self, state: Literal["merged", "detached"]) -> None:
+        self._watch.end()
         for site in self.sites().values():
             site.release()
         for parameter in self._frozen:
@@ -256,9 +283,18 @@ class SparseAdapter(nn.Module):
 
     def _follow(self, optimizer: Optimizer) -> None:
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for site in self.sites().values():
-            if site.folds and site.enabled and (id(site.A) in stepped or id(site.B) in stepped):
+        ours = {name: s for name, s in self.sites().items() if id(s.A) in stepped or id(s.B) in stepped}
+        for name, site in self.sites().items():
+            if site.folds and id(own_weight(site.linear)) in stepped:
+                raise RuntimeError(
+                    f"an optimizer changed the weight of {name}, into which a delta is folded: freeze it, or attach "
+                    'with mode="side"'
+                )
+        for site in ours.values():
+            if site.folds and site.enabled:
                 site.fold()
+        if ours and not self._watch.is_over:
+            self._watch.step(ours)
 
 
 def _folds(name: str, linear: nn.Module, mode: Mode) -> bool:
@@ -266,17 +302,31 @@ def _folds(name: str, linear: nn.Module, mode: Mode) -> bool:
         raise ValueError(f'mode must be "auto", "fold" or "side", got {mode!r}')
     foldable = matrix_view(linear) is not None
     if mode == "fold" and not foldable:
-        raise ValueError(f'mode "fold" needs a plain bf16, fp16 or fp32 weight, which {name} is not; use "auto"')
+        raise ValueError(
+            f'mode "fold" needs a plain bf16, fp16 or fp32 weight, which {name} is not: {why_not_folded(linear)}; '
+            'use "auto"'
+        )
     return foldable and mode != "side"
 
 
 def check_free(model: nn.Module) -> None:
-    """Raises ValueError for a model that has an adapter attached."""
+    """Raises ValueError for a model that has an adapter attached, ours or PEFT's, and for one that is not made yet."""
     if (first := next(deltas_of(model), None)) is not None:
         raise ValueError(
             f"this model has a SparseAdapter attached already (at {first[0]}); one at a time: call its detach() or "
             f"merge() first"
         )
+    for name, module in model.named_modules():
+        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module._parameters.values()):
+            raise ValueError(
+                f"{name or type(module).__name__} is a lazy layer without a weight: run the model once first"
+            )
+        if type(module).__module__.startswith("peft."):
+            where = f" (a {type(module).__name__} at {name or 'the top'})"
+            raise ValueError(
+                f"this model carries an adapter of PEFT{where}: merge it with merge_and_unload(), or remove it with "
+                "unload(), and attach to the model that gives"
+            )
 
 
 def _follow_optimizers(adapter: SparseAdapter) -> weakref.finalize:

@@ -163,23 +163,40 @@ def _outcome(run: "Run", out: Path, traces: int) -> dict[str, Any]:
     return result | ({"already_finished": True} if run.found else {})
 
 
-def _add_adapter(sub: argparse.ArgumentParser) -> None:
+def add_merge(sub: argparse.ArgumentParser) -> None:
     add_model(sub)
-    sub.add_argument("adapter", help="folder of a trained adapter")
+    sub.add_argument("adapter", nargs="?", help="folder of a trained adapter")
     sub.add_argument("-o", "--out", type=Path, required=True, help="folder to write")
+    sub.add_argument(
+        "--base-only",
+        action="store_true",
+        help="write MODEL as it is, without an adapter: a folder to load an exported LoRA on",
+    )
 
 
 def run_merge(args: argparse.Namespace) -> int:
+    if args.base_only == (args.adapter is not None):
+        raise ValueError(
+            "name the folder of an adapter to merge, or give --base-only to write MODEL as it is; not both"
+        )
     model, tokenizer = load_model(args)
-    attach(model, args.adapter).merge()
+    if not args.base_only:
+        attach(model, args.adapter).merge()
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     return print_result(args, {"out": str(args.out)}, f"wrote {args.out}")
 
 
+def add_export_lora(sub: argparse.ArgumentParser) -> None:
+    add_model(sub)
+    sub.add_argument("adapter", help="folder of a trained adapter")
+    sub.add_argument("-o", "--out", type=Path, required=True, help="folder to write")
+    sub.add_argument("--base", help="what the LoRA names as its base model: hub id or folder (default: MODEL's hub id)")
+
+
 def run_export_lora(args: argparse.Namespace) -> int:
     model, _ = load_model(args)
-    attach(model, args.adapter).export_lora(args.out)
+    attach(model, args.adapter).export_lora(args.out, args.base)
     return print_result(args, {"out": str(args.out)}, f"wrote {args.out}")
 
 
@@ -238,14 +255,14 @@ MERGE = Command(
     name="merge",
     summary="Write MODEL with an adapter merged into its weights, as a plain checkpoint.",
     example="rbfast merge smollm2-135m runs/first -o merged/",
-    add_arguments=_add_adapter,
+    add_arguments=add_merge,
     run=run_merge,
 )
 EXPORT_LORA = Command(
     name="export-lora",
     summary="Write an adapter as a standard LoRA for PEFT, vLLM or llama.cpp.",
     example="rbfast export-lora smollm2-135m runs/first -o lora/",
-    add_arguments=_add_adapter,
+    add_arguments=add_export_lora,
     run=run_export_lora,
 )
 REPORT = Command(

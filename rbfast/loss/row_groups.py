@@ -25,10 +25,11 @@ class RowGroup:
     signal: Signal | None = None
     entries: Tensor | None = None
 
-    @property
-    def teacher_columns(self) -> int:
-        """How many logits a row of its signal has."""
-        return self.signal.vocabulary if isinstance(self.signal, Dense) else 0
+    def columns_beside(self, vocabulary: int) -> int:
+        """How many numbers a row needs room for beside its logits: the teacher's, or the logits again."""
+        if isinstance(self.signal, Dense):
+            return self.signal.vocabulary
+        return vocabulary if isinstance(self.signal, TopK) and self.signal.temperature != 1 else 0
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,7 @@ class Solution(NamedTuple):
 
 
 Inputs = tuple[Tensor, Tensor, Tensor | None]
+SignalOfRows = tuple[Tensor | None, Tensor | None, Tensor | None]  # ids, log-probs, a teacher's logits
 
 
 def solve(inputs: Inputs, job: Job, wanted: tuple[bool, bool, bool]) -> Solution:
@@ -100,7 +101,7 @@ class _Solver:
         self.bias = None if bias is None else bias.detach().to(self.dtype)
         self.is_narrow = hidden.dtype == weight.dtype == torch.bfloat16
         self.wants_gradient = any(wanted)
-        self.teacher_columns = max((group.teacher_columns for group in job.taken.groups), default=0)
+        self.teacher_columns = max((group.columns_beside(len(weight)) for group in job.taken.groups), default=0)
         self.chunking = self._choose_chunking(trains_head=wanted[1])
         wants_hidden, wants_weight, wants_bias = wanted
         self.d_hidden = self._make_d_hidden() if wants_hidden else None
@@ -165,17 +166,15 @@ class _Solver:
             part = slice(max(start, rows.start), min(stop, rows.stop))
             if part.start < part.stop:
                 inside = _moved(part, -rows.start)
-                self._solve_rows(
-                    part,
-                    z := _cut(logits, inside),
-                    None if dz is None else _cut(dz, inside),
-                    self._signal(group, _moved(part, -start), teacher, _cut(x, inside), z),
-                )
+                chunk, out = _cut(logits, inside), None if dz is None else _cut(dz, inside)
+                signal = self._signal(group, _moved(part, -start), teacher, _cut(x, inside), chunk)
+                if isinstance(group.signal, TopK) and group.signal.temperature != 1:
+                    self._solve_rows_at(group.signal.temperature, part, chunk, out, signal, teacher[: len(chunk)])
+                else:
+                    self._solve_rows(part, chunk, out, signal)
             start = stop
 
-    def _signal(
-        self, group: RowGroup, part: slice, room: Tensor, x: Tensor, student: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def _signal(self, group: RowGroup, part: slice, room: Tensor, x: Tensor, student: Tensor) -> SignalOfRows:
         """ids, log-probs and logits of some rows of a group. room: for a teacher's logits; x, student: their own."""
         signal, at = group.signal, part if group.entries is None else group.entries[part]
         if isinstance(signal, TopK):
@@ -186,13 +185,57 @@ class _Solver:
             return None, None, logits
         return None, None, None
 
-    def _solve_rows(self, rows: slice, logits: Tensor, dz: Tensor | None, signal: tuple[Tensor | None, ...]) -> None:
-        job, (ids, logprobs, teacher) = self.job, signal
-        kl_weight, ce_weight, temperature = (_cut(row, rows) for row in job.parameters.unbind())
-        values = self.ops.divergence_rows_(
+    def _solve_rows(self, rows: slice, logits: Tensor, dz: Tensor | None, signal: SignalOfRows) -> None:
+        values = self._divergence(rows, logits, dz, signal, self._parameters(rows))
+        if signal[2] is not None and not _is_gpu(logits):
+            self._check_teacher(values[0], signal[2])
+        self.values.append(values)
+
+    def _solve_rows_at(
+        self,
+        temperature: float,
+        rows: slice,
+        logits: Tensor,
+        dz: Tensor | None,
+        signal: SignalOfRows,
+        room: Tensor,
+    ) -> None:
+        """Of log-probs at another temperature s than 1, which the op does not know.
+
+        In units of z/s they are at 1, and the loss's temperature is tau/s: so the divergence is the op's on logits,
+        their scale and their cap divided by s. It is weighted by tau^2, not (tau/s)^2. The cross-entropy is at
+        temperature 1 in the old units, so it takes a call of its own, and room for a second copy of the logits.
+        """
+        again = room[:, : logits.shape[1]].copy_(logits)
+        kl_weight, ce_weight, tau = self._parameters(rows)
+        units = kl_weight * temperature**2, torch.zeros_like(ce_weight), tau / temperature
+        text, wanted = (torch.zeros_like(kl_weight), ce_weight, tau), dz is not None
+        divergence, _ = self._divergence(rows, again, again if wanted else None, signal, units, temperature)
+        _, ce = self._divergence(rows, logits, logits if wanted else None, (None, None, None), text)
+        if dz is not None:
+            dz.copy_(again.add_(logits))
+        self.values.append((divergence, ce))
+
+    def _parameters(self, rows: slice) -> list[Tensor]:
+        """kl_weight, ce_weight and temperature of some rows."""
+        return [_cut(row, rows) for row in self.job.parameters.unbind()]
+
+    def _divergence(
+        self,
+        rows: slice,
+        logits: Tensor,
+        dz: Tensor | None,
+        signal: SignalOfRows,
+        parameters: Sequence[Tensor],
+        unit: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """The op, with logits counted in `unit`."""
+        softcap, (ids, logprobs, teacher) = self.job.softcap, signal
+        kl_weight, ce_weight, temperature = parameters
+        return self.ops.divergence_rows_(
             logits,
             dz,
-            _cut(job.labels, rows),
+            _cut(self.job.labels, rows),
             kl_weight,
             ce_weight,
             temperature,
@@ -200,11 +243,23 @@ class _Solver:
             logprobs,
             teacher,
             self.bias,
-            job.beta,
-            job.logit_scale,
-            job.softcap,
+            self.job.beta,
+            self.job.logit_scale / unit,
+            None if softcap is None else softcap / unit,
         )
-        self.values.append(values)
+
+    def _check_teacher(self, divergence: Tensor, teacher: Tensor) -> None:
+        """Raises for a teacher's row that holds no distribution; its divergence is NaN."""
+        if not divergence.isnan().any():
+            return
+        most = teacher.amax(1)
+        wrong = (most == -torch.inf) | most.isnan() | (most == torch.inf)
+        if wrong.any():
+            what = "only -inf" if (most == -torch.inf).any() else "NaN or infinity"
+            raise ValueError(
+                f"a row of the Dense teacher's logits holds {what}, which is no distribution; leave such rows out of "
+                "the signal with rows=[N]"
+            )
 
     def _go_back(self, at: Tensor | slice, x: Tensor, dz: Tensor, adds: bool) -> None:
         """The gradients of rows whose dz is known. at: their place in the T axis; adds: they are not the first."""

@@ -19,17 +19,30 @@ MASS_TOLERANCE = 1e-2
 
 @dataclass(frozen=True)
 class TopK:
-    """The teacher's log-probs of some ids, at temperature 1; all other ids share one tail bucket, exactly.
+    """The teacher's log-probs of some ids; all other ids share one tail bucket, exactly.
 
     ids: [N, k] integers in the student's vocabulary; -1, or a log-prob of -inf, marks padding.
     logprobs: [N, k] natural logarithms; an id that appears twice in a row has the sum of its probabilities.
     rows: [N] the rows of the batch they belong to (None: all T rows in order). Entry i speaks of the token that
         hidden[rows[i]] predicts.
+    temperature: a number, the s of the softmax(y / s) that the log-probs were taken of, y the teacher's logits. Most
+        servers send s = 1, whatever they sample at. One that divides first (TRL's, vLLM's processed log-probs) sends
+        its own s. Rows at different ones go into signals of their own.
+
+    With z the student's logits, tau the loss's temperature, S the ids of a row and p_v = exp(logprobs) on S, the two
+    distributions that are compared have the k + 1 buckets
+
+        teacher:  p_v^(s/tau), v in S;  (1 - sum_S p)^(s/tau) * sum_{u not in S} r_u^(s/tau);  divided by their sum
+        student:  softmax(z / tau)_v, v in S;  the rest
+
+    where r = softmax(z / s) over the ids not in S is the shape that the teacher's unseen tail is given; it counts as a
+    constant. At s = tau both exponents are 1: the log-probs are compared as they came.
     """
 
     ids: Tensor
     logprobs: Tensor
     rows: Tensor | None = None
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +53,9 @@ class Dense:
     rows: [N] the rows of the batch they belong to (None: all T rows in order).
     logit_scale, softcap: as in DistillLoss, for the teacher's own head.
 
-    If V' differs from the student's V, both are restricted to the ids below min(V, V') and renormalised.
+    If V' differs from the student's V, both are restricted to the ids below min(V, V') and renormalised. A row whose
+    logits are all -inf, or hold a NaN, is no distribution: on a CPU it raises, on a GPU, where nothing is read back,
+    its loss is NaN.
     """
 
     hidden: Tensor | None = None
@@ -129,8 +144,14 @@ def _check_top_k(signal: TopK, hidden: Tensor) -> TopK:
         raise ValueError(f"TopK needs ids [N, k] and logprobs [N, k], got {list(ids.shape)} and {list(logprobs.shape)}")
     if ids.is_floating_point() or ids.dtype == torch.bool or not logprobs.is_floating_point():
         raise ValueError(f"TopK needs integer ids and floating-point logprobs, got {ids.dtype} and {logprobs.dtype}")
+    at = signal.temperature
+    if isinstance(at, bool) or not isinstance(at, int | float) or not (math.isfinite(at) and at > 0):
+        raise ValueError(
+            f"TopK's temperature must be a positive number, the one its log-probs were taken at, got {at!r}; rows at "
+            "different ones go into signals of their own"
+        )
     ids, logprobs = ids.to(hidden.device, torch.int64), logprobs.detach().to(hidden.device, wide_dtype(hidden.dtype))
-    return TopK(ids, logprobs, signal.rows)
+    return replace(signal, ids=ids, logprobs=logprobs)
 
 
 def check_top_k(signal: TopK, vocabulary: int | None = None) -> TopK:

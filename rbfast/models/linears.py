@@ -9,28 +9,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-FOLDABLE = (torch.bfloat16, torch.float16, torch.float32)
+from rbfast.models.unfit import Unfit, unfit_linears
+from rbfast.models.weight_use import WeightUse, has_weight, is_conv1d, is_plain, own_weight, weight_use
+
 _SAMPLE = 4096  # weights read per matrix for its fingerprint
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """GPT-2's Conv1D keeps its weight as [in, out]."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int] | None:
     """(out, in) of a linear layer, quantised ones included; None for every other module."""
-    weight = getattr(module, "weight", None)
-    if is_transposed(module) and isinstance(weight, Tensor):
+    if not has_weight(module) or isinstance(module, nn.Bilinear):
+        return None
+    if is_conv1d(module):
+        weight: Any = module.weight
         return weight.shape[1], weight.shape[0]
-    shape = getattr(module, "out_features", None), getattr(module, "in_features", None)
-    known = weight is not None and isinstance(shape[0], int) and isinstance(shape[1], int)
-    return (shape[0], shape[1]) if known and not isinstance(module, nn.Bilinear) else None  # type: ignore[return-value]
+    out_features, in_features = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    return (out_features, in_features) if isinstance(out_features, int) and isinstance(in_features, int) else None
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a linear layer keeps its weight as [in, out], like GPT-2's Conv1D."""
+    return _use_of(module).kind == "transposed"
 
 
 def matrix_view(module: nn.Module) -> Tensor | None:
-    """The weight as a writable [out, in] view, or None if a delta cannot be folded in (quantised, sharded, meta)."""
-    return _as_matrix(module, getattr(module, "weight", None))
+    """The weight as a writable [out, in] view, or None if a delta cannot be folded in: it is quantised, sharded, on
+    meta, made anew in every forward, or does more than multiply."""
+    return _as_matrix(module, own_weight(module))
+
+
+def why_not_folded(module: nn.Module) -> str:
+    """Why `matrix_view` gives None, as a clause."""
+    reason = _use_of(module).reason
+    return f"it {reason}" if reason else "its weight is quantised or sharded"
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -44,19 +54,29 @@ def is_sharded(model: nn.Module) -> bool:
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
+def _use_of(module: nn.Module) -> WeightUse:
+    shape = matrix_shape(module)
+    assert shape is not None, "only linear layers use a weight as a matrix"
+    return weight_use(module, shape)
+
+
 def _as_matrix(module: nn.Module, weight: Any) -> Tensor | None:
-    if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta or weight.dtype not in FOLDABLE:
+    if not is_plain(weight) or weight.is_meta:
         return None
-    view = weight.detach().T if is_transposed(module) else weight.detach()
+    kind = _use_of(module).kind
+    if kind not in ("linear", "transposed"):
+        return None
+    view = weight.detach().T if kind == "transposed" else weight.detach()
     return view if tuple(view.shape) == matrix_shape(module) else None
 
 
 def fingerprint(module: nn.Module) -> str | None:
     """Of an evenly spaced sample of a weight, rounded to bf16 so that fp32 and bf16 loads of one model agree.
 
-    None for a quantised weight, which cannot be compared bit by bit.
+    None for a weight that cannot be compared bit by bit: a quantised one, or one made anew in every forward.
     """
-    weight = _as_matrix(module, whole(module.weight))  # type: ignore[arg-type]
+    stored = own_weight(module)
+    weight = None if stored is None else _as_matrix(module, whole(stored))
     if weight is None:
         return None
     flat = weight.reshape(-1)
@@ -77,34 +97,48 @@ class Shape:
     group: int
 
 
+def all_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer by its name, whether it can have a delta or not."""
+    return {name: module for name, module in model.named_modules() if name and matrix_shape(module) is not None}
+
+
+def unfit(model: nn.Module) -> dict[str, Unfit]:
+    """The linear layers that can have no delta."""
+    return unfit_linears(model, {name: (m, matrix_shape(m)) for name, m in all_linears(model).items()})  # type: ignore[misc]
+
+
 def select_linears(model: nn.Module, targets: str | Sequence[str] = "all-linear") -> dict[str, nn.Module]:
     """The linear layers to adapt, by PEFT's rule: a list is exact-or-suffix, a string is a full-match regex, and
-    "all-linear" is every linear but the output head, those whose weight is tied to another module's, and those of a
-    Mamba mixer that may never run as a layer.
+    "all-linear" is every linear but the output head and those that can have no delta (see `unfit`).
 
-    Raises ValueError if the model has no linear layer or a target matches none.
+    Raises ValueError if the model has no linear layer, or a target matches none or one that can have no delta.
     """
-    linears = {name: module for name, module in model.named_modules() if name and matrix_shape(module) is not None}
+    linears = all_linears(model)
     if not linears:
         raise ValueError(
             f"expected a model with linear layers (nn.Linear, Conv1D, or a module with in_features, out_features and "
             f"a weight), found none in {type(model).__name__}"
         )
-    tied, bypassed = _tied_weights(model), _bypassed_linears(model)
+    without = unfit(model)
     if targets == "all-linear":
-        free = {name: m for name, m in linears.items() if id(m.weight) not in tied and id(m) not in bypassed}
         head = _head_of(model)
-        chosen = {name: module for name, module in free.items() if module is not head}
+        chosen = {name: module for name, module in linears.items() if name not in without and module is not head}
         if not chosen:
-            raise ValueError(f"every linear layer of {type(model).__name__} is its output head or tied; name targets")
+            raise ValueError(
+                f"no linear layer of {type(model).__name__} but its output head can have a delta: "
+                + "; ".join(why.reason for why in list(without.values())[:3])
+            )
         return chosen
     chosen = _match(linears, targets)
-    for name, module in chosen.items():
-        if id(module.weight) in tied:
-            raise ValueError(f"the weight of {name} is tied to another module's: a delta would change both; omit it")
-        if id(module) in bypassed:
-            raise ValueError(f"a Mamba mixer may use the weight of {name} without running the layer; omit it")
+    check_fit(without, chosen)
     return chosen
+
+
+def check_fit(without: Mapping[str, Unfit], chosen: Iterable[str]) -> None:
+    """Raises ValueError, naming it, for a chosen layer that is among those `without` a delta."""
+    for name in chosen:
+        if name in without:
+            raise ValueError(f"{without[name].reason}; leave it out of targets")
 
 
 def left_out(model: nn.Module, chosen: Iterable[str]) -> dict[str, tuple[int, ...]]:
@@ -112,7 +146,7 @@ def left_out(model: nn.Module, chosen: Iterable[str]) -> dict[str, tuple[int, ..
     routers, stacked experts, convolutions, what is tied or bypassed."""
     modules, head = dict(model.named_modules()), _head_of(model)
     aside = [module for module in modules.values() if isinstance(module, nn.Embedding) or module is head]
-    known = {id(module.weight) for module in (*aside, *(modules[name] for name in chosen))}
+    known = {id(weight) for module in (*aside, *(modules[name] for name in chosen)) for weight in module.parameters()}
     weights = {name: weight for name, weight in model.named_parameters() if weight.dim() > 1}
     return {name: tuple(weight.shape) for name, weight in weights.items() if id(weight) not in known}
 
@@ -143,25 +177,6 @@ def _head_of(model: nn.Module) -> nn.Module | None:
     return find_head() if find_head else None
 
 
-def _bypassed_linears(model: nn.Module) -> set[int]:
-    """The linears of Mamba mixers but in_proj: dt_proj is multiplied by hand, and in training a fused kernel takes the
-    weights of x_proj, dt_proj and out_proj. A hook on such a layer may never see its input."""
-    mixers = [module for module in model.modules() if hasattr(module, "A_log") and hasattr(module, "D")]
-    return {
-        id(child)
-        for mixer in mixers
-        for name, child in mixer.named_children()
-        if name != "in_proj" and matrix_shape(child) is not None
-    }
-
-
-def _tied_weights(model: nn.Module) -> set[int]:
-    names: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)] = names.get(id(parameter), 0) + 1
-    return {key for key, count in names.items() if count > 1}
-
-
 def _match(linears: Mapping[str, nn.Module], targets: str | Sequence[str]) -> dict[str, nn.Module]:
     examples = ", ".join(list(linears)[:3])
     if isinstance(targets, str):
@@ -185,9 +200,9 @@ def count_parameters(model: nn.Module) -> int:
     """All parameters of the base: tied ones once, a quantised matrix as the out * in values it represents."""
     counts = {id(parameter): parameter.numel() for parameter in model.parameters()}
     for module in model.modules():
-        shape = matrix_shape(module)
-        if shape is not None and matrix_view(module) is None:
-            counts[id(module.weight)] = shape[0] * shape[1]
+        weight, shape = own_weight(module), matrix_shape(module)
+        if shape is not None and weight is not None and not weight.is_floating_point():
+            counts[id(weight)] = shape[0] * shape[1]
     return sum(counts.values())
 
 

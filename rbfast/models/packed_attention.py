@@ -24,6 +24,10 @@ NAME = "rbfast_packed"
 NO_MASK = (1, 1, 1, 1)
 
 
+class NotPackable(RuntimeError):
+    """A model asks its attention for something that no packed row can be given."""
+
+
 @dataclass(frozen=True)
 class Packing:
     """How a packed row [1, T] is cut: `cuts` are where its n examples begin, then T; `on_device` the same, int32
@@ -122,10 +126,14 @@ def _attend(
     window = _window(module, kwargs)
     if packing is None or (window is not None and packing.longest > window):
         if attention_mask is not None and attention_mask.shape == NO_MASK:
-            raise RuntimeError(f"{type(module).__name__} sees {window} tokens, which its model's config does not say")
+            raise NotPackable(f"{type(module).__name__} sees {window} tokens, which its model's config does not say")
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    if attention_mask is not None and attention_mask.shape != NO_MASK and window is None:
+        raise NotPackable(f"{type(module).__name__} makes an attention mask of its own")
+    if kwargs.get("position_bias") is not None:
+        raise NotPackable(f"{type(module).__name__} adds a bias of its own to the scores")
     if packing.on_device is not None and not dropout and _suits_flash(query):
         return _attend_at_once(query, key, value, packing, scaling), None
     parts = [
@@ -137,10 +145,10 @@ def _attend(
             is_causal=True,
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
-        )
+        )[0].transpose(0, 1)
         for a, b in pairwise(packing.cuts)
     ]
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+    return torch.cat(parts)[None], None  # contiguous, as some models need it; of four dimensions cat keeps the strides
 
 
 def _suits_flash(query: Tensor) -> bool:
@@ -156,7 +164,8 @@ def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, packing: Packing,
     elif groups > 1:
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     rows = (x[0].transpose(0, 1) for x in (query, key, value))
-    return attend(*rows, packing.on_device, packing.on_device, packing.longest, packing.longest, **options)[None]
+    attended = attend(*rows, packing.on_device, packing.on_device, packing.longest, packing.longest, **options)
+    return attended[None].contiguous()
 
 
 def _window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:

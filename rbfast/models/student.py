@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rbfast.models.linears import whole
 from rbfast.models.packed_attention import (
+    NotPackable,
     drop_packed_attention,
     has_packed_attention,
     lengths_of,
@@ -138,9 +139,12 @@ class Head(NamedTuple):
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
 def head_of(model: PreTrainedModel) -> Head:
-    """The output head of a causal language model, with the softcap (Gemma 2) and scale (Cohere, Granite, Falcon-H1) of
-    its config. Of a sharded model it is gathered: call it once per batch.
+    """The output head of a causal language model, with the softcap (Gemma 2, xLSTM) and the scale (Cohere,
+    Granite, Falcon-H1, Inkling) of its config. Of a sharded model it is gathered: call it once per batch.
 
     Raises:
         ValueError: the model has no output embeddings, so it cannot be distilled as a language model.
@@ -150,8 +154,8 @@ def head_of(model: PreTrainedModel) -> Head:
         raise ValueError(f"{type(model).__name__} has no language-model head: load it as AutoModelForCausalLM")
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
-    scale /= getattr(config, "logits_scaling", None) or 1.0
-    softcap = getattr(config, "final_logit_softcapping", None)
+    scale /= getattr(config, "logits_scaling", None) or getattr(config, "logits_mup_width_multiplier", None) or 1.0
+    softcap = next((found for name in _SOFTCAPS if (found := getattr(config, name, None))), None)
     bias = getattr(head, "bias", None)
     return Head(whole(head.weight), None if bias is None else whole(bias), softcap, float(scale))
 
@@ -204,9 +208,12 @@ def _try_packing(model: PreTrainedModel) -> bool:
             "rbfast cannot train it through its hidden states"
         )
     use_packed_attention(model)
-    packed = _backbone(model, torch.cat(examples, 1), torch.cat(positions, 1), lengths)
-    if _apart(packed, torch.cat(alone)) <= eps**0.5:  # other kernels, the same sums; a leak is far above
-        return True
+    try:
+        packed = _backbone(model, torch.cat(examples, 1), torch.cat(positions, 1), lengths)
+        if _apart(packed, torch.cat(alone)) <= eps**0.5:  # other kernels, the same sums; a leak is far above
+            return True
+    except NotPackable:
+        pass  # said below
     drop_packed_attention(model)
     warnings.warn(
         f"{type(model).__name__} does not keep the examples of a packed row apart: they run one at a time", stacklevel=2
@@ -233,9 +240,19 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 def _backbone(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, lengths: Sequence[int]) -> Tensor:
     packed = packed_inputs(model, lengths, input_ids.device) if has_packed_attention(model) else {}
-    run = getattr(model, "run_backbone", model.base_model)  # a sharded model's own way in
+    run = getattr(model, "run_backbone", backbone_of(model))  # a sharded model's own way in
     output = run(input_ids=input_ids, position_ids=position_ids, use_cache=False, **packed)
     return output.last_hidden_state.squeeze(0)
+
+
+def backbone_of(model: PreTrainedModel) -> nn.Module:
+    """The part of a model up to the last hidden state.
+
+    The text half of a larger model (Llama 4, Mllama) calls itself its base model: there it is the model within.
+    """
+    if model.base_model is not model:
+        return model.base_model
+    return next((part for part in model.children() if isinstance(part, PreTrainedModel)), model)
 
 
 def _gguf(name_or_path: str) -> Path | None:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from rbfast.adapter.sparse_adapter import check_free
 from rbfast.models.linears import is_sharded
+from rbfast.models.student import backbone_of
 
 
 def shard(model: PreTrainedModel, over: int | None = None, device: str | None = None) -> None:
@@ -67,4 +68,4 @@ def _spread(model: PreTrainedModel, over: int | None, device: str) -> None:
 
 def _run_backbone(model: PreTrainedModel, **inputs: Any) -> Any:
     """The forward without the head: as the root's own, it gathers what belongs to no layer."""
-    return model.base_model(**inputs)
+    return backbone_of(model)(**inputs)

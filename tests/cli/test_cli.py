@@ -111,7 +111,39 @@ def test_from_traces_to_a_merged_model_and_a_lora(
     assert (tmp_path / "merged" / "model.safetensors").exists()
     code, _, _ = call(capsys, "export-lora", model_folder, run, "-o", str(tmp_path / "lora"), "--dtype", "float32")
     assert code == 0
-    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    header = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert (header["peft_type"], header["base_model_name_or_path"]) == ("LORA", None)  # not a path of this machine
+
+
+def test_a_base_is_written_as_a_folder_that_an_exported_lora_names(
+    capsys: pytest.CaptureFixture[str], model_folder: str, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    base, lora, saved = (str(tmp_path / name) for name in ("base", "lora", "saved"))
+    assert call(capsys, "merge", model_folder, "--base-only", "-o", base, "--dtype", "float32")[0] == 0
+    model, tokenizer = load_student(base, torch.float32)
+    expected = load_student(model_folder, torch.float32)[0].state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    adapter = SparseAdapter.attach(model, density=0.05)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.05)
+    ids = tokenizer("What is 2 + 2?", return_tensors="pt").input_ids
+    logits = model(ids).logits
+    adapter.save_pretrained(saved)
+    code, _, _ = call(capsys, "export-lora", base, saved, "-o", lora, "--base", base, "--dtype", "float32")
+    assert code == 0
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(lora, dtype=torch.float32)(ids).logits
+    assert torch.dist(theirs, logits) <= 1e-4 * logits.norm()
+
+
+def test_merge_takes_an_adapter_or_only_the_base(
+    capsys: pytest.CaptureFixture[str], model_folder: str, tmp_path: Path
+) -> None:
+    for given in ([], [str(tmp_path), "--base-only"]):
+        code, _, err = call(capsys, "merge", model_folder, *given, "-o", str(tmp_path / "out"))
+        assert code == 2 and "name the folder of an adapter to merge, or give --base-only" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_solve_keeps_to_its_budget(capsys: pytest.CaptureFixture[str], model_folder: str) -> None:

@@ -40,6 +40,9 @@ class Case:
         self.w, self.a = torch.rand(self.T, generator=g).double(), torch.rand(self.T, generator=g).double()
         self.tau = 0.5 + 2 * torch.rand(self.T, generator=g).double()
 
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.hidden, self.weight, self.bias
+
     def signals(self) -> list:
         return [TopK(self.ids, self.logprobs, self.topk_rows), Dense(logits=self.teacher_logits, rows=self.dense_rows)]
 
@@ -84,6 +87,132 @@ def test_mixed_rows_match_the_plain_formula(beta, reduction, head):
     torch.testing.assert_close(out.ce, ce_truth)
     for ours, theirs in zip(torch.autograd.grad(out.loss, inputs, upstream), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def at_temperature(z, ids, log_p, s, tau, beta):
+    """k + 1 buckets of log-probs that were taken at temperature s, by the formula of TopK's docstring, in fp64."""
+    support = torch.zeros_like(z, dtype=torch.bool).scatter(1, ids, True)
+    shape = torch.softmax((z.detach() / s).masked_fill(support, -torch.inf), 1)
+    unseen = 1 - log_p.exp().sum(1, keepdim=True)
+    tail = unseen ** (s / tau) * torch.where(support, 0, shape ** (s / tau)).sum(1, keepdim=True)
+    teacher = torch.cat([log_p.exp() ** (s / tau), tail], 1)
+    student = torch.log_softmax(z / tau, 1)
+    rest = student.masked_fill(support, -torch.inf).logsumexp(1, keepdim=True)
+    return divergence(
+        (teacher / teacher.sum(1, keepdim=True)).log(), torch.cat([student.gather(1, ids), rest], 1), beta
+    )
+
+
+@pytest.mark.parametrize("head", [{}, {"softcap": 2.0, "logit_scale": 1.7}])
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("trains_head", [False, True])
+def test_log_probs_at_a_temperature_match_the_plain_formula_in_mixed_rows(beta, reduction, head, trains_head):
+    """Three signals of log-probs, at 2, at 0.6 and at 1, one whole distribution of more ids, and rows of text."""
+    case = Case()
+    hidden, weight, bias = (x.clone().requires_grad_(i == 0 or trains_head) for i, x in enumerate(case.inputs()))
+    inputs = [hidden, weight, bias] if trains_head else [hidden]
+    parts = [(2.0, slice(0, 4)), (0.6, slice(4, 7)), (1.0, slice(7, 9))]
+    wider = torch.cat([case.teacher_logits, case.teacher_logits[:, :5]], 1)
+    signals = [TopK(case.ids[i], case.logprobs[i], case.topk_rows[i], temperature=s) for s, i in parts]
+    signals.append(Dense(logits=wider, rows=case.dense_rows))
+
+    z = student_logits(hidden, weight, bias, **head)
+    tau, d = case.tau.unsqueeze(1), torch.zeros(case.T, dtype=torch.float64)
+    for s, i in parts:
+        rows = case.topk_rows[i]
+        d = d.index_put((rows,), at_temperature(z[rows], case.ids[i], case.logprobs[i], s, tau[rows], beta))
+    rows = case.dense_rows
+    log_p, log_q = (torch.log_softmax(x / tau[rows], 1) for x in (case.teacher_logits, z[rows]))
+    d = d.index_put((rows,), divergence(log_p, log_q, beta)) * (case.labels != -100)
+    ce = -torch.log_softmax(z, 1).gather(1, case.labels.clamp_min(0).unsqueeze(1)).squeeze(1) * (case.labels != -100)
+    truth = case.w * case.tau**2 * d + case.a * ce
+    truth = truth.sum() / int((case.labels != -100).sum()) if reduction == "mean" else truth
+    upstream = torch.ones_like(truth)
+
+    loss_fn = DistillLoss(beta, reduction=reduction, chunk_rows=32, **head)
+    out = loss_fn(hidden, weight, case.labels, signals, head_bias=bias, **case.arguments())
+    for ours, theirs in ((out.loss, truth), (out.divergence, d), (out.ce, ce)):
+        torch.testing.assert_close(ours, theirs)
+    expected = torch.autograd.grad(truth, inputs, upstream)
+    for ours, theirs in zip(torch.autograd.grad(out.loss, inputs, upstream), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("gap", [1.0, 0.02])
+@pytest.mark.parametrize("ce_weight", [0.0, 0.3])
+def test_log_probs_already_at_the_temperature_are_compared_as_they_came(isa, beta, gap, ce_weight):
+    """What TRL's served teachers send: log softmax(y / 2), for a loss at temperature 2; in bf16, against fp64."""
+    case, tau = Near(gap), 2.0
+    log_p, ids = torch.log_softmax(case.log_p / tau, 1).topk(case.K, 1)
+    z = case.exact[0] @ case.exact[1].T
+    student = torch.log_softmax(z / tau, 1)
+    rest = student.scatter(1, ids, -torch.inf).logsumexp(1, keepdim=True)
+    sent = torch.cat([log_p, torch.log1p(-log_p.exp().sum(1, keepdim=True))], 1)
+    d = divergence(sent, torch.cat([student.gather(1, ids), rest], 1), beta)
+    ce = torch.nn.functional.cross_entropy(z, case.labels, reduction="none")
+    truth = (tau**2 * d + ce_weight * ce).sum()
+    expected = torch.autograd.grad(truth, case.exact)
+
+    signal = TopK(ids, log_p.float(), temperature=tau)
+    out = DistillLoss(beta, reduction="sum")(
+        case.hidden, case.weight, case.labels, signal, ce_weight=ce_weight, temperature=tau
+    )
+    assert out.loss.item() == pytest.approx(truth.item(), rel=1e-3) and (out.divergence >= 0).all()
+    for ours, theirs in zip(torch.autograd.grad(out.loss, (case.hidden, case.weight)), expected, strict=True):
+        assert relative_error(ours, theirs) < 4e-3  # dz and what is returned are rounded to bf16
+    wrong = DistillLoss(beta)(case.hidden, case.weight, case.labels, TopK(ids, log_p.float()), temperature=tau)
+    assert abs(wrong.divergence.sum().item() - d.sum().item()) > 0.1 * d.sum().item()
+
+
+def test_bits_at_a_temperature_do_not_depend_on_chunks():
+    case = Near(0.5)
+    log_p, ids = torch.log_softmax(case.log_p / 2, 1).topk(case.K, 1)
+    found = []
+    for rows in (32, 64):
+        out = DistillLoss(chunk_rows=rows)(
+            case.hidden,
+            case.weight,
+            case.labels,
+            TopK(ids, log_p.float(), temperature=2.0),
+            ce_weight=0.3,
+            temperature=2.0,
+        )
+        found.append((out.divergence, out.ce, torch.autograd.grad(out.loss, case.hidden)[0]))
+    assert all(torch.equal(left, right) for left, right in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), float("inf"), True, torch.ones(9), "2"])
+def test_a_signal_at_no_temperature_is_refused(temperature):
+    case = Case()
+    signal = TopK(case.ids, case.logprobs, case.topk_rows, temperature=temperature)
+    with pytest.raises(ValueError, match="TopK's temperature must be a positive number"):
+        DistillLoss()(case.hidden, case.weight, case.labels, signal)
+
+
+@pytest.mark.parametrize(("value", "what"), [(-torch.inf, "only -inf"), (torch.nan, "NaN or infinity")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("known", [False, True])
+def test_a_teacher_row_that_is_no_distribution_is_refused(value, what, dtype, beta, known):
+    case = Case()
+    logits = case.teacher_logits.to(dtype)
+    logits[3] = value
+    rows = (case.labels != -100).nonzero()[:, 0] if known else None
+    owned = ~torch.isin(case.dense_rows, (case.labels == -100).nonzero()[:, 0])
+    signal = Dense(logits=logits[owned], rows=case.dense_rows[owned])
+    with pytest.raises(ValueError, match=f"Dense teacher's logits holds {what}, which is no distribution"):
+        DistillLoss(beta)(case.hidden.to(dtype), case.weight.to(dtype), case.labels, signal, rows=rows)
+
+
+def test_a_teacher_that_excludes_most_ids_is_fine_and_a_broken_student_is_not_blamed_on_it():
+    case = Case()
+    logits = case.teacher_logits.clone()
+    logits[:, 1:] = -torch.inf
+    signal = Dense(logits=logits, rows=case.dense_rows)
+    assert DistillLoss()(case.hidden, case.weight, case.labels, signal).divergence.isfinite().all()
+    assert DistillLoss()(case.hidden * torch.nan, case.weight, case.labels, signal).loss.isnan()
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])

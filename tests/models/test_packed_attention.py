@@ -7,6 +7,7 @@ import pytest
 import torch
 from host_waits import host_waits
 from tiny_models import llama
+from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from rbfast.models import packed_attention
@@ -97,3 +98,31 @@ def test_it_says_what_attends():
     assert attention_of(model, torch.device("cpu")) == "sdpa, the model's own"
     packs(model)
     assert "one example at a time" in attention_of(model, torch.device("cpu"))
+
+
+def test_what_it_returns_is_contiguous():
+    """Some models (AFMoE, JetMoE) look at it as a matrix."""
+    query, key = torch.randn(1, 4, 25, 8), torch.randn(1, 2, 25, 8)
+    attended, _ = packed_attention._attend(nn.Module(), query, key, key, None, packing=packing(LENGTHS, query.device))
+    assert attended.shape == (1, 25, 4, 8) and attended.is_contiguous()
+
+
+@pytest.mark.parametrize("extra", [{"attention_mask": torch.zeros(1, 4, 25, 25)}, {"position_bias": torch.ones(1)}])
+def test_what_a_model_adds_to_the_scores_is_not_dropped(extra):
+    query = torch.randn(1, 4, 25, 8)
+    options = {"attention_mask": None, "packing": packing(LENGTHS, query.device)} | extra
+    with pytest.raises(packed_attention.NotPackable, match="of its own"):
+        packed_attention._attend(nn.Module(), query, query, query, **options)
+
+
+def test_a_model_with_a_mask_of_its_own_runs_one_example_at_a_time():
+    model = llama().eval()
+
+    def mask_itself(attention, args, kwargs):
+        tokens = kwargs["hidden_states"].shape[1]
+        return args, kwargs | {"attention_mask": torch.zeros(1, 1, tokens, tokens)}
+
+    model.model.layers[0].self_attn.register_forward_pre_hook(mask_itself, with_kwargs=True)
+    with pytest.warns(UserWarning, match="does not keep the examples of a packed row apart"):
+        assert not packs(model)
+    assert not packed_attention.has_packed_attention(model)

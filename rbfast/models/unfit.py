@@ -1,0 +1,124 @@
+"""Which linear layers can have no delta, and why: one would change more than its layer, or nothing at all.
+
+A delta lives in a layer's weight and learns from what goes through the layer. So the weight must be the layer's alone,
+and whoever uses the weight must do it by running the layer.
+"""
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rbfast.models.weight_use import own_weight, weight_use
+
+Linears = Mapping[str, tuple[nn.Module, tuple[int, int]]]
+
+
+class Unfit(NamedTuple):
+    """Why a layer can have no delta. is_news: attaching says so; others are usual."""
+
+    reason: str
+    is_news: bool
+
+
+def unfit_linears(model: nn.Module, linears: Linears) -> dict[str, Unfit]:
+    """The layers that can have no delta, of linears (layer, (out, in)) by name."""
+    tied, overlapping, bypassed = _tied_weights(model), _overlapping_weights(model), _bypassed_linears(model)
+    found = {}
+    for name, (module, shape) in linears.items():
+        weight = own_weight(module)
+        if weight is not None and id(weight) in tied:
+            found[name] = Unfit(f"the weight of {name} is tied to another module's: a delta would change both", False)
+        elif id(module) in bypassed:
+            how, is_news = bypassed[id(module)]
+            found[name] = Unfit(how.replace("NAME", name), is_news)
+        elif weight is not None and id(weight) in overlapping:
+            found[name] = Unfit(
+                f"the weight of {name} shares its memory with another one: a delta would change both", True
+            )
+        elif (use := weight_use(module, shape)).kind == "unfit":
+            found[name] = Unfit(f"{name} {use.reason}", True)
+    return found
+
+
+def _tied_weights(model: nn.Module) -> set[int]:
+    names: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)] = names.get(id(parameter), 0) + 1
+    return {key for key, count in names.items() if count > 1}
+
+
+def _overlapping_weights(model: nn.Module) -> set[int]:
+    """Those of two tensors or more that share memory, like a decoder's weight that is a view of the encoder's."""
+    spans: dict[torch.device, list[tuple[int, int, int]]] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and tensor.numel():
+            start = tensor.data_ptr()
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            end = start + (last + 1) * tensor.element_size()
+            spans.setdefault(tensor.device, []).append((start, end, id(tensor)))
+    return {key for found in spans.values() for pair in _overlaps(sorted(found)) for key in pair}
+
+
+def _overlaps(spans: list[tuple[int, int, int]]) -> Iterator[tuple[int, int]]:
+    """Pairs of keys of spans (start, end, key), sorted, such that every span with an overlap is in one."""
+    widest = (0, 0, 0)
+    for span in spans:
+        if span[0] < widest[1]:
+            yield widest[2], span[2]
+        widest = max(widest, span, key=lambda one: one[1])
+
+
+def _bypassed_linears(model: nn.Module) -> dict[int, Unfit]:
+    """By id, layers whose weight others multiply by without running them, so that a delta may never see their input;
+    in the reasons NAME stands for the layer's."""
+    found = {}
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            reason = "nn.MultiheadAttention multiplies by the weight of NAME without running the layer"
+            found[id(module.out_proj)] = Unfit(reason, True)
+        children = dict(module.named_children())
+        if hasattr(module, "A_log") and hasattr(module, "D"):
+            # dt_proj is multiplied by by hand; in training a fused kernel takes x_proj, dt_proj and out_proj.
+            reason = "a Mamba mixer may use the weight of NAME without running the layer"
+            found |= {id(child): Unfit(reason, False) for name, child in children.items() if name != "in_proj"}
+        for name in children.keys() & _multiplied_by_hand(type(module)):
+            reason = f"{type(module).__name__} multiplies by the weight of NAME without running the layer"
+            found.setdefault(id(children[name]), Unfit(reason, True))
+        gain = module._parameters.get("A")
+        if "dt_proj" in children and gain is not None and not gain.is_meta and not gain.any():
+            reason = "NAME acts through exp(A softplus(y)), which is 1 as long as A is 0, as it is here"  # Doge's masks
+            found[id(children["dt_proj"])] = Unfit(reason, True)
+    return found
+
+
+_PRODUCT = re.compile(
+    r"(?:@\s*|\b(?:linear|matmul|mm|addmm)\([^()]*(?:\([^()]*\)[^()]*)*?,\s*)self\.(\w+)\.weight\b(?!\.(?:dtype|shape|device))"
+)
+
+
+def _multiplied_by_hand(kind: type[nn.Module]) -> set[str]:
+    """The layers, by their names in a class, whose weight its code multiplies by: `F.linear(x, self.gate.weight)`.
+
+    What is written otherwise shows in the first step (`rbfast.adapter.first_step`).
+    """
+    return {name for base in kind.__mro__ if "forward" in vars(base) for name in _products_in(base)}
+
+
+@cache
+def _products_in(kind: type) -> frozenset[str]:
+    if kind.__module__.startswith("torch."):
+        return frozenset()
+    functions = [function for function in vars(kind).values() if inspect.isfunction(function)]
+    return frozenset(name for function in functions for name in _PRODUCT.findall(_source_of(function)))
+
+
+def _source_of(function: Any) -> str:
+    try:
+        return inspect.getsource(function)
+    except OSError:  # there is none, as of a class made in a shell
+        return ""

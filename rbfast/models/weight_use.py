@@ -1,0 +1,152 @@
+"""How a layer uses its weight: whether y = x W^T, y = x W or something else, and why some layers can have no delta.
+
+A class name and a shape cannot tell: a square layer may multiply by its weight or by the transpose of it. So a layer
+with a forward of its own is run once, on one row: the gradient of its weight says what it does. nn.Linear and
+transformers' Conv1D are known, and a weight that is quantised, sharded or on meta is taken at its word.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+FOLDABLE = (torch.bfloat16, torch.float16, torch.float32)
+_TOLERANCE = 4e-3  # tf32 rounds factors by 1e-3
+
+Kind = Literal["linear", "transposed", "opaque", "unfit"]
+
+
+class WeightUse(NamedTuple):
+    """linear: y = x W^T. transposed: y = x W. opaque: a delta can only run beside the weight. unfit: it can have none.
+
+    reason: of the last two, why; it reads on from the layer's name.
+    """
+
+    kind: Kind
+    reason: str = ""
+
+
+LINEAR, TRANSPOSED = WeightUse("linear"), WeightUse("transposed")
+
+
+def weight_use(module: nn.Module, shape: tuple[int, int]) -> WeightUse:
+    """What a layer of `shape` (out, in) does with its weight."""
+    weight = own_weight(module)
+    if weight is None:
+        return _use_of_computed(module)
+    if not is_plain(weight):
+        return TRANSPOSED if is_conv1d(module) else LINEAR
+    if weight.dim() != 2:
+        return WeightUse("unfit", f"has a weight of shape {tuple(weight.shape)}, which is no matrix")
+    forward = _forward_of(module)
+    if forward is nn.Linear.forward:
+        return LINEAR
+    if is_conv1d(module) and type(module).__module__ == "transformers.pytorch_utils":
+        return TRANSPOSED
+    if weight.is_meta or weight.is_inference():  # there is nothing to try, or autograd refuses it
+        return TRANSPOSED if is_conv1d(module) else LINEAR
+    known = _TRIED.get(module)
+    if known is None or known[0] is not forward:
+        known = _TRIED[module] = forward, _try(module, weight, shape)
+    return known[1]
+
+
+_TRIED: WeakKeyDictionary[nn.Module, tuple[Callable[..., Any], WeightUse]] = WeakKeyDictionary()
+
+
+def own_weight(module: nn.Module) -> Tensor | None:
+    """The weight that a layer stores; None if it has none, or computes it."""
+    return module._parameters.get("weight", module._buffers.get("weight"))
+
+
+def has_weight(module: nn.Module) -> bool:
+    """Whether a layer stores a weight or computes one; asking does not compute it."""
+    return own_weight(module) is not None or "weight" in module.__dict__ or hasattr(type(module), "weight")
+
+
+def is_plain(weight: Any) -> bool:
+    """Whether a weight is a tensor of plain numbers in a dtype that a delta can be folded into; it may be on meta."""
+    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in FOLDABLE
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's Conv1D, which keeps its weight as [in, out] and its sizes in the weight alone."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def input_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """The tensor that a layer was called with, by place or by name."""
+    given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    if not given or (not args and len(given) > 1):
+        raise TypeError(
+            f"a layer with a delta takes one tensor, got {len(args)} arguments and {sorted(kwargs)} by name"
+        )
+    return given[0]
+
+
+def _use_of_computed(module: nn.Module) -> WeightUse:
+    """A weight that is no parameter: made anew in each forward, or that of a layer within it."""
+    is_made = "parametrizations" in module._modules or "weight" in module.__dict__
+    inner = [own_weight(child) for child in module.modules() if child is not module]
+    if not is_made and any(weight is not None and weight is module.weight for weight in inner):
+        return WeightUse("unfit", "wraps a layer and shows that layer's weight as its own")
+    return WeightUse("opaque", "computes its weight (weight norm, spectral norm, a parametrization, pruning)")
+
+
+def _forward_of(module: nn.Module) -> Callable[..., Any]:
+    """The function that runs; not what accelerate puts around it to move weights."""
+    own = module.__dict__.get("forward")
+    return type(module).forward if own is None or "_hf_hook" in module.__dict__ else own
+
+
+def _try(module: nn.Module, weight: Tensor, shape: tuple[int, int]) -> WeightUse:
+    out_features, in_features = shape
+    count = torch.arange(max(shape), device=weight.device, dtype=torch.float32)
+    x, dy = count[:in_features].cos().to(weight.dtype), (0.7 * count[:out_features]).sin().to(weight.dtype)
+    errors = []
+    for row in (x[None, None], x[None]):  # a batch of sequences, else tokens in a row
+        try:
+            with _aside(module, weight) as leaf:
+                y = module.forward(row)
+                if not isinstance(y, Tensor):
+                    return WeightUse("unfit", f"returns a {type(y).__name__}, not a tensor")
+                if y.shape != (*row.shape[:-1], out_features):
+                    return WeightUse("unfit", f"turns an input {tuple(row.shape)} into {tuple(y.shape)}")
+                return _use_by_gradient(y, leaf, x, dy)
+        except Exception as error:  # anything, from code that is not ours: the layer is left alone, with its words
+            errors.append(f"{type(error).__name__}: {error}")
+    return WeightUse("unfit", f"cannot be tried on one row ({errors[0]})")
+
+
+def _use_by_gradient(y: Tensor, leaf: Tensor, x: Tensor, dy: Tensor) -> WeightUse:
+    if not y.requires_grad:
+        return WeightUse("unfit", "gives the same output whatever its weight is")
+    (found,) = torch.autograd.grad(y, leaf, dy.expand_as(y).to(y.dtype), allow_unused=True)
+    if found is None or not found.any():
+        return WeightUse("unfit", "gives the same output whatever its weight is")
+    tolerance = max(_TOLERANCE, 4 * torch.finfo(leaf.dtype).eps)
+    for use, expected in ((LINEAR, torch.outer(dy, x)), (TRANSPOSED, torch.outer(x, dy))):
+        if found.shape == expected.shape and (found - expected).norm() <= tolerance * expected.norm():
+            return use
+    return WeightUse("opaque", "does more to its weight than multiply by it")
+
+
+@contextmanager
+def _aside(module: nn.Module, weight: Tensor) -> Iterator[Tensor]:
+    """Within the block the layer has a leaf in place of its weight, with the same values, and is in evaluation mode."""
+    store: Any = module._parameters if "weight" in module._parameters else module._buffers
+    training = [part for part in module.modules() if part.training]
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(weight.device.type, enabled=False):
+        leaf = nn.Parameter(weight.detach())
+        store["weight"] = leaf
+        for part in training:
+            part.training = False
+        try:
+            yield leaf
+        finally:
+            store["weight"] = weight
+            for part in training:
+                part.training = True

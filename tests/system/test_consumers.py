@@ -1,0 +1,93 @@
+"""llama.cpp and vLLM run an exported LoRA and write, token for token, what the merged model does.
+
+Both are large, and vLLM wants a torch of its own, so nothing installs them for the tests: pip install '.[consumers]'
+into an environment for that, and run this file there.
+"""
+
+import pytest
+import torch
+from gguf_files import SPECIAL, VOCABULARY, write_llama, write_lora
+from tiny_models import attach, disturb, llama
+
+pytestmark = pytest.mark.slow
+
+# Those of sixteen whose tokens are no near ties.
+PROMPTS = [[1, *(3 + (7 * n + 11 * i) % 128 for i in range(5 + n))] for n in (1, 2, 3, 5, 7, 8, 9, 11)]
+TOKENS = 8
+MARGIN = 0.02  # between the likeliest token and the next: closer ones are a matter of rounding
+
+
+def student():
+    sizes = dict(vocab_size=VOCABULARY, hidden_size=128, intermediate_size=192, num_attention_heads=4)
+    sizes |= dict(tie_word_embeddings=False, initializer_range=0.3, max_position_embeddings=128)
+    model = llama(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=2).eval()
+    with torch.no_grad():
+        model.lm_head.weight[: len(SPECIAL)] = 0  # never the likeliest: nobody has to stop
+    return model
+
+
+def written(model):
+    found = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        for _ in range(TOKENS):
+            with torch.no_grad():
+                best = model(ids).logits[:, -1].topk(2)
+            assert best.values[0, 0] - best.values[0, 1] > MARGIN, "a near tie: choose other prompts"
+            ids = torch.cat([ids, best.indices[:, :1]], 1)
+        found.append(ids[0, len(prompt) :].tolist())
+    return found
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The base as a folder and as GGUF, the LoRA as both, and what the base and the merged model write."""
+    folder, model = tmp_path_factory.mktemp("consumers"), student()
+    base = written(model)
+    model.save_pretrained(folder / "base")
+    write_llama(model, folder / "base.gguf")
+    adapter = attach(model)
+    disturb(adapter, size=0.5)
+    adapter.export_lora(folder / "lora", str(folder / "base"))
+    write_lora(folder / "lora", model.config, folder / "lora.gguf")
+    adapter.merge()
+    merged = written(model)
+    assert all(ours != theirs for ours, theirs in zip(merged, base, strict=True)), "the adapter must matter"
+    return folder, base, merged
+
+
+def test_llama_cpp(files):
+    xllamacpp = pytest.importorskip("xllamacpp", reason="needs the extra `consumers`")
+    folder, base, merged = files
+
+    def run(adapters):
+        params = xllamacpp.CommonParams()
+        params.model.path, params.n_ctx, params.n_parallel = str(folder / "base.gguf"), 256, 1
+        params.cpuparams.n_threads, params.warmup = 1, False
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # half of that turns near ties
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(path), 1.0) for path in adapters]
+        server = xllamacpp.Server(params)
+        asked = dict(max_tokens=TOKENS, temperature=0.0, logprobs=1, ignore_eos=True, cache_prompt=False)
+        replies = [server.handle_completions({"prompt": prompt, **asked})["choices"][0] for prompt in PROMPTS]
+        return [[token["id"] for token in reply["logprobs"]["content"]] for reply in replies]
+
+    assert run([]) == base
+    assert run([folder / "lora.gguf"]) == merged
+
+
+def test_vllm(files):
+    vllm = pytest.importorskip("vllm", reason="needs the extra `consumers`")
+    from vllm.lora.request import LoRARequest
+
+    folder, base, merged = files
+    options = dict(dtype="float32", enforce_eager=True, max_model_len=128, skip_tokenizer_init=True, max_num_seqs=8)
+    engine = vllm.LLM(str(folder / "base"), enable_lora=True, max_lora_rank=8, **options)
+    sampling = vllm.SamplingParams(temperature=0.0, max_tokens=TOKENS, detokenize=False, ignore_eos=True)
+    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+
+    def run(adapter):
+        replies = engine.generate(prompts, sampling, lora_request=adapter, use_tqdm=False)
+        return [list(reply.outputs[0].token_ids) for reply in replies]
+
+    assert run(None) == base
+    assert run(LoRARequest("trained", 1, str(folder / "lora"))) == merged
