@@ -94,19 +94,25 @@ class Trace:
             fields["spans"] = [[span.start, span.end, ROLES[span.role]] for span in self.spans]
         return {name: value for name, value in fields.items() if value is not None}
 
-    def completion(self) -> str:
-        """What the student learns to write."""
-        return f"{self._plan_text()}{self.reasoning}{self._answer_text()}"
+    def thought(self) -> str:
+        """The plan and the reasoning."""
+        return f"{self._plan_text()}{self.reasoning}"
 
-    def role_spans(self) -> list[Span]:
-        """Spans that tile `completion()` exactly: the plan, the reasoning by its own spans or else by `split_spans`,
-        the answer."""
+    def thought_spans(self) -> list[Span]:
+        """Spans that tile `thought()` exactly: the plan, the reasoning by its own spans or else by `split_spans`."""
         offset = len(self._plan_text())
         spans = [Span(0, offset, STRATEGIC)] if offset else []
         inner = split_spans(self.reasoning) if self.spans is None else self.spans
-        spans += [Span(start + offset, end + offset, role) for start, end, role in inner]
-        end = offset + len(self.reasoning)
-        return [*spans, Span(end, end + len(self._answer_text()), ANSWER)]
+        return [*spans, *(Span(start + offset, end + offset, role) for start, end, role in inner)]
+
+    def completion(self) -> str:
+        """Plan, reasoning and answer as one text: what a student without a thinking template learns to write."""
+        return f"{self.thought()}{self._answer_text()}"
+
+    def role_spans(self) -> list[Span]:
+        """Spans that tile `completion()` exactly."""
+        end = len(self.thought())
+        return [*self.thought_spans(), Span(end, end + len(self._answer_text()), ANSWER)]
 
     def _plan_text(self) -> str:
         return f"{self.plan}\n\n" if self.plan else ""
