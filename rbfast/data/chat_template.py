@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rbfast.data.instruction import ANSWER, BOXED, Instruction
+from rbfast.data.instruction import ANSWER, BOXED, Instruction, write_instruction
 from rbfast.data.thinking import render, thinking_format
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ def format_prompt(
     prompt = render_conversation(tokenizer, messages, system, open_reply=True)
     if not prompt.endswith(opening := thinking_format(tokenizer).opening):
         raise ValueError(
-            f"the prompt of {problem[:60]!r} ends with {prompt[-80:]!r} where others end with {opening!r}: something in "
-            "it tells the chat template to think otherwise; leave it out"
+            f"the prompt of {problem[:60]!r} ends with {prompt[-80:]!r} where others end with {opening!r}: something "
+            "in it tells the chat template to think otherwise; leave it out"
         )
     if request.strip() not in prompt:
         raise ValueError(
@@ -85,6 +86,13 @@ def _without_template(tokenizer: PreTrainedTokenizerBase, system: str | None, me
 
 def _user(content: str) -> dict[str, str]:
     return {"role": "user", "content": content}
+
+
+def write_prompt(folder: str | Path, tokenizer: PreTrainedTokenizerBase, instruction: Instruction) -> None:
+    """Writes prompt.json: the instruction, and what the chat template must be told; `saved_instruction` reads it."""
+    found = thinking_format(tokenizer)
+    about = {"thinking": found.kind, "chat_template_kwargs": dict(found.switches), "stop": found.end}
+    write_instruction(folder, instruction, about)
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:

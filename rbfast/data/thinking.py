@@ -6,8 +6,8 @@ found = thinking_format(tokenizer)                       # of Qwen3: kind "reply
 ```
 
 It is found by rendering: a turn with a thought in every form that templates know, beside the generation prompt. What is
-rendered after that prompt is what the model writes. A template that drops the thought of a last turn (R1 distills) shows
-only how a turn begins and ends; the thought then stands in the tags that the template names.
+rendered after that prompt is what the model writes. A template that drops the thought of a last turn (R1 distills)
+shows only how a turn begins and ends; the thought then stands in the tags that the template names.
 """
 
 from __future__ import annotations

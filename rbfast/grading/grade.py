@@ -32,7 +32,17 @@ class Problem:
 
 _WHOLE = re.compile(r".*(?:\n|</answer>)", re.DOTALL | re.IGNORECASE)
 _TAG = re.compile(r"<answer>(.*?)(?=</answer>|<answer>|\Z)", re.DOTALL | re.IGNORECASE)
-_MARKS = re.compile(r"</?(?:think|answer)>", re.IGNORECASE)
+# What ends the thinking of a completion, whichever template it was written in.
+_THOUGHT = re.compile(
+    r".*(?:</(?:think|thinking|thought|reasoning|seed:think)>|\[/THINK\]|<\|/think\|>|<channel\|>"
+    r"|<\|channel\|>final<\|message\|>)",
+    re.DOTALL,
+)
+_MARKS = re.compile(
+    r"</?(?:think|answer|seed:think)>|\[/?THINK\]|<\|channel\|>(?:analysis|final)<\|message\|>|<\|end\|>"
+    r"|<\|start\|>assistant|<\|channel>thought|<channel\|>",
+    re.IGNORECASE,
+)
 _HASHES = re.compile(r"####\s*(\S.*)")
 _PHRASE = re.compile(r"\banswer\b[^.\n:=]{0,60}?(?:\bis\b|:|=)[*_:\s]*(\S.*)", re.IGNORECASE)
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{|\d)")
@@ -47,8 +57,10 @@ def extract_answer(text: str) -> str | None:
     """The final answer a completion states, or None if it marks none.
 
     Looked for in this order, the last one of its kind: `<answer>..</answer>` (closed or not), a balanced `\\boxed{}`
-    (or several that are listed: `\\boxed{2}` and `\\boxed{3}`), `#### ..`, `answer is ..` / `Answer: ..`.
+    (or several that are listed: `\\boxed{2}` and `\\boxed{3}`), `#### ..`, `answer is ..` / `Answer: ..`. Of a
+    completion that closes its thinking, what follows it counts alone.
     """
+    text = without_thinking(text)
     tagged = [match.strip() for match in _TAG.findall(text)]
     # A student that repeats the instruction writes "between <answer> and </answer>": that "and" is no answer.
     if answer := next((tag for tag in reversed(tagged) if tag and tag != "and"), None):
@@ -61,8 +73,19 @@ def extract_answer(text: str) -> str | None:
     return None
 
 
+def without_thinking(text: str) -> str:
+    """What a completion says after its thinking; all of it if it closes none, or says nothing after it."""
+    closed = _THOUGHT.match(text)
+    said = text[closed.end() :] if closed else ""
+    return said if said.strip() else text
+
+
+def _last_line(text: str) -> str:
+    return without_thinking(text).strip().rpartition("\n")[2]
+
+
 def without_tags(text: str) -> str:
-    """A part of a completion for people: no `<think>` or `<answer>`, opened or closed, and no white space around it."""
+    """A part of a completion for people: no marks of thinking or answer, and no white space around it."""
     return _MARKS.sub("", text).strip()
 
 
@@ -105,7 +128,7 @@ def grade(problem: Problem, completion: str, *, truncated: bool = False) -> floa
         whole = _WHOLE.match(completion)
         statement = (extract_answer(whole[0]) if whole else None) or ""
     else:
-        statement = extract_answer(completion) or completion.strip().rpartition("\n")[2]
+        statement = extract_answer(completion) or _last_line(completion)
     found = readings(statement)
     if not problem.entry:
         return float(equals_any(problem.answer, found))
@@ -126,6 +149,6 @@ def reasoning_gym() -> Any:
 
 def answer_key(text: str) -> str | None:
     """What a vote counts: the final answer of a completion, the same text for equal numbers; None if it has none."""
-    statement = extract_answer(text) or text.strip().rpartition("\n")[2]
+    statement = extract_answer(text) or _last_line(text)
     keys = [key(reading) for reading in readings(statement)]
     return next(filter(is_number, keys), keys[0] if keys else "") or None

@@ -1,5 +1,7 @@
 """What a student is trained to write is what its chat template renders, in the habits of two dozen public templates."""
 
+from copy import deepcopy
+
 import pytest
 from thinking_templates import BOS, CASES, Case, tokenizer_of
 from tiny import tiny_tokenizer
@@ -146,7 +148,7 @@ def test_a_thought_that_would_end_itself_is_left_out():
 
 
 def with_template(template: str):
-    tokenizer = tokenizer_of("qwen3")
+    tokenizer = deepcopy(tokenizer_of("qwen3"))
     tokenizer.chat_template = template
     return tokenizer
 
@@ -171,7 +173,7 @@ def test_an_unknown_kind_says_what_was_rendered(habit):
 
 
 def test_a_template_that_leaves_the_problem_out_is_refused():
-    with pytest.raises(ValueError, match="leaves the problem out: .*rendered as '<bot>'"):
+    with pytest.raises(ValueError, match=r"leaves the problem out: .*rendered as '<bot>'"):
         thinking_format(with_template("<bot>"))
 
 

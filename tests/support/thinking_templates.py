@@ -1,6 +1,7 @@
 """Chat templates with the habits of public models, written for the tests, and small tokenizers that carry them."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from tiny_tokenizers import END, byte_level
 from tokenizers import AddedToken
@@ -146,7 +147,8 @@ _PARTS_ONLY = """{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
 _WRAPPED = """{%- for m in messages %}{% if m.role == 'assistant' %}
-{{- '<|bot|><think>\n' + (m.reasoning_content or '') + '\n</think>\n<answer>\n' + m.content + '\n</answer><|end_of_sentence|>' }}
+{{- '<|bot|><think>\n' + (m.reasoning_content or '') + '\n</think>\n' }}
+{{- '<answer>\n' + m.content + '\n</answer><|end_of_sentence|>' }}
 {%- else %}{{ '<|' + m.role + '|>' + m.content }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|bot|>' }}{% endif %}"""
 
@@ -209,6 +211,7 @@ CASES = {
 BOS = "<|begin|>"
 
 
+@lru_cache
 def tokenizer_of(name: str, *texts: str, size: int = 400) -> PreTrainedTokenizerFast:
     """A small tokenizer with the template of `CASES[name]`; its eos is `END`, as if left from a base model."""
     case = CASES[name]
