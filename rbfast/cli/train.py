@@ -61,6 +61,7 @@ def add_distill(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--shard", type=int, metavar="PROCESSES", help="spread each copy of MODEL over so many processes")
     sub.add_argument("--max-tokens", type=int, help="leave longer traces out, and list them (default: 4096)")
     sub.add_argument("--save-steps", type=int, help="steps between checkpoints (default: 50)")
+    sub.add_argument("--turns", choices=["last", "all"], help="replies of a conversation to train (default: last)")
     add_instruction(sub, "boxed if MODEL's chat template thinks, else answer")
     sub.add_argument("--plan", action="store_true", help="print the memory that the run would take, and train nothing")
     add_formats(sub)

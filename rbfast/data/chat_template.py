@@ -32,13 +32,14 @@ def format_prompt(
 
     Args:
         instruction: what follows the problem; None for the tokenizer's default.
-        system: a system prompt; it opens the first turn if the template knows none.
+        system: a system prompt (None: the instruction's); it opens the first turn if the template knows none.
         turns: earlier messages, {"role": "user" or "assistant", "content": ..}.
 
     Raises:
         ValueError: the rendered prompt does not hold the problem.
     """
-    request = (instruction or default_instruction(tokenizer)).request(problem)
+    asked = instruction or default_instruction(tokenizer)
+    request, system = asked.request(problem), asked.system if system is None else system
     messages = [*({"role": turn["role"], "content": turn["content"]} for turn in turns), _user(request)]
     if tokenizer.chat_template is None:
         return _without_template(tokenizer, system, messages)

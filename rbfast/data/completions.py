@@ -8,7 +8,7 @@ ids, offsets = tokens_of(written, tokenizer)             # without the end of tu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,8 +16,8 @@ import numpy as np
 
 from rbfast.data.chat_template import default_instruction
 from rbfast.data.instruction import Instruction
-from rbfast.data.spans import ANSWER
-from rbfast.data.thinking import added_tokens, thinking_format
+from rbfast.data.spans import ANSWER, Span, split_spans
+from rbfast.data.thinking import ThinkingFormat, added_tokens, thinking_format
 from rbfast.data.trace import Trace, TraceError
 
 if TYPE_CHECKING:
@@ -50,24 +50,51 @@ def written_for(trace: Trace, tokenizer: PreTrainedTokenizerBase, instruction: I
     Raises TraceError if the reasoning holds the mark that would end the thinking.
     """
     found, asked = thinking_format(tokenizer), instruction or default_instruction(tokenizer)
-    thought = trace.thought()
+    answer = asked.write(trace.answer, after_thinking=found.thinks)
+    return _turn(found, trace.thought(), trace.thought_spans(), answer)
+
+
+def earlier_turn(
+    turn: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, opening: str, whole: str
+) -> Written | None:
+    """What the student writes for an earlier assistant's turn, or None if its template shows no such turn.
+
+    Args:
+        opening: the prompt of that turn.
+        whole: the template's text of the conversation with the turn.
+    """
+    found, said = thinking_format(tokenizer), turn["content"]
+    if thought := turn.get("reasoning"):
+        return _turn(found, thought, split_spans(thought), said)
     if not found.thinks:
-        body = f"{thought}\n\n{asked.write(trace.answer)}"
-        opener, _, _, said, tail = found.pieces("", body)
-        cut = len(body) - len(body.lstrip()) if found.trims else 0
-        return _tiled(trace, [(opener, False), (said, True), (tail, False)], len(opener), cut, len(thought) - cut)
+        opener, _, _, said, tail = found.pieces("", said)
+        cut = turn["content"].index(said)
+    elif whole.startswith(opening) and said.strip() in whole[len(opening) :]:  # a turn without a thought
+        opener, said, tail = whole[len(opening) :].partition(said.strip())
+        tail, cut = found.tail, turn["content"].index(said)
+    else:
+        return None
+    pieces = [(opener, False), (said, True), (tail, False)]
+    return _tiled(split_spans(turn["content"]), pieces, len(opener), cut, len(said))
+
+
+def _turn(found: ThinkingFormat, thought: str, spans: Sequence[Span], said: str) -> Written:
+    cut = len(thought) - len(thought.lstrip())
+    if not found.thinks:
+        opener, _, _, body, tail = found.pieces("", f"{thought}\n\n{said}")
+        cut = cut if found.trims else 0
+        return _tiled(spans, [(opener, False), (body, True), (tail, False)], len(opener), cut, len(thought) - cut)
     try:
-        opener, kept, closer, said, tail = found.pieces(thought, asked.write(trace.answer, after_thinking=True))
+        opener, kept, closer, said, tail = found.pieces(thought, said)
     except ValueError as error:
         raise TraceError(f"reasoning: {error}; leave the trace out") from None
-    cut = len(thought) - len(thought.lstrip())
     pieces = [(opener, False), (kept, True), (closer, False), (said, True), (tail, False)]
-    return _tiled(trace, pieces, len(opener), cut, len(kept))
+    return _tiled(spans, pieces, len(opener), cut, len(kept))
 
 
-def _tiled(trace: Trace, pieces: list[tuple[str, bool]], start: int, cut: int, length: int) -> Written:
+def _tiled(tiles: Sequence[Span], pieces: Sequence[tuple[str, bool]], start: int, cut: int, length: int) -> Written:
     """The thought begins at `start`, without its first `cut` characters; all after its `length` is the answer's."""
-    spans = np.array(trace.thought_spans(), dtype=np.int64)
+    spans = np.array(tiles, dtype=np.int64)
     role_of = np.repeat(spans[:, 2], spans[:, 1] - spans[:, 0])[cut : cut + length]
     end = sum(len(text) for text, _ in pieces)
     roles = np.concatenate([np.full(start, role_of[0]), role_of, np.full(end - start - length, ANSWER)])

@@ -8,14 +8,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from rbfast.data.chat_template import end_of_turn, format_prompt
-from rbfast.data.completions import Written, tokens_of, written_for
-from rbfast.data.instruction import Instruction
+from rbfast.data.chat_template import end_of_turn, format_prompt, render_conversation
+from rbfast.data.completions import Written, earlier_turn, tokens_of, written_for
+from rbfast.data.instruction import NONE, Instruction
 from rbfast.data.spans import ANSWER
 from rbfast.data.trace import Trace, TraceError
 from rbfast.loss.teacher_signal import TopK, check_top_k
@@ -67,16 +67,46 @@ def encode(
     """
     if not tokenizer.is_fast:
         raise ValueError(f"roles need a fast tokenizer (one that gives offsets), got {type(tokenizer).__name__}")
+    end_of_turn(tokenizer)  # raises if there is none
     where = trace.id or repr(trace.problem[:40])
-    end = end_of_turn(tokenizer)
     try:
-        opening = format_prompt(trace.problem, tokenizer, instruction, system=trace.system)
+        opening = format_prompt(trace.problem, tokenizer, instruction, system=trace.system, turns=trace.turns or ())
         written = written_for(trace, tokenizer, instruction)
     except ValueError as error:
         raise TraceError(f"{where}: {error}") from None
+    example = _example(opening, written, tokenizer, max_tokens, where, trace.id)
+    if trace.signals is not None:
+        _add_signals(example, trace.signals, max(len(tokenizer), tokenizer.vocab_size), where)
+    return example
+
+
+def encode_earlier(trace: Trace, tokenizer: "PreTrainedTokenizerBase", *, max_tokens: int = 4096) -> list[Example]:
+    """An example of each reply among `trace.turns`, as if it were the last, with its own thought if it has one.
+
+    A reply without a thought is left out if the student's template shows none. Raises as `encode` does.
+    """
+    found, turns = [], trace.turns or ()
+    for number in range(1, len(turns), 2):
+        where = f"{trace.id or repr(trace.problem[:40])}, turn {number + 1}"
+        before, asked, reply = turns[: number - 1], turns[number - 1], turns[number]
+        try:
+            opening = format_prompt(asked["content"], tokenizer, NONE, system=trace.system, turns=before)
+            said = [{"role": turn["role"], "content": turn["content"]} for turn in (*before, asked, reply)]
+            whole = render_conversation(tokenizer, said, trace.system, False) if tokenizer.chat_template else ""
+            written = earlier_turn(reply, tokenizer, opening, whole)
+        except ValueError as error:
+            raise TraceError(f"{where}: {error}") from None
+        if written is not None:
+            found.append(_example(opening, written, tokenizer, max_tokens, where, trace.id))
+    return found
+
+
+def _example(
+    opening: str, written: Written, tokenizer: "PreTrainedTokenizerBase", max_tokens: int, where: str, name: str | None
+) -> Example:
     prompt = tokenizer(opening, add_special_tokens=False, verbose=False).input_ids
     tokens, offsets = tokens_of(written, tokenizer)
-    ids = np.array([*prompt, *tokens, end], dtype=np.int64)
+    ids = np.array([*prompt, *tokens, end_of_turn(tokenizer)], dtype=np.int64)
     if len(ids) > max_tokens:
         raise TraceError(f"{where}: expected at most {max_tokens} tokens, got {len(ids)}; raise max_tokens or drop it")
     labels = np.full(len(ids), IGNORE, dtype=np.int64)
@@ -84,10 +114,7 @@ def encode(
     roles = np.full(len(ids), NO_ROLE, dtype=np.int64)
     roles[len(prompt) - 1 : -2] = _token_roles(written, offsets)
     roles[-2] = ANSWER
-    example = Example(ids, labels, roles, id=trace.id)
-    if trace.signals is not None:
-        _add_signals(example, trace.signals, max(len(tokenizer), tokenizer.vocab_size), where)
-    return example
+    return Example(ids, labels, roles, id=name)
 
 
 def _token_roles(written: Written, offsets: np.ndarray) -> np.ndarray:
@@ -123,9 +150,13 @@ def encode_all(
     *,
     max_tokens: int = 4096,
     instruction: Instruction | None = None,
+    turns: Literal["last", "all"] = "last",
     progress: bool = False,
 ) -> tuple[list[Example], list[tuple[Trace, str]]]:
-    """Encode what can be encoded; returns the examples, and the traces that were left out with the reason."""
+    """Encode what can be encoded; returns the examples, and the traces that were left out with the reason.
+
+    With `turns="all"` the replies of earlier turns are examples too (`encode_earlier`).
+    """
     if progress:
         from rich.progress import track
 
@@ -134,7 +165,9 @@ def encode_all(
     left_out: list[tuple[Trace, str]] = []
     for trace in traces:
         try:
-            examples.append(encode(trace, tokenizer, max_tokens=max_tokens, instruction=instruction))
+            last = encode(trace, tokenizer, max_tokens=max_tokens, instruction=instruction)
+            earlier = encode_earlier(trace, tokenizer, max_tokens=max_tokens) if turns == "all" else []
+            examples += [*earlier, last]
         except TraceError as error:
             left_out.append((trace, str(error)))
     return examples, left_out

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rbfast.utils.files import write_text
-from rbfast.utils.records import read_json
+from rbfast.utils.records import check_some, read_json
 
 FILE = "prompt.json"
 Style = Literal["tags", "box", "plain"]
@@ -31,10 +31,12 @@ class Instruction:
         text: empty if nothing is said.
         style: "tags" is `<answer>4</answer>`, "box" is `\\boxed{4}`, "plain" is the answer alone, after `The answer is`
             if no thinking was closed before it.
+        system: the system prompt of a problem that comes without its own; empty for none.
     """
 
     text: str
     style: Style
+    system: str = ""
 
     def request(self, problem: str) -> str:
         return f"{problem}\n\n{self.text}" if self.text else problem
@@ -84,7 +86,7 @@ def _fits_a_box(answer: str) -> bool:
 
 def write_instruction(folder: str | Path, instruction: Instruction, about: Mapping[str, Any]) -> None:
     """Writes prompt.json, which says how the student in `folder` is asked; `about` says more, for people."""
-    record = {"instruction": instruction.text, "style": instruction.style, **about}
+    record = {"instruction": instruction.text, "style": instruction.style, "system": instruction.system, **about}
     write_text(Path(folder) / FILE, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -96,4 +98,5 @@ def saved_instruction(folder: str | Path) -> Instruction | None:
         return None
     if record["style"] not in ("tags", "box", "plain"):
         raise ValueError(f"{path}: style: expected tags, box or plain, got {record['style']!r}")
-    return Instruction(record["instruction"], record["style"])
+    check_some(record, {"system": str}, str(path))
+    return Instruction(record["instruction"], record["style"], record.get("system", ""))

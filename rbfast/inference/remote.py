@@ -210,7 +210,10 @@ def chat(server: Server, problem: str, guide: Guide, instruction: Instruction = 
         ServerError: no answer after all retries, a reply that is none, no token count, or one above the budget.
     """
     body = {
-        "messages": [{"role": "user", "content": instruction.request(problem)}],
+        "messages": [
+            *([{"role": "system", "content": instruction.system}] if instruction.system else []),
+            {"role": "user", "content": instruction.request(problem)},
+        ],
         "max_tokens": guide.limits.budget,
         "stream": False,
     }
@@ -329,7 +332,8 @@ class ServerSolver:
 
     def _prompt(self, problem: str) -> str:
         if self.tokenizer is None:
-            return f"{self._asked_for.request(problem)}\n\n"
+            asked = self._asked_for
+            return "".join(f"{text}\n\n" for text in (asked.system, asked.request(problem)) if text)
         return prompt_for(problem, self.tokenizer, self.instruction)
 
     def _count(self, guide: Guide) -> Callable[[str], int] | None:

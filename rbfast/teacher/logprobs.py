@@ -176,7 +176,13 @@ def _reader(
     same_end = end_of_turn(teacher_tokenizer) == end_of_turn(tokenizer)
 
     def read(task: PendingTrace) -> _Reading:
-        opening = format_prompt(task.trace.problem, teacher_tokenizer, task.instruction, system=task.trace.system)
+        opening = format_prompt(
+            task.trace.problem,
+            teacher_tokenizer,
+            task.instruction,
+            system=task.trace.system,
+            turns=task.trace.turns or (),
+        )
         prompt = teacher_tokenizer(opening, add_special_tokens=False).input_ids
         reply = written_for(task.trace, teacher_tokenizer, task.instruction)
         if same and reply.text == task.reply.text:

@@ -126,11 +126,7 @@ class _Reader:
             )
 
     def _by_text(self, task: PendingTrace) -> list[tuple[int, list[int], list[float]]]:
-        opening = (
-            f"{task.instruction.request(task.trace.problem)}\n\n"
-            if self.align
-            else format_prompt(task.trace.problem, self.tokenizer, task.instruction, system=task.trace.system)
-        )
+        opening = f"{task.instruction.request(task.trace.problem)}\n\n" if self.align else self._prompt(task)
         text = task.reply.text.encode()
         pieces = self._pieces(opening + task.reply.text)
         shift = len(opening.encode())
@@ -144,6 +140,12 @@ class _Reader:
                 f"of {len(student)}; with align=True (--align) those get theirs"
             )
         return [(task.first + row.token, row.ids, row.logprobs) for row in rows]
+
+    def _prompt(self, task: PendingTrace) -> str:
+        trace = task.trace
+        return format_prompt(
+            trace.problem, self.tokenizer, task.instruction, system=trace.system, turns=trace.turns or ()
+        )
 
     def _pieces(self, text: str) -> list[Piece]:
         """The tokens of `text` as the server cuts it; the first one's candidates, and often its text, are not said."""

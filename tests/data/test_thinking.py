@@ -9,7 +9,7 @@ from tiny_tokenizers import END
 
 from rbfast.data.chat_template import default_instruction, end_of_turn, format_prompt
 from rbfast.data.completions import written_for
-from rbfast.data.encoding import IGNORE, encode
+from rbfast.data.encoding import IGNORE, encode, encode_all, encode_earlier
 from rbfast.data.instruction import ANSWER, BOXED, NONE, Instruction, instruction_named
 from rbfast.data.spans import ANSWER as ANSWER_ROLE
 from rbfast.data.spans import STRATEGIC, TACTICAL, Span
@@ -234,3 +234,55 @@ def test_a_system_prompt_that_turns_the_thinking_off_leaves_the_trace_out():
     off = Trace("What is 2 + 3?", "I add.", "5", system="Be brief. /no_think")
     with pytest.raises(TraceError, match="something in it tells the chat template to think otherwise"):
         encode(off, tokenizer_of("nemotron"))
+
+
+# -------------------------------------------------------------------------------------------------------- earlier turns
+
+TURNS = (
+    {"role": "user", "content": "What is 1 + 1?"},
+    {"role": "assistant", "content": "It is 2.", "reasoning": "I add."},
+    {"role": "user", "content": "And one more?"},
+    {"role": "assistant", "content": "Then it is 3."},
+)
+LATER = Trace("What is 2 + 3?", "I add.", "5", turns=TURNS)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_earlier_turns_are_rendered_and_only_the_last_reply_is_trained(name):
+    tokenizer = tokenizer_of(name)
+    prompt, ids = trained(tokenizer, LATER)
+    places = [prompt.index(text) for text in ("1 + 1?", "It is 2.", "one more?", "Then it is 3.", "2 + 3?")]
+    assert places == sorted(places) and "I add" not in prompt  # a thought is not shown again
+    assert prompt.endswith(thinking_format(tokenizer).opening)
+    assert "It is 2" not in decoded(tokenizer, ids)
+    alone, _ = trained(tokenizer, Trace(LATER.problem, LATER.reasoning, LATER.answer))
+    assert prompt.endswith(alone[alone.index("What is 2") :])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_earlier_replies_are_trained_as_last_ones_if_asked_for(name):
+    tokenizer = tokenizer_of(name)
+    found = thinking_format(tokenizer)
+    first, *second = encode_earlier(LATER, tokenizer)
+    written = [decoded(tokenizer, one.labels[one.labels != IGNORE]) for one in (first, *second)]
+    if found.thinks:
+        assert written[0] == f"{found.opener}I add.{found.closer}It is 2.{found.tail}{CASES[name].end}"
+    else:
+        assert written[0] == f"{found.opener}I add.\n\nIt is 2.{CASES[name].end}"
+    assert "1 + 1?" in decoded(tokenizer, first.input_ids) and "one more" not in decoded(tokenizer, first.input_ids)
+    if not found.thinks:
+        assert written[1:] == [f"{found.opener}Then it is 3.{CASES[name].end}"]
+    elif name == "qwen3":  # as its template renders a reply without a thought
+        assert written[1:] == ["<think>\n\n</think>\n\nThen it is 3.<|im_end|>"]
+    elif found.is_composed and found.kind == "prompt":
+        assert written[1:] == []  # a prompt that opens a thought is followed by one
+    examples, left_out = encode_all([LATER], tokenizer, turns="all")
+    assert len(examples) == len(written) + 1 and left_out == []
+    assert len(encode_all([LATER], tokenizer)[0]) == 1
+
+
+def test_without_a_template_turns_are_paragraphs():
+    example = encode(LATER, tiny_tokenizer(), instruction=NONE)
+    text = decoded(tiny_tokenizer(), example.input_ids)
+    assert text.startswith("What is 1 + 1?\n\nIt is 2.\n\nAnd one more?\n\nThen it is 3.\n\nWhat is 2 + 3?\n\nI add.")
+    assert len(encode_earlier(LATER, tiny_tokenizer())) == 2
