@@ -48,7 +48,7 @@ def openr1(n: int) -> dict:
     steps = f"The {WORDS[n]} has {n + 2} rows.\n\nSo {n + 2} * {n + 5} = {product}. Wait, let me check. Yes."
     said = f"<think>\n{steps}\n</think>\n\nThe product is $\\boxed{{{product}}}$."
     return {
-        "problem": f"The {WORDS[n]} of {WORDS[-1 - n]} {n} holds {n + 2} rows of {n + 5} seats; how many seats is that?",
+        "problem": f"The {WORDS[n]} of {WORDS[-1 - n]} {n} holds {n + 2} rows of {n + 5} seats; how many is that?",
         "answer": str(product),
         "problem_type": "Algebra",
         "generations": [said, said.replace("So", "Thus"), "<think>\nHm"],
