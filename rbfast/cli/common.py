@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rbfast.data.formats import FormatOptions
+    from rbfast.data.instruction import Instruction
     from rbfast.data.trace import Trace
 
 
@@ -54,6 +55,27 @@ def add_formats(sub: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--teacher-field", metavar="NAME", help="of several teachers' trajectories (default: the right one)"
     )
+
+
+def add_instruction(sub: argparse.ArgumentParser | argparse._ArgumentGroup, default: str) -> None:
+    sub.add_argument(
+        "--instruction",
+        metavar="NAME|TEXT",
+        help="what a prompt says after the problem: answer (<answer>..</answer>), boxed (\\boxed{}), none, or a text "
+        f"of your own (default: {default})",
+    )
+
+
+TRAINED_WITH = "what the adapter or the merged model was trained with, else boxed if MODEL's chat template thinks"
+
+
+def instruction_of(args: argparse.Namespace, *folders: "str | None") -> "Instruction | None":
+    """The instruction that was asked for, else the one that the first of these folders says; None for the default."""
+    from rbfast.data.instruction import instruction_named, saved_instruction
+
+    if getattr(args, "instruction", None) is not None:
+        return instruction_named(args.instruction)
+    return next((found for folder in folders if folder and (found := saved_instruction(folder))), None)
 
 
 def format_options(args: argparse.Namespace) -> "FormatOptions":

@@ -9,7 +9,9 @@ from rbfast.cli.common import (
     Command,
     add_device,
     add_formats,
+    add_instruction,
     format_options,
+    instruction_of,
     json_object,
     lines,
     load_model,
@@ -115,6 +117,7 @@ def add_teach(sub: argparse.ArgumentParser) -> None:
     scored.add_argument("--dialect", choices=["vllm", "echo"], default="vllm", help="the form of the requests")
     scored.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="of a local teacher's weights")
     sub.add_argument("--max-tokens", type=int, default=4096, help="of a solution, or of a trace (default: 4096)")
+    add_instruction(scored, "boxed if the student's chat template thinks, else answer; distill needs the same")
     add_formats(sub)
     add_device(sub)
 
@@ -175,7 +178,7 @@ def _add_replies(args: argparse.Namespace, taught: Any) -> int:
     tokenizer = _tokenizer(args.student)
     with _signal_store(args, tokenizer) as store:
         for trace, reply in zip(taught.traces, taught.replies, strict=True):
-            add_reply_logprobs(trace, reply, tokenizer, store)
+            add_reply_logprobs(trace, reply, tokenizer, store, instruction_of(args, args.student))
     return len(store)
 
 
@@ -191,6 +194,7 @@ def _teach_logprobs(args: argparse.Namespace) -> int:
     tokenizer = _tokenizer(args.student)
     with _signal_store(args, tokenizer) as store, counting("reading", args.json) as progress:
         options: dict[str, Any] = {"align": args.align, "max_tokens": args.max_tokens, "progress": progress}
+        options["instruction"] = instruction_of(args, args.student)
         if args.server:
             server = Server(args.server, args.model, timeout=args.timeout)
             options |= {"dialect": args.dialect, "concurrency": args.concurrency}

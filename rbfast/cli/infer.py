@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rbfast.cli.common import (
+    TRAINED_WITH,
     Command,
     add_formats,
+    add_instruction,
     add_load_in,
     add_model,
     attach,
     format_options,
+    instruction_of,
     lines,
     load_model,
     print_result,
@@ -42,6 +45,7 @@ def add_solve(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--probe-every", type=int, default=0, help="tokens between probes of the answer (default: never)")
     sub.add_argument("--samples", type=int, default=1, help="completions that vote on the answer (default: 1)")
     sub.add_argument("--temperature", type=float, help="default: 0 for one sample, 0.8 for several")
+    add_instruction(sub, TRAINED_WITH)
 
 
 def run_solve(args: argparse.Namespace) -> int:
@@ -79,7 +83,9 @@ def _server_solver(args: argparse.Namespace) -> "Solver":
     if not args.tokenizer:
         print("without --tokenizer the model reads plain text, not its chat template", file=sys.stderr)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
-    return ServerSolver(Server(args.server, args.model), tokenizer, args.concurrency)
+    return ServerSolver(
+        Server(args.server, args.model), tokenizer, args.concurrency, instruction_of(args, args.tokenizer)
+    )
 
 
 def _local_solver(args: argparse.Namespace) -> "Solver":
@@ -88,7 +94,7 @@ def _local_solver(args: argparse.Namespace) -> "Solver":
     model, tokenizer = load_model(args)
     if args.adapter:
         attach(model, args.adapter)
-    return LocalSolver(model, tokenizer)
+    return LocalSolver(model, tokenizer, instruction=instruction_of(args, args.adapter, args.model))
 
 
 def _print_solutions(args: argparse.Namespace, solutions: "Sequence[Solution]", transcript: "Transcript") -> int:
@@ -128,6 +134,7 @@ def add_eval(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--max-new-tokens", type=int, default=512, help="tokens per completion, at most (default: 512)")
     sub.add_argument("--batch-size", type=int, default=32, help="completions at a time (default: 32)")
     sub.add_argument("-o", "--out", type=Path, help="JSONL file of every completion; the same command resumes from it")
+    add_instruction(sub, TRAINED_WITH)
     add_formats(sub)
 
 
@@ -156,6 +163,7 @@ def run_eval(args: argparse.Namespace) -> int:
                 batch_size=args.batch_size,
                 keep=args.out,
                 label=_label(args),
+                instruction=instruction_of(args, args.adapter, args.model),
                 progress=progress,
             )
     if args.samples > 1:

@@ -11,10 +11,12 @@ from rbfast.cli.common import (
     Command,
     add_device,
     add_formats,
+    add_instruction,
     add_load_in,
     add_model,
     attach,
     device_of,
+    instruction_of,
     lines,
     load_model,
     print_result,
@@ -22,6 +24,7 @@ from rbfast.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from rbfast.data.instruction import Instruction
     from rbfast.training.distill import DistillConfig, Run
 
 
@@ -58,6 +61,8 @@ def add_distill(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--shard", type=int, metavar="PROCESSES", help="spread each copy of MODEL over so many processes")
     sub.add_argument("--max-tokens", type=int, help="leave longer traces out, and list them (default: 4096)")
     sub.add_argument("--save-steps", type=int, help="steps between checkpoints (default: 50)")
+    sub.add_argument("--turns", choices=["last", "all"], help="replies of a conversation to train (default: last)")
+    add_instruction(sub, "boxed if MODEL's chat template thinks, else answer")
     sub.add_argument("--plan", action="store_true", help="print the memory that the run would take, and train nothing")
     add_formats(sub)
     _add_objective(sub)
@@ -109,6 +114,8 @@ def _distill_config(args: argparse.Namespace) -> "DistillConfig":
     from rbfast.training.distill import DistillConfig
     from rbfast.training.objective import Objective
 
+    if args.instruction is None and (held := instruction_of(args, args.model)) is not None:
+        args.instruction = held.text or "none"  # of a merged student that is trained again
     objective = _given(args, Objective) | _by_role("", args.role_weights) | _by_role("_temperature", args.temperature)
     return DistillConfig(**_given(args, DistillConfig), objective=Objective(**objective))
 
@@ -174,16 +181,26 @@ def add_merge(sub: argparse.ArgumentParser) -> None:
     )
 
 
+def _trained_with(args: argparse.Namespace, tokenizer: Any) -> "Instruction":
+    from rbfast.data.chat_template import default_instruction
+
+    return instruction_of(args, args.adapter, args.model) or default_instruction(tokenizer)
+
+
 def run_merge(args: argparse.Namespace) -> int:
+    from rbfast.training.merged_model import save_merged
+
     if args.base_only == (args.adapter is not None):
         raise ValueError(
             "name the folder of an adapter to merge, or give --base-only to write MODEL as it is; not both"
         )
     model, tokenizer = load_model(args)
-    if not args.base_only:
+    if args.base_only:
+        model.save_pretrained(args.out)
+        tokenizer.save_pretrained(args.out)
+    else:
         attach(model, args.adapter).merge()
-    model.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
+        save_merged(model, tokenizer, args.out, _trained_with(args, tokenizer))
     return print_result(args, {"out": str(args.out)}, f"wrote {args.out}")
 
 
@@ -195,8 +212,11 @@ def add_export_lora(sub: argparse.ArgumentParser) -> None:
 
 
 def run_export_lora(args: argparse.Namespace) -> int:
-    model, _ = load_model(args)
+    from rbfast.data.chat_template import write_prompt
+
+    model, tokenizer = load_model(args)
     attach(model, args.adapter).export_lora(args.out, args.base)
+    write_prompt(args.out, tokenizer, _trained_with(args, tokenizer))
     return print_result(args, {"out": str(args.out)}, f"wrote {args.out}")
 
 

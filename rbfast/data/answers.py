@@ -10,6 +10,12 @@ import math
 import re
 
 _TAG = re.compile(r"<answer>(.*?)(?=</answer>|<answer>|\Z)", re.DOTALL | re.IGNORECASE)
+# What ends the thinking of a completion, whichever template it was written in.
+_THOUGHT = re.compile(
+    r".*(?:</(?:think|thinking|thought|reasoning|seed:think)>|\[/THINK\]|<\|/think\|>|<channel\|>"
+    r"|<\|channel\|>final<\|message\|>)",
+    re.DOTALL,
+)
 _HASHES = re.compile(r"####\s*(\S.*)")
 _PHRASE = re.compile(r"\banswer\b[^.\n:=]{0,60}?(?:\bis\b|:|=)[*_:\s]*(\S.*)", re.IGNORECASE)
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{|\d)")
@@ -26,9 +32,18 @@ def extract_answer(text: str) -> str | None:
     """The final answer a completion states, or None if it marks none.
 
     Looked for in this order, the last one of its kind: `<answer>..</answer>` (closed or not), a balanced `\\boxed{}`
-    (or several that are listed: `\\boxed{2}` and `\\boxed{3}`), `#### ..`, `answer is ..` / `Answer: ..`.
+    (or several that are listed: `\\boxed{2}` and `\\boxed{3}`), `#### ..`, `answer is ..` / `Answer: ..`. Of a
+    completion that closes its thinking, what follows it counts alone.
     """
+    text = without_thinking(text)
     return _marked(text) or _last_of(_PHRASE, text)
+
+
+def without_thinking(text: str) -> str:
+    """What a completion says after its thinking; all of it if it closes none, or says nothing after it."""
+    closed = _THOUGHT.match(text)
+    said = text[closed.end() :] if closed else ""
+    return said if said.strip() else text
 
 
 def stated_answer(text: str) -> str | None:

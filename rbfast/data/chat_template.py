@@ -2,35 +2,103 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rbfast.data.instruction import ANSWER, BOXED, Instruction, write_instruction
+from rbfast.data.thinking import render, thinking_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-INSTRUCTION = "Think step by step, then give the final answer between <answer> and </answer>."
+INSTRUCTION = ANSWER.text
 
 
-def format_prompt(problem: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The prompt that asks for a solution, special tokens included: tokenise it with `add_special_tokens=False`."""
-    request = f"{problem}\n\n{INSTRUCTION}"
-    if tokenizer.chat_template is not None:
-        return _render(tokenizer, [{"role": "user", "content": request}], open_reply=True)
+def default_instruction(tokenizer: PreTrainedTokenizerBase) -> Instruction:
+    """What a student is told after the problem: ours, or to box the answer if its template knows thinking."""
+    return BOXED if thinking_format(tokenizer).thinks else ANSWER
+
+
+def format_prompt(
+    problem: str,
+    tokenizer: PreTrainedTokenizerBase,
+    instruction: Instruction | None = None,
+    *,
+    system: str | None = None,
+    turns: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """The prompt that asks for a solution, special tokens included: tokenise it with `add_special_tokens=False`.
+
+    Args:
+        instruction: what follows the problem; None for the tokenizer's default.
+        system: a system prompt (None: the instruction's); it opens the first turn if the template knows none.
+        turns: earlier messages, {"role": "user" or "assistant", "content": ..}.
+
+    Raises:
+        ValueError: the rendered prompt does not hold the problem.
+    """
+    asked = instruction or default_instruction(tokenizer)
+    request, system = asked.request(problem), asked.system if system is None else system
+    messages = [*({"role": turn["role"], "content": turn["content"]} for turn in turns), _user(request)]
+    if tokenizer.chat_template is None:
+        return _without_template(tokenizer, system, messages)
+    prompt = render_conversation(tokenizer, messages, system, open_reply=True)
+    if not prompt.endswith(opening := thinking_format(tokenizer).opening):
+        raise ValueError(
+            f"the prompt of {problem[:60]!r} ends with {prompt[-80:]!r} where others end with {opening!r}: something "
+            "in it tells the chat template to think otherwise; leave it out"
+        )
+    if request.strip() not in prompt:
+        raise ValueError(
+            f"the chat template changes the problem {problem[:60]!r}: the prompt ends with {prompt[-200:]!r}; leave "
+            "the problem out or set another tokenizer.chat_template"
+        )
+    return prompt
+
+
+def render_conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], system: str | None, open_reply: bool
+) -> str:
+    """The template's text of messages after a system prompt."""
+    found = thinking_format(tokenizer)
+    without = render(tokenizer, messages, open_reply, found.switches, found.takes_parts)
+    if not system:
+        return without
+    from jinja2.exceptions import TemplateError
+
+    try:
+        with_system = [{"role": "system", "content": system}, *messages]
+        prompt = render(tokenizer, with_system, open_reply, found.switches, found.takes_parts)
+        if prompt != without:
+            return prompt
+    except TemplateError:
+        pass
+    first, *rest = messages
+    merged = [{**first, "content": f"{system}\n\n{first['content']}"}, *rest]
+    return render(tokenizer, merged, open_reply, found.switches, found.takes_parts)
+
+
+def _without_template(tokenizer: PreTrainedTokenizerBase, system: str | None, messages: Sequence[Any]) -> str:
     opens_with_bos = tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
-    return f"{tokenizer.bos_token if opens_with_bos else ''}{request}\n\n"
+    texts = [*([system] if system else []), *(message["content"] for message in messages)]
+    return f"{tokenizer.bos_token if opens_with_bos else ''}" + "".join(f"{text}\n\n" for text in texts)
+
+
+def _user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def write_prompt(folder: str | Path, tokenizer: PreTrainedTokenizerBase, instruction: Instruction) -> None:
+    """Writes prompt.json: the instruction, and what the chat template must be told; `saved_instruction` reads it."""
+    found = thinking_format(tokenizer)
+    about = {"thinking": found.kind, "chat_template_kwargs": dict(found.switches), "stop": found.end}
+    write_instruction(folder, instruction, about)
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that ends an assistant's turn: the added token the chat template puts there, else the eos token."""
-    if tokenizer.chat_template is not None:
-        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "reply"}]
-        after = _render(tokenizer, turns, open_reply=False).rpartition("reply")[2].lstrip()
-        first = tokenizer(after, add_special_tokens=False).input_ids[:1]
-        if first and first[0] in tokenizer.added_tokens_decoder:
-            return first[0]
-    if tokenizer.eos_token_id is None:
+    end = thinking_format(tokenizer).end
+    if end is None:
         raise ValueError("the tokenizer has no eos token, and its chat template ends no turn; set tokenizer.eos_token")
-    return tokenizer.eos_token_id
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], open_reply: bool) -> str:
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=open_reply))
+    return end

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from rbfast.data.trace import TraceError
 from rbfast.utils.records import objects_of, show
@@ -182,24 +182,28 @@ def _with_thoughts(turns: Sequence[Turn]) -> list[Turn]:
     return found
 
 
-def exchange(turns: Sequence[Turn]) -> tuple[str | None, Turn, Turn | None]:
-    """The system prompt, the question and the reply (None if there is none yet) of a conversation of one exchange.
+class Exchange(NamedTuple):
+    """A conversation's system prompt, the turns before its last question, that question, and its reply if any."""
 
-    Raises TraceError if it has more turns, or another order.
-    """
+    system: str | None
+    earlier: list[Turn]
+    asked: Turn
+    reply: Turn | None
+
+
+def exchange(turns: Sequence[Turn]) -> Exchange:
+    """A conversation by its last question. Raises TraceError unless a user and an assistant speak in turn."""
     system = "\n\n".join(turn.text for turn in turns if turn.role == SYSTEM) or None
     spoken = [turn for turn in turns if turn.role != SYSTEM]
     order = [turn.role for turn in spoken]
-    if order == [USER]:
-        return system, spoken[0], None
-    if order == [USER, ASSISTANT]:
-        return system, spoken[0], spoken[1]
-    if order[:2] == [USER, ASSISTANT] and len(order) > 2:
+    if not order or order != [(USER, ASSISTANT)[number % 2] for number in range(len(order))]:
         raise TraceError(
-            f"conversation: expected one question and one reply, got {len(order)} turns; conversations with earlier "
-            "turns are not read yet: split them, or leave them out"
+            "conversation: expected a user's turn and an assistant's, in turn, got "
+            f"{', '.join(order[:8]) or 'no turns'}; leave the row out"
         )
-    raise TraceError(f"conversation: expected a user's turn and an assistant's, got {', '.join(order) or 'no turns'}")
+    if order[-1] == USER:
+        return Exchange(system, spoken[:-1], spoken[-1], None)
+    return Exchange(system, spoken[:-2], spoken[-2], spoken[-1])
 
 
 def split_thinking(reply: str) -> tuple[str | None, str]:

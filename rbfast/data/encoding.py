@@ -8,12 +8,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from rbfast.data.chat_template import end_of_turn, format_prompt
+from rbfast.data.chat_template import end_of_turn, format_prompt, render_conversation
+from rbfast.data.completions import Written, earlier_turn, tokens_of, written_for
+from rbfast.data.instruction import NONE, Instruction
 from rbfast.data.spans import ANSWER
 from rbfast.data.trace import Trace, TraceError
 from rbfast.loss.teacher_signal import TopK, check_top_k
@@ -43,49 +45,86 @@ class Example:
     id: str | None = None
 
 
-def encode(trace: Trace, tokenizer: "PreTrainedTokenizerBase", *, max_tokens: int = 4096) -> Example:
+def encode(
+    trace: Trace,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_tokens: int = 4096,
+    instruction: Instruction | None = None,
+) -> Example:
     """Tokenise prompt and completion apart, as they meet at inference, and give every trained token its role.
 
-    A token has the role of its first character that is no white space. Special tokens that are spelled out in a
-    completion stay text. Raises TraceError if the trace is longer than `max_tokens` (it is never cut) or its
-    signals do not fit the tokens; ValueError if the tokenizer gives no offsets or has no end of turn.
+    The completion is what the student's chat template renders for such a turn (`completions`). A token has the role of
+    its first character that is no white space. Special tokens that are spelled out in a trace stay text.
+
+    Args:
+        instruction: what the prompt says after the problem, and how the answer is marked; None: the default.
+
+    Raises:
+        TraceError: the trace is longer than `max_tokens` (it is never cut), its signals do not fit the tokens, or the
+            chat template cannot render it.
+        ValueError: the tokenizer gives no offsets or has no end of turn, or an unknown kind of template.
     """
     if not tokenizer.is_fast:
         raise ValueError(f"roles need a fast tokenizer (one that gives offsets), got {type(tokenizer).__name__}")
+    end_of_turn(tokenizer)  # raises if there is none
     where = trace.id or repr(trace.problem[:40])
-    prompt = tokenizer(format_prompt(trace.problem, tokenizer), add_special_tokens=False, verbose=False).input_ids
-    written = tokenizer(
-        trace.completion(),
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_offsets_mapping=True,
-        verbose=False,
-    )
-    ids = np.array([*prompt, *written.input_ids, end_of_turn(tokenizer)], dtype=np.int64)
-    if len(ids) > max_tokens:
-        raise TraceError(f"{where}: expected at most {max_tokens} tokens, got {len(ids)}; raise max_tokens or drop it")
-    labels = np.full(len(ids), IGNORE, dtype=np.int64)
-    labels[len(prompt) - 1 : -1] = ids[len(prompt) :]
-    roles = np.full(len(ids), NO_ROLE, dtype=np.int64)
-    offsets = np.array(written.offset_mapping, dtype=np.int64).reshape(-1, 2)
-    roles[len(prompt) - 1 : -2] = _token_roles(trace, offsets)
-    roles[-2] = ANSWER
-    example = Example(ids, labels, roles, id=trace.id)
+    try:
+        opening = format_prompt(trace.problem, tokenizer, instruction, system=trace.system, turns=trace.turns or ())
+        written = written_for(trace, tokenizer, instruction)
+    except ValueError as error:
+        raise TraceError(f"{where}: {error}") from None
+    example = _example(opening, written, tokenizer, max_tokens, where, trace.id)
     if trace.signals is not None:
         _add_signals(example, trace.signals, max(len(tokenizer), tokenizer.vocab_size), where)
     return example
 
 
-def _token_roles(trace: Trace, offsets: np.ndarray) -> np.ndarray:
+def encode_earlier(trace: Trace, tokenizer: "PreTrainedTokenizerBase", *, max_tokens: int = 4096) -> list[Example]:
+    """An example of each reply among `trace.turns`, as if it were the last, with its own thought if it has one.
+
+    A reply without a thought is left out if the student's template shows none. Raises as `encode` does.
+    """
+    found, turns = [], trace.turns or ()
+    for number in range(1, len(turns), 2):
+        where = f"{trace.id or repr(trace.problem[:40])}, turn {number + 1}"
+        before, asked, reply = turns[: number - 1], turns[number - 1], turns[number]
+        try:
+            opening = format_prompt(asked["content"], tokenizer, NONE, system=trace.system, turns=before)
+            said = [{"role": turn["role"], "content": turn["content"]} for turn in (*before, asked, reply)]
+            whole = render_conversation(tokenizer, said, trace.system, False) if tokenizer.chat_template else ""
+            written = earlier_turn(reply, tokenizer, opening, whole)
+        except ValueError as error:
+            raise TraceError(f"{where}: {error}") from None
+        if written is not None:
+            found.append(_example(opening, written, tokenizer, max_tokens, where, trace.id))
+    return found
+
+
+def _example(
+    opening: str, written: Written, tokenizer: "PreTrainedTokenizerBase", max_tokens: int, where: str, name: str | None
+) -> Example:
+    prompt = tokenizer(opening, add_special_tokens=False, verbose=False).input_ids
+    tokens, offsets = tokens_of(written, tokenizer)
+    ids = np.array([*prompt, *tokens, end_of_turn(tokenizer)], dtype=np.int64)
+    if len(ids) > max_tokens:
+        raise TraceError(f"{where}: expected at most {max_tokens} tokens, got {len(ids)}; raise max_tokens or drop it")
+    labels = np.full(len(ids), IGNORE, dtype=np.int64)
+    labels[len(prompt) - 1 : -1] = ids[len(prompt) :]
+    roles = np.full(len(ids), NO_ROLE, dtype=np.int64)
+    roles[len(prompt) - 1 : -2] = _token_roles(written, offsets)
+    roles[-2] = ANSWER
+    return Example(ids, labels, roles, id=name)
+
+
+def _token_roles(written: Written, offsets: np.ndarray) -> np.ndarray:
     """The role of each token of the completion, int64 [tokens], from its character offsets [tokens, 2]."""
-    text = trace.completion()
-    spans = np.array(trace.role_spans(), dtype=np.int64)
-    role_of = np.repeat(spans[:, 2], spans[:, 1] - spans[:, 0])
+    text = written.text
     blank = np.array([character.isspace() for character in text])
     next_ink = np.minimum.accumulate(np.where(blank, len(text), np.arange(len(text)))[::-1])[::-1]
     start, end = np.minimum(offsets[:, 0], len(text) - 1), offsets[:, 1]
     ink = next_ink[start]
-    return role_of[np.where(ink < end, ink, start)]
+    return written.roles[np.where(ink < end, ink, start)]
 
 
 def _add_signals(example: Example, signals: Mapping[str, list[list[Any]]], vocabulary: int, where: str) -> None:
@@ -106,9 +145,18 @@ def _add_signals(example: Example, signals: Mapping[str, list[list[Any]]], vocab
 
 
 def encode_all(
-    traces: Iterable[Trace], tokenizer: "PreTrainedTokenizerBase", *, max_tokens: int = 4096, progress: bool = False
+    traces: Iterable[Trace],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_tokens: int = 4096,
+    instruction: Instruction | None = None,
+    turns: Literal["last", "all"] = "last",
+    progress: bool = False,
 ) -> tuple[list[Example], list[tuple[Trace, str]]]:
-    """Encode what can be encoded; returns the examples, and the traces that were left out with the reason."""
+    """Encode what can be encoded; returns the examples, and the traces that were left out with the reason.
+
+    With `turns="all"` the replies of earlier turns are examples too (`encode_earlier`).
+    """
     if progress:
         from rich.progress import track
 
@@ -117,7 +165,9 @@ def encode_all(
     left_out: list[tuple[Trace, str]] = []
     for trace in traces:
         try:
-            examples.append(encode(trace, tokenizer, max_tokens=max_tokens))
+            last = encode(trace, tokenizer, max_tokens=max_tokens, instruction=instruction)
+            earlier = encode_earlier(trace, tokenizer, max_tokens=max_tokens) if turns == "all" else []
+            examples += [*earlier, last]
         except TraceError as error:
             left_out.append((trace, str(error)))
     return examples, left_out

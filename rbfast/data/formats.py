@@ -8,7 +8,7 @@ interpret(row, FormatOptions(fields={"problem": "q", "reasoning": "work", "answe
 The format of a row depends on that row alone. docs/formats.md lists the formats.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from rbfast.data.answers import as_text, stated_answer, without_answer
 from rbfast.data.conversations import ASSISTANT, USER, Turn, exchange, parse_turns
 from rbfast.data.fields import check_map, names_of
-from rbfast.data.replies import ADVICE, Reply, Row, find_replies, only
+from rbfast.data.replies import ADVICE, Reply, Row, find_replies, only, reply_of_turn
 from rbfast.data.trace import TraceError
 from rbfast.utils.records import objects_of, show
 
@@ -120,6 +120,7 @@ class _Question:
     system: str | None
     reply: Turn | None
     rest: Mapping[str, Any]  # what else its message holds
+    earlier: Sequence[Turn] = ()
 
 
 def _question(row: Row) -> _Question:
@@ -127,16 +128,17 @@ def _question(row: Row) -> _Question:
     conversation = None if "problem" in row.fields and "conversation" not in row.fields else _conversation(row)
     system = row.text("system")
     if conversation is not None:
-        own_system, asked, reply = exchange(conversation)
-        return _Question(asked.text, own_system or system, reply, {**asked.rest, **(reply.rest if reply else {})})
+        own_system, earlier, asked, reply = exchange(conversation)
+        rest = {**asked.rest, **(reply.rest if reply else {})}
+        return _Question(asked.text, own_system or system, reply, rest, earlier)
     found = _problem_field(row)
     if isinstance(found, str):
         return _Question(found, system, None, {})
     turns = parse_turns(found)
     if turns is None:
         raise TraceError(f"problem: expected text or messages, got {show(found)}; {ADVICE}")
-    own_system, asked, reply = exchange(turns)
-    return _Question(asked.text, own_system or system, reply, {})
+    own_system, earlier, asked, reply = exchange(turns)
+    return _Question(asked.text, own_system or system, reply, {}, earlier)
 
 
 def _conversation(row: Row) -> list[Turn] | None:
@@ -170,6 +172,8 @@ def question_of(row: Any, options: FormatOptions = AUTO) -> dict[str, Any]:
         raise TraceError(f"expected an object with a problem, got {show(row)}")
     one = Row(_unwrapped(row)[0], options.fields, options.teacher_field)
     asked = _question(one)
+    if asked.earlier:
+        raise TraceError(f"problem: expected a question alone, got one after {len(asked.earlier)} turns; leave it out")
     known = _stated_field(one) or _gold(one, asked)
     found = {"problem": asked.text, "answer": known, "system": asked.system}
     found |= {name: one.text(name) for name in ("domain", "source", "id")}
@@ -219,11 +223,20 @@ def _trace_row(row: Row, asked: _Question, reply: Reply, form: str, count: int) 
         "reasoning": reasoning.strip(),
         "answer": answer.strip(),
         "system": asked.system,
+        "turns": [_earlier(turn) for turn in asked.earlier] or None,
     }
     found |= _about(row, asked, reply, count)
     if own and reference and form != "solutions" and "verified" not in found:
         found["reference"] = reference
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _earlier(turn: Turn) -> dict[str, str]:
+    """A turn before the problem as a trace keeps it."""
+    if turn.role == USER:
+        return {"role": USER, "content": turn.text}
+    thought, text, *_ = reply_of_turn(turn)
+    return {"role": ASSISTANT, "content": text} | ({"reasoning": thought} if thought else {})
 
 
 def _about(row: Row, asked: _Question, reply: Reply, count: int) -> dict[str, Any]:

@@ -28,8 +28,9 @@ class TraceError(ValueError):
 class Trace:
     """One training example.
 
-    `spans` tile `reasoning` exactly, in characters. `system` is the system prompt that the problem came with: it is
-    kept, and not shown to the student. `signals` holds the teacher's top log-probs,
+    `spans` tile `reasoning` exactly, in characters. `system` is the system prompt that the problem came with, `turns`
+    the messages between the two: `{"role": "user" or "assistant", "content": text}` in turn, a reply perhaps with its
+    own `reasoning`; the student sees both. `signals` holds the teacher's top log-probs,
     `{"ids": [[int]], "logprobs": [[float]]}`, one row for each token the student is trained on (see `encode`).
     Raises TraceError if a field has the wrong type, is empty, is not finite, or the spans do not tile.
     """
@@ -47,6 +48,7 @@ class Trace:
     spans: tuple[Span, ...] | None = None
     signals: dict[str, list[list[Any]]] | None = None
     system: str | None = None
+    turns: tuple[Mapping[str, str], ...] | None = None
 
     def __post_init__(self) -> None:
         for field in _REQUIRED:
@@ -63,6 +65,8 @@ class Trace:
             _check_spans(self.spans, len(self.reasoning))
         if self.signals is not None:
             _check_signals(self.signals)
+        if self.turns is not None:
+            _check_turns(self.turns)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], where: str = "") -> "Trace":
@@ -83,6 +87,7 @@ class Trace:
         try:
             if known["spans"] is not None:
                 known["spans"] = _parse_spans(known["spans"])
+            known["turns"] = _parse_turns(known["turns"])
             return cls(**known)
         except TraceError as error:
             raise TraceError(f"{prefix}{error}") from None
@@ -94,19 +99,25 @@ class Trace:
             fields["spans"] = [[span.start, span.end, ROLES[span.role]] for span in self.spans]
         return {name: value for name, value in fields.items() if value is not None}
 
-    def completion(self) -> str:
-        """What the student learns to write."""
-        return f"{self._plan_text()}{self.reasoning}{self._answer_text()}"
+    def thought(self) -> str:
+        """The plan and the reasoning."""
+        return f"{self._plan_text()}{self.reasoning}"
 
-    def role_spans(self) -> list[Span]:
-        """Spans that tile `completion()` exactly: the plan, the reasoning by its own spans or else by `split_spans`,
-        the answer."""
+    def thought_spans(self) -> list[Span]:
+        """Spans that tile `thought()` exactly: the plan, the reasoning by its own spans or else by `split_spans`."""
         offset = len(self._plan_text())
         spans = [Span(0, offset, STRATEGIC)] if offset else []
         inner = split_spans(self.reasoning) if self.spans is None else self.spans
-        spans += [Span(start + offset, end + offset, role) for start, end, role in inner]
-        end = offset + len(self.reasoning)
-        return [*spans, Span(end, end + len(self._answer_text()), ANSWER)]
+        return [*spans, *(Span(start + offset, end + offset, role) for start, end, role in inner)]
+
+    def completion(self) -> str:
+        """Plan, reasoning and answer as one text: what a student without a thinking template learns to write."""
+        return f"{self.thought()}{self._answer_text()}"
+
+    def role_spans(self) -> list[Span]:
+        """Spans that tile `completion()` exactly."""
+        end = len(self.thought())
+        return [*self.thought_spans(), Span(end, end + len(self._answer_text()), ANSWER)]
 
     def _plan_text(self) -> str:
         return f"{self.plan}\n\n" if self.plan else ""
@@ -169,6 +180,29 @@ def _check_spans(spans: Sequence[Span], length: int) -> None:
         raise TraceError(
             f"spans: expected the last span to end with the reasoning at character {length}, got {position}"
         )
+
+
+def _parse_turns(items: object) -> Any:
+    """Turns from a list of messages, or an object of lists (what `datasets` makes of it), without empty fields."""
+    if isinstance(items, Mapping):
+        items = objects_of(items)
+    if not isinstance(items, list | tuple) or not all(isinstance(item, Mapping) for item in items):
+        return items
+    return tuple({name: text for name, text in item.items() if text not in (None, "")} for item in items) or None
+
+
+def _check_turns(turns: object) -> None:
+    if not isinstance(turns, tuple) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise TraceError(f'turns: expected [{{"role": "user", "content": ".."}}, ...], got {show(turns)}')
+    for number, turn in enumerate(turns):
+        expected = ("user", "assistant")[number % 2]
+        if turn.get("role") != expected:
+            raise TraceError(f"turns: expected the role {expected} in turn {number + 1}, got {show(turn.get('role'))}")
+        _check_text(f"turns: content of turn {number + 1}", turn.get("content"))
+        if "reasoning" in turn:
+            _check_text(f"turns: reasoning of turn {number + 1}", turn["reasoning"])
+    if len(turns) % 2:
+        raise TraceError("turns: expected a reply to every question before the problem, got none to the last")
 
 
 def _check_signals(signals: object) -> None:

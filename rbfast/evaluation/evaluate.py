@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rbfast.data.answers import extract_answer
 from rbfast.data.chat_template import format_prompt
+from rbfast.data.instruction import Instruction
 from rbfast.evaluation.statistics import clustered, pass_at_k, proportion
 from rbfast.grading.grade import Problem, answer_key, grade
 from rbfast.inference.decoding import Completion, batches_by_length, complete
@@ -87,6 +88,7 @@ class Decoding:
         max_new_tokens: of a completion; with a guide, its budget counts instead.
         temperature: 0 for greedy decoding.
         label: whose completions they are, as a name: the model, its adapter.
+        instruction: what follows a problem; None: the tokenizer's default.
     """
 
     max_new_tokens: int = 256
@@ -96,20 +98,21 @@ class Decoding:
     seed: int = 0
     guide: Guide | None = None
     label: str = ""
+    instruction: Instruction | None = None
 
     def write(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], batch_size: int
     ) -> list[list[Written]]:
         """`samples` completions of each problem, with what a guide put into them."""
         if self.guide is None and self.temperature == 0 and self.samples == 1:
-            prompts = [format_prompt(problem.question, tokenizer) for problem in problems]
+            prompts = [format_prompt(problem.question, tokenizer, self.instruction) for problem in problems]
             found = complete(model, tokenizer, prompts, max_new_tokens=self.max_new_tokens, batch_size=batch_size)
             return [[(completion, ())] for completion in found]
         # A problem's draws must not depend on which others are left to do.
         seeds = [self._seed(problem) for problem in problems]
         sampling = Sampling(self.samples, self.temperature, self.top_p, seeds, early_stop=False)
         guide = self.guide or Guide(Limits(self.max_new_tokens), interventions=())
-        solver = LocalSolver(model, tokenizer, batch_size)
+        solver = LocalSolver(model, tokenizer, batch_size, self.instruction)
         solutions = solver.solve([problem.question for problem in problems], guide, sampling)
         return [[(Completion(s.text, s.tokens, s.truncated), s.events) for s in samples] for samples in solutions]
 
@@ -177,7 +180,10 @@ class _Store:
 
     def __init__(self, path: Path, decoding: Decoding) -> None:
         self.journal, self.decoding = Journal(path), decoding
-        self.settings = dict(json.loads(json.dumps(asdict(decoding))))
+        settings = asdict(decoding)
+        if decoding.instruction is None:
+            del settings["instruction"]  # files from before there was one
+        self.settings = dict(json.loads(json.dumps(settings)))
 
     def read(self, problems: Sequence[Problem]) -> dict[tuple[str, str], list[Result]]:
         """The problems of which every sample is there; what a killed process wrote of others goes from the file."""

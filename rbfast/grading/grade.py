@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rbfast.data.answers import extract_answer
+from rbfast.data.answers import extract_answer, without_thinking
 from rbfast.grading.judge import judge
 from rbfast.grading.math_equality import equals_any, is_number, key
 from rbfast.grading.statements import readings
@@ -30,11 +30,19 @@ class Problem:
 
 
 _WHOLE = re.compile(r".*(?:\n|</answer>)", re.DOTALL | re.IGNORECASE)
-_MARKS = re.compile(r"</?(?:think|answer)>", re.IGNORECASE)
+_MARKS = re.compile(
+    r"</?(?:think|answer|seed:think)>|\[/?THINK\]|<\|channel\|>(?:analysis|final)<\|message\|>|<\|end\|>"
+    r"|<\|start\|>assistant|<\|channel>thought|<channel\|>",
+    re.IGNORECASE,
+)
+
+
+def _last_line(text: str) -> str:
+    return without_thinking(text).strip().rpartition("\n")[2]
 
 
 def without_tags(text: str) -> str:
-    """A part of a completion for people: no `<think>` or `<answer>`, opened or closed, and no white space around it."""
+    """A part of a completion for people: no marks of thinking or answer, and no white space around it."""
     return _MARKS.sub("", text).strip()
 
 
@@ -52,7 +60,7 @@ def grade(problem: Problem, completion: str, *, truncated: bool = False) -> floa
         whole = _WHOLE.match(completion)
         statement = (extract_answer(whole[0]) if whole else None) or ""
     else:
-        statement = extract_answer(completion) or completion.strip().rpartition("\n")[2]
+        statement = extract_answer(completion) or _last_line(completion)
     found = readings(statement)
     if not problem.entry:
         return float(equals_any(problem.answer, found))
@@ -73,6 +81,6 @@ def reasoning_gym() -> Any:
 
 def answer_key(text: str) -> str | None:
     """What a vote counts: the final answer of a completion, the same text for equal numbers; None if it has none."""
-    statement = extract_answer(text) or text.strip().rpartition("\n")[2]
+    statement = extract_answer(text) or _last_line(text)
     keys = [key(reading) for reading in readings(statement)]
     return next(filter(is_number, keys), keys[0] if keys else "") or None

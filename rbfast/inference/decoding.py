@@ -27,6 +27,7 @@ from transformers.cache_utils import DynamicLayer
 
 from rbfast.adapter.column_delta import unhooked
 from rbfast.data.chat_template import end_of_turn
+from rbfast.data.thinking import thinking_format
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,20 @@ def complete(
             steering = Steering(len(rows), greedy["eos_token_id"], model.device)
             decode(model, [encoded[i] for i in rows], greedy, max_new_tokens, steering)
             for row, written in zip(rows, steering.written, strict=True):
-                text = str(tokenizer.decode(written, skip_special_tokens=True))
+                text = text_of(tokenizer, written)
                 completions[row] = Completion(text, len(written), written[-1] not in greedy["eos_token_id"])
             if progress is not None:
                 progress(len(completions), len(encoded))
     return [completions[i] for i in range(len(prompts))]
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """What a model wrote, without special tokens; those that part its thinking from its reply stay."""
+    found, special = thinking_format(tokenizer), set(tokenizer.all_special_ids)
+    marks = set(tokenizer(found.opener + found.closer, add_special_tokens=False).input_ids) if found.thinks else set()
+    if not special.intersection(marks):
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+    return str(tokenizer.decode([n for n in ids if n in marks or n not in special], skip_special_tokens=False))
 
 
 def encode_prompts(

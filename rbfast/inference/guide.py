@@ -74,6 +74,7 @@ class Phrases:
 
     Args:
         close: the marker that ends the thinking and begins the answer.
+        open: the marker that begins the thinking, if the model writes it; it precedes a wrap-up at once.
         finish: the text that ends the answer; empty if only the end of turn does.
         probe: what a probe puts after the close marker to have the answer at once.
         wait, verify, other, wrap_up: what each intervention says.
@@ -89,6 +90,7 @@ class Phrases:
     verify: str = "Let me verify this step before going on."
     other: str = "I am going in circles. Let me try another approach."
     wrap_up: str = "I have to stop here and give my best answer."
+    open: str = ""
 
     def __post_init__(self) -> None:
         if not self.close:

@@ -20,6 +20,7 @@ from functools import partial
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rbfast.data.chat_template import format_prompt
+from rbfast.data.instruction import Instruction
 from rbfast.inference.decoding import batches_by_length, decode, encode_prompts, evaluating, greedy_settings
 from rbfast.inference.guide import Guide, Phrases
 from rbfast.inference.solver import GREEDY, Listener, Sampling, Solution
@@ -86,18 +87,20 @@ class LocalSolver:
 
     Args:
         batch_size: completions at a time, at most.
+        instruction: what follows a problem; None: the tokenizer's default.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     batch_size: int = 32
+    instruction: Instruction | None = None
 
     def phrases(self) -> Phrases:
-        return phrases_for(self.tokenizer)
+        return phrases_for(self.tokenizer, self.instruction)
 
     def solve(
         self, problems: Sequence[str], guide: Guide, sampling: Sampling = GREEDY, *, listen: Listener | None = None
     ) -> list[list[Solution]]:
         """The samples of every problem; see `Solver`. Raises ValueError as `guided` does."""
-        prompts = [format_prompt(problem, self.tokenizer) for problem in problems]
+        prompts = [format_prompt(problem, self.tokenizer, self.instruction) for problem in problems]
         return guided(self.model, self.tokenizer, prompts, guide, sampling, batch_size=self.batch_size, listen=listen)

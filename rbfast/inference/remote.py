@@ -25,7 +25,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rbfast.data.chat_template import INSTRUCTION, format_prompt
+from rbfast.data.chat_template import default_instruction, format_prompt
+from rbfast.data.instruction import ANSWER, Instruction
 from rbfast.grading.grade import answer_key
 from rbfast.inference.guide import Guide, Phrases
 from rbfast.inference.solver import GREEDY, Listener, Sampling, Solution
@@ -42,9 +43,9 @@ _NO_COMPLETIONS = (404, 405, 501)
 _MALFORMED = (LookupError, TypeError, AttributeError)
 
 
-def prompt_for(problem: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def prompt_for(problem: str, tokenizer: PreTrainedTokenizerBase, instruction: Instruction | None = None) -> str:
     """`format_prompt` without the token that begins a text, if a server that reads text adds it itself."""
-    prompt, begin = format_prompt(problem, tokenizer), tokenizer.bos_token
+    prompt, begin = format_prompt(problem, tokenizer, instruction), tokenizer.bos_token
     adds_it = begin is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
     return prompt.removeprefix(str(begin)) if adds_it else prompt
 
@@ -202,14 +203,17 @@ def _probe(server: Server, text: str, state: GuideState) -> Order | None:
     return state.probed(answer, state.count(put) + (limit if written is None else written))
 
 
-def chat(server: Server, problem: str, guide: Guide) -> Solution:
+def chat(server: Server, problem: str, guide: Guide, instruction: Instruction = ANSWER) -> Solution:
     """An answer by a server that only chats: nothing can be inserted, so the budget is requested and checked.
 
     Raises:
         ServerError: no answer after all retries, a reply that is none, no token count, or one above the budget.
     """
     body = {
-        "messages": [{"role": "user", "content": f"{problem}\n\n{INSTRUCTION}"}],
+        "messages": [
+            *([{"role": "system", "content": instruction.system}] if instruction.system else []),
+            {"role": "user", "content": instruction.request(problem)},
+        ],
         "max_tokens": guide.limits.budget,
         "stream": False,
     }
@@ -237,6 +241,7 @@ class ServerSolver:
         tokenizer: the served model's own, for its chat template and to count tokens; without it the model reads plain
             text, and an inserted text counts a token a byte.
         concurrency: requests at a time.
+        instruction: what follows a problem; None: the tokenizer's default, without a tokenizer `ANSWER`.
 
     Raises:
         ValueError: a concurrency below 1.
@@ -245,6 +250,7 @@ class ServerSolver:
     server: Server
     tokenizer: PreTrainedTokenizerBase | None = None
     concurrency: int = 8
+    instruction: Instruction | None = None
 
     def __post_init__(self) -> None:
         if self.concurrency < 1:
@@ -252,10 +258,16 @@ class ServerSolver:
 
     def phrases(self) -> Phrases:
         if self.tokenizer is None:
-            return Phrases(close="<answer>", finish="</answer>")
+            return Phrases(close=self._asked_for.opens, finish=self._asked_for.closes)
         from rbfast.inference.tokens import phrases_for
 
-        return phrases_for(self.tokenizer)
+        return phrases_for(self.tokenizer, self.instruction)
+
+    @property
+    def _asked_for(self) -> Instruction:
+        if self.instruction is not None or self.tokenizer is None:
+            return self.instruction or ANSWER
+        return default_instruction(self.tokenizer)
 
     def solve(
         self, problems: Sequence[str], guide: Guide, sampling: Sampling = GREEDY, *, listen: Listener | None = None
@@ -309,7 +321,7 @@ class ServerSolver:
         except ServerError as error:
             if error.status not in _NO_COMPLETIONS:
                 raise
-            return chat(server, problem, guide)
+            return chat(server, problem, guide, self._asked_for)
 
     def _asked(self, sampling: Sampling, seed: int) -> Server:
         """The server, with the sampling's settings."""
@@ -317,7 +329,10 @@ class ServerSolver:
         return replace(self.server, temperature=sampling.temperature, top_p=top_p, seed=seed)
 
     def _prompt(self, problem: str) -> str:
-        return f"{problem}\n\n{INSTRUCTION}\n\n" if self.tokenizer is None else prompt_for(problem, self.tokenizer)
+        if self.tokenizer is None:
+            asked = self._asked_for
+            return "".join(f"{text}\n\n" for text in (asked.system, asked.request(problem)) if text)
+        return prompt_for(problem, self.tokenizer, self.instruction)
 
     def _count(self, guide: Guide) -> Callable[[str], int] | None:
         if self.tokenizer is None:

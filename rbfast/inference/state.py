@@ -283,7 +283,8 @@ class GuideState:
     def _stop_thinking(self, kind: str) -> Order:
         strike = len(self._pieces) - self._safe
         words = "" if kind == STABLE else f"{self.phrases.wrap_up}\n"
-        return self._put(kind, self._joined(words + self.phrases.close, strike), strike, Phase.ANSWER)
+        opener = self.phrases.open if strike == len(self._pieces) else ""
+        return self._put(kind, opener + self._joined(words + self.phrases.close, strike), strike, Phase.ANSWER)
 
     def _put(self, kind: str, text: str, strike: int, phase: Phase) -> Order:
         struck = self._pieces[len(self._pieces) - strike :]
@@ -314,7 +315,7 @@ class GuideState:
 
     def _wrap_cost(self) -> int:
         words = f"{self.phrases.wrap_up}\n{self.phrases.close}"
-        return max(self.count(before + words) for before in ("", "\n\n", _FENCE_END))
+        return max(self.count(before + words) for before in (self.phrases.open, "\n\n", _FENCE_END))
 
     # ------------------------------------------------------------------------------------------------------- answer
 

@@ -9,24 +9,28 @@ from dataclasses import asdict, replace
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
-from rbfast.data.chat_template import end_of_turn
+from rbfast.data.chat_template import default_instruction, end_of_turn
+from rbfast.data.instruction import Instruction
+from rbfast.data.thinking import thinking_format
 from rbfast.grading.grade import answer_key
+from rbfast.inference.decoding import text_of
 from rbfast.inference.guide import Guide, Phrases
 from rbfast.inference.solver import Solution
 from rbfast.inference.state import GuideState, Order, Phase
 
-THINK_CLOSE = "</think>"
 
+def phrases_for(tokenizer: PreTrainedTokenizerBase, instruction: Instruction | None = None) -> Phrases:
+    """The markers that suit a tokenizer: those of its template's thinking, else those of a plain chain of thought.
 
-def phrases_for(tokenizer: PreTrainedTokenizerBase) -> Phrases:
-    """The markers that suit a tokenizer: `</think>` if it knows it, else those of a plain chain of thought.
-
-    A plain chain of thought ends where its answer begins, at `<answer>`, as `format_prompt` tells the model.
+    A plain chain of thought ends where its answer begins, as the instruction (None: the default) tells the model.
     """
-    thinks = THINK_CLOSE in tokenizer.get_vocab() or THINK_CLOSE in str(tokenizer.chat_template or "")
-    if thinks:
-        return Phrases(close=THINK_CLOSE, finish="</answer>", probe="\n\n<answer>")
-    return Phrases(close="<answer>", finish="</answer>")
+    found, asked = thinking_format(tokenizer), instruction or default_instruction(tokenizer)
+    finish = asked.closes and asked.closes + found.tail
+    if not found.thinks:
+        return Phrases(close=asked.opens, finish=finish)
+    space = found.closer[len(found.closer.rstrip()) :]
+    probe = space + (asked.opens if asked.text else "")
+    return Phrases(close=found.close, finish=finish, probe=probe, open=found.opener)
 
 
 class Vocabulary:
@@ -133,7 +137,7 @@ class TokenState:
         found = Solution.of(self.state)
         return replace(
             found,
-            text=str(self.vocabulary.tokenizer.decode(self.ids, skip_special_tokens=True)),
+            text=text_of(self.vocabulary.tokenizer, self.ids),
             ids=tuple(self.ids),
             tokens=found.tokens if not self.abandoned else self.written + found.probe_tokens,
             abandoned=self.abandoned,

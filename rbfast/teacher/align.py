@@ -48,6 +48,12 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
     return _spelled(tokenizer, len(tokenizer))
 
 
+def spelled(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[bytes | None]:
+    """The bytes of each token; of special ones, which a reply's own marks may be, their names."""
+    tokens, added = token_bytes(tokenizer), tokenizer.added_tokens_decoder
+    return [added[number].content.encode() if number in added else tokens[number] for number in ids]
+
+
 @lru_cache(maxsize=4)  # every trace needs it, of the same two tokenizers; the size shows tokens added since
 def _spelled(tokenizer: PreTrainedTokenizerBase, size: int) -> list[bytes | None]:
     decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder"))

@@ -21,13 +21,15 @@ import torch
 from torch import Tensor
 
 from rbfast import ops
-from rbfast.data.chat_template import end_of_turn, format_prompt
+from rbfast.data.chat_template import default_instruction, end_of_turn, format_prompt
+from rbfast.data.completions import Written, tokens_of, written_for
 from rbfast.data.encoding import IGNORE, Example, encode_all
+from rbfast.data.instruction import Instruction
 from rbfast.data.signal_store import SignalStore
 from rbfast.data.trace import Trace
 from rbfast.loss.teacher_signal import Dense
 from rbfast.models.student import final_hidden, head_of
-from rbfast.teacher.align import byte_spans, student_ids, token_bytes
+from rbfast.teacher.align import byte_spans, spelled, student_ids, token_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,6 +52,8 @@ class PendingTrace:
     trace: Trace
     example: Example
     written: list[int]  # without the end of turn
+    reply: Written  # their text
+    instruction: Instruction
 
     @property
     def first(self) -> int:
@@ -62,16 +66,22 @@ class PendingTrace:
 
 
 def pending_traces(
-    traces: Iterable[Trace], tokenizer: PreTrainedTokenizerBase, store: SignalStore, max_tokens: int
+    traces: Iterable[Trace],
+    tokenizer: PreTrainedTokenizerBase,
+    store: SignalStore,
+    max_tokens: int,
+    instruction: Instruction | None = None,
 ) -> tuple[list[PendingTrace], list[tuple[Trace, str]]]:
     """The traces that `store` lacks, and those that can have no log-probs, with the reason."""
     tasks, refused = [], []
+    asked = instruction or default_instruction(tokenizer)
     for trace in traces:
-        examples, left_out = encode_all([trace], tokenizer, max_tokens=max_tokens)
+        examples, left_out = encode_all([trace], tokenizer, max_tokens=max_tokens, instruction=asked)
         refused += left_out
         for example in examples:
             if example not in store:
-                tasks.append(PendingTrace(trace, example, example.labels[example.labels != IGNORE][:-1].tolist()))
+                written = example.labels[example.labels != IGNORE][:-1].tolist()
+                tasks.append(PendingTrace(trace, example, written, written_for(trace, tokenizer, asked), asked))
     return tasks, refused
 
 
@@ -85,6 +95,7 @@ def add_local_logprobs(
     *,
     align: bool = False,
     max_tokens: int = 4096,
+    instruction: Instruction | None = None,
     progress: Progress | None = None,
 ) -> list[tuple[Trace, str]]:
     """Adds the top k of every trace that `store` lacks; logits are fp32 and exist for a few tokens at a time.
@@ -103,7 +114,7 @@ def add_local_logprobs(
         )
     vocabulary = head_of(teacher).weight.shape[0]
     mapped = _mapping(teacher_tokenizer, tokenizer, same, vocabulary)
-    tasks, refused = pending_traces(traces, tokenizer, store, max_tokens)
+    tasks, refused = pending_traces(traces, tokenizer, store, max_tokens, instruction)
     read = _reader(teacher_tokenizer, tokenizer, same)
     done = 0
     for batch in _batches(tasks, _TOKENS if teacher.device.type == "cpu" else _TOKENS_ON_GPU):
@@ -165,13 +176,20 @@ def _reader(
     same_end = end_of_turn(teacher_tokenizer) == end_of_turn(tokenizer)
 
     def read(task: PendingTrace) -> _Reading:
-        opening = format_prompt(task.trace.problem, teacher_tokenizer)
+        opening = format_prompt(
+            task.trace.problem,
+            teacher_tokenizer,
+            task.instruction,
+            system=task.trace.system,
+            turns=task.trace.turns or (),
+        )
         prompt = teacher_tokenizer(opening, add_special_tokens=False).input_ids
-        if same:
+        reply = written_for(task.trace, teacher_tokenizer, task.instruction)
+        if same and reply.text == task.reply.text:
             written = task.written
             shared = [(token, token) for token in range(len(written) + same_end)]
         else:
-            written, shared = _shared_tokens(teacher_tokenizer, tokenizer, task)
+            written, shared = _shared_tokens(teacher_tokenizer, tokenizer, task, reply)
             if not shared:
                 raise ValueError(NOTHING_SHARED)
         return _Reading(task, prompt + written, [(ours, len(prompt) - 1 + theirs) for ours, theirs in shared])
@@ -195,16 +213,31 @@ def _add_batch(teacher: PreTrainedModel, readings: Sequence[_Reading], mapped: T
 
 
 def _shared_tokens(
-    teacher_tokenizer: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, task: PendingTrace
+    teacher_tokenizer: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, task: PendingTrace, reply: Written
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """The teacher's tokens of the completion, and (student's token, teacher's token) if both are the same bytes."""
-    completion = task.trace.completion()
-    written = teacher_tokenizer(completion, add_special_tokens=False, split_special_tokens=True).input_ids
-    ours, theirs = token_bytes(tokenizer), token_bytes(teacher_tokenizer)
-    text = completion.encode()
-    at = {span: token for token, span in enumerate(byte_spans([theirs[number] for number in written], text))}
-    student = byte_spans([ours[number] for number in task.written], text)
-    return written, [(token, at[span]) for token, span in enumerate(student) if span in at]
+    """The teacher's tokens of its own reply, and (student's token, teacher's token) if both are the same bytes."""
+    written, _ = tokens_of(reply, teacher_tokenizer)
+    whole = reply.text == task.reply.text
+    at = {place: token for token, place in enumerate(_places(teacher_tokenizer, written, reply, whole)) if place}
+    student = _places(tokenizer, task.written, task.reply, whole)
+    return written, [(token, at[place]) for token, place in enumerate(student) if place in at]
+
+
+def _places(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], reply: Written, whole: bool
+) -> list[tuple[int, int, int] | None]:
+    """Which bytes of the reply each token is; unless both replies are the same text as a `whole`, which bytes of the
+    thought or of the answer, for the marks around those are each model's own. None for a token of neither."""
+    spans = byte_spans(spelled(tokenizer, ids), reply.text.encode())
+    if whole:
+        return [(0, start, end) for start, end in spans]
+    parts = [[len(reply.text[:edge].encode()) for edge in part] for part in (reply.thought, reply.answer)]
+    return [
+        next((n, start - a, end - a) for n, (a, b) in enumerate(parts) if a <= start and end <= b)
+        if any(a <= start and end <= b for a, b in parts)
+        else None
+        for start, end in spans
+    ]
 
 
 def _top_k(teacher: PreTrainedModel, hidden: Tensor, k: int, is_known: Tensor) -> tuple[Tensor, Tensor]:

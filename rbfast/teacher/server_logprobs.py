@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from rbfast.data.chat_template import INSTRUCTION, format_prompt
+from rbfast.data.chat_template import format_prompt
+from rbfast.data.instruction import Instruction
 from rbfast.data.signal_store import SignalStore
 from rbfast.data.trace import Trace
-from rbfast.teacher.align import Piece, align, byte_spans, ids_by_bytes, token_bytes
+from rbfast.teacher.align import Piece, align, byte_spans, ids_by_bytes, spelled, token_bytes
 from rbfast.teacher.client import Server, ServerError
 from rbfast.teacher.logprobs import NOTHING_SHARED, PendingTrace, Progress, TokenizersDiffer, pending_traces
 
@@ -39,6 +40,7 @@ def add_server_logprobs(
     dialect: Dialect = "vllm",
     align: bool = False,
     max_tokens: int = 4096,
+    instruction: Instruction | None = None,
     concurrency: int = 8,
     progress: Progress | None = None,
 ) -> list[tuple[Trace, str]]:
@@ -59,7 +61,7 @@ def add_server_logprobs(
     if dialect not in DIALECTS:
         raise ValueError(f"dialect must be one of {', '.join(DIALECTS)}, got {dialect!r}")
     reader = _Reader(server, tokenizer, store.k, dialect, align)
-    tasks, refused = pending_traces(traces, tokenizer, store, max_tokens)
+    tasks, refused = pending_traces(traces, tokenizer, store, max_tokens, instruction)
     queue = iter(tasks)
     with ThreadPoolExecutor(concurrency) as pool:
         done = 0
@@ -124,17 +126,13 @@ class _Reader:
             )
 
     def _by_text(self, task: PendingTrace) -> list[tuple[int, list[int], list[float]]]:
-        opening = (
-            f"{task.trace.problem}\n\n{INSTRUCTION}\n\n"
-            if self.align
-            else format_prompt(task.trace.problem, self.tokenizer)
-        )
-        text = task.trace.completion().encode()
-        pieces = self._pieces(opening + task.trace.completion())
+        opening = f"{task.instruction.request(task.trace.problem)}\n\n" if self.align else self._prompt(task)
+        text = task.reply.text.encode()
+        pieces = self._pieces(opening + task.reply.text)
         shift = len(opening.encode())
-        spelled = byte_spans([piece.written for piece in pieces], opening.encode() + text)
-        theirs = [(start - shift, end - shift) for start, end in spelled]
-        student = byte_spans([self.tokens[number] for number in task.written], text)
+        bounds = byte_spans([piece.written for piece in pieces], opening.encode() + text)
+        theirs = [(start - shift, end - shift) for start, end in bounds]
+        student = byte_spans(spelled(self.tokenizer, task.written), text)
         rows = align(student, theirs, pieces, self.ids)
         if not self.align and len(rows) < len(student):
             raise TokenizersDiffer(
@@ -142,6 +140,12 @@ class _Reader:
                 f"of {len(student)}; with align=True (--align) those get theirs"
             )
         return [(task.first + row.token, row.ids, row.logprobs) for row in rows]
+
+    def _prompt(self, task: PendingTrace) -> str:
+        trace = task.trace
+        return format_prompt(
+            trace.problem, self.tokenizer, task.instruction, system=trace.system, turns=trace.turns or ()
+        )
 
     def _pieces(self, text: str) -> list[Piece]:
         """The tokens of `text` as the server cuts it; the first one's candidates, and often its text, are not said."""
@@ -201,28 +205,33 @@ def _table(found: Sequence[tuple[int, list[int], list[float]]], k: int) -> tuple
 
 
 def add_reply_logprobs(
-    trace: Trace, reply: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, store: SignalStore
+    trace: Trace,
+    reply: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    store: SignalStore,
+    instruction: Instruction | None = None,
 ) -> str | None:
     """Adds what a reply of `teach` says of its own tokens to `store`, as far as the trace repeats its text.
 
     Returns:
         why there is nothing to add, else None.
     """
-    tasks, refused = pending_traces([trace], tokenizer, store, max_tokens=2**31)
+    tasks, refused = pending_traces([trace], tokenizer, store, 2**31, instruction)
     if not tasks:
         return refused[0][1] if refused else None
     [task], tokens = tasks, token_bytes(tokenizer)
     pieces = [Piece(_raw(token), [(_raw(other), value) for other, value in top]) for token, top in reply["logprobs"]]
-    text, completion = reply["text"].encode(), trace.completion().encode()
-    start = text.find(trace.reasoning.encode())
+    text, completion = reply["text"].encode(), task.reply.text.encode()
+    reasoning = trace.reasoning.strip().encode()
+    start = text.find(reasoning)
     if start < 0 or not pieces:
         return "the reply has no log-probs of the reasoning"
     # The trace is the reply from here on, until the answer is written another way.
-    opening = completion.index(trace.reasoning.encode(), len((trace.plan or "").encode()))
+    opening = completion.index(reasoning, len((trace.plan or "").encode()))
     shared = _shared_length(text[start:], completion[opening:])
     try:
         theirs = [(a - start + opening, b - start + opening) for a, b in byte_spans([p.written for p in pieces], text)]
-        ours = byte_spans([tokens[number] for number in task.written], completion)
+        ours = byte_spans(spelled(tokenizer, task.written), completion)
     except ValueError as error:
         return str(error)
     rows = [

@@ -29,7 +29,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rbfast.adapter.column_scores import METHODS, ColumnScores, Method, score_columns
 from rbfast.adapter.sparse_adapter import SparseAdapter
+from rbfast.data.chat_template import default_instruction, write_prompt
 from rbfast.data.encoding import Example, collate, encode_all, on_device
+from rbfast.data.instruction import Instruction, instruction_named
 from rbfast.data.signal_store import SignalStore
 from rbfast.data.trace import Trace
 from rbfast.models.checkpointing import checkpointing
@@ -65,6 +67,9 @@ class DistillConfig:
         warmup: the share of the steps before the peak learning rate.
         schedule: how the learning rate falls from its peak: to zero along a line or a cosine, or not at all.
         max_tokens: longer traces are left out and listed, never cut.
+        instruction: what a prompt says after the problem: "answer", "boxed", "none" or a text; None is "boxed" for a
+            student whose chat template thinks, else "answer".
+        turns: "last" trains the last reply of a conversation, "all" every reply.
 
     Raises:
         ValueError: a number out of its range, or an unknown placement.
@@ -86,6 +91,8 @@ class DistillConfig:
     max_tokens: int = 4096
     save_steps: int = 50
     seed: int = 0
+    instruction: str | None = None
+    turns: Literal["last", "all"] = "last"
     objective: Objective = field(default_factory=Objective)
 
     def __post_init__(self) -> None:
@@ -105,6 +112,8 @@ class DistillConfig:
             raise ValueError(f"seed must be at least 0 and below 2**32, got {self.seed}")
         if self.placement not in (*METHODS, "random"):
             raise ValueError(f"placement must be one of {', '.join(METHODS)} or random, got {self.placement!r}")
+        if self.turns not in ("last", "all"):
+            raise ValueError(f"turns must be last or all, got {self.turns!r}")
         if self.schedule not in _SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(_SCHEDULES)}, got {self.schedule!r}")
 
@@ -167,6 +176,7 @@ def distill(
         return Run(adapter, history, skipped, time.monotonic() - start, found=True)
     if first:  # before the long part, which a folder that cannot be written to would waste
         write_text(out / RUN, json.dumps(asked, indent=1))
+        write_prompt(out, tokenizer, replace(_instruction(tokenizer, config), system=_shared_system(traces)))
     adapter = (
         _attach_adapter(model, examples, config, teacher)
         if checkpoint is None
@@ -210,10 +220,26 @@ def _planned(examples: Sequence[Example], config: DistillConfig) -> tuple[list[S
 def _encoded(
     traces: Sequence[Trace], tokenizer: PreTrainedTokenizerBase, config: DistillConfig
 ) -> tuple[list[Example], list[tuple[Trace, str]]]:
-    examples, skipped = encode_all(traces, tokenizer, max_tokens=config.max_tokens)
+    examples, skipped = encode_all(
+        traces,
+        tokenizer,
+        max_tokens=config.max_tokens,
+        instruction=_instruction(tokenizer, config),
+        turns=config.turns,
+    )
     if not examples:
         raise ValueError(f"none of the {len(traces)} traces can be trained on{_first_reason(skipped)}")
     return examples, skipped
+
+
+def _instruction(tokenizer: PreTrainedTokenizerBase, config: DistillConfig) -> Instruction:
+    return default_instruction(tokenizer) if config.instruction is None else instruction_named(config.instruction)
+
+
+def _shared_system(traces: Sequence[Trace]) -> str:
+    """The system prompt of all traces, which inference then needs too; empty if they differ."""
+    systems = {trace.system or "" for trace in traces}
+    return systems.pop() if len(systems) == 1 else ""
 
 
 def _batches(examples: Sequence[Example], config: DistillConfig) -> list[Sequence[Example]]:

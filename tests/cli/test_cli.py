@@ -252,12 +252,13 @@ def parsed(*options: str) -> DistillConfig:
 def test_every_setting_of_a_run_is_an_option() -> None:
     assert parsed() == DistillConfig()
     flags = {"density": "0.1", "placement": "factored", "schedule": "cosine", "warmup": "0.5", "epochs": "2.5"}
+    flags["turns"] = "all"
     numbers = {"rank", "support", "placement_traces", "batch_size", "accumulation", "max_tokens", "save_steps", "seed"}
     flags |= dict.fromkeys(numbers | {"tokens_per_batch"}, "7") | {"learning_rate": "0.25"}
     options = [part for name, value in flags.items() for part in ("--" + name.replace("_", "-"), value)]
-    config = parsed(*options, "--gradient-checkpointing")
+    config = parsed(*options, "--gradient-checkpointing", "--instruction", "none")
     given = {name: type(getattr(DistillConfig(), name) or 0)(value) for name, value in flags.items()}
-    given["gradient_checkpointing"] = True
+    given |= {"gradient_checkpointing": True, "instruction": "none"}
     assert given.keys() == DistillConfig.__dataclass_fields__.keys() - {"objective"}
     assert config == DistillConfig(**given)  # type: ignore[arg-type]
 

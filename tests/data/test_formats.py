@@ -150,8 +150,9 @@ def conversation(*turns: tuple[str, Any]) -> dict[str, Any]:
         ({"prompt": "p", "response": "a", "output": "b"}, "reply: expected one field .* response and output"),
         ({"prompt": "p", "response": "So.", "answer": "1", "gold": "2"}, "answer: expected one .* answer and gold"),
         (conversation(("user", "p")), "reasoning: expected this field, got messages"),
-        (conversation(("user", "p"), ("assistant", "a"), ("user", "q"), ("assistant", "b")), "got 4 turns; .* earlier"),
-        (conversation(("assistant", "a"), ("user", "p")), "a user's turn and an assistant's, got assistant, user"),
+        (conversation(("user", "p"), ("user", "q"), ("assistant", "b")), "in turn, got user, user, assistant"),
+        (conversation(("user", "p"), ("assistant", "a"), ("assistant", "b")), "got user, assistant, assistant"),
+        (conversation(("assistant", "a"), ("user", "p")), "in turn, got assistant, user"),
         (conversation(("user", "p"), ("tool", "{}")), "turn 2: expected a role of .*, got 'tool'"),
         (conversation(("user", [{"type": "image_url", "image_url": {}}])), "turn 1: content: .* got image_url"),
         (conversation(("user", "p"), ("assistant", 5)), "turn 2: content: expected text or .* got int 5"),
@@ -356,3 +357,50 @@ def test_teach_and_eval_take_problems_of_these_shapes(tmp_path: Path) -> None:
     [problem] = load_problems(str(path), None, 0, options=options)
     [question] = read_questions(path, options=options)
     assert problem.answer == question.known.answer == "3"  # type: ignore[union-attr]
+
+
+# -------------------------------------------------------------------------------------------------------- earlier turns
+
+
+def test_earlier_turns_are_kept_with_their_thoughts(tmp_path):
+    turns = [("system", SYSTEM), ("user", "What is 1 + 1?"), ("assistant", "<think>Add.</think>It is 2.")]
+    turns += [("user", "And twice that?"), ("assistant", "Twice 2."), ("user", QUESTION)]
+    row = conversation(*turns, ("assistant", f"<think>{THOUGHT}</think>\\boxed{{42}}"))
+    (tmp_path / "turns.jsonl").write_text(json.dumps(row) + "\n")
+    [trace] = read_traces(tmp_path / "turns.jsonl")
+    assert (trace.problem, trace.reasoning, trace.answer, trace.system) == (QUESTION, THOUGHT, "42", SYSTEM)
+    assert trace.turns == (
+        {"role": "user", "content": "What is 1 + 1?"},
+        {"role": "assistant", "content": "It is 2.", "reasoning": "Add."},
+        {"role": "user", "content": "And twice that?"},
+        {"role": "assistant", "content": "Twice 2."},
+    )
+    (tmp_path / "again.jsonl").write_text(json.dumps(trace.to_dict()) + "\n")
+    assert read_traces(tmp_path / "again.jsonl") == [trace]
+    as_lists = trace.to_dict() | {
+        "turns": {
+            "role": [turn["role"] for turn in trace.turns],
+            "content": [turn["content"] for turn in trace.turns],
+            "reasoning": [turn.get("reasoning") for turn in trace.turns],
+        }
+    }
+    assert Trace.from_dict(as_lists) == trace
+
+
+def test_a_question_after_other_turns_is_not_asked_alone():
+    with pytest.raises(TraceError, match="expected a question alone, got one after 2 turns"):
+        question_of(conversation(("user", "1+1?"), ("assistant", "2"), ("user", "And twice that?")))
+
+
+@pytest.mark.parametrize(
+    ("turns", "fault"),
+    [
+        ("hello", "expected .*role.* got str 'hello'"),
+        ([{"role": "assistant", "content": "a"}], "expected the role user in turn 1, got str 'assistant'"),
+        ([{"role": "user", "content": "a"}], "expected a reply to every question"),
+        ([{"role": "user", "content": 3}], "content of turn 1: expected a string, got int 3"),
+    ],
+)
+def test_turns_of_another_form_are_named(turns, fault):
+    with pytest.raises(TraceError, match=f"^turns: {fault}"):
+        Trace.from_dict(PLAIN | {"turns": turns})

@@ -252,7 +252,7 @@ def test_entropy_is_the_definition():
 
 
 def test_calibration_is_a_quantile_of_the_models_own(model, monkeypatch):
-    monkeypatch.setattr("rbfast.inference.local.format_prompt", lambda problem, tokenizer: problem)
+    monkeypatch.setattr("rbfast.inference.local.format_prompt", lambda problem, *_: problem)
     solver = LocalSolver(model, TOKENIZER)
     low, high = (calibrate(solver, PROMPTS, guide(), quantile=q) for q in (0.1, 0.9))
     assert 0 < low < high < math.log(258)
@@ -276,7 +276,10 @@ def test_markers_suit_the_tokenizer():
     assert (plain.close, plain.finish, plain.probe) == ("<answer>", "</answer>", "")
     thinking = tiny_tokenizer()
     thinking.add_tokens(["</think>"])
-    assert (phrases_for(thinking).close, phrases_for(thinking).probe) == ("</think>", "\n\n<answer>")
+    assert phrases_for(thinking).close == "<answer>"  # the template decides, not the vocabulary
+    thinking.chat_template = "{% for m in messages %}{{ (m.reasoning or '') + '</think>\n' + m.content }}{% endfor %}"
+    thinking.chat_template = thinking.chat_template.replace("{{ (", "{{ m.content if m.role == 'user' else (")
+    assert (phrases_for(thinking).close, phrases_for(thinking).probe) == ("</think>", "\n\\boxed{")
     assert len(Vocabulary(TOKENIZER, Guide(Limits(500)), [0]).encode("</think>")) == 8  # a marker may be a sequence
 
 

@@ -386,7 +386,7 @@ def test_chunks_that_are_no_completion_are_named(start):
 def test_the_prompt_is_the_models_own():
     tokenizer = tiny_tokenizer()
     assert prompt_for("2+2?", tokenizer).startswith("2+2?\n\n")
-    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}<u>{{ m.content }}</u>{% endfor %}<a>"
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}<u>{{ m.content }}</u>{% endfor %}"
     tokenizer.bos_token = "<end>"
     assert prompt_for("2+2?", tokenizer).startswith("<end><u>2+2?\n\n")
     # Servers add it to what they read, as the tokenizer does: twice it would be another prompt.
@@ -398,7 +398,10 @@ def test_the_prompt_is_the_models_own():
 
 def test_solve_reads_the_tokenizer_from_the_command_line(start, tmp_path, capsys):
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}<u>{{ m.content }}</u>{% endfor %}<a></think>"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<u>{{ m.content }}</u>"
+        "{% else %}{{ m.reasoning or '' }}</think>{{ m.content }}{% endif %}{% endfor %}"
+    )
     tokenizer.save_pretrained(tmp_path)
     state, server = start("So.|</think>|<answer>4</answer>")
     common = ["solve", "m", "2+2?", "--server", server.url, "--json", "--budget", "400"]

@@ -92,7 +92,7 @@ def test_traces_read_together_get_what_they_get_alone(tmp_path, monkeypatch, tea
 
 def test_one_trace_that_shares_no_token_does_not_stop_the_others(tmp_path, monkeypatch):
     read = logprobs._shared_tokens
-    nothing = lambda t, s, task: ([], []) if task.trace is TRACES[1] else read(t, s, task)  # noqa: E731
+    nothing = lambda t, s, task, reply: ([], []) if task.trace is TRACES[1] else read(t, s, task, reply)  # noqa: E731
     monkeypatch.setattr(logprobs, "_shared_tokens", nothing)
     with store_at(tmp_path) as store:
         [(trace, reason)] = add_local_logprobs(teacher_model(OTHER), OTHER, TRACES, TOKENIZER, store, align=True)

@@ -1,0 +1,102 @@
+r"""How a student is asked for its answer, and how it writes that answer: the same in training and at inference.
+
+```python
+BOXED.request("2+2?")                                    # "2+2?\n\nPlease reason step by step, and put ..."
+BOXED.write("4")                                         # "\\boxed{4}"
+instruction_named("none")                                # or "answer", "boxed", any text of your own
+```
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rbfast.utils.files import write_text
+from rbfast.utils.records import check_some, read_json
+
+FILE = "prompt.json"
+Style = Literal["tags", "box", "plain"]
+_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
+_PHRASE = "The answer is "
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What a prompt says after the problem, and how an answer is marked.
+
+    Attributes:
+        text: empty if nothing is said.
+        style: "tags" is `<answer>4</answer>`, "box" is `\\boxed{4}`, "plain" is the answer alone, after `The answer is`
+            if no thinking was closed before it.
+        system: the system prompt of a problem that comes without its own; empty for none.
+    """
+
+    text: str
+    style: Style
+    system: str = ""
+
+    def request(self, problem: str) -> str:
+        return f"{problem}\n\n{self.text}" if self.text else problem
+
+    def write(self, answer: str, *, after_thinking: bool = False) -> str:
+        """The answer as the student writes it. An answer that no box can hold (several lines, braces that do not match)
+        is written without one."""
+        if self.style == "tags":
+            return f"<answer>{answer}</answer>"
+        if self.style == "box" and _fits_a_box(answer):
+            return f"\\boxed{{{answer}}}"
+        return answer if after_thinking else f"{_PHRASE}{answer}"
+
+    @property
+    def opens(self) -> str:
+        """What stands before an answer that follows no closed thinking."""
+        return {"tags": "<answer>", "box": "\\boxed{", "plain": _PHRASE.strip()}[self.style]
+
+    @property
+    def closes(self) -> str:
+        """What ends an answer; empty if only the end of the turn does."""
+        return "</answer>" if self.style == "tags" else ""
+
+
+ANSWER = Instruction("Think step by step, then give the final answer between <answer> and </answer>.", "tags")
+BOXED = Instruction("Please reason step by step, and put your final answer within \\boxed{}.", "box")
+NONE = Instruction("", "plain")
+_NAMED = {"answer": ANSWER, "boxed": BOXED, "none": NONE}
+
+
+def instruction_named(name: str) -> Instruction:
+    """The instruction of a name (answer, boxed, none), else `name` itself as one: it is marked as it says."""
+    if name.strip().lower() in _NAMED:
+        return _NAMED[name.strip().lower()]
+    style: Style = "tags" if "<answer>" in name else "box" if "\\boxed" in name else "plain"
+    return Instruction(name.strip(), style)
+
+
+def _fits_a_box(answer: str) -> bool:
+    depth = 0
+    for match in _BRACES.finditer(answer):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth < 0:
+            return False
+    return depth == 0 and "\n" not in answer and not answer.endswith("\\")
+
+
+def write_instruction(folder: str | Path, instruction: Instruction, about: Mapping[str, Any]) -> None:
+    """Writes prompt.json, which says how the student in `folder` is asked; `about` says more, for people."""
+    record = {"instruction": instruction.text, "style": instruction.style, "system": instruction.system, **about}
+    write_text(Path(folder) / FILE, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def saved_instruction(folder: str | Path) -> Instruction | None:
+    """What `write_instruction` wrote, None if there is no such file. Raises ValueError for a file that is broken."""
+    path = Path(folder) / FILE
+    record = read_json(path, {"instruction": str, "style": str})
+    if record is None:
+        return None
+    if record["style"] not in ("tags", "box", "plain"):
+        raise ValueError(f"{path}: style: expected tags, box or plain, got {record['style']!r}")
+    check_some(record, {"system": str}, str(path))
+    return Instruction(record["instruction"], record["style"], record.get("system", ""))

@@ -1,0 +1,304 @@
+r"""How a model's chat template writes an assistant's turn: where its thinking stands, and what ends the turn.
+
+```python
+found = thinking_format(tokenizer)                       # of Qwen3: kind "reply", opener "<think>\n"
+"".join(found.pieces("2 + 2 = 4", "It is 4."))           # "<think>\n2 + 2 = 4\n</think>\n\nIt is 4."
+```
+
+It is found by rendering: a turn with a thought in every form that templates know, beside the generation prompt. What is
+rendered after that prompt is what the model writes. A template that drops the thought of a last turn (R1 distills)
+shows only how a turn begins and ends; the thought then stands in the tags that the template names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Kind = Literal["none", "reply", "prompt", "channels"]
+Message = Mapping[str, Any]
+
+_ASKED, _THOUGHT, _SAID, _NEXT = "RBFASTASKED", "RBFASTTHOUGHT", "RBFASTSAID", "RBFASTNEXT"
+# Not every template thinks unless it is told to.
+_SWITCHES: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": True}, {"thinking": True})
+_OFF: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": False}, {"thinking": False})
+_FIELDS = ("reasoning_content", "thinking", "reasoning")
+_TAGS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<|think|>", "<|/think|>"),
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|channel>thought", "<channel|>"),
+)
+
+
+@dataclass(frozen=True)
+class ThinkingFormat:
+    """What a model writes after its generation prompt: opener, thought, closer, reply, tail, and the end of the turn.
+
+    Attributes:
+        kind: "none", no thinking; "reply", the model opens it; "prompt", the prompt has opened it; "channels", thought
+            and reply are messages of their own.
+        opening: how the generation prompt ends, after the problem.
+        opener: written before the thought; before the reply if there is no thinking.
+        closer: written between thought and reply; empty if there is no thinking.
+        tail: written after the reply, before the token `end`, which is None if nothing ends a turn.
+        switches: what the chat template must be told besides the messages.
+        is_composed: the template drops a turn's thought; the tags are from its text, the spaces from its prompts.
+        takes_parts: contents are lists of blocks, not texts.
+        trims: white space around a reply is not written.
+        adds_blank: the tokenizer puts a blank of its own before every text.
+    """
+
+    kind: Kind = "none"
+    opening: str = ""
+    opener: str = ""
+    closer: str = ""
+    tail: str = ""
+    end: int | None = None
+    switches: Mapping[str, Any] = field(default_factory=dict)
+    is_composed: bool = False
+    takes_parts: bool = False
+    trims: bool = False
+    adds_blank: bool = False
+
+    @property
+    def thinks(self) -> bool:
+        return self.kind != "none"
+
+    @property
+    def close(self) -> str:
+        """The mark that ends the thinking, without the space around it; empty if there is no thinking."""
+        return self.closer.strip()
+
+    def pieces(self, thought: str, said: str) -> tuple[str, str, str, str, str]:
+        """What is written after the prompt: opener, thought, closer, reply, tail; the token `end` follows.
+
+        White space around a thought, and around a reply to one, is not written. Without thinking `thought` must be
+        empty. Raises ValueError for a thought that holds the mark of its own end.
+        """
+        if self.thinks:
+            thought = thought.strip()
+            if self.close in thought:
+                raise ValueError(f"expected text without {self.close}, which ends the student's thinking")
+        return self.opener, thought, self.closer, said.strip() if self.thinks or self.trims else said, self.tail
+
+
+_FOUND: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, ThinkingFormat]] = WeakKeyDictionary()
+
+
+def thinking_format(tokenizer: PreTrainedTokenizerBase) -> ThinkingFormat:
+    """The format of a tokenizer's chat template, found once; without a template a turn is its text and the eos token.
+
+    Raises:
+        ValueError: the template leaves the problem out, or renders a turn that does not continue its own generation
+            prompt; the message shows both.
+    """
+    state = (str(tokenizer.chat_template), tokenizer.eos_token, tokenizer.bos_token, len(tokenizer))
+    held = _FOUND.get(tokenizer)
+    if held is None or held[0] != state:
+        held = _FOUND[tokenizer] = state, _find(tokenizer)
+    return held[1]
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    open_reply: bool,
+    switches: Mapping[str, Any],
+    takes_parts: bool = False,
+) -> str:
+    """The chat template's text of a conversation; with `open_reply` up to where the model goes on."""
+    turns = [{**turn, "content": _parts(turn["content"])} for turn in messages] if takes_parts else list(messages)
+    return str(
+        tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=open_reply, **switches)  # type: ignore[arg-type]
+    )
+
+
+def _parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _find(tokenizer: PreTrainedTokenizerBase) -> ThinkingFormat:
+    if tokenizer.chat_template is None:
+        return ThinkingFormat(end=tokenizer.eos_token_id, adds_blank=_adds_blank(tokenizer))
+    template = _Template(tokenizer)
+    for switches in _SWITCHES:
+        if (found := template.shown(switches)) is not None:
+            return found
+    if template.refused is not None:
+        raise template.unknown(*template.refused)
+    return template.composed() or template.plain()
+
+
+class _Template:
+    """A chat template that is tried out."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.text = str(tokenizer.get_chat_template())
+        self.takes_parts = False
+        self.refused: tuple[str, str] | None = None  # a prompt, and a turn with a thought that does not continue it
+        prompt = self.prompt({})
+        if _ASKED not in prompt:
+            self.takes_parts = True
+            if _ASKED not in self.prompt({}):
+                raise ValueError(
+                    "the chat template leaves the problem out: a user's turn, given as text and as a list of parts, is "
+                    f"rendered as {prompt[-200:]!r}; set another tokenizer.chat_template"
+                )
+
+    def prompt(self, switches: Mapping[str, Any]) -> str:
+        return render(self.tokenizer, [_asked()], True, switches, self.takes_parts)
+
+    def turn(self, message: Message, switches: Mapping[str, Any], *after: Message) -> str | None:
+        """The conversation up to this reply, or None if the template refuses it."""
+        from jinja2.exceptions import TemplateError
+
+        try:
+            return render(self.tokenizer, [_asked(), message, *after], False, switches, self.takes_parts)
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError):
+            return None
+
+    def unknown(self, prompt: str, turn: str) -> ValueError:
+        return ValueError(
+            "the chat template writes turns in an unknown way: expected a turn that continues the generation prompt, "
+            f"with at most one thought before the reply; the prompt is {prompt[-160:]!r}, the turn "
+            f"{turn[turn.find(_ASKED) + len(_ASKED) :][-240:]!r}; set another tokenizer.chat_template"
+        )
+
+    # ------------------------------------------------------------------------------------------------- three ways
+
+    def shown(self, switches: Mapping[str, Any]) -> ThinkingFormat | None:
+        """The format of a template that renders the thought of a turn."""
+        prompt = self.prompt(switches)
+        for message in self._forms(prompt):
+            turn = self.turn(message, switches)
+            if turn is None or _THOUGHT not in turn:
+                continue
+            before, _, rest = _continuing(turn, prompt).partition(_THOUGHT)
+            closer, said, after = rest.partition(_SAID)
+            if not said or not closer.strip() or _THOUGHT in after or "'type'" in closer:
+                self.refused = self.refused or (prompt, turn)
+                return None
+            kind: Kind = "channels" if _opens_again(closer) else "reply" if before.strip() else "prompt"
+            return self._format(kind, switches, after, opener=before, closer=closer)
+        return None
+
+    def _forms(self, prompt: str) -> Iterator[Message]:
+        """A turn with a thought, in the forms that templates know."""
+        for name in _FIELDS:
+            yield _said(_SAID, **{name: _THOUGHT})
+        if "thinking" in self.text:
+            yield _said([{"type": "thinking", "thinking": _THOUGHT}, {"type": "text", "text": _SAID}])
+        if self.tags is not None:
+            opener, closer = self._spaced(prompt)
+            yield _said(f"{opener}{_THOUGHT}{closer}{_SAID}")
+
+    def composed(self) -> ThinkingFormat | None:
+        """The format of a template that names tags, and drops what stands in them."""
+        if self.tags is None:
+            return None
+        for switches in _SWITCHES:
+            prompt, turn = self.prompt(switches), self.turn(_said(_SAID), switches)
+            if turn is None or prompt.rstrip().endswith(self.tags[1]):
+                continue  # this prompt closes the thinking
+            opener, closer = self._spaced(prompt)
+            after = turn.partition(_SAID)[2]
+            return self._format("reply" if opener else "prompt", switches, after, opener, closer, is_composed=True)
+        return None
+
+    def plain(self) -> ThinkingFormat:
+        """The format of a template that knows no thinking."""
+        prompt, turn = self.prompt({}), self.turn(_said(_SAID), {}) or ""
+        opener, said, after = _continuing(turn, prompt).partition(_SAID)
+        if not said:
+            raise self.unknown(prompt, turn)
+        blank = f" \n{_SAID}\n "
+        return self._format("none", {}, after, opener, trims=blank not in (self.turn(_said(blank), {}) or ""))
+
+    def _format(
+        self, kind: Kind, switches: Mapping[str, Any], after: str, opener: str = "", closer: str = "", **rest: Any
+    ) -> ThinkingFormat:
+        tail, end = self._ending(after, switches)
+        rest |= {"takes_parts": self.takes_parts, "adds_blank": _adds_blank(self.tokenizer)}
+        opening = self.prompt(switches).partition(_ASKED)[2]
+        return ThinkingFormat(kind, opening, opener, closer, tail, end, switches, **rest)
+
+    # ------------------------------------------------------------------------------------------------- their parts
+
+    @cached_property
+    def tags(self) -> tuple[str, str] | None:
+        """The tags of thinking that the template's text names."""
+        return next((tags for tags in _TAGS if tags[1] in self.text), None)
+
+    def _spaced(self, prompt: str) -> tuple[str, str]:
+        """What is written before and after a thought, spaces included, if the prompt is this one.
+
+        The empty thought that a prompt without thinking opens and closes shows the spaces.
+        """
+        assert self.tags is not None
+        opener, closer = self.tags
+        inside, after = "\n\n", "\n\n"
+        for switches in _OFF:
+            if empty := re.search(rf"{re.escape(opener)}(\s*){re.escape(closer)}(\s*)\Z", self.prompt(switches)):
+                inside, after = empty.groups()
+                break
+        if opened := re.search(rf"{re.escape(opener)}(\s*)\Z", prompt):
+            return "", f"\n{closer}{after}" if opened[1] else f"{closer}{after if inside == '' else ''}"
+        return opener + inside[:1], inside[1:] + closer + after
+
+    def _ending(self, after: str, switches: Mapping[str, Any]) -> tuple[str, int | None]:
+        """What ends a turn: text, and the added token that the template puts there, or before the next turn; else the
+        eos token."""
+        numbers = {token.content: number for number, token in self.tokenizer.added_tokens_decoder.items()}
+        added = added_tokens(self.tokenizer)
+        if added is not None:
+            if match := added.search(after):
+                return after[: match.start()], numbers[match[0]]
+            longer = self.turn(_said(_SAID), switches, {"role": "user", "content": _NEXT}) or ""
+            match = added.match(longer.partition(_SAID)[2].lstrip())
+            if match and match[0] != self.tokenizer.bos_token:
+                return "", numbers[match[0]]
+        return "", self.tokenizer.eos_token_id
+
+
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    """What finds the tokens beside the vocabulary's own (tags, ends of turns) in a text; None if there are none."""
+    texts = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content]
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True)))) if texts else None
+
+
+def _adds_blank(tokenizer: PreTrainedTokenizerBase) -> bool:
+    twice = [*tokenizer("a", add_special_tokens=False).input_ids] * 2
+    return str(tokenizer.decode(twice, clean_up_tokenization_spaces=False)).strip() == "a a"
+
+
+def _asked() -> Message:
+    return {"role": "user", "content": _ASKED}
+
+
+def _said(content: Any, **fields: str) -> Message:
+    return {"role": "assistant", "content": content, **fields}
+
+
+def _continuing(turn: str, prompt: str) -> str:
+    """What a turn writes after its prompt, which may end in more white space; empty if it does not continue it."""
+    if turn.startswith(prompt):
+        return turn[len(prompt) :]
+    short = prompt.rstrip()
+    return turn[len(short) :].lstrip() if turn.startswith(short) and short.endswith(tuple(o for o, _ in _TAGS)) else ""
+
+
+def _opens_again(closer: str) -> bool:
+    return "<|channel|>" in closer

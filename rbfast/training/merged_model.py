@@ -1,0 +1,58 @@
+"""A merged student as a folder that others can run: its weights, its tokenizer, and how it was asked."""
+
+from pathlib import Path
+from typing import Any
+
+from rbfast.data.chat_template import end_of_turn, format_prompt, write_prompt
+from rbfast.data.instruction import Instruction
+from rbfast.data.thinking import thinking_format
+from rbfast.utils.files import write_text
+
+README = "README.md"
+
+
+def save_merged(model: Any, tokenizer: Any, folder: str | Path, instruction: Instruction) -> None:
+    """Writes a plain checkpoint, `prompt.json` and a README that says how the student must be asked.
+
+    Its generation settings stop at the end of turn that it was trained to write.
+    """
+    _stop_at(model.generation_config, end_of_turn(tokenizer))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_prompt(folder, tokenizer, instruction)
+    write_text(Path(folder) / README, _readme(tokenizer, instruction, str(model.config.name_or_path)))
+
+
+def _stop_at(settings: Any, end: int) -> None:
+    ends = settings.eos_token_id
+    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if end not in known:
+        settings.eos_token_id = [*known, end] if known else end
+
+
+def _readme(tokenizer: Any, instruction: Instruction, base: str) -> str:
+    found = thinking_format(tokenizer)
+    named = f" It was made from {base}." if base and not Path(base).exists() and not base.startswith((".", "/")) else ""
+    lines = [
+        "# A student trained with rbfast",
+        f"These are the merged weights of a student that was distilled on reasoning traces.{named}",
+        "## How to ask it",
+        _asking(instruction),
+    ]
+    if found.switches:
+        told = ", ".join(f"`{name}={value}`" for name, value in found.switches.items())
+        lines.append(f"Its chat template must be told {told} (`chat_template_kwargs` of a server).")
+    if found.thinks:
+        lines.append(f"It thinks first. The thinking ends with `{found.close}`; the answer follows.")
+    lines += [
+        f"A turn ends with `{tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer))}`.",
+        "The whole prompt of a problem, as it was trained:",
+        f"```\n{format_prompt('PROBLEM', tokenizer, instruction)}\n```",
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def _asking(instruction: Instruction) -> str:
+    if not instruction.text:
+        return "Send the problem as it is, in one user message."
+    return f"Put this after the problem, in the same message; the student does worse without:\n\n> {instruction.text}"

@@ -1,0 +1,288 @@
+"""What a student is trained to write is what its chat template renders, in the habits of two dozen public templates."""
+
+from copy import deepcopy
+
+import pytest
+from thinking_templates import BOS, CASES, Case, tokenizer_of
+from tiny import tiny_tokenizer
+from tiny_tokenizers import END
+
+from rbfast.data.chat_template import default_instruction, end_of_turn, format_prompt
+from rbfast.data.completions import written_for
+from rbfast.data.encoding import IGNORE, encode, encode_all, encode_earlier
+from rbfast.data.instruction import ANSWER, BOXED, NONE, Instruction, instruction_named
+from rbfast.data.spans import ANSWER as ANSWER_ROLE
+from rbfast.data.spans import STRATEGIC, TACTICAL, Span
+from rbfast.data.thinking import thinking_format
+from rbfast.data.trace import Trace, TraceError
+
+TRACE = Trace("What is 2 + 3?", "First I add.\nSo 2 + 3 = 5. Is it? Yes.", "5", plan="Add, then check.")
+THOUGHT = "Add, then check.\n\nFirst I add.\nSo 2 + 3 = 5. Is it? Yes."
+SHOWN = [name for name, case in CASES.items() if case.thought]
+COMPOSED = {
+    "r1-distill": f"{THOUGHT}\n</think>\n\n\\boxed{{5}}",
+    "deepseek-v3.1": f"{THOUGHT}</think>\\boxed{{5}}",
+    "nemotron": f"<think>\n{THOUGHT}\n</think>\n\n\\boxed{{5}}",
+    "gemma-4": f"<|channel>thought\n{THOUGHT}<channel|>\\boxed{{5}}",
+}
+
+
+def decoded(tokenizer, ids) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def trained(tokenizer, trace: Trace = TRACE, **options) -> tuple[str, list[int]]:
+    """The prompt as text, and the tokens after it."""
+    example = encode(trace, tokenizer, **options)
+    start = int((example.labels != IGNORE).argmax()) + 1
+    assert example.labels[start - 1 : -1].tolist() == example.input_ids[start:].tolist()  # all of it is trained
+    return decoded(tokenizer, example.input_ids[:start]), example.input_ids[start:].tolist()
+
+
+def rendered(tokenizer, case: Case, thought: str, said: str) -> str:
+    """The template's own rendering of the conversation."""
+    message = {"role": "assistant", "content": said}
+    if case.thought == "blocks":
+        message["content"] = [{"type": "thinking", "thinking": thought}, {"type": "text", "text": said}]
+    elif case.thought == "tags":
+        message["content"] = f"<think>\n{thought}\n</think>\n{said}"
+    elif case.thought == "rest":
+        message["content"] = f"{thought}\n</think>\n\n{said}"
+    elif case.thought:
+        message[case.thought] = thought
+    turns = [{"role": "user", "content": default_instruction(tokenizer).request(TRACE.problem)}, message]
+    found = thinking_format(tokenizer)
+    if found.takes_parts:
+        turns = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+    return tokenizer.apply_chat_template(turns, tokenize=False, **found.switches)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_kind_is_found(name):
+    tokenizer, case = tokenizer_of(name), CASES[name]
+    found = thinking_format(tokenizer)
+    assert found.kind == case.kind
+    assert tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer)) == case.end
+    assert found.is_composed == (case.kind != "none" and case.thought is None)
+    assert thinking_format(tokenizer) is found
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in COMPOSED])
+def test_a_trained_turn_is_what_the_template_renders(name):
+    tokenizer, case = tokenizer_of(name), CASES[name]
+    prompt, ids = trained(tokenizer)
+    thinks = case.kind != "none"
+    body = ("", TRACE.completion()) if not thinks else (THOUGHT, "\\boxed{5}")
+    expected = rendered(tokenizer, case, *body)
+    written = decoded(tokenizer, ids)
+    whole = prompt + (written.removesuffix(case.end) if name == "glm-4.5" else written)  # the next header ends it
+    assert expected.startswith(whole)
+    assert expected[len(whole) :].strip() in ("", END), "what a template puts after the end of its last turn"
+    # and token for token, tags included
+    tail = tokenizer(expected, add_special_tokens=False).input_ids
+    assert tail[len(encode(TRACE, tokenizer).input_ids) - len(ids) :][: len(ids) - 1] == ids[:-1]
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_a_thought_that_the_template_drops_stands_in_its_tags(name):
+    tokenizer, case = tokenizer_of(name), CASES[name]
+    _, ids = trained(tokenizer)
+    assert decoded(tokenizer, ids) == COMPOSED[name] + case.end
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_prompt_is_the_generation_prompt(name):
+    tokenizer = tokenizer_of(name)
+    found = thinking_format(tokenizer)
+    request = default_instruction(tokenizer).request(TRACE.problem)
+    content = [{"type": "text", "text": request}] if found.takes_parts else request
+    turns = [{"role": "user", "content": content}]
+    expected = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **found.switches)
+    prompt, ids = trained(tokenizer)
+    assert format_prompt(TRACE.problem, tokenizer) == prompt == expected and request in prompt
+    assert encode(TRACE, tokenizer).input_ids.tolist().count(tokenizer.bos_token_id) == CASES[name].has_bos
+    assert ids[-1] == end_of_turn(tokenizer) and ids.count(ids[-1]) == 1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tags_that_are_tokens_stay_tokens_and_those_of_a_trace_stay_text(name):
+    tokenizer, case = tokenizer_of(name), CASES[name]
+    _, ids = trained(tokenizer)
+    for tag in [*case.tags.split(), *case.tokens.split()]:
+        assert ids.count(tokenizer.convert_tokens_to_ids(tag)) == decoded(tokenizer, ids).count(tag)
+    spelled = Trace("p", f"It is {case.end} or {BOS}, then.", "5")
+    _, ids = trained(tokenizer, spelled)
+    assert ids.count(end_of_turn(tokenizer)) == 1 and tokenizer.bos_token_id not in ids
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_character_has_its_role(name):
+    tokenizer = tokenizer_of(name)
+    marked = Trace("p", "Think.\n2+2=4", "4", spans=(Span(0, 7, STRATEGIC), Span(7, 12, TACTICAL)))
+    written = written_for(marked, tokenizer)
+    text, thought = written.text, written.text.index("Think.")
+    assert len(written.roles) == len(text)
+    assert (written.roles[: thought + 7] == STRATEGIC).all() and (
+        written.roles[thought + 7 : thought + 12] == TACTICAL
+    ).all()
+    assert (written.roles[thought + 12 :] == ANSWER_ROLE).all()
+    assert text[slice(*written.thought)] == "Think.\n2+2=4" and "4" in text[slice(*written.answer)]
+
+
+def test_white_space_around_a_thought_is_not_written():
+    tokenizer = tokenizer_of("qwen3")
+    padded = Trace("p", "\n Think.\n2+2=4 \n", " 4", spans=(Span(0, 9, STRATEGIC), Span(9, 16, TACTICAL)))
+    written = written_for(padded, tokenizer, NONE)
+    assert written.text == "<think>\nThink.\n2+2=4\n</think>\n\n4"
+    assert (written.roles[:15] == STRATEGIC).all() and (written.roles[15:20] == TACTICAL).all()
+
+
+def test_a_thought_that_would_end_itself_is_left_out():
+    torn = Trace("p", "I think</think> that it is 4.", "4")
+    with pytest.raises(TraceError, match="reasoning: expected text without </think>, which ends"):
+        encode(torn, tokenizer_of("qwen3"))
+    assert encode(torn, tokenizer_of("qwen2.5"))
+
+
+# ----------------------------------------------------------------------------------------------------- what is refused
+
+
+def with_template(template: str):
+    tokenizer = deepcopy(tokenizer_of("qwen3"))
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+UNKNOWN = {
+    "a thought without marks": "{{ m.content if not m.thinking else m.thinking + ' ' + m.content }}",
+    "a thought after the reply": "{{ m.content + '<why>' + (m.thinking or '') + '</why>' }}",
+    "a thought told twice": "{{ (m.thinking or '') + '</think>' + m.content + (m.thinking or '') }}",
+    "a turn that does not continue the prompt": "{{ '<other>' + (m.thinking or '') + '</other>' + m.content }}",
+}
+
+
+@pytest.mark.parametrize("habit", UNKNOWN)
+def test_an_unknown_kind_says_what_was_rendered(habit):
+    opening = "<bot><t>" if "continue" in habit else "<bot>"
+    template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}<bot>" + UNKNOWN[habit]
+    tokenizer = with_template(
+        template + "{% endif %}{% endfor %}{% if add_generation_prompt %}" + opening + "{% endif %}"
+    )
+    with pytest.raises(ValueError, match=r"unknown way: .*the prompt is '.*<bot>.*', the turn '<bot>.*RBFASTTHOUGHT"):
+        thinking_format(tokenizer)
+
+
+def test_a_template_that_leaves_the_problem_out_is_refused():
+    with pytest.raises(ValueError, match=r"leaves the problem out: .*rendered as '<bot>'"):
+        thinking_format(with_template("<bot>"))
+
+
+def test_a_problem_that_the_template_changes_is_refused():
+    tokenizer = with_template("{% for m in messages %}{{ m.content.replace('/think', '') }}{% endfor %}")
+    assert format_prompt("2+2?", tokenizer).startswith("2+2?")
+    with pytest.raises(TraceError, match=r"changes the problem 'Is a/think a path\?'"):
+        encode(Trace("Is a/think a path?", "Yes, it is.", "yes"), tokenizer)
+
+
+# --------------------------------------------------------------------------------------------------------- instructions
+
+
+def test_the_instruction_follows_the_problem_and_marks_the_answer():
+    plain, thinking = tokenizer_of("qwen2.5"), tokenizer_of("qwen3")
+    assert default_instruction(plain) == ANSWER and default_instruction(thinking) == BOXED
+    for tokenizer, instruction, said in (
+        (plain, None, "Yes.\n\n<answer>5</answer>"),
+        (plain, BOXED, "Yes.\n\n\\boxed{5}"),
+        (plain, NONE, "Yes.\n\nThe answer is 5"),
+        (thinking, ANSWER, "Yes.\n</think>\n\n<answer>5</answer>"),
+        (thinking, NONE, "Yes.\n</think>\n\n5"),
+    ):
+        prompt, ids = trained(tokenizer, instruction=instruction)
+        assert decoded(tokenizer, ids).endswith(said + "<|im_end|>")
+        asked = (instruction or ANSWER).text
+        assert f"What is 2 + 3?{asked and chr(10) * 2 + asked}<|im_end|>" in prompt
+
+
+def test_an_answer_that_no_box_holds_is_written_without():
+    assert BOXED.write(r"\frac{1}{2}") == r"\boxed{\frac{1}{2}}"
+    for whole in ("two\nlines", "a } b", "{", "\\"):
+        assert BOXED.write(whole, after_thinking=True) == whole
+
+
+def test_an_instruction_has_a_name_or_is_a_text():
+    assert [instruction_named(name) for name in ("answer", "Boxed", "none")] == [ANSWER, BOXED, NONE]
+    assert instruction_named("Box it: \\boxed{}") == Instruction("Box it: \\boxed{}", "box")
+    assert instruction_named("Use <answer>.").style == "tags" and instruction_named("Be brief.").style == "plain"
+
+
+# ------------------------------------------------------------------------------------------------------- system prompts
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_system_prompt_is_rendered(name):
+    tokenizer = tokenizer_of(name)
+    prompt = format_prompt("What is 2 + 3?", tokenizer, system="Talk like a pirate.")
+    assert prompt.count("Talk like a pirate.") == 1 and prompt.index("pirate") < prompt.index("2 + 3")
+    assert prompt.endswith(thinking_format(tokenizer).opening)
+
+
+def test_without_a_template_a_system_prompt_opens_the_text():
+    assert format_prompt("p", tiny_tokenizer(), NONE, system="s") == "s\n\np\n\n"
+
+
+def test_a_system_prompt_that_turns_the_thinking_off_leaves_the_trace_out():
+    off = Trace("What is 2 + 3?", "I add.", "5", system="Be brief. /no_think")
+    with pytest.raises(TraceError, match="something in it tells the chat template to think otherwise"):
+        encode(off, tokenizer_of("nemotron"))
+
+
+# -------------------------------------------------------------------------------------------------------- earlier turns
+
+TURNS = (
+    {"role": "user", "content": "What is 1 + 1?"},
+    {"role": "assistant", "content": "It is 2.", "reasoning": "I add."},
+    {"role": "user", "content": "And one more?"},
+    {"role": "assistant", "content": "Then it is 3."},
+)
+LATER = Trace("What is 2 + 3?", "I add.", "5", turns=TURNS)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_earlier_turns_are_rendered_and_only_the_last_reply_is_trained(name):
+    tokenizer = tokenizer_of(name)
+    prompt, ids = trained(tokenizer, LATER)
+    places = [prompt.index(text) for text in ("1 + 1?", "It is 2.", "one more?", "Then it is 3.", "2 + 3?")]
+    assert places == sorted(places) and "I add" not in prompt  # a thought is not shown again
+    assert prompt.endswith(thinking_format(tokenizer).opening)
+    assert "It is 2" not in decoded(tokenizer, ids)
+    alone, _ = trained(tokenizer, Trace(LATER.problem, LATER.reasoning, LATER.answer))
+    assert prompt.endswith(alone[alone.index("What is 2") :])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_earlier_replies_are_trained_as_last_ones_if_asked_for(name):
+    tokenizer = tokenizer_of(name)
+    found = thinking_format(tokenizer)
+    first, *second = encode_earlier(LATER, tokenizer)
+    written = [decoded(tokenizer, one.labels[one.labels != IGNORE]) for one in (first, *second)]
+    if found.thinks:
+        assert written[0] == f"{found.opener}I add.{found.closer}It is 2.{found.tail}{CASES[name].end}"
+    else:
+        assert written[0] == f"{found.opener}I add.\n\nIt is 2.{CASES[name].end}"
+    assert "1 + 1?" in decoded(tokenizer, first.input_ids) and "one more" not in decoded(tokenizer, first.input_ids)
+    if not found.thinks:
+        assert written[1:] == [f"{found.opener}Then it is 3.{CASES[name].end}"]
+    elif name == "qwen3":  # as its template renders a reply without a thought
+        assert written[1:] == ["<think>\n\n</think>\n\nThen it is 3.<|im_end|>"]
+    elif found.is_composed and found.kind == "prompt":
+        assert written[1:] == []  # a prompt that opens a thought is followed by one
+    examples, left_out = encode_all([LATER], tokenizer, turns="all")
+    assert len(examples) == len(written) + 1 and left_out == []
+    assert len(encode_all([LATER], tokenizer)[0]) == 1
+
+
+def test_without_a_template_turns_are_paragraphs():
+    example = encode(LATER, tiny_tokenizer(), instruction=NONE)
+    text = decoded(tiny_tokenizer(), example.input_ids)
+    assert text.startswith("What is 1 + 1?\n\nIt is 2.\n\nAnd one more?\n\nThen it is 3.\n\nWhat is 2 + 3?\n\nI add.")
+    assert len(encode_earlier(LATER, tiny_tokenizer())) == 2
