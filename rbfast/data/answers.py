@@ -33,10 +33,10 @@ def extract_answer(text: str) -> str | None:
 
     Looked for in this order, the last one of its kind: `<answer>..</answer>` (closed or not), a balanced `\\boxed{}`
     (or several that are listed: `\\boxed{2}` and `\\boxed{3}`), `#### ..`, `answer is ..` / `Answer: ..`. Of a
-    completion that closes its thinking, what follows it counts alone.
+    completion that closes its thinking, what follows it counts, and if that marks no answer the whole.
     """
-    text = without_thinking(text)
-    return _marked(text) or _last_of(_PHRASE, text)
+    said = without_thinking(text)
+    return _marked(said) or _last_of(_PHRASE, said) or _marked(text) or _last_of(_PHRASE, text)
 
 
 def without_thinking(text: str) -> str:

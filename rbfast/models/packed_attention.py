@@ -8,7 +8,7 @@ transformers calls "sdpa", so a model may keep it.
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate, pairwise
 from typing import Any
@@ -31,10 +31,11 @@ class NotPackable(RuntimeError):
 @dataclass(frozen=True)
 class Packing:
     """How a packed row [1, T] is cut: `cuts` are where its n examples begin, then T; `on_device` the same, int32
-    [n + 1], if one kernel takes all examples at once."""
+    [n + 1], if one kernel takes all examples at once. has_mask: transformers makes a mask beside it."""
 
     cuts: list[int]
     on_device: Tensor | None = None
+    has_mask: bool = False
 
     @property
     def longest(self) -> int:
@@ -56,7 +57,7 @@ def packed_inputs(model: PreTrainedModel, lengths: Sequence[int], device: torch.
     found = packing(lengths, device)
     window = _configured_window(model)
     if window is not None and found.longest > window:
-        return {"packing": found}
+        return {"packing": replace(found, has_mask=True)}
     return {"packing": found, "attention_mask": torch.empty(NO_MASK, dtype=torch.bool, device=device)}
 
 
@@ -130,7 +131,7 @@ def _attend(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if attention_mask is not None and attention_mask.shape != NO_MASK and window is None:
+    if attention_mask is not None and attention_mask.shape != NO_MASK and window is None and not packing.has_mask:
         raise NotPackable(f"{type(module).__name__} makes an attention mask of its own")
     if kwargs.get("position_bias") is not None:
         raise NotPackable(f"{type(module).__name__} adds a bias of its own to the scores")
