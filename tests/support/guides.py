@@ -5,6 +5,8 @@ from typing import Any
 
 from rbfast.inference.guide import Guide, Limits, Phrases
 
+SHORT = {"wait": "Wait.", "verify": "Check.", "other": "Else.", "wrap_up": "Stop."}
+
 
 def make_guide(**options: Any) -> Guide:
     """A guide whose limits, phrases and interventions are all given by name."""

@@ -70,3 +70,56 @@ class Near:
             return divergence(self.log_p, torch.log_softmax(z, 1), beta)
         signal = self.signal(kind)
         return top_k_divergence(z, signal.ids, signal.logprobs.double(), torch.ones(self.T, 1).double(), beta)
+
+
+def student_logits(hidden, weight, bias=None, softcap=None, logit_scale=1.0) -> Tensor:
+    z = hidden @ weight.T
+    z = logit_scale * (z if bias is None else z + bias)
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+class Case:
+    """A batch of T tokens with rows of all three kinds and ignored ones, in fp64."""
+
+    T, H, V, K = 23, 12, 37, 4
+
+    def __init__(self, seed: int = 0) -> None:
+        g = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+        self.hidden, self.weight, self.bias = normal(self.T, self.H), normal(self.V, self.H), normal(self.V)
+        self.labels = torch.randint(self.V, (self.T,), generator=g)
+        self.labels[[2, 9, 20]] = -100
+        order = torch.randperm(self.T, generator=g)
+        self.topk_rows, self.dense_rows = order[:9], order[9:17]
+        log_p = torch.log_softmax(2 * normal(9, self.V), 1)
+        self.logprobs, self.ids = log_p.topk(self.K, 1)
+        self.teacher_logits = 2 * normal(8, self.V)
+        self.w, self.a = torch.rand(self.T, generator=g).double(), torch.rand(self.T, generator=g).double()
+        self.tau = 0.5 + 2 * torch.rand(self.T, generator=g).double()
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.hidden, self.weight, self.bias
+
+    def signals(self) -> list:
+        return [TopK(self.ids, self.logprobs, self.topk_rows), Dense(logits=self.teacher_logits, rows=self.dense_rows)]
+
+    def plain(self, hidden: Tensor, weight: Tensor, bias: Tensor, beta: float, **head) -> tuple[Tensor, Tensor, Tensor]:
+        """Per-token loss, divergence and CE [T]."""
+        z = student_logits(hidden, weight, bias, **head)
+        tau = self.tau.unsqueeze(1)
+        d = torch.zeros(self.T, dtype=torch.float64)
+        rows = self.topk_rows
+        d = d.index_put((rows,), top_k_divergence(z[rows], self.ids, self.logprobs, tau[rows], beta))
+        rows = self.dense_rows
+        log_p, log_q = (torch.log_softmax(x / tau[rows], 1) for x in (self.teacher_logits, z[rows]))
+        d = d.index_put((rows,), divergence(log_p, log_q, beta))
+        valid = self.labels != -100
+        d = d * valid
+        ce = -torch.log_softmax(z, 1).gather(1, self.labels.clamp_min(0).unsqueeze(1)).squeeze(1) * valid
+        return self.w * self.tau**2 * d + self.a * ce, d, ce
+
+    def arguments(self) -> dict:
+        return {"kl_weight": self.w, "ce_weight": self.a, "temperature": self.tau}

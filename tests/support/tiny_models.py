@@ -24,7 +24,6 @@ def gpt2(dtype=torch.float32):
 
 
 MODELS = {"llama": llama, "gpt2": gpt2}
-
 _SIZES = dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
 _SIZES |= dict(max_position_embeddings=64, pad_token_id=None, bos_token_id=None, eos_token_id=None)
 _SIZES |= dict(initializer_range=0.15)  # large enough for softcaps, windows and routers to matter
@@ -32,7 +31,6 @@ _DENSE = dict(intermediate_size=40, num_key_value_heads=2)
 _GPT2 = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 _MAMBA2 = dict(mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_chunk_size=4)
 _EXPERTS = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
-
 # By family: the model type, and what its config says besides the sizes above. Windows are shorter than the examples.
 FAMILIES = {
     "llama": ("llama", _DENSE),
@@ -120,3 +118,16 @@ def snapshot(model):
 
 def same_bits(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def train(model, adapter, steps=3, optimizer=None):
+    """Takes steps on two batches in turn; returns the losses."""
+    optimizer = optimizer or torch.optim.AdamW(adapter.parameters(), lr=0.05)
+    losses = []
+    for step in range(steps):
+        loss = model(**batch(seed=step % 2)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses

@@ -1,0 +1,210 @@
+"""An adapter's life: attached with its options, saved, loaded, moved to a device, detached, collected."""
+
+import copy
+import gc
+import re
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import attach, batch, disturb, gpt2, llama, same_bits, snapshot, train
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from rbfast.adapter.column_delta import ColumnDelta
+from rbfast.adapter.sparse_adapter import SparseAdapter
+
+
+@pytest.mark.parametrize("mode", ["fold", "side"])
+def test_detach_restores_the_base_and_leaves_nothing_behind(mode):
+    model = llama(torch.bfloat16)
+    model.model.norm.weight.requires_grad_(False)
+    original = snapshot(model)
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    adapter = attach(model, mode=mode)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert model.state_dict().keys() == original.keys()
+    train(model, adapter)
+    adapter.detach()
+    assert same_bits(snapshot(model), original)
+    assert flags == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    copy.deepcopy(model)
+    attach(model)
+
+
+@pytest.mark.parametrize("mode", ["fold", "side"])
+def test_a_saved_adapter_loads_bitwise(tmp_path, mode):
+    model = llama(torch.bfloat16)
+    adapter = attach(model, mode=mode, scale=0.5, seed=3)
+    train(model, adapter)
+    logits = model(**batch()).logits
+    adapter.save_pretrained(tmp_path / "adapter")
+    adapter.detach()
+    again = SparseAdapter.from_pretrained(model, tmp_path / "adapter", mode=mode)
+    assert torch.equal(model(**batch()).logits, logits)
+    assert again.config == adapter.config
+    assert same_bits(again.state_dict(), adapter.state_dict())
+    again.save_pretrained(tmp_path / "again")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "adapter" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+
+
+def test_a_file_for_another_model_is_refused_and_leaves_that_model_alone(tmp_path):
+    attach(llama()).save_pretrained(tmp_path)
+    other = llama(intermediate_size=48)
+    original = snapshot(other)
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.gate_proj is \(40, 24\), not \(48, 24\)"):
+        SparseAdapter.from_pretrained(other, tmp_path)
+    retrained = llama()
+    with torch.no_grad():
+        retrained.model.layers[1].mlp.up_proj.weight[3].add_(0.01)
+    with pytest.raises(ValueError, match=r"weights of model\.layers\.1\.mlp\.up_proj differ"):
+        SparseAdapter.from_pretrained(retrained, tmp_path)
+    with pytest.raises(ValueError, match=r"linear model\.layers\.0\.self_attn\.q_proj is not in this model"):
+        SparseAdapter.from_pretrained(gpt2(), tmp_path)
+    assert same_bits(snapshot(other), original) and all(p.requires_grad for p in other.parameters())
+
+
+def test_an_adapter_trained_in_fp32_loads_onto_the_bf16_and_fp16_base(tmp_path):
+    attach(llama()).save_pretrained(tmp_path)
+    for dtype in (torch.bfloat16, torch.float16):
+        SparseAdapter.from_pretrained(llama(dtype), tmp_path)
+
+
+def test_a_second_adapter_is_refused_until_the_first_is_gone():
+    model = llama()
+    first = attach(model)
+    with pytest.raises(ValueError, match=r"one at a time: call its detach\(\) or merge\(\)"):
+        attach(model)
+    first.merge()
+    second = attach(model)
+    disturb(second)
+    with pytest.raises(RuntimeError, match="was changed after merge"):
+        first.unmerge()
+    second.detach()
+    first.unmerge()
+
+
+def test_states_that_do_not_fit_are_refused():
+    adapter = attach(llama())
+    with pytest.raises(RuntimeError, match="cannot unmerge this adapter: it must be merged, and it is attached"):
+        adapter.unmerge()
+    adapter.detach()
+    for action in (adapter.merge, adapter.detach, adapter.surviving_share, adapter.disabled().__enter__):
+        with pytest.raises(RuntimeError, match="it must be attached, and it is detached"):
+            action()
+
+
+def test_copying_and_pickling_are_refused_with_the_way_out():
+    model = llama()
+    adapter = attach(model)
+    for refused in (model, adapter):
+        with pytest.raises(TypeError, match=r"adapter\.merge\(\)"):
+            copy.deepcopy(refused)
+    adapter.merge()
+    copy.deepcopy(model)
+
+
+def test_a_forgotten_adapter_and_its_model_are_collected():
+    from torch.optim.optimizer import _global_optimizer_post_hooks
+
+    hooks = len(_global_optimizer_post_hooks)
+    model = llama()
+    adapter = attach(model)
+    assert len(_global_optimizer_post_hooks) == hooks + 1
+    alive = weakref.ref(adapter), weakref.ref(model)
+    del model, adapter
+    gc.collect()
+    assert alive[0]() is None and alive[1]() is None
+    assert len(_global_optimizer_post_hooks) == hooks
+
+
+def test_parameters_are_fp32_named_after_their_matrix_and_counted(capsys):
+    model = llama(torch.bfloat16)
+    adapter = attach(model, density=0.05)
+    names = [name for name, _ in adapter.named_parameters()]
+    assert names[:2] == ["model.layers.0.self_attn.q_proj.A", "model.layers.0.self_attn.q_proj.B"]
+    assert all(parameter.dtype == torch.float32 for parameter in adapter.parameters())
+    trained = sum(parameter.numel() for parameter in adapter.parameters())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert 0.045 * total < trained <= 0.05 * total
+    assert adapter.trainable_percent == 100 * trained / total
+    assert sum(row.values for row in adapter.summary()) == trained
+    adapter.print_trainable_parameters()
+    printed = f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}\n"
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize("mode", ["fold", "side"])
+def test_the_delta_follows_the_base_to_its_device(monkeypatch, mode):
+    """Without another device at hand: a fake weight that says it is on a GPU, and the move it asks for."""
+    model = llama()
+    adapter = attach(model, mode=mode)
+    moves = []
+    monkeypatch.setattr(ColumnDelta, "to", lambda site, device: moves.append(device))
+    site = next(iter(adapter.sites().values()))
+    model(**batch())
+    site.linear.weight = nn.Parameter(torch.empty(site.linear.weight.shape, device="meta"), requires_grad=False)
+    site._before(site.linear, ())
+    assert moves == []  # a weight that is offloaded for now takes nothing with it
+    with FakeTensorMode():
+        site.linear.weight = nn.Parameter(torch.empty(site.linear.weight.shape, device="cuda:1"), requires_grad=False)
+    site._before(site.linear, ())
+    assert moves == [torch.device("cuda:1")]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"density": 0}, "density must be above 0 and at most 1"),
+        ({"density": -0.1}, "density must be above 0"),
+        ({"density": 1.5}, "density must be above 0 and at most 1"),
+        ({"density": 1e-9}, r"the budget is 0 trained values; rank 1 with 8 column\(s\) in each of 14 matrices needs"),
+        ({"density": 0.01, "support": 20, "rank": 4}, "rank 4 with 20 column"),
+        ({"support": 0}, "support must be at least 1, got 0"),
+        ({"support": 3, "rank": 4}, r"rank must be at most the support \(3\), got 4"),
+        ({"rank": 0}, "rank must be at least 1, got 0"),
+        ({"scale": 0.0}, "scale must be finite and not 0"),
+        ({"scale": float("nan")}, "scale must be finite and not 0"),
+        ({"mode": "folded"}, 'mode must be "auto", "fold" or "side"'),
+        ({"targets": ["q_proj", "query"]}, "'query' names no linear layer; they are named like model.layers.0"),
+        ({"targets": "layers.*"}, "the regex 'layers.*' matches no linear layer"),
+        ({"targets": []}, "expected at least one name"),
+        ({"targets": ["lm_head"]}, "the weight of lm_head is tied"),
+    ],
+)
+def test_bad_options_are_refused_and_leave_the_model_alone(options, message):
+    model = llama()
+    original = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        attach(model, **options)
+    assert same_bits(snapshot(model), original) and all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("place", [str, Path])
+def test_a_placement_that_is_no_file_is_told_what_it_may_be(tmp_path, place):
+    for name in ("foo", tmp_path):
+        message = re.escape(f"of a file of them, got {str(name)!r}: there is no such file")
+        with pytest.raises(FileNotFoundError, match='placement must be "random", ColumnScores .* ' + message):
+            attach(llama(), placement=place(name))
+
+
+def test_a_model_without_linears_is_refused():
+    with pytest.raises(ValueError, match=r"expected a model with linear layers .* found none in Embedding"):
+        attach(nn.Embedding(3, 3))
+
+
+def test_columns_are_random_unless_said_otherwise():
+    adapter, same = SparseAdapter.attach(llama(), density=0.05), attach(llama(), density=0.05, placement="random")
+    assert adapter.config.placement == "random"
+    assert all(torch.equal(site.cols, same.sites()[name].cols) for name, site in adapter.sites().items())
+
+
+def test_density_one_trains_at_most_as_many_values_as_the_base_has():
+    model = llama()
+    adapter = attach(model, density=1.0)
+    assert 50 < adapter.trainable_percent <= 100
+    losses = train(model, adapter, steps=5, optimizer=torch.optim.AdamW(adapter.parameters(), lr=0.01))
+    assert losses[4] < losses[0]  # the same batch

@@ -1,0 +1,138 @@
+"""Weights that a model uses past their layer, shares between layers, or never uses: no wrong gradient, and a word."""
+
+import warnings
+
+import pytest
+import torch
+from layer_pairs import Pair, check_gradients, layer, on, rows
+from tiny_models import attach, batch, disturb, family, llama, same_bits, snapshot
+from torch import nn
+from torch.nn.functional import linear
+
+
+def test_attention_of_torch_never_runs_its_output_layer():
+    model = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    with pytest.warns(UserWarning, match=r"MultiheadAttention multiplies by the weight of self_attn\.out_proj"):
+        adapter = on(model)
+    assert set(adapter.sites()) == {"linear1", "linear2"}
+    check_gradients(model, adapter, rows()[None])
+    for mode in ("fold", "side"):  # in evaluation torch would take weights past the layers, but for the hooks
+        adapter.detach()
+        adapter = on(model.eval(), mode=mode)
+        before = model(rows()[None]).detach()
+        disturb(adapter)
+        with torch.no_grad():
+            assert not torch.allclose(model(rows()[None]), before, atol=1e-3)
+
+
+def test_a_layer_that_acts_through_zeros_is_no_target():
+    model = family("llama")
+    attention = model.model.layers[0].self_attn
+    attention.A, attention.dt_proj = nn.Parameter(torch.zeros(2)), nn.Linear(16, 2)
+    with pytest.raises(ValueError, match=r"dt_proj acts through exp\(A softplus\(y\)\)"):
+        attach(model, targets=["dt_proj"])
+    with torch.no_grad():
+        attention.A.fill_(0.5)
+    assert len(attach(model, targets=["dt_proj"]).sites()) == 1
+
+
+def test_weights_in_one_memory_get_no_delta():
+    model = Pair(nn.Linear(16, 16))
+    model.layer.weight = nn.Parameter(model.first.weight.data.T)
+    model.last = nn.Linear(16, 16)
+    with pytest.warns(UserWarning, match="2 linear layers .* the weight of first shares its memory with another one"):
+        adapter = on(model)
+    assert set(adapter.sites()) == {"last"}
+    adapter.detach()
+    whole = torch.randn(32, 16)  # halves of one tensor don't overlap
+    model.first.weight, model.layer.weight = nn.Parameter(whole[:16]), nn.Parameter(whole[16:])
+    assert set(on(model).sites()) == {"first", "layer", "last"}
+
+
+def test_a_model_with_an_adapter_of_peft_is_refused():
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    for model in (wrapped, wrapped.base_model.model):
+        original = snapshot(model)
+        with pytest.raises(ValueError, match=r"carries an adapter of PEFT .* merge_and_unload\(\)"):
+            attach(model)
+        assert same_bits(snapshot(model), original)
+    attach(wrapped.unload())
+
+
+class ByHand(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x):
+        x = linear(x.to(self.d.weight.dtype), self.a.weight) + x @ self.b.weight.T
+        return self.d(torch.matmul(self.d(x), self.c.weight.t()))
+
+
+def test_a_weight_that_the_code_of_a_model_multiplies_by_gets_no_delta():
+    model = ByHand()
+    with pytest.warns(UserWarning, match="3 linear layers .* ByHand multiplies by the weight of a without running"):
+        adapter = on(model)
+    assert set(adapter.sites()) == {"d"}
+    adapter.detach()
+    with pytest.raises(ValueError, match="multiplies by the weight of b without running the layer"):
+        on(model, targets=["b"])
+
+
+class Bypassing(nn.Module):
+    """Uses the weight of one layer past the layer, before or after another one runs."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.a, self.b, self.is_first = nn.Linear(16, 16), nn.Linear(16, 16), first
+
+    def forward(self, x):
+        weight = self.a.weight  # by a name of its own: what attaching looks for in the code is not there
+        past = linear(x, weight, self.a.bias)
+        return self.b(past) if self.is_first else past + self.b(x)
+
+
+@pytest.mark.parametrize("mode", ["fold", "side"])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_weight_that_is_used_past_its_layer_is_an_error_in_the_backward(first, mode):
+    model = Bypassing(first)
+    adapter = on(model, mode=mode)
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(RuntimeError, match="uses the weight of a without running that layer"):
+        for _ in range(2):  # what is used before any layer has run is seen in the second step
+            model(rows()).square().sum().backward()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                optimizer.step()
+    adapter.detach()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_layer_that_never_runs_is_named_once_and_its_weight_stays_frozen():
+    model = Pair(layer())
+    model.idle = nn.Linear(16, 16)
+    adapter = on(model)
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match=r"1 of 3 matrices got no gradient in the first step \(the first is idle\)"):
+        model(rows()).square().sum().backward()
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            model(rows()).square().sum().backward()
+            optimizer.step()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_model_that_runs_all_its_layers_computes_no_gradient_of_a_weight():
+    model = llama()
+    adapter = attach(model)
+    model(**batch()).loss.backward()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()

@@ -1,0 +1,163 @@
+"""Whole files of any shape: in curation, conversion and teaching, with rows that cannot be read and earlier turns."""
+
+import json
+from pathlib import Path
+
+import pytest
+from trace_shapes import GOLDEN, PLAIN, QUESTION, SHAPES, SYSTEM, THOUGHT, conversation, row_of
+
+from rbfast.cli.main import main
+from rbfast.curation.curate import CurateConfig, curate
+from rbfast.data.formats import FormatOptions, question_of
+from rbfast.data.readers import read_traces
+from rbfast.data.trace import Trace, TraceError
+from rbfast.grading.tasks import load_problems
+from rbfast.teacher.solutions import read_questions
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """Rows of two shapes between two that cannot be read."""
+    path = tmp_path / "mixed.jsonl"
+    rows = [json.dumps(row_of("gsm8k")), '{"torn"]', json.dumps(row_of("s1k")), json.dumps({"prompt": "?"})]
+    path.write_text("\n".join([*rows, json.dumps(row_of("gsm8k"))]))
+    return path
+
+
+def test_bad_rows_can_be_skipped_and_are_listed(mixed: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(TraceError, match=r"mixed\.jsonl:2, column 8: expected JSON"):
+        read_traces(mixed)
+    unreadable = mixed.with_name("bad.jsonl")
+    traces = read_traces(mixed, on_error="skip", unreadable=unreadable)
+    assert [trace.answer for trace in traces] == ["42"] * 3
+    assert "reads 2 rows as problems with solutions and 1 row as s1K trajectories; 2 rows not read" in caplog.text
+    listed = [json.loads(line) for line in unreadable.read_text().splitlines()]
+    assert [entry["where"] for entry in listed] == [f"{mixed}:2", f"{mixed}:4"]
+    assert listed[1]["reason"] == (
+        f"{mixed}:4: reasoning: expected this field, got prompt; "
+        "name the fields with --map problem=FIELD,reasoning=FIELD,answer=FIELD"
+    )
+    with pytest.raises(ValueError, match="on_error: expected"):
+        read_traces(mixed, on_error="ignore")  # type: ignore[arg-type]
+
+
+def test_a_source_without_a_trace_is_given_up_after_100_rows(tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    row = json.dumps(conversation(("user", "Hi"), ("assistant", "Hello.")))
+    path.write_text(f"{row}\n" * 100 + "x" * 10**6)
+    message = r"chat\.jsonl:1: read as conversations: answer: .*\(and none of the first 100 rows is read\)"
+    with pytest.raises(TraceError, match=message):
+        read_traces(path, on_error="skip")
+    with pytest.raises(
+        TraceError, match=r"chat\.jsonl: none of the first 100 rows is a trace, the first: read as conv"
+    ):
+        curate([path], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_curate_reads_any_shape_alike(mixed: Path, tmp_path: Path) -> None:
+    pool = [mixed, *sorted(SHAPES.glob("*.jsonl"))]
+    result = curate(pool, tmp_path / "out", CurateConfig(size=50))
+    assert result.formats[mixed] == ["problems with solutions", "s1K trajectories"]
+    dropped = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
+    reasons = {entry["where"]: entry["reason"] for entry in dropped}
+    assert reasons[f"{mixed}:2"].startswith(f"not a trace: {mixed}:2, column 8: expected JSON")
+    several = [where for where in reasons if where.startswith(f"{SHAPES / 'openr1_math.jsonl'}:1 (")]
+    assert several and all(reasons[where] == "the same problem" for where in several)
+    assert len(dropped) + result.selected == 5 + len(GOLDEN) + 2
+    assert {trace.answer for trace in read_traces(tmp_path / "out" / "reason1k.jsonl")} <= {"42", "The sum is 42."}
+
+
+def test_convert_lists_what_it_could_not_read_and_goes_on(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = mixed.with_name("out.jsonl")
+    assert main(["convert", str(mixed), "-o", str(out)]) == 0
+    assert "reads 2 rows as problems with solutions and 1 row as s1K trajectories" in capsys.readouterr().out
+    assert [trace.answer for trace in read_traces(out)] == ["42"] * 3
+    assert len((mixed.parent / "out.unreadable.jsonl").read_text().splitlines()) == 2
+    assert main(["convert", str(mixed), "-o", str(out), "--format", "trajectories", "--json"]) == 0
+    result = {"out": str(out), "traces": 1, "unreadable": 4, "rows": {"s1K trajectories": 1}}
+    assert json.loads(capsys.readouterr().out) == result
+    assert main(["convert", str(mixed), "-o", str(out), "--map", "problem:q"]) == 2
+    assert "map: expected problem=FIELD,answer=FIELD, got 'problem:q'" in capsys.readouterr().err
+    assert main(["convert", str(mixed), "-o", str(out), "--map", "answer=gold"]) == 1
+
+
+def test_datasets_makes_lists_of_spans(tmp_path: Path) -> None:
+    spans = {"start": [0, 9], "end": [9, 23], "role": ["strategic", "tactical"]}
+    listed = [[0, 9, "strategic"], [9, 23, "tactical"]]
+    assert Trace.from_dict(PLAIN | {"spans": spans}) == Trace.from_dict(PLAIN | {"spans": listed})
+
+
+# ----------------------------------------------------------------------------------------------------------- questions
+
+
+@pytest.mark.parametrize("name", [*GOLDEN, "openr1_math"])
+def test_the_question_of_every_shape_is_found(name: str) -> None:
+    found = question_of(row_of(name))
+    assert found["problem"] == GOLDEN.get(name, ({}, ""))[0].get("problem", QUESTION)
+    assert found.get("answer", "42") == "42"
+
+
+def test_teach_and_eval_take_problems_of_these_shapes(tmp_path: Path) -> None:
+    for name in ("math", "limo", "openthoughts_3", "openai_batch"):
+        [question] = read_questions(SHAPES / f"{name}.jsonl")
+        assert (question.text, question.known.answer if question.known else "42") == (QUESTION, "42")
+    for name in ("math", "gsm8k", "am_deepseek_r1", "openmathreasoning"):
+        [problem] = load_problems(str(SHAPES / f"{name}.jsonl"), None, 0)
+        assert (problem.question, problem.answer) == (QUESTION, "42")
+    listed = tmp_path / "listed.json"
+    listed.write_text(json.dumps([row_of("math")]))
+    assert load_problems(str(listed), 1, 0)[0].answer == "42"
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps({"q": "What?", "gold": 3}))
+    options = FormatOptions(fields={"problem": "q", "answer": "gold"})
+    [problem] = load_problems(str(path), None, 0, options=options)
+    [question] = read_questions(path, options=options)
+    assert problem.answer == question.known.answer == "3"  # type: ignore[union-attr]
+
+
+# -------------------------------------------------------------------------------------------------------- earlier turns
+
+
+def test_earlier_turns_are_kept_with_their_thoughts(tmp_path):
+    turns = [("system", SYSTEM), ("user", "What is 1 + 1?"), ("assistant", "<think>Add.</think>It is 2.")]
+    turns += [("user", "And twice that?"), ("assistant", "Twice 2."), ("user", QUESTION)]
+    row = conversation(*turns, ("assistant", f"<think>{THOUGHT}</think>\\boxed{{42}}"))
+    (tmp_path / "turns.jsonl").write_text(json.dumps(row) + "\n")
+    [trace] = read_traces(tmp_path / "turns.jsonl")
+    assert (trace.problem, trace.reasoning, trace.answer, trace.system) == (QUESTION, THOUGHT, "42", SYSTEM)
+    assert trace.turns == (
+        {"role": "user", "content": "What is 1 + 1?"},
+        {"role": "assistant", "content": "It is 2.", "reasoning": "Add."},
+        {"role": "user", "content": "And twice that?"},
+        {"role": "assistant", "content": "Twice 2."},
+    )
+    (tmp_path / "again.jsonl").write_text(json.dumps(trace.to_dict()) + "\n")
+    assert read_traces(tmp_path / "again.jsonl") == [trace]
+    as_lists = trace.to_dict() | {
+        "turns": {
+            "role": [turn["role"] for turn in trace.turns],
+            "content": [turn["content"] for turn in trace.turns],
+            "reasoning": [turn.get("reasoning") for turn in trace.turns],
+        }
+    }
+    assert Trace.from_dict(as_lists) == trace
+
+
+def test_a_question_after_other_turns_is_not_asked_alone():
+    with pytest.raises(TraceError, match="expected a question alone, got one after 2 turns"):
+        question_of(conversation(("user", "1+1?"), ("assistant", "2"), ("user", "And twice that?")))
+
+
+@pytest.mark.parametrize(
+    ("turns", "fault"),
+    [
+        ("hello", "expected .*role.* got str 'hello'"),
+        ([{"role": "assistant", "content": "a"}], "expected the role user in turn 1, got str 'assistant'"),
+        ([{"role": "user", "content": "a"}], "expected a reply to every question"),
+        ([{"role": "user", "content": 3}], "content of turn 1: expected a string, got int 3"),
+    ],
+)
+def test_turns_of_another_form_are_named(turns, fault):
+    with pytest.raises(TraceError, match=f"^turns: {fault}"):
+        Trace.from_dict(PLAIN | {"turns": turns})

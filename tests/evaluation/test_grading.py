@@ -1,0 +1,238 @@
+"""Grading: which answer a text states, and whether it is right, as a person would say."""
+
+import json
+import random
+
+import pytest
+from problems import plain
+from real_inputs import data_path
+
+from rbfast.data.answers import extract_answer
+from rbfast.grading.grade import Problem, grade, without_tags
+from rbfast.grading.judge import Judge
+from rbfast.grading.math_equality import equal
+from rbfast.grading.tasks import load_problems
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("so <answer>4</answer>", "4"),
+        ("<answer>3</answer> no: <answer> 4 </answer> done", "4"),
+        ("I put it between <answer> and </answer>.\n<answer>12", "12"),
+        ("This goes between <answer> and </answer>. The answer is 30", "30"),
+        ("<answer>7</answer> and then <answer></answer>", "7"),
+        (r"thus \boxed{\frac{1}{2}} is it", r"\frac{1}{2}"),
+        (r"\boxed{1}, or rather \boxed{x^{2}+\{3\}}", r"x^{2}+\{3\}"),
+        (r"\boxed{broken", None),
+        ("steps\n#### 1,234", "1,234"),
+        ("Answer: 5\nThe final answer is **6**.", "6**."),
+        ("**Answer:** 5", "5"),
+        ("The answer to the problem is: 9 legs", "9 legs"),
+        ("There are 9 legs", None),
+        ("", None),
+    ],
+)
+def test_extract_answer(text, answer):
+    assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("part", "shown"),
+    [
+        ("<think>\n3 < 4 </think>\n", "3 < 4"),
+        ("so\n<answer>", "so"),
+        ("16</answer>", "16"),
+        ("It is <Answer>16</Answer>.", "It is 16."),
+        ("a <b> c", "a <b> c"),
+    ],
+)
+def test_parts_are_shown_without_their_tags(part, shown):
+    assert without_tags(part) == shown
+
+
+def test_tags_outrank_boxes_which_outrank_phrases():
+    text = r"The answer is 1. #### 2 \boxed{3} "
+    assert extract_answer(text + "<answer>4</answer>") == "4"
+    assert extract_answer(text) == "3"
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "score"),
+    [
+        ("184", "There are **184** legs in total.", 1.0),
+        ("184", "3 x 6 = 18\nTotal = 184", 1.0),
+        ("1234", "<answer>$1,234.00</answer>", 1.0),
+        ("184", "<answer>184 legs</answer>", 1.0),
+        ("184", "The answer is 18.\nThat makes 184.", 0.0),
+        ("184", "1184", 0.0),
+        ("184", "<answer>184 legs on 7 animals</answer>", 1.0),
+        ("7", "<answer>184 legs on 7 animals</answer>", 0.0),
+        ("1", "It is n * (n + 1) * (2 - 1)", 0.0),
+        ("3", "3 x 6 = 18", 0.0),
+        ("-4", "7 - 11 = -4", 1.0),
+        ("4", "7 - 11 = -4", 0.0),
+        ("grandmother", 'So Nova is his "Grandmother".', 1.0),
+        ("grandmother", "She is his mother, or his grandmother", 0.0),
+        ("['1', '2']", "The new list is: ['1', '2']", 1.0),
+        ("5", "", 0.0),
+        ("['1.5', '2']", "The new list is: [1.5, 2]", 1.0),
+        ("['1.5', '2']", "The new list is: [2, 1.5]", 0.0),
+        ("1e9", "<answer>1000000000</answer>", 1.0),
+    ],
+)
+def test_final_statements_are_read_as_a_person_would(answer, text, score):
+    assert grade(plain(answer), text) == score
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("<answer>4</answer>\n\nTo check this, we", 1.0),
+        ("<answer>4</answer> because the 5", 1.0),
+        ("The answer is 4.\nLet me also say that the", 1.0),
+        ("so the answer is 4", 0.0),
+        ("<answer>4", 0.0),
+        ("First we count\n4\nand then", 0.0),
+        ("answer: 4, as one", 0.0),
+    ],
+)
+def test_what_the_limit_cut_is_no_answer(text, score):
+    assert grade(plain("4"), text, truncated=True) == score
+    assert grade(plain("5"), text, truncated=True) == 0.0
+
+
+def test_every_answer_key_passes_its_own_verifier():
+    pytest.importorskip("reasoning_gym")
+    tasks = ("leg_counting", "number_sorting", "word_sorting", "complex_arithmetic", "spell_backward", "count_primes")
+    for task in tasks:
+        for problem in load_problems(task, 5, seed=0):
+            assert grade(problem, f"Some steps.\n\n<answer>{problem.answer}</answer>") == 1.0
+            assert grade(problem, "I can not tell.") < 1.0
+
+
+def test_the_tasks_own_verifier_decides():
+    # Any palindrome of the letters is right, whatever the key says.
+    pytest.importorskip("reasoning_gym")
+    problem = load_problems("palindrome_generation", 1, seed=5)[0]
+    half = problem.answer[: len(problem.answer) // 2]
+    middle = problem.answer[len(half) : len(problem.answer) - len(half)]
+    other = half[::-1] + middle + half
+    assert other != problem.answer and grade(problem, f"<answer>{other}</answer>") == 1.0
+
+
+def test_a_number_with_zeros_after_the_point_is_the_number():
+    pytest.importorskip("reasoning_gym")
+    problem = load_problems("simple_geometry", 1, seed=0)[0]
+    assert grade(problem, f"So the answer is {problem.answer}.0°.") == 1.0
+    assert grade(problem, f"So the answer is {problem.answer}.5°.") < 1.0
+
+
+def test_noise_is_wrong_but_never_an_error():
+    pytest.importorskip("reasoning_gym")
+    source = random.Random(0)
+    pieces = [
+        "<answer>",
+        "</answer>",
+        "\\boxed{",
+        "}",
+        "[",
+        "]",
+        "'",
+        "=",
+        ":",
+        "-",
+        "1e999999",
+        "inf",
+        "i",
+        " ",
+        "\n",
+        "##",
+        "**",
+    ]
+    for task in ("chain_sum", "number_sorting", "complex_arithmetic", "simple_equations", "gcd", "prime_factorization"):
+        problem = load_problems(task, 1, seed=0)[0]
+        for _ in range(100):
+            assert grade(problem, "".join(source.choices(pieces, k=12))) < 1.0
+
+
+def test_real_gsm8k_answers_are_found():
+    problems = load_problems(str(data_path("gsm8k/gsm8k_test.jsonl")), 100, seed=0)
+    assert all(grade(problem, f"Working.\n#### {problem.answer}") == 1.0 for problem in problems)
+    assert all(problem.answer.replace(",", "").lstrip("-").isdigit() for problem in problems)
+
+
+# --------------------------------------------------------------------------------------------------------- mathematics
+
+
+# Read by hand: every other answer in these files is right.
+WRONG = {
+    "math500_deepseek_r1": {"math500_0018"},
+    "pilot_math500_qwen7b": {"math500_0009", "math500_0011", "math500_0018"},
+    "pilot_math500_llama8b": {"math500_0007", "math500_0009", "math500_0011", "math500_0018"},
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_real_answers_are_graded_as_people_grade_them(name):
+    pytest.importorskip("math_verify")
+    wrong = set()
+    for line in data_path(f"r1_math500_traces/{name}.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        problem = Problem("math-500", row["problem"], row["ground_truth"], {})
+        if grade(problem, row["full_response"]) < 1.0:
+            wrong.add(row["item_id"])
+    assert wrong == WRONG[name]
+
+
+@pytest.mark.parametrize(
+    ("answer", "statement", "same"),
+    [
+        (r"\frac{14}{3}", "14/3.", True),
+        (r"\text{Evelyn}", "Evelyn.", True),
+        (r"3\sqrt{13}", "3\u221a13", True),
+        (r"\left( 3, \frac{\pi}{2} \right)", r"(3, \pi/2)", True),
+        (r"90^\circ", "90", True),
+        ("x-3", "x - 3", True),
+        (r"\frac{1}{2}", "0.5", True),
+        (r"\frac{1}{2}", "0.51", False),
+        (r"\text{Evelyn}", "Carla", False),
+        (r"\frac{14}{3}", "", False),
+    ],
+)
+def test_equal_mathematics(answer, statement, same):
+    pytest.importorskip("math_verify")
+    assert equal(answer, statement) is same
+
+
+def test_an_answer_that_hangs_the_grader_is_wrong_and_the_next_one_is_graded():
+    pytest.importorskip("math_verify")
+    judge = Judge("math-verify")
+    try:
+        assert judge.ask(["$5$", ["$6$"]], 60.0) is False and judge.killed == 0
+        first = judge._process
+        assert judge.ask(["$5$", ["9^{9^{9^9}}"]], 0.2) is None and judge.killed == 1
+        assert first.poll() is not None
+        assert judge.ask(["$\\frac{1}{2}$", ["$1/2$"]], 60.0) is True
+        assert judge.killed == 1
+    finally:
+        judge.close()
+
+
+@pytest.mark.slow
+def test_an_answer_that_hangs_a_tasks_own_verifier_is_wrong_and_the_next_one_is_graded(monkeypatch):
+    # Countdown evaluates what it is given: in this process no time limit could end it.
+    pytest.importorskip("reasoning_gym")
+    [problem] = load_problems("countdown", 1, seed=0)
+    own = Judge("reasoning-gym")
+    monkeypatch.setattr("rbfast.grading.grade.judge", lambda kind: own)
+    try:
+        right = f"<answer>{problem.entry['metadata']['expression']}</answer>"
+        assert grade(problem, right) == 1.0 and own.killed == 0
+        ask = own.ask
+        monkeypatch.setattr(own, "ask", lambda question: ask(question, 0.5))
+        assert grade(problem, "<answer>9**9**9**9</answer>") < 1.0 and own.killed == 1
+        monkeypatch.setattr(own, "ask", ask)
+        assert grade(problem, right) == 1.0 and own.killed == 1
+    finally:
+        own.close()

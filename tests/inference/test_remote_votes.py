@@ -1,0 +1,146 @@
+"""Prompts, samples and votes from a server, in Python and from the command line."""
+
+import json
+from collections import Counter
+
+import pytest
+from guides import make_guide
+from scripted_server import samples_of
+from tiny import tiny_tokenizer
+
+from rbfast.cli.main import main
+from rbfast.inference.remote import ServerSolver, prompt_for
+from rbfast.inference.solver import Sampling
+from rbfast.inference.vote import majority
+from rbfast.teacher.client import ServerError
+
+pytestmark = pytest.mark.usefixtures("no_pauses")
+
+# ---------------------------------------------------------------------------------------------------------- the prompt
+
+
+def test_the_prompt_is_the_models_own():
+    tokenizer = tiny_tokenizer()
+    assert prompt_for("2+2?", tokenizer).startswith("2+2?\n\n")
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}<u>{{ m.content }}</u>{% endfor %}"
+    tokenizer.bos_token = "<end>"
+    assert prompt_for("2+2?", tokenizer).startswith("<end><u>2+2?\n\n")
+    # Servers add it to what they read, as the tokenizer does: twice it would be another prompt.
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 0)])
+    assert prompt_for("2+2?", tokenizer).startswith("<u>2+2?\n\n")
+
+
+def test_solve_reads_the_tokenizer_from_the_command_line(start, tmp_path, capsys):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<u>{{ m.content }}</u>"
+        "{% else %}{{ m.reasoning or '' }}</think>{{ m.content }}{% endif %}{% endfor %}"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    state, server = start("So.|</think>|<answer>4</answer>")
+    common = ["solve", "m", "2+2?", "--server", server.url, "--json", "--budget", "400"]
+    assert main([*common, "--tokenizer", str(tmp_path)]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["answer"] == "4" and result["solutions"][0]["thinking"] == "So."
+    assert result["solutions"][0]["tokens"] == len("So.</think><answer>4</answer>")  # a token a byte
+    assert state.requests[0]["prompt"].startswith("<u>2+2?\n\n")
+    state, server = start("So <answer>|4|</answer>")
+    assert main(["solve", "m", "2+2?", "--server", server.url, "--json"]) == 0
+    assert "not its chat template" in capsys.readouterr().err
+    assert state.requests[0]["prompt"].startswith("2+2?\n\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------- votes
+
+
+def plain(**options):
+    return make_guide(**{"budget": 10**6, "close": "<answer>", "finish": "</answer>"} | options)
+
+
+def says(answer):
+    return f"So |<answer>|{answer}|</answer>"
+
+
+ENDLESS = "|".join(["word "] * 200_000)
+
+
+def test_samples_vote_each_with_a_seed_of_its_own(start):
+    state, server = start(says(4), says(5), says(5), says(6))
+    solutions = samples_of(server, plain(), samples=4, seed=4)
+    assert [solution.answer for solution in solutions] == ["4</answer>", "5</answer>", "5</answer>", "6</answer>"]
+    assert sorted(request["seed"] for request in state.requests) == [4, 5, 6, 7]
+    assert {request["temperature"] for request in state.requests} == {0.8}
+
+
+def test_a_decided_vote_abandons_what_is_still_written(start):
+    _, server = start(says(4), says(4), ENDLESS)
+    solutions = samples_of(server, plain(interventions=()), samples=3, concurrency=3)
+    assert [solution.abandoned for solution in solutions] == [False, False, True]
+    assert solutions[2].tokens < 200_000 and solutions[2].tokens == len(solutions[2].text.split())
+
+
+def test_a_decided_vote_does_not_ask_again(start):
+    state, server = start(says(4))
+    solutions = samples_of(server, plain(), samples=9, concurrency=1)
+    assert len(state.requests) == 5 and [solution.tokens for solution in solutions[5:]] == [0] * 4
+    assert majority([solution.answer for solution in solutions if not solution.abandoned]).votes == 5
+    state, server = start(says(4))
+    samples_of(server, plain(), samples=9, concurrency=1, early_stop=False)
+    assert len(state.requests) == 9
+
+
+def test_a_sample_that_fails_loses_none_of_the_others(start):
+    state, server = start(says(4), says(5), retries=0)
+    state.faults = [None, 401]
+    with pytest.raises(ServerError, match="said 401") as caught:
+        samples_of(server, plain(), samples=5, concurrency=1)
+    assert caught.value.status == 401 and caught.value.partial[0].answer == "4</answer>"
+
+
+def test_samples_by_chat_vote_too(start):
+    state, server = start(says(4))
+    state.completions = False
+    solutions = samples_of(server, plain(budget=500), "2+2?", samples=3)
+    assert "So <answer>4</answer>" in {solution.text for solution in solutions}
+
+
+def test_problems_are_solved_one_after_the_other_each_from_its_own_seed(start):
+    state, server = start(*(says(number) for number in range(8)))
+    found = ServerSolver(server).solve(["one?", "two?"], plain(), Sampling(2, 0.5, 0.9, seed=[2, 5]))
+    assert [[sample.answer for sample in samples] for samples in found] == [
+        [f"{number}</answer>" for number in seeds] for seeds in ((2, 3), (5, 6))
+    ]
+    assert [request["prompt"].split("\n")[0] for request in state.requests] == ["one?"] * 2 + ["two?"] * 2
+    assert {(request["temperature"], request["top_p"]) for request in state.requests} == {(0.5, 0.9)}
+
+
+def test_a_concurrency_of_none_is_refused(start):
+    with pytest.raises(ValueError, match="concurrency must be at least 1, got 0"):
+        ServerSolver(start(says(4))[1], concurrency=0)
+
+
+def test_samples_vote_from_the_command_line(start, capsys):
+    state, server = start(says(4), says(5), says(4))
+    common = ["solve", "m", "2+2?", "--server", server.url, "--samples", "3", "--json", "--concurrency", "1"]
+    assert main(common) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["answer"], result["votes"], len(result["solutions"])) == ("4", 2, 3)
+    assert {request["temperature"] for request in state.requests} == {0.8}
+    state.faults, state.told = [None, 401], Counter()
+    assert main(common) == 1
+    printed = capsys.readouterr()
+    assert "said 401" in printed.err and json.loads(printed.out)["solutions"][0]["answer"] == "4"
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--server", "http://127.0.0.1:9/v1", "--adapter", "a"], "--adapter is for a local model"),
+        (["--tokenizer", "t"], "--tokenizer is for --server"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(capsys, options, complaint):
+    assert main(["solve", "m", "2+2?", *options]) == 2
+    assert complaint in capsys.readouterr().err

@@ -1,0 +1,20 @@
+"""Votes: the majority, and when it can no longer be turned."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rbfast.inference.vote import decided, majority
+
+
+@given(st.lists(st.sampled_from(["a", "b", "c", None]), max_size=8), st.integers(0, 6), st.data())
+def test_a_decided_vote_can_not_be_turned(answers, running, data):
+    if decided(answers, running):
+        more = data.draw(st.lists(st.sampled_from(["a", "b", "c", None]), min_size=running, max_size=running))
+        assert majority([*answers, *more]).answer == majority(answers).answer
+
+
+def test_majority():
+    assert majority(["a", None, "b", "b"]) == ("b", 2, 3)
+    assert majority(["a", "b"]).answer == "a"  # the first of equals
+    assert majority([None]) == (None, 0, 0)
+    assert decided(["a", "a", "a"], 2) and not decided(["a", "a"], 2) and not decided([None, None], 0)

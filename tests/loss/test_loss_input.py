@@ -1,0 +1,103 @@
+"""What DistillLoss is given: bad tensors, signals and settings are refused by name."""
+
+import math
+
+import pytest
+import torch
+from plain_losses import Case
+
+from rbfast.loss.distill_loss import DistillLoss
+from rbfast.loss.teacher_signal import Dense, TopK
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), float("inf"), True, torch.ones(9), "2"])
+def test_a_signal_at_no_temperature_is_refused(temperature):
+    case = Case()
+    signal = TopK(case.ids, case.logprobs, case.topk_rows, temperature=temperature)
+    with pytest.raises(ValueError, match="TopK's temperature must be a positive number"):
+        DistillLoss()(case.hidden, case.weight, case.labels, signal)
+
+
+@pytest.mark.parametrize(("value", "what"), [(-torch.inf, "only -inf"), (torch.nan, "NaN or infinity")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("known", [False, True])
+def test_a_teacher_row_that_is_no_distribution_is_refused(value, what, dtype, beta, known):
+    case = Case()
+    logits = case.teacher_logits.to(dtype)
+    logits[3] = value
+    rows = (case.labels != -100).nonzero()[:, 0] if known else None
+    owned = ~torch.isin(case.dense_rows, (case.labels == -100).nonzero()[:, 0])
+    signal = Dense(logits=logits[owned], rows=case.dense_rows[owned])
+    with pytest.raises(ValueError, match=f"Dense teacher's logits holds {what}, which is no distribution"):
+        DistillLoss(beta)(case.hidden.to(dtype), case.weight.to(dtype), case.labels, signal, rows=rows)
+
+
+def test_a_teacher_that_excludes_most_ids_is_fine_and_a_broken_student_is_not_blamed_on_it():
+    case = Case()
+    logits = case.teacher_logits.clone()
+    logits[:, 1:] = -torch.inf
+    signal = Dense(logits=logits, rows=case.dense_rows)
+    assert DistillLoss()(case.hidden, case.weight, case.labels, signal).divergence.isfinite().all()
+    assert DistillLoss()(case.hidden * torch.nan, case.weight, case.labels, signal).loss.isnan()
+
+
+def good() -> dict:
+    torch.manual_seed(0)
+    logprobs, ids = torch.log_softmax(torch.randn(5, 11), 1).topk(3, 1)
+    labels = torch.tensor([1, 2, -100, 3, 4])
+    return dict(hidden=torch.randn(5, 8), head_weight=torch.randn(11, 8), labels=labels, teacher=TopK(ids, logprobs))
+
+
+NAN, ROWS, ROW_3 = torch.full((5, 3), torch.nan), torch.tensor([0, 1]), torch.arange(5) != 3
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda g: {"hidden": g["hidden"].unsqueeze(0)}, "flatten"),
+        (lambda g: {"hidden": g["hidden"].int()}, "hidden must be float32"),
+        (lambda g: {"hidden": g["hidden"].double()}, "both be float64"),
+        (lambda g: {"head_weight": torch.randn(11, 9)}, r"head_weight must be \[V, 8\]"),
+        (lambda g: {"head_bias": torch.randn(10)}, "head_bias"),
+        (lambda g: {"labels": g["labels"][:4]}, "one per row"),
+        (lambda g: {"labels": g["labels"].float()}, "integers"),
+        (
+            lambda g: {"labels": g["labels"].where(ROW_3, torch.tensor(11))},
+            r"labels must be in \[0, 11\).*got 11 at row 3",
+        ),
+        (lambda g: {"kl_weight": torch.ones(4)}, "kl_weight must be a float"),
+        (lambda g: {"kl_weight": math.nan}, "kl_weight must be finite"),
+        (lambda g: {"temperature": 0.0}, "temperature must be positive"),
+        (lambda g: {"teacher": None}, "nothing to learn"),
+        (lambda g: {"teacher": 3.0}, "teacher must be"),
+        (lambda g: {"teacher": [g["teacher"], g["teacher"]]}, "row 0 has more than one"),
+        (lambda g: {"teacher": TopK(g["teacher"].ids, NAN)}, "got NaN.*row 0"),
+        (lambda g: {"teacher": TopK(g["teacher"].ids + 11, g["teacher"].logprobs)}, "vocabulary of 11"),
+        (lambda g: {"teacher": TopK(g["teacher"].ids - 12, g["teacher"].logprobs)}, "negative"),
+        (lambda g: {"teacher": TopK(g["teacher"].ids, g["teacher"].logprobs + 1)}, "more than 1"),
+        (lambda g: {"teacher": TopK(g["teacher"].ids[:, :2], g["teacher"].logprobs)}, r"ids \[N, k\]"),
+        (lambda g: {"teacher": TopK(g["teacher"].ids.float(), g["teacher"].logprobs)}, "integer ids"),
+        (lambda g: {"teacher": TopK(g["teacher"].ids[:2], g["teacher"].logprobs[:2])}, "2 rows for 5 tokens"),
+        (lambda g: {"teacher": TopK(g["teacher"].ids, g["teacher"].logprobs, ROWS)}, r"rows must be \[5\]"),
+        (lambda g: {"teacher": TopK(g["teacher"].ids[:2], g["teacher"].logprobs[:2], ROWS + 4)}, "4..5"),
+        (lambda g: {"teacher": Dense()}, "Dense needs"),
+        (lambda g: {"teacher": Dense(torch.randn(5, 4), torch.randn(11, 5))}, "Dense needs hidden"),
+        (lambda g: {"teacher": Dense(torch.randn(5, 4), logits=torch.randn(5, 11))}, "not both"),
+        (lambda g: {"teacher": Dense(torch.randn(5, 4).double(), torch.randn(11, 4))}, "float64"),
+    ],
+)
+def test_bad_input_is_refused_by_name(change, message):
+    arguments = good()
+    DistillLoss()(**arguments)
+    with pytest.raises(ValueError, match=message):
+        DistillLoss()(**{**arguments, **change(arguments)})
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"beta": -0.1}, {"beta": 1.5}, {"reduction": "max"}, {"softcap": 0}, {"chunk_rows": 0}, {"gradient_filter": 1}],
+)
+def test_bad_settings_are_refused_by_name(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        DistillLoss(**setting)
