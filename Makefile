@@ -13,7 +13,7 @@ demo: $(READY)
 	$(BIN)/rbfast demo --out runs/demo
 
 test: quick
-	$(PYTEST) --dist loadgroup --no-loadscope-reorder -m slow
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -m slow
 
 quick: $(READY)
 	$(PYTEST) --dist worksteal -m "not slow"

@@ -22,7 +22,7 @@ from rbfast.curation.decontaminate import Decontaminator
 from rbfast.curation.pool import Pool, assessed, assessed_on_ray
 from rbfast.data.trace import Trace, TraceError
 
-pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.xdist_group("ray")]
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 FILES = ("reason1k.jsonl", "dropped.jsonl", "datasheet.json", "datasheet.html")
 

@@ -33,7 +33,6 @@ def resources() -> list[Resources]:
 
 @needs_nvcc
 @pytest.mark.long
-@pytest.mark.xdist_group("every kernel")
 def test_every_kernel_compiles_for_every_architecture(resources: list[Resources]) -> None:
     for architecture in ARCHITECTURES:
         found = [r for r in resources if r.architecture == architecture]
@@ -43,7 +42,6 @@ def test_every_kernel_compiles_for_every_architecture(resources: list[Resources]
 
 @needs_nvcc
 @pytest.mark.long
-@pytest.mark.xdist_group("every kernel")
 @pytest.mark.xfail(strict=True, reason="layouts of the row kernels and project_tile spill: docs/kernels.md lists them")
 def test_no_kernel_spills(resources: list[Resources]) -> None:
     spilled = [r for r in resources if r.spill_bytes or r.stack_bytes]
@@ -52,7 +50,6 @@ def test_no_kernel_spills(resources: list[Resources]) -> None:
 
 @needs_nvcc
 @pytest.mark.long
-@pytest.mark.xdist_group("every kernel")
 def test_as_many_blocks_fit_as_the_launch_counts_on(resources: list[Resources]) -> None:
     for r in resources:
         name, _, arguments = r.kernel.rstrip(">").partition("<")

@@ -14,7 +14,7 @@ from distributed_worker import distill_tiny
 from real_inputs import ROOT
 from safetensors.torch import load_file
 
-pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.xdist_group("distributed")]
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 WORKER = ROOT / "tests" / "support" / "distributed_worker.py"
 STEPS = 7

@@ -25,7 +25,6 @@ TRAININGS = ("text", "signals", "teacher", "gradient", "factored", "activation",
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.long,
-    pytest.mark.xdist_group("pretend device"),
     pytest.mark.skipif(not hasattr(os, "fork"), reason="the jobs run in forks"),
     pytest.mark.skipif(shutil.which("c++") is None, reason="the pretend device is compiled, and there is no compiler"),
 ]
