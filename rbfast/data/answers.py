@@ -33,10 +33,14 @@ def extract_answer(text: str) -> str | None:
 
     Looked for in this order, the last one of its kind: `<answer>..</answer>` (closed or not), a balanced `\\boxed{}`
     (or several that are listed: `\\boxed{2}` and `\\boxed{3}`), `#### ..`, `answer is ..` / `Answer: ..`. Of a
-    completion that closes its thinking, what follows it counts, and if that marks no answer the whole.
+    completion that closes its thinking, what follows it counts; if that is of several lines and marks no answer, the
+    whole.
     """
     said = without_thinking(text)
-    return _marked(said) or _last_of(_PHRASE, said) or _marked(text) or _last_of(_PHRASE, text)
+    found = _marked(said) or _last_of(_PHRASE, said)
+    if found or "\n" not in said.strip():
+        return found
+    return _marked(text) or _last_of(_PHRASE, text)
 
 
 def without_thinking(text: str) -> str:
