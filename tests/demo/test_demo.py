@@ -24,6 +24,7 @@ def toy(monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerBase) -> 
     monkeypatch.setattr(run, "MAX_NEW_TOKENS", 4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("toy")
 def test_the_demo_writes_its_table_and_pictures_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     summary = run.run_demo(tmp_path, quiet=True)

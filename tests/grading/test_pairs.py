@@ -35,6 +35,7 @@ def missed(pairs, verdicts) -> list[tuple[str, str, bool]]:
     return [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict is not pair[2]]
 
 
+@pytest.mark.slow
 def test_completions_of_a_file_of_problems(tmp_path):
     problems = load_problems(write_rows(tmp_path / "pairs.jsonl", PAIRS), None, seed=0)
     verdicts = [grade(problem, completion(pair[1])) == 1.0 for problem, pair in zip(problems, PAIRS, strict=True)]
