@@ -255,8 +255,7 @@ class _Solver:
         if not np.isnan(divergence.numpy()).any():
             return
         most = teacher.amax(1)
-        wrong = (most == -torch.inf) | most.isnan() | (most == torch.inf)
-        if wrong.any():
+        if not most.isfinite().all():
             what = "only -inf" if (most == -torch.inf).any() else "NaN or infinity"
             raise ValueError(
                 f"a row of the Dense teacher's logits holds {what}, which is no distribution; leave such rows out of "

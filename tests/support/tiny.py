@@ -1,5 +1,7 @@
 """A tiny random causal model and a byte-level tokenizer, for tests that need any model at all."""
 
+from typing import Any
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -14,7 +16,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
 
 
-def model_of_words(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+def model_of_words(tokenizer: PreTrainedTokenizerBase, **settings: Any) -> LlamaForCausalLM:
     """A tiny random model of a tokenizer's whole vocabulary, which ends where the tokenizer says."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -25,6 +27,7 @@ def model_of_words(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=2,
         eos_token_id=tokenizer.eos_token_id,
+        **settings,
     )
     return LlamaForCausalLM(config)
 
