@@ -38,7 +38,7 @@ void for_each_type(ScalarType type, const F& f) {
       return f(F16{});
     default:
       expect(false, "the native CPU ops take float32, bfloat16 or float16, got ", torch::headeronly::toString(type),
-             "; cast it, or call the function of the same name in rbfast.reference");
+             "; cast it, or call the function of the same name in rbfast.ops.reference");
   }
 }
 

@@ -42,7 +42,7 @@ void for_each_type(ScalarType type, const F& f) {
       return f(__half{});
     default:
       expect(false, "the CUDA ops take float32, bfloat16 or float16, got ", torch::headeronly::toString(type),
-             "; cast it, or call the function of the same name in rbfast.reference");
+             "; cast it, or call the function of the same name in rbfast.ops.reference");
   }
 }
 
