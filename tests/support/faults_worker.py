@@ -8,8 +8,10 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from tiny import tiny_model, tiny_tokenizer
 from tiny_models import llama
 from tiny_tokenizers import byte_level
 
+from rbfast.curation import datasheet
 from rbfast.curation.curate import CurateConfig, curate
 from rbfast.data.readers import write_traces
 from rbfast.data.trace import Trace
@@ -42,6 +45,7 @@ def curation(folder):
     pool = folder / "pool.jsonl"
     steps = [f"Take {n} and {n * n}.\n{n} + {n * n} = {n + n * n}\nSo it is {n + n * n}." for n in range(40)]
     write_traces(pool, [Trace(f"Add {n} to its square.", step, str(n + n * n)) for n, step in enumerate(steps)])
+    datasheet.picture = lambda figure, alt: alt  # drawing is nine tenths of the time, and touches no file
     return lambda out: curate([pool], out, CurateConfig(size=20))
 
 
@@ -128,6 +132,20 @@ def finish(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def killed_within(job, out, seconds):
+    """The code of a process that a signal ends after so many seconds of its processor time, and those seconds.
+
+    Processor time, because other work on the machine hardly moves its points. A run that ends before is done anew with
+    half of the time.
+    """
+    # Like SIGKILL this signal ends what does not handle it.
+    code = finish(start(job, out, lambda: signal.setitimer(signal.ITIMER_PROF, seconds)))
+    if code:
+        return code, seconds
+    shutil.rmtree(out)
+    return killed_within(job, out, seconds / 2)
+
+
 def error_of(out):
     path = out.with_suffix(".error")
     return path.read_text() if path.exists() else None
@@ -139,15 +157,13 @@ def main(name, folder, kills):
     rng, job = random.Random(name), JOBS[name](folder)
     whole = folder / "whole"
     finish(start(job, folder / "warm"))
-    _, status, used = os.wait4(start(job, whole), 0)
-    seconds = used.ru_utime + used.ru_stime
-    report = {"whole": os.waitstatus_to_exitcode(status), "error": error_of(whole), "trials": []}
+    report = {"whole": finish(start(job, whole)), "error": error_of(whole), "trials": []}
     counted = folder / "events"
-    keep = lambda events: counted.with_suffix(".count").write_text(str(events.count))  # noqa: E731
+    keep = lambda events: counted.with_suffix(".count").write_text(f"{events.count} {time.process_time()}")  # noqa: E731
     finish(start(job, counted, lambda: Events(counted), keep))
-    events = int(counted.with_suffix(".count").read_text())
+    events, seconds = map(float, counted.with_suffix(".count").read_text().split())
     report |= {"left": left_in(whole), "events": events, "seconds": seconds}
-    at_events = sorted(rng.sample(range(events), min(events, kills // 2)))
+    at_events = sorted(rng.sample(range(int(events)), min(int(events), kills // 2)))
     points = [("event", n) for n in at_events]
     points += [("second", rng.uniform(0.0, 0.95) * seconds) for _ in range(kills - len(points))]
     largest = max(path.stat().st_size for path in whole.rglob("*") if path.is_file())
@@ -157,8 +173,7 @@ def main(name, folder, kills):
         if kind == "event":
             code = finish(start(job, out, lambda: Events(out, point, rng.randrange(150))))  # noqa: B023
         elif kind == "second":
-            # Of processor time, so that load moves no point; like SIGKILL this signal ends what does not handle it.
-            code = finish(start(job, out, lambda: signal.setitimer(signal.ITIMER_PROF, point)))  # noqa: B023
+            code, point = killed_within(job, out, point)
         else:
             limit = (point, resource.RLIM_INFINITY)
             code = finish(start(job, out, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)))  # noqa: B023
