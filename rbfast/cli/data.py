@@ -104,7 +104,10 @@ def add_teach(sub: argparse.ArgumentParser) -> None:
         "--extra-body", type=json_object, default={}, metavar="JSON", help="more fields of every request, as an object"
     )
     asked.add_argument(
-        "--batch", action="store_true", help="ask by the server's batch API: within a day, at its lower prices"
+        "--batch",
+        action="store_true",
+        help="ask by the batch API of the server (OpenAI's) or the provider (anthropic, gemini): within a day, at its "
+        "lower prices, which --prices must be",
     )
     asked.add_argument("--prices", type=float, nargs=2, metavar=("READ", "WRITTEN"), help="per million tokens")
     asked.add_argument("--max-cost", type=float, help="send nothing that could cost more, in the prices' currency")

@@ -1,4 +1,4 @@
-"""Questions asked by a server's batch API (OpenAI's: files and batches), which answers within a day at half the price.
+"""Questions asked in batches (OpenAI's, Anthropic's, Gemini's), which are answered within a day at half the price.
 
 The folder's `batch.json` names the batch from before it exists until its replies are on disk: a call that was killed
 finds it again, and nothing is asked twice.
@@ -7,27 +7,44 @@ finds it again, and nothing is asked twice.
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rbfast.teacher.client import BrokenOff, Server, ServerError, insist, is_busy
-from rbfast.teacher.jobs import CHAT, Job, record_of
+from rbfast.teacher.batch_api import BatchAPI, Look, Report, Request, finished
+from rbfast.teacher.client import BrokenOff, Server, ServerError, insist
+from rbfast.teacher.jobs import Job, Teacher, record_of
+from rbfast.teacher.provider_batches import AnthropicBatches, GeminiBatches
+from rbfast.teacher.providers import Provider
 from rbfast.teacher.reply_store import ReplyStore
+from rbfast.teacher.server_batches import ServerBatches
 from rbfast.utils.files import write_text
 from rbfast.utils.records import read_json
 
 BATCH = "batch.json"
-_STATE = {"url": str, "file": str, "batch": str}
-_MOST_REQUESTS, _MOST_BYTES = 50_000, 190_000_000  # of one batch
-_RUNNING = {"validating", "in_progress", "finalizing", "cancelling"}
-_POLL = 20.0  # seconds
+_STATE = {"url": str, "ticket": dict, "batch": str}
+_OF_PROVIDERS: dict[str, Callable[[Provider], BatchAPI]] = {"anthropic": AnthropicBatches, "gemini": GeminiBatches}
 _INVALID = (400, 422)
-Report = Callable[[str], None]
+_TOO_MANY = 429  # tried again, but unlike the others it says that no batch was made
 
 
-def ask_in_batches(server: Server, jobs: Sequence[Job], store: ReplyStore, folder: Path, report: Report) -> str | None:
+def batches_of(teacher: Teacher) -> BatchAPI:
+    """The batch API of a teacher. Raises ValueError if it has none that is known here."""
+    if isinstance(teacher, Server):
+        return ServerBatches(teacher)
+    if isinstance(teacher, Provider) and teacher.provider in _OF_PROVIDERS:
+        return _OF_PROVIDERS[teacher.provider](teacher)
+    name = teacher.provider if isinstance(teacher, Provider) else type(teacher).__name__
+    raise ValueError(
+        f"no batches for the provider {name!r}: leave --batch out, or use the provider {' or '.join(_OF_PROVIDERS)}, "
+        "or a server with OpenAI's batch API"
+    )
+
+
+def ask_in_batches(
+    teacher: Teacher, jobs: Sequence[Job], store: ReplyStore, folder: Path, report: Report
+) -> str | None:
     """Adds what comes to the store, batch after batch as the budget allows; returns why some jobs stay open.
 
     Args:
@@ -35,148 +52,116 @@ def ask_in_batches(server: Server, jobs: Sequence[Job], store: ReplyStore, folde
 
     Raises:
         ServerError: the server has no batches, or refuses one.
-        ValueError: the folder's batch is of another server.
+        ValueError: no batches for such a teacher, or the folder's batch is of another server.
     """
+    api = batches_of(teacher)
     known = {job.key: job for job in jobs}
     refused: dict[str, str] = {}
-    batch = _left_over(server, folder)
+    batch = _left_over(api, folder, report)
     while True:
+        requests: list[Request] = []
         if batch is None:
             queue = [job for job in store.missing(jobs) if job.key not in refused]
             if not queue:
                 return next(iter(refused.values()), None)
-            chosen = _affordable(server, queue, store)
-            if not chosen:
+            requests = _affordable(api, queue, store)
+            if not requests:
                 return f"the budget does not allow another question ({store.purse.words()} so far)"
-            batch = _create(server, _upload(server, chosen, folder), folder)
-        refused |= _collect(server, _finished(server, batch, report), known, store)
+            batch = _create(api, requests, folder, report)
+        refused |= _collect(api, finished(api, batch, report), requests, known, store)
         (folder / BATCH).unlink()
         batch = None
 
 
-def _left_over(server: Server, folder: Path) -> str | None:
-    """The batch of an earlier call that did not see its end."""
+def _left_over(api: BatchAPI, folder: Path, report: Report) -> str | None:
+    """The batch of an earlier call that did not see its end. One that never came to exist is forgotten."""
     state = read_json(folder / BATCH, _STATE)
     if state is None:
         return None
-    if state["url"] != server.url:
+    if state["url"] != api.url:
         raise ValueError(f"{folder / BATCH} is a batch of {state['url']}: name that server, or another folder")
-    return str(state["batch"]) or _create(server, state["file"], folder, may_exist=True)
-
-
-def _affordable(server: Server, queue: Sequence[Job], store: ReplyStore) -> list[Job]:
-    """The first of these that one batch holds and the budget covers, however long their replies."""
-    chosen: list[Job] = []
-    worst: list[tuple[int, int]] = []
-    size = 0
-    for job in queue[:_MOST_REQUESTS]:
-        worst.append(job.worst())
-        size += len(_line(server, job))
-        if size > _MOST_BYTES or not store.purse.affords(worst):
-            break
-        chosen.append(job)
-    return chosen
-
-
-def _line(server: Server, job: Job) -> bytes:
-    request = {"custom_id": job.key, "method": "POST", "url": f"/v1{CHAT}", "body": server.sent(job.body())}
-    return json.dumps(request, ensure_ascii=False).encode() + b"\n"
-
-
-def _upload(server: Server, jobs: Sequence[Job], folder: Path) -> str:
-    """Uploads the requests; the file is written down before a batch is made of it."""
-    data = b"".join(_line(server, job) for job in jobs)
-    with server.errors("/files"):
-        file = server.client().files.create(
-            file=("rbfast.jsonl", data), purpose="batch", extra_headers=server.headers()
-        )
-    _write(server, folder, file.id, "")
-    return file.id
-
-
-def _create(server: Server, file: str, folder: Path, may_exist: bool = False) -> str:
-    """The id of the file's batch. Where an earlier request may have made it unheard, it is looked for first."""
-
-    def attempt() -> str:
-        nonlocal may_exist
-        found = _batch_of(server, file) if may_exist else None
-        may_exist = True
-        return found or _create_once(server, file)
-
-    try:
-        batch = insist(server.retried, server.retries, attempt)
-    except BrokenOff as error:
-        raise ServerError(str(error), error.status) from None
-    _write(server, folder, file, batch)
+    batch = state["batch"] or api.find(state["ticket"], report)
+    if batch is None:
+        (folder / BATCH).unlink()
+    else:
+        _write(api, folder, state["ticket"], batch)
     return batch
 
 
-def _batch_of(server: Server, file: str) -> str | None:
-    with server.errors("/batches"):
-        recent = server.client().batches.list(limit=100, extra_headers=server.headers()).data
-    return next((batch.id for batch in recent if batch.input_file_id == file), None)
+def _affordable(api: BatchAPI, queue: Sequence[Job], store: ReplyStore) -> list[Request]:
+    """The first of these that one batch holds and the budget covers, however long their replies."""
+    worst = [job.worst() for job in queue[: api.most_requests]]
+    covered = bisect_left(range(len(worst)), True, key=lambda n: not store.purse.affords(worst[: n + 1]))
+    chosen: list[Request] = []
+    size = 0
+    for job in queue[:covered]:
+        request = api.request(job)
+        size += len(request.data) + 1
+        if size > api.most_bytes:
+            break
+        chosen.append(request)
+    return chosen
 
 
-def _create_once(server: Server, file: str) -> str:
-    try:
-        with server.errors("/batches"):
-            # Without the SDK's retries: each could make another batch.
-            once = server.client().with_options(max_retries=0)
-            return once.batches.create(
-                input_file_id=file,
-                endpoint="/v1/chat/completions",
-                completion_window="24h",
-                extra_headers=server.headers(),
-            ).id
-    except ServerError as error:
-        if error.status is None or is_busy(error.status):
-            raise BrokenOff(str(error), error.status) from None
-        raise
+def _create(api: BatchAPI, requests: Sequence[Request], folder: Path, report: Report) -> str:
+    """The id of a batch of these. It is looked for before it is made again: it may exist though no reply said so."""
+    ticket = api.prepare(requests)
+    _write(api, folder, ticket, "")
+    may_exist = False
 
-
-def _write(server: Server, folder: Path, file: str, batch: str) -> None:
-    write_text(folder / BATCH, json.dumps({"url": server.url, "file": file, "batch": batch}))
-
-
-def _finished(server: Server, batch: str, report: Report) -> Any:
-    """The batch once it has ended, well or not."""
-    while True:
-        with server.errors(f"/batches/{batch}"):
-            found = server.client().batches.retrieve(batch, extra_headers=server.headers())
-        counts = found.request_counts
-        done = f", {counts.completed + counts.failed} of {counts.total}" if counts else ""
-        report(f"batch {batch}: {found.status}{done}")
-        if found.status not in _RUNNING:
+    def attempt() -> str:
+        nonlocal may_exist
+        if may_exist and (found := api.find(ticket, report)):
             return found
-        time.sleep(_POLL)
+        try:
+            return api.create(ticket, requests)
+        except BrokenOff as error:
+            may_exist |= error.status != _TOO_MANY
+            raise
+
+    try:
+        batch = insist(api.teacher.retried, api.teacher.retries, attempt)
+    except BrokenOff as error:
+        raise ServerError(str(error), error.status) from None
+    _write(api, folder, ticket, batch)
+    return batch
 
 
-def _collect(server: Server, batch: Any, known: dict[str, Job], store: ReplyStore) -> dict[str, str]:
-    """Adds the replies of a batch to the store; returns why others have none, by key."""
+def _write(api: BatchAPI, folder: Path, ticket: dict[str, Any], batch: str) -> None:
+    write_text(folder / BATCH, json.dumps({"url": api.url, "ticket": ticket, "batch": batch}))
+
+
+def _collect(
+    api: BatchAPI, look: Look, requests: Sequence[Request], known: dict[str, Job], store: ReplyStore
+) -> dict[str, str]:
+    """Adds the replies of a batch to the store; returns why others have none, by key.
+
+    Args:
+        requests: that the batch was made of, if this call made it.
+    """
     refused: dict[str, str] = {}
     invalid: list[tuple[Job, dict[str, Any], str]] = []
-    for line in _lines(server, batch):
-        key, response = str(line.get("custom_id")), line.get("response") or {}
+    for result in api.results(look):
+        key = result.key
         if store.has(key):
             continue
-        body, status = response.get("body"), response.get("status_code")
-        if status == 200 and isinstance(body, dict) and not line.get("error"):
+        if result.reply is not None:
             try:
-                _add(store, key, known.get(key), body)
+                _add(store, key, known.get(key), result.reply)
             except ServerError as error:
                 refused[key] = str(error)
             continue
-        said = server.hide(json.dumps(line.get("error") or body, ensure_ascii=False, default=str))
-        refused[key] = f"{server.url}{CHAT} said {status or 'nothing'} in a batch: {said}"
-        if status in _INVALID and key in known:
-            invalid.append((known[key], server.sent(known[key].body()), said))
+        said = f"said {result.status}" if result.status else "sent no reply"
+        refused[key] = f"{api.url} {said} in a batch: {result.said}"
+        if result.status in _INVALID and key in known:
+            invalid.append((known[key], api.teacher.sent(known[key].body()), result.said))
+    if look.fault is not None:
+        refused = {job.key: look.fault for job in store.missing(list(known.values()))} | refused
+    silent = [request.key for request in requests if not store.has(request.key)]
+    refused = {key: f"the batch {look.batch} of {api.url} holds no reply to it" for key in silent} | refused
     for job, sent, said in invalid:
-        if server.connection.manners.learn(said, sent):
-            del refused[job.key]  # it is asked again without the parameter
-    if batch.status != "completed":
-        faults = "; ".join(str(fault.message) for fault in (batch.errors and batch.errors.data) or [])
-        why = server.hide(f"the batch {batch.id} has the status {batch.status}{': ' + faults if faults else ''}")
-        refused = {job.key: why for job in store.missing(list(known.values()))} | refused
+        if api.teacher.connection.manners.learn(said, sent):
+            refused.pop(job.key, None)  # it is asked again without the parameter
     return refused
 
 
@@ -186,17 +171,3 @@ def _add(store: ReplyStore, key: str, job: Job | None, reply: dict[str, Any]) ->
         store.add(job.record(reply), job.worst())
     else:
         store.add(record_of(reply, key=key, problem=None, sample=None, worst=(0, 0)))
-
-
-def _lines(server: Server, batch: Any) -> Iterator[dict[str, Any]]:
-    for file in filter(None, (batch.output_file_id, batch.error_file_id)):
-        with server.errors(f"/files/{file}/content"):
-            text = server.client().files.content(file, extra_headers=server.headers()).text
-        for line in filter(str.strip, text.split("\n")):
-            try:
-                found = json.loads(line)
-            except (ValueError, RecursionError):
-                found = None
-            if not isinstance(found, dict):
-                raise ServerError(f"{server.url}/files/{file} holds no reply but {server.hide(line)[:200]!r}")
-            yield found

@@ -11,15 +11,29 @@ from __future__ import annotations
 import difflib
 import os
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rbfast.teacher.client import BrokenOff, Connection, Retries, ServerError, hide, insist, is_busy
 from rbfast.utils.packages import need
 
+if TYPE_CHECKING:
+    import httpx
+
 _OWN_KEY = "RBFAST_API_KEY"
 _INVALID = (400, 422)
 _SHOWN = 500  # characters of a refusal
+# Stands for any question: the provider's address, its headers and the shape of its replies do not depend on it.
+_ANY: dict[str, Any] = {"messages": [{"role": "user", "content": "?"}]}
+_ANY |= {"temperature": None, "top_p": None, "seed": None}
+
+
+class _Caught(BaseException):
+    """A request on its way out. Not an Exception: litellm would make one of its own errors of it."""
+
+    def __init__(self, request: httpx.Request) -> None:
+        self.request = request
 
 
 @dataclass(frozen=True)
@@ -68,24 +82,55 @@ class Provider:
         except BrokenOff as error:
             raise ServerError(str(error), error.status) from None
 
-    def _once(self, body: dict[str, Any]) -> dict[str, Any]:
+    def request(self, body: Mapping[str, Any] = _ANY) -> httpx.Request:
+        """The request that `ask` would send, in the provider's own shape; holds the key. Raises ServerError."""
+
+        def catch(request: httpx.Request) -> Any:
+            raise _Caught(request)
+
+        try:
+            self._once(body, catch)
+        except _Caught as caught:
+            return caught.request
+        except BrokenOff as error:
+            raise ServerError(str(error), error.status) from None
+        raise ServerError(f"litellm sends the requests of {self.provider} in a way that cannot be followed")
+
+    def read(self, reply: Any) -> dict[str, Any]:
+        """A reply in the provider's own shape as `ask` returns it. Raises ServerError if it is none."""
+        import httpx
+
+        try:
+            return self._once(_ANY, lambda request: httpx.Response(200, json=reply))
+        except BrokenOff as error:
+            raise ServerError(str(error), error.status) from None
+
+    def sent(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The body with what is sent with every request, as far as the provider takes it."""
+        common = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
+        return self.connection.manners.fit({n: value for n, value in (common | {**body}).items() if value is not None})
+
+    def _once(
+        self, body: Mapping[str, Any], answer: Callable[[httpx.Request], httpx.Response] | None = None
+    ) -> dict[str, Any]:
+        """A reply, of the provider or, if it is given, of `answer` in its place."""
         import openai
 
         litellm, manners = _litellm(), self.connection.manners
-        common = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
+        how = self._how() | ({"client": _client(answer)} if answer else {})
         while True:
-            wanted = {name: value for name, value in (common | body).items() if value is not None}
-            sent = manners.fit(wanted)
+            sent = self.sent(body)
             try:
-                return litellm.completion(model=self.model, **self._how(), **sent).model_dump()
+                return litellm.completion(model=self.model, **how, **sent).model_dump()
             except openai.APIError as error:  # litellm's errors are subclasses
                 status = getattr(error, "status_code", None)
-                said = hide(str(error), _keys())[:_SHOWN]
-                if status in _INVALID and manners.learn(said, sent):
+                refusal = self.hide(str(error))[:_SHOWN]
+                if status in _INVALID and manners.learn(refusal, sent):
                     continue
-                said = f"{self.model} said {status or 'nothing'}: {said}"
+                said = f"{self.model} said {status or 'nothing'}: {refusal}"
                 if is_busy(status) or isinstance(error, openai.APIConnectionError):
-                    raise BrokenOff(said, status, _pause(error)) from None
+                    headers = getattr(error, "litellm_response_headers", None)
+                    raise BrokenOff(said, status, pause_in(headers or {})) from None
                 raise ServerError(said, status) from None
 
     def _how(self) -> dict[str, Any]:
@@ -94,6 +139,18 @@ class Provider:
         how |= {"api_base": self.url} if self.url else {}
         own = os.environ.get(_OWN_KEY, "").strip()
         return how | ({"api_key": own} if own else {})
+
+    def hide(self, text: str) -> str:
+        """The text without any key that the provider may have been sent."""
+        return hide(text, _keys())
+
+
+def _client(answer: Callable[[httpx.Request], httpx.Response]) -> Any:
+    """A client for litellm that has every request answered here."""
+    import httpx
+    from litellm.llms.custom_httpx.http_handler import HTTPHandler
+
+    return HTTPHandler(client=httpx.Client(transport=httpx.MockTransport(answer)))
 
 
 def _litellm() -> Any:
@@ -112,9 +169,8 @@ def _keys() -> list[str]:
     return [key for key in found if len(key) >= 8]
 
 
-def _pause(error: Exception) -> float | None:
+def pause_in(headers: Mapping[str, str]) -> float | None:
     """Seconds that the provider asks to wait, if it says so."""
-    headers = getattr(error, "litellm_response_headers", None) or {}
     try:
         return max(0.0, float(headers["retry-after"]))
     except (LookupError, ValueError):

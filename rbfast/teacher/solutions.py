@@ -30,7 +30,7 @@ from rbfast.grading.tasks import load_problems
 from rbfast.teacher.batch import BATCH, ask_in_batches
 from rbfast.teacher.budget import FREE, Prices, Purse
 from rbfast.teacher.chat_reply import fault_of_finish
-from rbfast.teacher.client import Server, ServerError
+from rbfast.teacher.client import ServerError
 from rbfast.teacher.jobs import Job, Question, Teacher
 from rbfast.teacher.reply_store import ReplyStore
 from rbfast.utils.files import write_text
@@ -134,7 +134,7 @@ def teach(
         concurrency: questions under way at a time.
         max_cost, max_total_tokens: nothing is sent that could exceed them, however long the reply; replies of
             earlier calls in this folder count.
-        batch: by the server's batch API, at its lower prices (`prices` must be those), within a day.
+        batch: by the batch API of the server or provider, at its lower prices (`prices` must be those), within a day.
         extra: more fields of every request, as the server names them (`reasoning_effort`, ...).
         progress: called with (replies there, replies wanted, a few words on the cost and on retries), with
             every reply and every second.
@@ -164,8 +164,6 @@ def teach(
             progress(len(store), wanted, ", ".join(filter(None, [state, store.purse.words()])) + _retries(server))
 
     if batch:
-        if not isinstance(server, Server):
-            raise ValueError("batches need a server with OpenAI's batch API, got a provider with an API of its own")
         reason = ask_in_batches(server, jobs, store, out, report)
         report()
     else:

@@ -185,7 +185,7 @@ def test_a_server_without_batches_is_named(tmp_path):
 
 
 def test_a_batch_of_another_server_is_left_alone(tmp_path):
-    (tmp_path / "batch.json").write_text(json.dumps({"url": "http://other/v1", "file": "f", "batch": "b"}))
+    (tmp_path / "batch.json").write_text(json.dumps({"url": "http://other/v1", "ticket": {"file": "f"}, "batch": "b"}))
     with (
         answering(Batches(solved)) as api,
         pytest.raises(ValueError, match="is a batch of http://other/v1"),

@@ -1,0 +1,125 @@
+"""Requests to a provider beside its chats (uploads, batches, results), at the address and with the headers of those."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rbfast.teacher.client import BrokenOff, ServerError, insist, is_busy
+from rbfast.teacher.providers import Provider, pause_in
+
+if TYPE_CHECKING:
+    import httpx
+
+_SHOWN = 500  # characters of a refusal
+_CONNECTING = 10.0  # seconds
+_OF_ONE = ("host", "content-length", "content-type")  # headers that belong to one request
+_Found = TypeVar("_Found")
+
+
+class ProviderRequests:
+    """Sends them.
+
+    Attributes:
+        chat_url: where litellm sends chats, without a query, which may hold a key.
+
+    Raises:
+        ServerError: litellm cannot ask the provider, for want of a key for one.
+    """
+
+    def __init__(self, provider: Provider) -> None:
+        import httpx
+
+        chat = provider.request()
+        self.chat_url = str(chat.url.copy_with(query=None))
+        self._provider = provider
+        self._client = httpx.Client(
+            headers={name: value for name, value in chat.headers.items() if name not in _OF_ONE},
+            timeout=httpx.Timeout(provider.timeout, connect=min(_CONNECTING, provider.timeout)),
+        )
+
+    def ask(self, method: str, url: str, field: str | None = None, **request: Any) -> dict[str, Any]:
+        """The JSON object in a reply, which has this field. Tries again if the provider is busy. Raises ServerError."""
+        return self._insist(lambda: self.once(method, url, field, **request))
+
+    def once(self, method: str, url: str, field: str | None = None, **request: Any) -> dict[str, Any]:
+        """The same, tried once. Raises BrokenOff if the request may or may not have been heard."""
+        with self._reply(method, url, **request) as response:
+            data = response.read()
+        try:
+            found = json.loads(data)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict) or (field and field not in found):
+            said = self._provider.hide(data.decode("utf-8", "replace"))[:_SHOWN]
+            wanted = f"object with {field}" if field else "object"
+            raise BrokenOff(f"{_shown(url)} sent no {wanted} but {said!r}")
+        return found
+
+    def upload(self, url: str, name: str, data: bytes) -> str:
+        """The name that Google's file API gives to these lines."""
+        start = {
+            "X-Goog-Upload-Protocol": "resumable",
+            "X-Goog-Upload-Command": "start",
+            "X-Goog-Upload-Header-Content-Length": str(len(data)),
+            "X-Goog-Upload-Header-Content-Type": "application/jsonl",
+        }
+        finish = {"X-Goog-Upload-Offset": "0", "X-Goog-Upload-Command": "upload, finalize"}
+
+        def attempt() -> str:
+            with self._reply("POST", url, headers=start, json={"file": {"display_name": name}}) as response:
+                place = response.headers.get("x-goog-upload-url")
+            if not place:
+                raise ServerError(f"{_shown(url)} names no place for an upload")
+            return self.once("POST", place, "file", headers=finish, content=data)["file"]["name"]
+
+        return self._insist(attempt)
+
+    def lines(self, url: str) -> Iterator[bytes]:
+        """The lines of a file, which is on disk before the first is returned: it may be large, or break off."""
+        with TemporaryFile() as file:
+
+            def download() -> None:
+                file.seek(0)
+                file.truncate()
+                with self._reply("GET", url) as response:
+                    for data in response.iter_bytes():
+                        file.write(data)
+
+            self._insist(download)
+            file.seek(0)
+            yield from filter(bytes.strip, file)
+
+    def _insist(self, attempt: Callable[[], _Found]) -> _Found:
+        try:
+            return insist(self._provider.retried, self._provider.retries, attempt)
+        except BrokenOff as error:
+            raise ServerError(str(error), error.status) from None
+
+    @contextmanager
+    def _reply(self, method: str, url: str, **request: Any) -> Iterator[httpx.Response]:
+        """A reply that is none of an error. Raises BrokenOff or ServerError, which never show the key."""
+        import httpx
+
+        try:
+            with self._client.stream(method, url, **request) as response:
+                if not response.is_success:
+                    response.read()
+                    raise self._refusal(url, response)
+                yield response
+        except httpx.TransportError as error:
+            raise BrokenOff(f"{_shown(url)} said nothing: {type(error).__name__}: {error}") from None
+
+    def _refusal(self, url: str, response: httpx.Response) -> Exception:
+        status = response.status_code
+        said = self._provider.hide(response.text)[:_SHOWN].strip() or response.reason_phrase
+        said = f"{_shown(url)} said {status}: {said}"
+        return BrokenOff(said, status, pause_in(response.headers)) if is_busy(status) else ServerError(said, status)
+
+
+def _shown(url: str) -> str:
+    """An address for messages: a query may hold what lets others in."""
+    return url.partition("?")[0]
