@@ -17,8 +17,9 @@ _THOUGHT = re.compile(
     re.DOTALL,
 )
 _HASHES = re.compile(r"####\s*(\S.*)")
-_PHRASE = re.compile(r"\banswer\b[^.\n:=]{0,60}?(?:\bis\b|:|=)[*_:\s]*(\S.*)", re.IGNORECASE)
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{|\d)")
+_PHRASE = re.compile(r"(?:\banswer\b[^.\n:=]{0,60}?(?:\bis\b|:|=)|答案\s*(?:是|为|：|:))[*_:\s]*(\S.*)", re.IGNORECASE)
+_BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?=\{|\d)")
+_BARE = re.compile(r"\d+(?:[.,]\d+)*")  # after a box without braces
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _EDGES = " \t*_$`."
 # What may stand between two boxes of one answer: `\boxed{2}$ and $x = \boxed{3}`.
@@ -109,7 +110,8 @@ def _last_boxed(text: str) -> str | None:
 
 def _content(text: str, start: int) -> tuple[str, int]:
     if text[start] != "{":
-        return text[start], start + 1
+        bare = _BARE.match(text, start)
+        return (bare[0], bare.end()) if bare else ("", start)
     end = closing(text, start)
     return ("", start) if end is None else (text[start + 1 : end], end + 1)
 

@@ -57,6 +57,8 @@ def _read(text: str) -> Any:
     found = parse(f"${text}$", _CONFIG, fallback_mode="no_fallback", parsing_timeout=None)
     if not found:
         return None
+    if isinstance(found[0], sympy.MatrixExpr):
+        return found[0].doit()
     if not isinstance(found[0], sympy.Expr):
         return found[0]
     exact = found[0].xreplace({number: sympy.Rational(str(number)) for number in found[0].atoms(sympy.Float)})

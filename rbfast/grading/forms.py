@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TypeAlias
 
 from rbfast.grading.exact import exact
 from rbfast.grading.notation import closing
+from rbfast.grading.numerals import numeral
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ class Either:
 
 Form: TypeAlias = One | Several | Either
 
-_NAME = r"(?:\\?[A-Za-z]+(?:_\{?\w+\}?)?'*|\\(?:overline|angle|triangle|vec|text)\s*\{?[A-Za-z' ]*\}?)"
+_NAME = (
+    r"(?:\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:\^\{-1\}(?=\())?'*|\\(?:overline|angle|triangle|vec|text)\s*\{?[A-Za-z' ]*\}?)"
+)
 _IDENTIFIER = re.compile(
     rf"{_NAME}(?:\([^()]*\))?|\|{_NAME}\||\\text\{{[^{{}}]*\}}|[A-Za-z][A-Za-z ,'*]*|\([a-zA-Z](?:,\s*[a-zA-Z])+\)"
 )
@@ -58,6 +61,10 @@ _EQUALS = re.compile(r"(?<![<>!:\\])=(?!=)|\\approx(?![a-zA-Z])|\\equiv(?![a-zA-
 _REALS = re.compile(r"\\mathbb\s*\{?R\}?|(?:all|any)? ?reals?(?: numbers?)?|all real", re.IGNORECASE)
 _NOTHING = re.compile(r"\\emptyset|\\\{\s*\\\}|no (?:real )?solutions?|none|the empty set|empty set", re.IGNORECASE)
 _MOST_NESTED = 20  # brackets within brackets
+_EXCLUDED = re.compile(
+    r"(?P<name>[a-zA-Z]) *\\ne(?![a-zA-Z]) *(?P<value>[^,;]+)"
+    r"|\\mathbb\{?R\}? *(?:\\setminus|\\backslash|-) *\\\{(?P<values>[^{}]+)\\\}"
+)
 _COMMA = re.compile("[,;]")
 _OPEN, _CLOSE = "([{", ")]}"
 
@@ -72,9 +79,29 @@ def read(text: str) -> Form:
         return Several((One(r"-\infty"), One(r"\infty")), "()")
     if _NOTHING.fullmatch(words):
         return Several((), "{}")
+    if words[:1].isalpha() and (number := numeral(words)) is not None:
+        return One(number)
+    if (excluded := _all_but(text)) is not None:
+        return excluded
     if match := re.match(rf"({_NAME}|\([^()]*\))\s*\\in(?![a-zA-Z])\s*", text):
         return read(text[match.end() :])
     return _union(text) or _list(text) or _bracketed(text) or _single(text)
+
+
+def _all_but(text: str) -> Several | None:
+    r"""The union that `x \ne 3` and `\mathbb{R} \setminus \{3\}` are."""
+    match = _EXCLUDED.fullmatch(text)
+    if match is None:
+        return None
+    ends = [part.strip() for part in (match["values"] or match["value"]).split(",")]
+    values = [exact(end) for end in ends]
+    known = [value for value in values if value is not None]
+    if len(known) < len(ends):
+        return None
+    ends = [end for _, end in sorted(zip(known, ends, strict=True))]
+    edges = [r"-\infty", *ends, r"\infty"]
+    pieces = tuple(Several((One(low), One(high)), "()") for low, high in pairwise(edges))
+    return Several(pieces, "u", match["name"] or "")
 
 
 def _depth(text: str) -> int:
@@ -226,9 +253,10 @@ def _says_value(left: str) -> bool:
     `2x = 5` and `x^2 = 4` are steps on the way to `x`.
     """
     bare = re.sub(r"\\text\{[^{}]*\}|\\[a-zA-Z]+", " ", left)
-    letters = set(re.findall(r"[a-zA-Z]", bare))
+    letters = set(re.findall(r"[a-zA-Z]", bare)) - {"i"}
     return (
-        len(letters) != 1 or re.match(r"\s*\\(?:sin|cos|tan|log|ln|angle|overline|det|sec|csc|cot)", left) is not None
+        len(letters) != 1
+        or re.match(r"\s*\\(?:sin|cos|tan|log|ln|angle|overline|det|sec|csc|cot|lfloor|lceil)", left) is not None
     )
 
 

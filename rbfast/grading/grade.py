@@ -30,6 +30,7 @@ class Problem:
 
 
 _WHOLE = re.compile(r".*(?:\n|</answer>)", re.DOTALL | re.IGNORECASE)
+_DISPLAYED = re.compile(r"(?:\\\[[^\[\]]*\\\]|\$\$[^$]*\$\$)$")
 _MARKS = re.compile(
     r"</?(?:think|answer|seed:think)>|\[/?THINK\]|<\|channel\|>(?:analysis|final)<\|message\|>|<\|end\|>"
     r"|<\|start\|>assistant|<\|channel>thought|<channel\|>",
@@ -38,7 +39,10 @@ _MARKS = re.compile(
 
 
 def _last_line(text: str) -> str:
-    return without_thinking(text).strip().rpartition("\n")[2]
+    """The last line; all of a formula that is displayed over several; of a code fence its last line."""
+    said = without_thinking(text).strip().removesuffix("\n```").rstrip()
+    shown = _DISPLAYED.search(said)
+    return shown[0] if shown else said.rpartition("\n")[2]
 
 
 def without_tags(text: str) -> str:
@@ -83,4 +87,6 @@ def answer_key(text: str) -> str | None:
     """What a vote counts: the final answer of a completion, the same text for equal numbers; None if it has none."""
     statement = extract_answer(text) or _last_line(text)
     keys = [key(reading) for reading in readings(statement)]
+    if keys and len(keys[0]) == 1:  # a choice, whatever is said of it
+        return keys[0]
     return next(filter(is_number, keys), keys[0] if keys else "") or None

@@ -21,8 +21,10 @@ from typing import NamedTuple
 from rbfast.grading.exact import exact
 from rbfast.grading.forms import Either, Form, One, Several, read
 from rbfast.grading.judge import TIME_LIMIT, judge
+from rbfast.grading.moments import is_moment, same_moment
 from rbfast.grading.notation import normalize
-from rbfast.grading.units import Unit, split_unit
+from rbfast.grading.numerals import counted
+from rbfast.grading.units import Unit, same_dimension, split_unit
 
 Same = Callable[[str, str], bool]
 """Whether two expressions in LaTeX have the same value."""
@@ -37,11 +39,6 @@ _DECIMAL = re.compile(r"-?(\d*)\.(\d+)(?:\.\.\.)?")
 _BASE = re.compile(r"\(?([0-9A-F]+)\)?_\{?(\d+)\}?")
 _CHOICE = re.compile(r"\(([A-Ja-j])\)|([A-Ja-j])[.):]?|\(?([A-J])[.):]\s+[\w$(\\].*")
 _NO_WORDS = re.compile(r"[\\\d+^_=<>*/|$%()\[\]{}!]|(?<![^\W\d_]{2})-|-(?![^\W\d_]{2})|'(?![a-z])")
-_SMALL = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty"
-)
-_NUMERALS = {word: str(value) for value, word in enumerate(_SMALL.split())}
 
 
 class _Asked:
@@ -84,6 +81,8 @@ def _equal_statements(expected: str, statement: str, same: Same) -> bool:
         return False
     if left == right or _words(left) == _words(right) != "":
         return True
+    if (moment := same_moment(left, right)) is not None:
+        return moment
     return any(
         _equal(read(wanted), read(found), same) for wanted in _ungrouped(left)[:1] for found in _ungrouped(right)
     ) or (left != _ungrouped(left)[0] and _equal(read(left), read(right), same))
@@ -96,21 +95,25 @@ def require() -> None:
 
 
 def key(statement: str) -> str:
-    """The same text for answers that are equal beyond doubt: numbers by their value, anything else as normalized."""
+    """The same text for answers that are equal beyond doubt: numbers by their value, words without their case, anything
+    else as normalized. What has a measure, a percent sign or an equation with letters is no such number."""
     if len(statement) > _MOST_LETTERS:
         return " ".join(statement.split()).casefold()
     text = _ungrouped(normalize(statement))[0]
+    if choice := _chooses(text):
+        return choice
     form = read(text)
-    if isinstance(form, One):
+    if isinstance(form, One) and (form.named_only or not _has_letters(form.equation)) and not is_moment(text):
         quantity = _quantity(form.text)
-        if quantity is not None and quantity.base is None:
+        if quantity is not None and quantity.base is None and not (quantity.unit or quantity.percent):
             return _shown(quantity.value)
-    return re.sub(r"\s+", " ", _bare(text)).casefold()
+    text = re.sub(r"\s+", " ", text)
+    return text if _NO_WORDS.search(_bare(text)) else _bare(text).casefold()
 
 
 def is_number(text: str) -> bool:
     """Whether a key is a number's: two such keys are equal only if they are the same."""
-    return exact(text) is not None
+    return exact(text) is not None and not is_moment(text)
 
 
 def _shown(value: Fraction) -> str:
@@ -142,7 +145,7 @@ def _equal(expected: Form, found: Form, same: Same) -> bool:
     if isinstance(expected, One) and isinstance(found, Several) and found.brackets == "" and found.items:
         return all(_equal(expected, form, same) for form in found.items)  # one value, written twice
     expected, found = _several(expected), _several(found)
-    if expected.name and found.name and expected.name != found.name:
+    if not _same_name(expected.name, found.name):
         return False
     if expected.brackets == "u" or found.brackets == "u":
         return expected.brackets == found.brackets and _as_sets(expected.items, found.items, same)
@@ -185,16 +188,21 @@ def _as_sets(expected: Sequence[Form], found: Sequence[Form], same: Same) -> boo
 
 def _equal_values(expected: One, found: One, same: Same) -> bool:
     if expected.equation and found.equation:
-        if expected.name and expected.name == found.name:
+        if expected.name and found.name and _same_name(expected.name, found.name):
             return _equal_texts(expected.text, found.text, same)
         if not expected.name or not found.name or _has_letters(expected.text + found.text):
             return same(expected.equation, found.equation)
         return len(expected.name) > 1 and _equal_texts(expected.text, found.text, same)
-    if expected.name and found.name and expected.name != found.name:
+    if not _same_name(expected.name, found.name):
         return False
     if expected.equation and not expected.named_only:
         return False
     return _equal_texts(expected.text, found.text, same)
+
+
+def _same_name(one: str, other: str) -> bool:
+    """Whether two names may stand for the same value: one is left out, or the function of `y` is written as `f(x)`."""
+    return not one or not other or one == other or {one, other} == {"y", "f(x)"}
 
 
 def _has_letters(text: str) -> bool:
@@ -212,9 +220,13 @@ class _Quantity(NamedTuple):
 def _equal_texts(expected: str, found: str, same: Same) -> bool:
     if expected == found:
         return True
+    if (moment := same_moment(expected, found)) is not None:
+        return moment
     left, right = _quantity(expected), _quantity(found)
     if left is not None and right is not None:
         return _equal_quantities(left, right)
+    if left is not None and left.base and re.fullmatch("[0-9A-F]+", found):
+        return _in_base(found, left.base) == left
     plain = _words(expected), _words(found)
     if all(plain):
         return plain[0] == plain[1] or (not _chooses(expected) and _are_products(*plain) and same(expected, found))
@@ -232,8 +244,8 @@ def _equal_expressions(expected: str, found: str, same: Same) -> bool:
 
 def _quantity(text: str) -> _Quantity | None:
     """The number that the whole of a text is, with its unit."""
-    text = _NUMERALS.get(text.casefold(), text)
-    if match := _BASE.fullmatch(text):
+    text = counted(_bare(text)) or text
+    if match := _BASE.fullmatch(_bare(text)):
         return _in_base(match[1], int(match[2]))
     percent = re.search(r"\s*(?:%|(?:\\text\{)?\s*per ?cent(?:age)?\s*\}?)(?: points?)?$", text)
     core, unit = (text[: percent.start()], None) if percent else split_unit(text)
@@ -256,7 +268,7 @@ def _equal_quantities(expected: _Quantity, found: _Quantity) -> bool:
     if expected.base != found.base:
         return _equal_in_base(expected, found)
     if expected.unit and found.unit:
-        return expected.unit.dimension == found.unit.dimension and (
+        return same_dimension(expected.unit, found.unit) and (
             expected.value * expected.unit.size == found.value * found.unit.size
         )
     if (expected.unit and found.percent) or (found.unit and expected.percent):
@@ -274,7 +286,7 @@ def _equal_in_base(expected: _Quantity, found: _Quantity) -> bool:
     if found.base is None and found.value.denominator == 1:
         written = _in_base(str(found.value), expected.base or 10)
         return written is not None and written.value == expected.value
-    return expected.base is None and expected.value == found.value
+    return False
 
 
 def _close(left: _Quantity, right: _Quantity) -> bool:

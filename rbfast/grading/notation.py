@@ -66,6 +66,18 @@ _RULES = [
         (r"\\\\(?=(?:[dtc]?frac|sqrt|text|boxed|pi|left|right|cdot|times|pm|le|ge|in|cup|infty)(?![a-z]))", r"\\"),
         (r"\\\\(?:\[\d+\w+\])?(?![a-zA-Z])", r" \\\\ "),
         (r"(?<!\\)\\[()\[\]]", " "),
+        (r"\\(?:underline|(?:text)?color\s*\{\w+\})(?=\s*\{)|(?<!\\)\\$", ""),
+        (r"\\text\{\s*(\\?[$€£₹¥])\s*\}", r"\1"),
+        (r"\s*(?:\\text\{\s*)?\((?:rounded|correct|to the nearest|approx)[^()]*\)\}?$", ""),
+        (r"^(?:about|around|roughly|approximately|exactly|either|both)\s+(?=\S)", ""),
+        (r"^(?:minus|negative)\s+(?=[\d.\\$])", "-"),
+        (r"(?<=\d)'(?=\d{3}(?!\d))", "\u200b"),  # groups digits in Switzerland
+        (r"(?<=[\w)}]) & (?=[\w(\\-])(?!.*\\end)(?<!\\begin)", " and "),
+        (r"(\d*\.\d*)\\(?:bar|dot)\s*\{?(\d+)\}?", r"\1\\overline{\2}"),
+        (r"(?<!\d)(\d+\.)\((\d+)\)", r"\1\\overline{\2}"),
+        (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+        (r"\\colon(?![a-zA-Z])", ":"),
+        (r"\\log_\{?e\}?(?![a-zA-Z])", r"\\ln "),
         (r"(?<![\\a-zA-Z{])(sin|cos|tan|ln|log|exp)(?=\s*[({\\_])", r"\\\1"),
         (r"\\log_\s*(\d)", r"\\log_{\1}"),
         (r"\{,\}|, ?\\[!,]\s*", "\u200b"),  # no doubt that it groups digits
@@ -91,7 +103,7 @@ _RULES = [
         (r"\\lbrace(?![a-zA-Z])", r"\\{"),
         (r"\\rbrace(?![a-zA-Z])", r"\\}"),
         (r"\\(?:degree|degrees)(?![a-zA-Z])", r"^\\circ"),
-        (r"\^\s*\{\s*\\circ\s*\}", r"^\\circ "),
+        (r"\^\s*\{?\s*(?:\^?\\circ|\\text\{o\})\s*\}?", r"^\\circ "),
         (r"\\(?:varnothing|O)(?![a-zA-Z])", r"\\emptyset"),
         (r"\\(?:vee|lor)(?![a-zA-Z])", r"\\text{ or }"),
         (r"\\land(?![a-zA-Z])|\\wedge(?![a-zA-Z])", r"\\text{ and }"),
@@ -112,9 +124,21 @@ _RULES = [
         (r"(?<=[\w)}])\s*\*\s*(?=[\w(\\{])", r"\\cdot "),
     )
 ]
+_BASE_NAMES = "two three four five six seven eight nine ten"
+_BASES = {word: str(base) for base, word in enumerate(_BASE_NAMES.split(), start=2)}
+_BASE = re.compile(
+    r"(?<=[\dA-F)])(?: *\(?(?:in )?base[ -]|_\{?(?:\\text\{|\()?)(?P<base>\d+|[a-z]{3,5})(?![a-z\d])"
+    r"(?:[)}]+|(?=[ ,;.]|$))"
+)
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_DOTS = re.compile(r"(?:\.{3}|…|\\(?:ldots|dots|cdots)(?![a-zA-Z]))")
+# A decimal whose last digits come three times (two for a group of several) and go on.
+_ENDLESS = re.compile(
+    r"(?P<fixed>(?<!\d)\d*\.\d*?)(?:(?P<one>\d)(?P=one){2,}|(?P<several>\d{2,9}?)(?P=several)+)"
+    rf"\s*{_DOTS.pattern}"
+)
 _RAISED, _LOWERED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ]+"), re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
-_EDGES = re.compile(r"^[\s*`]+|[\s*`.:]+$")
+_EDGES = re.compile(r"^[\s*`]+|[\s*`.:✓✔✅☑🎉✨■□∎\ufe0f]+$")
 _COMMAND = re.compile(r"\\[a-zA-Z]+(?:\[[^\]]*\])?")
 
 
@@ -123,14 +147,33 @@ def normalize(text: str) -> str:
     r"""An answer in plain LaTeX: ASCII, `\frac` and `\sqrt` with braces, without spacing, sizing, boxes, dollars and
     the full stop at its end. Digits that are surely grouped (`1{,}234`, `1\,234`, a thin space) are joined.
     """
-    text = _ascii(text)
-    text = unbox(text)
-    text = _undollared(_EDGES.sub("", text))
+    text = _ENDLESS.sub(_repeated, text) if _DOTS.search(text) else text
+    text = unbox(_ascii(text))
+    text = _turned_brackets(_undollared(_EDGES.sub("", text)))
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
-    text = braced(text.replace("\u200b", ""))
+    text = braced(_BASE.sub(_numbered_base, text.replace("\u200b", "")))
     lines = r"\s+" if r"\begin" in text else r"[^\S\n]+"
     return _EDGES.sub("", re.sub(lines, " ", text)).strip()
+
+
+def _repeated(match: re.Match[str]) -> str:
+    """`0.1666...` as `0.1\\overline{6}`."""
+    return rf"{match['fixed']}\overline{{{match['one'] or match['several']}}}"
+
+
+def _numbered_base(match: re.Match[str]) -> str:
+    """`101 base 2` and `101_{\\text{two}}` as `101_2`."""
+    base = _BASES.get(match["base"], match["base"])
+    return f"_{{{base}}}" if base.isdigit() else match[0]
+
+
+def _turned_brackets(text: str) -> str:
+    """An open interval with its brackets turned outwards, `]1, 3[`, as `(1, 3)`."""
+    match = re.fullmatch(r"([\[\]])([^\[\]()]*[,;][^\[\]()]*)([\[\]])", text)
+    if match is None:
+        return text
+    return f"{'(' if match[1] == ']' else '['}{match[2]}{')' if match[3] == '[' else ']'}"
 
 
 def _ascii(text: str) -> str:
@@ -183,18 +226,18 @@ def braced(text: str) -> str:
 
 
 def _with_arguments(text: str, command: str, count: int) -> str:
-    parts = re.split(re.escape(command) + r"(?![a-zA-Z])", text)
-    out = parts[0]
-    for part in parts[1:]:
+    """From the last command to the first, so that what one takes is in order already."""
+    first, *parts = re.split(re.escape(command) + r"(?![a-zA-Z])", text)
+    done = ""
+    for part in reversed(parts):
         head = re.match(r"\s*(\[[^\]]*\])?", part)
         assert head is not None
-        out += command + (head[1] or "")
-        rest = part[head.end() :]
+        written, rest = command + (head[1] or ""), part[head.end() :] + done
         for _ in range(count):
             argument, rest = _argument(rest.lstrip(), whole=count == 1)
-            out += f"{{{argument}}}"
-        out += rest
-    return out
+            written += f"{{{argument}}}"
+        done = written + rest
+    return first + done
 
 
 def _argument(text: str, *, whole: bool) -> tuple[str, str]:

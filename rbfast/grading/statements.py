@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 
 from rbfast.grading.exact import exact
+from rbfast.grading.moments import is_moment
 from rbfast.grading.units import OTHER_VALUE, unit_of
 
 _WORD = re.compile(r"(?<![\\\w{])[A-Za-z]{2,}(?![\w({}])")
@@ -31,11 +32,23 @@ _SEPARATOR = re.compile(r"[,;]|\b(?:and|or)\b")
 _THEREFORE = re.compile(r"\b(?:so|thus|hence|therefore|then|giving|gives|total)\b", re.IGNORECASE)
 _OPENING = re.compile(r"^(?:so|thus|hence|therefore|then|finally)[,:]?\s+", re.IGNORECASE)
 _LIST = re.compile(r"(?:^|(?<=\s))\[.*\]", re.DOTALL)
-_PLAIN_NUMBER = re.compile(r"[-\u2212]?[$€£]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:/\d+)?%?")
+_PLAIN_NUMBER = re.compile(r"[-\u2212]?\\?[$€£]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:/\d+)?%?|\d{1,2}:[0-5]\d")
+_PLAIN_WORD = re.compile(r"(?:[^\W\d_]+(?:-[^\W\d_]+)*(?:['’]s?)?)?")
+_LABEL_WORDS = """
+question problem exercise example step part case chapter section page line figure table version room number no option
+choice january february march april may june july august september october november december jan feb mar apr jun jul
+aug sep sept oct nov dec
+"""
+_LABELS = frozenset(_LABEL_WORDS.split())  # a number right after one of them is a name
+_VERDICT = re.compile(r"(yes|no|true|false)\b[,.;:!]", re.IGNORECASE)
+_CHOSEN = re.compile(r"(?:\\text(?:bf)?\{)?\(([A-J])\)[}~\s\\]+(?=[^\s}])")
 _SHARED = re.compile(
     r"\s*(\S+(?: [A-Za-z]{2,})+?) (?:on|across|among|from|for) (?:the |its |all )?\S*\d\S* [A-Za-z]+\.?"
 )
 _EDGES = re.compile(r"^[\s*_`$\"]+|[\s*_`$\".°]+$")
+
+
+_BOLD = re.compile(r"(?<!\S)\*\*([^*]+)\*\*(?![^\s.,;:!])")
 
 
 def readings(statement: str) -> list[str]:
@@ -46,6 +59,7 @@ def readings(statement: str) -> list[str]:
         found.append(whole[1])
     for line in _lines(found[-1]):
         found += _of_line(line)
+    found.append(_BOLD.sub(r"\1", statement))
     for written in _LIST.findall(statement):
         found += [written, str([item.strip(" '\"") for item in written[1:-1].split(",")])]
     stripped = [_EDGES.sub("", reading) for reading in found]
@@ -73,9 +87,15 @@ def is_sentence(line: str) -> bool:
 
 def _of_line(line: str) -> list[str]:
     line = _OPENING.sub("", line)
+    if is_moment(_EDGES.sub("", line)):
+        return [line]
     found = [line]
     if label := _COLON.split(line)[1:]:
         found.append(label[-1])
+    if verdict := _VERDICT.match(line):
+        found.append(verdict[1])
+    if chosen := _CHOSEN.match(line):
+        found.append(line[chosen.end() :])
     if (tail := _after_equals(line)) is not None:
         found.append(tail)
     if is_sentence(line):
@@ -120,12 +140,15 @@ def _only_number(line: str) -> str | None:
     numbers = [i for i, token in enumerate(tokens) if any(letter.isdigit() for letter in token)]
     if len(numbers) != 1:
         return None
-    number = tokens.pop(numbers[0])
-    if not _PLAIN_NUMBER.fullmatch(number) or not all(
-        re.fullmatch(r"[^\W\d_][^\W\d_'’.\-]*|", word) for word in tokens
-    ):
+    at = numbers[0]
+    number = tokens.pop(at)
+    if not _PLAIN_NUMBER.fullmatch(number) or not all(map(_PLAIN_WORD.fullmatch, tokens)):
         return None
-    if any(word.lower() in OTHER_VALUE for word in tokens) or not any(len(word) > 1 for word in tokens):
+    before, following = ([*tokens[:at], ""][-2 if at else -1], [*tokens[at:], ""][0])
+    changed = OTHER_VALUE - ({"more"} if "than" not in tokens else set())
+    if before.lower() in _LABELS or any(not changed.isdisjoint(word.lower().split("-")) for word in tokens):
         return None
-    following = tokens[numbers[0]] if numbers[0] < len(tokens) else ""
-    return f"{number} {following}" if unit_of(following) and exact(number) is not None else number
+    if not any(len(word) > 1 for word in tokens):
+        return None
+    is_measure = unit_of(following) and exact(number) is not None
+    return f"{number} {following}" if is_measure or (":" in number and following) else number

@@ -63,7 +63,8 @@ quarter quarters fourth fourths fifth fifths tenth tenths hundredths root roots 
 greater fewer than most least between by divided power e i x y z ab xy not never no nor neither negative infinity
 score pair pairs couple base radical theta alpha beta to versus vs ratio rem remainder either approximately dozen
 hundred thousand million billion trillion excluding except without before after twice thrice double triple ago tens
-hundreds thousands millions billions dozens false wrong incorrect
+hundreds thousands millions billions dozens false wrong incorrect bc bce almost nearly under over above below
+exceed exceeds
 """
 OTHER_VALUE = frozenset(_OTHER_WORDS.split())
 _SHORT_WORDS = "of in on a an the per cu sq men way ant cat dog pen cow hen pig car cup day egg toy box row leg"
@@ -123,6 +124,12 @@ def _scaled(text: str, core: str, phrase: str) -> tuple[str, Unit | None]:
     if any(word.strip(".-'").lower() in OTHER_VALUE for word in re.split(r"[ /\-]+", phrase) if unit_of(word) is None):
         return text, None
     return core, unit_of(phrase)
+
+
+def same_dimension(one: Unit, other: Unit) -> bool:
+    """Whether both measure the same; degrees may be those of an angle or of either scale of temperature."""
+    dimensions = {one.dimension, other.dimension}
+    return len(dimensions) == 1 or ("angle" in dimensions and any(d.startswith("temperature") for d in dimensions))
 
 
 def unit_of(phrase: str) -> Unit | None:

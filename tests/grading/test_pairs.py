@@ -17,7 +17,8 @@ from rbfast.inference.vote import majority
 from rbfast.teacher.solutions import read_questions, trace_of
 
 PAIRS = [(*pair, True) for pair in RIGHT] + [(*pair, False) for pair in WRONG]
-BARE = [pair for pair in PAIRS if pair[1] and not any(mark in pair[1] for mark in (r"\boxed", "<answer>", "9^{9"))]
+NOT_BARE = (r"\boxed", "<answer>", "9^{9", ":\n")
+BARE = [pair for pair in PAIRS if pair[1] and not any(mark in pair[1] for mark in NOT_BARE)]
 
 
 def completion(written: str) -> str:
@@ -66,6 +67,11 @@ def test_rows_with_a_reference():
         ([r"\boxed{x=2, x=3}", r"\boxed{3, 2}", r"\boxed{(3, 2)}"], "x=2, x=3", 2),
         ([r"\boxed{0.5}", r"\boxed{\frac12}", "Nothing to see."], "0.5", 2),
         ([r"\boxed{12}", r"\boxed{1,2}", r"\boxed{1,2}"], "1,2", 2),
+        ([r"\boxed{5 m}", r"\boxed{5 cm}", r"\boxed{500 cm}"], "5 m", 2),
+        ([r"\boxed{x+2y=6}", r"\boxed{2x+y=6}", r"\boxed{2x+4y=12}"], "x+2y=6", 2),
+        ([r"\boxed{0.25}", r"\boxed{\frac{1}{4}}", r"\boxed{25\%}"], "0.25", 3),
+        ([r"\boxed{March 5}", r"\boxed{5}", r"\boxed{5 March}"], "March 5", 2),
+        ([r"\boxed{B}", r"\boxed{C. 7}", r"\boxed{B. 12}"], "b", 2),
     ],
 )
 def test_votes(answers, winner, votes):

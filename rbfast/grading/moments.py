@@ -1,0 +1,90 @@
+r"""Dates, times of day and ratios: numbers between which a sign is no operator.
+
+```python
+same_moment("3:45 p.m.", "15:45")              # True
+same_moment("March 5, 2024", "5 March")        # True: what one leaves out can't disagree
+same_moment("3:4:5", "6:8:10")                 # True
+same_moment("3:4", "0.75")                     # None: only one of them is of this kind
+```
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from fractions import Fraction
+
+_MONTH_NAMES = "january february march april may june july august september october november december"
+_DAY_NAMES = "monday tuesday wednesday thursday friday saturday sunday"
+_MONTHS, _DAYS = _MONTH_NAMES.split(), _DAY_NAMES.split()
+_NUMBERS = {name: place for names in (_MONTHS, _DAYS) for place, name in enumerate(names, start=1)}
+_NUMBERS |= {name[:3]: place for name, place in _NUMBERS.items()} | {"sept": 9, "tues": 2, "thur": 4, "thurs": 4}
+_DAY, _MONTH = (rf"(?:{'|'.join(f'{n}|{n[:3]}' for n in names)}|sept|tues|thurs?)\.?" for names in (_DAYS, _MONTHS))
+_WEEKDAY = rf"(?:(?P<weekday>{_DAY}),? )?(?:the )?"
+_NTH, _YEAR = r"(?P<day>\d{1,2})(?:st|nd|rd|th)?", r"(?:,? (?P<year>\d{4}))?"
+_DATES = (
+    re.compile(rf"{_WEEKDAY}(?P<month>{_MONTH}) {_NTH}{_YEAR}"),
+    re.compile(rf"{_WEEKDAY}{_NTH}(?: of)? (?P<month>{_MONTH}){_YEAR}"),
+    re.compile(r"(?P<year>\d{4})-(?P<month>\d\d)-(?P<day>\d\d)"),
+    re.compile(r"(?P<first>\d{1,2})/(?P<second>\d{1,2})/(?P<year>\d{4})"),  # which is the month, nobody knows
+)
+_CLOCK = re.compile(r"(\d{1,2})(?::([0-5]\d))? ?([ap])\.? ?m|(\d{1,2}):([0-5]\d)")
+_RATIO = re.compile(r"\d+(?:\.\d+)?(?:(?::| to )\d+(?:\.\d+)?)+")
+
+
+def same_moment(one: str, other: str) -> bool | None:
+    """Whether two dates, times of day or ratios are the same; None if they are of no such kind.
+
+    Two texts like 3:45 are times, and no ratios: 1:15 is another.
+    """
+    left, right = _plain(one), _plain(other)
+    dates = _date(left), _date(right)
+    if dates[0] or dates[1]:
+        return _agree(*dates)
+    times = _time(left), _time(right)
+    if times[0] and times[1]:
+        return not times[0].isdisjoint(times[1])
+    ratios = _ratio(left), _ratio(right)
+    return ratios[0] == ratios[1] if ratios[0] and ratios[1] else None
+
+
+def is_moment(text: str) -> bool:
+    """Whether a text is a date, a time of day or a ratio."""
+    return same_moment(text, text) is not None
+
+
+@functools.lru_cache(maxsize=1024)
+def _plain(text: str) -> str:
+    bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).replace(r"\colon", ":").casefold()
+    return re.sub(r"\s*:\s*", ":", " ".join(bare.replace("~", " ").split())).strip(" .")
+
+
+def _date(text: str) -> dict[str, int]:
+    """The parts of a date by their names; empty if the text is none."""
+    match = next(filter(None, (pattern.fullmatch(text) for pattern in _DATES)), None)
+    if match is None:
+        return {}
+    parts = {name: part.rstrip(".") for name, part in match.groupdict().items() if part}
+    return {name: _NUMBERS.get(part) or int(part) for name, part in parts.items()}
+
+
+def _agree(one: dict[str, int], other: dict[str, int]) -> bool:
+    shared = one.keys() & other.keys()
+    return bool({"day", "second"} & shared) and all(one[name] == other[name] for name in shared)
+
+
+def _time(text: str) -> set[int]:
+    """The minutes of the day that a time may mean; empty if the text is none."""
+    match = _CLOCK.fullmatch(text)
+    if match is None:
+        return set()
+    hour, minute = int(match[1] or match[4]), int(match[2] or match[5] or 0)
+    if match[3]:
+        return {(hour % 12 + 12 * (match[3] == "p")) * 60 + minute} if 1 <= hour <= 12 else set()
+    return {(hour % 12 + half) * 60 + minute for half in (0, 12)} if 1 <= hour <= 12 else {(hour % 24) * 60 + minute}
+
+
+def _ratio(text: str) -> tuple[Fraction, ...]:
+    """The parts of a ratio for each one of the first; empty if the text is none."""
+    parts = [Fraction(part) for part in re.split(":| to ", text)] if _RATIO.fullmatch(text) else [Fraction(0)]
+    return tuple(part / parts[0] for part in parts) if parts[0] else ()

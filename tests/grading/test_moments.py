@@ -1,0 +1,36 @@
+"""Dates, times of day and ratios, and what is none."""
+
+import pytest
+
+from rbfast.grading.moments import is_moment, same_moment
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("March 5, 2024", "5th of March", True),
+        ("2024-03-05", "Tuesday, March 5, 2024", True),
+        ("05/03/2024", "5/3/2024", True),
+        ("05/03/2024", "03/05/2024", False),
+        ("05/03/2024", "March 5, 2024", False),
+        ("March 5, 2024", "March 5, 2023", False),
+        ("March 5", "5", False),
+        (r"3:45 \text{ p.m.}", "15:45", True),
+        ("12:30 AM", "0:30", True),
+        ("12:00 AM", "12:00 PM", False),
+        ("3:45", "1:15", False),
+        ("2:3", "10:15", True),
+        ("1:2:3", "2 : 4 : 6", True),
+        ("1:2:3", "1:2", False),
+        ("3:4", r"\frac{3}{4}", None),
+        ("13 PM", "13", None),
+        ("2 to 1 odds", "2", None),
+    ],
+)
+def test_moments(one, other, same):
+    assert same_moment(one, other) is same
+    assert same_moment(other, one) is same
+
+
+def test_a_number_is_no_moment():
+    assert [is_moment(text) for text in ("3:4", "noon", "5", "3/4", "May")] == [True, False, False, False, False]

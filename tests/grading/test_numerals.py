@@ -1,0 +1,37 @@
+"""Numbers in words, and what only looks like one."""
+
+import pytest
+
+from rbfast.grading.numerals import counted, numeral
+
+
+@pytest.mark.parametrize(
+    ("words", "number"),
+    [
+        ("Twelve", "12"),
+        ("forty-five thousand and six", "45006"),
+        ("two million three hundred thousand", "2300000"),
+        ("twelve hundred", "1200"),
+        ("two dozen", "24"),
+        ("a hundred", "100"),
+        ("a quarter", r"\frac{1}{4}"),
+        ("minus three and three quarters", r"-\frac{15}{4}"),
+    ],
+)
+def test_numbers(words, number):
+    assert numeral(words) == number
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["", "third", "hundred", "five six", "twenty eleven", "one and", "hundred two", "two of them", "minus", "a"],
+)
+def test_other_words(words):
+    assert numeral(words) is None
+
+
+def test_what_is_counted():
+    assert counted("seven red apples") == "7 red apples"
+    assert counted("two thirds cups") == r"\frac{2}{3} cups"
+    assert counted("apples, seven") is None
+    assert counted("7 apples") is None
