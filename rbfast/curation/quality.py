@@ -29,12 +29,22 @@ _MOST_FOREIGN = 0.05  # share of letters
 # ------------------------------------------------------------------------------------------------------------- clean
 
 _PAIRS = (("\\(", "\\)"), ("\\[", "\\]"), ("\\begin{", "\\end{"))
-_CUT_MARKS = tuple(",;([{=+*/<&\\")  # nothing ends on these
+_CUT_MARKS = tuple(",;:([{=+*/<&\\^−×÷±∓≤≥≠≈→√∑∫")  # nothing ends on these
+_CUT_COMMAND = re.compile(
+    r"\\(?:[dt]?frac|sqrt|cdot|times|pm|leq?|geq?|neq?|approx|equiv|in|to|cup|cap|sum|int|prod|left|text)$"
+)
 _CUT_WORDS = re.compile(
     r"\b(?:a|an|the|of|to|is|are|was|were|and|or|but|so|that|which|if|then|because|since|with|for|from|in|on|by|at|as|"
-    r"we|it|let|let's|this|has|have|equals|be|can|will|therefore|thus|hence|where|when|not)\s*$"
+    r"we|it|let|[Ll]et's|this|has|have|equals|be|can|will|therefore|thus|hence|where|when|not|would|should|could|must|"
+    r"might|their|our|my|your|than|between|whether|although|unless|into)\s*$"
 )
-_NAMED = re.compile(r"(?:[=+*/^<>:-]\s*[a-z]|\w\+\+|:-?[(\[])$")  # x = a, C++, :-(
+_NAMED = re.compile(  # x = a, C++, :-(, };, Yes, it is, a/folder/
+    r"(?:[=+*/^<>:-]\s*[a-z]|\w\+\+|:-?[(\[]|[)}];|"
+    r"(?:^|\n|[.!?] )(?:Yes|No),? (?:it|they|we|he|she|you) [a-z]+|\w/\S*/)$"
+)
+_OPEN_BRACKET = re.compile(r"(?<![:;=-])[(\[{][^()\[\]{}]*$")
+_OPEN_BOLD = re.compile(r"(?<!\S)\*\*[^*\s][^*]*$")
+_OPEN_DOLLAR = re.compile(r"\$(?=[a-zA-Z\\])[^$]*[=+^_\\][^$]*$")
 _EMPHASIS = re.compile(r"(?<=[^\s*_])(\*{1,3}|_{1,3})$")
 _NO_ANSWER = re.compile(r"[\s.…?!,;:_'\"–—-]*")
 _SENTENCE_END = re.compile(r"[.!?:][\s)\]\"'”’*_$]*$")
@@ -55,7 +65,7 @@ def flaw(trace: Trace, repetition: float, *, finished: bool = False) -> str | No
     right = trace.verified is True
     if repetition > _MOST_REPEATED:
         return "looping: most of the reasoning repeats itself"
-    if not (finished or right) and (seen := _cut_short(trace.reasoning)):
+    if not (finished or right) and (seen := _cut_short(trace.reasoning, trace.answer)):
         return f"truncated: {seen}"
     if not right and (seen := _unreadable(trace.answer)):
         return f"unreadable answer: {seen}"
@@ -71,9 +81,23 @@ def repeated_shares(texts: Sequence[str], *, threads: int = 1) -> np.ndarray:
     return (total - rows.lengths) / np.maximum(total, 1)
 
 
-def _cut_short(reasoning: str) -> str | None:
+def _ends_on(reasoning: str, answer: str) -> bool:
+    """Whether the last words are the answer's, though they be "the" or "A+"."""
+    wanted = answer.strip()
+    for said in (reasoning, reasoning.rstrip(".*_\"'`$ ")):
+        if wanted and said.endswith(wanted):
+            before = said[: -len(wanted)]
+            return not (before[-1:].isalnum() and wanted[0].isalnum())
+    return False
+
+
+def _cut_short(reasoning: str, answer: str) -> str | None:
     written = reasoning.rstrip()
-    return _left_open(written) or (None if _closes_emphasis(written) else _breaks_off(written))
+    if seen := _left_open(written):
+        return seen
+    if _closes_emphasis(written):
+        return "it ends on ':'" if written.rstrip("*_ ").endswith(":") else None
+    return None if _ends_on(written, answer) else _breaks_off(written)
 
 
 def _left_open(written: str) -> str | None:
@@ -88,6 +112,14 @@ def _left_open(written: str) -> str | None:
             return f"it ends inside {opener} ... {closer}"
     if "<think>" in written and "</think>" not in written:
         return "its thinking does not end"
+    line = f"\n{written}".rpartition("\n")[2]
+    plain = line.replace(r"\$", "")
+    if _OPEN_BOLD.search(line):
+        return "it ends inside bold text"
+    if plain.count("$") % 2 and _OPEN_DOLLAR.search(plain):
+        return "it ends inside $ ... $"
+    if (opened := _OPEN_BRACKET.search(line)) and line.rstrip()[-1] not in "([{":
+        return f"it ends inside {opened[0][0]!r}"
     return None
 
 
@@ -101,6 +133,8 @@ def _closes_emphasis(written: str) -> bool:
 def _breaks_off(written: str) -> str | None:
     """What shows at the end of a text that stops in a clause."""
     if not _NAMED.search(written[-20:]):
+        if command := _CUT_COMMAND.search(written[-20:]):
+            return f"it ends on {command[0]!r}"
         if written.endswith(_CUT_MARKS):
             return f"it ends on {written[-1]!r}"
         if written[-1].isalpha() and _CUT_WORDS.search(written[-20:]):

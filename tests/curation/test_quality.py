@@ -76,6 +76,16 @@ def test_some_of_what_is_cut_at_random_is_seen() -> None:
         ("$$x \\\\[4pt] y$$ and \\[ z", r"inside \\\[ ... \\\]"),
         ("It is 3 +", "ends on '\\+'"),
         ("So it must be the", "ends on 'the'"),
+        ("Now compute:", "ends on ':'"),
+        ("**Final answer:**", "ends on ':'"),
+        ("So f(x) ≤", "ends on '≤'"),
+        (r"So we have x \le", "ends on"),
+        ("It is 3^", r"ends on '\^'"),
+        ("So the answer should", "ends on 'should'"),
+        ("This gives \\boxed{7", "inside '{'"),
+        ("It is the sum of (3 + 4", r"inside '\('"),
+        ("The value is $x = 3", r"inside \$ ... \$"),
+        ("So, **the answer", "inside bold text"),
         ("One is 1.\nTwo is 2.\nThree is 3.\nFour is 4.\nFive seems odd to me", "no full stop"),
     ],
 )
@@ -100,10 +110,25 @@ def test_cut_reasoning(reasoning: str, complaint: str) -> None:
         "The language is C++",
         "$$\\begin{cases} x \\\\[4pt] y \\end{cases}$$",
         "No solution :(",
+        "The interval is [2, 5)",
+        "It costs $7",
+        "The end of the code is };",
+        "The files are in /usr/share/",
+        "Yes, they are",
+        "1) Two 2) Three",
+        "Done! 🎉",
     ],
 )
 def test_whole_reasoning(reasoning: str) -> None:
     assert flaw_of(reasoning) is None
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "answer"), [("The word is the", "the"), ("He got an **A+**", "A+"), ("The sign is *", "*")]
+)
+def test_reasoning_may_end_on_its_answer(reasoning: str, answer: str) -> None:
+    assert flaw_of(reasoning, answer=answer) is None
+    assert flaw_of(reasoning.replace("**", ""), answer="7") is not None
 
 
 def test_answers_and_languages() -> None:
