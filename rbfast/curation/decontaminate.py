@@ -6,18 +6,20 @@
 
 A problem is judged by the share of an evaluation problem that it holds, in 5-shingles of LaTeX-aware tokens, each
 weighted by how rare it is (idf): "find the number of integer values" weighs little, the equation much. What says in
-which form to answer ("Express your answer as a common fraction.") counts for nothing. Four tiers:
+which form to answer ("Express your answer as a common fraction.") counts for nothing. Five tiers:
 
 - text: at least half of an evaluation problem is there;
 - template: with every number masked at least four fifths of it is there: the same problem with other numbers;
 - variant: with every number masked 55% of both problems is shared, in 3-shingles, and a tenth with the numbers: the
   same problem with other numbers, names or a clause more;
+- renamed: with every number and every variable masked 65% of both problems is shared, in 3-shingles;
 - paraphrase: the embeddings of the two are close. Only if a function that embeds texts is given.
 
 In a pool that is read in parts, `Decontaminator.find` runs on each part alone and `Decontaminator.judge` once on all
 that was found: how rare a shingle is, is known at the end.
 """
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +41,8 @@ _SAID_ALIKE = (
 )
 _BYTES_OF_A_HIT = 40  # a variant has a template shingle in common for so many bytes, of the first 400
 _QUESTION_FIELDS = ("problem", "question", "prompt")
+_VARIABLE = re.compile(r"(?<![^\W\d_]|\\)(?!a\s)[A-Za-z](?![^\W\d_])")
+_POINTS = re.compile(r"(?<![\w\\])[A-Z]{2,3}(?!\w)")  # of geometry: ABC
 _WHOLE = 2**20  # a weight of one nat, as a whole number
 
 Embed = Callable[[Sequence[str]], np.ndarray]
@@ -56,8 +60,8 @@ class Match(NamedTuple):
     """The evaluation problem (its place in the list) that a problem gives away, how it was seen, and how much of it."""
 
     item: int
-    tier: str  # "text", "template", "variant" or "paraphrase"
-    share: float  # of the evaluation problem's weight; for a variant of both problems'; for a paraphrase the cosine
+    tier: str  # "text", "template", "variant", "renamed" or "paraphrase"
+    share: float  # of the evaluation problem's weight; of both problems' if variant or renamed; or the cosine
 
 
 class Found(NamedTuple):
@@ -66,7 +70,8 @@ class Found(NamedTuple):
     text: Ragged
     template: Ragged
     variant: Ragged
-    sizes: np.ndarray  # int64 [n], how many shingles of a variant's kind a problem has; 0 if it can be none
+    renamed: Ragged
+    sizes: np.ndarray  # int64 [n, 2], how many shingles of these two kinds a problem has; 0 if it can be neither
     nearest: np.ndarray  # int32 [n], by embedding; -1 if there is none
     cosine: np.ndarray  # float32 [n]
 
@@ -78,10 +83,11 @@ class Thresholds:
     text: float = 0.5
     template: float = 0.8
     variant: float = 0.55
+    renamed: float = 0.65
     paraphrase: float = 0.9
 
     def __post_init__(self) -> None:
-        for name in ("text", "template", "variant", "paraphrase"):
+        for name in ("text", "template", "variant", "renamed", "paraphrase"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in (0, 1], got {getattr(self, name)}")
 
@@ -148,6 +154,22 @@ class _Tier(NamedTuple):
         return cls(hashes, Ragged(item[order], np.append(0, np.cumsum(counts))))
 
 
+def _without_names(problem: str) -> str:
+    """`problem` with one letter for all variables, points, sides and triangles."""
+    return _VARIABLE.sub("x", _POINTS.sub(lambda match: " x" * len(match[0]), problem))
+
+
+def _short(texts: Sequence[str], tier: _Tier, places: np.ndarray, n: int, threads: int) -> tuple[Ragged, np.ndarray]:
+    """What texts share with a tier of short shingles, and how many they have, int64 [n]: these texts stand at `places`
+    among n, and the others count as empty."""
+    packed = text.pack(texts)
+    rows, _ = text.shingles(packed, _SHORT_SHINGLE, mask_digits=True, threads=threads)
+    found = text.find(packed, _SHORT_SHINGLE, tier.hashes, mask_digits=True, threads=threads)
+    sizes, shared = np.zeros((2, n), dtype=np.int64)
+    sizes[places], shared[places] = rows.lengths, found.lengths
+    return Ragged(found.values, np.append(0, np.cumsum(shared))), sizes
+
+
 class Decontaminator:
     """An index of the evaluation problems; it can be sent to other processes."""
 
@@ -160,6 +182,8 @@ class Decontaminator:
         texts = text.pack(without_instructions(item.problem) for item in evaluations)
         self._text, self._template = _Tier.of(texts, SHINGLE, False), _Tier.of(texts, SHINGLE, True)
         self._variant = _Tier.of(texts, _SHORT_SHINGLE, True)
+        unnamed = text.pack(_without_names(without_instructions(item.problem)) for item in evaluations)
+        self._renamed = _Tier.of(unnamed, _SHORT_SHINGLE, True)
         self._vectors = self._unit([item.problem for item in evaluations]) if embed and evaluations else None
 
     def find(self, texts: Texts, problems: Sequence[str], *, threads: int = 1) -> Found:
@@ -171,18 +195,11 @@ class Decontaminator:
         said = text.find(texts, SHINGLE, self._text.hashes, threads=threads)
         template = text.find(texts, SHINGLE, self._template.hashes, mask_digits=True, threads=threads)
         needed = np.maximum(1, np.minimum(np.diff(texts.starts), 400) // _BYTES_OF_A_HIT)
-        alike = (template.lengths >= needed) & (said.lengths >= np.maximum(1, needed // 3))
-        return Found(said, template, *self._variants(alike, asked, threads), *self._nearest(problems))
-
-    def _variants(self, alike: np.ndarray, asked: Sequence[str], threads: int) -> tuple[Ragged, np.ndarray]:
-        """What each problem shares by short shingles, and how many it has, if it shares enough long ones."""
-        places = np.flatnonzero(alike)
-        texts = text.pack(asked[place] for place in places.tolist())
-        rows, _ = text.shingles(texts, _SHORT_SHINGLE, mask_digits=True, threads=threads)
-        found = text.find(texts, _SHORT_SHINGLE, self._variant.hashes, mask_digits=True, threads=threads)
-        sizes, shared = np.zeros((2, len(alike)), dtype=np.int64)
-        sizes[places], shared[places] = rows.lengths, found.lengths
-        return Ragged(found.values, np.append(0, np.cumsum(shared))), sizes
+        places = np.flatnonzero(template.lengths >= needed)
+        near = [asked[place] for place in places.tolist()]
+        variant, sizes = _short(near, self._variant, places, len(asked), threads)
+        renamed, unnamed = _short(list(map(_without_names, near)), self._renamed, places, len(asked), threads)
+        return Found(said, template, variant, renamed, np.stack([sizes, unnamed], axis=1), *self._nearest(problems))
 
     def judge(self, found: Found, fingerprints: np.ndarray, *, threads: int = 1) -> list[Match | None]:
         """The verdict on every problem of the pool, from what `find` gave for all of it.
@@ -196,9 +213,10 @@ class Decontaminator:
         said = self._best("text", found, first, min(_SAID_ALIKE, self.thresholds.text), threads)
         variant = self._best("variant", found, first, self.thresholds.variant, threads)
         variant.items[variant.items != said.items] = -1
+        renamed = self._best("renamed", found, first, self.thresholds.renamed, threads)
         said.items[said.shares < self.thresholds.text] = -1
         template = self._best("template", found, first, self.thresholds.template, threads)
-        for name, best in (("variant", variant), ("template", template), ("text", said)):
+        for name, best in (("renamed", renamed), ("variant", variant), ("template", template), ("text", said)):
             for at in np.flatnonzero(best.items >= 0).tolist():
                 matches[at] = Match(int(best.items[at]), name, float(best.shares[at]))
         for at in np.flatnonzero(found.cosine >= self.thresholds.paraphrase).tolist():
@@ -208,7 +226,10 @@ class Decontaminator:
     def _best(self, name: str, found: Found, first: np.ndarray, least: float, threads: int) -> "_Best":
         shared, tier = getattr(found, name), getattr(self, f"_{name}")
         weights, totals = self._weigh(tier, shared, first)
-        own = self._own_weights(found, weights, int(first.sum())) if name == "variant" else None
+        kinds = ("variant", "renamed")
+        own = None
+        if name in kinds:
+            own = self._own_weights(shared, found.sizes[:, kinds.index(name)], weights, int(first.sum()))
         return _Best(*text.containment(shared, tier.items, weights, totals, own=own, least=least, threads=threads))
 
     def _weigh(self, tier: _Tier, shared: Ragged, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -226,12 +247,12 @@ class Decontaminator:
         np.add.at(totals, tier.items.values, np.repeat(weights, tier.items.lengths))
         return weights, np.maximum(totals, 1)
 
-    def _own_weights(self, found: Found, weights: np.ndarray, pool: int) -> np.ndarray:
+    def _own_weights(self, shared: Ragged, sizes: np.ndarray, weights: np.ndarray, pool: int) -> np.ndarray:
         """For each problem of the pool the sum of its short shingles' weights, int64; one that no evaluation problem
         has is as rare as can be."""
-        held = np.append(0, np.cumsum(weights[found.variant.values]))[found.variant.starts]
+        held = np.append(0, np.cumsum(weights[shared.values]))[shared.starts]
         rarest = round(_WHOLE * np.log(pool + len(self.evaluations) + 1))
-        return np.maximum(1, np.diff(held) + rarest * (found.sizes - found.variant.lengths))
+        return np.maximum(1, np.diff(held) + rarest * (sizes - shared.lengths))
 
     def _nearest(self, problems: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if self._vectors is None or not problems:
@@ -257,6 +278,7 @@ def join_found(parts: Sequence[Found]) -> Found:
         text.join_ragged([part.text for part in parts]),
         text.join_ragged([part.template for part in parts]),
         text.join_ragged([part.variant for part in parts]),
+        text.join_ragged([part.renamed for part in parts]),
         np.concatenate([part.sizes for part in parts]),
         np.concatenate([part.nearest for part in parts]),
         np.concatenate([part.cosine for part in parts]),

@@ -12,7 +12,22 @@ import numpy as np
 from rbfast.curation.text import Texts
 
 _LEAST = 12  # characters that must be left; else what looks like an instruction is the problem
-_HINTS = (b"answer", b"response", b"separated by", b"step", b"reminder", b"letter", b"your work", b"your reasoning")
+_HINTS = (
+    b"answer",
+    b"response",
+    b"separated by",
+    b"step",
+    b"reminder",
+    b"letter",
+    b"your work",
+    b"your reasoning",
+    b"you are a",
+    b"problem:",
+    b"problem.",
+    b"question:",
+    b"question.",
+    b"exercise:",
+)
 _VERB = (
     r"(?:express|enter|give|write|provide|state|list|round|put|return|report|present|leave|submit|include|box|place|"
     r"output)\s"
@@ -27,9 +42,16 @@ _FORM = (
     r"(?:your|the\sfinal|the)\s(?:answer|response)\s(?:should|must|will|needs)\b|remember\sto\b|"
     r"the\slast\sline\sof\syour\b"
 )
+_TASK = (  # before the problem
+    r"you\sare\san?\s[^.?!\n]{0,60}?(?:assistant|teacher|tutor|expert|mathematician|solver)\b|"
+    r"(?:solve|answer|consider|here\sis)\s(?:the\sfollowing|this|the|a)\s(?:\w+\s)?(?:problem|question|exercise)"
+    r"(?=\s*[.:])"
+)
 _REST = r"(?:[^.?!\n]|\.(?=\d)|\n(?!\n))*[.?!]*"
 _INSTRUCTION = re.compile(
-    rf"\(reminder:(?:[^()]|\([^()]*\))*\)|(?:^|(?<=[.?!\])$:}}])|\n)\s*\(?(?:please\s)?(?:{_VERB}(?:{_ANSWER}|{_LIST})|{_REASON}|{_FORM}){_REST}\)?",
+    rf"\(reminder:(?:[^()]|\([^()]*\))*\)|(?:^|(?<=[.?!\])$:}}])|\n)\s*\(?(?:please\s)?"
+    rf"(?:{_VERB}(?:{_ANSWER}|{_LIST})|{_REASON}|{_FORM}){_REST}\)?|"
+    rf"(?:^|(?<=[.?!:])|\n)\s*(?:please\s)?(?:{_TASK})[^.?!:\n]*[.:]",
     re.IGNORECASE,
 )
 

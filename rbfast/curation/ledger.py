@@ -17,6 +17,7 @@ _CONTAMINATED = {
     "text": "holds an evaluation problem",
     "template": "an evaluation problem with other numbers",
     "variant": "a variant of an evaluation problem",
+    "renamed": "an evaluation problem with other numbers and names",
     "paraphrase": "paraphrases an evaluation problem",
 }
 

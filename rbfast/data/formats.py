@@ -17,7 +17,7 @@ from rbfast.data.answers import as_text, stated_answer, without_answer
 from rbfast.data.conversations import ASSISTANT, USER, Turn, exchange, parse_turns
 from rbfast.data.fields import check_map, names_of
 from rbfast.data.replies import ADVICE, Reply, Row, find_replies, only, reply_of_turn
-from rbfast.data.trace import TraceError
+from rbfast.data.trace import MAY_BE_NUMBERS, TraceError
 from rbfast.utils.records import objects_of, show
 
 _FOUND = ("generations", "trajectories", "conversations", "completions", "solutions")
@@ -92,7 +92,7 @@ def interpret(row: Any, options: FormatOptions = AUTO) -> Interpretation:
 
 def _as_native(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row, with numbers as text; itself if nothing has to change."""
-    changed = {name: as_text(row[name]) for name in ("answer", "id") if isinstance(row.get(name), int | float)}
+    changed = {name: as_text(row[name]) for name in MAY_BE_NUMBERS if isinstance(row.get(name), int | float)}
     changed = {name: text for name, text in changed.items() if text is not None}
     return {**row, **changed} if changed else row
 

@@ -16,7 +16,7 @@ from rbfast.utils.records import objects_of, show
 
 _REQUIRED = ("problem", "reasoning", "answer")
 _OPTIONAL_TEXT = ("plan", "domain", "source", "teacher", "id", "system")
-_NUMBERS = ("answer", "id")  # of a file that may hold them as numbers
+MAY_BE_NUMBERS = ("answer", "id", "domain", "source", "teacher")  # in a file; taken as text
 _LOGPROB_SLACK = 1e-3  # a log-softmax in half precision can end a little above zero
 
 
@@ -72,8 +72,8 @@ class Trace:
     def from_dict(cls, fields: Mapping[str, Any], where: str = "") -> "Trace":
         """The trace in a row of a file; `where` (as "file:line") opens the message of a TraceError.
 
-        Fields that a trace does not have are ignored; an optional text that is empty counts as absent; an answer or an
-        id that is a number is taken as text.
+        Fields that a trace does not have are ignored; an optional text that is empty counts as absent; an answer, an
+        id, a domain, a source or a teacher that is a number is taken as text.
         """
         prefix = f"{where}: " if where else ""
         if not isinstance(fields, Mapping):
@@ -83,7 +83,7 @@ class Trace:
             raise TraceError(f"{prefix}{missing[0]}: expected this field, got {present}; rename the fields or add it")
         known: dict[str, Any] = {field.name: fields.get(field.name) for field in dataclasses.fields(cls)}
         known.update({field: None for field in _OPTIONAL_TEXT if known[field] == ""})
-        known.update({field: str(known[field]) for field in _NUMBERS if _is_number(known[field])})
+        known.update({field: str(known[field]) for field in MAY_BE_NUMBERS if _is_number(known[field])})
         try:
             if known["spans"] is not None:
                 known["spans"] = _parse_spans(known["spans"])

@@ -64,6 +64,8 @@ def load_problems(
         if not Path(task).is_file():
             raise FileNotFoundError(f"{task}: expected a file of problems, found none")
         return _sample(_read_file(Path(task), options), task, n, seed, exclude)
+    if Path(task).is_file():
+        raise ValueError(f"{task}: expected a file of problems that ends in {', '.join(_FILES)}; rename or convert it")
     if task in BENCHMARKS or "/" in task:
         return _sample(_read_hub(BENCHMARKS.get(task, task), task, options), task, n, seed, exclude)
     if n is None:

@@ -113,6 +113,9 @@ SET = [
     "Find the equation of the plane containing the points $(0,-1,-1),$ $(-4,4,4),$ and $(4,5,1).$  Enter your answer "
     "in the form \\[Ax + By + Cz + D = 0,\\]where $A,$ $B,$ $C,$ $D$ are integers such that $A > 0.$",
     "Solve for x: 3x + 5 = 20. Express your answer as a common fraction.",
+    "In $\\triangle PQR$, we have $PQ = QR = 34$ and $PR = 32$. Find the length of median $\\overline{QM}$.",
+    "Let $x,$ $y,$ and $z$ be positive real numbers such that $xyz = 2.$  Find the minimum value of "
+    "\\[x^4 + 4y^2 + 4z^4.\\]",
 ]
 
 
@@ -124,6 +127,9 @@ SET = [
         ("Sarah wants to order a pizza with 2 different toppings. She has 9 different toppings to choose from. "
          "How many different pizzas could she order?", 1, "variant"),
         ("Solve for x: 7x + 9 = -44", 3, "template"),
+        ("In triangle $ABC$ we have $AB = BC = 25$ and $AC = 14$. Find the length of the median $BM$.", 4, "renamed"),
+        ("Let $a, b, c$ be positive real numbers with $abc = 3$. Find the minimum value of $a^4 + 4b^2 + 4c^4$.", 5,
+         "renamed"),
     ],
 )  # fmt: skip
 def test_a_problem_with_other_numbers_names_or_a_clause_is_met(problem: str, item: int, tier: str) -> None:
@@ -140,8 +146,26 @@ def test_what_says_how_to_answer_counts_for_nothing() -> None:
     assert without_instructions("Find $x$ in $2x = 7$. Express your answer as a decimal like 1.5.").strip() == (
         "Find $x$ in $2x = 7$."
     )
+    preamble = "You are a helpful math assistant. Please solve the following problem:\n\n"
+    assert without_instructions(f"{preamble}Find $x$ in $2x = 7$.").strip() == "Find $x$ in $2x = 7$."
+    for kept in (
+        "Solve the following system of equations: $x + y = 3$, $x - y = 1$.",
+        "You are given a triangle. Find its area.",
+    ):
+        assert without_instructions(kept) == kept
     for kept in ("Write your answer.", "List all the primes below 9.", "Which letter comes first?"):
         assert without_instructions(kept) == kept
+
+
+def test_common_openings_are_no_match(s1k: list[str], math500: list[Evaluation]) -> None:
+    pool = [
+        "In triangle $ABC$, $AB = 13$, $BC = 14$, and $CA = 15$. Find the radius of the incircle of triangle $ABC$.",
+        "Let $x$, $y$, and $z$ be positive real numbers such that $x + y + z = 1$. Find the maximum value of $xyz^2$.",
+        "Let $P(x)$ be a monic polynomial of degree 4 with roots 1, 2, 3 and 4. Find $P(0)$.",
+        "How many positive three-digit integers have digits that add to 10?",
+        "Find the number of ordered pairs $(a, b)$ of positive integers such that $ab = 72$.",
+    ]
+    assert contaminated([*pool, *s1k], math500)[: len(pool)] == [None] * len(pool)
 
 
 def test_boilerplate_weighs_little() -> None:

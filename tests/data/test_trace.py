@@ -56,7 +56,8 @@ def test_a_field_that_is_wrong_is_named(changes: dict, message: str) -> None:
 
 
 def test_numbers_are_taken_as_text() -> None:
-    trace = Trace.from_dict(ROW | {"answer": 5, "id": 7})
+    trace = Trace.from_dict(ROW | {"answer": 5, "id": 7, "domain": 3, "source": 2024})
+    assert (trace.domain, trace.source) == ("3", "2024")
     assert (trace.answer, trace.id) == ("5", "7")
     assert Trace.from_dict(ROW | {"answer": 0.5}).answer == "0.5"
 
