@@ -2,12 +2,15 @@
 a completion, a worked solution. `find_replies` knows them by what the fields mean (`rbfast.data.fields`).
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from rbfast.data.answers import as_text, stated_answer
-from rbfast.data.conversations import ASSISTANT, Turn, parse_turns, split_thinking, text_of
+from rbfast.data.choices import options_beside, options_of
+from rbfast.data.conversations import ASSISTANT, Turn, is_marked, parse_turns, split_thinking, text_of, thought_beside
 from rbfast.data.fields import Field, meanings, names_of, value_at
 from rbfast.data.trace import TraceError
 from rbfast.utils.records import show
@@ -15,7 +18,7 @@ from rbfast.utils.records import show
 _FLAGS = {"on", "off", "true", "false", "yes", "no", "none", "low", "medium", "high"}  # not thoughts, but how to think
 _RIGHT = {"yes", "true", "correct", "right", "1", "pass", "passed", "y"}
 _WRONG = {"no", "false", "incorrect", "wrong", "0", "fail", "failed", "n"}
-_CUT = {"length", "max_tokens"}
+_CUT = {"length", "max_tokens", "max_output_tokens", "model_length", "incomplete", "content_filter", "error", "abort"}
 
 
 class Reply(NamedTuple):
@@ -46,6 +49,35 @@ class Row:
             (one, self.values[one.name]) for one in found if one.name not in taken and _holds(self.values[one.name])
         ]
 
+    @cached_property
+    def options(self) -> Mapping[str, str] | None:
+        """The options of a question of multiple choice, by their labels."""
+        named = next((found for _, value in self.candidates("options") if (found := options_of(value))), None)
+        return named or options_beside(self.values)
+
+    def choices(self) -> list[tuple[Field, Any]]:
+        """The fields that may say which option is right."""
+        return [*self.candidates("answer"), *self.candidates("choice"), *self.candidates("verdict")]
+
+    @property
+    def has_reply(self) -> bool:
+        return any(self.candidates(role) for role in ("reply", "reasoning"))
+
+    def unknown(self) -> list[tuple[str, Any]]:
+        """The fields of no known meaning that hold something."""
+        known = {one.name for fields in meanings(tuple(map(str, self.values))).values() for one in fields}
+        return [(str(name), value) for name, value in self.values.items() if name not in known and _holds(value)]
+
+    def inner_answers(self) -> list[tuple[Field, Any]]:
+        """Answers in the objects of the row, or in their JSON: `reward_model.ground_truth`."""
+        found = []
+        for name, value in self.values.items():
+            inner = _object(value)
+            for one in meanings(tuple(map(str, inner))).get("answer", ()):
+                if _holds(inner[one.name]):
+                    found.append((Field(f"{name}.{one.name}", one.teacher), inner[one.name]))
+        return found
+
     def one(self, role: str) -> tuple[Field, Any] | None:
         """The field with this meaning, or None. Raises TraceError if several differ."""
         return only(role, self.candidates(role))
@@ -64,6 +96,16 @@ def only(role: str, found: Sequence[tuple[Field, Any]]) -> tuple[Field, Any] | N
     return found[0] if found else None
 
 
+def _object(value: Any) -> Mapping[str, Any]:
+    """An object, also one written as a short JSON text; empty for anything else."""
+    if isinstance(value, str) and value[:1] == "{" and len(value) < 10_000:
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return {}
+    return value if isinstance(value, Mapping) else {}
+
+
 def _holds(value: object) -> bool:
     return value is not None and value != "" and not (isinstance(value, list | tuple | Mapping) and not value)
 
@@ -76,6 +118,15 @@ def find_replies(row: Row, reply: Turn | None, formats: Sequence[str]) -> tuple[
     for name in formats:
         if found := _FINDERS[name](row, reply):
             return name, found
+    marked = [(Field(name), value) for name, value in row.unknown() if isinstance(value, str) and is_marked(value)]
+    if "completions" in formats and not row.fields and (one := only("reply", marked)):
+        return "completions", [read_reply(one[1])]
+    for one, value in row.candidates("answer"):
+        if isinstance(value, str) and "\n" in value.strip():
+            raise TraceError(
+                rf"answer: expected working that marks its answer (\boxed{{}}, ####, <answer>), got {one.name} without a "
+                "mark; leave it out, or name a field with the answer by --map answer=FIELD"
+            )
     raise TraceError(f"reasoning: expected this field, got {names_of(row.values)}; {ADVICE}")
 
 
@@ -127,6 +178,7 @@ def _verdicts(row: Row, count: int) -> list[bool | None]:
     columns += [value for name, value in row.values.items() if name.startswith("correctness_")]
     said: list[list[bool]] = [[] for _ in range(count)]
     for column in columns:
+        column = [column] if count == 1 and not isinstance(column, list | tuple) else column
         if isinstance(column, list | tuple) and len(column) == count:
             for marks, value in zip(said, column, strict=True):
                 marks += [verdict for verdict in [verdict_of(value)] if verdict is not None]
@@ -146,7 +198,8 @@ def _complete(row: Row, count: int) -> list[bool]:
         for _, value in row.candidates(role):
             if isinstance(value, list | tuple) and len(value) == count:
                 whole = [
-                    so_far and mark is not False and mark not in _CUT for so_far, mark in zip(whole, value, strict=True)
+                    so_far and mark is not False and str(mark).lower() not in _CUT
+                    for so_far, mark in zip(whole, value, strict=True)
                 ]
     return whole
 
@@ -175,7 +228,8 @@ def read_reply(value: object) -> Reply:
         )
         if inner is None:
             raise TraceError(f"reply: expected text, got {show(value)}")
-        return read_reply(inner)
+        said = read_reply(inner)
+        return said._replace(thought=said.thought or thought_beside(value))
     thought, text = text_of(value)
     return split_reply(thought, text)
 
@@ -244,7 +298,9 @@ def _chosen(row: Row, found: Sequence[tuple[Field, Any]]) -> list[tuple[Field, A
 
 
 def _verdict_by(row: Row, teacher: str) -> bool | None:
-    return next((verdict_of(value) for one, value in row.candidates("verdict") if one.teacher == teacher), None)
+    """The verdict on a teacher's reply; on nobody's in particular if there is only one."""
+    found = [(one, value) for one, value in row.candidates("verdict") if one.name != "label" or isinstance(value, bool)]
+    return next((verdict_of(value) for one, value in found if one.teacher == teacher or len(found) == 1), None)
 
 
 def _conversations(row: Row, reply: Turn | None) -> list[Reply]:
