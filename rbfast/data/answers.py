@@ -96,7 +96,10 @@ def as_text(value: object) -> str | None:
 
 
 def answer_text(value: object) -> str | None:
-    """The text of an answer: as `as_text`, of a list of one or its JSON, and of an object with a `value` or `text`."""
+    """The text of an answer: as `as_text`, of a truth value, of a list of one or its JSON, and of an object with a
+    `value` or `text`."""
+    if isinstance(value, bool):
+        return str(value)
     if isinstance(value, str) and value[:1] == "[":
         try:
             parsed = json.loads(value)
