@@ -14,14 +14,16 @@ from collections.abc import Mapping
 _TAG = re.compile(r"<answer>(.*?)(?=</answer>|<answer>|\Z)", re.DOTALL | re.IGNORECASE)
 # What ends the thinking of a completion, whichever template it was written in.
 _THOUGHT = re.compile(
-    r".*(?:</(?:think|thinking|thought|reasoning|seed:think)>|\[/THINK\]|<\|/think\|>|<channel\|>"
-    r"|<\|channel\|>final<\|message\|>)",
+    r".*(?:</(?:think|thinking|thought|reasoning|seed:think)>|\[/THINK\]|<\|/think\|>|<channel\|>|◁/think▷"
+    r"|<\|(?:inner_suffix|END_THINKING|end_of_thought)\|>|<\|channel\|>final<\|message\|>)",
     re.DOTALL,
 )
 _HASHES = re.compile(r"####\s*(\S.*)")
 # Hashes that are no heading: the text ends there, or in a line that says the answer again.
 _LAST_HASHES = re.compile(r"####\s*(\S.*)(?=\s*\Z|\s*\n[^\n]*\banswer\b[^\n]*\Z)", re.IGNORECASE)
 _PHRASE = re.compile(r"\banswer\b[^.\n:=]{0,60}?(?:\bis\b|:|=)[*_:\s]*(\S.*)", re.IGNORECASE)
+# A heading with one line under it, which ends the text.
+_HEADED = re.compile(r"(?:^|\n)[#*_ ]*(?:final )?answer[*_:： ]*\n\s*(\S[^\n]*?)\s*\Z", re.IGNORECASE)
 _HOPE = re.compile(r"\.?\s*I hope (?:it|this) is correct\b.*", re.IGNORECASE)
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{|\d)")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -62,7 +64,8 @@ def stated_answer(text: str) -> str | None:
     if found is None and (phrase := _last_of(_PHRASE, text.strip().rpartition("\n")[2])):
         phrase = _HOPE.sub("", phrase)
         found = (_last_of(_PHRASE, phrase) or phrase).strip(_EDGES) or None
-    return found
+    headed = _HEADED.search(text) if found is None else None
+    return headed[1].strip(_EDGES) or None if headed else found
 
 
 def marked_answer(text: str) -> str | None:

@@ -31,7 +31,10 @@ THOUGHT_KEYS = (
     "thoughts",
 )
 
-_TAGS = [(f"<{name}>", f"</{name}>") for name in ("think", "thinking", "thought", "thoughts", "reasoning", "reason")]
+_NAMES = (
+    "think thinking thought thoughts reasoning reason seed:think deep_think deepthink scratchpad cot thought_process"
+)
+_TAGS = [(f"<{name}>", f"</{name}>") for name in _NAMES.split()]
 _TAGS += [
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
     ("<|thinking|>", "<|/thinking|>"),
@@ -39,13 +42,22 @@ _TAGS += [
     ("◁think▷", "◁/think▷"),
     ("<|channel|>analysis<|message|>", "<|end|>"),
     ("<|im_start|>think", "<|im_start|>answer"),
+    ("<|channel>thought", "<channel|>"),
+    ("<|think|>", "<|/think|>"),
+    ("<|inner_prefix|>", "<|inner_suffix|>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("Here is my thought process:", "Here is my response:"),
 ]
 _OPENER = re.compile("|".join(re.escape(opener) for opener, _ in _TAGS), re.IGNORECASE)
 _CLOSERS = {opener.lower(): re.compile(re.escape(closer), re.IGNORECASE) for opener, closer in _TAGS}
-_LONE_CLOSER = re.compile(r"</think>|</thinking>|<\|end_of_thought\|>|\[/THINK\]|◁/think▷", re.IGNORECASE)
+_LONE_CLOSER = re.compile(
+    r"</(?:think|thinking|seed:think|thought)>|<\|end_of_thought\|>|\[/THINK\]|◁/think▷|<\|inner_suffix\|>"
+    r"|<\|END_THINKING\|>|<\|/think\|>|<channel\|>",
+    re.IGNORECASE,
+)
 _OPENING = re.compile(r"\s*(?:<\|start\|>assistant|<｜Assistant｜>|<\|im_start\|>assistant)?\s*")
 _SOLUTION = re.compile(
-    r"<\|begin_of_solution\|>(.*?)(?:<\|end_of_solution\|>|\Z)|<(output|solution|response)>(.*?)(?:</\2>|\Z)",
+    r"<\|(?:begin_of_solution|START_RESPONSE)\|>(.*?)(?:<\|(?:end_of_solution|END_RESPONSE)\|>|\Z)|<(output|solution|response)>(.*?)(?:</\2>|\Z)",
     re.DOTALL | re.IGNORECASE,
 )
 # Channels whose marks a server took for special tokens and left out.
@@ -121,6 +133,8 @@ def _turns_of(message: Mapping[str, Any], number: int) -> list[Turn] | None:
     if role == THOUGHT and not content:
         content = message.get("summary")
     thought, text = text_of(content, number)
+    if role == THOUGHT:
+        thought, text = None, "\n\n".join(filter(None, (thought, text)))
     info = message["info"] if isinstance(message.get("info"), Mapping) else {}
     return [
         Turn(
@@ -136,6 +150,8 @@ def _role(message: Mapping[str, Any]) -> str | None:
     """Who says a message; channels and items of reasoning are thoughts, whoever says them."""
     if message.get("channel") in ("analysis", "commentary") or message.get("type") == "reasoning":
         return THOUGHT
+    author = message.get("author")
+    message = {**author, **message} if isinstance(author, Mapping) else message
     return next((message[key] for key in _ROLE_KEYS if isinstance(message.get(key), str)), None)
 
 

@@ -18,7 +18,8 @@ from rbfast.data.choices import chosen, with_options
 from rbfast.data.conversations import ASSISTANT, USER, Turn, exchange, parse_pairs, parse_turns, split_thinking, text_of
 from rbfast.data.fields import Field, check_map, names_of
 from rbfast.data.rendered import parse_rendered
-from rbfast.data.replies import ADVICE, Reply, Row, find_replies, only, reply_of_turn
+from rbfast.data.replies import ADVICE, Reply, find_replies, is_flag, reply_of_turn
+from rbfast.data.row import Row, only
 from rbfast.data.trace import TraceError
 from rbfast.data.wrappers import unwrapped
 from rbfast.utils.records import show
@@ -96,8 +97,14 @@ def interpret(row: Any, options: FormatOptions = AUTO) -> Interpretation:
 
 
 def _is_native(row: Mapping[str, Any]) -> bool:
-    """Whether a row has the fields of a trace, and no options that belong to its problem."""
-    return all(name in row for name in _NATIVE) and Row(row).options is None
+    """Whether a row has the fields of a trace: not a switch or a list as its reasoning, none beside a worked answer, or
+    options that belong to its problem."""
+    if not all(name in row for name in _NATIVE) or Row(row).options is not None:
+        return False
+    reasoning, answer = row["reasoning"], row["answer"]
+    if isinstance(reasoning, list) or is_flag(reasoning):
+        return False
+    return bool(reasoning) or not isinstance(answer, str) or stated_answer(answer) in (None, answer.strip())
 
 
 def _as_native(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -147,7 +154,7 @@ def _question(row: Row) -> _Question:
         turns = parse_rendered(found) if isinstance(found, str) else parse_turns(found)
         if turns is None and not isinstance(found, str):
             raise TraceError(f"problem: expected text or messages, got {show(found)}; {ADVICE}")
-        found = turns and _without_opening(turns) or found
+        found = _without_opening(turns) if turns else found
     found = [Turn(USER, found, None, {})] if isinstance(found, str) else found
     own_system, earlier, asked, reply = exchange([*_history(row), *found])
     rest = {**asked.rest, **{name: value for name, value in (reply.rest if reply else {}).items() if value is not None}}

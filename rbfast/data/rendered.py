@@ -24,7 +24,7 @@ def parse_rendered(text: str) -> list[Turn] | None:
         marks = list(begin.finditer(text))
         if len(marks) < 2:
             continue
-        turns = []
+        turns: list[Turn] = []
         for mark, following in zip(marks, [*marks[1:], None], strict=True):
             said = text[mark.end() : following.start() if following else len(text)]
             role = _ROLES.get(mark["role"].lower(), ASSISTANT)

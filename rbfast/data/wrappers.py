@@ -34,9 +34,7 @@ def unwrapped(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
     if replies:
         flat["generations"] = [[{"role": ASSISTANT, **message}] for message, _ in replies]
         flat["finish_reasons"] = [reason for _, reason in replies]
-    flat["model"] = (
-        response.get("model") or response.get("modelVersion") or request.get("model") or flat.get("model")
-    )
+    flat["model"] = response.get("model") or response.get("modelVersion") or request.get("model") or flat.get("model")
     return flat, _name(row, request, response)
 
 
@@ -49,13 +47,17 @@ def _name(row: Mapping[str, Any], request: Mapping[str, Any], response: Mapping[
 
 
 def _request(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = next((row[key] for key in ("request", "body", "params", "input") if isinstance(row.get(key), Mapping)), {})
+    found: Any = next(
+        (row[key] for key in ("request", "body", "params", "input") if isinstance(row.get(key), Mapping)), {}
+    )
     found = found["body"] if isinstance(found.get("body"), Mapping) else found
     return found if any(isinstance(found.get(key), list | str) for key in _CONTENTS) else {}
 
 
 def _response(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = next((row[key] for key in ("response", "result", "completion") if isinstance(row.get(key), Mapping)), {})
+    found: Any = next(
+        (row[key] for key in ("response", "result", "completion") if isinstance(row.get(key), Mapping)), {}
+    )
     return next((found[key] for key in ("body", "message") if isinstance(found.get(key), Mapping)), found)
 
 
@@ -64,7 +66,7 @@ def _replies(response: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], Any]]
     choices = response.get("choices") or response.get("candidates")
     if isinstance(choices, Mapping):
         choices = objects_of(choices)
-    found = []
+    found: list[tuple[Mapping[str, Any], Any]] = []
     for choice in choices if isinstance(choices, list) else ():
         if not isinstance(choice, Mapping):
             continue

@@ -23,8 +23,8 @@ from typing import Any
 from rbfast.data.answers import extract_answer
 from rbfast.data.formats import AUTO, FormatOptions, question_of
 from rbfast.data.readers import read_rows, write_traces
-from rbfast.data.row_files import is_path_of_rows
 from rbfast.data.replies import split_reply
+from rbfast.data.row_files import is_path_of_rows
 from rbfast.data.trace import Trace, TraceError
 from rbfast.grading.grade import Problem, grade
 from rbfast.grading.tasks import load_problems

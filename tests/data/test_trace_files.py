@@ -88,7 +88,7 @@ def test_a_path_that_is_absent_asks_no_hub(source: str | Path, monkeypatch: pyte
 
 
 def test_a_directory_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(TraceError, match="expected a folder with a .*, got none; name a file"):
+    with pytest.raises(TraceError, match=r"expected a folder with a .*, got none; name a file"):
         read_traces(tmp_path)
 
 
