@@ -31,14 +31,14 @@ class Problem:
 
 _WHOLE = re.compile(r".*(?:\n|</answer>)", re.DOTALL | re.IGNORECASE)
 _MARKS = re.compile(
-    r"</?(?:think|answer|seed:think)>|\[/?THINK\]|<\|channel\|>(?:analysis|final)<\|message\|>|<\|end\|>"
-    r"|<\|start\|>assistant|<\|channel>thought|<channel\|>",
+    r"</?(?:think|answer|response|seed:think)>|<\|(?:START|END)_(?:THINKING|RESPONSE)\|>|<\|inner_(?:prefix|suffix)\|>"
+    r"|\[/?THINK\]|<\|channel\|>(?:analysis|final)<\|message\|>|<\|end\|>|<\|start\|>assistant|<\|channel>thought|<channel\|>",
     re.IGNORECASE,
 )
 
 
 def _last_line(text: str) -> str:
-    return without_thinking(text).strip().rpartition("\n")[2]
+    return without_tags(without_thinking(text)).rpartition("\n")[2]
 
 
 def without_tags(text: str) -> str:
