@@ -156,17 +156,21 @@ def _role(message: Mapping[str, Any]) -> str | None:
 
 
 def thought_beside(message: Mapping[str, Any]) -> str | None:
-    for key in THOUGHT_KEYS:
+    """The thinking in a field beside a message's content: a text, an object that holds one, or blocks."""
+    for key in (*THOUGHT_KEYS, "thinking_blocks"):
         value = message.get(key)
         if isinstance(value, Mapping):
             value = value.get("content") or value.get("text")
+        if isinstance(value, list) and value and all(isinstance(item, str | Mapping) for item in value):
+            value = "\n\n".join(filter(None, text_of(value)))
         if isinstance(value, str) and value.strip():
             return value
     details = message.get("reasoning_details")
     if isinstance(details, list):
         parts = [item.get("text") or item.get("summary") for item in details if isinstance(item, Mapping)]
         return "\n\n".join(part for part in parts if isinstance(part, str)) or None
-    return None
+    inner = message.get("provider_specific_fields")
+    return thought_beside(inner) if isinstance(inner, Mapping) else None
 
 
 def text_of(content: object, number: int = 1) -> tuple[str | None, str]:
