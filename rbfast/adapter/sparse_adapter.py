@@ -310,8 +310,7 @@ def _folds(name: str, linear: nn.Module, mode: Mode) -> bool:
 
 
 def check_free(model: nn.Module) -> None:
-    """Raises ValueError for a model that has an adapter attached, ours or PEFT's, and for one that is not made yet or is
-    compiled by torch.jit."""
+    """Raises ValueError for a model that has an adapter attached (PEFT's too), is not made yet, or is scripted."""
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("expected a module of Python code, got one made by torch.jit: attach before scripting it")
     if (first := next(deltas_of(model), None)) is not None:

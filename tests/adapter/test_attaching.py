@@ -211,5 +211,5 @@ def test_density_one_trains_at_most_as_many_values_as_the_base_has():
 
 
 def test_a_scripted_model_is_refused() -> None:
-    with pytest.raises(ValueError, match="got one made by torch.jit: attach before scripting it"):
+    with pytest.raises(ValueError, match=r"got one made by torch\.jit: attach before scripting it"):
         SparseAdapter.attach(torch.jit.script(nn.Sequential(nn.Linear(16, 16))))
