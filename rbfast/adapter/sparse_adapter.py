@@ -310,7 +310,9 @@ def _folds(name: str, linear: nn.Module, mode: Mode) -> bool:
 
 
 def check_free(model: nn.Module) -> None:
-    """Raises ValueError for a model that has an adapter attached, ours or PEFT's, and for one that is not made yet."""
+    """Raises ValueError for a model that has an adapter attached (PEFT's too), is not made yet, or is scripted."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("expected a module of Python code, got one made by torch.jit: attach before scripting it")
     if (first := next(deltas_of(model), None)) is not None:
         raise ValueError(
             f"this model has a SparseAdapter attached already (at {first[0]}); one at a time: call its detach() or "

@@ -21,7 +21,9 @@ from rbfast.cli.common import (
 
 
 def add_convert(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("source", help="JSONL, JSON or Parquet file of any known format, or the hub id of a dataset")
+    sub.add_argument(
+        "source", help="file or folder of any known format (JSONL, JSON, Parquet, Arrow), or the hub id of a dataset"
+    )
     sub.add_argument("-o", "--out", type=Path, required=True, help="JSONL file to write; unreadable rows go beside it")
     add_formats(sub)
 
@@ -44,7 +46,9 @@ def run_convert(args: argparse.Namespace) -> int:
 
 
 def add_curate(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("pool", nargs="+", help="JSONL, JSON or Parquet files of traces, or hub ids of datasets")
+    sub.add_argument(
+        "pool", nargs="+", help="files or folders of traces (JSONL, JSON, Parquet, Arrow), or hub ids of datasets"
+    )
     sub.add_argument("-o", "--out", type=Path, required=True, help="folder to write")
     sub.add_argument("--size", type=int, default=1000, help="traces to pick (default: 1000)")
     sub.add_argument("--against", nargs="+", default=[], metavar="EVALSET", help="problems that must not be trained on")

@@ -6,18 +6,25 @@ without_answer("48 / 2 = 24\n#### 24")                     # "48 / 2 = 24"
 ```
 """
 
+import json
 import math
 import re
+from collections.abc import Mapping
 
 _TAG = re.compile(r"<answer>(.*?)(?=</answer>|<answer>|\Z)", re.DOTALL | re.IGNORECASE)
 # What ends the thinking of a completion, whichever template it was written in.
 _THOUGHT = re.compile(
-    r".*(?:</(?:think|thinking|thought|reasoning|seed:think)>|\[/THINK\]|<\|/think\|>|<channel\|>"
-    r"|<\|channel\|>final<\|message\|>)",
+    r".*(?:</(?:think|thinking|thought|reasoning|seed:think)>|\[/THINK\]|<\|/think\|>|<channel\|>|◁/think▷"
+    r"|<\|(?:inner_suffix|END_THINKING|end_of_thought)\|>|<\|channel\|>final<\|message\|>)",
     re.DOTALL,
 )
 _HASHES = re.compile(r"####\s*(\S.*)")
+# Hashes that are no heading: the text ends there, or in a line that says the answer again.
+_LAST_HASHES = re.compile(r"####\s*(\S.*)(?=\s*\Z|\s*\n[^\n]*\banswer\b[^\n]*\Z)", re.IGNORECASE)
 _PHRASE = re.compile(r"(?:\banswer\b[^.\n:=]{0,60}?(?:\bis\b|:|=)|答案\s*(?:是|为|：|:))[*_:\s]*(\S.*)", re.IGNORECASE)
+# A heading with one line under it, which ends the text.
+_HEADED = re.compile(r"(?:^|\n)[#*_ ]*(?:final )?answer[*_:： ]*\n\s*(\S[^\n]*?)\s*\Z", re.IGNORECASE)
+_HOPE = re.compile(r"\.?\s*I hope (?:it|this) is correct\b.*", re.IGNORECASE)
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?=\{|\d)")
 _BARE = re.compile(r"\d+(?:[.,]\d+)*")  # after a box without braces
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -54,23 +61,30 @@ def without_thinking(text: str) -> str:
 def stated_answer(text: str) -> str | None:
     """As `extract_answer`, for a text that need not end in an answer: `the answer is ..` counts in its last line alone,
     and without the signs around it."""
-    found = _marked(text)
+    found = marked_answer(text)
     if found is None and (phrase := _last_of(_PHRASE, text.strip().rpartition("\n")[2])):
-        found = phrase.strip(_EDGES) or None
-    return found
+        phrase = _HOPE.sub("", phrase)
+        found = (_last_of(_PHRASE, phrase) or phrase).strip(_EDGES) or None
+    headed = _HEADED.search(text) if found is None else None
+    return headed[1].strip(_EDGES) or None if headed else found
 
 
-def _marked(text: str) -> str | None:
+def marked_answer(text: str) -> str | None:
+    """The answer that a text marks by a tag, a box or `####` at its end; None if it marks none."""
+    return _marked(text, _LAST_HASHES)
+
+
+def _marked(text: str, hashes: re.Pattern[str] = _HASHES) -> str | None:
     tagged = [match.strip() for match in _TAG.findall(text)]
     # A student that repeats the instruction writes "between <answer> and </answer>": that "and" is no answer.
     if answer := next((tag for tag in reversed(tagged) if tag and tag != "and"), None):
         return _last_boxed(answer) or answer
-    return _last_boxed(text) or _last_of(_HASHES, text)
+    return _last_boxed(text) or _last_of(hashes, text)
 
 
 def without_answer(text: str) -> str:
     """The text before a final `<answer>` or `####`, which hold only the answer; a box is part of its sentence."""
-    for pattern in (_TAG, _HASHES):
+    for pattern in (_TAG, _LAST_HASHES):
         if found := list(pattern.finditer(text)):
             text = text[: found[-1].start()]
     return text.strip()
@@ -83,6 +97,24 @@ def as_text(value: object) -> str | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return str(int(value)) if isinstance(value, int) or (value.is_integer() and abs(value) < 2**53) else repr(value)
+
+
+def answer_text(value: object) -> str | None:
+    """The text of an answer: as `as_text`, of a truth value, of a list of one or its JSON, and of an object with a
+    `value` or `text`."""
+    if isinstance(value, bool):
+        return str(value)
+    if isinstance(value, str) and value[:1] == "[":
+        try:
+            parsed = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+        return as_text(parsed[0]) or value if isinstance(parsed, list) and len(parsed) == 1 else value
+    if isinstance(value, Mapping):
+        value = value.get("value") or value.get("text")
+    if isinstance(value, list | tuple) and len(value) == 1:
+        value = value[0]
+    return as_text(value)
 
 
 def _last_of(pattern: re.Pattern[str], text: str) -> str | None:

@@ -31,7 +31,10 @@ THOUGHT_KEYS = (
     "thoughts",
 )
 
-_TAGS = [(f"<{name}>", f"</{name}>") for name in ("think", "thinking", "thought", "thoughts", "reasoning", "reason")]
+_NAMES = (
+    "think thinking thought thoughts reasoning reason seed:think deep_think deepthink scratchpad cot thought_process"
+)
+_TAGS = [(f"<{name}>", f"</{name}>") for name in _NAMES.split()]
 _TAGS += [
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
     ("<|thinking|>", "<|/thinking|>"),
@@ -39,13 +42,22 @@ _TAGS += [
     ("◁think▷", "◁/think▷"),
     ("<|channel|>analysis<|message|>", "<|end|>"),
     ("<|im_start|>think", "<|im_start|>answer"),
+    ("<|channel>thought", "<channel|>"),
+    ("<|think|>", "<|/think|>"),
+    ("<|inner_prefix|>", "<|inner_suffix|>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("Here is my thought process:", "Here is my response:"),
 ]
 _OPENER = re.compile("|".join(re.escape(opener) for opener, _ in _TAGS), re.IGNORECASE)
 _CLOSERS = {opener.lower(): re.compile(re.escape(closer), re.IGNORECASE) for opener, closer in _TAGS}
-_LONE_CLOSER = re.compile(r"</think>|</thinking>|<\|end_of_thought\|>|\[/THINK\]|◁/think▷", re.IGNORECASE)
+_LONE_CLOSER = re.compile(
+    r"</(?:think|thinking|seed:think|thought)>|<\|end_of_thought\|>|\[/THINK\]|◁/think▷|<\|inner_suffix\|>"
+    r"|<\|END_THINKING\|>|<\|/think\|>|<channel\|>",
+    re.IGNORECASE,
+)
 _OPENING = re.compile(r"\s*(?:<\|start\|>assistant|<｜Assistant｜>|<\|im_start\|>assistant)?\s*")
 _SOLUTION = re.compile(
-    r"<\|begin_of_solution\|>(.*?)(?:<\|end_of_solution\|>|\Z)|<(output|solution|response)>(.*?)(?:</\2>|\Z)",
+    r"<\|(?:begin_of_solution|START_RESPONSE)\|>(.*?)(?:<\|(?:end_of_solution|END_RESPONSE)\|>|\Z)|<(output|solution|response)>(.*?)(?:</\2>|\Z)",
     re.DOTALL | re.IGNORECASE,
 )
 # Channels whose marks a server took for special tokens and left out.
@@ -66,8 +78,8 @@ class Turn:
 
 
 def parse_turns(value: object) -> list[Turn] | None:
-    """The turns of a conversation, or None if `value` is none: a list of messages (OpenAI's, ShareGPT's, Claude's), one
-    message, a mapping of lists as `datasets` makes of a list of objects, or any of these as JSON text.
+    """The turns of a conversation, or None if `value` is none: a list of messages (OpenAI's, ShareGPT's, Claude's,
+    Gemini's), one message, a mapping of lists as `datasets` makes of a list of objects, or any of these as JSON text.
 
     Raises TraceError, naming the turn, if a message has an unknown role or holds something else than text.
     """
@@ -86,6 +98,17 @@ def parse_turns(value: object) -> list[Turn] | None:
     return _with_thoughts(turns)
 
 
+def parse_pairs(value: object) -> list[Turn] | None:
+    """The turns of a list of pairs of a question and its reply, or None if `value` is none."""
+    if not isinstance(value, list | tuple) or not value or not all(_is_pair(item) for item in value):
+        return None
+    return [Turn(role, text, None, {}) for pair in value for role, text in zip((USER, ASSISTANT), pair, strict=True)]
+
+
+def _is_pair(item: object) -> bool:
+    return isinstance(item, list | tuple) and len(item) == 2 and all(isinstance(text, str) for text in item)
+
+
 def _parsed(text: str) -> Any:
     if text.lstrip()[:1] not in ("[", "{"):
         return None
@@ -97,7 +120,7 @@ def _parsed(text: str) -> Any:
 
 def _turns_of(message: Mapping[str, Any], number: int) -> list[Turn] | None:
     """The turn in a message; the two of an object like {"human": .., "assistant": ..}; None if it is no message."""
-    role = next((message[key] for key in _ROLE_KEYS if isinstance(message.get(key), str)), None)
+    role = _role(message)
     if role is None:
         if message and all(str(key).lower() in _ROLES for key in message):
             return [Turn(_ROLES[str(key).lower()], text_of(text, number)[1], None, {}) for key, text in message.items()]
@@ -107,34 +130,53 @@ def _turns_of(message: Mapping[str, Any], number: int) -> list[Turn] | None:
             f"turn {number}: expected a role of system, user or assistant, got {role!r}; leave the row out"
         )
     content = next((message[key] for key in _TEXT_KEYS if message.get(key) is not None), None)
+    if role == THOUGHT and not content:
+        content = message.get("summary")
     thought, text = text_of(content, number)
+    if role == THOUGHT:
+        thought, text = None, "\n\n".join(filter(None, (thought, text)))
     info = message["info"] if isinstance(message.get("info"), Mapping) else {}
     return [
         Turn(
             _ROLES[role.lower()],
             text,
-            _thought_beside(message) or (info and _thought_beside(info)) or thought,
+            thought_beside(message) or (info and thought_beside(info)) or thought,
             {**info, **message},
         )
     ]
 
 
-def _thought_beside(message: Mapping[str, Any]) -> str | None:
-    for key in THOUGHT_KEYS:
+def _role(message: Mapping[str, Any]) -> str | None:
+    """Who says a message; channels and items of reasoning are thoughts, whoever says them."""
+    if message.get("channel") in ("analysis", "commentary") or message.get("type") == "reasoning":
+        return THOUGHT
+    author = message.get("author")
+    message = {**author, **message} if isinstance(author, Mapping) else message
+    return next((message[key] for key in _ROLE_KEYS if isinstance(message.get(key), str)), None)
+
+
+def thought_beside(message: Mapping[str, Any]) -> str | None:
+    """The thinking in a field beside a message's content: a text, an object that holds one, or blocks."""
+    for key in (*THOUGHT_KEYS, "thinking_blocks"):
         value = message.get(key)
         if isinstance(value, Mapping):
             value = value.get("content") or value.get("text")
+        if isinstance(value, list) and value and all(isinstance(item, str | Mapping) for item in value):
+            value = "\n\n".join(filter(None, text_of(value)))
         if isinstance(value, str) and value.strip():
             return value
     details = message.get("reasoning_details")
     if isinstance(details, list):
         parts = [item.get("text") or item.get("summary") for item in details if isinstance(item, Mapping)]
         return "\n\n".join(part for part in parts if isinstance(part, str)) or None
-    return None
+    inner = message.get("provider_specific_fields")
+    return thought_beside(inner) if isinstance(inner, Mapping) else None
 
 
 def text_of(content: object, number: int = 1) -> tuple[str | None, str]:
-    """The thinking and the text of a message's content: a text, or a list of blocks."""
+    """The thinking and the text of a message's content: a text, a list of blocks, or an object that holds either."""
+    if isinstance(content, Mapping) and (inner := content.get("parts") or content.get("text")):
+        content = inner
     if content is None:
         return None, ""
     if isinstance(content, str):
@@ -154,17 +196,28 @@ def _block(block: object, number: int) -> tuple[str, str]:
         return "", block
     if not isinstance(block, Mapping):
         raise TraceError(f"turn {number}: content: expected blocks of text, got {show(block)}")
+    block = _of_bedrock(block)
     kind = str(block.get("type") or "")
     if "redacted" in kind:
         return THOUGHT, ""
-    is_thought = "think" in kind or "reason" in kind or (not kind and isinstance(block.get("thinking"), str))
+    is_thought = "think" in kind or "reason" in kind or block.get("thought") is True
+    is_thought = is_thought or (not kind and isinstance(block.get("thinking"), str))
     keys = ("thinking", "reasoning", "text", "summary", "content") if is_thought else ("text", "content", "output_text")
     text = next((block[key] for key in keys if block.get(key)), "" if "text" in kind or is_thought else None)
     if isinstance(text, list):
-        text = text_of(text, number)[1]
+        text = "\n\n".join(filter(None, text_of(text, number)))
     if not isinstance(text, str):
         raise TraceError(f"turn {number}: content: expected blocks of text or thinking, got {kind or show(block)}")
     return THOUGHT if is_thought else "", text
+
+
+def _of_bedrock(block: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Bedrock's block of thinking as others write it; any other block as it is."""
+    inner = block.get("reasoningContent")
+    if not isinstance(inner, Mapping):
+        return block
+    inner = inner["reasoningText"] if isinstance(inner.get("reasoningText"), Mapping) else inner
+    return {"type": "thinking", "thinking": inner.get("text")}
 
 
 def _with_thoughts(turns: Sequence[Turn]) -> list[Turn]:
@@ -227,6 +280,11 @@ def split_thinking(reply: str) -> tuple[str | None, str]:
         thoughts.append(rest[: closed.start()].strip())
         rest = rest[closed.end() :]
     return "\n\n".join(filter(None, thoughts)) or None, _final_text(rest)
+
+
+def is_marked(text: str) -> bool:
+    """Whether a text opens with a thought in its tags."""
+    return _OPENER.match(text, _OPENING.match(text).end()) is not None  # type: ignore[union-attr]
 
 
 def _final_text(text: str) -> str:

@@ -15,22 +15,29 @@ from rbfast.data.trace import TraceError
 
 NAMES = {
     "problem": "problem question instruction query prompt input problem_statement user_prompt user task_prompt "
-    "inputs human",
-    "context": "context passage",
-    "system": "system system_prompt system_message",
+    "inputs human q 问题 题目",
+    "context": "context passage body paragraph article",
+    "earlier": "history chat_history prev_messages previous_messages previous_turns",
+    "system": "system system_prompt system_message system_instruction instructions developer",
     "reasoning": "reasoning thinking thought thoughts think reasoning_content think_content thinking_content "
     "trajectory trace reasoning_trace reasoning_text thinking_trace thinking_trajectory thinking_trajectories cot "
-    "chain_of_thought complex_cot rationale explanation scratchpad reasoning_steps steps "
-    "thought_process thinking_process",
+    "chain_of_thought cot_content rationale explanation scratchpad reasoning_steps steps "
+    "thought_process thinking_process analysis 思考 思考过程 推理 推理过程 思维链",
     "reply": "response output completion generation generated_text reply attempt model_output model_response chosen "
     "answer_content generations completions responses outputs generated_solution generated_solutions samples "
-    "candidates rollouts attempts assistant gpt content",
+    "candidates rollouts attempts assistant gpt content preferred_output preferred_response preferred resps "
+    "final final_response final_output 回答 回复",
+    "rejected": "rejected rejected_response rejected_output non_preferred_output non_preferred dispreferred",
     "solution": "solution solutions worked_solution full_solution answer_cot",
     "answer": "answer final_answer expected_answer gold gold_answer ground_truth golden_answer ground_truth_answer "
-    "reference_answer correct_answer target targets short_answer gt gt_answer short_ans answer_key gold_label",
+    "reference_answer correct_answer target targets short_answer gt gt_answer short_ans answer_key gold_label gts "
+    "ideal a 答案",
     "reference": "ground_truth_solution reference_solution gold_solution reference",
-    "conversation": "messages conversations conversation dialogue dialog turns chat",
-    "verdict": "correctness correct is_correct verified grade is_verified passed right",
+    "conversation": "messages conversations conversation dialogue dialog turns chat contents",
+    "options": "options choices answer_choices",
+    "choice": "answer_index answer_idx correct_index correct_option cop",
+    "verdict": "correctness correct is_correct verified grade is_verified passed right judgement judgment "
+    "reward rewards verifier_score exact_match label",
     "complete": "is_reasoning_complete is_complete complete",
     "finish": "finish_reason finish_reasons done_reason stop_reason",
     "plan": "plan",
@@ -45,15 +52,19 @@ _ORDER = {name.replace("_", ""): order for names in NAMES.values() for order, na
 # What a teacher's name may stand before: "deepseek_attempt", "r1_solution_1", "claude_thinking_trajectory".
 _BY_TEACHER = (
     "thinking_trajectory thinking_trajectories reasoning reasoning_content reasoning_trace thinking think thought "
-    "trace cot attempt response solution output completion generation generations grade answer"
+    "trace cot attempt response solution output completion generation generations grade answer correctness correct "
+    "verified judgement"
 )
 _TEACHERS_FIELD = re.compile(
     rf"(?P<teacher>\w+?)_(?P<name>{'|'.join(sorted(_BY_TEACHER.split(), key=len, reverse=True))})"
 )
 _NUMBERED = re.compile(r"(?P<name>.+?)_?(?P<number>\d+)")
 _NOT_TEACHERS = re.compile(
-    r"(?:ground_truth|gold|golden|reference|expected|correct|orig|original|final|short|human)(?:_.*)?"
+    r"(?:ground_truth|gold|golden|reference|expected|correct|incorrect|wrong|rejected|non|orig|original|final|short|human)"
+    r"(?:_.*)?"
 )
+# Words before such a name that say nothing of whose it is: "model_answer", "long_cot", "CoT_Native_Reasoning".
+_NOBODY = re.compile(r"(?:model|llm|ai|assistant|generated|predicted|long|full|complex|native|raw|step|cot)(?:_.*)?")
 
 
 class Field(NamedTuple):
@@ -73,7 +84,11 @@ def meanings(names: tuple[str, ...]) -> Mapping[str, list[Field]]:
         role, field = _meaning(name, numbered)
         if role is not None:
             found.setdefault(role, []).append(field)
-    for fields in found.values():
+    for role, fields in found.items():
+        if any(_is_plain(field) for field in fields):
+            found[role] = fields = [
+                field for field in fields if field.teacher or field.number is not None or _is_plain(field)
+            ]
         fields.sort(key=lambda field: (bool(field.teacher), _ORDER.get(_squeezed(field.name), 0)))
     return found
 
@@ -85,10 +100,21 @@ def _meaning(name: str, numbered: list[str]) -> tuple[str | None, Field]:
     if match and numbered.count(match["name"]) > 1:
         role, field = _meaning(match["name"], [])
         return ("reply" if role == "solution" else role), Field(name, field.teacher, int(match["number"]))
-    if (owned := _TEACHERS_FIELD.fullmatch(name.lower())) and not _NOT_TEACHERS.fullmatch(owned["teacher"]):
+    if (owned := _TEACHERS_FIELD.fullmatch(_snake(name))) and not _NOT_TEACHERS.fullmatch(owned["teacher"]):
         role = _ROLE_OF[_squeezed(owned["name"])]
-        return ("reply" if role in ("solution", "answer") else role), Field(name, name[: owned.end("teacher")])
+        teacher = "" if _NOBODY.fullmatch(owned["teacher"]) else name[: owned.end("teacher")].strip("_")
+        return ("reply" if role in ("solution", "answer") else role), Field(name, teacher)
     return None, Field(name)
+
+
+def _is_plain(field: Field) -> bool:
+    return _squeezed(field.name) in _ROLE_OF
+
+
+def _snake(name: str) -> str:
+    """`modelAnswer` and `Model Answer` as `model_answer`."""
+    is_camel = not re.search(r"[\W_]", name) and not name.isupper()
+    return re.sub(r"\W+", "_", re.sub(r"(?<=[a-z\d])(?=[A-Z])", "_", name) if is_camel else name).lower()
 
 
 def _squeezed(name: str) -> str:

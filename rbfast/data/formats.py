@@ -13,12 +13,16 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
-from rbfast.data.answers import as_text, stated_answer, without_answer
-from rbfast.data.conversations import ASSISTANT, USER, Turn, exchange, parse_turns
-from rbfast.data.fields import check_map, names_of
-from rbfast.data.replies import ADVICE, Reply, Row, find_replies, only, reply_of_turn
+from rbfast.data.answers import answer_text, as_text, marked_answer, stated_answer, without_answer
+from rbfast.data.choices import chosen, with_options
+from rbfast.data.conversations import ASSISTANT, USER, Turn, exchange, parse_pairs, parse_turns, split_thinking, text_of
+from rbfast.data.fields import Field, check_map, names_of
+from rbfast.data.rendered import parse_rendered
+from rbfast.data.replies import ADVICE, Reply, find_replies, is_flag, reply_of_turn
+from rbfast.data.row import Row, only
 from rbfast.data.trace import MAY_BE_NUMBERS, TraceError
-from rbfast.utils.records import objects_of, show
+from rbfast.data.wrappers import unwrapped
+from rbfast.utils.records import show
 
 _FOUND = ("generations", "trajectories", "conversations", "completions", "solutions")
 FORMATS = ("native", *_FOUND, "batch")
@@ -66,15 +70,17 @@ def interpret(row: Any, options: FormatOptions = AUTO) -> Interpretation:
 
     Raises TraceError if the row is of no known shape, holds no whole trace, or may be read in several ways.
     """
+    if isinstance(row, list) and parse_turns(row) is not None:
+        row = {"messages": row}
     if not isinstance(row, Mapping):
         raise TraceError(f"expected an object with {', '.join(_NATIVE)}, got {show(row)}")
-    if options.format in (None, "native") and not options.fields and all(name in row for name in _NATIVE):
+    if options.format in (None, "native") and not options.fields and _is_native(row):
         return Interpretation("native traces", [_as_native(row)])
     if options.format == "native":
         missing = next((name for name in _NATIVE if name not in row and name not in options.fields), None)
         if missing is not None:
             raise TraceError(f"{missing}: expected this field, got {names_of(row)}; {ADVICE}")
-    values, batch = _unwrapped(row)
+    values, batch = unwrapped(row)
     if options.format == "batch" and batch is None:
         raise TraceError(f"expected a batch's request with its response, got {names_of(row)}")
     one = Row(values, options.fields, options.teacher_field)
@@ -90,10 +96,26 @@ def interpret(row: Any, options: FormatOptions = AUTO) -> Interpretation:
         raise TraceError(f"read as {name}: {error}") from None
 
 
+def _is_native(row: Mapping[str, Any]) -> bool:
+    """Whether a row has the fields of a trace: not a switch or a list as its reasoning, none beside a worked answer, or
+    options that belong to its problem."""
+    if not all(name in row for name in _NATIVE) or Row(row).options is not None:
+        return False
+    reasoning, answer = row["reasoning"], row["answer"]
+    if isinstance(reasoning, list) or is_flag(reasoning):
+        return False
+    return bool(reasoning) or not isinstance(answer, str) or stated_answer(answer) in (None, answer.strip())
+
+
 def _as_native(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The row, with numbers as text; itself if nothing has to change."""
+    """The row, with numbers as text and without the marks of thinking and of answers; itself if nothing has to
+    change."""
     changed = {name: as_text(row[name]) for name in MAY_BE_NUMBERS if isinstance(row.get(name), int | float)}
-    changed = {name: text for name, text in changed.items() if text is not None}
+    if isinstance(row["answer"], str):
+        changed["answer"] = marked_answer(row["answer"])
+    if isinstance(row["reasoning"], str) and row.get("spans") is None:
+        changed["reasoning"] = split_thinking(row["reasoning"])[0]
+    changed = {name: text for name, text in changed.items() if text is not None and text != row.get(name)}
     return {**row, **changed} if changed else row
 
 
@@ -124,35 +146,85 @@ class _Question:
 
 
 def _question(row: Row) -> _Question:
-    """The question: a conversation's own before that of another field."""
+    """The question, with its options if it has any: a conversation's own before that of another field."""
     conversation = None if "problem" in row.fields and "conversation" not in row.fields else _conversation(row)
-    system = row.text("system")
-    if conversation is not None:
-        own_system, earlier, asked, reply = exchange(conversation)
-        rest = {**asked.rest, **(reply.rest if reply else {})}
-        return _Question(asked.text, own_system or system, reply, rest, earlier)
-    found = _problem_field(row)
-    if isinstance(found, str):
-        return _Question(found, system, None, {})
-    turns = parse_turns(found)
-    if turns is None:
-        raise TraceError(f"problem: expected text or messages, got {show(found)}; {ADVICE}")
-    own_system, earlier, asked, reply = exchange(turns)
-    return _Question(asked.text, own_system or system, reply, {}, earlier)
+    found: Any = conversation
+    if conversation is None:
+        found = _problem_field(row)
+        turns = parse_rendered(found) if isinstance(found, str) else parse_turns(found)
+        if turns is None and not isinstance(found, str):
+            raise TraceError(f"problem: expected text or messages, got {show(found)}; {ADVICE}")
+        found = _without_opening(turns) if turns else found
+    found = [Turn(USER, found, None, {})] if isinstance(found, str) else found
+    own_system, earlier, asked, reply = exchange([*_history(row), *found])
+    rest = {**asked.rest, **{name: value for name, value in (reply.rest if reply else {}).items() if value is not None}}
+    rest = rest if conversation is not None else {}
+    text = with_options(asked.text, row.options) if row.options else asked.text
+    return _Question(text, own_system or _system(row), reply, rest, earlier)
+
+
+def _without_opening(turns: list[Turn]) -> list[Turn]:
+    """Turns without a last one that only opens a reply, as a rendered prompt does."""
+    return turns[:-1] if turns[-1].role == ASSISTANT and turns[-1].text.strip() in ("", "<think>") else turns
 
 
 def _conversation(row: Row) -> list[Turn] | None:
     found = row.one("conversation")
-    turns = parse_turns(found[1]) if found else None
+    turns = (parse_turns(found[1]) or parse_pairs(found[1])) if found else None
     if found and turns is None and "conversation" in row.fields:
         raise TraceError(f"{found[0].name}: expected messages with role and content, got {show(found[1])}")
-    return turns if turns and any(turn.role == USER for turn in turns) else None
+    if turns and any(turn.role == USER for turn in turns):
+        return turns
+    return None if row.candidates("problem") and row.has_reply else _unnamed_conversation(row)
+
+
+def _unnamed_conversation(row: Row) -> list[Turn] | None:
+    """A conversation in a field that no name tells: the messages of a preferred reply, or of any one field; or a text
+    that a template rendered."""
+    found = [(one.name, value) for one, value in row.candidates("reply")]
+    found += [item for item in row.unknown() if item not in found]
+    whole = []
+    for name, value in found:
+        turns = parse_rendered(value) if isinstance(value, str) else _turns_or_none(value)
+        if turns and {USER, ASSISTANT} <= {turn.role for turn in turns}:
+            whole.append((Field(name), turns))
+    chosen = only("conversation", whole)
+    return chosen[1] if chosen else None
+
+
+def _turns_or_none(value: Any) -> list[Turn] | None:
+    try:
+        return parse_turns(value) if isinstance(value, list | tuple) else None
+    except TraceError:
+        return None
+
+
+def _history(row: Row) -> list[Turn]:
+    """Turns that a field of its own keeps from before the problem."""
+    found = row.one("earlier")
+    turns = (parse_turns(found[1]) or parse_pairs(found[1])) if found else []
+    if turns is None:
+        assert found is not None
+        raise TraceError(f"{found[0].name}: expected turns before the problem, got {show(found[1])}; leave the row out")
+    return turns
+
+
+def _system(row: Row) -> str | None:
+    """A system prompt in a field of its own: a text, or blocks of text."""
+    found = row.candidates("system")
+    return next((text for _, value in found if (text := text_of(value)[1].strip())), None)
 
 
 def _problem_field(row: Row) -> Any:
     found = row.candidates("problem")
-    if {one.name for one, _ in found} == {"instruction", "input"} and all(isinstance(v, str) for _, v in found):
-        return "\n\n".join(value for _, value in found)
+    texts = [value for _, value in found if isinstance(value, str)]
+    if {one.name for one, _ in found} == {"instruction", "input"} and len(texts) == len(found):
+        return "\n\n".join(texts)
+    if not found and (asked := row.one("conversation")) and _is_question(asked[1]):
+        return asked[1][0]
+    shortest = min(texts, key=len, default="")
+    if len(texts) == len(found) > 1 and all(shortest.strip() in text for text in texts):
+        found = [(one, value) for one, value in found if value == shortest]  # the others say how to answer it
     problem = only("problem", found)
     if problem is None:
         hint = "a batch's output holds no questions: join it with its requests" if "custom_id" in row.values else ADVICE
@@ -163,6 +235,11 @@ def _problem_field(row: Row) -> Any:
     return problem[1]
 
 
+def _is_question(value: Any) -> bool:
+    """One turn of a user alone, as a text: `turns: ["2+2?"]`."""
+    return isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], str)
+
+
 def question_of(row: Any, options: FormatOptions = AUTO) -> dict[str, Any]:
     """The `problem` of a row, with `answer`, `system`, `domain`, `source` and `id` if it has them; no reply is needed.
 
@@ -170,7 +247,7 @@ def question_of(row: Any, options: FormatOptions = AUTO) -> dict[str, Any]:
     """
     if not isinstance(row, Mapping):
         raise TraceError(f"expected an object with a problem, got {show(row)}")
-    one = Row(_unwrapped(row)[0], options.fields, options.teacher_field)
+    one = Row(unwrapped(row)[0], options.fields, options.teacher_field)
     asked = _question(one)
     if asked.earlier:
         raise TraceError(f"problem: expected a question alone, got one after {len(asked.earlier)} turns; leave it out")
@@ -192,11 +269,14 @@ def _gold(row: Row, asked: _Question) -> str | None:
 
 
 def _stated_field(row: Row) -> str | None:
-    """The answer in a field of its own; several fields must agree."""
-    found = [(one, text) for one, value in row.candidates("answer") if (text := as_text(value)) and text.strip()]
-    short = [(one, stated_answer(text) or text.strip()) for one, text in found if not one.teacher]
-    chosen = only("answer", short)
-    return chosen[1] if chosen else None
+    """The answer in a field of its own, else in an object of the row; several fields must agree."""
+    if row.options and (label := chosen([value for _, value in row.choices()], row.options)):
+        return label
+    found = row.candidates("answer") or row.inner_answers()
+    texts = [(one, text) for one, value in found if (text := answer_text(value)) and text.strip()]
+    short = [(one, stated_answer(text) or text.strip()) for one, text in texts if not one.teacher]
+    agreed = only("answer", short)
+    return agreed[1] if agreed else None
 
 
 # -------------------------------------------------------------------------------------------------------- traces
@@ -250,45 +330,7 @@ def _about(row: Row, asked: _Question, reply: Reply, count: int) -> dict[str, An
     is_number = isinstance(difficulty, int | float) and not isinstance(difficulty, bool) and isfinite(difficulty)
     found["difficulty"] = difficulty if is_number else None
     found |= {name: row.values[name] for name in _KEPT if name in row.values and not isinstance(row.values[name], list)}
+    found["finish_reason"] = found.get("finish_reason") or row.text("finish")
     if reply.verified is not None:
         found["verified"] = reply.verified
     return {name: value for name, value in found.items() if value is not None}
-
-
-# --------------------------------------------------------------------------------------------------------- batches
-
-
-_WRAPPERS = {"request", "response", "body", "params", "result", "choices"}
-
-
-def _unwrapped(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
-    """The request and the response of a batch as fields of a row, and what people call it; else the row, and None."""
-    request: Any = next((row[key] for key in ("request", "body", "params") if isinstance(row.get(key), Mapping)), {})
-    request = request["body"] if isinstance(request.get("body"), Mapping) else request
-    response: Any = next(
-        (row[key] for key in ("response", "result", "completion") if isinstance(row.get(key), Mapping)), {}
-    )
-    response = next((response[key] for key in ("body", "message") if isinstance(response.get(key), Mapping)), response)
-    choices = response.get("choices") or row.get("choices")
-    if isinstance(choices, Mapping):
-        choices = objects_of(choices)
-    if row.get("error") and not choices:
-        raise TraceError(f"expected a response, got the error {show(row['error'])}; ask again")
-    messages = request.get("messages") or request.get("input")
-    if not messages and not choices:
-        return row, None
-    flat = {key: value for key, value in row.items() if key not in _WRAPPERS}
-    if messages:
-        system = [{"role": "system", "content": request["system"]}] if isinstance(request.get("system"), str) else []
-        flat["messages"] = [*system, *messages] if isinstance(messages, list) else messages
-    if isinstance(choices, list):
-        said = [
-            choice for choice in choices if isinstance(choice, Mapping) and isinstance(choice.get("message"), Mapping)
-        ]
-        flat["generations"] = [[choice["message"]] for choice in said]
-        flat["finish_reasons"] = [choice.get("finish_reason") for choice in said]
-    elif response.get("content"):
-        flat["generations"] = [[{"role": ASSISTANT, "content": response["content"]}]]
-        flat["finish_reasons"] = [response.get("stop_reason")]
-    flat["model"] = response.get("model") or request.get("model") or flat.get("model")
-    return flat, "Anthropic batch rows" if "params" in row else "OpenAI batch rows"

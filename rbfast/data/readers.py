@@ -1,6 +1,6 @@
 """Traces and rows from files and the hub, and traces into files.
 
-traces = read_traces("traces.jsonl")                     # or .json, .parquet, a hub id; any shape in docs/formats.md
+traces = read_traces("traces.jsonl")                     # or .json, .parquet, .arrow, a folder of them, a hub id
 traces = read_traces("pool.jsonl", on_error="skip", unreadable="pool.unreadable.jsonl")
 """
 
@@ -8,20 +8,17 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from rbfast.data import hub
 from rbfast.data.formats import AUTO, FormatOptions, interpret
+from rbfast.data.row_files import is_file_of_rows, rows_of_path
 from rbfast.data.trace import Trace, TraceError
 from rbfast.utils.files import replacing, write_text
-from rbfast.utils.records import show
 
 log = logging.getLogger(__name__)
-
-_LONGEST_LINE = 64 * 2**20  # bytes; 32k tokens with a top-20 each are a quarter of it
 
 
 def read_traces(
@@ -33,8 +30,8 @@ def read_traces(
     on_error: Literal["raise", "skip"] = "raise",
     unreadable: str | Path | None = None,
 ) -> list[Trace]:
-    """The traces of a .jsonl, .json or .parquet file, or of a dataset on the hub (`owner/name`, of which `split`;
-    `owner/name:split` or `owner/name:config:split`).
+    """The traces of a .jsonl, .json, .parquet or .arrow file (.gz too), of a folder of them, or of a dataset on the hub
+    (`owner/name`, of which `split`; `owner/name:split` or `owner/name:config:split`), in any shape of docs/formats.md.
 
     Args:
         limit: the first so many, if not all.
@@ -171,63 +168,12 @@ def read_native_rows(
 def _rows(source: str | Path, split: str, streaming: bool, lenient: bool = False) -> Iterator[tuple[str, Any]]:
     """Rows; if `lenient`, a TraceError in place of a line that is no JSON."""
     path = Path(source)
-    readers: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
-        ".jsonl": partial(_rows_jsonl, lenient=lenient),
-        ".json": _rows_json,
-        ".parquet": _rows_parquet,
-    }
-    if path.is_dir():
-        raise TraceError(f"{source}: expected a file or a hub id, got a directory; name one of the files in it")
-    if path.is_file():
-        if path.suffix not in readers:
-            raise TraceError(f"{source}: expected a .jsonl, .json or .parquet file, got {path.suffix or 'no suffix'}")
-        return readers[path.suffix](path)
-    dataset = hub.named(source, split) if isinstance(source, str) and path.suffix not in readers else None
+    if path.exists():
+        return rows_of_path(path, split, lenient)
+    dataset = hub.named(source, split) if isinstance(source, str) and not is_file_of_rows(path) else None
     if dataset is None:
         raise TraceError(f"{source}: expected a file or a dataset on the hub ({hub.FORMS}); there is no such file")
     return _rows_hub(dataset, streaming)
-
-
-def _rows_jsonl(path: Path, lenient: bool) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as file:
-        number = 0
-        while line := file.readline(_LONGEST_LINE + 1):
-            number += 1
-            where = f"{path}:{number}"
-            if len(line) > _LONGEST_LINE:
-                raise TraceError(
-                    f"{where}: expected at most {_LONGEST_LINE} bytes in a line; is this one trace a line?"
-                )
-            if line.strip():
-                try:
-                    row = _parse_json(line, where)
-                except TraceError as error:
-                    if not lenient:
-                        raise
-                    row = error
-                yield where, row
-
-
-def _rows_json(path: Path) -> Iterator[tuple[str, Any]]:
-    rows = _parse_json(path.read_bytes(), str(path))
-    if not isinstance(rows, list):
-        raise TraceError(f"{path}: expected a list of traces, got {show(rows)}; name it .jsonl if it has one a line")
-    for number, row in enumerate(rows):
-        yield f"{path}: item {number}", row
-
-
-def _rows_parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow.parquet
-
-    try:
-        number = 0
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
-                    yield f"{path}: row {number}", row
-                    number += 1
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise TraceError(f"{path}: expected a Parquet file: {error}") from error
 
 
 def _rows_hub(dataset: hub.HubDataset, streaming: bool) -> Iterator[tuple[str, Any]]:
@@ -237,20 +183,6 @@ def _rows_hub(dataset: hub.HubDataset, streaming: bool) -> Iterator[tuple[str, A
         raise TraceError(f"{dataset.name}: there is no such file, and {error}") from error
     for number, row in enumerate(rows):
         yield f"{dataset}: row {number}", row
-
-
-def _parse_json(data: bytes, where: str) -> Any:
-    try:
-        return json.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise TraceError(
-            f"{where}: expected UTF-8, got byte {data[error.start]:#04x} at {error.start}; convert the file to UTF-8"
-        ) from None
-    except json.JSONDecodeError as error:
-        at = f"{where}, column {error.colno}" if error.lineno == 1 else f"{where}: line {error.lineno}"
-        raise TraceError(f"{at}: expected JSON: {error.msg}") from None
-    except (RecursionError, ValueError) as error:  # nested too deep; a number of thousands of digits
-        raise TraceError(f"{where}: expected JSON that can be read: {error}") from None
 
 
 def write_traces(path: str | Path, traces: Iterable[Trace]) -> int:

@@ -3,19 +3,19 @@ a completion, a worked solution. `find_replies` knows them by what the fields me
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from rbfast.data.answers import as_text, stated_answer
-from rbfast.data.conversations import ASSISTANT, Turn, parse_turns, split_thinking, text_of
-from rbfast.data.fields import Field, meanings, names_of, value_at
+from rbfast.data.conversations import ASSISTANT, Turn, is_marked, parse_turns, split_thinking, text_of, thought_beside
+from rbfast.data.fields import Field, meanings, names_of
+from rbfast.data.row import Row, object_in, only
 from rbfast.data.trace import TraceError
 from rbfast.utils.records import show
 
 _FLAGS = {"on", "off", "true", "false", "yes", "no", "none", "low", "medium", "high"}  # not thoughts, but how to think
 _RIGHT = {"yes", "true", "correct", "right", "1", "pass", "passed", "y"}
 _WRONG = {"no", "false", "incorrect", "wrong", "0", "fail", "failed", "n"}
-_CUT = {"length", "max_tokens"}
+_CUT = {"length", "max_tokens", "max_output_tokens", "model_length", "incomplete", "content_filter", "error", "abort"}
 
 
 class Reply(NamedTuple):
@@ -28,46 +28,6 @@ class Reply(NamedTuple):
     number: int | None = None  # among the row's
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row with what its fields mean. `fields` says of some what they mean; those mean nothing else."""
-
-    values: Mapping[str, Any]
-    fields: Mapping[str, str] = field(default_factory=dict)
-    teacher_field: str | None = None
-
-    def candidates(self, role: str) -> list[tuple[Field, Any]]:
-        """The fields with this meaning that hold something."""
-        if role in self.fields:
-            return [(Field(self.fields[role]), value_at(self.values, self.fields[role]))]
-        taken = set(self.fields.values())
-        found = meanings(tuple(map(str, self.values))).get(role, ())
-        return [
-            (one, self.values[one.name]) for one in found if one.name not in taken and _holds(self.values[one.name])
-        ]
-
-    def one(self, role: str) -> tuple[Field, Any] | None:
-        """The field with this meaning, or None. Raises TraceError if several differ."""
-        return only(role, self.candidates(role))
-
-    def text(self, role: str) -> str | None:
-        """The first text or number with this meaning."""
-        return next((text for _, value in self.candidates(role) if (text := as_text(value)) is not None), None)
-
-
-def only(role: str, found: Sequence[tuple[Field, Any]]) -> tuple[Field, Any] | None:
-    if any(value != found[0][1] for _, value in found[1:]):
-        names = " and ".join(one.name for one, _ in found)
-        raise TraceError(
-            f"{role}: expected one field that it may be, got {names}; say which with --map {role}={found[0][0].name}"
-        )
-    return found[0] if found else None
-
-
-def _holds(value: object) -> bool:
-    return value is not None and value != "" and not (isinstance(value, list | tuple | Mapping) and not value)
-
-
 def find_replies(row: Row, reply: Turn | None, formats: Sequence[str]) -> tuple[str, list[Reply]]:
     """The format of the first of `formats` that has a reply here, and the replies: several only if several are right.
 
@@ -76,7 +36,24 @@ def find_replies(row: Row, reply: Turn | None, formats: Sequence[str]) -> tuple[
     for name in formats:
         if found := _FINDERS[name](row, reply):
             return name, found
-    raise TraceError(f"reasoning: expected this field, got {names_of(row.values)}; {ADVICE}")
+    marked = [(Field(name), value) for name, value in row.unknown() if isinstance(value, str) and is_marked(value)]
+    if "completions" in formats and not row.fields and (found_one := only("reply", marked)):
+        return "completions", [read_reply(found_one[1])]
+    raise _without_reply(row, reply, formats)
+
+
+def _without_reply(row: Row, reply: Turn | None, formats: Sequence[str]) -> TraceError:
+    """Why a row holds no reply."""
+    for one, value in row.candidates("answer"):
+        if isinstance(value, str) and "\n" in value.strip():
+            return TraceError(
+                rf"answer: expected working that marks its answer (\boxed{{}}, ####, <answer>), got {one.name} without "
+                "a mark; leave it out, or name a field with the answer by --map answer=FIELD"
+            )
+    wanted = "this field"
+    if reply is None and "conversations" in formats and row.candidates("conversation"):
+        wanted = "a reply to the last turn or this field"
+    return TraceError(f"reasoning: expected {wanted}, got {names_of(row.values)}; {ADVICE}")
 
 
 ADVICE = "name the fields with --map problem=FIELD,reasoning=FIELD,answer=FIELD"
@@ -91,7 +68,7 @@ def _generations(row: Row, _: Turn | None) -> list[Reply]:
         return []
     found = only("reply", _chosen(row, lists)) if lists else None
     if found is not None:
-        return _judged(row, found[0].teacher, [_reply_of(item) for item in found[1]], _verdicts(row, len(found[1])))
+        return _judged(row, found[0].teacher, [_reply_of(item) for item in found[1]], _verdicts(row, found[1]))
     numbered = [(one, value) for one, value in row.candidates("reply") if one.number is not None]
     if len(numbered) > 1:
         teacher = numbered[0][0].teacher
@@ -117,20 +94,33 @@ def _judged(
         if whole[number] and isinstance(reply, Reply)
     ]
     if not found:
+        unread = next((reply for reply in replies if isinstance(reply, TraceError)), None)
+        if unread is not None and all(whole):
+            raise unread
         raise TraceError(f"generations: expected a whole reply, got {len(replies)} that were cut; leave the row out")
     return [reply for reply in found if reply.verified] or found[:1]
 
 
-def _verdicts(row: Row, count: int) -> list[bool | None]:
+def _verdicts(row: Row, replies: Sequence[Any]) -> list[bool | None]:
     """Of each generation: right if any of the row's judges says so, wrong if they only say the contrary."""
-    columns = [value for _, value in row.candidates("verdict")]
+    count = len(replies)
+    columns: list[Any] = [[_own_verdict(reply) for reply in replies]]
+    columns += [value for _, value in row.candidates("verdict")]
     columns += [value for name, value in row.values.items() if name.startswith("correctness_")]
     said: list[list[bool]] = [[] for _ in range(count)]
     for column in columns:
+        column = [column] if count == 1 and not isinstance(column, list | tuple) else column
         if isinstance(column, list | tuple) and len(column) == count:
             for marks, value in zip(said, column, strict=True):
                 marks += [verdict for verdict in [verdict_of(value)] if verdict is not None]
     return [any(marks) if marks else None for marks in said]
+
+
+def _own_verdict(reply: Any) -> Any:
+    """What an object that is a reply says of itself."""
+    if not isinstance(reply, Mapping):
+        return None
+    return next((reply[one.name] for one in meanings(tuple(map(str, reply))).get("verdict", ())), None)
 
 
 def verdict_of(value: object) -> bool | None:
@@ -146,7 +136,8 @@ def _complete(row: Row, count: int) -> list[bool]:
         for _, value in row.candidates(role):
             if isinstance(value, list | tuple) and len(value) == count:
                 whole = [
-                    so_far and mark is not False and mark not in _CUT for so_far, mark in zip(whole, value, strict=True)
+                    so_far and mark is not False and str(mark).lower() not in _CUT
+                    for so_far, mark in zip(whole, value, strict=True)
                 ]
     return whole
 
@@ -160,8 +151,10 @@ def _reply_of(value: object) -> Reply | TraceError:
 
 def read_reply(value: object) -> Reply:
     """A reply from a text, a message, messages of one reply, or blocks."""
-    if isinstance(value, str):
+    if isinstance(value, str) and _fields_of_reply(object_in(value)) is None:
         return Reply(*split_thinking(value))
+    if isinstance(value, Mapping) and isinstance(value.get("messages"), list):
+        value = value["messages"]
     if (turns := parse_turns(value)) is not None:
         spoken = [turn for turn in turns if turn.role == ASSISTANT]
         if len(spoken) != 1:
@@ -169,15 +162,27 @@ def read_reply(value: object) -> Reply:
                 f"reply: expected one assistant's turn, got {len(spoken)}; say with --map which field it is"
             )
         return reply_of_turn(spoken[0])
+    if (fields := _fields_of_reply(object_in(value))) is not None:
+        return split_reply(*fields)
     if isinstance(value, Mapping):
         inner = next(
             (value[key] for key in ("text", "content", "generation", "response", "output") if value.get(key)), None
         )
         if inner is None:
             raise TraceError(f"reply: expected text, got {show(value)}")
-        return read_reply(inner)
+        said = read_reply(inner)
+        return said._replace(thought=said.thought or thought_beside(value))
     thought, text = text_of(value)
     return split_reply(thought, text)
+
+
+def _fields_of_reply(value: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The thinking and the rest of a reply that is an object of both: `{"reasoning": .., "answer": ..}`."""
+    found = meanings(tuple(map(str, value)))
+    thoughts = [text for one in found.get("reasoning", ()) if (text := _thought_text(one, value[one.name]))]
+    said = [as_text(value[one.name]) for role in ("reply", "answer") for one in found.get(role, ())]
+    texts = [text for text in said if text]
+    return (thoughts[0], texts[0]) if thoughts and texts else None
 
 
 def reply_of_turn(turn: Turn) -> Reply:
@@ -209,12 +214,21 @@ def _trajectories(row: Row, reply: Turn | None) -> list[Reply]:
     return [Reply(joined, text or (thought[1] if thought[0] else ""), _verdict_by(row, teacher), teacher)]
 
 
+def is_flag(value: object) -> bool:
+    """Whether a text only says how to think: "on", "high"."""
+    return isinstance(value, str) and value.strip().lower() in _FLAGS
+
+
 def _thought_text(one: Field, value: object) -> str | None:
-    if isinstance(value, list | tuple) and value and all(isinstance(item, str) for item in value):
-        value = "\n\n".join(value) if "step" in one.name.lower() else value[0]
-    if isinstance(value, Mapping):
-        value = value.get("content") or value.get("text")
-    return value if isinstance(value, str) and value.strip().lower() not in _FLAGS | {""} else None
+    if isinstance(value, list | tuple):
+        texts = [text for item in value if isinstance(text := _inner_text(item), str)]
+        value = "\n\n".join(texts) if "step" in one.name.lower() else next(iter(texts), None)
+    value = _inner_text(value)
+    return value if isinstance(value, str) and value.strip() and not is_flag(value) else None
+
+
+def _inner_text(value: object) -> object:
+    return value.get("content") or value.get("text") if isinstance(value, Mapping) else value
 
 
 def _first(value: object) -> object:
@@ -244,7 +258,9 @@ def _chosen(row: Row, found: Sequence[tuple[Field, Any]]) -> list[tuple[Field, A
 
 
 def _verdict_by(row: Row, teacher: str) -> bool | None:
-    return next((verdict_of(value) for one, value in row.candidates("verdict") if one.teacher == teacher), None)
+    """The verdict on a teacher's reply; on nobody's in particular if there is only one."""
+    found = [(one, value) for one, value in row.candidates("verdict") if one.name != "label" or isinstance(value, bool)]
+    return next((verdict_of(value) for one, value in found if one.teacher == teacher or len(found) == 1), None)
 
 
 def _conversations(row: Row, reply: Turn | None) -> list[Reply]:

@@ -39,7 +39,11 @@ _TAGS = (
     ("<seed:think>", "</seed:think>"),
     ("[THINK]", "[/THINK]"),
     ("<|channel>thought", "<channel|>"),
+    ("<|inner_prefix|>", "<|inner_suffix|>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
 )
+# A template's own name for such a switch.
+_SWITCH = re.compile(r"\bif (?:not )?(\w*(?:think|reason)\w*)\b(?! *[.(])")
 
 
 @dataclass(frozen=True)
@@ -133,9 +137,11 @@ def _find(tokenizer: PreTrainedTokenizerBase) -> ThinkingFormat:
     if tokenizer.chat_template is None:
         return ThinkingFormat(end=tokenizer.eos_token_id, adds_blank=_adds_blank(tokenizer))
     template = _Template(tokenizer)
-    for switches in _SWITCHES:
-        if (found := template.shown(switches)) is not None:
-            return found
+    known = (*_SWITCHES, *template.own_switches())
+    shown = [found for switches in known if (found := template.shown(switches)) is not None]
+    if shown:  # a switch that changes the prompt asks for the thought
+        plain = template.prompt(shown[0].switches)
+        return next((found for found in shown if template.prompt(found.switches) != plain), shown[0])
     if template.refused is not None:
         raise template.unknown(*template.refused)
     return template.composed() or template.plain()
@@ -186,11 +192,14 @@ class _Template:
             turn = self.turn(message, switches)
             if turn is None or _THOUGHT not in turn:
                 continue
-            before, _, rest = _continuing(turn, prompt).partition(_THOUGHT)
+            written = _continuing(turn, prompt)
+            before, _, rest = written.partition(_THOUGHT)
             closer, said, after = rest.partition(_SAID)
             if not said or not closer.strip() or _THOUGHT in after or "'type'" in closer:
                 self.refused = self.refused or (prompt, turn)
-                return None
+                if written:
+                    return None
+                continue  # a turn in another form may go on from this prompt
             kind: Kind = "channels" if _opens_again(closer) else "reply" if before.strip() else "prompt"
             return self._format(kind, switches, after, opener=before, closer=closer)
         return None
@@ -201,15 +210,21 @@ class _Template:
             yield _said(_SAID, **{name: _THOUGHT})
         if "thinking" in self.text:
             yield _said([{"type": "thinking", "thinking": _THOUGHT}, {"type": "text", "text": _SAID}])
+        if "blocks" in self.text:
+            thought, said = {"type": "thoughts", "text": _THOUGHT}, {"type": "response", "text": _SAID}
+            yield _said({"blocks": [thought, said]})
         if self.tags is not None:
             opener, closer = self._spaced(prompt)
             yield _said(f"{opener}{_THOUGHT}{closer}{_SAID}")
+            if not opener:  # a turn that has to say again what the prompt opened
+                yield _said(f"{prompt[prompt.rindex(self.tags[0]) :]}{_THOUGHT}{closer}{_SAID}")
 
     def composed(self) -> ThinkingFormat | None:
         """The format of a template that names tags, and drops what stands in them."""
         if self.tags is None:
             return None
-        for switches in _SWITCHES:
+        opener = self.tags[0]
+        for switches in sorted(_SWITCHES, key=lambda switches: opener not in self.prompt(switches)):
             prompt, turn = self.prompt(switches), self.turn(_said(_SAID), switches)
             if turn is None or prompt.rstrip().endswith(self.tags[1]):
                 continue  # this prompt closes the thinking
@@ -230,9 +245,9 @@ class _Template:
     def _format(
         self, kind: Kind, switches: Mapping[str, Any], after: str, opener: str = "", closer: str = "", **rest: Any
     ) -> ThinkingFormat:
-        tail, end = self._ending(after, switches)
-        rest |= {"takes_parts": self.takes_parts, "adds_blank": _adds_blank(self.tokenizer)}
         opening = self.prompt(switches).partition(_ASKED)[2]
+        tail, end = self._ending(after, switches, opening)
+        rest |= {"takes_parts": self.takes_parts, "adds_blank": _adds_blank(self.tokenizer)}
         return ThinkingFormat(kind, opening, opener, closer, tail, end, switches, **rest)
 
     # ------------------------------------------------------------------------------------------------- their parts
@@ -240,7 +255,15 @@ class _Template:
     @cached_property
     def tags(self) -> tuple[str, str] | None:
         """The tags of thinking that the template's text names."""
-        return next((tags for tags in _TAGS if tags[1] in self.text), None)
+        opening = self.prompt({}).rstrip()
+        return next((tags for tags in _TAGS if tags[1] in self.text or opening.endswith(tags[0])), None)
+
+    def own_switches(self) -> list[dict[str, Any]]:
+        """Switches by names that only this template has, if they open the thinking or speak of it in the prompt."""
+        if self.tags is None or self.tags[0] in self.prompt({}):
+            return []
+        names = dict.fromkeys(_SWITCH.findall(self.text))
+        return [{name: True} for name in names if self.tags[0] in self.prompt({name: True})]
 
     def _spaced(self, prompt: str) -> tuple[str, str]:
         """What is written before and after a thought, spaces included, if the prompt is this one.
@@ -258,18 +281,19 @@ class _Template:
             return "", f"\n{closer}{after}" if opened[1] else f"{closer}{after if inside == '' else ''}"
         return opener + inside[:1], inside[1:] + closer + after
 
-    def _ending(self, after: str, switches: Mapping[str, Any]) -> tuple[str, int | None]:
+    def _ending(self, after: str, switches: Mapping[str, Any], opening: str) -> tuple[str, int | None]:
         """What ends a turn: text, and the added token that the template puts there, or before the next turn; else the
-        eos token."""
+        eos token. Of several tokens the one that ends a question too: those before it end the reply alone."""
         numbers = {token.content: number for number, token in self.tokenizer.added_tokens_decoder.items()}
         added = added_tokens(self.tokenizer)
         if added is not None:
-            if match := added.search(after):
+            if found := list(added.finditer(after)):
+                match = next((one for one in found if one[0] in opening), found[0])
                 return after[: match.start()], numbers[match[0]]
             longer = self.turn(_said(_SAID), switches, {"role": "user", "content": _NEXT}) or ""
-            match = added.match(longer.partition(_SAID)[2].lstrip())
-            if match and match[0] != self.tokenizer.bos_token:
-                return "", numbers[match[0]]
+            header = added.match(longer.partition(_SAID)[2].lstrip())
+            if header and header[0] != self.tokenizer.bos_token:
+                return "", numbers[header[0]]
         return "", self.tokenizer.eos_token_id
 
 

@@ -32,15 +32,15 @@ class Problem:
 _WHOLE = re.compile(r".*(?:\n|</answer>)", re.DOTALL | re.IGNORECASE)
 _DISPLAYED = re.compile(r"(?:\\\[[^\[\]]*\\\]|\$\$[^$]*\$\$)$")
 _MARKS = re.compile(
-    r"</?(?:think|answer|seed:think)>|\[/?THINK\]|<\|channel\|>(?:analysis|final)<\|message\|>|<\|end\|>"
-    r"|<\|start\|>assistant|<\|channel>thought|<channel\|>",
+    r"</?(?:think|answer|response|seed:think)>|<\|(?:START|END)_(?:THINKING|RESPONSE)\|>|<\|inner_(?:prefix|suffix)\|>"
+    r"|\[/?THINK\]|<\|channel\|>(?:analysis|final)<\|message\|>|<\|end\|>|<\|start\|>assistant|<\|channel>thought|<channel\|>",
     re.IGNORECASE,
 )
 
 
 def _last_line(text: str) -> str:
     """The last line; all of a formula that is displayed over several; of a code fence its last line."""
-    said = without_thinking(text).strip().removesuffix("\n```").rstrip()
+    said = without_tags(without_thinking(text)).strip().removesuffix("\n```").rstrip()
     shown = _DISPLAYED.search(said)
     return shown[0] if shown else said.rpartition("\n")[2]
 

@@ -21,6 +21,7 @@ from rbfast.data import hub
 from rbfast.data.answers import extract_answer
 from rbfast.data.formats import AUTO, FormatOptions, question_of
 from rbfast.data.readers import read_rows
+from rbfast.data.row_files import KINDS, is_path_of_rows
 from rbfast.data.trace import TraceError
 from rbfast.grading import math_equality
 from rbfast.grading.grade import Problem, reasoning_gym
@@ -36,7 +37,6 @@ BENCHMARKS = {
     "aime25": "math-ai/aime25:test",
     "gsm8k": "openai/gsm8k:main:test",
 }
-_FILES = (".jsonl", ".json", ".parquet")
 _QUESTION_FIELDS = ("problem", "question", "prompt")
 
 
@@ -47,9 +47,9 @@ def load_problems(
 
     Args:
         task: a reasoning-gym generator at its default difficulty (`leg_counting`, `reasoning-gym:leg_counting`); a
-            file (.jsonl, .json, .parquet) of any shape in docs/formats.md that gives its answers; one of `BENCHMARKS`;
-            or a dataset on the hub of such a shape: `owner/name`, `owner/name:split` or `owner/name:config:split`, of
-            which the split (default: test) may be a slice, `test[:100]`.
+            file (.jsonl, .json, .parquet, .arrow) or a folder of them, of any shape in docs/formats.md that gives its
+            answers; one of `BENCHMARKS`; or a dataset on the hub of such a shape: `owner/name`, `owner/name:split` or
+            `owner/name:config:split`, of which the split (default: test) may be a slice, `test[:100]`.
         n: drawn from what there is; None for all of a file or dataset, in its order.
         exclude: questions to leave out, such as those trained on.
         options: how rows are read, if not by what their fields mean.
@@ -60,12 +60,12 @@ def load_problems(
     """
     if n is not None and n < 0:
         raise ValueError(f"n must be 0 or more, got {n}")
-    if task.endswith(_FILES):
-        if not Path(task).is_file():
+    if is_path_of_rows(task):
+        if not Path(task).exists():
             raise FileNotFoundError(f"{task}: expected a file of problems, found none")
         return _sample(_read_file(Path(task), options), task, n, seed, exclude)
     if Path(task).is_file():
-        raise ValueError(f"{task}: expected a file of problems that ends in {', '.join(_FILES)}; rename or convert it")
+        raise ValueError(f"{task}: expected a {KINDS}; rename or convert it")
     if task in BENCHMARKS or "/" in task:
         return _sample(_read_hub(BENCHMARKS.get(task, task), task, options), task, n, seed, exclude)
     if n is None:
@@ -77,7 +77,7 @@ def _generate_problems(task: str, n: int, seed: int, exclude: Collection[str]) -
     gym = reasoning_gym()
     if task not in gym.factory.DATASETS:
         raise ValueError(
-            f"task must be a .jsonl, .json or .parquet file, one of {', '.join(BENCHMARKS)}, a dataset on the hub "
+            f"task must be a {KINDS}, one of {', '.join(BENCHMARKS)}, a dataset on the hub "
             f"(owner/name:config:split) or one of reasoning-gym's generators, got {task!r}"
         )
     # The generators seed item i with seed + i, so neighbouring seeds would share items: spread them first.
@@ -113,7 +113,7 @@ def _sample(found: Sequence[Problem], source: str, n: int | None, seed: int, exc
 
 
 def _read_file(path: Path, options: FormatOptions) -> list[Problem]:
-    return [_problem(row, where, path.stem, options) for where, row in read_rows(path)]
+    return [_problem(row, where, path.stem, options) for where, row in read_rows(path, split="test")]
 
 
 def _read_hub(where: str, task: str, options: FormatOptions) -> list[Problem]:
@@ -130,11 +130,10 @@ def _read_hub(where: str, task: str, options: FormatOptions) -> list[Problem]:
 def _problem(fields: Any, where: str, task: str, options: FormatOptions) -> Problem:
     if not isinstance(fields, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(fields).__name__}")
-    if options != AUTO or not (fields.keys() & set(_QUESTION_FIELDS) and "answer" in fields):
-        try:
-            fields = fields | question_of(fields, options)
-        except TraceError as error:
-            raise ValueError(f"{where}: problem: expected text: {error}") from None
+    try:
+        fields = fields | {"answer": None} | question_of(fields, options)
+    except TraceError as error:
+        raise ValueError(f"{where}: problem: expected text: {error}") from None
     question = next((fields[name] for name in _QUESTION_FIELDS if name in fields), None)
     if not isinstance(question, str):
         raise ValueError(f"{where}: problem: expected text (in `problem` or `question`), got {question!r}")

@@ -105,6 +105,10 @@ def thinks(text: str) -> bool:
 
 def _texts(message: Mapping[str, Any]) -> tuple[str, str, str | None]:
     """The text, the thinking, and why there is none of both."""
+    blocks = message.get("content")
+    for block in blocks if isinstance(blocks, list) else ():
+        if isinstance(block, Mapping) and isinstance(block.get("refusal"), str):
+            return "", "", f"the teacher refused: {block['refusal']:.200}"
     try:
         turns = parse_turns([{**message, "role": ASSISTANT}])
     except TraceError as error:
@@ -124,8 +128,12 @@ def _said_error(choice: Mapping[str, Any]) -> str | None:
 
 def _counts(usage: Mapping[str, Any]) -> tuple[int | None, int | None, int]:
     """Tokens read, written and thought. Some servers count thinking in the total only, or beside what was written."""
-    read, written, total = (_count(usage.get(f"{name}_tokens")) for name in ("prompt", "completion", "total"))
-    details = usage.get("completion_tokens_details")
+    read, written = (
+        _count(usage.get(f"{name}_tokens", usage.get(f"{other}_tokens")))
+        for name, other in (("prompt", "input"), ("completion", "output"))
+    )
+    total = _count(usage.get("total_tokens"))
+    details = usage.get("completion_tokens_details", usage.get("output_tokens_details"))
     reasoned = _count(details.get("reasoning_tokens")) if isinstance(details, Mapping) else None
     reasoned = reasoned or _count(usage.get("reasoning_tokens")) or 0
     if written is not None and reasoned > written:
@@ -138,6 +146,7 @@ def _counts(usage: Mapping[str, Any]) -> tuple[int | None, int | None, int]:
 
 
 def _count(said: Any) -> int | None:
+    said = int(said) if isinstance(said, float) and said.is_integer() else said
     return said if type(said) is int and 0 <= said < _LONGEST else None
 
 

@@ -24,6 +24,7 @@ from rbfast.data.answers import extract_answer
 from rbfast.data.formats import AUTO, FormatOptions, question_of
 from rbfast.data.readers import read_rows, write_traces
 from rbfast.data.replies import split_reply
+from rbfast.data.row_files import is_path_of_rows
 from rbfast.data.trace import Trace, TraceError
 from rbfast.grading.grade import Problem, grade
 from rbfast.grading.tasks import load_problems
@@ -80,7 +81,7 @@ def read_questions(
         ValueError: no such source, a row without a problem, or no rows.
     """
     name = str(source)
-    if Path(name).suffix not in (".jsonl", ".json", ".parquet") and "/" not in name:
+    if not is_path_of_rows(name) and "/" not in name:
         problems = load_problems(name, 50 if n is None else n, seed)
         return [Question(problem.question, problem, problem.task) for problem in problems]
     found: dict[str, Question] = {}

@@ -208,3 +208,8 @@ def test_density_one_trains_at_most_as_many_values_as_the_base_has():
     assert 50 < adapter.trainable_percent <= 100
     losses = train(model, adapter, steps=5, optimizer=torch.optim.AdamW(adapter.parameters(), lr=0.01))
     assert losses[4] < losses[0]  # the same batch
+
+
+def test_a_scripted_model_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"got one made by torch\.jit: attach before scripting it"):
+        SparseAdapter.attach(torch.jit.script(nn.Sequential(nn.Linear(16, 16))))

@@ -23,6 +23,7 @@ COMPOSED = {
     "r1-distill": f"{THOUGHT}\n</think>\n\n\\boxed{{5}}",
     "deepseek-v3.1": f"{THOUGHT}</think>\\boxed{{5}}",
     "nemotron": f"<think>\n{THOUGHT}\n</think>\n\n\\boxed{{5}}",
+    "granite": f"<think>\n{THOUGHT}\n</think>\n\n\\boxed{{5}}",
     "gemma-4": f"<|channel>thought\n{THOUGHT}<channel|>\\boxed{{5}}",
 }
 
@@ -44,6 +45,11 @@ def rendered(tokenizer, case: Case, thought: str, said: str) -> str:
     message = {"role": "assistant", "content": said}
     if case.thought == "blocks":
         message["content"] = [{"type": "thinking", "thinking": thought}, {"type": "text", "text": said}]
+    elif case.thought == "thoughts":
+        blocks = [{"type": "thoughts", "text": thought}, {"type": "response", "text": said}]
+        message["content"] = {"blocks": blocks}
+    elif case.thought == "whole":
+        message["content"] = f"<think>{thought}</think>{said}"
     elif case.thought == "tags":
         message["content"] = f"<think>\n{thought}\n</think>\n{said}"
     elif case.thought == "rest":
@@ -65,6 +71,15 @@ def test_the_kind_is_found(name):
     assert tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer)) == case.end
     assert found.is_composed == (case.kind != "none" and case.thought is None)
     assert thinking_format(tokenizer) is found
+
+
+def test_a_template_is_told_to_ask_for_a_thought():
+    switches = {name: thinking_format(tokenizer_of(name)).switches for name in ("apertus", "granite", "own-switch")}
+    assert switches == {
+        "apertus": {"enable_thinking": True},
+        "granite": {"thinking": True},
+        "own-switch": {"deep_reasoning": True},
+    }
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in COMPOSED])

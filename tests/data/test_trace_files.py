@@ -55,7 +55,7 @@ GOOD = json.dumps(ROW).encode()
         ("t.json", b"[" + GOOD + b",\n{}]", r"t\.json: item 1: problem: expected this field, got no fields"),
         ("t.json", b"[\n1,\n", r"t\.json: line 3: expected JSON"),
         ("t.parquet", b"PAR0", "expected a Parquet file"),
-        ("t.csv", b"problem", "expected a .jsonl, .json or .parquet file, got .csv"),
+        ("t.csv", b"problem", r"expected a \.jsonl, \.json, \.parquet or \.arrow file \(\.gz too\), got \.csv"),
     ],
 )
 def test_a_broken_file_names_its_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -65,7 +65,7 @@ def test_a_broken_file_names_its_line(tmp_path: Path, name: str, content: bytes,
 
 
 def test_a_line_without_end_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rbfast.data.readers._LONGEST_LINE", len(GOOD))
+    monkeypatch.setattr("rbfast.data.row_files._LONGEST_LINE", len(GOOD))
     (tmp_path / "fits.jsonl").write_bytes(GOOD)
     (tmp_path / "long.jsonl").write_bytes(GOOD + b" " * 1000)
     assert read_traces(tmp_path / "fits.jsonl") == [trace()]
@@ -88,7 +88,7 @@ def test_a_path_that_is_absent_asks_no_hub(source: str | Path, monkeypatch: pyte
 
 
 def test_a_directory_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(TraceError, match="got a directory; name one of the files in it"):
+    with pytest.raises(TraceError, match=r"expected a folder with a .*, got none; name a file"):
         read_traces(tmp_path)
 
 

@@ -153,6 +153,40 @@ _WRAPPED = """{%- for m in messages %}{% if m.role == 'assistant' %}
 {%- if add_generation_prompt %}{{ '<|bot|>' }}{% endif %}"""
 
 
+# Tags that the content must say again, though the prompt opens them, and whose end the template never names.
+_OLMO3 = """{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}
+{{- eos_token if m.role == 'assistant' and loop.last else '<|im_end|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>' }}{% endif %}"""
+
+# A reply that has marks of its own before the end of the turn.
+_COHERE = """{{ bos_token }}{%- for m in messages %}{%- if m.role == 'user' %}
+{{- '<|user|>' + m.content + '<|end_of_turn|>' }}
+{%- elif m.content is string %}{{ '<|bot|><|START_RESPONSE|>' + m.content + '<|END_RESPONSE|><|end_of_turn|>' }}
+{%- else %}{{ '<|bot|>' }}{% for b in m.content %}{% if b.type == 'thinking' -%}
+{{ '<|START_THINKING|>' + b.thinking + '<|END_THINKING|>' }}
+{%- else %}{{ '<|START_RESPONSE|>' + b.text + '<|END_RESPONSE|>' }}{% endif %}{% endfor %}{{ '<|end_of_turn|>' }}
+{%- endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|bot|>' }}{% endif %}"""
+
+# A thought among blocks of its own kind; the prompt says whether one is wanted.
+_APERTUS = """{{ bos_token + '<|dev|>' + ('on' if enable_thinking else 'off') }}{% for m in messages %}
+{%- if m.role == 'user' %}{{ '<|user|>' + m.content }}{% else %}{{ '<|bot|>' }}
+{%- if m.content is string %}{{ m.content }}{% else %}{% for b in m.content.blocks %}
+{{- '<|inner_prefix|>' + b.text + '<|inner_suffix|>' if b.type == 'thoughts' else b.text }}
+{%- endfor %}{% endif %}{{ '<|eot|>' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|bot|>' }}{% endif %}"""
+
+# A system prompt that speaks of the tags if thinking is on; the tags themselves are dropped.
+_GRANITE = """{{ '<|role|>system<|/role|>' + ('Think in <think></think>.' if thinking else 'Be kind.') + '<|eot|>' }}
+{%- for m in messages %}{{ '<|role|>' + m.role + '<|/role|>' + m.content.split('</think>')[-1] + '<|eot|>' }}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|role|>assistant<|/role|>' }}{% endif %}"""
+
+# A switch with a name of its own.
+_OWN_SWITCH = """{%- for m in messages %}{{ '<|' + m.role + '|>' }}
+{%- if deep_reasoning and m.reasoning_content %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}
+{{- m.content + '<|eot|>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% if deep_reasoning %}{{ '<think>' }}{% endif %}{% endif %}"""
+
+
 @dataclass(frozen=True)
 class Case:
     """A template, what its tokenizer knows, and what is found.
@@ -207,6 +241,27 @@ CASES = {
     "wrapped": Case(
         _WRAPPED, "reply", "<|end_of_sentence|>", "<|bot|> <|user|> <|end_of_sentence|>", "", "reasoning_content"
     ),
+    "olmo-3": Case(_OLMO3, "prompt", END, _CHATML_TOKENS, "", "whole"),
+    "cohere": Case(
+        _COHERE,
+        "reply",
+        "<|end_of_turn|>",
+        "<|user|> <|bot|> <|START_RESPONSE|> <|END_RESPONSE|> <|end_of_turn|> <|START_THINKING|> <|END_THINKING|>",
+        "",
+        "blocks",
+        True,
+    ),
+    "apertus": Case(
+        _APERTUS,
+        "reply",
+        "<|eot|>",
+        "<|dev|> <|user|> <|bot|> <|eot|>",
+        "<|inner_prefix|> <|inner_suffix|>",
+        "thoughts",
+        True,
+    ),
+    "granite": Case(_GRANITE, "reply", "<|eot|>", "<|role|> <|/role|> <|eot|>"),
+    "own-switch": Case(_OWN_SWITCH, "prompt", "<|eot|>", "<|user|> <|assistant|> <|eot|>", _THINK, "reasoning_content"),
 }
 BOS = "<|begin|>"
 

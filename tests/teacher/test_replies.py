@@ -34,6 +34,9 @@ SHAPES = {
     "a closing tag alone": {"content": f"{THOUGHT}\n</think>\n\n{ANSWER}"},
     "harmony": {"content": HARMONY},
     "harmony without its tokens": {"content": f"analysis{THOUGHT}assistantfinal{ANSWER}"},
+    "blocks beside": {"content": ANSWER, "thinking_blocks": [{"type": "thinking", "thinking": THOUGHT}]},
+    "a list beside": {"content": ANSWER, "reasoning": [{"type": "text", "text": THOUGHT}]},
+    "a provider's fields": {"content": ANSWER, "provider_specific_fields": {"reasoning_content": THOUGHT}},
     "no role": {"role": None, "content": ANSWER, "thinking": THOUGHT},
 }
 

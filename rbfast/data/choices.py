@@ -1,0 +1,100 @@
+"""Questions of multiple choice: the options as part of the problem, and the answer as the letter of one.
+
+```python
+options_of({"choices": ["41", "42"], "answer": 1})             # {"A": "41", "B": "42"}
+```
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from string import ascii_uppercase
+from typing import Any
+
+from rbfast.data.answers import as_text
+from rbfast.utils.records import objects_of
+
+_OWN_FIELD = re.compile(r"(?:op|option|choice|answer|ending)?[_ ]?([a-z]|\d)", re.IGNORECASE)
+_LABELLED = re.compile(r"\s*\(?([A-Za-z])\s?[).:]\s*(.*)", re.DOTALL)
+_IN_A_TEXT = re.compile(r"(?:^|[\s,;\[])\(?([A-Za-z])\s?[).:]\s*")
+_LABELS, _TEXTS = ("label", "key", "id", "letter"), ("text", "value", "content", "option")
+
+
+def options_of(value: Any) -> dict[str, str] | None:
+    """Options by their labels: a list of texts, of "A) .." or of objects; an object of labels; of `text` and `label`;
+    None for anything else, or for fewer than two."""
+    if isinstance(value, str):
+        value = _in_a_text(value)
+    if isinstance(value, Mapping):
+        objects = objects_of(value)
+        if objects is None:
+            found = {str(label): text for label, text in value.items() if isinstance(text, str)}
+            return found if len(found) > 1 and len(found) == len(value) else None
+        value = objects
+    if not isinstance(value, list | tuple) or len(value) < 2 or len(value) > len(ascii_uppercase):
+        return None
+    pairs = [_labelled(item, letter) for item, letter in zip(value, ascii_uppercase, strict=False)]
+    found = dict(pair for pair in pairs if pair)
+    return found if len(found) == len(value) else None
+
+
+def _in_a_text(text: str) -> Any:
+    """Options that one text lists, as JSON or as `a) 41, b) 42`; None if their labels do not follow one another."""
+    if text.strip()[:1] in ("[", "{"):
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            pass
+    parts = _IN_A_TEXT.split(text)
+    labels, texts = parts[1::2], [part.strip(" ,;\n]'\"") for part in parts[2::2]]
+    in_order = [label.upper() for label in labels] == list(ascii_uppercase[: len(labels)])
+    return dict(zip(labels, texts, strict=True)) if in_order and len(labels) > 1 else None
+
+
+def _labelled(item: Any, letter: str) -> tuple[str, str] | None:
+    if isinstance(item, Mapping):
+        label = next((as_text(item[key]) for key in _LABELS if key in item), None) or letter
+        text = next((as_text(item[key]) for key in _TEXTS if key in item), None)
+        return (label, text) if text else None
+    text = as_text(item)
+    if text is None:
+        return None
+    own = _LABELLED.fullmatch(text)
+    return (letter, own[2].strip()) if own and own[1].upper() == letter else (letter, text)
+
+
+def options_beside(row: Mapping[str, Any]) -> dict[str, str] | None:
+    """Options in fields of their own: `opa`, `opb`, ..; `A`, `B`, ..; `option_1`, `option_2`, .."""
+    stems: dict[str, dict[str, str]] = {}
+    for name, value in row.items():
+        match = _OWN_FIELD.fullmatch(str(name))
+        if match and (text := as_text(value)):
+            stems.setdefault(str(name)[: match.start(1)].lower(), {})[match[1].upper()] = text
+    for found in stems.values():
+        labels = sorted(found)
+        if len(labels) > 2 and labels[0] in "A01" and all(ord(b) - ord(a) == 1 for a, b in pairwise(labels)):
+            return {letter: found[label] for letter, label in zip(ascii_uppercase, labels, strict=False)}
+    return None
+
+
+def with_options(problem: str, options: Mapping[str, str]) -> str:
+    """The problem with its options, unless its text has them."""
+    if all(text in problem for text in options.values()):
+        return problem
+    return "\n".join([f"{problem.rstrip()}\n", *(f"{label}. {text}" for label, text in options.items())])
+
+
+def chosen(answers: Sequence[Any], options: Mapping[str, str]) -> str | None:
+    """The answer as the label of an option, or as its text, of those that fields give; places count from zero."""
+    labels = list(options)
+    for answer in answers:
+        text = (as_text(answer) or "").strip()
+        label = text.strip("().: ")
+        if text in options.values():
+            return text
+        if found := next((own for own in labels if label and own.upper() == label.upper()), None):
+            return found
+        if label.isdecimal() and int(label) < len(labels):
+            return labels[int(label)]
+    return None

@@ -1,0 +1,94 @@
+"""A row with what its fields mean: which of them may be its problem, its reply, its answer.
+
+Row({"question": "2+2?", "gold": "4"}).one("answer")                # (Field("gold"), "4")
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from rbfast.data.answers import as_text
+from rbfast.data.choices import options_beside, options_of
+from rbfast.data.fields import Field, meanings, value_at
+from rbfast.data.trace import TraceError
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row with what its fields mean. `fields` says of some what they mean; those mean nothing else."""
+
+    values: Mapping[str, Any]
+    fields: Mapping[str, str] = field(default_factory=dict)
+    teacher_field: str | None = None
+
+    def candidates(self, role: str) -> list[tuple[Field, Any]]:
+        """The fields with this meaning that hold something."""
+        if role in self.fields:
+            return [(Field(self.fields[role]), value_at(self.values, self.fields[role]))]
+        taken = set(self.fields.values())
+        found = meanings(tuple(map(str, self.values))).get(role, ())
+        return [
+            (one, self.values[one.name]) for one in found if one.name not in taken and _holds(self.values[one.name])
+        ]
+
+    @cached_property
+    def options(self) -> Mapping[str, str] | None:
+        """The options of a question of multiple choice, by their labels."""
+        named = next((found for _, value in self.candidates("options") if (found := options_of(value))), None)
+        return named or options_beside(self.values)
+
+    def choices(self) -> list[tuple[Field, Any]]:
+        """The fields that may say which option is right."""
+        return [*self.candidates("answer"), *self.candidates("choice"), *self.candidates("verdict")]
+
+    @property
+    def has_reply(self) -> bool:
+        return any(self.candidates(role) for role in ("reply", "reasoning"))
+
+    def unknown(self) -> list[tuple[str, Any]]:
+        """The fields of no known meaning that hold something."""
+        known = {one.name for fields in meanings(tuple(map(str, self.values))).values() for one in fields}
+        return [(str(name), value) for name, value in self.values.items() if name not in known and _holds(value)]
+
+    def inner_answers(self) -> list[tuple[Field, Any]]:
+        """Answers in the objects of the row, or in their JSON: `reward_model.ground_truth`."""
+        found = []
+        for name, value in self.values.items():
+            inner = object_in(value)
+            for one in meanings(tuple(map(str, inner))).get("answer", ()):
+                if _holds(inner[one.name]):
+                    found.append((Field(f"{name}.{one.name}", one.teacher), inner[one.name]))
+        return found
+
+    def one(self, role: str) -> tuple[Field, Any] | None:
+        """The field with this meaning, or None. Raises TraceError if several differ."""
+        return only(role, self.candidates(role))
+
+    def text(self, role: str) -> str | None:
+        """The first text or number with this meaning."""
+        return next((text for _, value in self.candidates(role) if (text := as_text(value)) is not None), None)
+
+
+def only(role: str, found: Sequence[tuple[Field, Any]]) -> tuple[Field, Any] | None:
+    if any(value != found[0][1] for _, value in found[1:]):
+        names = " and ".join(one.name for one, _ in found)
+        raise TraceError(
+            f"{role}: expected one field that it may be, got {names}; say which with --map {role}={found[0][0].name}"
+        )
+    return found[0] if found else None
+
+
+def object_in(value: Any) -> Mapping[str, Any]:
+    """An object, also one written as a short JSON text; empty for anything else."""
+    if isinstance(value, str) and value[:1] == "{" and len(value) < 10_000:
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return {}
+    return value if isinstance(value, Mapping) else {}
+
+
+def _holds(value: object) -> bool:
+    return value is not None and value != "" and not (isinstance(value, list | tuple | Mapping) and not value)

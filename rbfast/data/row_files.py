@@ -1,0 +1,175 @@
+"""The rows of files, one at a time, each with where it stands: JSON lines, JSON, Parquet, Arrow, gzipped or not, and
+folders of them.
+
+for where, row in rows_of_path(Path("data/"), "train"): ...             # ("data/train-0.parquet: row 0", {...})
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from rbfast.data.trace import TraceError
+from rbfast.utils.records import objects_of, show
+
+_LONGEST_LINE = 64 * 2**20  # bytes; 32k tokens with a top-20 each are a quarter of it
+_LINES = (".jsonl", ".ndjson")
+SUFFIXES = (*_LINES, ".json", ".parquet", ".arrow")
+KINDS = ".jsonl, .json, .parquet or .arrow file (.gz too)"
+
+Rows = Iterator[tuple[str, Any]]
+
+
+def is_file_of_rows(path: Path) -> bool:
+    return Path(path.name.removesuffix(".gz")).suffix in SUFFIXES
+
+
+def is_path_of_rows(text: str) -> bool:
+    """Whether a text names a file of rows, or a folder that is there, rather than anything else that has a name."""
+    return is_file_of_rows(Path(text)) or ("/" in text and Path(text).is_dir())
+
+
+def rows_of_path(path: Path, split: str, lenient: bool = False) -> Rows:
+    """The rows of a file, or of the files of a folder that hold the split; if `lenient`, a TraceError in place of a
+    line that is no JSON.
+
+    Raises TraceError for a file that is broken or of another kind.
+    """
+    if path.is_dir():
+        for file in _files_of(path, split):
+            yield from rows_of_path(file, split, lenient)
+        return
+    if not is_file_of_rows(path):
+        raise TraceError(f"{path}: expected a {KINDS}, got {path.suffix or 'no suffix'}")
+    readers: dict[str, Callable[[Path], Rows]] = {
+        ".json": partial(_rows_json, lenient=lenient),
+        ".parquet": _rows_parquet,
+        ".arrow": _rows_arrow,
+    }
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    try:
+        yield from readers.get(suffix, partial(_rows_jsonl, lenient=lenient))(path)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise TraceError(f"{path}: expected a whole gzip file: {error}") from error
+
+
+def _files_of(folder: Path, split: str) -> list[Path]:
+    """The files of a folder in order: what `save_to_disk` wrote, else those of the split, else all if no name tells a
+    split."""
+    if (folder / "dataset_dict.json").is_file():
+        if not (folder / split).is_dir():
+            names = ", ".join(sorted(inner.name for inner in folder.iterdir() if inner.is_dir()))
+            raise TraceError(f"{folder}: expected a split {split!r}, got {names}; name the folder of one split")
+        folder = folder / split
+    if (folder / "state.json").is_file():
+        state = _parse_json((folder / "state.json").read_bytes(), str(folder / "state.json"))
+        return [folder / str(entry["filename"]) for entry in state["_data_files"]]
+    found = [path for inner in (folder, folder / "data") for path in sorted(inner.glob("*")) if is_file_of_rows(path)]
+    found = [path for path in found if path.is_file() and not path.name.endswith("_infos.json")]
+    found = [path for path in found if path.name not in ("dataset_info.json", "dataset_dict.json", "state.json")]
+    if not found:
+        raise TraceError(f"{folder}: expected a folder with a {KINDS} in it, got none; name a file")
+    return [path for path in found if path.name.startswith(split)] or found
+
+
+def _open(path: Path) -> BinaryIO:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def _rows_jsonl(path: Path, lenient: bool) -> Rows:
+    with _open(path) as file:
+        number = 0
+        while line := file.readline(_LONGEST_LINE + 1):
+            number += 1
+            where = f"{path}:{number}"
+            if len(line) > _LONGEST_LINE:
+                raise TraceError(
+                    f"{where}: expected at most {_LONGEST_LINE} bytes in a line; is this one trace a line?"
+                )
+            if line.strip():
+                try:
+                    row = _parse_json(line, where)
+                except TraceError as error:
+                    if not lenient:
+                        raise
+                    row = error
+                yield where, row
+
+
+def _rows_json(path: Path, lenient: bool) -> Rows:
+    """The rows of a list, of an object that holds one list, or columns; or of a line each."""
+    with _open(path) as file:
+        data = file.read()
+    try:
+        value = _parse_json(data, str(path))
+    except TraceError:
+        if not _are_json_lines(data):
+            raise
+        yield from _rows_jsonl(path, lenient)
+        return
+    rows = value
+    if isinstance(value, dict):
+        lists = [inner for inner in value.values() if isinstance(inner, list)]
+        rows = lists[0] if len(lists) == 1 and all(isinstance(item, dict) for item in lists[0]) else objects_of(value)
+    if not isinstance(rows, list):
+        raise TraceError(f"{path}: expected a list of traces, got {show(value)}; name it .jsonl if it has one a line")
+    for number, row in enumerate(rows):
+        yield f"{path}: item {number}", row
+
+
+def _are_json_lines(data: bytes) -> bool:
+    """Whether the first line is a whole object."""
+    try:
+        return isinstance(json.loads(data.lstrip().split(b"\n", 1)[0].decode("utf-8-sig")), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _rows_parquet(path: Path) -> Rows:
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        with _open(path) as source, pyarrow.parquet.ParquetFile(source) as file:
+            for batch in file.iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    yield f"{path}: row {number}", row
+                    number += 1
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise TraceError(f"{path}: expected a Parquet file: {error}") from error
+
+
+def _rows_arrow(path: Path) -> Rows:
+    """The rows of an Arrow file, or stream, which is what `datasets` writes."""
+    import pyarrow
+
+    try:
+        with _open(path) as source:
+            is_file = source.read(6) == b"ARROW1"
+            source.seek(0)
+            opened = pyarrow.ipc.open_file(source) if is_file else pyarrow.ipc.open_stream(source)
+            batches = map(opened.get_batch, range(opened.num_record_batches)) if is_file else opened
+            number = 0
+            for batch in batches:
+                for row in batch.to_pylist():
+                    yield f"{path}: row {number}", row
+                    number += 1
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise TraceError(f"{path}: expected an Arrow file: {error}") from error
+
+
+def _parse_json(data: bytes, where: str) -> Any:
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise TraceError(
+            f"{where}: expected UTF-8, got byte {data[error.start]:#04x} at {error.start}; convert the file to UTF-8"
+        ) from None
+    except json.JSONDecodeError as error:
+        at = f"{where}, column {error.colno}" if error.lineno == 1 else f"{where}: line {error.lineno}"
+        raise TraceError(f"{at}: expected JSON: {error.msg}") from None
+    except (RecursionError, ValueError) as error:  # nested too deep; a number of thousands of digits
+        raise TraceError(f"{where}: expected JSON that can be read: {error}") from None

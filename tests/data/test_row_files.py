@@ -1,0 +1,80 @@
+"""Rows from files of every kind that traces come in, gzipped or not, and from folders of them."""
+
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+from trace_shapes import PLAIN, conversation
+
+from rbfast.cli.main import main
+from rbfast.data.readers import read_traces
+from rbfast.data.trace import TraceError
+from rbfast.grading.tasks import load_problems
+from rbfast.teacher.solutions import read_questions
+
+ROW = conversation(("user", PLAIN["problem"]), ("assistant", f"<think>{PLAIN['reasoning']}</think>42"))
+BROKEN = conversation(("user", PLAIN["problem"]), ("assistant", "<think>Hm"))
+ROWS = [ROW, BROKEN, ROW]
+
+
+def _write(path: Path) -> None:
+    table = datasets.Dataset.from_list(ROWS)
+    lines = "\n".join(map(json.dumps, ROWS))
+    kind = "".join(path.suffixes)
+    writers = {
+        ".parquet": lambda: table.to_parquet(path),
+        ".arrow": lambda: table.save_to_disk(path.parent / "saved"),
+        ".jsonl.gz": lambda: path.write_bytes(gzip.compress(lines.encode())),
+        ".ndjson": lambda: path.write_text(lines),
+        ".json": lambda: path.write_text(json.dumps({"version": 1, "data": ROWS})),
+        ".json.gz": lambda: path.write_bytes(gzip.compress(lines.encode())),
+    }
+    writers[kind]()
+    if kind == ".arrow":
+        next((path.parent / "saved").glob("*.arrow")).rename(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "second"),
+    [("t.parquet", "row 1"), ("t.arrow", "row 1"), ("t.jsonl.gz", ":2"), ("t.ndjson", ":2"), ("t.json", "item 1"),
+     ("t.json.gz", ":2")],
+)  # fmt: skip
+def test_every_kind_of_file_goes_on_past_a_bad_row(name: str, second: str, tmp_path: Path) -> None:
+    path, out = tmp_path / name, tmp_path / "out.jsonl"
+    _write(path)
+    assert main(["convert", str(path), "-o", str(out)]) == 0
+    assert [trace.to_dict() for trace in read_traces(out)] == [PLAIN] * 2
+    [unread] = [json.loads(line) for line in (tmp_path / "out.unreadable.jsonl").read_text().splitlines()]
+    assert second in unread["where"] and "never closed" in unread["reason"]
+
+
+def test_folders_are_read_by_their_split(tmp_path: Path) -> None:
+    train, test = datasets.Dataset.from_list([ROW] * 3), datasets.Dataset.from_list([ROW])
+    datasets.DatasetDict(train=train, test=test).save_to_disk(tmp_path / "saved")
+    assert len(read_traces(tmp_path / "saved")) == 3
+    assert len(read_traces(tmp_path / "saved", split="test")) == 1
+    assert len(read_traces(tmp_path / "saved" / "train")) == 3
+    with pytest.raises(TraceError, match="expected a split 'dev', got test, train; name the folder of one split"):
+        read_traces(tmp_path / "saved", split="dev")
+    (tmp_path / "clone" / "data").mkdir(parents=True)
+    for name, table in (("train-00000-of-00002", train), ("train-00001-of-00002", test), ("test-00000-of-00001", test)):
+        table.to_parquet(tmp_path / "clone" / "data" / f"{name}.parquet")
+    assert len(read_traces(tmp_path / "clone")) == 4
+
+
+def test_problems_come_from_the_same_files(tmp_path: Path) -> None:
+    rows = [{"question": "2+2?", "choices": ["3", "4"], "answer": 1}, {"question": "Is it?", "answer": True}]
+    (tmp_path / "set.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    asked = "2+2?\n\nA. 3\nB. 4"
+    problems = load_problems(str(tmp_path / "set.jsonl.gz"), None, 0)
+    assert [(problem.question, problem.answer) for problem in problems] == [(asked, "B"), ("Is it?", "True")]
+    assert [question.text for question in read_questions(str(tmp_path / "set.jsonl.gz"))] == [asked, "Is it?"]
+    assert len(load_problems(str(tmp_path), None, 0)) == 2
+
+
+def test_a_torn_gzip_file_says_so(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(json.dumps(ROW).encode())[:-9])
+    with pytest.raises(TraceError, match=r"t\.jsonl\.gz: expected a whole gzip file"):
+        read_traces(tmp_path / "t.jsonl.gz")

@@ -1,0 +1,259 @@
+"""Shapes that no list names, read by what their fields mean: what APIs write, options, verdicts, rendered text."""
+
+import json
+from typing import Any
+
+import pytest
+from trace_shapes import PLAIN, QUESTION, SYSTEM, THOUGHT, conversation
+
+from rbfast.data.answers import stated_answer
+from rbfast.data.formats import interpret, question_of
+from rbfast.data.trace import Trace, TraceError
+
+SAID = "It is \\boxed{42}."
+TAGGED = f"<think>{THOUGHT}</think>{SAID}"
+WRONG = TAGGED.replace("42", "41")
+ASKED: list[dict[str, Any]] = [{"role": "user", "content": QUESTION}]
+REPLIED = [{"role": "assistant", "content": TAGGED}]
+EARLIER = {"turns": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+CHATML = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+GEMINI_ASKED = {"role": "user", "parts": [{"text": QUESTION}]}
+GEMINI_SAID = {"role": "model", "parts": [{"text": THOUGHT, "thought": True}, {"text": SAID}]}
+GEMINI_SYSTEM = {"parts": [{"text": SYSTEM}]}
+OUTPUT = [
+    {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": THOUGHT}]},
+    {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": SAID}]},
+]
+CLAUDE_SAID = [{"type": "thinking", "thinking": THOUGHT}, {"type": "text", "text": SAID}]
+BEDROCK = [{"reasoningContent": {"reasoningText": {"text": THOUGHT}}}, {"text": SAID}]
+
+SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "gemini": ({"contents": [GEMINI_ASKED, GEMINI_SAID], "systemInstruction": GEMINI_SYSTEM}, {"system": SYSTEM}),
+    "gemini batch": (
+        {
+            "request": {"contents": [GEMINI_ASKED], "systemInstruction": GEMINI_SYSTEM},
+            "response": {"candidates": [{"content": GEMINI_SAID, "finishReason": "STOP"}], "modelVersion": "g-1"},
+        },
+        {"system": SYSTEM, "teacher": "g-1"},
+    ),
+    "responses": ({"input": QUESTION, "output": OUTPUT, "instructions": SYSTEM}, {"system": SYSTEM}),
+    "responses batch": (
+        {
+            "custom_id": "7",
+            "body": {"input": QUESTION, "instructions": SYSTEM},
+            "response": {"body": {"output": OUTPUT}},
+        },
+        {"system": SYSTEM, "id": "7"},
+    ),
+    "claude's request and response": (
+        {
+            "request": {"system": [{"type": "text", "text": SYSTEM}], "messages": ASKED},
+            "response": {"content": CLAUDE_SAID, "stop_reason": "end_turn"},
+        },
+        {"system": SYSTEM},
+    ),
+    "bedrock": (
+        {"system": [{"text": SYSTEM}], "messages": [*ASKED, {"role": "assistant", "content": BEDROCK}]},
+        {"system": SYSTEM},
+    ),
+    "channels": (
+        {
+            "messages": [
+                *ASKED,
+                {"role": "assistant", "channel": "analysis", "content": THOUGHT},
+                {"role": "assistant", "channel": "final", "content": SAID},
+            ]
+        },
+        {},
+    ),
+    "authors": ({"messages": [{"author": {"role": "user"}, "content": {"parts": [QUESTION]}}, *REPLIED]}, {}),
+    "a list of messages": ([*ASKED, *REPLIED], {}),
+    "pairs": ({"conversation": [["Hi", "Hello"], [QUESTION, TAGGED]]}, EARLIER),
+    "history": ({"instruction": QUESTION, "input": "", "output": TAGGED, "history": [["Hi", "Hello"]]}, EARLIER),
+    "preferred": ({"chosen": [*ASKED, *REPLIED], "rejected": [*ASKED, {"role": "assistant", "content": WRONG}]}, {}),
+    "preferred output": (
+        {
+            "input": {"messages": ASKED},
+            "preferred_output": REPLIED,
+            "non_preferred_output": [{"role": "assistant", "content": "41"}],
+        },
+        {},
+    ),
+    "one object in another": (
+        {"doc_id": 1, "doc": {"question": QUESTION, "answer": "#### 42"}, "resps": [[TAGGED]]},
+        {},
+    ),
+    "messages of no known name": ({"problem": QUESTION, "solution": "Add.", "rewritten": [*ASKED, *REPLIED]}, {}),
+    "a reply of no known name": ({"question": QUESTION, "combined": TAGGED, "note": "x"}, {}),
+    "a reply as JSON": ({"prompt": QUESTION, "response": json.dumps({"thought": THOUGHT, "final_answer": "42"})}, {}),
+    "a reply as an object": ({"prompt": QUESTION, "response": {"content": SAID, "reasoning_content": THOUGHT}}, {}),
+    "analysis and final": (
+        {"developer": SYSTEM, "user": QUESTION, "analysis": THOUGHT, "final": SAID},
+        {"system": SYSTEM},
+    ),
+    "camels": ({"userPrompt": QUESTION, "ReasoningTrace": THOUGHT, "modelAnswer": SAID}, {}),
+    "nobody's name": (
+        {"question": QUESTION, "model_reasoning": THOUGHT, "model_answer": SAID, "model_name": "M"},
+        {"teacher": "M"},
+    ),
+    "letters": ({"q": QUESTION, "cot": THOUGHT, "a": 42}, {}),
+    "chinese": ({"问题": QUESTION, "思考": THOUGHT, "答案": "42"}, {}),
+    "a prompt that repeats the problem": (
+        {"problem": QUESTION, "prompt": f"{QUESTION} Box it.", "response": TAGGED},
+        {},
+    ),
+    "native names, tags in them": ({"problem": QUESTION, "reasoning": f"<think>{THOUGHT}</think>", "answer": SAID}, {}),
+    "native names, a switch": ({"problem": QUESTION, "reasoning": "on", "answer": TAGGED}, {}),
+    "steps": ({"problem": QUESTION, "steps": [{"text": THOUGHT}], "answer": "42"}, {}),
+    "chatml": (
+        {"text": f"<|im_start|>system\n{SYSTEM}<|im_end|>\n{CHATML}{TAGGED}<|im_end|>\n"},
+        {"system": SYSTEM},
+    ),
+    "s1 tokenized": (
+        {
+            "question": QUESTION,
+            "text": f"{CHATML}<|im_start|>think\n{THOUGHT}\n<|im_start|>answer\n{SAID}<|im_end|>",
+        },
+        {},
+    ),
+    "a rendered prompt": (
+        {
+            "prompt": f"<｜begin▁of▁sentence｜><｜User｜>{QUESTION}<｜Assistant｜><think>\n",
+            "completion": f"{THOUGHT}\n</think>\n{SAID}",
+        },
+        {},
+    ),
+    "alpaca's text": ({"text": f"Do it.\n\n### Instruction:\n{QUESTION}\n\n### Response:\n{TAGGED}"}, {}),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_shape_without_a_name_is_read(name: str) -> None:
+    row, changes = SHAPES[name]
+    assert [Trace.from_dict(found) for found in interpret(row).rows] == [Trace.from_dict(PLAIN | changes)]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        f"<seed:think>{THOUGHT}</seed:think>{SAID}",
+        f"<|channel>thought\n{THOUGHT}<channel|>{SAID}",
+        f"<|inner_prefix|>{THOUGHT}<|inner_suffix|>{SAID}",
+        f"<|START_THINKING|>{THOUGHT}<|END_THINKING|><|START_RESPONSE|>{SAID}<|END_RESPONSE|>",
+        f"Here is my thought process:\n{THOUGHT}\n\nHere is my response:\n{SAID}",
+        f"<deep_think>{THOUGHT}</deep_think>42",
+        f"{THOUGHT}<|END_THINKING|>42",
+    ],
+)
+def test_thinking_is_known_in_the_marks_of_many_models(reply: str) -> None:
+    assert interpret({"prompt": QUESTION, "response": reply}).rows == [PLAIN]
+
+
+@pytest.mark.parametrize(
+    ("fields", "verdict"),
+    [
+        ({"label": False}, False),
+        ({"label": 0}, None),
+        ({"reward": 1.0}, True),
+        ({"r1_correctness": "False"}, False),
+        ({"judgement": "right"}, True),
+        ({"verifier_score": 0.4}, None),
+    ],
+)
+def test_a_verdict_on_the_only_reply_counts(fields: dict[str, Any], verdict: bool | None) -> None:
+    assert interpret({"prompt": QUESTION, "completion": TAGGED, **fields}).rows[0].get("verified") is verdict
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"responses": [WRONG, TAGGED], "rewards": [0.0, 1.0]},
+        {"samples": [{"text": WRONG, "correct": False}, {"text": TAGGED, "correct": True}]},
+        {"samples": [{"messages": [*ASKED, *REPLIED], "passed": True}]},
+    ],
+)
+def test_the_right_generation_is_taken_by_any_kind_of_verdict(row: Any) -> None:
+    assert interpret({"problem": QUESTION, **row}).rows == [PLAIN | {"verified": True}]
+
+
+def test_generations_that_cannot_be_read_say_why() -> None:
+    with pytest.raises(TraceError, match="<think> is opened and never closed"):
+        interpret({"problem": QUESTION, "generations": ["<think>Hm"]})
+
+
+# --------------------------------------------------------------------------------------------------- multiple choice
+
+
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        ({"choices": ["41", "42"], "answer": 1}, "B"),
+        ({"choices": {"text": ["41", "42"], "label": ["A", "B"]}, "answerKey": "B"}, "B"),
+        ({"options": {"A": "41", "B": "42"}, "answer": "42", "answer_idx": "B"}, "42"),
+        ({"options": ["A)41", "B)42"], "correct": "B"}, "B"),
+        ({"options": "A ) 41 , B ) 42", "correct": "b"}, "B"),
+        ({"options": [{"label": "A", "text": "41"}, {"label": "B", "text": "42"}], "answer": "(B)"}, "B"),
+    ],
+)
+def test_the_options_are_part_of_the_problem(row: Any, answer: str) -> None:
+    asked = f"{QUESTION}\n\nA. 41\nB. 42"
+    assert question_of({"question": QUESTION, **row}) == {"problem": asked, "answer": answer}
+    [found] = interpret({"question": QUESTION, "rationale": THOUGHT, **row}).rows
+    assert (found["problem"], found["reasoning"], found["answer"]) == (asked, THOUGHT, answer)
+
+
+def test_options_in_fields_of_their_own_and_in_the_problem() -> None:
+    row = {"question": QUESTION, "opa": "40", "opb": "41", "opc": "42", "cop": 2, "exp": ""}
+    assert question_of(row) == {"problem": f"{QUESTION}\n\nA. 40\nB. 41\nC. 42", "answer": "C"}
+    listed = f"{QUESTION} (A) 41 (B) 42"
+    assert question_of({"question": listed, "choices": ["41", "42"], "answer": "B"})["problem"] == listed
+
+
+# ------------------------------------------------------------------------------------------------------------ answers
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"reward_model": {"ground_truth": "42", "style": "rule"}},
+        {"reward_model": {"ground_truth": '["42"]'}},
+        {"verification_info": '{"ground_truth": "42"}'},
+        {"verification_info": {"answer": {"value": "42"}}},
+        {"ground_truth": ["42"]},
+        {"extra_info": {"answer": "Add.\n#### 42", "index": 0}},
+    ],
+)
+def test_the_known_answer_is_found_where_rewards_keep_it(row: Any) -> None:
+    assert question_of({"prompt": ASKED, **row}) == {"problem": QUESTION, "answer": "42"}
+    assert interpret({"prompt": ASKED, "response": TAGGED, **row}).rows == [PLAIN | {"reference": "42"}]
+
+
+def test_a_known_answer_beside_the_question_outlives_the_reply() -> None:
+    info = {"reference_answer": "43", "think_content": None}
+    messages = [{**ASKED[0], "info": info}, {**REPLIED[0], "info": {"reference_answer": None}}]
+    assert interpret({"messages": messages}).rows == [PLAIN | {"reference": "43"}]
+
+
+def test_a_heading_is_no_answer_and_a_reply_without_one_is_whole() -> None:
+    reply = "#### 1. Add\nTens first.\n\n#### 2. Check\nIt holds."
+    assert stated_answer(reply) is None
+    assert stated_answer("Add.\n#### 42\nThe answer is: 42") == "42"
+    assert stated_answer("Add.\nFinal Answer: The final answer is $42$. I hope it is correct.") == "42"
+    assert stated_answer("Add.\n\n**Final Answer**\n42") == "42"
+    found = interpret({"question": QUESTION, "complex_cot": THOUGHT, "response": reply}).rows
+    assert found == [PLAIN | {"answer": reply}]
+
+
+def test_what_cannot_be_read_says_what_is_missing() -> None:
+    worked = {"question": QUESTION, "answer": "Add them.\nIt makes forty-two."}
+    with pytest.raises(
+        TraceError, match=r"answer: expected working that marks its answer .*, got answer without a mark"
+    ):
+        interpret(worked)
+    with pytest.raises(TraceError, match="history: expected turns before the problem, got str 'Hi'; leave the row out"):
+        interpret({"prompt": QUESTION, "response": TAGGED, "history": "Hi"})
+    with pytest.raises(TraceError, match="got the error dict"):
+        interpret({"request": {"messages": ASKED}, "response": None, "error": {"code": 500}})
+    unrelated = {"question": QUESTION, "response": TAGGED, "error": "1e-3"}
+    assert interpret(unrelated).rows == [PLAIN]
+    assert interpret(conversation(("user", QUESTION), ("assistant", TAGGED))).name == "conversations"
