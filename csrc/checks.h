@@ -37,8 +37,8 @@ T* mutable_data(const Tensor& tensor) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// x itself if it is dense, else a copy. Torch is asked for a copy alone: it looks the op up by its name at every call.
-inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+// x itself if it is contiguous, else a copy. Torch's own looks the op up by its name at every call, copy or not.
+inline Tensor packed(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
 // x itself if its rows are dense, else a copy.
 inline Tensor dense_rows(const Tensor& x) {
