@@ -275,7 +275,8 @@ class ColumnDelta(nn.Module):
                 f"a {type(linear).__name__} with a delta returned a {type(y).__name__}, expected a tensor; leave it "
                 "out of targets"
             )
-        x, cols, (a, b) = input_of(args, kwargs), self._buffers["cols"], self._factors
+        x, (a, b) = input_of(args, kwargs), self._factors
+        cols: Any = self._buffers["cols"]
         xs = self._gather(x, cols, self.run, y.dtype)
         if self.folds:
             return ops.column_tap(y, xs, a, b, self.scale)
