@@ -37,7 +37,10 @@ T* mutable_data(const Tensor& tensor) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// x itself where its rows are dense, else a copy.
+// x itself if it is contiguous, else a copy. Torch's own looks the op up by its name at every call, copy or not.
+inline Tensor packed(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+// x itself if its rows are dense, else a copy.
 inline Tensor dense_rows(const Tensor& x) {
   return x.stride(1) == 1 || x.size(1) < 2 ? x : torch::stable::contiguous(x);
 }

@@ -21,15 +21,16 @@ Tensor checked_columns(const char* op, const Tensor& cols, int64_t width, int64_
   expect(cols.dim() == 1 && cols.scalar_type() == ScalarType::Long, op, ": cols must be int64 with 1 dimension, got ",
          torch::headeronly::toString(cols.scalar_type()), " with ", cols.dim());
   expect_run(op, cols.size(0), run);
-  const Tensor dense = torch::stable::contiguous(cols);
-  const int64_t* index = data<int64_t>(dense);
-  for (int64_t j = 0; j < dense.size(0); ++j) {
-    expect(index[j] >= 0 && index[j] < width, op, ": cols must lie in [0, ", width, "), got ", index[j],
-           " at position ", j);
-    expect(index[j] % run == j % run && index[j] / run == index[j / run * run] / run, op,
-           ": cols must come in aligned runs of ", run, ", got ", index[j], " at position ", j);
+  const Tensor result = packed(cols);
+  const int64_t* index = data<int64_t>(result);
+  const int64_t count = cols.size(0), low_bits = run - 1;
+  for (int64_t j = 0; j < count; ++j) {
+    const int64_t column = index[j], within = j & low_bits;
+    expect(column >= 0 && column < width, op, ": cols must lie in [0, ", width, "), got ", column, " at position ", j);
+    expect((column & low_bits) == within && column - index[j - within] == within, op,
+           ": cols must come in aligned runs of ", run, ", got ", column, " at position ", j);
   }
-  return dense;
+  return result;
 }
 
 // Where each column starts in a row of x, in elements.
@@ -122,7 +123,7 @@ std::tuple<Tensor, Tensor> column_grad(const Tensor& dy, const Tensor& xs, const
   expect_delta(op, A, B, xs.size(1), dy.size(1));
   const int64_t tokens = dy.size(0), out = dy.size(1), s = xs.size(1), k = A.size(0), width = k * (out + s);
   const int64_t size = group_size(tokens), groups = std::max<int64_t>(1, ceil_div(tokens, size));
-  const Tensor y = dense_rows(dy), x = dense_rows(xs), a = torch::stable::contiguous(A), bt = transposed(B);
+  const Tensor y = dense_rows(dy), x = dense_rows(xs), a = packed(A), bt = transposed(B);
   const Tensor hidden = floats(dy, 2 * tokens, k), sums = floats(dy, groups, width);
   float* total = mutable_data<float>(sums);  // a row is one group's dB^T [k, out] and dA [k, s]
   std::fill_n(total, width, 0.0f);
@@ -168,7 +169,7 @@ void column_linear_(Tensor y, const Tensor& xs, const Tensor& A, const Tensor& B
   expect_delta(op, A, B, xs.size(1), y.size(1));
   expect_writable(op, "y", y);
   const int64_t tokens = y.size(0), out = y.size(1), k = A.size(0);
-  const Tensor x = dense_rows(xs), a = torch::stable::contiguous(A), bt = transposed(B), hidden = floats(y, tokens, k);
+  const Tensor x = dense_rows(xs), a = packed(A), bt = transposed(B), hidden = floats(y, tokens, k);
   Tensor target = dense_rows(y);
   const int64_t ld = target.stride(0);
   const Isa isa = active_isa();
@@ -195,7 +196,7 @@ void column_scatter_(Tensor dx, const Tensor& dy, const Tensor& cols, const Tens
   const Tensor offsets = checked_offsets(op, cols, dx, run);
   const int64_t tokens = dx.size(0), s = offsets.size(0), k = A.size(0), row = dx.stride(0);
   const int64_t together = dx.stride(1) == 1 ? run : 1;
-  const Tensor y = dense_rows(dy), a = torch::stable::contiguous(A), bt = transposed(B), hidden = floats(dx, tokens, k);
+  const Tensor y = dense_rows(dy), a = packed(A), bt = transposed(B), hidden = floats(dx, tokens, k);
   const Isa isa = active_isa();
   for_each_type(dx.scalar_type(), [&](auto dx_type) {
     for_each_type(dy.scalar_type(), [&](auto dy_type) {
@@ -221,7 +222,7 @@ void column_fold_(Tensor weight, const Tensor& base_columns, const Tensor& cols,
   expect_delta(op, A, B, cols.numel(), weight.size(0));
   expect_writable(op, "weight", weight);
   const Tensor offsets = checked_offsets(op, cols, weight, run), base = dense_rows(base_columns);
-  const Tensor a = torch::stable::contiguous(A), b = scaled(B, static_cast<float>(scale));
+  const Tensor a = packed(A), b = scaled(B, static_cast<float>(scale));
   const int64_t s = offsets.size(0), k = A.size(0), row = weight.stride(0), ld = base.stride(0);
   const int64_t together = weight.stride(1) == 1 ? run : 1;
   const Isa isa = active_isa();

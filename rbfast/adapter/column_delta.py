@@ -22,7 +22,10 @@ from rbfast.adapter.first_step import BypassWatch
 from rbfast.models.linears import is_transposed, matrix_shape, matrix_view
 from rbfast.models.weight_use import input_of, own_weight
 
+_META = torch.device("meta")
 _DELTA = "_rbfast_delta"  # the attribute of a linear that holds its ColumnDelta
+# What changes with a write to the weight (None: the layer computes it), with a write to A or B, and with a move.
+_Stamp = tuple[tuple[int, int, torch.dtype] | None, tuple[int, int], tuple[torch.device, torch.device]]
 _WRITTEN = (
     "the weight of a {kind} was changed while a delta is folded into it, and it holds neither the base's values nor "
     'those with the delta; detach the adapter before you change the base, or attach with mode="side"'
@@ -85,10 +88,9 @@ class ColumnDelta(nn.Module):
         shape = matrix_shape(linear)
         assert shape is not None, "only matrices get a delta"
         self.run = ops.run_of(delta.cols, shape[1])
-        self._versions: tuple[int, int] | None = None
-        self._written: tuple[int, int, torch.dtype] | None = None  # the weight as the last fold left it
+        self._folded = self._stamp()  # after the last fold
+        self._seen: _Stamp | None = None  # at the last forward, or after the fold since
         self.watch: BypassWatch | None = None
-        self._masters = (self.A, self.B)  # read in every forward: nn.Module's own attribute lookup is slow
         self._gather = gather
         gather.members += 1
         if fold:
@@ -116,11 +118,13 @@ class ColumnDelta(nn.Module):
 
     def _follow_base(self) -> None:
         """Moves the delta to the base's device: model.to(device) does not reach it."""
+        device = self._device()
+        if device not in (self.A.device, _META):
+            self.to(device)
+
+    def _device(self) -> torch.device:
         weight = own_weight(self.linear)
-        if weight is None:
-            weight = next(self.linear.parameters(), self._masters[0])
-        if weight.device != self._masters[0].device and not weight.is_meta:
-            self.to(weight.device)
+        return (weight if weight is not None else next(self.linear.parameters(), self.A)).device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ColumnDelta":
         """Moves, and never casts: A and B are fp32, and the kept columns have the bits of the base."""
@@ -137,8 +141,7 @@ class ColumnDelta(nn.Module):
         weight = self.weight
         self._take_cast(weight)
         ops.column_fold_(weight, self.base_columns, self.cols, self.A, self.B, self.scale, self.run)
-        self._versions = self.A._version, self.B._version
-        self._written = self._stamp()
+        self._folded = self._seen = self._stamp()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -146,15 +149,23 @@ class ColumnDelta(nn.Module):
         weight = self.weight
         self._take_cast(weight)
         ops.column_fold_(weight, self.base_columns, self.cols, self.A[:0], self.B[:, :0], self.scale, self.run)
-        self._written = self._stamp()
 
     def _take_cast(self, weight: Tensor) -> None:
         """The kept columns are cast if the model was: they are what its weight would be without a delta."""
         self.base_columns = self.base_columns.to(weight.dtype)
 
-    def _stamp(self) -> tuple[int, int, torch.dtype]:
-        weight: Any = self.linear.weight
-        return id(weight), 0 if weight.is_inference() else weight._version, weight.dtype
+    def _stamp(self) -> _Stamp:
+        weight, (a, b) = own_weight(self.linear), self._factors
+        if weight is None:
+            return None, (a._version, b._version), (self._device(), a.device)
+        version = 0 if weight.is_inference() else weight._version
+        return (id(weight), version, weight.dtype), (a._version, b._version), (weight.device, a.device)
+
+    @property
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """A and B; nn.Module's own lookup of an attribute is slow for what every forward does."""
+        own: Any = self._parameters
+        return own["A"], own["B"]
 
     @property
     def attached(self) -> bool:
@@ -198,8 +209,10 @@ class ColumnDelta(nn.Module):
     def _before(self, linear: nn.Module, args: tuple) -> None:
         if torch.compiler.is_compiling() or not self.enabled:
             return
-        self._follow_base()
-        self.catch_up()
+        if self._seen != self._stamp():
+            self._follow_base()
+            self.catch_up()
+            self._seen = self._stamp()
         if self.watch is not None and torch.is_grad_enabled():
             self.watch.saw(self)
 
@@ -210,9 +223,9 @@ class ColumnDelta(nn.Module):
         """
         if not (self.folds and self.enabled):
             return
-        a, b = self._masters
-        is_changed = self._versions != (a._version, b._version)
-        if self._written != self._stamp() and self._is_here():
+        (weight, delta, _), (folded_weight, folded_delta, _) = self._stamp(), self._folded
+        is_changed = delta != folded_delta
+        if weight != folded_weight and self._is_here():
             self._take_base(trusts=is_changed)
         elif is_changed:
             self.fold()
@@ -262,11 +275,12 @@ class ColumnDelta(nn.Module):
                 f"a {type(linear).__name__} with a delta returned a {type(y).__name__}, expected a tensor; leave it "
                 "out of targets"
             )
-        x = input_of(args, kwargs)
-        xs = self._gather(x, self.cols, self.run, y.dtype)
+        x, (a, b) = input_of(args, kwargs), self._factors
+        cols: Any = self._buffers["cols"]
+        xs = self._gather(x, cols, self.run, y.dtype)
         if self.folds:
-            return ops.column_tap(y, xs, self.A, self.B, self.scale)
-        return ops.column_side(y, x, xs, self.cols, self.A, self.B, self.scale, self.run)
+            return ops.column_tap(y, xs, a, b, self.scale)
+        return ops.column_side(y, x, xs, cols, a, b, self.scale, self.run)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
@@ -305,4 +319,5 @@ def unhooked(model: nn.Module) -> Iterator[None]:
 
 def _gather(x: Tensor, cols: Tensor, run: int, dtype: torch.dtype) -> Tensor:
     x = x.detach()
-    return ops.column_gather(x.reshape(-1, x.shape[-1]), cols, run).to(dtype)
+    xs = ops.column_gather(x.reshape(-1, x.shape[-1]), cols, run)
+    return xs if xs.dtype == dtype else xs.to(dtype)

@@ -79,6 +79,8 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def input_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """The tensor that a layer was called with, by place or by name."""
+    if args and isinstance(args[0], Tensor):
+        return args[0]
     given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if not given or (not args and len(given) > 1):
         raise TypeError(

@@ -100,17 +100,18 @@ if not torch.version.hip:
     for _name in _PRODUCTS:
         _LIBRARY.impl(_name, getattr(head_gemm, _name), "CUDA")
 
-column_gather = torch.ops.rbfast.column_gather
-column_grad = torch.ops.rbfast.column_grad
-column_linear_ = torch.ops.rbfast.column_linear_
-column_scatter_ = torch.ops.rbfast.column_scatter_
-column_fold_ = torch.ops.rbfast.column_fold_
-head_forward_ = torch.ops.rbfast.head_forward_
-head_backward = torch.ops.rbfast.head_backward
-head_grad_ = torch.ops.rbfast.head_grad_
-scale_ = torch.ops.rbfast.scale_
-row_thresholds = torch.ops.rbfast.row_thresholds
-divergence_rows_ = torch.ops.rbfast.divergence_rows_
+# The overload itself: through the packet torch looks it up at every call.
+column_gather = torch.ops.rbfast.column_gather.default
+column_grad = torch.ops.rbfast.column_grad.default
+column_linear_ = torch.ops.rbfast.column_linear_.default
+column_scatter_ = torch.ops.rbfast.column_scatter_.default
+column_fold_ = torch.ops.rbfast.column_fold_.default
+head_forward_ = torch.ops.rbfast.head_forward_.default
+head_backward = torch.ops.rbfast.head_backward.default
+head_grad_ = torch.ops.rbfast.head_grad_.default
+scale_ = torch.ops.rbfast.scale_.default
+row_thresholds = torch.ops.rbfast.row_thresholds.default
+divergence_rows_ = torch.ops.rbfast.divergence_rows_.default
 
 
 @torch.library.register_fake("rbfast::column_gather", lib=_LIBRARY)
@@ -142,6 +143,16 @@ for _name in ("column_linear_", "column_scatter_", "column_fold_", "head_forward
     torch.library.register_fake(f"rbfast::{_name}", lambda *args: None, lib=_LIBRARY)
 
 
+def _first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """once_differentiable, whose no_grad takes longer than a backward that keeps no graph needs beside its op."""
+    once = once_differentiable(backward)
+
+    def call(ctx: Any, *grads: Tensor) -> Any:
+        return (once if torch.is_grad_enabled() else backward)(ctx, *grads)
+
+    return call
+
+
 class _ColumnTap(torch.autograd.Function):
     """The identity on y [..., out], whose backward computes dA and dB of a delta that is already in the weight."""
 
@@ -152,7 +163,7 @@ class _ColumnTap(torch.autograd.Function):
         return y.detach()  # an alias that autograd does not count as a view, so that y may be changed in place later
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         xs, A, B = ctx.saved_tensors
         dA, dB = column_grad(dy.reshape(-1, dy.shape[-1]), xs, A, B, ctx.scale)
@@ -173,7 +184,7 @@ class _ColumnSide(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         xs, cols, A, B = ctx.saved_tensors
         rows = dy.reshape(-1, dy.shape[-1])

@@ -155,6 +155,19 @@ def test_the_delta_follows_the_base_to_its_device(monkeypatch, mode):
     assert moves == [torch.device("cuda:1")]
 
 
+def test_a_delta_that_was_moved_away_comes_back_to_its_base(monkeypatch):
+    model = llama()
+    site = next(iter(attach(model, mode="side").sites().values()))
+    moves = []
+    monkeypatch.setattr(ColumnDelta, "to", lambda site, device: moves.append(device))
+    model(**batch())
+    assert moves == []
+    with FakeTensorMode():
+        site.A = nn.Parameter(torch.empty(site.A.shape, device="cuda:1"))
+    site._before(site.linear, ())
+    assert moves == [torch.device("cpu")]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

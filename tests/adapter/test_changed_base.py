@@ -3,8 +3,10 @@
 import pytest
 import torch
 from tiny_models import attach, batch, disturb, gpt2, llama, same_bits, snapshot
+from torch.nn.utils import parametrizations
 
 from rbfast.adapter.adapter_files import write_lora
+from rbfast.adapter.column_delta import ColumnDelta
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -102,6 +104,32 @@ def test_a_weight_written_by_hand_is_seen_by_the_next_forward_and_by_merge():
     for act in (lambda: model(**batch()), adapter.merge):
         with pytest.raises(RuntimeError, match="was changed while a delta is folded into it"):
             act()
+
+
+def test_a_weight_that_its_layer_computes_from_now_on_is_refused():
+    model = llama()
+    attach(model)
+    model(**batch())
+    parametrizations.orthogonal(model.model.layers[0].mlp.up_proj)
+    with pytest.raises(RuntimeError, match="no longer a plain floating tensor"):
+        model(**batch())
+
+
+def test_a_forward_after_which_nothing_changed_compares_no_weights(monkeypatch):
+    model = llama()
+    adapter = attach(model)
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    model(**batch()).loss.backward()
+    looks = []
+    monkeypatch.setattr(ColumnDelta, "catch_up", lambda site: looks.append(site))
+    model(**batch())
+    optimizer.step()  # folds, and knows what it wrote
+    model(**batch())
+    assert looks == []
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(2)
+    model(**batch())
+    assert looks == [adapter.sites()["model.layers.1.mlp.up_proj"]]
 
 
 def test_an_optimizer_that_trains_a_folded_weight_is_refused():

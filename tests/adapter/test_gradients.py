@@ -163,6 +163,16 @@ def test_autocast_trains(mode):
     assert 0 < error(half, full) < 8 * torch.finfo(torch.bfloat16).eps
 
 
+@pytest.mark.parametrize("mode", ["fold", "side"])
+def test_a_gradient_of_the_gradient_is_refused(mode):
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    adapter = attach(model, density=0.3, mode=mode)
+    disturb(adapter)
+    gradients = torch.autograd.grad(model(torch.randn(5, 8)).sum(), list(adapter.parameters()), create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        sum(gradient.sum() for gradient in gradients).backward()
+
+
 def test_accumulated_gradients_are_the_sum():
     model = llama()
     adapter = attach(model)
