@@ -1,14 +1,13 @@
 // Words and hashes of mathematical text, so that two typings of one problem give the same tokens.
 //
 // The text comes folded (rbfast/curation/text.py): lower case, in UTF-8, and every character beyond ASCII belongs to a
-// word. A token is a word, a run of digits, a sign, or the name of a LaTeX command. What only sets type (\left, \text,
-// dollars, braces, Asymptote figures, round brackets that hold no sign) gives no token, and \frac12 reads as TeX does:
-// frac 1 2. rbfast/curation/text_reference.py says the same in Python and is the oracle of the tests.
+// word. A token is a word, a numeral, a sign, or the name of a LaTeX command. What only sets type (\left, \text,
+// dollars, Asymptote figures, brackets that group nothing) gives no token, and \frac12 reads as TeX does: frac 1 2.
+// Braces are round brackets. rbfast/curation/text_reference.py says the same in Python and is the oracle of the tests.
 #pragma once
 
 #include <cstdint>
 #include <string_view>
-#include <utility>
 #include <vector>
 
 namespace rbfast {
@@ -64,6 +63,10 @@ struct Token {
   char sign;
 };
 
+// The signs of braces, whose hashes are those of round brackets: one that opens what a command, ^ or / takes as one,
+// and one that closes.
+constexpr char kArgument = '\x02', kEnd = '\x03';
+
 inline Token token_of(std::string_view token) {
   const char sign = token.size() == 1 ? token[0] : token == "frac" ? 'F' : '\0';
   return {hash_token(token), sign};
@@ -89,9 +92,11 @@ class Reader {
       else if (is_word(c))
         word();
       else if (is_digit(c))
-        digits(masked_ ? numeral_end() : run(at_, is_digit));
+        digits(masked_ ? numeral_end() : with_point(run(at_, is_digit)));
       else if (figures_ && starts(kOpen))
         figure();
+      else if (c == '{' || c == '}')
+        brace(c);
       else if (c == '!' || c == '\'')
         mark(c);
       else
@@ -130,6 +135,10 @@ class Reader {
       if (end != from + 3) break;
       stop = end;
     }
+    return with_point(stop);
+  }
+  // Where digits that end at `stop` end with their decimals.
+  size_t with_point(size_t stop) const {
     const size_t end = peek(stop) == '.' ? run(stop + 1, is_digit) : stop;
     return end > stop + 1 ? end : stop;
   }
@@ -153,7 +162,7 @@ class Reader {
     if (stop == at_ + 1) return escape(peek(at_ + 1));
     const std::string_view name = text_.substr(at_ + 1, stop - at_ - 1), token = command_token(name);
     at_ = stop;
-    if (!token.empty()) push(token);
+    if (!token.empty()) push(token), taking_ = stop;
     if ((name == "begin" || name == "end") && peek(at_) == '{') {
       const size_t close = run(at_ + 1, [](char x) { return is_letter(x) || x == '*'; });
       if (peek(close) == '}') at_ = close + 1;
@@ -167,6 +176,12 @@ class Reader {
     if (at_ + 1 < text_.size() && is_in(c, "{}|%")) push(text_.substr(at_ + 1, 1));
     if (at_ + 1 < text_.size() && c == '\\') push(",");
     at_ += at_ + 1 < text_.size() && !is_word(c) ? 2 : 1;
+  }
+  void brace(char c) {
+    const bool is_argument = at_ == taking_ || (at_ > 0 && is_in(text_[at_ - 1], "}^/"));
+    const std::string_view same = c == '{' ? "(" : ")";
+    out_.push_back({hash_token(same), c == '}' ? kEnd : is_argument ? kArgument : '('});
+    ++at_;
   }
   // "!" or "'": a sign of mathematics, or a sentence's.
   void mark(char c) {
@@ -193,15 +208,20 @@ class Reader {
   bool masked_;
   std::vector<Token>& out_;
   size_t at_ = 0, bound_ = kNowhere;  // where a prime or a factorial would belong to what was read last
+  size_t taking_ = kNowhere;          // where the command that was read last takes its argument
   bool figures_ = true;               // until one is not closed
 };
 
 // Each numeral with its sign as "0", fractions too; a sign between two terms is "+". In place.
 inline void whole_numerals(std::vector<Token>& row) {
-  static const Token plus = token_of("+");
+  static const Token plus = token_of("+"), zero = token_of("0");
   size_t size = 0;
   const auto before = [&](size_t back) { return size >= back ? row[size - back].sign : '\0'; };
   for (size_t i = 0; i < row.size(); ++i) {
+    if (row[i].sign == kEnd && before(1) == '0' && (before(2) == '(' || before(2) == kArgument)) {
+      row[i] = zero;
+      size -= 2;
+    }
     while (row[i].sign == '0') {
       if ((before(2) == 'F' && before(1) == '0') || (before(2) == '0' && before(1) == '/')) {
         size -= 2;
@@ -219,32 +239,52 @@ inline void whole_numerals(std::vector<Token>& row) {
   row.resize(size);
 }
 
-// Drops the stops, and the round brackets that hold no sign or have no other half. In place.
-inline void group(std::vector<Token>& row, std::vector<std::pair<size_t, bool>>& opened) {
-  constexpr char kDropped = '\x01';
-  opened.clear();  // where, and whether a sign came before it in the brackets around it
+// An open bracket: where it is, how many tokens were kept before it, and whether a sign came before it in the brackets
+// around it.
+struct Opened {
+  size_t at, kept;
+  bool is_signed;
+};
+
+// Drops the stops, and the brackets that group nothing or have no other half. In place.
+inline void group(std::vector<Token>& row, std::vector<Opened>& opened) {
+  constexpr uint64_t kDropped = 0;
+  opened.clear();
+  size_t kept = 0, inner_from = 0, inner_to = 0;  // the brackets that were closed last
   bool is_signed = false;
   for (size_t i = 0; i < row.size(); ++i) {
     const char sign = row[i].sign;
     if (sign == ',') {
-      row[i].sign = kDropped;
-    } else if (sign == '(') {
-      opened.emplace_back(i, is_signed);
-      row[i].sign = kDropped;
+      row[i].hash = kDropped;
+    } else if (sign == '(' || sign == kArgument) {
+      opened.push_back({i, kept, is_signed});
       is_signed = false;
-    } else if (sign == ')') {
-      row[i].sign = kDropped;
-      if (opened.empty()) continue;
-      if (is_signed) row[i].sign = ')', row[opened.back().first].sign = '(';
-      is_signed = is_signed || opened.back().second;
+    } else if (sign == ')' || sign == kEnd) {
+      if (opened.empty()) {
+        row[i].hash = kDropped;
+        continue;
+      }
+      const Opened open = opened.back();
       opened.pop_back();
-    } else if (sign != '\0' && is_in(sign, "-+*/=<>^|!")) {
-      is_signed = true;
+      // Whether a command, ^ or / takes what they hold.
+      const bool is_taken = row[open.at].sign == kArgument || (open.at > 0 && is_in(row[open.at - 1].sign, "/^")) ||
+                            (i + 1 < row.size() && row[i + 1].sign == '^');
+      const bool is_double = inner_from == open.at + 1 && inner_to + 1 == i;
+      if ((is_signed || (kept > open.kept + 1 && is_taken)) && !is_double)
+        kept += 2;
+      else
+        row[i].hash = row[open.at].hash = kDropped;
+      is_signed = is_signed || open.is_signed;
+      inner_from = open.at, inner_to = i;
+    } else {
+      ++kept;
+      is_signed = is_signed || (sign != '\0' && is_in(sign, "-+*/=<>^|!"));
     }
   }
+  for (const Opened& open : opened) row[open.at].hash = kDropped;
   size_t size = 0;
   for (const Token& token : row)
-    if (token.sign != kDropped) row[size++] = token;
+    if (token.hash != kDropped) row[size++] = token;
   row.resize(size);
 }
 
@@ -261,7 +301,7 @@ class Tokeniser {
 
  private:
   std::vector<Token> row_;
-  std::vector<std::pair<size_t, bool>> opened_;
+  std::vector<Opened> opened_;
 };
 
 }  // namespace rbfast

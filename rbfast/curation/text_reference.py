@@ -17,8 +17,8 @@ _ALIASES = {
 }
 _TOKEN = re.compile(
     r"\\(?P<command>[a-z]+)|\\(?P<escaped>[{}|%])|(?P<stop>\\\\|[,;&])|\\[^a-z\u0080-\U0010ffff]?|"
-    r"(?P<word>[a-z\u0080-\U0010ffff]+)|(?P<digits>[0-9]+)|(?P<figure>\[asy\])|\^(?=\{?\\(?:circ|prime))|"
-    r"(?P<operator>[-+*/=<>()\[\]|%^])|(?P<mark>[!'])"
+    r"(?P<word>[a-z\u0080-\U0010ffff]+)|(?P<digits>[0-9]+(?:\.[0-9]+)?)|(?P<figure>\[asy\])|\^(?=\{?\\(?:circ|prime))|"
+    r"(?P<operator>[-+*/=<>()\[\]|%^])|(?P<brace>[{}])|(?P<mark>[!'])"
 )
 _ENVIRONMENT = re.compile(r"\{[a-z*]*\}")
 _NUMERAL = re.compile(r"[0-9]+(?:(?:,|\{,\}|,\\!)[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?")
@@ -28,14 +28,17 @@ _DIGITS = "0123456789"
 _STOP = ","  # what parts two numbers; no token
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _GROUPED = "-+*/=<>^|!"  # brackets around these say in which order
+_ARGUMENT, _END = "\x02", "\x03"  # a brace of TeX that opens what a command, ^ or / takes, and one that closes
+_OPENING, _CLOSING = ("(", _ARGUMENT), (")", _END)
 
 
 def tokens(text: str, mask_digits: bool = False) -> list[str]:
     """The tokens of a folded text: words, numerals, signs, names of LaTeX commands.
 
-    What only sets type gives none: `\\left`, `\\text`, dollars, braces, Asymptote figures, round brackets that hold no
-    sign. A digit after a command stands alone, as TeX reads it. Where digits are masked a whole numeral is "0": its
-    sign, commas and point go, and a fraction of two numerals is one.
+    What only sets type gives none: `\\left`, `\\text`, dollars, Asymptote figures, brackets that group nothing. Braces
+    are round brackets; both group if they hold a sign, or several tokens that a command, `^` or `/` takes as one. A
+    digit after a command stands alone, as TeX reads it. Where digits are masked a whole numeral is "0": its sign,
+    commas and point go, and a fraction of two numerals is one.
     """
     row = _read(text, mask_digits)
     return _grouped(_whole_numerals(row) if mask_digits else row)
@@ -45,12 +48,14 @@ def _read(text: str, mask_digits: bool) -> list[str]:
     """The tokens as they stand, with stops."""
     found: list[str] = []
     at, bound, figures = 0, -1, True  # bound: where a prime or a factorial would belong to what was read last
+    taking = -1  # where the command that was read last takes its argument
     while match := _TOKEN.search(text, at):
         start, at = match.span()
         kind, token = match.lastgroup, match.group(match.lastgroup or 0)
         if kind == "command":
             if token not in _TYPESETTING:
                 found.append(_ALIASES.get(token, token))
+                taking = at
             if token in ("begin", "end") and (name := _ENVIRONMENT.match(text, at)):
                 at = name.end()
             elif at < len(text) and text[at] in _DIGITS:
@@ -73,6 +78,9 @@ def _read(text: str, mask_digits: bool) -> list[str]:
                 at += 1
         elif kind == "mark":
             bound = _mark(text, start, bound, found)
+        elif kind == "brace":
+            is_argument = start == taking or text[start - 1 : start] in ("}", "^", "/")
+            found.append(_END if token == "}" else _ARGUMENT if is_argument else "(")
         elif kind == "stop":
             found.append(_STOP)
         elif kind is not None:
@@ -99,6 +107,9 @@ def _whole_numerals(row: list[str]) -> list[str]:
     """Each numeral with its sign as "0", fractions too; a sign between two terms is "+"."""
     found: list[str] = []
     for token in row:
+        if token == _END and found[-1:] == ["0"] and found[-2:-1] in (["("], [_ARGUMENT]):
+            del found[-2:]
+            token = "0"
         while token == "0" and found:
             if found[-2:] in (["frac", "0"], ["0", "/"]):
                 del found[-2:]
@@ -114,24 +125,31 @@ def _whole_numerals(row: list[str]) -> list[str]:
 
 
 def _grouped(row: list[str]) -> list[str]:
-    """Without stops, and without the round brackets that hold no sign, or that have no other half."""
+    """Without stops, and without the brackets that group nothing, or that have no other half."""
     kept = [token != _STOP for token in row]
     opened: list[tuple[int, bool]] = []  # where, and whether a sign came before it in the brackets around it
-    signed = False
+    signed, inner = False, (-1, -1)  # the brackets that were closed last
     for at, token in enumerate(row):
-        if token == "(":
+        if token in _OPENING:
             kept[at] = False
             opened.append((at, signed))
             signed = False
-        elif token == ")":
+        elif token in _CLOSING:
             kept[at] = False
             if opened:
                 before, outer = opened.pop()
-                kept[at] = kept[before] = signed
-                signed = signed or outer
+                groups = signed or (sum(kept[before:at]) > 1 and _is_taken(row, before, at))
+                kept[at] = kept[before] = groups and inner != (before + 1, at - 1)  # else they are doubled
+                signed, inner = signed or outer, (before, at)
         else:
             signed = signed or token in tuple(_GROUPED)
-    return [token for token, keep in zip(row, kept, strict=True) if keep]
+    rounded = ("(" if token in _OPENING else ")" if token in _CLOSING else token for token in row)
+    return [token for token, keep in zip(rounded, kept, strict=True) if keep]
+
+
+def _is_taken(row: list[str], opened: int, closed: int) -> bool:
+    """Whether a command, `^` or `/` takes what the brackets hold."""
+    return row[opened] == _ARGUMENT or row[max(0, opened - 1)] in ("/", "^") or row[closed + 1 : closed + 2] == ["^"]
 
 
 def mix(x: np.ndarray) -> np.ndarray:

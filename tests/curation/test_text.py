@@ -55,6 +55,8 @@ def problems() -> list[str]:
         ["\\begin{align*}x=1\\end{align*}", "$$x=1$$"],
         ["A hexagon [asy]draw((0,0)--(1,1));[/asy] is", "A hexagon is"],
         ["Straße", "STRASSE", "straße"],
+        ["$2^{n+1}$", "2^(n+1)", "$2^{\\left(n+1\\right)}$"],
+        ["$x^{n}$", "$x^n$", "$x^{{n}}$"],
         ["naïve", "nai\u0308ve", "na\u00adïve"],
         ["３ ٤", "3 4"],
         ["求解x", "求 解 x"],
@@ -84,6 +86,13 @@ def test_tokens() -> None:
         ("$[0, 1)$", "$(0, 1]$"),
         ("$\\{x\\}$", "$x$"),
         ("x != 3", "x = 3"),
+        ("$2^{n+1}$", "$2^n+1$"),
+        ("$\\frac{a}{b+c}$", "$\\frac{a}{b}+c$"),
+        ("$\\frac{1}{2x}$", "$\\frac{1}{2}x$"),
+        ("$\\sqrt{2x}$", "$\\sqrt{2}x$"),
+        ("$(2x)^2$", "$2x^2$"),
+        ("$1/(2x)$", "$1/2x$"),
+        ("(1.5, 2)", "(1, 5, 2)"),
     ],
 )
 def test_signs_tell_problems_apart(one: str, other: str) -> None:
