@@ -56,8 +56,10 @@ __device__ inline Pack<T, count> read(const Matrix<T>& m, int64_t t, int64_t v) 
   const T* from = m.x + t * m.row + v * m.column;
   if (m.aligned && left >= count) return *reinterpret_cast<const Pack<T, count>*>(from);
   Pack<T, count> values{};
-  for (int i = 0; i < count; ++i)
-    if (i < left) values.value[i] = from[i * m.column];
+  const int64_t step = afresh(m.column);
+#pragma unroll
+  for (int i = 0; i < count; ++i, from += step)
+    if (i < left) values.value[i] = *from;
   return values;
 }
 
@@ -87,8 +89,9 @@ struct Factor {
         memcpy(values + e, &four, sizeof(four));
       }
     } else {
+      const int64_t step = afresh(feature);
 #pragma unroll
-      for (int e = 0; e < count; ++e, from += feature) values[e] = e < left ? *from : 0;
+      for (int e = 0; e < count; ++e, from += step) values[e] = e < left ? *from : 0;
     }
   }
 };

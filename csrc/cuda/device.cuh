@@ -100,6 +100,19 @@ __device__ inline Pack<T, n> read(const T* p, int64_t left, bool aligned, T empt
   return values;
 }
 
+// A value that the compiler does not know to be the same as before: it would keep what it derives from it in registers
+// from one round of a loop to the next, of which there are none to spare.
+template <typename T>
+__device__ inline T afresh(T value) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(T) == 8)
+    asm volatile("" : "+l"(value));
+  else
+    asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
 // ---- a warp ----
 
 constexpr int kWarp = 32;

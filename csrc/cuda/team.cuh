@@ -35,15 +35,6 @@ __device__ inline void keep_order() {
 #endif
 }
 
-// A value that the compiler does not know to be the same as before: it would keep what it derives from it in registers
-// from row to row, of which there are none to spare.
-__device__ inline int afresh(int value) {
-#ifdef __CUDA_ARCH__
-  asm volatile("" : "+r"(value));
-#endif
-  return value;
-}
-
 // kBlocks blocks of kThreads threads.
 template <int kBlocks, int kThreads>
 struct Team {
