@@ -128,13 +128,4 @@ void for_rank_blocks(int k, const F& f) {
   }
 }
 
-// Lets a kernel use `bytes` of shared memory, which it must be told beyond 48 KB.
-template <typename... Expected>
-void allow_shared(void (*kernel)(Expected...), size_t bytes) {
-  if (bytes <= 48 << 10) return;
-  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(bytes)),
-        "cudaFuncSetAttribute");
-}
-
 }  // namespace rbfast

@@ -90,7 +90,8 @@ template <typename T, int kN>
 void launch(const Device& device, RankBlocks<kN>, const Matrix<T>& x, const Factor& m, const Hidden& to) {
   constexpr size_t kParts = kReaders<T> * kTokens / kLeaf * kN * kWarp * sizeof(Floats);
   constexpr size_t kShared = kParts + kTokens * (8 * kN + 1) * sizeof(float);
-  allow_shared(project_tile<T, kN>, kShared);
+  if (kShared > 48 << 10)  // which a kernel must be told beyond 48 KB
+    once(device.index(), [&] { return device.allow_shared_memory(project_tile<T, kN>), true; });
   device.launch({ceil_div(x.tokens, kTokens), 1, kReaders<T> * kWarp, 1, kShared}, project_tile<T, kN>, x, m, to);
 }
 

@@ -1,7 +1,9 @@
 // What `column_grad` reads dy and xs with: both products of a matrix by one pass over it; column_grad.cu says what for.
 #pragma once
 
-#include "cuda/column_products.cuh"
+#include <cooperative_groups.h>
+
+#include "cuda/column_sums.cuh"
 
 namespace rbfast {
 namespace {
@@ -57,25 +59,13 @@ struct Tile {
   }
 };
 
-// The parts of dH, [strips, tiles, 2, blocks of ranks, lanes].
-struct Dots {
-  Floats* parts;
-  int64_t strips, tiles;
-};
-
-// The list of units that all blocks share, and the parts [blocks + strips, leaves of a strip, blocks of ranks, lanes]
-// of x^T w that they leave: block b and strip q have part b + q to themselves.
-struct Shares {
-  int64_t strips, tiles, share, blocks;
-  Floats* parts;
-};
-
 template <typename T>
 struct Sweep {
   Matrix<T> x;
   Shares shares;
   int stages;          // tiles in shared memory: one is worked on, the others are on their way
   const Pair* hidden;  // w, as operands: H or dH
+  Sum sum;             // dB or dA
   // with both products:
   Factor m;  // B
   Dots dots;
@@ -152,8 +142,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kN>) sweep(const Sweep<T>
   char* scratch = memory + s.stages * kStage;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, tiles = static_cast<int>(s.shares.tiles);
   const int64_t all = s.shares.strips * tiles, begin = blockIdx.x * s.shares.share;
-  const int count = static_cast<int>(begin + s.shares.share < all ? s.shares.share : all - begin);
-  Unit unit{static_cast<int>(begin / tiles), static_cast<int>(begin % tiles)}, ahead = unit;
+  const int count = static_cast<int>(begin + s.shares.share < all ? s.shares.share : all - begin);  // 0 where none is
+  Unit unit{}, ahead{};
+  if (count > 0) unit = ahead = {static_cast<int>(begin / tiles), static_cast<int>(begin % tiles)};
   float outer[kLeaves][kN][4];
   uint32_t m[kDot ? kLeaves : 1][kN][kPartner][2];
   int strip = -1;    // of features, that this block works on
@@ -265,8 +256,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kN>) sweep(const Sweep<T>
   store_outer();
   if constexpr (kDot) {
     __syncthreads();
-    store_dot(before, (count - 1) % 2);
+    if (count > 0) store_dot(before, (count - 1) % 2);
   }
+  cooperative_groups::this_grid().sync();  // every block's parts are there, and nobody needs its shared memory
+  sum_all<kN, Tile::kStrip, kDot>(s.sum, s.dots, s.shares, static_cast<int>(s.x.n), memory);
 }
 
 }  // namespace

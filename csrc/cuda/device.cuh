@@ -8,6 +8,8 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <initializer_list>
+#include <map>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <type_traits>
@@ -136,6 +138,16 @@ __device__ inline T warp_max(T value) {
 
 // ---- launching ----
 
+// What make() returned when it was first called for this key, from this place: the driver is asked once.
+template <typename Key, typename F>
+auto once(const Key& key, const F& make) {
+  static std::mutex mutex;
+  static std::map<Key, decltype(make())> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(key);
+  return found != known.end() ? found->second : known.emplace(key, make()).first->second;
+}
+
 inline void check(cudaError_t error, const char* what) {
   expect(error == cudaSuccess, "CUDA: ", what, " failed: ", cudaGetErrorString(error));
 }
@@ -146,23 +158,29 @@ struct Shape {
   int threads = 256;
   int cluster = 1;  // blocks along x that share a cluster
   size_t shared = 0;
+  bool meets = false;  // all blocks of the grid wait for each other; the device must hold them at once
 };
 
 // The same as CUDA wants it. It points into itself.
 struct Configuration {
   cudaLaunchConfig_t config{};
-  cudaLaunchAttribute cluster{};
+  cudaLaunchAttribute attribute{};
 
   Configuration(const Shape& shape, cudaStream_t stream) {
     config.gridDim = dim3(static_cast<unsigned>(shape.x), static_cast<unsigned>(shape.y));
     config.blockDim = dim3(shape.threads);
     config.dynamicSmemBytes = shape.shared;
     config.stream = stream;
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = shape.cluster;
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    config.attrs = &cluster;
-    config.numAttrs = shape.cluster > 1 ? 1 : 0;
+    config.attrs = &attribute;
+    config.numAttrs = shape.cluster > 1 || shape.meets ? 1 : 0;
+    if (shape.meets) {
+      attribute.id = cudaLaunchAttributeCooperative;
+      attribute.val.cooperative = 1;
+    } else {
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim.x = shape.cluster;
+      attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    }
   }
   Configuration(const Configuration&) = delete;
 };

@@ -14,8 +14,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <map>
-#include <mutex>
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -128,15 +126,10 @@ Plan make_plan(const Device& device, const Job& job) {
 
 // How many teams of a plan a device holds at once. Asked of the driver once.
 int64_t teams_that_fit(const Device& device, const Plan& plan) {
-  static std::mutex mutex;
-  static std::map<std::tuple<Kernel, int>, int> known;
-  const std::lock_guard<std::mutex> lock(mutex);
-  int& teams = known[{plan.kernel, device.index()}];
-  if (teams == 0) {
+  return once(std::tuple(plan.kernel, device.index()), [&] {
     device.allow_shared_memory(plan.kernel);
-    teams = std::max(1, device.clusters_that_fit({plan.blocks, 1, plan.threads, plan.blocks, plan.bytes}, plan.kernel));
-  }
-  return teams;
+    return std::max(1, device.clusters_that_fit({plan.blocks, 1, plan.threads, plan.blocks, plan.bytes}, plan.kernel));
+  });
 }
 
 // The memory of a call's Scratch.

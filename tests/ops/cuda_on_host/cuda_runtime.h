@@ -1,7 +1,7 @@
 // CUDA on the host, as much of it as the kernels use: what lets csrc/cuda/*.cu be compiled by g++ and run on CPU tensors.
 //
 // A CUDA thread is a fiber. All fibers of a cluster take turns on one host thread, and each runs until it waits at a
-// barrier or exchanges values with its warp. So between two barriers threads run one after the other: in order, in
+// barrier or exchanges values with its warp. A cooperative grid is one cluster. So between two barriers threads run one after the other: in order, in
 // reverse, or in a random order, as the test says; a kernel with a race gives another result in one of them. A barrier
 // that some threads never reach ends the launch with an error.
 #pragma once
@@ -89,6 +89,7 @@ struct Machine {
   std::vector<Fiber> fibers;
   std::vector<Block> blocks;
   Barrier cluster;
+  bool is_cooperative = false;  // the grid that runs
   Fiber* current = nullptr;
   jmp_buf scheduler;
   ucontext_t entry;
@@ -272,6 +273,13 @@ struct Cluster {
   }
 };
 inline Cluster this_cluster() { return {}; }
+struct Grid {
+  static void sync() {
+    if (!on_host::machine.is_cooperative) throw std::runtime_error("a grid waits that was not launched to");
+    on_host::wait(on_host::machine.cluster);
+  }
+};
+inline Grid this_grid() { return {}; }
 }  // namespace cooperative_groups
 
 struct __nv_bfloat16 {
@@ -294,7 +302,7 @@ inline __half __float2half_rn(float v) { return {static_cast<_Float16>(v)}; }
 
 // ---- the runtime ----
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorCooperativeLaunchTooLarge };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrClusterLaunch,
@@ -302,7 +310,7 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension, cudaLaunchAttributeCooperative };
 typedef struct Stream* cudaStream_t;
 
 struct cudaFuncAttributes {
@@ -312,6 +320,7 @@ struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
     dim3 clusterDim;
+    int cooperative;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -322,12 +331,16 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
-inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
+constexpr int kMultiprocessors = 5;
+
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorCooperativeLaunchTooLarge ? "too many blocks in cooperative launch" : "invalid argument";
+}
 inline cudaError_t cudaGetDevice(int* device) { return *device = -1, cudaSuccess; }  // what torch calls the CPU
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) { return *stream = nullptr, 0; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-  *value = which == cudaDevAttrMultiProcessorCount            ? 5
+  *value = which == cudaDevAttrMultiProcessorCount            ? kMultiprocessors
            : which == cudaDevAttrClusterLaunch                ? on_host::machine.has_clusters
            : which == cudaDevAttrMaxSharedMemoryPerBlockOptin ? on_host::most_shared()
                                                               : on_host::machine.shared_bytes;
@@ -351,8 +364,11 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaun
 }
 template <typename... Expected, typename... Given>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected...), Given... arguments) {
-  const int cluster = config->numAttrs > 0 ? config->attrs->val.clusterDim.x : 1;
+  const bool is_cooperative = config->numAttrs > 0 && config->attrs->id == cudaLaunchAttributeCooperative;
+  const int cluster = is_cooperative ? config->gridDim.x : config->numAttrs > 0 ? config->attrs->val.clusterDim.x : 1;
   const unsigned threads = config->blockDim.x;
+  if (is_cooperative && cluster > kMultiprocessors) return cudaErrorCooperativeLaunchTooLarge;
+  on_host::machine.is_cooperative = is_cooperative;
   if (threads % 32 != 0 || threads > 1024 || config->gridDim.x % cluster != 0) return cudaErrorInvalidValue;
   if (config->dynamicSmemBytes > static_cast<size_t>(on_host::most_shared())) return cudaErrorInvalidValue;
   gridDim = config->gridDim;
