@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from column_cases import DTYPES, EMPTY, EPS32, IN_RUNS, OPS, RUNS, Delta, make, run, scattered_in_memory
-from cuda_devices import Gpu, host, real
+from cuda_devices import Gpu, host, launches_on_host, real
 from torch import Tensor
+from torch.profiler import profile
 
 from rbfast.ops import reference
 
@@ -120,6 +121,19 @@ def test_aligned_or_not_the_bits_are_the_same(gpu: Gpu, dtype: torch.dtype) -> N
     shifted = replace(d, dy=room[1:].view(40, 264))
     shifted.dy.copy_(d.dy)
     assert_same(run_on(gpu, "column_grad", shifted), run_on(gpu, "column_grad", d))
+
+
+def test_a_gradient_takes_three_launches_and_three_allocations() -> None:
+    """The host takes longer over a small layer than the GPU does, so each counts."""
+    on_host, d = host("hopper"), make((70, 40, 300, 17, 8), torch.bfloat16)
+    before = launches_on_host()
+    with profile(profile_memory=True) as calls:
+        run("column_grad", d, on_host.ops)
+    assert launches_on_host() - before == 3
+    assert calls.profiler is not None and calls.profiler.kineto_results is not None
+    events = calls.profiler.kineto_results.events()
+    assert [e.name() for e in events if e.name() != "[memory]"] == ["rbfast_on_host::column_grad"]
+    assert sum(e.nbytes() > 0 for e in events) == 3  # dA, dB and a workspace
 
 
 def test_writing_through_a_view_touches_nothing_else(gpu: Gpu) -> None:

@@ -104,6 +104,11 @@ def host(name: str) -> Gpu:
     return Gpu(name, torch.ops.rbfast_on_host, "cpu")
 
 
+def launches_on_host() -> int:
+    """How many kernels the host has run so far."""
+    return int(_host_library().launches())
+
+
 def real() -> Gpu:
     """The GPU of this machine."""
     if not torch.cuda.is_available():

@@ -86,6 +86,7 @@ struct Fiber {
 // What the tests choose: the device that is imitated, and the order of its threads.
 struct Machine {
   int has_clusters = 1, shared_bytes = 233472, order = 0;
+  int launches = 0;  // so far
   std::vector<Fiber> fibers;
   std::vector<Block> blocks;
   Barrier cluster;
@@ -218,6 +219,7 @@ extern "C" __attribute__((visibility("default"), used)) inline void imitate(int 
   on_host::machine.shared_bytes = shared_bytes;
   on_host::machine.order = order;
 }
+extern "C" __attribute__((visibility("default"), used)) inline int launches() { return on_host::machine.launches; }
 
 // ---- in a kernel ----
 
@@ -369,6 +371,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const unsigned threads = config->blockDim.x;
   if (is_cooperative && cluster > kMultiprocessors) return cudaErrorCooperativeLaunchTooLarge;
   on_host::machine.is_cooperative = is_cooperative;
+  ++on_host::machine.launches;
   if (threads % 32 != 0 || threads > 1024 || config->gridDim.x % cluster != 0) return cudaErrorInvalidValue;
   if (config->dynamicSmemBytes > static_cast<size_t>(on_host::most_shared())) return cudaErrorInvalidValue;
   gridDim = config->gridDim;
