@@ -98,11 +98,16 @@ __device__ inline DenseTotals solve_tile(Vector (&z)[kVectors], int first, const
       z[i].value[j] = kGeneral ? head.finish(gradient, logit) : gradient;
       q.value[j] = kGeneral ? head.finish(x.q, logit) : x.q;
     }
-    if (static_cast<unsigned>(info.label - v) < kVector)
+    if (kKind != Kind::forward) put_q(q, i);
+  });
+  keep_order();  // what is said about the label is read here
+  const float of_label = kGeneral ? head.finish(info.ce_weight, info.z_label) : info.ce_weight;
+  const int label = info.label;
+  for_each_vector<kVectors, kStep>(first, [&](int v, int i) {
+    if (static_cast<unsigned>(label - v) < kVector)
 #pragma unroll
       for (int j = 0; j < kVector; ++j)
-        if (v + j == info.label) z[i].value[j] -= kGeneral ? head.finish(info.ce_weight, info.z_label) : info.ce_weight;
-    if (kKind != Kind::forward) put_q(q, i);
+        if (v + j == label) z[i].value[j] -= of_label;
   });
   return {(terms[0] + terms[1]) + (terms[2] + terms[3]), (scores[0] + scores[1]) + (scores[2] + scores[3])};
 }
@@ -224,12 +229,12 @@ __global__ void __launch_bounds__(kThreads, kResident)
     const Head head(job);
     const int V = static_cast<int>(job.vocabulary);
     team.meet();  // every member has begun
-    int turn = 0;
-    for (int row = team.first_row(); row < job.rows; row += team.teams(), turn ^= 1) {
+    for (int round = 0; team.row(round) < job.rows; ++round) {
+      const int row = team.row(round), turn = round % 2;
       copy_tile<kVectors, T::kStep, kThreads>(mine, job.teacher + row * job.teacher_stride, team.first(), V);
       Vector z[kVectors];
       read_tile<T::kStep>(z, job.logits + row * job.logits_stride, team.first(), V);
-      const RowInfo info = scratch.rows[row];
+      const RowInfo& info = scratch.rows[row];
       const float scale = info.scale();
       const bool needs_one = info.inv_tau != 1;
       clear_holes(z);
@@ -278,7 +283,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Head head(job);
     const int V = static_cast<int>(job.vocabulary);
     const int n = static_cast<int>(job.teacher_vocabulary < V ? job.teacher_vocabulary : V);
-    const int64_t row = team.first_row();
+    const int64_t row = team.row(0);
     const float *logits = job.logits + row * job.logits_stride, *teacher = job.teacher + row * job.teacher_stride;
     const RowInfo info = scratch.rows[row];
     const float scale = info.scale();

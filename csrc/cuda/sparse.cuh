@@ -31,8 +31,8 @@ __global__ void __launch_bounds__(kThreads, kGeneral&& kResident > 2 ? 2 : kResi
     const Head head(job);
     const int V = static_cast<int>(job.vocabulary);
     team.meet();  // every member has begun
-    int turn = 0;
-    for (int row = team.first_row(); row < job.rows; row += team.teams(), turn ^= 1) {
+    for (int round = 0; team.row(round) < job.rows; ++round) {
+      const int row = team.row(round), turn = round % 2;
       Vector z[kVectors];
       read_tile<T::kStep>(z, job.logits + row * job.logits_stride, team.first(), V);
       const RowInfo& info = scratch.rows[row];
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
     const T team;
     const Head head(job);
     const int V = static_cast<int>(job.vocabulary);
-    const int64_t row = team.first_row();
+    const int64_t row = team.row(0);
     const float* logits = job.logits + row * job.logits_stride;
     const RowInfo info = scratch.rows[row];
     const float scale = info.scale();

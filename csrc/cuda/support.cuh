@@ -134,7 +134,7 @@ __device__ inline TailScale tail_scale(const Job& job, const Series& series, con
     }
     pull *= info.pull;
   }
-  const float others = info.support_one == 0 ? 0 : info.support_one * lowered(info.support_max, tail.max, kLog2e);
+  const float others = info.support_one * lowered(info.support_max, tail.max, kLog2e);
   const float at_one = info.ce_weight / (tail.at_one + others), at_tau = pull / tail.at_tau;
   return {{tail.max, scale, is_plain ? at_tau + at_one : at_tau}, {tail.max, kLog2e, is_plain ? 0 : at_one}};
 }

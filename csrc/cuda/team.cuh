@@ -40,19 +40,17 @@ template <int kBlocks, int kThreads>
 struct Team {
   static constexpr int kWarps = kThreads / kWarp, kAllWarps = kBlocks * kWarps;
   static constexpr int kStep = kBlocks * kThreads * kVector;  // columns of one round of vectors
-  int rank = 0;
 
-  __device__ Team() {
-#ifdef RBFAST_HAS_CLUSTERS
-    if (kBlocks > 1) rank = cooperative_groups::this_cluster().block_rank();
-#endif
-  }
+  // Everything here is computed anew wherever it is asked for: kept from row to row it would take registers.
+  __device__ static int rank() { return kBlocks == 1 ? 0 : afresh(static_cast<int>(blockIdx.x)) % kBlocks; }
   // This thread's first column; its next ones are kStep further each.
-  __device__ int first() const { return afresh((rank * kThreads + static_cast<int>(threadIdx.x)) * kVector); }
-  __device__ int warp() const { return rank * kWarps + static_cast<int>(threadIdx.x) / kWarp; }
-  __device__ bool is_leader() const { return rank == 0 && threadIdx.x == 0; }
-  __device__ int first_row() const { return static_cast<int>(blockIdx.x) / kBlocks; }
-  __device__ int teams() const { return static_cast<int>(gridDim.x) / kBlocks; }
+  __device__ static int first() { return afresh((rank() * kThreads + static_cast<int>(threadIdx.x)) * kVector); }
+  __device__ static int warp() { return rank() * kWarps + static_cast<int>(threadIdx.x) / kWarp; }
+  __device__ static bool is_leader() { return rank() == 0 && threadIdx.x == 0; }
+  // The row that the team has in a round: all teams take rows in turn.
+  __device__ static int row(int round) {
+    return (afresh(static_cast<int>(blockIdx.x)) + round * afresh(static_cast<int>(gridDim.x))) / kBlocks;
+  }
 
   // All threads of all blocks wait for each other, and then see what the others wrote before.
   __device__ void meet() const {
