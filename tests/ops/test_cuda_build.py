@@ -18,12 +18,22 @@ from rbfast.ops import registry
 pytestmark = pytest.mark.slow
 
 needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="nvcc is absent")
-KERNELS = {"sweep": 24, "project_tile": 12, "sum_hidden": 1, "sum_parts": 1, "gather": 9}
+KERNELS = {"sweep": 24, "project_tile": 12, "gather": 9}
 KERNELS |= {"update_columns": 12}
 KERNELS |= {"prepare_rows": 1, "sparse_rows": 12, "sparse_streamed": 2, "finish_rows": 1}
 KERNELS |= {"dense_rows": 15, "dense_streamed": 6, "finish_dense": 1}
 # The fewest blocks of a kernel that must fit an SM of 65536 registers, at the threads it is launched with.
 RESIDENT = {"sweep": (256, 1), "project_tile": (256, 1), "sparse_streamed": (512, 1), "dense_streamed": (256, 1)}
+# (architecture, kernel): bytes spilled, stores and loads; 0 is an empty stack frame. As in docs/kernels.md.
+SPILLED = {
+    ("90a", "sparse_rows<1, 256, 16, 2, true>"): 12,
+    ("90a", "sparse_rows<4, 384, 8, 3, false>"): 0,
+    ("90a", "dense_rows<reverse, 8, 256, 16, 2>"): 56,
+    ("100", "dense_rows<reverse, 8, 256, 16, 2>"): 68,
+    ("100", "dense_rows<js, 8, 256, 16, 2>"): 92,
+    ("120", "dense_rows<reverse, 8, 256, 16, 2>"): 188,
+    ("120", "dense_rows<js, 8, 256, 16, 2>"): 100,
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +52,9 @@ def test_every_kernel_compiles_for_every_architecture(resources: list[Resources]
 
 @needs_nvcc
 @pytest.mark.long
-@pytest.mark.xfail(strict=True, reason="layouts of the row kernels and project_tile spill: docs/kernels.md lists them")
-def test_no_kernel_spills(resources: list[Resources]) -> None:
-    spilled = [r for r in resources if r.spill_bytes or r.stack_bytes]
-    assert not spilled
+def test_no_kernel_spills_but_those_that_the_docs_list(resources: list[Resources]) -> None:
+    """A kernel that no longer does must leave the list, here and in docs/kernels.md."""
+    assert {(r.architecture, r.kernel): r.spill_bytes for r in resources if r.spill_bytes or r.stack_bytes} == SPILLED
 
 
 @needs_nvcc
