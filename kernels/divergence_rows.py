@@ -194,10 +194,9 @@ def dense_rows_kernel(
     r_max, _, r_one = _log_sum(row, shared, V, inv_tau, BLOCK)
     t_max, t_tau, _ = _log_sum(teacher_at, 0, shared, inv_tau, BLOCK)
     top = tl.maximum(z_max, r_max)
-    z_log = tl.log(z_tau) + (z_max.to(tl.float64) - top) * inv_tau
-    t_log = tl.log(t_tau)
+    z_log, t_log = tl.log(z_tau), tl.log(t_tau)
     log_one = tl.log(z_one * tl.exp(z_max.to(tl.float64) - top) + r_one * tl.exp(r_max.to(tl.float64) - top))
-    shift = ((t_max.to(tl.float64) - top) * inv_tau + t_log - z_log).to(tl.float32)
+    shift = (t_log - z_log).to(tl.float32)
     tl.store(ces + i, (log_one - (z_label - top)).to(tl.float32))
     z_log, t_log = z_log.to(tl.float32), t_log.to(tl.float32)
     unknown = tl.where(t_max > NONE, 0.0, float("nan"))  # a teacher of only -inf has no distribution: its row is NaN
@@ -207,7 +206,7 @@ def dense_rows_kernel(
         for start in range(0, shared, BLOCK):
             v = start + tl.arange(0, BLOCK)
             z, t = _take(row, v, shared), _take(teacher_at, v, shared)
-            term, q, pull = dense_term(z, t, top, z_log, t_max, t_log, shift, inv_tau, beta, KIND)
+            term, q, pull = dense_term(z, t, z_max, z_log, t_max, t_log, shift, inv_tau, beta, KIND)
             terms += tl.where(v < shared, term, 0.0)
             scores += tl.where(v < shared, q * pull, 0.0)
     if dz is not None:
@@ -219,7 +218,7 @@ def dense_rows_kernel(
         for start in range(0, V, BLOCK):
             v = start + tl.arange(0, BLOCK)
             z, t = _take(row, v, V), _take(teacher_at, v, shared)
-            term, q, pull = dense_term(z, t, top, z_log, t_max, t_log, shift, inv_tau, beta, KIND)
+            term, q, pull = dense_term(z, t, z_max, z_log, t_max, t_log, shift, inv_tau, beta, KIND)
             if KIND == FORWARD:
                 terms += tl.where(v < shared, term, 0.0)
             else:
