@@ -10,8 +10,10 @@ lie in separate sectors); column_linear_ and column_scatter_ read and write what
 or dy.
 
 Precision: sums are in fp32, and no product is rounded to less. Tensor cores multiply pieces of 8 bits, which bf16
-holds exactly: an fp32 factor is cut into three of them, an fp16 operand into two, a bf16 operand is one. Order: the
-split of a sum follows from the shapes alone and parts are added in order, so equal inputs give equal bits; no atomics.
+holds exactly: an fp32 factor is cut into three of them, an fp16 operand into two, a bf16 operand is one. They cut their
+sums off, always towards 0, so they add up one tile at a time, small pieces apart from large ones; fp32 additions, which
+round, add up the tiles. Order: the split of a sum follows from the shapes alone and parts are added in order, so equal
+inputs give equal bits; no atomics.
 
 Column indices are not checked against the matrix on a GPU: that would wait for the device. rbfast.columns checks them.
 """
