@@ -51,7 +51,7 @@ tell() {
   else
     echo "== $1: FAILED ($2) after $((SECONDS - $3)) s, see $LOGS/$1.log"
     if grep -q '^FAILED\|^ERROR\| FAILS ' "$LOGS/$1.log"; then
-      grep '^FAILED\|^ERROR\| FAILS ' "$LOGS/$1.log" | cut -c1-160 | head -n 20
+      grep '^FAILED\|^ERROR\| FAILS ' "$LOGS/$1.log" | cut -c1-300 | head -n 20
       tail -n 1 "$LOGS/$1.log" | cut -c1-150
     else
       tail -n 5 "$LOGS/$1.log" | cut -c1-200
@@ -88,6 +88,7 @@ is_built() {
   [ -n "$built" ] && [ -z "$(find csrc setup.py -newer "$built" -type f | head -n 1)" ]
 }
 
+export COLUMNS=300  # pytest cuts off what a failed test says at the width of the screen
 pytest=("$PYTHON" -m pytest -q -p no:cacheprovider --tb=short --show-capture=no)
 if [ -n "$capability" ]; then
   [ "$capability" = 9.0 ] && capability=9.0a

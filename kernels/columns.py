@@ -10,8 +10,10 @@ lie in separate sectors); column_linear_ and column_scatter_ read and write what
 or dy.
 
 Precision: sums are in fp32, and no product is rounded to less. Tensor cores multiply pieces of 8 bits, which bf16
-holds exactly: an fp32 factor is cut into three of them, an fp16 operand into two, a bf16 operand is one. Order: the
-split of a sum follows from the shapes alone and parts are added in order, so equal inputs give equal bits; no atomics.
+holds exactly: an fp32 factor is cut into three of them, an fp16 operand into two, a bf16 operand is one. They cut their
+sums off, always towards 0, so they add up one tile at a time, small pieces apart from large ones; fp32 additions, which
+round, add up the tiles. Order: the split of a sum follows from the shapes alone and parts are added in order, so equal
+inputs give equal bits; no atomics.
 
 Column indices are not checked against the matrix on a GPU: that would wait for the device. rbfast.columns checks them.
 """
@@ -46,19 +48,24 @@ def _dot(x, w, acc):
     if x.dtype == tl.float16:
         x_high = _top_bits(x.to(tl.float32))
         x_low = (x.to(tl.float32) - x_high).to(PIECE)  # 3 bits are left
-        acc = _multiply(x_low, low, acc)
-        acc = _multiply(x_low, middle, acc)
-        acc = _multiply(x_low, high, acc)
+        rest = _multiply(x_low, low, None)
+        rest = _multiply(x_low, middle, rest)
+        rest = _multiply(x_low, high, rest)
+        rest = _multiply(x_high.to(PIECE), low, rest)
         x = x_high
-    acc = _multiply(x.to(PIECE), low, acc)
-    acc = _multiply(x.to(PIECE), middle, acc)
-    return _multiply(x.to(PIECE), high, acc)
+    else:
+        rest = _multiply(x.to(PIECE), low, None)
+    rest = _multiply(x.to(PIECE), middle, rest)
+    return acc + (_multiply(x.to(PIECE), high, None) + rest)
 
 
 @triton.jit
 def _multiply(x, w, acc):
-    """acc + x w of pieces, whose products are exact in fp32."""
-    return tl.dot(x, w, acc, input_precision="ieee")
+    """acc (None: 0) + x w of pieces, whose products are exact in fp32; the sum is cut off, not rounded.
+
+    With a max_num_imprecise_acc of 0 the compiler would turn a later `+` into another acc, and cut that sum off too.
+    """
+    return tl.dot(x, w, acc, input_precision="ieee", max_num_imprecise_acc=1)
 
 
 @triton.jit

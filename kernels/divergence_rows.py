@@ -184,7 +184,7 @@ def dense_rows_kernel(
     """A row with its teacher's logits; `shared` ids are in both vocabularies."""
     i = tl.program_id(0).to(tl.int64)
     row, teacher_at = logits + i * logits_row, teacher + i * teacher_row
-    label, a = tl.load(labels + i), tl.load(ce_weight + i)
+    label = tl.load(labels + i)
     if HAS_HEAD:
         _write_head(row, bias, V, logit_scale, softcap, HAS_CAP, BLOCK)
     z_label = _take_label(row, label, V)
@@ -194,10 +194,9 @@ def dense_rows_kernel(
     r_max, _, r_one = _log_sum(row, shared, V, inv_tau, BLOCK)
     t_max, t_tau, _ = _log_sum(teacher_at, 0, shared, inv_tau, BLOCK)
     top = tl.maximum(z_max, r_max)
-    z_log = tl.log(z_tau) + (z_max.to(tl.float64) - top) * inv_tau
-    t_log = tl.log(t_tau)
+    z_log, t_log = tl.log(z_tau), tl.log(t_tau)
     log_one = tl.log(z_one * tl.exp(z_max.to(tl.float64) - top) + r_one * tl.exp(r_max.to(tl.float64) - top))
-    shift = ((t_max.to(tl.float64) - top) * inv_tau + t_log - z_log).to(tl.float32)
+    shift = (t_log - z_log).to(tl.float32)
     tl.store(ces + i, (log_one - (z_label - top)).to(tl.float32))
     z_log, t_log = z_log.to(tl.float32), t_log.to(tl.float32)
     unknown = tl.where(t_max > NONE, 0.0, float("nan"))  # a teacher of only -inf has no distribution: its row is NaN
@@ -207,10 +206,11 @@ def dense_rows_kernel(
         for start in range(0, shared, BLOCK):
             v = start + tl.arange(0, BLOCK)
             z, t = _take(row, v, shared), _take(teacher_at, v, shared)
-            term, q, pull = dense_term(z, t, top, z_log, t_max, t_log, shift, inv_tau, beta, KIND)
+            term, q, pull = dense_term(z, t, z_max, z_log, t_max, t_log, shift, inv_tau, beta, KIND)
             terms += tl.where(v < shared, term, 0.0)
             scores += tl.where(v < shared, q * pull, 0.0)
     if dz is not None:
+        label, a = tl.load(labels + i), tl.load(ce_weight + i)  # the label again: it holds no registers till here
         coefficient = tl.load(weight + i) * tau + unknown
         if KIND == JS:
             coefficient *= 1 - beta
@@ -219,7 +219,7 @@ def dense_rows_kernel(
         for start in range(0, V, BLOCK):
             v = start + tl.arange(0, BLOCK)
             z, t = _take(row, v, V), _take(teacher_at, v, shared)
-            term, q, pull = dense_term(z, t, top, z_log, t_max, t_log, shift, inv_tau, beta, KIND)
+            term, q, pull = dense_term(z, t, z_max, z_log, t_max, t_log, shift, inv_tau, beta, KIND)
             if KIND == FORWARD:
                 terms += tl.where(v < shared, term, 0.0)
             else:
@@ -265,8 +265,8 @@ def divergence_rows_(
     kind = (FORWARD if beta == 0 else REVERSE if beta == 1 else JS).value
     head = (float(beta), float(logit_scale), float(softcap or 0), has_head, softcap is not None, kind)
     strides = (logits.stride(0), 0 if dz is None else dz.stride(0))
-    # What JS and a head keep of a block between passes leaves no registers for a wide one. No autotune: a trial run
-    # spoils the logits, and restoring them would take a copy of the largest tensor there is.
+    # What JS and a head keep of a block between passes leaves no registers for a wide one. No autotune: the block sets
+    # the order of the sums, and a choice by the clock would give other bits in every run.
     widest = 1024 if teacher is not None and has_head and kind == JS.value else 2048
     block = min(max(64, triton.next_power_of_2(V)), widest)
     options = {"num_warps": 8 if block == widest else 4}

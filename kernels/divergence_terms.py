@@ -131,7 +131,8 @@ def dense_term(z, t, z_max, z_log, t_max, t_log, shift, inv_tau, beta, KIND: tl.
     """Of a block of ids: its terms of D, q, and for forward KL q - p, else log q/p or log q/m."""
     log_q = (z - z_max) * inv_tau - z_log
     log_p = (t - t_max) * inv_tau - t_log
-    d = (t - z) * inv_tau - shift
+    # Equal differences cancel here, before the product: the compiler may fuse it into the subtraction, unrounded.
+    d = ((t - z) - (t_max - z_max)) * inv_tau - shift
     if KIND == REVERSE:
         low = log_p < LOG_FLOOR
         log_p = tl.where(low, LOG_FLOOR, log_p)

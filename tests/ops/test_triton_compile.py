@@ -144,6 +144,18 @@ def test_column_kernels_fit_the_registers_and_shared_memory(dtype, k, arch, tmp_
         assert_compiles(launch, arch, tmp_path)
 
 
+@pytest.mark.parametrize("arch", (80, 90))
+def test_sums_of_products_are_rounded(arch, monkeypatch):
+    """Tensor cores cut off what they add: they must not be handed the running sum instead of 0."""
+    for launch in launches(monkeypatch, column_calls(torch.float16, 2)):
+        if launch.kernel in (columns.project_kernel, columns.contract_kernel):
+            ttir = triton.compile(launch.source(), target=GPUTarget("cuda", arch, 32), options=launch.options).asm[
+                "ttir"
+            ]
+            products, additions = (len(re.findall(op, ttir)) for op in (r"= tt\.dot ", r"= arith\.addf "))
+            assert products == 3 * additions > 0  # two additions and six products of pieces for each product
+
+
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
 @pytest.mark.parametrize(
     "kind, beta, head",

@@ -102,9 +102,15 @@ def make(
 def assert_close_to_fp64(rows: Rows, implementation=ops) -> None:
     """No further from the truth than the roundings of a logit and of a result take it."""
     results = rows.run(implementation)
-    for ours, exact, other in zip(results, rows.double().run(reference), rows.nudged().run(reference), strict=True):
-        assert float((ours - exact).norm()) <= float((other - exact).norm() + ROUNDINGS * EPS32 * exact.norm())
-    assert bool((results[0] >= 0).all())
+    truths, nudged = rows.double().run(reference), rows.nudged().run(reference)
+    for name, ours, exact, other in zip(("divergence", "CE", "dz"), results, truths, nudged, strict=True):
+        error = float((ours - exact).norm())
+        budget = float((other - exact).norm() + ROUNDINGS * EPS32 * exact.norm())
+        where = int((ours - exact).abs().flatten().nan_to_num(torch.inf).argmax())
+        size = f"of a norm of {float(exact.norm()):.3g}, most at {where} of {list(exact.shape)}"
+        assert error <= budget, f"{name}: error {error:.3g}, budget {budget:.3g} {size}"
+    least = float(results[0].min())
+    assert least >= 0, f"a divergence of {least:.3g}"
 
 
 def extreme(kind: str, beta: float) -> Rows:
