@@ -29,7 +29,7 @@ _MOST_FOREIGN = 0.05  # share of letters
 # ------------------------------------------------------------------------------------------------------------- clean
 
 _PAIRS = (("\\(", "\\)"), ("\\[", "\\]"), ("\\begin{", "\\end{"))
-_CUT_MARKS = tuple(",;:([{=+*/<&\\^−×÷±∓≤≥≠≈→√∑∫")  # nothing ends on these
+_CUT_MARKS = tuple(",;([{=+*/<&\\^−×÷±∓≤≥≠≈→√∑∫")  # nothing ends on these; after a colon the answer may follow
 _CUT_COMMAND = re.compile(
     r"\\(?:[dt]?frac|sqrt|cdot|times|pm|leq?|geq?|neq?|approx|equiv|in|to|cup|cap|sum|int|prod|left|text)$"
 )
@@ -95,9 +95,7 @@ def _cut_short(reasoning: str, answer: str) -> str | None:
     written = reasoning.rstrip()
     if seen := _left_open(written):
         return seen
-    if _closes_emphasis(written):
-        return "it ends on ':'" if written.rstrip("*_ ").endswith(":") else None
-    return None if _ends_on(written, answer) else _breaks_off(written)
+    return None if _closes_emphasis(written) or _ends_on(written, answer) else _breaks_off(written)
 
 
 def _left_open(written: str) -> str | None:

@@ -156,7 +156,7 @@ def marked(pieces):
     place = 0
     for number, piece in enumerate(pieces):
         for i, character in enumerate(piece):
-            inside = i + 1 < len(piece) and (piece in WHOLE or piece == "</think>")
+            inside = i + 1 < len(piece.rstrip("\n")) and (piece in WHOLE or piece == "</think>")
             yield character, number, inside or place in numbers
             place += 1
 
