@@ -90,16 +90,16 @@ def _with_system(messages: Any, system: Any) -> Any:
 
 def _inner(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row with the fields of the one object in it that holds a problem, if nothing beside that object does."""
-    if asks(row):
+    if _asks(row):
         return row
-    inner = [(name, value) for name, value in row.items() if isinstance(value, Mapping) and asks(value)]
+    inner = [(name, value) for name, value in row.items() if isinstance(value, Mapping) and _asks(value)]
     if len(inner) != 1:
         return row
     name, value = inner[0]
     return {**value, **{key: other for key, other in row.items() if key != name}}
 
 
-def asks(row: Mapping[str, Any]) -> bool:
+def _asks(row: Mapping[str, Any]) -> bool:
     """Whether a row has a field that may be its problem or its conversation."""
     found = meanings(tuple(map(str, row)))
     fields = [*found.get("problem", ()), *found.get("conversation", ())]

@@ -17,6 +17,8 @@ from fractions import Fraction
 _MONTH_NAMES = "january february march april may june july august september october november december"
 _DAY_NAMES = "monday tuesday wednesday thursday friday saturday sunday"
 _MONTHS, _DAYS = _MONTH_NAMES.split(), _DAY_NAMES.split()
+MONTHS = frozenset({*_MONTHS, *(name[:3] for name in _MONTHS), "sept"})
+"""What months are called, in lower case."""
 _NUMBERS = {name: place for names in (_MONTHS, _DAYS) for place, name in enumerate(names, start=1)}
 _NUMBERS |= {name[:3]: place for name, place in _NUMBERS.items()} | {"sept": 9, "tues": 2, "thur": 4, "thurs": 4}
 _DAY, _MONTH = (rf"(?:{'|'.join(f'{n}|{n[:3]}' for n in names)}|sept|tues|thurs?)\.?" for names in (_DAYS, _MONTHS))

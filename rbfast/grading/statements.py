@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 
 from rbfast.grading.exact import exact
-from rbfast.grading.moments import is_moment
+from rbfast.grading.moments import MONTHS, is_moment
 from rbfast.grading.units import OTHER_VALUE, unit_of
 
 _WORD = re.compile(r"(?<![\\\w{])[A-Za-z]{2,}(?![\w({}])")
@@ -36,10 +36,9 @@ _PLAIN_NUMBER = re.compile(r"[-\u2212]?\\?[$€£]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?
 _PLAIN_WORD = re.compile(r"(?:[^\W\d_]+(?:-[^\W\d_]+)*(?:['’]s?)?)?")
 _LABEL_WORDS = """
 question problem exercise example step part case chapter section page line figure table version room number no option
-choice january february march april may june july august september october november december jan feb mar apr jun jul
-aug sep sept oct nov dec
+choice
 """
-_LABELS = frozenset(_LABEL_WORDS.split())  # a number right after one of them is a name
+_LABELS = MONTHS.union(_LABEL_WORDS.split())  # a number right after one of them is a name
 _VERDICT = re.compile(r"(yes|no|true|false)\b[,.;:!]", re.IGNORECASE)
 _CHOSEN = re.compile(r"(?:\\text(?:bf)?\{)?\(([A-J])\)[}~\s\\]+(?=[^\s}])")
 _SHARED = re.compile(
