@@ -15,8 +15,7 @@ from rbfast.adapter.sparse_adapter import SparseAdapter
 
 def train(model: nn.Module, parameters: list[nn.Parameter], inputs: Tensor) -> Step:
     gradient = 1e-3 * torch.ones_like(inputs)
-    fused = inputs.device.type == "cuda"
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=fused) if parameters else None
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True) if parameters else None
 
     def step() -> None:
         inputs.grad = None
