@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent
 STABLE_ABI = ("TORCH_TARGET_VERSION", "0x020a000000000000")  # torch 2.10: one binary serves every later torch
 GPUS = "8.0;9.0a;10.0;12.0+PTX"
 SANITIZE = ["-fsanitize=address,undefined"] if os.environ.get("RBFAST_SANITIZE") == "1" else []
-OPTIMIZE = ["-O1", "-g1", "-fno-sanitize-recover=all", *SANITIZE] if SANITIZE else ["-O3"]
+OPTIMIZE = ["-Og", "-g1", "-fno-sanitize-recover=all", *SANITIZE] if SANITIZE else ["-O3"]
 LINK = SANITIZE or ["-s"]
 HEADERS = ("csrc/**/*.h", "csrc/**/*.cuh", "csrc/**/*.inl")  # setuptools skips what is older than sources and these
 HOST_FLAGS = ["-Wall", "-fvisibility=hidden", f"-fmacro-prefix-map={ROOT}=."]
