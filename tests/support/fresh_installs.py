@@ -47,11 +47,17 @@ def checkout(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def quick_compiler(tmp_path: Path) -> str:
-    """A C++ compiler that optimises nothing, as CXX: how a package installs does not depend on how fast it runs."""
+def quick_compiler(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A C++ compiler that optimises nothing, as CXX: how a package installs does not depend on how fast it runs. What
+    one test has compiled, it has ready for the others."""
+    of_run = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        of_run = of_run.parent  # the workers have their own
+    (of_run / "objects").mkdir(exist_ok=True)
     script = tmp_path / "compiler" / "c++"
     script.parent.mkdir()
-    script.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O0\n')
+    command = [sys.executable, "-S", Path(__file__).with_name("quick_compiler.py"), of_run / "objects"]
+    script.write_text(f'#!/bin/sh\nexec {" ".join(map(str, command))} {os.environ.get("CXX", "c++")} "$@"\n')
     script.chmod(0o755)
     return str(script)
 
