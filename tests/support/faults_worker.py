@@ -3,6 +3,7 @@
 `python faults_worker.py JOB FOLDER KILLS` prints a JSON object: what the job leaves undisturbed and after each fault.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -154,9 +155,11 @@ def error_of(out):
 def main(name, folder, kills):
     torch.set_num_threads(1)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that a file that is too large is an OSError
+    JOBS[name](folder)(folder / "warm")  # so that no fork has to import anything
     rng, job = random.Random(name), JOBS[name](folder)
     whole = folder / "whole"
-    finish(start(job, folder / "warm"))
+    gc.collect()
+    gc.freeze()  # else the collector walks, and so copies, what a fork shares with this process
     report = {"whole": finish(start(job, whole)), "error": error_of(whole), "trials": []}
     counted = folder / "events"
     keep = lambda events: counted.with_suffix(".count").write_text(f"{events.count} {time.process_time()}")  # noqa: E731
