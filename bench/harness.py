@@ -50,13 +50,13 @@ def race(
     gc.freeze()  # else the collector walks torch and every peer's modules, for 0.2 s, within whichever step it falls
     try:
         (runner or _repeat)(one_round, rounds)
+        for name, found in who.items():
+            if "seconds" in found:
+                found["extra_mib"] = extra_mib(steps[name], device)
+                if name.startswith("rbfast"):
+                    found["waits"] = host_waits(steps[name], device)
     finally:
         gc.unfreeze()
-    for name, found in who.items():
-        if "seconds" in found:
-            found["extra_mib"] = extra_mib(steps[name], device)
-            if name.startswith("rbfast"):
-                found["waits"] = host_waits(steps[name], device)
     return who
 
 
