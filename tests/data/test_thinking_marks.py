@@ -1,4 +1,4 @@
-"""Which marks of thinking are known where: at the start of a reply, alone, in a completion, on a screen, in a template."""
+"""Which marks of thinking are known where: opening a reply, closing alone, graded, shown, in a chat template."""
 
 from copy import deepcopy
 
@@ -7,33 +7,32 @@ from thinking_templates import tokenizer_of
 
 from rbfast.data.answers import extract_answer, without_thinking
 from rbfast.data.conversations import is_marked, split_thinking
+from rbfast.data.formats import question_of
 from rbfast.data.thinking import thinking_format
 from rbfast.data.trace import TraceError
-from rbfast.grading.grade import without_tags
+from rbfast.grading.grade import Problem, grade, without_tags
 
 START, ALONE, GRADED, SHOWN, TEMPLATE = "start", "alone", "graded", "shown", "template"
 EVERYWHERE = {START, ALONE, GRADED, SHOWN, TEMPLATE}
+ONLY_AT_START = "thoughts reason deep_think deepthink scratchpad cot thought_process"
 KNOWN = {
     ("<think>", "</think>"): EVERYWHERE,
-    ("<thinking>", "</thinking>"): EVERYWHERE - {SHOWN},
-    ("<thought>", "</thought>"): EVERYWHERE - {SHOWN},
-    ("<reasoning>", "</reasoning>"): {START, GRADED, TEMPLATE},
+    ("<thinking>", "</thinking>"): EVERYWHERE,
+    ("<thought>", "</thought>"): EVERYWHERE,
+    ("<reasoning>", "</reasoning>"): EVERYWHERE,
     ("<seed:think>", "</seed:think>"): EVERYWHERE,
-    ("<|think|>", "<|/think|>"): EVERYWHERE - {SHOWN},
-    ("<|thinking|>", "<|/thinking|>"): {START},
+    ("<|think|>", "<|/think|>"): EVERYWHERE,
+    ("<|thinking|>", "<|/thinking|>"): EVERYWHERE,
     ("[THINK]", "[/THINK]"): EVERYWHERE,
-    ("◁think▷", "◁/think▷"): {START, ALONE, GRADED},
+    ("◁think▷", "◁/think▷"): EVERYWHERE,
     ("<|channel>thought", "<channel|>"): EVERYWHERE,
     ("<|inner_prefix|>", "<|inner_suffix|>"): EVERYWHERE,
     ("<|START_THINKING|>", "<|END_THINKING|>"): EVERYWHERE,
-    ("<|begin_of_thought|>", "<|end_of_thought|>"): {START, ALONE, GRADED},
+    ("<|begin_of_thought|>", "<|end_of_thought|>"): EVERYWHERE,
     ("<|channel|>analysis<|message|>", "<|end|>"): {START, SHOWN},
     ("<|im_start|>think", "<|im_start|>answer"): {START},
     ("Here is my thought process:", "Here is my response:"): {START},
-    **{
-        (f"<{name}>", f"</{name}>"): {START}
-        for name in "thoughts reason deep_think deepthink scratchpad cot thought_process".split()
-    },
+    **{(f"<{name}>", f"</{name}>"): {START} for name in ONLY_AT_START.split()},
     ("<step>", "</step>"): set(),
 }
 
@@ -82,9 +81,12 @@ def test_a_reply_in_its_marks_is_split_in_any_case(marks: tuple[str, str]) -> No
         ("a</think>b</think>c", "c"),
         ("a</think>\n ", "a</think>\n "),
         ("<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>4<|end|>", "4<|end|>"),
-        ("a</Think>b", "a</Think>b"),
-        ("analysisI add.assistantfinal4", "analysisI add.assistantfinal4"),
-        ("<scratchpad>a</scratchpad>4", "<scratchpad>a</scratchpad>4"),
+        ("a</Think>b", "b"),
+        ("analysisI add.assistantfinal4", "4"),
+        ("Analysis of the sum: it is 4", "Analysis of the sum: it is 4"),
+        ("\n<scratchpad>a</scratchpad>4", "4"),
+        ("<scratchpad>a</think>b</scratchpad>c</think>d", "d"),
+        ("<cot>a", "<cot>a"),
         ("In XML <reason>a</reason> is an element", "In XML <reason>a</reason> is an element"),
         ("a<|end|>b", "a<|end|>b"),
     ],
@@ -117,10 +119,10 @@ def test_a_reply_is_split_from_its_thinking(reply: str, thought: str | None, tex
 @pytest.mark.parametrize(
     ("part", "shown"),
     [
-        ("<|begin_of_solution|>b<|end_of_solution|>", "<|begin_of_solution|>b<|end_of_solution|>"),
+        ("<|begin_of_solution|>b<|end_of_solution|>", "b"),
         ("<|START_RESPONSE|>b<|END_RESPONSE|>", "b"),
         ("<output>b</output>", "<output>b</output>"),
-        ("<solution>b</solution>", "<solution>b</solution>"),
+        ("<solution>b</solution>", "b"),
         ("<response>b</response>", "b"),
         ("<|end|><|start|>assistant<|channel|>final<|message|>b", "b"),
         ("an <em>a</em> in <cot> and <|im_end|>", "an <em>a</em> in <cot> and <|im_end|>"),
@@ -132,3 +134,17 @@ def test_people_see_no_marks(part: str, shown: str) -> None:
 
 def test_an_answer_is_looked_for_after_the_thinking() -> None:
     assert extract_answer("The answer is 3.\n</thought>\nThe answer is 4") == "4"
+
+
+def test_an_answer_in_the_marks_of_a_model_is_its_answer() -> None:
+    written = "<|begin_of_thought|>\n2 + 2 = 4\n<|end_of_thought|>\n\n<|begin_of_solution|>\n{}\n<|end_of_solution|>"
+    problem = Problem("file", "2 + 2?", "4", {})
+    assert grade(problem, written.format(4)) == 1.0
+    assert grade(problem, written.format(3)) == 0.0
+    assert grade(problem, "<cot>2 + 2 = 4</cot><solution>4</solution>") == 1.0
+
+
+@pytest.mark.parametrize("opener", ["<think>", "[THINK]", "<|channel>thought", ""])
+def test_a_rendered_prompt_that_opens_the_thinking_is_a_question(opener: str) -> None:
+    prompt = f"<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n{opener}\n"
+    assert question_of({"prompt": prompt})["problem"] == "2 + 2?"
