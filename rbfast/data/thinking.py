@@ -273,8 +273,11 @@ class _Template:
         return opener + inside[:1], inside[1:] + closer + after
 
     def _ending(self, after: str, switches: Mapping[str, Any], opening: str) -> tuple[str, int | None]:
-        """What ends a turn: text, and the added token that the template puts there, or before the next turn; else the
-        eos token. Of several tokens the one that ends a question too: those before it end the reply alone."""
+        """What ends a turn: some text, then a token.
+
+        The token is the added one that the template writes after the reply, else one that opens the next turn, else
+        eos. If several follow the reply, it is the one that ends a question too: the others end only the reply.
+        """
         numbers = {token.content: number for number, token in self.tokenizer.added_tokens_decoder.items()}
         added = added_tokens(self.tokenizer)
         if added is not None:

@@ -101,7 +101,7 @@ class _Reader:
         return _table(found, self.k) if found else NOTHING_SHARED
 
     def _by_ids(self, task: PendingTrace) -> list[tuple[int, list[int], list[float]]]:
-        """The server is given the student's ids; what it calls them shows whether they are its own."""
+        """Sends the student's ids. The reply says how the server spells each, and so whether both use the same ids."""
         ids = task.example.input_ids.tolist()
         choice = self._ask({"prompt": ids, "prompt_logprobs": self.k, "add_special_tokens": False})
         tops = choice["prompt_logprobs"]
@@ -148,7 +148,8 @@ class _Reader:
         )
 
     def _pieces(self, text: str) -> list[Piece]:
-        """The tokens of `text` as the server cuts it; the first one's candidates, and often its text, are not said."""
+        """The tokens of `text` as the server cuts it. The first has no candidates, and often no text in the reply: it
+        is what the others leave."""
         if self.dialect == "vllm":
             choice = self._ask({"prompt": text, "prompt_logprobs": self.k, "return_token_ids": True})
             pieces = list(_vllm_pieces(choice))

@@ -54,7 +54,7 @@ _LONGEST_SILENCE = 1.0  # seconds, even if a server asks for a longer pause
 
 @dataclass(frozen=True)
 class Taught:
-    """What came of it. `open` questions were not sent, or not answered: the same call sends them again."""
+    """The traces that `teach` made. `open` questions were not sent or not answered; the same call sends them again."""
 
     traces: list[Trace]
     replies: list[dict[str, Any]]  # one for each trace
