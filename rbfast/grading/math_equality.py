@@ -24,7 +24,7 @@ from rbfast.grading.judge import TIME_LIMIT, judge
 from rbfast.grading.moments import is_moment, same_moment
 from rbfast.grading.notation import normalize
 from rbfast.grading.numerals import counted
-from rbfast.grading.units import Unit, same_dimension, split_unit
+from rbfast.grading.units import CURRENCIES, Unit, same_dimension, split_unit
 
 Same = Callable[[str, str], bool]
 """Whether two expressions in LaTeX have the same value."""
@@ -74,9 +74,9 @@ def equal(expected: str, statement: str, time_limit: float = TIME_LIMIT) -> bool
 def equals_any(expected: str, statements: Sequence[str], time_limit: float = TIME_LIMIT) -> bool:
     """Whether one of several readings of a statement is the expected answer; see `equal`."""
     same = _Asked(time_limit)
-    wanted, found = _measure(expected), _measure(statements[0]) if statements else None
+    wanted, found = _money(expected), _money(statements[0]) if statements else None
     if wanted and found:
-        return _equal_quantities(wanted, found)  # no other reading may leave the unit out: $5 is not €5
+        return _equal_quantities(wanted, found)  # another reading may leave the dollar out, and €5 is not $5
     return any(_equal_statements(expected, statement, same) for statement in statements)
 
 
@@ -281,10 +281,10 @@ def _quantity(text: str) -> _Quantity | None:
     return _Quantity(value, unit, percent is not None, None, len(decimal[2]) if decimal else None)
 
 
-def _measure(statement: str) -> _Quantity | None:
-    """The number with a measure that the whole of a statement is."""
+def _money(statement: str) -> _Quantity | None:
+    """The sum of money that the whole of a statement is."""
     found = _quantity(_ungrouped(normalize(statement))[0]) if len(statement) <= _MOST_LETTERS else None
-    return found if found and found.unit else None
+    return found if found and found.unit and found.unit.dimension in CURRENCIES else None
 
 
 def _in_base(digits: str, base: int) -> _Quantity | None:
