@@ -3,7 +3,8 @@
 // The text comes folded (rbfast/curation/text.py): lower case, in UTF-8, and every character beyond ASCII belongs to a
 // word. A token is a word, a numeral, a sign, or the name of a LaTeX command. What only sets type (\left, \text,
 // dollars, Asymptote figures, brackets that group nothing) gives no token, and \frac12 reads as TeX does: frac 1 2.
-// Braces are round brackets. rbfast/curation/text_reference.py says the same in Python and is the oracle of the tests.
+// Braces are round brackets, but for those of a set. rbfast/curation/text_reference.py says the same in Python and is
+// the oracle of the tests.
 #pragma once
 
 #include <cstdint>
@@ -54,6 +55,7 @@ inline std::string_view command_token(std::string_view name) {
   if (name == "lvert" || name == "rvert" || name == "vert" || name == "mid") return "|";
   if (name == "lbrace") return "{";
   if (name == "rbrace") return "}";
+  if (name == "lnot") return "neg";
   return name;
 }
 
@@ -64,13 +66,16 @@ struct Token {
 };
 
 // The signs of braces, whose hashes are those of round brackets: one that opens what a command, ^ or / takes as one,
-// and one that closes.
-constexpr char kArgument = '\x02', kEnd = '\x03';
+// one that closes, and one that opens a set if it holds a list.
+constexpr char kArgument = '\x02', kEnd = '\x03', kSet = '\x04';
+constexpr std::string_view kOpening = "(\x02\x04";  // a round bracket or a brace that opens
 
 inline Token token_of(std::string_view token) {
   const char sign = token.size() == 1 ? token[0] : token == "frac" ? 'F' : '\0';
   return {hash_token(token), sign};
 }
+
+inline bool is_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
 
 inline bool is_in(char c, std::string_view set) {  // inlined and unrolled, as a call of memchr is not
   for (const char x : set)
@@ -162,7 +167,9 @@ class Reader {
     if (stop == at_ + 1) return escape(peek(at_ + 1));
     const std::string_view name = text_.substr(at_ + 1, stop - at_ - 1), token = command_token(name);
     at_ = stop;
-    if (!token.empty()) push(token), taking_ = stop;
+    static constexpr std::string_view kRelations[] = {"in", "notin", "cup", "cap", "setminus", "subset", "subseteq"};
+    named_ = stop, relates_ = is_one_of(name, kRelations);
+    if (!token.empty()) push(token), taking_ = relates_ ? kNowhere : stop;
     if ((name == "begin" || name == "end") && peek(at_) == '{') {
       const size_t close = run(at_ + 1, [](char x) { return is_letter(x) || x == '*'; });
       if (peek(close) == '}') at_ = close + 1;
@@ -180,8 +187,18 @@ class Reader {
   void brace(char c) {
     const bool is_argument = at_ == taking_ || (at_ > 0 && is_in(text_[at_ - 1], "}^/"));
     const std::string_view same = c == '{' ? "(" : ")";
-    out_.push_back({hash_token(same), c == '}' ? kEnd : is_argument ? kArgument : '('});
+    out_.push_back({hash_token(same), c == '}' ? kEnd : is_argument ? kArgument : may_be_set() ? kSet : '('});
     ++at_;
+  }
+  // Whether TeX takes nothing before this brace together with it, and it opens no change of font: {\bf a, b}.
+  bool may_be_set() const {
+    size_t before = at_, next = at_ + 1;
+    while (before > 0 && is_space(text_[before - 1])) --before;
+    while (is_space(peek(next))) ++next;
+    if (peek(next) == '\\') return false;
+    if (before == named_) return relates_;
+    const char last = before > 0 ? text_[before - 1] : '\0';
+    return !is_in(last, "_^/}]") && (before < at_ || !(is_word(last) || is_digit(last)));
   }
   // "!" or "'": a sign of mathematics, or a sentence's.
   void mark(char c) {
@@ -197,11 +214,19 @@ class Reader {
     const bool raised = c == '^' && is_raised(peek(at_ + 1) == '{' ? 2 : 1);
     if (is_in(c, ",;&"))
       push(",");
+    else if (c == '~' && is_negation())
+      push("neg");
     else if (is_in(c, "+-*/=<>()[]|%^") && !raised)
       push(text_.substr(at_, 1));
     ++at_;
   }
   bool is_raised(size_t offset) const { return starts("\\circ", offset) || starts("\\prime", offset); }
+
+  // Whether a tilde denies what follows (~p, not the space of 5~cm).
+  bool is_negation() const {
+    const char last = at_ > 0 ? text_[at_ - 1] : ' ', next = peek(at_ + 1);
+    return (is_space(last) || is_in(last, "([$~>&|^")) && (is_word(next) || next == '(' || next == '~');
+  }
 
   static constexpr size_t kNowhere = static_cast<size_t>(-1);
   std::string_view text_;
@@ -209,6 +234,8 @@ class Reader {
   std::vector<Token>& out_;
   size_t at_ = 0, bound_ = kNowhere;  // where a prime or a factorial would belong to what was read last
   size_t taking_ = kNowhere;          // where the command that was read last takes its argument
+  size_t named_ = kNowhere;           // where the name of that command ended
+  bool relates_ = false;              // whether it takes none
   bool figures_ = true;               // until one is not closed
 };
 
@@ -218,7 +245,7 @@ inline void whole_numerals(std::vector<Token>& row) {
   size_t size = 0;
   const auto before = [&](size_t back) { return size >= back ? row[size - back].sign : '\0'; };
   for (size_t i = 0; i < row.size(); ++i) {
-    if (row[i].sign == kEnd && before(1) == '0' && (before(2) == '(' || before(2) == kArgument)) {
+    if (row[i].sign == kEnd && before(1) == '0' && before(2) != '\0' && is_in(before(2), kOpening)) {
       row[i] = zero;
       size -= 2;
     }
@@ -239,15 +266,16 @@ inline void whole_numerals(std::vector<Token>& row) {
   row.resize(size);
 }
 
-// An open bracket: where it is, how many tokens were kept before it, and whether a sign came before it in the brackets
-// around it.
+// An open bracket: where it is, how many tokens were kept before it, whether a sign came before it in the brackets
+// around it, and whether it holds a list.
 struct Opened {
   size_t at, kept;
-  bool is_signed;
+  bool is_signed, is_list;
 };
 
 // Drops the stops, and the brackets that group nothing or have no other half. In place.
 inline void group(std::vector<Token>& row, std::vector<Opened>& opened) {
+  static const uint64_t kOpenSet = hash_token("{"), kCloseSet = hash_token("}");
   constexpr uint64_t kDropped = 0;
   opened.clear();
   size_t kept = 0, inner_from = 0, inner_to = 0;  // the brackets that were closed last
@@ -256,8 +284,9 @@ inline void group(std::vector<Token>& row, std::vector<Opened>& opened) {
     const char sign = row[i].sign;
     if (sign == ',') {
       row[i].hash = kDropped;
-    } else if (sign == '(' || sign == kArgument) {
-      opened.push_back({i, kept, is_signed});
+      if (!opened.empty()) opened.back().is_list = true;
+    } else if (sign != '\0' && is_in(sign, kOpening)) {
+      opened.push_back({i, kept, is_signed, false});
       is_signed = false;
     } else if (sign == ')' || sign == kEnd) {
       if (opened.empty()) {
@@ -266,6 +295,13 @@ inline void group(std::vector<Token>& row, std::vector<Opened>& opened) {
       }
       const Opened open = opened.back();
       opened.pop_back();
+      if (row[open.at].sign == kSet && sign == kEnd && open.is_list && kept > open.kept + 1) {
+        row[open.at].hash = kOpenSet, row[i].hash = kCloseSet;
+        kept += 2;
+        is_signed = is_signed || open.is_signed;
+        inner_from = inner_to = 0;
+        continue;
+      }
       // Whether a command, ^ or / takes what they hold.
       const bool is_taken = row[open.at].sign == kArgument || (open.at > 0 && is_in(row[open.at - 1].sign, "/^")) ||
                             (i + 1 < row.size() && row[i + 1].sign == '^');

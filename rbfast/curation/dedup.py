@@ -21,7 +21,7 @@ _BANDS = 16  # of 4 values: a pair of Jaccard index 0.8 meets in one with a prob
 _LEAST_AGREEMENT = 0.8
 _DATA = re.compile(r"[0-9]+|(?<![^\W\d_])[b-z](?![^\W\d_])")  # "a" is an article more often than a variable
 
-_SIGNS = frozenset("+*/=<>()[]{}|!'%^")  # a hyphen is often only a word's
+_SIGNS = frozenset([*"+*/=<>()[]{}|!'%^", "neg"])  # a hyphen is often only a word's
 
 
 def key_of(problem: str, answer: str) -> int:

@@ -68,7 +68,16 @@ _SIGNS = {
     **dict.fromkeys("’‘′", "'"),
     "∣": "|",
     **{"≤": " le ", "⩽": " le ", "≥": " ge ", "⩾": " ge ", "≠": " ne ", "≈": " approx ", "≡": " equiv ", "≅": " cong "},
-    **{"∼": " sim ", "±": " pm ", "∓": " mp ", "÷": " div ", "√": " sqrt ", "∞": " infty ", "°": " circ "},
+    **{
+        "∼": " sim ",
+        "¬": " neg ",
+        "±": " pm ",
+        "∓": " mp ",
+        "÷": " div ",
+        "√": " sqrt ",
+        "∞": " infty ",
+        "°": " circ ",
+    },
     **{"∑": " sum ", "∏": " prod ", "∫": " int ", "∂": " partial ", "∇": " nabla ", "∈": " in ", "∉": " notin "},
     **{
         "⊂": " subset ",

@@ -14,12 +14,16 @@ _TYPESETTING = {
 _ALIASES = {
     **{"dfrac": "frac", "tfrac": "frac", "leq": "le", "geq": "ge", "neq": "ne", "times": "*", "cdot": "*"},
     **{"prime": "'", "lvert": "|", "rvert": "|", "vert": "|", "mid": "|", "lbrace": "{", "rbrace": "}"},
+    "lnot": "neg",
 }
+_RELATIONS = {"in", "notin", "cup", "cap", "setminus", "subset", "subseteq"}  # a brace after these is no argument
 _TOKEN = re.compile(
     r"\\(?P<command>[a-z]+)|\\(?P<escaped>[{}|%])|(?P<stop>\\\\|[,;&])|\\[^a-z\u0080-\U0010ffff]?|"
     r"(?P<word>[a-z\u0080-\U0010ffff]+)|(?P<digits>[0-9]+(?:\.[0-9]+)?)|(?P<figure>\[asy\])|\^(?=\{?\\(?:circ|prime))|"
-    r"(?P<operator>[-+*/=<>()\[\]|%^])|(?P<brace>[{}])|(?P<mark>[!'])"
+    r"(?P<operator>[-+*/=<>()\[\]|%^])|(?P<brace>[{}])|(?P<mark>[!'])|"
+    r"(?P<negation>(?<![^ \t-\r(\[$~>&|^])~(?=[a-z(~\u0080-\U0010ffff]))"  # ~p, but not the space of 5~cm
 )
+_SPACES = " \t\n\v\f\r"
 _ENVIRONMENT = re.compile(r"\{[a-z*]*\}")
 _NUMERAL = re.compile(r"[0-9]+(?:(?:,|\{,\}|,\\!)[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?")
 _IN_WORD = re.compile(r"(?![a-z]')[a-z\u0080-\U0010ffff]")  # after "'"; in a'b' it is a prime
@@ -28,15 +32,17 @@ _DIGITS = "0123456789"
 _STOP = ","  # what parts two numbers; no token
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _GROUPED = "-+*/=<>^|!"  # brackets around these say in which order
-_ARGUMENT, _END = "\x02", "\x03"  # a brace of TeX that opens what a command, ^ or / takes, and one that closes
-_OPENING, _CLOSING = ("(", _ARGUMENT), (")", _END)
+# A brace that opens what a command, ^ or / takes, one that closes, and one that opens a set if it holds a list.
+_ARGUMENT, _END, _SET = "\x02", "\x03", "\x04"
+_OPENING, _CLOSING = ("(", _ARGUMENT, _SET), (")", _END)
 
 
 def tokens(text: str, mask_digits: bool = False) -> list[str]:
     """The tokens of a folded text: words, numerals, signs, names of LaTeX commands.
 
     What only sets type gives none: `\\left`, `\\text`, dollars, Asymptote figures, brackets that group nothing. Braces
-    are round brackets; both group if they hold a sign, or several tokens that a command, `^` or `/` takes as one. A
+    are round brackets; both group if they hold a sign, or several tokens that a command, `^` or `/` takes as one. But
+    `{1, 2}`, which no command takes, is the set `\\{1, 2\\}`. A tilde is "neg" before what it denies, else a space. A
     digit after a command stands alone, as TeX reads it. Where digits are masked a whole numeral is "0": its sign,
     commas and point go, and a fraction of two numerals is one.
     """
@@ -49,13 +55,15 @@ def _read(text: str, mask_digits: bool) -> list[str]:
     found: list[str] = []
     at, bound, figures = 0, -1, True  # bound: where a prime or a factorial would belong to what was read last
     taking = -1  # where the command that was read last takes its argument
+    named, relates = -1, False  # where the name of that command ended, and whether it takes none
     while match := _TOKEN.search(text, at):
         start, at = match.span()
         kind, token = match.lastgroup, match.group(match.lastgroup or 0)
         if kind == "command":
             if token not in _TYPESETTING:
                 found.append(_ALIASES.get(token, token))
-                taking = at
+                taking = -1 if token in _RELATIONS else at
+            named, relates = at, token in _RELATIONS
             if token in ("begin", "end") and (name := _ENVIRONMENT.match(text, at)):
                 at = name.end()
             elif at < len(text) and text[at] in _DIGITS:
@@ -80,12 +88,25 @@ def _read(text: str, mask_digits: bool) -> list[str]:
             bound = _mark(text, start, bound, found)
         elif kind == "brace":
             is_argument = start == taking or text[start - 1 : start] in ("}", "^", "/")
-            found.append(_END if token == "}" else _ARGUMENT if is_argument else "(")
+            opening = _ARGUMENT if is_argument else _SET if _may_be_set(text, start, named, relates) else "("
+            found.append(_END if token == "}" else opening)
         elif kind == "stop":
             found.append(_STOP)
+        elif kind == "negation":
+            found.append("neg")
         elif kind is not None:
             found.append(token)
     return found
+
+
+def _may_be_set(text: str, at: int, named: int, relates: bool) -> bool:
+    r"""Whether TeX takes nothing before this brace together with it, and it opens no change of font: `{\bf a, b}`."""
+    before, inside = text[:at].rstrip(_SPACES), text[at + 1 :].lstrip(_SPACES)
+    if inside.startswith("\\") or before.endswith(tuple("_^/}]")):
+        return False
+    if len(before) == named:
+        return relates
+    return len(before) < at or re.search(r"[a-z0-9\u0080-\U0010ffff]\Z", before) is None
 
 
 def _numeral_end(text: str, start: int) -> int:
@@ -107,7 +128,7 @@ def _whole_numerals(row: list[str]) -> list[str]:
     """Each numeral with its sign as "0", fractions too; a sign between two terms is "+"."""
     found: list[str] = []
     for token in row:
-        if token == _END and found[-1:] == ["0"] and found[-2:-1] in (["("], [_ARGUMENT]):
+        if token == _END and found[-1:] == ["0"] and found[-2:-1] and found[-2] in _OPENING:
             del found[-2:]
             token = "0"
         while token == "0" and found:
@@ -126,25 +147,30 @@ def _whole_numerals(row: list[str]) -> list[str]:
 
 def _grouped(row: list[str]) -> list[str]:
     """Without stops, and without the brackets that group nothing, or that have no other half."""
-    kept = [token != _STOP for token in row]
+    shown = [{_STOP: "", ")": "", _END: ""}.get(token, token) for token in row]  # "" is dropped
     opened: list[tuple[int, bool]] = []  # where, and whether a sign came before it in the brackets around it
+    lists: set[int] = set()  # the open ones that hold a stop
     signed, inner = False, (-1, -1)  # the brackets that were closed last
     for at, token in enumerate(row):
         if token in _OPENING:
-            kept[at] = False
+            shown[at] = ""
             opened.append((at, signed))
             signed = False
-        elif token in _CLOSING:
-            kept[at] = False
-            if opened:
-                before, outer = opened.pop()
-                groups = signed or (sum(kept[before:at]) > 1 and _is_taken(row, before, at))
-                kept[at] = kept[before] = groups and inner != (before + 1, at - 1)  # else they are doubled
-                signed, inner = signed or outer, (before, at)
-        else:
+        elif token == _STOP and opened:
+            lists.add(opened[-1][0])
+        elif token in _CLOSING and opened:
+            before, outer = opened.pop()
+            held = sum(map(bool, shown[before:at]))
+            is_set = row[before] == _SET and token == _END and before in lists and held > 1
+            groups = signed or (held > 1 and _is_taken(row, before, at))
+            if is_set:
+                shown[before], shown[at] = "{", "}"
+            elif groups and inner != (before + 1, at - 1):  # else they are doubled
+                shown[before], shown[at] = "(", ")"
+            signed, inner = signed or outer, (-1, -1) if is_set else (before, at)
+        elif token not in (*_CLOSING, _STOP):
             signed = signed or token in tuple(_GROUPED)
-    rounded = ("(" if token in _OPENING else ")" if token in _CLOSING else token for token in row)
-    return [token for token, keep in zip(rounded, kept, strict=True) if keep]
+    return [token for token in shown if token]
 
 
 def _is_taken(row: list[str], opened: int, closed: int) -> bool:

@@ -11,13 +11,9 @@ import math
 import re
 from collections.abc import Mapping
 
+from rbfast.data.thinking_marks import end_of_thinking
+
 _TAG = re.compile(r"<answer>(.*?)(?=</answer>|<answer>|\Z)", re.DOTALL | re.IGNORECASE)
-# What ends the thinking of a completion, whichever template it was written in.
-_THOUGHT = re.compile(
-    r".*(?:</(?:think|thinking|thought|reasoning|seed:think)>|\[/THINK\]|<\|/think\|>|<channel\|>|◁/think▷"
-    r"|<\|(?:inner_suffix|END_THINKING|end_of_thought)\|>|<\|channel\|>final<\|message\|>)",
-    re.DOTALL,
-)
 _HASHES = re.compile(r"####\s*(\S.*)")
 # Hashes that are no heading: the text ends there, or in a line that says the answer again.
 _LAST_HASHES = re.compile(r"####\s*(\S.*)(?=\s*\Z|\s*\n[^\n]*\banswer\b[^\n]*\Z)", re.IGNORECASE)
@@ -53,8 +49,7 @@ def extract_answer(text: str) -> str | None:
 
 def without_thinking(text: str) -> str:
     """What a completion says after its thinking; all of it if it closes none, or says nothing after it."""
-    closed = _THOUGHT.match(text)
-    said = text[closed.end() :] if closed else ""
+    said = text[end_of_thinking(text) :]
     return said if said.strip() else text
 
 

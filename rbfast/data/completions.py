@@ -93,7 +93,15 @@ def _turn(found: ThinkingFormat, thought: str, spans: Sequence[Span], said: str)
 
 
 def _tiled(tiles: Sequence[Span], pieces: Sequence[tuple[str, bool]], start: int, cut: int, length: int) -> Written:
-    """The thought begins at `start`, without its first `cut` characters; all after its `length` is the answer's."""
+    """A reply of these pieces, each character with its role.
+
+    Args:
+        tiles: the roles of the thought as the trace has it.
+        pieces: the thought, or what is there in its place, and the template's text around it.
+        start: where the thought stands in the joined pieces. What comes before it has its first role.
+        cut, length: the characters of the trace's thought that are written: `length` of them from `cut` on. All that
+            follows them is the answer.
+    """
     spans = np.array(tiles, dtype=np.int64)
     role_of = np.repeat(spans[:, 2], spans[:, 1] - spans[:, 0])[cut : cut + length]
     end = sum(len(text) for text, _ in pieces)
@@ -104,8 +112,8 @@ def _tiled(tiles: Sequence[Span], pieces: Sequence[tuple[str, bool]], start: int
 
 
 def tokens_of(written: Written, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], np.ndarray]:
-    """The tokens of a reply, and their characters [tokens, 2]. Tags that are tokens are those; special tokens that are
-    spelled out in the trace stay text."""
+    """The tokens of a reply, and the characters of each, [tokens, 2]. A tag that the template writes is its own token
+    if the tokenizer has one. A special token that the trace spells out stays text."""
     ids: list[int] = []
     offsets: list[tuple[int, int]] = []
     at, adds_blank = 0, thinking_format(tokenizer).adds_blank

@@ -12,6 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from rbfast.data.thinking_marks import (
+    ANSWER_OPENER,
+    BARE_CHANNELS,
+    FINAL_CHANNEL,
+    LONE_CLOSER,
+    NEXT_MESSAGE,
+    OPENER,
+    closer_of,
+)
 from rbfast.data.trace import TraceError
 from rbfast.utils.records import objects_of, show
 
@@ -31,38 +40,8 @@ THOUGHT_KEYS = (
     "thoughts",
 )
 
-_NAMES = (
-    "think thinking thought thoughts reasoning reason seed:think deep_think deepthink scratchpad cot thought_process"
-)
-_TAGS = [(f"<{name}>", f"</{name}>") for name in _NAMES.split()]
-_TAGS += [
-    ("<|begin_of_thought|>", "<|end_of_thought|>"),
-    ("<|thinking|>", "<|/thinking|>"),
-    ("[THINK]", "[/THINK]"),
-    ("◁think▷", "◁/think▷"),
-    ("<|channel|>analysis<|message|>", "<|end|>"),
-    ("<|im_start|>think", "<|im_start|>answer"),
-    ("<|channel>thought", "<channel|>"),
-    ("<|think|>", "<|/think|>"),
-    ("<|inner_prefix|>", "<|inner_suffix|>"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-    ("Here is my thought process:", "Here is my response:"),
-]
-_OPENER = re.compile("|".join(re.escape(opener) for opener, _ in _TAGS), re.IGNORECASE)
-_CLOSERS = {opener.lower(): re.compile(re.escape(closer), re.IGNORECASE) for opener, closer in _TAGS}
-_LONE_CLOSER = re.compile(
-    r"</(?:think|thinking|seed:think|thought)>|<\|end_of_thought\|>|\[/THINK\]|◁/think▷|<\|inner_suffix\|>"
-    r"|<\|END_THINKING\|>|<\|/think\|>|<channel\|>",
-    re.IGNORECASE,
-)
 _OPENING = re.compile(r"\s*(?:<\|start\|>assistant|<｜Assistant｜>|<\|im_start\|>assistant)?\s*")
-_SOLUTION = re.compile(
-    r"<\|(?:begin_of_solution|START_RESPONSE)\|>(.*?)(?:<\|(?:end_of_solution|END_RESPONSE)\|>|\Z)|<(output|solution|response)>(.*?)(?:</\2>|\Z)",
-    re.DOTALL | re.IGNORECASE,
-)
-# Channels whose marks a server took for special tokens and left out.
-_BARE_CHANNELS = re.compile(r"analysis(.*?)assistantfinal", re.DOTALL)
-_FINAL = re.compile(r"(?:<\|start\|>assistant)?<\|channel\|>final<\|message\|>")
+_FINAL = re.compile(rf"(?:{re.escape(NEXT_MESSAGE)})?{re.escape(FINAL_CHANNEL)}")
 _ENDS = tuple(f"<|{name}|>" for name in ("im_end", "eot_id", "endoftext", "return", "end", "end_of_text"))
 _ENDS += ("<｜end▁of▁sentence｜>", "</s>")
 
@@ -267,16 +246,16 @@ def split_thinking(reply: str) -> tuple[str | None, str]:
     """
     rest = reply[_OPENING.match(reply).end() :]  # type: ignore[union-attr]
     thoughts = []
-    while opened := _OPENER.match(rest):
-        closed = _CLOSERS[opened[0].lower()].search(rest, opened.end())
+    while opened := OPENER.match(rest):
+        closed = closer_of(opened[0]).search(rest, opened.end())
         if closed is None:
             raise TraceError(f"reply: {opened[0]} is opened and never closed; the reply was cut, leave it out")
         thoughts.append(rest[opened.end() : closed.start()].strip())
         rest = rest[closed.end() :].lstrip()
-    if not thoughts and (bare := _BARE_CHANNELS.match(rest)):
+    if not thoughts and (bare := BARE_CHANNELS.match(rest)):
         thoughts.append(bare[1].strip())
         rest = rest[bare.end() :]
-    if not thoughts and (closed := _LONE_CLOSER.search(rest)):
+    if not thoughts and (closed := LONE_CLOSER.search(rest)):
         thoughts.append(rest[: closed.start()].strip())
         rest = rest[closed.end() :]
     return "\n\n".join(filter(None, thoughts)) or None, _final_text(rest)
@@ -284,7 +263,7 @@ def split_thinking(reply: str) -> tuple[str | None, str]:
 
 def is_marked(text: str) -> bool:
     """Whether a text opens with a thought in its tags."""
-    return _OPENER.match(text, _OPENING.match(text).end()) is not None  # type: ignore[union-attr]
+    return OPENER.match(text, _OPENING.match(text).end()) is not None  # type: ignore[union-attr]
 
 
 def _final_text(text: str) -> str:
@@ -292,6 +271,7 @@ def _final_text(text: str) -> str:
     text = text.strip()
     while end := next((end for end in _ENDS if text.endswith(end)), None):
         text = text.removesuffix(end).rstrip()
-    if solution := _SOLUTION.match(text):
-        return (solution[1] or solution[3] or "").strip()
+    if opened := ANSWER_OPENER.match(text):
+        closed = closer_of(opened[0]).search(text, opened.end())
+        text = text[opened.end() : closed.start() if closed else None].strip()
     return text

@@ -214,7 +214,7 @@ def leave_out(batch: dict[str, Any], start: int) -> None:
 def _collate_signals(
     examples: Sequence[Example], lengths: Sequence[int], is_trained: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """The signals of the rows that are trained (bool [T]), checked: here, on the CPU, looking at values is free."""
+    """The signals of the rows that are trained (bool [T]). Their values are checked here: on a GPU it would wait."""
     ids, logprobs, rows = [], [], []
     for example, start in zip(examples, np.cumsum([0, *lengths[:-1]]), strict=True):
         if example.teacher_ids is None or example.teacher_logprobs is None or example.teacher_rows is None:

@@ -20,6 +20,7 @@ from rbfast.data.fields import Field, check_map, names_of
 from rbfast.data.rendered import parse_rendered
 from rbfast.data.replies import ADVICE, Reply, find_replies, is_flag, reply_of_turn
 from rbfast.data.row import Row, only
+from rbfast.data.thinking_marks import OPENER
 from rbfast.data.trace import MAY_BE_NUMBERS, TraceError
 from rbfast.data.wrappers import unwrapped
 from rbfast.utils.records import show
@@ -165,7 +166,9 @@ def _question(row: Row) -> _Question:
 
 def _without_opening(turns: list[Turn]) -> list[Turn]:
     """Turns without a last one that only opens a reply, as a rendered prompt does."""
-    return turns[:-1] if turns[-1].role == ASSISTANT and turns[-1].text.strip() in ("", "<think>") else turns
+    said = turns[-1].text.strip()
+    only_opens = turns[-1].role == ASSISTANT and (not said or OPENER.fullmatch(said) is not None)
+    return turns[:-1] if only_opens else turns
 
 
 def _conversation(row: Row) -> list[Turn] | None:

@@ -8,18 +8,17 @@ instruction_named("none")                                # or "answer", "boxed",
 """
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rbfast.data.answers import closing
 from rbfast.utils.files import write_text
 from rbfast.utils.records import check_some, read_json
 
 FILE = "prompt.json"
 Style = Literal["tags", "box", "plain"]
-_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _PHRASE = "The answer is "
 
 
@@ -76,12 +75,8 @@ def instruction_named(name: str) -> Instruction:
 
 
 def _fits_a_box(answer: str) -> bool:
-    depth = 0
-    for match in _BRACES.finditer(answer):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
-        if depth < 0:
-            return False
-    return depth == 0 and "\n" not in answer and not answer.endswith("\\")
+    is_one_line = "\n" not in answer and not answer.endswith("\\")
+    return is_one_line and closing(f"{{{answer}}}", 0) == len(answer) + 1
 
 
 def write_instruction(folder: str | Path, instruction: Instruction, about: Mapping[str, Any]) -> None:

@@ -19,6 +19,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
+from rbfast.data.thinking_marks import THINKING
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -30,18 +32,7 @@ _ASKED, _THOUGHT, _SAID, _NEXT = "RBFASTASKED", "RBFASTTHOUGHT", "RBFASTSAID", "
 _SWITCHES: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": True}, {"thinking": True})
 _OFF: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": False}, {"thinking": False})
 _FIELDS = ("reasoning_content", "thinking", "reasoning")
-_TAGS = (
-    ("<think>", "</think>"),
-    ("<thinking>", "</thinking>"),
-    ("<thought>", "</thought>"),
-    ("<reasoning>", "</reasoning>"),
-    ("<|think|>", "<|/think|>"),
-    ("<seed:think>", "</seed:think>"),
-    ("[THINK]", "[/THINK]"),
-    ("<|channel>thought", "<channel|>"),
-    ("<|inner_prefix|>", "<|inner_suffix|>"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-)
+_TAGS = tuple((opener, closer) for opener, closer, is_sure in THINKING if is_sure)
 # A template's own name for such a switch.
 _SWITCH = re.compile(r"\bif (?:not )?(\w*(?:think|reason)\w*)\b(?! *[.(])")
 
@@ -282,8 +273,11 @@ class _Template:
         return opener + inside[:1], inside[1:] + closer + after
 
     def _ending(self, after: str, switches: Mapping[str, Any], opening: str) -> tuple[str, int | None]:
-        """What ends a turn: text, and the added token that the template puts there, or before the next turn; else the
-        eos token. Of several tokens the one that ends a question too: those before it end the reply alone."""
+        """What ends a turn: some text, then a token.
+
+        The token is the added one that the template writes after the reply, else one that opens the next turn, else
+        eos. If several follow the reply, it is the one that ends a question too: the others end only the reply.
+        """
         numbers = {token.content: number for number, token in self.tokenizer.added_tokens_decoder.items()}
         added = added_tokens(self.tokenizer)
         if added is not None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rbfast.data.answers import extract_answer, without_thinking
+from rbfast.data.thinking_marks import without_marks
 from rbfast.grading.judge import judge
 from rbfast.grading.math_equality import equals_any, is_number, key
 from rbfast.grading.statements import readings
@@ -31,11 +32,6 @@ class Problem:
 
 _WHOLE = re.compile(r".*(?:\n|</answer>)", re.DOTALL | re.IGNORECASE)
 _DISPLAYED = re.compile(r"(?:\\\[[^\[\]]*\\\]|\$\$[^$]*\$\$)$")
-_MARKS = re.compile(
-    r"</?(?:think|answer|response|seed:think)>|<\|(?:START|END)_(?:THINKING|RESPONSE)\|>|<\|inner_(?:prefix|suffix)\|>"
-    r"|\[/?THINK\]|<\|channel\|>(?:analysis|final)<\|message\|>|<\|end\|>|<\|start\|>assistant|<\|channel>thought|<channel\|>",
-    re.IGNORECASE,
-)
 
 
 def _last_line(text: str) -> str:
@@ -47,7 +43,7 @@ def _last_line(text: str) -> str:
 
 def without_tags(text: str) -> str:
     """A part of a completion for people: no marks of thinking or answer, and no white space around it."""
-    return _MARKS.sub("", text).strip()
+    return without_marks(text).strip()
 
 
 def grade(problem: Problem, completion: str, *, truncated: bool = False) -> float:

@@ -24,7 +24,7 @@ from rbfast.grading.judge import TIME_LIMIT, judge
 from rbfast.grading.moments import is_moment, same_moment
 from rbfast.grading.notation import normalize
 from rbfast.grading.numerals import counted
-from rbfast.grading.units import Unit, same_dimension, split_unit
+from rbfast.grading.units import CURRENCIES, Unit, same_dimension, split_unit
 
 Same = Callable[[str, str], bool]
 """Whether two expressions in LaTeX have the same value."""
@@ -37,6 +37,10 @@ _GROUPED = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 _SPACED = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?: \d{3})+(?![\d,/]| ?/)")
 _DECIMAL = re.compile(r"-?(\d*)\.(\d+)(?:\.\.\.)?")
 _BASE = re.compile(r"\(?([0-9A-F]+)\)?_\{?(\d+)\}?")
+_SUBSCRIPT = re.compile(r"[a-zA-Z]_\{?\d")
+_NUMBERED = re.compile(r"(?<![a-zA-Z\\])([a-zA-Z])(\d+)")
+_CONNECTIVE = re.compile(r"(?P<and>∧|\\(?:land|wedge)(?![a-zA-Z]))|∨|\\(?:lor|vee)(?![a-zA-Z])")
+_RELATION = re.compile(r"[=<>≤≥≠∈]|\\(?:leq?|geq?|neq?|lt|gt|in|[lg]eqslant)(?![a-zA-Z])")
 _CHOICE = re.compile(r"\(([A-Ja-j])\)|([A-Ja-j])[.):]?|\(?([A-J])[.):]\s+[\w$(\\].*")
 _NO_WORDS = re.compile(r"[\\\d+^_=<>*/|$%()\[\]{}!]|(?<![^\W\d_]{2})-|-(?![^\W\d_]{2})|'(?![a-z])")
 
@@ -70,6 +74,9 @@ def equal(expected: str, statement: str, time_limit: float = TIME_LIMIT) -> bool
 def equals_any(expected: str, statements: Sequence[str], time_limit: float = TIME_LIMIT) -> bool:
     """Whether one of several readings of a statement is the expected answer; see `equal`."""
     same = _Asked(time_limit)
+    wanted, found = _money(expected), _money(statements[0]) if statements else None
+    if wanted and found:
+        return _equal_quantities(wanted, found)  # another reading may leave the dollar out, and €5 is not $5
     return any(_equal_statements(expected, statement, same) for statement in statements)
 
 
@@ -77,15 +84,32 @@ def _equal_statements(expected: str, statement: str, same: Same) -> bool:
     if max(len(expected), len(statement)) > _MOST_LETTERS:
         return " ".join(expected.split()) == " ".join(statement.split()) != ""
     left, right = normalize(expected), normalize(statement)
+    left, right = _subscripted(left, right), _subscripted(right, left)
     if not left or not right:
         return False
     if left == right or _words(left) == _words(right) != "":
         return True
     if (moment := same_moment(left, right)) is not None:
         return moment
+    joined = _connectives(expected), _connectives(statement)
+    if all(joined) and (joined[0] != joined[1] or len(set(joined[0])) > 1):
+        return False
     return any(
         _equal(read(wanted), read(found), same) for wanted in _ungrouped(left)[:1] for found in _ungrouped(right)
     ) or (left != _ungrouped(left)[0] and _equal(read(left), read(right), same))
+
+
+def _subscripted(text: str, other: str) -> str:
+    """`x1` as `x_{1}`, if the other text writes subscripts and this one none."""
+    if "_" in text or _SUBSCRIPT.search(other) is None:
+        return text
+    return _NUMBERED.sub(r"\1_{\2}", text)
+
+
+def _connectives(text: str) -> list[str]:
+    """The signs that join a formula of logic. Between relations they join a list: `x < 2 ∨ x > 5`."""
+    found = [] if _RELATION.search(text) else _CONNECTIVE.finditer(text)
+    return ["and" if match["and"] else "or" for match in found]
 
 
 def require() -> None:
@@ -255,6 +279,12 @@ def _quantity(text: str) -> _Quantity | None:
         return None
     decimal = _DECIMAL.fullmatch(core)
     return _Quantity(value, unit, percent is not None, None, len(decimal[2]) if decimal else None)
+
+
+def _money(statement: str) -> _Quantity | None:
+    """The sum of money that the whole of a statement is."""
+    found = _quantity(_ungrouped(normalize(statement))[0]) if len(statement) <= _MOST_LETTERS else None
+    return found if found and found.unit and found.unit.dimension in CURRENCIES else None
 
 
 def _in_base(digits: str, base: int) -> _Quantity | None:

@@ -36,6 +36,9 @@ _SIGNS = {
     "∞": r"\infty ",
     "∪": r"\cup ",
     "∩": r"\cap ",
+    "¬": r"\neg ",
+    "∧": r"\land ",
+    "∨": r"\lor ",
     "∈": r"\in ",
     "∅": r"\emptyset ",
     "ℝ": r"\mathbb{R}",
@@ -84,6 +87,12 @@ _RULES = [
         (r"(?<=\d)\\!(?=\d)", ""),
         (r"(?<=\d)(?:\\,|~)(?=\d{3}(?!\d))", "\u200b"),
         (r"\\!", ""),
+        (r"\\lnot(?![a-zA-Z])", r"\\neg"),
+        (
+            r"(^|\(|\\(?:land|lor|wedge|vee|to|rightarrow|Rightarrow|implies)(?![a-zA-Z]))\s*\\sim(?![a-zA-Z])",
+            r"\1\\neg ",
+        ),
+        (r"(?<![^\s(\[~>&|^])~(?=~|[a-zA-Z](?![a-zA-Z])|\([\s~]*[a-zA-Z])", r"\\neg "),  # else it is a space
         (r"(?<!\\)\\[,;:> ]|~|\\(?:quad|qquad|thinspace|enspace|hfill)(?![a-zA-Z])", " "),
         (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|mathstrut)(?![a-zA-Z])\s*\.?(?=[^\d]|$)", ""),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),

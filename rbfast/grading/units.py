@@ -55,6 +55,8 @@ _MULTIPLIERS = {
     "billion": 10**9,
     "trillion": 10**12,
 }
+CURRENCIES = {"money", "euros", "sterling", "rupees"}
+"""The dimensions of money."""
 _CURRENCY = {"$": "dollar", "€": "euro", "£": "gbp", "₹": "rupee", "¥": "yen"}
 # Words that say another number, or less than one.
 _OTHER_WORDS = """

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
+class _LoneByte(bytes):
+    """What `<0x33>` represents, which stands for a byte of a character that has no token."""
+
+
 class Piece(NamedTuple):
     """A teacher's token in a text, and its candidates there with natural log-probs."""
 
@@ -49,7 +53,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
 
 
 def spelled(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[bytes | None]:
-    """The bytes of each token; of special ones, which a reply's own marks may be, their names."""
+    """The bytes of each token. A special one, as the marks of a reply may be, is spelled by its name."""
     tokens, added = token_bytes(tokenizer), tokenizer.added_tokens_decoder
     return [added[number].content.encode() if number in added else tokens[number] for number in ids]
 
@@ -70,11 +74,12 @@ def _spelled(tokenizer: PreTrainedTokenizerBase, size: int) -> list[bytes | None
 
 
 def ids_by_bytes(tokens: Sequence[bytes | None]) -> dict[bytes, int]:
-    """The id of each token's bytes; of several ids the first, but a whole character before a lone byte's fallback."""
+    """The id of each token's bytes. Of several ids the first, but `3` rather than `<0x33>`: no text is cut into the
+    latter if there is a token for its character."""
     found: dict[bytes, int] = {}
     for number, written in enumerate(tokens):
-        if written:
-            found.setdefault(written, number)
+        if written and (written not in found or isinstance(tokens[found[written]], _LoneByte)):
+            found[written] = number
     return found
 
 
@@ -100,11 +105,15 @@ def byte_spans(tokens: Sequence[bytes | None], text: bytes) -> list[tuple[int, i
     joined = b"".join(token or b"" for token in tokens)
     opening = 0 if joined == text else 1
     if opening and joined != b" " + text:
-        at = next(
-            (i for i, (a, b) in enumerate(zip(joined, text, strict=False)) if a != b), min(len(joined), len(text))
-        )
+        at = shared_length(joined, text)
         raise ValueError(f"the tokens spell another text: {joined[at : at + 20]!r} for {text[at : at + 20]!r}")
     return [(int(start) - opening, int(end) - opening) for start, end in pairwise(ends)]
+
+
+def shared_length(one: bytes, other: bytes) -> int:
+    """How many bytes both begin with alike."""
+    ends = min(len(one), len(other))
+    return next((i for i in range(ends) if one[i] != other[i]), ends)
 
 
 def align(
@@ -145,5 +154,5 @@ def _letters() -> dict[str, int]:
 
 def _spell_sentencepiece(token: str) -> bytes:
     if match := _BYTE.fullmatch(token):
-        return bytes([int(match[1], 16)])
+        return _LoneByte([int(match[1], 16)])
     return token.replace("▁", " ").encode()

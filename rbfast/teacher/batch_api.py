@@ -85,7 +85,7 @@ class BatchAPI(Protocol):
         """How a batch stands."""
 
     def results(self, look: Look) -> Iterator[Result]:
-        """Of a batch that has ended, in any order."""
+        """What became of each request of a batch that has ended, in any order."""
 
 
 def finished(api: BatchAPI, batch: str, report: Report) -> Look:

@@ -118,18 +118,27 @@ def add_local_logprobs(
     read = _reader(teacher_tokenizer, tokenizer, same)
     done = 0
     for batch in _batches(tasks, _TOKENS if teacher.device.type == "cpu" else _TOKENS_ON_GPU):
-        readings = []
-        for task in batch:
-            try:
-                readings.append(read(task))
-            except ValueError as error:
-                refused.append((task.trace, f"{task.name}: {error}"))
+        readings, unread = _read_all(batch, read)
+        refused += unread
         if readings:
             _add_batch(teacher, readings, mapped, store)
         done += len(batch)
         if progress:
             progress(done, len(tasks))
     return refused
+
+
+def _read_all(
+    tasks: Sequence[PendingTrace], read: Callable[[PendingTrace], _Reading]
+) -> tuple[list[_Reading], list[tuple[Trace, str]]]:
+    """What can be read of some tasks, and why the others can't be."""
+    readings, unread = [], []
+    for task in tasks:
+        try:
+            readings.append(read(task))
+        except ValueError as error:
+            unread.append((task.trace, f"{task.name}: {error}"))
+    return readings, unread
 
 
 def _batches(tasks: Iterable[PendingTrace], tokens: int) -> Iterator[list[PendingTrace]]:

@@ -20,7 +20,7 @@ from rbfast.data.chat_template import format_prompt
 from rbfast.data.instruction import Instruction
 from rbfast.data.signal_store import SignalStore
 from rbfast.data.trace import Trace
-from rbfast.teacher.align import Piece, align, byte_spans, ids_by_bytes, spelled, token_bytes
+from rbfast.teacher.align import Piece, align, byte_spans, ids_by_bytes, shared_length, spelled, token_bytes
 from rbfast.teacher.client import Server, ServerError
 from rbfast.teacher.logprobs import NOTHING_SHARED, PendingTrace, Progress, TokenizersDiffer, pending_traces
 
@@ -101,7 +101,7 @@ class _Reader:
         return _table(found, self.k) if found else NOTHING_SHARED
 
     def _by_ids(self, task: PendingTrace) -> list[tuple[int, list[int], list[float]]]:
-        """The server is given the student's ids; what it calls them shows whether they are its own."""
+        """Sends the student's ids. The reply says how the server spells each, and so whether both use the same ids."""
         ids = task.example.input_ids.tolist()
         choice = self._ask({"prompt": ids, "prompt_logprobs": self.k, "add_special_tokens": False})
         tops = choice["prompt_logprobs"]
@@ -148,7 +148,8 @@ class _Reader:
         )
 
     def _pieces(self, text: str) -> list[Piece]:
-        """The tokens of `text` as the server cuts it; the first one's candidates, and often its text, are not said."""
+        """The tokens of `text` as the server cuts it. The first has no candidates, and often no text in the reply: it
+        is what the others leave."""
         if self.dialect == "vllm":
             choice = self._ask({"prompt": text, "prompt_logprobs": self.k, "return_token_ids": True})
             pieces = list(_vllm_pieces(choice))
@@ -228,7 +229,7 @@ def add_reply_logprobs(
         return "the reply has no log-probs of the reasoning"
     # The trace is the reply from here on, until the answer is written another way.
     opening = completion.index(reasoning, len((trace.plan or "").encode()))
-    shared = _shared_length(text[start:], completion[opening:])
+    shared = shared_length(text[start:], completion[opening:])
     try:
         theirs = [(a - start + opening, b - start + opening) for a, b in byte_spans([p.written for p in pieces], text)]
         ours = byte_spans(spelled(tokenizer, task.written), completion)
@@ -243,10 +244,6 @@ def add_reply_logprobs(
         return NOTHING_SHARED
     store.add(task.example, *_table(rows, store.k))
     return None
-
-
-def _shared_length(a: bytes, b: bytes) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _raw(letters: str) -> bytes:

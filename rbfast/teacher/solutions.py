@@ -54,7 +54,7 @@ _LONGEST_SILENCE = 1.0  # seconds, even if a server asks for a longer pause
 
 @dataclass(frozen=True)
 class Taught:
-    """What came of it. `open` questions were not sent, or not answered: the same call sends them again."""
+    """The traces that `teach` made. `open` questions were not sent or not answered; the same call sends them again."""
 
     traces: list[Trace]
     replies: list[dict[str, Any]]  # one for each trace
@@ -145,12 +145,9 @@ def teach(
         ServerError: the server refuses every question (a wrong key or model), or has failed several times in a row;
             what had come is kept.
     """
-    for name, value in (("samples", samples), ("max_tokens", max_tokens), ("concurrency", concurrency)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    _check({"samples": samples, "max_tokens": max_tokens, "concurrency": concurrency}, extra or {})
     if max_cost is not None and prices == FREE:
         raise ValueError("max_cost needs the prices of a million tokens, got none")
-    _check_extra(extra or {})
     out = Path(out)
     body: dict[str, Any] = {"max_tokens": max_tokens, "stream": False, **(extra or {})}
     if top_logprobs:
@@ -174,7 +171,10 @@ def teach(
     return _collect(jobs, store, reason, out, server.model)
 
 
-def _check_extra(extra: Mapping[str, Any]) -> None:
+def _check(counts: Mapping[str, int], extra: Mapping[str, Any]) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     if taken := sorted(_OURS & extra.keys()):
         raise ValueError(f"the extra body cannot set {', '.join(taken)}: it has an option or argument of its own")
 
@@ -187,11 +187,7 @@ def _ask_all(jobs: Sequence[Job], store: ReplyStore, concurrency: int, report: C
     stopped: BaseException | None = None
     with ThreadPoolExecutor(concurrency) as pool:
         while queue or pending:
-            while queue and len(pending) < store.purse.at_a_time(concurrency):
-                if not store.purse.affords([job.worst() for job in (*pending.values(), queue[0])]):
-                    break
-                job = queue.popleft()
-                pending[pool.submit(job.ask)] = job
+            _send(queue, pending, pool, store.purse, concurrency)
             if not pending:
                 reason = f"the budget does not allow another question ({store.purse.words()} so far)"
                 break
@@ -217,6 +213,21 @@ def _ask_all(jobs: Sequence[Job], store: ReplyStore, concurrency: int, report: C
     if stopped is not None:
         raise stopped
     return reason
+
+
+def _send(
+    queue: deque[Job],
+    pending: dict[Future[dict[str, Any]], Job],
+    pool: ThreadPoolExecutor,
+    purse: Purse,
+    concurrency: int,
+) -> None:
+    """Sends jobs from the queue until so many are under way, or the budget may not cover another."""
+    while queue and len(pending) < purse.at_a_time(concurrency):
+        if not purse.affords([job.worst() for job in (*pending.values(), queue[0])]):
+            return
+        job = queue.popleft()
+        pending[pool.submit(job.ask)] = job
 
 
 def _retries(server: Teacher) -> str:

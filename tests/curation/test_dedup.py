@@ -70,3 +70,17 @@ def test_chains_of_duplicates_have_one_keeper() -> None:
     """a is near b and b is c's copy: all three are one, though a and c never meet."""
     asked = [LONG.format("How many legs does he count?"), LONG.format("How many legs will he count?")]
     assert keepers([(asked[0], "110"), (asked[1], "110"), (asked[1], "9")], [0.0, 0.0, 1.0]) == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_same"),
+    [
+        ("{1, 2}", "\\{1, 2\\}", True),
+        ("$5", "\\$5", True),
+        ("x_1", "x1", True),
+        ("{1, 2}", "(1, 2)", False),
+        ("~p", "p", False),
+    ],
+)
+def test_answers_agree_if_one_may_be_typed_for_the_other(one: str, other: str, is_same: bool) -> None:
+    assert (key_of("What is it?", one) == key_of("What is it?", other)) is is_same

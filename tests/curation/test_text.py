@@ -17,6 +17,7 @@ from rbfast.curation.text_reference import tokens
 MARKS = ["\\frac", "\\", "12", "[asy]", "[/asy]", "x", "\\left", "\\text1", "\\begin{a*}", "\\end{b", "c}", "{", "}"]
 MARKS += ["½", "π", "ßé", "≤", "中文", "-", "<", "=", "\u200b", "\ud800", "İ", "١٢"]
 MARKS += ["(", ")", "[", "]", "|", "!", "'", "%", "^", "+", "*", "/", ",", "&", ".", "000", "\\frac1", "0/", "f'", "x²"]
+MARKS += ["~", "~p", "{1", ",2}", " {", "\\in", "\\t ", "_"]
 MARKS += ["{,}", ",\\!", "\\{", "\\}", "\\%", "\\|", "\\\\", "^\\circ", "^{\\prime", "\\lvert", "!=", "’", "("]
 TEXTS = st.lists(st.lists(st.sampled_from([*MARKS, " "]) | st.text(max_size=6), max_size=12).map("".join), max_size=8)
 
@@ -60,6 +61,23 @@ def problems() -> list[str]:
         ["naïve", "nai\u0308ve", "na\u00adïve"],
         ["３ ٤", "3 4"],
         ["求解x", "求 解 x"],
+        ["the set {1, 2}", "the set $\\{1, 2\\}$", "the set $\\left\\lbrace 1,2 \\right\\rbrace$"],
+        ["$A={1,2}$", "$A = \\{ 1, 2 \\}$"],
+        ["$x\\in{a,b}$", "$x \\in {a, b}$", "x ∈ {a, b}"],
+        ["$f({1,2})$", "$f(\\{1,2\\})$"],
+        ["$(x+{1,2})^2$", "$(x+\\{1,2\\})^2$"],
+        ["~p | (~q & ~(r))", "¬p | (¬q & ¬(r))", "$\\neg p | (\\lnot q & \\neg(r))$"],
+        ["p -> ~~q", "$p -> \\neg\\neg q$"],
+        # What only sets type, or may be only that: the same text is meant more often than not.
+        ["It costs $5 now", "It costs \\$5 now", "It costs $5$ now", "It costs 5 now"],
+        ["$x_1$", "$x_{1}$", "x1"],
+        ["5~cm", "5 cm", "$5\\mathrm{~cm}$"],
+        ["the point (1, 2)", "the point 1, 2"],
+        ["$10{,}000$", "10,000"],
+        ["$x_{1,2}$", "$x_ {1,2}$", "$x_(1,2)$"],
+        ["$\\gcd {a,b}$", "$\\gcd(a,b)$"],
+        ["{\\bf see a, b}", "(\\bf see a, b)"],
+        ["\\text{if a, b}", "if a, b"],
     ],
 )
 def test_typings_of_one_text_have_the_same_tokens(typings: list[str]) -> None:
@@ -93,6 +111,10 @@ def test_tokens() -> None:
         ("$(2x)^2$", "$2x^2$"),
         ("$1/(2x)$", "$1/2x$"),
         ("(1.5, 2)", "(1, 5, 2)"),
+        ("the set {1, 2}", "the point (1, 2)"),
+        ("the set {1, 2}", "1, 2"),
+        ("Simplify ~p & q", "Simplify p & ~q"),
+        ("(~p)", "(p)"),
     ],
 )
 def test_signs_tell_problems_apart(one: str, other: str) -> None:
@@ -109,6 +131,9 @@ def test_signs_tell_problems_apart(one: str, other: str) -> None:
         ("3!! f''(x) \\alpha' (n+1)!", "3 ! ! f ' ' x alpha ' ( n + 1 ) !"),
         ("60^\\circ 60^{\\circ} 60° f^\\prime", "60 circ 60 circ 60 circ f '"),
         ("\\lvert x\\rvert 7\\%", "| x | 7 %"),
+        ("~p and~q ~5 \\~n {~km} ~", "neg p and q 5 n km"),
+        ("{1, {2, 3}} {4} {,} {1,} {1, 2) {3, 4", "{ 1 { 2 3 } } 4 1 1 2 3 4"),
+        ("{1, 2}^{n+1}", "{ 1 2 } ^ ( n + 1 )"),
     ],
 )
 def test_signs(problem: str, expected: str) -> None:
@@ -124,6 +149,7 @@ def test_signs(problem: str, expected: str) -> None:
         ("\\begin{pmatrix} -1 & -2 \\\\ -3 \\end{pmatrix}", "0 0 0"),
         ("x - \\frac{-3}{4} + 2/7", "x + 0 + 0"),
         ("x^{-1} - y", "x ^ 0 - y"),
+        ("x = {5}, {-5, 3}", "x = 0 { 0 0 }"),
     ],
 )
 def test_a_masked_numeral_is_one_token(problem: str, expected: str) -> None:

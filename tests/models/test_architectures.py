@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import FAMILIES, VOCABULARY, attach, batch, disturb, family, same_bits, snapshot
+from tiny_models import FAMILIES, VOCABULARY, attach, batch, disturb, family, losses_of_steps, same_bits, snapshot
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers.pytorch_utils import Conv1D
@@ -98,15 +98,8 @@ def apart(left, right):
     return ((left - right).norm() / right.norm()).item()
 
 
-def train(model, adapter, steps=4):
-    optimizer, losses = torch.optim.AdamW(adapter.parameters(), lr=0.03), []
-    for _ in range(steps):
-        loss = packed_loss(model, examples())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+def train(model, adapter):
+    return losses_of_steps(adapter, lambda: packed_loss(model, examples()))
 
 
 def logits(model):

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from every_causal_lm import MODEL_TYPES, VOCABULARY, tiny
+from tiny_models import losses_of_steps
 
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.loss.distill_loss import DistillLoss
@@ -63,17 +64,13 @@ IDS = torch.arange(3, 23)[None] % VOCABULARY
 POSITIONS = torch.cat([torch.arange(8), torch.arange(12)])[None]
 
 
-def train(model, adapter, steps=4):
-    optimizer, losses = torch.optim.AdamW(adapter.parameters(), lr=0.03), []
-    for _ in range(steps):
+def train(model, adapter):
+    def loss_of():
         hidden, head = final_hidden(model, IDS, POSITIONS), head_of(model)
         loss_fn = DistillLoss(softcap=head.softcap, logit_scale=head.logit_scale)
-        loss = loss_fn(hidden, head.weight, IDS[0].roll(-1), ce_weight=1.0, head_bias=head.bias).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+        return loss_fn(hidden, head.weight, IDS[0].roll(-1), ce_weight=1.0, head_bias=head.bias).loss
+
+    return losses_of_steps(adapter, loss_of)
 
 
 def logits(model):

@@ -3,6 +3,9 @@
 import json
 
 from fake_api import Answer
+from questions import QUESTIONS
+
+from rbfast.teacher.budget import Prices
 
 
 class Batches:
@@ -63,3 +66,13 @@ class Batches:
         for kind, lines in (("output", good[::-1]), ("error", bad)):  # batches keep no order
             self.files[f"{name}-{kind}"] = "".join(json.dumps(line) + "\n" for line in lines)
             batch[f"{kind}_file_id"] = f"{name}-{kind}" if lines else None
+
+
+def assert_the_budget_holds(ask, made, folder):
+    """Of batches of one folder, and of a budget that is too small for one. `ask(folder, questions, **options)`."""
+    options = {"max_tokens": 100, "prices": Prices(0, 1000), "max_cost": 0.35}
+    taught = ask(folder, QUESTIONS, **options)
+    # Three replies may take 100 tokens each; they took 5 each, so that others could follow.
+    assert len(taught.traces) > 3 and taught.cost <= 0.35 and len(made()) > 1
+    short = ask(folder / "short", QUESTIONS[:4], **options | {"max_cost": 0.09})
+    assert (short.traces, short.open) == ([], 4) and "budget" in short.reason

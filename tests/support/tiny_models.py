@@ -131,3 +131,15 @@ def train(model, adapter, steps=3, optimizer=None):
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+def losses_of_steps(adapter, loss_of, steps=4):
+    """The loss before each of some training steps."""
+    optimizer, losses = torch.optim.AdamW(adapter.parameters(), lr=0.03), []
+    for _ in range(steps):
+        loss = loss_of()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses

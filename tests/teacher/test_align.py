@@ -64,6 +64,16 @@ def test_ids_map_by_bytes_between_the_two_kinds():
     assert ids_by_bytes(student)[b"\n"] == mapped[teacher.index(b"\n")]
 
 
+def test_a_character_is_its_own_token_before_the_byte_it_consists_of():
+    """A text is cut into `1`, never into `<0x31>`, though the lone bytes come first in such a vocabulary."""
+    tokenizer = TOKENIZERS["byte fallback"]
+    ids, known = ids_by_bytes(token_bytes(tokenizer)), tokenizer.get_vocab()
+    for letter in set(TEXT) - set(" \n"):
+        assert ids[letter.encode()] == known[letter]
+    for byte in (b"~", b"\xff"):
+        assert ids[byte] == known[f"<0x{byte[0]:02X}>"]
+
+
 def test_a_slow_tokenizer_is_refused():
     class Slow:
         is_fast = False

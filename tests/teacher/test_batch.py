@@ -2,14 +2,14 @@
 
 import json
 import time
+from functools import partial
 
 import pytest
-from batch_api import Batches
+from batch_api import Batches, assert_the_budget_holds
 from fake_api import Answer, answering, chat_reply
 from questions import QUESTIONS, solve
 
 from rbfast.cli.main import main
-from rbfast.teacher.budget import Prices
 from rbfast.teacher.client import ServerError
 from rbfast.teacher.solutions import teach
 
@@ -137,13 +137,7 @@ def raiser(kind):
 
 def test_the_budget_holds_over_batches(tmp_path):
     with answering(Batches(solved)) as api:
-        options = {"max_tokens": 100, "prices": Prices(0, 1000), "max_cost": 0.35}
-        taught = in_batches(api, tmp_path, QUESTIONS, **options)
-        # Three replies may take 100 tokens each; they took 5 each, so that others could follow.
-        assert len(taught.traces) > 3 and taught.cost <= 0.35 and len(created(api)) > 1
-        options["max_cost"] = 0.09
-        short = in_batches(api, tmp_path / "short", **options)
-        assert (short.traces, short.open) == ([], 4) and "budget" in short.reason
+        assert_the_budget_holds(partial(in_batches, api), partial(created, api), tmp_path)
 
 
 def test_a_refused_parameter_is_left_out_of_another_batch(tmp_path):

@@ -4,14 +4,15 @@ import json
 import logging
 import re
 import time
+from functools import partial
 
 import pytest
+from batch_api import assert_the_budget_holds
 from fake_api import Answer, answering
 from provider_batch_apis import KEY, THOUGHT, Claude, Gemini
 from questions import QUESTIONS, solve
 
 from rbfast.cli.main import main
-from rbfast.teacher.budget import Prices
 from rbfast.teacher.client import ServerError
 from rbfast.teacher.provider_batches import AnthropicBatches, GeminiBatches
 from rbfast.teacher.providers import Provider
@@ -168,13 +169,7 @@ def test_a_batch_that_was_refused_for_now_is_made_without_a_search(tmp_path, kin
 @EACH
 def test_the_budget_holds_over_batches(tmp_path, kind):
     with answering(kind(solved)) as api:
-        options = {"max_tokens": 100, "prices": Prices(0, 1000), "max_cost": 0.35}
-        taught = ask(api, tmp_path, QUESTIONS, **options)
-        # Three replies may take 100 tokens each; they took 5 each, so that others could follow.
-        assert len(taught.traces) > 3 and taught.cost <= 0.35 and len(made(api)) > 1
-        options["max_cost"] = 0.09
-        short = ask(api, tmp_path / "short", **options)
-        assert (short.traces, short.open) == ([], 4) and "budget" in short.reason
+        assert_the_budget_holds(partial(ask, api), partial(made, api), tmp_path)
 
 
 @pytest.mark.parametrize(("name", "value", "batches"), [("most_requests", 3, 2), ("most_bytes", 1000, 4)])
