@@ -7,6 +7,7 @@ the head on a GPU (head_gemm).
 An op runs what the dispatcher has for the device of its tensors: native code, else Triton, else the reference.
 """
 
+from rbfast.ops.many_folds import column_fold_all_
 from rbfast.ops.registry import (
     column_fold_,
     column_gather,
@@ -31,6 +32,7 @@ from rbfast.ops.registry import (
 
 __all__ = [
     "column_fold_",
+    "column_fold_all_",
     "column_gather",
     "column_grad",
     "column_linear_",
