@@ -10,7 +10,7 @@ logits never exist (see `rbfast.loss.distill_loss`).
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,15 @@ class Student(nn.Module):
         super().__init__()
         self.adapter, self.config = adapter, model.config
         self.__dict__["model"] = model
+        self._trained = list(adapter.parameters())
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, lengths: Sequence[int]) -> Tensor:
         """Last hidden states [T, H] of a packed row [1, T]."""
         return final_hidden(self.model, input_ids, position_ids, lengths)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Found once: a Trainer asks for them several times a step, and an adapter has two modules a matrix."""
+        return iter(self._trained) if recurse else super().parameters(recurse)
 
     def train(self, mode: bool = True) -> "Student":
         if self.model.training != mode:
@@ -88,10 +93,13 @@ class DistillTrainer(Trainer):
         if tokens_per_batch is not None:
             items = batches_by_tokens(train_dataset, tokens_per_batch, args.seed)
             args.per_device_train_batch_size = 1  # a batch is an item
+        # Of training losses training_step does it, on the device.
+        self._filters_log, args.logging_nan_inf_filter = args.logging_nan_inf_filter, False
         args.remove_unused_columns = False
         args.label_names = ["labels"]
         self.objective: Objective = objective or Objective()
         self.adapter, self._items = adapter, len(items)
+        self._student = model  # to unwrap what is trained would walk over all of it, in every step
         self.teacher = teacher if teacher is None else teacher.eval().requires_grad_(False)
         # Summed CE and token counts since the last log.
         self._role_sums = torch.zeros(2, len(ROLES), dtype=torch.float64, device=args.device)
@@ -113,6 +121,31 @@ class DistillTrainer(Trainer):
             )
         if self.accelerator.num_processes > 1:
             self._check_same_columns()
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """The Trainer's own, bitwise, without its looks at every gradient: ours are plain tensors, whole everywhere."""
+        if self.is_deepspeed_enabled:
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        return nn.utils.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss of a batch; if it is NaN or infinite, the mean since the last log in its place, for the log.
+
+        That is the Trainer's `logging_nan_inf_filter`, which reads the loss and so waits for a GPU twice a step.
+        """
+        loss = super().training_step(*args, **kwargs)
+        if not self._filters_log:
+            return loss
+        mean = self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
+        return torch.where(loss.isfinite(), loss, mean)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self.args.logging_nan_inf_filter = self._filters_log
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.args.logging_nan_inf_filter = False
 
     def _check_same_columns(self) -> None:
         """Gradients are averaged by position: on every process a position must be the same column."""
@@ -145,8 +178,7 @@ class DistillTrainer(Trainer):
         progress = self.state.global_step / max(self.state.max_steps, 1)
         weights = self.objective.weights(progress, counts.device) / counts.clamp(min=1)
         hidden = model(inputs["input_ids"], inputs["position_ids"], inputs["lengths"])
-        student = self.accelerator.unwrap_model(model).model
-        out = token_losses(student, hidden, inputs, weights, self.objective, self.teacher)
+        out = token_losses(self._student, hidden, inputs, weights, self.objective, self.teacher)
         if model.training:
             self._count_roles(inputs, out.ce)
         # DDP averages gradients over processes, while the denominators already span them.
