@@ -169,8 +169,11 @@ class ColumnDelta(nn.Module):
             self.base_columns = kept.to(weight.dtype)
 
     def _stamp(self) -> _Stamp:
-        weight, (a, b) = own_weight(self.linear), self.factors
-        if weight is None:
+        # Asked in every forward, so without calls: own_weight and factors, written out.
+        own: Any = self._parameters
+        a, b = own["A"], own["B"]
+        weight: Tensor | None = self.linear._parameters.get("weight")
+        if weight is None and (weight := own_weight(self.linear)) is None:
             return None, (a._version, b._version), (self._device(), a.device)
         version = 0 if weight.is_inference() else weight._version
         return (id(weight), version, weight.dtype), (a._version, b._version), (weight.device, a.device)
@@ -221,7 +224,7 @@ class ColumnDelta(nn.Module):
         return int((wanted & changed).sum()), int(wanted.sum())
 
     def _before(self, linear: nn.Module, args: tuple) -> None:
-        if torch.compiler.is_compiling() or not self.enabled:
+        if not self.enabled or torch.compiler.is_compiling():
             return
         if self._seen != self._stamp():
             self._follow_base()

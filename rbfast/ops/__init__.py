@@ -15,7 +15,6 @@ from rbfast.ops.registry import (
     column_linear_,
     column_scatter_,
     column_side,
-    column_tap,
     cpu_isa,
     cpu_isa_reason,
     divergence_rows_,
@@ -29,6 +28,7 @@ from rbfast.ops.registry import (
     scale_,
     uses_tiles,
 )
+from rbfast.ops.tap import column_tap
 
 __all__ = [
     "column_fold_",
