@@ -93,8 +93,6 @@ class DistillTrainer(Trainer):
         if tokens_per_batch is not None:
             items = batches_by_tokens(train_dataset, tokens_per_batch, args.seed)
             args.per_device_train_batch_size = 1  # a batch is an item
-        # Of training losses training_step does it, on the device.
-        self._filters_log, args.logging_nan_inf_filter = args.logging_nan_inf_filter, False
         args.remove_unused_columns = False
         args.label_names = ["labels"]
         self.objective: Objective = objective or Objective()
@@ -103,6 +101,8 @@ class DistillTrainer(Trainer):
         self.teacher = teacher if teacher is None else teacher.eval().requires_grad_(False)
         # Summed CE and token counts since the last log.
         self._role_sums = torch.zeros(2, len(ROLES), dtype=torch.float64, device=args.device)
+        # While it trains, whether losses that are not finite are kept out of the log; the sum of those since the last.
+        self._filters_log, self._unlogged = False, torch.zeros((), device=args.device)
         super().__init__(
             model=Student(model, adapter),
             args=args,
@@ -122,30 +122,32 @@ class DistillTrainer(Trainer):
         if self.accelerator.num_processes > 1:
             self._check_same_columns()
 
-    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        """The Trainer's own, bitwise, without its looks at every gradient: ours are plain tensors, whole everywhere."""
-        if self.is_deepspeed_enabled:
-            return super()._clip_grad_norm(model)
-        self.accelerator.unscale_gradients()
-        return nn.utils.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's. It keeps losses that are NaN or infinite out of the log (`logging_nan_inf_filter`), and
+        reads each for that: two waits for a GPU in a step. Here `training_step` does so, on the device."""
+        self._filters_log, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
+        self._unlogged.zero_()
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._filters_log, self.args.logging_nan_inf_filter = False, self._filters_log
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss of a batch; if it is NaN or infinite, the mean since the last log in its place, for the log.
-
-        That is the Trainer's `logging_nan_inf_filter`, which reads the loss and so waits for a GPU twice a step.
-        """
+        """The loss of a batch, for the log; if it is to be kept out, the mean of those since the last entry."""
         loss = super().training_step(*args, **kwargs)
-        if not self._filters_log:
-            return loss
-        mean = self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
-        return torch.where(loss.isfinite(), loss, mean)
+        if self._filters_log:
+            mean = self._unlogged / (1 + self.state.global_step - self._globalstep_last_logged)
+            loss = torch.where(loss.isfinite(), loss, mean)
+            self._unlogged += loss
+        return loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self.args.logging_nan_inf_filter = self._filters_log
+        before = self.args.logging_nan_inf_filter
+        self.args.logging_nan_inf_filter = before or self._filters_log
         try:
             return super().evaluation_loop(*args, **kwargs)
         finally:
-            self.args.logging_nan_inf_filter = False
+            self.args.logging_nan_inf_filter = before
 
     def _check_same_columns(self) -> None:
         """Gradients are averaged by position: on every process a position must be the same column."""
@@ -198,6 +200,7 @@ class DistillTrainer(Trainer):
             sums, counts = self.accelerator.reduce(self._role_sums, "sum").cpu()
             logs |= {f"loss_{role}": (sums[i] / counts[i]).item() for i, role in enumerate(ROLES) if counts[i]}
             self._role_sums.zero_()
+            self._unlogged.zero_()
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
