@@ -84,6 +84,12 @@ inline void expect_delta(const char* op, const Tensor& A, const Tensor& B, int64
   expect_matrix(op, "B", B, out, A.size(0));
 }
 
+// The lists of a call that does several things at once are of one length.
+inline void expect_lists(const char* op, size_t count, std::initializer_list<size_t> others) {
+  for (size_t other : others)
+    expect(other == count, op, ": all lists must be of one length, got ", count, " and ", other);
+}
+
 // The columns of a support come in aligned runs of `run`.
 inline void expect_run(const char* op, int64_t s, int64_t run) {
   expect(run >= 1 && run <= 16 && (run & (run - 1)) == 0, op, ": run must be 1, 2, 4, 8 or 16, got ", run);

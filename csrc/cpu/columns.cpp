@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <tuple>
+#include <vector>
 
 #include "cpu/dispatch.h"
 
@@ -211,9 +212,26 @@ void column_scatter_(Tensor dx, const Tensor& dy, const Tensor& cols, const Tens
   });
 }
 
-void column_fold_(Tensor weight, const Tensor& base_columns, const Tensor& cols, const Tensor& A, const Tensor& B,
-                  double scale, int64_t run) {
-  const char* op = "column_fold_";
+// One matrix to fold, its arguments checked and its factors laid out; any of its rows can then be written by itself.
+struct Fold {
+  Tensor weight, base, offsets, a, b;
+  int64_t together;
+
+  int64_t blocks() const { return ceil_div(weight.size(0), kBlock); }
+
+  void write(Isa isa, int64_t block) const {
+    const int64_t o = block * kBlock, n = std::min(kBlock, weight.size(0) - o), s = offsets.size(0), k = a.size(0);
+    const int64_t row = weight.stride(0), ld = base.stride(0);
+    for_each_type(weight.scalar_type(), [&](auto type) {
+      using T = decltype(type);
+      RBFAST_CALL(isa, column_update, mutable_data<T>(weight) + o * row, row, data<int64_t>(offsets), n, s, together,
+                  data<T>(base) + o * ld, ld, k, data<float>(b) + o * k, data<float>(a));
+    });
+  }
+};
+
+Fold checked_fold(const char* op, const Tensor& weight, const Tensor& base_columns, const Tensor& cols, const Tensor& A,
+                  const Tensor& B, double scale, int64_t run) {
   expect_matrix(op, "weight", weight, -1, -1);
   expect_matrix(op, "base_columns", base_columns, weight.size(0), cols.numel());
   expect(base_columns.scalar_type() == weight.scalar_type(), op, ": base_columns must have the dtype of weight, ",
@@ -221,18 +239,46 @@ void column_fold_(Tensor weight, const Tensor& base_columns, const Tensor& cols,
          torch::headeronly::toString(base_columns.scalar_type()));
   expect_delta(op, A, B, cols.numel(), weight.size(0));
   expect_writable(op, "weight", weight);
-  const Tensor offsets = checked_offsets(op, cols, weight, run), base = dense_rows(base_columns);
-  const Tensor a = packed(A), b = scaled(B, static_cast<float>(scale));
-  const int64_t s = offsets.size(0), k = A.size(0), row = weight.stride(0), ld = base.stride(0);
-  const int64_t together = weight.stride(1) == 1 ? run : 1;
+  for_each_type(weight.scalar_type(), [](auto) {});  // raises here: within a parallel region it could not
+  return {weight,
+          dense_rows(base_columns),
+          checked_offsets(op, cols, weight, run),
+          packed(A),
+          scaled(B, static_cast<float>(scale)),
+          weight.stride(1) == 1 ? run : 1};
+}
+
+void write_folds(const std::vector<Fold>& folds) {
+  std::vector<int64_t> begins{0};  // of each matrix, in blocks of all
+  int64_t values = 0;
+  for (const Fold& fold : folds) {
+    begins.push_back(begins.back() + fold.blocks());
+    values += fold.weight.size(0) * fold.offsets.size(0);
+  }
+  const int64_t total = begins.back();
   const Isa isa = active_isa();
-  for_each_type(weight.scalar_type(), [&](auto type) {
-    using T = decltype(type);
-    parallel_blocks(weight.size(0), kBlock, s, [&](int64_t o, int64_t n) {
-      RBFAST_CALL(isa, column_update, mutable_data<T>(weight) + o * row, row, data<int64_t>(offsets), n, s, together,
-                  data<T>(base) + o * ld, ld, k, data<float>(b) + o * k, data<float>(a));
-    });
+  torch::stable::parallel_for(0, total, grain(values / std::max<int64_t>(1, total)), [&](int64_t begin, int64_t end) {
+    size_t of = std::upper_bound(begins.begin(), begins.end(), begin) - begins.begin() - 1;
+    for (int64_t i = begin; i < end; ++i) {
+      while (i >= begins[of + 1]) ++of;
+      folds[of].write(isa, i - begins[of]);
+    }
   });
+}
+
+void column_fold_(Tensor weight, const Tensor& base_columns, const Tensor& cols, const Tensor& A, const Tensor& B,
+                  double scale, int64_t run) {
+  write_folds({checked_fold("column_fold_", weight, base_columns, cols, A, B, scale, run)});
+}
+
+void column_fold_all_(std::vector<Tensor> weights, std::vector<Tensor> base_columns, std::vector<Tensor> cols,
+                      std::vector<Tensor> A, std::vector<Tensor> B, double scale, std::vector<int64_t> runs) {
+  const char* op = "column_fold_all_";
+  expect_lists(op, weights.size(), {base_columns.size(), cols.size(), A.size(), B.size(), runs.size()});
+  std::vector<Fold> folds;
+  for (size_t i = 0; i < weights.size(); ++i)
+    folds.push_back(checked_fold(op, weights[i], base_columns[i], cols[i], A[i], B[i], scale, runs[i]));
+  write_folds(folds);
 }
 
 }  // namespace
@@ -243,6 +289,7 @@ STABLE_TORCH_LIBRARY_IMPL(rbfast, CPU, m) {
   m.impl("column_linear_", TORCH_BOX(&column_linear_));
   m.impl("column_scatter_", TORCH_BOX(&column_scatter_));
   m.impl("column_fold_", TORCH_BOX(&column_fold_));
+  m.impl("column_fold_all_", TORCH_BOX(&column_fold_all_));
 }
 
 }  // namespace rbfast

@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "cuda/column_products.cuh"
 
@@ -361,9 +362,8 @@ void column_scatter_(Tensor dx, const Tensor& dy, const Tensor& cols, const Tens
   });
 }
 
-void column_fold_(Tensor weight, const Tensor& base_columns, const Tensor& cols, const Tensor& A, const Tensor& B,
-                  double scale, int64_t run) {
-  const char* op = "column_fold_";
+void fold(const char* op, const Tensor& weight, const Tensor& base_columns, const Tensor& cols, const Tensor& A,
+          const Tensor& B, double scale, int64_t run) {
   expect_matrix(op, "weight", weight, -1, -1);
   expect_matrix(op, "base_columns", base_columns, weight.size(0), cols.numel());
   expect(base_columns.scalar_type() == weight.scalar_type(), op, ": base_columns must have the dtype of weight, ",
@@ -384,6 +384,19 @@ void column_fold_(Tensor weight, const Tensor& base_columns, const Tensor& cols,
   });
 }
 
+void column_fold_(Tensor weight, const Tensor& base_columns, const Tensor& cols, const Tensor& A, const Tensor& B,
+                  double scale, int64_t run) {
+  fold("column_fold_", weight, base_columns, cols, A, B, scale, run);
+}
+
+void column_fold_all_(std::vector<Tensor> weights, std::vector<Tensor> base_columns, std::vector<Tensor> cols,
+                      std::vector<Tensor> A, std::vector<Tensor> B, double scale, std::vector<int64_t> runs) {
+  const char* op = "column_fold_all_";
+  expect_lists(op, weights.size(), {base_columns.size(), cols.size(), A.size(), B.size(), runs.size()});
+  for (size_t i = 0; i < weights.size(); ++i)
+    fold(op, weights[i], base_columns[i], cols[i], A[i], B[i], scale, runs[i]);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(rbfast, CUDA, m) {
@@ -391,6 +404,7 @@ STABLE_TORCH_LIBRARY_IMPL(rbfast, CUDA, m) {
   m.impl("column_linear_", TORCH_BOX(&column_linear_));
   m.impl("column_scatter_", TORCH_BOX(&column_scatter_));
   m.impl("column_fold_", TORCH_BOX(&column_fold_));
+  m.impl("column_fold_all_", TORCH_BOX(&column_fold_all_));
 }
 
 }  // namespace rbfast

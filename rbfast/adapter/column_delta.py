@@ -8,7 +8,7 @@ for a block, and so does `rbfast.evaluating(model)`, which all our decoding uses
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -88,6 +88,7 @@ class ColumnDelta(nn.Module):
         shape = matrix_shape(linear)
         assert shape is not None, "only matrices get a delta"
         self.run = ops.run_of(delta.cols, shape[1])
+        self._known: tuple[tuple[Any, ...], bool] = (), False  # of the weight: how it looked, and if it is transposed
         self._folded = self._stamp()  # after the last fold
         self._seen: _Stamp | None = None  # at the last forward, or after the fold since
         self.watch: BypassWatch | None = None
@@ -108,23 +109,35 @@ class ColumnDelta(nn.Module):
     def weight(self) -> Tensor:
         """The base's weight as a writable [out, in] view, and the delta moved to its device: call it first."""
         self._follow_base()
+        own, looks = own_weight(self.linear), self._looks()
+        if own is not None and looks == self._known[0]:
+            return own.detach().T if self._known[1] else own.detach()
         view = matrix_view(self.linear)
         if view is None:
             raise RuntimeError(
                 "the base's weight is no longer a plain floating tensor of at most 32 bits; detach the adapter before "
                 "you change it"
             )
+        self._known = looks, is_transposed(self.linear)
         return view
+
+    def _looks(self) -> tuple[Any, ...]:
+        """What makes a layer and its weight one that `matrix_view` takes. Asking that takes longer than a fold."""
+        weight: Any = own_weight(self.linear)
+        if weight is None:
+            return ()
+        forward = self.linear.__dict__.get("forward")
+        return type(weight), weight.dtype, weight.shape, weight.is_meta, type(self.linear), forward
 
     def _follow_base(self) -> None:
         """Moves the delta to the base's device: model.to(device) does not reach it."""
         device = self._device()
-        if device not in (self.A.device, _META):
+        if device not in (self.factors[0].device, _META):
             self.to(device)
 
     def _device(self) -> torch.device:
         weight = own_weight(self.linear)
-        return (weight if weight is not None else next(self.linear.parameters(), self.A)).device
+        return (weight if weight is not None else next(self.linear.parameters(), self.factors[0])).device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ColumnDelta":
         """Moves, and never casts: A and B are fp32, and the kept columns have the bits of the base."""
@@ -135,13 +148,12 @@ class ColumnDelta(nn.Module):
 
         return super()._apply(move, recurse)
 
-    @torch.no_grad()
     def fold(self) -> None:
         """Writes W0[:, cols] + scale * B A into the weight."""
-        weight = self.weight
-        self._take_cast(weight)
-        ops.column_fold_(weight, self.base_columns, self.cols, self.A, self.B, self.scale, self.run)
-        self._folded = self._seen = self._stamp()
+        fold_all([self])
+
+    def _mark_folded(self) -> None:
+        self.__dict__["_folded"] = self.__dict__["_seen"] = self._stamp()  # past nn.Module's slow look at each
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -152,17 +164,22 @@ class ColumnDelta(nn.Module):
 
     def _take_cast(self, weight: Tensor) -> None:
         """The kept columns are cast if the model was: they are what its weight would be without a delta."""
-        self.base_columns = self.base_columns.to(weight.dtype)
+        kept: Any = self._buffers["base_columns"]
+        if kept.dtype != weight.dtype:
+            self.base_columns = kept.to(weight.dtype)
 
     def _stamp(self) -> _Stamp:
-        weight, (a, b) = own_weight(self.linear), self._factors
-        if weight is None:
+        # Asked in every forward, so without calls: own_weight and factors, written out.
+        own: Any = self._parameters
+        a, b = own["A"], own["B"]
+        weight: Tensor | None = self.linear._parameters.get("weight")
+        if weight is None and (weight := own_weight(self.linear)) is None:
             return None, (a._version, b._version), (self._device(), a.device)
         version = 0 if weight.is_inference() else weight._version
         return (id(weight), version, weight.dtype), (a._version, b._version), (weight.device, a.device)
 
     @property
-    def _factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> tuple[Tensor, Tensor]:
         """A and B; nn.Module's own lookup of an attribute is slow for what every forward does."""
         own: Any = self._parameters
         return own["A"], own["B"]
@@ -207,7 +224,7 @@ class ColumnDelta(nn.Module):
         return int((wanted & changed).sum()), int(wanted.sum())
 
     def _before(self, linear: nn.Module, args: tuple) -> None:
-        if torch.compiler.is_compiling() or not self.enabled:
+        if not self.enabled or torch.compiler.is_compiling():
             return
         if self._seen != self._stamp():
             self._follow_base()
@@ -275,7 +292,7 @@ class ColumnDelta(nn.Module):
                 f"a {type(linear).__name__} with a delta returned a {type(y).__name__}, expected a tensor; leave it "
                 "out of targets"
             )
-        x, (a, b) = input_of(args, kwargs), self._factors
+        x, (a, b) = input_of(args, kwargs), self.factors
         cols: Any = self._buffers["cols"]
         xs = self._gather(x, cols, self.run, y.dtype)
         if self.folds:
@@ -287,6 +304,30 @@ class ColumnDelta(nn.Module):
             "a model with a SparseAdapter attached can be neither copied nor pickled: call adapter.merge() or "
             "adapter.detach() first, or keep the adapter with adapter.save_pretrained(dir)"
         )
+
+
+@torch.no_grad()
+def fold_all(sites: Iterable[ColumnDelta]) -> None:
+    """`fold()` of many sites, in one call of an op for all of a device."""
+    together: dict[tuple[torch.device, float], list[ColumnDelta]] = {}
+    weights = {}
+    for site in sites:
+        weight = weights[site] = site.weight
+        site._take_cast(weight)
+        together.setdefault((weight.device, site.scale), []).append(site)
+    for (_, scale), members in together.items():
+        held: list[Any] = [(site._buffers, site._parameters) for site in members]
+        ops.column_fold_all_(
+            [weights[site] for site in members],
+            [buffers["base_columns"] for buffers, _ in held],
+            [buffers["cols"] for buffers, _ in held],
+            [parameters["A"] for _, parameters in held],
+            [parameters["B"] for _, parameters in held],
+            scale,
+            [site.run for site in members],
+        )
+    for site in weights:
+        site._mark_folded()
 
 
 def deltas_of(model: nn.Module) -> Iterator[tuple[str, ColumnDelta]]:

@@ -25,7 +25,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from rbfast.adapter import adapter_files
 from rbfast.adapter.adapter_files import AdapterConfig, Delta
-from rbfast.adapter.column_delta import ColumnDelta, SharedGather, deltas_of
+from rbfast.adapter.column_delta import ColumnDelta, SharedGather, deltas_of, fold_all
 from rbfast.adapter.column_scores import ColumnScores
 from rbfast.adapter.first_step import BypassWatch
 from rbfast.adapter.footprint import Footprint
@@ -83,6 +83,8 @@ class SparseAdapter(nn.Module):
         for name, delta in deltas.items():
             gather = gathers.setdefault(config.modules[name].group, SharedGather())
             self._plant(name, ColumnDelta(modules[name], delta, config.scale, folds[name], gather))
+        # Found once: a walk over the modules takes as long as folding a matrix, or longer.
+        self._sites = {name: site for name, site in self.named_modules() if isinstance(site, ColumnDelta)}
         self._state: Literal["attached", "merged", "detached"] = "attached"
         self._disabled = 0
         self._watch = BypassWatch(self.sites())
@@ -141,14 +143,12 @@ class SparseAdapter(nn.Module):
 
     def sites(self) -> dict[str, ColumnDelta]:
         """The deltas by the name of the matrix they change."""
-        return {name: site for name, site in self.named_modules() if isinstance(site, ColumnDelta)}
+        return dict(self._sites)
 
     def fold(self) -> None:
         """Writes every delta into its weight. Only needed after changing parameters by hand under torch.compile or in
         `unhooked`: optimizer steps, load_state_dict and, elsewhere, the next forward do it automatically."""
-        for site in self.sites().values():
-            if site.folds and site.enabled:
-                site.fold()
+        fold_all(site for site in self.sites().values() if site.folds and site.enabled)
 
     def merge(self) -> None:
         """Leaves the weights as they were trained with, bitwise, and removes every hook: the model is a plain one.
@@ -168,7 +168,7 @@ class SparseAdapter(nn.Module):
         for site in self.sites().values():
             if not site.folds:
                 site.base_columns = site.weight.index_select(1, site.cols)
-            site.fold()
+        fold_all(self.sites().values())
         self._release("merged")
 
     def unmerge(self) -> None:
@@ -283,16 +283,16 @@ class SparseAdapter(nn.Module):
 
     def _follow(self, optimizer: Optimizer) -> None:
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        ours = {name: s for name, s in self.sites().items() if id(s.A) in stepped or id(s.B) in stepped}
-        for name, site in self.sites().items():
+        ours = {}
+        for name, site in self._sites.items():
+            if any(id(factor) in stepped for factor in site.factors):
+                ours[name] = site
             if site.folds and id(own_weight(site.linear)) in stepped:
                 raise RuntimeError(
                     f"an optimizer changed the weight of {name}, into which a delta is folded: freeze it, or attach "
                     'with mode="side"'
                 )
-        for site in ours.values():
-            if site.folds and site.enabled:
-                site.fold()
+        fold_all(site for site in ours.values() if site.folds and site.enabled)
         if ours and not self._watch.is_over:
             self._watch.step(ours)
 

@@ -82,7 +82,13 @@ def _varlen_attn() -> Callable[..., Any] | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return varlen_attn if {"scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys() else None
+    return varlen_attn if {"scale", "window_size"} <= _arguments_of(varlen_attn) else None
+
+
+@cache
+def _arguments_of(attend: Callable[..., Any]) -> frozenset[str]:
+    """The names a function takes; asking takes longer than a launch, and every layer of every step would."""
+    return frozenset(inspect.signature(attend).parameters)
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
@@ -160,7 +166,7 @@ def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, packing: Packing,
     attend, groups = _varlen_attn(), query.shape[1] // key.shape[1]
     assert attend is not None
     options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}  # causal
-    if "enable_gqa" in inspect.signature(attend).parameters:
+    if "enable_gqa" in _arguments_of(attend):
         options["enable_gqa"] = groups > 1
     elif groups > 1:
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))

@@ -7,6 +7,7 @@ the head on a GPU (head_gemm).
 An op runs what the dispatcher has for the device of its tensors: native code, else Triton, else the reference.
 """
 
+from rbfast.ops.many_folds import column_fold_all_
 from rbfast.ops.registry import (
     column_fold_,
     column_gather,
@@ -14,7 +15,6 @@ from rbfast.ops.registry import (
     column_linear_,
     column_scatter_,
     column_side,
-    column_tap,
     cpu_isa,
     cpu_isa_reason,
     divergence_rows_,
@@ -28,9 +28,11 @@ from rbfast.ops.registry import (
     scale_,
     uses_tiles,
 )
+from rbfast.ops.tap import column_tap
 
 __all__ = [
     "column_fold_",
+    "column_fold_all_",
     "column_gather",
     "column_grad",
     "column_linear_",

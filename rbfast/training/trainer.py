@@ -10,7 +10,7 @@ logits never exist (see `rbfast.loss.distill_loss`).
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,15 @@ class Student(nn.Module):
         super().__init__()
         self.adapter, self.config = adapter, model.config
         self.__dict__["model"] = model
+        self._trained = list(adapter.parameters())
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, lengths: Sequence[int]) -> Tensor:
         """Last hidden states [T, H] of a packed row [1, T]."""
         return final_hidden(self.model, input_ids, position_ids, lengths)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Found once: a Trainer asks for them several times a step, and an adapter has two modules a matrix."""
+        return iter(self._trained) if recurse else super().parameters(recurse)
 
     def train(self, mode: bool = True) -> "Student":
         if self.model.training != mode:
@@ -92,9 +97,12 @@ class DistillTrainer(Trainer):
         args.label_names = ["labels"]
         self.objective: Objective = objective or Objective()
         self.adapter, self._items = adapter, len(items)
+        self._student = model  # to unwrap what is trained would walk over all of it, in every step
         self.teacher = teacher if teacher is None else teacher.eval().requires_grad_(False)
         # Summed CE and token counts since the last log.
         self._role_sums = torch.zeros(2, len(ROLES), dtype=torch.float64, device=args.device)
+        # While it trains, whether losses that are not finite are kept out of the log; the sum of those since the last.
+        self._filters_log, self._unlogged = False, torch.zeros((), device=args.device)
         super().__init__(
             model=Student(model, adapter),
             args=args,
@@ -113,6 +121,33 @@ class DistillTrainer(Trainer):
             )
         if self.accelerator.num_processes > 1:
             self._check_same_columns()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's. It keeps losses that are NaN or infinite out of the log (`logging_nan_inf_filter`), and
+        reads each for that: two waits for a GPU in a step. Here `training_step` does so, on the device."""
+        self._filters_log, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
+        self._unlogged.zero_()
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._filters_log, self.args.logging_nan_inf_filter = False, self._filters_log
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss of a batch, for the log; if it is to be kept out, the mean of those since the last entry."""
+        loss = super().training_step(*args, **kwargs)
+        if self._filters_log:
+            mean = self._unlogged / (1 + self.state.global_step - self._globalstep_last_logged)
+            loss = torch.where(loss.isfinite(), loss, mean)
+            self._unlogged += loss
+        return loss
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        before = self.args.logging_nan_inf_filter
+        self.args.logging_nan_inf_filter = before or self._filters_log
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.args.logging_nan_inf_filter = before
 
     def _check_same_columns(self) -> None:
         """Gradients are averaged by position: on every process a position must be the same column."""
@@ -145,8 +180,7 @@ class DistillTrainer(Trainer):
         progress = self.state.global_step / max(self.state.max_steps, 1)
         weights = self.objective.weights(progress, counts.device) / counts.clamp(min=1)
         hidden = model(inputs["input_ids"], inputs["position_ids"], inputs["lengths"])
-        student = self.accelerator.unwrap_model(model).model
-        out = token_losses(student, hidden, inputs, weights, self.objective, self.teacher)
+        out = token_losses(self._student, hidden, inputs, weights, self.objective, self.teacher)
         if model.training:
             self._count_roles(inputs, out.ce)
         # DDP averages gradients over processes, while the denominators already span them.
@@ -166,6 +200,7 @@ class DistillTrainer(Trainer):
             sums, counts = self.accelerator.reduce(self._role_sums, "sum").cpu()
             logs |= {f"loss_{role}": (sums[i] / counts[i]).item() for i, role in enumerate(ROLES) if counts[i]}
             self._role_sums.zero_()
+            self._unlogged.zero_()
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

@@ -194,3 +194,12 @@ def test_an_output_may_be_changed_in_place_afterwards():
     disturb(adapter)
     model(torch.randn(5, 8)).sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in adapter.parameters())
+
+
+def test_a_transform_of_functorch_is_refused_by_torch_itself():
+    model = llama()
+    adapter = attach(model)
+    linear = next(iter(adapter.sites().values())).linear
+    model(**batch())  # by now no layer is watched
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda x: linear(x).sum())(torch.ones(3, linear.in_features))

@@ -2,15 +2,30 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
-from column_cases import DTYPES, EMPTY, EPS32, IN_RUNS, OPS, RUNS, Delta, arguments, make, run, scattered_in_memory
+from column_cases import (
+    DTYPES,
+    EMPTY,
+    EPS32,
+    IN_RUNS,
+    OPS,
+    RUNS,
+    Delta,
+    arguments,
+    fold_all,
+    make,
+    run,
+    scattered_in_memory,
+)
 from isas import use_isa
 from torch import Tensor
 
 from rbfast import ops
-from rbfast.ops import reference
+from rbfast.ops import many_folds, reference
 
 # T, in, out, s, k: odd sizes, sizes below one vector, several groups of tokens, more features than one cache block.
 SHAPES = (
@@ -142,6 +157,46 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(
 def test_fold_writes_the_bits_of_the_reference(dtype: torch.dtype, k: int) -> None:
     d = make((1, 300, 100, 270, k), dtype)
     assert_same(run("column_fold_", d), run("column_fold_", d, reference))
+
+
+def some_to_fold() -> list[Delta]:
+    """Matrices of every dtype, in several layouts, of one row and of many blocks, with and without ranks."""
+    shapes = ((1, 96, 100, 64, 3), (1, 40, 2100, 17, 1), (1, 9, 0, 7, 2), (1, 300, 33, 270, 5), (1, 96, 1, 32, 0))
+    made = [make(shape, dtype, seed=i) for i, (shape, dtype) in enumerate(product(shapes, DTYPES))]
+    made += [make((1, 96, 100, 64, 3), torch.bfloat16, run=16).map(lambda t: t.T.contiguous().T)]
+    return [*made, make((1, 96, 77, 32, 2), torch.float16, run=8)]
+
+
+def test_many_folds_in_one_call_are_those_of_single_calls(threads: Callable[[int], None]) -> None:
+    deltas = some_to_fold()
+    expected = [run("column_fold_", d)[0] for d in deltas]
+    for count in (1, 3):
+        threads(count)
+        assert_same(tuple(fold_all(deltas)), tuple(expected))
+    assert all(map(torch.equal, [d.weight for d in deltas], [d.weight for d in some_to_fold()]))  # those are copies
+
+
+def test_many_folds_check_all_before_they_write(isa: str) -> None:
+    good, bad = make((1, 90, 77, 33, 2), torch.float32), make((1, 90, 77, 33, 2), torch.float32)
+    weights = [good.weight.clone(), bad.weight]
+    columns, lists = [good.cols, bad.cols + 90], ([d.A for d in (good, bad)], [d.B for d in (good, bad)])
+    with pytest.raises(RuntimeError, match=r"^column_fold_all_: cols must lie in \[0, 90\), got \d+ at position 0$"):
+        ops.column_fold_all_(weights, [good.base, bad.base], columns, *lists, 1.0, [1, 1])
+    assert torch.equal(weights[0], good.weight)
+    with pytest.raises(RuntimeError, match=r"^column_fold_all_: all lists must be of one length, got 2 and 1$"):
+        ops.column_fold_all_(weights, [good.base], columns, *lists, 1.0, [1, 1])
+
+
+def test_many_folds_without_a_kernel_are_those_of_the_op_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    deltas = some_to_fold()
+    plain = SimpleNamespace(column_fold_all_=many_folds._one_by_one)
+    assert_same(tuple(fold_all(deltas, plain)), tuple(fold_all(deltas)))
+
+
+def test_many_folds_pass_opcheck() -> None:
+    made = [make((1, 90, 77, 33, 2), torch.bfloat16, seed=seed) for seed in range(2)]
+    lists = ([getattr(d, name) for d in made] for name in ("weight", "base", "cols", "A", "B"))
+    torch.library.opcheck(ops.column_fold_all_, (*lists, 0.7, [1, 1]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
-from column_cases import DTYPES, EMPTY, EPS32, IN_RUNS, OPS, RUNS, Delta, make, run, scattered_in_memory
+from column_cases import DTYPES, EMPTY, EPS32, IN_RUNS, OPS, RUNS, Delta, fold_all, make, run, scattered_in_memory
 from cuda_devices import Gpu, host, launches_on_host, real
 from torch import Tensor
 from torch.profiler import profile
@@ -167,6 +168,17 @@ def test_fold_writes_the_bits_of_the_reference(gpu: Gpu, dtype: torch.dtype, k: 
     assert_same(run_on(gpu, "column_fold_", d), expected)
     transposed = replace(d, weight=d.weight.T.contiguous().T)
     assert_same(run_on(gpu, "column_fold_", transposed), expected)
+
+
+def test_many_folds_in_one_call_are_those_of_single_calls(gpu: Gpu) -> None:
+    shapes = ((1, 96, 70, 64, 3), (1, 40, 130, 17, 1), (1, 9, 0, 7, 2), (1, 96, 1, 32, 0))
+    deltas = [make(shape, dtype, seed=i) for i, (shape, dtype) in enumerate(product(shapes, DTYPES))]
+    there = [replace(d.map(lambda t: t.to(gpu.device)), cols=d.cols.to(gpu.device)) for d in deltas]
+    found = fold_all([*there, replace(there[0], weight=there[0].weight.T.contiguous().T)], gpu.ops)
+    expected = [run("column_fold_", d, reference)[0] for d in (*deltas, deltas[0])]
+    assert_same(tuple(weight.cpu() for weight in found), tuple(expected))
+    with pytest.raises(RuntimeError, match="column_fold_all_: all lists must be of one length, got 1 and 0"):
+        gpu.ops.column_fold_all_([there[0].weight], [], [there[0].cols], [there[0].A], [there[0].B], 1.0, [1])
 
 
 @pytest.mark.parametrize("name", IN_RUNS)

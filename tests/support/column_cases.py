@@ -1,6 +1,6 @@
 """What the adapter's ops are tried on: random deltas of any shape and layout, and how each op is called."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -68,6 +68,15 @@ def run(name: str, d: Delta, module: object = ops) -> tuple[Tensor, ...]:
         return (dx,)
     op(weight := d.weight.clone(), d.base, d.cols, d.A, d.B, d.scale, d.run)
     return (weight,)
+
+
+def fold_all(deltas: Sequence[Delta], module: object = ops) -> list[Tensor]:
+    """The weights that column_fold_all_ leaves, of copies; the scale is the first delta's."""
+    op = module.column_fold_all_  # type: ignore[attr-defined]
+    weights = [d.weight.clone() for d in deltas]
+    lists = ([getattr(d, name) for d in deltas] for name in ("base", "cols", "A", "B"))
+    op(weights, *lists, deltas[0].scale, [d.run for d in deltas])
+    return weights
 
 
 IN_RUNS = ("column_gather", "column_scatter_", "column_fold_")

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from host_waits import HostWaits, host_waits
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.data.encoding import Example, collate
@@ -106,6 +107,58 @@ def test_full_logits_are_never_built_and_roles_are_logged(tmp_path: Path) -> Non
     assert trainer.evaluate()["eval_loss"] > 0
     for entry in trainer.state.log_history[:2]:
         assert {"loss", "loss_strategic", "loss_tactical", "loss_answer"} <= entry.keys()
+
+
+class WaitsInSteps(TrainerCallback):
+    """How many waits for the device there were between the beginnings and the ends of steps."""
+
+    def __init__(self, waits: HostWaits) -> None:
+        self.waits, self.found = waits, []
+
+    def on_step_begin(self, *_: object, **__: object) -> None:
+        self.before = len(self.waits.found)
+
+    def on_step_end(self, *_: object, **__: object) -> None:
+        self.found += self.waits.found[self.before :]
+
+
+def test_a_step_waits_for_no_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    adapter = SparseAdapter.attach(model, density=0.05, placement="random")
+    trainer = DistillTrainer(model, adapter, arguments(tmp_path, logging_strategy="no"), some_examples(8))
+    trainer.train()  # the first steps look whether every matrix has a gradient
+    with host_waits(monkeypatch) as waits:
+        trainer.add_callback(counted := WaitsInSteps(waits))
+        trainer.train()
+    assert trainer.state.global_step == 4 and counted.found == []
+
+
+class Evaluating(TrainerCallback):
+    def __init__(self, trainer: DistillTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, *_: object, **__: object) -> None:
+        self.trainer.evaluation_loop(None, "")
+
+
+@pytest.mark.parametrize("bad", (float("nan"), float("inf")))
+@pytest.mark.parametrize("filters", (True, False))
+def test_a_loss_that_is_not_finite_is_logged_as_the_trainer_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, filters: bool, bad: float
+) -> None:
+    losses = iter((1.0, bad, 4.0, 2.0))
+    monkeypatch.setattr(Trainer, "training_step", lambda self, *_: torch.tensor(next(losses)))
+    model = tiny_model()
+    adapter = SparseAdapter.attach(model, density=0.05, placement="random")
+    settings = arguments(tmp_path, logging_steps=2, logging_nan_inf_filter=filters)
+    trainer = DistillTrainer(model, adapter, settings, some_examples(8), some_examples(2))
+    seen = []
+    monkeypatch.setattr(Trainer, "evaluation_loop", lambda self, *_: seen.append(self.args.logging_nan_inf_filter))
+    trainer.add_callback(Evaluating(trainer))
+    trainer.train()
+    assert set(seen) == {filters} and settings.logging_nan_inf_filter == filters
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == [(1.0 + 1.0 / 2) / 2, 3.0] if filters else not np.isfinite(logged).any()
 
 
 def train(folder: Path, stop_at: int | None = None, **more: object) -> dict[str, torch.Tensor]:
