@@ -27,6 +27,7 @@ from rbfast.ops.registry import (
     run_of,
     scale_,
     uses_tiles,
+    uses_torch_products,
 )
 
 __all__ = [
@@ -49,4 +50,5 @@ __all__ = [
     "run_of",
     "scale_",
     "uses_tiles",
+    "uses_torch_products",
 ]

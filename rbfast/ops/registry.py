@@ -33,9 +33,10 @@ _SCHEMAS = {
     "row_thresholds": "(Tensor dz, float share) -> (Tensor, Tensor)",
     "head_grad_": "(Tensor(a!) dW, Tensor dz, Tensor hidden) -> ()",
     "scale_": "(Tensor(a!) x, Tensor factor) -> ()",
-    "divergence_rows_": "(Tensor(a!) logits, Tensor(b!)? dz, Tensor labels, Tensor kl_weight, Tensor ce_weight, "
-    "Tensor temperature, Tensor? ids, Tensor? logprobs, Tensor? teacher, Tensor? bias, "
-    "float beta, float logit_scale, float? softcap) -> (Tensor, Tensor)",
+    "divergence_rows_": "(Tensor(a!) logits, Tensor(b!)? dz, Tensor labels, Tensor? kl_weight, "
+    "Tensor? ce_weight, Tensor? temperature, Tensor? ids, Tensor? logprobs, Tensor? teacher, Tensor? bias, "
+    "float beta, float logit_scale, float? softcap, float kl_factor=1.0, float ce_factor=1.0, "
+    "float temperature_factor=1.0) -> (Tensor, Tensor, Tensor)",
 }
 
 # The module of rbfast.kernels that has the op of this name in Triton.
@@ -135,8 +136,9 @@ def _(dz: Tensor, share: float) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("rbfast::divergence_rows_", lib=_LIBRARY)
-def _(logits: Tensor, *args: object) -> tuple[Tensor, Tensor]:
-    return logits.new_empty(logits.shape[0]), logits.new_empty(logits.shape[0])
+def _(logits: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
+    rows = logits.shape[0]
+    return logits.new_empty(rows), logits.new_empty(rows), logits.new_empty(rows)
 
 
 for _name in ("column_linear_", "column_scatter_", "column_fold_", "head_forward_", "head_grad_", "scale_"):
@@ -242,6 +244,11 @@ def uses_tiles(hidden: Tensor, weight: Tensor) -> bool:
 def filter_saves(hidden: Tensor, weight: Tensor) -> bool:
     """Whether thresholds make head_backward faster for these: not on a GPU, nor in AMX's tiles, which skip nothing."""
     return hidden.device.type == "cpu" and not uses_tiles(hidden, weight)
+
+
+def uses_torch_products(device: torch.device) -> bool:
+    """Whether the head's products there are the functions of head_gemm, which may then be called directly."""
+    return device.type == "cuda" and not torch.version.hip
 
 
 def implementations(device: str = "cpu") -> dict[str, str]:

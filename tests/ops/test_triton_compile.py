@@ -170,7 +170,9 @@ def test_sums_of_products_are_rounded(arch, monkeypatch):
 )
 def test_row_kernels_fit_the_registers_and_shared_memory(kind, beta, head, arch, tmp_path, monkeypatch):
     for launch in launches(monkeypatch, row_calls(kind, beta, head)):
-        assert_stores_wait_for_loads(assert_compiles(launch, arch, tmp_path).asm["ttgir"])
+        compiled = assert_compiles(launch, arch, tmp_path)
+        if launch.kernel is not divergence_rows.weigh_kernel:  # which stores over nothing
+            assert_stores_wait_for_loads(compiled.asm["ttgir"])
 
 
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
