@@ -155,8 +155,9 @@ class DistillLoss(nn.Module):
             taken = take_known_rows(signals, rows, hidden.shape[0])
         else:
             named = {"kl_weight": kl, "ce_weight": ce, "temperature": tau}
-            questions = value_questions(labels, self.ignore_index, V, named)
-            taken = take_rows(signals, labels, self.ignore_index, questions, V)
+            is_ignored = labels == self.ignore_index
+            questions = value_questions(labels, is_ignored, self.ignore_index, V, named)
+            taken = take_rows(signals, is_ignored, questions, V)
         if taken.order is not None:
             labels, kl, ce, tau = labels[taken.order], kl.at(taken.order), ce.at(taken.order), tau.at(taken.order)
         divisor = self._divisor(num_items, taken.size, hidden)

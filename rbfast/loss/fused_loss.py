@@ -9,6 +9,7 @@ Shapes: T tokens, n of them take part, H hidden size, V vocabulary.
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,4 +107,5 @@ def _sum(loss: Tensor) -> Tensor:
     # depend on its place in a product, that would cost more than all other sums and keep nothing.
     if loss.device.type != "cpu":
         return loss.sum()
-    return loss.sort().values.sum(dtype=torch.float64).to(loss.dtype)
+    # By NumPy, for ops of torch would cost a small call as much as its work.
+    return torch.tensor(np.sort(loss.numpy()).sum(dtype=np.float64), dtype=loss.dtype)

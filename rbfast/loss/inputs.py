@@ -32,23 +32,23 @@ def check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | 
 
 
 def value_questions(
-    labels: Tensor, ignore_index: int, vocabulary: int, parameters: Mapping[str, Parameter]
+    labels: Tensor, is_ignored: Tensor, ignore_index: int, vocabulary: int, parameters: Mapping[str, Parameter]
 ) -> list[Question]:
-    """What may be wrong with labels [T] and with the values of parameters [T]."""
+    """What may be wrong with the labels [T] that are not ignored [T], and with the values of parameters [T]."""
     if not labels.shape[0]:
         return []
-    asked = _label_questions(labels, ignore_index, vocabulary)
+    asked = _label_questions(labels, is_ignored, ignore_index, vocabulary)
     for name, parameter in parameters.items():
         if parameter.values is not None:
             asked += _parameter_questions(name, parameter.values)
     return asked
 
 
-def _label_questions(labels: Tensor, ignore_index: int, vocabulary: int) -> list[Question]:
-    low, high = labels.masked_fill(labels == ignore_index, 0).aminmax()
+def _label_questions(labels: Tensor, is_ignored: Tensor, ignore_index: int, vocabulary: int) -> list[Question]:
+    low, high = labels.masked_fill(is_ignored, 0).aminmax()
 
     def explain() -> str:
-        wrong = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
+        wrong = ((labels < 0) | (labels >= vocabulary)) & ~is_ignored
         row = int(wrong.nonzero()[0])
         allowed = f"[0, {vocabulary}) or ignore_index {ignore_index}"
         return f"labels must be in {allowed}, got {int(labels[row])} at row {row}"

@@ -65,30 +65,30 @@ def take_known_rows(signals: Sequence[Signal], rows: Tensor, tokens: int) -> Tak
 
 
 def take_rows(
-    signals: Sequence[Signal], labels: Tensor, ignore_index: int, questions: Sequence[Question], vocabulary: int
+    signals: Sequence[Signal], is_ignored: Tensor, questions: Sequence[Question], vocabulary: int
 ) -> TakenRows:
-    """The rows whose label [T] is not ignored; reads back from the device once.
+    """The rows that are not ignored [T]; reads back from the device once.
 
     Raises:
         ValueError: an answer to a question is wrong, or two signals claim one row, or a signal holds no distribution.
     """
-    if not len(labels):
+    tokens = is_ignored.shape[0]
+    if not tokens:
         return TakenRows(0, None, [])
     signals = [mark_padding(signal) if isinstance(signal, TopK) else signal for signal in signals]
     top_k = [signal for signal in signals if isinstance(signal, TopK) and signal.ids.numel()]
     asked = [*questions, *(question for signal in top_k for question in top_k_questions(signal, vocabulary))]
     repeats = [repeated_id(signal.ids) for signal in top_k]
-    is_ignored = labels == ignore_index
     if not signals or (len(signals) == 1 and signals[0].rows is None):
         ignored, *repeated = read_back(asked, [is_ignored.sum(), *repeats])
-        size = len(labels) - ignored
+        size = tokens - ignored
         order = is_ignored.sort(stable=True).indices[:size] if ignored else None
         owned = [RowGroup(size, signals[0], order) if signals else RowGroup(size)]
     else:
         claims = _Claims(signals, is_ignored)
         numbers = read_back(asked + claims.questions(), [is_ignored.sum(), *claims.ignored(), *repeats])
         lost, repeated = numbers[1 : 1 + len(signals)], numbers[1 + len(signals) :]
-        size = len(labels) - numbers[0]
+        size = tokens - numbers[0]
         order, owned = claims.split(size, lost)
     if any(id >= 0 for id in repeated):
         owned = [RowGroup(group.size, _merged(group.signal), group.entries) for group in owned]

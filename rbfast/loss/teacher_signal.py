@@ -203,7 +203,8 @@ def repeated_id(ids: Tensor) -> Tensor:
     if ids.shape[1] == 1:
         return ids.new_full((), -1)
     ordered = ids.sort(1).values
-    return torch.where(ordered[:, 1:] == ordered[:, :-1], ordered[:, 1:], -1).amax()
+    later = ordered[:, 1:]
+    return later.masked_fill(later != ordered[:, :-1], -1).amax()
 
 
 def merge_duplicates(signal: TopK) -> TopK:
