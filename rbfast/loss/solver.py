@@ -119,7 +119,8 @@ class _Solver:
         for group in job.taken.groups:
             self.teacher_columns = max(self.teacher_columns, group.columns_beside(weight.shape[0]))
         self.chunking = self._choose_chunking(trains_head=wanted[1])
-        self.d_hidden: Tensor | None = None  # made by the first product
+        self.room: Tensor | None = None  # made when it is first needed, and so is the next
+        self.d_hidden: Tensor | None = None
         self.d_weight = self._make_d_weight() if wanted[1] else None
         self.d_bias = None if self.bias is None or not wanted[2] else torch.zeros_like(self.bias)
         self.losses: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -159,12 +160,6 @@ class _Solver:
         # One allocation for all chunks: touching fresh memory would cost a third of the product that fills it.
         (size, order, _), V, chunking = self.job.taken, self.weight.shape[0], self.chunking
         logits = self.hidden.new_empty(chunking.chunk, V, dtype=self.dtype)
-        # A teacher's logits, or the student's again.
-        room = (
-            self.hidden.new_empty(chunking.chunk, self.teacher_columns, dtype=self.dtype)
-            if self.teacher_columns
-            else logits
-        )
         kept = self.hidden.new_empty(chunking.product, V) if chunking.keeps_dz else None
         for start in range(0, size, chunking.product):
             stop = min(start + chunking.product, size)
@@ -178,7 +173,7 @@ class _Solver:
                     out = _cut(kept, first - start, last - start)
                 elif self.wants_gradient:
                     out = dz = self._dz_over(z)
-                self._go_forward(first, last, part, z, out, room)
+                self._go_forward(first, last, part, z, out)
             if dz is not None:
                 self._go_back(start, at, x, dz)
 
@@ -186,7 +181,7 @@ class _Solver:
         """The gradient takes the place of the logits; in bf16 it fills the first half of each row's memory."""
         return logits.view(torch.bfloat16).narrow(1, 0, logits.shape[1]) if self.is_narrow else logits
 
-    def _go_forward(self, start: int, stop: int, x: Tensor, logits: Tensor, dz: Tensor | None, room: Tensor) -> None:
+    def _go_forward(self, start: int, stop: int, x: Tensor, logits: Tensor, dz: Tensor | None) -> None:
         """Losses of a chunk's rows, [start, stop) of those that take part, and their gradient into dz."""
         self.products.head_forward_(logits, x, self.weight)
         base = 0
@@ -195,26 +190,32 @@ class _Solver:
             if first < last:
                 inside = (first - start, last - start)
                 z, out = _cut(logits, *inside), None if dz is None else _cut(dz, *inside)
-                signal = self._signal(group, first - base, last - base, room, _cut(x, *inside), z)
+                signal = self._signal(group, first - base, last - base, _cut(x, *inside), z)
                 if isinstance(group.signal, TopK) and group.signal.temperature != 1:
-                    self._solve_rows_at(group.signal.temperature, first, last, z, out, signal, room)
+                    self._solve_rows_at(group.signal.temperature, first, last, z, out, signal)
                 else:
                     self._solve_rows(first, last, z, out, signal)
             base += group.size
 
-    def _signal(self, group: RowGroup, start: int, stop: int, room: Tensor, x: Tensor, student: Tensor) -> SignalOfRows:
-        """ids, log-probs and logits of some rows of a group. room: for a teacher's logits; x, student: their own."""
+    def _signal(self, group: RowGroup, start: int, stop: int, x: Tensor, student: Tensor) -> SignalOfRows:
+        """ids, log-probs and logits of some rows of a group. x, student: their own hidden states and logits."""
         signal, entries = group.signal, None if group.entries is None else _cut(group.entries, start, stop)
         if isinstance(signal, TopK):
             if entries is None:
                 return _cut(signal.ids, start, stop), _cut(signal.logprobs, start, stop), None
             return signal.ids[entries], signal.logprobs[entries], None
         if isinstance(signal, Dense):
-            logits = room[: stop - start, : signal.vocabulary]
+            logits = self._beside(stop - start, signal.vocabulary)
             at = slice(start, stop) if entries is None else entries
             signal.write_logits_(logits, at, _forward_beside(self.products.head_forward_, x, self.weight, student))
             return None, None, logits
         return None, None, None
+
+    def _beside(self, rows: int, columns: int) -> Tensor:
+        """Memory beside a chunk's logits: for a teacher's, or for the same again."""
+        if self.room is None:
+            self.room = self.hidden.new_empty(self.chunking.chunk, self.teacher_columns, dtype=self.dtype)
+        return self.room[:rows, :columns]
 
     def _solve_rows(self, start: int, stop: int, logits: Tensor, dz: Tensor | None, signal: SignalOfRows) -> None:
         job = self.job
@@ -231,7 +232,6 @@ class _Solver:
         logits: Tensor,
         dz: Tensor | None,
         signal: SignalOfRows,
-        room: Tensor,
     ) -> None:
         """Of log-probs at another temperature s than 1, which the op does not know.
 
@@ -239,20 +239,20 @@ class _Solver:
         their scale and their cap divided by s. It is weighted by tau^2, not (tau/s)^2. The cross-entropy is at
         temperature 1 in the old units, so it takes a call of its own, and room for a second copy of the logits.
         """
-        again = room[: len(logits), : logits.shape[1]].copy_(logits)
-        kl_weight, ce_weight, tau = self.job.kl_weight, self.job.ce_weight, self.job.temperature
-        units = (Parameter(kl_weight.values, kl_weight.factor * temperature**2), _NOTHING)
-        tau_in_units = Parameter(tau.values, tau.factor / temperature)
-        wanted = dz is not None
-        divergence, _, loss = self._divergence(
-            start, stop, again, again if wanted else None, signal, *units, tau_in_units, temperature
+        again = self._beside(*logits.shape).copy_(logits)
+        job, wanted = self.job, dz is not None
+        kl_weight = Parameter(job.kl_weight.values, job.kl_weight.factor * temperature**2)
+        tau = Parameter(job.temperature.values, job.temperature.factor / temperature)
+        divergence, _, weighted = self._divergence(
+            start, stop, again, again if wanted else None, signal, kl_weight, _NOTHING, tau, temperature
         )
-        text = self._divergence(
-            start, stop, logits, logits if wanted else None, (None, None, None), _NOTHING, ce_weight, tau
+        text = (None, None, None)
+        _, ce, weighted_ce = self._divergence(
+            start, stop, logits, logits if wanted else None, text, _NOTHING, job.ce_weight, job.temperature
         )
         if dz is not None:
             dz.copy_(again.add_(logits))
-        self.losses.append((divergence, text[1], loss + text[2]))
+        self.losses.append((divergence, ce, weighted + weighted_ce))
 
     def _divergence(
         self,

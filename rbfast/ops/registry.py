@@ -69,9 +69,9 @@ def _triton_op(name: str) -> Callable[..., Any]:
     """The op in Triton on a GPU. Triton is imported by the first call."""
 
     def call(*args: Any) -> Any:
-        places = sorted({str(x.device) for x in args if isinstance(x, Tensor)})
+        places = {x.device for x in args if isinstance(x, Tensor)}
         if len(places) > 1:
-            got = " and ".join(places)
+            got = " and ".join(sorted(map(str, places)))
             raise ValueError(f"{name}: all tensors must be on one device, got {got}; move one with .to(device)")
         module = importlib.import_module(f"rbfast.kernels.{_TRITON_MODULES[name]}")
         with torch.cuda.device(args[0].device):  # Triton launches on the current device, not on that of its arguments
