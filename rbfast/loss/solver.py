@@ -30,7 +30,7 @@ _NOTHING = Parameter(None, 0.0)
 
 class HeadProducts(Protocol):
     def head_forward_(self, logits: Tensor, hidden: Tensor, weight: Tensor, /) -> None: ...
-    def head_backward(self, dz: Tensor, weight: Tensor, thresholds: Tensor | None, /) -> Tensor: ...
+    def head_backward_(self, d_hidden: Tensor, dz: Tensor, weight: Tensor, thresholds: Tensor | None, /) -> None: ...
     def head_grad_(self, dW: Tensor, dz: Tensor, hidden: Tensor, /) -> None: ...
 
 
@@ -305,7 +305,7 @@ class _Solver:
             if self.job.gradient_filter > 0 and ops.filter_saves(self.hidden, self.weight):
                 thresholds, left_out = self.ops.row_thresholds(dz, self.job.gradient_filter)
                 self.left_out.append(left_out)
-            self._put_d_hidden(start, at, self.products.head_backward(dz, self.weight, thresholds))
+            self._put_d_hidden(start, at, dz, thresholds)
         if self.d_weight is not None and self.chunking.rounds_sum:
             head_gemm.head_grad_rounded_(self.d_weight, dz, x, start > 0)
         elif self.d_weight is not None:
@@ -313,15 +313,18 @@ class _Solver:
         if self.d_bias is not None:
             self.products.head_grad_(self.d_bias.unsqueeze(1), dz, x.new_ones(x.shape[0], 1))
 
-    def _put_d_hidden(self, start: int, at: Tensor | None, part: Tensor) -> None:
-        if at is None and part.shape == self.hidden.shape:
-            self.d_hidden = part
-            return
+    def _put_d_hidden(self, start: int, at: Tensor | None, dz: Tensor, thresholds: Tensor | None) -> None:
+        """Writes the product straight to its rows, if they follow each other."""
+        (rows, _), (tokens, width) = dz.shape, self.hidden.shape
         if self.d_hidden is None:
-            self.d_hidden = (torch.empty_like if at is None else torch.zeros_like)(self.hidden, dtype=self.dtype)
+            make = self.hidden.new_empty if at is None else self.hidden.new_zeros
+            self.d_hidden = make(tokens, width, dtype=self.dtype)
         if at is None:
-            self.d_hidden[start : start + part.shape[0]] = part
+            part = _cut(self.d_hidden, start, start + rows)
         else:
+            part = self.d_hidden.new_empty(rows, width)
+        self.products.head_backward_(part, dz, self.weight, thresholds)
+        if at is not None:
             self.d_hidden.index_copy_(0, at, part)
 
 

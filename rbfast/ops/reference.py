@@ -55,12 +55,12 @@ def head_forward_(logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
     torch.mm(wide(hidden), wide(weight).T, out=logits)
 
 
-def head_backward(dz: Tensor, weight: Tensor, thresholds: Tensor | None = None) -> Tensor:
-    """Gradient of hidden [T, H] from the gradient dz [T, V] of its logits, in fp32 or wider.
+def head_backward_(d_hidden: Tensor, dz: Tensor, weight: Tensor, thresholds: Tensor | None = None) -> None:
+    """Sets d_hidden [T, H], fp32 or wider, to the gradient of hidden from the gradient dz [T, V] of its logits.
 
     What is smaller in magnitude than the threshold [T] of its row counts as 0.
     """
-    return wide(above(dz, thresholds)) @ wide(weight)
+    torch.mm(wide(above(dz, thresholds)), wide(weight), out=d_hidden)
 
 
 def above(dz: Tensor, thresholds: Tensor | None) -> Tensor:

@@ -29,7 +29,7 @@ _SCHEMAS = {
     "column_fold_": "(Tensor(a!) weight, Tensor base_columns, Tensor cols, Tensor A, Tensor B, float scale, "
     "int run=1) -> ()",
     "head_forward_": "(Tensor(a!) logits, Tensor hidden, Tensor weight) -> ()",
-    "head_backward": "(Tensor dz, Tensor weight, Tensor? thresholds=None) -> Tensor",
+    "head_backward_": "(Tensor(a!) d_hidden, Tensor dz, Tensor weight, Tensor? thresholds=None) -> ()",
     "row_thresholds": "(Tensor dz, float share) -> (Tensor, Tensor)",
     "head_grad_": "(Tensor(a!) dW, Tensor dz, Tensor hidden) -> ()",
     "scale_": "(Tensor(a!) x, Tensor factor) -> ()",
@@ -49,7 +49,7 @@ _TRITON_MODULES = {
     "divergence_rows_": "divergence_rows",
     "scale_": "scale",
 }
-_PRODUCTS = ("head_forward_", "head_backward", "head_grad_")  # on CUDA, torch's own GEMMs, which are fast enough
+_PRODUCTS = ("head_forward_", "head_backward_", "head_grad_")  # on CUDA, torch's own GEMMs, which are fast enough
 
 
 def _load(name: str) -> ctypes.CDLL | None:
@@ -108,7 +108,7 @@ column_linear_ = torch.ops.rbfast.column_linear_.default
 column_scatter_ = torch.ops.rbfast.column_scatter_.default
 column_fold_ = torch.ops.rbfast.column_fold_.default
 head_forward_ = torch.ops.rbfast.head_forward_.default
-head_backward = torch.ops.rbfast.head_backward.default
+head_backward_ = torch.ops.rbfast.head_backward_.default
 head_grad_ = torch.ops.rbfast.head_grad_.default
 scale_ = torch.ops.rbfast.scale_.default
 row_thresholds = torch.ops.rbfast.row_thresholds.default
@@ -125,11 +125,6 @@ def _(dy: Tensor, xs: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tenso
     return torch.empty_like(A), torch.empty_like(B)
 
 
-@torch.library.register_fake("rbfast::head_backward", lib=_LIBRARY)
-def _(dz: Tensor, weight: Tensor, thresholds: Tensor | None = None) -> Tensor:
-    return wide(dz).new_empty(dz.shape[0], weight.shape[1])
-
-
 @torch.library.register_fake("rbfast::row_thresholds", lib=_LIBRARY)
 def _(dz: Tensor, share: float) -> tuple[Tensor, Tensor]:
     return wide(dz).new_empty(dz.shape[0]), wide(dz).new_empty(dz.shape[0])
@@ -141,7 +136,7 @@ def _(logits: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
     return logits.new_empty(rows), logits.new_empty(rows), logits.new_empty(rows)
 
 
-for _name in ("column_linear_", "column_scatter_", "column_fold_", "head_forward_", "head_grad_", "scale_"):
+for _name in ("column_linear_", "column_scatter_", "column_fold_", "scale_", *_PRODUCTS):
     torch.library.register_fake(f"rbfast::{_name}", lambda *args: None, lib=_LIBRARY)
 
 
@@ -242,7 +237,7 @@ def uses_tiles(hidden: Tensor, weight: Tensor) -> bool:
 
 
 def filter_saves(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether thresholds make head_backward faster for these: not on a GPU, nor in AMX's tiles, which skip nothing."""
+    """Whether thresholds make head_backward_ faster for these: not on a GPU, nor in AMX's tiles, which skip nothing."""
     return hidden.device.type == "cpu" and not uses_tiles(hidden, weight)
 
 

@@ -132,7 +132,7 @@ def test_bits_at_a_temperature_do_not_depend_on_chunks():
 def test_without_gradients_none_is_computed(monkeypatch):
     case = Case()
     inputs = [x.requires_grad_() for x in (case.hidden, case.weight, case.bias)]
-    monkeypatch.setattr("rbfast.ops.reference.head_backward", lambda *_: pytest.fail("a gradient of hidden"))
+    monkeypatch.setattr("rbfast.ops.reference.head_backward_", lambda *_: pytest.fail("a gradient of hidden"))
     monkeypatch.setattr("rbfast.ops.reference.head_grad_", lambda *_: pytest.fail("a gradient of the head"))
     with torch.no_grad():
         out = DistillLoss()(*inputs[:2], case.labels, case.signals(), head_bias=inputs[2], **case.arguments())
