@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from rbfast.loss.solver import Job, solve
-from rbfast.ops import scale_
+from rbfast.ops import scaled_
 from rbfast.ops.dtypes import wide
 
 Gradients = tuple[Tensor | None, ...]
+
+_LARGE = 2**20  # values; fewer take a GPU no longer than a launch, and that of torch.mul takes the host less
 
 
 class FusedLoss(torch.autograd.Function):
@@ -66,7 +68,7 @@ def _scaled(gradients: Gradients, upstream: Tensor, dtypes: Sequence[torch.dtype
     if d_hidden is not None:
         d_hidden = _times(d_hidden, upstream.unsqueeze(1) if upstream.dim() else upstream, dtypes[0])
     if d_weight is not None:
-        scale_(d_weight, upstream)
+        scaled_(d_weight, d_weight, upstream)
         d_weight = d_weight.to(dtypes[1])
     if d_bias is not None:
         d_bias = _times(d_bias, upstream, dtypes[2])
@@ -75,7 +77,12 @@ def _scaled(gradients: Gradients, upstream: Tensor, dtypes: Sequence[torch.dtype
 
 def _times(x: Tensor, factor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """x times factor in dtype, by one pass over memory; in place of x if that is its own."""
-    return torch.mul(x, factor, out=x if x.dtype == dtype else torch.empty_like(x, dtype=dtype))
+    out = x if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
+    if x.is_cuda and factor.dim() == 0 and x.numel() >= _LARGE:
+        scaled_(out, x, factor)
+    else:
+        torch.mul(x, factor, out=out)
+    return out
 
 
 def _weighted(job: Job, upstream: Tensor) -> Job:

@@ -319,10 +319,7 @@ class _Solver:
         if self.d_hidden is None:
             make = self.hidden.new_empty if at is None else self.hidden.new_zeros
             self.d_hidden = make(tokens, width, dtype=self.dtype)
-        if at is None:
-            part = _cut(self.d_hidden, start, start + rows)
-        else:
-            part = self.d_hidden.new_empty(rows, width)
+        part = _cut(self.d_hidden, start, start + rows) if at is None else self.d_hidden.new_empty(rows, width)
         self.products.head_backward_(part, dz, self.weight, thresholds)
         if at is not None:
             self.d_hidden.index_copy_(0, at, part)

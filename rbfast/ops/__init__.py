@@ -25,7 +25,7 @@ from rbfast.ops.registry import (
     implementations,
     row_thresholds,
     run_of,
-    scale_,
+    scaled_,
     uses_tiles,
     uses_torch_products,
 )
@@ -48,7 +48,7 @@ __all__ = [
     "implementations",
     "row_thresholds",
     "run_of",
-    "scale_",
+    "scaled_",
     "uses_tiles",
     "uses_torch_products",
 ]

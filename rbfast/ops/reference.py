@@ -95,9 +95,9 @@ def head_grad_(dW: Tensor, dz: Tensor, hidden: Tensor) -> None:
     dW += wide(dz).T @ wide(hidden)
 
 
-def scale_(x: Tensor, factor: Tensor) -> None:
-    """x *= factor, one number in fp32 or wider, which a product of bf16 would otherwise round first."""
-    x.mul_(factor.reshape(1))
+def scaled_(out: Tensor, x: Tensor, factor: Tensor) -> None:
+    """Sets out, which may be x, to x * factor, by products in fp32 or wider: factor is one number in such a dtype."""
+    torch.mul(x, factor.reshape(1), out=out)
 
 
 # Reverse KL needs log p of everything the student may say; below this it is cut, as binary_cross_entropy does.

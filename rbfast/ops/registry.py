@@ -32,7 +32,7 @@ _SCHEMAS = {
     "head_backward_": "(Tensor(a!) d_hidden, Tensor dz, Tensor weight, Tensor? thresholds=None) -> ()",
     "row_thresholds": "(Tensor dz, float share) -> (Tensor, Tensor)",
     "head_grad_": "(Tensor(a!) dW, Tensor dz, Tensor hidden) -> ()",
-    "scale_": "(Tensor(a!) x, Tensor factor) -> ()",
+    "scaled_": "(Tensor(a!) out, Tensor x, Tensor factor) -> ()",
     "divergence_rows_": "(Tensor(a!) logits, Tensor(b!)? dz, Tensor labels, Tensor? kl_weight, "
     "Tensor? ce_weight, Tensor? temperature, Tensor? ids, Tensor? logprobs, Tensor? teacher, Tensor? bias, "
     "float beta, float logit_scale, float? softcap, float kl_factor=1.0, float ce_factor=1.0, "
@@ -47,7 +47,7 @@ _TRITON_MODULES = {
     "column_scatter_": "columns",
     "column_fold_": "columns",
     "divergence_rows_": "divergence_rows",
-    "scale_": "scale",
+    "scaled_": "scale",
 }
 _PRODUCTS = ("head_forward_", "head_backward_", "head_grad_")  # on CUDA, torch's own GEMMs, which are fast enough
 
@@ -110,7 +110,7 @@ column_fold_ = torch.ops.rbfast.column_fold_.default
 head_forward_ = torch.ops.rbfast.head_forward_.default
 head_backward_ = torch.ops.rbfast.head_backward_.default
 head_grad_ = torch.ops.rbfast.head_grad_.default
-scale_ = torch.ops.rbfast.scale_.default
+scaled_ = torch.ops.rbfast.scaled_.default
 row_thresholds = torch.ops.rbfast.row_thresholds.default
 divergence_rows_ = torch.ops.rbfast.divergence_rows_.default
 
@@ -136,7 +136,7 @@ def _(logits: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
     return logits.new_empty(rows), logits.new_empty(rows), logits.new_empty(rows)
 
 
-for _name in ("column_linear_", "column_scatter_", "column_fold_", "scale_", *_PRODUCTS):
+for _name in ("column_linear_", "column_scatter_", "column_fold_", "scaled_", *_PRODUCTS):
     torch.library.register_fake(f"rbfast::{_name}", lambda *args: None, lib=_LIBRARY)
 
 

@@ -45,9 +45,7 @@ def test_strided_operands(isa):
     transposed, weight = draw(70, 9, dtype=torch.bfloat16).T, draw(120, 70, dtype=torch.bfloat16, seed=1)
     assert_product(head_backward(wide[:, :120], weight), wide[:, :120], weight)
     thresholds = torch.linspace(0.1, 2, 9)
-    assert_product(
-        head_backward(wide[:, :120], weight, thresholds), reference.above(wide[:, :120], thresholds), weight
-    )
+    assert_product(head_backward(wide[:, :120], weight, thresholds), reference.above(wide[:, :120], thresholds), weight)
     assert_product(head_forward(transposed, weight), transposed, weight.T)
     assert_product(
         head_forward(draw(9, 120, dtype=torch.bfloat16), weight.T), draw(9, 120, dtype=torch.bfloat16), weight

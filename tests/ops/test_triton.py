@@ -90,7 +90,7 @@ def test_a_gpu_build_of_torch_gets_triton_and_the_rest_the_reference() -> None:
         return tuple(json.loads(done.stdout))
 
     found, imported = ask()
-    assert all(found[name].startswith("triton (") for name in (*OPS, "divergence_rows_", "scale_"))
+    assert all(found[name].startswith("triton (") for name in (*OPS, "divergence_rows_", "scaled_"))
     assert not imported  # it is by the first call
     assert set(ask("triton")[0].values()) == {
         "reference (neither _C_cuda nor triton is installed)",
@@ -350,27 +350,32 @@ def test_the_registry_compiles_without_graph_breaks(name):
     assert all(map(torch.equal, compiled(name, d), run_columns(name, d)))
 
 
-# ---- scale_ ----
+# ---- scaled_ ----
 
 
 @here
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("other", DTYPES)
 @pytest.mark.parametrize("shape", ((1,), (3, 7), (100, 300), (0, 4)))
-def test_scale_multiplies_in_the_factor_s_dtype_and_leaves_alone_what_1_would_not_change(shape, dtype, monkeypatch):
+def test_scaled_multiplies_in_the_factor_s_dtype_and_leaves_alone_what_1_would_not_change(
+    shape, dtype, other, monkeypatch
+):
     monkeypatch.setattr(scale, "PROGRAMS", 2)  # each takes several blocks
     monkeypatch.setattr(scale, "BLOCK", 1024)
     start = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
     for factor in (1 / 3, 1.0, -2.0, torch.nan):
-        x, by = start.clone(), torch.tensor(factor, device=DEVICE)
-        scale.scale_(x, by)
-        torch.testing.assert_close(x, (start.float() * by).to(dtype), rtol=0, atol=0, equal_nan=True)
+        by = torch.tensor(factor, device=DEVICE)
+        for x, out in ((start.clone(),) * 2, (start, torch.full_like(start, torch.nan, dtype=other))):
+            wanted = (x.float() * by).to(out.dtype)
+            scale.scaled_(out, x, by)
+            torch.testing.assert_close(out, wanted, rtol=0, atol=0, equal_nan=True)
 
 
-def test_scale_takes_one_number_and_dense_memory():
-    for x, factor in (
-        (torch.ones(3, 4).T, torch.ones(())),
-        (torch.ones(3), torch.ones(2)),
-        (torch.ones(3), torch.ones((), dtype=torch.float16)),
-    ):
-        with pytest.raises(ValueError, match="x must be contiguous and factor one float32 or float64"):
-            scale.scale_(x, factor)
+def test_scaled_takes_one_number_and_dense_memory():
+    dense, turned = torch.ones(4, 3), torch.ones(3, 4).T
+    for out, x in ((dense, turned), (turned, dense), (dense, torch.ones(3))):
+        with pytest.raises(ValueError, match="out and x must be contiguous and of one shape"):
+            scale.scaled_(out, x, torch.ones(()))
+    for factor in (torch.ones(2), torch.ones((), dtype=torch.float16)):
+        with pytest.raises(ValueError, match="factor must be one float32 or float64"):
+            scale.scaled_(torch.ones(3), torch.ones(3), factor)

@@ -178,8 +178,10 @@ def test_row_kernels_fit_the_registers_and_shared_memory(kind, beta, head, arch,
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scale_fits_the_registers(dtype, arch, tmp_path, monkeypatch):
-    (launch,) = launches(monkeypatch, iter([lambda: scale.scale_(empty(128256, 4096, dtype=dtype), empty(1))]))
-    assert_compiles(launch, arch, tmp_path)
+    x, narrow = empty(128256, 4096, dtype=dtype), empty(128256, 4096, dtype=torch.bfloat16)
+    calls = iter([lambda: scale.scaled_(x, x, empty(1)), lambda: scale.scaled_(narrow, x, empty(1))])
+    for launch in launches(monkeypatch, calls):
+        assert_compiles(launch, arch, tmp_path)
 
 
 def test_the_fold_multiplies_and_adds_apart(monkeypatch):
