@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rbfast import ops
-from rbfast.loss.chunking import CPU_BYTES, TILES_BYTES, Chunking, chunk_on_cpu, chunk_on_gpu, chunk_trained_head
+from rbfast.loss.chunking import IN_TILES, ON_CPU, Chunking, chunk_on_cpu, chunk_on_gpu, chunk_trained_head
 from rbfast.loss.parameters import Parameter
 from rbfast.loss.row_groups import RowGroup, TakenRows
 from rbfast.loss.teacher_signal import Dense, TopK
@@ -130,8 +130,8 @@ class _Solver:
         rows, V = self.job.taken.size, self.weight.shape[0]
         row_bytes, asked = self.dtype.itemsize * (V + self.teacher_columns), self.job.chunk_rows
         if not _is_gpu(self.hidden):
-            memory = TILES_BYTES if ops.uses_tiles(self.hidden, self.weight) else CPU_BYTES
-            return chunk_on_cpu(rows, row_bytes, asked, memory)
+            budget = IN_TILES if ops.uses_tiles(self.hidden, self.weight) else ON_CPU
+            return chunk_on_cpu(rows, row_bytes, asked, budget)
         if trains_head and self.is_narrow:
             return chunk_trained_head(rows, row_bytes, asked, self.weight.shape)
         return chunk_on_gpu(rows, row_bytes, asked)
