@@ -6,7 +6,21 @@
 
 #include "checks.h"
 
+#ifndef RBFAST_INLINE
+#define RBFAST_INLINE static inline
+#endif
+
 namespace rbfast {
+
+// A number of each row: values[i] * factor, or where there are no values the factor in every row.
+struct Parameter {
+  const float* values;
+  double factor;
+};
+
+RBFAST_INLINE float of_row(const Parameter& parameter, int64_t row) {
+  return static_cast<float>(parameter.values == nullptr ? parameter.factor : parameter.values[row] * parameter.factor);
+}
 
 // Strides are in elements. No ids and no teacher: text alone.
 struct Job {
@@ -16,7 +30,7 @@ struct Job {
   int64_t dz_stride;
   bool dz_is_bf16;
   const int64_t* labels;
-  const float *weight, *ce_weight, *temperature;
+  Parameter kl_weight, ce_weight, temperature;
   const int64_t* ids;
   const float* logprobs;
   int64_t k;
@@ -32,10 +46,12 @@ class Arguments {
  public:
   Job job{};
 
-  Arguments(const Tensor& logits, const std::optional<Tensor>& dz, const Tensor& labels, const Tensor& kl_weight,
-            const Tensor& ce_weight, const Tensor& temperature, const std::optional<Tensor>& ids,
+  Arguments(const Tensor& logits, const std::optional<Tensor>& dz, const Tensor& labels,
+            const std::optional<Tensor>& kl_weight, const std::optional<Tensor>& ce_weight,
+            const std::optional<Tensor>& temperature, const std::optional<Tensor>& ids,
             const std::optional<Tensor>& logprobs, const std::optional<Tensor>& teacher,
-            const std::optional<Tensor>& bias, double beta, double logit_scale, std::optional<double> softcap) {
+            const std::optional<Tensor>& bias, double beta, double logit_scale, std::optional<double> softcap,
+            double kl_factor, double ce_factor, double temperature_factor) {
     expect(logits.dim() == 2 && logits.size(1) > 0 && logits.scalar_type() == ScalarType::Float,
            "divergence_rows_: logits must be float32 [T, V] with V > 0");
     job.rows = logits.size(0);
@@ -45,9 +61,9 @@ class Arguments {
     job.logits_stride = logits.stride(0);
     if (dz) take_dz(*dz);
     job.labels = data<int64_t>(dense("labels", labels, ScalarType::Long));
-    job.weight = data<float>(dense("kl_weight", kl_weight, ScalarType::Float));
-    job.ce_weight = data<float>(dense("ce_weight", ce_weight, ScalarType::Float));
-    job.temperature = data<float>(dense("temperature", temperature, ScalarType::Float));
+    job.kl_weight = parameter("kl_weight", kl_weight, kl_factor);
+    job.ce_weight = parameter("ce_weight", ce_weight, ce_factor);
+    job.temperature = parameter("temperature", temperature, temperature_factor);
     if (ids && logprobs)
       take_top_k(*ids, *logprobs);
     else if (teacher)
@@ -89,15 +105,19 @@ class Arguments {
   }
 
   void take_bias(const Tensor& bias) {
-    const Tensor b = alive_.emplace_back(torch::stable::contiguous(bias));
+    const Tensor b = alive_.emplace_back(as_contiguous(bias));
     expect(b.dim() == 1 && b.size(0) == job.vocabulary && b.scalar_type() == ScalarType::Float,
            "divergence_rows_: bias must be float32 [", job.vocabulary, "]");
     job.bias = data<float>(b);
   }
 
+  Parameter parameter(const char* name, const std::optional<Tensor>& values, double factor) {
+    return {values ? data<float>(dense(name, *values, ScalarType::Float)) : nullptr, factor};
+  }
+
   Tensor dense(const char* name, const Tensor& x, ScalarType type) {
     expect_rows(name, x, type);
-    return alive_.emplace_back(torch::stable::contiguous(x));
+    return alive_.emplace_back(as_contiguous(x));
   }
 
   void expect_rows(const char* name, const Tensor& x, ScalarType type) const {

@@ -45,6 +45,14 @@ def _take(row, v, end):
     return at_least_none(tl.load(row + v, mask=v < end, other=NONE))
 
 
+@triton.jit
+def _of_row(values, factor, i, mask=None):
+    """values[i] * factor; the factor where there are no values."""
+    if values is None:
+        return factor + 0.0
+    return tl.load(values + i, mask=mask) * factor
+
+
 # ---- passes over a row ----
 
 
@@ -108,18 +116,18 @@ def _put(dz, gradient, z, v, V, label, ce_weight, logit_scale, softcap, HAS_CAP:
 
 @triton.jit
 def sparse_rows_kernel(
-    logits, dz, labels, weight, ce_weight, temperature, ids, logprobs, bias, values, ces,
-    V, k, logits_row, dz_row, beta, logit_scale, softcap,
+    logits, dz, labels, kl_weight, ce_weight, temperature, ids, logprobs, bias, values, ces,
+    V, k, logits_row, dz_row, kl_factor, ce_factor, temperature_factor, beta, logit_scale, softcap,
     HAS_HEAD: tl.constexpr, HAS_CAP: tl.constexpr, KIND: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row with k log-probs of its teacher; ids None: text alone."""
     i = tl.program_id(0).to(tl.int64)
     row = logits + i * logits_row
-    label, a = tl.load(labels + i), tl.load(ce_weight + i)
+    label, a = tl.load(labels + i), _of_row(ce_weight, ce_factor, i)
     if HAS_HEAD:
         _write_head(row, bias, V, logit_scale, softcap, HAS_CAP, BLOCK)
     z_label = _take_label(row, label, V)
-    tau = tl.load(temperature + i)
+    tau = _of_row(temperature, temperature_factor, i)
     inv_tau = 1.0 / tau
     if ids is not None:
         slot = tl.arange(0, BLOCK_K)
@@ -151,7 +159,7 @@ def sparse_rows_kernel(
             mean = tl.sum(q * pull, 0) + tail_q * tail_pull
             factor = (1 - beta) if KIND == JS else 1.0
             pull, tail_pull = factor * q * (pull - mean), factor * tail_q * (tail_pull - mean)
-        scale = tl.load(weight + i) * tau
+        scale = _of_row(kl_weight, kl_factor, i) * tau
         at_tau = tl.where(has_tail, scale * tail_pull / tail_tau, 0.0).to(tl.float32)
         gradient_in = scale * pull + a * tl.exp(z_in.to(tl.float64) - log_one)
     tl.store(values + i, tl.where(value < 0, 0.0, value).to(tl.float32))
@@ -177,8 +185,8 @@ def sparse_rows_kernel(
 
 @triton.jit
 def dense_rows_kernel(
-    logits, dz, labels, weight, ce_weight, temperature, teacher, bias, values, ces,
-    V, shared, logits_row, dz_row, teacher_row, beta, logit_scale, softcap,
+    logits, dz, labels, kl_weight, ce_weight, temperature, teacher, bias, values, ces,
+    V, shared, logits_row, dz_row, teacher_row, kl_factor, ce_factor, temperature_factor, beta, logit_scale, softcap,
     HAS_HEAD: tl.constexpr, HAS_CAP: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row with its teacher's logits; `shared` ids are in both vocabularies."""
@@ -188,7 +196,7 @@ def dense_rows_kernel(
     if HAS_HEAD:
         _write_head(row, bias, V, logit_scale, softcap, HAS_CAP, BLOCK)
     z_label = _take_label(row, label, V)
-    tau = tl.load(temperature + i)
+    tau = _of_row(temperature, temperature_factor, i)
     inv_tau = 1.0 / tau
     z_max, z_tau, z_one = _log_sum(row, 0, shared, inv_tau, BLOCK)
     r_max, _, r_one = _log_sum(row, shared, V, inv_tau, BLOCK)
@@ -210,8 +218,9 @@ def dense_rows_kernel(
             terms += tl.where(v < shared, term, 0.0)
             scores += tl.where(v < shared, q * pull, 0.0)
     if dz is not None:
-        label, a = tl.load(labels + i), tl.load(ce_weight + i)  # the label again: it holds no registers till here
-        coefficient = tl.load(weight + i) * tau + unknown
+        # The label again, and the weights: they hold no registers till here.
+        label, a = tl.load(labels + i), _of_row(ce_weight, ce_factor, i)
+        coefficient = _of_row(kl_weight, kl_factor, i) * tau + unknown
         if KIND == JS:
             coefficient *= 1 - beta
         mean = tl.sum(scores, 0)
@@ -230,6 +239,25 @@ def dense_rows_kernel(
     tl.store(values + i, tl.where(value < 0, 0.0, value))
 
 
+# ---- what weighs them ----
+
+WEIGHED = 256  # rows that a program weighs
+
+
+@triton.jit
+def weigh_kernel(
+    values, ces, losses, kl_weight, ce_weight, temperature, rows, kl_factor, ce_factor, temperature_factor,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The losses of rows. By itself: in the kernel of dense rows it would take registers that there are not."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < rows
+    w, a = _of_row(kl_weight, kl_factor, i, inside), _of_row(ce_weight, ce_factor, i, inside)
+    tau = _of_row(temperature, temperature_factor, i, inside)
+    value, ce = tl.load(values + i, mask=inside), tl.load(ces + i, mask=inside)
+    tl.store(losses + i, w * tau * tau * value + a * ce, mask=inside)
+
+
 # ---- the op ----
 
 
@@ -242,9 +270,9 @@ def divergence_rows_(
     logits: Tensor,
     dz: Tensor | None,
     labels: Tensor,
-    weight: Tensor,
-    ce_weight: Tensor,
-    temperature: Tensor,
+    kl_weight: Tensor | None,
+    ce_weight: Tensor | None,
+    temperature: Tensor | None,
     ids: Tensor | None,
     logprobs: Tensor | None,
     teacher: Tensor | None,
@@ -252,44 +280,49 @@ def divergence_rows_(
     beta: float,
     logit_scale: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor]:
+    kl_factor: float = 1.0,
+    ce_factor: float = 1.0,
+    temperature_factor: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
     _check_planes(logits, dz, bias)
     T, V = logits.shape
-    parameters = [
-        _per_row(name, x, T, torch.int64 if name == "labels" else torch.float32).contiguous()
-        for name, x in (("labels", labels), ("weight", weight), ("ce_weight", ce_weight), ("temperature", temperature))
-    ]
-    values, ces = logits.new_empty(T), logits.new_empty(T)
+    labels = _per_row("labels", labels, T, torch.int64).contiguous()
+    named = {"kl_weight": kl_weight, "ce_weight": ce_weight, "temperature": temperature}
+    parameters = [x if x is None else _per_row(n, x, T, torch.float32).contiguous() for n, x in named.items()]
+    values, ces, losses = logits.new_empty(T), logits.new_empty(T), logits.new_empty(T)
     bias = None if bias is None else bias.contiguous()
     has_head = bias is not None or logit_scale != 1 or softcap is not None
     kind = (FORWARD if beta == 0 else REVERSE if beta == 1 else JS).value
-    head = (float(beta), float(logit_scale), float(softcap or 0), has_head, softcap is not None, kind)
+    factors = (float(kl_factor), float(ce_factor), float(temperature_factor))
+    head = (*factors, float(beta), float(logit_scale), float(softcap or 0), has_head, softcap is not None, kind)
     strides = (logits.stride(0), 0 if dz is None else dz.stride(0))
     # What JS and a head keep of a block between passes leaves no registers for a wide one. No autotune: the block sets
     # the order of the sums, and a choice by the clock would give other bits in every run.
     widest = 1024 if teacher is not None and has_head and kind == JS.value else 2048
     block = min(max(64, triton.next_power_of_2(V)), widest)
     options = {"num_warps": 8 if block == widest else 4}
-    if ids is not None and logprobs is not None:
-        ids, logprobs = _per_row("ids", ids, T, torch.int64), _per_row("logprobs", logprobs, T, torch.float32)
-        if ids.dim() != 2 or ids.shape != logprobs.shape:
-            raise ValueError(f"divergence_rows_: ids and logprobs must both be [T, k], got {ids.shape, logprobs.shape}")
-    elif teacher is not None:
+    if teacher is not None and (ids is None or logprobs is None):
         _per_row("teacher", teacher, T, torch.float32)
         _check_plane("teacher", teacher, T)
-        rows = (logits, dz, *parameters, teacher, bias, values, ces, V, min(V, teacher.shape[1]))
+        rows = (logits, dz, labels, *parameters, teacher, bias, values, ces, V, min(V, teacher.shape[1]))
         _launch(dense_rows_kernel, (T,), *rows, *strides, teacher.stride(0), *head, block, **options)
-        return values, ces
     else:
-        ids = logprobs = None
-    k = 0 if ids is None else ids.shape[1]
-    signal = (None, None) if ids is None or logprobs is None else (ids.contiguous(), logprobs.contiguous())
-    rows = (logits, dz, *parameters, *signal, bias, values, ces, V, k)
-    _launch(sparse_rows_kernel, (T,), *rows, *strides, *head, triton.next_power_of_2(max(k, 2)), block, **options)
-    return values, ces
+        signal = _top_k(ids, logprobs, T) if ids is not None and logprobs is not None else (None, None)
+        k = 0 if signal[0] is None else signal[0].shape[1]
+        rows = (logits, dz, labels, *parameters, *signal, bias, values, ces, V, k)
+        _launch(sparse_rows_kernel, (T,), *rows, *strides, *head, triton.next_power_of_2(max(k, 2)), block, **options)
+    _launch(weigh_kernel, (triton.cdiv(T, WEIGHED),), values, ces, losses, *parameters, T, *factors, WEIGHED)
+    return values, ces, losses
 
 
 # ---- checks: labels and ids are not compared with V, which would wait for the device ----
+
+
+def _top_k(ids: Tensor, logprobs: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    ids, logprobs = _per_row("ids", ids, rows, torch.int64), _per_row("logprobs", logprobs, rows, torch.float32)
+    if ids.dim() != 2 or ids.shape != logprobs.shape:
+        raise ValueError(f"divergence_rows_: ids and logprobs must both be [T, k], got {ids.shape, logprobs.shape}")
+    return ids.contiguous(), logprobs.contiguous()
 
 
 def _per_row(name: str, x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:

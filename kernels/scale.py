@@ -1,7 +1,8 @@
-"""scale_ in Triton: x *= factor, with the factor on the device.
+"""scaled_ in Triton: out = x * factor, with the factor on the device; out may be x, or of another dtype.
 
-It is 1 in nearly every backward pass, which only the device knows: then every program stops after reading it, and a
-gradient of a GB costs microseconds. Else x is read and written once, with products in the factor's dtype.
+The factor is 1 in nearly every backward pass, which only the device knows: then every program that would write x over
+itself stops after reading it, and a gradient of a GB costs microseconds. Else x is read and out written once, with
+products in the factor's dtype.
 """
 
 import torch
@@ -14,25 +15,28 @@ PROGRAMS = 2048
 
 
 @triton.jit
-def scale_kernel(x, factor, n, BLOCK: tl.constexpr):
+def scale_kernel(out, x, factor, n, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
     by = tl.load(factor)
-    if by != 1.0:
+    if not IN_PLACE or by != 1.0:
         step = tl.num_programs(0).to(tl.int64) * BLOCK
         for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, step):
             i = start + tl.arange(0, BLOCK)
             value = tl.load(x + i, mask=i < n) * by
-            tl.store(x + i, value.to(x.dtype.element_ty), mask=i < n)
+            tl.store(out + i, value.to(out.dtype.element_ty), mask=i < n)
 
 
 def _launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: object, **options: object) -> None:
     kernel[grid](*args, **options)
 
 
-def scale_(x: Tensor, factor: Tensor) -> None:
-    if not x.is_contiguous() or factor.numel() != 1 or factor.dtype not in (torch.float32, torch.float64):
+def scaled_(out: Tensor, x: Tensor, factor: Tensor) -> None:
+    if not (out.shape == x.shape and out.is_contiguous() and x.is_contiguous()):
         raise ValueError(
-            "scale_: x must be contiguous and factor one float32 or float64, "
-            f"got strides {x.stride()} and {factor.dtype} {list(factor.shape)}"
+            f"scaled_: out and x must be contiguous and of one shape, got {list(out.shape)} with strides "
+            f"{out.stride()} and {list(x.shape)} with {x.stride()}"
         )
+    if factor.numel() != 1 or factor.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"scaled_: factor must be one float32 or float64, got {factor.dtype} {list(factor.shape)}")
     if x.numel():
-        _launch(scale_kernel, (min(PROGRAMS, triton.cdiv(x.numel(), BLOCK)),), x, factor, x.numel(), BLOCK)
+        grid, in_place = min(PROGRAMS, triton.cdiv(x.numel(), BLOCK)), out.data_ptr() == x.data_ptr()
+        _launch(scale_kernel, (grid,), out, x, factor, x.numel(), in_place, BLOCK)

@@ -16,13 +16,13 @@ def make(place: Place, name: str) -> Contest:
     T, H, V = (32, 64, 512) if place.is_toy else SHAPE
     hidden, weight, dz = place.draw(T, H), place.draw(V, H), place.draw(T, V)
     logits, dW = torch.empty(T, V), torch.zeros(V, H)
-    room = torch.empty_like(dz)
+    room, d_hidden = torch.empty_like(dz), torch.empty(T, H)
     calls: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
         "head_forward_": (
             lambda: torch.mm(hidden, weight.T, out=room),
             lambda: ops.head_forward_(logits, hidden, weight),
         ),
-        "head_backward": (lambda: torch.mm(dz, weight), lambda: ops.head_backward(dz, weight)),
+        "head_backward_": (lambda: torch.mm(dz, weight), lambda: ops.head_backward_(d_hidden, dz, weight)),
         "head_grad_": (lambda: torch.mm(dz.T, hidden), lambda: ops.head_grad_(dW, dz, hidden)),
     }
     floor, ours = calls[name]
@@ -37,5 +37,5 @@ def make(place: Place, name: str) -> Contest:
 
 CASES = [
     Case("products", name, partial(make, name=name), ("cpu",))
-    for name in ("head_forward_", "head_backward", "head_grad_")
+    for name in ("head_forward_", "head_backward_", "head_grad_")
 ]

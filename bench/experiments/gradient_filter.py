@@ -86,7 +86,8 @@ def measure(tokens: int, rounds: int) -> list[str]:
         if share == 0:
             exact = hidden.grad.double()
         size = exact.norm(dim=1)
-        error, bound = (hidden.grad.double() - exact).norm(dim=1) / size, out.hidden_grad_error_bound / size
+        error = (hidden.grad.double() - exact).norm(dim=1) / size
+        bound = torch.zeros_like(size) if out.hidden_grad_error_bound is None else out.hidden_grad_error_bound / size
         lines.append(
             f"| {name} | {share:g} | {statistics.median(ratios):.2f} ({min(ratios):.2f} .. {max(ratios):.2f}) "
             f"| {error.median():.2%} | {error.max():.2%} | {bound.median():.2%} |"

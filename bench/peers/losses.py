@@ -8,10 +8,10 @@ All are means over rows; the gradient flows to batch.hidden, and to batch.weight
 
 import importlib.metadata
 import importlib.util
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -56,6 +56,11 @@ class Batch:
         logprobs, ids = torch.cat([row.values for row in rows]), torch.cat([row.indices for row in rows])
         return cls(hidden.requires_grad_(), weight, labels, teacher_hidden, teacher_weight, ids, logprobs)
 
+    @cached_property
+    def rows(self) -> Tensor:
+        """The rows that take part: all of them. A trainer knows them before it calls the loss."""
+        return torch.arange(len(self.labels), device=self.labels.device)
+
     def logits(self) -> tuple[Tensor, Tensor]:
         """Student's and teacher's [T, V] as a model's head gives them, in its dtype."""
         with torch.no_grad():
@@ -77,20 +82,14 @@ class Peer:
 
 def rbfast_dense(beta: float) -> Loss:
     loss = DistillLoss(beta)
-    return lambda b: loss(b.hidden, b.weight, b.labels, Dense(b.teacher_hidden, b.teacher_weight), **rows(b)).loss
+    return lambda b: loss(b.hidden, b.weight, b.labels, Dense(b.teacher_hidden, b.teacher_weight), rows=b.rows).loss
 
 
 def rbfast_top_k(beta: float, knows_rows: bool = True) -> Loss:
     loss = DistillLoss(beta)
-    given = rows if knows_rows else lambda b: {}
-    return lambda b: loss(b.hidden, b.weight, b.labels, TopK(b.ids, b.logprobs), **given(b)).loss
-
-
-def rows(batch: Batch) -> dict[str, Tensor]:
-    """The rows that take part, which a trainer knows: all of them."""
-    if "rows" not in inspect.signature(DistillLoss.forward).parameters:
-        return {}
-    return {"rows": torch.arange(len(batch.labels), device=batch.labels.device)}
+    return lambda b: (
+        loss(b.hidden, b.weight, b.labels, TopK(b.ids, b.logprobs), rows=b.rows if knows_rows else None).loss
+    )
 
 
 def plain_dense(beta: float) -> Loss:

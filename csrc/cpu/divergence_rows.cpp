@@ -25,13 +25,19 @@ struct Losses {
   double divergence, ce;
 };
 
+struct Weights {
+  double kl, ce, tau;
+
+  double loss(const Losses& of) const { return kl * tau * tau * of.divergence + ce * of.ce; }
+};
+
 // One row, with its logits already scaled and capped.
 struct Row {
   const Job& job;
   Isa isa;
   float* z;
   Output out;
-  double kl_weight, ce_weight, tau;
+  Weights weights;
   float inv_tau;
   double z_label;
 };
@@ -115,19 +121,20 @@ Losses sparse_row(const Row& row, const int64_t* ids, const float* logprobs, int
     buckets.push_back({0, has_tail ? below * inv_tau + std::log(tail.at_tau) - log_tau : -kInfinity, 0});
     teacher_buckets(row, logprobs, tail, has_tail, buckets);
     losses.divergence = divergence(buckets, row.job.beta);
-    tail_pull = row.kl_weight * row.tau * buckets.back().gradient;
+    tail_pull = row.weights.kl * row.weights.tau * buckets.back().gradient;
   }
   if (row.out.dz == nullptr) return losses;
 
   double at_tau = has_tail ? tail_pull / tail.at_tau : 0;
-  double at_one = has_tail ? row.ce_weight * std::exp(below - log_one) : 0;
+  double at_one = has_tail ? row.weights.ce * std::exp(below - log_one) : 0;
   if (inv_tau == 1) at_tau += std::exchange(at_one, 0);
   const TailGradient g{tail.max, row.inv_tau, static_cast<float>(at_tau), static_cast<float>(at_one)};
   RBFAST_CALL(row.isa, tail_gradient, row.z, row.job.vocabulary, g, row.out);
   for (size_t i = 0; i < support.size(); ++i) {
     const auto [id, z] = support[i];
-    double gradient = row.kl_weight * row.tau * buckets[i].gradient + row.ce_weight * std::exp(z - top - log_one);
-    if (id == row.out.label) gradient -= row.ce_weight;
+    double gradient =
+        row.weights.kl * row.weights.tau * buckets[i].gradient + row.weights.ce * std::exp(z - top - log_one);
+    if (id == row.out.label) gradient -= row.weights.ce;
     if (row.out.softcap != 0) gradient *= 1 - (z / row.out.softcap) * (z / row.out.softcap);
     const float value = static_cast<float>(gradient * row.out.scale);
     if (row.out.is_bf16)
@@ -151,19 +158,19 @@ Losses dense_row(const Row& row, const float* teacher) {
   const double z_log = std::log(z.at_tau) + (z.max - top) * inv_tau, t_log = std::log(t.at_tau);
   const double log_one = std::log(z.at_one * std::exp(z.max - top) + rest.at_one * std::exp(rest.max - top));
   const double shift = (t.max - top) * inv_tau + t_log - z_log;
-  DensePass pass{
-      shared,
-      row.inv_tau,
-      static_cast<float>(top),
-      static_cast<float>(z_log),
-      t.max,
-      static_cast<float>(t_log),
-      static_cast<float>(shift),
-      static_cast<float>(row.job.beta),
-      static_cast<float>(1 - row.job.beta),
-      static_cast<float>(row.kl_weight * row.tau * (row.job.beta == 0 || row.job.beta == 1 ? 1 : 1 - row.job.beta)),
-      static_cast<float>(row.ce_weight * std::exp(-log_one)),
-      0};
+  DensePass pass{shared,
+                 row.inv_tau,
+                 static_cast<float>(top),
+                 static_cast<float>(z_log),
+                 t.max,
+                 static_cast<float>(t_log),
+                 static_cast<float>(shift),
+                 static_cast<float>(row.job.beta),
+                 static_cast<float>(1 - row.job.beta),
+                 static_cast<float>(row.weights.kl * row.weights.tau *
+                                    (row.job.beta == 0 || row.job.beta == 1 ? 1 : 1 - row.job.beta)),
+                 static_cast<float>(row.weights.ce * std::exp(-log_one)),
+                 0};
   DenseValue value;
   RBFAST_CALL(row.isa, dense_value, row.z, teacher, vocabulary, pass, row.out, &value);
   if (row.out.dz != nullptr && row.job.beta != 0) {
@@ -174,16 +181,15 @@ Losses dense_row(const Row& row, const float* teacher) {
   return {value.divergence, log_one - (row.z_label - top)};
 }
 
-Losses solve_row(const Job& job, Isa isa, int64_t i) {
+Losses solve_row(const Job& job, const Weights& weights, Isa isa, int64_t i) {
   float* z = job.logits + i * job.logits_stride;
   if (job.bias != nullptr || job.logit_scale != 1 || job.softcap != 0)
     RBFAST_CALL(isa, head_logits, z, job.bias, job.vocabulary, job.logit_scale, job.softcap);
   void* dz = nullptr;
   if (job.dz != nullptr) dz = static_cast<char*>(job.dz) + i * job.dz_stride * (job.dz_is_bf16 ? 2 : 4);
-  const double tau = job.temperature[i];
-  const Output out{dz, job.dz_is_bf16, job.labels[i], job.ce_weight[i], job.logit_scale, job.softcap};
-  const Row row{
-      job, isa, z, out, job.weight[i], job.ce_weight[i], tau, static_cast<float>(1 / tau), logit(z[job.labels[i]])};
+  const float ce_weight = static_cast<float>(weights.ce), inv_tau = static_cast<float>(1 / weights.tau);
+  const Output out{dz, job.dz_is_bf16, job.labels[i], ce_weight, job.logit_scale, job.softcap};
+  const Row row{job, isa, z, out, weights, inv_tau, logit(z[job.labels[i]])};
   if (job.teacher != nullptr) return dense_row(row, job.teacher + i * job.teacher_stride);
   if (job.ids != nullptr) return sparse_row(row, job.ids + i * job.k, job.logprobs + i * job.k, job.k);
   return sparse_row(row, nullptr, nullptr, 0);
@@ -195,28 +201,33 @@ void expect_ids(const char* name, const int64_t* ids, int64_t count, int64_t lea
            "), got ", ids[i]);
 }
 
-std::tuple<Tensor, Tensor> divergence_rows_(Tensor logits, std::optional<Tensor> dz, const Tensor& labels,
-                                            const Tensor& kl_weight, const Tensor& ce_weight, const Tensor& temperature,
-                                            std::optional<Tensor> ids, std::optional<Tensor> logprobs,
-                                            std::optional<Tensor> teacher, std::optional<Tensor> bias, double beta,
-                                            double logit_scale, std::optional<double> softcap) {
+std::tuple<Tensor, Tensor, Tensor> divergence_rows_(Tensor logits, std::optional<Tensor> dz, const Tensor& labels,
+                                                    std::optional<Tensor> kl_weight, std::optional<Tensor> ce_weight,
+                                                    std::optional<Tensor> temperature, std::optional<Tensor> ids,
+                                                    std::optional<Tensor> logprobs, std::optional<Tensor> teacher,
+                                                    std::optional<Tensor> bias, double beta, double logit_scale,
+                                                    std::optional<double> softcap, double kl_factor, double ce_factor,
+                                                    double temperature_factor) {
   const Arguments arguments(logits, dz, labels, kl_weight, ce_weight, temperature, ids, logprobs, teacher, bias, beta,
-                            logit_scale, softcap);
+                            logit_scale, softcap, kl_factor, ce_factor, temperature_factor);
   const Job& job = arguments.job;
   expect_ids("labels", job.labels, job.rows, 0, job.vocabulary);
   if (job.ids != nullptr) expect_ids("ids", job.ids, job.rows * job.k, -1, job.vocabulary);
   const Isa isa = active_isa();
   const int64_t rows = job.rows;
-  Tensor value = empty(logits, {rows}), ce = empty(logits, {rows});
-  float *values = mutable_data<float>(value), *ces = mutable_data<float>(ce);
+  Tensor divergence = empty(logits, {rows}), ce = empty(logits, {rows}), loss = empty(logits, {rows});
+  float *divergences = mutable_data<float>(divergence), *ces = mutable_data<float>(ce);
+  float* weighted = mutable_data<float>(loss);
   torch::stable::parallel_for(0, rows, grain(job.vocabulary), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const Losses losses = solve_row(job, isa, i);
-      values[i] = static_cast<float>(losses.divergence);
+      const Weights weights{of_row(job.kl_weight, i), of_row(job.ce_weight, i), of_row(job.temperature, i)};
+      const Losses losses = solve_row(job, weights, isa, i);
+      divergences[i] = static_cast<float>(losses.divergence);
       ces[i] = static_cast<float>(losses.ce);
+      weighted[i] = static_cast<float>(weights.loss(losses));
     }
   });
-  return {value, ce};
+  return {divergence, ce, loss};
 }
 
 }  // namespace

@@ -124,26 +124,26 @@ void head_forward_(Tensor logits, const Tensor& hidden, const Tensor& weight) {
                 vocabulary);
 }
 
-Tensor head_backward(const Tensor& dz, const Tensor& weight, std::optional<Tensor> thresholds) {
-  expect_matrix("head_backward", "dz", dz, -1, -1);
-  expect_matrix("head_backward", "weight", weight, dz.size(1), -1);
+void head_backward_(Tensor d_hidden, const Tensor& dz, const Tensor& weight, std::optional<Tensor> thresholds) {
+  expect_matrix("head_backward_", "dz", dz, -1, -1);
+  expect_matrix("head_backward_", "weight", weight, dz.size(1), -1);
+  expect_matrix("head_backward_", "d_hidden", d_hidden, dz.size(0), weight.size(1));
+  expect_sums("head_backward_", "d_hidden", d_hidden);
   const int64_t tokens = dz.size(0), vocabulary = dz.size(1), width = weight.size(1);
   if (thresholds) {
-    expect_float32("head_backward", "thresholds", *thresholds);
+    expect_float32("head_backward_", "thresholds", *thresholds);
     expect(thresholds->dim() == 1 && thresholds->size(0) == tokens && thresholds->is_contiguous(),
-           "head_backward: thresholds must be [", tokens, "], one for each row of dz, and contiguous");
+           "head_backward_: thresholds must be [", tokens, "], one for each row of dz, and contiguous");
   }
-  Tensor gradient = empty(dz, {tokens, width}, ScalarType::Float);
-  if (vocabulary == 0 || thresholds) torch::stable::zero_(gradient);
-  if (tokens == 0 || vocabulary == 0 || width == 0) return gradient;
+  if (vocabulary == 0 || thresholds) torch::stable::zero_(d_hidden);
+  if (tokens == 0 || vocabulary == 0 || width == 0) return;
   const Tensor x = dense_rows(dz), w = dense_rows(weight);
   const Sums sums = thresholds ? Sums::resumed : Sums::fresh;
-  const Gemm g{by_rows(x), by_columns(w), mutable_data<float>(gradient), width, vocabulary, sums};
+  const Gemm g{by_rows(x), by_columns(w), mutable_data<float>(d_hidden), width, vocabulary, sums};
   if (thresholds)
     parallel_filtered_gemm(g, data<float>(*thresholds), tokens, width);
   else
     parallel_gemm(g, tokens, width);
-  return gradient;
 }
 
 std::tuple<Tensor, Tensor> row_thresholds(const Tensor& dz, double share) {
@@ -178,7 +178,7 @@ void head_grad_(Tensor dW, const Tensor& dz, const Tensor& hidden) {
 
 STABLE_TORCH_LIBRARY_IMPL(rbfast, CPU, m) {
   m.impl("head_forward_", TORCH_BOX(&head_forward_));
-  m.impl("head_backward", TORCH_BOX(&head_backward));
+  m.impl("head_backward_", TORCH_BOX(&head_backward_));
   m.impl("row_thresholds", TORCH_BOX(&row_thresholds));
   m.impl("head_grad_", TORCH_BOX(&head_grad_));
 }

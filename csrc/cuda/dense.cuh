@@ -353,16 +353,17 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // The losses of a row, by a warp. `warps` have left their terms of D.
 __global__ void __launch_bounds__(kWarp)
-    finish_dense(const Job job, const Scratch scratch, const int warps, float* divergence, float* ce) {
+    finish_dense(const Job job, const Scratch scratch, const int warps, const Losses losses) {
   const int64_t row = blockIdx.x;
   double sum = 0;
   for (int i = threadIdx.x; i < warps; i += kWarp) sum += scratch.terms[row * warps + i];
   sum = warp_sum(sum);
   if (threadIdx.x != 0) return;
   const Sums all = scratch.sums[row];
-  divergence[row] = static_cast<float>(sum < 0 ? 0 : sum);
-  ce[row] = static_cast<float>(log(static_cast<double>(all.at_one)) +
-                               (static_cast<double>(all.max) - scratch.rows[row].z_label) * (kLog2e * kLn2));
+  const RowInfo info = scratch.rows[row];
+  const double ce =
+      log(static_cast<double>(all.at_one)) + (static_cast<double>(all.max) - info.z_label) * (kLog2e * kLn2);
+  losses.put(job, info, row, sum < 0 ? 0 : sum, ce);
 }
 
 }  // namespace

@@ -144,8 +144,7 @@ Tensor make_scratch(const Tensor& logits, const Job& job, int warps, Scratch& sc
   return memory;
 }
 
-void launch(const Device& device, const Job& job, const Plan& plan, const Scratch& scratch, float* divergence,
-            float* ce) {
+void launch(const Device& device, const Job& job, const Plan& plan, const Scratch& scratch, const Losses& losses) {
   constexpr int kRows = kPrepareThreads / kWarp;
   const Series series = make_series(job.beta);
   device.launch({(job.rows + kRows - 1) / kRows, 1, kPrepareThreads}, prepare_rows, job, scratch);
@@ -159,9 +158,9 @@ void launch(const Device& device, const Job& job, const Plan& plan, const Scratc
     device.launch(shape, plan.streamed, job, series, scratch, in_step);
   }
   if (job.teacher != nullptr)
-    return device.launch({job.rows, 1, kWarp}, finish_dense, job, scratch, plan.warps(), divergence, ce);
+    return device.launch({job.rows, 1, kWarp}, finish_dense, job, scratch, plan.warps(), losses);
   const size_t bytes = job.ids == nullptr ? 0 : (job.k + 1) * sizeof(Bucket);
-  device.launch({job.rows, 1, kWarp, 1, bytes}, finish_rows, job, scratch, divergence, ce);
+  device.launch({job.rows, 1, kWarp, 1, bytes}, finish_rows, job, scratch, losses);
 }
 
 // A gradient over the logits must have each row in the memory of its own logits.
@@ -177,11 +176,13 @@ void expect_rows_apart(const Job& job) {
          "address; give it memory of its own, or logits.view(dz.dtype)[:, :V]");
 }
 
-std::tuple<Tensor, Tensor> divergence_rows_(Tensor logits, std::optional<Tensor> dz, const Tensor& labels,
-                                            const Tensor& kl_weight, const Tensor& ce_weight, const Tensor& temperature,
-                                            std::optional<Tensor> ids, std::optional<Tensor> logprobs,
-                                            std::optional<Tensor> teacher, std::optional<Tensor> bias, double beta,
-                                            double logit_scale, std::optional<double> softcap) {
+std::tuple<Tensor, Tensor, Tensor> divergence_rows_(Tensor logits, std::optional<Tensor> dz, const Tensor& labels,
+                                                    std::optional<Tensor> kl_weight, std::optional<Tensor> ce_weight,
+                                                    std::optional<Tensor> temperature, std::optional<Tensor> ids,
+                                                    std::optional<Tensor> logprobs, std::optional<Tensor> teacher,
+                                                    std::optional<Tensor> bias, double beta, double logit_scale,
+                                                    std::optional<double> softcap, double kl_factor, double ce_factor,
+                                                    double temperature_factor) {
   const Device device("divergence_rows_", {{"logits", logits},
                                            {"dz", dz},
                                            {"labels", labels},
@@ -193,18 +194,19 @@ std::tuple<Tensor, Tensor> divergence_rows_(Tensor logits, std::optional<Tensor>
                                            {"teacher", teacher},
                                            {"bias", bias}});
   const Arguments arguments(logits, dz, labels, kl_weight, ce_weight, temperature, ids, logprobs, teacher, bias, beta,
-                            logit_scale, softcap);
+                            logit_scale, softcap, kl_factor, ce_factor, temperature_factor);
   const Job& job = arguments.job;
   expect(job.k <= kMostIds, "divergence_rows_: ids must be [T, k] with k at most ", kMostIds, " on a GPU, got ", job.k);
   expect(job.vocabulary <= kMostColumns, "divergence_rows_: logits must have at most 2^30 columns, got ",
          job.vocabulary);
   expect_rows_apart(job);
-  const Tensor value = empty(logits, {job.rows}), ce = empty(logits, {job.rows});
+  const Tensor divergence = empty(logits, {job.rows}), ce = empty(logits, {job.rows}), loss = empty(logits, {job.rows});
   const Plan plan = make_plan(device, job);
   Scratch scratch;
   const Tensor memory = make_scratch(logits, job, plan.warps(), scratch);
-  launch(device, job, plan, scratch, mutable_data<float>(value), mutable_data<float>(ce));
-  return {value, ce};
+  launch(device, job, plan, scratch,
+         {mutable_data<float>(divergence), mutable_data<float>(ce), mutable_data<float>(loss)});
+  return {divergence, ce, loss};
 }
 
 }  // namespace

@@ -49,6 +49,18 @@ struct alignas(16) RowInfo {
   __device__ float scale() const { return inv_tau * kLog2e; }
 };
 
+// Where the losses of rows go.
+struct Losses {
+  float *divergence, *ce, *loss;
+
+  __device__ void put(const Job& job, const RowInfo& info, int64_t row, double d, double cross_entropy) const {
+    divergence[row] = static_cast<float>(d);
+    ce[row] = static_cast<float>(cross_entropy);
+    const double tau = of_row(job.temperature, row);
+    loss[row] = static_cast<float>(info.pull * tau * d + info.ce_weight * cross_entropy);
+  }
+};
+
 struct alignas(8) Entry {
   float z, log_p;  // of an id of the support; log_p in base 2, at the row's temperature, not normalised
 };

@@ -40,14 +40,14 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows(const Job job, c
   const int lane = threadIdx.x % kWarp, k = job.ids == nullptr ? 0 : static_cast<int>(job.k);
   float* logits = job.logits + row * job.logits_stride;
   const bool has_teacher = job.ids != nullptr || job.teacher != nullptr;
-  const float tau = has_teacher ? job.temperature[row] : 1;
+  const float tau = has_teacher ? of_row(job.temperature, row) : 1;
   const int64_t label = job.labels[row];
   const bool is_there = label >= 0 && label < job.vocabulary;
 
   RowInfo info{};
   info.inv_tau = 1 / tau;
-  info.pull = has_teacher ? job.weight[row] * tau : 0;
-  info.ce_weight = job.ce_weight[row];
+  info.pull = has_teacher ? of_row(job.kl_weight, row) * tau : 0;
+  info.ce_weight = of_row(job.ce_weight, row);
   info.label = is_there ? static_cast<int>(label) : -1;
   info.z_label = is_there ? head.logit(logits[label], info.label) : NAN;
   info.support_max = kNone;
@@ -191,8 +191,7 @@ __device__ inline double log_add(double a, double b) {
 }
 
 // The losses of a row and its gradient at the support and at the label, by one block of one warp.
-__global__ void __launch_bounds__(kWarp)
-    finish_rows(const Job job, const Scratch scratch, float* divergence, float* ce) {
+__global__ void __launch_bounds__(kWarp) finish_rows(const Job job, const Scratch scratch, const Losses losses) {
   RBFAST_SHARED_MEMORY(memory);
   Bucket* buckets = reinterpret_cast<Bucket*>(memory);
   const int64_t row = blockIdx.x;
@@ -222,10 +221,7 @@ __global__ void __launch_bounds__(kWarp)
     value = bucket_divergence(job.beta, buckets, k + 1);
     tail_pull = buckets[k].gradient;
   }
-  if (lane == 0) {
-    divergence[row] = static_cast<float>(value);
-    ce[row] = static_cast<float>(log_one - times(info.z_label, at_one));
-  }
+  if (lane == 0) losses.put(job, info, row, value, log_one - times(info.z_label, at_one));
   const Output output(job, row);
   if (output.dz == nullptr) return;
   const auto put = [&](int v, double z, double pull) {

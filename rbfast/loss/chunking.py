@@ -6,12 +6,21 @@ import torch
 
 from rbfast import ops
 
-# On a CPU a chunk's logits (student's and teacher's) take at most this much memory, or that of LEAST_ROWS: larger
-# chunks read the head fewer times, and a product of few rows spends its time on arranging the head, not on multiplying.
-CPU_BYTES = 40 * 2**20
-# Where products run in AMX's tiles, arranging the head for a chunk takes a larger share of a product.
-TILES_BYTES = 96 * 2**20
-LEAST_ROWS = 96
+
+class Budget(NamedTuple):
+    """A chunk's logits (student's and teacher's) take at most so many bytes, or those of so many rows if that is more.
+
+    Larger chunks read the head fewer times, and a product of few rows spends its time on arranging the head.
+    """
+
+    bytes: int
+    rows: int
+
+
+ON_CPU = Budget(40 * 2**20, 96)
+# Products in AMX's tiles take less time, of which arranging the head for a chunk is a larger share: with V = 151936 and
+# a dense teacher a call takes 1.3 times as long by 96 rows as by 256, and by 512 no less.
+IN_TILES = Budget(96 * 2**20, 256)
 # Chunks hold a multiple of this many rows: head_grad_ sums rows in pairs, or by 32, which a chunk must never split.
 ROW_MULTIPLE = 32
 
@@ -38,19 +47,18 @@ class Chunking(NamedTuple):
     rounds_sum: bool = False
 
 
-def chunk_on_cpu(rows: int, row_bytes: int, asked: int | None, memory: int = CPU_BYTES) -> Chunking:
+def chunk_on_cpu(rows: int, row_bytes: int, asked: int | None, budget: Budget = ON_CPU) -> Chunking:
     """row_bytes: of a row's logits. asked: the rows per chunk that the user sets, or None."""
-    fitting = max(LEAST_ROWS, memory // row_bytes // ROW_MULTIPLE * ROW_MULTIPLE)
-    chunk = _limit(rows, _up(asked, ROW_MULTIPLE) if asked else fitting)
+    fitting = max(budget.rows, budget.bytes // row_bytes // ROW_MULTIPLE * ROW_MULTIPLE)
+    chunk = _limit(rows, _up(asked, ROW_MULTIPLE) if asked else _shared(rows, fitting, ROW_MULTIPLE))
     return Chunking(chunk, chunk)
 
 
 def chunk_on_gpu(rows: int, row_bytes: int, asked: int | None, memory: int = GPU_BYTES) -> Chunking:
     fitting = max(ROW_MULTIPLE, min(MOST_ROWS, memory // row_bytes))
     multiple = TILE_ROWS if fitting >= TILE_ROWS else ROW_MULTIPLE
-    fitting = fitting // multiple * multiple
-    chunks = max(1, -(-rows // fitting))
-    chunk = _limit(rows, _up(asked, ROW_MULTIPLE) if asked else _up(-(-rows // chunks), multiple))
+    shared = _shared(rows, fitting // multiple * multiple, multiple)
+    chunk = _limit(rows, _up(asked, ROW_MULTIPLE) if asked else shared)
     return Chunking(chunk, chunk)
 
 
@@ -68,6 +76,12 @@ def chunk_trained_head(rows: int, row_bytes: int, asked: int | None, head: torch
     return Chunking(chunk_on_gpu(product, row_bytes, asked, room).chunk, product, True, rounds_sum)
 
 
+def _shared(rows: int, most: int, multiple: int) -> int:
+    """Rows per chunk, of about the same number in each, in as few chunks as hold at most `most` rows."""
+    chunks = max(1, -(-rows // most))
+    return _up(-(-rows // chunks), multiple)
+
+
 def _limit(rows: int, most: int) -> int:
     return max(1, min(rows, most))
 
@@ -81,5 +95,5 @@ def logits_bytes(tokens: int, vocabulary: int, device: torch.device) -> int:
     row_bytes = 4 * vocabulary
     if device.type != "cpu":
         return chunk_on_gpu(tokens, row_bytes, None).chunk * row_bytes
-    memory = TILES_BYTES if ops.cpu_isa() == "amx" else CPU_BYTES
-    return chunk_on_cpu(tokens, row_bytes, None, memory).chunk * row_bytes
+    budget = IN_TILES if ops.cpu_isa() == "amx" else ON_CPU
+    return chunk_on_cpu(tokens, row_bytes, None, budget).chunk * row_bytes

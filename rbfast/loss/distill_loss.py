@@ -11,17 +11,20 @@ Shapes: T tokens, H hidden size, V vocabulary, N rows of a signal, k its width.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from rbfast.loss.fused_loss import FusedLoss, Reduction
-from rbfast.loss.inputs import check_shapes, stack_parameters, value_questions
-from rbfast.loss.row_groups import TakenRows, take_known_rows, take_rows
+from rbfast.loss.fused_loss import FusedLoss
+from rbfast.loss.inputs import check_shapes, value_questions
+from rbfast.loss.parameters import check_parameter
+from rbfast.loss.row_groups import take_known_rows, take_rows
 from rbfast.loss.solver import Job
 from rbfast.loss.teacher_signal import Signal, check_signal
+from rbfast.ops.dtypes import wide_dtype
+
+Reduction = Literal["mean", "sum", "none"]
 
 
 class LossOutput(NamedTuple):
@@ -31,13 +34,13 @@ class LossOutput(NamedTuple):
         loss: a scalar, or [T] for reduction="none".
         divergence, ce: [T], unweighted.
         hidden_grad_error_bound: [T]; the gradient of a row's weighted loss in `hidden`, before any mean, lacks at most
-            this much by the gradient filter, as a Euclidean norm. 0 without one.
+            this much by the gradient filter, as a Euclidean norm. None without one, 0 where it is ignored.
     """
 
     loss: Tensor
     divergence: Tensor
     ce: Tensor
-    hidden_grad_error_bound: Tensor
+    hidden_grad_error_bound: Tensor | None
 
 
 class DistillLoss(nn.Module):
@@ -55,7 +58,8 @@ class DistillLoss(nn.Module):
         softcap: the student's logits are softcap * tanh(z / softcap), as in Gemma 2.
         logit_scale: multiplies the student's logits (after the bias, before the softcap), as in Cohere's models.
         chunk_rows: rows taken at a time, rounded up to a multiple of 32; by default 40 MiB of logits or
-            96 rows, whichever is more; on a GPU at most 1024 rows, and 925 MB with their gradient.
+            96 rows, whichever is more (96 MiB or 256 rows in AMX's tiles); on a GPU at most 1024 rows, and 925 MB with
+            their gradient.
         gradient_filter: in [0, 1). The gradient of hidden lacks the entries of a row of d loss / d logits that are
             smallest in magnitude, as long as they sum to at most this share of the row. 0.02 saves a CPU most of that
             product, at an error of about 0.02 (docs/results.md). A GPU, and a CPU with AMX for bf16, would save
@@ -143,38 +147,44 @@ class DistillLoss(nn.Module):
         given = [] if teacher is None else teacher if isinstance(teacher, Sequence) else [teacher]
         if not given and isinstance(ce_weight, int | float) and ce_weight == 0:
             raise ValueError("there is nothing to learn from: give a teacher, or a ce_weight above 0 for text alone")
-        named = {"kl_weight": kl_weight, "ce_weight": ce_weight, "temperature": temperature}
-        parameters = stack_parameters(hidden, **named)
+        kl = check_parameter("kl_weight", kl_weight, hidden)
+        ce = check_parameter("ce_weight", ce_weight, hidden)
+        tau = check_parameter("temperature", temperature, hidden)
         signals = [check_signal(signal, hidden) for signal in given]
-        labels = labels.to(torch.int64)
+        labels, V = labels.to(torch.int64), head_weight.shape[0]
         if rows is not None:
-            taken = take_known_rows(signals, rows, len(hidden))
+            taken = take_known_rows(signals, rows, hidden.shape[0])
         else:
-            questions = value_questions(labels, self.ignore_index, len(head_weight), parameters, named)
-            taken = take_rows(signals, labels, self.ignore_index, questions, len(head_weight))
-        job = self._job(labels, parameters, taken, self._divisor(num_items, taken.size))
-        with torch.autocast(hidden.device.type, enabled=False) if is_autocast else nullcontext():
-            return LossOutput(*FusedLoss.apply(hidden, head_weight, head_bias, job, self.reduction))
-
-    def _job(self, labels: Tensor, parameters: Tensor, taken: TakenRows, divisor: int | Tensor) -> Job:
+            named = {"kl_weight": kl, "ce_weight": ce, "temperature": tau}
+            is_ignored = labels == self.ignore_index
+            questions = value_questions(labels, is_ignored, self.ignore_index, V, named)
+            taken = take_rows(signals, is_ignored, questions, V)
         if taken.order is not None:
-            labels, parameters = labels[taken.order], parameters[:, taken.order]
-        if not (isinstance(divisor, int) and divisor == 1):
-            parameters[:2].div_(divisor)
-        return Job(
+            labels, kl, ce, tau = labels[taken.order], kl.at(taken.order), ce.at(taken.order), tau.at(taken.order)
+        divisor = self._divisor(num_items, taken.size, hidden)
+        job = Job(
             labels=labels,
-            parameters=parameters,
+            kl_weight=kl.divided(divisor, taken.size),
+            ce_weight=ce.divided(divisor, taken.size),
+            temperature=tau,
             taken=taken,
             divisor=divisor,
+            by_token=self.reduction == "none",
             beta=self.beta,
             softcap=self.softcap,
             logit_scale=self.logit_scale,
             chunk_rows=self.chunk_rows,
             gradient_filter=self.gradient_filter,
         )
+        if not is_autocast:
+            return LossOutput(*FusedLoss.apply(hidden, head_weight, head_bias, job))
+        with torch.autocast(hidden.device.type, enabled=False):
+            return LossOutput(*FusedLoss.apply(hidden, head_weight, head_bias, job))
 
-    def _divisor(self, num_items: int | Tensor | None, rows: int) -> int | Tensor:
+    def _divisor(self, num_items: int | Tensor | None, rows: int, hidden: Tensor) -> int | Tensor:
         if self.reduction != "mean":
             return 1
         items = rows if num_items is None else num_items
-        return items.clamp_min(1) if isinstance(items, Tensor) else max(items, 1)
+        if isinstance(items, Tensor):
+            return items.to(hidden.device, wide_dtype(hidden.dtype)).clamp_min(1)
+        return max(items, 1)

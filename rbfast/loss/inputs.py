@@ -6,8 +6,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from rbfast.loss.parameters import Parameter
 from rbfast.loss.questions import Question
-from rbfast.ops.dtypes import wide_dtype
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
@@ -17,53 +19,36 @@ def check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | 
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
         raise ValueError(f"head_weight must be [V, {hidden.shape[1]}] to match hidden, got {tuple(weight.shape)}")
     for name, x in (("hidden", hidden), ("head_weight", weight)):
-        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        if x.dtype not in _DTYPES:
             raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
     if (hidden.dtype == torch.float64) != (weight.dtype == torch.float64):
         raise ValueError(f"hidden and head_weight must both be float64 or neither, got {hidden.dtype}, {weight.dtype}")
     if labels.shape != hidden.shape[:1]:
-        raise ValueError(f"labels must be [T] = [{len(hidden)}], one per row of hidden, got {tuple(labels.shape)}")
+        raise ValueError(f"labels must be [T] = [{hidden.shape[0]}], one per row of hidden, got {tuple(labels.shape)}")
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels must be integers, got {labels.dtype}")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"head_bias must be [V] = [{len(weight)}], got {tuple(bias.shape)}")
-
-
-def stack_parameters(hidden: Tensor, **parameters: float | Tensor) -> Tensor:
-    """Floats or [T] tensors as rows of one tensor in the accumulation dtype, detached; numbers are checked here."""
-    stacked = torch.empty(len(parameters), len(hidden), dtype=wide_dtype(hidden.dtype), device=hidden.device)
-    for row, (name, value) in zip(stacked.unbind(), parameters.items(), strict=True):
-        if isinstance(value, Tensor):
-            if value.dim() > 0 and value.shape != hidden.shape[:1]:
-                raise ValueError(f"{name} must be a float or [T] = [{len(hidden)}], got {tuple(value.shape)}")
-            row.copy_(value.detach())
-            continue
-        if not math.isfinite(value):
-            raise ValueError(f"{name} must be finite in every row")
-        if name == "temperature" and value <= 0:
-            raise ValueError("temperature must be positive in every row")
-        row.fill_(value)
-    return stacked
+        raise ValueError(f"head_bias must be [V] = [{weight.shape[0]}], got {tuple(bias.shape)}")
 
 
 def value_questions(
-    labels: Tensor, ignore_index: int, vocabulary: int, stacked: Tensor, parameters: Mapping[str, float | Tensor]
+    labels: Tensor, is_ignored: Tensor, ignore_index: int, vocabulary: int, parameters: Mapping[str, Parameter]
 ) -> list[Question]:
-    """What may be wrong with labels [T] and with the parameters that are tensors, which `stacked` [n, T] holds."""
-    if not len(labels):
+    """What may be wrong with the labels [T] that are not ignored [T], and with the values of parameters [T]."""
+    if not labels.shape[0]:
         return []
-    asked = _label_questions(labels, ignore_index, vocabulary)
-    for row, (name, value) in zip(stacked.unbind(), parameters.items(), strict=True):
-        if isinstance(value, Tensor):
-            asked += _parameter_questions(name, row)
+    asked = _label_questions(labels, is_ignored, ignore_index, vocabulary)
+    for name, parameter in parameters.items():
+        if parameter.values is not None:
+            asked += _parameter_questions(name, parameter.values)
     return asked
 
 
-def _label_questions(labels: Tensor, ignore_index: int, vocabulary: int) -> list[Question]:
-    low, high = labels.masked_fill(labels == ignore_index, 0).aminmax()
+def _label_questions(labels: Tensor, is_ignored: Tensor, ignore_index: int, vocabulary: int) -> list[Question]:
+    low, high = labels.masked_fill(is_ignored, 0).aminmax()
 
     def explain() -> str:
-        wrong = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
+        wrong = ((labels < 0) | (labels >= vocabulary)) & ~is_ignored
         row = int(wrong.nonzero()[0])
         allowed = f"[0, {vocabulary}) or ignore_index {ignore_index}"
         return f"labels must be in {allowed}, got {int(labels[row])} at row {row}"

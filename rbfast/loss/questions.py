@@ -29,11 +29,15 @@ def read_back(questions: Sequence[Question], numbers: Sequence[Tensor]) -> list[
         ValueError: an answer is wrong.
     """
     asked = [*(question.answer for question in questions), *numbers]
-    values = torch.stack([answer.view(torch.int64) for answer in asked]).tolist() if asked else []
+    values = torch.stack([_as_bits(answer) for answer in asked]).tolist() if asked else []
     for question, value in zip(questions, values, strict=False):
         if question.is_wrong(_as_float(value) if question.answer.dtype == torch.float64 else value):
             raise ValueError(question.explain())
     return values[len(questions) :]
+
+
+def _as_bits(answer: Tensor) -> Tensor:
+    return answer.view(torch.int64) if answer.dtype == torch.float64 else answer
 
 
 def _as_float(bits: int) -> float:

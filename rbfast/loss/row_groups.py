@@ -5,7 +5,7 @@ signal has, and whether all values are right. Shapes: T tokens, n rows that take
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,7 @@ from rbfast.loss.questions import Question, read_back
 from rbfast.loss.teacher_signal import Dense, Signal, TopK, mark_padding, merge_duplicates, repeated_id, top_k_questions
 
 
-@dataclass(frozen=True)
-class RowGroup:
+class RowGroup(NamedTuple):
     """Neighbours among the rows that take part, which share a signal (None: text only).
 
     entries: [size] into the signal's N axis; None: entry i belongs to the group's row i.
@@ -32,33 +31,29 @@ class RowGroup:
         return vocabulary if isinstance(self.signal, TopK) and self.signal.temperature != 1 else 0
 
 
-@dataclass(frozen=True)
-class TakenRows:
-    """The rows that take part, group by group. order: [n] into the T axis; None: all T rows in order."""
+class TakenRows(NamedTuple):
+    """The `size` rows that take part, group by group. order: [n] into the T axis; None: all T rows in order."""
 
+    size: int
     order: Tensor | None
     groups: list[RowGroup]
-
-    @property
-    def size(self) -> int:
-        return sum(group.size for group in self.groups)
 
 
 def take_known_rows(signals: Sequence[Signal], rows: Tensor, tokens: int) -> TakenRows:
     """Rows [n] that are known to take part, all rows of the signals among them; reads nothing back."""
     if rows.dtype != torch.int64 or rows.dim() != 1:
         raise ValueError(f"rows must be int64 [n], the rows that take part, got {rows.dtype} {list(rows.shape)}")
-    if not len(rows):
-        return TakenRows(rows, [])
+    size = rows.shape[0]
+    if not size:
+        return TakenRows(0, rows, [])
     if not signals or (len(signals) == 1 and signals[0].rows is None):
-        order = None if len(rows) == tokens else rows
-        return TakenRows(order, [RowGroup(len(rows), signals[0], order) if signals else RowGroup(len(rows))])
+        order = None if size == tokens else rows
+        return TakenRows(size, order, [RowGroup(size, signals[0], order) if signals else RowGroup(size)])
     claimed = [_rows_of(signal, tokens, rows.device) for signal in signals]
-    left = len(rows) - sum(map(len, claimed))
+    left = size - sum(map(len, claimed))
     if left < 0:
         raise ValueError(
-            f"the signals cover {len(rows) - left} rows, but only {len(rows)} take part; "
-            "leave the others out of the signals too"
+            f"the signals cover {size - left} rows, but only {size} take part; leave the others out of the signals too"
         )
     groups = [RowGroup(len(their), signal) for their, signal in zip(claimed, signals, strict=True)]
     if left:
@@ -66,37 +61,38 @@ def take_known_rows(signals: Sequence[Signal], rows: Tensor, tokens: int) -> Tak
         has_signal.index_fill_(0, _joined(claimed), True)
         claimed.append(rows[has_signal[rows].sort(stable=True).indices[:left]])
         groups.append(RowGroup(left))
-    return TakenRows(_joined(claimed), [group for group in groups if group.size])
+    return TakenRows(size, _joined(claimed), [group for group in groups if group.size])
 
 
 def take_rows(
-    signals: Sequence[Signal], labels: Tensor, ignore_index: int, questions: Sequence[Question], vocabulary: int
+    signals: Sequence[Signal], is_ignored: Tensor, questions: Sequence[Question], vocabulary: int
 ) -> TakenRows:
-    """The rows whose label [T] is not ignored; reads back from the device once.
+    """The rows that are not ignored [T]; reads back from the device once.
 
     Raises:
         ValueError: an answer to a question is wrong, or two signals claim one row, or a signal holds no distribution.
     """
-    if not len(labels):
-        return TakenRows(None, [])
+    tokens = is_ignored.shape[0]
+    if not tokens:
+        return TakenRows(0, None, [])
     signals = [mark_padding(signal) if isinstance(signal, TopK) else signal for signal in signals]
     top_k = [signal for signal in signals if isinstance(signal, TopK) and signal.ids.numel()]
     asked = [*questions, *(question for signal in top_k for question in top_k_questions(signal, vocabulary))]
     repeats = [repeated_id(signal.ids) for signal in top_k]
-    is_ignored = labels == ignore_index
     if not signals or (len(signals) == 1 and signals[0].rows is None):
         ignored, *repeated = read_back(asked, [is_ignored.sum(), *repeats])
-        taken = len(labels) - ignored
-        order = is_ignored.sort(stable=True).indices[:taken] if ignored else None
-        owned = [RowGroup(taken, signals[0], order) if signals else RowGroup(taken)]
+        size = tokens - ignored
+        order = is_ignored.sort(stable=True).indices[:size] if ignored else None
+        owned = [RowGroup(size, signals[0], order) if signals else RowGroup(size)]
     else:
         claims = _Claims(signals, is_ignored)
         numbers = read_back(asked + claims.questions(), [is_ignored.sum(), *claims.ignored(), *repeats])
         lost, repeated = numbers[1 : 1 + len(signals)], numbers[1 + len(signals) :]
-        order, owned = claims.split(len(labels) - numbers[0], lost)
+        size = tokens - numbers[0]
+        order, owned = claims.split(size, lost)
     if any(id >= 0 for id in repeated):
         owned = [RowGroup(group.size, _merged(group.signal), group.entries) for group in owned]
-    return TakenRows(order, [group for group in owned if group.size])
+    return TakenRows(size, order, [group for group in owned if group.size])
 
 
 class _Claims:

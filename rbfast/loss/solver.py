@@ -8,8 +8,7 @@ the row; the gradient of a trained head is a sum over rows, so its last bits fol
 Shapes: T tokens, n of them take part, H hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -17,31 +16,36 @@ import torch
 from torch import Tensor
 
 from rbfast import ops
-from rbfast.loss.chunking import CPU_BYTES, TILES_BYTES, Chunking, chunk_on_cpu, chunk_on_gpu, chunk_trained_head
+from rbfast.loss.chunking import IN_TILES, ON_CPU, Chunking, chunk_on_cpu, chunk_on_gpu, chunk_trained_head
+from rbfast.loss.parameters import Parameter
 from rbfast.loss.row_groups import RowGroup, TakenRows
 from rbfast.loss.teacher_signal import Dense, TopK
-from rbfast.ops import reference
+from rbfast.ops import head_gemm, reference
 from rbfast.ops.dtypes import wide_dtype
-from rbfast.ops.head_gemm import head_grad_rounded_
 
 HeadForward = Callable[[Tensor, Tensor, Tensor], None]  # the op head_forward_
 
+_NOTHING = Parameter(None, 0.0)
 
-class LossOps(Protocol):
+
+class HeadProducts(Protocol):
+    def head_forward_(self, logits: Tensor, hidden: Tensor, weight: Tensor, /) -> None: ...
+    def head_backward_(self, d_hidden: Tensor, dz: Tensor, weight: Tensor, thresholds: Tensor | None, /) -> None: ...
+    def head_grad_(self, dW: Tensor, dz: Tensor, hidden: Tensor, /) -> None: ...
+
+
+class LossOps(HeadProducts, Protocol):
     """The ops a loss is made of: the registry's, or the reference for fp64."""
 
-    def head_forward_(self, logits: Tensor, hidden: Tensor, weight: Tensor, /) -> None: ...
-    def head_backward(self, dz: Tensor, weight: Tensor, thresholds: Tensor | None, /) -> Tensor: ...
-    def head_grad_(self, dW: Tensor, dz: Tensor, hidden: Tensor, /) -> None: ...
     def row_thresholds(self, dz: Tensor, share: float, /) -> tuple[Tensor, Tensor]: ...
     def divergence_rows_(
         self,
         logits: Tensor,
         dz: Tensor | None,
         labels: Tensor,
-        kl_weight: Tensor,
-        ce_weight: Tensor,
-        temperature: Tensor,
+        kl_weight: Tensor | None,
+        ce_weight: Tensor | None,
+        temperature: Tensor | None,
         ids: Tensor | None,
         logprobs: Tensor | None,
         teacher: Tensor | None,
@@ -49,21 +53,26 @@ class LossOps(Protocol):
         beta: float,
         logit_scale: float,
         softcap: float | None,
+        kl_factor: float,
+        ce_factor: float,
+        temperature_factor: float,
         /,
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """All of a loss that is not differentiated, for the rows that take part.
 
-    labels: [n]; parameters: [3, n], kl_weight and ce_weight, both divided by `divisor`, and temperature.
+    labels: [n]; kl_weight and ce_weight are divided by `divisor`. by_token: the loss is [T], not its sum.
     """
 
     labels: Tensor
-    parameters: Tensor
+    kl_weight: Parameter
+    ce_weight: Parameter
+    temperature: Parameter
     taken: TakenRows
     divisor: int | Tensor
+    by_token: bool
     beta: float
     softcap: float | None
     logit_scale: float
@@ -79,6 +88,7 @@ class Solution(NamedTuple):
 
     divergence: Tensor
     ce: Tensor
+    loss: Tensor
     left_out: Tensor | None
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -96,34 +106,35 @@ class _Solver:
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job, wanted: tuple[bool, bool, bool]
     ) -> None:
-        self.job, self.hidden, self.weight = job, hidden.detach(), weight.detach()
+        self.job, self.hidden, self.weight = job, hidden, weight
         self.dtype = wide_dtype(hidden.dtype)
         self.ops: LossOps = reference if self.dtype == torch.float64 else ops
-        self.bias = None if bias is None else bias.detach().to(self.dtype)
+        self.products: HeadProducts = self.ops
+        if self.dtype != torch.float64 and ops.uses_torch_products(hidden.device):
+            self.products = head_gemm  # the dispatcher takes as long to call Python as the device for a small product
+        self.bias = None if bias is None else bias.to(self.dtype)
         self.is_narrow = hidden.dtype == weight.dtype == torch.bfloat16
-        self.wants_gradient = any(wanted)
-        self.teacher_columns = max((group.columns_beside(len(weight)) for group in job.taken.groups), default=0)
+        self.wants_gradient, self.wants_hidden = any(wanted), wanted[0]
+        self.teacher_columns = 0
+        for group in job.taken.groups:
+            self.teacher_columns = max(self.teacher_columns, group.columns_beside(weight.shape[0]))
         self.chunking = self._choose_chunking(trains_head=wanted[1])
-        wants_hidden, wants_weight, wants_bias = wanted
-        self.d_hidden = self._make_d_hidden() if wants_hidden else None
-        self.d_weight = self._make_d_weight() if wants_weight else None
-        self.d_bias = None if self.bias is None or not wants_bias else torch.zeros_like(self.bias)
-        self.values: list[tuple[Tensor, Tensor]] = []
+        self.room: Tensor | None = None  # made when it is first needed, and so is the next
+        self.d_hidden: Tensor | None = None
+        self.d_weight = self._make_d_weight() if wanted[1] else None
+        self.d_bias = None if self.bias is None or not wanted[2] else torch.zeros_like(self.bias)
+        self.losses: list[tuple[Tensor, Tensor, Tensor]] = []
         self.left_out: list[Tensor] = []
 
     def _choose_chunking(self, trains_head: bool) -> Chunking:
         rows, V = self.job.taken.size, self.weight.shape[0]
         row_bytes, asked = self.dtype.itemsize * (V + self.teacher_columns), self.job.chunk_rows
         if not _is_gpu(self.hidden):
-            memory = TILES_BYTES if ops.uses_tiles(self.hidden, self.weight) else CPU_BYTES
-            return chunk_on_cpu(rows, row_bytes, asked, memory)
+            budget = IN_TILES if ops.uses_tiles(self.hidden, self.weight) else ON_CPU
+            return chunk_on_cpu(rows, row_bytes, asked, budget)
         if trains_head and self.is_narrow:
             return chunk_trained_head(rows, row_bytes, asked, self.weight.shape)
         return chunk_on_gpu(rows, row_bytes, asked)
-
-    def _make_d_hidden(self) -> Tensor:
-        is_filled = self.job.taken.order is None and self.job.taken.size
-        return (torch.empty_like if is_filled else torch.zeros_like)(self.hidden, dtype=self.dtype)
 
     def _make_d_weight(self) -> Tensor:
         is_filled = self.chunking.rounds_sum and self.job.taken.size
@@ -133,73 +144,94 @@ class _Solver:
 
     def solution(self) -> Solution:
         self._run()
+        if self.wants_hidden and self.d_hidden is None:
+            self.d_hidden = torch.zeros_like(self.hidden, dtype=self.dtype)
         gradients = (self.d_hidden, self.d_weight, self.d_bias)
-        if not self.values:
-            return Solution(self.job.parameters[0], self.job.parameters[0], None, gradients)
-        divergence, ce = (_joined(parts) for parts in zip(*self.values, strict=True))
-        return Solution(divergence, ce, _joined(self.left_out) if self.left_out else None, gradients)
+        if not self.losses:
+            divergence, ce, loss = self.hidden.new_empty(3, 0, dtype=self.dtype)
+            return Solution(divergence, ce, loss, None, gradients)
+        if len(self.losses) == 1:
+            divergence, ce, loss = self.losses[0]
+        else:
+            divergence, ce, loss = (torch.cat(parts) for parts in zip(*self.losses, strict=True))
+        return Solution(divergence, ce, loss, torch.cat(self.left_out) if self.left_out else None, gradients)
 
     def _run(self) -> None:
         # One allocation for all chunks: touching fresh memory would cost a third of the product that fills it.
-        size, V, chunking = self.job.taken.size, self.weight.shape[0], self.chunking
+        (size, order, _), V, chunking = self.job.taken, self.weight.shape[0], self.chunking
         logits = self.hidden.new_empty(chunking.chunk, V, dtype=self.dtype)
-        teacher = self.hidden.new_empty(chunking.chunk, self.teacher_columns, dtype=self.dtype)
         kept = self.hidden.new_empty(chunking.product, V) if chunking.keeps_dz else None
-        for rows in _parts(0, size, chunking.product):
-            at = rows if self.job.taken.order is None else self.job.taken.order[rows]
-            x = _cut(self.hidden, at)
-            dz = None if kept is None else kept[: x.shape[0]]
-            for part in _parts(rows.start, rows.stop, chunking.chunk):
-                inside, z = _moved(part, -rows.start), _cut(logits, slice(0, part.stop - part.start))
-                if kept is None and self.wants_gradient:
-                    # The gradient takes the place of the logits; in bf16 it fills the first half of each row's memory.
-                    dz = z.view(torch.bfloat16)[:, :V] if self.is_narrow else z
-                self._go_forward(part, _cut(x, inside), z, dz if kept is None else kept[inside], teacher)
+        for start in range(0, size, chunking.product):
+            stop = min(start + chunking.product, size)
+            at = None if order is None else _cut(order, start, stop)
+            x = _cut(self.hidden, start, stop) if at is None else self.hidden.index_select(0, at)
+            dz = None if kept is None else _cut(kept, 0, stop - start)
+            for first in range(start, stop, chunking.chunk):
+                last = min(first + chunking.chunk, stop)
+                z, part, out = _cut(logits, 0, last - first), _cut(x, first - start, last - start), None
+                if kept is not None:
+                    out = _cut(kept, first - start, last - start)
+                elif self.wants_gradient:
+                    out = dz = self._dz_over(z)
+                self._go_forward(first, last, part, z, out)
             if dz is not None:
-                self._go_back(at, x, dz, adds=rows.start > 0)
+                self._go_back(start, at, x, dz)
 
-    def _go_forward(self, rows: slice, x: Tensor, logits: Tensor, dz: Tensor | None, teacher: Tensor) -> None:
-        """Losses of a chunk's rows, and their gradient into dz."""
-        self.ops.head_forward_(logits, x, self.weight)
-        start = 0
+    def _dz_over(self, logits: Tensor) -> Tensor:
+        """The gradient takes the place of the logits; in bf16 it fills the first half of each row's memory."""
+        return logits.view(torch.bfloat16).narrow(1, 0, logits.shape[1]) if self.is_narrow else logits
+
+    def _go_forward(self, start: int, stop: int, x: Tensor, logits: Tensor, dz: Tensor | None) -> None:
+        """Losses of a chunk's rows, [start, stop) of those that take part, and their gradient into dz."""
+        self.products.head_forward_(logits, x, self.weight)
+        base = 0
         for group in self.job.taken.groups:
-            stop = start + group.size
-            part = slice(max(start, rows.start), min(stop, rows.stop))
-            if part.start < part.stop:
-                inside = _moved(part, -rows.start)
-                chunk, out = _cut(logits, inside), None if dz is None else _cut(dz, inside)
-                signal = self._signal(group, _moved(part, -start), teacher, _cut(x, inside), chunk)
+            first, last = max(base, start), min(base + group.size, stop)
+            if first < last:
+                inside = (first - start, last - start)
+                z, out = _cut(logits, *inside), None if dz is None else _cut(dz, *inside)
+                signal = self._signal(group, first - base, last - base, _cut(x, *inside), z)
                 if isinstance(group.signal, TopK) and group.signal.temperature != 1:
-                    self._solve_rows_at(group.signal.temperature, part, chunk, out, signal, teacher[: len(chunk)])
+                    self._solve_rows_at(group.signal.temperature, first, last, z, out, signal)
                 else:
-                    self._solve_rows(part, chunk, out, signal)
-            start = stop
+                    self._solve_rows(first, last, z, out, signal)
+            base += group.size
 
-    def _signal(self, group: RowGroup, part: slice, room: Tensor, x: Tensor, student: Tensor) -> SignalOfRows:
-        """ids, log-probs and logits of some rows of a group. room: for a teacher's logits; x, student: their own."""
-        signal, at = group.signal, part if group.entries is None else group.entries[part]
+    def _signal(self, group: RowGroup, start: int, stop: int, x: Tensor, student: Tensor) -> SignalOfRows:
+        """ids, log-probs and logits of some rows of a group. x, student: their own hidden states and logits."""
+        signal, entries = group.signal, None if group.entries is None else _cut(group.entries, start, stop)
         if isinstance(signal, TopK):
-            return _cut(signal.ids, at), _cut(signal.logprobs, at), None
+            if entries is None:
+                return _cut(signal.ids, start, stop), _cut(signal.logprobs, start, stop), None
+            return signal.ids[entries], signal.logprobs[entries], None
         if isinstance(signal, Dense):
-            logits = room[: part.stop - part.start, : signal.vocabulary]
-            signal.write_logits_(logits, at, _forward_beside(self.ops.head_forward_, x, self.weight, student))
+            logits = self._beside(stop - start, signal.vocabulary)
+            at = slice(start, stop) if entries is None else entries
+            signal.write_logits_(logits, at, _forward_beside(self.products.head_forward_, x, self.weight, student))
             return None, None, logits
         return None, None, None
 
-    def _solve_rows(self, rows: slice, logits: Tensor, dz: Tensor | None, signal: SignalOfRows) -> None:
-        values = self._divergence(rows, logits, dz, signal, self._parameters(rows))
+    def _beside(self, rows: int, columns: int) -> Tensor:
+        """Memory beside a chunk's logits: for a teacher's, or for the same again."""
+        if self.room is None:
+            self.room = self.hidden.new_empty(self.chunking.chunk, self.teacher_columns, dtype=self.dtype)
+        return self.room[:rows, :columns]
+
+    def _solve_rows(self, start: int, stop: int, logits: Tensor, dz: Tensor | None, signal: SignalOfRows) -> None:
+        job = self.job
+        losses = self._divergence(start, stop, logits, dz, signal, job.kl_weight, job.ce_weight, job.temperature)
         if signal[2] is not None and not _is_gpu(logits):
-            self._check_teacher(values[0], signal[2])
-        self.values.append(values)
+            self._check_teacher(losses[0], signal[2])
+        self.losses.append(losses)
 
     def _solve_rows_at(
         self,
         temperature: float,
-        rows: slice,
+        start: int,
+        stop: int,
         logits: Tensor,
         dz: Tensor | None,
         signal: SignalOfRows,
-        room: Tensor,
     ) -> None:
         """Of log-probs at another temperature s than 1, which the op does not know.
 
@@ -207,46 +239,50 @@ class _Solver:
         their scale and their cap divided by s. It is weighted by tau^2, not (tau/s)^2. The cross-entropy is at
         temperature 1 in the old units, so it takes a call of its own, and room for a second copy of the logits.
         """
-        again = room[:, : logits.shape[1]].copy_(logits)
-        kl_weight, ce_weight, tau = self._parameters(rows)
-        units = kl_weight * temperature**2, torch.zeros_like(ce_weight), tau / temperature
-        text, wanted = (torch.zeros_like(kl_weight), ce_weight, tau), dz is not None
-        divergence, _ = self._divergence(rows, again, again if wanted else None, signal, units, temperature)
-        _, ce = self._divergence(rows, logits, logits if wanted else None, (None, None, None), text)
+        again = self._beside(*logits.shape).copy_(logits)
+        job, wanted = self.job, dz is not None
+        kl_weight = Parameter(job.kl_weight.values, job.kl_weight.factor * temperature**2)
+        tau = Parameter(job.temperature.values, job.temperature.factor / temperature)
+        divergence, _, weighted = self._divergence(
+            start, stop, again, again if wanted else None, signal, kl_weight, _NOTHING, tau, temperature
+        )
+        text = (None, None, None)
+        _, ce, weighted_ce = self._divergence(
+            start, stop, logits, logits if wanted else None, text, _NOTHING, job.ce_weight, job.temperature
+        )
         if dz is not None:
             dz.copy_(again.add_(logits))
-        self.values.append((divergence, ce))
-
-    def _parameters(self, rows: slice) -> list[Tensor]:
-        """kl_weight, ce_weight and temperature of some rows."""
-        return [_cut(row, rows) for row in self.job.parameters.unbind()]
+        self.losses.append((divergence, ce, weighted + weighted_ce))
 
     def _divergence(
         self,
-        rows: slice,
+        start: int,
+        stop: int,
         logits: Tensor,
         dz: Tensor | None,
         signal: SignalOfRows,
-        parameters: Sequence[Tensor],
+        kl_weight: Parameter,
+        ce_weight: Parameter,
+        temperature: Parameter,
         unit: float = 1.0,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The op, with logits counted in `unit`."""
-        softcap, (ids, logprobs, teacher) = self.job.softcap, signal
-        kl_weight, ce_weight, temperature = parameters
+        softcap = self.job.softcap
         return self.ops.divergence_rows_(
             logits,
             dz,
-            _cut(self.job.labels, rows),
-            kl_weight,
-            ce_weight,
-            temperature,
-            ids,
-            logprobs,
-            teacher,
+            _cut(self.job.labels, start, stop),
+            None if kl_weight.values is None else _cut(kl_weight.values, start, stop),
+            None if ce_weight.values is None else _cut(ce_weight.values, start, stop),
+            None if temperature.values is None else _cut(temperature.values, start, stop),
+            *signal,
             self.bias,
             self.job.beta,
             self.job.logit_scale / unit,
             None if softcap is None else softcap / unit,
+            kl_weight.factor,
+            ce_weight.factor,
+            temperature.factor,
         )
 
     def _check_teacher(self, divergence: Tensor, teacher: Tensor) -> None:
@@ -262,24 +298,31 @@ class _Solver:
                 "the signal with rows=[N]"
             )
 
-    def _go_back(self, at: Tensor | slice, x: Tensor, dz: Tensor, adds: bool) -> None:
-        """The gradients of rows whose dz is known. at: their place in the T axis; adds: they are not the first."""
-        if self.d_hidden is not None:
+    def _go_back(self, start: int, at: Tensor | None, x: Tensor, dz: Tensor) -> None:
+        """The gradients of rows whose dz is known, from `start` on of those that take part; at: where in the T axis."""
+        if self.wants_hidden:
             thresholds = None
             if self.job.gradient_filter > 0 and ops.filter_saves(self.hidden, self.weight):
                 thresholds, left_out = self.ops.row_thresholds(dz, self.job.gradient_filter)
                 self.left_out.append(left_out)
-            d_hidden = self.ops.head_backward(dz, self.weight, thresholds)
-            if isinstance(at, slice) and d_hidden.shape == self.d_hidden.shape:
-                self.d_hidden = d_hidden
-            else:
-                self.d_hidden[at] = d_hidden
+            self._put_d_hidden(start, at, dz, thresholds)
         if self.d_weight is not None and self.chunking.rounds_sum:
-            head_grad_rounded_(self.d_weight, dz, x, adds)
+            head_gemm.head_grad_rounded_(self.d_weight, dz, x, start > 0)
         elif self.d_weight is not None:
-            self.ops.head_grad_(self.d_weight, dz, x)
+            self.products.head_grad_(self.d_weight, dz, x)
         if self.d_bias is not None:
-            self.ops.head_grad_(self.d_bias.unsqueeze(1), dz, x.new_ones(x.shape[0], 1))
+            self.products.head_grad_(self.d_bias.unsqueeze(1), dz, x.new_ones(x.shape[0], 1))
+
+    def _put_d_hidden(self, start: int, at: Tensor | None, dz: Tensor, thresholds: Tensor | None) -> None:
+        """Writes the product straight to its rows, if they follow each other."""
+        (rows, _), (tokens, width) = dz.shape, self.hidden.shape
+        if self.d_hidden is None:
+            make = self.hidden.new_empty if at is None else self.hidden.new_zeros
+            self.d_hidden = make(tokens, width, dtype=self.dtype)
+        part = _cut(self.d_hidden, start, start + rows) if at is None else self.d_hidden.new_empty(rows, width)
+        self.products.head_backward_(part, dz, self.weight, thresholds)
+        if at is not None:
+            self.d_hidden.index_copy_(0, at, part)
 
 
 def _forward_beside(forward: HeadForward, x: Tensor, weight: Tensor, logits: Tensor) -> HeadForward:
@@ -306,20 +349,6 @@ def _is_gpu(x: Tensor) -> bool:
     return x.device.type != "cpu"
 
 
-def _parts(start: int, stop: int, step: int) -> Iterator[slice]:
-    return (slice(i, min(i + step, stop)) for i in range(start, stop, step))
-
-
-def _cut(x: Tensor, rows: Tensor | slice) -> Tensor:
+def _cut(x: Tensor, start: int, stop: int) -> Tensor:
     """Rows of x; x itself if that is all of it, for a view costs the host as much as a small kernel."""
-    if isinstance(rows, slice) and rows.start == 0 and rows.stop == x.shape[0]:
-        return x
-    return x[rows]
-
-
-def _moved(part: slice, by: int) -> slice:
-    return slice(part.start + by, part.stop + by)
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    return x if start == 0 and stop == x.shape[0] else x[start:stop]

@@ -100,16 +100,17 @@ def check_signal(signal: Signal, hidden: Tensor) -> Signal:
         ValueError: its shapes or dtypes do not fit.
     """
     if isinstance(signal, TopK):
-        signal, count = _check_top_k(signal, hidden), len(signal.ids)
+        signal, count = _check_top_k(signal, hidden), signal.ids.shape[0]
     elif isinstance(signal, Dense):
         count = _check_dense(signal, hidden)
     else:
         raise ValueError(f"teacher must be TopK, Dense, a sequence of them or None, got {type(signal).__name__}")
-    return replace(signal, rows=_check_rows(signal.rows, count, hidden))
+    rows = _check_rows(signal.rows, count, hidden)
+    return signal if rows is signal.rows else replace(signal, rows=rows)
 
 
 def _check_rows(rows: Tensor | None, count: int, hidden: Tensor) -> Tensor | None:
-    tokens = len(hidden)
+    tokens = hidden.shape[0]
     if rows is None:
         if count != tokens:
             raise ValueError(f"the signal has {count} rows for {tokens} tokens; say which rows it covers with rows=[N]")
@@ -125,7 +126,7 @@ def _check_dense(signal: Dense, student: Tensor) -> int:
     if signal.logits is not None:
         if signal.hidden is not None or signal.weight is not None or signal.logits.dim() != 2:
             raise ValueError("Dense takes logits [N, V'] or hidden [N, H'] with weight [V', H'], not both")
-        return len(signal.logits)
+        return signal.logits.shape[0]
     hidden, weight = signal.hidden, signal.weight
     if hidden is None or weight is None:
         raise ValueError("Dense needs logits [N, V'], or both hidden [N, H'] and weight [V', H']")
@@ -135,7 +136,7 @@ def _check_dense(signal: Dense, student: Tensor) -> int:
         )
     if student.dtype != torch.float64 and torch.float64 in (hidden.dtype, weight.dtype):
         raise ValueError(f"Dense must not be float64 if the student is {student.dtype}; use float32")
-    return len(hidden)
+    return hidden.shape[0]
 
 
 def _check_top_k(signal: TopK, hidden: Tensor) -> TopK:
@@ -150,8 +151,10 @@ def _check_top_k(signal: TopK, hidden: Tensor) -> TopK:
             f"TopK's temperature must be a positive number, the one its log-probs were taken at, got {at!r}; rows at "
             "different ones go into signals of their own"
         )
-    ids, logprobs = ids.to(hidden.device, torch.int64), logprobs.detach().to(hidden.device, wide_dtype(hidden.dtype))
-    return replace(signal, ids=ids, logprobs=logprobs)
+    logprobs = logprobs.detach() if logprobs.requires_grad else logprobs
+    ids, logprobs = ids.to(hidden.device, torch.int64), logprobs.to(hidden.device, wide_dtype(hidden.dtype))
+    is_same = ids is signal.ids and logprobs is signal.logprobs
+    return signal if is_same else replace(signal, ids=ids, logprobs=logprobs)
 
 
 def check_top_k(signal: TopK, vocabulary: int | None = None) -> TopK:
@@ -200,7 +203,8 @@ def repeated_id(ids: Tensor) -> Tensor:
     if ids.shape[1] == 1:
         return ids.new_full((), -1)
     ordered = ids.sort(1).values
-    return torch.where(ordered[:, 1:] == ordered[:, :-1], ordered[:, 1:], -1).amax()
+    later = ordered[:, 1:]
+    return later.masked_fill(later != ordered[:, :-1], -1).amax()
 
 
 def merge_duplicates(signal: TopK) -> TopK:

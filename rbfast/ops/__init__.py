@@ -19,14 +19,15 @@ from rbfast.ops.registry import (
     cpu_isa_reason,
     divergence_rows_,
     filter_saves,
-    head_backward,
+    head_backward_,
     head_forward_,
     head_grad_,
     implementations,
     row_thresholds,
     run_of,
-    scale_,
+    scaled_,
     uses_tiles,
+    uses_torch_products,
 )
 from rbfast.ops.tap import column_tap
 
@@ -43,12 +44,13 @@ __all__ = [
     "cpu_isa_reason",
     "divergence_rows_",
     "filter_saves",
-    "head_backward",
+    "head_backward_",
     "head_forward_",
     "head_grad_",
     "implementations",
     "row_thresholds",
     "run_of",
-    "scale_",
+    "scaled_",
     "uses_tiles",
+    "uses_torch_products",
 ]

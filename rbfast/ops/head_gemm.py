@@ -35,16 +35,19 @@ def head_forward_(logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
         torch.mm(x, wide(weight[part]).T, out=logits[:, part])
 
 
-def head_backward(dz: Tensor, weight: Tensor, thresholds: Tensor | None = None) -> Tensor:
-    """dz [T, V] weight [V, H] in fp32; what is below the threshold [T] of its row counts as 0, but is multiplied."""
+def head_backward_(d_hidden: Tensor, dz: Tensor, weight: Tensor, thresholds: Tensor | None = None) -> None:
+    """Sets d_hidden [T, H] fp32 to dz [T, V] weight [V, H].
+
+    What is below the threshold [T] of its row counts as 0, but is multiplied.
+    """
     if thresholds is not None:
         dz = dz.masked_fill(wide(dz).abs() < thresholds.unsqueeze(1), 0.0)
     if _has_wide_output(dz, weight):
-        return torch.mm(dz, weight, out_dtype=torch.float32)
-    total = wide(dz[:0]).new_zeros(len(dz), weight.shape[1])
+        torch.mm(dz, weight, out_dtype=torch.float32, out=d_hidden)
+        return
+    d_hidden.zero_()
     for part in _slices(*weight.shape):
-        total.addmm_(wide(dz[:, part]), wide(weight[part]))
-    return total
+        d_hidden.addmm_(wide(dz[:, part]), wide(weight[part]))
 
 
 def head_grad_(dW: Tensor, dz: Tensor, hidden: Tensor) -> None:

@@ -55,12 +55,12 @@ def head_forward_(logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
     torch.mm(wide(hidden), wide(weight).T, out=logits)
 
 
-def head_backward(dz: Tensor, weight: Tensor, thresholds: Tensor | None = None) -> Tensor:
-    """Gradient of hidden [T, H] from the gradient dz [T, V] of its logits, in fp32 or wider.
+def head_backward_(d_hidden: Tensor, dz: Tensor, weight: Tensor, thresholds: Tensor | None = None) -> None:
+    """Sets d_hidden [T, H], fp32 or wider, to the gradient of hidden from the gradient dz [T, V] of its logits.
 
     What is smaller in magnitude than the threshold [T] of its row counts as 0.
     """
-    return wide(above(dz, thresholds)) @ wide(weight)
+    torch.mm(wide(above(dz, thresholds)), wide(weight), out=d_hidden)
 
 
 def above(dz: Tensor, thresholds: Tensor | None) -> Tensor:
@@ -95,9 +95,9 @@ def head_grad_(dW: Tensor, dz: Tensor, hidden: Tensor) -> None:
     dW += wide(dz).T @ wide(hidden)
 
 
-def scale_(x: Tensor, factor: Tensor) -> None:
-    """x *= factor, one number in fp32 or wider, which a product of bf16 would otherwise round first."""
-    x.mul_(factor.reshape(1))
+def scaled_(out: Tensor, x: Tensor, factor: Tensor) -> None:
+    """Sets out, which may be x, to x * factor, by products in fp32 or wider: factor is one number in such a dtype."""
+    torch.mul(x, factor.reshape(1), out=out)
 
 
 # Reverse KL needs log p of everything the student may say; below this it is cut, as binary_cross_entropy does.
@@ -169,9 +169,9 @@ def divergence_rows_(
     logits: Tensor,
     dz: Tensor | None,
     labels: Tensor,
-    kl_weight: Tensor,
-    ce_weight: Tensor,
-    temperature: Tensor,
+    kl_weight: Tensor | None,
+    ce_weight: Tensor | None,
+    temperature: Tensor | None,
     ids: Tensor | None,
     logprobs: Tensor | None,
     teacher: Tensor | None,
@@ -179,21 +179,27 @@ def divergence_rows_(
     beta: float,
     logit_scale: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """Divergence [T] and cross-entropy [T] of rows of logits [T, V], and the gradient of their weighted sum.
+    kl_factor: float = 1.0,
+    ce_factor: float = 1.0,
+    temperature_factor: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Divergence, cross-entropy and loss [T] of rows of logits [T, V], and the gradient of the summed loss.
 
     With z = cap(logit_scale * (logits + bias)), cap(x) = softcap * tanh(x / softcap), and q = softmax(z / temperature):
     loss = kl_weight * temperature^2 * D(p, q) + ce_weight * CE(softmax(z), label), D as in `divergence`.
     The teacher's p is given by ids [T, k] (-1 is padding, no id twice) and logprobs [T, k], or by its logits
-    teacher [T, V'], or, for text alone, not at all, and then D is 0. labels, kl_weight, ce_weight and temperature are
-    [T].
+    teacher [T, V'], or, for text alone, not at all, and then D is 0. labels are [T]; so are kl_weight, ce_weight and
+    temperature, or None for 1 in every row. Each of those counts times the factor of its name.
 
     dz [T, V] receives d loss / d logits; it may share memory with logits, whose content is lost in any case.
     """
     z = logits.double()
     z = logit_scale * (z if bias is None else z + bias.double())
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
-    tau = temperature.double().unsqueeze(1)
+    kl_weight, ce_weight, tau = (
+        (torch.ones_like(z[:, 0]) if x is None else x.double()).mul(factor).unsqueeze(1)
+        for x, factor in ((kl_weight, kl_factor), (ce_weight, ce_factor), (temperature, temperature_factor))
+    )
     if ids is not None and logprobs is not None:
         value, gradient = _top_k_rows(z, ids, logprobs, tau, beta)
     elif teacher is not None:
@@ -204,8 +210,9 @@ def divergence_rows_(
     label = labels.unsqueeze(1)
     ce = -log_q.gather(1, label).squeeze(1)
     if dz is not None:
-        gradient = kl_weight.double().unsqueeze(1) * tau * gradient
-        gradient += ce_weight.double().unsqueeze(1) * log_q.exp().scatter_add(1, label, -torch.ones_like(tau))
+        gradient = kl_weight * tau * gradient
+        gradient += ce_weight * log_q.exp().scatter_add(1, label, -torch.ones_like(tau))
         gradient *= logit_scale * (1.0 if softcap is None else 1 - (z / softcap) ** 2)
         dz.copy_(gradient)
-    return value.to(logits.dtype), ce.to(logits.dtype)
+    loss = (kl_weight * tau**2).squeeze(1) * value + ce_weight.squeeze(1) * ce
+    return value.to(logits.dtype), ce.to(logits.dtype), loss.to(logits.dtype)

@@ -29,13 +29,14 @@ _SCHEMAS = {
     "column_fold_": "(Tensor(a!) weight, Tensor base_columns, Tensor cols, Tensor A, Tensor B, float scale, "
     "int run=1) -> ()",
     "head_forward_": "(Tensor(a!) logits, Tensor hidden, Tensor weight) -> ()",
-    "head_backward": "(Tensor dz, Tensor weight, Tensor? thresholds=None) -> Tensor",
+    "head_backward_": "(Tensor(a!) d_hidden, Tensor dz, Tensor weight, Tensor? thresholds=None) -> ()",
     "row_thresholds": "(Tensor dz, float share) -> (Tensor, Tensor)",
     "head_grad_": "(Tensor(a!) dW, Tensor dz, Tensor hidden) -> ()",
-    "scale_": "(Tensor(a!) x, Tensor factor) -> ()",
-    "divergence_rows_": "(Tensor(a!) logits, Tensor(b!)? dz, Tensor labels, Tensor kl_weight, Tensor ce_weight, "
-    "Tensor temperature, Tensor? ids, Tensor? logprobs, Tensor? teacher, Tensor? bias, "
-    "float beta, float logit_scale, float? softcap) -> (Tensor, Tensor)",
+    "scaled_": "(Tensor(a!) out, Tensor x, Tensor factor) -> ()",
+    "divergence_rows_": "(Tensor(a!) logits, Tensor(b!)? dz, Tensor labels, Tensor? kl_weight, "
+    "Tensor? ce_weight, Tensor? temperature, Tensor? ids, Tensor? logprobs, Tensor? teacher, Tensor? bias, "
+    "float beta, float logit_scale, float? softcap, float kl_factor=1.0, float ce_factor=1.0, "
+    "float temperature_factor=1.0) -> (Tensor, Tensor, Tensor)",
 }
 
 # The module of rbfast.kernels that has the op of this name in Triton.
@@ -46,9 +47,9 @@ _TRITON_MODULES = {
     "column_scatter_": "columns",
     "column_fold_": "columns",
     "divergence_rows_": "divergence_rows",
-    "scale_": "scale",
+    "scaled_": "scale",
 }
-_PRODUCTS = ("head_forward_", "head_backward", "head_grad_")  # on CUDA, torch's own GEMMs, which are fast enough
+_PRODUCTS = ("head_forward_", "head_backward_", "head_grad_")  # on CUDA, torch's own GEMMs, which are fast enough
 
 
 def _load(name: str) -> ctypes.CDLL | None:
@@ -68,9 +69,9 @@ def _triton_op(name: str) -> Callable[..., Any]:
     """The op in Triton on a GPU. Triton is imported by the first call."""
 
     def call(*args: Any) -> Any:
-        places = sorted({str(x.device) for x in args if isinstance(x, Tensor)})
+        places = {x.device for x in args if isinstance(x, Tensor)}
         if len(places) > 1:
-            got = " and ".join(places)
+            got = " and ".join(sorted(map(str, places)))
             raise ValueError(f"{name}: all tensors must be on one device, got {got}; move one with .to(device)")
         module = importlib.import_module(f"rbfast.kernels.{_TRITON_MODULES[name]}")
         with torch.cuda.device(args[0].device):  # Triton launches on the current device, not on that of its arguments
@@ -107,9 +108,9 @@ column_linear_ = torch.ops.rbfast.column_linear_.default
 column_scatter_ = torch.ops.rbfast.column_scatter_.default
 column_fold_ = torch.ops.rbfast.column_fold_.default
 head_forward_ = torch.ops.rbfast.head_forward_.default
-head_backward = torch.ops.rbfast.head_backward.default
+head_backward_ = torch.ops.rbfast.head_backward_.default
 head_grad_ = torch.ops.rbfast.head_grad_.default
-scale_ = torch.ops.rbfast.scale_.default
+scaled_ = torch.ops.rbfast.scaled_.default
 row_thresholds = torch.ops.rbfast.row_thresholds.default
 divergence_rows_ = torch.ops.rbfast.divergence_rows_.default
 
@@ -124,22 +125,18 @@ def _(dy: Tensor, xs: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tenso
     return torch.empty_like(A), torch.empty_like(B)
 
 
-@torch.library.register_fake("rbfast::head_backward", lib=_LIBRARY)
-def _(dz: Tensor, weight: Tensor, thresholds: Tensor | None = None) -> Tensor:
-    return wide(dz).new_empty(dz.shape[0], weight.shape[1])
-
-
 @torch.library.register_fake("rbfast::row_thresholds", lib=_LIBRARY)
 def _(dz: Tensor, share: float) -> tuple[Tensor, Tensor]:
     return wide(dz).new_empty(dz.shape[0]), wide(dz).new_empty(dz.shape[0])
 
 
 @torch.library.register_fake("rbfast::divergence_rows_", lib=_LIBRARY)
-def _(logits: Tensor, *args: object) -> tuple[Tensor, Tensor]:
-    return logits.new_empty(logits.shape[0]), logits.new_empty(logits.shape[0])
+def _(logits: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
+    rows = logits.shape[0]
+    return logits.new_empty(rows), logits.new_empty(rows), logits.new_empty(rows)
 
 
-for _name in ("column_linear_", "column_scatter_", "column_fold_", "head_forward_", "head_grad_", "scale_"):
+for _name in ("column_linear_", "column_scatter_", "column_fold_", "scaled_", *_PRODUCTS):
     torch.library.register_fake(f"rbfast::{_name}", lambda *args: None, lib=_LIBRARY)
 
 
@@ -240,8 +237,13 @@ def uses_tiles(hidden: Tensor, weight: Tensor) -> bool:
 
 
 def filter_saves(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether thresholds make head_backward faster for these: not on a GPU, nor in AMX's tiles, which skip nothing."""
+    """Whether thresholds make head_backward_ faster for these: not on a GPU, nor in AMX's tiles, which skip nothing."""
     return hidden.device.type == "cpu" and not uses_tiles(hidden, weight)
+
+
+def uses_torch_products(device: torch.device) -> bool:
+    """Whether the head's products there are the functions of head_gemm, which may then be called directly."""
+    return device.type == "cuda" and not torch.version.hip
 
 
 def implementations(device: str = "cpu") -> dict[str, str]:

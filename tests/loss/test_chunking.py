@@ -18,7 +18,7 @@ LLAMA_8B = torch.Size((128256, 4096))
 def test_chunks_are_whole_tiles_of_any_batch(rows, V, asked):
     for plan in (
         chunk_on_cpu(rows, 4 * V, asked),
-        chunk_on_cpu(rows, 4 * V, asked, chunking.TILES_BYTES),
+        chunk_on_cpu(rows, 4 * V, asked, chunking.IN_TILES),
         chunk_on_gpu(rows, 8 * V, asked),
         chunk_trained_head(rows, 4 * V, asked, torch.Size((V, 1000))),
     ):

@@ -132,7 +132,7 @@ def test_bits_at_a_temperature_do_not_depend_on_chunks():
 def test_without_gradients_none_is_computed(monkeypatch):
     case = Case()
     inputs = [x.requires_grad_() for x in (case.hidden, case.weight, case.bias)]
-    monkeypatch.setattr("rbfast.ops.reference.head_backward", lambda *_: pytest.fail("a gradient of hidden"))
+    monkeypatch.setattr("rbfast.ops.reference.head_backward_", lambda *_: pytest.fail("a gradient of hidden"))
     monkeypatch.setattr("rbfast.ops.reference.head_grad_", lambda *_: pytest.fail("a gradient of the head"))
     with torch.no_grad():
         out = DistillLoss()(*inputs[:2], case.labels, case.signals(), head_bias=inputs[2], **case.arguments())
@@ -236,8 +236,20 @@ def test_num_items_divides_the_mean():
     total = DistillLoss(reduction="sum")(*arguments).loss
     torch.testing.assert_close(DistillLoss()(*arguments, num_items=50).loss, total / 50)
     torch.testing.assert_close(DistillLoss()(*arguments, num_items=torch.tensor(50)).loss, total / 50)
+    told, by = DistillLoss(reduction="sum")(*arguments, **case.arguments()).loss, torch.tensor(50)
+    torch.testing.assert_close(DistillLoss()(*arguments, **case.arguments(), num_items=by).loss, told / 50)
     with pytest.raises(ValueError, match="num_items"):
         DistillLoss(reduction="sum")(*arguments, num_items=50)
+
+
+@pytest.mark.parametrize("as_tensor", [torch.tensor, lambda x: torch.full((48,), x)])
+def test_a_number_weighs_as_a_tensor_of_it(as_tensor):
+    near, numbers = Near(0.1), {"kl_weight": 0.5, "ce_weight": 0.25, "temperature": 2.0}
+    found = []
+    for parameters in (numbers, {name: as_tensor(number) for name, number in numbers.items()}):
+        out = DistillLoss(reduction="sum")(near.hidden, near.weight, near.labels, near.signal("top-k"), **parameters)
+        found.append((out.loss, out.divergence, out.ce, *torch.autograd.grad(out.loss, (near.hidden, near.weight))))
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("labels", [torch.full((5,), -100), torch.zeros(0, dtype=torch.int64)])

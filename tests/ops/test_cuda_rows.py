@@ -1,5 +1,6 @@
 """The CUDA divergence_rows_ against the reference in fp64: on the GPU, or on the host where there is none."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -25,6 +26,8 @@ from row_cases import (
     no_rows,
     taught_rows,
     tiny_tail,
+    with_factors,
+    without_values,
 )
 from torch import Tensor
 
@@ -48,15 +51,15 @@ class There:
 
     gpu: Gpu
 
-    def divergence_rows_(self, logits: Tensor, dz: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    def divergence_rows_(self, logits: Tensor, dz: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
         moved = [x.to(self.gpu.device) if isinstance(x, Tensor) else x for x in (logits, dz, *rest)]
-        divergence, ce = self.gpu.ops.divergence_rows_(*moved)
+        losses = self.gpu.ops.divergence_rows_(*moved)
         if dz is not None:
             dz.copy_(moved[1])
-        return divergence.cpu(), ce.cpu()
+        return tuple(x.cpu() for x in losses)
 
 
-def run(gpu: Gpu, rows: Rows, dz: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def run(gpu: Gpu, rows: Rows, dz: Tensor | None = None) -> tuple[Tensor, ...]:
     return rows.run(There(gpu), dz)
 
 
@@ -69,7 +72,7 @@ def assert_close_to_fp64(gpu: Gpu, rows: Rows) -> None:
     approximations = APPROXIMATIONS_OF_JS if 0 < rows.beta < 1 else APPROXIMATIONS
     relative = (approximations if has_teacher else ROUNDINGS) * EPS32
     single = ROUNDINGS * EPS32 * float((rows.kl_weight * rows.temperature + rows.ce_weight).norm())
-    least = (single**2, 0.0, single) if is_single and has_teacher else (0.0, 0.0, 0.0)
+    least = (single**2, 0.0, single**2, single) if is_single and has_teacher else (0.0, 0.0, 0.0, 0.0)
     truth, moved = rows.double().run(reference), rows.nudged().run(reference)
     results = run(gpu, rows)
     for ours, exact, other, slack in zip(results, truth, moved, least, strict=True):
@@ -77,16 +80,23 @@ def assert_close_to_fp64(gpu: Gpu, rows: Rows) -> None:
     assert bool((results[0] >= 0).all())
 
 
-def in_place(gpu: Gpu, rows: Rows, dtype: torch.dtype, ahead: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def in_place(gpu: Gpu, rows: Rows, dtype: torch.dtype, ahead: int = 0) -> tuple[Tensor, ...]:
     """With dz over the logits, as the loss does it; `ahead` floats lie before each row, and behind the last."""
     T, V = rows.logits.shape
     room = torch.full((T * (V + ahead) + ahead,), 7.0, device=gpu.device)
     lines = room[ahead:].view(T, V + ahead)
     logits, dz = lines[:, :V], lines.view(dtype)[:, :V]
     logits.copy_(rows.logits)
-    divergence, ce = gpu.ops.divergence_rows_(logits, dz, *rows.signals(gpu.device))
+    losses = gpu.ops.divergence_rows_(logits, dz, *rows.signals(gpu.device))
     assert bool((room[:ahead] == 7).all()) and bool((lines[:, V:] == 7).all()), "written outside the rows"
-    return divergence.cpu(), ce.cpu(), dz.cpu()
+    return tuple(x.cpu() for x in (*losses, dz))
+
+
+@pytest.mark.parametrize("pair", [with_factors, without_values])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_factor_counts_as_its_product_with_every_value(gpu: Gpu, kind: str, pair: Callable) -> None:
+    ours, spelt = pair(kind)
+    assert all(map(torch.equal, run(gpu, ours), run(gpu, spelt)))
 
 
 @taught_rows
@@ -119,8 +129,7 @@ def test_a_large_vocabulary(gpu: Gpu, kind: str, beta: float) -> None:
     apart = run(gpu, rows)
     for dtype in (torch.float32, torch.bfloat16):
         over = in_place(gpu, rows, dtype)
-        assert torch.equal(over[0], apart[0]) and torch.equal(over[1], apart[1])
-        assert torch.equal(over[2], apart[2].to(dtype))
+        assert all(map(torch.equal, over, (*apart[:-1], apart[-1].to(dtype))))
 
 
 @covering(
@@ -136,17 +145,17 @@ def test_gradient_in_place_of_the_logits(gpu: Gpu, teacher: tuple[str, float], V
     apart = run(gpu, rows)
     for dtype in (torch.float32, torch.bfloat16):
         over = in_place(gpu, rows, dtype, ahead)
-        assert torch.equal(over[0], apart[0]) and torch.equal(over[1], apart[1])
-        assert torch.equal(over[2], apart[2].to(dtype))
+        assert all(map(torch.equal, over, (*apart[:-1], apart[-1].to(dtype))))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_a_gradient(gpu: Gpu, kind: str) -> None:
     rows = make(kind, 3001, 3001, head=True)
-    divergence, ce = There(gpu).divergence_rows_(rows.logits.clone(), None, *rows.signals())
+    divergence, ce, loss = There(gpu).divergence_rows_(rows.logits.clone(), None, *rows.signals())
     with_gradient = run(gpu, rows)
     assert torch.equal(ce, with_gradient[1])
-    torch.testing.assert_close(divergence, with_gradient[0], rtol=ROUNDINGS * EPS32, atol=0)
+    for ours, other in ((divergence, with_gradient[0]), (loss, with_gradient[2])):
+        torch.testing.assert_close(ours, other, rtol=ROUNDINGS * EPS32, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -192,7 +201,7 @@ def test_supports_at_their_limits(gpu: Gpu, beta: float) -> None:
 def test_a_tiny_tail_of_the_student_keeps_its_gradient(gpu: Gpu, student_tail: float) -> None:
     rows = tiny_tail(student_tail)
     assert_close_to_fp64(gpu, rows)
-    assert_tail(run(gpu, rows)[2])
+    assert_tail(run(gpu, rows)[-1])
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -200,7 +209,7 @@ def test_a_tiny_tail_of_the_student_keeps_its_gradient(gpu: Gpu, student_tail: f
 def test_the_gradient_near_the_teacher(gpu: Gpu, kind: str, beta: float) -> None:
     """The bar: within 0.3% of fp64 where rounding logits to bf16 costs 10-45%."""
     rows = replace(make(kind, 3001, 3001, gap=0.02, k=20, beta=beta), ce_weight=torch.zeros(9))
-    exact, ours = rows.double().run(reference)[2], run(gpu, rows)[2]
+    exact, ours = rows.double().run(reference)[-1], run(gpu, rows)[-1]
     assert float((ours - exact).norm() / exact.norm()) <= 0.003
 
 
@@ -208,7 +217,7 @@ def test_what_is_not_a_number_stays_in_its_row(gpu: Gpu) -> None:
     for kind in KINDS:
         rows = make(kind, 50, 50)
         rows.logits[0, 20] = torch.nan
-        _, ce, dz = run(gpu, rows)
+        _, ce, _, dz = run(gpu, rows)
         assert ce[0].isnan() and not ce[1:].isnan().any() and not dz[1:].isnan().any()
 
 
@@ -216,7 +225,7 @@ def test_ids_and_labels_outside_the_vocabulary_make_their_row_nan(gpu: Gpu) -> N
     for wrong in (50, -2, 1 << 40):
         rows = make("top-k", 50, 50)
         rows.ids[2, 3] = wrong
-        divergence, _, dz = run(gpu, rows)
+        divergence, _, _, dz = run(gpu, rows)
         assert divergence[2].isnan() and dz[2].isnan().all()
         assert not divergence[[0, 1, *range(3, 9)]].isnan().any()
         for kind in KINDS:

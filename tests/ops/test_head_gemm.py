@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from head_products import DTYPES, SHAPES, assert_product, draw
+from head_products import DTYPES, SHAPES, assert_product, draw, head_backward
 from torch import Tensor
 
 from rbfast import ops
@@ -23,7 +23,7 @@ def test_products_match_fp64(shape, dtype):
     T, H, V = shape
     hidden, weight, dz = draw(T, H, dtype=dtype), draw(V, H, dtype=dtype, seed=1), draw(T, V, dtype=dtype, seed=2)
     assert_product(head_forward(hidden, weight), hidden, weight.T)
-    assert_product(ops.head_backward(dz, weight), dz, weight)
+    assert_product(head_backward(dz, weight), dz, weight)
     start = draw(V, H, dtype=torch.float32, seed=3)
     dW = start.clone()
     ops.head_grad_(dW, dz, hidden)
@@ -34,7 +34,7 @@ def test_products_match_fp64(shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_operands_may_differ_in_dtype(dtype, dz_dtype):
     hidden, weight, dz = draw(9, 70, dtype=dtype), draw(60, 70, dtype=dtype, seed=1), draw(9, 60, dtype=dz_dtype)
-    assert_product(ops.head_backward(dz, weight), dz, weight)
+    assert_product(head_backward(dz, weight), dz, weight)
     dW = torch.zeros(60, 70)
     ops.head_grad_(dW, dz, hidden)
     assert_product(dW, dz.T, hidden)
@@ -43,11 +43,9 @@ def test_operands_may_differ_in_dtype(dtype, dz_dtype):
 def test_strided_operands(isa):
     wide = draw(9, 240, dtype=torch.bfloat16)
     transposed, weight = draw(70, 9, dtype=torch.bfloat16).T, draw(120, 70, dtype=torch.bfloat16, seed=1)
-    assert_product(ops.head_backward(wide[:, :120], weight), wide[:, :120], weight)
+    assert_product(head_backward(wide[:, :120], weight), wide[:, :120], weight)
     thresholds = torch.linspace(0.1, 2, 9)
-    assert_product(
-        ops.head_backward(wide[:, :120], weight, thresholds), reference.above(wide[:, :120], thresholds), weight
-    )
+    assert_product(head_backward(wide[:, :120], weight, thresholds), reference.above(wide[:, :120], thresholds), weight)
     assert_product(head_forward(transposed, weight), transposed, weight.T)
     assert_product(
         head_forward(draw(9, 120, dtype=torch.bfloat16), weight.T), draw(9, 120, dtype=torch.bfloat16), weight
@@ -59,7 +57,7 @@ def test_empty(shape):
     T, H, V = shape
     hidden, weight, dz = torch.randn(T, H), torch.randn(V, H), torch.randn(T, V)
     assert torch.equal(head_forward(hidden, weight), torch.zeros(T, V))
-    assert torch.equal(ops.head_backward(dz, weight), torch.zeros(T, H))
+    assert torch.equal(head_backward(dz, weight), torch.zeros(T, H))
     dW = torch.ones(V, H)
     ops.head_grad_(dW, dz, hidden)
     assert torch.equal(dW, torch.ones(V, H))
@@ -70,14 +68,14 @@ def test_bits_do_not_depend_on_rows_threads_or_chunks(dtype, threads):
     hidden, weight = draw(100, 577, dtype=dtype), draw(1001, 577, dtype=dtype, seed=1)
     dz = draw(100, 1001, dtype=dtype, seed=2)
     threads(1)
-    logits, gradient, dW = head_forward(hidden, weight), ops.head_backward(dz, weight), torch.zeros(1001, 577)
+    logits, gradient, dW = head_forward(hidden, weight), head_backward(dz, weight), torch.zeros(1001, 577)
     ops.head_grad_(dW, dz, hidden)
     for count, chunk in ((1, 1), (2, 7), (3, 64), (5, 100)):
         threads(count)
         step = 3 if chunk == 1 else chunk  # of single rows one for every place in a block of 32
         for part in (slice(i, i + chunk) for i in range(0, 100, step)):
             assert torch.equal(head_forward(hidden[part], weight), logits[part])
-            assert torch.equal(ops.head_backward(dz[part], weight), gradient[part])
+            assert torch.equal(head_backward(dz[part], weight), gradient[part])
     for chunk in (32, 64, 96):  # what is summed at once is never split
         again = torch.zeros(1001, 577)
         for i in range(0, 100, chunk):
@@ -104,8 +102,8 @@ def test_filtered_products_match_fp64(shape, dtype):
     dz, weight = draw(T, V, dtype=dtype, seed=2), draw(V, H, dtype=dtype, seed=1)
     for thresholds in (torch.zeros(T), torch.linspace(0.01, 3, T), torch.full((T,), 100.0)):
         kept = reference.above(dz, thresholds)
-        assert_product(ops.head_backward(dz, weight, thresholds), kept, weight)
-    assert_product(ops.head_backward(dz, weight.float(), thresholds / 90), reference.above(dz, thresholds / 90), weight)
+        assert_product(head_backward(dz, weight, thresholds), kept, weight)
+    assert_product(head_backward(dz, weight.float(), thresholds / 90), reference.above(dz, thresholds / 90), weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -113,11 +111,11 @@ def test_bits_of_filtered_rows_do_not_depend_on_others(dtype, threads):
     dz, weight = peaked(100, 2999, dtype=dtype), draw(2999, 100, dtype=dtype, seed=1)
     thresholds = ops.row_thresholds(dz, 0.01)[0]
     threads(1)
-    gradient = ops.head_backward(dz, weight, thresholds)
+    gradient = head_backward(dz, weight, thresholds)
     for count, chunk in ((1, 1), (2, 7), (3, 64), (64, 100)):
         threads(count)
         parts = [slice(i, i + chunk) for i in range(0, 100, chunk)]
-        assert torch.equal(torch.cat([ops.head_backward(dz[p], weight, thresholds[p]) for p in parts]), gradient)
+        assert torch.equal(torch.cat([head_backward(dz[p], weight, thresholds[p]) for p in parts]), gradient)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -147,31 +145,35 @@ def test_thresholds_of_extreme_rows():
     assert left_out[:5].tolist() == [0, 0, 0, 0, 0] and 2e-4 <= float(left_out[5]) <= 2.001e-4
     others = [0, 1, 2, 4, 5]
     torch.testing.assert_close(thresholds[others], reference.row_thresholds(dz[others], 0.02)[0], atol=0, rtol=1e-6)
-    gradient = ops.head_backward(dz, torch.ones(40, 3), thresholds)
+    gradient = head_backward(dz, torch.ones(40, 3), thresholds)
     assert bool(gradient[1].isnan().all()) and bool(gradient[2].isinf().all()) and float(gradient[5, 0]) == 1
 
 
 def test_wrong_shapes_are_named():
     with pytest.raises(RuntimeError, match=r"head_forward_: weight must be \[7, 5\]"):
         head_forward(torch.randn(3, 5), torch.randn(7, 6))
-    with pytest.raises(RuntimeError, match=r"head_backward: weight must be \[7, 5\]"):
-        ops.head_backward(torch.randn(3, 7), torch.randn(6, 5))
+    with pytest.raises(RuntimeError, match=r"head_backward_: weight must be \[7, 5\]"):
+        head_backward(torch.randn(3, 7), torch.randn(6, 5))
+    with pytest.raises(RuntimeError, match=r"head_backward_: d_hidden must be \[3, 5\]"):
+        ops.head_backward_(torch.zeros(3, 6), torch.randn(3, 7), torch.randn(7, 5))
+    with pytest.raises(RuntimeError, match="head_backward_: d_hidden must be float32 and contiguous"):
+        ops.head_backward_(torch.zeros(5, 3).T, torch.randn(3, 7), torch.randn(7, 5))
     with pytest.raises(RuntimeError, match=r"head_grad_: dW must be \[7, 5\]"):
         ops.head_grad_(torch.zeros(5, 7), torch.randn(3, 7), torch.randn(3, 5))
     with pytest.raises(RuntimeError, match="head_grad_: dW must be float32 and contiguous"):
         ops.head_grad_(torch.zeros(7, 5).bfloat16(), torch.randn(3, 7), torch.randn(3, 5))
     with pytest.raises(RuntimeError, match="float32, bfloat16 or float16"):
         head_forward(torch.randn(3, 5).double(), torch.randn(7, 5).double())
-    with pytest.raises(RuntimeError, match=r"head_backward: thresholds must be \[3\]"):
-        ops.head_backward(torch.randn(3, 7), torch.randn(7, 5), torch.zeros(4))
-    with pytest.raises(RuntimeError, match="head_backward: thresholds must be float32"):
-        ops.head_backward(torch.randn(3, 7), torch.randn(7, 5), torch.zeros(3).double())
+    with pytest.raises(RuntimeError, match=r"head_backward_: thresholds must be \[3\]"):
+        head_backward(torch.randn(3, 7), torch.randn(7, 5), torch.zeros(4))
+    with pytest.raises(RuntimeError, match="head_backward_: thresholds must be float32"):
+        head_backward(torch.randn(3, 7), torch.randn(7, 5), torch.zeros(3).double())
 
 
 def test_opcheck():
     hidden, weight, dz = torch.randn(3, 5), torch.randn(7, 5), torch.randn(3, 7)
     torch.library.opcheck(ops.head_forward_, (torch.zeros(3, 7), hidden, weight))
-    torch.library.opcheck(ops.head_backward, (dz, weight))
-    torch.library.opcheck(ops.head_backward, (dz, weight, torch.ones(3)))
+    torch.library.opcheck(ops.head_backward_, (torch.zeros(3, 5), dz, weight))
+    torch.library.opcheck(ops.head_backward_, (torch.zeros(3, 5), dz, weight, torch.ones(3)))
     torch.library.opcheck(ops.row_thresholds, (dz, 0.1))
     torch.library.opcheck(ops.head_grad_, (torch.zeros(7, 5), dz, hidden))

@@ -48,7 +48,7 @@ def product(library: ctypes.CDLL, c: Tensor, a: Tensor, b: Tensor, resumed: bool
 
 
 def three(shape: tuple[int, int, int], run: Callable[[Tensor, Tensor, Tensor, bool], Tensor]) -> list[Tensor]:
-    """head_forward_, head_backward and head_grad_ of a shape T, H, V, checked against fp64."""
+    """head_forward_, head_backward_ and head_grad_ of a shape T, H, V, checked against fp64."""
     T, H, V = shape
     hidden, weight, dz = (draw(*s, dtype=torch.bfloat16, seed=i) for i, s in enumerate(((T, H), (V, H), (T, V))))
     start = draw(V, H, dtype=torch.float32, seed=3)
@@ -105,7 +105,8 @@ def test_the_machine_has_the_bits_of_the_emulation(emulated, shape, monkeypatch)
         if b.stride(0) == 1 and b.shape[1] != 1:
             ops.head_forward_(c, a, b.T)
             return c
-        return ops.head_backward(a, b)
+        ops.head_backward_(c, a, b)
+        return c
 
     theirs = three(shape, lambda c, a, b, resumed: product(emulated, c, a, b, resumed))
     assert all(torch.equal(x, y) for x, y in zip(three(shape, on_this_machine), theirs, strict=True))

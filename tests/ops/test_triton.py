@@ -34,6 +34,8 @@ from row_cases import (
     masked,
     no_rows,
     tiny_tail,
+    with_factors,
+    without_values,
 )
 from row_cases import make as make_rows
 from triton_cases import DEVICE, INTERPRETED, OnDevice, assert_within_budget, here, on_device, run_triton
@@ -88,7 +90,7 @@ def test_a_gpu_build_of_torch_gets_triton_and_the_rest_the_reference() -> None:
         return tuple(json.loads(done.stdout))
 
     found, imported = ask()
-    assert all(found[name].startswith("triton (") for name in (*OPS, "divergence_rows_", "scale_"))
+    assert all(found[name].startswith("triton (") for name in (*OPS, "divergence_rows_", "scaled_"))
     assert not imported  # it is by the first call
     assert set(ask("triton")[0].values()) == {
         "reference (neither _C_cuda nor triton is installed)",
@@ -206,6 +208,14 @@ def test_text_rows_match_fp64(size, head):
     assert_close_to_fp64(make_rows("text", *size, head=head), OnDevice)
 
 
+@here
+@pytest.mark.parametrize("pair", [with_factors, without_values])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_factor_counts_as_its_product_with_every_value(kind, pair):
+    ours, spelt = pair(kind)
+    assert all(map(torch.equal, ours.run(OnDevice), spelt.run(OnDevice)))
+
+
 def assert_same_bits(name: str, ours: Tensor, expected: Tensor) -> None:
     apart = (ours.double() - expected.double()).abs()
     said = f"{name}: {int((apart != 0).sum())} of {apart.numel()} differ, by up to {float(apart.max()):.3g} "
@@ -229,7 +239,9 @@ def test_gradient_in_place_of_the_logits(kind, dtype):
     logits = rows.logits.clone().to(DEVICE)
     place = logits.view(dtype)[:, :V]
     ours = divergence_rows.divergence_rows_(logits, place, *values)
-    for name, one, other in zip(("divergence", "ce", "dz"), (*ours, place), (*expected, elsewhere), strict=True):
+    for name, one, other in zip(
+        ("divergence", "ce", "loss", "dz"), (*ours, place), (*expected, elsewhere), strict=True
+    ):
         assert_same_bits(name, one, other)
     silent = divergence_rows.divergence_rows_(rows.logits.clone().to(DEVICE), None, *values)
     for one, other in zip(silent, expected, strict=True):  # a kernel of its own, and so maybe an order of its own
@@ -263,7 +275,7 @@ def test_reverse_kl_floors_a_teacher_of_zero():
 def test_a_tiny_tail_of_the_student_keeps_its_gradient(student_tail):
     rows = tiny_tail(student_tail)
     assert_close_to_fp64(rows, OnDevice)
-    assert_tail(rows.run(OnDevice)[2])
+    assert_tail(rows.run(OnDevice)[-1])
 
 
 @here
@@ -271,7 +283,7 @@ def test_a_tiny_tail_of_the_student_keeps_its_gradient(student_tail):
 def test_a_nan_is_not_hidden(kind):
     rows = make_rows(kind, 50, 50)
     rows.logits[0, 20] = torch.nan
-    divergence, ce, dz = rows.run(OnDevice)
+    divergence, ce, _, dz = rows.run(OnDevice)
     assert bool(ce[0].isnan()) and bool(dz[0].isnan().any()) and not ce[1:].isnan().any()
     assert kind == "text" or bool(divergence[0].isnan())
 
@@ -293,13 +305,13 @@ def test_ids_and_labels_outside_the_vocabulary_make_their_row_nan(wrong):
     others = [0, 1, *range(3, 9)]
     rows = make_rows("top-k", 50, 50)
     rows.ids[2, 3] = wrong
-    divergence, _, dz = rows.run(OnDevice)
+    divergence, _, _, dz = rows.run(OnDevice)
     assert bool(divergence[2].isnan()) and bool(dz[2].isnan().all())
     assert not divergence[others].isnan().any() and not dz[others].isnan().any()
     for kind in KINDS:
         rows = make_rows(kind, 50, 50)
         rows.labels[2] = wrong
-        _, ce, _ = rows.run(OnDevice)
+        ce = rows.run(OnDevice)[1]
         assert bool(ce[2].isnan()) and not ce[others].isnan().any()
 
 
@@ -314,7 +326,7 @@ def test_wrong_rows_are_named():
     rows = make_rows("top-k")
     for change, message in (
         ({"labels": rows.labels.int()}, "labels must be torch.int64"),
-        ({"kl_weight": rows.kl_weight[:4]}, "weight must be torch.float32 with one entry per row"),
+        ({"kl_weight": rows.kl_weight[:4]}, "kl_weight must be torch.float32 with one entry per row"),
         ({"bias": torch.zeros(36)}, r"bias must be float32 \[37\]"),
         ({"logits": rows.logits.double()}, "logits must be float32"),
     ):
@@ -338,27 +350,32 @@ def test_the_registry_compiles_without_graph_breaks(name):
     assert all(map(torch.equal, compiled(name, d), run_columns(name, d)))
 
 
-# ---- scale_ ----
+# ---- scaled_ ----
 
 
 @here
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("other", DTYPES)
 @pytest.mark.parametrize("shape", ((1,), (3, 7), (100, 300), (0, 4)))
-def test_scale_multiplies_in_the_factor_s_dtype_and_leaves_alone_what_1_would_not_change(shape, dtype, monkeypatch):
+def test_scaled_multiplies_in_the_factor_s_dtype_and_leaves_alone_what_1_would_not_change(
+    shape, dtype, other, monkeypatch
+):
     monkeypatch.setattr(scale, "PROGRAMS", 2)  # each takes several blocks
     monkeypatch.setattr(scale, "BLOCK", 1024)
     start = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
     for factor in (1 / 3, 1.0, -2.0, torch.nan):
-        x, by = start.clone(), torch.tensor(factor, device=DEVICE)
-        scale.scale_(x, by)
-        torch.testing.assert_close(x, (start.float() * by).to(dtype), rtol=0, atol=0, equal_nan=True)
+        by = torch.tensor(factor, device=DEVICE)
+        for x, out in ((start.clone(),) * 2, (start, torch.full_like(start, torch.nan, dtype=other))):
+            wanted = (x.float() * by).to(out.dtype)
+            scale.scaled_(out, x, by)
+            torch.testing.assert_close(out, wanted, rtol=0, atol=0, equal_nan=True)
 
 
-def test_scale_takes_one_number_and_dense_memory():
-    for x, factor in (
-        (torch.ones(3, 4).T, torch.ones(())),
-        (torch.ones(3), torch.ones(2)),
-        (torch.ones(3), torch.ones((), dtype=torch.float16)),
-    ):
-        with pytest.raises(ValueError, match="x must be contiguous and factor one float32 or float64"):
-            scale.scale_(x, factor)
+def test_scaled_takes_one_number_and_dense_memory():
+    dense, turned = torch.ones(4, 3), torch.ones(3, 4).T
+    for out, x in ((dense, turned), (turned, dense), (dense, torch.ones(3))):
+        with pytest.raises(ValueError, match="out and x must be contiguous and of one shape"):
+            scale.scaled_(out, x, torch.ones(()))
+    for factor in (torch.ones(2), torch.ones((), dtype=torch.float16)):
+        with pytest.raises(ValueError, match="factor must be one float32 or float64"):
+            scale.scaled_(torch.ones(3), torch.ones(3), factor)

@@ -176,14 +176,16 @@ def test_row_kernels_fit_the_registers_and_shared_memory(kind, beta, head, arch,
     for launch in launches(monkeypatch, row_calls(kind, beta, head)):
         kernel, spilled = compiled(launch, arch)
         assert spilled == 0, launch.kernel.__name__
-        assert_stores_wait_for_loads(kernel.asm["ttgir"])
+        if launch.kernel is not divergence_rows.weigh_kernel:  # which stores over nothing
+            assert_stores_wait_for_loads(kernel.asm["ttgir"])
 
 
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scale_fits_the_registers(dtype, arch, monkeypatch):
-    (launch,) = launches(monkeypatch, iter([lambda: scale.scale_(empty(128256, 4096, dtype=dtype), empty(1))]))
-    assert compiled(launch, arch)[1] == 0
+    x, narrow = empty(128256, 4096, dtype=dtype), empty(128256, 4096, dtype=torch.bfloat16)
+    calls = iter([lambda: scale.scaled_(x, x, empty(1)), lambda: scale.scaled_(narrow, x, empty(1))])
+    assert all(compiled(launch, arch)[1] == 0 for launch in launches(monkeypatch, calls))
 
 
 def test_the_fold_multiplies_and_adds_apart(monkeypatch):

@@ -1,7 +1,11 @@
 """Operands of the head's products, and what their results must be."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+import rbfast.ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS32 = torch.finfo(torch.float32).eps
@@ -11,6 +15,13 @@ SHAPES = ((1, 1, 1), (3, 5, 7), (16, 192, 96), (17, 33, 49), (130, 577, 1001), (
 
 def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def head_backward(dz: Tensor, weight: Tensor, thresholds: Tensor | None = None, ops: Any = rbfast.ops) -> Tensor:
+    """What head_backward_ writes over NaNs."""
+    d_hidden = torch.full((len(dz), weight.shape[1]), torch.nan, device=dz.device)
+    ops.head_backward_(d_hidden, dz, weight, thresholds)
+    return d_hidden
 
 
 def assert_product(ours: Tensor, a: Tensor, b: Tensor, start: Tensor | None = None) -> None:

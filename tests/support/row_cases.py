@@ -18,7 +18,9 @@ SIZES = ((1, 1), (5, 5), (37, 50), (3001, 2700))  # V, V'
 taught_rows = covering(3, kind=TAUGHT, beta=BETAS, size=SIZES, gap=(3.0, 0.1, 0.001), head=(False, True))
 
 
-PER_ROW = ("logits", "labels", "kl_weight", "ce_weight", "temperature", "ids", "logprobs", "teacher")
+WEIGHTS = ("kl_weight", "ce_weight", "temperature")
+FACTORS = ("kl_factor", "ce_factor", "temperature_factor")
+PER_ROW = ("logits", "labels", *WEIGHTS, "ids", "logprobs", "teacher")
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,9 @@ class Rows:
 
     logits: Tensor
     labels: Tensor
-    kl_weight: Tensor
-    ce_weight: Tensor
-    temperature: Tensor
+    kl_weight: Tensor | None
+    ce_weight: Tensor | None
+    temperature: Tensor | None
     ids: Tensor | None = None
     logprobs: Tensor | None = None
     teacher: Tensor | None = None
@@ -37,12 +39,14 @@ class Rows:
     beta: float = 0.0
     logit_scale: float = 1.0
     softcap: float | None = None
+    kl_factor: float = 1.0
+    ce_factor: float = 1.0
+    temperature_factor: float = 1.0
 
-    def run(self, implementation=ops, dz: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Divergence, CE and dz; logits are left alone."""
+    def run(self, implementation=ops, dz: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Divergence, CE, loss and dz; logits are left alone."""
         dz = torch.empty_like(self.logits) if dz is None else dz
-        divergence, ce = implementation.divergence_rows_(self.logits.clone(), dz, *self.signals())
-        return divergence, ce, dz
+        return *implementation.divergence_rows_(self.logits.clone(), dz, *self.signals()), dz
 
     def signals(self, device: str = "cpu") -> list:
         """The op's arguments after logits and dz."""
@@ -103,7 +107,7 @@ def assert_close_to_fp64(rows: Rows, implementation=ops) -> None:
     """No further from the truth than the roundings of a logit and of a result take it."""
     results = rows.run(implementation)
     truths, nudged = rows.double().run(reference), rows.nudged().run(reference)
-    for name, ours, exact, other in zip(("divergence", "CE", "dz"), results, truths, nudged, strict=True):
+    for name, ours, exact, other in zip(("divergence", "CE", "loss", "dz"), results, truths, nudged, strict=True):
         error = float((ours - exact).norm())
         budget = float((other - exact).norm() + ROUNDINGS * EPS32 * exact.norm())
         where = int((ours - exact).abs().flatten().nan_to_num(torch.inf).argmax())
@@ -140,9 +144,9 @@ def masked(beta: float) -> Rows:
     return replace(rows, bias=bias, labels=torch.zeros(9, dtype=torch.int64), teacher=rows.teacher + bias)
 
 
-def assert_masked(results: tuple[Tensor, Tensor, Tensor]) -> None:
-    divergence, ce, dz = results
-    assert bool(divergence.isfinite().all()) and bool(ce.isfinite().all()) and not dz[:, 3].any()
+def assert_masked(results: tuple[Tensor, ...]) -> None:
+    *losses, dz = results
+    assert all(bool(x.isfinite().all()) for x in losses) and not dz[:, 3].any()
 
 
 def assert_reverse_kl_floors_a_teacher_of_zero(implementation=ops) -> None:
@@ -171,6 +175,21 @@ def no_rows() -> Rows:
     return Rows(torch.zeros(0, 37), none, empty, empty, empty)
 
 
-def assert_no_rows(results: tuple[Tensor, Tensor, Tensor]) -> None:
-    divergence, ce, dz = results
-    assert divergence.shape == ce.shape == (0,) and dz.shape == (0, 37)
+def assert_no_rows(results: tuple[Tensor, ...]) -> None:
+    *losses, dz = results
+    assert all(x.shape == (0,) for x in losses) and dz.shape == (0, 37)
+
+
+def with_factors(kind: str) -> tuple[Rows, Rows]:
+    """The same rows twice: with numbers for all of them as factors, and with the same as values of each row."""
+    rows, numbers = make(kind, 50, 50, head=True), (0.25, 3.0, 0.5)
+    spelt = {name: getattr(rows, name) * number for name, number in zip(WEIGHTS, numbers, strict=True)}
+    return replace(rows, **dict(zip(FACTORS, numbers, strict=True))), replace(rows, **spelt)
+
+
+def without_values(kind: str) -> tuple[Rows, Rows]:
+    """The same rows twice: with factors alone, and with the same as values of each row."""
+    rows, numbers = make(kind, 50, 50), (0.75, 0.125, 1.5)
+    spelt = {name: torch.full((9,), number) for name, number in zip(WEIGHTS, numbers, strict=True)}
+    given = dict(zip(FACTORS, numbers, strict=True)) | dict.fromkeys(WEIGHTS)
+    return replace(rows, **given), replace(rows, **spelt)

@@ -52,10 +52,10 @@ class OnDevice:
     """divergence_rows_ for rows that live on the CPU."""
 
     @staticmethod
-    def divergence_rows_(logits: Tensor, dz: Tensor | None, *rest: object) -> tuple[Tensor, Tensor]:
+    def divergence_rows_(logits: Tensor, dz: Tensor | None, *rest: object) -> tuple[Tensor, ...]:
         z, *moved = (x.to(DEVICE) if isinstance(x, Tensor) else x for x in (logits, *rest))
         gradient = None if dz is None else torch.empty_like(dz, device=DEVICE)
-        divergence, ce = divergence_rows.divergence_rows_(z, gradient, *moved)
+        losses = divergence_rows.divergence_rows_(z, gradient, *moved)
         if dz is not None:
             dz.copy_(gradient)
-        return divergence.cpu(), ce.cpu()
+        return tuple(x.cpu() for x in losses)

@@ -1,0 +1,45 @@
+"""What weighs and tempers the rows of a loss: numbers for all rows, or one for each. Shapes: T tokens, n rows taken."""
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+from rbfast.ops.dtypes import wide_dtype
+
+
+class Parameter(NamedTuple):
+    """values [n] times the factor, or the factor in every row. The op takes both, which spares tensors of constants."""
+
+    values: Tensor | None
+    factor: float = 1.0
+
+    def at(self, rows: Tensor) -> "Parameter":
+        return self if self.values is None else Parameter(self.values[rows], self.factor)
+
+    def divided(self, divisor: int | Tensor, rows: int) -> "Parameter":
+        if isinstance(divisor, Tensor):
+            return self.times(divisor.reciprocal(), rows)
+        return self if divisor == 1 else Parameter(self.values, self.factor / divisor)
+
+    def times(self, by: Tensor, rows: int) -> "Parameter":
+        """by: of no dimension, or [n], in the dtype of the values."""
+        return Parameter(by.expand(rows) if self.values is None else self.values * by, self.factor)
+
+
+def check_parameter(name: str, value: float | Tensor, hidden: Tensor) -> Parameter:
+    """What is given for hidden [T, H], in the accumulation dtype; looks at the value of a number, not of a tensor.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    if isinstance(value, Tensor):
+        if value.dim() > 0 and value.shape != hidden.shape[:1]:
+            raise ValueError(f"{name} must be a float or [T] = [{hidden.shape[0]}], got {tuple(value.shape)}")
+        values = value.detach().to(hidden.device, wide_dtype(hidden.dtype))
+        return Parameter(values if values.dim() else values.expand(hidden.shape[0]))
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite in every row")
+    if name == "temperature" and value <= 0:
+        raise ValueError("temperature must be positive in every row")
+    return Parameter(None, float(value))
