@@ -1,5 +1,5 @@
-"""The native ops: schemas and autograd (registry), their definitions in plain torch (reference), and the products of
-the head on a GPU (head_gemm).
+"""The native ops: schemas and autograd (registry; many_folds), what they are in plain torch (reference), and the head's
+products on a GPU (head_gemm).
 
     from rbfast import ops
     ops.column_gather(x, cols); ops.implementations("cuda")
@@ -15,6 +15,7 @@ from rbfast.ops.registry import (
     column_linear_,
     column_scatter_,
     column_side,
+    column_tap,
     cpu_isa,
     cpu_isa_reason,
     divergence_rows_,
@@ -29,7 +30,6 @@ from rbfast.ops.registry import (
     uses_tiles,
     uses_torch_products,
 )
-from rbfast.ops.tap import column_tap
 
 __all__ = [
     "column_fold_",
