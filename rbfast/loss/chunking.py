@@ -50,16 +50,13 @@ class Chunking(NamedTuple):
 def chunk_on_cpu(rows: int, row_bytes: int, asked: int | None, budget: Budget = ON_CPU) -> Chunking:
     """row_bytes: of a row's logits. asked: the rows per chunk that the user sets, or None."""
     fitting = max(budget.rows, budget.bytes // row_bytes // ROW_MULTIPLE * ROW_MULTIPLE)
-    chunk = _limit(rows, _up(asked, ROW_MULTIPLE) if asked else _shared(rows, fitting, ROW_MULTIPLE))
-    return Chunking(chunk, chunk)
+    return _even(rows, asked, fitting, ROW_MULTIPLE)
 
 
 def chunk_on_gpu(rows: int, row_bytes: int, asked: int | None, memory: int = GPU_BYTES) -> Chunking:
     fitting = max(ROW_MULTIPLE, min(MOST_ROWS, memory // row_bytes))
     multiple = TILE_ROWS if fitting >= TILE_ROWS else ROW_MULTIPLE
-    shared = _shared(rows, fitting // multiple * multiple, multiple)
-    chunk = _limit(rows, _up(asked, ROW_MULTIPLE) if asked else shared)
-    return Chunking(chunk, chunk)
+    return _even(rows, asked, fitting // multiple * multiple, multiple)
 
 
 def chunk_trained_head(rows: int, row_bytes: int, asked: int | None, head: torch.Size) -> Chunking:
@@ -76,10 +73,11 @@ def chunk_trained_head(rows: int, row_bytes: int, asked: int | None, head: torch
     return Chunking(chunk_on_gpu(product, row_bytes, asked, room).chunk, product, True, rounds_sum)
 
 
-def _shared(rows: int, most: int, multiple: int) -> int:
-    """Rows per chunk, of about the same number in each, in as few chunks as hold at most `most` rows."""
+def _even(rows: int, asked: int | None, most: int, multiple: int) -> Chunking:
+    """Chunks of as many rows as are asked for, or about equal ones: as few as hold at most `most` rows each."""
     chunks = max(1, -(-rows // most))
-    return _up(-(-rows // chunks), multiple)
+    chunk = _limit(rows, _up(asked, ROW_MULTIPLE) if asked else _up(-(-rows // chunks), multiple))
+    return Chunking(chunk, chunk)
 
 
 def _limit(rows: int, most: int) -> int:

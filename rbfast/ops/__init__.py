@@ -1,4 +1,4 @@
-"""The native ops: schemas and autograd (registry; many_folds), what they are in plain torch (reference), and the head's
+"""The native ops: schemas and autograd (registry), what they are in plain torch (reference), and the head's
 products on a GPU (head_gemm).
 
     from rbfast import ops
@@ -7,9 +7,9 @@ products on a GPU (head_gemm).
 An op runs what the dispatcher has for the device of its tensors: native code, else Triton, else the reference.
 """
 
-from rbfast.ops.many_folds import column_fold_all_
 from rbfast.ops.registry import (
     column_fold_,
+    column_fold_all_,
     column_gather,
     column_grad,
     column_linear_,

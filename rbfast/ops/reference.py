@@ -3,6 +3,8 @@
 Shapes: T tokens, `in`/`out` features of a frozen weight [out, in], s columns in the support, k the rank, V vocabulary.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,23 @@ def column_fold_(
     for b, a in zip((scale * wide(B)).unbind(1), wide(A).unbind(0), strict=True):
         delta = delta + torch.outer(b, a)
     weight[:, cols] = (wide(base_columns) + delta).to(weight.dtype)
+
+
+def column_fold_all_(
+    weights: Sequence[Tensor],
+    base_columns: Sequence[Tensor],
+    cols: Sequence[Tensor],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scale: float,
+    runs: Sequence[int],
+) -> None:
+    """column_fold_ of many matrices: the i-th entries belong together, and all share a device.
+
+    It calls the op of one matrix, whatever that runs as. A native kernel of its own spares the host those calls.
+    """
+    for *one, run in zip(weights, base_columns, cols, A, B, runs, strict=True):
+        torch.ops.rbfast.column_fold_(*one, scale, run)
 
 
 def head_forward_(logits: Tensor, hidden: Tensor, weight: Tensor) -> None:

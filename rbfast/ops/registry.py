@@ -28,6 +28,8 @@ _SCHEMAS = {
     "column_scatter_": "(Tensor(a!) dx, Tensor dy, Tensor cols, Tensor A, Tensor B, float scale, int run=1) -> ()",
     "column_fold_": "(Tensor(a!) weight, Tensor base_columns, Tensor cols, Tensor A, Tensor B, float scale, "
     "int run=1) -> ()",
+    "column_fold_all_": "(Tensor(a!)[] weights, Tensor[] base_columns, Tensor[] cols, Tensor[] A, Tensor[] B, "
+    "float scale, int[] runs) -> ()",
     "head_forward_": "(Tensor(a!) logits, Tensor hidden, Tensor weight) -> ()",
     "head_backward_": "(Tensor(a!) d_hidden, Tensor dz, Tensor weight, Tensor? thresholds=None) -> ()",
     "row_thresholds": "(Tensor dz, float share) -> (Tensor, Tensor)",
@@ -107,6 +109,7 @@ column_grad = torch.ops.rbfast.column_grad.default
 column_linear_ = torch.ops.rbfast.column_linear_.default
 column_scatter_ = torch.ops.rbfast.column_scatter_.default
 column_fold_ = torch.ops.rbfast.column_fold_.default
+column_fold_all_ = torch.ops.rbfast.column_fold_all_.default
 head_forward_ = torch.ops.rbfast.head_forward_.default
 head_backward_ = torch.ops.rbfast.head_backward_.default
 head_grad_ = torch.ops.rbfast.head_grad_.default
@@ -136,7 +139,7 @@ def _(logits: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
     return logits.new_empty(rows), logits.new_empty(rows), logits.new_empty(rows)
 
 
-for _name in ("column_linear_", "column_scatter_", "column_fold_", "scaled_", *_PRODUCTS):
+for _name in ("column_linear_", "column_scatter_", "column_fold_", "column_fold_all_", "scaled_", *_PRODUCTS):
     torch.library.register_fake(f"rbfast::{_name}", lambda *args: None, lib=_LIBRARY)
 
 
@@ -273,6 +276,8 @@ def implementations(device: str = "cpu") -> dict[str, str]:
 def _on_gpu(name: str) -> str:
     if name == "row_thresholds":
         return "reference (a filter saves a GPU nothing)"
+    if name == "column_fold_all_" and not _has_kernel(name, "CUDA"):
+        return _on_gpu("column_fold_")
     if name in _IN_TRITON:
         return f"triton ({importlib.metadata.version('triton')})"
     if name in _PRODUCTS:

@@ -19,7 +19,7 @@ from locks import locked
 from torch.utils.cpp_extension import include_paths
 
 from rbfast import ops
-from rbfast.ops import many_folds, registry
+from rbfast.ops import registry
 
 ROOT = Path(__file__).resolve().parents[2]
 # name -> whether it has clusters, bytes of shared memory of an SM, the order of its threads: 0 as numbered, 1 reversed,
@@ -73,7 +73,7 @@ def _host_library() -> ctypes.CDLL:
             _compile(library)
     namespace = torch.library.Library("rbfast_on_host", "DEF")
     _host_library.namespace = namespace  # type: ignore[attr-defined]  # it goes with its ops
-    for name, schema in (registry._SCHEMAS | {many_folds.NAME: many_folds.SCHEMA}).items():
+    for name, schema in registry._SCHEMAS.items():
         namespace.define(name + schema)
     torch.ops.load_library(library)
     return ctypes.CDLL(str(library))
