@@ -25,41 +25,49 @@ namespace rbfast {
 // Logits below this count as it: -inf without the NaN of inf - inf. exp of it is 0 beside any other logit.
 constexpr float kNone = -1e30f;
 
+// exp(x) for x below -86 counts as 0, or as exp(-86) where that is as good: no power of two is denormal.
+constexpr float kLeastPower = -124.0f;
+constexpr float kLog2e = 1.44269504f;
+
 RBFAST_INLINE Lanes magnitude(Lanes v) { return as_lanes(as_ints(v) & 0x7fffffff); }
 
-// exp(x) = 2^n (1 + r + square), |r| <= ln2 / 2, with square = r^2 P(r). For x in [-120, 0].
-struct ExpParts {
-  Lanes r, square, n;
+// 2^y for y in [-124, 0].
+RBFAST_INLINE Lanes power_of_two(Lanes y) {
+  const Lanes n = nearest_whole(y), f = y - n;
+  Lanes p = fmadd(f, splat(1.535336207e-4f), splat(1.339887449e-3f));
+  p = fmadd(p, f, splat(9.618437358e-3f));
+  p = fmadd(p, f, splat(5.550332471e-2f));
+  p = fmadd(p, f, splat(2.402264791e-1f));
+  p = fmadd(p, f, splat(6.931472029e-1f));
+  return times_power(fmadd(p, f, splat(1.0f)), n);
+}
+
+// exp(x) for x <= 0, and at least exp(-86), so that a sum that has a 1 in it is the same.
+RBFAST_INLINE Lanes exp_in_sum(Lanes x) { return power_of_two(larger(x * kLog2e, splat(kLeastPower))); }
+
+// exp(x) for x <= 0, and 0 below -86.
+RBFAST_INLINE Lanes exp_negative(Lanes x) {
+  const Lanes y = x * kLog2e;
+  return y < splat(kLeastPower) ? splat(0.0f) : power_of_two(larger(y, splat(kLeastPower)));
+}
+
+// For x <= 0: change = exp(x) - 1, rest = exp(x) - 1 - x >= 0, all = exp(x), at least exp(-86).
+struct ExpChange {
+  Lanes all, change, rest;
 };
 
-RBFAST_INLINE ExpParts exp_parts(Lanes x) {
-  const Lanes n = fmadd(x, splat(1.44269504f), splat(12582912.0f)) - 12582912.0f;
-  const Lanes r = fmadd(n, splat(2.12194440e-4f), fmadd(n, splat(-0.693359375f), x));
+// exp(x) = 2^n (1 + r + square), |r| <= ln2 / 2, with square = r^2 P(r).
+RBFAST_INLINE ExpChange exp_change(Lanes x) {
+  const Lanes bounded = larger(x, splat(kLeastPower / kLog2e)), n = nearest_whole(bounded * kLog2e);
+  const Lanes r = fmadd(n, splat(2.12194440e-4f), fmadd(n, splat(-0.693359375f), bounded));
   Lanes p = fmadd(r, splat(1.9875691500e-4f), splat(1.3981999507e-3f));
   p = fmadd(p, r, splat(8.3334519073e-3f));
   p = fmadd(p, r, splat(4.1665795894e-2f));
   p = fmadd(p, r, splat(1.6666665459e-1f));
   p = fmadd(p, r, splat(5.0000001201e-1f));
-  return {r, p * (r * r), n};
-}
-
-// exp(x) for x <= 0.
-RBFAST_INLINE Lanes exp_negative(Lanes x) {
-  const ExpParts e = exp_parts(larger(x, splat(-120.0f)));
-  return times_power(e.r + e.square + 1.0f, e.n);
-}
-
-// For x <= 0: all = exp(x), change = exp(x) - 1, rest = exp(x) - 1 - x >= 0.
-struct ExpChange {
-  Lanes all, change, rest;
-};
-
-RBFAST_INLINE ExpChange exp_change(Lanes x) {
-  const ExpParts e = exp_parts(larger(x, splat(-120.0f)));
-  const LaneInts is_near = e.n == splat(0.0f);
-  const Lanes small = e.r + e.square;
-  const Lanes all = times_power(small + 1.0f, e.n), change = is_near ? small : all - 1.0f;
-  return {all, change, is_near ? e.square : change - x};
+  const Lanes square = p * (r * r), small = r + square, power = times_power(splat(1.0f), n);
+  const Lanes change = fmadd(small, power, power - 1.0f);
+  return {fmadd(small, power, power), change, n == splat(0.0f) ? square : change - x};
 }
 
 // For w > -1, given with y = 1 + w (which may be known better than by adding 1): log(1 + w), and w - log(1 + w) >= 0.
@@ -100,6 +108,8 @@ struct DensePass {
   float inv_tau, z_max, z_log, t_max, t_log, shift, beta, rest_of_beta, coefficient, at_one;
   float mean_score;  // what the pass for values returned, for the pass for gradients
 };
+constexpr float kLeastLog = -100.0f;  // the one below which a term of the other distribution is as good as alone
+
 // p and q of some ids: e is the larger of the two, small.all * e the other one, gap = |log p - log q|.
 struct Pair {
   Lanes e, gap;
@@ -107,16 +117,21 @@ struct Pair {
   ExpChange small;
 };
 
-template <bool kFloor>
+enum class Kind { forward, reverse, js };
+
+template <Kind kKind>
 RBFAST_INLINE Pair pair(Lanes z, Lanes t, const DensePass& pass) {
-  const Lanes log_q = (z - pass.z_max) * pass.inv_tau - pass.z_log;
-  Lanes log_p = (t - pass.t_max) * pass.inv_tau - pass.t_log;
-  Lanes d = (t - z) * pass.inv_tau - pass.shift;
-  if (kFloor) {
-    const LaneInts low = log_p < splat(-100.0f);
-    log_p = low ? splat(-100.0f) : log_p;
+  const Lanes inv_tau = splat(pass.inv_tau);
+  const Lanes log_q = fmadd(z - pass.z_max, inv_tau, splat(-pass.z_log));
+  Lanes log_p = fmadd(t - pass.t_max, inv_tau, splat(-pass.t_log));
+  Lanes d = (t - z) * pass.inv_tau - pass.shift;  // not fused: 0 where the two rows differ by a constant
+  if (kKind == Kind::reverse) {
+    const LaneInts low = log_p < splat(kLeastLog);
+    log_p = low ? splat(kLeastLog) : log_p;
     d = low ? log_p - log_q : d;
   }
+  if (kKind != Kind::forward) d = smaller(d, splat(-kLeastLog));
+  if (kKind != Kind::reverse) d = larger(d, splat(kLeastLog));
   const Lanes gap = magnitude(d);
   const LaneInts p_leads = d >= splat(0.0f);
   const Lanes log_e = p_leads ? log_p : log_q;
@@ -124,14 +139,7 @@ RBFAST_INLINE Pair pair(Lanes z, Lanes t, const DensePass& pass) {
 }
 
 // With b = a exp(-gap) < a: b log(b/a) - b + a, over a.
-RBFAST_INLINE Lanes lesser_term(const Pair& x) {
-  const Lanes bounded = smaller(x.gap, splat(100.0f));
-  const Lanes near = -x.small.rest - x.gap * x.small.change;
-  const Lanes far = 1.0f - (bounded + 1.0f) * x.small.all;
-  return x.gap < splat(0.34f) ? near : far;
-}
-
-enum class Kind { forward, reverse, js };
+RBFAST_INLINE Lanes lesser_term(const Pair& x) { return fmadd(-x.gap, x.small.change, -x.small.rest); }
 
 struct Term {
   Lanes divergence, q, score;  // score: log q/p or log q/m; for forward KL q holds q - p, and score nothing
@@ -139,7 +147,7 @@ struct Term {
 
 template <Kind kKind>
 RBFAST_INLINE Term term(Lanes z, Lanes t, const DensePass& pass) {
-  const Pair x = pair<kKind == Kind::reverse>(z, t, pass);
+  const Pair x = pair<kKind>(z, t, pass);
   if (kKind == Kind::forward) {
     const Lanes change = x.e * x.small.change;
     return {x.e * (x.p_leads ? x.small.rest : lesser_term(x)), x.p_leads ? change : -change, Lanes{}};

@@ -72,8 +72,8 @@ static void log_sum_of(const float* z, int64_t n, float inv_tau, LogSum* result)
     Lanes sum_tau{}, sum_one{};
     for_lanes(b, end, [&](int64_t v, int64_t left) __attribute__((always_inline)) {
       const Lanes x = take(z + v, left) - top;
-      sum_tau += exp_negative(x * inv_tau);
-      if (kTwo) sum_one += exp_negative(x);
+      sum_tau += exp_in_sum(kTwo ? x * inv_tau : x);
+      if (kTwo) sum_one += exp_in_sum(x);
     });
     at_tau += sum(sum_tau);
     if (kTwo) at_one += sum(sum_one);
@@ -82,7 +82,9 @@ static void log_sum_of(const float* z, int64_t n, float inv_tau, LogSum* result)
 }
 
 template <typename T, bool kTwo>
-static void tail_gradient_of(const float* z, int64_t n, const TailGradient& g, const Output& out) {
+static void tail_gradient_of(const float* z, int64_t n, const TailGradient& in, const Output& to) {
+  const TailGradient g = in;
+  const Output out = to;
   for_lanes(0, n, [&](int64_t v, int64_t left) __attribute__((always_inline)) {
     const Lanes logit = take(z + v, left), x = logit - g.max;
     Lanes gradient = exp_negative(x * g.inv_tau) * g.at_tau;
@@ -101,8 +103,10 @@ static void rest_of_row(const float* z, int64_t vocabulary, const DensePass& pas
 }
 
 template <typename T, Kind kKind, bool kValue, bool kGradient>
-static void dense(const float* z, const float* t, int64_t vocabulary, const DensePass& pass, const Output& out,
+static void dense(const float* z, const float* t, int64_t vocabulary, const DensePass& in, const Output& to,
                   DenseValue* value) {
+  const DensePass pass = in;
+  const Output out = to;
   double divergence = 0, mean_score = 0;
   for (int64_t b = 0; b < pass.n; b += kBlock) {
     const int64_t end = smaller(b + kBlock, pass.n);

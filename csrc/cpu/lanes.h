@@ -119,13 +119,16 @@ static inline Lanes smaller(Lanes a, Lanes b) {
 #endif
 }
 
-// v * 2^n for whole n <= 0, or 0 where n is below -126.
+// The nearest whole number, of magnitudes below 2^22.
+static inline Lanes nearest_whole(Lanes v) { return (v + 12582912.0f) - 12582912.0f; }
+
+// v * 2^n for whole n from -126 to 0.
 static inline Lanes times_power(Lanes v, Lanes n) {
 #if RBFAST_LANES == 16
-  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(n, splat(-126.0f), _CMP_NLT_UQ), v, n);
+  return _mm512_scalef_ps(v, n);
 #else
-  const LaneInts exponent = as_ints(n + 12582912.0f) - 0x4b400000 + 127;  // n in the low bits of the sum
-  return n < splat(-126.0f) ? splat(0.0f) : v * as_lanes(exponent << 23);
+  const LaneInts exponent = as_ints(n + 12582912.0f) << 23;  // n is in the low bits of the sum
+  return v * as_lanes(exponent + 0x3f800000);
 #endif
 }
 

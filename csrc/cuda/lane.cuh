@@ -9,7 +9,6 @@
 
 namespace rbfast {
 
-constexpr float kLog2e = 1.44269504f;
 constexpr double kLn2 = 0.6931471805599453;
 
 typedef float Lanes;
@@ -22,9 +21,8 @@ RBFAST_INLINE int as_ints(float value) { return __float_as_int(value); }
 RBFAST_INLINE float to_lanes(int value) { return static_cast<float>(value); }
 RBFAST_INLINE float larger(float a, float b) { return b > a ? b : a; }
 RBFAST_INLINE float smaller(float a, float b) { return b < a ? b : a; }
-RBFAST_INLINE float times_power(float v, float n) {
-  return n < -126.0f ? 0.0f : v * __int_as_float((static_cast<int>(n) + 127) << 23);
-}
+RBFAST_INLINE float nearest_whole(float v) { return rintf(v); }
+RBFAST_INLINE float times_power(float v, float n) { return v * __int_as_float((static_cast<int>(n) + 127) << 23); }
 
 // 2^x within 2^-22 of itself; 0 below the smallest normal number.
 RBFAST_INLINE float exp2_fast(float x) {

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rbfast import ops
+from rbfast.loss import workspace
 from rbfast.loss.chunking import IN_TILES, ON_CPU, Chunking, chunk_on_cpu, chunk_on_gpu, chunk_trained_head
 from rbfast.loss.parameters import Parameter
 from rbfast.loss.row_groups import RowGroup, TakenRows
@@ -119,8 +120,8 @@ class _Solver:
         for group in job.taken.groups:
             self.teacher_columns = max(self.teacher_columns, group.columns_beside(weight.shape[0]))
         self.chunking = self._choose_chunking(trains_head=wanted[1])
-        self.room: Tensor | None = None  # made when it is first needed, and so is the next
-        self.d_hidden: Tensor | None = None
+        self.room: Tensor | None = None
+        self.d_hidden: Tensor | None = None  # made when it is first needed
         self.d_weight = self._make_d_weight() if wanted[1] else None
         self.d_bias = None if self.bias is None or not wanted[2] else torch.zeros_like(self.bias)
         self.losses: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -157,9 +158,20 @@ class _Solver:
         return Solution(divergence, ce, loss, torch.cat(self.left_out) if self.left_out else None, gradients)
 
     def _run(self) -> None:
-        # One allocation for all chunks: touching fresh memory would cost a third of the product that fills it.
+        chunk, V, beside = self.chunking.chunk, self.weight.shape[0], self.teacher_columns
+        size = chunk * (V + beside) * self.dtype.itemsize
+        if _is_gpu(self.hidden) or size < workspace.KEPT_FROM:
+            room = self.hidden.new_empty(chunk, beside, dtype=self.dtype) if beside else None
+            return self._run_chunks(self.hidden.new_empty(chunk, V, dtype=self.dtype), room)
+        memory = workspace.borrow(size)
+        logits, room = memory[:size].view(self.dtype).split([chunk * V, chunk * beside])
+        self._run_chunks(logits.view(chunk, V), room.view(chunk, beside))
+        workspace.give_back(memory)
+
+    def _run_chunks(self, logits: Tensor, room: Tensor | None) -> None:
+        """logits: memory for a chunk's. room: memory for a teacher's beside them, or for the same again."""
         (size, order, _), V, chunking = self.job.taken, self.weight.shape[0], self.chunking
-        logits = self.hidden.new_empty(chunking.chunk, V, dtype=self.dtype)
+        self.room = room
         kept = self.hidden.new_empty(chunking.product, V) if chunking.keeps_dz else None
         for start in range(0, size, chunking.product):
             stop = min(start + chunking.product, size)
@@ -212,9 +224,7 @@ class _Solver:
         return None, None, None
 
     def _beside(self, rows: int, columns: int) -> Tensor:
-        """Memory beside a chunk's logits: for a teacher's, or for the same again."""
-        if self.room is None:
-            self.room = self.hidden.new_empty(self.chunking.chunk, self.teacher_columns, dtype=self.dtype)
+        assert self.room is not None
         return self.room[:rows, :columns]
 
     def _solve_rows(self, start: int, stop: int, logits: Tensor, dz: Tensor | None, signal: SignalOfRows) -> None:
