@@ -2,7 +2,7 @@
 //
 // Whoever includes it brings `Lanes`, one or more floats that operators work on (a GCC vector on a CPU, float on a GPU;
 // `c ? a : b` chooses lane by lane), `LaneInts` of the same width, and splat, fmadd, as_ints, as_lanes, to_lanes,
-// larger, smaller and times_power as cpu/lanes.h describes them. A GPU has its own terms of a divergence
+// larger, smaller, nearest_whole and times_power as cpu/lanes.h describes them. A GPU has its own terms of a divergence
 // (cuda/divergence.cuh) and takes tanh from here.
 //
 // exp, log1p and tanh are good to about one unit in the last place, with the small differences kept apart: what a

@@ -83,9 +83,10 @@ static void log_sum_of(const float* z, int64_t n, float inv_tau, LogSum* result)
 
 template <typename T, bool kTwo>
 static void tail_gradient_of(const float* z, int64_t n, const TailGradient& in, const Output& to) {
-  const TailGradient g = in;
+  const TailGradient g = in;  // copies, which what is stored through dz cannot change
   const Output out = to;
   for_lanes(0, n, [&](int64_t v, int64_t left) __attribute__((always_inline)) {
+    __builtin_prefetch(z + v + out.row_stride, 0, 2);
     const Lanes logit = take(z + v, left), x = logit - g.max;
     Lanes gradient = exp_negative(x * g.inv_tau) * g.at_tau;
     if (kTwo) gradient = fmadd(exp_negative(x), splat(g.at_one), gradient);
@@ -105,13 +106,14 @@ static void rest_of_row(const float* z, int64_t vocabulary, const DensePass& pas
 template <typename T, Kind kKind, bool kValue, bool kGradient>
 static void dense(const float* z, const float* t, int64_t vocabulary, const DensePass& in, const Output& to,
                   DenseValue* value) {
-  const DensePass pass = in;
+  const DensePass pass = in;  // copies, as above
   const Output out = to;
   double divergence = 0, mean_score = 0;
   for (int64_t b = 0; b < pass.n; b += kBlock) {
     const int64_t end = smaller(b + kBlock, pass.n);
     Lanes terms{}, scores{};
     for_lanes(b, end, [&](int64_t v, int64_t left) __attribute__((always_inline)) {
+      __builtin_prefetch(z + v + out.row_stride, 0, 2);
       const Lanes logit = take(z + v, left);
       const Term x = term<kKind>(logit, take(t + v, left), pass);
       if (kValue) {

@@ -59,7 +59,8 @@ class DistillLoss(nn.Module):
         logit_scale: multiplies the student's logits (after the bias, before the softcap), as in Cohere's models.
         chunk_rows: rows taken at a time, rounded up to a multiple of 32; by default 40 MiB of logits or
             96 rows, whichever is more (96 MiB or 256 rows in AMX's tiles); on a GPU at most 1024 rows, and 925 MB with
-            their gradient.
+            their gradient. A CPU's memory for them, up to 512 MiB, is kept for the next call
+            (`rbfast.loss.workspace`).
         gradient_filter: in [0, 1). The gradient of hidden lacks the entries of a row of d loss / d logits that are
             smallest in magnitude, as long as they sum to at most this share of the row. 0.02 saves a CPU most of that
             product, at an error of about 0.02 (docs/results.md). A GPU, and a CPU with AMX for bf16, would save

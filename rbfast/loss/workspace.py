@@ -21,8 +21,7 @@ def borrow(size: int) -> Tensor:
     except IndexError:
         memory = None
     if memory is None or memory.numel() < size:
-        with torch.inference_mode(False):  # memory that is made there could not be written to elsewhere
-            memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+        memory = torch.empty(size, dtype=torch.uint8, device="cpu")
     return memory
 
 
