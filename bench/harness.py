@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rbfast.loss import workspace
+
 Step = Callable[[], float | None]  # does the work; may say itself how many seconds of it count
 Clock = Callable[[Step], float]
 Found = dict[str, dict[str, Any]]
@@ -196,6 +198,7 @@ def _extra_on_gpu(step: Step) -> float:
 def _extra_resident(step: Step) -> float:
     libc = ctypes.CDLL(None)
     libc.mallopt(_MMAP_THRESHOLD, 2**20)  # every tensor its own pages: what one frees is no longer resident
+    workspace.release()  # so that what a loss keeps for its next call counts
     gc.collect()
     libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
