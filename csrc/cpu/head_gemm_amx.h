@@ -11,15 +11,26 @@ constexpr int64_t kPanel = 32;
 constexpr int64_t kDepth = 32;
 // Bytes of a step of a panel, with a line to spare: steps 2 KiB apart would share two sets of the first-level cache.
 constexpr int64_t kStepBytes = 2 * 1024 + 64;
-// Bytes of each operand that are packed at a time: together less than a level-2 cache.
-constexpr int64_t kRowBytes = 384 << 10;
-constexpr int64_t kColumnBytes = 1280 << 10;
+
+// Bytes of each operand that are packed at a time.
+struct Room {
+  int64_t rows, columns;
+};
+
+static inline bool is_along(const Operand& x) { return x.k_stride == 1; }
+
+// Together less than a level-2 cache (2 MiB). Columns that lie along k are a head that a product reads once, so the
+// rows of a chunk stay there, and as many columns as are packed come in beside them.
+static inline Room room(const Gemm& g) {
+  if (is_along(g.b)) return {800 << 10, 512 << 10};
+  return {384 << 10, 1280 << 10};
+}
 
 static inline int64_t ceil_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // How much of k is packed at a time. Sums that are fresh restart there, so that it decides about their last bits.
 static inline int64_t k_block(const Gemm& g) {
-  if (g.b.k_stride != 1) return g.sums == Sums::resumed ? 1024 : 512;
+  if (!is_along(g.b)) return g.sums == Sums::resumed ? 1024 : 512;
   return g.k <= 4096 ? ceil_to(g.k, kDepth) : 2048;
 }
 
@@ -31,7 +42,8 @@ static inline int64_t fitting_panels(int64_t depth, int64_t bytes) {
 
 // Bytes of scratch that one call of gemm needs, aligned to 64.
 static inline int64_t scratch(const Gemm& g) {
-  const int64_t depth = k_block(g), panels = fitting_panels(depth, kRowBytes) + fitting_panels(depth, kColumnBytes);
+  const int64_t depth = k_block(g),
+                panels = fitting_panels(depth, room(g).rows) + fitting_panels(depth, room(g).columns);
   return panels * (depth / kDepth * kStepBytes) + kPanel * kPanel * 4;
 }
 
