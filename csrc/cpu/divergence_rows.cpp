@@ -188,7 +188,8 @@ Losses solve_row(const Job& job, const Weights& weights, Isa isa, int64_t i) {
   void* dz = nullptr;
   if (job.dz != nullptr) dz = static_cast<char*>(job.dz) + i * job.dz_stride * (job.dz_is_bf16 ? 2 : 4);
   const float ce_weight = static_cast<float>(weights.ce), inv_tau = static_cast<float>(1 / weights.tau);
-  const Output out{dz, job.dz_is_bf16, job.labels[i], ce_weight, job.logit_scale, job.softcap, job.logits_stride};
+  const Output out{dz,          job.dz_is_bf16,    job.labels[i],     ce_weight, job.logit_scale,
+                   job.softcap, job.logits_stride, job.teacher_stride};
   const Row row{job, isa, z, out, weights, inv_tau, logit(z[job.labels[i]])};
   if (job.teacher != nullptr) return dense_row(row, job.teacher + i * job.teacher_stride);
   if (job.ids != nullptr) return sparse_row(row, job.ids + i * job.k, job.logprobs + i * job.k, job.k);

@@ -22,7 +22,7 @@ struct Output {
   int64_t label;
   float ce_weight;  // taken from the label's gradient
   float scale, softcap;
-  int64_t row_stride;  // of the logits: a pass that finds its own row in a cache asks for the next one
+  int64_t row_stride, teacher_stride;  // of logits: a pass that finds its own rows in a cache asks for the next ones
 };
 
 // dz_v = at_tau * exp((z_v - max) * inv_tau) + at_one * exp(z_v - max)

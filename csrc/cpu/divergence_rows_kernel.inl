@@ -114,6 +114,7 @@ static void dense(const float* z, const float* t, int64_t vocabulary, const Dens
     Lanes terms{}, scores{};
     for_lanes(b, end, [&](int64_t v, int64_t left) __attribute__((always_inline)) {
       __builtin_prefetch(z + v + out.row_stride, 0, 2);
+      __builtin_prefetch(t + v + out.teacher_stride, 0, 2);
       const Lanes logit = take(z + v, left);
       const Term x = term<kKind>(logit, take(t + v, left), pass);
       if (kValue) {
