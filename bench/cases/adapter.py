@@ -39,7 +39,7 @@ def make(place: Place) -> Contest:
         f"adapter, training step of SmolLM2-135M, {tokens} tokens, {place.dtype}",
         steps,
         (Bar("rbfast / frozen", "<=", 1.05), Bar("LoRA r=1 - frozen / rbfast - frozen", ">=", 5.0)),
-        rounds=9,
+        rounds=25,
         notes=notes,
     )
 
