@@ -5,9 +5,9 @@
 // larger, smaller, nearest_whole and times_power as cpu/lanes.h describes them. A GPU has its own terms of a divergence
 // (cuda/divergence.cuh) and takes tanh from here.
 //
-// exp, log1p and tanh are good to about one unit in the last place, with the small differences kept apart: what a
-// divergence between two close distributions is made of. A NaN goes through: every clamp is written so that a
-// comparison with NaN keeps it.
+// exp of x is good to about 1 + |x| units in the last place; exp(x) - 1, log1p and tanh to about one, with the small
+// differences kept apart: what a divergence between two close distributions is made of. A NaN goes through: every clamp
+// is written so that a comparison with NaN keeps it.
 //
 // With d = log p - log q computed from differences of logits, the larger of p and q is exp of its logarithm and the
 // smaller follows from exp(-|d|) - 1. So q - p and every term of D keep their relative accuracy when the two are close,
