@@ -20,6 +20,7 @@ STUDENTS = {  # T, H, V and rounds; the widest head gets fewer tokens, to keep t
     "Qwen2.5-1.5B": (256, 1536, 151936, 3),
 }
 LLAMA_8B, SMALL = (4096, 4096, 128256, 9), (256, 576, 49152, 30)
+GPT2 = (4096, 768, 50257, 9)  # a vocabulary that is no multiple of 2
 TOY = (32, 64, 512, 2)
 
 
@@ -103,6 +104,7 @@ _SMALL_BARS = (
     Bar("rbfast, rows unknown ms", "<=", 0.5),
     Bar("rbfast, rows unknown waits", "<=", 2),
 )
+_ODD_PEERS = {who: TOP_K[who] for who in ("rbfast", "torch.compile")}
 _LEAN = Bar("rbfast GB", "<=", 1.0)
 _FASTER = Bar("torch.compile / rbfast", ">=", 1.0)
 CASES = [
@@ -123,4 +125,10 @@ CASES = [
     at_8b("top-k", False, Bar("rbfast ms", "<=", 12.0), Bar("torch.compile / rbfast", ">=", 1.3), _LEAN),
     at_8b("top-k", True, Bar("rbfast ms", "<=", 18.5), _FASTER, _LEAN),
     at_8b("dense", False, Bar("rbfast ms", "<=", 18.5), _FASTER, _LEAN),
+    Case(
+        "loss",
+        "top-k, an odd vocabulary",
+        partial(make, shape=GPT2, signal="top-k", peers=_ODD_PEERS, bars=(_FASTER, _LEAN)),
+        ("cuda",),
+    ),
 ]

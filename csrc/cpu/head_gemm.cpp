@@ -115,12 +115,14 @@ void head_forward_(Tensor logits, const Tensor& hidden, const Tensor& weight) {
   expect_matrix("head_forward_", "hidden", hidden, -1, -1);
   expect_matrix("head_forward_", "weight", weight, -1, hidden.size(1));
   expect_matrix("head_forward_", "logits", logits, hidden.size(0), weight.size(0));
-  expect_sums("head_forward_", "logits", logits);
+  expect_float32("head_forward_", "logits", logits);
+  expect(logits.stride(1) == 1 || logits.size(1) < 2,
+         "head_forward_: logits must have dense rows, which may lie apart; call contiguous() on it");
   const int64_t tokens = hidden.size(0), vocabulary = weight.size(0), width = hidden.size(1);
   if (width == 0) torch::stable::zero_(logits);
   if (tokens == 0 || vocabulary == 0 || width == 0) return;
   const Tensor x = dense_rows(hidden), w = dense_rows(weight);
-  parallel_gemm({by_rows(x), by_rows(w), mutable_data<float>(logits), vocabulary, width, Sums::fresh}, tokens,
+  parallel_gemm({by_rows(x), by_rows(w), mutable_data<float>(logits), logits.stride(0), width, Sums::fresh}, tokens,
                 vocabulary);
 }
 

@@ -46,14 +46,10 @@ template <int kBlocks, int kThreads>
 using Warps = std::integral_constant<int, Team<kBlocks, kThreads>::kAllWarps>;
 
 template <int kBlocks, int kThreads, int kVectors, int kResident>
-constexpr Layout sparse() {
-  return {kBlocks,
-          kThreads,
-          kVectors,
-          sizeof(Exchange<Sums, Warps<kBlocks, kThreads>::value>),
-          0,
-          {sparse_rows<kBlocks, kThreads, kVectors, kResident, false>,
-           sparse_rows<kBlocks, kThreads, kVectors, kResident, true>, nullptr, nullptr, nullptr}};
+constexpr Layout sparse(Kernel general = sparse_rows<kBlocks, kThreads, kVectors, kResident, true>) {
+  return {kBlocks,  kThreads,
+          kVectors, sizeof(Exchange<Sums, Warps<kBlocks, kThreads>::value>),
+          0,        {sparse_rows<kBlocks, kThreads, kVectors, kResident, false>, general, nullptr, nullptr, nullptr}};
 }
 template <int kBlocks, int kThreads, int kVectors, int kResident>
 constexpr Layout dense() {
@@ -67,10 +63,10 @@ constexpr Layout dense() {
            dense_rows<Kind::js, kBlocks, kThreads, kVectors, kResident>}};
 }
 
-// blocks, threads, vectors, blocks of an SM that the registers must suffice for. The first that holds the row and fits
-// the GPU is taken.
-const Layout kSparseLayouts[] = {sparse<1, 256, 4, 4>(),  sparse<1, 256, 16, 2>(), sparse<4, 384, 8, 3>(),
-                                 sparse<8, 256, 16, 2>(), sparse<8, 256, 19, 2>(), sparse<8, 512, 16, 1>()};
+// blocks, threads, vectors, blocks of an SM that the registers must suffice for. The first that holds the row, has the
+// family and fits the GPU is taken. With 19 vectors a head would spill.
+const Layout kSparseLayouts[] = {sparse<1, 256, 4, 4>(),  sparse<1, 256, 16, 2>(),        sparse<4, 384, 8, 3>(),
+                                 sparse<8, 256, 16, 2>(), sparse<8, 256, 19, 2>(nullptr), sparse<8, 512, 16, 1>()};
 const Layout kDenseLayouts[] = {dense<1, 256, 4, 2>(), dense<4, 256, 12, 2>(), dense<8, 256, 7, 3>(),
                                 dense<8, 256, 16, 2>(), dense<8, 512, 10, 1>()};
 
@@ -116,7 +112,7 @@ Plan make_plan(const Device& device, const Job& job) {
                *last = is_dense ? std::end(kDenseLayouts) : std::end(kSparseLayouts);
   const bool is_kept = !is_dense || (Head(job).is_plain() && job.teacher_vocabulary >= job.vocabulary);
   const auto fits = [&](const Layout& x) {
-    return is_kept && x.columns() >= job.vocabulary && (x.blocks == 1 || clusters) &&
+    return is_kept && x.columns() >= job.vocabulary && x.kernels[family] != nullptr && (x.blocks == 1 || clusters) &&
            x.sparse_bytes + x.dense_bytes <= room;
   };
   const Layout* found = std::find_if(first, last, fits);

@@ -1,6 +1,8 @@
 // One row of logits: what is said about it, its head, its vectors in registers, and where its gradient goes.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/team.cuh"
 
 namespace rbfast {
@@ -80,18 +82,37 @@ __device__ inline void for_each_vector(int first, const F& f) {
   for (int i = 0; i < kVectors; ++i) f(first + i * kStep, i);
 }
 
-// Reads a tile; columns from `end` on are -inf. The first branch is what a row of aligned, whole vectors takes.
-template <int kStep, int kVectors>
-__device__ inline void read_tile(Vector (&z)[kVectors], const float* row, int first, int end) {
-  constexpr Vector kEmpty = {{-INFINITY, -INFINITY, -INFINITY, -INFINITY}};
-  const bool is_aligned = rbfast::is_aligned(row, sizeof(Vector));
-  if (is_aligned && end % kVector == 0) {
-    for_each_vector<kVectors, kStep>(
-        first, [&](int v, int i) { z[i] = v < end ? *reinterpret_cast<const Vector*>(row + v) : kEmpty; });
-  } else {
-    for_each_vector<kVectors, kStep>(
-        first, [&](int v, int i) { z[i] = read<kVector>(row + v, end - v, is_aligned, -INFINITY); });
+// A row of logits that is read; columns from `end` on are -inf. Without any columns where there is no such row.
+struct Input {
+  const float* begin;
+  int end;
+  bool is_aligned, is_whole;  // whole: no vector is cut off
+
+  __device__ Input(const float* begin, int end)
+      : begin(begin),
+        end(end),
+        is_aligned(rbfast::is_aligned(begin, sizeof(Vector))),
+        is_whole(is_aligned && end % kVector == 0) {}
+  // Of the job's logits.
+  __device__ static Input of(const Job& job, int64_t row) {
+    return {job.logits + row * job.logits_stride, row < job.rows ? static_cast<int>(job.vocabulary) : 0};
   }
+};
+
+// The vector at column v. kWhole: of a whole row.
+template <bool kWhole>
+__device__ inline Vector read_vector(const Input& row, int v) {
+  constexpr Vector kEmpty = {{-INFINITY, -INFINITY, -INFINITY, -INFINITY}};
+  if (kWhole) return v < row.end ? *reinterpret_cast<const Vector*>(row.begin + v) : kEmpty;
+  return read<kVector>(row.begin + v, row.end - v, row.is_aligned, -INFINITY);
+}
+
+template <int kStep, int kVectors>
+__device__ inline void read_tile(Vector (&z)[kVectors], const Input& row, int first) {
+  if (row.is_whole)
+    for_each_vector<kVectors, kStep>(first, [&](int v, int i) { z[i] = read_vector<true>(row, v); });
+  else
+    for_each_vector<kVectors, kStep>(first, [&](int v, int i) { z[i] = read_vector<false>(row, v); });
 }
 
 // Brings a tile of raw logits to what the softmax sees, holes to -inf.
@@ -133,18 +154,18 @@ __device__ inline void add_tile(Sums& sums, const Vector (&z)[kVectors], float s
   sums.max = top;
 }
 
-// A row of dz.
+// A row of dz, or if no gradient is wanted one that has no columns.
 struct Output {
   void* dz;
-  int vocabulary;
-  bool is_bf16, is_whole;  // whole: every vector is aligned and inside
+  int end;                             // columns
+  bool is_bf16, is_aligned, is_whole;  // whole: no vector is cut off
 
   __device__ Output(const Job& job, int64_t row)
-      : dz(nullptr), vocabulary(static_cast<int>(job.vocabulary)), is_bf16(job.dz_is_bf16), is_whole(false) {
-    if (job.dz == nullptr) return;
+      : end(job.dz == nullptr ? 0 : static_cast<int>(job.vocabulary)), is_bf16(job.dz_is_bf16) {
     const int bytes = is_bf16 ? 2 : 4;
     dz = static_cast<char*>(job.dz) + row * job.dz_stride * bytes;
-    is_whole = is_aligned(dz, kVector * bytes) && vocabulary % kVector == 0;
+    is_aligned = rbfast::is_aligned(dz, kVector * bytes);
+    is_whole = is_aligned && end % kVector == 0;
   }
   __device__ void put_one(float gradient, int v) const {
     if (is_bf16)
@@ -152,11 +173,10 @@ struct Output {
     else
       store(static_cast<float*>(dz) + v, gradient);
   }
-  // A vector of a whole row, which bf16 or not is known of.
+  // An aligned vector within the row, which bf16 or not is known of.
   template <bool kBf16>
   __device__ void put_whole(const Vector& gradient, int v) const {
     const float* g = gradient.value;
-    if (v >= vocabulary) return;
     if (kBf16)
       *reinterpret_cast<Pack<unsigned, 2>*>(static_cast<uint16_t*>(dz) +
                                             v) = {{pack_bf16(g[0], g[1]), pack_bf16(g[2], g[3])}};
@@ -164,29 +184,35 @@ struct Output {
       *reinterpret_cast<Vector*>(static_cast<float*>(dz) + v) = gradient;
   }
   __device__ void put(const Vector& gradient, int v) const {
+    if (is_aligned && v + kVector <= end) return is_bf16 ? put_whole<true>(gradient, v) : put_whole<false>(gradient, v);
 #pragma unroll
     for (int j = 0; j < kVector; ++j)
-      if (v + j < vocabulary) put_one(gradient.value[j], v + j);
+      if (v + j < end) put_one(gradient.value[j], v + j);
   }
-  // Stores f(i), the gradient of each vector i of a tile.
+  // Stores f(i), the gradient of each vector i of a tile, and then calls then(v, i, whether the row is whole).
+  template <int kVectors, int kStep, typename F, typename Then>
+  __device__ void put_tile(int first, bool whole, const F& f, const Then& then) const {
+    if (!is_whole || !whole)
+      for_each_vector<kVectors, kStep>(first, [&](int v, int i) {
+        put(f(v, i), v);
+        then(v, i, std::false_type{});
+      });
+    else if (is_bf16)
+      for_each_vector<kVectors, kStep>(first, [&](int v, int i) {
+        if (v < end) put_whole<true>(f(v, i), v);
+        then(v, i, std::true_type{});
+      });
+    else
+      for_each_vector<kVectors, kStep>(first, [&](int v, int i) {
+        if (v < end) put_whole<false>(f(v, i), v);
+        then(v, i, std::true_type{});
+      });
+  }
   template <int kVectors, int kStep, typename F>
   __device__ void put_tile(int first, const F& f) const {
-    if (is_whole && is_bf16)
-      for_each_vector<kVectors, kStep>(first, [&](int v, int i) { put_whole<true>(f(v, i), v); });
-    else if (is_whole)
-      for_each_vector<kVectors, kStep>(first, [&](int v, int i) { put_whole<false>(f(v, i), v); });
-    else
-      for_each_vector<kVectors, kStep>(first, [&](int v, int i) { put(f(v, i), v); });
+    put_tile<kVectors, kStep>(first, true, f, [](int, int, auto) {});
   }
 };
-
-template <int kVectors>
-__device__ inline void finish_tile(Vector (&gradient)[kVectors], const Vector (&z)[kVectors], const Head& head) {
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i)
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) gradient[i].value[j] = head.finish(gradient[i].value[j], z[i].value[j]);
-}
 
 }  // namespace
 }  // namespace rbfast

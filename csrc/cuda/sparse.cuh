@@ -31,10 +31,10 @@ __global__ void __launch_bounds__(kThreads, kGeneral&& kResident > 2 ? 2 : kResi
     const Head head(job);
     const int V = static_cast<int>(job.vocabulary);
     team.meet();  // every member has begun
+    Vector z[kVectors];
+    read_tile<T::kStep>(z, Input::of(job, team.row(0)), team.first());
     for (int round = 0; team.row(round) < job.rows; ++round) {
       const int row = team.row(round), turn = round % 2;
-      Vector z[kVectors];
-      read_tile<T::kStep>(z, job.logits + row * job.logits_stride, team.first(), V);
       const RowInfo& info = scratch.rows[row];
       const float scale = info.scale();
       const bool needs_one = info.inv_tau != 1;
@@ -45,15 +45,18 @@ __global__ void __launch_bounds__(kThreads, kGeneral&& kResident > 2 ? 2 : kResi
       team.meet();  // and every logit of the row is read: dz may lie over them
       const Sums sums = exchange.total(scale, needs_one, turn, [](const Sums& given) { return given; });
       if (team.is_leader()) scratch.sums[row] = sums;
-      if (job.dz == nullptr) continue;
+      const Input next = Input::of(job, team.row(round + 1));
       const TailScale tail = tail_scale<kGeneral>(job, series, info, scratch.entries + row * job.k, sums, scale);
       const Output output(job, row);
+      const auto replace = [&](int v, int i, auto whole) { z[i] = read_vector<whole.value>(next, v); };
       if (tail.at_one.factor == 0)
         output.put_tile<kVectors, T::kStep>(
-            team.first(), [&](int, int i) { return tail_gradient<kGeneral, false>(z[i], tail, head); });
+            team.first(), next.is_whole, [&](int, int i) { return tail_gradient<kGeneral, false>(z[i], tail, head); },
+            replace);
       else
         output.put_tile<kVectors, T::kStep>(
-            team.first(), [&](int, int i) { return tail_gradient<kGeneral, true>(z[i], tail, head); });
+            team.first(), next.is_whole, [&](int, int i) { return tail_gradient<kGeneral, true>(z[i], tail, head); },
+            replace);
     }
   }
 }
@@ -76,7 +79,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
     const Head head(job);
     const int V = static_cast<int>(job.vocabulary);
     const int64_t row = team.row(0);
-    const float* logits = job.logits + row * job.logits_stride;
+    const Input input = Input::of(job, row);
     const RowInfo info = scratch.rows[row];
     const float scale = info.scale();
     const bool needs_one = info.inv_tau != 1, is_plain = head.is_plain();
@@ -84,7 +87,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
     Vector z[kStreamVectors];
     Sums mine[1];
     for (int first = team.first(); first < V; first += kTile) {
-      read_tile<T::kStep>(z, logits, first, V);
+      read_tile<T::kStep>(z, input, first);
       if (!is_plain) apply_head<T::kStep>(z, head, first, V);
       add_tile(mine[0], z, scale, needs_one);
     }
@@ -97,7 +100,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
     const Output output(job, row);
     for (int start = 0; start < V; start += kTile) {
       const int first = start + team.first();
-      read_tile<T::kStep>(z, logits, first, V);
+      read_tile<T::kStep>(z, input, first);
       if (in_step) team.meet();
       if (!is_plain) apply_head<T::kStep>(z, head, first, V);
       output.put_tile<kStreamVectors, T::kStep>(

@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(kWarp) finish_rows(const Job job, const Scratc
   }
   if (lane == 0) losses.put(job, info, row, value, log_one - times(info.z_label, at_one));
   const Output output(job, row);
-  if (output.dz == nullptr) return;
+  if (job.dz == nullptr) return;
   const auto put = [&](int v, double z, double pull) {
     const double one = exp(times(z, at_one) - log_one) - (v == info.label ? 1 : 0);
     output.put_one(head.finish(static_cast<float>(info.pull * pull + info.ce_weight * one), static_cast<float>(z)), v);

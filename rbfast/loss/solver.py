@@ -27,6 +27,7 @@ from rbfast.ops.dtypes import wide_dtype
 HeadForward = Callable[[Tensor, Tensor, Tensor], None]  # the op head_forward_
 
 _NOTHING = Parameter(None, 0.0)
+ROW_UNIT = 32  # values: in fp32 128 bytes, a line of a GPU's cache or two of a CPU's
 
 
 class HeadProducts(Protocol):
@@ -129,7 +130,8 @@ class _Solver:
 
     def _choose_chunking(self, trains_head: bool) -> Chunking:
         rows, V = self.job.taken.size, self.weight.shape[0]
-        row_bytes, asked = self.dtype.itemsize * (V + self.teacher_columns), self.job.chunk_rows
+        row_bytes = self.dtype.itemsize * (row_width(V) + row_width(self.teacher_columns))
+        asked = self.job.chunk_rows
         if not _is_gpu(self.hidden):
             budget = IN_TILES if ops.uses_tiles(self.hidden, self.weight) else ON_CPU
             return chunk_on_cpu(rows, row_bytes, asked, budget)
@@ -159,20 +161,24 @@ class _Solver:
 
     def _run(self) -> None:
         chunk, V, beside = self.chunking.chunk, self.weight.shape[0], self.teacher_columns
-        size = chunk * (V + beside) * self.dtype.itemsize
+        widths = [row_width(V), row_width(beside)]
+        size = chunk * sum(widths) * self.dtype.itemsize
         if _is_gpu(self.hidden) or size < workspace.KEPT_FROM:
-            room = self.hidden.new_empty(chunk, beside, dtype=self.dtype) if beside else None
-            return self._run_chunks(self.hidden.new_empty(chunk, V, dtype=self.dtype), room)
+            logits = self.hidden.new_empty(chunk, widths[0], dtype=self.dtype)
+            room = self.hidden.new_empty(chunk, widths[1], dtype=self.dtype) if beside else None
+            return self._run_chunks(_cut_columns(logits, V), room)
         memory = workspace.borrow(size)
-        logits, room = memory[:size].view(self.dtype).split([chunk * V, chunk * beside])
-        self._run_chunks(logits.view(chunk, V), room.view(chunk, beside))
+        logits, room = memory[:size].view(self.dtype).split([chunk * width for width in widths])
+        self._run_chunks(_cut_columns(logits.view(chunk, widths[0]), V), room.view(chunk, widths[1]))
         workspace.give_back(memory)
 
     def _run_chunks(self, logits: Tensor, room: Tensor | None) -> None:
         """logits: memory for a chunk's. room: memory for a teacher's beside them, or for the same again."""
         (size, order, _), V, chunking = self.job.taken, self.weight.shape[0], self.chunking
         self.room = room
-        kept = self.hidden.new_empty(chunking.product, V) if chunking.keeps_dz else None
+        kept = None
+        if chunking.keeps_dz:
+            kept = _cut_columns(self.hidden.new_empty(chunking.product, row_width(V)), V)
         for start in range(0, size, chunking.product):
             stop = min(start + chunking.product, size)
             at = None if order is None else _cut(order, start, stop)
@@ -362,3 +368,16 @@ def _is_gpu(x: Tensor) -> bool:
 def _cut(x: Tensor, start: int, stop: int) -> Tensor:
     """Rows of x; x itself if that is all of it, for a view costs the host as much as a small kernel."""
     return x if start == 0 and stop == x.shape[0] else x[start:stop]
+
+
+def _cut_columns(x: Tensor, columns: int) -> Tensor:
+    return x if columns == x.shape[1] else x[:, :columns]
+
+
+def row_width(columns: int) -> int:
+    """How far apart rows of so many columns lie, in values.
+
+    Each begins a line of the cache. With a vocabulary of 50257, rows that follow each other start at any multiple of 4
+    bytes: a GPU's kernels would read and write most of them value by value, and so might its library's products.
+    """
+    return -(-columns // ROW_UNIT) * ROW_UNIT

@@ -80,11 +80,11 @@ def assert_close_to_fp64(gpu: Gpu, rows: Rows) -> None:
     assert bool((results[0] >= 0).all())
 
 
-def in_place(gpu: Gpu, rows: Rows, dtype: torch.dtype, ahead: int = 0) -> tuple[Tensor, ...]:
-    """With dz over the logits, as the loss does it; `ahead` floats lie before each row, and behind the last."""
+def in_place(gpu: Gpu, rows: Rows, dtype: torch.dtype, ahead: int = 0, behind: int = 0) -> tuple[Tensor, ...]:
+    """With dz over the logits, as the loss does it; `ahead` floats lie before all rows and `behind` after each."""
     T, V = rows.logits.shape
-    room = torch.full((T * (V + ahead) + ahead,), 7.0, device=gpu.device)
-    lines = room[ahead:].view(T, V + ahead)
+    room = torch.full((ahead + T * (V + behind),), 7.0, device=gpu.device)
+    lines = room[ahead:].view(T, V + behind)
     logits, dz = lines[:, :V], lines.view(dtype)[:, :V]
     logits.copy_(rows.logits)
     losses = gpu.ops.divergence_rows_(logits, dz, *rows.signals(gpu.device))
@@ -135,16 +135,23 @@ def test_a_large_vocabulary(gpu: Gpu, kind: str, beta: float) -> None:
 @covering(
     2,
     teacher=[("text", 0.0), ("top-k", 0.0), ("dense", 0.0), ("dense", 0.5)],
-    V=[1000, 5003, 11_000, 20_000],
-    ahead=[0, 1, 2, 3],
+    V=[1000, 5003, 11_001, 20_002],
+    memory=[(0, 1), (1, 1), (2, 1), (3, 1), (0, 4), (1, 4)],
+    head=[False, True],
 )
-def test_gradient_in_place_of_the_logits(gpu: Gpu, teacher: tuple[str, float], V: int, ahead: int) -> None:
-    """At every alignment of a row; nothing between the rows is touched."""
+def test_gradient_in_place_of_the_logits(
+    gpu: Gpu, teacher: tuple[str, float], V: int, memory: tuple[int, int], head: bool
+) -> None:
+    """At every alignment of a row, with a last vector cut off or whole; nothing between the rows is touched.
+
+    memory: floats ahead of all rows, and what each row's memory is a multiple of.
+    """
     kind, beta = teacher
-    rows = make(kind, V, V, head=True, beta=beta)
+    ahead, behind = memory[0], -V % memory[1]
+    rows = make(kind, V, V, head=head, beta=beta)
     apart = run(gpu, rows)
     for dtype in (torch.float32, torch.bfloat16):
-        over = in_place(gpu, rows, dtype, ahead)
+        over = in_place(gpu, rows, dtype, ahead, behind)
         assert all(map(torch.equal, over, (*apart[:-1], apart[-1].to(dtype))))
 
 

@@ -52,6 +52,17 @@ def test_strided_operands(isa):
     )
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_may_lie_apart(shape):
+    """The same bits, and nothing between the rows is touched."""
+    T, H, V = shape
+    hidden, weight = draw(T, H, dtype=torch.bfloat16), draw(V, H, dtype=torch.bfloat16, seed=1)
+    room = torch.full((T, V + 3), 7.0)
+    ops.head_forward_(room[:, :V], hidden, weight)
+    assert torch.equal(room[:, :V], head_forward(hidden, weight))
+    assert bool((room[:, V:] == 7).all())
+
+
 @pytest.mark.parametrize("shape", [(0, 5, 7), (3, 0, 7), (3, 5, 0)])
 def test_empty(shape):
     T, H, V = shape
@@ -152,6 +163,8 @@ def test_thresholds_of_extreme_rows():
 def test_wrong_shapes_are_named():
     with pytest.raises(RuntimeError, match=r"head_forward_: weight must be \[7, 5\]"):
         head_forward(torch.randn(3, 5), torch.randn(7, 6))
+    with pytest.raises(RuntimeError, match="head_forward_: logits must have dense rows"):
+        ops.head_forward_(torch.zeros(7, 3).T, torch.randn(3, 5), torch.randn(7, 5))
     with pytest.raises(RuntimeError, match=r"head_backward_: weight must be \[7, 5\]"):
         head_backward(torch.randn(3, 7), torch.randn(6, 5))
     with pytest.raises(RuntimeError, match=r"head_backward_: d_hidden must be \[3, 5\]"):
