@@ -49,8 +49,10 @@ def _take(row, v, end):
 def _of_row(values, factor, i, mask=None):
     """values[i] * factor; the factor where there are no values."""
     if values is None:
-        return factor + 0.0
-    return tl.load(values + i, mask=mask) * factor
+        value = factor + 0.0
+    else:  # not after a return above: Triton 3.6 compiles what follows one
+        value = tl.load(values + i, mask=mask) * factor
+    return value
 
 
 # ---- passes over a row ----

@@ -23,7 +23,7 @@ struct AllSums : BothSums {
 struct DenseScale {
   float inv_tau, scale, z_max, z_log, t_max, t_log, apart, coefficient, q_one;
   Powers q, p, one;  // the CE's part of the gradient is q_one * q + one(z)
-  int shared, label;
+  int shared;
 };
 
 __device__ inline DenseScale dense_scale(const RowInfo& info, const Sums& z, const Sums& t, const Sums& all,
@@ -42,8 +42,7 @@ __device__ inline DenseScale dense_scale(const RowInfo& info, const Sums& z, con
           {z.max, scale, 1 / z.at_tau},
           {t.max, scale, 1 / t.at_tau},
           {all.max, kLog2e, is_q ? 0 : info.ce_weight / all.at_one},
-          shared,
-          info.label};
+          shared};
 }
 
 // Of one id: its term of D, q, and the gradient of D in z as far as it does not need the whole row: for forward KL
@@ -74,35 +73,43 @@ __device__ inline Part part_of(float z, float t, const DenseScale& row, const Se
 }
 
 struct DenseTotals {
-  float terms[kVector] = {}, scores[kVector] = {};
-
-  __device__ float all_terms() const { return (terms[0] + terms[1]) + (terms[2] + terms[3]); }
-  __device__ float all_scores() const { return (scores[0] + scores[1]) + (scores[2] + scores[3]); }
+  float terms = 0, scores = 0;
 };
 
-// The parts of a vector at column v: z becomes the gradient in logits but for the mean score's part, and q the factor
-// of that part. kGeneral: with a head, or ids that the teacher does not have.
-template <Kind kKind, bool kGeneral>
-__device__ inline void solve_vector(Vector& z, const Vector& t, Vector& q, int v, const DenseScale& row,
-                                    const Series& series, const RowInfo& info, const Head& head, DenseTotals& totals) {
+// The parts of a tile: z becomes the gradient in logits but for the mean score's part, and `put_q` takes the factor of
+// that part for each vector. kGeneral: with a head, or ids that the teacher does not have.
+template <Kind kKind, bool kGeneral, int kStep, int kVectors, typename GetT, typename PutQ>
+__device__ inline DenseTotals solve_tile(Vector (&z)[kVectors], int first, const DenseScale& row, const Series& series,
+                                         const RowInfo& info, const Head& head, const GetT& get_t, const PutQ& put_q) {
+  float terms[kVector] = {}, scores[kVector] = {};
+  for_each_vector<kVectors, kStep>(first, [&](int v, int i) {
+    keep_order();
+    const Vector t = get_t(v, i);
+    Vector q;
 #pragma unroll
-  for (int j = 0; j < kVector; ++j) {
-    const float logit = z.value[j];
-    Part x = part_of<kKind>(logit, t.value[j], row, series);
-    if (kGeneral && v + j >= row.shared) x = {};
-    totals.terms[j] += x.term;
-    if (kKind != Kind::forward) totals.scores[j] += x.gradient;
-    float gradient = fmaf(x.gradient, row.coefficient, x.q * row.q_one);
-    if (row.one.factor != 0) gradient += row.one(logit);
-    z.value[j] = kGeneral ? head.finish(gradient, logit) : gradient;
-    q.value[j] = kGeneral ? head.finish(x.q, logit) : x.q;
-  }
-  if (static_cast<unsigned>(row.label - v) < kVector) {
-    const float of_label = kGeneral ? head.finish(info.ce_weight, info.z_label) : info.ce_weight;
+    for (int j = 0; j < kVector; ++j) {
+      const float logit = z[i].value[j];
+      Part x = part_of<kKind>(logit, t.value[j], row, series);
+      if (kGeneral && v + j >= row.shared) x = {};
+      terms[j] += x.term;
+      if (kKind != Kind::forward) scores[j] += x.gradient;
+      float gradient = fmaf(x.gradient, row.coefficient, x.q * row.q_one);
+      if (row.one.factor != 0) gradient += row.one(logit);
+      z[i].value[j] = kGeneral ? head.finish(gradient, logit) : gradient;
+      q.value[j] = kGeneral ? head.finish(x.q, logit) : x.q;
+    }
+    if (kKind != Kind::forward) put_q(q, i);
+  });
+  keep_order();  // what is said about the label is read here
+  const float of_label = kGeneral ? head.finish(info.ce_weight, info.z_label) : info.ce_weight;
+  const int label = info.label;
+  for_each_vector<kVectors, kStep>(first, [&](int v, int i) {
+    if (static_cast<unsigned>(label - v) < kVector)
 #pragma unroll
-    for (int j = 0; j < kVector; ++j)
-      if (v + j == row.label) z.value[j] -= of_label;
-  }
+      for (int j = 0; j < kVector; ++j)
+        if (v + j == label) z[i].value[j] -= of_label;
+  });
+  return {(terms[0] + terms[1]) + (terms[2] + terms[3]), (scores[0] + scores[1]) + (scores[2] + scores[3])};
 }
 
 // Takes the mean score's part from a vector.
@@ -168,33 +175,27 @@ __device__ inline float total_score(const DenseShared<Given, kWarps>& shared, in
   return warp_add(sum);
 }
 
-// A row of the teacher's logits, as much of it as the student has.
-__device__ inline Input teacher_of(const Job& job, int64_t row) {
-  return {job.teacher + row * job.teacher_stride, row < job.rows ? static_cast<int>(job.vocabulary) : 0};
-}
-
-// Starts the copy of a vector of a whole row into shared memory; columns beyond it become kNone.
-__device__ inline void copy_vector(Vector* to, const Input& row, int v) {
-  if (v < row.end)
-    __pipeline_memcpy_async(to, row.begin + v, sizeof(Vector));
-  else
-    *to = {{kNone, kNone, kNone, kNone}};
-}
-
-// The same of a thread's tile.
+// Starts the copies of a thread's tile into shared memory; columns beyond the row become kNone.
 template <int kVectors, int kStep, int kThreads>
 __device__ inline void copy_tile(Vector* mine, const Input& row, int first) {
   if (row.is_whole) {
-    for_each_vector<kVectors, kStep>(first, [&](int v, int i) { copy_vector(&mine[i * kThreads], row, v); });
+    for_each_vector<kVectors, kStep>(first, [&](int v, int i) {
+      if (v < row.end)
+        __pipeline_memcpy_async(&mine[i * kThreads], row.begin + v, sizeof(Vector));
+      else
+        mine[i * kThreads] = {{kNone, kNone, kNone, kNone}};
+    });
   } else {
 #pragma unroll 1
-    for (int i = 0; i < kVectors; ++i) {
-      const int v = first + i * kStep;
-      for (int j = 0; j < kVector; ++j)
-        if (v + j < row.end)
-          __pipeline_memcpy_async(&mine[i * kThreads].value[j], row.begin + v + j, sizeof(float));
+    for (int i = 0; i < kVectors; ++i, mine += kThreads, first += kStep) {
+      const bool is_inside = row.is_aligned && first + kVector <= row.end;
+      if (is_inside) __pipeline_memcpy_async(mine, row.begin + first, sizeof(Vector));
+#pragma unroll 1
+      for (int j = is_inside ? kVector : 0; j < kVector; ++j)
+        if (first + j < row.end)
+          __pipeline_memcpy_async(&mine->value[j], row.begin + first + j, sizeof(float));
         else
-          mine[i * kThreads].value[j] = kNone;
+          mine->value[j] = kNone;
     }
   }
   __pipeline_commit();
@@ -223,7 +224,6 @@ __global__ void __launch_bounds__(kThreads, kResident)
   if constexpr (is_possible<kBlocks>()) {
     using T = Team<kBlocks, kThreads>;
     using Shared = DenseShared<BothSums, T::kAllWarps>;
-    constexpr bool is_forward = kKind == Kind::forward;
     RBFAST_SHARED_MEMORY(memory);
     auto& shared = *reinterpret_cast<Shared*>(memory);
     Vector* mine = reinterpret_cast<Vector*>(memory + sizeof(Shared)) + threadIdx.x;
@@ -231,11 +231,11 @@ __global__ void __launch_bounds__(kThreads, kResident)
     const Head head(job);
     const int V = static_cast<int>(job.vocabulary);
     team.meet();  // every member has begun
-    Vector z[kVectors];
-    read_tile<T::kStep>(z, Input::of(job, team.row(0)), team.first());
-    copy_tile<kVectors, T::kStep, kThreads>(mine, teacher_of(job, team.row(0)), team.first());
     for (int round = 0; team.row(round) < job.rows; ++round) {
       const int row = team.row(round), turn = round % 2;
+      copy_tile<kVectors, T::kStep, kThreads>(mine, {job.teacher + row * job.teacher_stride, V}, team.first());
+      Vector z[kVectors];
+      read_tile<T::kStep>(z, Input::of(job, row), team.first());
       const RowInfo& info = scratch.rows[row];
       const float scale = info.scale();
       const bool needs_one = info.inv_tau != 1;
@@ -249,48 +249,23 @@ __global__ void __launch_bounds__(kThreads, kResident)
       Sums all;
       const DenseScale row_scale = total_scale(shared, info, V, V, turn, series, &all);
       if (team.is_leader()) scratch.sums[row] = all;
-      const Input next = Input::of(job, team.row(round + 1)), next_teacher = teacher_of(job, team.row(round + 1));
-      const Output output(job, row);
-      const bool is_whole = output.is_whole && next.is_whole && next_teacher.is_whole;
-      DenseTotals totals;
-      const auto solve = [&](int v, int i) {
-        keep_order();
-        const Vector t = mine[i * kThreads];
-        Vector q;
-        solve_vector<kKind, false>(z[i], t, q, v, row_scale, series, info, head, totals);
-        return q;
-      };
-      if (!is_forward)
-        for_each_vector<kVectors, T::kStep>(team.first(), [&](int v, int i) {
-          if (v < V) mine[i * kThreads] = solve(v, i);
-        });
-      float mean = 0;
-      if (!is_forward) {
-        shared.scores.give(team, warp_add(totals.all_scores()), turn);
-        team.meet();
-        mean = total_score(shared, turn) * row_scale.coefficient;
-      }
-      output.put_tile<kVectors, T::kStep>(
-          team.first(), is_whole,
-          [&](int v, int i) {
-            if (is_forward) {
-              solve(v, i);
-            } else {
-              keep_order();
-              take_mean(z[i], mine[i * kThreads], mean);
-            }
-            return z[i];
-          },
-          [&](int v, int i, auto whole) {
-            z[i] = read_vector<whole.value>(next, v);
-            if (whole.value) copy_vector(&mine[i * kThreads], next_teacher, v);
-          });
-      if (!is_whole)
-        copy_tile<kVectors, T::kStep, kThreads>(mine, next_teacher, team.first());
-      else
-        __pipeline_commit();
-      const float terms = warp_add(totals.all_terms());
+      const DenseTotals totals = solve_tile<kKind, false, T::kStep>(
+          z, team.first(), row_scale, series, info, head, [&](int, int i) { return mine[i * kThreads]; },
+          [&](const Vector& q, int i) { mine[i * kThreads] = q; });
+      const float terms = warp_add(totals.terms);
       if (threadIdx.x % kWarp == 0) scratch.terms[row * T::kAllWarps + team.warp()] = terms;
+      if (kKind != Kind::forward) {
+        shared.scores.give(team, warp_add(totals.scores), turn);
+        team.meet();
+        const float mean = total_score(shared, turn) * row_scale.coefficient;
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i) {
+          keep_order();
+          take_mean(z[i], mine[i * kThreads], mean);
+        }
+      }
+      if (job.dz == nullptr) continue;
+      Output(job, row).put_tile<kVectors, T::kStep>(team.first(), [&](int, int i) { return z[i]; });
     }
   }
 }
@@ -325,14 +300,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       clear_holes(z);
       clear_holes(t);
     };
-    // t becomes the factor of the mean score's part.
-    const auto solve = [&](int first, const DenseScale& row_scale, DenseTotals& totals) {
-      for_each_vector<kDenseStreamVectors, T::kStep>(first, [&](int v, int i) {
-        keep_order();
-        Vector q;
-        solve_vector<kKind, true>(z[i], t[i], q, v, row_scale, series, info, head, totals);
-        t[i] = q;
-      });
+    const auto solve = [&](int first, const DenseScale& row_scale) {
+      return solve_tile<kKind, true, T::kStep>(
+          z, first, row_scale, series, info, head, [&](int, int i) { return t[i]; },
+          [&](const Vector& q, int i) { t[i] = q; });
     };
     team.meet();  // every member has begun
     Sums z_sums[1], t_sums[1], rest[1];
@@ -351,17 +322,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     const DenseScale row_scale = total_scale(shared, info, n, V, 0, series, &all);
     if (team.is_leader()) scratch.sums[row] = all;
     const bool is_forward = kKind == Kind::forward;
-    DenseTotals totals, again;
+    DenseTotals totals;
     float mean = 0;
     if (!is_forward || job.dz == nullptr) {
       for (int first = team.first(); first < n; first += kTile) {
         read(first);
         prepare(first);
-        solve(first, row_scale, totals);
+        const DenseTotals more = solve(first, row_scale);
+        totals.terms += more.terms, totals.scores += more.scores;
       }
     }
     if (!is_forward) {
-      shared.scores.give(team, warp_add(totals.all_scores()), 0);
+      shared.scores.give(team, warp_add(totals.scores), 0);
       team.meet();
       mean = total_score(shared, 0) * row_scale.coefficient;
     }
@@ -370,12 +342,13 @@ __global__ void __launch_bounds__(kThreads, 1)
       read(first);
       if (in_step) team.meet();
       prepare(first);
-      solve(first, row_scale, is_forward ? totals : again);
+      const DenseTotals more = solve(first, row_scale);
+      if (is_forward) totals.terms += more.terms;
 #pragma unroll
       for (int i = 0; !is_forward && i < kDenseStreamVectors; ++i) take_mean(z[i], t[i], mean);
       Output(job, row).put_tile<kDenseStreamVectors, T::kStep>(first, [&](int, int i) { return z[i]; });
     }
-    const float terms = warp_add(totals.all_terms());
+    const float terms = warp_add(totals.terms);
     if (threadIdx.x % kWarp == 0) scratch.terms[row * T::kAllWarps + team.warp()] = terms;
   }
 }

@@ -4,9 +4,10 @@
 // A row belongs to a team: one block, or on Hopper and later a cluster of up to 8. Its members hold the whole row in
 // their registers, and a dense teacher's in their shared memory: memory is read once. They exchange their sums through
 // distributed shared memory, with one barrier of the team for a row (two for reverse KL and JS), and dz, which may lie
-// over the logits, is written after it. While some teams wait, others of the same multiprocessor read or write: what
-// counts is that two or more blocks fit one. Which layout serves which vocabulary is in tables below. Rows that fit
-// none are read once more for each pass.
+// over the logits, is written after it. Of text and of a top-k teacher the next row is read as a vector of dz is
+// stored, in its place. While some teams wait, others of the same multiprocessor read or write: what counts is that two
+// or more blocks fit one. Which layout serves which vocabulary is in tables below. Rows that fit none are read once
+// more for each pass.
 //
 // A small kernel before gathers what is said about each row, one after it computes the losses.
 //
@@ -65,8 +66,10 @@ constexpr Layout dense() {
 
 // blocks, threads, vectors, blocks of an SM that the registers must suffice for. The first that holds the row, has the
 // family and fits the GPU is taken. With 19 vectors a head would spill.
-const Layout kSparseLayouts[] = {sparse<1, 256, 4, 4>(),  sparse<1, 256, 16, 2>(),        sparse<4, 384, 8, 3>(),
-                                 sparse<8, 256, 16, 2>(), sparse<8, 256, 19, 2>(nullptr), sparse<8, 512, 16, 1>()};
+const Layout kSparseLayouts[] = {sparse<1, 256, 4, 4>(),  sparse<1, 256, 16, 2>(), sparse<4, 384, 6, 3>(),
+                                 sparse<4, 384, 8, 3>(),  sparse<8, 256, 7, 3>(),  sparse<8, 256, 10, 3>(),
+                                 sparse<8, 256, 13, 2>(), sparse<8, 256, 16, 2>(), sparse<8, 256, 19, 2>(nullptr),
+                                 sparse<8, 512, 16, 1>()};
 const Layout kDenseLayouts[] = {dense<1, 256, 4, 2>(), dense<4, 256, 12, 2>(), dense<8, 256, 7, 3>(),
                                 dense<8, 256, 16, 2>(), dense<8, 512, 10, 1>()};
 

@@ -189,10 +189,11 @@ struct Output {
     for (int j = 0; j < kVector; ++j)
       if (v + j < end) put_one(gradient.value[j], v + j);
   }
-  // Stores f(i), the gradient of each vector i of a tile, and then calls then(v, i, whether the row is whole).
+  // Stores f(v, i), the gradient of each vector i of a tile, and then calls then(v, i, goes_whole). goes_whole: this
+  // row is whole, and so is whatever `then` reads; vectors beyond the row are not asked of f.
   template <int kVectors, int kStep, typename F, typename Then>
-  __device__ void put_tile(int first, bool whole, const F& f, const Then& then) const {
-    if (!is_whole || !whole)
+  __device__ void put_tile(int first, bool goes_whole, const F& f, const Then& then) const {
+    if (!goes_whole)
       for_each_vector<kVectors, kStep>(first, [&](int v, int i) {
         put(f(v, i), v);
         then(v, i, std::false_type{});
@@ -210,7 +211,7 @@ struct Output {
   }
   template <int kVectors, int kStep, typename F>
   __device__ void put_tile(int first, const F& f) const {
-    put_tile<kVectors, kStep>(first, true, f, [](int, int, auto) {});
+    put_tile<kVectors, kStep>(first, is_whole, f, [](int, int, auto) {});
   }
 };
 

@@ -48,14 +48,15 @@ __global__ void __launch_bounds__(kThreads, kGeneral&& kResident > 2 ? 2 : kResi
       const Input next = Input::of(job, team.row(round + 1));
       const TailScale tail = tail_scale<kGeneral>(job, series, info, scratch.entries + row * job.k, sums, scale);
       const Output output(job, row);
-      const auto replace = [&](int v, int i, auto whole) { z[i] = read_vector<whole.value>(next, v); };
+      const bool goes_whole = output.is_whole && next.is_whole;
+      const auto replace = [&](int v, int i, auto goes_whole) { z[i] = read_vector<goes_whole.value>(next, v); };
       if (tail.at_one.factor == 0)
         output.put_tile<kVectors, T::kStep>(
-            team.first(), next.is_whole, [&](int, int i) { return tail_gradient<kGeneral, false>(z[i], tail, head); },
+            team.first(), goes_whole, [&](int, int i) { return tail_gradient<kGeneral, false>(z[i], tail, head); },
             replace);
       else
         output.put_tile<kVectors, T::kStep>(
-            team.first(), next.is_whole, [&](int, int i) { return tail_gradient<kGeneral, true>(z[i], tail, head); },
+            team.first(), goes_whole, [&](int, int i) { return tail_gradient<kGeneral, true>(z[i], tail, head); },
             replace);
     }
   }

@@ -92,8 +92,7 @@ struct TailScale {
 };
 
 // The gradient of D in the tail's own logit, over its q: reverse KL and JS, by a whole warp. log_q and log_p are the
-// tail's, in base 2; An entry's log_q is
-// (z - top) * scale - log_all; log_norm brings its log_p to a probability's.
+// tail's, in base 2. An entry's log_q is (z - top) * scale - log_all; log_norm brings its log_p to a probability's.
 template <Kind kKind>
 __device__ inline float tail_score(const Series& series, const Entry* entries, int k, float scale, float top,
                                    float log_all, float log_norm, float log_q, float log_p) {

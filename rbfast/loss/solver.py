@@ -27,7 +27,7 @@ from rbfast.ops.dtypes import wide_dtype
 HeadForward = Callable[[Tensor, Tensor, Tensor], None]  # the op head_forward_
 
 _NOTHING = Parameter(None, 0.0)
-ROW_UNIT = 32  # values: in fp32 128 bytes, a line of a GPU's cache or two of a CPU's
+ROW_UNIT = 32  # values: 128 bytes of logits, a line of a GPU's cache or two of a CPU's; 64 of a gradient in bf16
 
 
 class HeadProducts(Protocol):
@@ -377,7 +377,7 @@ def _cut_columns(x: Tensor, columns: int) -> Tensor:
 def row_width(columns: int) -> int:
     """How far apart rows of so many columns lie, in values.
 
-    Each begins a line of the cache. With a vocabulary of 50257, rows that follow each other start at any multiple of 4
+    Each begins at 64 bytes or a multiple. With a vocabulary of 50257, rows that follow each other start at any multiple of 4
     bytes: a GPU's kernels would read and write most of them value by value, and so might its library's products.
     """
     return -(-columns // ROW_UNIT) * ROW_UNIT

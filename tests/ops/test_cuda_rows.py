@@ -155,9 +155,10 @@ def test_gradient_in_place_of_the_logits(
         assert all(map(torch.equal, over, (*apart[:-1], apart[-1].to(dtype))))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_without_a_gradient(gpu: Gpu, kind: str) -> None:
-    rows = make(kind, 3001, 3001, head=True)
+@pytest.mark.parametrize("kind, beta", [("text", 0.0), ("top-k", 0.3), ("dense", 0.0), ("dense", 0.3), ("dense", 1.0)])
+@pytest.mark.parametrize("V, head", [(3001, True), (3001, False), (3000, False)])
+def test_without_a_gradient(gpu: Gpu, kind: str, beta: float, V: int, head: bool) -> None:
+    rows = make(kind, V, V, head=head, beta=beta)
     divergence, ce, loss = There(gpu).divergence_rows_(rows.logits.clone(), None, *rows.signals())
     with_gradient = run(gpu, rows)
     assert torch.equal(ce, with_gradient[1])

@@ -73,15 +73,16 @@ def column_calls(dtype: torch.dtype, k: int) -> Iterator[Callable[[], object]]:
 
 def row_calls(kind: str, beta: float, head: bool) -> Iterator[Callable[[], object]]:
     T, V, k = 1024, 151936, 20
-    rows = (empty(T, dtype=torch.int64), empty(T), empty(T), empty(T))
+    labels, weights = empty(T, dtype=torch.int64), (empty(T), empty(T), empty(T))
     ids, logprobs = (empty(T, k, dtype=torch.int64), empty(T, k)) if kind == "top-k" else (None, None)
     teacher = empty(T, V) if kind == "dense" else None
     bias, scale, softcap = (empty(V), 0.5, 30.0) if head else (None, 1.0, None)
     logits = empty(T, V)
     dz = logits.view(torch.bfloat16)[:, :V]  # over the logits, as the loss has it
-    yield lambda: divergence_rows.divergence_rows_(
-        logits, dz, *rows, ids, logprobs, teacher, bias, beta, scale, softcap
-    )
+    for parameters in (weights, (None, None, None)):  # one for each row, or a factor alone
+        yield lambda parameters=parameters: divergence_rows.divergence_rows_(
+            logits, dz, labels, *parameters, ids, logprobs, teacher, bias, beta, scale, softcap, 0.3, 0.1, 2.0
+        )
 
 
 def launches(monkeypatch: pytest.MonkeyPatch, calls: Iterator[Callable[[], object]]) -> list[Launch]:
