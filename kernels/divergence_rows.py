@@ -48,11 +48,8 @@ def _take(row, v, end):
 @triton.jit
 def _of_row(values, factor, i, mask=None):
     """values[i] * factor; the factor where there are no values."""
-    if values is None:
-        value = factor + 0.0
-    else:  # not after a return above: Triton 3.6 compiles what follows one
-        value = tl.load(values + i, mask=mask) * factor
-    return value
+    # In one expression: Triton 3.6 compiles what follows a return, too.
+    return factor + 0.0 if values is None else tl.load(values + i, mask=mask) * factor
 
 
 # ---- passes over a row ----

@@ -120,6 +120,7 @@ class _Solver:
         self.teacher_columns = 0
         for group in job.taken.groups:
             self.teacher_columns = max(self.teacher_columns, group.columns_beside(weight.shape[0]))
+        self.widths = row_width(weight.shape[0]), row_width(self.teacher_columns)  # of logits, and of what is beside
         self.chunking = self._choose_chunking(trains_head=wanted[1])
         self.room: Tensor | None = None
         self.d_hidden: Tensor | None = None  # made when it is first needed
@@ -129,15 +130,14 @@ class _Solver:
         self.left_out: list[Tensor] = []
 
     def _choose_chunking(self, trains_head: bool) -> Chunking:
-        rows, V = self.job.taken.size, self.weight.shape[0]
-        row_bytes = self.dtype.itemsize * (row_width(V) + row_width(self.teacher_columns))
-        asked = self.job.chunk_rows
+        rows, size = self.job.taken.size, self.dtype.itemsize
+        own, beside, asked = size * self.widths[0], size * self.widths[1], self.job.chunk_rows
         if not _is_gpu(self.hidden):
             budget = IN_TILES if ops.uses_tiles(self.hidden, self.weight) else ON_CPU
-            return chunk_on_cpu(rows, row_bytes, asked, budget)
+            return chunk_on_cpu(rows, own + beside, asked, budget)
         if trains_head and self.is_narrow:
-            return chunk_trained_head(rows, row_bytes, asked, self.weight.shape)
-        return chunk_on_gpu(rows, row_bytes, asked)
+            return chunk_trained_head(rows, own, asked, self.weight.shape, beside)
+        return chunk_on_gpu(rows, own, asked, beside_bytes=beside)
 
     def _make_d_weight(self) -> Tensor:
         is_filled = self.chunking.rounds_sum and self.job.taken.size
@@ -160,25 +160,24 @@ class _Solver:
         return Solution(divergence, ce, loss, torch.cat(self.left_out) if self.left_out else None, gradients)
 
     def _run(self) -> None:
-        chunk, V, beside = self.chunking.chunk, self.weight.shape[0], self.teacher_columns
-        widths = [row_width(V), row_width(beside)]
-        size = chunk * sum(widths) * self.dtype.itemsize
+        V, (chunk, _, beside, *_), (width, width_beside) = self.weight.shape[0], self.chunking, self.widths
+        size = (chunk * width + beside * width_beside) * self.dtype.itemsize
         if _is_gpu(self.hidden) or size < workspace.KEPT_FROM:
-            logits = self.hidden.new_empty(chunk, widths[0], dtype=self.dtype)
-            room = self.hidden.new_empty(chunk, widths[1], dtype=self.dtype) if beside else None
+            logits = self.hidden.new_empty(chunk, width, dtype=self.dtype)
+            room = self.hidden.new_empty(beside, width_beside, dtype=self.dtype) if width_beside else None
             return self._run_chunks(_cut_columns(logits, V), room)
         memory = workspace.borrow(size)
-        logits, room = memory[:size].view(self.dtype).split([chunk * width for width in widths])
-        self._run_chunks(_cut_columns(logits.view(chunk, widths[0]), V), room.view(chunk, widths[1]))
+        logits, room = memory[:size].view(self.dtype).split([chunk * width, beside * width_beside])
+        self._run_chunks(_cut_columns(logits.view(chunk, width), V), room.view(beside, width_beside))
         workspace.give_back(memory)
 
     def _run_chunks(self, logits: Tensor, room: Tensor | None) -> None:
-        """logits: memory for a chunk's. room: memory for a teacher's beside them, or for the same again."""
+        """logits: memory for a chunk's. room: for a teacher's, or for the same again, of `chunking.beside` rows."""
         (size, order, _), V, chunking = self.job.taken, self.weight.shape[0], self.chunking
         self.room = room
         kept = None
         if chunking.keeps_dz:
-            kept = _cut_columns(self.hidden.new_empty(chunking.product, row_width(V)), V)
+            kept = _cut_columns(self.hidden.new_empty(chunking.product, self.widths[0]), V)
         for start in range(0, size, chunking.product):
             stop = min(start + chunking.product, size)
             at = None if order is None else _cut(order, start, stop)
@@ -205,15 +204,23 @@ class _Solver:
         base = 0
         for group in self.job.taken.groups:
             first, last = max(base, start), min(base + group.size, stop)
-            if first < last:
-                inside = (first - start, last - start)
+            for at in range(first, last, self.chunking.beside):
+                end = min(at + self.chunking.beside, last)
+                inside = (at - start, end - start)
                 z, out = _cut(logits, *inside), None if dz is None else _cut(dz, *inside)
-                signal = self._signal(group, first - base, last - base, _cut(x, *inside), z)
-                if isinstance(group.signal, TopK) and group.signal.temperature != 1:
-                    self._solve_rows_at(group.signal.temperature, first, last, z, out, signal)
-                else:
-                    self._solve_rows(first, last, z, out, signal)
+                self._solve_group(group, (at, end), base, _cut(x, *inside), z, out)
             base += group.size
+
+    def _solve_group(
+        self, group: RowGroup, rows: tuple[int, int], base: int, x: Tensor, z: Tensor, out: Tensor | None
+    ) -> None:
+        """Some rows of a group, which begins at row `base` of those that take part."""
+        start, stop = rows
+        signal = self._signal(group, start - base, stop - base, x, z)
+        if isinstance(group.signal, TopK) and group.signal.temperature != 1:
+            self._solve_rows_at(group.signal.temperature, start, stop, z, out, signal)
+        else:
+            self._solve_rows(start, stop, z, out, signal)
 
     def _signal(self, group: RowGroup, start: int, stop: int, x: Tensor, student: Tensor) -> SignalOfRows:
         """ids, log-probs and logits of some rows of a group. x, student: their own hidden states and logits."""
@@ -377,7 +384,7 @@ def _cut_columns(x: Tensor, columns: int) -> Tensor:
 def row_width(columns: int) -> int:
     """How far apart rows of so many columns lie, in values.
 
-    Each begins at 64 bytes or a multiple. With a vocabulary of 50257, rows that follow each other start at any multiple of 4
-    bytes: a GPU's kernels would read and write most of them value by value, and so might its library's products.
+    Each begins at 64 bytes or a multiple. With a vocabulary of 50257, rows that follow each other begin at any multiple
+    of 4 bytes: a GPU's kernels would read and write most of them value by value, and so might its library's products.
     """
     return -(-columns // ROW_UNIT) * ROW_UNIT

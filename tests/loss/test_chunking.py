@@ -20,9 +20,12 @@ def test_chunks_are_whole_tiles_of_any_batch(rows, V, asked):
         chunk_on_cpu(rows, 4 * V, asked),
         chunk_on_cpu(rows, 4 * V, asked, chunking.IN_TILES),
         chunk_on_gpu(rows, 8 * V, asked),
+        chunk_on_gpu(rows, 4 * V, asked, beside_bytes=4 * V),
         chunk_trained_head(rows, 4 * V, asked, torch.Size((V, 1000))),
+        chunk_trained_head(rows, 4 * V, asked, torch.Size((V, 1000)), 4 * V),
     ):
         assert 1 <= plan.chunk <= plan.product <= max(1, rows)
+        assert plan.chunk <= 2 * plan.beside <= 2 * plan.chunk
         assert plan.chunk % 32 == 0 or plan.chunk == plan.product
         if plan.rounds_sum:
             assert -(-rows // plan.product) <= 2
@@ -30,15 +33,15 @@ def test_chunks_are_whole_tiles_of_any_batch(rows, V, asked):
 
 def test_a_gpu_needs_less_than_a_gigabyte_at_the_size_of_llama_8b():
     V, H = LLAMA_8B
-    for plan, logits_bytes in (
-        (chunk_on_gpu(4096, 4 * V, None), 4 * V),
-        (chunk_on_gpu(4096, 8 * V, None), 8 * V),
-        (chunk_trained_head(4096, 4 * V, None, LLAMA_8B), 4 * V),
+    for plan, beside_bytes in (
+        (chunk_on_gpu(4096, 4 * V, None), 0),
+        (chunk_on_gpu(4096, 4 * V, None, beside_bytes=4 * V), 4 * V),
+        (chunk_trained_head(4096, 4 * V, None, LLAMA_8B), 0),
     ):
         dz_bytes = 2 * V * plan.product if plan.keeps_dz else 0
         d_hidden = 4 * 4096 * H - 2 * 4096 * H  # in fp32, of which half is returned
-        assert plan.chunk * logits_bytes + dz_bytes + d_hidden < 1e9
-        assert plan.chunk >= 768
+        assert plan.chunk * 4 * V + plan.beside * beside_bytes + dz_bytes + d_hidden < 1e9
+        assert plan.chunk == (768 if plan.keeps_dz else 1024)
 
 
 def test_a_long_batch_adds_up_the_gradient_of_its_head_in_fp32():
