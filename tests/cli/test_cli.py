@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from dataclasses import astuple
@@ -135,6 +136,32 @@ def test_a_base_is_written_as_a_folder_that_an_exported_lora_names(
     assert code == 0
     theirs = peft.AutoPeftModelForCausalLM.from_pretrained(lora, dtype=torch.float32)(ids).logits
     assert torch.dist(theirs, logits) <= 1e-4 * logits.norm()
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("old")
+    os.mkfifo(tmp_path / "pipe")
+    folder, file, pipe = "the name of a folder, found a file", "the name of a file, got '-'", "found a device or a pipe"
+    for words, out, complaint in (
+        ("convert none.jsonl", "-", file),
+        ("convert none.jsonl", tmp_path / "pipe", pipe),
+        ("eval no/model --task none.jsonl", tmp_path / "pipe", pipe),
+        ("eval no/model --task none.jsonl", tmp_path / "file" / "new", "expected a folder at"),
+        ("report none", tmp_path / "pipe", pipe),
+        ("curate none.jsonl", tmp_path / "file", folder),
+        ("teach no/model none.jsonl", tmp_path / "file", folder),
+        ("distill no/model none.jsonl", tmp_path / "file", folder),
+        ("merge no/model none", tmp_path / "file", folder),
+        ("export-lora no/model none", tmp_path / "file", folder),
+        ("demo", tmp_path / "file", folder),
+    ):
+        with pytest.raises(SystemExit) as done:
+            main([*words.split(), "--out", str(out)])
+        assert done.value.code == 2
+        assert complaint in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "old" and (tmp_path / "pipe").is_fifo()
 
 
 def test_merge_takes_an_adapter_or_only_the_base(
