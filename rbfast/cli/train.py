@@ -193,7 +193,7 @@ def _trained_with(args: argparse.Namespace, tokenizer: Any) -> "Instruction":
 
 
 def run_merge(args: argparse.Namespace) -> int:
-    from rbfast.training.merged_model import save_merged
+    from rbfast.training.merged_model import save_checkpoint, save_merged
 
     if args.base_only == (args.adapter is not None):
         raise ValueError(
@@ -201,8 +201,7 @@ def run_merge(args: argparse.Namespace) -> int:
         )
     model, tokenizer = load_model(args)
     if args.base_only:
-        model.save_pretrained(args.out)
-        tokenizer.save_pretrained(args.out)
+        save_checkpoint(model, tokenizer, args.out)
     else:
         attach(model, args.adapter).merge()
         save_merged(model, tokenizer, args.out, _trained_with(args, tokenizer))

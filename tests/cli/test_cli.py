@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import stat
 import subprocess
 import sys
 from dataclasses import astuple
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tiny import model_of_words
 from transformers import PreTrainedTokenizerBase
 
@@ -261,6 +263,32 @@ def test_a_run_without_an_epoch_is_refused_before_anything_is_read(
     for epochs in ("0", "-1"):
         code, out, err = call(capsys, "distill", "no/model", "none.jsonl", "-o", str(tmp_path), "--epochs", epochs)
         assert (code, out) == (2, "") and f"epochs must be finite and above 0, got {float(epochs)}" in err
+
+
+def test_merged_weights_are_as_readable_as_the_files_beside_them(
+    capsys: pytest.CaptureFixture[str], model_folder: str, tmp_path: Path
+) -> None:
+    before = os.umask(0o027)
+    try:
+        assert call(capsys, "merge", model_folder, "--base-only", "-o", str(tmp_path))[0] == 0
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert modes.pop("model.safetensors") == 0o640
+    assert set(modes.values()) == {0o640}
+
+
+def test_a_full_disk_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model_folder: str, tmp_path: Path
+) -> None:
+    def full(self: object, folder: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    code, out, err = call(capsys, "merge", model_folder, "--base-only", "-o", str(tmp_path / "out"))
+    assert (code, out) == (2, "")
+    said = f"{tmp_path / 'out'}: the weights cannot be written: I/O error: No space left on device (os error 28)"
+    assert err.splitlines()[-1] == f"rbfast merge: error: {said}"
 
 
 @pytest.mark.parametrize("density", ["0", "1e-9", "2"])
