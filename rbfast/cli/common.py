@@ -110,6 +110,13 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def positive(text: str) -> int:
+    """The type of an argument that is at least 1. Raises argparse.ArgumentTypeError for anything else."""
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
+
+
 FILE_ONLY = "a regular file or a link to one; not - or a device"
 
 

@@ -18,6 +18,7 @@ from rbfast.cli.common import (
     load_model,
     output_file,
     output_folder,
+    positive,
     print_result,
     read_traces_aloud,
 )
@@ -111,7 +112,7 @@ def add_teach(sub: argparse.ArgumentParser) -> None:
         help="a provider with an API of its own, as litellm names it (anthropic, gemini, ...); key: ANTHROPIC_API_KEY "
         "and the like; needs rbfast[teachers]",
     )
-    asked.add_argument("-n", type=int, help="problems to ask (default: all, or 50 of a generator)")
+    asked.add_argument("-n", type=positive, help="problems to ask (default: all, or 50 of a generator)")
     asked.add_argument("--samples", type=int, default=1, help="solutions per problem (default: 1)")
     asked.add_argument("--temperature", type=float, default=0.7, help="default: 0.7")
     asked.add_argument("--reasoning-effort", metavar="LEVEL", help="how long to think: low, medium, high, ...")

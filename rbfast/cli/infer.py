@@ -20,6 +20,7 @@ from rbfast.cli.common import (
     lines,
     load_model,
     output_file,
+    positive,
     print_result,
     temperature_of,
 )
@@ -130,7 +131,7 @@ def add_eval(sub: argparse.ArgumentParser) -> None:
         "owner/name, owner/name:split or owner/name:config:split; repeat",
     )
     sub.add_argument("--adapter", help="folder of a trained adapter to attach")
-    sub.add_argument("-n", type=int, default=50, help="problems per task (default: 50)")
+    sub.add_argument("-n", type=positive, default=50, help="problems per task (default: 50)")
     sub.add_argument("--samples", type=int, default=1, help="completions per problem (default: 1, greedy)")
     sub.add_argument("--temperature", type=float, help="default: 0 for one sample, 0.8 for several")
     sub.add_argument("--max-new-tokens", type=int, default=512, help="tokens per completion, at most (default: 512)")

@@ -94,6 +94,7 @@ def test_from_traces_to_a_merged_model_and_a_lora(
     assert code == 0 and again["already_finished"] is True
     assert f"already finished: the adapter is in {run}, nothing was trained;" in err
     assert again["last_loss_tactical"] == result["last_loss_tactical"]
+    assert again["seconds"] == result["seconds"]  # of the training, not of finding it
 
     records = tmp_path / "completions.jsonl"
     code, out, _ = call(
@@ -201,7 +202,7 @@ def test_solve_keeps_to_its_budget(capsys: pytest.CaptureFixture[str], model_fol
     [
         (["--budget", "0"], "budget must be at least 1, got 0"),
         (["--budget", "-3"], "budget must be at least 1, got -3"),
-        (["--budget", "9"], "raise the reserve, or the budget to"),
+        (["--budget", "9"], "of a budget of 9: raise the budget to "),
         (["--server", "nowhere"], "url must look like http"),
     ],
 )
@@ -357,6 +358,46 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main(["distil"])
     assert done.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("--lr 0.1", "unknown option --lr: did you mean --learning-rate?"),
+        ("--bach-size=4", "unknown option --bach-size: did you mean --batch-size?"),
+        ("--xyzzy", "unknown option --xyzzy"),
+        ("more", "unexpected argument 'more'"),
+    ],
+)
+def test_an_unknown_option_is_answered_by_its_command(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, words: str, complaint: str
+) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["distill", "model", "traces", "-o", str(tmp_path), *words.split()])
+    assert done.value.code == 2
+    usage, error = capsys.readouterr().err.splitlines()
+    assert usage == "usage: rbfast distill -o OUT model traces [options]"
+    assert error == f"rbfast distill: error: {complaint}; see rbfast distill --help"
+
+
+def test_no_problems_are_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ("eval no/model --task none.jsonl -n 0", "teach no/model none.jsonl -o none -n -1"):
+        with pytest.raises(SystemExit) as done:
+            main(words.split())
+        assert done.value.code == 2
+        assert "argument -n: expected a whole number above 0, got " in capsys.readouterr().err
+
+
+def test_an_interrupted_command_exits_as_a_shell_reports_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rbfast.report.run_report.write_report", interrupt)
+    code, _, err = call(capsys, "report", "run", "-o", str(tmp_path / "page.html"))
+    assert code == 130
+    assert err == "rbfast report: interrupted; run the same command to resume\n"
 
 
 @pytest.mark.slow
