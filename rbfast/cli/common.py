@@ -110,6 +110,39 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def positive(text: str) -> int:
+    """The type of an argument that is at least 1. Raises argparse.ArgumentTypeError for anything else."""
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
+
+
+FILE_ONLY = "a regular file or a link to one; not - or a device"
+
+
+def output_file(text: str) -> Path:
+    """The type of an argument that names a file to write. Raises argparse.ArgumentTypeError if it cannot be written."""
+    return _output(text, folder=False)
+
+
+def output_folder(text: str) -> Path:
+    """As `output_file`, for a folder."""
+    return _output(text, folder=True)
+
+
+def _output(text: str, folder: bool) -> Path:
+    from rbfast.utils.files import check_output
+
+    kind = "folder" if folder else "file"
+    if text in ("", "-"):
+        raise argparse.ArgumentTypeError(f"expected the name of a {kind}, got {text!r} (results are printed anyway)")
+    try:
+        check_output(text, folder=folder)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
+
+
 def device_of(args: argparse.Namespace) -> str:
     from rbfast.utils.devices import find_device
 

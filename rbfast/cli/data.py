@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rbfast.cli.common import (
+    FILE_ONLY,
     Command,
     add_device,
     add_formats,
@@ -15,6 +16,9 @@ from rbfast.cli.common import (
     json_object,
     lines,
     load_model,
+    output_file,
+    output_folder,
+    positive,
     print_result,
     read_traces_aloud,
 )
@@ -24,7 +28,13 @@ def add_convert(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "source", help="file or folder of any known format (JSONL, JSON, Parquet, Arrow), or the hub id of a dataset"
     )
-    sub.add_argument("-o", "--out", type=Path, required=True, help="JSONL file to write; unreadable rows go beside it")
+    sub.add_argument(
+        "-o",
+        "--out",
+        type=output_file,
+        required=True,
+        help=f"JSONL file to write ({FILE_ONLY}); unreadable rows go beside it",
+    )
     add_formats(sub)
 
 
@@ -49,7 +59,7 @@ def add_curate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "pool", nargs="+", help="files or folders of traces (JSONL, JSON, Parquet, Arrow), or hub ids of datasets"
     )
-    sub.add_argument("-o", "--out", type=Path, required=True, help="folder to write")
+    sub.add_argument("-o", "--out", type=output_folder, required=True, help="folder to write")
     sub.add_argument("--size", type=int, default=1000, help="traces to pick (default: 1000)")
     sub.add_argument("--against", nargs="+", default=[], metavar="EVALSET", help="problems that must not be trained on")
     sub.add_argument("--keep-templates", action="store_true", help="keep evaluation problems with other numbers")
@@ -89,7 +99,9 @@ def run_curate(args: argparse.Namespace) -> int:
 def add_teach(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", help="the teacher, as its server names it; with --score alone: hub id or local folder")
     sub.add_argument("source", help="problems (file, hub id, reasoning-gym generator); with --score: traces")
-    sub.add_argument("-o", "--out", type=Path, required=True, help="folder to write; the same command resumes there")
+    sub.add_argument(
+        "-o", "--out", type=output_folder, required=True, help="folder to write; the same command resumes there"
+    )
     sub.add_argument("--server", metavar="URL", help="an OpenAI-compatible server, up to /v1; key: RBFAST_API_KEY")
     sub.add_argument("--timeout", type=float, default=600.0, help="seconds without a byte of a reply (default: 600)")
     sub.add_argument("--concurrency", type=int, default=8, help="requests at a time (default: 8)")
@@ -100,7 +112,7 @@ def add_teach(sub: argparse.ArgumentParser) -> None:
         help="a provider with an API of its own, as litellm names it (anthropic, gemini, ...); key: ANTHROPIC_API_KEY "
         "and the like; needs rbfast[teachers]",
     )
-    asked.add_argument("-n", type=int, help="problems to ask (default: all, or 50 of a generator)")
+    asked.add_argument("-n", type=positive, help="problems to ask (default: all, or 50 of a generator)")
     asked.add_argument("--samples", type=int, default=1, help="solutions per problem (default: 1)")
     asked.add_argument("--temperature", type=float, default=0.7, help="default: 0.7")
     asked.add_argument("--reasoning-effort", metavar="LEVEL", help="how long to think: low, medium, high, ...")

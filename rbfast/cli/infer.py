@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rbfast.cli.common import (
+    FILE_ONLY,
     TRAINED_WITH,
     Command,
     add_formats,
@@ -18,6 +19,8 @@ from rbfast.cli.common import (
     instruction_of,
     lines,
     load_model,
+    output_file,
+    positive,
     print_result,
     temperature_of,
 )
@@ -128,12 +131,17 @@ def add_eval(sub: argparse.ArgumentParser) -> None:
         "owner/name, owner/name:split or owner/name:config:split; repeat",
     )
     sub.add_argument("--adapter", help="folder of a trained adapter to attach")
-    sub.add_argument("-n", type=int, default=50, help="problems per task (default: 50)")
+    sub.add_argument("-n", type=positive, default=50, help="problems per task (default: 50)")
     sub.add_argument("--samples", type=int, default=1, help="completions per problem (default: 1, greedy)")
     sub.add_argument("--temperature", type=float, help="default: 0 for one sample, 0.8 for several")
     sub.add_argument("--max-new-tokens", type=int, default=512, help="tokens per completion, at most (default: 512)")
     sub.add_argument("--batch-size", type=int, default=32, help="completions at a time (default: 32)")
-    sub.add_argument("-o", "--out", type=Path, help="JSONL file of every completion; the same command resumes from it")
+    sub.add_argument(
+        "-o",
+        "--out",
+        type=output_file,
+        help=f"JSONL file of every completion ({FILE_ONLY}); the same command resumes from it",
+    )
     add_instruction(sub, TRAINED_WITH)
     add_formats(sub)
 

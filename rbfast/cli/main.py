@@ -1,13 +1,16 @@
 """The command line: `rbfast info | convert | curate | teach | distill | solve | eval | report | merge | export-lora |
 demo`.
 
-Results go to stdout (JSON with --json), progress to stderr. Exit codes: 0 done, 2 bad usage or input, 1 failure.
+Results go to stdout (JSON with --json), progress to stderr. Exit codes: 0 done, 2 bad usage or input, 1 failure,
+130 interrupted.
 """
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from rbfast import __version__
 from rbfast.cli.common import Command, device_of
@@ -39,7 +42,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print(f"rbfast {args.command}: interrupted; run the same command to resume", file=sys.stderr)
-        return 1
+        return 130  # as a shell reports SIGINT
+
+
+class _CommandParser(argparse.ArgumentParser):
+    """Of one command: what is wrong with its arguments is said with its own usage, and an unknown one with a guess."""
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(self._complaint(unknown))
+        return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        formatter = self._get_formatter()
+        formatter.add_usage(None, [action for action in self._actions if action.required], ())
+        usage = formatter.format_help().strip()
+        self.exit(2, f"{usage} [options]\n{self.prog}: error: {message}; see {self.prog} --help\n")
+
+    def _complaint(self, unknown: Sequence[str]) -> str:
+        option = next((word.partition("=")[0] for word in unknown if word.startswith("-")), None)
+        if option is None:
+            return f"unexpected argument {unknown[0]!r}"
+        meant = _meant(option, [name for action in self._actions for name in action.option_strings])
+        return f"unknown option {option}" + (f": did you mean {meant}?" if meant else "")
+
+
+def _meant(option: str, known: Sequence[str]) -> str | None:
+    """The known option that an unknown one stands for: by its initials, else by its spelling."""
+    initials = {"--" + "".join(word[0] for word in name[2:].split("-")): name for name in known if name[2:]}
+    return initials.get(option) or next(iter(difflib.get_close_matches(option, known, 1)), None)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,13 +79,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="rbfast", description="Move reasoning from a strong teacher into an open model."
     )
     parser.add_argument("--version", action="version", version=f"rbfast {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_CommandParser)
     for command in COMMANDS:
         _add_command(commands, command)
     return parser
 
 
-def _add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", command: Command) -> None:
+def _add_command(commands: "argparse._SubParsersAction[_CommandParser]", command: Command) -> None:
     sub = commands.add_parser(
         command.name,
         help=command.summary,

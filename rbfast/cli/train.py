@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rbfast.cli.common import (
+    FILE_ONLY,
     Command,
     add_device,
     add_formats,
@@ -19,6 +20,8 @@ from rbfast.cli.common import (
     instruction_of,
     lines,
     load_model,
+    output_file,
+    output_folder,
     print_result,
     read_traces_aloud,
 )
@@ -32,7 +35,9 @@ def add_distill(sub: argparse.ArgumentParser) -> None:
     add_model(sub)
     add_load_in(sub)
     sub.add_argument("traces", help="file or folder (JSONL, JSON, Parquet, Arrow), or the hub id of a dataset")
-    sub.add_argument("-o", "--out", type=Path, required=True, help="folder of the run; an interrupted run resumes")
+    sub.add_argument(
+        "-o", "--out", type=output_folder, required=True, help="folder of the run; an interrupted run resumes"
+    )
     sub.add_argument("--signals", type=Path, help="folder of a teacher's log-probs that `rbfast teach` wrote")
     sub.add_argument("--teacher", help="a model with the student's tokens to run beside it: hub id or local folder")
     sub.add_argument("--density", type=float, help="trainable values / all parameters, at most (default: 0.003)")
@@ -173,7 +178,7 @@ def _outcome(run: "Run", out: Path, traces: int) -> dict[str, Any]:
 def add_merge(sub: argparse.ArgumentParser) -> None:
     add_model(sub)
     sub.add_argument("adapter", nargs="?", help="folder of a trained adapter")
-    sub.add_argument("-o", "--out", type=Path, required=True, help="folder to write")
+    sub.add_argument("-o", "--out", type=output_folder, required=True, help="folder to write")
     sub.add_argument(
         "--base-only",
         action="store_true",
@@ -188,7 +193,7 @@ def _trained_with(args: argparse.Namespace, tokenizer: Any) -> "Instruction":
 
 
 def run_merge(args: argparse.Namespace) -> int:
-    from rbfast.training.merged_model import save_merged
+    from rbfast.training.merged_model import save_checkpoint, save_merged
 
     if args.base_only == (args.adapter is not None):
         raise ValueError(
@@ -196,8 +201,7 @@ def run_merge(args: argparse.Namespace) -> int:
         )
     model, tokenizer = load_model(args)
     if args.base_only:
-        model.save_pretrained(args.out)
-        tokenizer.save_pretrained(args.out)
+        save_checkpoint(model, tokenizer, args.out)
     else:
         attach(model, args.adapter).merge()
         save_merged(model, tokenizer, args.out, _trained_with(args, tokenizer))
@@ -207,7 +211,7 @@ def run_merge(args: argparse.Namespace) -> int:
 def add_export_lora(sub: argparse.ArgumentParser) -> None:
     add_model(sub)
     sub.add_argument("adapter", help="folder of a trained adapter")
-    sub.add_argument("-o", "--out", type=Path, required=True, help="folder to write")
+    sub.add_argument("-o", "--out", type=output_folder, required=True, help="folder to write")
     sub.add_argument("--base", help="what the LoRA names as its base model: hub id or folder (default: MODEL's hub id)")
 
 
@@ -228,7 +232,7 @@ def add_report(sub: argparse.ArgumentParser) -> None:
         help="folder that distill or demo wrote; what `rbfast eval -o` put there counts: a file whose name begins with "
         "before is the base model's, any other the trained one's",
     )
-    sub.add_argument("-o", "--out", type=Path, required=True, help="HTML file to write")
+    sub.add_argument("-o", "--out", type=output_file, required=True, help=f"HTML file to write ({FILE_ONLY})")
 
 
 def run_report(args: argparse.Namespace) -> int:
@@ -239,7 +243,7 @@ def run_report(args: argparse.Namespace) -> int:
 
 
 def add_demo(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write (default: runs/demo)")
+    sub.add_argument("--out", type=output_folder, default="runs/demo", help="folder to write (default: runs/demo)")
     sub.add_argument("--seeds", type=int, default=1, help="run it with so many seeds, from --seed on (default: 1)")
     add_device(sub)
 

@@ -32,7 +32,7 @@ from rbfast.curation.text_reference import mix
 from rbfast.data.formats import AUTO, FormatOptions
 from rbfast.data.readers import read_rows
 from rbfast.data.trace import Trace
-from rbfast.utils.files import replacing
+from rbfast.utils.files import check_output, replacing
 from rbfast.utils.progress import counting
 
 
@@ -130,8 +130,10 @@ def curate(
             trace is dropped with its reason.
         ValueError: nothing in the pool, or a pass rate outside [0, 1].
         ImportError: `ray` is set, and Ray Data is not installed.
+        OSError: `out` cannot be written.
     """
     out = Path(out)
+    check_output(out, folder=True)  # before the pool is read, which takes long
     read = Pool((pool,) if isinstance(pool, str | Path) else tuple(pool), config.formats)
     formats = recognise(read)
     decontaminator = Decontaminator(read_evaluations(config.against), config.thresholds, config.embed)

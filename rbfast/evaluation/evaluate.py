@@ -34,7 +34,7 @@ from rbfast.inference.local import LocalSolver
 from rbfast.inference.solver import Sampling
 from rbfast.inference.state import Event
 from rbfast.inference.vote import majority
-from rbfast.utils.files import Journal
+from rbfast.utils.files import Journal, check_output
 from rbfast.utils.memory import give_back
 from rbfast.utils.records import check
 
@@ -141,8 +141,11 @@ def evaluate(
 
     Raises:
         ValueError: `keep` holds results of another label or way of decoding, or a line that is none.
+        OSError: `keep` cannot be written.
     """
     how = Decoding(**decoding)
+    if keep is not None:
+        check_output(keep)  # before the first batch, which would be lost
     store = _Store(Path(keep), how) if keep is not None else None
     done = store.read(problems) if store else {}
     left = [problem for problem in dict.fromkeys(map(_identity, problems)) if problem not in done]

@@ -24,10 +24,14 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.cache_utils import DynamicLayer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from rbfast.adapter.column_delta import unhooked
 from rbfast.data.chat_template import end_of_turn
 from rbfast.data.thinking import thinking_format
+
+# The name of `generate`'s cache, taken and returned: transformers 5.24 renamed it.
+_CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 
 
 @dataclass(frozen=True)
@@ -234,11 +238,14 @@ class CachedBatch:
     mask: torch.Tensor
     cache: Cache
 
-    def positions(self) -> dict[str, torch.Tensor]:
-        """`position_ids` if tokens within a row are masked, as they take up no position; else `generate` sets them."""
+    def given(self) -> dict[str, Any]:
+        """What `generate` is given of the batch, besides ids and mask: the cache, and positions if it cannot count.
+
+        Tokens that are masked within a row take up no position; else `generate` sets them itself.
+        """
         if not bool((self.mask[:, 1:] < self.mask[:, :-1]).any()):
-            return {}
-        return {"position_ids": (self.mask.cumsum(-1) - 1).clamp(min=0)}
+            return {_CACHE: self.cache}
+        return {_CACHE: self.cache, "position_ids": (self.mask.cumsum(-1) - 1).clamp(min=0)}
 
     def keep(self, rows: torch.Tensor) -> None:
         self.ids, self.mask = self.ids[rows], self.mask[rows]
@@ -265,13 +272,12 @@ def decode(
         output = model.generate(  # type: ignore[operator]
             batch.ids,
             attention_mask=batch.mask,
-            past_key_values=batch.cache,
             generation_config=GenerationConfig(**settings, max_new_tokens=last - before, return_dict_in_generate=True),
             stopping_criteria=StoppingCriteriaList([steering]),
             logits_processor=steering.processors(),
-            **batch.positions(),
+            **batch.given(),
         )
-        batch.ids, batch.cache = output.sequences, output.past_key_values
+        batch.ids, batch.cache = output.sequences, output[_CACHE]
         new = batch.ids[:, before:]
         batch.mask = torch.cat([batch.mask, batch.mask.new_ones(new.shape)], dim=1)
         steering.paused(batch, new)
@@ -296,9 +302,9 @@ def _prefilled(model: PreTrainedModel, prompts: Sequence[list[int]], pad: int, c
         if ids.shape[1] > 1:
             one = GenerationConfig(max_new_tokens=1, do_sample=False, pad_token_id=pad, return_dict_in_generate=True)
             output = model.generate(  # type: ignore[operator]
-                ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=batch.cache, generation_config=one
+                ids[:, :-1], attention_mask=mask[:, :-1], generation_config=one, **{_CACHE: batch.cache}
             )
-            batch.cache = output.past_key_values
+            batch.cache = output[_CACHE]
             batch.cache.batch_repeat_interleave(copies)
         batch.ids, batch.mask = (tensor.repeat_interleave(copies, dim=0) for tensor in (ids, mask))
     return batch
@@ -321,9 +327,8 @@ def continuation(
     output = model.generate(  # type: ignore[operator]
         branch.ids,
         attention_mask=branch.mask,
-        past_key_values=branch.cache,
         generation_config=GenerationConfig(**settings, max_new_tokens=limit, return_dict_in_generate=True),
-        **branch.positions(),
+        **branch.given(),
     )
     stops = set(settings["eos_token_id"])
     written = []

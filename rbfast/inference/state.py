@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from rbfast.inference.boundary import Boundary
@@ -102,9 +102,11 @@ class GuideState:
         budget, kept_back = self.limits.budget, self.limits.kept_back
         needed = self._wrap_cost() + 1 + self._finish_cost
         if kept_back < needed:
+            enough = replace(self.limits, budget=4 * needed).kept_back >= needed  # no, if the reserve was given
+            remedy = f"the budget to {4 * needed}" if enough else f"the reserve (of Limits) to {needed}"
             raise ValueError(
                 f"the wrap-up, an answer and its end need {needed} tokens, the reserve holds {kept_back} "
-                f"of a budget of {budget}: raise the reserve, or the budget to {4 * needed}"
+                f"of a budget of {budget}: raise {remedy}"
             )
         return min(budget - kept_back, self.limits.maximum or budget)
 

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rbfast.adapter.column_scores import METHODS, ColumnScores, Method, score_columns
@@ -45,9 +45,9 @@ from rbfast.training.plan import Plan, make_plan
 from rbfast.training.resume import asked_of, check_same_folder, check_same_run
 from rbfast.training.run_folder import LOG, RUN, SKIPPED
 from rbfast.training.trainer import DistillTrainer
+from rbfast.training.training_bar import Bar
 from rbfast.utils.files import write_text
-from rbfast.utils.progress import bar
-from rbfast.utils.records import read_json
+from rbfast.utils.records import check_numbers, read_json
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}  # as transformers names them
 
@@ -72,6 +72,7 @@ class DistillConfig:
         turns: "last" trains the last reply of a conversation, "all" every reply.
 
     Raises:
+        TypeError: a field that must be a number is none.
         ValueError: a number out of its range, or an unknown placement.
     """
 
@@ -96,6 +97,7 @@ class DistillConfig:
     objective: Objective = field(default_factory=Objective)
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not 0 < self.density <= 1:
             raise ValueError(f"density must be above 0 and at most 1 (the share of trained values), got {self.density}")
         for name in ("epochs", "learning_rate"):
@@ -120,7 +122,8 @@ class DistillConfig:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: the attached adapter, the losses by step, the traces left out with the reason, the time spent.
+    """A finished run: the attached adapter, the losses by step, the traces left out with the reason, the time spent
+    on training (by the call that finished it).
 
     `found` says that it was finished before, and only loaded; else there is the `plan`, if the base is not sharded.
     """
@@ -173,7 +176,8 @@ def distill(
         adapter = SparseAdapter.from_pretrained(model, out)
         if first:
             shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of a run that was killed while it removed them
-        return Run(adapter, history, skipped, time.monotonic() - start, found=True)
+        cost = read_json(out / RUN, {"seconds": (int, float)}) or {"seconds": 0.0}  # the file may have been removed
+        return Run(adapter, history, skipped, cost["seconds"], found=True)
     if first:  # before the long part, which a folder that cannot be written to would waste
         write_text(out / RUN, json.dumps(asked, indent=1))
         write_prompt(out, tokenizer, replace(_instruction(tokenizer, config), system=_shared_system(traces)))
@@ -266,7 +270,7 @@ def _trainer(
         objective=config.objective,
         teacher=teacher,
         tokens_per_batch=config.tokens_per_batch,
-        callbacks=[_Bar(quiet)],
+        callbacks=[Bar(quiet)],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -378,21 +382,3 @@ def _arguments(
 
 def _first_reason(skipped: Sequence[tuple[Trace, str]]) -> str:
     return f"; the first: {skipped[0][1]}" if skipped else ""
-
-
-class _Bar(TrainerCallback):
-    """A progress bar on stderr, with the loss of each role."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.bar = bar("training", quiet)
-
-    def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
-        self.bar.start()
-
-    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
-        losses = [f"{name[5:]} {value:.3f}" for name, value in (logs or {}).items() if name.startswith("loss_")]
-        self.bar.update(self.task, completed=state.global_step, description="  ".join(losses))
-
-    def on_train_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        self.bar.stop()

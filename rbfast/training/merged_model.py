@@ -1,7 +1,10 @@
 """A merged student as a folder that others can run: its weights, its tokenizer, and how it was asked."""
 
+import stat
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from rbfast.data.chat_template import end_of_turn, format_prompt, write_prompt
 from rbfast.data.instruction import Instruction
@@ -17,10 +20,22 @@ def save_merged(model: Any, tokenizer: Any, folder: str | Path, instruction: Ins
     Its generation settings stop at the end of turn that it was trained to write.
     """
     _stop_at(model.generation_config, end_of_turn(tokenizer))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_checkpoint(model, tokenizer, folder)
     write_prompt(folder, tokenizer, instruction)
     write_text(Path(folder) / README, _readme(tokenizer, instruction, str(model.config.name_or_path)))
+
+
+def save_checkpoint(model: Any, tokenizer: Any, folder: str | Path) -> None:
+    """Writes the weights and the tokenizer as transformers lays them out. Raises OSError if that fails."""
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # of a full disk, say
+        raise OSError(f"{folder}: the weights cannot be written: {error}") from error
+    tokenizer.save_pretrained(folder)
+    # safetensors 0.8 lets nobody but the owner read its files; the others follow the umask.
+    mode = stat.S_IMODE((Path(folder) / "config.json").stat().st_mode)
+    for path in Path(folder).glob("model*.safetensors"):
+        path.chmod(mode)
 
 
 def _stop_at(settings: Any, end: int) -> None:

@@ -14,6 +14,7 @@ from rbfast.loss.distill_loss import DistillLoss, LossOutput
 from rbfast.loss.teacher_signal import Dense, TopK
 from rbfast.models.linears import is_sharded
 from rbfast.models.student import final_hidden, head_of
+from rbfast.utils.records import check_numbers
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Objective:
     gradient_filter: float = 0.0
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         weights = (self.strategic, self.tactical, self.answer)
         if not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
             raise ValueError(f"role weights must be finite, >= 0 and not all 0, got {weights}")

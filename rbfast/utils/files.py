@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any
 
 
@@ -13,9 +14,10 @@ from typing import IO, Any
 def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Opens a temporary file beside `path` that takes its name at the end; on an error it goes and `path` stays.
 
-    What a process that was killed left of an earlier try goes as well.
+    What a process that was killed left of an earlier try goes as well. A symlink stays, and its target is replaced.
+    Raises OSError if `path` is a folder, a device or a pipe.
     """
-    path = Path(path)
+    path = target_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{escape(path.name)}.*.tmp"):
         if not _is_running(left.name.split(".")[-2]):
@@ -31,6 +33,39 @@ def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def target_of(path: str | Path) -> Path:
+    """The file that `path` names, symlinks followed; it need not exist yet.
+
+    Raises OSError if a folder, a device or a pipe has that name: a rename would put a file in its place.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: expected the name of a file, found a folder; name a file in it")
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: expected the name of a file, found a device or a pipe; name a regular file")
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def check_output(path: str | Path, *, folder: bool = False) -> None:
+    """Finds out whether a file or a folder of this name can be written, before the work that is to fill it.
+
+    Nothing is left behind. Raises OSError, naming `path`, if it cannot be written.
+    """
+    path = Path(path)
+    if folder and os.path.lexists(path) and not path.is_dir():
+        raise NotADirectoryError(f"{path}: expected the name of a folder, found a file; name another")
+    target = path if folder else target_of(path)
+    if not folder and target.exists() and not os.access(target, os.W_OK):
+        raise PermissionError(f"{path}: expected a file that can be written, found a read-only one; name another")
+    place = next(p for p in ((target, *target.parents) if folder else target.parents) if os.path.exists(p))
+    if not place.is_dir():
+        raise NotADirectoryError(f"{path}: expected a folder at {place}, found a file; name another")
+    try:
+        TemporaryFile(dir=place).close()  # permissions alone do not tell: a file system may be read-only
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written: {error.strerror} in {place}; name another") from None
 
 
 @contextmanager

@@ -4,8 +4,9 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from itertools import zip_longest
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 
 def from_json(cls: type, entry: object, where: str) -> Any:
@@ -23,6 +24,17 @@ def from_json(cls: type, entry: object, where: str) -> Any:
             raise ValueError(f"{where}: {field.name}: expected {field.type}, got {value!r}")
         values[field.name] = value
     return cls(**values)
+
+
+def check_numbers(config: Any) -> None:
+    """Raises TypeError for a field of a dataclass that is a number by its annotation, but holds something else."""
+    for field in fields(config):
+        value, kinds = getattr(config, field.name), get_args(field.type) or (field.type,)
+        if not {int, float} & set(kinds) or (value is None and type(None) in kinds):
+            continue
+        words, kind = ("a number", Real) if float in kinds else ("a whole number", Integral)
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise TypeError(f"{field.name} must be {words}, got {value!r}")
 
 
 def show(value: object) -> str:

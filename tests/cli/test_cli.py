@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import stat
 import subprocess
 import sys
 from dataclasses import astuple
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tiny import model_of_words
 from transformers import PreTrainedTokenizerBase
 
@@ -91,6 +94,7 @@ def test_from_traces_to_a_merged_model_and_a_lora(
     assert code == 0 and again["already_finished"] is True
     assert f"already finished: the adapter is in {run}, nothing was trained;" in err
     assert again["last_loss_tactical"] == result["last_loss_tactical"]
+    assert again["seconds"] == result["seconds"]  # of the training, not of finding it
 
     records = tmp_path / "completions.jsonl"
     code, out, _ = call(
@@ -137,6 +141,32 @@ def test_a_base_is_written_as_a_folder_that_an_exported_lora_names(
     assert torch.dist(theirs, logits) <= 1e-4 * logits.norm()
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("old")
+    os.mkfifo(tmp_path / "pipe")
+    folder, file, pipe = "the name of a folder, found a file", "the name of a file, got '-'", "found a device or a pipe"
+    for words, out, complaint in (
+        ("convert none.jsonl", "-", file),
+        ("convert none.jsonl", tmp_path / "pipe", pipe),
+        ("eval no/model --task none.jsonl", tmp_path / "pipe", pipe),
+        ("eval no/model --task none.jsonl", tmp_path / "file" / "new", "expected a folder at"),
+        ("report none", tmp_path / "pipe", pipe),
+        ("curate none.jsonl", tmp_path / "file", folder),
+        ("teach no/model none.jsonl", tmp_path / "file", folder),
+        ("distill no/model none.jsonl", tmp_path / "file", folder),
+        ("merge no/model none", tmp_path / "file", folder),
+        ("export-lora no/model none", tmp_path / "file", folder),
+        ("demo", tmp_path / "file", folder),
+    ):
+        with pytest.raises(SystemExit) as done:
+            main([*words.split(), "--out", str(out)])
+        assert done.value.code == 2
+        assert complaint in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "old" and (tmp_path / "pipe").is_fifo()
+
+
 def test_merge_takes_an_adapter_or_only_the_base(
     capsys: pytest.CaptureFixture[str], model_folder: str, tmp_path: Path
 ) -> None:
@@ -172,7 +202,7 @@ def test_solve_keeps_to_its_budget(capsys: pytest.CaptureFixture[str], model_fol
     [
         (["--budget", "0"], "budget must be at least 1, got 0"),
         (["--budget", "-3"], "budget must be at least 1, got -3"),
-        (["--budget", "9"], "raise the reserve, or the budget to"),
+        (["--budget", "9"], "of a budget of 9: raise the budget to "),
         (["--server", "nowhere"], "url must look like http"),
     ],
 )
@@ -234,6 +264,32 @@ def test_a_run_without_an_epoch_is_refused_before_anything_is_read(
     for epochs in ("0", "-1"):
         code, out, err = call(capsys, "distill", "no/model", "none.jsonl", "-o", str(tmp_path), "--epochs", epochs)
         assert (code, out) == (2, "") and f"epochs must be finite and above 0, got {float(epochs)}" in err
+
+
+def test_merged_weights_are_as_readable_as_the_files_beside_them(
+    capsys: pytest.CaptureFixture[str], model_folder: str, tmp_path: Path
+) -> None:
+    before = os.umask(0o027)
+    try:
+        assert call(capsys, "merge", model_folder, "--base-only", "-o", str(tmp_path))[0] == 0
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert modes.pop("model.safetensors") == 0o640
+    assert set(modes.values()) == {0o640}
+
+
+def test_a_full_disk_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model_folder: str, tmp_path: Path
+) -> None:
+    def full(self: object, folder: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    code, out, err = call(capsys, "merge", model_folder, "--base-only", "-o", str(tmp_path / "out"))
+    assert (code, out) == (2, "")
+    said = f"{tmp_path / 'out'}: the weights cannot be written: I/O error: No space left on device (os error 28)"
+    assert err.splitlines()[-1] == f"rbfast merge: error: {said}"
 
 
 @pytest.mark.parametrize("density", ["0", "1e-9", "2"])
@@ -302,6 +358,46 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         main(["distil"])
     assert done.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("--lr 0.1", "unknown option --lr: did you mean --learning-rate?"),
+        ("--bach-size=4", "unknown option --bach-size: did you mean --batch-size?"),
+        ("--xyzzy", "unknown option --xyzzy"),
+        ("more", "unexpected argument 'more'"),
+    ],
+)
+def test_an_unknown_option_is_answered_by_its_command(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, words: str, complaint: str
+) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["distill", "model", "traces", "-o", str(tmp_path), *words.split()])
+    assert done.value.code == 2
+    usage, error = capsys.readouterr().err.splitlines()
+    assert usage == "usage: rbfast distill -o OUT model traces [options]"
+    assert error == f"rbfast distill: error: {complaint}; see rbfast distill --help"
+
+
+def test_no_problems_are_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ("eval no/model --task none.jsonl -n 0", "teach no/model none.jsonl -o none -n -1"):
+        with pytest.raises(SystemExit) as done:
+            main(words.split())
+        assert done.value.code == 2
+        assert "argument -n: expected a whole number above 0, got " in capsys.readouterr().err
+
+
+def test_an_interrupted_command_exits_as_a_shell_reports_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rbfast.report.run_report.write_report", interrupt)
+    code, _, err = call(capsys, "report", "run", "-o", str(tmp_path / "page.html"))
+    assert code == 130
+    assert err == "rbfast report: interrupted; run the same command to resume\n"
 
 
 @pytest.mark.slow

@@ -43,6 +43,11 @@ def test_batches_write_what_each_prompt_writes_alone(model, batch_size):
     ]
 
 
+def test_the_cache_goes_by_the_name_that_this_transformers_takes(model, recwarn):
+    complete(model, tiny_tokenizer(), PROMPTS[:2], max_new_tokens=4)
+    assert not [warning for warning in recwarn if "past_key_values" in str(warning.message)]
+
+
 def test_a_batch_shrinks_once_half_of_its_rows_have_ended(model, monkeypatch):
     widths = []
     forward = model.forward

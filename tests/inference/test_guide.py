@@ -128,8 +128,16 @@ def test_bad_guides_are_refused(options, complaint):
 
 
 def test_budgets_that_hold_no_answer_are_refused():
-    with pytest.raises(ValueError, match=r"need \d+ tokens, the reserve holds 2 of a budget of 10: raise"):
+    with pytest.raises(
+        ValueError, match=r"need \d+ tokens, the reserve holds 2 of a budget of 10: raise the budget"
+    ) as told:
         GuideState(make_guide(budget=10), len)
+    enough = int(str(told.value).split()[-1])
+    assert GuideState(make_guide(budget=enough), len)
+    with pytest.raises(
+        ValueError, match=r"need (\d+) tokens, the reserve holds 5 .* raise the reserve \(of Limits\) to"
+    ):
+        GuideState(make_guide(budget=900, reserve=5), len)
     with pytest.raises(ValueError, match="minimum must fit into the budget, got 90 of 60 tokens of thinking"):
         GuideState(make_guide(budget=100, reserve=40, minimum=90, **SHORT), len)
 

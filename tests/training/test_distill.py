@@ -7,12 +7,14 @@ import pytest
 import torch
 from tiny_models import llama
 from tiny_runs import TOKENIZER, TRACES, run
+from transformers import TrainerState
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from rbfast.adapter.column_scores import score_columns
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.training.distill import DistillConfig, distill
 from rbfast.training.objective import Objective
+from rbfast.training.training_bar import Bar
 
 ELSEWHERE = [pytest.param(placement, marks=pytest.mark.slow) for placement in ("activation", "random")]
 
@@ -88,6 +90,32 @@ def test_settings_that_make_no_run_are_refused(name, values):
     for value in values:
         with pytest.raises(ValueError, match=rf"^{name} must be .*, got {re.escape(repr(value))}$"):
             DistillConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "words"),
+    [
+        (DistillConfig, "epochs", "2", "a number"),
+        (DistillConfig, "learning_rate", None, "a number"),
+        (DistillConfig, "batch_size", 8.0, "a whole number"),
+        (DistillConfig, "rank", True, "a whole number"),
+        (DistillConfig, "seed", "0", "a whole number"),
+        (Objective, "beta", "0.5", "a number"),
+    ],
+)
+def test_what_is_no_number_is_named(kind, name, value, words):
+    with pytest.raises(TypeError, match=rf"^{name} must be {words}, got {re.escape(repr(value))}$"):
+        kind(**{name: value})
+
+
+def test_a_resumed_run_says_where(capsys):
+    for step, said in ((0, ""), (4, "resuming at step 4 of 6\n")):
+        callback = Bar(quiet=False)
+        callback.bar.start = lambda: None
+        callback.on_train_begin(None, TrainerState(global_step=step, max_steps=6), None)
+        assert capsys.readouterr().err == said
+    Bar(quiet=True).on_train_begin(None, TrainerState(global_step=4, max_steps=6), None)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,14 @@
 """Files appear whole or not at all."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from rbfast.utils.files import Journal, replacing, write_text
+from rbfast.utils.files import Journal, check_output, replacing, write_text
 
 
 def test_the_new_file_takes_the_name_at_the_end(tmp_path: Path) -> None:
@@ -27,6 +28,62 @@ def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
         raise RuntimeError("power cut")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "old"
+
+
+def test_a_link_stays_and_its_target_is_written(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    for start in (None, "old"):  # the target may not be there yet
+        name, link = f"{start}.txt", tmp_path / f"{start}-link"
+        if start is not None:
+            (tmp_path / "far" / name).write_text(start)
+        link.symlink_to(Path("far") / name)
+        check_output(link)
+        write_text(link, "new")
+        assert link.is_symlink()
+        assert (tmp_path / "far" / name).read_text() == "new"
+    assert sorted(path.name for path in (tmp_path / "far").iterdir()) == ["None.txt", "old.txt"]
+
+
+def test_a_pipe_or_a_folder_is_refused_and_stays(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("pipe")
+    for name, found in (("pipe", "a device or a pipe"), ("link", "a device or a pipe"), ("folder", "a folder")):
+        for write in (check_output, lambda path: write_text(path, "new")):
+            with pytest.raises(OSError, match=f"{name}: expected the name of a file, found {found}"):
+                write(tmp_path / name)
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink() and (tmp_path / "folder").is_dir()
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_checking_an_output_leaves_nothing(tmp_path: Path) -> None:
+    check_output(tmp_path / "a" / "b" / "file")
+    check_output(tmp_path / "a" / "b", folder=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "complaint"),
+    [
+        ("file", True, "file: expected the name of a folder, found a file"),
+        ("file/a/b", True, "b: expected a folder at .*file, found a file"),
+        ("file/b", False, "b: expected a folder at .*file, found a file"),
+    ],
+)
+def test_an_output_under_a_file_is_refused(tmp_path: Path, name: str, folder: bool, complaint: str) -> None:
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(NotADirectoryError, match=complaint):
+        check_output(tmp_path / name, folder=folder)
+    assert (tmp_path / "file").read_text() == "old"
+
+
+def test_an_output_in_a_place_that_refuses_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(dir: Path) -> None:  # as a read-only file system does
+        raise OSError(30, "Read-only file system", f"{dir}/tmp123")
+
+    monkeypatch.setattr("rbfast.utils.files.TemporaryFile", refuse)
+    with pytest.raises(OSError, match="new/file: cannot be written: Read-only file system in "):
+        check_output(tmp_path / "new" / "file")
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:

@@ -1,0 +1,27 @@
+"""What is seen of a training while it runs."""
+
+import sys
+
+from transformers import TrainerCallback
+
+from rbfast.utils.progress import bar
+
+
+class Bar(TrainerCallback):
+    """A progress bar on stderr, with the loss of each role; before it, a line that says where a run resumes."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.bar = bar("training", quiet)
+
+    def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        if state.global_step and not self.bar.disable:
+            print(f"resuming at step {state.global_step} of {state.max_steps}", file=sys.stderr)
+        self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
+        self.bar.start()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
+        losses = [f"{name[5:]} {value:.3f}" for name, value in (logs or {}).items() if name.startswith("loss_")]
+        self.bar.update(self.task, completed=state.global_step, description="  ".join(losses))
+
+    def on_train_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        self.bar.stop()
