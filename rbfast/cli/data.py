@@ -22,7 +22,7 @@ from rbfast.cli.common import (
 
 def add_convert(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "source", help="file or folder of any known format (JSONL, JSON, Parquet, Arrow), or the hub id of a dataset"
+        "source", help="file or folder of any known format (JSONL, JSON, Parquet, Arrow, CSV), or the hub id of a dataset"
     )
     sub.add_argument("-o", "--out", type=Path, required=True, help="JSONL file to write; unreadable rows go beside it")
     add_formats(sub)
@@ -47,7 +47,7 @@ def run_convert(args: argparse.Namespace) -> int:
 
 def add_curate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "pool", nargs="+", help="files or folders of traces (JSONL, JSON, Parquet, Arrow), or hub ids of datasets"
+        "pool", nargs="+", help="files or folders of traces (JSONL, JSON, Parquet, Arrow, CSV), or hub ids of datasets"
     )
     sub.add_argument("-o", "--out", type=Path, required=True, help="folder to write")
     sub.add_argument("--size", type=int, default=1000, help="traces to pick (default: 1000)")

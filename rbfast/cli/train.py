@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def add_distill(sub: argparse.ArgumentParser) -> None:
     add_model(sub)
     add_load_in(sub)
-    sub.add_argument("traces", help="file or folder (JSONL, JSON, Parquet, Arrow), or the hub id of a dataset")
+    sub.add_argument("traces", help="file or folder (JSONL, JSON, Parquet, Arrow, CSV), or the hub id of a dataset")
     sub.add_argument("-o", "--out", type=Path, required=True, help="folder of the run; an interrupted run resumes")
     sub.add_argument("--signals", type=Path, help="folder of a teacher's log-probs that `rbfast teach` wrote")
     sub.add_argument("--teacher", help="a model with the student's tokens to run beside it: hub id or local folder")
