@@ -22,7 +22,7 @@ from rbfast.cli.common import (
 
 def add_convert(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "source", help="file or folder of any known format (JSONL, JSON, Parquet, Arrow, CSV), or the hub id of a dataset"
+        "source", help="file or folder (JSONL, JSON, Parquet, Arrow, CSV) of any known format, or hub id of a dataset"
     )
     sub.add_argument("-o", "--out", type=Path, required=True, help="JSONL file to write; unreadable rows go beside it")
     add_formats(sub)
@@ -158,7 +158,10 @@ def run_teach(args: argparse.Namespace) -> int:
     result = {"out": str(args.out)} | taught.summary()
     if args.student:
         result["signals"] = _add_replies(args, taught)
-    print_result(args, result, lines(result))
+    text = lines(result)
+    if taught.verdicts["wrong"]:
+        text += f"\n{args.out / 'traces.jsonl'} holds the wrong answers too (verified: false); rbfast curate leaves those out"
+    print_result(args, result, text)
     return 1 if taught.open else 0
 
 

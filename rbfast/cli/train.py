@@ -87,6 +87,11 @@ def run_distill(args: argparse.Namespace) -> int:
 
     config = _distill_config(args)
     traces = read_traces_aloud(args, args.traces, args.out / "unreadable.jsonl")
+    if (wrong := sum(trace.verified is False for trace in traces)) and os.environ.get("RANK", "0") == "0":
+        print(
+            f"{wrong} of {len(traces)} traces have a wrong answer (verified: false); rbfast curate leaves those out",
+            file=sys.stderr,
+        )
     model, tokenizer, teacher = _load_models(args)
     if args.plan:
         plan = plan_run(model, tokenizer, traces, config, teacher)

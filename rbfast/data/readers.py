@@ -31,7 +31,8 @@ def read_traces(
     unreadable: str | Path | None = None,
 ) -> list[Trace]:
     """The traces of a .jsonl, .json, .parquet, .arrow, .csv or .tsv file (.gz too), of a folder of them or one that
-    `rbfast teach` or `rbfast curate` wrote, or of a dataset on the hub (`owner/name`, of which `split`; `owner/name:split` or `owner/name:config:split`), in any shape of docs/formats.md.
+    `rbfast teach` or `rbfast curate` wrote, or of a dataset on the hub (`owner/name`, of which `split`;
+    `owner/name:split` or `owner/name:config:split`), in any shape of docs/formats.md.
 
     Args:
         limit: the first so many, if not all.
