@@ -160,7 +160,7 @@ def run_teach(args: argparse.Namespace) -> int:
         result["signals"] = _add_replies(args, taught)
     text = lines(result)
     if taught.verdicts["wrong"]:
-        text += f"\n{args.out / 'traces.jsonl'} holds the wrong answers too (verified: false); rbfast curate leaves those out"
+        text += "\nthe wrong answers are among the traces too (verified: false); rbfast curate leaves those out"
     print_result(args, result, text)
     return 1 if taught.open else 0
 

@@ -48,8 +48,9 @@ def load_problems(
     Args:
         task: a reasoning-gym generator at its default difficulty (`leg_counting`, `reasoning-gym:leg_counting`); a
             file (.jsonl, .json, .parquet, .arrow, .csv, .tsv) or a folder of them, of any shape in docs/formats.md that
-            gives its answers; one of `BENCHMARKS`; or a dataset on the hub of such a shape: `owner/name`, `owner/name:split` or
-            `owner/name:config:split`, of which the split (default: test) may be a slice, `test[:100]`.
+            gives its answers; one of `BENCHMARKS`; or a dataset on the hub of such a shape: `owner/name`,
+            `owner/name:split` or `owner/name:config:split`, of which the split (default: test) may be a slice,
+            `test[:100]`.
         n: drawn from what there is; None for all of a file or dataset, in its order.
         exclude: questions to leave out, such as those trained on.
         options: how rows are read, if not by what their fields mean.

@@ -271,8 +271,8 @@ def _gguf(name_or_path: str) -> Path | None:
 
 @contextmanager
 def _parsed_once() -> Iterator[None]:
-    """Keeps what transformers reads of a GGUF file: it parses the header three times, for the config, the weights and the
-    tokenizer, and makes the table of tensor names anew for each module of the model."""
+    """Keeps what transformers reads of a GGUF file: it parses the header three times, for the config, the weights and
+    the tokenizer, and makes the table of tensor names anew for each module of the model."""
     import gguf
 
     names = ("GGUFReader", "get_tensor_name_map")
