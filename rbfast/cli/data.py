@@ -26,7 +26,7 @@ from rbfast.cli.common import (
 
 def add_convert(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "source", help="file or folder of any known format (JSONL, JSON, Parquet, Arrow), or the hub id of a dataset"
+        "source", help="file or folder (JSONL, JSON, Parquet, Arrow, CSV) of any known format, or hub id of a dataset"
     )
     sub.add_argument(
         "-o",
@@ -57,7 +57,7 @@ def run_convert(args: argparse.Namespace) -> int:
 
 def add_curate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "pool", nargs="+", help="files or folders of traces (JSONL, JSON, Parquet, Arrow), or hub ids of datasets"
+        "pool", nargs="+", help="files or folders of traces (JSONL, JSON, Parquet, Arrow, CSV), or hub ids of datasets"
     )
     sub.add_argument("-o", "--out", type=output_folder, required=True, help="folder to write")
     sub.add_argument("--size", type=int, default=1000, help="traces to pick (default: 1000)")
@@ -170,7 +170,10 @@ def run_teach(args: argparse.Namespace) -> int:
     result = {"out": str(args.out)} | taught.summary()
     if args.student:
         result["signals"] = _add_replies(args, taught)
-    print_result(args, result, lines(result))
+    text = lines(result)
+    if taught.verdicts["wrong"]:
+        text += "\nthe wrong answers are among the traces too (verified: false); rbfast curate leaves those out"
+    print_result(args, result, text)
     return 1 if taught.open else 0
 
 

@@ -16,6 +16,7 @@ def _installation(args: argparse.Namespace) -> int:
     import rbfast
     from rbfast import ops
     from rbfast.curation import text
+    from rbfast.utils.packages import how_to_build
 
     facts: dict[str, Any] = {
         "rbfast": rbfast.__version__,
@@ -32,7 +33,7 @@ def _installation(args: argparse.Namespace) -> int:
     for title, key in (("on the CPU", "ops"), ("on a GPU", "gpu_ops")):
         lines += [f"{title}:"] + [f"  {name}: {implementation}" for name, implementation in facts[key].items()]
     if facts["cpu_isa"] is None or facts["text"] == "reference":
-        lines.append("The native CPU code is not all built: reinstall with a C++ compiler on the PATH for full speed.")
+        lines.append(f"The native CPU code, which is far faster, is not all built: {how_to_build()}.")
     return print_result(args, facts, "\n".join(lines))
 
 

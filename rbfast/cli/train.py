@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def add_distill(sub: argparse.ArgumentParser) -> None:
     add_model(sub)
     add_load_in(sub)
-    sub.add_argument("traces", help="file or folder (JSONL, JSON, Parquet, Arrow), or the hub id of a dataset")
+    sub.add_argument("traces", help="file or folder (JSONL, JSON, Parquet, Arrow, CSV), or the hub id of a dataset")
     sub.add_argument(
         "-o", "--out", type=output_folder, required=True, help="folder of the run; an interrupted run resumes"
     )
@@ -92,6 +92,11 @@ def run_distill(args: argparse.Namespace) -> int:
 
     config = _distill_config(args)
     traces = read_traces_aloud(args, args.traces, args.out / "unreadable.jsonl")
+    if (wrong := sum(trace.verified is False for trace in traces)) and os.environ.get("RANK", "0") == "0":
+        print(
+            f"{wrong} of {len(traces)} traces have a wrong answer (verified: false); rbfast curate leaves those out",
+            file=sys.stderr,
+        )
     model, tokenizer, teacher = _load_models(args)
     if args.plan:
         plan = plan_run(model, tokenizer, traces, config, teacher)

@@ -1,6 +1,6 @@
 """Traces and rows from files and the hub, and traces into files.
 
-traces = read_traces("traces.jsonl")                     # or .json, .parquet, .arrow, a folder of them, a hub id
+traces = read_traces("traces.jsonl")                     # or .json, .parquet, .arrow, .csv, a folder of them, a hub id
 traces = read_traces("pool.jsonl", on_error="skip", unreadable="pool.unreadable.jsonl")
 """
 
@@ -30,8 +30,9 @@ def read_traces(
     on_error: Literal["raise", "skip"] = "raise",
     unreadable: str | Path | None = None,
 ) -> list[Trace]:
-    """The traces of a .jsonl, .json, .parquet or .arrow file (.gz too), of a folder of them, or of a dataset on the hub
-    (`owner/name`, of which `split`; `owner/name:split` or `owner/name:config:split`), in any shape of docs/formats.md.
+    """The traces of a .jsonl, .json, .parquet, .arrow, .csv or .tsv file (.gz too), of a folder of them or one that
+    `rbfast teach` or `rbfast curate` wrote, or of a dataset on the hub (`owner/name`, of which `split`;
+    `owner/name:split` or `owner/name:config:split`), in any shape of docs/formats.md.
 
     Args:
         limit: the first so many, if not all.

@@ -1,10 +1,12 @@
-"""The rows of files, one at a time, each with where it stands: JSON lines, JSON, Parquet, Arrow, gzipped or not, and
-folders of them.
+"""The rows of files, one at a time, each with where it stands: JSON lines, JSON, Parquet, Arrow, CSV, gzipped or not,
+and folders of them.
 
 for where, row in rows_of_path(Path("data/"), "train"): ...             # ("data/train-0.parquet: row 0", {...})
 """
 
+import csv
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Callable, Iterator
@@ -13,18 +15,25 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rbfast.data.trace import TraceError
-from rbfast.utils.records import objects_of, show
+from rbfast.utils.records import objects_of, place_of, show
 
 _LONGEST_LINE = 64 * 2**20  # bytes; 32k tokens with a top-20 each are a quarter of it
 _LINES = (".jsonl", ".ndjson")
-SUFFIXES = (*_LINES, ".json", ".parquet", ".arrow")
-KINDS = ".jsonl, .json, .parquet or .arrow file (.gz too)"
+_CELLS = {".csv": ",", ".tsv": "\t"}  # what stands between them
+SUFFIXES = (*_LINES, ".json", ".parquet", ".arrow", *_CELLS)
+KINDS = ".jsonl, .json, .parquet, .arrow, .csv or .tsv file (.gz too)"
+_WRITTEN = {"datasheet.json": "reason1k.jsonl", "teach.json": "traces.jsonl"}  # by curate and teach, beside other files
+_NO_ROWS = ("dataset_info.json", "dataset_dict.json", "state.json")
 
 Rows = Iterator[tuple[str, Any]]
 
 
 def is_file_of_rows(path: Path) -> bool:
-    return Path(path.name.removesuffix(".gz")).suffix in SUFFIXES
+    return _kind_of(path) in SUFFIXES
+
+
+def _kind_of(path: Path) -> str:
+    return Path(path.name.removesuffix(".gz")).suffix
 
 
 def is_path_of_rows(text: str) -> bool:
@@ -48,8 +57,9 @@ def rows_of_path(path: Path, split: str, lenient: bool = False) -> Rows:
         ".json": partial(_rows_json, lenient=lenient),
         ".parquet": _rows_parquet,
         ".arrow": _rows_arrow,
+        **{suffix: partial(_rows_csv, lenient=lenient, delimiter=delimiter) for suffix, delimiter in _CELLS.items()},
     }
-    suffix = Path(path.name.removesuffix(".gz")).suffix
+    suffix = _kind_of(path)
     try:
         yield from readers.get(suffix, partial(_rows_jsonl, lenient=lenient))(path)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -57,8 +67,11 @@ def rows_of_path(path: Path, split: str, lenient: bool = False) -> Rows:
 
 
 def _files_of(folder: Path, split: str) -> list[Path]:
-    """The files of a folder in order: what `save_to_disk` wrote, else those of the split, else all if no name tells a
-    split."""
+    """The files of a folder in order: the traces that `teach` or `curate` wrote, what `save_to_disk` wrote, else those
+    of the split, else all if no name tells a split. Tables of text count if there is nothing else: many list files."""
+    for mark, traces in _WRITTEN.items():
+        if (folder / mark).is_file() and (folder / traces).is_file():
+            return [folder / traces]
     if (folder / "dataset_dict.json").is_file():
         if not (folder / split).is_dir():
             names = ", ".join(sorted(inner.name for inner in folder.iterdir() if inner.is_dir()))
@@ -68,8 +81,9 @@ def _files_of(folder: Path, split: str) -> list[Path]:
         state = _parse_json((folder / "state.json").read_bytes(), str(folder / "state.json"))
         return [folder / str(entry["filename"]) for entry in state["_data_files"]]
     found = [path for inner in (folder, folder / "data") for path in sorted(inner.glob("*")) if is_file_of_rows(path)]
-    found = [path for path in found if path.is_file() and not path.name.endswith("_infos.json")]
-    found = [path for path in found if path.name not in ("dataset_info.json", "dataset_dict.json", "state.json")]
+    found = [path for path in found if path.is_file() and not path.name.endswith(("_infos.json", "unreadable.jsonl"))]
+    found = [path for path in found if path.name not in _NO_ROWS]
+    found = [path for path in found if _kind_of(path) not in _CELLS] or found
     if not found:
         raise TraceError(f"{folder}: expected a folder with a {KINDS} in it, got none; name a file")
     return [path for path in found if path.name.startswith(split)] or found
@@ -91,7 +105,7 @@ def _rows_jsonl(path: Path, lenient: bool) -> Rows:
                 )
             if line.strip():
                 try:
-                    row = _parse_json(line, where)
+                    row = _parse_json(line.rstrip(b"\r\n"), where)
                 except TraceError as error:
                     if not lenient:
                         raise
@@ -161,6 +175,27 @@ def _rows_arrow(path: Path) -> Rows:
         raise TraceError(f"{path}: expected an Arrow file: {error}") from error
 
 
+def _rows_csv(path: Path, lenient: bool, delimiter: str) -> Rows:
+    """The rows of a table of text whose first row names the columns; an empty cell is None, any other is text."""
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_LINE))
+    with _open(path) as source, io.TextIOWrapper(source, encoding="utf-8-sig", newline="") as text:
+        rows = csv.DictReader(text, delimiter=delimiter, strict=True)
+        try:
+            for row in rows:
+                where = f"{path}:{rows.line_num}"
+                if None not in row:
+                    yield where, {name: cell or None for name, cell in row.items()}
+                    continue
+                error = TraceError(f"{where}: expected {len(rows.fieldnames or ())} cells, got more; quote their text")
+                if not lenient:
+                    raise error
+                yield where, error
+        except csv.Error as error:
+            raise TraceError(f"{path}:{rows.line_num}: expected cells of a table: {error}") from error
+        except UnicodeDecodeError as error:
+            raise TraceError(f"{path}: expected UTF-8, got {error.reason}; convert the file to UTF-8") from None
+
+
 def _parse_json(data: bytes, where: str) -> Any:
     try:
         return json.loads(data.decode("utf-8-sig"))
@@ -169,7 +204,6 @@ def _parse_json(data: bytes, where: str) -> Any:
             f"{where}: expected UTF-8, got byte {data[error.start]:#04x} at {error.start}; convert the file to UTF-8"
         ) from None
     except json.JSONDecodeError as error:
-        at = f"{where}, column {error.colno}" if error.lineno == 1 else f"{where}: line {error.lineno}"
-        raise TraceError(f"{at}: expected JSON: {error.msg}") from None
+        raise TraceError(f"{place_of(error, where)}: expected JSON: {error.msg}") from None
     except (RecursionError, ValueError) as error:  # nested too deep; a number of thousands of digits
         raise TraceError(f"{where}: expected JSON that can be read: {error}") from None

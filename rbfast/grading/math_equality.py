@@ -13,9 +13,11 @@ a process that can be killed.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import cache
 from typing import NamedTuple
 
 from rbfast.grading.exact import exact
@@ -25,6 +27,8 @@ from rbfast.grading.moments import is_moment, same_moment
 from rbfast.grading.notation import normalize
 from rbfast.grading.numerals import counted
 from rbfast.grading.units import CURRENCIES, Unit, same_dimension, split_unit
+
+log = logging.getLogger(__name__)
 
 Same = Callable[[str, str], bool]
 """Whether two expressions in LaTeX have the same value."""
@@ -46,14 +50,18 @@ _NO_WORDS = re.compile(r"[\\\d+^_=<>*/|$%()\[\]{}!]|(?<![^\W\d_]{2})-|-(?![^\W\d
 
 
 class _Asked:
-    """The judge's word on expressions; after one that it couldn't read in time it isn't called again."""
+    """The judge's word on expressions; after one that it couldn't read in time it isn't called again. Without
+    math-verify nothing but a plain expected answer can be graded."""
 
-    def __init__(self, time_limit: float) -> None:
-        self._limit, self._left = time_limit, _MOST_QUESTIONS
+    def __init__(self, expected: str, time_limit: float) -> None:
+        self._expected, self._limit, self._left = expected, time_limit, _MOST_QUESTIONS
 
     def __call__(self, left: str, right: str) -> bool:
         self._left -= 1
         if self._left < 0:
+            return False
+        if not _is_installed() and is_plain(self._expected):
+            _warn_of_expressions()
             return False
         require()
         verdict = judge("math-verify").ask([left, [right]], self._limit)
@@ -66,14 +74,14 @@ def equal(expected: str, statement: str, time_limit: float = TIME_LIMIT) -> bool
     """Whether a statement is the expected answer.
 
     Raises:
-        ImportError: the answers need math-verify, which is not installed.
+        ImportError: the expected answer is not plain, and math-verify, which it needs, is not installed.
     """
     return equals_any(expected, [statement], time_limit)
 
 
 def equals_any(expected: str, statements: Sequence[str], time_limit: float = TIME_LIMIT) -> bool:
     """Whether one of several readings of a statement is the expected answer; see `equal`."""
-    same = _Asked(time_limit)
+    same = _Asked(expected, time_limit)
     wanted, found = _money(expected), _money(statements[0]) if statements else None
     if wanted and found:
         return _equal_quantities(wanted, found)  # another reading may leave the dollar out, and €5 is not $5
@@ -114,8 +122,26 @@ def _connectives(text: str) -> list[str]:
 
 def require() -> None:
     """Raises ImportError, with what to do, if math-verify is not installed."""
-    if importlib.util.find_spec("math_verify") is None:
+    if not _is_installed():
         raise ImportError("mathematical answers are graded by the package math-verify: pip install math-verify")
+
+
+def _is_installed() -> bool:
+    return importlib.util.find_spec("math_verify") is not None
+
+
+@cache
+def _warn_of_expressions() -> None:
+    log.warning("without math-verify an expression equals no number and no words: pip install math-verify")
+
+
+def is_plain(answer: str) -> bool:
+    """Whether an answer is a number, with or without a unit, or words: it is compared with such answers here."""
+    if len(answer) > _MOST_LETTERS:
+        return True
+    text = _ungrouped(normalize(answer))[0]
+    words = _words(text)
+    return _quantity(text) is not None or bool(_chooses(text)) or (words != "" and not _are_products(words))
 
 
 def key(statement: str) -> str:

@@ -114,7 +114,7 @@ def attention_of(model: PreTrainedModel, device: torch.device) -> str:
         return f"{model.config.get_text_config()._attn_implementation}, the model's own"
     if takes_all_at_once(device):
         return "flash kernels, all examples of a batch in one call (torch.nn.attention.varlen)"
-    return "scaled_dot_product_attention, one example at a time"
+    return "scaled_dot_product_attention, a call for each example; all else takes the row whole"
 
 
 def _attend(

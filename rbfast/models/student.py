@@ -12,6 +12,7 @@ import importlib.util
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,7 +68,8 @@ def load_student(
     if (file := _gguf(name_or_path)) is not None:
         if load_in is not None:
             raise ValueError(f"{name_or_path} is read from a GGUF file, whose weights cannot be loaded in {load_in}")
-        return _load_gguf(file, dtype), load_tokenizer(name_or_path)
+        with _parsed_once():
+            return _load_gguf(file, dtype), load_tokenizer(name_or_path)
     options: dict[str, Any] = {}
     if load_in is not None:
         options = {"quantization_config": quantisation(load_in, dtype), "device_map": {"": device}}
@@ -265,6 +267,23 @@ def _gguf(name_or_path: str) -> Path | None:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: expected a GGUF file, found none")
     return file
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Keeps what transformers reads of a GGUF file: it parses the header three times, for the config, the weights and
+    the tokenizer, and makes the table of tensor names anew for each module of the model."""
+    import gguf
+
+    names = ("GGUFReader", "get_tensor_name_map")
+    before = {name: getattr(gguf, name) for name in names}
+    for name, function in before.items():
+        setattr(gguf, name, cache(function))
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(gguf, name, function)
 
 
 def _load_gguf(file: Path, dtype: torch.dtype) -> PreTrainedModel:

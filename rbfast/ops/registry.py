@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from rbfast.ops import head_gemm, reference
 from rbfast.ops.dtypes import wide
+from rbfast.utils.packages import how_to_build
 
 _LIBRARY = torch.library.Library("rbfast", "DEF")
 _SCHEMAS = {
@@ -240,7 +241,7 @@ def cpu_isa() -> str | None:
 def cpu_isa_reason() -> str:
     """Why `cpu_isa` is not a better one."""
     if _NATIVE is None:
-        return "not built: reinstall with a C++ compiler on the PATH"
+        return f"not built: {how_to_build()}"
     _NATIVE.rbfast_cpu_isa_reason.restype = ctypes.c_char_p
     return _NATIVE.rbfast_cpu_isa_reason().decode()
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -65,10 +65,16 @@ class Taught:
     written: int
     cost: float
 
+    @property
+    def verdicts(self) -> dict[str, int]:
+        """How many traces' answers are right, wrong, and without a known answer to compare them with."""
+        counts = Counter(trace.verified for trace in self.traces)
+        return {"right": counts[True], "wrong": counts[False], "unverified": counts[None]}
+
     def summary(self) -> dict[str, Any]:
         """For `teach.json`."""
         counts = {name: getattr(self, name) for name in ("failed", "open", "reason", "read", "written", "cost")}
-        return {"traces": len(self.traces)} | counts
+        return {"traces": len(self.traces)} | self.verdicts | counts
 
 
 def read_questions(

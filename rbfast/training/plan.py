@@ -22,7 +22,7 @@ from rbfast.loss.chunking import logits_bytes
 from rbfast.models.checkpointing import checkpointed_layers
 from rbfast.models.linears import bytes_of
 from rbfast.models.packed_attention import attention_of
-from rbfast.models.student import final_hidden, head_of
+from rbfast.models.student import final_hidden, head_of, packs
 
 _ROWS = 64, 128  # tokens of the two rows that are tried
 _USABLE = 0.92  # of a device's memory: the rest is the driver's, and what lies unused between tensors
@@ -152,7 +152,8 @@ def make_plan(
         is_checkpointed=is_checkpointed,
         loss=logits_bytes(largest, vocabulary + teacher_vocabulary, model.device)
         + largest * hidden * (2 * head.element_size() + 4),
-        attention=attention_of(model, model.device),
+        attention=attention_of(model, model.device)
+        + ("" if packs(model) else "; the model runs one example at a time, which is slower"),
         memory=_memory_of(model.device),
     )
 

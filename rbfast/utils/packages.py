@@ -1,7 +1,21 @@
-"""Packages that only some commands need: imported at first use, with what to install if one is missing."""
+"""Packages that only some commands need: imported at first use, with what to install if one is missing. And what to do
+if this package's own compiled code is missing."""
 
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
+
+_ROOT = Path(__file__).resolve().parents[2]  # of the package
+
+
+def how_to_build() -> str:
+    """What to do if compiled code of this package is missing."""
+    if (_ROOT / "setup.py").is_file():
+        return (
+            f"rbfast was imported from its sources in {_ROOT}: run in another folder to use an installed rbfast, or "
+            "build it there by `pip install -e .` with a C++ compiler on the PATH"
+        )
+    return "reinstall with a C++ compiler on the PATH"
 
 
 def need(module: str, purpose: str, install: str) -> ModuleType:

@@ -64,16 +64,23 @@ def json_lines(path: Path, shape: Any, most: int | None = None) -> Iterator[tupl
         for number, line in enumerate(file, start=1):
             if (most is not None and number > most) or not line.endswith(b"\n"):
                 return
-            yield f"{path}:{number}", _parse(line, shape, f"{path}:{number}")
+            yield f"{path}:{number}", _parse(line.rstrip(b"\r\n"), shape, f"{path}:{number}")
 
 
 def _parse(text: bytes, shape: Any, where: str) -> Any:
     try:
         value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place_of(error, where)}: expected JSON: {error.msg}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: expected JSON: {error}") from None
     check(value, shape, where)
     return value
+
+
+def place_of(error: json.JSONDecodeError, where: str) -> str:
+    """Where a text is no JSON: a column of a single line, else a line."""
+    return f"{where}, column {error.colno}" if error.lineno == 1 else f"{where}: line {error.lineno}"
 
 
 def check(value: Any, shape: Any, where: str) -> None:

@@ -6,7 +6,7 @@ import os
 import stat
 import subprocess
 import sys
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.cli.main import _parser, main
 from rbfast.cli.train import _distill_config
-from rbfast.data.readers import write_traces
+from rbfast.data.readers import read_traces, write_traces
 from rbfast.data.trace import Trace
 from rbfast.models.student import load_student
 from rbfast.training.distill import DistillConfig
@@ -330,6 +330,16 @@ def test_a_plan_is_printed_and_nothing_is_trained(
     plan = json.loads(said)
     assert code == 0 and plan["batches"] >= 1 and plan["needed"] > plan["weights"] > 0
     assert not out.exists()
+
+
+def test_wrong_answers_are_warned_of(
+    capsys: pytest.CaptureFixture[str], model_folder: str, traces: str, tmp_path: Path
+) -> None:
+    first, *rest = read_traces(traces)
+    write_traces(traces, [replace(first, verified=False), *rest])
+    line = ["distill", model_folder, traces, "-o", str(tmp_path / "run"), "--density", "0.2", "--plan"]
+    code, _, err = call(capsys, *line)
+    assert code == 0 and "1 of 12 traces have a wrong answer (verified: false); rbfast curate leaves those out\n" in err
 
 
 def test_every_setting_of_the_loss_is_an_option() -> None:

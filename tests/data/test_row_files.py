@@ -1,18 +1,21 @@
 """Rows from files of every kind that traces come in, gzipped or not, and from folders of them."""
 
+import csv
 import gzip
 import json
 from pathlib import Path
 
 import datasets
 import pytest
+from fake_api import answering, chat_reply
 from trace_shapes import PLAIN, conversation
 
 from rbfast.cli.main import main
+from rbfast.curation.curate import curate
 from rbfast.data.readers import read_traces
 from rbfast.data.trace import TraceError
 from rbfast.grading.tasks import load_problems
-from rbfast.teacher.solutions import read_questions
+from rbfast.teacher.solutions import Question, read_questions, teach
 
 ROW = conversation(("user", PLAIN["problem"]), ("assistant", f"<think>{PLAIN['reasoning']}</think>42"))
 BROKEN = conversation(("user", PLAIN["problem"]), ("assistant", "<think>Hm"))
@@ -62,6 +65,34 @@ def test_folders_are_read_by_their_split(tmp_path: Path) -> None:
     for name, table in (("train-00000-of-00002", train), ("train-00001-of-00002", test), ("test-00000-of-00001", test)):
         table.to_parquet(tmp_path / "clone" / "data" / f"{name}.parquet")
     assert len(read_traces(tmp_path / "clone")) == 4
+
+
+def test_folders_that_teach_and_curate_wrote_are_read_as_their_traces(tmp_path: Path) -> None:
+    with answering(chat_reply("<plan>Add.</plan>1 + 1 = 2\n<answer>2</answer>")) as api:
+        teach(api.client(), [Question("What is 1 + 1?", None)], tmp_path / "taught")
+    (tmp_path / "taught" / "sums.csv").write_text("a,b\n1,2\n")
+    assert [trace.answer for trace in read_traces(tmp_path / "taught")] == ["2"]
+    curate([tmp_path / "taught"], tmp_path / "reason1k")
+    assert [trace.answer for trace in read_traces(tmp_path / "reason1k")] == ["2"]
+
+
+def test_a_folder_of_shards_leaves_lists_of_other_things_out(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text(json.dumps(ROW))
+    (tmp_path / "a.unreadable.jsonl").write_text('{"where": "x:1", "reason": "cut"}')
+    (tmp_path / "index.csv").write_text("file,rows\na.jsonl,1\n")
+    assert len(read_traces(tmp_path)) == 2
+
+
+def test_tables_of_text_are_read(tmp_path: Path) -> None:
+    rows = [["problem", "solution", "answer"], ["Who, 1?", 'First:\n"so".', "036"], ["Who?", "", "4"]]
+    for name, dialect in (("t.csv", "excel"), ("t.tsv", "excel-tab")):
+        with (tmp_path / name).open("w", newline="", encoding="utf-8-sig") as file:
+            csv.writer(file, dialect).writerows(rows)
+        [first] = read_traces(tmp_path / name, on_error="skip")
+        assert (first.problem, first.reasoning, first.answer) == ("Who, 1?", 'First:\n"so".', "036")
+        assert [problem.answer for problem in load_problems(str(tmp_path / name), None, 0)] == ["036", "4"]
+        assert [question.text for question in read_questions(str(tmp_path / name))] == ["Who, 1?", "Who?"]
 
 
 def test_problems_come_from_the_same_files(tmp_path: Path) -> None:

@@ -55,7 +55,12 @@ GOOD = json.dumps(ROW).encode()
         ("t.json", b"[" + GOOD + b",\n{}]", r"t\.json: item 1: problem: expected this field, got no fields"),
         ("t.json", b"[\n1,\n", r"t\.json: line 3: expected JSON"),
         ("t.parquet", b"PAR0", "expected a Parquet file"),
-        ("t.csv", b"problem", r"expected a \.jsonl, \.json, \.parquet or \.arrow file \(\.gz too\), got \.csv"),
+        ("t.jsonl", GOOD + b"\n" + GOOD[:-1] + b"\n" + GOOD, r"t\.jsonl:2, column \d+: expected JSON"),
+        ("t.csv", b"problem", "expected at least one trace, got none"),
+        ("t.csv", b"problem,reasoning,answer\np,r,a\np,r,a,b\n", r"t\.csv:3: expected 3 cells, got more"),
+        ("t.csv", b"problem\n\xff\n", r"t\.csv: expected UTF-8"),
+        ("t.csv", b'problem\n"p', r"t\.csv:\d: expected cells of a table: unexpected end"),
+        ("t.xlsx", b"PK", r"expected a \.jsonl, .*, \.csv or \.tsv file \(\.gz too\), got \.xlsx"),
     ],
 )
 def test_a_broken_file_names_its_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:

@@ -8,6 +8,7 @@ from problems import plain
 from real_inputs import data_path
 
 from rbfast.data.answers import extract_answer
+from rbfast.grading import math_equality
 from rbfast.grading.grade import Problem, grade, without_tags
 from rbfast.grading.judge import Judge
 from rbfast.grading.math_equality import equal
@@ -203,6 +204,23 @@ def test_real_answers_are_graded_as_people_grade_them(name):
 def test_equal_mathematics(answer, statement, same):
     pytest.importorskip("math_verify")
     assert equal(answer, statement) is same
+
+
+def test_numbers_and_words_need_no_math_verify(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(math_equality, "_is_installed", lambda: False)
+    math_equality._warn_of_expressions.cache_clear()
+    rows = [{"problem": answer, "answer": answer} for answer in ("36", "-1,234.5", "3/4", "12 m", "Paris", "C")]
+    (tmp_path / "plain.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    problems = load_problems(str(tmp_path / "plain.jsonl"), None, seed=0)
+    assert [grade(problem, f"<answer>{problem.answer}</answer>") for problem in problems] == [1.0] * 6
+    assert caplog.text == ""
+    assert [grade(problem, r"\boxed{\sqrt{x} + \pi}") for problem in problems] == [0.0] * 6
+    assert caplog.text.count("pip install math-verify") == 1
+    (tmp_path / "formula.jsonl").write_text(json.dumps({"problem": "p", "answer": r"\sqrt{2}"}))
+    with pytest.raises(ImportError, match="pip install math-verify"):
+        load_problems(str(tmp_path / "formula.jsonl"), None, seed=0)
+    with pytest.raises(ImportError, match="pip install math-verify"):
+        equal(r"\sqrt{2}", r"2/\sqrt{2}")
 
 
 def test_an_answer_that_hangs_the_grader_is_wrong_and_the_next_one_is_graded():

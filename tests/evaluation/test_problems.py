@@ -65,9 +65,9 @@ def test_problems_of_a_file(tmp_path):
 
 
 def test_a_file_of_another_kind_is_no_dataset_on_the_hub(tmp_path):
-    path = tmp_path / "set.csv"
+    path = tmp_path / "set.xlsx"
     path.write_text("problem,answer\np,1\n")
-    with pytest.raises(ValueError, match=r"set\.csv: expected a \.jsonl, \.json, \.parq"):
+    with pytest.raises(ValueError, match=r"set\.xlsx: expected a \.jsonl, \.json, \.parq"):
         load_problems(str(path), None, seed=0)
 
 

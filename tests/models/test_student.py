@@ -3,6 +3,7 @@ import importlib.util
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
+from tiny_models import llama
 
 from rbfast.models import student
 from rbfast.models.student import load_outline, load_student, load_tokenizer
@@ -41,6 +42,26 @@ def test_a_gguf_file_is_a_student_that_can_be_saved_and_loaded(pristine, tmp_pat
         outline = load_outline(name)
         assert {name: parameter.shape for name, parameter in outline.named_parameters()} == shapes
         assert all(parameter.is_meta for parameter in outline.parameters())
+
+
+def test_a_gguf_file_is_parsed_once(tmp_path, monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    from gguf_files import VOCABULARY, write_llama
+
+    parsed = []
+
+    class Reader(gguf.GGUFReader):
+        def __init__(self, path):
+            parsed.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Reader)
+    original = llama(vocab_size=VOCABULARY)
+    write_llama(original, tmp_path / "tiny.gguf")
+    for times in (1, 2):  # another call may find another file
+        model, _ = load_student(str(tmp_path / "tiny.gguf"), torch.float32)
+        assert len(parsed) == times and gguf.GGUFReader is Reader
+    assert all(torch.equal(x, original.state_dict()[name]) for name, x in model.state_dict().items())
 
 
 def test_a_gguf_file_that_is_not_there_is_named(tmp_path):

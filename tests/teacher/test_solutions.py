@@ -10,6 +10,8 @@ from questions import QUESTIONS, solve
 from tiny_models import llama
 from tiny_tokenizers import byte_level
 
+from rbfast.cli.main import main
+from rbfast.curation.curate import curate
 from rbfast.data.readers import read_traces
 from rbfast.data.trace import TraceError
 from rbfast.teacher.client import Server, ServerError
@@ -168,6 +170,26 @@ def test_known_answers_verify_the_teacher(server, tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     taught = teach(server.client(), read_questions(file), tmp_path / "out")
     assert [trace.verified for trace in taught.traces] == [True, False, None]
+    assert taught.verdicts == {"right": 1, "wrong": 1, "unverified": 1}
+    assert taught.verdicts.items() <= json.loads((tmp_path / "out" / "teach.json").read_text()).items()
+    curate([tmp_path / "out"], tmp_path / "kept")
+    assert [trace.verified for trace in read_traces(tmp_path / "kept")] == [True, None]
+
+
+def test_the_command_says_how_many_answers_are_wrong(server, tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text('{"problem": "What is 5 + 1?", "answer": "7"}')
+    asked = [
+        "teach",
+        "tiny",
+        str(tmp_path / "p.jsonl"),
+        "-o",
+        str(tmp_path / "out"),
+        "--server",
+        f"http://127.0.0.1:{server.port}/v1",
+    ]
+    assert main(asked) == 0
+    said = capsys.readouterr().out
+    assert "right: 0\nwrong: 1\nunverified: 0\n" in said and "rbfast curate leaves those out" in said
 
 
 def test_thinking_is_the_reasoning_where_a_teacher_thinks():

@@ -4,12 +4,23 @@ import pytest
 
 from rbfast.grading.grade import reasoning_gym
 from rbfast.grading.judge import Judge
+from rbfast.ops import registry
+from rbfast.utils import packages
 from rbfast.utils.packages import need
 
 
 def write_package(folder, name, source):
     (folder / name).mkdir()
     (folder / name / "__init__.py").write_text(source)
+
+
+def test_code_that_is_not_built_says_whether_the_sources_were_imported(tmp_path, monkeypatch):
+    monkeypatch.setattr(packages, "_ROOT", tmp_path)
+    monkeypatch.setattr(registry, "_NATIVE", None)
+    assert registry.cpu_isa_reason() == "not built: reinstall with a C++ compiler on the PATH"
+    (tmp_path / "setup.py").touch()
+    assert f"imported from its sources in {tmp_path}: run in another folder" in registry.cpu_isa_reason()
+    assert "`pip install -e .`" in registry.cpu_isa_reason()
 
 
 def test_an_absent_package_says_what_to_install():
