@@ -246,7 +246,7 @@ def test_texts_are_escaped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
-        ("run.json", "{", r"run\.json: expected JSON"),
+        ("run.json", "{", r"run\.json, column 2: expected JSON"),
         ("run.json", "[]", r"run\.json: expected dict, got list"),
         ("run.json", '{"base_model": "m", "density": 0.1}', r"run\.json: traces is missing"),
         ("log.json", '[{"step": 1}, {"loss": 2}]', r"log\.json: entry 2: step is missing"),
@@ -256,8 +256,8 @@ def test_texts_are_escaped(tmp_path: Path) -> None:
         ("adapter_config.json", "{}", r"adapter_config\.json: format: expected"),
         ("summary.json", '{"seconds": true}', r"summary\.json: seconds: expected int or float, got bool True"),
         ("datasheet.json", '{"stages": [{}]}', r"datasheet\.json: stages: entry 1: stage is missing"),
-        ("before.jsonl", "\x00\n", r"before\.jsonl:1: expected JSON"),
-        ("after.jsonl", lines([record(0, True)]) + "{]\n", r"after\.jsonl:2: expected JSON"),
+        ("before.jsonl", "\x00\n", r"before\.jsonl:1, column 1: expected JSON"),
+        ("after.jsonl", lines([record(0, True)]) + "{]\n", r"after\.jsonl:2, column 2: expected JSON"),
         ("after.jsonl", lines([record(0, 1)]), r"after\.jsonl:1: correct: expected bool, got int 1"),
         ("after.jsonl", lines([record(0, True, events=[{"kind": "wait"}])]), r"after\.jsonl:1: events: entry 1: at is"),
         ("after.jsonl", lines([record(0, True, decoding={})]), r"after\.jsonl:1: decoding: max_new_tokens is missing"),
