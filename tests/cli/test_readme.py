@@ -26,8 +26,7 @@ def test_it_runs(block, student, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("rbfast.models.student._load_gguf", lambda file, dtype: student().to(dtype))
     monkeypatch.setattr("rbfast.models.student.load_tokenizer", lambda name: tokenizer)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "reason1k").mkdir()
-    write_traces(tmp_path / "reason1k" / "reason1k.jsonl", make_traces("leg_counting", 2, seed=0))
+    write_traces(tmp_path / "pool.jsonl", make_traces("leg_counting", 2, seed=0))
     names: dict = {}
     exec(block, names)
     assert (

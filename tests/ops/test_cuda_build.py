@@ -30,6 +30,10 @@ SPILLED = {
     ("100", "dense_rows<js, 8, 256, 7, 3>"): 8,
     ("100", "dense_rows<js, 8, 256, 16, 2>"): 12,
     ("100", "sparse_rows<4, 384, 8, 3, false>"): 36,
+    ("120", "dense_rows<reverse, 8, 256, 16, 2>"): 284,
+    ("120", "dense_rows<js, 8, 256, 7, 3>"): 8,
+    ("120", "dense_rows<js, 8, 256, 16, 2>"): 12,
+    ("120", "sparse_rows<4, 384, 8, 3, false>"): 52,
 }
 
 
