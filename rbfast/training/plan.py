@@ -150,7 +150,7 @@ def make_plan(
         kept=per_token * largest + layer,  # and the gradients of a layer
         kept_checkpointed=inputs + 2 * layer if layers and model.supports_gradient_checkpointing else None,
         is_checkpointed=is_checkpointed,
-        loss=logits_bytes(largest, vocabulary + teacher_vocabulary, model.device)
+        loss=logits_bytes(largest, vocabulary, model.device, teacher_vocabulary)
         + largest * hidden * (2 * head.element_size() + 4),
         attention=attention_of(model, model.device)
         + ("" if packs(model) else "; the model runs one example at a time, which is slower"),

@@ -44,6 +44,12 @@ def test_a_gpu_needs_less_than_a_gigabyte_at_the_size_of_llama_8b():
         assert plan.chunk == (768 if plan.keeps_dz else 1024)
 
 
+@pytest.mark.parametrize("V", [40_000, 128_256, 151_936, 190_000, 262_144])
+def test_logits_beside_a_teacher_s_keep_within_the_memory_of_a_gpu(V):
+    plan = chunk_on_gpu(4096, 4 * V, None, beside_bytes=4 * V)
+    assert plan.chunk * 4 * V + plan.beside * 4 * V <= chunking.GPU_BYTES
+
+
 def test_a_long_batch_adds_up_the_gradient_of_its_head_in_fp32():
     assert chunk_trained_head(4 * 4096, 4 * LLAMA_8B[0], None, LLAMA_8B).rounds_sum
     plan = chunk_trained_head(4 * 4096 + 1, 4 * LLAMA_8B[0], None, LLAMA_8B)
