@@ -6,13 +6,12 @@
 // its products there, on tensor cores. What they need as partners, H and B, is fp32: it is cut into two pieces of bf16
 // (three where dy is fp32). A block takes a strip of features and a run of tokens, a warp keeps B and dB of its
 // features in registers. Per tile of 32 tokens the warps' parts of dH are added up in shared memory, so what goes back
-// to memory is k floats for every token and strip: 4 k / 512 of the bytes of a bf16 dy for strips of 256.
+// to memory is k floats for every token and strip: 4 k / 1024 of the bytes of a bf16 dy for strips of 512.
 //
-// Three launches: `project` makes H, `sweep` over dy makes dB and dH, `sweep` over xs makes dA. Work is cut into equal
-// shares for all multiprocessors: block b does units [b * share, ...) of the list of all (strip, tile of tokens) and
-// leaves its parts of the sums in memory. Then all blocks wait for each other (the launch is cooperative, so the device
-// holds all of them at once) and share the sums of the parts. Every sum runs in an order fixed by the shapes and the
-// number of multiprocessors, whichever block comes first.
+// Three launches: `project` makes H and cuts B, `sweep` over dy makes dB and dH, `sweep` over xs makes dA. Blocks have
+// equal shares of the list of all (strip, tile of tokens) and leave their parts of the sums in memory. Then all blocks
+// wait for each other (the launch is cooperative, so the device holds all of them at once) and share the sums of the
+// parts. Every sum runs in an order fixed by the shapes and the number of multiprocessors, whichever block comes first.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -47,13 +46,14 @@ std::pair<int, int> key_of(const Device& device) {
 template <typename T, int kN, bool kDot>
 Fit fit_of(const Device& device) {
   return once(key_of(device), [&] {
-    constexpr int64_t kMostStages = 4, kLeast = 2 * kStageBytes<T, kN> + kScratchBytes<kN, kDot>;
-    const int resident = shared_room(device, kBlocks<T, kN>) >= kLeast ? kBlocks<T, kN> : 1;
-    const int64_t room = shared_room(device, resident) - kScratchBytes<kN, kDot>;
-    Fit fit{static_cast<int>(std::min(kMostStages, room / kStageBytes<T, kN>)), 0, 0};
-    fit.shared = fit.stages * kStageBytes<T, kN> + kScratchBytes<kN, kDot>;
+    constexpr int64_t kMostStages = 4, kStage = kStageBytes<T, kN, kDot>, kScratch = kScratchBytes<kN, kDot>;
+    int resident = kBlocks<kDot>;
+    while (resident > 1 && shared_room(device, resident) < 2 * kStage + kScratch) --resident;
+    const int64_t room = shared_room(device, resident) - kScratch;
+    Fit fit{static_cast<int>(std::min(kMostStages, room / kStage)), 0, 0};
+    fit.shared = fit.stages * kStage + kScratch;
     device.allow_shared_memory(sweep<T, kN, kDot>);
-    const int64_t all = device.clusters_that_fit({1, 1, kThreads, 1, fit.shared}, sweep<T, kN, kDot>);
+    const int64_t all = device.clusters_that_fit({1, 1, kSweepThreads, 1, fit.shared}, sweep<T, kN, kDot>);
     fit.blocks = std::min<int64_t>(all, resident * device.attribute(cudaDevAttrMultiProcessorCount));
     expect(fit.blocks > 0, "column_grad: this GPU has too little shared memory for a block: ", fit.shared, " bytes");
     return fit;
@@ -62,18 +62,17 @@ Fit fit_of(const Device& device) {
 
 // Ranks at a time: all that one block has room for.
 int most_ranks(const Device& device) {
-  constexpr int kNeeded = 2 * kStageBytes<float, 4> + kScratchBytes<4, true>;
+  constexpr int kNeeded = 2 * kStageBytes<float, 4, true> + kScratchBytes<4, true>;
   return once(key_of(device), [&] { return shared_room(device, 1) >= kNeeded ? kMostRanks : kMostRanks - 8; });
 }
 
-// How the units of a matrix are shared. Where there is none, one block writes the sums of nothing.
-template <typename T>
-Shares shares_of(const Fit& fit, int64_t tokens, int64_t n) {
-  Shares s{ceil_div(n, Tile<T>::kWidth), ceil_div(tokens, kTokens), 1, 0, nullptr};
-  const int64_t units = s.strips * s.tiles;
-  s.share = std::max<int64_t>(1, ceil_div(units, fit.blocks));
-  s.blocks = std::max<int64_t>(1, ceil_div(units, s.share));
-  return s;
+// How the units of a matrix are shared, each block having at least so many if there are. Where there is none, one block
+// writes the sums of nothing.
+template <typename Tile>
+Shares shares_of(const Fit& fit, int64_t tokens, int64_t n, int64_t least) {
+  const int64_t strips = ceil_div(n, Tile::kWidth), tiles = ceil_div(tokens, kTokens), units = strips * tiles;
+  expect(units <= INT32_MAX / 2, "column_grad: too large for one call: ", tokens, " x ", n, "; split the tokens");
+  return {strips, tiles, std::max<int64_t>(1, std::min(fit.blocks, units / least))};
 }
 
 // Memory that is cut into pieces.
@@ -105,23 +104,27 @@ struct Gradients {
 
 template <typename T, int kN, bool kDot>
 void launch_sweep(const Device& device, const Fit& fit, const Sweep<T>& s) {
-  static_assert(2 * sizeof(SumRoom) <= 2 * kStageBytes<T, kN>);
-  device.launch({s.shares.blocks, 1, kThreads, 1, fit.shared, true}, sweep<T, kN, kDot>, s);
+  static_assert(2 * sizeof(SumRoom) <= 2 * kStageBytes<T, kN, kDot>);
+  device.launch({s.shares.blocks, 1, kSweepThreads, 1, fit.shared, true}, sweep<T, kN, kDot>, s);
 }
 
 template <typename Y, typename X, int kN>
 void grad_of_ranks(const Device& device, RankBlocks<kN>, const Gradients& g, int64_t first, int k) {
+  using TileY = Tile<Y, kN, true>;
+  using TileX = Tile<X, kN, false>;
   const Matrix<Y> y(g.dy);
   const Matrix<X> x(g.xs);
   const Fit fit_y = fit_of<Y, kN, true>(device), fit_x = fit_of<X, kN, false>(device);
-  Shares of_y = shares_of<Y>(fit_y, y.tokens, y.n), of_x = shares_of<X>(fit_x, x.tokens, x.n);
+  // A block leaves parts of dA as large as three tiles of xs are, whatever its share.
+  Shares of_y = shares_of<TileY>(fit_y, y.tokens, y.n, 1), of_x = shares_of<TileX>(fit_x, x.tokens, x.n, 4);
   const int64_t tiles = of_y.tiles, of_tile = kTokens / kLeaf * kN * kWarp;
   Workspace work;
   const int64_t hidden = work.add<Pair>(tiles * of_tile * kPartners<Y>);
   const int64_t d_hidden = work.add<Pair>(tiles * of_tile * kPartners<X>);
+  const int64_t B = work.add<Pair>(ceil_div(y.n, kLeaf) * kN * kPartners<Y> * kWarp);
   const int64_t dots = work.add<Floats>(of_y.strips * tiles * of_tile);
-  const int64_t dB_parts = work.add<Floats>((of_y.blocks + of_y.strips) * Tile<Y>::kStrip * kN * kWarp);
-  const int64_t dA_parts = work.add<Floats>((of_x.blocks + of_x.strips) * Tile<X>::kStrip * kN * kWarp);
+  const int64_t dB_parts = work.add<Floats>((of_y.blocks + of_y.strips) * TileY::kStrip * kN * kWarp);
+  const int64_t dA_parts = work.add<Floats>((of_x.blocks + of_x.strips) * TileX::kStrip * kN * kWarp);
   work.allocate(g.dy);
   of_y.parts = work.at<Floats>(dB_parts);
   of_x.parts = work.at<Floats>(dA_parts);
@@ -129,9 +132,10 @@ void grad_of_ranks(const Device& device, RankBlocks<kN>, const Gradients& g, int
   const Factor a(g.A, g.A.stride(0), g.A.stride(1), first, k), b(g.B, g.B.stride(1), g.B.stride(0), first, k);
   const Sum dB(of_y, g.dB + first, all, 1, k, g.scale), dA(of_x, g.dA + first * x.n, 1, x.n, k, g.scale);
   const Dots parts{work.at<Floats>(dots), work.at<Pair>(d_hidden), kPartners<X>};
-  project(device, g.xs, a, {work.at<Pair>(hidden), kPartners<Y>});
-  launch_sweep<Y, kN, true>(device, fit_y, {y, of_y, fit_y.stages, work.at<Pair>(hidden), dB, b, parts});
-  launch_sweep<X, kN, false>(device, fit_x, {x, of_x, fit_x.stages, work.at<Pair>(d_hidden), dA, b, {}});
+  const Operands of_B{b, y.n, work.at<Pair>(B), kPartners<Y>};
+  project(device, g.xs, a, {work.at<Pair>(hidden), kPartners<Y>}, &of_B);
+  launch_sweep<Y, kN, true>(device, fit_y, {y, of_y, fit_y.stages, work.at<Pair>(hidden), dB, of_B.to, parts});
+  launch_sweep<X, kN, false>(device, fit_x, {x, of_x, fit_x.stages, work.at<Pair>(d_hidden), dA, nullptr, {}});
 }
 
 std::tuple<Tensor, Tensor> column_grad(const Tensor& dy, const Tensor& xs, const Tensor& A, const Tensor& B,

@@ -105,8 +105,19 @@ struct Hidden {
   int64_t ld = 0;
 };
 
-// H for up to kMostRanks ranks; column_project.cu has it.
-void project(const Device& device, const Tensor& x, const Factor& m, const Hidden& to);
+// Where a factor m goes as the operands of products with tiles of T: [leaves of n features, blocks of ranks, pieces,
+// lanes].
+struct Operands {
+  Factor m;
+  int64_t n;
+  Pair* to;
+  int pieces;
+
+  __host__ __device__ int64_t leaves() const { return (n + kLeaf - 1) / kLeaf; }
+};
+
+// H for up to kMostRanks ranks; column_project.cu has it. In the same launch, `also` of as many ranks.
+void project(const Device& device, const Tensor& x, const Factor& m, const Hidden& to, const Operands* also = nullptr);
 // H [tokens, k] for all ranks of m [k, n], m[i * rank + v * feature], as plain floats.
 Tensor project_all(const Device& device, const Tensor& x, const Tensor& m, int64_t k, int64_t rank, int64_t feature);
 

@@ -14,42 +14,106 @@ namespace {
 template <typename T>
 constexpr int kReaders = sizeof(T) == 2 ? 16 : 8;
 
+constexpr int kLane = 8;  // features of a row that a lane reads at once
+
+template <typename T>
+using Row = Bits<kLane * sizeof(T)>;
+
+// What a lane needs of the features from `begin` on, kLane for each of four lanes: of x the rows first, first + 8, ..,
+// of m one rank of every eight. If nothing is cut off, all of it is under way at once.
+template <typename T, int kRows, int kN>
+__device__ inline void read_chunk(const Matrix<T>& x, const Factor& m, int64_t first, int64_t begin,
+                                  Row<T> (&rows)[kRows], Row<float> (&ranks)[kN]) {
+  const int lane = threadIdx.x % kWarp, rank = lane / 4;
+  const int64_t v = begin + kLane * (lane % 4);
+  if (x.aligned && m.aligned && begin + 4 * kLane <= x.n) {
+    const T* row = x.x + first * x.row + v;
+    const float* of_rank = m.m + rank * m.rank + v;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i, row += 8 * x.row)
+      rows[i] = first + 8 * i < x.tokens ? read_bits<sizeof(Row<T>)>(row) : Row<T>{};
+#pragma unroll
+    for (int j = 0; j < kN; ++j, of_rank += 8 * m.rank)
+      ranks[j] = 8 * j + rank < m.k ? read_bits<sizeof(Row<float>)>(of_rank) : Row<float>{};
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const Pack<T, kLane> row = read<kLane>(x, first + 8 * i, v);
+    memcpy(&rows[i], &row, sizeof(row));
+  }
+#pragma unroll
+  for (int j = 0; j < kN; ++j) {
+    float values[kLane];
+    m.read(8 * j + rank, v, x.n, values);
+    memcpy(&ranks[j], values, sizeof(values));
+  }
+}
+
+// Cuts a block's share of the leaves of a factor into their pieces, a leaf each warp, the last warp first.
+template <int kN>
+__device__ inline void cut_leaves(const Operands& from, int warps) {
+  const int lane = threadIdx.x % kWarp, leaves = static_cast<int>(from.leaves()), blocks = gridDim.x;
+  const int share = (leaves + blocks - 1) / blocks, begin = blockIdx.x * share;
+  const int end = begin + share < leaves ? begin + share : leaves;
+#pragma unroll 1
+  for (int leaf = begin + warps - 1 - threadIdx.x / kWarp; leaf < end; leaf += warps) {
+    const int64_t v = leaf * int64_t{kLeaf} + lane % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+      const int rank = 8 * j + lane / 4;
+      uint32_t upper[3], lower[3];
+      split(from.m.at(rank, v, from.n), from.m.at(rank, v + 1, from.n), upper);
+      split(from.m.at(rank, v + 8, from.n), from.m.at(rank, v + 9, from.n), lower);
+#pragma unroll
+      for (int p = 0; p < 3; ++p)
+        if (p < from.pieces)
+          from.to[((leaf * int64_t{kN} + j) * from.pieces + p) * kWarp + lane] = {{upper[p], lower[p]}};
+    }
+  }
+}
+
+// While some warps of a block add up H, the others cut its share of `also`, which blocks beyond the tiles do alone.
 template <typename T, int kN>
 __global__ void __launch_bounds__(kReaders<T>* kWarp, 1)
-    project_tile(const Matrix<T> x, const Factor m, const Hidden to) {
-  constexpr int kLane = 8, kParts = kTokens / kLeaf, kRow = 8 * kN + 1;  // a lane reads 8 features of a row at once
+    project_tile(const Matrix<T> x, const Factor m, const Hidden to, const Operands also) {
+  constexpr int kParts = kTokens / kLeaf, kRow = 8 * kN + 1;
   RBFAST_SHARED_MEMORY(memory);
   Floats* parts = reinterpret_cast<Floats*>(memory);                                   // [warps, kParts, kN, lanes]
   float* total = reinterpret_cast<float*>(parts + kReaders<T> * kParts * kN * kWarp);  // [kTokens, kRow]
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, c = lane % 4;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4;
   const int64_t first = blockIdx.x * int64_t{kTokens};
+  if (first >= x.tokens) return cut_leaves<kN>(also, kReaders<T>);
   float acc[kParts][kN][4] = {};
 #pragma unroll 1
   for (int64_t begin = warp * 4 * kLane; begin < x.n; begin += kReaders<T> * 4 * kLane) {
-    const int64_t v = begin + kLane * c;
+    Row<T> rows[kParts * 2];
+    Row<float> ranks[kN];
+    read_chunk(x, m, first + g, begin, rows, ranks);
     uint32_t a[kParts][2][kPieces<T>][4];  // of 2 products: features v .. v + 4 and v + 4 .. v + 8 of every lane
 #pragma unroll
     for (int i = 0; i < kParts * 2; ++i) {
-      const Pack<T, kLane> row = read<kLane>(x, first + 8 * i + g, v);
 #pragma unroll
       for (int pair = 0; pair < 4; ++pair) {
         uint32_t piece[kPieces<T>];
-        split_pair(row.value + 2 * pair, piece);
+        T values[2];
+        memcpy(values, reinterpret_cast<const char*>(&rows[i]) + pair * sizeof(values), sizeof(values));
+        split_pair(values, piece);
 #pragma unroll
         for (int p = 0; p < kPieces<T>; ++p) a[i / 2][pair / 2][p][i % 2 + pair % 2 * 2] = piece[p];
       }
     }
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
-      float values[kLane];
-      m.read(8 * j + g, v, x.n, values);
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
         uint32_t b[3][2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const float* pair = values + 4 * step + 2 * half;
+          const int at = 4 * step + 2 * half;
           uint32_t piece[3];
+          float pair[2];
+          memcpy(pair, ranks[j].value + at, sizeof(pair));
           split(pair[0], pair[1], piece);
 #pragma unroll
           for (int p = 0; p < 3; ++p) b[p][half] = piece[p];
@@ -64,6 +128,7 @@ __global__ void __launch_bounds__(kReaders<T>* kWarp, 1)
 #pragma unroll
     for (int j = 0; j < kN; ++j) parts[((warp * kParts + part) * kN + j) * kWarp + lane] = floats_of(acc[part][j]);
   __syncthreads();
+  cut_leaves<kN>(also, kReaders<T>);
   for (int i = threadIdx.x; i < kParts * kN * kWarp; i += kReaders<T> * kWarp) {
     Floats sum = parts[i];
     for (int w = 1; w < kReaders<T>; ++w) sum = sum + parts[w * kParts * kN * kWarp + i];
@@ -87,20 +152,24 @@ __global__ void __launch_bounds__(kReaders<T>* kWarp, 1)
 }
 
 template <typename T, int kN>
-void launch(const Device& device, RankBlocks<kN>, const Matrix<T>& x, const Factor& m, const Hidden& to) {
+void launch(const Device& device, RankBlocks<kN>, const Matrix<T>& x, const Factor& m, const Hidden& to,
+            const Operands& also) {
   constexpr size_t kParts = kReaders<T> * kTokens / kLeaf * kN * kWarp * sizeof(Floats);
   constexpr size_t kShared = kParts + kTokens * (8 * kN + 1) * sizeof(float);
   if (kShared > 48 << 10)  // which a kernel must be told beyond 48 KB
     once(device.index(), [&] { return device.allow_shared_memory(project_tile<T, kN>), true; });
-  device.launch({ceil_div(x.tokens, kTokens), 1, kReaders<T> * kWarp, 1, kShared}, project_tile<T, kN>, x, m, to);
+  const int64_t blocks = std::max(ceil_div(x.tokens, kTokens), ceil_div(also.leaves(), kReaders<T>));
+  device.launch({blocks, 1, kReaders<T> * kWarp, 1, kShared}, project_tile<T, kN>, x, m, to, also);
 }
 
 }  // namespace
 
-void project(const Device& device, const Tensor& x, const Factor& m, const Hidden& to) {
+void project(const Device& device, const Tensor& x, const Factor& m, const Hidden& to, const Operands* also) {
   for_each_type(x.scalar_type(), [&](auto type) {
     const Matrix<decltype(type)> matrix(x);
-    for_rank_blocks(m.k, [&](auto blocks) { launch(device, blocks, matrix, m, to); });
+    for_rank_blocks(m.k, [&](auto blocks) {
+      launch(device, blocks, matrix, m, to, also != nullptr ? *also : Operands{m, 0, nullptr, 0});
+    });
   });
 }
 

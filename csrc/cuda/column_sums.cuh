@@ -2,6 +2,8 @@
 // sums among themselves. Each sum runs in an order fixed by the shapes and the number of blocks.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/column_products.cuh"
 
 namespace rbfast {
@@ -15,12 +17,32 @@ struct Dots {
   int pieces = 0;
 };
 
-// The list of units that all blocks share, and the parts [blocks + strips, leaves of a strip, blocks of ranks, lanes]
-// of x^T w that they leave: block b and strip q have part b + q to themselves.
+// The list of units that all blocks share, strip by strip, and the parts [blocks + strips, leaves of a strip, blocks of
+// ranks, lanes] of x^T w that they leave: block b and strip q have part b + q to themselves.
 struct Shares {
-  int64_t strips, tiles, share, blocks;
-  Floats* parts;
+  int strips, tiles, blocks;
+  int each, more;  // units of a block; the first blocks have one more
+  Floats* parts = nullptr;
+
+  Shares(int64_t strips, int64_t tiles, int64_t blocks)
+      : strips(static_cast<int>(strips)),
+        tiles(static_cast<int>(tiles)),
+        blocks(static_cast<int>(blocks)),
+        each(static_cast<int>(strips * tiles / blocks)),
+        more(static_cast<int>(strips * tiles % blocks)) {}
+  __device__ int first_of(int block) const { return block * each + (block < more ? block : more); }
+  // The block that has a unit.
+  __device__ int block_of(int unit) const {
+    const int of_these = more * (each + 1);
+    return unit < of_these ? unit / (each + 1) : more + (unit - of_these) / each;
+  }
 };
+
+// Warps of a block that sweeps.
+constexpr int kSweepers = 4, kSweepThreads = kSweepers * kWarp;
+
+// How many warps share a sum of so many parts: few are read at once by one.
+__host__ __device__ inline int team_for(int parts) { return parts > 16 ? kSweepers : 1; }
 
 // to[v * feature + i * rank] = scale * the sum over the blocks that had v's strip, which a team of warps adds up.
 struct Sum {
@@ -34,40 +56,49 @@ struct Sum {
         feature(feature),
         rank(rank),
         k(k),
-        team(shares.tiles / shares.share > 8 ? kWarps : 1),  // few parts are read at once by one warp
+        team(team_for(shares.blocks / std::max(1, shares.strips))),
         scale(scale) {}
 };
 
-// Shared memory for one sum of a block. There are two, which take turns: a team's first warp may read one while the
-// others write to the other.
+// Shared memory for the sums of a block's warps. There are two, which take turns: a team's first warp may read one
+// while the others write to the other.
 struct SumRoom {
   static constexpr int kRow = 9;
-  Floats parts[kThreads];
-  float total[kLeaf * kRow];
+  Floats parts[kSweepThreads];
+  float totals[kSweepers][kLeaf * kRow];
 };
 
 // The sum of parts[i * step] over [begin, end), which `team` warps share; complete in the first of a team.
 __device__ inline Floats sum_of_parts(const Floats* parts, int64_t step, int begin, int end, int team, Floats* room) {
+  constexpr int kAtOnce = 16;  // reads that are under way together
   const int lane = threadIdx.x % kWarp, member = threadIdx.x / kWarp % team;
   const int each = (end - begin + team - 1) / team, from = begin + member * each;
   const int to = from + each < end ? from + each : end;
   Floats sum{};
-#pragma unroll 8
-  for (int i = from; i < to; ++i) sum = sum + read_floats(parts + i * step + lane);
+#pragma unroll 1
+  for (int i = from; i < to; i += kAtOnce) {
+    Floats part[kAtOnce];
+#pragma unroll
+    for (int b = 0; b < kAtOnce; ++b) part[b] = i + b < to ? read_floats(parts + (i + b) * step + lane) : Floats{};
+#pragma unroll
+    for (int b = 0; b < kAtOnce; ++b) sum = sum + part[b];
+  }
+  if (team == 1) return sum;
   room[threadIdx.x] = sum;
   __syncthreads();
   for (int w = 1; member == 0 && w < team; ++w) sum = sum + room[threadIdx.x + w * kWarp];
   return sum;
 }
 
-// dH for 16 tokens by 8 ranks, of which there are `all`.
-__device__ inline void sum_dots(const Dots& dots, int strips, int index, int all, SumRoom& room) {
+// dH for 16 tokens by 8 ranks, of which there are `all`, for each team.
+__device__ inline void sum_dots(const Dots& dots, int strips, int index, int all, int team, SumRoom& room) {
   constexpr int kRow = SumRoom::kRow;
-  const int lane = threadIdx.x % kWarp, g = lane / 4, c = lane % 4;
-  const Floats sum =
-      sum_of_parts(dots.parts + index * int64_t{kWarp}, all * int64_t{kWarp}, 0, strips, kWarps, room.parts);
-  if (threadIdx.x >= kWarp) return;
-  float* total = room.total;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, c = lane % 4;
+  const int place = index * (kSweepers / team) + warp / team;
+  const Floats* parts = dots.parts + place * int64_t{kWarp};
+  const Floats sum = sum_of_parts(parts, all * int64_t{kWarp}, 0, place < all ? strips : 0, team, room.parts);
+  if (warp % team > 0 || place >= all) return;
+  float* total = room.totals[warp];
 #pragma unroll
   for (int e = 0; e < 4; ++e) total[(g + e / 2 * 8) * kRow + 2 * c + e % 2] = sum.value[e];
   __syncwarp();
@@ -76,17 +107,18 @@ __device__ inline void sum_dots(const Dots& dots, int strips, int index, int all
   split(total[(2 * c + 8) * kRow + g], total[(2 * c + 9) * kRow + g], lower);
 #pragma unroll
   for (int p = 0; p < 3; ++p)
-    if (p < dots.pieces) dots.hidden[(index * int64_t{dots.pieces} + p) * kWarp + lane] = {{upper[p], lower[p]}};
+    if (p < dots.pieces) dots.hidden[(place * int64_t{dots.pieces} + p) * kWarp + lane] = {{upper[p], lower[p]}};
 }
 
 // What a block's warps add up of x^T w: of 16 features by 8 ranks each team.
 template <int kRanks, int kStrip>
 __device__ inline void sum_outer(const Sum& s, const Shares& shares, int n, int index, SumRoom& room) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, place = index * (kWarps / s.team) + warp / s.team;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int place = index * (kSweepers / s.team) + warp / s.team;
   const int leaf = place / kRanks, j = place % kRanks, strip = leaf / kStrip;
-  const int tiles = static_cast<int>(shares.tiles), share = static_cast<int>(shares.share);
-  const bool is_inside = tiles > 0 && leaf * kLeaf < n;
-  const int begin = is_inside ? strip * tiles / share : 0, end = is_inside ? ((strip + 1) * tiles - 1) / share + 1 : 0;
+  const bool is_inside = shares.tiles > 0 && leaf * kLeaf < n;
+  const int begin = is_inside ? shares.block_of(strip * shares.tiles) : 0;
+  const int end = is_inside ? shares.block_of((strip + 1) * shares.tiles - 1) + 1 : 0;
   constexpr int kStep = kStrip * kRanks * kWarp;  // from block to block
   const Floats* parts = shares.parts + strip * int64_t{kStep} + (leaf % kStrip * kRanks + j) * kWarp;
   const Floats sum = sum_of_parts(parts, kStep, begin, end, s.team, room.parts);
@@ -101,17 +133,18 @@ __device__ inline void sum_outer(const Sum& s, const Shares& shares, int n, int 
 // All sums of a sweep, by all blocks of the grid, once every part is there. `memory` is shared.
 template <int kRanks, int kStrip, bool kDot>
 __device__ inline void sum_all(const Sum& sum, const Dots& dots, const Shares& shares, int n, char* memory) {
-  const int of_dots = kDot ? static_cast<int>(shares.tiles) * (kTokens / kLeaf) * kRanks : 0;
-  const int teams = kWarps / sum.team;
-  const int all = of_dots + ((n + kLeaf - 1) / kLeaf * kRanks + teams - 1) / teams;
+  const int of_dots = kDot ? shares.tiles * (kTokens / kLeaf) * kRanks : 0;
+  const int team = team_for(shares.strips), teams = kSweepers / team;
+  const int rounds = (of_dots + teams - 1) / teams;
+  const int all = rounds + ((n + kLeaf - 1) / kLeaf * kRanks * sum.team + kSweepers - 1) / kSweepers;
   SumRoom* rooms = reinterpret_cast<SumRoom*>(memory);
   int turn = 0;
 #pragma unroll 1
   for (int i = blockIdx.x; i < all; i += gridDim.x, turn ^= 1) {
-    if (kDot && i < of_dots)
-      sum_dots(dots, static_cast<int>(shares.strips), i, of_dots, rooms[turn]);
+    if (kDot && i < rounds)
+      sum_dots(dots, shares.strips, i, of_dots, team, rooms[turn]);
     else
-      sum_outer<kRanks, kStrip>(sum, shares, n, i - of_dots, rooms[turn]);
+      sum_outer<kRanks, kStrip>(sum, shares, n, i - rounds, rooms[turn]);
   }
 }
 

@@ -21,11 +21,13 @@ SHAPES = (
     (1, 1, 1, 1, 1),
     (3, 9, 5, 7, 2),
     (65, 90, 77, 33, 3),
-    (200, 40, 530, 17, 1),
+    (500, 40, 530, 17, 1),
     (70, 40, 300, 17, 8),
     (40, 290, 40, 270, 16),
     (37, 80, 50, 80, 23),
     (40, 80, 70, 33, 31),
+    (20, 40, 4400, 17, 31),  # more strips than one warp adds up
+    (700, 20, 30, 17, 2),  # more blocks of a strip than that
     (20, 80, 70, 33, 40),
 )
 # What column_grad may be off by, in shares of the sum of its terms' sizes: its fp32 operands are cut into two pieces of

@@ -333,7 +333,7 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
-constexpr int kMultiprocessors = 5;
+constexpr int kMultiprocessors = 20;
 
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorCooperativeLaunchTooLarge ? "too many blocks in cooperative launch" : "invalid argument";
