@@ -6,7 +6,7 @@
 // its products there, on tensor cores. What they need as partners, H and B, is fp32: it is cut into two pieces of bf16
 // (three where dy is fp32). A block takes a strip of features and a run of tokens, a warp keeps B and dB of its
 // features in registers. Per tile of 32 tokens the warps' parts of dH are added up in shared memory, so what goes back
-// to memory is k floats for every token and strip: 4 k / 1024 of the bytes of a bf16 dy for strips of 512.
+// to memory is k floats for every token and strip: 4 k / 512 of the bytes of a bf16 dy for strips of 256.
 //
 // Three launches: `project` makes H and cuts B, `sweep` over dy makes dB and dH, `sweep` over xs makes dA. Blocks have
 // equal shares of the list of all (strip, tile of tokens) and leave their parts of the sums in memory. Then all blocks
@@ -47,7 +47,7 @@ template <typename T, int kN, bool kDot>
 Fit fit_of(const Device& device) {
   return once(key_of(device), [&] {
     constexpr int64_t kMostStages = 4, kStage = kStageBytes<T, kN, kDot>, kScratch = kScratchBytes<kN, kDot>;
-    int resident = kBlocks<kDot>;
+    int resident = kBlocks<T, kN, kDot>;
     while (resident > 1 && shared_room(device, resident) < 2 * kStage + kScratch) --resident;
     const int64_t room = shared_room(device, resident) - kScratch;
     Fit fit{static_cast<int>(std::min(kMostStages, room / kStage)), 0, 0};
@@ -110,8 +110,8 @@ void launch_sweep(const Device& device, const Fit& fit, const Sweep<T>& s) {
 
 template <typename Y, typename X, int kN>
 void grad_of_ranks(const Device& device, RankBlocks<kN>, const Gradients& g, int64_t first, int k) {
-  using TileY = Tile<Y, kN, true>;
-  using TileX = Tile<X, kN, false>;
+  using TileY = Tile<Y, true>;
+  using TileX = Tile<X, false>;
   const Matrix<Y> y(g.dy);
   const Matrix<X> x(g.xs);
   const Fit fit_y = fit_of<Y, kN, true>(device), fit_x = fit_of<X, kN, false>(device);

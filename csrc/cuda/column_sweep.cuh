@@ -8,24 +8,26 @@
 namespace rbfast {
 namespace {
 
-// Leaves, of 16 features each, of a warp. With both products they are as many as registers allow: a strip leaves parts
-// of dH for every tile. With one they are few: a block leaves parts of dA for all features of its strip.
-template <typename T, int kN, bool kDot>
-constexpr int kLeaves = (kDot ? kN == 4 ? 4 : 8 : 2) / (sizeof(T) == 4 ? 2 : 1);
+// Leaves, of 16 features each, of a warp. With one product they are few: a block leaves parts of dA for all features of
+// its strip, whatever it has of it.
+template <typename T, bool kDot>
+constexpr int kLeaves = (kDot ? 4 : 2) / (sizeof(T) == 4 ? 2 : 1);
 
 // Blocks of `sweep` on a multiprocessor, as registers allow, or fewer if its shared memory does not hold two tiles
 // each.
-template <bool kDot>
-constexpr int kBlocks = kDot ? 2 : 4;
+template <typename T, int kN, bool kDot>
+constexpr int kBlocks = !kDot                                    ? 4
+                        : kPieces<T> == 1 || kPieces<T> * kN < 4 ? 3
+                                                                 : 2;
 
 // ---- both products of a matrix ----
 
 // A tile of x in shared memory: rows of kWidth values, in chunks of 16 bytes that change places from row to row, so
 // that eight rows of a chunk lie in different banks. A warp's leaves are kStep values apart: eight chunks or a
 // multiple, so that they have the same place within their eight.
-template <typename T, int kN, bool kDot>
+template <typename T, bool kDot>
 struct Tile {
-  static constexpr int kStrip = kLeaves<T, kN, kDot> * kSweepers, kWidth = kStrip * kLeaf, kChunk = 16 / sizeof(T);
+  static constexpr int kStrip = kLeaves<T, kDot> * kSweepers, kWidth = kStrip * kLeaf, kChunk = 16 / sizeof(T);
   static constexpr int kStep = kSweepers * kLeaf, kBytes = kTokens * kWidth * sizeof(T);
   static_assert(kStep / kChunk % 8 == 0);
   T* values;
@@ -94,7 +96,7 @@ struct Unit {
 template <typename T, int kN>
 constexpr int kHiddenPairs = kTokens / kLeaf * kN * kPartners<T> * kWarp;
 template <typename T, int kN, bool kDot>
-constexpr int kStageBytes = Tile<T, kN, kDot>::kBytes + kHiddenPairs<T, kN> * sizeof(Pair);
+constexpr int kStageBytes = Tile<T, kDot>::kBytes + kHiddenPairs<T, kN> * sizeof(Pair);
 template <int kN, bool kDot>
 constexpr int kScratchBytes = kDot ? 2 * kSweepers * kTokens / kLeaf * kN * kWarp * sizeof(Floats) : 0;
 
@@ -114,7 +116,7 @@ __device__ void copy_tile(const Matrix<T>& x, Unit unit, T* values) {
   if (x.aligned && first + kTokens <= x.tokens && left >= Tile::kChunk) {
 #pragma unroll
     for (int i = 0; i < kTokens / kRows; ++i, from += kRows * x.row)
-      copy_once_async(to[i % kPlaces] + i / kPlaces * 8 * Tile::kWidth, from);
+      copy_async(to[i % kPlaces] + i / kPlaces * 8 * Tile::kWidth, from, 16);
     return;
   }
   const int valid = left < 0 ? 0 : left < Tile::kChunk ? static_cast<int>(left) : Tile::kChunk;
@@ -136,7 +138,7 @@ __device__ void copy_tile(const Matrix<T>& x, Unit unit, T* values) {
 // Starts to copy a unit's tile of x and its part of w.
 template <typename T, int kN, bool kDot>
 __device__ void start_copies(const Sweep<T>& s, Unit unit, char* stage) {
-  using Tile = Tile<T, kN, kDot>;
+  using Tile = Tile<T, kDot>;
   copy_tile<Tile>(s.x, unit, reinterpret_cast<T*>(stage));
   constexpr int kPairs = kHiddenPairs<T, kN>;
   const Pair* from = s.hidden + unit.tile * int64_t{kPairs};
@@ -155,9 +157,9 @@ __device__ inline void wait_for_stage(int stages) {
 }
 
 template <typename T, int kN, bool kDot>
-__global__ void __launch_bounds__(kSweepThreads, kBlocks<kDot>) sweep(const Sweep<T> s) {
-  using Tile = Tile<T, kN, kDot>;
-  constexpr int kOwn = kLeaves<T, kN, kDot>, kParts = kTokens / kLeaf, kPartner = kPartners<T>;
+__global__ void __launch_bounds__(kSweepThreads, kBlocks<T, kN, kDot>) sweep(const Sweep<T> s) {
+  using Tile = Tile<T, kDot>;
+  constexpr int kOwn = kLeaves<T, kDot>, kParts = kTokens / kLeaf, kPartner = kPartners<T>;
   constexpr int kStage = kStageBytes<T, kN, kDot>;
   RBFAST_SHARED_MEMORY(memory);
   char* scratch = memory + s.stages * kStage;

@@ -81,11 +81,18 @@ struct DenseTotals {
 template <Kind kKind, bool kGeneral, int kStep, int kVectors, typename GetT, typename PutQ>
 __device__ inline DenseTotals solve_tile(Vector (&z)[kVectors], int first, const DenseScale& row, const Series& series,
                                          const RowInfo& info, const Head& head, const GetT& get_t, const PutQ& put_q) {
+  // Whether the powers at temperature 1 are branched around: the other kinds have no registers left for a vector of
+  // them.
+  constexpr bool kBranches = kKind == Kind::forward;
+  const bool with_one = row.one.factor != 0;
   float terms[kVector] = {}, scores[kVector] = {};
   for_each_vector<kVectors, kStep>(first, [&](int v, int i) {
     keep_order();
     const Vector t = get_t(v, i);
-    Vector q;
+    Vector q, one{};
+    if (kBranches && with_one)
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) one.value[j] = row.one(z[i].value[j]);
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
       const float logit = z[i].value[j];
@@ -93,8 +100,9 @@ __device__ inline DenseTotals solve_tile(Vector (&z)[kVectors], int first, const
       if (kGeneral && v + j >= row.shared) x = {};
       terms[j] += x.term;
       if (kKind != Kind::forward) scores[j] += x.gradient;
-      float gradient = fmaf(x.gradient, row.coefficient, x.q * row.q_one);
-      if (row.one.factor != 0) gradient += row.one(logit);
+      const float text = kBranches ? fmaf(x.q, row.q_one, one.value[j]) : x.q * row.q_one;
+      float gradient = fmaf(x.gradient, row.coefficient, text);
+      if (!kBranches && with_one) gradient += row.one(logit);
       z[i].value[j] = kGeneral ? head.finish(gradient, logit) : gradient;
       q.value[j] = kGeneral ? head.finish(x.q, logit) : x.q;
     }
@@ -179,8 +187,8 @@ __device__ inline float total_score(const DenseShared<Given, kWarps>& shared, in
 template <int kVectors, int kStep, int kThreads>
 __device__ inline void copy_tile(Vector* mine, const Input& row, int first) {
   if (row.is_whole) {
-    for_each_vector<kVectors, kStep>(first, [&](int v, int i) {
-      if (v < row.end)
+    for_each_vector<kVectors, kStep>(first, row.end, [&](int v, int i, auto is_inside) {
+      if (is_inside || v < row.end)
         __pipeline_memcpy_async(&mine[i * kThreads], row.begin + v, sizeof(Vector));
       else
         mine[i * kThreads] = {{kNone, kNone, kNone, kNone}};

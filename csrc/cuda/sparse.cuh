@@ -49,7 +49,9 @@ __global__ void __launch_bounds__(kThreads, kGeneral&& kResident > 2 ? 2 : kResi
       const TailScale tail = tail_scale<kGeneral>(job, series, info, scratch.entries + row * job.k, sums, scale);
       const Output output(job, row);
       const bool goes_whole = output.is_whole && next.is_whole;
-      const auto replace = [&](int v, int i, auto goes_whole) { z[i] = read_vector<goes_whole.value>(next, v); };
+      const auto replace = [&](int v, int i, auto goes_whole) {
+        z[i] = goes_whole ? read_whole<false>(next, v) : read_vector(next, v);
+      };
       if (tail.at_one.factor == 0)
         output.put_tile<kVectors, T::kStep>(
             team.first(), goes_whole, [&](int, int i) { return tail_gradient<kGeneral, false>(z[i], tail, head); },

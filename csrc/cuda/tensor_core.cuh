@@ -39,15 +39,7 @@ __device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {
                  : "memory");
 }
 
-// Starts to copy 16 bytes to shared memory; what is read only once leaves the level-2 cache first.
-__device__ inline void copy_once_async(void* to, const void* from) {
-  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "l"(policy)
-               : "memory");
-}
-// The same of bytes that others read too. Only `bytes` are read; the others become 0.
+// Starts to copy 16 bytes to shared memory, of which only `bytes` are read; the others become 0.
 __device__ inline void copy_async(void* to, const void* from, int bytes) {
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");

@@ -54,7 +54,6 @@ inline void copy_async(void* to, const void* from, int bytes) {
     throw std::runtime_error("cp.async of unaligned bytes");
   on_host::current().copies.push_back({to, from, bytes});
 }
-inline void copy_once_async(void* to, const void* from) { copy_async(to, from, 16); }
 inline void close_copies() { on_host::current().copies.push_back({}); }
 template <int open>
 void wait_for_copies() {
