@@ -11,8 +11,8 @@ namespace rbfast {
 namespace {
 
 // Warps of a block. There are not many blocks: more warps hide more of the memory's latency, as far as registers allow.
-template <typename T>
-constexpr int kReaders = sizeof(T) == 2 ? 16 : 8;
+template <typename T, int kN>
+constexpr int kReaders = sizeof(T) == 4 || kPieces<T> * kN == 8 ? 8 : 16;
 
 constexpr int kLane = 8;  // features of a row that a lane reads at once
 
@@ -75,18 +75,18 @@ __device__ inline void cut_leaves(const Operands& from, int warps) {
 
 // While some warps of a block add up H, the others cut its share of `also`, which blocks beyond the tiles do alone.
 template <typename T, int kN>
-__global__ void __launch_bounds__(kReaders<T>* kWarp, 1)
+__global__ void __launch_bounds__(kReaders<T, kN>* kWarp, 1)
     project_tile(const Matrix<T> x, const Factor m, const Hidden to, const Operands also) {
   constexpr int kParts = kTokens / kLeaf, kRow = 8 * kN + 1;
   RBFAST_SHARED_MEMORY(memory);
-  Floats* parts = reinterpret_cast<Floats*>(memory);                                   // [warps, kParts, kN, lanes]
-  float* total = reinterpret_cast<float*>(parts + kReaders<T> * kParts * kN * kWarp);  // [kTokens, kRow]
+  Floats* parts = reinterpret_cast<Floats*>(memory);                                       // [warps, kParts, kN, lanes]
+  float* total = reinterpret_cast<float*>(parts + kReaders<T, kN> * kParts * kN * kWarp);  // [kTokens, kRow]
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4;
   const int64_t first = blockIdx.x * int64_t{kTokens};
-  if (first >= x.tokens) return cut_leaves<kN>(also, kReaders<T>);
+  if (first >= x.tokens) return cut_leaves<kN>(also, kReaders<T, kN>);
   float acc[kParts][kN][4] = {};
 #pragma unroll 1
-  for (int64_t begin = warp * 4 * kLane; begin < x.n; begin += kReaders<T> * 4 * kLane) {
+  for (int64_t begin = warp * 4 * kLane; begin < x.n; begin += kReaders<T, kN> * 4 * kLane) {
     Row<T> rows[kParts * 2];
     Row<float> ranks[kN];
     read_chunk(x, m, first + g, begin, rows, ranks);
@@ -128,16 +128,16 @@ __global__ void __launch_bounds__(kReaders<T>* kWarp, 1)
 #pragma unroll
     for (int j = 0; j < kN; ++j) parts[((warp * kParts + part) * kN + j) * kWarp + lane] = floats_of(acc[part][j]);
   __syncthreads();
-  cut_leaves<kN>(also, kReaders<T>);
-  for (int i = threadIdx.x; i < kParts * kN * kWarp; i += kReaders<T> * kWarp) {
+  cut_leaves<kN>(also, kReaders<T, kN>);
+  for (int i = threadIdx.x; i < kParts * kN * kWarp; i += kReaders<T, kN> * kWarp) {
     Floats sum = parts[i];
-    for (int w = 1; w < kReaders<T>; ++w) sum = sum + parts[w * kParts * kN * kWarp + i];
+    for (int w = 1; w < kReaders<T, kN>; ++w) sum = sum + parts[w * kParts * kN * kWarp + i];
     const int l = i % kWarp, t = i / (kN * kWarp) * kLeaf + l / 4, rank = i / kWarp % kN * 8 + l % 4 * 2;
 #pragma unroll
     for (int e = 0; e < 4; ++e) total[(t + e / 2 * 8) * kRow + rank + e % 2] = sum.value[e];
   }
   __syncthreads();
-  for (int i = threadIdx.x; to.operands != nullptr && i < kParts * kN * kWarp; i += kReaders<T> * kWarp) {
+  for (int i = threadIdx.x; to.operands != nullptr && i < kParts * kN * kWarp; i += kReaders<T, kN> * kWarp) {
     const int l = i % kWarp, t = i / (kN * kWarp) * kLeaf + l % 4 * 2, rank = i / kWarp % kN * 8 + l / 4;
     uint32_t upper[3], lower[3];
     split(total[t * kRow + rank], total[(t + 1) * kRow + rank], upper);
@@ -147,19 +147,19 @@ __global__ void __launch_bounds__(kReaders<T>* kWarp, 1)
     for (int p = 0; p < 3; ++p)
       if (p < to.pieces) to.operands[(at + p) * kWarp + l] = {{upper[p], lower[p]}};
   }
-  for (int i = threadIdx.x; to.plain != nullptr && i < kTokens * m.k; i += kReaders<T> * kWarp)
+  for (int i = threadIdx.x; to.plain != nullptr && i < kTokens * m.k; i += kReaders<T, kN> * kWarp)
     if (first + i / m.k < x.tokens) to.plain[(first + i / m.k) * to.ld + i % m.k] = total[i / m.k * kRow + i % m.k];
 }
 
 template <typename T, int kN>
 void launch(const Device& device, RankBlocks<kN>, const Matrix<T>& x, const Factor& m, const Hidden& to,
             const Operands& also) {
-  constexpr size_t kParts = kReaders<T> * kTokens / kLeaf * kN * kWarp * sizeof(Floats);
+  constexpr size_t kParts = kReaders<T, kN> * kTokens / kLeaf * kN * kWarp * sizeof(Floats);
   constexpr size_t kShared = kParts + kTokens * (8 * kN + 1) * sizeof(float);
   if (kShared > 48 << 10)  // which a kernel must be told beyond 48 KB
     once(device.index(), [&] { return device.allow_shared_memory(project_tile<T, kN>), true; });
-  const int64_t blocks = std::max(ceil_div(x.tokens, kTokens), ceil_div(also.leaves(), kReaders<T>));
-  device.launch({blocks, 1, kReaders<T> * kWarp, 1, kShared}, project_tile<T, kN>, x, m, to, also);
+  const int64_t blocks = std::max(ceil_div(x.tokens, kTokens), ceil_div(also.leaves(), kReaders<T, kN>));
+  device.launch({blocks, 1, kReaders<T, kN> * kWarp, 1, kShared}, project_tile<T, kN>, x, m, to, also);
 }
 
 }  // namespace

@@ -29,7 +29,7 @@ SPILLED = {
     ("100", "dense_rows<reverse, 8, 256, 16, 2>"): 44,
     ("100", "dense_rows<js, 8, 256, 16, 2>"): 12,
     ("100", "sparse_rows<4, 384, 8, 3, false>"): 36,
-    ("120", "sweep<__half, 4, true>"): 24,
+    ("120", "sweep<fp16, 4, true>"): 24,
     ("120", "dense_rows<reverse, 8, 256, 16, 2>"): 268,
     ("120", "dense_rows<js, 8, 256, 7, 3>"): 32,
     ("120", "dense_rows<js, 8, 256, 16, 2>"): 12,
@@ -65,7 +65,7 @@ def test_as_many_blocks_fit_as_the_launch_counts_on(resources: list[Resources]) 
         name, _, arguments = r.kernel.rstrip(">").partition("<")
         threads, blocks = RESIDENT.get(name, (256, 2))
         if name == "sweep":  # <type, blocks of ranks, with both products>
-            is_lean = "bfloat16" in arguments or ", 1," in arguments
+            is_lean = "bf16" in arguments or ", 1," in arguments
             threads, blocks = 128, 4 if "false" in arguments else 3 if is_lean else 2
         if name in ("sparse_rows", "dense_rows"):  # <blocks, threads, vectors, resident, general>, <kind, blocks, ...>
             numbers = [int(x) for x in arguments.split(",") if x.strip().isdigit()]
