@@ -16,9 +16,7 @@ constexpr int kLeaves = (kDot ? 4 : 2) / (sizeof(T) == 4 ? 2 : 1);
 // Blocks of `sweep` on a multiprocessor, as registers allow, or fewer if its shared memory does not hold two tiles
 // each.
 template <typename T, int kN, bool kDot>
-constexpr int kBlocks = !kDot                                    ? 4
-                        : kPieces<T> == 1 || kPieces<T> * kN < 4 ? 3
-                                                                 : 2;
+constexpr int kBlocks = kDot ? (kPieces<T> == 1 || kPieces<T> * kN < 4 ? 3 : 2) : 4;
 
 // ---- both products of a matrix ----
 

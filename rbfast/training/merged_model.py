@@ -1,6 +1,8 @@
 """A merged student as a folder that others can run: its weights, its tokenizer, and how it was asked."""
 
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from safetensors import SafetensorError
 from rbfast.data.chat_template import end_of_turn, format_prompt, write_prompt
 from rbfast.data.instruction import Instruction
 from rbfast.data.thinking import thinking_format
-from rbfast.utils.files import write_text
+from rbfast.utils.files import replacing_files, write_text
 
 README = "README.md"
 
@@ -17,25 +19,39 @@ README = "README.md"
 def save_merged(model: Any, tokenizer: Any, folder: str | Path, instruction: Instruction) -> None:
     """Writes a plain checkpoint, `prompt.json` and a README that says how the student must be asked.
 
-    Its generation settings stop at the end of turn that it was trained to write.
+    Its generation settings stop at the end of turn that it was trained to write. All is written, or nothing; raises
+    OSError then.
     """
     _stop_at(model.generation_config, end_of_turn(tokenizer))
-    save_checkpoint(model, tokenizer, folder)
-    write_prompt(folder, tokenizer, instruction)
-    write_text(Path(folder) / README, _readme(tokenizer, instruction, str(model.config.name_or_path)))
+    with _checkpoint(model, tokenizer, folder) as files:
+        write_prompt(files, tokenizer, instruction)
+        write_text(files / README, _readme(tokenizer, instruction, str(model.config.name_or_path)))
 
 
 def save_checkpoint(model: Any, tokenizer: Any, folder: str | Path) -> None:
-    """Writes the weights and the tokenizer as transformers lays them out. Raises OSError if that fails."""
-    try:
-        model.save_pretrained(folder)
-    except SafetensorError as error:  # of a full disk, say
-        raise OSError(f"{folder}: the weights cannot be written: {error}") from error
-    tokenizer.save_pretrained(folder)
-    # safetensors 0.8 lets nobody but the owner read its files; the others follow the umask.
-    mode = stat.S_IMODE((Path(folder) / "config.json").stat().st_mode)
-    for path in Path(folder).glob("model*.safetensors"):
-        path.chmod(mode)
+    """Writes the weights and the tokenizer as transformers lays them out, or nothing. Raises OSError then."""
+    with _checkpoint(model, tokenizer, folder):
+        pass
+
+
+@contextmanager
+def _checkpoint(model: Any, tokenizer: Any, folder: str | Path) -> Iterator[Path]:
+    """The folder where a checkpoint is, to add to, before it takes its place in `folder`."""
+    with replacing_files(folder) as files:
+        try:
+            model.save_pretrained(files)
+        except SafetensorError as error:  # of a full disk, say
+            raise OSError(f"{folder}: the weights cannot be written: {error}") from error
+        tokenizer.save_pretrained(files)
+        # safetensors 0.8 lets nobody but the owner read its files; the others follow the umask.
+        mode = stat.S_IMODE((files / "config.json").stat().st_mode)
+        for path in files.glob("model*.safetensors"):
+            path.chmod(mode)
+        yield files
+        kept = {path.name for path in files.iterdir()}
+    for old in Path(folder).glob("model*.safetensors*"):  # shards of another model that was there
+        if old.name not in kept:
+            old.unlink()
 
 
 def _stop_at(settings: Any, end: int) -> None:

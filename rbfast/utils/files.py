@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from glob import escape
@@ -33,6 +34,32 @@ def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_files(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder within `folder`, whose files take their places there at the end. On an error they go, and
+    `folder` is as it was; so does what a process that was killed left of an earlier try."""
+    folder = Path(folder)
+    was_there = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".files.{os.getpid()}.tmp"
+    for left in folder.glob(".files.*.tmp"):
+        if left == temporary or not _is_running(left.name.split(".")[-2]):
+            shutil.rmtree(left)
+    temporary.mkdir()
+    try:
+        with naming(folder):
+            yield temporary
+            for path in sorted(temporary.iterdir()):
+                place = folder / path.name
+                if path.is_dir():
+                    shutil.rmtree(place, ignore_errors=True)
+                os.replace(path, place)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not was_there and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def target_of(path: str | Path) -> Path:

@@ -282,7 +282,8 @@ def test_merged_weights_are_as_readable_as_the_files_beside_them(
 def test_a_full_disk_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model_folder: str, tmp_path: Path
 ) -> None:
-    def full(self: object, folder: object) -> None:
+    def full(self: object, folder: Path) -> None:
+        (folder / "config.json").write_text("{}")
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
@@ -290,6 +291,18 @@ def test_a_full_disk_is_one_line(
     assert (code, out) == (2, "")
     said = f"{tmp_path / 'out'}: the weights cannot be written: I/O error: No space left on device (os error 28)"
     assert err.splitlines()[-1] == f"rbfast merge: error: {said}"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merge_leaves_no_shards_of_the_model_that_was_there(
+    capsys: pytest.CaptureFixture[str], model_folder: str, tmp_path: Path
+) -> None:
+    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "notes.txt"):
+        (tmp_path / name).write_text("old")
+    assert call(capsys, "merge", model_folder, "--base-only", "-o", str(tmp_path))[0] == 0
+    found = {path.name for path in tmp_path.iterdir()}
+    assert {"model.safetensors", "notes.txt"} <= found
+    assert not {name for name in found if "00001" in name or "index" in name or name.startswith(".")}
 
 
 @pytest.mark.parametrize("density", ["0", "1e-9", "2"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rbfast.utils.files import Journal, check_output, replacing, write_text
+from rbfast.utils.files import Journal, check_output, replacing, replacing_files, write_text
 
 
 def test_the_new_file_takes_the_name_at_the_end(tmp_path: Path) -> None:
@@ -28,6 +28,35 @@ def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
         raise RuntimeError("power cut")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "old"
+
+
+def test_files_take_their_places_together(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "folder"
+    with replacing_files(folder) as files:
+        (files / "first").write_text("1")
+        (files / "inner").mkdir()
+        (files / "inner" / "second").write_text("2")
+        assert not (folder / "first").exists()
+    with replacing_files(folder) as files:
+        (files / "inner").mkdir()
+        (files / "inner" / "third").write_text("3")
+    assert sorted(path.name for path in folder.iterdir()) == ["first", "inner"]
+    assert [path.name for path in (folder / "inner").iterdir()] == ["third"]
+
+
+def test_an_error_leaves_a_folder_as_it_was(tmp_path: Path) -> None:
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    for folder in (tmp_path / "new", tmp_path / "old"):
+        if folder.name == "old":
+            write_text(folder / "file", "old")
+            (folder / f".files.{killed.pid}.tmp").mkdir()
+        with pytest.raises(RuntimeError), replacing_files(folder) as files:
+            (files / "file").write_text("half")
+            raise RuntimeError("power cut")
+    assert not (tmp_path / "new").exists()
+    assert [path.name for path in (tmp_path / "old").iterdir()] == ["file"]
+    assert (tmp_path / "old" / "file").read_text() == "old"
 
 
 def test_a_link_stays_and_its_target_is_written(tmp_path: Path) -> None:
