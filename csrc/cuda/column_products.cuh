@@ -105,6 +105,16 @@ struct Hidden {
   int64_t ld = 0;
 };
 
+// Writes a lane's part of an operand [16, 8], [pieces, lanes]: the values down its column from 2c and from 2c + 8.
+__device__ inline void write_operand(Pair* to, int pieces, const float (&upper)[2], const float (&lower)[2]) {
+  uint32_t first[3], second[3];
+  split(upper[0], upper[1], first);
+  split(lower[0], lower[1], second);
+#pragma unroll
+  for (int p = 0; p < 3; ++p)
+    if (p < pieces) to[p * kWarp + threadIdx.x % kWarp] = {{first[p], second[p]}};
+}
+
 // Where a factor m goes as the operands of products with tiles of T: [leaves of n features, blocks of ranks, pieces,
 // lanes].
 struct Operands {

@@ -62,13 +62,9 @@ __device__ inline void cut_leaves(const Operands& from, int warps) {
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
       const int rank = 8 * j + lane / 4;
-      uint32_t upper[3], lower[3];
-      split(from.m.at(rank, v, from.n), from.m.at(rank, v + 1, from.n), upper);
-      split(from.m.at(rank, v + 8, from.n), from.m.at(rank, v + 9, from.n), lower);
-#pragma unroll
-      for (int p = 0; p < 3; ++p)
-        if (p < from.pieces)
-          from.to[((leaf * int64_t{kN} + j) * from.pieces + p) * kWarp + lane] = {{upper[p], lower[p]}};
+      write_operand(from.to + (leaf * int64_t{kN} + j) * from.pieces * kWarp, from.pieces,
+                    {from.m.at(rank, v, from.n), from.m.at(rank, v + 1, from.n)},
+                    {from.m.at(rank, v + 8, from.n), from.m.at(rank, v + 9, from.n)});
     }
   }
 }
@@ -139,13 +135,9 @@ __global__ void __launch_bounds__(kReaders<T, kN>* kWarp, 1)
   __syncthreads();
   for (int i = threadIdx.x; to.operands != nullptr && i < kParts * kN * kWarp; i += kReaders<T, kN> * kWarp) {
     const int l = i % kWarp, t = i / (kN * kWarp) * kLeaf + l % 4 * 2, rank = i / kWarp % kN * 8 + l / 4;
-    uint32_t upper[3], lower[3];
-    split(total[t * kRow + rank], total[(t + 1) * kRow + rank], upper);
-    split(total[(t + 8) * kRow + rank], total[(t + 9) * kRow + rank], lower);
-    const int64_t at = (blockIdx.x * int64_t{kParts * kN} + i / kWarp) * to.pieces;
-#pragma unroll
-    for (int p = 0; p < 3; ++p)
-      if (p < to.pieces) to.operands[(at + p) * kWarp + l] = {{upper[p], lower[p]}};
+    write_operand(to.operands + (blockIdx.x * int64_t{kParts * kN} + i / kWarp) * to.pieces * kWarp, to.pieces,
+                  {total[t * kRow + rank], total[(t + 1) * kRow + rank]},
+                  {total[(t + 8) * kRow + rank], total[(t + 9) * kRow + rank]});
   }
   for (int i = threadIdx.x; to.plain != nullptr && i < kTokens * m.k; i += kReaders<T, kN> * kWarp)
     if (first + i / m.k < x.tokens) to.plain[(first + i / m.k) * to.ld + i % m.k] = total[i / m.k * kRow + i % m.k];

@@ -102,12 +102,9 @@ __device__ inline void sum_dots(const Dots& dots, int strips, int index, int all
 #pragma unroll
   for (int e = 0; e < 4; ++e) total[(g + e / 2 * 8) * kRow + 2 * c + e % 2] = sum.value[e];
   __syncwarp();
-  uint32_t upper[3], lower[3];
-  split(total[2 * c * kRow + g], total[(2 * c + 1) * kRow + g], upper);
-  split(total[(2 * c + 8) * kRow + g], total[(2 * c + 9) * kRow + g], lower);
-#pragma unroll
-  for (int p = 0; p < 3; ++p)
-    if (p < dots.pieces) dots.hidden[(place * int64_t{dots.pieces} + p) * kWarp + lane] = {{upper[p], lower[p]}};
+  write_operand(dots.hidden + place * int64_t{dots.pieces} * kWarp, dots.pieces,
+                {total[2 * c * kRow + g], total[(2 * c + 1) * kRow + g]},
+                {total[(2 * c + 8) * kRow + g], total[(2 * c + 9) * kRow + g]});
 }
 
 // What a block's warps add up of x^T w: of 16 features by 8 ranks each team.

@@ -20,9 +20,8 @@ def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """
     path = target_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{escape(path.name)}.*.tmp"):
-        if not _is_running(left.name.split(".")[-2]):
-            left.unlink(missing_ok=True)
+    for left in _left(path.parent, path.name):
+        left.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
     try:
@@ -44,9 +43,9 @@ def replacing_files(folder: str | Path) -> Iterator[Path]:
     was_there = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".files.{os.getpid()}.tmp"
-    for left in folder.glob(".files.*.tmp"):
-        if left == temporary or not _is_running(left.name.split(".")[-2]):
-            shutil.rmtree(left)
+    for left in _left(folder, "files"):
+        shutil.rmtree(left)
+    shutil.rmtree(temporary, ignore_errors=True)  # of an earlier process of this number
     temporary.mkdir()
     try:
         with naming(folder):
@@ -104,6 +103,13 @@ def naming(path: str | Path) -> Iterator[None]:
         if error.filename is None and error.errno is not None:
             error.filename = str(path)
         raise
+
+
+def _left(folder: Path, name: str) -> Iterator[Path]:
+    """The temporary files or folders of this name that killed processes left."""
+    for path in folder.glob(f".{escape(name)}.*.tmp"):
+        if not _is_running(path.name.split(".")[-2]):
+            yield path
 
 
 def _is_running(process: str) -> bool:
