@@ -6,7 +6,6 @@ one call of PyTorch's flash kernels for rows of many lengths, elsewhere one afte
 transformers calls "sdpa", so a model may keep it.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -22,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "rbfast_packed"
 NO_MASK = (1, 1, 1, 1)
+_FLASH_TAKES = "query key value cum_seq_q cum_seq_k max_q max_k dropout_p is_causal return_debug_mask"
 
 
 class NotPackable(RuntimeError):
@@ -72,23 +72,23 @@ def packing(lengths: Sequence[int], device: torch.device) -> Packing:
 
 def takes_all_at_once(device: torch.device) -> bool:
     """Whether a kernel of this device takes examples of any lengths in one call."""
-    return device.type == "cuda" and _varlen_attn() is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cuda" or not torch.backends.cuda.is_flash_attention_available() or _flash() is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @cache
-def _varlen_attn() -> Callable[..., Any] | None:
-    """PyTorch's flash attention over rows of many lengths, if this PyTorch has it with a scale (from 2.11 on)."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn if {"scale", "window_size"} <= _arguments_of(varlen_attn) else None
+def _flash() -> Callable[..., Any] | None:
+    """The op under torch.nn.attention.varlen, if this PyTorch has it with these arguments; None if not.
 
-
-@cache
-def _arguments_of(attend: Callable[..., Any]) -> frozenset[str]:
-    """The names a function takes; asking takes longer than a launch, and every layer of every step would."""
-    return frozenset(inspect.signature(attend).parameters)
+    The wrapper there passes the op and its backward through Python, which takes the host longer than the op itself.
+    """
+    op: Any = getattr(torch.ops.aten, "_flash_attention_forward", None)
+    arguments = () if op is None else op.default._schema.arguments
+    by_place = " ".join(argument.name for argument in arguments if not argument.kwarg_only)
+    by_name = {argument.name for argument in arguments if argument.kwarg_only}
+    fits = by_place == _FLASH_TAKES and {"scale", "window_size_left", "window_size_right"} <= by_name
+    return op.default if fits else None
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
@@ -113,7 +113,7 @@ def attention_of(model: PreTrainedModel, device: torch.device) -> str:
     if not has_packed_attention(model):
         return f"{model.config.get_text_config()._attn_implementation}, the model's own"
     if takes_all_at_once(device):
-        return "flash kernels, all examples of a batch in one call (torch.nn.attention.varlen)"
+        return "PyTorch's flash kernels, all examples of a batch in one call"
     return "scaled_dot_product_attention, a call for each example; all else takes the row whole"
 
 
@@ -163,15 +163,12 @@ def _suits_flash(query: Tensor) -> bool:
 
 
 def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None) -> Tensor:
-    attend, groups = _varlen_attn(), query.shape[1] // key.shape[1]
-    assert attend is not None
-    options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}  # causal
-    if "enable_gqa" in _arguments_of(attend):
-        options["enable_gqa"] = groups > 1
-    elif groups > 1:
-        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    flash, cuts, longest = _flash(), packing.on_device, packing.longest
+    assert flash is not None
     rows = (x[0].transpose(0, 1) for x in (query, key, value))
-    attended = attend(*rows, packing.on_device, packing.on_device, packing.longest, packing.longest, **options)
+    causal = {"is_causal": True, "window_size_left": -1, "window_size_right": 0}
+    options = {"dropout_p": 0.0, "return_debug_mask": False, "scale": scaling}
+    attended, *_ = flash(*rows, cuts, cuts, longest, longest, **causal, **options)
     return attended[None].contiguous()
 
 

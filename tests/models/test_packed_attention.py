@@ -1,6 +1,5 @@
 """A packed row attended to in one call: the same hidden states and gradients as one example at a time."""
 
-import inspect
 from itertools import pairwise
 
 import pytest
@@ -8,31 +7,76 @@ import torch
 from host_waits import host_waits
 from tiny_models import llama
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from rbfast.models import packed_attention
-from rbfast.models.packed_attention import attention_of, lengths_of, packing
+from rbfast.models.packed_attention import Packing, attention_of, lengths_of, packing
 from rbfast.models.student import final_hidden, packs
 
 LENGTHS = [7, 1, 12, 5]
+SCALE = 8**-0.5  # of heads of 8 values
 
 
-def kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
-    """What torch.nn.attention.varlen.varlen_attn does, by its documentation: rows [T, heads, d]."""
-    assert window_size == (-1, 0) and cu_seq_q.dtype == torch.int32 and max_q == max_k == max(LENGTHS)
-    assert enable_gqa == (query.shape[1] != key.shape[1])
-    cuts = cu_seq_q.tolist()
-    assert cuts == cu_seq_k.tolist()
+def scores_of(q, k):
+    """The weights [heads, T, T] of one example's q [T, heads, d], and its k with a head for each of q's."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = SCALE * torch.einsum("ihd,jhd->hij", q, k)
+    later = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+    return scores.masked_fill(later, -torch.inf).softmax(-1), k
+
+
+def attend(query, key, value, cuts):
+    """Rows [T, heads, d], each example by itself."""
     parts = []
-    for a, b in pairwise(cuts):
-        q, k, v = (x[a:b].transpose(0, 1)[None] for x in (query, key, value))
-        attended = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=enable_gqa)
-        parts.append(attended[0].transpose(0, 1))
-    return torch.cat(parts)
+    for a, b in pairwise(cuts.tolist()):
+        q, k, v = (x[a:b].float() for x in (query, key, value))
+        weights, _ = scores_of(q, k)
+        parts.append(torch.einsum("hij,jhd->ihd", weights, v.repeat_interleave(q.shape[1] // v.shape[1], 1)))
+    return torch.cat(parts).to(query.dtype)
 
 
-def without_groups(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
-    return kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+def attend_back(dy, query, key, value, cuts):
+    """The gradients of `attend`, by hand: a kernel is below autograd."""
+    found = []
+    for a, b in pairwise(cuts.tolist()):
+        d, q, k, v = (x[a:b].float() for x in (dy, query, key, value))
+        group = (k.shape[1], q.shape[1] // k.shape[1])
+        weights, each_k = scores_of(q, k)
+        dv = torch.einsum("hij,ihd->jhd", weights, d)
+        dw = torch.einsum("ihd,jhd->hij", d, v.repeat_interleave(group[1], 1))
+        ds = SCALE * weights * (dw - (dw * weights).sum(-1, keepdim=True))
+        dq, dk = torch.einsum("hij,jhd->ihd", ds, each_k), torch.einsum("hij,ihd->jhd", ds, q)
+        found.append((dq, *(x.unflatten(1, group).sum(2) for x in (dk, dv))))
+    return tuple(torch.cat(parts).to(query.dtype) for parts in zip(*found, strict=True))
+
+
+@pytest.fixture
+def flash_calls():
+    """PyTorch's flash op on a CPU, which has none: its kernels are written out, its derivative is PyTorch's own."""
+    calls = []
+
+    def check(q, cuts, sizes, options):
+        assert cuts[0] is not None and cuts[0].dtype == torch.int32 and torch.equal(*cuts)
+        assert sizes == (max(LENGTHS), max(LENGTHS)) and options["scale"] == pytest.approx(SCALE)
+        assert (options["window_size_left"], options["window_size_right"]) == (-1, 0)  # any earlier token, none later
+
+    def forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, is_causal, debug, **options):
+        check(q, (cu_q, cu_k), (max_q, max_k), options)
+        assert is_causal and dropout == 0
+        calls.append("forward")
+        empty = torch.empty(0, dtype=torch.uint64)
+        return attend(q, k, v, cu_q), q.new_empty(q.shape[1], q.shape[0]).float(), empty, empty, q.new_empty(0)
+
+    def backward(dy, q, k, v, y, logsumexp, cu_q, cu_k, max_q, max_k, dropout, is_causal, state, unused, **options):
+        check(q, (cu_q, cu_k), (max_q, max_k), options)
+        assert is_causal and dropout == 0
+        calls.append("backward")
+        return attend_back(dy, q, k, v, cu_q)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_flash_attention_forward", forward, "CPU")
+    library.impl("_flash_attention_backward", backward, "CPU")
+    yield calls
+    library._destroy()
 
 
 def row():
@@ -42,39 +86,80 @@ def row():
 
 def hidden_and_gradient(model):
     hidden = final_hidden(model, *row(), LENGTHS)
-    hidden.float().square().sum().backward()
-    found = model.model.layers[0].self_attn.q_proj.weight.grad.clone()
+    (hidden * torch.arange(hidden.shape[-1])).sum().backward()
+    found = model.model.layers[0].self_attn.v_proj.weight.grad.clone()
     model.zero_grad()
     return hidden.detach(), found
 
 
-@pytest.mark.parametrize("attend", [kernel, without_groups])
-def test_one_call_for_all_examples_gives_what_one_at_a_time_does(monkeypatch, attend):
-    model, calls = llama(torch.bfloat16, hidden_size=32).eval(), []
+def test_one_call_for_all_examples_gives_what_one_at_a_time_does(monkeypatch, flash_calls):
+    model = llama(torch.bfloat16, hidden_size=32).eval()
     assert packs(model)
     expected = hidden_and_gradient(model)
-
-    def counting(*args, **options):
-        calls.append(1)
-        return attend(*args, **options)
-
-    counting.__signature__ = inspect.signature(attend)
+    assert not flash_calls
     monkeypatch.setattr(packed_attention, "takes_all_at_once", lambda device: True)
-    monkeypatch.setattr(packed_attention, "_varlen_attn", lambda: counting)
     found = hidden_and_gradient(model)
-    assert len(calls) == len(model.model.layers)
+    layers = len(model.model.layers)
+    assert flash_calls == ["forward"] * layers + ["backward"] * layers
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours - theirs).norm() <= torch.finfo(torch.bfloat16).eps * theirs.norm()
 
 
-def test_fp32_is_attended_to_one_example_at_a_time(monkeypatch):
+def assert_same_together_and_alone(heads, device):
+    """Outputs and gradients of one call for all examples, and of a call for each."""
+    torch.manual_seed(0)
+    query, key, value, dy = (
+        torch.randn(1, n, 25, 8, dtype=torch.bfloat16, device=device) for n in (4, heads, heads, 4)
+    )
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    cuts = packing(LENGTHS, torch.device("cpu")).cuts
+    found = []
+    for packed in (Packing(cuts, torch.tensor(cuts, dtype=torch.int32, device=device)), Packing(cuts)):
+        attended, _ = packed_attention._attend(nn.Module(), *leaves, None, packing=packed, scaling=SCALE)
+        found.append([attended, *torch.autograd.grad(attended, leaves, dy.transpose(1, 2))])
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).norm() <= torch.finfo(torch.bfloat16).eps * theirs.norm()
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_one_call_has_the_gradients_of_one_at_a_time(flash_calls, heads):
+    assert_same_together_and_alone(heads, "cpu")
+    assert flash_calls == ["forward", "backward"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_so_it_has_on_a_gpu(heads):
+    assert packed_attention.takes_all_at_once(torch.device("cuda"))
+    assert_same_together_and_alone(heads, "cuda")
+
+
+def test_fp32_is_attended_to_one_example_at_a_time(monkeypatch, flash_calls):
     """Flash kernels multiply half precision alone."""
     model = llama().eval()
     expected = hidden_and_gradient(model)
     monkeypatch.setattr(packed_attention, "takes_all_at_once", lambda device: True)
-    monkeypatch.setattr(packed_attention, "_varlen_attn", lambda: pytest.fail("it was asked"))
     for ours, theirs in zip(hidden_and_gradient(model), expected, strict=True):
         assert torch.equal(ours, theirs)
+    assert not flash_calls
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_torchs_own_op_takes_these_rows(heads):
+    """Shapes and the derivative, on the device without memory; numbers need a GPU."""
+    query, cuts = torch.empty(1, 4, 25, 8, dtype=torch.bfloat16, device="meta", requires_grad=True), [0, 7, 8, 20, 25]
+    key = torch.empty(1, heads, 25, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    packed = Packing(cuts, torch.empty(5, dtype=torch.int32, device="meta"))
+    attended = packed_attention._attend_at_once(query, key, key, packed, SCALE)
+    attended.sum().backward()
+    assert attended.shape == (1, 25, 4, 8) and key.grad.shape == key.shape and query.grad.shape == query.shape
+
+
+def test_another_op_under_that_name_is_not_called(monkeypatch):
+    monkeypatch.setattr(packed_attention, "_FLASH_TAKES", "query key value")
+    packed_attention._flash.cache_clear()
+    assert packed_attention._flash() is None
+    packed_attention._flash.cache_clear()
 
 
 def test_a_forward_that_is_told_the_lengths_waits_for_nothing(monkeypatch):
