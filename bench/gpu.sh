@@ -18,7 +18,7 @@ PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo pyth
 LOGS=runs/gpu
 export PYTHON PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p "$LOGS"
-rm -f "$LOGS"/*.log "$LOGS"/cases.jsonl "$LOGS"/kernels.txt
+rm -f "$LOGS"/*.log "$LOGS"/*.go "$LOGS"/cases.jsonl "$LOGS"/kernels.txt
 failed=()
 
 capability=$("$PYTHON" -c 'import torch; print(*torch.cuda.get_device_capability(), sep=".") if torch.cuda.is_available() else None')
@@ -31,16 +31,22 @@ fi
 
 TOTAL=${TOTAL:-295}  # seconds for all sections together, so that a slow one does not cost the sitting
 
-# bounded LOG SECONDS COMMAND...: its exit status; 124 if it took too long.
-bounded() {
-  local log=$LOGS/$1.log limit=$2
-  shift 2
+# allow LOG SECONDS: sets `limit` to them, or to what is left; fails if that is nothing.
+allow() {
+  limit=$2
   if [ -z "$capability" ]; then
     limit=$((limit * 4))  # a dry run shares a smaller machine with others
   elif [ $((TOTAL - SECONDS)) -lt "$limit" ]; then
     limit=$((TOTAL - SECONDS))
   fi
-  [ "$limit" -ge 3 ] || { echo "no time is left for it" >"$log"; return 124; }
+  [ "$limit" -ge 3 ] || { echo "no time is left for it" >>"$1"; return 124; }
+}
+
+# bounded NAME SECONDS COMMAND...: its exit status; 124 if it took too long.
+bounded() {
+  local log=$LOGS/$1.log limit
+  allow "$log" "$2" || return
+  shift 2
   timeout --kill-after=5 "$limit" "$@" >"$log" 2>&1
 }
 
@@ -74,6 +80,32 @@ beside() {
   names+=("$1") pids+=($!)
 }
 
+# prepare NAME ARGUMENTS...: starts a bench/run.py that imports what it needs, beside what is not timed, and then waits
+# for `timed NAME SECONDS`. Each in a process of its own: what ends one (an illegal access ends the process) leaves the
+# others.
+declare -A waiting=()
+trap '[ ${#waiting[@]} = 0 ] || kill "${waiting[@]}" 2>/dev/null' EXIT
+prepare() {
+  local name=$1
+  shift
+  "$PYTHON" -W ignore bench/run.py --after "$LOGS/$name.go" "$@" >"$LOGS/$name.log" 2>&1 &
+  waiting[$name]=$!
+}
+
+timed() {
+  local name=$1 start=$SECONDS pid=${waiting[$1]} status limit
+  if allow "$LOGS/$name.log" "$2"; then
+    touch "$LOGS/$name.go"
+    timeout "$limit" tail --pid="$pid" -f /dev/null || kill -9 "$pid"
+  else
+    kill "$pid"
+  fi
+  wait "$pid" 2>/dev/null
+  status=$?
+  unset "waiting[$name]"
+  tell "$name" "$status" "$start"
+}
+
 wait_for_all() {
   local start=$1 i
   for i in "${!pids[@]}"; do
@@ -98,8 +130,20 @@ if [ -n "$capability" ]; then
   else
     section build 120 "$PYTHON" setup.py build_ext --inplace
   fi
+  size=() page=docs/gpu.md
+else
+  echo "no GPU here: this is a dry run"
+  size=(--toy) page=$LOGS/gpu.md
+fi
 
-  # What is not timed, all of it at once.
+cases=(--device cuda --peers "${size[@]}" --record "$LOGS/cases.jsonl")
+quiet=(-- --tb=line --show-capture=no -W ignore)
+prepare ops "${cases[@]}" rows columns accuracy fold "${quiet[@]}"
+prepare loss "${cases[@]}" loss "${quiet[@]}"
+prepare steps "${cases[@]}" step trainer teacher "${quiet[@]}"
+prepare kernels --device cuda "${size[@]}" --kernels 12 "four 7B" "top-k frozen"
+
+if [ -n "$capability" ]; then  # what is not timed, all of it at once
   start=$SECONDS
   "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 6) || workers=()
   not_the_host=$("$PYTHON" -c 'import sys; sys.path.append("tests/support"); from cuda_devices import HOSTS
@@ -116,19 +160,12 @@ print(*(f"not {name}" for name in HOSTS), "not under_the_interpreter", sep=" and
     done
   fi
   wait_for_all "$start"
-  size=() page=docs/gpu.md
-else
-  echo "no GPU here: this is a dry run"
-  size=(--toy) page=$LOGS/gpu.md
 fi
 
-# Apart, so that what ends one of them (an illegal access ends the process) leaves the others.
-run=("$PYTHON" bench/run.py --device cuda --peers "${size[@]}" --record "$LOGS/cases.jsonl")
-quiet=(-- --tb=line --show-capture=no -W ignore)
-section ops 75 "${run[@]}" rows columns accuracy fold "${quiet[@]}"
-section loss 90 "${run[@]}" loss "${quiet[@]}"
-section steps 80 "${run[@]}" step trainer teacher "${quiet[@]}"
-section kernels 30 "$PYTHON" -W ignore bench/run.py "four 7B" "top-k frozen" --device cuda "${size[@]}" --kernels 12
+timed ops 75
+timed loss 90
+timed steps 80
+timed kernels 30
 cp "$LOGS/kernels.log" "$LOGS/kernels.txt"
 [ -n "$capability" ] && head -n 30 "$LOGS/kernels.txt" | cut -c1-90
 
