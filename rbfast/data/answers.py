@@ -14,17 +14,19 @@ from collections.abc import Mapping
 from rbfast.data.thinking_marks import end_of_thinking
 
 _TAG = re.compile(r"<answer>(.*?)(?=</answer>|<answer>|\Z)", re.DOTALL | re.IGNORECASE)
-_HASHES = re.compile(r"####\s*(\S.*)")
-# Hashes that are no heading: the text ends there, or in a line that says the answer again.
-_LAST_HASHES = re.compile(r"####\s*(\S.*)(?=\s*\Z|\s*\n[^\n]*\banswer\b[^\n]*\Z)", re.IGNORECASE)
-_PHRASE = re.compile(r"(?:\banswer\b[^.\n:=]{0,60}?(?:\bis\b|:|=)|答案\s*(?:是|为|：|:))[*_:\s]*(\S.*)", re.IGNORECASE)
+# Hashes that are no heading: the text ends there, or in a line that says the answer again, or a line holds a value.
+_LAST_HASHES = re.compile(r"####\s*(\S.*?)\s*(?=\Z|\n[^\n]*\banswer\b[^\n]*\1[^\n]*\Z)", re.IGNORECASE)
+_HASHES = re.compile(_LAST_HASHES.pattern + r"|####[ \t]*([-+$]{0,2}[\d.]\S*)[ \t]*(?=\n)", re.IGNORECASE)
+_PHRASE = re.compile(
+    r"(?:\banswer\b[^.\n:=]{0,60}?(?:\bis\b|:|=)|答案\s*(?:是|为|：|:))[*_:：\s]*(\S.*)", re.IGNORECASE
+)
 # A heading with one line under it, which ends the text.
 _HEADED = re.compile(r"(?:^|\n)[#*_ ]*(?:final )?answer[*_:： ]*\n\s*(\S[^\n]*?)\s*\Z", re.IGNORECASE)
 _HOPE = re.compile(r"\.?\s*I hope (?:it|this) is correct\b.*", re.IGNORECASE)
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?=\{|\d)")
 _BARE = re.compile(r"\d+(?:[.,]\d+)*")  # after a box without braces
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-_EDGES = " \t*_$`."
+_EDGES = " \t*_$`.。"
 # What may stand between two boxes of one answer: `\boxed{2}$ and $x = \boxed{3}`.
 _JOINT = re.compile(
     r"(?:[\s$,;&.*]|\\[()\[\],;!]|\\(?:quad|qquad)|\\text\{\s*(?:,\s*)?(?:and|or)?\s*\}|\b(?:and|or)\b"
@@ -41,10 +43,18 @@ def extract_answer(text: str) -> str | None:
     whole.
     """
     said = without_thinking(text)
-    found = _marked(said) or _last_of(_PHRASE, said)
+    found = _marked(said) or _phrased(said)
     if found or "\n" not in said.strip():
         return found
-    return _marked(text) or _last_of(_PHRASE, text)
+    return _marked(text) or _phrased(text)
+
+
+def lacks_answer(text: str) -> bool:
+    """Whether a completion says that it has no answer: nothing in its last `<answer>`, or after its thinking."""
+    tagged = _TAG.findall(text)
+    return bool(tagged and not tagged[-1].strip()) or (
+        end_of_thinking(text) > 0 and not text[end_of_thinking(text) :].strip()
+    )
 
 
 def without_thinking(text: str) -> str:
@@ -57,8 +67,7 @@ def stated_answer(text: str) -> str | None:
     """As `extract_answer`, for a text that need not end in an answer: `the answer is ..` counts in its last line alone,
     and without the signs around it."""
     found = marked_answer(text)
-    if found is None and (phrase := _last_of(_PHRASE, text.strip().rpartition("\n")[2])):
-        phrase = _HOPE.sub("", phrase)
+    if found is None and (phrase := _phrased(text.strip().rpartition("\n")[2])):
         found = (_last_of(_PHRASE, phrase) or phrase).strip(_EDGES) or None
     headed = _HEADED.search(text) if found is None else None
     return headed[1].strip(_EDGES) or None if headed else found
@@ -112,9 +121,15 @@ def answer_text(value: object) -> str | None:
     return as_text(value)
 
 
+def _phrased(text: str) -> str | None:
+    phrase = _last_of(_PHRASE, text)
+    return phrase and _HOPE.sub("", phrase)
+
+
 def _last_of(pattern: re.Pattern[str], text: str) -> str | None:
-    found = pattern.findall(text)
-    return found[-1].strip() if found else None
+    """What the last match holds, in the first of its groups that took part."""
+    found = list(pattern.finditer(text))
+    return next(filter(None, found[-1].groups())).strip() if found else None
 
 
 def _last_boxed(text: str) -> str | None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rbfast.data.answers import extract_answer, without_thinking
+from rbfast.data.answers import extract_answer, lacks_answer, without_thinking
 from rbfast.data.thinking_marks import without_marks
 from rbfast.grading.judge import judge
 from rbfast.grading.math_equality import equals_any, is_number, key
@@ -34,6 +34,11 @@ _WHOLE = re.compile(r".*(?:\n|</answer>)", re.DOTALL | re.IGNORECASE)
 _DISPLAYED = re.compile(r"(?:\\\[[^\[\]]*\\\]|\$\$[^$]*\$\$)$")
 
 
+def _statement(text: str) -> str:
+    """What a completion answers: what it marks, else its last line; nothing if it leaves its answer empty."""
+    return extract_answer(text) or ("" if lacks_answer(text) else _last_line(text))
+
+
 def _last_line(text: str) -> str:
     """The last line; all of a formula that is displayed over several; of a code fence its last line."""
     said = without_tags(without_thinking(text)).strip().removesuffix("\n```").rstrip()
@@ -49,8 +54,9 @@ def without_tags(text: str) -> str:
 def grade(problem: Problem, completion: str, *, truncated: bool = False) -> float:
     """The score of a completion: 1.0 is correct, less may be partial credit of a task's own verifier.
 
-    The answer is what `extract_answer` finds, else the last line. It counts if any plain reading of it (`readings`) is
-    equal to the expected one (`math_equality`), or passes the verifier; the rule is the same for every author.
+    The answer is what `extract_answer` finds, else the last line, unless the completion leaves its answer empty. It
+    counts if any plain reading of it (`readings`) is equal to the expected one (`math_equality`), or passes the
+    verifier; the rule is the same for every author.
 
     Args:
         truncated: the limit cut the completion: what stands after its last whole line or tag is no answer, and only a
@@ -60,7 +66,7 @@ def grade(problem: Problem, completion: str, *, truncated: bool = False) -> floa
         whole = _WHOLE.match(completion)
         statement = (extract_answer(whole[0]) if whole else None) or ""
     else:
-        statement = extract_answer(completion) or _last_line(completion)
+        statement = _statement(completion)
     found = readings(statement)
     if not problem.entry:
         return float(equals_any(problem.answer, found))
@@ -81,8 +87,7 @@ def reasoning_gym() -> Any:
 
 def answer_key(text: str) -> str | None:
     """What a vote counts: the final answer of a completion, the same text for equal numbers; None if it has none."""
-    statement = extract_answer(text) or _last_line(text)
-    keys = [key(reading) for reading in readings(statement)]
+    keys = [key(reading) for reading in readings(_statement(text))]
     if keys and len(keys[0]) == 1:  # a choice, whatever is said of it
         return keys[0]
     return next(filter(is_number, keys), keys[0] if keys else "") or None

@@ -45,7 +45,14 @@ _SUBSCRIPT = re.compile(r"[a-zA-Z]_\{?\d")
 _NUMBERED = re.compile(r"(?<![a-zA-Z\\])([a-zA-Z])(\d+)")
 _CONNECTIVE = re.compile(r"(?P<and>∧|\\(?:land|wedge)(?![a-zA-Z]))|∨|\\(?:lor|vee)(?![a-zA-Z])")
 _RELATION = re.compile(r"[=<>≤≥≠∈]|\\(?:leq?|geq?|neq?|lt|gt|in|[lg]eqslant)(?![a-zA-Z])")
-_CHOICE = re.compile(r"\(([A-Ja-j])\)|([A-Ja-j])[.):]?|\(?([A-J])[.):]\s+[\w$(\\].*")
+_CHOICE = re.compile(r"\(([A-Ja-j])\)|([A-Ja-j])[.):]?|(?:\(([A-J])\)[,:]?|([A-J])[.):])\s+(?P<said>[\w$(\\].*)")
+# What is said after a choice and takes it back, or makes it one of several: no text of the choice.
+_HEDGE = re.compile(
+    r"is\b(?! (?:the )?(?:correct|right)\b)"
+    r"|(?:or|and|but|nor|not|isn't|are|was|can't|cannot|could|may|might|seems?|would|plus)\b|\(?[A-J][).]"
+    r"|(?!(?:both|either|neither|all|none|only)\b).*(?:\b(?:or|and)\b|[,/])\s*\([A-J]\)",
+    re.IGNORECASE,
+)
 _NO_WORDS = re.compile(r"[\\\d+^_=<>*/|$%()\[\]{}!]|(?<![^\W\d_]{2})-|-(?![^\W\d_]{2})|'(?![a-z])")
 
 
@@ -377,7 +384,9 @@ def _words(text: str) -> str:
 def _chooses(text: str) -> str | None:
     """The letter of a choice: `(C)`, `C.`, `(C) 5`."""
     match = _CHOICE.fullmatch(re.sub(r"^(?:[Oo]ption|[Cc]hoice) ", "", _bare(text).strip()))
-    return match[match.lastindex or 0].casefold() if match else None
+    if match is None or _HEDGE.match(match["said"] or ""):
+        return None
+    return next(filter(None, match.groups())).casefold()
 
 
 def _are_products(*words: str) -> bool:

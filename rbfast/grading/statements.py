@@ -44,7 +44,14 @@ _CHOSEN = re.compile(r"(?:\\text(?:bf)?\{)?\(([A-J])\)[}~\s\\]+(?=[^\s}])")
 _SHARED = re.compile(
     r"\s*(\S+(?: [A-Za-z]{2,})+?) (?:on|across|among|from|for) (?:the |its |all )?\S*\d\S* [A-Za-z]+\.?"
 )
-_EDGES = re.compile(r"^[\s*_`$\"]+|[\s*_`$\".°]+$")
+_EDGES = re.compile(r"^[\s*_`$\"]+|[\s*_`$\".。°]+$")
+_CALCULATED = re.compile(r"<<[^<>\n]*>>")  # by GSM8K's calculator, beside the value
+# A short answer, and what is said of it: its reason, what it is not, a sentence without another value.
+_REMARK = re.compile(
+    r"(?P<said>.+?)"
+    r"(?:,? (?:because|since) .+|, (?:and )?not .+|,? (?:rather than|instead of) .+|[.。!] (?P<more>[A-Z]\D*))",
+    re.DOTALL,
+)
 
 
 _BOLD = re.compile(r"(?<!\S)\*\*([^*]+)\*\*(?![^\s.,;:!])")
@@ -52,7 +59,7 @@ _BOLD = re.compile(r"(?<!\S)\*\*([^*]+)\*\*(?![^\s.,;:!])")
 
 def readings(statement: str) -> list[str]:
     """The ways a person would read one final statement, most literal first."""
-    statement = statement.strip()
+    statement = _CALCULATED.sub("", statement).strip()
     found = [statement]
     if whole := _TEXT.fullmatch(statement):
         found.append(whole[1])
@@ -93,6 +100,8 @@ def _of_line(line: str) -> list[str]:
         found.append(label[-1])
     if verdict := _VERDICT.match(line):
         found.append(verdict[1])
+    if (said := _before_remark(line)) is not None:
+        found.append(said)
     if chosen := _CHOSEN.match(line):
         found.append(line[chosen.end() :])
     if (tail := _after_equals(line)) is not None:
@@ -104,6 +113,15 @@ def _of_line(line: str) -> list[str]:
     if (number := _only_number(line)) is not None:
         found.append(number)
     return found
+
+
+def _before_remark(line: str) -> str | None:
+    """A short answer without the remark that follows it, unless the remark may take it back."""
+    match = _REMARK.fullmatch(line)
+    if match is None or is_sentence(match["said"]):
+        return None
+    words = {word.lower() for word in re.findall(r"[A-Za-z']+", match["more"] or "")} - {"i"}
+    return match["said"] if words.isdisjoint(OTHER_VALUE | {"but", "actually", "wait"}) else None
 
 
 def _after_equals(line: str) -> str | None:

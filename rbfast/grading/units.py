@@ -66,7 +66,7 @@ greater fewer than most least between by divided power e i x y z ab xy not never
 score pair pairs couple base radical theta alpha beta to versus vs ratio rem remainder either approximately dozen
 hundred thousand million billion trillion excluding except without before after twice thrice double triple ago tens
 hundreds thousands millions billions dozens false wrong incorrect bc bce almost nearly under over above below
-exceed exceeds
+exceed exceeds cannot can't isn't wasn't aren't doesn't don't
 """
 OTHER_VALUE = frozenset(_OTHER_WORDS.split())
 _SHORT_WORDS = "of in on a an the per cu sq men way ant cat dog pen cow hen pig car cup day egg toy box row leg"

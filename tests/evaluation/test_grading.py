@@ -9,7 +9,7 @@ from real_inputs import data_path
 
 from rbfast.data.answers import extract_answer
 from rbfast.grading import math_equality
-from rbfast.grading.grade import Problem, grade, without_tags
+from rbfast.grading.grade import Problem, answer_key, grade, without_tags
 from rbfast.grading.judge import Judge
 from rbfast.grading.math_equality import equal
 from rbfast.grading.tasks import load_problems
@@ -27,6 +27,11 @@ from rbfast.grading.tasks import load_problems
         (r"\boxed{1}, or rather \boxed{x^{2}+\{3\}}", r"x^{2}+\{3\}"),
         (r"\boxed{broken", None),
         ("steps\n#### 1,234", "1,234"),
+        ("steps\n#### 1,234\nThat is all I can say of it.", "1,234"),
+        ("steps\n#### 42\nThe answer is: 42", "42"),
+        ("#### Case 2: Ana is third\nThen Eve is first.\n\nAnswer: Eve", "Eve"),
+        ("#### Step 1: add\n2+2=4\n#### Step 2: conclude\nSo the answer is 4", "4"),
+        ("#### 1. Add\n2+2=4", None),
         ("Answer: 5\nThe final answer is **6**.", "6**."),
         ("**Answer:** 5", "5"),
         ("The answer to the problem is: 9 legs", "9 legs"),
@@ -50,6 +55,20 @@ def test_extract_answer(text, answer):
 )
 def test_parts_are_shown_without_their_tags(part, shown):
     assert without_tags(part) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I have to stop here.\n<answer></answer>",
+        "I have to stop here.\n<answer>",
+        "<think>\nhmm\n\nI have to stop here.\n</think>\n\n",
+        "<think>\nhmm\n</think>\n\\boxed{}",
+    ],
+)
+def test_an_answer_left_empty_is_none(text):
+    assert answer_key(text) is None
+    assert grade(plain("I have to stop here."), text) == 0.0
 
 
 def test_tags_outrank_boxes_which_outrank_phrases():
@@ -80,6 +99,12 @@ def test_tags_outrank_boxes_which_outrank_phrases():
         ("['1.5', '2']", "The new list is: [1.5, 2]", 1.0),
         ("['1.5', '2']", "The new list is: [2, 1.5]", 0.0),
         ("1e9", "<answer>1000000000</answer>", 1.0),
+        ("A", "The correct answer is (A).", 1.0),
+        ("42", "The final answer is 42. I hope it is correct.", 1.0),
+        (r"\frac12", r"The answer is \frac{1}{2}. I hope it is correct.", 1.0),
+        ("42", "The answer is 42. I am sure.", 1.0),
+        ("42", "答案是：42。", 1.0),
+        ("18", "So she makes 9*2=<<9*2=18>>18 dollars.", 1.0),
     ],
 )
 def test_final_statements_are_read_as_a_person_would(answer, text, score):

@@ -178,6 +178,16 @@ RIGHT = [
     ("grandmother", 'So Nova is his "Grandmother".'),
     (r"\text{(C)}", "C"),
     ("C", r"\text{(C)}\ 5"),
+    ("A", "(A) is correct"),
+    ("B", "(B) 3 or 4"),
+    ("C", "(C) Both (A) and (B)"),
+    ("E", "(E) None of (A), (B), (C)"),
+    ("B", "(B), 12"),
+    ("B", "B because 2 + 2 = 4."),
+    ("42", "42. I am sure."),
+    ("42", "42, not 43."),
+    ("B", "<answer>B, since it is the powerhouse</answer>"),
+    ("2i", r"2\mathrm{i}"),
     ("Hanoi", "**Hanoi**"),
     ("the match", "Match"),
     ("3:2", "3 : 2"),
@@ -213,6 +223,22 @@ RIGHT = [
 ]
 
 WRONG = [
+    # a choice that is taken back, or one of several
+    ("A", "<answer>(A) or (B)</answer>"),
+    ("A", "<answer>(A) (B) (C) (D)</answer>"),
+    ("A", "A. or B."),
+    ("A", "(A) 5 or (B) 6"),
+    ("A", "(A) but maybe (B)"),
+    ("A", "(A) is wrong"),
+    ("A", "(A) isn't right"),
+    ("A", "A) not this"),
+    ("A", "Answer: (A) is incorrect, so (B)"),
+    # a remark that takes the answer back
+    ("43", "The answer is 42, not 43."),
+    ("42", "The answer is 42. Wait, no."),
+    ("42", "The answer is 42. But that is wrong."),
+    ("42", "The answer is 41. Not 42."),
+    ("1", "The answer is 42. I checked 1 time."),
     # the only number in the line is not the answer
     ("2", r"\frac{\pi}{2}"),
     ("3", r"\sqrt{3}"),
