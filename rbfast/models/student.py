@@ -287,15 +287,15 @@ def _parsed_once() -> Iterator[None]:
 
 
 def _load_gguf(file: Path, dtype: torch.dtype) -> PreTrainedModel:
+    # It is cast by transformers, which leaves buffers as they are: a model.to(dtype) rounds the frequencies of RoPE too.
     model: Any = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+        file.parent, gguf_file=file.name, dtype=dtype, trust_remote_code=False
     )
     # The weights are dequantised by now; what still says "quantised" only keeps the model from being saved or trained.
     del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = False
-    model.config.dtype = dtype
-    return model.to(dtype=dtype).eval()
+    return model.eval()
 
 
 def _smollm2_folder() -> Path:
