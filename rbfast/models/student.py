@@ -287,7 +287,7 @@ def _parsed_once() -> Iterator[None]:
 
 
 def _load_gguf(file: Path, dtype: torch.dtype) -> PreTrainedModel:
-    # It is cast by transformers, which leaves buffers as they are: a model.to(dtype) rounds the frequencies of RoPE too.
+    # Cast by transformers, which leaves buffers as they are: model.to(dtype) would round the frequencies of RoPE too.
     model: Any = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=dtype, trust_remote_code=False
     )

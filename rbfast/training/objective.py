@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from rbfast.data.encoding import IGNORE
 from rbfast.data.spans import ROLES
-from rbfast.loss.distill_loss import DistillLoss, LossOutput
+from rbfast.loss.distill_loss import DistillLoss, LossOutput, Reduction
 from rbfast.loss.teacher_signal import Dense, TopK
 from rbfast.models.linears import is_sharded
 from rbfast.models.student import final_hidden, head_of
@@ -82,8 +82,9 @@ def token_losses(
     role_weights: Tensor,
     objective: Objective,
     teacher: PreTrainedModel | None = None,
+    reduction: Reduction = "sum",
 ) -> LossOutput:
-    """The summed loss of a packed batch whose tokens weigh `role_weights[role]`, and each token's CE and divergence.
+    """The loss of a packed batch whose tokens weigh `role_weights[role]`, and each token's CE and divergence.
 
     Tokens learn from the batch's top-k if it has one, else from the whole distribution of `teacher` if there is
     one, else from the text alone.
@@ -106,7 +107,7 @@ def token_losses(
     kl_weight, ce_weight = weight * (1 - share), weight * share
     loss_fn = DistillLoss(
         beta=objective.beta,
-        reduction="sum",
+        reduction=reduction,
         softcap=head.softcap,
         logit_scale=head.logit_scale,
         ignore_index=IGNORE,

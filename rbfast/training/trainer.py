@@ -1,6 +1,7 @@
 """A minimal trainer: transformers.Trainer with the hierarchical objective, an adapter, and padding-free batches.
 
-    trainer = DistillTrainer(model, adapter, args, train_dataset=examples)   # examples: trace.encode_all(...)
+    examples, left_out = encode_all(traces, tokenizer)                       # of rbfast.data.encoding
+    trainer = DistillTrainer(model, adapter, args, train_dataset=examples)
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))   # of rbfast.training.checkpoints
 
 The objective is L = l_S mean_S + l_T mean_T + l_A mean_A over strategic, tactical and answer tokens, with denominators
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from rbfast.adapter.adapter_files import read_adapter
 from rbfast.adapter.sparse_adapter import SparseAdapter
@@ -101,6 +103,7 @@ class DistillTrainer(Trainer):
         self.teacher = teacher if teacher is None else teacher.eval().requires_grad_(False)
         # Summed CE and token counts since the last log.
         self._role_sums = torch.zeros(2, len(ROLES), dtype=torch.float64, device=args.device)
+        self._eval_sums = torch.zeros_like(self._role_sums)  # summed losses and token counts of an evaluation
         # While it trains, whether losses that are not finite are kept out of the log; the sum of those since the last.
         self._filters_log, self._unlogged = False, torch.zeros((), device=args.device)
         super().__init__(
@@ -142,12 +145,24 @@ class DistillTrainer(Trainer):
         return loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's. The loss is that of all tokens, whatever the batches, with the weights that a training ends
+        with, so that those of two steps can be compared; beside it that of each role."""
         before = self.args.logging_nan_inf_filter
         self.args.logging_nan_inf_filter = before or self._filters_log
+        self._eval_sums.zero_()
         try:
-            return super().evaluation_loop(*args, **kwargs)
+            output = super().evaluation_loop(*args, **kwargs)
         finally:
             self.args.logging_nan_inf_filter = before
+        sums, counts = self.accelerator.reduce(self._eval_sums, "sum").cpu()
+        metrics = output.metrics or {}
+        for name in [name for name in metrics if name.endswith("_loss")]:
+            metrics[name] = self._evaluated(sums, counts).item()
+            metrics |= {f"{name}_{role}": (sums[i] / counts[i]).item() for i, role in enumerate(ROLES) if counts[i]}
+        return output
+
+    def _evaluated(self, sums: Tensor, counts: Tensor) -> Tensor:
+        return (self.objective.weights(1.0, sums.device) * sums / counts.clamp(min=1)).sum()
 
     def _check_same_columns(self) -> None:
         """Gradients are averaged by position: on every process a position must be the same column."""
@@ -182,18 +197,20 @@ class DistillTrainer(Trainer):
         hidden = model(inputs["input_ids"], inputs["position_ids"], inputs["lengths"])
         out = token_losses(self._student, hidden, inputs, weights, self.objective, self.teacher)
         if model.training:
-            self._count_roles(inputs, out.ce)
+            self._role_sums += _sums_by_role(inputs, out.ce)
         # DDP averages gradients over processes, while the denominators already span them.
         loss = out.loss * self.accelerator.num_processes if model.training else out.loss
         return (loss, out) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):  # type: ignore[override]
         with torch.no_grad():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
-
-    def _count_roles(self, inputs: dict[str, Any], ce: Tensor) -> None:
-        mask = role_mask(inputs)
-        self._role_sums += torch.stack([torch.where(mask, ce.double(), 0.0).sum(1), mask.sum(1)])
+            inputs = self._prepare_inputs(inputs)
+            hidden = model(inputs["input_ids"], inputs["position_ids"], inputs["lengths"])
+            alike = torch.ones(len(ROLES), device=hidden.device)
+            out = token_losses(self._student, hidden, inputs, alike, self.objective, self.teacher, "none")
+            sums = _sums_by_role(inputs, out.loss)
+            self._eval_sums += sums
+        return self._evaluated(*sums), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -233,6 +250,7 @@ class DistillTrainer(Trainer):
             self.accelerator.wait_for_everyone()  # every process adds the state of its random numbers
             if self.args.should_save:
                 name = f"checkpoint-{self.state.global_step}"
+                self._keep_name_of_best(final, final / "unfinished" / name)
                 write_digests(final / "unfinished" / name)
                 shutil.rmtree(final / name, ignore_errors=True)
                 os.replace(final / "unfinished" / name, final / name)
@@ -244,11 +262,30 @@ class DistillTrainer(Trainer):
         finally:
             self.args.output_dir = str(final)
 
+    def _keep_name_of_best(self, folder: Path, written: Path) -> None:
+        """If the best checkpoint is the one that was just written, it will have another name soon."""
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best) == written:
+            self.state.best_model_checkpoint = str(folder / written.name)
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+
     def _drop_old_checkpoints(self, folder: Path) -> None:
-        limit = self.args.save_total_limit
+        """Keeps as many as `save_total_limit`: the last, the best if there is one, and then the newest."""
+        limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
         found = sorted((path for path in folder.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
-        for path in found[:-limit] if limit else []:
+        kept = {found[-1], *(path for path in found if best is not None and path.name == Path(best).name)}
+        others = [path for path in found if path not in kept]
+        for path in others[: len(found) - max(limit, len(kept))] if limit else []:
             shutil.rmtree(path)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+def _sums_by_role(batch: dict[str, Any], values: Tensor) -> Tensor:
+    """Of values [T]: their sums over the supervised tokens of each role, and how many those are, [2, 3]."""
+    mask = role_mask(batch)
+    return torch.stack([torch.where(mask, values.double(), 0.0).sum(1), mask.sum(1)])
 
 
 class _GiveBack(TrainerCallback):

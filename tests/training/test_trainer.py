@@ -1,5 +1,6 @@
 """The trainer on a tiny random Llama: its objective against plain autograd, packing, accumulation, exact resume."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,11 @@ import pytest
 import torch
 from host_waits import HostWaits, host_waits
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.data.encoding import Example, collate
+from rbfast.data.spans import ROLES
 from rbfast.models.student import final_hidden, packs
 from rbfast.training.checkpoints import last_checkpoint
 from rbfast.training.objective import Objective, role_counts, token_losses
@@ -109,6 +112,41 @@ def test_full_logits_are_never_built_and_roles_are_logged(tmp_path: Path) -> Non
         assert {"loss", "loss_strategic", "loss_tactical", "loss_answer"} <= entry.keys()
 
 
+@pytest.mark.parametrize("batch", (1, 2, 5))
+def test_an_evaluation_is_the_same_whatever_its_batches_and_the_step(tmp_path: Path, batch: int) -> None:
+    model, held_out = tiny_model(), some_examples(5, seed=1)
+    adapter = SparseAdapter.attach(model, density=0.05, placement="random")
+    settings = arguments(tmp_path, per_device_eval_batch_size=batch)
+    trainer = DistillTrainer(model, adapter, settings, some_examples(4), held_out)
+    expected = plain_loss(model, held_out, trainer.objective.weights(1.0)).item()
+    for step in (0, 1):
+        trainer.state.global_step, trainer.state.max_steps = step, 2
+        found = trainer.evaluate()
+        assert found["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    by_role = torch.tensor([found[f"eval_loss_{role}"] for role in ROLES])
+    assert (trainer.objective.weights(1.0) * by_role).sum().item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(tmp_path: Path) -> None:
+    model = tiny_model()
+    adapter = SparseAdapter.attach(model, density=0.05, placement="random")
+    every = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, save_total_limit=2)
+    first = dict(load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True)
+    settings = arguments(
+        tmp_path, logging_strategy="no", learning_rate=0.1, **every, **first
+    )  # losses fall: the first is the greatest
+    trainer = DistillTrainer(model, adapter, settings, some_examples(8), some_examples(8))
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    last = max(int(path.name.rpartition("-")[2]) for path in tmp_path.glob("checkpoint-*"))
+    assert losses[0] == max(losses) > losses[-1] and last == len(losses)
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", f"checkpoint-{last}"}
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[0], rel=1e-6)
+    stored = json.loads((tmp_path / f"checkpoint-{last}" / "trainer_state.json").read_text())
+    assert stored["best_model_checkpoint"] == str(tmp_path / "checkpoint-1")
+
+
 class WaitsInSteps(TrainerCallback):
     """How many waits for the device there were between the beginnings and the ends of steps."""
 
@@ -153,7 +191,12 @@ def test_a_loss_that_is_not_finite_is_logged_as_the_trainer_would(
     settings = arguments(tmp_path, logging_steps=2, logging_nan_inf_filter=filters)
     trainer = DistillTrainer(model, adapter, settings, some_examples(8), some_examples(2))
     seen = []
-    monkeypatch.setattr(Trainer, "evaluation_loop", lambda self, *_: seen.append(self.args.logging_nan_inf_filter))
+
+    def evaluation_loop(self: Trainer, *_: object) -> EvalLoopOutput:
+        seen.append(self.args.logging_nan_inf_filter)
+        return EvalLoopOutput(np.empty(0), None, {}, 0)
+
+    monkeypatch.setattr(Trainer, "evaluation_loop", evaluation_loop)
     trainer.add_callback(Evaluating(trainer))
     trainer.train()
     assert set(seen) == {filters} and settings.logging_nan_inf_filter == filters
