@@ -9,6 +9,7 @@ that are global over the accumulated batch and over all processes. The forward s
 logits never exist (see `rbfast.loss.distill_loss`).
 """
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -99,6 +100,7 @@ class DistillTrainer(Trainer):
         args.label_names = ["labels"]
         self.objective: Objective = objective or Objective()
         self.adapter, self._items = adapter, len(items)
+        self._scales, self._gradient_scale = False, 1.0  # while an fp16 student trains
         self._student = model  # to unwrap what is trained would walk over all of it, in every step
         self.teacher = teacher if teacher is None else teacher.eval().requires_grad_(False)
         # Summed CE and token counts since the last log.
@@ -130,9 +132,16 @@ class DistillTrainer(Trainer):
         reads each for that: two waits for a GPU in a step. Here `training_step` does so, on the device."""
         self._filters_log, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
         self._unlogged.zero_()
+        hooks = []
+        if self._student.dtype == torch.float16:
+            hooks = [parameter.register_hook(self._unscaled) for parameter in self.adapter.parameters()]
+        self._scales = bool(hooks)
         try:
             return super().train(*args, **kwargs)
         finally:
+            for hook in hooks:
+                hook.remove()
+            self._scales = False
             self._filters_log, self.args.logging_nan_inf_filter = False, self._filters_log
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -195,12 +204,26 @@ class DistillTrainer(Trainer):
         progress = self.state.global_step / max(self.state.max_steps, 1)
         weights = self.objective.weights(progress, counts.device) / counts.clamp(min=1)
         hidden = model(inputs["input_ids"], inputs["position_ids"], inputs["lengths"])
+        if self._scales:
+            self._gradient_scale = self._scale_for(hidden)
+            weights = weights * self._gradient_scale
         out = token_losses(self._student, hidden, inputs, weights, self.objective, self.teacher)
+        if self._scales:
+            out = out._replace(loss=_WithScaledGradient.apply(out.loss, self._gradient_scale))
         if model.training:
             self._role_sums += _sums_by_role(inputs, out.ce)
         # DDP averages gradients over processes, while the denominators already span them.
         loss = out.loss * self.accelerator.num_processes if model.training else out.loss
         return (loss, out) if return_outputs else loss
+
+    def _scale_for(self, hidden: Tensor) -> float:
+        """What gradients are multiplied by on their way through an fp16 student: a power of two near the step's tokens,
+        by which the loss divides them. Else many would be below the least number of fp16."""
+        tokens = hidden.shape[0] * self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        return 2.0 ** round(math.log2(max(tokens, 1)))
+
+    def _unscaled(self, gradient: Tensor) -> Tensor:
+        return gradient / self._gradient_scale
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):  # type: ignore[override]
         with torch.no_grad():
@@ -280,6 +303,18 @@ class DistillTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+class _WithScaledGradient(torch.autograd.Function):
+    """x / scale, whose gradient in x is that of the quotient, not divided: so it goes on scaled."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        return x / scale
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return upstream, None
 
 
 def _sums_by_role(batch: dict[str, Any], values: Tensor) -> Tensor:

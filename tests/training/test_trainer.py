@@ -147,6 +147,35 @@ def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(tmp_path: Path) -> No
     assert stored["best_model_checkpoint"] == str(tmp_path / "checkpoint-1")
 
 
+class Gradients(TrainerCallback):
+    """Of the adapter, as the first step's optimizer finds them."""
+
+    def __init__(self, adapter: SparseAdapter) -> None:
+        self.adapter, self.found = adapter, torch.empty(0)
+
+    def on_pre_optimizer_step(self, *_: object, **__: object) -> None:
+        self.found = torch.cat([parameter.grad.flatten() for parameter in self.adapter.parameters()])
+
+
+@pytest.mark.slow
+def test_a_large_batch_of_an_fp16_student_loses_no_gradient(tmp_path: Path) -> None:
+    examples, found = some_examples(2000), []
+    for dtype in (torch.float32, torch.float16):
+        model = tiny_model().half().to(dtype)  # the same values
+        adapter = SparseAdapter.attach(model, density=0.05, placement="random")
+        for parameter in adapter.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        settings = arguments(tmp_path, per_device_train_batch_size=2000, max_steps=1, max_grad_norm=0.0)
+        trainer = DistillTrainer(model, adapter, settings, examples)
+        trainer.add_callback(gradients := Gradients(adapter))
+        trainer.train()
+        found.append(gradients.found)
+        loss = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+        assert 3 < loss < 6  # nats, whatever the gradients are multiplied by
+    assert (found[1] - found[0]).norm() <= 0.01 * found[0].norm()
+    assert not any(parameter._backward_hooks for parameter in adapter.parameters())
+
+
 class WaitsInSteps(TrainerCallback):
     """How many waits for the device there were between the beginnings and the ends of steps."""
 
