@@ -101,7 +101,11 @@ def run_distill(args: argparse.Namespace) -> int:
     if args.plan:
         plan = plan_run(model, tokenizer, traces, config, teacher)
         return print_result(args, plan.to_dict(), str(plan))
-    run = distill(model, tokenizer, traces, args.out, config, quiet=args.json, signals=args.signals, teacher=teacher)
+    try:
+        run = distill(model, tokenizer, traces, args.out, config, args.json, signals=args.signals, teacher=teacher)
+    except KeyboardInterrupt:
+        print(_what_is_kept(args.out, config), file=sys.stderr)
+        raise
     if os.environ.get("RANK", "0") != "0":
         return 0  # only the first process prints
     plot_losses(run.log_history, args.out / "losses.png")
@@ -161,6 +165,16 @@ def _load_models(args: argparse.Namespace) -> tuple[Any, Any, Any]:
             if base is not None:
                 shard(base, args.shard, device)
     return model, tokenizer, teacher
+
+
+def _what_is_kept(out: Path, config: "DistillConfig") -> str:
+    """Where a run goes on that was interrupted."""
+    from rbfast.training.checkpoints import last_checkpoint
+
+    checkpoint = last_checkpoint(out / "checkpoints")
+    if checkpoint is not None:
+        return f"it goes on from {checkpoint}"
+    return f"there is no checkpoint yet (one every {config.save_steps} steps: --save-steps), so it begins anew"
 
 
 def _outcome(run: "Run", out: Path, traces: int) -> dict[str, Any]:

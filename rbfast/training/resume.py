@@ -47,7 +47,7 @@ def check_same_run(folder: Path, asked: dict[str, Any]) -> None:
     if held is None:
         return
     free = {"processes", "traces_per_step", "tokens_per_step"}  # irrelevant to a finished run
-    free.add("gradient_checkpointing")  # the same sums
+    free |= {"gradient_checkpointing", "save_steps"}  # the same sums
     if not (folder / LOG).exists():
         free |= {"batch_size", "accumulation"}
         unit, size = _batch_size(asked)
@@ -61,7 +61,7 @@ def check_same_run(folder: Path, asked: dict[str, Any]) -> None:
         if name not in free and held.get(name) != value:
             raise ValueError(
                 f"{folder} holds another run: its {name} is {held.get(name)!r}, now {value!r}; "
-                "choose another output folder or remove that one"
+                "go on with what it was, choose another output folder or remove that one"
             )
 
 

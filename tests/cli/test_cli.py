@@ -21,6 +21,7 @@ from rbfast.cli.train import _distill_config
 from rbfast.data.readers import read_traces, write_traces
 from rbfast.data.trace import Trace
 from rbfast.models.student import load_student
+from rbfast.training.checkpoints import write_digests
 from rbfast.training.distill import DistillConfig
 
 
@@ -421,6 +422,28 @@ def test_an_interrupted_command_exits_as_a_shell_reports_it(
     code, _, err = call(capsys, "report", "run", "-o", str(tmp_path / "page.html"))
     assert code == 130
     assert err == "rbfast report: interrupted; run the same command to resume\n"
+
+
+@pytest.mark.parametrize(("checkpoint", "said"), [(None, "it begins anew"), ("checkpoint-4", "it goes on from ")])
+def test_an_interrupted_training_says_where_it_goes_on(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    checkpoint: str | None,
+    said: str,
+) -> None:
+    def interrupt(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rbfast.training.distill.distill", interrupt)
+    monkeypatch.setattr("rbfast.cli.train._load_models", lambda args: (None, None, None))
+    (tmp_path / "traces.jsonl").write_text('{"problem": "1 + 1?", "reasoning": "One more.", "answer": "2"}\n')
+    if checkpoint is not None:
+        (folder := tmp_path / "run" / "checkpoints" / checkpoint).mkdir(parents=True)
+        write_digests(folder)
+    code, _, err = call(capsys, "distill", "model", str(tmp_path / "traces.jsonl"), "-o", str(tmp_path / "run"))
+    assert code == 130 and said in err
+    assert err.endswith("rbfast distill: interrupted; run the same command to resume\n")
 
 
 @pytest.mark.slow

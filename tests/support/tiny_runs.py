@@ -31,6 +31,7 @@ def run(folder, monkeypatch, cut_at=None, **settings):
                 self.add_callback(PowerCut(cut_at))
 
             patch.setattr(DistillTrainer, "__init__", begin)
-        config = DistillConfig(density=0.2, rank=3, batch_size=4, learning_rate=1e-2, save_steps=2, **settings)
+        settings = dict(save_steps=2) | settings
+        config = DistillConfig(density=0.2, rank=3, batch_size=4, learning_rate=1e-2, **settings)
         model = llama(vocab_size=len(TOKENIZER), max_position_embeddings=256)
         return distill(model, TOKENIZER, TRACES, folder, config, quiet=True).adapter.state_dict()

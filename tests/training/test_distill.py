@@ -25,7 +25,7 @@ def test_a_cut_run_goes_on_to_the_same_bits(tmp_path, monkeypatch, placement):
     for cut in (1, 5):  # before the first checkpoint, and once both A and B have moments
         with pytest.raises(RuntimeError, match="power cut"):
             run(tmp_path / "cut", monkeypatch, cut_at=cut, placement=placement)
-    found = run(tmp_path / "cut", monkeypatch, placement=placement)
+    found = run(tmp_path / "cut", monkeypatch, placement=placement, save_steps=3)  # how often may change
     assert all(torch.equal(found[name], value) for name, value in whole.items())
 
 
