@@ -178,8 +178,12 @@ def _what_is_kept(out: Path, config: "DistillConfig") -> str:
 
 
 def _outcome(run: "Run", out: Path, traces: int) -> dict[str, Any]:
-    first, last = run.log_history[0], run.log_history[-1]
-    names = sorted(name for name in last if name.startswith("loss_"))
+    # Of the first and the last step that had such tokens, each before its update.
+    first: dict[str, float] = {}
+    last: dict[str, float] = {}
+    for entry in run.log_history:
+        losses = {name: loss for name, loss in entry.items() if name.startswith("loss_")}
+        first, last = losses | first, last | losses
     result = {
         "out": str(out),
         "trained": traces - len(run.skipped),
@@ -187,9 +191,8 @@ def _outcome(run: "Run", out: Path, traces: int) -> dict[str, Any]:
         "trainable_percent": run.adapter.trainable_percent,
         "steps": len(run.log_history),
         "seconds": run.seconds,
-        # of the batches of the first and the last step, each before its update
-        **{f"first_{name}": first[name] for name in names if name in first},
-        **{f"last_{name}": last[name] for name in names},
+        **{f"first_{name}": first[name] for name in sorted(first)},
+        **{f"last_{name}": last[name] for name in sorted(last)},
     }
     return result | ({"already_finished": True} if run.found else {})
 

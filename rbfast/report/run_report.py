@@ -79,7 +79,10 @@ def _overview(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
     header = (*solved, "steps", *(f"{role} loss" for role in ROLES), "trained values", "placement", "base model")
     rows = [(name, *_at_a_glance(run)) for name, run in zip(names, runs, strict=True)]
     links = " · ".join(f'<a href="#run{number}">{escape(name)}</a>' for number, name in enumerate(names))
-    note = remark("Losses are means of the last tenth of the steps. Shares solved compare only over the same problems.")
+    note = remark(
+        "Losses are means of the last tenth of the steps that had such tokens. "
+        "Shares solved compare only over the same problems."
+    )
     return f"{table(header, rows)}{note}<p>{links}</p>"
 
 
@@ -130,8 +133,8 @@ def _trainable(run: RunFolder) -> str:
 
 
 def _last_loss(run: RunFolder, role: str) -> str | None:
-    log = run.log or []
-    last = [entry[f"loss_{role}"] for entry in log[-max(1, len(log) // 10) :] if f"loss_{role}" in entry]
+    known = [entry[f"loss_{role}"] for entry in run.log or [] if f"loss_{role}" in entry]
+    last = known[-max(1, len(known) // 10) :]
     return f"{sum(last) / len(last):.4f}" if last else None
 
 
@@ -204,7 +207,7 @@ def _losses(run: RunFolder) -> Iterator[str]:
         yield picture(draw_losses(run.log), "Loss of strategic, tactical and answer tokens by step")
         rows = [(role, loss) for role in ROLES if (loss := _last_loss(run, role)) is not None]
         yield table(("tokens", "loss at the end"), rows)
-        yield remark("At the end: the mean of the last tenth of the steps.")
+        yield remark("At the end: the mean of the last tenth of the steps that had such tokens.")
 
 
 def _cost(run: RunFolder) -> Iterator[str]:

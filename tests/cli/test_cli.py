@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import astuple, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,12 +18,12 @@ from transformers import PreTrainedTokenizerBase
 
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.cli.main import _parser, main
-from rbfast.cli.train import _distill_config
+from rbfast.cli.train import _distill_config, _outcome
 from rbfast.data.readers import read_traces, write_traces
 from rbfast.data.trace import Trace
 from rbfast.models.student import load_student
 from rbfast.training.checkpoints import write_digests
-from rbfast.training.distill import DistillConfig
+from rbfast.training.distill import DistillConfig, Run
 
 
 @pytest.fixture(scope="module")
@@ -444,6 +445,18 @@ def test_an_interrupted_training_says_where_it_goes_on(
     code, _, err = call(capsys, "distill", "model", str(tmp_path / "traces.jsonl"), "-o", str(tmp_path / "run"))
     assert code == 130 and said in err
     assert err.endswith("rbfast distill: interrupted; run the same command to resume\n")
+
+
+def test_the_loss_of_a_role_is_that_of_the_last_step_that_had_it() -> None:
+    log = [{"loss_tactical": 3.0}, {"loss_strategic": 2.0, "loss_tactical": 2.5}, {"loss_tactical": 2.0}]
+    run = Run(SimpleNamespace(trainable_percent=0.3), log, [], 1.0)
+    found = {name: value for name, value in _outcome(run, Path("run"), 1).items() if "loss" in name}
+    assert found == {
+        "first_loss_strategic": 2.0,
+        "first_loss_tactical": 3.0,
+        "last_loss_strategic": 2.0,
+        "last_loss_tactical": 2.0,
+    }
 
 
 @pytest.mark.slow
