@@ -14,7 +14,7 @@ import numpy as np
 
 from rbfast.curation import text
 from rbfast.curation.decontaminate import SHINGLE, Decontaminator, Found, join_found
-from rbfast.curation.dedup import SIGNATURE, key_of
+from rbfast.curation.dedup import SIGNATURE, after, history_of, key_of
 from rbfast.curation.quality import Quality, flaw, proxy_difficulty, quality, repeated_shares
 from rbfast.data.trace import Trace, TraceError
 
@@ -34,7 +34,7 @@ class Part(NamedTuple):
 
     flaws: list[str | None]
     domains: list[str]
-    fingerprints: np.ndarray  # uint64, of the problem
+    fingerprints: np.ndarray  # uint64, of the problem and the turns before it
     keys: np.ndarray  # uint64, what near duplicates share
     signatures: np.ndarray  # uint32 [n, 64], MinHash of the problem
     given: np.ndarray  # float64, the row's own difficulty, or NaN
@@ -43,7 +43,9 @@ class Part(NamedTuple):
     quality: np.ndarray  # float64
     verified: np.ndarray  # int8: UNVERIFIED, WRONG or RIGHT
     lengths: np.ndarray  # int32, characters of reasoning
-    found: Found
+    asked: np.ndarray  # int64, how many texts the student reads: the problem, and what came before it
+    asked_fingerprints: np.ndarray  # uint64 [sum of asked], of the user's texts; the others have their problem's
+    found: Found  # in these texts
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,19 @@ class Assessor:
         traces = [trace for trace, _, _ in kept]
         problems = [trace.problem for trace in traces]
         texts = text.pack(problems)
+        fingerprints = text.fingerprints(texts, threads=threads)
+        histories = _histories(traces, threads)
+        given = [_given(trace) for trace in traces]
+        asked = np.array(list(map(len, given)), dtype=np.int64)
+        flat = [said for one in given for said in one]
+        packed = texts if flat == problems else text.pack(flat)
         verify = self.verify or verify_answer
         rows, _ = text.shingles(texts, SHINGLE, threads=threads)
         return Part(
             flaws=flaws,
             domains=[trace.domain or "unknown" for trace in traces],
-            fingerprints=text.fingerprints(texts, threads=threads),
-            keys=np.array([key_of(trace.problem, trace.answer) for trace in traces], dtype=np.uint64),
+            fingerprints=after(histories, fingerprints),
+            keys=after(histories, np.array([key_of(t.problem, t.answer) for t in traces], dtype=np.uint64)),
             signatures=text.minhash(rows, SIGNATURE, threads=threads),
             given=np.array([np.nan if t.difficulty is None else t.difficulty for t in traces], dtype=np.float64),
             proxy=_finite("difficulty", [self.difficulty(trace) for trace in traces]),
@@ -94,8 +102,17 @@ class Assessor:
             quality=_finite("quality", [self.quality(t) if self.quality else mark.score for t, _, mark in kept]),
             verified=np.array([_verdict(verify(trace, row)) for trace, row, _ in kept], dtype=np.int8),
             lengths=np.array([len(trace.reasoning) for trace in traces], dtype=np.int32),
-            found=self.decontaminator.find(texts, problems, threads=threads),
+            asked=asked,
+            asked_fingerprints=fingerprints
+            if packed is texts
+            else _of_questions(text.fingerprints(packed, threads=threads), asked, traces),
+            found=self.decontaminator.find(packed, flat, threads=threads),
         )
+
+
+def questions(trace: Trace) -> str:
+    """What the user asked, from the first turn to the problem."""
+    return "\n\n".join([*(turn["content"] for turn in (trace.turns or ())[::2]), trace.problem])
 
 
 def verify_answer(trace: Trace, row: Mapping[str, Any]) -> bool | None:
@@ -132,6 +149,31 @@ def join_parts(parts: Sequence[Part]) -> Part:
         found=join_found([part.found for part in parts]),
         **joined,
     )
+
+
+def _given(trace: Trace) -> list[str]:
+    """What the student reads: the problem, the user's earlier turns, the replies to them, the system prompt."""
+    said = [turn["content"] for turn in trace.turns or ()]
+    return [trace.problem, *said[::2], *said[1::2], *([trace.system] if trace.system else [])]
+
+
+def _of_questions(fingerprints: np.ndarray, asked: np.ndarray, traces: Sequence[Trace]) -> np.ndarray:
+    """The fingerprints of what is given, with the problem's in place of a reply's or a system prompt's.
+
+    A fingerprint counts once when rarity is measured. How rare words are in problems is measured in questions alone.
+    """
+    problem = np.repeat(np.cumsum(asked) - asked, asked)
+    questions = np.repeat([1 + len(trace.turns or ()) // 2 for trace in traces], asked)
+    place = np.arange(len(fingerprints))
+    return fingerprints[np.where(place - problem < questions, place, problem)]
+
+
+def _histories(traces: Sequence[Trace], threads: int) -> np.ndarray:
+    """`history_of` the turns before each problem, uint64 [n]."""
+    turns = [trace.turns or () for trace in traces]
+    said = text.fingerprints(text.pack(turn["content"] for one in turns for turn in one), threads=threads)
+    ends = np.cumsum([len(one) for one in turns], dtype=np.int64)
+    return np.array([history_of(one) for one in np.split(said, ends)[:-1]], dtype=np.uint64)
 
 
 def _read(where: str, row: Any) -> Trace | str:

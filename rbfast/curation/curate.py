@@ -21,7 +21,7 @@ from typing import IO, Any
 import numpy as np
 
 from rbfast.curation import text
-from rbfast.curation.assess import RIGHT, UNVERIFIED, Assessor, Part, TraceMeasure, Verify, join_parts
+from rbfast.curation.assess import RIGHT, UNVERIFIED, Assessor, Part, TraceMeasure, Verify, join_parts, questions
 from rbfast.curation.datasheet import describe, write_datasheet
 from rbfast.curation.decontaminate import Decontaminator, Embed, Thresholds, read_evaluations
 from rbfast.curation.ledger import Ledger, Stage
@@ -260,13 +260,13 @@ def _select(
 def _fetch(
     pool: Pool, problem_rows: np.ndarray, where_rows: np.ndarray, quiet: bool
 ) -> tuple[dict[int, str], dict[int, str]]:
-    """The problems of some rows of the pool, and where some others stand."""
+    """What some rows of the pool ask, and where some others stand."""
     wanted, located = set(problem_rows.tolist()), set(where_rows.tolist())
     problems, wheres = {}, {}
     with counting("fetching", quiet) as progress:
         for number, (where, row) in enumerate(pool_rows(pool)):
             if number in wanted:
-                problems[number] = row["problem"]
+                problems[number] = questions(Trace.from_dict(row))
             if number in located:
                 wheres[number] = where
             if number % CHUNK == 0:

@@ -15,6 +15,8 @@ which form to answer ("Express your answer as a common fraction.") counts for no
 - renamed: with every number and every variable masked 65% of both problems is shared, in 3-shingles;
 - paraphrase: the embeddings of the two are close. Only if a function that embeds texts is given.
 
+A trace is also judged by what comes before its problem: each earlier turn and the system prompt (`strongest`).
+
 In a pool that is read in parts, `Decontaminator.find` runs on each part alone and `Decontaminator.judge` once on all
 that was found: how rare a shingle is, is known at the end.
 """
@@ -43,6 +45,7 @@ _BYTES_OF_A_HIT = 40  # a variant has a template shingle in common for so many b
 _QUESTION_FIELDS = ("problem", "question", "prompt")
 _VARIABLE = re.compile(r"(?<![^\W\d_]|\\)(?!a\s)[A-Za-z](?![^\W\d_])")
 _POINTS = re.compile(r"(?<![\w\\])[A-Z]{2,3}(?!\w)")  # of geometry: ABC
+_TIERS = ("text", "variant", "renamed", "paraphrase", "template")  # the surest first, and last what may be kept
 _WHOLE = 2**20  # a weight of one nat, as a whole number
 
 Embed = Callable[[Sequence[str]], np.ndarray]
@@ -270,6 +273,21 @@ class Decontaminator:
                 f"embed must return finite numbers [{len(problems)}, d], got {list(vectors.shape)}: a row for each text"
             )
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def strongest(matches: Sequence[Match | None], lengths: np.ndarray) -> list[Match | None]:
+    """For each item, of which `lengths` says how many texts it has, the match of one of them.
+
+    It is the surest tier's, then that of the largest share, then the first. A template comes last: where templates are
+    kept, it must not hide what is dropped.
+    """
+    ends = np.cumsum(lengths).tolist()
+    groups = (matches[end - length : end] for end, length in zip(ends, lengths.tolist(), strict=True))
+    return [min(filter(None, group), key=_by_strength, default=None) for group in groups]
+
+
+def _by_strength(match: Match) -> tuple[int, float]:
+    return _TIERS.index(match.tier), -match.share
 
 
 def join_found(parts: Sequence[Found]) -> Found:

@@ -5,7 +5,8 @@
 
 Problems of the same tokens are one problem, whatever their answers: one of them may be wrong. Problems whose shingles
 mostly agree (MinHash) count as one only if their answers agree, and the numbers, letters and signs in them: problems
-made from a template share most of their words and are different problems all the same.
+made from a template share most of their words and are different problems all the same. Of conversations the problem is
+what was asked last. "Are you sure?" is another problem after other turns, so these must be the same.
 """
 
 import re
@@ -32,13 +33,23 @@ def key_of(problem: str, answer: str) -> int:
     return int.from_bytes(blake2b("\0".join(shared).encode(), digest_size=8).digest(), "big")
 
 
+def history_of(turns: np.ndarray) -> int:
+    """64 bits of the turns before a problem, from the fingerprint of each, uint64; 0 if there are none."""
+    return int.from_bytes(blake2b(turns.tobytes(), digest_size=8).digest(), "big") if len(turns) else 0
+
+
+def after(histories: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Fingerprints or keys of problems, uint64 [n], told apart by `history_of` what came before; 0 stays 0."""
+    return np.where((histories == 0) | (values == 0), values, mix(values ^ histories))
+
+
 def duplicates(
     fingerprints: np.ndarray, signatures: np.ndarray, keys: np.ndarray, preference: np.ndarray
 ) -> np.ndarray:
     """For each item the item that represents it, int64 [n].
 
     Args:
-        fingerprints: of the problem's tokens, uint64 [n]; 0 is a problem without tokens, like no other.
+        fingerprints: of the problem's tokens and its history, uint64 [n]; 0 is a problem without tokens, like no other.
         signatures: MinHash of the problem's shingles, uint32 [n, 64].
         keys: `key_of` each item, uint64 [n].
         preference: float [n]; of duplicates the highest is kept, of equals the first.

@@ -9,7 +9,7 @@ import numpy as np
 
 from rbfast.curation import text
 from rbfast.curation.assess import RIGHT, UNVERIFIED, WRONG, Part
-from rbfast.curation.decontaminate import Decontaminator, Evaluation, Match
+from rbfast.curation.decontaminate import Decontaminator, Evaluation, Match, strongest
 from rbfast.curation.dedup import duplicates
 
 _STAGES = ("clean", "decontaminate", "dedup", "score", "select")
@@ -59,7 +59,9 @@ class Ledger:
             self._kind_of[item] = kind
 
     def decontaminate(self, decontaminator: Decontaminator, keep_templates: bool) -> None:
-        self.matches = decontaminator.judge(self.part.found, self.part.fingerprints, threads=text.cores())
+        part = self.part
+        matches = decontaminator.judge(part.found, part.asked_fingerprints, threads=text.cores())
+        self.matches = strongest(matches, part.asked)
         self.evaluations = decontaminator.evaluations
         kept = {"template"} if keep_templates else set()
         self.drop(

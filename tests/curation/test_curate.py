@@ -103,6 +103,44 @@ def test_templates_can_be_kept(small: tuple[Path, Path], tmp_path: Path) -> None
     assert sheet["contamination"][0]["items"] == {"template": 1, "text": 1}
 
 
+def turns(*said: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[at % 2], "content": words} for at, words in enumerate(said)]
+
+
+def test_what_came_before_the_problem_is_decontaminated_too(tmp_path: Path) -> None:
+    asked = "A train leaves at noon and drives 60 miles an hour for 3 hours. How far is it then?"
+    pool = [
+        row("Are you sure?", turns=turns(asked, "180 miles.")),
+        row("Can you solve it?", turns=turns("Invent a problem.", asked)),
+        row("How many primes are below ten?", system=f"Answer briefly. For example: {asked} 180 miles."),
+        row("How many primes are below nine?", turns=turns(asked.replace("60", "75").replace("3", "8"), "225 miles.")),
+        row("How many primes are below six?", turns=turns("Do you know trains?", "Yes."), system="Answer briefly."),
+    ]
+    evaluations = write_rows(tmp_path / "eval.jsonl", [{"problem": asked}])
+    config = CurateConfig(against=[evaluations])
+    result = rbfast.curate([write_rows(tmp_path / "pool.jsonl", pool)], tmp_path / "out", config)
+    assert result.stages[1].dropped == {"holds an evaluation problem": 3, "an evaluation problem with other numbers": 1}
+    assert [trace.problem for trace in read_traces(tmp_path / "out" / "reason1k.jsonl")] == [pool[-1]["problem"]]
+
+
+def test_conversations_are_one_if_their_turns_and_their_problem_are(tmp_path: Path) -> None:
+    check = "Are you sure? Please check your work."
+    pool = [
+        row(check, turns=turns("What is $2 + 5$?", "It is 7.")),
+        row(check, turns=turns("What is 2+5?", "it is 7")),
+        row(check, turns=turns("What is 3 + 4?", "It is 7.")),
+        row(check, turns=turns("Invent a sum and do it.", "3 + 4 is 7.")),
+        row(check, turns=turns("Invent a sum and do it.", "2 + 5 is 7.")),
+        row(check, turns=turns("What is 2 + 5?", "It is 7.", check, "Yes, it is 7.")),
+        row(check),
+        row("are you sure? please check your work."),
+    ]
+    result = rbfast.curate([write_rows(tmp_path / "pool.jsonl", pool)], tmp_path / "out")
+    assert result.stages[2].dropped == {"the same problem": 2}
+    copies = {rec["where"].rpartition(":")[2]: rec for rec in rows_of(tmp_path / "out" / "dropped.jsonl")}
+    assert {line: rec["duplicate_of"].rpartition(":")[2] for line, rec in copies.items()} == {"2": "1", "8": "7"}
+
+
 @pytest.fixture(scope="module")
 def claude(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real pool in two files: Claude's correct completions, several for each problem."""
