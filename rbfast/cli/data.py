@@ -71,6 +71,7 @@ def add_curate(sub: argparse.ArgumentParser) -> None:
 
 def run_curate(args: argparse.Namespace) -> int:
     from rbfast.curation.curate import CurateConfig, curate, read_pass_rates
+    from rbfast.curation.datasheet import pass_rates_line
 
     config = CurateConfig(
         size=args.size,
@@ -89,10 +90,14 @@ def run_curate(args: argparse.Namespace) -> int:
         for s in result.stages
     ]
     lines = [f"{source}: read as {' and '.join(names)}" for source, names in result.formats.items()] + lines
+    known = {"pass_rates": result.datasheet["pass_rates"]} if args.pass_rates else {}
+    if said := pass_rates_line(result.datasheet):
+        lines.append(said)
     lines.append(
         f"{result.selected} traces in {args.out / 'reason1k.jsonl'}; see datasheet.html and dropped.jsonl there"
     )
-    print_result(args, {"out": str(args.out), "selected": result.selected, "stages": stages}, "\n".join(lines))
+    found = {"out": str(args.out), "selected": result.selected, "stages": stages, **known}
+    print_result(args, found, "\n".join(lines))
     return 0 if result.selected else 1
 
 

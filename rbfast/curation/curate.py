@@ -128,7 +128,8 @@ def curate(
     Raises:
         TraceError: a file that cannot be read, or of whose first 100 rows none is a trace. Any other row that is no
             trace is dropped with its reason.
-        ValueError: nothing in the pool, or a pass rate outside [0, 1].
+        ValueError: nothing in the pool, a pass rate outside [0, 1], or pass rates that are for none of the traces to
+            choose from.
         ImportError: `ray` is set, and Ray Data is not installed.
         OSError: `out` cannot be written.
     """
@@ -141,17 +142,23 @@ def curate(
     ledger.decontaminate(decontaminator, config.keep_templates)
     ledger.dedup()
     ledger.drop_wrong()
-    difficulty = _difficulties(ledger.part, config.pass_rates, ledger.alive)
+    rates = _known_rates(ledger.part, config.pass_rates)
+    known = _count_known(rates, config.pass_rates, ledger.alive)
+    difficulty = _difficulties(ledger.part, rates, ledger.alive)
     merits = _merits(ledger.part, difficulty, config.weights, ledger.alive)
     chosen, wheres = _select(ledger, merits, read, config, quiet)
     _write(out, read, ledger, difficulty, chosen, wheres, quiet)
-    sheet = describe(config.settings(read), ledger, difficulty, chosen)
+    sheet = describe(config.settings(read), ledger, difficulty, chosen, pass_rates=known)
     write_datasheet(out, sheet)
     return Curation(out, len(chosen), ledger.stages, sheet, formats)
 
 
 def read_pass_rates(path: Source) -> dict[str, float]:
-    """The share of tries that were correct, by problem, from records as `rbfast eval -o` writes them."""
+    """The share of tries that were correct, by problem, from records as `rbfast eval -o` writes them.
+
+    Raises:
+        ValueError: a row is no such record, or there is none.
+    """
     tries: dict[str, list[bool]] = {}
     for where, row in read_rows(path):
         if (
@@ -163,6 +170,8 @@ def read_pass_rates(path: Source) -> dict[str, float]:
                 f"{where}: expected a record of `rbfast eval -o` with problem and correct, got another row"
             )
         tries.setdefault(row["problem"], []).append(row["correct"])
+    if not tries:
+        raise ValueError(f"{path}: expected records of `rbfast eval -o`, got none")
     return {problem: sum(correct) / len(correct) for problem, correct in tries.items()}
 
 
@@ -201,13 +210,9 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return ((below + counts / 2) / max(len(values), 1))[group]
 
 
-def _difficulties(part: Part, pass_rates: Mapping[str, float], alive: np.ndarray) -> np.ndarray:
-    """float64 [n] in [0, 1]: 1 - the student's pass rate; else the rank of the difficulty that the row gives among all
-    that give one; else the rank of the proxy among all."""
-    found = np.full(len(alive), np.nan)
-    found[alive] = ranks(part.proxy[alive])
-    given = alive & ~np.isnan(part.given)
-    found[given] = ranks(part.given[given])
+def _known_rates(part: Part, pass_rates: Mapping[str, float]) -> np.ndarray:
+    """The student's pass rate on each item, float64 [n]; NaN where it is not known."""
+    found = np.full(len(part.fingerprints), np.nan)
     if pass_rates:
         known = text.fingerprints(text.pack(pass_rates))
         rates = np.array(list(pass_rates.values()), dtype=np.float64)
@@ -215,8 +220,33 @@ def _difficulties(part: Part, pass_rates: Mapping[str, float], alive: np.ndarray
             raise ValueError(f"pass rates must lie in [0, 1], got {rates.min()} to {rates.max()}")
         order = np.argsort(known, kind="stable")
         at = np.minimum(np.searchsorted(known[order], part.fingerprints), len(known) - 1)
-        tried = alive & (known[order][at] == part.fingerprints)
-        found[tried] = 1 - rates[order][at[tried]]
+        tried = known[order][at] == part.fingerprints
+        found[tried] = rates[order][at[tried]]
+    return found
+
+
+def _count_known(rates: np.ndarray, pass_rates: Mapping[str, float], alive: np.ndarray) -> dict[str, int] | None:
+    """Of how many of the traces to choose from the pass rate is known; None if no rates were given."""
+    if not pass_rates:
+        return None
+    known = {"known": int((alive & ~np.isnan(rates)).sum()), "of": int(alive.sum())}
+    if known["of"] and not known["known"]:
+        raise ValueError(
+            f"expected pass rates on this pool, got them on {len(pass_rates)} problems that none of the {known['of']} "
+            "traces to choose from asks; measure them with `rbfast eval --task POOL`"
+        )
+    return known
+
+
+def _difficulties(part: Part, rates: np.ndarray, alive: np.ndarray) -> np.ndarray:
+    """float64 [n] in [0, 1]: 1 - the student's pass rate; else the rank of the difficulty that the row gives among all
+    that give one; else the rank of the proxy among all."""
+    found = np.full(len(alive), np.nan)
+    found[alive] = ranks(part.proxy[alive])
+    given = alive & ~np.isnan(part.given)
+    found[given] = ranks(part.given[given])
+    tried = alive & ~np.isnan(rates)
+    found[tried] = 1 - rates[tried]
     return found
 
 

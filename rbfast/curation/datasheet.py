@@ -28,12 +28,19 @@ _BINS = 20
 _MOST_MATCHED = 50  # evaluation problems that are listed
 
 
-def describe(settings: Mapping[str, Any], ledger: Ledger, difficulty: np.ndarray, chosen: np.ndarray) -> dict[str, Any]:
+def describe(
+    settings: Mapping[str, Any],
+    ledger: Ledger,
+    difficulty: np.ndarray,
+    chosen: np.ndarray,
+    pass_rates: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
     """The datasheet as JSON values. `before` counts the items without a flaw, `after` the chosen ones.
 
     Args:
         difficulty: float [items], NaN if an item was dropped before it was scored.
         chosen: the items selected.
+        pass_rates: of how many items a student's is `known`, `of` how many; None if none were given.
     """
     part = ledger.part
     after = np.zeros(len(ledger.rows), dtype=bool)
@@ -52,6 +59,7 @@ def describe(settings: Mapping[str, Any], ledger: Ledger, difficulty: np.ndarray
             name: {"before": int(kept.sum()), "after": int((kept & after).sum())}
             for name, kept in (("right", part.verified == RIGHT), ("wrong", part.verified == WRONG))
         },
+        **({} if pass_rates is None else {"pass_rates": dict(pass_rates)}),
         "difficulty": _histogram(difficulty, scored, after, 0.0, 1.0),
         "quality": _histogram(part.quality, everyone, after, *_range(part.quality)),
         "marks": {
@@ -134,6 +142,7 @@ def render(sheet: Mapping[str, Any]) -> str:
                 ("log10_characters", "Length of the reasoning", "characters, log10"),
             )
         ),
+        *([f"<p>{escape(said)}.</p>"] if (said := pass_rates_line(sheet)) else []),
         "<h2>Marks of quality, means</h2>",
         table(("mark", "before", "after"), marks),
         f"<h2>Evaluation problems met, of {sheet['evaluation_problems']:,}</h2>",
@@ -142,6 +151,12 @@ def render(sheet: Mapping[str, Any]) -> str:
         f"<pre>{escape(json.dumps(sheet['settings'], indent=1, ensure_ascii=False))}</pre>",
     ]
     return page("Datasheet", body)
+
+
+def pass_rates_line(sheet: Mapping[str, Any]) -> str | None:
+    """For how many traces a student's pass rate was known, if any were given."""
+    known = sheet.get("pass_rates")
+    return known and f"Pass rates for {known['known']:,} of {known['of']:,} traces"
 
 
 def _picture(draw: Callable[[Axes, Any], None], data: Any, title: str) -> str:

@@ -16,7 +16,7 @@ import rbfast
 from rbfast.cli.main import main
 from rbfast.curation import curate
 from rbfast.curation.assess import verify_answer
-from rbfast.curation.curate import CurateConfig, Weights, _difficulties, ranks, read_pass_rates
+from rbfast.curation.curate import CurateConfig, Weights, _difficulties, _known_rates, ranks, read_pass_rates
 from rbfast.data.readers import read_traces, write_traces
 from rbfast.data.trace import Trace, TraceError
 
@@ -203,17 +203,27 @@ def test_a_pool_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeyp
 
 
 def test_command_line(small: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rates = write_rows(tmp_path / "rates.jsonl", [{"problem": "One?", "correct": True}])
+    rates = write_rows(tmp_path / "rates.jsonl", [{"problem": "Which is the right one of these?", "correct": True}])
     common = ["curate", str(small[0]), "-o", str(tmp_path / "out"), "--against", str(small[1]), "--size", "2"]
     assert main([*common, "--pass-rates", str(rates)]) == 0
     out, err = capsys.readouterr()
     assert "2 traces in" in out and "decontaminate: 8 in, 6 out" in out
+    assert "Pass rates for 1 of 4 traces" in out
+    assert "Pass rates for 1 of 4 traces" in (tmp_path / "out" / "datasheet.html").read_text(encoding="utf-8")
+    assert main([*common, "--pass-rates", str(rates), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["pass_rates"] == {"known": 1, "of": 4}
     assert "assessing" in err
     assert main([*common[:-1], "0"]) == 2
     assert "size and processes must be at least 1, got 0 and 1" in capsys.readouterr().err
     bad = write_rows(tmp_path / "bad.jsonl", [{"problem": "One?"}])
     assert main([*common, "--pass-rates", str(bad)]) == 2
     assert "bad.jsonl:1: expected a record of `rbfast eval -o`" in capsys.readouterr().err
+    empty = write_rows(tmp_path / "empty.jsonl", [])
+    assert main([*common, "--pass-rates", str(empty)]) == 2
+    assert "empty.jsonl: expected records of `rbfast eval -o`, got none" in capsys.readouterr().err
+    others = write_rows(tmp_path / "others.jsonl", [{"problem": "Something else?", "correct": False}])
+    assert main([*common, "--pass-rates", str(others)]) == 2
+    assert "on 1 problems that none of the 4 traces to choose from asks" in capsys.readouterr().err
 
 
 def shorter_is_better(trace: Trace) -> float:
@@ -242,10 +252,10 @@ def test_difficulty_is_what_the_student_missed_else_what_is_given_else_the_lengt
     )]  # fmt: skip
     part = Assessor(Decontaminator([]))(rows)
     alive = np.ones(4, dtype=bool)
-    found = _difficulties(part, {"problem  one?": 0.75}, alive)  # the same tokens
+    found = _difficulties(part, _known_rates(part, {"problem  one?": 0.75}), alive)  # the same tokens
     assert found.tolist() == [0.25, 0.75, 0.875, 0.25]
     with pytest.raises(ValueError, match=r"pass rates must lie in \[0, 1\], got 3"):
-        _difficulties(part, {"Problem one?": 3.0}, alive)
+        _known_rates(part, {"Problem one?": 3.0})
 
 
 def test_ranks() -> None:
