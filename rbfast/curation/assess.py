@@ -193,8 +193,8 @@ def _cut_by_server(row: Mapping[str, Any]) -> str | None:
 
 
 def _finished(row: Mapping[str, Any]) -> bool:
-    """Whether the server said that the reply is complete."""
-    return any(row.get(field) in _FINISHED for field in _END_FIELDS)
+    """Whether the server said that the reply is complete, or its answer was read after the reasoning."""
+    return row.get("finished") is True or any(row.get(field) in _FINISHED for field in _END_FIELDS)
 
 
 def _verdict(verified: bool | None) -> int:

@@ -60,7 +60,7 @@ def flaw(trace: Trace, repetition: float, *, finished: bool = False) -> str | No
 
     Args:
         repetition: what `repeated_shares` says of its reasoning.
-        finished: the server said that the reply came to its end.
+        finished: it is known otherwise that the text came to its end.
     """
     right = trace.verified is True
     if repetition > _MOST_REPEATED:

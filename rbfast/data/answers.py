@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from rbfast.data.thinking_marks import end_of_thinking
 
 _TAG = re.compile(r"<answer>(.*?)(?=</answer>|<answer>|\Z)", re.DOTALL | re.IGNORECASE)
+_CLOSED_TAG = re.compile(r"</answer>[\s.*`$]*\Z", re.IGNORECASE)
 # Hashes that are no heading: the text ends there, or in a line that says the answer again, or a line holds a value.
 _LAST_HASHES = re.compile(r"####\s*(\S.*?)\s*(?=\Z|\n[^\n]*\banswer\b[^\n]*\1[^\n]*\Z)", re.IGNORECASE)
 _HASHES = re.compile(_LAST_HASHES.pattern + r"|####[ \t]*([-+$]{0,2}[\d.]\S*)[ \t]*(?=\n)", re.IGNORECASE)
@@ -92,6 +93,11 @@ def without_answer(text: str) -> str:
         if found := list(pattern.finditer(text)):
             text = text[: found[-1].start()]
     return text.strip()
+
+
+def ends_in_answer(text: str) -> bool:
+    """Whether a text ends in a closed `<answer>` or in `####`: it was not cut before it came to its answer."""
+    return bool(_CLOSED_TAG.search(text) or _LAST_HASHES.search(text))
 
 
 def as_text(value: object) -> str | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
-from rbfast.data.answers import answer_text, as_text, marked_answer, stated_answer, without_answer
+from rbfast.data.answers import answer_text, as_text, ends_in_answer, marked_answer, stated_answer, without_answer
 from rbfast.data.choices import chosen, with_options
 from rbfast.data.conversations import ASSISTANT, USER, Turn, exchange, parse_pairs, parse_turns, split_thinking, text_of
 from rbfast.data.fields import Field, check_map, names_of
@@ -67,7 +67,8 @@ class Interpretation:
 
 def interpret(row: Any, options: FormatOptions = AUTO) -> Interpretation:
     """The traces in a row, with the fields of a trace and, if the row has them, `reference` (the known answer) and the
-    marks of a cut reply. The fields' own checks are left to `Trace`.
+    marks of a cut reply; `finished` is true of reasoning that a marked answer followed in the reply. The fields' own
+    checks are left to `Trace`.
 
     Raises TraceError if the row is of no known shape, holds no whole trace, or may be read in several ways.
     """
@@ -301,7 +302,7 @@ def _trace_row(row: Row, asked: _Question, reply: Reply, form: str, count: int) 
     if not reasoning.strip() or reasoning.strip() == answer.strip():
         raise TraceError(f"reasoning: expected working before the answer, got none; {ADVICE}")
     reference = field_answer or as_text(asked.rest.get("reference_answer")) or row.text("reference")
-    found = {
+    found: dict[str, Any] = {
         "problem": asked.text.strip(),
         "reasoning": reasoning.strip(),
         "answer": answer.strip(),
@@ -309,6 +310,8 @@ def _trace_row(row: Row, asked: _Question, reply: Reply, form: str, count: int) 
         "turns": [_earlier(turn) for turn in asked.earlier] or None,
     }
     found |= _about(row, asked, reply, count)
+    if own and not reply.thought and ends_in_answer(reply.text):
+        found["finished"] = True
     if own and reference and form != "solutions" and "verified" not in found:
         found["reference"] = reference
     return {name: value for name, value in found.items() if value is not None}

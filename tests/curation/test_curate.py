@@ -173,6 +173,25 @@ def test_a_server_that_says_stop_is_believed(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "out" / "dropped.jsonl")[0]["reason"] == "truncated: it ends on 'the'"
 
 
+@pytest.mark.parametrize(
+    ("ending", "is_whole"),
+    [
+        ("\n#### 25", True),
+        ("\n<answer>25</answer>", True),
+        ("\n\\boxed{25}", True),
+        ("\n$\\boxed{25}$.", True),
+        ("\n<answer>25</answer>\nBut the", False),
+        ("\n<answer>2", False),
+        ("\nThis is \\boxed{25}, since the", False),
+    ],
+)
+def test_what_comes_to_its_marked_answer_is_not_cut(tmp_path: Path, ending: str, is_whole: bool) -> None:
+    working = "A can is 25 cents here.\nIt is 50 there.\nThat is more.\nSo it is 50 - 25 = 25 more expensive per can"
+    rows = [{"question": "How much more is a can?", "answer": working + ending}, row("Is there another?")]
+    result = rbfast.curate([write_rows(tmp_path / "pool.jsonl", rows)], tmp_path / "out")
+    assert result.stages[0].dropped == ({} if is_whole else {"truncated": 1})
+
+
 def test_nothing_left_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pool = write_rows(tmp_path / "pool.jsonl", [row("Cut?", truncated=True)])
     assert main(["curate", str(pool), "-o", str(tmp_path / "out"), "--json"]) == 1
