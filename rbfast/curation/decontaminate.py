@@ -8,7 +8,8 @@ A problem is judged by the share of an evaluation problem that it holds, in 5-sh
 weighted by how rare it is (idf): "find the number of integer values" weighs little, the equation much. What says in
 which form to answer ("Express your answer as a common fraction.") counts for nothing. Five tiers:
 
-- text: at least half of an evaluation problem is there;
+- text: at least half of an evaluation problem is there. One of fewer than five tokens is one shingle, all of it; it
+  is also there if a sentence or a line ends in it (`_LEAST_RUN` tokens at least, and a numeral among them);
 - template: with every number masked at least four fifths of it is there: the same problem with other numbers;
 - variant: with every number masked 55% of both problems is shared, in 3-shingles, and a tenth with the numbers: the
   same problem with other numbers, names or a clause more;
@@ -31,13 +32,15 @@ import numpy as np
 
 from rbfast.curation import text
 from rbfast.curation.instructions import may_instruct, without_instructions
-from rbfast.curation.text import Ragged, Texts
+from rbfast.curation.text import Ragged, Texts, fold
+from rbfast.curation.text_reference import tokens
 from rbfast.data.formats import question_of
 from rbfast.data.readers import read_rows
 from rbfast.data.trace import TraceError
 
 SHINGLE = 5
 _SHORT_SHINGLE = 3  # of variants: a name or a number of other words breaks fewer of them
+_LEAST_RUN = 3  # tokens; "Find $x$." ends many a problem
 _SAID_ALIKE = (
     0.1  # of the evaluation problem a variant shares by tokens with their numbers; formulas alone are no problem
 )
@@ -45,6 +48,10 @@ _BYTES_OF_A_HIT = 40  # a variant has a template shingle in common for so many b
 _QUESTION_FIELDS = ("problem", "question", "prompt")
 _VARIABLE = re.compile(r"(?<![^\W\d_]|\\)(?!a\s)[A-Za-z](?![^\W\d_])")
 _POINTS = re.compile(r"(?<![\w\\])[A-Z]{2,3}(?!\w)")  # of geometry: ABC
+_BREAK = re.compile(r"[.?](?=[\s$\\)\]*\"']|\Z)|\n|\s\(?A[).]\s|\Z")  # a sentence ends, a line, or options follow
+_BEFORE_BREAK = 300  # characters that hold the tokens of a short problem
+_ESCAPED = re.compile(r"\\\\[a-zA-Z]")
+_SINGLE = re.compile(r"(?<!\\)\\(?:\\\\)*(?!\\)")
 _TIERS = ("text", "variant", "renamed", "paraphrase", "template")  # the surest first, and last what may be kept
 _WHOLE = 2**20  # a weight of one nat, as a whole number
 
@@ -162,6 +169,59 @@ def _without_names(problem: str) -> str:
     return _VARIABLE.sub("x", _POINTS.sub(lambda match: " x" * len(match[0]), problem))
 
 
+def _unescaped(problem: str) -> str:
+    r"""`problem` with `\frac` for `\\frac`, if every backslash in it was doubled."""
+    if not _ESCAPED.search(problem) or _SINGLE.search(problem):
+        return problem
+    return problem.replace("\\\\", "\\")
+
+
+def _ending_tokens(problem: str) -> set[tuple[str, ...]]:
+    """The last tokens, as many as a short problem has, before each break of `problem`."""
+    ends = [match.start() for match in _BREAK.finditer(problem)]
+    said = [tokens(fold(problem[max(0, end - _BEFORE_BREAK) : end])) for end in ends]
+    return {tuple(row[-length:]) for row in said for length in range(_LEAST_RUN, SHINGLE)}
+
+
+class _ShortProblems:
+    """The evaluation problems of fewer tokens than a shingle, to be found at the end of a sentence.
+
+    As a run of tokens anywhere `What is 50%?` would be in "What is 50% of 80?".
+    """
+
+    def __init__(self, asked: Sequence[str], tier: _Tier) -> None:
+        rows = [tuple(tokens(fold(problem))) for problem in asked]
+        items = [
+            item
+            for item, row in enumerate(rows)
+            if _LEAST_RUN <= len(row) < SHINGLE and any(token[0] in "0123456789" for token in row)
+        ]
+        packed = text.pack(asked[item] for item in items)
+        whole, _ = text.shingles(packed, SHINGLE)  # one for each
+        self._places = dict(
+            zip((rows[item] for item in items), np.searchsorted(tier.hashes, whole.values).tolist(), strict=True)
+        )
+        self._width = len(tier.hashes)
+        self._hints = np.unique(text.shingles(packed, _LEAST_RUN)[0].values)
+
+    def added(self, said: Ragged, texts: Texts, asked: Sequence[str], threads: int) -> Ragged:
+        """`said`, what problems share with the text tier, with the short problems that they hold."""
+        if not self._places:
+            return said
+        hinted = np.flatnonzero(text.find(texts, _LEAST_RUN, self._hints, threads=threads).lengths)
+        found = [
+            (row, self._places[run])
+            for row in hinted.tolist()
+            for run in _ending_tokens(asked[row]) & self._places.keys()
+        ]
+        if not found:
+            return said
+        rows, places = np.array(found, dtype=np.int64).T
+        n, width = len(said.lengths), self._width
+        pairs = np.union1d(np.repeat(np.arange(n), said.lengths) * width + said.values, rows * width + places)
+        return Ragged((pairs % width).astype(np.int32), np.searchsorted(pairs // width, np.arange(n + 1)))
+
+
 def _short(texts: Sequence[str], tier: _Tier, places: np.ndarray, n: int, threads: int) -> tuple[Ragged, np.ndarray]:
     """What texts share with a tier of short shingles, and how many they have, int64 [n]: these texts stand at `places`
     among n, and the others count as empty."""
@@ -182,11 +242,12 @@ class Decontaminator:
         self.evaluations = tuple(evaluations)
         self.thresholds = thresholds or Thresholds()
         self._embed = embed
-        texts = text.pack(without_instructions(item.problem) for item in evaluations)
+        asked = [without_instructions(_unescaped(item.problem)) for item in evaluations]
+        texts = text.pack(asked)
         self._text, self._template = _Tier.of(texts, SHINGLE, False), _Tier.of(texts, SHINGLE, True)
+        self._short_problems = _ShortProblems(asked, self._text)
         self._variant = _Tier.of(texts, _SHORT_SHINGLE, True)
-        unnamed = text.pack(_without_names(without_instructions(item.problem)) for item in evaluations)
-        self._renamed = _Tier.of(unnamed, _SHORT_SHINGLE, True)
+        self._renamed = _Tier.of(text.pack(map(_without_names, asked)), _SHORT_SHINGLE, True)
         self._vectors = self._unit([item.problem for item in evaluations]) if embed and evaluations else None
 
     def find(self, texts: Texts, problems: Sequence[str], *, threads: int = 1) -> Found:
@@ -194,8 +255,10 @@ class Decontaminator:
         asked = list(problems)
         for place in may_instruct(texts).tolist():
             asked[place] = without_instructions(asked[place])
+        asked = list(map(_unescaped, asked))
         texts = texts if asked == list(problems) else text.pack(asked)
         said = text.find(texts, SHINGLE, self._text.hashes, threads=threads)
+        said = self._short_problems.added(said, texts, asked, threads)
         template = text.find(texts, SHINGLE, self._template.hashes, mask_digits=True, threads=threads)
         needed = np.maximum(1, np.minimum(np.diff(texts.starts), 400) // _BYTES_OF_A_HIT)
         places = np.flatnonzero(template.lengths >= needed)

@@ -91,6 +91,47 @@ def test_short_problems_are_seen() -> None:
     assert [match and (match.item, match.tier) for match in found] == [(0, "text"), None, None, None]
 
 
+@pytest.mark.parametrize("short", ["Simplify $\\sqrt{242}$.", "Evaluate $\\log_264$.", "Compute $\\dbinom{31}{28}$."])
+def test_short_problems_are_seen_behind_a_preamble_and_before_options(short: str, math500: list[Evaluation]) -> None:
+    preamble = "You are a helpful assistant. Please solve the following math problem carefully and show all the work."
+    [place] = [place for place, item in enumerate(math500) if item.problem == short]
+    pool = [
+        f"{preamble}\n\nProblem: {short}",
+        f"{short}\n\nA) 1\nB) 2\nC) 3",
+        f"{short.rstrip('.')} (A) 1 (B) 2 (C) 3",
+        f"{preamble} {short.rstrip('.')}",
+        f"{short} Then add the digits of what you found.",
+    ]
+    others = [f"{short.rstrip('.')} + 3.", f"{preamble} {short.replace('2', '3')}", "Find $x$."]
+    found = contaminated([*pool, *others], math500)
+    assert found == [Match(place, "text", 1.0)] * len(pool) + [None] * len(others)
+
+
+def test_what_every_problem_may_end_in_is_no_match() -> None:
+    evaluations = [
+        Evaluation(f"e:{i}", asked) for i, asked in enumerate(("Find $x$.", "Solve for $x$.", "5!", "What is 50%?"))
+    ]
+    pool = ["Let $2x = 6$. Solve for $x$.", "Let $2x = 6$. Find $x$.", "The last factor is 5!", "What is 50% of 80?"]
+    assert contaminated(pool, evaluations) == [None] * len(pool)
+    assert contaminated(["Half is a share. What is 50%?", "Find x."], evaluations) == [
+        Match(3, "text", 1.0),
+        Match(0, "text", 1.0),
+    ]
+
+
+def test_short_problems_join_what_else_is_found() -> None:
+    long = "A farm has 3 cows and 12 hens. How many legs do they have in all?"
+    evaluations = [Evaluation("e:1", long), Evaluation("e:2", "Compute $5!$.")]
+    found = contaminated(["Compute $5!$.", long, f"{long} Compute $5!$.", "", "Now compute $5!$."], evaluations)
+    assert [match and match.item for match in found] == [1, 0, 0, None, 1]
+
+
+def test_backslashes_that_were_doubled_are_read_as_one(math500: list[Evaluation]) -> None:
+    doubled = [item.problem.replace("\\", "\\\\") for item in math500]
+    found = contaminated(doubled, math500)
+    assert [match and match.item for match in found] == list(range(len(math500)))
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
