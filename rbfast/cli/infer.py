@@ -28,8 +28,11 @@ from rbfast.teacher.client import ServerError
 
 if TYPE_CHECKING:
     from rbfast.cli.transcript import Transcript
+    from rbfast.grading.grade import Problem
     from rbfast.inference.solver import Solution, Solver
 
+_ALL = "all"  # what -n says for every problem of a task
+_PROBLEMS = 50  # of a task, if -n says nothing
 _LIMITS = ("budget", "minimum", "maximum", "verify_above", "probe_every")
 
 
@@ -131,7 +134,11 @@ def add_eval(sub: argparse.ArgumentParser) -> None:
         "owner/name, owner/name:split or owner/name:config:split; repeat",
     )
     sub.add_argument("--adapter", help="folder of a trained adapter to attach")
-    sub.add_argument("-n", type=positive, default=50, help="problems per task (default: 50)")
+    sub.add_argument(
+        "-n",
+        type=_positive_or_all,
+        help=f"problems per task, or {_ALL} of a file or dataset (default: {_PROBLEMS}, or all if it has fewer)",
+    )
     sub.add_argument("--samples", type=int, default=1, help="completions per problem (default: 1, greedy)")
     sub.add_argument("--temperature", type=float, help="default: 0 for one sample, 0.8 for several")
     sub.add_argument("--max-new-tokens", type=int, default=512, help="tokens per completion, at most (default: 512)")
@@ -146,14 +153,23 @@ def add_eval(sub: argparse.ArgumentParser) -> None:
     add_formats(sub)
 
 
+def _positive_or_all(text: str) -> int | str:
+    return _ALL if text == _ALL else positive(text)
+
+
+def _problems(args: argparse.Namespace, task: str) -> "list[Problem]":
+    from rbfast.grading.tasks import load_problems
+
+    wanted = None if args.n == _ALL else args.n or _PROBLEMS
+    return load_problems(task, wanted, args.seed, fewer=args.n is None, options=format_options(args))
+
+
 def run_eval(args: argparse.Namespace) -> int:
     from rbfast.adapter.sparse_adapter import SparseAdapter
     from rbfast.evaluation.evaluate import evaluate, summarize, summarize_samples
-    from rbfast.grading.tasks import load_problems
     from rbfast.utils.progress import counting
 
-    options = format_options(args)
-    problems = {task: load_problems(task, args.n, args.seed, options=options) for task in args.task}
+    problems = {task: _problems(args, task) for task in args.task}
     model, tokenizer = load_model(args)
     if args.adapter:
         SparseAdapter.from_pretrained(model, args.adapter)

@@ -3,6 +3,7 @@
 ```python
 load_problems("leg_counting", n=50, seed=7)                 # a reasoning-gym generator
 load_problems("math-500", n=None, seed=0)                   # all of a benchmark
+load_problems("aime24", n=50, seed=0, fewer=True)           # 50, or all if it has fewer
 load_problems("my/problems.jsonl", n=100, seed=0)           # fields `problem` and `answer`
 load_problems("owner/name:test", n=100, seed=0)             # a dataset on the hub, and its split
 load_problems("owner/name:main:test", n=100, seed=0)        # one of several configs
@@ -41,7 +42,13 @@ _QUESTION_FIELDS = ("problem", "question", "prompt")
 
 
 def load_problems(
-    task: str, n: int | None, seed: int, *, exclude: Collection[str] = (), options: FormatOptions = AUTO
+    task: str,
+    n: int | None,
+    seed: int,
+    *,
+    fewer: bool = False,
+    exclude: Collection[str] = (),
+    options: FormatOptions = AUTO,
 ) -> list[Problem]:
     """`n` distinct problems of a task; the same arguments give the same problems on every machine.
 
@@ -52,11 +59,12 @@ def load_problems(
             `owner/name:split` or `owner/name:config:split`, of which the split (default: test) may be a slice,
             `test[:100]`.
         n: drawn from what there is; None for all of a file or dataset, in its order.
+        fewer: take all that there are if they are fewer than `n`.
         exclude: questions to leave out, such as those trained on.
         options: how rows are read, if not by what their fields mean.
 
     Raises:
-        ValueError: an unknown task, a malformed line, or fewer than `n` problems to be had.
+        ValueError: an unknown task, a malformed line, or fewer than `n` problems to be had without `fewer`.
         ImportError: what generates or grades the problems is not installed.
     """
     if n is not None and n < 0:
@@ -64,17 +72,17 @@ def load_problems(
     if is_path_of_rows(task):
         if not Path(task).exists():
             raise FileNotFoundError(f"{task}: expected a file of problems, found none")
-        return _sample(_read_file(Path(task), options), task, n, seed, exclude)
+        return _sample(_read_file(Path(task), options), task, n, seed, fewer, exclude)
     if Path(task).is_file():
         raise ValueError(f"{task}: expected a {KINDS}; write it as one, by pandas for instance: docs/formats.md")
     if task in BENCHMARKS or "/" in task:
-        return _sample(_read_hub(BENCHMARKS.get(task, task), task, options), task, n, seed, exclude)
+        return _sample(_read_hub(BENCHMARKS.get(task, task), task, options), task, n, seed, fewer, exclude)
     if n is None:
         raise ValueError(f"{task} is unlimited: say how many problems")
-    return _generate_problems(task.removeprefix(_REASONING_GYM), n, seed, exclude)
+    return _generate_problems(task.removeprefix(_REASONING_GYM), n, seed, fewer, exclude)
 
 
-def _generate_problems(task: str, n: int, seed: int, exclude: Collection[str]) -> list[Problem]:
+def _generate_problems(task: str, n: int, seed: int, fewer: bool, exclude: Collection[str]) -> list[Problem]:
     gym = reasoning_gym()
     if task not in gym.factory.DATASETS:
         raise ValueError(
@@ -93,14 +101,16 @@ def _generate_problems(task: str, n: int, seed: int, exclude: Collection[str]) -
         question = entry["question"]
         if question not in exclude and question not in problems:
             problems[question] = Problem(task, question, str(entry["answer"]), entry)
-    if len(problems) < n:
+    if len(problems) < n and not fewer:
         raise ValueError(
             f"{task} gave {len(problems)} distinct problems in {tries} draws, but {n} were requested: request fewer"
         )
     return list(problems.values())
 
 
-def _sample(found: Sequence[Problem], source: str, n: int | None, seed: int, exclude: Collection[str]) -> list[Problem]:
+def _sample(
+    found: Sequence[Problem], source: str, n: int | None, seed: int, fewer: bool, exclude: Collection[str]
+) -> list[Problem]:
     problems: dict[str, Problem] = {}
     for problem in found:
         if problem.question not in exclude:
@@ -109,9 +119,9 @@ def _sample(found: Sequence[Problem], source: str, n: int | None, seed: int, exc
         math_equality.require()  # now, not after hours of writing
     if n is None:
         return list(problems.values())
-    if len(problems) < n:
+    if len(problems) < n and not fewer:
         raise ValueError(f"{source} holds {len(problems)} usable problems, but {n} were requested: request fewer")
-    return random.Random(seed).sample(list(problems.values()), n)
+    return random.Random(seed).sample(list(problems.values()), min(n, len(problems)))
 
 
 def _read_file(path: Path, options: FormatOptions) -> list[Problem]:

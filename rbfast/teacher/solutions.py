@@ -27,7 +27,7 @@ from rbfast.data.replies import split_reply
 from rbfast.data.row_files import is_path_of_rows
 from rbfast.data.trace import Trace, TraceError
 from rbfast.grading.grade import Problem, grade
-from rbfast.grading.tasks import load_problems
+from rbfast.grading.tasks import BENCHMARKS, load_problems
 from rbfast.teacher.batch import BATCH, ask_in_batches
 from rbfast.teacher.budget import FREE, Prices, Purse
 from rbfast.teacher.chat_reply import fault_of_finish
@@ -81,14 +81,14 @@ def read_questions(
     source: str | Path, n: int | None = None, seed: int = 0, options: FormatOptions = AUTO
 ) -> list[Question]:
     """The problems of a JSONL, JSON or Parquet file or hub dataset of any shape in docs/formats.md, in their order; or
-    `n` of a reasoning-gym generator. Each once.
+    `n` of a benchmark (default: all) or of a reasoning-gym generator (default: 50). Each once.
 
     Raises:
         ValueError: no such source, a row without a problem, or no rows.
     """
     name = str(source)
     if not is_path_of_rows(name) and "/" not in name:
-        problems = load_problems(name, 50 if n is None else n, seed)
+        problems = load_problems(name, 50 if n is None and name not in BENCHMARKS else n, seed)
         return [Question(problem.question, problem, problem.task) for problem in problems]
     found: dict[str, Question] = {}
     for where, row in read_rows(source):

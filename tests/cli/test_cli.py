@@ -240,6 +240,24 @@ def test_eval_samples_and_goes_on(capsys: pytest.CaptureFixture[str], model_fold
     assert records.read_text() == before
 
 
+def test_eval_takes_50_problems_or_all_of_a_task_that_has_fewer(
+    capsys: pytest.CaptureFixture[str], model_folder: str, tmp_path: Path
+) -> None:
+    few, many = tmp_path / "few.jsonl", tmp_path / "many.jsonl"
+    for path, size in ((few, 2), (many, 51)):
+        path.write_text("".join(f'{{"problem": "{i}+1?", "answer": "{i + 1}"}}\n' for i in range(size)))
+
+    def counts(*words: str) -> list[int]:
+        tasks = ["--task", str(few), "--task", str(many)]
+        code, out, _ = call(capsys, "eval", model_folder, *tasks, "--max-new-tokens", "1", "--json", *words)
+        return [task["n"] for task in json.loads(out).values()] if code == 0 else []
+
+    assert counts() == [2, 50]
+    assert counts("-n", "all") == [2, 51]
+    code, _, err = call(capsys, "eval", "no/model", "--task", str(few), "-n", "3")
+    assert code == 2 and "holds 2 usable problems, but 3 were requested: request fewer" in err
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [

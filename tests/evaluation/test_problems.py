@@ -62,6 +62,8 @@ def test_problems_of_a_file(tmp_path):
     assert load_problems(str(path), 4, seed=1) == load_problems(str(path), 4, seed=1)
     with pytest.raises(ValueError, match=r"holds 9 usable problems, but 10 were requested"):
         load_problems(str(path), 10, seed=1, exclude={"q"})
+    assert len(load_problems(str(path), 10, seed=1, exclude={"q"}, fewer=True)) == 9
+    assert load_problems(str(path), 4, seed=1, fewer=True) == load_problems(str(path), 4, seed=1)
 
 
 def test_a_file_of_another_kind_is_no_dataset_on_the_hub(tmp_path):

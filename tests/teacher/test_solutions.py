@@ -227,6 +227,15 @@ def test_questions_that_are_none_are_named(tmp_path):
     assert len(read_questions("chain_sum", n=3)) == 3
 
 
+def test_all_questions_of_a_benchmark_are_asked(monkeypatch):
+    import datasets
+
+    rows = [{"problem": f"Find {i}.", "answer": str(i)} for i in range(30)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *where, **_: rows)
+    assert [question.text for question in read_questions("aime24")] == [row["problem"] for row in rows]
+    assert len(read_questions("aime24", n=3)) == 3
+
+
 def test_replies_of_something_else_are_refused(tmp_path):
     (tmp_path / "replies.jsonl").write_text('{"text": "?"}\n')
     with pytest.raises(ValueError, match=r"replies\.jsonl:1: expected a teacher's reply"):
