@@ -134,8 +134,8 @@ def evaluate(
     """Completions of every problem, graded, in the order of `problems`, the samples of one next to each other.
 
     Args:
-        keep: a JSONL file that every result is added to as soon as its batch is done; what it already holds of these
-            problems is not written again.
+        keep: a JSONL file that every result is added to as soon as its batch is done. What it already holds of these
+            problems is not written again; its score is replaced if the problem's answer was corrected since.
         progress: called with (problems done, problems in all) after each batch.
         decoding: the fields of `Decoding`.
 
@@ -156,10 +156,7 @@ def evaluate(
         asked = [todo[i] for i in rows]
         written = how.write(model, tokenizer, asked, batch_size)
         for problem, completions in zip(asked, written, strict=True):
-            results = [
-                Result(problem, c, grade(problem, c.text, truncated=c.truncated), sample, events)
-                for sample, (c, events) in enumerate(completions)
-            ]
+            results = [_graded(problem, c, sample, events) for sample, (c, events) in enumerate(completions)]
             done[_identity(problem)] = results
             if store:
                 store.add(results)
@@ -167,6 +164,11 @@ def evaluate(
         if progress is not None:
             progress(sum(_identity(problem) in done for problem in problems), len(problems))
     return [result for problem in problems for result in done[_identity(problem)]]
+
+
+def _graded(problem: Problem, completion: Completion, sample: int, events: tuple[Event, ...]) -> Result:
+    score = grade(problem, completion.text, truncated=completion.truncated)
+    return Result(problem, completion, score, sample, events)
 
 
 def _identity(problem: Problem) -> tuple[str, str]:
@@ -189,20 +191,19 @@ class _Store:
         self.settings = dict(json.loads(json.dumps(settings)))
 
     def read(self, problems: Sequence[Problem]) -> dict[tuple[str, str], list[Result]]:
-        """The problems of which every sample is there; what a killed process wrote of others goes from the file."""
+        """The problems of which every sample is there, graded by the answers that they have now.
+
+        What a killed process wrote of others goes from the file. Scores by other answers are replaced there.
+        """
         known = {_identity(problem): problem for problem in problems}
         found: dict[tuple[str, str], list[Result]] = {}
-        records = []
+        records, regraded = [], False
         for where, record in self.journal.read():
-            records.append(record)
             try:
                 check(record, _RECORD, where)
                 identity, sample = (record["task"], record["problem"]), record["sample"]
                 events = tuple(Event(**event) for event in record.get("events", ()))
                 completion = Completion(record["completion"], record["tokens"], record["truncated"])
-                score = record["score"]
-                if identity in known:
-                    found.setdefault(identity, []).append(Result(known[identity], completion, score, sample, events))
             except (TypeError, KeyError, AttributeError, ValueError) as error:
                 raise ValueError(f"{where}: expected a result of an evaluation: {error!r}; name another file") from None
             if record.get("decoding") != self.settings:
@@ -210,8 +211,16 @@ class _Store:
                     f"{where}: holds results of another model or way of decoding, {record.get('decoding')}, "
                     f"requested now: {self.settings}; name another file"
                 )
+            if (problem := known.get(identity)) is not None:
+                result = Result(problem, completion, record["score"], sample, events)
+                if record.get("answer") != problem.answer:
+                    result, regraded = _graded(problem, completion, sample, events), True
+                    record |= result.to_dict()
+                found.setdefault(identity, []).append(result)
+            records.append(record)
         whole = {key: results for key, results in found.items() if len(results) == self.decoding.samples}
-        if partial := found.keys() - whole.keys():
+        partial = found.keys() - whole.keys()
+        if partial or regraded:
             self.journal.rewrite(r for r in records if (r["task"], r["problem"]) not in partial)
         return whole
 

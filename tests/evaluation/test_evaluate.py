@@ -196,6 +196,25 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch):
         evaluate(model, tokenizer, problems, keep=path, **options)
 
 
+def test_kept_completions_are_graded_again_by_a_corrected_answer(tmp_path, monkeypatch):
+    model, tokenizer, path = tiny_model(), tiny_tokenizer(), tmp_path / "results.jsonl"
+    monkeypatch.setattr(
+        "rbfast.evaluation.evaluate.grade", lambda problem, text, truncated: float(problem.answer == "right")
+    )
+    problems = [Problem("file", question, "wrong", {}) for question in ("a", "b")]
+    before = evaluate(model, tokenizer, problems, max_new_tokens=3, keep=path)
+    problems[1] = Problem("file", "b", "right", {})
+    after = evaluate(model, tokenizer, problems, max_new_tokens=3, keep=path)
+    assert [result.score for result in after] == [0.0, 1.0]
+    assert [result.completion for result in after] == [result.completion for result in before]
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [
+        {name: record[name] for name in result.to_dict()} for record, result in zip(records, after, strict=True)
+    ] == [result.to_dict() for result in after]
+    kept = path.read_bytes()
+    assert evaluate(model, tokenizer, problems, max_new_tokens=3, keep=path) == after and path.read_bytes() == kept
+
+
 def test_a_guide_may_write_the_completions():
     model, tokenizer = tiny_model(), tiny_tokenizer()
     guide = Guide(Limits(90, reserve=70), Phrases(close="<answer>", finish="</answer>"))
