@@ -2,8 +2,9 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rbfast.cli.common import (
     FILE_ONLY,
@@ -22,6 +23,11 @@ from rbfast.cli.common import (
     print_result,
     read_traces_aloud,
 )
+
+if TYPE_CHECKING:
+    from rbfast.data.trace import Trace
+
+_SHOWN = 5  # reasons why traces have no log-probs
 
 
 def add_convert(sub: argparse.ArgumentParser) -> None:
@@ -199,14 +205,28 @@ def _teacher(args: argparse.Namespace) -> Any:
 
 
 def _add_replies(args: argparse.Namespace, taught: Any) -> int:
-    """The log-probs that came with the solutions, in the folder `signals`; of how many traces."""
+    """The log-probs that came with the solutions, in the folder `signals`; of how many traces.
+
+    Says why the others have none.
+    """
     from rbfast.teacher.server_logprobs import add_reply_logprobs
 
-    tokenizer = _tokenizer(args.student)
+    tokenizer, refused = _tokenizer(args.student), []
     with _signal_store(args, tokenizer) as store:
         for trace, reply in zip(taught.traces, taught.replies, strict=True):
-            add_reply_logprobs(trace, reply, tokenizer, store, instruction_of(args, args.student))
+            reason = add_reply_logprobs(trace, reply, tokenizer, store, instruction_of(args, args.student))
+            if reason is not None:
+                refused.append((trace, f"{trace.id or repr(trace.problem[:40])}: {reason}"))
+    _tell_refused(refused)
     return len(store)
+
+
+def _tell_refused(refused: "Sequence[tuple[Trace, str]]") -> None:
+    """Says why traces got no log-probs: the first reasons, and how many traces there are besides."""
+    for _, reason in refused[:_SHOWN]:
+        print(f"no log-probs: {reason}", file=sys.stderr)
+    if (others := len(refused) - _SHOWN) > 0:
+        print(f"no log-probs: {others} more", file=sys.stderr)
 
 
 def _teach_logprobs(args: argparse.Namespace) -> int:
@@ -229,8 +249,7 @@ def _teach_logprobs(args: argparse.Namespace) -> int:
         else:
             teacher, teacher_tokenizer = load_model(args)
             refused = add_local_logprobs(teacher, teacher_tokenizer, traces, tokenizer, store, **options)
-    for _, reason in refused[:5]:
-        print(f"no log-probs: {reason}", file=sys.stderr)
+    _tell_refused(refused)
     result = {"out": str(args.out / "signals"), "scored": len(store), "refused": len(refused)}
     print_result(args, result, lines(result))
     return 0 if len(store) else 1

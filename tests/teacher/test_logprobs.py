@@ -10,6 +10,7 @@ from openai_server import serving
 from tiny_models import llama
 from tiny_tokenizers import byte_fallback, byte_level
 
+from rbfast.cli.main import main
 from rbfast.data.chat_template import format_prompt
 from rbfast.data.encoding import IGNORE, collate, encode
 from rbfast.data.signal_store import SignalStore
@@ -228,6 +229,24 @@ def test_a_reply_without_log_probs_says_so(tmp_path):
     reply = {"text": "Add.\n\n<answer>1</answer>", "logprobs": []}
     with store_at(tmp_path) as store:
         assert "no log-probs" in add_reply_logprobs(Trace("1?", "Add.", "1"), reply, TOKENIZER, store)
+
+
+def test_the_command_says_why_replies_gave_no_log_probs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("rbfast.cli.data._tokenizer", lambda student: TOKENIZER)
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"problem": f"{i}?", "id": f"q{i}"}) + "\n" for i in range(7)))
+    with serving(teacher_model(TOKENIZER), TOKENIZER, script=lambda problem: "Add.\n<answer>1</answer>") as server:
+        chat = server.chat
+        server.chat = lambda body: chat(body | {"logprobs": False})
+        url = f"http://127.0.0.1:{server.port}/v1"
+        words = ["teach", "tiny", str(tmp_path / "p.jsonl"), "-o", str(tmp_path / "out"), "--server", url]
+        assert main([*words, "--student", "tiny", "-k", str(K)]) == 0
+    printed = capsys.readouterr()
+    assert "signals: 0" in printed.out
+    reasons = [line for line in printed.err.splitlines() if line.startswith("no log-probs: ")]
+    assert reasons == [
+        *(f"no log-probs: q{i}/0: the reply has no log-probs of the reasoning" for i in range(5)),
+        "no log-probs: 2 more",
+    ]
 
 
 # The store
