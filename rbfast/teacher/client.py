@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
+from weakref import WeakSet
 
 from rbfast.teacher.parameters import Manners
 
@@ -55,31 +56,45 @@ def is_busy(status: int | None) -> bool:
 
 
 class Retries:
-    """Requests that were retried: how many in all, and how many wait now. Threads share it."""
+    """Requests that were retried: how many in all, and which wait now. Threads share it, each with one request."""
 
     def __init__(self) -> None:
-        self.made = self.waiting = 0
+        self.made = 0
         self._lock = threading.Lock()
-        self._mine = threading.local()
+        self._waiting: set[threading.Thread] = set()
+        self._given_up: WeakSet[threading.Thread] = WeakSet()
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait to be sent again."""
+        return len(self._waiting)
+
+    def waits(self, thread: threading.Thread) -> bool:
+        """Whether the request of a thread waits to be sent again."""
+        return thread in self._waiting
+
+    def give_up(self, thread: threading.Thread) -> None:
+        """The request of a thread is not sent again."""
+        with self._lock:
+            self._given_up.add(thread)
 
     def refused(self) -> None:
         """This thread's request was refused for now, and waits."""
-        self._set_waiting(True)
+        with self._lock:
+            self._waiting.add(threading.current_thread())
 
     def again(self) -> None:
-        """This thread's request is sent again."""
+        """This thread's request is sent again. Raises ServerError if it was given up."""
         with self._lock:
+            if threading.current_thread() in self._given_up:
+                raise ServerError("the request was given up")
             self.made += 1
-        self._set_waiting(False)
+            self._waiting.discard(threading.current_thread())
 
     def over(self) -> None:
         """This thread's request has ended, well or not."""
-        self._set_waiting(False)
-
-    def _set_waiting(self, waits: bool) -> None:
         with self._lock:
-            self.waiting += waits - getattr(self._mine, "waits", False)
-            self._mine.waits = waits
+            self._waiting.discard(threading.current_thread())
 
 
 def insist(retried: Retries, retries: int, attempt: Callable[[], _Found]) -> _Found:

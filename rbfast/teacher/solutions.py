@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,10 @@ from rbfast.data.row_files import is_path_of_rows
 from rbfast.data.trace import Trace, TraceError
 from rbfast.grading.grade import Problem, grade
 from rbfast.grading.tasks import BENCHMARKS, load_problems
+from rbfast.teacher.asking import ask_all
 from rbfast.teacher.batch import BATCH, ask_in_batches
 from rbfast.teacher.budget import FREE, Prices, Purse
 from rbfast.teacher.chat_reply import fault_of_finish
-from rbfast.teacher.client import ServerError
 from rbfast.teacher.jobs import Job, Question, Teacher
 from rbfast.teacher.reply_store import ReplyStore
 from rbfast.utils.files import write_text
@@ -47,9 +46,6 @@ SYSTEM = (
 _PLAN = re.compile(r"\s*<plan>(.*?)</plan>\s*", re.DOTALL | re.IGNORECASE)
 _ANSWER = re.compile(r"\s*<answer>", re.IGNORECASE)
 _OURS = {"model", "messages", "max_tokens", "max_completion_tokens", "n", "stream"}  # of a request's fields
-_HOPELESS = {401, 402, 403, 404}  # the next question would be refused too
-_MOST_FAILURES = 8  # in a row
-_LONGEST_SILENCE = 1.0  # seconds, even if a server asks for a longer pause
 
 
 @dataclass(frozen=True)
@@ -144,12 +140,13 @@ def teach(
         batch: by the batch API of the server or provider, at its lower prices (`prices` must be those), within a day.
         extra: more fields of every request, as the server names them (`reasoning_effort`, ...).
         progress: called with (replies there, replies wanted, a few words on the cost and on retries), with
-            every reply and every second.
+            every reply and several times a second.
 
     Raises:
         ValueError: an option out of range, or a folder whose replies cannot be read.
         ServerError: the server refuses every question (a wrong key or model), or has failed several times in a row;
             what had come is kept.
+        KeyboardInterrupt: after Ctrl-C, when the replies under way are there, or a second Ctrl-C left them.
     """
     _check({"samples": samples, "max_tokens": max_tokens, "concurrency": concurrency}, extra or {})
     if max_cost is not None and prices == FREE:
@@ -173,7 +170,7 @@ def teach(
     else:
         if (out / BATCH).exists():
             raise ValueError(f"{out / BATCH} names a batch under way: ask in batches again, or choose another folder")
-        reason = _ask_all(todo, store, concurrency, report)
+        reason = ask_all(todo, store, concurrency, report)
     return _collect(jobs, store, reason, out, server.model)
 
 
@@ -185,67 +182,9 @@ def _check(counts: Mapping[str, int], extra: Mapping[str, Any]) -> None:
         raise ValueError(f"the extra body cannot set {', '.join(taken)}: it has an option or argument of its own")
 
 
-def _ask_all(jobs: Sequence[Job], store: ReplyStore, concurrency: int, report: Callable[[], None]) -> str | None:
-    """Adds what comes to the store; returns why some jobs stay open, None if none does."""
-    queue: deque[Job] = deque(jobs)
-    pending: dict[Future[dict[str, Any]], Job] = {}
-    failures, reason = 0, None
-    stopped: BaseException | None = None
-    with ThreadPoolExecutor(concurrency) as pool:
-        while queue or pending:
-            _send(queue, pending, pool, store.purse, concurrency)
-            if not pending:
-                reason = f"the budget does not allow another question ({store.purse.words()} so far)"
-                break
-            try:
-                report()
-                done, _ = wait(pending, _LONGEST_SILENCE, return_when=FIRST_COMPLETED)
-            except KeyboardInterrupt as interrupt:  # requests under way are paid for: take their replies, send no more
-                stopped = interrupt
-                queue.clear()
-                continue
-            for future in done:
-                job = pending.pop(future)
-                found, error = _outcome(future)
-                if found is not None:
-                    failures = 0
-                    store.add(found, job.worst())
-                    continue
-                failures, reason = failures + 1, str(error)
-                if error and (error.status in _HOPELESS or failures >= max(_MOST_FAILURES, concurrency)):
-                    stopped = stopped or error
-                    queue.clear()
-        report()
-    if stopped is not None:
-        raise stopped
-    return reason
-
-
-def _send(
-    queue: deque[Job],
-    pending: dict[Future[dict[str, Any]], Job],
-    pool: ThreadPoolExecutor,
-    purse: Purse,
-    concurrency: int,
-) -> None:
-    """Sends jobs from the queue until so many are under way, or the budget may not cover another."""
-    while queue and len(pending) < purse.at_a_time(concurrency):
-        if not purse.affords([job.worst() for job in (*pending.values(), queue[0])]):
-            return
-        job = queue.popleft()
-        pending[pool.submit(job.ask)] = job
-
-
 def _retries(server: Teacher) -> str:
     made, waiting = server.retried.made, server.retried.waiting
     return f", retries: {made} ({waiting} waiting)" if made or waiting else ""
-
-
-def _outcome(future: Future[dict[str, Any]]) -> tuple[dict[str, Any] | None, ServerError | None]:
-    try:
-        return future.result(), None
-    except ServerError as error:
-        return None, error
 
 
 def _collect(jobs: Sequence[Job], store: ReplyStore, reason: str | None, out: Path, teacher: str) -> Taught:

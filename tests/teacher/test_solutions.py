@@ -1,6 +1,7 @@
 """A teacher asked over a real server on the loopback interface: traces, budgets, faults, and never the same twice."""
 
 import json
+import signal
 import threading
 import time
 
@@ -74,7 +75,7 @@ def test_a_fault_is_asked_again_and_leaves_no_trace(server, tmp_path, monkeypatc
 
 def test_a_wait_for_a_busy_server_is_reported_while_it_lasts(server, tmp_path, monkeypatch):
     monkeypatch.setenv("RBFAST_API_KEY", "sk-secret")
-    monkeypatch.setattr("rbfast.teacher.solutions._LONGEST_SILENCE", 0.01)
+    monkeypatch.setattr("rbfast.teacher.asking._LONGEST_SILENCE", 0.01)
     server.faults, server.says, server.retry_after = [429, 503], b"not yet, sk-secret", "7"
     said, seen, asked_for = [], threading.Event(), []
     pause = lambda seconds: asked_for.append(seconds) or seen.wait(10)  # noqa: E731
@@ -90,6 +91,69 @@ def test_a_wait_for_a_busy_server_is_reported_while_it_lasts(server, tmp_path, m
     assert any((done, wanted) == (0, 3) and words.endswith(", retries: 0 (1 waiting)") for done, wanted, words in said)
     assert said[-1][:2] == (3, 3) and said[-1][2].endswith("written, retries: 2 (0 waiting)")
     assert not any("secret" in words for _, _, words in said)
+
+
+@pytest.fixture
+def ctrl_c():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+
+
+def test_after_ctrl_c_the_replies_under_way_are_kept_and_no_more_are_asked(server, tmp_path, capsys, ctrl_c):
+    interrupted, released = threading.Event(), threading.Event()
+    server.script = lambda problem: released.wait(10) and solve(problem)
+
+    def progress(done, wanted, words):
+        if interrupted.is_set():
+            released.set()
+        elif len(server.requests) == 3:
+            interrupted.set()
+            ctrl_c()
+
+    with pytest.raises(KeyboardInterrupt):
+        teach(server.client(), QUESTIONS, tmp_path, concurrency=3, progress=progress)
+    assert capsys.readouterr().err == "waiting for replies under way: 3; Ctrl-C again leaves them\n"
+    assert len((tmp_path / "replies.jsonl").read_text().splitlines()) == len(server.requests) == 3
+    assert len(teach(server.client(), QUESTIONS, tmp_path).traces) == len(server.requests) == 12
+
+
+def test_a_second_ctrl_c_leaves_at_once_and_keeps_what_came(server, tmp_path, ctrl_c):
+    released = threading.Event()
+    server.script = lambda problem: solve(problem) if problem == QUESTIONS[0].text else released.wait(10) and ""
+    pressed = []
+
+    def progress(done, wanted, words):
+        if done == 1:
+            pressed.append(time.monotonic())
+            ctrl_c()
+
+    with pytest.raises(KeyboardInterrupt):
+        teach(server.client(), QUESTIONS, tmp_path, concurrency=3, progress=progress)
+    assert not released.is_set() and time.monotonic() - pressed[0] < 5
+    released.set()
+    [reply] = map(json.loads, (tmp_path / "replies.jsonl").read_text().splitlines())
+    assert reply["problem"] == QUESTIONS[0].text
+
+
+@pytest.mark.parametrize("fault", [503, 200])
+def test_after_ctrl_c_nothing_is_asked_again(server, tmp_path, monkeypatch, capsys, ctrl_c, fault):
+    woken, client = threading.Event(), server.client()
+    monkeypatch.setattr(time, "sleep", lambda seconds: woken.wait(10))
+    server.faults, server.says = [fault], b"no JSON"
+    with pytest.raises(KeyboardInterrupt):
+        teach(
+            client,
+            QUESTIONS,
+            tmp_path,
+            concurrency=1,
+            progress=lambda done, wanted, words: ctrl_c() if "(1 waiting)" in words else None,
+        )
+    assert not woken.is_set() and capsys.readouterr().err == ""  # there was no reply to wait for
+    woken.set()
+    while client.retried.waiting:
+        threading.Event().wait(0.01)
+    assert len(server.requests) == 1 and client.retried.made == 0
 
 
 def test_a_question_that_is_refused_stays_open(server, tmp_path):
