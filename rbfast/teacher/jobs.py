@@ -52,7 +52,10 @@ class Job:
     key: str = field(init=False)
 
     def __post_init__(self) -> None:
-        asked = [self.server.model, self.server.temperature, self.body()]
+        asked: list[Any] = [self.server.model, self.server.temperature, self.body()]
+        has_own_seed = self.server.seed is not None and "seed" not in self.options
+        if self.sample and not has_own_seed:
+            asked.append(self.sample)
         digest = blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16)
         object.__setattr__(self, "key", digest.hexdigest())
 

@@ -58,6 +58,17 @@ def test_samples_are_asked_with_their_own_seeds(server, tmp_path):
     assert {body["temperature"] for body in server.requests} == {0.7}
 
 
+@pytest.mark.parametrize(("seed", "extra"), [(None, {}), (5, {"seed": 7})], ids=["no seed", "a seed for all"])
+def test_samples_without_seeds_of_their_own_are_kept_apart(server, tmp_path, seed, extra):
+    client, numbers = server.client(seed=seed), iter("1234")
+    server.script = lambda problem: f"So it is {next(numbers)}.\n<answer>1</answer>"
+    teach(client, QUESTIONS[:1], tmp_path, extra=extra)
+    taught = teach(client, QUESTIONS[:1], tmp_path, samples=3, extra=extra)
+    assert sorted(trace.reasoning for trace in taught.traces) == ["So it is 1.", "So it is 2.", "So it is 3."]
+    assert teach(client, QUESTIONS[:1], tmp_path, samples=3, extra=extra).traces == taught.traces
+    assert len(server.requests) == 3
+
+
 def test_many_are_asked_at_a_time_but_no_more(server, tmp_path):
     server.pause = 0.05
     teach(server.client(), QUESTIONS, tmp_path, concurrency=3)
