@@ -7,6 +7,7 @@ small batch, not of the whole one. `decode` is that loop; what happens at each t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from rbfast.data.thinking import thinking_format
 
 # The name of `generate`'s cache, taken and returned: transformers 5.24 renamed it.
 _CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
+
+_GENERATE_LOG = logging.getLogger("transformers.generation.utils")
 
 
 @dataclass(frozen=True)
@@ -269,14 +272,16 @@ def decode(
     batch = _prefilled(model, prompts, settings["pad_token_id"], copies)
     last = batch.ids.shape[1] + max_new_tokens
     while len(batch.ids) and (before := batch.ids.shape[1]) < last:
-        output = model.generate(  # type: ignore[operator]
-            batch.ids,
-            attention_mask=batch.mask,
-            generation_config=GenerationConfig(**settings, max_new_tokens=last - before, return_dict_in_generate=True),
-            stopping_criteria=StoppingCriteriaList([steering]),
-            logits_processor=steering.processors(),
-            **batch.given(),
-        )
+        config = GenerationConfig(**settings, max_new_tokens=last - before, return_dict_in_generate=True)
+        with _masked_ends_expected(batch):
+            output = model.generate(  # type: ignore[operator]
+                batch.ids,
+                attention_mask=batch.mask,
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList([steering]),
+                logits_processor=steering.processors(),
+                **batch.given(),
+            )
         batch.ids, batch.cache = output.sequences, output[_CACHE]
         new = batch.ids[:, before:]
         batch.mask = torch.cat([batch.mask, batch.mask.new_ones(new.shape)], dim=1)
@@ -285,6 +290,27 @@ def decode(
         if len(keep) < len(batch.ids):
             steering.keep(keep)
             batch.keep(keep)
+
+
+@contextmanager
+def _masked_ends_expected(batch: CachedBatch) -> Iterator[None]:
+    """Without the warning of `generate` that rows are padded on the right, if some end in tokens that are masked.
+
+    Steering masks what it strikes. `given` says the positions, and what comes next is put in, so nothing depends on
+    those tokens.
+    """
+    if bool(batch.mask[:, -1].all()):
+        yield
+        return
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "right-padding was detected" not in record.getMessage()
+
+    _GENERATE_LOG.addFilter(is_other)
+    try:
+        yield
+    finally:
+        _GENERATE_LOG.removeFilter(is_other)
 
 
 def _padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

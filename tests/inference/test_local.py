@@ -1,5 +1,6 @@
 """Guided inference with real batches: the same as plain generation when it is off, each row alone when it is on."""
 
+import logging
 import math
 import random
 
@@ -163,6 +164,20 @@ def test_what_was_struck_leaves_no_trace(model):
         assert [greedy[i] for i in free] == [solution.ids[i] for i in free]
         checked += any(event.struck for event in solution.events) and bool(free)
     assert checked
+
+
+def test_what_was_struck_is_not_warned_of_as_padding(model, caplog):
+    log = logging.getLogger("transformers.generation.utils")
+    log.addHandler(caplog.handler)
+    try:
+        found = guided(model, TOKENIZER, PROMPTS, guide(), batch_size=8)
+        assert any(event.struck for [solution] in found for event in solution.events)
+        assert "right-padding" not in caplog.text
+        ids = torch.full((2, 3), 5)
+        model.generate(ids, attention_mask=torch.tensor([[1, 1, 1], [1, 1, 0]]), pad_token_id=1, max_new_tokens=1)
+        assert "right-padding" in caplog.text  # of anyone's own batches
+    finally:
+        log.removeHandler(caplog.handler)
 
 
 def test_every_row_ends_within_its_budget(model):
