@@ -135,6 +135,7 @@ class SparseAdapter(nn.Module):
 
         base: what it names as its base model, a hub id or a folder; by default the hub id that the model was loaded by.
         A model from a folder or a GGUF file has none, and then the file names no base: whoever loads it says which.
+        Only `smollm2-135m`, a GGUF file from PyPI, names the model on the hub that it was quantised from.
         """
         transposed = {is_transposed(site.linear) for site in self.sites().values()}
         if len(transposed) > 1:

