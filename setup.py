@@ -1,12 +1,13 @@
 """Builds the native ops for the CPU and for CUDA, and the text loops. What cannot be built is left out: the references
 serve instead.
 
-CUDA ops are built where torch has CUDA and its toolkit is found. RBFAST_CUDA=1 builds them under any torch and fails
-where it cannot; RBFAST_CUDA=0 leaves them out. TORCH_CUDA_ARCH_LIST chooses the GPUs. RBFAST_SANITIZE=1 builds what
-runs on the CPU with AddressSanitizer and UBSan, for tests/test_sanitizers.py.
+CUDA ops are built where torch has CUDA and nvcc is of the same major version. RBFAST_CUDA=1 builds them under a torch
+without CUDA too and fails where it cannot; RBFAST_CUDA=0 leaves them out. TORCH_CUDA_ARCH_LIST chooses the GPUs.
+RBFAST_SANITIZE=1 builds what runs on the CPU with AddressSanitizer and UBSan, for tests/test_sanitizers.py.
 """
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 ROOT = Path(__file__).resolve().parent
 STABLE_ABI = ("TORCH_TARGET_VERSION", "0x020a000000000000")  # torch 2.10: one binary serves every later torch
 GPUS = "8.0;9.0a;10.0;12.0+PTX"
+GPUS_BEFORE_BLACKWELL = "8.0;9.0+PTX"  # all that nvcc knows before 12.8; PTX of 9.0a would run on no later GPU
 SANITIZE = ["-fsanitize=address,undefined"] if os.environ.get("RBFAST_SANITIZE") == "1" else []
 OPTIMIZE = ["-Og", "-g1", "-fno-sanitize-recover=all", *SANITIZE] if SANITIZE else ["-O3"]
 LINK = SANITIZE or ["-s"]
@@ -61,7 +63,7 @@ def text_extension() -> Extension:
 def cuda_extension(toolkit: str) -> CppExtension:
     """`rbfast/_C_cuda`. Its runtime is linked statically, so that it fits a torch of any CUDA of the same age."""
     cpp_extension.CUDA_HOME = toolkit  # a CPU-only torch leaves it empty whatever the environment says
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", GPUS)
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", GPUS if release_of(toolkit) >= (12, 8) else GPUS_BEFORE_BLACKWELL)
     return CppExtension(
         "rbfast._C_cuda",
         sources("csrc/cuda/*.cu"),
@@ -87,6 +89,13 @@ def toolkit_of(nvcc: str) -> str:
     return os.path.realpath(top)
 
 
+def release_of(toolkit: str) -> tuple[int, int]:
+    """The CUDA version of the toolkit's nvcc."""
+    said = subprocess.run([f"{toolkit}/bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    ((major, minor),) = re.findall(r"release (\d+)\.(\d+)", said)
+    return int(major), int(minor)
+
+
 def cuda_toolkit() -> str | None:
     """The folder of the CUDA toolkit to build with, or None where the CUDA ops are left out."""
     asked = os.environ.get("RBFAST_CUDA", "")
@@ -94,13 +103,20 @@ def cuda_toolkit() -> str | None:
         raise ValueError(f"RBFAST_CUDA must be 1 (build the CUDA ops), 0 (leave them out) or unset, got {asked!r}")
     if asked == "0" or (asked == "" and not torch.version.cuda):
         return None
+    of_torch = torch.version.cuda.split(".")[0] if torch.version.cuda else None
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which(f"{home}/bin/nvcc" if home else "nvcc")
+    found = "nvcc was not found"
     if nvcc is not None:
-        return toolkit_of(nvcc)
+        toolkit = toolkit_of(nvcc)
+        major, minor = release_of(toolkit)
+        if of_torch in (None, str(major)):
+            return toolkit
+        found = f"{nvcc} is of CUDA {major}.{minor}"
+    needs = f"needs nvcc of CUDA {of_torch}, as torch is," if of_torch else "needs nvcc,"
     if asked == "1":
-        raise RuntimeError("RBFAST_CUDA=1 needs nvcc: put it on the PATH, or set CUDA_HOME to the toolkit's folder")
-    print("rbfast: this torch has CUDA but nvcc was not found (set CUDA_HOME); installing without the CUDA ops.")
+        raise RuntimeError(f"RBFAST_CUDA=1 {needs} but {found}: put one on the PATH, or set CUDA_HOME to its toolkit")
+    print(f"rbfast: _C_cuda {needs} but {found} (set CUDA_HOME); installing without the CUDA ops.")
     return None
 
 

@@ -139,5 +139,40 @@ def test_a_build_that_cannot_be_what_was_asked_for_fails(env: dict[str, str], me
     assert done.returncode != 0 and message in done.stderr
 
 
+@pytest.mark.parametrize(
+    "release, of_torch, asked, message",
+    (
+        ("12.6", "12.9", "", "targets 8.0;9.0+PTX"),
+        ("12.8", "12.9", "", "targets 8.0;9.0a;10.0;12.0+PTX"),
+        ("12.6", None, "1", "targets 8.0;9.0+PTX"),
+        ("12.6", "13.0", "0", "targets none"),
+        ("12.6", "13.0", "", "/bin/nvcc is of CUDA 12.6 (set CUDA_HOME); installing without the CUDA ops."),
+        ("12.6", "13.0", "1", "RuntimeError: RBFAST_CUDA=1 needs nvcc of CUDA 13, as torch is, but "),
+    ),
+)
+def test_the_build_suits_torch_and_nvcc(
+    release: str, of_torch: str | None, asked: str, message: str, tmp_path: Path
+) -> None:
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}'\necho '#$ TOP={tmp_path}' >&2\n")
+    nvcc.chmod(0o755)
+    program = f"""
+import os, runpy, torch
+torch.version.cuda = {of_torch!r}
+runpy.run_path("setup.py", run_name="__main__")
+print("targets", os.environ.get("TORCH_CUDA_ARCH_LIST", "none"))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--version"],
+        cwd=ROOT,
+        env={"PATH": f"{_path()}:/usr/bin:/bin", "CUDA_HOME": str(tmp_path), "RBFAST_CUDA": asked},
+        capture_output=True,
+        text=True,
+    )
+    assert message in done.stdout + done.stderr
+    assert (done.returncode != 0) == ("Error" in message)
+
+
 def _path() -> str:
     return str(Path(shutil.which("c++") or "/usr/bin/c++").parent)
