@@ -140,6 +140,12 @@ def test_a_gradient_takes_three_launches_and_three_allocations() -> None:
     assert sum(e.nbytes() > 0 for e in events) == 3  # dA, dB and a workspace
 
 
+@pytest.mark.parametrize("name", OPS)
+def test_a_gpu_that_no_kernel_is_built_for_is_told_what_to_do(name: str) -> None:
+    with pytest.raises(RuntimeError, match=r"no kernel image is available .* sm_80 and later.* with RBFAST_CUDA=0"):
+        run_on(host("volta"), name, make((5, 90, 77, 33, 2), torch.bfloat16))
+
+
 def test_writing_through_a_view_touches_nothing_else(gpu: Gpu) -> None:
     d = make((70, 90, 77, 33, 3), torch.bfloat16).map(lambda t: t.to(gpu.device))
     d = replace(d, cols=d.cols.to(gpu.device))

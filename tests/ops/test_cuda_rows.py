@@ -275,6 +275,11 @@ def test_wrong_arguments_are_named(gpu: Gpu) -> None:
         run(gpu, rows, dz=torch.zeros(9, 36))
 
 
+def test_a_gpu_that_no_kernel_is_built_for_is_told_what_to_do() -> None:
+    with pytest.raises(RuntimeError, match=r"invalid device function; .* sm_80 and later.* with RBFAST_CUDA=0"):
+        run(host("volta"), make("text"))
+
+
 def test_a_gradient_that_lies_across_rows_is_refused(gpu: Gpu) -> None:
     rows = make("text", 40)
     moved = rows.signals(gpu.device)

@@ -23,8 +23,10 @@ from rbfast.ops import registry
 
 ROOT = Path(__file__).resolve().parents[2]
 # name -> whether it has clusters, bytes of shared memory of an SM, the order of its threads: 0 as numbered, 1 reversed,
-# 2 at random. Geforce has the least that a GPU has; starved keeps next to nothing of a row.
+# 2 at random. Geforce has the least that a GPU has; starved keeps next to nothing of a row; volta is too old
+# for any kernel.
 HOSTS = {"hopper": (1, 233472, 0), "ampere": (0, 167936, 1), "geforce": (1, 102400, 2), "starved": (1, 20000, 2)}
+HOSTS["volta"] = (0, 0, 0)
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ struct Fiber {
 
 // What the tests choose: the device that is imitated, and the order of its threads.
 struct Machine {
-  int has_clusters = 1, shared_bytes = 233472, order = 0;
+  int has_clusters = 1, shared_bytes = 233472, order = 0;  // no shared memory: a GPU that no kernel is compiled for
   int launches = 0;  // so far
   std::vector<Fiber> fibers;
   std::vector<Block> blocks;
@@ -304,7 +304,13 @@ inline __half __float2half_rn(float v) { return {static_cast<_Float16>(v)}; }
 
 // ---- the runtime ----
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorCooperativeLaunchTooLarge };
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorInvalidValue,
+  cudaErrorCooperativeLaunchTooLarge,
+  cudaErrorInvalidDeviceFunction,
+  cudaErrorNoKernelImageForDevice
+};
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrClusterLaunch,
@@ -336,7 +342,10 @@ struct cudaLaunchConfig_t {
 constexpr int kMultiprocessors = 20;
 
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorCooperativeLaunchTooLarge ? "too many blocks in cooperative launch" : "invalid argument";
+  return error == cudaErrorCooperativeLaunchTooLarge ? "too many blocks in cooperative launch"
+         : error == cudaErrorInvalidDeviceFunction   ? "invalid device function"
+         : error == cudaErrorNoKernelImageForDevice  ? "no kernel image is available for execution on the device"
+                                                     : "invalid argument";
 }
 inline cudaError_t cudaGetDevice(int* device) { return *device = -1, cudaSuccess; }  // what torch calls the CPU
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
@@ -350,7 +359,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int)
 }
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   attributes->ptxVersion = on_host::machine.has_clusters ? 90 : 80;
-  return cudaSuccess;
+  return on_host::machine.shared_bytes == 0 ? cudaErrorInvalidDeviceFunction : cudaSuccess;
 }
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
   return bytes <= on_host::most_shared() ? cudaSuccess : cudaErrorInvalidValue;
@@ -369,6 +378,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const bool is_cooperative = config->numAttrs > 0 && config->attrs->id == cudaLaunchAttributeCooperative;
   const int cluster = is_cooperative ? config->gridDim.x : config->numAttrs > 0 ? config->attrs->val.clusterDim.x : 1;
   const unsigned threads = config->blockDim.x;
+  if (on_host::machine.shared_bytes == 0) return cudaErrorNoKernelImageForDevice;
   if (is_cooperative && cluster > kMultiprocessors) return cudaErrorCooperativeLaunchTooLarge;
   on_host::machine.is_cooperative = is_cooperative;
   ++on_host::machine.launches;
