@@ -302,6 +302,9 @@ def column_fold_(
         raise ValueError(f"{op}: base_columns must have the dtype of weight, {weight.dtype}, got {base_columns.dtype}")
     _expect_delta(op, A, B, len(cols), len(weight))
     _expect_writable(op, "weight", weight)
+    if len(A) == 0:
+        weight[:, cols] = base_columns  # bit by bit: a sum would make +0 of -0
+        return
     _update_(weight, base_columns, cols.contiguous(), B, A, scale, run)
 
 

@@ -155,6 +155,16 @@ def test_fold_writes_the_bits_of_the_reference(dtype, k):
 
 
 @here
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
+def test_a_fold_of_no_ranks_copies_the_base_bit_by_bit(dtype):
+    d = make((1, 90, 77, 32, 0), dtype, run=16)
+    d.base[0, :3] = torch.tensor((-0.0, float("nan"), float("inf")), dtype=dtype)
+    (weight,) = run_triton("column_fold_", d)
+    as_bits = torch.int32 if dtype == torch.float32 else torch.int16
+    assert torch.equal(weight[:, d.cols].view(as_bits), d.base.view(as_bits))
+
+
+@here
 @pytest.mark.parametrize("name", IN_RUNS)
 @pytest.mark.parametrize("run", RUNS)
 def test_runs_give_the_bits_of_single_columns(name, run):
