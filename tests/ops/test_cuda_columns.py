@@ -30,9 +30,10 @@ SHAPES = (
     (700, 20, 30, 17, 2),  # more blocks of a strip than that
     (20, 80, 70, 33, 40),
 )
-# What column_grad may be off by, in shares of the sum of its terms' sizes: its fp32 operands are cut into two pieces of
-# bf16 beside activations of 16 bits, which leaves 2^-18 of each. What the small pieces of fp16 would add is left out.
-PIECES = 2.0**-16
+# What cutting an fp32 factor into two pieces of bf16 takes from a product with 16 bits, in shares of it. Of a value in
+# [2^e, 2^(e+1)) the first piece leaves at most 2^(e-8), and so the second, in steps half as wide, at most 2^(e-17). In
+# fp16 the product of the two second pieces is left out too, each at most 2^-8 of its factor.
+CUT = {torch.bfloat16: 2.0**-17, torch.float16: 2.0**-17 + 2.0**-16}
 
 
 @pytest.fixture(params=("hopper", "ampere", "geforce", "cuda"))
@@ -58,12 +59,16 @@ def lost_below_bf16(name: str, d: Delta) -> tuple[Tensor | float, ...]:
 
 def assert_within_budget(gpu: Gpu, name: str, d: Delta) -> None:
     """At each element: at most the error of plain torch, half a step of the result's dtype, and one step of fp32
-    of the sum of the terms' sizes; for column_grad of 16 bits PIECES of that sum."""
-    step = PIECES if name == "column_grad" and d.dy.dtype != torch.float32 else EPS32
+    of the sum of the terms' sizes; for column_grad of 16 bits two, as it sums twice, and what its cuts take: two in
+    dA = (dy B)^T xs, one in dB = dy^T H."""
+    steps = [EPS32] * 2
+    if name == "column_grad" and d.dy.dtype != torch.float32:
+        steps = [cuts * CUT[d.dy.dtype] + 2 * EPS32 for cuts in (2, 1)]
     truths = run(name, d.map(Tensor.double), reference)
     sizes = run(name, d.map(lambda t: t.double().abs()), reference)
     results, plains, lost = run_on(gpu, name, d), run(name, d, reference), lost_below_bf16(name, d)
-    for ours, plain, truth, size, below in zip(results, plains, truths, sizes, lost[: len(truths)], strict=True):
+    rows = zip(results, plains, truths, sizes, steps[: len(truths)], lost[: len(truths)], strict=True)
+    for ours, plain, truth, size, step, below in rows:
         assert ours.dtype == plain.dtype and ours.shape == plain.shape
         info = torch.finfo(ours.dtype)
         budget = (plain - truth).abs() + info.eps / 2 * truth.abs() + step * size + info.smallest_normal * info.eps
@@ -76,6 +81,14 @@ def assert_within_budget(gpu: Gpu, name: str, d: Delta) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_error_is_within_budget(gpu: Gpu, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     assert_within_budget(gpu, name, make(shape, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gradient_of_single_terms_is_within_budget(gpu: Gpu, dtype: torch.dtype) -> None:
+    """Nothing averages out what the cuts take."""
+    for seed in range(8):
+        assert_within_budget(gpu, "column_grad", make((1, 1, 2000, 1, 1), dtype, seed=seed))
+        assert_within_budget(gpu, "column_grad", make((1, 2000, 1, 2000, 1), dtype, seed=seed))
 
 
 @pytest.mark.parametrize("name", OPS)
