@@ -40,13 +40,15 @@ struct Head {
 };
 
 // What the kernels know of a row before they read its logits, see prepare_rows. Sums over the teacher's support are as
-// in Sums; the teacher's probabilities are at temperature 1 for the tail and at the row's for the sum of the support.
+// in Sums. The teacher's tail is p_tail at temperature 1; at another one log_tail is what is known of its log2. At a
+// low temperature the powers of all probabilities may be too small for fp32, so the largest one of the support is taken
+// out of p_support, log_tail and the entries.
 struct alignas(16) RowInfo {
   float inv_tau, pull, ce_weight, z_label;  // pull: kl_weight * tau
   float support_max, support_tau, support_one, p_support;
-  float p_tail;
+  float p_tail, log_tail;
   int label;  // -1: outside the vocabulary
-  float unused[2];
+  float unused;
 
   __device__ float scale() const { return inv_tau * kLog2e; }
 };
@@ -64,7 +66,7 @@ struct Losses {
 };
 
 struct alignas(8) Entry {
-  float z, log_p;  // of an id of the support; log_p in base 2, at the row's temperature, not normalised
+  float z, log_p;  // of an id of the support; log_p in base 2, at the row's temperature, see RowInfo
 };
 
 // What the kernels of one call tell each other.

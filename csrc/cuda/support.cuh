@@ -51,21 +51,25 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows(const Job job, c
   info.label = is_there ? static_cast<int>(label) : -1;
   info.z_label = is_there ? head.logit(logits[label], info.label) : NAN;
   info.support_max = kNone;
+  float p_top = kNone;  // log2 of the teacher's largest, at the row's temperature
   if (k > 0) {
     const int64_t* ids = job.ids + row * k;
     const float* logprobs = job.logprobs + row * k;
     Entry* entries = scratch.entries + row * k;
     const float scale = info.scale();
     const Mass mass(logprobs, ids, k);
-    float top = kNone;
+    float top = kNone, best = -INFINITY;
     for (int i = lane; i < k; i += kWarp) {
       const int64_t id = ids[i];
       const bool is_used = id >= 0 && id < job.vocabulary;
       const float z = is_used ? head.logit(logits[id], static_cast<int>(id)) : id == -1 ? -INFINITY : NAN;
-      const float log_p = static_cast<float>((logprobs[i] - mass.excess) * scale);
-      entries[i] = {z, id == -1 ? -INFINITY : log_p};
+      entries[i] = {z, id == -1 ? -INFINITY : logprobs[i]};
       top = fmaxf(top, z);
+      best = fmaxf(best, entries[i].log_p);
     }
+    const auto at_tau = [&](float log_p) { return (log_p - mass.excess) * scale; };
+    p_top = info.inv_tau == 1 ? 0 : fmaxf(kNone, static_cast<float>(at_tau(warp_max(best))));
+    for (int i = lane; i < k; i += kWarp) entries[i].log_p = static_cast<float>(at_tau(entries[i].log_p) - p_top);
     __syncwarp();  // all logits are read, the label's too
     for (int i = lane; i < k; i += kWarp)
       if (ids[i] >= 0 && ids[i] < job.vocabulary) logits[ids[i]] = head.hole();
@@ -81,6 +85,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows(const Job job, c
   } else if (job.ids != nullptr) {
     info.p_tail = 1;
   }
+  info.log_tail = info.inv_tau * log2f(info.p_tail) - p_top;
   if (lane == 0) scratch.rows[row] = info;
 }
 
@@ -118,14 +123,19 @@ __device__ inline TailScale tail_scale(const Job& job, const Series& series, con
   float pull = 0;
   if (job.ids != nullptr) {
     // The teacher's tail has the student's shape, which matters at other temperatures than 1.
-    float p = info.p_tail;
-    if (!is_plain) p = exp2f(info.inv_tau * (log2f(p) - log2f(tail.at_one))) * tail.at_tau;
-    const float q = own / all, norm = p + info.p_support;
+    float p = info.p_tail, p_support = info.p_support, above = 0;
+    if (!is_plain) {
+      const float log_share = info.log_tail - info.inv_tau * log2f(tail.at_one);
+      above = fmaxf(log_share, 0);  // where the tail weighs more than the support, all is over that
+      p = exp2f(log_share - above) * tail.at_tau;
+      p_support *= exp2f(-above);
+    }
+    const float q = own / all, norm = p + p_support;
     if (!kGeneral || job.beta == 0) {
       pull = q - p / norm;
     } else {
-      const float log_all = log2f(all), log_norm = log2f(norm);
-      const float log_q = fmaf(tail.max - top, scale, log2f(tail.at_tau) - log_all), log_p = log2f(p) - log_norm;
+      const float log_all = log2f(all), log_norm = log2f(norm) + above, log_p = log2f(p) - log2f(norm);
+      const float log_q = fmaf(tail.max - top, scale, log2f(tail.at_tau) - log_all);
       const int k = static_cast<int>(job.k);
       pull = job.beta == 1
                  ? q * tail_score<Kind::reverse>(series, entries, k, scale, top, log_all, log_norm, log_q, log_p)

@@ -28,12 +28,12 @@ RESIDENT = {"project_tile": (256, 1), "sparse_streamed": (512, 1), "dense_stream
 SPILLED = {
     ("100", "dense_rows<reverse, 8, 256, 16, 2>"): 44,
     ("100", "dense_rows<js, 8, 256, 16, 2>"): 12,
-    ("100", "sparse_rows<4, 384, 8, 3, false>"): 36,
+    ("100", "sparse_rows<4, 384, 8, 3, false>"): 40,
     ("120", "sweep<fp16, 4, true>"): 24,
     ("120", "dense_rows<reverse, 8, 256, 16, 2>"): 268,
     ("120", "dense_rows<js, 8, 256, 7, 3>"): 32,
     ("120", "dense_rows<js, 8, 256, 16, 2>"): 12,
-    ("120", "sparse_rows<4, 384, 8, 3, false>"): 52,
+    ("120", "sparse_rows<4, 384, 8, 3, false>"): 40,
 }
 
 

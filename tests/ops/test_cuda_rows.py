@@ -21,6 +21,7 @@ from row_cases import (
     assert_reverse_kl_floors_a_teacher_of_zero,
     assert_tail,
     certain,
+    cold,
     extreme,
     make,
     masked,
@@ -191,6 +192,11 @@ def test_extreme_logits(gpu: Gpu, kind: str, beta: float) -> None:
     rows = extreme(kind, beta)
     assert_close_to_fp64(gpu, rows)
     assert all(bool(result.isfinite().all()) for result in run(gpu, rows))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_a_low_temperature(gpu: Gpu, beta: float) -> None:
+    assert_close_to_fp64(gpu, cold(beta))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])

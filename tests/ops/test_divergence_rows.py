@@ -15,6 +15,7 @@ from row_cases import (
     assert_reverse_kl_floors_a_teacher_of_zero,
     assert_tail,
     certain,
+    cold,
     extreme,
     make,
     masked,
@@ -85,6 +86,11 @@ def test_extreme_logits(kind, beta):
     rows = extreme(kind, beta)
     assert_close_to_fp64(rows)
     assert all(bool(result.isfinite().all()) for result in rows.run())
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_a_low_temperature(beta):
+    assert_close_to_fp64(cold(beta))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])

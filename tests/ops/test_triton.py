@@ -30,6 +30,7 @@ from row_cases import (
     assert_reverse_kl_floors_a_teacher_of_zero,
     assert_tail,
     certain,
+    cold,
     extreme,
     masked,
     no_rows,
@@ -265,6 +266,12 @@ def test_extreme_logits(kind, beta):
     rows = extreme(kind, beta)
     assert_close_to_fp64(rows, OnDevice)
     assert all(bool(result.isfinite().all()) for result in rows.run(OnDevice))
+
+
+@here
+@pytest.mark.parametrize("beta", BETAS)
+def test_a_low_temperature(beta):
+    assert_close_to_fp64(cold(beta), OnDevice)
 
 
 @here

@@ -137,6 +137,22 @@ def certain(kind: str, beta: float) -> Rows:
     )
 
 
+def cold(beta: float) -> Rows:
+    """At a temperature that takes the powers of all the teacher's probabilities out of fp32's range.
+
+    The support outweighs the tail, then less from row to row, at last by nothing. Then there is no support; and in the
+    last rows one id has next to all of the student's tail, and so of the teacher's.
+    """
+    rows = make("top-k", 1000, k=20, beta=beta)
+    each = torch.tensor((0.045, 0.01, 2e-3, 1.1e-3, 1e-3, 0.0, 1e-3, 0.01, 1e-4))
+    ids, logits = torch.arange(20).repeat(9, 1), rows.logits / 30
+    ids[6] = -1
+    logits[7:, 500] = 30.0
+    logprobs = each.log()[:, None] + torch.linspace(0, -0.1, 20)
+    rows = replace(rows, logits=logits, ids=ids, logprobs=logprobs, temperature=torch.full((9,), 0.04))
+    return replace(rows, ce_weight=torch.zeros(9))
+
+
 def masked(beta: float) -> Rows:
     """A bias of minus infinity at id 3, which the teacher has too."""
     rows, bias = make("dense", 50, 50, beta=beta), torch.zeros(50)
