@@ -249,9 +249,22 @@ class SparseAdapter(nn.Module):
         return Footprint(self._base_bytes, bytes_of(self.buffers()), values, 3 * values)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of every module, and folds. Raises ValueError, before anything is written, for a state of other columns:
+        their base values are not kept here."""
         result = super().load_state_dict(*args, **kwargs)
         self.fold()
         return result
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Runs before the deltas load theirs, also as a part of another module."""
+        for name, site in self._sites.items():
+            cols = state_dict.get(f"{prefix}{name}.cols")
+            if cols is not None and not torch.equal(cols.to(site.cols.device), site.cols):
+                raise ValueError(
+                    f"this state is of an adapter that was placed on other columns (of {name}, by another placement, "
+                    "seed or shape): attach that adapter with SparseAdapter.from_pretrained"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _plant(self, name: str, site: ColumnDelta) -> None:
         """Registers a delta under the dotted name of its matrix, so that parameters are called `<module>.A`."""

@@ -87,6 +87,24 @@ def test_a_second_adapter_is_refused_until_the_first_is_gone():
     first.unmerge()
 
 
+@pytest.mark.parametrize("mode", ["fold", "side"])
+@pytest.mark.parametrize("options", [{"seed": 1}, {"support": 8, "rank": 1}])
+def test_a_state_of_other_columns_is_refused_before_anything_is_written(mode, options):
+    other = attach(llama(), **options)
+    disturb(other)
+    model = llama()
+    original = snapshot(model)
+    adapter = attach(model, mode=mode)
+    before, logits = snapshot(adapter), model(**batch()).logits
+    for whole, prefix in ((adapter, ""), (nn.ModuleDict({"adapter": adapter}), "adapter.")):
+        state = {f"{prefix}{name}": value for name, value in other.state_dict().items()}
+        with pytest.raises(ValueError, match=r"placed on other columns \(of model\.layers\.0\.self_attn\.q_proj"):
+            whole.load_state_dict(state)
+    assert same_bits(snapshot(adapter), before) and torch.equal(model(**batch()).logits, logits)
+    adapter.detach()
+    assert same_bits(snapshot(model), original)
+
+
 def test_states_that_do_not_fit_are_refused():
     adapter = attach(llama())
     with pytest.raises(RuntimeError, match="cannot unmerge this adapter: it must be merged, and it is attached"):
