@@ -118,7 +118,9 @@ class SparseAdapter(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model: nn.Module, directory: str | Path, mode: Mode = "auto") -> "SparseAdapter":
-        """Attaches a saved adapter. Raises ValueError, naming the first mismatch, if it was made for another model."""
+        """Attaches a saved adapter. Raises ValueError, naming the first mismatch, if it was made for another model, and
+        as `attach` does for a model that has an adapter attached."""
+        check_free(model)
         config, deltas = adapter_files.read_adapter(directory)
         adapter_files.check_base(config, dict(model.named_modules()), directory)
         return cls(model, config, deltas, mode)

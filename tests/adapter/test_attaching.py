@@ -73,11 +73,14 @@ def test_an_adapter_trained_in_fp32_loads_onto_the_bf16_and_fp16_base(tmp_path):
         SparseAdapter.from_pretrained(llama(dtype), tmp_path)
 
 
-def test_a_second_adapter_is_refused_until_the_first_is_gone():
+def test_a_second_adapter_is_refused_until_the_first_is_gone(tmp_path):
     model = llama()
     first = attach(model)
-    with pytest.raises(ValueError, match=r"one at a time: call its detach\(\) or merge\(\)"):
-        attach(model)
+    first.save_pretrained(tmp_path)
+    disturb(first)
+    for again in (attach, lambda model: SparseAdapter.from_pretrained(model, tmp_path)):
+        with pytest.raises(ValueError, match=r"one at a time: call its detach\(\) or merge\(\)"):
+            again(model)
     first.merge()
     second = attach(model)
     disturb(second)
