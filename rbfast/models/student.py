@@ -192,7 +192,7 @@ def packs(model: PreTrainedModel) -> bool:
     model runs two short examples, once; the head is compared with the model's own logits on the way.
     """
     if model not in _PACKS:
-        with torch.no_grad(), torch.autocast(model.device.type, enabled=False), _evaluating(model):
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False), evaluation_mode(model):
             _PACKS[model] = _try_packing(model)
     return _PACKS[model]
 
@@ -230,14 +230,22 @@ def _apart(left: Tensor, right: Tensor) -> float:
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+def mode_kept(model: PreTrainedModel) -> Iterator[None]:
+    """After the block each module of a model is in training or evaluation mode as before it."""
+    training = {module for module in model.modules() if module.training}
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module in model.modules():
+            module.training = module in training
+
+
+@contextmanager
+def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block a model is in evaluation mode; afterwards each of its modules as before."""
+    with mode_kept(model):
+        model.eval()
+        yield
 
 
 def _backbone(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -16,8 +16,8 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +36,7 @@ from rbfast.data.signal_store import SignalStore
 from rbfast.data.trace import Trace
 from rbfast.models.checkpointing import checkpointing
 from rbfast.models.linears import is_sharded
-from rbfast.models.student import final_hidden, packs
+from rbfast.models.student import evaluation_mode, final_hidden, mode_kept, packs
 from rbfast.training.arguments import DeviceArguments
 from rbfast.training.batches import batches_by_tokens
 from rbfast.training.checkpoints import last_checkpoint
@@ -147,7 +147,8 @@ def distill(
     signals: str | Path | None = None,
     teacher: PreTrainedModel | None = None,
 ) -> Run:
-    """Trains an adapter of `model` on `traces` and saves it in `out`; the model is left with the adapter attached.
+    """Trains an adapter of `model` on `traces` and saves it in `out`; the model is left with the adapter attached, in
+    the mode that it came in. After a failure or an interruption it is left as it came.
 
     Called again with the same arguments it resumes from the last checkpoint, or loads a finished run. It may
     resume under another number of processes, if an optimizer step takes as many traces as before (docs/distributed.md).
@@ -173,10 +174,10 @@ def distill(
     checkpoint = last_checkpoint(out / "checkpoints")
     check_same_folder(out, checkpoint)
     if (history := read_json(out / LOG, [{"step": int}])) is not None:
+        cost = read_json(out / RUN, {"seconds": (int, float)}) or {"seconds": 0.0}  # the file may have been removed
         adapter = SparseAdapter.from_pretrained(model, out)
         if first:
             shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of a run that was killed while it removed them
-        cost = read_json(out / RUN, {"seconds": (int, float)}) or {"seconds": 0.0}  # the file may have been removed
         return Run(adapter, history, skipped, cost["seconds"], found=True)
     if first:  # before the long part, which a folder that cannot be written to would waste
         write_text(out / RUN, json.dumps(asked, indent=1))
@@ -186,18 +187,29 @@ def distill(
         if checkpoint is None
         else SparseAdapter.from_pretrained(model, checkpoint)
     )
-    plan = None if is_sharded(model) else make_plan(model, adapter, *_planned(examples, config), teacher)
-    if first and not quiet and plan is not None:
-        print(plan, file=sys.stderr)
-    trainer = _trainer(model, adapter, arguments, examples, config, teacher, quiet or not first)
-    with checkpointing(model) if config.gradient_checkpointing else nullcontext():
-        trainer.train(resume_from_checkpoint=checkpoint)
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    run = Run(adapter, history, skipped, time.monotonic() - start, plan=plan)
-    if first:
-        _save(run, out, asked, examples, resumed=checkpoint is not None)
-    trainer.accelerator.wait_for_everyone()
-    return run
+    with mode_kept(model), _detached_on_failure(adapter):
+        plan = None if is_sharded(model) else make_plan(model, adapter, *_planned(examples, config), teacher)
+        if first and not quiet and plan is not None:
+            print(plan, file=sys.stderr)
+        trainer = _trainer(model, adapter, arguments, examples, config, teacher, quiet or not first)
+        with checkpointing(model) if config.gradient_checkpointing else nullcontext():
+            trainer.train(resume_from_checkpoint=checkpoint)
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        run = Run(adapter, history, skipped, time.monotonic() - start, plan=plan)
+        if first:
+            _save(run, out, asked, examples, resumed=checkpoint is not None)
+        trainer.accelerator.wait_for_everyone()
+        return run
+
+
+@contextmanager
+def _detached_on_failure(adapter: SparseAdapter) -> Iterator[None]:
+    """A model with an adapter attached could not resume its run."""
+    try:
+        yield
+    except BaseException:  # a KeyboardInterrupt too: in a notebook the model lives on
+        adapter.detach()
+        raise
 
 
 def plan_run(
@@ -295,9 +307,10 @@ def _save(run: Run, out: Path, asked: dict[str, Any], examples: Sequence[Example
 
 
 def trace_loss(model: PreTrainedModel, examples: Sequence[Example], batch_size: int = 8) -> dict[str, float]:
-    """Mean cross-entropy per token of encoded traces, in nats: over each role, and over all tokens as `mean`."""
+    """Mean cross-entropy per token of encoded traces, in nats: over each role, and over all tokens as `mean`. The model
+    is in evaluation mode meanwhile."""
     objective, sums, counts = Objective(), torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
-    with torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         for start in range(0, len(examples), batch_size):
             batch = on_device(collate(examples[start : start + batch_size]), model.device)
             hidden = final_hidden(model, batch["input_ids"], batch["position_ids"], batch["lengths"])

@@ -21,7 +21,11 @@ class PowerCut(TrainerCallback):
             raise RuntimeError("power cut")
 
 
-def run(folder, monkeypatch, cut_at=None, **settings):
+def student():
+    return llama(vocab_size=len(TOKENIZER), max_position_embeddings=256)
+
+
+def run(folder, monkeypatch, cut_at=None, model=None, **settings):
     with monkeypatch.context() as patch:
         if cut_at is not None:
             start = DistillTrainer.__init__
@@ -33,5 +37,4 @@ def run(folder, monkeypatch, cut_at=None, **settings):
             patch.setattr(DistillTrainer, "__init__", begin)
         settings = dict(save_steps=2) | settings
         config = DistillConfig(density=0.2, rank=3, batch_size=4, learning_rate=1e-2, **settings)
-        model = llama(vocab_size=len(TOKENIZER), max_position_embeddings=256)
-        return distill(model, TOKENIZER, TRACES, folder, config, quiet=True).adapter.state_dict()
+        return distill(model or student(), TOKENIZER, TRACES, folder, config, quiet=True).adapter.state_dict()

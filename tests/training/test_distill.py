@@ -5,15 +5,17 @@ from functools import wraps
 
 import pytest
 import torch
-from tiny_models import llama
-from tiny_runs import TOKENIZER, TRACES, run
+from tiny_models import llama, same_bits, snapshot
+from tiny_runs import TOKENIZER, TRACES, run, student
 from transformers import TrainerState
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from rbfast.adapter.column_scores import score_columns
 from rbfast.adapter.sparse_adapter import SparseAdapter
-from rbfast.training.distill import DistillConfig, distill
+from rbfast.data.encoding import encode_all
+from rbfast.training.distill import DistillConfig, distill, trace_loss
 from rbfast.training.objective import Objective
+from rbfast.training.trainer import DistillTrainer
 from rbfast.training.training_bar import Bar
 
 ELSEWHERE = [pytest.param(placement, marks=pytest.mark.slow) for placement in ("activation", "random")]
@@ -27,6 +29,34 @@ def test_a_cut_run_goes_on_to_the_same_bits(tmp_path, monkeypatch, placement):
             run(tmp_path / "cut", monkeypatch, cut_at=cut, placement=placement)
     found = run(tmp_path / "cut", monkeypatch, placement=placement, save_steps=3)  # how often may change
     assert all(torch.equal(found[name], value) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("mode", [False, True])
+def test_a_run_that_is_interrupted_leaves_the_model_as_it_came_and_the_same_call_resumes_it(
+    tmp_path, monkeypatch, mode
+):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    whole = run(tmp_path / "whole", monkeypatch)
+    model = student().train(mode)
+    model.model.norm.train(not mode)
+    base, modes = snapshot(model), [module.training for module in model.modules()]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(DistillTrainer, "training_step", interrupt)
+        run(tmp_path / "cut", monkeypatch, model=model)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path / "cut", monkeypatch, cut_at=5, model=model)
+    assert same_bits(snapshot(model), base) and all(parameter.requires_grad for parameter in model.parameters())
+    assert same_bits(run(tmp_path / "cut", monkeypatch, model=model), whole)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_the_loss_of_traces_is_measured_in_evaluation_mode():
+    model = llama(vocab_size=len(TOKENIZER), max_position_embeddings=256, attention_dropout=0.5)
+    examples, _ = encode_all(TRACES[:4], TOKENIZER)
+    expected = trace_loss(model.eval(), examples)
+    assert trace_loss(model.train(), examples) == expected and model.training
 
 
 def test_a_cut_run_of_batches_of_tokens_goes_on_to_the_same_bits(tmp_path, monkeypatch):
@@ -145,8 +175,7 @@ def test_parameters_are_laid_out_alike_wherever_they_come_from(tmp_path):
 
 
 def test_a_run_of_one_step_trains(tmp_path):
-    model = llama(vocab_size=len(TOKENIZER), max_position_embeddings=256)
     config = DistillConfig(density=0.2, rank=3, batch_size=4, placement="random")
-    found = distill(model, TOKENIZER, TRACES[:4], tmp_path, config, quiet=True)
+    found = distill(student(), TOKENIZER, TRACES[:4], tmp_path, config, quiet=True)
     assert len(found.log_history) == 1
     assert any(bool(site.B.any()) for site in found.adapter.sites().values())
