@@ -13,7 +13,7 @@ The deltas themselves are in `column_delta`.
 """
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -308,7 +308,9 @@ class SparseAdapter(nn.Module):
                     f"an optimizer changed the weight of {name}, into which a delta is folded: freeze it, or attach "
                     'with mode="side"'
                 )
-        fold_all(site for site in ours.values() if site.folds and site.enabled)
+        folding = [site for site in ours.values() if site.folds and site.enabled]
+        _announce_writes(folding)
+        fold_all(folding)
         if ours and not self._watch.is_over:
             self._watch.step(ours)
 
@@ -323,6 +325,13 @@ def _folds(name: str, linear: nn.Module, mode: Mode) -> bool:
             'use "auto"'
         )
     return foldable and mode != "side"
+
+
+def _announce_writes(sites: Iterable[ColumnDelta]) -> None:
+    """Tells autograd that weights are written, which our ops do past it. A backward that is still to come, of a forward
+    with the weights of before, is then an error of autograd; else its gradients would be wrong."""
+    weights = (own_weight(site.linear) for site in sites)
+    torch.autograd.graph.increment_version([w for w in weights if w is not None and not w.is_inference()])
 
 
 def check_free(model: nn.Module) -> None:

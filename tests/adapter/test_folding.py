@@ -94,6 +94,28 @@ def test_every_optimizer_step_is_folded_at_once(kind):
     assert is_folded(adapter) and not same_bits(snapshot(model), before)
 
 
+def test_an_optimizer_in_the_backward_is_an_error_of_autograd():
+    model = llama()
+    adapter = attach(model)
+    disturb(adapter)
+    for parameter in adapter.parameters():
+        optimizer = torch.optim.SGD([parameter], lr=0.5)
+        parameter.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        model(**batch()).loss.backward()
+
+
+def test_weights_made_in_inference_mode_are_folded_after_a_step():
+    with torch.inference_mode():
+        model = llama()
+    adapter = attach(model)
+    parameters = list(adapter.parameters())
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD(parameters, lr=0.5).step()
+    assert is_folded(adapter)
+
+
 def test_an_optimizer_of_something_else_does_not_fold():
     model = llama()
     adapter = attach(model)
