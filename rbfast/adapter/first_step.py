@@ -1,9 +1,12 @@
-"""What only a training step shows of a model: layers whose weight is used past them, and layers that learn nothing.
+"""What only training steps show of a model: layers whose weight is used past them, and layers that learn nothing.
 
 A forward such as `F.linear(x, self.a.weight)` uses the weight of `a` and never runs `a`. With a delta folded in, its
-output is right, and the delta has no gradient. Nothing in the model says so. So from the first forward with gradients
-on, the weight of each layer that has not run yet takes part in the backward: if a gradient reaches it there, that is an
-error. Layers that run stop taking part, so a model without the fault computes nothing more than otherwise.
+output is right, and the delta has no gradient. Nothing in the model says so. So after the first step of an optimizer
+the weight of each layer whose delta got no gradient takes part in the backward. If the weight has a gradient at the
+second step and the delta still has none, that is an error. Layers that run after all stop taking part, so a model
+without the fault computes nothing more than otherwise.
+
+What counts is the gradient, not the hook before a layer: within a compiled part of a model no hook can report.
 """
 
 from __future__ import annotations
@@ -14,11 +17,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from rbfast.models.weight_use import own_weight
 
-_STEPS = 2  # of the optimizer: the first may start in the middle of a forward
+_STEPS = 2  # of the optimizer: the first shows which layers are idle, the second whether their weights are used
 
 
 class Site(Protocol):
@@ -31,34 +33,37 @@ class Site(Protocol):
 
 
 class BypassWatch:
-    """Watches the layers of sites by name, until each has run or two steps were made."""
+    """Watches sites by name for two steps of the optimizer."""
 
-    def __init__(self, sites: Mapping[str, Site]) -> None:
-        self._waiting = {id(site): (name, site) for name, site in sites.items()}
-        self._hooks: dict[int, RemovableHandle] = {}
-        self._begun, self._steps = False, 0
-        for site in sites.values():
-            site.watch = self
+    def __init__(self) -> None:
+        self._marked: dict[int, tuple[str, Site, nn.Parameter]] = {}
+        self._steps = 0
 
     def saw(self, site: Site) -> None:
-        """The layer of this site is about to run."""
+        """The layer of a marked site is about to run."""
         self._forget(site)
-        if not self._begun:
-            self._begun = True
-            for name, other in self._waiting.values():
-                self._mark(name, other)
 
     def step(self, sites: Mapping[str, Site]) -> None:
-        """An optimizer has made a step. Warns, after the first one with gradients, of sites that got none."""
+        """An optimizer has made a step; those without gradients do not count. Warns at the first one of sites that got
+        none. Raises RuntimeError at the second for a weight that is used past its layer."""
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return
-        if all(site.A.grad is None and site.B.grad is None for site in sites.values()):
+        if all(map(_is_idle, sites.values())):
             return
         self._steps += 1
         if self._steps == 1:
             _warn_of_idle([name for name, reached in _reached(sites).items() if not reached], len(sites))
-        if self._steps >= _STEPS:
-            self.end()
+            for name, site in sites.items():
+                if _is_idle(site):
+                    self._mark(name, site)
+            return
+        bypassed = [name for name, site, weight in self._marked.values() if weight.grad is not None and _is_idle(site)]
+        self.end()
+        if bypassed:
+            raise RuntimeError(
+                f"the model uses the weight of {bypassed[0]} without running that layer, so its delta learns nothing; "
+                "detach the adapter, and leave the layer out of targets"
+            )
 
     @property
     def is_over(self) -> bool:
@@ -66,29 +71,25 @@ class BypassWatch:
 
     def end(self) -> None:
         self._steps = _STEPS
-        for _, site in list(self._waiting.values()):
+        for _, site, _ in list(self._marked.values()):
             self._forget(site)
 
     def _mark(self, name: str, site: Site) -> None:
         weight = own_weight(site.linear)
         if type(weight) is nn.Parameter and weight.is_floating_point() and weight.is_leaf and not weight.is_inference():
             weight.requires_grad_(True)
-            self._hooks[id(site)] = weight.register_hook(lambda grad: _refuse(name))
+            self._marked[id(site)] = name, site, weight
+            site.watch = self
 
     def _forget(self, site: Site) -> None:
         site.watch = None
-        self._waiting.pop(id(site), None)
-        hook = self._hooks.pop(id(site), None)
-        if hook is not None:
-            hook.remove()
-            site.linear.weight.requires_grad_(False)
+        _, _, weight = self._marked.pop(id(site))
+        weight.requires_grad_(False)
+        weight.grad = None
 
 
-def _refuse(name: str) -> None:
-    raise RuntimeError(
-        f"the model uses the weight of {name} without running that layer, so its delta would learn nothing; detach the "
-        "adapter, and leave the layer out of targets"
-    )
+def _is_idle(site: Site) -> bool:
+    return site.A.grad is None and site.B.grad is None
 
 
 def _reached(sites: Mapping[str, Site]) -> dict[str, bool]:

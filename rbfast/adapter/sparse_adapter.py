@@ -87,7 +87,7 @@ class SparseAdapter(nn.Module):
         self._sites = {name: site for name, site in self.named_modules() if isinstance(site, ColumnDelta)}
         self._state: Literal["attached", "merged", "detached"] = "attached"
         self._disabled = 0
-        self._watch = BypassWatch(self.sites())
+        self._watch = BypassWatch()
         self._follower = _follow_optimizers(self)
 
     @classmethod

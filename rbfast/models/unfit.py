@@ -104,7 +104,7 @@ _PRODUCT = re.compile(
 def _multiplied_by_hand(kind: type[nn.Module]) -> set[str]:
     """The layers, by their names in a class, whose weight its code multiplies by: `F.linear(x, self.gate.weight)`.
 
-    What is written otherwise shows in the first step (`rbfast.adapter.first_step`).
+    What is written otherwise shows in the first two steps (`rbfast.adapter.first_step`).
     """
     return {name for base in kind.__mro__ if "forward" in vars(base) for name in _products_in(base)}
 

@@ -95,19 +95,48 @@ class Bypassing(nn.Module):
 
 @pytest.mark.parametrize("mode", ["fold", "side"])
 @pytest.mark.parametrize("first", [False, True])
-def test_a_weight_that_is_used_past_its_layer_is_an_error_in_the_backward(first, mode):
+def test_a_weight_that_is_used_past_its_layer_is_an_error(first, mode):
     model = Bypassing(first)
     adapter = on(model, mode=mode)
     optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     with pytest.raises(RuntimeError, match="uses the weight of a without running that layer"):
-        for _ in range(2):  # what is used before any layer has run is seen in the second step
+        for _ in range(2):  # the first step shows that the layer is idle, the second that its weight is used
             model(rows()).square().sum().backward()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 optimizer.step()
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
     adapter.detach()
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+class Routed(nn.Module):
+    """Runs one layer and, from the second forward on, another."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.is_second_on = nn.Linear(16, 16), nn.Linear(16, 16), False
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.second(x) if self.is_second_on else x
+
+
+@pytest.mark.parametrize("mode", ["fold", "side"])
+def test_a_layer_that_was_compiled_is_not_taken_for_one_whose_weight_is_used_past_it(mode):
+    model = Pair(Routed())
+    adapter = on(model, mode=mode)
+    model.layer.compile(backend="aot_eager")
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="1 of 3 matrices got no gradient")
+        for _ in range(3):
+            model(rows()).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            model.layer.is_second_on = True
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_layer_that_never_runs_is_named_once_and_its_weight_stays_frozen():
