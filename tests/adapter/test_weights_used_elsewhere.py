@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 
 
 def test_attention_of_torch_never_runs_its_output_layer():
+    torch.manual_seed(0)  # with some weights the loss bends between the two points of a difference
     model = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
     with pytest.warns(UserWarning, match=r"MultiheadAttention multiplies by the weight of self_attn\.out_proj"):
         adapter = on(model)
