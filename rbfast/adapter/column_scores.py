@@ -24,7 +24,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from rbfast.models.linears import Shape, dtype_name, matrix_shape, select_linears
+from rbfast.models.linears import Shape, dtype_name, matrix_shape, select_linears, unwrapped
 from rbfast.models.weight_use import input_of
 from rbfast.utils.files import replacing
 from rbfast.utils.records import from_json
@@ -100,7 +100,8 @@ def score_columns(
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    watch = _Watch(select_linears(model, targets), method)
+    base = unwrapped(model)
+    watch = _Watch(select_linears(base, targets), method)
     scored = 0
     with _frozen(model), watch.watching():
         for batch in batches:
@@ -119,8 +120,8 @@ def score_columns(
             scored += 1
     if scored == 0:
         raise ValueError("expected at least one batch to score on, got none")
-    base = getattr(getattr(model, "config", None), "_name_or_path", None)
-    return ColumnScores(method, scored, base or None, watch.shapes(), watch.cpu())
+    name = getattr(getattr(base, "config", None), "_name_or_path", None)
+    return ColumnScores(method, scored, name or None, watch.shapes(), watch.cpu())
 
 
 def _header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from rbfast.models.linears import (
     left_out,
     matrix_view,
     unfit,
+    unwrapped,
     why_not_folded,
 )
 from rbfast.models.weight_use import own_weight
@@ -103,7 +104,8 @@ class SparseAdapter(nn.Module):
         scale: float = 1.0,
         seed: int = 0,
     ) -> "SparseAdapter":
-        """Freezes `model` and attaches new deltas of at most `density` times its parameters.
+        """Freezes `model` and attaches new deltas of at most `density` times its parameters. It may be within what
+        torch.compile or DistributedDataParallel puts around it.
 
         placement: "random" columns, drawn for every group of matrices, or the best by ColumnScores (or a file of them).
         `support` and `rank` default to what fits (see placement.allocate). mode: "fold" writes the deltas into the
@@ -112,6 +114,7 @@ class SparseAdapter(nn.Module):
         (`rbfast.models.linears.unfit`). Raises ValueError for a density outside (0, 1], one that nothing fits, a model
         without linear layers, and a model that has an adapter attached, PEFT's too.
         """
+        model = unwrapped(model)
         check_free(model)
         config, deltas = plan(model, density, support, rank, targets, placement, scale, seed)
         return cls(model, config, deltas, mode)
@@ -120,6 +123,7 @@ class SparseAdapter(nn.Module):
     def from_pretrained(cls, model: nn.Module, directory: str | Path, mode: Mode = "auto") -> "SparseAdapter":
         """Attaches a saved adapter. Raises ValueError, naming the first mismatch, if it was made for another model, and
         as `attach` does for a model that has an adapter attached."""
+        model = unwrapped(model)
         check_free(model)
         config, deltas = adapter_files.read_adapter(directory)
         adapter_files.check_base(config, dict(model.named_modules()), directory)

@@ -15,6 +15,18 @@ from rbfast.models.weight_use import WeightUse, has_weight, is_conv1d, is_plain,
 _SAMPLE = 4096  # weights read per matrix for its fingerprint
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model within what torch.compile, DataParallel or DistributedDataParallel put around it: its names are those
+    that files hold."""
+    while True:
+        if "_orig_mod" in model._modules:  # asked by name: the module of its class takes seconds to import
+            model = model.get_submodule("_orig_mod")
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
 def matrix_shape(module: nn.Module) -> tuple[int, int] | None:
     """(out, in) of a linear layer, quantised ones included; None for every other module."""
     if not has_weight(module) or isinstance(module, nn.Bilinear):

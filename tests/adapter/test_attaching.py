@@ -13,6 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rbfast.adapter.column_delta import ColumnDelta
+from rbfast.adapter.column_scores import score_columns
 from rbfast.adapter.sparse_adapter import SparseAdapter
 
 
@@ -49,6 +50,26 @@ def test_a_saved_adapter_loads_bitwise(tmp_path, mode):
     again.save_pretrained(tmp_path / "again")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "adapter" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+
+
+def compiled(model):
+    return torch.compile(model, backend="aot_eager")
+
+
+@pytest.mark.parametrize("wrap", [compiled, nn.DataParallel, lambda model: nn.DataParallel(compiled(model))])
+def test_names_are_those_of_the_model_within_what_is_put_around_it(tmp_path, wrap):
+    wrapped = wrap(llama())
+    scores = score_columns(wrapped, [batch()], lambda model, batch: model(**batch).loss, method="activation")
+    adapter = attach(wrapped, placement=scores)
+    losses = train(wrapped, adapter, steps=5)
+    assert losses[-1] < losses[0]  # the same batch
+    logits = wrapped(**batch()).logits
+    adapter.save_pretrained(tmp_path)
+    plain = attach(llama(), placement=scores)
+    assert adapter.config.modules == plain.config.modules and adapter.left_out == plain.left_out
+    for other in (llama(), wrap(llama())):
+        SparseAdapter.from_pretrained(other, tmp_path)
+        assert torch.allclose(other(**batch()).logits, logits, atol=1e-5)
 
 
 def test_a_file_for_another_model_is_refused_and_leaves_that_model_alone(tmp_path):
