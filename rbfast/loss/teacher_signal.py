@@ -210,6 +210,8 @@ def repeated_id(ids: Tensor) -> Tensor:
 def merge_duplicates(signal: TopK) -> TopK:
     """The signal with each id at most once per row; a repeated one keeps its first place with the sum of its mass."""
     ids, logprobs = signal.ids, signal.logprobs
+    if not ids.numel():
+        return signal
     ordered = ids.sort(1).values
     at_fault = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
     ids, logprobs = ids.clone(), logprobs.clone()

@@ -293,6 +293,17 @@ def test_padding_and_duplicates_do_not_change_a_top_k_signal():
     torch.testing.assert_close(messy.divergence, clean.divergence)
 
 
+def test_a_signal_without_ids_may_stand_beside_one_with_duplicates():
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(4, 8), torch.randn(11, 8), torch.arange(4)
+    empty = TopK(torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, 0), torch.tensor([0, 1]))
+    outs = []
+    for ids, p in (([[1, 1]], [[0.2, 0.3]]), ([[1]], [[0.5]])):
+        messy = TopK(torch.tensor(ids), torch.tensor(p).log(), torch.tensor([2]))
+        outs.append(DistillLoss()(hidden, weight, labels, [empty, messy]).divergence)
+    torch.testing.assert_close(*outs)
+
+
 def test_log_probs_a_little_over_one_are_scaled_back():
     logprobs = torch.tensor([[0.7, 0.302]]).log()
     hidden, weight = torch.zeros(1, 8), torch.zeros(37, 8)
