@@ -188,7 +188,10 @@ class _Watch:
     def cpu(self) -> dict[str, Tensor]:
         """The columns in the model's order, with zeros for a matrix that was never run."""
         widths = {name: matrix_shape(module)[1] for name, module in self.linears.items()}  # type: ignore[index]
-        return {name: self.columns.get(name, torch.zeros(width)).cpu() for name, width in widths.items()}
+        return {
+            name: self.columns.get(name, torch.zeros(width, dtype=torch.float32)).cpu()
+            for name, width in widths.items()
+        }
 
     def _after(self, name: str, module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor | None:
         given = input_of(args, kwargs)

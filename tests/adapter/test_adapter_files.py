@@ -169,6 +169,20 @@ def test_peft_loads_the_exported_lora_and_computes_the_same(tmp_path, make, rank
     assert torch.dist(ours, make()(**batch()).logits) > 0.01 * ours.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_lora_is_fp32_whatever_the_default_dtype(tmp_path, dtype):
+    _, adapter = saved(tmp_path / "adapter")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        adapter.export_lora(tmp_path / "lora")
+    finally:
+        torch.set_default_dtype(before)
+    adapter.export_lora(tmp_path / "plain")
+    files = [tmp_path / folder / "adapter_model.safetensors" for folder in ("lora", "plain")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def with_single_columns(adapter):
     """The adapter as it was placed before supports were made of runs: columns anywhere, five of each matrix."""
     infos, deltas = {}, {}
