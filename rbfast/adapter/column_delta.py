@@ -24,8 +24,9 @@ from rbfast.models.weight_use import input_of, own_weight
 
 _META = torch.device("meta")
 _DELTA = "_rbfast_delta"  # the attribute of a linear that holds its ColumnDelta
-# What changes with a write to the weight (None: the layer computes it), with a write to A or B, and with a move.
-_Stamp = tuple[tuple[int, int, torch.dtype] | None, tuple[int, int], tuple[torch.device, torch.device]]
+# What changes with a write to the weight (None: the layer computes it), with one to A or B (with `A.data = x` their
+# place alone), and with a move.
+_Stamp = tuple[tuple[int, int, torch.dtype] | None, tuple[int, int, int, int], tuple[torch.device, torch.device]]
 _WRITTEN = (
     "the weight of a {kind} was changed while a delta is folded into it, and it holds neither the base's values nor "
     'those with the delta; detach the adapter before you change the base, or attach with mode="side"'
@@ -169,14 +170,15 @@ class ColumnDelta(nn.Module):
             self.base_columns = kept.to(weight.dtype)
 
     def _stamp(self) -> _Stamp:
-        # Asked in every forward, so without calls: own_weight and factors, written out.
+        # Asked in every forward, so with few calls: own_weight and factors, written out.
         own: Any = self._parameters
         a, b = own["A"], own["B"]
+        delta = a._version, b._version, a.data_ptr(), b.data_ptr()
         weight: Tensor | None = self.linear._parameters.get("weight")
         if weight is None and (weight := own_weight(self.linear)) is None:
-            return None, (a._version, b._version), (self._device(), a.device)
+            return None, delta, (self._device(), a.device)
         version = 0 if weight.is_inference() else weight._version
-        return (id(weight), version, weight.dtype), (a._version, b._version), (weight.device, a.device)
+        return (id(weight), version, weight.dtype), delta, (weight.device, a.device)
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -241,10 +243,9 @@ class ColumnDelta(nn.Module):
         if not (self.folds and self.enabled):
             return
         (weight, delta, _), (folded_weight, folded_delta, _) = self._stamp(), self._folded
-        is_changed = delta != folded_delta
         if weight != folded_weight and self._is_here():
-            self._take_base(trusts=is_changed)
-        elif is_changed:
+            self._take_base(trusts=delta[:2] != folded_delta[:2])  # a move alone changes the places of A and B
+        elif delta != folded_delta:
             self.fold()
 
     def _is_here(self) -> bool:

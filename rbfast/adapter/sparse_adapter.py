@@ -153,8 +153,9 @@ class SparseAdapter(nn.Module):
         return dict(self._sites)
 
     def fold(self) -> None:
-        """Writes every delta into its weight. Only needed after changing parameters by hand under torch.compile or in
-        `unhooked`: optimizer steps, load_state_dict and, elsewhere, the next forward do it automatically."""
+        """Writes every delta into its weight. Needed after `parameter.data.copy_(x)` and other writes through `.data`,
+        as some averages of weights make them, and after any change by hand under torch.compile or in `unhooked`.
+        Optimizer steps, load_state_dict and, for other changes, the next forward do it automatically."""
         fold_all(site for site in self.sites().values() if site.folds and site.enabled)
 
     def merge(self) -> None:

@@ -197,6 +197,7 @@ def test_the_delta_follows_the_base_to_its_device(monkeypatch, mode):
     assert moves == [torch.device("cuda:1")]
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 def test_a_delta_that_was_moved_away_comes_back_to_its_base(monkeypatch):
     model = llama()
     site = next(iter(attach(model, mode="side").sites().values()))

@@ -146,6 +146,21 @@ def test_a_change_by_hand_is_folded_before_the_next_forward():
     assert is_folded(adapter)
 
 
+def test_parameters_that_are_given_other_data_are_folded_before_the_next_forward():
+    model = llama()
+    adapter = attach(model)
+    model(**batch())
+    values = 2 * torch.ones(sum(parameter.numel() for parameter in adapter.parameters()))
+    nn.utils.vector_to_parameters(values, adapter.parameters())
+    assert not is_folded(adapter)
+    model(**batch())
+    assert is_folded(adapter)
+    for parameter in adapter.parameters():
+        parameter.data.mul_(2)
+    adapter.fold()  # nothing tells of a write through .data
+    assert is_folded(adapter)
+
+
 def hooks(model):
     return [
         (name, type(hook.__self__).__name__)
