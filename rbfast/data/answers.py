@@ -16,8 +16,11 @@ from rbfast.data.thinking_marks import end_of_thinking
 _TAG = re.compile(r"<answer>(.*?)(?=</answer>|<answer>|\Z)", re.DOTALL | re.IGNORECASE)
 _CLOSED_TAG = re.compile(r"</answer>[\s.*`$]*\Z", re.IGNORECASE)
 # Hashes that are no heading: the text ends there, or in a line that says the answer again, or a line holds a value.
-_LAST_HASHES = re.compile(r"####\s*(\S.*?)\s*(?=\Z|\n[^\n]*\banswer\b[^\n]*\1[^\n]*\Z)", re.IGNORECASE)
-_HASHES = re.compile(_LAST_HASHES.pattern + r"|####[ \t]*([-+$]{0,2}[\d.]\S*)[ \t]*(?=\n)", re.IGNORECASE)
+_LAST_HASHES = re.compile(r"####\s*(\S.*?)\s*(?=\Z|\n(?=[^\n]{0,300}\Z)[^\n]*\banswer\b[^\n]*\1)", re.IGNORECASE)
+_VALUE = re.compile(
+    r"[-+$]{0,2}\.?\d[\d.,/^%:]*(?<![.,:])(?: [a-z%]+)?|[a-z] ?= ?\S+|\\[^\n]*\S|\$[^$\n]+\$|\(?[A-J]\)?", re.IGNORECASE
+)
+_HASHES = re.compile(_LAST_HASHES.pattern + rf"|####[ \t]*({_VALUE.pattern})[ \t\r]*(?=\n)", re.IGNORECASE)
 _PHRASE = re.compile(
     r"(?:\banswer\b[^.\n:=]{0,60}?(?:\bis\b|:|=)|答案\s*(?:是|为|：|:))[*_:：\s]*(\S.*)", re.IGNORECASE
 )
@@ -96,8 +99,9 @@ def without_answer(text: str) -> str:
 
 
 def ends_in_answer(text: str) -> bool:
-    """Whether a text ends in a closed `<answer>` or in `####`: it was not cut before it came to its answer."""
-    return bool(_CLOSED_TAG.search(text) or _LAST_HASHES.search(text))
+    """Whether a text ends in a closed `<answer>` or in `####` and a value: it was not cut before it came to its answer.
+    What else follows `####` may be a heading that was cut."""
+    return bool(_CLOSED_TAG.search(text) or _VALUE.fullmatch(_last_of(_LAST_HASHES, text) or ""))
 
 
 def as_text(value: object) -> str | None:

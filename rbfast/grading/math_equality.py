@@ -48,10 +48,11 @@ _RELATION = re.compile(r"[=<>≤≥≠∈]|\\(?:leq?|geq?|neq?|lt|gt|in|[lg]eqsl
 _CHOICE = re.compile(r"\(([A-Ja-j])\)|([A-Ja-j])[.):]?|(?:\(([A-J])\)[,:]?|([A-J])[.):])\s+(?P<said>[\w$(\\].*)")
 # What is said after a choice and takes it back, or makes it one of several: no text of the choice.
 _HEDGE = re.compile(
-    r"is\b(?! (?:the )?(?:correct|right)\b)"
-    r"|(?:or|and|but|nor|not|isn't|are|was|can't|cannot|could|may|might|seems?|would|plus)\b|\(?[A-J][).]"
-    r"|(?!(?:both|either|neither|all|none|only)\b).*(?:\b(?:or|and)\b|[,/])\s*\([A-J]\)",
-    re.IGNORECASE,
+    r"(?:or|and|nor)\s+\(?[A-J]\b|\(?[A-J][).]|but\b"
+    r"|(?!(?i:both|either|neither|all|none|only)\b).*(?:\b(?:or|and)\b|[,/])\s*\([A-J]\)"
+    r"|(?i:(?:is|are|was|must be) (?:\w+ )?(?:wrong|incorrect|false|ruled out))"
+    r"|(?i:(?:(?:is|are|was) not|isn't|not|cannot be|can't be|(?:may|might|could|would)(?: not)? be) (?:\w+ )?"
+    r"(?:correct|right|true|this|that|it|the answer)\b)"
 )
 _NO_WORDS = re.compile(r"[\\\d+^_=<>*/|$%()\[\]{}!]|(?<![^\W\d_]{2})-|-(?![^\W\d_]{2})|'(?![a-z])")
 

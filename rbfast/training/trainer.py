@@ -32,6 +32,8 @@ from rbfast.training.checkpoints import step_of, write_digests
 from rbfast.training.objective import Objective, role_counts, role_mask, token_losses
 from rbfast.utils.memory import EVERY, give_back
 
+_MOST_WEIGHT = 4096.0  # of a token's loss in an fp16 student, whose greatest number is 65504
+
 
 class Student(nn.Module):
     """Base model and adapter as one module whose parameters are the adapter's: what optimizers, clipping and DDP find.
@@ -100,7 +102,7 @@ class DistillTrainer(Trainer):
         args.label_names = ["labels"]
         self.objective: Objective = objective or Objective()
         self.adapter, self._items = adapter, len(items)
-        self._scales, self._gradient_scale = False, 1.0  # while an fp16 student trains
+        self._scales, self._gradient_scale = False, torch.ones(())  # while an fp16 student trains
         self._student = model  # to unwrap what is trained would walk over all of it, in every step
         self.teacher = teacher if teacher is None else teacher.eval().requires_grad_(False)
         # Summed CE and token counts since the last log.
@@ -186,15 +188,14 @@ class DistillTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """Supervised tokens per role [3], over the accumulated batch and all processes."""
         if self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last:
-            self._leave_out_repeats(batch_samples[-1])
+            size = self.args.train_batch_size
+            self._leave_out_repeats(batch_samples[-1], size, self._items % (size * self.args.world_size))
         counts = torch.stack([role_counts(batch) for batch in batch_samples]).sum(0)
         return self.accelerator.reduce(counts.to(device), "sum")
 
-    def _leave_out_repeats(self, batch: dict[str, Any]) -> None:
-        """Every process gets as many batches of as many items: if there are too few, the last batch of an epoch is
+    def _leave_out_repeats(self, batch: dict[str, Any], size: int, left: int) -> None:
+        """Every process gets as many batches of `size` items: if only `left` are there for the last ones, they are
         filled up with the epoch's first items. They would count twice: they lose their labels."""
-        size = self.args.train_batch_size
-        left = self._items % (size * self.args.world_size)  # items that the last batches still have
         own = max(left - size * self.args.process_index, 0)
         if left and own < size:
             leave_out(batch, sum(batch["lengths"][:own]))
@@ -205,7 +206,7 @@ class DistillTrainer(Trainer):
         weights = self.objective.weights(progress, counts.device) / counts.clamp(min=1)
         hidden = model(inputs["input_ids"], inputs["position_ids"], inputs["lengths"])
         if self._scales:
-            self._gradient_scale = self._scale_for(hidden)
+            self._gradient_scale = self._scale_for(hidden, torch.where(counts > 0, weights, 0.0).max())
             weights = weights * self._gradient_scale
         out = token_losses(self._student, hidden, inputs, weights, self.objective, self.teacher)
         if self._scales:
@@ -216,11 +217,12 @@ class DistillTrainer(Trainer):
         loss = out.loss * self.accelerator.num_processes if model.training else out.loss
         return (loss, out) if return_outputs else loss
 
-    def _scale_for(self, hidden: Tensor) -> float:
+    def _scale_for(self, hidden: Tensor, largest: Tensor) -> Tensor:
         """What gradients are multiplied by on their way through an fp16 student: a power of two near the step's tokens,
-        by which the loss divides them. Else many would be below the least number of fp16."""
+        by which the loss divides them. Else many would be below the least number of fp16. The largest weight of a token
+        stays far below its greatest."""
         tokens = hidden.shape[0] * self.args.gradient_accumulation_steps * self.accelerator.num_processes
-        return 2.0 ** round(math.log2(max(tokens, 1)))
+        return torch.log2(_MOST_WEIGHT / largest).clamp(max=math.log2(max(tokens, 1))).floor().exp2()
 
     def _unscaled(self, gradient: Tensor) -> Tensor:
         return gradient / self._gradient_scale
@@ -228,6 +230,9 @@ class DistillTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):  # type: ignore[override]
         with torch.no_grad():
             inputs = self._prepare_inputs(inputs)
+            loading = self.accelerator.gradient_state
+            if self.accelerator.num_processes > 1 and loading.end_of_dataloader:
+                self._leave_out_repeats(inputs, self.args.eval_batch_size, max(loading.remainder, 0))
             hidden = model(inputs["input_ids"], inputs["position_ids"], inputs["lengths"])
             alike = torch.ones(len(ROLES), device=hidden.device)
             out = token_losses(self._student, hidden, inputs, alike, self.objective, self.teacher, "none")
@@ -271,9 +276,9 @@ class DistillTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()  # every process adds the state of its random numbers
+            name = f"checkpoint-{self.state.global_step}"
+            self._keep_name_of_best(final, final / "unfinished" / name)
             if self.args.should_save:
-                name = f"checkpoint-{self.state.global_step}"
-                self._keep_name_of_best(final, final / "unfinished" / name)
                 write_digests(final / "unfinished" / name)
                 shutil.rmtree(final / name, ignore_errors=True)
                 os.replace(final / "unfinished" / name, final / name)
@@ -290,7 +295,8 @@ class DistillTrainer(Trainer):
         best = self.state.best_model_checkpoint
         if best is not None and Path(best) == written:
             self.state.best_model_checkpoint = str(folder / written.name)
-            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+            if self.args.should_save:
+                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
 
     def _drop_old_checkpoints(self, folder: Path) -> None:
         """Keeps as many as `save_total_limit`: the last, the best if there is one, and then the newest."""
@@ -298,7 +304,7 @@ class DistillTrainer(Trainer):
         found = sorted((path for path in folder.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
         kept = {found[-1], *(path for path in found if best is not None and path.name == Path(best).name)}
         others = [path for path in found if path not in kept]
-        for path in others[: len(found) - max(limit, len(kept))] if limit else []:
+        for path in others[: max(0, len(found) - max(limit, len(kept)))] if limit else []:
             shutil.rmtree(path)
 
     def _load_best_model(self) -> None:
@@ -309,7 +315,7 @@ class _WithScaledGradient(torch.autograd.Function):
     """x / scale, whose gradient in x is that of the quotient, not divided: so it goes on scaled."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
         return x / scale
 
     @staticmethod

@@ -32,6 +32,11 @@ from rbfast.grading.tasks import load_problems
         ("#### Case 2: Ana is third\nThen Eve is first.\n\nAnswer: Eve", "Eve"),
         ("#### Step 1: add\n2+2=4\n#### Step 2: conclude\nSo the answer is 4", "4"),
         ("#### 1. Add\n2+2=4", None),
+        ("#### \\frac{1}{2}\nDone.", "\\frac{1}{2}"),
+        ("#### B\n\nDone.", "B"),
+        ("#### 12 apples\nI hope this helps!", "12 apples"),
+        ("#### 42 \r\nDone.\r\n", "42"),
+        ("so\n#### 7\n" + "The answer is 7. " * 3000 + "\n\nDone.", "7"),  # in no time
         ("Answer: 5\nThe final answer is **6**.", "6**."),
         ("**Answer:** 5", "5"),
         ("The answer to the problem is: 9 legs", "9 legs"),

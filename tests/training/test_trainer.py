@@ -147,6 +147,23 @@ def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(tmp_path: Path) -> No
     assert stored["best_model_checkpoint"] == str(tmp_path / "checkpoint-1")
 
 
+@pytest.mark.parametrize(
+    ("limit", "best", "kept"), [(1, None, [9]), (2, 2, [2, 9]), (4, None, [6, 7, 8, 9]), (12, 3, None)]
+)
+def test_as_many_checkpoints_are_kept_as_asked(
+    tmp_path: Path, limit: int, best: int | None, kept: list[int] | None
+) -> None:
+    adapter = SparseAdapter.attach(model := tiny_model(), density=0.05, placement="random")
+    trainer = DistillTrainer(model, adapter, arguments(tmp_path, save_total_limit=limit), some_examples(2))
+    for step in range(1, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if step == best:
+            trainer.state.best_model_checkpoint = str(tmp_path / f"checkpoint-{step}")
+        trainer._drop_old_checkpoints(tmp_path)
+    found = sorted(int(path.name.rpartition("-")[2]) for path in tmp_path.glob("checkpoint-*"))
+    assert found == (kept or list(range(1, 10)))
+
+
 class Gradients(TrainerCallback):
     """Of the adapter, as the first step's optimizer finds them."""
 
@@ -174,6 +191,15 @@ def test_a_large_batch_of_an_fp16_student_loses_no_gradient(tmp_path: Path) -> N
         assert 3 < loss < 6  # nats, whatever the gradients are multiplied by
     assert (found[1] - found[0]).norm() <= 0.01 * found[0].norm()
     assert not any(parameter._backward_hooks for parameter in adapter.parameters())
+
+
+def test_the_only_token_of_a_role_does_not_overflow_in_fp16(tmp_path: Path) -> None:
+    model = tiny_model()
+    adapter = SparseAdapter.attach(model, density=0.05, placement="random")
+    trainer = DistillTrainer(model, adapter, arguments(tmp_path), some_examples(2))
+    hidden, weights = torch.empty(200_000, 1), torch.tensor([0.4, 0.5 / 150_000, 0.1 / 50_000])
+    assert trainer._scale_for(hidden, weights.max()) == 8192  # times 0.4
+    assert trainer._scale_for(hidden, weights[1]) == 2**17
 
 
 class WaitsInSteps(TrainerCallback):
