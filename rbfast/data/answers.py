@@ -55,10 +55,8 @@ def extract_answer(text: str) -> str | None:
 
 def lacks_answer(text: str) -> bool:
     """Whether a completion says that it has no answer: nothing in its last `<answer>`, or after its thinking."""
-    tagged = _TAG.findall(text)
-    return bool(tagged and not tagged[-1].strip()) or (
-        end_of_thinking(text) > 0 and not text[end_of_thinking(text) :].strip()
-    )
+    tagged, end = _TAG.findall(text), end_of_thinking(text)
+    return bool(tagged and not tagged[-1].strip()) or (end > 0 and not text[end:].strip())
 
 
 def without_thinking(text: str) -> str:

@@ -30,6 +30,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from rbfast.adapter.column_delta import unhooked
 from rbfast.data.chat_template import end_of_turn
 from rbfast.data.thinking import thinking_format
+from rbfast.models.student import evaluation_mode
 
 # The name of `generate`'s cache, taken and returned: transformers 5.24 renamed it.
 _CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
@@ -122,13 +123,8 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
     For what needs no gradients: a folded adapter gets none within the block (`rbfast.adapter.column_delta.unhooked`).
     """
-    training = model.training
-    model.eval()
-    try:
-        with unhooked(model):
-            yield
-    finally:
-        model.train(training)
+    with evaluation_mode(model), unhooked(model):
+        yield
 
 
 def greedy_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from rbfast.data.chat_template import default_instruction, write_prompt
 from rbfast.data.encoding import Example, collate, encode_all, on_device
 from rbfast.data.instruction import Instruction, instruction_named
 from rbfast.data.signal_store import SignalStore
+from rbfast.data.spans import ROLES
 from rbfast.data.trace import Trace
 from rbfast.models.checkpointing import checkpointing
 from rbfast.models.linears import is_sharded
@@ -40,7 +41,7 @@ from rbfast.models.student import evaluation_mode, final_hidden, mode_kept, pack
 from rbfast.training.arguments import DeviceArguments
 from rbfast.training.batches import batches_by_tokens
 from rbfast.training.checkpoints import last_checkpoint
-from rbfast.training.objective import Objective, role_counts, token_losses
+from rbfast.training.objective import Objective, role_counts, sums_by_role, token_losses
 from rbfast.training.plan import Plan, make_plan
 from rbfast.training.resume import asked_of, check_same_folder, check_same_run
 from rbfast.training.run_folder import LOG, RUN, SKIPPED
@@ -309,16 +310,15 @@ def _save(run: Run, out: Path, asked: dict[str, Any], examples: Sequence[Example
 def trace_loss(model: PreTrainedModel, examples: Sequence[Example], batch_size: int = 8) -> dict[str, float]:
     """Mean cross-entropy per token of encoded traces, in nats: over each role, and over all tokens as `mean`. The model
     is in evaluation mode meanwhile."""
-    objective, sums, counts = Objective(), torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
+    objective, found = Objective(), torch.zeros(2, len(ROLES), dtype=torch.float64)
     with evaluation_mode(model), torch.no_grad():
         for start in range(0, len(examples), batch_size):
             batch = on_device(collate(examples[start : start + batch_size]), model.device)
             hidden = final_hidden(model, batch["input_ids"], batch["position_ids"], batch["lengths"])
-            ce = token_losses(model, hidden, batch, torch.ones(3), objective).ce.double().cpu()
-            roles = batch["roles"].view(-1).cpu()
-            sums += torch.stack([ce[roles == role].sum() for role in range(3)])
-            counts += role_counts(batch).cpu()
-    losses = {name: (sums[i] / counts[i]).item() for i, name in enumerate(("strategic", "tactical", "answer"))}
+            ce = token_losses(model, hidden, batch, torch.ones(len(ROLES)), objective).ce
+            found += sums_by_role(batch, ce).cpu()
+    sums, counts = found
+    losses = {name: (sums[i] / counts[i]).item() for i, name in enumerate(ROLES)}
     return losses | {"mean": (sums.sum() / counts.sum()).item()}
 
 

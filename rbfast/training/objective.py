@@ -75,6 +75,12 @@ def role_mask(batch: dict[str, Any]) -> Tensor:
     return (roles == torch.arange(len(ROLES), device=roles.device).unsqueeze(1)) & (labels != IGNORE)
 
 
+def sums_by_role(batch: dict[str, Any], values: Tensor) -> Tensor:
+    """Of values [T]: their sums over the supervised tokens of each role, and how many those are, fp64 [2, 3]."""
+    mask = role_mask(batch)
+    return torch.stack([torch.where(mask, values.double(), 0.0).sum(1), mask.sum(1)])
+
+
 def token_losses(
     model: PreTrainedModel,
     hidden: Tensor,

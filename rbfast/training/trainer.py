@@ -29,7 +29,7 @@ from rbfast.models.linears import is_sharded
 from rbfast.models.student import final_hidden
 from rbfast.training.batches import batches_by_tokens, collate_items
 from rbfast.training.checkpoints import step_of, write_digests
-from rbfast.training.objective import Objective, role_counts, role_mask, token_losses
+from rbfast.training.objective import Objective, role_counts, sums_by_role, token_losses
 from rbfast.utils.memory import EVERY, give_back
 
 _MOST_WEIGHT = 4096.0  # of a token's loss in an fp16 student, whose greatest number is 65504
@@ -212,7 +212,7 @@ class DistillTrainer(Trainer):
         if self._scales:
             out = out._replace(loss=_WithScaledGradient.apply(out.loss, self._gradient_scale))
         if model.training:
-            self._role_sums += _sums_by_role(inputs, out.ce)
+            self._role_sums += sums_by_role(inputs, out.ce)
         # DDP averages gradients over processes, while the denominators already span them.
         loss = out.loss * self.accelerator.num_processes if model.training else out.loss
         return (loss, out) if return_outputs else loss
@@ -236,7 +236,7 @@ class DistillTrainer(Trainer):
             hidden = model(inputs["input_ids"], inputs["position_ids"], inputs["lengths"])
             alike = torch.ones(len(ROLES), device=hidden.device)
             out = token_losses(self._student, hidden, inputs, alike, self.objective, self.teacher, "none")
-            sums = _sums_by_role(inputs, out.loss)
+            sums = sums_by_role(inputs, out.loss)
             self._eval_sums += sums
         return self._evaluated(*sums), None, None
 
@@ -321,12 +321,6 @@ class _WithScaledGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return upstream, None
-
-
-def _sums_by_role(batch: dict[str, Any], values: Tensor) -> Tensor:
-    """Of values [T]: their sums over the supervised tokens of each role, and how many those are, [2, 3]."""
-    mask = role_mask(batch)
-    return torch.stack([torch.where(mask, values.double(), 0.0).sum(1), mask.sum(1)])
 
 
 class _GiveBack(TrainerCallback):
