@@ -10,66 +10,55 @@
 namespace rbfast {
 namespace {
 
-// What each warp gives: the student's and the teacher's sums over the ids that both have, and the student's others.
-struct BothSums {
-  Sums z, t;
-};
-struct AllSums : BothSums {
-  Sums rest;
-};
-
-// The scalars of a row between its sums and its gradient. log2 q = (z - z_max) * scale - z_log, log2 p likewise;
-// log p/q = (t - z) * inv_tau - apart. shared: ids that the teacher has too.
+// The scalars of a row between its sums and its gradient. log p/q = (t - z) * inv_tau - apart; JS has its e instead, q
+// and p with their weights, and coefficient for scores in base 2. The CE's part of the gradient is q_one * q + one(z).
 struct DenseScale {
-  float inv_tau, scale, z_max, z_log, t_max, t_log, apart, coefficient, q_one;
-  Powers q, p, one;  // the CE's part of the gradient is q_one * q + one(z)
-  int shared;
+  float inv_tau, apart, coefficient, q_one;
+  float least_t;  // reverse KL: the t whose p is at its floor
+  Powers q, p, one;
+  int shared;  // ids that the teacher has too
 };
 
-__device__ inline DenseScale dense_scale(const RowInfo& info, const Sums& z, const Sums& t, const Sums& all,
-                                         float share, int shared, bool is_q) {
-  const float scale = info.scale();
-  const bool is_empty = t.at_tau == 0;  // no teacher: the row is NaN
-  return {info.inv_tau,
-          scale,
-          z.max,
-          log2f(z.at_tau),
-          t.max,
-          is_empty ? NAN : log2f(t.at_tau),
-          fmaf(t.max - z.max, scale, log2f(t.at_tau / z.at_tau)) * kLn2f,
-          is_empty ? NAN : info.pull * share,
-          is_q ? info.ce_weight : 0,
-          {z.max, scale, 1 / z.at_tau},
-          {t.max, scale, 1 / t.at_tau},
-          {all.max, kLog2e, is_q ? 0 : info.ce_weight / all.at_one},
+// z and t: sums over the ids that both have, and their pivots; all: over all of the student's at temperature 1.
+struct DenseSums {
+  Sums z, t, all;
+};
+
+template <Kind kKind>
+__device__ inline DenseScale dense_scale(const RowInfo& info, const Series& series, const DenseSums& sums, int shared,
+                                         bool is_q) {
+  constexpr bool kIsJs = kKind == Kind::js;
+  const float scale = info.scale(), z = sums.z.at_tau, t = sums.t.at_tau, weight = series.rest_of_beta;
+  const float apart = fmaf(sums.t.pivot - sums.z.pivot, scale, log2f(t / z));  // in base 2
+  const bool is_empty = t == 0;                                                // no teacher: the row is NaN
+  return {kIsJs ? scale * series.sign : info.inv_tau,
+          apart * (kIsJs ? series.sign : kLn2f),
+          is_empty ? NAN : info.pull * (kIsJs ? kLn2f : 1),
+          is_q ? info.ce_weight / weight : 0,
+          kKind == Kind::reverse ? sums.t.pivot + (kFloor2 + log2f(t)) / scale : 0,
+          {sums.z.pivot, scale, weight / z},
+          {sums.t.pivot, scale, (kIsJs ? series.beta : 1) / t},
+          {sums.all.pivot, kLog2e, is_q ? 0 : info.ce_weight / sums.all.at_one},
           shared};
 }
 
-// Of one id: its term of D, q, and the gradient of D in z as far as it does not need the whole row: for forward KL
-// q - p, for the others q * score, from which q * (the mean of the scores) is still to be taken.
+// Of one id: its term of D, q as DenseScale has it, and the gradient of D in z as far as it does not need the whole
+// row: for forward KL q - p, for the others q * score, from which q * (the mean of the scores) is still to be taken.
 struct Part {
   float term, q, gradient;
 };
 
 template <Kind kKind>
 __device__ inline Part part_of(float z, float t, const DenseScale& row, const Series& series) {
-  float d = fmaxf(fmaf(t - z, row.inv_tau, -row.apart), kNone);
+  if (kKind == Kind::reverse) t = fmaxf(t, row.least_t);
+  const float d = fmaxf(fmaf(t - z, row.inv_tau, -row.apart), kNone), q = row.q(z), p = row.p(t);
   if (kKind == Kind::js) {
-    const JsTerm x =
-        js_term(fmaf(z - row.z_max, row.scale, -row.z_log), fmaf(t - row.t_max, row.scale, -row.t_log), d, series);
-    return {x.term, x.score.q, x.score.weighted};
+    const JsTerm x = js_term(q, p, d, series);
+    return {x.term, q, q * x.score};
   }
-  const float q = row.q(z);
-  float p = row.p(t);
-  if (kKind == Kind::forward) {
-    const KlTerm x = kl_term(p, q, d);
-    return {x.term, q, x.change};
-  }
-  if (fmaf(t - row.t_max, row.scale, -row.t_log) < kFloor2) {
-    d = (kFloor2 - fmaf(z - row.z_max, row.scale, -row.z_log)) * kLn2f;
-    p = 0;
-  }
-  return {kl_term(q, p, -d).term, q, -q * d};
+  if (kKind == Kind::reverse) return {kl_term(q, p, -d).term, q, -q * d};
+  const KlTerm x = kl_term(p, q, d);
+  return {x.term, q, x.change};
 }
 
 struct DenseTotals {
@@ -85,7 +74,7 @@ __device__ inline DenseTotals solve_tile(Vector (&z)[kVectors], int first, const
   // them.
   constexpr bool kBranches = kKind == Kind::forward;
   const bool with_one = row.one.factor != 0;
-  float terms[kVector] = {}, scores[kVector] = {};
+  float terms[2] = {}, scores[2] = {};
   for_each_vector<kVectors, kStep>(first, [&](int v, int i) {
     keep_order();
     const Vector t = get_t(v, i);
@@ -98,8 +87,8 @@ __device__ inline DenseTotals solve_tile(Vector (&z)[kVectors], int first, const
       const float logit = z[i].value[j];
       Part x = part_of<kKind>(logit, t.value[j], row, series);
       if (kGeneral && v + j >= row.shared) x = {};
-      terms[j] += x.term;
-      if (kKind != Kind::forward) scores[j] += x.gradient;
+      terms[j % 2] += x.term;
+      if (kKind != Kind::forward) scores[j % 2] += x.gradient;
       const float text = kBranches ? fmaf(x.q, row.q_one, one.value[j]) : x.q * row.q_one;
       float gradient = fmaf(x.gradient, row.coefficient, text);
       if (!kBranches && with_one) gradient += row.one(logit);
@@ -111,13 +100,13 @@ __device__ inline DenseTotals solve_tile(Vector (&z)[kVectors], int first, const
   keep_order();  // what is said about the label is read here
   const float of_label = kGeneral ? head.finish(info.ce_weight, info.z_label) : info.ce_weight;
   const int label = info.label;
-  for_each_vector<kVectors, kStep>(first, [&](int v, int i) {
-    if (static_cast<unsigned>(label - v) < kVector)
+  if (static_cast<unsigned>(label - first) % kStep < kVector)  // one thread of the team has it
+    for_each_vector<kVectors, kStep>(first, [&](int v, int i) {
 #pragma unroll
       for (int j = 0; j < kVector; ++j)
         if (v + j == label) z[i].value[j] -= of_label;
-  });
-  return {(terms[0] + terms[1]) + (terms[2] + terms[3]), (scores[0] + scores[1]) + (scores[2] + scores[3])};
+    });
+  return {(terms[0] + terms[1]) * (kKind == Kind::js ? kLn2f : 1), scores[0] + scores[1]};
 }
 
 // Takes the mean score's part from a vector.
@@ -134,54 +123,24 @@ __device__ inline void clear_holes(Vector (&z)[kVectors]) {
     for (int j = 0; j < kVector; ++j) z[i].value[j] = max_nan(z[i].value[j], kNone);
 }
 
-// A thread's tile, with the columns outside [begin, end) at kNone.
-template <int kStep, int kVectors>
-__device__ inline void add_part(Sums& sums, const Vector (&z)[kVectors], int first, int begin, int end, float scale,
-                                bool needs_one) {
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    Vector part[1] = {z[i]};
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) {
-      const int v = first + i * kStep + j;
-      if (v < begin || v >= end) part[0].value[j] = kNone;
-    }
-    add_tile(sums, part, scale, needs_one);
-  }
-}
+template <typename T>
+struct DenseExchange {
+  Exchange<3, T::kAllWarps> sums;
+  Exchange<1, T::kAllWarps> scores;
 
-template <typename Given, int kWarps>
-struct DenseShared {
-  Exchange<Given, kWarps> sums;
-  Exchange<float, kWarps> scores;
+  // The sums of a row, from those of each thread: of z, of t, and of all the student's ids at temperature 1, which
+  // without needs_one are those of z.
+  template <typename SumsAbout, typename GetLargest>
+  __device__ DenseSums find(const T& team, const RowInfo& info, bool needs_one, int turn, const SumsAbout& sums_about,
+                            const GetLargest& largest) {
+    const auto found = find_sums<3, 3>(team, sums, {{info.pivot, info.teacher_pivot, info.pivot}}, needs_one ? 3 : 2,
+                                       turn, sums_about, largest);
+    const float scale = info.scale(), of_z = found.pivot[0], of_t = found.pivot[1], of_all = found.pivot[2];
+    const Sums z{of_z, about_pivot(found.sum[0], of_z, scale), 0}, t{of_t, about_pivot(found.sum[1], of_t, scale), 0};
+    if (needs_one) return {z, t, {of_all, 0, about_pivot(found.sum[2], of_all, kLog2e)}};
+    return {z, t, {z.pivot, 0, z.at_tau}};
+  }
 };
-
-// A row's scalars from what all warps gave; all threads call it.
-template <typename Given, int kWarps>
-__device__ inline DenseScale total_scale(const DenseShared<Given, kWarps>& shared, const RowInfo& info, int n, int V,
-                                         int turn, const Series& series, Sums* all_sums) {
-  const float scale = info.scale();
-  const bool needs_one = info.inv_tau != 1 || n < V;
-  const Sums z = shared.sums.total(scale, needs_one, turn, [](const Given& x) { return x.z; });
-  const Sums t = shared.sums.total(scale, false, turn, [](const Given& x) { return x.t; });
-  Sums all = z;
-  if constexpr (std::is_same_v<Given, AllSums>) {
-    const Sums both[2] = {z, shared.sums.total(scale, true, turn, [](const Given& x) { return x.rest; })};
-    all.max = fmaxf(both[0].max, both[1].max);
-    all.at_one =
-        both[0].at_one * lowered(both[0].max, all.max, kLog2e) + both[1].at_one * lowered(both[1].max, all.max, kLog2e);
-  }
-  *all_sums = all;
-  return dense_scale(info, z, t, all, series.rest_of_beta, n, !needs_one);
-}
-
-// The mean score, from the sum that each warp gave; all threads call it.
-template <typename Given, int kWarps>
-__device__ inline float total_score(const DenseShared<Given, kWarps>& shared, int turn) {
-  float sum = 0;
-  for (int i = threadIdx.x % kWarp; i < kWarps; i += kWarp) sum += shared.scores.given[turn][i];
-  return warp_add(sum);
-}
 
 // Starts the copies of a thread's tile into shared memory; columns beyond the row become kNone.
 template <int kVectors, int kStep, int kThreads>
@@ -209,20 +168,24 @@ __device__ inline void copy_tile(Vector* mine, const Input& row, int first) {
   __pipeline_commit();
 }
 
-// A thread's sums over its vectors in shared memory.
+// The sum of shifted powers over a thread's vectors in shared memory.
 template <int kVectors, int kThreads>
-__device__ inline Sums shared_sums(const Vector* mine, float scale) {
-  Sums sums;
+__device__ inline float sum_shared(const Vector* mine, float pivot, float scale) {
+  const Powers powers(pivot, scale, 1);
+  float sum[kVector] = {};
 #pragma unroll 4
   for (int i = 0; i < kVectors; ++i)
-    for (int j = 0; j < kVector; ++j) sums.max = fmaxf(sums.max, mine[i * kThreads].value[j]);
-  const float base = sums.max > kNone ? sums.max : 0;
-  float added[kVector] = {};
+    for (int j = 0; j < kVector; ++j) sum[j] += powers.shifted(mine[i * kThreads].value[j]);
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+// The largest of them.
+template <int kVectors, int kThreads>
+__device__ inline float largest_shared(const Vector* mine) {
+  float top = kNone;
 #pragma unroll 4
   for (int i = 0; i < kVectors; ++i)
-    for (int j = 0; j < kVector; ++j) added[j] += exp2_fast((mine[i * kThreads].value[j] - base) * scale);
-  sums.at_tau = (added[0] + added[1]) + (added[2] + added[3]);
-  return sums;
+    for (int j = 0; j < kVector; ++j) top = fmaxf(top, mine[i * kThreads].value[j]);
+  return top;
 }
 
 // For rows without a head, of whose ids the teacher has all.
@@ -231,10 +194,9 @@ __global__ void __launch_bounds__(kThreads, kResident)
     dense_rows(const Job job, const Series series, const Scratch scratch) {
   if constexpr (is_possible<kBlocks>()) {
     using T = Team<kBlocks, kThreads>;
-    using Shared = DenseShared<BothSums, T::kAllWarps>;
     RBFAST_SHARED_MEMORY(memory);
-    auto& shared = *reinterpret_cast<Shared*>(memory);
-    Vector* mine = reinterpret_cast<Vector*>(memory + sizeof(Shared)) + threadIdx.x;
+    auto& exchange = *reinterpret_cast<DenseExchange<T>*>(memory);
+    Vector* mine = reinterpret_cast<Vector*>(memory + sizeof(exchange)) + threadIdx.x;
     const T team;
     const Head head(job);
     const int V = static_cast<int>(job.vocabulary);
@@ -247,25 +209,28 @@ __global__ void __launch_bounds__(kThreads, kResident)
       const RowInfo& info = scratch.rows[row];
       const float scale = info.scale();
       const bool needs_one = info.inv_tau != 1;
-      clear_holes(z);
-      Sums z_sums[1];
-      add_tile(z_sums[0], z, scale, needs_one);
-      __pipeline_wait_prior(0);
-      const Sums t_sums[1] = {shared_sums<kVectors, kThreads>(mine, scale)};
-      shared.sums.give(team, {warp_sums(z_sums, scale, needs_one), warp_sums(t_sums, scale, false)}, turn);
-      team.meet();  // and every logit of the row is read: dz may lie over them
-      Sums all;
-      const DenseScale row_scale = total_scale(shared, info, V, V, turn, series, &all);
-      if (team.is_leader()) scratch.sums[row] = all;
+      const auto sums_about = [&](const Few<3>& pivot) {
+        __pipeline_wait_prior(0);
+        const float of_t = sum_shared<kVectors, kThreads>(mine, pivot[1], scale);  // while z arrives
+        clear_holes(z);
+        return Few<3>{{sum_tile(z, pivot[0], scale), of_t, needs_one ? sum_tile(z, pivot[2], kLog2e) : 0}};
+      };
+      const auto largest = [&] {
+        const float top = largest_of(z, kNone);
+        return Few<3>{{top, largest_shared<kVectors, kThreads>(mine), top}};
+      };
+      // The team meets, and every logit of the row is read: dz may lie over them.
+      const DenseSums sums = exchange.find(team, info, needs_one, turn, sums_about, largest);
+      const DenseScale row_scale = dense_scale<kKind>(info, series, sums, V, !needs_one);
+      if (team.is_leader()) scratch.sums[row] = sums.all;
       const DenseTotals totals = solve_tile<kKind, false, T::kStep>(
           z, team.first(), row_scale, series, info, head, [&](int, int i) { return mine[i * kThreads]; },
           [&](const Vector& q, int i) { mine[i * kThreads] = q; });
       const float terms = warp_add(totals.terms);
       if (threadIdx.x % kWarp == 0) scratch.terms[row * T::kAllWarps + team.warp()] = terms;
       if (kKind != Kind::forward) {
-        shared.scores.give(team, warp_add(totals.scores), turn);
-        team.meet();
-        const float mean = total_score(shared, turn) * row_scale.coefficient;
+        const Few<1> scores = exchange.scores.template over<Add>(team, Few<1>{{totals.scores}}, 1, turn);
+        const float mean = scores[0] * row_scale.coefficient / series.rest_of_beta;
 #pragma unroll
         for (int i = 0; i < kVectors; ++i) {
           keep_order();
@@ -288,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     using T = Team<kBlocks, kThreads>;
     constexpr int kTile = T::kStep * kDenseStreamVectors;
     RBFAST_SHARED_MEMORY(memory);
-    auto& shared = *reinterpret_cast<DenseShared<AllSums, T::kAllWarps>*>(memory);
+    auto& exchange = *reinterpret_cast<DenseExchange<T>*>(memory);
     const T team;
     const Head head(job);
     const int V = static_cast<int>(job.vocabulary);
@@ -313,22 +278,42 @@ __global__ void __launch_bounds__(kThreads, 1)
           z, first, row_scale, series, info, head, [&](int, int i) { return t[i]; },
           [&](const Vector& q, int i) { t[i] = q; });
     };
+    // The shared ids of a tile: the others count as nothing.
+    const auto cut = [&](int first) {
+      for_each_vector<kDenseStreamVectors, T::kStep>(first, [&](int v, int i) {
+#pragma unroll
+        for (int j = 0; j < kVector; ++j)
+          if (v + j >= n) z[i].value[j] = kNone;
+      });
+    };
+    const auto sums_about = [&](const Few<3>& pivot) {
+      Few<3> sums{};
+      for (int first = team.first(); first < V; first += kTile) {
+        read(first);
+        prepare(first);
+        if (needs_one) sums[2] += sum_tile(z, pivot[2], kLog2e);
+        cut(first);
+        sums[0] += sum_tile(z, pivot[0], scale);
+        sums[1] += sum_tile(t, pivot[1], scale);
+      }
+      return sums;
+    };
+    const auto largest = [&] {
+      Few<3> top{{kNone, kNone, kNone}};
+      for (int first = team.first(); first < V; first += kTile) {
+        read(first);
+        prepare(first);
+        top[2] = largest_of(z, top[2]);
+        cut(first);
+        top[0] = largest_of(z, top[0]);
+        top[1] = largest_of(t, top[1]);
+      }
+      return top;
+    };
     team.meet();  // every member has begun
-    Sums z_sums[1], t_sums[1], rest[1];
-    for (int first = team.first(); first < V; first += kTile) {
-      read(first);
-      prepare(first);
-      add_part<T::kStep>(z_sums[0], z, first, 0, n, scale, needs_one);
-      if (n < V) add_part<T::kStep>(rest[0], z, first, n, V, scale, true);
-      add_tile(t_sums[0], t, scale, false);
-    }
-    AllSums given{{warp_sums(z_sums, scale, needs_one), warp_sums(t_sums, scale, false)}, {}};
-    if (n < V) given.rest = warp_sums(rest, scale, true);
-    shared.sums.give(team, given, 0);
-    team.meet();
-    Sums all;
-    const DenseScale row_scale = total_scale(shared, info, n, V, 0, series, &all);
-    if (team.is_leader()) scratch.sums[row] = all;
+    const DenseSums sums = exchange.find(team, info, needs_one, 0, sums_about, largest);
+    const DenseScale row_scale = dense_scale<kKind>(info, series, sums, n, !needs_one);
+    if (team.is_leader()) scratch.sums[row] = sums.all;
     const bool is_forward = kKind == Kind::forward;
     DenseTotals totals;
     float mean = 0;
@@ -341,9 +326,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
     if (!is_forward) {
-      shared.scores.give(team, warp_add(totals.scores), 0);
-      team.meet();
-      mean = total_score(shared, 0) * row_scale.coefficient;
+      const Few<1> scores = exchange.scores.template over<Add>(team, Few<1>{{totals.scores}}, 1, 0);
+      mean = scores[0] * row_scale.coefficient / series.rest_of_beta;
     }
     for (int start = 0; job.dz != nullptr && start < V; start += kTile) {
       const int first = start + team.first();
@@ -372,7 +356,7 @@ __global__ void __launch_bounds__(kWarp)
   const Sums all = scratch.sums[row];
   const RowInfo info = scratch.rows[row];
   const double ce =
-      log(static_cast<double>(all.at_one)) + (static_cast<double>(all.max) - info.z_label) * (kLog2e * kLn2);
+      log(static_cast<double>(all.at_one)) + (static_cast<double>(all.pivot) - info.z_label) * (kLog2e * kLn2);
   losses.put(job, info, row, sum < 0 ? 0 : sum, ce);
 }
 

@@ -28,67 +28,76 @@ struct KlTerm {
 __device__ inline KlTerm kl_term(float a, float b, float d) {
   const float rest = exp_rest(-d), apart = b - a;
   const bool is_near = fabsf(d) < kNear;
-  return {is_near ? a * rest : fmaf(a, d, apart), is_near ? a * (rest - d) : apart};
+  const float near_term = a * rest, near_change = fmaf(-a, d, near_term), far_term = fmaf(a, d, apart);
+  return {is_near ? near_term : far_term, is_near ? near_change : apart};
 }
 
-// JS(beta), near: with d = log(p/q), log(m/q) = K(d) = log(1 - beta + beta exp(d)), the cumulants' function of a coin
-// with P(1) = beta; and the term beta p log(p/m) + (1 - beta) q log(q/m) is m (d K'(d) - K(d)).
+// JS(beta), in base 2. m = beta p + (1 - beta) q is close to the one of p and q with the larger weight, the heavier
+// one: q for beta <= 1/2. e = log2(lighter / heavier) is what all of an id's terms come from.
+//
+// Near: with d = log(p/q), log(m/q) = K(d) = log(1 - beta + beta exp(d)), the cumulants' function of a coin with
+// P(1) = beta; and the term beta p log(p/m) + (1 - beta) q log(q/m) is m (d K'(d) - K(d)).
 constexpr int kSeries = 8;
-constexpr float kNearJs = 0.5f;
+constexpr float kNearJs = 0.721347520f;  // |d| < 1/2
 struct Series {
   float beta, rest_of_beta;
-  float log[kSeries];   // of d^1 ... in K
-  float term[kSeries];  // of d^2 ... in d K' - K, the last one 0
+  float heavier, lighter;    // their weights
+  float sign, is_q_lighter;  // e is sign * log2(p/q); 1 if q is the lighter one, or 0
+  float score[kSeries];      // of e^1 ... in log2(q/m)
+  float term[kSeries - 1];   // of e^2 ... in the term over m
 };
 
-struct Score {
-  float q, score, weighted;  // score: log q/p or log q/m; weighted: times q
-};
-
-__device__ inline float series_log(const Series& s, float d) {
-  float sum = s.log[kSeries - 1];
+__device__ inline float series_score(const Series& s, float e) {
+  float sum = s.score[kSeries - 1];
 #pragma unroll
-  for (int i = kSeries - 2; i >= 0; --i) sum = fmaf(sum, d, s.log[i]);
-  return sum * d;
+  for (int i = kSeries - 2; i >= 0; --i) sum = fmaf(sum, e, s.score[i]);
+  return sum * e;
 }
-__device__ inline float series_term(const Series& s, float d) {
+__device__ inline float series_term(const Series& s, float e) {
   float sum = s.term[kSeries - 2];
 #pragma unroll
-  for (int i = kSeries - 3; i >= 0; --i) sum = fmaf(sum, d, s.term[i]);
-  return sum * (d * d);
+  for (int i = kSeries - 3; i >= 0; --i) sum = fmaf(sum, e, s.term[i]);
+  return sum * (e * e);
 }
 
 constexpr float kFloor2 = -144.269504f;  // of a log-prob in reverse KL: -100
 
-// Of one id, from log q, log p and d = log(p/q), the latter in base e: its part of JS and its score.
+// log2 of m over the heavier one. e <= 100: where the lighter one is 2^100 times as large, the other is nothing beside
+// it.
+__device__ inline float log_m_of(const Series& s, float e) {
+  return log2_fast(fmaf(s.lighter, exp2_fast(e), s.heavier));
+}
+__device__ inline float far_score(const Series& s, float e, float log_m) { return fmaf(s.is_q_lighter, e, -log_m); }
+
+// Of one id, from (1 - beta) q, beta p and e: its part of JS, and log2(q/m).
 struct JsTerm {
-  float term;
-  Score score;
+  float term, score;
 };
-__device__ inline JsTerm js_term(float log_q, float log_p, float d, const Series& s) {
-  const float q = exp2_fast(log_q), of_p = s.beta * exp2_fast(log_p), of_q = s.rest_of_beta * q;
-  // The logarithm of m over the one with the larger weight, which m is close to: q for beta <= 1/2. Where the other one
-  // is 2^100 times as large, the first is nothing beside it and the logarithms are at their limits.
-  const bool is_near = fabsf(d) < kNearJs, p_weighs = s.beta > 0.5f;
-  const float apart = fminf((p_weighs ? -d : d) * kLog2e, 100.0f);
-  const float power = exp2_fast(apart);
-  const float log_m = log2_fast(p_weighs ? fmaf(s.rest_of_beta, power, s.beta) : fmaf(s.beta, power, s.rest_of_beta));
-  const float log_q_over_m = p_weighs ? apart - log_m : -log_m, log_p_over_m = p_weighs ? -log_m : apart - log_m;
-  const float far = fmaf(of_p, log_p_over_m, of_q * log_q_over_m) * kLn2f;
-  const float score = is_near ? -series_log(s, d) : log_q_over_m * kLn2f;
-  return {is_near ? (of_p + of_q) * series_term(s, d) : max_nan(far, 0.0f), {q, score, q * score}};
+__device__ inline JsTerm js_term(float of_q, float of_p, float e, const Series& s) {
+  const bool is_near = fabsf(e) < kNearJs;
+  e = fminf(e, 100.0f);
+  const float m = of_p + of_q, near = worked_out(m * series_term(s, e)), near_score = worked_out(series_score(s, e));
+  const float log_m = log_m_of(s, e), of_lighter = s.is_q_lighter != 0 ? of_q : of_p;
+  const float far = fmaf(of_lighter, e, -(m * log_m));
+  return {is_near ? near : max_nan(far, 0.0f), is_near ? near_score : far_score(s, e, log_m)};
 }
 
+// Of an id of a support, from log2 q and log2 p: log(q/p) or log(q/m), and q times it.
+struct Score {
+  float score, weighted;
+};
 template <Kind kKind>
 __device__ inline Score score_of(float log_q, float log_p, const Series& s) {
+  const float q = exp2_fast(log_q);
+  float score;
   if (kKind == Kind::js) {
-    JsTerm x = js_term(log_q, log_p, (log_p - log_q) * kLn2f, s);
-    if (x.score.q == 0) x.score.weighted = 0;
-    return x.score;
+    const float e = fminf(fmaxf((log_p - log_q) * s.sign, kNone), 100.0f);
+    score = fabsf(e) < kNearJs ? series_score(s, e) : far_score(s, e, log_m_of(s, e));
+  } else {
+    score = log_q - fmaxf(log_p, kFloor2);
   }
-  log_p = log_p < kFloor2 ? kFloor2 : log_p;
-  const float q = exp2_fast(log_q), score = (log_q - log_p) * kLn2f;
-  return {q, score, q == 0 ? 0 : q * score};
+  score *= kLn2f;
+  return {score, q == 0 ? 0 : q * score};
 }
 
 }  // namespace
@@ -99,13 +108,18 @@ inline Series make_series(double beta) {
   Series s{};
   s.beta = static_cast<float>(beta);
   s.rest_of_beta = static_cast<float>(beta == 1 ? 1 : 1 - beta);
-  double cumulant[kSeries + 2] = {0, 1}, factorial = 1;
+  const bool is_q_lighter = beta > 0.5;
+  s.heavier = is_q_lighter ? s.beta : s.rest_of_beta;
+  s.lighter = is_q_lighter ? s.rest_of_beta : s.beta;
+  s.sign = is_q_lighter ? -1 : 1;
+  s.is_q_lighter = is_q_lighter ? 1 : 0;
+  double cumulant[kSeries + 2] = {0, 1}, power = 1 / kLn2;  // d^n / n! over e^n, in base 2
   for (int n = 1; n <= kSeries; ++n) {
-    factorial *= n;
+    power *= s.sign * kLn2 / n;
     double value = 0;
     for (int i = kSeries + 1; i >= 0; --i) value = value * beta + cumulant[i];
-    s.log[n - 1] = static_cast<float>(value / factorial);
-    if (n > 1) s.term[n - 2] = static_cast<float>(value * (n - 1) / factorial);
+    s.score[n - 1] = static_cast<float>(-value * power);
+    if (n > 1) s.term[n - 2] = static_cast<float>(value * (n - 1) * power);
     double next[kSeries + 2] = {};
     for (int i = 1; i <= kSeries; ++i) next[i] += i * cumulant[i], next[i + 1] -= i * cumulant[i];
     for (int i = 0; i <= kSeries + 1; ++i) cumulant[i] = next[i];

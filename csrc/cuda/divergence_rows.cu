@@ -43,13 +43,10 @@ struct Layout {
   int64_t columns() const { return int64_t{blocks} * threads * vectors * kVector; }
 };
 
-template <int kBlocks, int kThreads>
-using Warps = std::integral_constant<int, Team<kBlocks, kThreads>::kAllWarps>;
-
 template <int kBlocks, int kThreads, int kVectors, int kResident>
 constexpr Layout sparse(Kernel general = sparse_rows<kBlocks, kThreads, kVectors, kResident, true>) {
   return {kBlocks,  kThreads,
-          kVectors, sizeof(Exchange<Sums, Warps<kBlocks, kThreads>::value>),
+          kVectors, sizeof(SparseExchange<Team<kBlocks, kThreads>>),
           0,        {sparse_rows<kBlocks, kThreads, kVectors, kResident, false>, general, nullptr, nullptr, nullptr}};
 }
 template <int kBlocks, int kThreads, int kVectors, int kResident>
@@ -58,7 +55,7 @@ constexpr Layout dense() {
           kThreads,
           kVectors,
           0,
-          sizeof(DenseShared<BothSums, Warps<kBlocks, kThreads>::value>) + kThreads * kVectors * sizeof(Vector),
+          sizeof(DenseExchange<Team<kBlocks, kThreads>>) + kThreads * kVectors * sizeof(Vector),
           {nullptr, nullptr, dense_rows<Kind::forward, kBlocks, kThreads, kVectors, kResident>,
            dense_rows<Kind::reverse, kBlocks, kThreads, kVectors, kResident>,
            dense_rows<Kind::js, kBlocks, kThreads, kVectors, kResident>}};
@@ -99,11 +96,11 @@ Plan streamed_plan(Family family) {
   constexpr int kDenseThreads = 256;
   if (family == kPlain || family == kGeneral)
     return {nullptr, sparse_streamed<kBlocks>, kBlocks, kStreamThreads,
-            sizeof(Exchange<Sums, Warps<kBlocks, kStreamThreads>::value>)};
+            sizeof(SparseExchange<Team<kBlocks, kStreamThreads>>)};
   const Streamed kernel = family == kForward   ? dense_streamed<Kind::forward, kBlocks, kDenseThreads>
                           : family == kReverse ? dense_streamed<Kind::reverse, kBlocks, kDenseThreads>
                                                : dense_streamed<Kind::js, kBlocks, kDenseThreads>;
-  return {nullptr, kernel, kBlocks, kDenseThreads, sizeof(DenseShared<AllSums, Warps<kBlocks, kDenseThreads>::value>)};
+  return {nullptr, kernel, kBlocks, kDenseThreads, sizeof(DenseExchange<Team<kBlocks, kDenseThreads>>)};
 }
 
 // The layout must not depend on the number of rows or on where they lie: a row has the same bits in every batch.

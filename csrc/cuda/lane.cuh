@@ -55,6 +55,13 @@ RBFAST_INLINE float divide_fast(float a, float b) {
 #endif
 }
 
+// a / b within one unit in the last place, and 1 if they are equal; for 2^-126 < |b| < 2^126. It has no branch for
+// other b.
+RBFAST_INLINE float divide(float a, float b) {
+  const float inverse = divide_fast(1.0f, b), quotient = a * inverse;
+  return fmaf(fmaf(-quotient, b, a), inverse, quotient);
+}
+
 // The larger of two, and NaN if one of them is.
 RBFAST_INLINE float max_nan(float a, float b) {
 #ifdef __CUDA_ARCH__
@@ -64,6 +71,14 @@ RBFAST_INLINE float max_nan(float a, float b) {
 #else
   return a > b || a != a ? a : b;
 #endif
+}
+
+// A value that is worked out whether it is chosen or not: the compiler would branch around it, lane by lane.
+RBFAST_INLINE float worked_out(float value) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+f"(value));
+#endif
+  return value;
 }
 
 // Two values rounded to bf16, the first in the low half.

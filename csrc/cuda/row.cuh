@@ -47,8 +47,8 @@ struct alignas(16) RowInfo {
   float inv_tau, pull, ce_weight, z_label;  // pull: kl_weight * tau
   float support_max, support_tau, support_one, p_support;
   float p_tail, log_tail;
-  int label;  // -1: outside the vocabulary
-  float unused;
+  int label;                   // -1: outside the vocabulary
+  float pivot, teacher_pivot;  // see Sums
 
   __device__ float scale() const { return inv_tau * kLog2e; }
 };
@@ -144,31 +144,26 @@ __device__ inline void apply_head(Vector (&z)[kVectors], const Head& head, int f
   });
 }
 
-// Adds a thread's tile to its sums.
+// The sum of a thread's tile of shifted powers.
 template <int kVectors>
-__device__ inline void add_tile(Sums& sums, const Vector (&z)[kVectors], float scale, bool needs_one) {
-  float top = sums.max;
+__device__ inline float sum_tile(const Vector (&z)[kVectors], float pivot, float scale) {
+  const Powers powers(pivot, scale, 1);
+  float sum[kVector] = {};
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i)
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) sum[j] += powers.shifted(z[i].value[j]);
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+// The largest of a thread's tile and `top`.
+template <int kVectors>
+__device__ inline float largest_of(const Vector (&z)[kVectors], float top) {
 #pragma unroll
   for (int i = 0; i < kVectors; ++i)
 #pragma unroll
     for (int j = 0; j < kVector; ++j) top = fmaxf(top, z[i].value[j]);
-  float added[kVector] = {};
-  const float base = top > kNone ? top : 0;
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i)
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) added[j] += exp2_fast((z[i].value[j] - base) * scale);
-  sums.at_tau = fmaf(sums.at_tau, lowered(sums.max, top, scale), (added[0] + added[1]) + (added[2] + added[3]));
-  if (needs_one) {
-    float ones[kVector] = {};
-    // Not (z - base) again: the compiler would keep the differences from above, in registers that there are not.
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i)
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) ones[j] += exp2_fast((base - z[i].value[j]) * -kLog2e);
-    sums.at_one = fmaf(sums.at_one, lowered(sums.max, top, kLog2e), (ones[0] + ones[1]) + (ones[2] + ones[3]));
-  }
-  sums.max = top;
+  return top;
 }
 
 // A row of dz, or if no gradient is wanted one that has no columns.

@@ -18,6 +18,20 @@ __device__ inline Vector tail_gradient(const Vector& z, const TailScale& tail, c
   return gradient;
 }
 
+template <typename T>
+using SparseExchange = Exchange<2, T::kAllWarps>;
+
+// The sums of a row's tail, from those of each thread.
+template <typename T, typename SumsAbout, typename GetLargest>
+__device__ inline Sums find_tail(const T& team, SparseExchange<T>& exchange, const RowInfo& info, bool needs_one,
+                                 int turn, const SumsAbout& sums_about, const GetLargest& largest) {
+  const auto found = find_sums<2, 1>(
+      team, exchange, {{info.pivot}}, needs_one ? 2 : 1, turn,
+      [&](const Few<1>& pivot) { return sums_about(pivot[0]); }, [&] { return Few<1>{{largest()}}; });
+  const float pivot = found.pivot[0], at_tau = about_pivot(found.sum[0], pivot, info.scale());
+  return {pivot, at_tau, needs_one ? about_pivot(found.sum[1], pivot, kLog2e) : at_tau};
+}
+
 // A team holds the whole row in its registers; it stays for as many rows as there are. kGeneral: with a head, or with
 // reverse KL or JS, which need more registers.
 template <int kBlocks, int kThreads, int kVectors, int kResident, bool kGeneral>
@@ -26,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, kGeneral&& kResident > 2 ? 2 : kResi
   if constexpr (is_possible<kBlocks>()) {
     using T = Team<kBlocks, kThreads>;
     RBFAST_SHARED_MEMORY(memory);
-    auto& exchange = *reinterpret_cast<Exchange<Sums, T::kAllWarps>*>(memory);
+    auto& exchange = *reinterpret_cast<SparseExchange<T>*>(memory);
     const T team;
     const Head head(job);
     const int V = static_cast<int>(job.vocabulary);
@@ -39,14 +53,15 @@ __global__ void __launch_bounds__(kThreads, kGeneral&& kResident > 2 ? 2 : kResi
       const float scale = info.scale();
       const bool needs_one = info.inv_tau != 1;
       if (kGeneral) apply_head<T::kStep>(z, head, team.first(), V);
-      Sums mine[1];
-      add_tile(mine[0], z, scale, needs_one);
-      exchange.give(team, warp_sums(mine, scale, needs_one), turn);
-      team.meet();  // and every logit of the row is read: dz may lie over them
-      const Sums sums = exchange.total(scale, needs_one, turn, [](const Sums& given) { return given; });
+      const auto sums_about = [&](float pivot) {
+        return Few<2>{{sum_tile(z, pivot, scale), needs_one ? sum_tile(z, pivot, kLog2e) : 0}};
+      };
+      // The team meets, and every logit of the row is read: dz may lie over them.
+      const Sums sums =
+          find_tail(team, exchange, info, needs_one, turn, sums_about, [&] { return largest_of(z, kNone); });
       if (team.is_leader()) scratch.sums[row] = sums;
-      const Input next = Input::of(job, team.row(round + 1));
       const TailScale tail = tail_scale<kGeneral>(job, series, info, scratch.entries + row * job.k, sums, scale);
+      const Input next = Input::of(job, team.row(round + 1));
       const Output output(job, row);
       const bool goes_whole = output.is_whole && next.is_whole;
       const auto replace = [&](int v, int i, auto goes_whole) {
@@ -77,7 +92,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
     using T = Team<kBlocks, kStreamThreads>;
     constexpr int kTile = T::kStep * kStreamVectors;
     RBFAST_SHARED_MEMORY(memory);
-    auto& exchange = *reinterpret_cast<Exchange<Sums, T::kAllWarps>*>(memory);
+    auto& exchange = *reinterpret_cast<SparseExchange<T>*>(memory);
     const T team;
     const Head head(job);
     const int V = static_cast<int>(job.vocabulary);
@@ -88,15 +103,28 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
     const bool needs_one = info.inv_tau != 1, is_plain = head.is_plain();
     team.meet();  // every member has begun
     Vector z[kStreamVectors];
-    Sums mine[1];
-    for (int first = team.first(); first < V; first += kTile) {
+    const auto read = [&](int first) {
       read_tile<T::kStep>(z, input, first);
       if (!is_plain) apply_head<T::kStep>(z, head, first, V);
-      add_tile(mine[0], z, scale, needs_one);
-    }
-    exchange.give(team, warp_sums(mine, scale, needs_one), 0);
-    team.meet();
-    const Sums sums = exchange.total(scale, needs_one, 0, [](const Sums& given) { return given; });
+    };
+    const auto sums_about = [&](float pivot) {
+      Few<2> sums{};
+      for (int first = team.first(); first < V; first += kTile) {
+        read(first);
+        sums[0] += sum_tile(z, pivot, scale);
+        if (needs_one) sums[1] += sum_tile(z, pivot, kLog2e);
+      }
+      return sums;
+    };
+    const auto largest = [&] {
+      float top = kNone;
+      for (int first = team.first(); first < V; first += kTile) {
+        read(first);
+        top = largest_of(z, top);
+      }
+      return top;
+    };
+    const Sums sums = find_tail(team, exchange, info, needs_one, 0, sums_about, largest);
     if (team.is_leader()) scratch.sums[row] = sums;
     if (job.dz == nullptr) return;
     const TailScale tail = tail_scale<true>(job, series, info, scratch.entries + row * job.k, sums, scale);

@@ -51,6 +51,11 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows(const Job job, c
   info.label = is_there ? static_cast<int>(label) : -1;
   info.z_label = is_there ? head.logit(logits[label], info.label) : NAN;
   info.support_max = kNone;
+  info.pivot = as_pivot(info.z_label);
+  if (job.teacher != nullptr) {
+    const bool is_known = is_there && label < job.teacher_vocabulary;
+    info.teacher_pivot = as_pivot(job.teacher[row * job.teacher_stride + (is_known ? label : 0)]);
+  }
   float p_top = kNone;  // log2 of the teacher's largest, at the row's temperature
   if (k > 0) {
     const int64_t* ids = job.ids + row * k;
@@ -58,13 +63,16 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows(const Job job, c
     Entry* entries = scratch.entries + row * k;
     const float scale = info.scale();
     const Mass mass(logprobs, ids, k);
-    float top = kNone, best = -INFINITY;
+    float top = kNone, least = INFINITY, best = -INFINITY;
+    int has_label = 0;
     for (int i = lane; i < k; i += kWarp) {
       const int64_t id = ids[i];
       const bool is_used = id >= 0 && id < job.vocabulary;
       const float z = is_used ? head.logit(logits[id], static_cast<int>(id)) : id == -1 ? -INFINITY : NAN;
       entries[i] = {z, id == -1 ? -INFINITY : logprobs[i]};
       top = fmaxf(top, z);
+      if (z > kNone) least = fminf(least, z);
+      if (id == label) has_label = 1;
       best = fmaxf(best, entries[i].log_p);
     }
     const auto at_tau = [&](float log_p) { return (log_p - mass.excess) * scale; };
@@ -77,6 +85,8 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows(const Job job, c
     const auto sum = [&](float scale) {
       return static_cast<float>(sum_over(k, [&](int i) { return exp2_fast((entries[i].z - top) * scale); }));
     };
+    // If the label is not in the tail, what is: logits below the support's.
+    if (warp_max(has_label)) info.pivot = as_pivot(-warp_max(-least));
     info.support_max = top;
     info.support_tau = sum(scale);
     info.support_one = info.inv_tau == 1 ? info.support_tau : sum(kLog2e);
@@ -117,8 +127,8 @@ __device__ inline TailScale tail_scale(const Job& job, const Series& series, con
                                        const Sums& tail, float scale) {
   if (tail.at_one == 0) return {{0, scale, 0}, {0, kLog2e, 0}};  // there is none
   const bool is_plain = info.inv_tau == 1;
-  const float top = fmaxf(tail.max, info.support_max);
-  const float own = tail.at_tau * lowered(tail.max, top, scale);
+  const float top = fmaxf(tail.pivot, info.support_max);
+  const float own = tail.at_tau * lowered(tail.pivot, top, scale);
   const float all = own + info.support_tau * lowered(info.support_max, top, scale);
   float pull = 0;
   if (job.ids != nullptr) {
@@ -130,12 +140,12 @@ __device__ inline TailScale tail_scale(const Job& job, const Series& series, con
       p = exp2f(log_share - above) * tail.at_tau;
       p_support *= exp2f(-above);
     }
-    const float q = own / all, norm = p + p_support;
+    const float q = divide(own, all), norm = p + p_support;
     if (!kGeneral || job.beta == 0) {
-      pull = q - p / norm;
+      pull = q - divide(p, norm);
     } else {
       const float log_all = log2f(all), log_norm = log2f(norm) + above, log_p = log2f(p) - log2f(norm);
-      const float log_q = fmaf(tail.max - top, scale, log2f(tail.at_tau) - log_all);
+      const float log_q = fmaf(tail.pivot - top, scale, log2f(tail.at_tau) - log_all);
       const int k = static_cast<int>(job.k);
       pull = job.beta == 1
                  ? q * tail_score<Kind::reverse>(series, entries, k, scale, top, log_all, log_norm, log_q, log_p)
@@ -143,9 +153,9 @@ __device__ inline TailScale tail_scale(const Job& job, const Series& series, con
     }
     pull *= info.pull;
   }
-  const float others = info.support_one * lowered(info.support_max, tail.max, kLog2e);
-  const float at_one = info.ce_weight / (tail.at_one + others), at_tau = pull / tail.at_tau;
-  return {{tail.max, scale, is_plain ? at_tau + at_one : at_tau}, {tail.max, kLog2e, is_plain ? 0 : at_one}};
+  const float others = info.support_one * lowered(info.support_max, tail.pivot, kLog2e);
+  const float at_one = divide_fast(info.ce_weight, tail.at_one + others), at_tau = divide(pull, tail.at_tau);
+  return {{tail.pivot, scale, is_plain ? at_tau + at_one : at_tau}, {tail.pivot, kLog2e, is_plain ? 0 : at_one}};
 }
 
 // ---- after the main kernel ----
@@ -213,8 +223,8 @@ __global__ void __launch_bounds__(kWarp) finish_rows(const Job job, const Scratc
   const float scale = info.scale();
   const double at_tau = static_cast<double>(scale) * kLn2, at_one = static_cast<double>(kLog2e) * kLn2;
   const bool has_tail = tail.at_one > 0 || isnan(tail.at_one);
-  const double tail_tau = has_tail ? log_sum(tail.max, tail.at_tau, scale) : -INFINITY;
-  const double tail_one = has_tail ? log_sum(tail.max, tail.at_one, kLog2e) : -INFINITY;
+  const double tail_tau = has_tail ? log_sum(tail.pivot, tail.at_tau, scale) : -INFINITY;
+  const double tail_one = has_tail ? log_sum(tail.pivot, tail.at_one, kLog2e) : -INFINITY;
   const double log_tau = log_add(tail_tau, log_sum(info.support_max, info.support_tau, scale));
   const double log_one = log_add(tail_one, log_sum(info.support_max, info.support_one, kLog2e));
 

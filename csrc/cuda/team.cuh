@@ -72,78 +72,132 @@ struct Team {
   }
 };
 
-__device__ inline float warp_add(float value) {
+// n floats that go together.
+template <int n>
+struct Few {
+  float value[n];
+
+  __device__ float& operator[](int i) { return value[i]; }
+  __device__ float operator[](int i) const { return value[i]; }
+};
+
+// How values of many threads become one: `empty` is what changes nothing.
+struct Add {
+  static constexpr float empty = 0;
+  __device__ static float of(float a, float b) { return a + b; }
+};
+// The larger one; a NaN is passed over, it comes back in the sums.
+struct Largest {
+  static constexpr float empty = kNone;
+  __device__ static float of(float a, float b) { return b > a ? b : a; }
+};
+
+template <typename Of>
+__device__ inline float over_warp(float value) {
 #pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
+  for (int step = kWarp / 2; step > 0; step /= 2) value = Of::of(value, __shfl_xor_sync(kAllLanes, value, step));
   return value;
 }
+__device__ inline float warp_add(float value) { return over_warp<Add>(value); }
+
+// A place in every block for what each warp of the team gives. There are two, which take turns: a member may give what
+// comes next while another still reads.
+template <int n, int kWarps>
+struct Exchange {
+  float given[2][kWarps][n];
+
+  // The first `count` values over all threads of the team, in all of them. The team meets.
+  template <typename Of, int m, typename T>
+  __device__ Few<m> over(const T& team, const Few<m>& mine, int count, int turn) {
+    static_assert(m <= n);
+    constexpr int kTeamBlocks = kWarps / T::kWarps;
+    const int lane = afresh(static_cast<int>(threadIdx.x) % kWarp);
+    Few<m> all = mine;
+#pragma unroll
+    for (int i = 0; i < m; ++i)
+      if (i < count) all[i] = over_warp<Of>(all[i]);
+    if (lane < kTeamBlocks) {
+      float* place = team.of(given[turn][afresh(team.warp())], lane);
+#pragma unroll
+      for (int i = 0; i < m; ++i)
+        if (i < count) place[i] = all[i];
+    }
+    team.meet();
+#pragma unroll
+    for (int i = 0; i < m; ++i) {
+      if (i >= count) continue;
+      all[i] = Of::empty;
+#pragma unroll
+      for (int warp = 0; warp < kWarps; warp += kWarp)
+        if (warp + lane < kWarps) all[i] = Of::of(all[i], given[turn][warp + lane][i]);
+      all[i] = over_warp<Of>(all[i]);
+    }
+    return all;
+  }
+};
 
 // ---- sums of powers ----
 
-// Sums of 2^((z - max) * scale) over some logits, with the row's scale = log2(e) / tau and with log2(e). The difference
-// is exact where it counts: a row whose mass is on its largest logit has the sum 1.
+// Sums of 2^((z - pivot) * scale) over some logits, with the row's scale = log2(e) / tau and with log2(e). Any pivot
+// serves that keeps the sums in fp32's range: with one that is known before the row is read, no pass over the row looks
+// for its largest logit, and a logit's power is taken as soon as it arrives. The label's logit is one in most rows.
 struct alignas(16) Sums {
-  float max = kNone, at_tau = 0, at_one = 0, unused = 0;
+  float pivot = 0, at_tau = 0, at_one = 0, unused = 0;
 };
 
-// The factor that brings sums below `max` to sums below the larger `top`.
-__device__ inline float lowered(float max, float top, float scale) { return exp2_fast((max - top) * scale); }
+// A logit as a pivot; 0 for one that says nothing of the others.
+__device__ inline float as_pivot(float z) { return fabsf(z) < -kNone ? z : 0; }
 
-// The same powers by one operation less for each logit, for what is multiplied by them: factor * 2^(z * scale - shift).
+// Whether a pivot served, by a sum over the row: the logits that count are within 2^64 of it, so that their powers
+// are rounded by 2^-19 at most. NaN is not.
+__device__ inline bool is_in_reach(float sum) { return sum > 0x1p-60f && sum < 0x1p60f; }
+
+// The factor that brings sums about `pivot` to sums about the larger `top`.
+__device__ inline float lowered(float pivot, float top, float scale) { return exp2_fast((pivot - top) * scale); }
+
+// factor * 2^((z - pivot) * scale), from 2^(z * scale - shift): one operation less for each logit.
 struct Powers {
   float scale, shift, factor;
 
-  __device__ Powers(float max, float scale, float factor) : scale(scale), factor(factor) {
-    shift = __fmul_rn(max, scale);  // here: nvcc's host pass keeps initializers, and knows no __fmul_rn
-    this->factor *= exp2_fast(-fmaf(max, scale, -shift));  // what the largest one is off by
+  __device__ Powers(float pivot, float scale, float factor) : scale(scale), factor(factor) {
+    shift = __fmul_rn(pivot, scale);  // here: nvcc's host pass keeps initializers, and knows no __fmul_rn
+    this->factor *= exp2_fast(-fmaf(pivot, scale, -shift));  // what the pivot's own is off by
   }
-  __device__ float operator()(float z) const { return exp2_fast(fmaf(z, scale, -shift)) * factor; }
+  __device__ float shifted(float z) const { return exp2_fast(fmaf(z, scale, -shift)); }
+  __device__ float operator()(float z) const { return shifted(z) * factor; }
 };
 
-// The sums of all lanes of a warp, in all of them. Without `needs_one` tau is 1: the two sums are one.
-template <int n>
-__device__ inline Sums warp_sums(const Sums (&mine)[n], float scale, bool needs_one) {
-  Sums sums;
-#pragma unroll
-  for (int i = 0; i < n; ++i) sums.max = fmaxf(sums.max, mine[i].max);
-  sums.max = warp_max(sums.max);
-#pragma unroll
-  for (int i = 0; i < n; ++i) sums.at_tau += mine[i].at_tau * lowered(mine[i].max, sums.max, scale);
-  sums.at_tau = warp_add(sums.at_tau);
-  sums.at_one = sums.at_tau;
-  if (!needs_one) return sums;
-  sums.at_one = 0;
-#pragma unroll
-  for (int i = 0; i < n; ++i) sums.at_one += mine[i].at_one * lowered(mine[i].max, sums.max, kLog2e);
-  sums.at_one = warp_add(sums.at_one);
-  return sums;
+// A sum of shifted powers brought to a Sums' entry. Divided by what the pivot's own came out as: where the pivot has
+// all the mass the sum is 1, and the row's cross-entropy 0.
+__device__ inline float about_pivot(float sum, float pivot, float scale) {
+  return divide(sum, exp2_fast(fmaf(pivot, scale, -__fmul_rn(pivot, scale))));
 }
 
-// A place in every block for what each warp of the team gives. There are two, which take turns from row to row: a
-// member may give what belongs to the next row while another still reads this one's.
-template <typename Given, int kWarps>
-struct Exchange {
-  Given given[2][kWarps];
-
-  template <typename T>
-  __device__ void give(const T& team, const Given& value, int turn) {
-    const int lane = afresh(threadIdx.x % kWarp), blocks = kWarps / T::kWarps;
-    if (lane < blocks) *team.of(&given[turn][afresh(team.warp())], lane) = value;
-  }
-  // The sums over all warps, in all threads, once the team has met. `get` takes the Sums from what a warp gave.
-  template <typename F>
-  __device__ Sums total(float scale, bool needs_one, int turn, const F& get) const {
-    constexpr int kPerLane = (kWarps + kWarp - 1) / kWarp;
-    Sums mine[kPerLane];
-    const int lane = afresh(threadIdx.x % kWarp);
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int warp = lane + i * kWarp;
-      if (warp < kWarps) mine[i] = get(given[turn][warp]);
-    }
-    return warp_sums(mine, scale, needs_one);
-  }
+// What a team has found of a row: its sums, and the pivots that they are about.
+template <int n, int kPivots>
+struct Found {
+  Few<kPivots> pivot;
+  Few<n> sum;
 };
+
+// The first `count` of n sums over a row, from sums_about(pivots), a thread's, shifted. If the given pivots do not
+// serve, the largest logits do, which largest() gives for a thread: once more over the row, which few rows need.
+template <int n, int kPivots, typename T, typename E, typename SumsAbout, typename GetLargest>
+__device__ inline Found<n, kPivots> find_sums(const T& team, E& exchange, Few<kPivots> pivot, int count, int turn,
+                                              const SumsAbout& sums_about, const GetLargest& largest) {
+  Few<n> sum = exchange.template over<Add>(team, sums_about(pivot), count, turn);
+  bool serves = true;
+#pragma unroll
+  for (int i = 0; i < n; ++i)
+    if (i < count) serves = serves && is_in_reach(sum[i]);
+  if (!serves) {
+    pivot = exchange.template over<Largest>(team, largest(), kPivots, 1 - turn);
+#pragma unroll
+    for (int i = 0; i < kPivots; ++i) pivot[i] = as_pivot(pivot[i]);
+    sum = exchange.template over<Add>(team, sums_about(pivot), count, turn);
+  }
+  return {pivot, sum};
+}
 
 }  // namespace
 }  // namespace rbfast

@@ -194,6 +194,38 @@ def test_extreme_logits(gpu: Gpu, kind: str, beta: float) -> None:
     assert all(bool(result.isfinite().all()) for result in run(gpu, rows))
 
 
+@pytest.mark.parametrize(
+    "kind, below",
+    [(kind, below) for kind in KINDS for below in (200.0, 50.0)] + [("top-k", -50.0), ("top-k", -200.0)],
+)
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_sums_about_a_pivot_that_says_nothing_of_the_row(gpu: Gpu, kind: str, below: float, beta: float) -> None:
+    """The label's logit, or those of the support, far from the others: the sums about them leave the range of fp32."""
+    rows = make(kind, 3000, 3000, beta=beta, k=20)
+    of_label, moved = rows.labels.unsqueeze(1), torch.full((9, 1), -below)
+    logits = rows.logits.scatter_add(1, of_label, moved)
+    if kind == "top-k":
+        is_there = rows.ids >= 0
+        logits = rows.logits.scatter_add(1, rows.ids.clamp_min(0), torch.where(is_there, -below, 0.0))
+        rows = replace(rows, labels=torch.where(torch.arange(9) % 2 == 0, rows.ids[:, 0], rows.labels))
+    assert_close_to_fp64(gpu, replace(rows, logits=logits))
+    if kind == "dense":
+        teacher = rows.teacher.scatter_add(1, of_label, moved)
+        assert_close_to_fp64(gpu, replace(rows, logits=logits, teacher=teacher))
+        assert_close_to_fp64(gpu, replace(rows, teacher=teacher))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_label_that_is_masked_leaves_the_other_gradients_right(gpu: Gpu, kind: str) -> None:
+    rows = make(kind, 3000, 3000)
+    labels = torch.zeros(9, dtype=torch.int64)
+    logits = rows.logits.clone()
+    logits[:, 0] = -torch.inf
+    rows = replace(rows, logits=logits, labels=labels, kl_weight=torch.zeros(9))
+    dz, truth = run(gpu, rows)[-1], rows.double().run(reference)[-1]
+    torch.testing.assert_close(dz[:, 1:].double(), truth[:, 1:], rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("beta", BETAS)
 def test_a_low_temperature(gpu: Gpu, beta: float) -> None:
     assert_close_to_fp64(gpu, cold(beta))
