@@ -37,6 +37,7 @@ from rbfast.models.linears import (
     is_transposed,
     left_out,
     matrix_view,
+    named_modules,
     unfit,
     unwrapped,
     why_not_folded,
@@ -72,7 +73,7 @@ class SparseAdapter(nn.Module):
         super().__init__()
         check_free(model)
         check_fit(unfit(model), deltas)
-        modules = dict(model.named_modules())
+        modules = named_modules(model)
         folds = {name: _folds(name, modules[name], mode) for name in deltas}
         self.config = config
         self._base_count, self._base_bytes = count_parameters(model), bytes_of(model.parameters())
@@ -126,7 +127,7 @@ class SparseAdapter(nn.Module):
         model = unwrapped(model)
         check_free(model)
         config, deltas = adapter_files.read_adapter(directory)
-        adapter_files.check_base(config, dict(model.named_modules()), directory)
+        adapter_files.check_base(config, named_modules(model), directory)
         return cls(model, config, deltas, mode)
 
     def save_pretrained(self, directory: str | Path) -> None:

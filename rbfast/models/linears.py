@@ -27,6 +27,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by the name it has in a model of which no part is compiled, the model itself by ""."""
+    return {_plain(name): module for name, module in model.named_modules()}
+
+
+def _plain(name: str) -> str:
+    """The name of a module or parameter without what torch.compile(part) puts into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
 def matrix_shape(module: nn.Module) -> tuple[int, int] | None:
     """(out, in) of a linear layer, quantised ones included; None for every other module."""
     if not has_weight(module) or isinstance(module, nn.Bilinear):
@@ -111,7 +121,7 @@ class Shape:
 
 def all_linears(model: nn.Module) -> dict[str, nn.Module]:
     """Every linear layer by its name, whether it can have a delta or not."""
-    return {name: module for name, module in model.named_modules() if name and matrix_shape(module) is not None}
+    return {name: module for name, module in named_modules(model).items() if name and matrix_shape(module) is not None}
 
 
 def unfit(model: nn.Module) -> dict[str, Unfit]:
@@ -156,10 +166,10 @@ def check_fit(without: Mapping[str, Unfit], chosen: Iterable[str]) -> None:
 def left_out(model: nn.Module, chosen: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """Every weight of two or more dimensions, with its shape, that is of no chosen layer, embedding or output head:
     routers, stacked experts, convolutions, what is tied or bypassed."""
-    modules, head = dict(model.named_modules()), _head_of(model)
+    modules, head = named_modules(model), _head_of(model)
     aside = [module for module in modules.values() if isinstance(module, nn.Embedding) or module is head]
     known = {id(weight) for module in (*aside, *(modules[name] for name in chosen)) for weight in module.parameters()}
-    weights = {name: weight for name, weight in model.named_parameters() if weight.dim() > 1}
+    weights = {_plain(name): weight for name, weight in model.named_parameters() if weight.dim() > 1}
     return {name: tuple(weight.shape) for name, weight in weights.items() if id(weight) not in known}
 
 
@@ -167,7 +177,7 @@ def stacked_experts(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weights [experts, ...] of mixtures of experts, which run through no linear layer."""
     return {
         f"{prefix}.{name}": weight
-        for prefix, module in model.named_modules()
+        for prefix, module in named_modules(model).items()
         for name, weight in module.named_parameters(recurse=False)
         if weight.dim() == 3 and not isinstance(module, nn.modules.conv._ConvNd)
     }
@@ -186,7 +196,8 @@ def group_siblings(linears: Mapping[str, nn.Module]) -> dict[str, Shape]:
 
 def _head_of(model: nn.Module) -> nn.Module | None:
     find_head = getattr(model, "get_output_embeddings", None)
-    return find_head() if find_head else None
+    head = find_head() if find_head else None
+    return None if head is None else unwrapped(head)
 
 
 def _match(linears: Mapping[str, nn.Module], targets: str | Sequence[str]) -> dict[str, nn.Module]:

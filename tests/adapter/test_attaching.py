@@ -56,7 +56,15 @@ def compiled(model):
     return torch.compile(model, backend="aot_eager")
 
 
-@pytest.mark.parametrize("wrap", [compiled, nn.DataParallel, lambda model: nn.DataParallel(compiled(model))])
+def compiled_in_parts(model):
+    model.model.layers[1] = compiled(model.model.layers[1])
+    model.model.layers[0].mlp.up_proj = compiled(model.model.layers[0].mlp.up_proj)
+    return model
+
+
+@pytest.mark.parametrize(
+    "wrap", [compiled, nn.DataParallel, lambda model: nn.DataParallel(compiled(model)), compiled_in_parts]
+)
 def test_names_are_those_of_the_model_within_what_is_put_around_it(tmp_path, wrap):
     wrapped = wrap(llama())
     scores = score_columns(wrapped, [batch()], lambda model, batch: model(**batch).loss, method="activation")
@@ -70,6 +78,12 @@ def test_names_are_those_of_the_model_within_what_is_put_around_it(tmp_path, wra
     for other in (llama(), wrap(llama())):
         SparseAdapter.from_pretrained(other, tmp_path)
         assert torch.allclose(other(**batch()).logits, logits, atol=1e-5)
+
+
+def test_a_compiled_head_gets_no_delta():
+    model = llama(tie_word_embeddings=False)
+    model.lm_head = compiled(model.lm_head)
+    assert attach(model).config.modules == attach(llama(tie_word_embeddings=False)).config.modules
 
 
 def test_a_file_for_another_model_is_refused_and_leaves_that_model_alone(tmp_path):
