@@ -331,10 +331,14 @@ def fold_all(sites: Iterable[ColumnDelta]) -> None:
         site._mark_folded()
 
 
+def has_delta(module: nn.Module) -> bool:
+    return _DELTA in module.__dict__
+
+
 def deltas_of(model: nn.Module) -> Iterator[tuple[str, ColumnDelta]]:
     """The deltas attached to a model, with the names of their matrices."""
     for name, module in model.named_modules():
-        if _DELTA in module.__dict__:
+        if has_delta(module):
             yield name, module.__dict__[_DELTA]
 
 

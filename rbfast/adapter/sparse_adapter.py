@@ -25,7 +25,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from rbfast.adapter import adapter_files
 from rbfast.adapter.adapter_files import AdapterConfig, Delta
-from rbfast.adapter.column_delta import ColumnDelta, SharedGather, deltas_of, fold_all
+from rbfast.adapter.column_delta import ColumnDelta, SharedGather, deltas_of, fold_all, has_delta
 from rbfast.adapter.column_scores import ColumnScores
 from rbfast.adapter.first_step import BypassWatch
 from rbfast.adapter.footprint import Footprint
@@ -81,16 +81,17 @@ class SparseAdapter(nn.Module):
         self._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
-        gathers: dict[int, SharedGather] = {}
-        for name, delta in deltas.items():
-            gather = gathers.setdefault(config.modules[name].group, SharedGather())
-            self._plant(name, ColumnDelta(modules[name], delta, config.scale, folds[name], gather))
-        # Found once: a walk over the modules takes as long as folding a matrix, or longer.
-        self._sites = {name: site for name, site in self.named_modules() if isinstance(site, ColumnDelta)}
+        # Kept by name: a walk over the modules takes as long as folding a matrix, or longer.
+        self._sites: dict[str, ColumnDelta] = {}
         self._state: Literal["attached", "merged", "detached"] = "attached"
         self._disabled = 0
         self._watch = BypassWatch()
         self._follower = _follow_optimizers(self)
+        try:
+            self._plant_all(modules, deltas, folds)
+        except BaseException:  # most likely out of memory; whoever catches it has no adapter to detach
+            self.detach()
+            raise
 
     @classmethod
     def attach(
@@ -157,6 +158,7 @@ class SparseAdapter(nn.Module):
         """Writes every delta into its weight. Needed after `parameter.data.copy_(x)` and other writes through `.data`,
         as some averages of weights make them, and after any change by hand under torch.compile or in `unhooked`.
         Optimizer steps, load_state_dict and, for other changes, the next forward do it automatically."""
+        self._require("attached", "fold")
         fold_all(site for site in self.sites().values() if site.folds and site.enabled)
 
     def merge(self) -> None:
@@ -181,9 +183,12 @@ class SparseAdapter(nn.Module):
         self._release("merged")
 
     def unmerge(self) -> None:
-        """Undoes merge(): the original columns come back, bitwise. Raises RuntimeError if the weights changed since."""
+        """Undoes merge(): the original columns come back, bitwise. Raises RuntimeError if the weights changed since, or
+        if another adapter is attached."""
         self._require("merged", "unmerge")
         for name, site in self.sites().items():
+            if has_delta(site.linear):
+                raise RuntimeError(f"cannot unmerge: another adapter is attached at {name}; detach that one first")
             if not torch.equal(site.weight.index_select(1, site.cols), site.folded_columns()):
                 raise RuntimeError(f"cannot unmerge: {name} was changed after merge(); load the base model again")
         for site in self.sites().values():
@@ -258,7 +263,8 @@ class SparseAdapter(nn.Module):
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As of every module, and folds. Raises ValueError, before anything is written, for a state of other columns:
-        their base values are not kept here."""
+        their base values are not kept here. Raises RuntimeError for an adapter that is merged or detached."""
+        self._require("attached", "load a state into")
         result = super().load_state_dict(*args, **kwargs)
         self.fold()
         return result
@@ -273,6 +279,16 @@ class SparseAdapter(nn.Module):
                     "seed or shape): attach that adapter with SparseAdapter.from_pretrained"
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _plant_all(
+        self, modules: Mapping[str, nn.Module], deltas: Mapping[str, Delta], folds: Mapping[str, bool]
+    ) -> None:
+        gathers: dict[int, SharedGather] = {}
+        for name, delta in deltas.items():
+            gather = gathers.setdefault(self.config.modules[name].group, SharedGather())
+            site = ColumnDelta(modules[name], delta, self.config.scale, folds[name], gather)
+            self._plant(name, site)
+            self._sites[name] = site
 
     def _plant(self, name: str, site: ColumnDelta) -> None:
         """Registers a delta under the dotted name of its matrix, so that parameters are called `<module>.A`."""

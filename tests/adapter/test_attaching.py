@@ -110,19 +110,21 @@ def test_an_adapter_trained_in_fp32_loads_onto_the_bf16_and_fp16_base(tmp_path):
 
 def test_a_second_adapter_is_refused_until_the_first_is_gone(tmp_path):
     model = llama()
-    first = attach(model)
+    original, first = snapshot(model), attach(model)
     first.save_pretrained(tmp_path)
     disturb(first)
     for again in (attach, lambda model: SparseAdapter.from_pretrained(model, tmp_path)):
         with pytest.raises(ValueError, match=r"one at a time: call its detach\(\) or merge\(\)"):
             again(model)
     first.merge()
-    second = attach(model)
-    disturb(second)
-    with pytest.raises(RuntimeError, match="was changed after merge"):
-        first.unmerge()
-    second.detach()
+    for size in (0.0, 0.1):  # a second one without a change yet, on the same columns, and one with
+        second = attach(model)
+        disturb(second, size)
+        with pytest.raises(RuntimeError, match=r"another adapter is attached at model\.layers\.0\.self_attn\.q_proj"):
+            first.unmerge()
+        second.detach()
     first.unmerge()
+    assert same_bits(snapshot(model), original)
 
 
 @pytest.mark.parametrize("mode", ["fold", "side"])
@@ -251,6 +253,17 @@ def test_bad_options_are_refused_and_leave_the_model_alone(options, message):
     with pytest.raises(ValueError, match=message):
         attach(model, **options)
     assert same_bits(snapshot(model), original) and all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_attaching_that_fails_half_way_leaves_nothing_behind():
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8))
+    model[1].weight = nn.Parameter(torch.randn(1, 8).expand(8, 8))  # cannot be written to
+    original = snapshot(model)
+    with pytest.raises(RuntimeError, match="weight is expanded"):
+        attach(model, density=0.9)
+    assert same_bits(snapshot(model), original) and all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    attach(model, density=0.9, mode="side")
 
 
 @pytest.mark.parametrize("place", [str, Path])

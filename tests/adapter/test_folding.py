@@ -71,6 +71,31 @@ def test_detaching_while_disabled_leaves_the_base():
     assert same_bits(snapshot(model), original)
 
 
+@pytest.mark.parametrize("end", ["merge", "detach"])
+def test_an_adapter_that_is_off_the_model_writes_nothing_into_it(end):
+    model = llama()
+    adapter = attach(model)
+    state = copy.deepcopy(adapter.state_dict())
+    disturb(adapter)
+    getattr(adapter, end)()
+    left = snapshot(model)
+    with pytest.raises(RuntimeError, match="cannot fold this adapter: it must be attached"):
+        adapter.fold()
+    with pytest.raises(RuntimeError, match="cannot load a state into this adapter: it must be attached"):
+        adapter.load_state_dict(state)
+    assert same_bits(snapshot(model), left) and not same_bits(adapter.state_dict(), state)
+
+
+def test_nothing_is_unmerged_from_weights_that_were_changed_since():
+    model = llama()
+    adapter = attach(model)
+    adapter.merge()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.add_(1.0)
+    with pytest.raises(RuntimeError, match=r"model\.layers\.1\.mlp\.up_proj was changed after merge"):
+        adapter.unmerge()
+
+
 OPTIMIZERS = {
     "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=0.05, foreach=True),
     "adamw-fused": lambda p: torch.optim.AdamW(p, lr=0.05, fused=True),
