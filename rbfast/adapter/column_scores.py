@@ -189,16 +189,18 @@ class _Watch:
         """The columns in the model's order, with zeros for a matrix that was never run."""
         widths = {name: matrix_shape(module)[1] for name, module in self.linears.items()}  # type: ignore[index]
         return {
-            name: self.columns.get(name, torch.zeros(width, dtype=torch.float32)).cpu()
+            name: self.columns.get(name, torch.zeros(width, dtype=torch.float32, device="cpu")).cpu()
             for name, width in widths.items()
         }
 
     def _after(self, name: str, module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor | None:
         given = input_of(args, kwargs)
-        x = given.detach()
         self._group(name, given)
+        x = _as_rows(given.detach())
+        if not len(x):  # an expert that no token reached: a mean over nothing is NaN
+            return None
         if self.method == "activation":
-            self._add(name, x.flatten(0, -2).float().square().mean(0))
+            self._add(name, x.float().square().mean(0))
             return None
         if not torch.is_grad_enabled():
             return None
@@ -208,11 +210,12 @@ class _Watch:
         return y
 
     def _group(self, name: str, x: Tensor) -> None:
-        number, _ = self._inputs.setdefault((id(x), x._version), (next(self._numbers), x))
+        version = 0 if x.is_inference() else x._version
+        number, _ = self._inputs.setdefault((id(x), version), (next(self._numbers), x))
         self._groups.setdefault(name, number)
 
     def _backward(self, name: str, x: Tensor, dy: Tensor) -> None:
-        x, dy = x.flatten(0, -2).float(), dy.flatten(0, -2).float()
+        x, dy = x.float(), _as_rows(dy).float()
         if self.method == "factored":
             self._add(name, x.square().mean(0) * dy.square().mean(0).sum())
         else:
@@ -223,6 +226,11 @@ class _Watch:
             self.columns[name] += value
         else:
             self.columns[name] = value
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """[T, n] of [..., n]."""
+    return x.reshape(-1, x.shape[-1])
 
 
 @contextmanager

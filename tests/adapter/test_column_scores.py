@@ -149,6 +149,36 @@ def test_a_matrix_that_never_ran_scores_zero():
     SparseAdapter.attach(model, density=0.4, placement=scores)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_an_expert_that_no_token_of_a_batch_reached_scores_nothing_there(method):
+    model = nn.ModuleDict({"router": nn.Linear(8, 8), "expert": nn.Linear(8, 4)})
+
+    def loss(model, rows):
+        x = model["router"](rows)
+        return x.square().sum() + model["expert"](x[rows[:, 0] > 0]).square().sum()
+
+    reached, passed_by = torch.ones(3, 8), -torch.ones(3, 8)
+    both, one = (score_columns(model, batches, loss, method=method) for batches in ([reached, passed_by], [reached]))
+    assert torch.equal(both.columns["expert"], one.columns["expert"]) and one.columns["expert"].all()
+    SparseAdapter.attach(model, density=0.4, placement=both)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_single_vector_scores_as_one_row(method):
+    model, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(8)
+    alone, row = (score_columns(model, [x], lambda model, x: model(x).sum(), method=method) for x in (x, x[None]))
+    assert torch.equal(alone.columns["0"], row.columns["0"]) and row.columns["0"].all()
+
+
+def test_activations_are_scored_in_inference_mode_too():
+    model, options = llama(), {"method": "activation"}
+    plain = score_columns(model, BATCHES, loss_fn, **options)
+    with torch.inference_mode():
+        again = score_columns(model, BATCHES, loss_fn, **options)
+    assert again.shapes == plain.shapes
+    assert all(torch.equal(again.columns[name], column) for name, column in plain.columns.items())
+
+
 @pytest.mark.parametrize(
     ("batches", "loss", "message"),
     [
