@@ -76,7 +76,9 @@ class BypassWatch:
 
     def _mark(self, name: str, site: Site) -> None:
         weight = own_weight(site.linear)
-        if type(weight) is nn.Parameter and weight.is_floating_point() and weight.is_leaf and not weight.is_inference():
+        if type(weight) is not nn.Parameter or weight.requires_grad:  # one that is trained is not ours to freeze
+            return
+        if weight.is_floating_point() and weight.is_leaf and not weight.is_inference():
             weight.requires_grad_(True)
             self._marked[id(site)] = name, site, weight
             site.watch = self

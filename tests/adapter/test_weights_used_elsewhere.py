@@ -140,6 +140,18 @@ def test_a_layer_that_was_compiled_is_not_taken_for_one_whose_weight_is_used_pas
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
 
 
+def test_a_weight_that_is_trained_beside_its_delta_is_not_frozen():
+    model = Pair(Routed())
+    adapter, weight = on(model, mode="side"), model.layer.second.weight.requires_grad_(True)
+    optimizer = torch.optim.SGD([*adapter.parameters(), weight], lr=0.1)
+    with pytest.warns(UserWarning, match="1 of 3 matrices got no gradient"):
+        for _ in range(2):
+            model(rows()).square().sum().backward()
+            optimizer.step()
+            model.layer.is_second_on = True
+    assert weight.requires_grad and weight.grad is not None
+
+
 def test_a_layer_that_never_runs_is_named_once_and_its_weight_stays_frozen():
     model = Pair(layer())
     model.idle = nn.Linear(16, 16)
