@@ -156,8 +156,8 @@ def write_lora(
     tensors = {}
     for name, delta in deltas.items():
         info = config.modules[name]
-        lora_a = torch.zeros(rank, info.in_features, dtype=torch.float32)
-        lora_b = torch.zeros(info.out_features, rank, dtype=torch.float32)
+        lora_a = torch.zeros(rank, info.in_features, dtype=torch.float32, device="cpu")
+        lora_b = torch.zeros(info.out_features, rank, dtype=torch.float32, device="cpu")
         lora_a[: info.rank, delta.cols.cpu()] = delta.A.detach().cpu()
         lora_b[:, : info.rank] = delta.B.detach().cpu()
         tensors[f"base_model.model.{name}.lora_A.weight"] = lora_a

@@ -83,7 +83,7 @@ class ColumnDelta(nn.Module):
                 nn.Parameter(torch.empty(part.shape, dtype=torch.float32, device=device).copy_(part))
                 for part in (delta.A, delta.B)
             )
-        self.register_buffer("cols", delta.cols.to(device, copy=True))
+            self.register_buffer("cols", delta.cols.to(device, copy=True))
         self.register_buffer("base_columns", None, persistent=False)
         self.scale, self.folds, self.enabled = scale, fold, True
         shape = matrix_shape(linear)

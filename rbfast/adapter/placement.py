@@ -87,7 +87,8 @@ def plan(
         modules[name] = MatrixInfo(
             shape.out_features, shape.in_features, supports[name], rank, shape.group, print_, start.score
         )
-        deltas[name] = Delta(start.cols, start.A, torch.zeros(shape.out_features, rank))
+        B = torch.zeros(shape.out_features, rank, dtype=torch.float32, device="cpu")
+        deltas[name] = Delta(start.cols, start.A, B)
     base = getattr(getattr(model, "config", None), "_name_or_path", None)
     method = placement.method if isinstance(placement, ColumnScores) else "random"
     dtype = str(next(iter(model.parameters())).dtype).removeprefix("torch.")
@@ -152,7 +153,7 @@ def place_random(shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, 
     for name, shape in shapes.items():
         if shape.group not in drawn:
             runs = shape.in_features // run_length(shape.in_features)
-            order = torch.randperm(runs, generator=generator(seed, "columns", name))
+            order = torch.randperm(runs, generator=generator(seed, "columns", name), device="cpu")
             drawn[shape.group] = _columns(order, shape.in_features, supports[name])
     return {
         name: Start(drawn[shape.group], _start(name, rank, supports[name], seed), None)
@@ -189,7 +190,7 @@ def _columns(runs: Tensor, in_features: int, support: int) -> Tensor:
     """The first `support` columns of these runs, sorted: of the last run that is needed perhaps only its beginning."""
     run = run_length(in_features)
     needed = runs[: -(-support // run)]
-    return (needed[:, None] * run + torch.arange(run)).flatten()[:support].sort().values
+    return (needed[:, None] * run + torch.arange(run, device=runs.device)).flatten()[:support].sort().values
 
 
 def _start(name: str, rank: int, support: int, seed: int) -> Tensor:
@@ -197,7 +198,8 @@ def _start(name: str, rank: int, support: int, seed: int) -> Tensor:
 
     The gradient's leading directions make a worse start: they are the inputs that are large for every token.
     """
-    start = torch.randn(rank, support, generator=generator(seed, "A", name))
+    source = generator(seed, "A", name)
+    start = torch.randn(rank, support, generator=source, dtype=torch.float32, device="cpu")
     return START_NORM * start / start.norm(dim=1, keepdim=True)
 
 

@@ -115,4 +115,4 @@ def _sum(loss: Tensor) -> Tensor:
     if loss.device.type != "cpu":
         return loss.sum()
     # By NumPy, for ops of torch would cost a small call as much as its work.
-    return torch.tensor(np.sort(loss.numpy()).sum(dtype=np.float64), dtype=loss.dtype)
+    return torch.tensor(np.sort(loss.numpy()).sum(dtype=np.float64), dtype=loss.dtype, device="cpu")

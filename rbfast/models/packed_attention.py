@@ -66,7 +66,7 @@ def packing(lengths: Sequence[int], device: torch.device) -> Packing:
     cuts = list(accumulate(lengths, initial=0))
     if len(lengths) < 2 or not takes_all_at_once(device):
         return Packing(cuts)
-    on_host = torch.tensor(cuts, dtype=torch.int32, pin_memory=device.type == "cuda")
+    on_host = torch.tensor(cuts, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
     return Packing(cuts, on_host.to(device, non_blocking=True))
 
 

@@ -209,7 +209,7 @@ def run_of(cols: Tensor, in_features: int) -> int:
         if len(host) % run or in_features % run or len(host) == 0:
             continue
         runs = host.view(-1, run)
-        if bool((runs[:, 0] % run == 0).all()) and bool((runs == runs[:, :1] + torch.arange(run)).all()):
+        if bool((runs[:, 0] % run == 0).all()) and bool((runs == runs[:, :1] + torch.arange(run, device="cpu")).all()):
             return run
     return 1
 

@@ -108,6 +108,32 @@ def test_an_adapter_trained_in_fp32_loads_onto_the_bf16_and_fp16_base(tmp_path):
         SparseAdapter.from_pretrained(llama(dtype), tmp_path)
 
 
+@pytest.mark.parametrize("mode", ["fold", "side"])
+def test_what_is_attached_in_inference_mode_trains_outside_of_it(mode):
+    model, other = llama(), llama()
+    with torch.inference_mode():
+        adapter = attach(model, mode=mode)
+    assert train(model, adapter) == train(other, attach(other, mode=mode))
+
+
+def test_a_default_device_and_dtype_change_nothing(tmp_path):
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8))
+    scores = score_columns(model, [torch.ones(2, 64)], lambda model, x: model(x).square().sum())
+    for placement in ("random", scores):
+        plain = attach(model, placement=placement)
+        plain.detach()
+        with torch.device("meta"):  # stands for a GPU: what is made there does not mix with what is on the CPU
+            torch.set_default_dtype(torch.float16)
+            try:
+                adapter = attach(model, placement=placement)
+            finally:
+                torch.set_default_dtype(torch.float32)
+            adapter.export_lora(tmp_path)
+            adapter.save_pretrained(tmp_path)
+            adapter.detach()
+        assert same_bits(adapter.state_dict(), plain.state_dict())
+
+
 def test_a_second_adapter_is_refused_until_the_first_is_gone(tmp_path):
     model = llama()
     original, first = snapshot(model), attach(model)

@@ -328,3 +328,11 @@ def test_values_are_the_same_without_gradients_and_under_autocast():
     assert torch.equal(cast.loss, narrow.loss)
     cast.loss.backward()
     assert hidden.grad is not None and hidden.grad.dtype == torch.float32
+
+
+def test_a_default_device_changes_nothing():
+    case = Case()
+    arguments = (case.hidden.float(), case.weight.float(), case.labels, case.signals())
+    plain = DistillLoss()(*arguments)
+    with torch.device("meta"):  # stands for a GPU
+        assert torch.equal(DistillLoss()(*arguments).loss, plain.loss)
