@@ -32,7 +32,7 @@ RBFAST_INLINE BucketTerm bucket_term(double log_p, double log_q, double beta) {
   if (beta == 1) return {kl_term(q, log_q, p, log_p), q, q > 0 ? log_q - log_p : 0};
   const double m = beta * p + (1 - beta) * q, log_m = log(m);
   const double value = beta * kl_term(p, log_p, m, log_m) + (1 - beta) * kl_term(q, log_q, m, log_m);
-  return {m > 0 ? value : 0, q, q > 0 ? log_q - log_m : 0};
+  return {m == 0 ? 0 : value, q, q > 0 ? log_q - log_m : 0};  // NaN stays NaN
 }
 
 // The gradient of reverse KL and JS in a bucket's logit, from its score and the mean of the scores under q.
