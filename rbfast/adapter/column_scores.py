@@ -103,7 +103,8 @@ def score_columns(
     base = unwrapped(model)
     watch = _Watch(select_linears(base, targets), method)
     scored = 0
-    with _frozen(model), watch.watching():
+    # A compiler would look for no new hooks in what it has compiled, and compile every call of these anew.
+    with _frozen(model), watch.watching(), torch.compiler.set_stance("force_eager"):
         for batch in batches:
             with torch.set_grad_enabled(method != "activation"):
                 loss = loss_fn(model, batch)

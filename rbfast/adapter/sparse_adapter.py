@@ -12,6 +12,7 @@ the base's own, and the backward keeps `x[:, cols]` and reads dy once. Beside th
 The deltas themselves are in `column_delta`.
 """
 
+import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -92,6 +93,7 @@ class SparseAdapter(nn.Module):
         except BaseException:  # most likely out of memory; whoever catches it has no adapter to detach
             self.detach()
             raise
+        _forget_compiled()
 
     @classmethod
     def attach(
@@ -335,6 +337,12 @@ class SparseAdapter(nn.Module):
         fold_all(folding)
         if ours and not self._watch.is_over:
             self._watch.step(ours)
+
+
+def _forget_compiled() -> None:
+    """torch.compile does not look for new hooks: what it made of a model before would run on without them."""
+    if "torch._dynamo" in sys.modules:  # importing it takes seconds
+        torch.compiler.reset()
 
 
 def _folds(name: str, linear: nn.Module, mode: Mode) -> bool:

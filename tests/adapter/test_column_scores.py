@@ -141,6 +141,16 @@ def test_gradient_checkpointing_scores_the_same():
     assert all(torch.equal(again.columns[name], column) for name, column in plain.columns.items())
 
 
+def test_a_model_that_ran_compiled_scores_as_one_that_did_not():
+    model = llama().requires_grad_(False)
+    plain = score_columns(model, BATCHES, loss_fn)
+    compiled = torch.compile(model, backend="aot_eager")
+    loss_fn(compiled, BATCHES[0])
+    again = score_columns(compiled, BATCHES, loss_fn)
+    assert again.shapes == plain.shapes
+    assert all(torch.equal(again.columns[name], column) for name, column in plain.columns.items())
+
+
 def test_a_matrix_that_never_ran_scores_zero():
     model = nn.ModuleDict({"used": nn.Linear(8, 8), "unused": nn.Linear(8, 4)})
     scores = score_columns(model, [torch.randn(3, 8)], lambda model, x: model["used"](x).square().sum())

@@ -133,6 +133,19 @@ def test_compiled_whole_it_trains_like_eager(mode):
     assert steps[True][4] < steps[True][0]
 
 
+@pytest.mark.parametrize("mode", ["fold", "side"])
+def test_a_frozen_model_that_ran_compiled_before_runs_and_trains_its_delta(mode):
+    model = llama().requires_grad_(False)
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(**batch())
+    adapter = attach(model, mode=mode)
+    disturb(adapter)
+    out = compiled(**batch())
+    assert torch.allclose(out.logits, model(**batch()).logits, atol=1e-5)
+    out.loss.backward()
+    assert all(parameter.grad is not None for parameter in adapter.parameters())
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
     gradients = {}
