@@ -8,6 +8,7 @@ matrix, saved as two files:
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -104,6 +105,7 @@ def read_adapter(directory: str | Path) -> tuple[AdapterConfig, dict[str, Delta]
         delta = Delta(*(tensors[f"{name}.{key}"] for key in ("cols", "A", "B")))
         _check_delta(f"{path}: {name}", delta, info)
         deltas[name] = delta
+    _check_groups(path, config, deltas)
     return config, deltas
 
 
@@ -208,7 +210,10 @@ def read_config(path: Path) -> AdapterConfig:
     for name, info in modules.items():
         if not (1 <= info.support <= info.in_features and info.rank >= 1 and info.out_features >= 1):
             raise ValueError(f"{path}: modules: {name}: expected 1 <= support <= in_features and rank >= 1, got {info}")
-    return from_json(AdapterConfig, header | {"modules": modules}, str(path))
+    config = from_json(AdapterConfig, header | {"modules": modules}, str(path))
+    if not (math.isfinite(config.scale) and config.scale != 0):
+        raise ValueError(f"{path}: scale: expected a finite number other than 0, got {config.scale}")
+    return config
 
 
 def _check_delta(where: str, delta: Delta, info: MatrixInfo) -> None:
@@ -222,3 +227,12 @@ def _check_delta(where: str, delta: Delta, info: MatrixInfo) -> None:
             raise ValueError(f"{where}.{key}: expected finite values, got NaN or infinity")
     if (delta.cols.diff() <= 0).any() or delta.cols[0] < 0 or delta.cols[-1] >= info.in_features:
         raise ValueError(f"{where}.cols: expected sorted unique columns in 0..{info.in_features - 1}")
+
+
+def _check_groups(path: Path, config: AdapterConfig, deltas: Mapping[str, Delta]) -> None:
+    """The columns of an input are gathered once for all matrices of a group."""
+    first: dict[int, str] = {}
+    for name, info in config.modules.items():
+        other = first.setdefault(info.group, name)
+        if not torch.equal(deltas[name].cols, deltas[other].cols):
+            raise ValueError(f"{path}: {name}.cols: expected the columns of {other}, which is of the same group")
