@@ -45,22 +45,18 @@ class SharedGather:
         # A compiler merges equal gathers itself; of an inference tensor nobody knows whether it was changed since.
         if self.members == 1 or torch.compiler.is_compiling() or x.is_inference():
             return _gather(x, cols, run, dtype)
-        if (
-            self._kept is None
-            or self._kept[0]() is not x
-            or self._kept[1] != x._version
-            or self._kept[2].dtype != dtype
-        ):
-            self._kept = weakref.ref(x, self._drop), x._version, _gather(x, cols, run, dtype)
-            self._left = self.members
-        xs = self._kept[2]
+        kept = self._kept  # read once: another thread may put its own there at any time
+        if kept is None or kept[0]() is not x or kept[1] != x._version or kept[2].dtype != dtype:
+            kept = weakref.ref(x, self._drop), x._version, _gather(x, cols, run, dtype)
+            self._kept, self._left = kept, self.members
         self._left -= 1
-        if self._left == 0:
+        if self._left <= 0:
             self._kept = None
-        return xs
+        return kept[2]
 
     def _drop(self, dead: weakref.ref) -> None:
-        if self._kept is not None and self._kept[0] is dead:
+        kept = self._kept
+        if kept is not None and kept[0] is dead:
             self._kept = None
 
 

@@ -1,6 +1,8 @@
 """The adapter's gradients: as exact as autograd's on the written-out weight, however the model is run."""
 
 import copy
+import sys
+import threading
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers import GPT2LMHeadModel
 
-from rbfast.adapter.column_delta import unhooked
+from rbfast.adapter.column_delta import SharedGather, unhooked
 from rbfast.models.linears import matrix_shape
 
 
@@ -105,6 +107,36 @@ def test_matrices_that_share_an_input_gather_it_once(monkeypatch):
     with torch.no_grad():
         model(**batch())
     assert len(calls) == 2 * 4  # nothing is done without gradients
+
+
+def test_threads_that_share_a_gather_get_their_own_columns():
+    x, other, cols = torch.randn(3, 8), torch.randn(3, 8), torch.tensor([1, 4])
+    code, lines = SharedGather.__call__.__code__, set()
+
+    def interrupted_at(number):
+        """Runs a gather of x; at each line, or the one of this number, another thread gathers other columns."""
+        gather = SharedGather()
+        gather.members = 2
+
+        def on_line(frame, event, arg):
+            lines.add(frame.f_lineno)
+            if event == "line" and frame.f_lineno == number:
+                thread = threading.Thread(target=gather, args=(other, cols, 1, x.dtype))
+                thread.start()
+                thread.join()
+            return on_line
+
+        before = sys.gettrace()
+        sys.settrace(lambda frame, event, arg: on_line if frame.f_code is code else None)
+        try:
+            return gather(x, cols, 1, x.dtype)
+        finally:
+            sys.settrace(before)
+
+    interrupted_at(None)
+    assert len(lines) > 5
+    for number in sorted(lines):
+        assert torch.equal(interrupted_at(number), x[:, cols]), number
 
 
 def test_an_input_changed_in_place_is_gathered_again():
