@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rbfast.loss.solver import Job, solve
-from rbfast.ops import scaled_
+from rbfast.ops import first_order, scaled_
 from rbfast.ops.dtypes import wide
 
 Gradients = tuple[Tensor | None, ...]
@@ -46,7 +46,7 @@ class FusedLoss(torch.autograd.Function):
         return loss, divergence, ce, bound
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> Gradients:  # type: ignore[override]
         if upstream is None:
             return None, None, None, None

@@ -144,12 +144,17 @@ for _name in ("column_linear_", "column_scatter_", "column_fold_", "column_fold_
     torch.library.register_fake(f"rbfast::{_name}", lambda *args: None, lib=_LIBRARY)
 
 
-def _first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """once_differentiable, whose no_grad takes longer than a backward that keeps no graph needs beside its op."""
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """once_differentiable, whose no_grad takes longer than a backward that keeps no graph needs beside its op.
+
+    It would take what comes from a constant gradient, such as a loss's own 1, for a constant, whose gradient is 0.
+    """
     once = once_differentiable(backward)
 
-    def call(ctx: Any, *grads: Tensor) -> Any:
-        return (once if torch.is_grad_enabled() else backward)(ctx, *grads)
+    def call(ctx: Any, *grads: Tensor | None) -> Any:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        return once(ctx, *(None if grad is None else grad.detach().requires_grad_() for grad in grads))
 
     return call
 
@@ -164,7 +169,7 @@ class _ColumnTap(torch.autograd.Function):
         return y.detach()  # an alias that autograd does not count as a view, so that y may be changed in place later
 
     @staticmethod
-    @_first_order
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         xs, A, B = ctx.saved_tensors
         dA, dB = column_grad(dy.reshape(-1, dy.shape[-1]), xs, A, B, ctx.scale)
@@ -185,7 +190,7 @@ class _ColumnSide(torch.autograd.Function):
         return out
 
     @staticmethod
-    @_first_order
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         xs, cols, A, B = ctx.saved_tensors
         rows = dy.reshape(-1, dy.shape[-1])

@@ -336,3 +336,13 @@ def test_a_default_device_changes_nothing():
     plain = DistillLoss()(*arguments)
     with torch.device("meta"):  # stands for a GPU
         assert torch.equal(DistillLoss()(*arguments).loss, plain.loss)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_gradient_of_the_gradient_is_refused(reduction):
+    case = Case()
+    hidden = case.hidden.float().requires_grad_()
+    loss = DistillLoss(reduction=reduction)(hidden, case.weight.float(), case.labels, case.signals()).loss.sum()
+    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        (loss + gradient.norm()).backward()
