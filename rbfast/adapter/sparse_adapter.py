@@ -293,14 +293,15 @@ class SparseAdapter(nn.Module):
             self._sites[name] = site
 
     def _plant(self, name: str, site: ColumnDelta) -> None:
-        """Registers a delta under the dotted name of its matrix, so that parameters are called `<module>.A`."""
+        """Registers a delta under the dotted name of its matrix, so that parameters are called `<module>.A`.
+
+        Not by add_module: it refuses the names of our own methods, and a part of a model may be called `merge`.
+        """
         parent: nn.Module = self
         *path, leaf = name.split(".")
         for part in path:
-            if part not in parent._modules:
-                parent.add_module(part, nn.Module())
-            parent = parent.get_submodule(part)
-        parent.add_module(leaf, site)
+            parent = parent._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
+        parent._modules[leaf] = site
 
     def _values(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())

@@ -292,6 +292,30 @@ def test_attaching_that_fails_half_way_leaves_nothing_behind():
     attach(model, density=0.9, mode="side")
 
 
+def test_a_model_may_call_its_parts_as_an_adapter_calls_its_own(tmp_path):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.merge, self.config = nn.Linear(16, 16), nn.Sequential(nn.Linear(16, 8))
+
+        def forward(self, x):
+            return self.config(self.merge(x))
+
+    model = Named()
+    original, adapter = snapshot(model), attach(model, density=0.5)
+    assert {name for name, _ in adapter.named_parameters()} == {"merge.A", "merge.B", "config.0.A", "config.0.B"}
+    disturb(adapter)
+    adapter.save_pretrained(tmp_path)
+    state, logits = adapter.state_dict(), model(torch.ones(1, 16))
+    adapter.detach()
+    again = SparseAdapter.from_pretrained(model, tmp_path)
+    again.load_state_dict(state)
+    assert torch.equal(model(torch.ones(1, 16)), logits)
+    again.merge()
+    again.unmerge()
+    assert same_bits(snapshot(model), original)
+
+
 @pytest.mark.parametrize("place", [str, Path])
 def test_a_placement_that_is_no_file_is_told_what_it_may_be(tmp_path, place):
     for name in ("foo", tmp_path):
