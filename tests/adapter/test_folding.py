@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import sys
+import threading
 
 import pytest
 import torch
@@ -231,6 +233,30 @@ def test_no_hook_is_left_in_an_unhooked_block_and_each_comes_back_once():
     with unhooked(model):
         assert hooks(model) == []
     assert hooks(model) == []
+
+
+def test_threads_that_decode_at_once_put_each_hook_back_once():
+    model = llama()
+    adapter = attach(model)
+    before, interval = sorted(hooks(model)), sys.getswitchinterval()
+
+    def enter_and_leave():
+        for _ in range(200):
+            with unhooked(model):
+                pass
+
+    threads = [threading.Thread(target=enter_and_leave) for _ in range(4)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert sorted(hooks(model)) == before
+    adapter.detach()
+    assert not hooks(model)
 
 
 def test_changes_before_and_within_an_unhooked_block_are_folded():
