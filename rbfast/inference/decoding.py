@@ -265,7 +265,27 @@ def decode(
     Args:
         copies: rows of each prompt, next to each other; the prompt is read once for all of them.
     """
-    batch = _prefilled(model, prompts, settings["pad_token_id"], copies)
+    with _plain_settings(model):
+        _decode(model, _prefilled(model, prompts, settings["pad_token_id"], copies), settings, max_new_tokens, steering)
+
+
+@contextmanager
+def _plain_settings(model: PreTrainedModel) -> Iterator[None]:
+    """Without the model's own settings, from which `generate` takes whatever it is not given.
+
+    A checkpoint saved after training often says `use_cache: false`, under which `generate` would read the whole text
+    into the cache at every token; others name beams, penalties or a kind of cache.
+    """
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _decode(
+    model: PreTrainedModel, batch: CachedBatch, settings: dict[str, Any], max_new_tokens: int, steering: Steering
+) -> None:
     last = batch.ids.shape[1] + max_new_tokens
     while len(batch.ids) and (before := batch.ids.shape[1]) < last:
         config = GenerationConfig(**settings, max_new_tokens=last - before, return_dict_in_generate=True)

@@ -6,6 +6,9 @@ from tiny import tiny_model, tiny_tokenizer
 from tiny_models import attach, disturb
 
 from rbfast.inference.decoding import Completion, complete
+from rbfast.inference.guide import Guide, Limits
+from rbfast.inference.local import guided
+from rbfast.inference.solver import Sampling
 
 PROMPTS = ["a", "a much longer prompt than the others", "two words", "2 + 2 =", "xyz", "The end is near", "b", "?"]
 # Many end tokens, so that a random model ends its rows at different times.
@@ -67,6 +70,21 @@ def test_sampling_settings_of_the_model_are_ignored(model):
     model.generation_config.temperature = 5.0
     model.generation_config.repetition_penalty = 1.5
     assert complete(model, tokenizer, PROMPTS, max_new_tokens=8) == expected
+
+
+@pytest.mark.parametrize(
+    "own", [{"use_cache": False}, {"cache_implementation": "dynamic"}, {"num_beams": 2}, {"stop_strings": ["a"]}]
+)
+def test_a_models_own_settings_change_nothing(model, own):
+    tokenizer = tiny_tokenizer()
+    expected = complete(model, tokenizer, PROMPTS, max_new_tokens=24)
+    plain = Guide(Limits(24), interventions=())
+    sampled = guided(model, tokenizer, PROMPTS, plain, Sampling(2, temperature=1.0))
+    for name, value in own.items():
+        setattr(model.generation_config, name, value)
+    assert complete(model, tokenizer, PROMPTS, max_new_tokens=24) == expected
+    assert guided(model, tokenizer, PROMPTS, plain, Sampling(2, temperature=1.0)) == sampled
+    assert own.items() <= model.generation_config.to_dict().items()
 
 
 def test_training_mode_is_restored_and_progress_counts_prompts(model):
