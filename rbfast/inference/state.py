@@ -161,7 +161,8 @@ class GuideState:
         """Takes what the model wrote to a probe, for `tokens` tokens (inserted and written, then discarded)."""
         self.spent += tokens
         self.probed_tokens += tokens
-        self._next_probe += self.limits.probe_every
+        # From here on: an inserted text may be longer than several probes are apart.
+        self._next_probe = self.spent - self.probed_tokens + self.limits.probe_every
         self._probes = [*self._probes, _first_answer(text, self.phrases.finish)][-self.limits.probe_agree :]
         stable = len(self._probes) == self.limits.probe_agree and len(set(self._probes)) == 1 and self._probes[0]
         pays = self._guarded or self.spent + self.count(self._joined(self.phrases.close)) < self.limits.budget

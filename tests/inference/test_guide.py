@@ -87,6 +87,14 @@ def test_a_stable_probe_ends_the_thinking():
     assert row.probed_tokens == 100 and row.spent == 150 + len(order.text)
 
 
+def test_probes_are_apart_after_a_long_insertion_too():
+    guide = make_guide(budget=900, minimum=50, probe_every=10, probe_agree=3, wait="Wait. " * 6)
+    row = GuideState(guide, len)
+    assert row.write("word.</think>", tokens=2).kind == WAIT
+    assert row.wants_probe and row.probed("8", 20) is None
+    assert not row.wants_probe
+
+
 def test_a_stable_probe_that_could_not_be_followed_by_an_answer_does_not_end_the_thinking():
     guide = make_guide(budget=40, interventions=(), probe_every=5, probe_agree=2, probe_tokens=1)
     row = GuideState(guide, len)
