@@ -110,11 +110,23 @@ class TokenState:
                 raise ValueError(f"expected a token of the queue, got {token}: feed tokens in order")
             return 0
         phase, ended = self.state.phase, token in self.vocabulary.stops
-        piece = "" if ended else self._stream.step(self.vocabulary.tokenizer.backend_tokenizer, token) or ""  # type: ignore[attr-defined]
+        piece = "" if ended else self._text(token)
         order = self.state.write(piece, 1, entropy, ended)
         if self._listen and piece:
             self._listen(phase.value, piece)
         return self._obey(order)
+
+    def _text(self, token: int) -> str:
+        """The text that a token completes; empty within a character."""
+        backend = self.vocabulary.tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+        try:
+            return self._stream.step(backend, token) or ""
+        except Exception as error:  # the stream raises no kind of its own
+            if "Invalid prefix" not in str(error):
+                raise
+            # With byte fallback a byte that was a character is none beside bytes that never become one. They are lost.
+            self._stream = DecodeStream(skip_special_tokens=False)
+            return self._stream.step(backend, token) or ""
 
     def probed(self, text: str, tokens: int) -> int:
         """Takes what was written to a probe; returns how many tokens are struck."""

@@ -8,9 +8,13 @@ from guide_streams import END, TOKENIZER, drive, new_row, tokens_of
 from guides import SHORT, make_guide
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_tokenizers import byte_fallback
 
 from rbfast.inference.guide import INTERVENTIONS, WAIT, WRAP_UP
 from rbfast.inference.state import CLOSE, GuideState, Phase
+from rbfast.inference.tokens import TokenState, Vocabulary
+
+BYTE_FALLBACK = byte_fallback("a")
 
 # What may go wrong at a boundary, in pieces that hypothesis puts together.
 PIECES = [
@@ -87,6 +91,17 @@ def test_so_it_is_in_pieces_of_many_tokens_as_a_server_sends_them(guide, stream)
 def test_bytes_that_are_no_text_keep_the_budget_too(guide, stream):
     row, fed = drive(guide, stream)
     assert len(fed) == row.state.spent <= guide.limits.budget and row.ids[-1] == END
+
+
+@relaxed
+@given(bytes_of_any_kind)
+def test_bytes_that_are_no_text_end_no_row_of_a_vocabulary_with_byte_fallback(stream):
+    tokenizer, plain = BYTE_FALLBACK, make_guide(budget=200, interventions=())
+    row = TokenState(plain, Vocabulary(tokenizer, plain, [tokenizer.eos_token_id]))
+    line_break, part, word = (tokenizer.convert_tokens_to_ids(token) for token in ("<0x0A>", "<0xE6>", "a"))
+    for token in [*(number for number in stream if number > 1), line_break, part, word]:
+        row.feed(token)
+    assert row.state.thinking.endswith("a")
 
 
 @relaxed
