@@ -175,9 +175,14 @@ class _RoomyLayer(DynamicLayer):
         self.room = None
 
 
-def new_cache(model: PreTrainedModel) -> Cache:
-    """The model's own kind of cache, with room to grow if every layer keeps all of its past."""
+def new_cache(model: PreTrainedModel) -> Cache | None:
+    """The model's own kind of cache, with room to grow if every layer keeps all of its past.
+
+    None if a layer sums its past up (Mamba, linear attention): its state can lose no row, and forget no token.
+    """
     cache = DynamicCache(config=model.config)
+    if any(hasattr(layer, "conv_states") for layer in cache.layers):
+        return None
     if all(type(layer) is DynamicLayer for layer in cache.layers):
         return Cache(layer_class_to_replicate=_RoomyLayer)
     return cache
@@ -231,24 +236,36 @@ class Steering(StoppingCriteria):
 
 @dataclass
 class CachedBatch:
-    """Rows that are being written: `ids` and `mask` [rows, width], and the cache of all but the last token."""
+    """Rows that are being written: `ids` and `mask` [rows, width], and the cache of all but the last token.
+
+    Without a cache the model reads the rows again each time that it was stopped.
+    """
 
     ids: torch.Tensor
     mask: torch.Tensor
-    cache: Cache
+    cache: Cache | None
 
     def given(self) -> dict[str, Any]:
         """What `generate` is given of the batch, besides ids and mask: the cache, and positions if it cannot count.
 
         Tokens that are masked within a row take up no position; else `generate` sets them itself.
         """
+        if self.cache is None:
+            return {}
         if not bool((self.mask[:, 1:] < self.mask[:, :-1]).any()):
             return {_CACHE: self.cache}
         return {_CACHE: self.cache, "position_ids": (self.mask.cumsum(-1) - 1).clamp(min=0)}
 
     def keep(self, rows: torch.Tensor) -> None:
         self.ids, self.mask = self.ids[rows], self.mask[rows]
-        self.cache.batch_select_indices(rows)
+        if self.cache is not None:
+            self.cache.batch_select_indices(rows)
+
+    def drop_masked(self, pad: int) -> None:
+        """Takes out what is masked, for a model that sums up whatever it reads."""
+        rows = [ids[seen.bool()].tolist() for ids, seen in zip(self.ids, self.mask, strict=True)]
+        if rows:
+            self.ids, self.mask = _padded(rows, pad, self.ids.device)
 
 
 def decode(
@@ -286,9 +303,9 @@ def _plain_settings(model: PreTrainedModel) -> Iterator[None]:
 def _decode(
     model: PreTrainedModel, batch: CachedBatch, settings: dict[str, Any], max_new_tokens: int, steering: Steering
 ) -> None:
-    last = batch.ids.shape[1] + max_new_tokens
-    while len(batch.ids) and (before := batch.ids.shape[1]) < last:
-        config = GenerationConfig(**settings, max_new_tokens=last - before, return_dict_in_generate=True)
+    left = max_new_tokens
+    while len(batch.ids) and left > 0:
+        config = GenerationConfig(**settings, max_new_tokens=left, return_dict_in_generate=True)
         with _masked_ends_expected(batch):
             output = model.generate(  # type: ignore[operator]
                 batch.ids,
@@ -298,14 +315,19 @@ def _decode(
                 logits_processor=steering.processors(),
                 **batch.given(),
             )
-        batch.ids, batch.cache = output.sequences, output[_CACHE]
-        new = batch.ids[:, before:]
+        new = output.sequences[:, batch.ids.shape[1] :]
+        left -= new.shape[1]
+        batch.ids = output.sequences
+        if batch.cache is not None:
+            batch.cache = output[_CACHE]
         batch.mask = torch.cat([batch.mask, batch.mask.new_ones(new.shape)], dim=1)
         steering.paused(batch, new)
         keep = (~steering.ended).nonzero()[:, 0]
         if len(keep) < len(batch.ids):
             steering.keep(keep)
             batch.keep(keep)
+        if batch.cache is None:
+            batch.drop_masked(settings["pad_token_id"])
 
 
 @contextmanager
@@ -341,7 +363,7 @@ def _prefilled(model: PreTrainedModel, prompts: Sequence[list[int]], pad: int, c
     ids, mask = _padded(prompts, pad, model.device)
     batch = CachedBatch(ids, mask, new_cache(model))
     if copies > 1:
-        if ids.shape[1] > 1:
+        if ids.shape[1] > 1 and batch.cache is not None:
             one = GenerationConfig(max_new_tokens=1, do_sample=False, pad_token_id=pad, return_dict_in_generate=True)
             output = model.generate(  # type: ignore[operator]
                 ids[:, :-1], attention_mask=mask[:, :-1], generation_config=one, **{_CACHE: batch.cache}
@@ -386,13 +408,16 @@ def _branch(
     """A copy of some rows of a batch, a text after each."""
     index = torch.tensor(rows, device=batch.ids.device)
     put, seen = _padded(texts, pad, index.device)
-    cache = new_cache(model)
+    ids, mask = batch.ids[index], batch.mask[index]
+    branch = CachedBatch(torch.cat([ids, put], dim=1), torch.cat([mask, seen.to(mask)], dim=1), new_cache(model))
+    if batch.cache is None or branch.cache is None:
+        branch.drop_masked(pad)
+        return branch
     for number, layer in enumerate(batch.cache.layers):
         if not isinstance(layer, DynamicLayer) or layer.is_sliding:
             raise ValueError(
                 f"expected a cache that keeps all of its past, got {type(layer).__name__}: no probe can "
                 "run beside it, so turn probes off (probe_every=0)"
             )
-        cache.update(layer.keys[index], layer.values[index], number)  # type: ignore[index]
-    ids, mask = batch.ids[index], batch.mask[index]
-    return CachedBatch(torch.cat([ids, put], dim=1), torch.cat([mask, seen.to(mask)], dim=1), cache)
+        branch.cache.update(layer.keys[index], layer.values[index], number)  # type: ignore[index]
+    return branch

@@ -9,6 +9,7 @@ guide = Guide(Limits(1024), phrases_for(tokenizer))
 
 A text is inserted by choosing its tokens for the model, one a step; what is struck stays in the cache, but the row no
 longer attends to it and it takes up no position. Nothing is ever read twice, and each row goes its own way in a batch.
+Only a model with recurrent layers, which cannot forget, reads what is left of its rows again.
 """
 
 from __future__ import annotations

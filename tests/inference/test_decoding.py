@@ -3,7 +3,7 @@ import contextlib
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
-from tiny_models import attach, disturb
+from tiny_models import attach, disturb, family
 
 from rbfast.inference.decoding import Completion, complete
 from rbfast.inference.guide import Guide, Limits
@@ -44,6 +44,20 @@ def test_batches_write_what_each_prompt_writes_alone(model, batch_size):
     assert completions == [
         Completion(tokenizer.decode(w, skip_special_tokens=True), len(w), w[-1] not in STOPS) for w in expected
     ]
+
+
+@pytest.mark.parametrize("name", ["falcon-h1", "jamba", "lfm2"])
+def test_so_do_batches_of_a_model_that_sums_its_past_up(name):
+    model, tokenizer = family(name, vocab_size=258, initializer_range=0.5), tiny_tokenizer()
+    model.generation_config.eos_token_id = STOPS
+    expected = [alone(model, tokenizer, prompt, 24) for prompt in PROMPTS]
+    assert len({len(written) for written in expected}) > 2
+    assert [c.tokens for c in complete(model, tokenizer, PROMPTS, max_new_tokens=24)] == [len(w) for w in expected]
+    plain = Guide(Limits(24), interventions=())
+    texts = [tokenizer.decode(written, skip_special_tokens=True) for written in expected]
+    assert [solution.text for [solution] in guided(model, tokenizer, PROMPTS, plain)] == texts
+    sampled = [guided(model, tokenizer, PROMPTS, plain, Sampling(2, 1.0), batch_size=size) for size in (2, 32)]
+    assert sampled[0] == sampled[1]
 
 
 def test_the_cache_goes_by_the_name_that_this_transformers_takes(model, recwarn):

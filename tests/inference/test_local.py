@@ -8,6 +8,7 @@ import pytest
 import torch
 from guides import make_guide
 from tiny import tiny_model, tiny_tokenizer
+from tiny_models import family
 
 from rbfast.inference.decoding import complete, greedy_settings
 from rbfast.inference.guide import WAIT, WRAP_UP, Guide, Limits
@@ -152,7 +153,10 @@ def test_adversarial_rows_never_affect_each_other(model, monkeypatch, probe_ever
         assert row.solution() == solution
 
 
-def test_what_was_struck_leaves_no_trace(model):
+@pytest.mark.parametrize("kind", ["llama", "falcon-h1", "jamba"])
+def test_what_was_struck_leaves_no_trace(kind):
+    model = tiny_model() if kind == "llama" else family(kind, vocab_size=258, max_position_embeddings=256)
+    model.generation_config.eos_token_id = STOPS
     # Every token that was not put in is the one that the model, reading only what is left, would write there.
     visible = torch.full((258,), -1e4)
     visible[0] = visible[2:96] = 0.0  # the end and printable characters: a token is one character
@@ -164,6 +168,15 @@ def test_what_was_struck_leaves_no_trace(model):
         assert [greedy[i] for i in free] == [solution.ids[i] for i in free]
         checked += any(event.struck for event in solution.events) and bool(free)
     assert checked
+
+
+def test_a_model_that_sums_its_past_up_is_probed_too():
+    model = family("falcon-h1", vocab_size=258, max_position_embeddings=256)
+    model.generation_config.eos_token_id = STOPS
+    asked = guide(minimum=20, probe_every=8, probe_tokens=3)
+    together = guided(model, TOKENIZER, PROMPTS, asked)
+    assert guided(model, TOKENIZER, PROMPTS, asked, batch_size=1) == together
+    assert any(solution.probe_tokens for [solution] in together)
 
 
 def test_what_was_struck_is_not_warned_of_as_padding(model, caplog):
