@@ -6,6 +6,10 @@ from typing import Any
 from rbfast.cli.common import Command, print_result
 
 
+_OLDEST = (8, 0)  # the compute capability of a GPU that the CUDA ops run on
+_USE_TRITON = "reinstall rbfast with RBFAST_CUDA=0 to run its Triton kernels"
+
+
 def run_info(args: argparse.Namespace) -> int:
     return _installation(args) if args.model is None else _model(args)
 
@@ -27,7 +31,7 @@ def _installation(args: argparse.Namespace) -> int:
         "cpu_isa_reason": ops.cpu_isa_reason(),
         "text": text.implementation(),
         "ops": ops.implementations(),
-        "gpu_ops": ops.implementations("cuda"),
+        "gpu_ops": _gpu_ops(),
     }
     lines = [f"{name}: {value}" for name, value in facts.items() if name not in ("ops", "gpu_ops")]
     for title, key in (("on the CPU", "ops"), ("on a GPU", "gpu_ops")):
@@ -35,6 +39,19 @@ def _installation(args: argparse.Namespace) -> int:
     if facts["cpu_isa"] is None or facts["text"] == "reference":
         lines.append(f"The native CPU code, which is far faster, is not all built: {how_to_build()}.")
     return print_result(args, facts, "\n".join(lines))
+
+
+def _gpu_ops() -> dict[str, str]:
+    """What a call on this machine's GPU runs. The registry cannot say it all: asking for the GPU starts CUDA."""
+    import torch
+
+    from rbfast import ops
+
+    found = ops.implementations("cuda")
+    if not torch.cuda.is_available() or (capability := torch.cuda.get_device_capability()) >= _OLDEST:
+        return found
+    refused = f"none (the CUDA C++ needs sm_80, this GPU is sm_{capability[0]}{capability[1]}: {_USE_TRITON})"
+    return {name: refused if how == "CUDA C++" else how for name, how in found.items()}
 
 
 def _model(args: argparse.Namespace) -> int:

@@ -65,6 +65,20 @@ def test_info_names_an_implementation_for_every_op(capsys: pytest.CaptureFixture
     assert call(capsys, "info")[1].count("\n") > len(facts["ops"])
 
 
+@pytest.mark.parametrize(
+    ("capability", "begins"), [((7, 5), "none (the CUDA C++ needs sm_80, this GPU is sm_75: "), ((8, 0), "CUDA C++")]
+)
+def test_info_says_that_the_cuda_ops_refuse_an_old_gpu(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], begins: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    monkeypatch.setattr("rbfast.ops.implementations", lambda device="cpu": {"a": "CUDA C++", "b": "torch.mm"})
+    found = json.loads(call(capsys, "info", "--json")[1])["gpu_ops"]
+    assert found["a"].startswith(begins) and found["b"] == "torch.mm"
+
+
 def test_info_of_a_model_says_what_its_adapter_takes(capsys: pytest.CaptureFixture[str], model_folder: str) -> None:
     code, out, _ = call(capsys, "info", model_folder, "--json")
     facts, model = json.loads(out), load_student(model_folder, torch.float32)[0]
