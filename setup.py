@@ -60,10 +60,10 @@ def text_extension() -> Extension:
     )
 
 
-def cuda_extension(toolkit: str) -> CppExtension:
+def cuda_extension(toolkit: str, release: tuple[int, int]) -> CppExtension:
     """`rbfast/_C_cuda`. Its runtime is linked statically, so that it fits a torch of any CUDA of the same age."""
     cpp_extension.CUDA_HOME = toolkit  # a CPU-only torch leaves it empty whatever the environment says
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", GPUS if release_of(toolkit) >= (12, 8) else GPUS_BEFORE_BLACKWELL)
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", GPUS if release >= (12, 8) else GPUS_BEFORE_BLACKWELL)
     return CppExtension(
         "rbfast._C_cuda",
         sources("csrc/cuda/*.cu"),
@@ -96,8 +96,8 @@ def release_of(toolkit: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def cuda_toolkit() -> str | None:
-    """The folder of the CUDA toolkit to build with, or None where the CUDA ops are left out."""
+def cuda_toolkit() -> tuple[str, tuple[int, int]] | None:
+    """The folder of the CUDA toolkit to build with and its version, or None where the CUDA ops are left out."""
     asked = os.environ.get("RBFAST_CUDA", "")
     if asked not in ("", "0", "1"):
         raise ValueError(f"RBFAST_CUDA must be 1 (build the CUDA ops), 0 (leave them out) or unset, got {asked!r}")
@@ -109,10 +109,10 @@ def cuda_toolkit() -> str | None:
     found = "nvcc was not found"
     if nvcc is not None:
         toolkit = toolkit_of(nvcc)
-        major, minor = release_of(toolkit)
-        if of_torch in (None, str(major)):
-            return toolkit
-        found = f"{nvcc} is of CUDA {major}.{minor}"
+        release = release_of(toolkit)
+        if of_torch in (None, str(release[0])):
+            return toolkit, release
+        found = f"{nvcc} is of CUDA {release[0]}.{release[1]}"
     needs = f"needs nvcc of CUDA {of_torch}, as torch is," if of_torch else "needs nvcc,"
     if asked == "1":
         raise RuntimeError(f"RBFAST_CUDA=1 {needs} but {found}: put one on the PATH, or set CUDA_HOME to its toolkit")
@@ -125,7 +125,7 @@ def extensions() -> list:
     if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
         print("rbfast: no C++ compiler found (set CXX); installing without native ops. `rbfast info` will say so.")
         return []
-    return [cpu_extension(), text_extension()] + ([cuda_extension(toolkit)] if toolkit else [])
+    return [cpu_extension(), text_extension()] + ([cuda_extension(*toolkit)] if toolkit else [])
 
 
 setup(
