@@ -5,7 +5,6 @@ from typing import Any
 
 from rbfast.cli.common import Command, print_result
 
-
 _OLDEST = (8, 0)  # the compute capability of a GPU that the CUDA ops run on
 _USE_TRITON = "reinstall rbfast with RBFAST_CUDA=0 to run its Triton kernels"
 
