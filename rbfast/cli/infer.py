@@ -203,11 +203,18 @@ def run_eval(args: argparse.Namespace) -> int:
 
 
 def _label(args: argparse.Namespace) -> str:
-    """Whose completions are measured; an adapter that was trained again is another one."""
-    if not args.adapter:
-        return f"{args.model} {args.dtype}"
-    changed = max((path.stat().st_mtime_ns for path in Path(args.adapter).glob("*.safetensors")), default=0)
-    return f"{args.model} {args.dtype} {args.adapter} {changed}"
+    """Whose completions are measured; a model or an adapter that was trained again is another one."""
+    names = [args.model, args.dtype, *([args.load_in] if args.load_in else [])]
+    if changed := _last_written(args.model):  # not 0, of a model on the hub
+        names.append(changed)
+    if args.adapter:
+        names += [args.adapter, _last_written(args.adapter)]
+    return " ".join(map(str, names))
+
+
+def _last_written(folder: str) -> int:
+    """When the weights in a folder were written; 0 if it holds none."""
+    return max((path.stat().st_mtime_ns for path in Path(folder).glob("*.safetensors")), default=0)
 
 
 SOLVE = Command(

@@ -100,6 +100,9 @@ class Decoding:
     label: str = ""
     instruction: Instruction | None = None
 
+    def __post_init__(self) -> None:
+        Sampling(self.samples, self.temperature, self.top_p)  # raises ValueError for what is out of range
+
     def write(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], batch_size: int
     ) -> list[list[Written]]:
@@ -140,7 +143,8 @@ def evaluate(
         decoding: the fields of `Decoding`.
 
     Raises:
-        ValueError: `keep` holds results of another label or way of decoding, or a line that is none.
+        ValueError: a number out of its range; `keep` holds results of another label or way of decoding, or a line that
+            is none.
         OSError: `keep` cannot be written.
     """
     how = Decoding(**decoding)

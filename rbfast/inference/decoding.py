@@ -103,7 +103,7 @@ def encode_prompts(
     if limit is not None and longest + max_new_tokens > limit:
         raise ValueError(
             f"the longest prompt has {longest} tokens and {max_new_tokens} more were requested, "
-            f"but the model has {limit} positions: lower max_new_tokens or leave that prompt out"
+            f"but the model has {limit} positions: lower max_new_tokens (a guide's budget) or leave that prompt out"
         )
     return encoded
 

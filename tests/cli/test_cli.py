@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tiny import model_of_words
 from transformers import PreTrainedTokenizerBase
 
 from rbfast.adapter.sparse_adapter import SparseAdapter
+from rbfast.cli.infer import _label
 from rbfast.cli.main import _parser, main
 from rbfast.cli.train import _distill_config, _outcome
 from rbfast.data.readers import read_traces, write_traces
@@ -254,6 +256,30 @@ def test_eval_samples_and_goes_on(capsys: pytest.CaptureFixture[str], model_fold
     assert records.read_text() == before
 
 
+def test_eval_resumes_only_from_the_same_weights(
+    capsys: pytest.CaptureFixture[str], model_folder: str, tmp_path: Path
+) -> None:
+    weights = Path(shutil.copytree(model_folder, tmp_path / "model")) / "model.safetensors"
+    (problems := tmp_path / "problems.jsonl").write_text('{"problem": "1 + 1?", "answer": "2"}\n')
+    asked = [
+        "eval",
+        str(weights.parent),
+        "--task",
+        str(problems),
+        "--max-new-tokens",
+        "1",
+        "-o",
+        str(tmp_path / "o.jsonl"),
+    ]
+    assert [call(capsys, *asked)[0] for _ in range(2)] == [0, 0]
+    args = SimpleNamespace(model=str(weights.parent), dtype=None, load_in=None, adapter=None)
+    quantised = SimpleNamespace(**vars(args) | {"load_in": "4bit"})
+    assert _label(args) != _label(quantised)
+    os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
+    code, _, err = call(capsys, *asked)
+    assert code == 2 and "results of another model" in err
+
+
 def test_eval_takes_50_problems_or_all_of_a_task_that_has_fewer(
     capsys: pytest.CaptureFixture[str], model_folder: str, tmp_path: Path
 ) -> None:
@@ -455,6 +481,17 @@ def test_an_interrupted_command_exits_as_a_shell_reports_it(
     code, _, err = call(capsys, "report", "run", "-o", str(tmp_path / "page.html"))
     assert code == 130
     assert err == "rbfast report: interrupted; run the same command to resume\n"
+
+
+def test_an_interrupted_command_that_kept_nothing_does_not_offer_to_resume(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rbfast.cli.infer.load_model", interrupt)
+    code, _, err = call(capsys, "solve", "model", "1 + 1?")
+    assert (code, err) == (130, "rbfast solve: interrupted\n")
 
 
 @pytest.mark.parametrize(("checkpoint", "said"), [(None, "it begins anew"), ("checkpoint-4", "it goes on from ")])

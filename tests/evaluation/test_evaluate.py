@@ -196,6 +196,14 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch):
         evaluate(model, tokenizer, problems, keep=path, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "complaint"), [({"samples": 0}, "samples must be at least 1, got 0"), ({"top_p": 0.0}, "top_p in")]
+)
+def test_decoding_out_of_range_is_refused(options, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        evaluate(tiny_model(), tiny_tokenizer(), [Problem("file", "x", "never", {})], **options)
+
+
 def test_kept_completions_are_graded_again_by_a_corrected_answer(tmp_path, monkeypatch):
     model, tokenizer, path = tiny_model(), tiny_tokenizer(), tmp_path / "results.jsonl"
     monkeypatch.setattr(
