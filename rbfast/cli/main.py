@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rbfast {args.command}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"rbfast {args.command}: interrupted; run the same command to resume", file=sys.stderr)
+        resumes = "; run the same command to resume" if getattr(args, "out", None) else ""  # else nothing was kept
+        print(f"rbfast {args.command}: interrupted{resumes}", file=sys.stderr)
         return 130  # as a shell reports SIGINT
 
 
