@@ -197,8 +197,8 @@ class GuideState:
             return order
         text, tokens = self._pieces[-1]
         self._pieces[-1] = text[: len(text) - rest], tokens
-        self.phase, self.answer = Phase.ANSWER, text[len(text) - rest :]
-        return self._end_if_due()
+        self.phase = Phase.ANSWER
+        return self._answer(text[len(text) - rest :], ended=False)
 
     def _marker_pieces(self, rest: int) -> int:
         """How many of the last pieces hold the close marker, which ends `rest` characters before their end."""

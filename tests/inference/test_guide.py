@@ -50,6 +50,12 @@ def test_the_marker_may_share_a_token_with_what_follows_it():
     assert (row.thinking, row.answer, row.phase) == ("done </think>", "\nIt is 4", Phase.ANSWER)
 
 
+def test_a_piece_may_hold_the_whole_answer():
+    row = GuideState(make_guide(budget=400, finish="</answer>"), len)
+    order = row.write("It is 7.</think>7</answer>", tokens=26)
+    assert order.end and row.phase is Phase.DONE and row.finished and row.answer == "7</answer>"
+
+
 def test_a_loop_gets_another_approach_then_the_end():
     guide = make_guide(budget=2000, cap=1, cooldown=0, loop_length=6, **SHORT)
     row, _ = drive(guide, tokens_of(["round and round. " * 60]))
