@@ -286,6 +286,6 @@ def summarize_samples(results: Sequence[Result]) -> dict[str, float]:
 
 def _majority_correct(item: Sequence[Result]) -> float:
     """Whether the samples' most frequent answer is correct, as the first sample that gave it was graded."""
-    keys = [answer_key(result.completion.text) for result in item]
+    keys = [answer_key(result.completion.text, truncated=result.completion.truncated) for result in item]
     winner = majority(keys).answer
     return float(next((r.correct for r, key in zip(item, keys, strict=True) if key == winner and winner), False))

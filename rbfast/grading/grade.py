@@ -34,8 +34,14 @@ _WHOLE = re.compile(r".*(?:\n|</answer>)", re.DOTALL | re.IGNORECASE)
 _DISPLAYED = re.compile(r"(?:\\\[[^\[\]]*\\\]|\$\$[^$]*\$\$)$")
 
 
-def _statement(text: str) -> str:
-    """What a completion answers: what it marks, else its last line; nothing if it leaves its answer empty."""
+def _statement(text: str, truncated: bool) -> str:
+    """What a completion answers: what it marks, else its last line; nothing if it leaves its answer empty.
+
+    If the limit cut it, only what it marks before its last whole line or tag ends.
+    """
+    if truncated:
+        whole = _WHOLE.match(text)
+        return (extract_answer(whole[0]) if whole else None) or ""
     return extract_answer(text) or ("" if lacks_answer(text) else _last_line(text))
 
 
@@ -62,12 +68,7 @@ def grade(problem: Problem, completion: str, *, truncated: bool = False) -> floa
         truncated: the limit cut the completion: what stands after its last whole line or tag is no answer, and only a
             marked answer counts.
     """
-    if truncated:
-        whole = _WHOLE.match(completion)
-        statement = (extract_answer(whole[0]) if whole else None) or ""
-    else:
-        statement = _statement(completion)
-    found = readings(statement)
+    found = readings(_statement(completion, truncated))
     if not problem.entry:
         return float(equals_any(problem.answer, found))
     verifier = _verifier(problem)
@@ -85,9 +86,13 @@ def reasoning_gym() -> Any:
     return need("reasoning_gym", "problems of generated tasks", install="reasoning-gym")
 
 
-def answer_key(text: str) -> str | None:
-    """What a vote counts: the final answer of a completion, the same text for equal numbers; None if it has none."""
-    keys = [key(reading) for reading in readings(_statement(text))]
+def answer_key(text: str, *, truncated: bool = False) -> str | None:
+    """What a vote counts: the final answer of a completion, the same text for equal numbers; None if it has none.
+
+    Args:
+        truncated: as for `grade`.
+    """
+    keys = [key(reading) for reading in readings(_statement(text, truncated))]
     if keys and len(keys[0]) == 1:  # a choice, whatever is said of it
         return keys[0]
     return next(filter(is_number, keys), keys[0] if keys else "") or None

@@ -121,6 +121,13 @@ def test_summary_of_samples():
         summarize_samples([])
 
 
+def test_completions_that_were_cut_before_an_answer_do_not_vote():
+    problem = Problem("t", "16 + 4?", "20", {})
+    cut = [Result(problem, Completion("16 + 4 = 2", 5, True), 0.0, sample) for sample in range(2)]
+    right = Result(problem, Completion("<answer>20</answer>", 5, False), 1.0, 2)
+    assert summarize_samples([*cut, right])["majority@3"] == 1.0
+
+
 def test_pass_at_k_is_the_share_of_subsets():
     for samples, correct, k in [(5, 2, 3), (6, 1, 2), (4, 0, 2), (3, 3, 1), (7, 3, 7)]:
         drawn = list(combinations([1] * correct + [0] * (samples - correct), k))
