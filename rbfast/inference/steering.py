@@ -29,15 +29,16 @@ class Sampler:
 
     def draw(self, scores: torch.Tensor, names: Sequence[str], steps: Sequence[int]) -> torch.Tensor:
         """A token [rows] for each row of `scores` [rows, V]."""
-        chances, tokens = torch.softmax(scores.double() / self.temperature, dim=-1).sort(descending=True, stable=True)
-        mass = chances.cumsum(-1)
-        # The smallest set of tokens whose mass reaches top_p; the first is always in it.
-        chances[(mass - chances) >= self.top_p] = 0.0
+        chances, tokens = torch.softmax(scores.double() / self.temperature, dim=-1), None
+        if self.top_p < 1:  # sorting a whole vocabulary may take longer than the model
+            chances, tokens = chances.sort(descending=True, stable=True)
+            # The smallest set of tokens whose mass reaches top_p; the first is always in it.
+            chances[(chances.cumsum(-1) - chances) >= self.top_p] = 0.0
         mass = chances.cumsum(-1)
         draws = [self._uniform(f"{name}:{step}") for name, step in zip(names, steps, strict=True)]
         wanted = torch.tensor(draws, dtype=mass.dtype, device=mass.device)[:, None] * mass[:, -1:]
         drawn = torch.searchsorted(mass, wanted, right=True).clamp(max=mass.shape[1] - 1)
-        return tokens.gather(1, drawn)[:, 0]
+        return (drawn if tokens is None else tokens.gather(1, drawn))[:, 0]
 
     @staticmethod
     def _uniform(name: str) -> float:
