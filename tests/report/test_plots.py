@@ -66,6 +66,16 @@ def test_budgets_are_drawn_for_each_side():
         plots.draw_budgets({"before": {}})
 
 
+def test_the_legend_covers_no_gain():
+    solved = {"before": 0.9, "after": 1.0, "ci_low": 0.0, "ci_high": 0.2, "n": 40}
+    figure = plots.draw_accuracy([solved | {"family": name} for name in "abc"])
+    plots.FigureCanvasAgg(figure).draw()
+    legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend())]
+    gains = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert legends and len(gains) == 3
+    assert not any(legend.get_window_extent().overlaps(gain) for legend in legends for gain in gains)
+
+
 def test_names_are_drawn_as_they_stand():
     assert plots.plain("a\n$x$ \ud83d") == r"a \$x\$ ?"
     assert len(plots.plain("x" * 100)) == 60
