@@ -65,7 +65,7 @@ def complete(
         progress: called with (prompts done, prompts in all) after each batch.
 
     Raises:
-        ValueError: a prompt whose completion would not fit the model's positions.
+        ValueError: a prompt that is empty, or whose completion would not fit the model's positions.
     """
     if max_new_tokens < 1 or batch_size < 1:
         raise ValueError(f"max_new_tokens and batch_size must be at least 1, got {max_new_tokens} and {batch_size}")
@@ -96,8 +96,11 @@ def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 def encode_prompts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
 ) -> list[list[int]]:
-    """The tokens of each prompt. Raises ValueError if a completion does not fit the model's positions."""
+    """The tokens of each prompt. Raises ValueError for an empty one, and if a completion does not fit the model's
+    positions."""
     encoded = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
+    if not all(encoded):
+        raise ValueError(f"every prompt needs a token to go on from, got {prompts[encoded.index([])]!r}")
     limit = getattr(model.config, "max_position_embeddings", None)
     longest = max(map(len, encoded), default=0)
     if limit is not None and longest + max_new_tokens > limit:

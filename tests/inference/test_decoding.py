@@ -145,6 +145,11 @@ def test_what_does_not_fit_is_refused(model):
         complete(model, tiny_tokenizer(), PROMPTS, max_new_tokens=0, batch_size=4)
 
 
+def test_an_empty_prompt_is_refused(model):
+    with pytest.raises(ValueError, match="every prompt needs a token to go on from, got ''"):
+        complete(model, tiny_tokenizer(), ["a", ""])
+
+
 def test_the_end_of_turn_of_the_chat_template_ends_a_row_too(model):
     tokenizer = tiny_tokenizer()
     [expected] = complete(model, tokenizer, ["two words"], max_new_tokens=24)
