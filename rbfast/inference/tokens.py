@@ -37,7 +37,7 @@ class Vocabulary:
     """A tokenizer as a guide needs it: texts to tokens, tokens to pieces of text, ends of turn.
 
     Raises:
-        ValueError: the tokenizer is not a fast one, or a marker of the guide cannot be written in its vocabulary.
+        ValueError: the tokenizer is not a fast one, or its vocabulary cannot write a text of a guide that inserts any.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, guide: Guide, stops: Sequence[int]):
@@ -47,8 +47,9 @@ class Vocabulary:
         self.stops = frozenset(stops)
         self.end = end_of_turn(tokenizer)
         self._encoded: dict[str, list[int]] = {}
-        for name, text in asdict(guide.phrases).items():
-            self._check(name, text)
+        if not guide.passive:
+            for name, text in asdict(guide.phrases).items():
+                self._check(name, text)
 
     def _check(self, name: str, text: str) -> None:
         ids = self.encode(text)

@@ -165,6 +165,7 @@ def test_markers_the_vocabulary_cannot_write_are_refused():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<e>", unk_token="<unk>")
     with pytest.raises(ValueError, match="close must be a text that the tokenizer can write, got '</think>'"):
         Vocabulary(tokenizer, make_guide(budget=100), [2])
+    assert Vocabulary(tokenizer, make_guide(budget=100, interventions=()), [2])  # which inserts nothing
 
 
 @pytest.mark.parametrize(
