@@ -55,9 +55,7 @@ def accuracy(run: RunFolder) -> Iterator[str]:
             if not items:
                 yield remark(f"Nothing was measured {side} the training, so there is no gain to show.")
     if run.measurements:
-        yield remark(
-            "In brackets 95% intervals: Wilson's for shares, Agresti and Min's for the paired gain, in points."
-        )
+        yield remark(_INTERVALS)
 
 
 def _bars(row: Comparison) -> dict[str, Any]:
