@@ -71,7 +71,8 @@ def _bars(row: Comparison) -> dict[str, Any]:
 
 
 def _limit(measured: Measurement) -> str:
-    return "no limit recorded" if measured.limit is None else f"at most {measured.limit:,} tokens"
+    limit = "no limit recorded" if measured.limit is None else f"at most {measured.limit:,} tokens"
+    return f"{limit}, {measured.drawn}" if measured.drawn else limit
 
 
 def by_budget(run: RunFolder) -> Iterator[str]:
@@ -79,7 +80,7 @@ def by_budget(run: RunFolder) -> Iterator[str]:
     if measured is None:
         yield remark(NOTHING_MEASURED)
         return
-    curves = _over_limits(run.measurements)
+    curves = _over_limits([other for other in run.measurements if other.drawn == measured.drawn])
     if curves:
         yield picture(draw_budgets(curves), "Share solved by limit of tokens")
         yield remark("Each point is an evaluation of its own, over the problems that all of them have.")

@@ -2,7 +2,7 @@
 
     run = read_run("runs/first")
     run.settings["base_model"], run.log[-1]["loss_tactical"]
-    for measured in run.measurements:                       # one for each limit of tokens
+    for measured in run.measurements:                       # one for each limit of tokens and way of drawing
         print(compare("all", measured.before, measured.after).gain)
 
 Completions are every JSONL file in the folder that `rbfast eval -o` or the demo wrote. A file whose name begins with
@@ -48,14 +48,16 @@ _SHEET = {
 
 @dataclass(frozen=True)
 class Measurement:
-    """The completions under one limit of tokens. A side that was not measured is empty.
+    """The completions under one limit of tokens, drawn in one way. A side that was not measured is empty.
 
-    `limit` is None if it is not recorded and no completion reached it.
+    `limit` is None if it is not recorded and no completion reached it. `drawn` is empty for greedy completions, and if
+    it is not recorded.
     """
 
     limit: int | None
     before: Items
     after: Items
+    drawn: str = ""
 
 
 @dataclass(frozen=True)
@@ -160,15 +162,17 @@ def _cost(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _measurements(folder: Path) -> list[Measurement]:
-    sides: dict[int | None, tuple[Items, Items]] = {}
+    sides: dict[tuple[int | None, str], tuple[Items, Items]] = {}
     for path in sorted(folder.glob("*.jsonl")):
         if path.name != SKIPPED and _holds_results(path):
             for where, record in json_lines(path, _RESULT):
-                before, after = sides.setdefault(_limit(record, where), ({}, {}))
+                before, after = sides.setdefault((_limit(record, where), _drawn(record, where)), ({}, {}))
                 items = before if path.name.startswith("before") else after
                 items.setdefault((record["task"], record["problem"]), []).append(record)
-    found = [Measurement(_met(pair) if limit is None else limit, *pair) for limit, pair in sides.items()]
-    return sorted(found, key=lambda measured: measured.limit or 0)
+    found = [
+        Measurement(_met(pair) if limit is None else limit, *pair, drawn) for (limit, drawn), pair in sides.items()
+    ]
+    return sorted(found, key=lambda measured: (measured.limit or 0, measured.drawn))
 
 
 def _holds_results(path: Path) -> bool:
@@ -188,6 +192,15 @@ def _limit(record: Record, where: str) -> int | None:
     return int(decoding["max_new_tokens"])
 
 
+def _drawn(record: Record, where: str) -> str:
+    decoding = record.get("decoding") or {}
+    check_some(decoding, {"samples": int, "temperature": _NUMBER}, f"{where}: decoding")
+    samples, temperature = decoding.get("samples", 1), decoding.get("temperature", 0)
+    if samples == 1 and temperature == 0:
+        return ""
+    return f"{samples} sample{'s' if samples > 1 else ''} at temperature {temperature:g}"
+
+
 def _met(sides: Iterable[Items]) -> int | None:
     """The limit that is not recorded, as the completions that were cut at it show it."""
     records = (record for items in sides for found in items.values() for record in found)
@@ -198,7 +211,7 @@ def _met(sides: Iterable[Items]) -> int | None:
 
 
 def main_measurement(run: RunFolder) -> Measurement | None:
-    """The measurement to speak of: one with both sides, and of those the one with the highest limit."""
+    """The measurement to speak of: one with both sides, of those one with the highest limit, greedy if it can be."""
     return max(run.measurements, key=lambda m: (bool(m.before and m.after), m.limit or 0), default=None)
 
 

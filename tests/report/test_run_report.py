@@ -14,7 +14,7 @@ import pytest
 from run_folders import ADAPTER, BROWSERS, NASTY, SETTINGS, THOUGHT, lines, record, results, write_run
 
 from rbfast.cli.main import main
-from rbfast.evaluation.statistics import paired_difference
+from rbfast.evaluation.statistics import paired_difference, proportion
 from rbfast.report import accuracy, examples
 from rbfast.report.html import escape, table
 from rbfast.report.read_run import compare, read_run
@@ -150,6 +150,27 @@ def test_limits_make_a_curve_of_budgets(tmp_path: Path) -> None:
     }
     page = Page(page_of(run))
     assert "an evaluation of its own" in page.text and "at most 128 tokens" in page.text
+
+
+def test_samples_are_not_pooled_with_greedy_completions(tmp_path: Path) -> None:
+    greedy = {"max_new_tokens": 64, "samples": 1, "temperature": 0.0}
+    drawn = [
+        line
+        for sample in range(2)
+        for line in results(0, sample=sample, decoding=greedy | {"samples": 2, "temperature": 0.8})
+    ]
+    run = write_run(
+        tmp_path / "run",
+        **{
+            "before.jsonl": lines(results(1, decoding=greedy)),
+            "after.jsonl": lines(results(6, decoding=greedy)),
+            "after-sampled.jsonl": lines(drawn),
+        },
+    )
+    first, second = read_run(run).measurements
+    assert (first.limit, first.drawn, second.limit, second.drawn) == (64, "", 64, "2 samples at temperature 0.8")
+    assert compare("all", first.before, first.after).after == proportion([1.0] * 12 + [0.0] * 4)
+    assert "at most 64 tokens, 2 samples at temperature 0.8" in Page(page_of(run)).text
 
 
 def test_one_limit_is_counted_within(tmp_path: Path) -> None:
