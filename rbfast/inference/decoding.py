@@ -8,6 +8,7 @@ small batch, not of the whole one. `decode` is that loop; what happens at each t
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ from rbfast.models.student import evaluation_mode
 
 # The name of `generate`'s cache, taken and returned: transformers 5.24 renamed it.
 _CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
+# The own settings of the models that are decoding, by id, and how many threads do.
+_PLAIN: dict[int, tuple[GenerationConfig, int]] = {}
+_SETTING = threading.Lock()
 
 _GENERATE_LOG = logging.getLogger("transformers.generation.utils")
 
@@ -296,11 +300,20 @@ def _plain_settings(model: PreTrainedModel) -> Iterator[None]:
     A checkpoint saved after training often says `use_cache: false`, under which `generate` would read the whole text
     into the cache at every token; others name beams, penalties or a kind of cache.
     """
-    own, model.generation_config = model.generation_config, GenerationConfig()
+    with _SETTING:
+        own, users = _PLAIN.get(id(model), (model.generation_config, 0))
+        _PLAIN[id(model)] = own, users + 1
+        if not users:
+            model.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        model.generation_config = own
+        with _SETTING:
+            own, users = _PLAIN.pop(id(model))
+            if users > 1:
+                _PLAIN[id(model)] = own, users - 1
+            else:
+                model.generation_config = own
 
 
 def _decode(

@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 from tiny_models import attach, disturb, family
 
-from rbfast.inference.decoding import Completion, complete
+from rbfast.inference.decoding import Completion, _plain_settings, complete
 from rbfast.inference.guide import Guide, Limits
 from rbfast.inference.local import guided
 from rbfast.inference.solver import Sampling
@@ -99,6 +99,17 @@ def test_a_models_own_settings_change_nothing(model, own):
     assert complete(model, tokenizer, PROMPTS, max_new_tokens=24) == expected
     assert guided(model, tokenizer, PROMPTS, plain, Sampling(2, temperature=1.0)) == sampled
     assert own.items() <= model.generation_config.to_dict().items()
+
+
+def test_a_models_own_settings_come_back_if_threads_decode_at_the_same_time(model):
+    own = model.generation_config
+    first, second = _plain_settings(model), _plain_settings(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert model.generation_config is not own
+    second.__exit__(None, None, None)
+    assert model.generation_config is own
 
 
 def test_training_mode_is_restored_and_progress_counts_prompts(model):
