@@ -10,10 +10,11 @@
 namespace rbfast {
 namespace {
 
-// The scalars of a row between its sums and its gradient. log p/q = (t - z) * inv_tau - apart; JS has its e instead, q
-// and p with their weights, and coefficient for scores in base 2. The CE's part of the gradient is q_one * q + one(z).
+// The scalars of a row between its sums and its gradient. d = (t - z) * times - apart is log p/q, for JS its e. JS has
+// q and p with their weights, and coefficient for scores in base 2. The CE's part of the gradient is q_one * q +
+// one(z).
 struct DenseScale {
-  float inv_tau, apart, coefficient, q_one;
+  float times, apart, coefficient, q_one;
   float least_t;  // reverse KL: the t whose p is at its floor
   Powers q, p, one;
   int shared;  // ids that the teacher has too
@@ -30,10 +31,10 @@ __device__ inline DenseScale dense_scale(const RowInfo& info, const Series& seri
   constexpr bool kIsJs = kKind == Kind::js;
   const float scale = info.scale(), z = sums.z.at_tau, t = sums.t.at_tau, weight = series.rest_of_beta;
   const float apart = fmaf(sums.t.pivot - sums.z.pivot, scale, log2f(t / z));  // in base 2
-  const bool is_empty = t == 0;                                                // no teacher: the row is NaN
+  const bool is_known = t > 0 && t < INFINITY;                                 // if not, the row is NaN
   return {kIsJs ? scale * series.sign : info.inv_tau,
           apart * (kIsJs ? series.sign : kLn2f),
-          is_empty ? NAN : info.pull * (kIsJs ? kLn2f : 1),
+          is_known ? info.pull * (kIsJs ? kLn2f : 1) : NAN,
           is_q ? info.ce_weight / weight : 0,
           kKind == Kind::reverse ? sums.t.pivot + (kFloor2 + log2f(t)) / scale : 0,
           {sums.z.pivot, scale, weight / z},
@@ -51,7 +52,7 @@ struct Part {
 template <Kind kKind>
 __device__ inline Part part_of(float z, float t, const DenseScale& row, const Series& series) {
   if (kKind == Kind::reverse) t = fmaxf(t, row.least_t);
-  const float d = fmaxf(fmaf(t - z, row.inv_tau, -row.apart), kNone), q = row.q(z), p = row.p(t);
+  const float d = fmaxf(fmaf(t - z, row.times, -row.apart), kNone), q = row.q(z), p = row.p(t);
   if (kKind == Kind::js) {
     const JsTerm x = js_term(q, p, d, series);
     return {x.term, q, q * x.score};
@@ -135,9 +136,8 @@ struct DenseExchange {
                             const GetLargest& largest) {
     const auto found = find_sums<3, 3>(team, sums, {{info.pivot, info.teacher_pivot, info.pivot}}, needs_one ? 3 : 2,
                                        turn, sums_about, largest);
-    const float scale = info.scale(), of_z = found.pivot[0], of_t = found.pivot[1], of_all = found.pivot[2];
-    const Sums z{of_z, about_pivot(found.sum[0], of_z, scale), 0}, t{of_t, about_pivot(found.sum[1], of_t, scale), 0};
-    if (needs_one) return {z, t, {of_all, 0, about_pivot(found.sum[2], of_all, kLog2e)}};
+    const Sums z{found.pivot[0], found.sum[0]}, t{found.pivot[1], found.sum[1]};
+    if (needs_one) return {z, t, {found.pivot[2], 0, found.sum[2]}};
     return {z, t, {z.pivot, 0, z.at_tau}};
   }
 };
@@ -168,17 +168,14 @@ __device__ inline void copy_tile(Vector* mine, const Input& row, int first) {
   __pipeline_commit();
 }
 
-// The sum of shifted powers over a thread's vectors in shared memory.
+// sum_tile and largest_of over a thread's vectors in shared memory.
 template <int kVectors, int kThreads>
 __device__ inline float sum_shared(const Vector* mine, float pivot, float scale) {
-  const Powers powers(pivot, scale, 1);
-  float sum[kVector] = {};
+  PowerSum sum(pivot, scale);
 #pragma unroll 4
-  for (int i = 0; i < kVectors; ++i)
-    for (int j = 0; j < kVector; ++j) sum[j] += powers.shifted(mine[i * kThreads].value[j]);
-  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  for (int i = 0; i < kVectors; ++i) sum.add(mine[i * kThreads]);
+  return sum.total();
 }
-// The largest of them.
 template <int kVectors, int kThreads>
 __device__ inline float largest_shared(const Vector* mine) {
   float top = kNone;

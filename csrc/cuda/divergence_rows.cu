@@ -3,11 +3,11 @@
 //
 // A row belongs to a team: one block, or on Hopper and later a cluster of up to 8. Its members hold the whole row in
 // their registers, and a dense teacher's in their shared memory: memory is read once. They exchange their sums through
-// distributed shared memory, with one barrier of the team for a row (two for reverse KL and JS), and dz, which may lie
-// over the logits, is written after it. Of text and of a top-k teacher the next row is read as a vector of dz is
-// stored, in its place. While some teams wait, others of the same multiprocessor read or write: what counts is that two
-// or more blocks fit one. Which layout serves which vocabulary is in tables below. Rows that fit none are read once
-// more for each pass.
+// distributed shared memory, with one barrier of the team for a row (two for reverse KL and JS, two more where a row's
+// sums leave the range of fp32), and dz, which may lie over the logits, is written after it. Of text and of a top-k
+// teacher the next row is read as a vector of dz is stored, in its place. While some teams wait, others of the same
+// multiprocessor read or write: what counts is that two or more blocks fit one. Which layout serves which vocabulary is
+// in tables below. Rows that fit none are read once more for each pass.
 //
 // A small kernel before gathers what is said about each row, one after it computes the losses.
 //

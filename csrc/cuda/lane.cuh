@@ -46,6 +46,15 @@ RBFAST_INLINE float log2_fast(float x) {
 #endif
 }
 
+// log2(x) of a normal x > 0 as a whole number and the rest in [0, 1): the first is exact, the second within 2^-24.
+struct Log2Parts {
+  float whole, rest;
+};
+RBFAST_INLINE Log2Parts log2_parts(float x) {
+  const int bits = __float_as_int(x);
+  return {static_cast<float>((bits >> 23) - 127), log2f(__int_as_float((bits & 0x007fffff) | 0x3f800000))};
+}
+
 // a / b within two units in the last place; for 2^-126 < |b| < 2^126.
 RBFAST_INLINE float divide_fast(float a, float b) {
 #ifdef __CUDA_ARCH__

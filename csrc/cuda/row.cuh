@@ -144,16 +144,12 @@ __device__ inline void apply_head(Vector (&z)[kVectors], const Head& head, int f
   });
 }
 
-// The sum of a thread's tile of shifted powers.
 template <int kVectors>
 __device__ inline float sum_tile(const Vector (&z)[kVectors], float pivot, float scale) {
-  const Powers powers(pivot, scale, 1);
-  float sum[kVector] = {};
+  PowerSum sum(pivot, scale);
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i)
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) sum[j] += powers.shifted(z[i].value[j]);
-  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  for (int i = 0; i < kVectors; ++i) sum.add(z[i]);
+  return sum.total();
 }
 
 // The largest of a thread's tile and `top`.

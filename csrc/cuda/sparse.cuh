@@ -28,8 +28,7 @@ __device__ inline Sums find_tail(const T& team, SparseExchange<T>& exchange, con
   const auto found = find_sums<2, 1>(
       team, exchange, {{info.pivot}}, needs_one ? 2 : 1, turn,
       [&](const Few<1>& pivot) { return sums_about(pivot[0]); }, [&] { return Few<1>{{largest()}}; });
-  const float pivot = found.pivot[0], at_tau = about_pivot(found.sum[0], pivot, info.scale());
-  return {pivot, at_tau, needs_one ? about_pivot(found.sum[1], pivot, kLog2e) : at_tau};
+  return {found.pivot[0], found.sum[0], needs_one ? found.sum[1] : found.sum[0]};
 }
 
 // A team holds the whole row in its registers; it stays for as many rows as there are. kGeneral: with a head, or with

@@ -32,6 +32,14 @@ struct Mass {
   __device__ double tail() const { return total > 1 ? 0 : 1 - total; }
 };
 
+// A pivot for n logits, see Sums, by a warp: the largest of the label's and of 32 others.
+template <typename F>
+__device__ float pick_pivot(int64_t n, int64_t label, const F& logit_at) {
+  float top = fmaxf(kNone, logit_at(threadIdx.x % kWarp * n / kWarp));
+  if (label >= 0 && label < n) top = fmaxf(top, logit_at(label));
+  return as_pivot(warp_max(top));
+}
+
 // One warp for a row. An id or a label outside the vocabulary has the logit NaN.
 __global__ void __launch_bounds__(kPrepareThreads) prepare_rows(const Job job, const Scratch scratch) {
   const int64_t row = (int64_t{blockIdx.x} * kPrepareThreads + threadIdx.x) / kWarp;
@@ -51,11 +59,6 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows(const Job job, c
   info.label = is_there ? static_cast<int>(label) : -1;
   info.z_label = is_there ? head.logit(logits[label], info.label) : NAN;
   info.support_max = kNone;
-  info.pivot = as_pivot(info.z_label);
-  if (job.teacher != nullptr) {
-    const bool is_known = is_there && label < job.teacher_vocabulary;
-    info.teacher_pivot = as_pivot(job.teacher[row * job.teacher_stride + (is_known ? label : 0)]);
-  }
   float p_top = kNone;  // log2 of the teacher's largest, at the row's temperature
   if (k > 0) {
     const int64_t* ids = job.ids + row * k;
@@ -63,16 +66,13 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows(const Job job, c
     Entry* entries = scratch.entries + row * k;
     const float scale = info.scale();
     const Mass mass(logprobs, ids, k);
-    float top = kNone, least = INFINITY, best = -INFINITY;
-    int has_label = 0;
+    float top = kNone, best = -INFINITY;
     for (int i = lane; i < k; i += kWarp) {
       const int64_t id = ids[i];
       const bool is_used = id >= 0 && id < job.vocabulary;
       const float z = is_used ? head.logit(logits[id], static_cast<int>(id)) : id == -1 ? -INFINITY : NAN;
       entries[i] = {z, id == -1 ? -INFINITY : logprobs[i]};
       top = fmaxf(top, z);
-      if (z > kNone) least = fminf(least, z);
-      if (id == label) has_label = 1;
       best = fmaxf(best, entries[i].log_p);
     }
     const auto at_tau = [&](float log_p) { return (log_p - mass.excess) * scale; };
@@ -85,8 +85,6 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows(const Job job, c
     const auto sum = [&](float scale) {
       return static_cast<float>(sum_over(k, [&](int i) { return exp2_fast((entries[i].z - top) * scale); }));
     };
-    // If the label is not in the tail, what is: logits below the support's.
-    if (warp_max(has_label)) info.pivot = as_pivot(-warp_max(-least));
     info.support_max = top;
     info.support_tau = sum(scale);
     info.support_one = info.inv_tau == 1 ? info.support_tau : sum(kLog2e);
@@ -96,6 +94,11 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows(const Job job, c
     info.p_tail = 1;
   }
   info.log_tail = info.inv_tau * log2f(info.p_tail) - p_top;
+  __syncwarp();  // the holes are written: the pivot is of what the main kernel reads
+  info.pivot = pick_pivot(job.vocabulary, label, [&](int64_t v) { return head.logit(logits[v], static_cast<int>(v)); });
+  if (job.teacher != nullptr)
+    info.teacher_pivot =
+        pick_pivot(job.teacher_vocabulary, label, [&](int64_t v) { return job.teacher[row * job.teacher_stride + v]; });
   if (lane == 0) scratch.rows[row] = info;
 }
 
@@ -107,15 +110,15 @@ struct TailScale {
 };
 
 // The gradient of D in the tail's own logit, over its q: reverse KL and JS, by a whole warp. log_q and log_p are the
-// tail's, in base 2. An entry's log_q is (z - top) * scale - log_all; log_norm brings its log_p to a probability's.
+// tail's, in base 2. An entry's log_q is (z - top) * scale - log2(all); log_norm brings its log_p to a probability's.
 template <Kind kKind>
 __device__ inline float tail_score(const Series& series, const Entry* entries, int k, float scale, float top,
-                                   float log_all, float log_norm, float log_q, float log_p) {
+                                   const Log2Parts& all, float log_norm, float log_q, float log_p) {
   float mean = 0;
 #pragma unroll 1
   for (int i = threadIdx.x % kWarp; i < k; i += kWarp) {
     const Entry entry = entries[i];
-    mean += score_of<kKind>(fmaf(entry.z - top, scale, -log_all), entry.log_p - log_norm, series).weighted;
+    mean += score_of<kKind>(fmaf(entry.z - top, scale, -all.whole) - all.rest, entry.log_p - log_norm, series).weighted;
   }
   const Score tail = score_of<kKind>(log_q, log_p, series);
   return series.rest_of_beta * (tail.score - (warp_add(mean) + tail.weighted));
@@ -135,7 +138,8 @@ __device__ inline TailScale tail_scale(const Job& job, const Series& series, con
     // The teacher's tail has the student's shape, which matters at other temperatures than 1.
     float p = info.p_tail, p_support = info.p_support, above = 0;
     if (!is_plain) {
-      const float log_share = info.log_tail - info.inv_tau * log2f(tail.at_one);
+      const Log2Parts one = log2_parts(tail.at_one);
+      const float log_share = fmaf(-info.inv_tau, one.rest, fmaf(-info.inv_tau, one.whole, info.log_tail));
       above = fmaxf(log_share, 0);  // where the tail weighs more than the support, all is over that
       p = exp2f(log_share - above) * tail.at_tau;
       p_support *= exp2f(-above);
@@ -144,15 +148,17 @@ __device__ inline TailScale tail_scale(const Job& job, const Series& series, con
     if (!kGeneral || job.beta == 0) {
       pull = q - divide(p, norm);
     } else {
-      const float log_all = log2f(all), log_norm = log2f(norm) + above, log_p = log2f(p) - log2f(norm);
-      const float log_q = fmaf(tail.pivot - top, scale, log2f(tail.at_tau) - log_all);
+      const float log_norm = log2f(norm) + above, log_p = log2f(p) - log2f(norm);
+      const Log2Parts of_all = log2_parts(all), of_tail = log2_parts(tail.at_tau);
+      const float log_q = fmaf(tail.pivot - top, scale, of_tail.whole - of_all.whole) + (of_tail.rest - of_all.rest);
       const int k = static_cast<int>(job.k);
       pull = job.beta == 1
-                 ? q * tail_score<Kind::reverse>(series, entries, k, scale, top, log_all, log_norm, log_q, log_p)
-                 : q * tail_score<Kind::js>(series, entries, k, scale, top, log_all, log_norm, log_q, log_p);
+                 ? q * tail_score<Kind::reverse>(series, entries, k, scale, top, of_all, log_norm, log_q, log_p)
+                 : q * tail_score<Kind::js>(series, entries, k, scale, top, of_all, log_norm, log_q, log_p);
     }
     pull *= info.pull;
   }
+  // Where the support is far above the pivot this is inf, and the tail has no part in the CE's gradient.
   const float others = info.support_one * lowered(info.support_max, tail.pivot, kLog2e);
   const float at_one = divide_fast(info.ce_weight, tail.at_one + others), at_tau = divide(pull, tail.at_tau);
   return {{tail.pivot, scale, is_plain ? at_tau + at_one : at_tau}, {tail.pivot, kLog2e, is_plain ? 0 : at_one}};
@@ -201,8 +207,8 @@ __device__ inline double bucket_divergence(double beta, Bucket* buckets, int cou
 __device__ inline double times(double a, double b) { return __dmul_rn(a, b); }
 
 // log of what the kernels' sum of powers stands for.
-__device__ inline double log_sum(float max, float sum, float scale) {
-  return log(static_cast<double>(sum)) + times(max, static_cast<double>(scale) * kLn2);
+__device__ inline double log_sum(float pivot, float sum, float scale) {
+  return log(static_cast<double>(sum)) + times(pivot, static_cast<double>(scale) * kLn2);
 }
 __device__ inline double log_add(double a, double b) {
   const double top = a > b || isnan(b) ? a : b;

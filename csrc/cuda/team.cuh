@@ -138,9 +138,9 @@ struct Exchange {
 
 // ---- sums of powers ----
 
-// Sums of 2^((z - pivot) * scale) over some logits, with the row's scale = log2(e) / tau and with log2(e). Any pivot
-// serves that keeps the sums in fp32's range: with one that is known before the row is read, no pass over the row looks
-// for its largest logit, and a logit's power is taken as soon as it arrives. The label's logit is one in most rows.
+// Sums of 2^((z - pivot) * scale) over some logits, with the row's scale = log2(e) / tau and with log2(e). With a pivot
+// that is known before the row is read, no pass over the row looks for its largest logit, and a logit's power is taken
+// as soon as it arrives. In most rows the largest of a few logits is such a pivot; if not, the largest of all is.
 struct alignas(16) Sums {
   float pivot = 0, at_tau = 0, at_one = 0, unused = 0;
 };
@@ -148,30 +148,43 @@ struct alignas(16) Sums {
 // A logit as a pivot; 0 for one that says nothing of the others.
 __device__ inline float as_pivot(float z) { return fabsf(z) < -kNone ? z : 0; }
 
-// Whether a pivot served, by a sum over the row: the logits that count are within 2^64 of it, so that their powers
-// are rounded by 2^-19 at most. NaN is not.
-__device__ inline bool is_in_reach(float sum) { return sum > 0x1p-60f && sum < 0x1p60f; }
+// Whether a pivot served, by a sum over the row. A power of a logit y units of base 2 away is rounded by 2^-25 |y|: so
+// far by 2^-20, as are those of logits that are far below the largest one. NaN is not.
+__device__ inline bool is_in_reach(float sum) { return sum > 0x1p-30f && sum < 0x1p30f; }
 
-// The factor that brings sums about `pivot` to sums about the larger `top`.
+// The factor that brings sums about `pivot` to sums about `top`.
 __device__ inline float lowered(float pivot, float top, float scale) { return exp2_fast((pivot - top) * scale); }
 
-// factor * 2^((z - pivot) * scale), from 2^(z * scale - shift): one operation less for each logit.
+// factor * 2^((z - pivot) * scale) = factor * 2^(z * scale - shift - off): without `off`, which is a rounding error, by
+// one operation less for each logit.
 struct Powers {
-  float scale, shift, factor;
+  float scale, shift, off, factor;
 
-  __device__ Powers(float pivot, float scale, float factor) : scale(scale), factor(factor) {
-    shift = __fmul_rn(pivot, scale);  // here: nvcc's host pass keeps initializers, and knows no __fmul_rn
-    this->factor *= exp2_fast(-fmaf(pivot, scale, -shift));  // what the pivot's own is off by
+  __device__ Powers(float pivot, float scale, float factor) : scale(scale) {
+    // Logits so large are 2^6 / scale and more apart: only the pivot itself counts, at any scale, and the product with
+    // a power of two is exact.
+    if (fabsf(pivot * scale) >= 0x1p30f) this->scale = __int_as_float(__float_as_int(scale) & 0x7f800000);
+    shift = __fmul_rn(pivot, this->scale);  // here: nvcc's host pass keeps initializers, and knows no __fmul_rn
+    off = fmaf(pivot, this->scale, -shift);
+    this->factor = factor * exp2_fast(-off);
   }
   __device__ float shifted(float z) const { return exp2_fast(fmaf(z, scale, -shift)); }
   __device__ float operator()(float z) const { return shifted(z) * factor; }
 };
 
-// A sum of shifted powers brought to a Sums' entry. Divided by what the pivot's own came out as: where the pivot has
-// all the mass the sum is 1, and the row's cross-entropy 0.
-__device__ inline float about_pivot(float sum, float pivot, float scale) {
-  return divide(sum, exp2_fast(fmaf(pivot, scale, -__fmul_rn(pivot, scale))));
-}
+// A thread's sum of powers about a pivot.
+struct PowerSum {
+  Powers powers;
+  float sum[kVector] = {};
+
+  __device__ PowerSum(float pivot, float scale) : powers(pivot, scale, 1) {}
+  __device__ void add(const Vector& z) {
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) sum[j] += powers.shifted(z.value[j]);
+  }
+  // Divided by what the pivot's own came out as: where the pivot has all the mass, the sum is 1 and the row's CE 0.
+  __device__ float total() const { return divide((sum[0] + sum[1]) + (sum[2] + sum[3]), exp2_fast(powers.off)); }
+};
 
 // What a team has found of a row: its sums, and the pivots that they are about.
 template <int n, int kPivots>
@@ -180,8 +193,9 @@ struct Found {
   Few<n> sum;
 };
 
-// The first `count` of n sums over a row, from sums_about(pivots), a thread's, shifted. If the given pivots do not
-// serve, the largest logits do, which largest() gives for a thread: once more over the row, which few rows need.
+// The first `count` of n sums over a row, from sums_about(pivots), which gives a thread's. If the given pivots do not
+// serve, the largest logits do, which largest() gives for a thread: once more over the row, and the team meets twice
+// more.
 template <int n, int kPivots, typename T, typename E, typename SumsAbout, typename GetLargest>
 __device__ inline Found<n, kPivots> find_sums(const T& team, E& exchange, Few<kPivots> pivot, int count, int turn,
                                               const SumsAbout& sums_about, const GetLargest& largest) {
