@@ -150,7 +150,7 @@ def test_a_broken_file_of_a_run_is_named(cut, tmp_path, monkeypatch, name, text)
 
 
 def test_results_of_half_a_problem_leave_the_file(tmp_path):
-    how = Decoding(samples=2)
+    how = Decoding(samples=2, temperature=1.0)
     problems = [Problem("t", name, "1", {}) for name in "ab"]
     store = _Store(tmp_path / "results.jsonl", how)
     results = [Result(problem, Completion("1", 1, False), 1.0, sample) for problem in problems for sample in (0, 1)]
