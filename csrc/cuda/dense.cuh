@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
       const DenseTotals totals = solve_tile<kKind, false, T::kStep>(
           z, team.first(), row_scale, series, info, head, [&](int, int i) { return mine[i * kThreads]; },
           [&](const Vector& q, int i) { mine[i * kThreads] = q; });
-      const float terms = warp_add(totals.terms);
+      const float terms = warp_sum(totals.terms);
       if (threadIdx.x % kWarp == 0) scratch.terms[row * T::kAllWarps + team.warp()] = terms;
       if (kKind != Kind::forward) {
         const Few<1> scores = exchange.scores.template over<Add>(team, Few<1>{{totals.scores}}, 1, turn);
@@ -337,7 +337,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int i = 0; !is_forward && i < kDenseStreamVectors; ++i) take_mean(z[i], t[i], mean);
       Output(job, row).put_tile<kDenseStreamVectors, T::kStep>(first, [&](int, int i) { return z[i]; });
     }
-    const float terms = warp_add(totals.terms);
+    const float terms = warp_sum(totals.terms);
     if (threadIdx.x % kWarp == 0) scratch.terms[row * T::kAllWarps + team.warp()] = terms;
   }
 }

@@ -120,20 +120,37 @@ __device__ inline T afresh(T value) {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffff;
 
-__device__ inline double warp_sum(double value) {
+// How two values become one; `empty` changes nothing.
+struct Add {
+  static constexpr float empty = 0;
+  template <typename T>
+  __device__ static T of(T a, T b) {
+    return a + b;
+  }
+};
+// A NaN is passed over, as in the CPU's kernels: it comes back in the sums.
+struct Largest {
+  static constexpr float empty = -INFINITY;
+  template <typename T>
+  __device__ static T of(T a, T b) {
+    return b > a ? b : a;
+  }
+};
+
+// The values of all lanes as one, in all of them.
+template <typename Of, typename T>
+__device__ inline T over_warp(T value) {
 #pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
+  for (int step = kWarp / 2; step > 0; step /= 2) value = Of::of(value, __shfl_xor_sync(kAllLanes, value, step));
   return value;
 }
-// A NaN is passed over, as in the CPU's kernels: it comes back in the sums.
+template <typename T>
+__device__ inline T warp_sum(T value) {
+  return over_warp<Add>(value);
+}
 template <typename T>
 __device__ inline T warp_max(T value) {
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) {
-    const T other = __shfl_xor_sync(kAllLanes, value, step);
-    if (other > value) value = other;
-  }
-  return value;
+  return over_warp<Largest>(value);
 }
 
 // ---- launching ----

@@ -121,7 +121,7 @@ __device__ inline float tail_score(const Series& series, const Entry* entries, i
     mean += score_of<kKind>(fmaf(entry.z - top, scale, -all.whole) - all.rest, entry.log_p - log_norm, series).weighted;
   }
   const Score tail = score_of<kKind>(log_q, log_p, series);
-  return series.rest_of_beta * (tail.score - (warp_add(mean) + tail.weighted));
+  return series.rest_of_beta * (tail.score - (warp_sum(mean) + tail.weighted));
 }
 
 // From the sums of the tail. All lanes of a warp call it, with the same arguments. Without kGeneral, beta is 0.

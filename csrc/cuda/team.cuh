@@ -81,25 +81,6 @@ struct Few {
   __device__ float operator[](int i) const { return value[i]; }
 };
 
-// How values of many threads become one: `empty` is what changes nothing.
-struct Add {
-  static constexpr float empty = 0;
-  __device__ static float of(float a, float b) { return a + b; }
-};
-// The larger one; a NaN is passed over, it comes back in the sums.
-struct Largest {
-  static constexpr float empty = kNone;
-  __device__ static float of(float a, float b) { return b > a ? b : a; }
-};
-
-template <typename Of>
-__device__ inline float over_warp(float value) {
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) value = Of::of(value, __shfl_xor_sync(kAllLanes, value, step));
-  return value;
-}
-__device__ inline float warp_add(float value) { return over_warp<Add>(value); }
-
 // A place in every block for what each warp of the team gives. There are two, which take turns: a member may give what
 // comes next while another still reads.
 template <int n, int kWarps>
