@@ -7,10 +7,10 @@ Without gradients the hooks of a folded delta do nothing, but calling them takes
 for a block, and so does `rbfast.evaluating(model)`, which all our decoding uses.
 """
 
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +22,10 @@ from rbfast.adapter.adapter_files import Delta
 from rbfast.adapter.first_step import BypassWatch
 from rbfast.models.linears import is_transposed, matrix_shape, matrix_view
 from rbfast.models.weight_use import input_of, own_weight
+from rbfast.utils.overlap import Overlap
 
 _META = torch.device("meta")
-_HOOKING = threading.Lock()  # two threads that decode must not both put the hooks back
+_UNHOOKED = Overlap()
 _DELTA = "_rbfast_delta"  # the attribute of a linear that holds its ColumnDelta
 # What changes with a write to the weight (None: the layer computes it), with one to A or B (with `A.data = x` their
 # place alone), and with a move.
@@ -348,19 +349,23 @@ def unhooked(model: nn.Module) -> Iterator[None]:
     fold as usual; after changing parameters by hand call adapter.fold(). Deltas beside the weight keep their hooks.
     Blocks may nest, and the adapter may be disabled, merged or detached within one.
     """
-    with _HOOKING:
-        sites = [site for _, site in deltas_of(model) if site.folds and site._hooks]
-        for site in sites:
-            site.catch_up()
-        for site in sites:
-            site.unhook()
-    try:
+    with _UNHOOKED.block(model, partial(_unhook_all, model)):
         yield
-    finally:
-        with _HOOKING:
-            for site in sites:
-                if site.attached:
-                    site.hook()
+
+
+def _unhook_all(model: nn.Module) -> Callable[[], None]:
+    sites = [site for _, site in deltas_of(model) if site.folds and site._hooks]
+    for site in sites:
+        site.catch_up()
+    for site in sites:
+        site.unhook()
+
+    def hook_again() -> None:
+        for site in sites:
+            if site.attached:
+                site.hook()
+
+    return hook_again
 
 
 def _gather(x: Tensor, cols: Tensor, run: int, dtype: torch.dtype) -> Tensor:

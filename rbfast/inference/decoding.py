@@ -8,10 +8,10 @@ small batch, not of the whole one. `decode` is that loop; what happens at each t
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,12 +32,11 @@ from rbfast.adapter.column_delta import unhooked
 from rbfast.data.chat_template import end_of_turn
 from rbfast.data.thinking import thinking_format
 from rbfast.models.student import evaluation_mode
+from rbfast.utils.overlap import Overlap
 
 # The name of `generate`'s cache, taken and returned: transformers 5.24 renamed it.
 _CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
-# The own settings of the models that are decoding, by id, and how many threads do.
-_PLAIN: dict[int, tuple[GenerationConfig, int]] = {}
-_SETTING = threading.Lock()
+_PLAIN = Overlap()
 
 _GENERATE_LOG = logging.getLogger("transformers.generation.utils")
 
@@ -300,20 +299,14 @@ def _plain_settings(model: PreTrainedModel) -> Iterator[None]:
     A checkpoint saved after training often says `use_cache: false`, under which `generate` would read the whole text
     into the cache at every token; others name beams, penalties or a kind of cache.
     """
-    with _SETTING:
-        own, users = _PLAIN.get(id(model), (model.generation_config, 0))
-        _PLAIN[id(model)] = own, users + 1
-        if not users:
-            model.generation_config = GenerationConfig()
-    try:
+
+    def put_aside() -> Callable[[], None]:
+        own = model.generation_config
+        model.generation_config = GenerationConfig()
+        return partial(setattr, model, "generation_config", own)
+
+    with _PLAIN.block(model, put_aside):
         yield
-    finally:
-        with _SETTING:
-            own, users = _PLAIN.pop(id(model))
-            if users > 1:
-                _PLAIN[id(model)] = own, users - 1
-            else:
-                model.generation_config = own
 
 
 def _decode(

