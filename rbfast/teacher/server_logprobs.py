@@ -222,16 +222,17 @@ def add_reply_logprobs(
         return refused[0][1] if refused else None
     [task], tokens = tasks, token_bytes(tokenizer)
     pieces = [Piece(_raw(token), [(_raw(other), value) for other, value in top]) for token, top in reply["logprobs"]]
-    text, completion = reply["text"].encode(), task.reply.text.encode()
+    # Its tokens may write more than its text: many servers list those of a thought, and the end of the turn.
+    said, completion = b"".join(piece.written for piece in pieces), task.reply.text.encode()
     reasoning = trace.reasoning.strip().encode()
-    start = text.find(reasoning)
-    if start < 0 or not pieces:
+    start = said.find(reasoning)
+    if start < 0:
         return "the reply has no log-probs of the reasoning"
     # The trace is the reply from here on, until the answer is written another way.
     opening = completion.index(reasoning, len((trace.plan or "").encode()))
-    shared = shared_length(text[start:], completion[opening:])
+    shared = shared_length(said[start:], completion[opening:])
+    theirs = [(a - start + opening, b - start + opening) for a, b in byte_spans([p.written for p in pieces], said)]
     try:
-        theirs = [(a - start + opening, b - start + opening) for a, b in byte_spans([p.written for p in pieces], text)]
         ours = byte_spans(spelled(tokenizer, task.written), completion)
     except ValueError as error:
         return str(error)

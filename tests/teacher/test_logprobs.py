@@ -225,6 +225,24 @@ def test_a_teachers_own_reply_carries_its_log_probs_into_the_trace(tmp_path, ser
     assert len(labels) > 5 and np.isin(kept, said).all()
 
 
+@pytest.mark.parametrize(
+    ("text", "thinking", "written"),
+    [
+        ("Add.\n<answer>42</answer>", "", "Add.\n<answer>42</answer><|im_end|>"),
+        ("So <answer>42</answer>", "Add.", "<think>\nAdd.\n</think>\n\nSo <answer>42</answer><|im_end|>"),
+    ],
+    ids=["end of turn", "thought"],
+)
+def test_tokens_that_are_no_text_of_a_reply_may_be_among_its_log_probs(tmp_path, text, thinking, written):
+    spelled = [bytes([byte]).decode("latin-1") for byte in written.encode()]
+    reply = {"text": text, "thinking": thinking, "logprobs": [[letter, [[letter, -0.1]]] for letter in spelled]}
+    trace, tokenizer = Trace("12 + 30?", "Add.", "42"), byte_level()
+    with store_at(tmp_path, tokenizer) as store:
+        assert add_reply_logprobs(trace, reply, tokenizer, store) is None
+    [example] = filled(SignalStore.open(tmp_path), [trace], tokenizer)
+    assert tokenizer.decode(example.labels[example.teacher_rows]).startswith("Add.\n")
+
+
 def test_a_reply_without_log_probs_says_so(tmp_path):
     reply = {"text": "Add.\n\n<answer>1</answer>", "logprobs": []}
     with store_at(tmp_path) as store:
