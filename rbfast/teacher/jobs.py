@@ -23,6 +23,8 @@ class Teacher(Protocol):
     @property
     def temperature(self) -> float | None: ...
     @property
+    def top_p(self) -> float | None: ...
+    @property
     def seed(self) -> int | None: ...
     @property
     def retried(self) -> Retries: ...
@@ -54,6 +56,8 @@ class Job:
     def __post_init__(self) -> None:
         asked: list[Any] = [self.server.model, self.server.temperature, self.body()]
         has_own_seed = self.server.seed is not None and "seed" not in self.options
+        if self.server.top_p is not None:
+            asked.append({"top_p": self.server.top_p})
         if self.sample and not has_own_seed:
             asked.append(self.sample)
         digest = blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16)

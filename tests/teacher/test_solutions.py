@@ -69,6 +69,13 @@ def test_samples_without_seeds_of_their_own_are_kept_apart(server, tmp_path, see
     assert len(server.requests) == 3
 
 
+@pytest.mark.parametrize("sampling", [{"temperature": 0.7}, {"top_p": 0.9}, {"seed": 1}], ids=lambda s: next(iter(s)))
+def test_other_sampling_is_another_question(server, tmp_path, sampling):
+    teach(server.client(), QUESTIONS[:1], tmp_path)
+    teach(server.client(**sampling), QUESTIONS[:1], tmp_path)
+    assert len(server.requests) == 2 and sampling.items() <= server.requests[1].items()
+
+
 def test_many_are_asked_at_a_time_but_no_more(server, tmp_path):
     server.pause = 0.05
     teach(server.client(), QUESTIONS, tmp_path, concurrency=3)
