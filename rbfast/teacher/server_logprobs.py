@@ -90,15 +90,18 @@ class _Reader:
 
     def read(self, task: PendingTrace) -> tuple[np.ndarray, np.ndarray, np.ndarray] | str:
         """rows, ids, logprobs for `SignalStore.add`; or why there are none."""
-        if self.dialect == "vllm" and not self.align:
-            return _table(self._by_ids(task), self.k)
         try:
-            found = self._by_text(task)
+            found = self._by_ids(task) if self.dialect == "vllm" and not self.align else self._by_text(task)
+            return _table(found, self.k) if found else NOTHING_SHARED
         except TokenizersDiffer:
             raise
         except ValueError as error:
             return str(error)
-        return _table(found, self.k) if found else NOTHING_SHARED
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ServerError(
+                f"{self.server.url} sends log-probs in another shape than --dialect {self.dialect} has "
+                f"({type(error).__name__}: {error}); dialects: {', '.join(DIALECTS)}"
+            ) from error
 
     def _by_ids(self, task: PendingTrace) -> list[tuple[int, list[int], list[float]]]:
         """Sends the student's ids. The reply says how the server spells each, and so whether both use the same ids."""

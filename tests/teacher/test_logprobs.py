@@ -207,6 +207,15 @@ def test_a_server_that_scores_no_prompts_is_named(tmp_path):
             add_server_logprobs(server.client(), TRACES, TOKENIZER, store)
 
 
+@pytest.mark.parametrize("dialect", ["vllm", "echo"])
+def test_log_probs_of_an_unknown_shape_are_named(tmp_path, dialect):
+    pairs, as_of_chats = [[5, -0.1]] * len(encode(TRACES[1], TOKENIZER).input_ids), {"content": [{"token": "1"}]}
+    with serving(teacher_model(TOKENIZER), TOKENIZER) as server, store_at(tmp_path) as store:
+        server.complete = lambda body: {"choices": [{"prompt_logprobs": pairs, "logprobs": as_of_chats}]}
+        with pytest.raises(ServerError, match=f"another shape than --dialect {dialect}"):
+            add_server_logprobs(server.client(), TRACES[1:2], TOKENIZER, store, dialect=dialect)
+
+
 @pytest.mark.parametrize("served", [TOKENIZER, OTHER], ids=["same tokens", "other tokens"])
 def test_a_teachers_own_reply_carries_its_log_probs_into_the_trace(tmp_path, served):
     reply = "<plan>Add.</plan>\nAdd 12 and 30.\n12 + 30 = 42.\n\n<answer>42</answer>"
