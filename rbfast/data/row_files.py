@@ -191,7 +191,7 @@ def _rows_csv(path: Path, lenient: bool, delimiter: str) -> Rows:
                     raise error
                 yield where, error
         except csv.Error as error:
-            raise TraceError(f"{path}:{rows.line_num}: expected cells of a table: {error}") from error
+            raise TraceError(f"{path}:{rows.reader.line_num}: expected cells of a table: {error}") from error
         except UnicodeDecodeError as error:
             raise TraceError(f"{path}: expected UTF-8, got {error.reason}; convert the file to UTF-8") from None
 

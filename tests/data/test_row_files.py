@@ -95,6 +95,12 @@ def test_tables_of_text_are_read(tmp_path: Path) -> None:
         assert [question.text for question in read_questions(str(tmp_path / name))] == ["Who, 1?", "Who?"]
 
 
+def test_a_broken_table_is_named_by_its_line(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text('problem,solution,answer\n"1?",so,1\n"2"?,so,2\n')
+    with pytest.raises(TraceError, match=r"t\.csv:3: expected cells of a table"):
+        read_traces(tmp_path / "t.csv")
+
+
 def test_problems_come_from_the_same_files(tmp_path: Path) -> None:
     rows = [{"question": "2+2?", "choices": ["3", "4"], "answer": 1}, {"question": "Is it?", "answer": True}]
     (tmp_path / "set.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
