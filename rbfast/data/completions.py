@@ -57,14 +57,16 @@ def written_for(trace: Trace, tokenizer: PreTrainedTokenizerBase, instruction: I
 def earlier_turn(
     turn: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, opening: str, whole: str
 ) -> Written | None:
-    """What the student writes for an earlier assistant's turn, or None if its template shows no such turn.
+    """What the student writes for an earlier assistant's turn; None if it is empty, or its template shows no such turn.
 
     Args:
         opening: the prompt of that turn.
         whole: the template's text of the conversation with the turn.
     """
     found, said = thinking_format(tokenizer), turn["content"]
-    if thought := turn.get("reasoning"):
+    if not said.strip():
+        return None
+    if (thought := turn.get("reasoning", "")).strip():
         return _turn(found, thought, split_spans(thought), said)
     if not found.thinks:
         opener, _, _, said, tail = found.pieces("", said)

@@ -83,7 +83,7 @@ def encode(
 def encode_earlier(trace: Trace, tokenizer: "PreTrainedTokenizerBase", *, max_tokens: int = 4096) -> list[Example]:
     """An example of each reply among `trace.turns`, as if it were the last, with its own thought if it has one.
 
-    A reply without a thought is left out if the student's template shows none. Raises as `encode` does.
+    An empty reply is left out, and one without a thought if the student's template shows none. Raises as `encode` does.
     """
     found, turns = [], trace.turns or ()
     for number in range(1, len(turns), 2):

@@ -1,6 +1,7 @@
 """What a student is trained to write is what its chat template renders, in the habits of two dozen public templates."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 from thinking_templates import BOS, CASES, Case, tokenizer_of
@@ -294,6 +295,15 @@ def test_earlier_replies_are_trained_as_last_ones_if_asked_for(name):
     examples, left_out = encode_all([LATER], tokenizer, turns="all")
     assert len(examples) == len(written) + 1 and left_out == []
     assert len(encode_all([LATER], tokenizer)[0]) == 1
+
+
+@pytest.mark.parametrize("name", ["llama-3", "gemma-3", "qwen3", "r1-distill"])
+def test_an_empty_earlier_reply_is_not_trained(name):
+    asked = {"role": "user", "content": "1 + 1?"}
+    replies = {"content": ""}, {"content": "2.", "reasoning": " "}, {"content": " ", "reasoning": "I add.\n"}
+    turns = [turn for reply in replies for turn in (asked, {"role": "assistant", **reply})]
+    examples, left_out = encode_all([replace(LATER, turns=tuple(turns))], tokenizer_of(name), turns="all")
+    assert left_out == [] and len(examples) == (1 if name == "r1-distill" else 2)
 
 
 def test_without_a_template_turns_are_paragraphs():
