@@ -10,7 +10,6 @@ The format of a row depends on that row alone. docs/formats.md lists the formats
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
 from typing import Any
 
 from rbfast.data.answers import answer_text, as_text, ends_in_answer, marked_answer, stated_answer, without_answer
@@ -18,10 +17,10 @@ from rbfast.data.choices import chosen, with_options
 from rbfast.data.conversations import ASSISTANT, USER, Turn, exchange, parse_pairs, parse_turns, split_thinking, text_of
 from rbfast.data.fields import Field, check_map, names_of
 from rbfast.data.rendered import parse_rendered
-from rbfast.data.replies import ADVICE, Reply, find_replies, is_flag, reply_of_turn
+from rbfast.data.replies import ADVICE, Reply, find_replies, is_flag, reply_of_turn, verdict_of
 from rbfast.data.row import Row, only
 from rbfast.data.thinking_marks import OPENER
-from rbfast.data.trace import MAY_BE_NUMBERS, TraceError
+from rbfast.data.trace import MAY_BE_NUMBERS, TraceError, is_finite
 from rbfast.data.wrappers import unwrapped
 from rbfast.utils.records import show
 
@@ -110,14 +109,16 @@ def _is_native(row: Mapping[str, Any]) -> bool:
 
 
 def _as_native(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The row, with numbers as text and without the marks of thinking and of answers; itself if nothing has to
-    change."""
-    changed = {name: as_text(row[name]) for name in MAY_BE_NUMBERS if isinstance(row.get(name), int | float)}
-    if isinstance(row["answer"], str):
-        changed["answer"] = marked_answer(row["answer"])
-    if isinstance(row["reasoning"], str) and row.get("spans") is None:
-        changed["reasoning"] = split_thinking(row["reasoning"])[0]
-    changed = {name: text for name, text in changed.items() if text is not None and text != row.get(name)}
+    """The row with numbers as text, without the marks of thinking and of answers, and without what its other fields say
+    in words of their own ("difficulty": "hard"); itself if nothing has to change."""
+    answer, reasoning = row["answer"], row["reasoning"]
+    told: dict[str, Any] = {name: as_text(row[name]) for name in MAY_BE_NUMBERS if name in row}
+    told["answer"] = (marked_answer(answer) if isinstance(answer, str) else answer_text(answer)) or answer
+    if isinstance(reasoning, str) and row.get("spans") is None:
+        told["reasoning"] = split_thinking(reasoning)[0] or reasoning
+    told |= {"verified": verdict_of(row.get("verified"))}
+    told |= {} if is_finite(row.get("difficulty")) else {"difficulty": None}
+    changed = {name: value for name, value in told.items() if value is not row.get(name)}
     return {**row, **changed} if changed else row
 
 
@@ -333,8 +334,7 @@ def _about(row: Row, asked: _Question, reply: Reply, count: int) -> dict[str, An
     if found["id"] and count > 1:
         found["id"] += f"/{reply.number}"
     difficulty = next((value for _, value in row.candidates("difficulty")), None)
-    is_number = isinstance(difficulty, int | float) and not isinstance(difficulty, bool) and isfinite(difficulty)
-    found["difficulty"] = difficulty if is_number else None
+    found["difficulty"] = difficulty if is_finite(difficulty) else None
     found |= {name: row.values[name] for name in _KEPT if name in row.values and not isinstance(row.values[name], list)}
     found["finish_reason"] = found.get("finish_reason") or row.text("finish")
     if reply.verified is not None:

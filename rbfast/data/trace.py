@@ -6,11 +6,13 @@ A `Trace` that exists is valid: its fields are checked when it is made. A `Trace
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from rbfast.data.answers import as_text
 from rbfast.data.spans import ANSWER, ROLES, STRATEGIC, Span, split_spans
 from rbfast.utils.records import objects_of, show
 
@@ -83,7 +85,7 @@ class Trace:
             raise TraceError(f"{prefix}{missing[0]}: expected this field, got {present}; rename the fields or add it")
         known: dict[str, Any] = {field.name: fields.get(field.name) for field in dataclasses.fields(cls)}
         known.update({field: None for field in _OPTIONAL_TEXT if known[field] == ""})
-        known.update({field: str(known[field]) for field in MAY_BE_NUMBERS if _is_number(known[field])})
+        known.update({field: text for field in MAY_BE_NUMBERS if (text := as_text(known[field])) is not None})
         try:
             if known["spans"] is not None:
                 known["spans"] = _parse_spans(known["spans"])
@@ -126,8 +128,9 @@ class Trace:
         return f"\n\n<answer>{self.answer}</answer>"
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_finite(value: object) -> bool:
+    """Whether it is a number that a float holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _check_text(field: str, value: object) -> None:
@@ -143,9 +146,7 @@ def _check_text(field: str, value: object) -> None:
 
 
 def _check_difficulty(value: object) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if value is not None and not is_finite(value):
         raise TraceError(f"difficulty: expected a finite number or null, got {show(value)}")
 
 

@@ -125,6 +125,19 @@ def test_a_flag_is_not_thinking_and_an_empty_thought_is_none() -> None:
     assert interpret(row).rows[0]["reasoning"] == f"{THOUGHT} So \\boxed{{42}}."
 
 
+@pytest.mark.parametrize("name", ["problem", "question"])
+def test_what_a_row_says_of_its_trace_in_words_of_its_own_is_no_fault(name: str) -> None:
+    about = {"difficulty": "hard", "domain": ["algebra"], "source": {"of": "x"}, "id": 7, "verified": "yes"}
+    [found] = interpret({name: "2+2?", "reasoning": "Add.", "answer": [4], **about}).rows
+    assert Trace.from_dict(found) == Trace("2+2?", "Add.", "4", id="7", verified=True)
+
+
+@pytest.mark.parametrize("name", ["problem", "question"])
+def test_a_number_of_any_size_is_an_answer(name: str) -> None:
+    [found] = interpret({name: "2^1100?", "reasoning": "Double.", "answer": 2**1100, "difficulty": 2**1100}).rows
+    assert Trace.from_dict(found) == Trace("2^1100?", "Double.", str(2**1100))
+
+
 def test_fields_and_formats_can_be_named() -> None:
     row = {"q": QUESTION, "work": THOUGHT, "info": {"gold": 42.0}, "prompt": "another"}
     fields = {"problem": "q", "reasoning": "work", "answer": "info.gold"}
