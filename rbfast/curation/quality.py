@@ -165,14 +165,14 @@ def _foreign_share(given: str, reasoning: str) -> float:
 
 @lru_cache(maxsize=1 << 16)
 def _script(character: str) -> str:
-    """The script as its Unicode name opens: LATIN, CYRILLIC, CJK; mathematical alphabets count as Latin."""
+    """The script as its Unicode name opens: LATIN, CYRILLIC, CJK; signs of mathematics count as Latin."""
     script = unicodedata.name(character, "").partition(" ")[0]
-    return (
-        "CJK" if script in ("HIRAGANA", "KATAKANA") else "LATIN" if character.isascii() else _MATHS.get(script, script)
-    )
+    return "LATIN" if character.isascii() else _SCRIPT_OF.get(script, script)
 
 
-_MATHS = {"MATHEMATICAL": "LATIN", "DOUBLE-STRUCK": "LATIN", "SCRIPT": "LATIN", "FULLWIDTH": "LATIN", "MICRO": "GREEK"}
+_LATIN = ("MATHEMATICAL", "DOUBLE-STRUCK", "BLACK-LETTER", "SCRIPT", "SUPERSCRIPT", "FULLWIDTH", "MASCULINE")
+_SCRIPT_OF = dict.fromkeys(_LATIN, "LATIN") | {"FEMININE": "LATIN", "MICRO": "GREEK"}
+_SCRIPT_OF |= dict.fromkeys(("HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "IDEOGRAPHIC"), "CJK")  # the last two: ー, 々
 
 # ----------------------------------------------------------------------------------------------------------- quality
 

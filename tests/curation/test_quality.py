@@ -137,6 +137,8 @@ def test_answers_and_languages() -> None:
     assert (flaw_of("所以我们得到答案 7.") or "").startswith("language")
     assert flaw_of("所以我们得到答案 7.", problem="求解 x") is None
     assert flaw_of("Thus α + β ≤ 𝑥, naïve.") is None
+    assert flaw_of("aⁿ bⁿ = (ab)ⁿ, ∠A = 45º, ℜ(z) = 1.") is None
+    assert flaw_of("サーバーとユーザーのデーター、人々。", problem="計算") is None
 
 
 @pytest.mark.parametrize("answer", ["] } )", "(())", "✓", "👍", "-", "≤", "{}"])
