@@ -132,22 +132,24 @@ class SignalStore:
     def fill(self, examples: Iterable[Example]) -> list[Example]:
         """Gives each example its signals; returns those without. Raises ValueError for a broken shard."""
         self.flush()
-        missing = []
-        for example in examples:
-            found = self._places.get(_key(example))
-            if found is None:
-                missing.append(example)
-                continue
-            shard, item = self._shard(found[0]), found[1]
-            ends = shard["ends"]
-            part = slice(int(ends[item - 1]) if item else 0, int(ends[item]))
-            rows = shard["rows"][part].astype(np.int64)
-            if len(rows) and not 0 <= rows.min() <= rows.max() < len(example.labels):
-                raise ValueError(f"{self._shards[found[0]]}: rows beyond the end of a trace; remove it and teach again")
-            example.teacher_rows = rows
-            example.teacher_ids = shard["ids"][part].astype(np.int32)
-            example.teacher_logprobs = shard["logprobs"][part]
-        return missing
+        examples = list(examples)
+        places = [self._places.get(_key(example)) for example in examples]
+        # Shard after shard, whatever the order of the examples: each is large.
+        found = sorted((place, index) for index, place in enumerate(places) if place is not None)
+        for (number, item), index in found:
+            self._fill_one(examples[index], number, item)
+        return [example for example, place in zip(examples, places, strict=True) if place is None]
+
+    def _fill_one(self, example: Example, number: int, item: int) -> None:
+        shard = self._shard(number)
+        ends = shard["ends"]
+        part = slice(int(ends[item - 1]) if item else 0, int(ends[item]))
+        rows = shard["rows"][part].astype(np.int64)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(example.labels):
+            raise ValueError(f"{self._shards[number]}: rows beyond the end of a trace; remove it and teach again")
+        example.teacher_rows = rows
+        example.teacher_ids = shard["ids"][part].astype(np.int32)
+        example.teacher_logprobs = shard["logprobs"][part].copy()  # a view would keep the shard
 
     def _check(self, about: dict[str, Any]) -> None:
         path = self.folder / MANIFEST

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from openai_server import serving
+from safetensors.numpy import load
 from tiny_models import llama
 from tiny_tokenizers import byte_fallback, byte_level
 
@@ -290,6 +291,25 @@ def test_a_store_takes_what_is_its_own_and_nothing_else(tmp_path):
             store_at(tmp_path, **other)
     with pytest.raises(ValueError, match="holds signals with teacher 'tiny', now it is 'huge'"):
         SignalStore(tmp_path, "huge", K, len(TOKENIZER))
+
+
+def test_each_shard_is_read_once_whatever_the_order(tmp_path, monkeypatch):
+    examples = [encode(trace, TOKENIZER) for trace in TRACES * 2]
+    for number, example in enumerate(examples):
+        example.input_ids[0] = number  # no two are the same
+    with store_at(tmp_path) as store:
+        for number, example in enumerate(examples):
+            rows = np.flatnonzero(example.labels != IGNORE)
+            store.add(example, rows, np.full((len(rows), 1), number), np.full((len(rows), 1), -0.5))
+            if number % 2:
+                store.flush()
+    store, read = SignalStore.open(tmp_path), []
+    monkeypatch.setattr("rbfast.data.signal_store.load", lambda data: read.append(data) or load(data))
+    mixed = [examples[number] for number in (0, 5, 2, 1, 4, 3)]
+    other = encode(TRACES[0], TOKENIZER)
+    assert store.fill([other, *mixed]) == [other] and len(read) <= 3
+    assert [int(example.teacher_ids[0, 0]) for example in examples] == list(range(6))
+    assert all(example.teacher_logprobs.base is None for example in examples)
 
 
 def test_a_broken_store_is_named(tmp_path):
