@@ -86,15 +86,17 @@ def with_options(problem: str, options: Mapping[str, str]) -> str:
 
 
 def chosen(answers: Sequence[Any], options: Mapping[str, str]) -> str | None:
-    """The answer as the label of an option, or as its text, of those that fields give; places count from zero."""
+    """The answer as the label of an option, or as its text, of those that fields give; places count from zero.
+
+    A number is a place before it is a text: the 2 beside "8", "2" and "24" is the third.
+    """
     labels = list(options)
     for answer in answers:
         text = (as_text(answer) or "").strip()
         label = text.strip("().: ")
-        if text in options.values():
-            return text
-        if found := next((own for own in labels if label and own.upper() == label.upper()), None):
+        own = next((own for own in labels if label and own.upper() == label.upper()), None)
+        place = labels[int(label)] if label.isdecimal() and int(label) < len(labels) else None
+        said = text if text in options.values() else None
+        if found := (own or place or said) if isinstance(answer, int) else (said or own or place):
             return found
-        if label.isdecimal() and int(label) < len(labels):
-            return labels[int(label)]
     return None

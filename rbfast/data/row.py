@@ -40,8 +40,12 @@ class Row:
         return named or options_beside(self.values)
 
     def choices(self) -> list[tuple[Field, Any]]:
-        """The fields that may say which option is right."""
-        return [*self.candidates("answer"), *self.candidates("choice"), *self.candidates("verdict")]
+        """The fields that may say which option is right. Beside options that are numbers a number is one of them, not
+        its place."""
+        found = [*self.candidates("answer"), *self.candidates("choice"), *self.candidates("verdict")]
+        lists = [value for _, value in self.candidates("options") if isinstance(value, list | tuple)]
+        are_numbers = any(isinstance(option, int | float) for options in lists for option in options)
+        return [(one, as_text(value)) for one, value in found] if are_numbers else found
 
     @property
     def has_reply(self) -> bool:

@@ -202,6 +202,20 @@ def test_the_options_are_part_of_the_problem(row: Any, answer: str) -> None:
     assert (found["problem"], found["reasoning"], found["answer"]) == (asked, THOUGHT, answer)
 
 
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        ({"choices": ["8", "2", "24"], "answer": 2}, "C"),
+        ({"choices": ["8", "2", "24"], "answer": "2"}, "2"),
+        ({"choices": [1, 2, 3], "answer": 2}, "2"),
+        ({"opa": "2", "opb": "4", "opc": "1", "cop": 1}, "B"),
+        ({"choices": {"text": ["41", "42"], "label": ["1", "2"]}, "answer": 1}, "1"),
+    ],
+)
+def test_a_number_is_a_place_before_it_is_the_text_of_an_option(row: Any, answer: str) -> None:
+    assert question_of({"question": QUESTION, **row})["answer"] == answer
+
+
 def test_options_in_fields_of_their_own_and_in_the_problem() -> None:
     row = {"question": QUESTION, "opa": "40", "opb": "41", "opc": "42", "cop": 2, "exp": ""}
     assert question_of(row) == {"problem": f"{QUESTION}\n\nA. 40\nB. 41\nC. 42", "answer": "C"}
