@@ -118,7 +118,8 @@ def questions(trace: Trace) -> str:
 def verify_answer(trace: Trace, row: Mapping[str, Any]) -> bool | None:
     """The trace's own `verified`, else its answer graded against the row's `reference`, else None.
 
-    A reference may be a solution that marks its answer. Grading is `rbfast.grading.grade.grade`'s.
+    A reference may be a solution that marks its answer; one that marks none says nothing. Grading is
+    `rbfast.grading.grade.grade`'s.
 
     Raises:
         ImportError: two answers differ as texts, comparing them needs math-verify, and it is not
@@ -129,10 +130,11 @@ def verify_answer(trace: Trace, row: Mapping[str, Any]) -> bool | None:
     reference = row.get("reference")
     if reference is None:
         return None
-    from rbfast.data.answers import extract_answer
+    from rbfast.data.answers import known_answer
     from rbfast.grading.grade import Problem, grade
 
-    stated = extract_answer(str(reference)) or str(reference).strip()
+    if (stated := known_answer(str(reference))) is None:
+        return None
     return grade(Problem("", trace.problem, stated, {}), f"<answer>{trace.answer}</answer>") >= 1.0
 
 

@@ -30,6 +30,7 @@ _HOPE = re.compile(r"\.?\s*I hope (?:it|this) is correct\b.*", re.IGNORECASE)
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?=\{|\d)")
 _BARE = re.compile(r"\d+(?:[.,]\d+)*")  # after a box without braces
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_SENTENCES, _PROSE = re.compile(r"\n|[.!?]\s"), re.compile(r"(?:[^\W\d_]+,? ){5}")
 _EDGES = " \t*_$`.。"
 # What may stand between two boxes of one answer: `\boxed{2}$ and $x = \boxed{3}`.
 _JOINT = re.compile(
@@ -51,6 +52,15 @@ def extract_answer(text: str) -> str | None:
     if found or "\n" not in said.strip():
         return found
     return _marked(text) or _phrased(text)
+
+
+def known_answer(text: str) -> str | None:
+    """The right answer in a field that has one: what it marks, else all of it. None for working, in several lines or
+    sentences, that marks no answer: nothing would equal that."""
+    stated = extract_answer(text)
+    if stated is None and _SENTENCES.search(text.strip()) and _PROSE.search(text):
+        return None
+    return stated or text.strip()
 
 
 def lacks_answer(text: str) -> bool:

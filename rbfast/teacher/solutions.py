@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rbfast.data.answers import extract_answer
+from rbfast.data.answers import extract_answer, known_answer
 from rbfast.data.formats import AUTO, FormatOptions, question_of
 from rbfast.data.readers import read_rows, write_traces
 from rbfast.data.replies import split_reply
@@ -105,10 +105,8 @@ def _question(row: Any, where: str, options: FormatOptions) -> Question:
     text, answer = fields["problem"], fields.get("answer")
     if not text.strip():
         raise ValueError(f"{where}: problem: expected text, got {text!r}")
-    known = None
-    if answer is not None:
-        stated = extract_answer(answer) or answer.strip()
-        known = Problem("", text, stated, {})
+    stated = None if answer is None else known_answer(answer)
+    known = None if stated is None else Problem("", text, stated, {})
     return Question(text, known, **{name: fields[name] for name in ("domain", "source", "id") if name in fields})
 
 

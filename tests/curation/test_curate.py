@@ -298,6 +298,8 @@ def test_pass_rates_are_means_over_tries(tmp_path: Path) -> None:
         ({"reference": 7}, True),
         ({"reference": "8"}, False),
         ({"reference": "1 + 6 = 7\n#### 7"}, True),
+        ({"reference": "We add the six to the one. So there are seven of them."}, None),
+        ({"reference": "1 2\n3 4"}, False),
         ({"answer": "\\frac{3}{4}", "reference": "0.75"}, True),
         ({"answer": "\\frac12", "reference": "The half: $\\boxed{\\dfrac{1}{2}}$"}, True),
         ({"answer": "3/4", "reference": "0.75"}, True),
