@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
@@ -33,6 +34,8 @@ _SWITCHES: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": True}, {"thinki
 _OFF: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": False}, {"thinking": False})
 _FIELDS = ("reasoning_content", "thinking", "reasoning")
 _TAGS = tuple((opener, closer) for opener, closer, is_sure in THINKING if is_sure)
+_TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+_DAY = datetime(2024, 7, 26)  # which Llama 3.1's template names if it cannot tell the day
 # A template's own name for such a switch.
 _SWITCH = re.compile(r"\bif (?:not )?(\w*(?:think|reason)\w*)\b(?! *[.(])")
 
@@ -113,11 +116,20 @@ def render(
     switches: Mapping[str, Any],
     takes_parts: bool = False,
 ) -> str:
-    """The chat template's text of a conversation; with `open_reply` up to where the model goes on."""
+    """The chat template's text of a conversation; with `open_reply` up to where the model goes on.
+
+    A template that names the day of the rendering names always the same one: a trace has the same tokens tomorrow.
+    """
     turns = [{**turn, "content": _parts(turn["content"])} for turn in messages] if takes_parts else list(messages)
+    template = str(tokenizer.get_chat_template())
+    dated = {"chat_template": _TODAY.sub(_on_that_day, template)} if _TODAY.search(template) else {}
     return str(
-        tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=open_reply, **switches)  # type: ignore[arg-type]
+        tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=open_reply, **dated, **switches)  # type: ignore[arg-type]
     )
+
+
+def _on_that_day(call: re.Match[str]) -> str:
+    return repr(_DAY.strftime(call[2]))
 
 
 def _parts(content: Any) -> Any:

@@ -306,6 +306,17 @@ def test_an_empty_earlier_reply_is_not_trained(name):
     assert left_out == [] and len(examples) == (1 if name == "r1-distill" else 2)
 
 
+@pytest.mark.parametrize(
+    ("call", "named"), [('strftime_now("%d %b %Y")', "26 Jul 2024"), ("strftime_now( '%Y-%m-%d' )", "2024-07-26")]
+)
+def test_a_template_names_the_same_day_whenever_it_is_rendered(call, named):
+    tokenizer = deepcopy(tokenizer_of("llama-3"))
+    day = "{% if strftime_now is defined %}{% set day = " + call + " %}{% else %}{% set day = '?' %}{% endif %}"
+    tokenizer.chat_template = f"{day}Today: {{{{ day }}}}\n{tokenizer.chat_template}"
+    assert format_prompt("1?", tokenizer).startswith(f"Today: {named}\n")
+    assert f"Today: {named}\n" in decoded(tokenizer, encode(TRACE, tokenizer).input_ids)
+
+
 def test_without_a_template_turns_are_paragraphs():
     example = encode(LATER, tiny_tokenizer(), instruction=NONE)
     text = decoded(tiny_tokenizer(), example.input_ids)
