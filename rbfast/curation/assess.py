@@ -16,10 +16,10 @@ from rbfast.curation import text
 from rbfast.curation.decontaminate import SHINGLE, Decontaminator, Found, join_found
 from rbfast.curation.dedup import SIGNATURE, after, history_of, key_of
 from rbfast.curation.quality import Quality, flaw, proxy_difficulty, quality, repeated_shares
+from rbfast.data.replies import CUT, verdict_of
 from rbfast.data.trace import Trace, TraceError
 
 UNVERIFIED, WRONG, RIGHT = -1, 0, 1
-_CUT = {"length", "max_tokens"}  # how servers call a reply that met its limit
 _FINISHED = {"stop", "eos", "eos_token", "end_turn", "stop_sequence"}
 _END_FIELDS = ("finish_reason", "done_reason", "stop_reason")
 
@@ -189,14 +189,19 @@ def _read(where: str, row: Any) -> Trace | str:
 
 def _cut_by_server(row: Mapping[str, Any]) -> str | None:
     for field in _END_FIELDS:
-        if row.get(field) in _CUT:
+        if _word(row.get(field)) in CUT:
             return f"truncated: its {field} is {row[field]}"
-    return "truncated: so it says" if row.get("truncated") is True else None
+    return "truncated: so it says" if verdict_of(row.get("truncated")) else None
 
 
 def _finished(row: Mapping[str, Any]) -> bool:
     """Whether the server said that the reply is complete, or its answer was read after the reasoning."""
-    return row.get("finished") is True or any(row.get(field) in _FINISHED for field in _END_FIELDS)
+    return row.get("finished") is True or any(_word(row.get(field)) in _FINISHED for field in _END_FIELDS)
+
+
+def _word(said: object) -> str:
+    """A reason as most servers write it; Gemini's are in capitals."""
+    return str(said).lower()
 
 
 def _verdict(verified: bool | None) -> int:

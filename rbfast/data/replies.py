@@ -15,7 +15,8 @@ from rbfast.utils.records import show
 _FLAGS = {"on", "off", "true", "false", "yes", "no", "none", "low", "medium", "high"}  # not thoughts, but how to think
 _RIGHT = {"yes", "true", "correct", "right", "1", "pass", "passed", "y"}
 _WRONG = {"no", "false", "incorrect", "wrong", "0", "fail", "failed", "n"}
-_CUT = {"length", "max_tokens", "max_output_tokens", "model_length", "incomplete", "content_filter", "error", "abort"}
+# How servers say that a reply did not come to its end.
+CUT = {"length", "max_tokens", "max_output_tokens", "model_length", "incomplete", "content_filter", "error", "abort"}
 
 
 class Reply(NamedTuple):
@@ -136,7 +137,7 @@ def _complete(row: Row, count: int) -> list[bool]:
         for _, value in row.candidates(role):
             if isinstance(value, list | tuple) and len(value) == count:
                 whole = [
-                    so_far and mark is not False and str(mark).lower() not in _CUT
+                    so_far and mark is not False and str(mark).lower() not in CUT
                     for so_far, mark in zip(whole, value, strict=True)
                 ]
     return whole

@@ -15,8 +15,9 @@ from real_inputs import data_path
 import rbfast
 from rbfast.cli.main import main
 from rbfast.curation import curate
-from rbfast.curation.assess import verify_answer
+from rbfast.curation.assess import Assessor, verify_answer
 from rbfast.curation.curate import CurateConfig, Weights, _difficulties, _known_rates, ranks, read_pass_rates
+from rbfast.curation.decontaminate import Decontaminator
 from rbfast.data.readers import read_traces, write_traces
 from rbfast.data.trace import Trace, TraceError
 
@@ -263,9 +264,6 @@ def test_measures_are_pluggable(tmp_path: Path) -> None:
 
 
 def test_difficulty_is_what_the_student_missed_else_what_is_given_else_the_length() -> None:
-    from rbfast.curation.assess import Assessor
-    from rbfast.curation.decontaminate import Decontaminator
-
     rows = [("", row(f"Problem {word}?", **more)) for word, more in (
         ("one", {}), ("two", {"difficulty": 9}), ("three three three", {}), ("four", {"difficulty": 4}),
     )]  # fmt: skip
@@ -280,6 +278,22 @@ def test_difficulty_is_what_the_student_missed_else_what_is_given_else_the_lengt
 def test_ranks() -> None:
     assert ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [0.75, 0.125, 0.75, 0.375]
     assert ranks(np.array([])).tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_cut"),
+    [
+        ({"finish_reason": "MAX_TOKENS"}, True),
+        ({"stop_reason": "model_length"}, True),
+        ({"finish_reason": "content_filter"}, True),
+        ({"truncated": "true"}, True),
+        ({"finish_reason": ["stop"], "truncated": []}, False),
+        ({"reasoning": "So it is the", "finish_reason": "STOP"}, False),
+    ],
+)
+def test_a_reply_is_cut_in_the_words_of_any_server(fields: dict[str, Any], is_cut: bool) -> None:
+    [seen] = Assessor(Decontaminator([]))([("p.jsonl:1", row("What?", **fields))]).flaws
+    assert (seen or "").startswith("truncated: ") == is_cut
 
 
 def test_pass_rates_are_means_over_tries(tmp_path: Path) -> None:
