@@ -22,10 +22,12 @@ from tiny_tokenizers import byte_level
 
 from rbfast.adapter.adapter_files import read_adapter
 from rbfast.adapter.column_scores import ColumnScores, score_columns
+from rbfast.data.answers import answer_text, as_text
 from rbfast.data.encoding import encode
 from rbfast.data.readers import read_rows, read_traces, write_traces
+from rbfast.data.replies import verdict_of
 from rbfast.data.signal_store import SignalStore
-from rbfast.data.trace import Trace
+from rbfast.data.trace import Trace, is_finite
 from rbfast.evaluation.evaluate import Decoding, evaluate
 from rbfast.grading.grade import Problem
 from rbfast.grading.tasks import load_problems
@@ -157,8 +159,11 @@ def test_traces(tmp_path):
             if not {"problem", "reasoning", "answer"} <= row.keys():
                 continue  # a row in another format, read by what its fields mean: tests/data/test_formats.py
             said = {name: value for name, value in row.items() if name in Trace.__dataclass_fields__ and value != ""}
-            # An answer or an id that is a number is taken as text.
-            said |= {n: str(said[n]) for n in ("answer", "id") if type(said.get(n)) in (int, float)}
+            # An answer is taken as text. What else is said of a trace in words of its own counts as absent.
+            said["answer"] = said["answer"] if isinstance(said["answer"], str) else answer_text(said["answer"])
+            said |= {name: as_text(said.get(name)) for name in ("id", "domain", "source", "teacher")}
+            said |= {"verified": verdict_of(said.get("verified"))}
+            said |= {} if is_finite(said.get("difficulty")) else {"difficulty": None}
             assert trace.to_dict() == {name: value for name, value in said.items() if value is not None}
 
     refused, read_well = sweep(3000, path, lambda data, rng: mutate_json(data, rng, lines=True), read)
