@@ -289,8 +289,9 @@ def _stated_field(row: Row) -> str | None:
 
 def _trace_row(row: Row, asked: _Question, reply: Reply, form: str, count: int) -> dict[str, Any]:
     """A trace's fields. The answer is the one the reply states, else the one in a field of its own; after thinking, a
-    reply that marks none is the answer."""
-    field_answer, own = _stated_field(row), stated_answer(reply.text)
+    reply that marks none is the answer. What is said beside code ("the answer is printed") is not."""
+    is_code = bool(reply.thought) and "```" in reply.text
+    field_answer, own = _stated_field(row), marked_answer(reply.text) if is_code else stated_answer(reply.text)
     answer = own or field_answer
     if answer is None and reply.thought:
         answer = reply.text.strip() or stated_answer(reply.thought)

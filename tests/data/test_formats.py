@@ -117,6 +117,13 @@ def test_shapes_without_a_name_are_read_by_what_their_fields_mean(row: Any) -> N
     assert {name: found[name] for name in PLAIN} == PLAIN
 
 
+def test_code_after_thinking_is_the_answer_whatever_is_said_beside_it() -> None:
+    code = "```python\nprint(1)\n```\nThe loop ends, and the answer is printed."
+    for said, answer in ((code, code), (f"{code} So \\boxed{{1}}.", "1")):
+        [found] = interpret(conversation(("user", QUESTION), ("assistant", f"<think>Hm.</think>{said}"))).rows
+        assert (found["reasoning"], found["answer"]) == ("Hm.", answer)
+
+
 def test_a_flag_is_not_thinking_and_an_empty_thought_is_none() -> None:
     row = row_of("llama_nemotron") | {
         "reasoning": "off",
