@@ -97,6 +97,6 @@ def chosen(answers: Sequence[Any], options: Mapping[str, str]) -> str | None:
         own = next((own for own in labels if label and own.upper() == label.upper()), None)
         place = labels[int(label)] if label.isdecimal() and int(label) < len(labels) else None
         said = text if text in options.values() else None
-        if found := (own or place or said) if isinstance(answer, int) else (said or own or place):
+        if found := (own or place or said) if isinstance(answer, int | float) else (said or own or place):
             return found
     return None

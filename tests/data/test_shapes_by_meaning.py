@@ -206,6 +206,7 @@ def test_the_options_are_part_of_the_problem(row: Any, answer: str) -> None:
     ("row", "answer"),
     [
         ({"choices": ["8", "2", "24"], "answer": 2}, "C"),
+        ({"choices": ["8", "2", "24"], "answer": 2.0}, "C"),
         ({"choices": ["8", "2", "24"], "answer": "2"}, "2"),
         ({"choices": [1, 2, 3], "answer": 2}, "2"),
         ({"opa": "2", "opb": "4", "opc": "1", "cop": 1}, "B"),
