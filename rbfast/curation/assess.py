@@ -16,12 +16,11 @@ from rbfast.curation import text
 from rbfast.curation.decontaminate import SHINGLE, Decontaminator, Found, join_found
 from rbfast.curation.dedup import SIGNATURE, after, history_of, key_of
 from rbfast.curation.quality import Quality, flaw, proxy_difficulty, quality, repeated_shares
-from rbfast.data.replies import CUT, verdict_of
+from rbfast.data.replies import END_FIELDS, cut_by_server
 from rbfast.data.trace import Trace, TraceError
 
 UNVERIFIED, WRONG, RIGHT = -1, 0, 1
 _FINISHED = {"stop", "eos", "eos_token", "end_turn", "stop_sequence"}
-_END_FIELDS = ("finish_reason", "done_reason", "stop_reason")
 
 Verify = Callable[[Trace, Mapping[str, Any]], bool | None]
 """Whether a trace's answer is right, from the trace and the row it came in; None if unknown."""
@@ -71,7 +70,7 @@ class Assessor:
                 flaws.append(trace)
                 continue
             share = next(repeated)
-            flaws.append(_cut_by_server(row) or flaw(trace, share, finished=_finished(row)))
+            flaws.append(cut_by_server(row) or flaw(trace, share, finished=_finished(row)))
             if flaws[-1] is None:
                 kept.append((trace, row, quality(trace, share)))
         return self._describe(flaws, kept, threads)
@@ -187,21 +186,9 @@ def _read(where: str, row: Any) -> Trace | str:
         return f"not a trace: {error}"
 
 
-def _cut_by_server(row: Mapping[str, Any]) -> str | None:
-    for field in _END_FIELDS:
-        if _word(row.get(field)) in CUT:
-            return f"truncated: its {field} is {row[field]}"
-    return "truncated: so it says" if verdict_of(row.get("truncated")) else None
-
-
 def _finished(row: Mapping[str, Any]) -> bool:
     """Whether the server said that the reply is complete, or its answer was read after the reasoning."""
-    return row.get("finished") is True or any(_word(row.get(field)) in _FINISHED for field in _END_FIELDS)
-
-
-def _word(said: object) -> str:
-    """A reason as most servers write it; Gemini's are in capitals."""
-    return str(said).lower()
+    return row.get("finished") is True or any(str(row.get(field)).lower() in _FINISHED for field in END_FIELDS)
 
 
 def _verdict(verified: bool | None) -> int:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from rbfast.data import hub
 from rbfast.data.formats import AUTO, FormatOptions, interpret
+from rbfast.data.replies import cut_by_server
 from rbfast.data.row_files import is_file_of_rows, rows_of_path
 from rbfast.data.trace import Trace, TraceError
 from rbfast.utils.files import replacing, write_text
@@ -136,6 +137,8 @@ def _traces_of(row: Any, options: FormatOptions) -> tuple[str, list[Trace]]:
     if isinstance(row, TraceError):
         raise row
     found = interpret(row, options)
+    if reason := next(filter(None, map(cut_by_server, found.rows)), None):
+        raise TraceError(f"{reason}; leave it out")
     return found.name, [Trace.from_dict(fields) for fields in found.rows]
 
 

@@ -15,8 +15,9 @@ from rbfast.utils.records import show
 _FLAGS = {"on", "off", "true", "false", "yes", "no", "none", "low", "medium", "high"}  # not thoughts, but how to think
 _RIGHT = {"yes", "true", "correct", "right", "1", "pass", "passed", "y"}
 _WRONG = {"no", "false", "incorrect", "wrong", "0", "fail", "failed", "n"}
-# How servers say that a reply did not come to its end.
-CUT = {"length", "max_tokens", "max_output_tokens", "model_length", "incomplete", "content_filter", "error", "abort"}
+END_FIELDS = ("finish_reason", "done_reason", "stop_reason")
+# How servers say there that a reply did not come to its end.
+_CUT = {"length", "max_tokens", "max_output_tokens", "model_length", "incomplete", "content_filter", "error", "abort"}
 
 
 class Reply(NamedTuple):
@@ -131,13 +132,21 @@ def verdict_of(value: object) -> bool | None:
     return True if text in _RIGHT else False if text in _WRONG else None
 
 
+def cut_by_server(row: Mapping[str, Any]) -> str | None:
+    """Why a row's reply is known not to be whole, by what its server said of its end; Gemini says so in capitals."""
+    for field in END_FIELDS:
+        if str(row.get(field)).lower() in _CUT:
+            return f"truncated: its {field} is {row[field]}"
+    return "truncated: so it says" if verdict_of(row.get("truncated")) else None
+
+
 def _complete(row: Row, count: int) -> list[bool]:
     whole = [True] * count
     for role in ("complete", "finish"):
         for _, value in row.candidates(role):
             if isinstance(value, list | tuple) and len(value) == count:
                 whole = [
-                    so_far and mark is not False and str(mark).lower() not in CUT
+                    so_far and mark is not False and str(mark).lower() not in _CUT
                     for so_far, mark in zip(whole, value, strict=True)
                 ]
     return whole

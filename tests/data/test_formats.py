@@ -1,6 +1,7 @@
 """The shapes in which people hold traces: each read as it is, broken rows named, what is ambiguous asked for."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,6 +47,17 @@ def test_with_no_right_generation_the_first_is_taken(verdicts: Any) -> None:
 def test_generations_that_were_all_cut_are_no_trace() -> None:
     with pytest.raises(TraceError, match="generations: expected a whole reply, got 4 that were cut"):
         interpret(row_of("openr1_math") | {"finish_reasons": ["length"] * 4})
+
+
+@pytest.mark.parametrize("end", [{"finish_reason": "length"}, {"stop_reason": "MAX_TOKENS"}, {"truncated": True}])
+@pytest.mark.parametrize(
+    "row", [PLAIN, {"prompt": QUESTION, "completion": "Add. The answer is 42"}], ids=["native", "other"]
+)
+def test_a_reply_that_its_server_cut_is_no_trace(tmp_path: Path, row: dict[str, Any], end: dict[str, Any]) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text("\n".join(map(json.dumps, [row | end, row])))
+    reader = TraceReader(path, skip=True)
+    assert len(reader.all()) == 1 and "truncated: " in reader.unreadable[0][1]
 
 
 def test_the_teacher_can_be_chosen_and_has_to_be_without_grades() -> None:
