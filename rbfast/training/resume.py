@@ -14,6 +14,8 @@ from rbfast.data.trace import Trace
 from rbfast.training.run_folder import LOG, RUN
 from rbfast.utils.records import read_json
 
+_OPTIONAL = "quantised", "signals", "teacher"  # settings that not every run has
+
 
 def asked_of(model: PreTrainedModel, traces: Sequence[Trace], config: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run, for run.json. config: the fields of its DistillConfig."""
@@ -24,6 +26,7 @@ def asked_of(model: PreTrainedModel, traces: Sequence[Trace], config: dict[str, 
         "processes": processes,
         f"{unit}_per_step": size * config["accumulation"] * processes,
         "base_model": model.config.name_or_path,
+        "dtype": f"{model.dtype}".removeprefix("torch."),
         "traces": len(traces),
         "traces_digest": blake2b(lines.encode(), digest_size=16).hexdigest(),
     }
@@ -48,7 +51,9 @@ def check_same_run(folder: Path, asked: dict[str, Any]) -> None:
         return
     free = {"processes", "traces_per_step", "tokens_per_step"}  # irrelevant to a finished run
     free |= {"gradient_checkpointing", "save_steps"}  # the same sums
-    if not (folder / LOG).exists():
+    if (folder / LOG).exists():
+        free |= {"dtype"}  # a trained adapter goes onto the base in any
+    else:
         free |= {"batch_size", "accumulation"}
         unit, size = _batch_size(asked)
         if (step := held.get(f"{unit}_per_step")) != asked[f"{unit}_per_step"]:
@@ -57,10 +62,10 @@ def check_same_run(folder: Path, asked: dict[str, Any]) -> None:
                 f"{asked[f'{unit}_per_step']}: batch size {size} x accumulation {asked['accumulation']} "
                 f"x {asked['processes']} process(es); change one of them or choose another output folder"
             )
-    for name, value in asked.items():
-        if name not in free and held.get(name) != value:
+    for name in [*asked, *(name for name in _OPTIONAL if name in held)]:
+        if name not in free and held.get(name) != asked.get(name):
             raise ValueError(
-                f"{folder} holds another run: its {name} is {held.get(name)!r}, now {value!r}; "
+                f"{folder} holds another run: its {name} is {held.get(name)!r}, now {asked.get(name)!r}; "
                 "go on with what it was, choose another output folder or remove that one"
             )
 

@@ -52,6 +52,15 @@ def test_a_run_that_is_interrupted_leaves_the_model_as_it_came_and_the_same_call
     assert [module.training for module in model.modules()] == modes
 
 
+def test_a_cut_run_goes_on_in_its_dtype_and_a_finished_one_is_found_in_any(tmp_path, monkeypatch):
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path, monkeypatch, cut_at=3)
+    with pytest.raises(ValueError, match="its dtype is 'float32', now 'bfloat16'"):
+        run(tmp_path, monkeypatch, model=student().bfloat16())
+    trained = run(tmp_path, monkeypatch)
+    assert same_bits(run(tmp_path, monkeypatch, model=student().bfloat16()), trained)
+
+
 def test_the_loss_of_traces_is_measured_in_evaluation_mode():
     model = llama(vocab_size=len(TOKENIZER), max_position_embeddings=256, attention_dropout=0.5)
     examples, _ = encode_all(TRACES[:4], TOKENIZER)

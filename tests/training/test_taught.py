@@ -121,10 +121,9 @@ def test_training_uses_a_folder_of_signals(tmp_path):
     }
     [a, b] = ([p.detach() for p in run.adapter.parameters()] for run in (taught, plain))
     assert not all(map(torch.equal, a, b))
-    with pytest.raises(ValueError, match="its signals"):
-        distill(
-            model(), TOKENIZER, TRACES, tmp_path / "run", CONFIG, quiet=True, signals=scored(tmp_path / "s", TRACES[:2])
-        )
+    for signals in (scored(tmp_path / "s", TRACES[:2]), None):
+        with pytest.raises(ValueError, match="its signals"):
+            distill(model(), TOKENIZER, TRACES, tmp_path / "run", CONFIG, quiet=True, signals=signals)
 
 
 def test_signals_of_other_traces_are_refused(tmp_path):
@@ -139,6 +138,8 @@ def test_a_running_teacher_trains_and_resumes_to_the_same_bits(tmp_path):
     ]
     [a, b] = ([p.detach() for p in run.adapter.parameters()] for run in runs)
     assert all(map(torch.equal, a, b))
+    with pytest.raises(ValueError, match="its teacher is '', now None"):
+        distill(model(), TOKENIZER, TRACES, tmp_path / "0", CONFIG, quiet=True)
 
 
 @pytest.fixture(scope="module")
