@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -192,8 +192,9 @@ def distill(
         plan = None if is_sharded(model) else make_plan(model, adapter, *_planned(examples, config), teacher)
         if first and not quiet and plan is not None:
             print(plan, file=sys.stderr)
-        trainer = _trainer(model, adapter, arguments, examples, config, teacher, quiet or not first)
-        with checkpointing(model) if config.gradient_checkpointing else nullcontext():
+        progress = Bar(quiet or not first)
+        trainer = _trainer(model, adapter, arguments, examples, config, teacher, progress)
+        with closing(progress), checkpointing(model) if config.gradient_checkpointing else nullcontext():
             trainer.train(resume_from_checkpoint=checkpoint)
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         run = Run(adapter, history, skipped, time.monotonic() - start, plan=plan)
@@ -272,7 +273,7 @@ def _trainer(
     examples: Sequence[Example],
     config: DistillConfig,
     teacher: PreTrainedModel | None,
-    quiet: bool,
+    progress: Bar,
 ) -> DistillTrainer:
     """The trainer, with our bar in place of its printed lines."""
     trainer = DistillTrainer(
@@ -283,7 +284,7 @@ def _trainer(
         objective=config.objective,
         teacher=teacher,
         tokens_per_batch=config.tokens_per_batch,
-        callbacks=[Bar(quiet)],
+        callbacks=[progress],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)

@@ -8,7 +8,10 @@ from rbfast.utils.progress import bar
 
 
 class Bar(TrainerCallback):
-    """A progress bar on stderr, with the loss of each role; before it, a line that says where a run resumes."""
+    """A progress bar on stderr, with the loss of each role; before it, a line that says where a run resumes.
+
+    Close it, however the training ended: a bar that still runs has the terminal's cursor, and draws itself again.
+    """
 
     def __init__(self, quiet: bool) -> None:
         self.bar = bar("training", quiet)
@@ -23,5 +26,5 @@ class Bar(TrainerCallback):
         losses = [f"{name[5:]} {value:.3f}" for name, value in (logs or {}).items() if name.startswith("loss_")]
         self.bar.update(self.task, completed=state.global_step, description="  ".join(losses))
 
-    def on_train_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+    def close(self) -> None:
         self.bar.stop()

@@ -157,6 +157,20 @@ def test_a_resumed_run_says_where(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_an_interrupted_run_gives_the_terminal_back(tmp_path, monkeypatch):
+    bars = []
+
+    def interrupt(*args, **kwargs):
+        assert bars[0].bar.live.is_started
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rbfast.training.distill.Bar", lambda quiet: bars.append(Bar(quiet)) or bars[0])
+    monkeypatch.setattr(DistillTrainer, "training_step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        distill(student(), TOKENIZER, TRACES, tmp_path, DistillConfig(density=0.2))
+    assert not bars[0].bar.live.is_started
+
+
 @pytest.mark.parametrize(
     ("name", "values"),
     [
