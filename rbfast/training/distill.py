@@ -231,8 +231,10 @@ def plan_run(
 
 
 def _planned(examples: Sequence[Example], config: DistillConfig) -> tuple[list[Sequence[Example]], bool]:
-    """Batches as large as any that are trained, and whether layers run again."""
-    return _batches(sorted(examples, key=lambda one: -len(one.input_ids)), config), config.gradient_checkpointing
+    """Batches as large as any that are trained (of so many tokens: those), and whether layers run again."""
+    if config.tokens_per_batch is None:
+        examples = sorted(examples, key=lambda one: -len(one.input_ids))
+    return _batches(examples, config), config.gradient_checkpointing
 
 
 def _encoded(

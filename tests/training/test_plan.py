@@ -100,6 +100,12 @@ def test_a_run_keeps_its_plan(model, tmp_path, capsys):
     assert "activations" in capsys.readouterr().err
 
 
+def test_the_batches_of_tokens_are_those_that_are_trained(model, tmp_path):
+    traces = [replace(trace, reasoning="One. " * (1 + 17 * n % 23)) for n, trace in enumerate(TRACES)]
+    found = distill(model, TOKENIZER, traces, tmp_path, replace(CONFIG, tokens_per_batch=260), quiet=True)
+    assert found.plan.batches == len(found.log_history)
+
+
 def test_a_model_without_layers_to_run_again_says_so():
     with pytest.raises(ValueError, match="has no layers that can be checkpointed"):
         model = llama()
