@@ -32,6 +32,7 @@ from rbfast.training.checkpoints import step_of, write_digests
 from rbfast.training.objective import Objective, role_counts, sums_by_role, token_losses
 from rbfast.utils.memory import EVERY, give_back
 
+_WRITERS = "PytorchStreamWriter", "inline_container.cc"  # torch.save's, which tell of a full disk each in its words
 _MOST_WEIGHT = 4096.0  # of a token's loss in an fp16 student, whose greatest number is 65504
 
 
@@ -284,7 +285,7 @@ class DistillTrainer(Trainer):
                 os.replace(final / "unfinished" / name, final / name)
                 self._drop_old_checkpoints(final)
         except RuntimeError as error:
-            if "PytorchStreamWriter" not in str(error):
+            if not any(writer in str(error) for writer in _WRITERS):
                 raise
             raise OSError(f"{final}: a checkpoint could not be written, is the disk full? {error}") from error
         finally:

@@ -1,6 +1,7 @@
 """The trainer on a tiny random Llama: its objective against plain autograd, packing, accumulation, exact resume."""
 
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -307,6 +308,19 @@ def test_a_checkpoint_cut_while_being_written_is_not_taken(tmp_path: Path, monke
     monkeypatch.undo()
     resumed, whole = train(tmp_path / "full", **saving), train(tmp_path / "whole", **saving)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_disk_that_is_full_before_the_optimizers_state_is_named(tmp_path: Path) -> None:
+    saving = dict(save_strategy="steps", save_steps=2)
+    train(tmp_path / "whole", **saving)
+    adapter = tmp_path / "whole" / "checkpoint-2" / "adapter_model.safetensors"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (adapter.stat().st_size + 2000, before[1]))  # of a file, which stands in
+    try:
+        with pytest.raises(OSError, match="a checkpoint could not be written, is the disk full"):
+            train(tmp_path / "full", **saving)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_the_trainers_own_sharding_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
