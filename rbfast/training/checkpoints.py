@@ -8,13 +8,16 @@ show later damage by a disk or a power cut.
 
 import json
 import re
+import shutil
 import warnings
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 
 from rbfast.utils.files import write_text
 
 DIGESTS = "digests.json"
+UNFINISHED = "unfinished"  # where a checkpoint is written
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -22,6 +25,15 @@ def step_of(folder: Path) -> int:
     """The step of a checkpoint's folder, -1 for any other folder."""
     match = _NAME.fullmatch(folder.name)
     return int(match[1]) if match else -1
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Removes them all, and the folder if it then is empty: what others have there stays."""
+    for path in [*folder.glob("checkpoint-*"), folder / UNFINISHED]:
+        if step_of(path) >= 0 or path.name == UNFINISHED:
+            shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def write_digests(folder: Path) -> None:

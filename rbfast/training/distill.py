@@ -13,7 +13,6 @@ import json
 import math
 import os
 import random
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -40,7 +39,7 @@ from rbfast.models.linears import is_sharded
 from rbfast.models.student import evaluation_mode, final_hidden, mode_kept, packs
 from rbfast.training.arguments import DeviceArguments
 from rbfast.training.batches import batches_by_tokens
-from rbfast.training.checkpoints import last_checkpoint
+from rbfast.training.checkpoints import last_checkpoint, remove_checkpoints
 from rbfast.training.objective import Objective, role_counts, sums_by_role, token_losses
 from rbfast.training.plan import Plan, make_plan
 from rbfast.training.resume import asked_of, check_same_folder, check_same_run
@@ -178,7 +177,7 @@ def distill(
         cost = read_json(out / RUN, {"seconds": (int, float)}) or {"seconds": 0.0}  # the file may have been removed
         adapter = SparseAdapter.from_pretrained(model, out)
         if first:
-            shutil.rmtree(out / "checkpoints", ignore_errors=True)  # of a run that was killed while it removed them
+            remove_checkpoints(out / "checkpoints")  # of a run that was killed while it removed them
         return Run(adapter, history, skipped, cost["seconds"], found=True)
     if first:  # before the long part, which a folder that cannot be written to would waste
         write_text(out / RUN, json.dumps(asked, indent=1))
@@ -307,7 +306,7 @@ def _save(run: Run, out: Path, asked: dict[str, Any], examples: Sequence[Example
     }
     write_text(out / RUN, json.dumps(asked | cost, indent=1))
     write_text(out / LOG, json.dumps(run.log_history, indent=1, sort_keys=True))  # last: it ends the run
-    shutil.rmtree(out / "checkpoints")
+    remove_checkpoints(out / "checkpoints")
 
 
 def trace_loss(model: PreTrainedModel, examples: Sequence[Example], batch_size: int = 8) -> dict[str, float]:

@@ -28,7 +28,7 @@ from rbfast.data.spans import ROLES
 from rbfast.models.linears import is_sharded
 from rbfast.models.student import final_hidden
 from rbfast.training.batches import batches_by_tokens, collate_items
-from rbfast.training.checkpoints import step_of, write_digests
+from rbfast.training.checkpoints import UNFINISHED, step_of, write_digests
 from rbfast.training.objective import Objective, role_counts, sums_by_role, token_losses
 from rbfast.utils.memory import EVERY, give_back
 
@@ -270,7 +270,7 @@ class DistillTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes the whole checkpoint under another name, then renames it: a cut run leaves no half checkpoint."""
         final = Path(str(self.args.output_dir))
-        self.args.output_dir = str(final / "unfinished")
+        self.args.output_dir = str(final / UNFINISHED)
         try:
             if self.args.should_save:
                 shutil.rmtree(self.args.output_dir, ignore_errors=True)
@@ -278,11 +278,11 @@ class DistillTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()  # every process adds the state of its random numbers
             name = f"checkpoint-{self.state.global_step}"
-            self._keep_name_of_best(final, final / "unfinished" / name)
+            self._keep_name_of_best(final, final / UNFINISHED / name)
             if self.args.should_save:
-                write_digests(final / "unfinished" / name)
+                write_digests(final / UNFINISHED / name)
                 shutil.rmtree(final / name, ignore_errors=True)
-                os.replace(final / "unfinished" / name, final / name)
+                os.replace(final / UNFINISHED / name, final / name)
                 self._drop_old_checkpoints(final)
         except RuntimeError as error:
             if not any(writer in str(error) for writer in _WRITERS):

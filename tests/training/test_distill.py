@@ -157,6 +157,16 @@ def test_a_resumed_run_says_where(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_what_others_have_among_the_checkpoints_stays(tmp_path, monkeypatch):
+    theirs = tmp_path / "checkpoints" / "llama" / "model.safetensors"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("theirs")
+    for _ in range(2):  # trained, and found
+        run(tmp_path, monkeypatch)
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["llama"]
+        assert theirs.read_text() == "theirs"
+
+
 def test_an_interrupted_run_gives_the_terminal_back(tmp_path, monkeypatch):
     bars = []
 
