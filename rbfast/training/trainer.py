@@ -12,7 +12,7 @@ logits never exist (see `rbfast.loss.distill_loss`).
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from rbfast.training.objective import Objective, role_counts, sums_by_role, toke
 from rbfast.utils.memory import EVERY, give_back
 
 _WRITERS = "PytorchStreamWriter", "inline_container.cc"  # torch.save's, which tell of a full disk each in its words
+_IDLE = "compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"  # a Trainer's, that we never call
 _MOST_WEIGHT = 4096.0  # of a token's loss in an fp16 student, whose greatest number is 65504
 
 
@@ -94,7 +95,11 @@ class DistillTrainer(Trainer):
         tokens_per_batch: int | None = None,
         **kwargs: Any,
     ) -> None:
-        """`tokens_per_batch`: a batch takes traces of so many tokens, however many args would have in it."""
+        """`tokens_per_batch`: a batch takes traces of so many tokens, however many args would have in it.
+
+        Raises ValueError for what a Trainer does to its loss or its logits, which would have no effect here.
+        """
+        _refuse_idle(args, kwargs)
         items: Sequence[Example] | Sequence[list[Example]] = train_dataset
         if tokens_per_batch is not None:
             items = batches_by_tokens(train_dataset, tokens_per_batch, args.seed)
@@ -310,6 +315,17 @@ class DistillTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+def _refuse_idle(args: TrainingArguments, options: Mapping[str, Any]) -> None:
+    idle = [name for name in _IDLE if options.get(name) is not None]
+    if args.label_smoothing_factor:
+        idle.append("label_smoothing_factor")
+    if idle:
+        raise ValueError(
+            f"{' and '.join(idle)} would have no effect: the loss is the objective's, and there are no logits; "
+            "leave it out, and measure accuracy with rbfast.evaluation"
+        )
 
 
 class _WithScaledGradient(torch.autograd.Function):

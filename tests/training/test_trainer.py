@@ -323,6 +323,15 @@ def test_a_disk_that_is_full_before_the_optimizers_state_is_named(tmp_path: Path
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.parametrize("name", ["compute_metrics", "compute_loss_func", "label_smoothing_factor"])
+def test_what_would_have_no_effect_is_refused(tmp_path: Path, name: str) -> None:
+    adapter = SparseAdapter.attach(model := tiny_model(), density=0.05, placement="random")
+    smoothed = name == "label_smoothing_factor"
+    args = arguments(tmp_path, **({name: 0.1} if smoothed else {}))
+    with pytest.raises(ValueError, match=f"{name} would have no effect"):
+        DistillTrainer(model, adapter, args, some_examples(2), **({} if smoothed else {name: lambda *_: {}}))
+
+
 def test_the_trainers_own_sharding_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make = DistillTrainer.create_accelerator_and_postprocess
 
