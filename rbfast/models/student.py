@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -100,11 +101,16 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Suggests valid names if the hub, which is tried for any name that is no folder, gives nothing."""
+    """Suggests valid names if the hub, which is tried for any name that is no folder, gives nothing; names the model
+    if its weights cannot be read."""
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise FileNotFoundError(f"{name}: expected the folder of a model, found none")
     try:
         yield
+    except SafetensorError as error:
+        raise OSError(
+            f"{name}: its weights cannot be read ({error}): a cut download, or a Git LFS pointer? Get them again"
+        ) from error
     except OSError as error:
         if Path(name).exists():  # the message already names the missing file
             raise

@@ -1,4 +1,5 @@
 import importlib.util
+import re
 
 import pytest
 import torch
@@ -92,6 +93,15 @@ def test_a_name_that_is_nothing_is_told_what_it_may_be(monkeypatch, name, load):
         OSError, match=message + r"[^\n]*\. Check the spelling; without a connection name a local folder$"
     ):
         load(name)
+
+
+@pytest.mark.parametrize("left", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", None])
+def test_weights_that_are_cut_or_a_pointer_are_named(tmp_path, left):
+    tiny_model().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(left or weights.read_bytes()[:9000])
+    with pytest.raises(OSError, match=re.escape(f"{tmp_path}: its weights cannot be read")):
+        load_student(str(tmp_path))
 
 
 def test_a_folder_that_lacks_a_file_is_not_taken_for_a_hub_id(tmp_path):
