@@ -148,9 +148,12 @@ def write_lora(
 
     The rank is padded with zeros to the next one vLLM serves; `transposed` says the matrices are Conv1D. The file names
     `base` as its base model, by default the hub id of the one it was trained on, if that has one.
-    Raises ValueError if the adapter's rank is larger than those, and for a delta that is not finite.
+    Raises ValueError if the adapter's rank is larger than those, for a delta that is not finite, and if the directory
+    holds an adapter of ours, whose files have the same names.
     """
     check_finite(deltas)
+    if _holds_adapter(Path(directory)):
+        raise ValueError(f"{directory} holds a trained adapter, which a LoRA would replace; name another folder")
     needed = max(info.rank for info in config.modules.values())
     rank = next((rank for rank in LORA_RANKS if rank >= needed), None)
     if rank is None:
@@ -177,6 +180,14 @@ def write_lora(
         "target_modules": list(config.modules),
     }
     _write_pair(directory, header, tensors)
+
+
+def _holds_adapter(directory: Path) -> bool:
+    try:
+        read_config(directory / CONFIG_FILE)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _write_pair(directory: str | Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:

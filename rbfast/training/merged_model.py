@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from rbfast.adapter.adapter_files import CONFIG_FILE
 from rbfast.data.chat_template import end_of_turn, format_prompt, write_prompt
 from rbfast.data.instruction import Instruction
 from rbfast.data.thinking import thinking_format
@@ -20,7 +21,7 @@ def save_merged(model: Any, tokenizer: Any, folder: str | Path, instruction: Ins
     """Writes a plain checkpoint, `prompt.json` and a README that says how the student must be asked.
 
     Its generation settings stop at the end of turn that it was trained to write. All is written, or nothing; raises
-    OSError then.
+    OSError then, and ValueError if the folder holds an adapter.
     """
     _stop_at(model.generation_config, end_of_turn(tokenizer))
     with _checkpoint(model, tokenizer, folder) as files:
@@ -29,7 +30,7 @@ def save_merged(model: Any, tokenizer: Any, folder: str | Path, instruction: Ins
 
 
 def save_checkpoint(model: Any, tokenizer: Any, folder: str | Path) -> None:
-    """Writes the weights and the tokenizer as transformers lays them out, or nothing. Raises OSError then."""
+    """Writes the weights and the tokenizer as transformers lays them out, or nothing. Raises as `save_merged`."""
     with _checkpoint(model, tokenizer, folder):
         pass
 
@@ -37,6 +38,8 @@ def save_checkpoint(model: Any, tokenizer: Any, folder: str | Path) -> None:
 @contextmanager
 def _checkpoint(model: Any, tokenizer: Any, folder: str | Path) -> Iterator[Path]:
     """The folder where a checkpoint is, to add to, before it takes its place in `folder`."""
+    if (Path(folder) / CONFIG_FILE).exists():
+        raise ValueError(f"{folder} holds an adapter, which would be loaded onto the weights too; name another folder")
     with replacing_files(folder) as files:
         try:
             model.save_pretrained(files)

@@ -136,6 +136,12 @@ def test_from_traces_to_a_merged_model_and_a_lora(
     header = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert (header["peft_type"], header["base_model_name_or_path"]) == ("LORA", None)  # not a path of this machine
 
+    held = (tmp_path / "run" / "adapter_model.safetensors").read_bytes()
+    for command, folder in (("export-lora", run), ("merge", run), ("merge", str(tmp_path / "lora"))):
+        code, _, err = call(capsys, command, model_folder, run, "-o", folder, "--dtype", "float32")
+        assert code == 2 and "name another folder" in err
+    assert (tmp_path / "run" / "adapter_model.safetensors").read_bytes() == held
+
 
 def test_a_base_is_written_as_a_folder_that_an_exported_lora_names(
     capsys: pytest.CaptureFixture[str], model_folder: str, tmp_path: Path
