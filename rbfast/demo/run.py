@@ -39,7 +39,7 @@ def run_demo(out: str | Path, device: str = "cpu", seed: int = 0, quiet: bool = 
     The seed draws traces, problems, columns, their start and the order of training. Interrupted, it resumes where it
     stopped: a finished evaluation is read back, training resumes.
     """
-    out, start = Path(out), time.monotonic()
+    out, start, config = Path(out), time.monotonic(), replace(CONFIG, seed=seed)
     model, tokenizer = load_student(SMOLLM2, fast_dtype(device))
     model = model.to(torch.device(device))  # type: ignore[arg-type]
     splits = {name: split(name, train=TRAIN, held_out=HELD_OUT, seed=seed) for name in FAMILIES}
@@ -57,7 +57,7 @@ def run_demo(out: str | Path, device: str = "cpu", seed: int = 0, quiet: bool = 
             )
 
     before = measure("before")
-    run = distill(model, tokenizer, traces, out, replace(CONFIG, seed=seed), quiet=quiet)
+    run = distill(model, tokenizer, traces, out, config, quiet=quiet)
     after = measure("after")
     families = {name: _compare(_of(name, before), _of(name, after)) for name in FAMILIES}
     summary = {

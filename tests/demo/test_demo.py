@@ -46,6 +46,15 @@ def test_the_demo_writes_its_table_and_pictures_and_resumes(tmp_path: Path, monk
     assert again["families"] == summary["families"]
 
 
+@pytest.mark.usefixtures("toy")
+def test_a_seed_that_training_does_not_take_is_refused_before_the_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "evaluate", lambda *_, **__: pytest.fail("it was evaluated first"))
+    with pytest.raises(ValueError, match="seed must be at least 0"):
+        run.run_demo(tmp_path, seed=-1, quiet=True)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("toy")
 def test_several_seeds_are_one_table_of_all_their_problems(tmp_path: Path) -> None:
