@@ -27,7 +27,8 @@ def from_json(cls: type, entry: object, where: str) -> Any:
 
 
 def check_numbers(config: Any) -> None:
-    """Raises TypeError for a field of a dataclass that is a number by its annotation, but holds something else."""
+    """Raises TypeError for a field of a dataclass that is a number by its annotation, but holds something else. Numbers
+    of NumPy become Python's, which JSON knows."""
     for field in fields(config):
         value, kinds = getattr(config, field.name), get_args(field.type) or (field.type,)
         if not {int, float} & set(kinds) or (value is None and type(None) in kinds):
@@ -35,6 +36,8 @@ def check_numbers(config: Any) -> None:
         words, kind = ("a number", Real) if float in kinds else ("a whole number", Integral)
         if isinstance(value, bool) or not isinstance(value, kind):
             raise TypeError(f"{field.name} must be {words}, got {value!r}")
+        if not isinstance(value, int | float):
+            object.__setattr__(config, field.name, int(value) if isinstance(value, Integral) else float(value))
 
 
 def show(value: object) -> str:

@@ -1,13 +1,16 @@
 """A run from traces to adapter: cut anywhere, it goes on to the same bits, also where a gradient placed the columns."""
 
+import json
 import re
+from dataclasses import asdict
 from functools import wraps
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import llama, same_bits, snapshot
 from tiny_runs import TOKENIZER, TRACES, run, student
-from transformers import TrainerState
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerState
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from rbfast.adapter.column_scores import score_columns
@@ -145,6 +148,13 @@ def test_settings_that_make_no_run_are_refused(name, values):
 def test_what_is_no_number_is_named(kind, name, value, words):
     with pytest.raises(TypeError, match=rf"^{name} must be {words}, got {re.escape(repr(value))}$"):
         kind(**{name: value})
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = DistillConfig(seed=np.int64(3), learning_rate=np.float32(0.5), objective=Objective(beta=np.float64(0.5)))
+    assert json.loads(json.dumps(asdict(config))) == asdict(
+        DistillConfig(seed=3, learning_rate=0.5, objective=Objective(beta=0.5))
+    )
 
 
 def test_a_resumed_run_says_where(capsys):
