@@ -158,12 +158,14 @@ def distill(
         teacher: a model with the student's tokens, run beside it, for tokens without signals.
 
     Raises:
-        ValueError: no trace fits `max_tokens`, `signals` holds none of them, `out` holds a run with other settings,
-            model, traces or teacher, or a file that is broken, or it is not the same folder for all processes.
+        ValueError: no trace fits `max_tokens`, or one is longer than the model's table of positions; `signals` holds
+            none of them, `out` holds a run with other settings, model, traces or teacher, or a file that is broken, or
+            it is not the same folder for all processes.
     """
     out, start = Path(out), time.monotonic()
     first = int(os.environ.get("RANK", 0)) == 0  # of the processes, which share the folder
     examples, skipped = _encoded(traces, tokenizer, config)
+    _check_positions(model, examples)
     asked = asked_of(model, traces, asdict(config))
     if signals is not None:
         asked |= {"signals": _fill(examples, signals)}
@@ -220,8 +222,10 @@ def plan_run(
     config: DistillConfig = DistillConfig(),
     teacher: PreTrainedModel | None = None,
 ) -> Plan:
-    """What `distill` would take with these arguments; nothing is trained. Raises ValueError if no trace fits."""
+    """What `distill` would take with these arguments; nothing is trained. Raises ValueError as it does for traces that
+    do not fit."""
     examples, _ = _encoded(traces, tokenizer, config)
+    _check_positions(model, examples)
     adapter = _attach_adapter(model, examples, replace(config, placement="random"), teacher)
     try:
         return make_plan(model, adapter, *_planned(examples, config), teacher)
@@ -249,6 +253,20 @@ def _encoded(
     if not examples:
         raise ValueError(f"none of the {len(traces)} traces can be trained on{_first_reason(skipped)}")
     return examples, skipped
+
+
+def _check_positions(model: PreTrainedModel, examples: Sequence[Example]) -> None:
+    """Raises ValueError for an example that is longer than the model's table of positions, if it has one (GPT-2, OPT):
+    the run would fail where that example comes."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tables = (m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not model.get_input_embeddings())
+    longest = max(len(example.input_ids) for example in examples)
+    # OPT's table has two rows more.
+    if limit is not None and longest > limit and any(0 <= table.num_embeddings - limit <= 2 for table in tables):
+        raise ValueError(
+            f"the longest trace has {longest} tokens, and {type(model).__name__} has {limit} positions: "
+            f"set max_tokens (--max-tokens) to {limit}, which leaves longer traces out"
+        )
 
 
 def _instruction(tokenizer: PreTrainedTokenizerBase, config: DistillConfig) -> Instruction:

@@ -167,6 +167,21 @@ def test_a_resumed_run_says_where(capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("model_type", ["gpt2", "opt"])
+def test_a_trace_longer_than_a_table_of_positions_is_refused_before_training(tmp_path, model_type):
+    longest = max(len(example.input_ids) for example in encode_all(TRACES, TOKENIZER)[0])
+    sizes = dict(vocab_size=len(TOKENIZER), hidden_size=24, num_hidden_layers=1, num_attention_heads=4)
+    sizes |= dict(ffn_dim=32, word_embed_proj_dim=24) if model_type == "opt" else {}
+    for positions in (longest - 1, longest):
+        config = AutoConfig.for_model(model_type, max_position_embeddings=positions, **sizes)
+        model, settings = AutoModelForCausalLM.from_config(config), DistillConfig(density=0.2)
+        if positions == longest:
+            assert distill(model, TOKENIZER, TRACES, tmp_path, settings, quiet=True).log_history
+        else:
+            with pytest.raises(ValueError, match=f"has {longest} tokens, and .* {positions} positions: set max_tokens"):
+                distill(model, TOKENIZER, TRACES, tmp_path, settings, quiet=True)
+
+
 def test_what_others_have_among_the_checkpoints_stays(tmp_path, monkeypatch):
     theirs = tmp_path / "checkpoints" / "llama" / "model.safetensors"
     theirs.parent.mkdir(parents=True)
