@@ -190,7 +190,7 @@ def distill(
         else SparseAdapter.from_pretrained(model, checkpoint)
     )
     with mode_kept(model), _detached_on_failure(adapter):
-        plan = None if is_sharded(model) else make_plan(model, adapter, *_planned(examples, config), teacher)
+        plan = None if is_sharded(model) else _plan(model, adapter, examples, len(skipped), config, teacher)
         if first and not quiet and plan is not None:
             print(plan, file=sys.stderr)
         progress = Bar(quiet or not first)
@@ -224,20 +224,27 @@ def plan_run(
 ) -> Plan:
     """What `distill` would take with these arguments; nothing is trained. Raises ValueError as it does for traces that
     do not fit."""
-    examples, _ = _encoded(traces, tokenizer, config)
+    examples, skipped = _encoded(traces, tokenizer, config)
     _check_positions(model, examples)
     adapter = _attach_adapter(model, examples, replace(config, placement="random"), teacher)
     try:
-        return make_plan(model, adapter, *_planned(examples, config), teacher)
+        return _plan(model, adapter, examples, len(skipped), config, teacher)
     finally:
         adapter.detach()
 
 
-def _planned(examples: Sequence[Example], config: DistillConfig) -> tuple[list[Sequence[Example]], bool]:
-    """Batches as large as any that are trained (of so many tokens: those), and whether layers run again."""
+def _plan(
+    model: PreTrainedModel,
+    adapter: SparseAdapter,
+    examples: Sequence[Example],
+    left_out: int,
+    config: DistillConfig,
+    teacher: PreTrainedModel | None,
+) -> Plan:
+    """With batches as large as any that are trained (of so many tokens: those)."""
     if config.tokens_per_batch is None:
         examples = sorted(examples, key=lambda one: -len(one.input_ids))
-    return _batches(examples, config), config.gradient_checkpointing
+    return make_plan(model, adapter, _batches(examples, config), config.gradient_checkpointing, teacher, left_out)
 
 
 def _encoded(

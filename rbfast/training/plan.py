@@ -36,6 +36,7 @@ class Plan:
         weights, teacher_weights: of the frozen models.
         adapter: A and B and the original columns. optimizer: the gradients and moments of A and B.
         tokens, batches: of an epoch; largest: the tokens of the largest batch.
+        left_out: traces that do not fit, and are not among those.
         kept: what a forward of the largest batch keeps for its backward.
         kept_checkpointed: the same with gradient checkpointing; None if the model cannot do that.
         loss: logits of a few tokens at a time, hidden states and their gradient.
@@ -52,6 +53,7 @@ class Plan:
     tokens: int
     batches: int
     largest: int
+    left_out: int
     kept: int
     kept_checkpointed: int | None
     is_checkpointed: bool
@@ -83,6 +85,7 @@ class Plan:
             "adapter": f"{self.trained:,} trained ({self.trained / self.parameters:.3%}), {megabytes(self.adapter)}; "
             f"gradients and AdamW {megabytes(self.optimizer)}",
             "batches": f"{self.batches:,} an epoch of {self.tokens:,} tokens; the largest has {self.largest:,}",
+            "left out": f"{self.left_out:,} of the traces: too long, or not to be rendered; skipped.jsonl lists them",
             "activations": self._activations(),
             "loss": megabytes(self.loss),
             "attention": self.attention,
@@ -90,6 +93,8 @@ class Plan:
         }
         if not self.teacher_weights:
             del rows["teacher"]
+        if not self.left_out:
+            del rows["left out"]
         return "\n".join(f"{name:12} {said}" for name, said in rows.items())
 
     def _activations(self) -> str:
@@ -124,6 +129,7 @@ def make_plan(
     batches: Sequence[Sequence[Example]],
     is_checkpointed: bool = False,
     teacher: PreTrainedModel | None = None,
+    left_out: int = 0,
 ) -> Plan:
     """The plan of training `adapter`, attached to `model`, on these batches; two short rows run through the model."""
     sizes = [sum(len(example.input_ids) for example in batch) for batch in batches]
@@ -147,6 +153,7 @@ def make_plan(
         tokens=sum(sizes),
         batches=len(sizes),
         largest=largest,
+        left_out=left_out,
         kept=per_token * largest + layer,  # and the gradients of a layer
         kept_checkpointed=inputs + 2 * layer if layers and model.supports_gradient_checkpointing else None,
         is_checkpointed=is_checkpointed,

@@ -106,6 +106,13 @@ def test_the_batches_of_tokens_are_those_that_are_trained(model, tmp_path):
     assert found.plan.batches == len(found.log_history)
 
 
+def test_it_says_how_many_traces_are_left_out(model):
+    traces = [*TRACES[:4], replace(TRACES[4], reasoning="One. " * 200)]
+    assert "left out" not in str(plan_run(model, TOKENIZER, traces, CONFIG))
+    plan = plan_run(model, TOKENIZER, traces, replace(CONFIG, max_tokens=400))
+    assert plan.left_out == 1 and "left out     1 of the traces" in str(plan)
+
+
 def test_a_model_without_layers_to_run_again_says_so():
     with pytest.raises(ValueError, match="has no layers that can be checkpointed"):
         model = llama()
