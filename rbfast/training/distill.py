@@ -154,7 +154,8 @@ def distill(
     resume under another number of processes, if an optimizer step takes as many traces as before (docs/distributed.md).
 
     Args:
-        signals: a folder of log-probs that `rbfast teach` wrote; traces that it lacks teach by their text.
+        signals: a folder of log-probs that `rbfast teach` wrote, or the one that it is in; traces that it lacks teach
+            by their text.
         teacher: a model with the student's tokens, run beside it, for tokens without signals.
 
     Raises:
@@ -373,7 +374,8 @@ def placement_scores(
 
 def _fill(examples: Sequence[Example], signals: str | Path) -> dict[str, Any]:
     """Gives the examples their signals; says whose they are, and of how many."""
-    store = SignalStore.open(signals)
+    within = Path(signals) / "signals"  # of the folder that `rbfast teach -o` was given
+    store = SignalStore.open(within if within.is_dir() else signals)
     missing = len(store.fill(examples))
     if missing == len(examples):
         raise ValueError(

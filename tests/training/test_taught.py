@@ -161,8 +161,9 @@ def test_the_command_line_takes_logprobs_and_trains(folders, tmp_path, capsys):
     assert main(teach) == 0
     assert json.loads(capsys.readouterr().out) == {"out": str(out / "signals"), "scored": 6, "refused": 0}
     train = ["distill", student, str(traces), "-o", str(tmp_path / "run"), "--density", "0.05", "--json"]
-    assert main([*train, "--signals", str(out / "signals"), "--teacher", teacher]) == 0
-    assert json.loads(capsys.readouterr().out)["trained"] == 6
+    for folder in (out / "signals", out):
+        assert main([*train, "--signals", str(folder), "--teacher", teacher]) == 0
+        assert json.loads(capsys.readouterr().out)["trained"] == 6
     wrong = [str(folders / "other") if word == teacher else word for word in teach]
     wrong[wrong.index(str(out))] = str(tmp_path / "aligned")
     assert main(wrong) == 2 and "--align" in capsys.readouterr().err
