@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rbfast.data.chat_template import default_instruction, format_prompt
 from rbfast.data.instruction import ANSWER, Instruction
-from rbfast.grading.grade import answer_key
 from rbfast.inference.guide import Guide, Phrases
 from rbfast.inference.solver import GREEDY, Listener, Sampling, Solution
 from rbfast.inference.state import GuideState, Order, Phase
@@ -292,7 +291,7 @@ class ServerSolver:
 
         def one(copy: int) -> Solution:
             solution = self._one(problem, guide, self._asked(sampling, seed + copy), listen, vote.over.is_set)
-            vote.take(answer_key(solution.text))  # here: the next sample in the queue begins at once
+            vote.take(solution.key)  # here: the next sample in the queue begins at once
             return solution
 
         with ThreadPoolExecutor(min(sampling.samples, self.concurrency)) as pool:

@@ -99,6 +99,11 @@ class Solution:
             sentences=tuple(state.sentences),
         )
 
+    @property
+    def key(self) -> str | None:
+        """Its answer, as a vote counts it."""
+        return answer_key(self.text, truncated=self.truncated)
+
     def to_dict(self) -> dict[str, Any]:
         """A record for `json.dumps`; `thinking` and `answer` without their tags, which `text` keeps."""
         return asdict(self) | {"thinking": without_tags(self.thinking), "answer": without_tags(self.answer)}
@@ -130,7 +135,7 @@ class Solver(Protocol):
 
 def vote_of(samples: Sequence[Solution]) -> Vote:
     """The answer most of the samples agree on; abandoned ones have no vote."""
-    return majority([answer_key(sample.text) for sample in samples if not sample.abandoned])
+    return majority([sample.key for sample in samples if not sample.abandoned])
 
 
 def calibrate(solver: Solver, problems: Sequence[str], guide: Guide, quantile: float = 0.9) -> float:

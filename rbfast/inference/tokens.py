@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 from rbfast.data.chat_template import default_instruction, end_of_turn
 from rbfast.data.instruction import Instruction
 from rbfast.data.thinking import thinking_format
-from rbfast.grading.grade import answer_key
 from rbfast.inference.decoding import text_of
 from rbfast.inference.guide import Guide, Phrases
 from rbfast.inference.solver import Solution
@@ -100,7 +99,7 @@ class TokenState:
     @property
     def key(self) -> str | None:
         """Its answer, as a vote counts it."""
-        return answer_key(self.state.thinking + self.state.answer)
+        return Solution.of(self.state).key
 
     def feed(self, token: int, entropy: float | None = None) -> int:
         """Takes the next token, which must be the queue's if there is one; returns how many tokens are struck."""

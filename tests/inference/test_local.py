@@ -245,7 +245,7 @@ def test_draws_follow_the_distribution():
 
 
 def test_a_decided_vote_abandons_the_rest(model, monkeypatch):
-    monkeypatch.setattr("rbfast.inference.tokens.answer_key", lambda text: "same")
+    monkeypatch.setattr("rbfast.inference.solver.answer_key", lambda text, truncated: "same")
     [samples] = guided(model, TOKENIZER, ["two words"], guide(), Sampling(samples=7, temperature=1.5))
     gone = [solution for solution in samples if solution.abandoned]
     assert 0 < len(gone) <= 3

@@ -3,6 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rbfast.inference.solver import Solution, vote_of
 from rbfast.inference.vote import decided, majority
 
 
@@ -18,3 +19,12 @@ def test_majority():
     assert majority(["a", "b"]).answer == "a"  # the first of equals
     assert majority([None]) == (None, 0, 0)
     assert decided(["a", "a", "a"], 2) and not decided(["a", "a"], 2) and not decided([None, None], 0)
+
+
+def test_a_sample_that_was_cut_before_its_answer_has_no_vote():
+    def sample(text, truncated):
+        return Solution(text, "", text, 9, truncated)
+
+    cut = sample("Each cow has 4 legs, so 3 cows have 12", True)
+    assert vote_of([cut, cut, sample("<answer>16</answer>", False)]) == ("16", 1, 1)
+    assert vote_of([sample("<answer>16</answer>\nTo check this", True)]).answer == "16"
