@@ -22,7 +22,9 @@ _VALUE = re.compile(
 )
 _HASHES = re.compile(_LAST_HASHES.pattern + rf"|####[ \t]*({_VALUE.pattern})[ \t\r]*(?=\n)", re.IGNORECASE)
 _PHRASE = re.compile(
-    r"(?:\banswer\b[^.\n:=]{0,60}?(?:\bis\b|:|=)|答案\s*(?:是|为|：|:))[*_:：\s]*(\S.*)", re.IGNORECASE
+    r"(?:\banswer\b[^.\n:=]{0,60}?(?:\bis\b|:|=)|答案[应该就]*\s*(?:是|为|选|：|:)|故选)[*_:：\s]*"
+    r"(?:(?:the )?(?:final )?answer\s*(?:is\b|:|=)[*_:\s]*)?(\S.*)",  # a heading, and the phrase under it
+    re.IGNORECASE,
 )
 # A heading with one line under it, which ends the text.
 _HEADED = re.compile(r"(?:^|\n)[#*_ ]*(?:final )?answer[*_:： ]*\n\s*(\S[^\n]*?)\s*\Z", re.IGNORECASE)
@@ -142,8 +144,9 @@ def answer_text(value: object) -> str | None:
 
 
 def _phrased(text: str) -> str | None:
-    phrase = _last_of(_PHRASE, text)
-    return phrase and _HOPE.sub("", phrase)
+    phrase = _HOPE.sub("", _last_of(_PHRASE, text) or "")
+    # The signs before it are no part of it, but for those that open bold: "**42**, as 6 times 7 is 42".
+    return (f"**{phrase}" if phrase.count("**") % 2 else phrase) or None
 
 
 def _last_of(pattern: re.Pattern[str], text: str) -> str | None:

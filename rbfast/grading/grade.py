@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rbfast.data.answers import extract_answer, lacks_answer, without_thinking
+from rbfast.data.answers import extract_answer, lacks_answer, marked_answer, without_thinking
 from rbfast.data.thinking_marks import without_marks
 from rbfast.grading.judge import judge
 from rbfast.grading.math_equality import equals_any, is_number, key
@@ -31,6 +31,7 @@ class Problem:
 
 
 _WHOLE = re.compile(r".*(?:\n|</answer>)", re.DOTALL | re.IGNORECASE)
+_EXCLAIMED = re.compile(r"[-$*]*[\d,.]*\d\**!\**")
 _DISPLAYED = re.compile(r"(?:\\\[[^\[\]]*\\\]|\$\$[^$]*\$\$)$")
 
 
@@ -42,7 +43,10 @@ def _statement(text: str, truncated: bool) -> str:
     if truncated:
         whole = _WHOLE.match(text)
         return (extract_answer(whole[0]) if whole else None) or ""
-    return extract_answer(text) or ("" if lacks_answer(text) else _last_line(text))
+    stated = extract_answer(text)
+    if stated and _EXCLAIMED.fullmatch(stated) and not marked_answer(without_thinking(text)):
+        return f"It is {stated}"  # a sentence, whose last sign may be no factorial
+    return stated or ("" if lacks_answer(text) else _last_line(text))
 
 
 def _last_line(text: str) -> str:

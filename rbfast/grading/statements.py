@@ -15,6 +15,7 @@ import re
 
 from rbfast.grading.exact import exact
 from rbfast.grading.moments import MONTHS, is_moment
+from rbfast.grading.numerals import WORDS
 from rbfast.grading.units import OTHER_VALUE, unit_of
 
 _WORD = re.compile(r"(?<![\\\w{])[A-Za-z]{2,}(?![\w({}])")
@@ -25,7 +26,8 @@ _MARKED = re.compile(
 )
 _BETWEEN = re.compile(r"[\s,;$*]*(?:and|or)?\s*")
 _VERB = re.compile(
-    r"\b(?:is|are|was|equals|be|makes|gives|has|have)\b(?:\s+(?:exactly|therefore|thus|then|equal to))?\s*"
+    r"\b(?<!not )(?<!n't )(?<!never )(?<!cannot )"
+    r"(?:is|are|was|equals|be|makes|gives|has|have)\b(?:\s+(?:exactly|therefore|thus|then|equal to))?\s*"
 )
 _COLON = re.compile(r":\**\s+")
 _SEPARATOR = re.compile(r"[,;]|\b(?:and|or)\b")
@@ -46,6 +48,24 @@ _SHARED = re.compile(
 )
 _EDGES = re.compile(r"^[\s*_`$\"]+|[\s*_`$\".。°]+$")
 _CALCULATED = re.compile(r"<<[^<>\n]*>>")  # by GSM8K's calculator, beside the value
+# Words that say another number only beside it. Signs of a second thought, as they open a sentence.
+_NEARBY_WORDS = """
+and to times more less fewer greater than most least before after over under above below by without between out
+"""
+_NEARBY = frozenset(_NEARBY_WORDS.split())
+_DENYING = {"not", "isn't", "aren't", "wasn't", "cannot", "can't", "never", "nor", "than", "least", "most"}
+_SECOND_THOUGHTS = {"But", "Wait", "Actually", "However", "Hmm"}
+# What comes of a calculation, and what is said of it: `14 + 16 = 30 apples in all`.
+_COMPUTED = re.compile(
+    r"[\d)]%?(?: [A-Za-z]+)? ?[-+*/×÷xX\u2212\u2013] ?[$€£]?(?:[\d,]*\.)?\d[\d,]*%?\)*(?: ?[A-Za-z]+)? ?= ?"
+    r"(?P<number>[-\u2212]?[$€£]?[\d,.]*\d%?)(?P<rest>(?:[ ,;.:!]|[a-z]{2})[^\d=]*|)\Z"
+)
+_PICKED = re.compile(
+    r"(?i:(?:the )?(?:(?:answer|option|choice) )?)\(?(?P<one>[A-J])\)? (?i:is (?:the )?(?:correct|right|best)"
+    r"(?: (?:answer|option|choice|one))?)[.!]?"
+    r"|(?i:(?:i|we)(?:'d| would|'ll| will)? (?:choose|pick|select|go with) (?:(?:answer|option|choice) )?)"
+    r"\(?(?P<other>[A-J])\)?[.!]?"
+)
 # A short answer, and what is said of it: its reason, what it is not, a sentence without another value.
 _REMARK = re.compile(
     r"(?P<said>.+?)"
@@ -54,7 +74,8 @@ _REMARK = re.compile(
 )
 
 
-_BOLD = re.compile(r"(?<!\S)\*\*([^*]+)\*\*(?![^\s.,;:!])")
+_BOLD = re.compile(r"(?<!\S)\*\*([^*]+)\*\*(?![^\s.,;:!%])")
+_BOLD_FIRST = re.compile(r"\*\*(?P<said>[^*]+)\*\*(?P<rest>[.,;:!] (?!and )[A-Za-z].*| \([A-Za-z]{2}[^()]*\)\.?)")
 
 
 def readings(statement: str) -> list[str]:
@@ -64,7 +85,8 @@ def readings(statement: str) -> list[str]:
     if whole := _TEXT.fullmatch(statement):
         found.append(whole[1])
     for line in _lines(found[-1]):
-        found += _of_line(line)
+        for written in dict.fromkeys((line, _BOLD.sub(r"\1", line))):
+            found += _of_line(written)
     found.append(_BOLD.sub(r"\1", statement))
     for written in _LIST.findall(statement):
         found += [written, str([item.strip(" '\"") for item in written[1:-1].split(",")])]
@@ -102,16 +124,17 @@ def _of_line(line: str) -> list[str]:
         found.append(verdict[1])
     if (said := _before_remark(line)) is not None:
         found.append(said)
+    if picked := _PICKED.fullmatch(line):
+        found.append(picked["one"] or picked["other"])
     if chosen := _CHOSEN.match(line):
         found.append(line[chosen.end() :])
     if (tail := _after_equals(line)) is not None:
         found.append(tail)
+    found += filter(None, (_only_number(line), _computed(line), _bold_first(line)))
     if is_sentence(line):
         found += _marked(line) + [part for part in _VERB.split(line)[-1:] if part != line]
         if shared := _SHARED.fullmatch(line):
             found.append(shared[1])
-    if (number := _only_number(line)) is not None:
-        found.append(number)
     return found
 
 
@@ -139,7 +162,8 @@ def _after_equals(line: str) -> str | None:
 
 
 def _marked(line: str) -> list[str]:
-    """The last part in bold, quotes or dollars, with those that a comma or an "and" joins to it."""
+    """The last part in bold, quotes or dollars, with those that a comma or an "and" joins to it, unless the words
+    beside it deny or change it."""
     parts = list(_MARKED.finditer(line))
     if not parts:
         return []
@@ -148,24 +172,70 @@ def _marked(line: str) -> list[str]:
         if not _BETWEEN.fullmatch(line[part.end() : run[0].start()]):
             break
         run.insert(0, part)
+    if _is_denied(line[: run[0].start()], line[run[-1].end() :]):
+        return []
     return [", ".join(next(filter(None, part.groups())) for part in run)]
+
+
+def _is_denied(before: str, following: str) -> bool:
+    """Whether the words beside a marked part say that it is not the answer, or not all of it."""
+    last = re.findall(r"[\w']+", before.lower())[-2:]
+    first = re.findall(r"[A-Za-z']+", re.sub(r"^ (?:is|are|was|were) ", " ", following))[:1]
+    return not _DENYING.isdisjoint(last) or (following[:1] == " " and _changed(first))
+
+
+def _bold_first(line: str) -> str | None:
+    """The part in bold that opens a line, unless what follows may take it back or go on with it."""
+    match = _BOLD_FIRST.fullmatch(line)
+    if match is None or _MARKED.search(match["rest"]):
+        return None
+    words = re.findall(r"[A-Za-z']+", match["rest"])
+    return None if _changed(words) or not {"but", "maybe", "perhaps"}.isdisjoint(words) else match["said"]
+
+
+def _computed(line: str) -> str | None:
+    """The number that a calculation in a sentence comes to, whatever is counted."""
+    match = _COMPUTED.search(line)
+    if match is None or not is_sentence(line):
+        return None
+    words = re.findall(r"[A-Za-z']+", match["rest"])
+    return None if _changed(words) or words[:1] in (["and"], ["to"]) else _measured(match["number"], words)
+
+
+def _changed(words: list[str]) -> bool:
+    """Whether words that do not stand beside a number may change it."""
+    return any(word in _SECOND_THOUGHTS or word.lower() in OTHER_VALUE - _NEARBY for word in words if word != "I")
+
+
+def _measured(number: str, following: list[str]) -> str:
+    """A number with its unit, if that is a measure."""
+    unit = "".join(following[:1])
+    return f"{number} {unit}" if unit_of(unit) and exact(number) is not None else number
 
 
 def _only_number(line: str) -> str | None:
     """The one number in a sentence of words, with its unit if that is a measure."""
+    if re.search(r"!\s*[$\\]", line):
+        return None  # a factorial
     tokens = [_EDGES.sub("", token).strip(",;:!?()") for token in line.split()]
     numbers = [i for i, token in enumerate(tokens) if any(letter.isdigit() for letter in token)]
     if len(numbers) != 1:
         return None
     at = numbers[0]
     number = tokens.pop(at)
-    if not _PLAIN_NUMBER.fullmatch(number) or not all(map(_PLAIN_WORD.fullmatch, tokens)):
+    if not _PLAIN_NUMBER.fullmatch(number) or not all(_PLAIN_WORD.fullmatch(t) or unit_of(t) for t in tokens):
         return None
-    before, following = ([*tokens[:at], ""][-2 if at else -1], [*tokens[at:], ""][0])
-    changed = OTHER_VALUE - ({"more"} if "than" not in tokens else set())
-    if before.lower() in _LABELS or any(not changed.isdisjoint(word.lower().split("-")) for word in tokens):
+    before, following = tokens[:at], tokens[at:]
+    if (before and before[-1].lower() in _LABELS) or _changed([part for token in tokens for part in token.split("-")]):
         return None
-    if not any(len(word) > 1 for word in tokens):
+    if "I" in before or not any(len(word) > 1 for word in tokens) or not _stands_alone(before, following):
         return None
-    is_measure = unit_of(following) and exact(number) is not None
-    return f"{number} {following}" if is_measure or (":" in number and following) else number
+    return f"{number} {following[0]}" if ":" in number and following else _measured(number, following)
+
+
+def _stands_alone(before: list[str], following: list[str]) -> bool:
+    """Whether no word beside a number makes it another: "more than 5", "5 or 6", "5 feet and six inches"."""
+    beside = {word.lower() for word in before[-2:]}
+    beside |= {word.lower() for word in following[:1]} - {"more", "less", "fewer"}
+    goes_on = following[1:2] == ["and"] and not WORDS.union({"a"}).isdisjoint(following[2:3])
+    return beside.isdisjoint(_NEARBY) and not goes_on
