@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import re
 from typing import Any
 
@@ -17,10 +18,15 @@ import sympy
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 
+from rbfast.grading.forms import depth
+
 _DIGITS = 30  # computed with
 _EQUAL = sympy.Float("1e-20", _DIGITS)  # relative difference of what is equal
 _POINTS = (sympy.Rational(37, 29), sympy.Rational(-41, 53), sympy.Rational(113, 47), sympy.Rational(-151, 61))
 _LEAST_DIGITS = 6
+_MOST_DIGITS = 5  # of an exponent
+_MOST_NESTED = 30
+_TOWER = re.compile(r"\d\s*\^\s*\{?\s*(\d+)\s*\^\s*\{?\s*(\d+)(\s*\^\s*\{?\s*\d)?")
 _AS_IT_STANDS = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none", equations=False
 )
@@ -52,7 +58,7 @@ def same_value(expected: str, statement: str) -> bool:
 @functools.lru_cache(maxsize=512)
 def _read(text: str) -> Any:
     text = text.strip().strip("$").replace("**", "^")
-    if _MISREAD.search(_ENVIRONMENT.sub(" ", text)):
+    if _MISREAD.search(_ENVIRONMENT.sub(" ", text)) or _is_endless(text):
         return None
     found = parse(f"${text}$", _CONFIG, fallback_mode="no_fallback", parsing_timeout=None)
     if not found:
@@ -63,6 +69,14 @@ def _read(text: str) -> Any:
         return found[0]
     exact = found[0].xreplace({number: sympy.Rational(str(number)) for number in found[0].atoms(sympy.Float)})
     return exact.subs({symbol: _CONSTANTS[symbol.name] for symbol in exact.free_symbols if symbol.name in _CONSTANTS})
+
+
+def _is_endless(text: str) -> bool:
+    """Whether the parser would take minutes: a tower of powers (it computes it), or brackets in many brackets."""
+    return depth(text) > _MOST_NESTED or any(
+        higher or min(int(power), 10**9) * math.log10(max(int(base), 1)) > _MOST_DIGITS
+        for base, power, higher in _TOWER.findall(text)
+    )
 
 
 def _rounds(text: str, decimal: Any, other: Any) -> bool:

@@ -72,7 +72,7 @@ _OPEN, _CLOSE = "([{", ")]}"
 def read(text: str) -> Form:
     """The form of an answer as `normalize` leaves it."""
     text = text.strip()
-    if _depth(text) > _MOST_NESTED:
+    if depth(text) > _MOST_NESTED:
         return One(text)
     words = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip()
     if _REALS.fullmatch(words):
@@ -104,7 +104,8 @@ def _all_but(text: str) -> Several | None:
     return Several(pieces, "u", match["name"] or "")
 
 
-def _depth(text: str) -> int:
+def depth(text: str) -> int:
+    """Brackets within brackets, at most."""
     return max(accumulate((letter in _OPEN) - (letter in _CLOSE) for letter in text), default=0)
 
 

@@ -43,12 +43,18 @@ def _math_verify() -> Callable[[str, list[str]], bool]:
     from rbfast.grading.expressions import same_value  # imports sympy
 
     def equal(expected: str, statements: list[str]) -> bool:
-        return any(same_value(expected, statement) for statement in statements)
+        return any(is_equal(expected, statement) for statement in statements)
+
+    def is_equal(expected: str, statement: str) -> bool:
+        try:
+            return same_value(expected, statement)
+        except _UNREADABLE:
+            return False
 
     return equal
 
 
-# What a task's verifier may raise on text that is no answer; anything else is a defect and ends the process.
+# What reading a text that is no answer may raise; anything else is a defect and ends the process.
 _UNREADABLE = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, SyntaxError, RecursionError)
 
 

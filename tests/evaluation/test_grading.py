@@ -10,7 +10,7 @@ from real_inputs import data_path
 from rbfast.data.answers import extract_answer
 from rbfast.grading import math_equality
 from rbfast.grading.grade import Problem, answer_key, grade, without_tags
-from rbfast.grading.judge import Judge
+from rbfast.grading.judge import Judge, judge
 from rbfast.grading.math_equality import equal
 from rbfast.grading.tasks import load_problems
 
@@ -306,12 +306,23 @@ def test_an_answer_that_hangs_the_grader_is_wrong_and_the_next_one_is_graded():
     try:
         assert judge.ask(["$5$", ["$6$"]], 60.0) is False and judge.killed == 0
         first = judge._process
-        assert judge.ask(["$5$", ["9^{9^{9^9}}"]], 0.2) is None and judge.killed == 1
+        assert judge.ask(["$5$", ["(10^9)!"]], 0.2) is None and judge.killed == 1
         assert first.poll() is not None
         assert judge.ask(["$\\frac{1}{2}$", ["$1/2$"]], 60.0) is True
         assert judge.killed == 1
     finally:
         judge.close()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [r"\lim_{x\to0}\frac{\sin x}{x}", "9^{9^{9}}", "2^{2^{2^{2^2}}}", r"x + 2^{10^{9}}", "(" * 100 + "x" + ")" * 100],
+)
+def test_an_answer_that_cannot_be_computed_is_wrong_at_once(answer):
+    pytest.importorskip("math_verify")
+    shared = judge("math-verify")
+    killed = shared.killed
+    assert grade(plain("x^2+1"), rf"\boxed{{{answer}}}") == 0.0 and shared.killed == killed
 
 
 @pytest.mark.slow
