@@ -81,7 +81,16 @@ _RULES = [
         (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
         (r"\\colon(?![a-zA-Z])", ":"),
         (r"\\log_\{?e\}?(?![a-zA-Z])", r"\\ln "),
-        (r"(?<![\\a-zA-Z{])(sin|cos|tan|ln|log|exp)(?=\s*[({\\_])", r"\\\1"),
+        (r"(?<![\\a-zA-Z{])a(sin|cos|tan)(?=\s*\()", r"\\arc\1"),
+        (
+            r"(?<![\\a-zA-Z{])((?:sin|cos|tan)h?|sec|csc|cot|arc(?:sin|cos|tan)|ln|log|exp)"
+            r"(?=\s*[({\\_|^]| ?\d*[a-z](?![a-zA-Z]))",
+            r"\\\1",
+        ),
+        (
+            r"(\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])(?:\^\{?\d\}?)?\s*[({]?)\s*(\d+(?:\.\d+)?)\s*\^\s*\{?\\circ\}?",
+            r"\1\\frac{\2\\pi}{180}",
+        ),
         (r"\\log_\s*(\d)", r"\\log_{\1}"),
         (r"\{,\}|, ?\\[!,]\s*", "\u200b"),  # no doubt that it groups digits
         (r"(?<=\d)\\!(?=\d)", ""),
@@ -130,6 +139,8 @@ _RULES = [
         (r"(?<![\\a-zA-Z])(?:infinity|inf|oo)(?![a-zA-Z])", r"\\infty "),
         (r"(?<![\\a-zA-Z])(pi|theta|alpha|beta)(?![a-zA-Z])", r"\\\1 "),
         (r"(?<=[\d\s)])pi(?![a-zA-Z])", r"\\pi "),
+        (r"^(\d+)\s*(?:\^\s*)?(?:\{?\\text\{\s*)?(?:st|nd|rd|th)\}{0,2}$", r"\1"),
+        (r"^USD? ?(?=\$)", ""),
         (r"(?<=\d)\s*[xX]\s*(?=\d)", r"\\times "),
         (r"(?<=[\w)}])\s*\*\s*(?=[\w(\\{])", r"\\cdot "),
     )
@@ -141,6 +152,7 @@ _BASE = re.compile(
     r"(?:[)}]+|(?=[ ,;.]|$))"
 )
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_LINES = re.compile(r"\\begin\{(cases|aligned|align\*?|gathered)\}(.*)\\end\{\1\}", re.DOTALL)
 _DOTS = re.compile(r"(?:\.{3}|…|\\(?:ldots|dots|cdots)(?![a-zA-Z]))")
 # A decimal whose last digits come three times (two for a group of several) and go on.
 _ENDLESS = re.compile(
@@ -159,7 +171,7 @@ def normalize(text: str) -> str:
     """
     text = _ENDLESS.sub(_repeated, text) if _DOTS.search(text) else text
     text = unbox(_ascii(text))
-    text = _turned_brackets(_undollared(_EDGES.sub("", text)))
+    text = _unlisted(_turned_brackets(_undollared(_EDGES.sub("", text))))
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
     text = braced(_BASE.sub(_numbered_base, text.replace("\u200b", "")))
@@ -184,6 +196,13 @@ def _turned_brackets(text: str) -> str:
     if match is None:
         return text
     return f"{'(' if match[1] == ']' else '['}{match[2]}{')' if match[3] == '[' else ']'}"
+
+
+def _unlisted(text: str) -> str:
+    """The lines of `\\begin{cases} x = 1 \\\\ y = 2 \\end{cases}`; a function in pieces, which has an `&`, stays."""
+    match = _LINES.fullmatch(text)
+    lines = re.sub(r"&\s*=", "=", match[2]) if match else text
+    return text if "&" in lines else lines.strip()
 
 
 def _ascii(text: str) -> str:
@@ -232,7 +251,7 @@ def braced(text: str) -> str:
     for command, arguments in ((r"\frac", 2), (r"\sqrt", 1)):
         if command in text:
             text = _with_arguments(text, command, arguments)
-    return re.sub(r"\^\s*\(([^()]*)\)", r"^{\1}", text) if "^" in text else text
+    return re.sub(r"\^\s*\(((?:[^()]|\([^()]*\))*)\)", r"^{\1}", text) if "^" in text else text
 
 
 def _with_arguments(text: str, command: str, count: int) -> str:

@@ -28,13 +28,30 @@ length: m meter metre =1; cm centimeter centimetre =1/100; mm millimeter millime
 length: km kilometer kilometre =1000
 length: in inch inches =127/5000; ft foot feet =381/1250; yd yard =1143/1250; mi mile =201168/125
 mass: g gram gm =1; kg kilogram kilo =1000; mg milligram =1/1000; lb pound =45359237/100000; oz ounce =45359237/1600000
-time: s sec second =1; min minute =60; h hr hour =3600; day =86400; week =604800
+mass in tons: ton =1; tonne =1
+time: s sec second =1; min minute =60; h hr hour =3600; day =86400; week =604800; millisecond =1/1000
+months: month =1; year yr =12; decade =120; century centuries =1200
 volume: l liter litre =1; ml milliliter millilitre cc =1/1000
+volume in cups: cup =1; pint =2; quart =4; gallon gal =16; tablespoon tbsp =1/16; teaspoon tsp =1/48
+acres: acre =1
+hectares: hectare =1
+force: newton =1
+energy: joule =1; kilojoule =1000
+electronvolts: electronvolt =1
+heat: calorie =1; kilocalorie kcal =1000
+power: watt =1; kilowatt =1000; megawatt =1000000
+voltage: volt =1
+current: ampere amp =1
+pressure: pascal =1
+frequency: hertz =1
+amount: mole =1
 money: dollar usd buck =1; cent =1/100
 angle: degree deg =1
+radians: radian rad =1
 angle/time: rpm =1
 temperature: celsius =1
 temperature f: fahrenheit =1
+temperature k: kelvin =1
 length/time: mph =1397/3125; kph kmh kmph =5/18
 euros: euro =1
 sterling: gbp =1
@@ -46,6 +63,18 @@ for _line in _TABLE.strip().splitlines():
     for _entry in _names.split(";"):
         _words, _, _size = _entry.partition("=")
         _UNITS |= {word: Unit(_dimension, Fraction(_size)) for word in _words.split()}
+
+# Symbols whose case counts.
+_PREFIXES = {prefix: Fraction(10) ** power for prefix, power in zip("kMGmn", (3, 6, 9, -3, -9), strict=True)}
+_PREFIXES[""] = Fraction(1)
+_BASES = {"N": "newton", "J": "joule", "eV": "electronvolt", "W": "watt", "V": "volt", "A": "amp", "K": "kelvin"}
+_BASES |= {"Pa": "pascal", "Hz": "hertz", "mol": "mole", "cal": "calorie"}
+_SYMBOLS = {
+    prefix + base: Unit(_UNITS[name].dimension, _UNITS[name].size * size)
+    for base, name in _BASES.items()
+    for prefix, size in _PREFIXES.items()
+}
+_SYMBOLS |= {prefix + base: Unit(_UNITS[base].dimension, _PREFIXES[prefix]) for prefix, base in ("nm", "ms", "ns")}
 
 _MULTIPLIERS = {
     "dozen": 12,
@@ -111,6 +140,8 @@ def _worded(text: str) -> tuple[str, Unit | None]:
 def _may_follow(phrase: str, spaced: bool) -> bool:
     """Whether plain letters may be a unit: a product of variables looks much the same."""
     words = re.split(r"[ /]+", phrase)
+    if any(word in _SYMBOLS and (len(word) == 1 or (word.islower() and not spaced)) for word in words):
+        return False  # letters of a product
     if not spaced:
         return len(words[0].rstrip("^{}23")) > 1 and unit_of(phrase) is not None
     known = unit_of(phrase) is not None
@@ -159,6 +190,8 @@ def _simple(phrase: str) -> Unit | None:
 
 
 def _named(word: str) -> Unit | None:
+    if word in _SYMBOLS:
+        return _SYMBOLS[word]
     if len(word) == 1:
         return _UNITS.get("l" if word == "L" else word)
     word = word.lower()
