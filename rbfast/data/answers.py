@@ -23,7 +23,9 @@ _VALUE = re.compile(
 _HASHES = re.compile(_LAST_HASHES.pattern + rf"|####[ \t]*({_VALUE.pattern})[ \t\r]*(?=\n)", re.IGNORECASE)
 _PHRASE = re.compile(
     r"(?:\banswer\b[^.\n:=]{0,60}?(?:\bis\b|:|=)|答案[应该就]*\s*(?:是|为|选|：|:)|故选)[*_:：\s]*"
-    r"(?:(?:the )?(?:final )?answer\s*(?:is\b|:|=)[*_:\s]*)?(\S.*)",  # a heading, and the phrase under it
+    r"(?:(?:the )?(?:final )?answer\s*(?:is\b|:|=)[*_:\s]*)?"  # a heading, and the phrase under it
+    r"(?:(?:(?:most )?likely|probably|given by)\b[*:\s]*)?(?:(?<=\n)[-•]\s+|```\w*\n\s*)?"
+    r"(\$\$[ \t]*\n[^$]+\$\$|\\\[[ \t]*\n(?:(?!\\\])[\s\S]){1,1000}\\\]|\S.*)",
     re.IGNORECASE,
 )
 # A heading with one line under it, which ends the text.

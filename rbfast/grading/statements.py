@@ -63,7 +63,7 @@ _COMPUTED = re.compile(
 _PICKED = re.compile(
     r"(?i:(?:the )?(?:(?:answer|option|choice) )?)\(?(?P<one>[A-J])\)? (?i:is (?:the )?(?:correct|right|best)"
     r"(?: (?:answer|option|choice|one))?)[.!]?"
-    r"|(?i:(?:i|we)(?:'d| would|'ll| will)? (?:choose|pick|select|go with) (?:(?:answer|option|choice) )?)"
+    r"|(?i:(?:it's|(?:i|we)(?:'d| would|'ll| will)? (?:choose|pick|select|go with)) (?:(?:answer|option|choice) )?)"
     r"\(?(?P<other>[A-J])\)?[.!]?"
 )
 # A short answer, and what is said of it: its reason, what it is not, a sentence without another value.

@@ -150,7 +150,14 @@ def test_tags_outrank_boxes_which_outrank_phrases():
         ("42000000", "That makes **42** million.", 1.0),
         ("0.42", "Hence the probability is **42**%.", 1.0),
         ("A", "Option **A** is wrong.", 0.0),
+        # below the phrase
+        ("42", "The final answer is:\n\n$$\n42\n$$", 1.0),
+        ("42", "The answer is:\n\\[\n40 + 2 = 42\n\\]\nDone.", 1.0),
+        ("42", "**Answer:**\n```\n42\n```", 1.0),
+        ("42", "Answer:\n- 42", 1.0),
+        ("-42", "Answer:\n-42", 1.0),
         # a choice
+        ("C", "The answer is most likely C.", 1.0),
         ("C", "Thus, option C is correct.", 1.0),
         ("C", "C is the correct answer.", 1.0),
         ("C", "I would choose option C.", 1.0),
