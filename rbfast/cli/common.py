@@ -2,12 +2,13 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from rbfast.utils.processes import is_first_process
 
 if TYPE_CHECKING:
     from rbfast.data.formats import FormatOptions
@@ -93,7 +94,7 @@ def read_traces_aloud(args: argparse.Namespace, source: str, unreadable: Path) -
     traces = reader.all()
     if not args.json:
         print(f"{source}: {reader.summary()}", file=sys.stderr)
-    if reader.unreadable and os.environ.get("RANK", "0") == "0":
+    if reader.unreadable and is_first_process():
         reader.list_unreadable(unreadable)
         print(f"{source}: what was not read, and why, is in {unreadable}", file=sys.stderr)
     return traces

@@ -1,7 +1,6 @@
 """`rbfast distill | merge | export-lora | report | demo`: training an adapter, and what comes out of it."""
 
 import argparse
-import os
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -25,6 +24,7 @@ from rbfast.cli.common import (
     print_result,
     read_traces_aloud,
 )
+from rbfast.utils.processes import is_first_process
 
 if TYPE_CHECKING:
     from rbfast.data.instruction import Instruction
@@ -92,7 +92,7 @@ def run_distill(args: argparse.Namespace) -> int:
 
     config = _distill_config(args)
     traces = read_traces_aloud(args, args.traces, args.out / "unreadable.jsonl")
-    if (wrong := sum(trace.verified is False for trace in traces)) and os.environ.get("RANK", "0") == "0":
+    if (wrong := sum(trace.verified is False for trace in traces)) and is_first_process():
         print(
             f"{wrong} of {len(traces)} traces have a wrong answer (verified: false); rbfast curate leaves those out",
             file=sys.stderr,
@@ -106,7 +106,7 @@ def run_distill(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(_what_is_kept(args.out, config), file=sys.stderr)
         raise
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_process():
         return 0  # only the first process prints
     plot_losses(run.log_history, args.out / "losses.png")
     if run.found:

@@ -11,7 +11,6 @@ The folder of a run holds `run.json` (its settings and traces; in the end what i
 
 import json
 import math
-import os
 import random
 import sys
 import time
@@ -47,6 +46,7 @@ from rbfast.training.run_folder import LOG, RUN, SKIPPED
 from rbfast.training.trainer import DistillTrainer
 from rbfast.training.training_bar import Bar
 from rbfast.utils.files import write_text
+from rbfast.utils.processes import is_first_process, process_count
 from rbfast.utils.records import check_numbers, read_json
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}  # as transformers names them
@@ -164,7 +164,7 @@ def distill(
             it is not the same folder for all processes.
     """
     out, start = Path(out), time.monotonic()
-    first = int(os.environ.get("RANK", 0)) == 0  # of the processes, which share the folder
+    first = is_first_process()  # of the processes, which share the folder
     examples, skipped = _encoded(traces, tokenizer, config)
     _check_positions(model, examples)
     asked = asked_of(model, traces, asdict(config))
@@ -398,7 +398,7 @@ def _attach_adapter(
 def _arguments(
     out: Path, model: PreTrainedModel, config: DistillConfig, examples: Sequence[Example]
 ) -> TrainingArguments:
-    per_step = config.accumulation * int(os.environ.get("WORLD_SIZE", 1))
+    per_step = config.accumulation * process_count()
     steps = math.ceil(len(_batches(examples, config)) / per_step) * config.epochs
     return DeviceArguments(
         output_dir=str(out / "checkpoints"),

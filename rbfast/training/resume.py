@@ -1,7 +1,6 @@
 """Whether a folder holds the requested run: a run only ever resumes with the settings it started with."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 
 from rbfast.data.trace import Trace
 from rbfast.training.run_folder import LOG, RUN
+from rbfast.utils.processes import process_count
 from rbfast.utils.records import read_json
 
 _OPTIONAL = "quantised", "signals", "teacher"  # settings that not every run has
@@ -20,7 +20,7 @@ _OPTIONAL = "quantised", "signals", "teacher"  # settings that not every run has
 def asked_of(model: PreTrainedModel, traces: Sequence[Trace], config: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run, for run.json. config: the fields of its DistillConfig."""
     lines = "\n".join(json.dumps(trace.to_dict(), sort_keys=True) for trace in traces)
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = process_count()
     unit, size = _batch_size(config)
     asked = config | {
         "processes": processes,
@@ -42,10 +42,13 @@ def _batch_size(config: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def check_same_run(folder: Path, asked: dict[str, Any]) -> None:
-    """Raises ValueError if the folder holds a run with other settings.
+    """Raises ValueError if the folder holds a run with other settings, or a model, onto which transformers would load
+    the adapter.
 
     How an optimizer step's traces are split over batches and processes may change, but not their number.
     """
+    if (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds a model, which an adapter beside it would change; name another output folder")
     held = read_json(folder / RUN, {})
     if held is None:
         return

@@ -192,6 +192,20 @@ def test_what_others_have_among_the_checkpoints_stays(tmp_path, monkeypatch):
         assert theirs.read_text() == "theirs"
 
 
+def test_a_lone_process_saves_its_run_whatever_rank_its_shell_was_left_with(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    run(tmp_path, monkeypatch)
+    assert SparseAdapter.from_pretrained(student(), tmp_path).sites()
+
+
+def test_a_run_is_not_written_into_the_folder_of_a_model(tmp_path, monkeypatch):
+    student().save_pretrained(tmp_path)
+    before = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"holds a model.*name another output folder"):
+        run(tmp_path, monkeypatch)
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
 def test_an_interrupted_run_gives_the_terminal_back(tmp_path, monkeypatch):
     bars = []
 
