@@ -145,25 +145,24 @@ struct DenseExchange {
 // Starts the copies of a thread's tile into shared memory; columns beyond the row become kNone.
 template <int kVectors, int kStep, int kThreads>
 __device__ inline void copy_tile(Vector* mine, const Input& row, int first) {
-  if (row.is_whole) {
-    for_each_vector<kVectors, kStep>(first, row.end, [&](int v, int i, auto is_inside) {
-      if (is_inside || v < row.end)
-        __pipeline_memcpy_async(&mine[i * kThreads], row.begin + v, sizeof(Vector));
+  const auto copy_inside = [&](int v, int i) {
+    __pipeline_memcpy_async(&mine[i * kThreads], row.begin + v, sizeof(Vector));
+  };
+  const auto copy_any = [&](int v, int i) {
+    if (row.is_aligned && v + kVector <= row.end) return copy_inside(v, i);
+#pragma unroll 1
+    for (int j = 0; j < kVector; ++j)
+      if (v + j < row.end)
+        __pipeline_memcpy_async(&mine[i * kThreads].value[j], row.begin + v + j, sizeof(float));
       else
-        mine[i * kThreads] = {{kNone, kNone, kNone, kNone}};
-    });
+        mine[i * kThreads].value[j] = kNone;
+  };
+  if (row.is_aligned && are_inside<kVectors, kStep>(first, row.end)) {
+    for_each_vector<kVectors - 1, kStep>(first, copy_inside);
+    copy_any(first + (kVectors - 1) * kStep, kVectors - 1);
   } else {
 #pragma unroll 1
-    for (int i = 0; i < kVectors; ++i, mine += kThreads, first += kStep) {
-      const bool is_inside = row.is_aligned && first + kVector <= row.end;
-      if (is_inside) __pipeline_memcpy_async(mine, row.begin + first, sizeof(Vector));
-#pragma unroll 1
-      for (int j = is_inside ? kVector : 0; j < kVector; ++j)
-        if (first + j < row.end)
-          __pipeline_memcpy_async(&mine->value[j], row.begin + first + j, sizeof(float));
-        else
-          mine->value[j] = kNone;
-    }
+    for (int i = 0; i < kVectors; ++i) copy_any(first + i * kStep, i);
   }
   __pipeline_commit();
 }
@@ -235,7 +234,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
         }
       }
       if (job.dz == nullptr) continue;
-      Output(job, row).put_tile<kVectors, T::kStep>(team.first(), [&](int, int i) { return z[i]; });
+      Output(job, row).put_tile<T::kStep>(z, team.first(), [](const Vector& of) { return of; });
     }
   }
 }
@@ -335,7 +334,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (is_forward) totals.terms += more.terms;
 #pragma unroll
       for (int i = 0; !is_forward && i < kDenseStreamVectors; ++i) take_mean(z[i], t[i], mean);
-      Output(job, row).put_tile<kDenseStreamVectors, T::kStep>(first, [&](int, int i) { return z[i]; });
+      Output(job, row).put_tile<T::kStep>(z, first, [](const Vector& of) { return of; });
     }
     const float terms = warp_sum(totals.terms);
     if (threadIdx.x % kWarp == 0) scratch.terms[row * T::kAllWarps + team.warp()] = terms;

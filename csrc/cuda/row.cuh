@@ -83,11 +83,16 @@ __device__ inline void for_each_vector(int first, const F& f) {
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) f(first + i * kStep, i);
 }
-// f(v, i, is_inside) likewise of rows whose vectors are whole: is_inside tells a vector that is known to lie before
-// column `end`. In most rows all but the last one do, and neither a comparison nor a default is spent on them.
+// Whether all vectors of a tile but the last one lie before column `end`, which then neither a comparison nor a default
+// is spent on. It is so in most rows: the layouts are no larger than they must be.
+template <int kVectors, int kStep>
+__device__ inline bool are_inside(int first, int end) {
+  return first + (kVectors - 2) * kStep + kVector <= end;
+}
+// f(v, i, is_inside) likewise: is_inside tells a vector that is known to lie before column `end`.
 template <int kVectors, int kStep, typename F>
 __device__ inline void for_each_vector(int first, int end, const F& f) {
-  if (first + (kVectors - 2) * kStep < end) {
+  if (are_inside<kVectors, kStep>(first, end)) {
     for_each_vector<kVectors - 1, kStep>(first, [&](int v, int i) { f(v, i, std::true_type{}); });
     f(first + (kVectors - 1) * kStep, kVectors - 1, std::false_type{});
   } else {
@@ -99,36 +104,37 @@ __device__ inline void for_each_vector(int first, int end, const F& f) {
 struct Input {
   const float* begin;
   int end;
-  bool is_aligned, is_whole;  // whole: no vector is cut off
+  bool is_aligned;
 
   __device__ Input(const float* begin, int end)
-      : begin(begin),
-        end(end),
-        is_aligned(rbfast::is_aligned(begin, sizeof(Vector))),
-        is_whole(is_aligned && end % kVector == 0) {}
+      : begin(begin), end(end), is_aligned(rbfast::is_aligned(begin, sizeof(Vector))) {}
+  __device__ bool is_whole() const { return is_aligned && end % kVector == 0; }  // no vector is cut off
   // Of the job's logits.
   __device__ static Input of(const Job& job, int64_t row) {
     return {job.logits + row * job.logits_stride, row < job.rows ? static_cast<int>(job.vocabulary) : 0};
   }
 };
 
-// The vector at column v of a whole row. kInside: it is known to lie in the row.
-template <bool kInside>
+// The vector at column v of a whole row.
 __device__ inline Vector read_whole(const Input& row, int v) {
   constexpr Vector kEmpty = {{-INFINITY, -INFINITY, -INFINITY, -INFINITY}};
-  return kInside || v < row.end ? *reinterpret_cast<const Vector*>(row.begin + v) : kEmpty;
+  return v < row.end ? *reinterpret_cast<const Vector*>(row.begin + v) : kEmpty;
 }
-// The vector at column v of any row.
+// Of an aligned row, if it is known to lie in it.
+__device__ inline Vector read_inside(const Input& row, int v) {
+  return *reinterpret_cast<const Vector*>(row.begin + v);
+}
+// Of any row.
 __device__ inline Vector read_vector(const Input& row, int v) {
   return read<kVector>(row.begin + v, row.end - v, row.is_aligned, -INFINITY);
 }
 
 template <int kStep, int kVectors>
 __device__ inline void read_tile(Vector (&z)[kVectors], const Input& row, int first) {
-  if (row.is_whole)
-    for_each_vector<kVectors, kStep>(first, row.end,
-                                     [&](int v, int i, auto is_inside) { z[i] = read_whole<is_inside.value>(row, v); });
-  else
+  if (row.is_aligned && are_inside<kVectors, kStep>(first, row.end)) {
+    for_each_vector<kVectors - 1, kStep>(first, [&](int v, int i) { z[i] = read_inside(row, v); });
+    z[kVectors - 1] = read_vector(row, first + (kVectors - 1) * kStep);
+  } else
     for_each_vector<kVectors, kStep>(first, [&](int v, int i) { z[i] = read_vector(row, v); });
 }
 
@@ -165,16 +171,17 @@ __device__ inline float largest_of(const Vector (&z)[kVectors], float top) {
 // A row of dz, or if no gradient is wanted one that has no columns.
 struct Output {
   void* dz;
-  int end;                             // columns
-  bool is_bf16, is_aligned, is_whole;  // whole: no vector is cut off
+  int end;  // columns
+  bool is_bf16, is_aligned;
 
   __device__ Output(const Job& job, int64_t row)
       : end(job.dz == nullptr ? 0 : static_cast<int>(job.vocabulary)), is_bf16(job.dz_is_bf16) {
     const int bytes = is_bf16 ? 2 : 4;
     dz = static_cast<char*>(job.dz) + row * job.dz_stride * bytes;
     is_aligned = rbfast::is_aligned(dz, kVector * bytes);
-    is_whole = is_aligned && end % kVector == 0;
   }
+  __device__ bool is_whole() const { return is_aligned && end % kVector == 0; }
+
   __device__ void put_one(float gradient, int v) const {
     if (is_bf16)
       store(static_cast<__nv_bfloat16*>(dz) + v, gradient);
@@ -183,7 +190,7 @@ struct Output {
   }
   // An aligned vector within the row, which bf16 or not is known of.
   template <bool kBf16>
-  __device__ void put_whole(const Vector& gradient, int v) const {
+  __device__ void put_inside(const Vector& gradient, int v) const {
     const float* g = gradient.value;
     if (kBf16)
       *reinterpret_cast<Pack<unsigned, 2>*>(static_cast<uint16_t*>(dz) +
@@ -192,44 +199,27 @@ struct Output {
       *reinterpret_cast<Vector*>(static_cast<float*>(dz) + v) = gradient;
   }
   __device__ void put(const Vector& gradient, int v) const {
-    if (is_aligned && v + kVector <= end) return is_bf16 ? put_whole<true>(gradient, v) : put_whole<false>(gradient, v);
+    if (is_aligned && v + kVector <= end)
+      return is_bf16 ? put_inside<true>(gradient, v) : put_inside<false>(gradient, v);
 #pragma unroll
     for (int j = 0; j < kVector; ++j)
       if (v + j < end) put_one(gradient.value[j], v + j);
   }
-  // Stores f(v, i), the gradient of each vector i of a tile; vectors beyond a whole row are not asked of f.
-  template <int kVectors, int kStep, typename F>
-  __device__ void put_tile(int first, const F& f) const {
-    if (!is_whole)
-      for_each_vector<kVectors, kStep>(first, [&](int v, int i) { put(f(v, i), v); });
-    else if (is_bf16)
+  // Stores f(z[i]), the gradient of each vector of a tile; f is not asked of vectors beyond the row.
+  template <int kStep, int kVectors, typename F>
+  __device__ void put_tile(const Vector (&z)[kVectors], int first, const F& f) const {
+    const auto put_any = [&](int v, int i) {
+      if (v < end) put(f(z[i]), v);
+    };
+    const auto put_aligned = [&](auto is_bf16) {
       for_each_vector<kVectors, kStep>(first, end, [&](int v, int i, auto is_inside) {
-        if (is_inside || v < end) put_whole<true>(f(v, i), v);
+        is_inside ? put_inside<is_bf16.value>(f(z[i]), v) : put_any(v, i);
       });
+    };
+    if (!is_aligned)
+      for_each_vector<kVectors, kStep>(first, put_any);
     else
-      for_each_vector<kVectors, kStep>(first, [&](int v, int i) {
-        if (v < end) put_whole<false>(f(v, i), v);
-      });
-  }
-  // The same, and calls then(v, i, goes_whole) after each vector. goes_whole: this row is whole, and so is whatever
-  // `then` reads. Here each vector is compared with the end of its row: without that branch text took 2% longer.
-  template <int kVectors, int kStep, typename F, typename Then>
-  __device__ void put_tile(int first, bool goes_whole, const F& f, const Then& then) const {
-    if (!goes_whole)
-      for_each_vector<kVectors, kStep>(first, [&](int v, int i) {
-        put(f(v, i), v);
-        then(v, i, std::false_type{});
-      });
-    else if (is_bf16)
-      for_each_vector<kVectors, kStep>(first, [&](int v, int i) {
-        if (v < end) put_whole<true>(f(v, i), v);
-        then(v, i, std::true_type{});
-      });
-    else
-      for_each_vector<kVectors, kStep>(first, [&](int v, int i) {
-        if (v < end) put_whole<false>(f(v, i), v);
-        then(v, i, std::true_type{});
-      });
+      is_bf16 ? put_aligned(std::true_type{}) : put_aligned(std::false_type{});
   }
 };
 

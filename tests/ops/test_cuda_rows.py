@@ -146,14 +146,15 @@ def test_a_large_vocabulary(gpu: Gpu, kind: str, beta: float) -> None:
 @covering(
     2,
     teacher=[("text", 0.0), ("top-k", 0.0), ("dense", 0.0), ("dense", 0.5)],
-    V=[1000, 5003, 11_001, 20_002],
+    V=[1000, 4001, 5003, 11_001, 20_002, 32_001],
     memory=[(0, 1), (1, 1), (2, 1), (3, 1), (0, 4), (1, 4)],
     head=[False, True],
 )
 def test_gradient_in_place_of_the_logits(
     gpu: Gpu, teacher: tuple[str, float], V: int, memory: tuple[int, int], head: bool
 ) -> None:
-    """At every alignment of a row, with a last vector cut off or whole; nothing between the rows is touched.
+    """At every alignment of a row, with a last vector cut off or whole, in layouts that it nearly fills or does not;
+    nothing between the rows is touched.
 
     memory: floats ahead of all rows, and what each row's memory is a multiple of.
     """
