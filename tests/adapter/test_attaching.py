@@ -128,7 +128,7 @@ def test_a_default_device_and_dtype_change_nothing(tmp_path):
                 adapter = attach(model, placement=placement)
             finally:
                 torch.set_default_dtype(torch.float32)
-            adapter.export_lora(tmp_path)
+            adapter.export_lora(tmp_path / "lora")
             adapter.save_pretrained(tmp_path)
             adapter.detach()
         assert same_bits(adapter.state_dict(), plain.state_dict())
