@@ -157,13 +157,7 @@ __device__ inline void copy_tile(Vector* mine, const Input& row, int first) {
       else
         mine[i * kThreads].value[j] = kNone;
   };
-  if (row.is_aligned && are_inside<kVectors, kStep>(first, row.end)) {
-    for_each_vector<kVectors - 1, kStep>(first, copy_inside);
-    copy_any(first + (kVectors - 1) * kStep, kVectors - 1);
-  } else {
-#pragma unroll 1
-    for (int i = 0; i < kVectors; ++i) copy_any(first + i * kStep, i);
-  }
+  for_each_vector<kVectors, kStep>(first, row.is_aligned ? row.end : 0, copy_inside, copy_any);
   __pipeline_commit();
 }
 

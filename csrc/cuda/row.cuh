@@ -83,20 +83,16 @@ __device__ inline void for_each_vector(int first, const F& f) {
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) f(first + i * kStep, i);
 }
-// Whether all vectors of a tile but the last one lie before column `end`, which then neither a comparison nor a default
-// is spent on. It is so in most rows: the layouts are no larger than they must be.
-template <int kVectors, int kStep>
-__device__ inline bool are_inside(int first, int end) {
-  return first + (kVectors - 2) * kStep + kVector <= end;
-}
-// f(v, i, is_inside) likewise: is_inside tells a vector that is known to lie before column `end`.
-template <int kVectors, int kStep, typename F>
-__device__ inline void for_each_vector(int first, int end, const F& f) {
-  if (are_inside<kVectors, kStep>(first, end)) {
-    for_each_vector<kVectors - 1, kStep>(first, [&](int v, int i) { f(v, i, std::true_type{}); });
-    f(first + (kVectors - 1) * kStep, kVectors - 1, std::false_type{});
+// inside(v, i) for each vector that is known to lie before column `end`, else any(v, i). In most rows all but a
+// thread's last one are, since layouts are no larger than they must be: neither a comparison nor a default is spent on
+// them.
+template <int kVectors, int kStep, typename Inside, typename Any>
+__device__ inline void for_each_vector(int first, int end, const Inside& inside, const Any& any) {
+  if (first + (kVectors - 2) * kStep + kVector <= end) {
+    for_each_vector<kVectors - 1, kStep>(first, inside);
+    any(first + (kVectors - 1) * kStep, kVectors - 1);
   } else {
-    for_each_vector<kVectors, kStep>(first, [&](int v, int i) { f(v, i, std::false_type{}); });
+    for_each_vector<kVectors, kStep>(first, any);
   }
 }
 
@@ -131,11 +127,9 @@ __device__ inline Vector read_vector(const Input& row, int v) {
 
 template <int kStep, int kVectors>
 __device__ inline void read_tile(Vector (&z)[kVectors], const Input& row, int first) {
-  if (row.is_aligned && are_inside<kVectors, kStep>(first, row.end)) {
-    for_each_vector<kVectors - 1, kStep>(first, [&](int v, int i) { z[i] = read_inside(row, v); });
-    z[kVectors - 1] = read_vector(row, first + (kVectors - 1) * kStep);
-  } else
-    for_each_vector<kVectors, kStep>(first, [&](int v, int i) { z[i] = read_vector(row, v); });
+  for_each_vector<kVectors, kStep>(
+      first, row.is_aligned ? row.end : 0, [&](int v, int i) { z[i] = read_inside(row, v); },
+      [&](int v, int i) { z[i] = read_vector(row, v); });
 }
 
 // Brings a tile of raw logits to what the softmax sees, holes to -inf.
@@ -208,18 +202,14 @@ struct Output {
   // Stores f(z[i]), the gradient of each vector of a tile; f is not asked of vectors beyond the row.
   template <int kStep, int kVectors, typename F>
   __device__ void put_tile(const Vector (&z)[kVectors], int first, const F& f) const {
-    const auto put_any = [&](int v, int i) {
-      if (v < end) put(f(z[i]), v);
+    const auto put_all = [&](auto is_bf16) {
+      for_each_vector<kVectors, kStep>(
+          first, is_aligned ? end : 0, [&](int v, int i) { put_inside<is_bf16.value>(f(z[i]), v); },
+          [&](int v, int i) {
+            if (v < end) put(f(z[i]), v);
+          });
     };
-    const auto put_aligned = [&](auto is_bf16) {
-      for_each_vector<kVectors, kStep>(first, end, [&](int v, int i, auto is_inside) {
-        is_inside ? put_inside<is_bf16.value>(f(z[i]), v) : put_any(v, i);
-      });
-    };
-    if (!is_aligned)
-      for_each_vector<kVectors, kStep>(first, put_any);
-    else
-      is_bf16 ? put_aligned(std::true_type{}) : put_aligned(std::false_type{});
+    is_bf16 ? put_all(std::true_type{}) : put_all(std::false_type{});
   }
 };
 

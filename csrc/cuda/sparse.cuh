@@ -24,30 +24,28 @@ __device__ inline Vector tail_gradient(const Vector& z, const TailScale& tail, c
 template <int kStep, int kVectors, typename F>
 __device__ inline void replace_tile(Vector (&z)[kVectors], const Output& output, const Input& next, int first,
                                     const F& f) {
-  constexpr int kLast = kVectors - 1;
   const auto replace_whole = [&](auto is_bf16) {
     for_each_vector<kVectors, kStep>(first, [&](int v, int i) {
       if (v < output.end) output.put_inside<is_bf16.value>(f(z[i]), v);
       z[i] = read_whole(next, v);
     });
   };
+  if (output.is_whole() && next.is_whole())
+    return output.is_bf16 ? replace_whole(std::true_type{}) : replace_whole(std::false_type{});
   const auto replace_any = [&](int v, int i) {
     if (v < output.end) output.put(f(z[i]), v);
     z[i] = read_vector(next, v);
   };
-  const bool are_aligned = output.is_aligned && next.is_aligned;
+  if (!output.is_aligned || !next.is_aligned || !output.is_bf16)
+    return for_each_vector<kVectors, kStep>(first, replace_any);
   const int end = output.end < next.end ? output.end : next.end;  // one of them may be absent
-  if (output.is_whole() && next.is_whole()) {
-    output.is_bf16 ? replace_whole(std::true_type{}) : replace_whole(std::false_type{});
-  } else if (are_aligned && output.is_bf16 && are_inside<kVectors, kStep>(first, end)) {
-    for_each_vector<kLast, kStep>(first, [&](int v, int i) {
-      if (v < output.end) output.put_inside<true>(f(z[i]), v);
-      z[i] = read_inside(next, v);
-    });
-    replace_any(first + kLast * kStep, kLast);
-  } else {
-    for_each_vector<kVectors, kStep>(first, replace_any);
-  }
+  for_each_vector<kVectors, kStep>(
+      first, end,
+      [&](int v, int i) {
+        if (v < output.end) output.put_inside<true>(f(z[i]), v);
+        z[i] = read_inside(next, v);
+      },
+      replace_any);
 }
 
 template <typename T>
