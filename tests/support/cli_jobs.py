@@ -83,7 +83,7 @@ class Setup:
 
     def arguments(self, job: str) -> list[str]:
         names = {"folder": self.folder, "out": self.folder / job}
-        names |= {who: self.student or self.folder / who for who in ("student", "teacher")}
+        names |= {who: self.student or self.folder / "models" / who for who in ("student", "teacher")}
         line = [part.format(**names) for part in (JOBS | AFTERWARDS)[job].split()] + ["--json"]
         if job != "report":
             line += ["--device", self.device]
@@ -98,8 +98,8 @@ class Setup:
         if self.student is None:
             for who, layers in (("student", self.layers), ("teacher", self.layers + 1)):
                 model, tokenizer = self.random_model(layers)
-                model.save_pretrained(self.folder / who)
-                tokenizer.save_pretrained(self.folder / who)
+                model.save_pretrained(self.folder / "models" / who)
+                tokenizer.save_pretrained(self.folder / "models" / who)
 
     def random_model(self, layers: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
         tokenizer = byte_level(*(trace.completion() for trace in TRACES))
