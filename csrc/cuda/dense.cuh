@@ -2,8 +2,6 @@
 // its shared memory; each thread copies and reads its own vectors there, so that it waits for no other.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/divergence.cuh"
 #include "cuda/row.cuh"
 

@@ -12,7 +12,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -240,7 +240,7 @@ def _apart(left: Tensor, right: Tensor) -> float:
 @contextmanager
 def mode_kept(model: PreTrainedModel) -> Iterator[None]:
     """After the block each module of a model is in training or evaluation mode as before it."""
-    restore = _modes(model)
+    restore = _restoring_modes(model)
     try:
         yield
     finally:
@@ -250,18 +250,13 @@ def mode_kept(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
     """Within the block a model is in evaluation mode; after the last of such blocks each of its modules as before."""
-
-    def evaluate() -> Callable[[], None]:
-        restore = _modes(model)
-        model.eval()
-        return restore
-
-    with _EVALUATING.block(model, evaluate):
+    with _EVALUATING.block(model, partial(_restoring_modes, model)):
+        model.eval()  # in an inner block too: it may have been put into training mode since
         yield
 
 
-def _modes(model: PreTrainedModel) -> Callable[[], None]:
-    """Puts each module of a model back into the mode that it is in now."""
+def _restoring_modes(model: PreTrainedModel) -> Callable[[], None]:
+    """What puts each module of a model back into the mode that it is in now."""
     training = {module for module in model.modules() if module.training}
 
     def restore() -> None:

@@ -116,6 +116,13 @@ def test_settings_mode_and_hooks_come_back_with_the_last_of_several_threads_that
     adapter.detach()
 
 
+def test_a_model_that_is_put_into_training_mode_meanwhile_decodes_in_evaluation_mode(model):
+    with evaluating(model):
+        model.train()
+        with evaluating(model):
+            assert not any(part.training for part in model.modules())
+
+
 @contextlib.contextmanager
 def _decoding(model):
     with evaluating(model), _plain_settings(model):
