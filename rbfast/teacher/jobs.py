@@ -33,13 +33,15 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True)
 class Question:
-    """A problem to ask. `known` holds its answer, if there is one to verify the teacher's with."""
+    """A problem to ask, with its own system prompt if it has one. `known` holds its answer, if there is one to verify
+    the teacher's with."""
 
     text: str
     known: Problem | None = None
     domain: str | None = None
     source: str | None = None
     id: str | None = None
+    system: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,14 +66,19 @@ class Job:
         object.__setattr__(self, "key", digest.hexdigest())
 
     def body(self) -> dict[str, Any]:
-        turns = [{"role": "system", "content": self.system}] if self.system else []
+        turns = [{"role": "system", "content": self._systems()}] if self._systems() else []
         seed = None if self.server.seed is None else self.server.seed + self.sample
         turns.append({"role": "user", "content": self.question.text})
         return {"messages": turns, "seed": seed, **self.options}
 
     def worst(self) -> tuple[int, int]:
         """Tokens read and written, at most: no token is shorter than a byte, and a turn has a few of its own."""
-        return len(self.system.encode()) + len(self.question.text.encode()) + 64, self.options["max_tokens"]
+        read = f"{self._systems()}{self.question.text}"
+        return len(read.encode()) + 64, self.options["max_tokens"]
+
+    def _systems(self) -> str:
+        """How to answer, and what the problem's own system prompt says."""
+        return "\n\n".join(text for text in (self.system, self.question.system) if text)
 
     def ask(self) -> dict[str, Any]:
         """The record of a reply."""

@@ -86,10 +86,10 @@ def read_questions(
     if not is_path_of_rows(name) and "/" not in name:
         problems = load_problems(name, 50 if n is None and name not in BENCHMARKS else n, seed)
         return [Question(problem.question, problem, problem.task) for problem in problems]
-    found: dict[str, Question] = {}
+    found: dict[tuple[str, str | None], Question] = {}
     for where, row in read_rows(source):
         question = _question(row, where, options)
-        found.setdefault(question.text, question)
+        found.setdefault((question.text, question.system), question)
         if n is not None and len(found) == n:
             break
     if not found:
@@ -107,7 +107,8 @@ def _question(row: Any, where: str, options: FormatOptions) -> Question:
         raise ValueError(f"{where}: problem: expected text, got {text!r}")
     stated = None if answer is None else known_answer(answer)
     known = None if stated is None else Problem("", text, stated, {})
-    return Question(text, known, **{name: fields[name] for name in ("domain", "source", "id") if name in fields})
+    about = {name: fields[name] for name in ("domain", "source", "id", "system") if name in fields}
+    return Question(text, known, **about)
 
 
 def teach(
@@ -231,6 +232,7 @@ def trace_of(question: Question, reply: dict[str, Any], teacher: str, sample: in
         problem=question.text,
         reasoning=(thinking or steps).strip(),
         answer=answer,
+        system=question.system,
         plan=plan[1].strip() or None if plan else None,
         domain=question.domain,
         source=question.source,

@@ -310,6 +310,19 @@ def test_questions_that_are_none_are_named(tmp_path):
     assert len(read_questions("chain_sum", n=3)) == 3
 
 
+def test_a_problem_is_asked_with_its_own_system_prompt(server, tmp_path):
+    file = tmp_path / "problems.jsonl"
+    rows = [{"problem": "What is 1 + 1?"}, {"problem": "What is 1 + 1?", "system": "A dozen is 12."}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    taught = teach(server.client(), read_questions(file), tmp_path / "out", system="Be brief.")
+    said = sorted(body["messages"][0]["content"] for body in server.requests)
+    assert said == ["Be brief.", "Be brief.\n\nA dozen is 12."]
+    assert [trace.system for trace in read_traces(tmp_path / "out/traces.jsonl")] == [None, "A dozen is 12."]
+    assert [trace.system for trace in taught.traces] == [None, "A dozen is 12."]
+    teach(server.client(), read_questions(file)[1:], tmp_path / "bare", system="")
+    assert server.requests[-1]["messages"][0] == {"role": "system", "content": "A dozen is 12."}
+
+
 def test_all_questions_of_a_benchmark_are_asked(monkeypatch):
     import datasets
 
