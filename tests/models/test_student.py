@@ -68,6 +68,21 @@ def test_a_gguf_file_is_parsed_once(tmp_path, monkeypatch):
     assert all(torch.equal(x, original.state_dict()[name]) for name, x in model.state_dict().items())
 
 
+@pytest.mark.parametrize("load", [load_student, load_tokenizer, load_outline])
+@pytest.mark.parametrize("kept", [0, 100, 0.5, "version https://git-lfs.github.com/spec/v1"], ids=str)
+def test_a_cut_gguf_file_is_named(tmp_path, load, kept):
+    pytest.importorskip("gguf")
+    from gguf_files import VOCABULARY, write_llama
+
+    file = tmp_path / "cut.gguf"
+    write_llama(llama(vocab_size=VOCABULARY), file)
+    whole = file.read_bytes()
+    cut = kept.encode() if isinstance(kept, str) else whole[: kept if isinstance(kept, int) else int(kept * len(whole))]
+    file.write_bytes(cut)
+    with pytest.raises(OSError, match=r"cut\.gguf: cannot be read as GGUF \(.+\): a cut download"):
+        load(str(file))
+
+
 def test_a_gguf_file_that_is_not_there_is_named(tmp_path):
     pytest.importorskip("gguf")
     with pytest.raises(FileNotFoundError, match=r"other\.gguf: expected a GGUF file, found none"):
