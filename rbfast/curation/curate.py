@@ -269,7 +269,7 @@ def _select(
     names, domains = np.unique(np.array(ledger.part.domains, dtype=object), return_inverse=True)
     domains = np.where(ledger.alive, domains, -1)
     share = quotas(np.bincount(domains[ledger.alive], minlength=len(names)).tolist(), config.size)
-    ties = mix(ledger.part.fingerprints ^ mix(np.array([config.seed], dtype=np.int64).astype(np.uint64)))
+    ties = mix(ledger.part.fingerprints ^ mix(np.array([config.seed % 2**64], dtype=np.uint64)))
     short = shortlist(merits, ties, domains, share)
     shortlisted = np.concatenate([*short, []]).astype(np.int64)
     problems, wheres = _fetch(pool, ledger.rows[shortlisted], ledger.stood_for(), quiet)

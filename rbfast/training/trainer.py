@@ -12,7 +12,7 @@ logits never exist (see `rbfast.loss.distill_loss`).
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from rbfast.utils.memory import EVERY, give_back
 
 _WRITERS = "PytorchStreamWriter", "inline_container.cc"  # torch.save's, which tell of a full disk each in its words
 _IDLE = "compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"  # a Trainer's, that we never call
+_IDLE_ARGS = "label_smoothing_factor", "neftune_noise_alpha"
 _MOST_WEIGHT = 4096.0  # of a token's loss in an fp16 student, whose greatest number is 65504
 
 
@@ -97,9 +98,15 @@ class DistillTrainer(Trainer):
     ) -> None:
         """`tokens_per_batch`: a batch takes traces of so many tokens, however many args would have in it.
 
-        Raises ValueError for what a Trainer does to its loss or its logits, which would have no effect here.
+        Raises:
+            ValueError: for what a Trainer does to its loss, its logits or its embeddings, which is not done here.
+            TypeError: the examples are a stream, which has no length.
         """
         _refuse_idle(args, kwargs)
+        if not isinstance(train_dataset, Sized):
+            raise TypeError(
+                f"train_dataset: expected a sequence of examples, got {type(train_dataset).__name__}; make it a list"
+            )
         items: Sequence[Example] | Sequence[list[Example]] = train_dataset
         if tokens_per_batch is not None:
             items = batches_by_tokens(train_dataset, tokens_per_batch, args.seed)
@@ -319,12 +326,11 @@ class DistillTrainer(Trainer):
 
 def _refuse_idle(args: TrainingArguments, options: Mapping[str, Any]) -> None:
     idle = [name for name in _IDLE if options.get(name) is not None]
-    if args.label_smoothing_factor:
-        idle.append("label_smoothing_factor")
+    idle += [name for name in _IDLE_ARGS if getattr(args, name)]
     if idle:
         raise ValueError(
-            f"{' and '.join(idle)} would have no effect: the loss is the objective's, and there are no logits; "
-            "leave it out, and measure accuracy with rbfast.evaluation"
+            f"{' and '.join(idle)} would have no effect: the loss is the objective's, there are no logits, and the "
+            "embeddings are the base's; leave it out, and measure accuracy with rbfast.evaluation"
         )
 
 

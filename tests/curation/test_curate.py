@@ -332,3 +332,9 @@ def test_weights() -> None:
     for wrong in ({"quality": -1.0}, {"difficulty": 0.0, "quality": 0.0, "verified": 0.0}, {"quality": math.inf}):
         with pytest.raises(ValueError, match="weights must be 0 or more"):
             Weights(**wrong)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**70])
+def test_any_number_is_a_seed(tmp_path: Path, seed: int) -> None:
+    pool = write_rows(tmp_path / "pool.jsonl", [row("What is 3 + 4?"), row("How many days has a week?")])
+    assert rbfast.curate([pool], tmp_path / "out", CurateConfig(size=1, seed=seed)).selected == 1

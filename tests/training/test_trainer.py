@@ -323,13 +323,21 @@ def test_a_disk_that_is_full_before_the_optimizers_state_is_named(tmp_path: Path
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("name", ["compute_metrics", "compute_loss_func", "label_smoothing_factor"])
+@pytest.mark.parametrize(
+    "name", ["compute_metrics", "compute_loss_func", "label_smoothing_factor", "neftune_noise_alpha"]
+)
 def test_what_would_have_no_effect_is_refused(tmp_path: Path, name: str) -> None:
     adapter = SparseAdapter.attach(model := tiny_model(), density=0.05, placement="random")
-    smoothed = name == "label_smoothing_factor"
-    args = arguments(tmp_path, **({name: 0.1} if smoothed else {}))
+    is_argument = not name.startswith("compute")
+    args = arguments(tmp_path, **({name: 0.1} if is_argument else {}))
     with pytest.raises(ValueError, match=f"{name} would have no effect"):
-        DistillTrainer(model, adapter, args, some_examples(2), **({} if smoothed else {name: lambda *_: {}}))
+        DistillTrainer(model, adapter, args, some_examples(2), **({} if is_argument else {name: lambda *_: {}}))
+
+
+def test_a_stream_of_examples_is_refused(tmp_path: Path) -> None:
+    adapter = SparseAdapter.attach(model := tiny_model(), density=0.05, placement="random")
+    with pytest.raises(TypeError, match="expected a sequence of examples, got generator; make it a list"):
+        DistillTrainer(model, adapter, arguments(tmp_path), (one for one in some_examples(2)))  # type: ignore[arg-type]
 
 
 def test_the_trainers_own_sharding_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
