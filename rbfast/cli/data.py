@@ -142,7 +142,7 @@ def add_teach(sub: argparse.ArgumentParser) -> None:
     scored = sub.add_argument_group("log-probs")
     scored.add_argument("--score", action="store_true", help="get log-probs of the traces in SOURCE, no new solutions")
     scored.add_argument("--student", help="whose tokens: hub id, local folder, or smollm2-135m")
-    scored.add_argument("-k", type=int, default=32, help="candidates per token (default: 32)")
+    scored.add_argument("-k", type=int, help="candidates per token (default: 32; 20 of a server, as most give)")
     scored.add_argument("--align", action="store_true", help="the teacher may have other tokens: take the shared ones")
     scored.add_argument("--dialect", choices=["vllm", "echo"], default="vllm", help="the form of the requests")
     scored.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="of a local teacher's weights")
@@ -169,7 +169,7 @@ def run_teach(args: argparse.Namespace) -> int:
             args.out,
             samples=args.samples,
             max_tokens=args.max_tokens,
-            top_logprobs=args.k if args.student else 0,
+            top_logprobs=_candidates(args) if args.student else 0,
             concurrency=args.concurrency,
             prices=Prices(*args.prices or (0.0, 0.0)),
             max_cost=args.max_cost,
@@ -255,10 +255,15 @@ def _teach_logprobs(args: argparse.Namespace) -> int:
     return 0 if len(store) else 1
 
 
+def _candidates(args: argparse.Namespace) -> int:
+    default = 20 if args.server or args.provider else 32
+    return default if args.k is None else args.k
+
+
 def _signal_store(args: argparse.Namespace, tokenizer: Any) -> Any:
     from rbfast.data.signal_store import SignalStore
 
-    return SignalStore(args.out / "signals", args.model, args.k, len(tokenizer))
+    return SignalStore(args.out / "signals", args.model, _candidates(args), len(tokenizer))
 
 
 def _tokenizer(student: str) -> Any:
