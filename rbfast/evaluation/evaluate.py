@@ -30,7 +30,7 @@ from rbfast.evaluation.statistics import clustered, pass_at_k, proportion
 from rbfast.grading.grade import Problem, answer_key, grade
 from rbfast.inference.decoding import Completion, batches_by_length, complete
 from rbfast.inference.guide import Guide, Limits
-from rbfast.inference.local import LocalSolver
+from rbfast.inference.local import guided
 from rbfast.inference.solver import Sampling
 from rbfast.inference.state import Event
 from rbfast.inference.vote import majority
@@ -59,7 +59,7 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """A record for `json.dumps`: the whole completion is kept, so that any other rule can grade it later.
 
-        `events` are there if a guide put something in.
+        `system` is there if the problem has one, `events` if a guide put something in.
         """
         record: dict[str, Any] = {
             "task": self.problem.task,
@@ -73,8 +73,11 @@ class Result:
             "tokens": self.completion.tokens,
             "truncated": self.completion.truncated,
         }
-        events = [asdict(event) for event in self.events]
-        return record | ({"events": events} if events else {})
+        if self.problem.system is not None:
+            record["system"] = self.problem.system
+        if self.events:
+            record["events"] = [asdict(event) for event in self.events]
+        return record
 
 
 Written = tuple[Completion, tuple[Event, ...]]
@@ -107,16 +110,15 @@ class Decoding:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], batch_size: int
     ) -> list[list[Written]]:
         """`samples` completions of each problem, with what a guide put into them."""
+        prompts = [format_prompt(p.question, tokenizer, self.instruction, system=p.system) for p in problems]
         if self.guide is None and self.temperature == 0 and self.samples == 1:
-            prompts = [format_prompt(problem.question, tokenizer, self.instruction) for problem in problems]
             found = complete(model, tokenizer, prompts, max_new_tokens=self.max_new_tokens, batch_size=batch_size)
             return [[(completion, ())] for completion in found]
         # A problem's draws must not depend on which others are left to do.
         seeds = [self._seed(problem) for problem in problems]
         sampling = Sampling(self.samples, self.temperature, self.top_p, seeds, early_stop=False)
         guide = self.guide or Guide(Limits(self.max_new_tokens), interventions=())
-        solver = LocalSolver(model, tokenizer, batch_size, self.instruction)
-        solutions = solver.solve([problem.question for problem in problems], guide, sampling)
+        solutions = guided(model, tokenizer, prompts, guide, sampling, batch_size=batch_size)
         return [[(Completion(s.text, s.tokens, s.truncated), s.events) for s in samples] for samples in solutions]
 
     def _seed(self, problem: Problem) -> int:
@@ -175,8 +177,15 @@ def _graded(problem: Problem, completion: Completion, sample: int, events: tuple
     return Result(problem, completion, score, sample, events)
 
 
-def _identity(problem: Problem) -> tuple[str, str]:
-    return problem.task, problem.question
+_Identity = tuple[str, str, str | None]
+
+
+def _identity(problem: Problem) -> _Identity:
+    return problem.task, problem.question, problem.system
+
+
+def _identity_of(record: dict[str, Any]) -> _Identity:
+    return record["task"], record["problem"], record.get("system")
 
 
 _NUMBER = (int, float)
@@ -194,18 +203,18 @@ class _Store:
             del settings["instruction"]  # files from before there was one
         self.settings = dict(json.loads(json.dumps(settings)))
 
-    def read(self, problems: Sequence[Problem]) -> dict[tuple[str, str], list[Result]]:
+    def read(self, problems: Sequence[Problem]) -> dict[_Identity, list[Result]]:
         """The problems of which every sample is there, graded by the answers that they have now.
 
         What a killed process wrote of others goes from the file. Scores by other answers are replaced there.
         """
         known = {_identity(problem): problem for problem in problems}
-        found: dict[tuple[str, str], list[Result]] = {}
+        found: dict[_Identity, list[Result]] = {}
         records, regraded = [], False
         for where, record in self.journal.read():
             try:
                 check(record, _RECORD, where)
-                identity, sample = (record["task"], record["problem"]), record["sample"]
+                identity, sample = _identity_of(record), record["sample"]
                 events = tuple(Event(**event) for event in record.get("events", ()))
                 completion = Completion(record["completion"], record["tokens"], record["truncated"])
             except (TypeError, KeyError, AttributeError, ValueError) as error:
@@ -225,7 +234,7 @@ class _Store:
         whole = {key: results for key, results in found.items() if len(results) == self.decoding.samples}
         partial = found.keys() - whole.keys()
         if partial or regraded:
-            self.journal.rewrite(r for r in records if (r["task"], r["problem"]) not in partial)
+            self.journal.rewrite(r for r in records if _identity_of(r) not in partial)
         return whole
 
     def add(self, results: Sequence[Result]) -> None:
@@ -253,7 +262,7 @@ def correct_by_item(results: Sequence[Result]) -> list[list[float]]:
 
 
 def _items(results: Sequence[Result]) -> list[list[Result]]:
-    items: dict[tuple[str, str], list[Result]] = {}
+    items: dict[_Identity, list[Result]] = {}
     for result in results:
         items.setdefault(_identity(result.problem), []).append(result)
     return list(items.values())

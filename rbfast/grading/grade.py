@@ -22,12 +22,15 @@ from rbfast.utils.packages import need
 
 @dataclass(frozen=True)
 class Problem:
-    """A question with its answer. `entry` is what the task's own verifier needs, empty if answers are compared."""
+    """A question with its answer, and the system prompt that came with it. `entry` is what the task's own verifier
+    needs, empty if answers are compared.
+    """
 
     task: str
     question: str
     answer: str
     entry: dict[str, Any]
+    system: str | None = None
 
 
 _WHOLE = re.compile(r".*(?:\n|</answer>)", re.DOTALL | re.IGNORECASE)

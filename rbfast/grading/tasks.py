@@ -111,10 +111,10 @@ def _generate_problems(task: str, n: int, seed: int, fewer: bool, exclude: Colle
 def _sample(
     found: Sequence[Problem], source: str, n: int | None, seed: int, fewer: bool, exclude: Collection[str]
 ) -> list[Problem]:
-    problems: dict[str, Problem] = {}
+    problems: dict[tuple[str, str | None], Problem] = {}
     for problem in found:
         if problem.question not in exclude:
-            problems.setdefault(problem.question, problem)
+            problems.setdefault((problem.question, problem.system), problem)
     if not all(math_equality.is_plain(problem.answer) for problem in problems.values()):
         math_equality.require()  # now, not after hours of writing
     if n is None:
@@ -143,7 +143,7 @@ def _problem(fields: Any, where: str, task: str, options: FormatOptions) -> Prob
     if not isinstance(fields, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(fields).__name__}")
     try:
-        fields = fields | {"answer": None} | question_of(fields, options)
+        fields = fields | {"answer": None, "system": None} | question_of(fields, options)
     except TraceError as error:
         raise ValueError(f"{where}: problem: expected text: {error}") from None
     question = next((fields[name] for name in _QUESTION_FIELDS if name in fields), None)
@@ -153,4 +153,4 @@ def _problem(fields: Any, where: str, task: str, options: FormatOptions) -> Prob
     if not isinstance(answer, str | int | float):
         raise ValueError(f"{where}: answer: expected text or a number, got {answer!r}")
     text = str(answer)
-    return Problem(task, question, extract_answer(text) or text.strip(), {})
+    return Problem(task, question, extract_answer(text) or text.strip(), {}, fields["system"])

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from itertools import combinations
 from statistics import mean, stdev
 
@@ -10,9 +11,11 @@ from problems import plain
 from real_inputs import data_path
 from tiny import tiny_model, tiny_tokenizer
 
+from rbfast.data.instruction import ANSWER
 from rbfast.evaluation.evaluate import Result, evaluate, summarize, summarize_samples
 from rbfast.evaluation.statistics import clustered, paired_bootstrap, paired_difference, pass_at_k, proportion
 from rbfast.grading.grade import Problem
+from rbfast.grading.tasks import load_problems
 from rbfast.inference.decoding import Completion
 from rbfast.inference.guide import Guide, Limits, Phrases
 
@@ -27,6 +30,25 @@ def test_evaluate_keeps_order_and_completions():
     record = json.loads(json.dumps(results[0].to_dict()))
     assert record["completion"] == results[0].completion.text and record["correct"] is False
     assert record["problem"] == "x" * 30 and record["tokens"] == results[0].completion.tokens
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8], ids=["greedy", "sampled"])
+def test_a_problem_is_asked_with_its_own_system_prompt(tmp_path, temperature):
+    model, tokenizer, keep = tiny_model(), tiny_tokenizer(), tmp_path / "results.jsonl"
+    rows = [{"problem": "ab", "answer": "1", "system": said} for said in ("Be brief.", "Be long.")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    problems = load_problems(str(tmp_path / "rows.jsonl"), None, seed=0)
+    assert [problem.system for problem in problems] == ["Be brief.", "Be long."]
+    how = {"max_new_tokens": 6, "temperature": temperature}
+    found = evaluate(model, tokenizer, problems, keep=keep, **how)
+    first, second = found
+    assert first.completion != second.completion
+    assert [record["system"] for record in map(json.loads, keep.read_text().splitlines())] == ["Be brief.", "Be long."]
+    for problem, result in zip(problems, found, strict=True):
+        bare, asked = replace(problem, system=None), replace(ANSWER, system=problem.system)
+        assert evaluate(model, tokenizer, [bare], instruction=asked, **how)[0].completion == result.completion
+    assert evaluate(model, tokenizer, problems[1:], keep=keep, **how) == [second]  # read, not written again
+    assert len(keep.read_text().splitlines()) == 2
 
 
 def test_summary_counts_truncation():
