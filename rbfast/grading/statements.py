@@ -48,6 +48,7 @@ _SHARED = re.compile(
 )
 _EDGES = re.compile(r"^[\s*_`$\"]+|[\s*_`$\".。°]+$")
 _CALCULATED = re.compile(r"<<[^<>\n]*>>")  # by GSM8K's calculator, beside the value
+_PRICE = re.compile(r"(?<![\w.,$€£₹¥])(\d[\d,.]*(?<=\d))\s?([€£₹¥])(?!\d)")  # the sign after the number
 # Words that say another number only beside it. Signs of a second thought, as they open a sentence.
 _NEARBY_WORDS = """
 and to times more less fewer greater than most least before after over under above below by without between out
@@ -80,7 +81,7 @@ _BOLD_FIRST = re.compile(r"\*\*(?P<said>[^*]+)\*\*(?P<rest>[.,;:!] (?!and )[A-Za
 
 def readings(statement: str) -> list[str]:
     """The ways a person would read one final statement, most literal first."""
-    statement = _CALCULATED.sub("", statement).strip()
+    statement = _PRICE.sub(r"\2\1", _CALCULATED.sub("", statement)).strip()
     found = [statement]
     if whole := _TEXT.fullmatch(statement):
         found.append(whole[1])

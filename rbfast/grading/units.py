@@ -118,6 +118,8 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
 
 
 def _currency(text: str) -> tuple[str, str, str]:
+    if match := re.fullmatch(r"([-+]?)([\d,.\u200b]*\d)\s*([$€£₹¥])", text):
+        return match[1], _CURRENCY[match[3]], match[2]
     match = re.match(r"([-+]?)\s*([$€£₹¥])\s*(.*)$", text, re.DOTALL)
     return (match[1], _CURRENCY[match[2]], match[3]) if match else ("", "", text)
 
