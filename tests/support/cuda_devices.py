@@ -64,7 +64,8 @@ def _host_library() -> ctypes.CDLL:
     The build stays in build/cuda-on-host until a source changes; the workers of a test run share it.
     """
     sources = sorted([*(ROOT / "csrc").glob("cuda/*"), *(ROOT / "csrc").glob("*.h"), *IMITATION.iterdir()])
-    digest = hashlib.sha256(f"{FLAGS} {torch.__version__}".encode())
+    flags = [*FLAGS, *_checks()]
+    digest = hashlib.sha256(f"{flags} {torch.__version__}".encode())
     for path in sources:
         digest.update(path.read_bytes())
     folder = ROOT / "build" / "cuda-on-host"
@@ -72,7 +73,7 @@ def _host_library() -> ctypes.CDLL:
     library = folder / f"host-{digest.hexdigest()[:16]}.so"
     with locked(folder / "lock"):
         if not library.exists():
-            _compile(library)
+            _compile(library, flags)
     namespace = torch.library.Library("rbfast_on_host", "DEF")
     _host_library.namespace = namespace  # type: ignore[attr-defined]  # it goes with its ops
     for name, schema in registry._SCHEMAS.items():
@@ -81,20 +82,26 @@ def _host_library() -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-def _compile(library: Path) -> None:
+def _checks() -> list[str]:
+    """UBSan, if the compiler has its library: it ends the process at an address that is not aligned, as a GPU would."""
+    found = subprocess.run(["c++", "-print-file-name=libubsan.so"], check=True, capture_output=True, text=True).stdout
+    return ["-fsanitize=undefined", "-fno-sanitize-recover=all"] if Path(found.strip()).is_absolute() else []
+
+
+def _compile(library: Path, flags: list[str]) -> None:
     paths = [f"-I{IMITATION}", f"-I{ROOT / 'csrc'}", *(f"-isystem{path}" for path in include_paths())]
     with tempfile.TemporaryDirectory(prefix="rbfast-cuda-on-host-") as folder:
 
         def compiled(source: Path) -> Path:
             target = Path(folder, f"{source.stem}.o")
-            subprocess.run(["c++", *FLAGS, *paths, "-c", "-x", "c++", source, "-o", target], check=True)
+            subprocess.run(["c++", *flags, *paths, "-c", "-x", "c++", source, "-o", target], check=True)
             return target
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compiled, sorted((ROOT / "csrc/cuda").glob("*.cu"))))
         torch_libraries = Path(torch.__file__).parent / "lib"
         linked = [f"-L{torch_libraries}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_libraries}"]
-        subprocess.run(["c++", "-shared", *objects, "-o", Path(folder, "host.so"), *linked], check=True)
+        subprocess.run(["c++", *flags, "-shared", *objects, "-o", Path(folder, "host.so"), *linked], check=True)
         shutil.move(Path(folder, "host.so"), library)
 
 
