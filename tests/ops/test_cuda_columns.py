@@ -6,8 +6,23 @@ from itertools import product
 
 import pytest
 import torch
-from column_cases import DTYPES, EMPTY, EPS32, IN_RUNS, OPS, RUNS, Delta, fold_all, make, run, scattered_in_memory
+from column_cases import (
+    DTYPES,
+    EMPTY,
+    EPS32,
+    IN_RUNS,
+    OPS,
+    RUNS,
+    Delta,
+    arguments,
+    fold_all,
+    make,
+    run,
+    scattered_in_memory,
+)
+from covering import covering
 from cuda_devices import Gpu, host, launches_on_host, real
+from fenced import fenced_at_end, fenced_at_start
 from torch import Tensor
 from torch.profiler import profile
 
@@ -128,6 +143,19 @@ def test_any_strides_give_the_same_bits(gpu: Gpu, name: str, layout: Callable[[T
     there = d.map(lambda t: t.to(gpu.device))
     strided = replace(there.map(layout), cols=scattered_in_memory(d.cols).to(gpu.device))
     assert_same(tuple(result.cpu() for result in run(name, strided, gpu.ops)), run_on(gpu, name, d))
+
+
+@covering(3, name=OPS, dtype=DTYPES, shape=[*SHAPES, (40, 160, 128, 48, 2)], fenced=[fenced_at_end, fenced_at_start])
+def test_only_what_is_given_is_touched(
+    gpu: Gpu, name: str, dtype: torch.dtype, shape: tuple[int, ...], fenced: Callable[[Tensor], Tensor]
+) -> None:
+    """On the host; on a GPU compute-sanitizer looks for that."""
+    if gpu.is_real:
+        pytest.skip("pages of the host")
+    for length in (1, 16) if shape[1] % 16 == shape[3] % 16 == 0 else (1,):
+        d = make(shape, dtype, run=length)
+        inside = replace(d.map(fenced), cols=fenced(d.cols))
+        getattr(gpu.ops, name)(*arguments(name, inside))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from covering import covering
 from cuda_devices import Gpu, host, real
+from fenced import fenced_at_end, fenced_at_start
 from row_cases import (
     BETAS,
     EPS32,
@@ -165,6 +166,32 @@ def test_gradient_in_place_of_the_logits(
     for dtype in (torch.float32, torch.bfloat16):
         over = in_place(gpu, rows, dtype, ahead, behind)
         assert all(map(torch.equal, over, (*apart[:-1], apart[-1].to(dtype))))
+
+
+@pytest.mark.parametrize("fenced", [fenced_at_end, fenced_at_start])
+@covering(
+    2,
+    teacher=[("text", 0.0), ("top-k", 0.3), ("dense", 0.0), ("dense", 1.0)],
+    V=[1, 37, 4096, 4001, 11_001, 32_001],
+    head=[False, True],
+    dz=["none", "apart", "float32", "bfloat16"],
+)
+def test_only_what_is_given_is_touched(
+    gpu: Gpu, fenced: Callable[[Tensor], Tensor], teacher: tuple[str, float], V: int, head: bool, dz: str
+) -> None:
+    """On the host; on a GPU compute-sanitizer looks for that."""
+    if gpu.is_real:
+        pytest.skip("pages of the host")
+    rows = make(teacher[0], V, V + 3, head=head, beta=teacher[1])
+    logits, *signals = [fenced(x) if isinstance(x, Tensor) else x for x in (rows.logits, *rows.signals())]
+    over = {
+        "none": None,
+        "apart": fenced(rows.logits),
+        "float32": logits,
+        "bfloat16": logits.view(torch.bfloat16)[:, :V],
+    }
+    losses = gpu.ops.divergence_rows_(logits, over[dz], *signals)
+    assert all(map(torch.equal, losses, run(gpu, rows)[:-1])) or dz == "none"
 
 
 @pytest.mark.parametrize("kind, beta", [("text", 0.0), ("top-k", 0.3), ("dense", 0.0), ("dense", 0.3), ("dense", 1.0)])
