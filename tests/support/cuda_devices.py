@@ -101,6 +101,7 @@ def _compile(library: Path, flags: list[str]) -> None:
             objects = list(pool.map(compiled, sorted((ROOT / "csrc/cuda").glob("*.cu"))))
         torch_libraries = Path(torch.__file__).parent / "lib"
         linked = [f"-L{torch_libraries}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_libraries}"]
+        linked.append("-Wl,--wrap=aoti_torch_empty_strided")
         subprocess.run(["c++", *flags, "-shared", *objects, "-o", Path(folder, "host.so"), *linked], check=True)
         shutil.move(Path(folder, "host.so"), library)
 

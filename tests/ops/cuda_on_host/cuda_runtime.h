@@ -214,6 +214,22 @@ T exchange(T value, int from) {
 
 }  // namespace on_host
 
+// New memory is full of NaN, as shared memory is: the linker sends the calls of aoti_torch_empty_strided here.
+extern "C" AOTITorchError __real_aoti_torch_empty_strided(int64_t, const int64_t*, const int64_t*, int32_t, int32_t,
+                                                          int32_t, AtenTensorHandle*);
+extern "C" __attribute__((used)) inline AOTITorchError __wrap_aoti_torch_empty_strided(
+    int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t type, int32_t device, int32_t index,
+    AtenTensorHandle* made) {
+  const AOTITorchError error = __real_aoti_torch_empty_strided(dim, sizes, strides, type, device, index, made);
+  void* memory = nullptr;
+  int64_t bytes = 0;
+  if (error != 0) return error;
+  aoti_torch_get_storage_size(*made, &bytes);
+  aoti_torch_get_data_ptr(*made, &memory);
+  if (bytes > 0) memset(memory, 0xff, bytes);
+  return 0;
+}
+
 extern "C" __attribute__((visibility("default"), used)) inline void imitate(int has_clusters, int shared_bytes, int order) {
   on_host::machine.has_clusters = has_clusters;
   on_host::machine.shared_bytes = shared_bytes;
