@@ -44,10 +44,11 @@ class BypassWatch:
         self._forget(site)
 
     def step(self, sites: Mapping[str, Site]) -> None:
-        """An optimizer has made a step; those without gradients do not count. Warns at the first one of sites that got
-        none. Raises RuntimeError at the second for a weight that is used past its layer."""
+        """An optimizer has made a step; those without gradients do not count, nor do frozen sites. Warns at the first
+        one of sites that got none. Raises RuntimeError at the second for a weight that is used past its layer."""
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return
+        sites = {name: site for name, site in sites.items() if _is_trained(site)}
         if all(map(_is_idle, sites.values())):
             return
         self._steps += 1
@@ -57,7 +58,8 @@ class BypassWatch:
                 if _is_idle(site):
                     self._mark(name, site)
             return
-        bypassed = [name for name, site, weight in self._marked.values() if weight.grad is not None and _is_idle(site)]
+        marked = [found for found in self._marked.values() if _is_trained(found[1])]
+        bypassed = [name for name, site, weight in marked if weight.grad is not None and _is_idle(site)]
         self.end()
         if bypassed:
             raise RuntimeError(
@@ -88,6 +90,10 @@ class BypassWatch:
         _, _, weight = self._marked.pop(id(site))
         weight.requires_grad_(False)
         weight.grad = None
+
+
+def _is_trained(site: Site) -> bool:
+    return site.A.requires_grad or site.B.requires_grad
 
 
 def _is_idle(site: Site) -> bool:

@@ -140,6 +140,25 @@ def test_a_layer_that_was_compiled_is_not_taken_for_one_whose_weight_is_used_pas
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("frozen_from", [0, 1])
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_delta_that_is_frozen_by_hand_is_no_fault(frozen_from, is_compiled):
+    model = Pair(Routed())
+    adapter = on(model)
+    run = torch.compile(model, backend="aot_eager") if is_compiled else model
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error" if frozen_from == 0 else "ignore", message=".* got no gradient")
+        for step in range(3):
+            if step == frozen_from:
+                adapter.sites()["layer.second"].requires_grad_(False)
+            run(rows()).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            model.layer.is_second_on = True
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_a_weight_that_is_trained_beside_its_delta_is_not_frozen():
     model = Pair(Routed())
     adapter, weight = on(model, mode="side"), model.layer.second.weight.requires_grad_(True)
