@@ -129,7 +129,8 @@ def allocate(
     for name, value in (("rank", rank), ("support", support)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    most = {name: min(support or _most(shapes), shape.in_features) for name, shape in shapes.items()}
+    widest = support or _most(shapes)
+    most = {name: min(widest, shape.in_features) for name, shape in shapes.items()}
     rank = rank or _default_rank(shapes, budget, most, support is not None)
     if rank > min(most.values()):
         raise ValueError(f"rank must be at most the support ({min(most.values())}), got {rank}")

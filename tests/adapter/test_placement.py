@@ -67,6 +67,29 @@ def test_a_run_is_the_largest_power_of_two_that_leaves_no_rest(width, run):
     assert len(runs) == len(set(runs)) == half // run and max(runs) < width // run
 
 
+class Counted(dict):
+    """Shapes that count how often all of them are asked for."""
+
+    walks = 0
+
+    def values(self):
+        self.walks += 1
+        return super().values()
+
+    def items(self):
+        self.walks += 1
+        return super().items()
+
+
+def test_a_model_of_many_experts_is_walked_over_as_often_as_a_small_one():
+    walks = []
+    for layers in (1, 100):
+        shapes = Counted({f"{i}.{name}": shape for i in range(layers) for name, shape in SHAPES.items()})
+        allocate(shapes, 1000 * layers)
+        walks.append(shapes.walks)
+    assert walks[0] == walks[1]
+
+
 @pytest.mark.parametrize("rank", [None, 1, 2])
 @pytest.mark.parametrize("density", [0.0005, 0.003, 0.011, 0.05])
 def test_a_large_model_takes_an_eighth_of_its_inputs_at_most(density, rank):
