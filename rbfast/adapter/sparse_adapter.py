@@ -13,6 +13,7 @@ The deltas themselves are in `column_delta`.
 """
 
 import sys
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -109,7 +110,9 @@ class SparseAdapter(nn.Module):
         seed: int = 0,
     ) -> "SparseAdapter":
         """Freezes `model` and attaches new deltas of at most `density` times its parameters. It may be within what
-        torch.compile or DistributedDataParallel puts around it.
+        torch.compile or DistributedDataParallel puts around it. The latter adds up the gradients of the parameters that
+        it finds when it is made: to train on several processes, attach first, and put it around a module that holds
+        both model and adapter.
 
         placement: "random" columns, drawn for every group of matrices, or the best by ColumnScores (or a file of them).
         `support` and `rank` default to what fits (see placement.allocate). mode: "fold" writes the deltas into the
@@ -118,6 +121,7 @@ class SparseAdapter(nn.Module):
         (`rbfast.models.linears.unfit`). Raises ValueError for a density outside (0, 1], one that nothing fits, a model
         without linear layers, and a model that has an adapter attached, PEFT's too.
         """
+        _warn_of_processes(model)
         model = unwrapped(model)
         check_free(model)
         config, deltas = plan(model, density, support, rank, targets, placement, scale, seed)
@@ -127,6 +131,7 @@ class SparseAdapter(nn.Module):
     def from_pretrained(cls, model: nn.Module, directory: str | Path, mode: Mode = "auto") -> "SparseAdapter":
         """Attaches a saved adapter. Raises ValueError, naming the first mismatch, if it was made for another model, and
         as `attach` does for a model that has an adapter attached."""
+        _warn_of_processes(model)
         model = unwrapped(model)
         check_free(model)
         config, deltas = adapter_files.read_adapter(directory)
@@ -356,6 +361,18 @@ def _folds(name: str, linear: nn.Module, mode: Mode) -> bool:
             'use "auto"'
         )
     return foldable and mode != "side"
+
+
+def _warn_of_processes(model: nn.Module) -> None:
+    """DistributedDataParallel itself says nothing of a backward that reaches none of its parameters."""
+    replicas = (m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel))
+    if any(replica.process_group.size() > 1 for replica in replicas):
+        warnings.warn(
+            "DistributedDataParallel does not know the adapter of the model within it, so each process would train one "
+            "of its own: attach first, and put it around a module that holds both, or add up the gradients of "
+            "adapter.parameters() over the processes before each step",
+            stacklevel=3,
+        )
 
 
 def _announce_writes(sites: Iterable[ColumnDelta]) -> None:

@@ -3,6 +3,7 @@
 import copy
 import gc
 import re
+import warnings
 import weakref
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from tiny_models import attach, batch, disturb, gpt2, llama, same_bits, snapshot, train
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from rbfast.adapter.column_delta import ColumnDelta
 from rbfast.adapter.column_scores import score_columns
@@ -78,6 +80,20 @@ def test_names_are_those_of_the_model_within_what_is_put_around_it(tmp_path, wra
     for other in (llama(), wrap(llama())):
         SparseAdapter.from_pretrained(other, tmp_path)
         assert torch.allclose(other(**batch()).logits, logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_processes_that_would_train_adapters_of_their_own_are_warned(processes, tmp_path):
+    attach(llama()).save_pretrained(tmp_path)
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            attach(nn.parallel.DistributedDataParallel(llama()))
+            SparseAdapter.from_pretrained(nn.parallel.DistributedDataParallel(llama()), tmp_path)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert [str(w.message)[:37] for w in said] == ["DistributedDataParallel does not know"] * 2 * (processes - 1)
 
 
 def test_a_compiled_head_gets_no_delta():
