@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rbfast.models.linears import whole
+from rbfast.models.linears import is_sharded, whole
 from rbfast.models.packed_attention import (
     NotPackable,
     drop_packed_attention,
@@ -178,17 +178,33 @@ def final_hidden(
     """Last hidden states [T, H] of a packed row [1, T]; position_ids restart at 0 where an example begins.
 
     The examples of a row never see each other: a model that keeps them apart by the restarts takes the row as a whole,
-    any other one example at a time. `lengths` are the examples', which else are read from position_ids: that waits for
-    a GPU.
+    any other one example at a time; so does one whose rotary frequencies change with the longest of them. `lengths` are
+    the examples', which else are read from position_ids: that waits for a GPU.
 
     Raises:
-        ValueError: the head does more to the logits than `Head` can say.
+        ValueError: the head does more to the logits than `Head` can say, or the model gives NaN.
     """
     lengths = lengths_of(position_ids) if lengths is None else lengths
-    if packs(model):
+    if packs(model) and not _turns_by_row(model, lengths):
         return _backbone(model, input_ids, position_ids, lengths)
     examples = pairwise(accumulate(lengths, initial=0))
     return torch.cat([_backbone(model, input_ids[:, a:b], position_ids[:, a:b], [b - a]) for a, b in examples])
+
+
+def _turns_by_row(model: PreTrainedModel, lengths: Sequence[int]) -> bool:
+    """Whether the longest example of a row sets the rotary frequencies of the others: beyond some length Phi-3's
+    "longrope" and "dynamic" embeddings take others, and they look at the largest position of a row.
+
+    Of a sharded model it may do so in the row of another process, and all have to run the model equally often.
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    for kind in (rope, *rope.values()):  # one for all layers, or one by kind of layer
+        if isinstance(kind, dict) and kind.get("rope_type") in ("longrope", "dynamic"):
+            limit = kind.get("original_max_position_embeddings") or config.max_position_embeddings
+            if max(lengths) > limit or is_sharded(model):
+                return True
+    return False
 
 
 _PACKS: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
@@ -213,6 +229,11 @@ def _try_packing(model: PreTrainedModel) -> bool:
     positions = [torch.arange(ids.shape[1], device=model.device)[None] for ids in examples]
     lengths = [ids.shape[1] for ids in examples]
     alone = [_backbone(model, ids, at, [n]) for ids, at, n in zip(examples, positions, lengths, strict=True)]
+    if not alone[0].isfinite().all():
+        raise ValueError(
+            f"{type(model).__name__} gives hidden states that are NaN or infinite in {str(model.dtype)[6:]}: its "
+            "weights are damaged, or too large for this dtype; load it in bfloat16 or float32"
+        )
     eps = max(torch.finfo(dtype).eps for dtype in (model.dtype, alone[0].dtype))
     if not _apart(head_of(model).logits(alone[0]), model(input_ids=examples[0], use_cache=False).logits[0]) <= 8 * eps:
         raise ValueError(

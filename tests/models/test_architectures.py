@@ -16,6 +16,7 @@ from rbfast.adapter.adapter_files import LORA_RANKS
 from rbfast.adapter.column_scores import score_columns
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.data.encoding import IGNORE, Example, collate
+from rbfast.models import student
 from rbfast.models.student import final_hidden, packs
 from rbfast.training.distill import DistillConfig, placement_scores
 from rbfast.training.objective import Objective, role_counts, token_losses
@@ -240,6 +241,47 @@ def test_a_family_that_cannot_pack_says_so_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         packed_loss(model, examples())
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16}),
+        ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 16}),
+    ],
+)
+def test_a_long_example_does_not_turn_the_positions_of_those_beside_it(name, options):
+    model = family(name, **options)
+    with torch.no_grad():
+        for lengths in ([5, 9], [5, 30, 9]):
+            ids = torch.arange(sum(lengths))[None] % VOCABULARY
+            positions = torch.cat([torch.arange(n) for n in lengths])[None]
+            found = final_hidden(model, ids, positions).split(lengths)
+            for one, part in zip(ids[0].split(lengths), found, strict=True):
+                assert apart(part, model.model(one[None]).last_hidden_state[0]) <= 64 * EPS
+
+
+def test_processes_that_share_such_a_model_run_it_equally_often_whatever_their_rows(monkeypatch):
+    model, runs = family("llama", rope_parameters=DYNAMIC, max_position_embeddings=16), []
+    assert packs(model)
+    monkeypatch.setattr(student, "is_sharded", lambda model: True)
+    model.model.register_forward_hook(lambda *_: runs.append(1))
+    for lengths in ([5, 9], [5, 30]):
+        positions = torch.cat([torch.arange(n) for n in lengths])[None]
+        final_hidden(model, positions, positions)
+    assert len(runs) == 4
+
+
+def test_a_model_of_damaged_weights_is_said_to_be_one():
+    model = family("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="gives hidden states that are NaN or infinite in float32"):
+        packs(model)
 
 
 def test_asking_whether_it_packs_leaves_the_model_as_it_was():
