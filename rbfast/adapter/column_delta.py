@@ -75,7 +75,7 @@ class ColumnDelta(nn.Module):
     def __init__(self, linear: nn.Module, delta: Delta, scale: float, fold: bool, gather: SharedGather) -> None:
         super().__init__()
         object.__setattr__(self, "linear", linear)  # not a submodule: the base stays outside the adapter's state
-        device = next((t.device for t in (*linear.parameters(), *linear.buffers())), None)
+        device = next((_home(linear, t.device) for t in (*linear.parameters(), *linear.buffers())), None)
         # In one layout, whatever their source: fused optimizers pair values, gradients and moments by their place.
         with torch.inference_mode(False):
             self.A, self.B = (
@@ -137,7 +137,8 @@ class ColumnDelta(nn.Module):
 
     def _device(self) -> torch.device:
         weight = own_weight(self.linear)
-        return (weight if weight is not None else next(self.linear.parameters(), self.factors[0])).device
+        stored = weight if weight is not None else next(self.linear.parameters(), self.factors[0])
+        return _home(self.linear, stored.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ColumnDelta":
         """Moves, and never casts: A and B are fp32, and the kept columns have the bits of the base."""
@@ -328,6 +329,16 @@ def fold_all(sites: Iterable[ColumnDelta]) -> None:
         )
     for site in weights:
         site._mark_folded()
+
+
+def _home(linear: nn.Module, device: torch.device) -> torch.device:
+    """Where a layer runs: on the device of its weight or, if that is on meta because accelerate offloads it, on the one
+    that it is brought to for each forward."""
+    if device != _META:
+        return device
+    hook = linear.__dict__.get("_hf_hook")
+    found = (getattr(one, "execution_device", None) for one in getattr(hook, "hooks", (hook,)))
+    return next((torch.device(one) for one in found if one is not None), device)
 
 
 def has_delta(module: nn.Module) -> bool:

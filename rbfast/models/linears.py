@@ -62,7 +62,7 @@ def matrix_view(module: nn.Module) -> Tensor | None:
 def why_not_folded(module: nn.Module) -> str:
     """Why `matrix_view` gives None, as a clause."""
     reason = _use_of(module).reason
-    return f"it {reason}" if reason else "its weight is quantised or sharded"
+    return f"it {reason}" if reason else "its weight is quantised, sharded or offloaded"
 
 
 def whole(tensor: Tensor) -> Tensor:

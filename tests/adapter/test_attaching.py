@@ -7,6 +7,7 @@ import warnings
 import weakref
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from tiny_models import attach, batch, disturb, gpt2, llama, same_bits, snapshot, train
@@ -253,6 +254,24 @@ def test_the_delta_follows_the_base_to_its_device(monkeypatch, mode):
         site.linear.weight = nn.Parameter(torch.empty(site.linear.weight.shape, device="cuda:1"), requires_grad=False)
     site._before(site.linear, ())
     assert moves == [torch.device("cuda:1")]
+
+
+@pytest.mark.parametrize("is_attached_before", [False, True])
+def test_an_offloaded_base_runs_and_trains_its_delta(is_attached_before, tmp_path):
+    plain, model = llama(), llama()
+    adapters = [attach(plain, mode="side")]
+    if is_attached_before:
+        adapters.append(attach(model, mode="side"))
+    accelerate.disk_offload(model.model.layers[0], tmp_path / "weights", torch.device("cpu"))
+    accelerate.cpu_offload(model.model.layers[1], torch.device("cpu"))
+    if not is_attached_before:
+        adapters.append(attach(model))
+    assert all(site.linear.weight.is_meta for site in adapters[1].sites().values())
+    losses = [train(*pair, steps=3) for pair in zip((plain, model), adapters, strict=True)]
+    assert losses[0] == losses[1] and losses[0][-1] < losses[0][0]
+    adapters[1].save_pretrained(tmp_path)
+    assert torch.equal(plain(**batch()).logits, model(**batch()).logits)
+    assert same_bits(adapters[0].state_dict(), SparseAdapter.from_pretrained(llama(), tmp_path).state_dict())
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")

@@ -339,7 +339,7 @@ def test_a_quantised_matrix_runs_beside_its_weight_and_the_others_fold():
     assert {name.rpartition(".")[2] for name, site in adapter.sites().items() if not site.folds} == {"down_proj"}
     losses = train(model, adapter, steps=7)
     assert losses[6] < losses[4] < losses[0]
-    with pytest.raises(RuntimeError, match="down_proj: its weight is quantised or sharded; use export_lora"):
+    with pytest.raises(RuntimeError, match="down_proj: its weight is quantised, sharded or offloaded; use export_lora"):
         adapter.merge()
     with pytest.raises(ValueError, match=r"mode \"fold\" needs .* which model\.layers\.0\.mlp\.down_proj is not"):
         adapter.detach()

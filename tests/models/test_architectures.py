@@ -379,7 +379,7 @@ def test_a_quantised_base_trains_beside_its_weights(package, bits, tmp_path):
     adapter.save_pretrained(tmp_path)
     with adapter.disabled():
         assert torch.equal(logits(model), before)
-    with pytest.raises(RuntimeError, match="its weight is quantised or sharded; use export_lora"):
+    with pytest.raises(RuntimeError, match="its weight is quantised, sharded or offloaded; use export_lora"):
         adapter.merge()
     adapter.export_lora(tmp_path / "lora")
     adapter.detach()

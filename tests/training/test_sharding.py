@@ -77,7 +77,7 @@ def test_an_adapter_of_a_sharded_model_is_saved_for_the_whole_one(group, tmp_pat
     adapter.save_pretrained(tmp_path / "sharded")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "sharded" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    with pytest.raises(RuntimeError, match="quantised or sharded"):
+    with pytest.raises(RuntimeError, match="quantised, sharded or offloaded"):
         adapter.merge()
     adapter.detach()
     other = llama(initializer_range=0.3)
