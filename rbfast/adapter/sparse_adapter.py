@@ -383,9 +383,15 @@ def _announce_writes(sites: Iterable[ColumnDelta]) -> None:
 
 
 def check_free(model: nn.Module) -> None:
-    """Raises ValueError for a model that has an adapter attached (PEFT's too), is not made yet, or is scripted."""
+    """Raises ValueError for a model that has an adapter attached (PEFT's too), is not made yet, is scripted, or whose
+    products are split over processes."""
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("expected a module of Python code, got one made by torch.jit: attach before scripting it")
+    if (getattr(model, "tp_size", None) or 1) > 1:
+        raise ValueError(
+            f"each of {model.tp_size} processes has a part of every product of this model (tensor parallelism), and no "
+            "delta fits a part: load it without tp_plan, and spread its weights with rbfast.training.sharding.shard"
+        )
     if (first := next(deltas_of(model), None)) is not None:
         raise ValueError(
             f"this model has a SparseAdapter attached already (at {first[0]}); one at a time: call its detach() or "

@@ -378,6 +378,15 @@ def test_density_one_trains_at_most_as_many_values_as_the_base_has():
     assert losses[4] < losses[0]  # the same batch
 
 
+def test_a_model_whose_products_are_split_over_processes_is_refused():
+    model = llama()
+    model._tp_size = 2  # as transformers sets it for tp_plan="auto"
+    with pytest.raises(ValueError, match=r"each of 2 processes has a part of every product .* without tp_plan"):
+        attach(model)
+    model._tp_size = 1
+    attach(model)
+
+
 def test_a_scripted_model_is_refused() -> None:
     with pytest.raises(ValueError, match=r"got one made by torch\.jit: attach before scripting it"):
         SparseAdapter.attach(torch.jit.script(nn.Sequential(nn.Linear(16, 16))))
