@@ -13,7 +13,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
-    """Raises if shapes or dtypes do not fit."""
+    """Raises if shapes, dtypes or devices do not fit."""
     if hidden.dim() != 2:
         raise ValueError(f"hidden must be [T, H], got {tuple(hidden.shape)}; flatten batch and sequence first")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
@@ -29,6 +29,18 @@ def check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | 
         raise ValueError(f"labels must be integers, got {labels.dtype}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"head_bias must be [V] = [{weight.shape[0]}], got {tuple(bias.shape)}")
+    check_device("head_weight", weight, hidden)
+    check_device("labels", labels, hidden)
+    if bias is not None:
+        check_device("head_bias", bias, hidden)
+
+
+def check_device(name: str, x: Tensor, hidden: Tensor) -> None:
+    """Raises if x is on another device than hidden. On meta, as an offloaded weight is, a product would do nothing and
+    say nothing."""
+    if x.device != hidden.device:
+        where = "meta, where an offloaded weight has no values" if x.is_meta else x.device
+        raise ValueError(f"{name} must be on {hidden.device} like the student's hidden, got one on {where}")
 
 
 def value_questions(

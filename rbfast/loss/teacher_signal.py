@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rbfast.loss.inputs import check_device
 from rbfast.loss.questions import Question, read_back
 from rbfast.ops.dtypes import wide_dtype
 
@@ -136,6 +137,8 @@ def _check_dense(signal: Dense, student: Tensor) -> int:
         )
     if student.dtype != torch.float64 and torch.float64 in (hidden.dtype, weight.dtype):
         raise ValueError(f"Dense must not be float64 if the student is {student.dtype}; use float32")
+    check_device("the hidden of Dense", hidden, student)
+    check_device("the weight of Dense", weight, student)
     return hidden.shape[0]
 
 

@@ -85,6 +85,20 @@ NAN, ROWS, ROW_3 = torch.full((5, 3), torch.nan), torch.tensor([0, 1]), torch.ar
         (lambda g: {"teacher": Dense(torch.randn(5, 4), torch.randn(11, 5))}, "Dense needs hidden"),
         (lambda g: {"teacher": Dense(torch.randn(5, 4), logits=torch.randn(5, 11))}, "not both"),
         (lambda g: {"teacher": Dense(torch.randn(5, 4).double(), torch.randn(11, 4))}, "float64"),
+        (
+            lambda g: {"head_weight": g["head_weight"].to("meta")},
+            "head_weight must be on cpu .* got one on meta, where",
+        ),
+        (lambda g: {"head_bias": torch.randn(11, device="meta")}, "head_bias must be on cpu"),
+        (lambda g: {"labels": g["labels"].to("meta")}, "labels must be on cpu"),
+        (
+            lambda g: {"teacher": Dense(torch.randn(5, 4, device="meta"), torch.randn(11, 4))},
+            "the hidden of Dense must be",
+        ),
+        (
+            lambda g: {"teacher": Dense(torch.randn(5, 4), torch.randn(11, 4, device="meta"))},
+            "the weight of Dense must be",
+        ),
     ],
 )
 def test_bad_input_is_refused_by_name(change, message):
