@@ -159,11 +159,17 @@ def head_of(model: PreTrainedModel) -> Head:
     Granite, Falcon-H1, Inkling) of its config. Of a sharded model it is gathered: call it once per batch.
 
     Raises:
-        ValueError: the model has no output embeddings, so it cannot be distilled as a language model.
+        ValueError: the model has no output embeddings, so it cannot be distilled as a language model, or their weight
+            is offloaded.
     """
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"{type(model).__name__} has no language-model head: load it as AutoModelForCausalLM")
+    if head.weight.is_meta:
+        raise ValueError(
+            f"the head of {type(model).__name__} is offloaded, so it has no weight to multiply by: name a device for "
+            "it in device_map, or spread the model with rbfast.training.sharding.shard"
+        )
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or getattr(config, "logits_mup_width_multiplier", None) or 1.0

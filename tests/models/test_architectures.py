@@ -3,6 +3,7 @@
 import json
 import warnings
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -274,6 +275,13 @@ def test_processes_that_share_such_a_model_run_it_equally_often_whatever_their_r
         positions = torch.cat([torch.arange(n) for n in lengths])[None]
         final_hidden(model, positions, positions)
     assert len(runs) == 4
+
+
+def test_an_offloaded_head_is_said_to_be_one():
+    model = family("llama")
+    accelerate.cpu_offload(model.lm_head, torch.device("cpu"))
+    with pytest.raises(ValueError, match="the head of LlamaForCausalLM is offloaded"):
+        packs(model)
 
 
 def test_a_model_of_damaged_weights_is_said_to_be_one():
