@@ -40,7 +40,8 @@ def weight_use(module: nn.Module, shape: tuple[int, int]) -> WeightUse:
     if not is_plain(weight):
         return TRANSPOSED if is_conv1d(module) else LINEAR
     if weight.dim() != 2:
-        return WeightUse("unfit", f"has a weight of shape {tuple(weight.shape)}, which is no matrix")
+        flat = " (flattened by FSDP1 or ZeRO-3? Use rbfast.training.sharding.shard)" if weight.dim() == 1 else ""
+        return WeightUse("unfit", f"has a weight of shape {tuple(weight.shape)}, which is no matrix{flat}")
     forward = _forward_of(module)
     if forward is nn.Linear.forward:
         return LINEAR
