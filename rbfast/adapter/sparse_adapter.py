@@ -212,7 +212,8 @@ class SparseAdapter(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The base model, bitwise, within the block. Blocks may nest."""
+        """The base model, bitwise, within the block. Blocks may nest. The backward of a forward that was made before
+        the block belongs after it: within, it would go through the base's weights."""
         self._require("attached", "disable")
         self._disabled += 1
         if self._disabled == 1:
