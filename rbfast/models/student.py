@@ -224,12 +224,14 @@ def packs(model: PreTrainedModel) -> bool:
     model runs two short examples, once; the head is compared with the model's own logits on the way.
     """
     if model not in _PACKS:
-        with torch.no_grad(), torch.autocast(model.device.type, enabled=False), evaluation_mode(model):
-            _PACKS[model] = _try_packing(model)
+        with torch.no_grad():
+            head = head_of(model)  # first: it refuses a model that is offloaded as a whole
+            with torch.autocast(model.device.type, enabled=False), evaluation_mode(model):
+                _PACKS[model] = _try_packing(model, head)
     return _PACKS[model]
 
 
-def _try_packing(model: PreTrainedModel) -> bool:
+def _try_packing(model: PreTrainedModel, head: Head) -> bool:
     step = max(1, model.config.get_text_config().vocab_size // 16)
     examples = [torch.arange(1, n, device=model.device)[None] * step for n in (7, 9)]
     positions = [torch.arange(ids.shape[1], device=model.device)[None] for ids in examples]
@@ -241,7 +243,7 @@ def _try_packing(model: PreTrainedModel) -> bool:
             "weights are damaged, or too large for this dtype; load it in bfloat16 or float32"
         )
     eps = max(torch.finfo(dtype).eps for dtype in (model.dtype, alone[0].dtype))
-    if not _apart(head_of(model).logits(alone[0]), model(input_ids=examples[0], use_cache=False).logits[0]) <= 8 * eps:
+    if not _apart(head.logits(alone[0]), model(input_ids=examples[0], use_cache=False).logits[0]) <= 8 * eps:
         raise ValueError(
             f"{type(model).__name__} does more to its logits than a bias, a scale and a softcap named in its config; "
             "rbfast cannot train it through its hidden states"

@@ -277,9 +277,10 @@ def test_processes_that_share_such_a_model_run_it_equally_often_whatever_their_r
     assert len(runs) == 4
 
 
-def test_an_offloaded_head_is_said_to_be_one():
+@pytest.mark.parametrize("part", ["lm_head", ""])
+def test_an_offloaded_head_is_said_to_be_one(part):
     model = family("llama")
-    accelerate.cpu_offload(model.lm_head, torch.device("cpu"))
+    accelerate.cpu_offload(model.get_submodule(part), torch.device("cpu"))
     with pytest.raises(ValueError, match="the head of LlamaForCausalLM is offloaded"):
         packs(model)
 
