@@ -536,6 +536,6 @@ def test_the_loss_of_a_role_is_that_of_the_last_step_that_had_it() -> None:
 
 @pytest.mark.slow
 def test_a_pipe_that_is_closed_is_no_error():
-    command = f"{sys.executable} -m rbfast.cli.main info | true"
+    command = f"{sys.executable} -m rbfast info | true"
     run = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert run.stderr == ""
