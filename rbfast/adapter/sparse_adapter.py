@@ -330,6 +330,11 @@ class SparseAdapter(nn.Module):
 
     def _follow(self, optimizer: Optimizer) -> None:
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not stepped and any(parameter.grad is not None for parameter in self.parameters()):
+            raise RuntimeError(  # a Trainer makes such an optimizer of a frozen model, and trains it to the end
+                "an optimizer without parameters made a step: the adapter's are not among the model's; give the "
+                "optimizer adapter.parameters(), or set model.adapter = adapter before a Trainer is made"
+            )
         ours = {}
         for name, site in self._sites.items():
             if any(id(factor) in stepped for factor in site.factors):

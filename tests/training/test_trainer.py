@@ -357,3 +357,29 @@ def test_accumulating_two_batches_is_one_batch_of_both(tmp_path: Path) -> None:
     twice = train(tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=2)
     for name, value in once.items():
         assert torch.allclose(value.float(), twice[name].float(), rtol=1e-3, atol=1e-5), name
+
+
+def plain_trainer(folder: Path, model: LlamaForCausalLM) -> Trainer:
+    ids = np.random.default_rng(0).integers(0, VOCAB, (8, 12)).tolist()
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    return Trainer(model, arguments(folder, save_strategy="steps", save_steps=2), train_dataset=rows)
+
+
+@pytest.mark.parametrize("mode", ["fold", "side"])
+def test_a_plain_trainer_trains_an_adapter_that_is_part_of_its_model(tmp_path: Path, mode: str) -> None:
+    adapters = []
+    for checkpoint in (None, tmp_path / "checkpoint-2")[: 2 if mode == "side" else 1]:
+        model = tiny_model()
+        model.adapter = SparseAdapter.attach(model, density=0.2, mode=mode)
+        plain_trainer(tmp_path, model).train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        adapters.append({name: value.detach() for name, value in model.adapter.named_parameters()})
+    assert all(value.abs().sum() > 0 for value in adapters[0].values())
+    assert all(torch.equal(adapters[0][name], value) for name, value in adapters[-1].items())
+
+
+def test_a_plain_trainer_that_does_not_find_the_adapter_is_stopped(tmp_path: Path) -> None:
+    model = tiny_model()
+    adapter = SparseAdapter.attach(model, density=0.2)
+    with pytest.raises(RuntimeError, match=r"set model\.adapter = adapter before a Trainer is made"):
+        plain_trainer(tmp_path, model).train()
+    assert not any(site.B.any() for site in adapter.sites().values())
