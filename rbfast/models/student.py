@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -361,12 +362,16 @@ def _parsed_once() -> Iterator[None]:
 
 
 def _load_gguf(file: Path, dtype: torch.dtype) -> PreTrainedModel:
+    # Recent transformers leave some weights packed where they have a kernel for that, unless they are told.
+    packs = getattr(transformers, "GgufConfig", None)
+    options = {} if packs is None else {"quantization_config": packs(dequantize=True)}
     # Cast by transformers, which leaves buffers as they are: model.to(dtype) would round the frequencies of RoPE too.
     model: Any = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=dtype, trust_remote_code=False
+        file.parent, gguf_file=file.name, dtype=dtype, trust_remote_code=False, **options
     )
-    # The weights are dequantised by now; what still says "quantised" only keeps the model from being saved or trained.
-    del model.config.quantization_config
+    # What may still say "quantised" only keeps the model from being saved or trained.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = False
     return model.eval()

@@ -3,6 +3,7 @@ import re
 
 import pytest
 import torch
+import transformers
 from tiny import tiny_model, tiny_tokenizer
 from tiny_models import llama
 
@@ -46,6 +47,23 @@ def test_a_gguf_file_is_a_student_that_can_be_saved_and_loaded(pristine, tmp_pat
         outline = load_outline(name)
         assert {name: parameter.shape for name, parameter in outline.named_parameters()} == shapes
         assert all(parameter.is_meta for parameter in outline.parameters())
+
+
+def test_no_weight_of_a_gguf_file_stays_packed(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    pytest.importorskip("transformers", minversion="5.23")
+    from gguf_files import VOCABULARY, write_llama
+
+    told, load = [], transformers.AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        student.AutoModelForCausalLM,
+        "from_pretrained",
+        lambda *args, **options: told.append(options["quantization_config"]) or load(*args, **options),
+    )
+    write_llama(llama(vocab_size=VOCABULARY), tmp_path / "tiny.gguf")
+    model, _ = load_student(str(tmp_path / "tiny.gguf"), torch.float32)
+    assert [config.dequantize for config in told] == [True]
+    assert not hasattr(model.config, "quantization_config") and not model.is_quantized
 
 
 def test_a_gguf_file_is_parsed_once(tmp_path, monkeypatch):
