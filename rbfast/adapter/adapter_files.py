@@ -149,7 +149,7 @@ def write_lora(
     The rank is padded with zeros to the next one vLLM serves; `transposed` says the matrices are Conv1D. The file names
     `base` as its base model, by default the hub id of the one it was trained on, if that has one.
     Raises ValueError if the adapter's rank is larger than those, for a delta that is not finite, and if the directory
-    holds an adapter of ours, whose files have the same names.
+    holds a model, or an adapter of ours, whose files have the same names.
     """
     check_finite(deltas)
     if _holds_adapter(Path(directory)):
@@ -190,7 +190,14 @@ def _holds_adapter(directory: Path) -> bool:
     return True
 
 
+def check_holds_no_model(directory: str | Path) -> None:
+    """Raises ValueError for the folder of a model: transformers would load an adapter there onto the model."""
+    if (Path(directory) / "config.json").exists():
+        raise ValueError(f"{directory} holds a model, which an adapter beside it would change; name another folder")
+
+
 def _write_pair(directory: str | Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    check_holds_no_model(directory)
     directory = Path(directory)
     with replacing(directory / TENSOR_FILE) as file:
         file.write(seal(save_tensors(tensors, metadata={"format": "pt"})))

@@ -21,7 +21,7 @@ def save_merged(model: Any, tokenizer: Any, folder: str | Path, instruction: Ins
     """Writes a plain checkpoint, `prompt.json` and a README that says how the student must be asked.
 
     Its generation settings stop at the end of turn that it was trained to write. All is written, or nothing; raises
-    OSError then, and ValueError if the folder holds an adapter.
+    OSError then, and ValueError if the folder holds an adapter or the base.
     """
     _stop_at(model.generation_config, end_of_turn(tokenizer))
     with _checkpoint(model, tokenizer, folder) as files:
@@ -40,6 +40,8 @@ def _checkpoint(model: Any, tokenizer: Any, folder: str | Path) -> Iterator[Path
     """The folder where a checkpoint is, to add to, before it takes its place in `folder`."""
     if (Path(folder) / CONFIG_FILE).exists():
         raise ValueError(f"{folder} holds an adapter, which would be loaded onto the weights too; name another folder")
+    if (base := model.config.name_or_path) and Path(base).resolve() == Path(folder).resolve():
+        raise ValueError(f"{folder} holds the base, which its adapters still need; name another folder")
     with replacing_files(folder) as files:
         try:
             model.save_pretrained(files)

@@ -9,6 +9,7 @@ from typing import Any
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
+from rbfast.adapter.adapter_files import check_holds_no_model
 from rbfast.data.trace import Trace
 from rbfast.training.run_folder import LOG, RUN
 from rbfast.utils.processes import process_count
@@ -47,8 +48,7 @@ def check_same_run(folder: Path, asked: dict[str, Any]) -> None:
 
     How an optimizer step's traces are split over batches and processes may change, but not their number.
     """
-    if (folder / "config.json").exists():
-        raise ValueError(f"{folder} holds a model, which an adapter beside it would change; name another output folder")
+    check_holds_no_model(folder)
     held = read_json(folder / RUN, {})
     if held is None:
         return

@@ -137,10 +137,18 @@ def test_from_traces_to_a_merged_model_and_a_lora(
     assert (header["peft_type"], header["base_model_name_or_path"]) == ("LORA", None)  # not a path of this machine
 
     held = (tmp_path / "run" / "adapter_model.safetensors").read_bytes()
-    for command, folder in (("export-lora", run), ("merge", run), ("merge", str(tmp_path / "lora"))):
+    base = {path.name: path.read_bytes() for path in Path(model_folder).iterdir()}
+    for command, folder in (
+        ("export-lora", run),
+        ("export-lora", model_folder),
+        ("merge", run),
+        ("merge", str(tmp_path / "lora")),
+        ("merge", os.path.relpath(model_folder)),
+    ):
         code, _, err = call(capsys, command, model_folder, run, "-o", folder, "--dtype", "float32")
         assert code == 2 and "name another folder" in err
     assert (tmp_path / "run" / "adapter_model.safetensors").read_bytes() == held
+    assert {path.name: path.read_bytes() for path in Path(model_folder).iterdir()} == base
 
 
 def test_a_base_is_written_as_a_folder_that_an_exported_lora_names(

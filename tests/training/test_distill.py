@@ -201,7 +201,7 @@ def test_a_lone_process_saves_its_run_whatever_rank_its_shell_was_left_with(tmp_
 def test_a_run_is_not_written_into_the_folder_of_a_model(tmp_path, monkeypatch):
     student().save_pretrained(tmp_path)
     before = {path.name for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=r"holds a model.*name another output folder"):
+    with pytest.raises(ValueError, match=r"holds a model.*name another folder"):
         run(tmp_path, monkeypatch)
     assert {path.name for path in tmp_path.iterdir()} == before
 
