@@ -219,10 +219,10 @@ class _Store:
                 completion = Completion(record["completion"], record["tokens"], record["truncated"])
             except (TypeError, KeyError, AttributeError, ValueError) as error:
                 raise ValueError(f"{where}: expected a result of an evaluation: {error!r}; name another file") from None
-            if record.get("decoding") != self.settings:
+            if (held := record.get("decoding")) != self.settings:
                 raise ValueError(
-                    f"{where}: holds results of another model or way of decoding, {record.get('decoding')}, "
-                    f"requested now: {self.settings}; name another file"
+                    f"{where}: holds results of another model or way of decoding: {_differences(held, self.settings)}; "
+                    "name another file"
                 )
             if (problem := known.get(identity)) is not None:
                 result = Result(problem, completion, record["score"], sample, events)
@@ -298,3 +298,9 @@ def _majority_correct(item: Sequence[Result]) -> float:
     keys = [answer_key(result.completion.text, truncated=result.completion.truncated) for result in item]
     winner = majority(keys).answer
     return float(next((r.correct for r, key in zip(item, keys, strict=True) if key == winner and winner), False))
+
+
+def _differences(held: object, asked: dict[str, Any]) -> str:
+    was = held if isinstance(held, dict) else {}
+    names = [name for name in asked | was if was.get(name) != asked.get(name)]
+    return ", ".join(f"its {name} is {was.get(name)!r}, now {asked.get(name)!r}" for name in names)

@@ -218,7 +218,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch):
     assert evaluate(model, tokenizer, problems, keep=path, **options) == whole
     assert len(asked) == 4 and len(path.read_text().splitlines()) == 8
     assert evaluate(model, tokenizer, problems, keep=path, **options) == whole and len(asked) == 4
-    with pytest.raises(ValueError, match="another model or way of decoding"):
+    with pytest.raises(ValueError, match="another model or way of decoding: its seed is 4, now 5; name"):
         evaluate(model, tokenizer, problems, keep=path, **options | {"seed": 5})
     path.write_text("{}\n")
     with pytest.raises(ValueError, match=r"results\.jsonl:1: expected a result of an evaluation"):
