@@ -155,7 +155,7 @@ def add_teach(sub: argparse.ArgumentParser) -> None:
 def run_teach(args: argparse.Namespace) -> int:
     if args.score:
         return _teach_logprobs(args)
-    from rbfast.teacher.solutions import Prices, read_questions, teach
+    from rbfast.teacher.solutions import FAILED, Prices, read_questions, teach
     from rbfast.utils.progress import bar
 
     server = _teacher(args)
@@ -184,6 +184,8 @@ def run_teach(args: argparse.Namespace) -> int:
     text = lines(result)
     if taught.verdicts["wrong"]:
         text += "\nthe wrong answers are among the traces too (verified: false); rbfast curate leaves those out"
+    if taught.failed:
+        text += f"\nwhich replies failed, and why, is in {args.out / FAILED}; the first: {taught.first_failure}"
     print_result(args, result, text)
     return 1 if taught.open else 0
 

@@ -60,6 +60,7 @@ class Taught:
     read: int
     written: int
     cost: float
+    first_failure: str | None = None  # why the first of the failed is no trace
 
     @property
     def verdicts(self) -> dict[str, int]:
@@ -202,7 +203,8 @@ def _collect(jobs: Sequence[Job], store: ReplyStore, reason: str | None, out: Pa
             failed.append({"problem": job.question.text, "sample": job.sample, "reason": str(error), "key": job.key})
     missing, purse = len(store.missing(jobs)), store.purse
     why = reason if missing else None
-    taught = Taught(traces, used, len(failed), missing, why, purse.read, purse.written, purse.cost)
+    first = failed[0]["reason"] if failed else None
+    taught = Taught(traces, used, len(failed), missing, why, purse.read, purse.written, purse.cost, first)
     write_traces(out / TRACES, traces)
     write_text(out / FAILED, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in failed))
     write_text(out / SUMMARY, json.dumps(taught.summary(), indent=1))

@@ -259,7 +259,7 @@ def test_known_answers_verify_the_teacher(server, tmp_path):
     assert [trace.verified for trace in read_traces(tmp_path / "kept")] == [True, None, None]
 
 
-def test_the_command_says_how_many_answers_are_wrong(server, tmp_path, capsys):
+def test_the_command_says_how_many_answers_are_wrong_and_why_replies_failed(server, tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text('{"problem": "What is 5 + 1?", "answer": "7"}')
     asked = [
         "teach",
@@ -273,6 +273,11 @@ def test_the_command_says_how_many_answers_are_wrong(server, tmp_path, capsys):
     assert main(asked) == 0
     said = capsys.readouterr().out
     assert "right: 0\nwrong: 1\nunverified: 0\n" in said and "rbfast curate leaves those out" in said
+    assert "failed, and why" not in said
+    asked[4] = str(tmp_path / "short")
+    assert main([*asked, "--max-tokens", "5"]) == 0
+    said = capsys.readouterr().out
+    assert f"is in {tmp_path / 'short' / 'failed.jsonl'}; the first: the reply was cut at the limit of tokens" in said
 
 
 def test_thinking_is_the_reasoning_where_a_teacher_thinks():
