@@ -106,16 +106,19 @@ def read_evaluations(sources: Iterable[str | Path], *, split: str = "test") -> l
     """The problems of evaluation sets: files (.jsonl, .json, .parquet) or hub ids, of which `split`.
 
     Raises:
-        TraceError: a row without a problem.
+        TraceError: a row without a problem, or a source without rows.
     """
-    found = []
+    found: list[Evaluation] = []
     for source in sources:
+        before = len(found)
         for where, row in read_rows(source, split=split):
             named = [row[field] for field in _QUESTION_FIELDS if field in row] if isinstance(row, dict) else []
             problem = named[0] if named and isinstance(named[0], str) else _problem(row, where)
             if not problem.strip():
                 raise TraceError(f"{where}: expected a text under {', '.join(_QUESTION_FIELDS)}, got an empty one")
             found.append(Evaluation(where, problem))
+        if len(found) == before:  # nothing would be taken out
+            raise TraceError(f"{source}: expected at least one problem, got none")
     return found
 
 

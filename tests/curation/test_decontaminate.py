@@ -262,6 +262,10 @@ def test_evaluation_files(tmp_path: Path) -> None:
     path.write_text('{"text": "One?"}\n')
     with pytest.raises(TraceError, match=r"set\.jsonl:1: expected a text under problem, question, prompt"):
         read_evaluations([path])
+    path.write_text('{"question": "One?"}\n')
+    (empty := tmp_path / "empty.jsonl").touch()
+    with pytest.raises(TraceError, match=r"empty\.jsonl: expected at least one problem, got none"):
+        read_evaluations([path, empty])
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.5, float("nan")])
