@@ -161,7 +161,10 @@ def _problems(args: argparse.Namespace, task: str) -> "list[Problem]":
     from rbfast.grading.tasks import load_problems
 
     wanted = None if args.n == _ALL else args.n or _PROBLEMS
-    return load_problems(task, wanted, args.seed, fewer=args.n is None, options=format_options(args))
+    problems = load_problems(task, wanted, args.seed, fewer=args.n is None, options=format_options(args))
+    if not problems:
+        raise ValueError(f"{task}: expected at least one problem, got none")
+    return problems
 
 
 def run_eval(args: argparse.Namespace) -> int:

@@ -310,6 +310,9 @@ def test_eval_takes_50_problems_or_all_of_a_task_that_has_fewer(
     assert counts("-n", "all") == [2, 51]
     code, _, err = call(capsys, "eval", "no/model", "--task", str(few), "-n", "3")
     assert code == 2 and "holds 2 usable problems, but 3 were requested: request fewer" in err
+    few.write_text("")
+    code, _, err = call(capsys, "eval", "no/model", "--task", str(few))
+    assert code == 2 and err == f"rbfast eval: error: {few}: expected at least one problem, got none\n"
 
 
 @pytest.mark.parametrize(
