@@ -195,6 +195,7 @@ def _joined(parts: Iterator[Part], pool: Pool, quiet: bool) -> Part:
             found.append(part)
             done += len(part.flaws)
             progress(done, None)
+        progress(done, done)
     if not found:
         raise ValueError(f"expected at least one trace in {', '.join(map(str, pool.sources)) or 'the pool'}, got none")
     return join_parts(found)
@@ -292,15 +293,16 @@ def _fetch(
 ) -> tuple[dict[int, str], dict[int, str]]:
     """What some rows of the pool ask, and where some others stand."""
     wanted, located = set(problem_rows.tolist()), set(where_rows.tolist())
-    problems, wheres = {}, {}
+    problems, wheres, done = {}, {}, 0
     with counting("fetching", quiet) as progress:
         for number, (where, row) in enumerate(pool_rows(pool)):
             if number in wanted:
                 problems[number] = questions(Trace.from_dict(row))
             if number in located:
                 wheres[number] = where
-            if number % CHUNK == 0:
-                progress(number, None)
+            if (done := number + 1) % CHUNK == 0:
+                progress(done, None)
+        progress(done, done)
     return problems, wheres
 
 
@@ -332,6 +334,7 @@ def _write(
                 _write_line(dropped, {"where": where, "id": _id_of(row), **ledger.record(rows - 1, item, wheres)})
             if rows % CHUNK == 0:
                 progress(rows, len(flaws))
+        progress(rows, len(flaws))
         if rows != len(flaws):
             raise ValueError(f"the pool had {len(flaws)} rows and now has others: it changed while it was read")
 

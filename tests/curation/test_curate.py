@@ -232,7 +232,9 @@ def test_command_line(small: tuple[Path, Path], tmp_path: Path, capsys: pytest.C
     assert "Pass rates for 1 of 4 traces" in (tmp_path / "out" / "datasheet.html").read_text(encoding="utf-8")
     assert main([*common, "--pass-rates", str(rates), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["pass_rates"] == {"known": 1, "of": 4}
-    assert "assessing" in err
+    assert re.findall(r"(assessing|fetching|writing) .* (\d+/\S+)", err) == [
+        (stage, "12/12") for stage in ("assessing", "fetching", "writing")
+    ]
     assert main([*common[:-1], "0"]) == 2
     assert "size and processes must be at least 1, got 0 and 1" in capsys.readouterr().err
     bad = write_rows(tmp_path / "bad.jsonl", [{"problem": "One?"}])
