@@ -47,7 +47,7 @@ from rbfast.training.trainer import DistillTrainer
 from rbfast.training.training_bar import Bar
 from rbfast.utils.files import write_text
 from rbfast.utils.processes import is_first_process, process_count
-from rbfast.utils.records import check_numbers, read_json
+from rbfast.utils.records import check_numbers, read_json, show
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}  # as transformers names them
 
@@ -162,6 +162,7 @@ def distill(
         ValueError: no trace fits `max_tokens`, or one is longer than the model's table of positions; `signals` holds
             none of them, `out` holds a run with other settings, model, traces or teacher, or a file that is broken, or
             it is not the same folder for all processes.
+        TypeError: `traces` holds something else, or is the name of a file.
     """
     out, start = Path(out), time.monotonic()
     first = is_first_process()  # of the processes, which share the folder
@@ -251,6 +252,9 @@ def _plan(
 def _encoded(
     traces: Sequence[Trace], tokenizer: PreTrainedTokenizerBase, config: DistillConfig
 ) -> tuple[list[Example], list[tuple[Trace, str]]]:
+    given = [traces] if isinstance(traces, str | Path) else traces
+    for other in (trace for trace in given if not isinstance(trace, Trace)):
+        raise TypeError(f"expected a list of Trace, got {show(other)}: read_traces(FILE) reads one from a file")
     examples, skipped = encode_all(
         traces,
         tokenizer,

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import asdict
 from functools import wraps
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -196,6 +197,12 @@ def test_a_lone_process_saves_its_run_whatever_rank_its_shell_was_left_with(tmp_
     monkeypatch.setenv("RANK", "1")
     run(tmp_path, monkeypatch)
     assert SparseAdapter.from_pretrained(student(), tmp_path).sites()
+
+
+@pytest.mark.parametrize("traces", ["pool.jsonl", Path("pool.jsonl"), [TRACES[0], TRACES[1].to_dict()]])
+def test_traces_that_were_not_read_are_refused_with_the_way_to_read_them(tmp_path, traces):
+    with pytest.raises(TypeError, match=r"expected a list of Trace, got (str|PosixPath|dict).*: read_traces\(FILE\)"):
+        distill(student(), TOKENIZER, traces, tmp_path)
 
 
 def test_a_run_is_not_written_into_the_folder_of_a_model(tmp_path, monkeypatch):
