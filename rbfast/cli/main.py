@@ -25,6 +25,8 @@ COMMANDS = (INFO, CONVERT, CURATE, TEACH, DISTILL, SOLVE, EVAL, REPORT, MERGE, E
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    if args.json:
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of transformers too: no tqdm is imported yet
     try:
         if getattr(args, "device", None):  # now, not after an hour of reading
             device_of(args)

@@ -546,6 +546,14 @@ def test_the_loss_of_a_role_is_that_of_the_last_step_that_had_it() -> None:
 
 
 @pytest.mark.slow
+def test_json_comes_without_anyones_progress(model_folder: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rbfast", "merge", model_folder, "--base-only", "-o", str(tmp_path / "out")]
+    run = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    assert (json.loads(run.stdout), run.stderr) == ({"out": str(tmp_path / "out")}, "")
+    assert "Loading weights" in subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+@pytest.mark.slow
 def test_a_pipe_that_is_closed_is_no_error():
     command = f"{sys.executable} -m rbfast info | true"
     run = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
