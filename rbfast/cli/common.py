@@ -177,7 +177,9 @@ def temperature_of(args: argparse.Namespace) -> float:
 
 def lines(result: dict[str, Any]) -> str:
     return "\n".join(
-        f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}" for name, value in result.items()
+        f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}"
+        for name, value in result.items()
+        if value is not None
     )
 
 
