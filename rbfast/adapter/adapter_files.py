@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,12 @@ def read_adapter(directory: str | Path) -> tuple[AdapterConfig, dict[str, Delta]
         deltas[name] = delta
     _check_groups(path, config, deltas)
     return config, deltas
+
+
+def adapter_digest(directory: str | Path) -> str:
+    """Of both files. Raises FileNotFoundError if one is missing."""
+    data = b"".join(_read_bytes(Path(directory) / name) for name in (CONFIG_FILE, TENSOR_FILE))
+    return blake2b(data, digest_size=16).hexdigest()
 
 
 def check_finite(deltas: Mapping[str, Delta]) -> None:

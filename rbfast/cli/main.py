@@ -9,7 +9,8 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import NoReturn
 
 from rbfast import __version__
@@ -25,12 +26,11 @@ COMMANDS = (INFO, CONVERT, CURATE, TEACH, DISTILL, SOLVE, EVAL, REPORT, MERGE, E
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    if args.json:
-        os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of transformers too: no tqdm is imported yet
     try:
         if getattr(args, "device", None):  # now, not after an hour of reading
             device_of(args)
-        code = args.run(args)
+        with _without_bars() if args.json else nullcontext():
+            code = args.run(args)
         sys.stdout.flush()  # here, because here a closed pipe can be told from a failure
         return code
     except BrokenPipeError:
@@ -46,6 +46,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         resumes = "; run the same command to resume" if getattr(args, "out", None) else ""  # else nothing was kept
         print(f"rbfast {args.command}: interrupted{resumes}", file=sys.stderr)
         return 130  # as a shell reports SIGINT
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without the bars of others too, transformers' for one: tqdm asks the environment as it is imported."""
+    before = os.environ.get("TQDM_DISABLE")
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TQDM_DISABLE"]
+        else:
+            os.environ["TQDM_DISABLE"] = before
 
 
 class _CommandParser(argparse.ArgumentParser):

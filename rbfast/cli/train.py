@@ -40,6 +40,7 @@ def add_distill(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--signals", type=Path, help="folder of a teacher's log-probs that `rbfast teach` wrote")
     sub.add_argument("--teacher", help="a model with the student's tokens to run beside it: hub id or local folder")
+    sub.add_argument("--adapter", help="folder of a trained adapter of MODEL to go on with (default: a new one)")
     sub.add_argument("--density", type=float, help="trainable values / all parameters, at most (default: 0.003)")
     sub.add_argument("--rank", type=int, help="rank of each delta (default: what fits)")
     sub.add_argument("--support", type=int, help="columns of each delta (default: what fits)")
@@ -98,11 +99,12 @@ def run_distill(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     model, tokenizer, teacher = _load_models(args)
+    extra = {"teacher": teacher, "adapter": args.adapter}
     if args.plan:
-        plan = plan_run(model, tokenizer, traces, config, teacher)
+        plan = plan_run(model, tokenizer, traces, config, **extra)
         return print_result(args, plan.to_dict(), str(plan))
     try:
-        run = distill(model, tokenizer, traces, args.out, config, args.json, signals=args.signals, teacher=teacher)
+        run = distill(model, tokenizer, traces, args.out, config, args.json, signals=args.signals, **extra)
     except KeyboardInterrupt:
         print(_what_is_kept(args.out, config), file=sys.stderr)
         raise
@@ -128,8 +130,8 @@ def _distill_config(args: argparse.Namespace) -> "DistillConfig":
     from rbfast.training.distill import DistillConfig
     from rbfast.training.objective import Objective
 
-    if args.instruction is None and (held := instruction_of(args, args.model)) is not None:
-        args.instruction = held.text or "none"  # of a merged student that is trained again
+    if args.instruction is None and (held := instruction_of(args, args.adapter, args.model)) is not None:
+        args.instruction = held.text or "none"  # of a student that is trained again
     objective = _given(args, Objective) | _by_role("", args.role_weights) | _by_role("_temperature", args.temperature)
     return DistillConfig(**_given(args, DistillConfig), objective=Objective(**objective))
 

@@ -141,7 +141,7 @@ def evaluate(
     Args:
         keep: a JSONL file that every result is added to as soon as its batch is done. What it already holds of these
             problems is not written again; its score is replaced if the problem's answer was corrected since.
-        progress: called with (problems done, problems in all) after each batch.
+        progress: called with (problems done, problems in all) at the start and after each batch.
         decoding: the fields of `Decoding`.
 
     Raises:
@@ -158,6 +158,12 @@ def evaluate(
     by_identity = {_identity(problem): problem for problem in problems}
     todo = [by_identity[identity] for identity in left]
     lengths = [range(len(problem.question)) for problem in todo]
+
+    def report() -> None:
+        if progress is not None:
+            progress(sum(_identity(problem) in done for problem in problems), len(problems))
+
+    report()
     for rows in batches_by_length(lengths, max(1, batch_size // how.samples)):
         asked = [todo[i] for i in rows]
         written = how.write(model, tokenizer, asked, batch_size)
@@ -167,8 +173,7 @@ def evaluate(
             if store:
                 store.add(results)
         give_back()
-        if progress is not None:
-            progress(sum(_identity(problem) in done for problem in problems), len(problems))
+        report()
     return [result for problem in problems for result in done[_identity(problem)]]
 
 

@@ -150,7 +150,7 @@ def teach(
     """
     _check({"samples": samples, "max_tokens": max_tokens, "concurrency": concurrency}, extra or {})
     if max_cost is not None and prices == FREE:
-        raise ValueError("max_cost needs the prices of a million tokens, got none")
+        raise ValueError("max_cost needs the prices of a million tokens (--prices READ WRITTEN), got none")
     out = Path(out)
     body: dict[str, Any] = {"max_tokens": max_tokens, "stream": False, **(extra or {})}
     if top_logprobs:

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from rbfast.adapter.adapter_files import adapter_digest
 from rbfast.adapter.column_scores import METHODS, ColumnScores, Method, score_columns
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.data.chat_template import default_instruction, write_prompt
@@ -146,6 +147,7 @@ def distill(
     *,
     signals: str | Path | None = None,
     teacher: PreTrainedModel | None = None,
+    adapter: str | Path | None = None,
 ) -> Run:
     """Trains an adapter of `model` on `traces` and saves it in `out`; the model is left with the adapter attached, in
     the mode that it came in. After a failure or an interruption it is left as it came.
@@ -157,6 +159,8 @@ def distill(
         signals: a folder of log-probs that `rbfast teach` wrote, or the one that it is in; traces that it lacks teach
             by their text.
         teacher: a model with the student's tokens, run beside it, for tokens without signals.
+        adapter: the folder of a trained adapter of this model to go on with, in place of a new one. It has a shape and
+            columns of its own, so the config may name none. AdamW and the schedule begin anew.
 
     Raises:
         ValueError: no trace fits `max_tokens`, or one is longer than the model's table of positions; `signals` holds
@@ -173,34 +177,32 @@ def distill(
         asked |= {"signals": _fill(examples, signals)}
     if teacher is not None:
         asked |= {"teacher": teacher.config.name_or_path}
+    if adapter is not None:
+        asked |= {"adapter": _start(adapter, config)}
     check_same_run(out, asked)
     arguments = _arguments(out, model, config, examples)  # from here on the processes are connected
     checkpoint = last_checkpoint(out / "checkpoints")
     check_same_folder(out, checkpoint)
     if (history := read_json(out / LOG, [{"step": int}])) is not None:
         cost = read_json(out / RUN, {"seconds": (int, float)}) or {"seconds": 0.0}  # the file may have been removed
-        adapter = SparseAdapter.from_pretrained(model, out)
+        trained = SparseAdapter.from_pretrained(model, out)
         if first:
             remove_checkpoints(out / "checkpoints")  # of a run that was killed while it removed them
-        return Run(adapter, history, skipped, cost["seconds"], found=True)
+        return Run(trained, history, skipped, cost["seconds"], found=True)
     if first:  # before the long part, which a folder that cannot be written to would waste
         write_text(out / RUN, json.dumps(asked, indent=1))
         write_prompt(out, tokenizer, replace(_instruction(tokenizer, config), system=_shared_system(traces)))
-    adapter = (
-        _attach_adapter(model, examples, config, teacher)
-        if checkpoint is None
-        else SparseAdapter.from_pretrained(model, checkpoint)
-    )
-    with mode_kept(model), _detached_on_failure(adapter):
-        plan = None if is_sharded(model) else _plan(model, adapter, examples, len(skipped), config, teacher)
+    trained = _attach_adapter(model, examples, config, teacher, checkpoint or adapter)
+    with mode_kept(model), _detached_on_failure(trained):
+        plan = None if is_sharded(model) else _plan(model, trained, examples, len(skipped), config, teacher)
         if first and not quiet and plan is not None:
             print(plan, file=sys.stderr)
         progress = Bar(quiet or not first)
-        trainer = _trainer(model, adapter, arguments, examples, config, teacher, progress)
+        trainer = _trainer(model, trained, arguments, examples, config, teacher, progress)
         with closing(progress), checkpointing(model) if config.gradient_checkpointing else nullcontext():
             trainer.train(resume_from_checkpoint=checkpoint)
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
-        run = Run(adapter, history, skipped, time.monotonic() - start, plan=plan)
+        run = Run(trained, history, skipped, time.monotonic() - start, plan=plan)
         if first:
             _save(run, out, asked, examples, resumed=checkpoint is not None)
         trainer.accelerator.wait_for_everyone()
@@ -223,16 +225,19 @@ def plan_run(
     traces: Sequence[Trace],
     config: DistillConfig = DistillConfig(),
     teacher: PreTrainedModel | None = None,
+    adapter: str | Path | None = None,
 ) -> Plan:
     """What `distill` would take with these arguments; nothing is trained. Raises ValueError as it does for traces that
     do not fit."""
     examples, skipped = _encoded(traces, tokenizer, config)
     _check_positions(model, examples)
-    adapter = _attach_adapter(model, examples, replace(config, placement="random"), teacher)
+    if adapter is not None:
+        _start(adapter, config)
+    attached = _attach_adapter(model, examples, replace(config, placement="random"), teacher, adapter)
     try:
-        return _plan(model, adapter, examples, len(skipped), config, teacher)
+        return _plan(model, attached, examples, len(skipped), config, teacher)
     finally:
-        adapter.detach()
+        attached.detach()
 
 
 def _plan(
@@ -389,9 +394,24 @@ def _fill(examples: Sequence[Example], signals: str | Path) -> dict[str, Any]:
     return {"teacher": store.teacher, "k": store.k, "traces": len(examples) - missing}
 
 
+def _start(adapter: str | Path, config: DistillConfig) -> str:
+    """The digest of the adapter that a run begins with. Raises ValueError for a config that would shape a new one."""
+    for name in ("density", "rank", "support", "placement"):
+        if getattr(config, name) != getattr(DistillConfig, name):
+            raise ValueError(f"{name} is for a new adapter, the one in {adapter} has its own; name one of the two")
+    return adapter_digest(adapter)
+
+
 def _attach_adapter(
-    model: PreTrainedModel, examples: Sequence[Example], config: DistillConfig, teacher: PreTrainedModel | None
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    config: DistillConfig,
+    teacher: PreTrainedModel | None,
+    saved: str | Path | None,
 ) -> SparseAdapter:
+    """The adapter saved in a folder, or a new one."""
+    if saved is not None:
+        return SparseAdapter.from_pretrained(model, saved)
     method = config.placement
     start = "random" if method == "random" else placement_scores(model, examples, config, method, teacher)
     return SparseAdapter.attach(

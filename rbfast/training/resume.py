@@ -15,7 +15,7 @@ from rbfast.training.run_folder import LOG, RUN
 from rbfast.utils.processes import process_count
 from rbfast.utils.records import read_json
 
-_OPTIONAL = "quantised", "signals", "teacher"  # settings that not every run has
+_OPTIONAL = "quantised", "signals", "teacher", "adapter"  # settings that not every run has
 
 
 def asked_of(model: PreTrainedModel, traces: Sequence[Trace], config: dict[str, Any]) -> dict[str, Any]:

@@ -69,6 +69,7 @@ def names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tests = [{"problem": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(3)]
     write(Path("problems.jsonl"), tests)
+    write(Path("own.jsonl"), [{"problem": "3+3?", "reasoning": "I add.\n3+3=6", "answer": "6"}] * 3)
     write(Path("taught/traces.jsonl"), [{"problem": "2+2?", "reasoning": "I add.\n2+2=4", "answer": "4"}] * 3)
     return {
         "simplescaling/s1K-1.1": write(Path("s1k11.jsonl"), [s1k(n) for n in range(2, 10)]),
@@ -83,7 +84,10 @@ def names(tmp_path, monkeypatch):
 
 def smaller(words: list[str]) -> list[str]:
     options = [SMALLER.get(before, word) for before, word in zip(["", *words], words, strict=False)]
-    return [*options, *(["--density", "0.1", "--dtype", "float32", "--device", "cpu"] if words[0] == "distill" else [])]
+    if words[0] == "distill":
+        options += ["--dtype", "float32", "--device", "cpu"]
+    is_new = words[0] == "distill" and "--adapter" not in words
+    return [*options, *(["--density", "0.1"] if is_new else [])]
 
 
 @pytest.mark.slow

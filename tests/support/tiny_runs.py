@@ -25,7 +25,7 @@ def student():
     return llama(vocab_size=len(TOKENIZER), max_position_embeddings=256)
 
 
-def run(folder, monkeypatch, cut_at=None, model=None, **settings):
+def run(folder, monkeypatch, cut_at=None, model=None, adapter=None, **settings):
     with monkeypatch.context() as patch:
         if cut_at is not None:
             start = DistillTrainer.__init__
@@ -35,6 +35,7 @@ def run(folder, monkeypatch, cut_at=None, model=None, **settings):
                 self.add_callback(PowerCut(cut_at))
 
             patch.setattr(DistillTrainer, "__init__", begin)
-        settings = dict(save_steps=2) | settings
-        config = DistillConfig(density=0.2, rank=3, batch_size=4, learning_rate=1e-2, **settings)
-        return distill(model or student(), TOKENIZER, TRACES, folder, config, quiet=True).adapter.state_dict()
+        shape = dict(density=0.2, rank=3) if adapter is None else {}
+        config = DistillConfig(**dict(save_steps=2, batch_size=4, learning_rate=1e-2) | shape | settings)
+        found = distill(model or student(), TOKENIZER, TRACES, folder, config, quiet=True, adapter=adapter)
+        return found.adapter.state_dict()

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from rbfast.adapter.column_scores import score_columns
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.data.encoding import encode_all
-from rbfast.training.distill import DistillConfig, distill, trace_loss
+from rbfast.training.distill import DistillConfig, distill, plan_run, trace_loss
 from rbfast.training.objective import Objective
 from rbfast.training.trainer import DistillTrainer
 from rbfast.training.training_bar import Bar
@@ -63,6 +63,45 @@ def test_a_cut_run_goes_on_in_its_dtype_and_a_finished_one_is_found_in_any(tmp_p
         run(tmp_path, monkeypatch, model=student().bfloat16())
     trained = run(tmp_path, monkeypatch)
     assert same_bits(run(tmp_path, monkeypatch, model=student().bfloat16()), trained)
+
+
+def test_a_run_goes_on_with_the_adapter_of_another(tmp_path, monkeypatch):
+    run(tmp_path / "first", monkeypatch)
+    began, model = tmp_path / "first", student()
+    first = SparseAdapter.from_pretrained(model, began)
+    examples, _ = encode_all(TRACES, TOKENIZER)
+    expected = trace_loss(model, examples, 4)["mean"]
+    first.detach()
+    whole = run(tmp_path / "whole", monkeypatch, adapter=began, learning_rate=1e-9)
+    assert all(torch.allclose(whole[name], value, atol=1e-6) for name, value in first.state_dict().items())
+    whole = run(tmp_path / "second", monkeypatch, adapter=began)
+    assert {name for name, value in first.state_dict().items() if torch.equal(whole[name], value)} == {
+        name for name in whole if name.endswith("cols")
+    }
+    trained = SparseAdapter.from_pretrained(model, tmp_path / "second")
+    assert trace_loss(model, examples, 4)["mean"] < expected
+    trained.detach()
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path / "cut", monkeypatch, cut_at=5, adapter=began)
+    with pytest.raises(ValueError, match=r"its density is 0\.003, now 0\.2"):
+        run(tmp_path / "cut", monkeypatch)
+    with pytest.raises(ValueError, match=r"its adapter is '[0-9a-f]+', now '[0-9a-f]+'"):
+        run(tmp_path / "cut", monkeypatch, adapter=tmp_path / "second")
+    assert same_bits(run(tmp_path / "cut", monkeypatch, adapter=began), whole)
+    assert same_bits(run(tmp_path / "cut", monkeypatch, adapter=began), whole)  # a finished one is found
+
+
+@pytest.mark.parametrize("setting", [{"density": 0.01}, {"rank": 3}, {"support": 16}, {"placement": "gradient"}])
+def test_an_adapter_to_go_on_with_has_its_own_shape(tmp_path, monkeypatch, setting):
+    [name] = setting
+    for ask in (run, lambda *args, **settings: planned(**settings)):
+        with pytest.raises(ValueError, match=f"{name} is for a new adapter, the one in first has its own"):
+            ask(tmp_path / "second", monkeypatch, adapter="first", **setting)
+    assert not (tmp_path / "second").exists()
+
+
+def planned(adapter, **settings):
+    return plan_run(student(), TOKENIZER, TRACES, DistillConfig(**settings), adapter=adapter)
 
 
 def test_the_loss_of_traces_is_measured_in_evaluation_mode():

@@ -168,7 +168,12 @@ def test_the_command_line_takes_logprobs_and_trains(folders, tmp_path, capsys):
     wrong[wrong.index(str(out))] = str(tmp_path / "aligned")
     assert main(wrong) == 2 and "--align" in capsys.readouterr().err
     assert main([*wrong, "--align"]) == 0
-    assert main([*train[:4], str(tmp_path / "x"), "--teacher", str(folders / "other")]) == 2
+    train[train.index(str(tmp_path / "run"))] = str(tmp_path / "second")
+    go_on = [*train[: train.index("--density")], "--adapter", str(tmp_path / "run")]
+    assert main([*go_on, "--plan"]) == 0 and main(go_on) == 0
+    assert main([*train, "--adapter", str(tmp_path / "run")]) == 2
+    assert "density is for a new adapter" in capsys.readouterr().err
+    assert main([*go_on[:4], str(tmp_path / "x"), "--teacher", str(folders / "other")]) == 2
     assert "other tokens than the student" in capsys.readouterr().err
 
 
