@@ -17,7 +17,7 @@ from rbfast.data.choices import chosen, with_options
 from rbfast.data.conversations import ASSISTANT, USER, Turn, exchange, parse_pairs, parse_turns, split_thinking, text_of
 from rbfast.data.fields import Field, check_map, names_of
 from rbfast.data.rendered import parse_rendered
-from rbfast.data.replies import ADVICE, Reply, find_replies, is_flag, reply_of_turn, verdict_of
+from rbfast.data.replies import ADVICE, END_FIELDS, Reply, find_replies, is_flag, reply_of_turn, verdict_of
 from rbfast.data.row import Row, only
 from rbfast.data.thinking_marks import OPENER
 from rbfast.data.trace import MAY_BE_NUMBERS, TraceError, is_finite
@@ -27,7 +27,7 @@ from rbfast.utils.records import show
 _FOUND = ("generations", "trajectories", "conversations", "completions", "solutions")
 FORMATS = ("native", *_FOUND, "batch")
 _NATIVE = ("problem", "reasoning", "answer")
-_KEPT = ("plan", "finish_reason", "done_reason", "stop_reason", "truncated")
+_KEPT = ("plan", *END_FIELDS, "truncated")
 
 
 @dataclass(frozen=True)
@@ -337,7 +337,8 @@ def _about(row: Row, asked: _Question, reply: Reply, count: int) -> dict[str, An
     difficulty = next((value for _, value in row.candidates("difficulty")), None)
     found["difficulty"] = difficulty if is_finite(difficulty) else None
     found |= {name: row.values[name] for name in _KEPT if name in row.values and not isinstance(row.values[name], list)}
-    found["finish_reason"] = found.get("finish_reason") or row.text("finish")
+    if not any(found.get(name) for name in END_FIELDS):
+        found["finish_reason"] = row.text("finish")
     if reply.verified is not None:
         found["verified"] = reply.verified
     return {name: value for name, value in found.items() if value is not None}

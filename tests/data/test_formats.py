@@ -49,15 +49,25 @@ def test_generations_that_were_all_cut_are_no_trace() -> None:
         interpret(row_of("openr1_math") | {"finish_reasons": ["length"] * 4})
 
 
-@pytest.mark.parametrize("end", [{"finish_reason": "length"}, {"stop_reason": "MAX_TOKENS"}, {"truncated": True}])
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        ({"finish_reason": "length"}, "its finish_reason is length"),
+        ({"done_reason": "length"}, "its done_reason is length"),
+        ({"stop_reason": "MAX_TOKENS"}, "its stop_reason is MAX_TOKENS"),
+        ({"truncated": True}, "so it says"),
+    ],
+)
 @pytest.mark.parametrize(
     "row", [PLAIN, {"prompt": QUESTION, "completion": "Add. The answer is 42"}], ids=["native", "other"]
 )
-def test_a_reply_that_its_server_cut_is_no_trace(tmp_path: Path, row: dict[str, Any], end: dict[str, Any]) -> None:
+def test_a_reply_that_its_server_cut_is_no_trace(
+    tmp_path: Path, row: dict[str, Any], end: dict[str, Any], said: str
+) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text("\n".join(map(json.dumps, [row | end, row])))
     reader = TraceReader(path, skip=True)
-    assert len(reader.all()) == 1 and "truncated: " in reader.unreadable[0][1]
+    assert len(reader.all()) == 1 and f"truncated: {said}" in reader.unreadable[0][1]
 
 
 def test_the_teacher_can_be_chosen_and_has_to_be_without_grades() -> None:
