@@ -178,6 +178,8 @@ def distill(
     if teacher is not None:
         asked |= {"teacher": teacher.config.name_or_path}
     if adapter is not None:
+        if Path(adapter).resolve() == out.resolve():
+            raise ValueError(f"{out} holds the adapter to go on with, which the run would replace; name another folder")
         asked |= {"adapter": _start(adapter, config)}
     check_same_run(out, asked)
     arguments = _arguments(out, model, config, examples)  # from here on the processes are connected

@@ -100,6 +100,11 @@ def test_an_adapter_to_go_on_with_has_its_own_shape(tmp_path, monkeypatch, setti
     assert not (tmp_path / "second").exists()
 
 
+def test_a_run_does_not_replace_the_adapter_that_it_goes_on_with(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="holds the adapter to go on with, which the run would replace"):
+        run(tmp_path / "first", monkeypatch, adapter=tmp_path / "second" / ".." / "first")
+
+
 def planned(adapter, **settings):
     return plan_run(student(), TOKENIZER, TRACES, DistillConfig(**settings), adapter=adapter)
 
