@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from rbfast.data.spans import ROLES
 from rbfast.evaluation.statistics import Interval, proportion
@@ -54,12 +55,14 @@ def draw_losses(log_history: Sequence[Mapping[str, Any]]) -> Figure:
         reach = len(losses) // 30
         smooth = [losses[max(0, i - reach) : i + reach + 1].mean() for i in range(len(losses))]
         axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=1)
-        axes.plot(steps, smooth, color=colour, linewidth=2, label=f"{role} (now {smooth[-1]:.3f})")
+        dot = "o" if len(losses) == 1 else None  # a line through one point shows nothing
+        axes.plot(steps, smooth, color=colour, linewidth=2, marker=dot, label=f"{role} (now {smooth[-1]:.3f})")
     if not axes.lines:
         raise ValueError(
             f"expected loss_strategic, loss_tactical or loss_answer in {len(log_history)} log records, got none"
         )
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title="Training loss by role", ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     return figure

@@ -49,6 +49,13 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old" and [entry.name for entry in tmp_path.iterdir()] == ["picture.png"]
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_the_losses_of_a_short_run_are_seen_at_whole_steps(steps):
+    axes = plots.draw_losses([{"step": step, "loss_tactical": 1.0} for step in range(1, steps + 1)]).axes[0]
+    assert all(tick == round(tick) for tick in axes.get_xticks())
+    assert axes.lines[-1].get_marker() == ("o" if steps == 1 else "None")
+
+
 def test_scores_are_drawn_where_there_are_some():
     figure = plots.draw_scores({**SCORES, "model.layers.12.self_attn.q_proj": float("nan")})
     drawn = figure.axes[0].images[0].get_array()
