@@ -12,6 +12,7 @@ from typing import Any
 
 from rbfast.adapter.adapter_files import CONFIG_FILE, AdapterConfig
 from rbfast.data.spans import ROLES
+from rbfast.models.names import hub_id_of
 from rbfast.report.accuracy import accuracy, by_budget, gain_text, percent_text
 from rbfast.report.examples import examples
 from rbfast.report.html import escape, page, picture, remark, stages_table, table
@@ -117,9 +118,9 @@ def _headline(run: RunFolder) -> str:
 
 
 def _base_model(run: RunFolder) -> str:
-    """The name alone: the path of a folder is of no use to a reader of the page."""
+    """Its id on the hub, else its name alone: the path of a folder is of no use to a reader of the page."""
     name = run.settings["base_model"] or "an unnamed model"
-    return Path(name).name if Path(name).is_absolute() else name
+    return hub_id_of(name) or (Path(name).name if Path(name).is_absolute() else name)
 
 
 def _values(adapter: AdapterConfig) -> int:
@@ -161,7 +162,10 @@ def _training(run: RunFolder) -> Iterator[str]:
     yield f"<details><summary>every setting, as {RUN} holds it</summary><pre>{escape(whole)}</pre></details>"
     yield from _skipped(run)
     if run.datasheet is None:
-        yield remark(f"No {DATASHEET} in the folder: where the traces come from is not recorded there.")
+        yield remark(
+            f"No {DATASHEET} in the folder: how the traces were picked is not known. Copy there the one that "
+            "`rbfast curate` wrote, and it is shown here."
+        )
         return
     yield "<h4>How the traces were picked</h4>"
     yield stages_table(run.datasheet)
