@@ -12,6 +12,7 @@ from rbfast.adapter.adapter_files import CONFIG_FILE
 from rbfast.data.chat_template import end_of_turn, format_prompt, write_prompt
 from rbfast.data.instruction import Instruction
 from rbfast.data.thinking import thinking_format
+from rbfast.models.names import hub_id_of
 from rbfast.utils.files import replacing_files, write_text
 
 README = "README.md"
@@ -68,7 +69,8 @@ def _stop_at(settings: Any, end: int) -> None:
 
 def _readme(tokenizer: Any, instruction: Instruction, base: str) -> str:
     found = thinking_format(tokenizer)
-    named = f" It was made from {base}." if base and not Path(base).exists() and not base.startswith((".", "/")) else ""
+    known = hub_id_of(base)
+    named = f" It was made from {known}." if known else ""
     lines = [
         "# A student trained with rbfast",
         f"These are the merged weights of a student that was distilled on reasoning traces.{named}",
@@ -91,4 +93,5 @@ def _readme(tokenizer: Any, instruction: Instruction, base: str) -> str:
 def _asking(instruction: Instruction) -> str:
     if not instruction.text:
         return "Send the problem as it is, in one user message."
-    return f"Put this after the problem, in the same message; the student does worse without:\n\n> {instruction.text}"
+    where = "Put this after the problem, in the same message; the student does worse without:"
+    return f"{where}\n\n```\n{instruction.text}\n```"  # as code: `<answer>` would be an element of HTML

