@@ -129,9 +129,8 @@ def add_eval(sub: argparse.ArgumentParser) -> None:
         "--task",
         action="append",
         required=True,
-        help="math-500, aime24, aime25, gsm8k, a reasoning-gym generator, a .jsonl, .json or .parquet file, or a "
-        "dataset on the hub: "
-        "owner/name, owner/name:split or owner/name:config:split; repeat",
+        help="math-500, aime24, aime25, gsm8k, a reasoning-gym generator, a file or folder (JSONL, JSON, Parquet, "
+        "Arrow, CSV), or a dataset on the hub: owner/name, owner/name:split or owner/name:config:split; repeat",
     )
     sub.add_argument("--adapter", help="folder of a trained adapter to attach")
     sub.add_argument(

@@ -44,7 +44,11 @@ def add_distill(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--density", type=float, help="trainable values / all parameters, at most (default: 0.003)")
     sub.add_argument("--rank", type=int, help="rank of each delta (default: what fits)")
     sub.add_argument("--support", type=int, help="columns of each delta (default: what fits)")
-    sub.add_argument("--placement", choices=["gradient", "factored", "activation", "random"], help="default: random")
+    sub.add_argument(
+        "--placement",
+        choices=["gradient", "factored", "activation", "random"],
+        help="which columns: at random, or those that score best on some traces (default: random)",
+    )
     sub.add_argument("--placement-traces", type=int, help="traces that place the columns (default: 64)")
     sub.add_argument("--epochs", type=float, help="passes over the traces (default: 1)")
     sub.add_argument("--batch-size", type=int, help="traces per batch and process (default: 8)")
@@ -82,7 +86,11 @@ def _add_objective(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--temperature", type=float, nargs="+", help="one for all roles, or one for each (default: 1)")
     group.add_argument("--beta", type=float, help="0 forward KL, 1 reverse KL, between: Jensen-Shannon (default: 0)")
     group.add_argument(
-        "--ce-weight", type=float, dest="ce_share", help="the text's share if a teacher has log-probs (default: 0.5)"
+        "--ce-weight",
+        type=float,
+        dest="ce_share",
+        metavar="SHARE",
+        help="the text's share if a teacher has log-probs (default: 0.5)",
     )
     group.add_argument("--gradient-filter", type=float, help="share of a gradient that a CPU may skip (default: 0)")
 

@@ -66,10 +66,12 @@ class CurateConfig:
 
     Args:
         size: traces to pick.
-        against: evaluation sets whose problems must not be trained on, as files or hub ids (of which `test`).
+        against: evaluation sets whose problems must not be trained on: files, folders or hub ids, of which `test`.
         pass_rates: share of a student's tries that solve a problem, by its text; see `read_pass_rates`.
         quality, difficulty, verify, embed: functions in place of the built-in ones; with several processes they must be
             picklable. See docs/curation.md.
+        weights: of difficulty, quality and correctness in an item's score.
+        thresholds: what counts as giving an evaluation problem away.
         keep_templates: keep problems that differ from an evaluation problem in their numbers alone.
         processes: how many assess the pool.
         ray: a Ray cluster that assesses it in their place, as `ray.init` takes it: "auto", "local" or host:port. A Ray
@@ -122,8 +124,8 @@ def curate(
     """Clean, decontaminate, deduplicate, score and select; see the module for what is written to `out`.
 
     Args:
-        pool: files (.jsonl, .json, .parquet) or hub ids of traces, of any shape in docs/formats.md; beyond a trace's
-            fields a row's `reference` (the right answer), `finish_reason` and `truncated` are read.
+        pool: files or folders (JSONL, JSON, Parquet, Arrow, CSV) or hub ids of traces, of any shape in docs/formats.md;
+            beyond a trace's fields a row's `reference` (the right answer), `finish_reason` and `truncated` are read.
 
     Raises:
         TraceError: a file that cannot be read, or of whose first 100 rows none is a trace. Any other row that is no

@@ -103,7 +103,7 @@ class Thresholds:
 
 
 def read_evaluations(sources: Iterable[str | Path], *, split: str = "test") -> list[Evaluation]:
-    """The problems of evaluation sets: files (.jsonl, .json, .parquet) or hub ids, of which `split`.
+    """The problems of evaluation sets: files or folders of any kind that traces have, or hub ids, of which `split`.
 
     Raises:
         TraceError: a row without a problem, or a source without rows.

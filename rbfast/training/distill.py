@@ -60,7 +60,8 @@ class DistillConfig:
     Attributes:
         density: trainable values / all parameters of the base, at most.
         rank, support: the shape of each delta; None leaves the split of the budget to the adapter.
-        placement: "random", or by scores from `placement_traces` traces: "gradient", "factored", "activation".
+        placement: "random", or by scores from `placement_traces` traces: "gradient", "factored", "activation"
+            (docs/training.md).
         batch_size, accumulation: traces per batch, and batches per optimizer step, of each process.
         tokens_per_batch: in place of batch_size, as many traces as have so many tokens together, at most; a longer one
             is alone in its batch.
