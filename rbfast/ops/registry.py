@@ -267,16 +267,23 @@ def uses_torch_products(device: torch.device) -> bool:
 
 
 def implementations(device: str = "cpu") -> dict[str, str]:
-    """For each op, what a call on this device ("cpu" or "cuda") runs, and for the reference on a GPU why.
+    """For each op, what a call on this device ("cpu" or "cuda") runs, and for the reference why, if it is not that the
+    native code is not built (`cpu_isa_reason`).
 
     'native (ISA)', 'CUDA C++', 'triton (VERSION)', 'torch.mm, fp32 output' or 'reference (REASON)'; 'none (REASON)'
     under a torch that is built without a GPU.
     """
     if device == "cpu":
-        return {name: f"native ({cpu_isa()})" if _has_kernel(name, "CPU") else "reference" for name in _SCHEMAS}
+        return {name: _on_cpu(name) for name in _SCHEMAS}
     if not (torch.version.cuda or torch.version.hip):
         return dict.fromkeys(_SCHEMAS, "none (this torch is built without a GPU)")
     return {name: _on_gpu(name) for name in _SCHEMAS}
+
+
+def _on_cpu(name: str) -> str:
+    if name == "scaled_":
+        return "reference (it is one call of torch)"
+    return f"native ({cpu_isa()})" if _has_kernel(name, "CPU") else "reference"
 
 
 def _on_gpu(name: str) -> str:
