@@ -32,7 +32,8 @@ def _installation(args: argparse.Namespace) -> int:
         "ops": ops.implementations(),
         "gpu_ops": _gpu_ops(),
     }
-    lines = [f"{name}: {value}" for name, value in facts.items() if name not in ("ops", "gpu_ops")]
+    shown = {name: value for name, value in facts.items() if name not in ("ops", "gpu_ops")}
+    lines = [f"{name}: {'none' if value is None else value}" for name, value in shown.items()]
     for title, key in (("on the CPU", "ops"), ("on a GPU", "gpu_ops")):
         lines += [f"{title}:"] + [f"  {name}: {implementation}" for name, implementation in facts[key].items()]
     if facts["cpu_isa"] is None or facts["text"] == "reference":

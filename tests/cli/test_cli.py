@@ -21,6 +21,7 @@ from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.cli.infer import _label
 from rbfast.cli.main import _parser, main
 from rbfast.cli.train import _distill_config, _outcome
+from rbfast.cli.transcript import Transcript
 from rbfast.data.readers import read_traces, write_traces
 from rbfast.data.trace import Trace
 from rbfast.models.student import load_student
@@ -66,7 +67,8 @@ def test_info_names_an_implementation_for_every_op(capsys: pytest.CaptureFixture
     if facts["cpu_isa"] is not None:  # else the last line says why
         assert all(how != "reference" for how in facts["ops"].values()), "without a reason"
     assert "column_grad" in facts["ops"]
-    assert call(capsys, "info")[1].count("\n") > len(facts["ops"])
+    shown = call(capsys, "info")[1]
+    assert shown.count("\n") > len(facts["ops"]) and "None" not in shown
 
 
 @pytest.mark.parametrize(
@@ -208,6 +210,12 @@ def test_merge_takes_an_adapter_or_only_the_base(
         code, _, err = call(capsys, "merge", model_folder, *given, "-o", str(tmp_path / "out"))
         assert code == 2 and "name the folder of an adapter to merge, or give --base-only" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_solution_without_an_answer_says_so() -> None:
+    transcript = Transcript(quiet=True)
+    transcript.end(None, 88, 1, 0)
+    assert transcript.summary == "answer: none (88 tokens)"
 
 
 def test_solve_keeps_to_its_budget(capsys: pytest.CaptureFixture[str], model_folder: str) -> None:
