@@ -77,8 +77,8 @@ class Taught:
 def read_questions(
     source: str | Path, n: int | None = None, seed: int = 0, options: FormatOptions = AUTO
 ) -> list[Question]:
-    """The first `n` problems (default: all) of a file, a folder or a hub dataset of any shape in docs/formats.md; or `n`
-    of a benchmark (default: all) or of a reasoning-gym generator (default: 50). Each once.
+    """The first `n` problems (default: all) of a file, a folder or a hub dataset of any shape in docs/formats.md; or
+    `n` of a benchmark (default: all) or of a reasoning-gym generator (default: 50). Each once.
 
     Raises:
         ValueError: no such source, a row without a problem, or no rows.

@@ -140,7 +140,8 @@ def test_a_place_on_the_hub_that_is_none_is_refused_before_it_is_asked(monkeypat
     import datasets
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *where, **_: pytest.fail("asked the hub"))
-    with pytest.raises(ValueError, match="expected owner/name, owner/name:split or owner/name:config:split"):
+    forms = r"\(owner/name, owner/name:split or owner/name:config:split\)"
+    with pytest.raises(ValueError, match=rf"expected a \.jsonl, .* {forms}; there is no such file"):
         load_problems(task, 1, seed=0)
 
 
