@@ -66,7 +66,8 @@ class Job:
         object.__setattr__(self, "key", digest.hexdigest())
 
     def body(self) -> dict[str, Any]:
-        turns = [{"role": "system", "content": self._systems()}] if self._systems() else []
+        system = self._systems()
+        turns = [{"role": "system", "content": system}] if system else []
         seed = None if self.server.seed is None else self.server.seed + self.sample
         turns.append({"role": "user", "content": self.question.text})
         return {"messages": turns, "seed": seed, **self.options}

@@ -179,9 +179,10 @@ def distill(
     if teacher is not None:
         asked |= {"teacher": teacher.config.name_or_path}
     if adapter is not None:
+        _check_shape_is_free(config, adapter)
         if Path(adapter).resolve() == out.resolve():
             raise ValueError(f"{out} holds the adapter to go on with, which the run would replace; name another folder")
-        asked |= {"adapter": _start(adapter, config)}
+        asked |= {"adapter": adapter_digest(adapter)}
     check_same_run(out, asked)
     arguments = _arguments(out, model, config, examples)  # from here on the processes are connected
     checkpoint = last_checkpoint(out / "checkpoints")
@@ -235,7 +236,7 @@ def plan_run(
     examples, skipped = _encoded(traces, tokenizer, config)
     _check_positions(model, examples)
     if adapter is not None:
-        _start(adapter, config)
+        _check_shape_is_free(config, adapter)
     attached = _attach_adapter(model, examples, replace(config, placement="random"), teacher, adapter)
     try:
         return _plan(model, attached, examples, len(skipped), config, teacher)
@@ -397,12 +398,11 @@ def _fill(examples: Sequence[Example], signals: str | Path) -> dict[str, Any]:
     return {"teacher": store.teacher, "k": store.k, "traces": len(examples) - missing}
 
 
-def _start(adapter: str | Path, config: DistillConfig) -> str:
-    """The digest of the adapter that a run begins with. Raises ValueError for a config that would shape a new one."""
+def _check_shape_is_free(config: DistillConfig, adapter: str | Path) -> None:
+    """Raises ValueError for a config that would shape a new adapter, while a run goes on with a saved one."""
     for name in ("density", "rank", "support", "placement"):
         if getattr(config, name) != getattr(DistillConfig, name):
             raise ValueError(f"{name} is for a new adapter, the one in {adapter} has its own; name one of the two")
-    return adapter_digest(adapter)
 
 
 def _attach_adapter(
