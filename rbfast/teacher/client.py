@@ -42,6 +42,10 @@ class ServerError(RuntimeError):
         self.status, self.partial = status, partial
 
 
+class Unreachable(ServerError):
+    """A server to which no connection came about."""
+
+
 class BrokenOff(Exception):
     """A reply that ended before it was whole, or is none; the next one may be. `pause`: seconds to wait, if known."""
 
@@ -266,7 +270,9 @@ class Server:
             said = self.hide(error.response.text)[:_SHOWN].strip() or error.response.reason_phrase
             raise ServerError(f"{self.url}{path} said {error.status_code}: {said}", error.status_code) from None
         except openai.APIConnectionError as error:
-            raise ServerError(f"{self.url}{path} said nothing: {_cause(error)}") from None
+            kind = Unreachable if _cause(error).startswith(("ConnectError", "ConnectTimeout")) else ServerError
+            hint = " (--timeout)" if isinstance(error, openai.APITimeoutError) and kind is ServerError else ""
+            raise kind(f"{self.url}{path} said nothing: {_cause(error)}{hint}") from None
         finally:
             self.retried.over()
 

@@ -46,7 +46,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Job:
-    """One reply to get. Its key names everything that the reply depends on."""
+    """One reply to get.
+
+    Attributes:
+        key: names everything that the reply depends on.
+        unlimited: the same without `max_tokens`, on which a reply that was not cut does not depend.
+    """
 
     question: Question
     sample: int
@@ -54,16 +59,21 @@ class Job:
     system: str
     options: dict[str, Any]
     key: str = field(init=False)
+    unlimited: str = field(init=False)
 
     def __post_init__(self) -> None:
-        asked: list[Any] = [self.server.model, self.server.temperature, self.body()]
+        body = self.body()
+        object.__setattr__(self, "key", self._digest(body))
+        object.__setattr__(self, "unlimited", self._digest({n: v for n, v in body.items() if n != "max_tokens"}))
+
+    def _digest(self, body: dict[str, Any]) -> str:
+        asked: list[Any] = [self.server.model, self.server.temperature, body]
         has_own_seed = self.server.seed is not None and "seed" not in self.options
         if self.server.top_p is not None:
             asked.append({"top_p": self.server.top_p})
         if self.sample and not has_own_seed:
             asked.append(self.sample)
-        digest = blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16)
-        object.__setattr__(self, "key", digest.hexdigest())
+        return blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def body(self) -> dict[str, Any]:
         system = self._systems()
@@ -87,7 +97,8 @@ class Job:
 
     def record(self, reply: Mapping[str, Any]) -> dict[str, Any]:
         """What is kept of a reply. Raises ServerError for one that is no chat completion."""
-        return record_of(reply, key=self.key, problem=self.question.text, sample=self.sample, worst=self.worst())
+        found = record_of(reply, key=self.key, problem=self.question.text, sample=self.sample, worst=self.worst())
+        return found | {"unlimited": self.unlimited}
 
 
 def record_of(

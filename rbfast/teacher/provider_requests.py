@@ -117,7 +117,11 @@ class ProviderRequests:
         status = response.status_code
         said = self._provider.hide(response.text)[:_SHOWN].strip() or response.reason_phrase
         said = f"{_shown(url)} said {status}: {said}"
-        return BrokenOff(said, status, pause_in(response.headers)) if is_busy(status) else ServerError(said, status)
+        return (
+            BrokenOff(said, status, pause_in(response.headers, response.text))
+            if is_busy(status)
+            else ServerError(said, status)
+        )
 
 
 def _shown(url: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _OWN_KEY = "RBFAST_API_KEY"
 _INVALID = (400, 422)
 _SHOWN = 500  # characters of a refusal
+_DELAY = re.compile(r'"retryDelay": ?"(\d+(?:\.\d+)?)s"')  # in Google's errors, in place of a header
 # Stands for any question: the provider's address, its headers and the shape of its replies do not depend on it.
 _ANY: dict[str, Any] = {"messages": [{"role": "user", "content": "?"}]}
 _ANY |= {"temperature": None, "top_p": None, "seed": None}
@@ -130,7 +132,7 @@ class Provider:
                 said = f"{self.model} said {status or 'nothing'}: {refusal}"
                 if is_busy(status) or isinstance(error, openai.APIConnectionError):
                     headers = getattr(error, "litellm_response_headers", None)
-                    raise BrokenOff(said, status, pause_in(headers or {})) from None
+                    raise BrokenOff(said, status, pause_in(headers or {}, str(error))) from None
                 raise ServerError(said, status) from None
 
     def _how(self) -> dict[str, Any]:
@@ -169,9 +171,10 @@ def _keys() -> list[str]:
     return [key for key in found if len(key) >= 8]
 
 
-def pause_in(headers: Mapping[str, str]) -> float | None:
-    """Seconds that the provider asks to wait, if it says so."""
+def pause_in(headers: Mapping[str, str], said: str) -> float | None:
+    """Seconds that the provider asks to wait, if it says so in a header or in the error."""
+    delay = _DELAY.search(said)
     try:
         return max(0.0, float(headers["retry-after"]))
     except (LookupError, ValueError):
-        return None
+        return float(delay[1]) if delay else None

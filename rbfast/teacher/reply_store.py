@@ -7,6 +7,7 @@ from types import NoneType
 from typing import Any
 
 from rbfast.teacher.budget import Purse
+from rbfast.teacher.chat_reply import was_cut
 from rbfast.teacher.jobs import Job
 from rbfast.utils.files import Journal
 from rbfast.utils.records import check
@@ -26,23 +27,24 @@ class ReplyStore:
         self.purse = purse
         self._journal = Journal(path)
         self._found: dict[str, dict[str, Any]] = {}
-        self._warned = False
+        self._whole: dict[str, dict[str, Any]] = {}  # that were not cut, by their jobs' `unlimited`
+        self._warned: set[str] = set()
         for where, record in self._journal.read():
             check(record, _REPLY, f"{where}: expected a teacher's reply, choose another folder")
-            self._found[record["key"]] = record
-            purse.pay(record["prompt_tokens"], record["completion_tokens"])
+            self._keep(record)
         for job in jobs:
-            if (record := self.get(job)) is not None:
+            if (record := self._found.get(job.key)) is not None:
                 purse.learn(job.worst(), record["prompt_tokens"], record["completion_tokens"])
 
     def __len__(self) -> int:
         return len(self._found)
 
     def get(self, job: Job) -> dict[str, Any] | None:
-        return self._found.get(job.key)
+        """The reply to a job, or one to the same question with another limit of tokens, unless that one was cut."""
+        return self._found.get(job.key) or self._whole.get(job.unlimited)
 
     def missing(self, jobs: Sequence[Job]) -> list[Job]:
-        return [job for job in jobs if job.key not in self._found]
+        return [job for job in jobs if self.get(job) is None]
 
     def has(self, key: str) -> bool:
         return key in self._found
@@ -50,14 +52,27 @@ class ReplyStore:
     def add(self, record: dict[str, Any], worst: tuple[int, int] | None = None) -> None:
         """Keeps and pays a reply. `worst`: the tokens that its request allowed, if they are known."""
         self._journal.append([record])
-        self._found[record["key"]] = record
-        self.purse.pay(record["prompt_tokens"], record["completion_tokens"])
+        self._keep(record)
         if worst is not None:
             self.purse.learn(worst, record["prompt_tokens"], record["completion_tokens"])
-        if record.get("hides_thinking") and not self._warned:
-            self._warned = True
-            warnings.warn(
+        if record.get("hides_thinking"):
+            self._warn(
                 "the teacher counts tokens of thinking, but sends none: traces hold only what it writes after; servers "
-                "that send it on request take it from --extra-body",
-                stacklevel=3,
+                "that send it on request take it from --extra-body"
             )
+        if was_cut(record["finish_reason"]):
+            self._warn(
+                "a reply was cut at the limit of tokens: it is paid for and no trace. If many are, stop and raise "
+                "max_tokens (--max-tokens): whole replies are not asked again"
+            )
+
+    def _keep(self, record: dict[str, Any]) -> None:
+        self._found[record["key"]] = record
+        if isinstance(unlimited := record.get("unlimited"), str) and not was_cut(record["finish_reason"]):
+            self._whole[unlimited] = record
+        self.purse.pay(record["prompt_tokens"], record["completion_tokens"])
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=4)

@@ -31,6 +31,7 @@ from rbfast.teacher.asking import ask_all
 from rbfast.teacher.batch import BATCH, ask_in_batches
 from rbfast.teacher.budget import FREE, Prices, Purse
 from rbfast.teacher.chat_reply import fault_of_finish
+from rbfast.teacher.client import ServerError
 from rbfast.teacher.jobs import Job, Question, Teacher
 from rbfast.teacher.reply_store import ReplyStore
 from rbfast.utils.files import write_text
@@ -164,13 +165,18 @@ def teach(
         if progress:
             progress(len(store), wanted, ", ".join(filter(None, [state, store.purse.words()])) + _retries(server))
 
-    if batch:
-        reason = ask_in_batches(server, jobs, store, out, report)
-        report()
-    else:
-        if (out / BATCH).exists():
-            raise ValueError(f"{out / BATCH} names a batch under way: ask in batches again, or choose another folder")
-        reason = ask_all(todo, store, concurrency, report)
+    if not batch and (out / BATCH).exists():
+        raise ValueError(f"{out / BATCH} names a batch under way: ask in batches again, or choose another folder")
+    try:
+        if batch:
+            reason = ask_in_batches(server, jobs, store, out, report)
+            report()
+        else:
+            reason = ask_all(todo, store, concurrency, report)
+    except (ServerError, KeyboardInterrupt) as error:
+        if len(store):  # they are paid for, and the next call may fail too
+            _collect(jobs, store, str(error) or "interrupted", out, server.model)
+        raise
     return _collect(jobs, store, reason, out, server.model)
 
 

@@ -146,3 +146,18 @@ def test_the_command_line_asks_a_provider(tmp_path, capsys):
         assert main([*command, "--provider", "anthropic", "--server", api.host, "--reasoning-effort", "low"]) == 0
         assert api.bodies[0]["thinking"]["type"] == "enabled"
     assert '"traces": 1' in capsys.readouterr().out
+
+
+def test_gemini_is_given_the_pause_that_its_error_names(tmp_path, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    details = [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "37.5s"}]
+    error = {
+        "code": 429,
+        "message": "You exceeded your quota. " * 30,
+        "status": "RESOURCE_EXHAUSTED",
+        "details": details,
+    }
+    with answering(Answer({"error": error}, 429), GEMINI) as api:
+        taught = teach(provider("gemini", "gemini-2.5-pro", api), [QUESTION], tmp_path)
+    assert len(taught.traces) == 1 and pauses == [37.5]

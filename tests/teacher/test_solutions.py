@@ -4,8 +4,10 @@ import json
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
+from fake_api import answering, chat_reply
 from openai_server import serving
 from questions import QUESTIONS, solve
 from tiny_models import llama
@@ -341,3 +343,95 @@ def test_replies_of_something_else_are_refused(tmp_path):
     (tmp_path / "replies.jsonl").write_text('{"text": "?"}\n')
     with pytest.raises(ValueError, match=r"replies\.jsonl:1: expected a teacher's reply"):
         teach(Server("http://127.0.0.1:9/v1", "m"), QUESTIONS, tmp_path)
+
+
+@pytest.mark.parametrize("limits", [(300, 4000), (4000, 300)], ids=["raised", "lowered"])
+@pytest.mark.filterwarnings("ignore:a reply was cut")
+def test_with_another_limit_of_tokens_only_cut_replies_are_asked_again(tmp_path, limits):
+    def reply(request):
+        text = request.body["messages"][-1]["content"]
+        cut = text.startswith("Hard") and request.body["max_tokens"] < 1000
+        return chat_reply("First," if cut else "0 + 1 = 1\n<answer>1</answer>", "length" if cut else "stop")
+
+    questions = [Question("Hard: 0 + 1?"), *QUESTIONS[:3]]
+    with answering(reply) as api:
+        first, second = (teach(api.client(), questions, tmp_path, max_tokens=limit, samples=2) for limit in limits)
+        asked_again = [body["messages"][-1]["content"] for body in api.bodies[8:]]
+    assert len(second.traces) == 8 and second.failed == 0
+    assert asked_again == (["Hard: 0 + 1?"] * 2 if limits[0] < limits[1] else [])
+    assert second.read > first.read or not asked_again
+
+
+def test_a_cut_reply_is_said_at_once(tmp_path):
+    with (
+        answering(chat_reply("First,", "length")) as api,
+        pytest.warns(UserWarning, match="cut .* raise max_tokens") as w,
+    ):
+        teach(api.client(), QUESTIONS[:3], tmp_path)
+    assert len(w) == 1
+
+
+@pytest.mark.parametrize("status", [401, 402])
+def test_what_was_paid_for_is_written_when_the_teacher_refuses_the_rest(server, tmp_path, status):
+    server.faults = [None, None, status]
+    with pytest.raises(ServerError, match=f"said {status}"):
+        teach(server.client(), QUESTIONS, tmp_path, concurrency=1)
+    assert len(read_traces(tmp_path / "traces.jsonl")) == 2
+    summary = json.loads((tmp_path / "teach.json").read_text())
+    assert summary["open"] == 10 and f"said {status}" in summary["reason"]
+
+
+def test_what_was_paid_for_is_written_after_ctrl_c(server, tmp_path, ctrl_c):
+    with pytest.raises(KeyboardInterrupt):
+        teach(server.client(), QUESTIONS, tmp_path, progress=lambda done, wanted, words: ctrl_c() if done else None)
+    assert len(read_traces(tmp_path / "traces.jsonl")) == len(server.requests)
+    assert json.loads((tmp_path / "teach.json").read_text())["reason"] == "interrupted"
+
+
+@pytest.fixture
+def hours(monkeypatch):
+    """Time that passes only in pauses."""
+    now = [0.0]
+    sleep = lambda seconds: now.__setitem__(0, now[0] + seconds)  # noqa: E731
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr("rbfast.teacher.asking.time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    return now
+
+
+@pytest.mark.parametrize("status", [429, 503, 529])
+def test_a_teacher_that_is_busy_for_minutes_is_waited_for(server, tmp_path, hours, status):
+    server.faults, said = [None] + [status] * 60, []
+    taught = teach(
+        server.client(), QUESTIONS, tmp_path, concurrency=2, progress=lambda done, wanted, words: said.append(words)
+    )
+    assert len(taught.traces) == 12 and taught.open == 0 and len(server.requests) == 72
+    assert any(words.startswith("the teacher is busy or away") for words in said)
+
+
+def test_a_teacher_that_stays_busy_is_given_up(server, tmp_path, hours):
+    server.faults = [None] + [503] * 9999
+    with pytest.raises(ServerError, match="said 503"):
+        teach(server.client(), QUESTIONS, tmp_path, concurrency=2)
+    assert 600 < hours[0] < 1200 and len(read_traces(tmp_path / "traces.jsonl")) == 1
+
+
+def test_a_teacher_that_cannot_be_reached_is_waited_for(server, tmp_path, hours):
+    stopped = []
+
+    def progress(done, wanted, words):
+        if done == 1 and not stopped:
+            server.stop()
+            stopped.append(True)
+        elif "away" in words and stopped == [True]:
+            server.start()
+            stopped.append(False)
+
+    taught = teach(server.client(retries=1), QUESTIONS, tmp_path, concurrency=1, progress=progress)
+    assert len(taught.traces) == 12 and stopped == [True, False]
+
+
+def test_an_empty_account_is_not_waited_for(server, tmp_path, hours):
+    server.faults, server.says = [None] + [429] * 99, b'{"error": {"code": "insufficient_quota"}}'
+    with pytest.raises(ServerError, match="insufficient_quota"):
+        teach(server.client(), QUESTIONS, tmp_path, concurrency=1)
+    assert len(server.requests) == 5
