@@ -8,6 +8,7 @@ interpret(row, FormatOptions(fields={"problem": "q", "reasoning": "work", "answe
 The format of a row depends on that row alone. docs/formats.md lists the formats.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,8 @@ from rbfast.utils.records import show
 _FOUND = ("generations", "trajectories", "conversations", "completions", "solutions")
 FORMATS = ("native", *_FOUND, "batch")
 _NATIVE = ("problem", "reasoning", "answer")
+# A value: a number, perhaps in a formula or a list; a choice; a verdict. Not "None", "N/A" or "Trivial.".
+_BARE = re.compile(r"(?=.*\d)(?:\S{0,80}[^\s.]|[\[(][^\[\]()\n]{1,80}[\])])|[A-J]+|True|False|Yes|No")
 _KEPT = ("plan", *END_FIELDS, "truncated")
 
 
@@ -277,11 +280,17 @@ def _stated_field(row: Row) -> str | None:
     """The answer in a field of its own, else in an object of the row; several fields must agree."""
     if row.options and (label := chosen([value for _, value in row.choices()], row.options)):
         return label
-    found = row.candidates("answer") or row.inner_answers()
+    found = row.candidates("answer") or row.inner_answers() or _bare_solutions(row)
     texts = [(one, text) for one, value in found if (text := answer_text(value)) and text.strip()]
     short = [(one, stated_answer(text) or text.strip()) for one, text in texts if not one.teacher]
     agreed = only("answer", short)
     return agreed[1] if agreed else None
+
+
+def _bare_solutions(row: Row) -> list[tuple[Field, str]]:
+    """Solutions that are a value and no working, as s1K has them: "128", "BCD", "[7, 8]"."""
+    texts = [(one, as_text(value)) for one, value in row.candidates("solution")]
+    return [(one, text) for one, text in texts if text and _BARE.fullmatch(text.strip())]
 
 
 # -------------------------------------------------------------------------------------------------------- traces

@@ -272,3 +272,18 @@ def test_what_cannot_be_read_says_what_is_missing() -> None:
     unrelated = {"question": QUESTION, "response": TAGGED, "error": "1e-3"}
     assert interpret(unrelated).rows == [PLAIN]
     assert interpret(conversation(("user", QUESTION), ("assistant", TAGGED))).name == "conversations"
+
+
+@pytest.mark.parametrize("value", ["128", "-3.5", "$\\frac{1}{2}$", "[7, 8, 9]", "(1, 2)", "BCD", "True", 128])
+def test_a_solution_that_is_a_value_is_the_known_answer(value: Any) -> None:
+    row = {"question": QUESTION, "solution": value, "gemini_thinking_trajectory": THOUGHT, "gemini_attempt": SAID}
+    assert question_of(row)["answer"] == str(value)
+    [trace] = interpret(row).rows
+    assert (trace["answer"], trace["reference"]) == ("42", str(value))
+
+
+@pytest.mark.parametrize("value", ["None", "N/A", "-", "Trivial.", "See figure 3", "Add 1 and 2.", "", None])
+def test_a_solution_of_words_is_none(value: Any) -> None:
+    row = {"question": QUESTION, "solution": value, "gemini_thinking_trajectory": THOUGHT, "gemini_attempt": SAID}
+    assert "answer" not in question_of(row)
+    assert "reference" not in interpret(row).rows[0]
