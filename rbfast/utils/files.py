@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -33,6 +33,35 @@ def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def holding(folder: str | Path) -> Iterator[None]:
+    """Keeps other processes from holding this folder too; it is made if need be. A file system without locks, or
+    Windows, keeps nobody.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    try:
+        from fcntl import LOCK_EX, LOCK_NB, flock
+    except ImportError:
+        yield
+        return
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            try:
+                flock(handle, LOCK_EX | LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another process works in {folder}: wait for its end, or name another") from None
+        yield
+    finally:
+        os.close(handle)  # which ends the lock, as the end of the process does
+        with suppress(OSError):
+            folder.rmdir()  # of a call that wrote nothing
 
 
 @contextmanager

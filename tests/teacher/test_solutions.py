@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -435,3 +437,18 @@ def test_an_empty_account_is_not_waited_for(server, tmp_path, hours):
     with pytest.raises(ServerError, match="insufficient_quota"):
         teach(server.client(), QUESTIONS, tmp_path, concurrency=1)
     assert len(server.requests) == 5
+
+
+def test_two_calls_at_once_do_not_pay_twice(server, tmp_path):
+    problems, seen = tmp_path / "problems.jsonl", []
+    problems.write_text(json.dumps({"problem": "What is 1 + 1?"}))
+    command = [sys.executable, "-m", "rbfast", "teach", "tiny", str(problems), "-o", str(tmp_path)]
+    command += ["--server", f"http://127.0.0.1:{server.port}/v1"]
+
+    def progress(done, wanted, words):
+        if not seen:
+            seen.append(subprocess.run(command, capture_output=True, text=True))
+
+    teach(server.client(), QUESTIONS[:3], tmp_path, progress=progress)
+    assert seen[0].returncode == 2 and f"another process works in {tmp_path}" in seen[0].stderr
+    assert len(server.requests) == 3
