@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Dialect = Literal["vllm", "echo"]
 DIALECTS = ("vllm", "echo")
+_REFUSED = (400, 413, 422)  # the request, not the next one
 
 
 def add_server_logprobs(
@@ -56,7 +57,8 @@ def add_server_logprobs(
 
     Raises:
         TokenizersDiffer: the server reads other tokens than the student and `align` is False.
-        ServerError: no answer after all retries, or one without log-probs.
+        ServerError: no answer after all retries, one without log-probs, or a refusal of all
+            the first traces.
     """
     if dialect not in DIALECTS:
         raise ValueError(f"dialect must be one of {', '.join(DIALECTS)}, got {dialect!r}")
@@ -64,17 +66,21 @@ def add_server_logprobs(
     tasks, refused = pending_traces(traces, tokenizer, store, max_tokens, instruction)
     queue = iter(tasks)
     with ThreadPoolExecutor(concurrency) as pool:
-        done = 0
+        done, refusal, scores = 0, None, False
         while batch := list(islice(queue, 4 * concurrency)):
             for task, found in zip(batch, pool.map(reader.read, batch), strict=True):
                 done += 1
-                if isinstance(found, str):
+                if isinstance(found, str | ServerError):
                     refused.append((task.trace, f"{task.name}: {found}"))
+                    refusal = found if isinstance(found, ServerError) else refusal
                 else:
                     store.add(task.example, *found)
+                    scores = True
                 if progress:
                     progress(done, len(tasks))
             store.flush()  # what was paid for is kept
+            if refusal is not None and not scores:
+                raise refusal
     return refused
 
 
@@ -88,13 +94,18 @@ class _Reader:
         self.tokens = token_bytes(tokenizer)
         self.ids = ids_by_bytes(self.tokens)
 
-    def read(self, task: PendingTrace) -> tuple[np.ndarray, np.ndarray, np.ndarray] | str:
-        """rows, ids, logprobs for `SignalStore.add`; or why there are none."""
+    def read(self, task: PendingTrace) -> tuple[np.ndarray, np.ndarray, np.ndarray] | str | ServerError:
+        """rows, ids, logprobs for `SignalStore.add`; or why there are none: a ServerError if the server refuses the
+        trace, which may be too long for it."""
         try:
             found = self._by_ids(task) if self.dialect == "vllm" and not self.align else self._by_text(task)
             return _table(found, self.k) if found else NOTHING_SHARED
         except TokenizersDiffer:
             raise
+        except ServerError as error:
+            if error.status not in _REFUSED:
+                raise
+            return error
         except ValueError as error:
             return str(error)
         except (LookupError, TypeError, AttributeError) as error:

@@ -201,6 +201,22 @@ def test_a_server_of_other_tokens_is_an_error_unless_aligned(tmp_path, dialect):
     assert 0 < len(example.teacher_rows) < (example.labels != IGNORE).sum()
 
 
+def test_a_trace_that_a_server_refuses_does_not_stop_the_others(tmp_path):
+    with serving(teacher_model(TOKENIZER), TOKENIZER) as server, store_at(tmp_path) as store:
+        server.faults, server.says = [400], b"the maximum context length is 64 tokens"
+        [(trace, reason)] = add_server_logprobs(server.client(), TRACES, TOKENIZER, store, concurrency=1)
+        assert trace == TRACES[0] and "maximum context length" in reason and len(store) == 2
+
+
+@pytest.mark.parametrize("status", [400, 401])
+def test_a_server_that_refuses_every_trace_ends_it(tmp_path, status):
+    with serving(teacher_model(TOKENIZER), TOKENIZER) as server, store_at(tmp_path) as store:
+        server.faults = [status] * 99
+        with pytest.raises(ServerError, match=f"said {status}"):
+            add_server_logprobs(server.client(), TRACES * 9, TOKENIZER, store, concurrency=1)
+        assert len(server.requests) < 9 and len(store) == 0
+
+
 def test_a_server_that_scores_no_prompts_is_named(tmp_path):
     with serving(teacher_model(TOKENIZER), TOKENIZER) as server, store_at(tmp_path) as store:
         server.complete = lambda body: {"choices": [{"text": "hello"}]}
