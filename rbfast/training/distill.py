@@ -6,7 +6,8 @@ run = distill(model, tokenizer, read_traces("reason1k.jsonl"), "runs/first", Dis
 ```
 
 The folder of a run holds `run.json` (its settings and traces; in the end what it cost), the adapter, `log.json`
-(losses by role), `skipped.jsonl` (traces that did not fit, with the reason), and `checkpoints/` while it is under way.
+(losses by role, of held-out traces too), `skipped.jsonl` (traces that did not fit, with the reason), and `checkpoints/`
+while it is under way.
 """
 
 import json
@@ -14,6 +15,7 @@ import math
 import random
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -40,9 +42,10 @@ from rbfast.models.student import evaluation_mode, final_hidden, mode_kept, pack
 from rbfast.training.arguments import DeviceArguments
 from rbfast.training.batches import batches_by_tokens
 from rbfast.training.checkpoints import last_checkpoint, remove_checkpoints
+from rbfast.training.held_out import part
 from rbfast.training.objective import Objective, role_counts, sums_by_role, token_losses
 from rbfast.training.plan import Plan, make_plan
-from rbfast.training.resume import asked_of, check_same_folder, check_same_run
+from rbfast.training.resume import asked_of, check_same_folder, check_same_run, digest_of
 from rbfast.training.run_folder import LOG, RUN, SKIPPED
 from rbfast.training.trainer import DistillTrainer
 from rbfast.training.training_bar import Bar
@@ -125,8 +128,11 @@ class DistillConfig:
 @dataclass(frozen=True)
 class Run:
     """A finished run: the attached adapter, the losses by step, the traces left out with the reason, the time spent
-    on training (by the call that finished it).
+    on training (by the call that finished it), how many traces were trained on.
 
+    An entry of `log_history` has `step` and `epoch`, and `loss` with `loss_{role}` of a training step or `eval_loss`
+    with `eval_loss_{role}` of the held-out traces. The loss is the objective's, that of a role its tokens' mean
+    cross-entropy in nats.
     `found` says that it was finished before, and only loaded; else there is the `plan`, if the base is not sharded.
     """
 
@@ -134,6 +140,7 @@ class Run:
     log_history: list[dict[str, float]]
     skipped: list[tuple[Trace, str]]
     seconds: float
+    traces: int
     found: bool = False
     plan: Plan | None = None
 
@@ -149,6 +156,8 @@ def distill(
     signals: str | Path | None = None,
     teacher: PreTrainedModel | None = None,
     adapter: str | Path | None = None,
+    held_out: Sequence[Trace] | float | None = None,
+    keep_best: bool = False,
 ) -> Run:
     """Trains an adapter of `model` on `traces` and saves it in `out`; the model is left with the adapter attached, in
     the mode that it came in. After a failure or an interruption it is left as it came.
@@ -162,20 +171,31 @@ def distill(
         teacher: a model with the student's tokens, run beside it, for tokens without signals.
         adapter: the folder of a trained adapter of this model to go on with, in place of a new one. It has a shape and
             columns of its own, so the config may name none. AdamW and the schedule begin anew.
+        held_out: traces whose loss is measured before the first step, at every checkpoint and at the end; or the share
+            of the problems in `traces` whose traces are measured, and not trained on.
+        keep_best: end with the adapter of the checkpoint whose held-out loss was least, not with the last one.
 
     Raises:
         ValueError: no trace fits `max_tokens`, or one is longer than the model's table of positions; `signals` holds
             none of them, `out` holds a run with other settings, model, traces or teacher, or a file that is broken, or
-            it is not the same folder for all processes.
+            it is not the same folder for all processes; `held_out` leaves none to train on or to measure, or there is
+            `keep_best` without it.
         TypeError: `traces` holds something else, or is the name of a file.
     """
     out, start = Path(out), time.monotonic()
     first = is_first_process()  # of the processes, which share the folder
+    _check_traces(traces)
+    traces, measured = part(traces, held_out, config.seed)
     examples, skipped = _encoded(traces, tokenizer, config)
-    _check_positions(model, examples)
+    measured_examples = _encoded_held_out(measured, tokenizer, config)
+    _check_positions(model, [*examples, *measured_examples])
     asked = asked_of(model, traces, asdict(config))
+    if measured:
+        asked |= {"held_out": {"traces": len(measured), "digest": digest_of(measured), "keep_best": keep_best}}
+    elif keep_best:
+        raise ValueError("keep_best compares checkpoints by the loss of held-out traces: give held_out too")
     if signals is not None:
-        asked |= {"signals": _fill(examples, signals)}
+        asked |= {"signals": _fill(examples, measured_examples, signals)}
     if teacher is not None:
         asked |= {"teacher": teacher.config.name_or_path}
     if adapter is not None:
@@ -184,15 +204,16 @@ def distill(
             raise ValueError(f"{out} holds the adapter to go on with, which the run would replace; name another folder")
         asked |= {"adapter": adapter_digest(adapter)}
     check_same_run(out, asked)
-    arguments = _arguments(out, model, config, examples)  # from here on the processes are connected
     checkpoint = last_checkpoint(out / "checkpoints")
+    measuring = _measuring(config, keep_best, from_start=checkpoint is None) if measured else {}
+    arguments = _arguments(out, model, config, examples, measuring)  # from here on the processes are connected
     check_same_folder(out, checkpoint)
     if (history := read_json(out / LOG, [{"step": int}])) is not None:
         cost = read_json(out / RUN, {"seconds": (int, float)}) or {"seconds": 0.0}  # the file may have been removed
         trained = SparseAdapter.from_pretrained(model, out)
         if first:
             remove_checkpoints(out / "checkpoints")  # of a run that was killed while it removed them
-        return Run(trained, history, skipped, cost["seconds"], found=True)
+        return Run(trained, history, skipped, cost["seconds"], len(examples), found=True)
     if first:  # before the long part, which a folder that cannot be written to would waste
         write_text(out / RUN, json.dumps(asked, indent=1))
         write_prompt(out, tokenizer, replace(_instruction(tokenizer, config), system=_shared_system(traces)))
@@ -202,11 +223,11 @@ def distill(
         if first and not quiet and plan is not None:
             print(plan, file=sys.stderr)
         progress = Bar(quiet or not first)
-        trainer = _trainer(model, trained, arguments, examples, config, teacher, progress)
+        trainer = _trainer(model, trained, arguments, examples, measured_examples, config, teacher, progress)
         with closing(progress), checkpointing(model) if config.gradient_checkpointing else nullcontext():
             trainer.train(resume_from_checkpoint=checkpoint)
-        history = [entry for entry in trainer.state.log_history if "loss" in entry]
-        run = Run(trained, history, skipped, time.monotonic() - start, plan=plan)
+        history = [_without_times(entry) for entry in trainer.state.log_history if {"loss", "eval_loss"} & entry.keys()]
+        run = Run(trained, history, skipped, time.monotonic() - start, len(examples), plan=plan)
         if first:
             _save(run, out, asked, examples, resumed=checkpoint is not None)
         trainer.accelerator.wait_for_everyone()
@@ -230,9 +251,12 @@ def plan_run(
     config: DistillConfig = DistillConfig(),
     teacher: PreTrainedModel | None = None,
     adapter: str | Path | None = None,
+    held_out: Sequence[Trace] | float | None = None,
 ) -> Plan:
     """What `distill` would take with these arguments; nothing is trained. Raises ValueError as it does for traces that
     do not fit."""
+    _check_traces(traces)
+    traces, _ = part(traces, held_out, config.seed)
     examples, skipped = _encoded(traces, tokenizer, config)
     _check_positions(model, examples)
     if adapter is not None:
@@ -258,12 +282,15 @@ def _plan(
     return make_plan(model, adapter, _batches(examples, config), config.gradient_checkpointing, teacher, left_out)
 
 
+def _check_traces(traces: object) -> None:
+    given = [traces] if isinstance(traces, str | Path) else traces
+    for other in (trace for trace in given if not isinstance(trace, Trace)):  # type: ignore[attr-defined]
+        raise TypeError(f"expected a list of Trace, got {show(other)}: read_traces(FILE) reads one from a file")
+
+
 def _encoded(
     traces: Sequence[Trace], tokenizer: PreTrainedTokenizerBase, config: DistillConfig
 ) -> tuple[list[Example], list[tuple[Trace, str]]]:
-    given = [traces] if isinstance(traces, str | Path) else traces
-    for other in (trace for trace in given if not isinstance(trace, Trace)):
-        raise TypeError(f"expected a list of Trace, got {show(other)}: read_traces(FILE) reads one from a file")
     examples, skipped = encode_all(
         traces,
         tokenizer,
@@ -274,6 +301,20 @@ def _encoded(
     if not examples:
         raise ValueError(f"none of the {len(traces)} traces can be trained on{_first_reason(skipped)}")
     return examples, skipped
+
+
+def _encoded_held_out(
+    traces: Sequence[Trace], tokenizer: PreTrainedTokenizerBase, config: DistillConfig
+) -> list[Example]:
+    """Warns of traces that are not measured."""
+    if not traces:
+        return []
+    examples, skipped = _encoded(traces, tokenizer, config)
+    if skipped and is_first_process():
+        warnings.warn(
+            f"{len(skipped)} of {len(traces)} held-out traces are not measured{_first_reason(skipped)}", stacklevel=3
+        )
+    return examples
 
 
 def _check_positions(model: PreTrainedModel, examples: Sequence[Example]) -> None:
@@ -311,6 +352,7 @@ def _trainer(
     adapter: SparseAdapter,
     arguments: TrainingArguments,
     examples: Sequence[Example],
+    measured: Sequence[Example],
     config: DistillConfig,
     teacher: PreTrainedModel | None,
     progress: Bar,
@@ -321,6 +363,7 @@ def _trainer(
         adapter,
         arguments,
         examples,
+        measured or None,
         objective=config.objective,
         teacher=teacher,
         tokens_per_batch=config.tokens_per_batch,
@@ -385,11 +428,12 @@ def placement_scores(
         return score_columns(model, batches, loss, method=method)
 
 
-def _fill(examples: Sequence[Example], signals: str | Path) -> dict[str, Any]:
-    """Gives the examples their signals; says whose they are, and of how many."""
+def _fill(examples: Sequence[Example], measured: Sequence[Example], signals: str | Path) -> dict[str, Any]:
+    """Gives the examples their signals; says whose they are, and of how many that are trained on."""
     within = Path(signals) / "signals"  # of the folder that `rbfast teach -o` was given
     store = SignalStore.open(within if within.is_dir() else signals)
     missing = len(store.fill(examples))
+    store.fill(measured)
     if missing == len(examples):
         raise ValueError(
             f"{signals} holds log-probs of none of the {len(examples)} traces, which are looked up by token; "
@@ -423,7 +467,7 @@ def _attach_adapter(
 
 
 def _arguments(
-    out: Path, model: PreTrainedModel, config: DistillConfig, examples: Sequence[Example]
+    out: Path, model: PreTrainedModel, config: DistillConfig, examples: Sequence[Example], others: dict[str, Any]
 ) -> TrainingArguments:
     per_step = config.accumulation * process_count()
     steps = math.ceil(len(_batches(examples, config)) / per_step) * config.epochs
@@ -431,6 +475,7 @@ def _arguments(
         output_dir=str(out / "checkpoints"),
         num_train_epochs=config.epochs,
         per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
         learning_rate=config.learning_rate,
         # The first step of a warmup has a rate of 0: a run too short for more than that does without.
@@ -446,7 +491,20 @@ def _arguments(
         dataloader_pin_memory=False,
         ddp_broadcast_buffers=False,  # every process has the same, and they do not change
         ddp_find_unused_parameters=False,
+        **others,
     )
+
+
+def _measuring(config: DistillConfig, keep_best: bool, from_start: bool) -> dict[str, Any]:
+    """Arguments that measure the held-out loss whenever a checkpoint is written, and before the first step."""
+    best = dict(load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=False)
+    every = dict(eval_strategy="steps", eval_steps=config.save_steps, eval_on_start=from_start)
+    return every | (best if keep_best else {})
+
+
+def _without_times(entry: dict[str, float]) -> dict[str, float]:
+    """An entry of a Trainer's log, without how long an evaluation took: the same run has the same log."""
+    return {name: value for name, value in entry.items() if not name.startswith("eval_") or "loss" in name}
 
 
 def _first_reason(skipped: Sequence[tuple[Trace, str]]) -> str:

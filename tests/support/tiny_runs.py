@@ -25,7 +25,7 @@ def student():
     return llama(vocab_size=len(TOKENIZER), max_position_embeddings=256)
 
 
-def run(folder, monkeypatch, cut_at=None, model=None, adapter=None, **settings):
+def run(folder, monkeypatch, cut_at=None, model=None, adapter=None, held_out=None, keep_best=False, **settings):
     with monkeypatch.context() as patch:
         if cut_at is not None:
             start = DistillTrainer.__init__
@@ -37,5 +37,6 @@ def run(folder, monkeypatch, cut_at=None, model=None, adapter=None, **settings):
             patch.setattr(DistillTrainer, "__init__", begin)
         shape = dict(density=0.2, rank=3) if adapter is None else {}
         config = DistillConfig(**dict(save_steps=2, batch_size=4, learning_rate=1e-2) | shape | settings)
-        found = distill(model or student(), TOKENIZER, TRACES, folder, config, quiet=True, adapter=adapter)
+        how = dict(quiet=True, adapter=adapter, held_out=held_out, keep_best=keep_best)
+        found = distill(model or student(), TOKENIZER, TRACES, folder, config, **how)
         return found.adapter.state_dict()
