@@ -41,7 +41,7 @@ from rbfast.models.linears import is_sharded
 from rbfast.models.student import evaluation_mode, final_hidden, mode_kept, packs
 from rbfast.training.arguments import DeviceArguments
 from rbfast.training.batches import batches_by_tokens
-from rbfast.training.checkpoints import last_checkpoint, remove_checkpoints
+from rbfast.training.checkpoints import KEPT, check_room, last_checkpoint, remove_checkpoints
 from rbfast.training.held_out import part
 from rbfast.training.objective import Objective, role_counts, sums_by_role, token_losses
 from rbfast.training.plan import Plan, make_plan
@@ -181,6 +181,7 @@ def distill(
             it is not the same folder for all processes; `held_out` leaves none to train on or to measure, or there is
             `keep_best` without it.
         TypeError: `traces` holds something else, or is the name of a file.
+        OSError: the disk has no room for the checkpoints.
     """
     out, start = Path(out), time.monotonic()
     first = is_first_process()  # of the processes, which share the folder
@@ -219,6 +220,8 @@ def distill(
         write_prompt(out, tokenizer, replace(_instruction(tokenizer, config), system=_shared_system(traces)))
     trained = _attach_adapter(model, examples, config, teacher, checkpoint or adapter)
     with mode_kept(model), _detached_on_failure(trained):
+        if first:
+            check_room(out, sum(parameter.numel() for parameter in trained.parameters()))
         plan = None if is_sharded(model) else _plan(model, trained, examples, len(skipped), config, teacher)
         if first and not quiet and plan is not None:
             print(plan, file=sys.stderr)
@@ -484,7 +487,7 @@ def _arguments(
         weight_decay=0.0,
         logging_steps=1,
         save_steps=config.save_steps,
-        save_total_limit=2,
+        save_total_limit=KEPT,
         seed=config.seed,
         train_device=str(model.device),
         report_to="none",

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
@@ -247,6 +248,20 @@ def test_a_lone_process_saves_its_run_whatever_rank_its_shell_was_left_with(tmp_
 def test_traces_that_were_not_read_are_refused_with_the_way_to_read_them(tmp_path, traces):
     with pytest.raises(TypeError, match=r"expected a list of Trace, got (str|PosixPath|dict).*: read_traces\(FILE\)"):
         distill(student(), TOKENIZER, traces, tmp_path)
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_named_before_training(tmp_path, monkeypatch):
+    run(tmp_path / "first", monkeypatch)
+    values = sum(value.numel() for value in SparseAdapter.from_pretrained(student(), tmp_path / "first").parameters())
+    for free in (39 * values, 41 * values):  # three checkpoints of 12 bytes a value, the adapter
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: shutil._ntuple_diskusage(free, 0, free))
+        model = student()
+        if free < 40 * values:
+            with pytest.raises(OSError, match=r"are free, and the checkpoints and the adapter take .* on another disk"):
+                run(tmp_path / "second", monkeypatch, model=model)
+            assert all(parameter.requires_grad for parameter in model.parameters())
+        else:
+            run(tmp_path / "second", monkeypatch)
 
 
 def test_a_run_is_not_written_into_the_folder_of_a_model(tmp_path, monkeypatch):
