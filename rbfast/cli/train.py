@@ -82,6 +82,13 @@ def add_distill(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--shard", type=int, metavar="PROCESSES", help="spread each copy of MODEL over so many processes")
     sub.add_argument("--max-tokens", type=int, help="leave longer traces out, and list them (default: 4096)")
     sub.add_argument("--save-steps", type=int, help="steps between checkpoints (default: 50)")
+    sub.add_argument(
+        "--report-to",
+        nargs="+",
+        default=(),
+        metavar="TRACKER",
+        help="trackers to send the losses to, such as wandb, tensorboard, mlflow or trackio",
+    )
     sub.add_argument("--turns", choices=["last", "all"], help="replies of a conversation to train (default: last)")
     add_instruction(sub, "boxed if MODEL's chat template thinks, else answer")
     sub.add_argument("--plan", action="store_true", help="print the memory that the run would take, and train nothing")
@@ -124,17 +131,8 @@ def run_distill(args: argparse.Namespace) -> int:
         plan = plan_run(model, tokenizer, traces, config, **extra)
         return print_result(args, plan.to_dict(), str(plan))
     try:
-        run = distill(
-            model,
-            tokenizer,
-            traces,
-            args.out,
-            config,
-            args.json,
-            signals=args.signals,
-            keep_best=args.keep_best,
-            **extra,
-        )
+        extra |= {"signals": args.signals, "keep_best": args.keep_best, "report_to": args.report_to}
+        run = distill(model, tokenizer, traces, args.out, config, args.json, **extra)
     except KeyboardInterrupt:
         print(_what_is_kept(args.out, config), file=sys.stderr)
         raise

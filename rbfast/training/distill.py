@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rbfast.adapter.adapter_files import adapter_digest
@@ -158,6 +159,7 @@ def distill(
     adapter: str | Path | None = None,
     held_out: Sequence[Trace] | float | None = None,
     keep_best: bool = False,
+    report_to: Sequence[str] = (),
 ) -> Run:
     """Trains an adapter of `model` on `traces` and saves it in `out`; the model is left with the adapter attached, in
     the mode that it came in. After a failure or an interruption it is left as it came.
@@ -174,6 +176,7 @@ def distill(
         held_out: traces whose loss is measured before the first step, at every checkpoint and at the end; or the share
             of the problems in `traces` whose traces are measured, and not trained on.
         keep_best: end with the adapter of the checkpoint whose held-out loss was least, not with the last one.
+        report_to: trackers that get the losses as they are logged, by transformers' names ("wandb", "tensorboard").
 
     Raises:
         ValueError: no trace fits `max_tokens`, or one is longer than the model's table of positions; `signals` holds
@@ -182,8 +185,10 @@ def distill(
             `keep_best` without it.
         TypeError: `traces` holds something else, or is the name of a file.
         OSError: the disk has no room for the checkpoints.
+        ImportError: a tracker is not installed.
     """
     out, start = Path(out), time.monotonic()
+    _check_trackers(report_to)
     first = is_first_process()  # of the processes, which share the folder
     _check_traces(traces)
     traces, measured = part(traces, held_out, config.seed)
@@ -206,8 +211,9 @@ def distill(
         asked |= {"adapter": adapter_digest(adapter)}
     check_same_run(out, asked)
     checkpoint = last_checkpoint(out / "checkpoints")
-    measuring = _measuring(config, keep_best, from_start=checkpoint is None) if measured else {}
-    arguments = _arguments(out, model, config, examples, measuring)  # from here on the processes are connected
+    reporting = {"report_to": list(report_to) or "none", "run_name": out.name}
+    reporting |= _measuring(config, keep_best, from_start=checkpoint is None) if measured else {}
+    arguments = _arguments(out, model, config, examples, reporting)  # from here on the processes are connected
     check_same_folder(out, checkpoint)
     if (history := read_json(out / LOG, [{"step": int}])) is not None:
         cost = read_json(out / RUN, {"seconds": (int, float)}) or {"seconds": 0.0}  # the file may have been removed
@@ -490,12 +496,20 @@ def _arguments(
         save_total_limit=KEPT,
         seed=config.seed,
         train_device=str(model.device),
-        report_to="none",
         dataloader_pin_memory=False,
         ddp_broadcast_buffers=False,  # every process has the same, and they do not change
         ddp_find_unused_parameters=False,
         **others,
     )
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Raises ValueError for a name that transformers does not know, ImportError for a tracker that is not installed."""
+    for tracker in get_reporting_integration_callbacks(list(names)):
+        try:
+            tracker()
+        except RuntimeError as error:
+            raise ImportError(str(error)) from None
 
 
 def _measuring(config: DistillConfig, keep_best: bool, from_start: bool) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from tiny_models import llama, same_bits, snapshot
 from tiny_runs import TOKENIZER, TRACES, run, student
-from transformers import AutoConfig, AutoModelForCausalLM, TrainerState
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, TrainerState
+from transformers.integrations import integration_utils
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from rbfast.adapter.column_scores import score_columns
@@ -317,3 +318,31 @@ def test_a_run_of_one_step_trains(tmp_path):
     found = distill(student(), TOKENIZER, TRACES[:4], tmp_path, config, quiet=True)
     assert len(found.log_history) == 1
     assert any(bool(site.B.any()) for site in found.adapter.sites().values())
+
+
+def test_the_losses_reach_the_trackers_that_are_named(tmp_path, monkeypatch):
+    sent = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs, **kwargs):
+            sent.append((args.run_name, state.global_step, logs))
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "ours", Tracker)
+    run(tmp_path / "first", monkeypatch)
+    assert not sent
+    run(tmp_path / "second", monkeypatch, report_to=["ours"])
+    losses = [logs["loss_tactical"] for name, _, logs in sent if name == "second" and "loss" in logs]
+    assert losses == [entry["loss_tactical"] for entry in json.loads((tmp_path / "second" / "log.json").read_text())]
+
+
+def test_a_tracker_that_is_not_there_is_named_before_training(tmp_path, monkeypatch):
+    class Missing(TrainerCallback):
+        def __init__(self):
+            raise RuntimeError("needs the package theirs: pip install theirs")
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "theirs", Missing)
+    with pytest.raises(ImportError, match="pip install theirs"):
+        run(tmp_path / "run", monkeypatch, report_to=["theirs"])
+    with pytest.raises(ValueError, match=r"spreadsheet is not supported, only .*tensorboard.* are supported"):
+        run(tmp_path / "run", monkeypatch, report_to=["spreadsheet"])
+    assert not (tmp_path / "run").exists()
