@@ -2,10 +2,10 @@
 
 import gc
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from copy import deepcopy
 from typing import TYPE_CHECKING
 
-import hypothesis
 import pytest
 import real_student
 from fresh_installs import checkout, fresh, quick_compiler  # noqa: F401  (fixtures)
@@ -14,9 +14,12 @@ from isas import use_isa
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# How long an example takes says how busy the machine is: the first may import a grader.
-hypothesis.settings.register_profile("rbfast", deadline=None)
-hypothesis.settings.load_profile("rbfast")
+with suppress(ImportError):  # a GPU's tests do without
+    import hypothesis
+
+    # How long an example takes says how busy the machine is: the first may import a grader.
+    hypothesis.settings.register_profile("rbfast", deadline=None)
+    hypothesis.settings.load_profile("rbfast")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
