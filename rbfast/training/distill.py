@@ -48,7 +48,7 @@ from rbfast.training.objective import Objective, role_counts, sums_by_role, toke
 from rbfast.training.plan import Plan, make_plan
 from rbfast.training.resume import asked_of, check_same_folder, check_same_run, digest_of
 from rbfast.training.run_folder import LOG, RUN, SKIPPED
-from rbfast.training.trainer import DistillTrainer
+from rbfast.training.trainer import DistillTrainer, StopAtNaN
 from rbfast.training.training_bar import Bar
 from rbfast.utils.files import write_text
 from rbfast.utils.processes import is_first_process, process_count
@@ -182,7 +182,7 @@ def distill(
         ValueError: no trace fits `max_tokens`, or one is longer than the model's table of positions; `signals` holds
             none of them, `out` holds a run with other settings, model, traces or teacher, or a file that is broken, or
             it is not the same folder for all processes; `held_out` leaves none to train on or to measure, or there is
-            `keep_best` without it.
+            `keep_best` without it; a gradient is NaN or infinite.
         TypeError: `traces` holds something else, or is the name of a file.
         OSError: the disk has no room for the checkpoints.
         ImportError: a tracker is not installed.
@@ -376,7 +376,7 @@ def _trainer(
         objective=config.objective,
         teacher=teacher,
         tokens_per_batch=config.tokens_per_batch,
-        callbacks=[progress],
+        callbacks=[progress, StopAtNaN()],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)

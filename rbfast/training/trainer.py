@@ -362,6 +362,20 @@ class _FindBest(TrainerCallback):
             state.best_model_checkpoint = str(best)
 
 
+class StopAtNaN(TrainerCallback):
+    """Ends a training at the first step whose gradient is NaN or infinite: no later one would mend the adapter.
+
+    It reads what is logged, so `logging_steps` must be 1. Raises ValueError.
+    """
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
+        if not math.isfinite((logs or {}).get("grad_norm", 0.0)):
+            raise ValueError(
+                f"the gradient of step {state.global_step} is NaN or infinite, so the training has diverged: train "
+                "with a lower learning rate, or a float16 model in bfloat16 or float32, into another folder"
+            )
+
+
 class _GiveBack(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         if state.global_step % EVERY == 0:

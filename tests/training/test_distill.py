@@ -346,3 +346,16 @@ def test_a_tracker_that_is_not_there_is_named_before_training(tmp_path, monkeypa
     with pytest.raises(ValueError, match=r"spreadsheet is not supported, only .*tensorboard.* are supported"):
         run(tmp_path / "run", monkeypatch, report_to=["spreadsheet"])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_ends_at_the_first_gradient_that_is_not_finite(tmp_path, monkeypatch):
+    compute, steps = DistillTrainer.compute_loss, []
+
+    def overflow(self, *args, **kwargs):
+        steps.append(self.state.global_step)
+        return compute(self, *args, **kwargs) * (float("nan") if self.state.global_step == 2 else 1)
+
+    monkeypatch.setattr(DistillTrainer, "compute_loss", overflow)
+    with pytest.raises(ValueError, match="the gradient of step 3 is NaN or infinite, so the training has diverged"):
+        run(tmp_path, monkeypatch)
+    assert steps == [0, 1, 2]
