@@ -205,13 +205,18 @@ def _turns_by_row(model: PreTrainedModel, lengths: Sequence[int]) -> bool:
     Of a sharded model it may do so in the row of another process, and all have to run the model equally often.
     """
     config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    for kind in (rope, *rope.values()):  # one for all layers, or one by kind of layer
-        if isinstance(kind, dict) and kind.get("rope_type") in ("longrope", "dynamic"):
-            limit = kind.get("original_max_position_embeddings") or config.max_position_embeddings
+    for rope in rotary_embeddings(config):
+        if rope["rope_type"] in ("longrope", "dynamic"):
+            limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
             if max(lengths) > limit or is_sharded(model):
                 return True
     return False
+
+
+def rotary_embeddings(config: Any) -> list[dict[str, Any]]:
+    """What a config says of its rotary embeddings: of all layers, or of each kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [kind for kind in (rope, *rope.values()) if isinstance(kind, dict) and "rope_type" in kind]
 
 
 _PACKS: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()

@@ -39,7 +39,7 @@ from rbfast.data.spans import ROLES
 from rbfast.data.trace import Trace
 from rbfast.models.checkpointing import checkpointing
 from rbfast.models.linears import is_sharded
-from rbfast.models.student import evaluation_mode, final_hidden, mode_kept, packs
+from rbfast.models.student import evaluation_mode, final_hidden, mode_kept, packs, rotary_embeddings
 from rbfast.training.arguments import DeviceArguments
 from rbfast.training.batches import batches_by_tokens
 from rbfast.training.checkpoints import KEPT, check_room, last_checkpoint, remove_checkpoints
@@ -328,15 +328,25 @@ def _encoded_held_out(
 
 def _check_positions(model: PreTrainedModel, examples: Sequence[Example]) -> None:
     """Raises ValueError for an example that is longer than the model's table of positions, if it has one (GPT-2, OPT):
-    the run would fail where that example comes."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    tables = (m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not model.get_input_embeddings())
+    the run would fail where that example comes. Warns of one that is longer than the model was made for."""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
     longest = max(len(example.input_ids) for example in examples)
-    # OPT's table has two rows more.
-    if limit is not None and longest > limit and any(0 <= table.num_embeddings - limit <= 2 for table in tables):
+    if limit is None or longest <= limit:
+        return
+    tables = (m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not model.get_input_embeddings())
+    if any(0 <= table.num_embeddings - limit <= 2 for table in tables):  # OPT's table has two rows more
         raise ValueError(
             f"the longest trace has {longest} tokens, and {type(model).__name__} has {limit} positions: "
             f"set max_tokens (--max-tokens) to {limit}, which leaves longer traces out"
+        )
+    if all(rope["rope_type"] == "default" for rope in rotary_embeddings(config)):  # others stretch the positions
+        beyond = sum(len(example.input_ids) > limit for example in examples)
+        warnings.warn(
+            f"{beyond} of {len(examples)} traces are longer than the {limit} positions that this model was made for "
+            f"(max_position_embeddings; the longest has {longest} tokens): it may write worse beyond them; max_tokens "
+            f"(--max-tokens) {limit} leaves them out",
+            stacklevel=3,
         )
 
 

@@ -229,6 +229,16 @@ def test_a_trace_longer_than_a_table_of_positions_is_refused_before_training(tmp
                 distill(model, TOKENIZER, TRACES, tmp_path, settings, quiet=True)
 
 
+@pytest.mark.parametrize("rope_type", ["default", "yarn"])
+def test_traces_longer_than_the_model_was_made_for_are_warned_of(rope_type, recwarn):
+    rope = {"rope_type": rope_type, "rope_theta": 1e4} | ({"factor": 4.0} if rope_type == "yarn" else {})
+    model = llama(vocab_size=len(TOKENIZER), max_position_embeddings=95, rope_parameters=rope)
+    plan_run(model, TOKENIZER, TRACES, DistillConfig(density=0.2))
+    said = [str(w.message) for w in recwarn if "positions" in str(w.message)]
+    assert len(said) == (rope_type == "default")
+    assert all("1 of 24 traces are longer than the 95 positions" in message for message in said)
+
+
 def test_what_others_have_among_the_checkpoints_stays(tmp_path, monkeypatch):
     theirs = tmp_path / "checkpoints" / "llama" / "model.safetensors"
     theirs.parent.mkdir(parents=True)
