@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rbfast.cli.common import (
+    DTYPES,
     FILE_ONLY,
     Command,
     add_device,
@@ -252,7 +253,7 @@ def _outcome(run: "Run", out: Path) -> dict[str, Any]:
 
 
 def add_merge(sub: argparse.ArgumentParser) -> None:
-    add_model(sub)
+    add_model(sub, dtype="the one that the adapter was trained in")
     sub.add_argument("adapter", nargs="?", help="folder of a trained adapter")
     sub.add_argument("-o", "--out", type=output_folder, required=True, help="folder to write")
     sub.add_argument(
@@ -269,12 +270,16 @@ def _trained_with(args: argparse.Namespace, tokenizer: Any) -> "Instruction":
 
 
 def run_merge(args: argparse.Namespace) -> int:
+    from rbfast.adapter.adapter_files import CONFIG_FILE, read_config
     from rbfast.training.merged_model import save_checkpoint, save_merged
 
     if args.base_only == (args.adapter is not None):
         raise ValueError(
             "name the folder of an adapter to merge, or give --base-only to write MODEL as it is; not both"
         )
+    if args.dtype is None and args.adapter is not None:
+        trained_in = read_config(Path(args.adapter) / CONFIG_FILE).base_dtype
+        args.dtype = trained_in if trained_in in DTYPES else None
     model, tokenizer = load_model(args)
     if args.base_only:
         save_checkpoint(model, tokenizer, args.out)

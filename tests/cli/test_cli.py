@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tiny import model_of_words
 from transformers import PreTrainedTokenizerBase
 
@@ -210,6 +211,23 @@ def test_merge_takes_an_adapter_or_only_the_base(
         code, _, err = call(capsys, "merge", model_folder, *given, "-o", str(tmp_path / "out"))
         assert code == 2 and "name the folder of an adapter to merge, or give --base-only" in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_merged_weights_are_bitwise_those_of_the_training_in_its_dtype(
+    capsys: pytest.CaptureFixture[str], model_folder: str, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    model, _ = load_student(model_folder, dtype)
+    adapter = SparseAdapter.attach(model, density=0.05)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.05)
+    adapter.save_pretrained(tmp_path / "run")
+    adapter.merge()
+    assert call(capsys, "merge", model_folder, str(tmp_path / "run"), "-o", str(tmp_path / "out"))[0] == 0
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    trained = model.state_dict()
+    assert merged and all(torch.equal(tensor, trained[name]) for name, tensor in merged.items())
 
 
 def test_a_solution_without_an_answer_says_so() -> None:
