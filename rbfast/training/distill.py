@@ -169,7 +169,7 @@ def distill(
 
     Args:
         signals: a folder of log-probs that `rbfast teach` wrote, or the one that it is in; traces that it lacks teach
-            by their text.
+            by their text, and a warning says how many they are.
         teacher: a model with the student's tokens, run beside it, for tokens without signals.
         adapter: the folder of a trained adapter of this model to go on with, in place of a new one. It has a shape and
             columns of its own, so the config may name none. AdamW and the schedule begin anew.
@@ -201,7 +201,8 @@ def distill(
     elif keep_best:
         raise ValueError("keep_best compares checkpoints by the loss of held-out traces: give held_out too")
     if signals is not None:
-        asked |= {"signals": _fill(examples, measured_examples, signals)}
+        otherwise = "their text alone" if teacher is None else "the running teacher"
+        asked |= {"signals": _fill(examples, measured_examples, signals, otherwise)}
     if teacher is not None:
         asked |= {"teacher": teacher.config.name_or_path}
     if adapter is not None:
@@ -447,8 +448,11 @@ def placement_scores(
         return score_columns(model, batches, loss, method=method)
 
 
-def _fill(examples: Sequence[Example], measured: Sequence[Example], signals: str | Path) -> dict[str, Any]:
-    """Gives the examples their signals; says whose they are, and of how many that are trained on."""
+def _fill(
+    examples: Sequence[Example], measured: Sequence[Example], signals: str | Path, otherwise: str
+) -> dict[str, Any]:
+    """Gives the examples their signals; says whose they are, and of how many that are trained on. Warns of those of
+    these that have none."""
     within = Path(signals) / "signals"  # of the folder that `rbfast teach -o` was given
     store = SignalStore.open(within if within.is_dir() else signals)
     missing = len(store.fill(examples))
@@ -457,6 +461,12 @@ def _fill(examples: Sequence[Example], measured: Sequence[Example], signals: str
         raise ValueError(
             f"{signals} holds log-probs of none of the {len(examples)} traces, which are looked up by token; "
             "was it made for other traces, or for a student with another tokenizer?"
+        )
+    without = sum(example.teacher_ids is None for example in examples)  # a trace may bring its own
+    if without and is_first_process():
+        warnings.warn(
+            f"{without} of {len(examples)} traces have no log-probs in {signals}: they learn from {otherwise}",
+            stacklevel=3,
         )
     return {"teacher": store.teacher, "k": store.k, "traces": len(examples) - missing}
 
