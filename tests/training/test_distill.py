@@ -204,6 +204,15 @@ def test_numbers_of_numpy_are_numbers():
     )
 
 
+def test_the_bar_keeps_the_losses_of_the_last_step():
+    bar, state = Bar(quiet=True), TrainerState(global_step=3, max_steps=3)
+    bar.on_train_begin(None, state, None)
+    bar.on_log(None, state, None, logs={"loss": 2.0, "loss_answer": 1.5})
+    bar.on_log(None, state, None, logs={"train_runtime": 1.0})  # as a Trainer ends
+    bar.close()
+    assert bar.bar.tasks[0].description == "answer 1.500"
+
+
 def test_a_resumed_run_says_where(capsys):
     for step, said in ((0, ""), (4, "resuming at step 4 of 6\n")):
         callback = Bar(quiet=False)
