@@ -3,9 +3,8 @@
 import pytest
 import torch
 from qwen_shapes import QWEN_7B, QWEN_7B_PARAMETERS
-from tiny_models import gpt2, llama
+from tiny_models import gemma3_that_sees, gpt2, llama
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from rbfast.adapter.column_scores import ColumnScores
 from rbfast.adapter.placement import (
@@ -21,14 +20,6 @@ from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.models.linears import Shape, count_parameters, select_linears
 
 SHAPES = {"q": Shape(24, 24, 0), "k": Shape(12, 24, 0), "up": Shape(40, 24, 1), "down": Shape(24, 40, 2)}
-
-
-def gemma3_that_sees():
-    text = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    text |= dict(num_key_value_heads=2, head_dim=8)
-    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=28)
-    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision)
-    return AutoModelForCausalLM.from_config(config)
 
 
 def spent(shapes, rank, supports):

@@ -94,6 +94,15 @@ def family(name, dtype=torch.float32, **overrides):
     return model.to(dtype).eval()
 
 
+def gemma3_that_sees():
+    """With a vision tower beside its text model, as Gemma 3 has it from 4B on."""
+    text = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    text |= dict(num_key_value_heads=2, head_dim=8)
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=28)
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision)
+    return AutoModelForCausalLM.from_config(config)
+
+
 def batch(rows=2, tokens=11, seed=0):
     ids = torch.randint(VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(seed))
     return {"input_ids": ids, "labels": ids}
