@@ -3,7 +3,7 @@
 import pytest
 import torch
 from qwen_shapes import QWEN_7B, QWEN_7B_PARAMETERS
-from tiny_models import gemma3_that_sees, gpt2, llama
+from tiny_models import gpt2, llama, seeing
 from torch import nn
 
 from rbfast.adapter.column_scores import ColumnScores
@@ -122,7 +122,7 @@ def test_all_linear_leaves_the_head_and_tied_weights_alone():
 
 def test_text_alone_gets_deltas_in_a_model_that_sees_too():
     with pytest.warns(UserWarning) as warned:
-        model = gemma3_that_sees()
+        model = seeing()
         adapter = SparseAdapter.attach(model, density=0.1)
     assert [str(w.message).partition(" layers")[0] for w in warned] == ["15 linear"]  # and no stack of experts
     assert len(adapter.sites()) == 14 and all("language_model" in name for name in adapter.sites())
