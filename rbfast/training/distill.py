@@ -25,7 +25,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rbfast.adapter.adapter_files import adapter_digest
@@ -40,10 +39,10 @@ from rbfast.data.trace import Trace
 from rbfast.models.checkpointing import checkpointing
 from rbfast.models.linears import is_sharded
 from rbfast.models.student import evaluation_mode, final_hidden, mode_kept, packs, rotary_embeddings
-from rbfast.training.arguments import DeviceArguments
+from rbfast.training.arguments import DeviceArguments, check_trackers
 from rbfast.training.batches import batches_by_tokens
 from rbfast.training.checkpoints import KEPT, check_room, last_checkpoint, remove_checkpoints
-from rbfast.training.held_out import part
+from rbfast.training.held_out import measuring, part, without_times
 from rbfast.training.objective import Objective, role_counts, sums_by_role, token_losses
 from rbfast.training.plan import Plan, make_plan
 from rbfast.training.resume import asked_of, check_same_folder, check_same_run, digest_of
@@ -188,7 +187,9 @@ def distill(
         ImportError: a tracker is not installed.
     """
     out, start = Path(out), time.monotonic()
-    _check_trackers(report_to)
+    if keep_best and held_out is None:
+        raise ValueError("keep_best compares checkpoints by the loss of held-out traces: give held_out too")
+    check_trackers(report_to)
     first = is_first_process()  # of the processes, which share the folder
     _check_traces(traces)
     traces, measured = part(traces, held_out, config.seed)
@@ -198,30 +199,22 @@ def distill(
     asked = asked_of(model, traces, asdict(config))
     if measured:
         asked |= {"held_out": {"traces": len(measured), "digest": digest_of(measured), "keep_best": keep_best}}
-    elif keep_best:
-        raise ValueError("keep_best compares checkpoints by the loss of held-out traces: give held_out too")
     if signals is not None:
         otherwise = "their text alone" if teacher is None else "the running teacher"
         asked |= {"signals": _fill(examples, measured_examples, signals, otherwise)}
     if teacher is not None:
         asked |= {"teacher": teacher.config.name_or_path}
     if adapter is not None:
-        _check_shape_is_free(config, adapter)
-        if Path(adapter).resolve() == out.resolve():
-            raise ValueError(f"{out} holds the adapter to go on with, which the run would replace; name another folder")
-        asked |= {"adapter": adapter_digest(adapter)}
+        asked |= {"adapter": _digest_to_go_on_with(adapter, config, out)}
     check_same_run(out, asked)
     checkpoint = last_checkpoint(out / "checkpoints")
     reporting = {"report_to": list(report_to) or "none", "run_name": out.name}
-    reporting |= _measuring(config, keep_best, from_start=checkpoint is None) if measured else {}
+    if measured:
+        reporting |= measuring(config.save_steps, keep_best, from_start=checkpoint is None)
     arguments = _arguments(out, model, config, examples, reporting)  # from here on the processes are connected
     check_same_folder(out, checkpoint)
     if (history := read_json(out / LOG, [{"step": int}])) is not None:
-        cost = read_json(out / RUN, {"seconds": (int, float)}) or {"seconds": 0.0}  # the file may have been removed
-        trained = SparseAdapter.from_pretrained(model, out)
-        if first:
-            remove_checkpoints(out / "checkpoints")  # of a run that was killed while it removed them
-        return Run(trained, history, skipped, cost["seconds"], len(examples), found=True)
+        return _found(model, out, history, skipped, len(examples))
     if first:  # before the long part, which a folder that cannot be written to would waste
         write_text(out / RUN, json.dumps(asked, indent=1))
         write_prompt(out, tokenizer, replace(_instruction(tokenizer, config), system=_shared_system(traces)))
@@ -236,12 +229,27 @@ def distill(
         trainer = _trainer(model, trained, arguments, examples, measured_examples, config, teacher, progress)
         with closing(progress), checkpointing(model) if config.gradient_checkpointing else nullcontext():
             trainer.train(resume_from_checkpoint=checkpoint)
-        history = [_without_times(entry) for entry in trainer.state.log_history if {"loss", "eval_loss"} & entry.keys()]
+        history = [without_times(entry) for entry in trainer.state.log_history if {"loss", "eval_loss"} & entry.keys()]
         run = Run(trained, history, skipped, time.monotonic() - start, len(examples), plan=plan)
         if first:
             _save(run, out, asked, examples, resumed=checkpoint is not None)
         trainer.accelerator.wait_for_everyone()
         return run
+
+
+def _found(
+    model: PreTrainedModel,
+    out: Path,
+    history: list[dict[str, float]],
+    skipped: list[tuple[Trace, str]],
+    traces: int,
+) -> Run:
+    """A run that is finished, with its adapter attached."""
+    cost = read_json(out / RUN, {"seconds": (int, float)}) or {"seconds": 0.0}  # the file may have been removed
+    trained = SparseAdapter.from_pretrained(model, out)
+    if is_first_process():
+        remove_checkpoints(out / "checkpoints")  # of a run that was killed while it removed them
+    return Run(trained, history, skipped, cost["seconds"], traces, found=True)
 
 
 @contextmanager
@@ -471,6 +479,13 @@ def _fill(
     return {"teacher": store.teacher, "k": store.k, "traces": len(examples) - missing}
 
 
+def _digest_to_go_on_with(adapter: str | Path, config: DistillConfig, out: Path) -> str:
+    _check_shape_is_free(config, adapter)
+    if Path(adapter).resolve() == out.resolve():
+        raise ValueError(f"{out} holds the adapter to go on with, which the run would replace; name another folder")
+    return adapter_digest(adapter)
+
+
 def _check_shape_is_free(config: DistillConfig, adapter: str | Path) -> None:
     """Raises ValueError for a config that would shape a new adapter, while a run goes on with a saved one."""
     for name in ("density", "rank", "support", "placement"):
@@ -521,27 +536,6 @@ def _arguments(
         ddp_find_unused_parameters=False,
         **others,
     )
-
-
-def _check_trackers(names: Sequence[str]) -> None:
-    """Raises ValueError for a name that transformers does not know, ImportError for a tracker that is not installed."""
-    for tracker in get_reporting_integration_callbacks(list(names)):
-        try:
-            tracker()
-        except RuntimeError as error:
-            raise ImportError(str(error)) from None
-
-
-def _measuring(config: DistillConfig, keep_best: bool, from_start: bool) -> dict[str, Any]:
-    """Arguments that measure the held-out loss whenever a checkpoint is written, and before the first step."""
-    best = dict(load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=False)
-    every = dict(eval_strategy="steps", eval_steps=config.save_steps, eval_on_start=from_start)
-    return every | (best if keep_best else {})
-
-
-def _without_times(entry: dict[str, float]) -> dict[str, float]:
-    """An entry of a Trainer's log, without how long an evaluation took: the same run has the same log."""
-    return {name: value for name, value in entry.items() if not name.startswith("eval_") or "loss" in name}
 
 
 def _first_reason(skipped: Sequence[tuple[Trace, str]]) -> str:

@@ -6,6 +6,7 @@ trained, measured = part(traces, 0.05, seed=0)      # or traces of a file of the
 import random
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from rbfast.data.trace import Trace
 
@@ -48,3 +49,16 @@ def _share(traces: Sequence[Trace], share: float, seed: int) -> tuple[list[Trace
 
 def _key(trace: Trace) -> str:
     return " ".join(trace.problem.split())
+
+
+def measuring(every: int, keep_best: bool, from_start: bool) -> dict[str, Any]:
+    """Arguments of a Trainer that measures the held-out loss every so many steps, and at the end; `from_start`: before
+    the first step too; `keep_best`: ends with the checkpoint of the least."""
+    best = dict(load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=False)
+    steps = dict(eval_strategy="steps", eval_steps=every, eval_on_start=from_start)
+    return steps | (best if keep_best else {})
+
+
+def without_times(entry: dict[str, float]) -> dict[str, float]:
+    """An entry of a Trainer's log, without how long an evaluation took: the same run has the same log."""
+    return {name: value for name, value in entry.items() if not name.startswith("eval_") or "loss" in name}
