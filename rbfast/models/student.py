@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from rbfast.models.linears import is_sharded, whole
 from rbfast.models.packed_attention import (
@@ -89,7 +90,9 @@ def load_student(
     if load_in is not None:
         options = {"quantization_config": quantisation(load_in, dtype), "device_map": {"": device}}
     with _explained(name_or_path):
-        loader = _loader_of(AutoConfig.from_pretrained(name_or_path, trust_remote_code=False), name_or_path)
+        loader: Any = AutoModelForCausalLM
+        if find_adapter_config_file(name_or_path) is None:  # a LoRA names its base, and has no config of a model
+            loader = _loader_of(AutoConfig.from_pretrained(name_or_path, trust_remote_code=False), name_or_path)
         model = loader.from_pretrained(name_or_path, dtype=dtype, trust_remote_code=False, **options)
     return model.eval(), load_tokenizer(name_or_path)
 

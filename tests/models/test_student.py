@@ -5,8 +5,9 @@ import pytest
 import torch
 import transformers
 from tiny import tiny_model, tiny_tokenizer
-from tiny_models import VOCABULARY, llama, seeing, snapshot
+from tiny_models import VOCABULARY, disturb, llama, seeing, snapshot
 
+from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.models import student
 from rbfast.models.student import final_hidden, head_of, load_outline, load_student, load_tokenizer
 
@@ -147,6 +148,21 @@ def test_a_model_that_is_no_causal_one_is_named(tmp_path):
     for load in (load_student, load_outline):
         with pytest.raises(ValueError, match=r"is a model of type 't5', which is no causal language model; name one"):
             load(str(tmp_path))
+
+
+def test_the_folder_of_a_lora_loads_its_base_with_it(tmp_path):
+    pytest.importorskip("peft")
+    tiny_model().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    model, tokenizer = load_student(str(tmp_path / "base"), torch.float32)
+    adapter = SparseAdapter.attach(model, density=0.2)
+    disturb(adapter)
+    adapter.export_lora(tmp_path / "lora", str(tmp_path / "base"))
+    tokenizer.save_pretrained(tmp_path / "lora")
+    found, _ = load_student(str(tmp_path / "lora"), torch.float32)
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        assert torch.allclose(found(ids).logits, model(ids).logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("left", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", None])
