@@ -619,3 +619,13 @@ def test_a_pipe_that_is_closed_is_no_error():
     command = f"{sys.executable} -m rbfast info | true"
     run = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert run.stderr == ""
+
+
+@pytest.mark.slow
+def test_what_a_terminal_cannot_show_is_escaped(tmp_path: Path) -> None:
+    row = {"problem": "How many legs have 2 cows?", "reasoning": "Each has 4.\n2 x 4 = 8", "answer": "8"}
+    (pool := tmp_path / "é中.jsonl").write_text(json.dumps(row) + "\n")
+    command = [sys.executable, "-m", "rbfast", "curate", str(pool), "-o", str(tmp_path / "out"), "--size", "1"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0 and r"\xe9\u4e2d.jsonl: read as" in run.stdout
