@@ -83,12 +83,17 @@ def read_chat_reply(reply: Mapping[str, Any]) -> ChatReply:
     )
 
 
+def is_cut(reason: str | None) -> bool:
+    """Whether the limit of tokens ended a reply."""
+    return (reason or "").lower() in _CUT
+
+
 def fault_of_finish(reason: str | None) -> str | None:
     """Why a reply that ended so is no trace, None if it is one."""
     said = (reason or "").lower()
     if said in _WHOLE:
         return None
-    if said in _CUT:
+    if is_cut(reason):
         return "the reply was cut at the limit of tokens; raise max_tokens"
     if said == "model_length":
         return "the reply was cut at the model's own limit (finish_reason 'model_length'); take a shorter problem"
