@@ -228,6 +228,11 @@ def _letter(letter: str) -> str:
     return "".join(_SIGNS.get(part, part) for part in plain)
 
 
+def bare(text: str) -> str:
+    r"""Words without the `\text{}` around them."""
+    return re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
+
+
 def unbox(text: str) -> str:
     r"""Without `\boxed{}` around what it holds."""
     while match := _BOX.search(text):

@@ -29,8 +29,6 @@ from rbfast.grading.grade import Problem, reasoning_gym
 
 _REASONING_GYM = "reasoning-gym:"
 
-_QUESTION_FIELDS = ("problem", "question", "prompt")
-
 
 def load_problems(
     task: str,
@@ -130,18 +128,13 @@ def _read_hub(where: str, task: str, options: FormatOptions) -> list[Problem]:
     return [_problem(row, f"{dataset}: row {number}", task, options) for number, row in enumerate(rows)]
 
 
-def _problem(fields: Any, where: str, task: str, options: FormatOptions) -> Problem:
-    if not isinstance(fields, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(fields).__name__}")
+def _problem(row: Any, where: str, task: str, options: FormatOptions) -> Problem:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
     try:
-        fields = fields | {"answer": None, "system": None} | question_of(fields, options)
+        found = question_of(row, options)
     except TraceError as error:
         raise ValueError(f"{where}: problem: expected text: {error}") from None
-    question = next((fields[name] for name in _QUESTION_FIELDS if name in fields), None)
-    if not isinstance(question, str):
-        raise ValueError(f"{where}: problem: expected text (in `problem` or `question`), got {question!r}")
-    answer = fields.get("answer")
-    if not isinstance(answer, str | int | float):
-        raise ValueError(f"{where}: answer: expected text or a number, got {answer!r}")
-    text = str(answer)
-    return Problem(task, question, extract_answer(text) or text.strip(), {}, fields["system"])
+    if (answer := found.get("answer")) is None:
+        raise ValueError(f"{where}: answer: expected text or a number, got None")
+    return Problem(task, found["problem"], extract_answer(answer) or answer.strip(), {}, found.get("system"))
