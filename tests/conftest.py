@@ -3,6 +3,7 @@
 import gc
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from copy import deepcopy
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
 
 # Else litellm asks for a table of prices in a thread of its own, and writes into the output of another test.
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+
+with suppress(ImportError):  # a GPU's tests do without
+    import hypothesis
+
+    # How long an example takes says how busy the machine is: the first may import a grader.
+    hypothesis.settings.register_profile("rbfast", deadline=None)
+    hypothesis.settings.load_profile("rbfast")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -22,6 +22,7 @@ from rbfast.adapter.adapter_files import AdapterConfig, Delta, MatrixInfo
 from rbfast.adapter.column_scores import ColumnScores, generator
 from rbfast.models.linears import (
     Shape,
+    beside_text,
     count_parameters,
     fingerprint,
     group_siblings,
@@ -72,6 +73,7 @@ def plan(
     linears = select_linears(model, targets)
     if targets == "all-linear":
         _warn_of_experts(model)
+        _warn_of_beside(model)
         _warn_of_unfit(model)
     shapes = group_siblings(linears)
     if isinstance(placement, ColumnScores):
@@ -106,8 +108,19 @@ def _warn_of_experts(model: nn.Module) -> None:
         )
 
 
+def _warn_of_beside(model: nn.Module) -> None:
+    aside = beside_text(model)
+    if aside:
+        warnings.warn(
+            f"{len(aside)} linear layers get no delta, because text does not run through them (the first is "
+            f"{next(iter(aside))}); to train them, name them as targets",
+            stacklevel=4,
+        )
+
+
 def _warn_of_unfit(model: nn.Module) -> None:
-    news = [why.reason for why in unfit(model).values() if why.is_news]
+    aside = beside_text(model)
+    news = [why.reason for name, why in unfit(model).items() if why.is_news and name not in aside]
     if news:
         warnings.warn(
             f"{len(news)} linear layers can have no delta and are left as they are; of the first: {news[0]}",

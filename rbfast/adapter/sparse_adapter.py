@@ -117,7 +117,8 @@ class SparseAdapter(nn.Module):
         placement: "random" columns, drawn for every group of matrices, or the best by ColumnScores (or a file of them).
         `support` and `rank` default to what fits (see placement.allocate). mode: "fold" writes the deltas into the
         weights, "side" adds them beside, "auto" folds wherever the weight is a plain bf16, fp16 or fp32 tensor that the
-        layer multiplies by. Warns of experts in stacked weights and of layers that can have no delta
+        layer multiplies by. "all-linear" is what `rbfast.models.linears.select_linears` says: not the head, nor a tower
+        for images or sound. Warns of such towers, of experts in stacked weights and of layers that can have no delta
         (`rbfast.models.linears.unfit`). Raises ValueError for a density outside (0, 1], one that nothing fits, a model
         without linear layers, and a model that has an adapter attached, PEFT's too.
         """

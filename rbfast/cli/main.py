@@ -7,6 +7,7 @@ Results go to stdout (JSON with --json), progress to stderr. Exit codes: 0 done,
 
 import argparse
 import difflib
+import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,8 @@ COMMANDS = (INFO, CONVERT, CURATE, TEACH, DISTILL, SOLVE, EVAL, REPORT, MERGE, E
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what took an hour is shown, if in ASCII
     try:
         if getattr(args, "device", None):  # now, not after an hour of reading
             device_of(args)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rbfast.cli.common import (
+    DTYPES,
     FILE_ONLY,
     Command,
     add_device,
@@ -28,6 +29,7 @@ from rbfast.utils.processes import is_first_process
 
 if TYPE_CHECKING:
     from rbfast.data.instruction import Instruction
+    from rbfast.data.trace import Trace
     from rbfast.training.distill import DistillConfig, Run
 
 
@@ -41,6 +43,16 @@ def add_distill(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--signals", type=Path, help="folder of a teacher's log-probs that `rbfast teach` wrote")
     sub.add_argument("--teacher", help="a model with the student's tokens to run beside it: hub id or local folder")
     sub.add_argument("--adapter", help="folder of a trained adapter of MODEL to go on with (default: a new one)")
+    sub.add_argument(
+        "--held-out",
+        type=_share_or_source,
+        metavar="SHARE|FILE",
+        help="traces whose loss is measured at every checkpoint: a share of the problems in TRACES, which are then not "
+        "trained on, or a file of others",
+    )
+    sub.add_argument(
+        "--keep-best", action="store_true", help="end with the checkpoint of the least held-out loss, not with the last"
+    )
     sub.add_argument("--density", type=float, help="trainable values / all parameters, at most (default: 0.003)")
     sub.add_argument("--rank", type=int, help="rank of each delta (default: what fits)")
     sub.add_argument("--support", type=int, help="columns of each delta (default: what fits)")
@@ -71,6 +83,13 @@ def add_distill(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--shard", type=int, metavar="PROCESSES", help="spread each copy of MODEL over so many processes")
     sub.add_argument("--max-tokens", type=int, help="leave longer traces out, and list them (default: 4096)")
     sub.add_argument("--save-steps", type=int, help="steps between checkpoints (default: 50)")
+    sub.add_argument(
+        "--report-to",
+        nargs="+",
+        default=(),
+        metavar="TRACKER",
+        help="trackers to send the losses to, such as wandb, tensorboard, mlflow or trackio",
+    )
     sub.add_argument("--turns", choices=["last", "all"], help="replies of a conversation to train (default: last)")
     add_instruction(sub, "boxed if MODEL's chat template thinks, else answer")
     sub.add_argument("--plan", action="store_true", help="print the memory that the run would take, and train nothing")
@@ -106,13 +125,15 @@ def run_distill(args: argparse.Namespace) -> int:
             f"{wrong} of {len(traces)} traces have a wrong answer (verified: false); rbfast curate leaves those out",
             file=sys.stderr,
         )
+    held_out = _held_out(args)
     model, tokenizer, teacher = _load_models(args)
-    extra = {"teacher": teacher, "adapter": args.adapter}
+    extra = {"teacher": teacher, "adapter": args.adapter, "held_out": held_out}
     if args.plan:
         plan = plan_run(model, tokenizer, traces, config, **extra)
         return print_result(args, plan.to_dict(), str(plan))
     try:
-        run = distill(model, tokenizer, traces, args.out, config, args.json, signals=args.signals, **extra)
+        extra |= {"signals": args.signals, "keep_best": args.keep_best, "report_to": args.report_to}
+        run = distill(model, tokenizer, traces, args.out, config, args.json, **extra)
     except KeyboardInterrupt:
         print(_what_is_kept(args.out, config), file=sys.stderr)
         raise
@@ -127,10 +148,31 @@ def run_distill(args: argparse.Namespace) -> int:
         )
     if run.skipped:
         print(f"{len(run.skipped)} traces left out, see {args.out / 'skipped.jsonl'}", file=sys.stderr)
-    result = _outcome(run, args.out, len(traces))
+    result = _outcome(run, args.out)
     if args.json and run.plan is not None:
         result["plan"] = run.plan.to_dict()
     return print_result(args, result, lines(result))
+
+
+def _share_or_source(text: str) -> float | str:
+    """The type of an argument that is a share, or names traces."""
+    try:
+        share = float(text)
+    except ValueError:
+        return text
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"expected a share above 0 and below 1, or a file, got {text}")
+    return share
+
+
+def _held_out(args: argparse.Namespace) -> "list[Trace] | float | None":
+    if args.held_out is None:
+        if args.keep_best:
+            raise ValueError("--keep-best compares checkpoints by the loss of held-out traces: give --held-out too")
+        return None
+    if isinstance(args.held_out, float):
+        return args.held_out
+    return read_traces_aloud(args, args.held_out, args.out / "held_out.unreadable.jsonl")
 
 
 def _distill_config(args: argparse.Namespace) -> "DistillConfig":
@@ -187,7 +229,7 @@ def _what_is_kept(out: Path, config: "DistillConfig") -> str:
     return f"there is no checkpoint yet (one every {config.save_steps} steps: --save-steps), so it begins anew"
 
 
-def _outcome(run: "Run", out: Path, traces: int) -> dict[str, Any]:
+def _outcome(run: "Run", out: Path) -> dict[str, Any]:
     # Of the first and the last step that had such tokens, each before its update.
     first: dict[str, float] = {}
     last: dict[str, float] = {}
@@ -196,19 +238,22 @@ def _outcome(run: "Run", out: Path, traces: int) -> dict[str, Any]:
         first, last = losses | first, last | losses
     result = {
         "out": str(out),
-        "trained": traces - len(run.skipped),
+        "trained": run.traces,
         "skipped": len(run.skipped),
         "trainable_percent": run.adapter.trainable_percent,
-        "steps": len(run.log_history),
+        "steps": sum("loss" in entry for entry in run.log_history),
         "seconds": run.seconds,
         **{f"first_{name}": first[name] for name in sorted(first)},
         **{f"last_{name}": last[name] for name in sorted(last)},
     }
+    if measured := [(entry["eval_loss"], entry["step"]) for entry in run.log_history if "eval_loss" in entry]:
+        result |= {"first_held_out_loss": measured[0][0], "last_held_out_loss": measured[-1][0]}
+        result |= dict(zip(("best_held_out_loss", "best_step"), min(measured), strict=True))
     return result | ({"already_finished": True} if run.found else {})
 
 
 def add_merge(sub: argparse.ArgumentParser) -> None:
-    add_model(sub)
+    add_model(sub, dtype="the one that the adapter was trained in")
     sub.add_argument("adapter", nargs="?", help="folder of a trained adapter")
     sub.add_argument("-o", "--out", type=output_folder, required=True, help="folder to write")
     sub.add_argument(
@@ -225,12 +270,16 @@ def _trained_with(args: argparse.Namespace, tokenizer: Any) -> "Instruction":
 
 
 def run_merge(args: argparse.Namespace) -> int:
+    from rbfast.adapter.adapter_files import CONFIG_FILE, read_config
     from rbfast.training.merged_model import save_checkpoint, save_merged
 
     if args.base_only == (args.adapter is not None):
         raise ValueError(
             "name the folder of an adapter to merge, or give --base-only to write MODEL as it is; not both"
         )
+    if args.dtype is None and args.adapter is not None:
+        trained_in = read_config(Path(args.adapter) / CONFIG_FILE).base_dtype
+        args.dtype = trained_in if trained_in in DTYPES else None
     model, tokenizer = load_model(args)
     if args.base_only:
         save_checkpoint(model, tokenizer, args.out)

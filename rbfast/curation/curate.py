@@ -66,7 +66,8 @@ class CurateConfig:
 
     Args:
         size: traces to pick.
-        against: evaluation sets whose problems must not be trained on: files, folders or hub ids, of which `test`.
+        against: evaluation sets whose problems must not be trained on: benchmarks by their name ("math-500"), files,
+            folders or hub ids, of which `test`.
         pass_rates: share of a student's tries that solve a problem, by its text; see `read_pass_rates`.
         quality, difficulty, verify, embed: functions in place of the built-in ones; with several processes they must be
             picklable. See docs/curation.md.

@@ -34,6 +34,7 @@ from rbfast.curation import text
 from rbfast.curation.instructions import may_instruct, without_instructions
 from rbfast.curation.text import Ragged, Texts, fold
 from rbfast.curation.text_reference import tokens
+from rbfast.data import hub
 from rbfast.data.formats import question_of
 from rbfast.data.readers import read_rows
 from rbfast.data.trace import TraceError
@@ -103,7 +104,8 @@ class Thresholds:
 
 
 def read_evaluations(sources: Iterable[str | Path], *, split: str = "test") -> list[Evaluation]:
-    """The problems of evaluation sets: files or folders of any kind that traces have, or hub ids, of which `split`.
+    """The problems of evaluation sets: files or folders of any kind that traces have, benchmarks by their name
+    (`hub.BENCHMARKS`), or hub ids, of which `split`.
 
     Raises:
         TraceError: a row without a problem, or a source without rows.
@@ -111,7 +113,7 @@ def read_evaluations(sources: Iterable[str | Path], *, split: str = "test") -> l
     found: list[Evaluation] = []
     for source in sources:
         before = len(found)
-        for where, row in read_rows(source, split=split):
+        for where, row in read_rows(hub.BENCHMARKS.get(str(source), source), split=split):
             named = [row[field] for field in _QUESTION_FIELDS if field in row] if isinstance(row, dict) else []
             problem = named[0] if named and isinstance(named[0], str) else _problem(row, where)
             if not problem.strip():

@@ -12,6 +12,14 @@ _NAME = re.compile(
     r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:(?::(?P<config>[^:\[\]]+))?:(?P<split>(?:[^:\[\]]|\[[^\[\]]*\])+))?"
 )
 FORMS = "owner/name, owner/name:split or owner/name:config:split"
+# Where the benchmarks live on the hub, and which split is theirs. AIME 24 has the columns id, problem, solution, answer
+# ("025" with its zeros), url and year; AIME 25 has problem, answer and id; 30 rows each.
+BENCHMARKS = {
+    "math-500": "HuggingFaceH4/MATH-500:test",
+    "aime24": "HuggingFaceH4/aime_2024:train",
+    "aime25": "math-ai/aime25:test",
+    "gsm8k": "openai/gsm8k:main:test",
+}
 
 
 @dataclass(frozen=True)

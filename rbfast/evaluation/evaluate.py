@@ -154,9 +154,8 @@ def evaluate(
         check_output(keep)  # before the first batch, which would be lost
     store = _Store(Path(keep), how) if keep is not None else None
     done = store.read(problems) if store else {}
-    left = [problem for problem in dict.fromkeys(map(_identity, problems)) if problem not in done]
     by_identity = {_identity(problem): problem for problem in problems}
-    todo = [by_identity[identity] for identity in left]
+    todo = [problem for identity, problem in by_identity.items() if identity not in done]
     lengths = [range(len(problem.question)) for problem in todo]
 
     def report() -> None:
@@ -193,9 +192,8 @@ def _identity_of(record: dict[str, Any]) -> _Identity:
     return record["task"], record["problem"], record.get("system")
 
 
-_NUMBER = (int, float)
 _RECORD: dict[str, Any] = {"task": str, "problem": str, "completion": str, "tokens": int, "truncated": bool}
-_RECORD |= {"score": _NUMBER, "sample": int}
+_RECORD |= {"score": (int, float), "sample": int}
 
 
 class _Store:

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import TypeAlias
 
+from rbfast.data.answers import closing
 from rbfast.grading.exact import exact
-from rbfast.grading.notation import closing
+from rbfast.grading.notation import bare
 from rbfast.grading.numerals import numeral
 
 
@@ -74,7 +75,7 @@ def read(text: str) -> Form:
     text = text.strip()
     if depth(text) > _MOST_NESTED:
         return One(text)
-    words = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip()
+    words = bare(text).strip()
     if _REALS.fullmatch(words):
         return Several((One(r"-\infty"), One(r"\infty")), "()")
     if _NOTHING.fullmatch(words):
@@ -179,13 +180,10 @@ def _inside(text: str, brackets: str) -> Form | None:
             return inner
         return Several((inner,), brackets) if brackets in ("{}", "[]") else None
     forms = tuple(map(read, parts))
-    if brackets == "{}":
-        return (
-            replace(flat, brackets="{}")
-            if isinstance(flat := _collected(list(forms), disjoint=False), Several)
-            else flat
-        )
-    return Several(forms, brackets)
+    if brackets != "{}":
+        return Several(forms, brackets)
+    listed = _collected(list(forms), disjoint=False)
+    return replace(listed, brackets="{}") if isinstance(listed, Several) else listed
 
 
 def _single(text: str) -> Form:
@@ -195,7 +193,7 @@ def _single(text: str) -> Form:
     if len(parts) > 1 and all(part.strip() for part in parts[1:]):
         return _equation(text, [part.strip() for part in parts])
     if r"\pm" in text or r"\mp" in text:
-        signs = ((r"+", "-"), ("-", "+"))
+        signs = (("+", "-"), ("-", "+"))
         return Several(tuple(One(_signed(text, plus, minus)) for plus, minus in signs), "")
     return One(_unwrapped(text))
 
@@ -224,11 +222,10 @@ def _equation(text: str, parts: list[str]) -> Form:
     )
     told = not again and (bool(name) or _says_value(left))
     equation = "" if r"\approx" in text or (len(parts) > 2 and told) else text
-    approximated = [part for part in split(text, re.compile(r"\\approx(?![a-zA-Z])"))]
+    approximated = split(text, re.compile(r"\\approx(?![a-zA-Z])"))
     values = [parts[-1]]
-    if len(approximated) > 1:
-        before = split(approximated[0], _EQUALS)[-1].strip()
-        values = [parts[-1]] + ([before] if before != name else [])
+    if len(approximated) > 1 and (before := split(approximated[0], _EQUALS)[-1].strip()) != name:
+        values.append(before)
     if not told:
         return One(text, equation=text, named_only=False)
     return _named([read(value) for value in values], name, equation)
@@ -253,8 +250,7 @@ def _says_value(left: str) -> bool:
 
     `2x = 5` and `x^2 = 4` are steps on the way to `x`.
     """
-    bare = re.sub(r"\\text\{[^{}]*\}|\\[a-zA-Z]+", " ", left)
-    letters = set(re.findall(r"[a-zA-Z]", bare)) - {"i"}
+    letters = set(re.findall(r"[a-zA-Z]", re.sub(r"\\text\{[^{}]*\}|\\[a-zA-Z]+", " ", left))) - {"i"}
     return (
         len(letters) != 1
         or re.match(r"\s*\\(?:sin|cos|tan|log|ln|angle|overline|det|sec|csc|cot|lfloor|lceil)", left) is not None
@@ -263,16 +259,15 @@ def _says_value(left: str) -> bool:
 
 def _interval(text: str) -> Several | None:
     parts = [part.strip() for part in split(text, _RELATION)]
-    signs = [sign for sign in _RELATION.findall(text)]
+    signs = _RELATION.findall(text)
     if len(parts) != len(signs) + 1 or len(signs) not in (1, 2):
         return None
     if len(signs) == 1:
         left, right = parts
         if _VARIABLE.fullmatch(left) and not _VARIABLE.fullmatch(right.lstrip("-")):
             return _half_line(left, signs[0], right)
-        flipped = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}[signs[0]]
         if _VARIABLE.fullmatch(right) and not _VARIABLE.fullmatch(left.lstrip("-")):
-            return _half_line(right, flipped, left)
+            return _half_line(right, _turned(signs[0]), left)
         return None
     low, name, high = parts
     if signs[0] in (">", r"\ge"):

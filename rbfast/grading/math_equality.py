@@ -24,7 +24,7 @@ from rbfast.grading.exact import exact
 from rbfast.grading.forms import Either, Form, One, Several, read
 from rbfast.grading.judge import TIME_LIMIT, judge
 from rbfast.grading.moments import is_moment, same_moment
-from rbfast.grading.notation import normalize
+from rbfast.grading.notation import bare, normalize
 from rbfast.grading.numerals import counted
 from rbfast.grading.units import CURRENCIES, Unit, same_dimension, split_unit
 
@@ -166,7 +166,7 @@ def key(statement: str) -> str:
         if quantity is not None and quantity.base is None and not (quantity.unit or quantity.percent):
             return _shown(quantity.value)
     text = re.sub(r"\s+", " ", text)
-    return text if _NO_WORDS.search(_bare(text)) else _bare(text).casefold()
+    return text if _NO_WORDS.search(bare(text)) else bare(text).casefold()
 
 
 def is_number(text: str) -> bool:
@@ -302,8 +302,8 @@ def _equal_expressions(expected: str, found: str, same: Same) -> bool:
 
 def _quantity(text: str) -> _Quantity | None:
     """The number that the whole of a text is, with its unit."""
-    text = counted(_bare(text)) or text
-    if match := _BASE.fullmatch(_bare(text)):
+    text = counted(bare(text)) or text
+    if match := _BASE.fullmatch(bare(text)):
         return _in_base(match[1], int(match[2]))
     percent = re.search(r"\s*(?:%|(?:\\text\{)?\s*per ?cent(?:age)?\s*\}?)(?: points?)?$", text)
     core, unit = (text[: percent.start()], None) if percent else split_unit(text)
@@ -368,23 +368,19 @@ def _digits(decimal: _Quantity) -> int:
     return len(str(abs(decimal.value.numerator * 10 ** (decimal.places or 0) // decimal.value.denominator)))
 
 
-def _bare(text: str) -> str:
-    return re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
-
-
 def _words(text: str) -> str:
     """The words of a text that has nothing else in it, else an empty text."""
-    bare = re.sub(r"^([\"'`])(.*)\1$", r"\2", _bare(text).strip(" ."))
     if choice := _chooses(text):
         return choice
-    if _NO_WORDS.search(bare) or not re.search(r"[^\W\d_]", bare):
+    words = re.sub(r"^([\"'`])(.*)\1$", r"\2", bare(text).strip(" ."))
+    if _NO_WORDS.search(words) or not re.search(r"[^\W\d_]", words):
         return ""
-    return re.sub(r"^(?:the|an?) (?=\S)|[\s\-]+", "", bare.casefold())
+    return re.sub(r"^(?:the|an?) (?=\S)|[\s\-]+", "", words.casefold())
 
 
 def _chooses(text: str) -> str | None:
     """The letter of a choice: `(C)`, `C.`, `(C) 5`."""
-    match = _CHOICE.fullmatch(re.sub(r"^(?:[Oo]ption|[Cc]hoice) ", "", _bare(text).strip()))
+    match = _CHOICE.fullmatch(re.sub(r"^(?:[Oo]ption|[Cc]hoice) ", "", bare(text).strip()))
     if match is None or _HEDGE.match(match["said"] or ""):
         return None
     return next(filter(None, match.groups())).casefold()

@@ -14,6 +14,8 @@ import functools
 import re
 from fractions import Fraction
 
+from rbfast.grading.notation import bare
+
 _MONTH_NAMES = "january february march april may june july august september october november december"
 _DAY_NAMES = "monday tuesday wednesday thursday friday saturday sunday"
 _MONTHS, _DAYS = _MONTH_NAMES.split(), _DAY_NAMES.split()
@@ -57,8 +59,8 @@ def is_moment(text: str) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _plain(text: str) -> str:
-    bare = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).replace(r"\colon", ":").casefold()
-    return re.sub(r"\s*:\s*", ":", " ".join(bare.replace("~", " ").split())).strip(" .")
+    words = bare(text).replace(r"\colon", ":").casefold()
+    return re.sub(r"\s*:\s*", ":", " ".join(words.replace("~", " ").split())).strip(" .")
 
 
 def _date(text: str) -> dict[str, int]:

@@ -13,6 +13,7 @@ import re
 import unicodedata
 
 from rbfast.data.answers import closing
+from rbfast.grading.units import SIGNS
 
 _SIGNS = {
     **dict.fromkeys("−–—‐‑‒﹣－⁻", "-"),
@@ -70,7 +71,7 @@ _RULES = [
         (r"\\\\(?:\[\d+\w+\])?(?![a-zA-Z])", r" \\\\ "),
         (r"(?<!\\)\\[()\[\]]", " "),
         (r"\\(?:underline|(?:text)?color\s*\{\w+\})(?=\s*\{)|(?<!\\)\\$", ""),
-        (r"\\text\{\s*(\\?[$€£₹¥])\s*\}", r"\1"),
+        (rf"\\text\{{\s*(\\?[{SIGNS}])\s*\}}", r"\1"),
         (r"\s*(?:\\text\{\s*)?\((?:rounded|correct|to the nearest|approx)[^()]*\)\}?$", ""),
         (r"^(?:about|around|roughly|approximately|exactly|either|both)\s+(?=\S)", ""),
         (r"^(?:minus|negative)\s+(?=[\d.\\$])", "-"),
@@ -226,6 +227,11 @@ def _letter(letter: str) -> str:
         above, _, below = plain.partition("\u2044")
         return rf"\frac{{{above}}}{{{below}}}"
     return "".join(_SIGNS.get(part, part) for part in plain)
+
+
+def bare(text: str) -> str:
+    r"""Words without the `\text{}` around them."""
+    return re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
 
 
 def unbox(text: str) -> str:

@@ -16,7 +16,7 @@ import re
 from rbfast.grading.exact import exact
 from rbfast.grading.moments import MONTHS, is_moment
 from rbfast.grading.numerals import WORDS
-from rbfast.grading.units import OTHER_VALUE, unit_of
+from rbfast.grading.units import OTHER_VALUE, SIGNS, unit_of
 
 _WORD = re.compile(r"(?<![\\\w{])[A-Za-z]{2,}(?![\w({}])")
 _JOINING = {"and", "or"}
@@ -34,7 +34,9 @@ _SEPARATOR = re.compile(r"[,;]|\b(?:and|or)\b")
 _THEREFORE = re.compile(r"\b(?:so|thus|hence|therefore|then|giving|gives|total)\b", re.IGNORECASE)
 _OPENING = re.compile(r"^(?:so|thus|hence|therefore|then|finally)[,:]?\s+", re.IGNORECASE)
 _LIST = re.compile(r"(?:^|(?<=\s))\[.*\]", re.DOTALL)
-_PLAIN_NUMBER = re.compile(r"[-\u2212]?\\?[$€£]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:/\d+)?%?|\d{1,2}:[0-5]\d")
+_PLAIN_NUMBER = re.compile(
+    rf"[-\u2212]?\\?[{SIGNS}]?(?:\d{{1,3}}(?:,\d{{3}})+|\d+)?(?:\.\d+)?(?:/\d+)?%?|\d{{1,2}}:[0-5]\d"
+)
 _PLAIN_WORD = re.compile(r"(?:[^\W\d_]+(?:-[^\W\d_]+)*(?:['’]s?)?)?")
 _LABEL_WORDS = """
 question problem exercise example step part case chapter section page line figure table version room number no option
@@ -48,7 +50,9 @@ _SHARED = re.compile(
 )
 _EDGES = re.compile(r"^[\s*_`$\"]+|[\s*_`$\".。°]+$")
 _CALCULATED = re.compile(r"<<[^<>\n]*>>")  # by GSM8K's calculator, beside the value
-_PRICE = re.compile(r"(?<![\w.,$€£₹¥])(\d[\d,.]*(?<=\d))\s?([€£₹¥])(?!\d)")  # the sign after the number
+_PRICE = re.compile(  # the sign after the number; a dollar there may close a formula
+    rf"(?<![\w.,{SIGNS}])(\d[\d,.]*(?<=\d))\s?([{SIGNS.replace('$', '')}])(?!\d)"
+)
 # Words that say another number only beside it. Signs of a second thought, as they open a sentence.
 _NEARBY_WORDS = """
 and to times more less fewer greater than most least before after over under above below by without between out
@@ -58,8 +62,8 @@ _DENYING = {"not", "isn't", "aren't", "wasn't", "cannot", "can't", "never", "nor
 _SECOND_THOUGHTS = {"But", "Wait", "Actually", "However", "Hmm"}
 # What comes of a calculation, and what is said of it: `14 + 16 = 30 apples in all`.
 _COMPUTED = re.compile(
-    r"[\d)]%?(?: [A-Za-z]+)? ?[-+*/×÷xX\u2212\u2013] ?[$€£]?(?:[\d,]*\.)?\d[\d,]*%?\)*(?: ?[A-Za-z]+)? ?= ?"
-    r"(?P<number>[-\u2212]?[$€£]?[\d,.]*\d%?)(?P<rest>(?:[ ,;.:!]|[a-z]{2})[^\d=]*|)\Z"
+    rf"[\d)]%?(?: [A-Za-z]+)? ?[-+*/×÷xX\u2212\u2013] ?[{SIGNS}]?(?:[\d,]*\.)?\d[\d,]*%?\)*(?: ?[A-Za-z]+)? ?= ?"
+    rf"(?P<number>[-\u2212]?[{SIGNS}]?[\d,.]*\d%?)(?P<rest>(?:[ ,;.:!]|[a-z]{{2}})[^\d=]*|)\Z"
 )
 _PICKED = re.compile(
     r"(?i:(?:the )?(?:(?:answer|option|choice) )?)\(?(?P<one>[A-J])\)? (?i:is (?:the )?(?:correct|right|best)"

@@ -30,17 +30,6 @@ from rbfast.grading.grade import Problem, reasoning_gym
 _REASONING_GYM = "reasoning-gym:"
 
 
-# Where the benchmarks live on the hub, and which split is theirs. AIME 24 has the columns id, problem, solution, answer
-# ("025" with its zeros), url and year; AIME 25 has problem, answer and id; 30 rows each.
-BENCHMARKS = {
-    "math-500": "HuggingFaceH4/MATH-500:test",
-    "aime24": "HuggingFaceH4/aime_2024:train",
-    "aime25": "math-ai/aime25:test",
-    "gsm8k": "openai/gsm8k:main:test",
-}
-_QUESTION_FIELDS = ("problem", "question", "prompt")
-
-
 def load_problems(
     task: str,
     n: int | None,
@@ -55,7 +44,7 @@ def load_problems(
     Args:
         task: a reasoning-gym generator at its default difficulty (`leg_counting`, `reasoning-gym:leg_counting`); a
             file (.jsonl, .json, .parquet, .arrow, .csv, .tsv) or a folder of them, of any shape in docs/formats.md that
-            gives its answers; one of `BENCHMARKS`; or a dataset on the hub of such a shape: `owner/name`,
+            gives its answers; one of `hub.BENCHMARKS`; or a dataset on the hub of such a shape: `owner/name`,
             `owner/name:split` or `owner/name:config:split`, of which the split (default: test) may be a slice,
             `test[:100]`.
         n: drawn from what there is; None for all of a file or dataset, in its order.
@@ -75,8 +64,8 @@ def load_problems(
         return _sample(_read_file(Path(task), options), task, n, seed, fewer, exclude)
     if Path(task).is_file():
         raise ValueError(f"{task}: expected a {KINDS}; write it as one, by pandas for instance: docs/formats.md")
-    if task in BENCHMARKS or "/" in task:
-        return _sample(_read_hub(BENCHMARKS.get(task, task), task, options), task, n, seed, fewer, exclude)
+    if task in hub.BENCHMARKS or "/" in task:
+        return _sample(_read_hub(hub.BENCHMARKS.get(task, task), task, options), task, n, seed, fewer, exclude)
     if n is None:
         raise ValueError(f"{task} is unlimited: say how many problems")
     return _generate_problems(task.removeprefix(_REASONING_GYM), n, seed, fewer, exclude)
@@ -86,7 +75,7 @@ def _generate_problems(task: str, n: int, seed: int, fewer: bool, exclude: Colle
     gym = reasoning_gym()
     if task not in gym.factory.DATASETS:
         raise ValueError(
-            f"task must be a {KINDS}, one of {', '.join(BENCHMARKS)}, a dataset on the hub "
+            f"task must be a {KINDS}, one of {', '.join(hub.BENCHMARKS)}, a dataset on the hub "
             f"(owner/name:config:split) or one of reasoning-gym's generators, got {task!r}"
         )
     # The generators seed item i with seed + i, so neighbouring seeds would share items: spread them first.
@@ -139,18 +128,13 @@ def _read_hub(where: str, task: str, options: FormatOptions) -> list[Problem]:
     return [_problem(row, f"{dataset}: row {number}", task, options) for number, row in enumerate(rows)]
 
 
-def _problem(fields: Any, where: str, task: str, options: FormatOptions) -> Problem:
-    if not isinstance(fields, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(fields).__name__}")
+def _problem(row: Any, where: str, task: str, options: FormatOptions) -> Problem:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
     try:
-        fields = fields | {"answer": None, "system": None} | question_of(fields, options)
+        found = question_of(row, options)
     except TraceError as error:
         raise ValueError(f"{where}: problem: expected text: {error}") from None
-    question = next((fields[name] for name in _QUESTION_FIELDS if name in fields), None)
-    if not isinstance(question, str):
-        raise ValueError(f"{where}: problem: expected text (in `problem` or `question`), got {question!r}")
-    answer = fields.get("answer")
-    if not isinstance(answer, str | int | float):
-        raise ValueError(f"{where}: answer: expected text or a number, got {answer!r}")
-    text = str(answer)
-    return Problem(task, question, extract_answer(text) or text.strip(), {}, fields["system"])
+    if (answer := found.get("answer")) is None:
+        raise ValueError(f"{where}: answer: expected text or a number, got None")
+    return Problem(task, found["problem"], extract_answer(answer) or answer.strip(), {}, found.get("system"))

@@ -87,6 +87,10 @@ _MULTIPLIERS = {
 CURRENCIES = {"money", "euros", "sterling", "rupees"}
 """The dimensions of money."""
 _CURRENCY = {"$": "dollar", "€": "euro", "£": "gbp", "₹": "rupee", "¥": "yen"}
+SIGNS = "".join(_CURRENCY)
+"""The signs of money."""
+_SIGN_LAST = re.compile(rf"([-+]?)([\d,.\u200b]*\d)\s*([{SIGNS}])")
+_SIGN_FIRST = re.compile(rf"([-+]?)\s*([{SIGNS}])\s*(.*)$", re.DOTALL)
 # Words that say another number, or less than one.
 _OTHER_WORDS = """
 pi sin cos tan cot sec csc log ln exp sqrt mod modulo times over squared cubed factorial half halves third thirds
@@ -118,9 +122,9 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
 
 
 def _currency(text: str) -> tuple[str, str, str]:
-    if match := re.fullmatch(r"([-+]?)([\d,.\u200b]*\d)\s*([$€£₹¥])", text):
+    if match := _SIGN_LAST.fullmatch(text):
         return match[1], _CURRENCY[match[3]], match[2]
-    match = re.match(r"([-+]?)\s*([$€£₹¥])\s*(.*)$", text, re.DOTALL)
+    match = _SIGN_FIRST.match(text)
     return (match[1], _CURRENCY[match[2]], match[3]) if match else ("", "", text)
 
 

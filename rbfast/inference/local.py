@@ -42,7 +42,7 @@ def guided(
     """The guided samples of every prompt, in the order of `prompts`.
 
     Args:
-        batch_size: completions at a time, at most, a prompt's samples together.
+        batch_size: completions at a time, at most.
         listen: as in `Solver.solve`.
 
     Raises:
@@ -61,17 +61,23 @@ def guided(
         for batch in batches_by_length(encoded, max(1, batch_size // copies)):
             for i in batch:
                 states[i] = [TokenState(guide, vocabulary, listen and partial(listen, i)) for _ in range(copies)]
-            groups = [SampleGroup(list(states[i])) if sampling.early_stop else None for i in batch]
-            steering = GuidedSteering(
-                model,
-                settings,
-                [state for i in batch for state in states[i]],
-                names=[name for i in batch for name in names[i]],
-                groups=[group for group in groups for _ in range(copies)],
-                sampler=sampler,
-                measures_entropy=guide.limits.verify_above is not None,
-            )
-            decode(model, [encoded[i] for i in batch], settings, guide.limits.budget, steering, copies=copies)
+            groups = {i: SampleGroup(list(states[i])) if sampling.early_stop else None for i in batch}
+            for start in range(0, copies, batch_size):  # several turns only for one prompt with more samples than fit
+                turn = range(copies)[start : start + batch_size]
+                rows = [(i, copy) for i in batch for copy in turn if not states[i][copy].abandoned]
+                if not rows:
+                    break
+                steering = GuidedSteering(
+                    model,
+                    settings,
+                    [states[i][copy] for i, copy in rows],
+                    names=[names[i][copy] for i, copy in rows],
+                    groups=[groups[i] for i, _ in rows],
+                    sampler=sampler,
+                    measures_entropy=guide.limits.verify_above is not None,
+                )
+                asked, each = [encoded[i] for i in batch], len(rows) // len(batch)
+                decode(model, asked, settings, guide.limits.budget, steering, copies=each)
     return [[state.solution() for state in states[i]] for i in range(len(prompts))]
 
 

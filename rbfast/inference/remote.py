@@ -27,11 +27,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rbfast.data.chat_template import default_instruction, format_prompt
 from rbfast.data.instruction import ANSWER, Instruction
+from rbfast.data.thinking_marks import THINKING
 from rbfast.inference.guide import Guide, Phrases
 from rbfast.inference.solver import GREEDY, Listener, Sampling, Solution
 from rbfast.inference.state import GuideState, Order, Phase
 from rbfast.inference.vote import decided
-from rbfast.teacher.chat_reply import read_chat_reply
+from rbfast.teacher.chat_reply import ChatReply, fault_of_finish, is_cut, read_chat_reply
 from rbfast.teacher.client import BrokenOff, Server, ServerError, pause_after
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def write(
     count: Callable[[str], int] | None = None,
     listen: Callable[[str, str], None] | None = None,
     abandoned: Callable[[], bool] = lambda: False,
+    keep_special: bool = False,
 ) -> Solution:
     """A guided completion of `prompt`, which carries the model's own special tokens.
 
@@ -65,10 +67,13 @@ def write(
             server does not say how many it is, and an inserted text as one token a byte, which is never too few.
         listen: called with (kind, text) for each piece: `think`, `answer` or the kind of an intervention.
         abandoned: called at each piece; once it is true, the rest is not written.
+        keep_special: ask for text with its special tokens (`skip_special_tokens: false` of vLLM and SGLang), for a
+            model whose thinking ends in one.
 
     Raises:
-        ServerError: no answer after all retries, more tokens than requested, or no log-probs although the guide's
-            `verify_above` needs them; `partial` holds what there is.
+        ServerError: no answer after all retries, a text that the server ended itself (a filter, an abort), more tokens
+            than requested, or no log-probs although the guide's `verify_above` needs them; `partial` holds what there
+            is.
     """
     state = GuideState(guide, count or (lambda text: len(text.encode())), end_cost=0)
     hear = listen or (lambda kind, text: None)
@@ -83,7 +88,8 @@ def write(
             if state.wants_probe:
                 order = _probe(server, prompt + state.thinking, state)
             else:
-                order = _one_stream(server, prompt + state.thinking + state.answer, state, count, hear, abandoned)
+                text = prompt + state.thinking + state.answer
+                order = _one_stream(server, text, state, count, hear, abandoned, keep_special)
         except ServerError as error:
             raise ServerError(str(error), error.status, Solution.of(state)) from error
         except BrokenOff as error:
@@ -101,11 +107,14 @@ def _one_stream(
     count: Callable[[str], int] | None,
     hear: Callable[[str, str], None],
     abandoned: Callable[[], bool],
+    keep_special: bool,
 ) -> Order | None:
     """Lets the model write until an order, a probe, or the end of the requested tokens."""
     allowed, before, said, reason = state.left, state.spent, 0, None
     measures, measured = state.limits.verify_above is not None, False
     body = {"prompt": text, "max_tokens": allowed, "stream": True, "stream_options": {"include_usage": True}}
+    if keep_special:
+        body["skip_special_tokens"] = False
     if measures:
         body["logprobs"] = _CANDIDATES
     with closing(server.stream("/completions", body)) as events:
@@ -127,7 +136,9 @@ def _one_stream(
                 return order
     if reason is None:
         raise BrokenOff("the stream ended before the text did")
-    if reason != "length":
+    if not is_cut(reason):
+        if fault := fault_of_finish(reason):
+            raise ServerError(f"{server.url}: {fault}")
         return state.write("", max(0, said - (state.spent - before)), ended=True)
     # Fewer pieces than tokens: pieces of several tokens. The requested tokens are used up, and no more.
     rest = allowed - (state.spent - before)
@@ -206,7 +217,8 @@ def chat(server: Server, problem: str, guide: Guide, instruction: Instruction = 
     """An answer by a server that only chats: nothing can be inserted, so the budget is requested and checked.
 
     Raises:
-        ServerError: no answer after all retries, a reply that is none, no token count, or one above the budget.
+        ServerError: no answer after all retries, a reply that is none, one that the server ended itself (a filter, an
+            abort), no token count, or one above the budget.
     """
     body = {
         "messages": [
@@ -221,8 +233,10 @@ def chat(server: Server, problem: str, guide: Guide, instruction: Instruction = 
         found = read_chat_reply(reply)
     except ValueError as error:
         raise ServerError(f"{server.url} sent no chat completion: {error}") from error
-    tokens, cut = found.written, found.finish_reason == "length"
-    solution = Solution(found.thinking + found.text, found.thinking, found.text, tokens or 0, cut)
+    tokens, thinking, cut = found.written, _marked_thinking(found), is_cut(found.finish_reason)
+    solution = Solution(thinking + found.text, thinking, found.text, tokens or 0, cut)
+    if not cut and (fault := fault_of_finish(found.finish_reason)):
+        raise ServerError(f"{server.url}: {fault}", partial=solution)
     if tokens is None or tokens > guide.limits.budget:
         raise ServerError(
             f"{server.url} did not honour the budget: at most {guide.limits.budget} tokens were requested, it reports "
@@ -230,6 +244,15 @@ def chat(server: Server, problem: str, guide: Guide, instruction: Instruction = 
             partial=solution,
         )
     return solution
+
+
+def _marked_thinking(reply: ChatReply) -> str:
+    """Thinking that was sent beside the answer, in marks: what it says on its way is not the answer."""
+    if not reply.thinking:
+        return ""
+    opener, closer, _ = THINKING[0]
+    is_open = is_cut(reply.finish_reason) and not reply.text
+    return f"{opener}\n{reply.thinking}\n" + ("" if is_open else f"{closer}\n\n")
 
 
 @dataclass(frozen=True)
@@ -316,11 +339,16 @@ class ServerSolver:
     ) -> Solution:
         try:
             prompt, count = self._prompt(problem), self._count(guide)
-            return write(server, prompt, guide, count=count, listen=listen, abandoned=abandoned)
+            special = self._closes_by_special(guide)
+            return write(server, prompt, guide, count=count, listen=listen, abandoned=abandoned, keep_special=special)
         except ServerError as error:
             if error.status not in _NO_COMPLETIONS:
                 raise
-            return chat(server, problem, guide, self._asked_for)
+            solution = chat(server, problem, guide, self._asked_for)
+            for kind, text in ((Phase.THINK, solution.thinking), (Phase.ANSWER, solution.answer)):
+                if listen and text:
+                    listen(kind.value, text)
+            return solution
 
     def _asked(self, sampling: Sampling, seed: int) -> Server:
         """The server, with the sampling's settings."""
@@ -332,6 +360,11 @@ class ServerSolver:
             asked = self._asked_for
             return "".join(f"{text}\n\n" for text in (asked.system, asked.request(problem)) if text)
         return prompt_for(problem, self.tokenizer, self.instruction)
+
+    def _closes_by_special(self, guide: Guide) -> bool:
+        """Whether the mark that ends the thinking holds a special token, which servers leave out of the text."""
+        special = self.tokenizer.all_special_tokens if self.tokenizer is not None else []
+        return any(token in guide.phrases.close for token in special)
 
     def _count(self, guide: Guide) -> Callable[[str], int] | None:
         if self.tokenizer is None:

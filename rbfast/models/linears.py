@@ -131,7 +131,8 @@ def unfit(model: nn.Module) -> dict[str, Unfit]:
 
 def select_linears(model: nn.Module, targets: str | Sequence[str] = "all-linear") -> dict[str, nn.Module]:
     """The linear layers to adapt, by PEFT's rule: a list is exact-or-suffix, a string is a full-match regex, and
-    "all-linear" is every linear but the output head and those that can have no delta (see `unfit`).
+    "all-linear" is every linear but the output head, those that text does not run through (see `beside_text`) and those
+    that can have no delta (see `unfit`).
 
     Raises ValueError if the model has no linear layer, or a target matches none or one that can have no delta.
     """
@@ -143,8 +144,8 @@ def select_linears(model: nn.Module, targets: str | Sequence[str] = "all-linear"
         )
     without = unfit(model)
     if targets == "all-linear":
-        head = _head_of(model)
-        chosen = {name: module for name, module in linears.items() if name not in without and module is not head}
+        head, aside = _head_of(model), {*without, *beside_text(model)}
+        chosen = {name: module for name, module in linears.items() if name not in aside and module is not head}
         if not chosen:
             raise ValueError(
                 f"no linear layer of {type(model).__name__} but its output head can have a delta: "
@@ -154,6 +155,20 @@ def select_linears(model: nn.Module, targets: str | Sequence[str] = "all-linear"
     chosen = _match(linears, targets)
     check_fit(without, chosen)
     return chosen
+
+
+def beside_text(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of towers for images or sound, and of what joins them to the text: of a model that has a text
+    model within (Gemma 3), every one that is neither in there nor the output head."""
+    text = _text_part(model)
+    aside = {*text.modules(), _head_of(model)}
+    return {} if text is model else {name: module for name, module in all_linears(model).items() if module not in aside}
+
+
+def _text_part(model: nn.Module) -> nn.Module:
+    """The text model within a model that reads images or sound too, else the model itself."""
+    is_joined = getattr(getattr(model, "config", None), "text_config", None) is not None
+    return model.get_decoder() if is_joined and _head_of(model) is not None else model  # type: ignore[operator]
 
 
 def check_fit(without: Mapping[str, Unfit], chosen: Iterable[str]) -> None:
@@ -174,10 +189,13 @@ def left_out(model: nn.Module, chosen: Iterable[str]) -> dict[str, tuple[int, ..
 
 
 def stacked_experts(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights [experts, ...] of mixtures of experts, which run through no linear layer."""
+    """The weights [experts, ...] of mixtures of experts, which run through no linear layer. Those of towers that text
+    does not run through do not count."""
+    text = set(_text_part(model).modules())
     return {
         f"{prefix}.{name}": weight
         for prefix, module in named_modules(model).items()
+        if module in text
         for name, weight in module.named_parameters(recurse=False)
         if weight.dim() == 3 and not isinstance(module, nn.modules.conv._ConvNd)
     }

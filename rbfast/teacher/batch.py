@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rbfast.teacher.batch_api import BatchAPI, Look, Report, Request, finished
-from rbfast.teacher.client import BrokenOff, Server, ServerError, insist
+from rbfast.teacher.client import INVALID, BrokenOff, Server, ServerError, insist
 from rbfast.teacher.jobs import Job, Teacher, record_of
 from rbfast.teacher.provider_batches import AnthropicBatches, GeminiBatches
 from rbfast.teacher.providers import Provider
@@ -25,7 +25,6 @@ from rbfast.utils.records import read_json
 BATCH = "batch.json"
 _STATE = {"url": str, "ticket": dict, "batch": str}
 _OF_PROVIDERS: dict[str, Callable[[Provider], BatchAPI]] = {"anthropic": AnthropicBatches, "gemini": GeminiBatches}
-_INVALID = (400, 422)
 _TOO_MANY = 429  # tried again, but unlike the others it says that no batch was made
 
 
@@ -119,10 +118,7 @@ def _create(api: BatchAPI, requests: Sequence[Request], folder: Path, report: Re
             may_exist |= error.status != _TOO_MANY
             raise
 
-    try:
-        batch = insist(api.teacher.retried, api.teacher.retries, attempt)
-    except BrokenOff as error:
-        raise ServerError(str(error), error.status) from None
+    batch = insist(api.teacher.retried, api.teacher.retries, attempt)
     _write(api, folder, ticket, batch)
     return batch
 
@@ -153,7 +149,7 @@ def _collect(
             continue
         said = f"said {result.status}" if result.status else "sent no reply"
         refused[key] = f"{api.url} {said} in a batch: {result.said}"
-        if result.status in _INVALID and key in known:
+        if result.status in INVALID and key in known:
             invalid.append((known[key], api.teacher.sent(known[key].body()), result.said))
     if look.fault is not None:
         refused = {job.key: look.fault for job in store.missing(list(known.values()))} | refused

@@ -83,8 +83,8 @@ def read_chat_reply(reply: Mapping[str, Any]) -> ChatReply:
     )
 
 
-def was_cut(reason: str | None) -> bool:
-    """Whether a reply that ended so came to the limit of tokens that its request set."""
+def is_cut(reason: str | None) -> bool:
+    """Whether the limit of tokens ended a reply."""
     return (reason or "").lower() in _CUT
 
 
@@ -93,7 +93,7 @@ def fault_of_finish(reason: str | None) -> str | None:
     said = (reason or "").lower()
     if said in _WHOLE:
         return None
-    if was_cut(reason):
+    if is_cut(reason):
         return "the reply was cut at the limit of tokens; raise max_tokens"
     if said == "model_length":
         return "the reply was cut at the model's own limit (finish_reason 'model_length'); take a shorter problem"

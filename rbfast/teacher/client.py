@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     import openai
 
 _KEYS = ("RBFAST_API_KEY", "OPENAI_API_KEY")
-_INVALID = (400, 422)  # the request, by what the server says of it
-_SHOWN = 500  # characters of a refusal
-_CONNECTING = 10.0  # seconds
+INVALID = (400, 422)  # the request, by what the server says of it
+SHOWN = 500  # characters of a refusal
+CONNECTING = 10.0  # seconds
 _LONGEST_PAUSE = 120.0  # seconds, as in the SDK
 _Found = TypeVar("_Found")
 
@@ -102,7 +102,11 @@ class Retries:
 
 
 def insist(retried: Retries, retries: int, attempt: Callable[[], _Found]) -> _Found:
-    """What `attempt` returns, tried again with growing pauses as long as it raises BrokenOff; then that is raised."""
+    """What `attempt` returns. It is tried again, with growing pauses, if it raises BrokenOff.
+
+    Raises:
+        ServerError: the last try broke off too.
+    """
     try:
         for number in range(retries):
             try:
@@ -112,6 +116,8 @@ def insist(retried: Retries, retries: int, attempt: Callable[[], _Found]) -> _Fo
                 time.sleep(min(_LONGEST_PAUSE, pause_after(number) if error.pause is None else error.pause))
                 retried.again()
         return attempt()
+    except BrokenOff as error:
+        raise ServerError(str(error), error.status) from None
     finally:
         retried.over()
 
@@ -177,10 +183,7 @@ class Server:
 
     def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The whole reply, a JSON object; also retries if the server sends none, or says in it that it is busy."""
-        try:
-            return insist(self.retried, self.retries, lambda: self._whole(path, self._post(path, body)))
-        except BrokenOff as error:
-            raise ServerError(str(error), error.status) from None
+        return insist(self.retried, self.retries, lambda: self._whole(path, self._post(path, body)))
 
     def stream(self, path: str, body: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
         """The JSON objects of a server-sent stream, up to its end.
@@ -232,7 +235,7 @@ class Server:
         return openai.OpenAI(
             base_url=self.url,
             api_key=self._key or "none",
-            timeout=openai.Timeout(self.timeout, connect=min(_CONNECTING, self.timeout)),
+            timeout=openai.Timeout(self.timeout, connect=min(CONNECTING, self.timeout)),
             max_retries=self.retries,
             http_client=openai.DefaultHttpxClient(event_hooks={"request": [sending], "response": [received]}),
         )
@@ -250,7 +253,7 @@ class Server:
                 with self.errors(path):
                     return self.client().post(path, body=sent, options={"headers": self.headers()}, **how)
             except ServerError as error:
-                if error.status not in _INVALID or not self.connection.manners.learn(str(error), sent):
+                if error.status not in INVALID or not self.connection.manners.learn(str(error), sent):
                     raise
 
     def headers(self) -> dict[str, Any]:
@@ -267,7 +270,7 @@ class Server:
         try:
             yield
         except openai.APIStatusError as error:
-            said = self.hide(error.response.text)[:_SHOWN].strip() or error.response.reason_phrase
+            said = self.hide(error.response.text)[:SHOWN].strip() or error.response.reason_phrase
             raise ServerError(f"{self.url}{path} said {error.status_code}: {said}", error.status_code) from None
         except openai.APIConnectionError as error:
             kind = Unreachable if _cause(error).startswith(("ConnectError", "ConnectTimeout")) else ServerError
@@ -282,11 +285,11 @@ class Server:
         except (ValueError, RecursionError):
             reply = None
         if not isinstance(reply, dict):
-            said = self.hide(data.decode("utf-8", "replace"))[:_SHOWN]
+            said = self.hide(data.decode("utf-8", "replace"))[:SHOWN]
             raise BrokenOff(f"{self.url}{path} sent no JSON object but {said!r}")
         if (error := reply.get("error")) and not reply.get("choices"):
             status = status_in(error)
-            said = self.hide(error if isinstance(error, str) else json.dumps(error, ensure_ascii=False))[:_SHOWN]
+            said = self.hide(error if isinstance(error, str) else json.dumps(error, ensure_ascii=False))[:SHOWN]
             kind = BrokenOff if is_busy(status) else ServerError
             raise kind(f"{self.url}{path} sent an error: {said}", status)
         return reply

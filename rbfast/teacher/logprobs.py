@@ -242,9 +242,7 @@ def _places(
         return [(0, start, end) for start, end in spans]
     parts = [[len(reply.text[:edge].encode()) for edge in part] for part in (reply.thought, reply.answer)]
     return [
-        next((n, start - a, end - a) for n, (a, b) in enumerate(parts) if a <= start and end <= b)
-        if any(a <= start and end <= b for a, b in parts)
-        else None
+        next(((n, start - a, end - a) for n, (a, b) in enumerate(parts) if a <= start and end <= b), None)
         for start, end in spans
     ]
 

@@ -8,14 +8,12 @@ from contextlib import contextmanager
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rbfast.teacher.client import BrokenOff, ServerError, insist, is_busy
+from rbfast.teacher.client import CONNECTING, SHOWN, BrokenOff, ServerError, insist, is_busy
 from rbfast.teacher.providers import Provider, pause_in
 
 if TYPE_CHECKING:
     import httpx
 
-_SHOWN = 500  # characters of a refusal
-_CONNECTING = 10.0  # seconds
 _OF_ONE = ("host", "content-length", "content-type")  # headers that belong to one request
 _Found = TypeVar("_Found")
 
@@ -38,7 +36,7 @@ class ProviderRequests:
         self._provider = provider
         self._client = httpx.Client(
             headers={name: value for name, value in chat.headers.items() if name not in _OF_ONE},
-            timeout=httpx.Timeout(provider.timeout, connect=min(_CONNECTING, provider.timeout)),
+            timeout=httpx.Timeout(provider.timeout, connect=min(CONNECTING, provider.timeout)),
         )
 
     def ask(self, method: str, url: str, field: str | None = None, **request: Any) -> dict[str, Any]:
@@ -54,7 +52,7 @@ class ProviderRequests:
         except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict) or (field and field not in found):
-            said = self._provider.hide(data.decode("utf-8", "replace"))[:_SHOWN]
+            said = self._provider.hide(data.decode("utf-8", "replace"))[:SHOWN]
             wanted = f"object with {field}" if field else "object"
             raise BrokenOff(f"{_shown(url)} sent no {wanted} but {said!r}")
         return found
@@ -94,10 +92,7 @@ class ProviderRequests:
             yield from filter(bytes.strip, file)
 
     def _insist(self, attempt: Callable[[], _Found]) -> _Found:
-        try:
-            return insist(self._provider.retried, self._provider.retries, attempt)
-        except BrokenOff as error:
-            raise ServerError(str(error), error.status) from None
+        return insist(self._provider.retried, self._provider.retries, attempt)
 
     @contextmanager
     def _reply(self, method: str, url: str, **request: Any) -> Iterator[httpx.Response]:
@@ -115,7 +110,7 @@ class ProviderRequests:
 
     def _refusal(self, url: str, response: httpx.Response) -> Exception:
         status = response.status_code
-        said = self._provider.hide(response.text)[:_SHOWN].strip() or response.reason_phrase
+        said = self._provider.hide(response.text)[:SHOWN].strip() or response.reason_phrase
         said = f"{_shown(url)} said {status}: {said}"
         return (
             BrokenOff(said, status, pause_in(response.headers, response.text))

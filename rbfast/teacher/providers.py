@@ -16,15 +16,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rbfast.teacher.client import BrokenOff, Connection, Retries, ServerError, hide, insist, is_busy
+from rbfast.teacher.client import INVALID, SHOWN, BrokenOff, Connection, Retries, ServerError, hide, insist, is_busy
 from rbfast.utils.packages import need
 
 if TYPE_CHECKING:
     import httpx
 
 _OWN_KEY = "RBFAST_API_KEY"
-_INVALID = (400, 422)
-_SHOWN = 500  # characters of a refusal
 _DELAY = re.compile(r'"retryDelay": ?"(\d+(?:\.\d+)?)s"')  # in Google's errors, in place of a header
 # Stands for any question: the provider's address, its headers and the shape of its replies do not depend on it.
 _ANY: dict[str, Any] = {"messages": [{"role": "user", "content": "?"}]}
@@ -79,10 +77,7 @@ class Provider:
 
     def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The whole reply in the shape of a chat completion; raises ServerError. `path` is always that of chats."""
-        try:
-            return insist(self.retried, self.retries, lambda: self._once(body))
-        except BrokenOff as error:
-            raise ServerError(str(error), error.status) from None
+        return insist(self.retried, self.retries, lambda: self._once(body))
 
     def request(self, body: Mapping[str, Any] = _ANY) -> httpx.Request:
         """The request that `ask` would send, in the provider's own shape; holds the key. Raises ServerError."""
@@ -126,8 +121,8 @@ class Provider:
                 return litellm.completion(model=self.model, **how, **sent).model_dump()
             except openai.APIError as error:  # litellm's errors are subclasses
                 status = getattr(error, "status_code", None)
-                refusal = self.hide(str(error))[:_SHOWN]
-                if status in _INVALID and manners.learn(refusal, sent):
+                refusal = self.hide(str(error))[:SHOWN]
+                if status in INVALID and manners.learn(refusal, sent):
                     continue
                 said = f"{self.model} said {status or 'nothing'}: {refusal}"
                 if is_busy(status) or isinstance(error, openai.APIConnectionError):

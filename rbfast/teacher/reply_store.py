@@ -7,7 +7,7 @@ from types import NoneType
 from typing import Any
 
 from rbfast.teacher.budget import Purse
-from rbfast.teacher.chat_reply import was_cut
+from rbfast.teacher.chat_reply import is_cut
 from rbfast.teacher.jobs import Job
 from rbfast.utils.files import Journal
 from rbfast.utils.records import check
@@ -60,7 +60,7 @@ class ReplyStore:
                 "the teacher counts tokens of thinking, but sends none: traces hold only what it writes after; servers "
                 "that send it on request take it from --extra-body"
             )
-        if was_cut(record["finish_reason"]):
+        if is_cut(record["finish_reason"]):
             self._warn(
                 "a reply was cut at the limit of tokens: it is paid for and no trace. If many are, stop and raise "
                 "max_tokens (--max-tokens): whole replies are not asked again"
@@ -68,7 +68,7 @@ class ReplyStore:
 
     def _keep(self, record: dict[str, Any]) -> None:
         self._found[record["key"]] = record
-        if isinstance(unlimited := record.get("unlimited"), str) and not was_cut(record["finish_reason"]):
+        if isinstance(unlimited := record.get("unlimited"), str) and not is_cut(record["finish_reason"]):
             self._whole[unlimited] = record
         self.purse.pay(record["prompt_tokens"], record["completion_tokens"])
 

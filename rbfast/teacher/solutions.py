@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rbfast.data import hub
 from rbfast.data.answers import extract_answer, known_answer
 from rbfast.data.formats import AUTO, FormatOptions, question_of
 from rbfast.data.readers import read_rows, write_traces
@@ -26,7 +27,7 @@ from rbfast.data.replies import split_reply
 from rbfast.data.row_files import is_path_of_rows
 from rbfast.data.trace import Trace, TraceError
 from rbfast.grading.grade import Problem, grade
-from rbfast.grading.tasks import BENCHMARKS, load_problems
+from rbfast.grading.tasks import load_problems
 from rbfast.teacher.asking import ask_all
 from rbfast.teacher.batch import BATCH, ask_in_batches
 from rbfast.teacher.budget import FREE, Prices, Purse
@@ -86,7 +87,7 @@ def read_questions(
     """
     name = str(source)
     if not is_path_of_rows(name) and "/" not in name:
-        problems = load_problems(name, 50 if n is None and name not in BENCHMARKS else n, seed)
+        problems = load_problems(name, 50 if n is None and name not in hub.BENCHMARKS else n, seed)
         return [Question(problem.question, problem, problem.task) for problem in problems]
     found: dict[tuple[str, str | None], Question] = {}
     for where, row in read_rows(source):

@@ -1,13 +1,14 @@
-"""TrainingArguments for a model that is already on the device it trains on."""
+"""TrainingArguments for a model that is already on the device it trains on, and what they name."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 _ACCELERATES_DEVICE = "ACCELERATE_TORCH_DEVICE"
 
@@ -45,3 +46,12 @@ def _accelerate_on(device: torch.device) -> Iterator[None]:
         del os.environ[_ACCELERATES_DEVICE]
         if before is not None:
             os.environ[_ACCELERATES_DEVICE] = before
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises ValueError for a name that transformers does not know, ImportError for a tracker that is not installed."""
+    for tracker in get_reporting_integration_callbacks(list(names)):
+        try:
+            tracker()
+        except RuntimeError as error:
+            raise ImportError(str(error)) from None

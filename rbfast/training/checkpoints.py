@@ -6,6 +6,7 @@ A checkpoint gets its name when it is complete, so a killed process leaves no pa
 show later damage by a disk or a power cut.
 """
 
+import errno
 import json
 import re
 import shutil
@@ -14,9 +15,11 @@ from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 
+from rbfast.adapter.footprint import megabytes
 from rbfast.utils.files import write_text
 
 DIGESTS = "digests.json"
+KEPT = 2  # checkpoints, beside the one that is being written
 UNFINISHED = "unfinished"  # where a checkpoint is written
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -34,6 +37,17 @@ def remove_checkpoints(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
     with suppress(OSError):
         folder.rmdir()
+
+
+def check_room(folder: Path, values: int) -> None:
+    """Raises OSError if the disk has no room for what a run that trains so many values (fp32) writes: what it had
+    learned would be lost."""
+    checkpoint = 3 * 4 * values  # values and the two moments of AdamW
+    needed = (KEPT + 1) * checkpoint + 4 * values
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        said = f"{megabytes(free)} are free, and the checkpoints and the adapter take {megabytes(needed)}"
+        raise OSError(errno.ENOSPC, f"{said}; free some or name a folder on another disk", str(folder))
 
 
 def write_digests(folder: Path) -> None:

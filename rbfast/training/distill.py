@@ -6,7 +6,8 @@ run = distill(model, tokenizer, read_traces("reason1k.jsonl"), "runs/first", Dis
 ```
 
 The folder of a run holds `run.json` (its settings and traces; in the end what it cost), the adapter, `log.json`
-(losses by role), `skipped.jsonl` (traces that did not fit, with the reason), and `checkpoints/` while it is under way.
+(losses by role, of held-out traces too), `skipped.jsonl` (traces that did not fit, with the reason), and `checkpoints/`
+while it is under way.
 """
 
 import json
@@ -14,6 +15,7 @@ import math
 import random
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -36,15 +38,16 @@ from rbfast.data.spans import ROLES
 from rbfast.data.trace import Trace
 from rbfast.models.checkpointing import checkpointing
 from rbfast.models.linears import is_sharded
-from rbfast.models.student import evaluation_mode, final_hidden, mode_kept, packs
-from rbfast.training.arguments import DeviceArguments
+from rbfast.models.student import evaluation_mode, final_hidden, mode_kept, packs, rotary_embeddings
+from rbfast.training.arguments import DeviceArguments, check_trackers
 from rbfast.training.batches import batches_by_tokens
-from rbfast.training.checkpoints import last_checkpoint, remove_checkpoints
+from rbfast.training.checkpoints import KEPT, check_room, last_checkpoint, remove_checkpoints
+from rbfast.training.held_out import measuring, part, without_times
 from rbfast.training.objective import Objective, role_counts, sums_by_role, token_losses
 from rbfast.training.plan import Plan, make_plan
-from rbfast.training.resume import asked_of, check_same_folder, check_same_run
+from rbfast.training.resume import asked_of, check_same_folder, check_same_run, digest_of
 from rbfast.training.run_folder import LOG, RUN, SKIPPED
-from rbfast.training.trainer import DistillTrainer
+from rbfast.training.trainer import DistillTrainer, StopAtNaN
 from rbfast.training.training_bar import Bar
 from rbfast.utils.files import write_text
 from rbfast.utils.processes import is_first_process, process_count
@@ -125,8 +128,11 @@ class DistillConfig:
 @dataclass(frozen=True)
 class Run:
     """A finished run: the attached adapter, the losses by step, the traces left out with the reason, the time spent
-    on training (by the call that finished it).
+    on training (by the call that finished it), how many traces were trained on.
 
+    An entry of `log_history` has `step` and `epoch`, and `loss` with `loss_{role}` of a training step or `eval_loss`
+    with `eval_loss_{role}` of the held-out traces. The loss is the objective's, that of a role its tokens' mean
+    cross-entropy in nats.
     `found` says that it was finished before, and only loaded; else there is the `plan`, if the base is not sharded.
     """
 
@@ -134,6 +140,7 @@ class Run:
     log_history: list[dict[str, float]]
     skipped: list[tuple[Trace, str]]
     seconds: float
+    traces: int
     found: bool = False
     plan: Plan | None = None
 
@@ -149,6 +156,9 @@ def distill(
     signals: str | Path | None = None,
     teacher: PreTrainedModel | None = None,
     adapter: str | Path | None = None,
+    held_out: Sequence[Trace] | float | None = None,
+    keep_best: bool = False,
+    report_to: Sequence[str] = (),
 ) -> Run:
     """Trains an adapter of `model` on `traces` and saves it in `out`; the model is left with the adapter attached, in
     the mode that it came in. After a failure or an interruption it is left as it came.
@@ -158,59 +168,88 @@ def distill(
 
     Args:
         signals: a folder of log-probs that `rbfast teach` wrote, or the one that it is in; traces that it lacks teach
-            by their text.
+            by their text, and a warning says how many they are.
         teacher: a model with the student's tokens, run beside it, for tokens without signals.
         adapter: the folder of a trained adapter of this model to go on with, in place of a new one. It has a shape and
             columns of its own, so the config may name none. AdamW and the schedule begin anew.
+        held_out: traces whose loss is measured before the first step, at every checkpoint and at the end; or the share
+            of the problems in `traces` whose traces are measured, and not trained on.
+        keep_best: end with the adapter of the checkpoint whose held-out loss was least, not with the last one.
+        report_to: trackers that get the losses as they are logged, by transformers' names ("wandb", "tensorboard").
 
     Raises:
         ValueError: no trace fits `max_tokens`, or one is longer than the model's table of positions; `signals` holds
             none of them, `out` holds a run with other settings, model, traces or teacher, or a file that is broken, or
-            it is not the same folder for all processes.
+            it is not the same folder for all processes; `held_out` leaves none to train on or to measure, or there is
+            `keep_best` without it; a gradient is NaN or infinite.
         TypeError: `traces` holds something else, or is the name of a file.
+        OSError: the disk has no room for the checkpoints.
+        ImportError: a tracker is not installed.
     """
     out, start = Path(out), time.monotonic()
+    if keep_best and held_out is None:
+        raise ValueError("keep_best compares checkpoints by the loss of held-out traces: give held_out too")
+    check_trackers(report_to)
     first = is_first_process()  # of the processes, which share the folder
+    _check_traces(traces)
+    traces, measured = part(traces, held_out, config.seed)
     examples, skipped = _encoded(traces, tokenizer, config)
-    _check_positions(model, examples)
+    measured_examples = _encoded_held_out(measured, tokenizer, config)
+    _check_positions(model, [*examples, *measured_examples])
     asked = asked_of(model, traces, asdict(config))
+    if measured:
+        asked |= {"held_out": {"traces": len(measured), "digest": digest_of(measured), "keep_best": keep_best}}
     if signals is not None:
-        asked |= {"signals": _fill(examples, signals)}
+        otherwise = "their text alone" if teacher is None else "the running teacher"
+        asked |= {"signals": _fill(examples, measured_examples, signals, otherwise)}
     if teacher is not None:
         asked |= {"teacher": teacher.config.name_or_path}
     if adapter is not None:
-        _check_shape_is_free(config, adapter)
-        if Path(adapter).resolve() == out.resolve():
-            raise ValueError(f"{out} holds the adapter to go on with, which the run would replace; name another folder")
-        asked |= {"adapter": adapter_digest(adapter)}
+        asked |= {"adapter": _digest_to_go_on_with(adapter, config, out)}
     check_same_run(out, asked)
-    arguments = _arguments(out, model, config, examples)  # from here on the processes are connected
     checkpoint = last_checkpoint(out / "checkpoints")
+    reporting = {"report_to": list(report_to) or "none", "run_name": out.name}
+    if measured:
+        reporting |= measuring(config.save_steps, keep_best, from_start=checkpoint is None)
+    arguments = _arguments(out, model, config, examples, reporting)  # from here on the processes are connected
     check_same_folder(out, checkpoint)
     if (history := read_json(out / LOG, [{"step": int}])) is not None:
-        cost = read_json(out / RUN, {"seconds": (int, float)}) or {"seconds": 0.0}  # the file may have been removed
-        trained = SparseAdapter.from_pretrained(model, out)
-        if first:
-            remove_checkpoints(out / "checkpoints")  # of a run that was killed while it removed them
-        return Run(trained, history, skipped, cost["seconds"], found=True)
+        return _found(model, out, history, skipped, len(examples))
     if first:  # before the long part, which a folder that cannot be written to would waste
         write_text(out / RUN, json.dumps(asked, indent=1))
         write_prompt(out, tokenizer, replace(_instruction(tokenizer, config), system=_shared_system(traces)))
     trained = _attach_adapter(model, examples, config, teacher, checkpoint or adapter)
     with mode_kept(model), _detached_on_failure(trained):
+        if first:
+            check_room(out, sum(parameter.numel() for parameter in trained.parameters()))
         plan = None if is_sharded(model) else _plan(model, trained, examples, len(skipped), config, teacher)
         if first and not quiet and plan is not None:
             print(plan, file=sys.stderr)
         progress = Bar(quiet or not first)
-        trainer = _trainer(model, trained, arguments, examples, config, teacher, progress)
+        trainer = _trainer(model, trained, arguments, examples, measured_examples, config, teacher, progress)
         with closing(progress), checkpointing(model) if config.gradient_checkpointing else nullcontext():
             trainer.train(resume_from_checkpoint=checkpoint)
-        history = [entry for entry in trainer.state.log_history if "loss" in entry]
-        run = Run(trained, history, skipped, time.monotonic() - start, plan=plan)
+        history = [without_times(entry) for entry in trainer.state.log_history if {"loss", "eval_loss"} & entry.keys()]
+        run = Run(trained, history, skipped, time.monotonic() - start, len(examples), plan=plan)
         if first:
             _save(run, out, asked, examples, resumed=checkpoint is not None)
         trainer.accelerator.wait_for_everyone()
         return run
+
+
+def _found(
+    model: PreTrainedModel,
+    out: Path,
+    history: list[dict[str, float]],
+    skipped: list[tuple[Trace, str]],
+    traces: int,
+) -> Run:
+    """A run that is finished, with its adapter attached."""
+    cost = read_json(out / RUN, {"seconds": (int, float)}) or {"seconds": 0.0}  # the file may have been removed
+    trained = SparseAdapter.from_pretrained(model, out)
+    if is_first_process():
+        remove_checkpoints(out / "checkpoints")  # of a run that was killed while it removed them
+    return Run(trained, history, skipped, cost["seconds"], traces, found=True)
 
 
 @contextmanager
@@ -230,9 +269,12 @@ def plan_run(
     config: DistillConfig = DistillConfig(),
     teacher: PreTrainedModel | None = None,
     adapter: str | Path | None = None,
+    held_out: Sequence[Trace] | float | None = None,
 ) -> Plan:
     """What `distill` would take with these arguments; nothing is trained. Raises ValueError as it does for traces that
     do not fit."""
+    _check_traces(traces)
+    traces, _ = part(traces, held_out, config.seed)
     examples, skipped = _encoded(traces, tokenizer, config)
     _check_positions(model, examples)
     if adapter is not None:
@@ -258,12 +300,15 @@ def _plan(
     return make_plan(model, adapter, _batches(examples, config), config.gradient_checkpointing, teacher, left_out)
 
 
+def _check_traces(traces: object) -> None:
+    given = [traces] if isinstance(traces, str | Path) else traces
+    for other in (trace for trace in given if not isinstance(trace, Trace)):  # type: ignore[attr-defined]
+        raise TypeError(f"expected a list of Trace, got {show(other)}: read_traces(FILE) reads one from a file")
+
+
 def _encoded(
     traces: Sequence[Trace], tokenizer: PreTrainedTokenizerBase, config: DistillConfig
 ) -> tuple[list[Example], list[tuple[Trace, str]]]:
-    given = [traces] if isinstance(traces, str | Path) else traces
-    for other in (trace for trace in given if not isinstance(trace, Trace)):
-        raise TypeError(f"expected a list of Trace, got {show(other)}: read_traces(FILE) reads one from a file")
     examples, skipped = encode_all(
         traces,
         tokenizer,
@@ -276,17 +321,41 @@ def _encoded(
     return examples, skipped
 
 
+def _encoded_held_out(
+    traces: Sequence[Trace], tokenizer: PreTrainedTokenizerBase, config: DistillConfig
+) -> list[Example]:
+    """Warns of traces that are not measured."""
+    if not traces:
+        return []
+    examples, skipped = _encoded(traces, tokenizer, config)
+    if skipped and is_first_process():
+        warnings.warn(
+            f"{len(skipped)} of {len(traces)} held-out traces are not measured{_first_reason(skipped)}", stacklevel=3
+        )
+    return examples
+
+
 def _check_positions(model: PreTrainedModel, examples: Sequence[Example]) -> None:
     """Raises ValueError for an example that is longer than the model's table of positions, if it has one (GPT-2, OPT):
-    the run would fail where that example comes."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    tables = (m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not model.get_input_embeddings())
+    the run would fail where that example comes. Warns of one that is longer than the model was made for."""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
     longest = max(len(example.input_ids) for example in examples)
-    # OPT's table has two rows more.
-    if limit is not None and longest > limit and any(0 <= table.num_embeddings - limit <= 2 for table in tables):
+    if limit is None or longest <= limit:
+        return
+    tables = (m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not model.get_input_embeddings())
+    if any(0 <= table.num_embeddings - limit <= 2 for table in tables):  # OPT's table has two rows more
         raise ValueError(
             f"the longest trace has {longest} tokens, and {type(model).__name__} has {limit} positions: "
             f"set max_tokens (--max-tokens) to {limit}, which leaves longer traces out"
+        )
+    if all(rope["rope_type"] == "default" for rope in rotary_embeddings(config)):  # others stretch the positions
+        beyond = sum(len(example.input_ids) > limit for example in examples)
+        warnings.warn(
+            f"{beyond} of {len(examples)} traces are longer than the {limit} positions that this model was made for "
+            f"(max_position_embeddings; the longest has {longest} tokens): it may write worse beyond them; max_tokens "
+            f"(--max-tokens) {limit} leaves them out",
+            stacklevel=3,
         )
 
 
@@ -311,6 +380,7 @@ def _trainer(
     adapter: SparseAdapter,
     arguments: TrainingArguments,
     examples: Sequence[Example],
+    measured: Sequence[Example],
     config: DistillConfig,
     teacher: PreTrainedModel | None,
     progress: Bar,
@@ -321,10 +391,11 @@ def _trainer(
         adapter,
         arguments,
         examples,
+        measured or None,
         objective=config.objective,
         teacher=teacher,
         tokens_per_batch=config.tokens_per_batch,
-        callbacks=[progress],
+        callbacks=[progress, StopAtNaN()],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -385,17 +456,34 @@ def placement_scores(
         return score_columns(model, batches, loss, method=method)
 
 
-def _fill(examples: Sequence[Example], signals: str | Path) -> dict[str, Any]:
-    """Gives the examples their signals; says whose they are, and of how many."""
+def _fill(
+    examples: Sequence[Example], measured: Sequence[Example], signals: str | Path, otherwise: str
+) -> dict[str, Any]:
+    """Gives the examples their signals; says whose they are, and of how many that are trained on. Warns of those of
+    these that have none."""
     within = Path(signals) / "signals"  # of the folder that `rbfast teach -o` was given
     store = SignalStore.open(within if within.is_dir() else signals)
     missing = len(store.fill(examples))
+    store.fill(measured)
     if missing == len(examples):
         raise ValueError(
             f"{signals} holds log-probs of none of the {len(examples)} traces, which are looked up by token; "
             "was it made for other traces, or for a student with another tokenizer?"
         )
+    without = sum(example.teacher_ids is None for example in examples)  # a trace may bring its own
+    if without and is_first_process():
+        warnings.warn(
+            f"{without} of {len(examples)} traces have no log-probs in {signals}: they learn from {otherwise}",
+            stacklevel=3,
+        )
     return {"teacher": store.teacher, "k": store.k, "traces": len(examples) - missing}
+
+
+def _digest_to_go_on_with(adapter: str | Path, config: DistillConfig, out: Path) -> str:
+    _check_shape_is_free(config, adapter)
+    if Path(adapter).resolve() == out.resolve():
+        raise ValueError(f"{out} holds the adapter to go on with, which the run would replace; name another folder")
+    return adapter_digest(adapter)
 
 
 def _check_shape_is_free(config: DistillConfig, adapter: str | Path) -> None:
@@ -423,7 +511,7 @@ def _attach_adapter(
 
 
 def _arguments(
-    out: Path, model: PreTrainedModel, config: DistillConfig, examples: Sequence[Example]
+    out: Path, model: PreTrainedModel, config: DistillConfig, examples: Sequence[Example], others: dict[str, Any]
 ) -> TrainingArguments:
     per_step = config.accumulation * process_count()
     steps = math.ceil(len(_batches(examples, config)) / per_step) * config.epochs
@@ -431,6 +519,7 @@ def _arguments(
         output_dir=str(out / "checkpoints"),
         num_train_epochs=config.epochs,
         per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
         learning_rate=config.learning_rate,
         # The first step of a warmup has a rate of 0: a run too short for more than that does without.
@@ -439,13 +528,13 @@ def _arguments(
         weight_decay=0.0,
         logging_steps=1,
         save_steps=config.save_steps,
-        save_total_limit=2,
+        save_total_limit=KEPT,
         seed=config.seed,
         train_device=str(model.device),
-        report_to="none",
         dataloader_pin_memory=False,
         ddp_broadcast_buffers=False,  # every process has the same, and they do not change
         ddp_find_unused_parameters=False,
+        **others,
     )
 
 

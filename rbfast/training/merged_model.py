@@ -1,17 +1,20 @@
 """A merged student as a folder that others can run: its weights, its tokenizer, and how it was asked."""
 
+import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, cached_file
 
 from rbfast.adapter.adapter_files import CONFIG_FILE
 from rbfast.data.chat_template import end_of_turn, format_prompt, write_prompt
 from rbfast.data.instruction import Instruction
 from rbfast.data.thinking import thinking_format
+from rbfast.models.linears import beside_text
 from rbfast.models.names import hub_id_of
 from rbfast.utils.files import replacing_files, write_text
 
@@ -49,6 +52,8 @@ def _checkpoint(model: Any, tokenizer: Any, folder: str | Path) -> Iterator[Path
         except SafetensorError as error:  # of a full disk, say
             raise OSError(f"{folder}: the weights cannot be written: {error}") from error
         tokenizer.save_pretrained(files)
+        if base and beside_text(model):
+            _copy_processor(base, files)
         # safetensors 0.8 lets nobody but the owner read its files; the others follow the umask.
         mode = stat.S_IMODE((files / "config.json").stat().st_mode)
         for path in files.glob("model*.safetensors"):
@@ -58,6 +63,14 @@ def _checkpoint(model: Any, tokenizer: Any, folder: str | Path) -> Iterator[Path
     for old in Path(folder).glob("model*.safetensors*"):  # shards of another model that was there
         if old.name not in kept:
             old.unlink()
+
+
+def _copy_processor(base: str, files: Path) -> None:
+    """A model that reads images or sound too is not served without the files that say how they are prepared."""
+    for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME):
+        with suppress(OSError):  # not every such model has all of them
+            if (found := cached_file(base, name)) is not None:
+                shutil.copyfile(found, files / name)
 
 
 def _stop_at(settings: Any, end: int) -> None:

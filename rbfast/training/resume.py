@@ -15,12 +15,11 @@ from rbfast.training.run_folder import LOG, RUN
 from rbfast.utils.processes import process_count
 from rbfast.utils.records import read_json
 
-_OPTIONAL = "quantised", "signals", "teacher", "adapter"  # settings that not every run has
+_OPTIONAL = "quantised", "signals", "teacher", "adapter", "held_out"  # settings that not every run has
 
 
 def asked_of(model: PreTrainedModel, traces: Sequence[Trace], config: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run, for run.json. config: the fields of its DistillConfig."""
-    lines = "\n".join(json.dumps(trace.to_dict(), sort_keys=True) for trace in traces)
     processes = process_count()
     unit, size = _batch_size(config)
     asked = config | {
@@ -29,11 +28,16 @@ def asked_of(model: PreTrainedModel, traces: Sequence[Trace], config: dict[str, 
         "base_model": model.config.name_or_path,
         "dtype": f"{model.dtype}".removeprefix("torch."),
         "traces": len(traces),
-        "traces_digest": blake2b(lines.encode(), digest_size=16).hexdigest(),
+        "traces_digest": digest_of(traces),
     }
     if (quantised := getattr(model.config, "quantization_config", None)) is not None:
         asked["quantised"] = f"{quantised.quant_method}"
     return asked
+
+
+def digest_of(traces: Sequence[Trace]) -> str:
+    lines = "\n".join(json.dumps(trace.to_dict(), sort_keys=True) for trace in traces)
+    return blake2b(lines.encode(), digest_size=16).hexdigest()
 
 
 def _batch_size(config: Mapping[str, Any]) -> tuple[str, int]:
@@ -65,7 +69,8 @@ def check_same_run(folder: Path, asked: dict[str, Any]) -> None:
                 f"{asked[f'{unit}_per_step']}: batch size {size} x accumulation {asked['accumulation']} "
                 f"x {asked['processes']} process(es); change one of them or choose another output folder"
             )
-    for name in [*asked, *(name for name in _OPTIONAL if name in held)]:
+    optional = [name for name in _OPTIONAL if name in held or name in asked]
+    for name in [*optional, *asked]:  # what makes others differ comes first
         if name not in free and held.get(name) != asked.get(name):
             raise ValueError(
                 f"{folder} holds another run: its {name} is {held.get(name)!r}, now {asked.get(name)!r}; "

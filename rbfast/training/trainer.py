@@ -108,9 +108,11 @@ class DistillTrainer(Trainer):
                 f"train_dataset: expected a sequence of examples, got {type(train_dataset).__name__}; make it a list"
             )
         items: Sequence[Example] | Sequence[list[Example]] = train_dataset
+        measured: Sequence[Example] | Sequence[list[Example]] | None = eval_dataset
         if tokens_per_batch is not None:
             items = batches_by_tokens(train_dataset, tokens_per_batch, args.seed)
-            args.per_device_train_batch_size = 1  # a batch is an item
+            measured = eval_dataset and batches_by_tokens(eval_dataset, tokens_per_batch, args.seed)
+            args.per_device_train_batch_size = args.per_device_eval_batch_size = 1  # a batch is an item
         args.remove_unused_columns = False
         args.label_names = ["labels"]
         self.objective: Objective = objective or Objective()
@@ -120,7 +122,8 @@ class DistillTrainer(Trainer):
         self.teacher = teacher if teacher is None else teacher.eval().requires_grad_(False)
         # Summed CE and token counts since the last log.
         self._role_sums = torch.zeros(2, len(ROLES), dtype=torch.float64, device=args.device)
-        self._eval_sums = torch.zeros_like(self._role_sums)  # summed losses and token counts of an evaluation
+        # Of an evaluation: summed losses, CE and token counts.
+        self._eval_sums = torch.zeros(3, len(ROLES), dtype=torch.float64, device=args.device)
         # While it trains, whether losses that are not finite are kept out of the log; the sum of those since the last.
         self._filters_log, self._unlogged = False, torch.zeros((), device=args.device)
         super().__init__(
@@ -128,9 +131,10 @@ class DistillTrainer(Trainer):
             args=args,
             data_collator=collate_items,
             train_dataset=items,
-            eval_dataset=eval_dataset,
+            eval_dataset=measured,
             **kwargs,
         )
+        self.add_callback(_FindBest())
         if model.device.type == "cpu":
             self.add_callback(_GiveBack())
         if self.is_fsdp_enabled:
@@ -170,19 +174,22 @@ class DistillTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's. The loss is that of all tokens, whatever the batches, with the weights that a training ends
-        with, so that those of two steps can be compared; beside it that of each role."""
+        with, so that those of two steps can be compared; beside it the CE of each role, as a training logs it.
+
+        The random numbers that the training draws next are those that it would draw without an evaluation."""
         before = self.args.logging_nan_inf_filter
         self.args.logging_nan_inf_filter = before or self._filters_log
         self._eval_sums.zero_()
         try:
-            output = super().evaluation_loop(*args, **kwargs)
+            with torch.random.fork_rng(devices=[]):  # a loader of data draws a seed
+                output = super().evaluation_loop(*args, **kwargs)
         finally:
             self.args.logging_nan_inf_filter = before
-        sums, counts = self.accelerator.reduce(self._eval_sums, "sum").cpu()
+        losses, ce, counts = self.accelerator.reduce(self._eval_sums, "sum").cpu()
         metrics = output.metrics or {}
         for name in [name for name in metrics if name.endswith("_loss")]:
-            metrics[name] = self._evaluated(sums, counts).item()
-            metrics |= {f"{name}_{role}": (sums[i] / counts[i]).item() for i, role in enumerate(ROLES) if counts[i]}
+            metrics[name] = self._evaluated(losses, counts).item()
+            metrics |= {f"{name}_{role}": (ce[i] / counts[i]).item() for i, role in enumerate(ROLES) if counts[i]}
         return output
 
     def _evaluated(self, sums: Tensor, counts: Tensor) -> Tensor:
@@ -249,9 +256,9 @@ class DistillTrainer(Trainer):
             hidden = model(inputs["input_ids"], inputs["position_ids"], inputs["lengths"])
             alike = torch.ones(len(ROLES), device=hidden.device)
             out = token_losses(self._student, hidden, inputs, alike, self.objective, self.teacher, "none")
-            sums = sums_by_role(inputs, out.loss)
-            self._eval_sums += sums
-        return self._evaluated(*sums), None, None
+            losses, counts = sums_by_role(inputs, out.loss)
+            self._eval_sums += torch.stack([losses, sums_by_role(inputs, out.ce)[0], counts])
+        return self._evaluated(losses, counts), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -344,6 +351,29 @@ class _WithScaledGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return upstream, None
+
+
+class _FindBest(TrainerCallback):
+    """A checkpoint holds the path of the best one, which a folder that was moved no longer has."""
+
+    def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+        if best.is_dir():
+            state.best_model_checkpoint = str(best)
+
+
+class StopAtNaN(TrainerCallback):
+    """Ends a training at the first step whose gradient is NaN or infinite: no later one would mend the adapter.
+
+    It reads what is logged, so `logging_steps` must be 1. Raises ValueError.
+    """
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
+        if not math.isfinite((logs or {}).get("grad_norm", 0.0)):
+            raise ValueError(
+                f"the gradient of step {state.global_step} is NaN or infinite, so the training has diverged: train "
+                "with a lower learning rate, or a float16 model in bfloat16 or float32, into another folder"
+            )
 
 
 class _GiveBack(TrainerCallback):

@@ -8,13 +8,15 @@ from rbfast.utils.progress import bar
 
 
 class Bar(TrainerCallback):
-    """A progress bar on stderr, with the loss of each role; before it, a line that says where a run resumes.
+    """A progress bar on stderr, with the loss of each role and of held-out traces.
 
+    Before it comes a line that says where a run resumes.
     Close it, however the training ended: a bar that still runs has the terminal's cursor, and draws itself again.
     """
 
     def __init__(self, quiet: bool) -> None:
         self.bar = bar("training", quiet)
+        self.shown: dict[str, float] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         if state.global_step and not self.bar.disable:
@@ -23,8 +25,11 @@ class Bar(TrainerCallback):
         self.bar.start()
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
-        losses = [f"{name[5:]} {value:.3f}" for name, value in (logs or {}).items() if name.startswith("loss_")]
-        self.bar.update(self.task, completed=state.global_step, description="  ".join(losses))
+        logs = logs or {}
+        self.shown |= {name[5:]: value for name, value in logs.items() if name.startswith("loss_")}
+        self.shown |= {"held-out": logs["eval_loss"]} if "eval_loss" in logs else {}
+        losses = "  ".join(f"{name} {value:.3f}" for name, value in self.shown.items())
+        self.bar.update(self.task, completed=state.global_step, description=losses)
 
     def close(self) -> None:
         self.bar.stop()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from qwen_shapes import QWEN_7B, QWEN_7B_PARAMETERS
-from tiny_models import gpt2, llama
+from tiny_models import gpt2, llama, seeing
 from torch import nn
 
 from rbfast.adapter.column_scores import ColumnScores
@@ -16,6 +16,7 @@ from rbfast.adapter.placement import (
     place_scored,
     run_length,
 )
+from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.models.linears import Shape, count_parameters, select_linears
 
 SHAPES = {"q": Shape(24, 24, 0), "k": Shape(12, 24, 0), "up": Shape(40, 24, 1), "down": Shape(24, 40, 2)}
@@ -117,6 +118,17 @@ def test_all_linear_leaves_the_head_and_tied_weights_alone():
         for layer in (0, 1)
         for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     }
+
+
+def test_text_alone_gets_deltas_in_a_model_that_sees_too():
+    with pytest.warns(UserWarning) as warned:
+        model = seeing()
+        adapter = SparseAdapter.attach(model, density=0.1)
+    assert [str(w.message).partition(" layers")[0] for w in warned] == ["15 linear"]  # and no stack of experts
+    assert len(adapter.sites()) == 14 and all("language_model" in name for name in adapter.sites())
+    assert any("vision_tower" in name for name in adapter.left_out)
+    adapter.detach()
+    assert len(select_linears(model, r".*vision_tower.encoder.*mlp\.fc1")) == 2  # by name they still get one
 
 
 def test_targets_are_exact_or_suffix_or_a_full_match():

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tiny import model_of_words
 from transformers import PreTrainedTokenizerBase
 
@@ -210,6 +211,23 @@ def test_merge_takes_an_adapter_or_only_the_base(
         code, _, err = call(capsys, "merge", model_folder, *given, "-o", str(tmp_path / "out"))
         assert code == 2 and "name the folder of an adapter to merge, or give --base-only" in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_merged_weights_are_bitwise_those_of_the_training_in_its_dtype(
+    capsys: pytest.CaptureFixture[str], model_folder: str, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    model, _ = load_student(model_folder, dtype)
+    adapter = SparseAdapter.attach(model, density=0.05)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.05)
+    adapter.save_pretrained(tmp_path / "run")
+    adapter.merge()
+    assert call(capsys, "merge", model_folder, str(tmp_path / "run"), "-o", str(tmp_path / "out"))[0] == 0
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    trained = model.state_dict()
+    assert merged and all(torch.equal(tensor, trained[name]) for name, tensor in merged.items())
 
 
 def test_a_solution_without_an_answer_says_so() -> None:
@@ -432,6 +450,39 @@ def test_a_plan_is_printed_and_nothing_is_trained(
     assert not out.exists()
 
 
+def test_the_loss_of_held_out_traces_is_measured_drawn_and_reported(
+    capsys: pytest.CaptureFixture[str], model_folder: str, traces: str, tmp_path: Path
+) -> None:
+    share, other = tmp_path / "share", tmp_path / "other"
+    held_out = tmp_path / "held_out.jsonl"
+    write_traces(held_out, [Trace("How many legs have 2 ants?", "2 ants x6=12", "12")])
+    line = ["distill", model_folder, traces, "--density", "0.2", "--json"]
+    code, out, _ = call(capsys, *line, "-o", str(share), "--held-out", "0.25", "--keep-best")
+    result = json.loads(out)
+    assert code == 0 and result["trained"] == 9 and result["steps"] == 2
+    assert 0 < result["best_held_out_loss"] <= result["last_held_out_loss"] and result["best_step"] <= 2
+    code, out, _ = call(capsys, *line, "-o", str(other), "--held-out", str(held_out))
+    assert code == 0 and json.loads(out)["trained"] == 12 and json.loads(out)["first_held_out_loss"] > 0
+    assert call(capsys, "report", str(share), str(other), "-o", str(tmp_path / "report.html"))[0] == 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"{result['last_held_out_loss']:.4f}" in page and page.count("of held-out traces") == 2
+
+
+def test_held_out_traces_that_are_none_are_refused(
+    capsys: pytest.CaptureFixture[str], model_folder: str, traces: str, tmp_path: Path
+) -> None:
+    line = ["distill", model_folder, traces, "-o", str(tmp_path / "run")]
+    code, _, err = call(capsys, *line, "--keep-best")
+    assert code == 2 and "give --held-out too" in err
+    code, _, err = call(capsys, *line, "--held-out", "none.jsonl")
+    assert code == 2 and "none.jsonl" in err
+    for share in ("1.5", "0", "nan", "-0.1"):
+        with pytest.raises(SystemExit):
+            main([*line, f"--held-out={share}"])
+        assert "expected a share above 0 and below 1, or a file" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_wrong_answers_are_warned_of(
     capsys: pytest.CaptureFixture[str], model_folder: str, traces: str, tmp_path: Path
 ) -> None:
@@ -545,8 +596,8 @@ def test_an_interrupted_training_says_where_it_goes_on(
 
 def test_the_loss_of_a_role_is_that_of_the_last_step_that_had_it() -> None:
     log = [{"loss_tactical": 3.0}, {"loss_strategic": 2.0, "loss_tactical": 2.5}, {"loss_tactical": 2.0}]
-    run = Run(SimpleNamespace(trainable_percent=0.3), log, [], 1.0)
-    found = {name: value for name, value in _outcome(run, Path("run"), 1).items() if "loss" in name}
+    run = Run(SimpleNamespace(trainable_percent=0.3), log, [], 1.0, traces=1)
+    found = {name: value for name, value in _outcome(run, Path("run")).items() if "loss" in name}
     assert found == {
         "first_loss_strategic": 2.0,
         "first_loss_tactical": 3.0,
@@ -568,3 +619,13 @@ def test_a_pipe_that_is_closed_is_no_error():
     command = f"{sys.executable} -m rbfast info | true"
     run = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert run.stderr == ""
+
+
+@pytest.mark.slow
+def test_what_a_terminal_cannot_show_is_escaped(tmp_path: Path) -> None:
+    row = {"problem": "How many legs have 2 cows?", "reasoning": "Each has 4.\n2 x 4 = 8", "answer": "8"}
+    (pool := tmp_path / "é中.jsonl").write_text(json.dumps(row) + "\n")
+    command = [sys.executable, "-m", "rbfast", "curate", str(pool), "-o", str(tmp_path / "out"), "--size", "1"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0 and r"\xe9\u4e2d.jsonl: read as" in run.stdout

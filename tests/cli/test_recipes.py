@@ -74,8 +74,7 @@ def names(tmp_path, monkeypatch):
     return {
         "simplescaling/s1K-1.1": write(Path("s1k11.jsonl"), [s1k(n) for n in range(2, 10)]),
         "open-r1/OpenR1-Math-220k": write(Path("openr1.jsonl"), [openr1(n) for n in range(10)]),
-        "HuggingFaceH4/MATH-500:test": "problems.jsonl",
-        "math-ai/aime25:test": "problems.jsonl",
+        "aime25": "problems.jsonl",
         "math-500": "problems.jsonl",
         "Qwen/Qwen2.5-7B-Instruct": str(save_student(tmp_path / "qwen2.5", "qwen2.5")),
         "Qwen/Qwen3-8B": str(save_student(tmp_path / "qwen3", "qwen3")),

@@ -2,9 +2,14 @@
 
 import argparse
 import re
+from functools import partial
 from pathlib import Path
 
+from tiny_runs import TOKENIZER, TRACES, student
+
+from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.cli.main import _parser
+from rbfast.data.readers import write_traces
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "training.md"
@@ -25,3 +30,16 @@ def test_every_option_is_explained_and_no_other_is_named():
 def test_what_it_leaves_to_other_pages_is_there():
     for page in re.findall(r"\(([a-z_]+\.md)", PAGE.read_text(encoding="utf-8")):
         assert (ROOT / "docs" / page).is_file(), page
+
+
+def test_its_python_runs(tmp_path, monkeypatch):
+    [block] = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.setattr("rbfast.models.student.load_student", lambda name: (student(), TOKENIZER))
+    monkeypatch.setattr(SparseAdapter, "attach", partial(SparseAdapter.attach, density=0.2))  # of a tiny model
+    monkeypatch.chdir(tmp_path)
+    write_traces(tmp_path / "pool.jsonl", TRACES * 3)
+    names: dict = {}
+    exec(block.replace("=20", "=2"), names)
+    history = names["trainer"].state.log_history
+    assert any("eval_loss_strategic" in entry for entry in history) and any("loss_strategic" in e for e in history)
+    assert SparseAdapter.from_pretrained(student(), tmp_path / "runs" / "own" / "best").sites()

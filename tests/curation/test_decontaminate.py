@@ -272,3 +272,22 @@ def test_evaluation_files(tmp_path: Path) -> None:
 def test_thresholds(threshold: float) -> None:
     with pytest.raises(ValueError, match="template must lie in"):
         Thresholds(template=threshold)
+
+
+def test_benchmarks_go_by_the_names_that_an_evaluation_has_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = []
+
+    def load_dataset(*where: object, split: str, **_: object) -> list[dict[str, str]]:
+        asked.append((*where, split))
+        return [{"problem": f"Problem {len(asked)}?", "answer": "1"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = read_evaluations(["math-500", "aime24", "owner/name"])
+    assert asked == [
+        ("HuggingFaceH4/MATH-500", None, "test"),
+        ("HuggingFaceH4/aime_2024", None, "train"),
+        ("owner/name", None, "test"),
+    ]
+    assert [evaluation.problem for evaluation in found] == ["Problem 1?", "Problem 2?", "Problem 3?"]

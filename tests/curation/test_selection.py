@@ -1,13 +1,12 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rbfast.curation.selection import quotas, represent, shortlist
 from rbfast.curation.text import pack
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 3000), max_size=12), st.integers(0, 4000))
 def test_quotas_are_whole_possible_and_follow_square_roots(counts: list[int], size: int) -> None:
     share = quotas(counts, size)
@@ -27,7 +26,6 @@ def test_quotas() -> None:
         quotas([1], -1)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 200), st.integers(1, 4), st.integers(0, 2**32 - 1))
 def test_the_shortlist_is_the_top_of_a_sort(n: int, reach: int, seed: int) -> None:
     rng = np.random.default_rng(seed)

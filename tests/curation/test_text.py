@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from real_inputs import data_path
 
@@ -156,7 +156,6 @@ def test_a_masked_numeral_is_one_token(problem: str, expected: str) -> None:
     assert tokens(fold(problem), mask_digits=True) == expected.split()
 
 
-@settings(deadline=None)
 @given(TEXTS, st.integers(1, 6), st.booleans(), st.integers(1, 5))
 def test_native_shingles_are_the_definition(native, texts: list[str], k: int, masked: bool, threads: int) -> None:
     packed = pack(texts)
@@ -188,7 +187,6 @@ def as_rows(lists: list[list[int]], dtype: type) -> Ragged:
     return Ragged(values, np.append(0, np.cumsum([len(row) for row in lists], dtype=np.int64)))
 
 
-@settings(deadline=None)
 @given(TEXTS, TEXTS, st.integers(1, 3), st.booleans(), st.integers(1, 4))
 def test_native_find_is_the_definition(native, texts, others, k: int, masked: bool, threads: int) -> None:
     index = np.unique(text.shingles(pack(others + texts[:1]), k, mask_digits=masked)[0].values)
@@ -196,7 +194,6 @@ def test_native_find_is_the_definition(native, texts, others, k: int, masked: bo
     assert same(native.find(*pack(texts), k, masked, index, threads), expected)
 
 
-@settings(deadline=None)
 @given(rows_of_numbers, st.randoms(use_true_random=False), st.integers(1, 4))
 def test_native_containment_is_the_definition(native, lists, random, threads: int) -> None:
     terms = [sorted(random.sample(range(5), random.randrange(4))) for _ in range(31)]
@@ -209,7 +206,6 @@ def test_native_containment_is_the_definition(native, lists, random, threads: in
     assert same(native.containment(*arguments, threads), text_reference.containment(*arguments, 1))
 
 
-@settings(deadline=None)
 @given(rows_of_numbers, st.integers(1, 4))
 def test_native_minhash_is_the_definition(native, lists, threads: int) -> None:
     rows = as_rows(lists, np.uint64)
@@ -226,7 +222,6 @@ def test_signatures_estimate_the_jaccard_index() -> None:
     assert abs(np.mean(one == other) - 1 / 3) < 4 * np.sqrt(1 / 3 * 2 / 3 / 1024)
 
 
-@settings(deadline=None)
 @given(rows_of_numbers, st.randoms(use_true_random=False), st.integers(1, 4))
 def test_native_facility_location_is_the_definition(native, lists, random, threads: int) -> None:
     rows = as_rows(lists, np.int32)

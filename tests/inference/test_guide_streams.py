@@ -45,7 +45,7 @@ more_options = {
     "probe": st.sampled_from(["", "A:"]),
 }
 all_guides = st.builds(make_guide, **options | more_options)
-relaxed = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+relaxed = settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
 
 
 @relaxed

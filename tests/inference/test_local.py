@@ -229,6 +229,25 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch(model):
     assert sampled(seed=1) != first
 
 
+def test_more_samples_than_fit_take_turns(model, monkeypatch):
+    rows = []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda ids, **k: rows.append(len(ids)) or generate(ids, **k))
+    sampling = Sampling(samples=7, temperature=0.9, early_stop=False)
+    together = guided(model, TOKENIZER, PROMPTS[:2], guide(), sampling)
+    assert max(rows) == 14
+    rows.clear()
+    assert guided(model, TOKENIZER, PROMPTS[:2], guide(), sampling, batch_size=3) == together
+    assert max(rows) == 3
+
+
+def test_samples_whose_turn_comes_after_the_vote_are_not_written(model, monkeypatch):
+    monkeypatch.setattr("rbfast.inference.solver.answer_key", lambda text, truncated: "same")
+    [samples] = guided(model, TOKENIZER, ["two words"], guide(), Sampling(samples=9, temperature=1.5), batch_size=2)
+    assert [solution.abandoned for solution in samples[:4]] == [False] * 4
+    assert samples[6].abandoned and all((s.tokens, s.text) == (0, "") for s in samples[6:])
+
+
 def test_draws_follow_the_distribution():
     scores = torch.tensor([[2.0, 1.0, 0.0, -math.inf]])
     draw = lambda sampler, i: sampler.draw(scores, ["row"], [i]).item()  # noqa: E731

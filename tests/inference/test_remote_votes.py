@@ -4,13 +4,17 @@ import json
 from collections import Counter
 
 import pytest
+from fake_api import answering, events
 from guides import make_guide
 from scripted_server import samples_of
+from thinking_templates import tokenizer_of
 from tiny import tiny_tokenizer
 
 from rbfast.cli.main import main
+from rbfast.inference.guide import Guide, Limits
 from rbfast.inference.remote import ServerSolver, prompt_for
 from rbfast.inference.solver import Sampling
+from rbfast.inference.tokens import phrases_for
 from rbfast.inference.vote import majority
 from rbfast.teacher.client import ServerError
 
@@ -50,6 +54,33 @@ def test_solve_reads_the_tokenizer_from_the_command_line(start, tmp_path, capsys
     assert main(["solve", "m", "2+2?", "--server", server.url, "--json"]) == 0
     assert "not its chat template" in capsys.readouterr().err
     assert state.requests[0]["prompt"].startswith("2+2?\n\n")
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "magistral", "gemma-4", "cohere", "qwen3", "r1-distill"])
+def test_a_mark_that_is_a_special_token_is_asked_for(name):
+    tokenizer = tokenizer_of(name)
+    phrases = phrases_for(tokenizer)
+    is_special = any(token in phrases.close for token in tokenizer.all_special_tokens)
+    assert is_special == (name not in ("qwen3", "r1-distill"))
+
+    def vllm(request):
+        leaves_out = tokenizer.all_special_tokens if request.body.get("skip_special_tokens", True) else []
+        written = ["So.", phrases.close, "4"]
+        for token in leaves_out:
+            written = [text.replace(token, "") for text in written]
+        return events(*({"choices": [{"text": text}]} for text in written), {"choices": [{"finish_reason": "stop"}]})
+
+    with answering(vllm) as api:
+        [[solution]] = ServerSolver(api.client(), tokenizer).solve(["2+2?"], Guide(Limits(800), phrases))
+        assert ("skip_special_tokens" in api.bodies[0]) == is_special
+    assert (solution.answer, solution.events) == ("4", ())
+
+
+def test_solve_shows_what_a_server_that_only_chats_wrote(start, capsys):
+    state, server = start("It is |<answer>4</answer>")
+    state.completions = False
+    assert main(["solve", "m", "2+2?", "--server", server.url]) == 0
+    assert "It is <answer>4</answer>\nanswer: 4" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------- votes

@@ -5,10 +5,11 @@ import pytest
 import torch
 import transformers
 from tiny import tiny_model, tiny_tokenizer
-from tiny_models import llama
+from tiny_models import VOCABULARY, disturb, llama, seeing, snapshot
 
+from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.models import student
-from rbfast.models.student import load_outline, load_student, load_tokenizer
+from rbfast.models.student import final_hidden, head_of, load_outline, load_student, load_tokenizer
 
 
 def test_a_local_folder_loads_in_the_dtype_asked_for(tmp_path):
@@ -126,6 +127,42 @@ def test_a_name_that_is_nothing_is_told_what_it_may_be(monkeypatch, name, load):
         OSError, match=message + r"[^\n]*\. Check the spelling; without a connection name a local folder$"
     ):
         load(name)
+
+
+@pytest.mark.parametrize("model_type", ["mistral3", "qwen2_5_vl", "gemma3"])
+def test_a_model_that_reads_images_beside_text_is_a_student(model_type, tmp_path):
+    model = seeing(model_type)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    loaded, _ = load_student(str(tmp_path), torch.float32)
+    assert type(loaded) is type(model) is type(load_outline(str(tmp_path)))
+    assert all(torch.equal(tensor, snapshot(model)[name]) for name, tensor in loaded.state_dict().items())
+    ids = torch.arange(12)[None] % VOCABULARY
+    hidden = final_hidden(loaded, torch.cat([ids, ids], 1), torch.cat([torch.arange(12)] * 2)[None], [12, 12])
+    expected = model(ids).logits[0]
+    torch.testing.assert_close(head_of(loaded).logits(hidden), torch.cat([expected, expected]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_is_no_causal_one_is_named(tmp_path):
+    transformers.T5Config(vocab_size=8, d_model=8).save_pretrained(tmp_path)
+    for load in (load_student, load_outline):
+        with pytest.raises(ValueError, match=r"is a model of type 't5', which is no causal language model; name one"):
+            load(str(tmp_path))
+
+
+def test_the_folder_of_a_lora_loads_its_base_with_it(tmp_path):
+    pytest.importorskip("peft")
+    tiny_model().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    model, tokenizer = load_student(str(tmp_path / "base"), torch.float32)
+    adapter = SparseAdapter.attach(model, density=0.2)
+    disturb(adapter)
+    adapter.export_lora(tmp_path / "lora", str(tmp_path / "base"))
+    tokenizer.save_pretrained(tmp_path / "lora")
+    found, _ = load_student(str(tmp_path / "lora"), torch.float32)
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        assert torch.allclose(found(ids).logits, model(ids).logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("left", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", None])

@@ -56,6 +56,14 @@ def test_the_losses_of_a_short_run_are_seen_at_whole_steps(steps):
     assert axes.lines[-1].get_marker() == ("o" if steps == 1 else "None")
 
 
+def test_losses_of_held_out_traces_are_dashed_beside_those_of_the_training():
+    logs = [{"step": step, "eval_loss": 1.0, "eval_loss_tactical": 3.0 - step} for step in (0, 2)]
+    axes = plots.draw_losses([*logs[:1], {"step": 1, "loss_tactical": 2.0}, *logs[1:]]).axes[0]
+    dashed = [line for line in axes.lines if line.get_linestyle() == "--"]
+    assert [line.get_label() for line in dashed] == ["tactical, held out (now 1.000)"]
+    assert dashed[0].get_xydata().tolist() == [[0, 3], [2, 1]] and len(axes.lines) == 3
+
+
 def test_scores_are_drawn_where_there_are_some():
     figure = plots.draw_scores({**SCORES, "model.layers.12.self_attn.q_proj": float("nan")})
     drawn = figure.axes[0].images[0].get_array()

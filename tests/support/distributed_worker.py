@@ -26,9 +26,10 @@ from rbfast.training.trainer import DistillTrainer
 TRACES = [Trace(f"What is {n} + 1?", f"Add one.\n{n} + 1 = {n + 1}" + " ok" * (n % 4), str(n + 1)) for n in range(25)]
 
 
-def distill_tiny(out, stop_at=None, over=None, beside=False, taught=False, untied=False, **settings):
+def distill_tiny(out, stop_at=None, over=None, beside=False, taught=False, untied=False, held_out=None, **settings):
     """stop_at: the step that fails. over: the processes that share a sharded base. beside: deltas that don't fold into
-    a whole base either. taught: by another model, sharded as the base is. untied: a head of its own."""
+    a whole base either. taught: by another model, sharded as the base is. untied: a head of its own. held_out: a share
+    of the traces, by which the best adapter is kept."""
     tokenizer = byte_level(*(trace.completion() for trace in TRACES))
     size = dict(vocab_size=len(tokenizer), max_position_embeddings=256, tie_word_embeddings=not untied)
     model, teacher = llama(**size), llama(**size, num_hidden_layers=3) if taught else None
@@ -42,10 +43,11 @@ def distill_tiny(out, stop_at=None, over=None, beside=False, taught=False, untie
             raise RuntimeError("power cut")
         return step(self, *args, **kwargs)
 
-    config = DistillConfig(density=0.05, learning_rate=1e-2, save_steps=2, **settings)
+    config = DistillConfig(**dict(density=0.05, learning_rate=1e-2, save_steps=2) | settings)
     attach = partial(SparseAdapter.attach, mode="side" if beside else "auto")
     with patch.object(DistillTrainer, "training_step", step_or_fail), patch.object(SparseAdapter, "attach", attach):
-        distill(model, tokenizer, TRACES, out, config, quiet=True, teacher=teacher)
+        measuring = dict(held_out=held_out, keep_best=held_out is not None)
+        distill(model, tokenizer, TRACES, out, config, quiet=True, teacher=teacher, **measuring)
 
 
 def main(folder, jobs):

@@ -16,17 +16,17 @@ _SIZES = {
     24: "dff moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size",
     2: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_blocks num_key_value_heads "
     "num_global_key_value_heads num_experts_per_tok moe_topk moe_k num_experts_per_token linear_num_key_heads "
-    "linear_num_value_heads",
+    "linear_num_value_heads swa_num_key_value_heads",
     4: "num_attention_heads n_head n_heads decoder_attention_heads encoder_attention_heads num_heads num_experts "
-    "num_local_experts n_routed_experts moe_num_experts index_n_heads mamba_n_heads",
+    "num_local_experts n_routed_experts moe_num_experts index_n_heads mamba_n_heads swa_num_attention_heads",
     8: "head_dim global_head_dim qk_nope_head_dim v_head_dim attention_head_dim kv_channels qk_rope_head_dim "
     "index_head_dim rotary_dim hidden_size_per_layer_input laurel_rank time_step_rank d_state state_size "
-    "mamba_d_state linear_key_head_dim linear_value_head_dim",
+    "mamba_d_state linear_key_head_dim linear_value_head_dim swa_head_dim",
     16: "mamba_d_head",
     64: "max_position_embeddings n_positions n_ctx max_seq_len index_topk sliding_window attention_window_size "
     "attention_chunk_size",
     1: "n_group topk_group first_k_dense_replace n_shared_experts moe_layer_start_index",
-    VOCABULARY: "vocab_size vocab_size_per_layer_input",
+    VOCABULARY: "vocab_size vocab_size_per_layer_input unpadded_vocab_size",
 }
 _SMALL = {name: size for size, names in _SIZES.items() for name in names.split()}
 _SMALL |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)

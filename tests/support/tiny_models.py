@@ -1,7 +1,15 @@
 """Small random models for the tests, one per family of architectures, and adapters on them."""
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from rbfast.adapter.sparse_adapter import SparseAdapter
 
@@ -92,6 +100,22 @@ def family(name, dtype=torch.float32, **overrides):
             if parameter_name.endswith("bias"):  # they start at zero, and would hide that one was forgotten
                 parameter.normal_(std=0.1)
     return model.to(dtype).eval()
+
+
+def seeing(model_type="gemma3"):
+    """A model with a vision tower beside its text model: Gemma 3 from 4B on, Mistral 3, Qwen2.5-VL."""
+    text = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    text |= dict(num_key_value_heads=2, head_dim=8, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    vision = dict(hidden_size=32, intermediate_size=48)
+    if model_type == "qwen2_5_vl":
+        text |= dict(rope_parameters=dict(rope_type="default", mrope_section=[1, 1, 2], rope_theta=1e4))
+        vision |= dict(depth=2, num_heads=4, out_hidden_size=32)
+    else:
+        text |= dict(model_type="mistral") if model_type == "mistral3" else {}
+        vision |= dict(num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14)
+    config = AutoConfig.for_model(model_type, text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    return AutoModelForImageTextToText.from_config(config).eval()
 
 
 def batch(rows=2, tokens=11, seed=0):

@@ -11,6 +11,8 @@ from rbfast.training.trainer import DistillTrainer
 TRACES = [Trace(f"What is {n} + 1?", f"Add one.\n{n} + 1 = {n + 1}", str(n + 1)) for n in range(24)]
 TOKENIZER = byte_level(*(trace.completion() for trace in TRACES))
 
+HOW = "adapter", "held_out", "keep_best", "report_to"  # what is no setting of the config
+
 
 class PowerCut(TrainerCallback):
     def __init__(self, step):
@@ -25,7 +27,7 @@ def student():
     return llama(vocab_size=len(TOKENIZER), max_position_embeddings=256)
 
 
-def run(folder, monkeypatch, cut_at=None, model=None, adapter=None, **settings):
+def run(folder, monkeypatch, cut_at=None, model=None, **settings):
     with monkeypatch.context() as patch:
         if cut_at is not None:
             start = DistillTrainer.__init__
@@ -35,7 +37,8 @@ def run(folder, monkeypatch, cut_at=None, model=None, adapter=None, **settings):
                 self.add_callback(PowerCut(cut_at))
 
             patch.setattr(DistillTrainer, "__init__", begin)
-        shape = dict(density=0.2, rank=3) if adapter is None else {}
+        how = {name: settings.pop(name) for name in HOW if name in settings}
+        shape = {} if "adapter" in how else dict(density=0.2, rank=3)
         config = DistillConfig(**dict(save_steps=2, batch_size=4, learning_rate=1e-2) | shape | settings)
-        found = distill(model or student(), TOKENIZER, TRACES, folder, config, quiet=True, adapter=adapter)
+        found = distill(model or student(), TOKENIZER, TRACES, folder, config, quiet=True, **how)
         return found.adapter.state_dict()

@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 WORKER = ROOT / "tests" / "support" / "distributed_worker.py"
 STEPS = 7
+HELD_OUT = {"held_out": 0.2, "learning_rate": 0.3}  # 5 traces: two processes have no full last batch
 RANDOM = {"placement": "random"}  # by gradients, the columns follow the batches they were measured on
 LARGE = {"taught": True, "untied": True}
 
@@ -32,6 +33,8 @@ FIRST = {
     "beside-large": {"batch_size": 2, "beside": True} | LARGE,
     "sharded-large": {"batch_size": 2, "over": 2} | LARGE,
     "cut-two": {"batch_size": 2, "stop_at": 3} | RANDOM,
+    "held-out": {"batch_size": 2} | HELD_OUT | RANDOM,
+    "held-out-sharded": {"batch_size": 2, "over": 2} | HELD_OUT | RANDOM,
 }
 SECOND = {
     "cut-whole": {"batch_size": 2},
@@ -78,12 +81,13 @@ def trained(folder):
     return load_file(folder / "adapter_model.safetensors"), json.loads((folder / "log.json").read_text())
 
 
-def check_close(found, expected):
+def check_close(found, expected, steps=STEPS):
     """The sums of two processes are added in another order: equal within fp32 rounding, and no further."""
     (tensors, log), (reference, log_alone) = found, expected
-    assert len(log) == len(log_alone) == STEPS
+    assert len(log) == len(log_alone) == steps
     for entry, other in zip(log, log_alone, strict=True):
-        for name in ("loss", "loss_strategic", "loss_tactical", "loss_answer"):
+        assert entry.keys() == other.keys()
+        for name in (name for name in entry if "loss" in name):
             assert entry[name] == pytest.approx(other[name], rel=1e-5), name
     for name, tensor in reference.items():
         if tensor.is_floating_point():
@@ -102,6 +106,12 @@ def check_bits(found, expected):
 @pytest.mark.parametrize("name", ["two", "two-accumulating"])
 def test_two_processes_train_what_one_does(first, alone, name):
     check_close(trained(first / name), alone)
+
+
+@pytest.mark.parametrize("name", ["held-out", "held-out-sharded"])
+def test_two_processes_measure_and_keep_what_one_does(first, tmp_path, name):
+    distill_tiny(tmp_path, batch_size=4, **HELD_OUT, **RANDOM)
+    check_close(trained(first / name), trained(tmp_path), steps=5 + 4)  # trained, and measured at 0, 2, 4 and 5
 
 
 @pytest.mark.parametrize("size", ["", "-large"])

@@ -161,4 +161,25 @@ def test_a_chunk_that_is_no_object_breaks_the_stream_off(chunk):
 def test_guided_chat_reads_thinking_in_any_field():
     with answering(chat_reply({"content": "4", "reasoning": "Two and two."})) as api:
         found = chat(api.client(), "2 + 2?", make_guide(budget=400))
-    assert (found.thinking, found.answer, found.tokens) == ("Two and two.", "4", 5)
+    assert (found.to_dict()["thinking"], found.answer, found.tokens) == ("Two and two.", "4", 5)
+
+
+@pytest.mark.parametrize(
+    "thinking, said",
+    [(r"Is it \boxed{5}? No.", "The answer is **7**."), ("<answer>5</answer>? No.", r"\boxed{7}"), ("So 1", "7")],
+)
+def test_guided_chat_reads_no_answer_from_the_thinking(thinking, said):
+    with answering(chat_reply({"content": said, "reasoning_content": thinking})) as api:
+        assert chat(api.client(), "3 + 4?", make_guide(budget=400)).key == "7"
+
+
+@pytest.mark.parametrize("reason", ["abort", "content_filter", "insufficient_system_resource"])
+def test_a_text_that_the_server_ended_itself_is_no_answer(reason):
+    with answering(events(piece("So.</think>1"), piece("", reason))) as api:
+        with pytest.raises(ServerError, match=f"finish_reason '{reason}'") as caught:
+            write(api.client(), "Q", make_guide(budget=400))
+        assert caught.value.partial.answer == "1" and caught.value.partial.truncated
+    with answering(chat_reply("The answer is 1", reason)) as api:
+        with pytest.raises(ServerError, match=f"finish_reason '{reason}'") as caught:
+            chat(api.client(), "Q", make_guide(budget=400))
+        assert caught.value.partial.text == "The answer is 1"

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 import torch
 from tiny_models import llama, same_bits, snapshot
 from tiny_runs import TOKENIZER, TRACES, run, student
-from transformers import AutoConfig, AutoModelForCausalLM, TrainerState
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, TrainerState
+from transformers.integrations import integration_utils
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from rbfast.adapter.column_scores import score_columns
@@ -83,7 +85,7 @@ def test_a_run_goes_on_with_the_adapter_of_another(tmp_path, monkeypatch):
     trained.detach()
     with pytest.raises(RuntimeError, match="power cut"):
         run(tmp_path / "cut", monkeypatch, cut_at=5, adapter=began)
-    with pytest.raises(ValueError, match=r"its density is 0\.003, now 0\.2"):
+    with pytest.raises(ValueError, match=r"its adapter is '[0-9a-f]+', now None"):
         run(tmp_path / "cut", monkeypatch)
     with pytest.raises(ValueError, match=r"its adapter is '[0-9a-f]+', now '[0-9a-f]+'"):
         run(tmp_path / "cut", monkeypatch, adapter=tmp_path / "second")
@@ -202,6 +204,15 @@ def test_numbers_of_numpy_are_numbers():
     )
 
 
+def test_the_bar_keeps_the_losses_of_the_last_step():
+    bar, state = Bar(quiet=True), TrainerState(global_step=3, max_steps=3)
+    bar.on_train_begin(None, state, None)
+    bar.on_log(None, state, None, logs={"loss": 2.0, "loss_answer": 1.5})
+    bar.on_log(None, state, None, logs={"train_runtime": 1.0})  # as a Trainer ends
+    bar.close()
+    assert bar.bar.tasks[0].description == "answer 1.500"
+
+
 def test_a_resumed_run_says_where(capsys):
     for step, said in ((0, ""), (4, "resuming at step 4 of 6\n")):
         callback = Bar(quiet=False)
@@ -227,6 +238,16 @@ def test_a_trace_longer_than_a_table_of_positions_is_refused_before_training(tmp
                 distill(model, TOKENIZER, TRACES, tmp_path, settings, quiet=True)
 
 
+@pytest.mark.parametrize("rope_type", ["default", "yarn"])
+def test_traces_longer_than_the_model_was_made_for_are_warned_of(rope_type, recwarn):
+    rope = {"rope_type": rope_type, "rope_theta": 1e4} | ({"factor": 4.0} if rope_type == "yarn" else {})
+    model = llama(vocab_size=len(TOKENIZER), max_position_embeddings=95, rope_parameters=rope)
+    plan_run(model, TOKENIZER, TRACES, DistillConfig(density=0.2))
+    said = [str(w.message) for w in recwarn if "positions" in str(w.message)]
+    assert len(said) == (rope_type == "default")
+    assert all("1 of 24 traces are longer than the 95 positions" in message for message in said)
+
+
 def test_what_others_have_among_the_checkpoints_stays(tmp_path, monkeypatch):
     theirs = tmp_path / "checkpoints" / "llama" / "model.safetensors"
     theirs.parent.mkdir(parents=True)
@@ -247,6 +268,20 @@ def test_a_lone_process_saves_its_run_whatever_rank_its_shell_was_left_with(tmp_
 def test_traces_that_were_not_read_are_refused_with_the_way_to_read_them(tmp_path, traces):
     with pytest.raises(TypeError, match=r"expected a list of Trace, got (str|PosixPath|dict).*: read_traces\(FILE\)"):
         distill(student(), TOKENIZER, traces, tmp_path)
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_named_before_training(tmp_path, monkeypatch):
+    run(tmp_path / "first", monkeypatch)
+    values = sum(value.numel() for value in SparseAdapter.from_pretrained(student(), tmp_path / "first").parameters())
+    for free in (39 * values, 41 * values):  # three checkpoints of 12 bytes a value, the adapter
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: shutil._ntuple_diskusage(free, 0, free))
+        model = student()
+        if free < 40 * values:
+            with pytest.raises(OSError, match=r"are free, and the checkpoints and the adapter take .* on another disk"):
+                run(tmp_path / "second", monkeypatch, model=model)
+            assert all(parameter.requires_grad for parameter in model.parameters())
+        else:
+            run(tmp_path / "second", monkeypatch)
 
 
 def test_a_run_is_not_written_into_the_folder_of_a_model(tmp_path, monkeypatch):
@@ -302,3 +337,44 @@ def test_a_run_of_one_step_trains(tmp_path):
     found = distill(student(), TOKENIZER, TRACES[:4], tmp_path, config, quiet=True)
     assert len(found.log_history) == 1
     assert any(bool(site.B.any()) for site in found.adapter.sites().values())
+
+
+def test_the_losses_reach_the_trackers_that_are_named(tmp_path, monkeypatch):
+    sent = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs, **kwargs):
+            sent.append((args.run_name, state.global_step, logs))
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "ours", Tracker)
+    run(tmp_path / "first", monkeypatch)
+    assert not sent
+    run(tmp_path / "second", monkeypatch, report_to=["ours"])
+    losses = [logs["loss_tactical"] for name, _, logs in sent if name == "second" and "loss" in logs]
+    assert losses == [entry["loss_tactical"] for entry in json.loads((tmp_path / "second" / "log.json").read_text())]
+
+
+def test_a_tracker_that_is_not_there_is_named_before_training(tmp_path, monkeypatch):
+    class Missing(TrainerCallback):
+        def __init__(self):
+            raise RuntimeError("needs the package theirs: pip install theirs")
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "theirs", Missing)
+    with pytest.raises(ImportError, match="pip install theirs"):
+        run(tmp_path / "run", monkeypatch, report_to=["theirs"])
+    with pytest.raises(ValueError, match=r"spreadsheet is not supported, only .*tensorboard.* are supported"):
+        run(tmp_path / "run", monkeypatch, report_to=["spreadsheet"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_ends_at_the_first_gradient_that_is_not_finite(tmp_path, monkeypatch):
+    compute, steps = DistillTrainer.compute_loss, []
+
+    def overflow(self, *args, **kwargs):
+        steps.append(self.state.global_step)
+        return compute(self, *args, **kwargs) * (float("nan") if self.state.global_step == 2 else 1)
+
+    monkeypatch.setattr(DistillTrainer, "compute_loss", overflow)
+    with pytest.raises(ValueError, match="the gradient of step 3 is NaN or infinite, so the training has diverged"):
+        run(tmp_path, monkeypatch)
+    assert steps == [0, 1, 2]

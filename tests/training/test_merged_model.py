@@ -4,6 +4,7 @@ import re
 
 import pytest
 from tiny import tiny_model, tiny_tokenizer
+from tiny_models import seeing
 
 from rbfast.data.instruction import ANSWER
 from rbfast.training.merged_model import save_merged
@@ -26,3 +27,13 @@ def test_it_names_its_base_and_shows_the_tags_of_its_instruction(loaded_from, sa
     assert loaded_from not in page
     as_code = re.findall(r"```\n(.*?)\n```", page, re.DOTALL)  # elsewhere `<answer>` would be an element of HTML
     assert ANSWER.text in as_code and "<answer>" not in re.sub(r"```.*?```", "", page, flags=re.DOTALL)
+
+
+def test_a_model_that_sees_keeps_the_files_that_prepare_its_images(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "preprocessor_config.json").write_text('{"size": 28}')
+    model = seeing()
+    model.config.name_or_path = str(tmp_path / "base")
+    save_merged(model, tiny_tokenizer(), tmp_path / "merged", ANSWER)
+    assert (tmp_path / "merged" / "preprocessor_config.json").read_text() == '{"size": 28}'
+    assert not (tmp_path / "merged" / "processor_config.json").exists()

@@ -5,10 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import llama
+from tiny_models import family, llama
 from tiny_runs import TOKENIZER, TRACES
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import FalconConfig, FalconForCausalLM
 
 from rbfast.data.encoding import collate, encode_all
 from rbfast.models.checkpointing import checkpointing
@@ -80,8 +79,8 @@ def test_it_says_whether_it_fits_and_what_would(model):
 
 def test_it_says_if_the_model_runs_once_for_each_example(model):
     assert "one example at a time" not in plan_run(model, TOKENIZER, TRACES, CONFIG).attention
-    tiny = dict(vocab_size=len(TOKENIZER), hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
-    carries_over = FalconForCausalLM(FalconConfig(**tiny, new_decoder_architecture=False)).eval()
+    carries_over = family("lfm2")
+    carries_over.resize_token_embeddings(len(TOKENIZER))
     with pytest.warns(UserWarning, match="run one at a time"):
         plan = plan_run(carries_over, TOKENIZER, TRACES, CONFIG)
     assert plan.attention.endswith("the model runs one example at a time, which is slower")
