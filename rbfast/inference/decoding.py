@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -393,8 +394,7 @@ def continuation(
 ) -> list[list[int]]:
     """Greedy tokens, `limit` at most, that follow each text after its row; the batch stays as it is.
 
-    Raises:
-        ValueError: a cache that drops a part of the past, from which nothing can be copied.
+    The texts are of one length: padding within a row would take up places in a sliding window.
     """
     branch = _branch(model, batch, rows, texts, settings["pad_token_id"])
     output = model.generate(  # type: ignore[operator]
@@ -415,18 +415,13 @@ def _branch(
     model: PreTrainedModel, batch: CachedBatch, rows: Sequence[int], texts: Sequence[list[int]], pad: int
 ) -> CachedBatch:
     """A copy of some rows of a batch, a text after each."""
-    index = torch.tensor(rows, device=batch.ids.device)
-    put, seen = _padded(texts, pad, index.device)
-    ids, mask = batch.ids[index], batch.mask[index]
-    branch = CachedBatch(torch.cat([ids, put], dim=1), torch.cat([mask, seen.to(mask)], dim=1), new_cache(model))
-    if batch.cache is None or branch.cache is None:
+    index, put = torch.tensor(rows, device=batch.ids.device), torch.tensor(texts, device=batch.ids.device)
+    ids, mask = torch.cat([batch.ids[index], put], dim=1), torch.cat([batch.mask[index], torch.ones_like(put)], dim=1)
+    branch = CachedBatch(ids, mask, None)
+    if batch.cache is None:
         branch.drop_masked(pad)
-        return branch
-    for number, layer in enumerate(batch.cache.layers):
-        if not isinstance(layer, DynamicLayer) or layer.is_sliding:
-            raise ValueError(
-                f"expected a cache that keeps all of its past, got {type(layer).__name__}: no probe can "
-                "run beside it, so turn probes off (probe_every=0)"
-            )
-        branch.cache.update(layer.keys[index], layer.values[index], number)  # type: ignore[index]
+    else:
+        branch.cache = copy(batch.cache)
+        branch.cache.layers = [copy(layer) for layer in batch.cache.layers]
+        branch.cache.batch_select_indices(index)  # copies keys and values
     return branch

@@ -136,12 +136,14 @@ class GuidedSteering(Steering):
 
     def _probe(self, batch: CachedBatch, asking: list[int]) -> None:
         vocabulary = self.states[0].vocabulary
-        texts = [vocabulary.encode(self.states[i].state.probe_text) for i in asking]
+        texts = {i: vocabulary.encode(self.states[i].state.probe_text) for i in asking}
         limit = self.states[0].state.limits.probe_tokens
-        written = continuation(self.model, batch, asking, texts, self.settings, limit)
-        for i, put, ids in zip(asking, texts, written, strict=True):
-            text = str(vocabulary.tokenizer.decode(ids, skip_special_tokens=True))
-            self.struck[i] = self.states[i].probed(text, len(put) + len(ids))
+        for length in sorted({len(text) for text in texts.values()}):
+            rows = [i for i in asking if len(texts[i]) == length]
+            written = continuation(self.model, batch, rows, [texts[i] for i in rows], self.settings, limit)
+            for i, ids in zip(rows, written, strict=True):
+                text = str(vocabulary.tokenizer.decode(ids, skip_special_tokens=True))
+                self.struck[i] = self.states[i].probed(text, length + len(ids))
 
     def keep(self, rows: torch.Tensor) -> None:
         super().keep(rows)

@@ -288,6 +288,23 @@ def test_probes_leave_the_rows_as_they_were(model):
     assert sum(solution.probe_tokens > 0 for solution in probed) > 3
 
 
+@pytest.mark.parametrize("name", ["gemma3", "gpt-oss"])
+def test_a_model_with_a_sliding_window_is_probed_too(name, monkeypatch):
+    model = family(name, vocab_size=258, max_position_embeddings=256)
+    model.generation_config.eos_token_id = STOPS
+    asked = guide(minimum=0, probe_every=4, probe_tokens=8, probe_agree=99, interventions=())
+    heard = []
+    probed = TokenState.probed
+    monkeypatch.setattr(TokenState, "probed", lambda *a: heard.append(a[1:]) or probed(*a))
+    together, [*probes] = guided(model, TOKENIZER, PROMPTS, asked), heard
+    assert len(probes) > 4
+    heard.clear()
+    assert guided(model, TOKENIZER, PROMPTS, asked, batch_size=1) == together and sorted(heard) == sorted(probes)
+    heard.clear()
+    monkeypatch.setattr("rbfast.inference.decoding.new_cache", lambda model: None)  # reads each row again
+    assert guided(model, TOKENIZER, PROMPTS, asked) == together and heard == probes
+
+
 def test_entropy_is_the_definition():
     scores = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)) * 4
     expected = torch.distributions.Categorical(logits=scores.double()).entropy()
