@@ -171,12 +171,6 @@ def attach(model: Any, directory: str) -> Any:
     return SparseAdapter.from_pretrained(model, directory)
 
 
-def temperature_of(args: argparse.Namespace) -> float:
-    if args.temperature is not None:
-        return float(args.temperature)
-    return 0.0 if args.samples == 1 else 0.8
-
-
 def lines(result: dict[str, Any]) -> str:
     return "\n".join(
         f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}"

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rbfast.cli.common import (
     FILE_ONLY,
@@ -22,7 +22,6 @@ from rbfast.cli.common import (
     output_file,
     positive,
     print_result,
-    temperature_of,
 )
 from rbfast.teacher.client import ServerError
 
@@ -49,9 +48,24 @@ def add_solve(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--maximum", type=int, help="tokens of thinking, at most (default: what the answer leaves)")
     sub.add_argument("--verify-above", type=float, help="nats of mean entropy that call for a check (default: never)")
     sub.add_argument("--probe-every", type=int, default=0, help="tokens between probes of the answer (default: never)")
-    sub.add_argument("--samples", type=int, default=1, help="completions that vote on the answer (default: 1)")
-    sub.add_argument("--temperature", type=float, help="default: 0 for one sample, 0.8 for several")
+    _add_sampling(sub, "completions that vote on the answer (default: 1)")
     add_instruction(sub, TRAINED_WITH)
+
+
+def _add_sampling(sub: argparse.ArgumentParser, samples: str) -> None:
+    sub.add_argument("--samples", type=int, default=1, help=samples)
+    sub.add_argument("--temperature", type=float, help="default: 0 (greedy) for one sample, 0.8 for several")
+    sub.add_argument("--top-p", type=float, help="the share of the distribution that is drawn from (default: all)")
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    temperature = args.temperature
+    if temperature is None:
+        temperature = 0.0 if args.samples == 1 else 0.8
+    if args.top_p is not None and temperature == 0:
+        raise ValueError("--top-p is for sampling: give a --temperature above 0 too")
+    top_p = 1.0 if args.top_p is None else args.top_p
+    return {"samples": args.samples, "temperature": temperature, "top_p": top_p, "seed": args.seed}
 
 
 def run_solve(args: argparse.Namespace) -> int:
@@ -67,7 +81,7 @@ def run_solve(args: argparse.Namespace) -> int:
     if args.tokenizer and not args.server:
         raise ValueError("--tokenizer is for --server: a local model brings its own")
     limits = Limits(**{name: getattr(args, name) for name in _LIMITS})
-    sampling = Sampling(args.samples, temperature_of(args), seed=args.seed)
+    sampling = Sampling(**_sampling(args))
     transcript = Transcript(quiet=args.json or args.samples > 1)
     listen = None if transcript.quiet else lambda _, kind, text: transcript.write(kind, text)
     solver = _server_solver(args) if args.server else _local_solver(args)
@@ -138,8 +152,7 @@ def add_eval(sub: argparse.ArgumentParser) -> None:
         type=_positive_or_all,
         help=f"problems per task, or {_ALL} of a file or dataset (default: {_PROBLEMS}, or all if it has fewer)",
     )
-    sub.add_argument("--samples", type=int, default=1, help="completions per problem (default: 1, greedy)")
-    sub.add_argument("--temperature", type=float, help="default: 0 for one sample, 0.8 for several")
+    _add_sampling(sub, "completions per problem (default: 1)")
     sub.add_argument("--max-new-tokens", type=int, default=512, help="tokens per completion, at most (default: 512)")
     sub.add_argument("--batch-size", type=int, default=32, help="completions at a time (default: 32)")
     sub.add_argument(
@@ -171,6 +184,7 @@ def run_eval(args: argparse.Namespace) -> int:
     from rbfast.evaluation.evaluate import evaluate, summarize, summarize_samples
     from rbfast.utils.progress import counting
 
+    sampling = _sampling(args)
     problems = {task: _problems(args, task) for task in args.task}
     model, tokenizer = load_model(args)
     if args.adapter:
@@ -183,14 +197,12 @@ def run_eval(args: argparse.Namespace) -> int:
                 tokenizer,
                 asked,
                 max_new_tokens=args.max_new_tokens,
-                samples=args.samples,
-                temperature=temperature_of(args),
-                seed=args.seed,
                 batch_size=args.batch_size,
                 keep=args.out,
                 label=_label(args),
                 instruction=instruction_of(args, args.adapter, args.model),
                 progress=progress,
+                **sampling,
             )
     if args.samples > 1:
         sampled = {task: summarize_samples(found) for task, found in results.items()}

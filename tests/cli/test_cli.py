@@ -296,6 +296,10 @@ def test_eval_samples_and_goes_on(capsys: pytest.CaptureFixture[str], model_fold
     before = records.read_text()
     assert json.loads(call(capsys, *common, "-o", str(records), "--json")[1]) == {str(problems): summary}
     assert records.read_text() == before
+    code, _, err = call(capsys, *common, "-o", str(records), "--top-p", "0.9")
+    assert code == 2 and "its top_p is 1.0, now 0.9" in err
+    code, _, err = call(capsys, "eval", model_folder, "--task", str(problems), "--top-p", "0.9")
+    assert code == 2 and "--top-p is for sampling" in err
 
 
 def test_eval_resumes_only_from_the_same_weights(

@@ -158,7 +158,12 @@ def test_samples_vote_from_the_command_line(start, capsys):
     assert main(common) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["answer"], result["votes"], len(result["solutions"])) == ("4", 2, 3)
-    assert {request["temperature"] for request in state.requests} == {0.8}
+    assert {(request["temperature"], request.get("top_p")) for request in state.requests} == {(0.8, None)}
+    state.requests.clear()
+    state.told.clear()
+    assert main([*common, "--temperature", "0.6", "--top-p", "0.95"]) == 0
+    capsys.readouterr()
+    assert {(request["temperature"], request["top_p"]) for request in state.requests} == {(0.6, 0.95)}
     state.faults, state.told = [None, 401], Counter()
     assert main(common) == 1
     printed = capsys.readouterr()
@@ -170,6 +175,7 @@ def test_samples_vote_from_the_command_line(start, capsys):
     [
         (["--server", "http://127.0.0.1:9/v1", "--adapter", "a"], "--adapter is for a local model"),
         (["--tokenizer", "t"], "--tokenizer is for --server"),
+        (["--server", "http://127.0.0.1:9/v1", "--top-p", "0.9"], "--top-p is for sampling: give a --temperature"),
     ],
 )
 def test_options_that_would_be_ignored_are_refused(capsys, options, complaint):
