@@ -104,7 +104,7 @@ def _at_a_glance(run: RunFolder) -> list[Any]:
         percent_text(solved.after),
         gain_text(solved.gain),
         _trainable(run),
-        run.settings["traces"],
+        _traces(run),
         _duration(run.cost.get("training_seconds")),
         run.log[-1]["step"] if run.log else None,
         *(_last_loss(run, role) for role in ROLES),
@@ -116,7 +116,7 @@ def _at_a_glance(run: RunFolder) -> list[Any]:
 
 
 def _headline(run: RunFolder) -> str:
-    trained = f"{_trainable(run)} of {_base_model(run)}'s parameters, trained on {run.settings['traces']:,} traces."
+    trained = f"{_trainable(run)} of {_base_model(run)}'s parameters, trained on {_traces(run):,} traces."
     measured = main_measurement(run)
     total = compare("all", measured.before, measured.after) if measured else None
     if total is None or total.gain is None:
@@ -134,6 +134,11 @@ def _base_model(run: RunFolder) -> str:
 
 def _values(adapter: AdapterConfig) -> int:
     return sum(m.rank * (m.out_features + m.support) for m in adapter.modules.values())
+
+
+def _traces(run: RunFolder) -> int:
+    """How many were trained on; of an unfinished run, how many it was given."""
+    return int(run.settings["traces"]) - len(run.skipped or ())
 
 
 def _trainable(run: RunFolder) -> str:
@@ -166,7 +171,7 @@ def _training(run: RunFolder) -> Iterator[str]:
     settings = run.settings
     shown = [
         ("base model", _base_model(run)),
-        ("traces", f"{settings['traces']:,}"),
+        ("traces", f"{_traces(run):,}"),
         ("left out", "not recorded" if run.skipped is None else f"{len(run.skipped):,}"),
         ("steps", f"{run.log[-1]['step']:,}" if run.log else "the training has not finished"),
         *((name.replace("_", " "), settings[name]) for name in _SETTINGS if settings.get(name) is not None),

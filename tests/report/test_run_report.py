@@ -57,7 +57,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     gain = paired_difference([1, *[0] * 7] * 2, [*[1] * 6, 0, 0] * 2)
     for expected in (
         "Report of first",
-        "0.299% of tiny's parameters, trained on 12 traces",
+        "0.299% of tiny's parameters, trained on 11 traces",
         "12.5% before the training",
         f"{100 * gain.mean:+.1f} ({100 * gain.low:+.1f} .. {100 * gain.high:+.1f})",
         "2,604 trained values in 12 matrices",
