@@ -26,6 +26,7 @@ from rbfast.utils.files import write_text
 
 _BINS = 20
 _MOST_MATCHED = 50  # evaluation problems that are listed
+_MOST_DRAWN = 20  # domains
 _WHICH = (
     "Before: the traces that clean let through; of difficulty, the eligible ones. "
     "Eligible: those that select could choose from. After: those that it chose."
@@ -73,6 +74,7 @@ def describe(
         },
         "log10_characters": _histogram(lengths, everyone, after, *_range(lengths)),
         "evaluation_problems": len(ledger.evaluations),
+        "evaluation_problems_matched": len({match.item for match in ledger.matches if match}),
         "contamination": _contamination(ledger),
     }
 
@@ -133,6 +135,7 @@ def render(sheet: Mapping[str, Any]) -> str:
     """The datasheet as one HTML page, pictures inside; every text of the pool is escaped."""
     selected = sheet["stages"][-1]["out"]
     matched = [(m["where"], m["problem"], dropped_because(m["items"])) for m in sheet["contamination"]]
+    number = sheet["evaluation_problems_matched"]
     verdicts, marks = (
         [(name, counted["before"], counted["after"]) for name, counted in sheet[key].items()]
         for key in ("verified", "marks")
@@ -142,7 +145,7 @@ def render(sheet: Mapping[str, Any]) -> str:
         stages_table(sheet),
         remark(_WHICH),
         _picture(_draw_stages, sheet["stages"], "What was dropped, and why"),
-        _picture(_draw_domains, sheet["domains"], "Domains before and after"),
+        _picture(_draw_domains, sheet["domains"], _domains_title(len(sheet["domains"]))),
         *(
             _picture(_draw_histogram(label), sheet[name], title)
             for name, title, label in (
@@ -156,8 +159,9 @@ def render(sheet: Mapping[str, Any]) -> str:
         table(("answer", "before", "after"), verdicts),
         "<h2>Marks of quality, means</h2>",
         table(("mark", "before", "after"), marks),
-        f"<h2>Evaluation problems met, of {sheet['evaluation_problems']:,}</h2>",
-        table(("where", "problem", "items of the pool"), matched) if matched else "<p>None.</p>",
+        f"<h2>Evaluation problems matched: {number:,} of {sheet['evaluation_problems']:,}</h2>",
+        *([table(("where", "problem", "items of the pool"), matched)] if matched else []),
+        *([remark(f"These {len(matched)} matched most; dropped.jsonl has all.")] if number > len(matched) else []),
         "<h2>Settings</h2>",
         f"<pre>{escape(json.dumps(sheet['settings'], indent=1, ensure_ascii=False))}</pre>",
     ]
@@ -188,8 +192,13 @@ def _draw_stages(axes: Axes, stages: Sequence[Mapping[str, Any]]) -> None:
     axes.set(xlabel="items")
 
 
+def _domains_title(domains: int) -> str:
+    title = "Domains before and after"
+    return title if domains <= _MOST_DRAWN else f"{title}: the {_MOST_DRAWN} largest of {domains:,}"
+
+
 def _draw_domains(axes: Axes, domains: Sequence[Mapping[str, Any]]) -> None:
-    shown = domains[:20]
+    shown = domains[:_MOST_DRAWN]
     for offset, key, colour in ((-0.2, "eligible", BEFORE), (0.2, "after", AFTER)):
         total = max(1, sum(domain[key] for domain in domains))
         share = [100 * domain[key] / total for domain in shown]

@@ -110,6 +110,18 @@ def test_the_datasheet_counts_right_wrong_and_unverified_answers(small: tuple[Pa
     assert "holds an evaluation problem: 1" in page
 
 
+def test_the_datasheet_says_how_much_it_leaves_out(tmp_path: Path) -> None:
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda"]
+    asked = [" ".join(f"{word}{number}" for word in words) for number in range(85)]
+    evaluations = write_rows(tmp_path / "against.jsonl", [{"problem": problem} for problem in asked[:60]])
+    pool = write_rows(tmp_path / "pool.jsonl", [row(problem, domain=f"d{at % 25}") for at, problem in enumerate(asked)])
+    sheet = rbfast.curate([pool], tmp_path / "out", CurateConfig(against=[evaluations], keep_templates=True)).datasheet
+    page = (tmp_path / "out" / "datasheet.html").read_text(encoding="utf-8")
+    assert (len(sheet["contamination"]), sheet["evaluation_problems_matched"]) == (50, 60)
+    assert "Evaluation problems matched: 60 of 60" in page and "These 50 matched most" in page
+    assert "the 20 largest of 25" in page and len(sheet["domains"]) == 25
+
+
 def test_templates_can_be_kept(small: tuple[Path, Path], tmp_path: Path) -> None:
     result = rbfast.curate([small[0]], tmp_path / "out", CurateConfig(size=9, against=[small[1]], keep_templates=True))
     assert result.stages[1].dropped == {"holds an evaluation problem": 1}
