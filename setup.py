@@ -134,4 +134,5 @@ setup(
     # kernels/ has no __init__.py: with one, a repository root on sys.path would hide the hub's `kernels` package from
     # transformers. The symlink rbfast/kernels makes it importable as rbfast.kernels in every kind of install.
     packages=[*find_packages(include=["rbfast", "rbfast.*"]), "rbfast.kernels"],
+    package_data={"rbfast": ["py.typed"]},
 )

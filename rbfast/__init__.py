@@ -4,7 +4,32 @@ from rbfast import SparseAdapter, DistillLoss, TopK, Dense
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what type checkers and editors see of `_HOMES`
+    from rbfast.adapter.sparse_adapter import SparseAdapter as SparseAdapter
+    from rbfast.curation.curate import CurateConfig as CurateConfig
+    from rbfast.curation.curate import curate as curate
+    from rbfast.data.readers import read_traces as read_traces
+    from rbfast.data.readers import write_traces as write_traces
+    from rbfast.data.trace import Trace as Trace
+    from rbfast.inference.decoding import evaluating as evaluating
+    from rbfast.inference.guide import Guide as Guide
+    from rbfast.inference.guide import Limits as Limits
+    from rbfast.inference.guide import Phrases as Phrases
+    from rbfast.inference.local import LocalSolver as LocalSolver
+    from rbfast.inference.local import guided as guided
+    from rbfast.inference.remote import ServerSolver as ServerSolver
+    from rbfast.inference.solver import Sampling as Sampling
+    from rbfast.inference.solver import calibrate as calibrate
+    from rbfast.loss.distill_loss import DistillLoss as DistillLoss
+    from rbfast.loss.teacher_signal import Dense as Dense
+    from rbfast.loss.teacher_signal import TopK as TopK
+    from rbfast.models.student import load_student as load_student
+    from rbfast.training.distill import DistillConfig as DistillConfig
+    from rbfast.training.distill import distill as distill
+    from rbfast.training.objective import Objective as Objective
+    from rbfast.training.trainer import DistillTrainer as DistillTrainer
 
 __version__ = "0.1.0"
 

@@ -36,6 +36,7 @@ def test_wheel_and_sdist(fresh: Path, checkout: Path, quick_compiler: str, tmp_p
     assert found["gather"].startswith("native")
     assert found["text"] == "native"
     assert checkout not in Path(found["file"]).parents
+    assert (Path(found["file"]).parent / "py.typed").exists()  # else type checkers ignore the annotations
 
 
 def test_without_a_compiler_the_reference_serves_but_a_broken_library_raises(

@@ -1,7 +1,9 @@
 """What `from rbfast import ...` offers, and that each name has one home."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +45,12 @@ def test_these_are_the_public_names():
 @pytest.mark.parametrize("name", PUBLIC)
 def test_a_public_name_is_defined_where_it_is_said_to_be(name):
     assert getattr(rbfast, name).__module__ == f"rbfast.{rbfast._HOMES[name]}"
+
+
+def test_type_checkers_see_the_public_names():
+    (block,) = [node for node in ast.parse(Path(rbfast.__file__).read_text()).body if isinstance(node, ast.If)]
+    homes = {alias.asname: node.module for node in block.body for alias in node.names}
+    assert homes == {name: f"rbfast.{home}" for name, home in rbfast._HOMES.items()}
 
 
 @pytest.mark.slow
