@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -32,3 +33,11 @@ def test_it_runs(block, student, tokenizer, tmp_path, monkeypatch):
     assert (
         float(sum(site.B.abs().sum() for site in (names.get("adapter") or names["run"].adapter).sites().values())) > 0
     )
+
+
+def test_what_a_build_without_isolation_needs_is_named_with_its_versions():
+    """A new environment of Python 3.10 or 3.11 has a setuptools that is too old, and plain `setuptools` keeps it."""
+    (command,) = re.findall(r"`pip install ([^`]*ninja[^`]*)`", README.read_text(encoding="utf-8"))
+    required = (README.parent / "pyproject.toml").read_text(encoding="utf-8").split("requires = ")[1].split("\n")[0]
+    needed = {name for name in re.findall(r'"([^"]+)"', required) if not name.startswith("torch")}
+    assert needed <= set(shlex.split(command))
