@@ -18,13 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Command:
-    """One `rbfast NAME`: what it is for, an example, its arguments, and what it does (returns the exit code)."""
+    """One `rbfast NAME`: what it is for, an example, its arguments, what it does (returns the exit code), and whether
+    it goes on with what an interrupted one left in `--out`."""
 
     name: str
     summary: str
     example: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+    resumes: bool = False
 
 
 DTYPES = ["bfloat16", "float16", "float32"]

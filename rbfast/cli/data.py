@@ -300,4 +300,5 @@ TEACH = Command(
     example="rbfast teach their-model problems.jsonl -o taught/ --server https://api.example.com/v1 --samples 2",
     add_arguments=add_teach,
     run=run_teach,
+    resumes=True,
 )

@@ -244,4 +244,5 @@ EVAL = Command(
     example="rbfast eval smollm2-135m --adapter runs/first --task leg_counting --task chain_sum -n 50",
     add_arguments=add_eval,
     run=run_eval,
+    resumes=True,
 )

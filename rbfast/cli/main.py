@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rbfast {args.command}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        resumes = "; run the same command to resume" if getattr(args, "out", None) else ""  # else nothing was kept
+        resumes = "; run the same command to resume" if args.resumes and args.out else ""  # else nothing was kept
         print(f"rbfast {args.command}: interrupted{resumes}", file=sys.stderr)
         return 130  # as a shell reports SIGINT
 
@@ -116,7 +116,7 @@ def _add_command(commands: "argparse._SubParsersAction[_CommandParser]", command
     sub.add_argument("--json", action="store_true", help="print the result as JSON, and no progress")
     sub.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     command.add_arguments(sub)
-    sub.set_defaults(run=command.run)
+    sub.set_defaults(run=command.run, resumes=command.resumes)
 
 
 if __name__ == "__main__":

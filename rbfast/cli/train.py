@@ -355,6 +355,7 @@ DISTILL = Command(
     example="rbfast distill smollm2-135m reason1k.jsonl -o runs/first --epochs 2",
     add_arguments=add_distill,
     run=run_distill,
+    resumes=True,
 )
 MERGE = Command(
     name="merge",
@@ -383,4 +384,5 @@ DEMO = Command(
     example="rbfast demo --out runs/demo",
     add_arguments=add_demo,
     run=run_demo,
+    resumes=True,
 )

@@ -562,18 +562,21 @@ def test_an_interrupted_command_exits_as_a_shell_reports_it(
     monkeypatch.setattr("rbfast.report.run_report.write_report", interrupt)
     code, _, err = call(capsys, "report", "run", "-o", str(tmp_path / "page.html"))
     assert code == 130
-    assert err == "rbfast report: interrupted; run the same command to resume\n"
+    assert err == "rbfast report: interrupted\n"
 
 
 def test_an_interrupted_command_that_kept_nothing_does_not_offer_to_resume(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def interrupt(*args: object) -> None:
+    def interrupt(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("rbfast.cli.infer.load_model", interrupt)
     code, _, err = call(capsys, "solve", "model", "1 + 1?")
     assert (code, err) == (130, "rbfast solve: interrupted\n")
+    monkeypatch.setattr("rbfast.curation.curate.curate", interrupt)
+    code, _, err = call(capsys, "curate", "pool.jsonl", "-o", str(tmp_path / "reason1k"))
+    assert (code, err) == (130, "rbfast curate: interrupted\n")
 
 
 @pytest.mark.parametrize(("checkpoint", "said"), [(None, "it begins anew"), ("checkpoint-4", "it goes on from ")])
