@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,12 +50,14 @@ def run_convert(args: argparse.Namespace) -> int:
 
     reader = TraceReader(args.source, options=format_options(args), skip=True, patience=None)
     unreadable = args.out.with_suffix(".unreadable.jsonl")
-    count = write_traces(args.out, reader)
+    traces = iter(reader)
+    first = next(traces, None)
+    count = 0 if first is None else write_traces(args.out, chain([first], traces))  # nothing takes no file's place
     unreadable.unlink(missing_ok=True)  # of an earlier call
     if reader.unreadable:
         reader.list_unreadable(unreadable)
     result = {"out": str(args.out), "traces": count, "unreadable": len(reader.unreadable), "rows": dict(reader.counts)}
-    text = f"{reader.summary()}; {count:,} traces in {args.out}"
+    text = f"{reader.summary()}; {f'{count:,} traces in' if count else 'nothing written to'} {args.out}"
     if reader.unreadable:
         text += f"\nwhat was not read, and why, is in {unreadable}; the first: {reader.unreadable[0][1]}"
     print_result(args, result, text)

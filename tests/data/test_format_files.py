@@ -80,6 +80,7 @@ def test_convert_lists_what_it_could_not_read_and_goes_on(mixed: Path, capsys: p
     assert main(["convert", str(mixed), "-o", str(out), "--map", "problem:q"]) == 2
     assert "map: expected problem=FIELD,answer=FIELD, got 'problem:q'" in capsys.readouterr().err
     assert main(["convert", str(mixed), "-o", str(out), "--map", "answer=gold"]) == 1
+    assert "nothing written to" in capsys.readouterr().out and len(list(read_traces(out))) == 1  # of the call before
 
 
 def test_datasets_makes_lists_of_spans(tmp_path: Path) -> None:
