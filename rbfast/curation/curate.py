@@ -4,8 +4,8 @@
     print(result.stages)                       # clean, decontaminate, dedup, score, select: in, dropped why, out
 
 Writes `reason1k.jsonl` (in the order of the pool), `dropped.jsonl` (every other item: its location, its stage, its
-reason, what it matched), `datasheet.json` and `datasheet.html`. The same arguments give the same bytes, for any number
-of processes, here or on a Ray cluster.
+reason, what it matched or was graded against), `datasheet.json` and `datasheet.html`. The same arguments give the same
+bytes, for any number of processes, here or on a Ray cluster.
 
 The pool is read three times, a chunk at a time, and never held: to assess each item, to fetch the problems of those
 that may be chosen, and to write. Between, an item is some 400 bytes of hashes and marks.
@@ -334,7 +334,9 @@ def _write(
             if item is not None and item in selected:
                 _write_line(kept, _finished(row, where, float(difficulty[item])).to_dict())
             else:
-                _write_line(dropped, {"where": where, "id": _id_of(row), **ledger.record(rows - 1, item, wheres)})
+                record = ledger.record(rows - 1, item, wheres)
+                graded = _graded(row) if record["stage"] == "score" else {}
+                _write_line(dropped, {"where": where, "id": _id_of(row), **record, **graded})
             if rows % CHUNK == 0:
                 progress(rows, len(flaws))
         progress(rows, len(flaws))
@@ -351,6 +353,12 @@ def _write_line(file: IO[str], record: Mapping[str, Any]) -> None:
 def _finished(row: Mapping[str, Any], where: str, difficulty: float) -> Trace:
     trace = Trace.from_dict(row)
     return replace(trace, id=trace.id or where, difficulty=round(difficulty, 6))
+
+
+def _graded(row: Mapping[str, Any]) -> dict[str, str]:
+    """The answer of a row and what it was graded against, as texts: a reference may be of any type."""
+    given = ((name, row.get(name)) for name in ("answer", "reference"))
+    return {name: str(value).encode("utf-8", "replace").decode() for name, value in given if value is not None}
 
 
 def _id_of(row: Any) -> str | None:

@@ -78,6 +78,7 @@ def test_every_item_is_kept_or_dropped_with_a_reason(small: tuple[Path, Path], t
     assert by_line[8]["matched"]["share"] == 1.0
     assert by_line[9]["reason"] == "an evaluation problem with other numbers"
     assert (by_line[10]["stage"], by_line[10]["reason"]) == ("score", "wrong answer")
+    assert (by_line[10]["answer"], by_line[10]["reference"]) == ("7", "8")
     assert by_line[12]["reason"].startswith("not a trace: expected an object")
     stages = Counter(record["stage"] for record in dropped)
     assert stages == {s.name: s.given - s.kept for s in result.stages if s.given != s.kept}
@@ -120,6 +121,14 @@ def test_the_datasheet_says_how_much_it_leaves_out(tmp_path: Path) -> None:
     assert (len(sheet["contamination"]), sheet["evaluation_problems_matched"]) == (50, 60)
     assert "Evaluation problems matched: 60 of 60" in page and "These 50 matched most" in page
     assert "the 20 largest of 25" in page and len(sheet["domains"]) == 25
+
+
+@pytest.mark.parametrize("reference", [8, math.nan, "8 \ud83d"])
+def test_any_reference_of_a_wrong_answer_is_written(reference: Any, tmp_path: Path) -> None:
+    pool = write_rows(tmp_path / "pool.jsonl", [row("What is it?", verified=False, reference=reference)])
+    rbfast.curate([pool], tmp_path / "out")
+    (dropped,) = rows_of(tmp_path / "out" / "dropped.jsonl")
+    assert (dropped["answer"], dropped["reference"]) == ("7", str(reference).replace("\ud83d", "?"))
 
 
 def test_templates_can_be_kept(small: tuple[Path, Path], tmp_path: Path) -> None:
