@@ -102,11 +102,12 @@ def _left_open(written: str) -> str | None:
     """What the text ends inside."""
     if written.count("```") % 2:
         return "it ends inside a code fence"
-    if written.count("$$") % 2:
+    paragraph = written.rpartition("\n\n")[2]  # a formula left open in an earlier one was mistyped, not cut
+    if written.count("$$") % 2 and "$$" in paragraph:
         return "it ends inside $$ ... $$"
     formulas = written.replace("\\\\", "  ")  # the end of a line, that may stand before a bracket
     for opener, closer in _PAIRS:
-        if formulas.rfind(opener) > formulas.rfind(closer):
+        if formulas.rfind(opener) > formulas.rfind(closer) and (opener != "\\(" or opener in paragraph):
             return f"it ends inside {opener} ... {closer}"
     if "<think>" in written and "</think>" not in written:
         return "its thinking does not end"

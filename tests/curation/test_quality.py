@@ -116,6 +116,8 @@ def test_cut_reasoning(reasoning: str, complaint: str) -> None:
         "1) Two 2) Three",
         "So the final answer is:",
         "Done! 🎉",
+        "The period is \\( 2\\pi / 3 ).\n\nSo there are 9 of them.",
+        "A tree costs $$60.00.\n\nAll of them cost 210.",
     ],
 )
 def test_whole_reasoning(reasoning: str) -> None:
