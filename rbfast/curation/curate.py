@@ -131,14 +131,15 @@ def curate(
     Raises:
         TraceError: a file that cannot be read, or of whose first 100 rows none is a trace. Any other row that is no
             trace is dropped with its reason.
-        ValueError: nothing in the pool, a pass rate outside [0, 1], or pass rates that are for none of the traces to
-            choose from.
+        ValueError: nothing in the pool, `out` is in the pool, a pass rate outside [0, 1], or pass rates that are for
+            none of the traces to choose from.
         ImportError: `ray` is set, and Ray Data is not installed.
         OSError: `out` cannot be written.
     """
     out = Path(out)
     check_output(out, folder=True)  # before the pool is read, which takes long
     read = Pool((pool,) if isinstance(pool, str | Path) else tuple(pool), config.formats)
+    _check_apart(read, out)
     formats = recognise(read)
     decontaminator = Decontaminator(read_evaluations(config.against), config.thresholds, config.embed)
     ledger = Ledger(_joined(_assessed(read, decontaminator, config), read, quiet))
@@ -179,6 +180,13 @@ def read_pass_rates(path: Source) -> dict[str, float]:
 
 
 # -------------------------------------------------------------------------------------------------------- reading
+
+
+def _check_apart(pool: Pool, out: Path) -> None:
+    """What is written must not be read as the pool, nor take its place."""
+    for source in pool.sources:
+        if Path(source).resolve() in (out.resolve(), (out / "reason1k.jsonl").resolve()):
+            raise ValueError(f"{out}: expected a folder apart from the pool, got {source} in the pool; name another")
 
 
 def _assessed(pool: Pool, decontaminator: Decontaminator, config: CurateConfig) -> Iterator[Part]:

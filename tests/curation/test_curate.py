@@ -123,6 +123,15 @@ def test_the_datasheet_says_how_much_it_leaves_out(tmp_path: Path) -> None:
     assert "the 20 largest of 25" in page and len(sheet["domains"]) == 25
 
 
+@pytest.mark.parametrize("source", ["", "reason1k.jsonl"])
+def test_what_is_written_is_apart_from_the_pool(source: str, small: tuple[Path, Path]) -> None:
+    folder = small[0].parent
+    write_rows(folder / "reason1k.jsonl", [row("What is it?")])
+    with pytest.raises(ValueError, match="expected a folder apart from the pool"):
+        rbfast.curate([small[1], folder / source], folder)
+    assert len(rows_of(folder / "reason1k.jsonl")) == 1
+
+
 @pytest.mark.parametrize("reference", [8, math.nan, "8 \ud83d"])
 def test_any_reference_of_a_wrong_answer_is_written(reference: Any, tmp_path: Path) -> None:
     pool = write_rows(tmp_path / "pool.jsonl", [row("What is it?", verified=False, reference=reference)])
