@@ -16,11 +16,10 @@ from rbfast.curation import text
 from rbfast.curation.decontaminate import SHINGLE, Decontaminator, Found, join_found
 from rbfast.curation.dedup import SIGNATURE, after, history_of, key_of
 from rbfast.curation.quality import Quality, flaw, proxy_difficulty, quality, repeated_shares
-from rbfast.data.replies import END_FIELDS, cut_by_server
+from rbfast.data.replies import END_FIELDS, FINISHED, cut_by_server
 from rbfast.data.trace import Trace, TraceError
 
 UNVERIFIED, WRONG, RIGHT = -1, 0, 1
-_FINISHED = {"stop", "eos", "eos_token", "end_turn", "stop_sequence"}
 
 Verify = Callable[[Trace, Mapping[str, Any]], bool | None]
 """Whether a trace's answer is right, from the trace and the row it came in; None if unknown."""
@@ -188,7 +187,7 @@ def _read(where: str, row: Any) -> Trace | str:
 
 def _finished(row: Mapping[str, Any]) -> bool:
     """Whether the server said that the reply is complete, or its answer was read after the reasoning."""
-    return row.get("finished") is True or any(str(row.get(field)).lower() in _FINISHED for field in END_FIELDS)
+    return row.get("finished") is True or any(str(row.get(field)).lower() in FINISHED for field in END_FIELDS)
 
 
 def _verdict(verified: bool | None) -> int:

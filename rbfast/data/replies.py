@@ -16,8 +16,10 @@ _FLAGS = {"on", "off", "true", "false", "yes", "no", "none", "low", "medium", "h
 _RIGHT = {"yes", "true", "correct", "right", "1", "pass", "passed", "y"}
 _WRONG = {"no", "false", "incorrect", "wrong", "0", "fail", "failed", "n"}
 END_FIELDS = ("finish_reason", "done_reason", "stop_reason")
-# How servers say there that a reply did not come to its end.
-_CUT = {"length", "max_tokens", "max_output_tokens", "model_length", "incomplete", "content_filter", "error", "abort"}
+# What servers say there of a reply that is whole, of one that the limit of tokens cut, and of all that are cut.
+FINISHED = {"stop", "stop_sequence", "end_turn", "eos", "eos_token", "complete", "completed", "finished", "done"}
+AT_LIMIT = {"length", "max_tokens", "max_output_tokens", "max_completion_tokens"}
+_CUT = AT_LIMIT | {"model_length", "incomplete", "content_filter", "error", "abort"}
 
 
 class Reply(NamedTuple):

@@ -13,12 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rbfast.data.conversations import ASSISTANT, parse_turns
-from rbfast.data.replies import split_reply
+from rbfast.data.replies import AT_LIMIT, FINISHED, split_reply
 from rbfast.data.trace import TraceError
 
-# A reply that ends otherwise is not whole: cut, filtered, aborted, or a call of a tool.
-_WHOLE = {"", "stop", "stop_sequence", "end_turn", "eos", "eos_token", "complete", "completed", "finished", "done"}
-_CUT = {"length", "max_tokens", "max_output_tokens", "max_completion_tokens"}
 _LONGEST = 2**53  # tokens: what JSON holds exactly; a larger count is none
 
 
@@ -85,13 +82,13 @@ def read_chat_reply(reply: Mapping[str, Any]) -> ChatReply:
 
 def is_cut(reason: str | None) -> bool:
     """Whether the limit of tokens ended a reply."""
-    return (reason or "").lower() in _CUT
+    return (reason or "").lower() in AT_LIMIT
 
 
 def fault_of_finish(reason: str | None) -> str | None:
-    """Why a reply that ended so is no trace, None if it is one."""
+    """Why a reply that ended so is no trace (cut, filtered, aborted, a call of a tool), None if it is one."""
     said = (reason or "").lower()
-    if said in _WHOLE:
+    if not said or said in FINISHED:
         return None
     if is_cut(reason):
         return "the reply was cut at the limit of tokens; raise max_tokens"

@@ -331,9 +331,11 @@ def test_ranks() -> None:
         ({"finish_reason": "MAX_TOKENS"}, True),
         ({"stop_reason": "model_length"}, True),
         ({"finish_reason": "content_filter"}, True),
+        ({"finish_reason": "max_completion_tokens"}, True),
         ({"truncated": "true"}, True),
         ({"finish_reason": ["stop"], "truncated": []}, False),
         ({"reasoning": "So it is the", "finish_reason": "STOP"}, False),
+        ({"reasoning": "So it is the", "finish_reason": "completed"}, False),
     ],
 )
 def test_a_reply_is_cut_in_the_words_of_any_server(fields: dict[str, Any], is_cut: bool) -> None:
