@@ -227,7 +227,7 @@ def _add_replies(args: argparse.Namespace, taught: Any) -> int:
         for trace, reply in zip(taught.traces, taught.replies, strict=True):
             reason = add_reply_logprobs(trace, reply, tokenizer, store, instruction_of(args, args.student))
             if reason is not None:
-                refused.append((trace, f"{trace.id or repr(trace.problem[:40])}: {reason}"))
+                refused.append((trace, f"{trace.name}: {reason}"))
     _tell_refused(refused)
     return len(store)
 

@@ -68,15 +68,14 @@ def encode(
     if not tokenizer.is_fast:
         raise ValueError(f"roles need a fast tokenizer (one that gives offsets), got {type(tokenizer).__name__}")
     end_of_turn(tokenizer)  # raises if there is none
-    where = trace.id or repr(trace.problem[:40])
     try:
         opening = format_prompt(trace.problem, tokenizer, instruction, system=trace.system, turns=trace.turns or ())
         written = written_for(trace, tokenizer, instruction)
     except ValueError as error:
-        raise TraceError(f"{where}: {error}") from None
-    example = _example(opening, written, tokenizer, max_tokens, where, trace.id)
+        raise TraceError(f"{trace.name}: {error}") from None
+    example = _example(opening, written, tokenizer, max_tokens, trace.name, trace.id)
     if trace.signals is not None:
-        _add_signals(example, trace.signals, max(len(tokenizer), tokenizer.vocab_size), where)
+        _add_signals(example, trace.signals, max(len(tokenizer), tokenizer.vocab_size), trace.name)
     return example
 
 
@@ -87,7 +86,7 @@ def encode_earlier(trace: Trace, tokenizer: "PreTrainedTokenizerBase", *, max_to
     """
     found, turns = [], trace.turns or ()
     for number in range(1, len(turns), 2):
-        where = f"{trace.id or repr(trace.problem[:40])}, turn {number + 1}"
+        where = f"{trace.name}, turn {number + 1}"
         before, asked, reply = turns[: number - 1], turns[number - 1], turns[number]
         try:
             opening = format_prompt(asked["content"], tokenizer, NONE, system=trace.system, turns=before)
@@ -224,10 +223,8 @@ def _collate_signals(
         rows.append(example.teacher_rows + start)
     if not rows:
         return {}
-    all_ids, all_logprobs = (
-        torch.from_numpy(_stack_rows(ids, -1)).long(),
-        torch.from_numpy(_stack_rows(logprobs, -math.inf)),
-    )
+    all_ids = torch.from_numpy(_stack_rows(ids, -1)).long()
+    all_logprobs = torch.from_numpy(_stack_rows(logprobs, -math.inf))
     all_rows = torch.from_numpy(np.concatenate(rows))
     kept = is_trained[all_rows]
     signal = check_top_k(TopK(all_ids[kept], all_logprobs[kept]))

@@ -101,6 +101,11 @@ class Trace:
             fields["spans"] = [[span.start, span.end, ROLES[span.role]] for span in self.spans]
         return {name: value for name, value in fields.items() if value is not None}
 
+    @property
+    def name(self) -> str:
+        """What messages call it: its id, or the beginning of its problem."""
+        return self.id or repr(self.problem[:40])
+
     def thought(self) -> str:
         """The plan and the reasoning."""
         return f"{self._plan_text()}{self.reasoning}"

@@ -60,10 +60,6 @@ class PendingTrace:
         """The row of the first trained token."""
         return len(self.example.input_ids) - len(self.written) - 2
 
-    @property
-    def name(self) -> str:
-        return self.trace.id or repr(self.trace.problem[:40])
-
 
 def pending_traces(
     traces: Iterable[Trace],
@@ -137,7 +133,7 @@ def _read_all(
         try:
             readings.append(read(task))
         except ValueError as error:
-            unread.append((task.trace, f"{task.name}: {error}"))
+            unread.append((task.trace, f"{task.trace.name}: {error}"))
     return readings, unread
 
 

@@ -71,7 +71,7 @@ def add_server_logprobs(
             for task, found in zip(batch, pool.map(reader.read, batch), strict=True):
                 done += 1
                 if isinstance(found, str | ServerError):
-                    refused.append((task.trace, f"{task.name}: {found}"))
+                    refused.append((task.trace, f"{task.trace.name}: {found}"))
                     refusal = found if isinstance(found, ServerError) else refusal
                 else:
                     store.add(task.example, *found)
@@ -120,7 +120,7 @@ class _Reader:
         choice = self._ask({"prompt": ids, "prompt_logprobs": self.k, "add_special_tokens": False})
         tops = choice["prompt_logprobs"]
         if len(tops) != len(ids):
-            raise TokenizersDiffer(f"{task.name}: {len(ids)} tokens were sent, log-probs of {len(tops)} came")
+            raise TokenizersDiffer(f"{task.trace.name}: {len(ids)} tokens were sent, log-probs of {len(tops)} came")
         found = []
         for row in range(task.first, len(ids) - 1):
             number, top = ids[row + 1], tops[row + 1]
@@ -135,7 +135,7 @@ class _Reader:
             return  # part of a character, or a special token: it has no text to compare
         if theirs.strip() != written.decode("utf-8", "replace").strip():  # some decode without the opening blank
             raise TokenizersDiffer(
-                f"{task.name}: token {number} is {theirs!r} to the server and {written!r} to the student: the "
+                f"{task.trace.name}: token {number} is {theirs!r} to the server and {written!r} to the student: the "
                 "tokenizers differ; with align=True (--align) the tokens that both cut alike get theirs"
             )
 
@@ -150,8 +150,8 @@ class _Reader:
         rows = align(student, theirs, pieces, self.ids)
         if not self.align and len(rows) < len(student):
             raise TokenizersDiffer(
-                f"{task.name}: the server cuts the text into other tokens than the student and shares {len(rows)} "
-                f"of {len(student)}; with align=True (--align) those get theirs"
+                f"{task.trace.name}: the server cuts the text into other tokens than the student and shares "
+                f"{len(rows)} of {len(student)}; with align=True (--align) those get theirs"
             )
         return [(task.first + row.token, row.ids, row.logprobs) for row in rows]
 
