@@ -24,17 +24,16 @@ UNFINISHED = "unfinished"  # where a checkpoint is written
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
-def step_of(folder: Path) -> int:
-    """The step of a checkpoint's folder, -1 for any other folder."""
-    match = _NAME.fullmatch(folder.name)
-    return int(match[1]) if match else -1
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the oldest first."""
+    found = ((match, path) for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name)))
+    return [path for _, path in sorted(found, key=lambda pair: int(pair[0][1]))]
 
 
 def remove_checkpoints(folder: Path) -> None:
     """Removes them all, and the folder if it then is empty: what others have there stays."""
-    for path in [*folder.glob("checkpoint-*"), folder / UNFINISHED]:
-        if step_of(path) >= 0 or path.name == UNFINISHED:
-            shutil.rmtree(path, ignore_errors=True)
+    for path in [*checkpoints_in(folder), folder / UNFINISHED]:
+        shutil.rmtree(path, ignore_errors=True)
     with suppress(OSError):
         folder.rmdir()
 
@@ -62,9 +61,8 @@ def last_checkpoint(folder: str | Path) -> str | None:
     Raises:
         ValueError: there are checkpoints, and none of them is whole.
     """
-    found = sorted((path for path in Path(folder).glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
     faults: list[str] = []
-    for path in reversed(found):
+    for path in reversed(checkpoints_in(Path(folder))):
         fault = _fault(path)
         if fault is None:
             if faults:

@@ -28,13 +28,14 @@ from rbfast.data.spans import ROLES
 from rbfast.models.linears import is_sharded
 from rbfast.models.student import final_hidden
 from rbfast.training.batches import batches_by_tokens, collate_items
-from rbfast.training.checkpoints import UNFINISHED, step_of, write_digests
+from rbfast.training.checkpoints import UNFINISHED, checkpoints_in, write_digests
 from rbfast.training.objective import Objective, role_counts, sums_by_role, token_losses
-from rbfast.utils.memory import EVERY, give_back
+from rbfast.utils.memory import give_back
 
 _WRITERS = "PytorchStreamWriter", "inline_container.cc"  # torch.save's, which tell of a full disk each in its words
 _IDLE = "compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"  # a Trainer's, that we never call
 _IDLE_ARGS = "label_smoothing_factor", "neftune_noise_alpha"
+_GIVE_BACK_EVERY = 8  # steps
 _MOST_WEIGHT = 4096.0  # of a token's loss in an fp16 student, whose greatest number is 65504
 
 
@@ -321,7 +322,7 @@ class DistillTrainer(Trainer):
     def _drop_old_checkpoints(self, folder: Path) -> None:
         """Keeps as many as `save_total_limit`: the last, the best if there is one, and then the newest."""
         limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-        found = sorted((path for path in folder.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
+        found = checkpoints_in(folder)
         kept = {found[-1], *(path for path in found if best is not None and path.name == Path(best).name)}
         others = [path for path in found if path not in kept]
         for path in others[: max(0, len(found) - max(limit, len(kept)))] if limit else []:
@@ -378,5 +379,5 @@ class StopAtNaN(TrainerCallback):
 
 class _GiveBack(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        if state.global_step % EVERY == 0:
+        if state.global_step % _GIVE_BACK_EVERY == 0:
             give_back()

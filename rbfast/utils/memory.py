@@ -9,8 +9,6 @@ import sys
 from functools import cache
 from typing import Any
 
-EVERY = 8  # steps of training between two times
-
 
 def give_back() -> None:
     """Returns free memory to the system, if the C library can (glibc)."""
