@@ -56,6 +56,11 @@ class MatrixInfo:
     fingerprint: str | None
     score: float | None
 
+    @property
+    def values(self) -> int:
+        """How many are trained: those of A and B."""
+        return self.rank * (self.out_features + self.support)
+
 
 @dataclass(frozen=True)
 class AdapterConfig:

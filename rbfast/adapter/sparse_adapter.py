@@ -257,13 +257,10 @@ class SparseAdapter(nn.Module):
 
     def summary(self) -> list[MatrixSummary]:
         """What each matrix got, in the model's order."""
-        rows = []
-        for name, info in self.config.modules.items():
-            values = info.rank * (info.out_features + info.support)
-            rows.append(
-                MatrixSummary(name, info.out_features, info.in_features, info.support, info.rank, values, info.score)
-            )
-        return rows
+        return [
+            MatrixSummary(name, info.out_features, info.in_features, info.support, info.rank, info.values, info.score)
+            for name, info in self.config.modules.items()
+        ]
 
     def footprint(self) -> Footprint:
         """The memory that the adapter takes beside the base it was attached to."""
@@ -402,7 +399,7 @@ def check_free(model: nn.Module) -> None:
     if (first := next(deltas_of(model), None)) is not None:
         raise ValueError(
             f"this model has a SparseAdapter attached already (at {first[0]}); one at a time: call its detach() or "
-            f"merge() first"
+            "merge() first"
         )
     for name, module in model.named_modules():
         if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module._parameters.values()):

@@ -18,9 +18,8 @@ from typing import Any
 from rbfast.adapter.adapter_files import CONFIG_FILE, AdapterConfig, read_config
 from rbfast.data.spans import ROLES
 from rbfast.evaluation.statistics import Interval, paired_difference, proportion
+from rbfast.training.run_folder import DATASHEET, LOG, RUN, SKIPPED, SUMMARY
 from rbfast.utils.records import check, check_some, json_lines, read_json
-
-RUN, LOG, SKIPPED, SUMMARY, DATASHEET = "run.json", "log.json", "skipped.jsonl", "summary.json", "datasheet.json"
 
 Record = dict[str, Any]
 Items = dict[tuple[str, str], list[Record]]  # by task and problem, the completions of the problem

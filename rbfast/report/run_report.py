@@ -133,7 +133,7 @@ def _base_model(run: RunFolder) -> str:
 
 
 def _values(adapter: AdapterConfig) -> int:
-    return sum(m.rank * (m.out_features + m.support) for m in adapter.modules.values())
+    return sum(matrix.values for matrix in adapter.modules.values())
 
 
 def _traces(run: RunFolder) -> int:
@@ -211,10 +211,7 @@ def _placement(run: RunFolder) -> Iterator[str]:
     matrices = run.adapter.modules
     budget = f"{_values(run.adapter):,} trained values in {len(matrices):,} matrices: {_trainable(run)} of the base."
     yield f"<p>{escape(budget)} Columns were placed by: {escape(run.adapter.placement)}.</p>"
-    placed = {
-        name: {"columns": m.support, "values": m.rank * (m.out_features + m.support), "in": m.in_features}
-        for name, m in matrices.items()
-    }
+    placed = {name: {"columns": m.support, "values": m.values, "in": m.in_features} for name, m in matrices.items()}
     yield picture(draw_placement(placed), "Share of input columns trained, by layer and matrix")
     scores = {name: m.score for name, m in matrices.items() if m.score is not None}
     if any(score > 0 for score in scores.values()):
