@@ -6,7 +6,6 @@
 Matrices that read the same input (q, k, v; gate, up) form a group, found by watching the forward pass.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from rbfast.models.linears import Shape, dtype_name, matrix_shape, select_linears, unwrapped
+from rbfast.models.names import name_of
 from rbfast.models.weight_use import input_of
 from rbfast.utils.files import replacing
 from rbfast.utils.records import from_json
@@ -121,8 +121,7 @@ def score_columns(
             scored += 1
     if scored == 0:
         raise ValueError("expected at least one batch to score on, got none")
-    name = getattr(getattr(base, "config", None), "_name_or_path", None)
-    return ColumnScores(method, scored, name or None, watch.shapes(), watch.cpu())
+    return ColumnScores(method, scored, name_of(base), watch.shapes(), watch.cpu())
 
 
 def _header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -158,9 +157,8 @@ class _Watch:
         self.columns: dict[str, Tensor] = {}
         self._groups: dict[str, int] = {}
         self._numbers = count()
-        self._inputs: dict[
-            tuple[int, int], tuple[int, Tensor]
-        ] = {}  # kept alive for a batch, so that an id is one input
+        # Kept alive for a batch, so that an id is one input.
+        self._inputs: dict[tuple[int, int], tuple[int, Tensor]] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -244,9 +242,3 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-def generator(seed: int, *what: str) -> torch.Generator:
-    """Independent streams by name, so that what one matrix draws does not depend on which others are there."""
-    digest = hashlib.blake2b(":".join((str(seed), *what)).encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest))

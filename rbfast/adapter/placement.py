@@ -13,23 +13,26 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from rbfast.adapter.adapter_files import AdapterConfig, Delta, MatrixInfo
-from rbfast.adapter.column_scores import ColumnScores, generator
+from rbfast.adapter.column_scores import ColumnScores
 from rbfast.models.linears import (
     Shape,
     beside_text,
     count_parameters,
+    dtype_name,
     fingerprint,
     group_siblings,
     select_linears,
     stacked_experts,
     unfit,
 )
+from rbfast.models.names import name_of
 
 DEFAULT_DENSITY = 0.003
 DEFAULT_RANK = 2
@@ -85,16 +88,15 @@ def plan(
         starts = place_random(shapes, rank, supports, seed)
     modules, deltas = {}, {}
     for name, start in starts.items():
-        shape, print_ = shapes[name], fingerprint(linears[name])
+        shape, made_for = shapes[name], fingerprint(linears[name])
         modules[name] = MatrixInfo(
-            shape.out_features, shape.in_features, supports[name], rank, shape.group, print_, start.score
+            shape.out_features, shape.in_features, supports[name], rank, shape.group, made_for, start.score
         )
         B = torch.zeros(shape.out_features, rank, dtype=torch.float32, device="cpu")
         deltas[name] = Delta(start.cols, start.A, B)
-    base = getattr(getattr(model, "config", None), "_name_or_path", None)
     method = placement.method if isinstance(placement, ColumnScores) else "random"
-    dtype = str(next(iter(model.parameters())).dtype).removeprefix("torch.")
-    return AdapterConfig(base or None, dtype, density, scale, seed, method, modules), deltas
+    dtype = dtype_name(next(model.parameters()))
+    return AdapterConfig(name_of(model), dtype, density, scale, seed, method, modules), deltas
 
 
 def _warn_of_experts(model: nn.Module) -> None:
@@ -167,7 +169,7 @@ def place_random(shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, 
     for name, shape in shapes.items():
         if shape.group not in drawn:
             runs = shape.in_features // run_length(shape.in_features)
-            order = torch.randperm(runs, generator=generator(seed, "columns", name), device="cpu")
+            order = torch.randperm(runs, generator=_generator(seed, "columns", name), device="cpu")
             drawn[shape.group] = _columns(order, shape.in_features, supports[name])
     return {
         name: Start(drawn[shape.group], _start(name, rank, supports[name], seed), None)
@@ -212,9 +214,15 @@ def _start(name: str, rank: int, support: int, seed: int) -> Tensor:
 
     The gradient's leading directions make a worse start: they are the inputs that are large for every token.
     """
-    source = generator(seed, "A", name)
+    source = _generator(seed, "A", name)
     start = torch.randn(rank, support, generator=source, dtype=torch.float32, device="cpu")
     return START_NORM * start / start.norm(dim=1, keepdim=True)
+
+
+def _generator(seed: int, *what: str) -> torch.Generator:
+    """Independent streams by name, so that what one matrix draws does not depend on which others are there."""
+    digest = blake2b(":".join((str(seed), *what)).encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest))
 
 
 def _cost(shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, int]) -> int:

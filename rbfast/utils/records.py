@@ -6,7 +6,7 @@ from dataclasses import fields
 from itertools import zip_longest
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 
 def from_json(cls: type, entry: object, where: str) -> Any:
@@ -16,9 +16,9 @@ def from_json(cls: type, entry: object, where: str) -> Any:
     values = {}
     for field in fields(cls):
         if field.name not in entry:
-            raise ValueError(f"{where}: {field.name} is missing; save the adapter again")
+            raise ValueError(f"{where}: {field.name} is missing; write the file again")
         value = entry[field.name]
-        expected = dict if field.name == "modules" else field.type
+        expected = dict if get_origin(field.type) is dict else field.type
         value = float(value) if expected is float and type(value) is int else value
         if isinstance(value, bool) or not isinstance(value, expected):  # type: ignore[arg-type]
             raise ValueError(f"{where}: {field.name}: expected {field.type}, got {value!r}")
