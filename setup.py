@@ -3,7 +3,7 @@ serve instead.
 
 CUDA ops are built where torch has CUDA and nvcc is of the same major version. RBFAST_CUDA=1 builds them under a torch
 without CUDA too and fails where it cannot; RBFAST_CUDA=0 leaves them out. TORCH_CUDA_ARCH_LIST chooses the GPUs.
-RBFAST_SANITIZE=1 builds what runs on the CPU with AddressSanitizer and UBSan, for tests/test_sanitizers.py.
+RBFAST_SANITIZE=1 builds what runs on the CPU with AddressSanitizer and UBSan, for tests/system/test_sanitizers.py.
 """
 
 import os

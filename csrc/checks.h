@@ -45,9 +45,6 @@ inline Tensor dense_rows(const Tensor& x) {
   return x.stride(1) == 1 || x.size(1) < 2 ? x : torch::stable::contiguous(x);
 }
 
-// x itself where it is contiguous, else a copy. Torch asks its dispatcher first, which costs what is said at empty.
-inline Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
-
 // Memory beside `like` that nothing is written to yet. Torch's new_empty goes through its dispatcher, which costs the
 // host as much as the launch of a kernel.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {

@@ -105,7 +105,7 @@ class Arguments {
   }
 
   void take_bias(const Tensor& bias) {
-    const Tensor b = alive_.emplace_back(as_contiguous(bias));
+    const Tensor b = alive_.emplace_back(packed(bias));
     expect(b.dim() == 1 && b.size(0) == job.vocabulary && b.scalar_type() == ScalarType::Float,
            "divergence_rows_: bias must be float32 [", job.vocabulary, "]");
     job.bias = data<float>(b);
@@ -117,7 +117,7 @@ class Arguments {
 
   Tensor dense(const char* name, const Tensor& x, ScalarType type) {
     expect_rows(name, x, type);
-    return alive_.emplace_back(as_contiguous(x));
+    return alive_.emplace_back(packed(x));
   }
 
   void expect_rows(const char* name, const Tensor& x, ScalarType type) const {

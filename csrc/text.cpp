@@ -1,8 +1,9 @@
 // `rbfast._text`: the curation's hot loops over many texts, NumPy in and NumPy out, without the GIL.
 //
 // Texts come as one buffer of bytes and the n + 1 positions where they start and end. Each thread takes a run of texts
-// and writes what belongs to them, so results do not depend on the number of threads. The Python side (rbfast/text.py)
-// gives these functions arrays of the right types; rbfast/text_reference.py holds their definitions.
+// and writes what belongs to them, so results do not depend on the number of threads. The Python side
+// (rbfast/curation/text.py) gives these functions arrays of the right types; rbfast/curation/text_reference.py holds
+// their definitions.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -282,7 +283,7 @@ py::tuple choose(const Array<int64_t>& starts, const Array<int32_t>& features, c
 
 PYBIND11_MODULE(_text, m) {
   using namespace rbfast;
-  m.doc() = "The curation's hot loops. Called through rbfast.text; defined in rbfast.text_reference.";
+  m.doc() = "The curation's hot loops. Called through rbfast.curation.text; defined in rbfast.curation.text_reference.";
   m.def("shingles", &shingles, py::arg("bytes").noconvert(), py::arg("starts").noconvert(), py::arg("k"),
         py::arg("mask_digits"), py::arg("threads"));
   m.def("find", &find, py::arg("bytes").noconvert(), py::arg("starts").noconvert(), py::arg("k"),

@@ -15,7 +15,8 @@ sums off, always towards 0, so they add up one tile at a time, small pieces apar
 round, add up the tiles. Order: the split of a sum follows from the shapes alone and parts are added in order, so equal
 inputs give equal bits; no atomics.
 
-Column indices are not checked against the matrix on a GPU: that would wait for the device. rbfast.columns checks them.
+Column indices are not checked against the matrix on a GPU: that would wait for the device. Those
+of a saved adapter are checked as it is read.
 """
 
 from typing import Any

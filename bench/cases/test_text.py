@@ -111,7 +111,7 @@ def test_choose(benchmark: BenchmarkFixture, pool: list[str], who: str) -> None:
 
 
 def test_split_spans(benchmark: BenchmarkFixture) -> None:
-    """The bar: 5 MB/s. Real thinking of four models, as tests/test_span_labels.py reads it."""
+    """The bar: 5 MB/s. Real thinking of four models, as tests/data/test_span_labels.py reads it."""
     thinking = "\n".join(thought for name in MODELS for thought in thoughts(name).values() if thought)
     benchmark.extra_info["megabytes"] = len(thinking) / 1e6
     measure(benchmark, f"split_spans {len(thinking) / 1e6:.2f} MB", lambda: split_spans(thinking))

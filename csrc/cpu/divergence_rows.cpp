@@ -1,5 +1,5 @@
 // Losses of rows of logits and their gradient on the CPU: checks, threads, and the fp64 scalars of a row. The passes
-// over a row are in divergence_rows_kernel.inl, the definition of what is computed in rbfast/reference.py.
+// over a row are in divergence_rows_kernel.inl, the definition of what is computed in rbfast/ops/reference.py.
 #include "cpu/divergence_rows.h"
 
 #include <torch/csrc/stable/library.h>
@@ -63,9 +63,9 @@ double divergence(std::vector<Bucket>& buckets, double beta) {
   return std::max(value, 0.0);
 }
 
-// Puts the teacher's log p into the buckets, the last of which is the tail. tail: the student's, for its shape.
-void teacher_buckets(const Row& row, const float* logprobs, const LogSum& tail, bool has_tail,
-                     std::vector<Bucket>& buckets) {
+// Makes the buckets' log p a distribution at the row's temperature, with the tail's share in the last one. tail: the
+// student's, for its shape.
+void teacher_buckets(const Row& row, const LogSum& tail, bool has_tail, std::vector<Bucket>& buckets) {
   const size_t k = buckets.size() - 1;
   const double inv_tau = row.inv_tau;
   double total = 0;
@@ -119,7 +119,7 @@ Losses sparse_row(const Row& row, const int64_t* ids, const float* logprobs, int
   if (ids != nullptr) {
     for (size_t i = 0; i < support.size(); ++i) buckets[i].log_q = (support[i].z - top) * inv_tau - log_tau;
     buckets.push_back({0, has_tail ? below * inv_tau + std::log(tail.at_tau) - log_tau : -kInfinity, 0});
-    teacher_buckets(row, logprobs, tail, has_tail, buckets);
+    teacher_buckets(row, tail, has_tail, buckets);
     losses.divergence = divergence(buckets, row.job.beta);
     tail_pull = row.weights.kl * row.weights.tau * buckets.back().gradient;
   }

@@ -81,7 +81,7 @@ def test_a_wheel_with_cuda_works_on_a_torch_without(
     fresh: Path, checkout: Path, quick_compiler: str, tmp_path: Path
 ) -> None:
     if torch.version.cuda:
-        pytest.skip("this torch has CUDA; tests/test_cuda.py tries the library itself")
+        pytest.skip("this torch has CUDA; tests/ops/test_cuda.py tries the library itself")
     for_speed = {"CXX": quick_compiler, "NVCC_APPEND_FLAGS": "-Xcicc -O0 -Xptxas -O0 -Xcompiler -O0"}  # of the build
     install(fresh, ".", cwd=checkout, RBFAST_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0a", **for_speed)
     found = try_it(fresh, tmp_path)

@@ -13,7 +13,7 @@ from rbfast.ops import head_gemm
 def test_widened_products_match_fp64(monkeypatch, shape, other, dtype):
     """dtype: of the head, or of hidden states; other: of what it is multiplied with."""
     if dtype == other != torch.float32:
-        pytest.skip("a product of a CUDA torch alone: tests/test_cuda.py")
+        pytest.skip("a product of a CUDA torch alone: tests/ops/test_cuda.py")
     T, H, V = shape
     monkeypatch.setattr(head_gemm, "SLICE_BYTES", 4 * H * 48)  # of 48 rows: several slices, the last one cut
     hidden, weight, dz = draw(T, H, dtype=other), draw(V, H, dtype=dtype, seed=1), draw(T, V, dtype=other, seed=2)

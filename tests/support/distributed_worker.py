@@ -1,6 +1,6 @@
-"""What the processes of tests/test_distributed.py run: `distill` on a tiny model, one job after the other.
+"""What the processes of tests/system/test_distributed.py run: `distill` on a tiny model, one job after the other.
 
-    torchrun --nproc-per-node 2 tests/distributed_worker.py FOLDER '{"job": {"batch_size": 2}}'
+    torchrun --nproc-per-node 2 tests/support/distributed_worker.py FOLDER '{"job": {"batch_size": 2}}'
 
 A job is a folder's name with settings of DistillConfig or of `distill_tiny`. One that fails leaves error.txt there.
 """

@@ -1,4 +1,4 @@
-"""A warmed-up process that forks to run a job, and kills the fork or fills its disk: for tests/test_faults.py.
+"""A warmed-up process that forks to run a job, and kills the fork or fills its disk: for tests/system/test_faults.py.
 
 `python faults_worker.py JOB FOLDER KILLS` prints a JSON object: what the job leaves undisturbed and after each fault.
 """
