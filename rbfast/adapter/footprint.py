@@ -8,7 +8,7 @@ from torch import nn
 from rbfast.adapter.placement import DEFAULT_DENSITY, allocate
 from rbfast.models.linears import Shape, count_parameters, group_siblings, select_linears
 
-_INDEX, _FP32 = 8, 4  # bytes
+_INDEX, _FP32, _BF16 = 8, 4, 2  # bytes
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ class Outline:
     footprint: Footprint
 
 
-def outline(model: nn.Module, itemsize: int = 2) -> Outline:
-    """Asks for shapes alone, so the model may be on the meta device; its weights take `itemsize` bytes a value."""
+def outline(model: nn.Module) -> Outline:
+    """Asks for shapes alone, so the model may be on the meta device; its weights are taken to be in bf16."""
     shapes, parameters = group_siblings(select_linears(model)), count_parameters(model)
     rank, supports = allocate(shapes, int(DEFAULT_DENSITY * parameters))
-    found = planned(shapes, rank, supports, parameters * itemsize, itemsize)
+    found = planned(shapes, rank, supports, parameters * _BF16, _BF16)
     support = min(supports.values()), max(supports.values())
     return Outline(parameters, len(shapes), support, rank, found.values // _FP32, found)
 

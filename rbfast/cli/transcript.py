@@ -12,10 +12,10 @@ _MARK = "black on yellow"
 class Transcript:
     """Prints pieces to stdout as they come; `summary` is the line that ends it."""
 
-    def __init__(self, quiet: bool = False, console: Console | None = None):
+    def __init__(self, quiet: bool = False):
         self.quiet = quiet
         self.summary = ""
-        self._console = console or Console(highlight=False)
+        self._console = Console(highlight=False)
 
     def write(self, kind: str, text: str) -> None:
         """A piece of `think` or `answer`, or the text that an intervention of this kind inserts."""

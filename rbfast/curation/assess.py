@@ -59,7 +59,7 @@ class Assessor:
     verify: Verify | None = None
 
     def __call__(self, rows: Sequence[tuple[str, Any]], *, threads: int = 1) -> Part:
-        read = [_read(where, row) for where, row in rows]
+        read = [_read(row) for _, row in rows]
         whole = [trace for trace in read if isinstance(trace, Trace)]
         repeated = iter(repeated_shares([trace.reasoning for trace in whole], threads=threads).tolist())
         flaws: list[str | None] = []
@@ -176,7 +176,7 @@ def _histories(traces: Sequence[Trace], threads: int) -> np.ndarray:
     return np.array([history_of(one) for one in np.split(said, ends)[:-1]], dtype=np.uint64)
 
 
-def _read(where: str, row: Any) -> Trace | str:
+def _read(row: Any) -> Trace | str:
     try:
         if isinstance(row, TraceError):
             raise row

@@ -103,9 +103,9 @@ class Thresholds:
                 raise ValueError(f"{name} must lie in (0, 1], got {getattr(self, name)}")
 
 
-def read_evaluations(sources: Iterable[str | Path], *, split: str = "test") -> list[Evaluation]:
+def read_evaluations(sources: Iterable[str | Path]) -> list[Evaluation]:
     """The problems of evaluation sets: files or folders of any kind that traces have, benchmarks by their name
-    (`hub.BENCHMARKS`), or hub ids, of which `split`.
+    (`hub.BENCHMARKS`), or hub ids, of which `test`.
 
     Raises:
         TraceError: a row without a problem, or a source without rows.
@@ -113,7 +113,7 @@ def read_evaluations(sources: Iterable[str | Path], *, split: str = "test") -> l
     found: list[Evaluation] = []
     for source in sources:
         before = len(found)
-        for where, row in read_rows(hub.BENCHMARKS.get(str(source), source), split=split):
+        for where, row in read_rows(hub.BENCHMARKS.get(str(source), source), split="test"):
             named = [row[field] for field in _QUESTION_FIELDS if field in row] if isinstance(row, dict) else []
             problem = named[0] if named and isinstance(named[0], str) else _problem(row, where)
             if not problem.strip():

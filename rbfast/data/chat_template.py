@@ -12,8 +12,6 @@ from rbfast.data.thinking import render, thinking_format
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-INSTRUCTION = ANSWER.text
-
 
 def default_instruction(tokenizer: PreTrainedTokenizerBase) -> Instruction:
     """What a student is told after the problem: ours, or to box the answer if its template knows thinking."""

@@ -150,16 +150,11 @@ def encode_all(
     max_tokens: int = 4096,
     instruction: Instruction | None = None,
     turns: Literal["last", "all"] = "last",
-    progress: bool = False,
 ) -> tuple[list[Example], list[tuple[Trace, str]]]:
     """Encode what can be encoded; returns the examples, and the traces that were left out with the reason.
 
     With `turns="all"` the replies of earlier turns are examples too (`encode_earlier`).
     """
-    if progress:
-        from rich.progress import track
-
-        traces = track(traces, description="tokenising")
     examples: list[Example] = []
     left_out: list[tuple[Trace, str]] = []
     for trace in traces:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from rbfast.grading.exact import exact
 from rbfast.grading.forms import Either, Form, One, Several, read
-from rbfast.grading.judge import TIME_LIMIT, judge
+from rbfast.grading.judge import judge
 from rbfast.grading.moments import is_moment, same_moment
 from rbfast.grading.notation import bare, normalize
 from rbfast.grading.numerals import counted
@@ -61,8 +61,8 @@ class _Asked:
     """The judge's word on expressions; after one that it couldn't read in time it isn't called again. Without
     math-verify nothing but a plain expected answer can be graded."""
 
-    def __init__(self, expected: str, time_limit: float) -> None:
-        self._expected, self._limit, self._left = expected, time_limit, _MOST_QUESTIONS
+    def __init__(self, expected: str) -> None:
+        self._expected, self._left = expected, _MOST_QUESTIONS
 
     def __call__(self, left: str, right: str) -> bool:
         self._left -= 1
@@ -72,24 +72,24 @@ class _Asked:
             _warn_of_expressions()
             return False
         require()
-        verdict = judge("math-verify").ask([left, [right]], self._limit)
+        verdict = judge("math-verify").ask([left, [right]])
         if verdict is None:
             self._left = 0
         return bool(verdict)
 
 
-def equal(expected: str, statement: str, time_limit: float = TIME_LIMIT) -> bool:
+def equal(expected: str, statement: str) -> bool:
     """Whether a statement is the expected answer.
 
     Raises:
         ImportError: the expected answer is not plain, and math-verify, which it needs, is not installed.
     """
-    return equals_any(expected, [statement], time_limit)
+    return equals_any(expected, [statement])
 
 
-def equals_any(expected: str, statements: Sequence[str], time_limit: float = TIME_LIMIT) -> bool:
+def equals_any(expected: str, statements: Sequence[str]) -> bool:
     """Whether one of several readings of a statement is the expected answer; see `equal`."""
-    same = _Asked(expected, time_limit)
+    same = _Asked(expected)
     wanted, found = _money(expected), _money(statements[0]) if statements else None
     if wanted and found:
         return _equal_quantities(wanted, found)  # another reading may leave the dollar out, and €5 is not $5

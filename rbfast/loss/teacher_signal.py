@@ -160,17 +160,16 @@ def _check_top_k(signal: TopK, hidden: Tensor) -> TopK:
     return signal if is_same else replace(signal, ids=ids, logprobs=logprobs)
 
 
-def check_top_k(signal: TopK, vocabulary: int | None = None) -> TopK:
+def check_top_k(signal: TopK) -> TopK:
     """The signal with padding as id -1 and duplicates merged, as `DistillLoss` with `rows=` takes it; looks at values.
 
     Raises:
-        ValueError: a row holds no distribution over the vocabulary (None: of any size).
+        ValueError: a row holds no distribution, over a vocabulary of any size.
     """
     signal = mark_padding(signal)
     if not signal.ids.numel():
         return signal
-    asked = top_k_questions(signal, 2**31 if vocabulary is None else vocabulary)
-    (repeated,) = read_back(asked, [repeated_id(signal.ids)])
+    (repeated,) = read_back(top_k_questions(signal, 2**31), [repeated_id(signal.ids)])
     return merge_duplicates(signal) if repeated >= 0 else signal
 
 

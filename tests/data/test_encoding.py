@@ -12,10 +12,13 @@ import torch
 from real_inputs import data_path
 from traces import trace
 
-from rbfast.data.chat_template import INSTRUCTION, format_prompt
+from rbfast.data.chat_template import format_prompt
 from rbfast.data.encoding import IGNORE, NO_ROLE, collate, encode, encode_all
+from rbfast.data.instruction import instruction_named
 from rbfast.data.spans import ANSWER
 from rbfast.data.trace import Trace, TraceError
+
+INSTRUCTION = instruction_named("answer").text
 
 
 @pytest.mark.slow
