@@ -65,6 +65,7 @@ class Limits:
 
     @property
     def kept_back(self) -> int:
+        """The reserve, or its default."""
         return self.reserve if self.reserve is not None else min(256, max(1, self.budget // 4))
 
 

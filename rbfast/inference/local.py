@@ -103,6 +103,7 @@ class LocalSolver:
     instruction: Instruction | None = None
 
     def phrases(self) -> Phrases:
+        """The markers that suit the model."""
         return phrases_for(self.tokenizer, self.instruction)
 
     def solve(

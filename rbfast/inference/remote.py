@@ -279,6 +279,7 @@ class ServerSolver:
             raise ValueError(f"concurrency must be at least 1, got {self.concurrency}")
 
     def phrases(self) -> Phrases:
+        """The markers that suit the model."""
         if self.tokenizer is None:
             return Phrases(close=self._asked_for.opens, finish=self._asked_for.closes)
         from rbfast.inference.tokens import phrases_for

@@ -56,6 +56,7 @@ class Objective:
         return _filled([self.strategic - moved, self.tactical + moved, self.answer], device)
 
     def temperatures(self, device: torch.device | None = None) -> Tensor:
+        """The temperatures of ROLES [3]."""
         return _filled([self.strategic_temperature, self.tactical_temperature, self.answer_temperature], device)
 
 

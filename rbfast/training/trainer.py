@@ -222,6 +222,7 @@ class DistillTrainer(Trainer):
             leave_out(batch, sum(batch["lengths"][:own]))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[override]
+        """The objective's loss of a packed batch. `model` is the `Student`, `num_items_in_batch` counts by role [3]."""
         counts = role_counts(inputs) if num_items_in_batch is None else num_items_in_batch
         progress = self.state.global_step / max(self.state.max_steps, 1)
         weights = self.objective.weights(progress, counts.device) / counts.clamp(min=1)
@@ -262,6 +263,7 @@ class DistillTrainer(Trainer):
         return self._evaluated(losses, counts), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the Trainer's; beside the loss that of each role."""
         if "loss" in logs:
             sums, counts = self.accelerator.reduce(self._role_sums, "sum").cpu()
             logs |= {f"loss_{role}": (sums[i] / counts[i]).item() for i, role in enumerate(ROLES) if counts[i]}
