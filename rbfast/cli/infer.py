@@ -180,7 +180,6 @@ def _problems(args: argparse.Namespace, task: str) -> "list[Problem]":
 
 
 def run_eval(args: argparse.Namespace) -> int:
-    from rbfast.adapter.sparse_adapter import SparseAdapter
     from rbfast.evaluation.evaluate import evaluate, summarize, summarize_samples
     from rbfast.utils.progress import counting
 
@@ -188,7 +187,7 @@ def run_eval(args: argparse.Namespace) -> int:
     problems = {task: _problems(args, task) for task in args.task}
     model, tokenizer = load_model(args)
     if args.adapter:
-        SparseAdapter.from_pretrained(model, args.adapter)
+        attach(model, args.adapter)
     results = {}
     for task, asked in problems.items():
         with counting(task, args.json) as progress:

@@ -1,6 +1,6 @@
 """What a run will take: parameters, memory, batches; shown before a long run begins.
 
-    print(make_plan(model, adapter, batches, DistillConfig()))
+    print(make_plan(model, adapter, batches))
 
 What is kept for the backward is not guessed from an architecture: two short rows are run forward, and what autograd
 keeps of the longer one beyond the shorter one is what a token costs.
@@ -133,7 +133,7 @@ def make_plan(
 ) -> Plan:
     """The plan of training `adapter`, attached to `model`, on these batches; two short rows run through the model."""
     sizes = [sum(len(example.input_ids) for example in batch) for batch in batches]
-    print_of = adapter.footprint()
+    footprint = adapter.footprint()
     per_token = _kept_per_token(model)
     layers = len(checkpointed_layers(model))
     head = head_of(model).weight
@@ -146,10 +146,10 @@ def make_plan(
         device=str(model.device),
         parameters=adapter.parameters_of_base,
         trained=sum(parameter.numel() for parameter in adapter.parameters()),
-        weights=print_of.base,
+        weights=footprint.base,
         teacher_weights=0 if teacher is None else bytes_of(teacher.parameters()),
-        adapter=print_of.attached,
-        optimizer=print_of.adamw,
+        adapter=footprint.attached,
+        optimizer=footprint.adamw,
         tokens=sum(sizes),
         batches=len(sizes),
         largest=largest,
