@@ -392,8 +392,8 @@ def test_what_was_paid_for_is_written_after_ctrl_c(server, tmp_path, ctrl_c):
             ctrl_c()
 
     with pytest.raises(KeyboardInterrupt):
-        teach(server.client(), QUESTIONS, tmp_path, progress=progress)
-    assert len(read_traces(tmp_path / "traces.jsonl")) == len(server.requests)
+        teach(server.client(), QUESTIONS, tmp_path, concurrency=1, progress=progress)
+    assert len(read_traces(tmp_path / "traces.jsonl")) == len(server.requests) == 2
     assert json.loads((tmp_path / "teach.json").read_text())["reason"] == "interrupted"
 
 
