@@ -5,11 +5,13 @@ matrix, saved as two files:
 
     adapter_config.json          what it was made for: the base, its matrices, support and rank of each
     adapter_model.safetensors    <module>.cols [s] int64, <module>.A [k, s] fp32, <module>.B [out, k] fp32
+
+The deltas of a stack of E experts share their columns: A is [E, k, s], B [E, out, k].
 """
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -37,7 +39,7 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks vLLM serves
 
 @dataclass(frozen=True)
 class Delta:
-    """cols [s] int64, sorted and unique; A [k, s] fp32; B [out, k] fp32."""
+    """cols [s] int64, sorted and unique; A [k, s] fp32; B [out, k] fp32. Of E experts A [E, k, s] and B [E, out, k]."""
 
     cols: Tensor
     A: Tensor
@@ -46,7 +48,8 @@ class Delta:
 
 @dataclass(frozen=True)
 class MatrixInfo:
-    """What the config says of one matrix. Matrices of one `group` share an input and therefore a support."""
+    """What the config says of one matrix, or of a stack of so many `experts`. Matrices of one `group` share an input
+    and therefore a support."""
 
     out_features: int
     in_features: int
@@ -55,11 +58,12 @@ class MatrixInfo:
     group: int
     fingerprint: str | None
     score: float | None
+    experts: int | None = None
 
     @property
     def values(self) -> int:
         """How many are trained: those of A and B."""
-        return self.rank * (self.out_features + self.support)
+        return self.rank * (self.experts or 1) * (self.out_features + self.support)
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,10 @@ def check_base(config: AdapterConfig, matrices: Mapping[str, nn.Module], where: 
         expected, shape = (info.out_features, info.in_features), matrix_shape(matrices[name])
         if shape != expected:
             raise ValueError(f"{where}: made for {base}, where {name} is {expected}, not {shape}; load that base")
+        if info.experts != (count := getattr(matrices[name], "count", None)):
+            raise ValueError(
+                f"{where}: made for {base}, where {name} has {info.experts} experts, not {count}; load that base"
+            )
     for name, info in config.modules.items():
         weight = own_weight(matrices[name])
         if weight is None or info.fingerprint is None or "float16" in {config.base_dtype, dtype_name(weight)}:
@@ -170,15 +178,14 @@ def write_lora(
     rank = next((rank for rank in LORA_RANKS if rank >= needed), None)
     if rank is None:
         raise ValueError(f"a LoRA file holds a rank of at most {LORA_RANKS[-1]}, this adapter has {needed}; merge it")
+    stacks = [name for name, info in config.modules.items() if info.experts is not None]
     tensors = {}
     for name, delta in deltas.items():
-        info = config.modules[name]
-        lora_a = torch.zeros(rank, info.in_features, dtype=torch.float32, device="cpu")
-        lora_b = torch.zeros(info.out_features, rank, dtype=torch.float32, device="cpu")
-        lora_a[: info.rank, delta.cols.cpu()] = delta.A.detach().cpu()
-        lora_b[:, : info.rank] = delta.B.detach().cpu()
-        tensors[f"base_model.model.{name}.lora_A.weight"] = lora_a
-        tensors[f"base_model.model.{name}.lora_B.weight"] = lora_b
+        where = f"base_model.model.{_place_in_lora(name, stacks)}"
+        lora_a, lora_b = _padded(delta, config.modules[name], rank)
+        if name in stacks:  # as PEFT keeps them: [E r, in], and [out, r E] with the experts of a rank side by side
+            lora_a, lora_b = lora_a.flatten(0, 1), lora_b.permute(1, 2, 0).flatten(1).contiguous()
+        tensors[f"{where}.lora_A.weight"], tensors[f"{where}.lora_B.weight"] = lora_a, lora_b
     header = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -189,9 +196,31 @@ def write_lora(
         "bias": "none",
         "fan_in_fan_out": transposed,
         "inference_mode": True,
-        "target_modules": list(config.modules),
+        "target_modules": [name for name in config.modules if name not in stacks],
     }
+    if stacks:
+        header["target_parameters"] = stacks
     _write_pair(directory, header, tensors)
+
+
+def _padded(delta: Delta, info: MatrixInfo, rank: int) -> tuple[Tensor, Tensor]:
+    """A [(E,) rank, in] and B [(E,) out, rank], zero off the support and beyond the delta's own rank."""
+    stack = delta.A.shape[:-2]
+    lora_a = torch.zeros(*stack, rank, info.in_features, dtype=torch.float32, device="cpu")
+    lora_b = torch.zeros(*stack, info.out_features, rank, dtype=torch.float32, device="cpu")
+    lora_a[..., : info.rank, delta.cols.cpu()] = delta.A.detach().cpu()
+    lora_b[..., : info.rank] = delta.B.detach().cpu()
+    return lora_a, lora_b
+
+
+def _place_in_lora(name: str, stacks: Sequence[str]) -> str:
+    """The layer that PEFT puts around a matrix. Around a module with several stacks it puts a layer for each, that of
+    the first within that of the next."""
+    if name not in stacks:
+        return name
+    home = name.rpartition(".")[0]
+    outside = sum(other.rpartition(".")[0] == home for other in stacks[stacks.index(name) + 1 :])
+    return home + ".base_layer" * outside
 
 
 def _holds_adapter(directory: Path) -> bool:
@@ -247,7 +276,12 @@ def read_config(path: Path) -> AdapterConfig:
 
 
 def _check_delta(where: str, delta: Delta, info: MatrixInfo) -> None:
-    shapes = {"cols": (info.support,), "A": (info.rank, info.support), "B": (info.out_features, info.rank)}
+    stack = () if info.experts is None else (info.experts,)
+    shapes = {
+        "cols": (info.support,),
+        "A": (*stack, info.rank, info.support),
+        "B": (*stack, info.out_features, info.rank),
+    }
     for key, shape in shapes.items():
         tensor, dtype = getattr(delta, key), torch.int64 if key == "cols" else torch.float32
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:

@@ -20,7 +20,8 @@ from torch.utils.hooks import RemovableHandle
 from rbfast import ops
 from rbfast.adapter.adapter_files import Delta
 from rbfast.adapter.first_step import BypassWatch
-from rbfast.models.linears import is_transposed, matrix_shape, matrix_view
+from rbfast.models.experts import ExpertStack, give_back, home_of, take_over
+from rbfast.models.linears import is_transposed, matrix_shape, matrix_view, named_modules
 from rbfast.models.weight_use import input_of, own_weight
 from rbfast.utils.overlap import Overlap
 
@@ -64,7 +65,8 @@ class SharedGather:
 
 
 class ColumnDelta(nn.Module):
-    """The delta of one matrix, and the hooks that run it: parameters A [k, s] and B [out, k], buffer cols [s]."""
+    """The delta of one matrix, and the hooks that run it: parameters A [k, s] and B [out, k], buffer cols [s]. Of a
+    stack of E experts (`rbfast.models.experts`), A [E, k, s] and B [E, out, k]."""
 
     A: nn.Parameter
     B: nn.Parameter
@@ -95,23 +97,25 @@ class ColumnDelta(nn.Module):
         self._gather = gather
         gather.members += 1
         if fold:
-            self.base_columns = self.weight.index_select(1, self.cols)
+            self.base_columns = self.weight.index_select(-1, self.cols)
             self.fold()
         self._hooks: tuple[RemovableHandle, ...] = ()
         linear.__dict__[_DELTA] = self  # not a submodule either
         self._load_hooks: tuple[RemovableHandle, ...] = ()
         if fold:
-            before = linear.register_load_state_dict_pre_hook(self._before_load)
-            self._load_hooks = before, linear.register_load_state_dict_post_hook(self._after_load)
+            home, _ = home_of(linear)
+            before = home.register_load_state_dict_pre_hook(self._before_load)
+            self._load_hooks = before, home.register_load_state_dict_post_hook(self._after_load)
         self.hook()
 
     @property
     def weight(self) -> Tensor:
-        """The base's weight as a writable [out, in] view, and the delta moved to its device: call it first."""
+        """The base's weight as a writable view [out, in], or [E, out, in] of experts, and the delta moved to its
+        device: call it first."""
         self._follow_base()
         own, looks = own_weight(self.linear), self._looks()
         if own is not None and looks == self._known[0]:
-            return own.detach().T if self._known[1] else own.detach()
+            return own.detach().mT if self._known[1] else own.detach()
         view = matrix_view(self.linear)
         if view is None:
             raise RuntimeError(
@@ -161,7 +165,7 @@ class ColumnDelta(nn.Module):
         """Writes the original columns back, bitwise."""
         weight = self.weight
         self._take_cast(weight)
-        ops.column_fold_(weight, self.base_columns, self.cols, self.A[:0], self.B[:, :0], self.scale, self.run)
+        _fold_into([weight], [self.base_columns], [self.cols], [self.A[..., :0, :]], [self.B[..., :0]], self)
 
     def _take_cast(self, weight: Tensor) -> None:
         """The kept columns are cast if the model was: they are what its weight would be without a delta."""
@@ -192,6 +196,7 @@ class ColumnDelta(nn.Module):
 
     def hook(self) -> None:
         """Puts the hooks on the matrix. Our hook runs first, because the delta belongs to the matrix's own output."""
+        take_over(self.linear)
         after = self.linear.register_forward_hook(self._after, prepend=True, with_kwargs=True)
         self._hooks = self.linear.register_forward_pre_hook(self._before), after
 
@@ -200,6 +205,7 @@ class ColumnDelta(nn.Module):
         for hook in self._hooks:
             hook.remove()
         self._hooks = ()
+        give_back(self.linear)
 
     def release(self) -> None:
         """Detaches from the matrix permanently."""
@@ -211,11 +217,11 @@ class ColumnDelta(nn.Module):
 
     @torch.no_grad()
     def folded_columns(self) -> Tensor:
-        """The columns [out, s] that fold() writes, bitwise."""
+        """The columns [(E,) out, s] that fold() writes, bitwise."""
         base = self.base_columns.to(self.weight.dtype)
         folded = torch.empty_like(base)
-        every = torch.arange(base.shape[1], device=base.device)
-        ops.column_fold_(folded, base, every, self.A, self.B, self.scale, self.run)
+        every = torch.arange(base.shape[-1], device=base.device)
+        _fold_into([folded], [base], [every], [self.A], [self.B], self)
         return folded
 
     @torch.no_grad()
@@ -256,10 +262,10 @@ class ColumnDelta(nn.Module):
     @torch.no_grad()
     def _take_base(self, trusts: bool) -> None:
         """Folds into a weight that was written by somebody else. trusts: its columns cannot be compared."""
-        found = self.weight.index_select(1, self.cols)
+        found = self.weight.index_select(-1, self.cols)
         is_cast = found.dtype != self.base_columns.dtype
         if not (trusts or is_cast or self._is_known(found)):
-            raise RuntimeError(_WRITTEN.format(kind=type(self.linear).__name__))
+            raise RuntimeError(_WRITTEN.format(kind=type(home_of(self.linear)[0]).__name__))
         self.fold()
 
     def _is_known(self, columns: Tensor) -> bool:
@@ -267,22 +273,23 @@ class ColumnDelta(nn.Module):
 
     @torch.no_grad()
     def _before_load(
-        self, linear: nn.Module, state: dict[str, Any], prefix: str, local: Any, strict: bool, *lists: list[str]
+        self, home: nn.Module, state: dict[str, Any], prefix: str, local: Any, strict: bool, *lists: list[str]
     ) -> None:
         """Keeps a weight out that is neither the base's nor that with the delta: which part is the delta's?"""
+        linear, key = self.linear, prefix + home_of(self.linear)[1]
         kept: Any = linear.weight
-        weight, came = matrix_view(linear), state.get(f"{prefix}weight")
+        weight, came = matrix_view(linear), state.get(key)
         if weight is None or not isinstance(came, Tensor) or came.shape != kept.shape or came.is_meta:
             return
         self.catch_up()
-        columns = came.detach().T if is_transposed(linear) else came.detach()
-        columns = columns.to(weight.device, weight.dtype).index_select(1, self.cols)
+        columns = came.detach().mT if is_transposed(linear) else came.detach()
+        columns = columns.to(weight.device, weight.dtype).index_select(-1, self.cols)
         if not self._is_known(columns):
-            lists[-1].append(f"{prefix}weight: " + _WRITTEN.format(kind=type(linear).__name__))
-            state[f"{prefix}weight"] = kept.detach()
+            lists[-1].append(f"{key}: " + _WRITTEN.format(kind=type(home).__name__))
+            state[key] = kept.detach()
 
-    def _after_load(self, linear: nn.Module, incompatible: Any) -> None:
-        if matrix_view(linear) is not None:
+    def _after_load(self, home: nn.Module, incompatible: Any) -> None:
+        if matrix_view(self.linear) is not None:
             (self.fold if self.enabled else self.restore)()
 
     def _after(self, linear: nn.Module, args: tuple, kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
@@ -296,6 +303,11 @@ class ColumnDelta(nn.Module):
         x, (a, b) = input_of(args, kwargs), self.factors
         cols: Any = self._buffers["cols"]
         xs = self._gather(x, cols, self.run, y.dtype)
+        if isinstance(linear, ExpertStack):
+            ends = args[1]
+            if self.folds:
+                return ops.grouped_tap(y, xs, ends, a, b, self.scale)
+            return ops.grouped_side(y, x, xs, ends, cols, a, b, self.scale, self.run)
         if self.folds:
             return ops.column_tap(y, xs, a, b, self.scale)
         return ops.column_side(y, x, xs, cols, a, b, self.scale, self.run)
@@ -316,19 +328,43 @@ def fold_all(sites: Iterable[ColumnDelta]) -> None:
         weight = weights[site] = site.weight
         site._take_cast(weight)
         together.setdefault((weight.device, site.scale), []).append(site)
-    for (_, scale), members in together.items():
+    for members in together.values():
         held: list[Any] = [(site._buffers, site._parameters) for site in members]
-        ops.column_fold_all_(
+        _fold_into(
             [weights[site] for site in members],
             [buffers["base_columns"] for buffers, _ in held],
             [buffers["cols"] for buffers, _ in held],
             [parameters["A"] for _, parameters in held],
             [parameters["B"] for _, parameters in held],
-            scale,
-            [site.run for site in members],
+            *members,
         )
     for site in weights:
         site._mark_folded()
+
+
+def _fold_into(
+    weights: list[Tensor],
+    base_columns: list[Tensor],
+    cols: list[Tensor],
+    A: list[Tensor],
+    B: list[Tensor],
+    *sites: ColumnDelta,
+) -> None:
+    """column_fold_all_ of what belongs to these sites, which share a scale; the matrices of a stack one by one."""
+    runs = [site.run for site in sites]
+    if any(weight.dim() == 3 for weight in weights):
+        counts = [len(weight) if weight.dim() == 3 else None for weight in weights]
+        weights, base_columns, A, B = (_unstacked(parts) for parts in (weights, base_columns, A, B))
+        cols, runs = _repeated(cols, counts), _repeated(runs, counts)
+    ops.column_fold_all_(weights, base_columns, cols, A, B, sites[0].scale, runs)
+
+
+def _unstacked(parts: Iterable[Tensor]) -> list[Tensor]:
+    return [one for part in parts for one in (part.unbind() if part.dim() == 3 else (part,))]
+
+
+def _repeated(items: Iterable[Any], counts: Iterable[int | None]) -> list[Any]:
+    return [item for item, count in zip(items, counts, strict=True) for _ in range(count or 1)]
 
 
 def _home(linear: nn.Module, device: torch.device) -> torch.device:
@@ -347,7 +383,7 @@ def has_delta(module: nn.Module) -> bool:
 
 def deltas_of(model: nn.Module) -> Iterator[tuple[str, ColumnDelta]]:
     """The deltas attached to a model, with the names of their matrices."""
-    for name, module in model.named_modules():
+    for name, module in named_modules(model).items():
         if has_delta(module):
             yield name, module.__dict__[_DELTA]
 

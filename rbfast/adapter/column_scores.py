@@ -23,9 +23,11 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from rbfast.models.linears import Shape, dtype_name, matrix_shape, select_linears, unwrapped
+from rbfast.models.experts import ExpertStack, give_back, take_over
+from rbfast.models.linears import Shape, dtype_name, matrix_shape, select_linears, shape_of, unwrapped
 from rbfast.models.names import name_of
 from rbfast.models.weight_use import input_of
+from rbfast.ops import reference
 from rbfast.utils.files import replacing
 from rbfast.utils.records import from_json
 from rbfast.utils.sealed import check_seal, seal
@@ -165,11 +167,15 @@ class _Watch:
         hooks = [
             m.register_forward_hook(partial(self._after, name), with_kwargs=True) for name, m in self.linears.items()
         ]
+        for module in self.linears.values():
+            take_over(module)
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+            for module in self.linears.values():
+                give_back(module)
 
     def end_batch(self) -> None:
         self._inputs.clear()
@@ -180,8 +186,7 @@ class _Watch:
         keys = {name: self._groups.get(name, name) for name in self.linears}
         shapes = {}
         for name, module in self.linears.items():
-            out_features, in_features = matrix_shape(module)  # type: ignore[misc]
-            shapes[name] = Shape(out_features, in_features, numbers.setdefault(keys[name], len(numbers)))
+            shapes[name] = shape_of(module, numbers.setdefault(keys[name], len(numbers)))
         return shapes
 
     def cpu(self) -> dict[str, Tensor]:
@@ -205,7 +210,8 @@ class _Watch:
             return None
         if not y.requires_grad:  # the first matrices: everything before them is frozen
             y = y.detach().requires_grad_().clone()
-        y.register_hook(partial(self._backward, name, x))
+        experts = reference.rows_of_experts(args[1]) if isinstance(module, ExpertStack) else [(0, slice(None))]
+        y.register_hook(partial(self._backward, name, x, [rows for _, rows in experts]))
         return y
 
     def _group(self, name: str, x: Tensor) -> None:
@@ -213,12 +219,14 @@ class _Watch:
         number, _ = self._inputs.setdefault((id(x), version), (next(self._numbers), x))
         self._groups.setdefault(name, number)
 
-    def _backward(self, name: str, x: Tensor, dy: Tensor) -> None:
+    def _backward(self, name: str, x: Tensor, matrices: Sequence[slice], dy: Tensor) -> None:
+        """matrices: the rows of each, one after the other."""
         x, dy = x.float(), _as_rows(dy).float()
-        if self.method == "factored":
-            self._add(name, x.square().mean(0) * dy.square().mean(0).sum())
-        else:
-            self._add(name, (dy.T @ x).square().sum(0))
+        for rows in matrices:
+            if self.method == "factored":
+                self._add(name, x[rows].square().mean(0) * dy[rows].square().mean(0).sum())
+            else:
+                self._add(name, (dy[rows].T @ x[rows]).square().sum(0))
 
     def _add(self, name: str, value: Tensor) -> None:
         if name in self.columns:

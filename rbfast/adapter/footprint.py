@@ -45,8 +45,11 @@ class Footprint:
 
 def planned(shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, int], base: int, itemsize: int) -> Footprint:
     """That of deltas of these shapes, folded into weights of `itemsize` bytes a value."""
-    kept = sum(supports[name] * (shape.out_features * itemsize + _INDEX) for name, shape in shapes.items())
-    values = sum(rank * (shape.out_features + supports[name]) for name, shape in shapes.items())
+    kept = sum(
+        supports[name] * ((shape.experts or 1) * shape.out_features * itemsize + _INDEX)
+        for name, shape in shapes.items()
+    )
+    values = sum(shape.values(rank, supports[name]) for name, shape in shapes.items())
     return Footprint(base, kept, _FP32 * values, 3 * _FP32 * values)
 
 

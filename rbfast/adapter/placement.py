@@ -11,7 +11,7 @@ import math
 import warnings
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -44,7 +44,8 @@ START_NORM = 0.1
 
 @dataclass(frozen=True)
 class Start:
-    """The start of one delta: cols [s] int64 sorted, A [k, s] fp32 (B starts at zero), and its score if it has one."""
+    """The start of one delta: cols [s] int64 sorted, A [k, s] fp32 ([E, k, s] of E experts; B starts at zero), and its
+    score if it has one."""
 
     cols: Tensor
     A: Tensor
@@ -75,7 +76,7 @@ def plan(
         placement = ColumnScores.load(placement)
     linears = select_linears(model, targets)
     if targets == "all-linear":
-        _warn_of_experts(model)
+        _warn_of_experts(model, linears)
         _warn_of_beside(model)
         _warn_of_unfit(model)
     shapes = group_siblings(linears)
@@ -90,22 +91,30 @@ def plan(
     for name, start in starts.items():
         shape, made_for = shapes[name], fingerprint(linears[name])
         modules[name] = MatrixInfo(
-            shape.out_features, shape.in_features, supports[name], rank, shape.group, made_for, start.score
+            shape.out_features,
+            shape.in_features,
+            supports[name],
+            rank,
+            shape.group,
+            made_for,
+            start.score,
+            shape.experts,
         )
-        B = torch.zeros(shape.out_features, rank, dtype=torch.float32, device="cpu")
+        B = torch.zeros(*start.A.shape[:-2], shape.out_features, rank, dtype=torch.float32, device="cpu")
         deltas[name] = Delta(start.cols, start.A, B)
     method = placement.method if isinstance(placement, ColumnScores) else "random"
     dtype = dtype_name(next(model.parameters()))
     return AdapterConfig(name_of(model), dtype, density, scale, seed, method, modules), deltas
 
 
-def _warn_of_experts(model: nn.Module) -> None:
-    experts = stacked_experts(model)
+def _warn_of_experts(model: nn.Module, chosen: Collection[str]) -> None:
+    experts = {name: weight for name, weight in stacked_experts(model).items() if name not in chosen}
     if experts:
         share = sum(weight.numel() for weight in experts.values()) / count_parameters(model)
         warnings.warn(
             f"{len(experts)} stacks of experts (the first is {next(iter(experts))}), {share:.0%} of the parameters, "
-            "get no delta: only linear layers do; adapter.left_out lists every weight without one",
+            "get no delta, because their module runs them in a way of its own or they are quantised; adapter.left_out "
+            "lists every weight without one",
             stacklevel=4,
         )
 
@@ -136,20 +145,19 @@ def allocate(
     """Splits a budget of trained values over matrices: (rank k, support s of each), the sum of k (out + s) <= budget.
 
     Every matrix gets the same support, in whole runs, capped at its inputs; what is left over buys one more run for
-    the first groups. Models of WIDE inputs or more take an eighth of their inputs at most, and the largest rank that
-    fits: the rest of the budget stays unspent. Smaller ones take DEFAULT_RANK, less if that does not fit, more if it
-    would leave budget unused. A given `support` is kept as it is, with the largest rank that fits; one that is no
-    multiple of a run cuts the last run. Raises ValueError if nothing fits.
+    the first groups. Models of WIDE inputs or more take an eighth of their inputs at most, stacks of experts an eighth
+    of their own, and the largest rank that fits: the rest of the budget stays unspent. Smaller ones take DEFAULT_RANK,
+    less if that does not fit, more if it would leave budget unused. A given `support` is kept as it is, with the
+    largest rank that fits; one that is no multiple of a run cuts the last run. Raises ValueError if nothing fits.
     """
     for name, value in (("rank", rank), ("support", support)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    widest = support or _most(shapes)
-    most = {name: min(widest, shape.in_features) for name, shape in shapes.items()}
+    most = _most(shapes) if support is None else {n: min(support, shape.in_features) for n, shape in shapes.items()}
     rank = rank or _default_rank(shapes, budget, most, support is not None)
     if rank > min(most.values()):
         raise ValueError(f"rank must be at most the support ({min(most.values())}), got {rank}")
-    supports = most if support is not None else _whole_runs(shapes, rank, rank)
+    supports = most if support is not None else _whole_runs(shapes, most, rank, rank)
     if _cost(shapes, rank, supports) > budget:
         raise ValueError(
             f"the budget is {budget:,} trained values; rank {rank} with {max(supports.values())} column(s) in each of "
@@ -158,9 +166,9 @@ def allocate(
     if support is not None:
         return rank, supports
     columns = bisect_right(
-        range(1, _most(shapes) + 1), budget, key=lambda n: _cost(shapes, rank, _whole_runs(shapes, n, rank))
+        range(1, max(most.values()) + 1), budget, key=lambda n: _cost(shapes, rank, _whole_runs(shapes, most, n, rank))
     )
-    return rank, _spend_rest(shapes, _whole_runs(shapes, columns, rank), most, budget, rank)
+    return rank, _spend_rest(shapes, _whole_runs(shapes, most, columns, rank), most, budget, rank)
 
 
 def place_random(shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, int], seed: int) -> dict[str, Start]:
@@ -172,7 +180,7 @@ def place_random(shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, 
             order = torch.randperm(runs, generator=_generator(seed, "columns", name), device="cpu")
             drawn[shape.group] = _columns(order, shape.in_features, supports[name])
     return {
-        name: Start(drawn[shape.group], _start(name, rank, supports[name], seed), None)
+        name: Start(drawn[shape.group], _start(name, shape, rank, supports[name], seed), None)
         for name, shape in shapes.items()
     }
 
@@ -190,7 +198,7 @@ def place_scored(
         by_run = totals[shape.group].view(-1, run_length(shape.in_features)).sum(1)
         cols = _columns(by_run.argsort(descending=True, stable=True), shape.in_features, supports[name])
         found = float(scores.columns[name][cols].sum())
-        starts[name] = Start(cols, _start(name, rank, supports[name], seed), found)
+        starts[name] = Start(cols, _start(name, shape, rank, supports[name], seed), found)
     return starts
 
 
@@ -209,14 +217,16 @@ def _columns(runs: Tensor, in_features: int, support: int) -> Tensor:
     return (needed[:, None] * run + torch.arange(run, device=runs.device)).flatten()[:support].sort().values
 
 
-def _start(name: str, rank: int, support: int, seed: int) -> Tensor:
-    """A random A [rank, support] with rows of norm START_NORM: so small that a few steps turn it as the traces need.
+def _start(name: str, shape: Shape, rank: int, support: int, seed: int) -> Tensor:
+    """A random A [rank, support] with rows of norm START_NORM: so small that a few steps turn it as the traces need. Of
+    experts a stack of them.
 
     The gradient's leading directions make a worse start: they are the inputs that are large for every token.
     """
     source = _generator(seed, "A", name)
-    start = torch.randn(rank, support, generator=source, dtype=torch.float32, device="cpu")
-    return START_NORM * start / start.norm(dim=1, keepdim=True)
+    stack = () if shape.experts is None else (shape.experts,)
+    start = torch.randn(*stack, rank, support, generator=source, dtype=torch.float32, device="cpu")
+    return START_NORM * start / start.norm(dim=-1, keepdim=True)
 
 
 def _generator(seed: int, *what: str) -> torch.Generator:
@@ -226,24 +236,35 @@ def _generator(seed: int, *what: str) -> torch.Generator:
 
 
 def _cost(shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, int]) -> int:
-    return rank * sum(shape.out_features + supports[name] for name, shape in shapes.items())
+    return sum(shape.values(rank, supports[name]) for name, shape in shapes.items())
 
 
-def _whole_runs(shapes: Mapping[str, Shape], columns: int, rank: int) -> dict[str, int]:
-    """Supports of at most `columns`, in whole runs; no narrower than the rank, no wider than the matrix."""
+def _whole_runs(shapes: Mapping[str, Shape], most: Mapping[str, int], columns: int, rank: int) -> dict[str, int]:
+    """Supports of at most `columns`, in whole runs; no narrower than the rank, no wider than `most`."""
 
-    def support(width: int) -> int:
+    def support(width: int, widest: int) -> int:
         run = run_length(width)
-        return min(width, max(columns // run, -(-rank // run)) * run)
+        return min(widest, max(columns // run, -(-rank // run)) * run)
 
-    return {name: support(shape.in_features) for name, shape in shapes.items()}
+    return {name: support(shape.in_features, most[name]) for name, shape in shapes.items()}
 
 
-def _most(shapes: Mapping[str, Shape]) -> int:
-    """The widest support that is taken by default: of a large model a part of the usual inputs, of a small one all."""
+def _most(shapes: Mapping[str, Shape]) -> dict[str, int]:
+    """The widest supports that are taken by default. Of a large model they are a part of the usual inputs; a stack of
+    experts, whose columns take the most memory, has a part of its own at most. A small model takes all."""
     widths = Counter(shape.in_features for shape in shapes.values())
     usual = max(widths, key=lambda width: (widths[width], -width))
-    return usual // _PART if usual >= WIDE else max(widths)
+    if usual < WIDE:
+        return {name: shape.in_features for name, shape in shapes.items()}
+    return {
+        name: min(usual // _PART, shape.in_features if shape.experts is None else _part_of(shape.in_features))
+        for name, shape in shapes.items()
+    }
+
+
+def _part_of(in_features: int) -> int:
+    run = run_length(in_features)
+    return max(1, in_features // _PART // run) * run
 
 
 def _default_rank(shapes: Mapping[str, Shape], budget: int, most: Mapping[str, int], fixed: bool) -> int:
@@ -253,7 +274,7 @@ def _default_rank(shapes: Mapping[str, Shape], budget: int, most: Mapping[str, i
         return max(1, min(narrowest, budget // _cost(shapes, 1, most)))
     wide = {name: min(width, max(1, shapes[name].in_features // 2)) for name, width in most.items()}
     rank = min(narrowest, max(DEFAULT_RANK, budget // _cost(shapes, 1, wide)))
-    while rank > 1 and _cost(shapes, rank, _whole_runs(shapes, rank, rank)) > budget:
+    while rank > 1 and _cost(shapes, rank, _whole_runs(shapes, most, rank, rank)) > budget:
         rank -= 1
     return rank
 
@@ -268,8 +289,9 @@ def _spend_rest(
         members.setdefault(shape.group, []).append(name)
     for names in members.values():
         run = run_length(shapes[names[0]].in_features)
-        if supports[names[0]] + run <= most[names[0]] and rank * run * len(names) <= rest:
-            rest -= rank * run * len(names)
+        cost = rank * run * sum(shapes[name].experts or 1 for name in names)
+        if supports[names[0]] + run <= most[names[0]] and cost <= rest:
+            rest -= cost
             for name in names:
                 supports[name] += run
     return supports

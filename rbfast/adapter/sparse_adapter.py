@@ -32,6 +32,7 @@ from rbfast.adapter.column_scores import ColumnScores
 from rbfast.adapter.first_step import BypassWatch
 from rbfast.adapter.footprint import Footprint
 from rbfast.adapter.placement import DEFAULT_DENSITY, plan
+from rbfast.models.experts import ExpertStack
 from rbfast.models.linears import (
     bytes_of,
     check_fit,
@@ -118,7 +119,7 @@ class SparseAdapter(nn.Module):
         `support` and `rank` default to what fits (see placement.allocate). mode: "fold" writes the deltas into the
         weights, "side" adds them beside, "auto" folds wherever the weight is a plain bf16, fp16 or fp32 tensor that the
         layer multiplies by. "all-linear" is what `rbfast.models.linears.select_linears` says: not the head, nor a tower
-        for images or sound. Warns of such towers, of experts in stacked weights and of layers that can have no delta
+        for images or sound. Warns of such towers, and of stacked experts and layers that can have no delta
         (`rbfast.models.linears.unfit`). Raises ValueError for a density outside (0, 1], one that nothing fits, a model
         without linear layers, and a model that has an adapter attached, PEFT's too.
         """
@@ -153,10 +154,11 @@ class SparseAdapter(nn.Module):
         A model from a folder or a GGUF file has none, and then the file names no base: whoever loads it says which.
         Only `smollm2-135m`, a GGUF file from PyPI, names the model on the hub that it was quantised from.
         """
-        transposed = {is_transposed(site.linear) for site in self.sites().values()}
+        single = (site.linear for site in self.sites().values() if not isinstance(site.linear, ExpertStack))
+        transposed = set(map(is_transposed, single))
         if len(transposed) > 1:
             raise ValueError("a LoRA file cannot hold both Conv1D and nn.Linear; attach to matrices of one kind")
-        adapter_files.write_lora(directory, self.config, self._deltas(), transposed.pop(), base)
+        adapter_files.write_lora(directory, self.config, self._deltas(), True in transposed, base)
 
     def sites(self) -> dict[str, ColumnDelta]:
         """The deltas by the name of the matrix they change."""
@@ -186,7 +188,7 @@ class SparseAdapter(nn.Module):
             site.catch_up()
         for site in self.sites().values():
             if not site.folds:
-                site.base_columns = site.weight.index_select(1, site.cols)
+                site.base_columns = site.weight.index_select(-1, site.cols)
         fold_all(self.sites().values())
         self._release("merged")
 
@@ -197,7 +199,7 @@ class SparseAdapter(nn.Module):
         for name, site in self.sites().items():
             if has_delta(site.linear):
                 raise RuntimeError(f"cannot unmerge: another adapter is attached at {name}; detach that one first")
-            if not torch.equal(site.weight.index_select(1, site.cols), site.folded_columns()):
+            if not torch.equal(site.weight.index_select(-1, site.cols), site.folded_columns()):
                 raise RuntimeError(f"cannot unmerge: {name} was changed after merge(); load the base model again")
         for site in self.sites().values():
             site.restore()

@@ -3,12 +3,13 @@
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rbfast.models.experts import home_of, stacks_of
 from rbfast.models.unfit import Unfit, unfit_linears
 from rbfast.models.weight_use import WeightUse, has_weight, is_conv1d, is_plain, own_weight, weight_use
 
@@ -28,8 +29,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module by the name it has in a model of which no part is compiled, the model itself by ""."""
-    return {_plain(name): module for name, module in model.named_modules()}
+    """Every module by the name it has in a model of which no part is compiled, the model itself by "", and the stacks
+    of experts by the names of their weights (`rbfast.models.experts`)."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        found[_plain(name)] = module
+        found |= {_plain(f"{name}.{key}"): stack for key, stack in stacks_of(module).items()}
+    return found
 
 
 def _plain(name: str) -> str:
@@ -38,7 +44,8 @@ def _plain(name: str) -> str:
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(out, in) of a linear layer, quantised ones included; None for every other module."""
+    """(out, in) of a linear layer, quantised ones included, and of each expert of a stack; None for every other
+    module."""
     if not has_weight(module) or isinstance(module, nn.Bilinear):
         return None
     if is_conv1d(module):
@@ -54,8 +61,8 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def matrix_view(module: nn.Module) -> Tensor | None:
-    """The weight as a writable [out, in] view, or None if a delta cannot be folded in: it is quantised, sharded, on
-    meta, made anew in every forward, or does more than multiply."""
+    """The weight as a writable view, [out, in] or of a stack of experts [E, out, in]. None if a delta cannot be folded
+    in: it is quantised, sharded, on meta, made anew in every forward, or does more than multiply."""
     return _as_matrix(module, own_weight(module))
 
 
@@ -88,8 +95,8 @@ def _as_matrix(module: nn.Module, weight: Any) -> Tensor | None:
     kind = _use_of(module).kind
     if kind not in ("linear", "transposed"):
         return None
-    view = weight.detach().T if kind == "transposed" else weight.detach()
-    return view if tuple(view.shape) == matrix_shape(module) else None
+    view = weight.detach().mT if kind == "transposed" else weight.detach()
+    return view if tuple(view.shape[-2:]) == matrix_shape(module) else None
 
 
 def fingerprint(module: nn.Module) -> str | None:
@@ -112,11 +119,16 @@ def dtype_name(tensor: Tensor) -> str:
 
 @dataclass(frozen=True)
 class Shape:
-    """One matrix [out_features, in_features] and the group it shares its input with."""
+    """One matrix [out_features, in_features], or those of many experts, and the group it shares its input with."""
 
     out_features: int
     in_features: int
     group: int
+    experts: int | None = None
+
+    def values(self, rank: int, support: int) -> int:
+        """How many a delta trains: those of A and B."""
+        return rank * (self.experts or 1) * (self.out_features + support)
 
 
 def all_linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -161,8 +173,10 @@ def beside_text(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers of towers for images or sound, and of what joins them to the text: of a model that has a text
     model within (Gemma 3), every one that is neither in there nor the output head."""
     text = _text_part(model)
-    aside = {*text.modules(), _head_of(model)}
-    return {} if text is model else {name: module for name, module in all_linears(model).items() if module not in aside}
+    if text is model:
+        return {}
+    inside = {*text.modules(), _head_of(model)}
+    return {name: module for name, module in all_linears(model).items() if home_of(module)[0] not in inside}
 
 
 def _text_part(model: nn.Module) -> nn.Module:
@@ -189,27 +203,32 @@ def left_out(model: nn.Module, chosen: Iterable[str]) -> dict[str, tuple[int, ..
 
 
 def stacked_experts(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights [experts, ...] of mixtures of experts, which run through no linear layer. Those of towers that text
-    does not run through do not count."""
+    """The weights [experts, ...] of mixtures of experts, without those of towers that text does not run through."""
     text = set(_text_part(model).modules())
     return {
         f"{prefix}.{name}": weight
         for prefix, module in named_modules(model).items()
         if module in text
         for name, weight in module.named_parameters(recurse=False)
-        if weight.dim() == 3 and not isinstance(module, nn.modules.conv._ConvNd)
+        if weight.dim() == 3 and weight.shape[1] > 1 and not isinstance(module, nn.modules.conv._ConvNd)
     }
 
 
 def group_siblings(linears: Mapping[str, nn.Module]) -> dict[str, Shape]:
     """Shapes, with siblings of equal in_features guessed to share their input: for placements that saw no forward."""
-    groups: dict[tuple[str, int], int] = {}
+    groups: dict[object, int] = {}
     shapes = {}
     for name, module in linears.items():
-        out_features, in_features = matrix_shape(module)  # type: ignore[misc]
-        key = name.rpartition(".")[0], in_features
-        shapes[name] = Shape(out_features, in_features, groups.setdefault(key, len(groups)))
+        shape = shape_of(module, 0)
+        key = name if shape.experts else (name.rpartition(".")[0], shape.in_features)
+        shapes[name] = replace(shape, group=groups.setdefault(key, len(groups)))
     return shapes
+
+
+def shape_of(module: nn.Module, group: int) -> Shape:
+    """That of a linear layer or a stack of experts."""
+    out_features, in_features = matrix_shape(module)  # type: ignore[misc]
+    return Shape(out_features, in_features, group, getattr(module, "count", None))
 
 
 def _head_of(model: nn.Module) -> nn.Module | None:

@@ -13,6 +13,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from rbfast.models.experts import ExpertStack
+
 FOLDABLE = (torch.bfloat16, torch.float16, torch.float32)
 _TOLERANCE = 4e-3  # tf32 rounds factors by 1e-3
 
@@ -34,6 +36,9 @@ LINEAR, TRANSPOSED = WeightUse("linear"), WeightUse("transposed")
 
 def weight_use(module: nn.Module, shape: tuple[int, int]) -> WeightUse:
     """What a layer of `shape` (out, in) does with its weight."""
+    if isinstance(module, ExpertStack):
+        reason = module.why_unfit()
+        return WeightUse("unfit", reason) if reason else TRANSPOSED if module.is_transposed else LINEAR
     weight = own_weight(module)
     if weight is None:
         return _use_of_computed(module)
@@ -60,6 +65,8 @@ _TRIED: WeakKeyDictionary[nn.Module, tuple[Callable[..., Any], WeightUse]] = Wea
 
 def own_weight(module: nn.Module) -> Tensor | None:
     """The weight that a layer stores; None if it has none, or computes it."""
+    if isinstance(module, ExpertStack):
+        return module.weight
     return module._parameters.get("weight", module._buffers.get("weight"))
 
 

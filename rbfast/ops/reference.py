@@ -1,9 +1,10 @@
 """The plain-torch definition of every op: readable, any floating dtype up to fp64, the oracle of the tests.
 
-Shapes: T tokens, `in`/`out` features of a frozen weight [out, in], s columns in the support, k the rank, V vocabulary.
+Shapes: T tokens, `in`/`out` features of a frozen weight [out, in], s columns in the support, k the rank, V vocabulary;
+E experts, and S rows sorted by expert: those of the e-th end at ends[e].
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -67,6 +68,50 @@ def column_fold_all_(
     """
     for *one, run in zip(weights, base_columns, cols, A, B, runs, strict=True):
         torch.ops.rbfast.column_fold_(*one, scale, run)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """y [S, out] = x W_e^T of the rows x [S, in] of each expert, weight [E, out, in]."""
+    is_aligned = not (weight.shape[1] % 8 or weight.shape[2] % 8)  # to 16 bytes, as the kernel has it
+    if x.is_cuda and x.dtype == torch.bfloat16 and is_aligned:
+        return torch.nn.functional.grouped_mm(x, weight.mT, offs=ends.to(torch.int32))
+    y = x.new_empty(x.shape[0], weight.shape[1])
+    for expert, rows in rows_of_experts(ends):
+        y[rows] = x[rows] @ weight[expert].T
+    return y
+
+
+def grouped_column_grad(
+    dy: Tensor, xs: Tensor, ends: Tensor, A: Tensor, B: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """column_grad for each expert: of A [E, k, s] and B [E, out, k], given dy [S, out] and xs [S, s]."""
+    dA, dB = torch.zeros_like(A), torch.zeros_like(B)
+    for expert, rows in rows_of_experts(ends):
+        dA[expert], dB[expert] = torch.ops.rbfast.column_grad(dy[rows], xs[rows], A[expert], B[expert], scale)
+    return dA, dB
+
+
+def grouped_column_linear_(y: Tensor, xs: Tensor, ends: Tensor, A: Tensor, B: Tensor, scale: float) -> None:
+    """column_linear_ for each expert: y [S, out] += scale * (xs A_e^T) B_e^T."""
+    for expert, rows in rows_of_experts(ends):
+        torch.ops.rbfast.column_linear_(y[rows], xs[rows], A[expert], B[expert], scale)
+
+
+def grouped_column_scatter_(
+    dx: Tensor, dy: Tensor, ends: Tensor, cols: Tensor, A: Tensor, B: Tensor, scale: float, run: int = 1
+) -> None:
+    """column_scatter_ for each expert: dx [S, in][:, cols] += scale * (dy B_e) A_e."""
+    for expert, rows in rows_of_experts(ends):
+        torch.ops.rbfast.column_scatter_(dx[rows], dy[rows], cols, A[expert], B[expert], scale, run)
+
+
+def rows_of_experts(ends: Tensor) -> Iterator[tuple[int, slice]]:
+    """The experts that have rows, and which. Reads `ends` on the host."""
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        if end > start:
+            yield expert, slice(start, end)
+        start = end
 
 
 def head_forward_(logits: Tensor, hidden: Tensor, weight: Tensor) -> None:

@@ -31,6 +31,11 @@ _SCHEMAS = {
     "int run=1) -> ()",
     "column_fold_all_": "(Tensor(a!)[] weights, Tensor[] base_columns, Tensor[] cols, Tensor[] A, Tensor[] B, "
     "float scale, int[] runs) -> ()",
+    "grouped_linear": "(Tensor x, Tensor weight, Tensor ends) -> Tensor",
+    "grouped_column_grad": "(Tensor dy, Tensor xs, Tensor ends, Tensor A, Tensor B, float scale) -> (Tensor, Tensor)",
+    "grouped_column_linear_": "(Tensor(a!) y, Tensor xs, Tensor ends, Tensor A, Tensor B, float scale) -> ()",
+    "grouped_column_scatter_": "(Tensor(a!) dx, Tensor dy, Tensor ends, Tensor cols, Tensor A, Tensor B, float scale, "
+    "int run=1) -> ()",
     "head_forward_": "(Tensor(a!) logits, Tensor hidden, Tensor weight) -> ()",
     "head_backward_": "(Tensor(a!) d_hidden, Tensor dz, Tensor weight, Tensor? thresholds=None) -> ()",
     "row_thresholds": "(Tensor dz, float share) -> (Tensor, Tensor)",
@@ -111,6 +116,10 @@ column_linear_ = torch.ops.rbfast.column_linear_.default
 column_scatter_ = torch.ops.rbfast.column_scatter_.default
 column_fold_ = torch.ops.rbfast.column_fold_.default
 column_fold_all_ = torch.ops.rbfast.column_fold_all_.default
+grouped_linear = torch.ops.rbfast.grouped_linear.default
+grouped_column_grad = torch.ops.rbfast.grouped_column_grad.default
+grouped_column_linear_ = torch.ops.rbfast.grouped_column_linear_.default
+grouped_column_scatter_ = torch.ops.rbfast.grouped_column_scatter_.default
 head_forward_ = torch.ops.rbfast.head_forward_.default
 head_backward_ = torch.ops.rbfast.head_backward_.default
 head_grad_ = torch.ops.rbfast.head_grad_.default
@@ -129,6 +138,16 @@ def _(dy: Tensor, xs: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tenso
     return torch.empty_like(A), torch.empty_like(B)
 
 
+@torch.library.register_fake("rbfast::grouped_linear", lib=_LIBRARY)
+def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@torch.library.register_fake("rbfast::grouped_column_grad", lib=_LIBRARY)
+def _(dy: Tensor, xs: Tensor, ends: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(A), torch.empty_like(B)
+
+
 @torch.library.register_fake("rbfast::row_thresholds", lib=_LIBRARY)
 def _(dz: Tensor, share: float) -> tuple[Tensor, Tensor]:
     return wide(dz).new_empty(dz.shape[0]), wide(dz).new_empty(dz.shape[0])
@@ -140,7 +159,8 @@ def _(logits: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
     return logits.new_empty(rows), logits.new_empty(rows), logits.new_empty(rows)
 
 
-for _name in ("column_linear_", "column_scatter_", "column_fold_", "column_fold_all_", "scaled_", *_PRODUCTS):
+_IN_PLACE = ("column_linear_", "column_scatter_", "column_fold_", "column_fold_all_", "scaled_", *_PRODUCTS)
+for _name in (*_IN_PLACE, "grouped_column_linear_", "grouped_column_scatter_"):
     torch.library.register_fake(f"rbfast::{_name}", lambda *args: None, lib=_LIBRARY)
 
 
@@ -157,6 +177,20 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         return once(ctx, *(None if grad is None else grad.detach().requires_grad_() for grad in grads))
 
     return call
+
+
+def _keep_for_grouped_linear(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _grouped_linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    weight, ends = ctx.saved_tensors
+    return torch.ops.rbfast.grouped_linear(dy, weight.mT, ends), None, None
+
+
+torch.library.register_autograd(
+    "rbfast::grouped_linear", _grouped_linear_backward, setup_context=_keep_for_grouped_linear, lib=_LIBRARY
+)
 
 
 class _ColumnTap(torch.autograd.Function):
@@ -234,6 +268,62 @@ def column_tap(y: Tensor, xs: Tensor, A: Tensor, B: Tensor, scale: float) -> Ten
 column_side = _ColumnSide.apply
 
 
+class _GroupedTap(torch.autograd.Function):
+    """`_ColumnTap` of experts: the rows of y [S, out] and xs [S, s] up to ends [E] are those of one after the other."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, xs: Tensor, ends: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(xs, ends, A, B)
+        ctx.scale = scale
+        return y.detach()
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        xs, ends, A, B = ctx.saved_tensors
+        dA, dB = grouped_column_grad(dy, xs, ends, A, B, ctx.scale)
+        return dy, None, None, dA, dB, None
+
+
+class _GroupedSide(torch.autograd.Function):
+    """`_ColumnSide` of experts, whose rows of y [S, out], x [S, in] and xs [S, s] end at ends [E]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        xs: Tensor,
+        ends: Tensor,
+        cols: Tensor,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        run: int = 1,
+    ) -> Tensor:
+        ctx.save_for_backward(xs, ends, cols, A, B)
+        ctx.scale, ctx.run, ctx.x_width, ctx.x_dtype = scale, run, x.shape[1], x.dtype
+        out = y.clone(memory_format=torch.contiguous_format)
+        grouped_column_linear_(out, xs, ends, A, B, scale)
+        return out
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        xs, ends, cols, A, B = ctx.saved_tensors
+        dx = None
+        if ctx.needs_input_grad[1]:
+            dx = dy.new_zeros(dy.shape[0], ctx.x_width)
+            grouped_column_scatter_(dx, dy, ends, cols, A, B, ctx.scale, ctx.run)
+            dx = dx.to(ctx.x_dtype)
+        dA, dB = grouped_column_grad(dy, xs, ends, A, B, ctx.scale)
+        return dy, dx, None, None, None, dA, dB, None, None
+
+
+grouped_tap = _GroupedTap.apply
+grouped_side = _GroupedSide.apply
+
+
 def cpu_isa() -> str | None:
     """The instruction set the CPU kernels use (RBFAST_CPU_ISA forces one), or None if they are not built."""
     if _NATIVE is None:
@@ -281,12 +371,17 @@ def implementations(device: str = "cpu") -> dict[str, str]:
 
 
 def _on_cpu(name: str) -> str:
-    if name == "scaled_":
-        return "reference (it is one call of torch)"
+    if name in ("scaled_", "grouped_linear"):
+        return "reference (it is a call of torch)"
+    name = name.removeprefix("grouped_")  # of columns: a call of the op for each expert
     return f"native ({cpu_isa()})" if _has_kernel(name, "CPU") else "reference"
 
 
 def _on_gpu(name: str) -> str:
+    if name.startswith("grouped_column_"):  # a call of the op for each expert
+        return _on_gpu(name.removeprefix("grouped_"))
+    if name == "grouped_linear":
+        return "torch.nn.functional.grouped_mm"
     if name == "row_thresholds":
         return "reference (a filter saves a GPU nothing)"
     if name == "column_fold_all_" and not _has_kernel(name, "CUDA"):

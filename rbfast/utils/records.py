@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from itertools import zip_longest
 from numbers import Integral, Real
 from pathlib import Path
@@ -10,11 +10,14 @@ from typing import Any, get_args, get_origin
 
 
 def from_json(cls: type, entry: object, where: str) -> Any:
-    """Builds a flat dataclass from a JSON object, checking that every field is there and has its type."""
+    """Builds a flat dataclass from a JSON object, checking that every field is there, unless it has a default, and has
+    its type."""
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: expected an object, got {entry!r}")
     values = {}
     for field in fields(cls):
+        if field.name not in entry and field.default is not MISSING:
+            continue
         if field.name not in entry:
             raise ValueError(f"{where}: {field.name} is missing; write the file again")
         value = entry[field.name]

@@ -1,0 +1,163 @@
+"""Experts in stacks: the weights [experts, out, in] of a mixture of experts, as layers that can have a delta.
+
+transformers keeps all experts of a layer in two parameters of one module, `gate_up_proj` and `down_proj`, and
+multiplies by parts of them. An `ExpertStack` is such a parameter as a layer: it has hooks, and a name. It is no part of
+the model. After `take_over` the module calls its stacks, until `give_back`: it sorts the tokens by expert, and gives
+each stack all of them. The gate and the biases are the module's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from rbfast import ops
+
+_STACKS = "_rbfast_stacks"  # the attribute of a module with experts that holds the stacks which it runs, by name
+_MARKS = ("has_gate", "has_bias", "is_transposed")  # what transformers' decorator says of a class of experts
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # of a result, by its largest value
+
+
+class ExpertStack(nn.Module):
+    """One stacked weight, called with the rows x [S, in] of all experts, and where those of each end (ends [E] int64).
+
+    Attributes:
+        experts: the module that holds the weight, as its parameter `key`.
+    """
+
+    experts: nn.Module
+
+    def __init__(self, experts: nn.Module, key: str) -> None:
+        super().__init__()
+        self.__dict__["experts"] = experts  # not a submodule
+        self.key = key
+        self.is_transposed = bool(experts.is_transposed)
+        shape = self.weight.shape
+        self.count = shape[0]
+        self.out_features, self.in_features = shape[1:][::-1] if self.is_transposed else shape[1:]
+
+    @property
+    def weight(self) -> Tensor:
+        """As it is stored: [E, out, in], or [E, in, out] if it is transposed."""
+        weight = self.experts._parameters[self.key]
+        assert weight is not None
+        return weight
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        yield self.key, self.weight  # type: ignore[misc]
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        weight = self.weight.mT if self.is_transposed else self.weight
+        return ops.grouped_linear(x.to(weight.dtype), weight, ends)
+
+    def take_over(self) -> None:
+        """Has the module call this stack."""
+        running = self.experts.__dict__.setdefault(_STACKS, {})
+        running[self.key] = self
+        self.experts.forward = partial(_run, self.experts)
+
+    def give_back(self) -> None:
+        """The module goes its own way again, if no stack of it has a hook any more."""
+        if self._forward_hooks or self._forward_pre_hooks:
+            return
+        running = self.experts.__dict__.get(_STACKS, {})
+        running.pop(self.key, None)
+        if not running and _STACKS in self.experts.__dict__:
+            del self.experts.__dict__[_STACKS], self.experts.__dict__["forward"]
+
+    def why_unfit(self) -> str:
+        """Why it can have no delta, "" if it can; it reads on from the stack's name."""
+        own: Any = self.experts
+        if type(self.weight) not in (Tensor, nn.Parameter) and not hasattr(self.weight, "full_tensor"):
+            return "is quantised"
+        if getattr(own, "_is_expert_parallel", False):
+            return "is spread over processes by expert"
+        if "forward" in own.__dict__ and _STACKS not in own.__dict__:
+            return f"belongs to a {type(own).__name__} whose forward was replaced (by accelerate's offloading, say)"
+        return _TRIED[own] if own in _TRIED else _TRIED.setdefault(own, _try(own))
+
+
+_TRIED: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+def stacks_of(module: nn.Module) -> dict[str, ExpertStack]:
+    """The stacked weights of a module with experts by their names in it; none of any other module."""
+    if not all(isinstance(getattr(module, mark, None), bool) for mark in _MARKS) or not hasattr(module, "_apply_gate"):
+        return {}
+    keys = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+    if not all((weight := module._parameters.get(key)) is not None and weight.dim() == 3 for key in keys):
+        return {}
+    running = module.__dict__.get(_STACKS, {})
+    return {key: running.get(key) or ExpertStack(module, key) for key in keys}
+
+
+def take_over(layer: nn.Module) -> None:
+    """Has the hooks of a layer run, if it is a stack."""
+    if isinstance(layer, ExpertStack):
+        layer.take_over()
+
+
+def give_back(layer: nn.Module) -> None:
+    """Undoes `take_over`, once its hooks are removed."""
+    if isinstance(layer, ExpertStack):
+        layer.give_back()
+
+
+def home_of(layer: nn.Module) -> tuple[nn.Module, str]:
+    """The module of the model that holds a layer's weight, and the weight's name in it."""
+    return (layer.experts, layer.key) if isinstance(layer, ExpertStack) else (layer, "weight")
+
+
+def _run(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The forward of a module with experts: its stacks on hidden_states [T, H], top_k_index and weights [T, k]."""
+    up, down = stacks_of(experts).values()
+    chosen, order = top_k_index.reshape(-1).sort(stable=True)
+    # Not by bincount, which waits for the device.
+    ends = torch.searchsorted(chosen, torch.arange(up.count, device=chosen.device, dtype=chosen.dtype), right=True)
+    per_token = top_k_index.shape[-1]
+    y = _biased(experts, up, up(hidden_states[order // per_token], ends), chosen)
+    y = experts._apply_gate(y) if experts.has_gate else experts.act_fn(y)
+    y = _biased(experts, down, down(y, ends), chosen)
+    if getattr(experts, "has_post_expert_norm", False):
+        y = experts.post_expert_norm(y)
+    y = (y * top_k_weights.reshape(-1)[order, None])[order.argsort()]
+    # A sum of a token's experts in a fixed order; index_add_ on a GPU has none.
+    return y.view(len(hidden_states), per_token, -1).sum(1).to(hidden_states.dtype)
+
+
+def _biased(experts: Any, stack: ExpertStack, y: Tensor, chosen: Tensor) -> Tensor:
+    return y + getattr(experts, f"{stack.key}_bias")[chosen] if experts.has_bias else y
+
+
+@torch.no_grad()
+def _try(experts: Any) -> str:
+    """Why `_run` is not what a module does; "" if it is. One whose weights are elsewhere is taken at its word."""
+    up, _ = stacks_of(experts).values()
+    weight = up.weight
+    if weight.is_meta or type(weight) not in (Tensor, nn.Parameter):
+        return ""
+    if weight.dtype not in _TOLERANCE:
+        return f"is kept in {str(weight.dtype).removeprefix('torch.')}"
+    tokens, per_token = 3, min(2, up.count)
+    numbers = torch.arange(tokens * up.in_features, dtype=torch.float32, device=weight.device).cos()
+    x = numbers.view(tokens, -1).to(weight.dtype)
+    index = torch.arange(tokens * per_token, device=weight.device).view(tokens, -1) % up.count
+    weights = (0.2 + 0.1 * torch.arange(tokens * per_token, device=weight.device)).view(tokens, -1).to(weight.dtype)
+    try:
+        expected = _own_forward(experts)(x, index, weights)
+    except Exception as error:  # whatever a class of experts raises, it is none that we can run
+        return f"belongs to a {type(experts).__name__} that does not run on rows alone ({error})"
+    found = _run(experts, x, index, weights)
+    apart = (found.float() - expected.float()).abs().amax()
+    if not apart <= _TOLERANCE[weight.dtype] * expected.float().abs().amax():
+        return f"belongs to a {type(experts).__name__}, which does more to its experts than multiply and gate"
+    return ""
+
+
+def _own_forward(experts: nn.Module) -> Callable[..., Tensor]:
+    return partial(type(experts).forward, experts)

@@ -1,0 +1,167 @@
+"""Stacks of experts: their deltas learn what the gradient of the whole weight says, and their module runs as before."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from tiny_models import attach, batch, disturb, family, same_bits, snapshot
+from torch import nn
+
+from rbfast.adapter.column_scores import score_columns
+from rbfast.adapter.footprint import outline
+from rbfast.adapter.sparse_adapter import SparseAdapter
+from rbfast.models.experts import ExpertStack, stacks_of
+from rbfast.models.linears import count_parameters
+
+EPS = torch.finfo(torch.float32).eps
+FAMILIES = ("mixtral", "qwen3-moe", "gpt-oss", "jamba")  # gpt-oss keeps [E, in, out], and has biases
+
+
+def experts_of(model):
+    return {name: module for name, module in model.named_modules() if stacks_of(module)}
+
+
+def loss_of(model):
+    return model(input_ids=batch()["input_ids"], use_cache=False).logits.square().mean()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_its_gradients_are_those_of_the_whole_weights(name):
+    """dA = B^T dW and dB = dW A^T, on the columns, dW by autograd through the model's own forward."""
+    model, adapter = family(name), None
+    adapter = attach(model, density=0.2)
+    disturb(adapter)
+    loss_of(model).backward()
+    plain = family(name)
+    for (key, ours), theirs in zip(snapshot(model).items(), plain.parameters(), strict=True):
+        assert theirs.shape == ours.shape, key
+        theirs.data.copy_(ours)
+    loss_of(plain).backward()
+    stacks = {n: site for n, site in adapter.sites().items() if isinstance(site.linear, ExpertStack)}
+    assert len(stacks) == 2 * len(experts_of(model))
+    for key, site in stacks.items():
+        grad = plain.get_parameter(key).grad
+        columns = (grad.mT if site.linear.is_transposed else grad)[..., site.cols]
+        for found, expected in ((site.A.grad, site.B.mT @ columns), (site.B.grad, columns @ site.A.mT)):
+            assert (found - expected).norm() <= 64 * EPS * expected.norm()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("method", ["gradient", "factored", "activation"])
+def test_its_columns_are_scored_expert_by_expert(name, method):
+    model = family(name)
+    before = snapshot(model)
+    scores = score_columns(model, [batch()], lambda model, _: loss_of(model), method=method)
+    assert not any("forward" in module.__dict__ for module in experts_of(model).values())
+    assert same_bits(snapshot(model), before)
+    key = next(key for key in scores.columns if key.endswith("down_proj") and "experts" in key)
+    assert scores.columns[key].shape == (scores.shapes[key].in_features,) and scores.shapes[key].experts == 4
+    if method == "gradient":
+        weight = model.get_parameter(key).requires_grad_(True)
+        loss_of(model).backward()
+        grad = (
+            weight.grad.mT
+            if stacks_of(experts_of(model)[key.rpartition(".")[0]])["down_proj"].is_transposed
+            else weight.grad
+        )
+        expected = grad.square().sum((0, 1))
+        assert (scores.columns[key] - expected).norm() <= 64 * EPS * expected.norm()
+    placed = SparseAdapter.attach(model, density=0.05, placement=scores)
+    assert placed.config.modules[key].score is not None and (loss_of(model).backward() or True)
+
+
+def test_a_model_without_its_adapter_runs_its_own_forward():
+    model = family("qwen3-moe")
+    adapter = attach(model)
+    assert all("forward" in module.__dict__ for module in experts_of(model).values())
+    adapter.detach()
+    assert not any("forward" in module.__dict__ for module in experts_of(model).values())
+    copy.deepcopy(model)
+
+
+def test_a_token_reaches_no_expert_but_its_own():
+    model = family("mixtral")
+    adapter = attach(model)
+    disturb(adapter)
+    model(input_ids=torch.tensor([[3]]), use_cache=False).logits.square().mean().backward()
+    site = adapter.sites()["model.layers.0.mlp.experts.gate_up_proj"]
+    assert (site.B.grad.flatten(1).abs().amax(1) > 0).sum() == 2 == model.config.num_experts_per_tok
+
+
+def test_its_values_count_for_every_expert():
+    model = family("mixtral")
+    adapter = attach(model, density=0.05)
+    assert sum(p.numel() for p in adapter.parameters()) <= 0.05 * count_parameters(model)
+    assert sum(line.values for line in adapter.summary()) == sum(p.numel() for p in adapter.parameters())
+
+
+def test_a_large_mixture_keeps_an_eighth_of_its_experts_at_most():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("qwen3_moe", hidden_size=2048, num_hidden_layers=2, moe_intermediate_size=768)
+    with torch.device("meta"):
+        planned = outline(AutoModelForCausalLM.from_config(config))
+    assert planned.support == (96, 256)  # of the 768 inputs of down_proj, and of the 2048 of the others
+
+
+def test_targets_name_stacks_by_their_parameters():
+    model = family("qwen2-moe")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapter = attach(model, targets=["gate_up_proj"])
+    assert [name.rpartition(".")[2] for name in adapter.sites()] == ["gate_up_proj"] * 2
+    disturb(adapter)
+    loss_of(model).backward()
+    assert all(p.grad.abs().sum() > 0 for p in adapter.parameters())
+
+
+def test_experts_that_run_otherwise_get_no_delta_and_a_word():
+    class Doubled(type(family("mixtral").model.layers[0].mlp.experts)):
+        def forward(self, *args):
+            return 2 * super().forward(*args)
+
+    model = family("mixtral")
+    model.model.layers[1].mlp.experts.__class__ = Doubled
+    with pytest.warns(UserWarning) as warned:
+        adapter = attach(model)
+    said = " ".join(str(w.message) for w in warned)
+    assert "2 stacks of experts (the first is model.layers.1.mlp.experts.gate_up_proj)" in said
+    assert "a Doubled, which does more to its experts than multiply and gate" in said
+    assert "model.layers.0.mlp.experts.down_proj" in adapter.sites()
+    assert "model.layers.1.mlp.experts.down_proj" in adapter.left_out
+    adapter.detach()
+    with pytest.raises(ValueError, match="Doubled, which does more"):
+        attach(model, targets=r".*layers\.1.*experts.*")
+
+
+def test_a_base_that_was_changed_behind_it_is_taken_or_refused():
+    model = family("gpt-oss")
+    base = snapshot(model)
+    adapter = attach(model)
+    disturb(adapter)
+    written = loss_of(model)
+    model.load_state_dict(base)  # the base's own values: the delta stays
+    assert torch.equal(loss_of(model), written)
+    other = {key: value + 1 if key.endswith("experts.down_proj") else value for key, value in base.items()}
+    with pytest.raises(RuntimeError, match=r"experts\.down_proj: the weight of a GptOssExperts was changed"):
+        model.load_state_dict(other)
+    with adapter.disabled():
+        assert same_bits(snapshot(model), base)
+    model.to(torch.bfloat16)
+    assert loss_of(model).item() == pytest.approx(written.item(), rel=0.05)
+
+
+def test_an_adapter_of_other_experts_is_refused(tmp_path):
+    attach(family("mixtral")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has 4 experts, not 8"):
+        SparseAdapter.from_pretrained(family("mixtral", num_experts=8, num_local_experts=8), tmp_path)
+
+
+def test_a_stack_is_no_part_of_its_model():
+    model = family("mixtral")
+    keys, modules = list(model.state_dict()), len(list(model.modules()))
+    attach(model)
+    assert list(model.state_dict()) == keys and len(list(model.modules())) == modules
+    assert not any(isinstance(module, ExpertStack) for module in model.modules())
+    assert isinstance(model, nn.Module)

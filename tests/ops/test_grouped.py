@@ -1,0 +1,77 @@
+"""The ops of stacked experts: what the op of one matrix makes of the rows of each expert."""
+
+import pytest
+import torch
+
+from rbfast import ops
+from rbfast.ops import reference
+
+EXPERTS, OUT, IN, COLUMNS, RANK = 5, 12, 20, 8, 3
+ENDS = ([4, 4, 9, 9, 15], [0, 0, 0, 0, 7], [7, 7, 7, 7, 7], [0, 0, 0, 0, 0])  # some experts have no rows
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def arguments(ends):
+    rows = ends[-1]
+    x, dy, A, B = draw(rows, IN), draw(rows, OUT), draw(EXPERTS, RANK, COLUMNS), draw(EXPERTS, OUT, RANK)
+    cols = torch.arange(0, 2 * COLUMNS, 2)
+    return x, dy, torch.tensor(ends), cols, A, B
+
+
+@pytest.mark.parametrize("ends", ENDS)
+def test_it_is_the_op_of_one_matrix_for_each_expert(ends):
+    x, dy, at, cols, A, B = arguments(ends)
+    weight, xs = draw(EXPERTS, OUT, IN, seed=1), x[:, cols]
+    y, dx = dy.clone(), x.clone()
+    ops.grouped_column_linear_(y, xs, at, A, B, 0.7)
+    ops.grouped_column_scatter_(dx, dy, at, cols, A, B, 0.7)
+    dA, dB = ops.grouped_column_grad(dy, xs, at, A, B, 0.7)
+    product = ops.grouped_linear(x, weight, at)
+    start = 0
+    for expert, end in enumerate(ends):
+        one, a, b = slice(start, end), A[expert], B[expert]
+        torch.testing.assert_close((dA[expert], dB[expert]), reference.column_grad(dy[one], xs[one], a, b, 0.7))
+        torch.testing.assert_close(product[one], x[one] @ weight[expert].T)
+        torch.testing.assert_close(y[one], dy[one] + 0.7 * xs[one] @ a.T @ b.T)
+        expected = x[one].clone()
+        expected[:, cols] += 0.7 * dy[one] @ b @ a
+        torch.testing.assert_close(dx[one], expected)
+        start = end
+
+
+def test_torch_takes_them_for_ops():
+    x, dy, at, cols, A, B = arguments(ENDS[0])
+    weight = draw(EXPERTS, OUT, IN)
+    for name, given in (
+        ("grouped_linear", (x.requires_grad_(), weight, at)),
+        ("grouped_column_grad", (dy, x[:, cols].detach(), at, A, B, 0.7)),
+        ("grouped_column_linear_", (dy, x[:, cols].detach(), at, A, B, 0.7)),
+        ("grouped_column_scatter_", (x.detach().clone(), dy, at, cols, A, B, 0.7)),
+    ):
+        torch.library.opcheck(getattr(torch.ops.rbfast, name).default, given)
+
+
+def test_the_gradient_of_the_product():
+    x, _, at, *_ = arguments(ENDS[0])
+    weight = draw(EXPERTS, IN, OUT, seed=1).mT.double()  # as gpt-oss keeps it
+    assert torch.autograd.gradcheck(lambda x: ops.grouped_linear(x, weight, at), x.double().requires_grad_())
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_its_delta_has_the_gradients_of_its_formula(fold):
+    """Folded, y has the delta in it already; beside the weight it is added, and x has a gradient by it."""
+    x, dy, at, cols, A, B = arguments(ENDS[0])
+    x, A, B = (tensor.requires_grad_() for tensor in (x, A, B))
+    expert = torch.searchsorted(at, torch.arange(at[-1]), right=True)
+    delta = 0.7 * torch.einsum("rs,rks,rok->ro", x[:, cols], A[expert], B[expert])
+    expected = torch.autograd.grad(delta, (A, B) if fold else (A, B, x), dy)
+    xs = x[:, cols].detach()
+    if fold:
+        y = ops.grouped_tap(torch.zeros_like(dy), xs, at, A, B, 0.7)
+    else:
+        y = ops.grouped_side(torch.zeros_like(dy), x, xs, at, cols, A, B, 0.7)
+        torch.testing.assert_close(y, delta)
+    torch.testing.assert_close(torch.autograd.grad(y, (A, B) if fold else (A, B, x), dy), expected)
