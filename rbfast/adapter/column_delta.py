@@ -212,7 +212,7 @@ class ColumnDelta(nn.Module):
         self.unhook()
         for hook in self._load_hooks:
             hook.remove()
-        del self.linear.__dict__[_DELTA]
+        del self.linear.__dict__[_DELTA], self.__dict__["keeper"]
         self._gather.members -= 1
 
     @torch.no_grad()

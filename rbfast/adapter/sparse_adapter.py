@@ -308,6 +308,8 @@ class SparseAdapter(nn.Module):
         for part in path:
             parent = parent._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
         parent._modules[leaf] = site
+        # Not as a submodule. Who keeps only the parameters may drop the adapter, and still every step has to fold.
+        site.__dict__["keeper"] = self
 
     def _values(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())

@@ -211,6 +211,7 @@ def test_copying_and_pickling_are_refused_with_the_way_out():
 def test_a_forgotten_adapter_and_its_model_are_collected():
     from torch.optim.optimizer import _global_optimizer_post_hooks
 
+    gc.collect()
     hooks = len(_global_optimizer_post_hooks)
     model = llama()
     adapter = attach(model)

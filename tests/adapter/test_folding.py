@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import sys
 import threading
 
@@ -119,6 +120,16 @@ def test_every_optimizer_step_is_folded_at_once(kind):
     before = snapshot(model)
     train(model, adapter, steps=2, optimizer=optimizer)
     assert is_folded(adapter) and not same_bits(snapshot(model), before)
+
+
+def test_a_step_is_folded_though_nobody_keeps_the_adapter():
+    model = llama()
+    optimizer = torch.optim.AdamW(attach(model).parameters(), lr=0.05)
+    gc.collect()
+    before = snapshot(model)
+    model(**batch()).loss.backward()
+    optimizer.step()
+    assert not same_bits(before, snapshot(model))
 
 
 def test_an_optimizer_in_the_backward_is_an_error_of_autograd():
