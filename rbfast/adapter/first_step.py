@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from rbfast.models.linears import whole
 from rbfast.models.weight_use import own_weight
 
 _STEPS = 2  # of the optimizer: the first shows which layers are idle, the second whether their weights are used
@@ -102,7 +103,7 @@ def _is_idle(site: Site) -> bool:
 
 def _reached(sites: Mapping[str, Site]) -> dict[str, bool]:
     """Which sites have a gradient other than 0; one wait for the device."""
-    found = {name: [x.grad for x in (site.A, site.B) if x.grad is not None] for name, site in sites.items()}
+    found = {name: [whole(x.grad) for x in (site.A, site.B) if x.grad is not None] for name, site in sites.items()}
     sizes: list[Tensor] = [
         torch.stack([grad.abs().amax() for grad in grads]).amax() for grads in found.values() if grads
     ]

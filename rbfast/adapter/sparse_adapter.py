@@ -43,6 +43,7 @@ from rbfast.models.linears import (
     named_modules,
     unfit,
     unwrapped,
+    whole,
     why_not_folded,
 )
 from rbfast.models.weight_use import own_weight
@@ -143,6 +144,7 @@ class SparseAdapter(nn.Module):
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes adapter_config.json and adapter_model.safetensors; a failure leaves nothing half-written.
 
+        If FSDP has sharded the adapter too, every process calls it, and export_lora, with a directory of its own.
         Raises ValueError, naming it, for a matrix whose A or B holds NaN or infinity; so do export_lora and merge.
         """
         adapter_files.write_adapter(directory, self.config, self._deltas())
@@ -315,7 +317,8 @@ class SparseAdapter(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def _deltas(self) -> dict[str, Delta]:
-        return {name: Delta(site.cols, site.A.detach(), site.B.detach()) for name, site in self.sites().items()}
+        sites = self.sites().items()
+        return {name: Delta(site.cols, whole(site.A.detach()), whole(site.B.detach())) for name, site in sites}
 
     def _require(self, state: str, verb: str) -> None:
         if self._state != state:

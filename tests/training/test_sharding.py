@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_models import attach, disturb, family, gpt2, llama
+from tiny_models import attach, disturb, family, gpt2, llama, train
 from tiny_tokenizers import byte_level
 from torch.distributed.fsdp import fully_shard
 
@@ -84,6 +84,20 @@ def test_an_adapter_of_a_sharded_model_is_saved_for_the_whole_one(group, tmp_pat
     shard(other)
     with pytest.raises(ValueError, match="differ from those"):
         SparseAdapter.from_pretrained(other, tmp_path / "sharded")
+
+
+def test_an_adapter_that_is_sharded_with_its_model_trains_and_is_saved_whole(group, tmp_path):
+    saved = []
+    for is_sharded_too in (False, True):
+        model = llama()
+        model.adapter = attach(model, mode="side")
+        if is_sharded_too:
+            fully_shard(model)
+        train(model, model.adapter)
+        model.adapter.export_lora(tmp_path / f"lora-{is_sharded_too}")
+        model.adapter.save_pretrained(tmp_path / f"{is_sharded_too}")
+        saved.append((tmp_path / f"{is_sharded_too}" / "adapter_model.safetensors").read_bytes())
+    assert saved[0] == saved[1]
 
 
 def test_the_command_line_shards_what_it_trains(group, tmp_path, monkeypatch):
