@@ -8,7 +8,7 @@ for a block, and so does `rbfast.evaluating(model)`, which all our decoding uses
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -94,6 +94,7 @@ class ColumnDelta(nn.Module):
         self._folded = self._stamp()  # after the last fold
         self._seen: _Stamp | None = None  # at the last forward, or after the fold since
         self.watch: BypassWatch | None = None
+        self._refused: tuple[str, Tensor] | None = None  # a weight that was not loaded, and why
         self._gather = gather
         gather.members += 1
         if fold:
@@ -275,7 +276,8 @@ class ColumnDelta(nn.Module):
     def _before_load(
         self, home: nn.Module, state: dict[str, Any], prefix: str, local: Any, strict: bool, *lists: list[str]
     ) -> None:
-        """Keeps a weight out that is neither the base's nor that with the delta: which part is the delta's?"""
+        """Keeps a weight out that is neither the base's nor that with the delta: which part is the delta's? The same
+        call may say so next, if the adapter is a part of the model (`_load_from_state_dict`)."""
         linear, key = self.linear, prefix + home_of(self.linear)[1]
         kept: Any = linear.weight
         weight, came = matrix_view(linear), state.get(key)
@@ -285,8 +287,21 @@ class ColumnDelta(nn.Module):
         columns = came.detach().mT if is_transposed(linear) else came.detach()
         columns = columns.to(weight.device, weight.dtype).index_select(-1, self.cols)
         if not self._is_known(columns):
-            lists[-1].append(f"{key}: " + _WRITTEN.format(kind=type(home).__name__))
+            refusal = f"{key}: " + _WRITTEN.format(kind=type(home).__name__)
+            lists[-1].append(refusal)
+            self._refused = refusal, came.detach()
             state[key] = kept.detach()
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Folds, and takes back the refusal of a weight that is the one with the delta just loaded."""
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        refused, self._refused = self._refused, None
+        if not (self.folds and self.enabled and self.attached):
+            return
+        self.fold()
+        weight: Any = self.linear.weight
+        if refused and refused[0] in args[-1] and torch.equal(refused[1].to(weight.device, weight.dtype), weight):
+            args[-1].remove(refused[0])
 
     def _after_load(self, home: nn.Module, incompatible: Any) -> None:
         if matrix_view(self.linear) is not None:

@@ -275,9 +275,7 @@ class SparseAdapter(nn.Module):
         """As of every module, and folds. Raises ValueError, before anything is written, for a state of other columns:
         their base values are not kept here. Raises RuntimeError for an adapter that is merged or detached."""
         self._require("attached", "load a state into")
-        result = super().load_state_dict(*args, **kwargs)
-        self.fold()
-        return result
+        return super().load_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Runs before the deltas load theirs, also as a part of another module."""

@@ -76,6 +76,21 @@ def test_base_weights_loaded_into_an_attached_model_keep_its_delta(make, assign)
     assert same_bits(snapshot(model), base)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_a_model_goes_back_to_a_state_that_holds_its_adapter_too(make, assign):
+    model = make()
+    model.adapter = attach(model)
+    disturb(model.adapter, seed=1)
+    expected, state = model(**batch()).logits, snapshot(model)
+    disturb(model.adapter, seed=2)
+    model.load_state_dict(state, assign=assign)
+    assert same_bits(snapshot(model), state) and torch.equal(model(**batch()).logits, expected)
+    name = next(iter(model.adapter.sites()))
+    with pytest.raises(RuntimeError, match=rf"{name}\.weight: the weight of a \w+ was changed"):
+        model.load_state_dict(state | {f"{name}.weight": state[f"{name}.weight"] + 0.5})
+
+
 def test_weights_of_another_base_are_refused_and_nothing_is_lost():
     model = llama()
     base = snapshot(model)
