@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rbfast.loss.fused_loss import FusedLoss
-from rbfast.loss.inputs import check_shapes, value_questions
+from rbfast.loss.inputs import check_logit_settings, check_shapes, value_questions
 from rbfast.loss.parameters import check_parameter
 from rbfast.loss.row_groups import take_known_rows, take_rows
 from rbfast.loss.solver import Job
@@ -82,8 +82,7 @@ class DistillLoss(nn.Module):
             raise ValueError(f"beta must be in [0, 1] (0 forward KL, 1 reverse KL, between: JS), got {beta}")
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-        if softcap is not None and not softcap > 0:
-            raise ValueError(f"softcap must be positive or None, got {softcap}")
+        check_logit_settings(logit_scale, softcap)
         if chunk_rows is not None and chunk_rows < 1:
             raise ValueError(f"chunk_rows must be at least 1 or None, got {chunk_rows}")
         if not 0 <= gradient_filter < 1:

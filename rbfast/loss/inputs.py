@@ -35,6 +35,14 @@ def check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | 
         check_device("head_bias", bias, hidden)
 
 
+def check_logit_settings(logit_scale: float, softcap: float | None, of: str = "") -> None:
+    """Raises for a scale or a softcap that makes no distribution."""
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap{of} must be positive and finite, or None, got {softcap}")
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"logit_scale{of} must be finite, got {logit_scale}")
+
+
 def check_device(name: str, x: Tensor, hidden: Tensor) -> None:
     """Raises if x is on another device than hidden. On meta, as an offloaded weight is, a product would do nothing and
     say nothing."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rbfast.loss.inputs import check_device
+from rbfast.loss.inputs import check_device, check_logit_settings
 from rbfast.loss.questions import Question, read_back
 from rbfast.ops.dtypes import wide_dtype
 
@@ -124,6 +124,14 @@ def _check_rows(rows: Tensor | None, count: int, hidden: Tensor) -> Tensor | Non
 
 
 def _check_dense(signal: Dense, student: Tensor) -> int:
+    check_logit_settings(signal.logit_scale, signal.softcap, " of Dense")
+    count, bias = _check_source(signal, student), signal.bias
+    if bias is not None and bias.shape != (signal.vocabulary,):
+        raise ValueError(f"the bias of Dense must be [V'] = [{signal.vocabulary}], got {list(bias.shape)}")
+    return count
+
+
+def _check_source(signal: Dense, student: Tensor) -> int:
     if signal.logits is not None:
         if signal.hidden is not None or signal.weight is not None or signal.logits.dim() != 2:
             raise ValueError("Dense takes logits [N, V'] or hidden [N, H'] with weight [V', H'], not both")

@@ -84,6 +84,12 @@ NAN, ROWS, ROW_3 = torch.full((5, 3), torch.nan), torch.tensor([0, 1]), torch.ar
         (lambda g: {"teacher": Dense()}, "Dense needs"),
         (lambda g: {"teacher": Dense(torch.randn(5, 4), torch.randn(11, 5))}, "Dense needs hidden"),
         (lambda g: {"teacher": Dense(torch.randn(5, 4), logits=torch.randn(5, 11))}, "not both"),
+        (
+            lambda g: {"teacher": Dense(logits=torch.randn(5, 11), bias=torch.ones(1))},
+            r"bias of Dense must be \[V'\] = \[11\]",
+        ),
+        (lambda g: {"teacher": Dense(logits=torch.randn(5, 11), softcap=0.0)}, "softcap of Dense must be positive"),
+        (lambda g: {"teacher": Dense(logits=torch.randn(5, 11), logit_scale=math.inf)}, "logit_scale of Dense must be"),
         (lambda g: {"teacher": Dense(torch.randn(5, 4).double(), torch.randn(11, 4))}, "float64"),
         (
             lambda g: {"head_weight": g["head_weight"].to("meta")},
@@ -110,7 +116,16 @@ def test_bad_input_is_refused_by_name(change, message):
 
 @pytest.mark.parametrize(
     "setting",
-    [{"beta": -0.1}, {"beta": 1.5}, {"reduction": "max"}, {"softcap": 0}, {"chunk_rows": 0}, {"gradient_filter": 1}],
+    [
+        {"beta": -0.1},
+        {"beta": 1.5},
+        {"reduction": "max"},
+        {"softcap": 0},
+        {"softcap": math.inf},
+        {"logit_scale": math.nan},
+        {"chunk_rows": 0},
+        {"gradient_filter": 1},
+    ],
 )
 def test_bad_settings_are_refused_by_name(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
