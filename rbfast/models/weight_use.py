@@ -42,6 +42,8 @@ def weight_use(module: nn.Module, shape: tuple[int, int]) -> WeightUse:
     weight = own_weight(module)
     if weight is None:
         return _use_of_computed(module)
+    if weight.dtype == torch.float64:
+        return WeightUse("unfit", "has a weight in float64, which no delta runs on: cast the model to float32")
     if not is_plain(weight):
         return TRANSPOSED if is_conv1d(module) else LINEAR
     if weight.dim() != 2:

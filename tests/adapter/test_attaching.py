@@ -365,6 +365,11 @@ def test_a_model_without_linears_is_refused():
         attach(nn.Embedding(3, 3))
 
 
+def test_a_model_in_fp64_is_refused():
+    with pytest.raises(ValueError, match=r"q_proj has a weight in float64.*cast the model to float32"):
+        attach(llama(torch.float64))
+
+
 def test_columns_are_random_unless_said_otherwise():
     adapter, same = SparseAdapter.attach(llama(), density=0.05), attach(llama(), density=0.05, placement="random")
     assert adapter.config.placement == "random"
