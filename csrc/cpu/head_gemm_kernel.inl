@@ -72,6 +72,10 @@ static inline Words load_words(const T* p) {
 
 // The words of a and b in turn: a0 b0 a1 b1 ... in low, high.
 static inline void interleave(Words a, Words b, Words& low, Words& high) {
+#if defined(__clang__)  // it lacks __builtin_shuffle, and compiles vectors of four alone
+  low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+  high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#else
   LaneBits first, second;
   for (int i = 0; i < kLanes; ++i) {
     first[i] = i / 2 + (i % 2) * kLanes;
@@ -79,6 +83,7 @@ static inline void interleave(Words a, Words b, Words& low, Words& high) {
   }
   low = __builtin_shuffle(a, b, first);
   high = __builtin_shuffle(a, b, second);
+#endif
 }
 
 // kLanes words of each of R outers, k contiguous: interleaving R vectors log2(R) times puts them in panel order.

@@ -11,6 +11,9 @@
 #include <string.h>
 
 #if defined(__x86_64__)
+#if defined(__clang__)
+#error "clang ignores #pragma GCC target, which the kernels for x86-64 need: build rbfast with GCC (CXX=g++)"
+#endif
 #pragma GCC diagnostic push  // GCC 12 warns about its own header (GCC bug 105593)
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"

@@ -1,10 +1,12 @@
-"""The native CPU ops for Arm, where their vectors are of four floats: compiled and linked by a cross compiler.
+"""The native CPU ops for Arm, where their vectors are of four floats: by GCC for Linux, and by clang for macOS.
 
-`apt-get install g++-aarch64-linux-gnu` brings it.
+`apt-get install g++-aarch64-linux-gnu` brings the one cross compiler, `pip install ziglang` the other.
 """
 
+import importlib.util
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,19 +29,31 @@ FLAGS = [
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
 
-def test_every_source_compiles_and_needs_no_kernel_of_x86(tmp_path: Path) -> None:
-    if shutil.which(COMPILER) is None:
-        pytest.skip(f"no {COMPILER}")
+def objects_of(folder: Path, *compiler: str) -> list[str]:
+    """Compiles every source into the folder."""
     headers = [f"-isystem{path}" for path in include_paths()]
     objects = []
     for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
-        objects.append(str(tmp_path / f"{source.stem}.o"))
-        command = [COMPILER, *FLAGS, STABLE_ABI, *headers, "-c", str(source), "-o", objects[-1]]
+        objects.append(str(folder / f"{source.stem}.o"))
+        command = [*compiler, *FLAGS, STABLE_ABI, *headers, "-c", str(source), "-o", objects[-1]]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
-    library = str(tmp_path / "_C.so")
+    return objects
+
+
+def test_every_source_compiles_and_needs_no_kernel_of_x86(tmp_path: Path) -> None:
+    if shutil.which(COMPILER) is None:
+        pytest.skip(f"no {COMPILER}")
+    objects, library = objects_of(tmp_path, COMPILER), str(tmp_path / "_C.so")
     subprocess.run([COMPILER, "-shared", "-Wl,--unresolved-symbols=ignore-all", *objects, "-o", library], check=True)
     lines = subprocess.run(
         ["nm", "-C", "-D", "--undefined-only", library], capture_output=True, text=True, check=True
     ).stdout.splitlines()
     assert lines and not [line for line in lines if "rbfast" in line]
+
+
+def test_every_source_compiles_for_macos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if importlib.util.find_spec("ziglang") is None:
+        pytest.skip("no ziglang")
+    monkeypatch.setenv("ZIG_GLOBAL_CACHE_DIR", str(tmp_path / "cache"))
+    objects_of(tmp_path, sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-macos")
