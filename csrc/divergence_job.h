@@ -57,10 +57,11 @@ class Arguments {
     job.rows = logits.size(0);
     job.vocabulary = logits.size(1);
     expect_plane("logits", logits);
+    expect_writable("divergence_rows_", "logits", logits);
     job.logits = mutable_data<float>(logits);
     job.logits_stride = logits.stride(0);
     if (dz) take_dz(*dz);
-    job.labels = data<int64_t>(dense("labels", labels, ScalarType::Long));
+    job.labels = data<int64_t>(of_rows("labels", labels, ScalarType::Long));
     job.kl_weight = parameter("kl_weight", kl_weight, kl_factor);
     job.ce_weight = parameter("ce_weight", ce_weight, ce_factor);
     job.temperature = parameter("temperature", temperature, temperature_factor);
@@ -82,8 +83,23 @@ class Arguments {
     job.dz_is_bf16 = dz.scalar_type() == ScalarType::BFloat16;
     expect(dz.size(1) == job.vocabulary && (job.dz_is_bf16 || dz.scalar_type() == ScalarType::Float),
            "divergence_rows_: dz must be float32 or bfloat16, of the shape of logits");
+    expect_writable("divergence_rows_", "dz", dz);
     job.dz = dz.mutable_data_ptr();
     job.dz_stride = dz.stride(0);
+    expect_rows_apart();
+  }
+
+  // A gradient over the logits must have each row in the memory of its own logits.
+  void expect_rows_apart() const {
+    if (job.rows == 0) return;
+    const int64_t bytes = job.dz_is_bf16 ? 2 : 4;
+    const char *z = reinterpret_cast<const char*>(job.logits), *dz = static_cast<const char*>(job.dz);
+    const char* z_end = z + ((job.rows - 1) * job.logits_stride + job.vocabulary) * 4;
+    const char* dz_end = dz + ((job.rows - 1) * job.dz_stride + job.vocabulary) * bytes;
+    const bool is_apart = dz_end <= z || z_end <= dz;
+    const bool is_same = dz == z && (job.rows < 2 || job.dz_stride * bytes == job.logits_stride * 4);
+    expect(is_apart || is_same, "divergence_rows_: dz overlaps logits in another way than row by row from the same ",
+           "address; give it memory of its own, or logits.view(dz.dtype)[:, :V]");
   }
 
   void take_top_k(const Tensor& ids, const Tensor& logprobs) {
@@ -112,7 +128,12 @@ class Arguments {
   }
 
   Parameter parameter(const char* name, const std::optional<Tensor>& values, double factor) {
-    return {values ? data<float>(dense(name, *values, ScalarType::Float)) : nullptr, factor};
+    return {values ? data<float>(of_rows(name, *values, ScalarType::Float)) : nullptr, factor};
+  }
+
+  Tensor of_rows(const char* name, const Tensor& x, ScalarType type) {
+    expect(x.dim() == 1, "divergence_rows_: ", name, " must have 1 dimension, got ", x.dim());
+    return dense(name, x, type);
   }
 
   Tensor dense(const char* name, const Tensor& x, ScalarType type) {

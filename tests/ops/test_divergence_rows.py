@@ -137,6 +137,8 @@ def test_wrong_arguments_are_named():
     for change, message in (
         ({"labels": rows.labels + 37}, r"labels must be in \[0, 37\)"),
         ({"labels": rows.labels.int()}, "labels must be Long"),
+        ({"labels": rows.labels.new_empty(9, 0)}, "labels must have 1 dimension, got 2"),
+        ({"temperature": torch.ones(9, 2)}, "temperature must have 1 dimension, got 2"),
         ({"kl_weight": rows.kl_weight[:4]}, "kl_weight must be Float with one entry per row"),
         ({"ids": rows.ids + 37}, r"ids must be in \[-1, 37\)"),
         ({"bias": torch.zeros(36)}, r"bias must be float32 \[37\]"),
@@ -146,6 +148,11 @@ def test_wrong_arguments_are_named():
             replace(rows, **change).run()
     with pytest.raises(RuntimeError, match="dz must be float32 or bfloat16"):
         rows.run(dz=torch.zeros(9, 36))
+    with pytest.raises(RuntimeError, match="dz is expanded: clone it"):
+        rows.run(dz=torch.zeros(1, 37).expand(9, 37))
+    memory = torch.zeros(10, 37)
+    with pytest.raises(RuntimeError, match="dz overlaps logits in another way than row by row"):
+        ops.divergence_rows_(memory[:9], memory[1:], *rows.signals())
 
 
 def test_no_rows():
