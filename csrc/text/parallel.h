@@ -4,13 +4,14 @@
 #include <algorithm>
 #include <cstdint>
 #include <exception>
+#include <system_error>
 #include <thread>
 #include <vector>
 
 namespace rbfast {
 
-// Calls f(part, first, last) for `parts` consecutive runs of [0, total), each in its own thread; rethrows what one
-// threw.
+// Calls f(part, first, last) for `parts` consecutive runs of [0, total), each in its own thread, or in this one where
+// the system has no more; rethrows what one threw.
 template <typename F>
 void parallel_parts(int64_t total, int64_t parts, const F& f) {
   std::vector<std::exception_ptr> errors(parts);
@@ -22,7 +23,13 @@ void parallel_parts(int64_t total, int64_t parts, const F& f) {
     }
   };
   std::vector<std::thread> threads;
-  for (int64_t part = 1; part < parts; ++part) threads.emplace_back(guarded, part);
+  for (int64_t part = 1; part < parts; ++part) {
+    try {
+      threads.emplace_back(guarded, part);
+    } catch (const std::system_error&) {
+      guarded(part);
+    }
+  }
   guarded(0);
   for (auto& thread : threads) thread.join();
   for (const auto& error : errors)

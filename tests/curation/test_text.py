@@ -291,3 +291,17 @@ def test_the_reference_serves_where_nothing_is_built() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["reference", "[2]"], done.stderr
+
+
+def test_a_system_without_another_thread_is_served_by_one(native) -> None:
+    code = (
+        "import resource\n"
+        "from rbfast.curation import text\n"
+        "packed = text.pack(['a b c', 'd e f'])\n"
+        "expected = text.shingles(packed, 1)[0].values.tolist()\n"
+        "room = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + 2**22\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (room, room))\n"  # a thread's stack takes more
+        "print(text.shingles(packed, 1, threads=8)[0].values.tolist() == expected)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["True"], done.stderr
