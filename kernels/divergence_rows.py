@@ -301,7 +301,7 @@ def divergence_rows_(
     block = min(max(64, triton.next_power_of_2(V)), widest)
     options = {"num_warps": 8 if block == widest else 4}
     if teacher is not None and (ids is None or logprobs is None):
-        _per_row("teacher", teacher, T, torch.float32)
+        _per_row("teacher", teacher, T, torch.float32, 2)
         _check_plane("teacher", teacher, T)
         rows = (logits, dz, labels, *parameters, teacher, bias, values, ces, V, min(V, teacher.shape[1]))
         _launch(dense_rows_kernel, (T,), *rows, *strides, teacher.stride(0), *head, block, **options)
@@ -318,15 +318,15 @@ def divergence_rows_(
 
 
 def _top_k(ids: Tensor, logprobs: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    ids, logprobs = _per_row("ids", ids, rows, torch.int64), _per_row("logprobs", logprobs, rows, torch.float32)
-    if ids.dim() != 2 or ids.shape != logprobs.shape:
+    ids, logprobs = _per_row("ids", ids, rows, torch.int64, 2), _per_row("logprobs", logprobs, rows, torch.float32, 2)
+    if ids.shape != logprobs.shape:
         raise ValueError(f"divergence_rows_: ids and logprobs must both be [T, k], got {ids.shape, logprobs.shape}")
     return ids.contiguous(), logprobs.contiguous()
 
 
-def _per_row(name: str, x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-    if x.dtype != dtype or x.dim() == 0 or len(x) != rows:
-        wanted = f"{dtype} with one entry per row of logits ({rows})"
+def _per_row(name: str, x: Tensor, rows: int, dtype: torch.dtype, dims: int = 1) -> Tensor:
+    if x.dtype != dtype or x.dim() != dims or len(x) != rows:
+        wanted = f"{dtype} with one entry per row of logits ({rows}) and dim() == {dims}"
         raise ValueError(f"divergence_rows_: {name} must be {wanted}, got {x.dtype} {list(x.shape)}")
     return x
 

@@ -344,6 +344,7 @@ def test_wrong_rows_are_named():
     for change, message in (
         ({"labels": rows.labels.int()}, "labels must be torch.int64"),
         ({"kl_weight": rows.kl_weight[:4]}, "kl_weight must be torch.float32 with one entry per row"),
+        ({"labels": rows.labels.new_empty(9, 0)}, "labels must be torch.int64 with one entry per row"),
         ({"bias": torch.zeros(36)}, r"bias must be float32 \[37\]"),
         ({"logits": rows.logits.double()}, "logits must be float32"),
     ):
