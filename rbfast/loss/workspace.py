@@ -8,7 +8,7 @@ A GPU's memory is kept by torch's own allocator, and so are small pieces of a CP
 import torch
 from torch import Tensor
 
-KEPT_FROM = 2**25  # bytes; the C library keeps less than that itself
+KEPT_FROM = 2**20  # bytes; the C library may give so much back to the system after every call
 MOST_KEPT = 2**29
 
 _kept: list[Tensor] = []  # one piece of memory, or none while a call uses it
