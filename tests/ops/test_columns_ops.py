@@ -323,7 +323,8 @@ def test_an_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(name: str) -> None:
     d = make((65, 90, 77, 33, 2), torch.bfloat16)
-    torch.library.opcheck(getattr(torch.ops.rbfast, name).default, arguments(name, d))
+    for layout in (torch.clone, lambda t: t.T.contiguous().T):
+        torch.library.opcheck(getattr(torch.ops.rbfast, name).default, arguments(name, d.map(layout)))
 
 
 @pytest.mark.parametrize("name", OPS)
