@@ -11,8 +11,8 @@
 #include <string.h>
 
 #if defined(__x86_64__)
-#if defined(__clang__)
-#error "clang ignores #pragma GCC target, which the kernels for x86-64 need: build rbfast with GCC (CXX=g++)"
+#if __GNUC__ < 11  // as clang says too, which ignores #pragma GCC target
+#error "for x86-64 rbfast is built by GCC 11 or later: set CXX to its g++"
 #endif
 #pragma GCC diagnostic push  // GCC 12 warns about its own header (GCC bug 105593)
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -46,35 +46,55 @@ struct F16 {
   uint16_t bits;
 };
 
-static inline float load(const F32* p) { return p->bits; }
-static inline float load(const BF16* p) {
-  const uint32_t wide = static_cast<uint32_t>(p->bits) << 16;
+static inline float float_of(uint32_t bits) {
   float value;
-  memcpy(&value, &wide, 4);
+  memcpy(&value, &bits, 4);
   return value;
 }
-#if defined(__aarch64__)
-typedef __fp16 Float16;  // GCC 12 has _Float16 for C alone there
-#else
-typedef _Float16 Float16;
-#endif
-static inline float load(const F16* p) {
-  Float16 half;
-  memcpy(&half, p, 2);
-  return static_cast<float>(half);
+static inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return bits;
 }
 
+static inline float load(const F32* p) { return p->bits; }
+static inline float load(const BF16* p) { return float_of(static_cast<uint32_t>(p->bits) << 16); }
+static inline float load(const F16* p) {
+#if RBFAST_LANES > 4
+  return _cvtsh_ss(p->bits);
+#elif defined(__aarch64__)
+  __fp16 half;
+  memcpy(&half, p, 2);
+  return half;
+#else  // no _Float16: GCC 11 has it for C alone
+  const uint32_t size = p->bits & 0x7fff, sign = (p->bits & 0x8000u) << 16;
+  // The last place of 0.5 is 2^-24, as that of a subnormal.
+  if (size < 0x400) return float_of(sign | bits_of(float_of(size | 0x3f000000) - 0.5f));
+  return float_of(sign | (size < 0x7c00 ? (size << 13) + 0x38000000 : size << 13 | 0x7f800000));
+#endif
+}
+
+// All round to nearest even.
 static inline void store(F32* p, float value) { p->bits = value; }
 static inline void store(BF16* p, float value) {
-  uint32_t wide;
-  memcpy(&wide, &value, 4);
-  // Round to nearest even; a NaN keeps its sign and becomes quiet.
+  const uint32_t wide = bits_of(value);
+  // A NaN keeps its sign and becomes quiet.
   p->bits = value != value ? static_cast<uint16_t>((wide >> 16) | 0x40)
                            : static_cast<uint16_t>((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
 }
 static inline void store(F16* p, float value) {
-  const Float16 half = static_cast<Float16>(value);
+#if RBFAST_LANES > 4
+  p->bits = _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__aarch64__)
+  const __fp16 half = static_cast<__fp16>(value);
   memcpy(p, &half, 2);
+#else
+  const uint32_t wide = bits_of(value), sign = wide >> 16 & 0x8000, size = wide & 0x7fffffff;
+  uint32_t half = (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13;
+  if (size < 0x38800000) half = bits_of(float_of(size) + 0.5f) - 0x3f000000;
+  if (size >= 0x477ff000) half = size > 0x7f800000 ? 0x7e00 : 0x7c00;
+  p->bits = static_cast<uint16_t>(sign | half);
+#endif
 }
 
 static constexpr int kLanes = RBFAST_LANES;

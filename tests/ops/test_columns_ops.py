@@ -207,6 +207,14 @@ def test_fold_rounds_every_float_as_torch_does(dtype: torch.dtype) -> None:
     assert_same((weight,), (values.to(dtype),))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_a_fold_reads_every_value_of_16_bits_as_torch_does(dtype: torch.dtype) -> None:
+    base = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)[None]
+    weight, every = torch.zeros_like(base), torch.arange(2**16)
+    ops.column_fold_(weight, base, every, torch.zeros(1, 2**16), torch.ones(1, 1), 1.0)
+    assert_same((weight,), (base,))
+
+
 @pytest.mark.parametrize("name", IN_RUNS)
 @pytest.mark.parametrize("run_length", RUNS)
 @pytest.mark.parametrize("dtype", DTYPES)

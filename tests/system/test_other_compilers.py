@@ -1,6 +1,7 @@
-"""The native CPU ops for Arm, where their vectors are of four floats: by GCC for Linux, and by clang for macOS.
+"""The native CPU ops by compilers that others have: the oldest GCC for x86-64, and GCC for Linux and clang for macOS on
+Arm, where their vectors are of four floats.
 
-`apt-get install g++-aarch64-linux-gnu` brings the one cross compiler, `pip install ziglang` the other.
+`apt-get install g++-11 g++-aarch64-linux-gnu` and `pip install ziglang` bring them.
 """
 
 import importlib.util
@@ -50,6 +51,12 @@ def test_every_source_compiles_and_needs_no_kernel_of_x86(tmp_path: Path) -> Non
         ["nm", "-C", "-D", "--undefined-only", library], capture_output=True, text=True, check=True
     ).stdout.splitlines()
     assert lines and not [line for line in lines if "rbfast" in line]
+
+
+def test_every_source_compiles_by_the_oldest_gcc(tmp_path: Path) -> None:
+    if shutil.which("g++-11") is None:
+        pytest.skip("no g++-11")
+    objects_of(tmp_path, "g++-11")
 
 
 def test_every_source_compiles_for_macos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
