@@ -12,7 +12,7 @@ The deltas of a stack of E experts share their columns: A is [E, k, s], B [E, ou
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from rbfast.models.linears import dtype_name, fingerprint, matrix_shape
 from rbfast.models.names import hub_id_of
 from rbfast.models.weight_use import own_weight
 from rbfast.utils.files import replacing, write_text
-from rbfast.utils.records import from_json
+from rbfast.utils.records import from_json, to_json
 from rbfast.utils.sealed import check_seal, seal
 
 FORMAT = "rbfast-columns"
@@ -89,7 +89,8 @@ def write_adapter(directory: str | Path, config: AdapterConfig, deltas: Mapping[
     for name, delta in deltas.items():
         for key in ("cols", "A", "B"):
             tensors[f"{name}.{key}"] = getattr(delta, key).detach().cpu().contiguous()
-    header = {"format": FORMAT, "version": VERSION} | asdict(config)
+    header = {"format": FORMAT, "version": VERSION} | to_json(config)
+    header["modules"] = {name: to_json(info) for name, info in config.modules.items()}
     _write_pair(directory, header, tensors)
 
 

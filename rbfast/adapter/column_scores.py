@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -29,7 +29,7 @@ from rbfast.models.names import name_of
 from rbfast.models.weight_use import input_of
 from rbfast.ops import reference
 from rbfast.utils.files import replacing
-from rbfast.utils.records import from_json
+from rbfast.utils.records import from_json, to_json
 from rbfast.utils.sealed import check_seal, seal
 
 FORMAT = "rbfast-scores"
@@ -62,7 +62,7 @@ class ColumnScores:
         """Writes one safetensors file, to a temporary name and then renamed."""
         header = {"format": FORMAT, "version": VERSION, "method": self.method, "batches": self.batches}
         header |= {"base_model_name_or_path": self.base_model_name_or_path}
-        header |= {"matrices": {name: asdict(shape) for name, shape in self.shapes.items()}}
+        header |= {"matrices": {name: to_json(shape) for name, shape in self.shapes.items()}}
         tensors = {f"{name}.columns": column for name, column in self.columns.items()}
         with replacing(path) as file:
             file.write(seal(save_tensors(tensors, metadata={"rbfast": json.dumps(header)})))

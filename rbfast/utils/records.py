@@ -29,6 +29,12 @@ def from_json(cls: type, entry: object, where: str) -> Any:
     return cls(**values)
 
 
+def to_json(record: Any) -> dict[str, Any]:
+    """What `from_json` reads: the fields of a flat dataclass, without those that are at their defaults."""
+    values = {field: getattr(record, field.name) for field in fields(record)}
+    return {field.name: value for field, value in values.items() if value != field.default}
+
+
 def check_numbers(config: Any) -> None:
     """Raises TypeError for a field of a dataclass that is a number by its annotation, but holds something else. Numbers
     of NumPy become Python's, which JSON knows."""
