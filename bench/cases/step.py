@@ -1,7 +1,10 @@
-"""Forward, backward and optimizer's step of four Qwen2.5-7B-shaped layers: frozen, adapted, with PEFT's LoRA; on a GPU.
+"""Forward, backward and optimizer's step, frozen, adapted and with PEFT's LoRA: of four Qwen2.5-7B-shaped layers on a
+GPU, and of a mixture of experts.
 
 Frozen means frozen weights and inputs that require grad, so that dX flows through every layer: what any adapter needs.
 """
+
+from collections.abc import Callable, Iterable
 
 import torch
 from harness import Step, absent
@@ -9,7 +12,7 @@ from registry import Bar, Case, Contest, Place
 from torch import Tensor, nn
 
 from cases.fold import density
-from cases.models import lora, qwen
+from cases.models import lora, mixture, qwen
 from rbfast.adapter.sparse_adapter import SparseAdapter
 
 
@@ -33,28 +36,39 @@ def make(place: Place) -> Contest:
     def model() -> nn.Module:
         return qwen("7B", place, num_hidden_layers=place.size(4, 1), vocab_size=512)
 
-    frozen, adapted = model(), model()
+    return contest(place, f"step of four 7B-shaped layers, T={T}", model, T, 8, (Bar("rbfast / frozen", "<=", 1.08),))
+
+
+def make_mixture(place: Place) -> Contest:
+    T = place.size(4096 if place.device == "cuda" else 1024, 32)
+    experts = mixture(place).config.num_experts
+    return contest(place, f"step of a mixture of {experts} experts, T={T}", lambda: mixture(place), T, 1)
+
+
+def contest(
+    place: Place, title: str, model: Callable[[], nn.Module], T: int, rank: int, bars: tuple[Bar, ...] = ()
+) -> Contest:
+    """Everybody with a model of his own; LoRA has this rank."""
+    frozen, adapted, with_lora, peer = model(), model(), model(), f"LoRA r={rank}"
     adapter = SparseAdapter.attach(adapted, placement="random", **density(place))
-    width = frozen.config.hidden_size
-    inputs = place.draw(1, T, width).requires_grad_()
-    steps = {
-        "frozen": train(frozen, [], inputs),
-        "rbfast": train(adapted, list(adapter.parameters()), inputs),
-    }
-    with_lora = model()
-    try:
-        steps["LoRA r=8"] = train(with_lora, lora(with_lora, 8), inputs)
-    except ImportError as error:
-        steps["LoRA r=8"] = absent(error)
-    values = sum(parameter.numel() for parameter in adapter.parameters())
+    inputs = place.draw(1, T, frozen.config.hidden_size).requires_grad_()
+    ours = list(adapter.parameters())
+    steps = {"frozen": train(frozen, [], inputs), "rbfast": train(adapted, ours, inputs)}
     supports = sorted({m.columns for m in adapter.summary()})
-    return Contest(
-        f"step of four 7B-shaped layers, T={T}",
-        steps,
-        (Bar("rbfast / frozen", "<=", 1.08), Bar("LoRA r=8 / rbfast", ">=", 1.0)),
-        rounds=7,
-        notes={"rbfast": f"{values:,} values, supports {supports[0]} to {supports[-1]}"},
-    )
+    notes = {"rbfast": f"{_values(ours):,} values, supports {supports[0]} to {supports[-1]}"}
+    try:
+        theirs = lora(with_lora, rank)
+        steps[peer], notes[peer] = train(with_lora, theirs, inputs), f"{_values(theirs):,} values"
+    except ImportError as error:
+        steps[peer] = absent(error)
+    return Contest(title, steps, (*bars, Bar(f"{peer} / rbfast", ">=", 1.0)), rounds=7, notes=notes)
 
 
-CASES = [Case("step", "four 7B-shaped layers", make, ("cuda",))]
+def _values(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+CASES = [
+    Case("step", "four 7B-shaped layers", make, ("cuda",)),
+    Case("step", "a mixture of experts", make_mixture),
+]
