@@ -46,13 +46,13 @@ def add_convert(sub: argparse.ArgumentParser) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> int:
-    from rbfast.data.readers import TraceReader, write_traces
+    from rbfast.data.readers import TraceReader, record_of, write_records
 
     reader = TraceReader(args.source, options=format_options(args), skip=True, patience=None)
     unreadable = args.out.with_suffix(".unreadable.jsonl")
-    traces = iter(reader)
-    first = next(traces, None)
-    count = 0 if first is None else write_traces(args.out, chain([first], traces))  # nothing takes no file's place
+    records = (record_of(trace, row) for trace, row in reader.with_rows())
+    first = next(records, None)
+    count = 0 if first is None else write_records(args.out, chain([first], records))  # nothing takes no file's place
     unreadable.unlink(missing_ok=True)  # of an earlier call
     if reader.unreadable:
         reader.list_unreadable(unreadable)

@@ -30,7 +30,7 @@ from rbfast.curation.quality import proxy_difficulty
 from rbfast.curation.selection import quotas, represent, shortlist
 from rbfast.curation.text_reference import mix
 from rbfast.data.formats import AUTO, FormatOptions
-from rbfast.data.readers import read_rows
+from rbfast.data.readers import read_rows, record_of
 from rbfast.data.trace import Trace
 from rbfast.utils.files import check_output, replacing
 from rbfast.utils.progress import counting
@@ -340,7 +340,7 @@ def _write(
                 break
             item = next(items) if flaws[rows - 1] is None else None
             if item is not None and item in selected:
-                _write_line(kept, _finished(row, where, float(difficulty[item])).to_dict())
+                _write_line(kept, record_of(_finished(row, where, float(difficulty[item])), row))
             else:
                 record = ledger.record(rows - 1, item, wheres)
                 graded = _graded(row) if record["stage"] == "score" else {}

@@ -7,14 +7,15 @@ traces = read_traces("pool.jsonl", on_error="skip", unreadable="pool.unreadable.
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from rbfast.data import hub
+from rbfast.data.answers import as_text
 from rbfast.data.formats import AUTO, FormatOptions, interpret
-from rbfast.data.replies import cut_by_server
+from rbfast.data.replies import END_FIELDS, cut_by_server
 from rbfast.data.row_files import is_file_of_rows, rows_of_path
 from rbfast.data.trace import Trace, TraceError
 from rbfast.utils.files import replacing, write_text
@@ -80,6 +81,10 @@ class TraceReader:
         self._rows = _rows(source, split, streaming, lenient=skip)
 
     def __iter__(self) -> Iterator[Trace]:
+        return (trace for trace, _ in self.with_rows())
+
+    def with_rows(self) -> Iterator[tuple[Trace, Mapping[str, Any]]]:
+        """Each trace, and the row that `interpret` made of it."""
         for where, row in self._rows:
             try:
                 name, traces = _traces_of(row, self.options)
@@ -133,13 +138,13 @@ def _rows_in_words(count: int) -> str:
     return f"{count:,} row{'' if count == 1 else 's'}"
 
 
-def _traces_of(row: Any, options: FormatOptions) -> tuple[str, list[Trace]]:
+def _traces_of(row: Any, options: FormatOptions) -> tuple[str, list[tuple[Trace, Mapping[str, Any]]]]:
     if isinstance(row, TraceError):
         raise row
     found = interpret(row, options)
     if reason := next(filter(None, map(cut_by_server, found.rows)), None):
         raise TraceError(f"{reason}; leave it out")
-    return found.name, [Trace.from_dict(fields) for fields in found.rows]
+    return found.name, [(Trace.from_dict(fields), fields) for fields in found.rows]
 
 
 def read_rows(source: str | Path, *, split: str = "train") -> Iterator[tuple[str, Any]]:
@@ -189,12 +194,25 @@ def _rows_hub(dataset: hub.HubDataset, streaming: bool) -> Iterator[tuple[str, A
         yield f"{dataset}: row {number}", row
 
 
+def record_of(trace: Trace, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The trace as JSON writes it, and what curation reads in its row besides: the right answer, and whether the text
+    came to its end."""
+    said = {name: row.get(name) for name in ("reference", "finished", *END_FIELDS)}
+    plain = {name: value if isinstance(value, bool) else as_text(value) for name, value in said.items()}
+    return trace.to_dict() | {name: value for name, value in plain.items() if value is not None}
+
+
 def write_traces(path: str | Path, traces: Iterable[Trace]) -> int:
+    """`write_records` of traces."""
+    return write_records(path, (trace.to_dict() for trace in traces))
+
+
+def write_records(path: str | Path, records: Iterable[Mapping[str, Any]]) -> int:
     """Write JSONL, whole or not at all: a temporary file in the same folder takes the name at the end. Returns how many
-    traces there were."""
+    records there were."""
     count = 0
     with replacing(path, "w") as file:
-        for trace in traces:
-            file.write(json.dumps(trace.to_dict(), ensure_ascii=False, allow_nan=False) + "\n")
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
             count += 1
     return count

@@ -22,7 +22,7 @@ from typing import Any
 from rbfast.data import hub
 from rbfast.data.answers import extract_answer, known_answer
 from rbfast.data.formats import AUTO, FormatOptions, question_of
-from rbfast.data.readers import read_rows, write_traces
+from rbfast.data.readers import read_rows, record_of, write_records
 from rbfast.data.replies import split_reply
 from rbfast.data.row_files import is_path_of_rows
 from rbfast.data.trace import Trace, TraceError
@@ -225,7 +225,7 @@ def _collect(jobs: Sequence[Job], store: ReplyStore, reason: str | None, out: Pa
     why = reason if missing else None
     first = failed[0]["reason"] if failed else None
     taught = Taught(traces, used, len(failed), missing, why, purse.read, purse.written, purse.cost, first)
-    write_traces(out / TRACES, traces)
+    write_records(out / TRACES, map(record_of, traces, used))
     write_text(out / FAILED, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in failed))
     write_text(out / SUMMARY, json.dumps(taught.summary(), indent=1))
     return taught

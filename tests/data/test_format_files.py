@@ -83,6 +83,23 @@ def test_convert_lists_what_it_could_not_read_and_goes_on(mixed: Path, capsys: p
     assert "nothing written to" in capsys.readouterr().out and len(list(read_traces(out))) == 1  # of the call before
 
 
+def test_what_convert_and_curate_wrote_is_curated_as_its_source_is(tmp_path: Path) -> None:
+    steps = "".join(f"They add {n} more boxes to the pile.\n" for n in range(1, 5))
+    rows = [
+        {"question": QUESTION, "answer": f"{steps}So they have 10 boxes in\n#### 10"},  # the mark says that it is whole
+        {"prompt": "What is 2 + 2?", "completion": r"Two and two make 5. It is \boxed{5}", "answer": "4"},
+        {"prompt": "What is 3 + 3?", "completion": r"Three and three make 6. It is \boxed{6}", "answer": "6"},
+    ]
+    path = tmp_path / "theirs.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert main(["convert", str(path), "-o", str(tmp_path / "pool.jsonl")]) == 0
+    chosen = [tmp_path / "0" / "reason1k.jsonl", tmp_path / "1" / "reason1k.jsonl"]
+    for number, pool in enumerate([path, tmp_path / "pool.jsonl", *chosen]):
+        verdicts = curate([pool], tmp_path / str(number)).datasheet["verified"]
+        assert [verdicts[name]["before"] for name in ("right", "wrong", "unverified")] == [1, int(number < 2), 1]
+        assert [verdicts[name]["after"] for name in ("right", "wrong", "unverified")] == [1, 0, 1]
+
+
 def test_datasets_makes_lists_of_spans(tmp_path: Path) -> None:
     spans = {"start": [0, 9], "end": [9, 23], "role": ["strategic", "tactical"]}
     listed = [[0, 9, "strategic"], [9, 23, "tactical"]]
