@@ -54,6 +54,9 @@ _TRITON_MODULES = {
     "column_linear_": "columns",
     "column_scatter_": "columns",
     "column_fold_": "columns",
+    "grouped_column_grad": "grouped_columns",
+    "grouped_column_linear_": "grouped_columns",
+    "grouped_column_scatter_": "grouped_columns",
     "divergence_rows_": "divergence_rows",
     "scaled_": "scale",
 }
@@ -378,8 +381,6 @@ def _on_cpu(name: str) -> str:
 
 
 def _on_gpu(name: str) -> str:
-    if name.startswith("grouped_column_"):  # a call of the op for each expert
-        return _on_gpu(name.removeprefix("grouped_"))
     if name == "grouped_linear":
         return "torch.nn.functional.grouped_mm"
     if name == "row_thresholds":
@@ -388,6 +389,8 @@ def _on_gpu(name: str) -> str:
         return _on_gpu("column_fold_")
     if name in _IN_TRITON:
         return f"triton ({importlib.metadata.version('triton')})"
+    if name.startswith("grouped_column_"):  # a call of the op for each expert
+        return _on_gpu(name.removeprefix("grouped_"))
     if name in _PRODUCTS:
         return "reference (ROCm has no products with fp32 output)" if torch.version.hip else "torch.mm, fp32 output"
     return "CUDA C++" if _has_kernel(name, "CUDA") else "reference (neither _C_cuda nor triton is installed)"

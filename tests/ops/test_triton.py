@@ -39,9 +39,9 @@ from row_cases import (
     without_values,
 )
 from row_cases import make as make_rows
-from triton_cases import DEVICE, INTERPRETED, OnDevice, assert_within_budget, here, on_device, run_triton
+from triton_cases import DEVICE, INTERPRETED, OnDevice, assert_below, assert_within_budget, here, on_device, run_triton
 
-from rbfast.kernels import columns, divergence_rows, scale
+from rbfast.kernels import columns, divergence_rows, grouped_columns, scale
 from rbfast.ops import reference, registry
 
 pytestmark = pytest.mark.slow
@@ -52,6 +52,7 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reas
 BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.skipif(INTERPRETED, reason="the interpreter's bf16 is wrong"))
 DTYPES = (torch.float32, torch.float16, BF16)
 BETAS = (0.0, 0.3, 1.0)
+GROUPED = ("grouped_column_grad", "grouped_column_linear_", "grouped_column_scatter_")
 # T, in, out, s, k: sizes below one block, several blocks and groups of tokens, several blocks of rank.
 SHAPES = ((1, 1, 1, 1, 1), (65, 90, 77, 33, 3), (270, 40, 2100, 17, 4), (37, 80, 50, 80, 37), (600, 20, 140, 9, 2))
 
@@ -91,12 +92,13 @@ def test_a_gpu_build_of_torch_gets_triton_and_the_rest_the_reference() -> None:
         return tuple(json.loads(done.stdout))
 
     found, imported = ask()
-    assert all(found[name].startswith("triton (") for name in (*OPS, "divergence_rows_", "scaled_"))
+    assert all(found[name].startswith("triton (") for name in (*OPS, *GROUPED, "divergence_rows_", "scaled_"))
     assert not imported  # it is by the first call
     assert set(ask("triton")[0].values()) == {
         "reference (neither _C_cuda nor triton is installed)",
         "reference (a filter saves a GPU nothing)",
         "torch.mm, fp32 output",
+        "torch.nn.functional.grouped_mm",
     }
 
 
@@ -189,6 +191,73 @@ def test_bad_columns(name, change, message):
     d = make((5, 90, 77, 33, 2), torch.float32)
     with pytest.raises(ValueError, match=message):
         run_triton(name, replace(d, **change(d)))
+
+
+# ---- the ops of stacked experts ----
+
+
+@here
+@pytest.mark.parametrize("name", GROUPED)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shares", ((0, 1, 2, 3), (5, 0, 0, 5)))
+def test_experts_match_fp64(name, dtype, shape, shares):
+    """The rows are parted among the experts in these proportions."""
+    d = make(shape, dtype)
+    rows = len(d.x)
+    counts = [share * rows // sum(shares) for share in shares]
+    counts[-1] += rows - sum(counts)
+    A, B = (torch.stack([(1 + e) * part for e in range(4)]) for part in (d.A, d.B))
+    ends = torch.tensor(counts).cumsum(0)
+
+    def run_all(to):
+        y, dx, dy, xs, a, b = (to(t) for t in (d.y.clone(), d.dx.clone(), d.dy, d.xs, A, B))
+        if name == "grouped_column_grad":
+            return grouped_columns.grouped_column_grad(dy, xs, to(ends), a, b, d.scale)
+        if name == "grouped_column_linear_":
+            grouped_columns.grouped_column_linear_(y, xs, to(ends), a, b, d.scale)
+            return (y,)
+        grouped_columns.grouped_column_scatter_(dx, dy, to(ends), to(d.cols), a, b, d.scale)
+        return (dx,)
+
+    def run_each(wide):
+        found = []
+        for expert, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+            one = d.map(lambda t, start=start, end=end: t[start:end] if len(t) == rows else t)
+            one = replace(one, A=A[expert], B=B[expert], weight=d.weight).map(wide)
+            found.append(run_columns(name.removeprefix("grouped_"), one, reference))
+        join = torch.stack if name == "grouped_column_grad" else torch.cat
+        return [join(parts) for parts in zip(*found, strict=True)]
+
+    ours = [result.cpu() for result in run_all(lambda t: t.to(DEVICE))]
+    for result, plain, truth in zip(ours, run_each(lambda t: t), run_each(Tensor.double), strict=True):
+        assert result.dtype == plain.dtype and result.shape == plain.shape
+        eps, size = torch.finfo(result.dtype).eps, truth.abs().amax() if truth.numel() else 0.0
+        assert_below(
+            name, (result - truth).abs(), 2 * (plain - truth).abs() + eps / 2 * truth.abs() + 64 * EPS32 * size
+        )
+
+
+@here
+def test_experts_without_rows_have_a_gradient_of_zero():
+    d = make((0, 90, 77, 33, 2), torch.float32)
+    A, B, ends = d.A.expand(3, -1, -1), d.B.expand(3, -1, -1), torch.zeros(3, dtype=torch.int64)
+    given = [t.to(DEVICE) for t in (d.dy, d.xs, ends, A, B)]
+    assert not any(grad.any() for grad in grouped_columns.grouped_column_grad(*given, 0.5))
+
+
+@here
+def test_experts_of_other_shapes_are_refused():
+    d, ends = make((8, 90, 77, 33, 2), torch.float32), torch.tensor([3, 8])
+    A, B = d.A.expand(2, -1, -1), d.B.expand(2, -1, -1)
+    for bad, message in (
+        ((d.dy, d.xs[1:], ends, A, B), r"as many rows .* in both, got torch.float32 \[7, 33\]"),
+        ((d.dy, d.xs, ends.int(), A, B), "ends must be int64"),
+        ((d.dy, d.xs, ends, A[:1], B), r"A must be float32 \[2, 2, 33\]"),
+        ((d.dy, d.xs, ends, A, B.mT), r"B must be float32 \[2, 77, 2\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            grouped_columns.grouped_column_grad(*(t.to(DEVICE) for t in bad), 0.5)
 
 
 # ---- divergence_rows_ ----

@@ -7,6 +7,7 @@ import contextlib
 import io
 import re
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed: pip inst
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from rbfast.kernels import columns, divergence_rows, scale  # noqa: E402
+from rbfast.kernels import columns, divergence_rows, grouped_columns, scale  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -71,6 +72,17 @@ def column_calls(dtype: torch.dtype, k: int) -> Iterator[Callable[[], object]]:
     yield lambda: columns.column_fold_(weight, base, cols, A, B, 0.5, 16)
 
 
+def expert_calls(dtype: torch.dtype, k: int) -> Iterator[Callable[[], object]]:
+    """Of Qwen3-30B-A3B's gate_up_proj: 4,096 tokens with 8 of 128 experts each."""
+    S, E, features, out, s = 32768, 128, 2048, 1536, 256
+    x, xs, dy = empty(S, features, dtype=dtype), empty(S, s, dtype=dtype), empty(S, out, dtype=dtype)
+    A, B = empty(E, k, s), empty(E, out, k)
+    cols, ends = empty(s, dtype=torch.int64), empty(E, dtype=torch.int64)
+    yield lambda: grouped_columns.grouped_column_grad(dy, xs, ends, A, B, 0.5)
+    yield lambda: grouped_columns.grouped_column_linear_(dy, xs, ends, A, B, 0.5)
+    yield lambda: grouped_columns.grouped_column_scatter_(x, dy, ends, cols, A, B, 0.5, 16)
+
+
 def row_calls(kind: str, beta: float, head: bool) -> Iterator[Callable[[], object]]:
     T, V, k = 1024, 151936, 20
     labels, weights = empty(T, dtype=torch.int64), (empty(T), empty(T), empty(T))
@@ -93,7 +105,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, calls: Iterator[Callable[[], objec
         launch = Launch(kernel, args, {"enable_fp_fusion": True} | options)
         seen[f"{launch.source().hash()} {options}"] = launch
 
-    for module in (columns, divergence_rows, scale):
+    for module in (columns, grouped_columns, divergence_rows, scale):
         monkeypatch.setattr(module, "_launch", record)
     for call in calls:
         call()
@@ -142,7 +154,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_column_kernels_fit_the_registers_and_shared_memory(dtype, k, arch, monkeypatch):
     spilled = {"project_kernel": 0}
-    for launch in launches(monkeypatch, column_calls(dtype, k)):
+    for launch in launches(monkeypatch, chain(column_calls(dtype, k), expert_calls(dtype, k))):
         name = launch.kernel.__name__
         spilled[name] = spilled.get(name, 0) + compiled(launch, arch)[1]
     assert spilled.pop("project_kernel") == SPILLED.get((dtype, k, arch), 0)
