@@ -75,3 +75,19 @@ def test_its_delta_has_the_gradients_of_its_formula(fold):
         y = ops.grouped_side(torch.zeros_like(dy), x, xs, at, cols, A, B, 0.7)
         torch.testing.assert_close(y, delta)
     torch.testing.assert_close(torch.autograd.grad(y, (A, B) if fold else (A, B, x), dy), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_product_on_a_gpu(dtype, is_transposed):
+    ends = torch.tensor([40, 40, 77, 80, 203], device="cuda")
+    x = draw(203, 64).to("cuda", dtype).requires_grad_()
+    weight = draw(5, *((64, 96) if is_transposed else (96, 64)), seed=1).to("cuda", dtype)
+    weight = weight.mT if is_transposed else weight
+    y = ops.grouped_linear(x, weight, ends)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    expert = torch.searchsorted(ends, torch.arange(203, device="cuda"), right=True)
+    whole = weight.double()[expert]
+    for found, expected in ((y, torch.einsum("ri,roi->ro", x.double(), whole)), (dx, whole.sum(1))):
+        assert (found - expected).norm() <= 2 * torch.finfo(dtype).eps * expected.norm()
