@@ -387,7 +387,7 @@ def _home(linear: nn.Module, device: torch.device) -> torch.device:
     that it is brought to for each forward."""
     if device != _META:
         return device
-    hook = linear.__dict__.get("_hf_hook")
+    hook = home_of(linear)[0].__dict__.get("_hf_hook")
     found = (getattr(one, "execution_device", None) for one in getattr(hook, "hooks", (hook,)))
     return next((torch.device(one) for one in found if one is not None), device)
 

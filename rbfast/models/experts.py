@@ -59,7 +59,7 @@ class ExpertStack(nn.Module):
         """Has the module call this stack."""
         running = self.experts.__dict__.setdefault(_STACKS, {})
         running[self.key] = self
-        self.experts.forward = partial(_run, self.experts)
+        self.experts.__dict__.setdefault("forward", partial(_forward, self.experts))
 
     def give_back(self) -> None:
         """The module goes its own way again, if no stack of it has a hook any more."""
@@ -68,7 +68,9 @@ class ExpertStack(nn.Module):
         running = self.experts.__dict__.get(_STACKS, {})
         running.pop(self.key, None)
         if not running and _STACKS in self.experts.__dict__:
-            del self.experts.__dict__[_STACKS], self.experts.__dict__["forward"]
+            del self.experts.__dict__[_STACKS]
+            if _is_ours(self.experts.__dict__["forward"]):  # else accelerate has put its own around it
+                del self.experts.__dict__["forward"]
 
     def why_unfit(self) -> str:
         """Why it can have no delta, "" if it can; it reads on from the stack's name."""
@@ -77,7 +79,7 @@ class ExpertStack(nn.Module):
             return "is quantised"
         if getattr(own, "_is_expert_parallel", False):
             return "is spread over processes by expert"
-        if "forward" in own.__dict__ and _STACKS not in own.__dict__:
+        if "forward" in own.__dict__ and _STACKS not in own.__dict__ and not _is_ours(own.__dict__["forward"]):
             return f"belongs to a {type(own).__name__} whose forward was replaced (by accelerate's offloading, say)"
         return _TRIED[own] if own in _TRIED else _TRIED.setdefault(own, _try(own))
 
@@ -111,6 +113,14 @@ def give_back(layer: nn.Module) -> None:
 def home_of(layer: nn.Module) -> tuple[nn.Module, str]:
     """The module of the model that holds a layer's weight, and the weight's name in it."""
     return (layer.experts, layer.key) if isinstance(layer, ExpertStack) else (layer, "weight")
+
+
+def _forward(experts: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    return _run(experts, *args, **kwargs) if _STACKS in experts.__dict__ else _own_forward(experts)(*args, **kwargs)
+
+
+def _is_ours(forward: Any) -> bool:
+    return isinstance(forward, partial) and forward.func is _forward
 
 
 def _run(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

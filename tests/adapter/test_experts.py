@@ -3,11 +3,13 @@
 import copy
 import warnings
 
+import accelerate
 import pytest
 import torch
 from tiny_models import attach, batch, disturb, family, same_bits, snapshot
 from torch import nn
 
+import rbfast
 from rbfast.adapter.column_scores import score_columns
 from rbfast.adapter.footprint import outline
 from rbfast.adapter.sparse_adapter import SparseAdapter
@@ -150,6 +152,20 @@ def test_a_base_that_was_changed_behind_it_is_taken_or_refused():
         assert same_bits(snapshot(model), base)
     model.to(torch.bfloat16)
     assert loss_of(model).item() == pytest.approx(written.item(), rel=0.05)
+
+
+@pytest.mark.parametrize("mode", ["fold", "side"])
+def test_accelerate_may_offload_it_once_it_is_attached(mode):
+    model = family("mixtral")
+    adapter = attach(model, mode=mode)
+    disturb(adapter)
+    expected = loss_of(model)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    with rbfast.evaluating(model):
+        assert torch.equal(loss_of(model), expected)
+    assert torch.equal(loss_of(model), expected)
+    loss_of(model).backward()
+    assert all(p.grad.abs().sum() > 0 for p in adapter.parameters())
 
 
 def test_an_adapter_of_other_experts_is_refused(tmp_path):
