@@ -27,7 +27,7 @@ from rbfast.utils.overlap import Overlap
 
 _META = torch.device("meta")
 _UNHOOKED = Overlap()
-_DELTA = "_rbfast_delta"  # the attribute of a linear that holds its ColumnDelta
+_DELTA = "_rbfast_delta_"  # and the weight's name: the attribute of its module that holds its ColumnDelta
 # What changes with a write to the weight (None: the layer computes it), with one to A or B (with `A.data = x` their
 # place alone), and with a move.
 _Stamp = tuple[tuple[int, int, torch.dtype] | None, tuple[int, int, int, int], tuple[torch.device, torch.device]]
@@ -101,10 +101,10 @@ class ColumnDelta(nn.Module):
             self.base_columns = self.weight.index_select(-1, self.cols)
             self.fold()
         self._hooks: tuple[RemovableHandle, ...] = ()
-        linear.__dict__[_DELTA] = self  # not a submodule either
+        home, key = home_of(linear)
+        home.__dict__[_DELTA + key] = self  # not a submodule either
         self._load_hooks: tuple[RemovableHandle, ...] = ()
         if fold:
-            home, _ = home_of(linear)
             before = home.register_load_state_dict_pre_hook(self._before_load)
             self._load_hooks = before, home.register_load_state_dict_post_hook(self._after_load)
         self.hook()
@@ -193,7 +193,7 @@ class ColumnDelta(nn.Module):
 
     @property
     def attached(self) -> bool:
-        return self.linear.__dict__.get(_DELTA) is self
+        return delta_of(self.linear) is self
 
     def hook(self) -> None:
         """Puts the hooks on the matrix. Our hook runs first, because the delta belongs to the matrix's own output."""
@@ -213,7 +213,8 @@ class ColumnDelta(nn.Module):
         self.unhook()
         for hook in self._load_hooks:
             hook.remove()
-        del self.linear.__dict__[_DELTA], self.__dict__["keeper"]
+        home, key = home_of(self.linear)
+        del home.__dict__[_DELTA + key], self.__dict__["keeper"]
         self._gather.members -= 1
 
     @torch.no_grad()
@@ -392,15 +393,17 @@ def _home(linear: nn.Module, device: torch.device) -> torch.device:
     return next((torch.device(one) for one in found if one is not None), device)
 
 
-def has_delta(module: nn.Module) -> bool:
-    return _DELTA in module.__dict__
+def delta_of(linear: nn.Module) -> ColumnDelta | None:
+    """The delta that is attached to a matrix."""
+    home, key = home_of(linear)
+    return home.__dict__.get(_DELTA + key)
 
 
 def deltas_of(model: nn.Module) -> Iterator[tuple[str, ColumnDelta]]:
     """The deltas attached to a model, with the names of their matrices."""
     for name, module in named_modules(model).items():
-        if has_delta(module):
-            yield name, module.__dict__[_DELTA]
+        if (delta := delta_of(module)) is not None:
+            yield name, delta
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from rbfast.adapter import adapter_files
 from rbfast.adapter.adapter_files import AdapterConfig, Delta
-from rbfast.adapter.column_delta import ColumnDelta, SharedGather, deltas_of, fold_all, has_delta
+from rbfast.adapter.column_delta import ColumnDelta, SharedGather, delta_of, deltas_of, fold_all
 from rbfast.adapter.column_scores import ColumnScores
 from rbfast.adapter.first_step import BypassWatch
 from rbfast.adapter.footprint import Footprint
@@ -199,7 +199,7 @@ class SparseAdapter(nn.Module):
         if another adapter is attached."""
         self._require("merged", "unmerge")
         for name, site in self.sites().items():
-            if has_delta(site.linear):
+            if delta_of(site.linear) is not None:
                 raise RuntimeError(f"cannot unmerge: another adapter is attached at {name}; detach that one first")
             if not torch.equal(site.weight.index_select(-1, site.cols), site.folded_columns()):
                 raise RuntimeError(f"cannot unmerge: {name} was changed after merge(); load the base model again")

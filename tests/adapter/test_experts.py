@@ -82,6 +82,21 @@ def test_a_model_without_its_adapter_runs_its_own_forward():
     copy.deepcopy(model)
 
 
+def test_a_second_adapter_is_refused_wherever_the_first_one_is():
+    model, targets = family("mixtral"), r".*experts\..*_proj"
+    first = attach(model, targets=targets)
+    disturb(first)
+    with rbfast.evaluating(model), pytest.raises(ValueError, match="has a SparseAdapter attached already"):
+        attach(model, targets=targets)
+    first.merge()
+    second = attach(model, targets=targets)
+    with pytest.raises(RuntimeError, match="another adapter is attached"):
+        first.unmerge()
+    second.detach()
+    first.unmerge()
+    assert same_bits(snapshot(model), snapshot(family("mixtral")))
+
+
 def test_a_token_reaches_no_expert_but_its_own():
     model = family("mixtral")
     adapter = attach(model)
