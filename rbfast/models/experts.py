@@ -77,10 +77,16 @@ class ExpertStack(nn.Module):
         own: Any = self.experts
         if type(self.weight) not in (Tensor, nn.Parameter) and not hasattr(self.weight, "full_tensor"):
             return "is quantised"
+        if self.weight.dtype not in _TOLERANCE:
+            return f"is kept in {str(self.weight.dtype).removeprefix('torch.')}"
+        if _STACKS in own.__dict__:  # it runs, and was tried before
+            return ""
         if getattr(own, "_is_expert_parallel", False):
             return "is spread over processes by expert"
-        if "forward" in own.__dict__ and _STACKS not in own.__dict__ and not _is_ours(own.__dict__["forward"]):
+        if "forward" in own.__dict__ and not _is_ours(own.__dict__["forward"]):
             return f"belongs to a {type(own).__name__} whose forward was replaced (by accelerate's offloading, say)"
+        if self.weight.is_meta or hasattr(self.weight, "full_tensor"):  # there is nothing to try
+            return ""
         return _TRIED[own] if own in _TRIED else _TRIED.setdefault(own, _try(own))
 
 
@@ -146,23 +152,19 @@ def _biased(experts: Any, stack: ExpertStack, y: Tensor, chosen: Tensor) -> Tens
 
 @torch.no_grad()
 def _try(experts: Any) -> str:
-    """Why `_run` is not what a module does; "" if it is. One whose weights are elsewhere is taken at its word."""
+    """Why `_run` is not what a module does; "" if it is."""
     up, _ = stacks_of(experts).values()
     weight = up.weight
-    if weight.is_meta or type(weight) not in (Tensor, nn.Parameter):
-        return ""
-    if weight.dtype not in _TOLERANCE:
-        return f"is kept in {str(weight.dtype).removeprefix('torch.')}"
     tokens, per_token = 3, min(2, up.count)
     numbers = torch.arange(tokens * up.in_features, dtype=torch.float32, device=weight.device).cos()
     x = numbers.view(tokens, -1).to(weight.dtype)
     index = torch.arange(tokens * per_token, device=weight.device).view(tokens, -1) % up.count
     weights = (0.2 + 0.1 * torch.arange(tokens * per_token, device=weight.device)).view(tokens, -1).to(weight.dtype)
     try:
-        expected = _own_forward(experts)(x, index, weights)
+        with torch.autocast(weight.device.type, enabled=False):
+            expected, found = (run(x, index, weights) for run in (_own_forward(experts), partial(_run, experts)))
     except Exception as error:  # whatever a class of experts raises, it is none that we can run
         return f"belongs to a {type(experts).__name__} that does not run on rows alone ({error})"
-    found = _run(experts, x, index, weights)
     apart = (found.float() - expected.float()).abs().amax()
     if not apart <= _TOLERANCE[weight.dtype] * expected.float().abs().amax():
         return f"belongs to a {type(experts).__name__}, which does more to its experts than multiply and gate"

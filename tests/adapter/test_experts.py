@@ -8,13 +8,14 @@ import pytest
 import torch
 from tiny_models import attach, batch, disturb, family, same_bits, snapshot
 from torch import nn
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import rbfast
 from rbfast.adapter.column_scores import score_columns
 from rbfast.adapter.footprint import outline
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.models.experts import ExpertStack, stacks_of
-from rbfast.models.linears import count_parameters
+from rbfast.models.linears import count_parameters, select_linears
 
 EPS = torch.finfo(torch.float32).eps
 FAMILIES = ("mixtral", "qwen3-moe", "gpt-oss", "jamba")  # gpt-oss keeps [E, in, out], and has biases
@@ -22,6 +23,11 @@ FAMILIES = ("mixtral", "qwen3-moe", "gpt-oss", "jamba")  # gpt-oss keeps [E, in,
 
 def experts_of(model):
     return {name: module for name, module in model.named_modules() if stacks_of(module)}
+
+
+class Doubled(MixtralExperts):
+    def forward(self, *args):
+        return 2 * super().forward(*args)
 
 
 def loss_of(model):
@@ -134,10 +140,6 @@ def test_targets_name_stacks_by_their_parameters():
 
 
 def test_experts_that_run_otherwise_get_no_delta_and_a_word():
-    class Doubled(type(family("mixtral").model.layers[0].mlp.experts)):
-        def forward(self, *args):
-            return 2 * super().forward(*args)
-
     model = family("mixtral")
     model.model.layers[1].mlp.experts.__class__ = Doubled
     with pytest.warns(UserWarning) as warned:
@@ -181,6 +183,22 @@ def test_accelerate_may_offload_it_once_it_is_attached(mode):
     assert torch.equal(loss_of(model), expected)
     loss_of(model).backward()
     assert all(p.grad.abs().sum() > 0 for p in adapter.parameters())
+
+
+def test_experts_are_tried_as_they_are_when_they_are_attached():
+    model, targets = family("mixtral"), r".*experts\..*_proj"
+    with torch.autocast("cpu", torch.bfloat16):
+        attach(model, targets=targets).detach()
+    model.double()
+    with pytest.raises(ValueError, match="is kept in float64"):
+        attach(model, targets=targets)
+    with torch.device("meta"):
+        other = type(model)(model.config)
+    other.model.layers[0].mlp.experts.__class__ = Doubled
+    assert len(select_linears(other)) == 12
+    other.to_empty(device="cpu").load_state_dict(model.state_dict())
+    with pytest.raises(ValueError, match="Doubled, which does more"):
+        attach(other, targets=targets)
 
 
 def test_an_adapter_of_other_experts_is_refused(tmp_path):
