@@ -143,7 +143,7 @@ def _run(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
         y = experts.post_expert_norm(y)
     y = (y * top_k_weights.reshape(-1)[order, None])[order.argsort()]
     # A sum of a token's experts in a fixed order; index_add_ on a GPU has none.
-    return y.view(len(hidden_states), per_token, -1).sum(1).to(hidden_states.dtype)
+    return y.view(len(hidden_states), per_token, y.shape[-1]).sum(1).to(hidden_states.dtype)
 
 
 def _biased(experts: Any, stack: ExpertStack, y: Tensor, chosen: Tensor) -> Tensor:

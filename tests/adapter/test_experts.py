@@ -185,6 +185,15 @@ def test_accelerate_may_offload_it_once_it_is_attached(mode):
     assert all(p.grad.abs().sum() > 0 for p in adapter.parameters())
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_token_at_all_gives_none(name):
+    model = family(name)
+    attach(model)
+    for experts in experts_of(model).values():
+        y = experts(torch.zeros(0, 32), torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2))
+        assert y.shape == (0, 32)
+
+
 def test_experts_are_tried_as_they_are_when_they_are_attached():
     model, targets = family("mixtral"), r".*experts\..*_proj"
     with torch.autocast("cpu", torch.bfloat16):
