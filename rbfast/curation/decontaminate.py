@@ -112,6 +112,11 @@ def read_evaluations(sources: Iterable[str | Path]) -> list[Evaluation]:
     """
     found: list[Evaluation] = []
     for source in sources:
+        if "/" not in str(source) and str(source) not in hub.BENCHMARKS and not Path(source).exists():
+            raise TraceError(
+                f"{source}: expected a file of problems, a dataset on the hub ({hub.FORMS}) or one of "
+                f"{', '.join(hub.BENCHMARKS)}; there is no such file"
+            )
         before = len(found)
         for where, row in read_rows(hub.BENCHMARKS.get(str(source), source), split="test"):
             named = [row[field] for field in _QUESTION_FIELDS if field in row] if isinstance(row, dict) else []

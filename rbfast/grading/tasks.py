@@ -67,7 +67,7 @@ def load_problems(
     if task in hub.BENCHMARKS or "/" in task:
         return _sample(_read_hub(hub.BENCHMARKS.get(task, task), task, options), task, n, seed, fewer, exclude)
     if n is None:
-        raise ValueError(f"{task} is unlimited: say how many problems")
+        raise ValueError(f"{task} has no end: say how many problems (n, or -n on the command line)")
     return _generate_problems(task.removeprefix(_REASONING_GYM), n, seed, fewer, exclude)
 
 

@@ -247,6 +247,8 @@ def test_nothing_left_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         rbfast.curate([empty], tmp_path / "out")
     with pytest.raises(TraceError, match="there is no such file"):
         rbfast.curate([tmp_path / "absent.jsonl"], tmp_path / "out")
+    with pytest.raises(TraceError, match=r"math500: .* one of math-500, .*; there is no such file"):
+        rbfast.curate([pool], tmp_path / "out", CurateConfig(against=["math500"]))
 
 
 @pytest.mark.parametrize("rows_later", [1, 3])
