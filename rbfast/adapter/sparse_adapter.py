@@ -342,7 +342,15 @@ class SparseAdapter(nn.Module):
         for name, site in self._sites.items():
             if any(id(factor) in stepped for factor in site.factors):
                 ours[name] = site
-            if site.folds and id(own_weight(site.linear)) in stepped:
+            weight = own_weight(site.linear)
+            if weight is None or id(weight) not in stepped or not weight.requires_grad or site.watch is not None:
+                continue  # AdamW(model.parameters()) holds frozen weights, and those that a watch lets take part
+            if isinstance(site.linear, ExpertStack):
+                raise RuntimeError(
+                    f"an optimizer trains the weight of {name}, a stack of experts, which has no gradient while it has "
+                    "a delta: freeze it, or leave it out of targets"
+                )
+            if site.folds:
                 raise RuntimeError(
                     f"an optimizer changed the weight of {name}, into which a delta is folded: freeze it, or attach "
                     'with mode="side"'

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import attach, batch, disturb, gpt2, llama, same_bits, snapshot
+from tiny_models import attach, batch, disturb, gpt2, llama, same_bits, snapshot, train
 from torch.nn.utils import parametrizations
 
 from rbfast.adapter.adapter_files import write_lora
@@ -145,6 +145,15 @@ def test_a_forward_after_which_nothing_changed_compares_no_weights(monkeypatch):
         model.model.layers[1].mlp.up_proj.weight.mul_(2)
     model(**batch())
     assert looks == [adapter.sites()["model.layers.1.mlp.up_proj"]]
+
+
+def test_an_optimizer_may_hold_frozen_weights():
+    model = llama()
+    model.adapter = attach(model)
+    other = llama()
+    adapter = attach(other)
+    held = torch.optim.AdamW(model.parameters(), lr=0.05)
+    assert train(model, model.adapter, optimizer=held) == train(other, adapter)
 
 
 def test_an_optimizer_that_trains_a_folded_weight_is_refused():

@@ -88,6 +88,20 @@ def test_a_model_without_its_adapter_runs_its_own_forward():
     copy.deepcopy(model)
 
 
+@pytest.mark.parametrize("mode", ["fold", "side"])
+def test_an_optimizer_that_trains_the_weight_of_a_stack_is_refused(mode):
+    model = family("mixtral")
+    model.adapter = attach(model, mode=mode)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(3):  # a token alone leaves experts idle, and the watch looks at what they hold
+        model(input_ids=torch.tensor([[3]]), use_cache=False).logits.square().mean().backward()
+        optimizer.step()
+    model.get_parameter("model.layers.0.mlp.experts.down_proj").requires_grad_(True)
+    loss_of(model).backward()
+    with pytest.raises(RuntimeError, match=r"trains the weight of model\.layers\.0\.mlp\.experts\.down_proj, a stack"):
+        optimizer.step()
+
+
 def test_a_second_adapter_is_refused_wherever_the_first_one_is():
     model, targets = family("mixtral"), r".*experts\..*_proj"
     first = attach(model, targets=targets)
