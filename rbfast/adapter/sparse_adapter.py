@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,7 +66,8 @@ class MatrixSummary:
 
 
 class SparseAdapter(nn.Module):
-    """Deltas attached to a model. Made by `attach` or `from_pretrained`; its parameters are `<module>.A` and `.B`.
+    """Deltas attached to a model. Made by `attach` or `from_pretrained`; its parameters are `<module>.A` and `.B`,
+    those of stacks of experts `stack<n>.A` and `.B`, numbered in the model's order.
 
     If the model is moved to another device afterwards, its deltas follow with the next forward; before that, and
     before torch.compile, `adapter.to(device)` moves them.
@@ -279,8 +281,9 @@ class SparseAdapter(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Runs before the deltas load theirs, also as a part of another module."""
+        planted = {id(module): path for path, module in self.named_modules()}
         for name, site in self._sites.items():
-            cols = state_dict.get(f"{prefix}{name}.cols")
+            cols = state_dict.get(f"{prefix}{planted[id(site)]}.cols")
             if cols is not None and not torch.equal(cols.to(site.cols.device), site.cols):
                 raise ValueError(
                     f"this state is of an adapter that was placed on other columns (of {name}, by another placement, "
@@ -292,14 +295,16 @@ class SparseAdapter(nn.Module):
         self, modules: Mapping[str, nn.Module], deltas: Mapping[str, Delta], folds: Mapping[str, bool]
     ) -> None:
         gathers: dict[int, SharedGather] = {}
+        numbers = count()
         for name, delta in deltas.items():
             gather = gathers.setdefault(self.config.modules[name].group, SharedGather())
             site = ColumnDelta(modules[name], delta, self.config.scale, folds[name], gather)
-            self._plant(name, site)
+            # transformers splits what is named like a stack when it saves a model, an adapter in it too.
+            self._plant(f"stack{next(numbers)}" if isinstance(site.linear, ExpertStack) else name, site)
             self._sites[name] = site
 
     def _plant(self, name: str, site: ColumnDelta) -> None:
-        """Registers a delta under the dotted name of its matrix, so that parameters are called `<module>.A`.
+        """Registers a delta under a dotted name, that of its matrix, so that parameters are called `<module>.A`.
 
         Not by add_module: it refuses the names of our own methods, and a part of a model may be called `merge`.
         """

@@ -6,6 +6,7 @@ import warnings
 import accelerate
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import attach, batch, disturb, family, same_bits, snapshot
 from torch import nn
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -100,6 +101,21 @@ def test_an_optimizer_that_trains_the_weight_of_a_stack_is_refused(mode):
     loss_of(model).backward()
     with pytest.raises(RuntimeError, match=r"trains the weight of model\.layers\.0\.mlp\.experts\.down_proj, a stack"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_that_holds_its_adapter_is_saved_with_it(name, tmp_path):
+    """As a Trainer saves its checkpoints; transformers saves the experts one by one."""
+    model = family(name)
+    model.adapter = attach(model)
+    disturb(model.adapter)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    held = {key.removeprefix("adapter."): value for key, value in saved.items() if key.startswith("adapter.")}
+    assert same_bits(held, model.adapter.state_dict())
+    disturb(model.adapter, seed=2)
+    model.load_state_dict(saved, strict=False)
+    assert same_bits(model.adapter.state_dict(), held)
 
 
 def test_a_second_adapter_is_refused_wherever_the_first_one_is():
