@@ -108,8 +108,9 @@ def fingerprint(module: nn.Module) -> str | None:
     weight = None if stored is None else _as_matrix(module, whole(stored))
     if weight is None:
         return None
-    flat = weight.reshape(-1)
-    sample = flat[:: max(1, flat.numel() // _SAMPLE)].to(torch.bfloat16).cpu().contiguous()
+    # By index: flattened, a transposed stack of gpt-oss would be copied, a gigabyte of it.
+    every = torch.arange(0, weight.numel(), max(1, weight.numel() // _SAMPLE), device=weight.device)
+    sample = weight[torch.unravel_index(every, weight.shape)].to(torch.bfloat16).cpu()
     return hashlib.blake2b(sample.view(torch.int16).numpy().tobytes(), digest_size=8).hexdigest()
 
 
