@@ -224,7 +224,8 @@ class _Watch:
         x, dy = x.float(), _as_rows(dy).float()
         for rows in matrices:
             if self.method == "factored":
-                self._add(name, x[rows].square().mean(0) * dy[rows].square().mean(0).sum())
+                share = len(x[rows]) / len(x)  # a token counts the same, whichever expert it went to
+                self._add(name, share * x[rows].square().mean(0) * dy[rows].square().mean(0).sum())
             else:
                 self._add(name, (dy[rows].T @ x[rows]).square().sum(0))
 

@@ -80,6 +80,20 @@ def test_its_columns_are_scored_expert_by_expert(name, method):
     assert placed.config.modules[key].score is not None and (loss_of(model).backward() or True)
 
 
+@pytest.mark.parametrize("method", ["factored", "activation"])
+def test_a_token_counts_the_same_whichever_expert_it_goes_to(method):
+    experts = family("mixtral").model.layers[0].mlp.experts
+    for weight in experts.parameters():
+        weight.data[1:] = weight.data[0]
+    x, weights = torch.linspace(-1, 1, 32).expand(6, 32), torch.ones(6, 1)
+    routes = [torch.zeros(6, 1, dtype=torch.long), torch.tensor([[0], [2], [2], [2], [2], [2]])]
+    one, two = (
+        score_columns(nn.Sequential(experts), [to], lambda m, to: m[0](x, to, weights).sum(), method=method)
+        for to in routes
+    )
+    torch.testing.assert_close(one.columns, two.columns)
+
+
 def test_a_model_without_its_adapter_runs_its_own_forward():
     model = family("qwen3-moe")
     adapter = attach(model)
