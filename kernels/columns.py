@@ -148,15 +148,21 @@ def add_parts_kernel(parts, total, count, size, scale, BLOCK: tl.constexpr):
 def update_kernel(
     target, base, cols, left, right, rows, n, k, scale,
     target_row, target_col, base_row, base_col, left_row, left_col, right_row, right_col,
+    target_expert, base_expert, left_expert, right_expert,
     HAS_COLS: tl.constexpr, RUN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """target[:, cols] = base + (scale * left) right over `rows` rows and n columns, with left [rows, k], right [k, n].
+    """target[:, cols] = base + (scale * left) right over `rows` rows and n columns, with left [rows, k], right [k, n];
+    in a stack, for each expert.
 
     The sum runs in order from zero and every product is rounded: compiled without fused multiply-add, the bits are
     those of the reference.
     """
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    expert = tl.program_id(2).to(tl.int64)
+    target += expert * target_expert
+    left += expert * left_expert
+    right += expert * right_expert
     mask = (r < rows) & (j < n)
     j = j.to(tl.int64)
     acc = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
@@ -167,7 +173,7 @@ def update_kernel(
     if base is None:
         old = tl.load(target + r * target_row + column * target_col, mask=mask)
     else:
-        old = tl.load(base + r * base_row + j * base_col, mask=mask)
+        old = tl.load(base + expert * base_expert + r * base_row + j * base_col, mask=mask)
     new = old.to(tl.float32) + acc
     tl.store(target + r * target_row + column * target_col, new.to(target.dtype.element_ty), mask=mask)
 
@@ -236,13 +242,15 @@ def _add_parts(parts: Tensor, scale: float) -> Tensor:
 def _update_(
     target: Tensor, base: Tensor | None, cols: Tensor | None, left: Tensor, right: Tensor, scale: float, run: int = 1
 ) -> None:
-    """target[:, cols] = base + (scale * left) right, with left [rows, k], right [k, n]; base None: target[:, cols]."""
-    rows, n = len(target), right.shape[1]
+    """target[:, cols] = base + (scale * left) right, with left [rows, k], right [k, n]; base None: target[:, cols]. Of
+    stacks of experts, all but cols have one dimension more."""
+    rows, (k, n) = target.shape[-2], right.shape[-2:]
     tensors = (target, base, cols, left, right)
-    strides = (*target.stride(), *((0, 0) if base is None else base.stride()), *left.stride(), *right.stride())
+    given = [(0,) * target.dim() if t is None else t.stride() for t in (target, base, left, right)]
+    strides = (*(stride for one in given for stride in one[-2:]), *(one[0] if len(one) == 3 else 0 for one in given))
     block_r, block_n = 32, 128
-    grid = (triton.cdiv(rows, block_r), triton.cdiv(n, block_n))
-    sizes = (rows, n, len(right), scale)
+    grid = (triton.cdiv(rows, block_r), triton.cdiv(n, block_n), len(target) if target.dim() == 3 else 1)
+    sizes = (rows, n, k, scale)
     blocking = (cols is not None, run, block_r, block_n)
     # Without fused multiply-add the products are rounded, as in the reference.
     _launch(update_kernel, grid, *tensors, *sizes, *strides, *blocking, num_warps=4, enable_fp_fusion=False)

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rbfast.kernels.columns import _dot, _in_runs, _launch, _rank_block
+from rbfast.kernels.columns import _update_ as _fold_
 
 BLOCK_T = 32  # rows of a tile
 
@@ -156,6 +157,22 @@ def grouped_column_scatter_(
     _update_(dx, cols.contiguous(), _project(dy, B, ends, scale), A, ends, run)
 
 
+def grouped_column_fold_(
+    weight: Tensor, base_columns: Tensor, cols: Tensor, A: Tensor, B: Tensor, scale: float, run: int = 1
+) -> None:
+    E, out, _ = weight.shape
+    if base_columns.dtype != weight.dtype or tuple(base_columns.shape) != (E, out, len(cols)):
+        raise ValueError(
+            f"grouped_column_fold_: base_columns must be {weight.dtype} {[E, out, len(cols)]}, got "
+            f"{base_columns.dtype} {list(base_columns.shape)}"
+        )
+    _expect_delta("grouped_column_fold_", A, B, E, out, len(cols))
+    if A.shape[1] == 0:
+        weight[..., cols] = base_columns  # bit by bit: a sum would make +0 of -0
+        return
+    _fold_(weight, base_columns, cols.contiguous(), B, A, scale, run)
+
+
 def _expect(op: str, rows: tuple[Tensor, ...], ends: Tensor, A: Tensor, B: Tensor, out: int, s: int) -> None:
     """A wrong shape would read memory that is not there. What `ends` holds is not looked at."""
     for x in rows:
@@ -164,9 +181,13 @@ def _expect(op: str, rows: tuple[Tensor, ...], ends: Tensor, A: Tensor, B: Tenso
                 f"{op}: expected as many rows of float32, bfloat16 or float16 in both, got {x.dtype} {list(x.shape)} "
                 f"beside {list(rows[0].shape)}"
             )
-    wanted = (len(ends), *A.shape[1:2], s), (len(ends), out, *A.shape[1:2])
-    if ends.dtype != torch.int64 or ends.dim() != 1 or not ends.is_contiguous() or A.dim() != 3:
-        raise ValueError(f"{op}: ends must be int64 [E], and A [E, k, s]; got {ends.dtype} {list(ends.shape)}")
-    for name, x, shape in (("A", A, wanted[0]), ("B", B, wanted[1])):
+    if ends.dtype != torch.int64 or ends.dim() != 1 or not ends.is_contiguous():
+        raise ValueError(f"{op}: ends must be int64 [E], got {ends.dtype} {list(ends.shape)}")
+    _expect_delta(op, A, B, len(ends), out, s)
+
+
+def _expect_delta(op: str, A: Tensor, B: Tensor, E: int, out: int, s: int) -> None:
+    k = A.shape[1] if A.dim() == 3 else 0
+    for name, x, shape in (("A", A, (E, k, s)), ("B", B, (E, out, k))):
         if x.dtype != torch.float32 or tuple(x.shape) != shape:
             raise ValueError(f"{op}: {name} must be float32 {list(shape)}, got {x.dtype} {list(x.shape)}")

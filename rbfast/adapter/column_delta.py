@@ -166,7 +166,11 @@ class ColumnDelta(nn.Module):
         """Writes the original columns back, bitwise."""
         weight = self.weight
         self._take_cast(weight)
-        _fold_into([weight], [self.base_columns], [self.cols], [self.A[..., :0, :]], [self.B[..., :0]], self)
+        self._write(weight, self.base_columns, self.cols, self.A[..., :0, :], self.B[..., :0])
+
+    def _write(self, weight: Tensor, base_columns: Tensor, cols: Tensor, A: Tensor, B: Tensor) -> None:
+        fold = ops.column_fold_ if weight.dim() == 2 else ops.grouped_column_fold_
+        fold(weight, base_columns, cols, A, B, self.scale, self.run)
 
     def _take_cast(self, weight: Tensor) -> None:
         """The kept columns are cast if the model was: they are what its weight would be without a delta."""
@@ -223,7 +227,7 @@ class ColumnDelta(nn.Module):
         base = self.base_columns.to(self.weight.dtype)
         folded = torch.empty_like(base)
         every = torch.arange(base.shape[-1], device=base.device)
-        _fold_into([folded], [base], [every], [self.A], [self.B], self)
+        self._write(folded, base, every, self.A, self.B)
         return folded
 
     @torch.no_grad()
@@ -337,50 +341,29 @@ class ColumnDelta(nn.Module):
 
 @torch.no_grad()
 def fold_all(sites: Iterable[ColumnDelta]) -> None:
-    """`fold()` of many sites, in one call of an op for all of a device."""
+    """`fold()` of many sites, in one call of an op for all matrices of a device, and one for each stack of experts."""
     together: dict[tuple[torch.device, float], list[ColumnDelta]] = {}
     weights = {}
     for site in sites:
         weight = weights[site] = site.weight
         site._take_cast(weight)
-        together.setdefault((weight.device, site.scale), []).append(site)
-    for members in together.values():
+        if weight.dim() == 3:
+            site._write(weight, site.base_columns, site.cols, site.A, site.B)
+        else:
+            together.setdefault((weight.device, site.scale), []).append(site)
+    for (_, scale), members in together.items():
         held: list[Any] = [(site._buffers, site._parameters) for site in members]
-        _fold_into(
+        ops.column_fold_all_(
             [weights[site] for site in members],
             [buffers["base_columns"] for buffers, _ in held],
             [buffers["cols"] for buffers, _ in held],
             [parameters["A"] for _, parameters in held],
             [parameters["B"] for _, parameters in held],
-            *members,
+            scale,
+            [site.run for site in members],
         )
     for site in weights:
         site._mark_folded()
-
-
-def _fold_into(
-    weights: list[Tensor],
-    base_columns: list[Tensor],
-    cols: list[Tensor],
-    A: list[Tensor],
-    B: list[Tensor],
-    *sites: ColumnDelta,
-) -> None:
-    """column_fold_all_ of what belongs to these sites, which share a scale; the matrices of a stack one by one."""
-    runs = [site.run for site in sites]
-    if any(weight.dim() == 3 for weight in weights):
-        counts = [len(weight) if weight.dim() == 3 else None for weight in weights]
-        weights, base_columns, A, B = (_unstacked(parts) for parts in (weights, base_columns, A, B))
-        cols, runs = _repeated(cols, counts), _repeated(runs, counts)
-    ops.column_fold_all_(weights, base_columns, cols, A, B, sites[0].scale, runs)
-
-
-def _unstacked(parts: Iterable[Tensor]) -> list[Tensor]:
-    return [one for part in parts for one in (part.unbind() if part.dim() == 3 else (part,))]
-
-
-def _repeated(items: Iterable[Any], counts: Iterable[int | None]) -> list[Any]:
-    return [item for item, count in zip(items, counts, strict=True) for _ in range(count or 1)]
 
 
 def _home(linear: nn.Module, device: torch.device) -> torch.device:

@@ -105,6 +105,15 @@ def grouped_column_scatter_(
         torch.ops.rbfast.column_scatter_(dx[rows], dy[rows], cols, A[expert], B[expert], scale, run)
 
 
+def grouped_column_fold_(
+    weight: Tensor, base_columns: Tensor, cols: Tensor, A: Tensor, B: Tensor, scale: float, run: int = 1
+) -> None:
+    """column_fold_ for each expert: into weight [E, out, in], with base_columns [E, out, s]."""
+    parts = [list(stack.unbind()) for stack in (weight, base_columns, A, B)]
+    experts = len(weight)
+    torch.ops.rbfast.column_fold_all_(*parts[:2], [cols] * experts, *parts[2:], scale, [run] * experts)
+
+
 def rows_of_experts(ends: Tensor) -> Iterator[tuple[int, slice]]:
     """The experts that have rows, and which. Reads `ends` on the host."""
     start = 0

@@ -36,6 +36,8 @@ _SCHEMAS = {
     "grouped_column_linear_": "(Tensor(a!) y, Tensor xs, Tensor ends, Tensor A, Tensor B, float scale) -> ()",
     "grouped_column_scatter_": "(Tensor(a!) dx, Tensor dy, Tensor ends, Tensor cols, Tensor A, Tensor B, float scale, "
     "int run=1) -> ()",
+    "grouped_column_fold_": "(Tensor(a!) weight, Tensor base_columns, Tensor cols, Tensor A, Tensor B, float scale, "
+    "int run=1) -> ()",
     "head_forward_": "(Tensor(a!) logits, Tensor hidden, Tensor weight) -> ()",
     "head_backward_": "(Tensor(a!) d_hidden, Tensor dz, Tensor weight, Tensor? thresholds=None) -> ()",
     "row_thresholds": "(Tensor dz, float share) -> (Tensor, Tensor)",
@@ -57,6 +59,7 @@ _TRITON_MODULES = {
     "grouped_column_grad": "grouped_columns",
     "grouped_column_linear_": "grouped_columns",
     "grouped_column_scatter_": "grouped_columns",
+    "grouped_column_fold_": "grouped_columns",
     "divergence_rows_": "divergence_rows",
     "scaled_": "scale",
 }
@@ -123,6 +126,7 @@ grouped_linear = torch.ops.rbfast.grouped_linear.default
 grouped_column_grad = torch.ops.rbfast.grouped_column_grad.default
 grouped_column_linear_ = torch.ops.rbfast.grouped_column_linear_.default
 grouped_column_scatter_ = torch.ops.rbfast.grouped_column_scatter_.default
+grouped_column_fold_ = torch.ops.rbfast.grouped_column_fold_.default
 head_forward_ = torch.ops.rbfast.head_forward_.default
 head_backward_ = torch.ops.rbfast.head_backward_.default
 head_grad_ = torch.ops.rbfast.head_grad_.default
@@ -163,7 +167,7 @@ def _(logits: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
 
 
 _IN_PLACE = ("column_linear_", "column_scatter_", "column_fold_", "column_fold_all_", "scaled_", *_PRODUCTS)
-for _name in (*_IN_PLACE, "grouped_column_linear_", "grouped_column_scatter_"):
+for _name in (*_IN_PLACE, "grouped_column_linear_", "grouped_column_scatter_", "grouped_column_fold_"):
     torch.library.register_fake(f"rbfast::{_name}", lambda *args: None, lib=_LIBRARY)
 
 

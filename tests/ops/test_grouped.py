@@ -42,6 +42,18 @@ def test_it_is_the_op_of_one_matrix_for_each_expert(ends):
         start = end
 
 
+@pytest.mark.parametrize("k", [RANK, 0])
+def test_a_fold_of_a_stack_has_the_bits_of_each_expert_s(k):
+    weight = draw(EXPERTS, IN, OUT).bfloat16().mT  # as gpt-oss keeps it
+    A, B, cols = draw(EXPERTS, k, COLUMNS), draw(EXPERTS, OUT, k), torch.arange(0, 2 * COLUMNS, 2)
+    base = draw(EXPERTS, OUT, COLUMNS, seed=1).bfloat16()
+    expected = weight.clone()
+    for expert in range(EXPERTS):
+        reference.column_fold_(expected[expert], base[expert], cols, A[expert], B[expert], 0.7)
+    ops.grouped_column_fold_(weight, base, cols, A, B, 0.7)
+    assert torch.equal(weight, expected)
+
+
 def test_torch_takes_them_for_ops():
     x, dy, at, cols, A, B = arguments(ENDS[0])
     weight = draw(EXPERTS, OUT, IN)
@@ -50,6 +62,7 @@ def test_torch_takes_them_for_ops():
         ("grouped_column_grad", (dy, x[:, cols].detach(), at, A, B, 0.7)),
         ("grouped_column_linear_", (dy, x[:, cols].detach(), at, A, B, 0.7)),
         ("grouped_column_scatter_", (x.detach().clone(), dy, at, cols, A, B, 0.7)),
+        ("grouped_column_fold_", (weight.clone(), weight[..., cols], cols, A, B, 0.7)),
     ):
         torch.library.opcheck(getattr(torch.ops.rbfast, name).default, given)
 

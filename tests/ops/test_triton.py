@@ -52,7 +52,7 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reas
 BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.skipif(INTERPRETED, reason="the interpreter's bf16 is wrong"))
 DTYPES = (torch.float32, torch.float16, BF16)
 BETAS = (0.0, 0.3, 1.0)
-GROUPED = ("grouped_column_grad", "grouped_column_linear_", "grouped_column_scatter_")
+GROUPED = ("grouped_column_grad", "grouped_column_linear_", "grouped_column_scatter_")  # by rows
 # T, in, out, s, k: sizes below one block, several blocks and groups of tokens, several blocks of rank.
 SHAPES = ((1, 1, 1, 1, 1), (65, 90, 77, 33, 3), (270, 40, 2100, 17, 4), (37, 80, 50, 80, 37), (600, 20, 140, 9, 2))
 
@@ -92,7 +92,8 @@ def test_a_gpu_build_of_torch_gets_triton_and_the_rest_the_reference() -> None:
         return tuple(json.loads(done.stdout))
 
     found, imported = ask()
-    assert all(found[name].startswith("triton (") for name in (*OPS, *GROUPED, "divergence_rows_", "scaled_"))
+    by_triton = (*OPS, *GROUPED, "grouped_column_fold_", "divergence_rows_", "scaled_")
+    assert all(found[name].startswith("triton (") for name in by_triton)
     assert not imported  # it is by the first call
     assert set(ask("triton")[0].values()) == {
         "reference (neither _C_cuda nor triton is installed)",
@@ -236,6 +237,21 @@ def test_experts_match_fp64(name, dtype, shape, shares):
         assert_below(
             name, (result - truth).abs(), 2 * (plain - truth).abs() + eps / 2 * truth.abs() + 64 * EPS32 * size
         )
+
+
+@here
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", (3, 0))
+@pytest.mark.parametrize("is_transposed", (False, True))
+def test_a_fold_of_a_stack_has_the_bits_of_the_reference(dtype, k, is_transposed):
+    d = make((1, 300, 100, 270, k), torch.float32)
+    A, B, weight, base = (torch.stack([t, 2 * t]) for t in (d.A, d.B, d.weight.to(dtype), d.base.to(dtype)))
+    expected = weight.clone()
+    for expert in range(2):
+        reference.column_fold_(expected[expert], base[expert], d.cols, A[expert], B[expert], d.scale)
+    found = (weight.mT.contiguous().mT if is_transposed else weight.clone()).to(DEVICE)
+    grouped_columns.grouped_column_fold_(found, *(t.to(DEVICE) for t in (base, d.cols, A, B)), d.scale)
+    assert torch.equal(found.cpu(), expected)
 
 
 @here

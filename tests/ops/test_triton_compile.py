@@ -81,6 +81,8 @@ def expert_calls(dtype: torch.dtype, k: int) -> Iterator[Callable[[], object]]:
     yield lambda: grouped_columns.grouped_column_grad(dy, xs, ends, A, B, 0.5)
     yield lambda: grouped_columns.grouped_column_linear_(dy, xs, ends, A, B, 0.5)
     yield lambda: grouped_columns.grouped_column_scatter_(x, dy, ends, cols, A, B, 0.5, 16)
+    weight, base = empty(E, out, features, dtype=dtype), empty(E, out, s, dtype=dtype)
+    yield lambda: grouped_columns.grouped_column_fold_(weight, base, cols, A, B, 0.5, 16)
 
 
 def row_calls(kind: str, beta: float, head: bool) -> Iterator[Callable[[], object]]:
