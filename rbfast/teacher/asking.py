@@ -127,6 +127,8 @@ class _Asking:
     def _is_waited_for(self, error: ServerError) -> bool:
         if self._answered is None or self._interrupted or self.stopped or _SPENT in str(error):
             return False
+        if error.pause is not None and error.pause > _PATIENCE:
+            return False
         is_away = error.status in _BUSY or isinstance(error, Unreachable)
         return is_away and time.monotonic() - self._answered < _PATIENCE
 

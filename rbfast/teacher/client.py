@@ -14,7 +14,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -35,11 +35,14 @@ _Found = TypeVar("_Found")
 
 
 class ServerError(RuntimeError):
-    """A server that does not answer as requested. `partial` is what it had written, `status` its reply."""
+    """A server that does not answer as requested. `partial` is what it had written, `status` its reply, `pause` the
+    seconds that it asks to wait."""
 
-    def __init__(self, message: str, status: int | None = None, partial: Any = None):
+    def __init__(
+        self, message: str, status: int | None = None, partial: Any = None, *, pause: float | None = None
+    ) -> None:
         super().__init__(message)
-        self.status, self.partial = status, partial
+        self.status, self.partial, self.pause = status, partial, pause
 
 
 class Unreachable(ServerError):
@@ -117,7 +120,7 @@ def insist(retried: Retries, retries: int, attempt: Callable[[], _Found]) -> _Fo
                 retried.again()
         return attempt()
     except BrokenOff as error:
-        raise ServerError(str(error), error.status) from None
+        raise ServerError(str(error), error.status, pause=error.pause) from None
     finally:
         retried.over()
 
@@ -271,7 +274,9 @@ class Server:
             yield
         except openai.APIStatusError as error:
             said = self.hide(error.response.text)[:SHOWN].strip() or error.response.reason_phrase
-            raise ServerError(f"{self.url}{path} said {error.status_code}: {said}", error.status_code) from None
+            pause = retry_after(error.response.headers)
+            message = f"{self.url}{path} said {error.status_code}: {said}"
+            raise ServerError(message, error.status_code, pause=pause) from None
         except openai.APIConnectionError as error:
             kind = Unreachable if _cause(error).startswith(("ConnectError", "ConnectTimeout")) else ServerError
             hint = " (--timeout)" if isinstance(error, openai.APITimeoutError) and kind is ServerError else ""
@@ -304,6 +309,14 @@ def hide(text: str, keys: Iterable[str]) -> str:
     for key in filter(None, keys):
         text = text.replace(key, "*" * len(key))
     return text
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """The seconds in a header, None if it gives none."""
+    try:
+        return max(0.0, float(headers["retry-after"]))
+    except (LookupError, ValueError):
+        return None
 
 
 def status_in(error: Any) -> int | None:

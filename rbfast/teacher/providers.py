@@ -16,7 +16,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rbfast.teacher.client import INVALID, SHOWN, BrokenOff, Connection, Retries, ServerError, hide, insist, is_busy
+from rbfast.teacher.client import (
+    INVALID,
+    SHOWN,
+    BrokenOff,
+    Connection,
+    Retries,
+    ServerError,
+    hide,
+    insist,
+    is_busy,
+    retry_after,
+)
 from rbfast.utils.packages import need
 
 if TYPE_CHECKING:
@@ -168,8 +179,5 @@ def _keys() -> list[str]:
 
 def pause_in(headers: Mapping[str, str], said: str) -> float | None:
     """Seconds that the provider asks to wait, if it says so in a header or in the error."""
-    delay = _DELAY.search(said)
-    try:
-        return max(0.0, float(headers["retry-after"]))
-    except (LookupError, ValueError):
-        return float(delay[1]) if delay else None
+    delay, pause = _DELAY.search(said), retry_after(headers)
+    return float(delay[1]) if pause is None and delay else pause
