@@ -140,7 +140,7 @@ cases=(--device cuda --peers "${size[@]}" --record "$LOGS/cases.jsonl")
 quiet=(-- --tb=line --show-capture=no -W ignore)
 prepare ops "${cases[@]}" rows columns accuracy fold "${quiet[@]}"
 prepare loss "${cases[@]}" loss "${quiet[@]}"
-prepare steps "${cases[@]}" step trainer teacher "${quiet[@]}"
+prepare steps "${cases[@]}" step trainer teacher mixture "${quiet[@]}"
 prepare kernels --device cuda "${size[@]}" --kernels 12 "four 7B" "top-k frozen"
 
 if [ -n "$capability" ]; then  # what is not timed, all of it at once

@@ -32,6 +32,7 @@ GROUPS = (
     "step",
     "trainer",
     "teacher",
+    "mixture",
 )  # the quick ones first
 FLOORS = ("floor", "frozen")
 _METRICS = {"ms": ("seconds", 1e3), "GB": ("extra_mib", 2**20 / 1e9), "waits": ("waits", 1)}

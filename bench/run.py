@@ -6,8 +6,8 @@
     python bench/run.py "four 7B" --device cuda --kernels 15        # where the time of a call goes, by torch.profiler
     python bench/run.py "column_grad 14B" --device cuda --once      # one call of rbfast, for ncu
 
-Groups: rows, columns, accuracy, fold, products, loss, adapter, step, trainer, teacher. What follows `--` goes to
-pytest.
+Groups: rows, columns, accuracy, fold, products, loss, adapter, step, trainer, teacher, mixture. What follows `--`
+goes to pytest.
 """
 
 import argparse

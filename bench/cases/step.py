@@ -1,5 +1,4 @@
-"""Forward, backward and optimizer's step, frozen, adapted and with PEFT's LoRA: of four Qwen2.5-7B-shaped layers on a
-GPU, and of a mixture of experts.
+"""Forward, backward and optimizer's step of four Qwen2.5-7B-shaped layers: frozen, adapted, with PEFT's LoRA; on a GPU.
 
 Frozen means frozen weights and inputs that require grad, so that dX flows through every layer: what any adapter needs.
 """
@@ -12,7 +11,7 @@ from registry import Bar, Case, Contest, Place
 from torch import Tensor, nn
 
 from cases.fold import density
-from cases.models import lora, mixture, qwen
+from cases.models import lora, qwen
 from rbfast.adapter.sparse_adapter import SparseAdapter
 
 
@@ -39,12 +38,6 @@ def make(place: Place) -> Contest:
     return contest(place, f"step of four 7B-shaped layers, T={T}", model, T, 8, (Bar("rbfast / frozen", "<=", 1.08),))
 
 
-def make_mixture(place: Place) -> Contest:
-    T = place.size(4096 if place.device == "cuda" else 1024, 32)
-    experts = mixture(place).config.num_experts
-    return contest(place, f"step of a mixture of {experts} experts, T={T}", lambda: mixture(place), T, 1)
-
-
 def contest(
     place: Place, title: str, model: Callable[[], nn.Module], T: int, rank: int, bars: tuple[Bar, ...] = ()
 ) -> Contest:
@@ -68,7 +61,4 @@ def _values(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-CASES = [
-    Case("step", "four 7B-shaped layers", make, ("cuda",)),
-    Case("step", "a mixture of experts", make_mixture),
-]
+CASES = [Case("step", "four 7B-shaped layers", make, ("cuda",))]
