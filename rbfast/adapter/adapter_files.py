@@ -23,6 +23,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from rbfast.models.experts import experts_in
 from rbfast.models.linears import dtype_name, fingerprint, matrix_shape
 from rbfast.models.names import hub_id_of
 from rbfast.models.weight_use import own_weight
@@ -146,7 +147,7 @@ def check_base(config: AdapterConfig, matrices: Mapping[str, nn.Module], where: 
         expected, shape = (info.out_features, info.in_features), matrix_shape(matrices[name])
         if shape != expected:
             raise ValueError(f"{where}: made for {base}, where {name} is {expected}, not {shape}; load that base")
-        if info.experts != (count := getattr(matrices[name], "count", None)):
+        if info.experts != (count := experts_in(matrices[name])):
             raise ValueError(
                 f"{where}: made for {base}, where {name} has {info.experts} experts, not {count}; load that base"
             )

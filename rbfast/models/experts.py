@@ -116,6 +116,11 @@ def give_back(layer: nn.Module) -> None:
         layer.give_back()
 
 
+def experts_in(layer: nn.Module) -> int | None:
+    """How many experts a stack holds; None for any other layer."""
+    return layer.count if isinstance(layer, ExpertStack) else None
+
+
 def home_of(layer: nn.Module) -> tuple[nn.Module, str]:
     """The module of the model that holds a layer's weight, and the weight's name in it."""
     return (layer.experts, layer.key) if isinstance(layer, ExpertStack) else (layer, "weight")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rbfast.models.experts import home_of, stacks_of
+from rbfast.models.experts import experts_in, home_of, stacks_of
 from rbfast.models.unfit import Unfit, unfit_linears
 from rbfast.models.weight_use import WeightUse, has_weight, is_conv1d, is_plain, own_weight, weight_use
 
@@ -229,7 +229,7 @@ def group_siblings(linears: Mapping[str, nn.Module]) -> dict[str, Shape]:
 def shape_of(module: nn.Module, group: int) -> Shape:
     """That of a linear layer or a stack of experts."""
     out_features, in_features = matrix_shape(module)  # type: ignore[misc]
-    return Shape(out_features, in_features, group, getattr(module, "count", None))
+    return Shape(out_features, in_features, group, experts_in(module))
 
 
 def _head_of(model: nn.Module) -> nn.Module | None:

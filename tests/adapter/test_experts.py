@@ -7,7 +7,7 @@ import accelerate
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import attach, batch, disturb, family, same_bits, snapshot
+from tiny_models import attach, batch, disturb, family, llama, same_bits, snapshot
 from torch import nn
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -258,6 +258,16 @@ def test_an_adapter_of_other_experts_is_refused(tmp_path):
     attach(family("mixtral")).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has 4 experts, not 8"):
         SparseAdapter.from_pretrained(family("mixtral", num_experts=8, num_local_experts=8), tmp_path)
+
+
+def test_a_layer_that_counts_something_is_no_stack(tmp_path):
+    model = llama()
+    model.model.layers[0].self_attn.q_proj.count = 7
+    adapter = attach(model)
+    assert all(site.A.dim() == 2 for site in adapter.sites().values())
+    adapter.save_pretrained(tmp_path)
+    adapter.detach()
+    SparseAdapter.from_pretrained(model, tmp_path)
 
 
 def test_a_stack_is_no_part_of_its_model():
