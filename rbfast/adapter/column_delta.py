@@ -323,14 +323,10 @@ class ColumnDelta(nn.Module):
         x, (a, b) = input_of(args, kwargs), self.factors
         cols: Any = self._buffers["cols"]
         xs = self._gather(x, cols, self.run, y.dtype)
-        if isinstance(linear, ExpertStack):
-            ends = args[1]
-            if self.folds:
-                return ops.grouped_tap(y, xs, ends, a, b, self.scale)
-            return ops.grouped_side(y, x, xs, ends, cols, a, b, self.scale, self.run)
+        ends = args[1] if isinstance(linear, ExpertStack) else None
         if self.folds:
-            return ops.column_tap(y, xs, a, b, self.scale)
-        return ops.column_side(y, x, xs, cols, a, b, self.scale, self.run)
+            return ops.column_tap(y, xs, a, b, self.scale, ends)
+        return ops.column_side(y, x, xs, cols, a, b, self.scale, self.run, ends)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(

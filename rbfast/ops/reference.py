@@ -85,7 +85,7 @@ def grouped_column_grad(
     dy: Tensor, xs: Tensor, ends: Tensor, A: Tensor, B: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """column_grad for each expert: of A [E, k, s] and B [E, out, k], given dy [S, out] and xs [S, s]."""
-    dA, dB = torch.zeros_like(A), torch.zeros_like(B)
+    dA, dB = A.new_zeros(A.shape), B.new_zeros(B.shape)
     for expert, rows in rows_of_experts(ends):
         dA[expert], dB[expert] = torch.ops.rbfast.column_grad(dy[rows], xs[rows], A[expert], B[expert], scale)
     return dA, dB

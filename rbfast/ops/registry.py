@@ -152,7 +152,7 @@ def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 @torch.library.register_fake("rbfast::grouped_column_grad", lib=_LIBRARY)
 def _(dy: Tensor, xs: Tensor, ends: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(A), torch.empty_like(B)
+    return A.new_empty(A.shape), B.new_empty(B.shape)
 
 
 @torch.library.register_fake("rbfast::row_thresholds", lib=_LIBRARY)
@@ -201,47 +201,77 @@ torch.library.register_autograd(
 
 
 class _ColumnTap(torch.autograd.Function):
-    """The identity on y [..., out], whose backward computes dA and dB of a delta that is already in the weight."""
+    """The identity on y [..., out], whose backward computes dA and dB of a delta that is already in the weight.
+
+    Of a stack of experts y is [S, out], xs [S, s], and the rows of each expert end at `ends` [E].
+    """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, xs: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(xs, A, B)
+    def forward(
+        ctx: Any, y: Tensor, xs: Tensor, A: Tensor, B: Tensor, scale: float, ends: Tensor | None = None
+    ) -> Tensor:
+        ctx.save_for_backward(xs, A, B, ends)
         ctx.scale = scale
         return y.detach()  # an alias that autograd does not count as a view, so that y may be changed in place later
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        xs, A, B = ctx.saved_tensors
-        dA, dB = column_grad(dy.reshape(-1, dy.shape[-1]), xs, A, B, ctx.scale)
-        return dy, None, dA, dB, None
+        xs, A, B, ends = ctx.saved_tensors
+        dA, dB = _factor_grads(dy.reshape(-1, dy.shape[-1]), xs, ends, A, B, ctx.scale)
+        return dy, None, dA, dB, None, None
 
 
 class _ColumnSide(torch.autograd.Function):
-    """y [..., out] + scale * (xs A^T) B^T, where xs [T, s] are the columns `cols` of x [..., in], in runs of `run`."""
+    """y [..., out] + scale * (xs A^T) B^T, where xs [T, s] are the columns `cols` of x [..., in], in runs of `run`; of
+    a stack of experts as `_ColumnTap` has it."""
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, xs: Tensor, cols: Tensor, A: Tensor, B: Tensor, scale: float, run: int = 1
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        xs: Tensor,
+        cols: Tensor,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        run: int = 1,
+        ends: Tensor | None = None,
     ) -> Tensor:
-        ctx.save_for_backward(xs, cols, A, B)
+        ctx.save_for_backward(xs, cols, A, B, ends)
         ctx.scale, ctx.run, ctx.x_shape, ctx.x_dtype = scale, run, x.shape, x.dtype
         out = y.clone(memory_format=torch.contiguous_format)
-        column_linear_(out.view(-1, out.shape[-1]), xs, A, B, scale)
+        rows = out.view(-1, out.shape[-1])
+        if ends is None:
+            column_linear_(rows, xs, A, B, scale)
+        else:
+            grouped_column_linear_(rows, xs, ends, A, B, scale)
         return out
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        xs, cols, A, B = ctx.saved_tensors
+        xs, cols, A, B, ends = ctx.saved_tensors
         rows = dy.reshape(-1, dy.shape[-1])
         dx = None
         if ctx.needs_input_grad[1]:
             dx = rows.new_zeros(rows.shape[0], ctx.x_shape[-1])
-            column_scatter_(dx, rows, cols, A, B, ctx.scale, ctx.run)
+            if ends is None:
+                column_scatter_(dx, rows, cols, A, B, ctx.scale, ctx.run)
+            else:
+                grouped_column_scatter_(dx, rows, ends, cols, A, B, ctx.scale, ctx.run)
             dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
-        dA, dB = column_grad(rows, xs, A, B, ctx.scale)
-        return dy, dx, None, None, dA, dB, None, None
+        dA, dB = _factor_grads(rows, xs, ends, A, B, ctx.scale)
+        return dy, dx, None, None, dA, dB, None, None, None
+
+
+def _factor_grads(
+    dy: Tensor, xs: Tensor, ends: Tensor | None, A: Tensor, B: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    if ends is None:
+        return column_grad(dy, xs, A, B, scale)
+    return grouped_column_grad(dy, xs, ends, A, B, scale)
 
 
 def run_of(cols: Tensor, in_features: int) -> int:
@@ -265,70 +295,15 @@ def run_of(cols: Tensor, in_features: int) -> int:
 _tap: Any = super(torch.autograd.Function, _ColumnTap).apply
 
 
-def column_tap(y: Tensor, xs: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """The identity on y [..., out], whose backward computes dA and dB of a delta that is already in the weight."""
+def column_tap(y: Tensor, xs: Tensor, A: Tensor, B: Tensor, scale: float, ends: Tensor | None = None) -> Tensor:
+    """The identity on y [..., out], whose backward computes dA and dB of a delta that is already in the weight; with
+    `ends` of those of a stack of experts."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return _ColumnTap.apply(y, xs, A, B, scale)
-    return _tap(y, xs, A, B, scale)
+        return _ColumnTap.apply(y, xs, A, B, scale, ends)
+    return _tap(y, xs, A, B, scale, ends)
 
 
 column_side = _ColumnSide.apply
-
-
-class _GroupedTap(torch.autograd.Function):
-    """`_ColumnTap` of experts: the rows of y [S, out] and xs [S, s] up to ends [E] are those of one after the other."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, xs: Tensor, ends: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(xs, ends, A, B)
-        ctx.scale = scale
-        return y.detach()
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        xs, ends, A, B = ctx.saved_tensors
-        dA, dB = grouped_column_grad(dy, xs, ends, A, B, ctx.scale)
-        return dy, None, None, dA, dB, None
-
-
-class _GroupedSide(torch.autograd.Function):
-    """`_ColumnSide` of experts, whose rows of y [S, out], x [S, in] and xs [S, s] end at ends [E]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        x: Tensor,
-        xs: Tensor,
-        ends: Tensor,
-        cols: Tensor,
-        A: Tensor,
-        B: Tensor,
-        scale: float,
-        run: int = 1,
-    ) -> Tensor:
-        ctx.save_for_backward(xs, ends, cols, A, B)
-        ctx.scale, ctx.run, ctx.x_width, ctx.x_dtype = scale, run, x.shape[1], x.dtype
-        out = y.clone(memory_format=torch.contiguous_format)
-        grouped_column_linear_(out, xs, ends, A, B, scale)
-        return out
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        xs, ends, cols, A, B = ctx.saved_tensors
-        dx = None
-        if ctx.needs_input_grad[1]:
-            dx = dy.new_zeros(dy.shape[0], ctx.x_width)
-            grouped_column_scatter_(dx, dy, ends, cols, A, B, ctx.scale, ctx.run)
-            dx = dx.to(ctx.x_dtype)
-        dA, dB = grouped_column_grad(dy, xs, ends, A, B, ctx.scale)
-        return dy, dx, None, None, None, dA, dB, None, None
-
-
-grouped_tap = _GroupedTap.apply
-grouped_side = _GroupedSide.apply
 
 
 def cpu_isa() -> str | None:

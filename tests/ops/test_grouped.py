@@ -60,6 +60,7 @@ def test_torch_takes_them_for_ops():
     for name, given in (
         ("grouped_linear", (x.requires_grad_(), weight, at)),
         ("grouped_column_grad", (dy, x[:, cols].detach(), at, A, B, 0.7)),
+        ("grouped_column_grad", (dy, x[:, cols].detach(), at, A.mT.contiguous().mT, B.mT.contiguous().mT, 0.7)),
         ("grouped_column_linear_", (dy, x[:, cols].detach(), at, A, B, 0.7)),
         ("grouped_column_scatter_", (x.detach().clone(), dy, at, cols, A, B, 0.7)),
         ("grouped_column_fold_", (weight.clone(), weight[..., cols], cols, A, B, 0.7)),
@@ -83,9 +84,9 @@ def test_its_delta_has_the_gradients_of_its_formula(fold):
     expected = torch.autograd.grad(delta, (A, B) if fold else (A, B, x), dy)
     xs = x[:, cols].detach()
     if fold:
-        y = ops.grouped_tap(torch.zeros_like(dy), xs, at, A, B, 0.7)
+        y = ops.column_tap(torch.zeros_like(dy), xs, A, B, 0.7, at)
     else:
-        y = ops.grouped_side(torch.zeros_like(dy), x, xs, at, cols, A, B, 0.7)
+        y = ops.column_side(torch.zeros_like(dy), x, xs, cols, A, B, 0.7, 1, at)
         torch.testing.assert_close(y, delta)
     torch.testing.assert_close(torch.autograd.grad(y, (A, B) if fold else (A, B, x), dy), expected)
 
