@@ -232,7 +232,7 @@ def _start(name: str, shape: Shape, rank: int, support: int, seed: int) -> Tenso
 def _generator(seed: int, *what: str) -> torch.Generator:
     """Independent streams by name, so that what one matrix draws does not depend on which others are there."""
     digest = blake2b(":".join((str(seed), *what)).encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest))
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
 def _cost(shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, int]) -> int:
