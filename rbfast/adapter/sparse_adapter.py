@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from rbfast.adapter import adapter_files
@@ -219,18 +219,22 @@ class SparseAdapter(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The base model, bitwise, within the block. Blocks may nest. The backward of a forward that was made before
-        the block belongs after it: within, it would go through the base's weights."""
+        """The base model, bitwise, within the block. Blocks may nest. A backward belongs on the side of its forward, as
+        the weights differ: within the block one that reaches a folded delta raises RuntimeError."""
         self._require("attached", "disable")
         self._disabled += 1
+        guards = []
         if self._disabled == 1:
             for site in self.sites().values():
                 site.enabled = False
                 if site.folds:
                     site.restore()
+                    guards += [part.register_hook(_refuse_backward) for part in site.factors if part.requires_grad]
         try:
             yield
         finally:
+            for guard in guards:
+                guard.remove()
             self._disabled -= 1
             if self._disabled == 0 and self._state == "attached":
                 for site in self.sites().values():
@@ -395,6 +399,13 @@ def _warn_of_processes(model: nn.Module) -> None:
             "adapter.parameters() over the processes before each step",
             stacklevel=3,
         )
+
+
+def _refuse_backward(grad: Tensor) -> None:
+    raise RuntimeError(
+        "a backward within adapter.disabled(), of a forward from before it, would go through the base's weights: call "
+        "backward() after the block"
+    )
 
 
 def _announce_writes(sites: Iterable[ColumnDelta]) -> None:
