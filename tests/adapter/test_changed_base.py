@@ -76,6 +76,20 @@ def test_base_weights_loaded_into_an_attached_model_keep_its_delta(make, assign)
     assert same_bits(snapshot(model), base)
 
 
+@pytest.mark.parametrize("source", ["base", "trained"])
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_weights_assigned_in_bf16_are_a_cast_and_those_of_a_wider_type_are_refused(make, source):
+    model, cast = make(), make(torch.bfloat16)
+    base, adapter = snapshot(cast), attach(model)
+    disturb(adapter)
+    attach(cast).load_state_dict(adapter.state_dict())
+    state = base if source == "base" else {name: tensor.bfloat16() for name, tensor in snapshot(model).items()}
+    model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+    assert same_bits(snapshot(model), snapshot(cast))
+    with pytest.raises(RuntimeError, match="was changed while a delta is folded"):  # the kept columns are rounded
+        model.load_state_dict(snapshot(make()), assign=True)
+
+
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_a_model_goes_back_to_a_state_that_holds_its_adapter_too(make, assign):
