@@ -12,7 +12,7 @@ The deltas of a stack of E experts share their columns: A is [E, k, s], B [E, ou
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -157,6 +157,14 @@ def check_base(config: AdapterConfig, matrices: Mapping[str, nn.Module], where: 
             continue  # a weight rounded to fp16 cannot be compared bit by bit, nor can a quantised one
         if fingerprint(matrices[name]) not in (info.fingerprint, None):
             raise ValueError(f"{where}: made for {base}; the weights of {name} differ from those; load that base")
+
+
+def on_base(config: AdapterConfig, dtype: str, matrices: Mapping[str, nn.Module]) -> AdapterConfig:
+    """The config of an adapter that goes on with its base in another dtype: `rbfast merge` uses that one then."""
+    if dtype == config.base_dtype:
+        return config
+    modules = {name: replace(info, fingerprint=fingerprint(matrices[name])) for name, info in config.modules.items()}
+    return replace(config, base_dtype=dtype, modules=modules)
 
 
 def write_lora(

@@ -38,6 +38,7 @@ from rbfast.models.linears import (
     bytes_of,
     check_fit,
     count_parameters,
+    dtype_name,
     is_transposed,
     left_out,
     matrix_view,
@@ -140,7 +141,9 @@ class SparseAdapter(nn.Module):
         model = unwrapped(model)
         check_free(model)
         config, deltas = adapter_files.read_adapter(directory)
-        adapter_files.check_base(config, named_modules(model), directory)
+        matrices = named_modules(model)
+        adapter_files.check_base(config, matrices, directory)
+        config = adapter_files.on_base(config, dtype_name(next(model.parameters())), matrices)
         return cls(model, config, deltas, mode)
 
     def save_pretrained(self, directory: str | Path) -> None:
