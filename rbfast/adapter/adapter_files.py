@@ -24,7 +24,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from rbfast.models.experts import experts_in
-from rbfast.models.linears import dtype_name, fingerprint, matrix_shape
+from rbfast.models.linears import Shape, dtype_name, fingerprint, matrix_shape
 from rbfast.models.names import hub_id_of
 from rbfast.models.weight_use import own_weight
 from rbfast.utils.files import replacing, write_text
@@ -64,7 +64,8 @@ class MatrixInfo:
     @property
     def values(self) -> int:
         """How many are trained: those of A and B."""
-        return self.rank * (self.experts or 1) * (self.out_features + self.support)
+        shape = Shape(self.out_features, self.in_features, self.group, self.experts)
+        return shape.values(self.rank, self.support)
 
 
 @dataclass(frozen=True)
