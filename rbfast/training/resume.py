@@ -71,11 +71,18 @@ def check_same_run(folder: Path, asked: dict[str, Any]) -> None:
             )
     optional = [name for name in _OPTIONAL if name in held or name in asked]
     for name in [*optional, *asked]:  # what makes others differ comes first
-        if name not in free and held.get(name) != asked.get(name):
+        if name not in free and not _is_same(name, held.get(name), asked.get(name)):
             raise ValueError(
                 f"{folder} holds another run: its {name} is {held.get(name)!r}, now {asked.get(name)!r}; "
                 "go on with what it was, choose another output folder or remove that one"
             )
+
+
+def _is_same(name: str, held: Any, asked: Any) -> bool:
+    """A folder may be written in several ways: `base`, `base/` or whole."""
+    if name in ("base_model", "teacher") and isinstance(held, str) and isinstance(asked, str):
+        return Path(held).resolve() == Path(asked).resolve()
+    return bool(held == asked)
 
 
 def check_same_folder(out: Path, checkpoint: str | None) -> None:

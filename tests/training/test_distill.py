@@ -67,6 +67,18 @@ def test_a_cut_run_goes_on_in_its_dtype_and_a_finished_one_is_found_in_any(tmp_p
     assert same_bits(run(tmp_path, monkeypatch, model=student().bfloat16()), trained)
 
 
+def test_a_run_resumes_however_the_folder_of_its_base_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = student()
+    for name in ("base", "base/", str(tmp_path / "base")):
+        model.config._name_or_path = name
+        with pytest.raises(RuntimeError, match="power cut"):
+            run("cut", monkeypatch, cut_at=3, model=model)
+    model.config._name_or_path = "other"
+    with pytest.raises(ValueError, match=r"its base_model is '.*base', now 'other'"):
+        run("cut", monkeypatch, model=model)
+
+
 def test_a_run_goes_on_with_the_adapter_of_another(tmp_path, monkeypatch):
     run(tmp_path / "first", monkeypatch)
     began, model = tmp_path / "first", student()
