@@ -33,7 +33,7 @@ from rbfast.adapter.column_scores import ColumnScores
 from rbfast.adapter.first_step import BypassWatch
 from rbfast.adapter.footprint import Footprint
 from rbfast.adapter.placement import DEFAULT_DENSITY, plan
-from rbfast.models.experts import ExpertStack
+from rbfast.models.experts import ExpertStack, home_of
 from rbfast.models.linears import (
     bytes_of,
     check_fit,
@@ -48,6 +48,7 @@ from rbfast.models.linears import (
     whole,
     why_not_folded,
 )
+from rbfast.models.names import MERGED
 from rbfast.models.weight_use import own_weight
 
 Mode = Literal["auto", "fold", "side"]
@@ -158,7 +159,8 @@ class SparseAdapter(nn.Module):
         """Writes the adapter as a standard LoRA, for PEFT, vLLM and llama.cpp.
 
         base: what it names as its base model, a hub id or a folder; by default the hub id that the model was loaded by.
-        A model from a folder or a GGUF file has none, and then the file names no base: whoever loads it says which.
+        A model from a folder or a GGUF file has none, nor has one into which another adapter was merged, and then the
+        file names no base: whoever loads it says which.
         Only `smollm2-135m`, a GGUF file from PyPI, names the model on the hub that it was quantised from.
         """
         single = (site.linear for site in self.sites().values() if not isinstance(site.linear, ExpertStack))
@@ -198,6 +200,7 @@ class SparseAdapter(nn.Module):
                 site.base_columns = site.weight.index_select(-1, site.cols)
         fold_all(self.sites().values())
         self._release("merged")
+        self._count_merged(1)
 
     def unmerge(self) -> None:
         """Undoes merge(): the original columns come back, bitwise. Raises RuntimeError if the weights changed since, or
@@ -210,6 +213,7 @@ class SparseAdapter(nn.Module):
                 raise RuntimeError(f"cannot unmerge: {name} was changed after merge(); load the base model again")
         for site in self.sites().values():
             site.restore()
+        self._count_merged(-1)
         self._state = "detached"
 
     def detach(self) -> None:
@@ -342,6 +346,12 @@ class SparseAdapter(nn.Module):
             parameter.requires_grad_(True)
         self._follower()
         self._state = state
+
+    def _count_merged(self, change: int) -> None:
+        """An adapter attached next is not one of the weights that the model's name stands for."""
+        for site in self.sites().values():
+            home, _ = home_of(site.linear)
+            home.__dict__[MERGED] = home.__dict__.get(MERGED, 0) + change
 
     def _follow(self, optimizer: Optimizer) -> None:
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

