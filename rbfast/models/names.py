@@ -15,7 +15,10 @@ def name_of(model: Any) -> str | None:
     """What a model was loaded from, if it says so and no adapter was merged into it since."""
     if any(module.__dict__.get(MERGED) for module in model.modules()):
         return None
-    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    if name and not name.startswith(".") and not Path(name).is_absolute() and Path(name).exists():
+        return f"./{name}"  # elsewhere, where there is no such folder, it would pass for a hub id
+    return name
 
 
 def hub_id_of(name: str | None) -> str | None:
