@@ -292,6 +292,8 @@ class SparseAdapter(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Runs before the deltas load theirs, also as a part of another module."""
+        if prefix:  # of a model, and a Trainer that resumes is not strict: it would go on with a new adapter
+            _check_names({prefix + key for key in self.state_dict()}, {k for k in state_dict if k.startswith(prefix)})
         planted = {id(module): path for path, module in self.named_modules()}
         for name, site in self._sites.items():
             cols = state_dict.get(f"{prefix}{planted[id(site)]}.cols")
@@ -382,6 +384,15 @@ class SparseAdapter(nn.Module):
         fold_all(folding)
         if ours and not self._watch.is_over:
             self._watch.step(ours)
+
+
+def _check_names(ours: set[str], theirs: set[str]) -> None:
+    if (missing := ours - theirs) and (others := theirs - ours):
+        raise ValueError(
+            f"this state has {min(others)} and no {min(missing)} ({len(missing)} names of the adapter are missing): it "
+            "is of an adapter on other matrices, or of a model whose weights transformers renames as it saves them, "
+            "and those of an adapter in it too; then train with DistillTrainer, or use adapter.save_pretrained"
+        )
 
 
 def _forget_compiled() -> None:

@@ -105,6 +105,16 @@ def test_a_model_goes_back_to_a_state_that_holds_its_adapter_too(make, assign):
         model.load_state_dict(state | {f"{name}.weight": state[f"{name}.weight"] + 0.5})
 
 
+def test_a_state_whose_names_of_the_adapter_transformers_has_changed_is_refused():
+    model = llama()
+    model.adapter = attach(model)
+    state = {name.replace("model.", "backbone."): tensor for name, tensor in snapshot(model).items()}  # as NemotronH's
+    with pytest.raises(ValueError, match=r"has adapter\.backbone\.\S+ and no adapter\.model\.\S+ \(42 names of"):
+        model.load_state_dict(state, strict=False)
+    part = {name: tensor for name, tensor in snapshot(model).items() if not name.startswith("adapter.model.layers.0")}
+    model.load_state_dict(part, strict=False)
+
+
 def test_weights_of_another_base_are_refused_and_nothing_is_lost():
     model = llama()
     base = snapshot(model)
