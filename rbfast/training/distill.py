@@ -218,7 +218,12 @@ def distill(
     if first:  # before the long part, which a folder that cannot be written to would waste
         write_text(out / RUN, json.dumps(asked, indent=1))
         write_prompt(out, tokenizer, replace(_instruction(tokenizer, config), system=_shared_system(traces)))
-    trained = _attach_adapter(model, examples, config, teacher, checkpoint or adapter)
+    try:
+        trained = _attach_adapter(model, examples, config, teacher, checkpoint or adapter)
+    except BaseException:
+        if first and checkpoint is None:  # nothing is trained yet, and another density may be what it takes
+            (out / RUN).unlink(missing_ok=True)
+        raise
     with mode_kept(model), _detached_on_failure(trained):
         if first:
             check_room(out, sum(parameter.numel() for parameter in trained.parameters()))

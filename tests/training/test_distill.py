@@ -105,6 +105,19 @@ def test_a_run_goes_on_with_the_adapter_of_another(tmp_path, monkeypatch):
     assert same_bits(run(tmp_path / "cut", monkeypatch, adapter=began), whole)  # a finished one is found
 
 
+def test_a_run_that_could_not_begin_leaves_its_folder_to_other_settings(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="raise density"):
+        run(tmp_path, monkeypatch, density=1e-4)
+    model = student()
+    attached = SparseAdapter.attach(model, density=0.2)
+    with pytest.raises(ValueError, match="call its detach"):
+        run(tmp_path, monkeypatch, density=0.1, model=model)
+    attached.detach()
+    run(tmp_path, monkeypatch, model=model)
+    with pytest.raises(ValueError, match=r"its density is 0\.2, now 0\.1"):
+        run(tmp_path, monkeypatch, density=0.1)
+
+
 @pytest.mark.parametrize("setting", [{"density": 0.01}, {"rank": 3}, {"support": 16}, {"placement": "gradient"}])
 def test_an_adapter_to_go_on_with_has_its_own_shape(tmp_path, monkeypatch, setting):
     [name] = setting
