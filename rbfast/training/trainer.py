@@ -100,10 +100,16 @@ class DistillTrainer(Trainer):
         """`tokens_per_batch`: a batch takes traces of so many tokens, however many args would have in it.
 
         Raises:
-            ValueError: for what a Trainer does to its loss, its logits or its embeddings, which is not done here.
+            ValueError: for what a Trainer does to its loss, its logits or its embeddings, which is not done here; for a
+                teacher that is the student.
             TypeError: the examples are a stream, which has no length.
         """
         _refuse_idle(args, kwargs)
+        if teacher is model:
+            raise ValueError(
+                "the teacher is the student itself, with the adapter in it, so it could teach nothing: load the "
+                "teacher as a model of its own"
+            )
         if not isinstance(train_dataset, Sized):
             raise TypeError(
                 f"train_dataset: expected a sequence of examples, got {type(train_dataset).__name__}; make it a list"
