@@ -180,8 +180,6 @@ def _distill_config(args: argparse.Namespace) -> "DistillConfig":
     from rbfast.training.distill import DistillConfig
     from rbfast.training.objective import Objective
 
-    if args.instruction is None and (held := instruction_of(args, args.adapter, args.model)) is not None:
-        args.instruction = held.text or "none"  # of a student that is trained again
     objective = _given(args, Objective) | _by_role("", args.role_weights) | _by_role("_temperature", args.temperature)
     return DistillConfig(**_given(args, DistillConfig), objective=Objective(**objective))
 

@@ -32,7 +32,7 @@ from rbfast.adapter.column_scores import METHODS, ColumnScores, Method, score_co
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.data.chat_template import default_instruction, write_prompt
 from rbfast.data.encoding import Example, collate, encode_all, on_device
-from rbfast.data.instruction import Instruction, instruction_named
+from rbfast.data.instruction import Instruction, instruction_named, saved_instruction
 from rbfast.data.signal_store import SignalStore
 from rbfast.data.spans import ROLES
 from rbfast.data.trace import Trace
@@ -72,8 +72,9 @@ class DistillConfig:
         warmup: the share of the steps before the peak learning rate.
         schedule: how the learning rate falls from its peak: to zero along a line or a cosine, or not at all.
         max_tokens: longer traces are left out and listed, never cut.
-        instruction: what a prompt says after the problem: "answer", "boxed", "none" or a text; None is "boxed" for a
-            student whose chat template thinks, else "answer".
+        instruction: what a prompt says after the problem: "answer", "boxed", "none" or a text; None is what the adapter
+            or the merged model to go on with was trained with, else "boxed" for a student whose chat template thinks,
+            and "answer" for another.
         turns: "last" trains the last reply of a conversation, "all" every reply.
 
     Raises:
@@ -192,6 +193,7 @@ def distill(
     check_trackers(report_to)
     first = is_first_process()  # of the processes, which share the folder
     _check_traces(traces)
+    config = _with_instruction(config, adapter, model)
     traces, measured = part(traces, held_out, config.seed)
     examples, skipped = _encoded(traces, tokenizer, config)
     measured_examples = _encoded_held_out(measured, tokenizer, config)
@@ -279,6 +281,7 @@ def plan_run(
     """What `distill` would take with these arguments; nothing is trained. Raises ValueError as it does for traces that
     do not fit."""
     _check_traces(traces)
+    config = _with_instruction(config, adapter, model)
     traces, _ = part(traces, held_out, config.seed)
     examples, skipped = _encoded(traces, tokenizer, config)
     _check_positions(model, examples)
@@ -362,6 +365,15 @@ def _check_positions(model: PreTrainedModel, examples: Sequence[Example]) -> Non
             f"(--max-tokens) {limit} leaves them out",
             stacklevel=3,
         )
+
+
+def _with_instruction(config: DistillConfig, adapter: str | Path | None, model: PreTrainedModel) -> DistillConfig:
+    """A student that is trained again is asked as before, unless the config says otherwise."""
+    if config.instruction is not None:
+        return config
+    folders = [folder for folder in (adapter, model.config.name_or_path) if folder]
+    held = next((found for folder in folders if (found := saved_instruction(folder))), None)
+    return config if held is None else replace(config, instruction=held.text or "none")
 
 
 def _instruction(tokenizer: PreTrainedTokenizerBase, config: DistillConfig) -> Instruction:

@@ -118,6 +118,19 @@ def test_a_run_that_could_not_begin_leaves_its_folder_to_other_settings(tmp_path
         run(tmp_path, monkeypatch, density=0.1)
 
 
+def test_a_student_that_is_trained_again_is_asked_as_before(tmp_path, monkeypatch):
+    def asked(folder):
+        return json.loads((tmp_path / folder / "prompt.json").read_text())["instruction"]
+
+    run(tmp_path / "first", monkeypatch, instruction="Reply shortly.")
+    run(tmp_path / "second", monkeypatch, adapter=tmp_path / "first")
+    model = student()
+    model.config._name_or_path = str(tmp_path / "first")  # as the folder of a merged model, which has a prompt.json too
+    run(tmp_path / "merged", monkeypatch, model=model)
+    run(tmp_path / "other", monkeypatch, adapter=tmp_path / "first", instruction="none")
+    assert [asked(folder) for folder in ("second", "merged", "other")] == ["Reply shortly.", "Reply shortly.", ""]
+
+
 @pytest.mark.parametrize("setting", [{"density": 0.01}, {"rank": 3}, {"support": 16}, {"placement": "gradient"}])
 def test_an_adapter_to_go_on_with_has_its_own_shape(tmp_path, monkeypatch, setting):
     [name] = setting
