@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer import TRAINER_STATE_NAME
 
 from rbfast.adapter.adapter_files import read_adapter
+from rbfast.adapter.column_delta import deltas_of
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.data.encoding import Example, leave_out
 from rbfast.data.spans import ROLES
@@ -101,10 +102,15 @@ class DistillTrainer(Trainer):
 
         Raises:
             ValueError: for what a Trainer does to its loss, its logits or its embeddings, which is not done here; for a
-                teacher that is the student.
+                teacher that is the student, and an adapter that is not attached to the model.
             TypeError: the examples are a stream, which has no length.
         """
         _refuse_idle(args, kwargs)
+        if {id(delta) for _, delta in deltas_of(model)} != {id(site) for site in adapter.sites().values()}:
+            raise ValueError(
+                "the adapter is not attached to this model (merged or detached, or another model's), so it would learn "
+                "nothing: attach one with SparseAdapter.attach or from_pretrained"
+            )
         if teacher is model:
             raise ValueError(
                 "the teacher is the student itself, with the adapter in it, so it could teach nothing: load the "
