@@ -1,9 +1,9 @@
-"""The delta's format: which matrices a delta can change, what it is made of, and how it is written, read and exported.
+"""The adapter's file format: writing, reading, validating and exporting deltas.
 
 A delta changes some columns of one frozen weight [out, in]: `W[:, cols] += scale * B A`. An adapter is one delta per
 matrix, saved as two files:
 
-    adapter_config.json          what it was made for: the base, its matrices, support and rank of each
+    adapter_config.json          the base it was made for, its matrices, and the support and rank of each
     adapter_model.safetensors    <module>.cols [s] int64, <module>.A [k, s] fp32, <module>.B [out, k] fp32
 
 The deltas of a stack of E experts share their columns: A is [E, k, s], B [E, out, k].
@@ -49,8 +49,8 @@ class Delta:
 
 @dataclass(frozen=True)
 class MatrixInfo:
-    """What the config says of one matrix, or of a stack of so many `experts`. Matrices of one `group` share an input
-    and therefore a support."""
+    """One matrix in the config, or one stack of `experts` matrices. Matrices of one `group` share an input and
+    therefore a support."""
 
     out_features: int
     in_features: int
@@ -63,7 +63,7 @@ class MatrixInfo:
 
     @property
     def values(self) -> int:
-        """How many are trained: those of A and B."""
+        """The number of trained values: those of A and B."""
         return self.rank * (self.experts or 1) * (self.out_features + self.support)
 
 
@@ -81,7 +81,7 @@ class AdapterConfig:
 
 
 def write_adapter(directory: str | Path, config: AdapterConfig, deltas: Mapping[str, Delta]) -> None:
-    """Writes both files, each to a temporary name and then renamed: a failure leaves nothing half-written.
+    """Writes both files, each under a temporary name that is then renamed: a failure leaves no partial file.
 
     Raises ValueError for a delta that is not finite.
     """
@@ -122,13 +122,13 @@ def read_adapter(directory: str | Path) -> tuple[AdapterConfig, dict[str, Delta]
 
 
 def adapter_digest(directory: str | Path) -> str:
-    """Of both files. Raises FileNotFoundError if one is missing."""
+    """A digest of both files. Raises FileNotFoundError if one is missing."""
     data = b"".join(_read_bytes(Path(directory) / name) for name in (CONFIG_FILE, TENSOR_FILE))
     return blake2b(data, digest_size=16).hexdigest()
 
 
 def check_finite(deltas: Mapping[str, Delta]) -> None:
-    """Raises ValueError, naming it, for a delta with NaN or infinity: nothing reads or merges such a one."""
+    """Raises ValueError, naming the tensor, if a delta holds NaN or infinity. Such a delta is never read or merged."""
     for name, delta in deltas.items():
         for key in ("A", "B"):
             if not torch.isfinite(getattr(delta, key)).all():
@@ -154,7 +154,7 @@ def check_base(config: AdapterConfig, matrices: Mapping[str, nn.Module], where: 
     for name, info in config.modules.items():
         weight = own_weight(matrices[name])
         if weight is None or info.fingerprint is None or "float16" in {config.base_dtype, dtype_name(weight)}:
-            continue  # a weight rounded to fp16 cannot be compared bit by bit, nor can a quantised one
+            continue  # fp16 and quantised weights cannot be compared bit by bit with the base's
         if fingerprint(matrices[name]) not in (info.fingerprint, None):
             raise ValueError(f"{where}: made for {base}; the weights of {name} differ from those; load that base")
 
@@ -168,10 +168,10 @@ def write_lora(
 ) -> None:
     """Writes the adapter as a LoRA that PEFT, vLLM and llama.cpp load: A [r, in] is zero off the support.
 
-    The rank is padded with zeros to the next one vLLM serves; `transposed` says the matrices are Conv1D. The file names
-    `base` as its base model, by default the hub id of the one it was trained on, if that has one.
-    Raises ValueError if the adapter's rank is larger than those, for a delta that is not finite, and if the directory
-    holds a model, or an adapter of ours, whose files have the same names.
+    The rank is padded with zeros to the next one that vLLM serves. `transposed`: the matrices are Conv1D. The file
+    names `base` as its base model, by default the hub id of the model it was trained on, if that has one.
+    Raises ValueError if the rank exceeds all that vLLM serves, if a delta is not finite, or if the directory holds a
+    model or an rbfast adapter, whose files have the same names.
     """
     check_finite(deltas)
     if _holds_adapter(Path(directory)):
@@ -185,7 +185,7 @@ def write_lora(
     for name, delta in deltas.items():
         where = f"base_model.model.{_place_in_lora(name, stacks)}"
         lora_a, lora_b = _padded(delta, config.modules[name], rank)
-        if name in stacks:  # as PEFT keeps them: [E r, in], and [out, r E] with the experts of a rank side by side
+        if name in stacks:  # PEFT's layout: A [E r, in], B [out, r E], in B the experts of one rank adjacent
             lora_a, lora_b = lora_a.flatten(0, 1), lora_b.permute(1, 2, 0).flatten(1).contiguous()
         tensors[f"{where}.lora_A.weight"], tensors[f"{where}.lora_B.weight"] = lora_a, lora_b
     header = {
@@ -216,8 +216,8 @@ def _padded(delta: Delta, info: MatrixInfo, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _place_in_lora(name: str, stacks: Sequence[str]) -> str:
-    """The layer that PEFT puts around a matrix. Around a module with several stacks it puts a layer for each, that of
-    the first within that of the next."""
+    """The path of the LoRA layer that PEFT wraps around a matrix. PEFT wraps a module with several stacks once per
+    stack, the first stack's layer innermost."""
     if name not in stacks:
         return name
     home = name.rpartition(".")[0]
@@ -298,7 +298,7 @@ def _check_delta(where: str, delta: Delta, info: MatrixInfo) -> None:
 
 
 def _check_groups(path: Path, config: AdapterConfig, deltas: Mapping[str, Delta]) -> None:
-    """The columns of an input are gathered once for all matrices of a group."""
+    """Raises ValueError if matrices of one group have different columns: their input is gathered once for the group."""
     first: dict[int, str] = {}
     for name, info in config.modules.items():
         other = first.setdefault(info.group, name)

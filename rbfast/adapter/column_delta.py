@@ -1,10 +1,10 @@
 """The delta of one matrix: its parameters, and the hooks that run it folded into the weight or beside it.
 
-    with unhooked(model), torch.no_grad():              # a folded delta costs a forward nothing
+    with unhooked(model), torch.no_grad():              # a folded delta adds nothing to the cost of a forward
         model(...)
 
-Without gradients the hooks of a folded delta do nothing, but calling them takes time: `unhooked(model)` takes them off
-for a block, and so does `rbfast.evaluating(model)`, which all our decoding uses.
+Without gradients the hooks of a folded delta do nothing, but calling them takes time. `unhooked(model)` removes them
+for a block. So does `rbfast.evaluating(model)`, which all decoding in rbfast uses.
 """
 
 import weakref
@@ -27,9 +27,9 @@ from rbfast.utils.overlap import Overlap
 
 _META = torch.device("meta")
 _UNHOOKED = Overlap()
-_DELTA = "_rbfast_delta_"  # and the weight's name: the attribute of its module that holds its ColumnDelta
-# What changes with a write to the weight (None: the layer computes it), with one to A or B (with `A.data = x` their
-# place alone), and with a move.
+_DELTA = "_rbfast_delta_"  # + the weight's name: the attribute of its module that holds its ColumnDelta
+# Three parts. The first changes when the weight is written (None: the layer computes its weight). The second changes
+# when A or B is written (`A.data = x` changes only the address). The third changes when either moves to a device.
 _Stamp = tuple[tuple[int, int, torch.dtype] | None, tuple[int, int, int, int], tuple[torch.device, torch.device]]
 _WRITTEN = (
     "the weight of a {kind} was changed while a delta is folded into it, and it holds neither the base's values nor "
@@ -38,18 +38,18 @@ _WRITTEN = (
 
 
 class SharedGather:
-    """Gathers a group's support once for all its matrices, as long as they are given the same, unchanged tensor."""
+    """Gathers a group's support once for all its matrices, if they get the same unchanged input tensor."""
 
     def __init__(self) -> None:
         self.members = 0
         self._kept: tuple[weakref.ref, int, Tensor] | None = None  # the input, its version, and its columns
-        self._left = 0  # members that have yet to take them
+        self._left = 0  # members that have not used them yet
 
     def __call__(self, x: Tensor, cols: Tensor, run: int, dtype: torch.dtype) -> Tensor:
-        # A compiler merges equal gathers itself; of an inference tensor nobody knows whether it was changed since.
+        # A compiler merges equal gathers itself. Inference tensors have no version counter to detect changes by.
         if self.members == 1 or torch.compiler.is_compiling() or x.is_inference():
             return _gather(x, cols, run, dtype)
-        kept = self._kept  # read once: another thread may put its own there at any time
+        kept = self._kept  # read once: another thread may replace it at any time
         if kept is None or kept[0]() is not x or kept[1] != x._version or kept[2].dtype != dtype:
             kept = weakref.ref(x, self._drop), x._version, _gather(x, cols, run, dtype)
             self._kept, self._left = kept, self.members
@@ -65,8 +65,8 @@ class SharedGather:
 
 
 class ColumnDelta(nn.Module):
-    """The delta of one matrix, and the hooks that run it: parameters A [k, s] and B [out, k], buffer cols [s]. Of a
-    stack of E experts (`rbfast.models.experts`), A [E, k, s] and B [E, out, k]."""
+    """The delta of one matrix, and the hooks that run it: parameters A [k, s] and B [out, k], buffer cols [s]. For a
+    stack of E experts (`rbfast.models.experts`): A [E, k, s] and B [E, out, k]."""
 
     A: nn.Parameter
     B: nn.Parameter
@@ -78,7 +78,7 @@ class ColumnDelta(nn.Module):
         super().__init__()
         object.__setattr__(self, "linear", linear)  # not a submodule: the base stays outside the adapter's state
         device = next((_home(linear, t.device) for t in (*linear.parameters(), *linear.buffers())), None)
-        # In one layout, whatever their source: fused optimizers pair values, gradients and moments by their place.
+        # Contiguous, whatever the source: fused optimizers pair values, gradients and moments by memory offset.
         with torch.inference_mode(False):
             self.A, self.B = (
                 nn.Parameter(torch.empty(part.shape, dtype=torch.float32, device=device).copy_(part))
@@ -90,11 +90,11 @@ class ColumnDelta(nn.Module):
         shape = matrix_shape(linear)
         assert shape is not None, "only matrices get a delta"
         self.run = ops.run_of(delta.cols, shape[1])
-        self._known: tuple[tuple[Any, ...], bool] = (), False  # of the weight: how it looked, and if it is transposed
-        self._folded = self._stamp()  # after the last fold
-        self._seen: _Stamp | None = None  # at the last forward, or after the fold since
+        self._known: tuple[tuple[Any, ...], bool] = (), False  # the last `_looks()`, and whether it is transposed
+        self._folded = self._stamp()  # the stamp after the last fold
+        self._seen: _Stamp | None = None  # the stamp of the last forward, or of a later fold
         self.watch: BypassWatch | None = None
-        self._refused: tuple[str, Tensor] | None = None  # a weight that was not loaded, and why
+        self._refused: tuple[str, Tensor] | None = None  # why a weight was not loaded, and the weight
         self._gather = gather
         gather.members += 1
         if fold:
@@ -111,8 +111,8 @@ class ColumnDelta(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base's weight as a writable view [out, in], or [E, out, in] of experts, and the delta moved to its
-        device: call it first."""
+        """The base's weight as a writable view [out, in], or [E, out, in] for experts. Reading it first moves the delta
+        to the weight's device."""
         self._follow_base()
         own, looks = own_weight(self.linear), self._looks()
         if own is not None and looks == self._known[0]:
@@ -127,7 +127,7 @@ class ColumnDelta(nn.Module):
         return view
 
     def _looks(self) -> tuple[Any, ...]:
-        """What makes a layer and its weight one that `matrix_view` takes. Asking that takes longer than a fold."""
+        """What `matrix_view` depends on, as a cache key: `matrix_view` itself takes longer than a fold."""
         weight: Any = own_weight(self.linear)
         if weight is None:
             return ()
@@ -146,7 +146,7 @@ class ColumnDelta(nn.Module):
         return _home(self.linear, stored.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ColumnDelta":
-        """Moves, and never casts: A and B are fp32, and the kept columns have the bits of the base."""
+        """Moves but never casts: A and B stay fp32, and the kept columns keep the base's bits."""
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -159,7 +159,7 @@ class ColumnDelta(nn.Module):
         fold_all([self])
 
     def _mark_folded(self) -> None:
-        self.__dict__["_folded"] = self.__dict__["_seen"] = self._stamp()  # past nn.Module's slow look at each
+        self.__dict__["_folded"] = self.__dict__["_seen"] = self._stamp()  # nn.Module.__setattr__ is slow
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -173,13 +173,13 @@ class ColumnDelta(nn.Module):
         fold(weight, base_columns, cols, A, B, self.scale, self.run)
 
     def _take_cast(self, weight: Tensor) -> None:
-        """The kept columns are cast if the model was: they are what its weight would be without a delta."""
+        """Casts the kept columns if the model was cast: they are what its weight would hold without the delta."""
         kept: Any = self._buffers["base_columns"]
         if kept.dtype != weight.dtype:
             self.base_columns = kept.to(weight.dtype)
 
     def _stamp(self) -> _Stamp:
-        # Asked in every forward, so with few calls: own_weight and factors, written out.
+        # Every forward calls this, so own_weight and factors are inlined.
         own: Any = self._parameters
         a, b = own["A"], own["B"]
         delta = a._version, b._version, a.data_ptr(), b.data_ptr()
@@ -191,7 +191,7 @@ class ColumnDelta(nn.Module):
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B; nn.Module's own lookup of an attribute is slow for what every forward does."""
+        """A and B, without nn.Module's attribute lookup, which is too slow for every forward."""
         own: Any = self._parameters
         return own["A"], own["B"]
 
@@ -206,7 +206,7 @@ class ColumnDelta(nn.Module):
         self._hooks = self.linear.register_forward_pre_hook(self._before), after
 
     def unhook(self) -> None:
-        """Removes the hooks: without gradients a folded delta needs none, because it is in the weight."""
+        """Removes the hooks. Without gradients a folded delta needs none: it is already in the weight."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = ()
@@ -232,7 +232,7 @@ class ColumnDelta(nn.Module):
 
     @torch.no_grad()
     def survivors(self) -> tuple[int, int]:
-        """(how many weights the fold changes, how many it would change without rounding)."""
+        """(number of weights that the fold changes, number that it would change without rounding)."""
         folded = self.folded_columns()
         wanted, changed = self.scale * (self.B @ self.A) != 0, folded != self.base_columns.to(folded.dtype)
         return int((wanted & changed).sum()), int(wanted.sum())
@@ -248,7 +248,7 @@ class ColumnDelta(nn.Module):
             self.watch.saw(self)
 
     def catch_up(self) -> None:
-        """Folds what was changed since the last fold: A and B, or the base's weight.
+        """Folds if A, B or the base's weight changed since the last fold.
 
         Raises RuntimeError if the weight holds neither the base's columns nor those with the delta.
         """
@@ -261,13 +261,13 @@ class ColumnDelta(nn.Module):
             self.fold()
 
     def _is_here(self) -> bool:
-        """Not on meta, as while it is offloaded, and no stand-in."""
+        """Whether the weight is a real tensor: neither on meta (offloaded) nor a stand-in."""
         weight: Any = self.linear.weight
         return type(weight) in (Tensor, nn.Parameter) and not weight.is_meta
 
     @torch.no_grad()
     def _take_base(self, trusts: bool) -> None:
-        """Folds into a weight that was written by somebody else. trusts: its columns cannot be compared."""
+        """Folds into a weight that other code wrote. trusts: skip the check of its columns; they cannot be compared."""
         found = self.weight.index_select(-1, self.cols)
         is_cast = found.dtype != self.base_columns.dtype
         if not (trusts or is_cast or self._is_known(found)):
@@ -281,8 +281,8 @@ class ColumnDelta(nn.Module):
     def _before_load(
         self, home: nn.Module, state: dict[str, Any], prefix: str, local: Any, strict: bool, *lists: list[str]
     ) -> None:
-        """Keeps a weight out that is neither the base's nor that with the delta: which part is the delta's? The same
-        call may say so next, if the adapter is a part of the model (`_load_from_state_dict`)."""
+        """Refuses a weight that holds neither the base's values nor those with the delta: its delta is unknown. If the
+        adapter is a submodule of the model, the same call may load that delta next (`_load_from_state_dict`)."""
         linear, key = self.linear, prefix + home_of(self.linear)[1]
         kept: Any = linear.weight
         weight, came = matrix_view(linear), state.get(key)
@@ -298,7 +298,7 @@ class ColumnDelta(nn.Module):
             state[key] = kept.detach()
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """Folds, and takes back the refusal of a weight that is the one with the delta just loaded."""
+        """Folds, and withdraws the refusal if the refused weight is the base with the delta just loaded."""
         super()._load_from_state_dict(state_dict, prefix, *args)
         refused, self._refused = self._refused, None
         if not (self.folds and self.enabled and self.attached):
@@ -337,7 +337,7 @@ class ColumnDelta(nn.Module):
 
 @torch.no_grad()
 def fold_all(sites: Iterable[ColumnDelta]) -> None:
-    """`fold()` of many sites, in one call of an op for all matrices of a device, and one for each stack of experts."""
+    """`fold()` for many sites: one op call for all matrices of a device and scale, and one per stack of experts."""
     together: dict[tuple[torch.device, float], list[ColumnDelta]] = {}
     weights = {}
     for site in sites:
@@ -363,8 +363,8 @@ def fold_all(sites: Iterable[ColumnDelta]) -> None:
 
 
 def _home(linear: nn.Module, device: torch.device) -> torch.device:
-    """Where a layer runs: on the device of its weight or, if that is on meta because accelerate offloads it, on the one
-    that it is brought to for each forward."""
+    """The device that a layer runs on: its weight's, or, if accelerate offloads the weight (meta), the device that
+    accelerate moves it to for each forward."""
     if device != _META:
         return device
     hook = home_of(linear)[0].__dict__.get("_hf_hook")
@@ -379,7 +379,7 @@ def delta_of(linear: nn.Module) -> ColumnDelta | None:
 
 
 def deltas_of(model: nn.Module) -> Iterator[tuple[str, ColumnDelta]]:
-    """The deltas attached to a model, with the names of their matrices."""
+    """The deltas attached to a model, as (name of the matrix, delta)."""
     for name, module in named_modules(model).items():
         if (delta := delta_of(module)) is not None:
             yield name, delta
@@ -387,10 +387,10 @@ def deltas_of(model: nn.Module) -> Iterator[tuple[str, ColumnDelta]]:
 
 @contextmanager
 def unhooked(model: nn.Module) -> Iterator[None]:
-    """Within the block a folded adapter of `model` costs nothing: its hooks are off, and the forward is the base's own.
+    """Removes the hooks of folded deltas within the block, so that a forward costs what the base's does.
 
-    For forwards without gradients: a backward would give the adapter none. Steps of an optimizer and load_state_dict()
-    fold as usual; after changing parameters by hand call adapter.fold(). Deltas beside the weight keep their hooks.
+    For forwards without gradients: a backward would give the adapter none. Optimizer steps and load_state_dict() fold
+    as usual. After changing parameters by hand, call adapter.fold(). Deltas beside the weight keep their hooks.
     Blocks may nest, and the adapter may be disabled, merged or detached within one.
     """
     with _UNHOOKED.block(model, partial(_unhook_all, model)):

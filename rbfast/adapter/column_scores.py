@@ -1,4 +1,4 @@
-"""Scores: how a model's gradient on reasoning traces rates each column of each matrix.
+"""Scores for every column of every matrix, from a model's gradients or activations on reasoning traces.
 
     scores = score_columns(model, batches, loss_fn)
     scores.save("scores.safetensors")
@@ -40,7 +40,7 @@ METHODS = ("gradient", "factored", "activation")
 
 @dataclass(frozen=True)
 class ColumnScores:
-    """By matrix: columns [in] fp32, the score of each input."""
+    """Scores by name of matrix: columns [in] fp32, one score per input."""
 
     method: str
     batches: int
@@ -49,7 +49,7 @@ class ColumnScores:
     columns: dict[str, Tensor]
 
     def shapes_of(self, matrices: Mapping[str, Shape]) -> dict[str, Shape]:
-        """The scored shapes of these matrices. Raises ValueError, naming it, for one that differs or was not scored."""
+        """The scored shapes of these matrices. Raises ValueError, naming the matrix, if one differs or is missing."""
         for name, shape in matrices.items():
             came = self.shapes.get(name)
             if came is None:
@@ -59,7 +59,7 @@ class ColumnScores:
         return {name: self.shapes[name] for name in matrices}
 
     def save(self, path: str | Path) -> None:
-        """Writes one safetensors file, to a temporary name and then renamed."""
+        """Writes one safetensors file, under a temporary name that is then renamed."""
         header = {"format": FORMAT, "version": VERSION, "method": self.method, "batches": self.batches}
         header |= {"base_model_name_or_path": self.base_model_name_or_path}
         header |= {"matrices": {name: to_json(shape) for name, shape in self.shapes.items()}}
@@ -69,7 +69,7 @@ class ColumnScores:
 
     @classmethod
     def load(cls, path: str | Path) -> "ColumnScores":
-        """Reads a file written by save(). Raises FileNotFoundError, and ValueError for one that is none."""
+        """Reads a file written by save(). Raises FileNotFoundError, and ValueError if the file is not one."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: expected a file of scores, found none")
         try:
@@ -93,19 +93,19 @@ def score_columns(
     method: Method = "gradient",
     targets: str | Sequence[str] = "all-linear",
 ) -> ColumnScores:
-    """Scores every column of the target matrices by what `loss_fn(model, batch)`, a scalar, says of it.
+    """Scores every column of the target matrices by the gradient of `loss_fn(model, batch)`, a scalar.
 
     "gradient": sum over batches of sum_o G[o, c]^2, with G = dy^T x in fp32 (one dense G at a time).
     "factored": E[x_c^2] * sum_o E[dy_o^2], which needs no G. "activation": E[x_c^2], which needs no backward.
-    The weights are frozen while it runs; nothing of the model is changed. Raises ValueError for no batches, a loss that
-    is not finite, and a loss that no matrix has a gradient of.
+    The weights are frozen while it runs; the model is left unchanged. Raises ValueError for no batches, a loss that is
+    not finite, and a loss without a gradient.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     base = unwrapped(model)
     watch = _Watch(select_linears(base, targets), method)
     scored = 0
-    # A compiler would look for no new hooks in what it has compiled, and compile every call of these anew.
+    # Compiled code would ignore our new hooks, and each call of a hook would trigger a recompilation.
     with _frozen(model), watch.watching(), torch.compiler.set_stance("force_eager"):
         for batch in batches:
             with torch.set_grad_enabled(method != "activation"):
@@ -152,14 +152,14 @@ def _checked(path: str | Path, tensors: Mapping[str, Tensor], key: str, shape: t
 
 
 class _Watch:
-    """Hooks that see the input x and the output gradient dy of every matrix, and add up what the method needs."""
+    """Hooks that see the input x and the output gradient dy of every matrix, and accumulate the scores."""
 
     def __init__(self, linears: Mapping[str, nn.Module], method: Method) -> None:
         self.linears, self.method = linears, method
         self.columns: dict[str, Tensor] = {}
         self._groups: dict[str, int] = {}
         self._numbers = count()
-        # Kept alive for a batch, so that an id is one input.
+        # Inputs stay alive for a batch, so that an id identifies one input.
         self._inputs: dict[tuple[int, int], tuple[int, Tensor]] = {}
 
     @contextmanager
@@ -181,7 +181,7 @@ class _Watch:
         self._inputs.clear()
 
     def shapes(self) -> dict[str, Shape]:
-        """Shapes with the groups seen, numbered in the model's order; a matrix that was never run is alone."""
+        """Shapes with the observed groups, numbered in the model's order. A matrix that never ran is its own group."""
         numbers: dict[object, int] = {}
         keys = {name: self._groups.get(name, name) for name in self.linears}
         shapes = {}
@@ -190,7 +190,7 @@ class _Watch:
         return shapes
 
     def cpu(self) -> dict[str, Tensor]:
-        """The columns in the model's order, with zeros for a matrix that was never run."""
+        """The columns in the model's order, with zeros for a matrix that never ran."""
         widths = {name: matrix_shape(module)[1] for name, module in self.linears.items()}  # type: ignore[index]
         return {
             name: self.columns.get(name, torch.zeros(width, dtype=torch.float32, device="cpu")).cpu()
@@ -208,7 +208,7 @@ class _Watch:
             return None
         if not torch.is_grad_enabled():
             return None
-        if not y.requires_grad:  # the first matrices: everything before them is frozen
+        if not y.requires_grad:  # true of the first matrices: everything before them is frozen
             y = y.detach().requires_grad_().clone()
         experts = reference.rows_of_experts(args[1]) if isinstance(module, ExpertStack) else [(0, slice(None))]
         y.register_hook(partial(self._backward, name, x, [rows for _, rows in experts]))
@@ -220,11 +220,11 @@ class _Watch:
         self._groups.setdefault(name, number)
 
     def _backward(self, name: str, x: Tensor, matrices: Sequence[slice], dy: Tensor) -> None:
-        """matrices: the rows of each, one after the other."""
+        """matrices: the rows of each matrix; one slice for a linear layer, one per expert for a stack."""
         x, dy = x.float(), _as_rows(dy).float()
         for rows in matrices:
             if self.method == "factored":
-                share = len(x[rows]) / len(x)  # a token counts the same, whichever expert it went to
+                share = len(x[rows]) / len(x)  # every token counts the same, whatever its expert
                 self._add(name, share * x[rows].square().mean(0) * dy[rows].square().mean(0).sum())
             else:
                 self._add(name, (dy[rows].T @ x[rows]).square().sum(0))
@@ -237,7 +237,7 @@ class _Watch:
 
 
 def _as_rows(x: Tensor) -> Tensor:
-    """[T, n] of [..., n]."""
+    """Reshapes [..., n] to [T, n]."""
     return x.reshape(-1, x.shape[-1])
 
 

@@ -4,7 +4,7 @@
     adapter = SparseAdapter.attach(model, placement=scores)
 
 Matrices that read the same input (q, k, v; gate, up) form a group and share one support. A support is made of runs of
-16 aligned columns, which a machine moves as fast as a copy; single columns cost several times as much.
+16 aligned columns, which move at the speed of a copy; single columns cost several times as much.
 """
 
 import math
@@ -37,15 +37,15 @@ from rbfast.models.names import name_of
 DEFAULT_DENSITY = 0.003
 DEFAULT_RANK = 2
 RUN = 16  # columns: 32 bytes of bf16, the least a GPU moves
-WIDE = 1024  # inputs of a model that is large: what its supports take counts
-_PART = 8  # of the inputs of a large model its supports take one in so many
-START_NORM = 0.1
+WIDE = 1024  # input width from which a model counts as large: there the memory of the supports matters
+_PART = 8  # a support takes at most 1/8 of the inputs of a large model
+START_NORM = 0.1  # of each row of A
 
 
 @dataclass(frozen=True)
 class Start:
-    """The start of one delta: cols [s] int64 sorted, A [k, s] fp32 ([E, k, s] of E experts; B starts at zero), and its
-    score if it has one."""
+    """The initial state of one delta: cols [s] int64 sorted, A [k, s] fp32 ([E, k, s] for E experts), and its score if
+    it has one. B starts at zero."""
 
     cols: Tensor
     A: Tensor
@@ -62,7 +62,7 @@ def plan(
     scale: float,
     seed: int,
 ) -> tuple[AdapterConfig, dict[str, Delta]]:
-    """Everything SparseAdapter.attach decides: the matrices, their supports and columns, and where A starts."""
+    """Everything SparseAdapter.attach decides: the matrices, their supports and columns, and the initial A."""
     if not 0 < density <= 1:
         raise ValueError(f"density must be above 0 and at most 1 (the share of trained values), got {density}")
     if not (math.isfinite(scale) and scale != 0):
@@ -144,11 +144,11 @@ def allocate(
 ) -> tuple[int, dict[str, int]]:
     """Splits a budget of trained values over matrices: (rank k, support s of each), the sum of k (out + s) <= budget.
 
-    Every matrix gets the same support, in whole runs, capped at its inputs; what is left over buys one more run for
-    the first groups. Models of WIDE inputs or more take an eighth of their inputs at most, stacks of experts an eighth
-    of their own, and the largest rank that fits: the rest of the budget stays unspent. Smaller ones take DEFAULT_RANK,
-    less if that does not fit, more if it would leave budget unused. A given `support` is kept as it is, with the
-    largest rank that fits; one that is no multiple of a run cuts the last run. Raises ValueError if nothing fits.
+    Every matrix gets the same support, in whole runs, capped at its inputs. Leftover budget buys one more run for the
+    first groups. Models whose usual input width is at least WIDE take an eighth of it at most (stacks of experts: an
+    eighth of their own) and the largest rank that fits; the rest of the budget stays unspent. Smaller models take
+    DEFAULT_RANK, or less if that does not fit, or more if it would leave budget unused. A given `support` is kept, with
+    the largest rank that fits; if it is no multiple of a run, the last run is cut. Raises ValueError if nothing fits.
     """
     for name, value in (("rank", rank), ("support", support)):
         if value is not None and value < 1:
@@ -172,7 +172,7 @@ def allocate(
 
 
 def place_random(shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, int], seed: int) -> dict[str, Start]:
-    """Random runs of columns, drawn anew for every group, A as `_start` has it. Bitwise the same for one seed."""
+    """Random runs of columns, drawn separately for each group; A from `_start`. Bitwise reproducible from the seed."""
     drawn: dict[int, Tensor] = {}
     for name, shape in shapes.items():
         if shape.group not in drawn:
@@ -188,8 +188,8 @@ def place_random(shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, 
 def place_scored(
     scores: ColumnScores, shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, int], seed: int
 ) -> dict[str, Start]:
-    """The runs with the highest score, summed over their columns and a group, ties to the lower index; A as `_start`
-    has it."""
+    """The runs with the highest score, summed over their columns and a group, ties to the lower index; A from
+    `_start`."""
     totals: dict[int, Tensor] = {}
     for name, shape in shapes.items():
         totals[shape.group] = totals.get(shape.group, 0) + scores.columns[name].double()
@@ -203,23 +203,22 @@ def place_scored(
 
 
 def run_length(in_features: int) -> int:
-    """How many columns a run has: the largest power of two up to RUN that divides the inputs, so that none are left.
+    """The number of columns in a run: the largest power of two up to RUN that divides the inputs.
 
-    Of 576 inputs 16, of 584 8. In a matrix of an odd number of inputs, whose rows start anywhere, a run is one column.
+    16 for 576 inputs, 8 for 584. With an odd number of inputs rows are not aligned, and a run is one column.
     """
     return math.gcd(in_features, RUN)
 
 
 def _columns(runs: Tensor, in_features: int, support: int) -> Tensor:
-    """The first `support` columns of these runs, sorted: of the last run that is needed perhaps only its beginning."""
+    """The first `support` columns of these runs, sorted. The last run may be cut."""
     run = run_length(in_features)
     needed = runs[: -(-support // run)]
     return (needed[:, None] * run + torch.arange(run, device=runs.device)).flatten()[:support].sort().values
 
 
 def _start(name: str, shape: Shape, rank: int, support: int, seed: int) -> Tensor:
-    """A random A [rank, support] with rows of norm START_NORM: so small that a few steps turn it as the traces need. Of
-    experts a stack of them.
+    """A random A [(E,) rank, support] with rows of norm START_NORM: small enough that a few steps can turn it.
 
     The gradient's leading directions make a worse start: they are the inputs that are large for every token.
     """
@@ -230,7 +229,7 @@ def _start(name: str, shape: Shape, rank: int, support: int, seed: int) -> Tenso
 
 
 def _generator(seed: int, *what: str) -> torch.Generator:
-    """Independent streams by name, so that what one matrix draws does not depend on which others are there."""
+    """An independent random stream for each name, so that a matrix draws the same whatever the other matrices are."""
     digest = blake2b(":".join((str(seed), *what)).encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
@@ -250,8 +249,8 @@ def _whole_runs(shapes: Mapping[str, Shape], most: Mapping[str, int], columns: i
 
 
 def _most(shapes: Mapping[str, Shape]) -> dict[str, int]:
-    """The widest supports that are taken by default. Of a large model they are a part of the usual inputs; a stack of
-    experts, whose columns take the most memory, has a part of its own at most. A small model takes all."""
+    """The default upper limit of each support. In a large model it is 1/_PART of the usual input width; for a stack of
+    experts, whose columns take the most memory, at most 1/_PART of its own too. In a small model it is all inputs."""
     widths = Counter(shape.in_features for shape in shapes.values())
     usual = max(widths, key=lambda width: (widths[width], -width))
     if usual < WIDE:
@@ -268,7 +267,7 @@ def _part_of(in_features: int) -> int:
 
 
 def _default_rank(shapes: Mapping[str, Shape], budget: int, most: Mapping[str, int], fixed: bool) -> int:
-    """The largest rank that fits with the supports `most`; if they are not `fixed`, they may be narrower for more."""
+    """The largest rank that fits with the supports `most`. If they are not `fixed`, narrower ones may buy more rank."""
     narrowest = min(most.values())
     if fixed:
         return max(1, min(narrowest, budget // _cost(shapes, 1, most)))
@@ -282,7 +281,7 @@ def _default_rank(shapes: Mapping[str, Shape], budget: int, most: Mapping[str, i
 def _spend_rest(
     shapes: Mapping[str, Shape], supports: dict[str, int], most: Mapping[str, int], budget: int, rank: int
 ) -> dict[str, int]:
-    """One more run for each group, in order, as long as it fits: the members of a group keep one support."""
+    """Adds one run to each group, in order, while the budget allows. All members of a group keep the same support."""
     rest = budget - _cost(shapes, rank, supports)
     members: dict[int, list[str]] = {}
     for name, shape in shapes.items():

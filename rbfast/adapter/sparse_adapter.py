@@ -66,13 +66,13 @@ class MatrixSummary:
 
 
 class SparseAdapter(nn.Module):
-    """Deltas attached to a model. Made by `attach` or `from_pretrained`; its parameters are `<module>.A` and `.B`,
-    those of stacks of experts `stack<n>.A` and `.B`, numbered in the model's order.
+    """Deltas attached to a model. Create it with `attach` or `from_pretrained`. Its parameters are `<module>.A` and
+    `.B`; those of stacks of experts are `stack<n>.A` and `.B`, numbered in the model's order.
 
-    If the model is moved to another device afterwards, its deltas follow with the next forward; before that, and
-    before torch.compile, `adapter.to(device)` moves them.
+    If the model moves to another device later, its deltas follow at the next forward. To move them earlier, or before
+    torch.compile, call `adapter.to(device)`.
 
-    left_out: by name, the shape of every weight of two or more dimensions that has no delta; embeddings and head aside.
+    left_out: by name, the shape of every weight of two or more dimensions without a delta, except embeddings and head.
     """
 
     def __init__(self, model: nn.Module, config: AdapterConfig, deltas: Mapping[str, Delta], mode: Mode) -> None:
@@ -87,7 +87,7 @@ class SparseAdapter(nn.Module):
         self._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
-        # Kept by name: a walk over the modules takes as long as folding a matrix, or longer.
+        # A dict by name: walking the modules takes at least as long as folding a matrix.
         self._sites: dict[str, ColumnDelta] = {}
         self._state: Literal["attached", "merged", "detached"] = "attached"
         self._disabled = 0
@@ -95,7 +95,7 @@ class SparseAdapter(nn.Module):
         self._follower = _follow_optimizers(self)
         try:
             self._plant_all(modules, deltas, folds)
-        except BaseException:  # most likely out of memory; whoever catches it has no adapter to detach
+        except BaseException:  # likely out of memory; the caller has no adapter to detach
             self.detach()
             raise
         _forget_compiled()
@@ -113,18 +113,19 @@ class SparseAdapter(nn.Module):
         scale: float = 1.0,
         seed: int = 0,
     ) -> "SparseAdapter":
-        """Freezes `model` and attaches new deltas of at most `density` times its parameters. It may be within what
-        torch.compile or DistributedDataParallel puts around it. The latter adds up the gradients of the parameters that
-        it finds when it is made: to train on several processes, attach first, and put it around a module that holds
-        both model and adapter.
+        """Freezes `model` and attaches new deltas of at most `density` times its parameters.
+
+        The model may be wrapped by torch.compile or DistributedDataParallel. DistributedDataParallel reduces only the
+        gradients of parameters that exist when it is created: to train on several processes, attach first, then wrap a
+        module that holds both model and adapter.
 
         placement: "random" columns, drawn for every group of matrices, or the best by ColumnScores (or a file of them).
         `support` and `rank` default to what fits (see placement.allocate). mode: "fold" writes the deltas into the
-        weights, "side" adds them beside, "auto" folds wherever the weight is a plain bf16, fp16 or fp32 tensor that the
-        layer multiplies by. "all-linear" is what `rbfast.models.linears.select_linears` says: not the head, nor a tower
-        for images or sound. Warns of such towers, and of stacked experts and layers that can have no delta
-        (`rbfast.models.linears.unfit`). Raises ValueError for a density outside (0, 1], one that nothing fits, a model
-        without linear layers, and a model that has an adapter attached, PEFT's too.
+        weights; "side" runs them beside the weights; "auto" folds wherever the weight is a plain bf16, fp16 or fp32
+        tensor that the layer multiplies by. "all-linear" is defined by `rbfast.models.linears.select_linears`: it
+        excludes the head and any tower for images or sound. Warns of such towers, and of stacked experts and layers
+        that can have no delta (`rbfast.models.linears.unfit`). Raises ValueError for a density outside (0, 1] or too
+        small for any delta, a model without linear layers, and a model with an adapter attached (PEFT's included).
         """
         _warn_of_processes(model)
         model = unwrapped(model)
@@ -134,8 +135,8 @@ class SparseAdapter(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model: nn.Module, directory: str | Path, mode: Mode = "auto") -> "SparseAdapter":
-        """Attaches a saved adapter. Raises ValueError, naming the first mismatch, if it was made for another model, and
-        as `attach` does for a model that has an adapter attached."""
+        """Attaches a saved adapter. Raises ValueError, naming the first mismatch, if it was made for another model, or
+        if the model has an adapter attached."""
         _warn_of_processes(model)
         model = unwrapped(model)
         check_free(model)
@@ -144,19 +145,19 @@ class SparseAdapter(nn.Module):
         return cls(model, config, deltas, mode)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes adapter_config.json and adapter_model.safetensors; a failure leaves nothing half-written.
+        """Writes adapter_config.json and adapter_model.safetensors; a failure leaves no partial file.
 
-        If FSDP has sharded the adapter too, every process calls it, and export_lora, with a directory of its own.
-        Raises ValueError, naming it, for a matrix whose A or B holds NaN or infinity; so do export_lora and merge.
+        If FSDP has sharded the adapter too, every process must call this (and export_lora), each with its own
+        directory. Raises ValueError, naming the matrix, if A or B holds NaN or infinity; so do export_lora and merge.
         """
         adapter_files.write_adapter(directory, self.config, self._deltas())
 
     def export_lora(self, directory: str | Path, base: str | None = None) -> None:
         """Writes the adapter as a standard LoRA, for PEFT, vLLM and llama.cpp.
 
-        base: what it names as its base model, a hub id or a folder; by default the hub id that the model was loaded by.
-        A model from a folder or a GGUF file has none, and then the file names no base: whoever loads it says which.
-        Only `smollm2-135m`, a GGUF file from PyPI, names the model on the hub that it was quantised from.
+        base: the base model that the file names, a hub id or a folder; by default the hub id the model was loaded by.
+        A model from a folder or a GGUF file has none: then the file names no base, and the loader must be told it.
+        The exception is `smollm2-135m`, a GGUF file from PyPI: it names the hub model that it was quantised from.
         """
         single = (site.linear for site in self.sites().values() if not isinstance(site.linear, ExpertStack))
         transposed = set(map(is_transposed, single))
@@ -165,21 +166,21 @@ class SparseAdapter(nn.Module):
         adapter_files.write_lora(directory, self.config, self._deltas(), True in transposed, base)
 
     def sites(self) -> dict[str, ColumnDelta]:
-        """The deltas by the name of the matrix they change."""
+        """The deltas, by the name of the matrix that each changes."""
         return dict(self._sites)
 
     def fold(self) -> None:
-        """Writes every delta into its weight. Needed after `parameter.data.copy_(x)` and other writes through `.data`,
-        as some averages of weights make them, and after any change by hand under torch.compile or in `unhooked`.
-        Optimizer steps, load_state_dict and, for other changes, the next forward do it automatically."""
+        """Writes every delta into its weight. Call it after writes through `.data` (`parameter.data.copy_(x)`, as some
+        weight averaging does), and after any change by hand under torch.compile or in `unhooked`. Optimizer steps and
+        load_state_dict fold automatically; after other changes the next forward does."""
         self._require("attached", "fold")
         fold_all(site for site in self.sites().values() if site.folds and site.enabled)
 
     def merge(self) -> None:
-        """Leaves the weights as they were trained with, bitwise, and removes every hook: the model is a plain one.
+        """Leaves in the model the weights that training used, bitwise, and removes every hook: it is a plain model.
 
-        Raises RuntimeError for a base that cannot hold the deltas (quantised, sharded, weight-normed): export_lora() is
-        for that; and for one whose weights were changed since attaching.
+        Raises RuntimeError for a base that cannot hold the deltas (quantised, sharded, weight-normed; use export_lora()
+        there), and for a base whose weights were changed since attaching.
         """
         self._require("attached", "merge")
         for name, site in self.sites().items():
@@ -197,7 +198,7 @@ class SparseAdapter(nn.Module):
         self._release("merged")
 
     def unmerge(self) -> None:
-        """Undoes merge(): the original columns come back, bitwise. Raises RuntimeError if the weights changed since, or
+        """Undoes merge(): restores the original columns bitwise. Raises RuntimeError if the weights changed since, or
         if another adapter is attached."""
         self._require("merged", "unmerge")
         for name, site in self.sites().items():
@@ -210,7 +211,7 @@ class SparseAdapter(nn.Module):
         self._state = "detached"
 
     def detach(self) -> None:
-        """Restores the base bitwise, removes every hook and gives parameters their requires_grad back."""
+        """Restores the base bitwise, removes every hook and restores each parameter's requires_grad."""
         self._require("attached", "detach")
         for site in self.sites().values():
             if site.folds:
@@ -219,8 +220,8 @@ class SparseAdapter(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The base model, bitwise, within the block. Blocks may nest. The backward of a forward that was made before
-        the block belongs after it: within, it would go through the base's weights."""
+        """Within the block the model is the base, bitwise. Blocks may nest. If a forward ran before the block, run its
+        backward after the block: inside, it would use the base's weights."""
         self._require("attached", "disable")
         self._disabled += 1
         if self._disabled == 1:
@@ -239,16 +240,16 @@ class SparseAdapter(nn.Module):
 
     @property
     def parameters_of_base(self) -> int:
-        """All parameters of the base, of a quantised matrix the values that it represents."""
+        """The number of parameters of the base; a quantised matrix counts the values that it represents."""
         return self._base_count
 
     @property
     def trainable_percent(self) -> float:
-        """Trained values per hundred parameters of the base."""
+        """Trained values as a percentage of the base's parameters."""
         return 100 * self._values() / self._base_count
 
     def print_trainable_parameters(self) -> None:
-        """Prints trained values, the base's parameters, and their ratio in percent, in the form PEFT does."""
+        """Prints trained values, the base's parameters, and their ratio in percent, in PEFT's format."""
         print(
             f"trainable params: {self._values():,d} || all params: {self._base_count:,d} || "
             f"trainable%: {self.trainable_percent:.4f}"
@@ -262,25 +263,25 @@ class SparseAdapter(nn.Module):
         return sum(count for count, _ in counts) / wanted if wanted else 1.0
 
     def summary(self) -> list[MatrixSummary]:
-        """What each matrix got, in the model's order."""
+        """One line per matrix, in the model's order."""
         return [
             MatrixSummary(name, info.out_features, info.in_features, info.support, info.rank, info.values, info.score)
             for name, info in self.config.modules.items()
         ]
 
     def footprint(self) -> Footprint:
-        """The memory that the adapter takes beside the base it was attached to."""
+        """The memory that the adapter takes in addition to its base."""
         values = bytes_of(self.parameters())
         return Footprint(self._base_bytes, bytes_of(self.buffers()), values, 3 * values)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As of every module, and folds. Raises ValueError, before anything is written, for a state of other columns:
-        their base values are not kept here. Raises RuntimeError for an adapter that is merged or detached."""
+        """As nn.Module's, then folds. Raises ValueError, before anything is written, if the state has other columns:
+        their base values are not kept here. Raises RuntimeError if the adapter is merged or detached."""
         self._require("attached", "load a state into")
         return super().load_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """Runs before the deltas load theirs, also as a part of another module."""
+        """Checks columns before the deltas load their state, also if the adapter is a submodule of another module."""
         planted = {id(module): path for path, module in self.named_modules()}
         for name, site in self._sites.items():
             cols = state_dict.get(f"{prefix}{planted[id(site)]}.cols")
@@ -299,21 +300,21 @@ class SparseAdapter(nn.Module):
         for name, delta in deltas.items():
             gather = gathers.setdefault(self.config.modules[name].group, SharedGather())
             site = ColumnDelta(modules[name], delta, self.config.scale, folds[name], gather)
-            # transformers splits what is named like a stack when it saves a model, an adapter in it too.
+            # When transformers saves a model, it splits every tensor named like a stack, an adapter's too.
             self._plant(f"stack{next(numbers)}" if isinstance(site.linear, ExpertStack) else name, site)
             self._sites[name] = site
 
     def _plant(self, name: str, site: ColumnDelta) -> None:
-        """Registers a delta under a dotted name, that of its matrix, so that parameters are called `<module>.A`.
+        """Registers a delta under the dotted name of its matrix, so that parameters are called `<module>.A`.
 
-        Not by add_module: it refuses the names of our own methods, and a part of a model may be called `merge`.
+        add_module would refuse names of our own methods, and a submodule of a model may be called `merge`.
         """
         parent: nn.Module = self
         *path, leaf = name.split(".")
         for part in path:
             parent = parent._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
         parent._modules[leaf] = site
-        # Not as a submodule. Who keeps only the parameters may drop the adapter, and still every step has to fold.
+        # Not a submodule. Keeps the adapter alive for callers that hold only its parameters: each step must still fold.
         site.__dict__["keeper"] = self
 
     def _values(self) -> int:
@@ -339,7 +340,7 @@ class SparseAdapter(nn.Module):
     def _follow(self, optimizer: Optimizer) -> None:
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if not stepped and any(parameter.grad is not None for parameter in self.parameters()):
-            raise RuntimeError(  # a Trainer makes such an optimizer of a frozen model, and trains it to the end
+            raise RuntimeError(  # a Trainer builds such an optimizer for a frozen model, and would run to the end
                 "an optimizer without parameters made a step: the adapter's are not among the model's; give the "
                 "optimizer adapter.parameters(), or set model.adapter = adapter before a Trainer is made"
             )
@@ -349,7 +350,7 @@ class SparseAdapter(nn.Module):
                 ours[name] = site
             weight = own_weight(site.linear)
             if weight is None or id(weight) not in stepped or not weight.requires_grad or site.watch is not None:
-                continue  # AdamW(model.parameters()) holds frozen weights, and those that a watch lets take part
+                continue  # AdamW(model.parameters()) may hold frozen weights, and those that BypassWatch unfroze
             if isinstance(site.linear, ExpertStack):
                 raise RuntimeError(
                     f"an optimizer trains the weight of {name}, a stack of experts, which has no gradient while it has "
@@ -368,7 +369,7 @@ class SparseAdapter(nn.Module):
 
 
 def _forget_compiled() -> None:
-    """torch.compile does not look for new hooks: what it made of a model before would run on without them."""
+    """Drops compiled code: torch.compile does not check for new hooks, so old code would run without ours."""
     if "torch._dynamo" in sys.modules:  # importing it takes seconds
         torch.compiler.reset()
 
@@ -386,7 +387,7 @@ def _folds(name: str, linear: nn.Module, mode: Mode) -> bool:
 
 
 def _warn_of_processes(model: nn.Module) -> None:
-    """DistributedDataParallel itself says nothing of a backward that reaches none of its parameters."""
+    """Warns, because DistributedDataParallel says nothing if a backward reaches none of its parameters."""
     replicas = (m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel))
     if any(replica.process_group.size() > 1 for replica in replicas):
         warnings.warn(
@@ -398,15 +399,15 @@ def _warn_of_processes(model: nn.Module) -> None:
 
 
 def _announce_writes(sites: Iterable[ColumnDelta]) -> None:
-    """Tells autograd that weights are written, which our ops do past it. A backward that is still to come, of a forward
-    with the weights of before, is then an error of autograd; else its gradients would be wrong."""
+    """Tells autograd that the weights are written, because our ops bypass it. A pending backward of a forward that used
+    the old weights then raises in autograd, instead of giving wrong gradients."""
     weights = (own_weight(site.linear) for site in sites)
     torch.autograd.graph.increment_version([w for w in weights if w is not None and not w.is_inference()])
 
 
 def check_free(model: nn.Module) -> None:
-    """Raises ValueError for a model that has an adapter attached (PEFT's too), is not made yet, is scripted, or whose
-    products are split over processes."""
+    """Raises ValueError for a model that has an adapter attached (PEFT's included), has uninitialised lazy layers, is
+    scripted, or is split by tensor parallelism."""
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("expected a module of Python code, got one made by torch.jit: attach before scripting it")
     if (getattr(model, "tp_size", None) or 1) > 1:
