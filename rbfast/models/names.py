@@ -1,4 +1,4 @@
-"""What a model was loaded from, and what others can call it by: its id on the hub, if it has one."""
+"""The name that a model was loaded by, and its hub id if it has one."""
 
 import re
 from pathlib import Path
@@ -9,13 +9,12 @@ _IN_CACHE = re.compile(r"(?:^|/)models--([\w.-]+?)--([\w.-]+)/snapshots/")
 
 
 def name_of(model: Any) -> str | None:
-    """What a model was loaded from, if it says so."""
+    """The name or path that a model was loaded from, if its config records one."""
     return getattr(getattr(model, "config", None), "_name_or_path", None) or None
 
 
 def hub_id_of(name: str | None) -> str | None:
-    """The hub id of a model that was loaded from `name`; None for a folder or file of this machine, which mean nothing
-    elsewhere."""
+    """The hub id of a model that was loaded from `name`; None for a local folder or file, which other machines lack."""
     if not name:
         return None
     if (cached := _IN_CACHE.search(Path(name).as_posix())) is not None:
