@@ -1,10 +1,10 @@
-"""The native ops: schemas and autograd (registry), what they are in plain torch (reference), and the head's
+"""The native ops: schemas and autograd (registry), their definition in plain torch (reference), and the head's
 products on a GPU (head_gemm).
 
     from rbfast import ops
     ops.column_gather(x, cols); ops.implementations("cuda")
 
-An op runs what the dispatcher has for the device of its tensors: native code, else Triton, else the reference.
+By the device of its tensors, an op runs native code if there is any, else Triton, else the reference.
 """
 
 from rbfast.ops.registry import (
