@@ -1,7 +1,7 @@
-"""DistillLoss as a function of autograd: forward computes the gradients, since it has the logits, backward scales them.
+"""DistillLoss as an autograd function: forward, which has the logits, computes the gradients; backward scales them.
 
-It gives them away, so a second backward pass computes them anew. So does the first one for the head's gradients if
-reduction is "none": those depend on each row's upstream gradient.
+Backward hands its gradients to the caller, so a second backward pass recomputes them. With reduction "none" the first
+one computes the head's gradients too, because they depend on each row's upstream gradient.
 
 Shapes: T tokens, n of them take part, H hidden size, V vocabulary.
 """
@@ -19,11 +19,11 @@ from rbfast.ops.dtypes import wide
 
 Gradients = tuple[Tensor | None, ...]
 
-_LARGE = 2**20  # values; fewer take a GPU no longer than a launch, and that of torch.mul takes the host less
+_LARGE = 2**20  # values; below that a GPU only pays for the launch, and torch.mul launches faster than our op
 
 
 class FusedLoss(torch.autograd.Function):
-    """Loss (a scalar, or [T] by token), divergence, CE and, with a filter, the bound of its error, all [T]."""
+    """Loss (a scalar, or [T] by token), divergence, CE and, with a gradient filter, its error bound, each [T]."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -50,7 +50,7 @@ class FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> Gradients:  # type: ignore[override]
         if upstream is None:
             return None, None, None, None
-        gradients, ctx.gradients = ctx.gradients, (None, None, None)  # they are the caller's now
+        gradients, ctx.gradients = ctx.gradients, (None, None, None)  # they belong to the caller from here on
         d_hidden, d_weight, d_bias = _scaled(gradients, upstream, ctx.dtypes)
         wants_hidden, wants_weight, wants_bias, _ = ctx.needs_input_grad
         lacks = (wants_hidden and d_hidden is None, wants_weight and d_weight is None, wants_bias and d_bias is None)
@@ -63,7 +63,7 @@ class FusedLoss(torch.autograd.Function):
 
 
 def _scaled(gradients: Gradients, upstream: Tensor, dtypes: Sequence[torch.dtype | None]) -> Gradients:
-    """By the upstream gradient: a scalar, or [T] for a gradient of hidden alone; in dtypes."""
+    """The gradients times the upstream gradient (a scalar, or [T] if only hidden has a gradient), cast to `dtypes`."""
     d_hidden, d_weight, d_bias = gradients
     if d_hidden is not None:
         d_hidden = _times(d_hidden, upstream.unsqueeze(1) if upstream.dim() else upstream, dtypes[0])
@@ -76,7 +76,7 @@ def _scaled(gradients: Gradients, upstream: Tensor, dtypes: Sequence[torch.dtype
 
 
 def _times(x: Tensor, factor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """x times factor in dtype, by one pass over memory; in place of x if that is its own."""
+    """x * factor in `dtype`, in one pass over memory; in place if that is the dtype of x."""
     out = x if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
     if x.is_cuda and factor.dim() == 0 and x.numel() >= _LARGE:
         scaled_(out, x, factor)
@@ -98,9 +98,9 @@ def _at_tokens(values: Tensor, order: Tensor, tokens: int) -> Tensor:
 
 
 def _error_bound(left_out: Tensor | None, like: Tensor, weight: Tensor, job: Job) -> Tensor:
-    """Upper bounds [n] of the norms of rows of dz W, where dz sums in magnitude to left_out [n] by row; W is [V, H].
+    """Upper bounds [n] of the norms of rows of dz W, where row i of dz sums to left_out[i] in magnitude; W is [V, H].
 
-    None is left out where the filter is ignored.
+    left_out is None where the filter is ignored: the bound is 0.
     """
     if left_out is None:
         return torch.zeros_like(like)
@@ -110,9 +110,9 @@ def _error_bound(left_out: Tensor | None, like: Tensor, weight: Tensor, job: Job
 
 
 def _sum(loss: Tensor) -> Tensor:
-    # Sorted, so that the order in which rows were packed does not reach the last bit. On a GPU, where a row's own bits
-    # depend on its place in a product, that would cost more than all other sums and keep nothing.
+    # Sorted, so that the order in which rows were packed does not change the last bit. On a GPU a row's own bits depend
+    # on its position in a GEMM, so sorting would gain nothing, and would cost more than all other sums.
     if loss.device.type != "cpu":
         return loss.sum()
-    # By NumPy, for ops of torch would cost a small call as much as its work.
+    # In NumPy: for a small batch the overhead of torch ops would equal the rest of the work.
     return torch.tensor(np.sort(loss.numpy()).sum(dtype=np.float64), dtype=loss.dtype, device="cpu")

@@ -1,4 +1,4 @@
-"""The checks of what DistillLoss is given. Shapes: T tokens, H hidden size, V vocabulary."""
+"""Checks of the inputs of DistillLoss. Shapes: T tokens, H hidden size, V vocabulary."""
 
 import math
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ def check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | 
 
 
 def check_logit_settings(logit_scale: float, softcap: float | None, of: str = "") -> None:
-    """Raises for a scale or a softcap that makes no distribution."""
+    """Raises for a scale or a softcap that gives no distribution."""
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap{of} must be positive and finite, or None, got {softcap}")
     if not math.isfinite(logit_scale):
@@ -44,8 +44,8 @@ def check_logit_settings(logit_scale: float, softcap: float | None, of: str = ""
 
 
 def check_device(name: str, x: Tensor, hidden: Tensor) -> None:
-    """Raises if x is on another device than hidden. On meta, as an offloaded weight is, a product would do nothing and
-    say nothing."""
+    """Raises if x is on another device than hidden. With an offloaded weight (on meta) a product would silently compute
+    nothing."""
     if x.device != hidden.device:
         where = "meta, where an offloaded weight has no values" if x.is_meta else x.device
         raise ValueError(f"{name} must be on {hidden.device} like the student's hidden, got one on {where}")
@@ -54,7 +54,7 @@ def check_device(name: str, x: Tensor, hidden: Tensor) -> None:
 def value_questions(
     labels: Tensor, is_ignored: Tensor, ignore_index: int, vocabulary: int, parameters: Mapping[str, Parameter]
 ) -> list[Question]:
-    """What may be wrong with the labels [T] that are not ignored [T], and with the values of parameters [T]."""
+    """The checks of the labels [T] that are not ignored, and of parameters that have values [T]."""
     if not labels.shape[0]:
         return []
     asked = _label_questions(labels, is_ignored, ignore_index, vocabulary)

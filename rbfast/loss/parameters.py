@@ -1,4 +1,4 @@
-"""What weighs and tempers the rows of a loss: numbers for all rows, or one for each. Shapes: T tokens, n rows taken."""
+"""Weights and temperatures of a loss: one number for all rows, or one per row. Shapes: T tokens, n rows taken."""
 
 import math
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from rbfast.ops.dtypes import wide_dtype
 
 
 class Parameter(NamedTuple):
-    """values [n] times the factor, or the factor in every row. The op takes both, which spares tensors of constants."""
+    """values [n] * factor, or `factor` in every row. The op takes both, which avoids tensors of constants."""
 
     values: Tensor | None
     factor: float = 1.0
@@ -23,15 +23,16 @@ class Parameter(NamedTuple):
         return self if divisor == 1 else Parameter(self.values, self.factor / divisor)
 
     def times(self, by: Tensor, rows: int) -> "Parameter":
-        """by: of no dimension, or [n], in the dtype of the values."""
+        """by: 0-dimensional or [n], in the dtype of the values."""
         return Parameter(by.expand(rows) if self.values is None else self.values * by, self.factor)
 
 
 def check_parameter(name: str, value: float | Tensor, hidden: Tensor) -> Parameter:
-    """What is given for hidden [T, H], in the accumulation dtype; looks at the value of a number, not of a tensor.
+    """The parameter for a loss of hidden [T, H], in the accumulation dtype. Checks the value of a number, not of a
+    tensor, which would synchronise with the device.
 
     Raises:
-        ValueError: it does not fit.
+        ValueError: its shape or value does not fit.
     """
     if isinstance(value, Tensor):
         if value.dim() > 0 and value.shape != hidden.shape[:1]:

@@ -1,6 +1,6 @@
-"""What a loss must read from its device, read at once: every read waits for the device, whatever its size.
+"""Value checks on the device, read back together: every read synchronises with the device, whatever its size.
 
-The details of a fault are worked out only after a fault is found.
+The details of an error are computed only after a check has failed.
 """
 
 import struct
@@ -12,9 +12,9 @@ from torch import Tensor
 
 
 class Question(NamedTuple):
-    """A number that is on the device (int64 or float64, of no dimension), and which of its values are wrong.
+    """A number on the device (0-dimensional, int64 or float64), and which of its values are wrong.
 
-    explain: says what is wrong and where; it may read from the device itself.
+    explain: returns the error message. It may read from the device.
     """
 
     answer: Tensor
@@ -23,7 +23,7 @@ class Question(NamedTuple):
 
 
 def read_back(questions: Sequence[Question], numbers: Sequence[Tensor]) -> list[int]:
-    """The int64 numbers, read together with the questions' answers: the one wait of a call.
+    """The int64 numbers, read together with the answers: the only synchronisation of a call.
 
     Raises:
         ValueError: an answer is wrong.

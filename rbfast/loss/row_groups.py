@@ -1,7 +1,7 @@
 """Which rows of a batch take part in a loss, and which signal each of them has.
 
-If the caller says which rows take part, nothing is read from the device. Else one wait tells how many rows each
-signal has, and whether all values are right. Shapes: T tokens, n rows that take part, N rows of a signal.
+If the caller says which rows take part, nothing is read from the device. Otherwise one synchronisation reads how many
+rows each signal has, and checks all values. Shapes: T tokens, n rows that take part, N rows of a signal.
 """
 
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ from rbfast.loss.teacher_signal import Dense, Signal, TopK, mark_padding, merge_
 
 
 class RowGroup(NamedTuple):
-    """Neighbours among the rows that take part, which share a signal (None: text only).
+    """Consecutive rows among those that take part that share a signal (None: text only).
 
-    entries: [size] into the signal's N axis; None: entry i belongs to the group's row i.
+    entries: [size] indices into the signal's N axis; None: row i of the group has entry i.
     """
 
     size: int
@@ -25,14 +25,14 @@ class RowGroup(NamedTuple):
     entries: Tensor | None = None
 
     def columns_beside(self, vocabulary: int) -> int:
-        """How many numbers a row needs room for beside its logits: the teacher's, or the logits again."""
+        """Values that a row needs in addition to its logits: the teacher's logits, or a copy of its own."""
         if isinstance(self.signal, Dense):
             return self.signal.vocabulary
         return vocabulary if isinstance(self.signal, TopK) and self.signal.temperature != 1 else 0
 
 
 class TakenRows(NamedTuple):
-    """The `size` rows that take part, group by group. order: [n] into the T axis; None: all T rows in order."""
+    """The `size` rows that take part, group by group. order: [n] indices into the T axis; None: all T rows in order."""
 
     size: int
     order: Tensor | None
@@ -40,7 +40,7 @@ class TakenRows(NamedTuple):
 
 
 def take_known_rows(signals: Sequence[Signal], rows: Tensor, tokens: int) -> TakenRows:
-    """Rows [n] that are known to take part, all rows of the signals among them; reads nothing back."""
+    """The groups of rows [n] that are known to take part and include all rows of the signals. Reads nothing back."""
     if rows.dtype != torch.int64 or rows.dim() != 1:
         raise ValueError(f"rows must be int64 [n], the rows that take part, got {rows.dtype} {list(rows.shape)}")
     size = rows.shape[0]
@@ -67,10 +67,10 @@ def take_known_rows(signals: Sequence[Signal], rows: Tensor, tokens: int) -> Tak
 def take_rows(
     signals: Sequence[Signal], is_ignored: Tensor, questions: Sequence[Question], vocabulary: int
 ) -> TakenRows:
-    """The rows that are not ignored [T]; reads back from the device once.
+    """The groups of the rows that are not ignored. is_ignored: [T]. Reads back from the device once.
 
     Raises:
-        ValueError: an answer to a question is wrong, or two signals claim one row, or a signal holds no distribution.
+        ValueError: a check fails, two signals claim one row, or a signal holds no distribution.
     """
     tokens = is_ignored.shape[0]
     if not tokens:
@@ -96,13 +96,13 @@ def take_rows(
 
 
 class _Claims:
-    """Rows of a batch claimed by signals that say which are theirs. is_ignored: [T]."""
+    """The rows of a batch that signals with `rows` cover. is_ignored: [T]."""
 
     def __init__(self, signals: Sequence[Signal], is_ignored: Tensor) -> None:
         self.signals, self.is_ignored, self.tokens = signals, is_ignored, len(is_ignored)
         claimed = [_rows_of(signal, self.tokens, is_ignored.device) for signal in signals]
         self.sizes, self.rows = [len(rows) for rows in claimed], _joined(claimed)
-        self.inside = self.rows.clamp(0, self.tokens - 1)  # a row outside must not crash the device before it is read
+        self.inside = self.rows.clamp(0, self.tokens - 1)  # an invalid row must not fault before it is checked
 
     def questions(self) -> list[Question]:
         asked = []
@@ -124,7 +124,7 @@ class _Claims:
         return [part.sum() for part in self.is_ignored[self.inside].split(self.sizes)]
 
     def split(self, taken: int, ignored: Sequence[int]) -> tuple[Tensor, list[RowGroup]]:
-        """The rows that take part: by signal and its entries, then those of text alone."""
+        """The order of the rows that take part (by signal and entry, then text-only rows), and their groups."""
         count = len(self.rows)
         key = torch.full_like(self.is_ignored, count, dtype=torch.int64)
         key.index_copy_(0, self.inside, torch.arange(count, device=key.device))

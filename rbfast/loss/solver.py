@@ -1,9 +1,9 @@
-"""The chunked work of DistillLoss: losses of rows and their gradient, without ever holding logits [T, V].
+"""The chunked computation of DistillLoss: losses of rows and their gradient, without materialising logits [T, V].
 
-Rows are taken in chunks: logits of a chunk by one GEMM with fp32 output, then one kernel that turns them into losses
-and their gradient dz. The GEMMs back, which may leave out negligible entries (`gradient_filter`), take the dz of a
-chunk or, on a GPU, of several. On a CPU each row's values have the same bits whatever the chunk, threads and place of
-the row; the gradient of a trained head is a sum over rows, so its last bits follow their order alone.
+For each chunk of rows, one GEMM with fp32 output makes the logits, and one kernel turns them into losses and their
+gradient dz. The backward GEMMs, which may skip negligible entries (`gradient_filter`), take the dz of a chunk or, on a
+GPU, of several. On a CPU each row's values are bitwise independent of chunk size, threads and the row's position; the
+gradient of a trained head is a sum over rows, so its last bits depend on their order, and on nothing else.
 
 Shapes: T tokens, n of them take part, H hidden size, V vocabulary.
 """
@@ -27,7 +27,7 @@ from rbfast.ops.dtypes import wide_dtype
 HeadForward = Callable[[Tensor, Tensor, Tensor], None]  # the op head_forward_
 
 _NOTHING = Parameter(None, 0.0)
-ROW_UNIT = 32  # values: 128 bytes of logits, a line of a GPU's cache or two of a CPU's; 64 of a gradient in bf16
+ROW_UNIT = 32  # values: 128 bytes of fp32 logits (a GPU cache line, two of a CPU), 64 bytes of a bf16 gradient
 
 
 class HeadProducts(Protocol):
@@ -37,7 +37,7 @@ class HeadProducts(Protocol):
 
 
 class LossOps(HeadProducts, Protocol):
-    """The ops a loss is made of: the registry's, or the reference for fp64."""
+    """The ops that a loss calls: the registry's, or the reference for fp64."""
 
     def row_thresholds(self, dz: Tensor, share: float, /) -> tuple[Tensor, Tensor]: ...
     def divergence_rows_(
@@ -63,9 +63,9 @@ class LossOps(HeadProducts, Protocol):
 
 
 class Job(NamedTuple):
-    """All of a loss that is not differentiated, for the rows that take part.
+    """The inputs of a loss that are not differentiated, for the rows that take part.
 
-    labels: [n]; kl_weight and ce_weight are divided by `divisor`. by_token: the loss is [T], not its sum.
+    labels: [n]. kl_weight and ce_weight are already divided by `divisor`. by_token: the loss is [T], not its sum.
     """
 
     labels: Tensor
@@ -85,7 +85,7 @@ class Job(NamedTuple):
 class Solution(NamedTuple):
     """Values [n] of the rows that take part, and the gradients of hidden, weight and bias; None if not wanted.
 
-    left_out: the summed magnitude of the entries of dz that the gradient of hidden lacks; None without a filter.
+    left_out: the summed magnitude of the entries of dz that the filter dropped; None without a filter.
     """
 
     divergence: Tensor
@@ -113,17 +113,17 @@ class _Solver:
         self.ops: LossOps = reference if self.dtype == torch.float64 else ops
         self.products: HeadProducts = self.ops
         if self.dtype != torch.float64 and ops.uses_torch_products(hidden.device):
-            self.products = head_gemm  # the dispatcher takes as long to call Python as the device for a small product
+            self.products = head_gemm  # skips the dispatcher, whose Python call takes as long as a small product
         self.bias = None if bias is None else bias.to(self.dtype)
         self.is_narrow = hidden.dtype == weight.dtype == torch.bfloat16
         self.wants_gradient, self.wants_hidden = any(wanted), wanted[0]
         self.teacher_columns = 0
         for group in job.taken.groups:
             self.teacher_columns = max(self.teacher_columns, group.columns_beside(weight.shape[0]))
-        self.widths = row_width(weight.shape[0]), row_width(self.teacher_columns)  # of logits, and of what is beside
+        self.widths = row_width(weight.shape[0]), row_width(self.teacher_columns)  # of logits, and of teacher logits
         self.chunking = self._choose_chunking(trains_head=wanted[1])
         self.room: Tensor | None = None
-        self.d_hidden: Tensor | None = None  # made when it is first needed
+        self.d_hidden: Tensor | None = None  # allocated when first needed
         self.d_weight = self._make_d_weight() if wanted[1] else None
         self.d_bias = None if self.bias is None or not wanted[2] else torch.zeros_like(self.bias)
         self.losses: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -172,7 +172,7 @@ class _Solver:
         workspace.give_back(memory)
 
     def _run_chunks(self, logits: Tensor, room: Tensor | None) -> None:
-        """logits: memory for a chunk's. room: for a teacher's, or for the same again, of `chunking.beside` rows."""
+        """logits: memory for a chunk. room: memory for `chunking.beside` rows of a teacher's logits or of a copy."""
         (size, order, _), V, chunking = self.job.taken, self.weight.shape[0], self.chunking
         self.room = room
         kept = None
@@ -195,11 +195,11 @@ class _Solver:
                 self._go_back(start, at, x, dz)
 
     def _dz_over(self, logits: Tensor) -> Tensor:
-        """The gradient takes the place of the logits; in bf16 it fills the first half of each row's memory."""
+        """dz in the memory of the logits; in bf16 it fills the first half of each row."""
         return logits.view(torch.bfloat16).narrow(1, 0, logits.shape[1]) if self.is_narrow else logits
 
     def _go_forward(self, start: int, stop: int, x: Tensor, logits: Tensor, dz: Tensor | None) -> None:
-        """Losses of a chunk's rows, [start, stop) of those that take part, and their gradient into dz."""
+        """Computes the losses of a chunk, rows [start, stop) of those that take part, and writes the gradient to dz."""
         self.products.head_forward_(logits, x, self.weight)
         base = 0
         for group in self.job.taken.groups:
@@ -214,7 +214,7 @@ class _Solver:
     def _solve_group(
         self, group: RowGroup, rows: tuple[int, int], base: int, x: Tensor, z: Tensor, out: Tensor | None
     ) -> None:
-        """Some rows of a group, which begins at row `base` of those that take part."""
+        """Solves `rows` (start, stop) of a group; the group begins at `base` of the rows that take part."""
         start, stop = rows
         signal = self._signal(group, start - base, stop - base, x, z)
         if isinstance(group.signal, TopK) and group.signal.temperature != 1:
@@ -223,7 +223,7 @@ class _Solver:
             self._solve_rows(start, stop, z, out, signal)
 
     def _signal(self, group: RowGroup, start: int, stop: int, x: Tensor, student: Tensor) -> SignalOfRows:
-        """ids, log-probs and logits of some rows of a group. x, student: their own hidden states and logits."""
+        """The teacher's ids, log-probs and logits of rows of a group. x, student: the student's hidden and logits."""
         signal, entries = group.signal, None if group.entries is None else _cut(group.entries, start, stop)
         if isinstance(signal, TopK):
             if entries is None:
@@ -256,11 +256,11 @@ class _Solver:
         dz: Tensor | None,
         signal: SignalOfRows,
     ) -> None:
-        """Of log-probs at another temperature s than 1, which the op does not know.
+        """Solves rows whose log-probs are at a temperature s other than 1, which the op does not support.
 
-        In units of z/s they are at 1, and the loss's temperature is tau/s: so the divergence is the op's on logits,
-        their scale and their cap divided by s. It is weighted by tau^2, not (tau/s)^2. The cross-entropy is at
-        temperature 1 in the old units, so it takes a call of its own, and room for a second copy of the logits.
+        In units of z/s they are at temperature 1, and the loss's temperature is tau/s. So the divergence is the op's on
+        logits, scale and softcap divided by s, weighted by tau^2, not (tau/s)^2. The cross-entropy is at temperature 1
+        in the original units, so it takes a second call and a second copy of the logits.
         """
         again = self._beside(*logits.shape).copy_(logits)
         job, wanted = self.job, dz is not None
@@ -289,7 +289,7 @@ class _Solver:
         temperature: Parameter,
         unit: float = 1.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The op, with logits counted in `unit`."""
+        """Calls divergence_rows_ with logits in units of `unit`."""
         softcap = self.job.softcap
         return self.ops.divergence_rows_(
             logits,
@@ -309,8 +309,8 @@ class _Solver:
         )
 
     def _check_teacher(self, divergence: Tensor, teacher: Tensor) -> None:
-        """Raises for a teacher's row that holds no distribution; its divergence is NaN. On a CPU, whose values are at
-        hand: NumPy looks at them without an op, each of which costs a small call as much as its work."""
+        """Raises if a teacher's row holds no distribution: its divergence is NaN. For a CPU only, where reading values
+        is free. In NumPy: for a small batch the overhead of torch ops would equal the rest of the work."""
         if not np.isnan(divergence.numpy()).any():
             return
         most = teacher.amax(1)
@@ -322,7 +322,8 @@ class _Solver:
             )
 
     def _go_back(self, start: int, at: Tensor | None, x: Tensor, dz: Tensor) -> None:
-        """The gradients of rows whose dz is known, from `start` on of those that take part; at: where in the T axis."""
+        """Adds the gradients of rows whose dz is known. start: the first among those that take part; at: their indices
+        in the T axis, or None."""
         if self.wants_hidden:
             thresholds = None
             if self.job.gradient_filter > 0 and ops.filter_saves(self.hidden, self.weight):
@@ -337,7 +338,7 @@ class _Solver:
             self.products.head_grad_(self.d_bias.unsqueeze(1), dz, x.new_ones(x.shape[0], 1))
 
     def _put_d_hidden(self, start: int, at: Tensor | None, dz: Tensor, thresholds: Tensor | None) -> None:
-        """Writes the product straight to its rows, if they follow each other."""
+        """Sets the gradient of hidden for these rows. If they are contiguous, the product writes there directly."""
         (rows, _), (tokens, width) = dz.shape, self.hidden.shape
         if self.d_hidden is None:
             make = self.hidden.new_empty if at is None else self.hidden.new_zeros
@@ -349,10 +350,10 @@ class _Solver:
 
 
 def _forward_beside(forward: HeadForward, x: Tensor, weight: Tensor, logits: Tensor) -> HeadForward:
-    """head_forward_ for a teacher, beside a student's x [n, H], weight and logits.
+    """head_forward_ for a teacher, given the student's x [n, H], weight and logits.
 
-    If they share the head in fp32, the teacher's logits are the student's plus a product of the difference of their
-    hidden states: two products would round the logits by more than a small gap between them can bear.
+    If both share a head in fp32 or fp64, the teacher's logits are the student's plus the product of the difference of
+    their hidden states: two separate products would round away a small gap between their logits.
     """
 
     def teacher_forward(z: Tensor, hidden: Tensor, head: Tensor) -> None:
@@ -373,7 +374,7 @@ def _is_gpu(x: Tensor) -> bool:
 
 
 def _cut(x: Tensor, start: int, stop: int) -> Tensor:
-    """Rows of x; x itself if that is all of it, for a view costs the host as much as a small kernel."""
+    """x[start:stop], or x itself if that is all of it: a view costs the host as much as a small kernel."""
     return x if start == 0 and stop == x.shape[0] else x[start:stop]
 
 
@@ -382,9 +383,9 @@ def _cut_columns(x: Tensor, columns: int) -> Tensor:
 
 
 def row_width(columns: int) -> int:
-    """How far apart rows of so many columns lie, in values.
+    """The row stride, in values, for rows of so many columns, so that each row is aligned to 64 bytes.
 
-    Each begins at 64 bytes or a multiple. With a vocabulary of 50257, rows that follow each other begin at any multiple
-    of 4 bytes: a GPU's kernels would read and write most of them value by value, and so might its library's products.
+    Dense rows of a vocabulary of 50257 would only be aligned to 4 bytes: GPU kernels, and perhaps the library's GEMMs,
+    would read and write most of them value by value.
     """
     return -(-columns // ROW_UNIT) * ROW_UNIT
