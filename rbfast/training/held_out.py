@@ -1,6 +1,6 @@
-"""Traces that a run does not train on: their loss says whether it still learns, or only remembers.
+"""Held-out traces, which a run does not train on: their loss shows overfitting.
 
-trained, measured = part(traces, 0.05, seed=0)      # or traces of a file of their own in place of 0.05
+trained, measured = part(traces, 0.05, seed=0)      # or a list of held-out traces instead of 0.05
 """
 
 import random
@@ -14,8 +14,8 @@ from rbfast.data.trace import Trace
 def part(
     traces: Sequence[Trace], held_out: Sequence[Trace] | float | None, seed: int
 ) -> tuple[Sequence[Trace], Sequence[Trace]]:
-    """The traces to train on, and those to measure. A number is the share of the problems whose traces are measured:
-    all traces of one problem are on one side. Warns of traces to measure whose problem is trained on.
+    """The traces to train on, and those to measure. If `held_out` is a number, it is the share of problems to measure:
+    all traces of a problem are on one side. Warns if the problem of a trace to measure is trained on.
 
     Raises:
         ValueError: a share that leaves no trace on one side, or an empty list.
@@ -52,13 +52,13 @@ def _key(trace: Trace) -> str:
 
 
 def measuring(every: int, keep_best: bool, from_start: bool) -> dict[str, Any]:
-    """Arguments of a Trainer that measures the held-out loss every so many steps, and at the end; `from_start`: before
-    the first step too; `keep_best`: ends with the checkpoint of the least."""
+    """TrainingArguments that measure the held-out loss every `every` steps and at the end. from_start: before the first
+    step too. keep_best: end with the checkpoint of lowest loss."""
     best = dict(load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=False)
     steps = dict(eval_strategy="steps", eval_steps=every, eval_on_start=from_start)
     return steps | (best if keep_best else {})
 
 
 def without_times(entry: dict[str, float]) -> dict[str, float]:
-    """An entry of a Trainer's log, without how long an evaluation took: the same run has the same log."""
+    """An entry of a Trainer's log without evaluation timings, so that the same run gives the same log."""
     return {name: value for name, value in entry.items() if not name.startswith("eval_") or "loss" in name}
