@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and files that grow by whole records."""
+"""Atomic writes of files and folders, and append-only files of whole records."""
 
 import json
 import os
@@ -13,9 +13,10 @@ from typing import IO, Any
 
 @contextmanager
 def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Opens a temporary file beside `path` that takes its name at the end; on an error it goes and `path` stays.
+    """Opens a temporary file beside `path` and renames it to `path` at the end. On an error it is deleted, and `path`
+    stays as it was.
 
-    What a process that was killed left of an earlier try goes as well. A symlink stays, and its target is replaced.
+    Also deletes temporary files that killed processes left. If `path` is a symlink, its target is replaced.
     Raises OSError if `path` is a folder, a device or a pipe.
     """
     path = target_of(path)
@@ -37,11 +38,11 @@ def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
 @contextmanager
 def holding(folder: str | Path) -> Iterator[None]:
-    """Keeps other processes from holding this folder too; it is made if need be. A file system without locks, or
-    Windows, keeps nobody.
+    """Locks a folder against other processes within the block; it is created if needed. Has no effect on Windows or on
+    a file system without locks.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds the lock.
     """
     try:
         from fcntl import LOCK_EX, LOCK_NB, flock
@@ -59,22 +60,22 @@ def holding(folder: str | Path) -> Iterator[None]:
                 raise ValueError(f"another process works in {folder}: wait for its end, or name another") from None
         yield
     finally:
-        os.close(handle)  # which ends the lock, as the end of the process does
+        os.close(handle)  # releases the lock
         with suppress(OSError):
-            folder.rmdir()  # of a call that wrote nothing
+            folder.rmdir()  # if nothing was written into it
 
 
 @contextmanager
 def replacing_files(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder within `folder`, whose files take their places there at the end. On an error they go, and
-    `folder` is as it was; so does what a process that was killed left of an earlier try."""
+    """A temporary folder within `folder`, whose files move into `folder` at the end. On an error they are deleted, and
+    `folder` is unchanged. Also deletes temporary folders that killed processes left."""
     folder = Path(folder)
     was_there = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".files.{os.getpid()}.tmp"
     for left in _left(folder, "files"):
         shutil.rmtree(left)
-    shutil.rmtree(temporary, ignore_errors=True)  # of an earlier process of this number
+    shutil.rmtree(temporary, ignore_errors=True)  # left by an earlier process with the same id
     temporary.mkdir()
     try:
         with naming(folder):
@@ -91,9 +92,9 @@ def replacing_files(folder: str | Path) -> Iterator[Path]:
 
 
 def target_of(path: str | Path) -> Path:
-    """The file that `path` names, symlinks followed; it need not exist yet.
+    """The file that `path` names, with symlinks resolved. It need not exist.
 
-    Raises OSError if a folder, a device or a pipe has that name: a rename would put a file in its place.
+    Raises OSError if it is a folder, a device or a pipe, which a rename would replace by a file.
     """
     path = Path(path)
     if path.is_dir():
@@ -104,9 +105,9 @@ def target_of(path: str | Path) -> Path:
 
 
 def check_output(path: str | Path, *, folder: bool = False) -> None:
-    """Finds out whether a file or a folder of this name can be written, before the work that is to fill it.
+    """Checks that a file or folder of this name can be written, before the work whose result goes there.
 
-    Nothing is left behind. Raises OSError, naming `path`, if it cannot be written.
+    Leaves nothing behind. Raises OSError, naming `path`, if it cannot be written.
     """
     path = Path(path)
     if folder and os.path.lexists(path) and not path.is_dir():
@@ -118,14 +119,14 @@ def check_output(path: str | Path, *, folder: bool = False) -> None:
     if not place.is_dir():
         raise NotADirectoryError(f"{path}: expected a folder at {place}, found a file; name another")
     try:
-        TemporaryFile(dir=place).close()  # permissions alone do not tell: a file system may be read-only
+        TemporaryFile(dir=place).close()  # permissions do not show whether the file system is read-only
     except OSError as error:
         raise OSError(f"{path}: cannot be written: {error.strerror} in {place}; name another") from None
 
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Names the file in an OSError without a name: a write to a full disk says only that it is full."""
+    """Adds the file name to an OSError without one: a write to a full disk says only that it is full."""
     try:
         yield
     except OSError as error:
@@ -135,14 +136,14 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def _left(folder: Path, name: str) -> Iterator[Path]:
-    """The temporary files or folders of this name that killed processes left."""
+    """The temporary files or folders for this name that killed processes left."""
     for path in folder.glob(f".{escape(name)}.*.tmp"):
         if not _is_running(path.name.split(".")[-2]):
             yield path
 
 
 def _is_running(process: str) -> bool:
-    """Whether a process may still run, by its number. Only POSIX tells without touching it."""
+    """Whether a process with this id may still run. Always True outside POSIX, where probing it could kill it."""
     if os.name != "posix" or not process.isdecimal():
         return True
     try:
@@ -155,22 +156,22 @@ def _is_running(process: str) -> bool:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes `text` as UTF-8, whole or not at all."""
+    """Writes `text` as UTF-8, atomically."""
     with replacing(path, "w") as file:
         file.write(text)
 
 
 class Journal:
-    """A JSONL file that grows by whole records (objects), each on disk before `append` returns."""
+    """An append-only JSONL file of records (objects). Records are on disk when `append` returns."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     def read(self) -> Iterator[tuple[str, Any]]:
-        """The records with where they stand ("file:line"). A last line that was cut short is taken off the file.
+        """The records, each with its location ("file:line"). A truncated last line is removed from the file.
 
         Raises:
-            ValueError: a line that is no JSON.
+            ValueError: a line is not JSON.
         """
         if not self.path.exists():
             return
@@ -191,22 +192,22 @@ class Journal:
             os.fsync(file.fileno())
 
     def rewrite(self, records: Iterable[Any]) -> None:
-        """Puts these records in place of all that are there, whole or not at all."""
+        """Replaces all records by these, atomically."""
         with replacing(self.path, "w") as file:
             file.writelines(map(_line, records))
 
     def _mend(self) -> None:
-        """Cuts off a record that was torn; a whole one, to which an editor gave no line break, gets it."""
+        """Removes a truncated last record. Adds the line break if a complete last record lacks it."""
         data = self.path.read_bytes()
         last = data[data.rfind(b"\n") + 1 :]
         if not last:
             return
         try:
-            json.loads(last)  # no beginning of an object is JSON
+            json.loads(last)  # a truncated object is never valid JSON
         except RecursionError:
             return
         except ValueError:
-            if last.strip(b"\0 \t\r")[:1] in (b"", b"{"):  # else it was never a record: it is reported, and stays
+            if last.strip(b"\0 \t\r")[:1] in (b"", b"{"):  # otherwise it was no record: keep it, `read` reports it
                 os.truncate(self.path, len(data) - len(last))
         else:
             with self.path.open("ab") as file:
