@@ -98,7 +98,7 @@ def train(model: PreTrainedModel, adapter: SparseAdapter, examples: Sequence[Exa
 
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
-    with patch.object(packed_attention, "takes_all_at_once", lambda device: False):
+    with patch.object(packed_attention, "has_varlen_kernel", lambda device: False):
         yield
 
 
@@ -122,7 +122,7 @@ def compare_attention(model: PreTrainedModel, examples: Sequence[Example]) -> di
         with patch.object(packed_attention, "scaled_dot_product_attention", attend_in_fp32):
             exact, _ = forward()
     return {
-        "at_once": packed_attention.takes_all_at_once(model.device),
+        "at_once": packed_attention.has_varlen_kernel(model.device),
         "seconds": round(seconds, 4),
         "seconds_one_at_a_time": round(seconds_apart, 4),
         "difference": float((at_once - apart).norm() / apart.norm()),

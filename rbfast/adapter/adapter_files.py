@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from rbfast.models.experts import experts_in
 from rbfast.models.linears import dtype_name, fingerprint, matrix_shape
 from rbfast.models.names import hub_id_of
-from rbfast.models.weight_use import own_weight
+from rbfast.models.weight_use import stored_weight
 from rbfast.utils.files import replacing, write_text
 from rbfast.utils.records import from_json, to_json
 from rbfast.utils.sealed import check_seal, seal
@@ -152,7 +152,7 @@ def check_base(config: AdapterConfig, matrices: Mapping[str, nn.Module], where: 
                 f"{where}: made for {base}, where {name} has {info.experts} experts, not {count}; load that base"
             )
     for name, info in config.modules.items():
-        weight = own_weight(matrices[name])
+        weight = stored_weight(matrices[name])
         if weight is None or info.fingerprint is None or "float16" in {config.base_dtype, dtype_name(weight)}:
             continue  # fp16 and quantised weights cannot be compared bit by bit with the base's
         if fingerprint(matrices[name]) not in (info.fingerprint, None):
@@ -220,9 +220,9 @@ def _place_in_lora(name: str, stacks: Sequence[str]) -> str:
     stack, the first stack's layer innermost."""
     if name not in stacks:
         return name
-    home = name.rpartition(".")[0]
-    outside = sum(other.rpartition(".")[0] == home for other in stacks[stacks.index(name) + 1 :])
-    return home + ".base_layer" * outside
+    parent = name.rpartition(".")[0]
+    outside = sum(other.rpartition(".")[0] == parent for other in stacks[stacks.index(name) + 1 :])
+    return parent + ".base_layer" * outside
 
 
 def _holds_adapter(directory: Path) -> bool:

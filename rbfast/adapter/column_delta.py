@@ -20,9 +20,9 @@ from torch.utils.hooks import RemovableHandle
 from rbfast import ops
 from rbfast.adapter.adapter_files import Delta
 from rbfast.adapter.first_step import BypassWatch
-from rbfast.models.experts import ExpertStack, give_back, home_of, take_over
+from rbfast.models.experts import ExpertStack, patch_forward, unpatch_forward, weight_owner
 from rbfast.models.linears import is_transposed, matrix_shape, matrix_view, named_modules
-from rbfast.models.weight_use import input_of, own_weight
+from rbfast.models.weight_use import input_of, stored_weight
 from rbfast.utils.overlap import Overlap
 
 _META = torch.device("meta")
@@ -101,12 +101,12 @@ class ColumnDelta(nn.Module):
             self.base_columns = self.weight.index_select(-1, self.cols)
             self.fold()
         self._hooks: tuple[RemovableHandle, ...] = ()
-        home, key = home_of(linear)
-        home.__dict__[_DELTA + key] = self  # not a submodule either
+        owner, key = weight_owner(linear)
+        owner.__dict__[_DELTA + key] = self  # not a submodule either
         self._load_hooks: tuple[RemovableHandle, ...] = ()
         if fold:
-            before = home.register_load_state_dict_pre_hook(self._before_load)
-            self._load_hooks = before, home.register_load_state_dict_post_hook(self._after_load)
+            before = owner.register_load_state_dict_pre_hook(self._before_load)
+            self._load_hooks = before, owner.register_load_state_dict_post_hook(self._after_load)
         self.hook()
 
     @property
@@ -114,7 +114,7 @@ class ColumnDelta(nn.Module):
         """The base's weight as a writable view [out, in], or [E, out, in] for experts. Reading it first moves the delta
         to the weight's device."""
         self._follow_base()
-        own, looks = own_weight(self.linear), self._looks()
+        own, looks = stored_weight(self.linear), self._looks()
         if own is not None and looks == self._known[0]:
             return own.detach().mT if self._known[1] else own.detach()
         view = matrix_view(self.linear)
@@ -128,7 +128,7 @@ class ColumnDelta(nn.Module):
 
     def _looks(self) -> tuple[Any, ...]:
         """What `matrix_view` depends on, as a cache key: `matrix_view` itself takes longer than a fold."""
-        weight: Any = own_weight(self.linear)
+        weight: Any = stored_weight(self.linear)
         if weight is None:
             return ()
         forward = self.linear.__dict__.get("forward")
@@ -141,7 +141,7 @@ class ColumnDelta(nn.Module):
             self.to(device)
 
     def _device(self) -> torch.device:
-        weight = own_weight(self.linear)
+        weight = stored_weight(self.linear)
         stored = weight if weight is not None else next(self.linear.parameters(), self.factors[0])
         return _home(self.linear, stored.device)
 
@@ -179,12 +179,12 @@ class ColumnDelta(nn.Module):
             self.base_columns = kept.to(weight.dtype)
 
     def _stamp(self) -> _Stamp:
-        # Every forward calls this, so own_weight and factors are inlined.
+        # Every forward calls this, so stored_weight and factors are inlined.
         own: Any = self._parameters
         a, b = own["A"], own["B"]
         delta = a._version, b._version, a.data_ptr(), b.data_ptr()
         weight: Tensor | None = self.linear._parameters.get("weight")
-        if weight is None and (weight := own_weight(self.linear)) is None:
+        if weight is None and (weight := stored_weight(self.linear)) is None:
             return None, delta, (self._device(), a.device)
         version = 0 if weight.is_inference() else weight._version
         return (id(weight), version, weight.dtype), delta, (weight.device, a.device)
@@ -201,7 +201,7 @@ class ColumnDelta(nn.Module):
 
     def hook(self) -> None:
         """Puts the hooks on the matrix. Our hook runs first, because the delta belongs to the matrix's own output."""
-        take_over(self.linear)
+        patch_forward(self.linear)
         after = self.linear.register_forward_hook(self._after, prepend=True, with_kwargs=True)
         self._hooks = self.linear.register_forward_pre_hook(self._before), after
 
@@ -210,15 +210,15 @@ class ColumnDelta(nn.Module):
         for hook in self._hooks:
             hook.remove()
         self._hooks = ()
-        give_back(self.linear)
+        unpatch_forward(self.linear)
 
     def release(self) -> None:
         """Detaches from the matrix permanently."""
         self.unhook()
         for hook in self._load_hooks:
             hook.remove()
-        home, key = home_of(self.linear)
-        del home.__dict__[_DELTA + key], self.__dict__["keeper"]
+        owner, key = weight_owner(self.linear)
+        del owner.__dict__[_DELTA + key], self.__dict__["keeper"]
         self._gather.members -= 1
 
     @torch.no_grad()
@@ -271,7 +271,7 @@ class ColumnDelta(nn.Module):
         found = self.weight.index_select(-1, self.cols)
         is_cast = found.dtype != self.base_columns.dtype
         if not (trusts or is_cast or self._is_known(found)):
-            raise RuntimeError(_WRITTEN.format(kind=type(home_of(self.linear)[0]).__name__))
+            raise RuntimeError(_WRITTEN.format(kind=type(weight_owner(self.linear)[0]).__name__))
         self.fold()
 
     def _is_known(self, columns: Tensor) -> bool:
@@ -279,11 +279,11 @@ class ColumnDelta(nn.Module):
 
     @torch.no_grad()
     def _before_load(
-        self, home: nn.Module, state: dict[str, Any], prefix: str, local: Any, strict: bool, *lists: list[str]
+        self, owner: nn.Module, state: dict[str, Any], prefix: str, local: Any, strict: bool, *lists: list[str]
     ) -> None:
         """Refuses a weight that holds neither the base's values nor those with the delta: its delta is unknown. If the
         adapter is a submodule of the model, the same call may load that delta next (`_load_from_state_dict`)."""
-        linear, key = self.linear, prefix + home_of(self.linear)[1]
+        linear, key = self.linear, prefix + weight_owner(self.linear)[1]
         kept: Any = linear.weight
         weight, came = matrix_view(linear), state.get(key)
         if weight is None or not isinstance(came, Tensor) or came.shape != kept.shape or came.is_meta:
@@ -292,7 +292,7 @@ class ColumnDelta(nn.Module):
         columns = came.detach().mT if is_transposed(linear) else came.detach()
         columns = columns.to(weight.device, weight.dtype).index_select(-1, self.cols)
         if not self._is_known(columns):
-            refusal = f"{key}: " + _WRITTEN.format(kind=type(home).__name__)
+            refusal = f"{key}: " + _WRITTEN.format(kind=type(owner).__name__)
             lists[-1].append(refusal)
             self._refused = refusal, came.detach()
             state[key] = kept.detach()
@@ -308,7 +308,7 @@ class ColumnDelta(nn.Module):
         if refused and refused[0] in args[-1] and torch.equal(refused[1].to(weight.device, weight.dtype), weight):
             args[-1].remove(refused[0])
 
-    def _after_load(self, home: nn.Module, incompatible: Any) -> None:
+    def _after_load(self, owner: nn.Module, incompatible: Any) -> None:
         if matrix_view(self.linear) is not None:
             (self.fold if self.enabled else self.restore)()
 
@@ -367,15 +367,15 @@ def _home(linear: nn.Module, device: torch.device) -> torch.device:
     accelerate moves it to for each forward."""
     if device != _META:
         return device
-    hook = home_of(linear)[0].__dict__.get("_hf_hook")
+    hook = weight_owner(linear)[0].__dict__.get("_hf_hook")
     found = (getattr(one, "execution_device", None) for one in getattr(hook, "hooks", (hook,)))
     return next((torch.device(one) for one in found if one is not None), device)
 
 
 def delta_of(linear: nn.Module) -> ColumnDelta | None:
     """The delta that is attached to a matrix."""
-    home, key = home_of(linear)
-    return home.__dict__.get(_DELTA + key)
+    owner, key = weight_owner(linear)
+    return owner.__dict__.get(_DELTA + key)
 
 
 def deltas_of(model: nn.Module) -> Iterator[tuple[str, ColumnDelta]]:

@@ -23,9 +23,9 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from rbfast.models.experts import ExpertStack, give_back, take_over
+from rbfast.models.experts import ExpertStack, patch_forward, unpatch_forward
 from rbfast.models.linears import Shape, dtype_name, matrix_shape, select_linears, shape_of, unwrapped
-from rbfast.models.names import name_of
+from rbfast.models.names import loaded_name
 from rbfast.models.weight_use import input_of
 from rbfast.ops import reference
 from rbfast.utils.files import replacing
@@ -123,7 +123,7 @@ def score_columns(
             scored += 1
     if scored == 0:
         raise ValueError("expected at least one batch to score on, got none")
-    return ColumnScores(method, scored, name_of(base), watch.shapes(), watch.cpu())
+    return ColumnScores(method, scored, loaded_name(base), watch.shapes(), watch.cpu())
 
 
 def _header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -168,14 +168,14 @@ class _Watch:
             m.register_forward_hook(partial(self._after, name), with_kwargs=True) for name, m in self.linears.items()
         ]
         for module in self.linears.values():
-            take_over(module)
+            patch_forward(module)
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
             for module in self.linears.values():
-                give_back(module)
+                unpatch_forward(module)
 
     def end_batch(self) -> None:
         self._inputs.clear()

@@ -18,8 +18,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from rbfast.models.linears import whole
-from rbfast.models.weight_use import own_weight
+from rbfast.models.linears import unsharded
+from rbfast.models.weight_use import stored_weight
 
 _STEPS = 2  # optimizer steps: the first shows which layers are idle, the second whether their weights are used
 
@@ -79,7 +79,7 @@ class BypassWatch:
             self._forget(site)
 
     def _mark(self, name: str, site: Site) -> None:
-        weight = own_weight(site.linear)
+        weight = stored_weight(site.linear)
         if type(weight) is not nn.Parameter or weight.requires_grad:  # do not freeze a weight that others train
             return
         if weight.is_floating_point() and weight.is_leaf and not weight.is_inference():
@@ -104,7 +104,7 @@ def _is_idle(site: Site) -> bool:
 
 def _reached(sites: Mapping[str, Site]) -> dict[str, bool]:
     """Which sites have a non-zero gradient, found with one device synchronisation."""
-    found = {name: [whole(x.grad) for x in (site.A, site.B) if x.grad is not None] for name, site in sites.items()}
+    found = {name: [unsharded(x.grad) for x in (site.A, site.B) if x.grad is not None] for name, site in sites.items()}
     sizes: list[Tensor] = [
         torch.stack([grad.abs().amax() for grad in grads]).amax() for grads in found.values() if grads
     ]

@@ -23,16 +23,16 @@ from rbfast.adapter.adapter_files import AdapterConfig, Delta, MatrixInfo
 from rbfast.adapter.column_scores import ColumnScores
 from rbfast.models.linears import (
     Shape,
-    beside_text,
     count_parameters,
     dtype_name,
     fingerprint,
     group_siblings,
+    non_text_linears,
     select_linears,
     stacked_experts,
     unfit,
 )
-from rbfast.models.names import name_of
+from rbfast.models.names import loaded_name
 
 DEFAULT_DENSITY = 0.003
 DEFAULT_RANK = 2
@@ -104,7 +104,7 @@ def plan(
         deltas[name] = Delta(start.cols, start.A, B)
     method = placement.method if isinstance(placement, ColumnScores) else "random"
     dtype = dtype_name(next(model.parameters()))
-    return AdapterConfig(name_of(model), dtype, density, scale, seed, method, modules), deltas
+    return AdapterConfig(loaded_name(model), dtype, density, scale, seed, method, modules), deltas
 
 
 def _warn_of_experts(model: nn.Module, chosen: Collection[str]) -> None:
@@ -120,18 +120,18 @@ def _warn_of_experts(model: nn.Module, chosen: Collection[str]) -> None:
 
 
 def _warn_of_beside(model: nn.Module) -> None:
-    aside = beside_text(model)
-    if aside:
+    outside_text = non_text_linears(model)
+    if outside_text:
         warnings.warn(
-            f"{len(aside)} linear layers get no delta, because text does not run through them (the first is "
-            f"{next(iter(aside))}); to train them, name them as targets",
+            f"{len(outside_text)} linear layers get no delta, because text does not run through them (the first is "
+            f"{next(iter(outside_text))}); to train them, name them as targets",
             stacklevel=4,
         )
 
 
 def _warn_of_unfit(model: nn.Module) -> None:
-    aside = beside_text(model)
-    news = [why.reason for name, why in unfit(model).items() if why.is_news and name not in aside]
+    outside_text = non_text_linears(model)
+    news = [why.reason for name, why in unfit(model).items() if why.should_warn and name not in outside_text]
     if news:
         warnings.warn(
             f"{len(news)} linear layers can have no delta and are left as they are; of the first: {news[0]}",

@@ -43,11 +43,11 @@ from rbfast.models.linears import (
     matrix_view,
     named_modules,
     unfit,
+    unsharded,
     unwrapped,
-    whole,
     why_not_folded,
 )
-from rbfast.models.weight_use import own_weight
+from rbfast.models.weight_use import stored_weight
 
 Mode = Literal["auto", "fold", "side"]
 
@@ -322,7 +322,7 @@ class SparseAdapter(nn.Module):
 
     def _deltas(self) -> dict[str, Delta]:
         sites = self.sites().items()
-        return {name: Delta(site.cols, whole(site.A.detach()), whole(site.B.detach())) for name, site in sites}
+        return {name: Delta(site.cols, unsharded(site.A.detach()), unsharded(site.B.detach())) for name, site in sites}
 
     def _require(self, state: str, verb: str) -> None:
         if self._state != state:
@@ -348,7 +348,7 @@ class SparseAdapter(nn.Module):
         for name, site in self._sites.items():
             if any(id(factor) in stepped for factor in site.factors):
                 ours[name] = site
-            weight = own_weight(site.linear)
+            weight = stored_weight(site.linear)
             if weight is None or id(weight) not in stepped or not weight.requires_grad or site.watch is not None:
                 continue  # AdamW(model.parameters()) may hold frozen weights, and those that BypassWatch unfroze
             if isinstance(site.linear, ExpertStack):
@@ -401,7 +401,7 @@ def _warn_of_processes(model: nn.Module) -> None:
 def _announce_writes(sites: Iterable[ColumnDelta]) -> None:
     """Tells autograd that the weights are written, because our ops bypass it. A pending backward of a forward that used
     the old weights then raises in autograd, instead of giving wrong gradients."""
-    weights = (own_weight(site.linear) for site in sites)
+    weights = (stored_weight(site.linear) for site in sites)
     torch.autograd.graph.increment_version([w for w in weights if w is not None and not w.is_inference()])
 
 

@@ -56,9 +56,9 @@ def _gpu_ops() -> dict[str, str]:
 
 def _model(args: argparse.Namespace) -> int:
     from rbfast.adapter.footprint import outline
-    from rbfast.models.student import load_outline
+    from rbfast.models.student import load_without_weights
 
-    found = outline(load_outline(args.model))
+    found = outline(load_without_weights(args.model))
     footprint = found.footprint
     facts = {
         "model": args.model,

@@ -23,16 +23,16 @@ def checkpointing(model: PreTrainedModel) -> Iterator[None]:
     if not model.supports_gradient_checkpointing or not layers:
         raise ValueError(f"{type(model).__name__} has no layers that can be checkpointed: train it without")
     # transformers 5.23 renamed it, and warns of the old name.
-    _first_of(model, "activation_checkpointing_enable", "gradient_checkpointing_enable")({"use_reentrant": False})
+    _first_method(model, "activation_checkpointing_enable", "gradient_checkpointing_enable")({"use_reentrant": False})
     for layer in layers:
         layer.training = True  # only the layer's own flag, which it reads; its submodules keep their mode
     try:
         yield
     finally:
-        _first_of(model, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
+        _first_method(model, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
         for layer in layers:
             layer.training = model.training
 
 
-def _first_of(model: PreTrainedModel, *names: str):  # type: ignore[no-untyped-def]
+def _first_method(model: PreTrainedModel, *names: str):  # type: ignore[no-untyped-def]
     return next(getattr(model, name) for name in names if hasattr(model, name))

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rbfast.models.experts import experts_in, home_of, stacks_of
+from rbfast.models.experts import experts_in, stacks_of, weight_owner
 from rbfast.models.unfit import Unfit, unfit_linears
-from rbfast.models.weight_use import WeightUse, has_weight, is_conv1d, is_plain, own_weight, weight_use
+from rbfast.models.weight_use import WeightUse, has_weight, is_conv1d, is_plain, stored_weight, weight_use
 
 _SAMPLE = 4096  # weights read per matrix for its fingerprint
 
@@ -33,12 +33,12 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     (`rbfast.models.experts`) are included by the names of their weights."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        found[_plain(name)] = module
-        found |= {_plain(f"{name}.{key}"): stack for key, stack in stacks_of(module).items()}
+        found[_strip_compile_prefix(name)] = module
+        found |= {_strip_compile_prefix(f"{name}.{key}"): stack for key, stack in stacks_of(module).items()}
     return found
 
 
-def _plain(name: str) -> str:
+def _strip_compile_prefix(name: str) -> str:
     """The name of a module or parameter without the `_orig_mod` that torch.compile(submodule) inserts."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
@@ -62,7 +62,7 @@ def is_transposed(module: nn.Module) -> bool:
 def matrix_view(module: nn.Module) -> Tensor | None:
     """The weight as a writable view [out, in], or [E, out, in] for a stack of experts. None if a delta cannot be folded
     in: the weight is quantised, sharded, on meta or computed in every forward, or the layer does more than multiply."""
-    return _as_matrix(module, own_weight(module))
+    return _as_matrix(module, stored_weight(module))
 
 
 def why_not_folded(module: nn.Module) -> str:
@@ -71,7 +71,7 @@ def why_not_folded(module: nn.Module) -> str:
     return f"it {reason}" if reason else "its weight is quantised, sharded or offloaded"
 
 
-def whole(tensor: Tensor) -> Tensor:
+def unsharded(tensor: Tensor) -> Tensor:
     """The tensor; if it is sharded over processes, the gathered whole. Then every process must call this."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
@@ -103,8 +103,8 @@ def fingerprint(module: nn.Module) -> str | None:
 
     None for a weight that cannot be compared bit by bit: a quantised one, or one computed in every forward.
     """
-    stored = own_weight(module)
-    weight = None if stored is None else _as_matrix(module, whole(stored))
+    stored = stored_weight(module)
+    weight = None if stored is None else _as_matrix(module, unsharded(stored))
     if weight is None:
         return None
     # By index: flattening would copy a transposed stack, a gigabyte in gpt-oss.
@@ -144,7 +144,7 @@ def unfit(model: nn.Module) -> dict[str, Unfit]:
 def select_linears(model: nn.Module, targets: str | Sequence[str] = "all-linear") -> dict[str, nn.Module]:
     """The linear layers to adapt, selected by PEFT's rules: a list holds names or suffixes of names, a string is a
     regex that must match a whole name, and "all-linear" is every linear layer except the output head, layers that text
-    does not run through (see `beside_text`), and layers that can have no delta (see `unfit`).
+    does not run through (see `non_text_linears`), and layers that can have no delta (see `unfit`).
 
     Raises ValueError if the model has no linear layer, or if a target matches none or one that can have no delta.
     """
@@ -154,29 +154,29 @@ def select_linears(model: nn.Module, targets: str | Sequence[str] = "all-linear"
             f"expected a model with linear layers (nn.Linear, Conv1D, or a module with in_features, out_features and "
             f"a weight), found none in {type(model).__name__}"
         )
-    without = unfit(model)
+    unfit_layers = unfit(model)
     if targets == "all-linear":
-        head, aside = _head_of(model), {*without, *beside_text(model)}
-        chosen = {name: module for name, module in linears.items() if name not in aside and module is not head}
+        head, excluded = _head_of(model), {*unfit_layers, *non_text_linears(model)}
+        chosen = {name: module for name, module in linears.items() if name not in excluded and module is not head}
         if not chosen:
             raise ValueError(
                 f"no linear layer of {type(model).__name__} but its output head can have a delta: "
-                + "; ".join(why.reason for why in list(without.values())[:3])
+                + "; ".join(why.reason for why in list(unfit_layers.values())[:3])
             )
         return chosen
-    chosen = _match(linears, targets)
-    check_fit(without, chosen)
+    chosen = _match_targets(linears, targets)
+    check_fit(unfit_layers, chosen)
     return chosen
 
 
-def beside_text(model: nn.Module) -> dict[str, nn.Module]:
+def non_text_linears(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers of towers for images or sound, and of their projections into the text model. In a model that
     contains a text model (Gemma 3): every linear layer outside of it, except the output head."""
     text = _text_part(model)
     if text is model:
         return {}
     inside = {*text.modules(), _head_of(model)}
-    return {name: module for name, module in all_linears(model).items() if home_of(module)[0] not in inside}
+    return {name: module for name, module in all_linears(model).items() if weight_owner(module)[0] not in inside}
 
 
 def _text_part(model: nn.Module) -> nn.Module:
@@ -185,20 +185,21 @@ def _text_part(model: nn.Module) -> nn.Module:
     return model.get_decoder() if is_joined and _head_of(model) is not None else model  # type: ignore[operator]
 
 
-def check_fit(without: Mapping[str, Unfit], chosen: Iterable[str]) -> None:
-    """Raises ValueError, naming the layer, if a chosen layer is among those that can have no delta (`without`)."""
+def check_fit(unfit_layers: Mapping[str, Unfit], chosen: Iterable[str]) -> None:
+    """Raises ValueError, naming the layer, if a chosen layer is among those that can have no delta (`unfit_layers`)."""
     for name in chosen:
-        if name in without:
-            raise ValueError(f"{without[name].reason}; leave it out of targets")
+        if name in unfit_layers:
+            raise ValueError(f"{unfit_layers[name].reason}; leave it out of targets")
 
 
 def left_out(model: nn.Module, chosen: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """The shape of every weight of two or more dimensions outside the chosen layers, embeddings and output head:
     routers, stacked experts, convolutions, tied and bypassed layers."""
     modules, head = named_modules(model), _head_of(model)
-    aside = [module for module in modules.values() if isinstance(module, nn.Embedding) or module is head]
-    known = {id(weight) for module in (*aside, *(modules[name] for name in chosen)) for weight in module.parameters()}
-    weights = {_plain(name): weight for name, weight in model.named_parameters() if weight.dim() > 1}
+    excluded = [module for module in modules.values() if isinstance(module, nn.Embedding) or module is head]
+    kept = (*excluded, *(modules[name] for name in chosen))
+    known = {id(weight) for module in kept for weight in module.parameters()}
+    weights = {_strip_compile_prefix(name): weight for name, weight in model.named_parameters() if weight.dim() > 1}
     return {name: tuple(weight.shape) for name, weight in weights.items() if id(weight) not in known}
 
 
@@ -238,7 +239,7 @@ def _head_of(model: nn.Module) -> nn.Module | None:
     return None if head is None else unwrapped(head)
 
 
-def _match(linears: Mapping[str, nn.Module], targets: str | Sequence[str]) -> dict[str, nn.Module]:
+def _match_targets(linears: Mapping[str, nn.Module], targets: str | Sequence[str]) -> dict[str, nn.Module]:
     examples = ", ".join(list(linears)[:3])
     if isinstance(targets, str):
         chosen = {name: module for name, module in linears.items() if re.fullmatch(targets, name)}
@@ -262,7 +263,7 @@ def count_parameters(model: nn.Module) -> int:
     represents."""
     counts = {id(parameter): parameter.numel() for parameter in model.parameters()}
     for module in model.modules():
-        weight, shape = own_weight(module), matrix_shape(module)
+        weight, shape = stored_weight(module), matrix_shape(module)
         if shape is not None and weight is not None and not weight.is_floating_point():
             counts[id(weight)] = shape[0] * shape[1]
     return sum(counts.values())

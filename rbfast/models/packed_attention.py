@@ -68,21 +68,21 @@ def packed_inputs(model: PreTrainedModel, lengths: Sequence[int], device: torch.
 def packing(lengths: Sequence[int], device: torch.device) -> Packing:
     """The packing of examples of these lengths. Does not synchronise with the device."""
     cuts = list(accumulate(lengths, initial=0))
-    if len(lengths) < 2 or not takes_all_at_once(device):
+    if len(lengths) < 2 or not has_varlen_kernel(device):
         return Packing(cuts)
     on_host = torch.tensor(cuts, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
     return Packing(cuts, on_host.to(device, non_blocking=True))
 
 
-def takes_all_at_once(device: torch.device) -> bool:
+def has_varlen_kernel(device: torch.device) -> bool:
     """Whether this device has a kernel that takes examples of any lengths in one call."""
-    if device.type != "cuda" or not torch.backends.cuda.is_flash_attention_available() or _flash() is None:
+    if device.type != "cuda" or not torch.backends.cuda.is_flash_attention_available() or _flash_op() is None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @cache
-def _flash() -> Callable[..., Any] | None:
+def _flash_op() -> Callable[..., Any] | None:
     """The op behind torch.nn.attention.varlen, if this PyTorch has it with the expected arguments; else None.
 
     The wrapper runs the op and its backward through Python, which takes the host longer than the op itself.
@@ -112,11 +112,11 @@ def has_packed_attention(model: PreTrainedModel) -> bool:
     return model.config.get_text_config()._attn_implementation == NAME
 
 
-def attention_of(model: PreTrainedModel, device: torch.device) -> str:
+def describe_attention(model: PreTrainedModel, device: torch.device) -> str:
     """A description of the attention that a model uses for a packed row, for display."""
     if not has_packed_attention(model):
         return f"{model.config.get_text_config()._attn_implementation}, the model's own"
-    if takes_all_at_once(device):
+    if has_varlen_kernel(device):
         return "PyTorch's flash kernels, all examples of a batch in one call"
     return "scaled_dot_product_attention, a call for each example; all else takes the row whole"
 
@@ -146,7 +146,7 @@ def _attend(
     if kwargs.get("position_bias") is not None:
         raise NotPackable(f"{type(module).__name__} adds a bias of its own to the scores")
     if packing.on_device is not None and not dropout and _suits_flash(query):
-        return _attend_at_once(query, key, value, packing, scaling), None
+        return _attend_varlen(query, key, value, packing, scaling), None
     parts = [
         scaled_dot_product_attention(
             query[:, :, a:b],
@@ -166,8 +166,8 @@ def _suits_flash(query: Tensor) -> bool:
     return query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
 
 
-def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None) -> Tensor:
-    flash, cuts, longest = _flash(), packing.on_device, packing.longest
+def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None) -> Tensor:
+    flash, cuts, longest = _flash_op(), packing.on_device, packing.longest
     assert flash is not None
     rows = (x[0].transpose(0, 1) for x in (query, key, value))
     causal = {"is_causal": True, "window_size_left": -1, "window_size_right": 0}

@@ -34,7 +34,7 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from rbfast.models.linears import is_sharded, whole
+from rbfast.models.linears import is_sharded, unsharded
 from rbfast.models.packed_attention import (
     NotPackable,
     drop_packed_attention,
@@ -81,36 +81,36 @@ def load_student(
             weight file is truncated.
     """
     dtype = dtype or fast_dtype("cuda" if torch.cuda.is_available() else "cpu")
-    if (file := _gguf(name_or_path)) is not None:
+    if (file := _gguf_path(name_or_path)) is not None:
         if load_in is not None:
             raise ValueError(f"{name_or_path} is read from a GGUF file, whose weights cannot be loaded in {load_in}")
-        with _explained_gguf(file), _parsed_once():
+        with _explain_gguf_errors(file), _cache_gguf_parsing():
             return _load_gguf(file, dtype), load_tokenizer(name_or_path)
     options: dict[str, Any] = {}
     if load_in is not None:
         options = {"quantization_config": quantisation(load_in, dtype), "device_map": {"": device}}
-    with _explained(name_or_path):
+    with _explain_load_errors(name_or_path):
         _check_folder(name_or_path)
         loader: Any = AutoModelForCausalLM
         if find_adapter_config_file(name_or_path) is None:  # a LoRA has no model config; transformers loads its base
-            loader = _loader_of(AutoConfig.from_pretrained(name_or_path, trust_remote_code=False), name_or_path)
+            loader = _auto_class(AutoConfig.from_pretrained(name_or_path, trust_remote_code=False), name_or_path)
         model = loader.from_pretrained(name_or_path, dtype=dtype, trust_remote_code=False, **options)
     return model.eval(), load_tokenizer(name_or_path)
 
 
-def load_outline(name_or_path: str) -> PreTrainedModel:
+def load_without_weights(name_or_path: str) -> PreTrainedModel:
     """A student without its weights, on the meta device, for callers that need only shapes. Names and errors as for
     `load_student`."""
-    file = _gguf(name_or_path)
+    file = _gguf_path(name_or_path)
     source, options = (name_or_path, {}) if file is None else (str(file.parent), {"gguf_file": file.name})
-    with _explained_gguf(file) if file else _explained(source), torch.device("meta"):
+    with _explain_gguf_errors(file) if file else _explain_load_errors(source), torch.device("meta"):
         if file is None:
             _check_folder(source)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
-        return _loader_of(config, name_or_path).from_config(config, trust_remote_code=False)
+        return _auto_class(config, name_or_path).from_config(config, trust_remote_code=False)
 
 
-def _loader_of(config: PreTrainedConfig, name: str) -> Any:
+def _auto_class(config: PreTrainedConfig, name: str) -> Any:
     """The auto class for a causal language model, or for a model that contains one (Mistral 3, Qwen2.5-VL)."""
     if type(config) in AutoModelForCausalLM._model_mapping:
         return AutoModelForCausalLM
@@ -123,10 +123,10 @@ def _loader_of(config: PreTrainedConfig, name: str) -> Any:
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a student alone; names as for `load_student`."""
-    if (file := _gguf(name_or_path)) is not None:
-        with _explained_gguf(file):
+    if (file := _gguf_path(name_or_path)) is not None:
+        with _explain_gguf_errors(file):
             return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
-    with _explained(name_or_path):
+    with _explain_load_errors(name_or_path):
         # trust_remote_code=None would prompt on the terminal.
         return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
 
@@ -146,7 +146,7 @@ def _check_folder(name: str) -> None:
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
+def _explain_load_errors(name: str) -> Iterator[None]:
     """Explains errors of loading: suggests valid names if the name is no folder and the hub returns nothing, and names
     the model if its weights cannot be read."""
     if Path(name).is_file():
@@ -221,7 +221,7 @@ def head_of(model: PreTrainedModel) -> Head:
     scale /= getattr(config, "logits_scaling", None) or getattr(config, "logits_mup_width_multiplier", None) or 1.0
     softcap = next((found for name in _SOFTCAPS if (found := getattr(config, name, None))), None)
     bias = getattr(head, "bias", None)
-    return Head(whole(head.weight), None if bias is None else whole(bias), softcap, float(scale))
+    return Head(unsharded(head.weight), None if bias is None else unsharded(bias), softcap, float(scale))
 
 
 def final_hidden(
@@ -238,9 +238,9 @@ def final_hidden(
     """
     lengths = lengths_of(position_ids) if lengths is None else lengths
     if packs(model) and not _rope_depends_on_row(model, lengths):
-        return _backbone(model, input_ids, position_ids, lengths)
+        return _run_backbone(model, input_ids, position_ids, lengths)
     examples = pairwise(accumulate(lengths, initial=0))
-    return torch.cat([_backbone(model, input_ids[:, a:b], position_ids[:, a:b], [b - a]) for a, b in examples])
+    return torch.cat([_run_backbone(model, input_ids[:, a:b], position_ids[:, a:b], [b - a]) for a, b in examples])
 
 
 def _rope_depends_on_row(model: PreTrainedModel, lengths: Sequence[int]) -> bool:
@@ -279,31 +279,32 @@ def packs(model: PreTrainedModel) -> bool:
         with torch.no_grad():
             head = head_of(model)  # first: it raises for a model that is offloaded as a whole
             with torch.autocast(model.device.type, enabled=False), evaluation_mode(model):
-                _PACKS[model] = _try_packing(model, head)
+                _PACKS[model] = _test_packing(model, head)
     return _PACKS[model]
 
 
-def _try_packing(model: PreTrainedModel, head: Head) -> bool:
+def _test_packing(model: PreTrainedModel, head: Head) -> bool:
     step = max(1, model.config.get_text_config().vocab_size // 16)
     examples = [torch.arange(1, n, device=model.device)[None] * step for n in (7, 9)]
     positions = [torch.arange(ids.shape[1], device=model.device)[None] for ids in examples]
     lengths = [ids.shape[1] for ids in examples]
-    alone = [_backbone(model, ids, at, [n]) for ids, at, n in zip(examples, positions, lengths, strict=True)]
+    alone = [_run_backbone(model, ids, at, [n]) for ids, at, n in zip(examples, positions, lengths, strict=True)]
     if not alone[0].isfinite().all():
         raise ValueError(
             f"{type(model).__name__} gives hidden states that are NaN or infinite in {str(model.dtype)[6:]}: its "
             "weights are damaged, or too large for this dtype; load it in bfloat16 or float32"
         )
     eps = max(torch.finfo(dtype).eps for dtype in (model.dtype, alone[0].dtype))
-    if not _apart(head.logits(alone[0]), model(input_ids=examples[0], use_cache=False).logits[0]) <= 8 * eps:
+    if not _relative_error(head.logits(alone[0]), model(input_ids=examples[0], use_cache=False).logits[0]) <= 8 * eps:
         raise ValueError(
             f"{type(model).__name__} does more to its logits than a bias, a scale and a softcap named in its config; "
             "rbfast cannot train it through its hidden states"
         )
     use_packed_attention(model)
     try:
-        packed = _backbone(model, torch.cat(examples, 1), torch.cat(positions, 1), lengths)
-        if _apart(packed, torch.cat(alone)) <= eps**0.5:  # other kernels round differently; a leak is far larger
+        packed = _run_backbone(model, torch.cat(examples, 1), torch.cat(positions, 1), lengths)
+        # Other kernels round differently; a leak from another example is far larger.
+        if _relative_error(packed, torch.cat(alone)) <= eps**0.5:
             return True
     except NotPackable:
         pass  # the warning below covers it
@@ -314,16 +315,16 @@ def _try_packing(model: PreTrainedModel, head: Head) -> bool:
     return False
 
 
-def _apart(left: Tensor, right: Tensor) -> float:
+def _relative_error(left: Tensor, right: Tensor) -> float:
     """The largest |left - right| / |right| over the rows [T, n]."""
     left, right = left.float(), right.float()
     return float(((left - right).norm(dim=1) / right.norm(dim=1).clamp_min(1e-30)).max())
 
 
 @contextmanager
-def mode_kept(model: PreTrainedModel) -> Iterator[None]:
+def preserve_mode(model: PreTrainedModel) -> Iterator[None]:
     """Restores the training or evaluation mode of each module of a model after the block."""
-    restore = _restoring_modes(model)
+    restore = _save_modes(model)
     try:
         yield
     finally:
@@ -333,12 +334,12 @@ def mode_kept(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
     """Puts a model in evaluation mode within the block; after the outermost block restores the mode of each module."""
-    with _EVALUATING.block(model, partial(_restoring_modes, model)):
+    with _EVALUATING.block(model, partial(_save_modes, model)):
         model.eval()  # in an inner block too: the model may have been put into training mode since
         yield
 
 
-def _restoring_modes(model: PreTrainedModel) -> Callable[[], None]:
+def _save_modes(model: PreTrainedModel) -> Callable[[], None]:
     """Returns a function that restores the present mode of each module."""
     training = {module for module in model.modules() if module.training}
 
@@ -349,7 +350,7 @@ def _restoring_modes(model: PreTrainedModel) -> Callable[[], None]:
     return restore
 
 
-def _backbone(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, lengths: Sequence[int]) -> Tensor:
+def _run_backbone(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, lengths: Sequence[int]) -> Tensor:
     packed = packed_inputs(model, lengths, input_ids.device) if has_packed_attention(model) else {}
     run = getattr(model, "run_backbone", backbone_of(model))  # `training.sharding.shard` adds run_backbone
     output = run(input_ids=input_ids, position_ids=position_ids, use_cache=False, **packed)
@@ -366,7 +367,7 @@ def backbone_of(model: PreTrainedModel) -> nn.Module:
     return next((part for part in model.children() if isinstance(part, PreTrainedModel)), model)
 
 
-def _gguf(name_or_path: str) -> Path | None:
+def _gguf_path(name_or_path: str) -> Path | None:
     """The GGUF file that a name refers to; None if it refers to something else."""
     if name_or_path != SMOLLM2 and not name_or_path.endswith(".gguf"):
         return None
@@ -379,7 +380,7 @@ def _gguf(name_or_path: str) -> Path | None:
 
 
 @contextmanager
-def _explained_gguf(file: Path) -> Iterator[None]:
+def _explain_gguf_errors(file: Path) -> Iterator[None]:
     """If loading fails and gguf itself cannot read the file, reports the file as damaged."""
     import gguf
 
@@ -396,7 +397,7 @@ def _explained_gguf(file: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _parsed_once() -> Iterator[None]:
+def _cache_gguf_parsing() -> Iterator[None]:
     """Caches two functions of gguf: transformers parses a file's header three times (config, weights, tokenizer), and
     rebuilds the table of tensor names for each module of the model."""
     import gguf

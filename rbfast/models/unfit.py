@@ -13,16 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rbfast.models.weight_use import own_weight, weight_use
+from rbfast.models.weight_use import stored_weight, weight_use
 
 Linears = Mapping[str, tuple[nn.Module, tuple[int, int]]]
 
 
 class Unfit(NamedTuple):
-    """Why a layer can have no delta. is_news: attaching warns of it; the others are usual."""
+    """Why a layer can have no delta. should_warn: attaching warns of it; the others are usual."""
 
     reason: str
-    is_news: bool
+    should_warn: bool
 
 
 def unfit_linears(model: nn.Module, linears: Linears) -> dict[str, Unfit]:
@@ -30,12 +30,12 @@ def unfit_linears(model: nn.Module, linears: Linears) -> dict[str, Unfit]:
     tied, overlapping, bypassed = _tied_weights(model), _overlapping_weights(model), _bypassed_linears(model)
     found = {}
     for name, (module, shape) in linears.items():
-        weight = own_weight(module)
+        weight = stored_weight(module)
         if weight is not None and id(weight) in tied:
             found[name] = Unfit(f"the weight of {name} is tied to another module's: a delta would change both", False)
         elif id(module) in bypassed:
-            how, is_news = bypassed[id(module)]
-            found[name] = Unfit(how.replace("NAME", name), is_news)
+            how, should_warn = bypassed[id(module)]
+            found[name] = Unfit(how.replace("NAME", name), should_warn)
         elif weight is not None and id(weight) in overlapping:
             found[name] = Unfit(
                 f"the weight of {name} shares its memory with another one: a delta would change both", True

@@ -39,7 +39,7 @@ def weight_use(module: nn.Module, shape: tuple[int, int]) -> WeightUse:
     if isinstance(module, ExpertStack):
         reason = module.why_unfit()
         return WeightUse("unfit", reason) if reason else TRANSPOSED if module.is_transposed else LINEAR
-    weight = own_weight(module)
+    weight = stored_weight(module)
     if weight is None:
         return _use_of_computed(module)
     if weight.dtype == torch.float64:
@@ -49,23 +49,23 @@ def weight_use(module: nn.Module, shape: tuple[int, int]) -> WeightUse:
     if weight.dim() != 2:
         flat = " (flattened by FSDP1 or ZeRO-3? Use rbfast.training.sharding.shard)" if weight.dim() == 1 else ""
         return WeightUse("unfit", f"has a weight of shape {tuple(weight.shape)}, which is no matrix{flat}")
-    forward = _forward_of(module)
+    forward = _unwrapped_forward(module)
     if forward is nn.Linear.forward:
         return LINEAR
     if is_conv1d(module) and type(module).__module__ == "transformers.pytorch_utils":
         return TRANSPOSED
     if weight.is_meta or weight.is_inference():  # no values to run with, or autograd refuses the tensor
         return TRANSPOSED if is_conv1d(module) else LINEAR
-    known = _TRIED.get(module)
+    known = _PROBED.get(module)
     if known is None or known[0] is not forward:
-        known = _TRIED[module] = forward, _try(module, weight, shape)
+        known = _PROBED[module] = forward, _probe(module, weight, shape)
     return known[1]
 
 
-_TRIED: WeakKeyDictionary[nn.Module, tuple[Callable[..., Any], WeightUse]] = WeakKeyDictionary()
+_PROBED: WeakKeyDictionary[nn.Module, tuple[Callable[..., Any], WeightUse]] = WeakKeyDictionary()
 
 
-def own_weight(module: nn.Module) -> Tensor | None:
+def stored_weight(module: nn.Module) -> Tensor | None:
     """The weight that a layer stores; None if it has none or computes it."""
     if isinstance(module, ExpertStack):
         return module.weight
@@ -74,7 +74,7 @@ def own_weight(module: nn.Module) -> Tensor | None:
 
 def has_weight(module: nn.Module) -> bool:
     """Whether a layer stores a weight or computes one. This does not compute it."""
-    return own_weight(module) is not None or "weight" in module.__dict__ or hasattr(type(module), "weight")
+    return stored_weight(module) is not None or "weight" in module.__dict__ or hasattr(type(module), "weight")
 
 
 def is_plain(weight: Any) -> bool:
@@ -102,26 +102,26 @@ def input_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
 def _use_of_computed(module: nn.Module) -> WeightUse:
     """The use of a weight that is no parameter: computed in each forward, or that of an inner layer."""
     is_made = "parametrizations" in module._modules or "weight" in module.__dict__
-    inner = [own_weight(child) for child in module.modules() if child is not module]
+    inner = [stored_weight(child) for child in module.modules() if child is not module]
     if not is_made and any(weight is not None and weight is module.weight for weight in inner):
         return WeightUse("unfit", "wraps a layer and shows that layer's weight as its own")
     return WeightUse("opaque", "computes its weight (weight norm, spectral norm, a parametrization, pruning)")
 
 
-def _forward_of(module: nn.Module) -> Callable[..., Any]:
+def _unwrapped_forward(module: nn.Module) -> Callable[..., Any]:
     """The function that runs, without accelerate's wrapper that moves weights."""
     own = module.__dict__.get("forward")
     return type(module).forward if own is None or "_hf_hook" in module.__dict__ else own
 
 
-def _try(module: nn.Module, weight: Tensor, shape: tuple[int, int]) -> WeightUse:
+def _probe(module: nn.Module, weight: Tensor, shape: tuple[int, int]) -> WeightUse:
     out_features, in_features = shape
     count = torch.arange(max(shape), device=weight.device, dtype=torch.float32)
     x, dy = count[:in_features].cos().to(weight.dtype), (0.7 * count[:out_features]).sin().to(weight.dtype)
     errors = []
     for row in (x[None, None], x[None]):  # a batch of sequences, else tokens in a row
         try:
-            with _aside(module, weight) as leaf:
+            with _leaf_weight(module, weight) as leaf:
                 y = module.forward(row)
                 if not isinstance(y, Tensor):
                     return WeightUse("unfit", f"returns a {type(y).__name__}, not a tensor")
@@ -147,7 +147,7 @@ def _use_by_gradient(y: Tensor, leaf: Tensor, x: Tensor, dy: Tensor) -> WeightUs
 
 
 @contextmanager
-def _aside(module: nn.Module, weight: Tensor) -> Iterator[Tensor]:
+def _leaf_weight(module: nn.Module, weight: Tensor) -> Iterator[Tensor]:
     """Within the block a leaf tensor with the same values replaces the layer's weight, and the layer is in evaluation
     mode."""
     store: Any = module._parameters if "weight" in module._parameters else module._buffers

@@ -38,7 +38,7 @@ from rbfast.data.spans import ROLES
 from rbfast.data.trace import Trace
 from rbfast.models.checkpointing import checkpointing
 from rbfast.models.linears import is_sharded
-from rbfast.models.student import evaluation_mode, final_hidden, mode_kept, packs, rotary_embeddings
+from rbfast.models.student import evaluation_mode, final_hidden, packs, preserve_mode, rotary_embeddings
 from rbfast.training.arguments import DeviceArguments, check_trackers
 from rbfast.training.batches import batches_by_tokens
 from rbfast.training.checkpoints import KEPT, check_room, last_checkpoint, remove_checkpoints
@@ -218,7 +218,7 @@ def distill(
         write_text(out / RUN, json.dumps(asked, indent=1))
         write_prompt(out, tokenizer, replace(_instruction(tokenizer, config), system=_shared_system(traces)))
     trained = _attach_adapter(model, examples, config, teacher, checkpoint or adapter)
-    with mode_kept(model), _detached_on_failure(trained):
+    with preserve_mode(model), _detached_on_failure(trained):
         if first:
             check_room(out, sum(parameter.numel() for parameter in trained.parameters()))
         plan = None if is_sharded(model) else _plan(model, trained, examples, len(skipped), config, teacher)

@@ -14,7 +14,7 @@ from rbfast.adapter.adapter_files import CONFIG_FILE
 from rbfast.data.chat_template import end_of_turn, format_prompt, write_prompt
 from rbfast.data.instruction import Instruction
 from rbfast.data.thinking import thinking_format
-from rbfast.models.linears import beside_text
+from rbfast.models.linears import non_text_linears
 from rbfast.models.names import hub_id_of
 from rbfast.utils.files import replacing_files, write_text
 
@@ -52,7 +52,7 @@ def _checkpoint(model: Any, tokenizer: Any, folder: str | Path) -> Iterator[Path
         except SafetensorError as error:  # for example of a full disk
             raise OSError(f"{folder}: the weights cannot be written: {error}") from error
         tokenizer.save_pretrained(files)
-        if base and beside_text(model):
+        if base and non_text_linears(model):
             _copy_processor(base, files)
         # safetensors 0.8 makes its files readable only by the owner; the other files follow the umask.
         mode = stat.S_IMODE((files / "config.json").stat().st_mode)

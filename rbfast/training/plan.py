@@ -21,7 +21,7 @@ from rbfast.data.encoding import Example
 from rbfast.loss.chunking import logits_bytes
 from rbfast.models.checkpointing import checkpointed_layers
 from rbfast.models.linears import bytes_of
-from rbfast.models.packed_attention import attention_of
+from rbfast.models.packed_attention import describe_attention
 from rbfast.models.student import final_hidden, head_of, packs
 
 _ROWS = 64, 128  # tokens of the two measured rows
@@ -159,7 +159,7 @@ def make_plan(
         is_checkpointed=is_checkpointed,
         loss=logits_bytes(largest, vocabulary, model.device, teacher_vocabulary)
         + largest * hidden * (2 * head.element_size() + 4),
-        attention=attention_of(model, model.device)
+        attention=describe_attention(model, model.device)
         + ("" if packs(model) else "; the model runs one example at a time, which is slower"),
         memory=_memory_of(model.device),
     )
