@@ -92,7 +92,7 @@ def write_adapter(directory: str | Path, config: AdapterConfig, deltas: Mapping[
             tensors[f"{name}.{key}"] = getattr(delta, key).detach().cpu().contiguous()
     header = {"format": FORMAT, "version": VERSION} | to_json(config)
     header["modules"] = {name: to_json(info) for name, info in config.modules.items()}
-    _write_pair(directory, header, tensors)
+    _write_files(directory, header, tensors)
 
 
 def read_adapter(directory: str | Path) -> tuple[AdapterConfig, dict[str, Delta]]:
@@ -183,8 +183,8 @@ def write_lora(
     stacks = [name for name, info in config.modules.items() if info.experts is not None]
     tensors = {}
     for name, delta in deltas.items():
-        where = f"base_model.model.{_place_in_lora(name, stacks)}"
-        lora_a, lora_b = _padded(delta, config.modules[name], rank)
+        where = f"base_model.model.{_lora_path(name, stacks)}"
+        lora_a, lora_b = _padded_factors(delta, config.modules[name], rank)
         if name in stacks:  # PEFT's layout: A [E r, in], B [out, r E], in B the experts of one rank adjacent
             lora_a, lora_b = lora_a.flatten(0, 1), lora_b.permute(1, 2, 0).flatten(1).contiguous()
         tensors[f"{where}.lora_A.weight"], tensors[f"{where}.lora_B.weight"] = lora_a, lora_b
@@ -202,10 +202,10 @@ def write_lora(
     }
     if stacks:
         header["target_parameters"] = stacks
-    _write_pair(directory, header, tensors)
+    _write_files(directory, header, tensors)
 
 
-def _padded(delta: Delta, info: MatrixInfo, rank: int) -> tuple[Tensor, Tensor]:
+def _padded_factors(delta: Delta, info: MatrixInfo, rank: int) -> tuple[Tensor, Tensor]:
     """A [(E,) rank, in] and B [(E,) out, rank], zero off the support and beyond the delta's own rank."""
     stack = delta.A.shape[:-2]
     lora_a = torch.zeros(*stack, rank, info.in_features, dtype=torch.float32, device="cpu")
@@ -215,7 +215,7 @@ def _padded(delta: Delta, info: MatrixInfo, rank: int) -> tuple[Tensor, Tensor]:
     return lora_a, lora_b
 
 
-def _place_in_lora(name: str, stacks: Sequence[str]) -> str:
+def _lora_path(name: str, stacks: Sequence[str]) -> str:
     """The path of the LoRA layer that PEFT wraps around a matrix. PEFT wraps a module with several stacks once per
     stack, the first stack's layer innermost."""
     if name not in stacks:
@@ -239,7 +239,7 @@ def check_holds_no_model(directory: str | Path) -> None:
         raise ValueError(f"{directory} holds a model, which an adapter beside it would change; name another folder")
 
 
-def _write_pair(directory: str | Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def _write_files(directory: str | Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     check_holds_no_model(directory)
     directory = Path(directory)
     with replacing(directory / TENSOR_FILE) as file:

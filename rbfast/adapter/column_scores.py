@@ -77,10 +77,11 @@ class ColumnScores:
             tensors, metadata = load_tensors(data), check_seal(data)
         except SafetensorError as error:
             raise ValueError(f"{path}: not a complete safetensors file ({error}); score the model again") from error
-        header = _header(path, metadata)
+        header = _read_header(path, metadata)
         shapes = {name: from_json(Shape, entry, f"{path}: {name}") for name, entry in header["matrices"].items()}
         columns = {
-            name: _checked(path, tensors, f"{name}.columns", (shape.in_features,)) for name, shape in shapes.items()
+            name: _checked_tensor(path, tensors, f"{name}.columns", (shape.in_features,))
+            for name, shape in shapes.items()
         }
         return cls(header["method"], header["batches"], header["base_model_name_or_path"], shapes, columns)
 
@@ -103,10 +104,10 @@ def score_columns(
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     base = unwrapped(model)
-    watch = _Watch(select_linears(base, targets), method)
+    scorer = _Scorer(select_linears(base, targets), method)
     scored = 0
     # Compiled code would ignore our new hooks, and each call of a hook would trigger a recompilation.
-    with _frozen(model), watch.watching(), torch.compiler.set_stance("force_eager"):
+    with _frozen_weights(model), scorer.attached(), torch.compiler.set_stance("force_eager"):
         for batch in batches:
             with torch.set_grad_enabled(method != "activation"):
                 loss = loss_fn(model, batch)
@@ -119,14 +120,14 @@ def score_columns(
                 )
             if method != "activation":
                 loss.backward()
-            watch.end_batch()
+            scorer.end_batch()
             scored += 1
     if scored == 0:
         raise ValueError("expected at least one batch to score on, got none")
-    return ColumnScores(method, scored, loaded_name(base), watch.shapes(), watch.cpu())
+    return ColumnScores(method, scored, loaded_name(base), scorer.shapes(), scorer.columns_on_cpu())
 
 
-def _header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+def _read_header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         header = json.loads(metadata.get("rbfast", "{}"))
     except (ValueError, RecursionError):
@@ -140,7 +141,7 @@ def _header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     return header
 
 
-def _checked(path: str | Path, tensors: Mapping[str, Tensor], key: str, shape: tuple[int, ...]) -> Tensor:
+def _checked_tensor(path: str | Path, tensors: Mapping[str, Tensor], key: str, shape: tuple[int, ...]) -> Tensor:
     if key not in tensors:
         raise ValueError(f"{path}: tensor {key} is missing; score the model again")
     tensor = tensors[key]
@@ -151,7 +152,7 @@ def _checked(path: str | Path, tensors: Mapping[str, Tensor], key: str, shape: t
     return tensor
 
 
-class _Watch:
+class _Scorer:
     """Hooks that see the input x and the output gradient dy of every matrix, and accumulate the scores."""
 
     def __init__(self, linears: Mapping[str, nn.Module], method: Method) -> None:
@@ -163,9 +164,10 @@ class _Watch:
         self._inputs: dict[tuple[int, int], tuple[int, Tensor]] = {}
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def attached(self) -> Iterator[None]:
         hooks = [
-            m.register_forward_hook(partial(self._after, name), with_kwargs=True) for name, m in self.linears.items()
+            m.register_forward_hook(partial(self._forward_hook, name), with_kwargs=True)
+            for name, m in self.linears.items()
         ]
         for module in self.linears.values():
             patch_forward(module)
@@ -189,7 +191,7 @@ class _Watch:
             shapes[name] = shape_of(module, numbers.setdefault(keys[name], len(numbers)))
         return shapes
 
-    def cpu(self) -> dict[str, Tensor]:
+    def columns_on_cpu(self) -> dict[str, Tensor]:
         """The columns in the model's order, with zeros for a matrix that never ran."""
         widths = {name: matrix_shape(module)[1] for name, module in self.linears.items()}  # type: ignore[index]
         return {
@@ -197,9 +199,9 @@ class _Watch:
             for name, width in widths.items()
         }
 
-    def _after(self, name: str, module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor | None:
+    def _forward_hook(self, name: str, module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor | None:
         given = input_of(args, kwargs)
-        self._group(name, given)
+        self._assign_group(name, given)
         x = _as_rows(given.detach())
         if not len(x):  # an expert that no token reached: a mean over nothing is NaN
             return None
@@ -211,15 +213,15 @@ class _Watch:
         if not y.requires_grad:  # true of the first matrices: everything before them is frozen
             y = y.detach().requires_grad_().clone()
         experts = reference.rows_of_experts(args[1]) if isinstance(module, ExpertStack) else [(0, slice(None))]
-        y.register_hook(partial(self._backward, name, x, [rows for _, rows in experts]))
+        y.register_hook(partial(self._backward_hook, name, x, [rows for _, rows in experts]))
         return y
 
-    def _group(self, name: str, x: Tensor) -> None:
+    def _assign_group(self, name: str, x: Tensor) -> None:
         version = 0 if x.is_inference() else x._version
         number, _ = self._inputs.setdefault((id(x), version), (next(self._numbers), x))
         self._groups.setdefault(name, number)
 
-    def _backward(self, name: str, x: Tensor, matrices: Sequence[slice], dy: Tensor) -> None:
+    def _backward_hook(self, name: str, x: Tensor, matrices: Sequence[slice], dy: Tensor) -> None:
         """matrices: the rows of each matrix; one slice for a linear layer, one per expert for a stack."""
         x, dy = x.float(), _as_rows(dy).float()
         for rows in matrices:
@@ -242,7 +244,7 @@ def _as_rows(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def _frozen_weights(model: nn.Module) -> Iterator[None]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)

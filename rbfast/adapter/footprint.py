@@ -43,7 +43,9 @@ class Footprint:
         )
 
 
-def planned(shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, int], base: int, itemsize: int) -> Footprint:
+def planned_footprint(
+    shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, int], base: int, itemsize: int
+) -> Footprint:
     """The footprint of deltas of these shapes, folded into weights of `itemsize` bytes a value."""
     kept = sum(
         supports[name] * ((shape.experts or 1) * shape.out_features * itemsize + _INDEX)
@@ -69,7 +71,7 @@ def outline(model: nn.Module) -> Outline:
     """Reads only shapes, so the model may be on the meta device. Assumes weights in bf16."""
     shapes, parameters = group_siblings(select_linears(model)), count_parameters(model)
     rank, supports = allocate(shapes, int(DEFAULT_DENSITY * parameters))
-    found = planned(shapes, rank, supports, parameters * _BF16, _BF16)
+    found = planned_footprint(shapes, rank, supports, parameters * _BF16, _BF16)
     support = min(supports.values()), max(supports.values())
     return Outline(parameters, len(shapes), support, rank, found.values // _FP32, found)
 

@@ -28,11 +28,11 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from rbfast.adapter import adapter_files
 from rbfast.adapter.adapter_files import AdapterConfig, Delta
+from rbfast.adapter.bypass_watch import BypassWatch
 from rbfast.adapter.column_delta import ColumnDelta, SharedGather, delta_of, deltas_of, fold_all
 from rbfast.adapter.column_scores import ColumnScores
-from rbfast.adapter.first_step import BypassWatch
 from rbfast.adapter.footprint import Footprint
-from rbfast.adapter.placement import DEFAULT_DENSITY, plan
+from rbfast.adapter.placement import DEFAULT_DENSITY, plan_adapter
 from rbfast.models.experts import ExpertStack
 from rbfast.models.linears import (
     bytes_of,
@@ -77,12 +77,12 @@ class SparseAdapter(nn.Module):
 
     def __init__(self, model: nn.Module, config: AdapterConfig, deltas: Mapping[str, Delta], mode: Mode) -> None:
         super().__init__()
-        check_free(model)
+        check_attachable(model)
         check_fit(unfit(model), deltas)
         modules = named_modules(model)
-        folds = {name: _folds(name, modules[name], mode) for name in deltas}
+        folds = {name: _should_fold(name, modules[name], mode) for name in deltas}
         self.config = config
-        self._base_count, self._base_bytes = count_parameters(model), bytes_of(model.parameters())
+        self._base_parameters, self._base_bytes = count_parameters(model), bytes_of(model.parameters())
         self.left_out = left_out(model, deltas)
         self._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in self._frozen:
@@ -92,13 +92,13 @@ class SparseAdapter(nn.Module):
         self._state: Literal["attached", "merged", "detached"] = "attached"
         self._disabled = 0
         self._watch = BypassWatch()
-        self._follower = _follow_optimizers(self)
+        self._optimizer_hook = _hook_optimizers(self)
         try:
-            self._plant_all(modules, deltas, folds)
+            self._add_deltas(modules, deltas, folds)
         except BaseException:  # likely out of memory; the caller has no adapter to detach
             self.detach()
             raise
-        _forget_compiled()
+        _reset_compiled_code()
 
     @classmethod
     def attach(
@@ -127,19 +127,19 @@ class SparseAdapter(nn.Module):
         that can have no delta (`rbfast.models.linears.unfit`). Raises ValueError for a density outside (0, 1] or too
         small for any delta, a model without linear layers, and a model with an adapter attached (PEFT's included).
         """
-        _warn_of_processes(model)
+        _warn_of_ddp(model)
         model = unwrapped(model)
-        check_free(model)
-        config, deltas = plan(model, density, support, rank, targets, placement, scale, seed)
+        check_attachable(model)
+        config, deltas = plan_adapter(model, density, support, rank, targets, placement, scale, seed)
         return cls(model, config, deltas, mode)
 
     @classmethod
     def from_pretrained(cls, model: nn.Module, directory: str | Path, mode: Mode = "auto") -> "SparseAdapter":
         """Attaches a saved adapter. Raises ValueError, naming the first mismatch, if it was made for another model, or
         if the model has an adapter attached."""
-        _warn_of_processes(model)
+        _warn_of_ddp(model)
         model = unwrapped(model)
-        check_free(model)
+        check_attachable(model)
         config, deltas = adapter_files.read_adapter(directory)
         adapter_files.check_base(config, named_modules(model), directory)
         return cls(model, config, deltas, mode)
@@ -173,8 +173,8 @@ class SparseAdapter(nn.Module):
         """Writes every delta into its weight. Call it after writes through `.data` (`parameter.data.copy_(x)`, as some
         weight averaging does), and after any change by hand under torch.compile or in `unhooked`. Optimizer steps and
         load_state_dict fold automatically; after other changes the next forward does."""
-        self._require("attached", "fold")
-        fold_all(site for site in self.sites().values() if site.folds and site.enabled)
+        self._require_state("attached", "fold")
+        fold_all(site for site in self.sites().values() if site.is_folded and site.enabled)
 
     def merge(self) -> None:
         """Leaves in the model the weights that training used, bitwise, and removes every hook: it is a plain model.
@@ -182,7 +182,7 @@ class SparseAdapter(nn.Module):
         Raises RuntimeError for a base that cannot hold the deltas (quantised, sharded, weight-normed; use export_lora()
         there), and for a base whose weights were changed since attaching.
         """
-        self._require("attached", "merge")
+        self._require_state("attached", "merge")
         for name, site in self.sites().items():
             if matrix_view(site.linear) is None:
                 raise RuntimeError(
@@ -190,9 +190,9 @@ class SparseAdapter(nn.Module):
                 )
         adapter_files.check_finite(self._deltas())
         for site in self.sites().values():
-            site.catch_up()
+            site.fold_if_stale()
         for site in self.sites().values():
-            if not site.folds:
+            if not site.is_folded:
                 site.base_columns = site.weight.index_select(-1, site.cols)
         fold_all(self.sites().values())
         self._release("merged")
@@ -200,7 +200,7 @@ class SparseAdapter(nn.Module):
     def unmerge(self) -> None:
         """Undoes merge(): restores the original columns bitwise. Raises RuntimeError if the weights changed since, or
         if another adapter is attached."""
-        self._require("merged", "unmerge")
+        self._require_state("merged", "unmerge")
         for name, site in self.sites().items():
             if delta_of(site.linear) is not None:
                 raise RuntimeError(f"cannot unmerge: another adapter is attached at {name}; detach that one first")
@@ -212,9 +212,9 @@ class SparseAdapter(nn.Module):
 
     def detach(self) -> None:
         """Restores the base bitwise, removes every hook and restores each parameter's requires_grad."""
-        self._require("attached", "detach")
+        self._require_state("attached", "detach")
         for site in self.sites().values():
-            if site.folds:
+            if site.is_folded:
                 site.restore()
         self._release("detached")
 
@@ -222,12 +222,12 @@ class SparseAdapter(nn.Module):
     def disabled(self) -> Iterator[None]:
         """Within the block the model is the base, bitwise. Blocks may nest. If a forward ran before the block, run its
         backward after the block: inside, it would use the base's weights."""
-        self._require("attached", "disable")
+        self._require_state("attached", "disable")
         self._disabled += 1
         if self._disabled == 1:
             for site in self.sites().values():
                 site.enabled = False
-                if site.folds:
+                if site.is_folded:
                     site.restore()
         try:
             yield
@@ -241,24 +241,24 @@ class SparseAdapter(nn.Module):
     @property
     def parameters_of_base(self) -> int:
         """The number of parameters of the base; a quantised matrix counts the values that it represents."""
-        return self._base_count
+        return self._base_parameters
 
     @property
     def trainable_percent(self) -> float:
         """Trained values as a percentage of the base's parameters."""
-        return 100 * self._values() / self._base_count
+        return 100 * self._count_values() / self._base_parameters
 
     def print_trainable_parameters(self) -> None:
         """Prints trained values, the base's parameters, and their ratio in percent, in PEFT's format."""
         print(
-            f"trainable params: {self._values():,d} || all params: {self._base_count:,d} || "
+            f"trainable params: {self._count_values():,d} || all params: {self._base_parameters:,d} || "
             f"trainable%: {self.trainable_percent:.4f}"
         )
 
     def surviving_share(self) -> float:
         """The share of non-zero fp32 changes that survive the fold's rounding; 1 if there is no change to lose."""
-        self._require("attached", "ask for the surviving share of")
-        counts = [site.survivors() for site in self.sites().values() if site.folds]
+        self._require_state("attached", "ask for the surviving share of")
+        counts = [site.count_survivors() for site in self.sites().values() if site.is_folded]
         wanted = sum(count for _, count in counts)
         return sum(count for count, _ in counts) / wanted if wanted else 1.0
 
@@ -277,14 +277,14 @@ class SparseAdapter(nn.Module):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As nn.Module's, then folds. Raises ValueError, before anything is written, if the state has other columns:
         their base values are not kept here. Raises RuntimeError if the adapter is merged or detached."""
-        self._require("attached", "load a state into")
+        self._require_state("attached", "load a state into")
         return super().load_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Checks columns before the deltas load their state, also if the adapter is a submodule of another module."""
-        planted = {id(module): path for path, module in self.named_modules()}
+        paths = {id(module): path for path, module in self.named_modules()}
         for name, site in self._sites.items():
-            cols = state_dict.get(f"{prefix}{planted[id(site)]}.cols")
+            cols = state_dict.get(f"{prefix}{paths[id(site)]}.cols")
             if cols is not None and not torch.equal(cols.to(site.cols.device), site.cols):
                 raise ValueError(
                     f"this state is of an adapter that was placed on other columns (of {name}, by another placement, "
@@ -292,7 +292,7 @@ class SparseAdapter(nn.Module):
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _plant_all(
+    def _add_deltas(
         self, modules: Mapping[str, nn.Module], deltas: Mapping[str, Delta], folds: Mapping[str, bool]
     ) -> None:
         gathers: dict[int, SharedGather] = {}
@@ -301,10 +301,10 @@ class SparseAdapter(nn.Module):
             gather = gathers.setdefault(self.config.modules[name].group, SharedGather())
             site = ColumnDelta(modules[name], delta, self.config.scale, folds[name], gather)
             # When transformers saves a model, it splits every tensor named like a stack, an adapter's too.
-            self._plant(f"stack{next(numbers)}" if isinstance(site.linear, ExpertStack) else name, site)
+            self._register(f"stack{next(numbers)}" if isinstance(site.linear, ExpertStack) else name, site)
             self._sites[name] = site
 
-    def _plant(self, name: str, site: ColumnDelta) -> None:
+    def _register(self, name: str, site: ColumnDelta) -> None:
         """Registers a delta under the dotted name of its matrix, so that parameters are called `<module>.A`.
 
         add_module would refuse names of our own methods, and a submodule of a model may be called `merge`.
@@ -315,16 +315,16 @@ class SparseAdapter(nn.Module):
             parent = parent._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
         parent._modules[leaf] = site
         # Not a submodule. Keeps the adapter alive for callers that hold only its parameters: each step must still fold.
-        site.__dict__["keeper"] = self
+        site.__dict__["adapter_reference"] = self
 
-    def _values(self) -> int:
+    def _count_values(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
     def _deltas(self) -> dict[str, Delta]:
         sites = self.sites().items()
         return {name: Delta(site.cols, unsharded(site.A.detach()), unsharded(site.B.detach())) for name, site in sites}
 
-    def _require(self, state: str, verb: str) -> None:
+    def _require_state(self, state: str, verb: str) -> None:
         if self._state != state:
             raise RuntimeError(f"cannot {verb} this adapter: it must be {state}, and it is {self._state}")
 
@@ -334,20 +334,20 @@ class SparseAdapter(nn.Module):
             site.release()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
-        self._follower()
+        self._optimizer_hook()
         self._state = state
 
-    def _follow(self, optimizer: Optimizer) -> None:
+    def _on_optimizer_step(self, optimizer: Optimizer) -> None:
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if not stepped and any(parameter.grad is not None for parameter in self.parameters()):
             raise RuntimeError(  # a Trainer builds such an optimizer for a frozen model, and would run to the end
                 "an optimizer without parameters made a step: the adapter's are not among the model's; give the "
                 "optimizer adapter.parameters(), or set model.adapter = adapter before a Trainer is made"
             )
-        ours = {}
+        stepped_sites = {}
         for name, site in self._sites.items():
             if any(id(factor) in stepped for factor in site.factors):
-                ours[name] = site
+                stepped_sites[name] = site
             weight = stored_weight(site.linear)
             if weight is None or id(weight) not in stepped or not weight.requires_grad or site.watch is not None:
                 continue  # AdamW(model.parameters()) may hold frozen weights, and those that BypassWatch unfroze
@@ -356,25 +356,25 @@ class SparseAdapter(nn.Module):
                     f"an optimizer trains the weight of {name}, a stack of experts, which has no gradient while it has "
                     "a delta: freeze it, or leave it out of targets"
                 )
-            if site.folds:
+            if site.is_folded:
                 raise RuntimeError(
                     f"an optimizer changed the weight of {name}, into which a delta is folded: freeze it, or attach "
                     'with mode="side"'
                 )
-        folding = [site for site in ours.values() if site.folds and site.enabled]
-        _announce_writes(folding)
+        folding = [site for site in stepped_sites.values() if site.is_folded and site.enabled]
+        _mark_written(folding)
         fold_all(folding)
-        if ours and not self._watch.is_over:
-            self._watch.step(ours)
+        if stepped_sites and not self._watch.is_over:
+            self._watch.on_step(stepped_sites)
 
 
-def _forget_compiled() -> None:
+def _reset_compiled_code() -> None:
     """Drops compiled code: torch.compile does not check for new hooks, so old code would run without ours."""
     if "torch._dynamo" in sys.modules:  # importing it takes seconds
         torch.compiler.reset()
 
 
-def _folds(name: str, linear: nn.Module, mode: Mode) -> bool:
+def _should_fold(name: str, linear: nn.Module, mode: Mode) -> bool:
     if mode not in ("auto", "fold", "side"):
         raise ValueError(f'mode must be "auto", "fold" or "side", got {mode!r}')
     foldable = matrix_view(linear) is not None
@@ -386,7 +386,7 @@ def _folds(name: str, linear: nn.Module, mode: Mode) -> bool:
     return foldable and mode != "side"
 
 
-def _warn_of_processes(model: nn.Module) -> None:
+def _warn_of_ddp(model: nn.Module) -> None:
     """Warns, because DistributedDataParallel says nothing if a backward reaches none of its parameters."""
     replicas = (m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel))
     if any(replica.process_group.size() > 1 for replica in replicas):
@@ -398,14 +398,14 @@ def _warn_of_processes(model: nn.Module) -> None:
         )
 
 
-def _announce_writes(sites: Iterable[ColumnDelta]) -> None:
+def _mark_written(sites: Iterable[ColumnDelta]) -> None:
     """Tells autograd that the weights are written, because our ops bypass it. A pending backward of a forward that used
     the old weights then raises in autograd, instead of giving wrong gradients."""
     weights = (stored_weight(site.linear) for site in sites)
     torch.autograd.graph.increment_version([w for w in weights if w is not None and not w.is_inference()])
 
 
-def check_free(model: nn.Module) -> None:
+def check_attachable(model: nn.Module) -> None:
     """Raises ValueError for a model that has an adapter attached (PEFT's included), has uninitialised lazy layers, is
     scripted, or is split by tensor parallelism."""
     if isinstance(model, torch.jit.ScriptModule):
@@ -433,14 +433,14 @@ def check_free(model: nn.Module) -> None:
             )
 
 
-def _follow_optimizers(adapter: SparseAdapter) -> weakref.finalize:
+def _hook_optimizers(adapter: SparseAdapter) -> weakref.finalize:
     """Folds after every step of an optimizer that holds the adapter's parameters, until called or the adapter dies."""
     reference = weakref.ref(adapter)
 
     def fold_after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         alive = reference()
         if alive is not None:
-            alive._follow(optimizer)
+            alive._on_optimizer_step(optimizer)
 
     stop = weakref.finalize(adapter, register_optimizer_step_post_hook(fold_after_step).remove)
     stop.atexit = False

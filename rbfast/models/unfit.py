@@ -104,7 +104,7 @@ _PRODUCT = re.compile(
 def _multiplied_by_hand(kind: type[nn.Module]) -> set[str]:
     """The attribute names of layers whose weight the code of a class multiplies by: `F.linear(x, self.gate.weight)`.
 
-    Other spellings are found in the first two training steps (`rbfast.adapter.first_step`).
+    Other spellings are found in the first two training steps (`rbfast.adapter.bypass_watch`).
     """
     return {name for base in kind.__mro__ if "forward" in vars(base) for name in _products_in(base)}
 

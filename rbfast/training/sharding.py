@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
 
-from rbfast.adapter.sparse_adapter import check_free
+from rbfast.adapter.sparse_adapter import check_attachable
 from rbfast.models.linears import is_sharded
 from rbfast.models.student import backbone_of
 
@@ -38,7 +38,7 @@ def shard(model: PreTrainedModel, over: int | None = None, device: str | None = 
         ValueError: there is only one process, the number of processes is no multiple of `over`, the model has an
             adapter attached, or it does not name the class of its layers.
     """
-    check_free(model)
+    check_attachable(model)
     if not is_sharded(model):
         _spread(model, over, torch.device(device or model.device).type)
     model.run_backbone = MethodType(_run_backbone, model)  # type: ignore[assignment]

@@ -249,11 +249,11 @@ def test_the_delta_follows_the_base_to_its_device(monkeypatch, mode):
     site = next(iter(adapter.sites().values()))
     model(**batch())
     site.linear.weight = nn.Parameter(torch.empty(site.linear.weight.shape, device="meta"), requires_grad=False)
-    site._before(site.linear, ())
+    site._pre_forward(site.linear, ())
     assert moves == []  # a weight that is offloaded for now takes nothing with it
     with FakeTensorMode():
         site.linear.weight = nn.Parameter(torch.empty(site.linear.weight.shape, device="cuda:1"), requires_grad=False)
-    site._before(site.linear, ())
+    site._pre_forward(site.linear, ())
     assert moves == [torch.device("cuda:1")]
 
 
@@ -285,7 +285,7 @@ def test_a_delta_that_was_moved_away_comes_back_to_its_base(monkeypatch):
     assert moves == []
     with FakeTensorMode():
         site.A = nn.Parameter(torch.empty(site.A.shape, device="cuda:1"))
-    site._before(site.linear, ())
+    site._pre_forward(site.linear, ())
     assert moves == [torch.device("cpu")]
 
 

@@ -381,7 +381,7 @@ def test_a_quantised_base_trains_beside_its_weights(package, bits, tmp_path):
     before, plain = logits(model), dequantised(model)
     assert 0.01 < apart(before, logits(quantisable())) < 0.6, "the weights must have been quantised"
     adapter, reference = attach(model), attach(plain, mode="side")
-    assert len(adapter.sites()) == 14 and not any(site.folds for site in adapter.sites().values())
+    assert len(adapter.sites()) == 14 and not any(site.is_folded for site in adapter.sites().values())
     assert not adapter.left_out and torch.equal(logits(model), before)
     losses = train(model, adapter)
     assert losses[3] < losses[2] < losses[1] < losses[0]

@@ -40,11 +40,11 @@ class BypassWatch:
         self._marked: dict[int, tuple[str, Site, nn.Parameter]] = {}
         self._steps = 0
 
-    def saw(self, site: Site) -> None:
+    def on_forward(self, site: Site) -> None:
         """Called when the layer of a marked site is about to run."""
-        self._forget(site)
+        self._unmark(site)
 
-    def step(self, sites: Mapping[str, Site]) -> None:
+    def on_step(self, sites: Mapping[str, Site]) -> None:
         """Called after an optimizer step with the sites it trained, by name. Steps without gradients and frozen sites
         do not count. The first step warns of sites without a gradient. The second raises RuntimeError if a weight is
         used without running its layer."""
@@ -55,7 +55,7 @@ class BypassWatch:
             return
         self._steps += 1
         if self._steps == 1:
-            _warn_of_idle([name for name, reached in _reached(sites).items() if not reached], len(sites))
+            _warn_of_idle([name for name, reached in _has_gradient(sites).items() if not reached], len(sites))
             for name, site in sites.items():
                 if _is_idle(site):
                     self._mark(name, site)
@@ -76,7 +76,7 @@ class BypassWatch:
     def end(self) -> None:
         self._steps = _STEPS
         for _, site, _ in list(self._marked.values()):
-            self._forget(site)
+            self._unmark(site)
 
     def _mark(self, name: str, site: Site) -> None:
         weight = stored_weight(site.linear)
@@ -87,7 +87,7 @@ class BypassWatch:
             self._marked[id(site)] = name, site, weight
             site.watch = self
 
-    def _forget(self, site: Site) -> None:
+    def _unmark(self, site: Site) -> None:
         site.watch = None
         _, _, weight = self._marked.pop(id(site))
         weight.requires_grad_(False)
@@ -102,7 +102,7 @@ def _is_idle(site: Site) -> bool:
     return site.A.grad is None and site.B.grad is None
 
 
-def _reached(sites: Mapping[str, Site]) -> dict[str, bool]:
+def _has_gradient(sites: Mapping[str, Site]) -> dict[str, bool]:
     """Which sites have a non-zero gradient, found with one device synchronisation."""
     found = {name: [unsharded(x.grad) for x in (site.A, site.B) if x.grad is not None] for name, site in sites.items()}
     sizes: list[Tensor] = [
