@@ -16,11 +16,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rbfast.loss.chunked_loss import LossJob
 from rbfast.loss.fused_loss import FusedLoss
-from rbfast.loss.inputs import check_logit_settings, check_shapes, value_questions
+from rbfast.loss.inputs import check_logit_settings, check_shapes, input_checks
 from rbfast.loss.parameters import check_parameter
-from rbfast.loss.row_groups import take_known_rows, take_rows
-from rbfast.loss.solver import Job
+from rbfast.loss.row_groups import group_known_rows, group_rows
 from rbfast.loss.teacher_signal import Signal, check_signal
 from rbfast.ops.dtypes import wide_dtype
 
@@ -153,21 +153,21 @@ class DistillLoss(nn.Module):
         signals = [check_signal(signal, hidden) for signal in given]
         labels, V = labels.to(torch.int64), head_weight.shape[0]
         if rows is not None:
-            taken = take_known_rows(signals, rows, hidden.shape[0])
+            active = group_known_rows(signals, rows, hidden.shape[0])
         else:
             named = {"kl_weight": kl, "ce_weight": ce, "temperature": tau}
             is_ignored = labels == self.ignore_index
-            questions = value_questions(labels, is_ignored, self.ignore_index, V, named)
-            taken = take_rows(signals, is_ignored, questions, V)
-        if taken.order is not None:
-            labels, kl, ce, tau = labels[taken.order], kl.at(taken.order), ce.at(taken.order), tau.at(taken.order)
-        divisor = self._divisor(num_items, taken.size, hidden)
-        job = Job(
+            checks = input_checks(labels, is_ignored, self.ignore_index, V, named)
+            active = group_rows(signals, is_ignored, checks, V)
+        if active.order is not None:
+            labels, kl, ce, tau = labels[active.order], kl.at(active.order), ce.at(active.order), tau.at(active.order)
+        divisor = self._divisor(num_items, active.size, hidden)
+        job = LossJob(
             labels=labels,
-            kl_weight=kl.divided(divisor, taken.size),
-            ce_weight=ce.divided(divisor, taken.size),
+            kl_weight=kl.divided(divisor, active.size),
+            ce_weight=ce.divided(divisor, active.size),
             temperature=tau,
-            taken=taken,
+            active=active,
             divisor=divisor,
             by_token=self.reduction == "none",
             beta=self.beta,

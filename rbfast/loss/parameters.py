@@ -1,4 +1,4 @@
-"""Weights and temperatures of a loss: one number for all rows, or one per row. Shapes: T tokens, n rows taken."""
+"""Weights and temperatures of a loss: one number for all rows, or one per row. Shapes: T tokens, n active rows."""
 
 import math
 from typing import NamedTuple
@@ -8,26 +8,26 @@ from torch import Tensor
 from rbfast.ops.dtypes import wide_dtype
 
 
-class Parameter(NamedTuple):
+class RowParameter(NamedTuple):
     """values [n] * factor, or `factor` in every row. The op takes both, which avoids tensors of constants."""
 
     values: Tensor | None
     factor: float = 1.0
 
-    def at(self, rows: Tensor) -> "Parameter":
-        return self if self.values is None else Parameter(self.values[rows], self.factor)
+    def at(self, rows: Tensor) -> "RowParameter":
+        return self if self.values is None else RowParameter(self.values[rows], self.factor)
 
-    def divided(self, divisor: int | Tensor, rows: int) -> "Parameter":
+    def divided(self, divisor: int | Tensor, rows: int) -> "RowParameter":
         if isinstance(divisor, Tensor):
             return self.times(divisor.reciprocal(), rows)
-        return self if divisor == 1 else Parameter(self.values, self.factor / divisor)
+        return self if divisor == 1 else RowParameter(self.values, self.factor / divisor)
 
-    def times(self, by: Tensor, rows: int) -> "Parameter":
+    def times(self, by: Tensor, rows: int) -> "RowParameter":
         """by: 0-dimensional or [n], in the dtype of the values."""
-        return Parameter(by.expand(rows) if self.values is None else self.values * by, self.factor)
+        return RowParameter(by.expand(rows) if self.values is None else self.values * by, self.factor)
 
 
-def check_parameter(name: str, value: float | Tensor, hidden: Tensor) -> Parameter:
+def check_parameter(name: str, value: float | Tensor, hidden: Tensor) -> RowParameter:
     """The parameter for a loss of hidden [T, H], in the accumulation dtype. Checks the value of a number, not of a
     tensor, which would synchronise with the device.
 
@@ -38,9 +38,9 @@ def check_parameter(name: str, value: float | Tensor, hidden: Tensor) -> Paramet
         if value.dim() > 0 and value.shape != hidden.shape[:1]:
             raise ValueError(f"{name} must be a float or [T] = [{hidden.shape[0]}], got {tuple(value.shape)}")
         values = value.detach().to(hidden.device, wide_dtype(hidden.dtype))
-        return Parameter(values if values.dim() else values.expand(hidden.shape[0]))
+        return RowParameter(values if values.dim() else values.expand(hidden.shape[0]))
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite in every row")
     if name == "temperature" and value <= 0:
         raise ValueError("temperature must be positive in every row")
-    return Parameter(None, float(value))
+    return RowParameter(None, float(value))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rbfast.loss.inputs import check_device, check_logit_settings
-from rbfast.loss.questions import Question, read_back
+from rbfast.loss.value_checks import ValueCheck, read_back
 from rbfast.ops.dtypes import wide_dtype
 
 # How far the sum of a row's probabilities may exceed 1: bf16 log-probs near 0 are off by up to 0.4%.
@@ -177,7 +177,7 @@ def check_top_k(signal: TopK) -> TopK:
     signal = mark_padding(signal)
     if not signal.ids.numel():
         return signal
-    (repeated,) = read_back(top_k_questions(signal, 2**31), [repeated_id(signal.ids)])
+    (repeated,) = read_back(top_k_checks(signal, 2**31), [repeated_id(signal.ids)])
     return merge_duplicates(signal) if repeated >= 0 else signal
 
 
@@ -187,7 +187,7 @@ def mark_padding(signal: TopK) -> TopK:
     return replace(signal, ids=ids, logprobs=signal.logprobs.masked_fill(ids == -1, -torch.inf))
 
 
-def top_k_questions(signal: TopK, vocabulary: int) -> list[Question]:
+def top_k_checks(signal: TopK, vocabulary: int) -> list[ValueCheck]:
     """The checks of the values of a non-empty signal whose padding is marked."""
     ids, logprobs = signal.ids, signal.logprobs
     low, high = ids.aminmax()
@@ -201,10 +201,10 @@ def top_k_questions(signal: TopK, vocabulary: int) -> list[Question]:
     negative = "teacher ids must not be negative (-1 marks padding)"
     too_much = "teacher probabilities of one row add up to more than 1"
     return [
-        Question(most, math.isnan, say("teacher log-probs must be numbers, got NaN", lambda: logprobs.isnan())),
-        Question(high, lambda id: id >= vocabulary, say(too_large, lambda: ids >= vocabulary)),
-        Question(low, lambda id: id < -1, say(negative, lambda: ids < -1)),
-        Question(most, lambda total: total > 1 + MASS_TOLERANCE, say(too_much, lambda: mass > 1 + MASS_TOLERANCE)),
+        ValueCheck(most, math.isnan, say("teacher log-probs must be numbers, got NaN", lambda: logprobs.isnan())),
+        ValueCheck(high, lambda id: id >= vocabulary, say(too_large, lambda: ids >= vocabulary)),
+        ValueCheck(low, lambda id: id < -1, say(negative, lambda: ids < -1)),
+        ValueCheck(most, lambda total: total > 1 + MASS_TOLERANCE, say(too_much, lambda: mass > 1 + MASS_TOLERANCE)),
     ]
 
 

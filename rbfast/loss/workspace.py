@@ -8,8 +8,8 @@ already keeps GPU memory, and the C library keeps small CPU allocations.
 import torch
 from torch import Tensor
 
-KEPT_FROM = 2**20  # bytes; the C library may return allocations of this size to the OS after every call
-MOST_KEPT = 2**29
+MIN_KEPT = 2**20  # bytes; the C library may return allocations of this size to the OS after every call
+MAX_KEPT = 2**29
 
 _kept: list[Tensor] = []  # one tensor, or none while a call uses it
 
@@ -27,7 +27,7 @@ def borrow(size: int) -> Tensor:
 
 def give_back(memory: Tensor) -> None:
     """Returns memory of `borrow` for the next call. The caller must hold no other reference to it."""
-    if KEPT_FROM <= memory.numel() <= MOST_KEPT and not _kept:
+    if MIN_KEPT <= memory.numel() <= MAX_KEPT and not _kept:
         _kept.append(memory)
 
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from rbfast.ops.dtypes import wide
-from rbfast.ops.reference import above
+from rbfast.ops.reference import zero_below
 
 SLICE_BYTES = 64 * 2**20  # of the slice of the head in fp32
 
 
-def _has_wide_output(a: Tensor, b: Tensor) -> bool:
+def _has_fp32_output(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16)
 
 
@@ -28,7 +28,7 @@ def _slices(V: int, H: int) -> Iterator[slice]:
 
 def head_forward_(logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
     """Sets logits [T, V] fp32 to hidden [T, H] weight [V, H]^T, without rounding to 16 bits in between."""
-    if _has_wide_output(hidden, weight):
+    if _has_fp32_output(hidden, weight):
         torch.mm(hidden, weight.T, out_dtype=torch.float32, out=logits)
         return
     x = wide(hidden)
@@ -41,8 +41,8 @@ def head_backward_(d_hidden: Tensor, dz: Tensor, weight: Tensor, thresholds: Ten
 
     Entries below the threshold [T] of their row are set to 0 first. That saves no work here.
     """
-    dz = above(dz, thresholds)
-    if _has_wide_output(dz, weight):
+    dz = zero_below(dz, thresholds)
+    if _has_fp32_output(dz, weight):
         torch.mm(dz, weight, out_dtype=torch.float32, out=d_hidden)
         return
     d_hidden.zero_()
@@ -52,7 +52,7 @@ def head_backward_(d_hidden: Tensor, dz: Tensor, weight: Tensor, thresholds: Ten
 
 def head_grad_(dW: Tensor, dz: Tensor, hidden: Tensor) -> None:
     """dW [V, H] fp32 += dz [T, V]^T hidden [T, H], accumulated onto dW in the GEMM itself."""
-    if _has_wide_output(dz, hidden):
+    if _has_fp32_output(dz, hidden):
         torch.addmm(dW, dz.T, hidden, out_dtype=torch.float32, out=dW)
         return
     x = wide(hidden)

@@ -133,10 +133,10 @@ def head_backward_(d_hidden: Tensor, dz: Tensor, weight: Tensor, thresholds: Ten
 
     Entries of dz smaller in magnitude than the threshold [T] of their row count as 0.
     """
-    torch.mm(wide(above(dz, thresholds)), wide(weight), out=d_hidden)
+    torch.mm(wide(zero_below(dz, thresholds)), wide(weight), out=d_hidden)
 
 
-def above(dz: Tensor, thresholds: Tensor | None) -> Tensor:
+def zero_below(dz: Tensor, thresholds: Tensor | None) -> Tensor:
     """dz [T, V] with entries smaller in magnitude than the threshold [T] of their row set to 0."""
     return dz if thresholds is None else dz.masked_fill(wide(dz).abs() < thresholds.unsqueeze(1), 0.0)
 

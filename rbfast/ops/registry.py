@@ -66,7 +66,7 @@ _TRITON_MODULES = {
 _PRODUCTS = ("head_forward_", "head_backward_", "head_grad_")  # on CUDA torch's own GEMMs, which are fast enough
 
 
-def _load(name: str) -> ctypes.CDLL | None:
+def _load_library(name: str) -> ctypes.CDLL | None:
     """Loads rbfast/{name}.*so if it was built. Raises if the file exists but cannot be loaded."""
     built = sorted(Path(__file__).parent.parent.glob(f"{name}.*so"))
     if not built:
@@ -108,8 +108,9 @@ for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 # In order of preference: native libraries, Triton where they have no kernel, the reference for the rest.
-_NATIVE = _load("_C")
-_CUDA = _load("_C_cuda") if torch.version.cuda else None  # it needs CUDA streams, which a CPU build of torch lacks
+_NATIVE = _load_library("_C")
+# It needs CUDA streams, which a CPU build of torch lacks.
+_CUDA = _load_library("_C_cuda") if torch.version.cuda else None
 _IN_TRITON = _register_triton()
 if not torch.version.hip:
     for _name in _PRODUCTS:
@@ -187,7 +188,7 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _keep_for_grouped_linear(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+def _save_for_grouped_linear(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:])
 
 
@@ -197,7 +198,7 @@ def _grouped_linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd(
-    "rbfast::grouped_linear", _grouped_linear_backward, setup_context=_keep_for_grouped_linear, lib=_LIBRARY
+    "rbfast::grouped_linear", _grouped_linear_backward, setup_context=_save_for_grouped_linear, lib=_LIBRARY
 )
 
 
@@ -329,7 +330,7 @@ def uses_tiles(hidden: Tensor, weight: Tensor) -> bool:
     return hidden.device.type == "cpu" and hidden.dtype == weight.dtype == torch.bfloat16 and cpu_isa() == "amx"
 
 
-def filter_saves(hidden: Tensor, weight: Tensor) -> bool:
+def filter_helps(hidden: Tensor, weight: Tensor) -> bool:
     """Whether thresholds make head_backward_ faster for these tensors. GPUs and AMX tiles skip no entries."""
     return hidden.device.type == "cpu" and not uses_tiles(hidden, weight)
 
