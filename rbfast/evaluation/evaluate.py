@@ -35,7 +35,7 @@ from rbfast.inference.solver import Sampling
 from rbfast.inference.state import Event
 from rbfast.inference.vote import majority
 from rbfast.utils.files import Journal, check_output
-from rbfast.utils.memory import give_back
+from rbfast.utils.memory import trim_memory
 from rbfast.utils.records import check
 
 
@@ -171,7 +171,7 @@ def evaluate(
             done[_identity(problem)] = results
             if store:
                 store.add(results)
-        give_back()
+        trim_memory()
         report()
     return [result for problem in problems for result in done[_identity(problem)]]
 

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-_ACCELERATES_DEVICE = "ACCELERATE_TORCH_DEVICE"
+_DEVICE_VARIABLE = "ACCELERATE_TORCH_DEVICE"
 
 
 @dataclass
@@ -38,14 +38,14 @@ class DeviceArguments(TrainingArguments):
 @contextmanager
 def _accelerate_on(device: torch.device) -> Iterator[None]:
     """Makes accelerate initialise itself on this device within the block."""
-    before = os.environ.get(_ACCELERATES_DEVICE)
-    os.environ[_ACCELERATES_DEVICE] = str(device)
+    before = os.environ.get(_DEVICE_VARIABLE)
+    os.environ[_DEVICE_VARIABLE] = str(device)
     try:
         yield
     finally:
-        del os.environ[_ACCELERATES_DEVICE]
+        del os.environ[_DEVICE_VARIABLE]
         if before is not None:
-            os.environ[_ACCELERATES_DEVICE] = before
+            os.environ[_DEVICE_VARIABLE] = before
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rbfast.data.encoding import Example, collate
 
-_OPEN = 32  # batches that are still being filled; each trace scans all of them, and more would fill little better
+_OPEN_BATCHES = 32  # batches still being filled; each trace scans all of them, and more would fill little better
 
 
 def batches_by_tokens(examples: Sequence[Example], tokens: int, seed: int) -> list[list[Example]]:
@@ -25,7 +25,7 @@ def batches_by_tokens(examples: Sequence[Example], tokens: int, seed: int) -> li
     room: list[int] = []
     for number in order:
         length = len(examples[number].input_ids)
-        first = max(0, len(batches) - _OPEN)
+        first = max(0, len(batches) - _OPEN_BATCHES)
         at = next((i for i in range(first, len(batches)) if length <= room[i]), None)
         if at is None:
             at = len(batches)

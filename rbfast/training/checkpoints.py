@@ -38,7 +38,7 @@ def remove_checkpoints(folder: Path) -> None:
         folder.rmdir()
 
 
-def check_room(folder: Path, values: int) -> None:
+def check_disk_space(folder: Path, values: int) -> None:
     """Raises OSError if the disk has no room for the checkpoints and the adapter of a run that trains so many fp32
     values. Otherwise the run would fail later, and its training would be lost."""
     checkpoint = 3 * 4 * values  # values and the two moments of AdamW
@@ -61,20 +61,20 @@ def last_checkpoint(folder: str | Path) -> str | None:
     Raises:
         ValueError: there are checkpoints, and all of them are damaged.
     """
-    faults: list[str] = []
+    damaged: list[str] = []
     for path in reversed(checkpoints_in(Path(folder))):
-        fault = _fault(path)
-        if fault is None:
-            if faults:
-                warnings.warn(f"{faults[0]}; resuming from {path}", stacklevel=2)
+        damage = _find_damage(path)
+        if damage is None:
+            if damaged:
+                warnings.warn(f"{damaged[0]}; resuming from {path}", stacklevel=2)
             return str(path)
-        faults.append(fault)
-    if faults:
-        raise ValueError(f"{faults[0]}, and no other checkpoint is whole; remove {folder} to train from the start")
+        damaged.append(damage)
+    if damaged:
+        raise ValueError(f"{damaged[0]}, and no other checkpoint is whole; remove {folder} to train from the start")
     return None
 
 
-def _fault(folder: Path) -> str | None:
+def _find_damage(folder: Path) -> str | None:
     """Why a run cannot resume from a checkpoint; None if it can."""
     try:
         digests = dict(json.loads((folder / DIGESTS).read_bytes()))

@@ -41,14 +41,14 @@ from rbfast.models.linears import is_sharded
 from rbfast.models.student import evaluation_mode, final_hidden, packs, preserve_mode, rotary_embeddings
 from rbfast.training.arguments import DeviceArguments, check_trackers
 from rbfast.training.batches import batches_by_tokens
-from rbfast.training.checkpoints import KEPT, check_room, last_checkpoint, remove_checkpoints
-from rbfast.training.held_out import measuring, part, without_times
+from rbfast.training.checkpoints import KEPT, check_disk_space, last_checkpoint, remove_checkpoints
+from rbfast.training.held_out import evaluation_arguments, split_held_out, strip_timings
 from rbfast.training.objective import Objective, role_counts, sums_by_role, token_losses
 from rbfast.training.plan import Plan, make_plan
-from rbfast.training.resume import asked_of, check_same_folder, check_same_run, digest_of
+from rbfast.training.resume import check_same_folder, check_same_run, digest_traces, run_settings
 from rbfast.training.run_folder import LOG, RUN, SKIPPED
 from rbfast.training.trainer import DistillTrainer, StopAtNaN
-from rbfast.training.training_bar import Bar
+from rbfast.training.training_bar import TrainingBar
 from rbfast.utils.files import write_text
 from rbfast.utils.processes import is_first_process, process_count
 from rbfast.utils.records import check_numbers, read_json, show
@@ -191,52 +191,53 @@ def distill(
     check_trackers(report_to)
     first = is_first_process()  # all processes share the folder, and only the first one writes
     _check_traces(traces)
-    traces, measured = part(traces, held_out, config.seed)
-    examples, skipped = _encoded(traces, tokenizer, config)
-    measured_examples = _encoded_held_out(measured, tokenizer, config)
-    _check_positions(model, [*examples, *measured_examples])
-    asked = asked_of(model, traces, asdict(config))
-    if measured:
-        asked |= {"held_out": {"traces": len(measured), "digest": digest_of(measured), "keep_best": keep_best}}
+    traces, eval_traces = split_held_out(traces, held_out, config.seed)
+    examples, skipped = _encode(traces, tokenizer, config)
+    eval_examples = _encode_held_out(eval_traces, tokenizer, config)
+    _check_positions(model, [*examples, *eval_examples])
+    settings = run_settings(model, traces, asdict(config))
+    if eval_traces:
+        digest = digest_traces(eval_traces)
+        settings |= {"held_out": {"traces": len(eval_traces), "digest": digest, "keep_best": keep_best}}
     if signals is not None:
         otherwise = "their text alone" if teacher is None else "the running teacher"
-        asked |= {"signals": _fill(examples, measured_examples, signals, otherwise)}
+        settings |= {"signals": _add_signals(examples, eval_examples, signals, otherwise)}
     if teacher is not None:
-        asked |= {"teacher": teacher.config.name_or_path}
+        settings |= {"teacher": teacher.config.name_or_path}
     if adapter is not None:
-        asked |= {"adapter": _digest_to_go_on_with(adapter, config, out)}
-    check_same_run(out, asked)
+        settings |= {"adapter": _starting_adapter_digest(adapter, config, out)}
+    check_same_run(out, settings)
     checkpoint = last_checkpoint(out / "checkpoints")
     reporting = {"report_to": list(report_to) or "none", "run_name": out.name}
-    if measured:
-        reporting |= measuring(config.save_steps, keep_best, from_start=checkpoint is None)
-    arguments = _arguments(out, model, config, examples, reporting)  # from here on the processes are connected
+    if eval_traces:
+        reporting |= evaluation_arguments(config.save_steps, keep_best, from_start=checkpoint is None)
+    arguments = _training_arguments(out, model, config, examples, reporting)  # from here on the processes are connected
     check_same_folder(out, checkpoint)
     if (history := read_json(out / LOG, [{"step": int}])) is not None:
-        return _found(model, out, history, skipped, len(examples))
+        return _load_finished_run(model, out, history, skipped, len(examples))
     if first:  # before the long part: fail early if the folder is not writable
-        write_text(out / RUN, json.dumps(asked, indent=1))
-        write_prompt(out, tokenizer, replace(_instruction(tokenizer, config), system=_shared_system(traces)))
+        write_text(out / RUN, json.dumps(settings, indent=1))
+        write_prompt(out, tokenizer, replace(_instruction(tokenizer, config), system=_shared_system_prompt(traces)))
     trained = _attach_adapter(model, examples, config, teacher, checkpoint or adapter)
-    with preserve_mode(model), _detached_on_failure(trained):
+    with preserve_mode(model), _detach_on_failure(trained):
         if first:
-            check_room(out, sum(parameter.numel() for parameter in trained.parameters()))
-        plan = None if is_sharded(model) else _plan(model, trained, examples, len(skipped), config, teacher)
+            check_disk_space(out, sum(parameter.numel() for parameter in trained.parameters()))
+        plan = None if is_sharded(model) else _plan_batches(model, trained, examples, len(skipped), config, teacher)
         if first and not quiet and plan is not None:
             print(plan, file=sys.stderr)
-        progress = Bar(quiet or not first)
-        trainer = _trainer(model, trained, arguments, examples, measured_examples, config, teacher, progress)
+        progress = TrainingBar(quiet or not first)
+        trainer = _make_trainer(model, trained, arguments, examples, eval_examples, config, teacher, progress)
         with closing(progress), checkpointing(model) if config.gradient_checkpointing else nullcontext():
             trainer.train(resume_from_checkpoint=checkpoint)
-        history = [without_times(entry) for entry in trainer.state.log_history if {"loss", "eval_loss"} & entry.keys()]
+        history = [strip_timings(entry) for entry in trainer.state.log_history if {"loss", "eval_loss"} & entry.keys()]
         run = Run(trained, history, skipped, time.monotonic() - start, len(examples), plan=plan)
         if first:
-            _save(run, out, asked, examples, resumed=checkpoint is not None)
+            _save(run, out, settings, examples, resumed=checkpoint is not None)
         trainer.accelerator.wait_for_everyone()
         return run
 
 
-def _found(
+def _load_finished_run(
     model: PreTrainedModel,
     out: Path,
     history: list[dict[str, float]],
@@ -252,7 +253,7 @@ def _found(
 
 
 @contextmanager
-def _detached_on_failure(adapter: SparseAdapter) -> Iterator[None]:
+def _detach_on_failure(adapter: SparseAdapter) -> Iterator[None]:
     """Detaches the adapter if the block fails: a run cannot resume on a model with an adapter attached."""
     try:
         yield
@@ -273,19 +274,19 @@ def plan_run(
     """The resources that `distill` would need with these arguments. Trains nothing. Raises ValueError as `distill` does
     for traces that do not fit."""
     _check_traces(traces)
-    traces, _ = part(traces, held_out, config.seed)
-    examples, skipped = _encoded(traces, tokenizer, config)
+    traces, _ = split_held_out(traces, held_out, config.seed)
+    examples, skipped = _encode(traces, tokenizer, config)
     _check_positions(model, examples)
     if adapter is not None:
-        _check_shape_is_free(config, adapter)
+        _check_no_shape_options(config, adapter)
     attached = _attach_adapter(model, examples, replace(config, placement="random"), teacher, adapter)
     try:
-        return _plan(model, attached, examples, len(skipped), config, teacher)
+        return _plan_batches(model, attached, examples, len(skipped), config, teacher)
     finally:
         attached.detach()
 
 
-def _plan(
+def _plan_batches(
     model: PreTrainedModel,
     adapter: SparseAdapter,
     examples: Sequence[Example],
@@ -305,7 +306,7 @@ def _check_traces(traces: object) -> None:
         raise TypeError(f"expected a list of Trace, got {show(other)}: read_traces(FILE) reads one from a file")
 
 
-def _encoded(
+def _encode(
     traces: Sequence[Trace], tokenizer: PreTrainedTokenizerBase, config: DistillConfig
 ) -> tuple[list[Example], list[tuple[Trace, str]]]:
     examples, skipped = encode_all(
@@ -320,13 +321,13 @@ def _encoded(
     return examples, skipped
 
 
-def _encoded_held_out(
+def _encode_held_out(
     traces: Sequence[Trace], tokenizer: PreTrainedTokenizerBase, config: DistillConfig
 ) -> list[Example]:
     """Encodes held-out traces. Warns of those that cannot be measured."""
     if not traces:
         return []
-    examples, skipped = _encoded(traces, tokenizer, config)
+    examples, skipped = _encode(traces, tokenizer, config)
     if skipped and is_first_process():
         warnings.warn(
             f"{len(skipped)} of {len(traces)} held-out traces are not measured{_first_reason(skipped)}", stacklevel=3
@@ -362,7 +363,7 @@ def _instruction(tokenizer: PreTrainedTokenizerBase, config: DistillConfig) -> I
     return default_instruction(tokenizer) if config.instruction is None else instruction_named(config.instruction)
 
 
-def _shared_system(traces: Sequence[Trace]) -> str:
+def _shared_system_prompt(traces: Sequence[Trace]) -> str:
     """The system prompt that all traces share, which inference needs too; empty if they differ."""
     systems = {trace.system or "" for trace in traces}
     return systems.pop() if len(systems) == 1 else ""
@@ -374,15 +375,15 @@ def _batches(examples: Sequence[Example], config: DistillConfig) -> list[Sequenc
     return [examples[start : start + config.batch_size] for start in range(0, len(examples), config.batch_size)]
 
 
-def _trainer(
+def _make_trainer(
     model: PreTrainedModel,
     adapter: SparseAdapter,
     arguments: TrainingArguments,
     examples: Sequence[Example],
-    measured: Sequence[Example],
+    eval_examples: Sequence[Example],
     config: DistillConfig,
     teacher: PreTrainedModel | None,
-    progress: Bar,
+    progress: TrainingBar,
 ) -> DistillTrainer:
     """The trainer, with our progress bar instead of printed lines."""
     trainer = DistillTrainer(
@@ -390,7 +391,7 @@ def _trainer(
         adapter,
         arguments,
         examples,
-        measured or None,
+        eval_examples or None,
         objective=config.objective,
         teacher=teacher,
         tokens_per_batch=config.tokens_per_batch,
@@ -401,7 +402,7 @@ def _trainer(
     return trainer
 
 
-def _save(run: Run, out: Path, asked: dict[str, Any], examples: Sequence[Example], resumed: bool) -> None:
+def _save(run: Run, out: Path, settings: dict[str, Any], examples: Sequence[Example], resumed: bool) -> None:
     """Writes the adapter, the log and the cost of the run, then removes its checkpoints."""
     run.adapter.save_pretrained(out)
     reasons = (json.dumps(trace.to_dict() | {"reason": why}) + "\n" for trace, why in run.skipped)
@@ -413,7 +414,7 @@ def _save(run: Run, out: Path, asked: dict[str, Any], examples: Sequence[Example
         "resumed": resumed,
         "plan": None if run.plan is None else run.plan.to_dict(),
     }
-    write_text(out / RUN, json.dumps(asked | cost, indent=1))
+    write_text(out / RUN, json.dumps(settings | cost, indent=1))
     write_text(out / LOG, json.dumps(run.log_history, indent=1, sort_keys=True))  # last: it ends the run
     remove_checkpoints(out / "checkpoints")
 
@@ -455,15 +456,15 @@ def placement_scores(
         return score_columns(model, batches, loss, method=method)
 
 
-def _fill(
-    examples: Sequence[Example], measured: Sequence[Example], signals: str | Path, otherwise: str
+def _add_signals(
+    examples: Sequence[Example], eval_examples: Sequence[Example], signals: str | Path, otherwise: str
 ) -> dict[str, Any]:
     """Adds signals to the examples. Returns the signals' teacher, their k and how many training traces have them, for
     run.json. Warns of training traces without any."""
     within = Path(signals) / "signals"  # of the folder that `rbfast teach -o` was given
     store = SignalStore.open(within if within.is_dir() else signals)
     missing = len(store.fill(examples))
-    store.fill(measured)
+    store.fill(eval_examples)
     if missing == len(examples):
         raise ValueError(
             f"{signals} holds log-probs of none of the {len(examples)} traces, which are looked up by token; "
@@ -478,14 +479,14 @@ def _fill(
     return {"teacher": store.teacher, "k": store.k, "traces": len(examples) - missing}
 
 
-def _digest_to_go_on_with(adapter: str | Path, config: DistillConfig, out: Path) -> str:
-    _check_shape_is_free(config, adapter)
+def _starting_adapter_digest(adapter: str | Path, config: DistillConfig, out: Path) -> str:
+    _check_no_shape_options(config, adapter)
     if Path(adapter).resolve() == out.resolve():
         raise ValueError(f"{out} holds the adapter to go on with, which the run would replace; name another folder")
     return adapter_digest(adapter)
 
 
-def _check_shape_is_free(config: DistillConfig, adapter: str | Path) -> None:
+def _check_no_shape_options(config: DistillConfig, adapter: str | Path) -> None:
     """Raises ValueError if the config sets the shape of a new adapter, but the run continues from a saved one."""
     for name in ("density", "rank", "support", "placement"):
         if getattr(config, name) != getattr(DistillConfig, name):
@@ -509,7 +510,7 @@ def _attach_adapter(
     )
 
 
-def _arguments(
+def _training_arguments(
     out: Path, model: PreTrainedModel, config: DistillConfig, examples: Sequence[Example], others: dict[str, Any]
 ) -> TrainingArguments:
     per_step = config.accumulation * process_count()

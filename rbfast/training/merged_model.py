@@ -28,19 +28,19 @@ def save_merged(model: Any, tokenizer: Any, folder: str | Path, instruction: Ins
     Raises ValueError if the folder holds an adapter or the base.
     """
     _stop_at(model.generation_config, end_of_turn(tokenizer))
-    with _checkpoint(model, tokenizer, folder) as files:
+    with _staged_checkpoint(model, tokenizer, folder) as files:
         write_prompt(files, tokenizer, instruction)
         write_text(files / README, _readme(tokenizer, instruction, str(model.config.name_or_path)))
 
 
 def save_checkpoint(model: Any, tokenizer: Any, folder: str | Path) -> None:
     """Writes the weights and the tokenizer in transformers' layout, or nothing. Raises as `save_merged`."""
-    with _checkpoint(model, tokenizer, folder):
+    with _staged_checkpoint(model, tokenizer, folder):
         pass
 
 
 @contextmanager
-def _checkpoint(model: Any, tokenizer: Any, folder: str | Path) -> Iterator[Path]:
+def _staged_checkpoint(model: Any, tokenizer: Any, folder: str | Path) -> Iterator[Path]:
     """A temporary folder with the checkpoint, to add files to. Its content moves to `folder` after the block."""
     if (Path(folder) / CONFIG_FILE).exists():
         raise ValueError(f"{folder} holds an adapter, which would be loaded onto the weights too; name another folder")
@@ -88,7 +88,7 @@ def _readme(tokenizer: Any, instruction: Instruction, base: str) -> str:
         "# A student trained with rbfast",
         f"These are the merged weights of a student that was distilled on reasoning traces.{named}",
         "## How to ask it",
-        _asking(instruction),
+        _prompt_section(instruction),
     ]
     if found.switches:
         told = ", ".join(f"`{name}={value}`" for name, value in found.switches.items())
@@ -103,7 +103,7 @@ def _readme(tokenizer: Any, instruction: Instruction, base: str) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def _asking(instruction: Instruction) -> str:
+def _prompt_section(instruction: Instruction) -> str:
     if not instruction.text:
         return "Send the problem as it is, in one user message."
     where = "Put this after the problem, in the same message; the student does worse without:"

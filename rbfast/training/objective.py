@@ -54,14 +54,14 @@ class Objective:
     def weights(self, progress: float, device: torch.device | None = None) -> Tensor:
         """The weights [3] of ROLES when the share `progress` of training is done."""
         moved = self.anneal * progress * self.strategic
-        return _filled([self.strategic - moved, self.tactical + moved, self.answer], device)
+        return _tensor_of([self.strategic - moved, self.tactical + moved, self.answer], device)
 
     def temperatures(self, device: torch.device | None = None) -> Tensor:
         """The temperatures [3] of ROLES."""
-        return _filled([self.strategic_temperature, self.tactical_temperature, self.answer_temperature], device)
+        return _tensor_of([self.strategic_temperature, self.tactical_temperature, self.answer_temperature], device)
 
 
-def _filled(values: list[float], device: torch.device | None) -> Tensor:
+def _tensor_of(values: list[float], device: torch.device | None) -> Tensor:
     """The values as a tensor on a device. A copy from the host would synchronise with the device."""
     return torch.cat([torch.full((1,), value, device=device) for value in values])
 
@@ -110,7 +110,7 @@ def token_losses(
         share.index_fill_(0, taught_rows, objective.ce_share)
         rows = torch.cat([taught_rows, text_rows])
     if teacher is not None and (len(text_rows) or is_sharded(teacher)):  # sharded: it runs on every process or on none
-        signals.append(_online(teacher, batch, text_rows))
+        signals.append(_online_signal(teacher, batch, text_rows))
         share.index_fill_(0, text_rows, objective.ce_share)
     kl_weight, ce_weight = weight * (1 - share), weight * share
     loss_fn = DistillLoss(
@@ -135,7 +135,7 @@ def token_losses(
 
 
 @torch.no_grad()
-def _online(teacher: PreTrainedModel, batch: dict[str, Any], rows: Tensor) -> Dense:
+def _online_signal(teacher: PreTrainedModel, batch: dict[str, Any], rows: Tensor) -> Dense:
     """The full distribution of a teacher at some rows of a batch. Its logits are not materialised either."""
     hidden = final_hidden(teacher, batch["input_ids"], batch["position_ids"], batch["lengths"])
     head = head_of(teacher)

@@ -134,7 +134,7 @@ def make_plan(
     """The plan for training `adapter`, attached to `model`, on these batches. Runs two short rows through the model."""
     sizes = [sum(len(example.input_ids) for example in batch) for batch in batches]
     footprint = adapter.footprint()
-    per_token = _kept_per_token(model)
+    per_token = _saved_bytes_per_token(model)
     layers = len(checkpointed_layers(model))
     head = head_of(model).weight
     vocabulary, hidden = head.shape
@@ -165,14 +165,14 @@ def make_plan(
     )
 
 
-def _kept_per_token(model: PreTrainedModel) -> int:
+def _saved_bytes_per_token(model: PreTrainedModel) -> int:
     """Bytes that autograd saves per token of a row, excluding weights."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _ROWS[1]
     short, long = (min(n, longest * n // _ROWS[1]) for n in _ROWS)
-    return max(0, _kept(model, long) - _kept(model, short)) // max(1, long - short)
+    return max(0, _saved_bytes(model, long) - _saved_bytes(model, short)) // max(1, long - short)
 
 
-def _kept(model: PreTrainedModel, tokens: int) -> int:
+def _saved_bytes(model: PreTrainedModel, tokens: int) -> int:
     """Bytes that autograd saves for a row of `tokens` tokens, excluding weights."""
     weights = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
     found: dict[int, int] = {}

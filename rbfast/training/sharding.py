@@ -40,12 +40,12 @@ def shard(model: PreTrainedModel, over: int | None = None, device: str | None = 
     """
     check_attachable(model)
     if not is_sharded(model):
-        _spread(model, over, torch.device(device or model.device).type)
+        _shard_weights(model, over, torch.device(device or model.device).type)
     model.run_backbone = MethodType(_run_backbone, model)  # type: ignore[assignment]
     register_fsdp_forward_method(model, "run_backbone")
 
 
-def _spread(model: PreTrainedModel, over: int | None, device: str) -> None:
+def _shard_weights(model: PreTrainedModel, over: int | None, device: str) -> None:
     PartialState(cpu=device == "cpu")  # joins the process group that torchrun or accelerate started
     if not dist.is_initialized():
         raise ValueError("a model is sharded over processes, and this is the only one: start them with torchrun")

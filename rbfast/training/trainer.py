@@ -30,13 +30,14 @@ from rbfast.models.student import final_hidden
 from rbfast.training.batches import batches_by_tokens, collate_items
 from rbfast.training.checkpoints import UNFINISHED, checkpoints_in, write_digests
 from rbfast.training.objective import Objective, role_counts, sums_by_role, token_losses
-from rbfast.utils.memory import give_back
+from rbfast.utils.memory import trim_memory
 
-_WRITERS = "PytorchStreamWriter", "inline_container.cc"  # in the messages of torch.save on a full disk
-_IDLE = "compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"  # Trainer options that we never call
-_IDLE_ARGS = "label_smoothing_factor", "neftune_noise_alpha"
-_GIVE_BACK_EVERY = 8  # steps
-_MOST_WEIGHT = 4096.0  # of a token's loss in an fp16 student; fp16 ends at 65504
+_TORCH_SAVE_ERRORS = "PytorchStreamWriter", "inline_container.cc"  # in the messages of torch.save on a full disk
+# Options of a Trainer that have no effect here.
+_UNUSED_OPTIONS = "compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"
+_UNUSED_ARGUMENTS = "label_smoothing_factor", "neftune_noise_alpha"
+_TRIM_EVERY = 8  # steps
+_MAX_WEIGHT = 4096.0  # of a token's loss in an fp16 student; fp16 ends at 65504
 
 
 class Student(nn.Module):
@@ -102,22 +103,22 @@ class DistillTrainer(Trainer):
             ValueError: a Trainer option for its loss, logits or embeddings is set, which would have no effect here.
             TypeError: the examples are a stream, which has no length.
         """
-        _refuse_idle(args, kwargs)
+        _refuse_unused(args, kwargs)
         if not isinstance(train_dataset, Sized):
             raise TypeError(
                 f"train_dataset: expected a sequence of examples, got {type(train_dataset).__name__}; make it a list"
             )
         items: Sequence[Example] | Sequence[list[Example]] = train_dataset
-        measured: Sequence[Example] | Sequence[list[Example]] | None = eval_dataset
+        eval_items: Sequence[Example] | Sequence[list[Example]] | None = eval_dataset
         if tokens_per_batch is not None:
             items = batches_by_tokens(train_dataset, tokens_per_batch, args.seed)
-            measured = eval_dataset and batches_by_tokens(eval_dataset, tokens_per_batch, args.seed)
+            eval_items = eval_dataset and batches_by_tokens(eval_dataset, tokens_per_batch, args.seed)
             args.per_device_train_batch_size = args.per_device_eval_batch_size = 1  # a batch is an item
         args.remove_unused_columns = False
         args.label_names = ["labels"]
         self.objective: Objective = objective or Objective()
         self.adapter, self._items = adapter, len(items)
-        self._scales, self._gradient_scale = False, torch.ones(())  # True while an fp16 student trains
+        self._scales_gradients, self._gradient_scale = False, torch.ones(())  # True while an fp16 student trains
         self._student = model  # unwrapping the trained module in every step would walk over all of it
         self.teacher = teacher if teacher is None else teacher.eval().requires_grad_(False)
         # Sums of CE and token counts since the last log.
@@ -125,18 +126,18 @@ class DistillTrainer(Trainer):
         # Sums of losses, CE and token counts in an evaluation.
         self._eval_sums = torch.zeros(3, len(ROLES), dtype=torch.float64, device=args.device)
         # During training: whether non-finite losses are kept out of the log; the sum of losses since the last entry.
-        self._filters_log, self._unlogged = False, torch.zeros((), device=args.device)
+        self._filters_log, self._loss_since_log = False, torch.zeros((), device=args.device)
         super().__init__(
             model=Student(model, adapter),
             args=args,
             data_collator=collate_items,
             train_dataset=items,
-            eval_dataset=measured,
+            eval_dataset=eval_items,
             **kwargs,
         )
-        self.add_callback(_FindBest())
+        self.add_callback(_UpdateBestPath())
         if model.device.type == "cpu":
-            self.add_callback(_GiveBack())
+            self.add_callback(_TrimMemory())
         if self.is_fsdp_enabled:
             raise ValueError(
                 "here only the frozen base is sharded, which the Trainer's FSDP cannot do: launch without it, and call "
@@ -150,26 +151,26 @@ class DistillTrainer(Trainer):
         """As the Trainer's, except that `training_step` keeps NaN and infinite losses out of the log, on the device.
         The Trainer's own filter (`logging_nan_inf_filter`) synchronises with a GPU twice a step."""
         self._filters_log, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
-        self._unlogged.zero_()
+        self._loss_since_log.zero_()
         hooks = []
         if self._student.dtype == torch.float16:
-            hooks = [parameter.register_hook(self._unscaled) for parameter in self.adapter.parameters()]
-        self._scales = bool(hooks)
+            hooks = [parameter.register_hook(self._unscale) for parameter in self.adapter.parameters()]
+        self._scales_gradients = bool(hooks)
         try:
             return super().train(*args, **kwargs)
         finally:
             for hook in hooks:
                 hook.remove()
-            self._scales = False
+            self._scales_gradients = False
             self._filters_log, self.args.logging_nan_inf_filter = False, self._filters_log
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The loss of a batch, for the log. A non-finite one is replaced by the mean of those since the last entry."""
         loss = super().training_step(*args, **kwargs)
         if self._filters_log:
-            mean = self._unlogged / (1 + self.state.global_step - self._globalstep_last_logged)
+            mean = self._loss_since_log / (1 + self.state.global_step - self._globalstep_last_logged)
             loss = torch.where(loss.isfinite(), loss, mean)
-            self._unlogged += loss
+            self._loss_since_log += loss
         return loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -188,11 +189,11 @@ class DistillTrainer(Trainer):
         losses, ce, counts = self.accelerator.reduce(self._eval_sums, "sum").cpu()
         metrics = output.metrics or {}
         for name in [name for name in metrics if name.endswith("_loss")]:
-            metrics[name] = self._evaluated(losses, counts).item()
+            metrics[name] = self._weighted_loss(losses, counts).item()
             metrics |= {f"{name}_{role}": (ce[i] / counts[i]).item() for i, role in enumerate(ROLES) if counts[i]}
         return output
 
-    def _evaluated(self, sums: Tensor, counts: Tensor) -> Tensor:
+    def _weighted_loss(self, sums: Tensor, counts: Tensor) -> Tensor:
         return (self.objective.weights(1.0, sums.device) * sums / counts.clamp(min=1)).sum()
 
     def _check_same_columns(self) -> None:
@@ -209,11 +210,11 @@ class DistillTrainer(Trainer):
         """Supervised tokens per role [3], over the accumulated batch and all processes."""
         if self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last:
             size = self.args.train_batch_size
-            self._leave_out_repeats(batch_samples[-1], size, self._items % (size * self.args.world_size))
+            self._drop_repeated_labels(batch_samples[-1], size, self._items % (size * self.args.world_size))
         counts = torch.stack([role_counts(batch) for batch in batch_samples]).sum(0)
         return self.accelerator.reduce(counts.to(device), "sum")
 
-    def _leave_out_repeats(self, batch: dict[str, Any], size: int, left: int) -> None:
+    def _drop_repeated_labels(self, batch: dict[str, Any], size: int, left: int) -> None:
         """Removes the labels of repeated items. Every process gets the same number of batches of `size` items. If only
         `left` items remain for the last ones, the epoch's first items fill them up, which must not count twice."""
         own = max(left - size * self.args.process_index, 0)
@@ -226,11 +227,11 @@ class DistillTrainer(Trainer):
         progress = self.state.global_step / max(self.state.max_steps, 1)
         weights = self.objective.weights(progress, counts.device) / counts.clamp(min=1)
         hidden = model(inputs["input_ids"], inputs["position_ids"], inputs["lengths"])
-        if self._scales:
+        if self._scales_gradients:
             self._gradient_scale = self._scale_for(hidden, torch.where(counts > 0, weights, 0.0).max())
             weights = weights * self._gradient_scale
         out = token_losses(self._student, hidden, inputs, weights, self.objective, self.teacher)
-        if self._scales:
+        if self._scales_gradients:
             out = out._replace(loss=_WithScaledGradient.apply(out.loss, self._gradient_scale))
         if model.training:
             self._role_sums += sums_by_role(inputs, out.ce)
@@ -243,9 +244,9 @@ class DistillTrainer(Trainer):
         divides them. Without it many would underflow. `largest`, the largest weight of a token, times the scale stays
         far below fp16's maximum."""
         tokens = hidden.shape[0] * self.args.gradient_accumulation_steps * self.accelerator.num_processes
-        return torch.log2(_MOST_WEIGHT / largest).clamp(max=math.log2(max(tokens, 1))).floor().exp2()
+        return torch.log2(_MAX_WEIGHT / largest).clamp(max=math.log2(max(tokens, 1))).floor().exp2()
 
-    def _unscaled(self, gradient: Tensor) -> Tensor:
+    def _unscale(self, gradient: Tensor) -> Tensor:
         return gradient / self._gradient_scale
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):  # type: ignore[override]
@@ -253,13 +254,13 @@ class DistillTrainer(Trainer):
             inputs = self._prepare_inputs(inputs)
             loading = self.accelerator.gradient_state
             if self.accelerator.num_processes > 1 and loading.end_of_dataloader:
-                self._leave_out_repeats(inputs, self.args.eval_batch_size, max(loading.remainder, 0))
+                self._drop_repeated_labels(inputs, self.args.eval_batch_size, max(loading.remainder, 0))
             hidden = model(inputs["input_ids"], inputs["position_ids"], inputs["lengths"])
             alike = torch.ones(len(ROLES), device=hidden.device)
             out = token_losses(self._student, hidden, inputs, alike, self.objective, self.teacher, "none")
             losses, counts = sums_by_role(inputs, out.loss)
             self._eval_sums += torch.stack([losses, sums_by_role(inputs, out.ce)[0], counts])
-        return self._evaluated(losses, counts), None, None
+        return self._weighted_loss(losses, counts), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's, with the loss of each role added."""
@@ -267,7 +268,7 @@ class DistillTrainer(Trainer):
             sums, counts = self.accelerator.reduce(self._role_sums, "sum").cpu()
             logs |= {f"loss_{role}": (sums[i] / counts[i]).item() for i, role in enumerate(ROLES) if counts[i]}
             self._role_sums.zero_()
-            self._unlogged.zero_()
+            self._loss_since_log.zero_()
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -299,20 +300,20 @@ class DistillTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()  # every process writes its random state
             name = f"checkpoint-{self.state.global_step}"
-            self._keep_name_of_best(final, final / UNFINISHED / name)
+            self._update_best_name(final, final / UNFINISHED / name)
             if self.args.should_save:
                 write_digests(final / UNFINISHED / name)
                 shutil.rmtree(final / name, ignore_errors=True)
                 os.replace(final / UNFINISHED / name, final / name)
                 self._drop_old_checkpoints(final)
         except RuntimeError as error:
-            if not any(writer in str(error) for writer in _WRITERS):
+            if not any(writer in str(error) for writer in _TORCH_SAVE_ERRORS):
                 raise
             raise OSError(f"{final}: a checkpoint could not be written, is the disk full? {error}") from error
         finally:
             self.args.output_dir = str(final)
 
-    def _keep_name_of_best(self, folder: Path, written: Path) -> None:
+    def _update_best_name(self, folder: Path, written: Path) -> None:
         """If the checkpoint just written is the best one, records the name that it is about to get."""
         best = self.state.best_model_checkpoint
         if best is not None and Path(best) == written:
@@ -333,12 +334,12 @@ class DistillTrainer(Trainer):
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
-def _refuse_idle(args: TrainingArguments, options: Mapping[str, Any]) -> None:
-    idle = [name for name in _IDLE if options.get(name) is not None]
-    idle += [name for name in _IDLE_ARGS if getattr(args, name)]
-    if idle:
+def _refuse_unused(args: TrainingArguments, options: Mapping[str, Any]) -> None:
+    unused = [name for name in _UNUSED_OPTIONS if options.get(name) is not None]
+    unused += [name for name in _UNUSED_ARGUMENTS if getattr(args, name)]
+    if unused:
         raise ValueError(
-            f"{' and '.join(idle)} would have no effect: the loss is the objective's, there are no logits, and the "
+            f"{' and '.join(unused)} would have no effect: the loss is the objective's, there are no logits, and the "
             "embeddings are the base's; leave it out, and measure accuracy with rbfast.evaluation"
         )
 
@@ -355,7 +356,7 @@ class _WithScaledGradient(torch.autograd.Function):
         return upstream, None
 
 
-class _FindBest(TrainerCallback):
+class _UpdateBestPath(TrainerCallback):
     """Updates the path of the best checkpoint, which is stale if the folder was moved."""
 
     def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
@@ -378,7 +379,7 @@ class StopAtNaN(TrainerCallback):
             )
 
 
-class _GiveBack(TrainerCallback):
+class _TrimMemory(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        if state.global_step % _GIVE_BACK_EVERY == 0:
-            give_back()
+        if state.global_step % _TRIM_EVERY == 0:
+            trim_memory()

@@ -7,7 +7,7 @@ from transformers import TrainerCallback
 from rbfast.utils.progress import bar
 
 
-class Bar(TrainerCallback):
+class TrainingBar(TrainerCallback):
     """A progress bar on stderr, with the loss of each role and of held-out traces.
 
     Prints the step that a run resumes at first.

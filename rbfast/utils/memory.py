@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 
-def give_back() -> None:
+def trim_memory() -> None:
     """Returns free memory to the OS, if the C library supports that (glibc)."""
     if (trim := _malloc_trim()) is not None:
         trim(0)
