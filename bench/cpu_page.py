@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from publish import DOCS, cpu, cpu_kind, put_section
 from registry import FLOORS, measured
 
-from rbfast.utils.files import replacing, write_text
+from rbfast.utils.files import atomic_write, write_text
 
 Entry = Mapping[str, Any]
 _OURS, _THEIRS = "#0072B2", "#999999"
@@ -118,7 +118,7 @@ def draw(entries: Sequence[Entry], path: Path) -> None:
         axes.set_title(entry["title"], fontsize=8, wrap=True)
         axes.set_xlabel("time / rbfast's", fontsize=8)
         axes.tick_params(labelsize=8)
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         FigureCanvasAgg(figure).print_png(file)
 
 

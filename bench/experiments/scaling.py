@@ -42,7 +42,7 @@ from rbfast.inference.local import LocalSolver
 from rbfast.inference.solver import calibrate
 from rbfast.inference.tokens import phrases_for
 from rbfast.models.student import SMOLLM2, load_student
-from rbfast.utils.files import replacing
+from rbfast.utils.files import atomic_write
 from rbfast.utils.progress import counting
 
 SECTION = "scaling"
@@ -204,7 +204,7 @@ def main(argv: Sequence[str]) -> int:
         problems = [problem for family in splits for problem in family[: args.problems]]
         found = measure(model, tokenizer, adapter, problems, args.budgets, args.out)
         picture = args.results.with_name("scaling.png")
-        with replacing(picture) as file:
+        with atomic_write(picture) as file:
             FigureCanvasAgg(draw(found, args.budgets)).print_png(file)
         command = shlex.join(["python", "bench/experiments", "scaling", *argv])
         return section(found, args.budgets, len(problems), command, model.dtype, picture.name)

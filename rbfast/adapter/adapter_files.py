@@ -27,7 +27,7 @@ from rbfast.models.experts import experts_in
 from rbfast.models.linears import dtype_name, fingerprint, matrix_shape
 from rbfast.models.names import hub_id_of
 from rbfast.models.weight_use import stored_weight
-from rbfast.utils.files import replacing, write_text
+from rbfast.utils.files import atomic_write, write_text
 from rbfast.utils.records import from_json, to_json
 from rbfast.utils.sealed import check_seal, seal
 
@@ -242,7 +242,7 @@ def check_holds_no_model(directory: str | Path) -> None:
 def _write_files(directory: str | Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     check_holds_no_model(directory)
     directory = Path(directory)
-    with replacing(directory / TENSOR_FILE) as file:
+    with atomic_write(directory / TENSOR_FILE) as file:
         file.write(seal(save_tensors(tensors, metadata={"format": "pt"})))
     write_text(directory / CONFIG_FILE, json.dumps(header, indent=1) + "\n")
 

@@ -28,7 +28,7 @@ from rbfast.models.linears import Shape, dtype_name, matrix_shape, select_linear
 from rbfast.models.names import loaded_name
 from rbfast.models.weight_use import input_of
 from rbfast.ops import reference
-from rbfast.utils.files import replacing
+from rbfast.utils.files import atomic_write
 from rbfast.utils.records import from_json, to_json
 from rbfast.utils.sealed import check_seal, seal
 
@@ -64,7 +64,7 @@ class ColumnScores:
         header |= {"base_model_name_or_path": self.base_model_name_or_path}
         header |= {"matrices": {name: to_json(shape) for name, shape in self.shapes.items()}}
         tensors = {f"{name}.columns": column for name, column in self.columns.items()}
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write(seal(save_tensors(tensors, metadata={"rbfast": json.dumps(header)})))
 
     @classmethod

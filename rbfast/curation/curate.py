@@ -32,7 +32,7 @@ from rbfast.curation.text_reference import mix
 from rbfast.data.formats import AUTO, FormatOptions
 from rbfast.data.readers import read_rows, record_of
 from rbfast.data.trace import Trace
-from rbfast.utils.files import check_output, replacing
+from rbfast.utils.files import atomic_write, check_output
 from rbfast.utils.progress import counting
 
 
@@ -331,8 +331,8 @@ def _write(
 ) -> None:
     flaws, selected, items, rows = ledger.part.flaws, set(chosen.tolist()), count(), 0
     with (
-        replacing(out / "reason1k.jsonl", "w") as kept,
-        replacing(out / "dropped.jsonl", "w") as dropped,
+        atomic_write(out / "reason1k.jsonl", "w") as kept,
+        atomic_write(out / "dropped.jsonl", "w") as dropped,
         counting("writing", quiet) as progress,
     ):
         for rows, (where, row) in enumerate(pool_rows(pool), start=1):

@@ -22,7 +22,7 @@ from rbfast.curation.assess import Assessor, Part
 from rbfast.data.formats import AUTO, FormatOptions
 from rbfast.data.readers import PATIENCE, read_native_rows
 from rbfast.data.trace import TraceError
-from rbfast.utils.packages import need
+from rbfast.utils.packages import import_optional
 
 CHUNK = 1024  # rows
 
@@ -106,8 +106,8 @@ def assessed_on_ray(pool: Pool, assessor: Assessor, address: str) -> Iterator[Pa
         ImportError: Ray Data is not installed.
         Exception: what reading or assessing raised.
     """
-    ray: Any = need("ray", "pools on Ray", install="'rbfast[ray]'")
-    need("ray.data", "pools on Ray", install="'rbfast[ray]'")
+    ray: Any = import_optional("ray", "pools on Ray", install="'rbfast[ray]'")
+    import_optional("ray.data", "pools on Ray", install="'rbfast[ray]'")
     own = not ray.is_initialized()
     if own:
         ray.init(address, log_to_driver=False)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from rbfast.data.answers import closing
 from rbfast.utils.files import write_text
-from rbfast.utils.records import check_some, read_json
+from rbfast.utils.records import check_present_fields, read_json
 
 FILE = "prompt.json"
 Style = Literal["tags", "box", "plain"]
@@ -93,5 +93,5 @@ def saved_instruction(folder: str | Path) -> Instruction | None:
         return None
     if record["style"] not in ("tags", "box", "plain"):
         raise ValueError(f"{path}: style: expected tags, box or plain, got {record['style']!r}")
-    check_some(record, {"system": str}, str(path))
+    check_present_fields(record, {"system": str}, str(path))
     return Instruction(record["instruction"], record["style"], record.get("system", ""))

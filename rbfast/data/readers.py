@@ -18,7 +18,7 @@ from rbfast.data.formats import AUTO, FormatOptions, interpret
 from rbfast.data.replies import END_FIELDS, cut_by_server
 from rbfast.data.row_files import is_file_of_rows, rows_of_path
 from rbfast.data.trace import Trace, TraceError
-from rbfast.utils.files import replacing, write_text
+from rbfast.utils.files import atomic_write, write_text
 
 log = logging.getLogger(__name__)
 
@@ -211,7 +211,7 @@ def write_records(path: str | Path, records: Iterable[Mapping[str, Any]]) -> int
     """Write JSONL, whole or not at all: a temporary file in the same folder takes the name at the end. Returns how many
     records there were."""
     count = 0
-    with replacing(path, "w") as file:
+    with atomic_write(path, "w") as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
             count += 1

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rbfast.data.trace import TraceError
-from rbfast.utils.records import objects_of, place_of, show
+from rbfast.utils.records import json_error_location, objects_of, show
 
 _LONGEST_LINE = 64 * 2**20  # bytes; 32k tokens with a top-20 each are a quarter of it
 _LINES = (".jsonl", ".ndjson")
@@ -204,6 +204,6 @@ def _parse_json(data: bytes, where: str) -> Any:
             f"{where}: expected UTF-8, got byte {data[error.start]:#04x} at {error.start}; convert the file to UTF-8"
         ) from None
     except json.JSONDecodeError as error:
-        raise TraceError(f"{place_of(error, where)}: expected JSON: {error.msg}") from None
+        raise TraceError(f"{json_error_location(error, where)}: expected JSON: {error.msg}") from None
     except (RecursionError, ValueError) as error:  # nested too deep; a number of thousands of digits
         raise TraceError(f"{where}: expected JSON that can be read: {error}") from None

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from rbfast.data.encoding import IGNORE, Example
-from rbfast.utils.files import replacing, write_text
+from rbfast.utils.files import atomic_write, write_text
 from rbfast.utils.records import show
 from rbfast.utils.sealed import check_seal, seal
 
@@ -123,7 +123,7 @@ class SignalStore:
             **{name: np.concatenate([getattr(e, name) for e in entries]) for name in ("rows", "ids", "logprobs")},
         }
         path = self.folder / f"signals-{len(self._shards):05d}.safetensors"
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write(seal(save(tensors)))
         for item, entry in enumerate(entries):
             self._places[entry.key] = len(self._shards), item

@@ -36,7 +36,7 @@ from rbfast.inference.state import Event
 from rbfast.inference.vote import majority
 from rbfast.utils.files import Journal, check_output
 from rbfast.utils.memory import trim_memory
-from rbfast.utils.records import check
+from rbfast.utils.records import check_shape
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class _Store:
         records, regraded = [], False
         for where, record in self.journal.read():
             try:
-                check(record, _RECORD, where)
+                check_shape(record, _RECORD, where)
                 identity, sample = _identity_of(record), record["sample"]
                 events = tuple(Event(**event) for event in record.get("events", ()))
                 completion = Completion(record["completion"], record["tokens"], record["truncated"])

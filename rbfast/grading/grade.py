@@ -17,7 +17,7 @@ from rbfast.data.thinking_marks import without_marks
 from rbfast.grading.judge import judge
 from rbfast.grading.math_equality import equals_any, is_number, key
 from rbfast.grading.statements import readings
-from rbfast.utils.packages import need
+from rbfast.utils.packages import import_optional
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _verifier(problem: Problem) -> Callable[[str], float]:
 
 def reasoning_gym() -> Any:
     """The package. Raises ImportError, with what to do, if it cannot be imported."""
-    return need("reasoning_gym", "problems of generated tasks", install="reasoning-gym")
+    return import_optional("reasoning_gym", "problems of generated tasks", install="reasoning-gym")
 
 
 def answer_key(text: str, *, truncated: bool = False) -> str | None:

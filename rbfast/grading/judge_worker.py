@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from rbfast.utils.packages import said
+from rbfast.utils.packages import error_line
 
 READY = "ready"
 _MEMORY = 4 * 2**30  # bytes
@@ -28,7 +28,7 @@ def main() -> None:
     try:
         judge = _JUDGES[sys.argv[1]]()
     except Exception as error:  # whatever a package does as it is imported
-        _say(answers, said(error))
+        _say(answers, error_line(error))
         return
     _say(answers, READY)
     for line in sys.stdin:

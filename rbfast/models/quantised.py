@@ -11,7 +11,7 @@ import torch
 from transformers import BitsAndBytesConfig, TorchAoConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from rbfast.utils.packages import need
+from rbfast.utils.packages import import_optional
 
 Bits = Literal["4bit", "8bit"]
 BITS = get_args(Bits)
@@ -30,7 +30,7 @@ def quantisation(bits: Bits, dtype: torch.dtype) -> QuantizationConfigMixin:
     package = next((name for name in ("bitsandbytes", "torchao") if find_spec(name)), None)
     if package is None:
         raise ImportError(f"weights in {bits} need the package bitsandbytes, or torchao: pip install bitsandbytes")
-    need(package, f"weights in {bits}", package)
+    import_optional(package, f"weights in {bits}", package)
     if package == "torchao":
         return _by_torchao(bits)
     if bits == "8bit":

@@ -25,7 +25,7 @@ from matplotlib.ticker import MaxNLocator
 
 from rbfast.data.spans import ROLES
 from rbfast.evaluation.statistics import Interval, proportion
-from rbfast.utils.files import replacing
+from rbfast.utils.files import atomic_write
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 _COLOURS = dict(zip(ROLES, ("#0072B2", "#D55E00", "#009E73"), strict=True))
@@ -231,5 +231,5 @@ def plain(name: str) -> str:
 
 
 def _save(figure: Figure, path: str | Path) -> None:
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         FigureCanvasAgg(figure).print_png(file)

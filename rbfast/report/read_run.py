@@ -19,7 +19,7 @@ from rbfast.adapter.adapter_files import CONFIG_FILE, AdapterConfig, read_config
 from rbfast.data.spans import ROLES
 from rbfast.evaluation.statistics import Interval, paired_difference, proportion
 from rbfast.training.run_folder import DATASHEET, LOG, RUN, SKIPPED, SUMMARY
-from rbfast.utils.records import check, check_some, json_lines, read_json
+from rbfast.utils.records import check_present_fields, check_shape, json_lines, read_json
 
 Record = dict[str, Any]
 Items = dict[tuple[str, str], list[Record]]  # by task and problem, the completions of the problem
@@ -102,7 +102,7 @@ def read_run(folder: str | Path) -> RunFolder:
         )
     log = read_json(folder / LOG, [{"step": int}])
     for number, entry in enumerate(log or (), start=1):
-        check_some(entry, _LOSSES, f"{folder / LOG}: entry {number}")
+        check_present_fields(entry, _LOSSES, f"{folder / LOG}: entry {number}")
     skipped = folder / SKIPPED
     return RunFolder(
         path=folder,
@@ -148,8 +148,8 @@ def _of(task: str, items: Items) -> Items:
 def _cost(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What the run says of its cost, and the demo's summary of the whole; the run knows its training best."""
     summary = read_json(folder / SUMMARY, {}) or {}
-    check_some(summary, _COST, str(folder / SUMMARY))
-    check_some(settings, _COST, str(folder / RUN))
+    check_present_fields(summary, _COST, str(folder / SUMMARY))
+    check_present_fields(settings, _COST, str(folder / RUN))
     recorded = {name: value for name, value in summary.items() if name in _COST}
     recorded |= {name: value for name, value in settings.items() if name in _COST and name != "seconds"}
     if "seconds" in settings:
@@ -182,18 +182,18 @@ def _holds_results(path: Path) -> bool:
 
 def _limit(record: Record, where: str) -> int | None:
     """The recorded limit of a completion's tokens; its events are checked on the way."""
-    check_some(record, {"events": [_EVENT], "decoding": {"max_new_tokens": int}}, where)
+    check_present_fields(record, {"events": [_EVENT], "decoding": {"max_new_tokens": int}}, where)
     if (decoding := record.get("decoding")) is None:
         return None
     if (guide := decoding.get("guide")) is not None:
-        check(guide, {"budget": int}, f"{where}: decoding: guide")
+        check_shape(guide, {"budget": int}, f"{where}: decoding: guide")
         return int(guide["budget"])
     return int(decoding["max_new_tokens"])
 
 
 def _drawn(record: Record, where: str) -> str:
     decoding = record.get("decoding") or {}
-    check_some(decoding, {"samples": int, "temperature": _NUMBER}, f"{where}: decoding")
+    check_present_fields(decoding, {"samples": int, "temperature": _NUMBER}, f"{where}: decoding")
     samples, temperature = decoding.get("samples", 1), decoding.get("temperature", 0)
     if samples == 1 and temperature == 0:
         return ""

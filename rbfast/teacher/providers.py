@@ -28,7 +28,7 @@ from rbfast.teacher.client import (
     is_busy,
     retry_after,
 )
-from rbfast.utils.packages import need
+from rbfast.utils.packages import import_optional
 
 if TYPE_CHECKING:
     import httpx
@@ -164,7 +164,7 @@ def _client(answer: Callable[[httpx.Request], httpx.Response]) -> Any:
 def _litellm() -> Any:
     # Else its import downloads a table of prices.
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
-    litellm: Any = need("litellm", "providers with an API of their own", "'rbfast[teachers]'")
+    litellm: Any = import_optional("litellm", "providers with an API of their own", "'rbfast[teachers]'")
     litellm.suppress_debug_info = True  # it would print to stdout
     # Of its own types, at every first use of one.
     warnings.filterwarnings("ignore", message=".*`ReadOnly` qualifier", category=UserWarning)

@@ -10,7 +10,7 @@ from rbfast.teacher.budget import Purse
 from rbfast.teacher.chat_reply import is_cut
 from rbfast.teacher.jobs import Job
 from rbfast.utils.files import Journal
-from rbfast.utils.records import check
+from rbfast.utils.records import check_shape
 
 _REPLY = {"key": str, "text": str, "thinking": str, "finish_reason": (str, NoneType), "logprobs": list}
 _REPLY |= {"prompt_tokens": int, "completion_tokens": int}
@@ -30,7 +30,7 @@ class ReplyStore:
         self._whole: dict[str, dict[str, Any]] = {}  # that were not cut, by their jobs' `unlimited`
         self._warned: set[str] = set()
         for where, record in self._journal.read():
-            check(record, _REPLY, f"{where}: expected a teacher's reply, choose another folder")
+            check_shape(record, _REPLY, f"{where}: expected a teacher's reply, choose another folder")
             self._keep(record)
         for job in jobs:
             if (record := self._found.get(job.key)) is not None:

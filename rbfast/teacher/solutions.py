@@ -35,7 +35,7 @@ from rbfast.teacher.chat_reply import fault_of_finish
 from rbfast.teacher.client import ServerError
 from rbfast.teacher.jobs import Job, Question, Teacher
 from rbfast.teacher.reply_store import ReplyStore
-from rbfast.utils.files import holding, write_text
+from rbfast.utils.files import lock_folder, write_text
 
 REPLIES, TRACES, FAILED, SUMMARY = "replies.jsonl", "traces.jsonl", "failed.jsonl", "teach.json"
 SYSTEM = (
@@ -158,7 +158,7 @@ def teach(
     if top_logprobs:
         body |= {"logprobs": True, "top_logprobs": top_logprobs}
     jobs = [Job(question, sample, server, system, body) for question in questions for sample in range(samples)]
-    with holding(out):
+    with lock_folder(out):
         return _teach(server, jobs, out, Purse(prices, max_cost, max_total_tokens), batch, concurrency, progress)
 
 

@@ -16,7 +16,7 @@ from rbfast.data.instruction import Instruction
 from rbfast.data.thinking import thinking_format
 from rbfast.models.linears import non_text_linears
 from rbfast.models.names import hub_id_of
-from rbfast.utils.files import replacing_files, write_text
+from rbfast.utils.files import staged_files, write_text
 
 README = "README.md"
 
@@ -46,7 +46,7 @@ def _staged_checkpoint(model: Any, tokenizer: Any, folder: str | Path) -> Iterat
         raise ValueError(f"{folder} holds an adapter, which would be loaded onto the weights too; name another folder")
     if (base := model.config.name_or_path) and Path(base).resolve() == Path(folder).resolve():
         raise ValueError(f"{folder} holds the base, which its adapters still need; name another folder")
-    with replacing_files(folder) as files:
+    with staged_files(folder) as files:
         try:
             model.save_pretrained(files)
         except SafetensorError as error:  # for example of a full disk

@@ -12,21 +12,21 @@ from typing import IO, Any
 
 
 @contextmanager
-def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
+def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Opens a temporary file beside `path` and renames it to `path` at the end. On an error it is deleted, and `path`
     stays as it was.
 
     Also deletes temporary files that killed processes left. If `path` is a symlink, its target is replaced.
     Raises OSError if `path` is a folder, a device or a pipe.
     """
-    path = target_of(path)
+    path = resolve_target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in _left(path.parent, path.name):
+    for left in _leftovers(path.parent, path.name):
         left.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
     try:
-        with naming(path):
+        with name_file_in_errors(path):
             with open(temporary, mode, encoding=encoding, newline=newline) as file:
                 yield file
                 file.flush()
@@ -37,7 +37,7 @@ def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
 
 @contextmanager
-def holding(folder: str | Path) -> Iterator[None]:
+def lock_folder(folder: str | Path) -> Iterator[None]:
     """Locks a folder against other processes within the block; it is created if needed. Has no effect on Windows or on
     a file system without locks.
 
@@ -66,19 +66,19 @@ def holding(folder: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def replacing_files(folder: str | Path) -> Iterator[Path]:
+def staged_files(folder: str | Path) -> Iterator[Path]:
     """A temporary folder within `folder`, whose files move into `folder` at the end. On an error they are deleted, and
     `folder` is unchanged. Also deletes temporary folders that killed processes left."""
     folder = Path(folder)
     was_there = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".files.{os.getpid()}.tmp"
-    for left in _left(folder, "files"):
+    for left in _leftovers(folder, "files"):
         shutil.rmtree(left)
     shutil.rmtree(temporary, ignore_errors=True)  # left by an earlier process with the same id
     temporary.mkdir()
     try:
-        with naming(folder):
+        with name_file_in_errors(folder):
             yield temporary
             for path in sorted(temporary.iterdir()):
                 place = folder / path.name
@@ -91,7 +91,7 @@ def replacing_files(folder: str | Path) -> Iterator[Path]:
             folder.rmdir()
 
 
-def target_of(path: str | Path) -> Path:
+def resolve_target(path: str | Path) -> Path:
     """The file that `path` names, with symlinks resolved. It need not exist.
 
     Raises OSError if it is a folder, a device or a pipe, which a rename would replace by a file.
@@ -112,7 +112,7 @@ def check_output(path: str | Path, *, folder: bool = False) -> None:
     path = Path(path)
     if folder and os.path.lexists(path) and not path.is_dir():
         raise NotADirectoryError(f"{path}: expected the name of a folder, found a file; name another")
-    target = path if folder else target_of(path)
+    target = path if folder else resolve_target(path)
     if not folder and target.exists() and not os.access(target, os.W_OK):
         raise PermissionError(f"{path}: expected a file that can be written, found a read-only one; name another")
     place = next(p for p in ((target, *target.parents) if folder else target.parents) if os.path.exists(p))
@@ -125,7 +125,7 @@ def check_output(path: str | Path, *, folder: bool = False) -> None:
 
 
 @contextmanager
-def naming(path: str | Path) -> Iterator[None]:
+def name_file_in_errors(path: str | Path) -> Iterator[None]:
     """Adds the file name to an OSError without one: a write to a full disk says only that it is full."""
     try:
         yield
@@ -135,7 +135,7 @@ def naming(path: str | Path) -> Iterator[None]:
         raise
 
 
-def _left(folder: Path, name: str) -> Iterator[Path]:
+def _leftovers(folder: Path, name: str) -> Iterator[Path]:
     """The temporary files or folders for this name that killed processes left."""
     for path in folder.glob(f".{escape(name)}.*.tmp"):
         if not _is_running(path.name.split(".")[-2]):
@@ -157,7 +157,7 @@ def _is_running(process: str) -> bool:
 
 def write_text(path: str | Path, text: str) -> None:
     """Writes `text` as UTF-8, atomically."""
-    with replacing(path, "w") as file:
+    with atomic_write(path, "w") as file:
         file.write(text)
 
 
@@ -175,7 +175,7 @@ class Journal:
         """
         if not self.path.exists():
             return
-        self._mend()
+        self._repair_end()
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 where = f"{self.path}:{number}"
@@ -186,17 +186,17 @@ class Journal:
 
     def append(self, records: Iterable[Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with naming(self.path), self.path.open("a", encoding="utf-8", newline="\n") as file:
+        with name_file_in_errors(self.path), self.path.open("a", encoding="utf-8", newline="\n") as file:
             file.writelines(map(_line, records))
             file.flush()
             os.fsync(file.fileno())
 
     def rewrite(self, records: Iterable[Any]) -> None:
         """Replaces all records by these, atomically."""
-        with replacing(self.path, "w") as file:
+        with atomic_write(self.path, "w") as file:
             file.writelines(map(_line, records))
 
-    def _mend(self) -> None:
+    def _repair_end(self) -> None:
         """Removes a truncated last record. Adds the line break if a complete last record lacks it."""
         data = self.path.read_bytes()
         last = data[data.rfind(b"\n") + 1 :]

@@ -18,7 +18,7 @@ def how_to_build() -> str:
     return "reinstall with a C++ compiler on the PATH"
 
 
-def need(module: str, purpose: str, install: str) -> ModuleType:
+def import_optional(module: str, purpose: str, install: str) -> ModuleType:
     """Imports a module of an optional package.
 
     Args:
@@ -35,11 +35,11 @@ def need(module: str, purpose: str, install: str) -> ModuleType:
         if isinstance(error, ModuleNotFoundError) and error.name == package:
             raise ImportError(f"{purpose} need the package {package}: pip install {install}") from None
         raise ImportError(
-            f"{purpose} need the package {package}, which is installed but cannot be imported: {said(error)}"
+            f"{purpose} need the package {package}, which is installed but cannot be imported: {error_line(error)}"
         ) from error
 
 
-def said(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     """An error's type and message on one line."""
     words = " ".join(str(error).split())
     return f"{type(error).__name__}: {words}" if words else type(error).__name__

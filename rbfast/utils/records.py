@@ -83,19 +83,19 @@ def _parse(text: bytes, shape: Any, where: str) -> Any:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place_of(error, where)}: expected JSON: {error.msg}") from None
+        raise ValueError(f"{json_error_location(error, where)}: expected JSON: {error.msg}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: expected JSON: {error}") from None
-    check(value, shape, where)
+    check_shape(value, shape, where)
     return value
 
 
-def place_of(error: json.JSONDecodeError, where: str) -> str:
+def json_error_location(error: json.JSONDecodeError, where: str) -> str:
     """The location of a JSON error: the column if the text is a single line, else the line."""
     return f"{where}, column {error.colno}" if error.lineno == 1 else f"{where}: line {error.lineno}"
 
 
-def check(value: Any, shape: Any, where: str) -> None:
+def check_shape(value: Any, shape: Any, where: str) -> None:
     """Raises ValueError, naming the first mismatch, if a value does not have this shape."""
     kinds: Any = type(shape) if isinstance(shape, dict | list) else shape
     if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
@@ -103,18 +103,18 @@ def check(value: Any, shape: Any, where: str) -> None:
         raise ValueError(f"{where}: expected {names}, got {show(value)}")
     if isinstance(shape, list):
         for number, item in enumerate(value, start=1):
-            check(item, shape[0], f"{where}: entry {number}")
+            check_shape(item, shape[0], f"{where}: entry {number}")
     elif isinstance(shape, dict):
         for name, inner in shape.items():
             if name is str:
                 for key, item in value.items():
-                    check(item, inner, f"{where}: {key}")
+                    check_shape(item, inner, f"{where}: {key}")
             elif name not in value:
                 raise ValueError(f"{where}: {name} is missing")
             else:
-                check(value[name], inner, f"{where}: {name}")
+                check_shape(value[name], inner, f"{where}: {name}")
 
 
-def check_some(value: Mapping[str, Any], shape: Mapping[str, Any], where: str) -> None:
-    """Like `check`, but fields may be missing."""
-    check(value, {name: inner for name, inner in shape.items() if name in value}, where)
+def check_present_fields(value: Mapping[str, Any], shape: Mapping[str, Any], where: str) -> None:
+    """Like `check_shape`, but fields may be missing."""
+    check_shape(value, {name: inner for name, inner in shape.items() if name in value}, where)

@@ -18,7 +18,7 @@ PACKAGES = ("bitsandbytes", "torchao")
 def only(monkeypatch, *names):
     """As if of the packages that quantise these alone were there."""
     monkeypatch.setattr(quantised, "find_spec", lambda name: name in names or None)
-    monkeypatch.setattr(quantised, "need", lambda *args: None)
+    monkeypatch.setattr(quantised, "import_optional", lambda *args: None)
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])

@@ -25,7 +25,7 @@ from rbfast.inference.decoding import Completion
 from rbfast.teacher.solutions import teach
 from rbfast.training.checkpoints import last_checkpoint
 from rbfast.training.distill import distill
-from rbfast.utils.files import Journal, replacing
+from rbfast.utils.files import Journal, atomic_write
 
 pytestmark = pytest.mark.slow
 
@@ -77,7 +77,7 @@ def test_a_folder_that_cannot_be_written_to_is_named_before_any_work(closed, mon
         lambda: distill(model, TOKENIZER, TRACES, closed, quiet=True),
         lambda: Journal(closed / "file").append([1]),
         lambda: SignalStore(closed, "teacher", 4, 100),
-        lambda: replacing(closed / "file").__enter__(),
+        lambda: atomic_write(closed / "file").__enter__(),
     ]
     for call in calls:
         with pytest.raises(OSError) as caught:
@@ -167,7 +167,7 @@ def test_what_a_killed_process_left_goes_with_the_next_try_and_a_running_ones_st
     left = [tmp_path / f".file.{number}.tmp" for number in (int(dead.stdout), os.getppid())]
     for path in left:
         path.write_text("half")
-    with replacing(tmp_path / "file") as file:
+    with atomic_write(tmp_path / "file") as file:
         file.write(b"whole")
     assert [path.exists() for path in left] == [False, True]
 
