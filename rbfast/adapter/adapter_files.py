@@ -179,7 +179,7 @@ def write_lora(
     needed = max(info.rank for info in config.modules.values())
     rank = next((rank for rank in LORA_RANKS if rank >= needed), None)
     if rank is None:
-        raise ValueError(f"a LoRA file holds a rank of at most {LORA_RANKS[-1]}, this adapter has {needed}; merge it")
+        raise ValueError(f"a LoRA may have a rank of at most {LORA_RANKS[-1]}, this adapter has {needed}; use merge()")
     stacks = [name for name, info in config.modules.items() if info.experts is not None]
     tensors = {}
     for name, delta in deltas.items():
@@ -250,7 +250,7 @@ def _write_files(directory: str | Path, header: dict[str, Any], tensors: dict[st
 def _read_bytes(path: Path) -> bytes:
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: expected a file of SparseAdapter.save_pretrained, found none (`distill` writes it at its end)"
+            f"{path}: expected a file written by SparseAdapter.save_pretrained, found none (`distill` writes it last)"
         )
     return path.read_bytes()
 

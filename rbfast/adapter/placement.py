@@ -113,8 +113,8 @@ def _warn_of_experts(model: nn.Module, chosen: Collection[str]) -> None:
         share = sum(weight.numel() for weight in experts.values()) / count_parameters(model)
         warnings.warn(
             f"{len(experts)} stacks of experts (the first is {next(iter(experts))}), {share:.0%} of the parameters, "
-            "get no delta, because their module runs them in a way of its own or they are quantised; adapter.left_out "
-            "lists every weight without one",
+            "get no delta, because they are quantised or their module does more than multiply by them and gate; "
+            "adapter.left_out lists every weight without a delta",
             stacklevel=4,
         )
 

@@ -287,8 +287,8 @@ class SparseAdapter(nn.Module):
             cols = state_dict.get(f"{prefix}{paths[id(site)]}.cols")
             if cols is not None and not torch.equal(cols.to(site.cols.device), site.cols):
                 raise ValueError(
-                    f"this state is of an adapter that was placed on other columns (of {name}, by another placement, "
-                    "seed or shape): attach that adapter with SparseAdapter.from_pretrained"
+                    f"this state is of an adapter with other columns (first at {name}; another placement, seed or "
+                    "shape): attach that adapter with SparseAdapter.from_pretrained"
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -341,8 +341,8 @@ class SparseAdapter(nn.Module):
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if not stepped and any(parameter.grad is not None for parameter in self.parameters()):
             raise RuntimeError(  # a Trainer builds such an optimizer for a frozen model, and would run to the end
-                "an optimizer without parameters made a step: the adapter's are not among the model's; give the "
-                "optimizer adapter.parameters(), or set model.adapter = adapter before a Trainer is made"
+                "an optimizer without parameters made a step: the adapter's parameters are not the model's; give the "
+                "optimizer adapter.parameters(), or set model.adapter = adapter before you create a Trainer"
             )
         stepped_sites = {}
         for name, site in self._sites.items():
@@ -391,9 +391,9 @@ def _warn_of_ddp(model: nn.Module) -> None:
     replicas = (m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel))
     if any(replica.process_group.size() > 1 for replica in replicas):
         warnings.warn(
-            "DistributedDataParallel does not know the adapter of the model within it, so each process would train one "
-            "of its own: attach first, and put it around a module that holds both, or add up the gradients of "
-            "adapter.parameters() over the processes before each step",
+            "DistributedDataParallel does not reduce the gradients of an adapter attached to the model inside it, so "
+            "each process would train its own: attach first, then wrap a module that holds both, or sum the gradients "
+            "of adapter.parameters() over the processes before each step",
             stacklevel=3,
         )
 
@@ -412,8 +412,8 @@ def check_attachable(model: nn.Module) -> None:
         raise ValueError("expected a module of Python code, got one made by torch.jit: attach before scripting it")
     if (getattr(model, "tp_size", None) or 1) > 1:
         raise ValueError(
-            f"each of {model.tp_size} processes has a part of every product of this model (tensor parallelism), and no "
-            "delta fits a part: load it without tp_plan, and spread its weights with rbfast.training.sharding.shard"
+            f"this model is split over {model.tp_size} processes by tensor parallelism, which an adapter does not "
+            "support: load it without tp_plan, and shard its weights with rbfast.training.sharding.shard"
         )
     if (first := next(deltas_of(model), None)) is not None:
         raise ValueError(
@@ -429,7 +429,7 @@ def check_attachable(model: nn.Module) -> None:
             where = f" (a {type(module).__name__} at {name or 'the top'})"
             raise ValueError(
                 f"this model carries an adapter of PEFT{where}: merge it with merge_and_unload(), or remove it with "
-                "unload(), and attach to the model that gives"
+                "unload(), and attach to the model that it returns"
             )
 
 

@@ -21,7 +21,7 @@ def checkpointing(model: PreTrainedModel) -> Iterator[None]:
     """
     layers = checkpointed_layers(model)
     if not model.supports_gradient_checkpointing or not layers:
-        raise ValueError(f"{type(model).__name__} has no layers that can be checkpointed: train it without")
+        raise ValueError(f"{type(model).__name__} does not support gradient checkpointing: train it without")
     # transformers 5.23 renamed it, and warns of the old name.
     _first_method(model, "activation_checkpointing_enable", "gradient_checkpointing_enable")({"use_reentrant": False})
     for layer in layers:

@@ -118,7 +118,7 @@ def describe_attention(model: PreTrainedModel, device: torch.device) -> str:
         return f"{model.config.get_text_config()._attn_implementation}, the model's own"
     if has_varlen_kernel(device):
         return "PyTorch's flash kernels, all examples of a batch in one call"
-    return "scaled_dot_product_attention, a call for each example; all else takes the row whole"
+    return "scaled_dot_product_attention, one call per example; all other layers take the whole row"
 
 
 def _attend(

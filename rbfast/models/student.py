@@ -177,8 +177,8 @@ def load_teacher(
     model, tokenizer = load_student(name_or_path, dtype)
     if tokenizer.get_vocab() != student.get_vocab():
         raise ValueError(
-            f"{name_or_path} has other tokens than the student ({len(tokenizer)} and {len(student)}), so its "
-            "distribution is not over the student's; score the traces with `rbfast teach --score --align` instead"
+            f"{name_or_path} has another vocabulary than the student ({len(tokenizer)} and {len(student)} tokens), so "
+            "their distributions cannot be compared; score the traces with `rbfast teach --score --align` instead"
         )
     return model
 

@@ -70,7 +70,7 @@ def last_checkpoint(folder: str | Path) -> str | None:
             return str(path)
         damaged.append(damage)
     if damaged:
-        raise ValueError(f"{damaged[0]}, and no other checkpoint is whole; remove {folder} to train from the start")
+        raise ValueError(f"{damaged[0]}, and no other checkpoint is intact; remove {folder} to train from the start")
     return None
 
 
@@ -83,7 +83,7 @@ def _find_damage(folder: Path) -> str | None:
     for name, digest in digests.items():
         path = folder / name
         if not path.is_file() or _digest(path) != digest:
-            return f"{path} is not what was written"
+            return f"{path} has changed since it was written"
     return None
 
 

@@ -482,7 +482,7 @@ def _add_signals(
 def _starting_adapter_digest(adapter: str | Path, config: DistillConfig, out: Path) -> str:
     _check_no_shape_options(config, adapter)
     if Path(adapter).resolve() == out.resolve():
-        raise ValueError(f"{out} holds the adapter to go on with, which the run would replace; name another folder")
+        raise ValueError(f"{out} holds the adapter to continue from, which the run would replace; name another folder")
     return adapter_digest(adapter)
 
 
@@ -490,7 +490,7 @@ def _check_no_shape_options(config: DistillConfig, adapter: str | Path) -> None:
     """Raises ValueError if the config sets the shape of a new adapter, but the run continues from a saved one."""
     for name in ("density", "rank", "support", "placement"):
         if getattr(config, name) != getattr(DistillConfig, name):
-            raise ValueError(f"{name} is for a new adapter, the one in {adapter} has its own; name one of the two")
+            raise ValueError(f"{name} is for a new adapter, but the one in {adapter} has its own: give one of the two")
 
 
 def _attach_adapter(

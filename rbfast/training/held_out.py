@@ -29,7 +29,7 @@ def split_held_out(
     trained = {_problem_of(trace) for trace in traces}
     if known := sum(_problem_of(trace) in trained for trace in held_out):
         warnings.warn(
-            f"{known} of {len(held_out)} held-out traces have a problem that is trained on: their loss flatters",
+            f"{known} of {len(held_out)} held-out traces have a problem that is trained on: their loss is too low",
             stacklevel=3,
         )
     return traces, held_out

@@ -74,7 +74,7 @@ def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
         if name not in ignored and stored.get(name) != settings.get(name):
             raise ValueError(
                 f"{folder} holds another run: its {name} is {stored.get(name)!r}, now {settings.get(name)!r}; "
-                "go on with what it was, choose another output folder or remove that one"
+                "use the same value, choose another output folder, or remove this one"
             )
 
 

@@ -57,7 +57,7 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
             try:
                 flock(handle, LOCK_EX | LOCK_NB)
             except BlockingIOError:
-                raise ValueError(f"another process works in {folder}: wait for its end, or name another") from None
+                raise ValueError(f"another process is using {folder}: wait until it ends, or name another") from None
         yield
     finally:
         os.close(handle)  # releases the lock

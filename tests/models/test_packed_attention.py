@@ -183,7 +183,7 @@ def test_it_says_what_attends():
     assert describe_attention(model, torch.device("cpu")) == "sdpa, the model's own"
     packs(model)
     said = describe_attention(model, torch.device("cpu"))
-    assert "a call for each example" in said and "one example at a time" not in said  # the words for a model that fails
+    assert "one call per example" in said and "one example at a time" not in said  # the words for a model that fails
 
 
 def test_what_it_returns_is_contiguous():

@@ -457,5 +457,5 @@ def test_two_calls_at_once_do_not_pay_twice(server, tmp_path):
             seen.append(subprocess.run(command, capture_output=True, text=True))
 
     teach(server.client(), QUESTIONS[:3], tmp_path, progress=progress)
-    assert seen[0].returncode == 2 and f"another process works in {tmp_path}" in seen[0].stderr
+    assert seen[0].returncode == 2 and f"another process is using {tmp_path}" in seen[0].stderr
     assert len(server.requests) == 3

@@ -97,13 +97,13 @@ def test_a_run_goes_on_with_the_adapter_of_another(tmp_path, monkeypatch):
 def test_an_adapter_to_go_on_with_has_its_own_shape(tmp_path, monkeypatch, setting):
     [name] = setting
     for ask in (run, lambda *args, **settings: planned(**settings)):
-        with pytest.raises(ValueError, match=f"{name} is for a new adapter, the one in first has its own"):
+        with pytest.raises(ValueError, match=f"{name} is for a new adapter, but the one in first has its own"):
             ask(tmp_path / "second", monkeypatch, adapter="first", **setting)
     assert not (tmp_path / "second").exists()
 
 
 def test_a_run_does_not_replace_the_adapter_that_it_goes_on_with(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="holds the adapter to go on with, which the run would replace"):
+    with pytest.raises(ValueError, match="holds the adapter to continue from, which the run would replace"):
         run(tmp_path / "first", monkeypatch, adapter=tmp_path / "second" / ".." / "first")
 
 

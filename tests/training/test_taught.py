@@ -176,7 +176,7 @@ def test_the_command_line_takes_logprobs_and_trains(folders, tmp_path, capsys):
     assert main([*train, "--adapter", str(tmp_path / "run")]) == 2
     assert "density is for a new adapter" in capsys.readouterr().err
     assert main([*go_on[:4], str(tmp_path / "x"), "--teacher", str(folders / "other")]) == 2
-    assert "other tokens than the student" in capsys.readouterr().err
+    assert "another vocabulary than the student" in capsys.readouterr().err
 
 
 def test_the_command_line_asks_a_server(folders, tmp_path, capsys):
@@ -204,5 +204,5 @@ def test_the_command_line_asks_a_server(folders, tmp_path, capsys):
 
 def test_a_teacher_with_other_tokens_cannot_run_beside_the_student(folders):
     assert load_teacher(str(folders / "teacher"), TOKENIZER).config.vocab_size == len(TOKENIZER)
-    with pytest.raises(ValueError, match="other tokens than the student"):
+    with pytest.raises(ValueError, match="another vocabulary than the student"):
         load_teacher(str(folders / "other"), TOKENIZER)
