@@ -70,7 +70,7 @@ def _multiply(x, w, acc):
 
 
 @triton.jit
-def _in_runs(column, RUN: tl.constexpr):
+def _assume_runs(column, RUN: tl.constexpr):
     """Tells the compiler that columns come in runs, so that it vectorises the accesses of a run."""
     return tl.max_contiguous(tl.multiple_of(column, (1, RUN)), (1, RUN))
 
@@ -80,7 +80,7 @@ def gather_kernel(x, cols, xs, T, s, x_row, x_col, RUN: tl.constexpr, BLOCK_T: t
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     j = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)[None, :]
     mask = (t < T) & (j < s)
-    column = _in_runs(tl.load(cols + j, mask=j < s, other=0), RUN)
+    column = _assume_runs(tl.load(cols + j, mask=j < s, other=0), RUN)
     tl.store(xs + t * s + j, tl.load(x + t * x_row + column * x_col, mask=mask), mask=mask)
 
 
@@ -169,7 +169,7 @@ def update_kernel(
     for i in range(k):
         a = scale * tl.load(left + r * left_row + i * left_col, mask=r < rows, other=0.0)
         acc += a * tl.load(right + i * right_row + j * right_col, mask=j < n, other=0.0)
-    column = _in_runs(tl.load(cols + j, mask=j < n, other=0), RUN) if HAS_COLS else j
+    column = _assume_runs(tl.load(cols + j, mask=j < n, other=0), RUN) if HAS_COLS else j
     if base is None:
         old = tl.load(target + r * target_row + column * target_col, mask=mask)
     else:

@@ -33,14 +33,14 @@ from rbfast.kernels.divergence_terms import (
 
 
 @triton.jit
-def _take_label(row, label, V):
+def _load_label_logit(row, label, V):
     """The label's logit, fp64; NaN where the label is outside the vocabulary."""
     is_there = (label >= 0) & (label < V)
     return at_least_none(tl.load(row + label, mask=is_there, other=float("nan"))).to(tl.float64)
 
 
 @triton.jit
-def _take(row, v, end):
+def _load_logits(row, v, end):
     """A block of logits, NONE from `end` on."""
     return at_least_none(tl.load(row + v, mask=v < end, other=NONE))
 
@@ -63,13 +63,13 @@ def _store(at, x, mask):
 
 
 @triton.jit
-def _write_head(row, bias, V, logit_scale, softcap, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr):
+def _apply_head(row, bias, V, logit_scale, softcap, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr):
     """Replaces the logits by cap(logit_scale * (logits + bias)), in place."""
     for start in range(0, V, BLOCK):
         v = start + tl.arange(0, BLOCK)
-        z = _take(row, v, V)
+        z = _load_logits(row, v, V)
         if bias is not None:
-            z += _take(bias, v, V)
+            z += _load_logits(bias, v, V)
         z *= logit_scale
         if HAS_CAP:
             z = softcap * tanh(z / softcap)
@@ -86,7 +86,7 @@ def _log_sum(row, begin, end, inv_tau, BLOCK: tl.constexpr):
     top = NONE + 0.0
     at_tau, at_one = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(begin, end, BLOCK):
-        z = _take(row, start + tl.arange(0, BLOCK), end)
+        z = _load_logits(row, start + tl.arange(0, BLOCK), end)
         higher = tl.maximum(top, tl.max(z, 0))
         x = z - higher
         at_tau = at_tau * tl.exp((top - higher) * inv_tau) + tl.exp(x * inv_tau)
@@ -96,7 +96,7 @@ def _log_sum(row, begin, end, inv_tau, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _finish(gradient, z, logit_scale, softcap, HAS_CAP: tl.constexpr):
+def _raw_logit_gradient(gradient, z, logit_scale, softcap, HAS_CAP: tl.constexpr):
     """Converts the gradient in the capped and scaled logits z to that in the raw logits."""
     if HAS_CAP:
         gradient *= 1.0 - (z / softcap) * (z / softcap)
@@ -104,9 +104,9 @@ def _finish(gradient, z, logit_scale, softcap, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
-def _put(dz, gradient, z, v, V, label, ce_weight, logit_scale, softcap, HAS_CAP: tl.constexpr):
+def _store_gradient(dz, gradient, z, v, V, label, ce_weight, logit_scale, softcap, HAS_CAP: tl.constexpr):
     gradient -= tl.where(v == label, ce_weight, 0.0)
-    gradient = _finish(gradient, z, logit_scale, softcap, HAS_CAP)
+    gradient = _raw_logit_gradient(gradient, z, logit_scale, softcap, HAS_CAP)
     _store(dz + v, gradient, v < V)
 
 
@@ -124,8 +124,8 @@ def sparse_rows_kernel(
     row = logits + i * logits_row
     label, a = tl.load(labels + i), _of_row(ce_weight, ce_factor, i)
     if HAS_HEAD:
-        _write_head(row, bias, V, logit_scale, softcap, HAS_CAP, BLOCK)
-    z_label = _take_label(row, label, V)
+        _apply_head(row, bias, V, logit_scale, softcap, HAS_CAP, BLOCK)
+    z_label = _load_label_logit(row, label, V)
     tau = _of_row(temperature, temperature_factor, i)
     inv_tau = 1.0 / tau
     if ids is not None:
@@ -168,14 +168,14 @@ def sparse_rows_kernel(
         at_one = tl.where(has_tail, a * tl.exp(tail_top - log_one), 0.0).to(tl.float32)
         for start in range(0, V, BLOCK):
             v = start + tl.arange(0, BLOCK)
-            z = _take(row, v, V)
+            z = _load_logits(row, v, V)
             gradient = tl.exp(z - tail_top) * at_one
             if ids is not None:
                 gradient += tl.exp((z - tail_top) * inv_tau) * at_tau
-            _put(to, gradient, z, v, V, label, a, logit_scale, softcap, HAS_CAP)
+            _store_gradient(to, gradient, z, v, V, label, a, logit_scale, softcap, HAS_CAP)
         if ids is not None:
             gradient = gradient_in.to(tl.float32) - tl.where(id == label, a, 0.0)
-            gradient = _finish(gradient, z_in, logit_scale, softcap, HAS_CAP)
+            gradient = _raw_logit_gradient(gradient, z_in, logit_scale, softcap, HAS_CAP)
             _store(to + id, gradient, used)
 
 
@@ -193,8 +193,8 @@ def dense_rows_kernel(
     row, teacher_at = logits + i * logits_row, teacher + i * teacher_row
     label = tl.load(labels + i)
     if HAS_HEAD:
-        _write_head(row, bias, V, logit_scale, softcap, HAS_CAP, BLOCK)
-    z_label = _take_label(row, label, V)
+        _apply_head(row, bias, V, logit_scale, softcap, HAS_CAP, BLOCK)
+    z_label = _load_label_logit(row, label, V)
     tau = _of_row(temperature, temperature_factor, i)
     inv_tau = 1.0 / tau
     z_max, z_tau, z_one = _log_sum(row, 0, shared, inv_tau, BLOCK)
@@ -212,7 +212,7 @@ def dense_rows_kernel(
     if (KIND != FORWARD) or (dz is None):
         for start in range(0, shared, BLOCK):
             v = start + tl.arange(0, BLOCK)
-            z, t = _take(row, v, shared), _take(teacher_at, v, shared)
+            z, t = _load_logits(row, v, shared), _load_logits(teacher_at, v, shared)
             term, q, pull = dense_term(z, t, z_max, z_log, t_max, t_log, shift, inv_tau, beta, KIND)
             terms += tl.where(v < shared, term, 0.0)
             scores += tl.where(v < shared, q * pull, 0.0)
@@ -226,25 +226,25 @@ def dense_rows_kernel(
         at_one = a * tl.exp(-log_one).to(tl.float32)
         for start in range(0, V, BLOCK):
             v = start + tl.arange(0, BLOCK)
-            z, t = _take(row, v, V), _take(teacher_at, v, shared)
+            z, t = _load_logits(row, v, V), _load_logits(teacher_at, v, shared)
             term, q, pull = dense_term(z, t, z_max, z_log, t_max, t_log, shift, inv_tau, beta, KIND)
             if KIND == FORWARD:
                 terms += tl.where(v < shared, term, 0.0)
             else:
                 pull = q * (pull - mean)
             gradient = tl.where(v < shared, coefficient * pull, 0.0) + at_one * tl.exp(z - top)
-            _put(dz + i * dz_row, gradient, z, v, V, label, a, logit_scale, softcap, HAS_CAP)
+            _store_gradient(dz + i * dz_row, gradient, z, v, V, label, a, logit_scale, softcap, HAS_CAP)
     value = tl.sum(terms, 0)
     tl.store(values + i, tl.where(value < 0, 0.0, value))
 
 
 # ---- weighted losses ----
 
-WEIGHED = 256  # rows per program
+BLOCK_ROWS = 256  # rows per program
 
 
 @triton.jit
-def weigh_kernel(
+def weighted_loss_kernel(
     values, ces, losses, kl_weight, ce_weight, temperature, rows, kl_factor, ce_factor, temperature_factor,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -310,7 +310,8 @@ def divergence_rows_(
         k = 0 if signal[0] is None else signal[0].shape[1]
         rows = (logits, dz, labels, *parameters, *signal, bias, values, ces, V, k)
         _launch(sparse_rows_kernel, (T,), *rows, *strides, *head, triton.next_power_of_2(max(k, 2)), block, **options)
-    _launch(weigh_kernel, (triton.cdiv(T, WEIGHED),), values, ces, losses, *parameters, T, *factors, WEIGHED)
+    grid = (triton.cdiv(T, BLOCK_ROWS),)
+    _launch(weighted_loss_kernel, grid, values, ces, losses, *parameters, T, *factors, BLOCK_ROWS)
     return values, ces, losses
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rbfast.kernels.columns import _dot, _in_runs, _launch, _rank_block
+from rbfast.kernels.columns import _assume_runs, _dot, _launch, _rank_block
 from rbfast.kernels.columns import _update_ as _fold_
 
 BLOCK_T = 32  # rows of a tile
@@ -88,7 +88,7 @@ def grouped_update_kernel(
     for i in range(k):
         a = tl.load(left + t * k + i, mask=t < end, other=0.0)
         acc += a * tl.load(right + i * right_row + j * right_col, mask=j < n, other=0.0)
-    column = _in_runs(tl.load(cols + j, mask=j < n, other=0), RUN) if HAS_COLS else j
+    column = _assume_runs(tl.load(cols + j, mask=j < n, other=0), RUN) if HAS_COLS else j
     at = target + t * target_row + column * target_col
     tl.store(at, (tl.load(at, mask=mask).to(tl.float32) + acc).to(target.dtype.element_ty), mask=mask)
 
