@@ -246,16 +246,15 @@ def _match_targets(linears: Mapping[str, nn.Module], targets: str | Sequence[str
         if not chosen:
             raise ValueError(f"targets: the regex {targets!r} matches no linear layer; they are named like {examples}")
         return chosen
+    chosen_names: set[str] = set()
     for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in linears):
+        named = {name for name in linears if name == target or name.endswith(f".{target}")}
+        if not named:
             raise ValueError(f"targets: {target!r} names no linear layer; they are named like {examples}")
-    if not targets:
+        chosen_names |= named
+    if not chosen_names:
         raise ValueError(f"targets: expected at least one name, got none; linear layers are named like {examples}")
-    return {
-        name: module
-        for name, module in linears.items()
-        if any(name == target or name.endswith(f".{target}") for target in targets)
-    }
+    return {name: module for name, module in linears.items() if name in chosen_names}
 
 
 def count_parameters(model: nn.Module) -> int:
