@@ -1,23 +1,24 @@
-// Included by divergence_rows_{scalar,avx2,avx512}.cpp, each under its own target and with ISA set to its namespace.
+// The passes over a row of logits. Included by divergence_rows_{scalar,avx2,avx512}.cpp, each with its own target
+// pragma and with ISA set to its namespace.
 //
-// Traffic: a row of 50k logits is 200 KB. It comes from memory once, in the first pass, and the later ones find it in
-// the level-2 cache; the gradient may be written over it, since its element v lies at or before logit v.
+// Traffic: a row of 50k logits is 200 KB. The first pass reads it from memory, the later ones from L2. The gradient may
+// overwrite the logits, since its element v lies at or before logit v.
 #include "cpu/divergence_rows.h"
 
 namespace rbfast {
 namespace ISA {
 namespace {
 
-// Sums of this many values are kept in fp32; longer ones are added up in fp64.
+// Up to this many values are summed in fp32; the block sums are added in fp64.
 constexpr int64_t kBlock = 64 * kLanes;
 
-// The first pass over a row asks for logits this far ahead, since the CPU does not do so beyond a page.
+// The first pass over a row prefetches this far ahead: the hardware prefetcher stops at the end of a page.
 constexpr int64_t kAhead = 2048;
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Calls f(v, left) for every vector of [begin, end); left is below kLanes at the last one alone. A constant in the
-// loop, so that a body made for whole vectors has no test in it.
+// Calls f(v, left) for every vector of [begin, end); left is below kLanes only for the last one. In the loop it is a
+// constant, so that whole vectors are not tested.
 template <typename F>
 static inline __attribute__((always_inline)) void for_lanes(int64_t begin, int64_t end, const F& f) {
   int64_t v = begin;
@@ -25,7 +26,7 @@ static inline __attribute__((always_inline)) void for_lanes(int64_t begin, int64
   if (v < end) f(v, end - v);
 }
 
-// kLanes logits, of which `left` are there.
+// kLanes logits, of which the first `left` exist; the others become kNone.
 static inline __attribute__((always_inline)) Lanes take(const float* p, int64_t left) {
   Lanes z = left >= kLanes ? load_lanes(p) : load_lanes(p, static_cast<int>(left));
   if (left < kLanes)
@@ -33,7 +34,7 @@ static inline __attribute__((always_inline)) Lanes take(const float* p, int64_t 
   return larger(z, splat(kNone));
 }
 
-// Finishes kLanes values of the gradient in z, at column v, and stores them.
+// Applies the label and the head's derivative to kLanes values of the gradient at column v, and stores them.
 template <typename T>
 static inline __attribute__((always_inline)) void put(const Output& out, Lanes gradient, Lanes z, int64_t v,
                                                       int64_t left) {
@@ -83,7 +84,7 @@ static void log_sum_of(const float* z, int64_t n, float inv_tau, LogSum* result)
 
 template <typename T, bool kTwo>
 static void tail_gradient_of(const float* z, int64_t n, const TailGradient& in, const Output& to) {
-  const TailGradient g = in;  // copies, which what is stored through dz cannot change
+  const TailGradient g = in;  // copies, which stores through dz cannot alias
   const Output out = to;
   for_lanes(0, n, [&](int64_t v, int64_t left) __attribute__((always_inline)) {
     __builtin_prefetch(z + v + out.row_stride, 0, 2);
@@ -94,7 +95,7 @@ static void tail_gradient_of(const float* z, int64_t n, const TailGradient& in, 
   });
 }
 
-// The columns that the teacher lacks: CE alone.
+// Columns that the teacher lacks: CE alone.
 template <typename T>
 static void rest_of_row(const float* z, int64_t vocabulary, const DensePass& pass, const Output& out) {
   for_lanes(pass.n, vocabulary, [&](int64_t v, int64_t left) __attribute__((always_inline)) {
