@@ -1,4 +1,4 @@
-"""What bash bench/gpu.sh found: a page with a line for each case, JSON, and a short table for the terminal.
+"""Reports what bash bench/gpu.sh measured: a page with a row per case, JSON, and a short table for the terminal.
 
 python bench/gpu_page.py runs/gpu/cases.jsonl --page docs/gpu.md --json runs/gpu/gpu.json
 """
@@ -56,7 +56,7 @@ def environment(entries: Sequence[Entry]) -> dict[str, str]:
 
 
 def cells(entry: Entry) -> list[str]:
-    """A case's line: see HEADS."""
+    """The cells of a case's row, under HEADS."""
     if "failed" in entry:
         return [entry["case"], "FAILED: " + entry["failed"], *[""] * (len(HEADS) - 2)]
     who = entry["who"]
@@ -77,7 +77,7 @@ def cells(entry: Entry) -> list[str]:
 
 
 def _time(found: Entry) -> str:
-    """The median in ms, and how far half of the rounds are from it at most."""
+    """The median in ms, and the median absolute deviation in % of it."""
     if not found.get("seconds"):
         return "FAILED: " + found.get("missing", "no round was run")
     middle = median(found["seconds"])
@@ -134,7 +134,7 @@ def _notes(entry: Entry) -> str:
 
 
 def terminal(entries: Sequence[Entry]) -> str:
-    """A short line for each case, and how many bars are missed."""
+    """A short line per case, and the number of missed bars."""
     bars = [bar for entry in entries for bar in entry.get("bars", [])]
     missed = sum(bar["passes"] is False for bar in bars)
     failed = sum("failed" in entry for entry in entries)

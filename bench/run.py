@@ -2,7 +2,7 @@
 
     python bench/run.py loss --device cuda --peers      # a group, or a case by part of its name
     python bench/run.py --peers                         # all cases of a CPU
-    python bench/run.py columns --toy                   # sizes of no meaning: does it work?
+    python bench/run.py columns --toy                   # tiny sizes: does it work?
     python bench/run.py "four 7B" --device cuda --kernels 15        # where the time of a call goes, by torch.profiler
     python bench/run.py "column_grad 14B" --device cuda --once      # one call of rbfast, for ncu
 
@@ -53,7 +53,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
 
 
 def _import_all(device: str) -> None:
-    """What takes seconds; nothing of it touches a GPU."""
+    """Imports what takes seconds to import; none of it touches a GPU."""
     import registry
 
     registry.cases(device)

@@ -1,4 +1,4 @@
-"""What the cases are run with: --device, --toy, --peers, --record."""
+"""The options of the cases: --device, --toy, --peers, --record."""
 
 import json
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def place(request: pytest.FixtureRequest) -> registry.Place:
-    """Without a GPU, the GPU's cases run on the CPU as toys, and else not at all."""
+    """Without a GPU, the GPU's cases run on the CPU as toys only."""
     device, is_toy = request.config.getoption("--device"), request.config.getoption("--toy")
     if device == "cuda" and not torch.cuda.is_available():
         if not is_toy:

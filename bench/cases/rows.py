@@ -14,7 +14,7 @@ from rbfast import ops
 from rbfast.loss.chunked_loss import row_width
 
 SHAPES = ((1024, 128256), (4096, 49152))
-ODD = (4096, 50257)  # GPT-2's vocabulary, no multiple of 2
+ODD = (4096, 50257)  # GPT-2's vocabulary, not a multiple of 2
 K = 20
 # name -> beta, the signal, and the least share of a copy's bandwidth
 KINDS = {

@@ -5,9 +5,9 @@
     taskset -c 0 pytest ... --benchmark-timer=time.process_time   # one core, on a machine that does other work too
 
 Groups: `decontaminate` (5-shingles of a pool against 500 evaluation problems), `minhash` (64 values; datasketch),
-`choose` (facility location; apricot, whose choice must be worth as much), `split_spans` (real thinking,
-where it is at hand). The problems are those of cases/problems.py. The libraries are run where they are
-installed: pip install datasketch apricot-select cloudpickle.
+`choose` (facility location; apricot, whose choice must be worth as much), `split_spans` (real thinking, if available).
+The problems are those of cases/problems.py. The libraries run if they are installed: pip install datasketch
+apricot-select cloudpickle.
 """
 
 import random
@@ -119,7 +119,7 @@ def test_split_spans(benchmark: BenchmarkFixture) -> None:
 
 @contextmanager
 def reported(what: str) -> Iterator[None]:
-    """Says how long it took, and the most memory this process has had."""
+    """Prints the seconds it took, and this process's peak memory."""
     begun, spent = time.perf_counter(), time.process_time()
     yield
     seconds, spent = time.perf_counter() - begun, time.process_time() - spent

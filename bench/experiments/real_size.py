@@ -4,9 +4,9 @@
     python bench/experiments real_size --toy        # on the CPU, in seconds: does it work?
 
 The weights are made where they are used. Two of the three batches are one trace of 16k tokens, the third is eight of
-2k; layers run again for their backward. The bar is a peak below 80 GB. `packed` compares the hidden states of eight
-traces attended to in one call with those of one trace at a time, and their forwards' seconds; beside their difference
-stands what rounding does: that of one trace at a time, with its attention in fp32.
+2k; layers are recomputed for their backward. The bar is a peak below 80 GB. `packed` compares eight traces attended to
+in one call with one trace at a time: hidden states, and seconds of their forwards. For scale it also gives what
+rounding alone changes: one trace at a time, with its attention in fp32.
 """
 
 import argparse
