@@ -1,4 +1,14 @@
-// The checked arguments of divergence_rows_ as plain pointers, shared by the CPU and CUDA kernels.
+// The arguments of divergence_rows_ as plain pointers, checked, for the kernels of both CPU and CUDA. A row of logits x
+// with label y has (rbfast/ops/reference.py is the definition)
+//     z = cap(logit_scale * (x + bias)),  q = softmax(z / tau),
+//     loss = kl_weight * tau^2 * D + ce_weight * CE(softmax(z), y),
+//     dz = d loss / d x = (kl_weight * tau * g + ce_weight * (softmax(z) - onehot(y))) * d z / d x.
+// D and g = d D / d (z / tau), with m = beta p + (1 - beta) q and means over q:
+//     beta = 0:  D = KL(p, q),                             g = q - p
+//     beta = 1:  D = KL(q, p),                             g = q (score - mean score),  score = log(q / p)
+//     between:   D = beta KL(p, m) + (1 - beta) KL(q, m),  g = (1 - beta) q (score - mean score),  score = log(q / m)
+// p comes from a teacher's log-probs of k ids, with a tail for all others (top-k), or from its logits (dense). Without
+// a teacher (text) D is 0.
 #pragma once
 
 #include <optional>

@@ -3,10 +3,11 @@
 //
 // The delta of a frozen weight W [out, in] is dW[:, cols] = scale * B A, so its gradients need, for xs = x[:, cols],
 //     H = xs A^T,  dB = scale * dy^T H,  dH = scale * dy B,  dA = dH^T xs.
-// dy is the only large operand: T * out values, against k * (T + out) for its partners and results. `sweep` reads it
-// once for both of its products; it also computes H (dot only) and dA (outer only). A tile of a few tokens shares each
-// load of m and acc, and features come in strips, so that those 2k rows stay in L1 while the tokens stream past. The
-// shapes alone fix the order of every sum.
+//
+// Traffic: dy is the only large operand, T * out values, against k * (T + out) for its partners and results. `sweep`
+// reads it once for both of its products; it also computes H (dot only) and dA (outer only). A tile of a few tokens
+// shares each load of m and acc, and features come in strips, so that those 2k rows stay in L1 while the tokens stream
+// past. The shapes alone fix the order of every sum.
 #include "cpu/columns.h"
 
 // For loops over a tile: its arrays live in registers only if every index is a constant.

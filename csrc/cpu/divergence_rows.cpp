@@ -1,5 +1,5 @@
-// Losses of rows of logits and their gradients on the CPU: checks, threads, and the fp64 scalars of a row. The passes
-// over a row are in divergence_rows_kernel.inl; rbfast/ops/reference.py defines what is computed.
+// Losses of rows of logits and their gradients on the CPU: checks, threads, and the fp64 scalars of a row. The formulas
+// are in divergence_job.h, the passes over a row in divergence_rows_kernel.inl.
 #include "cpu/divergence_rows.h"
 
 #include <torch/csrc/stable/library.h>

@@ -1,4 +1,5 @@
-// The head's three products on the CPU: checks, scratch memory, threads. The arithmetic is in head_gemm_kernel.inl.
+// The head's three products on the CPU: logits = hidden W^T, d_hidden = dz W and dW += dz^T hidden. Checks, scratch
+// memory and threads are here, the arithmetic is in head_gemm_kernel.inl.
 //
 // Why not the library's: torch has no bf16 x bf16 -> fp32 product on the CPU, rounding logits to bf16 ruins the
 // gradient near the teacher, and a library's bits change with the number of rows. These have fp32 sums in an order that

@@ -114,7 +114,7 @@ void grad_of_ranks(const Device& device, RankBlocks<kN>, const Gradients& g, int
   const Matrix<Y> y(g.dy);
   const Matrix<X> x(g.xs);
   const Fit fit_y = fit_of<Y, kN, true>(device), fit_x = fit_of<X, kN, false>(device);
-  // Whatever its share, a block writes parts of dA as large as three tiles of xs: give it at least 4.
+  // Whatever its share, a block writes parts of dA as large as three tiles of xs: give it at least 4 units.
   Shares of_y = shares_of<TileY>(fit_y, y.tokens, y.n, 1), of_x = shares_of<TileX>(fit_x, x.tokens, x.n, 4);
   const int64_t tiles = of_y.tiles, of_tile = kTokens / kLeaf * kN * kWarp;
   Workspace work;

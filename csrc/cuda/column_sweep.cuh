@@ -9,8 +9,8 @@
 namespace rbfast {
 namespace {
 
-// Leaves of 16 features per warp. With one product they are few: a block writes parts of dA for all features of a
-// strip, however little of it it has.
+// Leaves of 16 features per warp. With one product they are few: however little of a strip a block has, it writes parts
+// of dA for all of the strip's features.
 template <typename T, bool kDot>
 constexpr int kLeaves = (kDot ? 4 : 2) / (sizeof(T) == 4 ? 2 : 1);
 

@@ -85,8 +85,8 @@ struct Update {
   int64_t tiles;  // of rows, per block
 };
 
-// A thread has kRows rows by kPieces pieces of kVector columns, and kAcross threads cover the width of a tile. They are
-// neighbours in a warp, unless the target is column-major (kDown): then a warp goes down the rows.
+// A thread has kRows rows by kPieces pieces of kVector columns, and kAcross threads cover the width of a tile. These
+// are neighbours in a warp, unless the target is column-major (kDown): then a warp goes down the rows.
 template <int kVector, bool kDown>
 struct UpdateTile {
   static constexpr int kRows = kVector == 8 && !kDown ? 4 : 2, kPieces = kLane / kVector;  // as registers allow

@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     const T team;
     const Head head(job);
     const int V = static_cast<int>(job.vocabulary);
-    team.meet();  // every member has begun
+    team.meet();  // every block has started: its shared memory can be written
     for (int round = 0; team.row(round) < job.rows; ++round) {
       const int row = team.row(round), turn = round % 2;
       copy_tile<kVectors, T::kStep, kThreads>(mine, {job.teacher + row * job.teacher_stride, V}, team.first());
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
         const float top = largest_of(z, kNone);
         return Few<3>{{top, largest_shared<kVectors, kThreads>(mine), top}};
       };
-      // The team meets here, after every logit of the row is read: dz may overwrite them.
+      // The team meets after every logit of the row is read: dz may overwrite them.
       const DenseSums sums = exchange.find(team, info, needs_one, turn, sums_about, largest);
       const DenseScale row_scale = dense_scale<kKind>(info, series, sums, V, !needs_one);
       if (team.is_leader()) scratch.sums[row] = sums.all;
@@ -298,7 +298,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       return top;
     };
-    team.meet();  // every member has begun
+    team.meet();  // every block has started: its shared memory can be written
     const DenseSums sums = exchange.find(team, info, needs_one, 0, sums_about, largest);
     const DenseScale row_scale = dense_scale<kKind>(info, series, sums, n, !needs_one);
     if (team.is_leader()) scratch.sums[row] = sums.all;

@@ -1,5 +1,5 @@
-// Losses of rows of logits and their gradients on a GPU. rbfast/ops/reference.py defines what is computed; the
-// arithmetic of an id is in divergence.cuh, that of a top-k teacher's buckets in buckets.h.
+// Losses of rows of logits and their gradients on a GPU. The formulas are in divergence_job.h, the arithmetic of an id
+// in divergence.cuh, that of a top-k teacher's buckets in buckets.h.
 //
 // Traffic: a team (one block, or on Hopper and later a cluster of up to 8) holds a whole row in its registers, and a
 // dense teacher's in its shared memory. So memory is read once: 4 V bytes of a row, 8 V with a dense teacher; dz takes

@@ -81,7 +81,7 @@ RBFAST_INLINE float max_nan(float a, float b) {
 #endif
 }
 
-// Makes the compiler compute a value even if it is not selected: it would branch around it, lane by lane.
+// Makes the compiler compute a value even if it is not selected; it would otherwise branch around it, lane by lane.
 RBFAST_INLINE float worked_out(float value) {
 #ifdef __CUDA_ARCH__
   asm volatile("" : "+f"(value));

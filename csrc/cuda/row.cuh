@@ -106,7 +106,7 @@ struct Input {
   __device__ Input(const float* begin, int end)
       : begin(begin), end(end), is_aligned(rbfast::is_aligned(begin, sizeof(Vector))) {}
   __device__ bool is_whole() const { return is_aligned && end % kVector == 0; }  // no vector is cut off
-  // Of the job's logits.
+  // A row of the job's logits.
   __device__ static Input of(const Job& job, int64_t row) {
     return {job.logits + row * job.logits_stride, row < job.rows ? static_cast<int>(job.vocabulary) : 0};
   }
@@ -117,11 +117,11 @@ __device__ inline Vector read_whole(const Input& row, int v) {
   constexpr Vector kEmpty = {{-INFINITY, -INFINITY, -INFINITY, -INFINITY}};
   return v < row.end ? *reinterpret_cast<const Vector*>(row.begin + v) : kEmpty;
 }
-// The same of an aligned row, for a vector known to lie in it.
+// The same for an aligned row and a vector known to lie in it.
 __device__ inline Vector read_inside(const Input& row, int v) {
   return *reinterpret_cast<const Vector*>(row.begin + v);
 }
-// The same of any row.
+// The same for any row.
 __device__ inline Vector read_vector(const Input& row, int v) {
   return read<kVector>(row.begin + v, row.end - v, row.is_aligned, -INFINITY);
 }

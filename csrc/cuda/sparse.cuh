@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads, kGeneral&& kResident > 2 ? 2 : kResi
     const T team;
     const Head head(job);
     const int V = static_cast<int>(job.vocabulary);
-    team.meet();  // every member has begun
+    team.meet();  // every block has started: its shared memory can be written
     Vector z[kVectors];
     read_tile<T::kStep>(z, Input::of(job, team.row(0)), team.first());
     for (int round = 0; team.row(round) < job.rows; ++round) {
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, kGeneral&& kResident > 2 ? 2 : kResi
       const auto sums_about = [&](float pivot) {
         return Few<2>{{sum_tile(z, pivot, scale), needs_one ? sum_tile(z, pivot, kLog2e) : 0}};
       };
-      // The team meets, and every logit of the row is read: dz may lie over them.
+      // The team meets after every logit of the row is read: dz may overwrite them.
       const Sums sums =
           find_tail(team, exchange, info, needs_one, turn, sums_about, [&] { return largest_of(z, kNone); });
       if (team.is_leader()) scratch.sums[row] = sums;
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
     const RowInfo info = scratch.rows[row];
     const float scale = info.scale();
     const bool needs_one = info.inv_tau != 1, is_plain = head.is_plain();
-    team.meet();  // every member has begun
+    team.meet();  // every block has started: its shared memory can be written
     Vector z[kStreamVectors];
     const auto read = [&](int first) {
       read_tile<T::kStep>(z, input, first);

@@ -1,6 +1,7 @@
-// Rows of text and of a top-k teacher, around the main kernel: prepare_rows computes what is known before a row is
-// read, tail_scale turns the row's sums into the gradient of the tail, and finish_rows computes the losses and the
-// gradient at the support (the teacher's ids). Both small kernels touch O(k) values of a row, not V.
+// Rows of text and of a top-k teacher, around the main kernel. The support is the teacher's ids, the tail all others.
+// prepare_rows computes what is known before a row is read, tail_scale turns the row's sums into the gradient of the
+// tail, and finish_rows computes the losses and the gradient at the support. Both small kernels touch O(k) values of a
+// row, not V.
 //
 // prepare_rows overwrites the support's logits with holes, so that the main kernel's sums are those of the tail. From
 // these sums to the gradient takes a handful of operations in fp32. finish_rows takes the logarithms and all that a
