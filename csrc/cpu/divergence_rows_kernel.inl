@@ -27,7 +27,7 @@ static inline __attribute__((always_inline)) void for_lanes(int64_t begin, int64
 }
 
 // kLanes logits, of which the first `left` exist; the others become kNone.
-static inline __attribute__((always_inline)) Lanes take(const float* p, int64_t left) {
+static inline __attribute__((always_inline)) Lanes load_logits(const float* p, int64_t left) {
   Lanes z = left >= kLanes ? load_lanes(p) : load_lanes(p, static_cast<int>(left));
   if (left < kLanes)
     for (int i = static_cast<int>(left); i < kLanes; ++i) z[i] = kNone;
@@ -36,8 +36,8 @@ static inline __attribute__((always_inline)) Lanes take(const float* p, int64_t 
 
 // Applies the label and the head's derivative to kLanes values of the gradient at column v, and stores them.
 template <typename T>
-static inline __attribute__((always_inline)) void put(const Output& out, Lanes gradient, Lanes z, int64_t v,
-                                                      int64_t left) {
+static inline __attribute__((always_inline)) void store_gradient(const Output& out, Lanes gradient, Lanes z, int64_t v,
+                                                                 int64_t left) {
   const uint64_t lane = static_cast<uint64_t>(out.label - v);
   if (lane < static_cast<uint64_t>(kLanes)) gradient[lane] -= out.ce_weight;
   if (out.softcap != 0) {
@@ -61,7 +61,7 @@ static void log_sum_of(const float* z, int64_t n, float inv_tau, LogSum* result)
     Lanes most = splat(kNone);
     for_lanes(b, end, [&](int64_t v, int64_t left) __attribute__((always_inline)) {
       __builtin_prefetch(z + v + kAhead);
-      most = larger(most, take(z + v, left));
+      most = larger(most, load_logits(z + v, left));
     });
     float block_top = kNone;
     for (int i = 0; i < kLanes; ++i) block_top = most[i] > block_top ? most[i] : block_top;
@@ -72,7 +72,7 @@ static void log_sum_of(const float* z, int64_t n, float inv_tau, LogSum* result)
     }
     Lanes sum_tau{}, sum_one{};
     for_lanes(b, end, [&](int64_t v, int64_t left) __attribute__((always_inline)) {
-      const Lanes x = take(z + v, left) - top;
+      const Lanes x = load_logits(z + v, left) - top;
       sum_tau += exp_in_sum(kTwo ? x * inv_tau : x);
       if (kTwo) sum_one += exp_in_sum(x);
     });
@@ -88,10 +88,10 @@ static void tail_gradient_of(const float* z, int64_t n, const TailGradient& in, 
   const Output out = to;
   for_lanes(0, n, [&](int64_t v, int64_t left) __attribute__((always_inline)) {
     __builtin_prefetch(z + v + out.row_stride, 0, 2);
-    const Lanes logit = take(z + v, left), x = logit - g.max;
+    const Lanes logit = load_logits(z + v, left), x = logit - g.max;
     Lanes gradient = exp_negative(x * g.inv_tau) * g.at_tau;
     if (kTwo) gradient = fmadd(exp_negative(x), splat(g.at_one), gradient);
-    put<T>(out, gradient, logit, v, left);
+    store_gradient<T>(out, gradient, logit, v, left);
   });
 }
 
@@ -99,8 +99,8 @@ static void tail_gradient_of(const float* z, int64_t n, const TailGradient& in, 
 template <typename T>
 static void rest_of_row(const float* z, int64_t vocabulary, const DensePass& pass, const Output& out) {
   for_lanes(pass.n, vocabulary, [&](int64_t v, int64_t left) __attribute__((always_inline)) {
-    const Lanes logit = take(z + v, left);
-    put<T>(out, exp_negative(logit - pass.z_max) * pass.at_one, logit, v, left);
+    const Lanes logit = load_logits(z + v, left);
+    store_gradient<T>(out, exp_negative(logit - pass.z_max) * pass.at_one, logit, v, left);
   });
 }
 
@@ -116,8 +116,8 @@ static void dense(const float* z, const float* t, int64_t vocabulary, const Dens
     for_lanes(b, end, [&](int64_t v, int64_t left) __attribute__((always_inline)) {
       __builtin_prefetch(z + v + out.row_stride, 0, 2);
       __builtin_prefetch(t + v + out.teacher_stride, 0, 2);
-      const Lanes logit = take(z + v, left);
-      const Term x = term<kKind>(logit, take(t + v, left), pass);
+      const Lanes logit = load_logits(z + v, left);
+      const Term x = term<kKind>(logit, load_logits(t + v, left), pass);
       if (kValue) {
         terms += x.divergence;
         if (kKind != Kind::forward) scores = fmadd(x.q, x.score, scores);
@@ -125,7 +125,7 @@ static void dense(const float* z, const float* t, int64_t vocabulary, const Dens
       if (kGradient) {
         const Lanes gradient = kKind == Kind::forward ? x.q : x.q * (x.score - pass.mean_score);
         const Lanes ce = pass.at_one == 0 ? Lanes{} : exp_negative(logit - pass.z_max) * pass.at_one;
-        put<T>(out, fmadd(gradient, splat(pass.coefficient), ce), logit, v, left);
+        store_gradient<T>(out, fmadd(gradient, splat(pass.coefficient), ce), logit, v, left);
       }
     });
     divergence += sum(terms);
@@ -139,8 +139,8 @@ static void dense(const float* z, const float* t, int64_t vocabulary, const Dens
 
 void head_logits(float* z, const float* bias, int64_t n, float scale, float softcap) {
   for_lanes(0, n, [&](int64_t v, int64_t left) __attribute__((always_inline)) {
-    Lanes x = take(z + v, left);
-    if (bias != nullptr) x += take(bias + v, left);
+    Lanes x = load_logits(z + v, left);
+    if (bias != nullptr) x += load_logits(bias + v, left);
     x *= scale;
     if (softcap != 0) x = tanh_lanes(x / softcap) * softcap;
     if (left >= kLanes)

@@ -33,8 +33,8 @@ static inline T smaller(T a, T b) {
   return a < b ? a : b;
 }
 
-// A compiler barrier: tile instructions then see what was written before. The compiler does not know of their reads.
-static inline void settle() { asm volatile("" ::: "memory"); }
+// Tile instructions after it see what was written before: the compiler does not know of their reads.
+static inline void compiler_barrier() { asm volatile("" ::: "memory"); }
 
 template <typename V, typename T>
 static inline V load_as(const T* p) {
@@ -60,9 +60,9 @@ static inline V load_as(const BF16* p, int64_t n) {
         4 * c, 4 * c + 1, 4 * c + 2, 4 * c + 3, 4 * d, 4 * d + 1, 4 * d + 2, 4 * d + 3}
 
 // In each 16-byte lane, four of the eight values of each operand, interleaved.
-#define RBFAST_WOVEN_LANE(i) i, i + 32, i + 1, i + 33, i + 2, i + 34, i + 3, i + 35
-#define RBFAST_WOVEN(i) \
-  Line { RBFAST_WOVEN_LANE(i), RBFAST_WOVEN_LANE(i + 8), RBFAST_WOVEN_LANE(i + 16), RBFAST_WOVEN_LANE(i + 24) }
+#define RBFAST_ZIP_LANE(i) i, i + 32, i + 1, i + 33, i + 2, i + 34, i + 3, i + 35
+#define RBFAST_ZIP(i) \
+  Line { RBFAST_ZIP_LANE(i), RBFAST_ZIP_LANE(i + 8), RBFAST_ZIP_LANE(i + 16), RBFAST_ZIP_LANE(i + 24) }
 
 static inline void transpose(Words* v) {
   Words t[16];
@@ -110,7 +110,7 @@ struct Part {
 };
 
 // Word i pairs value i of the memory row at k with value i of the next.
-static inline Words weave(const Part& part, int64_t outer, int64_t k) {
+static inline Words interleave(const Part& part, int64_t outer, int64_t k) {
   const int64_t valid = part.end - outer;
   const Halves even = k < part.depth ? load_as<Halves>(part.at(outer, k), valid) : Halves{};
   const Halves odd = k + 1 < part.depth ? load_as<Halves>(part.at(outer, k + 1), valid) : Halves{};
@@ -145,17 +145,17 @@ static void pack_rows_across(const Part& part, char* panels) {
     for (int64_t i = 0; i < part.panels() * kPanel; i += kTile) {
       Words v[16];
 #pragma GCC unroll 16
-      for (int r = 0; r < 16; ++r) v[r] = weave(part, part.begin + i, k + 2 * r);
+      for (int r = 0; r < 16; ++r) v[r] = interleave(part, part.begin + i, k + 2 * r);
       transpose(v);
       store_tile(panels + i / kPanel * part.panel_bytes() + k / kDepth * kStepBytes + i % kPanel * 64, v);
     }
 }
 
 // The 32 words of a whole panel at k, from a cache line of the memory row at k and one of the next.
-static inline void weave_panel(const BF16* even, const BF16* odd, char* to) {
+static inline void interleave_panel(const BF16* even, const BF16* odd, char* to) {
   const Line a = load_as<Line>(even), b = load_as<Line>(odd);
-  const Pairs low = reinterpret_cast<Pairs>(__builtin_shuffle(a, b, RBFAST_WOVEN(0)));
-  const Pairs high = reinterpret_cast<Pairs>(__builtin_shuffle(a, b, RBFAST_WOVEN(4)));
+  const Pairs low = reinterpret_cast<Pairs>(__builtin_shuffle(a, b, RBFAST_ZIP(0)));
+  const Pairs high = reinterpret_cast<Pairs>(__builtin_shuffle(a, b, RBFAST_ZIP(4)));
   const Pairs first = __builtin_shuffle(low, high, Pairs{0, 1, 8, 9, 2, 3, 10, 11});
   const Pairs second = __builtin_shuffle(low, high, Pairs{4, 5, 12, 13, 6, 7, 14, 15});
   memcpy(to, &first, 64);
@@ -174,12 +174,12 @@ static void pack_columns_across(const Part& part, char* panels) {
       for (; p < whole; ++p, from += kPanel, to += bytes) {
         __builtin_prefetch(from + kRowsAhead * stride);
         __builtin_prefetch(from + (kRowsAhead + 1) * stride);
-        weave_panel(from, from + stride, to);
+        interleave_panel(from, from + stride, to);
       }
     }
     for (; p < count; ++p, to += bytes)
       for (int64_t half = 0; half < 2; ++half) {
-        const Words v = weave(part, part.begin + p * kPanel + half * kTile, k);
+        const Words v = interleave(part, part.begin + p * kPanel + half * kTile, k);
         memcpy(to + half * kTileBytes, &v, 64);
       }
   }
@@ -296,7 +296,7 @@ static void block(const char* p, const char* q, int64_t steps, const Target& t, 
   } else {
     memset(t.whole, 0, kPanel * kPanel * sizeof(float));
     for (int64_t i = 0; i < t.rows; ++i) memcpy(t.whole + i * kPanel, t.c + i * t.ld, t.columns * sizeof(float));
-    settle();
+    compiler_barrier();
     load_tiles(t.whole, kPanel);
   }
   multiply(p, q, steps, t.c + kPanel, t.ld, ahead);
@@ -334,7 +334,7 @@ void gemm(const Gemm& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1, void* s
         const Part a{g.a, m, smaller(m + m_step, m1), k, depth};
         const bool is_packed = n > n0 && m_step >= m1 - m0;
         if (!is_packed) is_along(g.a) ? pack_rows(a, rows) : pack_rows_across(a, rows);
-        settle();
+        compiler_barrier();
         for (int64_t i = 0; i < a.panels(); ++i)
           for (int64_t j = 0; j < b.panels(); ++j) {
             const int64_t row = m + i * kPanel, column = n + j * kPanel;
