@@ -44,7 +44,7 @@ def environment(entries: Sequence[Entry]) -> dict[str, str]:
     on_gpu = torch.cuda.is_available()
     found = {
         "date": date.today().isoformat(),
-        "card": torch.cuda.get_device_name() if on_gpu else "none: a dry run on the CPU, at sizes of no meaning",
+        "card": torch.cuda.get_device_name() if on_gpu else "none: a dry run on the CPU, with tiny sizes",
         "CUDA": str(torch.version.cuda),
     }
     for entry in entries:

@@ -53,7 +53,7 @@ def put_section(path: Path, name: str, text: str) -> None:
     before, opened, rest = old.partition(start)
     _, closed, after = rest.partition(end)
     if (old.count(start), old.count(end)) not in ((0, 0), (1, 1)) or bool(opened) != bool(closed):
-        raise ValueError(f"{path}: expected one {start} and then one {end}, or neither; put them right")
+        raise ValueError(f"{path}: expected one {start} and then one {end}, or neither; fix the markers")
     if not opened:
         before, after = old.rstrip("\n") + "\n\n", "\n"
     write_text(path, f"{before}{start}\n{text.strip()}\n{end}{after}")

@@ -30,8 +30,8 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", help="groups, or parts of names; all of them if none is given")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--toy", action="store_true", help="sizes of no meaning, on the CPU if there is no GPU")
-    parser.add_argument("--peers", action="store_true", help="the peers too, not rbfast and its floor alone")
+    parser.add_argument("--toy", action="store_true", help="tiny sizes, on the CPU if there is no GPU")
+    parser.add_argument("--peers", action="store_true", help="run the peers too, not only rbfast and its floor")
     parser.add_argument("--record", type=Path, help="add a line of JSON for each case to this file")
     parser.add_argument("--once", action="store_true", help="run rbfast once, between the marks of a profiler")
     parser.add_argument("--kernels", type=int, metavar="N", help="print the N kernels or ops that take the most time")
@@ -66,7 +66,7 @@ def _wait_for(path: Path) -> None:
     parent = os.getppid()
     while not path.exists():
         if os.getppid() != parent:
-            sys.exit("nobody is left to say when to begin")
+            sys.exit(f"the process that starts this one ended before it wrote {path}")
         time.sleep(0.05)
 
 

@@ -13,8 +13,8 @@ import torch
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("rbfast")
     group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="whose cases to run")
-    group.addoption("--toy", action="store_true", help="sizes of no meaning, on the CPU if there is no GPU")
-    group.addoption("--peers", action="store_true", help="the peers too, not rbfast and its floor alone")
+    group.addoption("--toy", action="store_true", help="tiny sizes, on the CPU if there is no GPU")
+    group.addoption("--peers", action="store_true", help="run the peers too, not only rbfast and its floor")
     group.addoption("--record", type=Path, help="add a line of JSON for each case to this file")
 
 

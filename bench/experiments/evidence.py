@@ -296,7 +296,7 @@ def section(found: Sequence[Mapping[str, Mapping[str, Any]]], settings: Settings
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of results, one JSON file for each task")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the experiment; run again, it goes on")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the experiment; run again to resume")
     parser.add_argument("--results", type=Path, default=RESULTS, help="Markdown file to put the section in")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="default: all")

@@ -41,7 +41,7 @@ def states(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         hidden = final_hidden(model, batch["input_ids"], batch["position_ids"], batch["lengths"])
     rows = (batch["labels"].view(-1) != IGNORE).nonzero()[:tokens, 0]
     if len(rows) < tokens:
-        raise ValueError(f"the traces have {len(rows)} answered tokens, {tokens} were asked for: ask for fewer")
+        raise ValueError(f"the traces have {len(rows)} answered tokens, {tokens} were asked for: lower --tokens")
     return hidden[rows].clone(), batch["labels"].view(-1)[rows], model.get_output_embeddings().weight.detach()
 
 

@@ -138,7 +138,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--toy", action="store_true", help="a tiny model on the CPU")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tokens", type=int, default=16384, help="of a batch")
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens per batch")
     args = parser.parse_args(argv)
     place = Place("cpu" if args.toy else args.device, args.toy)
     tokens, start = place.size(args.tokens, 256), time.perf_counter()

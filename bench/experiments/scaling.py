@@ -191,10 +191,10 @@ def section(found: Cells, budgets: Sequence[int], problems: int, command: str, d
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="folder of the demo's run, with its adapter")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the experiment; run again, it goes on")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the experiment; run again to resume")
     parser.add_argument("--results", type=Path, default=RESULTS, help="Markdown file to put the section in")
     parser.add_argument("--budgets", type=int, nargs="+", default=[48, 96, 192, 384])
-    parser.add_argument("--problems", type=int, default=24, help="of each family, at most (default: 24)")
+    parser.add_argument("--problems", type=int, default=24, help="problems per family, at most (default: 24)")
     args = parser.parse_args(argv)
 
     def make() -> str:

@@ -69,7 +69,7 @@ def _read_results(path: Path) -> dict[str, Any]:
     kinds = {"name": str, "category": str, "results": list}
     for name, kind in kinds.items():
         if not isinstance(results, dict) or not isinstance(results.get(name), kind):
-            raise ValueError(f"{path}: expected an object with {', '.join(kinds)}; {name} is no {kind.__name__}")
+            raise ValueError(f"{path}: expected an object with {', '.join(kinds)}; {name} is not a {kind.__name__}")
     for index, item in enumerate(results["results"]):
         try:
             complete = isinstance(item["question"], str) and all(
