@@ -121,6 +121,8 @@ def ending(name, known):
 
 @every_family
 def test_every_linear_gets_a_delta_and_the_rest_is_listed(name):
+    if name == "jamba":
+        pytest.importorskip("transformers", minversion="5.23")  # its router was an nn.Linear before
     model = family(name)
     adapter = attach(model)
     expected = LEFT_OUT.get(name, set())
