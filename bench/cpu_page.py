@@ -85,7 +85,7 @@ def section(entries: Sequence[Entry], kind: str, picture: str) -> str:
     machine = entries[0]
     return f"""### {kind}
 
-`make bench`. Medians of {rounds} rounds or more, in which everybody takes a turn. Ratios are taken within a round and
+`make bench`. Medians of {rounds} rounds or more, in which the peers alternate. Ratios are taken within a round and
 stand with their quartiles. Extra MiB: resident memory at the peak of a step over what is there before it.
 
 {tables}
@@ -93,7 +93,7 @@ stand with their quartiles. Extra MiB: resident memory at the peak of a step ove
 {date.today()}; {cpu()}, {machine["threads"]} threads, {machine["isa"]}; \
 {", ".join(f"{name} {version}" for name, version in versions.items() if version != "not installed")}.
 
-![everybody's time over rbfast's]({picture})
+![times relative to rbfast]({picture})
 """
 
 

@@ -109,7 +109,7 @@ def page(facts: Mapping[str, str], entries: Sequence[Entry], kernels: str) -> st
     text = [
         "# On a GPU",
         "",
-        "Made by `bash bench/gpu.sh`. Medians of CUDA events over rounds in which everybody takes a turn, with the",
+        "Made by `bash bench/gpu.sh`. Medians of CUDA events over rounds in which the peers alternate, with the",
         "median deviation; of the wall clock for work that is bound by the host. A floor is the work's own GEMMs or a",
         "copy of its bytes (of an adapter: the frozen model); share is floor / rbfast. A peer's ratio is over rbfast.",
         "Waits: how often the host waits for the device in a call. Extra: memory at the peak beyond what stays.",
