@@ -281,7 +281,7 @@ def test_the_command_says_how_many_answers_are_wrong_and_why_replies_failed(serv
     asked[4] = str(tmp_path / "short")
     assert main([*asked, "--max-tokens", "5"]) == 0
     said = capsys.readouterr().out
-    assert f"is in {tmp_path / 'short' / 'failed.jsonl'}; the first: the reply was cut at the limit of tokens" in said
+    assert f"{tmp_path / 'short' / 'failed.jsonl'}; the first: the reply was cut at the limit of tokens" in said
 
 
 def test_thinking_is_the_reasoning_where_a_teacher_thinks():
@@ -431,7 +431,7 @@ def test_a_teacher_that_cannot_be_reached_is_waited_for(server, tmp_path, hours)
         if done == 1 and not stopped:
             server.stop()
             stopped.append(True)
-        elif "away" in words and stopped == [True]:
+        elif "unreachable" in words and stopped == [True]:
             server.start()
             stopped.append(False)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rbfast.grading.grade import reasoning_gym
+from rbfast.grading.grade import import_reasoning_gym
 from rbfast.grading.judge import Judge
 from rbfast.ops import registry
 from rbfast.utils import packages
@@ -48,7 +48,7 @@ def test_a_dependency_that_reasoning_gym_lacks_is_named(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(__import__("sys").modules, "reasoning_gym", raising=False)
     with pytest.raises(ImportError, match="absent_dependency") as raised:
-        reasoning_gym()
+        import_reasoning_gym()
     assert "pip install" not in str(raised.value)
 
 
