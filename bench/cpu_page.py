@@ -1,4 +1,4 @@
-"""What make bench found, in docs/bench.md: a section for this kind of CPU, its picture, and a column of the ratios.
+"""Writes the results of make bench to docs/bench.md: this kind of CPU's section, picture and column of ratios.
 
     python bench/cpu_page.py runs/bench/cases.jsonl
 
@@ -20,12 +20,12 @@ from matplotlib.figure import Figure
 from publish import DOCS, cpu, cpu_kind, put_section
 from registry import FLOORS, measured
 
-from rbfast.utils.files import replacing, write_text
+from rbfast.utils.files import atomic_write, write_text
 
 Entry = Mapping[str, Any]
 _OURS, _THEIRS = "#0072B2", "#999999"
 _STUDENTS = ("SmolLM2-135M", "Qwen2.5-0.5B", "Qwen2.5-1.5B")
-# What the README quotes: a line of the table -> the case, and the ratio of times.
+# The ratios that the README quotes: row of the table -> case, ratio of times.
 RATIOS = {
     **{
         f"loss, {signal}, {student}: {said}": (f"loss-{signal}-{student}", metric)
@@ -63,7 +63,7 @@ def ratio(seconds: Sequence[float], unit: Sequence[float]) -> Ratio:
 
 
 def table(who: Mapping[str, Entry]) -> str:
-    """A line for each who took part or could not; the ratios' units are the floor, if there is one, and rbfast."""
+    """A row per contestant, those that could not run included; ratios to the floor, if there is one, and to rbfast."""
     units = [name for name in (*FLOORS, "rbfast") if who.get(name, {}).get("seconds")]
     heads = ["", "s", *(f"/ {unit}" for unit in units), "extra MiB", ""]
     lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
@@ -85,7 +85,7 @@ def section(entries: Sequence[Entry], kind: str, picture: str) -> str:
     machine = entries[0]
     return f"""### {kind}
 
-`make bench`. Medians of {rounds} rounds or more, in which everybody takes a turn. Ratios are taken within a round and
+`make bench`. Medians of {rounds} rounds or more, in which the peers alternate. Ratios are taken within a round and
 stand with their quartiles. Extra MiB: resident memory at the peak of a step over what is there before it.
 
 {tables}
@@ -93,7 +93,7 @@ stand with their quartiles. Extra MiB: resident memory at the peak of a step ove
 {date.today()}; {cpu()}, {machine["threads"]} threads, {machine["isa"]}; \
 {", ".join(f"{name} {version}" for name, version in versions.items() if version != "not installed")}.
 
-![everybody's time over rbfast's]({picture})
+![times relative to rbfast]({picture})
 """
 
 
@@ -102,7 +102,7 @@ def _took_part(entry: Entry) -> dict[str, Entry]:
 
 
 def draw(entries: Sequence[Entry], path: Path) -> None:
-    """A panel for each case: times over rbfast's, with quartiles."""
+    """A panel per case: times relative to rbfast's, with quartiles."""
     columns = min(3, len(entries))
     rows = -(-len(entries) // columns)
     figure = Figure(figsize=(5.2 * columns, 2.6 * rows), layout="constrained")
@@ -118,7 +118,7 @@ def draw(entries: Sequence[Entry], path: Path) -> None:
         axes.set_title(entry["title"], fontsize=8, wrap=True)
         axes.set_xlabel("time / rbfast's", fontsize=8)
         axes.tick_params(labelsize=8)
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         FigureCanvasAgg(figure).print_png(file)
 
 
@@ -132,7 +132,7 @@ def ratios_of(entries: Sequence[Entry]) -> dict[str, float]:
 
 
 def ratio_table(by_kind: Mapping[str, Mapping[str, float]]) -> str:
-    """Markdown; what was not measured on a kind of CPU is left empty."""
+    """Markdown; a cell is empty if that kind of CPU was not measured."""
     lines = ["| ratio of times | " + " | ".join(by_kind) + " |", "| --- " * (1 + len(by_kind)) + "|"]
     for line in RATIOS:
         if any(line in values for values in by_kind.values()):

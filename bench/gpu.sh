@@ -29,9 +29,9 @@ if [ "${1:-}" = --profile ]; then
     --section MemoryWorkloadAnalysis --section WarpStateStats "$PYTHON" bench/run.py "${2:?name a case}" --device cuda --once
 fi
 
-TOTAL=${TOTAL:-295}  # seconds for all sections together, so that a slow one does not cost the sitting
+TOTAL=${TOTAL:-295}  # seconds for all sections together, so that a slow one does not use up the GPU's time
 
-# allow LOG SECONDS: sets `limit` to them, or to what is left; fails if that is nothing.
+# allow LOG SECONDS: sets `limit` to SECONDS or to the time left; fails if none is left.
 allow() {
   limit=$2
   if [ -z "$capability" ]; then
@@ -42,7 +42,7 @@ allow() {
   [ "$limit" -ge 3 ] || { echo "no time is left for it" >>"$1"; return 124; }
 }
 
-# bounded NAME SECONDS COMMAND...: its exit status; 124 if it took too long.
+# bounded NAME SECONDS COMMAND...: runs COMMAND within a time limit; returns its exit status, 124 on a timeout.
 bounded() {
   local log=$LOGS/$1.log limit
   allow "$log" "$2" || return
@@ -50,7 +50,7 @@ bounded() {
   timeout --kill-after=5 "$limit" "$@" >"$log" 2>&1
 }
 
-# tell NAME STATUS SINCE: the section's line.
+# tell NAME STATUS SINCE: prints the section's line.
 tell() {
   if [ "$2" = 0 ]; then
     echo "== $1: ok, $((SECONDS - $3)) s; $(tail -n 1 "$LOGS/$1.log" | cut -c1-150)"
@@ -73,15 +73,15 @@ section() {
   tell "$name" $? "$start"
 }
 
-# beside NAME SECONDS COMMAND...: like section, but in the background; told by wait_for_all.
+# beside NAME SECONDS COMMAND...: like section, but in the background; wait_for_all prints its line.
 names=() pids=()
 beside() {
   bounded "$@" &
   names+=("$1") pids+=($!)
 }
 
-# prepare NAME ARGUMENTS...: starts a bench/run.py that imports what it needs, beside what is not timed, and then waits
-# for `timed NAME SECONDS`. Each in a process of its own: what ends one (an illegal access ends the process) leaves the
+# prepare NAME ARGUMENTS...: starts a bench/run.py that imports what it needs while untimed sections run, then waits for
+# `timed NAME SECONDS`. Each is a process of its own, so that a crash (an illegal access ends the process) spares the
 # others.
 declare -A waiting=()
 trap '[ ${#waiting[@]} = 0 ] || kill "${waiting[@]}" 2>/dev/null' EXIT
@@ -120,7 +120,7 @@ is_built() {
   [ -n "$built" ] && [ -z "$(find csrc setup.py -newer "$built" -type f | head -n 1)" ]
 }
 
-export COLUMNS=300  # pytest cuts off what a failed test says at the width of the screen
+export COLUMNS=300  # pytest truncates the messages of failed tests to the width of the screen
 pytest=("$PYTHON" -m pytest -q -p no:cacheprovider --tb=short --show-capture=no)
 if [ -n "$capability" ]; then
   [ "$capability" = 9.0 ] && capability=9.0a
@@ -143,7 +143,7 @@ prepare loss "${cases[@]}" loss "${quiet[@]}"
 prepare steps "${cases[@]}" step trainer teacher mixture "${quiet[@]}"
 prepare kernels --device cuda "${size[@]}" --kernels 12 "four 7B" "top-k frozen"
 
-if [ -n "$capability" ]; then  # what is not timed, all of it at once
+if [ -n "$capability" ]; then  # everything that is not timed, in parallel
   start=$SECONDS
   "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 6) || workers=()
   not_the_host=$("$PYTHON" -c 'import sys; sys.path.append("tests/support"); from cuda_devices import HOSTS
@@ -154,7 +154,7 @@ print(*(f"not {name}" for name in HOSTS), "not under_the_interpreter", sep=" and
   if command -v compute-sanitizer >/dev/null; then
     small="(test_any_strides or test_empty or test_activations or test_supports or test_no_rows or test_extreme)"
     for tool in memcheck racecheck; do
-      # Without torch's own pool of memory, in which a read past a tensor ends in the next one and is not noticed.
+      # Without torch's caching allocator, in which a read past a tensor lands in the next one and goes unnoticed.
       beside "$tool" 80 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
         "${pytest[@]}" -x tests/ops/test_cuda_columns.py tests/ops/test_cuda_rows.py -k "$small and $not_the_host"
     done

@@ -1,4 +1,4 @@
-"""What bash bench/gpu.sh found: a page with a line for each case, JSON, and a short table for the terminal.
+"""Reports what bash bench/gpu.sh measured: a page with a row per case, JSON, and a short table for the terminal.
 
 python bench/gpu_page.py runs/gpu/cases.jsonl --page docs/gpu.md --json runs/gpu/gpu.json
 """
@@ -44,7 +44,7 @@ def environment(entries: Sequence[Entry]) -> dict[str, str]:
     on_gpu = torch.cuda.is_available()
     found = {
         "date": date.today().isoformat(),
-        "card": torch.cuda.get_device_name() if on_gpu else "none: a dry run on the CPU, at sizes of no meaning",
+        "card": torch.cuda.get_device_name() if on_gpu else "none: a dry run on the CPU, with tiny sizes",
         "CUDA": str(torch.version.cuda),
     }
     for entry in entries:
@@ -56,7 +56,7 @@ def environment(entries: Sequence[Entry]) -> dict[str, str]:
 
 
 def cells(entry: Entry) -> list[str]:
-    """A case's line: see HEADS."""
+    """The cells of a case's row, under HEADS."""
     if "failed" in entry:
         return [entry["case"], "FAILED: " + entry["failed"], *[""] * (len(HEADS) - 2)]
     who = entry["who"]
@@ -77,7 +77,7 @@ def cells(entry: Entry) -> list[str]:
 
 
 def _time(found: Entry) -> str:
-    """The median in ms, and how far half of the rounds are from it at most."""
+    """The median in ms, and the median absolute deviation in % of it."""
     if not found.get("seconds"):
         return "FAILED: " + found.get("missing", "no round was run")
     middle = median(found["seconds"])
@@ -109,7 +109,7 @@ def page(facts: Mapping[str, str], entries: Sequence[Entry], kernels: str) -> st
     text = [
         "# On a GPU",
         "",
-        "Made by `bash bench/gpu.sh`. Medians of CUDA events over rounds in which everybody takes a turn, with the",
+        "Made by `bash bench/gpu.sh`. Medians of CUDA events over rounds in which the peers alternate, with the",
         "median deviation; of the wall clock for work that is bound by the host. A floor is the work's own GEMMs or a",
         "copy of its bytes (of an adapter: the frozen model); share is floor / rbfast. A peer's ratio is over rbfast.",
         "Waits: how often the host waits for the device in a call. Extra: memory at the peak beyond what stays.",
@@ -134,7 +134,7 @@ def _notes(entry: Entry) -> str:
 
 
 def terminal(entries: Sequence[Entry]) -> str:
-    """A short line for each case, and how many bars are missed."""
+    """A short line per case, and the number of missed bars."""
     bars = [bar for entry in entries for bar in entry.get("bars", [])]
     missed = sum(bar["passes"] is False for bar in bars)
     failed = sum("failed" in entry for entry in entries)

@@ -1,11 +1,11 @@
-"""How everything is timed and weighed: everybody in turn, then everybody's peak of memory and waits for the device.
+"""Times contestants in turn, then measures each one's peak memory and rbfast's waits for the device.
 
     found = race({"floor": gemms, "rbfast": ours, "Liger": theirs}, rounds=5, clock=clock_for("cuda"))
     found["rbfast"]["seconds"], found["rbfast"]["extra_mib"], found["rbfast"]["waits"]
 
-A round runs everybody once, so that a drift of the machine meets all of them alike; ratios are taken within a round.
-On a CPU a clock reads the wall. On a GPU it reads CUDA events, with the host ahead of the device; work that is bound
-by the host is read off the wall there too (`wall`).
+A round runs each contestant once, so that drift of the machine affects all alike; ratios are taken within a round.
+On a CPU a clock measures wall time. On a GPU it reads CUDA events, with the host ahead of the device; host-bound work
+is measured in wall time there too (`wall`).
 """
 
 import ctypes
@@ -24,11 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rbfast.loss import workspace
 
-Step = Callable[[], float | None]  # does the work; may say itself how many seconds of it count
+Step = Callable[[], float | None]  # does the work; may return the seconds that count
 Clock = Callable[[Step], float]
 Found = dict[str, dict[str, Any]]
 
-AHEAD_CYCLES = 20_000_000  # about 10 ms of a GPU, in which the host launches what is timed
+AHEAD_CYCLES = 20_000_000  # about 10 ms of a GPU, for the host to launch what is timed
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of mallopt(3)
 _WAITS = {"_local_scalar_dense", "nonzero", "bincount", "equal", "masked_select", "_unique2", "unique_dim"}
 
@@ -36,10 +36,10 @@ _WAITS = {"_local_scalar_dense", "nonzero", "bincount", "equal", "masked_select"
 def race(
     steps: Mapping[str, Step], rounds: int, clock: Clock, device: str, runner: Callable[..., object] | None = None
 ) -> Found:
-    """Seconds of each round and extra MiB of everybody, or why they could not take part; the waits of rbfast.
+    """Each contestant's seconds per round and extra MiB, or why it could not run; rbfast's waits for the device.
 
-    runner(one_round, rounds) runs the rounds, if a benchmark fixture is to see them. A failure of rbfast is recorded
-    like a peer's: who calls decides what to make of it.
+    runner(one_round, rounds), if given, runs the rounds, so that a benchmark fixture sees them. A failure of rbfast is
+    recorded like a peer's: the caller decides what to do about it.
     """
     who = {name: _warm(step) for name, step in steps.items()}
     order = [name for name, found in who.items() if "seconds" in found]
@@ -47,10 +47,10 @@ def race(
     def one_round() -> None:
         for name in order:
             who[name]["seconds"].append(clock(steps[name]))
-        order.reverse()  # so that nobody always comes after the same one
+        order.reverse()  # so that none always follows the same one
 
     gc.collect()
-    gc.freeze()  # else the collector walks torch and every peer's modules, for 0.2 s, within whichever step it falls
+    gc.freeze()  # else a collection walks torch and every peer's modules, for 0.2 s, inside some step
     try:
         (runner or _repeat)(one_round, rounds)
         for name, found in who.items():
@@ -78,7 +78,7 @@ def _warm(step: Step) -> dict[str, Any]:
 
 
 def absent(error: Exception) -> Step:
-    """A step that says why there is none."""
+    """The step of a contestant that is not there: raises the error that says why."""
 
     def step() -> None:
         raise error
@@ -93,7 +93,7 @@ def reason(error: Exception) -> str:
 
 
 def in_turn(calls: Iterable[Callable[[], object]]) -> Step:
-    """The next of some calls each time: with inputs that together do not fit a cache, each finds it cold."""
+    """A step that makes the next of some calls: if all their inputs exceed the cache, each call finds it cold."""
     turn = cycle(calls)
 
     def step() -> None:
@@ -106,7 +106,7 @@ def in_turn(calls: Iterable[Callable[[], object]]) -> Step:
 
 
 def wall(step: Step) -> float:
-    """Seconds on the wall; on a GPU, from an idle device to an idle device."""
+    """Seconds of wall time; on a GPU, from an idle device to an idle device."""
     settle()
     start = time.perf_counter()
     counted = step()
@@ -115,9 +115,9 @@ def wall(step: Step) -> float:
 
 
 def events(step: Step) -> float:
-    """Seconds between two CUDA events around a step, the host being ahead unless the step waits for the device."""
+    """Seconds between two CUDA events around a step, with the host ahead unless the step waits for the device."""
     before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(AHEAD_CYCLES)  # else the first kernels wait for the host, and its time is measured
+    torch.cuda._sleep(AHEAD_CYCLES)  # else the first kernels wait for the host, and its time is measured too
     before.record()
     counted = step()
     after.record()
@@ -156,7 +156,7 @@ def _has_boolean_index(args: Sequence[Any]) -> bool:
 
 
 def host_waits(step: Step, device: str) -> int:
-    """How often the host waits for the device: as CUDA counts it, on a CPU as the dispatcher sees what would wait."""
+    """How often the host waits for the device: CUDA's count, or on a CPU the number of ops that would wait."""
     if device != "cuda":
         with _CountWaits() as mode:
             step()
@@ -178,9 +178,9 @@ def host_waits(step: Step, device: str) -> int:
 
 
 def extra_mib(step: Step, device: str) -> float | None:
-    """MiB at the peak of a step over what is there before it and what it leaves; None if that cannot be read.
+    """Peak MiB of a step above what is in use before it (on a GPU, before or after it); None if it cannot be read.
 
-    The step must have run before, so that what libraries and compilers allocate once is not counted.
+    The step must have run before, so that one-time allocations of libraries and compilers are not counted.
     """
     if device == "cuda":
         return _extra_on_gpu(step)
@@ -198,15 +198,15 @@ def _extra_on_gpu(step: Step) -> float:
 
 def _extra_resident(step: Step) -> float:
     libc = ctypes.CDLL(None)
-    libc.mallopt(_MMAP_THRESHOLD, 2**20)  # every tensor its own pages: what one frees is no longer resident
-    workspace.release()  # so that what a loss keeps for its next call counts
+    libc.mallopt(_MMAP_THRESHOLD, 2**20)  # every tensor gets its own pages: freed ones are no longer resident
+    workspace.release()  # so that buffers a loss keeps for its next call count
     gc.collect()
     libc.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _resident_mib("VmRSS")
     step()
     peak = _resident_mib("VmHWM")
-    libc.mallopt(_MMAP_THRESHOLD, 2**25)  # where glibc arrives by itself in a process that frees large tensors
+    libc.mallopt(_MMAP_THRESHOLD, 2**25)  # glibc's own choice in a process that frees large tensors
     return peak - before
 
 

@@ -1,4 +1,4 @@
-"""Where the time of one call of rbfast goes: its kernels by torch.profiler, or one call between marks for ncu."""
+"""Where the time of one rbfast call goes: its kernels by torch.profiler, or one call marked for ncu."""
 
 from collections.abc import Sequence
 
@@ -44,7 +44,7 @@ def _between_marks(step: Step) -> None:
 
 
 def top_kernels(step: Step, count: int) -> str:
-    """A line for each of the kernels (without a GPU: ops) that take the most time of a step: ms, calls, name."""
+    """A line (ms, calls, name) for each of the kernels, or ops without a GPU, that take most of a step's time."""
     on_gpu = torch.cuda.is_available()
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as found:
         step()

@@ -1,4 +1,4 @@
-"""What the benchmarks write into docs/: sections between markers, and the machine they ran on."""
+"""How benchmarks write to docs/: sections between markers, and a description of the machine."""
 
 import platform
 import sys
@@ -21,7 +21,7 @@ def cpu() -> str:
 
 
 def cpu_kind() -> str:
-    """What kinds of CPU differ in for us: the maker's generation and the widest bf16 or vector unit, as "Xeon, AMX"."""
+    """The kind of this CPU: the maker's generation and the widest bf16 or vector unit, as "Xeon, AMX"."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
@@ -41,26 +41,26 @@ def kind_of(facts: Mapping[str, str], machine: str) -> str:
 
 
 def put_section(path: Path, name: str, text: str) -> None:
-    """Replaces what stands between `<!-- name -->` and `<!-- /name -->` in a file; the rest stays, bit for bit.
+    """Replaces the text between `<!-- name -->` and `<!-- /name -->` in a file; the rest stays byte for byte.
 
-    A file without the markers gets them at its end; no file, a new one with a heading.
+    Markers that are missing are appended; a file that is missing is created, with a heading.
 
     Raises:
-        ValueError: one marker without the other, in the wrong order, or more than once.
+        ValueError: a marker lacks the other, is repeated, or they are in the wrong order.
     """
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     old = path.read_text(encoding="utf-8") if path.exists() else "# Results\n"
     before, opened, rest = old.partition(start)
     _, closed, after = rest.partition(end)
     if (old.count(start), old.count(end)) not in ((0, 0), (1, 1)) or bool(opened) != bool(closed):
-        raise ValueError(f"{path}: expected one {start} and then one {end}, or neither; put them right")
+        raise ValueError(f"{path}: expected one {start} and then one {end}, or neither; fix the markers")
     if not opened:
         before, after = old.rstrip("\n") + "\n\n", "\n"
     write_text(path, f"{before}{start}\n{text.strip()}\n{end}{after}")
 
 
 def publish(program: str, path: Path, name: str, make: Callable[[], str]) -> int:
-    """What a script ends with: the section that `make` returns, put into a file and shown; the exit code."""
+    """The end of a script: writes the section that `make` returns to a file and prints it; returns the exit code."""
     try:
         text = make()
         put_section(path, name, text)

@@ -1,11 +1,11 @@
-"""What is measured: every case has inputs, a floor, ours and peers, and bars that ours is held to.
+"""What is measured: every case has inputs, a floor, rbfast, peers, and bars that rbfast must meet.
 
     for case in cases("cuda"):
         contest = case.make(Place("cuda", is_toy=False))
         contest.steps["floor"](), contest.steps["rbfast"](), contest.steps["torch.compile"]()
 
-The cases themselves are in bench/cases, a file for each group. A floor is a time that nothing can beat: the work's own
-GEMMs, or a copy of its bytes; the frozen model plays that part for an adapter.
+The cases are in bench/cases, one file per group. A floor is a time that nothing can beat: the work's own GEMMs, or a
+copy of its bytes; for an adapter it is the frozen model.
 """
 
 import math
@@ -41,7 +41,7 @@ _PASSES: dict[str, Callable[[float, float], bool]] = {"<=": lambda x, y: x <= y,
 
 @dataclass(frozen=True)
 class Place:
-    """Where a case runs. In a toy every size is tiny: it shows that a case works, not how fast it is."""
+    """Where a case runs. A toy has tiny sizes: it shows that a case works, not how fast it is."""
 
     device: str
     is_toy: bool = False
@@ -54,14 +54,14 @@ class Place:
         return toy if self.is_toy else full
 
     def draw(self, *shape: int, dtype: torch.dtype | None = None, seed: int = 0) -> torch.Tensor:
-        """Normal values, the same for one seed, device and shape."""
+        """Normal values, reproducible for a seed, device and shape."""
         generator = torch.Generator(self.device).manual_seed(hash((seed, *shape)) % 2**31)
         return torch.randn(*shape, generator=generator, device=self.device).to(dtype or self.dtype)
 
 
 @dataclass(frozen=True)
 class Bar:
-    """What rbfast is held to. metric: "rbfast ms", "rbfast GB", "rbfast waits", a value's name, or a ratio of times, as
+    """A limit for rbfast. metric: "rbfast ms", "rbfast GB", "rbfast waits", a value's name, or a ratio of times, as
     "floor / rbfast" or "LoRA r=1 - frozen / rbfast - frozen".
     """
 
@@ -73,13 +73,13 @@ class Bar:
         return f"{self.metric} {self.passes} {self.limit:g}"
 
     def judge(self, found: Found, values: Mapping[str, float]) -> tuple[float | None, bool | None]:
-        """The metric's value and whether it passes; None and None if somebody it names has no figures."""
+        """The metric's value and whether it passes; None and None if a contestant that it names was not measured."""
         value = measured(self.metric, found, values)
         return value, None if value is None else _PASSES[self.passes](value, self.limit)
 
 
 def measured(metric: str, found: Found, values: Mapping[str, float]) -> float | None:
-    """What a metric came to, or None if somebody it names has no figures."""
+    """A metric's value, or None if a contestant that it names was not measured."""
     if metric in values:
         return values[metric]
     if " / " in metric:
@@ -96,14 +96,14 @@ def measured(metric: str, found: Found, values: Mapping[str, float]) -> float | 
 
 
 def _seconds(side: str, found: Found) -> list[float]:
-    """Of each round, for "NAME" or "NAME - NAME"; none if somebody has none."""
+    """Seconds per round of "NAME" or "NAME - NAME"; empty if one of them was not measured."""
     rounds = [found.get(name, {}).get("seconds", []) for name in side.split(" - ")]
     return [mine - sum(less) for mine, *less in zip(*rounds, strict=True)] if all(rounds) else []
 
 
 @dataclass
 class Contest:
-    """A case with its inputs in memory. values: measures what is no time; notes: what differs in what a peer does."""
+    """A case with its inputs in memory. values: measures what is not a time. notes: how a peer's work differs."""
 
     title: str
     steps: Mapping[str, Step]

@@ -2,7 +2,7 @@
 
     python bench/run.py loss --device cuda --peers      # a group, or a case by part of its name
     python bench/run.py --peers                         # all cases of a CPU
-    python bench/run.py columns --toy                   # sizes of no meaning: does it work?
+    python bench/run.py columns --toy                   # tiny sizes: does it work?
     python bench/run.py "four 7B" --device cuda --kernels 15        # where the time of a call goes, by torch.profiler
     python bench/run.py "column_grad 14B" --device cuda --once      # one call of rbfast, for ncu
 
@@ -30,8 +30,8 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", help="groups, or parts of names; all of them if none is given")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--toy", action="store_true", help="sizes of no meaning, on the CPU if there is no GPU")
-    parser.add_argument("--peers", action="store_true", help="the peers too, not rbfast and its floor alone")
+    parser.add_argument("--toy", action="store_true", help="tiny sizes, on the CPU if there is no GPU")
+    parser.add_argument("--peers", action="store_true", help="run the peers too, not only rbfast and its floor")
     parser.add_argument("--record", type=Path, help="add a line of JSON for each case to this file")
     parser.add_argument("--once", action="store_true", help="run rbfast once, between the marks of a profiler")
     parser.add_argument("--kernels", type=int, metavar="N", help="print the N kernels or ops that take the most time")
@@ -53,7 +53,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[str], list[str]]:
 
 
 def _import_all(device: str) -> None:
-    """What takes seconds; nothing of it touches a GPU."""
+    """Imports what takes seconds to import; none of it touches a GPU."""
     import registry
 
     registry.cases(device)
@@ -66,7 +66,7 @@ def _wait_for(path: Path) -> None:
     parent = os.getppid()
     while not path.exists():
         if os.getppid() != parent:
-            sys.exit("nobody is left to say when to begin")
+            sys.exit(f"the process that starts this one ended before it wrote {path}")
         time.sleep(0.05)
 
 

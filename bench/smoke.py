@@ -1,9 +1,9 @@
-"""Every job of the command line on a device, a line each: does it run, and for how long.
+"""Runs every command-line job on a device and prints a line for each: does it work, and how long it takes.
 
     python bench/smoke.py                                # on cuda; a student of 8 layers with random weights
     python bench/smoke.py --device cuda:1 --student smollm2-135m
 
-It goes on where a job fails, prints the end of what that one said, and exits with 1. Needs no network.
+If a job fails, it prints the end of its output, goes on with the others, and exits with 1. Needs no network.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT)]
-# Jobs fork from this process: asking NVML for GPUs, and not CUDA, keeps CUDA usable in them.
+# Jobs fork from this process: CUDA stays usable in them if NVML, not CUDA, is asked for GPUs here.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 from cli_jobs import Setup, run_jobs  # noqa: E402

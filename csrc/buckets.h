@@ -1,4 +1,4 @@
-// The divergence over a few buckets, in fp64: a top-k teacher's ids and the tail. For CPU and CUDA alike.
+// The divergence over a few buckets (a top-k teacher's ids and the tail) in fp64, for CPU and CUDA.
 #pragma once
 
 #include <math.h>
@@ -9,13 +9,14 @@
 
 namespace rbfast {
 
-constexpr double kLogFloor = -100;  // log p counts at least this much in reverse KL
+constexpr double kLogFloor = -100;  // reverse KL clamps log p to at least this
 
 struct Bucket {
   double log_p, log_q, gradient;
 };
 
-// score: the gradient of forward KL in the bucket's logit; for the others log q/p or log q/m, see score_gradient.
+// score: for forward KL the gradient in the bucket's logit; for reverse KL log q/p and for JS log q/m, which
+// score_gradient turns into a gradient.
 struct BucketTerm {
   double divergence, q, score;
 };

@@ -1,4 +1,4 @@
-// What an op of any device needs between the torch dispatcher and its kernels: tensors, their pointers, and checks
+// Helpers for every op, CPU or CUDA, between the torch dispatcher and its kernels: tensors, data pointers, and checks
 // whose messages say what was expected and what came.
 #pragma once
 
@@ -37,16 +37,17 @@ T* mutable_data(const Tensor& tensor) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// x itself if it is contiguous, else a copy. Torch's own looks the op up by its name at every call, copy or not.
+// x if it is contiguous, else a copy. torch::stable::contiguous looks its op up by name at every call, even if x needs
+// no copy.
 inline Tensor packed(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
-// x itself if its rows are dense, else a copy.
+// x if its rows are dense, else a copy.
 inline Tensor dense_rows(const Tensor& x) {
   return x.stride(1) == 1 || x.size(1) < 2 ? x : torch::stable::contiguous(x);
 }
 
-// Memory beside `like` that nothing is written to yet. Torch's new_empty goes through its dispatcher, which costs the
-// host as much as the launch of a kernel.
+// An uninitialised tensor on the device of `like`. Torch's new_empty goes through the dispatcher, which costs the host
+// as much as a kernel launch.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
   int64_t strides[4], count = 1;
   for (size_t d = sizes.size(); d-- > 0; count *= std::max<int64_t>(1, sizes.begin()[d])) strides[d] = count;
@@ -84,19 +85,19 @@ inline void expect_delta(const char* op, const Tensor& A, const Tensor& B, int64
   expect_matrix(op, "B", B, out, A.size(0));
 }
 
-// The lists of a call that does several things at once are of one length.
+// All lists of a batched op must have the same length.
 inline void expect_lists(const char* op, size_t count, std::initializer_list<size_t> others) {
   for (size_t other : others)
     expect(other == count, op, ": all lists must be of one length, got ", count, " and ", other);
 }
 
-// The columns of a support come in aligned runs of `run`.
+// Checks `run`: the columns of a support come in aligned runs of that many.
 inline void expect_run(const char* op, int64_t s, int64_t run) {
   expect(run >= 1 && run <= 16 && (run & (run - 1)) == 0, op, ": run must be 1, 2, 4, 8 or 16, got ", run);
   expect(s % run == 0, op, ": run must divide the number of columns, ", s, ", got ", run);
 }
 
-// A write to an expanded tensor would let threads race for the same element.
+// Refuses an expanded tensor: threads would race to write the same element.
 inline void expect_writable(const char* op, const char* name, const Tensor& x) {
   for (int64_t d = 0; d < x.dim(); ++d) {
     expect(x.stride(d) != 0 || x.size(d) < 2, op, ": ", name, " is expanded: clone it before it is written to");

@@ -1,4 +1,14 @@
-// The arguments of divergence_rows_ as plain pointers, checked: what the kernels of every device start from.
+// The arguments of divergence_rows_ as plain pointers, checked, for the kernels of both CPU and CUDA. A row of logits x
+// with label y has (rbfast/ops/reference.py is the definition)
+//     z = cap(logit_scale * (x + bias)),  q = softmax(z / tau),
+//     loss = kl_weight * tau^2 * D + ce_weight * CE(softmax(z), y),
+//     dz = d loss / d x = (kl_weight * tau * g + ce_weight * (softmax(z) - onehot(y))) * d z / d x.
+// D and g = d D / d (z / tau), with m = beta p + (1 - beta) q and means over q:
+//     beta = 0:  D = KL(p, q),                             g = q - p
+//     beta = 1:  D = KL(q, p),                             g = q (score - mean score),  score = log(q / p)
+//     between:   D = beta KL(p, m) + (1 - beta) KL(q, m),  g = (1 - beta) q (score - mean score),  score = log(q / m)
+// p comes from a teacher's log-probs of k ids, with a tail for all others (top-k), or from its logits (dense). Without
+// a teacher (text) D is 0.
 #pragma once
 
 #include <optional>
@@ -12,7 +22,7 @@
 
 namespace rbfast {
 
-// A number of each row: values[i] * factor, or where there are no values the factor in every row.
+// A number per row: values[row] * factor, or factor alone in every row if values is null.
 struct Parameter {
   const float* values;
   double factor;
@@ -22,7 +32,7 @@ RBFAST_INLINE float of_row(const Parameter& parameter, int64_t row) {
   return static_cast<float>(parameter.values == nullptr ? parameter.factor : parameter.values[row] * parameter.factor);
 }
 
-// Strides are in elements. No ids and no teacher: text alone.
+// Strides are in elements. With neither ids nor a teacher a row is text: cross-entropy alone.
 struct Job {
   float* logits;
   int64_t logits_stride, rows, vocabulary;
@@ -41,7 +51,7 @@ struct Job {
   float logit_scale, softcap;  // softcap 0: none
 };
 
-// Checks shapes and types, not the values of labels and ids: on a GPU that would wait for the stream.
+// Checks shapes and types, but not the values of labels and ids: on a GPU that would synchronise the stream.
 class Arguments {
  public:
   Job job{};
@@ -76,7 +86,7 @@ class Arguments {
   }
 
  private:
-  std::vector<Tensor> alive_;  // what the pointers of the job point into
+  std::vector<Tensor> alive_;  // keeps the memory behind the job's pointers
 
   void take_dz(const Tensor& dz) {
     expect_plane("dz", dz);
@@ -89,7 +99,7 @@ class Arguments {
     expect_rows_apart();
   }
 
-  // A gradient over the logits must have each row in the memory of its own logits.
+  // If dz overlaps the logits, each row of dz must start at its own row of logits.
   void expect_rows_apart() const {
     if (job.rows == 0) return;
     const int64_t bytes = job.dz_is_bf16 ? 2 : 4;
@@ -147,7 +157,7 @@ class Arguments {
            torch::headeronly::toString(x.scalar_type()), " with ", x.dim() > 0 ? x.size(0) : 0);
   }
 
-  // [rows, columns] with dense rows, written or read in place.
+  // Expects [rows, columns] with dense rows: x is read or written in place.
   void expect_plane(const char* name, const Tensor& x) const {
     expect(x.dim() == 2 && x.size(0) == job.rows && (x.stride(1) == 1 || x.size(1) < 2), "divergence_rows_: ", name,
            " must be [", job.rows, ", columns] with dense rows; call contiguous() on it");

@@ -1,17 +1,17 @@
-// The arithmetic of a row's losses, value by value, written once: for the vectors of a CPU and for one CUDA thread.
+// Element-wise arithmetic of the losses, written once for CPU vectors and for single CUDA threads.
 //
-// Whoever includes it brings `Lanes`, one or more floats that operators work on (a GCC vector on a CPU, float on a GPU;
-// `c ? a : b` chooses lane by lane), `LaneInts` of the same width, and splat, fmadd, as_ints, as_lanes, to_lanes,
-// larger, smaller, nearest_whole and times_power as cpu/lanes.h describes them. A GPU has its own terms of a divergence
-// (cuda/divergence.cuh) and takes tanh from here.
+// The including file defines `Lanes`, one or more floats with operators (a GCC vector on a CPU, float on a GPU; ?:
+// selects per lane), `LaneInts` of the same width, and splat, fmadd, as_ints, as_lanes, to_lanes, larger, smaller,
+// nearest_whole and times_power as described in cpu/lanes.h. A GPU has its own terms of a divergence
+// (cuda/divergence.cuh); from here it takes exp_change, for its tanh.
 //
-// exp of x is good to about 1 + |x| units in the last place; exp(x) - 1, log1p and tanh to about one, with the small
-// differences kept apart: what a divergence between two close distributions is made of. A NaN goes through: every clamp
-// is written so that a comparison with NaN keeps it.
+// exp(x) is accurate to about 1 + |x| ulp; exp(x) - 1, log1p and tanh to about one. The small differences that make up
+// a divergence between two close distributions are kept as values of their own. NaN propagates: every clamp is written
+// so that a comparison with NaN keeps it.
 //
-// With d = log p - log q computed from differences of logits, the larger of p and q is exp of its logarithm and the
-// smaller follows from exp(-|d|) - 1. So q - p and every term of D keep their relative accuracy when the two are close,
-// and every term is >= 0.
+// d = log p - log q is computed from differences of logits. The larger of p and q is exp of its logarithm; the smaller
+// follows from exp(-|d|) - 1. So q - p and every term of D keep their relative accuracy when p and q are close, and
+// every term is >= 0.
 #pragma once
 
 #include <stdint.h>
@@ -22,10 +22,11 @@
 
 namespace rbfast {
 
-// Logits below this count as it: -inf without the NaN of inf - inf. exp of it is 0 beside any other logit.
+// Logits are clamped to at least this: it acts as -inf without the NaN of inf - inf, and its exp is 0 beside any other
+// logit.
 constexpr float kNone = -1e30f;
 
-// exp(x) for x below -86 counts as 0, or as exp(-86) where that is as good: no power of two is denormal.
+// For x below -86, exp(x) counts as 0, or as exp(-86) if that makes no difference: no power of two is denormal.
 constexpr float kLeastPower = -124.0f;
 constexpr float kLog2e = 1.44269504f;
 
@@ -42,7 +43,7 @@ RBFAST_INLINE Lanes power_of_two(Lanes y) {
   return times_power(fmadd(p, f, splat(1.0f)), n);
 }
 
-// exp(x) for x <= 0, and at least exp(-86), so that a sum that has a 1 in it is the same.
+// exp(x) for x <= 0, clamped to at least exp(-86), which does not change a sum that contains a 1.
 RBFAST_INLINE Lanes exp_in_sum(Lanes x) { return power_of_two(larger(x * kLog2e, splat(kLeastPower))); }
 
 // exp(x) for x <= 0, and 0 below -86.
@@ -70,7 +71,8 @@ RBFAST_INLINE ExpChange exp_change(Lanes x) {
   return {fmadd(small, power, power), change, n == splat(0.0f) ? square : change - x};
 }
 
-// For w > -1, given with y = 1 + w (which may be known better than by adding 1): log(1 + w), and w - log(1 + w) >= 0.
+// log = log(1 + w) and rest = w - log(1 + w) >= 0, for w > -1. y = 1 + w is given, as the caller may know it more
+// accurately.
 struct LogParts {
   Lanes log, rest;
 };
@@ -97,20 +99,21 @@ RBFAST_INLINE Lanes tanh_lanes(Lanes x) {
   return x < splat(0.0f) ? -value : value;
 }
 
-// ---- a teacher beside the student ----
+// ---- a dense teacher ----
 
-// A teacher's distribution over the first n ids beside the student's, at inverse temperature inv_tau:
+// The teacher's and the student's distributions over the first n ids, at inverse temperature inv_tau:
 // log q_v = (z_v - z_max) * inv_tau - z_log, log p_v = (t_v - t_max) * inv_tau - t_log,
 // log p_v - log q_v = (t_v - z_v) * inv_tau - shift.
 // dz_v = coefficient * (gradient of D)_v + at_one * exp(z_v - z_max).
 struct DensePass {
   int64_t n;
   float inv_tau, z_max, z_log, t_max, t_log, shift, beta, rest_of_beta, coefficient, at_one;
-  float mean_score;  // what the pass for values returned, for the pass for gradients
+  float mean_score;  // from the pass for values, for the pass for gradients
 };
-constexpr float kLeastLog = -100.0f;  // the one below which a term of the other distribution is as good as alone
+// Clamps log p in reverse KL, and |d| if beyond it the smaller of p and q is negligible.
+constexpr float kLeastLog = -100.0f;
 
-// p and q of some ids: e is the larger of the two, small.all * e the other one, gap = |log p - log q|.
+// p and q of some ids: e is the larger, small.all * e the smaller, gap = |log p - log q|.
 struct Pair {
   Lanes e, gap;
   LaneInts p_leads;
@@ -138,11 +141,11 @@ RBFAST_INLINE Pair pair(Lanes z, Lanes t, const DensePass& pass) {
   return {exp_negative(smaller(log_e, splat(0.0f))), gap, p_leads, exp_change(-gap)};
 }
 
-// With b = a exp(-gap) < a: b log(b/a) - b + a, over a.
+// (b log(b/a) - b + a) / a for b = a exp(-gap) < a.
 RBFAST_INLINE Lanes lesser_term(const Pair& x) { return fmadd(-x.gap, x.small.change, -x.small.rest); }
 
 struct Term {
-  Lanes divergence, q, score;  // score: log q/p or log q/m; for forward KL q holds q - p, and score nothing
+  Lanes divergence, q, score;  // score: log q/p or log q/m. In forward KL q holds q - p, and score is unused
 };
 
 template <Kind kKind>
@@ -160,7 +163,7 @@ RBFAST_INLINE Term term(Lanes z, Lanes t, const DensePass& pass) {
   const LogParts larger_one = log1p_parts(u * x.small.change, fmadd(u, x.small.all, rest_of_u));
   const Lanes growth = -rest_of_u * x.small.change / x.small.all;
   const LogParts smaller_one = log1p_parts(growth, growth + 1.0f);
-  const LaneInts is_far = x.gap > splat(40.0f);  // where growth may overflow, and the smaller one is nothing beside m
+  const LaneInts is_far = x.gap > splat(40.0f);  // growth may overflow, and the smaller one is negligible beside m
   const Lanes lesser = is_far ? rest_of_u : x.small.all * smaller_one.rest;
   const Lanes log_m_over_small = is_far ? larger_one.log + x.gap : smaller_one.log;
   return {x.e * (rest_of_u * larger_one.rest + u * lesser), q, x.p_leads ? -log_m_over_small : -larger_one.log};

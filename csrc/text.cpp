@@ -1,9 +1,8 @@
 // `rbfast._text`: the curation's hot loops over many texts, NumPy in and NumPy out, without the GIL.
 //
-// Texts come as one buffer of bytes and the n + 1 positions where they start and end. Each thread takes a run of texts
-// and writes what belongs to them, so results do not depend on the number of threads. The Python side
-// (rbfast/curation/text.py) gives these functions arrays of the right types; rbfast/curation/text_reference.py holds
-// their definitions.
+// Texts come as one byte buffer and n + 1 offsets. Each thread takes a run of texts and writes their results only, so
+// results do not depend on the number of threads. The Python side (rbfast/curation/text.py) passes arrays of the right
+// types; rbfast/curation/text_reference.py defines what each function returns.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -31,7 +30,7 @@ void expect(bool holds, const std::string& message) {
   if (!holds) throw py::value_error(message);
 }
 
-// `starts` must cut [0, length) into rows; returns how many.
+// Checks that `starts` cuts [0, length) into rows; returns the number of rows.
 int64_t checked_rows(const char* name, const Array<int64_t>& starts, int64_t length) {
   const int64_t n = starts.size() - 1;
   expect(starts.ndim() == 1 && n >= 0, std::string(name) + " must hold at least one position in one dimension");
@@ -64,7 +63,7 @@ struct Ragged {
 
   Array<T> join() {
     int64_t* at = starts.mutable_data();
-    for (int64_t i = 1; i < starts.size(); ++i) at[i] += at[i - 1];  // held lengths until now
+    for (int64_t i = 1; i < starts.size(); ++i) at[i] += at[i - 1];  // from lengths to offsets
     Array<T> all(at[starts.size() - 1]);
     T* next = all.mutable_data();
     for (auto& part : parts) {
@@ -75,7 +74,7 @@ struct Ragged {
   }
 };
 
-// Calls f(hash) for every shingle of `tokens`, in their order. Fewer than k tokens make one shingle.
+// Calls f(hash) for every shingle of `tokens`, in order. Fewer than k tokens make one shingle.
 template <typename F>
 void each_shingle(const std::vector<uint64_t>& tokens, size_t k, const F& f) {
   const size_t length = std::min(k, tokens.size());
@@ -86,7 +85,7 @@ void each_shingle(const std::vector<uint64_t>& tokens, size_t k, const F& f) {
   }
 }
 
-// Sorts what was appended to `out` since it held `before`, without repetitions; returns how many there are.
+// Sorts and deduplicates out[before:]; returns how many values are left there.
 template <typename T>
 int64_t sort_new(std::vector<T>& out, size_t before) {
   std::sort(out.begin() + before, out.end());
@@ -94,7 +93,7 @@ int64_t sort_new(std::vector<T>& out, size_t before) {
   return static_cast<int64_t>(out.size() - before);
 }
 
-// Calls f(i, hashes of the tokens of text i) for the texts of a part.
+// Calls f(i, token hashes of text i) for i in [first, last).
 template <typename F>
 void each_text(const char* text, const int64_t* at, int64_t first, int64_t last, bool mask_digits, const F& f) {
   Tokeniser tokenise;
@@ -133,7 +132,7 @@ py::tuple shingles(const Array<uint8_t>& bytes, const Array<int64_t>& starts, in
   return py::make_tuple(hashes, found.starts, counts);
 }
 
-// Finds hashes in a sorted table: they are uniform, so the top bits say where to look.
+// Finds hashes in a sorted table. Hashes are uniform, so their top bits select a bucket.
 class Table {
  public:
   Table(const uint64_t* sorted, int64_t size) : sorted_(sorted) {
@@ -142,7 +141,7 @@ class Table {
     for (int64_t i = 0; i < size; ++i) ++starts_[(sorted[i] >> (64 - bits_)) + 1];
     for (size_t b = 1; b < starts_.size(); ++b) starts_[b] += starts_[b - 1];
   }
-  // Where `hash` stands, or -1.
+  // The index of `hash`, or -1.
   int64_t find(uint64_t hash) const {
     const size_t bucket = hash >> (64 - bits_);
     for (int64_t i = starts_[bucket]; i < starts_[bucket + 1]; ++i)
@@ -190,7 +189,7 @@ py::tuple containment(const Array<int32_t>& ids, const Array<int64_t>& starts, c
                       const Array<int64_t>& posting_starts, const Array<int64_t>& weights, const Array<int64_t>& totals,
                       const Array<int64_t>& own, double least, int64_t threads) {
   const int64_t n = checked_rows("starts", starts, ids.size()), evaluations = totals.size();
-  const bool both = own.size() > 0;  // sides count
+  const bool both = own.size() > 0;  // the Dice coefficient, which counts both sides
   expect(!both || own.size() == n, "own must have one value for each row, or none");
   const int64_t terms = checked_rows("posting_starts", posting_starts, postings.size());
   expect(weights.size() == terms, "weights must have one value for each row of postings");
@@ -218,14 +217,14 @@ py::tuple containment(const Array<int32_t>& ids, const Array<int64_t>& starts, c
         for (int64_t j = at[i]; j < at[i + 1]; ++j) held += weight[id[j]];
         const double most = both ? 2.0 * static_cast<double>(held) / (smallest + static_cast<double>(mine[i]))
                                  : static_cast<double>(held) / smallest;
-        if (most < least) continue;  // boilerplate, that many items have
+        if (most < least) continue;  // no item can reach it: boilerplate
         touched.clear();
         for (int64_t j = at[i]; j < at[i + 1]; ++j)
           for (int64_t p = from[id[j]]; p < from[id[j] + 1]; ++p) {
             if (shared[item[p]] == 0 && weight[id[j]] > 0) touched.push_back(item[p]);
             shared[item[p]] += weight[id[j]];
           }
-        std::sort(touched.begin(), touched.end());  // of equal shares the first item is reported
+        std::sort(touched.begin(), touched.end());  // on ties the first item is reported
         for (const int32_t e : touched) {
           const double part = both ? static_cast<double>(2 * shared[e]) / static_cast<double>(total[e] + mine[i])
                                    : static_cast<double>(shared[e]) / static_cast<double>(total[e]);

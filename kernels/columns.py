@@ -4,19 +4,19 @@ Maths: with H = scale * xs A^T the gradients of y += H B^T are dB = dy^T H, dH =
 
 Traffic of column_grad, for dy [T, out] in bf16: dy is read once, 2 T out bytes. A program owns one block of features
 and one group of tokens; it keeps its part of dB in registers and writes its part of dH. Parts are written once and read
-once: 8 T k bytes for every 256 features and 8 out k for every group. So little else moves while k is below 30 or so.
+once: 8 T k bytes for every 256 features and 8 out k for every group. For k below about 30 this traffic is small.
 FLOPs: 4 T k (out + s), three times that on the tensor cores. column_gather moves 4 T s bytes (more where single columns
 lie in separate sectors); column_linear_ and column_scatter_ read and write what they change once, after one read of xs
 or dy.
 
-Precision: sums are in fp32, and no product is rounded to less. Tensor cores multiply pieces of 8 bits, which bf16
-holds exactly: an fp32 factor is cut into three of them, an fp16 operand into two, a bf16 operand is one. They cut their
-sums off, always towards 0, so they add up one tile at a time, small pieces apart from large ones; fp32 additions, which
-round, add up the tiles. Order: the split of a sum follows from the shapes alone and parts are added in order, so equal
+Precision: sums are in fp32, and no product is rounded to less. Tensor cores multiply pieces of 8 bits, which bf16 holds
+exactly: an fp32 factor is split into three pieces, an fp16 operand into two, a bf16 operand is one. Tensor cores
+truncate sums towards 0, so they only sum within one tile, small pieces apart from large ones; fp32 additions, which
+round, sum the tiles. Order: the split of a sum depends on the shapes alone and parts are added in order, so equal
 inputs give equal bits; no atomics.
 
-Column indices are not checked against the matrix on a GPU: that would wait for the device. Those
-of a saved adapter are checked as it is read.
+Column indices are not checked against the matrix on a GPU: that would synchronise with the device. Those of a saved
+adapter are checked when it is read.
 """
 
 from typing import Any
@@ -26,20 +26,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# The interpreter cannot multiply bf16: it gets the same values in fp32.
+# Triton's interpreter cannot multiply bf16, so it gets the same values in fp32.
 PIECE = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
-PROGRAMS = 512  # a sum over tokens is cut into groups until there are about this many programs
+PROGRAMS = 512  # a sum over tokens is split into groups until there are about this many programs
 
 
 @triton.jit
 def _top_bits(x):
-    """x fp32 with its last 16 bits cut off: exact in bf16."""
+    """x fp32 with its low 16 bits cleared: exact in bf16."""
     return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _dot(x, w, acc):
-    """acc + x w in fp32, w being fp32."""
+    """acc + x w in fp32, for w in fp32."""
     if x.dtype == tl.float32:
         return tl.dot(x, w, acc, input_precision="ieee")
     high = _top_bits(w)
@@ -62,16 +62,16 @@ def _dot(x, w, acc):
 
 @triton.jit
 def _multiply(x, w, acc):
-    """acc (None: 0) + x w of pieces, whose products are exact in fp32; the sum is cut off, not rounded.
+    """acc (None: 0) + x w for pieces, whose products are exact in fp32. The sum is truncated, not rounded.
 
-    With a max_num_imprecise_acc of 0 the compiler would turn a later `+` into another acc, and cut that sum off too.
+    With max_num_imprecise_acc=0 the compiler would fuse a later `+` into the accumulator, and truncate that sum too.
     """
     return tl.dot(x, w, acc, input_precision="ieee", max_num_imprecise_acc=1)
 
 
 @triton.jit
-def _in_runs(column, RUN: tl.constexpr):
-    """Tells the compiler that columns come in runs, so that it moves the values of one together."""
+def _assume_runs(column, RUN: tl.constexpr):
+    """Tells the compiler that columns come in runs, so that it vectorises the accesses of a run."""
     return tl.max_contiguous(tl.multiple_of(column, (1, RUN)), (1, RUN))
 
 
@@ -80,7 +80,7 @@ def gather_kernel(x, cols, xs, T, s, x_row, x_col, RUN: tl.constexpr, BLOCK_T: t
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     j = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)[None, :]
     mask = (t < T) & (j < s)
-    column = _in_runs(tl.load(cols + j, mask=j < s, other=0), RUN)
+    column = _assume_runs(tl.load(cols + j, mask=j < s, other=0), RUN)
     tl.store(xs + t * s + j, tl.load(x + t * x_row + column * x_col, mask=mask), mask=mask)
 
 
@@ -107,9 +107,9 @@ def contract_kernel(
     x, w, m, sums, parts, T, n, k, group, x_row, x_col, m_row, m_col, sum_row, sum_col,
     HAS_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Over a group of tokens and a block of the columns of x [T, n]: a part of x^T w [n, k], with w [T, k], into sums.
+    """For a group of tokens and a block of columns of x [T, n]: writes a partial x^T w [n, k], with w [T, k], to sums.
 
-    With m [n, k] also this block's part of x m: parts [blocks, T, k].
+    With m [n, k] also writes this block's part of x m to parts [blocks, T, k].
     """
     block, g = tl.program_id(0), tl.program_id(1).to(tl.int64)
     j = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -154,8 +154,8 @@ def update_kernel(
     """target[:, cols] = base + (scale * left) right over `rows` rows and n columns, with left [rows, k], right [k, n];
     in a stack, for each expert.
 
-    The sum runs in order from zero and every product is rounded: compiled without fused multiply-add, the bits are
-    those of the reference.
+    The sum runs in order from zero, and every product is rounded: compiled without fused multiply-add, the result is
+    bitwise the reference's.
     """
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
@@ -169,7 +169,7 @@ def update_kernel(
     for i in range(k):
         a = scale * tl.load(left + r * left_row + i * left_col, mask=r < rows, other=0.0)
         acc += a * tl.load(right + i * right_row + j * right_col, mask=j < n, other=0.0)
-    column = _in_runs(tl.load(cols + j, mask=j < n, other=0), RUN) if HAS_COLS else j
+    column = _assume_runs(tl.load(cols + j, mask=j < n, other=0), RUN) if HAS_COLS else j
     if base is None:
         old = tl.load(target + r * target_row + column * target_col, mask=mask)
     else:
@@ -189,7 +189,7 @@ def _launch(
 
 
 def _rank_block(x: Tensor, k: int) -> int:
-    """The ranks of one program, which reads x once for all of them: as many as its registers hold."""
+    """The number of ranks per program: as many as its registers hold, because it reads x once for all of them."""
     return min(max(16, triton.next_power_of_2(k)), 32 if x.dtype == torch.bfloat16 else 16)
 
 
@@ -206,7 +206,7 @@ def _project(x: Tensor, m: Tensor, scale: float) -> Tensor:
 
 
 def _group_tokens(tokens: int, blocks: int) -> int:
-    """Tokens of one partial sum: at least 256, and fewer the more programs the features give already."""
+    """Tokens per partial sum: at least 256; more if the blocks of features already give many programs."""
     groups = triton.cdiv(PROGRAMS, max(1, blocks))
     return max(256, triton.cdiv(triton.cdiv(tokens, groups), 32) * 32)
 
@@ -242,8 +242,8 @@ def _add_parts(parts: Tensor, scale: float) -> Tensor:
 def _update_(
     target: Tensor, base: Tensor | None, cols: Tensor | None, left: Tensor, right: Tensor, scale: float, run: int = 1
 ) -> None:
-    """target[:, cols] = base + (scale * left) right, with left [rows, k], right [k, n]; base None: target[:, cols]. Of
-    stacks of experts, all but cols have one dimension more."""
+    """target[:, cols] = base + (scale * left) right, with left [rows, k], right [k, n]; base None: target[:, cols]. For
+    stacks of experts, all but cols have an extra leading dimension."""
     rows, (k, n) = target.shape[-2], right.shape[-2:]
     tensors = (target, base, cols, left, right)
     given = [(0,) * target.dim() if t is None else t.stride() for t in (target, base, left, right)]
@@ -317,7 +317,7 @@ def column_fold_(
     _update_(weight, base_columns, cols.contiguous(), B, A, scale, run)
 
 
-# ---- checks: a wrong shape would read memory that is not there ----
+# ---- checks: a wrong shape would read out of bounds ----
 
 
 def _expect(op: str, name: str, x: Tensor, shape: tuple[int | None, int | None]) -> None:
@@ -346,6 +346,6 @@ def _expect_columns(op: str, cols: Tensor, run: int) -> None:
 
 
 def _expect_writable(op: str, name: str, x: Tensor) -> None:
-    """A write to an expanded tensor would let programs race for the same element."""
+    """Raises for an expanded tensor: several programs would write the same element."""
     if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
         raise ValueError(f"{op}: {name} is expanded: clone it before it is written to")

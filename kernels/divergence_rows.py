@@ -3,15 +3,15 @@
 Maths: one program per row, in passes over blocks of V. The first finds the maximum and the sums of exponentials (of the
 student, and of a dense teacher); scalars between the passes are fp64. A row with a top-k teacher, or with none, then
 needs one pass for dz. A dense row needs one more for reverse KL and JS, whose gradient contains a mean over the row.
-Ids and labels cannot be checked without waiting for the device: a row with one outside the vocabulary becomes NaN.
+Checking ids and labels would synchronise with the device: a row with one outside the vocabulary becomes NaN instead.
 
 Traffic of a row in bytes, dz in bf16: top-k and text 4 V (sums) + 6 V (dz); dense forward KL 8 V + 10 V, the others 8 V
 more; 8 V more where the head has a bias, scale or softcap. FLOPs: about 40 (top-k) to 150 (JS) per logit.
 
-Memory: dz may lie over the logits, and no warp overwrites what another has yet to load, by construction. Every store to
-a row comes straight after a barrier, at which all warps have loaded all blocks up to this one. And the store of block
-[a, b) reaches no later block: it covers logits [a, b) if dz is fp32, [a / 2, b / 2) in 16 bits. Each row of dz starts
-with its logits, so programs do not meet.
+Memory: dz may overlap the logits, and by construction no warp overwrites what another has yet to load. Every store to a
+row directly follows a barrier, at which all warps have loaded all blocks up to this one. And the store of block [a, b)
+reaches no later block: it covers logits [a, b) if dz is fp32, [a / 2, b / 2) in 16 bits. Each row of dz starts at the
+same address as its logits, so programs do not overlap.
 """
 
 import torch
@@ -33,22 +33,22 @@ from rbfast.kernels.divergence_terms import (
 
 
 @triton.jit
-def _take_label(row, label, V):
+def _load_label_logit(row, label, V):
     """The label's logit, fp64; NaN where the label is outside the vocabulary."""
     is_there = (label >= 0) & (label < V)
     return at_least_none(tl.load(row + label, mask=is_there, other=float("nan"))).to(tl.float64)
 
 
 @triton.jit
-def _take(row, v, end):
-    """Block of logits; NONE from `end` on."""
+def _load_logits(row, v, end):
+    """A block of logits, NONE from `end` on."""
     return at_least_none(tl.load(row + v, mask=v < end, other=NONE))
 
 
 @triton.jit
 def _of_row(values, factor, i, mask=None):
-    """values[i] * factor; the factor where there are no values."""
-    # In one expression: Triton 3.6 compiles what follows a return, too.
+    """values[i] * factor; just the factor if values is None."""
+    # In one expression: Triton 3.6 also compiles code after a return.
     return factor + 0.0 if values is None else tl.load(values + i, mask=mask) * factor
 
 
@@ -57,19 +57,19 @@ def _of_row(values, factor, i, mask=None):
 
 @triton.jit
 def _store(at, x, mask):
-    """To a row whose logits up to here are loaded, by this warp; the barrier waits for the others."""
+    """Stores to a row whose logits up to here this warp has loaded; the barrier waits for the other warps."""
     tl.debug_barrier()
     tl.store(at, x.to(at.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _write_head(row, bias, V, logit_scale, softcap, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr):
-    """Logits become cap(logit_scale * (logits + bias)), in place."""
+def _apply_head(row, bias, V, logit_scale, softcap, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr):
+    """Replaces the logits by cap(logit_scale * (logits + bias)), in place."""
     for start in range(0, V, BLOCK):
         v = start + tl.arange(0, BLOCK)
-        z = _take(row, v, V)
+        z = _load_logits(row, v, V)
         if bias is not None:
-            z += _take(bias, v, V)
+            z += _load_logits(bias, v, V)
         z *= logit_scale
         if HAS_CAP:
             z = softcap * tanh(z / softcap)
@@ -81,12 +81,12 @@ def _write_head(row, bias, V, logit_scale, softcap, HAS_CAP: tl.constexpr, BLOCK
 def _log_sum(row, begin, end, inv_tau, BLOCK: tl.constexpr):
     """The maximum of logits [begin, end), and the sums of exp((z - max) * inv_tau) and exp(z - max), fp64.
 
-    The sums mean nothing where the maximum is NONE.
+    The sums are meaningless if the maximum is NONE.
     """
     top = NONE + 0.0
     at_tau, at_one = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(begin, end, BLOCK):
-        z = _take(row, start + tl.arange(0, BLOCK), end)
+        z = _load_logits(row, start + tl.arange(0, BLOCK), end)
         higher = tl.maximum(top, tl.max(z, 0))
         x = z - higher
         at_tau = at_tau * tl.exp((top - higher) * inv_tau) + tl.exp(x * inv_tau)
@@ -96,17 +96,17 @@ def _log_sum(row, begin, end, inv_tau, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _finish(gradient, z, logit_scale, softcap, HAS_CAP: tl.constexpr):
-    """From the gradient in the capped and scaled logits z to that in the head's own."""
+def _raw_logit_gradient(gradient, z, logit_scale, softcap, HAS_CAP: tl.constexpr):
+    """Converts the gradient in the capped and scaled logits z to that in the raw logits."""
     if HAS_CAP:
         gradient *= 1.0 - (z / softcap) * (z / softcap)
     return gradient * logit_scale
 
 
 @triton.jit
-def _put(dz, gradient, z, v, V, label, ce_weight, logit_scale, softcap, HAS_CAP: tl.constexpr):
+def _store_gradient(dz, gradient, z, v, V, label, ce_weight, logit_scale, softcap, HAS_CAP: tl.constexpr):
     gradient -= tl.where(v == label, ce_weight, 0.0)
-    gradient = _finish(gradient, z, logit_scale, softcap, HAS_CAP)
+    gradient = _raw_logit_gradient(gradient, z, logit_scale, softcap, HAS_CAP)
     _store(dz + v, gradient, v < V)
 
 
@@ -119,13 +119,13 @@ def sparse_rows_kernel(
     V, k, logits_row, dz_row, kl_factor, ce_factor, temperature_factor, beta, logit_scale, softcap,
     HAS_HEAD: tl.constexpr, HAS_CAP: tl.constexpr, KIND: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row with k log-probs of its teacher; ids None: text alone."""
+    """One row with k log-probs of its teacher; ids None: text only."""
     i = tl.program_id(0).to(tl.int64)
     row = logits + i * logits_row
     label, a = tl.load(labels + i), _of_row(ce_weight, ce_factor, i)
     if HAS_HEAD:
-        _write_head(row, bias, V, logit_scale, softcap, HAS_CAP, BLOCK)
-    z_label = _take_label(row, label, V)
+        _apply_head(row, bias, V, logit_scale, softcap, HAS_CAP, BLOCK)
+    z_label = _load_label_logit(row, label, V)
     tau = _of_row(temperature, temperature_factor, i)
     inv_tau = 1.0 / tau
     if ids is not None:
@@ -134,7 +134,7 @@ def sparse_rows_kernel(
         used = (id >= 0) & (id < V)
         is_padding = id == -1
         z_in = at_least_none(tl.load(row + id, mask=used, other=float("nan")))
-        _store(row + id, tl.full((BLOCK_K,), NONE, tl.float32), used)  # what is left is the tail
+        _store(row + id, tl.full((BLOCK_K,), NONE, tl.float32), used)  # the remaining logits are the tail
         tl.debug_barrier()
     tail_top, tail_tau, tail_one = _log_sum(row, 0, V, inv_tau, BLOCK)
     has_tail = (tail_top > NONE) | (tail_one != tail_one)
@@ -168,14 +168,14 @@ def sparse_rows_kernel(
         at_one = tl.where(has_tail, a * tl.exp(tail_top - log_one), 0.0).to(tl.float32)
         for start in range(0, V, BLOCK):
             v = start + tl.arange(0, BLOCK)
-            z = _take(row, v, V)
+            z = _load_logits(row, v, V)
             gradient = tl.exp(z - tail_top) * at_one
             if ids is not None:
                 gradient += tl.exp((z - tail_top) * inv_tau) * at_tau
-            _put(to, gradient, z, v, V, label, a, logit_scale, softcap, HAS_CAP)
+            _store_gradient(to, gradient, z, v, V, label, a, logit_scale, softcap, HAS_CAP)
         if ids is not None:
             gradient = gradient_in.to(tl.float32) - tl.where(id == label, a, 0.0)
-            gradient = _finish(gradient, z_in, logit_scale, softcap, HAS_CAP)
+            gradient = _raw_logit_gradient(gradient, z_in, logit_scale, softcap, HAS_CAP)
             _store(to + id, gradient, used)
 
 
@@ -188,13 +188,13 @@ def dense_rows_kernel(
     V, shared, logits_row, dz_row, teacher_row, kl_factor, ce_factor, temperature_factor, beta, logit_scale, softcap,
     HAS_HEAD: tl.constexpr, HAS_CAP: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row with its teacher's logits; `shared` ids are in both vocabularies."""
+    """One row with its teacher's logits; ids below `shared` are in both vocabularies."""
     i = tl.program_id(0).to(tl.int64)
     row, teacher_at = logits + i * logits_row, teacher + i * teacher_row
     label = tl.load(labels + i)
     if HAS_HEAD:
-        _write_head(row, bias, V, logit_scale, softcap, HAS_CAP, BLOCK)
-    z_label = _take_label(row, label, V)
+        _apply_head(row, bias, V, logit_scale, softcap, HAS_CAP, BLOCK)
+    z_label = _load_label_logit(row, label, V)
     tau = _of_row(temperature, temperature_factor, i)
     inv_tau = 1.0 / tau
     z_max, z_tau, z_one = _log_sum(row, 0, shared, inv_tau, BLOCK)
@@ -206,18 +206,18 @@ def dense_rows_kernel(
     shift = (t_log - z_log).to(tl.float32)
     tl.store(ces + i, (log_one - (z_label - top)).to(tl.float32))
     z_log, t_log = z_log.to(tl.float32), t_log.to(tl.float32)
-    unknown = tl.where(t_max > NONE, 0.0, float("nan"))  # a teacher of only -inf has no distribution: its row is NaN
+    unknown = tl.where(t_max > NONE, 0.0, float("nan"))  # a teacher row of only -inf is no distribution: NaN
 
     terms, scores = tl.zeros((BLOCK,), tl.float32) + unknown, tl.zeros((BLOCK,), tl.float32)
     if (KIND != FORWARD) or (dz is None):
         for start in range(0, shared, BLOCK):
             v = start + tl.arange(0, BLOCK)
-            z, t = _take(row, v, shared), _take(teacher_at, v, shared)
+            z, t = _load_logits(row, v, shared), _load_logits(teacher_at, v, shared)
             term, q, pull = dense_term(z, t, z_max, z_log, t_max, t_log, shift, inv_tau, beta, KIND)
             terms += tl.where(v < shared, term, 0.0)
             scores += tl.where(v < shared, q * pull, 0.0)
     if dz is not None:
-        # The label again, and the weights: they hold no registers till here.
+        # Loaded only here (the label again), so that they occupy no registers before.
         label, a = tl.load(labels + i), _of_row(ce_weight, ce_factor, i)
         coefficient = _of_row(kl_weight, kl_factor, i) * tau + unknown
         if KIND == JS:
@@ -226,29 +226,29 @@ def dense_rows_kernel(
         at_one = a * tl.exp(-log_one).to(tl.float32)
         for start in range(0, V, BLOCK):
             v = start + tl.arange(0, BLOCK)
-            z, t = _take(row, v, V), _take(teacher_at, v, shared)
+            z, t = _load_logits(row, v, V), _load_logits(teacher_at, v, shared)
             term, q, pull = dense_term(z, t, z_max, z_log, t_max, t_log, shift, inv_tau, beta, KIND)
             if KIND == FORWARD:
                 terms += tl.where(v < shared, term, 0.0)
             else:
                 pull = q * (pull - mean)
             gradient = tl.where(v < shared, coefficient * pull, 0.0) + at_one * tl.exp(z - top)
-            _put(dz + i * dz_row, gradient, z, v, V, label, a, logit_scale, softcap, HAS_CAP)
+            _store_gradient(dz + i * dz_row, gradient, z, v, V, label, a, logit_scale, softcap, HAS_CAP)
     value = tl.sum(terms, 0)
     tl.store(values + i, tl.where(value < 0, 0.0, value))
 
 
-# ---- what weighs them ----
+# ---- weighted losses ----
 
-WEIGHED = 256  # rows that a program weighs
+BLOCK_ROWS = 256  # rows per program
 
 
 @triton.jit
-def weigh_kernel(
+def weighted_loss_kernel(
     values, ces, losses, kl_weight, ce_weight, temperature, rows, kl_factor, ce_factor, temperature_factor,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The losses of rows. By itself: in the kernel of dense rows it would take registers that there are not."""
+    """The weighted losses of rows. A separate kernel, because the dense kernel has no registers left for it."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < rows
     w, a = _of_row(kl_weight, kl_factor, i, inside), _of_row(ce_weight, ce_factor, i, inside)
@@ -295,8 +295,8 @@ def divergence_rows_(
     factors = (float(kl_factor), float(ce_factor), float(temperature_factor))
     head = (*factors, float(beta), float(logit_scale), float(softcap or 0), has_head, softcap is not None, kind)
     strides = (logits.stride(0), 0 if dz is None else dz.stride(0))
-    # What JS and a head keep of a block between passes leaves no registers for a wide one. No autotune: the block sets
-    # the order of the sums, and a choice by the clock would give other bits in every run.
+    # JS with a head keeps so much of a block between passes that a wide one does not fit in registers. No autotuning:
+    # the block sets the order of the sums, so a choice by timing would make the bits vary between runs.
     widest = 1024 if teacher is not None and has_head and kind == JS.value else 2048
     block = min(max(64, triton.next_power_of_2(V)), widest)
     options = {"num_warps": 8 if block == widest else 4}
@@ -310,11 +310,12 @@ def divergence_rows_(
         k = 0 if signal[0] is None else signal[0].shape[1]
         rows = (logits, dz, labels, *parameters, *signal, bias, values, ces, V, k)
         _launch(sparse_rows_kernel, (T,), *rows, *strides, *head, triton.next_power_of_2(max(k, 2)), block, **options)
-    _launch(weigh_kernel, (triton.cdiv(T, WEIGHED),), values, ces, losses, *parameters, T, *factors, WEIGHED)
+    grid = (triton.cdiv(T, BLOCK_ROWS),)
+    _launch(weighted_loss_kernel, grid, values, ces, losses, *parameters, T, *factors, BLOCK_ROWS)
     return values, ces, losses
 
 
-# ---- checks: labels and ids are not compared with V, which would wait for the device ----
+# ---- checks: labels and ids are not compared with V, which would synchronise with the device ----
 
 
 def _top_k(ids: Tensor, logprobs: Tensor, rows: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What divergence_rows computes of single ids and buckets, and functions of a number that keep the small difference.
+"""The terms of divergence_rows for single ids and buckets, and scalar functions that avoid cancellation.
 
 With d = log p - log q from differences of logits, the larger of p and q is exp of its logarithm and the smaller follows
 from exp(-|d|) - 1. So q - p and every term of D keep their relative accuracy when the two are close, and every term
@@ -8,17 +8,17 @@ is >= 0.
 import triton
 import triton.language as tl
 
-NONE = tl.constexpr(-1e30)  # logits below it count as it: -inf without the NaN of inf - inf
-LOG_FLOOR = tl.constexpr(-100.0)  # log p counts at least this much in reverse KL
+NONE = tl.constexpr(-1e30)  # logits are clamped here: stands for -inf without the NaN of inf - inf
+LOG_FLOOR = tl.constexpr(-100.0)  # log p is clamped here in reverse KL
 FORWARD, REVERSE, JS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
-# ---- functions of a number, by hand where the small difference must be kept ----
+# ---- scalar functions, written by hand to avoid cancellation ----
 
 
 @triton.jit
 def exp_change(x):
-    """For x <= 0: exp(x), exp(x) - 1 and exp(x) - 1 - x >= 0, each to its own last place or nearly."""
+    """For x <= 0: exp(x), exp(x) - 1 and exp(x) - 1 - x >= 0, each accurate to about its own last place."""
     bounded = tl.where(x < -87.0, -87.0, x)
     shifted = bounded * 1.44269504 + 12582912.0  # the integer n next to x / ln 2, in the low bits
     n = shifted - 12582912.0
@@ -38,7 +38,7 @@ def exp_change(x):
 
 @triton.jit
 def _log1p(w, y):
-    """For w > -1 and y = 1 + w (maybe known better than by adding 1): log(1 + w), and w - log(1 + w) >= 0."""
+    """For w > -1 and y = 1 + w (perhaps more accurate than the sum): log(1 + w), and w - log(1 + w) >= 0."""
     bits = y.to(tl.int32, bitcast=True)
     k = (bits - 0x3F3504F3) >> 23  # 1 + w = 2^k f with f in [sqrt(1/2), sqrt(2))
     near = k == 0
@@ -70,7 +70,7 @@ def at_least_none(z):
 
 @triton.jit
 def bucket(log_p, log_q, beta, KIND: tl.constexpr):
-    """Of buckets in fp64: their terms of D, q, and for forward KL q - p, else log q/p or log q/m."""
+    """For buckets in fp64: their terms of D, their q, and q - p for forward KL, else log q/p or log q/m."""
     q = tl.exp(log_q)
     if KIND == REVERSE:
         log_p = tl.where((q > 0) & (log_p < LOG_FLOOR), LOG_FLOOR, log_p)
@@ -91,7 +91,7 @@ def teacher_buckets(log_p, used, has_tail, tail_tau, tail_one, inv_tau):
     """log p of the support and of the tail at the row's temperature, fp64; the tail has the student's shape."""
     log_p = tl.where(used, log_p.to(tl.float64), float("-inf"))
     total = tl.sum(tl.exp(log_p), 0)
-    excess = tl.where(total > 1, tl.log(total), 0.0)  # over 1 by rounding: scaled back to 1
+    excess = tl.where(total > 1, tl.log(total), 0.0)  # a total above 1 by rounding is scaled back to 1
     tail = tl.log(1 - tl.where(total > 1, 1.0, total)) * inv_tau + tl.log(tail_tau) - tl.log(tail_one) * inv_tau
     tail = tl.where(has_tail, tail, float("-inf"))
     log_p = (log_p - excess) * inv_tau
@@ -100,12 +100,12 @@ def teacher_buckets(log_p, used, has_tail, tail_tau, tail_one, inv_tau):
     return log_p - normaliser, tail - normaliser
 
 
-# ---- an id of a dense teacher ----
+# ---- ids of a dense teacher ----
 
 
 @triton.jit
 def _lesser_term(gap, all, change, rest):
-    """With b = a exp(-gap) < a: b log(b/a) - b + a, over a."""
+    """(b log(b/a) - b + a) / a for b = a exp(-gap) < a."""
     near = -rest - gap * change
     far = 1.0 - (tl.where(gap > 100.0, 100.0, gap) + 1.0) * all
     return tl.where(gap < 0.34, near, far)
@@ -113,12 +113,12 @@ def _lesser_term(gap, all, change, rest):
 
 @triton.jit
 def _js_term(p_leads, e, gap, all, change, beta):
-    """With p and q being e and e * all, the larger and the smaller: the term of D, and log q/m."""
+    """The term of D, and log q/m. Of p and q, the larger is e and the smaller e * all."""
     # m = e (1 + u change), u the weight of the smaller one; m / (the smaller one) = 1 - (1 - u) change / all.
     u = tl.where(p_leads, 1.0 - beta, beta)
     rest_of_u = tl.where(p_leads, beta, 1.0 - beta)
     larger_log, larger_rest = _log1p(u * change, u * all + rest_of_u)
-    is_far = gap > 40.0  # where the growth may overflow, and the smaller one is nothing beside m
+    is_far = gap > 40.0  # the growth may overflow, and the smaller one is negligible beside m
     growth = tl.where(is_far, 0.0, -rest_of_u * change / all)
     smaller_log, smaller_rest = _log1p(growth, growth + 1.0)
     lesser = tl.where(is_far, rest_of_u, all * smaller_rest)
@@ -128,10 +128,10 @@ def _js_term(p_leads, e, gap, all, change, beta):
 
 @triton.jit
 def dense_term(z, t, z_max, z_log, t_max, t_log, shift, inv_tau, beta, KIND: tl.constexpr):
-    """Of a block of ids: its terms of D, q, and for forward KL q - p, else log q/p or log q/m."""
+    """For a block of ids: its terms of D, its q, and q - p for forward KL, else log q/p or log q/m."""
     log_q = (z - z_max) * inv_tau - z_log
     log_p = (t - t_max) * inv_tau - t_log
-    # Equal differences cancel here, before the product: the compiler may fuse it into the subtraction, unrounded.
+    # Equal differences must cancel before the product, which the compiler may fuse, unrounded, into a subtraction.
     d = ((t - z) - (t_max - z_max)) * inv_tau - shift
     if KIND == REVERSE:
         low = log_p < LOG_FLOOR

@@ -1,8 +1,8 @@
-"""The ops of stacked experts in Triton: a launch for all experts, and nothing is read back from the device.
+"""The ops of stacked experts in Triton: one launch for all experts, without reading anything back from the device.
 
-Rows are sorted by expert; those of the e-th end at ends[e]. A tile of rows is of one expert. How many tiles there are
-depends on the counts, at most S / BLOCK_T + E; a program finds its own from `ends`, and one beyond the last does
-nothing. The gradient takes four launches and reads dy twice. Precision and order are those of `columns`.
+Rows are sorted by expert; those of expert e end at ends[e]. A tile of rows belongs to one expert. There are at most
+S / BLOCK_T + E tiles, depending on the counts; a program finds its tile from `ends`, and programs beyond the last tile
+do nothing. The gradient takes four launches and reads dy twice. Precision and order are those of `columns`.
 """
 
 import torch
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rbfast.kernels.columns import _dot, _in_runs, _launch, _rank_block
+from rbfast.kernels.columns import _assume_runs, _dot, _launch, _rank_block
 from rbfast.kernels.columns import _update_ as _fold_
 
 BLOCK_T = 32  # rows of a tile
@@ -25,7 +25,7 @@ def _tile(ends, E, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr):
     tiles = (end - start + BLOCK_T - 1) // BLOCK_T
     last = tl.cumsum(tiles, 0)
     pid = tl.program_id(0).to(tl.int64)
-    expert = tl.sum((last <= pid).to(tl.int32), 0)  # those whose tiles are all before this one
+    expert = tl.sum((last <= pid).to(tl.int32), 0)  # the number of experts whose tiles all precede this one
     is_it = e == expert
     first = tl.sum(tl.where(is_it, start, 0), 0) + BLOCK_T * (pid - tl.sum(tl.where(is_it, last - tiles, 0), 0))
     t = first + tl.arange(0, BLOCK_T)[:, None]
@@ -37,7 +37,7 @@ def grouped_project_kernel(
     x, m, ends, h, E, n, k, scale, x_row, x_col, m_expert, m_row, m_col,
     BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """h [S, k] = scale * x m_e of the rows x [S, n] of each expert, m [E, n, k]."""
+    """h [S, k] = scale * x m_e for the rows x [S, n] of each expert e, with m [E, n, k]."""
     expert, t, end = _tile(ends, E, BLOCK_E, BLOCK_T)
     i = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     m += expert * m_expert
@@ -88,7 +88,7 @@ def grouped_update_kernel(
     for i in range(k):
         a = tl.load(left + t * k + i, mask=t < end, other=0.0)
         acc += a * tl.load(right + i * right_row + j * right_col, mask=j < n, other=0.0)
-    column = _in_runs(tl.load(cols + j, mask=j < n, other=0), RUN) if HAS_COLS else j
+    column = _assume_runs(tl.load(cols + j, mask=j < n, other=0), RUN) if HAS_COLS else j
     at = target + t * target_row + column * target_col
     tl.store(at, (tl.load(at, mask=mask).to(tl.float32) + acc).to(target.dtype.element_ty), mask=mask)
 
@@ -129,7 +129,7 @@ def _update_(target: Tensor, cols: Tensor | None, left: Tensor, right: Tensor, e
 
 
 def _tiles(rows: int, experts: int) -> int:
-    """At least as many as there are."""
+    """An upper bound of the number of tiles."""
     return rows // BLOCK_T + min(rows, experts)
 
 
@@ -174,7 +174,7 @@ def grouped_column_fold_(
 
 
 def _expect(op: str, rows: tuple[Tensor, ...], ends: Tensor, A: Tensor, B: Tensor, out: int, s: int) -> None:
-    """A wrong shape would read memory that is not there. What `ends` holds is not looked at."""
+    """Checks shapes and dtypes: a wrong shape would read out of bounds. The values of `ends` are not checked."""
     for x in rows:
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.dim() != 2 or len(x) != len(rows[0]):
             raise ValueError(

@@ -1,7 +1,7 @@
 """scaled_ in Triton: out = x * factor, with the factor on the device; out may be x, or of another dtype.
 
-The factor is 1 in nearly every backward pass, which only the device knows: then every program that would write x over
-itself stops after reading it, and a gradient of a GB costs microseconds. Else x is read and out written once, with
+In nearly every backward pass the factor is 1, but only the device knows it. Then an in-place call stops after reading
+the factor, so that a gradient of 1 GB costs microseconds. Otherwise x is read once and out is written once, with
 products in the factor's dtype.
 """
 

@@ -1,1 +1,1 @@
-"""The cases, a file for each group of the registry, which test_registered.py runs; other test files bring their own."""
+"""The cases, one file per group of the registry, run by test_registered.py; other test files define their own."""

@@ -1,8 +1,8 @@
 """Gradients against fp64 of the same inputs, for every op and dtype: the loss near its teacher, and the adapter's.
 
-Student and teacher have logits that are 0.02 apart. The truth is DistillLoss on the inputs in fp64, which runs the
-plain reference, and for the adapter's ops the reference in fp64. A value is a relative error in %, the worse of the two
-gradients (hidden states and head, A and B).
+Student and teacher have logits that are 0.02 apart. The ground truth is DistillLoss on the inputs in fp64, which runs
+the plain reference, and the fp64 reference for the adapter's ops. A value is the relative error in % of the worse of
+two gradients (hidden states and head; A and B).
 """
 
 from collections.abc import Callable
@@ -22,12 +22,12 @@ SIGNALS = {"top-k": 0.0, "forward KL": 0.0, "reverse KL": 1.0, "JS": 0.5}
 
 
 def error(ours: Tensor, exact: Tensor) -> float:
-    """Relative, in %."""
+    """The relative error in %."""
     return 100 * float((ours.double() - exact.double()).norm() / exact.double().norm())
 
 
 def loss_gradients(signal: str, hidden: Tensor, weight: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
-    """Of the hidden states and the head, summed over rows."""
+    """The gradients of the hidden states and the head, summed over rows."""
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     labels = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
     given: TopK | Dense = Dense(logits=teacher)
@@ -59,7 +59,7 @@ def of_columns(place: Place, name: str, dtype: torch.dtype) -> float:
     if name == "column_grad":
         exact = reference.column_grad(dy.double(), xs.double(), A.double(), B.double(), 1.0)
         return max(error(a, b) for a, b in zip(ops.column_grad(dy, xs, A, B, 1.0), exact, strict=True))
-    # These add to what is there and round it to its dtype: held against a target of nothing, so that the sum is seen.
+    # These add to their target and round to its dtype: it starts at zero, so that the error of the sum shows.
     y, dx = torch.zeros_like(dy), torch.zeros_like(x)
     wide = [t.double() for t in (y, dx, dy, xs, A, B)]
     if name == "column_linear_":

@@ -2,7 +2,7 @@
 
 Frozen means frozen weights and inputs that require grad, so that dX flows through every layer: what any adapter needs.
 The others include their optimizer's step, AdamW fused as transformers' trainer has it (and, folded, the fold). The
-output is the last hidden state: a head and a loss would cost everybody the same and only bring the ratios closer to 1.
+output is the last hidden state: a head and a loss would cost all the same and only bring the ratios closer to 1.
 Weights are bf16, or fp32 on a CPU that cannot multiply bf16.
 """
 

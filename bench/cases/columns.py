@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rbfast import ops
 
-RUN = 16  # supports are runs of so many aligned columns
+RUN = 16  # supports come in aligned runs of this many columns
 CACHE = 256 * 2**20  # inputs are rotated until together they are larger than any cache
 SMOLLM2 = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))  # out, in
 QWEN_14B = ((5120, 5120), (1024, 5120), (1024, 5120), (5120, 5120), (13824, 5120), (13824, 5120), (5120, 13824))
@@ -26,7 +26,7 @@ LAYERS_14B, VALUES_14B = 48, 44_300_000  # trained values at the default density
 
 @dataclass(frozen=True)
 class Linear:
-    """What the ops of one matrix work on; xs: columns of x, base: columns of the weight, room: where a floor copies."""
+    """The operands of one matrix's ops. xs: columns of x, base: columns of the weight, room: what a floor copies to."""
 
     x: Tensor
     y: Tensor
@@ -58,7 +58,7 @@ def columns(features: int, s: int) -> Tensor:
 
 @cache
 def in_runs(name: str) -> dict[str, Any]:
-    """The argument that tells an op of the runs."""
+    """The `run` argument, if the op takes one."""
     schema = getattr(torch.ops.rbfast, name).default._schema
     return {"run": RUN} if any(argument.name == "run" for argument in schema.arguments) else {}
 
@@ -68,7 +68,7 @@ def copy(source: Tensor, target: Tensor) -> None:
 
 
 def plain_grad(p: Linear) -> tuple[Tensor, Tensor]:
-    """What one writes without thinking of memory: bf16 matrix products, dy read twice."""
+    """The straightforward code: bf16 matrix products, which read dy twice."""
     A, B = p.A.bfloat16(), p.B.bfloat16()
     return (p.dy @ B).T @ p.xs, p.dy.T @ (p.xs @ A.T)
 
@@ -85,8 +85,8 @@ def plain_fold(p: Linear) -> None:
     p.weight.index_copy_(1, p.cols, (p.base.float() + p.B @ p.A).bfloat16())
 
 
-# op -> who -> the call; the floor of a gather is its result's bytes, of a gradient and a scatter dy's, of the others
-# what they write.
+# op -> contestant -> call. The floor copies a gather's result, dy for a gradient and a scatter, and for the others what
+# they write.
 CALLS: dict[str, dict[str, Callable[[Linear], object]]] = {
     "column_gather": {
         "floor": lambda p: copy(p.xs, p.room),
@@ -116,7 +116,7 @@ CALLS: dict[str, dict[str, Callable[[Linear], object]]] = {
 }
 
 
-# The bytes an op reads or writes at least.
+# The bytes that an op must read and write.
 TOUCHES: dict[str, Callable[[Linear], int]] = {
     "column_gather": lambda p: 2 * p.xs.nbytes,
     "column_grad": lambda p: p.dy.nbytes,

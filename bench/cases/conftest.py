@@ -1,4 +1,4 @@
-"""What the cases are run with: --device, --toy, --peers, --record."""
+"""The options of the cases: --device, --toy, --peers, --record."""
 
 import json
 from collections.abc import Callable
@@ -13,8 +13,8 @@ import torch
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("rbfast")
     group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="whose cases to run")
-    group.addoption("--toy", action="store_true", help="sizes of no meaning, on the CPU if there is no GPU")
-    group.addoption("--peers", action="store_true", help="the peers too, not rbfast and its floor alone")
+    group.addoption("--toy", action="store_true", help="tiny sizes, on the CPU if there is no GPU")
+    group.addoption("--peers", action="store_true", help="run the peers too, not only rbfast and its floor")
     group.addoption("--record", type=Path, help="add a line of JSON for each case to this file")
 
 
@@ -25,7 +25,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def place(request: pytest.FixtureRequest) -> registry.Place:
-    """Without a GPU, the GPU's cases run on the CPU as toys, and else not at all."""
+    """Without a GPU, the GPU's cases run on the CPU as toys only."""
     device, is_toy = request.config.getoption("--device"), request.config.getoption("--toy")
     if device == "cuda" and not torch.cuda.is_available():
         if not is_toy:

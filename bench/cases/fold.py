@@ -1,4 +1,4 @@
-"""The fold that follows every optimizer step, of all 196 matrices of a 7B model at the default support; on a GPU."""
+"""On a GPU, the fold after every optimizer step: all 196 matrices of a 7B model at the default support."""
 
 import torch
 from harness import Step
@@ -38,7 +38,7 @@ def make(place: Place) -> Contest:
 
 
 def density(place: Place) -> dict[str, float]:
-    """The default but in a toy, which is too small for it."""
+    """The default density, except in a toy, which is too small for it."""
     return {"density": 0.05} if place.is_toy else {}
 
 

@@ -1,8 +1,8 @@
 """DistillLoss forward and backward beside its peers; the floor is its own GEMMs.
 
 Top-k is k = 20 with the exact tail, dense is a teacher with its own head. The floor is torch.mm of the shapes that the
-loss cannot do without, into memory that is there: logits and dX, the teacher's logits, a trained head's dW. All in
-bf16, or in fp32 on a CPU that cannot multiply bf16.
+loss cannot avoid, into preallocated memory: logits and dX, the teacher's logits, a trained head's dW. All in bf16, or
+in fp32 on a CPU that cannot multiply bf16.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ STUDENTS = {  # T, H, V and rounds; the widest head gets fewer tokens, to keep t
     "Qwen2.5-1.5B": (256, 1536, 151936, 3),
 }
 LLAMA_8B, SMALL = (4096, 4096, 128256, 9), (256, 576, 49152, 30)
-GPT2 = (4096, 768, 50257, 9)  # a vocabulary that is no multiple of 2
+GPT2 = (4096, 768, 50257, 9)  # a vocabulary that is not a multiple of 2
 TOY = (32, 64, 512, 2)
 
 
@@ -46,7 +46,7 @@ def floor(signal: str, batch: Batch) -> Step:
 
 
 def forward_and_backward(peer: Peer, batch: Batch) -> Step:
-    """What is missing says so when the step runs."""
+    """A package that is missing raises when the step runs."""
     loss = None
 
     def step() -> None:

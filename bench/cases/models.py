@@ -54,7 +54,7 @@ def _made(config: PreTrainedConfig, place: Place) -> PreTrainedModel:
 
 
 def lora(model: PreTrainedModel, rank: int) -> list[torch.nn.Parameter]:
-    """PEFT's LoRA put into every linear but the head, and into stacked experts; what it trains. Raises ImportError
+    """Adds PEFT's LoRA to every linear but the head, and to stacked experts; returns its parameters. Raises ImportError
     without PEFT."""
     from peft import LoraConfig, inject_adapter_in_model
 

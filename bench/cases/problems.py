@@ -3,7 +3,7 @@
 import random
 import re
 
-EVALUATIONS = 500  # problems of the benchmarks that a pool is held against
+EVALUATIONS = 500  # benchmark problems that a pool is checked against
 WORDS = re.findall(
     r"\w+",
     "find the number of integers such that sum all positive real values area triangle circle radius point let be a "

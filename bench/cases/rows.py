@@ -11,10 +11,10 @@ from harness import Step
 from registry import Bar, Case, Contest, Place
 
 from rbfast import ops
-from rbfast.loss.solver import row_width
+from rbfast.loss.chunked_loss import row_width
 
 SHAPES = ((1024, 128256), (4096, 49152))
-ODD = (4096, 50257)  # GPT-2's vocabulary, no multiple of 2
+ODD = (4096, 50257)  # GPT-2's vocabulary, not a multiple of 2
 K = 20
 # name -> beta, the signal, and the least share of a copy's bandwidth
 KINDS = {

@@ -1,10 +1,10 @@
-"""What an adapter costs while a model writes: the base, the adapter folded in, and merged; one row, greedily.
+"""What an adapter costs in generation: the base, the folded adapter, and the merged model; one row, greedily.
 
     OMP_NUM_THREADS=1 pytest bench/cases/test_decode.py -s
 
 The folded one is timed within `evaluating`, as rbfast decodes, and with its hooks on, as a plain `generate` runs it.
 The four take turns, so that a machine that slows down slows all of them. A ratio is the median over the rounds of a
-turn's processor time by that of the base in the same round.
+turn's CPU time divided by the base's in the same round.
 """
 
 import statistics
@@ -27,7 +27,7 @@ Block = Callable[[PreTrainedModel], AbstractContextManager[None]]
 
 
 def write(model: PreTrainedModel, block: Block, ids: torch.Tensor, tokens: int) -> float:
-    """Seconds of processor time for so many tokens, entering and leaving the block included."""
+    """Seconds of CPU time to generate this many tokens, including entering and leaving the block."""
     begun = time.process_time()
     with block(model):
         model.generate(ids, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)  # type: ignore[operator]

@@ -1,11 +1,11 @@
-"""What guidance costs: the demo's student decodes greedily, plain and guided, everything watched and nothing put in.
+"""What guidance costs: the demo's student decodes greedily, plain and guided, all watched and nothing inserted.
 
     OMP_NUM_THREADS=1 pytest bench/cases/test_guide_cost.py --benchmark-columns=min,median,rounds
 
-Plain and guided steps take turns, and both write the same tokens. `share` in extra_info is the processor time spent in
+Plain and guided steps take turns, and both write the same tokens. `share` in extra_info is the CPU time spent in
 guidance (the entropy, the state machines, choosing and watching tokens) over that of the whole decoding. On one thread
-it hardly depends on what else the machine does; on several, threads that spin while they wait count as processor time,
-so that a loaded machine shows more. The bar is 0.02.
+other load on the machine hardly changes it; on several, threads that spin while they wait count as CPU time, so a
+loaded machine shows more. The bar is 0.02.
 """
 
 import time
@@ -32,7 +32,7 @@ def student() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 class Clock:
-    """Adds up the processor time of the calls it wraps."""
+    """Adds up the CPU time of the calls it wraps."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -57,7 +57,7 @@ def test_guidance(
 ) -> None:
     model, tokenizer = student
     prompts = [format_prompt(f"Explain at length how to add {n} and {n + 1}.", tokenizer) for n in range(rows)]
-    # Everything is watched (entropies, loops, markers, boundaries); thresholds that nothing reaches.
+    # Everything is watched (entropies, loops, markers, boundaries), and nothing reaches a threshold.
     limits = Limits(4 * TOKENS, reserve=3 * TOKENS, verify_above=1e9, loop_times=10**6)
     guide = Guide(limits, Phrases(close="<answer>"))
     guide_time, seconds = Clock(), []

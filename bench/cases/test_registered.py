@@ -1,9 +1,9 @@
-"""Runs every case of the registry: everybody in turn, then the bars.
+"""Runs every case of the registry: all contestants in turn, then the bars.
 
     pytest bench --benchmark-only                   # all cases of a CPU, rbfast beside its floors
     pytest bench --benchmark-only --peers -k loss   # the loss, beside its peers
 
-A case fails if rbfast fails or misses a bar; the record is written before that.
+A case fails if rbfast fails or misses a bar, after the record is written.
 """
 
 import gc
@@ -71,6 +71,6 @@ def measure(benchmark: BenchmarkFixture, contest: Contest, place: Place, with_pe
 
 
 def _is_judged_alone(metric: str) -> bool:
-    """Whether a bar names nobody but rbfast and its floor."""
+    """Whether a bar names only rbfast and its floor."""
     names = metric.replace(" - ", " / ").split(" / ") if " / " in metric else []
     return all(is_ours(name) for name in names)

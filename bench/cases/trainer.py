@@ -1,11 +1,10 @@
-"""A whole training step: forward, loss, backward, optimizer, and whatever a trainer does besides.
+"""A whole training step: forward, loss, backward, optimizer, and the trainer's overhead.
 
-On a CPU, SmolLM2-135M with two sequences of 256 tokens, so that nobody pads. `text` is the cross-entropy of the text
+On a CPU, SmolLM2-135M with two sequences of 256 tokens, so that none is padded. `text` is the cross-entropy of the text
 alone: rbfast's DistillTrainer and TRL's SFTTrainer with LoRA (neither builds whole logits). `teacher` is the forward KL
 to a teacher of the student's size that runs in every step: the loop of rbfast's README and TRL's GKDTrainer with LoRA;
 and, with the teacher's top-k log-probs read from a file in place of running it, DistillTrainer. Gradient checkpointing,
-TRL's default, is off for everybody. TRL's DistillationTrainer has no place here: it writes the completions itself in
-every step.
+TRL's default, is off for all. TRL's DistillationTrainer is left out: it generates the completions itself in every step.
 
 On a GPU, a student of the shape of Qwen2.5-0.5B on text, 4,096 tokens, the last step of three: DistillTrainer with
 SparseAdapter and, the same trainer, with PEFT's LoRA of as many values.
@@ -71,7 +70,7 @@ def examples(vocabulary: int, tokens: int, with_teacher: bool) -> list[Example]:
 
 
 class Clock(TrainerCallback):
-    """Seconds of a trainer's last step: without its start, its end and the reading of the batch."""
+    """Seconds of a trainer's last step, without start-up, teardown and reading the batch."""
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         settle()
@@ -101,7 +100,7 @@ def distill_trainer(tokens: int, with_teacher: bool) -> Step:
 
 
 def a_teacher() -> PreTrainedModel:
-    """The student, sharper: another distribution at the student's price."""
+    """The student with sharper logits: another distribution at the same cost."""
     teacher, _ = fresh_student()
     with torch.no_grad():
         teacher.model.norm.weight.mul_(1.2)
@@ -109,7 +108,7 @@ def a_teacher() -> PreTrainedModel:
 
 
 def readme_loop(tokens: int) -> Step:
-    """Student and teacher run in every step, their logits never whole."""
+    """Student and teacher run in every step; their logits are never built whole."""
     (model, _), teacher = fresh_student(), a_teacher()
     adapter, loss_fn = sparse(model), DistillLoss()
     optimizer = torch.optim.AdamW(trained(adapter), lr=1e-4)
@@ -198,7 +197,7 @@ def on_cpu(place: Place, signal: str) -> Contest:
 
 
 class Peft(nn.Module):
-    """A model's LoRA parameters in the place of a SparseAdapter."""
+    """A model's LoRA parameters in place of a SparseAdapter."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         super().__init__()
@@ -213,7 +212,7 @@ def sft(place: Place, tokens: int, lora_rank: int | None) -> tuple[Step, int]:
         if lora_rank is None
         else Peft(lora(model, lora_rank))
     )
-    # A Trainer begins by giving all cached memory of a GPU back: the last of three steps finds it again, as most do.
+    # A Trainer starts by emptying the GPU's memory cache: only its last of three steps finds it filled, as most do.
     settings = SETTINGS | dict(max_steps=3)
     args = TrainingArguments(output_dir=tempfile.mkdtemp(), use_cpu=place.device == "cpu", **settings)
     data = examples(model.config.vocab_size, tokens, with_teacher=False)

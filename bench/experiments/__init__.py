@@ -1,1 +1,1 @@
-"""Experiments, each with a question of its own: `python bench/experiments NAME --help` says which."""
+"""Experiments, one question each: `python bench/experiments NAME --help` states it."""

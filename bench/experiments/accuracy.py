@@ -1,9 +1,9 @@
-"""Faithful numbers in bf16, for rbfast and its peers: gradients, negative divergences, merging and unmerging.
+"""Accuracy in bf16, for rbfast and its peers: gradients, negative divergences, merging and unmerging.
 
     python bench/experiments accuracy            # rewrites its section of docs/bench.md; about three minutes
 
-A student and a teacher whose logits are a given gap apart, exactly, in bf16: the teacher's hidden state is that of the
-student with a few numbers more, and so is its head. The gradient of the hidden states is held against that of
+Student and teacher have logits that are exactly a given gap apart, in bf16: the teacher's hidden states are the
+student's with a few more features, and so is its head. The gradient of the hidden states is compared with that of
 DistillLoss on the same inputs in fp64, which runs the plain reference.
 """
 
@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 T, H, V, K, EXTRA = 64, 256, 4096, 20, 8
 GAPS = (1.0, 0.1, 0.02, 0.001)
-# Besides those that are timed: two peers as they are called where mixed precision or a compiler is not in play.
+# In addition to the timed peers: two of them without mixed precision or without a compiler.
 ALSO = {
     "TRL GKD on bf16 logits": Peer(partial(trl_gkd, upcast=False)),
     "Liger JSD, not compiled": Peer(partial(liger, compile=False)),
@@ -66,7 +66,7 @@ def in_fp64(batch: Batch) -> Batch:
 
 
 def gradient(loss: Loss, batch: Batch) -> Tensor:
-    """Of the hidden states, in fp64."""
+    """The gradient of the hidden states, in fp64."""
     batch.hidden.grad = None
     loss(batch).backward()
     assert batch.hidden.grad is not None
@@ -74,7 +74,7 @@ def gradient(loss: Loss, batch: Batch) -> Tensor:
 
 
 def negatives(loss: Loss, batch: Batch) -> int:
-    """How many rows have a negative divergence, each given by itself."""
+    """How many rows have a negative divergence, each in a call of its own."""
     by_row = {name: getattr(batch, name).detach() for name in ("hidden", "labels", "teacher_hidden", "ids", "logprobs")}
     count = 0
     for row in range(len(batch.hidden)):
@@ -85,7 +85,7 @@ def negatives(loss: Loss, batch: Batch) -> int:
 
 
 def cells(peer: Peer, beta: float, batches: Mapping[float, Batch], exact: Mapping[float, Tensor]) -> list[str]:
-    """A table's line for a peer: error and negative rows at every gap, or why there are none."""
+    """A peer's row of a table: error and negative rows at every gap, or why there are none."""
     try:
         loss = peer.load(beta)
         found = []

@@ -10,8 +10,8 @@ then two questions are asked:
    which draw the traces, their order and how both begin.
 2. What share of freshly generated problems of these tasks does it solve before and after, by each task's own verifier?
 
-Every finished part is kept in --out and read back, so an interrupted script goes on where it stopped. At the end the
-tables take their place between the markers of docs/results.md. docs/closed_teacher.md says more.
+Every finished part is kept in --out and read back, so an interrupted script resumes where it stopped. At the end the
+tables are written between the markers of docs/results.md. See also docs/closed_teacher.md.
 """
 
 import argparse
@@ -145,7 +145,7 @@ def compare(
 
 
 def split_examples(examples: Sequence[Example], recipe: Recipe) -> tuple[list[Example], list[Example]]:
-    """(held out, trained on), drawn by the seed. Raises ValueError where there are too few."""
+    """(held out, trained on), drawn by the seed. Raises ValueError if there are too few."""
     wanted = recipe.held_out + recipe.train
     if len(examples) < wanted:
         raise ValueError(
@@ -189,7 +189,7 @@ def train_adapter(
 
 
 class _Steps(TrainerCallback):
-    """Tells a bar how many steps are done."""
+    """Reports the steps done to a progress bar."""
 
     def __init__(self, progress: Callable[[int, int], None]) -> None:
         self.progress = progress
@@ -242,7 +242,7 @@ def distil_and_evaluate(
     values = sum(parameter.numel() for parameter in run.adapter.parameters())
     trained = {"traces": len(traces) - len(run.skipped), "steps": len(run.log_history), "rate": rate, "values": values}
     trained |= {"percent": run.adapter.trainable_percent, "seconds": run.seconds}
-    training = part(out / "training.json", asked, lambda: trained)["result"]  # the seconds of the first time
+    training = part(out / "training.json", asked, lambda: trained)["result"]  # keeps the seconds of the first run
     after = measure("after", asked)
     seconds = before["seconds"] + training["seconds"] + after["seconds"]
     return {"before": before["result"], "after": after["result"], "trained": training, "seconds": seconds}
@@ -281,7 +281,7 @@ def run_recipe(
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of results, one JSON file for each task")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the experiment; run again, it goes on")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the experiment; run again to resume")
     parser.add_argument("--results", type=Path, default=RESULTS, help="Markdown file to put the section in")
     for option in fields(Recipe):
         many, flag = isinstance(option.default, tuple), "--" + option.name.replace("_", "-")

@@ -23,7 +23,7 @@ def best(entries: Iterable[Mapping[str, Any]], method: str) -> Mapping[str, Any]
 
 
 def averaged(found: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """The entries of several seeds as one each: means of the losses; `means` keeps each seed's, `seconds` adds up."""
+    """Merges the entries of several seeds: losses are averaged, `means` keeps each seed's, `seconds` adds up."""
     return [
         {
             **entries[0],

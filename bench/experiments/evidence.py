@@ -3,7 +3,7 @@
     python bench/experiments evidence --data ../shared/data/reasoning_gym_claude35 --out runs/evidence
 
 The folder holds evaluation results of reasoning-gym tasks with several completions per problem. Every completion that
-reasons, tags an answer and fits becomes an item of the pool, right or wrong, but for some problems that are held out.
+reasons, tags an answer and fits becomes an item of the pool, right or wrong, except for some held-out problems.
 The arms train the same student for the same steps at the same rate:
 
 - curated: what `rbfast.curate` chooses from the pool with its defaults;
@@ -13,7 +13,7 @@ The arms train the same student for the same steps at the same rate:
 
 Each is repeated for several seeds, which draw the held-out problems, the fresh problems, the random items and the order
 of training. Measured: accuracy on fresh problems, by each task's own verifier, and the loss of right held-out traces.
-Every finished part is kept in --out and read back. The tables take their place in docs/results.md.
+Every finished part is kept in --out and read back. The tables are written to docs/results.md.
 """
 
 import argparse
@@ -60,10 +60,10 @@ class Settings:
     size: int  # traces of each arm
     held_out: int  # problems per task that the pool lacks
     problems: int  # fresh ones per task
-    tokens: int  # longer traces are no part of the pool
+    tokens: int  # longer traces are left out of the pool
     max_new_tokens: int
     rate: float
-    tested: tuple[str, ...] = ()  # the tasks of the fresh problems; all where there are none
+    tested: tuple[str, ...] = ()  # the tasks of the fresh problems; empty: all
     student: str = SMOLLM2
     density: float = 0.003
 
@@ -109,10 +109,10 @@ def curated(split: Split, seed: int, settings: Settings) -> list[Trace]:
 
 
 def drawn(items: Sequence[Trace], lengths: Mapping[str, int], size: int, tokens: int, seed: int) -> list[Trace]:
-    """`size` of the items at random, exchanged at random, towards `tokens` only, until they have as many.
+    """`size` random items, then random swaps that move towards `tokens`, until they have that many.
 
     Raises:
-        ValueError: too few items, or no exchange brings them there.
+        ValueError: too few items, or no swap reaches `tokens`.
     """
     if len(items) < size:
         raise ValueError(f"expected at least {size} items to draw from, got {len(items)}; lower --size")
@@ -134,7 +134,7 @@ def drawn(items: Sequence[Trace], lengths: Mapping[str, int], size: int, tokens:
 
 
 def flat(traces: Sequence[Trace], tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Objective:
-    """Roles weigh by their share of the tokens, throughout: every token the same."""
+    """An objective in which roles weigh by their share of the tokens throughout: every token counts the same."""
     examples, _ = encode_all(traces, tokenizer, max_tokens=settings.tokens)
     roles = np.concatenate([example.roles for example in examples])
     strategic, tactical, answer = (np.bincount(roles[roles >= 0], minlength=3) / np.sum(roles >= 0)).tolist()
@@ -208,7 +208,7 @@ def run_seed(
     names: Sequence[str] = ARMS,
     quiet: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """What was measured before training, and after that of the arms named."""
+    """Measurements before training, and after training each of the arms named."""
     shared = split(traces, tasks, tokenizer, seed, settings)
     asked = asdict(settings) | {"dtype": str(model.dtype), "problems": digest(p.question for p in shared.problems)}
     found = {
@@ -296,7 +296,7 @@ def section(found: Sequence[Mapping[str, Mapping[str, Any]]], settings: Settings
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of results, one JSON file for each task")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the experiment; run again, it goes on")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the experiment; run again to resume")
     parser.add_argument("--results", type=Path, default=RESULTS, help="Markdown file to put the section in")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="default: all")

@@ -2,10 +2,10 @@
 
     python bench/experiments gradient_filter
 
-Filtering lives on how peaked a model's distributions are, so the hidden states and the head are a real student's, and
+Filtering depends on how peaked a model's distributions are, so the hidden states and the head are a real student's, and
 the traces are texts. The loss runs forward and backward at several `gradient_filter`s, in turn with the products that
-it cannot do without (torch.mm of the same shapes); the gradient is compared with the unfiltered one, row by row. The
-table takes its place between the markers of docs/results.md.
+it cannot avoid (torch.mm of the same shapes); the gradient is compared with the unfiltered one, row by row. The table
+is written between the markers of docs/results.md.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def states(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         hidden = final_hidden(model, batch["input_ids"], batch["position_ids"], batch["lengths"])
     rows = (batch["labels"].view(-1) != IGNORE).nonzero()[:tokens, 0]
     if len(rows) < tokens:
-        raise ValueError(f"the traces have {len(rows)} answered tokens, {tokens} were asked for: ask for fewer")
+        raise ValueError(f"the traces have {len(rows)} answered tokens, {tokens} were asked for: lower --tokens")
     return hidden[rows].clone(), batch["labels"].view(-1)[rows], model.get_output_embeddings().weight.detach()
 
 
@@ -73,7 +73,7 @@ def measure(tokens: int, rounds: int) -> list[str]:
         for share in SHARES:
             steps[name, share] = partial(step, DistillLoss(reduction="sum", gradient_filter=share), signal)
     seconds: dict[tuple[str, float], list[float]] = {key: [] for key in steps}
-    for key in [*steps] + [*steps] * rounds:  # the first time round is not counted
+    for key in [*steps] + [*steps] * rounds:  # the first round warms up
         start = time.perf_counter()
         steps[key]()
         seconds[key].append(time.perf_counter() - start)

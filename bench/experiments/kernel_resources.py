@@ -1,4 +1,4 @@
-"""What the compiler makes of each CUDA kernel: registers, shared memory and spills for every GPU generation.
+"""What each CUDA kernel compiles to: registers, shared memory and spills for every GPU generation.
 
 python bench/experiments kernel_resources            # the table of docs/kernels.md; needs nvcc, not a GPU
 """
@@ -22,7 +22,7 @@ ARCHITECTURES = ("80", "90a", "100", "120")
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one kernel on one architecture. shared_bytes is what is fixed at compile time."""
+    """What one kernel uses on one architecture. shared_bytes is its static shared memory."""
 
     kernel: str
     architecture: str
@@ -38,7 +38,7 @@ def nvcc() -> str | None:
 
 
 def compile_file(path: Path, architecture: str) -> list[Resources]:
-    """Compiles a .cu file for one architecture, with warnings as errors, and reads what ptxas says of each kernel."""
+    """Compiles a .cu file for one architecture, with warnings as errors, and parses ptxas's report on each kernel."""
     includes = [f"-I{ROOT / 'csrc'}", *(f"-isystem={folder}" for folder in include_paths())]
     flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     flags += [
@@ -81,21 +81,21 @@ def _parse(log: str, architecture: str) -> Iterator[Resources]:
 
 
 def _plain(name: str) -> str:
-    """A kernel's name as one would say it."""
+    """A kernel's readable name."""
     for kind, said in enumerate(("forward", "reverse", "js")):
         name = name.replace(f"(rbfast::Kind){kind}", said).replace(f"(rbfast::(anonymous namespace)::Kind){kind}", said)
     return name.replace("__nv_bfloat16", "bf16").replace("__half", "fp16").replace("float", "fp32")
 
 
 def all_resources() -> list[Resources]:
-    """Of every kernel on every architecture, two compilers at a time."""
+    """Resources of every kernel on every architecture, two compilers at a time."""
     jobs = [(path, name) for path in sorted((ROOT / "csrc/cuda").glob("*.cu")) for name in ARCHITECTURES]
     with ThreadPoolExecutor(2) as pool:
         return [found for part in pool.map(lambda job: compile_file(*job), jobs) for found in part]
 
 
 def table(found: list[Resources]) -> str:
-    """Markdown: a line for each kernel, and registers / spilled bytes for each architecture."""
+    """Markdown: a row per kernel, with registers / spilled bytes for each architecture."""
     lines = ["| kernel | " + " | ".join(f"sm_{name}" for name in ARCHITECTURES) + " |", "| --- " * 5 + "|"]
     by_name: dict[str, dict[str, Resources]] = {}
     for resources in found:

@@ -1,9 +1,9 @@
-"""Finished parts of an experiment: each is kept in a file of its own, so that an interrupted script goes on.
+"""Finished parts of an experiment: each is kept in a file of its own, so that an interrupted script resumes.
 
     record = part(out / "before.json", {"seed": 0, "data": digest(rows)}, measure)      # the second time it is read
     record["result"]
 
-What was kept for another question is refused, never taken.
+A record of another question is refused, never reused.
 """
 
 import json
@@ -17,7 +17,7 @@ from rbfast.utils.files import write_text
 
 
 def part(path: Path, asked: Mapping[str, Any], measure: Callable[[], Any]) -> dict[str, Any]:
-    """The record kept in `path`, else what `measure` finds now, kept there with what was asked and the seconds it took.
+    """The record in `path`; if there is none, runs `measure` and stores its result with the question and the seconds.
 
     Raises:
         ValueError: the record answers another question.

@@ -1,4 +1,4 @@
-"""How much memory a curation takes for each item of its pool: peaks of pools that differ in their size alone.
+"""How much memory a curation takes per item of its pool: peaks of pools that differ in size only.
 
     python bench/experiments pool_memory                   # 20,000 and 80,000 items, of 1,000 and of 4,000 characters
 
@@ -41,7 +41,7 @@ def write_pool(path: Path, size: int, characters: int) -> None:
 
 
 def peak(folder: Path, size: int, characters: int) -> int:
-    """Bytes of a process that curates such a pool."""
+    """Peak bytes of a process that curates such a pool."""
     pool = folder / "pool.jsonl"
     write_pool(pool, size, characters)
     command = [sys.executable, "-c", CURATE, str(pool), str(folder / "out"), str(folder / "against.jsonl")]

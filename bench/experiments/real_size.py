@@ -4,9 +4,9 @@
     python bench/experiments real_size --toy        # on the CPU, in seconds: does it work?
 
 The weights are made where they are used. Two of the three batches are one trace of 16k tokens, the third is eight of
-2k; layers run again for their backward. The bar is a peak below 80 GB. `packed` compares the hidden states of eight
-traces attended to in one call with those of one trace at a time, and their forwards' seconds; beside their difference
-stands what rounding does: that of one trace at a time, with its attention in fp32.
+2k; layers are recomputed for their backward. The bar is a peak below 80 GB. `packed` compares eight traces attended to
+in one call with one trace at a time: hidden states, and seconds of their forwards. For scale it also gives what
+rounding alone changes: one trace at a time, with its attention in fp32.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel, TrainerCallback
 
 from rbfast.adapter.sparse_adapter import SparseAdapter
-from rbfast.data.encoding import IGNORE, NO_ROLE, Example, collate, on_device
+from rbfast.data.encoding import IGNORE, NO_ROLE, Example, collate, to_device
 from rbfast.models import packed_attention
 from rbfast.models.checkpointing import checkpointing
 from rbfast.models.student import final_hidden
@@ -98,14 +98,14 @@ def train(model: PreTrainedModel, adapter: SparseAdapter, examples: Sequence[Exa
 
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
-    with patch.object(packed_attention, "takes_all_at_once", lambda device: False):
+    with patch.object(packed_attention, "has_varlen_kernel", lambda device: False):
         yield
 
 
 @torch.no_grad()
 def compare_attention(model: PreTrainedModel, examples: Sequence[Example]) -> dict[str, Any]:
     """Seconds of both ways to attend to a packed row, and how far apart their hidden states are, by their norm."""
-    batch = on_device(collate(examples), model.device)
+    batch = to_device(collate(examples), model.device)
     row = batch["input_ids"], batch["position_ids"], batch["lengths"]
 
     def forward() -> tuple[torch.Tensor, float]:
@@ -122,7 +122,7 @@ def compare_attention(model: PreTrainedModel, examples: Sequence[Example]) -> di
         with patch.object(packed_attention, "scaled_dot_product_attention", attend_in_fp32):
             exact, _ = forward()
     return {
-        "at_once": packed_attention.takes_all_at_once(model.device),
+        "at_once": packed_attention.has_varlen_kernel(model.device),
         "seconds": round(seconds, 4),
         "seconds_one_at_a_time": round(seconds_apart, 4),
         "difference": float((at_once - apart).norm() / apart.norm()),
@@ -138,7 +138,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--toy", action="store_true", help="a tiny model on the CPU")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tokens", type=int, default=16384, help="of a batch")
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens per batch")
     args = parser.parse_args(argv)
     place = Place("cpu" if args.toy else args.device, args.toy)
     tokens, start = place.size(args.tokens, 256), time.perf_counter()

@@ -2,17 +2,17 @@
 
     make demo && python bench/experiments scaling --run runs/demo --out runs/scaling
 
-The demo's held-out problems, the first of each family; greedy. A budget counts every token after the prompt, those of
-interventions and those that were struck included, so that a row of the table compares at equal cost. The settings:
+The demo's held-out problems, the first of each family; greedy. A budget counts every token after the prompt, including
+inserted and struck ones, so that a row of the table compares at equal cost. The settings:
 
 - plain: generation up to the budget;
-- wrap up: a quarter of the budget is kept back, and where thinking has used the rest the answer is asked for;
+- wrap up: a quarter of the budget is reserved, and once thinking has used the rest the answer is asked for;
 - wait, verify, other approach: each of them besides the wrap-up. `wait` does not let the thinking end before half of
   the budget; `verify` comes at the sentence ends that are less certain than 9 of 10 of the same model's own; `other
   approach` at loops, which the wrap-up alone lets run;
 - all: everything at once.
 
-Every finished cell is kept in --out and read back. The table takes its place in docs/results.md, the picture beside it.
+Every finished cell is kept in --out and read back. The table is written to docs/results.md, the picture beside it.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from rbfast.inference.local import LocalSolver
 from rbfast.inference.solver import calibrate
 from rbfast.inference.tokens import phrases_for
 from rbfast.models.student import SMOLLM2, load_student
-from rbfast.utils.files import replacing
+from rbfast.utils.files import atomic_write
 from rbfast.utils.progress import counting
 
 SECTION = "scaling"
@@ -61,7 +61,7 @@ Cells = dict[tuple[str, int, str], Cell]  # by side, budget and setting
 
 
 def guide(tokenizer: PreTrainedTokenizerBase, budget: int, setting: str, verify_above: float) -> Guide:
-    """The guide of a setting; `verify_above` where it verifies."""
+    """The guide of a setting; `verify_above` applies if it verifies."""
     interventions = SETTINGS[setting]
     limits = Limits(
         budget,
@@ -119,7 +119,7 @@ def percent(values: Sequence[float]) -> float:
 
 
 def table(found: Cells, budgets: Sequence[int], side: str) -> list[str]:
-    """A line for each budget: the share solved by each setting, with the mean tokens written."""
+    """A row per budget: the share solved by each setting, with the mean tokens written."""
     lines = [f"| budget, {side} | " + " | ".join(SETTINGS) + " |", "| --- " * (len(SETTINGS) + 1) + "|"]
     for budget in budgets:
         cells = [found[side, budget, setting] for setting in SETTINGS]
@@ -154,7 +154,7 @@ def draw(found: Cells, budgets: Sequence[int]) -> Figure:
             axes.plot(budgets, shares, marker="o", markersize=3, linewidth=1.5, label=setting)
         axes.set(title=f"{side} distillation", xlabel="tokens a completion may have")
         axes.grid(alpha=0.3)
-    figure.axes[0].set(ylabel="solved (%)", ylim=(0, None))  # now that both sides are drawn: they share it
+    figure.axes[0].set(ylabel="solved (%)", ylim=(0, None))  # after both sides are drawn, as they share it
     figure.axes[1].legend(frameon=False, fontsize="small")
     return figure
 
@@ -191,10 +191,10 @@ def section(found: Cells, budgets: Sequence[int], problems: int, command: str, d
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="folder of the demo's run, with its adapter")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the experiment; run again, it goes on")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the experiment; run again to resume")
     parser.add_argument("--results", type=Path, default=RESULTS, help="Markdown file to put the section in")
     parser.add_argument("--budgets", type=int, nargs="+", default=[48, 96, 192, 384])
-    parser.add_argument("--problems", type=int, default=24, help="of each family, at most (default: 24)")
+    parser.add_argument("--problems", type=int, default=24, help="problems per family, at most (default: 24)")
     args = parser.parse_args(argv)
 
     def make() -> str:
@@ -204,7 +204,7 @@ def main(argv: Sequence[str]) -> int:
         problems = [problem for family in splits for problem in family[: args.problems]]
         found = measure(model, tokenizer, adapter, problems, args.budgets, args.out)
         picture = args.results.with_name("scaling.png")
-        with replacing(picture) as file:
+        with atomic_write(picture) as file:
             FigureCanvasAgg(draw(found, args.budgets)).print_png(file)
         command = shlex.join(["python", "bench/experiments", "scaling", *argv])
         return section(found, args.budgets, len(problems), command, model.dtype, picture.name)

@@ -64,7 +64,7 @@ def measure(model: Any, examples: Sequence[Any], arm: Arm, recipe: Recipe) -> di
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """A line per budget and width, at the best of its rates: the mean over the seeds all of its rates have."""
+    """A row per budget and width, at the best of its rates: the mean over the seeds that all of its rates have."""
     lines = ["| density | support | rank | trained values | rate | mean loss | each seed |", "|" + " --- |" * 7]
     for density, support in sorted({(r["density"], r["support"]) for r in records}):
         found = [r for r in records if (r["density"], r["support"]) == (density, support)]

@@ -26,9 +26,9 @@ def traces_from_results(
 ) -> tuple[list[Trace], dict[str, Counter]]:
     """The traces of the correct completions (score >= 1) in a folder of `*.json`, and per task what became of each.
 
-    A completion's reasoning is what stands before its last `<answer>`, its answer what stands inside. A correct one is
-    dropped where it has no such answer, no reasoning, or tags another answer than the one that was scored. With
-    `incorrect` the others become traces too, as raw as a pool is, where they have reasoning and an answer.
+    A completion's reasoning is the text before its last `<answer>`, its answer the text inside. A correct completion is
+    dropped if it has no such answer, no reasoning, or tags another answer than the one that was scored. With
+    `incorrect` the others become traces too, as in a raw pool, if they have reasoning and an answer.
 
     Raises:
         ValueError: no files, or one that does not hold results, named with what is wrong.
@@ -69,7 +69,7 @@ def _read_results(path: Path) -> dict[str, Any]:
     kinds = {"name": str, "category": str, "results": list}
     for name, kind in kinds.items():
         if not isinstance(results, dict) or not isinstance(results.get(name), kind):
-            raise ValueError(f"{path}: expected an object with {', '.join(kinds)}; {name} is no {kind.__name__}")
+            raise ValueError(f"{path}: expected an object with {', '.join(kinds)}; {name} is not a {kind.__name__}")
     for index, item in enumerate(results["results"]):
         try:
             complete = isinstance(item["question"], str) and all(
@@ -87,7 +87,7 @@ def _read_results(path: Path) -> dict[str, Any]:
 
 
 def _split_completion(completion: Mapping[str, Any]) -> tuple[str, str, str]:
-    """(what becomes of it, its reasoning, its answer)."""
+    """(fate, reasoning, answer) of a completion."""
     reasoning, _, tagged = completion["full_model_response"].rpartition("<answer>")
     answer, closed, after = tagged.partition("</answer>")
     reasoning, answer = reasoning.strip(), answer.strip() if closed else ""

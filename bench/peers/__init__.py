@@ -1,1 +1,1 @@
-"""Who a user would pick instead: the losses and the adapters, each called as its own documentation calls it."""
+"""What a user would pick instead: losses and adapters, each called as its own documentation calls it."""

@@ -1,6 +1,6 @@
 """The losses a user would pick instead, each called as its own documentation or its own trainer calls it.
 
-    loss = DENSE["TRL GKD"].load(beta=0.0)      # raises ImportError where the package is absent
+    loss = DENSE["TRL GKD"].load(beta=0.0)      # raises ImportError if the package is absent
     loss(batch).backward()
 
 All are means over rows; the gradient flows to batch.hidden, and to batch.weight if that asks for it.
@@ -93,7 +93,7 @@ def rbfast_top_k(beta: float, knows_rows: bool = True) -> Loss:
 
 
 def plain_dense(beta: float) -> Loss:
-    """What one writes in torch: whole logits, in fp32 once they are made."""
+    """Straightforward torch: whole logits, converted to fp32."""
 
     def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
         return (log_a.exp() * (log_a - log_b)).sum(1)
@@ -130,7 +130,7 @@ def compiled(plain: Callable[[float], Loss]) -> Callable[[float], Loss]:
 
 
 def trl_gkd(beta: float, upcast: bool = True) -> Loss:
-    """The loss of GKDTrainer, on logits [1, T, V]; `upcast` as mixed precision does to what a model gives."""
+    """The loss of GKDTrainer, on logits [1, T, V]; `upcast` to fp32, as mixed precision does with a model's outputs."""
     from trl.experimental.gkd import GKDTrainer
 
     def loss(batch: Batch) -> Tensor:
@@ -148,7 +148,7 @@ def liger(beta: float, compile: bool = True) -> Loss:
 
 
 def liger_fused(beta: float) -> Loss:
-    """Its Triton kernels; for a GPU."""
+    """Liger's Triton kernels, for a GPU."""
     from liger_kernel.transformers import LigerFusedLinearJSD
 
     jsd = LigerFusedLinearJSD(jsd_beta=beta)
@@ -174,7 +174,7 @@ def trl_chunked(beta: float) -> Loss:
 
 
 def torchtune(beta: float) -> Loss:
-    """As its recipes do: the hidden states [1, T, H] in 8 chunks, each through the head, then the loss of the list."""
+    """As torchtune's recipes: the hidden states [1, T, H] in 8 chunks, each through the head, then the list's loss."""
     if beta != 0:
         raise ValueError(f"torchtune's chunked loss is for the forward direction (beta 0), got {beta}")
     forward_kl = _torchtune_losses().ForwardKLWithChunkedOutputLoss()
@@ -191,7 +191,7 @@ def torchtune(beta: float) -> Loss:
 
 
 def _torchtune_losses() -> Any:
-    """Its file of losses, by itself: importing the package needs a torchao that PEFT refuses to run beside."""
+    """torchtune's file of losses alone: importing the package needs a torchao that PEFT refuses."""
     path = importlib.metadata.distribution("torchtune").locate_file("torchtune/modules/loss/kd_losses.py")
     spec = importlib.util.spec_from_file_location("torchtune_losses", str(path))
     assert spec is not None and spec.loader is not None
@@ -216,7 +216,7 @@ TOP_K = {
     "torch.compile": Peer(compiled(plain_top_k), "whole logits"),
 }
 SIGNALS = {"dense": DENSE, "top-k": TOP_K}
-# On a GPU the peers' own kernels take part, and those that a CPU alone needs do not.
+# On a GPU the peers' own kernels take part, and CPU-only peers do not.
 SIGNALS_ON_GPU = {
     "dense": {who: DENSE[who] for who in ("rbfast", "torch", "torch.compile")}
     | {"Liger fused JSD": Peer(liger_fused, "computes the gradient of the frozen head too")},

@@ -1,7 +1,7 @@
 // The adapter's ops on the CPU: checks, memory and threads. The arithmetic is in columns_kernel.inl.
 //
-// Tokens are cut into blocks and blocks into groups by the number of tokens alone, and partial sums are added in the
-// order of the groups, so the bits do not depend on the number of threads.
+// The number of tokens alone decides how they are cut into groups of blocks, and partial sums are added in the order of
+// the groups, so the bits do not depend on the number of threads.
 #include "cpu/columns.h"
 
 #include <torch/csrc/stable/library.h>
@@ -17,7 +17,7 @@ namespace {
 
 // ---- checks ----
 
-// The indices as a dense array, each known to be a column of a matrix of `width` columns, in runs of `run`.
+// The indices as a dense array, checked to lie in [0, width) and to come in aligned runs of `run`.
 Tensor checked_columns(const char* op, const Tensor& cols, int64_t width, int64_t run) {
   expect(cols.dim() == 1 && cols.scalar_type() == ScalarType::Long, op, ": cols must be int64 with 1 dimension, got ",
          torch::headeronly::toString(cols.scalar_type()), " with ", cols.dim());
@@ -45,7 +45,7 @@ Tensor checked_offsets(const char* op, const Tensor& cols, const Tensor& x, int6
 
 // ---- memory ----
 
-// scale * B [out, k] as [out, k], and B as [k, out].
+// scaled: scale * B as a dense [out, k]. transposed: B [out, k] as a dense [k, out].
 Tensor scaled(const Tensor& B, float scale) {
   const int64_t out = B.size(0), k = B.size(1), row = B.stride(0), col = B.stride(1);
   const Tensor result = floats(B, out, k);
@@ -67,9 +67,9 @@ Tensor transposed(const Tensor& B) {
 
 // ---- threads ----
 
-constexpr int64_t kBlock = 32;  // tokens that stay in the cache while they are read more than once
+constexpr int64_t kBlock = 32;  // tokens, few enough to stay in cache while they are read more than once
 
-// Calls f(first, count) for every run of at most `size` of `total` rows, in parallel where the rows are worth it.
+// Calls f(first, count) for blocks of at most `size` of `total` rows, in parallel if there is enough work.
 template <typename F>
 void parallel_blocks(int64_t total, int64_t size, int64_t elements_per_row, const F& f) {
   const int64_t blocks = ceil_div(total, size);
@@ -110,7 +110,7 @@ Tensor column_gather(const Tensor& x, const Tensor& cols, int64_t run) {
   return xs;
 }
 
-// The tokens of one partial sum: enough that the sums are small beside dy, and at most 64 sums.
+// Tokens per partial sum: enough that the sums are small beside dy, and at most 64 sums.
 int64_t group_size(int64_t tokens) {
   constexpr int64_t kLeast = 128, kMostGroups = 64;
   return std::max(kLeast, ceil_div(ceil_div(tokens, kMostGroups), kBlock) * kBlock);
@@ -212,7 +212,7 @@ void column_scatter_(Tensor dx, const Tensor& dy, const Tensor& cols, const Tens
   });
 }
 
-// One matrix to fold, its arguments checked and its factors laid out; any of its rows can then be written by itself.
+// One matrix to fold, with checked arguments and dense factors. Its blocks of rows can be written independently.
 struct Fold {
   Tensor weight, base, offsets, a, b;
   int64_t together;
@@ -239,7 +239,7 @@ Fold checked_fold(const char* op, const Tensor& weight, const Tensor& base_colum
          torch::headeronly::toString(base_columns.scalar_type()));
   expect_delta(op, A, B, cols.numel(), weight.size(0));
   expect_writable(op, "weight", weight);
-  for_each_type(weight.scalar_type(), [](auto) {});  // raises here: within a parallel region it could not
+  for_each_type(weight.scalar_type(), [](auto) {});  // throws here: inside a parallel region it could not
   return {weight,
           dense_rows(base_columns),
           checked_offsets(op, cols, weight, run),
@@ -249,7 +249,7 @@ Fold checked_fold(const char* op, const Tensor& weight, const Tensor& base_colum
 }
 
 void write_folds(const std::vector<Fold>& folds) {
-  std::vector<int64_t> begins{0};  // of each matrix, in blocks of all
+  std::vector<int64_t> begins{0};  // each matrix's first block, counted over all matrices
   int64_t values = 0;
   for (const Fold& fold : folds) {
     begins.push_back(begins.back() + fold.blocks());

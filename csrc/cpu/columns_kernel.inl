@@ -1,22 +1,23 @@
-// The arithmetic of the adapter's ops. Included by columns_{scalar,avx2,avx512}.cpp, each under its own target and with
-// ISA set to its namespace.
+// The arithmetic of the adapter's ops. Included by columns_{scalar,avx2,avx512}.cpp, each with its own target pragma
+// and with ISA set to its namespace.
 //
 // The delta of a frozen weight W [out, in] is dW[:, cols] = scale * B A, so its gradients need, for xs = x[:, cols],
 //     H = xs A^T,  dB = scale * dy^T H,  dH = scale * dy B,  dA = dH^T xs.
-// dy is the only large operand: T * out values, against k * (T + out) for everything it meets. `sweep` reads it once
-// and does both products; it serves H (dot alone) and dA (outer alone) too. A tile of a few tokens shares each load of
-// m and acc, and the features are cut so that those 2k rows stay in the first-level cache while the tokens go by. Every
-// sum runs in an order fixed by the shapes alone.
+//
+// Traffic: dy is the only large operand, T * out values, against k * (T + out) for its partners and results. `sweep`
+// reads it once for both of its products; it also computes H (dot only) and dA (outer only). A tile of a few tokens
+// shares each load of m and acc, and features come in strips, so that those 2k rows stay in L1 while the tokens stream
+// past. The shapes alone fix the order of every sum.
 #include "cpu/columns.h"
 
-// Before a loop over a tile: its arrays live in registers only where every index is a constant.
+// For loops over a tile: its arrays live in registers only if every index is a constant.
 #define RBFAST_UNROLL _Pragma("GCC unroll 8")
 
 namespace rbfast {
 namespace ISA {
 namespace {
 
-// A row's values [v, v + kLanes), of which only `valid` exist.
+// Load or store a row's values [v, v + kLanes), of which only the first `valid` exist.
 template <typename T>
 inline Lanes load_at(const T* row, int64_t v, int64_t valid) {
   return valid >= kLanes ? load_lanes(row + v) : load_lanes(row + v, static_cast<int>(valid));
@@ -26,7 +27,7 @@ inline void store_at(T* row, int64_t v, int64_t valid, Lanes value) {
   valid >= kLanes ? store_lanes(row + v, value) : store_lanes(row + v, value, static_cast<int>(valid));
 }
 
-// Calls f(v, valid) for every vector of a row of n values; valid is below kLanes at the last one alone.
+// Calls f(v, valid) for every vector of a row of n values; valid is below kLanes only for the last one.
 template <typename F>
 inline void for_lanes(int64_t n, const F& f) {
   int64_t v = 0;
@@ -48,7 +49,7 @@ struct Sweep {
 // kTokens tokens from t, kRank ranks from i.
 template <typename T, bool kDot, bool kOuter, int kRank, int kTokens>
 inline void sweep_tile(const Sweep<T>& s, int64_t t, int64_t i) {
-  constexpr int kAhead = 8;  // tokens: rows are too short for the hardware to see them coming
+  constexpr int kAhead = 8;  // tokens to prefetch ahead: rows are too short for the hardware prefetcher
   Lanes dot[kTokens][kRank] = {}, w[kTokens][kRank] = {};
   if (kOuter) {
     RBFAST_UNROLL
@@ -111,8 +112,9 @@ void sweep(const Sweep<T>& s) {
   }
 }
 
-// target[v] = base[v] + sum_i w[i] m[i, v] for a row of n values; m has row stride ld. The sum runs in order of i from
-// zero, each product rounded before it is added: the same bits on every CPU. With k = 0 the base is copied bit by bit.
+// target[v] = base[v] + sum_i w[i] m[i, v] for a row of n values; m has row stride ld. The sum starts at zero and runs
+// in order of i, and each product is rounded before it is added: the same bits on every CPU. With k = 0 the base is
+// copied bitwise.
 template <typename T>
 inline void add_low_rank(const T* base, T* target, int64_t n, const float* w, const float* m, int64_t ld, int64_t k) {
   if (k == 0) {
@@ -126,7 +128,7 @@ inline void add_low_rank(const T* base, T* target, int64_t n, const float* w, co
   });
 }
 
-// to[to_at(j)] = from[from_at(j)] for j below s, where both go up by one within a run.
+// to[to_at(j)] = from[from_at(j)] for j < s; within a run both indices are consecutive.
 template <int64_t kRun, typename T, typename To, typename From>
 inline void copy_runs(T* to, const To& to_at, const T* from, const From& from_at, int64_t s) {
   for (int64_t j = 0; j < s; j += kRun) __builtin_memcpy(to + to_at(j), from + from_at(j), kRun * sizeof(T));
@@ -147,9 +149,8 @@ inline void copy_columns(T* to, const To& to_at, const T* from, const From& from
   }
 }
 
-// What in `target` is at (r, offset[j]) becomes base + w m, where w is [rows, k], m is [k, s], and base is [rows, s]
-// with row stride ld, or what is there already. A tile is worked out on the stack, and written along the smaller
-// stride.
+// target(r, offset[j]) = base + w m, with w [rows, k], m [k, s], and base [rows, s] of row stride ld, or the target's
+// own values if base is null. A tile is computed on the stack, then written along the smaller stride.
 template <typename T>
 void update_columns(T* target, int64_t row, const int64_t* offset, int64_t rows, int64_t s, int64_t run, const T* base,
                     int64_t ld, int64_t k, const float* w, const float* m) {

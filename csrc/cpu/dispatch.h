@@ -1,11 +1,11 @@
-// What every CPU op needs between the torch dispatcher and its kernels: the storage types and the ISA switch.
+// Dispatch between torch and the CPU kernels, by storage type and by instruction set.
 #pragma once
 
 #include "checks.h"
 #include "cpu/isa.h"
 #include "cpu/lanes.h"
 
-// Calls KERNEL as compiled for `isa`. Call active_isa() before a parallel region: it may throw, and what is thrown
+// Calls KERNEL as compiled for `isa`. Call active_isa() before a parallel region: it may throw, and an exception thrown
 // inside one loses its message.
 #if defined(__x86_64__)
 #define RBFAST_CALL(isa, KERNEL, ...) \
@@ -42,7 +42,7 @@ void for_each_type(ScalarType type, const F& f) {
   }
 }
 
-// Rows per task so that a task is worth a thread: about 32k elements.
+// Rows per task, enough to be worth a thread: about 32k elements.
 inline int64_t grain(int64_t elements_per_row) { return 32768 / (elements_per_row + 1) + 1; }
 
 }  // namespace rbfast

@@ -1,5 +1,5 @@
-// Losses of rows of logits and their gradient on the CPU: checks, threads, and the fp64 scalars of a row. The passes
-// over a row are in divergence_rows_kernel.inl, the definition of what is computed in rbfast/ops/reference.py.
+// Losses of rows of logits and their gradients on the CPU: checks, threads, and the fp64 scalars of a row. The formulas
+// are in divergence_job.h, the passes over a row in divergence_rows_kernel.inl.
 #include "cpu/divergence_rows.h"
 
 #include <torch/csrc/stable/library.h>
@@ -49,7 +49,7 @@ double log_add(double x, double y) {
   return top == -kInfinity ? top : top + std::log(std::exp(x - top) + std::exp(y - top));
 }
 
-// D over the buckets; leaves its gradient in the logits in each.
+// D over the buckets; stores in each bucket the gradient in its logit.
 double divergence(std::vector<Bucket>& buckets, double beta) {
   double value = 0, mean = 0;
   for (Bucket& b : buckets) {
@@ -63,18 +63,18 @@ double divergence(std::vector<Bucket>& buckets, double beta) {
   return std::max(value, 0.0);
 }
 
-// Makes the buckets' log p a distribution at the row's temperature, with the tail's share in the last one. tail: the
-// student's, for its shape.
+// Normalises the buckets' log p at the row's temperature, with the tail's mass in the last bucket. tail: the student's,
+// whose shape the teacher's is assumed to have.
 void teacher_buckets(const Row& row, const LogSum& tail, bool has_tail, std::vector<Bucket>& buckets) {
   const size_t k = buckets.size() - 1;
   const double inv_tau = row.inv_tau;
   double total = 0;
   for (size_t i = 0; i < k; ++i) total += std::exp(buckets[i].log_p);
-  const double excess = std::max(std::log(total), 0.0);  // over 1 by rounding: scaled back to 1
+  const double excess = std::max(std::log(total), 0.0);  // if rounding took the total over 1, scale it back
   for (size_t i = 0; i < k; ++i) buckets[i].log_p -= excess;
   buckets[k].log_p = has_tail ? std::log1p(-std::min(total, 1.0)) : -kInfinity;
   if (inv_tau == 1 && has_tail) return;
-  // At another temperature the tail's share needs its shape: the student's.
+  // At another temperature the tail's mass depends on its shape: the student's.
   buckets[k].log_p = buckets[k].log_p * inv_tau + std::log(tail.at_tau) - std::log(tail.at_one) * inv_tau;
   if (!has_tail) buckets[k].log_p = -kInfinity;
   double normaliser = buckets[k].log_p;
@@ -82,7 +82,7 @@ void teacher_buckets(const Row& row, const LogSum& tail, bool has_tail, std::vec
   for (Bucket& b : buckets) b.log_p -= normaliser;
 }
 
-// A row with k log-probs of its teacher, or with none (k = 0 and kl_weight 0): text alone.
+// A row with k log-probs of its teacher, or with none (k = 0 and kl_weight 0): cross-entropy alone.
 Losses sparse_row(const Row& row, const int64_t* ids, const float* logprobs, int64_t k) {
   struct Entry {
     int64_t id;
@@ -99,7 +99,7 @@ Losses sparse_row(const Row& row, const int64_t* ids, const float* logprobs, int
     support.push_back({ids[i], logit(row.z[ids[i]])});
     buckets.push_back({logprobs[i], 0, 0});
     top = std::max(top, support.back().z);
-    row.z[ids[i]] = kNone;  // what is left is the tail, which is summed by itself
+    row.z[ids[i]] = kNone;  // leaves the tail, which is summed separately
   }
   LogSum tail;
   RBFAST_CALL(row.isa, log_sum, row.z, row.job.vocabulary, row.inv_tau, &tail);
@@ -145,7 +145,7 @@ Losses sparse_row(const Row& row, const int64_t* ids, const float* logprobs, int
   return losses;
 }
 
-// A row with its teacher's logits, over the ids that both have.
+// A row with a dense teacher's logits, over the ids that both have.
 Losses dense_row(const Row& row, const float* teacher) {
   const int64_t vocabulary = row.job.vocabulary, shared = std::min(vocabulary, row.job.teacher_vocabulary);
   const double inv_tau = row.inv_tau;
@@ -153,7 +153,7 @@ Losses dense_row(const Row& row, const float* teacher) {
   RBFAST_CALL(row.isa, log_sum, row.z, shared, row.inv_tau, &z);
   if (shared < vocabulary) RBFAST_CALL(row.isa, log_sum, row.z + shared, vocabulary - shared, row.inv_tau, &rest);
   RBFAST_CALL(row.isa, log_sum, teacher, shared, row.inv_tau, &t);
-  if (t.max <= kNone) t.max = std::numeric_limits<float>::quiet_NaN();  // no distribution: neither is there a loss
+  if (t.max <= kNone) t.max = std::numeric_limits<float>::quiet_NaN();  // no distribution, so no loss either
   const double top = std::max(z.max, rest.max);
   const double z_log = std::log(z.at_tau) + (z.max - top) * inv_tau, t_log = std::log(t.at_tau);
   const double log_one = std::log(z.at_one * std::exp(z.max - top) + rest.at_one * std::exp(rest.max - top));
@@ -174,7 +174,7 @@ Losses dense_row(const Row& row, const float* teacher) {
   DenseValue value;
   RBFAST_CALL(row.isa, dense_value, row.z, teacher, vocabulary, pass, row.out, &value);
   if (row.out.dz != nullptr && row.job.beta != 0) {
-    // log1p_parts passes no NaN on to the scores of JS; the divergence has it.
+    // log1p_parts does not propagate NaN to the scores of JS; the divergence has it.
     pass.mean_score = static_cast<float>(std::isnan(value.divergence) ? value.divergence : value.mean_score);
     RBFAST_CALL(row.isa, dense_gradient, row.z, teacher, vocabulary, pass, row.out);
   }

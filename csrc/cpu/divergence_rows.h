@@ -1,5 +1,5 @@
-// The passes over one row of logits that divergence_rows is made of, one set of entry points per instruction set. Plain
-// pointers only. The scalars between the passes are computed in fp64 by divergence_rows.cpp.
+// The passes over one row of logits that make up divergence_rows_, one set of entry points per instruction set. Plain
+// pointers only. divergence_rows.cpp computes the scalars between the passes in fp64.
 #pragma once
 
 #include <stdint.h>
@@ -9,20 +9,20 @@
 
 namespace rbfast {
 
-// sum_v exp((z_v - max) * inv_tau) and sum_v exp(z_v - max); meaningless where max is kNone.
+// sum_v exp((z_v - max) * inv_tau) and sum_v exp(z_v - max); undefined if max is kNone.
 struct LogSum {
   float max;
   double at_tau, at_one;
 };
 
-// What a row's gradient is multiplied by and where it goes: z = softcap * tanh(scale * x / softcap), softcap 0: none.
+// Where a row's gradient goes, and its head: z = softcap * tanh(scale * x / softcap), softcap 0: none.
 struct Output {
   void* dz;  // null: no gradient is wanted
   bool is_bf16;
   int64_t label;
-  float ce_weight;  // taken from the label's gradient
+  float ce_weight;  // subtracted from the label's gradient
   float scale, softcap;
-  int64_t row_stride, teacher_stride;  // of logits: a pass that finds its own rows in a cache asks for the next ones
+  int64_t row_stride, teacher_stride;  // of logits; a pass whose own rows are in cache prefetches the next ones
 };
 
 // dz_v = at_tau * exp((z_v - max) * inv_tau) + at_one * exp(z_v - max)
@@ -41,7 +41,7 @@ struct DenseValue {
   void head_logits(float* z, const float* bias, int64_t n, float scale, float softcap);                              \
   void log_sum(const float* z, int64_t n, float inv_tau, LogSum* result);                                            \
   void tail_gradient(const float* z, int64_t n, const TailGradient& g, const Output& out);                           \
-  /* D alone; forward KL writes its gradient in the same pass where out has a dz */                                  \
+  /* D; forward KL also writes its gradient in the same pass if out has a dz */                                      \
   void dense_value(const float* z, const float* t, int64_t vocabulary, const DensePass& pass, const Output& out,     \
                    DenseValue* value);                                                                               \
   /* the gradient of reverse KL and JS */                                                                            \

@@ -1,23 +1,24 @@
-// Included by divergence_rows_{scalar,avx2,avx512}.cpp, each under its own target and with ISA set to its namespace.
+// The passes over a row of logits. Included by divergence_rows_{scalar,avx2,avx512}.cpp, each with its own target
+// pragma and with ISA set to its namespace.
 //
-// Traffic: a row of 50k logits is 200 KB. It comes from memory once, in the first pass, and the later ones find it in
-// the level-2 cache; the gradient may be written over it, since its element v lies at or before logit v.
+// Traffic: a row of 50k logits is 200 KB. The first pass reads it from memory, the later ones from L2. The gradient may
+// overwrite the logits, since its element v lies at or before logit v.
 #include "cpu/divergence_rows.h"
 
 namespace rbfast {
 namespace ISA {
 namespace {
 
-// Sums of this many values are kept in fp32; longer ones are added up in fp64.
+// Up to this many values are summed in fp32; the block sums are added in fp64.
 constexpr int64_t kBlock = 64 * kLanes;
 
-// The first pass over a row asks for logits this far ahead, since the CPU does not do so beyond a page.
+// The first pass over a row prefetches this far ahead: the hardware prefetcher stops at the end of a page.
 constexpr int64_t kAhead = 2048;
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Calls f(v, left) for every vector of [begin, end); left is below kLanes at the last one alone. A constant in the
-// loop, so that a body made for whole vectors has no test in it.
+// Calls f(v, left) for every vector of [begin, end); left is below kLanes only for the last one. In the loop it is a
+// constant, so that whole vectors are not tested.
 template <typename F>
 static inline __attribute__((always_inline)) void for_lanes(int64_t begin, int64_t end, const F& f) {
   int64_t v = begin;
@@ -25,18 +26,18 @@ static inline __attribute__((always_inline)) void for_lanes(int64_t begin, int64
   if (v < end) f(v, end - v);
 }
 
-// kLanes logits, of which `left` are there.
-static inline __attribute__((always_inline)) Lanes take(const float* p, int64_t left) {
+// kLanes logits, of which the first `left` exist; the others become kNone.
+static inline __attribute__((always_inline)) Lanes load_logits(const float* p, int64_t left) {
   Lanes z = left >= kLanes ? load_lanes(p) : load_lanes(p, static_cast<int>(left));
   if (left < kLanes)
     for (int i = static_cast<int>(left); i < kLanes; ++i) z[i] = kNone;
   return larger(z, splat(kNone));
 }
 
-// Finishes kLanes values of the gradient in z, at column v, and stores them.
+// Applies the label and the head's derivative to kLanes values of the gradient at column v, and stores them.
 template <typename T>
-static inline __attribute__((always_inline)) void put(const Output& out, Lanes gradient, Lanes z, int64_t v,
-                                                      int64_t left) {
+static inline __attribute__((always_inline)) void store_gradient(const Output& out, Lanes gradient, Lanes z, int64_t v,
+                                                                 int64_t left) {
   const uint64_t lane = static_cast<uint64_t>(out.label - v);
   if (lane < static_cast<uint64_t>(kLanes)) gradient[lane] -= out.ce_weight;
   if (out.softcap != 0) {
@@ -60,7 +61,7 @@ static void log_sum_of(const float* z, int64_t n, float inv_tau, LogSum* result)
     Lanes most = splat(kNone);
     for_lanes(b, end, [&](int64_t v, int64_t left) __attribute__((always_inline)) {
       __builtin_prefetch(z + v + kAhead);
-      most = larger(most, take(z + v, left));
+      most = larger(most, load_logits(z + v, left));
     });
     float block_top = kNone;
     for (int i = 0; i < kLanes; ++i) block_top = most[i] > block_top ? most[i] : block_top;
@@ -71,7 +72,7 @@ static void log_sum_of(const float* z, int64_t n, float inv_tau, LogSum* result)
     }
     Lanes sum_tau{}, sum_one{};
     for_lanes(b, end, [&](int64_t v, int64_t left) __attribute__((always_inline)) {
-      const Lanes x = take(z + v, left) - top;
+      const Lanes x = load_logits(z + v, left) - top;
       sum_tau += exp_in_sum(kTwo ? x * inv_tau : x);
       if (kTwo) sum_one += exp_in_sum(x);
     });
@@ -83,23 +84,23 @@ static void log_sum_of(const float* z, int64_t n, float inv_tau, LogSum* result)
 
 template <typename T, bool kTwo>
 static void tail_gradient_of(const float* z, int64_t n, const TailGradient& in, const Output& to) {
-  const TailGradient g = in;  // copies, which what is stored through dz cannot change
+  const TailGradient g = in;  // copies, which stores through dz cannot alias
   const Output out = to;
   for_lanes(0, n, [&](int64_t v, int64_t left) __attribute__((always_inline)) {
     __builtin_prefetch(z + v + out.row_stride, 0, 2);
-    const Lanes logit = take(z + v, left), x = logit - g.max;
+    const Lanes logit = load_logits(z + v, left), x = logit - g.max;
     Lanes gradient = exp_negative(x * g.inv_tau) * g.at_tau;
     if (kTwo) gradient = fmadd(exp_negative(x), splat(g.at_one), gradient);
-    put<T>(out, gradient, logit, v, left);
+    store_gradient<T>(out, gradient, logit, v, left);
   });
 }
 
-// The columns that the teacher lacks: CE alone.
+// Columns that the teacher lacks: CE alone.
 template <typename T>
 static void rest_of_row(const float* z, int64_t vocabulary, const DensePass& pass, const Output& out) {
   for_lanes(pass.n, vocabulary, [&](int64_t v, int64_t left) __attribute__((always_inline)) {
-    const Lanes logit = take(z + v, left);
-    put<T>(out, exp_negative(logit - pass.z_max) * pass.at_one, logit, v, left);
+    const Lanes logit = load_logits(z + v, left);
+    store_gradient<T>(out, exp_negative(logit - pass.z_max) * pass.at_one, logit, v, left);
   });
 }
 
@@ -115,8 +116,8 @@ static void dense(const float* z, const float* t, int64_t vocabulary, const Dens
     for_lanes(b, end, [&](int64_t v, int64_t left) __attribute__((always_inline)) {
       __builtin_prefetch(z + v + out.row_stride, 0, 2);
       __builtin_prefetch(t + v + out.teacher_stride, 0, 2);
-      const Lanes logit = take(z + v, left);
-      const Term x = term<kKind>(logit, take(t + v, left), pass);
+      const Lanes logit = load_logits(z + v, left);
+      const Term x = term<kKind>(logit, load_logits(t + v, left), pass);
       if (kValue) {
         terms += x.divergence;
         if (kKind != Kind::forward) scores = fmadd(x.q, x.score, scores);
@@ -124,7 +125,7 @@ static void dense(const float* z, const float* t, int64_t vocabulary, const Dens
       if (kGradient) {
         const Lanes gradient = kKind == Kind::forward ? x.q : x.q * (x.score - pass.mean_score);
         const Lanes ce = pass.at_one == 0 ? Lanes{} : exp_negative(logit - pass.z_max) * pass.at_one;
-        put<T>(out, fmadd(gradient, splat(pass.coefficient), ce), logit, v, left);
+        store_gradient<T>(out, fmadd(gradient, splat(pass.coefficient), ce), logit, v, left);
       }
     });
     divergence += sum(terms);
@@ -138,8 +139,8 @@ static void dense(const float* z, const float* t, int64_t vocabulary, const Dens
 
 void head_logits(float* z, const float* bias, int64_t n, float scale, float softcap) {
   for_lanes(0, n, [&](int64_t v, int64_t left) __attribute__((always_inline)) {
-    Lanes x = take(z + v, left);
-    if (bias != nullptr) x += take(bias + v, left);
+    Lanes x = load_logits(z + v, left);
+    if (bias != nullptr) x += load_logits(bias + v, left);
     x *= scale;
     if (softcap != 0) x = tanh_lanes(x / softcap) * softcap;
     if (left >= kLanes)

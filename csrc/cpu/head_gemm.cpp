@@ -1,7 +1,9 @@
-// The head's three products on the CPU: checks, scratch memory, threads. The arithmetic is in head_gemm_kernel.inl.
+// The head's three products on the CPU: logits = hidden W^T, d_hidden = dz W and dW += dz^T hidden. Checks, scratch
+// memory and threads are here, the arithmetic is in head_gemm_kernel.inl.
 //
-// Torch has no bf16 x bf16 -> fp32 product on the CPU, rounding logits to bf16 ruins the gradient near the teacher, and
-// a library's bits change with the number of rows; these have fp32 sums in an order that depends on k alone.
+// Why not the library's: torch has no bf16 x bf16 -> fp32 product on the CPU, rounding logits to bf16 ruins the
+// gradient near the teacher, and a library's bits change with the number of rows. These have fp32 sums in an order that
+// depends on k alone.
 #include "cpu/head_gemm.h"
 
 #include <torch/csrc/stable/library.h>
@@ -32,14 +34,14 @@ Storage storage(const Tensor& x) {
   return type;
 }
 
-// The rows of a matrix, or its columns, as the outer index of an operand.
+// An operand whose outer index runs over the rows of a matrix, or over its columns.
 Operand by_rows(const Tensor& x) { return {x.const_data_ptr(), storage(x), x.stride(0), 1}; }
 Operand by_columns(const Tensor& x) { return {x.const_data_ptr(), storage(x), 1, x.stride(0)}; }
 
 bool are_bf16(const Gemm& g) { return g.a.type == Storage::bf16 && g.b.type == Storage::bf16; }
 bool in_tiles(Isa isa, const Gemm& g) { return isa == Isa::amx && are_bf16(g); }
 
-// A rectangle of C, by the kernel for these operands: bf16 values are multiplied in tiles or in pairs.
+// Computes a rectangle of C with the kernel for these operands: if both are bf16, with AMX tiles or AVX512_BF16 pairs.
 void multiply(Isa isa, const Gemm& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1, void* scratch) {
 #if defined(__x86_64__)
   if (in_tiles(isa, g)) return amx::gemm(g, m0, m1, n0, n1, scratch);
@@ -56,7 +58,7 @@ void multiply_filtered(Isa isa, const Gemm& g, const float* thresholds, int64_t 
   RBFAST_CALL(isa, filtered_gemm, g, thresholds, m0, m1, n0, n1, scratch);
 }
 
-// Rectangles of C [m, n], down x across of them, all but the last ones `height` x `width`.
+// C [m, n] cut into down x across rectangles of `height` x `width`; the last ones may be smaller.
 struct Rectangles {
   int64_t down, across, height, width;
 };
@@ -66,7 +68,7 @@ Rectangles rectangles(int64_t m, int64_t n, int64_t down, int64_t across) {
           ceil_div(ceil_div(n, kColumnUnit), across) * kColumnUnit};
 }
 
-// Calls f(m0, m1, n0, n1, scratch) for each of them on its thread, with so many bytes of scratch.
+// Calls f(m0, m1, n0, n1, scratch) for each rectangle in parallel, with scratch_bytes of scratch for each.
 template <typename F>
 void for_each(const Rectangles& cut, int64_t m, int64_t n, int64_t scratch_bytes, const F& f) {
   const size_t bytes = ceil_div(scratch_bytes, 64) * 64;
@@ -98,7 +100,8 @@ void parallel_gemm(const Gemm& g, int64_t m, int64_t n) {
   });
 }
 
-// Threads share the rows first, since each has to look through its own, but not so that a word of B serves few of them.
+// Splits the rows between threads first, since each thread has to scan its own, but leaves each enough of them to reuse
+// a word of B.
 void parallel_filtered_gemm(const Gemm& g, const float* thresholds, int64_t m, int64_t n) {
   const Isa isa = active_isa();
   const int64_t threads = torch::stable::get_num_threads();

@@ -18,7 +18,7 @@ struct Operand {
   int64_t k_stride;
 };
 
-// What happens to C: set to the product, or each element's running sum is taken up where it was left.
+// fresh: C is set to the product. resumed: each element's sum continues from its value in C.
 enum class Sums : int { fresh, resumed };
 
 struct Gemm {
@@ -33,8 +33,8 @@ struct Gemm {
 // Columns of C are split between threads in multiples of this, rows in multiples of kRowUnit.
 constexpr int64_t kColumnUnit = 48;
 constexpr int64_t kRowUnit = 8;
-// Rows of A packed at a time, and how much of k: a k up to kLongK whole, a longer one in pieces of kShortK, which keep
-// the packed rows in a 1 MiB level-2 cache.
+// Rows of A packed at a time, and how much of k: all of a k up to kLongK, a longer one in pieces of kShortK, which keep
+// the packed rows in a 1 MiB L2.
 constexpr int64_t kRowBlock = 256;
 constexpr int64_t kLongK = 4032;
 constexpr int64_t kShortK = 960;
@@ -46,7 +46,8 @@ static inline int64_t gemm_scratch(int64_t rows, int64_t k) {
   return 4 * (padded * (gemm_k_block(k) + 2) + kColumnUnit * 192);
 }
 
-// A filtered product takes this many words of k at a time, and so many of those it needs in one panel of B.
+// A filtered product takes kFilteredWords words of k at a time, and packs up to kFilteredPanel of those it needs at
+// once.
 constexpr int64_t kFilteredWords = 1024;
 constexpr int64_t kFilteredPanel = 96;
 // Bytes of scratch that one call of filtered_gemm needs for `columns` columns, aligned to 64.
@@ -54,15 +55,15 @@ static inline int64_t filtered_scratch(int64_t columns) {
   return 4 * (columns + kColumnUnit) * kFilteredPanel + 6 * kRowBlock * kFilteredWords;
 }
 
-#define RBFAST_GEMM(ISA)                                                                                              \
-  namespace ISA {                                                                                                     \
-  /* Rows [m0, m1) and columns [n0, n1) of C. The order of the sum over k is the same whatever the rectangle. */      \
-  void gemm(const Gemm& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1, void* scratch);                            \
-  /* As gemm with resumed sums; what is smaller in row i of A than thresholds[i] >= 0 counts as 0. B lies along n. */ \
-  void filtered_gemm(const Gemm& g, const float* thresholds, int64_t m0, int64_t m1, int64_t n0, int64_t n1,          \
-                     void* scratch);                                                                                  \
-  /* A threshold for a row of A: what lies below sums to *left_out, at most `share` of the row (in magnitude). */     \
-  void row_threshold(const Operand& a, int64_t row, int64_t k, float share, float* threshold, float* left_out);       \
+#define RBFAST_GEMM(ISA)                                                                                             \
+  namespace ISA {                                                                                                    \
+  /* Rows [m0, m1) and columns [n0, n1) of C. The order of the sum over k is the same whatever the rectangle. */     \
+  void gemm(const Gemm& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1, void* scratch);                           \
+  /* As gemm with resumed sums; magnitudes below thresholds[i] >= 0 in row i of A count as 0. B is dense along n. */ \
+  void filtered_gemm(const Gemm& g, const float* thresholds, int64_t m0, int64_t m1, int64_t n0, int64_t n1,         \
+                     void* scratch);                                                                                 \
+  /* A threshold for a row of A: magnitudes below it sum to at most *left_out, itself at most `share` of all. */     \
+  void row_threshold(const Operand& a, int64_t row, int64_t k, float share, float* threshold, float* left_out);      \
   }
 
 RBFAST_GEMM(scalar)

@@ -1,4 +1,4 @@
-// The head's products of bf16 values by tiles of 16 x 32 (AMX). Plain pointers only.
+// The head's products of bf16 values in AMX tiles of 16 x 32. Plain pointers only.
 #pragma once
 
 #include "cpu/head_gemm.h"
@@ -9,7 +9,7 @@ namespace amx {
 // Tiles go in pairs: a panel is 32 rows of A or columns of B, a step 32 values of k.
 constexpr int64_t kPanel = 32;
 constexpr int64_t kDepth = 32;
-// Bytes of a step of a panel, with a line to spare: steps 2 KiB apart would share two sets of the first-level cache.
+// Bytes of a step of a panel, padded by a cache line: steps 2 KiB apart would map to the same two sets of L1.
 constexpr int64_t kStepBytes = 2 * 1024 + 64;
 
 // Bytes of each operand that are packed at a time.
@@ -19,8 +19,8 @@ struct Room {
 
 static inline bool is_along(const Operand& x) { return x.k_stride == 1; }
 
-// Together less than a level-2 cache (2 MiB). Columns that lie along k are a head that a product reads once, so the
-// rows of a chunk stay there, and as many columns as are packed come in beside them.
+// Together less than L2 (2 MiB). Columns dense along k are a head, which the product reads once: the rows of a chunk
+// stay in L2, and packed columns pass through beside them.
 static inline Room room(const Gemm& g) {
   if (is_along(g.b)) return {800 << 10, 512 << 10};
   return {384 << 10, 1280 << 10};
@@ -28,13 +28,13 @@ static inline Room room(const Gemm& g) {
 
 static inline int64_t ceil_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// How much of k is packed at a time. Sums that are fresh restart there, so that it decides about their last bits.
+// How much of k is packed at a time. Fresh sums restart there, so this affects their last bits.
 static inline int64_t k_block(const Gemm& g) {
   if (!is_along(g.b)) return g.sums == Sums::resumed ? 1024 : 512;
   return g.k <= 4096 ? ceil_to(g.k, kDepth) : 2048;
 }
 
-// Panels of that depth that fit, at least one.
+// The number of panels of this depth that fit in `bytes`, at least one.
 static inline int64_t fitting_panels(int64_t depth, int64_t bytes) {
   const int64_t fitting = bytes / (depth / kDepth * kStepBytes);
   return fitting > 1 ? fitting : 1;
@@ -47,8 +47,7 @@ static inline int64_t scratch(const Gemm& g) {
   return panels * (depth / kDepth * kStepBytes) + kPanel * kPanel * 4;
 }
 
-// As gemm of the other instruction sets, for operands that are both bf16. The order of a sum over k is cut at multiples
-// of kDepth: sums may be resumed there.
+// As gemm of the other instruction sets, for operands that are both bf16. Sums may be resumed at multiples of kDepth.
 void gemm(const Gemm& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1, void* scratch);
 
 }  // namespace amx

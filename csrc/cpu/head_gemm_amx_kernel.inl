@@ -1,16 +1,16 @@
-// A matrix product by tile instructions, included by head_gemm_amx.cpp, and by the tests with an emulation of the
-// instructions in their place. Vectors are GCC's own, so that it compiles for any CPU.
+// A matrix product with AMX tile instructions. Included by head_gemm_amx.cpp, and by the tests with an emulation of the
+// instructions. Vectors are GCC's own, so that it compiles for any CPU.
 //
-// A tile instruction adds to C [16, 16] the product of 16 rows of 32 values of k and 16 columns of 16 pairs of them.
-// One operand lies in rows along k, the other in columns of words of two values of consecutive k. C, of 2 x 2 tiles,
-// stays in tile registers while k runs: four loads and four products a step, all from packed panels.
+// A tile instruction adds A [16, 32] B [32, 16] to C [16, 16]. A is stored in rows along k, B in words that pair two
+// consecutive k of a column. A block of C, 2 x 2 tiles, stays in tile registers while k runs: four loads and four
+// products a step, all from packed panels.
 //
-// Packing: where k is contiguous, rows are copied and columns are transposed; elsewhere columns are woven from pairs of
-// rows of memory, and rows are woven and transposed. (head_forward_ could take its weight as the operand in rows and
-// transpose C instead: for 96 to 512 tokens and hidden sizes of 576 to 4096 that took as long.)
+// Packing: if an operand is dense along k, rows of A are copied and columns of B transposed. Otherwise columns of B are
+// interleaved from pairs of memory rows, and rows of A interleaved and transposed. (head_forward_ could pass its weight
+// as A and transpose C instead: for 96 to 512 tokens and hidden sizes of 576 to 4096 that took as long.)
 //
-// Order: within 32 values of k the instruction adds up even and odd ones apart; then step by step. Fresh sums start
-// anew at each block of k, and blocks are added in order; resumed sums go on from the value in C.
+// Order of sums: within 32 values of k the instruction adds even and odd ones separately, then step follows step. Fresh
+// sums restart at each block of k, and blocks are added in order; resumed sums continue from the value in C.
 #include "cpu/head_gemm_amx.h"
 
 namespace rbfast {
@@ -19,7 +19,7 @@ namespace {
 
 constexpr int64_t kTile = 16;
 constexpr int64_t kTileBytes = 1024;
-// Rows of memory that are asked for ahead of those being packed.
+// Rows of memory to prefetch ahead of those being packed.
 constexpr int64_t kRowsAhead = 8;
 
 typedef uint32_t Words __attribute__((vector_size(64)));
@@ -33,8 +33,8 @@ static inline T smaller(T a, T b) {
   return a < b ? a : b;
 }
 
-// What was written before is seen by tile instructions, of whose reads the compiler does not know.
-static inline void settle() { asm volatile("" ::: "memory"); }
+// Tile instructions after it see what was written before: the compiler does not know of their reads.
+static inline void compiler_barrier() { asm volatile("" ::: "memory"); }
 
 template <typename V, typename T>
 static inline V load_as(const T* p) {
@@ -59,10 +59,10 @@ static inline V load_as(const BF16* p, int64_t n) {
   Words{4 * a, 4 * a + 1, 4 * a + 2, 4 * a + 3, 4 * b, 4 * b + 1, 4 * b + 2, 4 * b + 3, \
         4 * c, 4 * c + 1, 4 * c + 2, 4 * c + 3, 4 * d, 4 * d + 1, 4 * d + 2, 4 * d + 3}
 
-// In each lane of 16 bytes, four of the eight values of each operand in turn.
-#define RBFAST_WOVEN_LANE(i) i, i + 32, i + 1, i + 33, i + 2, i + 34, i + 3, i + 35
-#define RBFAST_WOVEN(i) \
-  Line { RBFAST_WOVEN_LANE(i), RBFAST_WOVEN_LANE(i + 8), RBFAST_WOVEN_LANE(i + 16), RBFAST_WOVEN_LANE(i + 24) }
+// In each 16-byte lane, four of the eight values of each operand, interleaved.
+#define RBFAST_ZIP_LANE(i) i, i + 32, i + 1, i + 33, i + 2, i + 34, i + 3, i + 35
+#define RBFAST_ZIP(i) \
+  Line { RBFAST_ZIP_LANE(i), RBFAST_ZIP_LANE(i + 8), RBFAST_ZIP_LANE(i + 16), RBFAST_ZIP_LANE(i + 24) }
 
 static inline void transpose(Words* v) {
   Words t[16];
@@ -97,7 +97,7 @@ static inline void store_tile(char* to, const Words* v) {
 
 // ---- packing ----
 
-// One operand's outers [begin, end) and k [k0, k0 + depth). A panel has ceil(depth / kDepth) steps of two tiles.
+// Outer indices [begin, end) and k [k0, k0 + depth) of an operand. A panel has ceil(depth / kDepth) steps of two tiles.
 struct Part {
   const Operand& x;
   int64_t begin, end, k0, depth;
@@ -109,15 +109,15 @@ struct Part {
   int64_t panel_bytes() const { return (depth + kDepth - 1) / kDepth * kStepBytes; }
 };
 
-// Word i: value i of the row at k and of the one after it.
-static inline Words weave(const Part& part, int64_t outer, int64_t k) {
+// Word i pairs value i of the memory row at k with value i of the next.
+static inline Words interleave(const Part& part, int64_t outer, int64_t k) {
   const int64_t valid = part.end - outer;
   const Halves even = k < part.depth ? load_as<Halves>(part.at(outer, k), valid) : Halves{};
   const Halves odd = k + 1 < part.depth ? load_as<Halves>(part.at(outer, k + 1), valid) : Halves{};
   return __builtin_convertvector(even, Words) | __builtin_convertvector(odd, Words) << 16;
 }
 
-// Rows along k, copied.
+// Rows of A dense along k: copied.
 static void pack_rows(const Part& part, char* panels) {
   const int64_t count = part.panels() * kPanel, valid = part.end - part.begin, bytes = part.panel_bytes();
   const int64_t stride = part.x.outer_stride, depth = part.depth;
@@ -139,30 +139,30 @@ static void pack_rows(const Part& part, char* panels) {
   }
 }
 
-// Rows across k: woven, then transposed.
+// Rows of A across k: interleaved, then transposed.
 static void pack_rows_across(const Part& part, char* panels) {
   for (int64_t k = 0; k < part.depth; k += kDepth)
     for (int64_t i = 0; i < part.panels() * kPanel; i += kTile) {
       Words v[16];
 #pragma GCC unroll 16
-      for (int r = 0; r < 16; ++r) v[r] = weave(part, part.begin + i, k + 2 * r);
+      for (int r = 0; r < 16; ++r) v[r] = interleave(part, part.begin + i, k + 2 * r);
       transpose(v);
       store_tile(panels + i / kPanel * part.panel_bytes() + k / kDepth * kStepBytes + i % kPanel * 64, v);
     }
 }
 
-// 32 words of k: those of a whole panel, from a line of the row at k and one of the row after it.
-static inline void weave_panel(const BF16* even, const BF16* odd, char* to) {
+// The 32 words of a whole panel at k, from a cache line of the memory row at k and one of the next.
+static inline void interleave_panel(const BF16* even, const BF16* odd, char* to) {
   const Line a = load_as<Line>(even), b = load_as<Line>(odd);
-  const Pairs low = reinterpret_cast<Pairs>(__builtin_shuffle(a, b, RBFAST_WOVEN(0)));
-  const Pairs high = reinterpret_cast<Pairs>(__builtin_shuffle(a, b, RBFAST_WOVEN(4)));
+  const Pairs low = reinterpret_cast<Pairs>(__builtin_shuffle(a, b, RBFAST_ZIP(0)));
+  const Pairs high = reinterpret_cast<Pairs>(__builtin_shuffle(a, b, RBFAST_ZIP(4)));
   const Pairs first = __builtin_shuffle(low, high, Pairs{0, 1, 8, 9, 2, 3, 10, 11});
   const Pairs second = __builtin_shuffle(low, high, Pairs{4, 5, 12, 13, 6, 7, 14, 15});
   memcpy(to, &first, 64);
   memcpy(to + kTileBytes, &second, 64);
 }
 
-// Columns across k, woven.
+// Columns of B across k: interleaved.
 static void pack_columns_across(const Part& part, char* panels) {
   const int64_t stride = part.x.k_stride, bytes = part.panel_bytes(), whole = (part.end - part.begin) / kPanel;
   const int64_t count = part.panels(), depth = part.depth;
@@ -174,18 +174,18 @@ static void pack_columns_across(const Part& part, char* panels) {
       for (; p < whole; ++p, from += kPanel, to += bytes) {
         __builtin_prefetch(from + kRowsAhead * stride);
         __builtin_prefetch(from + (kRowsAhead + 1) * stride);
-        weave_panel(from, from + stride, to);
+        interleave_panel(from, from + stride, to);
       }
     }
     for (; p < count; ++p, to += bytes)
       for (int64_t half = 0; half < 2; ++half) {
-        const Words v = weave(part, part.begin + p * kPanel + half * kTile, k);
+        const Words v = interleave(part, part.begin + p * kPanel + half * kTile, k);
         memcpy(to + half * kTileBytes, &v, 64);
       }
   }
 }
 
-// Columns along k: words of two values are there already, and are transposed.
+// Columns of B dense along k: memory holds words of two values already, which are transposed.
 static void pack_columns(const Part& part, char* panels) {
   for (int64_t i = 0; i < part.panels() * kPanel; i += kTile)
     for (int64_t k = 0; k < part.depth; k += kDepth) {
@@ -202,8 +202,8 @@ static void pack_columns(const Part& part, char* panels) {
 
 // ---- 2 x 2 tiles of C ----
 
-// Columns that will be packed next, asked for in equal shares while tiles are multiplied: memory would else wait for
-// tiles and tiles for memory. A product of 256 or 512 tokens took 1.05 to 1.09 times as long without.
+// Prefetches the columns that will be packed next, in equal shares while tiles are multiplied; memory and tiles would
+// otherwise wait for each other. Without it a product of 256 or 512 tokens took 1.05 to 1.09 times as long.
 struct Ahead {
   const char *at, *end;
   int64_t share;
@@ -224,13 +224,13 @@ struct Target {
   float* c;
   int64_t ld, rows, columns;  // up to kPanel each
   Update update;
-  float* whole;  // [kPanel, kPanel], where C is not written directly
+  float* whole;  // [kPanel, kPanel], if C is not written directly
 
   bool direct() const { return update != Update::add && rows == kPanel && columns == kPanel; }
 };
 
-// next: of the block after this one, [kPanel, kPanel], asked for while this one is computed. The panel of A is used for
-// every panel of B in turn, so B's loads are marked as streaming, to leave A in the first-level cache.
+// next: the next block of C, [kPanel, kPanel], prefetched while this one is computed. The panel of A is used for every
+// panel of B in turn, so B is loaded with a streaming hint, to leave A in L1.
 static inline void multiply(const char* p, const char* q, int64_t steps, const float* next, int64_t ld, Ahead& ahead) {
   for (int64_t s = 0; s < steps; ++s, p += kStepBytes, q += kStepBytes) {
     ahead.ask();
@@ -270,7 +270,7 @@ static inline void put_row(float* to, const float* from, int64_t columns, bool a
   for (int64_t j = 0; j < columns; ++j) to[j] = adds ? to[j] + from[j] : from[j];
 }
 
-// From `whole` to C.
+// Writes or adds `whole` to C.
 static void put_block(const Target& t) {
   const bool adds = t.update == Update::add;
   if (adds && t.rows == kPanel && t.columns == kPanel) {
@@ -296,7 +296,7 @@ static void block(const char* p, const char* q, int64_t steps, const Target& t, 
   } else {
     memset(t.whole, 0, kPanel * kPanel * sizeof(float));
     for (int64_t i = 0; i < t.rows; ++i) memcpy(t.whole + i * kPanel, t.c + i * t.ld, t.columns * sizeof(float));
-    settle();
+    compiler_barrier();
     load_tiles(t.whole, kPanel);
   }
   multiply(p, q, steps, t.c + kPanel, t.ld, ahead);
@@ -334,7 +334,7 @@ void gemm(const Gemm& g, int64_t m0, int64_t m1, int64_t n0, int64_t n1, void* s
         const Part a{g.a, m, smaller(m + m_step, m1), k, depth};
         const bool is_packed = n > n0 && m_step >= m1 - m0;
         if (!is_packed) is_along(g.a) ? pack_rows(a, rows) : pack_rows_across(a, rows);
-        settle();
+        compiler_barrier();
         for (int64_t i = 0; i < a.panels(); ++i)
           for (int64_t j = 0; j < b.panels(); ++j) {
             const int64_t row = m + i * kPanel, column = n + j * kPanel;

@@ -1,10 +1,10 @@
-// Included by head_gemm_{scalar,avx2,avx512,avx512_bf16}.cpp, each under its own target and with ISA set to its
-// namespace: head_gemm_kernel.inl, and with its words and tiles a product that leaves out the smallest values of A.
+// head_gemm_kernel.inl and, from its words and tiles, a product that leaves out the smallest values of A. Included by
+// head_gemm_{scalar,avx2,avx512,avx512_bf16}.cpp, each with its own target pragma and with ISA set to its namespace.
 //
-// A group of kRows rows needs only the words of k in which one of its rows has a value left, the block of rows only
-// those that one of its groups needs. Panels of B are packed from the latter, and a group's tile picks the former out
-// of them. A row's sum runs over k in order, and a word that is there for the sake of other rows adds zeros to it: so
-// its bits do not depend on the rows beside it, as long as B is finite.
+// A group of kRows rows needs only the words of k in which one of its rows has a value left; a block of rows needs
+// those of any of its groups. Panels of B hold the block's words, and a group's tile picks its own words from them. A
+// row's sum runs over k in order, and words needed by other rows only add zeros to it: its bits do not depend on the
+// rows beside it, as long as B is finite.
 #include "cpu/head_gemm_kernel.inl"
 
 namespace rbfast {
@@ -21,7 +21,7 @@ static inline Lanes magnitudes(const T* p, int64_t left) {
   return magnitude(left < kLanes ? load_lanes(p, static_cast<int>(left)) : load_lanes(p));
 }
 
-// sum + v where v is less than the limit.
+// sum + v in lanes where v < limit, sum in the others.
 static inline Lanes add_below(Lanes sum, Lanes v, Lanes limit) {
 #if RBFAST_LANES == 16
   return _mm512_mask_add_ps(sum, _mm512_cmp_ps_mask(v, limit, _CMP_LT_OQ), sum, v);
@@ -32,12 +32,12 @@ static inline Lanes add_below(Lanes sum, Lanes v, Lanes limit) {
 
 // ---- the threshold of a row ----
 
-// Thresholds to try, as shares of what may be left out: 2^-8, 2^-9 ... 2^-15. Below the first lie few values of a
-// peaked row, and many thousands have to lie below the last to add up to more.
+// Thresholds to try, as shares of the sum that may be left out: 2^-8, 2^-9 ... 2^-15. In a peaked row few values lie
+// below the first, and it takes over 2^15 values below the last to exceed that sum.
 constexpr int kThresholds = 8;
 constexpr int kFirstThreshold = 8;
 
-// The sum of a row's magnitudes below each of N limits. Sums in fp32 are short, so that their rounding stays small.
+// The sum of a row's magnitudes below each of N limits. Sums in fp32 are short, to keep their rounding small.
 template <int N, typename T>
 static void sums_below(const T* row, int64_t count, const float* limits, double* found) {
   constexpr int64_t kBlock = 256 * kLanes;
@@ -56,14 +56,14 @@ static void sums_below(const T* row, int64_t count, const float* limits, double*
 
 // ---- which words are needed ----
 
-// What a group of rows needs of a piece of k, in order.
+// The words of a piece of k that a group of rows needs, in order.
 struct Needs {
   Word* values;                 // [count][kRows]
-  int16_t* places;              // [count]: the word of k, then where it is in its panel of B
-  int16_t starts[kPanels + 1];  // the first of each panel
+  int16_t* places;              // [count]: first the word of k, later its place in its panel of B
+  int16_t starts[kPanels + 1];  // where each panel starts
 };
 
-// Marks each of `depth` values of k at which one of the rows has something that is not below its threshold.
+// Marks each of `depth` values of k at which some row has a value not below its threshold.
 template <typename T>
 static void mark(const T* a, int64_t stride, int64_t rows, int64_t depth, const float* thresholds, LaneInts* marks) {
   for (int64_t k = 0; k < depth; k += kLanes) {
@@ -73,7 +73,7 @@ static void mark(const T* a, int64_t stride, int64_t rows, int64_t depth, const 
   }
 }
 
-// The bits of a value, or of 0 where it is below the threshold. No branch: which it is cannot be foretold.
+// The bits of a value, or 0 if it is below the threshold. Without a branch, which could not be predicted.
 static inline uint32_t bits_above(float value, float threshold) {
   uint32_t bits, limit;
   memcpy(&bits, &value, 4);
@@ -81,7 +81,7 @@ static inline uint32_t bits_above(float value, float threshold) {
   return (bits & 0x7fffffff) < limit ? 0 : bits;
 }
 
-// The word at p, 0 in place of what is below the threshold.
+// The word at p, with values below the threshold replaced by 0.
 template <typename T>
 static inline Word word_above(const T* p, float threshold, bool whole) {
 #if defined(BF16_PAIRS)
@@ -94,7 +94,8 @@ static inline Word word_above(const T* p, float threshold, bool whole) {
 #endif
 }
 
-// The words `order` of B, whose rows start at b, in panels of kColumns columns; columns beyond `columns` are zero.
+// Packs the words `order` of B, whose rows start at b, in panels of kColumns columns; columns beyond `columns` are
+// zero.
 template <typename T>
 static void pack_needed(const T* b, int64_t stride, const int16_t* order, int64_t count, int64_t depth, int64_t columns,
                         Word* panels) {
@@ -115,7 +116,7 @@ static void pack_needed(const T* b, int64_t stride, const int16_t* order, int64_
   }
 }
 
-// Writes the words of k that the rows need into needs.places and marks them in `needed`; returns how many they are.
+// Writes the words of k that the rows need to needs.places and marks them in `needed`; returns their number.
 static int64_t find_needs(const Operand& a, const float* thresholds, int64_t m, int64_t rows, int64_t k, int64_t depth,
                           const Needs& needs, uint8_t* needed) {
   LaneInts marks[kFilteredWords * kDepth / kLanes];
@@ -131,7 +132,8 @@ static int64_t find_needs(const Operand& a, const float* thresholds, int64_t m, 
   return count;
 }
 
-// From words of k to places among the `ranks` of needed ones, panel by panel, and the rows' values there.
+// Turns words of k in needs.places into places in the panels, by their `ranks` among the needed ones, and reads the
+// rows' values there.
 static void take_values(const Operand& a, const float* thresholds, int64_t m, int64_t rows, int64_t k, int64_t depth,
                         const int16_t* ranks, int64_t count, Needs& needs) {
   typed(a, m * a.outer_stride + k, [&](const auto* p) {
@@ -197,7 +199,7 @@ void row_threshold(const Operand& a, int64_t row, int64_t k, float share, float*
     double total, below[kThresholds];
     sums_below<1>(p, k, &everything, &total);
     const double allowed = share * total;
-    *threshold = 1e-45f;  // the smallest number there is: zeros alone lie below
+    *threshold = 1e-45f;  // the smallest positive float: only zeros lie below
     *left_out = 0;
     if (!(allowed < __builtin_inff())) return;
     float limits[kThresholds];
@@ -205,7 +207,7 @@ void row_threshold(const Operand& a, int64_t row, int64_t k, float share, float*
       limits[j] = static_cast<float>(allowed) / static_cast<float>(1 << (kFirstThreshold + j));
     sums_below<kThresholds>(p, k, limits, below);
     for (int j = kThresholds - 1; j >= 0; --j) {
-      const double bound = below[j] * (1 + 0x1p-12);  // more than the sums can be rounded by
+      const double bound = below[j] * (1 + 0x1p-12);  // more than the rounding of the sums
       if (!(bound <= allowed)) break;
       if (limits[j] > *threshold) *threshold = limits[j], *left_out = static_cast<float>(bound);
     }

@@ -1,17 +1,17 @@
-// A packed matrix product for the instruction set ISA; see head_gemm_filtered_kernel.inl.
+// A packed matrix product for the instruction set ISA; included by head_gemm_filtered_kernel.inl.
 //
 // The unit of work is a tile of kRows x 3 vectors of C, held in registers while k runs. Both operands are packed first:
 // a panel of A holds kRows values for each k, a panel of B three vectors for each k, both read in order, so the inner
 // loop is one load per vector, one broadcast per row and kRows * 3 multiply-adds. Under AVX512_BF16 a packed word is a
 // pair of bf16 values of consecutive k and one instruction does 32 multiply-adds; elsewhere a word is an fp32 value.
 //
-// Memory: A is packed once per block of rows; a panel of B (18 KiB) is packed just before it is used and stays in the
-// first-level cache while all rows of the block pass over it. So each element of a large B is read once per row block.
+// Traffic: A is packed once per block of rows; a panel of B (18 KiB) is packed just before it is used and stays in L1
+// while all rows of the block pass over it. So each element of a large B is read once per row block.
 //
-// Order: k is cut at multiples of kBlockK. Sums run in order inside a block, and blocks are added to C in order
-// (Sums::fresh: smaller errors), or the sum goes on from the value in C (Sums::resumed: the same bits wherever a sum
-// over k was interrupted, at any even k). Nothing depends on the size of the rectangle, so nothing depends on the
-// threads.
+// Order of sums: k is cut at multiples of kBlockK, and sums run in order inside a block. With Sums::fresh, blocks are
+// added to C in order, which has smaller errors. With Sums::resumed, the sum continues from the value in C: it has the
+// same bits wherever it was interrupted, at any even k. Nothing depends on the size of the rectangle, so nothing
+// depends on the threads.
 #include "cpu/head_gemm.h"
 
 namespace rbfast {
@@ -70,9 +70,9 @@ static inline Words load_words(const T* p) {
 }
 #endif
 
-// The words of a and b in turn: a0 b0 a1 b1 ... in low, high.
+// Interleaves the words of a and b: a0 b0 a1 b1 ... in low, then high.
 static inline void interleave(Words a, Words b, Words& low, Words& high) {
-#if defined(__clang__)  // it lacks __builtin_shuffle, and compiles vectors of four alone
+#if defined(__clang__)  // it lacks __builtin_shuffle, and compiles vectors of four only
   low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
   high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
 #else
@@ -86,7 +86,7 @@ static inline void interleave(Words a, Words b, Words& low, Words& high) {
 #endif
 }
 
-// kLanes words of each of R outers, k contiguous: interleaving R vectors log2(R) times puts them in panel order.
+// Packs kLanes words of each of R outers, k contiguous: interleaving R vectors log2(R) times puts them in panel order.
 template <int R, typename T>
 static inline void pack_block(const T* const* outers, int64_t k, Word* panel, int ld) {
   Words v[R], w[R];
@@ -103,7 +103,7 @@ static inline void pack_block(const T* const* outers, int64_t k, Word* panel, in
   for (int i = 0; i < R; ++i) memcpy(panel + i * kLanes / R * ld, &v[i], sizeof(Words));
 }
 
-// Words [0, count) of R outers into panel[k * ld + i]; outers beyond `valid` and k beyond `depth` are zero.
+// Packs words [0, count) of R outers to panel[k * ld + i]; outers beyond `valid` and k beyond `depth` are zero.
 template <int R, typename T>
 static void pack_outers(const T* x, const Operand& g, int64_t valid, int64_t depth, Word* panel, int ld) {
   const int64_t count = words(depth);
@@ -137,7 +137,7 @@ static inline void typed(const Operand& x, int64_t offset, const F& f) {
   f(static_cast<const BF16*>(x.data) + offset);
 }
 
-// A panel of `Width` outers from `outer`, in groups of R, for k in [k0, k0 + depth).
+// Packs a panel of `Width` outers from `outer`, in groups of R, for k in [k0, k0 + depth).
 template <int R, int Width>
 static void pack(const Operand& x, int64_t outer, int64_t end, int64_t k0, int64_t depth, Word* panel) {
   typed(x, outer * x.outer_stride + k0 * x.k_stride, [&](const auto* p) {
@@ -146,12 +146,12 @@ static void pack(const Operand& x, int64_t outer, int64_t end, int64_t k0, int64
   });
 }
 
-// The cache lines that the next panel of B will be packed from, asked for one by one while tiles are computed: all at
-// once they would fill the core's miss buffers and stall it.
+// Prefetches the cache lines of the next panel of B, one by one while tiles are computed: all at once they would fill
+// the core's miss buffers and stall it.
 struct Ahead {
-  const char* run;  // a stretch of memory that is contiguous, `length` long; `runs` of them follow
+  const char* run;  // `length` contiguous bytes; `runs` such stretches are left
   int64_t at, length, stride, runs;
-  int64_t every;  // words of k between two lines asked for, so that all are when the last tile is done
+  int64_t every;  // words of k between two prefetches, so that the last tile completes them
 
   inline void ask() {
     if (runs <= 0) return;
@@ -184,7 +184,7 @@ static inline Ahead panel_ahead(const Operand& x, int64_t outer, int64_t end, in
 
 enum class Update { set, add, resume };
 
-// Words of B in order, or, where kPicked, those of `places`.
+// Words of B in order, or those of `places` if kPicked.
 struct Panel {
   const Word* words;
   const int16_t* places;
@@ -222,7 +222,7 @@ static inline void tile(const Word* a, Panel b, int64_t count, float* c, int64_t
     }
 }
 
-// A tile at the edge of C, of `rows` x `columns`: the same arithmetic on a whole tile beside it.
+// A tile of `rows` x `columns` at the edge of C: the same arithmetic on a whole tile in a buffer.
 template <bool kPicked>
 static void edge_tile(const Word* a, Panel b, int64_t count, float* c, int64_t ldc, Update update, int64_t rows,
                       int64_t columns, Ahead& ahead) {

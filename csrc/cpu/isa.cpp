@@ -20,11 +20,11 @@ constexpr int kCount = static_cast<int>(std::size(kNames));
 
 struct Choice {
   Isa isa;
-  const char* why;  // and nothing better
+  const char* why;  // this one and none better
 };
 
 #if defined(__x86_64__)
-// Linux hands out the tile registers to a process that asks for them, for all of its threads; it may refuse.
+// Linux grants the tile registers on request, for all threads of a process; it may refuse.
 bool may_use_tiles() {
 #if defined(__linux__)
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -80,7 +80,7 @@ Isa active_isa() {
 
 }  // namespace rbfast
 
-// The name of the active instruction set, for `rbfast info`; called through ctypes. Null when RBFAST_CPU_ISA is wrong.
+// The name of the active instruction set, for `rbfast info`; called through ctypes. Null if RBFAST_CPU_ISA is invalid.
 extern "C" __attribute__((visibility("default"))) const char* rbfast_cpu_isa() {
   try {
     return rbfast::kNames[static_cast<int>(rbfast::active_isa())];
@@ -89,7 +89,7 @@ extern "C" __attribute__((visibility("default"))) const char* rbfast_cpu_isa() {
   }
 }
 
-// Why it is this one, and none better.
+// Why this instruction set is active, and none better.
 extern "C" __attribute__((visibility("default"))) const char* rbfast_cpu_isa_reason() {
   return rbfast::forced_isa() != nullptr ? "RBFAST_CPU_ISA says so" : rbfast::choice().why;
 }

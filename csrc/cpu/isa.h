@@ -5,7 +5,7 @@ namespace rbfast {
 
 enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4 };
 
-// Throws when RBFAST_CPU_ISA names an unknown set or one this machine lacks.
+// Throws if RBFAST_CPU_ISA names an unknown set or one this machine lacks.
 Isa active_isa();
 
 }  // namespace rbfast

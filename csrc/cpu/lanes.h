@@ -1,5 +1,4 @@
-// The three storage types, and one vector of fp32 values, as wide as the instruction set of the file that includes
-// this.
+// The three storage types, and a vector of fp32 values as wide as the including file's instruction set.
 //
 // Included by ISA files: no STL and no torch header in here, and everything is static, so that no symbol compiled for
 // AVX-512 can be picked by the linker for an older CPU. Lanes is a GCC vector: + - * / and comparisons work on it.
@@ -11,7 +10,7 @@
 #include <string.h>
 
 #if defined(__x86_64__)
-#if __GNUC__ < 11  // as clang says too, which ignores #pragma GCC target
+#if __GNUC__ < 11  // true of clang too, which ignores #pragma GCC target
 #error "for x86-64 rbfast is built by GCC 11 or later: set CXX to its g++"
 #endif
 #pragma GCC diagnostic push  // GCC 12 warns about its own header (GCC bug 105593)
@@ -66,9 +65,9 @@ static inline float load(const F16* p) {
   __fp16 half;
   memcpy(&half, p, 2);
   return half;
-#else  // no _Float16: GCC 11 has it for C alone
+#else  // no _Float16: GCC 11 has it in C only
   const uint32_t size = p->bits & 0x7fff, sign = (p->bits & 0x8000u) << 16;
-  // The last place of 0.5 is 2^-24, as that of a subnormal.
+  // The ulp of 0.5 is 2^-24, as that of an fp16 subnormal.
   if (size < 0x400) return float_of(sign | bits_of(float_of(size | 0x3f000000) - 0.5f));
   return float_of(sign | (size < 0x7c00 ? (size << 13) + 0x38000000 : size << 13 | 0x7f800000));
 #endif
@@ -109,7 +108,7 @@ static inline Lanes as_lanes(LaneInts bits) { return reinterpret_cast<Lanes>(bit
 static inline LaneInts as_ints(Lanes v) { return reinterpret_cast<LaneInts>(v); }
 static inline Lanes to_lanes(LaneInts v) { return __builtin_convertvector(v, Lanes); }
 
-// a * b + c, rounded once where the instruction set has it (scalar rounds twice).
+// a * b + c, rounded once if the instruction set can (scalar rounds twice).
 static inline Lanes fmadd(Lanes a, Lanes b, Lanes c) {
 #if RBFAST_LANES == 16
   return _mm512_fmadd_ps(a, b, c);
@@ -120,7 +119,7 @@ static inline Lanes fmadd(Lanes a, Lanes b, Lanes c) {
 #endif
 }
 
-// b where it is greater than a, else a: a NaN in a stays.
+// b if it is greater than a, else a: a NaN in a stays.
 static inline Lanes larger(Lanes a, Lanes b) {
 #if RBFAST_LANES == 16
   return _mm512_max_ps(b, a);
@@ -131,7 +130,7 @@ static inline Lanes larger(Lanes a, Lanes b) {
 #endif
 }
 
-// b where it is less than a, else a: a NaN in a stays.
+// b if it is less than a, else a: a NaN in a stays.
 static inline Lanes smaller(Lanes a, Lanes b) {
 #if RBFAST_LANES == 16
   return _mm512_min_ps(b, a);
@@ -142,7 +141,7 @@ static inline Lanes smaller(Lanes a, Lanes b) {
 #endif
 }
 
-// The nearest whole number, of magnitudes below 2^22.
+// The nearest whole number, for magnitudes below 2^22.
 static inline Lanes nearest_whole(Lanes v) { return (v + 12582912.0f) - 12582912.0f; }
 
 // v * 2^n for whole n from -126 to 0.
@@ -228,7 +227,7 @@ static inline void store_lanes(F16* p, Lanes v) {
 #endif
 }
 
-// The end of a row: the first n < kLanes values; a load fills the others with zero, a store leaves them alone.
+// The end of a row: the first n < kLanes values. A load fills the others with zero, a store does not touch them.
 template <typename T>
 static inline Lanes load_lanes(const T* p, int n) {
   T padded[kLanes] = {};

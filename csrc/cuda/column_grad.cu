@@ -2,16 +2,16 @@
 // for xs = x[:, cols],
 //     H = xs A^T,  dB = scale * dy^T H,  dH = dy B,  dA = scale * dH^T xs.
 //
-// Traffic: dy is the only large operand, T * out values. `sweep` copies it through shared memory once and does both of
-// its products there, on tensor cores. What they need as partners, H and B, is fp32: it is cut into two pieces of bf16
-// (three where dy is fp32). A block takes a strip of features and a run of tokens, a warp keeps B and dB of its
-// features in registers. Per tile of 32 tokens the warps' parts of dH are added up in shared memory, so what goes back
-// to memory is k floats for every token and strip: 4 k / 512 of the bytes of a bf16 dy for strips of 256.
+// Traffic: dy is the only large operand, T * out values. `sweep` copies it through shared memory once and computes both
+// of its products there, on tensor cores. Their partners H and B are fp32, so each is split into two bf16 pieces (three
+// if dy is fp32). A block takes a strip of features and a run of tokens; a warp keeps B and dB of its features in
+// registers. For each tile of 32 tokens the warps' parts of dH are summed in shared memory, so only k floats per token
+// and strip go back to memory: 4 k / 512 of the bytes of a bf16 dy for strips of 256.
 //
-// Three launches: `project` makes H and cuts B, `sweep` over dy makes dB and dH, `sweep` over xs makes dA. Blocks have
-// equal shares of the list of all (strip, tile of tokens) and leave their parts of the sums in memory. Then all blocks
-// wait for each other (the launch is cooperative, so the device holds all of them at once) and share the sums of the
-// parts. Every sum runs in an order fixed by the shapes and the number of multiprocessors, whichever block comes first.
+// Three launches: `project` computes H and splits B, `sweep` over dy computes dB and dH, `sweep` over xs computes dA.
+// Blocks get equal shares of the list of all (strip, tile of tokens) and write partial sums to memory. After a grid
+// barrier they share the work of adding these up; the launch is cooperative, so the device holds all blocks at once.
+// The shapes and the number of multiprocessors fix the order of every sum, whichever block comes first.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -24,21 +24,21 @@ namespace {
 
 // ---- launching ----
 
-// Bytes of shared memory for a block, of so many on a multiprocessor.
+// Bytes of shared memory per block, with this many blocks on a multiprocessor.
 int64_t shared_room(const Device& device, int blocks) {
-  constexpr int kReserved = 1024;  // by the system, for each block
+  constexpr int kReserved = 1024;  // by the system, per block
   const int all = device.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / blocks - kReserved;
   return std::min(all, device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
 }
 
-// How a sweep runs on a device: tiles and bytes of shared memory of a block, and the blocks that there is room for.
+// How a sweep runs on a device: tiles and bytes of shared memory per block, and the blocks that it holds at once.
 struct Fit {
   int stages;
   size_t shared;
   int64_t blocks;
 };
 
-// What identifies a device to `once`.
+// The key of a device for `once`.
 std::pair<int, int> key_of(const Device& device) {
   return {device.index(), device.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
 }
@@ -60,14 +60,13 @@ Fit fit_of(const Device& device) {
   });
 }
 
-// Ranks at a time: all that one block has room for.
+// Ranks per sweep: as many as a block has shared memory for.
 int most_ranks(const Device& device) {
   constexpr int kNeeded = 2 * kStageBytes<float, 4, true> + kScratchBytes<4, true>;
   return once(key_of(device), [&] { return shared_room(device, 1) >= kNeeded ? kMostRanks : kMostRanks - 8; });
 }
 
-// How the units of a matrix are shared, each block having at least so many if there are. Where there is none, one block
-// writes the sums of nothing.
+// Shares the units of a matrix between blocks, at least `least` to each. Without any units, one block writes sums of 0.
 template <typename Tile>
 Shares shares_of(const Fit& fit, int64_t tokens, int64_t n, int64_t least) {
   const int64_t strips = ceil_div(n, Tile::kWidth), tiles = ceil_div(tokens, kTokens), units = strips * tiles;
@@ -75,7 +74,7 @@ Shares shares_of(const Fit& fit, int64_t tokens, int64_t n, int64_t least) {
   return {strips, tiles, std::max<int64_t>(1, std::min(fit.blocks, units / least))};
 }
 
-// Memory that is cut into pieces.
+// One allocation, cut into pieces that start at multiples of 16 bytes.
 class Workspace {
  public:
   template <typename T>
@@ -115,7 +114,7 @@ void grad_of_ranks(const Device& device, RankBlocks<kN>, const Gradients& g, int
   const Matrix<Y> y(g.dy);
   const Matrix<X> x(g.xs);
   const Fit fit_y = fit_of<Y, kN, true>(device), fit_x = fit_of<X, kN, false>(device);
-  // A block leaves parts of dA as large as three tiles of xs are, whatever its share.
+  // Whatever its share, a block writes parts of dA as large as three tiles of xs: give it at least 4 units.
   Shares of_y = shares_of<TileY>(fit_y, y.tokens, y.n, 1), of_x = shares_of<TileX>(fit_x, x.tokens, x.n, 4);
   const int64_t tiles = of_y.tiles, of_tile = kTokens / kLeaf * kN * kWarp;
   Workspace work;

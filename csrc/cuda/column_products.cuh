@@ -1,5 +1,5 @@
-// What the adapter's ops share on a GPU: a matrix of activations with any strides, and H = x m^T, their product with a
-// factor of the delta.
+// Shared by the adapter's ops: a matrix of activations with any strides, and H = x m^T, its product with a factor of
+// the delta.
 #pragma once
 
 #include "cuda/tensor_core.cuh"
@@ -7,15 +7,15 @@
 namespace rbfast {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kTokens = 32;     // of a tile: two times the rows of a product
-constexpr int kLeaf = 16;       // features of a product
-constexpr int kMostRanks = 32;  // at a time; ranks come in blocks of 8
+constexpr int kTokens = 32;     // per tile: twice the rows of a product
+constexpr int kLeaf = 16;       // features per product
+constexpr int kMostRanks = 32;  // per launch; ranks come in blocks of 8
 
 using Floats = Pack<float, 4>;   // a lane's part of a product [16, 8]
 using Pair = Pack<uint32_t, 2>;  // a lane's part of an operand [16, 8], of one piece
 
 inline __device__ Floats floats_of(const float (&values)[4]) { return {{values[0], values[1], values[2], values[3]}}; }
-// From and to global memory, with one instruction.
+// From and to global memory, in one instruction.
 __device__ inline Floats read_floats(const Floats* from) {
   const Bits<16> bits = read_bits<16>(from);
   Floats values;
@@ -49,7 +49,7 @@ struct Matrix {
         aligned(column == 1 && is_aligned(x, 16) && row * sizeof(T) % 16 == 0) {}
 };
 
-// The values at (t, v .. v + count), with 0 for what is outside.
+// The values at (t, v .. v + count), 0 outside the matrix.
 template <int count, typename T>
 __device__ inline Pack<T, count> read(const Matrix<T>& m, int64_t t, int64_t v) {
   const int64_t left = t < m.tokens ? m.n - v : 0;
@@ -77,7 +77,7 @@ struct Factor {
         k(k),
         aligned(feature == 1 && is_aligned(m, 16) && rank % 4 == 0) {}
   __device__ float at(int i, int64_t v, int64_t n) const { return i < k && v < n ? m[i * rank + v * feature] : 0; }
-  // The values of rank i at `count` features from v on, which is a multiple of 4.
+  // The values of rank i at features v .. v + count; v and count are multiples of 4.
   template <int count>
   __device__ void read(int i, int64_t v, int64_t n, float (&values)[count]) const {
     const float* from = m + i * rank + v * feature;
@@ -96,8 +96,8 @@ struct Factor {
   }
 };
 
-// Where H goes: as the operands of products with tiles of T, [tiles, 2, blocks of ranks, pieces, lanes], and/or as
-// plain floats [tokens, ld].
+// Where H goes: as operands of products with tiles of T, [tiles, 2, blocks of ranks, pieces, lanes], and/or as plain
+// floats [tokens, ld].
 struct Hidden {
   Pair* operands = nullptr;
   int pieces = 0;
@@ -105,7 +105,7 @@ struct Hidden {
   int64_t ld = 0;
 };
 
-// Writes a lane's part of an operand [16, 8], [pieces, lanes]: the values down its column from 2c and from 2c + 8.
+// Writes a lane's part of an operand [16, 8] as [pieces, lanes]: the pairs of its column from 2c and from 2c + 8.
 __device__ inline void write_operand(Pair* to, int pieces, const float (&upper)[2], const float (&lower)[2]) {
   uint32_t first[3], second[3];
   split(upper[0], upper[1], first);
@@ -115,8 +115,8 @@ __device__ inline void write_operand(Pair* to, int pieces, const float (&upper)[
     if (p < pieces) to[p * kWarp + threadIdx.x % kWarp] = {{first[p], second[p]}};
 }
 
-// Where a factor m goes as the operands of products with tiles of T: [leaves of n features, blocks of ranks, pieces,
-// lanes].
+// A factor m, and where it goes as operands of products with tiles of T: [leaves of n features, blocks of ranks,
+// pieces, lanes].
 struct Operands {
   Factor m;
   int64_t n;
@@ -126,7 +126,7 @@ struct Operands {
   __host__ __device__ int64_t leaves() const { return (n + kLeaf - 1) / kLeaf; }
 };
 
-// H for up to kMostRanks ranks; column_project.cu has it. In the same launch, `also` of as many ranks.
+// H for up to kMostRanks ranks, by column_project.cu. The same launch splits `also`, a factor of as many ranks.
 void project(const Device& device, const Tensor& x, const Factor& m, const Hidden& to, const Operands* also = nullptr);
 // H [tokens, k] for all ranks of m [k, n], m[i * rank + v * feature], as plain floats.
 Tensor project_all(const Device& device, const Tensor& x, const Tensor& m, int64_t k, int64_t rank, int64_t feature);
@@ -134,7 +134,7 @@ Tensor project_all(const Device& device, const Tensor& x, const Tensor& m, int64
 template <int kBlocks>
 struct RankBlocks {};  // of 8 ranks
 
-// Calls f(RankBlocks<n>{}) with as many as hold k ranks.
+// Calls f(RankBlocks<n>{}) with the smallest n that holds k ranks.
 template <typename F>
 void for_rank_blocks(int k, const F& f) {
   switch ((k + 7) / 8) {

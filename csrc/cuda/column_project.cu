@@ -1,8 +1,10 @@
 // H = x m^T on a GPU, where x [tokens, n] are activations and m [k, n] is a factor of the delta, fp32.
 //
-// A block takes 32 tokens. Its warps share the features and add up what they got in shared memory, in their order.
-// Lanes read 16 bytes of a row at once: which feature a product counts as its first is free, as long as x and m agree.
-// m is cut into three pieces of bf16, so H is as exact as fp32 sums are.
+// Traffic: for every 32 ranks x is read once, m once per block, and H is written once, as floats or as bf16 pieces.
+//
+// A block takes 32 tokens. Its warps split the features and add up their results in shared memory, in order of the
+// warps. A lane reads 8 values of a row at once: any order of features within a product will do, as long as x and m
+// agree. m is split into three bf16 pieces, so H is as exact as fp32 sums are.
 #include <algorithm>
 
 #include "cuda/column_products.cuh"
@@ -10,7 +12,7 @@
 namespace rbfast {
 namespace {
 
-// Warps of a block. There are not many blocks: more warps hide more of the memory's latency, as far as registers allow.
+// Warps per block. Blocks are few, so each has as many warps as registers allow, to hide memory latency.
 template <typename T, int kN>
 constexpr int kReaders = sizeof(T) == 4 || kPieces<T> * kN == 8 ? 8 : 16;
 
@@ -19,8 +21,8 @@ constexpr int kLane = 8;  // features of a row that a lane reads at once
 template <typename T>
 using Row = Bits<kLane * sizeof(T)>;
 
-// What a lane needs of the features from `begin` on, kLane for each of four lanes: of x the rows first, first + 8, ..,
-// of m one rank of every eight. If nothing is cut off, all of it is under way at once.
+// Reads a lane's share of the features from `begin` on, kLane for each of four lanes: rows first, first + 8, .. of x,
+// and one rank of every eight of m. If nothing is cut off, all of its loads are in flight at once.
 template <typename T, int kRows, int kN>
 __device__ inline void read_chunk(const Matrix<T>& x, const Factor& m, int64_t first, int64_t begin,
                                   Row<T> (&rows)[kRows], Row<float> (&ranks)[kN]) {
@@ -50,7 +52,7 @@ __device__ inline void read_chunk(const Matrix<T>& x, const Factor& m, int64_t f
   }
 }
 
-// Cuts a block's share of the leaves of a factor into their pieces, a leaf each warp, the last warp first.
+// Splits a block's share of the leaves of a factor into pieces, one leaf per warp, the last warp first.
 template <int kN>
 __device__ inline void cut_leaves(const Operands& from, int warps) {
   const int lane = threadIdx.x % kWarp, leaves = static_cast<int>(from.leaves()), blocks = gridDim.x;
@@ -69,7 +71,7 @@ __device__ inline void cut_leaves(const Operands& from, int warps) {
   }
 }
 
-// While some warps of a block add up H, the others cut its share of `also`, which blocks beyond the tiles do alone.
+// While some warps of a block add up H, the others split its share of `also`. Blocks beyond the last tile only do that.
 template <typename T, int kN>
 __global__ void __launch_bounds__(kReaders<T, kN>* kWarp, 1)
     project_tile(const Matrix<T> x, const Factor m, const Hidden to, const Operands also) {
@@ -148,7 +150,7 @@ void launch(const Device& device, RankBlocks<kN>, const Matrix<T>& x, const Fact
             const Operands& also) {
   constexpr size_t kParts = kReaders<T, kN> * kTokens / kLeaf * kN * kWarp * sizeof(Floats);
   constexpr size_t kShared = kParts + kTokens * (8 * kN + 1) * sizeof(float);
-  if (kShared > 48 << 10)  // which a kernel must be told beyond 48 KB
+  if (kShared > 48 << 10)  // beyond 48 KB a kernel must opt in
     once(device.index(), [&] { return device.allow_shared_memory(project_tile<T, kN>), true; });
   const int64_t blocks = std::max(ceil_div(x.tokens, kTokens), ceil_div(also.leaves(), kReaders<T, kN>));
   device.launch({blocks, 1, kReaders<T, kN> * kWarp, 1, kShared}, project_tile<T, kN>, x, m, to, also);

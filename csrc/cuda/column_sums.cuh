@@ -1,5 +1,5 @@
-// The sums at the end of a sweep: its blocks leave parts of dH, dB and dA in memory, wait for each other, and share the
-// sums among themselves. Each sum runs in an order fixed by the shapes and the number of blocks.
+// The reduction at the end of a sweep: blocks write parts of dH, dB and dA to memory, wait at a grid barrier, and share
+// the work of adding them up. The shapes and the number of blocks fix the order of each sum.
 #pragma once
 
 #include <algorithm>
@@ -9,19 +9,19 @@
 namespace rbfast {
 namespace {
 
-// The parts of dH, [strips, tiles, 2, blocks of ranks, lanes], and where dH goes: as the operands of products with
-// tiles of xs, [tiles, 2, blocks of ranks, pieces, lanes].
+// The parts of dH, [strips, tiles, 2, blocks of ranks, lanes], and where dH goes: as operands of products with tiles of
+// xs, [tiles, 2, blocks of ranks, pieces, lanes].
 struct Dots {
   Floats* parts = nullptr;
   Pair* hidden = nullptr;
   int pieces = 0;
 };
 
-// The list of units that all blocks share, strip by strip, and the parts [blocks + strips, leaves of a strip, blocks of
-// ranks, lanes] of x^T w that they leave: block b and strip q have part b + q to themselves.
+// How all blocks share the list of units, strip by strip, and the parts [blocks + strips, leaves of a strip, blocks of
+// ranks, lanes] of x^T w that they write: part b + q belongs to block b and strip q alone.
 struct Shares {
   int strips, tiles, blocks;
-  int each, more;  // units of a block; the first blocks have one more
+  int each, more;  // units per block; the first `more` blocks have one more
   Floats* parts = nullptr;
 
   Shares(int64_t strips, int64_t tiles, int64_t blocks)
@@ -38,13 +38,13 @@ struct Shares {
   }
 };
 
-// Warps of a block that sweeps.
+// Warps per block of a sweep.
 constexpr int kSweepers = 4, kSweepThreads = kSweepers * kWarp;
 
-// How many warps share a sum of so many parts: few are read at once by one.
+// How many warps share a sum of this many parts: one warp has at most 16 loads in flight.
 __host__ __device__ inline int team_for(int parts) { return parts > 16 ? kSweepers : 1; }
 
-// to[v * feature + i * rank] = scale * the sum over the blocks that had v's strip, which a team of warps adds up.
+// to[v * feature + i * rank] = scale * the sum over the blocks that had v's strip, added up by a team of warps.
 struct Sum {
   float* to;
   int64_t feature, rank;
@@ -60,17 +60,17 @@ struct Sum {
         scale(scale) {}
 };
 
-// Shared memory for the sums of a block's warps. There are two, which take turns: a team's first warp may read one
-// while the others write to the other.
+// Shared memory for the sums of a block's warps. It is double-buffered: a team's first warp may read one buffer while
+// the others write to the other.
 struct SumRoom {
   static constexpr int kRow = 9;
   Floats parts[kSweepThreads];
   float totals[kSweepers][kLeaf * kRow];
 };
 
-// The sum of parts[i * step] over [begin, end), which `team` warps share; complete in the first of a team.
+// The sum of parts[i * step] for i in [begin, end), split between `team` warps; complete in the team's first warp.
 __device__ inline Floats sum_of_parts(const Floats* parts, int64_t step, int begin, int end, int team, Floats* room) {
-  constexpr int kAtOnce = 16;  // reads that are under way together
+  constexpr int kAtOnce = 16;  // loads in flight together
   const int lane = threadIdx.x % kWarp, member = threadIdx.x / kWarp % team;
   const int each = (end - begin + team - 1) / team, from = begin + member * each;
   const int to = from + each < end ? from + each : end;
@@ -90,7 +90,7 @@ __device__ inline Floats sum_of_parts(const Floats* parts, int64_t step, int beg
   return sum;
 }
 
-// dH for 16 tokens by 8 ranks, of which there are `all`, for each team.
+// Each team adds up dH for 16 tokens by 8 ranks, one of `all` such tiles.
 __device__ inline void sum_dots(const Dots& dots, int strips, int index, int all, int team, SumRoom& room) {
   constexpr int kRow = SumRoom::kRow;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, c = lane % 4;
@@ -107,7 +107,7 @@ __device__ inline void sum_dots(const Dots& dots, int strips, int index, int all
                 {total[(2 * c + 8) * kRow + g], total[(2 * c + 9) * kRow + g]});
 }
 
-// What a block's warps add up of x^T w: of 16 features by 8 ranks each team.
+// Each team adds up x^T w for 16 features by 8 ranks.
 template <int kRanks, int kStrip>
 __device__ inline void sum_outer(const Sum& s, const Shares& shares, int n, int index, SumRoom& room) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -127,7 +127,7 @@ __device__ inline void sum_outer(const Sum& s, const Shares& shares, int n, int 
   }
 }
 
-// All sums of a sweep, by all blocks of the grid, once every part is there. `memory` is shared.
+// All sums of a sweep, by all blocks of the grid, after every part is written. `memory` is shared memory.
 template <int kRanks, int kStrip, bool kDot>
 __device__ inline void sum_all(const Sum& sum, const Dots& dots, const Shares& shares, int n, char* memory) {
   const int of_dots = kDot ? shares.tiles * (kTokens / kLeaf) * kRanks : 0;

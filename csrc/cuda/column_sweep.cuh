@@ -1,4 +1,5 @@
-// What `column_grad` reads dy and xs with: both products of a matrix by one pass over it; column_grad.cu says what for.
+// The main kernel of `column_grad`: one pass over a matrix gives both of its products (dy) or one (xs). See
+// column_grad.cu.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -8,21 +9,20 @@
 namespace rbfast {
 namespace {
 
-// Leaves, of 16 features each, of a warp. With one product they are few: a block leaves parts of dA for all features of
-// its strip, whatever it has of it.
+// Leaves of 16 features per warp. With one product they are few: however little of a strip a block has, it writes parts
+// of dA for all of the strip's features.
 template <typename T, bool kDot>
 constexpr int kLeaves = (kDot ? 4 : 2) / (sizeof(T) == 4 ? 2 : 1);
 
-// Blocks of `sweep` on a multiprocessor, as registers allow, or fewer if its shared memory does not hold two tiles
-// each.
+// Blocks of `sweep` per multiprocessor as registers allow; fewer if shared memory does not hold two tiles for each.
 template <typename T, int kN, bool kDot>
 constexpr int kBlocks = kDot ? (kPieces<T> == 1 || kPieces<T> * kN < 4 ? 3 : 2) : 4;
 
 // ---- both products of a matrix ----
 
-// A tile of x in shared memory: rows of kWidth values, in chunks of 16 bytes that change places from row to row, so
-// that eight rows of a chunk lie in different banks. A warp's leaves are kStep values apart: eight chunks or a
-// multiple, so that they have the same place within their eight.
+// A tile of x in shared memory: rows of kWidth values, in 16-byte chunks swizzled by the row, so that eight rows of a
+// chunk lie in different banks. A warp's leaves are kStep values apart, a multiple of eight chunks, so all have the
+// same swizzle.
 template <typename T, bool kDot>
 struct Tile {
   static constexpr int kStrip = kLeaves<T, kDot> * kSweepers, kWidth = kStrip * kLeaf, kChunk = 16 / sizeof(T);
@@ -32,8 +32,8 @@ struct Tile {
 
   __device__ T* at(int t, int v) const { return values + t * kWidth + ((v / kChunk) ^ (t & 7)) * kChunk + v % kChunk; }
 
-  // The pieces of the operand [16 tokens, 16 features], or, transposed, [16 features, 16 tokens], of this warp's
-  // leaf and some 16 tokens.
+  // The pieces of the operand [16 tokens, 16 features], or, transposed, [16 features, 16 tokens], for this warp's leaf
+  // and the 16 tokens of a part.
   template <bool kTransposed>
   __device__ void operand(int part, int leaf, uint32_t (&a)[kPieces<T>][4]) const {
     const int lane = threadIdx.x % kWarp, first = threadIdx.x / kWarp * kLeaf;
@@ -77,7 +77,7 @@ template <typename T>
 struct Sweep {
   Matrix<T> x;
   Shares shares;
-  int stages;          // tiles in shared memory: one is worked on, the others are on their way
+  int stages;          // tiles in shared memory: one is computed on, the others are being copied
   const Pair* hidden;  // w, as operands: H or dH
   Sum sum;             // dB or dA
   // with both products:
@@ -90,7 +90,7 @@ struct Unit {
   int strip, tile;
 };
 
-// Bytes of shared memory for one tile and its part of w, and for what the warps have to add up.
+// Bytes of shared memory for one tile and its part of w, and for the warps' parts of dH.
 template <typename T, int kN>
 constexpr int kHiddenPairs = kTokens / kLeaf * kN * kPartners<T> * kWarp;
 template <typename T, int kN, bool kDot>
@@ -98,8 +98,8 @@ constexpr int kStageBytes = Tile<T, kDot>::kBytes + kHiddenPairs<T, kN> * sizeof
 template <int kN, bool kDot>
 constexpr int kScratchBytes = kDot ? 2 * kSweepers * kTokens / kLeaf * kN * kWarp * sizeof(Floats) : 0;
 
-// Starts to copy a unit's tile of x. A thread copies the same features of every kRows-th row, so there are few places
-// within a row where they go.
+// Starts to copy a unit's tile of x. A thread copies the same features of every kRows-th row, so only kPlaces different
+// swizzles occur.
 template <typename Tile, typename T>
 __device__ void copy_tile(const Matrix<T>& x, Unit unit, T* values) {
   constexpr int kChunks = Tile::kWidth / Tile::kChunk, kRows = kSweepThreads / kChunks, kPlaces = 8 / kRows;
@@ -166,8 +166,8 @@ __global__ void __launch_bounds__(kSweepThreads, kBlocks<T, kN, kDot>) sweep(con
   const auto unit_at = [&](int i) { return Unit{(begin + i) / tiles, (begin + i) % tiles}; };
   float outer[kOwn][kN][4];
   uint32_t m[kDot ? kOwn : 1][kN][kPartner][2];
-  int strip = -1;  // of features, that this block works on
-  int left = 0;    // features from its first one on
+  int strip = -1;  // the strip of features that this block works on
+  int left = 0;    // features from the strip's first one on
 
   const auto store_outer = [&] {
 #pragma unroll
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kSweepThreads, kBlocks<T, kN, kDot>) sweep(con
       for (int j = 0; j < kN; ++j) write_floats(to + j * kWarp, outer[f][j]);
     }
   };
-  // Adds up what the warps left of dH for a unit, in the half of scratch that belongs to it.
+  // Adds up the warps' parts of dH for a unit, from its half of scratch.
   const auto store_dot = [&](Unit of, int half) {
     constexpr int kCount = kParts * kN * kWarp;
     const Floats* from = reinterpret_cast<const Floats*>(scratch) + half * kSweepers * kCount;
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kSweepThreads, kBlocks<T, kN, kDot>) sweep(con
   int now = 0, next = s.stages - 1;
   for (int i = 0; i < count; ++i) {
     wait_for_stage(s.stages);
-    __syncthreads();  // the tile is there, so are the dots of the unit before, and nobody reads its tile any more
+    __syncthreads();  // the tile and the previous unit's dots are there, and no thread reads that unit's tile
     if (i + s.stages - 1 < count) start_copies<T, kN, kDot>(s, unit_at(i + s.stages - 1), memory + next * kStage);
     close_copies();
     if constexpr (kDot)
@@ -243,7 +243,8 @@ __global__ void __launch_bounds__(kSweepThreads, kBlocks<T, kN, kDot>) sweep(con
           h[j][p][1] = pair.value[1];
         }
       float dot[kN][4] = {};
-      // Features beyond the matrix are 0, here and in m: a branch around them would keep the products in their order.
+      // Features beyond the matrix are 0, here and in m: the compiler could not interleave the products across a
+      // branch.
 #pragma unroll
       for (int f = 0; f < kOwn; ++f) {
         uint32_t x[kPieces<T>][4];
@@ -271,7 +272,7 @@ __global__ void __launch_bounds__(kSweepThreads, kBlocks<T, kN, kDot>) sweep(con
     __syncthreads();
     if (count > 0) store_dot(unit_at(count - 1), (count - 1) % 2);
   }
-  cooperative_groups::this_grid().sync();  // every block's parts are there, and nobody needs its shared memory
+  cooperative_groups::this_grid().sync();  // every block's parts are written, and shared memory is free
   sum_all<kN, Tile::kStrip, kDot>(s.sum, s.dots, s.shares, static_cast<int>(s.x.n), memory);
 }
 

@@ -1,13 +1,12 @@
-// The adapter's ops on a GPU that move columns or add a low rank: column_gather, column_linear_, column_scatter_ and
-// column_fold_. (column_grad.cu has the gradients, and H.)
+// The adapter's ops on a GPU that move columns or add a low-rank product: column_gather, column_linear_,
+// column_scatter_ and column_fold_. (The gradients are in column_grad.cu, H in column_project.cu.)
 //
-// Traffic: what is copied or changed is read and written once; the factors of the delta are read once for every tile.
-// Where columns come in runs, a lane moves up to 16 bytes at a time. A fold keeps its rows of B and its columns of A in
-// shared memory and goes down the rows: per value and rank one multiplication and one addition, because every product
-// is rounded before it is added. For k ranks that is 2 k operations a value, which an H200 does in the time of a copy
-// for k up to about 11.
+// Traffic: what is copied or changed is read and written once; the factors of the delta are read once per tile. If
+// columns come in runs, a lane moves up to 16 bytes at a time. A fold keeps its rows of B and its columns of A in
+// shared memory and goes down the rows. Every product is rounded before it is added, so k ranks take 2 k operations a
+// value, which an H200 does in the time of a copy for k up to about 11.
 //
-// A column outside the matrix, which a GPU cannot report without waiting, is read as NaN and never written.
+// A GPU cannot report a column outside the matrix without synchronising: it is read as NaN and never written.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -18,7 +17,7 @@
 namespace rbfast {
 namespace {
 
-constexpr int kLane = 8;  // values of a row that a lane has, at most
+constexpr int kLane = 8;  // values of a row per lane, at most
 
 // ---- gather ----
 
@@ -68,8 +67,8 @@ __global__ void __launch_bounds__(kThreads, 4) gather(const Gather<T> p) {
 // ---- linear, scatter and fold ----
 
 // target[r, cols[j]] = base[r, j] + sum_i (scale * w[r, i]) m[i, j]; without a base it adds to what is there. The sum
-// runs in order of i from zero and every product is rounded before it is added: a fold has the same bits everywhere.
-// With k = 0 the base is copied bit by bit. Without cols it changes every column.
+// starts at zero and runs in order of i, and every product is rounded before it is added: a fold has the same bits on
+// every device. With k = 0 the base is copied bitwise. Without cols every column changes.
 template <typename T>
 struct Update {
   T* target;
@@ -83,18 +82,18 @@ struct Update {
   const float* m;  // m[i * m_rank + j * m_column]
   int64_t m_rank, m_column;
   float scale;
-  int64_t tiles;  // of rows, for one block
+  int64_t tiles;  // of rows, per block
 };
 
-// A thread has kRows rows by kPieces pieces of kVector columns. In a tile kAcross threads stand side by side. They are
-// neighbours in a warp, except where the rows are what lies together in memory: then a warp goes down the rows.
+// A thread has kRows rows by kPieces pieces of kVector columns, and kAcross threads cover the width of a tile. These
+// are neighbours in a warp, unless the target is column-major (kDown): then a warp goes down the rows.
 template <int kVector, bool kDown>
 struct UpdateTile {
   static constexpr int kRows = kVector == 8 && !kDown ? 4 : 2, kPieces = kLane / kVector;  // as registers allow
   static constexpr int kAcross = kDown || kVector > 1 ? kWarps : kWarp, kGroups = kThreads / kAcross;
   static constexpr int kTall = kGroups * kRows, kWide = kAcross * kLane;
   static constexpr int kRanks = 32;        // in shared memory at a time
-  static constexpr int kStep = kTall + 4;  // from rank to rank of w: other banks for neighbours
+  static constexpr int kStep = kTall + 4;  // from rank to rank of w, padded against bank conflicts
   static constexpr size_t kShared = kRanks * (kStep + kWide) * sizeof(float);
 
   static __device__ int across() { return kDown ? threadIdx.x / kWarp : threadIdx.x % kAcross; }
@@ -104,15 +103,15 @@ struct UpdateTile {
   static __device__ int column(int piece) {
     return kDown ? across() * kLane + piece * kVector : (piece * kAcross + across()) * kVector;
   }
-  // Where column v of the tile has its values of m: threads that read 16 bytes side by side do so from other banks.
+  // Where the values of m for column v of the tile are: threads side by side read 16 bytes each from different banks.
   static __device__ int place(int v) { return kVector == 8 ? v / 4 % 2 * (kWide / 2) + v / 8 * 4 + v % 4 : v; }
 };
 
-// Reads the tile's rows of w, scaled, and, if asked to, its columns of m: `ranks` of them from `begin` on.
+// Reads `ranks` ranks from `begin` on: of the tile's rows of w, scaled, and if with_m of its columns of m.
 template <typename Tile, typename T>
 __device__ void read_factors(const Update<T>& p, int64_t top, int64_t left, int64_t begin, int ranks, bool with_m,
                              float* w, float* m) {
-  constexpr int kBatch = 4;  // that a thread asks memory for at once
+  constexpr int kBatch = 4;  // loads that a thread has in flight
   int row = static_cast<int>(threadIdx.x) / ranks, rank = static_cast<int>(threadIdx.x) % ranks;
   const int rows = kThreads / ranks, rest = kThreads % ranks;
   while (row < Tile::kTall) {
@@ -151,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, 3) update_columns(const Update<T> p)
   float* w = reinterpret_cast<float*>(memory);  // [kRanks, kStep], scaled
   float* m = w + Tile::kRanks * Tile::kStep;    // [kRanks, kWide]
   const int64_t left = blockIdx.y * int64_t{Tile::kWide};
-  int column[kTargets];  // of the target; negative where nothing is written
+  int column[kTargets];  // of the target; negative if nothing is written
 #pragma unroll
   for (int q = 0; q < kTargets; ++q) {
     const int64_t j = left + Tile::column(q * kTogether / kVector) + q * kTogether % kVector;
@@ -237,7 +236,7 @@ __global__ void __launch_bounds__(kThreads, 3) update_columns(const Update<T> p)
 
 // ---- launching ----
 
-// How many of a run's columns can move together: as many as are aligned in every row, of 16 bytes at most.
+// How many of a run's columns can move together: as many as are aligned in every row, up to 16 bytes.
 template <typename T>
 int vector_of(const void* p, int64_t row, int64_t column, int64_t run) {
   if (column != 1) return 1;
@@ -250,7 +249,7 @@ template <typename T, int kVector, bool kDown>
 void launch_update(const Device& device, Update<T> p) {
   using Tile = UpdateTile<kVector, kDown>;
   const int64_t across = ceil_div(p.s, Tile::kWide), down = ceil_div(p.rows, Tile::kTall);
-  const int64_t busy = 8 * device.attribute(cudaDevAttrMultiProcessorCount);  // so many blocks share the work evenly
+  const int64_t busy = 8 * device.attribute(cudaDevAttrMultiProcessorCount);  // enough blocks to share the work evenly
   p.tiles = std::max<int64_t>(1, std::min<int64_t>(8, across * down / busy));
   device.launch({ceil_div(down, p.tiles), across, kThreads, 1, Tile::kShared}, update_columns<T, kVector, kDown>, p);
 }
@@ -282,7 +281,7 @@ const int64_t* checked_columns(const char* op, const Tensor& cols, int64_t run) 
   return data<int64_t>(cols);
 }
 
-// target += scale * w m, with w [rows, k]; the columns, m and a base are yet to be set.
+// target += scale * w m, with w [rows, k]; the caller sets the columns, m and a base.
 template <typename T>
 Update<T> add_to(const Tensor& target, const Tensor& w, float scale) {
   Update<T> update{};

@@ -1,5 +1,6 @@
-// A dense teacher: its logits beside the student's. The student's row is in the registers of a team, the teacher's in
-// its shared memory; each thread copies and reads its own vectors there, so that it waits for no other.
+// The main kernels for a dense teacher, whose logits come with the student's. The student's row is in a team's
+// registers, the teacher's in its shared memory, so memory is read once: 8 V bytes of a row, and 2 V (bf16) or 4 V
+// written. Each thread copies and reads its own vectors in shared memory, so it waits for no other.
 #pragma once
 
 #include "cuda/divergence.cuh"
@@ -8,17 +9,17 @@
 namespace rbfast {
 namespace {
 
-// The scalars of a row between its sums and its gradient. d = (t - z) * times - apart is log p/q, for JS its e. JS has
-// q and p with their weights, and coefficient for scores in base 2. The CE's part of the gradient is q_one * q +
+// The scalars of a row between its sums and its gradient. d = (t - z) * times - apart is log(p/q), for JS its e. For JS
+// q and p include their weights, and coefficient is for scores in base 2. The CE's part of the gradient is q_one * q +
 // one(z).
 struct DenseScale {
   float times, apart, coefficient, q_one;
-  float least_t;  // reverse KL: the t whose p is at its floor
+  float least_t;  // reverse KL: the t at which p reaches its floor
   Powers q, p, one;
-  int shared;  // ids that the teacher has too
+  int shared;  // number of ids that the teacher has too
 };
 
-// z and t: sums over the ids that both have, and their pivots; all: over all of the student's at temperature 1.
+// z and t: sums over the ids that both have, and their pivots. all: over all of the student's ids at temperature 1.
 struct DenseSums {
   Sums z, t, all;
 };
@@ -41,8 +42,8 @@ __device__ inline DenseScale dense_scale(const RowInfo& info, const Series& seri
           shared};
 }
 
-// Of one id: its term of D, q as DenseScale has it, and the gradient of D in z as far as it does not need the whole
-// row: for forward KL q - p, for the others q * score, from which q * (the mean of the scores) is still to be taken.
+// One id's term of D, its q as in DenseScale, and the part of D's gradient in z that does not need the whole row: q - p
+// for forward KL; q * score for the others, from which q * (the mean score) is subtracted later.
 struct Part {
   float term, q, gradient;
 };
@@ -64,13 +65,12 @@ struct DenseTotals {
   float terms = 0, scores = 0;
 };
 
-// The parts of a tile: z becomes the gradient in logits but for the mean score's part, and `put_q` takes the factor of
+// Solves a tile: z becomes the gradient in logits except for the mean score's part, and `put_q` receives the factor of
 // that part for each vector. kGeneral: with a head, or ids that the teacher does not have.
 template <Kind kKind, bool kGeneral, int kStep, int kVectors, typename GetT, typename PutQ>
 __device__ inline DenseTotals solve_tile(Vector (&z)[kVectors], int first, const DenseScale& row, const Series& series,
                                          const RowInfo& info, const Head& head, const GetT& get_t, const PutQ& put_q) {
-  // Whether the powers at temperature 1 are branched around: the other kinds have no registers left for a vector of
-  // them.
+  // Whether to branch around the powers at temperature 1: only forward KL has registers left for a vector of them.
   constexpr bool kBranches = kKind == Kind::forward;
   const bool with_one = row.one.factor != 0;
   float terms[2] = {}, scores[2] = {};
@@ -96,7 +96,7 @@ __device__ inline DenseTotals solve_tile(Vector (&z)[kVectors], int first, const
     }
     if (kKind != Kind::forward) put_q(q, i);
   });
-  keep_order();  // what is said about the label is read here
+  keep_order();  // read the label's data only now
   const float of_label = kGeneral ? head.finish(info.ce_weight, info.z_label) : info.ce_weight;
   const int label = info.label;
   if (static_cast<unsigned>(label - first) % kStep < kVector)  // one thread of the team has it
@@ -108,7 +108,7 @@ __device__ inline DenseTotals solve_tile(Vector (&z)[kVectors], int first, const
   return {(terms[0] + terms[1]) * (kKind == Kind::js ? kLn2f : 1), scores[0] + scores[1]};
 }
 
-// Takes the mean score's part from a vector.
+// Subtracts the mean score's part from a vector.
 __device__ inline void take_mean(Vector& gradient, const Vector& q, float mean) {
 #pragma unroll
   for (int j = 0; j < kVector; ++j) gradient.value[j] = fmaf(-mean, q.value[j], gradient.value[j]);
@@ -127,8 +127,8 @@ struct DenseExchange {
   Exchange<3, T::kAllWarps> sums;
   Exchange<1, T::kAllWarps> scores;
 
-  // The sums of a row, from those of each thread: of z, of t, and of all the student's ids at temperature 1, which
-  // without needs_one are those of z.
+  // The sums of a row, from each thread's: of z, of t, and of all the student's ids at temperature 1, which are z's
+  // unless needs_one.
   template <typename SumsAbout, typename GetLargest>
   __device__ DenseSums find(const T& team, const RowInfo& info, bool needs_one, int turn, const SumsAbout& sums_about,
                             const GetLargest& largest) {
@@ -176,7 +176,7 @@ __device__ inline float largest_shared(const Vector* mine) {
   return top;
 }
 
-// For rows without a head, of whose ids the teacher has all.
+// Held rows: without a head, and with a teacher that has all of their ids.
 template <Kind kKind, int kBlocks, int kThreads, int kVectors, int kResident>
 __global__ void __launch_bounds__(kThreads, kResident)
     dense_rows(const Job job, const Series series, const Scratch scratch) {
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     const T team;
     const Head head(job);
     const int V = static_cast<int>(job.vocabulary);
-    team.meet();  // every member has begun
+    team.meet();  // every block has started: its shared memory can be written
     for (int round = 0; team.row(round) < job.rows; ++round) {
       const int row = team.row(round), turn = round % 2;
       copy_tile<kVectors, T::kStep, kThreads>(mine, {job.teacher + row * job.teacher_stride, V}, team.first());
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
         const float top = largest_of(z, kNone);
         return Few<3>{{top, largest_shared<kVectors, kThreads>(mine), top}};
       };
-      // The team meets, and every logit of the row is read: dz may lie over them.
+      // The team meets after every logit of the row is read: dz may overwrite them.
       const DenseSums sums = exchange.find(team, info, needs_one, turn, sums_about, largest);
       const DenseScale row_scale = dense_scale<kKind>(info, series, sums, V, !needs_one);
       if (team.is_leader()) scratch.sums[row] = sums.all;
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 
 constexpr int kDenseStreamVectors = 2;
 
-// All other rows, as in sparse.cuh.
+// All other rows are streamed, as in sparse.cuh.
 template <Kind kKind, int kBlocks, int kThreads>
 __global__ void __launch_bounds__(kThreads, 1)
     dense_streamed(const Job job, const Series series, const Scratch scratch, const bool in_step) {
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           z, first, row_scale, series, info, head, [&](int, int i) { return t[i]; },
           [&](const Vector& q, int i) { t[i] = q; });
     };
-    // The shared ids of a tile: the others count as nothing.
+    // Masks the student's logits of a tile at ids that the teacher does not have.
     const auto cut = [&](int first) {
       for_each_vector<kDenseStreamVectors, T::kStep>(first, [&](int v, int i) {
 #pragma unroll
@@ -298,7 +298,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       return top;
     };
-    team.meet();  // every member has begun
+    team.meet();  // every block has started: its shared memory can be written
     const DenseSums sums = exchange.find(team, info, needs_one, 0, sums_about, largest);
     const DenseScale row_scale = dense_scale<kKind>(info, series, sums, n, !needs_one);
     if (team.is_leader()) scratch.sums[row] = sums.all;
@@ -333,7 +333,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-// The losses of a row, by a warp. `warps` have left their terms of D.
+// The losses of a row, by one warp, from the terms of D that `warps` warps of its team wrote.
 __global__ void __launch_bounds__(kWarp)
     finish_dense(const Job job, const Scratch scratch, const int warps, const Losses losses) {
   const int64_t row = blockIdx.x;

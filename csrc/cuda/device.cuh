@@ -1,4 +1,4 @@
-// What the CUDA ops share: storage types, vector reads, sums over a warp, and launching on torch's stream.
+// Shared by the CUDA ops: storage types, vector reads, sums over a warp, and launching on torch's stream.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,7 +16,7 @@
 
 #include "checks.h"
 
-// The dynamic shared memory of a block. The tests bring another one, for threads that run on the host.
+// The dynamic shared memory of a block. The tests define their own, for threads that run on the host.
 #ifndef RBFAST_SHARED_MEMORY
 #define RBFAST_SHARED_MEMORY(name) extern __shared__ __align__(16) char name[]
 #endif
@@ -54,7 +54,7 @@ struct alignas(n * sizeof(T) < 16 ? n * sizeof(T) : 16) Pack {
   T value[n];
 };
 
-// `bytes` bytes in registers, which move with one instruction. As values of 16 bits they would take a register each.
+// `bytes` bytes in registers that move with one instruction. 16-bit values would take a register each.
 template <int bytes>
 using Bits = Pack<std::conditional_t<bytes % 4 == 0, uint32_t, uint16_t>, bytes % 4 == 0 ? bytes / 4 : bytes / 2>;
 
@@ -62,7 +62,7 @@ template <int bytes>
 __device__ inline Bits<bytes> read_bits(const void* from) {
   return *static_cast<const Bits<bytes>*>(from);
 }
-// With one instruction, whatever the compiler finds out about the parts.
+// With one instruction, whatever the compiler deduces about the parts.
 template <int bytes>
 __device__ inline void write_bits(void* to, const Bits<bytes>& bits) {
 #ifdef __CUDA_ARCH__
@@ -92,7 +92,7 @@ __host__ __device__ inline bool is_aligned(const void* p, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(p) % bytes == 0;
 }
 
-// The values p[0 .. left), at most n of them, the others `empty`; with one instruction where p is known to be aligned.
+// The values p[0 .. left), at most n of them, the others `empty`; with one instruction if p is known to be aligned.
 template <int n, typename T>
 __device__ inline Pack<T, n> read(const T* p, int64_t left, bool aligned, T empty) {
   Pack<T, n> values;
@@ -102,8 +102,8 @@ __device__ inline Pack<T, n> read(const T* p, int64_t left, bool aligned, T empt
   return values;
 }
 
-// A value that the compiler does not know to be the same as before: it would keep what it derives from it in registers
-// from one round of a loop to the next, of which there are none to spare.
+// Hides from the compiler that a value is unchanged. It would otherwise keep what it derives from the value in
+// registers across the iterations of a loop, and there are none to spare.
 template <typename T>
 __device__ inline T afresh(T value) {
 #ifdef __CUDA_ARCH__
@@ -120,7 +120,7 @@ __device__ inline T afresh(T value) {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffff;
 
-// How two values become one; `empty` changes nothing.
+// Reduction operators; `empty` is the identity.
 struct Add {
   static constexpr float empty = 0;
   template <typename T>
@@ -128,7 +128,7 @@ struct Add {
     return a + b;
   }
 };
-// A NaN is passed over, as in the CPU's kernels: it comes back in the sums.
+// Ignores NaN, as the CPU's kernels do: the sums propagate it.
 struct Largest {
   static constexpr float empty = -INFINITY;
   template <typename T>
@@ -137,7 +137,7 @@ struct Largest {
   }
 };
 
-// The values of all lanes as one, in all of them.
+// Reduces the values of all lanes; every lane gets the result.
 template <typename Of, typename T>
 __device__ inline T over_warp(T value) {
 #pragma unroll
@@ -155,7 +155,7 @@ __device__ inline T warp_max(T value) {
 
 // ---- launching ----
 
-// What make() returned when it was first called for this key, from this place: the driver is asked once.
+// The result of make(), cached per key and call site, so that the driver is asked once.
 template <typename Key, typename F>
 auto once(const Key& key, const F& make) {
   static std::mutex mutex;
@@ -179,10 +179,10 @@ struct Shape {
   int threads = 256;
   int cluster = 1;  // blocks along x that share a cluster
   size_t shared = 0;
-  bool meets = false;  // all blocks of the grid wait for each other; the device must hold them at once
+  bool meets = false;  // with a grid barrier: a cooperative launch, whose blocks the device must hold at once
 };
 
-// The same as CUDA wants it. It points into itself.
+// A Shape in CUDA's form. It points into itself.
 struct Configuration {
   cudaLaunchConfig_t config{};
   cudaLaunchAttribute attribute{};
@@ -206,7 +206,7 @@ struct Configuration {
   Configuration(const Configuration&) = delete;
 };
 
-// A tensor of an op and what its messages call it; no tensor where an optional one is not given.
+// A tensor of an op and its name in messages; null for an optional tensor that is not given.
 struct Argument {
   const char* name;
   const Tensor* tensor;
@@ -220,8 +220,8 @@ struct Argument {
   }
 };
 
-// The device of an op's tensors, current for as long as this lives, and torch's current stream on it. Torch calls the
-// op for the GPU if any of them is there; a kernel must not follow the pointer of one that is not.
+// The device of an op's tensors, made current while this lives, and torch's current stream on it. Torch dispatches to
+// the GPU if any tensor is there; a kernel must not dereference one that is not.
 class Device {
  public:
   Device(const char* op, std::initializer_list<Argument> arguments)
@@ -252,7 +252,7 @@ class Device {
 
   int index() const { return index_; }
 
-  // Lets a kernel have as much shared memory as there is; always the same, for another thread may be about to launch
+  // Allows a kernel all the shared memory there is; always the same amount, as another thread may be about to launch
   // it.
   template <typename... Expected>
   void allow_shared_memory(void (*kernel)(Expected...)) const {
@@ -261,7 +261,7 @@ class Device {
           "cudaFuncSetAttribute");
   }
 
-  // How many clusters of a launch, or blocks where a cluster is one, the device holds at once.
+  // How many clusters of a launch, or blocks if a cluster is one block, the device holds at once.
   template <typename... Expected>
   int clusters_that_fit(const Shape& shape, void (*kernel)(Expected...)) const {
     int count = 0;

@@ -1,7 +1,7 @@
-// The arithmetic of one id's part of a divergence, by the special function unit. Log-probabilities are in base 2.
+// The arithmetic of one id's part of a divergence, on the special function unit. Log-probabilities are in base 2.
 //
-// Each term of a divergence is >= 0, and where p and q are close it comes from d = log(p/q) alone by a polynomial, so
-// that terms and gradients keep their relative accuracy near the teacher; where they are not, from p and q.
+// Each term of a divergence is >= 0. If p and q are close, it is a polynomial in d = log(p/q), so that terms and
+// gradients keep their relative accuracy near the teacher; otherwise it is computed from p and q.
 #pragma once
 
 #include "cuda/lane.cuh"
@@ -11,7 +11,7 @@ namespace {
 
 constexpr float kLn2f = 0.693147181f;
 
-// exp(x) - 1 - x for |x| < kNear, within 2^-20 of itself.
+// exp(x) - 1 - x for |x| < kNear, to a relative error of 2^-20.
 constexpr float kNear = 0.25f;
 __device__ inline float exp_rest(float x) {
   float p = fmaf(x, 1.0f / 720, 1.0f / 120);
@@ -33,18 +33,18 @@ __device__ inline KlTerm kl_term(float a, float b, float d) {
 }
 
 // JS(beta), in base 2. m = beta p + (1 - beta) q is close to the one of p and q with the larger weight, the heavier
-// one: q for beta <= 1/2. e = log2(lighter / heavier) is what all of an id's terms come from.
+// one: q for beta <= 1/2. All of an id's terms are functions of e = log2(lighter / heavier).
 //
-// Near: with d = log(p/q), log(m/q) = K(d) = log(1 - beta + beta exp(d)), the cumulants' function of a coin with
-// P(1) = beta; and the term beta p log(p/m) + (1 - beta) q log(q/m) is m (d K'(d) - K(d)).
+// Near: with d = log(p/q), log(m/q) = K(d) = log(1 - beta + beta exp(d)), the cumulant generating function of a
+// Bernoulli(beta) variable; the term beta p log(p/m) + (1 - beta) q log(q/m) is m (d K'(d) - K(d)).
 constexpr int kSeries = 8;
 constexpr float kNearJs = 0.721347520f;  // |d| < 1/2
 struct Series {
   float beta, rest_of_beta;
   float heavier, lighter;    // their weights
-  float sign, is_q_lighter;  // e is sign * log2(p/q); 1 if q is the lighter one, or 0
-  float score[kSeries];      // of e^1 ... in log2(q/m)
-  float term[kSeries - 1];   // of e^2 ... in the term over m
+  float sign, is_q_lighter;  // e = sign * log2(p/q); is_q_lighter: 1 or 0
+  float score[kSeries];      // coefficients of e^1 ... in log2(q/m)
+  float term[kSeries - 1];   // coefficients of e^2 ... in term / m
 };
 
 __device__ inline float series_score(const Series& s, float e) {
@@ -60,16 +60,15 @@ __device__ inline float series_term(const Series& s, float e) {
   return sum * (e * e);
 }
 
-constexpr float kFloor2 = -144.269504f;  // of a log-prob in reverse KL: -100
+constexpr float kFloor2 = -144.269504f;  // the least log p in reverse KL: -100, in base 2
 
-// log2 of m over the heavier one. e <= 100: where the lighter one is 2^100 times as large, the other is nothing beside
-// it.
+// log2(m / heavier), for e <= 100: beyond that the heavier one is negligible.
 __device__ inline float log_m_of(const Series& s, float e) {
   return log2_fast(fmaf(s.lighter, exp2_fast(e), s.heavier));
 }
 __device__ inline float far_score(const Series& s, float e, float log_m) { return fmaf(s.is_q_lighter, e, -log_m); }
 
-// Of one id, from (1 - beta) q, beta p and e: its part of JS, and log2(q/m).
+// One id's part of JS, and log2(q/m), from (1 - beta) q, beta p and e.
 struct JsTerm {
   float term, score;
 };
@@ -82,7 +81,7 @@ __device__ inline JsTerm js_term(float of_q, float of_p, float e, const Series& 
   return {is_near ? near : max_nan(far, 0.0f), is_near ? near_score : far_score(s, e, log_m)};
 }
 
-// Of an id of a support, from log2 q and log2 p: log(q/p) or log(q/m), and q times it.
+// For an id of a support, from log2 q and log2 p: log(q/p) or log(q/m), and q times it.
 struct Score {
   float score, weighted;
 };
@@ -104,7 +103,7 @@ __device__ inline Score score_of(float log_q, float log_p, const Series& s) {
 
 // The series of JS(beta). For reverse KL the factor rest_of_beta is 1.
 inline Series make_series(double beta) {
-  // Cumulants: k1 = beta and k' = beta (1 - beta) dk/dbeta, as polynomials in beta.
+  // Cumulants as polynomials in beta: k_1 = beta, k_(n+1) = beta (1 - beta) dk_n/dbeta.
   Series s{};
   s.beta = static_cast<float>(beta);
   s.rest_of_beta = static_cast<float>(beta == 1 ? 1 : 1 - beta);

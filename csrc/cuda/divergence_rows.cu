@@ -1,17 +1,20 @@
-// Losses of rows of logits and their gradient on a GPU; what is computed is defined in rbfast/ops/reference.py, the
-// arithmetic of an id is in divergence.cuh, that of a top-k teacher's buckets in buckets.h.
+// Losses of rows of logits and their gradients on a GPU. The formulas are in divergence_job.h, the arithmetic of an id
+// in divergence.cuh, that of a top-k teacher's buckets in buckets.h.
 //
-// A row belongs to a team: one block, or on Hopper and later a cluster of up to 8. Its members hold the whole row in
-// their registers, and a dense teacher's in their shared memory: memory is read once. They exchange their sums through
-// distributed shared memory, with one barrier of the team for a row (two for reverse KL and JS, two more where a row's
-// sums leave the range of fp32), and dz, which may lie over the logits, is written after it. Of text and of a top-k
-// teacher the next row is read as a vector of dz is stored, in its place. While some teams wait, others of the same
-// multiprocessor read or write: what counts is that two or more blocks fit one. Which layout serves which vocabulary is
-// in tables below. Rows that fit none are read once more for each pass.
+// Traffic: a team (one block, or on Hopper and later a cluster of up to 8) holds a whole row in its registers, and a
+// dense teacher's in its shared memory. So memory is read once: 4 V bytes of a row, 8 V with a dense teacher; dz takes
+// 2 V (bf16) or 4 V. The team exchanges its sums through distributed shared memory, with one barrier per row (two for
+// reverse KL and JS, two more if a row's sums leave the range of fp32). dz is written after it, so it may overwrite the
+// logits. Rows that no layout holds are read again for each pass.
 //
-// A small kernel before gathers what is said about each row, one after it computes the losses.
+// To keep memory busy, two or more blocks should fit a multiprocessor: while one team waits, others read or write. For
+// text and a top-k teacher, each vector of the next row is loaded into the registers of a vector of dz once that is
+// stored. The tables below choose a layout by the vocabulary.
 //
-// Ids and labels cannot be checked without waiting for the stream: a row with one outside the vocabulary becomes NaN.
+// prepare_rows gathers each row's label, weights and teacher ids before the main kernel; finish_rows or finish_dense
+// computes the losses after it.
+//
+// Ids and labels cannot be checked without synchronising the stream: a row with one outside the vocabulary becomes NaN.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -26,7 +29,7 @@ namespace rbfast {
 namespace {
 
 constexpr int kMostIds = 1024;             // of a top-k teacher
-constexpr int64_t kMostColumns = 1 << 30;  // of a row, so that an int counts them
+constexpr int64_t kMostColumns = 1 << 30;  // of a row, so that an int can index them
 
 // ---- layouts ----
 
@@ -34,7 +37,8 @@ using Kernel = void (*)(Job, Series, Scratch);
 using Streamed = void (*)(Job, Series, Scratch, bool);
 enum Family { kPlain, kGeneral, kForward, kReverse, kJs };
 
-// Teams of `blocks` blocks of `threads`, each with `vectors` of 4 columns; the kernels of the families that have it.
+// Teams of `blocks` blocks of `threads` threads with `vectors` vectors of 4 columns each. kernels: one per family, null
+// if it does not have this layout.
 struct Layout {
   int blocks, threads, vectors;
   size_t sparse_bytes, dense_bytes;
@@ -61,7 +65,7 @@ constexpr Layout dense() {
            dense_rows<Kind::js, kBlocks, kThreads, kVectors, kResident>}};
 }
 
-// blocks, threads, vectors, blocks of an SM that the registers must suffice for. The first that holds the row, has the
+// blocks, threads, vectors, blocks per SM that the registers must allow. The first layout that holds the row, has the
 // family and fits the GPU is taken. With 19 vectors a head would spill.
 const Layout kSparseLayouts[] = {sparse<1, 256, 4, 4>(),  sparse<1, 256, 16, 2>(), sparse<4, 384, 6, 3>(),
                                  sparse<4, 384, 8, 3>(),  sparse<8, 256, 7, 3>(),  sparse<8, 256, 10, 3>(),
@@ -71,7 +75,7 @@ const Layout kDenseLayouts[] = {dense<1, 256, 4, 2>(), dense<4, 256, 12, 2>(), d
                                 dense<8, 256, 16, 2>(), dense<8, 512, 10, 1>()};
 
 struct Plan {
-  Kernel kernel = nullptr;  // null: stream
+  Kernel kernel = nullptr;  // null: use `streamed`
   Streamed streamed = nullptr;
   int blocks, threads;
   size_t bytes;
@@ -103,7 +107,7 @@ Plan streamed_plan(Family family) {
   return {nullptr, kernel, kBlocks, kDenseThreads, sizeof(DenseExchange<Team<kBlocks, kDenseThreads>>)};
 }
 
-// The layout must not depend on the number of rows or on where they lie: a row has the same bits in every batch.
+// The layout must not depend on the number of rows or on their addresses: a row has the same bits in every batch.
 Plan make_plan(const Device& device, const Job& job) {
   const Family family = family_of(job);
   const bool is_dense = job.teacher != nullptr, clusters = has_clusters(device);
@@ -120,7 +124,7 @@ Plan make_plan(const Device& device, const Job& job) {
   return {found->kernels[family], nullptr, found->blocks, found->threads, found->sparse_bytes + found->dense_bytes};
 }
 
-// How many teams of a plan a device holds at once. Asked of the driver once.
+// How many teams of a plan a device holds at once. The driver is asked once.
 int64_t teams_that_fit(const Device& device, const Plan& plan) {
   return once(std::tuple(plan.kernel, device.index()), [&] {
     device.allow_shared_memory(plan.kernel);
@@ -128,7 +132,7 @@ int64_t teams_that_fit(const Device& device, const Plan& plan) {
   });
 }
 
-// The memory of a call's Scratch.
+// Allocates the memory of a call's Scratch.
 Tensor make_scratch(const Tensor& logits, const Job& job, int warps, Scratch& scratch) {
   const int64_t k = job.ids == nullptr ? 0 : job.k, terms = job.teacher == nullptr ? 0 : warps;
   const int64_t floats = (sizeof(RowInfo) + sizeof(Sums) + k * sizeof(Entry)) / sizeof(float) + terms;

@@ -1,4 +1,4 @@
-// One CUDA thread as the `Lanes` of divergence_math.h, and the powers and logarithms of the special function unit.
+// The `Lanes` of divergence_math.h for one CUDA thread, and powers and logarithms on the special function unit.
 #pragma once
 
 #include <string.h>
@@ -24,7 +24,7 @@ RBFAST_INLINE float smaller(float a, float b) { return b < a ? b : a; }
 RBFAST_INLINE float nearest_whole(float v) { return rintf(v); }
 RBFAST_INLINE float times_power(float v, float n) { return v * __int_as_float((static_cast<int>(n) + 127) << 23); }
 
-// 2^x within 2^-22 of itself; 0 below the smallest normal number.
+// 2^x to a relative error of 2^-22; 0 below the smallest normal number.
 RBFAST_INLINE float exp2_fast(float x) {
 #ifdef __CUDA_ARCH__
   float y;
@@ -35,7 +35,7 @@ RBFAST_INLINE float exp2_fast(float x) {
 #endif
 }
 
-// log2(x) within 2^-22, or within 2^-22 of itself where that is more.
+// log2(x) to an absolute or a relative error of 2^-22, whichever is larger.
 RBFAST_INLINE float log2_fast(float x) {
 #ifdef __CUDA_ARCH__
   float y;
@@ -46,7 +46,7 @@ RBFAST_INLINE float log2_fast(float x) {
 #endif
 }
 
-// log2(x) of a normal x > 0 as a whole number and the rest in [0, 1): the first is exact, the second within 2^-24.
+// log2(x) of a normal x > 0 as a whole number, which is exact, and the rest in [0, 1), to within 2^-24.
 struct Log2Parts {
   float whole, rest;
 };
@@ -55,7 +55,7 @@ RBFAST_INLINE Log2Parts log2_parts(float x) {
   return {static_cast<float>((bits >> 23) - 127), log2f(__int_as_float((bits & 0x007fffff) | 0x3f800000))};
 }
 
-// a / b within two units in the last place; for 2^-126 < |b| < 2^126.
+// a / b within 2 ulp, for 2^-126 < |b| < 2^126.
 RBFAST_INLINE float divide_fast(float a, float b) {
 #ifdef __CUDA_ARCH__
   return __fdividef(a, b);
@@ -64,14 +64,13 @@ RBFAST_INLINE float divide_fast(float a, float b) {
 #endif
 }
 
-// a / b within one unit in the last place, and 1 if they are equal; for 2^-126 < |b| < 2^126. It has no branch for
-// other b.
+// a / b within 1 ulp, and 1 if they are equal, for 2^-126 < |b| < 2^126. There is no branch for other b.
 RBFAST_INLINE float divide(float a, float b) {
   const float inverse = divide_fast(1.0f, b), quotient = a * inverse;
   return fmaf(fmaf(-quotient, b, a), inverse, quotient);
 }
 
-// The larger of two, and NaN if one of them is.
+// The larger of two, NaN if either is.
 RBFAST_INLINE float max_nan(float a, float b) {
 #ifdef __CUDA_ARCH__
   float y;
@@ -82,7 +81,7 @@ RBFAST_INLINE float max_nan(float a, float b) {
 #endif
 }
 
-// A value that is worked out whether it is chosen or not: the compiler would branch around it, lane by lane.
+// Makes the compiler compute a value even if it is not selected; it would otherwise branch around it, lane by lane.
 RBFAST_INLINE float worked_out(float value) {
 #ifdef __CUDA_ARCH__
   asm volatile("" : "+f"(value));

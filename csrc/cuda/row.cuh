@@ -1,4 +1,5 @@
-// One row of logits: what is said about it, its head, its vectors in registers, and where its gradient goes.
+// One row of logits: its label, weights and teacher sums, its head, its vectors in registers, and where its gradient
+// goes.
 #pragma once
 
 #include <type_traits>
@@ -8,7 +9,7 @@
 namespace rbfast {
 namespace {
 
-constexpr int kHoleBits = 0x7fc0b1d5;  // a NaN of our own, see Head::hole
+constexpr int kHoleBits = 0x7fc0b1d5;  // a NaN that marks a hole, see Head::hole
 
 __device__ inline float tanh_fast(float x) {
   const float t = exp_change(fabsf(x) * -2.0f).change;
@@ -34,15 +35,15 @@ struct Head {
     if (softcap != 0) gradient *= 1 - z * inv_softcap * (z * inv_softcap);
     return gradient * scale;
   }
-  // Written over the logits of a teacher's support: what stays is the tail. -inf adds nothing to a sum; but a cap would
-  // make a number of it.
+  // Overwrites the logits of a top-k teacher's ids, so that the row's sums are those of the tail. -inf adds nothing to
+  // a sum, but a softcap would make it finite: hence the NaN.
   __device__ float hole() const { return is_plain() ? -INFINITY : __int_as_float(kHoleBits); }
 };
 
-// What the kernels know of a row before they read its logits, see prepare_rows. Sums over the teacher's support are as
-// in Sums. The teacher's tail is p_tail at temperature 1; at another one log_tail is what is known of its log2. At a
-// low temperature the powers of all probabilities may be too small for fp32, so the largest one of the support is taken
-// out of p_support, log_tail and the entries.
+// What is known of a row before its logits are read, see prepare_rows. Sums over the teacher's support (its ids) are as
+// in Sums. The teacher's tail is p_tail at temperature 1; at another one log_tail is the known part of its log2. At a
+// low temperature all probabilities may underflow fp32, so the largest one of the support is factored out of p_support,
+// log_tail and the entries.
 struct alignas(16) RowInfo {
   float inv_tau, pull, ce_weight, z_label;  // pull: kl_weight * tau
   float support_max, support_tau, support_one, p_support;
@@ -69,23 +70,23 @@ struct alignas(8) Entry {
   float z, log_p;  // of an id of the support; log_p in base 2, at the row's temperature, see RowInfo
 };
 
-// What the kernels of one call tell each other.
+// What the kernels of one call pass to each other.
 struct Scratch {
   RowInfo* rows;
-  Sums* sums;      // of a row: of the tail, or with a dense teacher of the whole vocabulary
-  float* terms;    // of D, of each warp of a row's team
+  Sums* sums;      // per row: of the tail, or with a dense teacher of the whole vocabulary
+  float* terms;    // of D, per row and warp of its team
   Entry* entries;  // [rows, k]
 };
 
-// f(v, i) for each vector i of a thread's tile, which begins at column `first`.
+// Calls f(v, i) for each vector i of a thread's tile, which begins at column `first`.
 template <int kVectors, int kStep, typename F>
 __device__ inline void for_each_vector(int first, const F& f) {
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) f(first + i * kStep, i);
 }
-// inside(v, i) for each vector that is known to lie before column `end`, else any(v, i). In most rows all but a
-// thread's last one are, since layouts are no larger than they must be: neither a comparison nor a default is spent on
-// them.
+// Calls inside(v, i) for each vector that is known to lie before column `end`, any(v, i) for the others. Layouts are no
+// larger than needed, so in most rows only a thread's last vector can cross the end: the others are spared the
+// comparison and the default.
 template <int kVectors, int kStep, typename Inside, typename Any>
 __device__ inline void for_each_vector(int first, int end, const Inside& inside, const Any& any) {
   if (first + (kVectors - 2) * kStep + kVector <= end) {
@@ -96,7 +97,7 @@ __device__ inline void for_each_vector(int first, int end, const Inside& inside,
   }
 }
 
-// A row of logits that is read; columns from `end` on are -inf. Without any columns where there is no such row.
+// A row of logits to read; columns from `end` on are -inf. It has no columns if the row does not exist.
 struct Input {
   const float* begin;
   int end;
@@ -105,7 +106,7 @@ struct Input {
   __device__ Input(const float* begin, int end)
       : begin(begin), end(end), is_aligned(rbfast::is_aligned(begin, sizeof(Vector))) {}
   __device__ bool is_whole() const { return is_aligned && end % kVector == 0; }  // no vector is cut off
-  // Of the job's logits.
+  // A row of the job's logits.
   __device__ static Input of(const Job& job, int64_t row) {
     return {job.logits + row * job.logits_stride, row < job.rows ? static_cast<int>(job.vocabulary) : 0};
   }
@@ -116,11 +117,11 @@ __device__ inline Vector read_whole(const Input& row, int v) {
   constexpr Vector kEmpty = {{-INFINITY, -INFINITY, -INFINITY, -INFINITY}};
   return v < row.end ? *reinterpret_cast<const Vector*>(row.begin + v) : kEmpty;
 }
-// Of an aligned row, if it is known to lie in it.
+// The same for an aligned row and a vector known to lie in it.
 __device__ inline Vector read_inside(const Input& row, int v) {
   return *reinterpret_cast<const Vector*>(row.begin + v);
 }
-// Of any row.
+// The same for any row.
 __device__ inline Vector read_vector(const Input& row, int v) {
   return read<kVector>(row.begin + v, row.end - v, row.is_aligned, -INFINITY);
 }
@@ -132,7 +133,7 @@ __device__ inline void read_tile(Vector (&z)[kVectors], const Input& row, int fi
       [&](int v, int i) { z[i] = read_vector(row, v); });
 }
 
-// Brings a tile of raw logits to what the softmax sees, holes to -inf.
+// Turns a tile of raw logits into what the softmax sees, and holes into -inf.
 template <int kStep, int kVectors>
 __device__ inline void apply_head(Vector (&z)[kVectors], const Head& head, int first, int end) {
   for_each_vector<kVectors, kStep>(first, [&](int v, int i) {
@@ -162,7 +163,7 @@ __device__ inline float largest_of(const Vector (&z)[kVectors], float top) {
   return top;
 }
 
-// A row of dz, or if no gradient is wanted one that has no columns.
+// A row of dz; it has no columns if no gradient is wanted.
 struct Output {
   void* dz;
   int end;  // columns
@@ -182,7 +183,7 @@ struct Output {
     else
       store(static_cast<float*>(dz) + v, gradient);
   }
-  // An aligned vector within the row, which bf16 or not is known of.
+  // Stores an aligned vector inside the row, as bf16 or fp32.
   template <bool kBf16>
   __device__ void put_inside(const Vector& gradient, int v) const {
     const float* g = gradient.value;
@@ -199,7 +200,7 @@ struct Output {
     for (int j = 0; j < kVector; ++j)
       if (v + j < end) put_one(gradient.value[j], v + j);
   }
-  // Stores f(z[i]), the gradient of each vector of a tile; f is not asked of vectors beyond the row.
+  // Stores f(z[i]), the gradient of each vector of a tile; f is not called for vectors beyond the row.
   template <int kStep, int kVectors, typename F>
   __device__ void put_tile(const Vector (&z)[kVectors], int first, const F& f) const {
     const auto put_all = [&](auto is_bf16) {

@@ -1,4 +1,5 @@
-// The main kernels of text and of a top-k teacher, between prepare_rows and finish_rows of support.cuh.
+// The main kernels for text and for a top-k teacher, between prepare_rows and finish_rows of support.cuh. Traffic: a
+// held row reads 4 V bytes (a streamed one 8 V) and writes 2 V (bf16) or 4 V.
 #pragma once
 
 #include "cuda/support.cuh"
@@ -18,9 +19,9 @@ __device__ inline Vector tail_gradient(const Vector& z, const TailScale& tail, c
   return gradient;
 }
 
-// Stores the gradient f(z[i]) of each vector of a tile, and reads the next row's in its place. Each vector is compared
-// with the end of its row, even one that lies inside: without that branch text took 2% longer, as the compiler works
-// out many gradients before it stores one.
+// Stores the gradient f(z[i]) of each vector of a tile, and reads the next row's vector in its place. Each vector is
+// compared with the end of its row, even one that lies inside: without that branch text took 2% longer, as the compiler
+// computes many gradients before it stores one.
 template <int kStep, int kVectors, typename F>
 __device__ inline void replace_tile(Vector (&z)[kVectors], const Output& output, const Input& next, int first,
                                     const F& f) {
@@ -51,7 +52,7 @@ __device__ inline void replace_tile(Vector (&z)[kVectors], const Output& output,
 template <typename T>
 using SparseExchange = Exchange<2, T::kAllWarps>;
 
-// The sums of a row's tail, from those of each thread.
+// The sums of a row's tail, from each thread's.
 template <typename T, typename SumsAbout, typename GetLargest>
 __device__ inline Sums find_tail(const T& team, SparseExchange<T>& exchange, const RowInfo& info, bool needs_one,
                                  int turn, const SumsAbout& sums_about, const GetLargest& largest) {
@@ -61,7 +62,7 @@ __device__ inline Sums find_tail(const T& team, SparseExchange<T>& exchange, con
   return {found.pivot[0], found.sum[0], needs_one ? found.sum[1] : found.sum[0]};
 }
 
-// A team holds the whole row in its registers; it stays for as many rows as there are. kGeneral: with a head, or with
+// A team holds a whole row in its registers, and is persistent: it takes row after row. kGeneral: with a head, or with
 // reverse KL or JS, which need more registers.
 template <int kBlocks, int kThreads, int kVectors, int kResident, bool kGeneral>
 __global__ void __launch_bounds__(kThreads, kGeneral&& kResident > 2 ? 2 : kResident)
@@ -73,7 +74,7 @@ __global__ void __launch_bounds__(kThreads, kGeneral&& kResident > 2 ? 2 : kResi
     const T team;
     const Head head(job);
     const int V = static_cast<int>(job.vocabulary);
-    team.meet();  // every member has begun
+    team.meet();  // every block has started: its shared memory can be written
     Vector z[kVectors];
     read_tile<T::kStep>(z, Input::of(job, team.row(0)), team.first());
     for (int round = 0; team.row(round) < job.rows; ++round) {
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, kGeneral&& kResident > 2 ? 2 : kResi
       const auto sums_about = [&](float pivot) {
         return Few<2>{{sum_tile(z, pivot, scale), needs_one ? sum_tile(z, pivot, kLog2e) : 0}};
       };
-      // The team meets, and every logit of the row is read: dz may lie over them.
+      // The team meets after every logit of the row is read: dz may overwrite them.
       const Sums sums =
           find_tail(team, exchange, info, needs_one, turn, sums_about, [&] { return largest_of(z, kNone); });
       if (team.is_leader()) scratch.sums[row] = sums;
@@ -104,10 +105,10 @@ __global__ void __launch_bounds__(kThreads, kGeneral&& kResident > 2 ? 2 : kResi
 
 constexpr int kStreamThreads = 512, kStreamVectors = 4;
 
-// Rows that no team can hold: read again in the second pass. The team is as large as it can be, so that few rows are
-// under way at once and the second pass finds what it can in the level-2 cache. dz may lie over the logits: in fp32
-// each thread writes where it has just read; in bf16 (in_step) element v covers logit v / 2, so the team meets between
-// reading a tile and writing its gradients, which cover columns of this tile and of those before it.
+// Rows that no team can hold: the second pass reads them again. Teams are as large as possible, so that few rows are in
+// flight and the second pass hits L2 where it can. dz may overwrite the logits. In fp32 each thread writes where it has
+// just read. In bf16 (in_step) element v covers logit v / 2, so the team meets between reading a tile and writing its
+// gradients, which cover columns of this tile and of those before it.
 template <int kBlocks>
 __global__ void __launch_bounds__(kStreamThreads, 1)
     sparse_streamed(const Job job, const Series series, const Scratch scratch, const bool in_step) {
@@ -124,7 +125,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
     const RowInfo info = scratch.rows[row];
     const float scale = info.scale();
     const bool needs_one = info.inv_tau != 1, is_plain = head.is_plain();
-    team.meet();  // every member has begun
+    team.meet();  // every block has started: its shared memory can be written
     Vector z[kStreamVectors];
     const auto read = [&](int first) {
       read_tile<T::kStep>(z, input, first);

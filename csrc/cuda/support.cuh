@@ -1,9 +1,11 @@
-// Rows of text and of a top-k teacher: what is known before the main kernel reads a row (prepare_rows), what its sums
-// mean for the gradient of the tail, and what follows from them (finish_rows): losses, and the support's own gradient.
+// Rows of text and of a top-k teacher, around the main kernel. The support is the teacher's ids, the tail all others.
+// prepare_rows computes what is known before a row is read, tail_scale turns the row's sums into the gradient of the
+// tail, and finish_rows computes the losses and the gradient at the support. Both small kernels touch O(k) values of a
+// row, not V.
 //
-// The support's logits are taken out of the row: holes are written over them, so that the main kernel's sums are those
-// of the tail. What then lies between these sums and the gradient is a handful of operations in fp32; logarithms and
-// all that a loss needs are left to finish_rows, in fp64.
+// prepare_rows overwrites the support's logits with holes, so that the main kernel's sums are those of the tail. From
+// these sums to the gradient takes a handful of operations in fp32. finish_rows takes the logarithms and all that a
+// loss needs, in fp64, off the critical path.
 #pragma once
 
 #include "cuda/divergence.cuh"
@@ -14,7 +16,7 @@ namespace {
 
 constexpr int kPrepareThreads = 128;
 
-// f(i) over count entries, a lane at a time, summed.
+// The sum of f(i) over count entries, by a warp.
 template <typename F>
 __device__ double sum_over(int count, const F& f) {
   double sum = 0;
@@ -22,9 +24,9 @@ __device__ double sum_over(int count, const F& f) {
   return warp_sum(sum);
 }
 
-// The teacher's mass on its ids, which rounding may take over 1; then it is scaled back to 1.
+// The teacher's mass on its ids. If rounding takes it over 1, it is scaled back to 1.
 struct Mass {
-  double total, excess;  // excess: of each log-prob
+  double total, excess;  // excess: to subtract from each log-prob
 
   __device__ Mass(const float* logprobs, const int64_t* ids, int k)
       : total(sum_over(k, [&](int i) { return ids[i] == -1 ? 0 : exp(static_cast<double>(logprobs[i])); })),
@@ -32,7 +34,7 @@ struct Mass {
   __device__ double tail() const { return total > 1 ? 0 : 1 - total; }
 };
 
-// A pivot for n logits, see Sums, by a warp: the largest of the label's and of 32 others.
+// A pivot (see Sums) for n logits, picked by a warp: the largest of the label's and of 32 others.
 template <typename F>
 __device__ float pick_pivot(int64_t n, int64_t label, const F& logit_at) {
   float top = fmaxf(kNone, logit_at(threadIdx.x % kWarp * n / kWarp));
@@ -40,7 +42,7 @@ __device__ float pick_pivot(int64_t n, int64_t label, const F& logit_at) {
   return as_pivot(warp_max(top));
 }
 
-// One warp for a row. An id or a label outside the vocabulary has the logit NaN.
+// One warp per row. An id or a label outside the vocabulary gets the logit NaN.
 __global__ void __launch_bounds__(kPrepareThreads) prepare_rows(const Job job, const Scratch scratch) {
   const int64_t row = (int64_t{blockIdx.x} * kPrepareThreads + threadIdx.x) / kWarp;
   if (row >= job.rows) return;
@@ -59,7 +61,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows(const Job job, c
   info.label = is_there ? static_cast<int>(label) : -1;
   info.z_label = is_there ? head.logit(logits[label], info.label) : NAN;
   info.support_max = kNone;
-  float p_top = kNone;  // log2 of the teacher's largest, at the row's temperature
+  float p_top = kNone;  // log2 of the teacher's largest probability, at the row's temperature
   if (k > 0) {
     const int64_t* ids = job.ids + row * k;
     const float* logprobs = job.logprobs + row * k;
@@ -94,7 +96,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows(const Job job, c
     info.p_tail = 1;
   }
   info.log_tail = info.inv_tau * log2f(info.p_tail) - p_top;
-  __syncwarp();  // the holes are written: the pivot is of what the main kernel reads
+  __syncwarp();  // the holes are written: the pivot comes from what the main kernel will read
   info.pivot = pick_pivot(job.vocabulary, label, [&](int64_t v) { return head.logit(logits[v], static_cast<int>(v)); });
   if (job.teacher != nullptr)
     info.teacher_pivot =
@@ -109,8 +111,9 @@ struct TailScale {
   Powers at_tau, at_one;
 };
 
-// The gradient of D in the tail's own logit, over its q: reverse KL and JS, by a whole warp. log_q and log_p are the
-// tail's, in base 2. An entry's log_q is (z - top) * scale - log2(all); log_norm brings its log_p to a probability's.
+// For reverse KL and JS, the gradient of D in the tail's own logit, divided by its q, by a whole warp. log_q and log_p
+// are the tail's, in base 2. An entry's log_q is (z - top) * scale - log2(all); subtracting log_norm normalises its
+// log_p.
 template <Kind kKind>
 __device__ inline float tail_score(const Series& series, const Entry* entries, int k, float scale, float top,
                                    const Log2Parts& all, float log_norm, float log_q, float log_p) {
@@ -124,23 +127,24 @@ __device__ inline float tail_score(const Series& series, const Entry* entries, i
   return series.rest_of_beta * (tail.score - (warp_sum(mean) + tail.weighted));
 }
 
-// From the sums of the tail. All lanes of a warp call it, with the same arguments. Without kGeneral, beta is 0.
+// The gradient of the tail, from its sums. All lanes of a warp call it, with the same arguments. Without kGeneral, beta
+// is 0.
 template <bool kGeneral>
 __device__ inline TailScale tail_scale(const Job& job, const Series& series, const RowInfo& info, const Entry* entries,
                                        const Sums& tail, float scale) {
-  if (tail.at_one == 0) return {{0, scale, 0}, {0, kLog2e, 0}};  // there is none
+  if (tail.at_one == 0) return {{0, scale, 0}, {0, kLog2e, 0}};  // no tail
   const bool is_plain = info.inv_tau == 1;
   const float top = fmaxf(tail.pivot, info.support_max);
   const float own = tail.at_tau * lowered(tail.pivot, top, scale);
   const float all = own + info.support_tau * lowered(info.support_max, top, scale);
   float pull = 0;
   if (job.ids != nullptr) {
-    // The teacher's tail has the student's shape, which matters at other temperatures than 1.
+    // The teacher's tail is taken to have the student's shape, which matters at temperatures other than 1.
     float p = info.p_tail, p_support = info.p_support, above = 0;
     if (!is_plain) {
       const Log2Parts one = log2_parts(tail.at_one);
       const float log_share = fmaf(-info.inv_tau, one.rest, fmaf(-info.inv_tau, one.whole, info.log_tail));
-      above = fmaxf(log_share, 0);  // where the tail weighs more than the support, all is over that
+      above = fmaxf(log_share, 0);  // if the tail outweighs the support, divide both by it
       p = exp2f(log_share - above) * tail.at_tau;
       p_support *= exp2f(-above);
     }
@@ -158,7 +162,7 @@ __device__ inline TailScale tail_scale(const Job& job, const Series& series, con
     }
     pull *= info.pull;
   }
-  // Where the support is far above the pivot this is inf, and the tail has no part in the CE's gradient.
+  // If the support is far above the pivot this is inf, and the CE's gradient in the tail becomes 0.
   const float others = info.support_one * lowered(info.support_max, tail.pivot, kLog2e);
   const float at_one = divide_fast(info.ce_weight, tail.at_one + others), at_tau = divide(pull, tail.at_tau);
   return {{tail.pivot, scale, is_plain ? at_tau + at_one : at_tau}, {tail.pivot, kLog2e, is_plain ? 0 : at_one}};
@@ -166,7 +170,7 @@ __device__ inline TailScale tail_scale(const Job& job, const Series& series, con
 
 // ---- after the main kernel ----
 
-// Brings the teacher's log-probs at temperature 1 to the row's, with the tail as the last bucket.
+// Converts the teacher's log-probs from temperature 1 to the row's, with the tail as the last bucket.
 __device__ inline void teacher_buckets(const float* logprobs, const int64_t* ids, double inv_tau, double log_shape,
                                        bool has_tail, Bucket* buckets, int k) {
   const int lane = threadIdx.x % kWarp;
@@ -186,7 +190,7 @@ __device__ inline void teacher_buckets(const float* logprobs, const int64_t* ids
   __syncwarp();
 }
 
-// D over the buckets, whose gradients it leaves in them.
+// D over the buckets; stores in each bucket the gradient in its logit.
 __device__ inline double bucket_divergence(double beta, Bucket* buckets, int count) {
   double mean = 0;
   const double value = sum_over(count, [&](int i) {
@@ -203,10 +207,11 @@ __device__ inline double bucket_divergence(double beta, Bucket* buckets, int cou
   return value < 0 ? 0 : value;
 }
 
-// Rounded by itself: fused into a difference of equals it would leave its rounding error, where there is nothing.
+// A product that is never fused: in a difference of equals an FMA would leave the product's rounding error in place of
+// 0.
 __device__ inline double times(double a, double b) { return __dmul_rn(a, b); }
 
-// log of what the kernels' sum of powers stands for.
+// The log of a sum of powers about `pivot`, see Sums.
 __device__ inline double log_sum(float pivot, float sum, float scale) {
   return log(static_cast<double>(sum)) + times(pivot, static_cast<double>(scale) * kLn2);
 }

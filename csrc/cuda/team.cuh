@@ -1,4 +1,4 @@
-// A row's team: one block, or a cluster of them. Who holds which columns, and how they add up what they have found.
+// A row's team, one block or a cluster of blocks: who holds which columns, and how the team reduces its sums.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -18,7 +18,7 @@ constexpr int kVector = 4;
 
 using Vector = Pack<float, kVector>;
 
-// Whether a kernel of teams of `blocks` can run on the architecture that is being compiled.
+// Whether a kernel of teams of `blocks` can run on the architecture being compiled for.
 template <int blocks>
 __host__ __device__ constexpr bool is_possible() {
 #ifdef RBFAST_HAS_CLUSTERS
@@ -28,7 +28,7 @@ __host__ __device__ constexpr bool is_possible() {
 #endif
 }
 
-// Keeps the compiler from moving reads of memory across it: more of them under way at once than there are registers.
+// Keeps the compiler from moving reads of memory across it, which would put more in flight than there are registers.
 __device__ inline void keep_order() {
 #ifdef __CUDA_ARCH__
   asm volatile("" ::: "memory");
@@ -39,20 +39,20 @@ __device__ inline void keep_order() {
 template <int kBlocks, int kThreads>
 struct Team {
   static constexpr int kWarps = kThreads / kWarp, kAllWarps = kBlocks * kWarps;
-  static constexpr int kStep = kBlocks * kThreads * kVector;  // columns of one round of vectors
+  static constexpr int kStep = kBlocks * kThreads * kVector;  // columns of one vector in every thread
 
-  // Everything here is computed anew wherever it is asked for: kept from row to row it would take registers.
+  // All of this is recomputed at every use: kept from row to row it would take registers.
   __device__ static int rank() { return kBlocks == 1 ? 0 : afresh(static_cast<int>(blockIdx.x)) % kBlocks; }
-  // This thread's first column; its next ones are kStep further each.
+  // This thread's first column; its next vectors are kStep columns apart.
   __device__ static int first() { return afresh((rank() * kThreads + static_cast<int>(threadIdx.x)) * kVector); }
   __device__ static int warp() { return rank() * kWarps + static_cast<int>(threadIdx.x) / kWarp; }
   __device__ static bool is_leader() { return rank() == 0 && threadIdx.x == 0; }
-  // The row that the team has in a round: all teams take rows in turn.
+  // The team's row in a round: rows go to the teams in turn.
   __device__ static int row(int round) {
     return (afresh(static_cast<int>(blockIdx.x)) + round * afresh(static_cast<int>(gridDim.x))) / kBlocks;
   }
 
-  // All threads of all blocks wait for each other, and then see what the others wrote before.
+  // A barrier over all threads of the team; what was written before it is visible after it.
   __device__ void meet() const {
 #ifdef RBFAST_HAS_CLUSTERS
     if (kBlocks > 1) {
@@ -62,7 +62,7 @@ struct Team {
 #endif
     __syncthreads();
   }
-  // Every member's copy of something in shared memory, from one of them.
+  // A member's copy of an object in shared memory, given this block's.
   template <typename T>
   __device__ T* of(T* mine, int member) const {
 #ifdef RBFAST_HAS_CLUSTERS
@@ -72,7 +72,7 @@ struct Team {
   }
 };
 
-// n floats that go together.
+// A group of n floats.
 template <int n>
 struct Few {
   float value[n];
@@ -81,13 +81,13 @@ struct Few {
   __device__ float operator[](int i) const { return value[i]; }
 };
 
-// A place in every block for what each warp of the team gives. There are two, which take turns: a member may give what
-// comes next while another still reads.
+// A slot in every block for the values of each warp of the team. It is double-buffered: a member may write the next
+// values while another still reads.
 template <int n, int kWarps>
 struct Exchange {
   float given[2][kWarps][n];
 
-  // The first `count` values over all threads of the team, in all of them. The team meets.
+  // Reduces the first `count` values over all threads of the team; every thread gets the results. The team meets once.
   template <typename Of, int m, typename T>
   __device__ Few<m> over(const T& team, const Few<m>& mine, int count, int turn) {
     static_assert(m <= n);
@@ -119,33 +119,33 @@ struct Exchange {
 
 // ---- sums of powers ----
 
-// Sums of 2^((z - pivot) * scale) over some logits, with the row's scale = log2(e) / tau and with log2(e). With a pivot
-// that is known before the row is read, no pass over the row looks for its largest logit, and a logit's power is taken
-// as soon as it arrives. In most rows the largest of a few logits is such a pivot; if not, the largest of all is.
+// Sums of 2^((z - pivot) * scale) over some logits: at_tau with scale = log2(e) / tau, at_one with log2(e). The pivot
+// is known before the row is read, so no pass looks for the largest logit, and each power is taken as its logit
+// arrives. In most rows the largest of a few logits will do; if not, the largest of all is used.
 struct alignas(16) Sums {
   float pivot = 0, at_tau = 0, at_one = 0, unused = 0;
 };
 
-// A logit as a pivot; 0 for one that says nothing of the others.
+// A logit as a pivot; 0 if it is masked, infinite or NaN.
 __device__ inline float as_pivot(float z) { return fabsf(z) < -kNone ? z : 0; }
 
-// Whether a pivot served, by a sum over the row. A power of a logit y units of base 2 away is rounded by 2^-25 |y|: so
-// far by 2^-20, as are those of logits that are far below the largest one. NaN is not.
+// Whether a pivot served, judged by the sum over the row. The power of a logit that lies y away in base 2 has a
+// relative error of 2^-25 |y|: here up to 2^-20, the same as for logits far below the largest one. False for NaN.
 __device__ inline bool is_in_reach(float sum) { return sum > 0x1p-30f && sum < 0x1p30f; }
 
-// The factor that brings sums about `pivot` to sums about `top`.
+// The factor that rebases sums from `pivot` to `top`.
 __device__ inline float lowered(float pivot, float top, float scale) { return exp2_fast((pivot - top) * scale); }
 
-// factor * 2^((z - pivot) * scale) = factor * 2^(z * scale - shift - off): without `off`, which is a rounding error, by
-// one operation less for each logit.
+// factor * 2^((z - pivot) * scale) = factor * 2^(z * scale - shift - off). `off` is the rounding error of shift; it
+// goes into the factor, which saves an operation per logit.
 struct Powers {
   float scale, shift, off, factor;
 
   __device__ Powers(float pivot, float scale, float factor) : scale(scale) {
-    // Logits so large are 2^6 / scale and more apart: only the pivot itself counts, at any scale, and the product with
-    // a power of two is exact.
+    // Logits this large are 2^6 / scale or more apart, so only the pivot itself counts, at any scale. A power of two as
+    // the scale makes the product exact.
     if (fabsf(pivot * scale) >= 0x1p30f) this->scale = __int_as_float(__float_as_int(scale) & 0x7f800000);
-    shift = __fmul_rn(pivot, this->scale);  // here: nvcc's host pass keeps initializers, and knows no __fmul_rn
+    shift = __fmul_rn(pivot, this->scale);  // no initializer: nvcc's host pass keeps those, and lacks __fmul_rn
     off = fmaf(pivot, this->scale, -shift);
     this->factor = factor * exp2_fast(-off);
   }
@@ -163,20 +163,20 @@ struct PowerSum {
 #pragma unroll
     for (int j = 0; j < kVector; ++j) sum[j] += powers.shifted(z.value[j]);
   }
-  // Divided by what the pivot's own came out as: where the pivot has all the mass, the sum is 1 and the row's CE 0.
+  // Divided by the pivot's own power as computed: if the pivot has all the mass, the sum is exactly 1 and the row's CE
+  // 0.
   __device__ float total() const { return divide((sum[0] + sum[1]) + (sum[2] + sum[3]), exp2_fast(powers.off)); }
 };
 
-// What a team has found of a row: its sums, and the pivots that they are about.
+// A team's results for a row: its sums, and the pivots that they are about.
 template <int n, int kPivots>
 struct Found {
   Few<kPivots> pivot;
   Few<n> sum;
 };
 
-// The first `count` of n sums over a row, from sums_about(pivots), which gives a thread's. If the given pivots do not
-// serve, the largest logits do, which largest() gives for a thread: once more over the row, and the team meets twice
-// more.
+// The first `count` of n sums over a row; sums_about(pivots) gives a thread's. If the given pivots do not serve, the
+// row's largest logits are used, of which largest() gives a thread's: one more pass, and the team meets twice more.
 template <int n, int kPivots, typename T, typename E, typename SumsAbout, typename GetLargest>
 __device__ inline Found<n, kPivots> find_sums(const T& team, E& exchange, Few<kPivots> pivot, int count, int turn,
                                               const SumsAbout& sums_about, const GetLargest& largest) {

@@ -1,14 +1,14 @@
-// Products of 16-bit matrices with sums in fp32, and what feeds them: mma.m16n8k16, ldmatrix and cp.async, as every GPU
-// since sm_80 has them. In the comments a lane of a warp is (g, c) with g = lane / 4 and c = lane % 4.
+// Products of 16-bit matrices with sums in fp32, and the loads that feed them: mma.m16n8k16, ldmatrix and cp.async,
+// which every GPU has since sm_80. Comments call a lane of a warp (g, c), with g = lane / 4 and c = lane % 4.
 //
-// A value that bf16 cannot hold is cut into a sum of bf16 pieces, each the rounding of what the pieces before it left:
-// a float into three, an fp16 into two (both exact), a bf16 is one. A product of two such sums leaves out the products
-// of pieces that are smaller than the last one kept.
+// A value that bf16 cannot hold is split into a sum of bf16 pieces, each the rounding of what the pieces before it
+// left: a float into three, an fp16 into two (both exact); a bf16 is one. A product of two such sums leaves out
+// products of pieces that are smaller than the last one kept.
 #pragma once
 
 #include "cuda/device.cuh"
 
-#ifdef RBFAST_TENSOR_CORE_ON_HOST  // the tests bring other instructions, for threads that run on the host
+#ifdef RBFAST_TENSOR_CORE_ON_HOST  // the tests replace the instructions, for threads that run on the host
 #include "tensor_core_on_host.h"
 #else
 
@@ -44,9 +44,9 @@ __device__ inline void copy_async(void* to, const void* from, int bytes) {
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
 }
-// What this thread started to copy since the last call becomes one group.
+// Makes one group of the copies that this thread started since the last call.
 __device__ inline void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until only the last `open` groups of this thread are on their way.
+// Waits until at most the last `open` groups of this thread are in flight.
 template <int open>
 __device__ inline void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(open) : "memory");
@@ -57,9 +57,9 @@ __device__ inline void wait_for_copies() {
 
 namespace rbfast {
 
-// The pieces of a value of type T, and those that its fp32 partner in a product is cut into: two leave up to 2^-17 of
-// it. The two second pieces of an fp16 and its partner are not multiplied either, which takes up to 2^-16 of the
-// product.
+// The number of pieces of a value of type T (kPieces), and of its fp32 partner in a product (kPartners). Two pieces
+// leave out up to 2^-17 of the partner. The product of the second pieces of an fp16 and its partner is left out too, up
+// to 2^-16 of the whole.
 template <typename T>
 constexpr int kPieces = sizeof(T) == 4 ? 3 : 2;
 template <>
@@ -92,8 +92,8 @@ __device__ inline void split_pair(const T* pair, uint32_t (&piece)[kPieces<T>]) 
     split(load(pair), load(pair + 1), piece);
 }
 
-// d += a b, where a is the sum of kA pieces and b of kB. In fp32 a sum of its own is added to d, because a tensor core
-// cuts off what it adds to a large sum.
+// d += a b, where a is the sum of kA pieces and b of kB. For fp32 (kA = 3) the products go to a sum of their own first,
+// because a tensor core truncates what it adds to a large sum.
 template <int kA, int kB>
 __device__ inline void multiply_pieces(float (&d)[4], const uint32_t (&a)[kA][4], const uint32_t (&b)[kB][2]) {
   constexpr int kMost = kA > kB ? kA : kB;

@@ -1,9 +1,9 @@
-// Facility location by lazy greedy: choose the items that best stand for all of them.
+// Facility location by lazy greedy: choose the items that best represent all of them.
 //
 // The gain of an item j is sum_i max(0, sim(i, j) - best_i), where best_i is the similarity of i to what is chosen so
-// far (Nemhauser, Wolsey and Fisher 1978). A gain never grows as more is chosen, so an old gain is a bound and few are
-// computed again (Minoux 1978). Similarities are dot products of sparse vectors of whole numbers: sums are exact, so no
-// order of summation, thread count or compiler can change what is chosen.
+// far (Nemhauser, Wolsey and Fisher 1978). Gains never grow as items are chosen, so an old gain is an upper bound and
+// few are recomputed (Minoux 1978). Similarities are integer dot products of sparse vectors: sums are exact, so no
+// order of summation, thread count or compiler can change the choice.
 #pragma once
 
 #include <algorithm>
@@ -67,7 +67,7 @@ inline Choice facility_location(const Sparse& x, int64_t width, int64_t size, in
 
   struct Bound {
     int64_t gain, item, round;
-    bool operator<(const Bound& other) const {  // of equal gains the lower item is chosen
+    bool operator<(const Bound& other) const {  // on ties the lower item is chosen
       return gain != other.gain ? gain < other.gain : item > other.item;
     }
   };

@@ -1,10 +1,10 @@
-// Words and hashes of mathematical text, so that two typings of one problem give the same tokens.
+// A tokeniser of mathematical text: two ways to type the same problem give the same tokens.
 //
-// The text comes folded (rbfast/curation/text.py): lower case, in UTF-8, and every character beyond ASCII belongs to a
-// word. A token is a word, a numeral, a sign, or the name of a LaTeX command. What only sets type (\left, \text,
-// dollars, Asymptote figures, brackets that group nothing) gives no token, and \frac12 reads as TeX does: frac 1 2.
-// Braces are round brackets, but for those of a set. rbfast/curation/text_reference.py says the same in Python and is
-// the oracle of the tests.
+// The text is folded already (rbfast/curation/text.py): lower case, UTF-8, and every non-ASCII character belongs to a
+// word. A token is a word, a numeral, a sign, or the name of a LaTeX command. Pure typesetting (\left, \text, dollars,
+// Asymptote figures, brackets that group nothing) gives no token, and \frac12 reads as in TeX: frac 1 2. Braces become
+// round brackets, except those of a set. rbfast/curation/text_reference.py is the same in Python, and the oracle of the
+// tests.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,7 @@ bool is_one_of(std::string_view name, const std::string_view (&names)[N]) {
   return false;
 }
 
-// What a command is called by: itself, another name for the same sign, or nothing where it only sets type.
+// The token of a command: its name, a canonical name of the same sign, or nothing if it only sets type.
 inline std::string_view command_token(std::string_view name) {
   static constexpr std::string_view kTypesetting[] = {
       "left",   "right",  "big",    "bigl",   "bigr",   "bigg",         "displaystyle", "text",
@@ -59,14 +59,14 @@ inline std::string_view command_token(std::string_view name) {
   return name;
 }
 
-// A token: its hash, and its character where it has only one ("F" is the command frac, and 0 any longer token).
+// A token: its hash, and its character if it has only one ('F' for the command frac, 0 for any longer token).
 struct Token {
   uint64_t hash;
   char sign;
 };
 
-// The signs of braces, whose hashes are those of round brackets: one that opens what a command, ^ or / takes as one,
-// one that closes, and one that opens a set if it holds a list.
+// The signs of braces; their hashes are those of round brackets. kArgument opens the argument of a command, ^ or /;
+// kEnd closes; kSet opens a set if it holds a list.
 constexpr char kArgument = '\x02', kEnd = '\x03', kSet = '\x04';
 constexpr std::string_view kOpening = "(\x02\x04";  // a round bracket or a brace that opens
 
@@ -77,13 +77,13 @@ inline Token token_of(std::string_view token) {
 
 inline bool is_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
 
-inline bool is_in(char c, std::string_view set) {  // inlined and unrolled, as a call of memchr is not
+inline bool is_in(char c, std::string_view set) {  // inlined and unrolled, unlike memchr
   for (const char x : set)
     if (x == c) return true;
   return false;
 }
 
-// Reads the tokens of one folded text as they stand, with a ',' for each stop.
+// Reads the tokens of one folded text in order, with a ',' for each separator.
 class Reader {
  public:
   Reader(std::string_view text, bool mask_digits, std::vector<Token>& out)
@@ -125,7 +125,7 @@ class Reader {
     push(masked_ ? std::string_view("0") : text_.substr(at_, stop - at_));
     at_ = bound_ = stop;
   }
-  // Where a numeral ends, with its commas (, or {,} or ,\!) before three digits and its point.
+  // Where a numeral ends, including thousands separators (, or {,} or ,\! before three digits) and decimals.
   size_t numeral_end() const {
     size_t stop = run(at_, is_digit);
     for (;;) {
@@ -142,7 +142,7 @@ class Reader {
     }
     return with_point(stop);
   }
-  // Where digits that end at `stop` end with their decimals.
+  // Where a number whose whole digits end at `stop` ends, with its decimals.
   size_t with_point(size_t stop) const {
     const size_t end = peek(stop) == '.' ? run(stop + 1, is_digit) : stop;
     return end > stop + 1 ? end : stop;
@@ -178,7 +178,7 @@ class Reader {
     }
     bound_ = at_;
   }
-  // A spacing, an escaped mark, or the end of a line.
+  // A spacing command, an escaped character, or a line break.
   void escape(char c) {
     if (at_ + 1 < text_.size() && is_in(c, "{}|%")) push(text_.substr(at_ + 1, 1));
     if (at_ + 1 < text_.size() && c == '\\') push(",");
@@ -190,7 +190,7 @@ class Reader {
     out_.push_back({hash_token(same), c == '}' ? kEnd : is_argument ? kArgument : may_be_set() ? kSet : '('});
     ++at_;
   }
-  // Whether TeX takes nothing before this brace together with it, and it opens no change of font: {\bf a, b}.
+  // Whether this brace may open a set: in TeX nothing before it takes it, and it opens no change of font: {\bf a, b}.
   bool may_be_set() const {
     size_t before = at_, next = at_ + 1;
     while (before > 0 && is_space(text_[before - 1])) --before;
@@ -200,7 +200,7 @@ class Reader {
     const char last = before > 0 ? text_[before - 1] : '\0';
     return !is_in(last, "_^/}]") && (before < at_ || !(is_word(last) || is_digit(last)));
   }
-  // "!" or "'": a sign of mathematics, or a sentence's.
+  // "!" or "'": a factorial or a prime, or punctuation.
   void mark(char c) {
     const bool follows = at_ == bound_ || (at_ > 0 && is_in(text_[at_ - 1], "})]|"));
     const char next = peek(at_ + 1);
@@ -222,7 +222,7 @@ class Reader {
   }
   bool is_raised(size_t offset) const { return starts("\\circ", offset) || starts("\\prime", offset); }
 
-  // Whether a tilde denies what follows (~p, not the space of 5~cm).
+  // Whether a tilde negates what follows (~p), and is not TeX's space (5~cm).
   bool is_negation() const {
     const char last = at_ > 0 ? text_[at_ - 1] : ' ', next = peek(at_ + 1);
     return (is_space(last) || is_in(last, "([$~>&|^")) && (is_word(next) || next == '(' || next == '~');
@@ -232,14 +232,14 @@ class Reader {
   std::string_view text_;
   bool masked_;
   std::vector<Token>& out_;
-  size_t at_ = 0, bound_ = kNowhere;  // where a prime or a factorial would belong to what was read last
-  size_t taking_ = kNowhere;          // where the command that was read last takes its argument
-  size_t named_ = kNowhere;           // where the name of that command ended
-  bool relates_ = false;              // whether it takes none
-  bool figures_ = true;               // until one is not closed
+  size_t at_ = 0, bound_ = kNowhere;  // where a prime or a factorial would attach to the last token
+  size_t taking_ = kNowhere;          // where the last command takes its argument
+  size_t named_ = kNowhere;           // where the last command's name ended
+  bool relates_ = false;              // whether the last command is a relation, which takes none
+  bool figures_ = true;               // false after one that is not closed
 };
 
-// Each numeral with its sign as "0", fractions too; a sign between two terms is "+". In place.
+// Replaces each numeral and its sign, fractions too, by "0"; a sign between two terms becomes "+". In place.
 inline void whole_numerals(std::vector<Token>& row) {
   static const Token plus = token_of("+"), zero = token_of("0");
   size_t size = 0;
@@ -273,12 +273,12 @@ struct Opened {
   bool is_signed, is_list;
 };
 
-// Drops the stops, and the brackets that group nothing or have no other half. In place.
+// Drops separators, and brackets that group nothing or are unmatched. In place.
 inline void group(std::vector<Token>& row, std::vector<Opened>& opened) {
   static const uint64_t kOpenSet = hash_token("{"), kCloseSet = hash_token("}");
   constexpr uint64_t kDropped = 0;
   opened.clear();
-  size_t kept = 0, inner_from = 0, inner_to = 0;  // the brackets that were closed last
+  size_t kept = 0, inner_from = 0, inner_to = 0;  // the last pair of brackets closed
   bool is_signed = false;
   for (size_t i = 0; i < row.size(); ++i) {
     const char sign = row[i].sign;
@@ -302,7 +302,7 @@ inline void group(std::vector<Token>& row, std::vector<Opened>& opened) {
         inner_from = inner_to = 0;
         continue;
       }
-      // Whether a command, ^ or / takes what they hold.
+      // Whether a command, ^ or / applies to the group.
       const bool is_taken = row[open.at].sign == kArgument || (open.at > 0 && is_in(row[open.at - 1].sign, "/^")) ||
                             (i + 1 < row.size() && row[i + 1].sign == '^');
       const bool is_double = inner_from == open.at + 1 && inner_to + 1 == i;
@@ -324,7 +324,7 @@ inline void group(std::vector<Token>& row, std::vector<Opened>& opened) {
   row.resize(size);
 }
 
-// Tokens of one text after another, in memory that is used again.
+// Tokenises one text after another, reusing its memory.
 class Tokeniser {
  public:
   const std::vector<Token>& operator()(std::string_view text, bool mask_digits) {

@@ -1,9 +1,9 @@
-"""The delta's format: which matrices a delta can change, what it is made of, and how it is written, read and exported.
+"""The adapter's file format: writing, reading, validating and exporting deltas.
 
 A delta changes some columns of one frozen weight [out, in]: `W[:, cols] += scale * B A`. An adapter is one delta per
 matrix, saved as two files:
 
-    adapter_config.json          what it was made for: the base, its matrices, support and rank of each
+    adapter_config.json          the base it was made for, its matrices, and the support and rank of each
     adapter_model.safetensors    <module>.cols [s] int64, <module>.A [k, s] fp32, <module>.B [out, k] fp32
 
 The deltas of a stack of E experts share their columns: A is [E, k, s], B [E, out, k].
@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from rbfast.models.experts import experts_in
 from rbfast.models.linears import Shape, dtype_name, fingerprint, matrix_shape
 from rbfast.models.names import hub_id_of
-from rbfast.models.weight_use import own_weight
-from rbfast.utils.files import replacing, write_text
+from rbfast.models.weight_use import stored_weight
+from rbfast.utils.files import atomic_write, write_text
 from rbfast.utils.records import from_json, to_json
 from rbfast.utils.sealed import check_seal, seal
 
@@ -49,8 +49,8 @@ class Delta:
 
 @dataclass(frozen=True)
 class MatrixInfo:
-    """What the config says of one matrix, or of a stack of so many `experts`. Matrices of one `group` share an input
-    and therefore a support."""
+    """One matrix in the config, or one stack of `experts` matrices. Matrices of one `group` share an input and
+    therefore a support."""
 
     out_features: int
     in_features: int
@@ -63,7 +63,7 @@ class MatrixInfo:
 
     @property
     def values(self) -> int:
-        """How many are trained: those of A and B."""
+        """The number of trained values: those of A and B."""
         shape = Shape(self.out_features, self.in_features, self.group, self.experts)
         return shape.values(self.rank, self.support)
 
@@ -82,7 +82,7 @@ class AdapterConfig:
 
 
 def write_adapter(directory: str | Path, config: AdapterConfig, deltas: Mapping[str, Delta]) -> None:
-    """Writes both files, each to a temporary name and then renamed: a failure leaves nothing half-written.
+    """Writes both files, each under a temporary name that is then renamed: a failure leaves no partial file.
 
     Raises ValueError for a delta that is not finite.
     """
@@ -93,7 +93,7 @@ def write_adapter(directory: str | Path, config: AdapterConfig, deltas: Mapping[
             tensors[f"{name}.{key}"] = getattr(delta, key).detach().cpu().contiguous()
     header = {"format": FORMAT, "version": VERSION} | to_json(config)
     header["modules"] = {name: to_json(info) for name, info in config.modules.items()}
-    _write_pair(directory, header, tensors)
+    _write_files(directory, header, tensors)
 
 
 def read_adapter(directory: str | Path) -> tuple[AdapterConfig, dict[str, Delta]]:
@@ -123,13 +123,13 @@ def read_adapter(directory: str | Path) -> tuple[AdapterConfig, dict[str, Delta]
 
 
 def adapter_digest(directory: str | Path) -> str:
-    """Of both files. Raises FileNotFoundError if one is missing."""
+    """A digest of both files. Raises FileNotFoundError if one is missing."""
     data = b"".join(_read_bytes(Path(directory) / name) for name in (CONFIG_FILE, TENSOR_FILE))
     return blake2b(data, digest_size=16).hexdigest()
 
 
 def check_finite(deltas: Mapping[str, Delta]) -> None:
-    """Raises ValueError, naming it, for a delta with NaN or infinity: nothing reads or merges such a one."""
+    """Raises ValueError, naming the tensor, if a delta holds NaN or infinity. Such a delta is never read or merged."""
     for name, delta in deltas.items():
         for key in ("A", "B"):
             if not torch.isfinite(getattr(delta, key)).all():
@@ -153,9 +153,9 @@ def check_base(config: AdapterConfig, matrices: Mapping[str, nn.Module], where: 
                 f"{where}: made for {base}, where {name} has {info.experts} experts, not {count}; load that base"
             )
     for name, info in config.modules.items():
-        weight = own_weight(matrices[name])
+        weight = stored_weight(matrices[name])
         if weight is None or info.fingerprint is None or "float16" in {config.base_dtype, dtype_name(weight)}:
-            continue  # a weight rounded to fp16 cannot be compared bit by bit, nor can a quantised one
+            continue  # fp16 and quantised weights cannot be compared bit by bit with the base's
         if fingerprint(matrices[name]) not in (info.fingerprint, None):
             raise ValueError(f"{where}: made for {base}; the weights of {name} differ from those; load that base")
 
@@ -177,10 +177,10 @@ def write_lora(
 ) -> None:
     """Writes the adapter as a LoRA that PEFT, vLLM and llama.cpp load: A [r, in] is zero off the support.
 
-    The rank is padded with zeros to the next one vLLM serves; `transposed` says the matrices are Conv1D. The file names
-    `base` as its base model, by default the hub id of the one it was trained on, if that has one.
-    Raises ValueError if the adapter's rank is larger than those, for a delta that is not finite, and if the directory
-    holds a model, or an adapter of ours, whose files have the same names.
+    The rank is padded with zeros to the next one that vLLM serves. `transposed`: the matrices are Conv1D. The file
+    names `base` as its base model, by default the hub id of the model it was trained on, if that has one.
+    Raises ValueError if the rank exceeds all that vLLM serves, if a delta is not finite, or if the directory holds a
+    model or an rbfast adapter, whose files have the same names.
     """
     check_finite(deltas)
     if _holds_adapter(Path(directory)):
@@ -188,13 +188,13 @@ def write_lora(
     needed = max(info.rank for info in config.modules.values())
     rank = next((rank for rank in LORA_RANKS if rank >= needed), None)
     if rank is None:
-        raise ValueError(f"a LoRA file holds a rank of at most {LORA_RANKS[-1]}, this adapter has {needed}; merge it")
+        raise ValueError(f"a LoRA may have a rank of at most {LORA_RANKS[-1]}, this adapter has {needed}; use merge()")
     stacks = [name for name, info in config.modules.items() if info.experts is not None]
     tensors = {}
     for name, delta in deltas.items():
-        where = f"base_model.model.{_place_in_lora(name, stacks)}"
-        lora_a, lora_b = _padded(delta, config.modules[name], rank)
-        if name in stacks:  # as PEFT keeps them: [E r, in], and [out, r E] with the experts of a rank side by side
+        where = f"base_model.model.{_lora_path(name, stacks)}"
+        lora_a, lora_b = _padded_factors(delta, config.modules[name], rank)
+        if name in stacks:  # PEFT's layout: A [E r, in], B [out, r E], in B the experts of one rank adjacent
             lora_a, lora_b = lora_a.flatten(0, 1), lora_b.permute(1, 2, 0).flatten(1).contiguous()
         tensors[f"{where}.lora_A.weight"], tensors[f"{where}.lora_B.weight"] = lora_a, lora_b
     header = {
@@ -211,10 +211,10 @@ def write_lora(
     }
     if stacks:
         header["target_parameters"] = stacks
-    _write_pair(directory, header, tensors)
+    _write_files(directory, header, tensors)
 
 
-def _padded(delta: Delta, info: MatrixInfo, rank: int) -> tuple[Tensor, Tensor]:
+def _padded_factors(delta: Delta, info: MatrixInfo, rank: int) -> tuple[Tensor, Tensor]:
     """A [(E,) rank, in] and B [(E,) out, rank], zero off the support and beyond the delta's own rank."""
     stack = delta.A.shape[:-2]
     lora_a = torch.zeros(*stack, rank, info.in_features, dtype=torch.float32, device="cpu")
@@ -224,14 +224,14 @@ def _padded(delta: Delta, info: MatrixInfo, rank: int) -> tuple[Tensor, Tensor]:
     return lora_a, lora_b
 
 
-def _place_in_lora(name: str, stacks: Sequence[str]) -> str:
-    """The layer that PEFT puts around a matrix. Around a module with several stacks it puts a layer for each, that of
-    the first within that of the next."""
+def _lora_path(name: str, stacks: Sequence[str]) -> str:
+    """The path of the LoRA layer that PEFT wraps around a matrix. PEFT wraps a module with several stacks once per
+    stack, the first stack's layer innermost."""
     if name not in stacks:
         return name
-    home = name.rpartition(".")[0]
-    outside = sum(other.rpartition(".")[0] == home for other in stacks[stacks.index(name) + 1 :])
-    return home + ".base_layer" * outside
+    parent = name.rpartition(".")[0]
+    outside = sum(other.rpartition(".")[0] == parent for other in stacks[stacks.index(name) + 1 :])
+    return parent + ".base_layer" * outside
 
 
 def _holds_adapter(directory: Path) -> bool:
@@ -248,10 +248,10 @@ def check_holds_no_model(directory: str | Path) -> None:
         raise ValueError(f"{directory} holds a model, which an adapter beside it would change; name another folder")
 
 
-def _write_pair(directory: str | Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def _write_files(directory: str | Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     check_holds_no_model(directory)
     directory = Path(directory)
-    with replacing(directory / TENSOR_FILE) as file:
+    with atomic_write(directory / TENSOR_FILE) as file:
         file.write(seal(save_tensors(tensors, metadata={"format": "pt"})))
     write_text(directory / CONFIG_FILE, json.dumps(header, indent=1) + "\n")
 
@@ -259,7 +259,7 @@ def _write_pair(directory: str | Path, header: dict[str, Any], tensors: dict[str
 def _read_bytes(path: Path) -> bytes:
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: expected a file of SparseAdapter.save_pretrained, found none (`distill` writes it at its end)"
+            f"{path}: expected a file written by SparseAdapter.save_pretrained, found none (`distill` writes it last)"
         )
     return path.read_bytes()
 
@@ -307,7 +307,7 @@ def _check_delta(where: str, delta: Delta, info: MatrixInfo) -> None:
 
 
 def _check_groups(path: Path, config: AdapterConfig, deltas: Mapping[str, Delta]) -> None:
-    """The columns of an input are gathered once for all matrices of a group."""
+    """Raises ValueError if matrices of one group have different columns: their input is gathered once for the group."""
     first: dict[int, str] = {}
     for name, info in config.modules.items():
         other = first.setdefault(info.group, name)

@@ -1,10 +1,10 @@
 """The delta of one matrix: its parameters, and the hooks that run it folded into the weight or beside it.
 
-    with unhooked(model), torch.no_grad():              # a folded delta costs a forward nothing
+    with unhooked(model), torch.no_grad():              # a folded delta adds nothing to the cost of a forward
         model(...)
 
-Without gradients the hooks of a folded delta do nothing, but calling them takes time: `unhooked(model)` takes them off
-for a block, and so does `rbfast.evaluating(model)`, which all our decoding uses.
+Without gradients the hooks of a folded delta do nothing, but calling them takes time. `unhooked(model)` removes them
+for a block. So does `rbfast.evaluating(model)`, which all decoding in rbfast uses.
 """
 
 import weakref
@@ -19,18 +19,18 @@ from torch.utils.hooks import RemovableHandle
 
 from rbfast import ops
 from rbfast.adapter.adapter_files import Delta
-from rbfast.adapter.first_step import BypassWatch
-from rbfast.models.experts import ExpertStack, give_back, home_of, take_over
+from rbfast.adapter.bypass_watch import BypassWatch
+from rbfast.models.experts import ExpertStack, patch_forward, unpatch_forward, weight_owner
 from rbfast.models.linears import is_transposed, matrix_shape, matrix_view, named_modules
-from rbfast.models.weight_use import input_of, own_weight
+from rbfast.models.weight_use import input_of, stored_weight
 from rbfast.utils.overlap import Overlap
 
 _META = torch.device("meta")
 _UNHOOKED = Overlap()
-_DELTA = "_rbfast_delta_"  # and the weight's name: the attribute of its module that holds its ColumnDelta
-# What changes with a write to the weight (None: the layer computes it), with one to A or B (with `A.data = x` their
-# place alone), and with a move.
-_Stamp = tuple[tuple[int, int, torch.dtype] | None, tuple[int, int, int, int], tuple[torch.device, torch.device]]
+_DELTA = "_rbfast_delta_"  # + the weight's name: the attribute of its module that holds its ColumnDelta
+# Three parts. The first changes when the weight is written (None: the layer computes its weight). The second changes
+# when A or B is written (`A.data = x` changes only the address). The third changes when either moves to a device.
+_Versions = tuple[tuple[int, int, torch.dtype] | None, tuple[int, int, int, int], tuple[torch.device, torch.device]]
 _WRITTEN = (
     "the weight of a {kind} was changed while a delta is folded into it, and it holds neither the base's values nor "
     'those with the delta; detach the adapter before you change the base, or attach with mode="side"'
@@ -38,35 +38,35 @@ _WRITTEN = (
 
 
 class SharedGather:
-    """Gathers a group's support once for all its matrices, as long as they are given the same, unchanged tensor."""
+    """Gathers a group's support once for all its matrices, if they get the same unchanged input tensor."""
 
     def __init__(self) -> None:
         self.members = 0
-        self._kept: tuple[weakref.ref, int, Tensor] | None = None  # the input, its version, and its columns
-        self._left = 0  # members that have yet to take them
+        self._cached: tuple[weakref.ref, int, Tensor] | None = None  # the input, its version, and its columns
+        self._remaining_uses = 0  # members that have not used them yet
 
     def __call__(self, x: Tensor, cols: Tensor, run: int, dtype: torch.dtype) -> Tensor:
-        # A compiler merges equal gathers itself; of an inference tensor nobody knows whether it was changed since.
+        # A compiler merges equal gathers itself. Inference tensors have no version counter to detect changes by.
         if self.members == 1 or torch.compiler.is_compiling() or x.is_inference():
             return _gather(x, cols, run, dtype)
-        kept = self._kept  # read once: another thread may put its own there at any time
-        if kept is None or kept[0]() is not x or kept[1] != x._version or kept[2].dtype != dtype:
-            kept = weakref.ref(x, self._drop), x._version, _gather(x, cols, run, dtype)
-            self._kept, self._left = kept, self.members
-        self._left -= 1
-        if self._left <= 0:
-            self._kept = None
-        return kept[2]
+        cached = self._cached  # read once: another thread may replace it at any time
+        if cached is None or cached[0]() is not x or cached[1] != x._version or cached[2].dtype != dtype:
+            cached = weakref.ref(x, self._drop), x._version, _gather(x, cols, run, dtype)
+            self._cached, self._remaining_uses = cached, self.members
+        self._remaining_uses -= 1
+        if self._remaining_uses <= 0:
+            self._cached = None
+        return cached[2]
 
     def _drop(self, dead: weakref.ref) -> None:
-        kept = self._kept
-        if kept is not None and kept[0] is dead:
-            self._kept = None
+        cached = self._cached
+        if cached is not None and cached[0] is dead:
+            self._cached = None
 
 
 class ColumnDelta(nn.Module):
-    """The delta of one matrix, and the hooks that run it: parameters A [k, s] and B [out, k], buffer cols [s]. Of a
-    stack of E experts (`rbfast.models.experts`), A [E, k, s] and B [E, out, k]."""
+    """The delta of one matrix, and the hooks that run it: parameters A [k, s] and B [out, k], buffer cols [s]. For a
+    stack of E experts (`rbfast.models.experts`): A [E, k, s] and B [E, out, k]."""
 
     A: nn.Parameter
     B: nn.Parameter
@@ -77,8 +77,8 @@ class ColumnDelta(nn.Module):
     def __init__(self, linear: nn.Module, delta: Delta, scale: float, fold: bool, gather: SharedGather) -> None:
         super().__init__()
         object.__setattr__(self, "linear", linear)  # not a submodule: the base stays outside the adapter's state
-        device = next((_home(linear, t.device) for t in (*linear.parameters(), *linear.buffers())), None)
-        # In one layout, whatever their source: fused optimizers pair values, gradients and moments by their place.
+        device = next((_execution_device(linear, t.device) for t in (*linear.parameters(), *linear.buffers())), None)
+        # Contiguous, whatever the source: fused optimizers pair values, gradients and moments by memory offset.
         with torch.inference_mode(False):
             self.A, self.B = (
                 nn.Parameter(torch.empty(part.shape, dtype=torch.float32, device=device).copy_(part))
@@ -86,49 +86,49 @@ class ColumnDelta(nn.Module):
             )
             self.register_buffer("cols", delta.cols.to(device, copy=True))
         self.register_buffer("base_columns", None, persistent=False)
-        self.scale, self.folds, self.enabled = scale, fold, True
+        self.scale, self.is_folded, self.enabled = scale, fold, True
         shape = matrix_shape(linear)
         assert shape is not None, "only matrices get a delta"
         self.run = ops.run_of(delta.cols, shape[1])
-        self._known: tuple[tuple[Any, ...], bool] = (), False  # of the weight: how it looked, and if it is transposed
-        self._folded = self._stamp()  # after the last fold
-        self._seen: _Stamp | None = None  # at the last forward, or after the fold since
+        self._view_cache: tuple[tuple[Any, ...], bool] = (), False  # the last _view_key(), and whether it is transposed
+        self._versions_at_fold = self._versions()
+        self._versions_at_forward: _Versions | None = None  # of the last forward, or of a later fold
         self.watch: BypassWatch | None = None
-        self._refused: tuple[str, Tensor] | None = None  # a weight that was not loaded, and why
+        self._refused_load: tuple[str, Tensor] | None = None  # why a weight was not loaded, and the weight
         self._gather = gather
         gather.members += 1
         if fold:
             self.base_columns = self.weight.index_select(-1, self.cols)
             self.fold()
         self._hooks: tuple[RemovableHandle, ...] = ()
-        home, key = home_of(linear)
-        home.__dict__[_DELTA + key] = self  # not a submodule either
+        owner, key = weight_owner(linear)
+        owner.__dict__[_DELTA + key] = self  # not a submodule either
         self._load_hooks: tuple[RemovableHandle, ...] = ()
         if fold:
-            before = home.register_load_state_dict_pre_hook(self._before_load)
-            self._load_hooks = before, home.register_load_state_dict_post_hook(self._after_load)
+            before = owner.register_load_state_dict_pre_hook(self._before_load)
+            self._load_hooks = before, owner.register_load_state_dict_post_hook(self._after_load)
         self.hook()
 
     @property
     def weight(self) -> Tensor:
-        """The base's weight as a writable view [out, in], or [E, out, in] of experts, and the delta moved to its
-        device: call it first."""
+        """The base's weight as a writable view [out, in], or [E, out, in] for experts. Reading it first moves the delta
+        to the weight's device."""
         self._follow_base()
-        own, looks = own_weight(self.linear), self._looks()
-        if own is not None and looks == self._known[0]:
-            return own.detach().mT if self._known[1] else own.detach()
+        own, key = stored_weight(self.linear), self._view_key()
+        if own is not None and key == self._view_cache[0]:
+            return own.detach().mT if self._view_cache[1] else own.detach()
         view = matrix_view(self.linear)
         if view is None:
             raise RuntimeError(
                 "the base's weight is no longer a plain floating tensor of at most 32 bits; detach the adapter before "
                 "you change it"
             )
-        self._known = looks, is_transposed(self.linear)
+        self._view_cache = key, is_transposed(self.linear)
         return view
 
-    def _looks(self) -> tuple[Any, ...]:
-        """What makes a layer and its weight one that `matrix_view` takes. Asking that takes longer than a fold."""
-        weight: Any = own_weight(self.linear)
+    def _view_key(self) -> tuple[Any, ...]:
+        """What `matrix_view` depends on, as a cache key: `matrix_view` itself takes longer than a fold."""
+        weight: Any = stored_weight(self.linear)
         if weight is None:
             return ()
         forward = self.linear.__dict__.get("forward")
@@ -141,12 +141,12 @@ class ColumnDelta(nn.Module):
             self.to(device)
 
     def _device(self) -> torch.device:
-        weight = own_weight(self.linear)
+        weight = stored_weight(self.linear)
         stored = weight if weight is not None else next(self.linear.parameters(), self.factors[0])
-        return _home(self.linear, stored.device)
+        return _execution_device(self.linear, stored.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ColumnDelta":
-        """Moves, and never casts: A and B are fp32, and the kept columns have the bits of the base."""
+        """Moves but never casts: A and B stay fp32, and the kept columns keep the base's bits."""
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -159,39 +159,40 @@ class ColumnDelta(nn.Module):
         fold_all([self])
 
     def _mark_folded(self) -> None:
-        self.__dict__["_folded"] = self.__dict__["_seen"] = self._stamp()  # past nn.Module's slow look at each
+        # Not by attribute: nn.Module.__setattr__ is slow.
+        self.__dict__["_versions_at_fold"] = self.__dict__["_versions_at_forward"] = self._versions()
 
     @torch.no_grad()
     def restore(self) -> None:
         """Writes the original columns back, bitwise."""
         weight = self.weight
-        self._take_cast(weight)
+        self._match_base_dtype(weight)
         self._write(weight, self.base_columns, self.cols, self.A[..., :0, :], self.B[..., :0])
 
     def _write(self, weight: Tensor, base_columns: Tensor, cols: Tensor, A: Tensor, B: Tensor) -> None:
         fold = ops.column_fold_ if weight.dim() == 2 else ops.grouped_column_fold_
         fold(weight, base_columns, cols, A, B, self.scale, self.run)
 
-    def _take_cast(self, weight: Tensor) -> None:
-        """The kept columns are cast if the model was: they are what its weight would be without a delta."""
+    def _match_base_dtype(self, weight: Tensor) -> None:
+        """Casts the kept columns if the model was cast: they are what its weight would hold without the delta."""
         kept: Any = self._buffers["base_columns"]
         if kept.dtype != weight.dtype:
             self.base_columns = kept.to(weight.dtype)
 
-    def _stamp(self) -> _Stamp:
-        # Asked in every forward, so with few calls: own_weight and factors, written out.
+    def _versions(self) -> _Versions:
+        # Every forward calls this, so stored_weight and factors are inlined.
         own: Any = self._parameters
         a, b = own["A"], own["B"]
         delta = a._version, b._version, a.data_ptr(), b.data_ptr()
         weight: Tensor | None = self.linear._parameters.get("weight")
-        if weight is None and (weight := own_weight(self.linear)) is None:
+        if weight is None and (weight := stored_weight(self.linear)) is None:
             return None, delta, (self._device(), a.device)
         version = 0 if weight.is_inference() else weight._version
         return (id(weight), version, weight.dtype), delta, (weight.device, a.device)
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B; nn.Module's own lookup of an attribute is slow for what every forward does."""
+        """A and B, without nn.Module's attribute lookup, which is too slow for every forward."""
         own: Any = self._parameters
         return own["A"], own["B"]
 
@@ -201,24 +202,24 @@ class ColumnDelta(nn.Module):
 
     def hook(self) -> None:
         """Puts the hooks on the matrix. Our hook runs first, because the delta belongs to the matrix's own output."""
-        take_over(self.linear)
-        after = self.linear.register_forward_hook(self._after, prepend=True, with_kwargs=True)
-        self._hooks = self.linear.register_forward_pre_hook(self._before), after
+        patch_forward(self.linear)
+        after = self.linear.register_forward_hook(self._post_forward, prepend=True, with_kwargs=True)
+        self._hooks = self.linear.register_forward_pre_hook(self._pre_forward), after
 
     def unhook(self) -> None:
-        """Removes the hooks: without gradients a folded delta needs none, because it is in the weight."""
+        """Removes the hooks. Without gradients a folded delta needs none: it is already in the weight."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = ()
-        give_back(self.linear)
+        unpatch_forward(self.linear)
 
     def release(self) -> None:
         """Detaches from the matrix permanently."""
         self.unhook()
         for hook in self._load_hooks:
             hook.remove()
-        home, key = home_of(self.linear)
-        del home.__dict__[_DELTA + key], self.__dict__["keeper"]
+        owner, key = weight_owner(self.linear)
+        del owner.__dict__[_DELTA + key], self.__dict__["adapter_reference"]
         self._gather.members -= 1
 
     @torch.no_grad()
@@ -226,96 +227,98 @@ class ColumnDelta(nn.Module):
         """The columns [(E,) out, s] that fold() writes, bitwise."""
         base = self.base_columns.to(self.weight.dtype)
         folded = torch.empty_like(base)
-        every = torch.arange(base.shape[-1], device=base.device)
-        self._write(folded, base, every, self.A, self.B)
+        all_columns = torch.arange(base.shape[-1], device=base.device)
+        self._write(folded, base, all_columns, self.A, self.B)
         return folded
 
     @torch.no_grad()
-    def survivors(self) -> tuple[int, int]:
-        """(how many weights the fold changes, how many it would change without rounding)."""
+    def count_survivors(self) -> tuple[int, int]:
+        """(number of weights that the fold changes, number that it would change without rounding)."""
         folded = self.folded_columns()
         wanted, changed = self.scale * (self.B @ self.A) != 0, folded != self.base_columns.to(folded.dtype)
         return int((wanted & changed).sum()), int(wanted.sum())
 
-    def _before(self, linear: nn.Module, args: tuple) -> None:
+    def _pre_forward(self, linear: nn.Module, args: tuple) -> None:
         if not self.enabled or torch.compiler.is_compiling():
             return
-        if self._seen != self._stamp():
+        if self._versions_at_forward != self._versions():
             self._follow_base()
-            self.catch_up()
-            self._seen = self._stamp()
+            self.fold_if_stale()
+            self._versions_at_forward = self._versions()
         if self.watch is not None and torch.is_grad_enabled():
-            self.watch.saw(self)
+            self.watch.on_forward(self)
 
-    def catch_up(self) -> None:
-        """Folds what was changed since the last fold: A and B, or the base's weight.
+    def fold_if_stale(self) -> None:
+        """Folds if A, B or the base's weight changed since the last fold.
 
         Raises RuntimeError if the weight holds neither the base's columns nor those with the delta.
         """
-        if not (self.folds and self.enabled):
+        if not (self.is_folded and self.enabled):
             return
-        (weight, delta, _), (folded_weight, folded_delta, _) = self._stamp(), self._folded
-        if weight != folded_weight and self._is_here():
-            self._take_base(trusts=delta[:2] != folded_delta[:2])  # a move alone changes the places of A and B
+        (weight, delta, _), (folded_weight, folded_delta, _) = self._versions(), self._versions_at_fold
+        if weight != folded_weight and self._has_real_weight():
+            # A move alone changes the addresses of A and B, not their versions.
+            self._fold_into_written_base(skip_check=delta[:2] != folded_delta[:2])
         elif delta != folded_delta:
             self.fold()
 
-    def _is_here(self) -> bool:
-        """Not on meta, as while it is offloaded, and no stand-in."""
+    def _has_real_weight(self) -> bool:
+        """Whether the weight is a real tensor: neither on meta (offloaded) nor a stand-in."""
         weight: Any = self.linear.weight
         return type(weight) in (Tensor, nn.Parameter) and not weight.is_meta
 
     @torch.no_grad()
-    def _take_base(self, trusts: bool) -> None:
-        """Folds into a weight that was written by somebody else. trusts: its columns cannot be compared."""
+    def _fold_into_written_base(self, skip_check: bool) -> None:
+        """Folds into a weight that other code wrote. skip_check: its columns cannot be compared, because A or B changed
+        since the last fold."""
         found = self.weight.index_select(-1, self.cols)
         is_cast = found.dtype != self.base_columns.dtype
-        if not (trusts or is_cast or self._is_known(found)):
-            raise RuntimeError(_WRITTEN.format(kind=type(home_of(self.linear)[0]).__name__))
+        if not (skip_check or is_cast or self._is_base_or_folded(found)):
+            raise RuntimeError(_WRITTEN.format(kind=type(weight_owner(self.linear)[0]).__name__))
         self.fold()
 
-    def _is_known(self, columns: Tensor) -> bool:
+    def _is_base_or_folded(self, columns: Tensor) -> bool:
         known = self.base_columns, self.folded_columns()
         return any(torch.equal(columns, ours.to(columns.dtype)) for ours in known)
 
     @torch.no_grad()
     def _before_load(
-        self, home: nn.Module, state: dict[str, Any], prefix: str, local: Any, strict: bool, *lists: list[str]
+        self, owner: nn.Module, state: dict[str, Any], prefix: str, local: Any, strict: bool, *lists: list[str]
     ) -> None:
-        """Keeps a weight out that is neither the base's nor that with the delta: which part is the delta's? The same
-        call may say so next, if the adapter is a part of the model (`_load_from_state_dict`)."""
-        linear, key = self.linear, prefix + home_of(self.linear)[1]
+        """Refuses a weight that holds neither the base's values nor those with the delta: its delta is unknown. If the
+        adapter is a submodule of the model, the same call may load that delta next (`_load_from_state_dict`)."""
+        linear, key = self.linear, prefix + weight_owner(self.linear)[1]
         kept: Any = linear.weight
         weight, came = matrix_view(linear), state.get(key)
         if weight is None or not isinstance(came, Tensor) or came.shape != kept.shape or came.is_meta:
             return
-        self.catch_up()
+        self.fold_if_stale()
         columns = came.detach().mT if is_transposed(linear) else came.detach()
         taken = came.dtype if local.get("assign_to_params_buffers") else weight.dtype
         columns = columns.to(weight.device, taken).index_select(-1, self.cols)
-        if not self._is_known(columns):
-            refusal = f"{key}: " + _WRITTEN.format(kind=type(home).__name__)
+        if not self._is_base_or_folded(columns):
+            refusal = f"{key}: " + _WRITTEN.format(kind=type(owner).__name__)
             lists[-1].append(refusal)
-            self._refused = refusal, came.detach()
+            self._refused_load = refusal, came.detach()
             state[key] = kept.detach()
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """Folds, and takes back the refusal of a weight that is the one with the delta just loaded."""
+        """Folds, and withdraws the refusal if the refused weight is the base with the delta just loaded."""
         super()._load_from_state_dict(state_dict, prefix, *args)
-        refused, self._refused = self._refused, None
-        if not (self.folds and self.enabled and self.attached):
+        refused, self._refused_load = self._refused_load, None
+        if not (self.is_folded and self.enabled and self.attached):
             return
         self.fold()
         weight: Any = self.linear.weight
         if refused and refused[0] in args[-1] and torch.equal(refused[1].to(weight.device, weight.dtype), weight):
             args[-1].remove(refused[0])
 
-    def _after_load(self, home: nn.Module, incompatible: Any) -> None:
+    def _after_load(self, owner: nn.Module, incompatible: Any) -> None:
         if matrix_view(self.linear) is not None:
             (self.fold if self.enabled else self.restore)()
 
-    def _after(self, linear: nn.Module, args: tuple, kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
-        if not self.enabled or (self.folds and not torch.is_grad_enabled()):
+    def _post_forward(self, linear: nn.Module, args: tuple, kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
+        if not self.enabled or (self.is_folded and not torch.is_grad_enabled()):
             return None
         if not isinstance(y, Tensor):
             raise TypeError(
@@ -326,7 +329,7 @@ class ColumnDelta(nn.Module):
         cols: Any = self._buffers["cols"]
         xs = self._gather(x, cols, self.run, y.dtype)
         ends = args[1] if isinstance(linear, ExpertStack) else None
-        if self.folds:
+        if self.is_folded:
             return ops.column_tap(y, xs, a, b, self.scale, ends)
         return ops.column_side(y, x, xs, cols, a, b, self.scale, self.run, ends)
 
@@ -339,12 +342,12 @@ class ColumnDelta(nn.Module):
 
 @torch.no_grad()
 def fold_all(sites: Iterable[ColumnDelta]) -> None:
-    """`fold()` of many sites, in one call of an op for all matrices of a device, and one for each stack of experts."""
+    """`fold()` for many sites: one op call for all matrices of a device and scale, and one per stack of experts."""
     together: dict[tuple[torch.device, float], list[ColumnDelta]] = {}
     weights = {}
     for site in sites:
         weight = weights[site] = site.weight
-        site._take_cast(weight)
+        site._match_base_dtype(weight)
         if weight.dim() == 3:
             site._write(weight, site.base_columns, site.cols, site.A, site.B)
         else:
@@ -364,24 +367,24 @@ def fold_all(sites: Iterable[ColumnDelta]) -> None:
         site._mark_folded()
 
 
-def _home(linear: nn.Module, device: torch.device) -> torch.device:
-    """Where a layer runs: on the device of its weight or, if that is on meta because accelerate offloads it, on the one
-    that it is brought to for each forward."""
+def _execution_device(linear: nn.Module, device: torch.device) -> torch.device:
+    """The device that a layer runs on: its weight's, or, if accelerate offloads the weight (meta), the device that
+    accelerate moves it to for each forward."""
     if device != _META:
         return device
-    hook = home_of(linear)[0].__dict__.get("_hf_hook")
+    hook = weight_owner(linear)[0].__dict__.get("_hf_hook")
     found = (getattr(one, "execution_device", None) for one in getattr(hook, "hooks", (hook,)))
     return next((torch.device(one) for one in found if one is not None), device)
 
 
 def delta_of(linear: nn.Module) -> ColumnDelta | None:
     """The delta that is attached to a matrix."""
-    home, key = home_of(linear)
-    return home.__dict__.get(_DELTA + key)
+    owner, key = weight_owner(linear)
+    return owner.__dict__.get(_DELTA + key)
 
 
 def deltas_of(model: nn.Module) -> Iterator[tuple[str, ColumnDelta]]:
-    """The deltas attached to a model, with the names of their matrices."""
+    """The deltas attached to a model, as (name of the matrix, delta)."""
     for name, module in named_modules(model).items():
         if (delta := delta_of(module)) is not None:
             yield name, delta
@@ -389,10 +392,10 @@ def deltas_of(model: nn.Module) -> Iterator[tuple[str, ColumnDelta]]:
 
 @contextmanager
 def unhooked(model: nn.Module) -> Iterator[None]:
-    """Within the block a folded adapter of `model` costs nothing: its hooks are off, and the forward is the base's own.
+    """Removes the hooks of folded deltas within the block, so that a forward costs what the base's does.
 
-    For forwards without gradients: a backward would give the adapter none. Steps of an optimizer and load_state_dict()
-    fold as usual; after changing parameters by hand call adapter.fold(). Deltas beside the weight keep their hooks.
+    For forwards without gradients: a backward would give the adapter none. Optimizer steps and load_state_dict() fold
+    as usual. After changing parameters by hand, call adapter.fold(). Deltas beside the weight keep their hooks.
     Blocks may nest, and the adapter may be disabled, merged or detached within one.
     """
     with _UNHOOKED.block(model, partial(_unhook_all, model)):
@@ -400,9 +403,9 @@ def unhooked(model: nn.Module) -> Iterator[None]:
 
 
 def _unhook_all(model: nn.Module) -> Callable[[], None]:
-    sites = [site for _, site in deltas_of(model) if site.folds and site._hooks]
+    sites = [site for _, site in deltas_of(model) if site.is_folded and site._hooks]
     for site in sites:
-        site.catch_up()
+        site.fold_if_stale()
     for site in sites:
         site.unhook()
 

@@ -1,4 +1,4 @@
-"""Scores: how a model's gradient on reasoning traces rates each column of each matrix.
+"""Scores for every column of every matrix, from a model's gradients or activations on reasoning traces.
 
     scores = score_columns(model, batches, loss_fn)
     scores.save("scores.safetensors")
@@ -23,12 +23,12 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from rbfast.models.experts import ExpertStack, give_back, take_over
+from rbfast.models.experts import ExpertStack, patch_forward, unpatch_forward
 from rbfast.models.linears import Shape, dtype_name, matrix_shape, select_linears, shape_of, unwrapped
-from rbfast.models.names import name_of
+from rbfast.models.names import loaded_name
 from rbfast.models.weight_use import input_of
 from rbfast.ops import reference
-from rbfast.utils.files import replacing
+from rbfast.utils.files import atomic_write
 from rbfast.utils.records import from_json, to_json
 from rbfast.utils.sealed import check_seal, seal
 
@@ -40,7 +40,7 @@ METHODS = ("gradient", "factored", "activation")
 
 @dataclass(frozen=True)
 class ColumnScores:
-    """By matrix: columns [in] fp32, the score of each input."""
+    """Scores by name of matrix: columns [in] fp32, one score per input."""
 
     method: str
     batches: int
@@ -49,7 +49,7 @@ class ColumnScores:
     columns: dict[str, Tensor]
 
     def shapes_of(self, matrices: Mapping[str, Shape]) -> dict[str, Shape]:
-        """The scored shapes of these matrices. Raises ValueError, naming it, for one that differs or was not scored."""
+        """The scored shapes of these matrices. Raises ValueError, naming the matrix, if one differs or is missing."""
         for name, shape in matrices.items():
             came = self.shapes.get(name)
             if came is None:
@@ -59,17 +59,17 @@ class ColumnScores:
         return {name: self.shapes[name] for name in matrices}
 
     def save(self, path: str | Path) -> None:
-        """Writes one safetensors file, to a temporary name and then renamed."""
+        """Writes one safetensors file, under a temporary name that is then renamed."""
         header = {"format": FORMAT, "version": VERSION, "method": self.method, "batches": self.batches}
         header |= {"base_model_name_or_path": self.base_model_name_or_path}
         header |= {"matrices": {name: to_json(shape) for name, shape in self.shapes.items()}}
         tensors = {f"{name}.columns": column for name, column in self.columns.items()}
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write(seal(save_tensors(tensors, metadata={"rbfast": json.dumps(header)})))
 
     @classmethod
     def load(cls, path: str | Path) -> "ColumnScores":
-        """Reads a file written by save(). Raises FileNotFoundError, and ValueError for one that is none."""
+        """Reads a file written by save(). Raises FileNotFoundError, and ValueError if the file is not one."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: expected a file of scores, found none")
         try:
@@ -77,10 +77,11 @@ class ColumnScores:
             tensors, metadata = load_tensors(data), check_seal(data)
         except SafetensorError as error:
             raise ValueError(f"{path}: not a complete safetensors file ({error}); score the model again") from error
-        header = _header(path, metadata)
+        header = _read_header(path, metadata)
         shapes = {name: from_json(Shape, entry, f"{path}: {name}") for name, entry in header["matrices"].items()}
         columns = {
-            name: _checked(path, tensors, f"{name}.columns", (shape.in_features,)) for name, shape in shapes.items()
+            name: _checked_tensor(path, tensors, f"{name}.columns", (shape.in_features,))
+            for name, shape in shapes.items()
         }
         return cls(header["method"], header["batches"], header["base_model_name_or_path"], shapes, columns)
 
@@ -93,20 +94,20 @@ def score_columns(
     method: Method = "gradient",
     targets: str | Sequence[str] = "all-linear",
 ) -> ColumnScores:
-    """Scores every column of the target matrices by what `loss_fn(model, batch)`, a scalar, says of it.
+    """Scores every column of the target matrices by the gradient of `loss_fn(model, batch)`, a scalar.
 
     "gradient": sum over batches of sum_o G[o, c]^2, with G = dy^T x in fp32 (one dense G at a time).
     "factored": E[x_c^2] * sum_o E[dy_o^2], which needs no G. "activation": E[x_c^2], which needs no backward.
-    The weights are frozen while it runs; nothing of the model is changed. Raises ValueError for no batches, a loss that
-    is not finite, and a loss that no matrix has a gradient of.
+    The weights are frozen while it runs; the model is left unchanged. Raises ValueError for no batches, a loss that is
+    not finite, and a loss without a gradient.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     base = unwrapped(model)
-    watch = _Watch(select_linears(base, targets), method)
+    scorer = _Scorer(select_linears(base, targets), method)
     scored = 0
-    # A compiler would look for no new hooks in what it has compiled, and compile every call of these anew.
-    with _frozen(model), watch.watching(), torch.compiler.set_stance("force_eager"):
+    # Compiled code would ignore our new hooks, and each call of a hook would trigger a recompilation.
+    with _frozen_weights(model), scorer.attached(), torch.compiler.set_stance("force_eager"):
         for batch in batches:
             with torch.set_grad_enabled(method != "activation"):
                 loss = loss_fn(model, batch)
@@ -119,14 +120,14 @@ def score_columns(
                 )
             if method != "activation":
                 loss.backward()
-            watch.end_batch()
+            scorer.end_batch()
             scored += 1
     if scored == 0:
         raise ValueError("expected at least one batch to score on, got none")
-    return ColumnScores(method, scored, name_of(base), watch.shapes(), watch.cpu())
+    return ColumnScores(method, scored, loaded_name(base), scorer.shapes(), scorer.columns_on_cpu())
 
 
-def _header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+def _read_header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         header = json.loads(metadata.get("rbfast", "{}"))
     except (ValueError, RecursionError):
@@ -140,7 +141,7 @@ def _header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     return header
 
 
-def _checked(path: str | Path, tensors: Mapping[str, Tensor], key: str, shape: tuple[int, ...]) -> Tensor:
+def _checked_tensor(path: str | Path, tensors: Mapping[str, Tensor], key: str, shape: tuple[int, ...]) -> Tensor:
     if key not in tensors:
         raise ValueError(f"{path}: tensor {key} is missing; score the model again")
     tensor = tensors[key]
@@ -151,37 +152,38 @@ def _checked(path: str | Path, tensors: Mapping[str, Tensor], key: str, shape: t
     return tensor
 
 
-class _Watch:
-    """Hooks that see the input x and the output gradient dy of every matrix, and add up what the method needs."""
+class _Scorer:
+    """Hooks that see the input x and the output gradient dy of every matrix, and accumulate the scores."""
 
     def __init__(self, linears: Mapping[str, nn.Module], method: Method) -> None:
         self.linears, self.method = linears, method
         self.columns: dict[str, Tensor] = {}
         self._groups: dict[str, int] = {}
         self._numbers = count()
-        # Kept alive for a batch, so that an id is one input.
+        # Inputs stay alive for a batch, so that an id identifies one input.
         self._inputs: dict[tuple[int, int], tuple[int, Tensor]] = {}
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def attached(self) -> Iterator[None]:
         hooks = [
-            m.register_forward_hook(partial(self._after, name), with_kwargs=True) for name, m in self.linears.items()
+            m.register_forward_hook(partial(self._forward_hook, name), with_kwargs=True)
+            for name, m in self.linears.items()
         ]
         for module in self.linears.values():
-            take_over(module)
+            patch_forward(module)
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
             for module in self.linears.values():
-                give_back(module)
+                unpatch_forward(module)
 
     def end_batch(self) -> None:
         self._inputs.clear()
 
     def shapes(self) -> dict[str, Shape]:
-        """Shapes with the groups seen, numbered in the model's order; a matrix that was never run is alone."""
+        """Shapes with the observed groups, numbered in the model's order. A matrix that never ran is its own group."""
         numbers: dict[object, int] = {}
         keys = {name: self._groups.get(name, name) for name in self.linears}
         shapes = {}
@@ -189,17 +191,17 @@ class _Watch:
             shapes[name] = shape_of(module, numbers.setdefault(keys[name], len(numbers)))
         return shapes
 
-    def cpu(self) -> dict[str, Tensor]:
-        """The columns in the model's order, with zeros for a matrix that was never run."""
+    def columns_on_cpu(self) -> dict[str, Tensor]:
+        """The columns in the model's order, with zeros for a matrix that never ran."""
         widths = {name: matrix_shape(module)[1] for name, module in self.linears.items()}  # type: ignore[index]
         return {
             name: self.columns.get(name, torch.zeros(width, dtype=torch.float32, device="cpu")).cpu()
             for name, width in widths.items()
         }
 
-    def _after(self, name: str, module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor | None:
+    def _forward_hook(self, name: str, module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor | None:
         given = input_of(args, kwargs)
-        self._group(name, given)
+        self._assign_group(name, given)
         x = _as_rows(given.detach())
         if not len(x):  # an expert that no token reached: a mean over nothing is NaN
             return None
@@ -208,23 +210,23 @@ class _Watch:
             return None
         if not torch.is_grad_enabled():
             return None
-        if not y.requires_grad:  # the first matrices: everything before them is frozen
+        if not y.requires_grad:  # true of the first matrices: everything before them is frozen
             y = y.detach().requires_grad_().clone()
         experts = reference.rows_of_experts(args[1]) if isinstance(module, ExpertStack) else [(0, slice(None))]
-        y.register_hook(partial(self._backward, name, x, [rows for _, rows in experts]))
+        y.register_hook(partial(self._backward_hook, name, x, [rows for _, rows in experts]))
         return y
 
-    def _group(self, name: str, x: Tensor) -> None:
+    def _assign_group(self, name: str, x: Tensor) -> None:
         version = 0 if x.is_inference() else x._version
         number, _ = self._inputs.setdefault((id(x), version), (next(self._numbers), x))
         self._groups.setdefault(name, number)
 
-    def _backward(self, name: str, x: Tensor, matrices: Sequence[slice], dy: Tensor) -> None:
-        """matrices: the rows of each, one after the other."""
+    def _backward_hook(self, name: str, x: Tensor, matrices: Sequence[slice], dy: Tensor) -> None:
+        """matrices: the rows of each matrix; one slice for a linear layer, one per expert for a stack."""
         x, dy = x.float(), _as_rows(dy).float()
         for rows in matrices:
             if self.method == "factored":
-                share = len(x[rows]) / len(x)  # a token counts the same, whichever expert it went to
+                share = len(x[rows]) / len(x)  # every token counts the same, whatever its expert
                 self._add(name, share * x[rows].square().mean(0) * dy[rows].square().mean(0).sum())
             else:
                 self._add(name, (dy[rows].T @ x[rows]).square().sum(0))
@@ -237,12 +239,12 @@ class _Watch:
 
 
 def _as_rows(x: Tensor) -> Tensor:
-    """[T, n] of [..., n]."""
+    """Reshapes [..., n] to [T, n]."""
     return x.reshape(-1, x.shape[-1])
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def _frozen_weights(model: nn.Module) -> Iterator[None]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)

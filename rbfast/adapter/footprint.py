@@ -1,4 +1,4 @@
-"""What an adapter of a model is by default, and the memory that it takes beside its base."""
+"""The memory that an adapter takes in addition to its base, and the default adapter of a model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ _INDEX, _FP32, _BF16 = 8, 4, 2  # bytes
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes. `base` is what the base's own weights take.
+    """Sizes in bytes.
 
-    kept: the original columns, which a fold writes over, and their numbers; of a delta beside its weight the numbers
-    alone. values: A and B. adamw: the gradient and the two moments of each value while AdamW trains them.
+    base: the base's weights. kept: the column indices and, for folded deltas, the original columns that a fold
+    overwrites. values: A and B. adamw: the gradients and the two moments of A and B during training with AdamW.
     """
 
     base: int
@@ -30,7 +30,7 @@ class Footprint:
 
     @property
     def share(self) -> float:
-        """What is attached, by the base's weights."""
+        """The size of the adapter as a fraction of the base's."""
         return self.attached / self.base
 
     def __str__(self) -> str:
@@ -43,8 +43,10 @@ class Footprint:
         )
 
 
-def planned(shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, int], base: int, itemsize: int) -> Footprint:
-    """That of deltas of these shapes, folded into weights of `itemsize` bytes a value."""
+def planned_footprint(
+    shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, int], base: int, itemsize: int
+) -> Footprint:
+    """The footprint of deltas of these shapes, folded into weights of `itemsize` bytes a value."""
     kept = sum(
         supports[name] * ((shape.experts or 1) * shape.out_features * itemsize + _INDEX)
         for name, shape in shapes.items()
@@ -66,14 +68,14 @@ class Outline:
 
 
 def outline(model: nn.Module) -> Outline:
-    """Asks for shapes alone, so the model may be on the meta device; its weights are taken to be in bf16."""
+    """Reads only shapes, so the model may be on the meta device. Assumes weights in bf16."""
     shapes, parameters = group_siblings(select_linears(model)), count_parameters(model)
     rank, supports = allocate(shapes, int(DEFAULT_DENSITY * parameters))
-    found = planned(shapes, rank, supports, parameters * _BF16, _BF16)
+    found = planned_footprint(shapes, rank, supports, parameters * _BF16, _BF16)
     support = min(supports.values()), max(supports.values())
     return Outline(parameters, len(shapes), support, rank, found.values // _FP32, found)
 
 
 def megabytes(count: int) -> str:
-    """Bytes for people, in MB or GB."""
+    """A number of bytes as text, in MB or GB."""
     return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"

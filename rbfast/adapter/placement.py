@@ -4,7 +4,7 @@
     adapter = SparseAdapter.attach(model, placement=scores)
 
 Matrices that read the same input (q, k, v; gate, up) form a group and share one support. A support is made of runs of
-16 aligned columns, which a machine moves as fast as a copy; single columns cost several times as much.
+16 aligned columns, which move at the speed of a copy; single columns cost several times as much.
 """
 
 import math
@@ -23,36 +23,36 @@ from rbfast.adapter.adapter_files import AdapterConfig, Delta, MatrixInfo
 from rbfast.adapter.column_scores import ColumnScores
 from rbfast.models.linears import (
     Shape,
-    beside_text,
     count_parameters,
     dtype_name,
     fingerprint,
     group_siblings,
+    non_text_linears,
     select_linears,
     stacked_experts,
     unfit,
 )
-from rbfast.models.names import name_of
+from rbfast.models.names import loaded_name
 
 DEFAULT_DENSITY = 0.003
 DEFAULT_RANK = 2
 RUN = 16  # columns: 32 bytes of bf16, the least a GPU moves
-WIDE = 1024  # inputs of a model that is large: what its supports take counts
-_PART = 8  # of the inputs of a large model its supports take one in so many
-START_NORM = 0.1
+LARGE_WIDTH = 1024  # input width from which a model counts as large: there the memory of the supports matters
+_DIVISOR = 8  # a support takes at most 1/8 of the inputs of a large model
+START_NORM = 0.1  # of each row of A
 
 
 @dataclass(frozen=True)
-class Start:
-    """The start of one delta: cols [s] int64 sorted, A [k, s] fp32 ([E, k, s] of E experts; B starts at zero), and its
-    score if it has one."""
+class InitialDelta:
+    """The initial state of one delta: cols [s] int64 sorted, A [k, s] fp32 ([E, k, s] for E experts), and its score if
+    it has one. B starts at zero."""
 
     cols: Tensor
     A: Tensor
     score: float | None
 
 
-def plan(
+def plan_adapter(
     model: nn.Module,
     density: float,
     support: int | None,
@@ -62,7 +62,7 @@ def plan(
     scale: float,
     seed: int,
 ) -> tuple[AdapterConfig, dict[str, Delta]]:
-    """Everything SparseAdapter.attach decides: the matrices, their supports and columns, and where A starts."""
+    """Everything SparseAdapter.attach decides: the matrices, their supports and columns, and the initial A."""
     if not 0 < density <= 1:
         raise ValueError(f"density must be above 0 and at most 1 (the share of trained values), got {density}")
     if not (math.isfinite(scale) and scale != 0):
@@ -77,7 +77,7 @@ def plan(
     linears = select_linears(model, targets)
     if targets == "all-linear":
         _warn_of_experts(model, linears)
-        _warn_of_beside(model)
+        _warn_of_non_text(model)
         _warn_of_unfit(model)
     shapes = group_siblings(linears)
     if isinstance(placement, ColumnScores):
@@ -104,7 +104,7 @@ def plan(
         deltas[name] = Delta(start.cols, start.A, B)
     method = placement.method if isinstance(placement, ColumnScores) else "random"
     dtype = dtype_name(next(model.parameters()))
-    return AdapterConfig(name_of(model), dtype, density, scale, seed, method, modules), deltas
+    return AdapterConfig(loaded_name(model), dtype, density, scale, seed, method, modules), deltas
 
 
 def _warn_of_experts(model: nn.Module, chosen: Collection[str]) -> None:
@@ -113,25 +113,25 @@ def _warn_of_experts(model: nn.Module, chosen: Collection[str]) -> None:
         share = sum(weight.numel() for weight in experts.values()) / count_parameters(model)
         warnings.warn(
             f"{len(experts)} stacks of experts (the first is {next(iter(experts))}), {share:.0%} of the parameters, "
-            "get no delta, because their module runs them in a way of its own or they are quantised; adapter.left_out "
-            "lists every weight without one",
+            "get no delta, because they are quantised or their module does more than multiply by them and gate; "
+            "adapter.left_out lists every weight without a delta",
             stacklevel=4,
         )
 
 
-def _warn_of_beside(model: nn.Module) -> None:
-    aside = beside_text(model)
-    if aside:
+def _warn_of_non_text(model: nn.Module) -> None:
+    outside_text = non_text_linears(model)
+    if outside_text:
         warnings.warn(
-            f"{len(aside)} linear layers get no delta, because text does not run through them (the first is "
-            f"{next(iter(aside))}); to train them, name them as targets",
+            f"{len(outside_text)} linear layers get no delta, because text does not run through them (the first is "
+            f"{next(iter(outside_text))}); to train them, name them as targets",
             stacklevel=4,
         )
 
 
 def _warn_of_unfit(model: nn.Module) -> None:
-    aside = beside_text(model)
-    news = [why.reason for name, why in unfit(model).items() if why.is_news and name not in aside]
+    outside_text = non_text_linears(model)
+    news = [why.reason for name, why in unfit(model).items() if why.should_warn and name not in outside_text]
     if news:
         warnings.warn(
             f"{len(news)} linear layers can have no delta and are left as they are; of the first: {news[0]}",
@@ -144,20 +144,24 @@ def allocate(
 ) -> tuple[int, dict[str, int]]:
     """Splits a budget of trained values over matrices: (rank k, support s of each), the sum of k (out + s) <= budget.
 
-    Every matrix gets the same support, in whole runs, capped at its inputs; what is left over buys one more run for
-    the first groups. Models of WIDE inputs or more take an eighth of their inputs at most, stacks of experts an eighth
-    of their own, and the largest rank that fits: the rest of the budget stays unspent. Smaller ones take DEFAULT_RANK,
-    less if that does not fit, more if it would leave budget unused. A given `support` is kept as it is, with the
-    largest rank that fits; one that is no multiple of a run cuts the last run. Raises ValueError if nothing fits.
+    Every matrix gets the same support, in whole runs, capped at its inputs. Leftover budget buys one more run for the
+    first groups. Models whose usual input width is at least LARGE_WIDTH take an eighth of it at most (stacks of
+    experts: an eighth of their own) and the largest rank that fits; the rest of the budget stays unspent. Smaller
+    models take DEFAULT_RANK, or less if that does not fit, or more if it would leave budget unused. A given `support`
+    is kept, with the largest rank that fits; if it is no multiple of a run, the last run is cut. Raises ValueError if
+    nothing fits.
     """
     for name, value in (("rank", rank), ("support", support)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    most = _most(shapes) if support is None else {n: min(support, shape.in_features) for n, shape in shapes.items()}
-    rank = rank or _default_rank(shapes, budget, most, support is not None)
-    if rank > min(most.values()):
-        raise ValueError(f"rank must be at most the support ({min(most.values())}), got {rank}")
-    supports = most if support is not None else _whole_runs(shapes, most, rank, rank)
+    if support is None:
+        limits = _support_limits(shapes)
+    else:
+        limits = {name: min(support, shape.in_features) for name, shape in shapes.items()}
+    rank = rank or _default_rank(shapes, budget, limits, support is not None)
+    if rank > min(limits.values()):
+        raise ValueError(f"rank must be at most the support ({min(limits.values())}), got {rank}")
+    supports = limits if support is not None else _round_to_runs(shapes, limits, rank, rank)
     if _cost(shapes, rank, supports) > budget:
         raise ValueError(
             f"the budget is {budget:,} trained values; rank {rank} with {max(supports.values())} column(s) in each of "
@@ -166,13 +170,17 @@ def allocate(
     if support is not None:
         return rank, supports
     columns = bisect_right(
-        range(1, max(most.values()) + 1), budget, key=lambda n: _cost(shapes, rank, _whole_runs(shapes, most, n, rank))
+        range(1, max(limits.values()) + 1),
+        budget,
+        key=lambda n: _cost(shapes, rank, _round_to_runs(shapes, limits, n, rank)),
     )
-    return rank, _spend_rest(shapes, _whole_runs(shapes, most, columns, rank), most, budget, rank)
+    return rank, _spend_leftover(shapes, _round_to_runs(shapes, limits, columns, rank), limits, budget, rank)
 
 
-def place_random(shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, int], seed: int) -> dict[str, Start]:
-    """Random runs of columns, drawn anew for every group, A as `_start` has it. Bitwise the same for one seed."""
+def place_random(
+    shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, int], seed: int
+) -> dict[str, InitialDelta]:
+    """Random runs of columns, drawn separately for each group; A from `_initial_a`. Bitwise the same for one seed."""
     drawn: dict[int, Tensor] = {}
     for name, shape in shapes.items():
         if shape.group not in drawn:
@@ -180,16 +188,16 @@ def place_random(shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, 
             order = torch.randperm(runs, generator=_generator(seed, "columns", name), device="cpu")
             drawn[shape.group] = _columns(order, shape.in_features, supports[name])
     return {
-        name: Start(drawn[shape.group], _start(name, shape, rank, supports[name], seed), None)
+        name: InitialDelta(drawn[shape.group], _initial_a(name, shape, rank, supports[name], seed), None)
         for name, shape in shapes.items()
     }
 
 
 def place_scored(
     scores: ColumnScores, shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, int], seed: int
-) -> dict[str, Start]:
-    """The runs with the highest score, summed over their columns and a group, ties to the lower index; A as `_start`
-    has it."""
+) -> dict[str, InitialDelta]:
+    """The runs with the highest score, summed over their columns and a group, ties to the lower index; A from
+    `_initial_a`."""
     totals: dict[int, Tensor] = {}
     for name, shape in shapes.items():
         totals[shape.group] = totals.get(shape.group, 0) + scores.columns[name].double()
@@ -198,28 +206,27 @@ def place_scored(
         by_run = totals[shape.group].view(-1, run_length(shape.in_features)).sum(1)
         cols = _columns(by_run.argsort(descending=True, stable=True), shape.in_features, supports[name])
         found = float(scores.columns[name][cols].sum())
-        starts[name] = Start(cols, _start(name, shape, rank, supports[name], seed), found)
+        starts[name] = InitialDelta(cols, _initial_a(name, shape, rank, supports[name], seed), found)
     return starts
 
 
 def run_length(in_features: int) -> int:
-    """How many columns a run has: the largest power of two up to RUN that divides the inputs, so that none are left.
+    """The number of columns in a run: the largest power of two up to RUN that divides the inputs.
 
-    Of 576 inputs 16, of 584 8. In a matrix of an odd number of inputs, whose rows start anywhere, a run is one column.
+    16 for 576 inputs, 8 for 584. With an odd number of inputs rows are not aligned, and a run is one column.
     """
     return math.gcd(in_features, RUN)
 
 
 def _columns(runs: Tensor, in_features: int, support: int) -> Tensor:
-    """The first `support` columns of these runs, sorted: of the last run that is needed perhaps only its beginning."""
+    """The first `support` columns of these runs, sorted. The last run may be cut."""
     run = run_length(in_features)
     needed = runs[: -(-support // run)]
     return (needed[:, None] * run + torch.arange(run, device=runs.device)).flatten()[:support].sort().values
 
 
-def _start(name: str, shape: Shape, rank: int, support: int, seed: int) -> Tensor:
-    """A random A [rank, support] with rows of norm START_NORM: so small that a few steps turn it as the traces need. Of
-    experts a stack of them.
+def _initial_a(name: str, shape: Shape, rank: int, support: int, seed: int) -> Tensor:
+    """A random A [(E,) rank, support] with rows of norm START_NORM: small enough that a few steps can turn it.
 
     The gradient's leading directions make a worse start: they are the inputs that are large for every token.
     """
@@ -230,7 +237,7 @@ def _start(name: str, shape: Shape, rank: int, support: int, seed: int) -> Tenso
 
 
 def _generator(seed: int, *what: str) -> torch.Generator:
-    """Independent streams by name, so that what one matrix draws does not depend on which others are there."""
+    """An independent random stream for each name, so that a matrix draws the same whatever the other matrices are."""
     digest = blake2b(":".join((str(seed), *what)).encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
@@ -239,50 +246,50 @@ def _cost(shapes: Mapping[str, Shape], rank: int, supports: Mapping[str, int]) -
     return sum(shape.values(rank, supports[name]) for name, shape in shapes.items())
 
 
-def _whole_runs(shapes: Mapping[str, Shape], most: Mapping[str, int], columns: int, rank: int) -> dict[str, int]:
-    """Supports of at most `columns`, in whole runs; no narrower than the rank, no wider than `most`."""
+def _round_to_runs(shapes: Mapping[str, Shape], limits: Mapping[str, int], columns: int, rank: int) -> dict[str, int]:
+    """Supports of at most `columns`, in whole runs; no narrower than the rank, no wider than `limits`."""
 
     def support(width: int, widest: int) -> int:
         run = run_length(width)
         return min(widest, max(columns // run, -(-rank // run)) * run)
 
-    return {name: support(shape.in_features, most[name]) for name, shape in shapes.items()}
+    return {name: support(shape.in_features, limits[name]) for name, shape in shapes.items()}
 
 
-def _most(shapes: Mapping[str, Shape]) -> dict[str, int]:
-    """The widest supports that are taken by default. Of a large model they are a part of the usual inputs; a stack of
-    experts, whose columns take the most memory, has a part of its own at most. A small model takes all."""
+def _support_limits(shapes: Mapping[str, Shape]) -> dict[str, int]:
+    """The default upper limit of each support. In a large model it is 1/_DIVISOR of the usual input width; for a stack
+    of experts, whose columns take the most memory, at most 1/_DIVISOR of its own too. A small model has no limit."""
     widths = Counter(shape.in_features for shape in shapes.values())
     usual = max(widths, key=lambda width: (widths[width], -width))
-    if usual < WIDE:
+    if usual < LARGE_WIDTH:
         return {name: shape.in_features for name, shape in shapes.items()}
     return {
-        name: min(usual // _PART, shape.in_features if shape.experts is None else _part_of(shape.in_features))
+        name: min(usual // _DIVISOR, shape.in_features if shape.experts is None else _stack_limit(shape.in_features))
         for name, shape in shapes.items()
     }
 
 
-def _part_of(in_features: int) -> int:
+def _stack_limit(in_features: int) -> int:
     run = run_length(in_features)
-    return max(1, in_features // _PART // run) * run
+    return max(1, in_features // _DIVISOR // run) * run
 
 
-def _default_rank(shapes: Mapping[str, Shape], budget: int, most: Mapping[str, int], fixed: bool) -> int:
-    """The largest rank that fits with the supports `most`; if they are not `fixed`, they may be narrower for more."""
-    narrowest = min(most.values())
-    if fixed:
-        return max(1, min(narrowest, budget // _cost(shapes, 1, most)))
-    wide = {name: min(width, max(1, shapes[name].in_features // 2)) for name, width in most.items()}
+def _default_rank(shapes: Mapping[str, Shape], budget: int, limits: Mapping[str, int], is_fixed: bool) -> int:
+    """The largest rank that fits with supports at their limits. If not `is_fixed`, narrower ones may buy more rank."""
+    narrowest = min(limits.values())
+    if is_fixed:
+        return max(1, min(narrowest, budget // _cost(shapes, 1, limits)))
+    wide = {name: min(width, max(1, shapes[name].in_features // 2)) for name, width in limits.items()}
     rank = min(narrowest, max(DEFAULT_RANK, budget // _cost(shapes, 1, wide)))
-    while rank > 1 and _cost(shapes, rank, _whole_runs(shapes, most, rank, rank)) > budget:
+    while rank > 1 and _cost(shapes, rank, _round_to_runs(shapes, limits, rank, rank)) > budget:
         rank -= 1
     return rank
 
 
-def _spend_rest(
-    shapes: Mapping[str, Shape], supports: dict[str, int], most: Mapping[str, int], budget: int, rank: int
+def _spend_leftover(
+    shapes: Mapping[str, Shape], supports: dict[str, int], limits: Mapping[str, int], budget: int, rank: int
 ) -> dict[str, int]:
-    """One more run for each group, in order, as long as it fits: the members of a group keep one support."""
+    """Adds one run to each group, in order, while the budget allows. All members of a group keep the same support."""
     rest = budget - _cost(shapes, rank, supports)
     members: dict[int, list[str]] = {}
     for name, shape in shapes.items():
@@ -290,7 +297,7 @@ def _spend_rest(
     for names in members.values():
         run = run_length(shapes[names[0]].in_features)
         cost = rank * run * sum(shapes[name].experts or 1 for name in names)
-        if supports[names[0]] + run <= most[names[0]] and cost <= rest:
+        if supports[names[0]] + run <= limits[names[0]] and cost <= rest:
             rest -= cost
             for name in names:
                 supports[name] += run

@@ -28,12 +28,12 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from rbfast.adapter import adapter_files
 from rbfast.adapter.adapter_files import AdapterConfig, Delta
+from rbfast.adapter.bypass_watch import BypassWatch
 from rbfast.adapter.column_delta import ColumnDelta, SharedGather, delta_of, deltas_of, fold_all
 from rbfast.adapter.column_scores import ColumnScores
-from rbfast.adapter.first_step import BypassWatch
 from rbfast.adapter.footprint import Footprint
-from rbfast.adapter.placement import DEFAULT_DENSITY, plan
-from rbfast.models.experts import ExpertStack, home_of
+from rbfast.adapter.placement import DEFAULT_DENSITY, plan_adapter
+from rbfast.models.experts import ExpertStack, weight_owner
 from rbfast.models.linears import (
     bytes_of,
     check_fit,
@@ -44,12 +44,12 @@ from rbfast.models.linears import (
     matrix_view,
     named_modules,
     unfit,
+    unsharded,
     unwrapped,
-    whole,
     why_not_folded,
 )
 from rbfast.models.names import MERGED
-from rbfast.models.weight_use import own_weight
+from rbfast.models.weight_use import stored_weight
 
 Mode = Literal["auto", "fold", "side"]
 
@@ -68,39 +68,39 @@ class MatrixSummary:
 
 
 class SparseAdapter(nn.Module):
-    """Deltas attached to a model. Made by `attach` or `from_pretrained`; its parameters are `<module>.A` and `.B`,
-    those of stacks of experts `stack<n>.A` and `.B`, numbered in the model's order.
+    """Deltas attached to a model. Create it with `attach` or `from_pretrained`. Its parameters are `<module>.A` and
+    `.B`; those of stacks of experts are `stack<n>.A` and `.B`, numbered in the model's order.
 
-    If the model is moved to another device afterwards, its deltas follow with the next forward; before that, and
-    before torch.compile, `adapter.to(device)` moves them.
+    If the model moves to another device later, its deltas follow at the next forward. To move them earlier, or before
+    torch.compile, call `adapter.to(device)`.
 
-    left_out: by name, the shape of every weight of two or more dimensions that has no delta; embeddings and head aside.
+    left_out: by name, the shape of every weight of two or more dimensions without a delta, except embeddings and head.
     """
 
     def __init__(self, model: nn.Module, config: AdapterConfig, deltas: Mapping[str, Delta], mode: Mode) -> None:
         super().__init__()
-        check_free(model)
+        check_attachable(model)
         check_fit(unfit(model), deltas)
         modules = named_modules(model)
-        folds = {name: _folds(name, modules[name], mode) for name in deltas}
+        folds = {name: _should_fold(name, modules[name], mode) for name in deltas}
         self.config = config
-        self._base_count, self._base_bytes = count_parameters(model), bytes_of(model.parameters())
+        self._base_parameters, self._base_bytes = count_parameters(model), bytes_of(model.parameters())
         self.left_out = left_out(model, deltas)
         self._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
-        # Kept by name: a walk over the modules takes as long as folding a matrix, or longer.
+        # A dict by name: walking the modules takes at least as long as folding a matrix.
         self._sites: dict[str, ColumnDelta] = {}
         self._state: Literal["attached", "merged", "detached"] = "attached"
         self._disabled = 0
         self._watch = BypassWatch()
-        self._follower = _follow_optimizers(self)
+        self._optimizer_hook = _hook_optimizers(self)
         try:
-            self._plant_all(modules, deltas, folds)
-        except BaseException:  # most likely out of memory; whoever catches it has no adapter to detach
+            self._add_deltas(modules, deltas, folds)
+        except BaseException:  # likely out of memory; the caller has no adapter to detach
             self.detach()
             raise
-        _forget_compiled()
+        _reset_compiled_code()
 
     @classmethod
     def attach(
@@ -115,32 +115,33 @@ class SparseAdapter(nn.Module):
         scale: float = 1.0,
         seed: int = 0,
     ) -> "SparseAdapter":
-        """Freezes `model` and attaches new deltas of at most `density` times its parameters. It may be within what
-        torch.compile or DistributedDataParallel puts around it. The latter adds up the gradients of the parameters that
-        it finds when it is made: to train on several processes, attach first, and put it around a module that holds
-        both model and adapter.
+        """Freezes `model` and attaches new deltas of at most `density` times its parameters.
+
+        The model may be wrapped by torch.compile or DistributedDataParallel. DistributedDataParallel reduces only the
+        gradients of parameters that exist when it is created: to train on several processes, attach first, then wrap a
+        module that holds both model and adapter.
 
         placement: "random" columns, drawn for every group of matrices, or the best by ColumnScores (or a file of them).
         `support` and `rank` default to what fits (see placement.allocate). mode: "fold" writes the deltas into the
-        weights, "side" adds them beside, "auto" folds wherever the weight is a plain bf16, fp16 or fp32 tensor that the
-        layer multiplies by. "all-linear" is what `rbfast.models.linears.select_linears` says: not the head, nor a tower
-        for images or sound. Warns of such towers, and of stacked experts and layers that can have no delta
-        (`rbfast.models.linears.unfit`). Raises ValueError for a density outside (0, 1], one that nothing fits, a model
-        without linear layers, and a model that has an adapter attached, PEFT's too.
+        weights; "side" runs them beside the weights; "auto" folds wherever the weight is a plain bf16, fp16 or fp32
+        tensor that the layer multiplies by. "all-linear" is defined by `rbfast.models.linears.select_linears`: it
+        excludes the head and any tower for images or sound. Warns of such towers, and of stacked experts and layers
+        that can have no delta (`rbfast.models.linears.unfit`). Raises ValueError for a density outside (0, 1] or too
+        small for any delta, a model without linear layers, and a model with an adapter attached (PEFT's included).
         """
-        _warn_of_processes(model)
+        _warn_of_ddp(model)
         model = unwrapped(model)
-        check_free(model)
-        config, deltas = plan(model, density, support, rank, targets, placement, scale, seed)
+        check_attachable(model)
+        config, deltas = plan_adapter(model, density, support, rank, targets, placement, scale, seed)
         return cls(model, config, deltas, mode)
 
     @classmethod
     def from_pretrained(cls, model: nn.Module, directory: str | Path, mode: Mode = "auto") -> "SparseAdapter":
-        """Attaches a saved adapter. Raises ValueError, naming the first mismatch, if it was made for another model, and
-        as `attach` does for a model that has an adapter attached."""
-        _warn_of_processes(model)
+        """Attaches a saved adapter. Raises ValueError, naming the first mismatch, if it was made for another model, or
+        if the model has an adapter attached."""
+        _warn_of_ddp(model)
         model = unwrapped(model)
-        check_free(model)
+        check_attachable(model)
         config, deltas = adapter_files.read_adapter(directory)
         matrices = named_modules(model)
         adapter_files.check_base(config, matrices, directory)
@@ -148,20 +149,20 @@ class SparseAdapter(nn.Module):
         return cls(model, config, deltas, mode)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes adapter_config.json and adapter_model.safetensors; a failure leaves nothing half-written.
+        """Writes adapter_config.json and adapter_model.safetensors; a failure leaves no partial file.
 
-        If FSDP has sharded the adapter too, every process calls it, and export_lora, with a directory of its own.
-        Raises ValueError, naming it, for a matrix whose A or B holds NaN or infinity; so do export_lora and merge.
+        If FSDP has sharded the adapter too, every process must call this (and export_lora), each with its own
+        directory. Raises ValueError, naming the matrix, if A or B holds NaN or infinity; so do export_lora and merge.
         """
         adapter_files.write_adapter(directory, self.config, self._deltas())
 
     def export_lora(self, directory: str | Path, base: str | None = None) -> None:
         """Writes the adapter as a standard LoRA, for PEFT, vLLM and llama.cpp.
 
-        base: what it names as its base model, a hub id or a folder; by default the hub id that the model was loaded by.
-        A model from a folder or a GGUF file has none, nor has one into which another adapter was merged, and then the
-        file names no base: whoever loads it says which.
-        Only `smollm2-135m`, a GGUF file from PyPI, names the model on the hub that it was quantised from.
+        base: the base model that the file names, a hub id or a folder; by default the hub id the model was loaded by.
+        A model from a folder or a GGUF file has none, nor has one into which another adapter was merged: then the file
+        names no base, and the loader must be told it.
+        The exception is `smollm2-135m`, a GGUF file from PyPI: it names the hub model that it was quantised from.
         """
         single = (site.linear for site in self.sites().values() if not isinstance(site.linear, ExpertStack))
         transposed = set(map(is_transposed, single))
@@ -170,23 +171,23 @@ class SparseAdapter(nn.Module):
         adapter_files.write_lora(directory, self.config, self._deltas(), True in transposed, base)
 
     def sites(self) -> dict[str, ColumnDelta]:
-        """The deltas by the name of the matrix they change."""
+        """The deltas, by the name of the matrix that each changes."""
         return dict(self._sites)
 
     def fold(self) -> None:
-        """Writes every delta into its weight. Needed after `parameter.data.copy_(x)` and other writes through `.data`,
-        as some averages of weights make them, and after any change by hand under torch.compile or in `unhooked`.
-        Optimizer steps, load_state_dict and, for other changes, the next forward do it automatically."""
-        self._require("attached", "fold")
-        fold_all(site for site in self.sites().values() if site.folds and site.enabled)
+        """Writes every delta into its weight. Call it after writes through `.data` (`parameter.data.copy_(x)`, as some
+        weight averaging does), and after any change by hand under torch.compile or in `unhooked`. Optimizer steps and
+        load_state_dict fold automatically; after other changes the next forward does."""
+        self._require_state("attached", "fold")
+        fold_all(site for site in self.sites().values() if site.is_folded and site.enabled)
 
     def merge(self) -> None:
-        """Leaves the weights as they were trained with, bitwise, and removes every hook: the model is a plain one.
+        """Leaves in the model the weights that training used, bitwise, and removes every hook: it is a plain model.
 
-        Raises RuntimeError for a base that cannot hold the deltas (quantised, sharded, weight-normed): export_lora() is
-        for that; and for one whose weights were changed since attaching.
+        Raises RuntimeError for a base that cannot hold the deltas (quantised, sharded, weight-normed; use export_lora()
+        there), and for a base whose weights were changed since attaching.
         """
-        self._require("attached", "merge")
+        self._require_state("attached", "merge")
         for name, site in self.sites().items():
             if matrix_view(site.linear) is None:
                 raise RuntimeError(
@@ -194,18 +195,18 @@ class SparseAdapter(nn.Module):
                 )
         adapter_files.check_finite(self._deltas())
         for site in self.sites().values():
-            site.catch_up()
+            site.fold_if_stale()
         for site in self.sites().values():
-            if not site.folds:
+            if not site.is_folded:
                 site.base_columns = site.weight.index_select(-1, site.cols)
         fold_all(self.sites().values())
         self._release("merged")
         self._count_merged(1)
 
     def unmerge(self) -> None:
-        """Undoes merge(): the original columns come back, bitwise. Raises RuntimeError if the weights changed since, or
+        """Undoes merge(): restores the original columns bitwise. Raises RuntimeError if the weights changed since, or
         if another adapter is attached."""
-        self._require("merged", "unmerge")
+        self._require_state("merged", "unmerge")
         for name, site in self.sites().items():
             if delta_of(site.linear) is not None:
                 raise RuntimeError(f"cannot unmerge: another adapter is attached at {name}; detach that one first")
@@ -217,24 +218,24 @@ class SparseAdapter(nn.Module):
         self._state = "detached"
 
     def detach(self) -> None:
-        """Restores the base bitwise, removes every hook and gives parameters their requires_grad back."""
-        self._require("attached", "detach")
+        """Restores the base bitwise, removes every hook and restores each parameter's requires_grad."""
+        self._require_state("attached", "detach")
         for site in self.sites().values():
-            if site.folds:
+            if site.is_folded:
                 site.restore()
         self._release("detached")
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The base model, bitwise, within the block. Blocks may nest. A backward belongs on the side of its forward, as
-        the weights differ: within the block one that reaches a folded delta raises RuntimeError."""
-        self._require("attached", "disable")
+        """Within the block the model is the base, bitwise. Blocks may nest. If a forward ran before the block, run its
+        backward after the block: inside, it would use the base's weights; a folded delta raises RuntimeError."""
+        self._require_state("attached", "disable")
         self._disabled += 1
         guards = []
         if self._disabled == 1:
             for site in self.sites().values():
                 site.enabled = False
-                if site.folds:
+                if site.is_folded:
                     site.restore()
                     guards += [part.register_hook(_refuse_backward) for part in site.factors if part.requires_grad]
         try:
@@ -250,61 +251,61 @@ class SparseAdapter(nn.Module):
 
     @property
     def parameters_of_base(self) -> int:
-        """All parameters of the base, of a quantised matrix the values that it represents."""
-        return self._base_count
+        """The number of parameters of the base; a quantised matrix counts the values that it represents."""
+        return self._base_parameters
 
     @property
     def trainable_percent(self) -> float:
-        """Trained values per hundred parameters of the base."""
-        return 100 * self._values() / self._base_count
+        """Trained values as a percentage of the base's parameters."""
+        return 100 * self._count_values() / self._base_parameters
 
     def print_trainable_parameters(self) -> None:
-        """Prints trained values, the base's parameters, and their ratio in percent, in the form PEFT does."""
+        """Prints trained values, the base's parameters, and their ratio in percent, in PEFT's format."""
         print(
-            f"trainable params: {self._values():,d} || all params: {self._base_count:,d} || "
+            f"trainable params: {self._count_values():,d} || all params: {self._base_parameters:,d} || "
             f"trainable%: {self.trainable_percent:.4f}"
         )
 
     def surviving_share(self) -> float:
         """The share of non-zero fp32 changes that survive the fold's rounding; 1 if there is no change to lose."""
-        self._require("attached", "ask for the surviving share of")
-        counts = [site.survivors() for site in self.sites().values() if site.folds]
+        self._require_state("attached", "ask for the surviving share of")
+        counts = [site.count_survivors() for site in self.sites().values() if site.is_folded]
         wanted = sum(count for _, count in counts)
         return sum(count for count, _ in counts) / wanted if wanted else 1.0
 
     def summary(self) -> list[MatrixSummary]:
-        """What each matrix got, in the model's order."""
+        """One line per matrix, in the model's order."""
         return [
             MatrixSummary(name, info.out_features, info.in_features, info.support, info.rank, info.values, info.score)
             for name, info in self.config.modules.items()
         ]
 
     def footprint(self) -> Footprint:
-        """The memory that the adapter takes beside the base it was attached to."""
+        """The memory that the adapter takes in addition to its base."""
         values = bytes_of(self.parameters())
         return Footprint(self._base_bytes, bytes_of(self.buffers()), values, 3 * values)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As of every module, and folds. Raises ValueError, before anything is written, for a state of other columns:
-        their base values are not kept here. Raises RuntimeError for an adapter that is merged or detached."""
-        self._require("attached", "load a state into")
+        """As nn.Module's, then folds. Raises ValueError, before anything is written, if the state has other columns:
+        their base values are not kept here. Raises RuntimeError if the adapter is merged or detached."""
+        self._require_state("attached", "load a state into")
         return super().load_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """Runs before the deltas load theirs, also as a part of another module."""
+        """Checks columns before the deltas load their state, also if the adapter is a submodule of another module."""
         if prefix:  # of a model, and a Trainer that resumes is not strict: it would go on with a new adapter
             _check_names({prefix + key for key in self.state_dict()}, {k for k in state_dict if k.startswith(prefix)})
-        planted = {id(module): path for path, module in self.named_modules()}
+        paths = {id(module): path for path, module in self.named_modules()}
         for name, site in self._sites.items():
-            cols = state_dict.get(f"{prefix}{planted[id(site)]}.cols")
+            cols = state_dict.get(f"{prefix}{paths[id(site)]}.cols")
             if cols is not None and not torch.equal(cols.to(site.cols.device), site.cols):
                 raise ValueError(
-                    f"this state is of an adapter that was placed on other columns (of {name}, by another placement, "
-                    "seed or shape): attach that adapter with SparseAdapter.from_pretrained"
+                    f"this state is of an adapter with other columns (first at {name}; another placement, seed or "
+                    "shape): attach that adapter with SparseAdapter.from_pretrained"
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _plant_all(
+    def _add_deltas(
         self, modules: Mapping[str, nn.Module], deltas: Mapping[str, Delta], folds: Mapping[str, bool]
     ) -> None:
         gathers: dict[int, SharedGather] = {}
@@ -312,31 +313,31 @@ class SparseAdapter(nn.Module):
         for name, delta in deltas.items():
             gather = gathers.setdefault(self.config.modules[name].group, SharedGather())
             site = ColumnDelta(modules[name], delta, self.config.scale, folds[name], gather)
-            # transformers splits what is named like a stack when it saves a model, an adapter in it too.
-            self._plant(f"stack{next(numbers)}" if isinstance(site.linear, ExpertStack) else name, site)
+            # When transformers saves a model, it splits every tensor named like a stack, an adapter's too.
+            self._register(f"stack{next(numbers)}" if isinstance(site.linear, ExpertStack) else name, site)
             self._sites[name] = site
 
-    def _plant(self, name: str, site: ColumnDelta) -> None:
-        """Registers a delta under a dotted name, that of its matrix, so that parameters are called `<module>.A`.
+    def _register(self, name: str, site: ColumnDelta) -> None:
+        """Registers a delta under the dotted name of its matrix, so that parameters are called `<module>.A`.
 
-        Not by add_module: it refuses the names of our own methods, and a part of a model may be called `merge`.
+        add_module would refuse names of our own methods, and a submodule of a model may be called `merge`.
         """
         parent: nn.Module = self
         *path, leaf = name.split(".")
         for part in path:
             parent = parent._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
         parent._modules[leaf] = site
-        # Not as a submodule. Who keeps only the parameters may drop the adapter, and still every step has to fold.
-        site.__dict__["keeper"] = self
+        # Not a submodule. Keeps the adapter alive for callers that hold only its parameters: each step must still fold.
+        site.__dict__["adapter_reference"] = self
 
-    def _values(self) -> int:
+    def _count_values(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
     def _deltas(self) -> dict[str, Delta]:
         sites = self.sites().items()
-        return {name: Delta(site.cols, whole(site.A.detach()), whole(site.B.detach())) for name, site in sites}
+        return {name: Delta(site.cols, unsharded(site.A.detach()), unsharded(site.B.detach())) for name, site in sites}
 
-    def _require(self, state: str, verb: str) -> None:
+    def _require_state(self, state: str, verb: str) -> None:
         if self._state != state:
             raise RuntimeError(f"cannot {verb} this adapter: it must be {state}, and it is {self._state}")
 
@@ -346,44 +347,44 @@ class SparseAdapter(nn.Module):
             site.release()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
-        self._follower()
+        self._optimizer_hook()
         self._state = state
 
     def _count_merged(self, change: int) -> None:
         """An adapter attached next is not one of the weights that the model's name stands for."""
         for site in self.sites().values():
-            home, _ = home_of(site.linear)
-            home.__dict__[MERGED] = home.__dict__.get(MERGED, 0) + change
+            owner, _ = weight_owner(site.linear)
+            owner.__dict__[MERGED] = owner.__dict__.get(MERGED, 0) + change
 
-    def _follow(self, optimizer: Optimizer) -> None:
+    def _on_optimizer_step(self, optimizer: Optimizer) -> None:
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if not stepped and any(parameter.grad is not None for parameter in self.parameters()):
-            raise RuntimeError(  # a Trainer makes such an optimizer of a frozen model, and trains it to the end
-                "an optimizer without parameters made a step: the adapter's are not among the model's; give the "
-                "optimizer adapter.parameters(), or set model.adapter = adapter before a Trainer is made"
+            raise RuntimeError(  # a Trainer builds such an optimizer for a frozen model, and would run to the end
+                "an optimizer without parameters made a step: the adapter's parameters are not the model's; give the "
+                "optimizer adapter.parameters(), or set model.adapter = adapter before you create a Trainer"
             )
-        ours = {}
+        stepped_sites = {}
         for name, site in self._sites.items():
             if any(id(factor) in stepped for factor in site.factors):
-                ours[name] = site
-            weight = own_weight(site.linear)
+                stepped_sites[name] = site
+            weight = stored_weight(site.linear)
             if weight is None or id(weight) not in stepped or not weight.requires_grad or site.watch is not None:
-                continue  # AdamW(model.parameters()) holds frozen weights, and those that a watch lets take part
+                continue  # AdamW(model.parameters()) may hold frozen weights, and those that BypassWatch unfroze
             if isinstance(site.linear, ExpertStack):
                 raise RuntimeError(
                     f"an optimizer trains the weight of {name}, a stack of experts, which has no gradient while it has "
                     "a delta: freeze it, or leave it out of targets"
                 )
-            if site.folds:
+            if site.is_folded:
                 raise RuntimeError(
                     f"an optimizer changed the weight of {name}, into which a delta is folded: freeze it, or attach "
                     'with mode="side"'
                 )
-        folding = [site for site in ours.values() if site.folds and site.enabled]
-        _announce_writes(folding)
+        folding = [site for site in stepped_sites.values() if site.is_folded and site.enabled]
+        _mark_written(folding)
         fold_all(folding)
-        if ours and not self._watch.is_over:
-            self._watch.step(ours)
+        if stepped_sites and not self._watch.is_over:
+            self._watch.on_step(stepped_sites)
 
 
 def _check_names(ours: set[str], theirs: set[str]) -> None:
@@ -395,13 +396,13 @@ def _check_names(ours: set[str], theirs: set[str]) -> None:
         )
 
 
-def _forget_compiled() -> None:
-    """torch.compile does not look for new hooks: what it made of a model before would run on without them."""
+def _reset_compiled_code() -> None:
+    """Drops compiled code: torch.compile does not check for new hooks, so old code would run without ours."""
     if "torch._dynamo" in sys.modules:  # importing it takes seconds
         torch.compiler.reset()
 
 
-def _folds(name: str, linear: nn.Module, mode: Mode) -> bool:
+def _should_fold(name: str, linear: nn.Module, mode: Mode) -> bool:
     if mode not in ("auto", "fold", "side"):
         raise ValueError(f'mode must be "auto", "fold" or "side", got {mode!r}')
     foldable = matrix_view(linear) is not None
@@ -413,14 +414,14 @@ def _folds(name: str, linear: nn.Module, mode: Mode) -> bool:
     return foldable and mode != "side"
 
 
-def _warn_of_processes(model: nn.Module) -> None:
-    """DistributedDataParallel itself says nothing of a backward that reaches none of its parameters."""
+def _warn_of_ddp(model: nn.Module) -> None:
+    """Warns, because DistributedDataParallel says nothing if a backward reaches none of its parameters."""
     replicas = (m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel))
     if any(replica.process_group.size() > 1 for replica in replicas):
         warnings.warn(
-            "DistributedDataParallel does not know the adapter of the model within it, so each process would train one "
-            "of its own: attach first, and put it around a module that holds both, or add up the gradients of "
-            "adapter.parameters() over the processes before each step",
+            "DistributedDataParallel does not reduce the gradients of an adapter attached to the model inside it, so "
+            "each process would train its own: attach first, then wrap a module that holds both, or sum the gradients "
+            "of adapter.parameters() over the processes before each step",
             stacklevel=3,
         )
 
@@ -432,22 +433,22 @@ def _refuse_backward(grad: Tensor) -> None:
     )
 
 
-def _announce_writes(sites: Iterable[ColumnDelta]) -> None:
-    """Tells autograd that weights are written, which our ops do past it. A backward that is still to come, of a forward
-    with the weights of before, is then an error of autograd; else its gradients would be wrong."""
-    weights = (own_weight(site.linear) for site in sites)
+def _mark_written(sites: Iterable[ColumnDelta]) -> None:
+    """Tells autograd that the weights are written, because our ops bypass it. A pending backward of a forward that used
+    the old weights then raises in autograd, instead of giving wrong gradients."""
+    weights = (stored_weight(site.linear) for site in sites)
     torch.autograd.graph.increment_version([w for w in weights if w is not None and not w.is_inference()])
 
 
-def check_free(model: nn.Module) -> None:
-    """Raises ValueError for a model that has an adapter attached (PEFT's too), is not made yet, is scripted, or whose
-    products are split over processes."""
+def check_attachable(model: nn.Module) -> None:
+    """Raises ValueError for a model that has an adapter attached (PEFT's included), has uninitialised lazy layers, is
+    scripted, or is split by tensor parallelism."""
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("expected a module of Python code, got one made by torch.jit: attach before scripting it")
     if (getattr(model, "tp_size", None) or 1) > 1:
         raise ValueError(
-            f"each of {model.tp_size} processes has a part of every product of this model (tensor parallelism), and no "
-            "delta fits a part: load it without tp_plan, and spread its weights with rbfast.training.sharding.shard"
+            f"this model is split over {model.tp_size} processes by tensor parallelism, which an adapter does not "
+            "support: load it without tp_plan, and shard its weights with rbfast.training.sharding.shard"
         )
     if (first := next(deltas_of(model), None)) is not None:
         raise ValueError(
@@ -463,18 +464,18 @@ def check_free(model: nn.Module) -> None:
             where = f" (a {type(module).__name__} at {name or 'the top'})"
             raise ValueError(
                 f"this model carries an adapter of PEFT{where}: merge it with merge_and_unload(), or remove it with "
-                "unload(), and attach to the model that gives"
+                "unload(), and attach to the model that it returns"
             )
 
 
-def _follow_optimizers(adapter: SparseAdapter) -> weakref.finalize:
+def _hook_optimizers(adapter: SparseAdapter) -> weakref.finalize:
     """Folds after every step of an optimizer that holds the adapter's parameters, until called or the adapter dies."""
     reference = weakref.ref(adapter)
 
     def fold_after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         alive = reference()
         if alive is not None:
-            alive._follow(optimizer)
+            alive._on_optimizer_step(optimizer)
 
     stop = weakref.finalize(adapter, register_optimizer_step_post_hook(fold_after_step).remove)
     stop.atexit = False

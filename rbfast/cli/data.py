@@ -1,4 +1,4 @@
-"""`rbfast convert | curate | teach`: the commands that make training data."""
+"""`rbfast convert | curate | teach`: the commands that create training data."""
 
 import argparse
 import sys
@@ -13,22 +13,22 @@ from rbfast.cli.common import (
     add_device,
     add_formats,
     add_instruction,
+    format_lines,
     format_options,
     instruction_of,
     json_object,
-    lines,
     load_model,
     output_file,
     output_folder,
     positive,
     print_result,
-    read_traces_aloud,
+    read_and_report_traces,
 )
 
 if TYPE_CHECKING:
     from rbfast.data.trace import Trace
 
-_SHOWN = 5  # reasons why traces have no log-probs
+_SHOWN = 5  # reasons shown why traces have no log-probs
 
 
 def add_convert(sub: argparse.ArgumentParser) -> None:
@@ -52,14 +52,14 @@ def run_convert(args: argparse.Namespace) -> int:
     unreadable = args.out.with_suffix(".unreadable.jsonl")
     records = (record_of(trace, row) for trace, row in reader.with_rows())
     first = next(records, None)
-    count = 0 if first is None else write_records(args.out, chain([first], records))  # nothing takes no file's place
+    count = 0 if first is None else write_records(args.out, chain([first], records))  # no traces: replace no file
     unreadable.unlink(missing_ok=True)  # of an earlier call
     if reader.unreadable:
-        reader.list_unreadable(unreadable)
+        reader.write_unreadable(unreadable)
     result = {"out": str(args.out), "traces": count, "unreadable": len(reader.unreadable), "rows": dict(reader.counts)}
     text = f"{reader.summary()}; {f'{count:,} traces in' if count else 'nothing written to'} {args.out}"
     if reader.unreadable:
-        text += f"\nwhat was not read, and why, is in {unreadable}; the first: {reader.unreadable[0][1]}"
+        text += f"\nunreadable rows are listed, with reasons, in {unreadable}; the first: {reader.unreadable[0][1]}"
     print_result(args, result, text)
     return 0 if count else 1
 
@@ -77,8 +77,8 @@ def add_curate(sub: argparse.ArgumentParser) -> None:
         metavar="EVALSET",
         help="problems that must not be trained on: math-500, aime24, aime25, gsm8k, files, folders or hub ids",
     )
-    sub.add_argument("--keep-templates", action="store_true", help="keep evaluation problems with other numbers")
-    sub.add_argument("--pass-rates", type=Path, help="what `rbfast eval -o` wrote for a student: its misses are hard")
+    sub.add_argument("--keep-templates", action="store_true", help="keep evaluation problems whose numbers differ")
+    sub.add_argument("--pass-rates", type=Path, help="results of `rbfast eval -o`: what the student fails is hard")
     sub.add_argument("--processes", type=int, default=1, help="processes that read and score (default: 1)")
     sub.add_argument("--ray", metavar="ADDRESS", help="score on a Ray cluster instead: auto, local, or host:port")
     add_formats(sub)
@@ -141,20 +141,24 @@ def add_teach(sub: argparse.ArgumentParser) -> None:
     asked.add_argument(
         "--batch",
         action="store_true",
-        help="ask by the batch API of the server (OpenAI's) or the provider (anthropic, gemini): within a day, at its "
-        "lower prices, which --prices must be",
+        help="use the batch API of the server (OpenAI's) or the provider (anthropic, gemini): replies within a day, at "
+        "lower prices; give those as --prices",
     )
     asked.add_argument("--prices", type=float, nargs=2, metavar=("READ", "WRITTEN"), help="per million tokens")
     asked.add_argument("--max-cost", type=float, help="send nothing that could cost more, in the prices' currency")
     asked.add_argument("--max-total-tokens", type=int, help="send nothing that could take more")
     scored = sub.add_argument_group("log-probs")
     scored.add_argument("--score", action="store_true", help="get log-probs of the traces in SOURCE, no new solutions")
-    scored.add_argument("--student", help="whose tokens: hub id, local folder, or smollm2-135m")
+    scored.add_argument("--student", help="student whose tokens are scored: hub id, local folder, or smollm2-135m")
     scored.add_argument("-k", type=int, help="candidates per token (default: 32; 20 of a server, as most give)")
-    scored.add_argument("--align", action="store_true", help="the teacher may have other tokens: take the shared ones")
-    scored.add_argument("--dialect", choices=["vllm", "echo"], default="vllm", help="the form of the requests")
-    scored.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="of a local teacher's weights")
-    sub.add_argument("--max-tokens", type=int, default=4096, help="of a solution, or of a trace (default: 4096)")
+    scored.add_argument(
+        "--align", action="store_true", help="accept a teacher with another tokenizer: score shared tokens"
+    )
+    scored.add_argument(
+        "--dialect", choices=["vllm", "echo"], default="vllm", help="how the server scores prompts (default: vllm)"
+    )
+    scored.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="dtype of a local teacher")
+    sub.add_argument("--max-tokens", type=int, default=4096, help="limit of a solution, or of a trace (default: 4096)")
     add_instruction(scored, "boxed if the student's chat template thinks, else answer; distill needs the same")
     add_formats(sub)
     add_device(sub)
@@ -166,7 +170,7 @@ def run_teach(args: argparse.Namespace) -> int:
     from rbfast.teacher.solutions import FAILED, Prices, read_questions, teach
     from rbfast.utils.progress import bar
 
-    server = _teacher(args)
+    server = _make_teacher(args)
     extra = args.extra_body | ({"reasoning_effort": args.reasoning_effort} if args.reasoning_effort else {})
     questions = read_questions(args.source, args.n, args.seed, format_options(args))
     with bar("asking", args.json) as progress:
@@ -177,7 +181,7 @@ def run_teach(args: argparse.Namespace) -> int:
             args.out,
             samples=args.samples,
             max_tokens=args.max_tokens,
-            top_logprobs=_candidates(args) if args.student else 0,
+            top_logprobs=_top_k(args) if args.student else 0,
             concurrency=args.concurrency,
             prices=Prices(*args.prices or (0.0, 0.0)),
             max_cost=args.max_cost,
@@ -188,18 +192,18 @@ def run_teach(args: argparse.Namespace) -> int:
         )
     result = {"out": str(args.out)} | taught.summary()
     if args.student:
-        result["signals"] = _add_replies(args, taught)
-    text = lines(result)
+        result["signals"] = _add_reply_logprobs(args, taught)
+    text = format_lines(result)
     if taught.verdicts["wrong"]:
         text += "\nthe wrong answers are among the traces too (verified: false); rbfast curate leaves those out"
     if taught.failed:
-        text += f"\nwhich replies failed, and why, is in {args.out / FAILED}; the first: {taught.first_failure}"
+        text += f"\nfailed replies are listed, with reasons, in {args.out / FAILED}; the first: {taught.first_failure}"
     print_result(args, result, text)
     return 1 if taught.open else 0
 
 
-def _teacher(args: argparse.Namespace) -> Any:
-    """Who is asked for solutions."""
+def _make_teacher(args: argparse.Namespace) -> Any:
+    """The teacher that is asked for solutions."""
     common = {"timeout": args.timeout, "temperature": args.temperature, "seed": args.seed}
     if args.provider:
         from rbfast.teacher.providers import Provider
@@ -214,10 +218,10 @@ def _teacher(args: argparse.Namespace) -> Any:
     )
 
 
-def _add_replies(args: argparse.Namespace, taught: Any) -> int:
-    """The log-probs that came with the solutions, in the folder `signals`; of how many traces.
+def _add_reply_logprobs(args: argparse.Namespace, taught: Any) -> int:
+    """Store the log-probs that came with the solutions in the folder `signals`; returns how many traces have them.
 
-    Says why the others have none.
+    Prints why the others have none.
     """
     from rbfast.teacher.server_logprobs import add_reply_logprobs
 
@@ -227,12 +231,12 @@ def _add_replies(args: argparse.Namespace, taught: Any) -> int:
             reason = add_reply_logprobs(trace, reply, tokenizer, store, instruction_of(args, args.student))
             if reason is not None:
                 refused.append((trace, f"{trace.name}: {reason}"))
-    _tell_refused(refused)
+    _print_refused(refused)
     return len(store)
 
 
-def _tell_refused(refused: "Sequence[tuple[Trace, str]]") -> None:
-    """Says why traces got no log-probs: the first reasons, and how many traces there are besides."""
+def _print_refused(refused: "Sequence[tuple[Trace, str]]") -> None:
+    """Print why traces got no log-probs: the first reasons, and the number of other traces."""
     for _, reason in refused[:_SHOWN]:
         print(f"no log-probs: {reason}", file=sys.stderr)
     if (others := len(refused) - _SHOWN) > 0:
@@ -247,7 +251,7 @@ def _teach_logprobs(args: argparse.Namespace) -> int:
 
     if not args.student:
         raise ValueError("--score needs --student: log-probs are kept for the tokens of one student")
-    traces = read_traces_aloud(args, args.source, args.out / "unreadable.jsonl")
+    traces = read_and_report_traces(args, args.source, args.out / "unreadable.jsonl")
     tokenizer = _tokenizer(args.student)
     with _signal_store(args, tokenizer) as store, counting("reading", args.json) as progress:
         options: dict[str, Any] = {"align": args.align, "max_tokens": args.max_tokens, "progress": progress}
@@ -259,13 +263,13 @@ def _teach_logprobs(args: argparse.Namespace) -> int:
         else:
             teacher, teacher_tokenizer = load_model(args)
             refused = add_local_logprobs(teacher, teacher_tokenizer, traces, tokenizer, store, **options)
-    _tell_refused(refused)
+    _print_refused(refused)
     result = {"out": str(args.out / "signals"), "scored": len(store), "refused": len(refused)}
-    print_result(args, result, lines(result))
+    print_result(args, result, format_lines(result))
     return 0 if len(store) else 1
 
 
-def _candidates(args: argparse.Namespace) -> int:
+def _top_k(args: argparse.Namespace) -> int:
     default = 20 if args.server or args.provider else 32
     return default if args.k is None else args.k
 
@@ -273,7 +277,7 @@ def _candidates(args: argparse.Namespace) -> int:
 def _signal_store(args: argparse.Namespace, tokenizer: Any) -> Any:
     from rbfast.data.signal_store import SignalStore
 
-    return SignalStore(args.out / "signals", args.model, _candidates(args), len(tokenizer))
+    return SignalStore(args.out / "signals", args.model, _top_k(args), len(tokenizer))
 
 
 def _tokenizer(student: str) -> Any:

@@ -1,4 +1,4 @@
-"""`rbfast solve | eval`: the commands that let a model answer."""
+"""`rbfast solve | eval`: the commands that run inference."""
 
 import argparse
 import sys
@@ -14,10 +14,10 @@ from rbfast.cli.common import (
     add_instruction,
     add_load_in,
     add_model,
-    attach,
+    attach_adapter,
+    format_lines,
     format_options,
     instruction_of,
-    lines,
     load_model,
     output_file,
     positive,
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from rbfast.grading.grade import Problem
     from rbfast.inference.solver import Solution, Solver
 
-_ALL = "all"  # what -n says for every problem of a task
-_PROBLEMS = 50  # of a task, if -n says nothing
+_ALL = "all"  # the value of -n for every problem of a task
+_PROBLEMS = 50  # problems per task without -n
 _LIMITS = ("budget", "minimum", "maximum", "verify_above", "probe_every")
 
 
@@ -46,7 +46,9 @@ def add_solve(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--budget", type=int, default=1024, help="tokens in all, thinking and answer (default: 1024)")
     sub.add_argument("--minimum", type=int, default=0, help="tokens of thinking, at least (default: 0)")
     sub.add_argument("--maximum", type=int, help="tokens of thinking, at most (default: what the answer leaves)")
-    sub.add_argument("--verify-above", type=float, help="nats of mean entropy that call for a check (default: never)")
+    sub.add_argument(
+        "--verify-above", type=float, help="insert a check above this mean entropy, in nats (default: never)"
+    )
     sub.add_argument("--probe-every", type=int, default=0, help="tokens between probes of the answer (default: never)")
     _add_sampling(sub, "completions that vote on the answer (default: 1)")
     add_instruction(sub, TRAINED_WITH)
@@ -55,7 +57,7 @@ def add_solve(sub: argparse.ArgumentParser) -> None:
 def _add_sampling(sub: argparse.ArgumentParser, samples: str) -> None:
     sub.add_argument("--samples", type=int, default=1, help=samples)
     sub.add_argument("--temperature", type=float, help="default: 0 (greedy) for one sample, 0.8 for several")
-    sub.add_argument("--top-p", type=float, help="the share of the distribution that is drawn from (default: all)")
+    sub.add_argument("--top-p", type=float, help="sample from this share of the probability mass (default: 1)")
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
@@ -113,7 +115,7 @@ def _local_solver(args: argparse.Namespace) -> "Solver":
 
     model, tokenizer = load_model(args)
     if args.adapter:
-        attach(model, args.adapter)
+        attach_adapter(model, args.adapter)
     return LocalSolver(model, tokenizer, instruction=instruction_of(args, args.adapter, args.model))
 
 
@@ -187,7 +189,7 @@ def run_eval(args: argparse.Namespace) -> int:
     problems = {task: _problems(args, task) for task in args.task}
     model, tokenizer = load_model(args)
     if args.adapter:
-        attach(model, args.adapter)
+        attach_adapter(model, args.adapter)
     results = {}
     for task, asked in problems.items():
         with counting(task, args.json) as progress:
@@ -205,7 +207,7 @@ def run_eval(args: argparse.Namespace) -> int:
             )
     if args.samples > 1:
         sampled = {task: summarize_samples(found) for task, found in results.items()}
-        return print_result(args, sampled, "\n".join(f"{task}\n{lines(s)}" for task, s in sampled.items()))
+        return print_result(args, sampled, "\n".join(f"{task}\n{format_lines(s)}" for task, s in sampled.items()))
     summary = {task: summarize(found) for task, found in results.items()}
     text = "\n".join(
         f"{task}: {100 * s['accuracy']:.1f}% ({100 * s['ci_low']:.1f} .. {100 * s['ci_high']:.1f}), n={s['n']}, "
@@ -216,9 +218,9 @@ def run_eval(args: argparse.Namespace) -> int:
 
 
 def _label(args: argparse.Namespace) -> str:
-    """Whose completions are measured; a model or an adapter that was trained again is another one."""
+    """A name for the evaluated model and adapter, with the times of their weights: if retrained, they are others."""
     names = [args.model, args.dtype, *([args.load_in] if args.load_in else [])]
-    if changed := _last_written(args.model):  # not 0, of a model on the hub
+    if changed := _last_written(args.model):  # 0 for a model on the hub
         names.append(changed)
     if args.adapter:
         names += [args.adapter, _last_written(args.adapter)]
@@ -226,7 +228,7 @@ def _label(args: argparse.Namespace) -> str:
 
 
 def _last_written(folder: str) -> int:
-    """When the weights in a folder were written; 0 if it holds none."""
+    """When the weights in a folder were written [ns]; 0 if it holds none."""
     return max((path.stat().st_mtime_ns for path in Path(folder).glob("*.safetensors")), default=0)
 
 

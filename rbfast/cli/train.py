@@ -1,4 +1,4 @@
-"""`rbfast distill | merge | export-lora | report | demo`: training an adapter, and what comes out of it."""
+"""`rbfast distill | merge | export-lora | report | demo`: train an adapter, and write, merge or report it."""
 
 import argparse
 import sys
@@ -15,15 +15,15 @@ from rbfast.cli.common import (
     add_instruction,
     add_load_in,
     add_model,
-    attach,
+    attach_adapter,
     device_of,
+    format_lines,
     instruction_of,
-    lines,
     load_model,
     output_file,
     output_folder,
     print_result,
-    read_traces_aloud,
+    read_and_report_traces,
 )
 from rbfast.utils.processes import is_first_process
 
@@ -42,7 +42,7 @@ def add_distill(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--signals", type=Path, help="folder of a teacher's log-probs that `rbfast teach` wrote")
     sub.add_argument("--teacher", help="a model with the student's tokens to run beside it: hub id or local folder")
-    sub.add_argument("--adapter", help="folder of a trained adapter of MODEL to go on with (default: a new one)")
+    sub.add_argument("--adapter", help="folder of a trained adapter of MODEL to train further (default: a new one)")
     sub.add_argument(
         "--held-out",
         type=_share_or_source,
@@ -51,11 +51,13 @@ def add_distill(sub: argparse.ArgumentParser) -> None:
         "trained on, or a file of others",
     )
     sub.add_argument(
-        "--keep-best", action="store_true", help="end with the checkpoint of the least held-out loss, not with the last"
+        "--keep-best",
+        action="store_true",
+        help="end with the checkpoint of the lowest held-out loss, not with the last",
     )
     sub.add_argument("--density", type=float, help="trainable values / all parameters, at most (default: 0.003)")
-    sub.add_argument("--rank", type=int, help="rank of each delta (default: what fits)")
-    sub.add_argument("--support", type=int, help="columns of each delta (default: what fits)")
+    sub.add_argument("--rank", type=int, help="rank of each delta (default: what the density allows)")
+    sub.add_argument("--support", type=int, help="columns of each delta (default: what the density allows)")
     sub.add_argument(
         "--placement",
         choices=["gradient", "factored", "activation", "random"],
@@ -75,7 +77,7 @@ def add_distill(sub: argparse.ArgumentParser) -> None:
         "--gradient-checkpointing",
         action="store_true",
         default=None,
-        help="run each layer again for its backward: a third slower, far less memory",
+        help="recompute each layer in the backward pass: a third slower, far less memory",
     )
     sub.add_argument("--learning-rate", type=float, help="peak learning rate of AdamW (default: 0.01)")
     sub.add_argument("--warmup", type=float, help="share of the steps before the peak (default: 0.05)")
@@ -98,10 +100,12 @@ def add_distill(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_objective(sub: argparse.ArgumentParser) -> None:
-    group = sub.add_argument_group("the loss", "of each role: the strategic, the tactical and the answer's tokens")
+    group = sub.add_argument_group("loss", "for each role: strategic, tactical and answer tokens")
     roles = ("STRATEGIC", "TACTICAL", "ANSWER")
     group.add_argument("--role-weights", type=float, nargs=3, metavar=roles, help="default: 0.4 0.5 0.1")
-    group.add_argument("--anneal", type=float, help="share of the strategic weight that moves over (default: 0.5)")
+    group.add_argument(
+        "--anneal", type=float, help="share of the strategic weight moved to the tactical (default: 0.5)"
+    )
     group.add_argument("--temperature", type=float, nargs="+", help="one for all roles, or one for each (default: 1)")
     group.add_argument("--beta", type=float, help="0 forward KL, 1 reverse KL, between: Jensen-Shannon (default: 0)")
     group.add_argument(
@@ -109,7 +113,7 @@ def _add_objective(sub: argparse.ArgumentParser) -> None:
         type=float,
         dest="ce_share",
         metavar="SHARE",
-        help="the text's share if a teacher has log-probs (default: 0.5)",
+        help="weight of the text where a teacher has log-probs; the divergence gets the rest (default: 0.5)",
     )
     group.add_argument("--gradient-filter", type=float, help="share of a gradient that a CPU may skip (default: 0)")
 
@@ -119,7 +123,7 @@ def run_distill(args: argparse.Namespace) -> int:
     from rbfast.training.distill import distill, plan_run
 
     config = _distill_config(args)
-    traces = read_traces_aloud(args, args.traces, args.out / "unreadable.jsonl")
+    traces = read_and_report_traces(args, args.traces, args.out / "unreadable.jsonl")
     if (wrong := sum(trace.verified is False for trace in traces)) and is_first_process():
         print(
             f"{wrong} of {len(traces)} traces have a wrong answer (verified: false); rbfast curate leaves those out",
@@ -135,7 +139,7 @@ def run_distill(args: argparse.Namespace) -> int:
         extra |= {"signals": args.signals, "keep_best": args.keep_best, "report_to": args.report_to}
         run = distill(model, tokenizer, traces, args.out, config, args.json, **extra)
     except KeyboardInterrupt:
-        print(_what_is_kept(args.out, config), file=sys.stderr)
+        print(_resume_message(args.out, config), file=sys.stderr)
         raise
     if not is_first_process():
         return 0  # only the first process prints
@@ -148,14 +152,14 @@ def run_distill(args: argparse.Namespace) -> int:
         )
     if run.skipped:
         print(f"{len(run.skipped)} traces left out, see {args.out / 'skipped.jsonl'}", file=sys.stderr)
-    result = _outcome(run, args.out)
+    result = _summarize_run(run, args.out)
     if args.json and run.plan is not None:
         result["plan"] = run.plan.to_dict()
-    return print_result(args, result, lines(result))
+    return print_result(args, result, format_lines(result))
 
 
 def _share_or_source(text: str) -> float | str:
-    """The type of an argument that is a share, or names traces."""
+    """Parse an argument that is a share, or else the name of a source of traces."""
     try:
         share = float(text)
     except ValueError:
@@ -172,20 +176,22 @@ def _held_out(args: argparse.Namespace) -> "list[Trace] | float | None":
         return None
     if isinstance(args.held_out, float):
         return args.held_out
-    return read_traces_aloud(args, args.held_out, args.out / "held_out.unreadable.jsonl")
+    return read_and_report_traces(args, args.held_out, args.out / "held_out.unreadable.jsonl")
 
 
 def _distill_config(args: argparse.Namespace) -> "DistillConfig":
-    """The defaults, with what was given on the command line."""
+    """The default config with the options of the command line."""
     from rbfast.training.distill import DistillConfig
     from rbfast.training.objective import Objective
 
-    objective = _given(args, Objective) | _by_role("", args.role_weights) | _by_role("_temperature", args.temperature)
-    return DistillConfig(**_given(args, DistillConfig), objective=Objective(**objective))
+    objective = (
+        _given_options(args, Objective) | _by_role("", args.role_weights) | _by_role("_temperature", args.temperature)
+    )
+    return DistillConfig(**_given_options(args, DistillConfig), objective=Objective(**objective))
 
 
-def _given(args: argparse.Namespace, kind: type) -> dict[str, Any]:
-    """The fields of a dataclass that are among the arguments."""
+def _given_options(args: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """The arguments that are fields of a dataclass and were given."""
     names = (field.name for field in fields(kind))
     return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
@@ -204,9 +210,9 @@ def _load_models(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     from rbfast.models.student import load_teacher
 
     if args.shard and args.load_in:
-        raise ValueError("--load-in is for a model that is whole on its device, --shard for one in parts: choose one")
+        raise ValueError("--load-in and --shard cannot be combined: a quantised model must fit on one device; drop one")
     device = device_of(args)
-    model, tokenizer = load_model(args, "cpu" if args.shard else device)  # a device only sees parts of a sharded one
+    model, tokenizer = load_model(args, "cpu" if args.shard else device)  # no device holds all of a sharded model
     teacher = load_teacher(args.teacher, tokenizer, model.dtype).to(model.device) if args.teacher else None
     if args.shard:
         from rbfast.training.sharding import shard
@@ -217,18 +223,18 @@ def _load_models(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     return model, tokenizer, teacher
 
 
-def _what_is_kept(out: Path, config: "DistillConfig") -> str:
-    """Where a run goes on that was interrupted."""
+def _resume_message(out: Path, config: "DistillConfig") -> str:
+    """The message that says from where an interrupted run will resume."""
     from rbfast.training.checkpoints import last_checkpoint
 
     checkpoint = last_checkpoint(out / "checkpoints")
     if checkpoint is not None:
-        return f"it goes on from {checkpoint}"
-    return f"there is no checkpoint yet (one every {config.save_steps} steps: --save-steps), so it begins anew"
+        return f"it will resume from {checkpoint}"
+    return f"there is no checkpoint yet (one every {config.save_steps} steps: --save-steps), so it will start over"
 
 
-def _outcome(run: "Run", out: Path) -> dict[str, Any]:
-    # Of the first and the last step that had such tokens, each before its update.
+def _summarize_run(run: "Run", out: Path) -> dict[str, Any]:
+    # The losses at the first and the last step with tokens of each role, before that step's update.
     first: dict[str, float] = {}
     last: dict[str, float] = {}
     for entry in run.log_history:
@@ -282,7 +288,7 @@ def run_merge(args: argparse.Namespace) -> int:
     if args.base_only:
         save_checkpoint(model, tokenizer, args.out)
     else:
-        attach(model, args.adapter).merge()
+        attach_adapter(model, args.adapter).merge()
         save_merged(model, tokenizer, args.out, _trained_with(args, tokenizer))
     return print_result(args, {"out": str(args.out)}, f"wrote {args.out}")
 
@@ -298,7 +304,7 @@ def run_export_lora(args: argparse.Namespace) -> int:
     from rbfast.data.chat_template import write_prompt
 
     model, tokenizer = load_model(args)
-    attach(model, args.adapter).export_lora(args.out, args.base)
+    attach_adapter(model, args.adapter).export_lora(args.out, args.base)
     write_prompt(args.out, tokenizer, _trained_with(args, tokenizer))
     return print_result(args, {"out": str(args.out)}, f"wrote {args.out}")
 

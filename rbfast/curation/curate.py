@@ -5,10 +5,10 @@
 
 Writes `reason1k.jsonl` (in the order of the pool), `dropped.jsonl` (every other item: its location, its stage, its
 reason, what it matched or was graded against), `datasheet.json` and `datasheet.html`. The same arguments give the same
-bytes, for any number of processes, here or on a Ray cluster.
+bytes, for any number of processes, on one machine or on a Ray cluster.
 
-The pool is read three times, a chunk at a time, and never held: to assess each item, to fetch the problems of those
-that may be chosen, and to write. Between, an item is some 400 bytes of hashes and marks.
+The pool is read three times, a chunk at a time, and never held in memory: to assess each item, to fetch the shortlisted
+problems, and to write. Between the passes an item takes some 400 bytes of hashes and scores.
 """
 
 import json
@@ -21,28 +21,37 @@ from typing import IO, Any
 import numpy as np
 
 from rbfast.curation import text
-from rbfast.curation.assess import RIGHT, UNVERIFIED, Assessor, Part, TraceMeasure, Verify, join_parts, questions
+from rbfast.curation.assess import (
+    RIGHT,
+    UNVERIFIED,
+    AssessedPart,
+    Assessor,
+    TraceMeasure,
+    Verify,
+    join_parts,
+    question_text,
+)
 from rbfast.curation.datasheet import describe, write_datasheet
 from rbfast.curation.decontaminate import Decontaminator, Embed, Thresholds, read_evaluations
 from rbfast.curation.ledger import Ledger, Stage
-from rbfast.curation.pool import CHUNK, Pool, Source, assessed, assessed_on_ray, pool_rows, recognise
+from rbfast.curation.pool import CHUNK, Pool, Source, assess_on_ray, assess_pool, pool_rows, recognise_formats
 from rbfast.curation.quality import proxy_difficulty
-from rbfast.curation.selection import quotas, represent, shortlist
+from rbfast.curation.selection import quotas, select_representatives, shortlist
 from rbfast.curation.text_reference import mix
 from rbfast.data.formats import AUTO, FormatOptions
 from rbfast.data.readers import read_rows, record_of
 from rbfast.data.trace import Trace
-from rbfast.utils.files import check_output, replacing
+from rbfast.utils.files import atomic_write, check_output
 from rbfast.utils.progress import counting
 
 
 @dataclass(frozen=True)
 class Weights:
-    """How much each criterion, a number in [0, 1], matters in an item's merit."""
+    """The weight of each criterion, itself a number in [0, 1], in an item's score."""
 
     difficulty: float = 0.5
     quality: float = 0.4
-    verified: float = 0.1  # 1 if the answer is known to be right, 0.5 if nothing is known
+    verified: float = 0.1  # the criterion is 1 if the answer is known to be right, 0.5 if it is unverified
 
     def __post_init__(self) -> None:
         if min(asdict(self).values()) < 0 or not 0 < sum(asdict(self).values()) < float("inf"):
@@ -51,7 +60,7 @@ class Weights:
 
 @dataclass
 class Curation:
-    """What became of a pool."""
+    """The result of a curation."""
 
     out: Path
     selected: int
@@ -66,18 +75,18 @@ class CurateConfig:
 
     Args:
         size: traces to pick.
-        against: evaluation sets whose problems must not be trained on: benchmarks by their name ("math-500"), files,
-            folders or hub ids, of which `test`.
-        pass_rates: share of a student's tries that solve a problem, by its text; see `read_pass_rates`.
-        quality, difficulty, verify, embed: functions in place of the built-in ones; with several processes they must be
-            picklable. See docs/curation.md.
+        against: evaluation sets whose problems must not be trained on: benchmarks by name ("math-500"), files, folders
+            or hub ids (their split `test` by default).
+        pass_rates: the share of a student's tries that solve a problem, by its text; see `read_pass_rates`.
+        quality, difficulty, verify, embed: functions that replace the built-in ones; picklable if there are several
+            processes. See docs/curation.md.
         weights: of difficulty, quality and correctness in an item's score.
-        thresholds: what counts as giving an evaluation problem away.
-        keep_templates: keep problems that differ from an evaluation problem in their numbers alone.
-        processes: how many assess the pool.
-        ray: a Ray cluster that assesses it in their place, as `ray.init` takes it: "auto", "local" or host:port. A Ray
-            session that is open is used.
-        formats: how the pool's rows are read, if not by what their fields mean.
+        thresholds: from which similarity on a problem counts as contaminated.
+        keep_templates: keep problems that differ from an evaluation problem only in their numbers.
+        processes: the number of processes that assess the pool.
+        ray: assess on this Ray cluster instead, an address for `ray.init`: "auto", "local" or host:port. An open Ray
+            session is reused.
+        formats: how to read the pool's rows if their field names are not enough.
 
     Raises:
         ValueError: a number out of its range, or both `processes` and `ray`.
@@ -122,27 +131,28 @@ class CurateConfig:
 def curate(
     pool: Sequence[Source], out: Source, config: CurateConfig = CurateConfig(), *, quiet: bool = True
 ) -> Curation:
-    """Clean, decontaminate, deduplicate, score and select; see the module for what is written to `out`.
+    """Clean, decontaminate, deduplicate, score and select; the module docstring lists the files written to `out`.
 
     Args:
-        pool: files or folders (JSONL, JSON, Parquet, Arrow, CSV) or hub ids of traces, of any shape in docs/formats.md;
-            beyond a trace's fields a row's `reference` (the right answer), `finish_reason` and `truncated` are read.
+        pool: files or folders (JSONL, JSON, Parquet, Arrow, CSV) or hub ids of traces, in any format of
+            docs/formats.md. Besides a trace's fields a row's `reference` (the right answer), `finish_reason` and
+            `truncated` are read.
 
     Raises:
-        TraceError: a file that cannot be read, or of whose first 100 rows none is a trace. Any other row that is no
+        TraceError: a file cannot be read, or none of a source's first 100 rows is a trace. Any other row that is not a
             trace is dropped with its reason.
-        ValueError: nothing in the pool, `out` is in the pool, a pass rate outside [0, 1], or pass rates that are for
-            none of the traces to choose from.
+        ValueError: the pool is empty, `out` is in the pool, a pass rate is outside [0, 1], or no pass rate belongs to a
+            trace that can be selected.
         ImportError: `ray` is set, and Ray Data is not installed.
         OSError: `out` cannot be written.
     """
     out = Path(out)
     check_output(out, folder=True)  # before the pool is read, which takes long
     read = Pool((pool,) if isinstance(pool, str | Path) else tuple(pool), config.formats)
-    _check_apart(read, out)
-    formats = recognise(read)
+    _check_out_of_pool(read, out)
+    formats = recognise_formats(read)
     decontaminator = Decontaminator(read_evaluations(config.against), config.thresholds, config.embed)
-    ledger = Ledger(_joined(_assessed(read, decontaminator, config), read, quiet))
+    ledger = Ledger(_join_with_progress(_assess(read, decontaminator, config), read, quiet))
     ledger.decontaminate(decontaminator, config.keep_templates)
     ledger.dedup()
     ledger.drop_wrong()
@@ -158,10 +168,10 @@ def curate(
 
 
 def read_pass_rates(path: Source) -> dict[str, float]:
-    """The share of tries that were correct, by problem, from records as `rbfast eval -o` writes them.
+    """The share of correct tries of each problem, from the records that `rbfast eval -o` writes.
 
     Raises:
-        ValueError: a row is no such record, or there is none.
+        ValueError: a row is not such a record, or there is none.
     """
     tries: dict[str, list[bool]] = {}
     for where, row in read_rows(path):
@@ -182,24 +192,24 @@ def read_pass_rates(path: Source) -> dict[str, float]:
 # -------------------------------------------------------------------------------------------------------- reading
 
 
-def _check_apart(pool: Pool, out: Path) -> None:
-    """What is written must not be read as the pool, nor take its place."""
+def _check_out_of_pool(pool: Pool, out: Path) -> None:
+    """Raise ValueError if the output would be read as part of the pool, or overwrite it."""
     for source in pool.sources:
         if Path(source).resolve() in (out.resolve(), (out / "reason1k.jsonl").resolve()):
             raise ValueError(f"{out}: expected a folder apart from the pool, got {source} in the pool; name another")
 
 
-def _assessed(pool: Pool, decontaminator: Decontaminator, config: CurateConfig) -> Iterator[Part]:
-    """The parts of the pool, assessed here or on a Ray cluster."""
+def _assess(pool: Pool, decontaminator: Decontaminator, config: CurateConfig) -> Iterator[AssessedPart]:
+    """Assess the pool, in this process and its workers or on a Ray cluster."""
     assessor = Assessor(decontaminator, config.quality, config.difficulty, config.verify)
     if config.ray is not None:
-        return assessed_on_ray(pool, assessor, config.ray)
-    return assessed(pool, assessor, config.processes)
+        return assess_on_ray(pool, assessor, config.ray)
+    return assess_pool(pool, assessor, config.processes)
 
 
-def _joined(parts: Iterator[Part], pool: Pool, quiet: bool) -> Part:
-    """The parts of the pool as one."""
-    found: list[Part] = []
+def _join_with_progress(parts: Iterator[AssessedPart], pool: Pool, quiet: bool) -> AssessedPart:
+    """Concatenate the parts of the pool, with a progress line."""
+    found: list[AssessedPart] = []
     done = 0
     with counting("assessing", quiet) as progress:
         for part in parts:
@@ -216,13 +226,13 @@ def _joined(parts: Iterator[Part], pool: Pool, quiet: bool) -> Part:
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """The share of values below each, equal ones counting half: float64 in (0, 1)."""
+    """The share of values below each value, equal values counting half: float64 in (0, 1)."""
     _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
     below = np.append(0, np.cumsum(counts)[:-1])
     return ((below + counts / 2) / max(len(values), 1))[group]
 
 
-def _known_rates(part: Part, pass_rates: Mapping[str, float]) -> np.ndarray:
+def _known_rates(part: AssessedPart, pass_rates: Mapping[str, float]) -> np.ndarray:
     """The student's pass rate on each item, float64 [n]; NaN where it is not known."""
     found = np.full(len(part.fingerprints), np.nan)
     if pass_rates:
@@ -238,7 +248,7 @@ def _known_rates(part: Part, pass_rates: Mapping[str, float]) -> np.ndarray:
 
 
 def _count_known(rates: np.ndarray, pass_rates: Mapping[str, float], alive: np.ndarray) -> dict[str, int] | None:
-    """Of how many of the traces to choose from the pass rate is known; None if no rates were given."""
+    """How many of the items that can be selected have a known pass rate; None if no rates were given."""
     if not pass_rates:
         return None
     known = {"known": int((alive & ~np.isnan(rates)).sum()), "of": int(alive.sum())}
@@ -250,9 +260,9 @@ def _count_known(rates: np.ndarray, pass_rates: Mapping[str, float], alive: np.n
     return known
 
 
-def _difficulties(part: Part, rates: np.ndarray, alive: np.ndarray) -> np.ndarray:
-    """float64 [n] in [0, 1]: 1 - the student's pass rate; else the rank of the difficulty that the row gives among all
-    that give one; else the rank of the proxy among all."""
+def _difficulties(part: AssessedPart, rates: np.ndarray, alive: np.ndarray) -> np.ndarray:
+    """float64 [n] in [0, 1]: 1 - the student's pass rate; else the rank of the row's own difficulty among the rows that
+    have one; else the rank of the proxy among all."""
     found = np.full(len(alive), np.nan)
     found[alive] = ranks(part.proxy[alive])
     given = alive & ~np.isnan(part.given)
@@ -262,8 +272,8 @@ def _difficulties(part: Part, rates: np.ndarray, alive: np.ndarray) -> np.ndarra
     return found
 
 
-def _merits(part: Part, difficulty: np.ndarray, weights: Weights, alive: np.ndarray) -> np.ndarray:
-    """float64 [n]: what selection goes by, in [0, 1]; -inf for items that are out."""
+def _merits(part: AssessedPart, difficulty: np.ndarray, weights: Weights, alive: np.ndarray) -> np.ndarray:
+    """float64 [n]: the score that selection uses, in [0, 1]; -inf for dropped items."""
     merits = np.full(len(alive), -np.inf)
     verified = np.where(part.verified == UNVERIFIED, 0.5, part.verified == RIGHT)
     marks = weights.difficulty * difficulty[alive] + weights.quality * ranks(part.quality[alive])
@@ -277,16 +287,20 @@ def _merits(part: Part, difficulty: np.ndarray, weights: Weights, alive: np.ndar
 def _select(
     ledger: Ledger, merits: np.ndarray, pool: Pool, config: CurateConfig, quiet: bool
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """The chosen items, sorted; and where the rows stand that others are duplicates of."""
+    """The chosen items, sorted; and the locations of rows that others are duplicates of."""
     names, domains = np.unique(np.array(ledger.part.domains, dtype=object), return_inverse=True)
     domains = np.where(ledger.alive, domains, -1)
     share = quotas(np.bincount(domains[ledger.alive], minlength=len(names)).tolist(), config.size)
     ties = mix(ledger.part.fingerprints ^ mix(np.array([config.seed % 2**64], dtype=np.uint64)))
     short = shortlist(merits, ties, domains, share)
     shortlisted = np.concatenate([*short, []]).astype(np.int64)
-    problems, wheres = _fetch(pool, ledger.rows[shortlisted], ledger.stood_for(), quiet)
+    problems, wheres = _fetch(pool, ledger.rows[shortlisted], ledger.kept_duplicates(), quiet)
     chosen = [
-        items[represent(text.pack(problems[row] for row in ledger.rows[items].tolist()), wanted, threads=text.cores())]
+        items[
+            select_representatives(
+                text.pack(problems[row] for row in ledger.rows[items].tolist()), wanted, threads=text.cores()
+            )
+        ]
         for items, wanted in zip(short, share, strict=True)
         if wanted
     ]
@@ -302,13 +316,13 @@ def _select(
 def _fetch(
     pool: Pool, problem_rows: np.ndarray, where_rows: np.ndarray, quiet: bool
 ) -> tuple[dict[int, str], dict[int, str]]:
-    """What some rows of the pool ask, and where some others stand."""
+    """Read the pool again: the questions of `problem_rows`, and the locations of `where_rows`."""
     wanted, located = set(problem_rows.tolist()), set(where_rows.tolist())
     problems, wheres, done = {}, {}, 0
     with counting("fetching", quiet) as progress:
         for number, (where, row) in enumerate(pool_rows(pool)):
             if number in wanted:
-                problems[number] = questions(Trace.from_dict(row))
+                problems[number] = question_text(Trace.from_dict(row))
             if number in located:
                 wheres[number] = where
             if (done := number + 1) % CHUNK == 0:
@@ -331,8 +345,8 @@ def _write(
 ) -> None:
     flaws, selected, items, rows = ledger.part.flaws, set(chosen.tolist()), count(), 0
     with (
-        replacing(out / "reason1k.jsonl", "w") as kept,
-        replacing(out / "dropped.jsonl", "w") as dropped,
+        atomic_write(out / "reason1k.jsonl", "w") as kept,
+        atomic_write(out / "dropped.jsonl", "w") as dropped,
         counting("writing", quiet) as progress,
     ):
         for rows, (where, row) in enumerate(pool_rows(pool), start=1):
@@ -340,10 +354,10 @@ def _write(
                 break
             item = next(items) if flaws[rows - 1] is None else None
             if item is not None and item in selected:
-                _write_line(kept, record_of(_finished(row, where, float(difficulty[item])), row))
+                _write_line(kept, record_of(_with_metadata(row, where, float(difficulty[item])), row))
             else:
                 record = ledger.record(rows - 1, item, wheres)
-                graded = _graded(row) if record["stage"] == "score" else {}
+                graded = _grading_texts(row) if record["stage"] == "score" else {}
                 _write_line(dropped, {"where": where, "id": _id_of(row), **record, **graded})
             if rows % CHUNK == 0:
                 progress(rows, len(flaws))
@@ -358,13 +372,13 @@ def _write_line(file: IO[str], record: Mapping[str, Any]) -> None:
     )
 
 
-def _finished(row: Mapping[str, Any], where: str, difficulty: float) -> Trace:
+def _with_metadata(row: Mapping[str, Any], where: str, difficulty: float) -> Trace:
     trace = Trace.from_dict(row)
     return replace(trace, id=trace.id or where, difficulty=round(difficulty, 6))
 
 
-def _graded(row: Mapping[str, Any]) -> dict[str, str]:
-    """The answer of a row and what it was graded against, as texts: a reference may be of any type."""
+def _grading_texts(row: Mapping[str, Any]) -> dict[str, str]:
+    """The answer of a row and its reference, as text: a reference may be of any type."""
     given = ((name, row.get(name)) for name in ("answer", "reference"))
     return {name: str(value).encode("utf-8", "replace").decode() for name, value in given if value is not None}
 

@@ -1,25 +1,25 @@
-"""Which problems of a pool give away a problem of an evaluation set.
+"""Find the problems of a pool that give away a problem of an evaluation set.
 
     evaluations = read_evaluations(["math500.jsonl", "aime25.jsonl"])
     found = contaminated(["Find the number of integer values of $k$ ...", ...], evaluations)
     found[0]            # None, or Match(item=80, tier="text", share=1.0)
 
-A problem is judged by the share of an evaluation problem that it holds, in 5-shingles of LaTeX-aware tokens, each
-weighted by how rare it is (idf): "find the number of integer values" weighs little, the equation much. What says in
-which form to answer ("Express your answer as a common fraction.") counts for nothing. Five tiers:
+A problem is judged by the share of an evaluation problem that it contains, in 5-shingles of LaTeX-aware tokens weighted
+by rarity (idf): "find the number of integer values" weighs little, the equation much. Sentences about the form of the
+answer ("Express your answer as a common fraction.") are ignored. Five tiers:
 
-- text: at least half of an evaluation problem is there. One of fewer than five tokens is one shingle, all of it; it
-  is also there if a sentence or a line ends in it (`_LEAST_RUN` tokens at least, and a numeral among them);
-- template: with every number masked at least four fifths of it is there: the same problem with other numbers;
+- text: at least half of an evaluation problem is contained. A problem of fewer than five tokens is a single shingle; it
+  also counts if a sentence or a line ends in it (at least `_LEAST_RUN` tokens, a numeral among them);
+- template: with every number masked at least four fifths is contained: the same problem with other numbers;
 - variant: with every number masked 55% of both problems is shared, in 3-shingles, and a tenth with the numbers: the
-  same problem with other numbers, names or a clause more;
+  same problem with other numbers, other names or one more clause;
 - renamed: with every number and every variable masked 65% of both problems is shared, in 3-shingles;
-- paraphrase: the embeddings of the two are close. Only if a function that embeds texts is given.
+- paraphrase: the two embeddings are close. Only if an embedding function is given.
 
-A trace is also judged by what comes before its problem: each earlier turn and the system prompt (`strongest`).
+A trace is also judged by what comes before its problem: each earlier turn and the system prompt (`strongest_matches`).
 
-In a pool that is read in parts, `Decontaminator.find` runs on each part alone and `Decontaminator.judge` once on all
-that was found: how rare a shingle is, is known at the end.
+The rarity of a shingle is known only once the whole pool is read. So `Decontaminator.find` runs on each part of a pool,
+and `Decontaminator.judge` once, on all that was found.
 """
 
 import re
@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rbfast.curation import text
-from rbfast.curation.instructions import may_instruct, without_instructions
+from rbfast.curation.instructions import may_contain_instruction, without_instructions
 from rbfast.curation.text import Ragged, Texts, fold
 from rbfast.curation.text_reference import tokens
 from rbfast.data import hub
@@ -40,56 +40,56 @@ from rbfast.data.readers import read_rows
 from rbfast.data.trace import TraceError
 
 SHINGLE = 5
-_SHORT_SHINGLE = 3  # of variants: a name or a number of other words breaks fewer of them
+_SHORT_SHINGLE = 3  # for variants: a changed name or number breaks fewer short shingles
 _LEAST_RUN = 3  # tokens; "Find $x$." ends many a problem
-_SAID_ALIKE = (
-    0.1  # of the evaluation problem a variant shares by tokens with their numbers; formulas alone are no problem
+_LEAST_TEXT_SHARE = (
+    0.1  # the share of an evaluation problem that a variant must contain with its numbers, beyond common formulas
 )
-_BYTES_OF_A_HIT = 40  # a variant has a template shingle in common for so many bytes, of the first 400
+_BYTES_PER_HIT = 40  # a variant must share a template shingle for each so many bytes, of the first 400
 _QUESTION_FIELDS = ("problem", "question", "prompt")
 _VARIABLE = re.compile(r"(?<![^\W\d_]|\\)(?!a\s)[A-Za-z](?![^\W\d_])")
-_POINTS = re.compile(r"(?<![\w\\])[A-Z]{2,3}(?!\w)")  # of geometry: ABC
+_POINTS = re.compile(r"(?<![\w\\])[A-Z]{2,3}(?!\w)")  # named by their points, in geometry: ABC
 _BREAK = re.compile(r"[.?](?=[\s$\\)\]*\"']|\Z)|\n|\s\(?A[).]\s|\Z")  # a sentence ends, a line, or options follow
 _BEFORE_BREAK = 300  # characters that hold the tokens of a short problem
 _ESCAPED = re.compile(r"\\\\[a-zA-Z]")
 _SINGLE = re.compile(r"(?<!\\)\\(?:\\\\)*(?!\\)")
-_TIERS = ("text", "variant", "renamed", "paraphrase", "template")  # the surest first, and last what may be kept
-_WHOLE = 2**20  # a weight of one nat, as a whole number
+_TIERS = ("text", "variant", "renamed", "paraphrase", "template")  # the surest first; template, which may be kept, last
+_WEIGHT_UNIT = 2**20  # weights are integers in units of 2^-20 nats
 
 Embed = Callable[[Sequence[str]], np.ndarray]
 """Texts to vectors, float [n, d], of any length but zero."""
 
 
 class Evaluation(NamedTuple):
-    """A problem that training must not see; `where` is its file and line."""
+    """A problem that must not be trained on; `where` is its file and line."""
 
     where: str
     problem: str
 
 
 class Match(NamedTuple):
-    """The evaluation problem (its place in the list) that a problem gives away, how it was seen, and how much of it."""
+    """The evaluation problem that a problem gives away (its index in the list), the tier, and the shared part."""
 
     item: int
     tier: str  # "text", "template", "variant", "renamed" or "paraphrase"
     share: float  # of the evaluation problem's weight; of both problems' if variant or renamed; or the cosine
 
 
-class Found(NamedTuple):
-    """What a part of the pool shares with the evaluation sets, before it is known how much that weighs."""
+class SharedShingles(NamedTuple):
+    """The shingles that a part of the pool shares with the evaluation sets, not yet weighted."""
 
     text: Ragged
     template: Ragged
     variant: Ragged
     renamed: Ragged
-    sizes: np.ndarray  # int64 [n, 2], how many shingles of these two kinds a problem has; 0 if it can be neither
-    nearest: np.ndarray  # int32 [n], by embedding; -1 if there is none
+    sizes: np.ndarray  # int64 [n, 2], a problem's number of variant and renamed shingles; 0 if it can be neither
+    nearest: np.ndarray  # int32 [n], the nearest evaluation problem by embedding; -1 if there is none
     cosine: np.ndarray  # float32 [n]
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """The least share (for paraphrases: cosine) that counts, by tier."""
+    """The least share (for paraphrases: cosine) that counts as contamination, by tier."""
 
     text: float = 0.5
     template: float = 0.8
@@ -104,8 +104,8 @@ class Thresholds:
 
 
 def read_evaluations(sources: Iterable[str | Path]) -> list[Evaluation]:
-    """The problems of evaluation sets: files or folders of any kind that traces have, benchmarks by their name
-    (`hub.BENCHMARKS`), or hub ids, of which `test`.
+    """The problems of evaluation sets: files or folders in any format of traces, benchmarks by name
+    (`hub.BENCHMARKS`), or hub ids (their split `test` by default).
 
     Raises:
         TraceError: a row without a problem, or a source without rows.
@@ -120,17 +120,17 @@ def read_evaluations(sources: Iterable[str | Path]) -> list[Evaluation]:
         before = len(found)
         for where, row in read_rows(hub.BENCHMARKS.get(str(source), source), split="test"):
             named = [row[field] for field in _QUESTION_FIELDS if field in row] if isinstance(row, dict) else []
-            problem = named[0] if named and isinstance(named[0], str) else _problem(row, where)
+            problem = named[0] if named and isinstance(named[0], str) else _problem_of(row, where)
             if not problem.strip():
                 raise TraceError(f"{where}: expected a text under {', '.join(_QUESTION_FIELDS)}, got an empty one")
             found.append(Evaluation(where, problem))
-        if len(found) == before:  # nothing would be taken out
+        if len(found) == before:  # decontamination would do nothing
             raise TraceError(f"{source}: expected at least one problem, got none")
     return found
 
 
-def _problem(row: Any, where: str) -> str:
-    """The problem of a row that has it in another field, or in a conversation."""
+def _problem_of(row: Any, where: str) -> str:
+    """The problem of a row that has it in a field of another name, or in a conversation."""
     try:
         return str(question_of(row)["problem"])
     except TraceError as error:
@@ -145,28 +145,28 @@ def contaminated(
     embed: Embed | None = None,
     threads: int | None = None,
 ) -> list[Match | None]:
-    """For each problem the evaluation problem it gives away, or None."""
+    """For each problem, the evaluation problem that it gives away, or None."""
     decontaminator = Decontaminator(evaluations, thresholds or Thresholds(), embed)
     texts = text.pack(problems)
     found = decontaminator.find(texts, problems, threads=threads or text.cores())
     return decontaminator.judge(found, text.fingerprints(texts), threads=threads or text.cores())
 
 
-class _Best(NamedTuple):
-    """For each problem of the pool the evaluation problem it shares most with, or -1, and the share."""
+class _BestMatches(NamedTuple):
+    """For each problem of the pool, the evaluation problem it shares most with, or -1, and the share."""
 
     items: np.ndarray
     shares: np.ndarray
 
 
-class _Tier(NamedTuple):
-    """The shingles of the evaluation problems: sorted hashes, and for each the items that have it."""
+class _ShingleIndex(NamedTuple):
+    """An index of the evaluation problems' shingles: sorted hashes, and for each hash the problems that have it."""
 
     hashes: np.ndarray
     items: Ragged
 
     @classmethod
-    def of(cls, texts: Texts, k: int, mask_digits: bool) -> "_Tier":
+    def of(cls, texts: Texts, k: int, mask_digits: bool) -> "_ShingleIndex":
         rows, _ = text.shingles(texts, k, mask_digits=mask_digits)
         item = np.repeat(np.arange(len(texts.starts) - 1, dtype=np.int32), rows.lengths)
         order = np.argsort(rows.values, kind="stable")
@@ -174,12 +174,12 @@ class _Tier(NamedTuple):
         return cls(hashes, Ragged(item[order], np.append(0, np.cumsum(counts))))
 
 
-def _without_names(problem: str) -> str:
-    """`problem` with one letter for all variables, points, sides and triangles."""
+def _mask_names(problem: str) -> str:
+    """`problem` with every variable, point, side and triangle named x."""
     return _VARIABLE.sub("x", _POINTS.sub(lambda match: " x" * len(match[0]), problem))
 
 
-def _unescaped(problem: str) -> str:
+def _unescape(problem: str) -> str:
     r"""`problem` with `\frac` for `\\frac`, if every backslash in it was doubled."""
     if not _ESCAPED.search(problem) or _SINGLE.search(problem):
         return problem
@@ -187,19 +187,19 @@ def _unescaped(problem: str) -> str:
 
 
 def _ending_tokens(problem: str) -> set[tuple[str, ...]]:
-    """The last tokens, as many as a short problem has, before each break of `problem`."""
+    """The last `_LEAST_RUN` to `SHINGLE - 1` tokens before each end of a sentence or line in `problem`."""
     ends = [match.start() for match in _BREAK.finditer(problem)]
     said = [tokens(fold(problem[max(0, end - _BEFORE_BREAK) : end])) for end in ends]
     return {tuple(row[-length:]) for row in said for length in range(_LEAST_RUN, SHINGLE)}
 
 
 class _ShortProblems:
-    """The evaluation problems of fewer tokens than a shingle, to be found at the end of a sentence.
+    """Finds evaluation problems of fewer tokens than a shingle, only at the end of a sentence or line.
 
-    As a run of tokens anywhere `What is 50%?` would be in "What is 50% of 80?".
+    Found anywhere, "What is 50%?" would match "What is 50% of 80?".
     """
 
-    def __init__(self, asked: Sequence[str], tier: _Tier) -> None:
+    def __init__(self, asked: Sequence[str], tier: _ShingleIndex) -> None:
         rows = [tuple(tokens(fold(problem))) for problem in asked]
         items = [
             item
@@ -207,15 +207,15 @@ class _ShortProblems:
             if _LEAST_RUN <= len(row) < SHINGLE and any(token[0] in "0123456789" for token in row)
         ]
         packed = text.pack(asked[item] for item in items)
-        whole, _ = text.shingles(packed, SHINGLE)  # one for each
+        whole, _ = text.shingles(packed, SHINGLE)  # one for each problem
         self._places = dict(
             zip((rows[item] for item in items), np.searchsorted(tier.hashes, whole.values).tolist(), strict=True)
         )
         self._width = len(tier.hashes)
         self._hints = np.unique(text.shingles(packed, _LEAST_RUN)[0].values)
 
-    def added(self, said: Ragged, texts: Texts, asked: Sequence[str], threads: int) -> Ragged:
-        """`said`, what problems share with the text tier, with the short problems that they hold."""
+    def add_shared(self, said: Ragged, texts: Texts, asked: Sequence[str], threads: int) -> Ragged:
+        """Add the short evaluation problems that `texts` contain to `said`, what they share with the text tier."""
         if not self._places:
             return said
         hinted = np.flatnonzero(text.find(texts, _LEAST_RUN, self._hints, threads=threads).lengths)
@@ -232,9 +232,13 @@ class _ShortProblems:
         return Ragged((pairs % width).astype(np.int32), np.searchsorted(pairs // width, np.arange(n + 1)))
 
 
-def _short(texts: Sequence[str], tier: _Tier, places: np.ndarray, n: int, threads: int) -> tuple[Ragged, np.ndarray]:
-    """What texts share with a tier of short shingles, and how many they have, int64 [n]: these texts stand at `places`
-    among n, and the others count as empty."""
+def _find_short_shingles(
+    texts: Sequence[str], tier: _ShingleIndex, places: np.ndarray, n: int, threads: int
+) -> tuple[Ragged, np.ndarray]:
+    """The short shingles that texts share with a tier, and how many each text has, int64 [n].
+
+    The texts stand at `places` among n; the others count as empty.
+    """
     packed = text.pack(texts)
     rows, _ = text.shingles(packed, _SHORT_SHINGLE, mask_digits=True, threads=threads)
     found = text.find(packed, _SHORT_SHINGLE, tier.hashes, mask_digits=True, threads=threads)
@@ -244,7 +248,7 @@ def _short(texts: Sequence[str], tier: _Tier, places: np.ndarray, n: int, thread
 
 
 class Decontaminator:
-    """An index of the evaluation problems; it can be sent to other processes."""
+    """An index of the evaluation problems. It is picklable."""
 
     def __init__(
         self, evaluations: Sequence[Evaluation], thresholds: Thresholds | None = None, embed: Embed | None = None
@@ -252,46 +256,50 @@ class Decontaminator:
         self.evaluations = tuple(evaluations)
         self.thresholds = thresholds or Thresholds()
         self._embed = embed
-        asked = [without_instructions(_unescaped(item.problem)) for item in evaluations]
+        asked = [without_instructions(_unescape(item.problem)) for item in evaluations]
         texts = text.pack(asked)
-        self._text, self._template = _Tier.of(texts, SHINGLE, False), _Tier.of(texts, SHINGLE, True)
+        self._text, self._template = _ShingleIndex.of(texts, SHINGLE, False), _ShingleIndex.of(texts, SHINGLE, True)
         self._short_problems = _ShortProblems(asked, self._text)
-        self._variant = _Tier.of(texts, _SHORT_SHINGLE, True)
-        self._renamed = _Tier.of(text.pack(map(_without_names, asked)), _SHORT_SHINGLE, True)
-        self._vectors = self._unit([item.problem for item in evaluations]) if embed and evaluations else None
+        self._variant = _ShingleIndex.of(texts, _SHORT_SHINGLE, True)
+        self._renamed = _ShingleIndex.of(text.pack(map(_mask_names, asked)), _SHORT_SHINGLE, True)
+        self._vectors = self._embed_unit([item.problem for item in evaluations]) if embed and evaluations else None
 
-    def find(self, texts: Texts, problems: Sequence[str], *, threads: int = 1) -> Found:
-        """What each problem shares with the evaluation sets. `texts` is `pack(problems)`."""
+    def find(self, texts: Texts, problems: Sequence[str], *, threads: int = 1) -> SharedShingles:
+        """Find what each problem shares with the evaluation sets. `texts` is `pack(problems)`."""
         asked = list(problems)
-        for place in may_instruct(texts).tolist():
+        for place in may_contain_instruction(texts).tolist():
             asked[place] = without_instructions(asked[place])
-        asked = list(map(_unescaped, asked))
+        asked = list(map(_unescape, asked))
         texts = texts if asked == list(problems) else text.pack(asked)
         said = text.find(texts, SHINGLE, self._text.hashes, threads=threads)
-        said = self._short_problems.added(said, texts, asked, threads)
+        said = self._short_problems.add_shared(said, texts, asked, threads)
         template = text.find(texts, SHINGLE, self._template.hashes, mask_digits=True, threads=threads)
-        needed = np.maximum(1, np.minimum(np.diff(texts.starts), 400) // _BYTES_OF_A_HIT)
+        needed = np.maximum(1, np.minimum(np.diff(texts.starts), 400) // _BYTES_PER_HIT)
         places = np.flatnonzero(template.lengths >= needed)
         near = [asked[place] for place in places.tolist()]
-        variant, sizes = _short(near, self._variant, places, len(asked), threads)
-        renamed, unnamed = _short(list(map(_without_names, near)), self._renamed, places, len(asked), threads)
-        return Found(said, template, variant, renamed, np.stack([sizes, unnamed], axis=1), *self._nearest(problems))
+        variant, sizes = _find_short_shingles(near, self._variant, places, len(asked), threads)
+        renamed, unnamed = _find_short_shingles(
+            list(map(_mask_names, near)), self._renamed, places, len(asked), threads
+        )
+        return SharedShingles(
+            said, template, variant, renamed, np.stack([sizes, unnamed], axis=1), *self._nearest(problems)
+        )
 
-    def judge(self, found: Found, fingerprints: np.ndarray, *, threads: int = 1) -> list[Match | None]:
-        """The verdict on every problem of the pool, from what `find` gave for all of it.
+    def judge(self, found: SharedShingles, fingerprints: np.ndarray, *, threads: int = 1) -> list[Match | None]:
+        """The match of every problem in the pool, or None, from what `find` gave for the whole pool.
 
         Args:
-            fingerprints: uint64 [n]; a problem that is there several times counts once when rarity is measured.
+            fingerprints: of the problems, uint64 [n]; equal ones count once when rarity is measured.
         """
         first = np.zeros(len(fingerprints), dtype=bool)
         first[np.unique(fingerprints, return_index=True)[1]] = True
         matches: list[Match | None] = [None] * len(fingerprints)
-        said = self._best("text", found, first, min(_SAID_ALIKE, self.thresholds.text), threads)
-        variant = self._best("variant", found, first, self.thresholds.variant, threads)
+        said = self._best_matches("text", found, first, min(_LEAST_TEXT_SHARE, self.thresholds.text), threads)
+        variant = self._best_matches("variant", found, first, self.thresholds.variant, threads)
         variant.items[variant.items != said.items] = -1
-        renamed = self._best("renamed", found, first, self.thresholds.renamed, threads)
+        renamed = self._best_matches("renamed", found, first, self.thresholds.renamed, threads)
         said.items[said.shares < self.thresholds.text] = -1
-        template = self._best("template", found, first, self.thresholds.template, threads)
+        template = self._best_matches("template", found, first, self.thresholds.template, threads)
         for name, best in (("renamed", renamed), ("variant", variant), ("template", template), ("text", said)):
             for at in np.flatnonzero(best.items >= 0).tolist():
                 matches[at] = Match(int(best.items[at]), name, float(best.shares[at]))
@@ -299,45 +307,49 @@ class Decontaminator:
             matches[at] = matches[at] or Match(int(found.nearest[at]), "paraphrase", float(found.cosine[at]))
         return matches
 
-    def _best(self, name: str, found: Found, first: np.ndarray, least: float, threads: int) -> "_Best":
+    def _best_matches(
+        self, name: str, found: SharedShingles, first: np.ndarray, least: float, threads: int
+    ) -> "_BestMatches":
         shared, tier = getattr(found, name), getattr(self, f"_{name}")
         weights, totals = self._weigh(tier, shared, first)
         kinds = ("variant", "renamed")
         own = None
         if name in kinds:
             own = self._own_weights(shared, found.sizes[:, kinds.index(name)], weights, int(first.sum()))
-        return _Best(*text.containment(shared, tier.items, weights, totals, own=own, least=least, threads=threads))
+        return _BestMatches(
+            *text.containment(shared, tier.items, weights, totals, own=own, least=least, threads=threads)
+        )
 
-    def _weigh(self, tier: _Tier, shared: Ragged, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Weights of the shingles, int64, and their sum for each item, int64.
+    def _weigh(self, tier: _ShingleIndex, shared: Ragged, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The weights of the shingles, int64, and their sum for each evaluation problem, int64.
 
         A weight is -log of the share of other problems that have the shingle, in the pool or in the evaluation sets,
-        whichever is larger: boilerplate of either weighs little.
+        whichever is larger. So boilerplate of either weighs little.
         """
         counted = np.repeat(first, shared.lengths)
         in_pool = np.bincount(shared.values[counted], minlength=len(tier.hashes))
         pool, items = int(first.sum()), len(self.evaluations)
         common = np.maximum((in_pool - 1) / max(pool, 1), (tier.items.lengths - 1) / max(items, 1))
-        weights = np.rint(-_WHOLE * np.log(np.maximum(common, 1 / (pool + items + 1)))).astype(np.int64)
+        weights = np.rint(-_WEIGHT_UNIT * np.log(np.maximum(common, 1 / (pool + items + 1)))).astype(np.int64)
         totals = np.zeros(items, dtype=np.int64)
         np.add.at(totals, tier.items.values, np.repeat(weights, tier.items.lengths))
         return weights, np.maximum(totals, 1)
 
     def _own_weights(self, shared: Ragged, sizes: np.ndarray, weights: np.ndarray, pool: int) -> np.ndarray:
-        """For each problem of the pool the sum of its short shingles' weights, int64; one that no evaluation problem
-        has is as rare as can be."""
+        """For each problem of the pool, the sum of its short shingles' weights, int64. A shingle that no evaluation
+        problem has gets the largest weight."""
         held = np.append(0, np.cumsum(weights[shared.values]))[shared.starts]
-        rarest = round(_WHOLE * np.log(pool + len(self.evaluations) + 1))
+        rarest = round(_WEIGHT_UNIT * np.log(pool + len(self.evaluations) + 1))
         return np.maximum(1, np.diff(held) + rarest * (sizes - shared.lengths))
 
     def _nearest(self, problems: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if self._vectors is None or not problems:
             return np.full(len(problems), -1, dtype=np.int32), np.zeros(len(problems), dtype=np.float32)
-        cosines = self._unit(problems) @ self._vectors.T
+        cosines = self._embed_unit(problems) @ self._vectors.T
         nearest = cosines.argmax(1)
         return nearest.astype(np.int32), cosines[np.arange(len(problems)), nearest]
 
-    def _unit(self, problems: Sequence[str]) -> np.ndarray:
+    def _embed_unit(self, problems: Sequence[str]) -> np.ndarray:
         """Embeddings as unit vectors, float32 [n, d]."""
         assert self._embed is not None
         vectors = np.asarray(self._embed(problems), dtype=np.float32)
@@ -348,11 +360,11 @@ class Decontaminator:
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
-def strongest(matches: Sequence[Match | None], lengths: np.ndarray) -> list[Match | None]:
-    """For each item, of which `lengths` says how many texts it has, the match of one of them.
+def strongest_matches(matches: Sequence[Match | None], lengths: np.ndarray) -> list[Match | None]:
+    """The strongest match among the texts of each item; `lengths` is the number of texts of each.
 
-    It is the surest tier's, then that of the largest share, then the first. A template comes last: where templates are
-    kept, it must not hide what is dropped.
+    The surest tier wins, then the largest share, then the first text. Templates come last: they may be kept, and must
+    not hide a match that is dropped.
     """
     ends = np.cumsum(lengths).tolist()
     groups = (matches[end - length : end] for end, length in zip(ends, lengths.tolist(), strict=True))
@@ -363,9 +375,9 @@ def _by_strength(match: Match) -> tuple[int, float]:
     return _TIERS.index(match.tier), -match.share
 
 
-def join_found(parts: Sequence[Found]) -> Found:
-    """What was found in the parts of a pool, as one."""
-    return Found(
+def join_shared(parts: Sequence[SharedShingles]) -> SharedShingles:
+    """Concatenate what was found in the parts of a pool."""
+    return SharedShingles(
         text.join_ragged([part.text for part in parts]),
         text.join_ragged([part.template for part in parts]),
         text.join_ragged([part.variant for part in parts]),

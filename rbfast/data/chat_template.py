@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def default_instruction(tokenizer: PreTrainedTokenizerBase) -> Instruction:
-    """What a student is told after the problem: ours, or to box the answer if its template knows thinking."""
+    """The default instruction: BOXED if the chat template renders thinking, else ANSWER."""
     return BOXED if thinking_format(tokenizer).thinks else ANSWER
 
 
@@ -30,17 +30,17 @@ def format_prompt(
 
     Args:
         instruction: what follows the problem; None for the tokenizer's default.
-        system: a system prompt (None: the instruction's); it opens the first turn if the template knows none.
+        system: a system prompt (None: the instruction's). If the template has no system role, it opens the first turn.
         turns: earlier messages, {"role": "user" or "assistant", "content": ..}.
 
     Raises:
-        ValueError: the rendered prompt does not hold the problem.
+        ValueError: the rendered prompt does not contain the problem, or does not end as the template's prompts do.
     """
     asked = instruction or default_instruction(tokenizer)
     request, system = asked.request(problem), asked.system if system is None else system
-    messages = [*({"role": turn["role"], "content": turn["content"]} for turn in turns), _user(request)]
+    messages = [*({"role": turn["role"], "content": turn["content"]} for turn in turns), _user_message(request)]
     if tokenizer.chat_template is None:
-        return _without_template(tokenizer, system, messages)
+        return _render_without_template(tokenizer, system, messages)
     prompt = render_conversation(tokenizer, messages, system, open_reply=True)
     if not prompt.endswith(opening := thinking_format(tokenizer).opening):
         raise ValueError(
@@ -58,7 +58,7 @@ def format_prompt(
 def render_conversation(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], system: str | None, open_reply: bool
 ) -> str:
-    """The template's text of messages after a system prompt."""
+    """The text that the chat template renders for a system prompt and messages."""
     found = thinking_format(tokenizer)
     without = render(tokenizer, messages, open_reply, found.switches, found.takes_parts)
     if not system:
@@ -77,25 +77,25 @@ def render_conversation(
     return render(tokenizer, merged, open_reply, found.switches, found.takes_parts)
 
 
-def _without_template(tokenizer: PreTrainedTokenizerBase, system: str | None, messages: Sequence[Any]) -> str:
+def _render_without_template(tokenizer: PreTrainedTokenizerBase, system: str | None, messages: Sequence[Any]) -> str:
     opens_with_bos = tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
     texts = [*([system] if system else []), *(message["content"] for message in messages)]
     return f"{tokenizer.bos_token if opens_with_bos else ''}" + "".join(f"{text}\n\n" for text in texts)
 
 
-def _user(content: str) -> dict[str, str]:
+def _user_message(content: str) -> dict[str, str]:
     return {"role": "user", "content": content}
 
 
 def write_prompt(folder: str | Path, tokenizer: PreTrainedTokenizerBase, instruction: Instruction) -> None:
-    """Writes prompt.json: the instruction, and what the chat template must be told; `saved_instruction` reads it."""
+    """Write prompt.json: the instruction, and the chat template's arguments. `saved_instruction` reads it."""
     found = thinking_format(tokenizer)
     about = {"thinking": found.kind, "chat_template_kwargs": dict(found.switches), "stop": found.end}
     write_instruction(folder, instruction, about)
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends an assistant's turn: the added token the chat template puts there, else the eos token."""
+    """The id of the token that ends an assistant's turn: the added token in the chat template, else the eos token."""
     end = thinking_format(tokenizer).end
     if end is None:
         raise ValueError("the tokenizer has no eos token, and its chat template ends no turn; set tokenizer.eos_token")

@@ -1,8 +1,8 @@
-"""What a student writes for a trace, in its own template: text, roles and tokens.
+"""The student's completion for a trace, in its own chat template: text, roles and tokens.
 
 ```python
-written = written_for(trace, tokenizer)                  # of Qwen3: "<think>\\n..\\n</think>\\n\\n\\\\boxed{4}"
-ids, offsets = tokens_of(written, tokenizer)             # without the end of turn
+written = render_reply(trace, tokenizer)                  # of Qwen3: "<think>\\n..\\n</think>\\n\\n\\\\boxed{4}"
+ids, offsets = tokenize_reply(written, tokenizer)             # without the end-of-turn token
 ```
 """
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Written:
-    """A reply in pieces, up to the token that ends the turn.
+class RenderedReply:
+    """A reply in pieces, without the end-of-turn token.
 
     Attributes:
-        pieces: a text, and whether it is the trace's; only the template's own text may hold special tokens.
-        roles: of each character, int64 [characters].
-        thought, answer: their characters [start, end).
+        pieces: (text, whether it comes from the trace). Only the template's own text may contain special tokens.
+        roles: the role of each character, int64 [characters].
+        thought, answer: their character ranges [start, end).
     """
 
     pieces: tuple[tuple[str, bool], ...]
@@ -44,30 +44,32 @@ class Written:
         return "".join(text for text, _ in self.pieces)
 
 
-def written_for(trace: Trace, tokenizer: PreTrainedTokenizerBase, instruction: Instruction | None = None) -> Written:
-    """What the student writes; the answer is marked as the instruction says (None: the tokenizer's default).
+def render_reply(
+    trace: Trace, tokenizer: PreTrainedTokenizerBase, instruction: Instruction | None = None
+) -> RenderedReply:
+    """The completion of a trace. The instruction (None: the tokenizer's default) says how the answer is marked.
 
-    Raises TraceError if the reasoning holds the mark that would end the thinking.
+    Raises TraceError if the reasoning contains the tag that would end the thinking.
     """
     found, asked = thinking_format(tokenizer), instruction or default_instruction(tokenizer)
     answer = asked.write(trace.answer, after_thinking=found.thinks)
-    return _turn(found, trace.thought(), trace.thought_spans(), answer)
+    return _render(found, trace.thought(), trace.thought_spans(), answer)
 
 
-def earlier_turn(
+def render_earlier_reply(
     turn: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, opening: str, whole: str
-) -> Written | None:
-    """What the student writes for an earlier assistant's turn; None if it is empty, or its template shows no such turn.
+) -> RenderedReply | None:
+    """The completion of an earlier assistant turn; None if it is empty or the template cannot render it.
 
     Args:
         opening: the prompt of that turn.
-        whole: the template's text of the conversation with the turn.
+        whole: the rendered conversation up to and including the turn.
     """
     found, said = thinking_format(tokenizer), turn["content"]
     if not said.strip():
         return None
     if (thought := turn.get("reasoning", "")).strip():
-        return _turn(found, thought, split_spans(thought), said)
+        return _render(found, thought, split_spans(thought), said)
     if not found.thinks:
         opener, _, _, said, tail = found.pieces("", said)
         cut = turn["content"].index(said)
@@ -77,32 +79,34 @@ def earlier_turn(
     else:
         return None
     pieces = [(opener, False), (said, True), (tail, False)]
-    return _tiled(split_spans(turn["content"]), pieces, len(opener), cut, len(said))
+    return _with_roles(split_spans(turn["content"]), pieces, len(opener), cut, len(said))
 
 
-def _turn(found: ThinkingFormat, thought: str, spans: Sequence[Span], said: str) -> Written:
+def _render(found: ThinkingFormat, thought: str, spans: Sequence[Span], said: str) -> RenderedReply:
     cut = len(thought) - len(thought.lstrip())
     if not found.thinks:
         opener, _, _, body, tail = found.pieces("", f"{thought}\n\n{said}")
         cut = cut if found.trims else 0
-        return _tiled(spans, [(opener, False), (body, True), (tail, False)], len(opener), cut, len(thought) - cut)
+        return _with_roles(spans, [(opener, False), (body, True), (tail, False)], len(opener), cut, len(thought) - cut)
     try:
         opener, kept, closer, said, tail = found.pieces(thought, said)
     except ValueError as error:
         raise TraceError(f"reasoning: {error}; leave the trace out") from None
     pieces = [(opener, False), (kept, True), (closer, False), (said, True), (tail, False)]
-    return _tiled(spans, pieces, len(opener), cut, len(kept))
+    return _with_roles(spans, pieces, len(opener), cut, len(kept))
 
 
-def _tiled(tiles: Sequence[Span], pieces: Sequence[tuple[str, bool]], start: int, cut: int, length: int) -> Written:
-    """A reply of these pieces, each character with its role.
+def _with_roles(
+    tiles: Sequence[Span], pieces: Sequence[tuple[str, bool]], start: int, cut: int, length: int
+) -> RenderedReply:
+    """Join the pieces of a reply and give each character its role.
 
     Args:
-        tiles: the roles of the thought as the trace has it.
-        pieces: the thought, or what is there in its place, and the template's text around it.
-        start: where the thought stands in the joined pieces. What comes before it has its first role.
-        cut, length: the characters of the trace's thought that are written: `length` of them from `cut` on. All that
-            follows them is the answer.
+        tiles: the spans of the thought in the trace.
+        pieces: the template's text and the trace's text, in order.
+        start: the offset of the thought in the joined pieces. The text before it gets the thought's first role.
+        cut, length: the part of the trace's thought that is written: `length` characters from `cut` on. The text after
+            it gets the role ANSWER.
     """
     spans = np.array(tiles, dtype=np.int64)
     role_of = np.repeat(spans[:, 2], spans[:, 1] - spans[:, 0])[cut : cut + length]
@@ -110,21 +114,24 @@ def _tiled(tiles: Sequence[Span], pieces: Sequence[tuple[str, bool]], start: int
     roles = np.concatenate([np.full(start, role_of[0]), role_of, np.full(end - start - length, ANSWER)])
     tail = len(pieces[-1][0])
     said = len(pieces[-2][0]) if len(pieces) > 3 else end - tail - start - length
-    return Written(tuple(pieces), roles, (start, start + length), (end - tail - said, end - tail))
+    return RenderedReply(tuple(pieces), roles, (start, start + length), (end - tail - said, end - tail))
 
 
-def tokens_of(written: Written, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], np.ndarray]:
-    """The tokens of a reply, and the characters of each, [tokens, 2]. A tag that the template writes is its own token
-    if the tokenizer has one. A special token that the trace spells out stays text."""
+def tokenize_reply(written: RenderedReply, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], np.ndarray]:
+    """The token ids of a reply, and the character range of each, [tokens, 2].
+
+    A tag that the template writes becomes a special token if the tokenizer has one for it. A special token that is
+    spelled out in the trace stays text.
+    """
     ids: list[int] = []
     offsets: list[tuple[int, int]] = []
     at, adds_blank = 0, thinking_format(tokenizer).adds_blank
-    for text, number in _runs(written, tokenizer):
+    for text, number in _split_added_tokens(written, tokenizer):
         if number is not None:
             ids.append(number)
             offsets.append((at, at + len(text)))
         else:
-            skipped = int(adds_blank and text.startswith(" "))  # the tokenizer adds it again
+            skipped = int(adds_blank and text.startswith(" "))  # the tokenizer adds its own
             found = tokenizer(
                 text[skipped:],
                 add_special_tokens=False,
@@ -138,8 +145,8 @@ def tokens_of(written: Written, tokenizer: PreTrainedTokenizerBase) -> tuple[lis
     return ids, np.array(offsets, dtype=np.int64).reshape(-1, 2)
 
 
-def _runs(written: Written, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, int | None]]:
-    """The longest texts between the template's own added tokens, and those tokens with their ids."""
+def _split_added_tokens(written: RenderedReply, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, int | None]]:
+    """Split a reply at the template's added tokens: (text, None) between them, (token, id) for each."""
     numbers = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
     pattern = added_tokens(tokenizer)
     text = ""

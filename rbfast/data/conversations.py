@@ -1,4 +1,4 @@
-"""Conversations as people keep them, and the thinking in a reply: the turns, the thought and what follows it.
+"""Parse conversations into turns, and split a reply into its thinking and the text after it.
 
 ```python
 parse_turns([{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "<think>Add.</think>4"}])
@@ -48,7 +48,7 @@ _ENDS += ("<｜end▁of▁sentence｜>", "</s>")
 
 @dataclass(frozen=True)
 class Turn:
-    """A message: who says it, its text, the thinking that came beside it, and what else the message holds."""
+    """A message: its role, its text, the thinking in its other fields, and the whole message."""
 
     role: str
     text: str
@@ -57,10 +57,12 @@ class Turn:
 
 
 def parse_turns(value: object) -> list[Turn] | None:
-    """The turns of a conversation, or None if `value` is none: a list of messages (OpenAI's, ShareGPT's, Claude's,
-    Gemini's), one message, a mapping of lists as `datasets` makes of a list of objects, or any of these as JSON text.
+    """The turns of a conversation, or None if `value` is not one.
 
-    Raises TraceError, naming the turn, if a message has an unknown role or holds something else than text.
+    It may be a list of messages (OpenAI's, ShareGPT's, Claude's, Gemini's), one message, a mapping of lists (as
+    `datasets` stores a list of objects), or any of these as JSON text.
+
+    Raises TraceError, naming the turn, if a message has an unknown role or content that is not text.
     """
     if isinstance(value, str):
         value = _parsed(value)
@@ -74,11 +76,11 @@ def parse_turns(value: object) -> list[Turn] | None:
         if found is None:
             return None
         turns += found
-    return _with_thoughts(turns)
+    return _attach_thoughts(turns)
 
 
 def parse_pairs(value: object) -> list[Turn] | None:
-    """The turns of a list of pairs of a question and its reply, or None if `value` is none."""
+    """The turns of a list of (question, reply) pairs, or None if `value` is not one."""
     if not isinstance(value, list | tuple) or not value or not all(_is_pair(item) for item in value):
         return None
     return [Turn(role, text, None, {}) for pair in value for role, text in zip((USER, ASSISTANT), pair, strict=True)]
@@ -98,11 +100,14 @@ def _parsed(text: str) -> Any:
 
 
 def _turns_of(message: Mapping[str, Any], number: int) -> list[Turn] | None:
-    """The turn in a message; the two of an object like {"human": .., "assistant": ..}; None if it is no message."""
+    """The turn of a message; two turns of an object like {"human": .., "assistant": ..}; None if it is neither."""
     role = _role(message)
     if role is None:
         if message and all(str(key).lower() in _ROLES for key in message):
-            return [Turn(_ROLES[str(key).lower()], text_of(text, number)[1], None, {}) for key, text in message.items()]
+            return [
+                Turn(_ROLES[str(key).lower()], split_content(text, number)[1], None, {})
+                for key, text in message.items()
+            ]
         return None
     if role.lower() not in _ROLES:
         raise TraceError(
@@ -111,7 +116,7 @@ def _turns_of(message: Mapping[str, Any], number: int) -> list[Turn] | None:
     content = next((message[key] for key in _TEXT_KEYS if message.get(key) is not None), None)
     if role == THOUGHT and not content:
         content = message.get("summary")
-    thought, text = text_of(content, number)
+    thought, text = split_content(content, number)
     if role == THOUGHT:
         thought, text = None, "\n\n".join(filter(None, (thought, text)))
     info = message["info"] if isinstance(message.get("info"), Mapping) else {}
@@ -119,14 +124,14 @@ def _turns_of(message: Mapping[str, Any], number: int) -> list[Turn] | None:
         Turn(
             _ROLES[role.lower()],
             text,
-            thought_beside(message) or (info and thought_beside(info)) or thought,
+            separate_thought(message) or (info and separate_thought(info)) or thought,
             {**info, **message},
         )
     ]
 
 
 def _role(message: Mapping[str, Any]) -> str | None:
-    """Who says a message; channels and items of reasoning are thoughts, whoever says them."""
+    """The role that a message names. Reasoning channels and reasoning items count as thoughts, whatever their role."""
     if message.get("channel") in ("analysis", "commentary") or message.get("type") == "reasoning":
         return THOUGHT
     author = message.get("author")
@@ -134,14 +139,14 @@ def _role(message: Mapping[str, Any]) -> str | None:
     return next((message[key] for key in _ROLE_KEYS if isinstance(message.get(key), str)), None)
 
 
-def thought_beside(message: Mapping[str, Any]) -> str | None:
-    """The thinking in a field beside a message's content: a text, an object that holds one, or blocks."""
+def separate_thought(message: Mapping[str, Any]) -> str | None:
+    """The thinking in a field beside a message's content: a text, an object with a text, or a list of blocks."""
     for key in (*THOUGHT_KEYS, "thinking_blocks"):
         value = message.get(key)
         if isinstance(value, Mapping):
             value = value.get("content") or value.get("text")
         if isinstance(value, list) and value and all(isinstance(item, str | Mapping) for item in value):
-            value = "\n\n".join(filter(None, text_of(value)))
+            value = "\n\n".join(filter(None, split_content(value)))
         if isinstance(value, str) and value.strip():
             return value
     details = message.get("reasoning_details")
@@ -149,11 +154,11 @@ def thought_beside(message: Mapping[str, Any]) -> str | None:
         parts = [item.get("text") or item.get("summary") for item in details if isinstance(item, Mapping)]
         return "\n\n".join(part for part in parts if isinstance(part, str)) or None
     inner = message.get("provider_specific_fields")
-    return thought_beside(inner) if isinstance(inner, Mapping) else None
+    return separate_thought(inner) if isinstance(inner, Mapping) else None
 
 
-def text_of(content: object, number: int = 1) -> tuple[str | None, str]:
-    """The thinking and the text of a message's content: a text, a list of blocks, or an object that holds either."""
+def split_content(content: object, number: int = 1) -> tuple[str | None, str]:
+    """(thinking, text) of a message's content: a text, a list of blocks, or an object with one of these."""
     if isinstance(content, Mapping) and (inner := content.get("parts") or content.get("text")):
         content = inner
     if content is None:
@@ -175,7 +180,7 @@ def _block(block: object, number: int) -> tuple[str, str]:
         return "", block
     if not isinstance(block, Mapping):
         raise TraceError(f"turn {number}: content: expected blocks of text, got {show(block)}")
-    block = _of_bedrock(block)
+    block = _normalize_bedrock(block)
     kind = str(block.get("type") or "")
     if "redacted" in kind:
         return THOUGHT, ""
@@ -184,14 +189,14 @@ def _block(block: object, number: int) -> tuple[str, str]:
     keys = ("thinking", "reasoning", "text", "summary", "content") if is_thought else ("text", "content", "output_text")
     text = next((block[key] for key in keys if block.get(key)), "" if "text" in kind or is_thought else None)
     if isinstance(text, list):
-        text = "\n\n".join(filter(None, text_of(text, number)))
+        text = "\n\n".join(filter(None, split_content(text, number)))
     if not isinstance(text, str):
         raise TraceError(f"turn {number}: content: expected blocks of text or thinking, got {kind or show(block)}")
     return THOUGHT if is_thought else "", text
 
 
-def _of_bedrock(block: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Bedrock's block of thinking as others write it; any other block as it is."""
+def _normalize_bedrock(block: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A Bedrock thinking block in the common form; any other block unchanged."""
     inner = block.get("reasoningContent")
     if not isinstance(inner, Mapping):
         return block
@@ -199,8 +204,8 @@ def _of_bedrock(block: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"type": "thinking", "thinking": inner.get("text")}
 
 
-def _with_thoughts(turns: Sequence[Turn]) -> list[Turn]:
-    """Thoughts that have a message of their own join the assistant's after them."""
+def _attach_thoughts(turns: Sequence[Turn]) -> list[Turn]:
+    """Attach thoughts that came as separate messages to the assistant turn after them."""
     found: list[Turn] = []
     thoughts: list[str] = []
     for turn in turns:
@@ -215,7 +220,7 @@ def _with_thoughts(turns: Sequence[Turn]) -> list[Turn]:
 
 
 class Exchange(NamedTuple):
-    """A conversation's system prompt, the turns before its last question, that question, and its reply if any."""
+    """A conversation's system prompt, the turns before its last question, that question, and its reply, if any."""
 
     system: str | None
     earlier: list[Turn]
@@ -223,8 +228,8 @@ class Exchange(NamedTuple):
     reply: Turn | None
 
 
-def exchange(turns: Sequence[Turn]) -> Exchange:
-    """A conversation by its last question. Raises TraceError unless a user and an assistant speak in turn."""
+def split_exchange(turns: Sequence[Turn]) -> Exchange:
+    """Split a conversation at its last question. Raises TraceError unless user and assistant turns alternate."""
     system = "\n\n".join(turn.text for turn in turns if turn.role == SYSTEM) or None
     spoken = [turn for turn in turns if turn.role != SYSTEM]
     order = [turn.role for turn in spoken]
@@ -239,10 +244,10 @@ def exchange(turns: Sequence[Turn]) -> Exchange:
 
 
 def split_thinking(reply: str) -> tuple[str | None, str]:
-    """The thinking in a reply (None if it has none, or an empty one) and the text after it, without the marks of both.
+    """(thinking, text after it) of a reply, both without their tags. The thinking is None if absent or empty.
 
-    A closing tag without an opening one ends the thinking, for a template may have opened it. Raises TraceError if the
-    thinking is never closed: then the reply was cut.
+    A closing tag without an opening one ends the thinking, because the chat template may have opened it in the prompt.
+    Raises TraceError if the thinking is never closed: the reply was truncated.
     """
     rest = reply[_OPENING.match(reply).end() :]  # type: ignore[union-attr]
     thoughts = []
@@ -261,8 +266,8 @@ def split_thinking(reply: str) -> tuple[str | None, str]:
     return "\n\n".join(filter(None, thoughts)) or None, _final_text(rest)
 
 
-def is_marked(text: str) -> bool:
-    """Whether a text opens with a thought in its tags."""
+def opens_with_thinking(text: str) -> bool:
+    """Whether a text starts with tagged thinking."""
     return OPENER.match(text, _OPENING.match(text).end()) is not None  # type: ignore[union-attr]
 
 

@@ -1,4 +1,4 @@
-"""Traces and rows from files and the hub, and traces into files.
+"""Read traces and rows from files and the hub, and write traces.
 
 traces = read_traces("traces.jsonl")                     # or .json, .parquet, .arrow, .csv, a folder of them, a hub id
 traces = read_traces("pool.jsonl", on_error="skip", unreadable="pool.unreadable.jsonl")
@@ -18,7 +18,7 @@ from rbfast.data.formats import AUTO, FormatOptions, interpret
 from rbfast.data.replies import END_FIELDS, cut_by_server
 from rbfast.data.row_files import is_file_of_rows, rows_of_path
 from rbfast.data.trace import Trace, TraceError
-from rbfast.utils.files import replacing, write_text
+from rbfast.utils.files import atomic_write, write_text
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +37,13 @@ def read_traces(
     `owner/name:split` or `owner/name:config:split`), in any shape of docs/formats.md.
 
     Args:
-        limit: the first so many, if not all.
-        options: how rows are read, if not by what their fields mean.
-        on_error: "raise" stops at the first row that holds no trace; "skip" skips it with a warning.
-        unreadable: JSONL file for the rows that were skipped: where each stands, and why.
+        limit: read only the first `limit` traces.
+        options: how to read rows if their field names are not enough.
+        on_error: "raise" stops at the first row without a trace; "skip" skips it with a warning.
+        unreadable: JSONL file for the skipped rows: the location of each, and the reason.
 
     Raises:
-        TraceError: a row that holds no trace; with "skip", a source without any in it, or in its first 100 rows.
+        TraceError: a row without a trace; with "skip", a source without any trace, or with none in its first 100 rows.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
@@ -54,16 +54,19 @@ def read_traces(
     if reader.unreadable:
         log.warning("%s: %s, the first: %s", source, reader.summary(), reader.unreadable[0][1])
         if unreadable is not None:
-            reader.list_unreadable(unreadable)
+            reader.write_unreadable(unreadable)
     return traces
 
 
-PATIENCE = 100  # rows without a trace, at the start of a source
+PATIENCE = 100  # give up after this many rows without a trace at the start of a source
 
 
 class TraceReader:
-    """The traces of a source, one at a time; the formats of its rows (`counts`), and skipped rows with the reason
-    (`unreadable`). With `skip` it gives up if none of the first `patience` rows holds a trace."""
+    """Iterate over the traces of a source.
+
+    `counts` counts the formats of its rows, `unreadable` lists skipped rows with the reason. With `skip` it raises
+    TraceError if none of the first `patience` rows holds a trace.
+    """
 
     def __init__(
         self,
@@ -78,13 +81,13 @@ class TraceReader:
         self.source, self.options, self.skip, self.patience = source, options, skip, patience
         self.counts: Counter[str] = Counter()
         self.unreadable: list[tuple[str, str]] = []
-        self._rows = _rows(source, split, streaming, lenient=skip)
+        self._rows = _open_rows(source, split, streaming, lenient=skip)
 
     def __iter__(self) -> Iterator[Trace]:
         return (trace for trace, _ in self.with_rows())
 
     def with_rows(self) -> Iterator[tuple[Trace, Mapping[str, Any]]]:
-        """Each trace, and the row that `interpret` made of it."""
+        """Each trace, and the row from `interpret` that it was made from."""
         for where, row in self._rows:
             try:
                 name, traces = _traces_of(row, self.options)
@@ -101,16 +104,16 @@ class TraceReader:
         """The traces, or the first `limit`. Raises TraceError if there are none."""
         traces = list(islice(self, limit))
         if not traces:
-            raise TraceError(self.complaint())
+            raise TraceError(self.error_message())
         return traces
 
     def _skip(self, where: str, reason: str) -> None:
         self.unreadable.append((where, reason))
         if len(self.unreadable) == self.patience and not self.counts:
-            raise TraceError(self.complaint())
+            raise TraceError(self.error_message())
 
-    def complaint(self) -> str:
-        """Why nothing was read."""
+    def error_message(self) -> str:
+        """The message that says why nothing was read."""
         if not self.unreadable:
             return f"{self.source}: expected at least one trace, got none"
         first = self.unreadable[0][1]
@@ -126,8 +129,8 @@ class TraceReader:
         left = f"; {_rows_in_words(len(self.unreadable))} not read" if self.unreadable else ""
         return f"reads {read or 'no rows'}{left}"
 
-    def list_unreadable(self, path: str | Path) -> None:
-        """Writes the rows that were not read as JSONL: where each stands, and why."""
+    def write_unreadable(self, path: str | Path) -> None:
+        """Write the rows that were not read as JSONL: the location of each, and the reason."""
         lines = [
             json.dumps({"where": where, "reason": reason}, ensure_ascii=False) for where, reason in self.unreadable
         ]
@@ -148,16 +151,18 @@ def _traces_of(row: Any, options: FormatOptions) -> tuple[str, list[tuple[Trace,
 
 
 def read_rows(source: str | Path, *, split: str = "train") -> Iterator[tuple[str, Any]]:
-    """Every row, unchecked, with where it stands ("file:line"), one at a time; sources as for `read_traces`."""
-    return _rows(source, split, streaming=True)
+    """Every row, unchecked, with its location ("file:line"), one at a time. Sources as for `read_traces`."""
+    return _open_rows(source, split, streaming=True)
 
 
 def read_native_rows(
     source: str | Path, options: FormatOptions = AUTO, *, note: Callable[[list[str]], None] | None = None
 ) -> Iterator[tuple[str, Any]]:
-    """Every trace as a row with the fields of a trace, unchecked, and the TraceError in place of a row that holds none;
-    sources as for `read_traces`. `note` gets the format of each row."""
-    for where, row in _rows(source, "train", streaming=True, lenient=True):
+    """Every trace as an unchecked row with the fields of a trace; a TraceError in place of a row without a trace.
+
+    Sources as for `read_traces`. `note` is called with the format of each row.
+    """
+    for where, row in _open_rows(source, "train", streaming=True, lenient=True):
         if isinstance(row, TraceError):
             yield where, row
             continue
@@ -174,12 +179,12 @@ def read_native_rows(
             yield from ((f"{where} ({number})", one) for number, one in enumerate(found.rows, start=1))
 
 
-def _rows(source: str | Path, split: str, streaming: bool, lenient: bool = False) -> Iterator[tuple[str, Any]]:
-    """Rows; if `lenient`, a TraceError in place of a line that is no JSON."""
+def _open_rows(source: str | Path, split: str, streaming: bool, lenient: bool = False) -> Iterator[tuple[str, Any]]:
+    """Located rows; if `lenient`, a TraceError in place of a line that is not JSON."""
     path = Path(source)
     if path.exists():
         return rows_of_path(path, split, lenient)
-    dataset = hub.named(source, split) if isinstance(source, str) and not is_file_of_rows(path) else None
+    dataset = hub.parse_name(source, split) if isinstance(source, str) and not is_file_of_rows(path) else None
     if dataset is None:
         raise TraceError(f"{source}: expected a file or a dataset on the hub ({hub.FORMS}); there is no such file")
     return _rows_hub(dataset, streaming)
@@ -195,8 +200,8 @@ def _rows_hub(dataset: hub.HubDataset, streaming: bool) -> Iterator[tuple[str, A
 
 
 def record_of(trace: Trace, row: Mapping[str, Any]) -> dict[str, Any]:
-    """The trace as JSON writes it, and what curation reads in its row besides: the right answer, and whether the text
-    came to its end."""
+    """The trace as JSON, with what curation also reads from its row: the reference answer, and whether the text is
+    complete."""
     said = {name: row.get(name) for name in ("reference", "finished", *END_FIELDS)}
     plain = {name: value if isinstance(value, bool) else as_text(value) for name, value in said.items()}
     return trace.to_dict() | {name: value for name, value in plain.items() if value is not None}
@@ -209,10 +214,9 @@ def write_traces(path: str | Path, traces: Iterable[Trace]) -> int:
 
 
 def write_records(path: str | Path, records: Iterable[Mapping[str, Any]]) -> int:
-    """Write JSONL, whole or not at all: a temporary file in the same folder takes the name at the end. Returns how many
-    records there were."""
+    """Write JSONL atomically, through a temporary file in the same folder. Returns the number of records."""
     count = 0
-    with replacing(path, "w") as file:
+    with atomic_write(path, "w") as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
             count += 1

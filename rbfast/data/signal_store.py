@@ -7,10 +7,9 @@ with SignalStore(folder, teacher="my-teacher", k=32) as store:
 missing = SignalStore.open(folder).fill(examples)                # before training
 ```
 
-A trace is looked up by its token ids, so that signals of another text or tokenizer are never taken for its own.
-Unlisted tokens are the tail: its mass is 1 minus the sum, so log-probs are kept in fp32 (rounded to 16 bits
-they would change the gradient of a student near the teacher by percents). A token takes `k` times 6 bytes, or 8 in
-vocabularies above 65,536.
+A trace is looked up by its token ids, so signals of another text or tokenizer never match. The tail's mass is 1 minus
+the sum of the listed tokens, so log-probs are kept in fp32: rounded to 16 bits they would change the gradient of a
+student near the teacher by percents. A token takes `k` times 6 bytes, or 8 for vocabularies above 65,536.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from rbfast.data.encoding import IGNORE, Example
-from rbfast.utils.files import replacing, write_text
+from rbfast.utils.files import atomic_write, write_text
 from rbfast.utils.records import show
 from rbfast.utils.sealed import check_seal, seal
 
@@ -36,7 +35,7 @@ FORMAT, VERSION = "rbfast-signals", 1
 MANIFEST = "signals.json"
 _SHARD_TOKENS = 2**18
 _KEY_BYTES = 16
-_SLACK = 1e-3  # probabilities in half precision can add up to a little more than 1
+_MASS_TOLERANCE = 1e-3  # probabilities in half precision can add up to a little more than 1
 
 
 @dataclass(frozen=True)
@@ -50,18 +49,18 @@ class _Entry:
 
 
 class SignalStore:
-    """A folder of shards that grows; whole shards only, so that an interrupted run resumes after the last one."""
+    """A growing folder of shards. Only complete shards are written, so an interrupted run resumes after the last."""
 
     def __init__(self, folder: str | Path, teacher: str, k: int, vocabulary: int) -> None:
-        """Opens the folder, or makes it.
+        """Open the folder, or create it.
 
         Args:
-            teacher: whose log-probs they are, as a name.
-            k: candidates per token, at most.
-            vocabulary: of the student, whose ids they are.
+            teacher: the name of the teacher.
+            k: the most candidates per token.
+            vocabulary: the size of the student's vocabulary.
 
         Raises:
-            ValueError: the folder holds signals of another teacher, k or vocabulary, or a file that is none.
+            ValueError: the folder holds signals of another teacher, k or vocabulary, or a broken file.
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
@@ -69,18 +68,18 @@ class SignalStore:
         self.vocabulary = vocabulary
         self._dtype = np.uint16 if vocabulary <= 2**16 else np.int32
         about = {"format": FORMAT, "version": VERSION, "teacher": teacher, "k": k, "vocabulary": vocabulary}
-        self._check(about)
+        self._check_manifest(about)
         self._pending: list[_Entry] = []
-        self._places: dict[bytes, tuple[int, int]] = {}  # shard and item
+        self._locations: dict[bytes, tuple[int, int]] = {}  # shard and item
         self._loaded: tuple[int, dict[str, np.ndarray]] | None = None
         self._shards = sorted(self.folder.glob("signals-*.safetensors"))
         for number in range(len(self._shards)):
-            for item, key in enumerate(self._shard(number)["keys"]):
-                self._places[key.tobytes()] = number, item
+            for item, key in enumerate(self._load_shard(number)["keys"]):
+                self._locations[key.tobytes()] = number, item
 
     @classmethod
     def open(cls, folder: str | Path) -> SignalStore:
-        """An existing folder. Raises ValueError if it holds no signals."""
+        """Open an existing folder. Raises ValueError if it holds no signals."""
         about = _read_manifest(Path(folder) / MANIFEST)
         return cls(folder, about["teacher"], about["k"], about["vocabulary"])
 
@@ -91,29 +90,31 @@ class SignalStore:
         self.flush()
 
     def __len__(self) -> int:
-        return len(self._places) + len(self._pending)
+        return len(self._locations) + len(self._pending)
 
     def __contains__(self, example: Example) -> bool:
-        key = _key(example)
-        return key in self._places or any(entry.key == key for entry in self._pending)
+        key = _example_key(example)
+        return key in self._locations or any(entry.key == key for entry in self._pending)
 
     def add(self, example: Example, rows: np.ndarray, ids: np.ndarray, logprobs: np.ndarray) -> None:
-        """Keeps log-probs [n, up to k] of the labels at `rows` [n] of an example; -inf marks padding."""
+        """Add log-probs [n, up to k] for the labels at `rows` [n] of an example; -inf marks padding."""
         if not len(rows) == len(ids) == len(logprobs) or ids.shape != logprobs.shape or ids.shape[1] > self.k:
             raise ValueError(f"expected rows [n], ids and logprobs [n, up to {self.k}], got {rows.shape}, {ids.shape}")
         # Also refuses NaN.
-        if not np.all(np.exp(logprobs.astype(np.float64)).sum(1) <= 1 + _SLACK):
+        if not np.all(np.exp(logprobs.astype(np.float64)).sum(1) <= 1 + _MASS_TOLERANCE):
             raise ValueError("expected log-probs whose probabilities add up to at most 1; are they logits?")
         blank = ((0, 0), (0, self.k - ids.shape[1]))
         ids = np.pad(np.where(logprobs == -math.inf, 0, ids), blank)
         logprobs = np.pad(logprobs, blank, constant_values=-math.inf)
-        entry = _Entry(_key(example), rows.astype(np.int32), ids.astype(self._dtype), logprobs.astype(np.float32))
+        entry = _Entry(
+            _example_key(example), rows.astype(np.int32), ids.astype(self._dtype), logprobs.astype(np.float32)
+        )
         self._pending.append(entry)
         if sum(len(entry.rows) for entry in self._pending) >= _SHARD_TOKENS:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what was added since as one more shard, to a temporary name and then renamed."""
+        """Write the pending entries as one more shard, atomically."""
         if not self._pending:
             return
         entries, self._pending = self._pending, []
@@ -123,25 +124,25 @@ class SignalStore:
             **{name: np.concatenate([getattr(e, name) for e in entries]) for name in ("rows", "ids", "logprobs")},
         }
         path = self.folder / f"signals-{len(self._shards):05d}.safetensors"
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write(seal(save(tensors)))
         for item, entry in enumerate(entries):
-            self._places[entry.key] = len(self._shards), item
+            self._locations[entry.key] = len(self._shards), item
         self._shards.append(path)
 
     def fill(self, examples: Iterable[Example]) -> list[Example]:
-        """Gives each example its signals; returns those without. Raises ValueError for a broken shard."""
+        """Set the signals of each example; returns the examples without any. Raises ValueError for a broken shard."""
         self.flush()
         examples = list(examples)
-        places = [self._places.get(_key(example)) for example in examples]
-        # Shard after shard, whatever the order of the examples: each is large.
+        places = [self._locations.get(_example_key(example)) for example in examples]
+        # In the order of the shards, so that each, which is large, is loaded once.
         found = sorted((place, index) for index, place in enumerate(places) if place is not None)
         for (number, item), index in found:
             self._fill_one(examples[index], number, item)
         return [example for example, place in zip(examples, places, strict=True) if place is None]
 
     def _fill_one(self, example: Example, number: int, item: int) -> None:
-        shard = self._shard(number)
+        shard = self._load_shard(number)
         ends = shard["ends"]
         part = slice(int(ends[item - 1]) if item else 0, int(ends[item]))
         rows = shard["rows"][part].astype(np.int64)
@@ -151,7 +152,7 @@ class SignalStore:
         example.teacher_ids = shard["ids"][part].astype(np.int32)
         example.teacher_logprobs = shard["logprobs"][part].copy()  # a view would keep the shard
 
-    def _check(self, about: dict[str, Any]) -> None:
+    def _check_manifest(self, about: dict[str, Any]) -> None:
         path = self.folder / MANIFEST
         if not path.exists():
             write_text(path, json.dumps(about, indent=1))
@@ -164,8 +165,8 @@ class SignalStore:
                     "choose another folder"
                 )
 
-    def _shard(self, number: int) -> dict[str, np.ndarray]:
-        """One shard, kept until another is read. Raises ValueError, naming the file, if it is broken."""
+    def _load_shard(self, number: int) -> dict[str, np.ndarray]:
+        """One shard, cached until another is read. Raises ValueError, naming the file, if it is broken."""
         if self._loaded is None or self._loaded[0] != number:
             path = self._shards[number]
             try:
@@ -195,7 +196,7 @@ class SignalStore:
             raise ValueError(f"expected ids and logprobs [{n}, {self.k}]")
         if n and not 0 <= ids.min() <= ids.max() < self.vocabulary:
             raise ValueError(f"expected ids below {self.vocabulary}")
-        if not np.all(np.exp(logprobs.astype(np.float64)).sum(1) <= 1 + _SLACK):  # also refuses NaN
+        if not np.all(np.exp(logprobs.astype(np.float64)).sum(1) <= 1 + _MASS_TOLERANCE):  # also refuses NaN
             raise ValueError("expected log-probs whose probabilities add up to at most 1")
 
 
@@ -217,8 +218,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return dict(about)
 
 
-def _key(example: Example) -> bytes:
-    """A name for the tokens of an example and which of them are trained."""
+def _example_key(example: Example) -> bytes:
+    """A hash of an example's tokens and of where its trained tokens start."""
     first: Sequence[int] = np.flatnonzero(example.labels != IGNORE)[:1].tolist()
     data = np.array([*first, *example.input_ids], dtype="<i8").tobytes()
     return blake2b(data, digest_size=_KEY_BYTES).digest()

@@ -1,4 +1,4 @@
-r"""Roles in a trace: which characters are strategy, which are worked steps, which are the answer.
+r"""Roles of the text in a trace: which characters are strategy, worked steps or the answer.
 
     from rbfast.data.spans import ROLES, split_spans
     for span in split_spans(text):
@@ -6,14 +6,14 @@ r"""Roles in a trace: which characters are strategy, which are worked steps, whi
 
 `split_spans` is deterministic and takes time linear in the text. Five passes:
 
-1. protect: LaTeX (\( \), \[ \], $...$, $$...$$, \begin..\end) and code fences are blanked, so that no unit ends
-   inside them and no cue is read there;
-2. cut: a unit ends at a sentence end or a line break;
-3. weigh: a unit's cues (plan, reduction, change of approach, verification, monitoring, heading, sub-question) stand
-   against its share of mathematical characters, for "first, 3 * 4 = 12" is a step and "first, find the cost" a plan;
-4. heed: a plan that the teacher marked as one is strategic whatever it holds: <plan> ... </plan>, the section under a
-   Markdown heading that says plan; and so is every Markdown heading but one that states the answer;
-5. join: neighbouring units of one role become one span.
+1. Blank LaTeX (\( \), \[ \], $...$, $$...$$, \begin..\end) and code fences, so that no unit ends inside them and no
+   cue is found there.
+2. Cut the text into units at sentence ends and line breaks.
+3. Classify each unit by its cues (plan, reduction, change of approach, verification, monitoring, heading,
+   sub-question) and its share of mathematical characters: "first, 3 * 4 = 12" is a step, "first, find the cost" a plan.
+4. Make what the teacher marked as a plan strategic, whatever it contains: <plan> ... </plan>, the section under a
+   Markdown heading that says plan. Every Markdown heading is strategic too, unless it states the answer.
+5. Join neighbouring units of one role into one span.
 """
 
 import re
@@ -33,24 +33,24 @@ class Span(NamedTuple):
     role: int
 
 
-_OPENING_REACH = 24  # characters; a cue of intention further into a unit says little
+_OPENING_REACH = 24  # characters; a cue of intention further into a unit is weak evidence
 
-# Every repetition below is bounded, or cannot match in two ways: the time stays linear on any text.
+# Every repetition below is bounded or unambiguous, so that matching is linear in the text.
 
-# What is protected
+# Protected regions
 
 _BLANK = "\0"  # replaces a protected character; counts as mathematics
 _OPENER = re.compile(r"```|\$\$|(?<![\\$])\$(?=[^\s$])|\\\(|\\\[|\\begin\{[a-zA-Z]{1,20}\*?\}")
 _CLOSER = {"```": "```", "$$": "$$", "\\(": "\\)", "\\[": "\\]"}
-# pandoc's rule: neither what follows an opening dollar nor what precedes a closing one is a space, and no digit follows
-# the closing one; so "$5 and $6" is money
+# pandoc's rule: no space after an opening dollar or before a closing one, and no digit after a closing one. So
+# "$5 and $6" is money.
 _INLINE_MATH = re.compile(r"\$(?:[^$\\\n]|\\.)*(?<!\s)\$(?!\d)")
 _LONGEST_MATH = 5_000  # characters; an opener that is not closed within them protects nothing
 
-# Where units end
+# Ends of units
 
 _BREAK = re.compile(r"[.!?][.!?)\]\"'*_”]{0,8}\s+|\n\s*")
-_NO_SENTENCE_END = re.compile(  # at the end of the text before a full stop
+_NO_SENTENCE_END = re.compile(  # matched against the text before a full stop
     r"(?:^|[\s(*#_])(?:e\.g|i\.e|vs|dr|mr|ms|mrs|cf|eq|no|approx)$"
 )
 _ENUMERATOR = re.compile(r"[\s(*#_]*(?:\d{1,3}|[a-z])\.")
@@ -91,7 +91,7 @@ _MONITORING = (
     r"hmm|so far|not sure|confus(?:ed|ing|ion)|mistake|that (?:can't|doesn't|does not|seems|makes)|makes sense|"
     r"seems? (?:off|wrong|right|correct|too)|i (?:think|wonder|should|need|remember|recall|guess)"
 )
-# Cues of intention: they open a unit, and an equation outweighs them.
+# Cues of intention count only at the start of a unit, and only if it has no equation.
 _INTENTION = (
     r"(?<!the )first|firstly|to (?:begin|start|find|solve|determine|answer|calculate)|next step|"
     r"we (?:need|want|have|must) to|we can (?:use|apply|try|think|consider|start|find)|we (?:could|should|might)|"
@@ -103,7 +103,7 @@ _CUE = re.compile(
     rf"(?<![a-z])(?:({'|'.join((_PLAN, _REDUCTION, _CHANGE, _VERIFICATION, _MONITORING))})|(?:{_INTENTION}))(?![a-z])"
 )
 
-# Opening words and marks that say nothing of the role: "2. **So, ...", "Okay, but ..."
+# Opening words and marks that are no evidence of a role: "2. **So, ...", "Okay, but ..."
 _LEAD = (
     r"[\s>#*_(\[\"'\-•]{0,12}(?:(?:\d{1,3}|[a-z])[.)]\s{1,4})?[*_]{0,3}"
     r"(?:(?:so|but|and|okay|ok|well|oh|ah|yes|no|right|now|then|also|alright|thus|therefore|hence)\b[,.!\s]{1,4}){0,4}"
@@ -127,7 +127,7 @@ _HEADING = (
 )
 _OPENING = re.compile(rf"{_HEADING}|{_LEAD}(?:{_QUESTION}|{_INSTRUCTION})")
 
-# What a teacher marked as a plan
+# Plans that a teacher marked
 
 _LONGEST_PLAN = 5_000  # characters; a tag that is not closed within them marks nothing
 _TAGGED = re.compile(rf"<(plan|strategy|approach|outline)>(?:(?!<\1>).){{0,{_LONGEST_PLAN}}}?</\1>", re.DOTALL)
@@ -136,13 +136,13 @@ _SAYS_PLAN = re.compile(r"\b(?:plan|strategy|approach|outline|roadmap)\b")
 
 
 def split_spans(text: str) -> list[Span]:
-    """The roles of `text`: spans that tile it exactly, neighbours of different roles. Empty text gives no span."""
+    """Spans that tile `text` exactly, neighbours of different roles. Empty text gives no span."""
     if not text:
         return []
     blanked = _fold_case(_blank_protected(text))
-    ends, asks = _cut(blanked)
-    roles = _weigh(blanked, ends, asks)
-    plans, headings = _marked_by_teacher(blanked)
+    ends, are_questions = _cut_units(blanked)
+    roles = _classify(blanked, ends, are_questions)
+    plans, headings = _plans_and_headings(blanked)
     if plans or headings:
         role_of = np.repeat(roles, np.diff(ends, prepend=0))
         for start, end in headings:
@@ -163,10 +163,10 @@ def _fold_case(text: str) -> str:
 
 def _blank_protected(text: str) -> str:
     pieces: list[str] = []
-    barren: dict[str, int] = {}
+    searched_to: dict[str, int] = {}
     done = position = 0
     while opener := _OPENER.search(text, position):
-        end = _protected_end(text, opener, barren)
+        end = _protected_end(text, opener, searched_to)
         if end < 0:
             position = opener.end()
             continue
@@ -177,10 +177,10 @@ def _blank_protected(text: str) -> str:
     return "".join([*pieces, text[done:]])
 
 
-def _protected_end(text: str, opener: re.Match[str], barren: dict[str, int]) -> int:
-    """Where the region that `opener` opens ends, or -1 if it protects nothing.
+def _protected_end(text: str, opener: re.Match[str], searched_to: dict[str, int]) -> int:
+    """The end of the region that `opener` opens, or -1 if it is not closed.
 
-    `barren` keeps how far each closer was looked for in vain, so that no character is searched twice for it.
+    `searched_to` holds how far each closer was searched for in vain, so that no character is searched twice for it.
     """
     mark, start = opener.group(), opener.end()
     if mark == "$":
@@ -188,66 +188,66 @@ def _protected_end(text: str, opener: re.Match[str], barren: dict[str, int]) -> 
         return closed.end() if closed else -1
     closer = _CLOSER.get(mark) or mark.replace("\\begin", "\\end")
     limit = len(text) if mark == "```" else start + _LONGEST_MATH
-    found = text.find(closer, max(start, barren.get(closer, 0)), limit)
+    found = text.find(closer, max(start, searched_to.get(closer, 0)), limit)
     if found < 0:
-        barren[closer] = limit - len(closer) + 1
+        searched_to[closer] = limit - len(closer) + 1
         return len(text) if mark == "```" else -1  # an open fence runs to the end, as in Markdown
     return found + len(closer)
 
 
-def _cut(blanked: str) -> tuple[np.ndarray, np.ndarray]:
-    """The ends of the units, int64 [units], and whether each is closed by a question mark, bool [units]."""
+def _cut_units(blanked: str) -> tuple[np.ndarray, np.ndarray]:
+    """The ends of the units, int64 [units], and whether each ends in a question mark, bool [units]."""
     ends: list[int] = []
-    asks: list[bool] = []
+    are_questions: list[bool] = []
     start = 0
     for found in _BREAK.finditer(blanked):
         stop, end = found.span()
-        if blanked[stop] == "." and _keeps_going(blanked, start, stop):
+        if blanked[stop] == "." and _is_abbreviation(blanked, start, stop):
             continue
         ends.append(end)
-        asks.append(blanked[stop] != "\n" and "?" in found.group())
+        are_questions.append(blanked[stop] != "\n" and "?" in found.group())
         start = end
     if start < len(blanked):
         ends.append(len(blanked))
-        asks.append("?" in blanked[max(start, len(blanked) - 8) :])
-    return np.array(ends), np.array(asks)
+        are_questions.append("?" in blanked[max(start, len(blanked) - 8) :])
+    return np.array(ends), np.array(are_questions)
 
 
-def _keeps_going(blanked: str, start: int, stop: int) -> bool:
+def _is_abbreviation(blanked: str, start: int, stop: int) -> bool:
     """Whether the full stop at `stop` follows an abbreviation, or an enumerator that opens the unit ("2. Then")."""
     if stop - start <= 8 and _ENUMERATOR.fullmatch(blanked, start, stop + 1):
         return True
     return _NO_SENTENCE_END.search(blanked[max(start, stop - 8) : stop]) is not None
 
 
-def _weigh(blanked: str, ends: np.ndarray, asks: np.ndarray) -> np.ndarray:
+def _classify(blanked: str, ends: np.ndarray, are_questions: np.ndarray) -> np.ndarray:
     """The role of each unit, int64 [units]."""
     starts = np.append(0, ends[:-1])
     codes = np.frombuffer(blanked.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    density = _count(codes, _MATH_CHARACTERS, starts) / (ends - starts)
-    relation = _count(codes, _RELATIONS, starts) > 0
+    density = _count_characters(codes, _MATH_CHARACTERS, starts) / (ends - starts)
+    relation = _count_characters(codes, _RELATIONS, starts) > 0
     cues = [(cue.start(), cue.lastindex is not None) for cue in _CUE.finditer(blanked)]
-    strong = _marked(starts, [at for at, is_strong in cues if is_strong])
-    intends = _marked(starts, [at for at, is_strong in cues if not is_strong], reach=_OPENING_REACH)
-    answers = _marked(starts, [found.start() for found in _ANSWER.finditer(blanked)])
+    strong = _units_with(starts, [at for at, is_strong in cues if is_strong])
+    intends = _units_with(starts, [at for at, is_strong in cues if not is_strong], reach=_OPENING_REACH)
+    answers = _units_with(starts, [found.start() for found in _ANSWER.finditer(blanked)])
 
-    strategic = (asks & (density < 0.5)) | (strong & (density < np.where(relation, 0.12, 0.25)))
+    strategic = (are_questions & (density < 0.5)) | (strong & (density < np.where(relation, 0.12, 0.25)))
     prose = ~relation & (density < 0.2)
     strategic |= prose & intends & (density < 0.1)
     for unit in np.flatnonzero(prose & ~strategic & ~answers).tolist():
         strategic[unit] = _OPENING.match(blanked, starts[unit], ends[unit]) is not None
-    return np.where(answers & ~asks, ANSWER, np.where(strategic, STRATEGIC, TACTICAL))
+    return np.where(answers & ~are_questions, ANSWER, np.where(strategic, STRATEGIC, TACTICAL))
 
 
-def _marked_by_teacher(blanked: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Where marked plans and headings are.
+def _plans_and_headings(blanked: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The character ranges of marked plans, and of headings.
 
-    A section ends at the next heading of its level or above. One that no heading ends may hold the solution too: it is
-    no plan.
+    A section ends at the next heading of its level or above. A section that runs to the end of the text may contain the
+    solution too, so it is not a plan.
     """
     plans = [tag.span() for tag in _TAGGED.finditer(blanked)]
     headings = [*_HEADED.finditer(blanked)]
-    open_: list[tuple[int, int]] = []  # sections that say plan: level, start
+    open_: list[tuple[int, int]] = []  # open plan sections: (level, start)
     for heading in headings:
         level = len(heading[1] or "#######")  # a line in bold is below every #
         while open_ and open_[-1][0] >= level:
@@ -257,14 +257,14 @@ def _marked_by_teacher(blanked: str) -> tuple[list[tuple[int, int]], list[tuple[
     return plans, [heading.span() for heading in headings]
 
 
-def _count(codes: np.ndarray, characters: str, starts: np.ndarray) -> np.ndarray:
+def _count_characters(codes: np.ndarray, characters: str, starts: np.ndarray) -> np.ndarray:
     """How many of `characters` each unit holds, int64 [units]."""
     table = np.zeros(0x10000, dtype=np.int64)
     table[[ord(character) for character in characters]] = 1
     return np.add.reduceat(table[np.minimum(codes, 0xFFFF)], starts)
 
 
-def _marked(starts: np.ndarray, positions: list[int], reach: int | None = None) -> np.ndarray:
+def _units_with(starts: np.ndarray, positions: list[int], reach: int | None = None) -> np.ndarray:
     """Which units hold one of `positions` (among their first `reach` characters, if given), bool [units]."""
     at = np.array(positions, dtype=np.int64)
     units = np.searchsorted(starts, at, side="right") - 1

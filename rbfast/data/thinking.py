@@ -1,13 +1,13 @@
-r"""How a model's chat template writes an assistant's turn: where its thinking stands, and what ends the turn.
+r"""How a model's chat template renders an assistant's turn: where its thinking goes, and what ends the turn.
 
 ```python
 found = thinking_format(tokenizer)                       # of Qwen3: kind "reply", opener "<think>\n"
 "".join(found.pieces("2 + 2 = 4", "It is 4."))           # "<think>\n2 + 2 = 4\n</think>\n\nIt is 4."
 ```
 
-It is found by rendering: a turn with a thought in every form that templates know, beside the generation prompt. What is
-rendered after that prompt is what the model writes. A template that drops the thought of a last turn (R1 distills)
-shows only how a turn begins and ends; the thought then stands in the tags that the template names.
+The format is detected by rendering: a turn with a thought, in every form that templates accept, is compared with the
+generation prompt. The text after that prompt is what the model writes. A template that drops the thought of a turn (R1
+distills) shows only how a turn begins and ends; the thought then goes into the tags that the template names.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ Kind = Literal["none", "reply", "prompt", "channels"]
 Message = Mapping[str, Any]
 
 _ASKED, _THOUGHT, _SAID, _NEXT = "RBFASTASKED", "RBFASTTHOUGHT", "RBFASTSAID", "RBFASTNEXT"
-# Not every template thinks unless it is told to.
+# Some templates render thinking only if it is switched on.
 _SWITCHES: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": True}, {"thinking": True})
 _OFF: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": False}, {"thinking": False})
 _FIELDS = ("reasoning_content", "thinking", "reasoning")
 _TAGS = tuple((opener, closer) for opener, closer, is_sure in THINKING if is_sure)
-_TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
-_DAY = datetime(2024, 7, 26)  # which Llama 3.1's template names if it cannot tell the day
-# A template's own name for such a switch.
+_DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+_FIXED_DAY = datetime(2024, 7, 26)  # the default of Llama 3.1's template
+# A switch under a name of the template's own.
 _SWITCH = re.compile(r"\bif (?:not )?(\w*(?:think|reason)\w*)\b(?! *[.(])")
 
 
@@ -45,17 +45,18 @@ class ThinkingFormat:
     """What a model writes after its generation prompt: opener, thought, closer, reply, tail, and the end of the turn.
 
     Attributes:
-        kind: "none", no thinking; "reply", the model opens it; "prompt", the prompt has opened it; "channels", thought
-            and reply are messages of their own.
-        opening: how the generation prompt ends, after the problem.
+        kind: "none": no thinking. "reply": the model opens the thinking. "prompt": the prompt opens it. "channels":
+            thought and reply are separate messages.
+        opening: the end of the generation prompt, after the problem.
         opener: written before the thought; before the reply if there is no thinking.
         closer: written between thought and reply; empty if there is no thinking.
-        tail: written after the reply, before the token `end`, which is None if nothing ends a turn.
-        switches: what the chat template must be told besides the messages.
-        is_composed: the template drops a turn's thought; the tags are from its text, the spaces from its prompts.
-        takes_parts: contents are lists of blocks, not texts.
-        trims: white space around a reply is not written.
-        adds_blank: the tokenizer puts a blank of its own before every text.
+        tail: written after the reply, before the token `end`.
+        end: the id of the token that ends the turn; None if nothing does.
+        switches: arguments of the chat template besides the messages.
+        is_composed: the template drops a turn's thought; the tags come from its source, the spaces from its prompts.
+        takes_parts: contents are lists of blocks, not strings.
+        trims: white space around a reply is removed.
+        adds_blank: the tokenizer puts a space before every text.
     """
 
     kind: Kind = "none"
@@ -76,14 +77,14 @@ class ThinkingFormat:
 
     @property
     def close(self) -> str:
-        """The mark that ends the thinking, without the space around it; empty if there is no thinking."""
+        """The tag that ends the thinking, without the space around it; empty if there is no thinking."""
         return self.closer.strip()
 
     def pieces(self, thought: str, said: str) -> tuple[str, str, str, str, str]:
-        """What is written after the prompt: opener, thought, closer, reply, tail; the token `end` follows.
+        """What is written after the prompt: opener, thought, closer, reply, tail. The token `end` follows.
 
-        White space around a thought, and around a reply to one, is not written. Without thinking `thought` must be
-        empty. Raises ValueError for a thought that holds the mark of its own end.
+        White space around a thought, and around the reply after it, is removed. Without thinking `thought` must be
+        empty. Raises ValueError for a thought that contains its own closing tag.
         """
         if self.thinks:
             thought = thought.strip()
@@ -92,20 +93,20 @@ class ThinkingFormat:
         return self.opener, thought, self.closer, said.strip() if self.thinks or self.trims else said, self.tail
 
 
-_FOUND: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, ThinkingFormat]] = WeakKeyDictionary()
+_CACHE: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, ThinkingFormat]] = WeakKeyDictionary()
 
 
 def thinking_format(tokenizer: PreTrainedTokenizerBase) -> ThinkingFormat:
-    """The format of a tokenizer's chat template, found once; without a template a turn is its text and the eos token.
+    """The format of a tokenizer's chat template (cached). Without a template, a turn is its text and the eos token.
 
     Raises:
-        ValueError: the template leaves the problem out, or renders a turn that does not continue its own generation
-            prompt; the message shows both.
+        ValueError: the template omits the problem, or renders a turn that does not continue its generation prompt; the
+            message shows both.
     """
     state = (str(tokenizer.chat_template), tokenizer.eos_token, tokenizer.bos_token, len(tokenizer))
-    held = _FOUND.get(tokenizer)
+    held = _CACHE.get(tokenizer)
     if held is None or held[0] != state:
-        held = _FOUND[tokenizer] = state, _find(tokenizer)
+        held = _CACHE[tokenizer] = state, _detect(tokenizer)
     return held[1]
 
 
@@ -116,42 +117,42 @@ def render(
     switches: Mapping[str, Any],
     takes_parts: bool = False,
 ) -> str:
-    """The chat template's text of a conversation; with `open_reply` up to where the model goes on.
+    """Render a conversation with the chat template; with `open_reply`, up to where the model continues.
 
-    A template that names the day of the rendering names always the same one: a trace has the same tokens tomorrow.
+    A template that writes today's date always gets the same one, so that a trace has the same tokens every day.
     """
     turns = [{**turn, "content": _parts(turn["content"])} for turn in messages] if takes_parts else list(messages)
     template = str(tokenizer.get_chat_template())
-    dated = {"chat_template": _TODAY.sub(_on_that_day, template)} if _TODAY.search(template) else {}
+    dated = {"chat_template": _DATE_CALL.sub(_fixed_date, template)} if _DATE_CALL.search(template) else {}
     return str(
         tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=open_reply, **dated, **switches)  # type: ignore[arg-type]
     )
 
 
-def _on_that_day(call: re.Match[str]) -> str:
-    return repr(_DAY.strftime(call[2]))
+def _fixed_date(call: re.Match[str]) -> str:
+    return repr(_FIXED_DAY.strftime(call[2]))
 
 
 def _parts(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-def _find(tokenizer: PreTrainedTokenizerBase) -> ThinkingFormat:
+def _detect(tokenizer: PreTrainedTokenizerBase) -> ThinkingFormat:
     if tokenizer.chat_template is None:
         return ThinkingFormat(end=tokenizer.eos_token_id, adds_blank=_adds_blank(tokenizer))
-    template = _Template(tokenizer)
+    template = _TemplateProbe(tokenizer)
     known = (*_SWITCHES, *template.own_switches())
-    shown = [found for switches in known if (found := template.shown(switches)) is not None]
+    shown = [found for switches in known if (found := template.detect_rendered(switches)) is not None]
     if shown:  # a switch that changes the prompt asks for the thought
         plain = template.prompt(shown[0].switches)
         return next((found for found in shown if template.prompt(found.switches) != plain), shown[0])
     if template.refused is not None:
         raise template.unknown(*template.refused)
-    return template.composed() or template.plain()
+    return template.detect_composed() or template.detect_plain()
 
 
-class _Template:
-    """A chat template that is tried out."""
+class _TemplateProbe:
+    """Renders probe conversations with a chat template, to detect its format."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -168,14 +169,14 @@ class _Template:
                 )
 
     def prompt(self, switches: Mapping[str, Any]) -> str:
-        return render(self.tokenizer, [_asked()], True, switches, self.takes_parts)
+        return render(self.tokenizer, [_user_message()], True, switches, self.takes_parts)
 
     def turn(self, message: Message, switches: Mapping[str, Any], *after: Message) -> str | None:
-        """The conversation up to this reply, or None if the template refuses it."""
+        """The rendered conversation, or None if the template raises an error."""
         from jinja2.exceptions import TemplateError
 
         try:
-            return render(self.tokenizer, [_asked(), message, *after], False, switches, self.takes_parts)
+            return render(self.tokenizer, [_user_message(), message, *after], False, switches, self.takes_parts)
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError):
             return None
 
@@ -186,64 +187,66 @@ class _Template:
             f"{turn[turn.find(_ASKED) + len(_ASKED) :][-240:]!r}; set another tokenizer.chat_template"
         )
 
-    # ------------------------------------------------------------------------------------------------- three ways
+    # ------------------------------------------------------------------------------------------- the three detectors
 
-    def shown(self, switches: Mapping[str, Any]) -> ThinkingFormat | None:
+    def detect_rendered(self, switches: Mapping[str, Any]) -> ThinkingFormat | None:
         """The format of a template that renders the thought of a turn."""
         prompt = self.prompt(switches)
-        for message in self._forms(prompt):
+        for message in self._thinking_turns(prompt):
             turn = self.turn(message, switches)
             if turn is None or _THOUGHT not in turn:
                 continue
-            written = _continuing(turn, prompt)
+            written = _continuation(turn, prompt)
             before, _, rest = written.partition(_THOUGHT)
             closer, said, after = rest.partition(_SAID)
             if not said or not closer.strip() or _THOUGHT in after or "'type'" in closer:
                 self.refused = self.refused or (prompt, turn)
                 if written:
                     return None
-                continue  # a turn in another form may go on from this prompt
-            kind: Kind = "channels" if _opens_again(closer) else "reply" if before.strip() else "prompt"
+                continue  # a turn in another form may continue this prompt
+            kind: Kind = "channels" if _opens_channel(closer) else "reply" if before.strip() else "prompt"
             return self._format(kind, switches, after, opener=before, closer=closer)
         return None
 
-    def _forms(self, prompt: str) -> Iterator[Message]:
-        """A turn with a thought, in the forms that templates know."""
+    def _thinking_turns(self, prompt: str) -> Iterator[Message]:
+        """A turn with a thought, in each form that templates accept."""
         for name in _FIELDS:
-            yield _said(_SAID, **{name: _THOUGHT})
+            yield _assistant_message(_SAID, **{name: _THOUGHT})
         if "thinking" in self.text:
-            yield _said([{"type": "thinking", "thinking": _THOUGHT}, {"type": "text", "text": _SAID}])
+            yield _assistant_message([{"type": "thinking", "thinking": _THOUGHT}, {"type": "text", "text": _SAID}])
         if "blocks" in self.text:
             thought, said = {"type": "thoughts", "text": _THOUGHT}, {"type": "response", "text": _SAID}
-            yield _said({"blocks": [thought, said]})
+            yield _assistant_message({"blocks": [thought, said]})
         if self.tags is not None:
-            opener, closer = self._spaced(prompt)
-            yield _said(f"{opener}{_THOUGHT}{closer}{_SAID}")
-            if not opener:  # a turn that has to say again what the prompt opened
-                yield _said(f"{prompt[prompt.rindex(self.tags[0]) :]}{_THOUGHT}{closer}{_SAID}")
+            opener, closer = self._spaced_tags(prompt)
+            yield _assistant_message(f"{opener}{_THOUGHT}{closer}{_SAID}")
+            if not opener:  # some templates want the turn to repeat the tag that the prompt opened
+                yield _assistant_message(f"{prompt[prompt.rindex(self.tags[0]) :]}{_THOUGHT}{closer}{_SAID}")
 
-    def composed(self) -> ThinkingFormat | None:
-        """The format of a template that names tags, and drops what stands in them."""
+    def detect_composed(self) -> ThinkingFormat | None:
+        """The format of a template that names thinking tags but drops the thought in them."""
         if self.tags is None:
             return None
         opener = self.tags[0]
         for switches in sorted(_SWITCHES, key=lambda switches: opener not in self.prompt(switches)):
-            prompt, turn = self.prompt(switches), self.turn(_said(_SAID), switches)
+            prompt, turn = self.prompt(switches), self.turn(_assistant_message(_SAID), switches)
             if turn is None or prompt.rstrip().endswith(self.tags[1]):
                 continue  # this prompt closes the thinking
-            opener, closer = self._spaced(prompt)
+            opener, closer = self._spaced_tags(prompt)
             after = turn.partition(_SAID)[2]
             return self._format("reply" if opener else "prompt", switches, after, opener, closer, is_composed=True)
         return None
 
-    def plain(self) -> ThinkingFormat:
-        """The format of a template that knows no thinking."""
-        prompt, turn = self.prompt({}), self.turn(_said(_SAID), {}) or ""
-        opener, said, after = _continuing(turn, prompt).partition(_SAID)
+    def detect_plain(self) -> ThinkingFormat:
+        """The format of a template without thinking."""
+        prompt, turn = self.prompt({}), self.turn(_assistant_message(_SAID), {}) or ""
+        opener, said, after = _continuation(turn, prompt).partition(_SAID)
         if not said:
             raise self.unknown(prompt, turn)
         blank = f" \n{_SAID}\n "
-        return self._format("none", {}, after, opener, trims=blank not in (self.turn(_said(blank), {}) or ""))
+        return self._format(
+            "none", {}, after, opener, trims=blank not in (self.turn(_assistant_message(blank), {}) or "")
+        )
 
     def _format(
         self, kind: Kind, switches: Mapping[str, Any], after: str, opener: str = "", closer: str = "", **rest: Any
@@ -253,25 +256,25 @@ class _Template:
         rest |= {"takes_parts": self.takes_parts, "adds_blank": _adds_blank(self.tokenizer)}
         return ThinkingFormat(kind, opening, opener, closer, tail, end, switches, **rest)
 
-    # ------------------------------------------------------------------------------------------------- their parts
+    # ------------------------------------------------------------------------------------- what the detectors share
 
     @cached_property
     def tags(self) -> tuple[str, str] | None:
-        """The tags of thinking that the template's text names."""
+        """The thinking tags in the template's source or prompt."""
         opening = self.prompt({}).rstrip()
         return next((tags for tags in _TAGS if tags[1] in self.text or opening.endswith(tags[0])), None)
 
     def own_switches(self) -> list[dict[str, Any]]:
-        """Switches by names that only this template has, if they open the thinking or speak of it in the prompt."""
+        """Switches that only this template has, if they put the opening tag into the prompt."""
         if self.tags is None or self.tags[0] in self.prompt({}):
             return []
         names = dict.fromkeys(_SWITCH.findall(self.text))
         return [{name: True} for name in names if self.tags[0] in self.prompt({name: True})]
 
-    def _spaced(self, prompt: str) -> tuple[str, str]:
-        """What is written before and after a thought, spaces included, if the prompt is this one.
+    def _spaced_tags(self, prompt: str) -> tuple[str, str]:
+        """What is written before and after a thought for this prompt, spaces included.
 
-        The empty thought that a prompt without thinking opens and closes shows the spaces.
+        A prompt that switches thinking off opens and closes an empty thought: that shows the spaces.
         """
         assert self.tags is not None
         opener, closer = self.tags
@@ -287,8 +290,8 @@ class _Template:
     def _ending(self, after: str, switches: Mapping[str, Any], opening: str) -> tuple[str, int | None]:
         """What ends a turn: some text, then a token.
 
-        The token is the added one that the template writes after the reply, else one that opens the next turn, else
-        eos. If several follow the reply, it is the one that ends a question too: the others end only the reply.
+        The token is the added token that the template writes after the reply; else the one that opens the next turn;
+        else eos. If several follow the reply, it is the one that ends a user's turn too.
         """
         numbers = {token.content: number for number, token in self.tokenizer.added_tokens_decoder.items()}
         added = added_tokens(self.tokenizer)
@@ -296,7 +299,7 @@ class _Template:
             if found := list(added.finditer(after)):
                 match = next((one for one in found if one[0] in opening), found[0])
                 return after[: match.start()], numbers[match[0]]
-            longer = self.turn(_said(_SAID), switches, {"role": "user", "content": _NEXT}) or ""
+            longer = self.turn(_assistant_message(_SAID), switches, {"role": "user", "content": _NEXT}) or ""
             header = added.match(longer.partition(_SAID)[2].lstrip())
             if header and header[0] != self.tokenizer.bos_token:
                 return "", numbers[header[0]]
@@ -304,7 +307,7 @@ class _Template:
 
 
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    """What finds the tokens beside the vocabulary's own (tags, ends of turns) in a text; None if there are none."""
+    """A pattern that finds the added tokens (tags, ends of turns) in a text; None if the tokenizer has none."""
     texts = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content]
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True)))) if texts else None
 
@@ -314,21 +317,21 @@ def _adds_blank(tokenizer: PreTrainedTokenizerBase) -> bool:
     return str(tokenizer.decode(twice, clean_up_tokenization_spaces=False)).strip() == "a a"
 
 
-def _asked() -> Message:
+def _user_message() -> Message:
     return {"role": "user", "content": _ASKED}
 
 
-def _said(content: Any, **fields: str) -> Message:
+def _assistant_message(content: Any, **fields: str) -> Message:
     return {"role": "assistant", "content": content, **fields}
 
 
-def _continuing(turn: str, prompt: str) -> str:
-    """What a turn writes after its prompt, which may end in more white space; empty if it does not continue it."""
+def _continuation(turn: str, prompt: str) -> str:
+    """The text of a turn after its prompt, which may end in more white space; empty if it does not continue it."""
     if turn.startswith(prompt):
         return turn[len(prompt) :]
     short = prompt.rstrip()
     return turn[len(short) :].lstrip() if turn.startswith(short) and short.endswith(tuple(o for o, _ in _TAGS)) else ""
 
 
-def _opens_again(closer: str) -> bool:
+def _opens_channel(closer: str) -> bool:
     return "<|channel|>" in closer

@@ -1,4 +1,4 @@
-r"""One notation for answers: what people, keyboards and models write in many ways becomes plain LaTeX.
+r"""Normalize the notation of answers: the many spellings of people and models become plain LaTeX.
 
 ```python
 normalize("−√13 ⁄ 2")                      # "-\sqrt{13} / 2"
@@ -12,8 +12,8 @@ import functools
 import re
 import unicodedata
 
-from rbfast.data.answers import closing
-from rbfast.grading.units import SIGNS
+from rbfast.data.answers import closing_brace
+from rbfast.grading.units import CURRENCY_SIGNS
 
 _SIGNS = {
     **dict.fromkeys("−–—‐‑‒﹣－⁻", "-"),
@@ -71,11 +71,11 @@ _RULES = [
         (r"\\\\(?:\[\d+\w+\])?(?![a-zA-Z])", r" \\\\ "),
         (r"(?<!\\)\\[()\[\]]", " "),
         (r"\\(?:underline|(?:text)?color\s*\{\w+\})(?=\s*\{)|(?<!\\)\\$", ""),
-        (rf"\\text\{{\s*(\\?[{SIGNS}])\s*\}}", r"\1"),
+        (rf"\\text\{{\s*(\\?[{CURRENCY_SIGNS}])\s*\}}", r"\1"),
         (r"\s*(?:\\text\{\s*)?\((?:rounded|correct|to the nearest|approx)[^()]*\)\}?$", ""),
         (r"^(?:about|around|roughly|approximately|exactly|either|both)\s+(?=\S)", ""),
         (r"^(?:minus|negative)\s+(?=[\d.\\$])", "-"),
-        (r"(?<=\d)'(?=\d{3}(?!\d))", "\u200b"),  # groups digits in Switzerland
+        (r"(?<=\d)'(?=\d{3}(?!\d))", "\u200b"),  # Swiss thousands separator
         (r"(?<=[\w)}]) & (?=[\w(\\-])(?!.*\\end)(?<!\\begin)", " and "),
         (r"(\d*\.\d*)\\(?:bar|dot)\s*\{?(\d+)\}?", r"\1\\overline{\2}"),
         (r"(?<!\d)(\d+\.)\((\d+)\)", r"\1\\overline{\2}"),
@@ -93,7 +93,7 @@ _RULES = [
             r"\1\\frac{\2\\pi}{180}",
         ),
         (r"\\log_\s*(\d)", r"\\log_{\1}"),
-        (r"\{,\}|, ?\\[!,]\s*", "\u200b"),  # no doubt that it groups digits
+        (r"\{,\}|, ?\\[!,]\s*", "\u200b"),  # certainly a thousands separator
         (r"(?<=\d)\\!(?=\d)", ""),
         (r"(?<=\d)(?:\\,|~)(?=\d{3}(?!\d))", "\u200b"),
         (r"\\!", ""),
@@ -102,11 +102,11 @@ _RULES = [
             r"(^|\(|\\(?:land|lor|wedge|vee|to|rightarrow|Rightarrow|implies)(?![a-zA-Z]))\s*\\sim(?![a-zA-Z])",
             r"\1\\neg ",
         ),
-        (r"(?<![^\s(\[~>&|^])~(?=~|[a-zA-Z](?![a-zA-Z])|\([\s~]*[a-zA-Z])", r"\\neg "),  # else it is a space
+        (r"(?<![^\s(\[~>&|^])~(?=~|[a-zA-Z](?![a-zA-Z])|\([\s~]*[a-zA-Z])", r"\\neg "),  # any other tilde is a space
         (r"(?<!\\)\\[,;:> ]|~|\\(?:quad|qquad|thinspace|enspace|hfill)(?![a-zA-Z])", " "),
         (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|mathstrut)(?![a-zA-Z])\s*\.?(?=[^\d]|$)", ""),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-        (r"\\(?:mathrm|text)\s*\{\s*([ei])\s*\}", r"\1"),  # the numbers, upright
+        (r"\\(?:mathrm|text)\s*\{\s*([ei])\s*\}", r"\1"),  # the constants e and i, upright
         (
             r"\\(?:mathrm|mathbf|mathit|mathsf|textbf|textit|textrm|textnormal|mbox|operatorname\*?|bf|rm)\s*\{",
             r"\\text{",
@@ -133,7 +133,7 @@ _RULES = [
         (r"\\%", "%"),
         (r"\\\$", "$"),
         (r"\\#", "#"),
-        (r"\\text\{\s*(\$?-?\d[\d.,]*)", r"\1\\text{"),  # a number in words' clothes
+        (r"\\text\{\s*(\$?-?\d[\d.,]*)", r"\1\\text{"),  # a number inside \text
         (r"\\text\{\s*\}(?:\s*\^\s*\{?\s*\d\s*\}?)?", ""),
         (r"\*\*(?=\s*[\d({-])(?<=[\w)}]\*\*)", "^"),
         (r"(?<![\\a-zA-Z])sqrt(?![a-zA-Z])", r"\\sqrt"),
@@ -155,7 +155,7 @@ _BASE = re.compile(
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _LINES = re.compile(r"\\begin\{(cases|aligned|align\*?|gathered)\}(.*)\\end\{\1\}", re.DOTALL)
 _DOTS = re.compile(r"(?:\.{3}|…|\\(?:ldots|dots|cdots)(?![a-zA-Z]))")
-# A decimal whose last digits come three times (two for a group of several) and go on.
+# A decimal that repeats a digit three times (or a group of digits twice) before dots.
 _ENDLESS = re.compile(
     r"(?P<fixed>(?<!\d)\d*\.\d*?)(?:(?P<one>\d)(?P=one){2,}|(?P<several>\d{2,9}?)(?P=several)+)"
     rf"\s*{_DOTS.pattern}"
@@ -167,20 +167,20 @@ _COMMAND = re.compile(r"\\[a-zA-Z]+(?:\[[^\]]*\])?")
 
 @functools.lru_cache(maxsize=1024)
 def normalize(text: str) -> str:
-    r"""An answer in plain LaTeX: ASCII, `\frac` and `\sqrt` with braces, without spacing, sizing, boxes, dollars and
-    the full stop at its end. Digits that are surely grouped (`1{,}234`, `1\,234`, a thin space) are joined.
+    r"""An answer in plain LaTeX: ASCII, `\frac` and `\sqrt` with braces, without spacing, sizing, boxes, dollar signs
+    and final full stop. Certain thousands separators (`1{,}234`, `1\,234`, a thin space) are removed.
     """
-    text = _ENDLESS.sub(_repeated, text) if _DOTS.search(text) else text
+    text = _ENDLESS.sub(_with_overline, text) if _DOTS.search(text) else text
     text = unbox(_ascii(text))
-    text = _unlisted(_turned_brackets(_undollared(_EDGES.sub("", text))))
+    text = _environment_lines(_french_interval(_strip_dollars(_EDGES.sub("", text))))
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
-    text = braced(_BASE.sub(_numbered_base, text.replace("\u200b", "")))
+    text = add_braces(_BASE.sub(_numbered_base, text.replace("\u200b", "")))
     lines = r"\s+" if r"\begin" in text else r"[^\S\n]+"
     return _EDGES.sub("", re.sub(lines, " ", text)).strip()
 
 
-def _repeated(match: re.Match[str]) -> str:
+def _with_overline(match: re.Match[str]) -> str:
     """`0.1666...` as `0.1\\overline{6}`."""
     return rf"{match['fixed']}\overline{{{match['one'] or match['several']}}}"
 
@@ -191,16 +191,16 @@ def _numbered_base(match: re.Match[str]) -> str:
     return f"_{{{base}}}" if base.isdigit() else match[0]
 
 
-def _turned_brackets(text: str) -> str:
-    """An open interval with its brackets turned outwards, `]1, 3[`, as `(1, 3)`."""
+def _french_interval(text: str) -> str:
+    """The French notation of an open interval, `]1, 3[`, as `(1, 3)`."""
     match = re.fullmatch(r"([\[\]])([^\[\]()]*[,;][^\[\]()]*)([\[\]])", text)
     if match is None:
         return text
     return f"{'(' if match[1] == ']' else '['}{match[2]}{')' if match[3] == '[' else ']'}"
 
 
-def _unlisted(text: str) -> str:
-    """The lines of `\\begin{cases} x = 1 \\\\ y = 2 \\end{cases}`; a function in pieces, which has an `&`, stays."""
+def _environment_lines(text: str) -> str:
+    """The lines of `\\begin{cases} x = 1 \\\\ y = 2 \\end{cases}`. A piecewise function, which has an `&`, stays."""
     match = _LINES.fullmatch(text)
     lines = re.sub(r"&\s*=", "=", match[2]) if match else text
     return text if "&" in lines else lines.strip()
@@ -212,10 +212,10 @@ def _ascii(text: str) -> str:
     text = _RAISED.sub(lambda match: f"^{{{match[0].translate(_UP)}}}", text)
     text = _LOWERED.sub(lambda match: f"_{{{match[0].translate(_DOWN)}}}", text)
     text = re.sub(r"(?<=\d)[\u2009\u202f\u2006\u00a0\u2007](?=\d{3}(?!\d))", "", text)
-    return "".join(map(_letter, text))
+    return "".join(map(_ascii_letter, text))
 
 
-def _letter(letter: str) -> str:
+def _ascii_letter(letter: str) -> str:
     if letter.isascii():
         return letter
     if letter in _SIGNS:
@@ -223,37 +223,37 @@ def _letter(letter: str) -> str:
     if unicodedata.decimal(letter, None) is not None:
         return str(unicodedata.decimal(letter))
     plain = unicodedata.normalize("NFKC", letter)
-    if "\u2044" in plain:  # a fraction in one letter; the space makes 3½ a mixed number
+    if "\u2044" in plain:  # a vulgar fraction such as ½
         above, _, below = plain.partition("\u2044")
         return rf"\frac{{{above}}}{{{below}}}"
     return "".join(_SIGNS.get(part, part) for part in plain)
 
 
-def bare(text: str) -> str:
-    r"""Words without the `\text{}` around them."""
+def without_text_command(text: str) -> str:
+    r"""The text without `\text{}` around words."""
     return re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
 
 
 def unbox(text: str) -> str:
-    r"""Without `\boxed{}` around what it holds."""
+    r"""The text without `\boxed{}` around its content."""
     while match := _BOX.search(text):
-        end = closing(text, match.end() - 1)
+        end = closing_brace(text, match.end() - 1)
         if end is None:
             return text[: match.start()] + text[match.end() :]
         text = text[: match.start()] + text[match.end() : end] + text[end + 1 :]
     return text
 
 
-def _undollared(text: str) -> str:
-    """Without the dollars that open and close mathematics; one alone before a number is money."""
+def _strip_dollars(text: str) -> str:
+    """The text without the dollar signs around mathematics. A single dollar sign is money."""
     text = text.replace("$$", "$")
     if text.replace("\\$", "").count("$") > 1:
         return re.sub(r"(?<!\\)\$", " ", text).strip()
     return text
 
 
-def braced(text: str) -> str:
-    r"""With braces around what `\frac`, `\sqrt`, `^` and `_` take."""
+def add_braces(text: str) -> str:
+    r"""The text with braces around the arguments of `\frac` and `\sqrt`, and of `^` if it has round brackets."""
     for command, arguments in ((r"\frac", 2), (r"\sqrt", 1)):
         if command in text:
             text = _with_arguments(text, command, arguments)
@@ -261,7 +261,7 @@ def braced(text: str) -> str:
 
 
 def _with_arguments(text: str, command: str, count: int) -> str:
-    """From the last command to the first, so that what one takes is in order already."""
+    """Brace the arguments of a command, from the last use to the first, so that nested arguments are braced already."""
     first, *parts = re.split(re.escape(command) + r"(?![a-zA-Z])", text)
     done = ""
     for part in reversed(parts):
@@ -269,16 +269,16 @@ def _with_arguments(text: str, command: str, count: int) -> str:
         assert head is not None
         written, rest = command + (head[1] or ""), part[head.end() :] + done
         for _ in range(count):
-            argument, rest = _argument(rest.lstrip(), whole=count == 1)
+            argument, rest = _split_argument(rest.lstrip(), whole=count == 1)
             written += f"{{{argument}}}"
         done = written + rest
     return first + done
 
 
-def _argument(text: str, *, whole: bool) -> tuple[str, str]:
-    """What a command takes, and the rest: a group, a command or a digit; a root takes a whole number or `(...)`."""
+def _split_argument(text: str, *, whole: bool) -> tuple[str, str]:
+    """Split off a command's argument: a group, a command or one character; with `whole` also a number or `(...)`."""
     if text.startswith("{"):
-        end = closing(text, 0)
+        end = closing_brace(text, 0)
         return (text[1:], "") if end is None else (text[1:end], text[end + 1 :])
     if whole and (match := re.match(r"\d+(?:\.\d+)?|\(([^()]*)\)", text)):
         return match[1] or match[0], text[match.end() :]

@@ -1,22 +1,22 @@
-r"""What a final statement says: the plain readings of one line, be it mathematics or a sentence.
+r"""The readings of a final statement, mathematics or a sentence: the texts that may be its answer.
 
 ```python
 readings("There are **184** legs in total.")      # [.., "184"]
 readings("x=2, x=3")                               # ["x=2, x=3"]: no part of it is the answer
 ```
 
-A statement without a sentence in it is read as a whole only. Of a sentence, what its last verb or sign introduces, its
-marked parts, or the one number in it count, if no other word could change their meaning.
+A statement without a sentence is read only as a whole. The readings of a sentence are the text after its last verb or
+sign, its marked parts, or its only number, if no other word could change their meaning.
 """
 
 from __future__ import annotations
 
 import re
 
-from rbfast.grading.exact import exact
+from rbfast.grading.exact import exact_value
 from rbfast.grading.moments import MONTHS, is_moment
 from rbfast.grading.numerals import WORDS
-from rbfast.grading.units import OTHER_VALUE, SIGNS, unit_of
+from rbfast.grading.units import CURRENCY_SIGNS, OTHER_VALUE, unit_of
 
 _WORD = re.compile(r"(?<![\\\w{])[A-Za-z]{2,}(?![\w({}])")
 _JOINING = {"and", "or"}
@@ -35,35 +35,36 @@ _THEREFORE = re.compile(r"\b(?:so|thus|hence|therefore|then|giving|gives|total)\
 _OPENING = re.compile(r"^(?:so|thus|hence|therefore|then|finally)[,:]?\s+", re.IGNORECASE)
 _LIST = re.compile(r"(?:^|(?<=\s))\[.*\]", re.DOTALL)
 _PLAIN_NUMBER = re.compile(
-    rf"[-\u2212]?\\?[{SIGNS}]?(?:\d{{1,3}}(?:,\d{{3}})+|\d+)?(?:\.\d+)?(?:/\d+)?%?|\d{{1,2}}:[0-5]\d"
+    rf"[-\u2212]?\\?[{CURRENCY_SIGNS}]?(?:\d{{1,3}}(?:,\d{{3}})+|\d+)?(?:\.\d+)?(?:/\d+)?%?|\d{{1,2}}:[0-5]\d"
 )
 _PLAIN_WORD = re.compile(r"(?:[^\W\d_]+(?:-[^\W\d_]+)*(?:['’]s?)?)?")
 _LABEL_WORDS = """
 question problem exercise example step part case chapter section page line figure table version room number no option
 choice
 """
-_LABELS = MONTHS.union(_LABEL_WORDS.split())  # a number right after one of them is a name
+_LABELS = MONTHS.union(_LABEL_WORDS.split())  # a number right after one of these is a label
 _VERDICT = re.compile(r"(yes|no|true|false)\b[,.;:!]", re.IGNORECASE)
 _CHOSEN = re.compile(r"(?:\\text(?:bf)?\{)?\(([A-J])\)[}~\s\\]+(?=[^\s}])")
 _SHARED = re.compile(
     r"\s*(\S+(?: [A-Za-z]{2,})+?) (?:on|across|among|from|for) (?:the |its |all )?\S*\d\S* [A-Za-z]+\.?"
 )
 _EDGES = re.compile(r"^[\s*_`$\"]+|[\s*_`$\".。°]+$")
-_CALCULATED = re.compile(r"<<[^<>\n]*>>")  # by GSM8K's calculator, beside the value
-_PRICE = re.compile(  # the sign after the number; a dollar there may close a formula
-    rf"(?<![\w.,{SIGNS}])(\d[\d,.]*(?<=\d))\s?([{SIGNS.replace('$', '')}])(?!\d)"
+_CALCULATED = re.compile(r"<<[^<>\n]*>>")  # GSM8K's calculator annotations
+_PRICE = re.compile(  # a currency sign after the number; not a dollar, which may close a formula
+    rf"(?<![\w.,{CURRENCY_SIGNS}])(\d[\d,.]*(?<=\d))\s?([{CURRENCY_SIGNS.replace('$', '')}])(?!\d)"
 )
-# Words that say another number only beside it. Signs of a second thought, as they open a sentence.
+# Words that change a number only if they are beside it.
 _NEARBY_WORDS = """
 and to times more less fewer greater than most least before after over under above below by without between out
 """
 _NEARBY = frozenset(_NEARBY_WORDS.split())
 _DENYING = {"not", "isn't", "aren't", "wasn't", "cannot", "can't", "never", "nor", "than", "least", "most"}
-_SECOND_THOUGHTS = {"But", "Wait", "Actually", "However", "Hmm"}
-# What comes of a calculation, and what is said of it: `14 + 16 = 30 apples in all`.
+_SECOND_THOUGHTS = {"But", "Wait", "Actually", "However", "Hmm"}  # at the start of a sentence
+# The result of a calculation, and the text after it: `14 + 16 = 30 apples in all`.
 _COMPUTED = re.compile(
-    rf"[\d)]%?(?: [A-Za-z]+)? ?[-+*/×÷xX\u2212\u2013] ?[{SIGNS}]?(?:[\d,]*\.)?\d[\d,]*%?\)*(?: ?[A-Za-z]+)? ?= ?"
-    rf"(?P<number>[-\u2212]?[{SIGNS}]?[\d,.]*\d%?)(?P<rest>(?:[ ,;.:!]|[a-z]{{2}})[^\d=]*|)\Z"
+    rf"[\d)]%?(?: [A-Za-z]+)? ?[-+*/×÷xX\u2212\u2013] ?[{CURRENCY_SIGNS}]?(?:[\d,]*\.)?\d[\d,]*%?\)*(?: ?[A-Za-z]+)?"
+    r" ?= ?"
+    rf"(?P<number>[-\u2212]?[{CURRENCY_SIGNS}]?[\d,.]*\d%?)(?P<rest>(?:[ ,;.:!]|[a-z]{{2}})[^\d=]*|)\Z"
 )
 _PICKED = re.compile(
     r"(?i:(?:the )?(?:(?:answer|option|choice) )?)\(?(?P<one>[A-J])\)? (?i:is (?:the )?(?:correct|right|best)"
@@ -71,7 +72,7 @@ _PICKED = re.compile(
     r"|(?i:(?:it's|(?:i|we)(?:'d| would|'ll| will)? (?:choose|pick|select|go with)) (?:(?:answer|option|choice) )?)"
     r"\(?(?P<other>[A-J])\)?[.!]?"
 )
-# A short answer, and what is said of it: its reason, what it is not, a sentence without another value.
+# A short answer and a remark: its reason, what it is not, a sentence without another value.
 _REMARK = re.compile(
     r"(?P<said>.+?)"
     r"(?:,? (?:because|since) .+|, (?:and )?not .+|,? (?:rather than|instead of) .+|[.。!] (?P<more>[A-Z]\D*))",
@@ -84,14 +85,14 @@ _BOLD_FIRST = re.compile(r"\*\*(?P<said>[^*]+)\*\*(?P<rest>[.,;:!] (?!and )[A-Za
 
 
 def readings(statement: str) -> list[str]:
-    """The ways a person would read one final statement, most literal first."""
+    """The texts that a person may take for the answer of a final statement, most literal first."""
     statement = _PRICE.sub(r"\2\1", _CALCULATED.sub("", statement)).strip()
     found = [statement]
     if whole := _TEXT.fullmatch(statement):
         found.append(whole[1])
-    for line in _lines(found[-1]):
+    for line in _candidate_lines(found[-1]):
         for written in dict.fromkeys((line, _BOLD.sub(r"\1", line))):
-            found += _of_line(written)
+            found += _line_readings(written)
     found.append(_BOLD.sub(r"\1", statement))
     for written in _LIST.findall(statement):
         found += [written, str([item.strip(" '\"") for item in written[1:-1].split(",")])]
@@ -101,13 +102,13 @@ def readings(statement: str) -> list[str]:
 
 
 def _whole_number(text: str) -> str | None:
-    """A whole number with zeros after the point, or grouped digits: not every verifier reads those."""
+    """The digits of an integer with zeros after the point or grouped digits, which some verifiers cannot read."""
     match = re.fullmatch(r"(-?(?:\d{1,3}(?:,\d{3})+|\d+))(?:\.0+)?", text)
     return match[1].replace(",", "") if match and len(text) < 400 else None
 
 
-def _lines(statement: str) -> list[str]:
-    """The lines that may say it all: the only one; the first and the last, if some of them are sentences."""
+def _candidate_lines(statement: str) -> list[str]:
+    """The lines that may hold the answer: the only one; the first and the last if any line is a sentence."""
     lines = [line.strip() for line in statement.splitlines() if line.strip()]
     if len(lines) < 2 or any(map(is_sentence, lines)):
         return list(dict.fromkeys(lines[:1] + lines[-1:]))
@@ -118,7 +119,7 @@ def is_sentence(line: str) -> bool:
     return len([word for word in _WORD.findall(line) if word not in _JOINING]) > 1
 
 
-def _of_line(line: str) -> list[str]:
+def _line_readings(line: str) -> list[str]:
     line = _OPENING.sub("", line)
     if is_moment(_EDGES.sub("", line)):
         return [line]
@@ -137,14 +138,14 @@ def _of_line(line: str) -> list[str]:
         found.append(tail)
     found += filter(None, (_only_number(line), _computed(line), _bold_first(line)))
     if is_sentence(line):
-        found += _marked(line) + [part for part in _VERB.split(line)[-1:] if part != line]
+        found += _marked_parts(line) + [part for part in _VERB.split(line)[-1:] if part != line]
         if shared := _SHARED.fullmatch(line):
             found.append(shared[1])
     return found
 
 
 def _before_remark(line: str) -> str | None:
-    """A short answer without the remark that follows it, unless the remark may take it back."""
+    """A short answer without the remark after it, unless the remark may retract it."""
     match = _REMARK.fullmatch(line)
     if match is None or is_sentence(match["said"]):
         return None
@@ -153,7 +154,7 @@ def _before_remark(line: str) -> str | None:
 
 
 def _after_equals(line: str) -> str | None:
-    """What the last equals sign introduces, unless it is one of several."""
+    """The text after the last equals sign, unless the line is a list of equations or a single equation."""
     parts = re.split(r"(?<![<>!\\])=\s*", line)
     between = "=".join(parts[1:-1])
     left = parts[0]
@@ -166,8 +167,8 @@ def _after_equals(line: str) -> str | None:
     return parts[-1] if is_sentence(left) or len(parts) > 2 else None
 
 
-def _marked(line: str) -> list[str]:
-    """The last part in bold, quotes or dollars, with those that a comma or an "and" joins to it, unless the words
+def _marked_parts(line: str) -> list[str]:
+    """The last part in bold, quotes or dollar signs, with those joined to it by a comma or "and", unless the words
     beside it deny or change it."""
     parts = list(_MARKED.finditer(line))
     if not parts:
@@ -183,43 +184,43 @@ def _marked(line: str) -> list[str]:
 
 
 def _is_denied(before: str, following: str) -> bool:
-    """Whether the words beside a marked part say that it is not the answer, or not all of it."""
+    """Whether the words beside a marked part say that it is not the answer, or not the whole answer."""
     last = re.findall(r"[\w']+", before.lower())[-2:]
     first = re.findall(r"[A-Za-z']+", re.sub(r"^ (?:is|are|was|were) ", " ", following))[:1]
-    return not _DENYING.isdisjoint(last) or (following[:1] == " " and _changed(first))
+    return not _DENYING.isdisjoint(last) or (following[:1] == " " and _may_change_number(first))
 
 
 def _bold_first(line: str) -> str | None:
-    """The part in bold that opens a line, unless what follows may take it back or go on with it."""
+    """The bold part that opens a line, unless the text after it may retract or continue it."""
     match = _BOLD_FIRST.fullmatch(line)
     if match is None or _MARKED.search(match["rest"]):
         return None
     words = re.findall(r"[A-Za-z']+", match["rest"])
-    return None if _changed(words) or not {"but", "maybe", "perhaps"}.isdisjoint(words) else match["said"]
+    return None if _may_change_number(words) or not {"but", "maybe", "perhaps"}.isdisjoint(words) else match["said"]
 
 
 def _computed(line: str) -> str | None:
-    """The number that a calculation in a sentence comes to, whatever is counted."""
+    """The result of a calculation in a sentence, with its unit if that is a measure."""
     match = _COMPUTED.search(line)
     if match is None or not is_sentence(line):
         return None
     words = re.findall(r"[A-Za-z']+", match["rest"])
-    return None if _changed(words) or words[:1] in (["and"], ["to"]) else _measured(match["number"], words)
+    return None if _may_change_number(words) or words[:1] in (["and"], ["to"]) else _with_unit(match["number"], words)
 
 
-def _changed(words: list[str]) -> bool:
-    """Whether words that do not stand beside a number may change it."""
+def _may_change_number(words: list[str]) -> bool:
+    """Whether words that are not beside a number may change it."""
     return any(word in _SECOND_THOUGHTS or word.lower() in OTHER_VALUE - _NEARBY for word in words if word != "I")
 
 
-def _measured(number: str, following: list[str]) -> str:
-    """A number with its unit, if that is a measure."""
+def _with_unit(number: str, following: list[str]) -> str:
+    """A number, with the word after it if that is a unit of measure."""
     unit = "".join(following[:1])
-    return f"{number} {unit}" if unit_of(unit) and exact(number) is not None else number
+    return f"{number} {unit}" if unit_of(unit) and exact_value(number) is not None else number
 
 
 def _only_number(line: str) -> str | None:
-    """The one number in a sentence of words, with its unit if that is a measure."""
+    """The only number in a sentence of words, with its unit if that is a measure."""
     if re.search(r"!\s*[$\\]", line):
         return None  # a factorial
     tokens = [_EDGES.sub("", token).strip(",;:!?()") for token in line.split()]
@@ -231,15 +232,17 @@ def _only_number(line: str) -> str | None:
     if not _PLAIN_NUMBER.fullmatch(number) or not all(_PLAIN_WORD.fullmatch(t) or unit_of(t) for t in tokens):
         return None
     before, following = tokens[:at], tokens[at:]
-    if (before and before[-1].lower() in _LABELS) or _changed([part for token in tokens for part in token.split("-")]):
+    if (before and before[-1].lower() in _LABELS) or _may_change_number(
+        [part for token in tokens for part in token.split("-")]
+    ):
         return None
     if "I" in before or not any(len(word) > 1 for word in tokens) or not _stands_alone(before, following):
         return None
-    return f"{number} {following[0]}" if ":" in number and following else _measured(number, following)
+    return f"{number} {following[0]}" if ":" in number and following else _with_unit(number, following)
 
 
 def _stands_alone(before: list[str], following: list[str]) -> bool:
-    """Whether no word beside a number makes it another: "more than 5", "5 or 6", "5 feet and six inches"."""
+    """Whether no word beside a number changes it: "more than 5", "5 or 6", "5 feet and six inches"."""
     beside = {word.lower() for word in before[-2:]}
     beside |= {word.lower() for word in following[:1]} - {"more", "less", "fewer"}
     goes_on = following[1:2] == ["and"] and not WORDS.union({"a"}).isdisjoint(following[2:3])

@@ -1,4 +1,4 @@
-"""Problems: of reasoning-gym's generators, of known benchmarks, of files and of datasets on the hub.
+"""Load problems: from reasoning-gym's generators, known benchmarks, files and datasets on the hub.
 
 ```python
 load_problems("leg_counting", n=50, seed=7)                 # a reasoning-gym generator
@@ -25,7 +25,7 @@ from rbfast.data.readers import read_rows
 from rbfast.data.row_files import KINDS, is_path_of_rows
 from rbfast.data.trace import TraceError
 from rbfast.grading import math_equality
-from rbfast.grading.grade import Problem, reasoning_gym
+from rbfast.grading.grade import Problem, import_reasoning_gym
 
 _REASONING_GYM = "reasoning-gym:"
 
@@ -43,18 +43,17 @@ def load_problems(
 
     Args:
         task: a reasoning-gym generator at its default difficulty (`leg_counting`, `reasoning-gym:leg_counting`); a
-            file (.jsonl, .json, .parquet, .arrow, .csv, .tsv) or a folder of them, of any shape in docs/formats.md that
-            gives its answers; one of `hub.BENCHMARKS`; or a dataset on the hub of such a shape: `owner/name`,
-            `owner/name:split` or `owner/name:config:split`, of which the split (default: test) may be a slice,
-            `test[:100]`.
-        n: drawn from what there is; None for all of a file or dataset, in its order.
-        fewer: take all that there are if they are fewer than `n`.
+            file (.jsonl, .json, .parquet, .arrow, .csv, .tsv) or a folder of them, in any format of docs/formats.md
+            that has answers; one of `hub.BENCHMARKS`; or a dataset on the hub in such a format: `owner/name`,
+            `owner/name:split` or `owner/name:config:split`. The split (default: test) may be a slice, `test[:100]`.
+        n: the number of problems to draw; None for all of a file or dataset, in its order.
+        fewer: take all problems if there are fewer than `n`.
         exclude: questions to leave out, such as those trained on.
-        options: how rows are read, if not by what their fields mean.
+        options: how to read rows if their field names are not enough.
 
     Raises:
-        ValueError: an unknown task, a malformed line, or fewer than `n` problems to be had without `fewer`.
-        ImportError: what generates or grades the problems is not installed.
+        ValueError: an unknown task, a malformed line, or fewer than `n` problems without `fewer`.
+        ImportError: the package that generates or grades the problems is not installed.
     """
     if n is not None and n < 0:
         raise ValueError(f"n must be 0 or more, got {n}")
@@ -70,14 +69,14 @@ def load_problems(
 
 
 def _generate_problems(task: str, n: int | None, seed: int, fewer: bool, exclude: Collection[str]) -> list[Problem]:
-    gym = reasoning_gym()
+    gym = import_reasoning_gym()
     if task not in gym.factory.DATASETS:
         raise ValueError(
             f"task must be a {KINDS}, one of {', '.join(hub.BENCHMARKS)}, a dataset on the hub "
             f"(owner/name:config:split) or one of reasoning-gym's generators, got {task!r}"
         )
     if n is None:
-        raise ValueError(f"{task} has no end: say how many problems (n, or -n on the command line)")
+        raise ValueError(f"{task} generates problems without end: give their number as n (-n on the command line)")
     # The generators seed item i with seed + i, so neighbouring seeds would share items: spread them first.
     spread = int.from_bytes(hashlib.blake2b(f"{task}:{seed}".encode(), digest_size=4).digest(), "big") >> 1
     tries = 4 * n + 100
@@ -105,7 +104,7 @@ def _sample(
         if problem.question not in exclude:
             problems.setdefault((problem.question, problem.system), problem)
     if not all(math_equality.is_plain(problem.answer) for problem in problems.values()):
-        math_equality.require()  # now, not after hours of writing
+        math_equality.require_math_verify()  # fail now, not after hours of generation
     if n is None:
         return list(problems.values())
     if len(problems) < n and not fewer:
@@ -114,21 +113,21 @@ def _sample(
 
 
 def _read_file(path: Path, options: FormatOptions) -> list[Problem]:
-    return [_problem(row, where, path.stem, options) for where, row in read_rows(path, split="test")]
+    return [_problem_of(row, where, path.stem, options) for where, row in read_rows(path, split="test")]
 
 
 def _read_hub(where: str, task: str, options: FormatOptions) -> list[Problem]:
-    dataset = hub.named(where, split="test")
+    dataset = hub.parse_name(where, split="test")
     if dataset is None:
         raise ValueError(f"{task}: expected a {KINDS}, or a dataset on the hub ({hub.FORMS}); there is no such file")
     try:
         rows = hub.load_rows(dataset)
     except ValueError as error:
         raise ValueError(f"{task}: {error}") from error
-    return [_problem(row, f"{dataset}: row {number}", task, options) for number, row in enumerate(rows)]
+    return [_problem_of(row, f"{dataset}: row {number}", task, options) for number, row in enumerate(rows)]
 
 
-def _problem(row: Any, where: str, task: str, options: FormatOptions) -> Problem:
+def _problem_of(row: Any, where: str, task: str, options: FormatOptions) -> Problem:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
     try:

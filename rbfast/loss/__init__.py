@@ -1,1 +1,1 @@
-"""The distillation loss: `DistillLoss`, and what a teacher can give it (`teacher_signal`: `TopK`, `Dense`)."""
+"""The distillation loss (`DistillLoss`) and the teacher signals that it takes (`teacher_signal`: `TopK`, `Dense`)."""

@@ -1,11 +1,11 @@
-"""The distillation loss, from hidden states to a number and its gradients without ever holding logits [T, V].
+"""The distillation loss: from hidden states to a loss and its gradients, without materialising logits [T, V].
 
     loss_fn = DistillLoss(beta=0.0)
     out = loss_fn(hidden, head_weight, labels, teacher=TopK(ids, logprobs), kl_weight=w, ce_weight=0.1, temperature=tau)
     out.loss.backward()
 
-A call waits for the device once, to learn which rows take part and whether its values are right; with `rows=` it does
-not wait at all. The work itself is in `fused_loss`.
+A call synchronises with the device once, to count the rows that take part and to check values; with `rows=` it never
+does. The work itself is in `fused_loss`.
 
 Shapes: T tokens, H hidden size, V vocabulary, N rows of a signal, k its width.
 """
@@ -16,11 +16,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rbfast.loss.chunked_loss import LossJob
 from rbfast.loss.fused_loss import FusedLoss
-from rbfast.loss.inputs import check_logit_settings, check_shapes, value_questions
+from rbfast.loss.inputs import check_logit_settings, check_shapes, input_checks
 from rbfast.loss.parameters import check_parameter
-from rbfast.loss.row_groups import take_known_rows, take_rows
-from rbfast.loss.solver import Job
+from rbfast.loss.row_groups import group_known_rows, group_rows
 from rbfast.loss.teacher_signal import Signal, check_signal
 from rbfast.ops.dtypes import wide_dtype
 
@@ -28,13 +28,14 @@ Reduction = Literal["mean", "sum", "none"]
 
 
 class LossOutput(NamedTuple):
-    """What a loss returns, detached but for `loss`; rows that are ignored have 0.
+    """The result of a loss. All but `loss` is detached; ignored rows are 0.
 
     Attributes:
         loss: a scalar, or [T] for reduction="none".
         divergence, ce: [T], unweighted.
-        hidden_grad_error_bound: [T]; the gradient of a row's weighted loss in `hidden`, before any mean, lacks at most
-            this much by the gradient filter, as a Euclidean norm. None without one, 0 where it is ignored.
+        hidden_grad_error_bound: [T], an upper bound of the Euclidean norm of what the gradient filter drops from the
+            gradient of a row's weighted loss (before any mean) in `hidden`. None without a filter; 0 where the filter
+            is ignored.
     """
 
     loss: Tensor
@@ -49,7 +50,7 @@ class DistillLoss(nn.Module):
     q = softmax(z / temperature) with z the student's logits, p the teacher's distribution, CE at temperature 1.
     D is the forward KL(p, q) for beta=0, the reverse KL(q, p) for beta=1, and between them the generalised
     Jensen-Shannon divergence beta KL(p, m) + (1 - beta) KL(q, m), m = beta p + (1 - beta) q (which vanishes at both
-    ends: near 0 it is beta times the forward KL). Reverse KL counts teacher log-probs below -100 as -100.
+    ends: near 0 it is beta times the forward KL). Reverse KL clamps teacher log-probs at -100.
 
     Args:
         beta: in [0, 1].
@@ -57,14 +58,13 @@ class DistillLoss(nn.Module):
         reduction: "mean" divides by `num_items` if given, else by the number of rows that take part.
         softcap: the student's logits are softcap * tanh(z / softcap), as in Gemma 2.
         logit_scale: multiplies the student's logits (after the bias, before the softcap), as in Cohere's models.
-        chunk_rows: rows taken at a time, rounded up to a multiple of 32; by default 40 MiB of logits or
-            96 rows, whichever is more (96 MiB or 256 rows in AMX's tiles); on a GPU at most 1024 rows, and 925 MB with
-            their gradient. A CPU's memory for them, up to 512 MiB, is kept for the next call
-            (`rbfast.loss.workspace`).
-        gradient_filter: in [0, 1). The gradient of hidden lacks the entries of a row of d loss / d logits that are
-            smallest in magnitude, as long as they sum to at most this share of the row. 0.02 saves a CPU most of that
-            product, at an error of about 0.02 (docs/results.md). A GPU, and a CPU with AMX for bf16, would save
-            nothing and ignore it.
+        chunk_rows: rows per chunk, rounded up to a multiple of 32. Default: 40 MiB of logits or 96 rows, whichever is
+            more (96 MiB or 256 rows with AMX); on a GPU at most 1024 rows, and 925 MB with their gradient. On a CPU
+            this memory, up to 512 MiB, is kept for the next call (`rbfast.loss.workspace`).
+        gradient_filter: in [0, 1). Drops from the gradient of hidden the smallest entries, by magnitude, of each row of
+            d loss / d logits, as long as they sum to at most this share of the row. 0.02 saves most of that product on
+            a CPU, at an error of about 0.02 (docs/results.md). Ignored on a GPU, and for bf16 on a CPU with AMX, where
+            it would save nothing.
     """
 
     def __init__(
@@ -114,25 +114,25 @@ class DistillLoss(nn.Module):
         num_items: int | Tensor | None = None,
         rows: Tensor | None = None,
     ) -> LossOutput:
-        """The loss of a packed batch; gradients flow to hidden, head_weight and head_bias, if they require them.
+        """The loss of a packed batch. Gradients flow to those of hidden, head_weight and head_bias that require them.
 
         Args:
             hidden: [T, H], fp32, bf16 or fp16 (fp64 runs on the reference); autocast applies as to F.linear.
             head_weight: [V, H]; the logits are hidden @ head_weight.T + head_bias.
             labels: [T] int64, already shifted: labels[i] is the token that hidden[i] predicts.
-            teacher: one signal, or several that cover different rows; rows without one are text only (CE alone).
+            teacher: one signal, or several that cover different rows; rows without a signal get CE only.
             kl_weight, ce_weight, temperature: floats or [T].
             head_bias: [V].
-            num_items: what "mean" divides by, for a mean over several accumulated batches.
+            num_items: the divisor of "mean", for a mean over several accumulated batches.
             rows: int64 [n], the rows whose label is not `ignore_index`, if the caller knows them. Then nothing is read
-                back from the device, and values are trusted: labels and parameters are in range, the rows of signals
-                are among `rows` and no row has two, TopK is as `check_top_k` leaves it (padding is -1, no id twice).
-                What breaks this may go unnoticed and give a wrong loss.
+                back from the device, and values are not checked. The caller guarantees: labels and parameters are in
+                range, the rows of signals are among `rows` and no row has two signals, TopK is as `check_top_k` returns
+                it (padding is -1, no id twice). A violation may give a wrong loss without an error.
 
         Raises:
-            ValueError: shapes, dtypes or values that do not fit; it says which.
+            ValueError: shapes, dtypes or values that do not fit; the message says which.
         """
-        if not torch.is_grad_enabled():  # else the gradients would be computed in vain
+        if not torch.is_grad_enabled():  # do not compute gradients that nobody will use
             hidden, head_weight = hidden.detach(), head_weight.detach()
             head_bias = None if head_bias is None else head_bias.detach()
         is_autocast = torch.is_autocast_enabled(hidden.device.type)
@@ -153,21 +153,21 @@ class DistillLoss(nn.Module):
         signals = [check_signal(signal, hidden) for signal in given]
         labels, V = labels.to(torch.int64), head_weight.shape[0]
         if rows is not None:
-            taken = take_known_rows(signals, rows, hidden.shape[0])
+            active = group_known_rows(signals, rows, hidden.shape[0])
         else:
             named = {"kl_weight": kl, "ce_weight": ce, "temperature": tau}
             is_ignored = labels == self.ignore_index
-            questions = value_questions(labels, is_ignored, self.ignore_index, V, named)
-            taken = take_rows(signals, is_ignored, questions, V)
-        if taken.order is not None:
-            labels, kl, ce, tau = labels[taken.order], kl.at(taken.order), ce.at(taken.order), tau.at(taken.order)
-        divisor = self._divisor(num_items, taken.size, hidden)
-        job = Job(
+            checks = input_checks(labels, is_ignored, self.ignore_index, V, named)
+            active = group_rows(signals, is_ignored, checks, V)
+        if active.order is not None:
+            labels, kl, ce, tau = labels[active.order], kl.at(active.order), ce.at(active.order), tau.at(active.order)
+        divisor = self._divisor(num_items, active.size, hidden)
+        job = LossJob(
             labels=labels,
-            kl_weight=kl.divided(divisor, taken.size),
-            ce_weight=ce.divided(divisor, taken.size),
+            kl_weight=kl.divided(divisor, active.size),
+            ce_weight=ce.divided(divisor, active.size),
             temperature=tau,
-            taken=taken,
+            active=active,
             divisor=divisor,
             by_token=self.reduction == "none",
             beta=self.beta,

@@ -1,4 +1,4 @@
-"""The checks of what DistillLoss is given. Shapes: T tokens, H hidden size, V vocabulary."""
+"""Checks of the inputs of DistillLoss. Shapes: T tokens, H hidden size, V vocabulary."""
 
 import math
 from collections.abc import Mapping
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rbfast.loss.parameters import Parameter
-from rbfast.loss.questions import Question
+from rbfast.loss.parameters import RowParameter
+from rbfast.loss.value_checks import ValueCheck
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -36,7 +36,7 @@ def check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | 
 
 
 def check_logit_settings(logit_scale: float, softcap: float | None, of: str = "") -> None:
-    """Raises for a scale or a softcap that makes no distribution."""
+    """Raises for a scale or a softcap that gives no distribution."""
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap{of} must be positive and finite, or None, got {softcap}")
     if not math.isfinite(logit_scale):
@@ -44,27 +44,27 @@ def check_logit_settings(logit_scale: float, softcap: float | None, of: str = ""
 
 
 def check_device(name: str, x: Tensor, hidden: Tensor) -> None:
-    """Raises if x is on another device than hidden. On meta, as an offloaded weight is, a product would do nothing and
-    say nothing."""
+    """Raises if x is on another device than hidden. With an offloaded weight (on meta) a product would silently compute
+    nothing."""
     if x.device != hidden.device:
         where = "meta, where an offloaded weight has no values" if x.is_meta else x.device
         raise ValueError(f"{name} must be on {hidden.device} like the student's hidden, got one on {where}")
 
 
-def value_questions(
-    labels: Tensor, is_ignored: Tensor, ignore_index: int, vocabulary: int, parameters: Mapping[str, Parameter]
-) -> list[Question]:
-    """What may be wrong with the labels [T] that are not ignored [T], and with the values of parameters [T]."""
+def input_checks(
+    labels: Tensor, is_ignored: Tensor, ignore_index: int, vocabulary: int, parameters: Mapping[str, RowParameter]
+) -> list[ValueCheck]:
+    """The checks of the labels [T] that are not ignored, and of parameters that have values [T]."""
     if not labels.shape[0]:
         return []
-    asked = _label_questions(labels, is_ignored, ignore_index, vocabulary)
+    checks = _label_checks(labels, is_ignored, ignore_index, vocabulary)
     for name, parameter in parameters.items():
         if parameter.values is not None:
-            asked += _parameter_questions(name, parameter.values)
-    return asked
+            checks += _parameter_checks(name, parameter.values)
+    return checks
 
 
-def _label_questions(labels: Tensor, is_ignored: Tensor, ignore_index: int, vocabulary: int) -> list[Question]:
+def _label_checks(labels: Tensor, is_ignored: Tensor, ignore_index: int, vocabulary: int) -> list[ValueCheck]:
     low, high = labels.masked_fill(is_ignored, 0).aminmax()
 
     def explain() -> str:
@@ -73,14 +73,18 @@ def _label_questions(labels: Tensor, is_ignored: Tensor, ignore_index: int, voca
         allowed = f"[0, {vocabulary}) or ignore_index {ignore_index}"
         return f"labels must be in {allowed}, got {int(labels[row])} at row {row}"
 
-    return [Question(low, lambda label: label < 0, explain), Question(high, lambda label: label >= vocabulary, explain)]
+    return [
+        ValueCheck(low, lambda label: label < 0, explain),
+        ValueCheck(high, lambda label: label >= vocabulary, explain),
+    ]
 
 
-def _parameter_questions(name: str, values: Tensor) -> list[Question]:
+def _parameter_checks(name: str, values: Tensor) -> list[ValueCheck]:
     low, high = (x.double() for x in values.aminmax())  # both NaN if any is
-    asked = [
-        Question(x, lambda v: not math.isfinite(v), lambda: f"{name} must be finite in every row") for x in (low, high)
+    checks = [
+        ValueCheck(x, lambda v: not math.isfinite(v), lambda: f"{name} must be finite in every row")
+        for x in (low, high)
     ]
     if name == "temperature":
-        asked.append(Question(low, lambda v: v <= 0, lambda: f"{name} must be positive in every row"))
-    return asked
+        checks.append(ValueCheck(low, lambda v: v <= 0, lambda: f"{name} must be positive in every row"))
+    return checks

@@ -1,4 +1,4 @@
-"""What weighs and tempers the rows of a loss: numbers for all rows, or one for each. Shapes: T tokens, n rows taken."""
+"""Weights and temperatures of a loss: one number for all rows, or one per row. Shapes: T tokens, n active rows."""
 
 import math
 from typing import NamedTuple
@@ -8,38 +8,39 @@ from torch import Tensor
 from rbfast.ops.dtypes import wide_dtype
 
 
-class Parameter(NamedTuple):
-    """values [n] times the factor, or the factor in every row. The op takes both, which spares tensors of constants."""
+class RowParameter(NamedTuple):
+    """values [n] * factor, or `factor` in every row. The op takes both, which avoids tensors of constants."""
 
     values: Tensor | None
     factor: float = 1.0
 
-    def at(self, rows: Tensor) -> "Parameter":
-        return self if self.values is None else Parameter(self.values[rows], self.factor)
+    def at(self, rows: Tensor) -> "RowParameter":
+        return self if self.values is None else RowParameter(self.values[rows], self.factor)
 
-    def divided(self, divisor: int | Tensor, rows: int) -> "Parameter":
+    def divided(self, divisor: int | Tensor, rows: int) -> "RowParameter":
         if isinstance(divisor, Tensor):
             return self.times(divisor.reciprocal(), rows)
-        return self if divisor == 1 else Parameter(self.values, self.factor / divisor)
+        return self if divisor == 1 else RowParameter(self.values, self.factor / divisor)
 
-    def times(self, by: Tensor, rows: int) -> "Parameter":
-        """by: of no dimension, or [n], in the dtype of the values."""
-        return Parameter(by.expand(rows) if self.values is None else self.values * by, self.factor)
+    def times(self, by: Tensor, rows: int) -> "RowParameter":
+        """by: 0-dimensional or [n], in the dtype of the values."""
+        return RowParameter(by.expand(rows) if self.values is None else self.values * by, self.factor)
 
 
-def check_parameter(name: str, value: float | Tensor, hidden: Tensor) -> Parameter:
-    """What is given for hidden [T, H], in the accumulation dtype; looks at the value of a number, not of a tensor.
+def check_parameter(name: str, value: float | Tensor, hidden: Tensor) -> RowParameter:
+    """The parameter for a loss of hidden [T, H], in the accumulation dtype. Checks the value of a number, not of a
+    tensor, which would synchronise with the device.
 
     Raises:
-        ValueError: it does not fit.
+        ValueError: its shape or value does not fit.
     """
     if isinstance(value, Tensor):
         if value.dim() > 0 and value.shape != hidden.shape[:1]:
             raise ValueError(f"{name} must be a float or [T] = [{hidden.shape[0]}], got {tuple(value.shape)}")
         values = value.detach().to(hidden.device, wide_dtype(hidden.dtype))
-        return Parameter(values if values.dim() else values.expand(hidden.shape[0]))
+        return RowParameter(values if values.dim() else values.expand(hidden.shape[0]))
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite in every row")
     if name == "temperature" and value <= 0:
         raise ValueError("temperature must be positive in every row")
-    return Parameter(None, float(value))
+    return RowParameter(None, float(value))

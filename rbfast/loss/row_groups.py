@@ -1,7 +1,7 @@
 """Which rows of a batch take part in a loss, and which signal each of them has.
 
-If the caller says which rows take part, nothing is read from the device. Else one wait tells how many rows each
-signal has, and whether all values are right. Shapes: T tokens, n rows that take part, N rows of a signal.
+If the caller says which rows take part, nothing is read from the device. Otherwise one synchronisation reads how many
+rows each signal has, and checks all values. Shapes: T tokens, n rows that take part, N rows of a signal.
 """
 
 from collections.abc import Sequence
@@ -10,45 +10,45 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rbfast.loss.questions import Question, read_back
-from rbfast.loss.teacher_signal import Dense, Signal, TopK, mark_padding, merge_duplicates, repeated_id, top_k_questions
+from rbfast.loss.teacher_signal import Dense, Signal, TopK, mark_padding, merge_duplicates, repeated_id, top_k_checks
+from rbfast.loss.value_checks import ValueCheck, read_back
 
 
 class RowGroup(NamedTuple):
-    """Neighbours among the rows that take part, which share a signal (None: text only).
+    """Consecutive rows among those that take part that share a signal (None: text only).
 
-    entries: [size] into the signal's N axis; None: entry i belongs to the group's row i.
+    entries: [size] indices into the signal's N axis; None: row i of the group has entry i.
     """
 
     size: int
     signal: Signal | None = None
     entries: Tensor | None = None
 
-    def columns_beside(self, vocabulary: int) -> int:
-        """How many numbers a row needs room for beside its logits: the teacher's, or the logits again."""
+    def extra_columns(self, vocabulary: int) -> int:
+        """Values that a row needs in addition to its logits: the teacher's logits, or a copy of its own."""
         if isinstance(self.signal, Dense):
             return self.signal.vocabulary
         return vocabulary if isinstance(self.signal, TopK) and self.signal.temperature != 1 else 0
 
 
-class TakenRows(NamedTuple):
-    """The `size` rows that take part, group by group. order: [n] into the T axis; None: all T rows in order."""
+class ActiveRows(NamedTuple):
+    """The `size` rows that take part, group by group. order: [n] indices into the T axis; None: all T rows in order."""
 
     size: int
     order: Tensor | None
     groups: list[RowGroup]
 
 
-def take_known_rows(signals: Sequence[Signal], rows: Tensor, tokens: int) -> TakenRows:
-    """Rows [n] that are known to take part, all rows of the signals among them; reads nothing back."""
+def group_known_rows(signals: Sequence[Signal], rows: Tensor, tokens: int) -> ActiveRows:
+    """The groups of rows [n] that are known to take part and include all rows of the signals. Reads nothing back."""
     if rows.dtype != torch.int64 or rows.dim() != 1:
         raise ValueError(f"rows must be int64 [n], the rows that take part, got {rows.dtype} {list(rows.shape)}")
     size = rows.shape[0]
     if not size:
-        return TakenRows(0, rows, [])
+        return ActiveRows(0, rows, [])
     if not signals or (len(signals) == 1 and signals[0].rows is None):
         order = None if size == tokens else rows
-        return TakenRows(size, order, [RowGroup(size, signals[0], order) if signals else RowGroup(size)])
+        return ActiveRows(size, order, [RowGroup(size, signals[0], order) if signals else RowGroup(size)])
     claimed = [_rows_of(signal, tokens, rows.device) for signal in signals]
     left = size - sum(map(len, claimed))
     if left < 0:
@@ -58,73 +58,74 @@ def take_known_rows(signals: Sequence[Signal], rows: Tensor, tokens: int) -> Tak
     groups = [RowGroup(len(their), signal) for their, signal in zip(claimed, signals, strict=True)]
     if left:
         has_signal = torch.zeros(tokens, dtype=torch.bool, device=rows.device)
-        has_signal.index_fill_(0, _joined(claimed), True)
+        has_signal.index_fill_(0, _concatenate(claimed), True)
         claimed.append(rows[has_signal[rows].sort(stable=True).indices[:left]])
         groups.append(RowGroup(left))
-    return TakenRows(size, _joined(claimed), [group for group in groups if group.size])
+    return ActiveRows(size, _concatenate(claimed), [group for group in groups if group.size])
 
 
-def take_rows(
-    signals: Sequence[Signal], is_ignored: Tensor, questions: Sequence[Question], vocabulary: int
-) -> TakenRows:
-    """The rows that are not ignored [T]; reads back from the device once.
+def group_rows(
+    signals: Sequence[Signal], is_ignored: Tensor, checks: Sequence[ValueCheck], vocabulary: int
+) -> ActiveRows:
+    """The groups of the rows that are not ignored. is_ignored: [T]. Reads back from the device once.
 
     Raises:
-        ValueError: an answer to a question is wrong, or two signals claim one row, or a signal holds no distribution.
+        ValueError: a check fails, two signals claim one row, or a signal holds no distribution.
     """
     tokens = is_ignored.shape[0]
     if not tokens:
-        return TakenRows(0, None, [])
+        return ActiveRows(0, None, [])
     signals = [mark_padding(signal) if isinstance(signal, TopK) else signal for signal in signals]
     top_k = [signal for signal in signals if isinstance(signal, TopK) and signal.ids.numel()]
-    asked = [*questions, *(question for signal in top_k for question in top_k_questions(signal, vocabulary))]
+    all_checks = [*checks, *(check for signal in top_k for check in top_k_checks(signal, vocabulary))]
     repeats = [repeated_id(signal.ids) for signal in top_k]
     if not signals or (len(signals) == 1 and signals[0].rows is None):
-        ignored, *repeated = read_back(asked, [is_ignored.sum(), *repeats])
+        ignored, *repeated = read_back(all_checks, [is_ignored.sum(), *repeats])
         size = tokens - ignored
         order = is_ignored.sort(stable=True).indices[:size] if ignored else None
-        owned = [RowGroup(size, signals[0], order) if signals else RowGroup(size)]
+        groups = [RowGroup(size, signals[0], order) if signals else RowGroup(size)]
     else:
-        claims = _Claims(signals, is_ignored)
-        numbers = read_back(asked + claims.questions(), [is_ignored.sum(), *claims.ignored(), *repeats])
+        signal_rows = _SignalRows(signals, is_ignored)
+        all_checks += signal_rows.checks()
+        numbers = read_back(all_checks, [is_ignored.sum(), *signal_rows.count_ignored(), *repeats])
         lost, repeated = numbers[1 : 1 + len(signals)], numbers[1 + len(signals) :]
         size = tokens - numbers[0]
-        order, owned = claims.split(size, lost)
+        order, groups = signal_rows.split(size, lost)
     if any(id >= 0 for id in repeated):
-        owned = [RowGroup(group.size, _merged(group.signal), group.entries) for group in owned]
-    return TakenRows(size, order, [group for group in owned if group.size])
+        groups = [RowGroup(group.size, _merge_if_top_k(group.signal), group.entries) for group in groups]
+    return ActiveRows(size, order, [group for group in groups if group.size])
 
 
-class _Claims:
-    """Rows of a batch claimed by signals that say which are theirs. is_ignored: [T]."""
+class _SignalRows:
+    """The rows of a batch that signals with `rows` cover. is_ignored: [T]."""
 
     def __init__(self, signals: Sequence[Signal], is_ignored: Tensor) -> None:
         self.signals, self.is_ignored, self.tokens = signals, is_ignored, len(is_ignored)
         claimed = [_rows_of(signal, self.tokens, is_ignored.device) for signal in signals]
-        self.sizes, self.rows = [len(rows) for rows in claimed], _joined(claimed)
-        self.inside = self.rows.clamp(0, self.tokens - 1)  # a row outside must not crash the device before it is read
+        self.sizes, self.rows = [len(rows) for rows in claimed], _concatenate(claimed)
+        self.inside = self.rows.clamp(0, self.tokens - 1)  # an invalid row must not fault before it is checked
 
-    def questions(self) -> list[Question]:
-        asked = []
+    def checks(self) -> list[ValueCheck]:
+        checks = []
         if len(self.rows):
             low, high = self.rows.aminmax()
-            asked += [Question(low, lambda row: row < 0, self._say_outside)]
-            asked += [Question(high, lambda row: row >= self.tokens, self._say_outside)]
+            checks += [ValueCheck(low, lambda row: row < 0, self._explain_outside)]
+            checks += [ValueCheck(high, lambda row: row >= self.tokens, self._explain_outside)]
         if len(self.rows) > 1:
             ordered = self.rows.sort().values
             twice = torch.where(ordered[1:] == ordered[:-1], ordered[1:], self.tokens).amin()
-            asked += [Question(twice, lambda row: row < self.tokens, lambda: _say_claimed_twice(int(twice)))]
-        return asked
+            checks += [ValueCheck(twice, lambda row: row < self.tokens, lambda: _explain_claimed_twice(int(twice)))]
+        return checks
 
-    def _say_outside(self) -> str:
+    def _explain_outside(self) -> str:
         return f"rows must be in [0, {self.tokens}), got {self.rows.min()}..{self.rows.max()}"
 
-    def ignored(self) -> list[Tensor]:
+    def count_ignored(self) -> list[Tensor]:
         """How many rows of each signal are ignored."""
         return [part.sum() for part in self.is_ignored[self.inside].split(self.sizes)]
 
-    def split(self, taken: int, ignored: Sequence[int]) -> tuple[Tensor, list[RowGroup]]:
-        """The rows that take part: by signal and its entries, then those of text alone."""
+    def split(self, active: int, ignored: Sequence[int]) -> tuple[Tensor, list[RowGroup]]:
+        """The order of the rows that take part (by signal and entry, then text-only rows), and their groups."""
         count = len(self.rows)
         key = torch.full_like(self.is_ignored, count, dtype=torch.int64)
         key.index_copy_(0, self.inside, torch.arange(count, device=key.device))
@@ -134,14 +135,14 @@ class _Claims:
             part, first_entry = entries[start : start + size - lost], first
             groups.append(RowGroup(size - lost, signal, part - first_entry if lost else None))
             start, first = start + size - lost, first + size
-        return order[:taken], [*groups, RowGroup(taken - start)]
+        return order[:active], [*groups, RowGroup(active - start)]
 
 
-def _say_claimed_twice(row: int) -> str:
+def _explain_claimed_twice(row: int) -> str:
     return f"row {row} has more than one teacher signal; give each row one"
 
 
-def _merged(signal: Signal | None) -> Signal | None:
+def _merge_if_top_k(signal: Signal | None) -> Signal | None:
     return merge_duplicates(signal) if isinstance(signal, TopK) else signal
 
 
@@ -149,5 +150,5 @@ def _rows_of(signal: Signal, tokens: int, device: torch.device) -> Tensor:
     return torch.arange(tokens, device=device) if signal.rows is None else signal.rows
 
 
-def _joined(rows: Sequence[Tensor]) -> Tensor:
+def _concatenate(rows: Sequence[Tensor]) -> Tensor:
     return rows[0] if len(rows) == 1 else torch.cat(list(rows))

@@ -1,4 +1,4 @@
-"""What a teacher gives the loss for some rows of a batch: top-k log-probs, or its full distribution.
+"""Teacher signals for some rows of a batch: top-k log-probs, or the full distribution.
 
 Shapes: T tokens of the batch, N rows of a signal, k its width, V' and H' the teacher's vocabulary and hidden size.
 """
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from rbfast.loss.inputs import check_device, check_logit_settings
-from rbfast.loss.questions import Question, read_back
+from rbfast.loss.value_checks import ValueCheck, read_back
 from rbfast.ops.dtypes import wide_dtype
 
-# How far over 1 a row's probabilities may add up: bf16 log-probs near 0 are off by up to 0.4%.
+# How far the sum of a row's probabilities may exceed 1: bf16 log-probs near 0 are off by up to 0.4%.
 MASS_TOLERANCE = 1e-2
 
 
@@ -23,21 +23,21 @@ class TopK:
     """The teacher's log-probs of some ids; all other ids share one tail bucket, exactly.
 
     ids: [N, k] integers in the student's vocabulary; -1, or a log-prob of -inf, marks padding.
-    logprobs: [N, k] natural logarithms; an id that appears twice in a row has the sum of its probabilities.
-    rows: [N] the rows of the batch they belong to (None: all T rows in order). Entry i speaks of the token that
-        hidden[rows[i]] predicts.
-    temperature: a number, the s of the softmax(y / s) that the log-probs were taken of, y the teacher's logits. Most
-        servers send s = 1, whatever they sample at. One that divides first (TRL's, vLLM's processed log-probs) sends
-        its own s. Rows at different ones go into signals of their own.
+    logprobs: [N, k] natural logarithms; the probabilities of an id that appears twice in a row are added.
+    rows: [N] the rows of the batch they belong to (None: all T rows in order). Entry i is the distribution of the token
+        that hidden[rows[i]] predicts.
+    temperature: a number, the s of the softmax(y / s) that gave the log-probs, with y the teacher's logits. Most
+        servers return s = 1, whatever they sample at. Those that divide first (TRL's, vLLM's processed log-probs)
+        return their sampling temperature. Put rows with different temperatures into separate signals.
 
-    With z the student's logits, tau the loss's temperature, S the ids of a row and p_v = exp(logprobs) on S, the two
-    distributions that are compared have the k + 1 buckets
+    With z the student's logits, tau the loss's temperature, S the ids of a row and p_v = exp(logprobs) on S, the loss
+    compares two distributions over k + 1 buckets:
 
         teacher:  p_v^(s/tau), v in S;  (1 - sum_S p)^(s/tau) * sum_{u not in S} r_u^(s/tau);  divided by their sum
         student:  softmax(z / tau)_v, v in S;  the rest
 
-    where r = softmax(z / s) over the ids not in S is the shape that the teacher's unseen tail is given; it counts as a
-    constant. At s = tau both exponents are 1: the log-probs are compared as they came.
+    where r = softmax(z / s) over the ids not in S, the shape assumed for the teacher's unseen tail, is constant in the
+    gradient. At s = tau both exponents are 1: the log-probs are compared as given.
     """
 
     ids: Tensor
@@ -55,8 +55,8 @@ class Dense:
     logit_scale, softcap: as in DistillLoss, for the teacher's own head.
 
     If V' differs from the student's V, both are restricted to the ids below min(V, V') and renormalised. A row whose
-    logits are all -inf, or hold a NaN, is no distribution: on a CPU it raises, on a GPU, where nothing is read back,
-    its loss is NaN.
+    logits are all -inf, or contain a NaN, is no distribution: a CPU raises; on a GPU, where nothing is read back, its
+    loss is NaN.
     """
 
     hidden: Tensor | None = None
@@ -95,7 +95,7 @@ Signal = TopK | Dense
 
 
 def check_signal(signal: Signal, hidden: Tensor) -> Signal:
-    """The signal as a loss of hidden [T, H] takes it: on its device, in its dtype. Values are not looked at.
+    """The signal on the device and in the dtype that a loss of hidden [T, H] needs. Values are not checked.
 
     Raises:
         ValueError: its shapes or dtypes do not fit.
@@ -169,30 +169,30 @@ def _check_top_k(signal: TopK, hidden: Tensor) -> TopK:
 
 
 def check_top_k(signal: TopK) -> TopK:
-    """The signal with padding as id -1 and duplicates merged, as `DistillLoss` with `rows=` takes it; looks at values.
+    """The signal with padding as id -1 and duplicates merged, as `DistillLoss` with `rows=` needs it. Checks values.
 
     Raises:
-        ValueError: a row holds no distribution, over a vocabulary of any size.
+        ValueError: a row holds no distribution. (Ids are not compared with a vocabulary.)
     """
     signal = mark_padding(signal)
     if not signal.ids.numel():
         return signal
-    (repeated,) = read_back(top_k_questions(signal, 2**31), [repeated_id(signal.ids)])
+    (repeated,) = read_back(top_k_checks(signal, 2**31), [repeated_id(signal.ids)])
     return merge_duplicates(signal) if repeated >= 0 else signal
 
 
 def mark_padding(signal: TopK) -> TopK:
-    """The signal with id -1 and a log-prob of -inf wherever it has one of the two."""
+    """The signal with id -1 and log-prob -inf wherever it has either."""
     ids = signal.ids.masked_fill(signal.logprobs == -torch.inf, -1)
     return replace(signal, ids=ids, logprobs=signal.logprobs.masked_fill(ids == -1, -torch.inf))
 
 
-def top_k_questions(signal: TopK, vocabulary: int) -> list[Question]:
-    """What may be wrong with the values of a signal that has any, its padding marked."""
+def top_k_checks(signal: TopK, vocabulary: int) -> list[ValueCheck]:
+    """The checks of the values of a non-empty signal whose padding is marked."""
     ids, logprobs = signal.ids, signal.logprobs
     low, high = ids.aminmax()
     mass = logprobs.exp().sum(1, dtype=torch.float64)
-    most = mass.amax()  # a NaN, if there is one
+    most = mass.amax()  # NaN if any log-prob is NaN
 
     def say(message: str, wrong: Callable[[], Tensor]) -> Callable[[], str]:
         return lambda: f"{message} (row {int(wrong().nonzero()[0][0])} of the signal)"
@@ -201,15 +201,15 @@ def top_k_questions(signal: TopK, vocabulary: int) -> list[Question]:
     negative = "teacher ids must not be negative (-1 marks padding)"
     too_much = "teacher probabilities of one row add up to more than 1"
     return [
-        Question(most, math.isnan, say("teacher log-probs must be numbers, got NaN", lambda: logprobs.isnan())),
-        Question(high, lambda id: id >= vocabulary, say(too_large, lambda: ids >= vocabulary)),
-        Question(low, lambda id: id < -1, say(negative, lambda: ids < -1)),
-        Question(most, lambda total: total > 1 + MASS_TOLERANCE, say(too_much, lambda: mass > 1 + MASS_TOLERANCE)),
+        ValueCheck(most, math.isnan, say("teacher log-probs must be numbers, got NaN", lambda: logprobs.isnan())),
+        ValueCheck(high, lambda id: id >= vocabulary, say(too_large, lambda: ids >= vocabulary)),
+        ValueCheck(low, lambda id: id < -1, say(negative, lambda: ids < -1)),
+        ValueCheck(most, lambda total: total > 1 + MASS_TOLERANCE, say(too_much, lambda: mass > 1 + MASS_TOLERANCE)),
     ]
 
 
 def repeated_id(ids: Tensor) -> Tensor:
-    """The largest id that a row of ids [N, k] holds twice, padding aside; -1 if there is none. N and k are above 0."""
+    """The largest id that occurs twice in a row of ids [N, k], except padding; -1 if there is none. N, k > 0."""
     if ids.shape[1] == 1:
         return ids.new_full((), -1)
     ordered = ids.sort(1).values
@@ -218,7 +218,7 @@ def repeated_id(ids: Tensor) -> Tensor:
 
 
 def merge_duplicates(signal: TopK) -> TopK:
-    """The signal with each id at most once per row; a repeated one keeps its first place with the sum of its mass."""
+    """The signal with each id at most once per row; the first occurrence of a repeated id gets the summed mass."""
     ids, logprobs = signal.ids, signal.logprobs
     if not ids.numel():
         return signal

@@ -1,21 +1,21 @@
-"""The memory that a loss on a CPU writes logits to, kept for the next call.
+"""The CPU memory that a loss writes logits to, kept for the next call.
 
-The system clears each page of fresh memory when it is first touched. For a chunk of logits that takes as long as the
-product that fills them: with SmolLM2 on two cores with AMX, 97 ms in fresh memory and 47 ms in memory of a call before.
-A GPU's memory is kept by torch's own allocator, and so are small pieces of a CPU's by the C library.
+The OS clears each page of fresh memory at first touch. For a chunk of logits that takes as long as the product that
+fills it: with SmolLM2 on two cores with AMX, 97 ms in fresh memory and 47 ms in reused memory. torch's own allocator
+already keeps GPU memory, and the C library keeps small CPU allocations.
 """
 
 import torch
 from torch import Tensor
 
-KEPT_FROM = 2**20  # bytes; the C library may give so much back to the system after every call
-MOST_KEPT = 2**29
+MIN_KEPT = 2**20  # bytes; the C library may return allocations of this size to the OS after every call
+MAX_KEPT = 2**29
 
-_kept: list[Tensor] = []  # one piece of memory, or none while a call uses it
+_kept: list[Tensor] = []  # one tensor, or none while a call uses it
 
 
 def borrow(size: int) -> Tensor:
-    """Memory of at least so many bytes [size], with anything in it. A call in another thread gets its own."""
+    """Uninitialised memory of at least `size` bytes. A concurrent call in another thread gets its own."""
     try:
         memory = _kept.pop()
     except IndexError:
@@ -26,11 +26,11 @@ def borrow(size: int) -> Tensor:
 
 
 def give_back(memory: Tensor) -> None:
-    """Nobody else may refer to the memory any more."""
-    if KEPT_FROM <= memory.numel() <= MOST_KEPT and not _kept:
+    """Returns memory of `borrow` for the next call. The caller must hold no other reference to it."""
+    if MIN_KEPT <= memory.numel() <= MAX_KEPT and not _kept:
         _kept.append(memory)
 
 
 def release() -> None:
-    """Gives what is kept back to the system."""
+    """Frees the kept memory."""
     _kept.clear()

@@ -1,4 +1,5 @@
-"""Models as they are found: loading a student and its parts (`student`), what counts as a matrix (`linears`), how a
-layer uses its weight (`weight_use`) and which can have no delta (`unfit`), attention over packed examples
-(`packed_attention`), what others call a model by (`names`).
+"""Loading and inspecting models: a student, its backbone and its head (`student`); its linear layers (`linears`), how
+a layer uses its weight (`weight_use`) and which can have no delta (`unfit`); stacked experts (`experts`); attention
+over packed examples (`packed_attention`); gradient checkpointing (`checkpointing`); quantised loading (`quantised`);
+GGUF files (`gguf_files`); hub ids (`names`).
 """

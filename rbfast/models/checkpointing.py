@@ -1,4 +1,4 @@
-"""Gradient checkpointing: a layer keeps only what goes into it, and runs again for its backward."""
+"""Gradient checkpointing: a layer keeps only its input, and runs again for its backward."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,25 +14,25 @@ def checkpointed_layers(model: PreTrainedModel) -> list[GradientCheckpointingLay
 
 @contextmanager
 def checkpointing(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block the layers of a model run again for their backward, whether it is in training mode or not.
+    """Turns on gradient checkpointing within the block, in training mode or not.
 
     Raises:
-        ValueError: the model cannot do that.
+        ValueError: the model does not support it.
     """
     layers = checkpointed_layers(model)
     if not model.supports_gradient_checkpointing or not layers:
-        raise ValueError(f"{type(model).__name__} has no layers that can be checkpointed: train it without")
-    # transformers 5.23 gave it another name, and the old one warns there.
-    _first_of(model, "activation_checkpointing_enable", "gradient_checkpointing_enable")({"use_reentrant": False})
+        raise ValueError(f"{type(model).__name__} does not support gradient checkpointing: train it without")
+    # transformers 5.23 renamed it, and warns of the old name.
+    _first_method(model, "activation_checkpointing_enable", "gradient_checkpointing_enable")({"use_reentrant": False})
     for layer in layers:
-        layer.training = True  # its own flag only, the one it reads; its submodules keep their mode
+        layer.training = True  # only the layer's own flag, which it reads; its submodules keep their mode
     try:
         yield
     finally:
-        _first_of(model, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
+        _first_method(model, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
         for layer in layers:
             layer.training = model.training
 
 
-def _first_of(model: PreTrainedModel, *names: str):  # type: ignore[no-untyped-def]
+def _first_method(model: PreTrainedModel, *names: str):  # type: ignore[no-untyped-def]
     return next(getattr(model, name) for name in names if hasattr(model, name))

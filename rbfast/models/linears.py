@@ -1,4 +1,4 @@
-"""What counts as a matrix: which modules of a model a delta can change, their shapes, and how to tell them apart."""
+"""Linear layers of a model: which ones a delta can change, their shapes, and fingerprints of their weights."""
 
 import hashlib
 import re
@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rbfast.models.experts import experts_in, home_of, stacks_of
+from rbfast.models.experts import experts_in, stacks_of, weight_owner
 from rbfast.models.unfit import Unfit, unfit_linears
-from rbfast.models.weight_use import WeightUse, has_weight, is_conv1d, is_plain, own_weight, weight_use
+from rbfast.models.weight_use import WeightUse, has_weight, is_conv1d, is_plain, stored_weight, weight_use
 
 _SAMPLE = 4096  # weights read per matrix for its fingerprint
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model within what torch.compile, DataParallel or DistributedDataParallel put around it: its names are those
-    that files hold."""
+    """The model inside the wrappers of torch.compile, DataParallel and DistributedDataParallel. Its module names are
+    those that adapter files use."""
     while True:
-        if "_orig_mod" in model._modules:  # asked by name: the module of its class takes seconds to import
+        if "_orig_mod" in model._modules:  # not isinstance: importing OptimizedModule takes seconds
             model = model.get_submodule("_orig_mod")
         elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
@@ -29,23 +29,22 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module by the name it has in a model of which no part is compiled, the model itself by "", and the stacks
-    of experts by the names of their weights (`rbfast.models.experts`)."""
+    """Every module by its name, without the prefixes that torch.compile adds; the model itself is "". Expert stacks
+    (`rbfast.models.experts`) are included by the names of their weights."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        found[_plain(name)] = module
-        found |= {_plain(f"{name}.{key}"): stack for key, stack in stacks_of(module).items()}
+        found[_strip_compile_prefix(name)] = module
+        found |= {_strip_compile_prefix(f"{name}.{key}"): stack for key, stack in stacks_of(module).items()}
     return found
 
 
-def _plain(name: str) -> str:
-    """The name of a module or parameter without what torch.compile(part) puts into it."""
+def _strip_compile_prefix(name: str) -> str:
+    """The name of a module or parameter without the `_orig_mod` that torch.compile(submodule) inserts."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(out, in) of a linear layer, quantised ones included, and of each expert of a stack; None for every other
-    module."""
+    """(out, in) of a linear layer (quantised or not) or of each expert of a stack; None for any other module."""
     if not has_weight(module) or isinstance(module, nn.Bilinear):
         return None
     if is_conv1d(module):
@@ -56,30 +55,30 @@ def matrix_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether a linear layer keeps its weight as [in, out], like GPT-2's Conv1D."""
+    """Whether a linear layer stores its weight as [in, out], like GPT-2's Conv1D."""
     return _use_of(module).kind == "transposed"
 
 
 def matrix_view(module: nn.Module) -> Tensor | None:
-    """The weight as a writable view, [out, in] or of a stack of experts [E, out, in]. None if a delta cannot be folded
-    in: it is quantised, sharded, on meta, made anew in every forward, or does more than multiply."""
-    return _as_matrix(module, own_weight(module))
+    """The weight as a writable view [out, in], or [E, out, in] for a stack of experts. None if a delta cannot be folded
+    in: the weight is quantised, sharded, on meta or computed in every forward, or the layer does more than multiply."""
+    return _as_matrix(module, stored_weight(module))
 
 
 def why_not_folded(module: nn.Module) -> str:
-    """Why `matrix_view` gives None, as a clause."""
+    """Why `matrix_view` returns None, as a clause."""
     reason = _use_of(module).reason
     return f"it {reason}" if reason else "its weight is quantised, sharded or offloaded"
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or all of one that is sharded over processes: there every process has to call it."""
+def unsharded(tensor: Tensor) -> Tensor:
+    """The tensor; if it is sharded over processes, the gathered whole. Then every process must call this."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether the model's weights are spread over processes."""
+    """Whether the model's weights are sharded over processes."""
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
@@ -100,15 +99,15 @@ def _as_matrix(module: nn.Module, weight: Any) -> Tensor | None:
 
 
 def fingerprint(module: nn.Module) -> str | None:
-    """Of an evenly spaced sample of a weight, rounded to bf16 so that fp32 and bf16 loads of one model agree.
+    """A digest of an evenly spaced sample of a weight, rounded to bf16 so that fp32 and bf16 loads of one model agree.
 
-    None for a weight that cannot be compared bit by bit: a quantised one, or one made anew in every forward.
+    None for a weight that cannot be compared bit by bit: a quantised one, or one computed in every forward.
     """
-    stored = own_weight(module)
-    weight = None if stored is None else _as_matrix(module, whole(stored))
+    stored = stored_weight(module)
+    weight = None if stored is None else _as_matrix(module, unsharded(stored))
     if weight is None:
         return None
-    # By index: flattened, a transposed stack of gpt-oss would be copied, a gigabyte of it.
+    # By index: flattening would copy a transposed stack, a gigabyte in gpt-oss.
     every = torch.arange(0, weight.numel(), max(1, weight.numel() // _SAMPLE), device=weight.device)
     sample = weight[torch.unravel_index(every, weight.shape)].to(torch.bfloat16).cpu()
     return hashlib.blake2b(sample.view(torch.int16).numpy().tobytes(), digest_size=8).hexdigest()
@@ -120,7 +119,7 @@ def dtype_name(tensor: Tensor) -> str:
 
 @dataclass(frozen=True)
 class Shape:
-    """One matrix [out_features, in_features], or those of many experts, and the group it shares its input with."""
+    """One matrix [out_features, in_features], or a stack of `experts` of them. Those of one `group` share an input."""
 
     out_features: int
     in_features: int
@@ -128,7 +127,7 @@ class Shape:
     experts: int | None = None
 
     def values(self, rank: int, support: int) -> int:
-        """How many a delta trains: those of A and B."""
+        """The number of values that a delta trains: those of A and B."""
         return rank * (self.experts or 1) * (self.out_features + support)
 
 
@@ -138,16 +137,16 @@ def all_linears(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def unfit(model: nn.Module) -> dict[str, Unfit]:
-    """The linear layers that can have no delta."""
+    """The linear layers that can have no delta, with the reasons."""
     return unfit_linears(model, {name: (m, matrix_shape(m)) for name, m in all_linears(model).items()})  # type: ignore[misc]
 
 
 def select_linears(model: nn.Module, targets: str | Sequence[str] = "all-linear") -> dict[str, nn.Module]:
-    """The linear layers to adapt, by PEFT's rule: a list is exact-or-suffix, a string is a full-match regex, and
-    "all-linear" is every linear but the output head, those that text does not run through (see `beside_text`) and those
-    that can have no delta (see `unfit`).
+    """The linear layers to adapt, selected by PEFT's rules: a list holds names or suffixes of names, a string is a
+    regex that must match a whole name, and "all-linear" is every linear layer except the output head, layers that text
+    does not run through (see `non_text_linears`), and layers that can have no delta (see `unfit`).
 
-    Raises ValueError if the model has no linear layer, or a target matches none or one that can have no delta.
+    Raises ValueError if the model has no linear layer, or if a target matches none or one that can have no delta.
     """
     linears = all_linears(model)
     if not linears:
@@ -155,51 +154,52 @@ def select_linears(model: nn.Module, targets: str | Sequence[str] = "all-linear"
             f"expected a model with linear layers (nn.Linear, Conv1D, or a module with in_features, out_features and "
             f"a weight), found none in {type(model).__name__}"
         )
-    without = unfit(model)
+    unfit_layers = unfit(model)
     if targets == "all-linear":
-        head, aside = _head_of(model), {*without, *beside_text(model)}
-        chosen = {name: module for name, module in linears.items() if name not in aside and module is not head}
+        head, excluded = _head_of(model), {*unfit_layers, *non_text_linears(model)}
+        chosen = {name: module for name, module in linears.items() if name not in excluded and module is not head}
         if not chosen:
             raise ValueError(
                 f"no linear layer of {type(model).__name__} but its output head can have a delta: "
-                + "; ".join(why.reason for why in list(without.values())[:3])
+                + "; ".join(why.reason for why in list(unfit_layers.values())[:3])
             )
         return chosen
-    chosen = _match(linears, targets)
-    check_fit(without, chosen)
+    chosen = _match_targets(linears, targets)
+    check_fit(unfit_layers, chosen)
     return chosen
 
 
-def beside_text(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of towers for images or sound, and of what joins them to the text: of a model that has a text
-    model within (Gemma 3), every one that is neither in there nor the output head."""
+def non_text_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of towers for images or sound, and of their projections into the text model. In a model that
+    contains a text model (Gemma 3): every linear layer outside of it, except the output head."""
     text = _text_part(model)
     if text is model:
         return {}
     inside = {*text.modules(), _head_of(model)}
-    return {name: module for name, module in all_linears(model).items() if home_of(module)[0] not in inside}
+    return {name: module for name, module in all_linears(model).items() if weight_owner(module)[0] not in inside}
 
 
 def _text_part(model: nn.Module) -> nn.Module:
-    """The text model within a model that reads images or sound too, else the model itself."""
+    """The text model inside a multimodal model; any other model itself."""
     is_joined = getattr(getattr(model, "config", None), "text_config", None) is not None
     return model.get_decoder() if is_joined and _head_of(model) is not None else model  # type: ignore[operator]
 
 
-def check_fit(without: Mapping[str, Unfit], chosen: Iterable[str]) -> None:
-    """Raises ValueError, naming it, for a chosen layer that is among those `without` a delta."""
+def check_fit(unfit_layers: Mapping[str, Unfit], chosen: Iterable[str]) -> None:
+    """Raises ValueError, naming the layer, if a chosen layer is among those that can have no delta (`unfit_layers`)."""
     for name in chosen:
-        if name in without:
-            raise ValueError(f"{without[name].reason}; leave it out of targets")
+        if name in unfit_layers:
+            raise ValueError(f"{unfit_layers[name].reason}; leave it out of targets")
 
 
 def left_out(model: nn.Module, chosen: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """Every weight of two or more dimensions, with its shape, that is of no chosen layer, embedding or output head:
-    routers, stacked experts, convolutions, what is tied or bypassed."""
+    """The shape of every weight of two or more dimensions outside the chosen layers, embeddings and output head:
+    routers, stacked experts, convolutions, tied and bypassed layers."""
     modules, head = named_modules(model), _head_of(model)
-    aside = [module for module in modules.values() if isinstance(module, nn.Embedding) or module is head]
-    known = {id(weight) for module in (*aside, *(modules[name] for name in chosen)) for weight in module.parameters()}
-    weights = {_plain(name): weight for name, weight in model.named_parameters() if weight.dim() > 1}
+    excluded = [module for module in modules.values() if isinstance(module, nn.Embedding) or module is head]
+    kept = (*excluded, *(modules[name] for name in chosen))
+    known = {id(weight) for module in kept for weight in module.parameters()}
+    weights = {_strip_compile_prefix(name): weight for name, weight in model.named_parameters() if weight.dim() > 1}
     return {name: tuple(weight.shape) for name, weight in weights.items() if id(weight) not in known}
 
 
@@ -216,7 +216,8 @@ def stacked_experts(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def group_siblings(linears: Mapping[str, nn.Module]) -> dict[str, Shape]:
-    """Shapes, with siblings of equal in_features guessed to share their input: for placements that saw no forward."""
+    """Shapes whose groups are guessed: siblings of equal in_features are taken to share their input. For placements
+    that observe no forward."""
     groups: dict[object, int] = {}
     shapes = {}
     for name, module in linears.items():
@@ -227,7 +228,7 @@ def group_siblings(linears: Mapping[str, nn.Module]) -> dict[str, Shape]:
 
 
 def shape_of(module: nn.Module, group: int) -> Shape:
-    """That of a linear layer or a stack of experts."""
+    """The shape of a linear layer or a stack of experts."""
     out_features, in_features = matrix_shape(module)  # type: ignore[misc]
     return Shape(out_features, in_features, group, experts_in(module))
 
@@ -238,35 +239,35 @@ def _head_of(model: nn.Module) -> nn.Module | None:
     return None if head is None else unwrapped(head)
 
 
-def _match(linears: Mapping[str, nn.Module], targets: str | Sequence[str]) -> dict[str, nn.Module]:
+def _match_targets(linears: Mapping[str, nn.Module], targets: str | Sequence[str]) -> dict[str, nn.Module]:
     examples = ", ".join(list(linears)[:3])
     if isinstance(targets, str):
         chosen = {name: module for name, module in linears.items() if re.fullmatch(targets, name)}
         if not chosen:
             raise ValueError(f"targets: the regex {targets!r} matches no linear layer; they are named like {examples}")
         return chosen
+    chosen_names: set[str] = set()
     for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in linears):
+        named = {name for name in linears if name == target or name.endswith(f".{target}")}
+        if not named:
             raise ValueError(f"targets: {target!r} names no linear layer; they are named like {examples}")
-    if not targets:
+        chosen_names |= named
+    if not chosen_names:
         raise ValueError(f"targets: expected at least one name, got none; linear layers are named like {examples}")
-    return {
-        name: module
-        for name, module in linears.items()
-        if any(name == target or name.endswith(f".{target}") for target in targets)
-    }
+    return {name: module for name, module in linears.items() if name in chosen_names}
 
 
 def count_parameters(model: nn.Module) -> int:
-    """All parameters of the base: tied ones once, a quantised matrix as the out * in values it represents."""
+    """The number of parameters of the base. Tied ones count once, a quantised matrix as the out * in values that it
+    represents."""
     counts = {id(parameter): parameter.numel() for parameter in model.parameters()}
     for module in model.modules():
-        weight, shape = own_weight(module), matrix_shape(module)
+        weight, shape = stored_weight(module), matrix_shape(module)
         if shape is not None and weight is not None and not weight.is_floating_point():
             counts[id(weight)] = shape[0] * shape[1]
     return sum(counts.values())
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """What the tensors take, each once."""
+    """The memory of the tensors, each counted once."""
     return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())

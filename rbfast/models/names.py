@@ -1,4 +1,4 @@
-"""What a model was loaded from, and what others can call it by: its id on the hub, if it has one."""
+"""The name that a model was loaded by, and its hub id if it has one."""
 
 import re
 from pathlib import Path
@@ -11,8 +11,8 @@ _IN_CACHE = re.compile(r"(?:^|/)models--([\w.-]+?)--([\w.-]+)/snapshots/")
 MERGED = "_rbfast_merged"  # the attribute of a module that counts the adapters merged into it
 
 
-def name_of(model: Any) -> str | None:
-    """What a model was loaded from, if it says so and no adapter was merged into it since."""
+def loaded_name(model: Any) -> str | None:
+    """The name or path that a model was loaded from; None if it is not recorded, or an adapter was merged since."""
     if any(module.__dict__.get(MERGED) for module in model.modules()):
         return None
     name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
@@ -22,8 +22,7 @@ def name_of(model: Any) -> str | None:
 
 
 def hub_id_of(name: str | None) -> str | None:
-    """The hub id of a model that was loaded from `name`; None for a folder or file of this machine, which mean nothing
-    elsewhere."""
+    """The hub id of a model that was loaded from `name`; None for a local folder or file, which other machines lack."""
     if not name:
         return None
     if (cached := _IN_CACHE.search(Path(name).as_posix())) is not None:

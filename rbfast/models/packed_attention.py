@@ -1,9 +1,9 @@
-"""Attention over a packed row, each example alone, for models that use PyTorch's scaled_dot_product_attention.
+"""Attention within each example of a packed row, for models that use PyTorch's scaled_dot_product_attention.
 
-Packing eight examples behind one mask makes attention compute all T x T scores and throw seven eighths away; on a CPU
-that is half of a training step. Given the start of each example, each is attended to alone: on a GPU all of them by
-one call of PyTorch's flash kernels for rows of many lengths, elsewhere one after the other. Told nothing, this is what
-transformers calls "sdpa", so a model may keep it.
+Packing eight examples behind one mask makes attention compute all T x T scores and discard seven eighths; on a CPU
+that is half of a training step. Here each example is attended to by itself: on a GPU all of them in one call of
+PyTorch's variable-length flash kernels, elsewhere one after the other. Without a `packing` argument this is
+transformers' "sdpa", so a model may keep it after training.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,13 +25,16 @@ _FLASH_TAKES = "query key value cum_seq_q cum_seq_k max_q max_k dropout_p is_cau
 
 
 class NotPackable(RuntimeError):
-    """A model asks its attention for something that no packed row can be given."""
+    """A model's attention needs something that this module does not support (a mask or bias of its own)."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How a packed row [1, T] is cut: `cuts` are where its n examples begin, then T; `on_device` the same, int32
-    [n + 1], if one kernel takes all examples at once. has_mask: transformers makes a mask beside it."""
+    """The boundaries of the n examples of a packed row [1, T].
+
+    cuts: where each example begins, then T. on_device: the same, int32 [n + 1], if one kernel takes all examples at
+    once. has_mask: transformers makes a mask for the row too.
+    """
 
     cuts: list[int]
     on_device: Tensor | None = None
@@ -43,16 +46,17 @@ class Packing:
 
 
 def lengths_of(position_ids: Tensor) -> list[int]:
-    """The lengths of the examples in a packed row [1, T], whose positions restart at 0. It waits for a GPU."""
+    """The lengths of the examples in a packed row [1, T], whose positions restart at 0. Synchronises with a GPU."""
     starts = (position_ids[0] == 0).nonzero()[:, 0].tolist()
     return [b - a for a, b in pairwise([*starts, position_ids.shape[1]])]
 
 
 def packed_inputs(model: PreTrainedModel, lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
-    """What a model that `has_packed_attention` is called with besides a row of examples of these lengths.
+    """The extra arguments of a model that `has_packed_attention`, for a row of examples of these lengths.
 
-    If no example is longer than what a token may see, there is no mask to make: a mask of four dimensions is taken as
-    it is, and this one is never read. Else transformers would make one of T x T, after a look at the positions.
+    If no example is longer than the attention window, no mask is needed, so a dummy of four dimensions is passed:
+    transformers takes such a mask as it is, and nothing reads it. Without it, transformers would read the positions and
+    build a mask of T x T.
     """
     found = packing(lengths, device)
     window = _configured_window(model)
@@ -62,26 +66,26 @@ def packed_inputs(model: PreTrainedModel, lengths: Sequence[int], device: torch.
 
 
 def packing(lengths: Sequence[int], device: torch.device) -> Packing:
-    """Of examples of these lengths; the host does not wait for the device."""
+    """The packing of examples of these lengths. Does not synchronise with the device."""
     cuts = list(accumulate(lengths, initial=0))
-    if len(lengths) < 2 or not takes_all_at_once(device):
+    if len(lengths) < 2 or not has_varlen_kernel(device):
         return Packing(cuts)
     on_host = torch.tensor(cuts, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
     return Packing(cuts, on_host.to(device, non_blocking=True))
 
 
-def takes_all_at_once(device: torch.device) -> bool:
-    """Whether a kernel of this device takes examples of any lengths in one call."""
-    if device.type != "cuda" or not torch.backends.cuda.is_flash_attention_available() or _flash() is None:
+def has_varlen_kernel(device: torch.device) -> bool:
+    """Whether this device has a kernel that takes examples of any lengths in one call."""
+    if device.type != "cuda" or not torch.backends.cuda.is_flash_attention_available() or _flash_op() is None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @cache
-def _flash() -> Callable[..., Any] | None:
-    """The op under torch.nn.attention.varlen, if this PyTorch has it with these arguments; None if not.
+def _flash_op() -> Callable[..., Any] | None:
+    """The op behind torch.nn.attention.varlen, if this PyTorch has it with the expected arguments; else None.
 
-    The wrapper there passes the op and its backward through Python, which takes the host longer than the op itself.
+    The wrapper runs the op and its backward through Python, which takes the host longer than the op itself.
     """
     op: Any = getattr(torch.ops.aten, "_flash_attention_forward", None)
     arguments = () if op is None else op.default._schema.arguments
@@ -92,7 +96,7 @@ def _flash() -> Callable[..., Any] | None:
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Switches a model from "sdpa" to this module, if its attention can be exchanged; others pack by their mask."""
+    """Switches a model from "sdpa" to this module, if its attention can be replaced. Others pack by their mask."""
     config = model.config.get_text_config()
     if config._attn_implementation == "sdpa" and model._supports_attention_backend:
         config._attn_implementation = NAME
@@ -108,13 +112,13 @@ def has_packed_attention(model: PreTrainedModel) -> bool:
     return model.config.get_text_config()._attn_implementation == NAME
 
 
-def attention_of(model: PreTrainedModel, device: torch.device) -> str:
-    """What a model attends with to the examples of a packed row, for people."""
+def describe_attention(model: PreTrainedModel, device: torch.device) -> str:
+    """A description of the attention that a model uses for a packed row, for display."""
     if not has_packed_attention(model):
         return f"{model.config.get_text_config()._attn_implementation}, the model's own"
-    if takes_all_at_once(device):
+    if has_varlen_kernel(device):
         return "PyTorch's flash kernels, all examples of a batch in one call"
-    return "scaled_dot_product_attention, a call for each example; all else takes the row whole"
+    return "scaled_dot_product_attention, one call per example; all other layers take the whole row"
 
 
 def _attend(
@@ -142,7 +146,7 @@ def _attend(
     if kwargs.get("position_bias") is not None:
         raise NotPackable(f"{type(module).__name__} adds a bias of its own to the scores")
     if packing.on_device is not None and not dropout and _suits_flash(query):
-        return _attend_at_once(query, key, value, packing, scaling), None
+        return _attend_varlen(query, key, value, packing, scaling), None
     parts = [
         scaled_dot_product_attention(
             query[:, :, a:b],
@@ -155,15 +159,15 @@ def _attend(
         )[0].transpose(0, 1)
         for a, b in pairwise(packing.cuts)
     ]
-    return torch.cat(parts)[None], None  # contiguous, as some models need it; of four dimensions cat keeps the strides
+    return torch.cat(parts)[None], None  # contiguous, as some models need; cat of 4D parts would keep their strides
 
 
 def _suits_flash(query: Tensor) -> bool:
     return query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
 
 
-def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None) -> Tensor:
-    flash, cuts, longest = _flash(), packing.on_device, packing.longest
+def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None) -> Tensor:
+    flash, cuts, longest = _flash_op(), packing.on_device, packing.longest
     assert flash is not None
     rows = (x[0].transpose(0, 1) for x in (query, key, value))
     causal = {"is_causal": True, "window_size_left": -1, "window_size_right": 0}
@@ -173,7 +177,8 @@ def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, packing: Packing,
 
 
 def _window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
-    """How far a token may see. Some models (Qwen2-MoE, Llama 4) only put it into the mask: then the config tells."""
+    """How many tokens back a token may attend. Some models (Qwen2-MoE, Llama 4) only put it into the mask: then it is
+    read from the config."""
     return kwargs["sliding_window"] if "sliding_window" in kwargs else _configured_window(module)
 
 

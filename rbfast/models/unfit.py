@@ -1,7 +1,7 @@
-"""Which linear layers can have no delta, and why: one would change more than its layer, or nothing at all.
+"""Which linear layers can have no delta, and why: the delta would change more than its layer, or would learn nothing.
 
-A delta lives in a layer's weight and learns from what goes through the layer. So the weight must be the layer's alone,
-and whoever uses the weight must do it by running the layer.
+A delta changes a layer's weight and learns from the layer's inputs and output gradients. So the weight must belong to
+that layer alone, and all code that uses the weight must run the layer.
 """
 
 import inspect
@@ -13,29 +13,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rbfast.models.weight_use import own_weight, weight_use
+from rbfast.models.weight_use import stored_weight, weight_use
 
 Linears = Mapping[str, tuple[nn.Module, tuple[int, int]]]
 
 
 class Unfit(NamedTuple):
-    """Why a layer can have no delta. is_news: attaching says so; others are usual."""
+    """Why a layer can have no delta. should_warn: attaching warns of it; the others are usual."""
 
     reason: str
-    is_news: bool
+    should_warn: bool
 
 
 def unfit_linears(model: nn.Module, linears: Linears) -> dict[str, Unfit]:
-    """The layers that can have no delta, of linears (layer, (out, in)) by name."""
+    """The layers that can have no delta, by name. linears: (layer, (out, in)) by name."""
     tied, overlapping, bypassed = _tied_weights(model), _overlapping_weights(model), _bypassed_linears(model)
     found = {}
     for name, (module, shape) in linears.items():
-        weight = own_weight(module)
+        weight = stored_weight(module)
         if weight is not None and id(weight) in tied:
             found[name] = Unfit(f"the weight of {name} is tied to another module's: a delta would change both", False)
         elif id(module) in bypassed:
-            how, is_news = bypassed[id(module)]
-            found[name] = Unfit(how.replace("NAME", name), is_news)
+            how, should_warn = bypassed[id(module)]
+            found[name] = Unfit(how.replace("NAME", name), should_warn)
         elif weight is not None and id(weight) in overlapping:
             found[name] = Unfit(
                 f"the weight of {name} shares its memory with another one: a delta would change both", True
@@ -53,7 +53,7 @@ def _tied_weights(model: nn.Module) -> set[int]:
 
 
 def _overlapping_weights(model: nn.Module) -> set[int]:
-    """Those of two tensors or more that share memory, like a decoder's weight that is a view of the encoder's."""
+    """Ids of tensors that share memory with another, such as a decoder's weight that is a view of the encoder's."""
     spans: dict[torch.device, list[tuple[int, int, int]]] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         if type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and tensor.numel():
@@ -65,7 +65,7 @@ def _overlapping_weights(model: nn.Module) -> set[int]:
 
 
 def _overlaps(spans: list[tuple[int, int, int]]) -> Iterator[tuple[int, int]]:
-    """Pairs of keys of spans (start, end, key), sorted, such that every span with an overlap is in one."""
+    """Pairs of overlapping keys among sorted spans (start, end, key). Every span that overlaps another is in a pair."""
     widest = (0, 0, 0)
     for span in spans:
         if span[0] < widest[1]:
@@ -74,8 +74,8 @@ def _overlaps(spans: list[tuple[int, int, int]]) -> Iterator[tuple[int, int]]:
 
 
 def _bypassed_linears(model: nn.Module) -> dict[int, Unfit]:
-    """By id, layers whose weight others multiply by without running them, so that a delta may never see their input;
-    in the reasons NAME stands for the layer's."""
+    """By id, layers whose weight other modules multiply by without running the layer, so that a delta may never see
+    their input. In the reasons, NAME stands for the layer's name."""
     found = {}
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):
@@ -83,7 +83,7 @@ def _bypassed_linears(model: nn.Module) -> dict[int, Unfit]:
             found[id(module.out_proj)] = Unfit(reason, True)
         children = dict(module.named_children())
         if hasattr(module, "A_log") and hasattr(module, "D"):
-            # dt_proj is multiplied by by hand; in training a fused kernel takes x_proj, dt_proj and out_proj.
+            # The mixer multiplies by dt_proj's weight; in training a fused kernel takes x_proj, dt_proj and out_proj.
             reason = "a Mamba mixer may use the weight of NAME without running the layer"
             found |= {id(child): Unfit(reason, False) for name, child in children.items() if name != "in_proj"}
         for name in children.keys() & _multiplied_by_hand(type(module)):
@@ -102,9 +102,9 @@ _PRODUCT = re.compile(
 
 
 def _multiplied_by_hand(kind: type[nn.Module]) -> set[str]:
-    """The layers, by their names in a class, whose weight its code multiplies by: `F.linear(x, self.gate.weight)`.
+    """The attribute names of layers whose weight the code of a class multiplies by: `F.linear(x, self.gate.weight)`.
 
-    What is written otherwise shows in the first two steps (`rbfast.adapter.first_step`).
+    Other spellings are found in the first two training steps (`rbfast.adapter.bypass_watch`).
     """
     return {name for base in kind.__mro__ if "forward" in vars(base) for name in _products_in(base)}
 
@@ -120,5 +120,5 @@ def _products_in(kind: type) -> frozenset[str]:
 def _source_of(function: Any) -> str:
     try:
         return inspect.getsource(function)
-    except OSError:  # there is none, as of a class made in a shell
+    except OSError:  # no source, as for a class defined in a shell
         return ""

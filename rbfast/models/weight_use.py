@@ -1,8 +1,8 @@
-"""How a layer uses its weight: whether y = x W^T, y = x W or something else, and why some layers can have no delta.
+"""How a layer uses its weight: y = x W^T, y = x W, or something else that may rule out a delta.
 
-A class name and a shape cannot tell: a square layer may multiply by its weight or by the transpose of it. So a layer
-with a forward of its own is run once, on one row: the gradient of its weight says what it does. nn.Linear and
-transformers' Conv1D are known, and a weight that is quantised, sharded or on meta is taken at its word.
+Class name and shape cannot tell: a square layer may multiply by its weight or by its transpose. So a layer with a
+custom forward is run once on one row, and the gradient of its weight shows what it does. nn.Linear and transformers'
+Conv1D are known. A layer whose weight is quantised, sharded or on meta is judged by its class.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,9 +22,9 @@ Kind = Literal["linear", "transposed", "opaque", "unfit"]
 
 
 class WeightUse(NamedTuple):
-    """linear: y = x W^T. transposed: y = x W. opaque: a delta can only run beside the weight. unfit: it can have none.
+    """linear: y = x W^T. transposed: y = x W. opaque: a delta can only run beside the weight. unfit: no delta at all.
 
-    reason: of the last two, why; it reads on from the layer's name.
+    reason: why a layer is opaque or unfit, as a predicate of its name ("computes its weight").
     """
 
     kind: Kind
@@ -39,7 +39,7 @@ def weight_use(module: nn.Module, shape: tuple[int, int]) -> WeightUse:
     if isinstance(module, ExpertStack):
         reason = module.why_unfit()
         return WeightUse("unfit", reason) if reason else TRANSPOSED if module.is_transposed else LINEAR
-    weight = own_weight(module)
+    weight = stored_weight(module)
     if weight is None:
         return _use_of_computed(module)
     if weight.dtype == torch.float64:
@@ -49,46 +49,46 @@ def weight_use(module: nn.Module, shape: tuple[int, int]) -> WeightUse:
     if weight.dim() != 2:
         flat = " (flattened by FSDP1 or ZeRO-3? Use rbfast.training.sharding.shard)" if weight.dim() == 1 else ""
         return WeightUse("unfit", f"has a weight of shape {tuple(weight.shape)}, which is no matrix{flat}")
-    forward = _forward_of(module)
+    forward = _unwrapped_forward(module)
     if forward is nn.Linear.forward:
         return LINEAR
     if is_conv1d(module) and type(module).__module__ == "transformers.pytorch_utils":
         return TRANSPOSED
-    if weight.is_meta or weight.is_inference():  # there is nothing to try, or autograd refuses it
+    if weight.is_meta or weight.is_inference():  # no values to run with, or autograd refuses the tensor
         return TRANSPOSED if is_conv1d(module) else LINEAR
-    known = _TRIED.get(module)
+    known = _PROBED.get(module)
     if known is None or known[0] is not forward:
-        known = _TRIED[module] = forward, _try(module, weight, shape)
+        known = _PROBED[module] = forward, _probe(module, weight, shape)
     return known[1]
 
 
-_TRIED: WeakKeyDictionary[nn.Module, tuple[Callable[..., Any], WeightUse]] = WeakKeyDictionary()
+_PROBED: WeakKeyDictionary[nn.Module, tuple[Callable[..., Any], WeightUse]] = WeakKeyDictionary()
 
 
-def own_weight(module: nn.Module) -> Tensor | None:
-    """The weight that a layer stores; None if it has none, or computes it."""
+def stored_weight(module: nn.Module) -> Tensor | None:
+    """The weight that a layer stores; None if it has none or computes it."""
     if isinstance(module, ExpertStack):
         return module.weight
     return module._parameters.get("weight", module._buffers.get("weight"))
 
 
 def has_weight(module: nn.Module) -> bool:
-    """Whether a layer stores a weight or computes one; asking does not compute it."""
-    return own_weight(module) is not None or "weight" in module.__dict__ or hasattr(type(module), "weight")
+    """Whether a layer stores a weight or computes one. This does not compute it."""
+    return stored_weight(module) is not None or "weight" in module.__dict__ or hasattr(type(module), "weight")
 
 
 def is_plain(weight: Any) -> bool:
-    """Whether a weight is a tensor of plain numbers in a dtype that a delta can be folded into; it may be on meta."""
+    """Whether a weight is an ordinary tensor of a dtype that a delta can be folded into. It may be on meta."""
     return type(weight) in (Tensor, nn.Parameter) and weight.dtype in FOLDABLE
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's Conv1D, which keeps its weight as [in, out] and its sizes in the weight alone."""
+    """Whether this is GPT-2's Conv1D, which stores its weight as [in, out] and has no in_features."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def input_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """The tensor that a layer was called with, by place or by name."""
+    """The tensor that a layer was called with, positional or by keyword."""
     if args and isinstance(args[0], Tensor):
         return args[0]
     given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
@@ -100,35 +100,35 @@ def input_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
 
 
 def _use_of_computed(module: nn.Module) -> WeightUse:
-    """A weight that is no parameter: made anew in each forward, or that of a layer within it."""
+    """The use of a weight that is no parameter: computed in each forward, or that of an inner layer."""
     is_made = "parametrizations" in module._modules or "weight" in module.__dict__
-    inner = [own_weight(child) for child in module.modules() if child is not module]
+    inner = [stored_weight(child) for child in module.modules() if child is not module]
     if not is_made and any(weight is not None and weight is module.weight for weight in inner):
         return WeightUse("unfit", "wraps a layer and shows that layer's weight as its own")
     return WeightUse("opaque", "computes its weight (weight norm, spectral norm, a parametrization, pruning)")
 
 
-def _forward_of(module: nn.Module) -> Callable[..., Any]:
-    """The function that runs; not what accelerate puts around it to move weights."""
+def _unwrapped_forward(module: nn.Module) -> Callable[..., Any]:
+    """The function that runs, without accelerate's wrapper that moves weights."""
     own = module.__dict__.get("forward")
     return type(module).forward if own is None or "_hf_hook" in module.__dict__ else own
 
 
-def _try(module: nn.Module, weight: Tensor, shape: tuple[int, int]) -> WeightUse:
+def _probe(module: nn.Module, weight: Tensor, shape: tuple[int, int]) -> WeightUse:
     out_features, in_features = shape
     count = torch.arange(max(shape), device=weight.device, dtype=torch.float32)
     x, dy = count[:in_features].cos().to(weight.dtype), (0.7 * count[:out_features]).sin().to(weight.dtype)
     errors = []
     for row in (x[None, None], x[None]):  # a batch of sequences, else tokens in a row
         try:
-            with _aside(module, weight) as leaf:
+            with _leaf_weight(module, weight) as leaf:
                 y = module.forward(row)
                 if not isinstance(y, Tensor):
                     return WeightUse("unfit", f"returns a {type(y).__name__}, not a tensor")
                 if y.shape != (*row.shape[:-1], out_features):
                     return WeightUse("unfit", f"turns an input {tuple(row.shape)} into {tuple(y.shape)}")
                 return _use_by_gradient(y, leaf, x, dy)
-        except Exception as error:  # anything, from code that is not ours: the layer is left alone, with its words
+        except Exception as error:  # third-party code may raise anything: report it as the reason
             errors.append(f"{type(error).__name__}: {error}")
     return WeightUse("unfit", f"cannot be tried on one row ({errors[0]})")
 
@@ -147,8 +147,9 @@ def _use_by_gradient(y: Tensor, leaf: Tensor, x: Tensor, dy: Tensor) -> WeightUs
 
 
 @contextmanager
-def _aside(module: nn.Module, weight: Tensor) -> Iterator[Tensor]:
-    """Within the block the layer has a leaf in place of its weight, with the same values, and is in evaluation mode."""
+def _leaf_weight(module: nn.Module, weight: Tensor) -> Iterator[Tensor]:
+    """Within the block a leaf tensor with the same values replaces the layer's weight, and the layer is in evaluation
+    mode."""
     store: Any = module._parameters if "weight" in module._parameters else module._buffers
     training = [part for part in module.modules() if part.training]
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(weight.device.type, enabled=False):

@@ -1,10 +1,10 @@
-"""The native ops: schemas and autograd (registry), what they are in plain torch (reference), and the head's
+"""The native ops: schemas and autograd (registry), their definition in plain torch (reference), and the head's
 products on a GPU (head_gemm).
 
     from rbfast import ops
     ops.column_gather(x, cols); ops.implementations("cuda")
 
-An op runs what the dispatcher has for the device of its tensors: native code, else Triton, else the reference.
+By the device of its tensors, an op runs native code if there is any, else Triton, else the reference.
 """
 
 from rbfast.ops.registry import (
@@ -19,7 +19,7 @@ from rbfast.ops.registry import (
     cpu_isa,
     cpu_isa_reason,
     divergence_rows_,
-    filter_saves,
+    filter_helps,
     first_order,
     grouped_column_fold_,
     grouped_column_grad,
@@ -49,7 +49,7 @@ __all__ = [
     "cpu_isa",
     "cpu_isa_reason",
     "divergence_rows_",
-    "filter_saves",
+    "filter_helps",
     "first_order",
     "grouped_column_fold_",
     "grouped_column_grad",

@@ -1,7 +1,7 @@
 """The head's three products on a GPU: library GEMMs of 16-bit operands with fp32 output, which torch has for CUDA only.
 
-Any other pair of dtypes is widened first, as in the reference, but a slice of the vocabulary at a time: a head in fp32
-is twice as large as the one that is there. That is what an fp16 student meets, whose dz is fp32, and one of mixed
+Any other pair of dtypes is widened first, as in the reference, but one slice of the vocabulary at a time: a whole head
+in fp32 is twice as large as the 16-bit original. This happens for an fp16 student, whose dz is fp32, and for mixed
 dtypes. Shapes: T tokens, H hidden size, V vocabulary.
 """
 
@@ -11,24 +11,24 @@ import torch
 from torch import Tensor
 
 from rbfast.ops.dtypes import wide
-from rbfast.ops.reference import above
+from rbfast.ops.reference import zero_below
 
-SLICE_BYTES = 64 * 2**20  # of a head in fp32, widened at a time
+SLICE_BYTES = 64 * 2**20  # of the slice of the head in fp32
 
 
-def _has_wide_output(a: Tensor, b: Tensor) -> bool:
+def _has_fp32_output(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16)
 
 
 def _slices(V: int, H: int) -> Iterator[slice]:
-    """Cuts [V, H] along V."""
+    """Slices along V that cut [V, H] into pieces of SLICE_BYTES in fp32."""
     step = max(1, SLICE_BYTES // (4 * max(1, H)))
     return (slice(start, start + step) for start in range(0, V, step))
 
 
 def head_forward_(logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
-    """Sets logits [T, V] fp32 to hidden [T, H] weight [V, H]^T; they are never rounded to 16 bits on the way."""
-    if _has_wide_output(hidden, weight):
+    """Sets logits [T, V] fp32 to hidden [T, H] weight [V, H]^T, without rounding to 16 bits in between."""
+    if _has_fp32_output(hidden, weight):
         torch.mm(hidden, weight.T, out_dtype=torch.float32, out=logits)
         return
     x = wide(hidden)
@@ -39,10 +39,10 @@ def head_forward_(logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
 def head_backward_(d_hidden: Tensor, dz: Tensor, weight: Tensor, thresholds: Tensor | None = None) -> None:
     """Sets d_hidden [T, H] fp32 to dz [T, V] weight [V, H].
 
-    What is below the threshold [T] of its row counts as 0, but is multiplied.
+    Entries below the threshold [T] of their row are set to 0 first. That saves no work here.
     """
-    dz = above(dz, thresholds)
-    if _has_wide_output(dz, weight):
+    dz = zero_below(dz, thresholds)
+    if _has_fp32_output(dz, weight):
         torch.mm(dz, weight, out_dtype=torch.float32, out=d_hidden)
         return
     d_hidden.zero_()
@@ -51,8 +51,8 @@ def head_backward_(d_hidden: Tensor, dz: Tensor, weight: Tensor, thresholds: Ten
 
 
 def head_grad_(dW: Tensor, dz: Tensor, hidden: Tensor) -> None:
-    """dW [V, H] fp32 += dz [T, V]^T hidden [T, H], in products that start from dW."""
-    if _has_wide_output(dz, hidden):
+    """dW [V, H] fp32 += dz [T, V]^T hidden [T, H], accumulated onto dW in the GEMM itself."""
+    if _has_fp32_output(dz, hidden):
         torch.addmm(dW, dz.T, hidden, out_dtype=torch.float32, out=dW)
         return
     x = wide(hidden)
@@ -63,7 +63,7 @@ def head_grad_(dW: Tensor, dz: Tensor, hidden: Tensor) -> None:
 def head_grad_rounded_(dW: Tensor, dz: Tensor, hidden: Tensor, adds: bool) -> None:
     """dW [V, H] (+)= dz [T, V]^T hidden [T, H], all in bf16: each product is summed in fp32 and rounded once.
 
-    Half the memory of a sum in fp32 and no cast after it. n products add up to an error of about 0.1% sqrt(n / 2).
+    Takes half the memory of a sum in fp32, and no cast afterwards. n products give an error of about 0.1% sqrt(n / 2).
     """
     if adds:
         dW.addmm_(dz.T, hidden)

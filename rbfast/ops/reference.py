@@ -1,7 +1,7 @@
-"""The plain-torch definition of every op: readable, any floating dtype up to fp64, the oracle of the tests.
+"""The plain-torch definition of every op: readable, for any floating dtype up to fp64, and the oracle of the tests.
 
 Shapes: T tokens, `in`/`out` features of a frozen weight [out, in], s columns in the support, k the rank, V vocabulary;
-E experts, and S rows sorted by expert: those of the e-th end at ends[e].
+E experts, and S rows sorted by expert, of which those of expert e end at ends[e].
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from rbfast.ops.dtypes import wide
 
 
 def column_gather(x: Tensor, cols: Tensor, run: int = 1) -> Tensor:
-    """The support's columns of x [T, in], copied: [T, s]. (`run` only helps faster kernels, here and below.)"""
+    """A copy [T, s] of the support's columns of x [T, in]. (`run` only helps faster kernels, here and below.)"""
     return x.index_select(1, cols)
 
 
@@ -31,7 +31,7 @@ def column_linear_(y: Tensor, xs: Tensor, A: Tensor, B: Tensor, scale: float) ->
 
 
 def column_scatter_(dx: Tensor, dy: Tensor, cols: Tensor, A: Tensor, B: Tensor, scale: float, run: int = 1) -> None:
-    """The delta's part of the input gradient: dx[:, cols] += scale * (dy B) A, with dx [T, in] and dy [T, out]."""
+    """Adds the delta's part of the input gradient: dx[:, cols] += scale * (dy B) A, with dx [T, in], dy [T, out]."""
     delta = scale * (wide(dy) @ wide(B)) @ wide(A)
     dx[:, cols] = (wide(dx[:, cols]) + delta).to(dx.dtype)
 
@@ -41,8 +41,8 @@ def column_fold_(
 ) -> None:
     """Writes the delta into the weight [out, in]: weight[:, cols] = cast(base_columns + scale * B A).
 
-    The sum over k runs in order, each product rounded before it is added: a fold has the same bits on every machine.
-    With k = 0 the base columns are copied bit by bit.
+    The sum over k runs in order, and each product is rounded before it is added, so a fold gives the same bits on every
+    machine. With k = 0 the base columns are copied bit by bit.
     """
     if len(A) == 0:
         weight[:, cols] = base_columns
@@ -62,17 +62,17 @@ def column_fold_all_(
     scale: float,
     runs: Sequence[int],
 ) -> None:
-    """column_fold_ of many matrices: the i-th entries belong together, and all share a device.
+    """column_fold_ for many matrices on one device; the i-th entries of the lists belong together.
 
-    It calls the op of one matrix, whatever that runs as. A native kernel of its own spares the host those calls.
+    Calls column_fold_ for each matrix, in whichever implementation that has. A native kernel saves those calls.
     """
     for *one, run in zip(weights, base_columns, cols, A, B, runs, strict=True):
         torch.ops.rbfast.column_fold_(*one, scale, run)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """y [S, out] = x W_e^T of the rows x [S, in] of each expert, weight [E, out, in]."""
-    is_aligned = not (weight.shape[1] % 8 or weight.shape[2] % 8)  # to 16 bytes, as the kernel has it
+    """y [S, out] = x W_e^T for the rows x [S, in] of each expert e, with weight [E, out, in]."""
+    is_aligned = not (weight.shape[1] % 8 or weight.shape[2] % 8)  # to 16 bytes, which the kernel requires
     if x.is_cuda and x.dtype == torch.bfloat16 and is_aligned:
         return torch.nn.functional.grouped_mm(x, weight.mT, offs=ends.to(torch.int32))
     y = x.new_empty(x.shape[0], weight.shape[1])
@@ -84,7 +84,7 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 def grouped_column_grad(
     dy: Tensor, xs: Tensor, ends: Tensor, A: Tensor, B: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """column_grad for each expert: of A [E, k, s] and B [E, out, k], given dy [S, out] and xs [S, s]."""
+    """column_grad for each expert: gradients of A [E, k, s] and B [E, out, k], given dy [S, out] and xs [S, s]."""
     dA, dB = A.new_zeros(A.shape), B.new_zeros(B.shape)
     for expert, rows in rows_of_experts(ends):
         dA[expert], dB[expert] = torch.ops.rbfast.column_grad(dy[rows], xs[rows], A[expert], B[expert], scale)
@@ -108,14 +108,14 @@ def grouped_column_scatter_(
 def grouped_column_fold_(
     weight: Tensor, base_columns: Tensor, cols: Tensor, A: Tensor, B: Tensor, scale: float, run: int = 1
 ) -> None:
-    """column_fold_ for each expert: into weight [E, out, in], with base_columns [E, out, s]."""
+    """column_fold_ for each expert, into weight [E, out, in], with base_columns [E, out, s]."""
     parts = [list(stack.unbind()) for stack in (weight, base_columns, A, B)]
     experts = len(weight)
     torch.ops.rbfast.column_fold_all_(*parts[:2], [cols] * experts, *parts[2:], scale, [run] * experts)
 
 
 def rows_of_experts(ends: Tensor) -> Iterator[tuple[int, slice]]:
-    """The experts that have rows, and which. Reads `ends` on the host."""
+    """(expert, its rows) for each expert that has rows. Reads `ends` on the host."""
     start = 0
     for expert, end in enumerate(ends.tolist()):
         if end > start:
@@ -124,32 +124,33 @@ def rows_of_experts(ends: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 def head_forward_(logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
-    """Sets logits [T, V], fp32 or wider, to those of hidden [T, H] through a head [V, H]."""
+    """Sets logits [T, V], fp32 or wider, to hidden [T, H] times the head [V, H]^T."""
     torch.mm(wide(hidden), wide(weight).T, out=logits)
 
 
 def head_backward_(d_hidden: Tensor, dz: Tensor, weight: Tensor, thresholds: Tensor | None = None) -> None:
-    """Sets d_hidden [T, H], fp32 or wider, to the gradient of hidden from the gradient dz [T, V] of its logits.
+    """Sets d_hidden [T, H], fp32 or wider, to dz [T, V] weight [V, H], the gradient of hidden.
 
-    What is smaller in magnitude than the threshold [T] of its row counts as 0.
+    Entries of dz smaller in magnitude than the threshold [T] of their row count as 0.
     """
-    torch.mm(wide(above(dz, thresholds)), wide(weight), out=d_hidden)
+    torch.mm(wide(zero_below(dz, thresholds)), wide(weight), out=d_hidden)
 
 
-def above(dz: Tensor, thresholds: Tensor | None) -> Tensor:
-    """dz [T, V] with 0 in place of what is smaller in magnitude than the threshold [T] of its row."""
+def zero_below(dz: Tensor, thresholds: Tensor | None) -> Tensor:
+    """dz [T, V] with entries smaller in magnitude than the threshold [T] of their row set to 0."""
     return dz if thresholds is None else dz.masked_fill(wide(dz).abs() < thresholds.unsqueeze(1), 0.0)
 
 
-THRESHOLDS = tuple(2.0**-n for n in range(8, 16))  # those that are tried, as shares of what may be left out
-_SUM_ERROR = 2.0**-12  # more than sums in fp32 are rounded by
+THRESHOLDS = tuple(2.0**-n for n in range(8, 16))  # candidates, as fractions of the sum that may be left out
+_SUM_ERROR = 2.0**-12  # exceeds the relative rounding error of sums in fp32
 
 
 def row_thresholds(dz: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """For each row of dz [T, V] a threshold: the values below it sum, in magnitude, to at most `share` of the row.
+    """(thresholds [T], left_out [T]). In each row of dz [T, V] the entries below the threshold sum, in magnitude, to at
+    most `share` of the row's sum.
 
-    It is the largest of THRESHOLDS that hold this, or the smallest number there is. With it comes what the values below
-    sum to, rounded up. Infinities and NaNs are below no threshold and are not in the sums.
+    The threshold is the largest of THRESHOLDS for which this holds, or the smallest positive number. left_out is the
+    sum of the entries below it, rounded up. Infinities and NaNs are below no threshold and are not in the sums.
     """
     size = wide(dz).abs()
     allowed = share * size.masked_fill(~size.isfinite(), 0.0).sum(1, dtype=torch.float64)
@@ -164,16 +165,16 @@ def row_thresholds(dz: Tensor, share: float) -> tuple[Tensor, Tensor]:
 
 
 def head_grad_(dW: Tensor, dz: Tensor, hidden: Tensor) -> None:
-    """Adds the head's gradient: dW [V, H] += dz^T hidden, with dz [T, V] and hidden [T, H]; dW is fp32 or wider."""
+    """Adds the head's gradient: dW [V, H] += dz^T hidden, with dz [T, V], hidden [T, H] and dW in fp32 or wider."""
     dW += wide(dz).T @ wide(hidden)
 
 
 def scaled_(out: Tensor, x: Tensor, factor: Tensor) -> None:
-    """Sets out, which may be x, to x * factor, by products in fp32 or wider: factor is one number in such a dtype."""
+    """Sets out, which may be x, to x * factor. factor is one number in fp32 or wider, and so are the products."""
     torch.mul(x, factor.reshape(1), out=out)
 
 
-# Reverse KL needs log p of everything the student may say; below this it is cut, as binary_cross_entropy does.
+# Reverse KL needs log p of every token the student may produce. It is clamped here, as in binary_cross_entropy.
 LOG_FLOOR = -100.0
 
 
@@ -205,7 +206,7 @@ def divergence(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tenso
 
 
 def _dense_rows(z: Tensor, teacher: Tensor, tau: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """D [T] and its gradient [T, V] in z/tau, over the ids both vocabularies have, renormalised on both sides."""
+    """D [T] and its gradient [T, V] in z/tau, over the ids in both vocabularies, renormalised on both sides."""
     shared = min(z.shape[1], teacher.shape[1])
     log_p, log_q = (torch.log_softmax(x[:, :shared] / tau, 1) for x in (teacher.double(), z))
     value, gradient = divergence(log_p, log_q, beta)
@@ -213,10 +214,10 @@ def _dense_rows(z: Tensor, teacher: Tensor, tau: Tensor, beta: float) -> tuple[T
 
 
 def _top_k_rows(z: Tensor, ids: Tensor, logprobs: Tensor, tau: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """D [T] over k + 1 buckets, the last one everything outside the support, and its gradient [T, V] in z/tau.
+    """D [T] over k + 1 buckets, the last one for all ids outside the support, and its gradient [T, V] in z/tau.
 
-    Entries with id -1 are padding. The teacher's log-probs are at temperature 1. At another one, its unseen tail is
-    given the student's shape r: sum_v (p_tail r_v)^(1/tau), constant in the gradient; so D is 0 if both agree.
+    Entries with id -1 are padding. The teacher's log-probs are at temperature 1. At another tau, its unseen tail gets
+    the student's shape r: sum_v (p_tail r_v)^(1/tau), constant in the gradient; so D is 0 if both agree.
     """
     used = ids >= 0
     columns = ids.clamp_min(0)
@@ -261,10 +262,10 @@ def divergence_rows_(
     With z = cap(logit_scale * (logits + bias)), cap(x) = softcap * tanh(x / softcap), and q = softmax(z / temperature):
     loss = kl_weight * temperature^2 * D(p, q) + ce_weight * CE(softmax(z), label), D as in `divergence`.
     The teacher's p is given by ids [T, k] (-1 is padding, no id twice) and logprobs [T, k], or by its logits
-    teacher [T, V'], or, for text alone, not at all, and then D is 0. labels are [T]; so are kl_weight, ce_weight and
-    temperature, or None for 1 in every row. Each of those counts times the factor of its name.
+    teacher [T, V']. Without either (text only) D is 0. labels are [T]; so are kl_weight, ce_weight and temperature, or
+    None for 1 in every row. Each of the three is multiplied by the factor of its name.
 
-    dz [T, V] receives d loss / d logits; it may share memory with logits, whose content is lost in any case.
+    dz [T, V] receives d loss / d logits; it may share memory with logits. The content of logits is lost either way.
     """
     z = logits.double()
     z = logit_scale * (z if bias is None else z + bias.double())

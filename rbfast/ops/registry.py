@@ -1,8 +1,8 @@
-"""The registry of ops: schemas, fakes and the reference for each; native libraries and Triton add faster kernels.
+"""The registry of ops: schemas, fakes, the reference for each op, and faster kernels from native libraries and Triton.
 
-The torch dispatcher chooses, op by op and device by device: a native kernel if one is loaded, else on a GPU a Triton
-kernel, else the reference. Ops whose name ends in an underscore write into their first argument. All tensors of a call
-share a device; A and B are fp32. `run` says that cols comes in aligned runs of so many columns, see `run_of`.
+The torch dispatcher chooses for each op and device: a native kernel if one is loaded, else on a GPU a Triton kernel,
+else the reference. Ops whose name ends in an underscore write into their first argument. All tensors of a call share a
+device; A and B are fp32. `run`: cols consists of aligned runs of that many consecutive columns, see `run_of`.
 """
 
 import ctypes
@@ -49,7 +49,7 @@ _SCHEMAS = {
     "float temperature_factor=1.0) -> (Tensor, Tensor, Tensor)",
 }
 
-# The module of rbfast.kernels that has the op of this name in Triton.
+# For each op in Triton, its module in rbfast.kernels.
 _TRITON_MODULES = {
     "column_gather": "columns",
     "column_grad": "columns",
@@ -63,11 +63,11 @@ _TRITON_MODULES = {
     "divergence_rows_": "divergence_rows",
     "scaled_": "scale",
 }
-_PRODUCTS = ("head_forward_", "head_backward_", "head_grad_")  # on CUDA, torch's own GEMMs, which are fast enough
+_PRODUCTS = ("head_forward_", "head_backward_", "head_grad_")  # on CUDA torch's own GEMMs, which are fast enough
 
 
-def _load(name: str) -> ctypes.CDLL | None:
-    """Loads rbfast/{name}.*so if it was built. One that is there but cannot be loaded raises: it is not ignored."""
+def _load_library(name: str) -> ctypes.CDLL | None:
+    """Loads rbfast/{name}.*so if it was built. Raises if the file exists but cannot be loaded."""
     built = sorted(Path(__file__).parent.parent.glob(f"{name}.*so"))
     if not built:
         return None
@@ -80,7 +80,7 @@ def _has_kernel(name: str, key: str) -> bool:
 
 
 def _triton_op(name: str) -> Callable[..., Any]:
-    """The op in Triton on a GPU. Triton is imported by the first call."""
+    """The Triton implementation of an op. The first call imports Triton."""
 
     def call(*args: Any) -> Any:
         places = {x.device for x in args if isinstance(x, Tensor)}
@@ -95,7 +95,7 @@ def _triton_op(name: str) -> Callable[..., Any]:
 
 
 def _register_triton() -> set[str]:
-    """Registers the Triton kernels of the ops that have no native one for the GPU; returns their names."""
+    """Registers Triton kernels for the ops without a native GPU kernel; returns their names."""
     if not (torch.version.cuda or torch.version.hip) or importlib.util.find_spec("triton") is None:
         return set()
     missing = {name for name in _TRITON_MODULES if not _has_kernel(name, "CUDA")}
@@ -107,15 +107,16 @@ def _register_triton() -> set[str]:
 for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
-# The order of preference: what is native is loaded first, Triton fills the gaps, the reference serves the rest.
-_NATIVE = _load("_C")
-_CUDA = _load("_C_cuda") if torch.version.cuda else None  # it needs torch's CUDA streams, which a CPU torch lacks
+# In order of preference: native libraries, Triton where they have no kernel, the reference for the rest.
+_NATIVE = _load_library("_C")
+# It needs CUDA streams, which a CPU build of torch lacks.
+_CUDA = _load_library("_C_cuda") if torch.version.cuda else None
 _IN_TRITON = _register_triton()
 if not torch.version.hip:
     for _name in _PRODUCTS:
         _LIBRARY.impl(_name, getattr(head_gemm, _name), "CUDA")
 
-# The overload itself: through the packet torch looks it up at every call.
+# The overloads themselves: a call through the packet looks up the overload every time.
 column_gather = torch.ops.rbfast.column_gather.default
 column_grad = torch.ops.rbfast.column_grad.default
 column_linear_ = torch.ops.rbfast.column_linear_.default
@@ -172,9 +173,10 @@ for _name in (*_IN_PLACE, "grouped_column_linear_", "grouped_column_scatter_", "
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """once_differentiable, whose no_grad takes longer than a backward that keeps no graph needs beside its op.
+    """once_differentiable, applied only if a graph is kept: its no_grad costs more than all else around the op.
 
-    It would take what comes from a constant gradient, such as a loss's own 1, for a constant, whose gradient is 0.
+    Incoming gradients are marked as requiring grad first. Otherwise once_differentiable would treat the result of a
+    constant gradient, such as a loss's own 1, as a constant, and a second derivative would silently be 0.
     """
     once = once_differentiable(backward)
 
@@ -186,7 +188,7 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _keep_for_grouped_linear(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+def _save_for_grouped_linear(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:])
 
 
@@ -196,14 +198,14 @@ def _grouped_linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd(
-    "rbfast::grouped_linear", _grouped_linear_backward, setup_context=_keep_for_grouped_linear, lib=_LIBRARY
+    "rbfast::grouped_linear", _grouped_linear_backward, setup_context=_save_for_grouped_linear, lib=_LIBRARY
 )
 
 
 class _ColumnTap(torch.autograd.Function):
-    """The identity on y [..., out], whose backward computes dA and dB of a delta that is already in the weight.
+    """The identity on y [..., out]. Its backward computes dA and dB of a delta that is already in the weight.
 
-    Of a stack of experts y is [S, out], xs [S, s], and the rows of each expert end at `ends` [E].
+    For a stack of experts y is [S, out], xs [S, s], and the rows of each expert end at `ends` [E].
     """
 
     @staticmethod
@@ -212,7 +214,7 @@ class _ColumnTap(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(xs, A, B, ends)
         ctx.scale = scale
-        return y.detach()  # an alias that autograd does not count as a view, so that y may be changed in place later
+        return y.detach()  # an alias that autograd does not treat as a view, so later in-place changes are allowed
 
     @staticmethod
     @first_order
@@ -223,8 +225,8 @@ class _ColumnTap(torch.autograd.Function):
 
 
 class _ColumnSide(torch.autograd.Function):
-    """y [..., out] + scale * (xs A^T) B^T, where xs [T, s] are the columns `cols` of x [..., in], in runs of `run`; of
-    a stack of experts as `_ColumnTap` has it."""
+    """y [..., out] + scale * (xs A^T) B^T, where xs [T, s] are the columns `cols` of x [..., in], in runs of `run`.
+    Stacks of experts as in `_ColumnTap`."""
 
     @staticmethod
     def forward(
@@ -275,9 +277,9 @@ def _factor_grads(
 
 
 def run_of(cols: Tensor, in_features: int) -> int:
-    """The longest run, of 16, 8, 4, 2 or 1 columns, that cols [s] comes in.
+    """The longest run length r (16, 8, 4, 2 or 1) such that cols [s] consists of aligned runs.
 
-    In runs of r, each r entries of cols are consecutive columns, the first of them a multiple of r; r divides s and
+    In runs of r, every r entries of cols are consecutive columns that start at a multiple of r; r divides s and
     in_features. Reads cols on the host: call it once.
     """
     host = cols.cpu()
@@ -290,14 +292,14 @@ def run_of(cols: Tensor, in_features: int) -> int:
     return 1
 
 
-# `apply` looks through every argument for tensors that outlived a functorch transform, and asks how the function keeps
-# its context, which takes longer than the op. What it then calls is enough if no transform is active.
+# `Function.apply` searches the arguments for tensors of dead functorch transforms and checks for setup_context, which
+# takes longer than the op. Without an active transform, the method of its base class that it calls next is enough.
 _tap: Any = super(torch.autograd.Function, _ColumnTap).apply
 
 
 def column_tap(y: Tensor, xs: Tensor, A: Tensor, B: Tensor, scale: float, ends: Tensor | None = None) -> Tensor:
-    """The identity on y [..., out], whose backward computes dA and dB of a delta that is already in the weight; with
-    `ends` of those of a stack of experts."""
+    """The identity on y [..., out]. Its backward computes dA and dB of a delta that is already in the weight; with
+    `ends`, of the deltas of a stack of experts."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _ColumnTap.apply(y, xs, A, B, scale, ends)
     return _tap(y, xs, A, B, scale, ends)
@@ -316,7 +318,7 @@ def cpu_isa() -> str | None:
 
 
 def cpu_isa_reason() -> str:
-    """Why `cpu_isa` is not a better one."""
+    """Why `cpu_isa` is not a better instruction set."""
     if _NATIVE is None:
         return f"not built: {how_to_build()}"
     _NATIVE.rbfast_cpu_isa_reason.restype = ctypes.c_char_p
@@ -324,26 +326,26 @@ def cpu_isa_reason() -> str:
 
 
 def uses_tiles(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether the head's products of these run in AMX's tiles."""
+    """Whether the head's products of these tensors run in AMX tiles."""
     return hidden.device.type == "cpu" and hidden.dtype == weight.dtype == torch.bfloat16 and cpu_isa() == "amx"
 
 
-def filter_saves(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether thresholds make head_backward_ faster for these: not on a GPU, nor in AMX's tiles, which skip nothing."""
+def filter_helps(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether thresholds make head_backward_ faster for these tensors. GPUs and AMX tiles skip no entries."""
     return hidden.device.type == "cpu" and not uses_tiles(hidden, weight)
 
 
 def uses_torch_products(device: torch.device) -> bool:
-    """Whether the head's products there are the functions of head_gemm, which may then be called directly."""
+    """Whether the head's products on this device are the functions of head_gemm, which may then be called directly."""
     return device.type == "cuda" and not torch.version.hip
 
 
 def implementations(device: str = "cpu") -> dict[str, str]:
-    """For each op, what a call on this device ("cpu" or "cuda") runs, and for the reference why, if it is not that the
-    native code is not built (`cpu_isa_reason`).
+    """For each op, the implementation that runs on this device ("cpu" or "cuda").
 
     'native (ISA)', 'CUDA C++', 'triton (VERSION)', 'torch.mm, fp32 output' or 'reference (REASON)'; 'none (REASON)'
-    under a torch that is built without a GPU.
+    if torch is built without GPU support. 'reference' without a reason: the native code is not built
+    (`cpu_isa_reason`).
     """
     if device == "cpu":
         return {name: _on_cpu(name) for name in _SCHEMAS}
@@ -355,7 +357,7 @@ def implementations(device: str = "cpu") -> dict[str, str]:
 def _on_cpu(name: str) -> str:
     if name in ("scaled_", "grouped_linear"):
         return "reference (it is a call of torch)"
-    name = name.removeprefix("grouped_")  # of columns: a call of the op for each expert
+    name = name.removeprefix("grouped_")  # the grouped column ops call the plain op for each expert
     return f"native ({cpu_isa()})" if _has_kernel(name, "CPU") else "reference"
 
 
@@ -368,7 +370,7 @@ def _on_gpu(name: str) -> str:
         return _on_gpu("column_fold_")
     if name in _IN_TRITON:
         return f"triton ({importlib.metadata.version('triton')})"
-    if name.startswith("grouped_column_"):  # a call of the op for each expert
+    if name.startswith("grouped_column_"):  # calls the plain op for each expert
         return _on_gpu(name.removeprefix("grouped_"))
     if name in _PRODUCTS:
         return "reference (ROCm has no products with fp32 output)" if torch.version.hip else "torch.mm, fp32 output"

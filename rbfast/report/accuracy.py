@@ -1,4 +1,4 @@
-"""The report's accuracy: before and after the training, by family and by token budget."""
+"""The report's accuracy sections: before and after the training, by family and by token budget."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,11 +15,11 @@ from rbfast.report.read_run import (
     compare,
     families,
     main_measurement,
-    share_right,
+    share_correct,
     task_name,
 )
 
-_BUDGETS = 32  # points of a curve that comes from one limit
+_BUDGETS = 32  # points of a curve that is computed from one evaluation
 NOTHING_MEASURED = (
     "No completions in the folder. `rbfast eval MODEL --task TASK -o RUN/before.jsonl`, and the same with "
     "`--adapter RUN -o RUN/after.jsonl`, measure the base model and the trained one."
@@ -80,20 +80,20 @@ def by_budget(run: RunFolder) -> Iterator[str]:
     if measured is None:
         yield remark(NOTHING_MEASURED)
         return
-    curves = _over_limits([other for other in run.measurements if other.drawn == measured.drawn])
+    curves = _by_limit([other for other in run.measurements if other.drawn == measured.drawn])
     if curves:
         yield picture(draw_budgets(curves), "Share solved by limit of tokens")
         yield remark("Each point is an evaluation of its own, over the problems that all of them have.")
     else:
-        yield picture(draw_budgets(_within(measured)), "Share solved within so many tokens")
+        yield picture(draw_budgets(_within_budgets(measured)), "Share solved within so many tokens")
         yield remark(
             f"Counted from one evaluation ({_limit(measured)}): right, and finished within the budget. "
             "Evaluations with other limits (`rbfast eval --max-new-tokens`) in the folder would be drawn in its place."
         )
 
 
-def _over_limits(measurements: Sequence[Measurement]) -> dict[str, dict[int, Interval]]:
-    """For each side that was measured under several limits, the share solved under each."""
+def _by_limit(measurements: Sequence[Measurement]) -> dict[str, dict[int, Interval]]:
+    """For each side that was evaluated under several limits, the share solved under each."""
     curves: dict[str, dict[int, Interval]] = {}
     for side in ("before", "after"):
         by_limit: dict[int, Items] = {m.limit: getattr(m, side) for m in measurements if m.limit and getattr(m, side)}
@@ -103,14 +103,14 @@ def _over_limits(measurements: Sequence[Measurement]) -> dict[str, dict[int, Int
         shared = [problem for problem in first if all(problem in items for items in others)]
         if shared:
             curves[side] = {
-                limit: proportion([share_right(items[problem]) for problem in shared])
+                limit: proportion([share_correct(items[problem]) for problem in shared])
                 for limit, items in by_limit.items()
             }
     return curves
 
 
-def _within(measured: Measurement) -> dict[str, dict[int, Interval]]:
-    """For each side the share that is solved within so many tokens, up to the limit or the longest completion."""
+def _within_budgets(measured: Measurement) -> dict[str, dict[int, Interval]]:
+    """For each side, the share solved within each budget, up to the limit or the longest completion."""
     sides = {"before": measured.before, "after": measured.after}
     lengths = [record["tokens"] for items in sides.values() for found in items.values() for record in found]
     most = max(lengths) if measured.limit is None else measured.limit

@@ -1,8 +1,8 @@
-"""The report of finished runs: one HTML page that needs nothing else, pictures inside.
+"""The report of finished runs: one self-contained HTML page.
 
     write_report(["runs/first", "runs/second"], "report.html")
 
-It shows what the folders hold and names what is missing. Texts of models, traces and files are escaped.
+It shows what the folders hold and names what is missing. All text of models, traces and files is escaped.
 """
 
 import json
@@ -21,14 +21,14 @@ from rbfast.report.read_run import Comparison, Items, RunFolder, compare, main_m
 from rbfast.training.run_folder import DATASHEET, LOG, RUN, SKIPPED
 from rbfast.utils.files import write_text
 
-_MOST_SKIPPED = 20  # traces that are listed
+_MOST_SKIPPED = 20  # traces listed at most
 
 
 def write_report(folders: Sequence[str | Path], out: str | Path) -> None:
-    """Writes the page about the runs in `folders` to `out`, whole or not at all.
+    """Write the report of the runs in `folders` to `out`, atomically.
 
     Raises:
-        ValueError: no folder, a folder without a run, or a file in it that is not what rbfast writes.
+        ValueError: no folder, a folder without a run, or a file in it that is not in rbfast's format.
     """
     if not folders:
         raise ValueError("expected at least one folder of a run, got none")
@@ -47,7 +47,7 @@ def render(runs: Sequence[RunFolder]) -> str:
 
 
 def _names(runs: Sequence[RunFolder]) -> list[str]:
-    """The names of the folders; if two are the same, the paths as given."""
+    """The names of the folders; if two are equal, the paths as given."""
     names = [run.path.resolve().name for run in runs]
     return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
 
@@ -86,7 +86,7 @@ def _overview(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
         "placement",
         "base model",
     )
-    rows = [(name, *_at_a_glance(run)) for name, run in zip(names, runs, strict=True)]
+    rows = [(name, *_overview_row(run)) for name, run in zip(names, runs, strict=True)]
     links = " · ".join(f'<a href="#run{number}">{escape(name)}</a>' for number, name in enumerate(names))
     note = remark(
         "Losses are means of the last tenth of the steps that had such tokens. "
@@ -95,7 +95,7 @@ def _overview(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
     return f"{table(header, rows)}{note}<p>{links}</p>"
 
 
-def _at_a_glance(run: RunFolder) -> list[Any]:
+def _overview_row(run: RunFolder) -> list[Any]:
     measured = main_measurement(run)
     solved = compare("all", measured.before, measured.after) if measured else Comparison("all", 0, None, None, None)
     return [
@@ -109,7 +109,7 @@ def _at_a_glance(run: RunFolder) -> list[Any]:
         run.log[-1]["step"] if run.log else None,
         *(_last_loss(run, role) for role in ROLES),
         _held_out_loss(run),
-        _values(run.adapter) if run.adapter else None,
+        _trained_values(run.adapter) if run.adapter else None,
         run.settings.get("placement"),
         _base_model(run),
     ]
@@ -127,17 +127,17 @@ def _headline(run: RunFolder) -> str:
 
 
 def _base_model(run: RunFolder) -> str:
-    """Its id on the hub, else its name alone: the path of a folder is of no use to a reader of the page."""
+    """The base model's hub id, else its name without the path, which means nothing to a reader of the page."""
     name = run.settings["base_model"] or "an unnamed model"
     return hub_id_of(name) or (Path(name).name if Path(name).is_absolute() else name)
 
 
-def _values(adapter: AdapterConfig) -> int:
+def _trained_values(adapter: AdapterConfig) -> int:
     return sum(matrix.values for matrix in adapter.modules.values())
 
 
 def _traces(run: RunFolder) -> int:
-    """How many were trained on; of an unfinished run, how many it was given."""
+    """The number of traces trained on; for an unfinished run, the number it was given."""
     return int(run.settings["traces"]) - len(run.skipped or ())
 
 
@@ -209,7 +209,9 @@ def _placement(run: RunFolder) -> Iterator[str]:
         yield remark(f"No {CONFIG_FILE} in the folder: the adapter is not there.")
         return
     matrices = run.adapter.modules
-    budget = f"{_values(run.adapter):,} trained values in {len(matrices):,} matrices: {_trainable(run)} of the base."
+    budget = (
+        f"{_trained_values(run.adapter):,} trained values in {len(matrices):,} matrices: {_trainable(run)} of the base."
+    )
     yield f"<p>{escape(budget)} Columns were placed by: {escape(run.adapter.placement)}.</p>"
     placed = {name: {"columns": m.support, "values": m.values, "in": m.in_features} for name, m in matrices.items()}
     yield picture(draw_placement(placed), "Share of input columns trained, by layer and matrix")

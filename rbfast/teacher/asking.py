@@ -1,4 +1,4 @@
-"""Jobs asked one by one, many at a time, until every reply is there, the budget ends, the teacher fails, or Ctrl-C."""
+"""Send jobs concurrently until every reply is there, the budget is used up, the teacher fails, or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -15,63 +15,63 @@ from rbfast.teacher.jobs import Job
 from rbfast.teacher.reply_store import ReplyStore
 from rbfast.utils.interrupts import counted_interrupts
 
-_HOPELESS = {401, 402, 403, 404}  # the next question would be refused too
-_SPENT = "insufficient_quota"  # OpenAI's word for an empty account, which it sends with 429
+_HOPELESS = {401, 402, 403, 404}  # every further request would fail too
+_SPENT = "insufficient_quota"  # OpenAI's error code for an empty account, sent with status 429
 _MOST_FAILURES = 8  # in a row
-# A teacher that has answered is waited for, if it is too busy or cannot be reached; it bills nothing then.
+# Once a teacher has answered, wait for it if it is busy or unreachable. That costs nothing.
 _BUSY = {429, 503, 529}
 _PATIENCE = 600.0  # seconds since its last reply
 _REST = 15.0  # seconds before it is asked again
-_LONGEST_SILENCE = 0.2  # seconds, however long a reply takes; a Ctrl-C is seen after them
+_LONGEST_SILENCE = 0.2  # seconds between progress reports and checks for Ctrl-C
 
 Reply = dict[str, Any]
 
 
 def ask_all(jobs: Sequence[Job], store: ReplyStore, concurrency: int, report: Callable[[str], None]) -> str | None:
-    """Adds what comes to the store; returns why some jobs stay open, None if none does.
+    """Send jobs and store their replies. Returns why some jobs stay open, or None if none does.
 
-    After Ctrl-C nothing more is sent, and the replies under way, which are paid for, are waited for. A second Ctrl-C
-    leaves them. A teacher that has answered, and then is too busy or cannot be reached, is asked again for ten minutes.
+    After Ctrl-C nothing more is sent, and pending replies, which are paid for, are waited for. A second Ctrl-C drops
+    them. If a teacher that has answered is then busy or unreachable, it is asked again for ten minutes.
 
     Args:
-        report: called several times a second, with a word on a teacher that is waited for.
+        report: called several times a second, with a message if the teacher is being waited for.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C.
-        ServerError: the teacher refuses every question, or has failed several times in a row.
+        ServerError: the teacher refuses every request, or has failed several times in a row.
     """
-    asking = _Asking(jobs, store, concurrency)
+    sender = _Sender(jobs, store, concurrency)
     with counted_interrupts() as interrupts:
-        while asking.queue or asking.pending:
-            if interrupts and asking.leaves(len(interrupts)):
+        while sender.queue or sender.pending:
+            if interrupts and sender.stop_sending(len(interrupts)):
                 break
-            rests = asking.rests()
+            rests = sender.is_resting()
             if not rests:
-                asking.send()
-            if not asking.pending and not rests:
-                asking.reason = f"the budget does not allow another question ({store.purse.words()} so far)"
+                sender.send()
+            if not sender.pending and not rests:
+                sender.reason = f"the budget does not allow another question ({store.budget.describe()} so far)"
                 break
-            report("the teacher is busy or away" if rests else "")
-            if asking.pending:
-                done, _ = wait(asking.pending, _LONGEST_SILENCE, return_when=FIRST_COMPLETED)
-                asking.take(done)
+            report("the teacher is busy or unreachable" if rests else "")
+            if sender.pending:
+                done, _ = wait(sender.pending, _LONGEST_SILENCE, return_when=FIRST_COMPLETED)
+                sender.take(done)
             else:
                 time.sleep(_LONGEST_SILENCE)
-        asking.take([future for future in asking.pending if future.done()])
+        sender.take([future for future in sender.pending if future.done()])
         report("")
     if interrupts:
         raise KeyboardInterrupt
-    if asking.stopped is not None:
-        raise asking.stopped
-    return asking.reason
+    if sender.stopped is not None:
+        raise sender.stopped
+    return sender.reason
 
 
-class _Asking:
-    """The jobs to send, in `queue`, and those under way, in `pending`.
+class _Sender:
+    """The jobs to send, in `queue`, and those that are sent, in `pending`.
 
     Attributes:
-        reason: why a job stays open; of several the last.
-        stopped: the error that ends the asking.
+        reason: why a job stays open (the last reason if there are several).
+        stopped: the error after which no job is sent any more.
     """
 
     def __init__(self, jobs: Sequence[Job], store: ReplyStore, concurrency: int) -> None:
@@ -86,26 +86,26 @@ class _Asking:
         self._interrupted = False
 
     def send(self) -> None:
-        """Sends jobs from the queue until so many are under way, or the budget may not cover another."""
-        purse = self._store.purse
-        while self.queue and len(self.pending) < purse.at_a_time(self._concurrency):
+        """Send jobs from the queue up to the concurrency limit, as long as the budget covers the worst case."""
+        budget = self._store.budget
+        while self.queue and len(self.pending) < budget.max_concurrency(self._concurrency):
             under_way = [job for job, _ in self.pending.values()]
-            if not purse.affords([job.worst() for job in (*under_way, self.queue[0])]):
+            if not budget.can_afford([job.worst_case() for job in (*under_way, self.queue[0])]):
                 return
             job = self.queue.popleft()
-            future, thread = _ask(job)
+            future, thread = _start(job)
             self.pending[future] = job, thread
 
-    def rests(self) -> bool:
-        """Whether jobs wait until a busy teacher is asked again."""
+    def is_resting(self) -> bool:
+        """Whether queued jobs wait because the teacher is busy."""
         return bool(self.queue) and time.monotonic() < self._rest_ends
 
     def take(self, done: Iterable[Future[Reply]]) -> None:
-        """Stores replies, and counts failures."""
+        """Store replies and count failures."""
         for future in done:
             job, _ = self.pending.pop(future)
             try:
-                self._store.add(future.result(), job.worst())
+                self._store.add(future.result(), job.worst_case())
                 self._failures, self._answered = 0, time.monotonic()
             except ServerError as error:
                 self._fail(job, error)
@@ -132,24 +132,24 @@ class _Asking:
         is_away = error.status in _BUSY or isinstance(error, Unreachable)
         return is_away and time.monotonic() - self._answered < _PATIENCE
 
-    def leaves(self, interrupts: int) -> bool:
-        """Lets nothing more be sent after Ctrl-C; returns whether no reply is waited for."""
+    def stop_sending(self, interrupts: int) -> bool:
+        """Stop sending after Ctrl-C. Returns whether to leave now, without waiting for pending replies."""
         if not self._interrupted:
             self._interrupted = True
             self.queue.clear()
             for job, thread in self.pending.values():
                 job.server.retried.give_up(thread)
-            if coming := self._coming():
+            if coming := self._expected_replies():
                 print(f"waiting for replies under way: {coming}; Ctrl-C again leaves them", file=sys.stderr)
-        return interrupts > 1 or not self._coming()
+        return interrupts > 1 or not self._expected_replies()
 
-    def _coming(self) -> int:
-        """How many replies may come: of requests that do not just wait to be sent again."""
-        return sum(not job.server.retried.waits(thread) for job, thread in self.pending.values())
+    def _expected_replies(self) -> int:
+        """The number of replies that may still come: the requests that are not waiting for a retry."""
+        return sum(not job.server.retried.is_waiting(thread) for job, thread in self.pending.values())
 
 
-def _ask(job: Job) -> tuple[Future[Reply], Thread]:
-    """Asks in a thread that ends with the program: a pool's threads would keep it waiting."""
+def _start(job: Job) -> tuple[Future[Reply], Thread]:
+    """Send a job in a daemon thread, which ends with the program. A pool's threads would keep it alive."""
     future: Future[Reply] = Future()
 
     def ask() -> None:

@@ -1,7 +1,7 @@
-"""Questions asked in batches (OpenAI's, Anthropic's, Gemini's), which are answered within a day at half the price.
+"""Send jobs through batch APIs (OpenAI's, Anthropic's, Gemini's), which answer within a day at half the price.
 
-The folder's `batch.json` names the batch from before it exists until its replies are on disk: a call that was killed
-finds it again, and nothing is asked twice.
+`batch.json` names the batch from before it is created until its replies are on disk. So after a kill the next call
+finds the batch, and nothing is asked twice.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rbfast.teacher.batch_api import BatchAPI, Look, Report, Request, finished
-from rbfast.teacher.client import INVALID, BrokenOff, Server, ServerError, insist
-from rbfast.teacher.jobs import Job, Teacher, record_of
+from rbfast.teacher.batch_api import BatchAPI, BatchStatus, Report, Request, wait_for_end
+from rbfast.teacher.client import INVALID, IncompleteReply, Server, ServerError, call_with_retries
+from rbfast.teacher.jobs import Job, Teacher, reply_record
 from rbfast.teacher.provider_batches import AnthropicBatches, GeminiBatches
 from rbfast.teacher.providers import Provider
 from rbfast.teacher.reply_store import ReplyStore
@@ -25,11 +25,11 @@ from rbfast.utils.records import read_json
 BATCH = "batch.json"
 _STATE = {"url": str, "ticket": dict, "batch": str}
 _OF_PROVIDERS: dict[str, Callable[[Provider], BatchAPI]] = {"anthropic": AnthropicBatches, "gemini": GeminiBatches}
-_TOO_MANY = 429  # tried again, but unlike the others it says that no batch was made
+_TOO_MANY = 429  # the only status to retry after which certainly no batch was created
 
 
 def batches_of(teacher: Teacher) -> BatchAPI:
-    """The batch API of a teacher. Raises ValueError if it has none that is known here."""
+    """The batch API of a teacher. Raises ValueError if it has none that we support."""
     if isinstance(teacher, Server):
         return ServerBatches(teacher)
     if isinstance(teacher, Provider) and teacher.provider in _OF_PROVIDERS:
@@ -44,36 +44,36 @@ def batches_of(teacher: Teacher) -> BatchAPI:
 def ask_in_batches(
     teacher: Teacher, jobs: Sequence[Job], store: ReplyStore, folder: Path, report: Report
 ) -> str | None:
-    """Adds what comes to the store, batch after batch as the budget allows; returns why some jobs stay open.
+    """Send jobs in batches, as the budget allows, and store their replies. Returns why some jobs stay open.
 
     Args:
-        report: called with the state of the batch at every look.
+        report: called with the state of the batch after every poll.
 
     Raises:
-        ServerError: the server has no batches, or refuses one.
-        ValueError: no batches for such a teacher, or the folder's batch is of another server.
+        ServerError: the server has no batch API, or refuses a batch.
+        ValueError: no batch API for such a teacher, or the folder's batch belongs to another server.
     """
     api = batches_of(teacher)
     known = {job.key: job for job in jobs}
     refused: dict[str, str] = {}
-    batch = _left_over(api, folder, report)
+    batch = _find_left_over(api, folder, report)
     while True:
         requests: list[Request] = []
         if batch is None:
             queue = [job for job in store.missing(jobs) if job.key not in refused]
             if not queue:
                 return next(iter(refused.values()), None)
-            requests = _affordable(api, queue, store)
+            requests = _affordable_requests(api, queue, store)
             if not requests:
-                return f"the budget does not allow another question ({store.purse.words()} so far)"
+                return f"the budget does not allow another question ({store.budget.describe()} so far)"
             batch = _create(api, requests, folder, report)
-        refused |= _collect(api, finished(api, batch, report), requests, known, store)
+        refused |= _collect(api, wait_for_end(api, batch, report), requests, known, store)
         (folder / BATCH).unlink()
         batch = None
 
 
-def _left_over(api: BatchAPI, folder: Path, report: Report) -> str | None:
-    """The batch of an earlier call that did not see its end. One that never came to exist is forgotten."""
+def _find_left_over(api: BatchAPI, folder: Path, report: Report) -> str | None:
+    """The batch that an earlier, interrupted call left. If it was never created, removes `batch.json`."""
     state = read_json(folder / BATCH, _STATE)
     if state is None:
         return None
@@ -87,10 +87,10 @@ def _left_over(api: BatchAPI, folder: Path, report: Report) -> str | None:
     return batch
 
 
-def _affordable(api: BatchAPI, queue: Sequence[Job], store: ReplyStore) -> list[Request]:
-    """The first of these that one batch holds and the budget covers, however long their replies."""
-    worst = [job.worst() for job in queue[: api.most_requests]]
-    covered = bisect_left(range(len(worst)), True, key=lambda n: not store.purse.affords(worst[: n + 1]))
+def _affordable_requests(api: BatchAPI, queue: Sequence[Job], store: ReplyStore) -> list[Request]:
+    """The first jobs that fit into one batch and into the budget, even with the longest replies, as requests."""
+    worst = [job.worst_case() for job in queue[: api.most_requests]]
+    covered = bisect_left(range(len(worst)), True, key=lambda n: not store.budget.can_afford(worst[: n + 1]))
     chosen: list[Request] = []
     size = 0
     for job in queue[:covered]:
@@ -103,7 +103,7 @@ def _affordable(api: BatchAPI, queue: Sequence[Job], store: ReplyStore) -> list[
 
 
 def _create(api: BatchAPI, requests: Sequence[Request], folder: Path, report: Report) -> str:
-    """The id of a batch of these. It is looked for before it is made again: it may exist though no reply said so."""
+    """Create a batch and return its id. A retry first looks for the batch: it may exist although no reply came."""
     ticket = api.prepare(requests)
     _write(api, folder, ticket, "")
     may_exist = False
@@ -114,11 +114,11 @@ def _create(api: BatchAPI, requests: Sequence[Request], folder: Path, report: Re
             return found
         try:
             return api.create(ticket, requests)
-        except BrokenOff as error:
+        except IncompleteReply as error:
             may_exist |= error.status != _TOO_MANY
             raise
 
-    batch = insist(api.teacher.retried, api.teacher.retries, attempt)
+    batch = call_with_retries(api.teacher.retried, api.teacher.retries, attempt)
     _write(api, folder, ticket, batch)
     return batch
 
@@ -128,16 +128,16 @@ def _write(api: BatchAPI, folder: Path, ticket: dict[str, Any], batch: str) -> N
 
 
 def _collect(
-    api: BatchAPI, look: Look, requests: Sequence[Request], known: dict[str, Job], store: ReplyStore
+    api: BatchAPI, state: BatchStatus, requests: Sequence[Request], known: dict[str, Job], store: ReplyStore
 ) -> dict[str, str]:
-    """Adds the replies of a batch to the store; returns why others have none, by key.
+    """Store the replies of a batch. Returns why the other jobs have none, by key.
 
     Args:
-        requests: that the batch was made of, if this call made it.
+        requests: the requests of the batch, if this call created it.
     """
     refused: dict[str, str] = {}
     invalid: list[tuple[Job, dict[str, Any], str]] = []
-    for result in api.results(look):
+    for result in api.results(state):
         key = result.key
         if store.has(key):
             continue
@@ -150,20 +150,20 @@ def _collect(
         said = f"said {result.status}" if result.status else "sent no reply"
         refused[key] = f"{api.url} {said} in a batch: {result.said}"
         if result.status in INVALID and key in known:
-            invalid.append((known[key], api.teacher.sent(known[key].body()), result.said))
-    if look.fault is not None:
-        refused = {job.key: look.fault for job in store.missing(list(known.values()))} | refused
+            invalid.append((known[key], api.teacher.full_body(known[key].body()), result.said))
+    if state.fault is not None:
+        refused = {job.key: state.fault for job in store.missing(list(known.values()))} | refused
     silent = [request.key for request in requests if not store.has(request.key)]
-    refused = {key: f"the batch {look.batch} of {api.url} holds no reply to it" for key in silent} | refused
+    refused = {key: f"the batch {state.batch} of {api.url} holds no reply to it" for key in silent} | refused
     for job, sent, said in invalid:
-        if api.teacher.connection.manners.learn(said, sent):
-            refused.pop(job.key, None)  # it is asked again without the parameter
+        if api.teacher.connection.parameter_filter.learn(said, sent):
+            refused.pop(job.key, None)  # it is sent again without the parameter
     return refused
 
 
 def _add(store: ReplyStore, key: str, job: Job | None, reply: dict[str, Any]) -> None:
-    """A reply to a question of an earlier call with other options is kept too: it is paid for."""
+    """Store a reply, also one without a job, from an earlier call with other options: it is paid for."""
     if job is not None:
-        store.add(job.record(reply), job.worst())
+        store.add(job.record(reply), job.worst_case())
     else:
-        store.add(record_of(reply, key=key, problem=None, sample=None, worst=(0, 0)))
+        store.add(reply_record(reply, key=key, problem=None, sample=None, worst=(0, 0)))

@@ -1,4 +1,4 @@
-"""Requests to a provider beside its chats (uploads, batches, results), at the address and with the headers of those."""
+"""Requests to a provider other than chats (uploads, batches, results), with the address and headers of its chats."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rbfast.teacher.client import CONNECTING, SHOWN, BrokenOff, ServerError, insist, is_busy
+from rbfast.teacher.client import CONNECTING, SHOWN, IncompleteReply, ServerError, call_with_retries, is_busy
 from rbfast.teacher.providers import Provider, pause_in
 
 if TYPE_CHECKING:
@@ -19,13 +19,13 @@ _Found = TypeVar("_Found")
 
 
 class ProviderRequests:
-    """Sends them.
+    """Sends such requests.
 
     Attributes:
-        chat_url: where litellm sends chats, without a query, which may hold a key.
+        chat_url: where litellm sends chats, without the query, which may contain a key.
 
     Raises:
-        ServerError: litellm cannot ask the provider, for want of a key for one.
+        ServerError: litellm cannot send requests to the provider, for lack of a key, say.
     """
 
     def __init__(self, provider: Provider) -> None:
@@ -40,11 +40,11 @@ class ProviderRequests:
         )
 
     def ask(self, method: str, url: str, field: str | None = None, **request: Any) -> dict[str, Any]:
-        """The JSON object in a reply, which has this field. Tries again if the provider is busy. Raises ServerError."""
+        """The JSON object in a reply, which must have `field`. Retries if the provider is busy. Raises ServerError."""
         return self._insist(lambda: self.once(method, url, field, **request))
 
     def once(self, method: str, url: str, field: str | None = None, **request: Any) -> dict[str, Any]:
-        """The same, tried once. Raises BrokenOff if the request may or may not have been heard."""
+        """As `ask`, without retries. Raises IncompleteReply if it is unknown whether the request arrived."""
         with self._reply(method, url, **request) as response:
             data = response.read()
         try:
@@ -54,11 +54,11 @@ class ProviderRequests:
         if not isinstance(found, dict) or (field and field not in found):
             said = self._provider.hide(data.decode("utf-8", "replace"))[:SHOWN]
             wanted = f"object with {field}" if field else "object"
-            raise BrokenOff(f"{_shown(url)} sent no {wanted} but {said!r}")
+            raise IncompleteReply(f"{_without_query(url)} sent no {wanted} but {said!r}")
         return found
 
     def upload(self, url: str, name: str, data: bytes) -> str:
-        """The name that Google's file API gives to these lines."""
+        """Upload lines through Google's file API; returns the file's name."""
         start = {
             "X-Goog-Upload-Protocol": "resumable",
             "X-Goog-Upload-Command": "start",
@@ -71,13 +71,13 @@ class ProviderRequests:
             with self._reply("POST", url, headers=start, json={"file": {"display_name": name}}) as response:
                 place = response.headers.get("x-goog-upload-url")
             if not place:
-                raise ServerError(f"{_shown(url)} names no place for an upload")
+                raise ServerError(f"{_without_query(url)} names no place for an upload")
             return self.once("POST", place, "file", headers=finish, content=data)["file"]["name"]
 
         return self._insist(attempt)
 
     def lines(self, url: str) -> Iterator[bytes]:
-        """The lines of a file, which is on disk before the first is returned: it may be large, or break off."""
+        """The lines of a file. It is downloaded to disk first: it may be large, and the download may need retries."""
         with TemporaryFile() as file:
 
             def download() -> None:
@@ -92,11 +92,11 @@ class ProviderRequests:
             yield from filter(bytes.strip, file)
 
     def _insist(self, attempt: Callable[[], _Found]) -> _Found:
-        return insist(self._provider.retried, self._provider.retries, attempt)
+        return call_with_retries(self._provider.retried, self._provider.retries, attempt)
 
     @contextmanager
     def _reply(self, method: str, url: str, **request: Any) -> Iterator[httpx.Response]:
-        """A reply that is none of an error. Raises BrokenOff or ServerError, which never show the key."""
+        """A successful reply. Raises IncompleteReply or ServerError, with the key hidden."""
         import httpx
 
         try:
@@ -106,19 +106,19 @@ class ProviderRequests:
                     raise self._refusal(url, response)
                 yield response
         except httpx.TransportError as error:
-            raise BrokenOff(f"{_shown(url)} said nothing: {type(error).__name__}: {error}") from None
+            raise IncompleteReply(f"{_without_query(url)} said nothing: {type(error).__name__}: {error}") from None
 
     def _refusal(self, url: str, response: httpx.Response) -> Exception:
         status = response.status_code
         said = self._provider.hide(response.text)[:SHOWN].strip() or response.reason_phrase
-        said = f"{_shown(url)} said {status}: {said}"
+        said = f"{_without_query(url)} said {status}: {said}"
         return (
-            BrokenOff(said, status, pause_in(response.headers, response.text))
+            IncompleteReply(said, status, pause_in(response.headers, response.text))
             if is_busy(status)
             else ServerError(said, status)
         )
 
 
-def _shown(url: str) -> str:
-    """An address for messages: a query may hold what lets others in."""
+def _without_query(url: str) -> str:
+    """A URL for messages, without the query, which may contain credentials."""
     return url.partition("?")[0]

@@ -1,4 +1,4 @@
-"""A provider with an API of its own (Anthropic, Gemini, ...), spoken to by `litellm` (the extra `teachers`).
+"""A provider with its own API (Anthropic, Gemini, ...), through `litellm` (the extra `teachers`).
 
 ```python
 teacher = Provider("anthropic", "claude-sonnet-4-5", temperature=None)      # the key from ANTHROPIC_API_KEY
@@ -19,29 +19,29 @@ from typing import TYPE_CHECKING, Any
 from rbfast.teacher.client import (
     INVALID,
     SHOWN,
-    BrokenOff,
     Connection,
+    IncompleteReply,
     Retries,
     ServerError,
+    call_with_retries,
     hide,
-    insist,
     is_busy,
     retry_after,
 )
-from rbfast.utils.packages import need
+from rbfast.utils.packages import import_optional
 
 if TYPE_CHECKING:
     import httpx
 
 _OWN_KEY = "RBFAST_API_KEY"
 _DELAY = re.compile(r'"retryDelay": ?"(\d+(?:\.\d+)?)s"')  # in Google's errors, in place of a header
-# Stands for any question: the provider's address, its headers and the shape of its replies do not depend on it.
-_ANY: dict[str, Any] = {"messages": [{"role": "user", "content": "?"}]}
-_ANY |= {"temperature": None, "top_p": None, "seed": None}
+# A placeholder question: the provider's URL, headers and reply format do not depend on the question.
+_PLACEHOLDER: dict[str, Any] = {"messages": [{"role": "user", "content": "?"}]}
+_PLACEHOLDER |= {"temperature": None, "top_p": None, "seed": None}
 
 
-class _Caught(BaseException):
-    """A request on its way out. Not an Exception: litellm would make one of its own errors of it."""
+class _CaughtRequest(BaseException):
+    """Carries a caught request. Not an Exception, which litellm would turn into one of its own errors."""
 
     def __init__(self, request: httpx.Request) -> None:
         self.request = request
@@ -53,8 +53,8 @@ class Provider:
 
     Args:
         provider: as litellm names it: anthropic, gemini, bedrock, ...
-        model: as the provider names it.
-        url: of another host than the provider's.
+        name: the model, as the provider names it.
+        url: the URL of another host than the provider's.
         timeout, retries, temperature, top_p, seed: see `client.Server`.
 
     Raises:
@@ -87,74 +87,76 @@ class Provider:
         return self.connection.retried
 
     def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The whole reply in the shape of a chat completion; raises ServerError. `path` is always that of chats."""
-        return insist(self.retried, self.retries, lambda: self._once(body))
+        """The reply in the format of a chat completion. `path` is always that of chats. Raises ServerError."""
+        return call_with_retries(self.retried, self.retries, lambda: self._once(body))
 
-    def request(self, body: Mapping[str, Any] = _ANY) -> httpx.Request:
-        """The request that `ask` would send, in the provider's own shape; holds the key. Raises ServerError."""
+    def request(self, body: Mapping[str, Any] = _PLACEHOLDER) -> httpx.Request:
+        """The request that `ask` would send, in the provider's own format, with the key. Raises ServerError."""
 
         def catch(request: httpx.Request) -> Any:
-            raise _Caught(request)
+            raise _CaughtRequest(request)
 
         try:
             self._once(body, catch)
-        except _Caught as caught:
+        except _CaughtRequest as caught:
             return caught.request
-        except BrokenOff as error:
+        except IncompleteReply as error:
             raise ServerError(str(error), error.status) from None
         raise ServerError(f"litellm sends the requests of {self.provider} in a way that cannot be followed")
 
     def read(self, reply: Any) -> dict[str, Any]:
-        """A reply in the provider's own shape as `ask` returns it. Raises ServerError if it is none."""
+        """Convert a reply in the provider's own format to what `ask` returns. Raises ServerError if it is not one."""
         import httpx
 
         try:
-            return self._once(_ANY, lambda request: httpx.Response(200, json=reply))
-        except BrokenOff as error:
+            return self._once(_PLACEHOLDER, lambda request: httpx.Response(200, json=reply))
+        except IncompleteReply as error:
             raise ServerError(str(error), error.status) from None
 
-    def sent(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The body with what is sent with every request, as far as the provider takes it."""
+    def full_body(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The body of a request with the common parameters, without those that the provider refuses."""
         common = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
-        return self.connection.manners.fit({n: value for n, value in (common | {**body}).items() if value is not None})
+        return self.connection.parameter_filter.fit(
+            {n: value for n, value in (common | {**body}).items() if value is not None}
+        )
 
     def _once(
         self, body: Mapping[str, Any], answer: Callable[[httpx.Request], httpx.Response] | None = None
     ) -> dict[str, Any]:
-        """A reply, of the provider or, if it is given, of `answer` in its place."""
+        """One request without retries. If `answer` is given, it replies in place of the provider."""
         import openai
 
-        litellm, manners = _litellm(), self.connection.manners
-        how = self._how() | ({"client": _client(answer)} if answer else {})
+        litellm, parameter_filter = _litellm(), self.connection.parameter_filter
+        how = self._options() | ({"client": _client(answer)} if answer else {})
         while True:
-            sent = self.sent(body)
+            sent = self.full_body(body)
             try:
                 return litellm.completion(model=self.model, **how, **sent).model_dump()
             except openai.APIError as error:  # litellm's errors are subclasses
                 status = getattr(error, "status_code", None)
                 refusal = self.hide(str(error))[:SHOWN]
-                if status in INVALID and manners.learn(refusal, sent):
+                if status in INVALID and parameter_filter.learn(refusal, sent):
                     continue
                 said = f"{self.model} said {status or 'nothing'}: {refusal}"
                 if is_busy(status) or isinstance(error, openai.APIConnectionError):
                     headers = getattr(error, "litellm_response_headers", None)
-                    raise BrokenOff(said, status, pause_in(headers or {}, str(error))) from None
+                    raise IncompleteReply(said, status, pause_in(headers or {}, str(error))) from None
                 raise ServerError(said, status) from None
 
-    def _how(self) -> dict[str, Any]:
-        # Its own retries come without a pause.
+    def _options(self) -> dict[str, Any]:
+        # No retries by litellm: they come without a pause.
         how: dict[str, Any] = {"timeout": self.timeout, "num_retries": 0, "max_retries": 0}
         how |= {"api_base": self.url} if self.url else {}
         own = os.environ.get(_OWN_KEY, "").strip()
         return how | ({"api_key": own} if own else {})
 
     def hide(self, text: str) -> str:
-        """The text without any key that the provider may have been sent."""
+        """The text with any key masked that the provider may have been sent."""
         return hide(text, _keys())
 
 
 def _client(answer: Callable[[httpx.Request], httpx.Response]) -> Any:
-    """A client for litellm that has every request answered here."""
+    """A client for litellm whose requests are answered by `answer`."""
     import httpx
     from litellm.llms.custom_httpx.http_handler import HTTPHandler
 
@@ -162,11 +164,11 @@ def _client(answer: Callable[[httpx.Request], httpx.Response]) -> Any:
 
 
 def _litellm() -> Any:
-    # Else its import downloads a table of prices.
+    # Without this, its import downloads a table of prices.
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
-    litellm: Any = need("litellm", "providers with an API of their own", "'rbfast[teachers]'")
+    litellm: Any = import_optional("litellm", "providers with an API of their own", "'rbfast[teachers]'")
     litellm.suppress_debug_info = True  # it would print to stdout
-    # Of its own types, at every first use of one.
+    # Warnings about litellm's own types.
     warnings.filterwarnings("ignore", message=".*`ReadOnly` qualifier", category=UserWarning)
     return litellm
 
@@ -178,6 +180,6 @@ def _keys() -> list[str]:
 
 
 def pause_in(headers: Mapping[str, str], said: str) -> float | None:
-    """Seconds that the provider asks to wait, if it says so in a header or in the error."""
+    """The seconds that the provider asks to wait, in a header or in the error; None if it does not say."""
     delay, pause = _DELAY.search(said), retry_after(headers)
     return float(delay[1]) if pause is None and delay else pause

@@ -1,4 +1,4 @@
-"""The replies of a teacher: each on disk and paid for as soon as it is there."""
+"""Store a teacher's replies: each is written to disk and paid for as soon as it arrives."""
 
 import warnings
 from collections.abc import Sequence
@@ -6,41 +6,41 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from rbfast.teacher.budget import Purse
+from rbfast.teacher.budget import Budget
 from rbfast.teacher.chat_reply import is_cut
 from rbfast.teacher.jobs import Job
 from rbfast.utils.files import Journal
-from rbfast.utils.records import check
+from rbfast.utils.records import check_shape
 
 _REPLY = {"key": str, "text": str, "thinking": str, "finish_reason": (str, NoneType), "logprobs": list}
 _REPLY |= {"prompt_tokens": int, "completion_tokens": int}
 
 
 class ReplyStore:
-    """The replies in a file and what they cost. Those to `jobs` show how far the teacher passes what it is allowed.
+    """The replies in a file, charged to `budget`. Stored replies to `jobs` show by how much the teacher exceeds limits.
 
     Raises:
         ValueError: the file holds something else.
     """
 
-    def __init__(self, path: Path, purse: Purse, jobs: Sequence[Job]) -> None:
-        self.purse = purse
+    def __init__(self, path: Path, budget: Budget, jobs: Sequence[Job]) -> None:
+        self.budget = budget
         self._journal = Journal(path)
         self._found: dict[str, dict[str, Any]] = {}
-        self._whole: dict[str, dict[str, Any]] = {}  # that were not cut, by their jobs' `unlimited`
+        self._whole: dict[str, dict[str, Any]] = {}  # replies that were not cut, by their jobs' `unlimited`
         self._warned: set[str] = set()
         for where, record in self._journal.read():
-            check(record, _REPLY, f"{where}: expected a teacher's reply, choose another folder")
+            check_shape(record, _REPLY, f"{where}: expected a teacher's reply, choose another folder")
             self._keep(record)
         for job in jobs:
             if (record := self._found.get(job.key)) is not None:
-                purse.learn(job.worst(), record["prompt_tokens"], record["completion_tokens"])
+                budget.learn(job.worst_case(), record["prompt_tokens"], record["completion_tokens"])
 
     def __len__(self) -> int:
         return len(self._found)
 
     def get(self, job: Job) -> dict[str, Any] | None:
-        """The reply to a job, or one to the same question with another limit of tokens, unless that one was cut."""
+        """The reply to a job, or an uncut reply to the same request with another token limit; None if there is none."""
         return self._found.get(job.key) or self._whole.get(job.unlimited)
 
     def missing(self, jobs: Sequence[Job]) -> list[Job]:
@@ -50,11 +50,11 @@ class ReplyStore:
         return key in self._found
 
     def add(self, record: dict[str, Any], worst: tuple[int, int] | None = None) -> None:
-        """Keeps and pays a reply. `worst`: the tokens that its request allowed, if they are known."""
+        """Store and pay a reply. `worst`: the tokens that its request allowed, if known."""
         self._journal.append([record])
         self._keep(record)
         if worst is not None:
-            self.purse.learn(worst, record["prompt_tokens"], record["completion_tokens"])
+            self.budget.learn(worst, record["prompt_tokens"], record["completion_tokens"])
         if record.get("hides_thinking"):
             self._warn(
                 "the teacher counts tokens of thinking, but sends none: traces hold only what it writes after; servers "
@@ -70,7 +70,7 @@ class ReplyStore:
         self._found[record["key"]] = record
         if isinstance(unlimited := record.get("unlimited"), str) and not is_cut(record["finish_reason"]):
             self._whole[unlimited] = record
-        self.purse.pay(record["prompt_tokens"], record["completion_tokens"])
+        self.budget.pay(record["prompt_tokens"], record["completion_tokens"])
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:

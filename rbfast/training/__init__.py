@@ -1,3 +1,3 @@
-"""Traces into an adapter: `distill` in one call, the `trainer` with its `objective`, `checkpoints`, `sharding`, and
-the files of a run (`run_folder`).
+"""Training an adapter on traces: `distill` in one call, the `trainer` with its `objective`, `checkpoints`, `resume`,
+`sharding`, held-out traces (`held_out`), memory estimates (`plan`), and the merged model (`merged_model`).
 """

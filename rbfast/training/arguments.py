@@ -1,4 +1,4 @@
-"""TrainingArguments for a model that is already on the device it trains on, and what they name."""
+"""TrainingArguments for a model that is already on its training device, and a check of the trackers they name."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -10,15 +10,15 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-_ACCELERATES_DEVICE = "ACCELERATE_TORCH_DEVICE"
+_DEVICE_VARIABLE = "ACCELERATE_TORCH_DEVICE"
 
 
 @dataclass
 class DeviceArguments(TrainingArguments):
-    """Trains on `train_device`, whichever it is.
+    """Trains on `train_device`.
 
-    Left to itself the Trainer takes the first GPU, whatever device was requested, and puts the model on all GPUs at
-    once (nn.DataParallel) if this process sees several.
+    By default the Trainer takes the first GPU, whatever device was requested, and wraps the model in nn.DataParallel if
+    this process sees several GPUs.
     """
 
     train_device: str = "cpu"
@@ -28,7 +28,7 @@ class DeviceArguments(TrainingArguments):
         device = torch.device(self.train_device)
         self.use_cpu = device.type == "cpu"
         with _accelerate_on(device):
-            super()._setup_devices  # noqa: B018  (it joins the processes)
+            super()._setup_devices  # noqa: B018  (it initialises torch.distributed)
         self._n_gpu = 0 if self.use_cpu else 1
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -37,15 +37,15 @@ class DeviceArguments(TrainingArguments):
 
 @contextmanager
 def _accelerate_on(device: torch.device) -> Iterator[None]:
-    """Within the block accelerate sets itself up on this device."""
-    before = os.environ.get(_ACCELERATES_DEVICE)
-    os.environ[_ACCELERATES_DEVICE] = str(device)
+    """Makes accelerate initialise itself on this device within the block."""
+    before = os.environ.get(_DEVICE_VARIABLE)
+    os.environ[_DEVICE_VARIABLE] = str(device)
     try:
         yield
     finally:
-        del os.environ[_ACCELERATES_DEVICE]
+        del os.environ[_DEVICE_VARIABLE]
         if before is not None:
-            os.environ[_ACCELERATES_DEVICE] = before
+            os.environ[_DEVICE_VARIABLE] = before
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Batches of so many tokens: which traces are trained together, decided once for a run.
+"""Batches with a limit on tokens. Which traces share a batch is decided once for a run.
 
 batches = batches_by_tokens(examples, 16384, seed=0)     # each is trained as one packed row
 """
@@ -10,21 +10,22 @@ from typing import Any
 
 from rbfast.data.encoding import Example, collate
 
-_OPEN = 32  # batches that still take traces; more of them fill little better, and each trace looks at all
+_OPEN_BATCHES = 32  # batches still being filled; each trace scans all of them, and more would fill little better
 
 
 def batches_by_tokens(examples: Sequence[Example], tokens: int, seed: int) -> list[list[Example]]:
-    """Batches of at most so many tokens, each trace in one of them; one that is longer is alone in its batch.
+    """Batches of at most `tokens` tokens, each trace in one of them. A longer trace is alone in its batch.
 
     The traces are shuffled, and each goes into the first batch with room for it. The same examples, tokens and seed
-    give the same batches, on every process and after a restart; a trainer shuffles their order, not what is in them.
+    give the same batches, on every process and after a restart. A trainer shuffles the order of batches, not their
+    content.
     """
     order = random.Random(seed).sample(range(len(examples)), len(examples))
     batches: list[list[Example]] = []
     room: list[int] = []
     for number in order:
         length = len(examples[number].input_ids)
-        first = max(0, len(batches) - _OPEN)
+        first = max(0, len(batches) - _OPEN_BATCHES)
         at = next((i for i in range(first, len(batches)) if length <= room[i]), None)
         if at is None:
             at = len(batches)
@@ -36,5 +37,5 @@ def batches_by_tokens(examples: Sequence[Example], tokens: int, seed: int) -> li
 
 
 def collate_items(items: Sequence[Example | list[Example]]) -> dict[str, Any]:
-    """A packed row of examples, or of the examples of whole batches."""
+    """Packs items, which are examples or lists of examples, into one row."""
     return collate(list(chain.from_iterable(item if isinstance(item, list) else [item] for item in items)))

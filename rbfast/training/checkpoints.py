@@ -1,9 +1,9 @@
-"""Checkpoints of a training run: folders `checkpoint-STEP` that say what was written into them.
+"""Checkpoints of a training run: folders `checkpoint-STEP` with digests of their files.
 
     checkpoint = last_checkpoint("runs/first/checkpoints")          # for trainer.train(resume_from_checkpoint=...)
 
-A checkpoint gets its name when it is complete, so a killed process leaves no partial one. The digests of its files
-show later damage by a disk or a power cut.
+A checkpoint gets its name when it is complete, so a killed process leaves no partial one. The digests reveal later
+damage, by a disk or a power cut.
 """
 
 import errno
@@ -19,28 +19,28 @@ from rbfast.adapter.footprint import megabytes
 from rbfast.utils.files import write_text
 
 DIGESTS = "digests.json"
-KEPT = 2  # checkpoints, beside the one that is being written
+KEPT = 2  # checkpoints, not counting the one that is being written
 UNFINISHED = "unfinished"  # where a checkpoint is written
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, the oldest first."""
+    """The checkpoints in a folder, oldest first."""
     found = ((match, path) for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name)))
     return [path for _, path in sorted(found, key=lambda pair: int(pair[0][1]))]
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Removes them all, and the folder if it then is empty: what others have there stays."""
+    """Removes all checkpoints, and then the folder if it is empty. Other files stay."""
     for path in [*checkpoints_in(folder), folder / UNFINISHED]:
         shutil.rmtree(path, ignore_errors=True)
     with suppress(OSError):
         folder.rmdir()
 
 
-def check_room(folder: Path, values: int) -> None:
-    """Raises OSError if the disk has no room for what a run that trains so many values (fp32) writes: what it had
-    learned would be lost."""
+def check_disk_space(folder: Path, values: int) -> None:
+    """Raises OSError if the disk has no room for the checkpoints and the adapter of a run that trains so many fp32
+    values. Otherwise the run would fail later, and its training would be lost."""
     checkpoint = 3 * 4 * values  # values and the two moments of AdamW
     needed = (KEPT + 1) * checkpoint + 4 * values
     free = shutil.disk_usage(folder).free
@@ -50,32 +50,32 @@ def check_room(folder: Path, values: int) -> None:
 
 
 def write_digests(folder: Path) -> None:
-    """The last file of a checkpoint: the digest of every other one."""
+    """Writes the last file of a checkpoint: the digests of all the others."""
     digests = {path.name: _digest(path) for path in sorted(folder.iterdir()) if path.name != DIGESTS}
     write_text(folder / DIGESTS, json.dumps(digests, indent=1))
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest whole checkpoint in a folder, None if there is none. Warns if a newer one is not whole.
+    """The newest intact checkpoint in a folder; None if there is no checkpoint. Warns if a newer one is damaged.
 
     Raises:
-        ValueError: there are checkpoints, and none of them is whole.
+        ValueError: there are checkpoints, and all of them are damaged.
     """
-    faults: list[str] = []
+    damaged: list[str] = []
     for path in reversed(checkpoints_in(Path(folder))):
-        fault = _fault(path)
-        if fault is None:
-            if faults:
-                warnings.warn(f"{faults[0]}; resuming from {path}", stacklevel=2)
+        damage = _find_damage(path)
+        if damage is None:
+            if damaged:
+                warnings.warn(f"{damaged[0]}; resuming from {path}", stacklevel=2)
             return str(path)
-        faults.append(fault)
-    if faults:
-        raise ValueError(f"{faults[0]}, and no other checkpoint is whole; remove {folder} to train from the start")
+        damaged.append(damage)
+    if damaged:
+        raise ValueError(f"{damaged[0]}, and no other checkpoint is intact; remove {folder} to train from the start")
     return None
 
 
-def _fault(folder: Path) -> str | None:
-    """What keeps a run from resuming from a checkpoint."""
+def _find_damage(folder: Path) -> str | None:
+    """Why a run cannot resume from a checkpoint; None if it can."""
     try:
         digests = dict(json.loads((folder / DIGESTS).read_bytes()))
     except (OSError, ValueError, TypeError, RecursionError):
@@ -83,7 +83,7 @@ def _fault(folder: Path) -> str | None:
     for name, digest in digests.items():
         path = folder / name
         if not path.is_file() or _digest(path) != digest:
-            return f"{path} is not what was written"
+            return f"{path} has changed since it was written"
     return None
 
 

@@ -5,9 +5,9 @@ model, tokenizer = load_student("smollm2-135m")
 run = distill(model, tokenizer, read_traces("reason1k.jsonl"), "runs/first", DistillConfig(epochs=2))
 ```
 
-The folder of a run holds `run.json` (its settings and traces; in the end what it cost), the adapter, `log.json`
-(losses by role, of held-out traces too), `skipped.jsonl` (traces that did not fit, with the reason), and `checkpoints/`
-while it is under way.
+The folder of a run holds `run.json` (its settings and traces; at the end also its cost), the adapter, `log.json`
+(losses by role, of held-out traces too), `skipped.jsonl` (traces that did not fit, with the reason), and, during
+training, `checkpoints/`.
 """
 
 import json
@@ -31,24 +31,24 @@ from rbfast.adapter.adapter_files import adapter_digest
 from rbfast.adapter.column_scores import METHODS, ColumnScores, Method, score_columns
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.data.chat_template import default_instruction, write_prompt
-from rbfast.data.encoding import Example, collate, encode_all, on_device
+from rbfast.data.encoding import Example, collate, encode_all, to_device
 from rbfast.data.instruction import Instruction, instruction_named, saved_instruction
 from rbfast.data.signal_store import SignalStore
 from rbfast.data.spans import ROLES
 from rbfast.data.trace import Trace
 from rbfast.models.checkpointing import checkpointing
 from rbfast.models.linears import is_sharded
-from rbfast.models.student import evaluation_mode, final_hidden, mode_kept, packs, rotary_embeddings
+from rbfast.models.student import evaluation_mode, final_hidden, packs, preserve_mode, rotary_embeddings
 from rbfast.training.arguments import DeviceArguments, check_trackers
 from rbfast.training.batches import batches_by_tokens
-from rbfast.training.checkpoints import KEPT, check_room, last_checkpoint, remove_checkpoints
-from rbfast.training.held_out import measuring, part, without_times
+from rbfast.training.checkpoints import KEPT, check_disk_space, last_checkpoint, remove_checkpoints
+from rbfast.training.held_out import evaluation_arguments, split_held_out, strip_timings
 from rbfast.training.objective import Objective, role_counts, sums_by_role, token_losses
 from rbfast.training.plan import Plan, make_plan
-from rbfast.training.resume import asked_of, check_same_folder, check_same_run, digest_of
+from rbfast.training.resume import check_same_folder, check_same_run, digest_traces, run_settings
 from rbfast.training.run_folder import LOG, RUN, SKIPPED
 from rbfast.training.trainer import DistillTrainer, StopAtNaN
-from rbfast.training.training_bar import Bar
+from rbfast.training.training_bar import TrainingBar
 from rbfast.utils.files import write_text
 from rbfast.utils.processes import is_first_process, process_count
 from rbfast.utils.records import check_numbers, read_json, show
@@ -58,19 +58,18 @@ _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """What a run depends on, besides the model and the traces.
+    """The settings of a run, apart from the model and the traces.
 
     Attributes:
         density: trainable values / all parameters of the base, at most.
-        rank, support: the shape of each delta; None leaves the split of the budget to the adapter.
+        rank, support: the shape of each delta; None lets the adapter choose it within the budget.
         placement: "random", or by scores from `placement_traces` traces: "gradient", "factored", "activation"
             (docs/training.md).
-        batch_size, accumulation: traces per batch, and batches per optimizer step, of each process.
-        tokens_per_batch: in place of batch_size, as many traces as have so many tokens together, at most; a longer one
-            is alone in its batch.
-        gradient_checkpointing: keep only what goes into a layer, and run the layer again for its backward.
+        batch_size, accumulation: traces per batch, and batches per optimizer step, on each process.
+        tokens_per_batch: the most tokens in a batch, instead of batch_size. A longer trace is alone in its batch.
+        gradient_checkpointing: keep only the input of each layer, and run the layer again for its backward.
         warmup: the share of the steps before the peak learning rate.
-        schedule: how the learning rate falls from its peak: to zero along a line or a cosine, or not at all.
+        schedule: the decay of the learning rate from its peak: linear or cosine to zero, or constant.
         max_tokens: longer traces are left out and listed, never cut.
         instruction: what a prompt says after the problem: "answer", "boxed", "none" or a text; None is what the adapter
             or the merged model to go on with was trained with, else "boxed" for a student whose chat template thinks,
@@ -78,8 +77,8 @@ class DistillConfig:
         turns: "last" trains the last reply of a conversation, "all" every reply.
 
     Raises:
-        TypeError: a field that must be a number is none.
-        ValueError: a number out of its range, or an unknown placement.
+        TypeError: a field that must be a number is not one.
+        ValueError: a number is out of range, or the placement is unknown.
     """
 
     density: float = 0.003
@@ -116,7 +115,7 @@ class DistillConfig:
             value = getattr(self, name)
             if value is not None and not value >= 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if not 0 <= self.seed < 2**32:  # what NumPy takes
+        if not 0 <= self.seed < 2**32:  # NumPy's range
             raise ValueError(f"seed must be at least 0 and below 2**32, got {self.seed}")
         if self.placement not in (*METHODS, "random"):
             raise ValueError(f"placement must be one of {', '.join(METHODS)} or random, got {self.placement!r}")
@@ -128,13 +127,13 @@ class DistillConfig:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: the attached adapter, the losses by step, the traces left out with the reason, the time spent
-    on training (by the call that finished it), how many traces were trained on.
+    """A finished run: the attached adapter, the losses by step, the traces left out with the reason, the seconds of the
+    call that finished it, the number of traces trained on.
 
-    An entry of `log_history` has `step` and `epoch`, and `loss` with `loss_{role}` of a training step or `eval_loss`
-    with `eval_loss_{role}` of the held-out traces. The loss is the objective's, that of a role its tokens' mean
-    cross-entropy in nats.
-    `found` says that it was finished before, and only loaded; else there is the `plan`, if the base is not sharded.
+    An entry of `log_history` has `step` and `epoch`, and either `loss` and `loss_{role}` (a training step) or
+    `eval_loss` and `eval_loss_{role}` (held-out traces). The loss is the objective's. The loss of a role is the mean
+    cross-entropy of its tokens, in nats.
+    found: the run had finished before and was only loaded. Otherwise `plan` is set, unless the base is sharded.
     """
 
     adapter: SparseAdapter
@@ -161,29 +160,29 @@ def distill(
     keep_best: bool = False,
     report_to: Sequence[str] = (),
 ) -> Run:
-    """Trains an adapter of `model` on `traces` and saves it in `out`; the model is left with the adapter attached, in
-    the mode that it came in. After a failure or an interruption it is left as it came.
+    """Trains an adapter of `model` on `traces` and saves it in `out`. The model is left with the adapter attached, in
+    its previous mode; after a failure or an interruption it is left unchanged.
 
-    Called again with the same arguments it resumes from the last checkpoint, or loads a finished run. It may
-    resume under another number of processes, if an optimizer step takes as many traces as before (docs/distributed.md).
+    Called again with the same arguments it resumes from the last checkpoint, or loads a finished run. The number of
+    processes may change, if an optimizer step takes as many traces as before (docs/distributed.md).
 
     Args:
-        signals: a folder of log-probs that `rbfast teach` wrote, or the one that it is in; traces that it lacks teach
-            by their text, and a warning says how many they are.
-        teacher: a model with the student's tokens, run beside it, for tokens without signals.
-        adapter: the folder of a trained adapter of this model to go on with, in place of a new one. It has a shape and
-            columns of its own, so the config may name none. AdamW and the schedule begin anew.
+        signals: a folder of log-probs that `rbfast teach` wrote, or its parent. Traces without log-probs are trained on
+            their text; a warning counts them.
+        teacher: a model with the student's vocabulary that runs beside it, for tokens without signals.
+        adapter: the folder of a trained adapter of this model to continue from, instead of a new one. It keeps its
+            shape and columns, so the config may set none. AdamW and the schedule start over.
         held_out: traces whose loss is measured before the first step, at every checkpoint and at the end; or the share
-            of the problems in `traces` whose traces are measured, and not trained on.
-        keep_best: end with the adapter of the checkpoint whose held-out loss was least, not with the last one.
+            of the problems in `traces` whose traces are measured and not trained on.
+        keep_best: end with the adapter of the checkpoint with the lowest held-out loss, not with the last one.
         report_to: trackers that get the losses as they are logged, by transformers' names ("wandb", "tensorboard").
 
     Raises:
-        ValueError: no trace fits `max_tokens`, or one is longer than the model's table of positions; `signals` holds
-            none of them, `out` holds a run with other settings, model, traces or teacher, or a file that is broken, or
-            it is not the same folder for all processes; `held_out` leaves none to train on or to measure, or there is
-            `keep_best` without it; a gradient is NaN or infinite.
-        TypeError: `traces` holds something else, or is the name of a file.
+        ValueError: no trace fits `max_tokens`, or one is longer than the model's position table; `signals` covers none
+            of the traces; `out` holds a run with other settings, model, traces or teacher, or a damaged file, or is not
+            the same folder on all processes; `held_out` leaves none to train on or to measure; `keep_best` without
+            `held_out`; a gradient is NaN or infinite.
+        TypeError: `traces` holds something other than Trace, or is a file name.
         OSError: the disk has no room for the checkpoints.
         ImportError: a tracker is not installed.
     """
@@ -191,77 +190,78 @@ def distill(
     if keep_best and held_out is None:
         raise ValueError("keep_best compares checkpoints by the loss of held-out traces: give held_out too")
     check_trackers(report_to)
-    first = is_first_process()  # of the processes, which share the folder
+    first = is_first_process()  # all processes share the folder, and only the first one writes
     _check_traces(traces)
     config = _with_instruction(config, adapter, model)
-    traces, measured = part(traces, held_out, config.seed)
-    examples, skipped = _encoded(traces, tokenizer, config)
-    measured_examples = _encoded_held_out(measured, tokenizer, config)
-    _check_positions(model, [*examples, *measured_examples])
-    asked = asked_of(model, traces, asdict(config))
-    if measured:
-        asked |= {"held_out": {"traces": len(measured), "digest": digest_of(measured), "keep_best": keep_best}}
+    traces, eval_traces = split_held_out(traces, held_out, config.seed)
+    examples, skipped = _encode(traces, tokenizer, config)
+    eval_examples = _encode_held_out(eval_traces, tokenizer, config)
+    _check_positions(model, [*examples, *eval_examples])
+    settings = run_settings(model, traces, asdict(config))
+    if eval_traces:
+        digest = digest_traces(eval_traces)
+        settings |= {"held_out": {"traces": len(eval_traces), "digest": digest, "keep_best": keep_best}}
     if signals is not None:
         otherwise = "their text alone" if teacher is None else "the running teacher"
-        asked |= {"signals": _fill(examples, measured_examples, signals, otherwise)}
+        settings |= {"signals": _add_signals(examples, eval_examples, signals, otherwise)}
     if teacher is not None:
-        asked |= {"teacher": teacher.config.name_or_path}
+        settings |= {"teacher": teacher.config.name_or_path}
     if adapter is not None:
-        asked |= {"adapter": _digest_to_go_on_with(adapter, config, out)}
-    check_same_run(out, asked)
+        settings |= {"adapter": _starting_adapter_digest(adapter, config, out)}
+    check_same_run(out, settings)
     checkpoint = last_checkpoint(out / "checkpoints")
     reporting = {"report_to": list(report_to) or "none", "run_name": out.name}
-    if measured:
-        reporting |= measuring(config.save_steps, keep_best, from_start=checkpoint is None)
-    arguments = _arguments(out, model, config, examples, reporting)  # from here on the processes are connected
+    if eval_traces:
+        reporting |= evaluation_arguments(config.save_steps, keep_best, from_start=checkpoint is None)
+    arguments = _training_arguments(out, model, config, examples, reporting)  # from here on the processes are connected
     check_same_folder(out, checkpoint)
     if (history := read_json(out / LOG, [{"step": int}])) is not None:
-        return _found(model, out, history, skipped, len(examples))
-    if first:  # before the long part, which a folder that cannot be written to would waste
-        write_text(out / RUN, json.dumps(asked, indent=1))
-        write_prompt(out, tokenizer, replace(_instruction(tokenizer, config), system=_shared_system(traces)))
+        return _load_finished_run(model, out, history, skipped, len(examples))
+    if first:  # before the long part: fail early if the folder is not writable
+        write_text(out / RUN, json.dumps(settings, indent=1))
+        write_prompt(out, tokenizer, replace(_instruction(tokenizer, config), system=_shared_system_prompt(traces)))
     try:
         trained = _attach_adapter(model, examples, config, teacher, checkpoint or adapter)
     except BaseException:
         if first and checkpoint is None:  # nothing is trained yet, and another density may be what it takes
             (out / RUN).unlink(missing_ok=True)
         raise
-    with mode_kept(model), _detached_on_failure(trained):
+    with preserve_mode(model), _detach_on_failure(trained):
         if first:
-            check_room(out, sum(parameter.numel() for parameter in trained.parameters()))
-        plan = None if is_sharded(model) else _plan(model, trained, examples, len(skipped), config, teacher)
+            check_disk_space(out, sum(parameter.numel() for parameter in trained.parameters()))
+        plan = None if is_sharded(model) else _plan_batches(model, trained, examples, len(skipped), config, teacher)
         if first and not quiet and plan is not None:
             print(plan, file=sys.stderr)
-        progress = Bar(quiet or not first)
-        trainer = _trainer(model, trained, arguments, examples, measured_examples, config, teacher, progress)
+        progress = TrainingBar(quiet or not first)
+        trainer = _make_trainer(model, trained, arguments, examples, eval_examples, config, teacher, progress)
         with closing(progress), checkpointing(model) if config.gradient_checkpointing else nullcontext():
             trainer.train(resume_from_checkpoint=checkpoint)
-        history = [without_times(entry) for entry in trainer.state.log_history if {"loss", "eval_loss"} & entry.keys()]
+        history = [strip_timings(entry) for entry in trainer.state.log_history if {"loss", "eval_loss"} & entry.keys()]
         run = Run(trained, history, skipped, time.monotonic() - start, len(examples), plan=plan)
         if first:
-            _save(run, out, asked, examples, resumed=checkpoint is not None)
+            _save(run, out, settings, examples, resumed=checkpoint is not None)
         trainer.accelerator.wait_for_everyone()
         return run
 
 
-def _found(
+def _load_finished_run(
     model: PreTrainedModel,
     out: Path,
     history: list[dict[str, float]],
     skipped: list[tuple[Trace, str]],
     traces: int,
 ) -> Run:
-    """A run that is finished, with its adapter attached."""
+    """Loads a finished run and attaches its adapter."""
     cost = read_json(out / RUN, {"seconds": (int, float)}) or {"seconds": 0.0}  # the file may have been removed
     trained = SparseAdapter.from_pretrained(model, out)
     if is_first_process():
-        remove_checkpoints(out / "checkpoints")  # of a run that was killed while it removed them
+        remove_checkpoints(out / "checkpoints")  # left if the run was killed while removing them
     return Run(trained, history, skipped, cost["seconds"], traces, found=True)
 
 
 @contextmanager
-def _detached_on_failure(adapter: SparseAdapter) -> Iterator[None]:
-    """A model with an adapter attached could not resume its run."""
+def _detach_on_failure(adapter: SparseAdapter) -> Iterator[None]:
+    """Detaches the adapter if the block fails: a run cannot resume on a model with an adapter attached."""
     try:
         yield
     except BaseException:  # a KeyboardInterrupt too: in a notebook the model lives on
@@ -278,23 +278,23 @@ def plan_run(
     adapter: str | Path | None = None,
     held_out: Sequence[Trace] | float | None = None,
 ) -> Plan:
-    """What `distill` would take with these arguments; nothing is trained. Raises ValueError as it does for traces that
-    do not fit."""
+    """The resources that `distill` would need with these arguments. Trains nothing. Raises ValueError as `distill` does
+    for traces that do not fit."""
     _check_traces(traces)
     config = _with_instruction(config, adapter, model)
-    traces, _ = part(traces, held_out, config.seed)
-    examples, skipped = _encoded(traces, tokenizer, config)
+    traces, _ = split_held_out(traces, held_out, config.seed)
+    examples, skipped = _encode(traces, tokenizer, config)
     _check_positions(model, examples)
     if adapter is not None:
-        _check_shape_is_free(config, adapter)
+        _check_no_shape_options(config, adapter)
     attached = _attach_adapter(model, examples, replace(config, placement="random"), teacher, adapter)
     try:
-        return _plan(model, attached, examples, len(skipped), config, teacher)
+        return _plan_batches(model, attached, examples, len(skipped), config, teacher)
     finally:
         attached.detach()
 
 
-def _plan(
+def _plan_batches(
     model: PreTrainedModel,
     adapter: SparseAdapter,
     examples: Sequence[Example],
@@ -302,7 +302,7 @@ def _plan(
     config: DistillConfig,
     teacher: PreTrainedModel | None,
 ) -> Plan:
-    """With batches as large as any that are trained (of so many tokens: those)."""
+    """The plan of a run. Without tokens_per_batch it batches the longest traces together, which is the worst case."""
     if config.tokens_per_batch is None:
         examples = sorted(examples, key=lambda one: -len(one.input_ids))
     return make_plan(model, adapter, _batches(examples, config), config.gradient_checkpointing, teacher, left_out)
@@ -314,7 +314,7 @@ def _check_traces(traces: object) -> None:
         raise TypeError(f"expected a list of Trace, got {show(other)}: read_traces(FILE) reads one from a file")
 
 
-def _encoded(
+def _encode(
     traces: Sequence[Trace], tokenizer: PreTrainedTokenizerBase, config: DistillConfig
 ) -> tuple[list[Example], list[tuple[Trace, str]]]:
     examples, skipped = encode_all(
@@ -329,13 +329,13 @@ def _encoded(
     return examples, skipped
 
 
-def _encoded_held_out(
+def _encode_held_out(
     traces: Sequence[Trace], tokenizer: PreTrainedTokenizerBase, config: DistillConfig
 ) -> list[Example]:
-    """Warns of traces that are not measured."""
+    """Encodes held-out traces. Warns of those that cannot be measured."""
     if not traces:
         return []
-    examples, skipped = _encoded(traces, tokenizer, config)
+    examples, skipped = _encode(traces, tokenizer, config)
     if skipped and is_first_process():
         warnings.warn(
             f"{len(skipped)} of {len(traces)} held-out traces are not measured{_first_reason(skipped)}", stacklevel=3
@@ -344,8 +344,8 @@ def _encoded_held_out(
 
 
 def _check_positions(model: PreTrainedModel, examples: Sequence[Example]) -> None:
-    """Raises ValueError for an example that is longer than the model's table of positions, if it has one (GPT-2, OPT):
-    the run would fail where that example comes. Warns of one that is longer than the model was made for."""
+    """Raises ValueError if an example is longer than the model's position table, if it has one (GPT-2, OPT): the run
+    would fail at that example. Warns if one is longer than the model's max_position_embeddings."""
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     longest = max(len(example.input_ids) for example in examples)
@@ -380,8 +380,8 @@ def _instruction(tokenizer: PreTrainedTokenizerBase, config: DistillConfig) -> I
     return default_instruction(tokenizer) if config.instruction is None else instruction_named(config.instruction)
 
 
-def _shared_system(traces: Sequence[Trace]) -> str:
-    """The system prompt of all traces, which inference then needs too; empty if they differ."""
+def _shared_system_prompt(traces: Sequence[Trace]) -> str:
+    """The system prompt that all traces share, which inference needs too; empty if they differ."""
     systems = {trace.system or "" for trace in traces}
     return systems.pop() if len(systems) == 1 else ""
 
@@ -392,23 +392,23 @@ def _batches(examples: Sequence[Example], config: DistillConfig) -> list[Sequenc
     return [examples[start : start + config.batch_size] for start in range(0, len(examples), config.batch_size)]
 
 
-def _trainer(
+def _make_trainer(
     model: PreTrainedModel,
     adapter: SparseAdapter,
     arguments: TrainingArguments,
     examples: Sequence[Example],
-    measured: Sequence[Example],
+    eval_examples: Sequence[Example],
     config: DistillConfig,
     teacher: PreTrainedModel | None,
-    progress: Bar,
+    progress: TrainingBar,
 ) -> DistillTrainer:
-    """The trainer, with our bar in place of its printed lines."""
+    """The trainer, with our progress bar instead of printed lines."""
     trainer = DistillTrainer(
         model,
         adapter,
         arguments,
         examples,
-        measured or None,
+        eval_examples or None,
         objective=config.objective,
         teacher=teacher,
         tokens_per_batch=config.tokens_per_batch,
@@ -419,8 +419,8 @@ def _trainer(
     return trainer
 
 
-def _save(run: Run, out: Path, asked: dict[str, Any], examples: Sequence[Example], resumed: bool) -> None:
-    """Writes the adapter and what became of the run; its checkpoints go."""
+def _save(run: Run, out: Path, settings: dict[str, Any], examples: Sequence[Example], resumed: bool) -> None:
+    """Writes the adapter, the log and the cost of the run, then removes its checkpoints."""
     run.adapter.save_pretrained(out)
     reasons = (json.dumps(trace.to_dict() | {"reason": why}) + "\n" for trace, why in run.skipped)
     write_text(out / SKIPPED, "".join(reasons))
@@ -431,18 +431,18 @@ def _save(run: Run, out: Path, asked: dict[str, Any], examples: Sequence[Example
         "resumed": resumed,
         "plan": None if run.plan is None else run.plan.to_dict(),
     }
-    write_text(out / RUN, json.dumps(asked | cost, indent=1))
+    write_text(out / RUN, json.dumps(settings | cost, indent=1))
     write_text(out / LOG, json.dumps(run.log_history, indent=1, sort_keys=True))  # last: it ends the run
     remove_checkpoints(out / "checkpoints")
 
 
 def trace_loss(model: PreTrainedModel, examples: Sequence[Example], batch_size: int = 8) -> dict[str, float]:
-    """Mean cross-entropy per token of encoded traces, in nats: over each role, and over all tokens as `mean`. The model
-    is in evaluation mode meanwhile."""
+    """Mean cross-entropy per token of encoded traces, in nats: for each role, and over all tokens as `mean`. Runs the
+    model in evaluation mode."""
     objective, found = Objective(), torch.zeros(2, len(ROLES), dtype=torch.float64)
     with evaluation_mode(model), torch.no_grad():
         for start in range(0, len(examples), batch_size):
-            batch = on_device(collate(examples[start : start + batch_size]), model.device)
+            batch = to_device(collate(examples[start : start + batch_size]), model.device)
             hidden = final_hidden(model, batch["input_ids"], batch["position_ids"], batch["lengths"])
             ce = token_losses(model, hidden, batch, torch.ones(len(ROLES)), objective).ce
             found += sums_by_role(batch, ce).cpu()
@@ -458,30 +458,30 @@ def placement_scores(
     method: Method = "gradient",
     teacher: PreTrainedModel | None = None,
 ) -> ColumnScores:
-    """Where the gradient of the objective is, measured on a seeded sample of the traces."""
+    """Column scores by the gradient of the objective, measured on a seeded sample of the traces."""
     chosen = random.Random(config.seed).sample(examples, min(config.placement_traces, len(examples)))
     batches = [collate(batch) for batch in _batches(chosen, config)]
 
     def loss(model: Any, batch: dict[str, Any]) -> Tensor:
-        batch = on_device(batch, model.device)
+        batch = to_device(batch, model.device)
         weights = config.objective.weights(0.0).to(model.device) / role_counts(batch).clamp(min=1)
         hidden = final_hidden(model, batch["input_ids"], batch["position_ids"], batch["lengths"])
         return token_losses(model, hidden, batch, weights, config.objective, teacher).loss
 
-    packs(model)  # now, before scoring: its two examples are no traces
+    packs(model)  # before scoring, which must not see its two test examples
     with checkpointing(model) if config.gradient_checkpointing else nullcontext():
         return score_columns(model, batches, loss, method=method)
 
 
-def _fill(
-    examples: Sequence[Example], measured: Sequence[Example], signals: str | Path, otherwise: str
+def _add_signals(
+    examples: Sequence[Example], eval_examples: Sequence[Example], signals: str | Path, otherwise: str
 ) -> dict[str, Any]:
-    """Gives the examples their signals; says whose they are, and of how many that are trained on. Warns of those of
-    these that have none."""
+    """Adds signals to the examples. Returns the signals' teacher, their k and how many training traces have them, for
+    run.json. Warns of training traces without any."""
     within = Path(signals) / "signals"  # of the folder that `rbfast teach -o` was given
     store = SignalStore.open(within if within.is_dir() else signals)
     missing = len(store.fill(examples))
-    store.fill(measured)
+    store.fill(eval_examples)
     if missing == len(examples):
         raise ValueError(
             f"{signals} holds log-probs of none of the {len(examples)} traces, which are looked up by token; "
@@ -496,18 +496,18 @@ def _fill(
     return {"teacher": store.teacher, "k": store.k, "traces": len(examples) - missing}
 
 
-def _digest_to_go_on_with(adapter: str | Path, config: DistillConfig, out: Path) -> str:
-    _check_shape_is_free(config, adapter)
+def _starting_adapter_digest(adapter: str | Path, config: DistillConfig, out: Path) -> str:
+    _check_no_shape_options(config, adapter)
     if Path(adapter).resolve() == out.resolve():
-        raise ValueError(f"{out} holds the adapter to go on with, which the run would replace; name another folder")
+        raise ValueError(f"{out} holds the adapter to continue from, which the run would replace; name another folder")
     return adapter_digest(adapter)
 
 
-def _check_shape_is_free(config: DistillConfig, adapter: str | Path) -> None:
-    """Raises ValueError for a config that would shape a new adapter, while a run goes on with a saved one."""
+def _check_no_shape_options(config: DistillConfig, adapter: str | Path) -> None:
+    """Raises ValueError if the config sets the shape of a new adapter, but the run continues from a saved one."""
     for name in ("density", "rank", "support", "placement"):
         if getattr(config, name) != getattr(DistillConfig, name):
-            raise ValueError(f"{name} is for a new adapter, the one in {adapter} has its own; name one of the two")
+            raise ValueError(f"{name} is for a new adapter, but the one in {adapter} has its own: give one of the two")
 
 
 def _attach_adapter(
@@ -527,7 +527,7 @@ def _attach_adapter(
     )
 
 
-def _arguments(
+def _training_arguments(
     out: Path, model: PreTrainedModel, config: DistillConfig, examples: Sequence[Example], others: dict[str, Any]
 ) -> TrainingArguments:
     per_step = config.accumulation * process_count()
@@ -539,7 +539,7 @@ def _arguments(
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
         learning_rate=config.learning_rate,
-        # The first step of a warmup has a rate of 0: a run too short for more than that does without.
+        # The first warmup step has a learning rate of 0, so a run with only one such step skips the warmup.
         warmup_steps=config.warmup if config.warmup * steps > 1 else 0,
         lr_scheduler_type=_SCHEDULES[config.schedule],
         weight_decay=0.0,

@@ -1,6 +1,6 @@
-"""Traces that a run does not train on: their loss says whether it still learns, or only remembers.
+"""Held-out traces, which a run does not train on: their loss shows overfitting.
 
-trained, measured = part(traces, 0.05, seed=0)      # or traces of a file of their own in place of 0.05
+trained, eval_traces = split_held_out(traces, 0.05, seed=0)      # or a list of held-out traces instead of 0.05
 """
 
 import random
@@ -11,11 +11,11 @@ from typing import Any
 from rbfast.data.trace import Trace
 
 
-def part(
+def split_held_out(
     traces: Sequence[Trace], held_out: Sequence[Trace] | float | None, seed: int
 ) -> tuple[Sequence[Trace], Sequence[Trace]]:
-    """The traces to train on, and those to measure. A number is the share of the problems whose traces are measured:
-    all traces of one problem are on one side. Warns of traces to measure whose problem is trained on.
+    """The traces to train on, and those to measure. If `held_out` is a number, it is the share of problems to measure:
+    all traces of a problem are on one side. Warns if the problem of a trace to measure is trained on.
 
     Raises:
         ValueError: a share that leaves no trace on one side, or an empty list.
@@ -23,42 +23,43 @@ def part(
     if held_out is None:
         return traces, []
     if isinstance(held_out, int | float):
-        return _share(traces, held_out, seed)
+        return _split_by_share(traces, held_out, seed)
     if not held_out:
         raise ValueError("held_out: expected traces to measure the loss on, got none")
-    trained = {_key(trace) for trace in traces}
-    if known := sum(_key(trace) in trained for trace in held_out):
+    trained = {_problem_of(trace) for trace in traces}
+    if known := sum(_problem_of(trace) in trained for trace in held_out):
         warnings.warn(
-            f"{known} of {len(held_out)} held-out traces have a problem that is trained on: their loss flatters",
+            f"{known} of {len(held_out)} held-out traces have a problem that is trained on: their loss is too low",
             stacklevel=3,
         )
     return traces, held_out
 
 
-def _share(traces: Sequence[Trace], share: float, seed: int) -> tuple[list[Trace], list[Trace]]:
-    problems = list(dict.fromkeys(map(_key, traces)))
+def _split_by_share(traces: Sequence[Trace], share: float, seed: int) -> tuple[list[Trace], list[Trace]]:
+    problems = list(dict.fromkeys(map(_problem_of, traces)))
     if not 0 < share < 1 or len(problems) < 2:
         raise ValueError(
             f"held_out: expected a share of the problems, above 0 and below 1, and at least 2 problems; got {share!r} "
             f"of {len(problems)}"
         )
     count = min(max(1, round(share * len(problems))), len(problems) - 1)
-    measured = set(random.Random(seed).sample(problems, count))
-    return [trace for trace in traces if _key(trace) not in measured], [t for t in traces if _key(t) in measured]
+    held_out = set(random.Random(seed).sample(problems, count))
+    trained = [trace for trace in traces if _problem_of(trace) not in held_out]
+    return trained, [trace for trace in traces if _problem_of(trace) in held_out]
 
 
-def _key(trace: Trace) -> str:
+def _problem_of(trace: Trace) -> str:
     return " ".join(trace.problem.split())
 
 
-def measuring(every: int, keep_best: bool, from_start: bool) -> dict[str, Any]:
-    """Arguments of a Trainer that measures the held-out loss every so many steps, and at the end; `from_start`: before
-    the first step too; `keep_best`: ends with the checkpoint of the least."""
+def evaluation_arguments(every: int, keep_best: bool, from_start: bool) -> dict[str, Any]:
+    """TrainingArguments that measure the held-out loss every `every` steps and at the end. from_start: before the first
+    step too. keep_best: end with the checkpoint of lowest loss."""
     best = dict(load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=False)
     steps = dict(eval_strategy="steps", eval_steps=every, eval_on_start=from_start)
     return steps | (best if keep_best else {})
 
 
-def without_times(entry: dict[str, float]) -> dict[str, float]:
-    """An entry of a Trainer's log, without how long an evaluation took: the same run has the same log."""
+def strip_timings(entry: dict[str, float]) -> dict[str, float]:
+    """An entry of a Trainer's log without evaluation timings, so that the same run gives the same log."""
     return {name: value for name, value in entry.items() if not name.startswith("eval_") or "loss" in name}

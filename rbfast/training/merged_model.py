@@ -1,4 +1,4 @@
-"""A merged student as a folder that others can run: its weights, its tokenizer, and how it was asked."""
+"""A merged student as a folder that others can run: its weights, its tokenizer, and the prompt of its training."""
 
 import shutil
 import stat
@@ -14,59 +14,59 @@ from rbfast.adapter.adapter_files import CONFIG_FILE
 from rbfast.data.chat_template import end_of_turn, format_prompt, write_prompt
 from rbfast.data.instruction import Instruction
 from rbfast.data.thinking import thinking_format
-from rbfast.models.linears import beside_text
+from rbfast.models.linears import non_text_linears
 from rbfast.models.names import hub_id_of
-from rbfast.utils.files import replacing_files, write_text
+from rbfast.utils.files import staged_files, write_text
 
 README = "README.md"
 
 
 def save_merged(model: Any, tokenizer: Any, folder: str | Path, instruction: Instruction) -> None:
-    """Writes a plain checkpoint, `prompt.json` and a README that says how the student must be asked.
+    """Writes a plain checkpoint, `prompt.json` and a README that says how to prompt the student.
 
-    Its generation settings stop at the end of turn that it was trained to write. All is written, or nothing; raises
-    OSError then, and ValueError if the folder holds an adapter or the base.
+    Its generation settings stop at the end of turn that it was trained to write. On an OSError nothing is written.
+    Raises ValueError if the folder holds an adapter or the base.
     """
     _stop_at(model.generation_config, end_of_turn(tokenizer))
-    with _checkpoint(model, tokenizer, folder) as files:
+    with _staged_checkpoint(model, tokenizer, folder) as files:
         write_prompt(files, tokenizer, instruction)
         write_text(files / README, _readme(tokenizer, instruction, str(model.config.name_or_path)))
 
 
 def save_checkpoint(model: Any, tokenizer: Any, folder: str | Path) -> None:
-    """Writes the weights and the tokenizer as transformers lays them out, or nothing. Raises as `save_merged`."""
-    with _checkpoint(model, tokenizer, folder):
+    """Writes the weights and the tokenizer in transformers' layout, or nothing. Raises as `save_merged`."""
+    with _staged_checkpoint(model, tokenizer, folder):
         pass
 
 
 @contextmanager
-def _checkpoint(model: Any, tokenizer: Any, folder: str | Path) -> Iterator[Path]:
-    """The folder where a checkpoint is, to add to, before it takes its place in `folder`."""
+def _staged_checkpoint(model: Any, tokenizer: Any, folder: str | Path) -> Iterator[Path]:
+    """A temporary folder with the checkpoint, to add files to. Its content moves to `folder` after the block."""
     if (Path(folder) / CONFIG_FILE).exists():
         raise ValueError(f"{folder} holds an adapter, which would be loaded onto the weights too; name another folder")
     if (base := model.config.name_or_path) and Path(base).resolve() == Path(folder).resolve():
         raise ValueError(f"{folder} holds the base, which its adapters still need; name another folder")
-    with replacing_files(folder) as files:
+    with staged_files(folder) as files:
         try:
             model.save_pretrained(files)
-        except SafetensorError as error:  # of a full disk, say
+        except SafetensorError as error:  # for example of a full disk
             raise OSError(f"{folder}: the weights cannot be written: {error}") from error
         tokenizer.save_pretrained(files)
-        if base and beside_text(model):
+        if base and non_text_linears(model):
             _copy_processor(base, files)
-        # safetensors 0.8 lets nobody but the owner read its files; the others follow the umask.
+        # safetensors 0.8 makes its files readable only by the owner; the other files follow the umask.
         mode = stat.S_IMODE((files / "config.json").stat().st_mode)
         for path in files.glob("model*.safetensors"):
             path.chmod(mode)
         yield files
         kept = {path.name for path in files.iterdir()}
-    for old in Path(folder).glob("model*.safetensors*"):  # shards of another model that was there
+    for old in Path(folder).glob("model*.safetensors*"):  # shards of a model that was here before
         if old.name not in kept:
             old.unlink()
 
 
 def _copy_processor(base: str, files: Path) -> None:
-    """A model that reads images or sound too is not served without the files that say how they are prepared."""
+    """Copies the processor configs of a multimodal model, without which it cannot be served."""
     for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME):
         with suppress(OSError):  # not every such model has all of them
             if (found := cached_file(base, name)) is not None:
@@ -88,7 +88,7 @@ def _readme(tokenizer: Any, instruction: Instruction, base: str) -> str:
         "# A student trained with rbfast",
         f"These are the merged weights of a student that was distilled on reasoning traces.{named}",
         "## How to ask it",
-        _asking(instruction),
+        _prompt_section(instruction),
     ]
     if found.switches:
         told = ", ".join(f"`{name}={value}`" for name, value in found.switches.items())
@@ -103,7 +103,7 @@ def _readme(tokenizer: Any, instruction: Instruction, base: str) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def _asking(instruction: Instruction) -> str:
+def _prompt_section(instruction: Instruction) -> str:
     if not instruction.text:
         return "Send the problem as it is, in one user message."
     where = "Put this after the problem, in the same message; the student does worse without:"

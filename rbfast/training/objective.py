@@ -19,11 +19,12 @@ from rbfast.utils.records import check_numbers
 
 @dataclass(frozen=True)
 class Objective:
-    """How the layers of a trace weigh, and what a teacher's log-probs are worth if a token has them.
+    """The weights of the roles of a trace, and the weight of a teacher's log-probs.
 
     The strategic weight is annealed linearly, from abstraction to implementation: by the end of training the share
-    `anneal` of it has moved to the tactical weight. Rows with log-probs lose `ce_share * CE + (1 - ce_share) * D`.
-    `gradient_filter` is DistillLoss's: the share of each token's gradient that a CPU need not compute.
+    `anneal` of it has moved to the tactical weight. The loss of a row with log-probs is
+    `ce_share * CE + (1 - ce_share) * D`. `gradient_filter` is DistillLoss's: the share of each token's gradient that a
+    CPU may skip.
     """
 
     strategic: float = 0.4
@@ -48,20 +49,20 @@ class Objective:
         for name in ("strategic_temperature", "tactical_temperature", "answer_temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}")
-        DistillLoss(gradient_filter=self.gradient_filter)  # which knows what it takes
+        DistillLoss(gradient_filter=self.gradient_filter)  # it checks the value
 
     def weights(self, progress: float, device: torch.device | None = None) -> Tensor:
-        """The weights of ROLES [3] when the share `progress` of training is done."""
+        """The weights [3] of ROLES when the share `progress` of training is done."""
         moved = self.anneal * progress * self.strategic
-        return _filled([self.strategic - moved, self.tactical + moved, self.answer], device)
+        return _tensor_of([self.strategic - moved, self.tactical + moved, self.answer], device)
 
     def temperatures(self, device: torch.device | None = None) -> Tensor:
-        """The temperatures of ROLES [3]."""
-        return _filled([self.strategic_temperature, self.tactical_temperature, self.answer_temperature], device)
+        """The temperatures [3] of ROLES."""
+        return _tensor_of([self.strategic_temperature, self.tactical_temperature, self.answer_temperature], device)
 
 
-def _filled(values: list[float], device: torch.device | None) -> Tensor:
-    """The values as a tensor on a device; copying one from the host would wait for the device."""
+def _tensor_of(values: list[float], device: torch.device | None) -> Tensor:
+    """The values as a tensor on a device. A copy from the host would synchronise with the device."""
     return torch.cat([torch.full((1,), value, device=device) for value in values])
 
 
@@ -77,7 +78,7 @@ def role_mask(batch: dict[str, Any]) -> Tensor:
 
 
 def sums_by_role(batch: dict[str, Any], values: Tensor) -> Tensor:
-    """Of values [T]: their sums over the supervised tokens of each role, and how many those are, fp64 [2, 3]."""
+    """The sums of values [T] over the supervised tokens of each role, and the numbers of those tokens: fp64 [2, 3]."""
     mask = role_mask(batch)
     return torch.stack([torch.where(mask, values.double(), 0.0).sum(1), mask.sum(1)])
 
@@ -91,10 +92,10 @@ def token_losses(
     teacher: PreTrainedModel | None = None,
     reduction: Reduction = "sum",
 ) -> LossOutput:
-    """The loss of a packed batch whose tokens weigh `role_weights[role]`, and each token's CE and divergence.
+    """The loss of a packed batch whose tokens have weight `role_weights[role]`, and each token's CE and divergence.
 
-    Tokens learn from the batch's top-k if it has one, else from the whole distribution of `teacher` if there is
-    one, else from the text alone.
+    A token learns from its top-k log-probs if the batch has them, else from the full distribution of `teacher` if there
+    is one, else from the text alone.
     """
     labels, roles = batch["labels"].view(-1), batch["roles"].view(-1).clamp(min=0)
     weight = role_weights.to(hidden.device, torch.float32)[roles]
@@ -109,7 +110,7 @@ def token_losses(
         share.index_fill_(0, taught_rows, objective.ce_share)
         rows = torch.cat([taught_rows, text_rows])
     if teacher is not None and (len(text_rows) or is_sharded(teacher)):  # sharded: it runs on every process or on none
-        signals.append(_online(teacher, batch, text_rows))
+        signals.append(_online_signal(teacher, batch, text_rows))
         share.index_fill_(0, text_rows, objective.ce_share)
     kl_weight, ce_weight = weight * (1 - share), weight * share
     loss_fn = DistillLoss(
@@ -134,8 +135,8 @@ def token_losses(
 
 
 @torch.no_grad()
-def _online(teacher: PreTrainedModel, batch: dict[str, Any], rows: Tensor) -> Dense:
-    """The whole distribution of a teacher at some rows of a batch; its logits never exist at once either."""
+def _online_signal(teacher: PreTrainedModel, batch: dict[str, Any], rows: Tensor) -> Dense:
+    """The full distribution of a teacher at some rows of a batch. Its logits are not materialised either."""
     hidden = final_hidden(teacher, batch["input_ids"], batch["position_ids"], batch["lengths"])
     head = head_of(teacher)
     return Dense(hidden[rows], head.weight, rows, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap)

@@ -1,9 +1,9 @@
-"""What a run will take: parameters, memory, batches; shown before a long run begins.
+"""The resources of a run (parameters, memory, batches), shown before it begins.
 
     print(make_plan(model, adapter, batches))
 
-What is kept for the backward is not guessed from an architecture: two short rows are run forward, and what autograd
-keeps of the longer one beyond the shorter one is what a token costs.
+Activation memory is measured, not guessed from the architecture: two short rows run forward, and the difference of what
+autograd saves for them gives the bytes per token.
 """
 
 import os
@@ -21,26 +21,26 @@ from rbfast.data.encoding import Example
 from rbfast.loss.chunking import logits_bytes
 from rbfast.models.checkpointing import checkpointed_layers
 from rbfast.models.linears import bytes_of
-from rbfast.models.packed_attention import attention_of
+from rbfast.models.packed_attention import describe_attention
 from rbfast.models.student import final_hidden, head_of, packs
 
-_ROWS = 64, 128  # tokens of the two rows that are tried
-_USABLE = 0.92  # of a device's memory: the rest is the driver's, and what lies unused between tensors
+_ROWS = 64, 128  # tokens of the two measured rows
+_USABLE = 0.92  # of a device's memory: the rest is for the driver and fragmentation
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run in numbers; memory in bytes, of one process.
+    """A run in numbers. Memory in bytes, per process.
 
     Attributes:
         weights, teacher_weights: of the frozen models.
         adapter: A and B and the original columns. optimizer: the gradients and moments of A and B.
-        tokens, batches: of an epoch; largest: the tokens of the largest batch.
-        left_out: traces that do not fit, and are not among those.
-        kept: what a forward of the largest batch keeps for its backward.
-        kept_checkpointed: the same with gradient checkpointing; None if the model cannot do that.
-        loss: logits of a few tokens at a time, hidden states and their gradient.
-        memory: what the device has; None if unknown.
+        tokens, batches: per epoch; largest: the tokens of the largest batch.
+        left_out: traces that do not fit; they are not counted in the above.
+        kept: activations of the largest batch, saved for its backward.
+        kept_checkpointed: the same with gradient checkpointing; None if the model does not support it.
+        loss: the logits of one chunk, and hidden states and their gradient.
+        memory: of the device; None if unknown.
     """
 
     device: str
@@ -67,7 +67,7 @@ class Plan:
 
     @property
     def needed(self) -> int:
-        """At the largest batch."""
+        """The memory needed at the largest batch."""
         kept = self.kept_checkpointed if self.is_checkpointed and self.kept_checkpointed else self.kept
         return self.fixed + kept + self.loss
 
@@ -131,10 +131,10 @@ def make_plan(
     teacher: PreTrainedModel | None = None,
     left_out: int = 0,
 ) -> Plan:
-    """The plan of training `adapter`, attached to `model`, on these batches; two short rows run through the model."""
+    """The plan for training `adapter`, attached to `model`, on these batches. Runs two short rows through the model."""
     sizes = [sum(len(example.input_ids) for example in batch) for batch in batches]
     footprint = adapter.footprint()
-    per_token = _kept_per_token(model)
+    per_token = _saved_bytes_per_token(model)
     layers = len(checkpointed_layers(model))
     head = head_of(model).weight
     vocabulary, hidden = head.shape
@@ -154,26 +154,26 @@ def make_plan(
         batches=len(sizes),
         largest=largest,
         left_out=left_out,
-        kept=per_token * largest + layer,  # and the gradients of a layer
+        kept=per_token * largest + layer,  # + the gradients of a layer
         kept_checkpointed=inputs + 2 * layer if layers and model.supports_gradient_checkpointing else None,
         is_checkpointed=is_checkpointed,
         loss=logits_bytes(largest, vocabulary, model.device, teacher_vocabulary)
         + largest * hidden * (2 * head.element_size() + 4),
-        attention=attention_of(model, model.device)
+        attention=describe_attention(model, model.device)
         + ("" if packs(model) else "; the model runs one example at a time, which is slower"),
         memory=_memory_of(model.device),
     )
 
 
-def _kept_per_token(model: PreTrainedModel) -> int:
-    """Bytes that autograd keeps of a token of a row, weights aside."""
+def _saved_bytes_per_token(model: PreTrainedModel) -> int:
+    """Bytes that autograd saves per token of a row, excluding weights."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _ROWS[1]
     short, long = (min(n, longest * n // _ROWS[1]) for n in _ROWS)
-    return max(0, _kept(model, long) - _kept(model, short)) // max(1, long - short)
+    return max(0, _saved_bytes(model, long) - _saved_bytes(model, short)) // max(1, long - short)
 
 
-def _kept(model: PreTrainedModel, tokens: int) -> int:
-    """Bytes that autograd keeps of a row of so many tokens, weights aside."""
+def _saved_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Bytes that autograd saves for a row of `tokens` tokens, excluding weights."""
     weights = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
     found: dict[int, int] = {}
 
@@ -186,7 +186,7 @@ def _kept(model: PreTrainedModel, tokens: int) -> int:
     ids = torch.arange(tokens, device=model.device)[None]
     with torch.enable_grad(), saved_tensors_hooks(keep, lambda x: x):
         hidden = final_hidden(model, ids % model.config.get_text_config().vocab_size, ids, [tokens])
-    del hidden  # until here the graph kept every storage alive: no address was used twice
+    del hidden  # until here the graph kept every storage alive, so no address was reused
     return sum(found.values())
 
 

@@ -1,4 +1,4 @@
-"""Whether a folder holds the requested run: a run only ever resumes with the settings it started with."""
+"""Checks that a folder holds the requested run: a run resumes only with the settings that it started with."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,66 +15,66 @@ from rbfast.training.run_folder import LOG, RUN
 from rbfast.utils.processes import process_count
 from rbfast.utils.records import read_json
 
-_OPTIONAL = "quantised", "signals", "teacher", "adapter", "held_out"  # settings that not every run has
+_OPTIONAL = "quantised", "signals", "teacher", "adapter", "held_out"  # settings that only some runs have
 
 
-def asked_of(model: PreTrainedModel, traces: Sequence[Trace], config: dict[str, Any]) -> dict[str, Any]:
+def run_settings(model: PreTrainedModel, traces: Sequence[Trace], config: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run, for run.json. config: the fields of its DistillConfig."""
     processes = process_count()
     unit, size = _batch_size(config)
-    asked = config | {
+    settings = config | {
         "processes": processes,
         f"{unit}_per_step": size * config["accumulation"] * processes,
         "base_model": model.config.name_or_path,
         "dtype": f"{model.dtype}".removeprefix("torch."),
         "traces": len(traces),
-        "traces_digest": digest_of(traces),
+        "traces_digest": digest_traces(traces),
     }
     if (quantised := getattr(model.config, "quantization_config", None)) is not None:
-        asked["quantised"] = f"{quantised.quant_method}"
-    return asked
+        settings["quantised"] = f"{quantised.quant_method}"
+    return settings
 
 
-def digest_of(traces: Sequence[Trace]) -> str:
+def digest_traces(traces: Sequence[Trace]) -> str:
     lines = "\n".join(json.dumps(trace.to_dict(), sort_keys=True) for trace in traces)
     return blake2b(lines.encode(), digest_size=16).hexdigest()
 
 
 def _batch_size(config: Mapping[str, Any]) -> tuple[str, int]:
-    """What the size of a batch counts, and how many of them it has."""
+    """The unit of the batch size ("traces" or "tokens"), and the batch size."""
     tokens = config["tokens_per_batch"]
     return ("traces", config["batch_size"]) if tokens is None else ("tokens", tokens)
 
 
-def check_same_run(folder: Path, asked: dict[str, Any]) -> None:
+def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
     """Raises ValueError if the folder holds a run with other settings, or a model, onto which transformers would load
     the adapter.
 
-    How an optimizer step's traces are split over batches and processes may change, but not their number.
+    The number of traces per optimizer step may not change; their split over batches and processes may.
     """
     check_holds_no_model(folder)
-    held = read_json(folder / RUN, {})
-    if held is None:
+    stored = read_json(folder / RUN, {})
+    if stored is None:
         return
-    free = {"processes", "traces_per_step", "tokens_per_step"}  # irrelevant to a finished run
-    free |= {"gradient_checkpointing", "save_steps"}  # the same sums
+    ignored = {"processes", "traces_per_step", "tokens_per_step"}  # irrelevant to a finished run
+    ignored |= {"gradient_checkpointing", "save_steps"}  # these do not change the result
     if (folder / LOG).exists():
-        free |= {"dtype"}  # a trained adapter goes onto the base in any
+        ignored |= {"dtype"}  # a trained adapter can be attached to a base of any dtype
     else:
-        free |= {"batch_size", "accumulation"}
-        unit, size = _batch_size(asked)
-        if (step := held.get(f"{unit}_per_step")) != asked[f"{unit}_per_step"]:
+        ignored |= {"batch_size", "accumulation"}
+        unit, size = _batch_size(settings)
+        if (step := stored.get(f"{unit}_per_step")) != settings[f"{unit}_per_step"]:
             raise ValueError(
                 f"{folder} holds a run whose optimizer steps take {step} {unit}, now they would take "
-                f"{asked[f'{unit}_per_step']}: batch size {size} x accumulation {asked['accumulation']} "
-                f"x {asked['processes']} process(es); change one of them or choose another output folder"
+                f"{settings[f'{unit}_per_step']}: batch size {size} x accumulation {settings['accumulation']} "
+                f"x {settings['processes']} process(es); change one of them or choose another output folder"
             )
-    optional = [name for name in _OPTIONAL if name in held or name in asked]
-    for name in [*optional, *asked]:  # what makes others differ comes first
-        if name not in free and not _is_same(name, held.get(name), asked.get(name)):
+    optional = [name for name in _OPTIONAL if name in stored or name in settings]
+    for name in [*optional, *settings]:  # report an optional setting first: it may explain other differences
+        if name not in ignored and not _is_same(name, stored.get(name), settings.get(name)):
             raise ValueError(
-                f"{folder} holds another run: its {name} is {held.get(name)!r}, now {asked.get(name)!r}; "
-                "go on with what it was, choose another output folder or remove that one"
+                f"{folder} holds another run: its {name} is {stored.get(name)!r}, now {settings.get(name)!r}; "
+                "use the same value, choose another output folder, or remove this one"
             )
 
 
@@ -86,7 +86,8 @@ def _is_same(name: str, held: Any, asked: Any) -> bool:
 
 
 def check_same_folder(out: Path, checkpoint: str | None) -> None:
-    """All processes must start at the same step: with different folders they would wait for each other forever."""
+    """Raises ValueError if the processes find different states in the folder. They must start at the same step, or they
+    would wait for each other forever."""
     found = "a finished run" if (out / LOG).exists() else Path(checkpoint).name if checkpoint else "no checkpoint"
     everyones = sorted(set(gather_object([found])))
     if len(everyones) > 1:

@@ -1,11 +1,11 @@
-"""A frozen base spread over processes: each holds a part of every weight, and a layer is whole only while it runs.
+"""A frozen base sharded over processes: each holds a part of every weight, and a layer is whole only while it runs.
 
     model, tokenizer = load_student("their/model")      # under torchrun, in CPU memory
     shard(model, device="cuda")                         # before an adapter is attached; the rest is as usual
     distill(model, tokenizer, traces, "runs/first")
 
 Only the base is sharded (FSDP2, `torch.distributed.fsdp.fully_shard`). The adapter is small: it runs beside the
-weights, whole on every process, and DDP adds up its gradients, so that checkpoints are those of an unsharded run.
+weights, whole on every process, and DDP reduces its gradients, so checkpoints are those of an unsharded run.
 """
 
 from types import MethodType
@@ -18,35 +18,35 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
 
-from rbfast.adapter.sparse_adapter import check_free
+from rbfast.adapter.sparse_adapter import check_attachable
 from rbfast.models.linears import is_sharded
 from rbfast.models.student import backbone_of
 
 
 def shard(model: PreTrainedModel, over: int | None = None, device: str | None = None) -> None:
-    """Spreads a model's weights over processes, in place. Every process calls it, with the same model.
+    """Shards a model's weights over processes, in place. Every process calls this with the same model.
 
-    One that transformers has sharded while it was read (`distributed_config=`) keeps its parts: there it only has to
-    learn to run without its head.
+    A model that transformers sharded at loading (`distributed_config=`) keeps its shards, and only gets `run_backbone`,
+    its forward without the head.
 
     Args:
-        over: how many processes, one after the other, share a copy of the model; None is all of them. The processes of
-            one node are a good choice if it has room for a copy: nothing of the base then crosses the network.
-        device: the type of device the parts go to ("cuda", "cpu"); None is where the model is.
+        over: the number of consecutive processes that share a copy of the model; None is all. The processes of one node
+            are a good choice if it has room for a copy: then no base weight crosses the network.
+        device: the type of device for the shards ("cuda", "cpu"); None is the model's.
 
     Raises:
-        ValueError: this is not one of several processes, their number is no multiple of `over`, the model has an
+        ValueError: there is only one process, the number of processes is no multiple of `over`, the model has an
             adapter attached, or it does not name the class of its layers.
     """
-    check_free(model)
+    check_attachable(model)
     if not is_sharded(model):
-        _spread(model, over, torch.device(device or model.device).type)
+        _shard_weights(model, over, torch.device(device or model.device).type)
     model.run_backbone = MethodType(_run_backbone, model)  # type: ignore[assignment]
     register_fsdp_forward_method(model, "run_backbone")
 
 
-def _spread(model: PreTrainedModel, over: int | None, device: str) -> None:
-    PartialState(cpu=device == "cpu")  # joins the processes that torchrun or accelerate started
+def _shard_weights(model: PreTrainedModel, over: int | None, device: str) -> None:
+    PartialState(cpu=device == "cpu")  # joins the process group that torchrun or accelerate started
     if not dist.is_initialized():
         raise ValueError("a model is sharded over processes, and this is the only one: start them with torchrun")
     processes = dist.get_world_size()
@@ -59,13 +59,13 @@ def _spread(model: PreTrainedModel, over: int | None, device: str) -> None:
         raise ValueError(f"{type(model).__name__} names no class of layers (_no_split_modules) that could be gathered")
     ends = model.get_input_embeddings(), model.get_output_embeddings()
     if ends[1] is not None and ends[0].weight is not ends[1].weight:
-        units += ends  # else they would be gathered for the backward, which does not need them
+        units += ends  # otherwise they would be gathered for the backward, which does not need them
     mesh = init_device_mesh(device, (processes // over, over), mesh_dim_names=("copy", "part"))["part"]
-    for module in (*reversed(units), model):  # what is inside another comes first
-        # Outside of a forward no weight is whole: nothing can be written into a copy that is thrown away.
+    for module in (*reversed(units), model):  # inner modules first
+        # Resharding leaves no weight whole after a forward, so nothing can write into a temporary copy.
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
 def _run_backbone(model: PreTrainedModel, **inputs: Any) -> Any:
-    """The forward without the head: as the root's own, it gathers what belongs to no layer."""
+    """The forward without the head. Registered as a forward method of the root, it gathers weights outside layers."""
     return backbone_of(model)(**inputs)

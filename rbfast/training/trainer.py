@@ -24,27 +24,27 @@ from transformers.trainer import TRAINER_STATE_NAME
 from rbfast.adapter.adapter_files import read_adapter
 from rbfast.adapter.column_delta import deltas_of
 from rbfast.adapter.sparse_adapter import SparseAdapter
-from rbfast.data.encoding import Example, leave_out
+from rbfast.data.encoding import Example, mask_targets_from
 from rbfast.data.spans import ROLES
 from rbfast.models.linears import is_sharded
 from rbfast.models.student import final_hidden
 from rbfast.training.batches import batches_by_tokens, collate_items
 from rbfast.training.checkpoints import UNFINISHED, checkpoints_in, write_digests
 from rbfast.training.objective import Objective, role_counts, sums_by_role, token_losses
-from rbfast.utils.memory import give_back
+from rbfast.utils.memory import trim_memory
 
-_WRITERS = "PytorchStreamWriter", "inline_container.cc"  # torch.save's, which tell of a full disk each in its words
-_IDLE = "compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"  # a Trainer's, that we never call
-_IDLE_ARGS = "label_smoothing_factor", "neftune_noise_alpha"
-_GIVE_BACK_EVERY = 8  # steps
-_MOST_WEIGHT = 4096.0  # of a token's loss in an fp16 student, whose greatest number is 65504
+_TORCH_SAVE_ERRORS = "PytorchStreamWriter", "inline_container.cc"  # in the messages of torch.save on a full disk
+# Options of a Trainer that have no effect here.
+_UNUSED_OPTIONS = "compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"
+_UNUSED_ARGUMENTS = "label_smoothing_factor", "neftune_noise_alpha"
+_TRIM_EVERY = 8  # steps
+_MAX_WEIGHT = 4096.0  # of a token's loss in an fp16 student; fp16 ends at 65504
 
 
 class Student(nn.Module):
-    """Base model and adapter as one module whose parameters are the adapter's: what optimizers, clipping and DDP find.
+    """Base model and adapter as one module whose parameters, for optimizers, clipping and DDP, are the adapter's.
 
-    The frozen base is no submodule: a Trainer walks over all parameters several times a step, and DDP copies what it
-    finds.
+    The frozen base is not a submodule: a Trainer walks over all parameters several times a step, and DDP copies them.
     """
 
     model: PreTrainedModel
@@ -61,7 +61,7 @@ class Student(nn.Module):
         return final_hidden(self.model, input_ids, position_ids, lengths)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Found once: a Trainer asks for them several times a step, and an adapter has two modules a matrix."""
+        """Cached: a Trainer asks for them several times a step, and an adapter has two modules per matrix."""
         return iter(self._trained) if recurse else super().parameters(recurse)
 
     def train(self, mode: bool = True) -> "Student":
@@ -70,13 +70,13 @@ class Student(nn.Module):
         return self if self.training == mode else super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Student":
-        """Moves the base too, as `to(device)` and the like do to a submodule; a sharded one stays where it is."""
+        """Applies to the base too (`to(device)` and the like), unless it is sharded."""
         if not is_sharded(self.model):
             self.model._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
-        """Of the base; up to transformers 5.22 the Trainer reads this name of the module that it trains."""
+        """Delegates to the base. Trainers up to transformers 5.22 call it by this name."""
         self.model.gradient_checkpointing_enable(**kwargs)
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
@@ -98,14 +98,14 @@ class DistillTrainer(Trainer):
         tokens_per_batch: int | None = None,
         **kwargs: Any,
     ) -> None:
-        """`tokens_per_batch`: a batch takes traces of so many tokens, however many args would have in it.
+        """tokens_per_batch: the most tokens in a batch; overrides the batch sizes in args.
 
         Raises:
-            ValueError: for what a Trainer does to its loss, its logits or its embeddings, which is not done here; for a
-                teacher that is the student, and an adapter that is not attached to the model.
+            ValueError: a Trainer option for its loss, logits or embeddings is set, which would have no effect here; the
+                teacher is the student, or the adapter is not attached to the model.
             TypeError: the examples are a stream, which has no length.
         """
-        _refuse_idle(args, kwargs)
+        _refuse_unused(args, kwargs)
         if {id(delta) for _, delta in deltas_of(model)} != {id(site) for site in adapter.sites().values()}:
             raise ValueError(
                 "the adapter is not attached to this model (merged or detached, or another model's), so it would learn "
@@ -121,35 +121,35 @@ class DistillTrainer(Trainer):
                 f"train_dataset: expected a sequence of examples, got {type(train_dataset).__name__}; make it a list"
             )
         items: Sequence[Example] | Sequence[list[Example]] = train_dataset
-        measured: Sequence[Example] | Sequence[list[Example]] | None = eval_dataset
+        eval_items: Sequence[Example] | Sequence[list[Example]] | None = eval_dataset
         if tokens_per_batch is not None:
             items = batches_by_tokens(train_dataset, tokens_per_batch, args.seed)
-            measured = eval_dataset and batches_by_tokens(eval_dataset, tokens_per_batch, args.seed)
+            eval_items = eval_dataset and batches_by_tokens(eval_dataset, tokens_per_batch, args.seed)
             args.per_device_train_batch_size = args.per_device_eval_batch_size = 1  # a batch is an item
         args.remove_unused_columns = False
         args.label_names = ["labels"]
         self.objective: Objective = objective or Objective()
         self.adapter, self._items = adapter, len(items)
-        self._scales, self._gradient_scale = False, torch.ones(())  # while an fp16 student trains
-        self._student = model  # to unwrap what is trained would walk over all of it, in every step
+        self._scales_gradients, self._gradient_scale = False, torch.ones(())  # True while an fp16 student trains
+        self._student = model  # unwrapping the trained module in every step would walk over all of it
         self.teacher = teacher if teacher is None else teacher.eval().requires_grad_(False)
-        # Summed CE and token counts since the last log.
+        # Sums of CE and token counts since the last log.
         self._role_sums = torch.zeros(2, len(ROLES), dtype=torch.float64, device=args.device)
-        # Of an evaluation: summed losses, CE and token counts.
+        # Sums of losses, CE and token counts in an evaluation.
         self._eval_sums = torch.zeros(3, len(ROLES), dtype=torch.float64, device=args.device)
-        # While it trains, whether losses that are not finite are kept out of the log; the sum of those since the last.
-        self._filters_log, self._unlogged = False, torch.zeros((), device=args.device)
+        # During training: whether non-finite losses are kept out of the log; the sum of losses since the last entry.
+        self._filters_log, self._loss_since_log = False, torch.zeros((), device=args.device)
         super().__init__(
             model=Student(model, adapter),
             args=args,
             data_collator=collate_items,
             train_dataset=items,
-            eval_dataset=measured,
+            eval_dataset=eval_items,
             **kwargs,
         )
-        self.add_callback(_FindBest())
+        self.add_callback(_UpdateBestPath())
         if model.device.type == "cpu":
-            self.add_callback(_GiveBack())
+            self.add_callback(_TrimMemory())
         if self.is_fsdp_enabled:
             raise ValueError(
                 "here only the frozen base is sharded, which the Trainer's FSDP cannot do: launch without it, and call "
@@ -160,56 +160,56 @@ class DistillTrainer(Trainer):
             self._check_same_columns()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's. It keeps losses that are NaN or infinite out of the log (`logging_nan_inf_filter`), and
-        reads each for that: two waits for a GPU in a step. Here `training_step` does so, on the device."""
+        """As the Trainer's, except that `training_step` keeps NaN and infinite losses out of the log, on the device.
+        The Trainer's own filter (`logging_nan_inf_filter`) synchronises with a GPU twice a step."""
         self._filters_log, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
-        self._unlogged.zero_()
+        self._loss_since_log.zero_()
         hooks = []
         if self._student.dtype == torch.float16:
-            hooks = [parameter.register_hook(self._unscaled) for parameter in self.adapter.parameters()]
-        self._scales = bool(hooks)
+            hooks = [parameter.register_hook(self._unscale) for parameter in self.adapter.parameters()]
+        self._scales_gradients = bool(hooks)
         try:
             return super().train(*args, **kwargs)
         finally:
             for hook in hooks:
                 hook.remove()
-            self._scales = False
+            self._scales_gradients = False
             self._filters_log, self.args.logging_nan_inf_filter = False, self._filters_log
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss of a batch, for the log; if it is to be kept out, the mean of those since the last entry."""
+        """The loss of a batch, for the log. A non-finite one is replaced by the mean of those since the last entry."""
         loss = super().training_step(*args, **kwargs)
         if self._filters_log:
-            mean = self._unlogged / (1 + self.state.global_step - self._globalstep_last_logged)
+            mean = self._loss_since_log / (1 + self.state.global_step - self._globalstep_last_logged)
             loss = torch.where(loss.isfinite(), loss, mean)
-            self._unlogged += loss
+            self._loss_since_log += loss
         return loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's. The loss is that of all tokens, whatever the batches, with the weights that a training ends
-        with, so that those of two steps can be compared; beside it the CE of each role, as a training logs it.
+        """As the Trainer's, with these metrics: the loss over all tokens, independent of batching, with the role
+        weights of the end of training, so that losses of different steps are comparable; and the CE of each role.
 
-        The random numbers that the training draws next are those that it would draw without an evaluation."""
+        An evaluation does not change the random numbers that training draws next."""
         before = self.args.logging_nan_inf_filter
         self.args.logging_nan_inf_filter = before or self._filters_log
         self._eval_sums.zero_()
         try:
-            with torch.random.fork_rng(devices=[]):  # a loader of data draws a seed
+            with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed
                 output = super().evaluation_loop(*args, **kwargs)
         finally:
             self.args.logging_nan_inf_filter = before
         losses, ce, counts = self.accelerator.reduce(self._eval_sums, "sum").cpu()
         metrics = output.metrics or {}
         for name in [name for name in metrics if name.endswith("_loss")]:
-            metrics[name] = self._evaluated(losses, counts).item()
+            metrics[name] = self._weighted_loss(losses, counts).item()
             metrics |= {f"{name}_{role}": (ce[i] / counts[i]).item() for i, role in enumerate(ROLES) if counts[i]}
         return output
 
-    def _evaluated(self, sums: Tensor, counts: Tensor) -> Tensor:
+    def _weighted_loss(self, sums: Tensor, counts: Tensor) -> Tensor:
         return (self.objective.weights(1.0, sums.device) * sums / counts.clamp(min=1)).sum()
 
     def _check_same_columns(self) -> None:
-        """Gradients are averaged by position: on every process a position must be the same column."""
+        """Raises if the processes chose different columns: gradients are averaged by position."""
         cols = torch.cat([site.cols for site in self.adapter.sites().values()]).to(self.args.device)
         everyones = self.accelerator.gather(cols[None])
         if not bool((everyones == cols).all()):
@@ -222,16 +222,16 @@ class DistillTrainer(Trainer):
         """Supervised tokens per role [3], over the accumulated batch and all processes."""
         if self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last:
             size = self.args.train_batch_size
-            self._leave_out_repeats(batch_samples[-1], size, self._items % (size * self.args.world_size))
+            self._drop_repeated_labels(batch_samples[-1], size, self._items % (size * self.args.world_size))
         counts = torch.stack([role_counts(batch) for batch in batch_samples]).sum(0)
         return self.accelerator.reduce(counts.to(device), "sum")
 
-    def _leave_out_repeats(self, batch: dict[str, Any], size: int, left: int) -> None:
-        """Every process gets as many batches of `size` items: if only `left` are there for the last ones, they are
-        filled up with the epoch's first items. They would count twice: they lose their labels."""
+    def _drop_repeated_labels(self, batch: dict[str, Any], size: int, left: int) -> None:
+        """Removes the labels of repeated items. Every process gets the same number of batches of `size` items. If only
+        `left` items remain for the last ones, the epoch's first items fill them up, which must not count twice."""
         own = max(left - size * self.args.process_index, 0)
         if left and own < size:
-            leave_out(batch, sum(batch["lengths"][:own]))
+            mask_targets_from(batch, sum(batch["lengths"][:own]))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[override]
         """The objective's loss of a packed batch. `model` is the `Student`, `num_items_in_batch` counts by role [3]."""
@@ -239,11 +239,11 @@ class DistillTrainer(Trainer):
         progress = self.state.global_step / max(self.state.max_steps, 1)
         weights = self.objective.weights(progress, counts.device) / counts.clamp(min=1)
         hidden = model(inputs["input_ids"], inputs["position_ids"], inputs["lengths"])
-        if self._scales:
+        if self._scales_gradients:
             self._gradient_scale = self._scale_for(hidden, torch.where(counts > 0, weights, 0.0).max())
             weights = weights * self._gradient_scale
         out = token_losses(self._student, hidden, inputs, weights, self.objective, self.teacher)
-        if self._scales:
+        if self._scales_gradients:
             out = out._replace(loss=_WithScaledGradient.apply(out.loss, self._gradient_scale))
         if model.training:
             self._role_sums += sums_by_role(inputs, out.ce)
@@ -252,13 +252,13 @@ class DistillTrainer(Trainer):
         return (loss, out) if return_outputs else loss
 
     def _scale_for(self, hidden: Tensor, largest: Tensor) -> Tensor:
-        """What gradients are multiplied by on their way through an fp16 student: a power of two near the step's tokens,
-        by which the loss divides them. Else many would be below the least number of fp16. The largest weight of a token
-        stays far below its greatest."""
+        """The scale of gradients in an fp16 student: a power of two near the step's number of tokens, by which the loss
+        divides them. Without it many would underflow. `largest`, the largest weight of a token, times the scale stays
+        far below fp16's maximum."""
         tokens = hidden.shape[0] * self.args.gradient_accumulation_steps * self.accelerator.num_processes
-        return torch.log2(_MOST_WEIGHT / largest).clamp(max=math.log2(max(tokens, 1))).floor().exp2()
+        return torch.log2(_MAX_WEIGHT / largest).clamp(max=math.log2(max(tokens, 1))).floor().exp2()
 
-    def _unscaled(self, gradient: Tensor) -> Tensor:
+    def _unscale(self, gradient: Tensor) -> Tensor:
         return gradient / self._gradient_scale
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):  # type: ignore[override]
@@ -266,21 +266,21 @@ class DistillTrainer(Trainer):
             inputs = self._prepare_inputs(inputs)
             loading = self.accelerator.gradient_state
             if self.accelerator.num_processes > 1 and loading.end_of_dataloader:
-                self._leave_out_repeats(inputs, self.args.eval_batch_size, max(loading.remainder, 0))
+                self._drop_repeated_labels(inputs, self.args.eval_batch_size, max(loading.remainder, 0))
             hidden = model(inputs["input_ids"], inputs["position_ids"], inputs["lengths"])
             alike = torch.ones(len(ROLES), device=hidden.device)
             out = token_losses(self._student, hidden, inputs, alike, self.objective, self.teacher, "none")
             losses, counts = sums_by_role(inputs, out.loss)
             self._eval_sums += torch.stack([losses, sums_by_role(inputs, out.ce)[0], counts])
-        return self._evaluated(losses, counts), None, None
+        return self._weighted_loss(losses, counts), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the Trainer's; beside the loss that of each role."""
+        """As the Trainer's, with the loss of each role added."""
         if "loss" in logs:
             sums, counts = self.accelerator.reduce(self._role_sums, "sum").cpu()
             logs |= {f"loss_{role}": (sums[i] / counts[i]).item() for i, role in enumerate(ROLES) if counts[i]}
             self._role_sums.zero_()
-            self._unlogged.zero_()
+            self._loss_since_log.zero_()
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -302,7 +302,7 @@ class DistillTrainer(Trainer):
         self.adapter.fold()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes the whole checkpoint under another name, then renames it: a cut run leaves no half checkpoint."""
+        """Writes the checkpoint under a temporary name, then renames it: a killed run leaves no partial checkpoint."""
         final = Path(str(self.args.output_dir))
         self.args.output_dir = str(final / UNFINISHED)
         try:
@@ -310,23 +310,23 @@ class DistillTrainer(Trainer):
                 shutil.rmtree(self.args.output_dir, ignore_errors=True)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()  # every process adds the state of its random numbers
+            self.accelerator.wait_for_everyone()  # every process writes its random state
             name = f"checkpoint-{self.state.global_step}"
-            self._keep_name_of_best(final, final / UNFINISHED / name)
+            self._update_best_name(final, final / UNFINISHED / name)
             if self.args.should_save:
                 write_digests(final / UNFINISHED / name)
                 shutil.rmtree(final / name, ignore_errors=True)
                 os.replace(final / UNFINISHED / name, final / name)
                 self._drop_old_checkpoints(final)
         except RuntimeError as error:
-            if not any(writer in str(error) for writer in _WRITERS):
+            if not any(writer in str(error) for writer in _TORCH_SAVE_ERRORS):
                 raise
             raise OSError(f"{final}: a checkpoint could not be written, is the disk full? {error}") from error
         finally:
             self.args.output_dir = str(final)
 
-    def _keep_name_of_best(self, folder: Path, written: Path) -> None:
-        """If the best checkpoint is the one that was just written, it will have another name soon."""
+    def _update_best_name(self, folder: Path, written: Path) -> None:
+        """If the checkpoint just written is the best one, records the name that it is about to get."""
         best = self.state.best_model_checkpoint
         if best is not None and Path(best) == written:
             self.state.best_model_checkpoint = str(folder / written.name)
@@ -334,7 +334,7 @@ class DistillTrainer(Trainer):
                 self.state.save_to_json(str(written / TRAINER_STATE_NAME))
 
     def _drop_old_checkpoints(self, folder: Path) -> None:
-        """Keeps as many as `save_total_limit`: the last, the best if there is one, and then the newest."""
+        """Keeps `save_total_limit` checkpoints: the last, the best if there is one, then the newest others."""
         limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
         found = checkpoints_in(folder)
         kept = {found[-1], *(path for path in found if best is not None and path.name == Path(best).name)}
@@ -346,18 +346,18 @@ class DistillTrainer(Trainer):
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
-def _refuse_idle(args: TrainingArguments, options: Mapping[str, Any]) -> None:
-    idle = [name for name in _IDLE if options.get(name) is not None]
-    idle += [name for name in _IDLE_ARGS if getattr(args, name)]
-    if idle:
+def _refuse_unused(args: TrainingArguments, options: Mapping[str, Any]) -> None:
+    unused = [name for name in _UNUSED_OPTIONS if options.get(name) is not None]
+    unused += [name for name in _UNUSED_ARGUMENTS if getattr(args, name)]
+    if unused:
         raise ValueError(
-            f"{' and '.join(idle)} would have no effect: the loss is the objective's, there are no logits, and the "
+            f"{' and '.join(unused)} would have no effect: the loss is the objective's, there are no logits, and the "
             "embeddings are the base's; leave it out, and measure accuracy with rbfast.evaluation"
         )
 
 
 class _WithScaledGradient(torch.autograd.Function):
-    """x / scale, whose gradient in x is that of the quotient, not divided: so it goes on scaled."""
+    """x / scale, with the gradient passed through undivided, so that gradients stay scaled."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
@@ -368,8 +368,8 @@ class _WithScaledGradient(torch.autograd.Function):
         return upstream, None
 
 
-class _FindBest(TrainerCallback):
-    """A checkpoint holds the path of the best one, which a folder that was moved no longer has."""
+class _UpdateBestPath(TrainerCallback):
+    """Updates the path of the best checkpoint, which is stale if the folder was moved."""
 
     def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
@@ -378,9 +378,9 @@ class _FindBest(TrainerCallback):
 
 
 class StopAtNaN(TrainerCallback):
-    """Ends a training at the first step whose gradient is NaN or infinite: no later one would mend the adapter.
+    """Raises ValueError at the first step whose gradient is NaN or infinite: the adapter would not recover.
 
-    It reads what is logged, so `logging_steps` must be 1. Raises ValueError.
+    Reads the log, so `logging_steps` must be 1.
     """
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
@@ -391,7 +391,7 @@ class StopAtNaN(TrainerCallback):
             )
 
 
-class _GiveBack(TrainerCallback):
+class _TrimMemory(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        if state.global_step % _GIVE_BACK_EVERY == 0:
-            give_back()
+        if state.global_step % _TRIM_EVERY == 0:
+            trim_memory()

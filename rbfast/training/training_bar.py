@@ -1,4 +1,4 @@
-"""What is seen of a training while it runs."""
+"""The progress bar of a training."""
 
 import sys
 
@@ -7,11 +7,11 @@ from transformers import TrainerCallback
 from rbfast.utils.progress import bar
 
 
-class Bar(TrainerCallback):
+class TrainingBar(TrainerCallback):
     """A progress bar on stderr, with the loss of each role and of held-out traces.
 
-    Before it comes a line that says where a run resumes.
-    Close it, however the training ended: a bar that still runs has the terminal's cursor, and draws itself again.
+    Prints the step that a run resumes at first.
+    Always close it, also after a failure: a running bar hides the terminal's cursor and redraws itself.
     """
 
     def __init__(self, quiet: bool) -> None:

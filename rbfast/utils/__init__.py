@@ -1,3 +1,3 @@
-"""What every package needs: whole files (`files`), digests (`sealed`), checked records (`records`),
-progress, memory.
+"""Helpers for every package: atomic files (`files`), digests (`sealed`), checked records (`records`), devices,
+optional packages, progress, memory.
 """

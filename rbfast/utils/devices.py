@@ -1,4 +1,4 @@
-"""The device that a name denotes, checked before anything is loaded for it."""
+"""Finding a device by name, and checking it before anything is loaded for it."""
 
 import os
 
@@ -6,9 +6,9 @@ import torch
 
 
 def find_device(name: str | None = None) -> torch.device:
-    """The device called `name`, such as "cpu", "cuda:1" or "mps"; None is a GPU if there is one, else the CPU.
+    """The device called `name`, such as "cpu", "cuda:1" or "mps". None is a GPU if there is one, else the CPU.
 
-    Under torchrun a name without a number is the process's own device of that type.
+    Under torchrun a name without an index is the process's own device of that type.
 
     Raises:
         ValueError: torch knows no device of this name, or this machine has none.
@@ -28,7 +28,7 @@ def find_device(name: str | None = None) -> torch.device:
 
 
 def _present() -> list[str]:
-    """The devices of this machine, as they are named."""
+    """The names of this machine's devices."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     found = [] if accelerator is None else [f"{accelerator.type}:{n}" for n in range(torch.accelerator.device_count())]
     return ["cpu", *found]

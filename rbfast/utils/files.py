@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and files that grow by whole records."""
+"""Atomic writes of files and folders, and append-only files of whole records."""
 
 import json
 import os
@@ -12,20 +12,21 @@ from typing import IO, Any
 
 
 @contextmanager
-def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Opens a temporary file beside `path` that takes its name at the end; on an error it goes and `path` stays.
+def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Opens a temporary file beside `path` and renames it to `path` at the end. On an error it is deleted, and `path`
+    stays as it was.
 
-    What a process that was killed left of an earlier try goes as well. A symlink stays, and its target is replaced.
+    Also deletes temporary files that killed processes left. If `path` is a symlink, its target is replaced.
     Raises OSError if `path` is a folder, a device or a pipe.
     """
-    path = target_of(path)
+    path = resolve_target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in _left(path.parent, path.name):
+    for left in _leftovers(path.parent, path.name):
         left.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
     try:
-        with naming(path):
+        with name_file_in_errors(path):
             with open(temporary, mode, encoding=encoding, newline=newline) as file:
                 yield file
                 file.flush()
@@ -36,12 +37,12 @@ def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
 
 @contextmanager
-def holding(folder: str | Path) -> Iterator[None]:
-    """Keeps other processes from holding this folder too; it is made if need be. A file system without locks, or
-    Windows, keeps nobody.
+def lock_folder(folder: str | Path) -> Iterator[None]:
+    """Locks a folder against other processes within the block; it is created if needed. Has no effect on Windows or on
+    a file system without locks.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds the lock.
     """
     try:
         from fcntl import LOCK_EX, LOCK_NB, flock
@@ -56,28 +57,28 @@ def holding(folder: str | Path) -> Iterator[None]:
             try:
                 flock(handle, LOCK_EX | LOCK_NB)
             except BlockingIOError:
-                raise ValueError(f"another process works in {folder}: wait for its end, or name another") from None
+                raise ValueError(f"another process is using {folder}: wait until it ends, or name another") from None
         yield
     finally:
-        os.close(handle)  # which ends the lock, as the end of the process does
+        os.close(handle)  # releases the lock
         with suppress(OSError):
-            folder.rmdir()  # of a call that wrote nothing
+            folder.rmdir()  # if nothing was written into it
 
 
 @contextmanager
-def replacing_files(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder within `folder`, whose files take their places there at the end. On an error they go, and
-    `folder` is as it was; so does what a process that was killed left of an earlier try."""
+def staged_files(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder within `folder`, whose files move into `folder` at the end. On an error they are deleted, and
+    `folder` is unchanged. Also deletes temporary folders that killed processes left."""
     folder = Path(folder)
     was_there = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".files.{os.getpid()}.tmp"
-    for left in _left(folder, "files"):
+    for left in _leftovers(folder, "files"):
         shutil.rmtree(left)
-    shutil.rmtree(temporary, ignore_errors=True)  # of an earlier process of this number
+    shutil.rmtree(temporary, ignore_errors=True)  # left by an earlier process with the same id
     temporary.mkdir()
     try:
-        with naming(folder):
+        with name_file_in_errors(folder):
             yield temporary
             for path in sorted(temporary.iterdir()):
                 place = folder / path.name
@@ -90,10 +91,10 @@ def replacing_files(folder: str | Path) -> Iterator[Path]:
             folder.rmdir()
 
 
-def target_of(path: str | Path) -> Path:
-    """The file that `path` names, symlinks followed; it need not exist yet.
+def resolve_target(path: str | Path) -> Path:
+    """The file that `path` names, with symlinks resolved. It need not exist.
 
-    Raises OSError if a folder, a device or a pipe has that name: a rename would put a file in its place.
+    Raises OSError if it is a folder, a device or a pipe, which a rename would replace by a file.
     """
     path = Path(path)
     if path.is_dir():
@@ -104,28 +105,28 @@ def target_of(path: str | Path) -> Path:
 
 
 def check_output(path: str | Path, *, folder: bool = False) -> None:
-    """Finds out whether a file or a folder of this name can be written, before the work that is to fill it.
+    """Checks that a file or folder of this name can be written, before the work whose result goes there.
 
-    Nothing is left behind. Raises OSError, naming `path`, if it cannot be written.
+    Leaves nothing behind. Raises OSError, naming `path`, if it cannot be written.
     """
     path = Path(path)
     if folder and os.path.lexists(path) and not path.is_dir():
         raise NotADirectoryError(f"{path}: expected the name of a folder, found a file; name another")
-    target = path if folder else target_of(path)
+    target = path if folder else resolve_target(path)
     if not folder and target.exists() and not os.access(target, os.W_OK):
         raise PermissionError(f"{path}: expected a file that can be written, found a read-only one; name another")
     place = next(p for p in ((target, *target.parents) if folder else target.parents) if os.path.exists(p))
     if not place.is_dir():
         raise NotADirectoryError(f"{path}: expected a folder at {place}, found a file; name another")
     try:
-        TemporaryFile(dir=place).close()  # permissions alone do not tell: a file system may be read-only
+        TemporaryFile(dir=place).close()  # permissions do not show whether the file system is read-only
     except OSError as error:
         raise OSError(f"{path}: cannot be written: {error.strerror} in {place}; name another") from None
 
 
 @contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """Names the file in an OSError without a name: a write to a full disk says only that it is full."""
+def name_file_in_errors(path: str | Path) -> Iterator[None]:
+    """Adds the file name to an OSError without one: a write to a full disk says only that it is full."""
     try:
         yield
     except OSError as error:
@@ -134,15 +135,15 @@ def naming(path: str | Path) -> Iterator[None]:
         raise
 
 
-def _left(folder: Path, name: str) -> Iterator[Path]:
-    """The temporary files or folders of this name that killed processes left."""
+def _leftovers(folder: Path, name: str) -> Iterator[Path]:
+    """The temporary files or folders for this name that killed processes left."""
     for path in folder.glob(f".{escape(name)}.*.tmp"):
         if not _is_running(path.name.split(".")[-2]):
             yield path
 
 
 def _is_running(process: str) -> bool:
-    """Whether a process may still run, by its number. Only POSIX tells without touching it."""
+    """Whether a process with this id may still run. Always True outside POSIX, where probing it could kill it."""
     if os.name != "posix" or not process.isdecimal():
         return True
     try:
@@ -155,26 +156,26 @@ def _is_running(process: str) -> bool:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes `text` as UTF-8, whole or not at all."""
-    with replacing(path, "w") as file:
+    """Writes `text` as UTF-8, atomically."""
+    with atomic_write(path, "w") as file:
         file.write(text)
 
 
 class Journal:
-    """A JSONL file that grows by whole records (objects), each on disk before `append` returns."""
+    """An append-only JSONL file of records (objects). Records are on disk when `append` returns."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     def read(self) -> Iterator[tuple[str, Any]]:
-        """The records with where they stand ("file:line"). A last line that was cut short is taken off the file.
+        """The records, each with its location ("file:line"). A truncated last line is removed from the file.
 
         Raises:
-            ValueError: a line that is no JSON.
+            ValueError: a line is not JSON.
         """
         if not self.path.exists():
             return
-        self._mend()
+        self._repair_end()
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 where = f"{self.path}:{number}"
@@ -185,28 +186,28 @@ class Journal:
 
     def append(self, records: Iterable[Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with naming(self.path), self.path.open("a", encoding="utf-8", newline="\n") as file:
+        with name_file_in_errors(self.path), self.path.open("a", encoding="utf-8", newline="\n") as file:
             file.writelines(map(_line, records))
             file.flush()
             os.fsync(file.fileno())
 
     def rewrite(self, records: Iterable[Any]) -> None:
-        """Puts these records in place of all that are there, whole or not at all."""
-        with replacing(self.path, "w") as file:
+        """Replaces all records by these, atomically."""
+        with atomic_write(self.path, "w") as file:
             file.writelines(map(_line, records))
 
-    def _mend(self) -> None:
-        """Cuts off a record that was torn; a whole one, to which an editor gave no line break, gets it."""
+    def _repair_end(self) -> None:
+        """Removes a truncated last record. Adds the line break if a complete last record lacks it."""
         data = self.path.read_bytes()
         last = data[data.rfind(b"\n") + 1 :]
         if not last:
             return
         try:
-            json.loads(last)  # no beginning of an object is JSON
+            json.loads(last)  # a truncated object is never valid JSON
         except RecursionError:
             return
         except ValueError:
-            if last.strip(b"\0 \t\r")[:1] in (b"", b"{"):  # else it was never a record: it is reported, and stays
+            if last.strip(b"\0 \t\r")[:1] in (b"", b"{"):  # otherwise it was no record: keep it, `read` reports it
                 os.truncate(self.path, len(data) - len(last))
         else:
             with self.path.open("ab") as file:

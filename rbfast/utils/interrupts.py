@@ -1,4 +1,4 @@
-"""Ctrl-C where what is under way should not be broken off."""
+"""Ctrl-C handling for work that should not be interrupted midway."""
 
 import signal
 import threading
@@ -8,9 +8,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def counted_interrupts() -> Iterator[list[int]]:
-    """A list that each Ctrl-C within the block adds to, in place of breaking off what runs there.
+    """Counts Ctrl-C within the block instead of interrupting it: each one appends to the list.
 
-    It stays empty outside the main thread, which alone gets Ctrl-C, and in a program that handles Ctrl-C itself.
+    The list stays empty outside the main thread, which alone receives Ctrl-C, and in a program that handles Ctrl-C
+    itself.
     """
     seen: list[int] = []
     in_main = threading.current_thread() is threading.main_thread()

@@ -1,7 +1,7 @@
-"""Memory that is free and still held: the C library keeps the gaps between tensors of many sizes.
+"""Returning free memory to the OS: the C library keeps the gaps between tensors of many sizes.
 
-On a CPU a run over examples of all lengths grows to several times of what it uses at any time. Giving back now and then
-keeps it near that; more often would make every step ask for the same pages again.
+On a CPU a run over examples of all lengths grows to several times its peak use. Trimming now and then keeps it near
+that; trimming more often would make every step request the same pages again.
 """
 
 import ctypes
@@ -10,8 +10,8 @@ from functools import cache
 from typing import Any
 
 
-def give_back() -> None:
-    """Returns free memory to the system, if the C library can (glibc)."""
+def trim_memory() -> None:
+    """Returns free memory to the OS, if the C library supports that (glibc)."""
     if (trim := _malloc_trim()) is not None:
         trim(0)
 

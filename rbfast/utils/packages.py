@@ -1,5 +1,5 @@
-"""Packages that only some commands need: imported at first use, with what to install if one is missing. And what to do
-if this package's own compiled code is missing."""
+"""Imports of optional packages, with what to install if one is missing, and what to do if rbfast's own compiled code is
+missing."""
 
 from importlib import import_module
 from pathlib import Path
@@ -9,7 +9,7 @@ _ROOT = Path(__file__).resolve().parents[2]  # of the package
 
 
 def how_to_build() -> str:
-    """What to do if compiled code of this package is missing."""
+    """What to do if rbfast's compiled code is missing, as text for a message."""
     if (_ROOT / "setup.py").is_file():
         return (
             f"rbfast was imported from its sources in {_ROOT}: run in another folder to use an installed rbfast, or "
@@ -18,28 +18,28 @@ def how_to_build() -> str:
     return "reinstall with a C++ compiler on the PATH"
 
 
-def need(module: str, purpose: str, install: str) -> ModuleType:
+def import_optional(module: str, purpose: str, install: str) -> ModuleType:
     """Imports a module of an optional package.
 
     Args:
-        purpose: what needs it, as the subject of a sentence: "problems of generated tasks".
-        install: what `pip install` takes.
+        purpose: what needs it, as a plural subject: "problems of generated tasks".
+        install: the argument of `pip install`.
 
     Raises:
-        ImportError: the package is absent, or it is there and cannot be imported; the message says which, and why.
+        ImportError: the package is missing, or installed but cannot be imported; the message says which, and why.
     """
     package = module.partition(".")[0]
     try:
         return import_module(module)
-    except Exception as error:  # whatever a package does as it is imported
+    except Exception as error:  # a package may raise anything at import
         if isinstance(error, ModuleNotFoundError) and error.name == package:
             raise ImportError(f"{purpose} need the package {package}: pip install {install}") from None
         raise ImportError(
-            f"{purpose} need the package {package}, which is installed but cannot be imported: {said(error)}"
+            f"{purpose} need the package {package}, which is installed but cannot be imported: {error_line(error)}"
         ) from error
 
 
-def said(error: Exception) -> str:
-    """An error's kind and words on one line."""
+def error_line(error: Exception) -> str:
+    """An error's type and message on one line."""
     words = " ".join(str(error).split())
     return f"{type(error).__name__}: {words}" if words else type(error).__name__

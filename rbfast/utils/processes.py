@@ -1,4 +1,4 @@
-"""The processes of a run, as torchrun starts them."""
+"""The processes of a run, from torchrun's environment variables."""
 
 import os
 
@@ -8,5 +8,5 @@ def process_count() -> int:
 
 
 def is_first_process() -> bool:
-    """Whether this one writes and prints for all. A RANK that a shell was left with says nothing of a lone process."""
+    """Whether this process writes and prints for all. A single process ignores a stale RANK in its shell."""
     return process_count() == 1 or os.environ.get("RANK", "0") == "0"

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def bar(title: str, quiet: bool = False) -> Progress:
-    """A bar with counts, elapsed and remaining time; a task's description follows them."""
+    """A bar with counts, elapsed and remaining time, then the task's description."""
     return Progress(
         TextColumn(title),
         BarColumn(),
@@ -24,7 +24,7 @@ def bar(title: str, quiet: bool = False) -> Progress:
 
 @contextmanager
 def counting(title: str, quiet: bool = False) -> Iterator[Callable[[int, int | None], None]]:
-    """A bar driven by calls of (done, total); total is None while it is not known."""
+    """A bar that is updated by calls of (done, total); total is None while unknown."""
     with bar(title, quiet) as progress:
         task = progress.add_task("", total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

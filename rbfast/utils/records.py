@@ -1,4 +1,4 @@
-"""Records read from JSON, checked against the shape they must have; errors name the place, the field and what came."""
+"""Reading JSON records and checking their shape; errors name the location, the field and what was found."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -10,8 +10,8 @@ from typing import Any, get_args, get_origin
 
 
 def from_json(cls: type, entry: object, where: str) -> Any:
-    """Builds a flat dataclass from a JSON object, checking that every field is there, unless it has a default, and has
-    its type."""
+    """Builds a flat dataclass from a JSON object. Raises ValueError if a field without a default is missing, or a field
+    has the wrong type."""
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: expected an object, got {entry!r}")
     values = {}
@@ -30,14 +30,14 @@ def from_json(cls: type, entry: object, where: str) -> Any:
 
 
 def to_json(record: Any) -> dict[str, Any]:
-    """What `from_json` reads: the fields of a flat dataclass, without those that are at their defaults."""
+    """The fields of a flat dataclass, without those at their defaults; the inverse of `from_json`."""
     values = {field: getattr(record, field.name) for field in fields(record)}
     return {field.name: value for field, value in values.items() if value != field.default}
 
 
 def check_numbers(config: Any) -> None:
-    """Raises TypeError for a field of a dataclass that is a number by its annotation, but holds something else. Numbers
-    of NumPy become Python's, which JSON knows."""
+    """Raises TypeError if a field of a dataclass is annotated as a number, but holds something else. Converts NumPy
+    numbers to Python's, which JSON can hold."""
     for field in fields(config):
         value, kinds = getattr(config, field.name), get_args(field.type) or (field.type,)
         if not {int, float} & set(kinds) or (value is None and type(None) in kinds):
@@ -57,21 +57,21 @@ def show(value: object) -> str:
 
 
 def objects_of(value: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """A list of objects from a mapping of lists, which is what `datasets` makes of it, or None if it is not one."""
+    """Converts a mapping of lists, as `datasets` stores it, back to a list of objects; None if it is not one."""
     if not value or not all(isinstance(column, list | tuple) for column in value.values()):
         return None
     return [dict(zip(value, item, strict=True)) for item in zip_longest(*value.values())]
 
 
 def read_json(path: Path, shape: Any) -> Any:
-    """The JSON in a file, or None if there is no such file. Raises ValueError if it has another shape."""
+    """The JSON in a file, or None if there is no such file. Raises ValueError if its shape does not match."""
     if not path.is_file():
         return None
     return _parse(path.read_bytes(), shape, str(path))
 
 
 def json_lines(path: Path, shape: Any, most: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a JSONL file, each with where it stands. A last line that was cut short is left out."""
+    """The objects of a JSONL file, each with its location. Skips a last line without a line break (truncated)."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if (most is not None and number > most) or not line.endswith(b"\n"):
@@ -83,38 +83,38 @@ def _parse(text: bytes, shape: Any, where: str) -> Any:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place_of(error, where)}: expected JSON: {error.msg}") from None
+        raise ValueError(f"{json_error_location(error, where)}: expected JSON: {error.msg}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: expected JSON: {error}") from None
-    check(value, shape, where)
+    check_shape(value, shape, where)
     return value
 
 
-def place_of(error: json.JSONDecodeError, where: str) -> str:
-    """Where a text is no JSON: a column of a single line, else a line."""
+def json_error_location(error: json.JSONDecodeError, where: str) -> str:
+    """The location of a JSON error: the column if the text is a single line, else the line."""
     return f"{where}, column {error.colno}" if error.lineno == 1 else f"{where}: line {error.lineno}"
 
 
-def check(value: Any, shape: Any, where: str) -> None:
-    """Raises ValueError, naming the first mismatch, for a value of another shape."""
+def check_shape(value: Any, shape: Any, where: str) -> None:
+    """Raises ValueError, naming the first mismatch, if a value does not have this shape."""
     kinds: Any = type(shape) if isinstance(shape, dict | list) else shape
     if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
         names = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
         raise ValueError(f"{where}: expected {names}, got {show(value)}")
     if isinstance(shape, list):
         for number, item in enumerate(value, start=1):
-            check(item, shape[0], f"{where}: entry {number}")
+            check_shape(item, shape[0], f"{where}: entry {number}")
     elif isinstance(shape, dict):
         for name, inner in shape.items():
             if name is str:
                 for key, item in value.items():
-                    check(item, inner, f"{where}: {key}")
+                    check_shape(item, inner, f"{where}: {key}")
             elif name not in value:
                 raise ValueError(f"{where}: {name} is missing")
             else:
-                check(value[name], inner, f"{where}: {name}")
+                check_shape(value[name], inner, f"{where}: {name}")
 
 
-def check_some(value: Mapping[str, Any], shape: Mapping[str, Any], where: str) -> None:
-    """Checks the parts of `shape` that are there."""
-    check(value, {name: inner for name, inner in shape.items() if name in value}, where)
+def check_present_fields(value: Mapping[str, Any], shape: Mapping[str, Any], where: str) -> None:
+    """Like `check_shape`, but fields may be missing."""
+    check_shape(value, {name: inner for name, inner in shape.items() if name in value}, where)

@@ -1,9 +1,9 @@
-"""Safetensors files that know what was written into them: a digest of the whole among their metadata.
+"""Safetensors files with a digest of their content in the metadata.
 
     file.write(seal(save(tensors, metadata)))
     tensors, metadata = load(data), check_seal(data)      # SafetensorError if a bit has changed since
 
-A weight with a flipped bit is still a weight; only a digest shows it. A file without one, from another writer, passes.
+Without a digest a flipped bit in a weight goes unnoticed. A file without a digest, from another writer, passes.
 """
 
 import json
@@ -16,7 +16,7 @@ _METADATA, _DIGEST = "__metadata__", "blake2b"
 
 
 def seal(data: bytes) -> bytes:
-    """The same safetensors file with its digest."""
+    """The same safetensors file with a digest added."""
     header, body = _split(data)
     header.setdefault(_METADATA, {})[_DIGEST] = _digest(header, body)
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -34,7 +34,7 @@ def check_seal(data: bytes) -> dict[str, str]:
 
 
 def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
-    """The header and the tensors' bytes of a file that safetensors can read."""
+    """The header and the tensor bytes of a valid safetensors file."""
     end = 8 + int.from_bytes(data[:8], "little")
     return json.loads(data[8:end]), data[end:]
 

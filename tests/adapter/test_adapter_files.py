@@ -122,7 +122,7 @@ def test_a_malformed_tensor_is_named(tmp_path, key, change, message):
 
 
 def test_missing_and_truncated_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json: expected a file of SparseAdapter"):
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json: expected a file written by SparseAdapter"):
         adapter_files.read_adapter(tmp_path)
     saved(tmp_path)
     file = tmp_path / "adapter_model.safetensors"

@@ -95,7 +95,7 @@ def test_processes_that_would_train_adapters_of_their_own_are_warned(processes, 
             SparseAdapter.from_pretrained(nn.parallel.DistributedDataParallel(llama()), tmp_path)
     finally:
         torch.distributed.destroy_process_group()
-    assert [str(w.message)[:37] for w in said] == ["DistributedDataParallel does not know"] * 2 * (processes - 1)
+    assert [str(w.message)[:39] for w in said] == ["DistributedDataParallel does not reduce"] * 2 * (processes - 1)
 
 
 def test_a_compiled_head_gets_no_delta():
@@ -190,7 +190,7 @@ def test_a_state_of_other_columns_is_refused_before_anything_is_written(mode, op
     before, logits = snapshot(adapter), model(**batch()).logits
     for whole, prefix in ((adapter, ""), (nn.ModuleDict({"adapter": adapter}), "adapter.")):
         state = {f"{prefix}{name}": value for name, value in other.state_dict().items()}
-        with pytest.raises(ValueError, match=r"placed on other columns \(of model\.layers\.0\.self_attn\.q_proj"):
+        with pytest.raises(ValueError, match=r"with other columns \(first at model\.layers\.0\.self_attn\.q_proj"):
             whole.load_state_dict(state)
     assert same_bits(snapshot(adapter), before) and torch.equal(model(**batch()).logits, logits)
     adapter.detach()
@@ -258,11 +258,11 @@ def test_the_delta_follows_the_base_to_its_device(monkeypatch, mode):
     site = next(iter(adapter.sites().values()))
     model(**batch())
     site.linear.weight = nn.Parameter(torch.empty(site.linear.weight.shape, device="meta"), requires_grad=False)
-    site._before(site.linear, ())
+    site._pre_forward(site.linear, ())
     assert moves == []  # a weight that is offloaded for now takes nothing with it
     with FakeTensorMode():
         site.linear.weight = nn.Parameter(torch.empty(site.linear.weight.shape, device="cuda:1"), requires_grad=False)
-    site._before(site.linear, ())
+    site._pre_forward(site.linear, ())
     assert moves == [torch.device("cuda:1")]
 
 
@@ -294,7 +294,7 @@ def test_a_delta_that_was_moved_away_comes_back_to_its_base(monkeypatch):
     assert moves == []
     with FakeTensorMode():
         site.A = nn.Parameter(torch.empty(site.A.shape, device="cuda:1"))
-    site._before(site.linear, ())
+    site._pre_forward(site.linear, ())
     assert moves == [torch.device("cpu")]
 
 
@@ -396,7 +396,7 @@ def test_density_one_trains_at_most_as_many_values_as_the_base_has():
 def test_a_model_whose_products_are_split_over_processes_is_refused():
     model = llama()
     model._tp_size = 2  # as transformers sets it for tp_plan="auto"
-    with pytest.raises(ValueError, match=r"each of 2 processes has a part of every product .* without tp_plan"):
+    with pytest.raises(ValueError, match=r"split over 2 processes by tensor parallelism, .* without tp_plan"):
         attach(model)
     model._tp_size = 1
     attach(model)

@@ -160,7 +160,7 @@ def test_a_forward_after_which_nothing_changed_compares_no_weights(monkeypatch):
     optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
     model(**batch()).loss.backward()
     looks = []
-    monkeypatch.setattr(ColumnDelta, "catch_up", lambda site: looks.append(site))
+    monkeypatch.setattr(ColumnDelta, "fold_if_stale", lambda site: looks.append(site))
     model(**batch())
     optimizer.step()  # folds, and knows what it wrote
     model(**batch())

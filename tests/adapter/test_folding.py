@@ -361,8 +361,8 @@ def test_a_quantised_matrix_runs_beside_its_weight_and_the_others_fold():
     for layer in model.model.layers:
         layer.mlp.down_proj = Quantised(layer.mlp.down_proj)
     adapter = attach(model)
-    assert adapter._base_count == total
-    assert {name.rpartition(".")[2] for name, site in adapter.sites().items() if not site.folds} == {"down_proj"}
+    assert adapter.parameters_of_base == total
+    assert {name.rpartition(".")[2] for name, site in adapter.sites().items() if not site.is_folded} == {"down_proj"}
     losses = train(model, adapter, steps=7)
     assert losses[6] < losses[4] < losses[0]
     with pytest.raises(RuntimeError, match="down_proj: its weight is quantised, sharded or offloaded; use export_lora"):

@@ -6,7 +6,7 @@ from qwen_shapes import QWEN_7B, QWEN_7B_PARAMETERS
 from tiny_models import MODELS, attach, llama
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from rbfast.adapter.footprint import outline, planned
+from rbfast.adapter.footprint import outline, planned_footprint
 from rbfast.adapter.placement import allocate
 from rbfast.models.linears import group_siblings, select_linears
 
@@ -21,7 +21,7 @@ def test_what_is_planned_is_what_is_there(name, dtype):
     found = adapter.footprint()
     rows = {row.name: row for row in adapter.summary()}
     supports = {row.name: row.columns for row in rows.values()}
-    assert found == planned(shapes, next(iter(rows.values())).rank, supports, base, dtype.itemsize)
+    assert found == planned_footprint(shapes, next(iter(rows.values())).rank, supports, base, dtype.itemsize)
     assert found.values == 4 * sum(row.values for row in rows.values())
     kept = sum(row.out_features * row.columns for row in rows.values())
     assert found.kept == kept * dtype.itemsize + 8 * sum(supports.values())
@@ -46,7 +46,7 @@ def test_what_adamw_adds_is_what_it_keeps():
 @pytest.mark.parametrize("density", [0.001, 0.003, 0.011, 0.03])
 def test_an_adapter_of_a_7b_model_takes_at_most_a_sixth_of_it(density):
     rank, supports = allocate(QWEN_7B, int(density * QWEN_7B_PARAMETERS))
-    found = planned(QWEN_7B, rank, supports, 2 * QWEN_7B_PARAMETERS, 2)
+    found = planned_footprint(QWEN_7B, rank, supports, 2 * QWEN_7B_PARAMETERS, 2)
     assert found.share <= 1 / 6
     assert str(found).startswith(f"{found.attached / 1e9:.2f} GB beside the base's 15.23 GB ({found.share:.1%}): ")
 

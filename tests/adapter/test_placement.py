@@ -9,8 +9,8 @@ from torch import nn
 from rbfast.adapter.column_scores import ColumnScores
 from rbfast.adapter.placement import (
     DEFAULT_RANK,
+    LARGE_WIDTH,
     START_NORM,
-    WIDE,
     allocate,
     place_random,
     place_scored,
@@ -62,7 +62,7 @@ def test_a_run_is_the_largest_power_of_two_that_leaves_no_rest(width, run):
     assert run_length(width) == run
     shapes = {"only": Shape(10, width, 0)}
     _, supports = allocate(shapes, 10 + width, rank=1)
-    assert supports == {"only": width // 8 if width >= WIDE else width}
+    assert supports == {"only": width // 8 if width >= LARGE_WIDTH else width}
     half = run_length(width) * (width // run_length(width) // 2) or width
     runs = runs_of(place_random(shapes, 1, {"only": half}, seed=0)["only"].cols, run)
     assert len(runs) == len(set(runs)) == half // run and max(runs) < width // run

@@ -28,7 +28,7 @@ def test_a_weight_that_is_computed_gets_its_delta_beside_it(kind, tmp_path):
     model = Pair(COMPUTED[kind]()).eval()
     before = model(rows()).detach()
     adapter = on(model)
-    assert {name: site.folds for name, site in adapter.sites().items()} == {"first": True, "layer": False}
+    assert {name: site.is_folded for name, site in adapter.sites().items()} == {"first": True, "layer": False}
     assert torch.equal(model(rows()), before) and not any(name.startswith("layer") for name in adapter.left_out)
     check_gradients(model, adapter, rows())
     assert not torch.allclose(model(rows()), before, rtol=1e-2)
@@ -76,7 +76,7 @@ def test_a_square_layer_that_multiplies_from_the_left_is_seen_as_such(start, mod
 def test_an_oblong_one_folds_too():
     model = Pair(TimesWeight(16, 6))
     adapter = on(model)
-    assert all(site.folds for site in adapter.sites().values())
+    assert all(site.is_folded for site in adapter.sites().values())
     check_gradients(model, adapter, rows())
 
 
@@ -101,7 +101,7 @@ def test_a_layer_with_a_forward_of_its_own_folds_if_it_only_multiplies():
         flags, state = [p.requires_grad for p in model.parameters()], torch.get_rng_state()
         adapter = on(model)
         assert torch.equal(torch.get_rng_state(), state)
-        assert adapter.sites()["layer"].folds == folds
+        assert adapter.sites()["layer"].is_folded == folds
         check_gradients(model, adapter, rows())
         adapter.detach()
         assert flags == [p.requires_grad for p in model.parameters()] and model.layer.training
@@ -230,4 +230,4 @@ def test_meta_and_fake_models_are_taken_at_their_word():
     with torch.device("meta"):
         model = Pair(OwnForward(16, 16))
     adapter = on(model)
-    assert set(adapter.sites()) == {"first", "layer"} and not any(site.folds for site in adapter.sites().values())
+    assert set(adapter.sites()) == {"first", "layer"} and not any(site.is_folded for site in adapter.sites().values())

@@ -24,7 +24,7 @@ def block(request):
 @pytest.mark.slow
 def test_it_runs(block, student, tokenizer, tmp_path, monkeypatch):
     # The same weights, for the file they come in takes long to read: tests/models/test_student.py reads it.
-    monkeypatch.setattr("rbfast.models.student._load_gguf", lambda file, dtype: student().to(dtype))
+    monkeypatch.setattr("rbfast.models.student.load_gguf", lambda file, dtype: student().to(dtype))
     monkeypatch.setattr("rbfast.models.student.load_tokenizer", lambda name: tokenizer)
     monkeypatch.chdir(tmp_path)
     write_traces(tmp_path / "pool.jsonl", make_traces("leg_counting", 2, seed=0))

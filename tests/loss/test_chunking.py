@@ -4,7 +4,7 @@ import pytest
 import torch
 from plain_losses import Near, relative_error
 
-from rbfast.loss import chunking, solver
+from rbfast.loss import chunked_loss, chunking
 from rbfast.loss.chunking import chunk_on_cpu, chunk_on_gpu, chunk_trained_head
 from rbfast.loss.distill_loss import DistillLoss
 from rbfast.ops.head_gemm import head_grad_rounded_
@@ -20,12 +20,12 @@ def test_chunks_are_whole_tiles_of_any_batch(rows, V, asked):
         chunk_on_cpu(rows, 4 * V, asked),
         chunk_on_cpu(rows, 4 * V, asked, chunking.IN_TILES),
         chunk_on_gpu(rows, 8 * V, asked),
-        chunk_on_gpu(rows, 4 * V, asked, beside_bytes=4 * V),
+        chunk_on_gpu(rows, 4 * V, asked, extra_bytes=4 * V),
         chunk_trained_head(rows, 4 * V, asked, torch.Size((V, 1000))),
         chunk_trained_head(rows, 4 * V, asked, torch.Size((V, 1000)), 4 * V),
     ):
         assert 1 <= plan.chunk <= plan.product <= max(1, rows)
-        assert plan.chunk <= 2 * plan.beside <= 2 * plan.chunk
+        assert plan.chunk <= 2 * plan.extra <= 2 * plan.chunk
         assert plan.chunk % 32 == 0 or plan.chunk == plan.product
         if plan.rounds_sum:
             assert -(-rows // plan.product) <= 2
@@ -33,21 +33,21 @@ def test_chunks_are_whole_tiles_of_any_batch(rows, V, asked):
 
 def test_a_gpu_needs_less_than_a_gigabyte_at_the_size_of_llama_8b():
     V, H = LLAMA_8B
-    for plan, beside_bytes in (
+    for plan, extra_bytes in (
         (chunk_on_gpu(4096, 4 * V, None), 0),
-        (chunk_on_gpu(4096, 4 * V, None, beside_bytes=4 * V), 4 * V),
+        (chunk_on_gpu(4096, 4 * V, None, extra_bytes=4 * V), 4 * V),
         (chunk_trained_head(4096, 4 * V, None, LLAMA_8B), 0),
     ):
         dz_bytes = 2 * V * plan.product if plan.keeps_dz else 0
         d_hidden = 4 * 4096 * H - 2 * 4096 * H  # in fp32, of which half is returned
-        assert plan.chunk * 4 * V + plan.beside * beside_bytes + dz_bytes + d_hidden < 1e9
+        assert plan.chunk * 4 * V + plan.extra * extra_bytes + dz_bytes + d_hidden < 1e9
         assert plan.chunk == (768 if plan.keeps_dz else 1024)
 
 
 @pytest.mark.parametrize("V", [40_000, 128_256, 151_936, 190_000, 262_144])
 def test_logits_beside_a_teacher_s_keep_within_the_memory_of_a_gpu(V):
-    plan = chunk_on_gpu(4096, 4 * V, None, beside_bytes=4 * V)
-    assert plan.chunk * 4 * V + plan.beside * 4 * V <= chunking.GPU_BYTES
+    plan = chunk_on_gpu(4096, 4 * V, None, extra_bytes=4 * V)
+    assert plan.chunk * 4 * V + plan.extra * 4 * V <= chunking.GPU_BYTES
 
 
 def test_a_long_batch_adds_up_the_gradient_of_its_head_in_fp32():
@@ -73,7 +73,7 @@ def test_two_products_in_bf16_cost_a_gradient_less_than_0_3_percent(products):
 @pytest.mark.parametrize("kind", ["dense", "top-k"])
 def test_a_head_trained_as_on_a_gpu_has_the_gradient_of_the_plain_formula(kind, chunk_rows, memory, monkeypatch):
     """dz in memory of its own, for several chunks; a sum of one or of two products, or in fp32 (memory for 24 rows)."""
-    monkeypatch.setattr(solver, "_is_gpu", lambda x: True)
+    monkeypatch.setattr(chunked_loss, "_is_gpu", lambda x: True)
     monkeypatch.setattr(chunking, "GPU_BYTES", memory)
     monkeypatch.setattr(chunking, "TILE_ROWS", 16)
     near = Near(1.0)

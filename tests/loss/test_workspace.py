@@ -12,7 +12,7 @@ from rbfast.loss.distill_loss import DistillLoss
 
 @pytest.fixture(autouse=True)
 def keeps_small_pieces(monkeypatch):
-    monkeypatch.setattr(workspace, "KEPT_FROM", 1)
+    monkeypatch.setattr(workspace, "MIN_KEPT", 1)
     workspace.release()
     yield
     workspace.release()
@@ -86,6 +86,6 @@ def test_threads_do_not_share_it():
 
 
 def test_huge_memory_is_not_kept(monkeypatch):
-    monkeypatch.setattr(workspace, "MOST_KEPT", 1000)
+    monkeypatch.setattr(workspace, "MAX_KEPT", 1000)
     solve_text(10)
     assert not workspace._kept

@@ -121,6 +121,8 @@ def ending(name, known):
 
 @every_family
 def test_every_linear_gets_a_delta_and_the_rest_is_listed(name):
+    if name == "jamba":
+        pytest.importorskip("transformers", minversion="5.23")  # its router was an nn.Linear before
     model = family(name)
     adapter = attach(model)
     expected = LEFT_OUT.get(name, set())
@@ -381,7 +383,7 @@ def test_a_quantised_base_trains_beside_its_weights(package, bits, tmp_path):
     before, plain = logits(model), dequantised(model)
     assert 0.01 < apart(before, logits(quantisable())) < 0.6, "the weights must have been quantised"
     adapter, reference = attach(model), attach(plain, mode="side")
-    assert len(adapter.sites()) == 14 and not any(site.folds for site in adapter.sites().values())
+    assert len(adapter.sites()) == 14 and not any(site.is_folded for site in adapter.sites().values())
     assert not adapter.left_out and torch.equal(logits(model), before)
     losses = train(model, adapter)
     assert losses[3] < losses[2] < losses[1] < losses[0]

@@ -114,4 +114,5 @@ def test_it_attaches_trains_saves_loads_and_merges(model_type, tmp_path):
 
 def test_only_models_that_transformers_has_are_listed():
     """A newer transformers may have dropped one."""
+    pytest.importorskip("transformers", minversion="5.23")  # an older one lacks the newest
     assert [name for name in FAILING if name not in MODEL_TYPES] == []

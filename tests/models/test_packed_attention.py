@@ -9,7 +9,7 @@ from tiny_models import llama
 from torch import nn
 
 from rbfast.models import packed_attention
-from rbfast.models.packed_attention import Packing, attention_of, lengths_of, packing
+from rbfast.models.packed_attention import Packing, describe_attention, lengths_of, packing
 from rbfast.models.student import final_hidden, packs
 
 LENGTHS = [7, 1, 12, 5]
@@ -97,7 +97,7 @@ def test_one_call_for_all_examples_gives_what_one_at_a_time_does(monkeypatch, fl
     assert packs(model)
     expected = hidden_and_gradient(model)
     assert not flash_calls
-    monkeypatch.setattr(packed_attention, "takes_all_at_once", lambda device: True)
+    monkeypatch.setattr(packed_attention, "has_varlen_kernel", lambda device: True)
     found = hidden_and_gradient(model)
     layers = len(model.model.layers)
     assert flash_calls == ["forward"] * layers + ["backward"] * layers
@@ -130,7 +130,7 @@ def test_one_call_has_the_gradients_of_one_at_a_time(flash_calls, heads):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_so_it_has_on_a_gpu(heads):
-    assert packed_attention.takes_all_at_once(torch.device("cuda"))
+    assert packed_attention.has_varlen_kernel(torch.device("cuda"))
     assert_same_together_and_alone(heads, "cuda")
 
 
@@ -138,7 +138,7 @@ def test_fp32_is_attended_to_one_example_at_a_time(monkeypatch, flash_calls):
     """Flash kernels multiply half precision alone."""
     model = llama().eval()
     expected = hidden_and_gradient(model)
-    monkeypatch.setattr(packed_attention, "takes_all_at_once", lambda device: True)
+    monkeypatch.setattr(packed_attention, "has_varlen_kernel", lambda device: True)
     for ours, theirs in zip(hidden_and_gradient(model), expected, strict=True):
         assert torch.equal(ours, theirs)
     assert not flash_calls
@@ -150,16 +150,16 @@ def test_torchs_own_op_takes_these_rows(heads):
     query, cuts = torch.empty(1, 4, 25, 8, dtype=torch.bfloat16, device="meta", requires_grad=True), [0, 7, 8, 20, 25]
     key = torch.empty(1, heads, 25, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
     packed = Packing(cuts, torch.empty(5, dtype=torch.int32, device="meta"))
-    attended = packed_attention._attend_at_once(query, key, key, packed, SCALE)
+    attended = packed_attention._attend_varlen(query, key, key, packed, SCALE)
     attended.sum().backward()
     assert attended.shape == (1, 25, 4, 8) and key.grad.shape == key.shape and query.grad.shape == query.shape
 
 
 def test_another_op_under_that_name_is_not_called(monkeypatch):
     monkeypatch.setattr(packed_attention, "_FLASH_TAKES", "query key value")
-    packed_attention._flash.cache_clear()
-    assert packed_attention._flash() is None
-    packed_attention._flash.cache_clear()
+    packed_attention._flash_op.cache_clear()
+    assert packed_attention._flash_op() is None
+    packed_attention._flash_op.cache_clear()
 
 
 def test_a_forward_that_is_told_the_lengths_waits_for_nothing(monkeypatch):
@@ -180,10 +180,10 @@ def test_lengths_are_read_from_positions():
 
 def test_it_says_what_attends():
     model = llama().eval()
-    assert attention_of(model, torch.device("cpu")) == "sdpa, the model's own"
+    assert describe_attention(model, torch.device("cpu")) == "sdpa, the model's own"
     packs(model)
-    said = attention_of(model, torch.device("cpu"))
-    assert "a call for each example" in said and "one example at a time" not in said  # the words for a model that fails
+    said = describe_attention(model, torch.device("cpu"))
+    assert "one call per example" in said and "one example at a time" not in said  # the words for a model that fails
 
 
 def test_what_it_returns_is_contiguous():

@@ -18,7 +18,7 @@ PACKAGES = ("bitsandbytes", "torchao")
 def only(monkeypatch, *names):
     """As if of the packages that quantise these alone were there."""
     monkeypatch.setattr(quantised, "find_spec", lambda name: name in names or None)
-    monkeypatch.setattr(quantised, "need", lambda *args: None)
+    monkeypatch.setattr(quantised, "import_optional", lambda *args: None)
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
@@ -63,6 +63,6 @@ def test_an_adapter_runs_beside_weights_that_were_quantised_as_they_were_read(mo
     ours, exact = (m.model.layers[0].mlp.up_proj(x).detach() for m in (model, plain))
     assert 1e-4 < (ours - exact).norm() / exact.norm() < 0.2, "the weights must have been quantised"
     adapter = SparseAdapter.attach(model, density=0.05, placement="random")
-    assert adapter.sites() and not any(site.folds for site in adapter.sites().values())
+    assert adapter.sites() and not any(site.is_folded for site in adapter.sites().values())
     model.train()(torch.arange(20)[None]).logits.square().mean().backward()
     assert all(site.B.grad.abs().sum() > 0 for site in adapter.sites().values())

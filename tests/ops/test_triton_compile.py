@@ -191,7 +191,7 @@ def test_row_kernels_fit_the_registers_and_shared_memory(kind, beta, head, arch,
     for launch in launches(monkeypatch, row_calls(kind, beta, head)):
         kernel, spilled = compiled(launch, arch)
         assert spilled == 0, launch.kernel.__name__
-        if launch.kernel is not divergence_rows.weigh_kernel:  # which stores over nothing
+        if launch.kernel is not divergence_rows.weighted_loss_kernel:  # which stores over nothing
             assert_stores_wait_for_loads(kernel.asm["ttgir"])
 
 

@@ -1,6 +1,6 @@
 r"""Pairs of an expected answer and a written one, and whether the written one is right.
 
-A written answer stands in a box if it marks itself in no other way. `RIGHT` and `WRONG` are the verdicts of a person.
+A written answer is put in a box if it is not marked as one already. A person decided on `RIGHT` and `WRONG`.
 """
 
 RIGHT = [

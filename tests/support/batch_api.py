@@ -1,4 +1,4 @@
-"""A server with OpenAI's batch API: files, batches, and what becomes of each request."""
+"""A server with OpenAI's batch API: files, batches, and the outcome of each request."""
 
 import json
 
@@ -10,7 +10,7 @@ from rbfast.teacher.budget import Prices
 
 class Batches:
     """Answers requests of the batch API. `reply(body)` makes the answer to each chat request of a batch: a completion,
-    or an `Answer` with another status. A batch is done at the second look."""
+    or an `Answer` with another status. A batch is done when polled for the second time."""
 
     def __init__(self, reply):
         self.reply = reply
@@ -63,13 +63,13 @@ class Batches:
             response = {"status_code": found.status, "request_id": "r", "body": found.content}
             where = good if found.status == 200 else bad
             where.append({"id": "x", "custom_id": request["custom_id"], "response": response, "error": None})
-        for kind, lines in (("output", good[::-1]), ("error", bad)):  # batches keep no order
+        for kind, lines in (("output", good[::-1]), ("error", bad)):  # a batch does not keep the order
             self.files[f"{name}-{kind}"] = "".join(json.dumps(line) + "\n" for line in lines)
             batch[f"{kind}_file_id"] = f"{name}-{kind}" if lines else None
 
 
 def assert_the_budget_holds(ask, made, folder):
-    """Of batches of one folder, and of a budget that is too small for one. `ask(folder, questions, **options)`."""
+    """Batches stay within the budget, and none starts that could exceed it. `ask(folder, questions, **options)`."""
     options = {"max_tokens": 100, "prices": Prices(0, 1000), "max_cost": 0.35}
     taught = ask(folder, QUESTIONS, **options)
     # Three replies may take 100 tokens each; they took 5 each, so that others could follow.

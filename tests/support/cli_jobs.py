@@ -1,8 +1,8 @@
-"""Jobs of the command line on a device, each in a process of its own: what has to run wherever a model can be.
+"""Command-line jobs on a device, each in a process of its own: those that must run on every device.
 
     setup = Setup(folder, "cuda", hidden=576, layers=8)
     setup.prepare()                                      # a student and a teacher with random weights, traces, problems
-    ended = run_jobs(setup)                              # by job: exit code, seconds, what it said
+    ended = run_jobs(setup)                              # by job: exit code, seconds, output
 
 A job leaves its files in folder/JOB. Jobs fork from this process, which should have imported everything and must not
 have used a GPU.
@@ -36,7 +36,7 @@ _TEACH = "teach {teacher} {folder}/traces.jsonl --score --student {student} -k 5
 _EVAL = "eval {student} --adapter {folder}/text --task {folder}/problems.jsonl -n 4 --max-new-tokens 5"
 _SOLVE = "solve {student} 2+2? --adapter {folder}/text --budget 230"
 
-# By job its command line; `out` is the job's own folder in `folder`. Those of AFTERWARDS read what others leave.
+# The command line of each job; `out` is the job's own folder in `folder`. Jobs in AFTERWARDS read the output of others.
 JOBS = {
     "text": _DISTILL,
     "teach": _TEACH,
@@ -155,7 +155,7 @@ def _training_cut() -> Iterator[None]:
 
 
 def run_jobs(setup: Setup, at_once: int = 1) -> dict[str, dict[str, Any]]:
-    """All jobs, so many at a time."""
+    """Runs all jobs, `at_once` at a time."""
     return _run(setup, JOBS, at_once) | _run(setup, AFTERWARDS, at_once)
 
 
@@ -173,7 +173,7 @@ def _run(setup: Setup, jobs: Iterable[str], at_once: int) -> dict[str, dict[str,
 
 
 def _start(setup: Setup, job: str) -> int:
-    """The process id of a fork that runs a job."""
+    """Forks a process that runs a job; returns its id."""
     pid = os.fork()
     if pid:
         return pid

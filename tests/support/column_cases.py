@@ -1,4 +1,4 @@
-"""What the adapter's ops are tried on: random deltas of any shape and layout, and how each op is called."""
+"""Inputs for the adapter's ops: random deltas of any shape and layout, and how each op is called."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -15,7 +15,7 @@ EMPTY = ((0, 9, 5, 7, 2), (3, 9, 5, 0, 2), (3, 9, 5, 7, 0), (3, 9, 0, 7, 2))
 
 @dataclass(frozen=True)
 class Delta:
-    """What the ops take: x and dx [T, in], y and dy [T, out], weight [out, in]; xs and base are their columns."""
+    """The operands of the ops: x and dx [T, in], y and dy [T, out], weight [out, in]; xs and base are their columns."""
 
     x: Tensor
     dx: Tensor
@@ -31,13 +31,13 @@ class Delta:
     run: int = 1
 
     def map(self, f: Callable[[Tensor], Tensor]) -> "Delta":
-        """f over every floating tensor."""
+        """Applies f to every floating-point tensor."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: f(v) for name, v in values.items() if isinstance(v, Tensor) and name != "cols"})
 
 
 def make(shape: tuple[int, ...], dtype: torch.dtype, magnitude: float = 1.0, seed: int = 0, run: int = 1) -> Delta:
-    """T, in, out, s and k; the columns are drawn in runs."""
+    """shape: T, in, out, s and k. The columns are drawn in runs."""
     tokens, features, out, s, k = shape
     generator = torch.Generator().manual_seed(seed)
 
@@ -71,7 +71,7 @@ def run(name: str, d: Delta, module: object = ops) -> tuple[Tensor, ...]:
 
 
 def fold_all(deltas: Sequence[Delta], module: object = ops) -> list[Tensor]:
-    """The weights that column_fold_all_ leaves, of copies; the scale is the first delta's."""
+    """The weights that column_fold_all_ leaves in copies; the scale is the first delta's."""
     op = module.column_fold_all_  # type: ignore[attr-defined]
     weights = [d.weight.clone() for d in deltas]
     lists = ([getattr(d, name) for d in deltas] for name in ("base", "cols", "A", "B"))

@@ -22,8 +22,8 @@ from rbfast import ops
 from rbfast.ops import registry
 
 ROOT = Path(__file__).resolve().parents[2]
-# name -> whether it has clusters, bytes of shared memory of an SM, the order of its threads: 0 as numbered, 1 reversed,
-# 2 at random. Geforce has the least that a GPU has; starved keeps next to nothing of a row; volta is too old
+# name -> whether it has clusters, bytes of shared memory per SM, the order of its threads: 0 as numbered, 1 reversed,
+# 2 random. Geforce has the least shared memory of any GPU; starved can hold almost nothing of a row; volta is too old
 # for any kernel.
 HOSTS = {"hopper": (1, 233472, 0), "ampere": (0, 167936, 1), "geforce": (1, 102400, 2), "starved": (1, 20000, 2)}
 HOSTS["volta"] = (0, 0, 0)
@@ -43,10 +43,10 @@ class Gpu:
 
     @property
     def called_for_any_device(self) -> Any:
-        """The ops as the dispatcher calls them for a GPU, which it does if any tensor of a call is there."""
+        """The ops as the dispatcher calls them for a GPU, as it does if any tensor of a call is on one."""
         if self.is_real:
             return self.ops
-        key = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)  # what stands for the GPU on the host
+        key = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)  # stands for the GPU on the host
         calls = {name: functools.partial(getattr(self.ops, name).default.redispatch, key) for name in registry._SCHEMAS}
         return SimpleNamespace(**calls)
 
@@ -75,7 +75,7 @@ def _host_library() -> ctypes.CDLL:
         if not library.exists():
             _compile(library, flags)
     namespace = torch.library.Library("rbfast_on_host", "DEF")
-    _host_library.namespace = namespace  # type: ignore[attr-defined]  # it goes with its ops
+    _host_library.namespace = namespace  # type: ignore[attr-defined]  # its ops go when it does
     for name, schema in registry._SCHEMAS.items():
         namespace.define(name + schema)
     torch.ops.load_library(library)
@@ -83,7 +83,7 @@ def _host_library() -> ctypes.CDLL:
 
 
 def _checks() -> list[str]:
-    """UBSan, if the compiler has its library: it ends the process at an address that is not aligned, as a GPU would."""
+    """Flags of UBSan, if the compiler has its library: a misaligned address ends the process, as on a GPU."""
     found = subprocess.run(["c++", "-print-file-name=libubsan.so"], check=True, capture_output=True, text=True).stdout
     return ["-fsanitize=undefined", "-fno-sanitize-recover=all"] if Path(found.strip()).is_absolute() else []
 

@@ -27,9 +27,9 @@ TRACES = [Trace(f"What is {n} + 1?", f"Add one.\n{n} + 1 = {n + 1}" + " ok" * (n
 
 
 def distill_tiny(out, stop_at=None, over=None, beside=False, taught=False, untied=False, held_out=None, **settings):
-    """stop_at: the step that fails. over: the processes that share a sharded base. beside: deltas that don't fold into
-    a whole base either. taught: by another model, sharded as the base is. untied: a head of its own. held_out: a share
-    of the traces, by which the best adapter is kept."""
+    """stop_at: the step that fails. over: the processes that share a sharded base. beside: deltas stay beside the
+    weights, even of a whole base. taught: by another model, sharded as the base is. untied: the head is not tied to the
+    embedding. held_out: a share of the traces, by which the best adapter is kept."""
     tokenizer = byte_level(*(trace.completion() for trace in TRACES))
     size = dict(vocab_size=len(tokenizer), max_position_embeddings=256, tie_word_embeddings=not untied)
     model, teacher = llama(**size), llama(**size, num_hidden_layers=3) if taught else None
@@ -52,7 +52,7 @@ def distill_tiny(out, stop_at=None, over=None, beside=False, taught=False, untie
 
 def main(folder, jobs):
     torch.set_num_threads(1)
-    gc.freeze()  # every job collects garbage, and need not walk what is imported
+    gc.freeze()  # every job collects garbage: skip what is imported
     for name, settings in jobs.items():
         out = folder / name / os.environ["RANK"] if settings.pop("apart", False) else folder / name
         try:

@@ -34,7 +34,7 @@ _SMALL |= dict.fromkeys(("initializer_range", "init_std"), 0.15)  # large enough
 
 
 _HEADS, _PAIR = dict(head_dim=8), ["conv", "full_attention"]
-# What a config needs besides sizes, to fit together.
+# What a config needs besides sizes to be consistent.
 _OWN = {
     "hunyuan_v1_dense": _HEADS,
     "hunyuan_v1_moe": _HEADS,
@@ -55,7 +55,7 @@ _OWN = {
 def tiny(model_type: str):
     """The same random model every time.
 
-    Raises RuntimeError for one that stays large, and what transformers raises for a config that doesn't fit together.
+    Raises RuntimeError if the model stays large, and what transformers raises for an inconsistent config.
     """
     config = tiny_config(model_type)
     with torch.device("meta"):
@@ -77,7 +77,7 @@ def tiny_config(model_type: str):
 
 
 def _shrunk(config) -> dict:
-    """The arguments of a smaller config, and of those within it."""
+    """The arguments of a smaller config, nested ones included."""
     found = {}
     for name, value in vars(config).items():
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):

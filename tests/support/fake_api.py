@@ -1,4 +1,4 @@
-"""An HTTP server on the loopback interface that answers as it is told, in any API's shape, and notes what was asked."""
+"""A loopback HTTP server that sends scripted answers, in any API's shape, and records the requests."""
 
 import json
 import threading
@@ -31,7 +31,7 @@ class Request:
 
 
 class FakeAPI:
-    """Sends `answers` one after the other, the last one again and again; an answer may be a function of the request."""
+    """Sends `answers` in order and repeats the last one; an answer may be a function of the request."""
 
     def __init__(self, *answers):
         self.answers, self.requests = list(answers), []
@@ -89,7 +89,7 @@ def answering(*answers):
 
 
 def chat_reply(message, finish_reason="stop", usage=None, **choice):
-    """A chat completion; a text stands for a message."""
+    """A chat completion; a string is the content of its message."""
     message = message if isinstance(message, dict) else {"role": "assistant", "content": message}
     usage = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8} if usage is None else usage
     return {"choices": [{"index": 0, "message": message, "finish_reason": finish_reason, **choice}], "usage": usage}

@@ -66,8 +66,8 @@ JOBS = {"training": training, "curation": curation, "evaluation": evaluation}
 
 
 def left_in(out):
-    """By name the digest of every file of a folder, but for what says how long it took. Lines of results may come in
-    another order."""
+    """The digest of every file of a folder, by name. Durations are left out, and the order of results' lines does not
+    count."""
     found = {}
     for path in sorted(path for path in out.rglob("*") if path.is_file()):
         data = path.read_bytes()
@@ -83,7 +83,7 @@ _OF_TIME = ("seconds", "resumed")
 
 
 class Events:
-    """Counts what a process does to the files of a folder; before number `at` of it the process kills itself."""
+    """Counts a process's operations on the files of a folder; the process kills itself before operation `at`."""
 
     def __init__(self, out, at=None, cut=0):
         self.out, self.at, self.cut, self.count = str(out), at, cut, 0
@@ -109,7 +109,7 @@ class Events:
 
 
 def start(job, out, prepare=lambda: None, after=lambda prepared: None):
-    """The process id of a fork that runs the job and ends with code 0, or 3 after an OSError, or 1 after another."""
+    """Forks a process that runs the job; returns its id. It exits with 0, 3 after an OSError, 1 after another error."""
     pid = os.fork()
     if pid:
         return pid
@@ -129,17 +129,17 @@ def start(job, out, prepare=lambda: None, after=lambda prepared: None):
 
 
 def finish(pid):
-    """The code of a process, or minus the signal that ended it."""
+    """The exit code of a process, or minus the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def killed_within(job, out, seconds):
-    """The code of a process that a signal ends after so many seconds of its processor time, and those seconds.
+    """Runs a job that a signal ends after `seconds` of its CPU time; returns its exit code and those seconds.
 
-    Processor time, because other work on the machine hardly moves its points. A run that ends before is done anew with
-    half of the time.
+    CPU time, because other work on the machine hardly shifts where that is. If the job ends earlier, it runs again with
+    half the time.
     """
-    # Like SIGKILL this signal ends what does not handle it.
+    # A process that does not handle this signal ends, as on SIGKILL.
     code = finish(start(job, out, lambda: signal.setitimer(signal.ITIMER_PROF, seconds)))
     if code:
         return code, seconds
@@ -159,7 +159,7 @@ def main(name, folder, kills):
     rng, job = random.Random(name), JOBS[name](folder)
     whole = folder / "whole"
     gc.collect()
-    gc.freeze()  # else the collector walks, and so copies, what a fork shares with this process
+    gc.freeze()  # else a collection in a fork touches, and so copies, the memory it shares with this process
     report = {"whole": finish(start(job, whole)), "error": error_of(whole), "trials": []}
     counted = folder / "events"
     keep = lambda events: counted.with_suffix(".count").write_text(f"{events.count} {time.process_time()}")  # noqa: E731

@@ -1,4 +1,4 @@
-"""Tensors between pages that nobody may touch: a read or write just outside of them ends the process."""
+"""Tensors next to inaccessible pages: a read or write just outside them ends the process."""
 
 import ctypes
 import mmap
@@ -13,12 +13,12 @@ _NO_ACCESS = 0  # PROT_NONE
 
 
 def fenced_at_end(x: Tensor) -> Tensor:
-    """A contiguous CPU copy whose last byte is the last that may be touched."""
+    """A contiguous CPU copy that ends where an inaccessible page starts."""
     return _fenced(x, lambda room, size: room - size)
 
 
 def fenced_at_start(x: Tensor) -> Tensor:
-    """A contiguous CPU copy whose first byte is the first that may be touched."""
+    """A contiguous CPU copy that starts where an inaccessible page ends."""
     return _fenced(x, lambda room, size: 0)
 
 

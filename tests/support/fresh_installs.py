@@ -48,8 +48,8 @@ def checkout(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def quick_compiler(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A C++ compiler that optimises nothing, as CXX: how a package installs does not depend on how fast it runs. What
-    one test has compiled, it has ready for the others."""
+    """A C++ compiler that does not optimise, for CXX: a package installs alike, however fast it runs. Tests share what
+    it has compiled."""
     of_run = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         of_run = of_run.parent  # the workers have their own

@@ -1,4 +1,4 @@
-"""A Llama and its LoRA as GGUF files, written the way llama.cpp's converters do, which no package carries."""
+"""A Llama and its LoRA as GGUF files, as llama.cpp's converters write them; no package has those."""
 
 import json
 
@@ -19,7 +19,7 @@ _NAMES = {
 }
 _OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 SPECIAL = ["<unk>", "<s>", "</s>"]
-_BYTES = 128  # as tokens of their own: those of ASCII, because llama.cpp keeps back what is no whole character
+_BYTES = 128  # byte tokens: ASCII only, because llama.cpp holds back incomplete characters
 VOCABULARY = len(SPECIAL) + _BYTES
 
 
@@ -71,7 +71,7 @@ def _name(name: str) -> str:
 
 
 def _rows(name: str, tensor: torch.Tensor, config) -> torch.Tensor:
-    """Of queries and keys, in the order in which llama.cpp turns pairs of them: neighbours, not halves."""
+    """Reorders the rows of queries and keys for llama.cpp's rotary embedding, which pairs neighbours, not halves."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     count = next((heads[key] for key in heads if key in name), None)
     tensor = tensor.detach().float()

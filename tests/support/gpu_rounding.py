@@ -1,11 +1,11 @@
 """Triton's interpreter with two roundings of a GPU that NumPy does not make.
 
 A product that is added or subtracted is not rounded: the compiler fuses the two. (NVIDIA's special functions, which are
-off by two units in the last place, are left out: they take nothing near a budget.)
+off by 2 ulp, are not imitated: that is far from any budget.)
 
-A tensor core adds 16 products and the accumulator in fixed point: each is cut off 25 bits below the leading bit of the
-largest, and so is the sum, to 24 bits. Hopper's were seen to work so (Khattak and Mikaitis 2025, "Accurate Models of
-NVIDIA Tensor Cores"); earlier ones add fewer products at once and keep fewer bits.
+A tensor core adds 16 products and the accumulator in fixed point: each is truncated 25 bits below the leading bit of
+the largest, and the sum to 24 bits. Hopper's were found to work this way (Khattak and Mikaitis 2025, "Accurate Models
+of NVIDIA Tensor Cores"); earlier ones add fewer products at once and keep fewer bits.
 """
 
 from typing import Any
@@ -55,7 +55,7 @@ def _exponent(x: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 def _cut(x: NDArray[np.float64], exponent: NDArray[np.int64], bits: int) -> NDArray[np.float64]:
-    """x without what is `bits` or more below the bit of that exponent."""
+    """x truncated: without bits that lie `bits` or more below the bit of that exponent."""
     step = np.ldexp(1.0, exponent - bits + 1)
     return np.trunc(x / step) * step
 
@@ -74,7 +74,7 @@ def tensor_core_sum(a: NDArray, b: NDArray, total: NDArray) -> NDArray[np.float6
 
 
 def add_as_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For every tl.dot, whose factors must be pieces of at most 11 bits."""
+    """Makes every tl.dot add this way; its factors must be pieces of at most 11 bits."""
 
     def dot(self: Any, a: TensorHandle, b: TensorHandle, total: TensorHandle, *precision: object) -> TensorHandle:
         return TensorHandle(tensor_core_sum(a.data, b.data, total.data).astype(np.float32), total.dtype.scalar)

@@ -1,4 +1,4 @@
-"""Streams of tokens, one a byte, and rows under a guide that are fed with them."""
+"""Token streams, one token per byte, and guided rows that are fed with them."""
 
 import random
 
@@ -11,7 +11,7 @@ END = 0
 
 
 def tokens_of(pieces):
-    """One token a byte, the end token where it says so."""
+    """One token per byte; the end token for the piece "<end>"."""
     ids = []
     for piece in pieces:
         ids += [END] if piece == "<end>" else TOKENIZER(piece, add_special_tokens=False).input_ids
@@ -23,7 +23,7 @@ def new_row(guide):
 
 
 def drive(guide, stream, entropies=None):
-    """Runs a row to its end as a loop would: the queue's tokens where there are some, else the stream's, then "a"."""
+    """Runs a row to its end as a loop would: the queue's tokens if it has any, else the stream's, then "a"."""
     row, source, fed = new_row(guide), iter(stream), []
     noise = random.Random(0)
     while not row.done:

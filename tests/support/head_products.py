@@ -18,7 +18,7 @@ def draw(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 
 def head_backward(dz: Tensor, weight: Tensor, thresholds: Tensor | None = None, ops: Any = rbfast.ops) -> Tensor:
-    """What head_backward_ writes over NaNs."""
+    """What head_backward_ writes to a tensor of NaNs."""
     d_hidden = torch.full((len(dz), weight.shape[1]), torch.nan, device=dz.device)
     ops.head_backward_(d_hidden, dz, weight, thresholds)
     return d_hidden

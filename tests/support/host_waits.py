@@ -1,4 +1,4 @@
-"""How often code waits for its device, counted on a CPU: the ops that must know values before the host can go on."""
+"""Counts on a CPU how often code would wait for a GPU: ops whose values the host needs before it can go on."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ NOT_LAUNCHED = {"detach", "empty", "empty_like", "empty_strided", "new_empty"}
 
 
 class HostWaits(TorchDispatchMode):
-    """Counts waits by name; `tolist` reads memory without the dispatcher, so it is counted by itself."""
+    """Counts waits by name; `tolist` reads memory without the dispatcher, so it is counted separately."""
 
     def __init__(self) -> None:
         super().__init__()

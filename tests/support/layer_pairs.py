@@ -32,7 +32,7 @@ def layer(**options):
 
 
 def check_gradients(model, adapter, x):
-    """The adapter's gradients are those of finite differences of the loss, so its deltas do what they say."""
+    """Checks the adapter's gradients against finite differences of the loss."""
 
     def loss():
         y = model(x).double()

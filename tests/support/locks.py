@@ -1,4 +1,4 @@
-"""A lock between the workers of a test run, which start together and want the same things."""
+"""A lock between the workers of a test run, which start together and need the same files."""
 
 import fcntl
 from collections.abc import Iterator

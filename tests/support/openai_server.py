@@ -1,4 +1,4 @@
-"""A small OpenAI-compatible server on the loopback interface around a model, which misbehaves when told to.
+"""A small OpenAI-compatible loopback server around a model, which misbehaves on request.
 
 It writes what `script(problem)` says, with the model's own log-probs; it scores prompts in vLLM's way and by echo.
 """
@@ -16,15 +16,15 @@ from rbfast.teacher.client import Server
 
 
 class OpenAI:
-    """The server's side. `faults`: what to do with the next requests: None, a status, "hang", "cut" or "kill"."""
+    """The server's side. `faults`: how to treat the next requests: None, a status, "hang", "cut" or "kill"."""
 
     def __init__(self, model, tokenizer, script=lambda problem: "<answer>1</answer>"):
         self.model, self.tokenizer, self.script = model, tokenizer, script
         self.bytes = token_bytes(tokenizer)
         self.faults, self.requests, self.headers = [], [], []
         self.under_way, self.most_under_way, self.pause = 0, 0, 0.0
-        self.counts = True  # says how many tokens it read and wrote
-        self.says = b'{"error": "not now"}'  # in a refusal
+        self.counts = True  # reports the tokens it read and wrote
+        self.says = b'{"error": "not now"}'  # the body of a refusal
         self.retry_after = None  # a header of a refusal
         self.lock = threading.Lock()
         self.http = None
@@ -46,7 +46,7 @@ class OpenAI:
         return Server(f"http://127.0.0.1:{self.port}/v1", "tiny", **{"timeout": 5, "retries": 3} | options)
 
     def logprobs(self, ids):
-        """[n, V]: row i speaks of token i + 1."""
+        """[n, V]: row i predicts token i + 1."""
         with self.lock, torch.no_grad():
             return self.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
 
@@ -127,7 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(fault, int):
             return self._send(fault, state.says)
         if fault == "hang":
-            threading.Event().wait(1.0)  # tests take time.sleep away from clients
+            threading.Event().wait(1.0)  # tests replace time.sleep for clients
             return self.connection.close()
         if fault == "kill":
             return self.connection.shutdown(socket.SHUT_RDWR)

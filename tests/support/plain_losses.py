@@ -1,4 +1,4 @@
-"""Losses as one writes them down, to differentiate in fp64, and students near their teacher to try them on."""
+"""Textbook losses, to differentiate in fp64, and students near their teacher to test them on."""
 
 import torch
 from torch import Tensor

@@ -4,5 +4,5 @@ from rbfast.grading.grade import Problem
 
 
 def plain(answer: str) -> Problem:
-    """A problem of no task, with this answer."""
+    """A problem without a task, with this answer."""
     return Problem("file", "question", answer, {})

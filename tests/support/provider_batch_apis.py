@@ -1,7 +1,7 @@
-"""Anthropic and Gemini as far as chats and batches go, each in its own shape, and what becomes of each request.
+"""The chat and batch APIs of Anthropic and Gemini, each in its own shape, and the outcome of each request.
 
 `reply(question, params)` makes the answer to each: a text, or an `Answer` with another status and the error's message.
-A batch has ended at the second look.
+A batch has ended when polled for the second time.
 """
 
 import json
@@ -15,7 +15,7 @@ _UNKNOWN = Answer({"error": {"type": "not_found_error", "message": "no such path
 
 
 class Claude:
-    """Anthropic's messages, and batches of them. `ends`: the type of a request's result, where it is no reply."""
+    """Anthropic's messages, and batches of them. `ends`: the type of a request's result, if it is not a reply."""
 
     url, model = "", "claude-sonnet-4-5"
     making = ("POST", "/v1/messages/batches")
@@ -82,7 +82,7 @@ class Claude:
         return self.said(name)
 
     def results(self, name):
-        for request in reversed(self.batches[name]):  # batches keep no order
+        for request in reversed(self.batches[name]):  # a batch does not keep the order
             question = request["params"]["messages"][-1]["content"][0]["text"]
             found = self.chat(request["params"])
             if question in self.ends:
@@ -95,7 +95,7 @@ class Claude:
 
 
 class Gemini:
-    """Gemini's generateContent, its files, and batches of them. `state`: in which a batch ends."""
+    """Gemini's generateContent, its files, and batches of them. `state`: the state in which a batch ends."""
 
     url, model = "/v1beta", "gemini-2.5-pro"
     making = ("POST", "/v1beta/models/gemini-2.5-pro:batchGenerateContent")
@@ -148,7 +148,7 @@ class Gemini:
         said = {"name": name, "metadata": {"displayName": batch["display_name"]}}
         said["metadata"]["batchStats"] = {"requestCount": str(len(batch["requests"]))}
         if looks == 0:
-            return said  # a new batch says neither its state nor what it has done
+            return said  # a new batch reports neither its state nor its counts
         if looks == 1:
             said["metadata"] |= {"state": "BATCH_STATE_RUNNING"}
             return said

@@ -1,9 +1,9 @@
-"""A C++ compiler that optimises nothing, and takes from a folder what it has compiled before.
+"""A C++ compiler that does not optimise, and caches what it compiles in a folder.
 
     python quick_compiler.py FOLDER COMPILER ARGUMENTS...
 
-What was compiled before is known by the preprocessed source and the flags: a header that an install lacks is an error
-as ever, and where the source lies makes no difference.
+The key of the cache is the preprocessed source and the flags: a header that an install lacks is still an error, and the
+path of the source does not matter.
 """
 
 import hashlib

@@ -11,10 +11,11 @@ def student_folder() -> str:
     """The folder, in build/student, which the first run on a machine makes; skips if the student is not installed."""
     import torch
 
-    from rbfast.models.student import SMOLLM2, _gguf, load_student
+    from rbfast.models.gguf_files import gguf_path
+    from rbfast.models.student import SMOLLM2, load_student
 
     try:
-        file = _gguf(SMOLLM2)
+        file = gguf_path(SMOLLM2)
     except ImportError as absent:
         pytest.skip(str(absent))
     cache = ROOT / "build" / "student"

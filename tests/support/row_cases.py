@@ -1,4 +1,4 @@
-"""Rows of logits with their signals, what the op makes of them, and the hard ones every implementation is given."""
+"""Rows of logits with their signals, the op's results on them, and hard cases for every implementation."""
 
 from dataclasses import dataclass, fields, replace
 
@@ -25,7 +25,7 @@ PER_ROW = ("logits", "labels", *WEIGHTS, "ids", "logprobs", "teacher")
 
 @dataclass(frozen=True)
 class Rows:
-    """The op's arguments but for dz. logits [T, V]; T = 9."""
+    """The op's arguments except dz. logits [T, V]; T = 9."""
 
     logits: Tensor
     labels: Tensor
@@ -44,7 +44,7 @@ class Rows:
     temperature_factor: float = 1.0
 
     def run(self, implementation=ops, dz: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Divergence, CE, loss and dz; logits are left alone."""
+        """Divergence, CE, loss and dz; logits are not overwritten."""
         dz = torch.empty_like(self.logits) if dz is None else dz
         return *implementation.divergence_rows_(self.logits.clone(), dz, *self.signals()), dz
 
@@ -64,7 +64,7 @@ class Rows:
         return replace(self, **{name: value.double() for name, value in floating.items()})
 
     def nudged(self) -> "Rows":
-        """In fp64, with what student and teacher say moved up or down by the roundings of the head."""
+        """In fp64, with the student's and the teacher's values moved up or down by the head's roundings."""
         g = torch.Generator().manual_seed(7)
         rows, names = self.double(), ("logits", "teacher", "logprobs")
         said = {name: getattr(rows, name) for name in names if getattr(rows, name) is not None}
@@ -104,7 +104,7 @@ def make(
 
 
 def assert_close_to_fp64(rows: Rows, implementation=ops) -> None:
-    """No further from the truth than the roundings of a logit and of a result take it."""
+    """The error against fp64 is within the roundings of a logit and of a result."""
     results = rows.run(implementation)
     truths, nudged = rows.double().run(reference), rows.nudged().run(reference)
     for name, ours, exact, other in zip(("divergence", "CE", "loss", "dz"), results, truths, nudged, strict=True):
@@ -126,7 +126,7 @@ def extreme(kind: str, beta: float) -> Rows:
 
 
 def certain(kind: str, beta: float) -> Rows:
-    """A teacher that gives one id everything."""
+    """A teacher that gives one id all its mass."""
     if kind == "dense":
         teacher = torch.full((9, 50), -torch.inf)
         teacher[:, 7] = 3.0
@@ -138,10 +138,10 @@ def certain(kind: str, beta: float) -> Rows:
 
 
 def cold(beta: float) -> Rows:
-    """At a temperature that takes the powers of all the teacher's probabilities out of fp32's range.
+    """At a temperature at which all of the teacher's probabilities underflow fp32.
 
-    The support outweighs the tail, then less from row to row, at last by nothing. Then there is no support; and in the
-    last rows one id has next to all of the student's tail, and so of the teacher's.
+    The support outweighs the tail, by less from row to row and finally not at all. Then there is no support; in the
+    last rows one id has almost all of the student's tail, and so of the teacher's.
     """
     rows = make("top-k", 1000, k=20, beta=beta)
     each = torch.tensor((0.045, 0.01, 2e-3, 1.1e-3, 1e-3, 0.0, 1e-3, 0.01, 1e-4))
@@ -197,14 +197,14 @@ def assert_no_rows(results: tuple[Tensor, ...]) -> None:
 
 
 def with_factors(kind: str) -> tuple[Rows, Rows]:
-    """The same rows twice: with numbers for all of them as factors, and with the same as values of each row."""
+    """The same rows twice: with values per row and factors, and with their products as values per row."""
     rows, numbers = make(kind, 50, 50, head=True), (0.25, 3.0, 0.5)
     spelt = {name: getattr(rows, name) * number for name, number in zip(WEIGHTS, numbers, strict=True)}
     return replace(rows, **dict(zip(FACTORS, numbers, strict=True))), replace(rows, **spelt)
 
 
 def without_values(kind: str) -> tuple[Rows, Rows]:
-    """The same rows twice: with factors alone, and with the same as values of each row."""
+    """The same rows twice: with factors only, and with the same numbers as values per row."""
     rows, numbers = make(kind, 50, 50), (0.75, 0.125, 1.5)
     spelt = {name: torch.full((9,), number) for name, number in zip(WEIGHTS, numbers, strict=True)}
     given = dict(zip(FACTORS, numbers, strict=True)) | dict.fromkeys(WEIGHTS)

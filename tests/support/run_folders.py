@@ -67,7 +67,7 @@ def lines(records: list[dict[str, Any]]) -> str:
 
 
 def write_run(folder: Path, **files: str) -> Path:
-    """A finished run with everything in its folder; `files` take the place of some."""
+    """A finished run with everything in its folder; `files` replace some of its files."""
     whole = {
         "run.json": json.dumps(SETTINGS),
         "log.json": json.dumps(LOGS),

@@ -1,4 +1,4 @@
-"""A server on the loopback interface that writes a script and misbehaves when told to, and what is asked of it."""
+"""A loopback server that writes a script, misbehaves on request, and records what it is asked."""
 
 import json
 import threading
@@ -14,11 +14,11 @@ from rbfast.inference.solver import Sampling
 from rbfast.teacher.client import Server
 
 PROMPT = "Q\n"
-WORDS = "|".join(["word. "] * 20_000)  # more than is asked for: what was not read before a stream was closed is gone
+WORDS = "|".join(["word. "] * 20_000)  # more than asked for: what a closed stream did not deliver is lost
 
 
 class Script:
-    """Writes words of the seed's script, one a token, going on where its last reply ended."""
+    """Writes words of the seed's script, one per token, from where its last reply ended."""
 
     def __init__(self, *scripts):
         self.scripts = [script.split("|") for script in scripts]
@@ -26,8 +26,8 @@ class Script:
         self.faults: list = []  # one a request: None, an int status, "close", "ignore", "deaf", "garbage", "nonsense"
         self.completions, self.usage = True, True
         self.told = Counter()
-        self.logprobs = []  # of the candidates at a token; one after the other, again and again
-        self.probed = ["4"]  # what probes are answered, the last one again and again
+        self.logprobs = []  # of the candidates at a token; used in turn, over and over
+        self.probed = ["4"]  # answers to probes; the last one is repeated
 
     def script(self, body):
         return self.scripts[body["seed"] % len(self.scripts)]
@@ -96,7 +96,7 @@ def start():
                 if fault == "nonsense":
                     return self.wfile.write(b'data: {"choices": 3}\n\n')
                 if fault == "ignore":
-                    # All in one piece, whose tokens it says.
+                    # All in one event, which lists its tokens.
                     return self.event({"text": "".join(pieces), "logprobs": {"tokens": pieces}})
                 for number, piece in enumerate(pieces):
                     if fault in ("close", "garbage") and number == 2:

@@ -180,7 +180,7 @@ _GRANITE = """{{ '<|role|>system<|/role|>' + ('Think in <think></think>.' if thi
 {%- for m in messages %}{{ '<|role|>' + m.role + '<|/role|>' + m.content.split('</think>')[-1] + '<|eot|>' }}
 {%- endfor %}{% if add_generation_prompt %}{{ '<|role|>assistant<|/role|>' }}{% endif %}"""
 
-# A switch with a name of its own.
+# A switch for thinking with an unusual name.
 _OWN_SWITCH = """{%- for m in messages %}{{ '<|' + m.role + '|>' }}
 {%- if deep_reasoning and m.reasoning_content %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}
 {{- m.content + '<|eot|>' }}{% endfor %}

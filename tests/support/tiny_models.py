@@ -128,7 +128,7 @@ def attach(model, **options):
 
 
 def disturb(adapter, size=0.1, seed=1):
-    """Gives every parameter a value that is not its start."""
+    """Moves every parameter away from its initial value."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in adapter.parameters():

@@ -1,4 +1,4 @@
-"""Runs of `distill` on a tiny model, which may be cut by a power failure."""
+"""Runs of `distill` on a tiny model, which a simulated power failure may interrupt."""
 
 from tiny_models import llama
 from tiny_tokenizers import byte_level
@@ -11,7 +11,7 @@ from rbfast.training.trainer import DistillTrainer
 TRACES = [Trace(f"What is {n} + 1?", f"Add one.\n{n} + 1 = {n + 1}", str(n + 1)) for n in range(24)]
 TOKENIZER = byte_level(*(trace.completion() for trace in TRACES))
 
-HOW = "adapter", "held_out", "keep_best", "report_to"  # what is no setting of the config
+HOW = "adapter", "held_out", "keep_best", "report_to"  # arguments that are not settings of the config
 
 
 class PowerCut(TrainerCallback):

@@ -29,7 +29,7 @@ def run_triton(name: str, d: Delta) -> tuple[Tensor, ...]:
 
 
 def assert_below(name: str, error: Tensor, budget: Tensor) -> None:
-    """At each element. Where it is not so, the message says by how much: one run on a GPU must tell."""
+    """Checks every element. The message says by how much one is over: a single run on a GPU must suffice."""
     is_over = ~(error <= budget)
     if is_over.any():
         share, at = (error / budget).masked_fill(~is_over, 0.0).nan_to_num(torch.inf).flatten().max(0)
@@ -39,7 +39,7 @@ def assert_below(name: str, error: Tensor, budget: Tensor) -> None:
 
 
 def assert_within_budget(name: str, d: Delta) -> None:
-    """At each element: the error of plain torch, half a step of the result's dtype, and one of fp32 of the terms."""
+    """Checks every element; the budget: plain torch's error, half an ulp of the result, an fp32 ulp of the terms."""
     truths, plains = run_columns(name, d.map(Tensor.double), reference), run_columns(name, d, reference)
     sizes = run_columns(name, d.map(lambda t: t.double().abs()), reference)
     for i, (ours, plain, truth, size) in enumerate(zip(run_triton(name, d), plains, truths, sizes, strict=True)):

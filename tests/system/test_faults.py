@@ -19,13 +19,13 @@ from tiny_models import llama
 from tiny_runs import TOKENIZER, TRACES, run
 
 from rbfast.data.signal_store import SignalStore
-from rbfast.evaluation.evaluate import Decoding, Result, _Store
+from rbfast.evaluation.evaluate import Decoding, Result, _ResultsFile
 from rbfast.grading.grade import Problem
 from rbfast.inference.decoding import Completion
 from rbfast.teacher.solutions import teach
 from rbfast.training.checkpoints import last_checkpoint
 from rbfast.training.distill import distill
-from rbfast.utils.files import Journal, replacing
+from rbfast.utils.files import Journal, atomic_write
 
 pytestmark = pytest.mark.slow
 
@@ -77,7 +77,7 @@ def test_a_folder_that_cannot_be_written_to_is_named_before_any_work(closed, mon
         lambda: distill(model, TOKENIZER, TRACES, closed, quiet=True),
         lambda: Journal(closed / "file").append([1]),
         lambda: SignalStore(closed, "teacher", 4, 100),
-        lambda: replacing(closed / "file").__enter__(),
+        lambda: atomic_write(closed / "file").__enter__(),
     ]
     for call in calls:
         with pytest.raises(OSError) as caught:
@@ -123,18 +123,20 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(cut, tmp_path,
         folder = tmp_path / name
         shutil.copytree(source, folder)
         DAMAGE[damage](folder / "checkpoint-4" / name, rng)
-        with pytest.warns(UserWarning, match="(is not what was written|missing or broken); resuming from") as caught:
+        with pytest.warns(
+            UserWarning, match="(has changed since it was written|missing or broken); resuming from"
+        ) as caught:
             assert last_checkpoint(folder) == str(folder / "checkpoint-2")
         assert name in str(caught[0].message) or name == "digests.json"
         DAMAGE[damage](folder / "checkpoint-2" / name, rng)
-        with pytest.raises(ValueError, match=rf"checkpoint-4.*no other checkpoint is whole; remove {folder}"):
+        with pytest.raises(ValueError, match=rf"checkpoint-4.*no other checkpoint is intact; remove {folder}"):
             last_checkpoint(folder)
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_to_the_same_bits(cut, tmp_path, monkeypatch):
     shutil.copytree(cut[0], tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "checkpoint-4" / "optimizer.pt").write_bytes(b"")
-    with pytest.warns(UserWarning, match="optimizer.pt is not what was written"):
+    with pytest.warns(UserWarning, match="optimizer.pt has changed since it was written"):
         found = run(tmp_path / "run", monkeypatch, placement="random")
     assert all(np.array_equal(found[name], value) for name, value in cut[1].items())
 
@@ -152,7 +154,7 @@ def test_a_broken_file_of_a_run_is_named(cut, tmp_path, monkeypatch, name, text)
 def test_results_of_half_a_problem_leave_the_file(tmp_path):
     how = Decoding(samples=2, temperature=1.0)
     problems = [Problem("t", name, "1", {}) for name in "ab"]
-    store = _Store(tmp_path / "results.jsonl", how)
+    store = _ResultsFile(tmp_path / "results.jsonl", how)
     results = [Result(problem, Completion("1", 1, False), 1.0, sample) for problem in problems for sample in (0, 1)]
     store.add(results)
     whole = (tmp_path / "results.jsonl").read_bytes()
@@ -167,7 +169,7 @@ def test_what_a_killed_process_left_goes_with_the_next_try_and_a_running_ones_st
     left = [tmp_path / f".file.{number}.tmp" for number in (int(dead.stdout), os.getppid())]
     for path in left:
         path.write_text("half")
-    with replacing(tmp_path / "file") as file:
+    with atomic_write(tmp_path / "file") as file:
         file.write(b"whole")
     assert [path.exists() for path in left] == [False, True]
 

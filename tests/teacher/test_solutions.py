@@ -281,7 +281,7 @@ def test_the_command_says_how_many_answers_are_wrong_and_why_replies_failed(serv
     asked[4] = str(tmp_path / "short")
     assert main([*asked, "--max-tokens", "5"]) == 0
     said = capsys.readouterr().out
-    assert f"is in {tmp_path / 'short' / 'failed.jsonl'}; the first: the reply was cut at the limit of tokens" in said
+    assert f"{tmp_path / 'short' / 'failed.jsonl'}; the first: the reply was cut at the limit of tokens" in said
 
 
 def test_thinking_is_the_reasoning_where_a_teacher_thinks():
@@ -414,7 +414,7 @@ def test_a_teacher_that_is_busy_for_minutes_is_waited_for(server, tmp_path, hour
         server.client(), QUESTIONS, tmp_path, concurrency=2, progress=lambda done, wanted, words: said.append(words)
     )
     assert len(taught.traces) == 12 and taught.open == 0 and len(server.requests) == 72
-    assert any(words.startswith("the teacher is busy or away") for words in said)
+    assert any(words.startswith("the teacher is busy or unreachable") for words in said)
 
 
 def test_a_teacher_that_stays_busy_is_given_up(server, tmp_path, hours):
@@ -431,7 +431,7 @@ def test_a_teacher_that_cannot_be_reached_is_waited_for(server, tmp_path, hours)
         if done == 1 and not stopped:
             server.stop()
             stopped.append(True)
-        elif "away" in words and stopped == [True]:
+        elif "unreachable" in words and stopped == [True]:
             server.start()
             stopped.append(False)
 
@@ -457,5 +457,5 @@ def test_two_calls_at_once_do_not_pay_twice(server, tmp_path):
             seen.append(subprocess.run(command, capture_output=True, text=True))
 
     teach(server.client(), QUESTIONS[:3], tmp_path, progress=progress)
-    assert seen[0].returncode == 2 and f"another process works in {tmp_path}" in seen[0].stderr
+    assert seen[0].returncode == 2 and f"another process is using {tmp_path}" in seen[0].stderr
     assert len(server.requests) == 3

@@ -22,7 +22,7 @@ from rbfast.data.encoding import encode_all
 from rbfast.training.distill import DistillConfig, distill, plan_run, trace_loss
 from rbfast.training.objective import Objective
 from rbfast.training.trainer import DistillTrainer
-from rbfast.training.training_bar import Bar
+from rbfast.training.training_bar import TrainingBar
 
 ELSEWHERE = [pytest.param(placement, marks=pytest.mark.slow) for placement in ("activation", "random")]
 
@@ -135,13 +135,13 @@ def test_a_student_that_is_trained_again_is_asked_as_before(tmp_path, monkeypatc
 def test_an_adapter_to_go_on_with_has_its_own_shape(tmp_path, monkeypatch, setting):
     [name] = setting
     for ask in (run, lambda *args, **settings: planned(**settings)):
-        with pytest.raises(ValueError, match=f"{name} is for a new adapter, the one in first has its own"):
+        with pytest.raises(ValueError, match=f"{name} is for a new adapter, but the one in first has its own"):
             ask(tmp_path / "second", monkeypatch, adapter="first", **setting)
     assert not (tmp_path / "second").exists()
 
 
 def test_a_run_does_not_replace_the_adapter_that_it_goes_on_with(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="holds the adapter to go on with, which the run would replace"):
+    with pytest.raises(ValueError, match="holds the adapter to continue from, which the run would replace"):
         run(tmp_path / "first", monkeypatch, adapter=tmp_path / "second" / ".." / "first")
 
 
@@ -243,7 +243,7 @@ def test_numbers_of_numpy_are_numbers():
 
 
 def test_the_bar_keeps_the_losses_of_the_last_step():
-    bar, state = Bar(quiet=True), TrainerState(global_step=3, max_steps=3)
+    bar, state = TrainingBar(quiet=True), TrainerState(global_step=3, max_steps=3)
     bar.on_train_begin(None, state, None)
     bar.on_log(None, state, None, logs={"loss": 2.0, "loss_answer": 1.5})
     bar.on_log(None, state, None, logs={"train_runtime": 1.0})  # as a Trainer ends
@@ -253,11 +253,11 @@ def test_the_bar_keeps_the_losses_of_the_last_step():
 
 def test_a_resumed_run_says_where(capsys):
     for step, said in ((0, ""), (4, "resuming at step 4 of 6\n")):
-        callback = Bar(quiet=False)
+        callback = TrainingBar(quiet=False)
         callback.bar.start = lambda: None
         callback.on_train_begin(None, TrainerState(global_step=step, max_steps=6), None)
         assert capsys.readouterr().err == said
-    Bar(quiet=True).on_train_begin(None, TrainerState(global_step=4, max_steps=6), None)
+    TrainingBar(quiet=True).on_train_begin(None, TrainerState(global_step=4, max_steps=6), None)
     assert capsys.readouterr().err == ""
 
 
@@ -337,7 +337,7 @@ def test_an_interrupted_run_gives_the_terminal_back(tmp_path, monkeypatch):
         assert bars[0].bar.live.is_started
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rbfast.training.distill.Bar", lambda quiet: bars.append(Bar(quiet)) or bars[0])
+    monkeypatch.setattr("rbfast.training.distill.TrainingBar", lambda quiet: bars.append(TrainingBar(quiet)) or bars[0])
     monkeypatch.setattr(DistillTrainer, "training_step", interrupt)
     with pytest.raises(KeyboardInterrupt):
         distill(student(), TOKENIZER, TRACES, tmp_path, DistillConfig(density=0.2))

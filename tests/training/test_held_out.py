@@ -15,9 +15,9 @@ from rbfast.data.encoding import encode_all
 from rbfast.data.spans import ROLES
 from rbfast.data.trace import Trace
 from rbfast.training.distill import DistillConfig, distill, plan_run, trace_loss
-from rbfast.training.held_out import part
+from rbfast.training.held_out import split_held_out
 from rbfast.training.objective import Objective
-from rbfast.training.training_bar import Bar
+from rbfast.training.training_bar import TrainingBar
 
 OTHERS = [Trace(f"What is {n} + 1?", f"Add one.\n{n} + 1 = {n + 1}", str(n + 1)) for n in range(90, 95)]
 
@@ -33,16 +33,16 @@ def measured(log):
 def test_a_share_holds_out_all_traces_of_a_problem():
     traces = [Trace(f"Problem {n} ", f"Solve {m}.", "1") for m in range(3) for n in range(10)]
     traces += [Trace("Problem  4", "Solve again.", "1")]
-    trained, held_out = part(traces, 0.2, seed=1)
+    trained, held_out = split_held_out(traces, 0.2, seed=1)
     sides = defaultdict(set)
     for side, some in (("trained", trained), ("held out", held_out)):
         for trace in some:
             sides[" ".join(trace.problem.split())].add(side)
     assert sorted(map(sorted, sides.values())) == [["held out"]] * 2 + [["trained"]] * 8
     assert len(trained) + len(held_out) == len(traces)
-    assert part(traces, 0.2, seed=1) == (trained, held_out) != part(traces, 0.2, seed=2)
+    assert split_held_out(traces, 0.2, seed=1) == (trained, held_out) != split_held_out(traces, 0.2, seed=2)
     for share, count in ((1e-9, 1), (0.999, 9)):  # neither side is empty
-        assert len({" ".join(trace.problem.split()) for trace in part(traces, share, seed=0)[1]}) == count
+        assert len({" ".join(trace.problem.split()) for trace in split_held_out(traces, share, seed=0)[1]}) == count
 
 
 @pytest.mark.parametrize(
@@ -64,15 +64,15 @@ def test_what_parts_no_traces_is_refused(tmp_path, held_out, said):
 
 def test_one_problem_cannot_be_parted():
     with pytest.raises(ValueError, match=r"at least 2 problems; got 0\.5 of 1"):
-        part([TRACES[0]] * 3, 0.5, seed=0)
+        split_held_out([TRACES[0]] * 3, 0.5, seed=0)
 
 
 def test_traces_of_problems_that_are_trained_on_are_named():
     with pytest.warns(UserWarning, match="2 of 7 held-out traces have a problem that is trained on"):
-        assert part(TRACES, OTHERS + TRACES[:2], seed=0) == (TRACES, OTHERS + TRACES[:2])
+        assert split_held_out(TRACES, OTHERS + TRACES[:2], seed=0) == (TRACES, OTHERS + TRACES[:2])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        part(TRACES, OTHERS, seed=0)
+        split_held_out(TRACES, OTHERS, seed=0)
 
 
 def test_the_best_of_no_held_out_traces_is_refused(tmp_path):
@@ -163,7 +163,7 @@ def test_a_plan_counts_what_is_trained():
 
 
 def test_the_bar_shows_the_last_held_out_loss():
-    callback = Bar(quiet=True)
+    callback = TrainingBar(quiet=True)
     callback.on_train_begin(None, state := TrainerState(global_step=0, max_steps=6), None)
     for logs in ({"eval_loss": 2.0}, {"loss": 1.0, "loss_tactical": 1.5}, {"loss": 1.0, "loss_tactical": 1.25}):
         callback.on_log(None, state, None, logs)

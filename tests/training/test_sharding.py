@@ -11,7 +11,7 @@ from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.cli.main import main
 from rbfast.data.readers import write_traces
 from rbfast.data.trace import Trace
-from rbfast.models.linears import is_sharded, whole
+from rbfast.models.linears import is_sharded, unsharded
 from rbfast.models.student import final_hidden, head_of, load_student, packs
 from rbfast.training import sharding
 from rbfast.training.sharding import shard
@@ -136,4 +136,4 @@ def test_one_process_alone_is_refused():
 
 def test_whole_is_the_tensor_itself_where_nothing_is_sharded():
     tensor = torch.ones(3)
-    assert whole(tensor) is tensor and not is_sharded(llama())
+    assert unsharded(tensor) is tensor and not is_sharded(llama())

@@ -390,6 +390,6 @@ def test_a_plain_trainer_trains_an_adapter_that_is_part_of_its_model(tmp_path: P
 def test_a_plain_trainer_that_does_not_find_the_adapter_is_stopped(tmp_path: Path) -> None:
     model = tiny_model()
     adapter = SparseAdapter.attach(model, density=0.2)
-    with pytest.raises(RuntimeError, match=r"set model\.adapter = adapter before a Trainer is made"):
+    with pytest.raises(RuntimeError, match=r"set model\.adapter = adapter before you create a Trainer"):
         plain_trainer(tmp_path, model).train()
     assert not any(site.B.any() for site in adapter.sites().values())

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from rbfast.utils.files import Journal, check_output, replacing, replacing_files, write_text
+from rbfast.utils.files import Journal, atomic_write, check_output, staged_files, write_text
 
 
 def test_the_new_file_takes_the_name_at_the_end(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file.txt"
     write_text(path, "é\n")
     assert path.read_bytes() == "é\n".encode()
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(b"later")
         assert path.read_bytes() == "é\n".encode()
     assert path.read_bytes() == b"later"
@@ -23,7 +23,7 @@ def test_the_new_file_takes_the_name_at_the_end(tmp_path: Path) -> None:
 
 def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
     write_text(tmp_path / "file", "old")
-    with pytest.raises(RuntimeError), replacing(tmp_path / "file", "w") as file:
+    with pytest.raises(RuntimeError), atomic_write(tmp_path / "file", "w") as file:
         file.write("half")
         raise RuntimeError("power cut")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -32,12 +32,12 @@ def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_files_take_their_places_together(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
-    with replacing_files(folder) as files:
+    with staged_files(folder) as files:
         (files / "first").write_text("1")
         (files / "inner").mkdir()
         (files / "inner" / "second").write_text("2")
         assert not (folder / "first").exists()
-    with replacing_files(folder) as files:
+    with staged_files(folder) as files:
         (files / "inner").mkdir()
         (files / "inner" / "third").write_text("3")
     assert sorted(path.name for path in folder.iterdir()) == ["first", "inner"]
@@ -51,7 +51,7 @@ def test_an_error_leaves_a_folder_as_it_was(tmp_path: Path) -> None:
         if folder.name == "old":
             write_text(folder / "file", "old")
             (folder / f".files.{killed.pid}.tmp").mkdir()
-        with pytest.raises(RuntimeError), replacing_files(folder) as files:
+        with pytest.raises(RuntimeError), staged_files(folder) as files:
             (files / "file").write_text("half")
             raise RuntimeError("power cut")
     assert not (tmp_path / "new").exists()

@@ -19,7 +19,7 @@ for large, _ in pairs:
 kept = [small for _, small in pairs]
 del pairs, large
 before = resident_mib()
-memory.give_back()
+memory.trim_memory()
 print(before - resident_mib(), len(kept))
 """
 
@@ -33,4 +33,4 @@ def test_what_is_free_between_what_is_kept_is_given_back():
 
 def test_where_the_c_library_cannot_nothing_happens(monkeypatch):
     monkeypatch.setattr(memory, "_malloc_trim", lambda: None)
-    memory.give_back()
+    memory.trim_memory()

@@ -2,11 +2,11 @@
 
 import pytest
 
-from rbfast.grading.grade import reasoning_gym
+from rbfast.grading.grade import import_reasoning_gym
 from rbfast.grading.judge import Judge
 from rbfast.ops import registry
 from rbfast.utils import packages
-from rbfast.utils.packages import need
+from rbfast.utils.packages import import_optional
 
 
 def write_package(folder, name, source):
@@ -25,7 +25,7 @@ def test_code_that_is_not_built_says_whether_the_sources_were_imported(tmp_path,
 
 def test_an_absent_package_says_what_to_install():
     with pytest.raises(ImportError, match=r"^colours need the package no_such_package: pip install 'a\[b\]'$"):
-        need("no_such_package.part", "colours", install="'a[b]'")
+        import_optional("no_such_package.part", "colours", install="'a[b]'")
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_a_package_that_cannot_be_imported_says_why(source, reason, tmp_path, mo
     write_package(tmp_path, "a_broken_package", source)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ImportError, match=f"installed but cannot be imported: {reason}"):
-        need("a_broken_package", "colours", install="a-broken-package")
+        import_optional("a_broken_package", "colours", install="a-broken-package")
 
 
 def test_a_dependency_that_reasoning_gym_lacks_is_named(tmp_path, monkeypatch):
@@ -48,7 +48,7 @@ def test_a_dependency_that_reasoning_gym_lacks_is_named(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(__import__("sys").modules, "reasoning_gym", raising=False)
     with pytest.raises(ImportError, match="absent_dependency") as raised:
-        reasoning_gym()
+        import_reasoning_gym()
     assert "pip install" not in str(raised.value)
 
 

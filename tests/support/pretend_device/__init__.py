@@ -4,7 +4,7 @@
     device = install()                      # torch.device("pretend", 0); compiles pretend.cpp into build/ once, 40 s
     model.to(device)                        # from here on mixing its tensors with the CPU's raises, as on a GPU
 
-It shows nothing of speed, streams or kernels: an op of ours runs its CPU kernel. It stays until the process ends.
+It says nothing about speed, streams or kernels: our ops run their CPU kernels. It stays until the process ends.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ def install() -> torch.device:
 
 
 def _built() -> Path:
-    """The library, compiled for this torch and Python. Whoever is killed meanwhile leaves nothing in the way."""
+    """The library, compiled for this torch and Python. A build that is killed does not block later ones."""
     named = b"%b %b %b" % (SOURCE.read_bytes(), torch.__version__.encode(), sysconfig.get_config_var("SOABI").encode())
     library = BUILD / f"{blake2b(named, digest_size=8).hexdigest()}.so"
     if not library.exists():
@@ -55,7 +55,7 @@ def _built() -> Path:
 
 
 def _module() -> types.ModuleType:
-    """What torch asks of `torch.pretend`."""
+    """The functions that torch expects in `torch.pretend`."""
     module = types.ModuleType("torch.pretend")
     module.is_available = lambda: True
     module.current_device = lambda: 0

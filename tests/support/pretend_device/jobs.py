@@ -21,7 +21,7 @@ OPTIONS = {"options": ("--dtype", "float32"), "adapter": ("--density", "0.2", "-
 def main(folder: Path) -> None:
     torch.set_num_threads(1)  # a fork has none of the threads that the process had before
     install()
-    gc.freeze()  # every job collects garbage: it need not walk, and so copy, what its fork shares with this process
+    gc.freeze()  # jobs collect garbage: keep them from touching, and so copying, memory that forks share
     ended = {}
     for device in ("cpu", "pretend"):
         setup = Setup(folder / device, device, **OPTIONS)

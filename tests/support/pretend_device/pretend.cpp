@@ -1,5 +1,5 @@
 // A pretend accelerator for tests: PrivateUse1 whose memory is the host's and whose every op falls back to the CPU.
-// What it is for: mixing its tensors with the CPU's raises, as on a GPU. See __init__.py.
+// Mixing its tensors with the CPU's raises, as on a GPU: that is its purpose. See __init__.py.
 #include <ATen/EmptyTensor.h>
 #include <ATen/NativeFunctions.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>

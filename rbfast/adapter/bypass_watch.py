@@ -1,12 +1,12 @@
-"""What only training steps show of a model: layers whose weight is used past them, and layers that learn nothing.
+"""Checks in the first two optimizer steps for layers that are bypassed, and for layers that get no gradient.
 
-A forward such as `F.linear(x, self.a.weight)` uses the weight of `a` and never runs `a`. With a delta folded in, its
-output is right, and the delta has no gradient. Nothing in the model says so. So after the first step of an optimizer
-the weight of each layer whose delta got no gradient takes part in the backward. If the weight has a gradient at the
-second step and the delta still has none, that is an error. Layers that run after all stop taking part, so a model
-without the fault computes nothing more than otherwise.
+A forward such as `F.linear(x, self.a.weight)` uses the weight of `a` and never runs `a`. With a delta folded in, the
+output is right, but the delta gets no gradient. Inspecting the model does not reveal this. So after the first optimizer
+step, the weight of each layer whose delta got no gradient is made to require one. If at the second step the weight has
+a gradient and the delta still has none, the layer is bypassed, which is an error. A layer that runs after all is frozen
+again before it does, so a sound model computes nothing extra.
 
-What counts is the gradient, not the hook before a layer: within a compiled part of a model no hook can report.
+The gradient decides, not the forward hook: in a compiled part of a model no hook can report.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from rbfast.models.linears import whole
-from rbfast.models.weight_use import own_weight
+from rbfast.models.linears import unsharded
+from rbfast.models.weight_use import stored_weight
 
-_STEPS = 2  # of the optimizer: the first shows which layers are idle, the second whether their weights are used
+_STEPS = 2  # optimizer steps: the first shows which layers are idle, the second whether their weights are used
 
 
 class Site(Protocol):
-    """The delta of one matrix, as far as it is watched (a ColumnDelta)."""
+    """What BypassWatch needs of a ColumnDelta."""
 
     A: nn.Parameter
     B: nn.Parameter
@@ -34,19 +34,20 @@ class Site(Protocol):
 
 
 class BypassWatch:
-    """Watches sites by name for two steps of the optimizer."""
+    """Watches the deltas of an adapter for two optimizer steps."""
 
     def __init__(self) -> None:
         self._marked: dict[int, tuple[str, Site, nn.Parameter]] = {}
         self._steps = 0
 
-    def saw(self, site: Site) -> None:
-        """The layer of a marked site is about to run."""
-        self._forget(site)
+    def on_forward(self, site: Site) -> None:
+        """Called when the layer of a marked site is about to run."""
+        self._unmark(site)
 
-    def step(self, sites: Mapping[str, Site]) -> None:
-        """An optimizer has made a step; those without gradients do not count, nor do frozen sites. Warns at the first
-        one of sites that got none. Raises RuntimeError at the second for a weight that is used past its layer."""
+    def on_step(self, sites: Mapping[str, Site]) -> None:
+        """Called after an optimizer step with the sites it trained, by name. Steps without gradients and frozen sites
+        do not count. The first step warns of sites without a gradient. The second raises RuntimeError if a weight is
+        used without running its layer."""
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return
         sites = {name: site for name, site in sites.items() if _is_trained(site)}
@@ -54,7 +55,7 @@ class BypassWatch:
             return
         self._steps += 1
         if self._steps == 1:
-            _warn_of_idle([name for name, reached in _reached(sites).items() if not reached], len(sites))
+            _warn_of_idle([name for name, reached in _has_gradient(sites).items() if not reached], len(sites))
             for name, site in sites.items():
                 if _is_idle(site):
                     self._mark(name, site)
@@ -75,18 +76,18 @@ class BypassWatch:
     def end(self) -> None:
         self._steps = _STEPS
         for _, site, _ in list(self._marked.values()):
-            self._forget(site)
+            self._unmark(site)
 
     def _mark(self, name: str, site: Site) -> None:
-        weight = own_weight(site.linear)
-        if type(weight) is not nn.Parameter or weight.requires_grad:  # one that is trained is not ours to freeze
+        weight = stored_weight(site.linear)
+        if type(weight) is not nn.Parameter or weight.requires_grad:  # do not freeze a weight that others train
             return
         if weight.is_floating_point() and weight.is_leaf and not weight.is_inference():
             weight.requires_grad_(True)
             self._marked[id(site)] = name, site, weight
             site.watch = self
 
-    def _forget(self, site: Site) -> None:
+    def _unmark(self, site: Site) -> None:
         site.watch = None
         _, _, weight = self._marked.pop(id(site))
         weight.requires_grad_(False)
@@ -101,9 +102,9 @@ def _is_idle(site: Site) -> bool:
     return site.A.grad is None and site.B.grad is None
 
 
-def _reached(sites: Mapping[str, Site]) -> dict[str, bool]:
-    """Which sites have a gradient other than 0; one wait for the device."""
-    found = {name: [whole(x.grad) for x in (site.A, site.B) if x.grad is not None] for name, site in sites.items()}
+def _has_gradient(sites: Mapping[str, Site]) -> dict[str, bool]:
+    """Which sites have a non-zero gradient, found with one device synchronisation."""
+    found = {name: [unsharded(x.grad) for x in (site.A, site.B) if x.grad is not None] for name, site in sites.items()}
     sizes: list[Tensor] = [
         torch.stack([grad.abs().amax() for grad in grads]).amax() for grads in found.values() if grads
     ]

