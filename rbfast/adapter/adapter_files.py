@@ -12,7 +12,7 @@ The deltas of a stack of E experts share their columns: A is [E, k, s], B [E, ou
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from rbfast.models.experts import experts_in
-from rbfast.models.linears import dtype_name, fingerprint, matrix_shape
+from rbfast.models.linears import Shape, dtype_name, fingerprint, matrix_shape
 from rbfast.models.names import hub_id_of
 from rbfast.models.weight_use import stored_weight
 from rbfast.utils.files import atomic_write, write_text
@@ -64,7 +64,8 @@ class MatrixInfo:
     @property
     def values(self) -> int:
         """The number of trained values: those of A and B."""
-        return self.rank * (self.experts or 1) * (self.out_features + self.support)
+        shape = Shape(self.out_features, self.in_features, self.group, self.experts)
+        return shape.values(self.rank, self.support)
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,14 @@ def check_base(config: AdapterConfig, matrices: Mapping[str, nn.Module], where: 
             continue  # fp16 and quantised weights cannot be compared bit by bit with the base's
         if fingerprint(matrices[name]) not in (info.fingerprint, None):
             raise ValueError(f"{where}: made for {base}; the weights of {name} differ from those; load that base")
+
+
+def on_base(config: AdapterConfig, dtype: str, matrices: Mapping[str, nn.Module]) -> AdapterConfig:
+    """The config of an adapter that goes on with its base in another dtype: `rbfast merge` uses that one then."""
+    if dtype == config.base_dtype:
+        return config
+    modules = {name: replace(info, fingerprint=fingerprint(matrices[name])) for name, info in config.modules.items()}
+    return replace(config, base_dtype=dtype, modules=modules)
 
 
 def write_lora(

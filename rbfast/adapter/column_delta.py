@@ -278,7 +278,8 @@ class ColumnDelta(nn.Module):
         self.fold()
 
     def _is_base_or_folded(self, columns: Tensor) -> bool:
-        return any(torch.equal(columns, known) for known in (self.base_columns, self.folded_columns()))
+        known = self.base_columns, self.folded_columns()
+        return any(torch.equal(columns, ours.to(columns.dtype)) for ours in known)
 
     @torch.no_grad()
     def _before_load(
@@ -293,7 +294,8 @@ class ColumnDelta(nn.Module):
             return
         self.fold_if_stale()
         columns = came.detach().mT if is_transposed(linear) else came.detach()
-        columns = columns.to(weight.device, weight.dtype).index_select(-1, self.cols)
+        taken = came.dtype if local.get("assign_to_params_buffers") else weight.dtype
+        columns = columns.to(weight.device, taken).index_select(-1, self.cols)
         if not self._is_base_or_folded(columns):
             refusal = f"{key}: " + _WRITTEN.format(kind=type(owner).__name__)
             lists[-1].append(refusal)

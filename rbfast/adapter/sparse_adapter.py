@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from rbfast.adapter import adapter_files
@@ -33,11 +33,12 @@ from rbfast.adapter.column_delta import ColumnDelta, SharedGather, delta_of, del
 from rbfast.adapter.column_scores import ColumnScores
 from rbfast.adapter.footprint import Footprint
 from rbfast.adapter.placement import DEFAULT_DENSITY, plan_adapter
-from rbfast.models.experts import ExpertStack
+from rbfast.models.experts import ExpertStack, weight_owner
 from rbfast.models.linears import (
     bytes_of,
     check_fit,
     count_parameters,
+    dtype_name,
     is_transposed,
     left_out,
     matrix_view,
@@ -47,6 +48,7 @@ from rbfast.models.linears import (
     unwrapped,
     why_not_folded,
 )
+from rbfast.models.names import MERGED
 from rbfast.models.weight_use import stored_weight
 
 Mode = Literal["auto", "fold", "side"]
@@ -141,7 +143,9 @@ class SparseAdapter(nn.Module):
         model = unwrapped(model)
         check_attachable(model)
         config, deltas = adapter_files.read_adapter(directory)
-        adapter_files.check_base(config, named_modules(model), directory)
+        matrices = named_modules(model)
+        adapter_files.check_base(config, matrices, directory)
+        config = adapter_files.on_base(config, dtype_name(next(model.parameters())), matrices)
         return cls(model, config, deltas, mode)
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -156,7 +160,8 @@ class SparseAdapter(nn.Module):
         """Writes the adapter as a standard LoRA, for PEFT, vLLM and llama.cpp.
 
         base: the base model that the file names, a hub id or a folder; by default the hub id the model was loaded by.
-        A model from a folder or a GGUF file has none: then the file names no base, and the loader must be told it.
+        A model from a folder or a GGUF file has none, nor has one into which another adapter was merged: then the file
+        names no base, and the loader must be told it.
         The exception is `smollm2-135m`, a GGUF file from PyPI: it names the hub model that it was quantised from.
         """
         single = (site.linear for site in self.sites().values() if not isinstance(site.linear, ExpertStack))
@@ -196,6 +201,7 @@ class SparseAdapter(nn.Module):
                 site.base_columns = site.weight.index_select(-1, site.cols)
         fold_all(self.sites().values())
         self._release("merged")
+        self._count_merged(1)
 
     def unmerge(self) -> None:
         """Undoes merge(): restores the original columns bitwise. Raises RuntimeError if the weights changed since, or
@@ -208,6 +214,7 @@ class SparseAdapter(nn.Module):
                 raise RuntimeError(f"cannot unmerge: {name} was changed after merge(); load the base model again")
         for site in self.sites().values():
             site.restore()
+        self._count_merged(-1)
         self._state = "detached"
 
     def detach(self) -> None:
@@ -221,17 +228,21 @@ class SparseAdapter(nn.Module):
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within the block the model is the base, bitwise. Blocks may nest. If a forward ran before the block, run its
-        backward after the block: inside, it would use the base's weights."""
+        backward after the block: inside, it would use the base's weights; a folded delta raises RuntimeError."""
         self._require_state("attached", "disable")
         self._disabled += 1
+        guards = []
         if self._disabled == 1:
             for site in self.sites().values():
                 site.enabled = False
                 if site.is_folded:
                     site.restore()
+                    guards += [part.register_hook(_refuse_backward) for part in site.factors if part.requires_grad]
         try:
             yield
         finally:
+            for guard in guards:
+                guard.remove()
             self._disabled -= 1
             if self._disabled == 0 and self._state == "attached":
                 for site in self.sites().values():
@@ -282,6 +293,8 @@ class SparseAdapter(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Checks columns before the deltas load their state, also if the adapter is a submodule of another module."""
+        if prefix:  # of a model, and a Trainer that resumes is not strict: it would go on with a new adapter
+            _check_names({prefix + key for key in self.state_dict()}, {k for k in state_dict if k.startswith(prefix)})
         paths = {id(module): path for path, module in self.named_modules()}
         for name, site in self._sites.items():
             cols = state_dict.get(f"{prefix}{paths[id(site)]}.cols")
@@ -337,6 +350,12 @@ class SparseAdapter(nn.Module):
         self._optimizer_hook()
         self._state = state
 
+    def _count_merged(self, change: int) -> None:
+        """An adapter attached next is not one of the weights that the model's name stands for."""
+        for site in self.sites().values():
+            owner, _ = weight_owner(site.linear)
+            owner.__dict__[MERGED] = owner.__dict__.get(MERGED, 0) + change
+
     def _on_optimizer_step(self, optimizer: Optimizer) -> None:
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if not stepped and any(parameter.grad is not None for parameter in self.parameters()):
@@ -368,6 +387,15 @@ class SparseAdapter(nn.Module):
             self._watch.on_step(stepped_sites)
 
 
+def _check_names(ours: set[str], theirs: set[str]) -> None:
+    if (missing := ours - theirs) and (others := theirs - ours):
+        raise ValueError(
+            f"this state has {min(others)} and no {min(missing)} ({len(missing)} names of the adapter are missing): it "
+            "is of an adapter on other matrices, or of a model whose weights transformers renames as it saves them, "
+            "and those of an adapter in it too; then train with DistillTrainer, or use adapter.save_pretrained"
+        )
+
+
 def _reset_compiled_code() -> None:
     """Drops compiled code: torch.compile does not check for new hooks, so old code would run without ours."""
     if "torch._dynamo" in sys.modules:  # importing it takes seconds
@@ -396,6 +424,13 @@ def _warn_of_ddp(model: nn.Module) -> None:
             "of adapter.parameters() over the processes before each step",
             stacklevel=3,
         )
+
+
+def _refuse_backward(grad: Tensor) -> None:
+    raise RuntimeError(
+        "a backward within adapter.disabled(), of a forward from before it, would go through the base's weights: call "
+        "backward() after the block"
+    )
 
 
 def _mark_written(sites: Iterable[ColumnDelta]) -> None:

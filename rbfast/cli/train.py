@@ -184,8 +184,6 @@ def _distill_config(args: argparse.Namespace) -> "DistillConfig":
     from rbfast.training.distill import DistillConfig
     from rbfast.training.objective import Objective
 
-    if args.instruction is None and (held := instruction_of(args, args.adapter, args.model)) is not None:
-        args.instruction = held.text or "none"  # the one that the student was trained with before
     objective = (
         _given_options(args, Objective) | _by_role("", args.role_weights) | _by_role("_temperature", args.temperature)
     )

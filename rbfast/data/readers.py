@@ -208,7 +208,8 @@ def record_of(trace: Trace, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_traces(path: str | Path, traces: Iterable[Trace]) -> int:
-    """`write_records` of traces."""
+    """`write_records` of traces. A row's known right answer (`reference`) is no field of a trace: to curate by it, give
+    `rbfast curate` the file that was read, or what `rbfast convert` made of it."""
     return write_records(path, (trace.to_dict() for trace in traces))
 
 

@@ -65,18 +65,18 @@ def load_problems(
         raise ValueError(f"{task}: expected a {KINDS}; write it as one, by pandas for instance: docs/formats.md")
     if task in hub.BENCHMARKS or "/" in task:
         return _sample(_read_hub(hub.BENCHMARKS.get(task, task), task, options), task, n, seed, fewer, exclude)
-    if n is None:
-        raise ValueError(f"{task} generates problems without end: give their number as n (-n on the command line)")
     return _generate_problems(task.removeprefix(_REASONING_GYM), n, seed, fewer, exclude)
 
 
-def _generate_problems(task: str, n: int, seed: int, fewer: bool, exclude: Collection[str]) -> list[Problem]:
+def _generate_problems(task: str, n: int | None, seed: int, fewer: bool, exclude: Collection[str]) -> list[Problem]:
     gym = import_reasoning_gym()
     if task not in gym.factory.DATASETS:
         raise ValueError(
             f"task must be a {KINDS}, one of {', '.join(hub.BENCHMARKS)}, a dataset on the hub "
             f"(owner/name:config:split) or one of reasoning-gym's generators, got {task!r}"
         )
+    if n is None:
+        raise ValueError(f"{task} generates problems without end: give their number as n (-n on the command line)")
     # The generators seed item i with seed + i, so neighbouring seeds would share items: spread them first.
     spread = int.from_bytes(hashlib.blake2b(f"{task}:{seed}".encode(), digest_size=4).digest(), "big") >> 1
     tries = 4 * n + 100

@@ -222,12 +222,20 @@ def merge_duplicates(signal: TopK) -> TopK:
     ids, logprobs = signal.ids, signal.logprobs
     if not ids.numel():
         return signal
-    ordered = ids.sort(1).values
-    at_fault = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
+    at_fault = _is_repeated(ids.sort(1).values, 1).any(1)
     ids, logprobs = ids.clone(), logprobs.clone()
-    some, their = ids[at_fault], logprobs[at_fault]
-    same = (some.unsqueeze(2) == some.unsqueeze(1)) & (some >= 0).unsqueeze(2)
-    repeated = (some >= 0) & (same.int().argmax(2) != torch.arange(some.shape[1], device=some.device))
-    merged = their.unsqueeze(1).masked_fill(~same, -torch.inf).logsumexp(2)
-    ids[at_fault], logprobs[at_fault] = some.masked_fill(repeated, -1), merged.masked_fill(repeated, -torch.inf)
+    ordered, order = ids[at_fault].sort(dim=1, stable=True)
+    sums, step = logprobs[at_fault].gather(1, order), 1
+    while step < ordered.shape[1]:  # each entry holds the sum of its id's next `step`, then of its next 2 * step
+        both = torch.logaddexp(sums[:, :-step], sums[:, step:])
+        sums[:, :-step] = torch.where(_is_repeated(ordered, step), both, sums[:, :-step])
+        step *= 2
+    later = torch.nn.functional.pad(_is_repeated(ordered, 1), (1, 0))
+    ids[at_fault] = ordered.scatter(1, order, ordered.masked_fill(later, -1))
+    logprobs[at_fault] = sums.scatter(1, order, sums.masked_fill(later, -torch.inf))
     return replace(signal, ids=ids, logprobs=logprobs)
+
+
+def _is_repeated(ordered: Tensor, step: int) -> Tensor:
+    """Whether sorted ids [N, k] are the same, and no padding, `step` places later: bool [N, k - step]."""
+    return (ordered[:, step:] == ordered[:, :-step]) & (ordered[:, step:] >= 0)

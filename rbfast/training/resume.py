@@ -71,11 +71,18 @@ def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
             )
     optional = [name for name in _OPTIONAL if name in stored or name in settings]
     for name in [*optional, *settings]:  # report an optional setting first: it may explain other differences
-        if name not in ignored and stored.get(name) != settings.get(name):
+        if name not in ignored and not _is_same(name, stored.get(name), settings.get(name)):
             raise ValueError(
                 f"{folder} holds another run: its {name} is {stored.get(name)!r}, now {settings.get(name)!r}; "
                 "use the same value, choose another output folder, or remove this one"
             )
+
+
+def _is_same(name: str, held: Any, asked: Any) -> bool:
+    """A folder may be written in several ways: `base`, `base/` or whole."""
+    if name in ("base_model", "teacher") and isinstance(held, str) and isinstance(asked, str):
+        return Path(held).resolve() == Path(asked).resolve()
+    return bool(held == asked)
 
 
 def check_same_folder(out: Path, checkpoint: str | None) -> None:

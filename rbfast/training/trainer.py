@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer import TRAINER_STATE_NAME
 
 from rbfast.adapter.adapter_files import read_adapter
+from rbfast.adapter.column_delta import deltas_of
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.data.encoding import Example, mask_targets_from
 from rbfast.data.spans import ROLES
@@ -100,10 +101,21 @@ class DistillTrainer(Trainer):
         """tokens_per_batch: the most tokens in a batch; overrides the batch sizes in args.
 
         Raises:
-            ValueError: a Trainer option for its loss, logits or embeddings is set, which would have no effect here.
+            ValueError: a Trainer option for its loss, logits or embeddings is set, which would have no effect here; the
+                teacher is the student, or the adapter is not attached to the model.
             TypeError: the examples are a stream, which has no length.
         """
         _refuse_unused(args, kwargs)
+        if {id(delta) for _, delta in deltas_of(model)} != {id(site) for site in adapter.sites().values()}:
+            raise ValueError(
+                "the adapter is not attached to this model (merged or detached, or another model's), so it would learn "
+                "nothing: attach one with SparseAdapter.attach or from_pretrained"
+            )
+        if teacher is model:
+            raise ValueError(
+                "the teacher is the student itself, with the adapter in it, so it could teach nothing: load the "
+                "teacher as a model of its own"
+            )
         if not isinstance(train_dataset, Sized):
             raise TypeError(
                 f"train_dataset: expected a sequence of examples, got {type(train_dataset).__name__}; make it a list"

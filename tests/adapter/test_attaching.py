@@ -15,6 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from rbfast.adapter.adapter_files import read_adapter
 from rbfast.adapter.column_delta import ColumnDelta
 from rbfast.adapter.column_scores import score_columns
 from rbfast.adapter.sparse_adapter import SparseAdapter
@@ -123,6 +124,14 @@ def test_an_adapter_trained_in_fp32_loads_onto_the_bf16_and_fp16_base(tmp_path):
     attach(llama()).save_pretrained(tmp_path)
     for dtype in (torch.bfloat16, torch.float16):
         SparseAdapter.from_pretrained(llama(dtype), tmp_path)
+
+
+def test_an_adapter_that_goes_on_in_another_dtype_is_saved_with_it(tmp_path):
+    attach(llama(torch.float16)).save_pretrained(tmp_path)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        SparseAdapter.from_pretrained(llama(dtype), tmp_path).save_pretrained(tmp_path)
+        assert read_adapter(tmp_path)[0].base_dtype == str(dtype).removeprefix("torch.")
+    assert SparseAdapter.from_pretrained(llama(), tmp_path).config == attach(llama()).config
 
 
 @pytest.mark.parametrize("mode", ["fold", "side"])

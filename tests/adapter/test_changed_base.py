@@ -76,6 +76,20 @@ def test_base_weights_loaded_into_an_attached_model_keep_its_delta(make, assign)
     assert same_bits(snapshot(model), base)
 
 
+@pytest.mark.parametrize("source", ["base", "trained"])
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_weights_assigned_in_bf16_are_a_cast_and_those_of_a_wider_type_are_refused(make, source):
+    model, cast = make(), make(torch.bfloat16)
+    base, adapter = snapshot(cast), attach(model)
+    disturb(adapter)
+    attach(cast).load_state_dict(adapter.state_dict())
+    state = base if source == "base" else {name: tensor.bfloat16() for name, tensor in snapshot(model).items()}
+    model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+    assert same_bits(snapshot(model), snapshot(cast))
+    with pytest.raises(RuntimeError, match="was changed while a delta is folded"):  # the kept columns are rounded
+        model.load_state_dict(snapshot(make()), assign=True)
+
+
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_a_model_goes_back_to_a_state_that_holds_its_adapter_too(make, assign):
@@ -89,6 +103,16 @@ def test_a_model_goes_back_to_a_state_that_holds_its_adapter_too(make, assign):
     name = next(iter(model.adapter.sites()))
     with pytest.raises(RuntimeError, match=rf"{name}\.weight: the weight of a \w+ was changed"):
         model.load_state_dict(state | {f"{name}.weight": state[f"{name}.weight"] + 0.5})
+
+
+def test_a_state_whose_names_of_the_adapter_transformers_has_changed_is_refused():
+    model = llama()
+    model.adapter = attach(model)
+    state = {name.replace("model.", "backbone."): tensor for name, tensor in snapshot(model).items()}  # as NemotronH's
+    with pytest.raises(ValueError, match=r"has adapter\.backbone\.\S+ and no adapter\.model\.\S+ \(42 names of"):
+        model.load_state_dict(state, strict=False)
+    part = {name: tensor for name, tensor in snapshot(model).items() if not name.startswith("adapter.model.layers.0")}
+    model.load_state_dict(part, strict=False)
 
 
 def test_weights_of_another_base_are_refused_and_nothing_is_lost():

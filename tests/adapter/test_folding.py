@@ -64,6 +64,21 @@ def test_disabled_is_bitwise_the_base_nests_and_survives_exceptions(mode):
     assert torch.equal(model(**batch()).logits, logits)
 
 
+def test_a_backward_within_disabled_of_a_forward_before_it_is_refused():
+    model = llama()
+    adapter = attach(model)
+    disturb(adapter)
+    loss = model(**batch()).loss
+    loss.backward(retain_graph=True)
+    expected = [parameter.grad.clone() for parameter in adapter.parameters()]
+    adapter.zero_grad()
+    with adapter.disabled(), adapter.disabled(), pytest.raises(RuntimeError, match="after the block"):
+        loss.backward(retain_graph=True)
+    adapter.zero_grad()
+    loss.backward()
+    assert all(map(torch.equal, (parameter.grad for parameter in adapter.parameters()), expected))
+
+
 def test_detaching_while_disabled_leaves_the_base():
     model = llama(torch.bfloat16)
     original = snapshot(model)

@@ -131,6 +131,8 @@ def test_benchmarks_and_hub_ids_name_a_dataset_and_a_split(monkeypatch):
     ]
     with pytest.raises(ValueError, match="without end: give their number"):
         load_problems("leg_counting", None, seed=0)
+    with pytest.raises(ValueError, match="one of reasoning-gym's generators, got 'leg_cuonting'"):
+        load_problems("leg_cuonting", None, seed=0)
 
 
 @pytest.mark.parametrize(

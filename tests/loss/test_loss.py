@@ -8,7 +8,7 @@ from plain_losses import Case, Near, divergence, relative_error, student_logits
 from torch import Tensor
 
 from rbfast.loss.distill_loss import DistillLoss
-from rbfast.loss.teacher_signal import Dense, TopK
+from rbfast.loss.teacher_signal import Dense, TopK, merge_duplicates, repeated_id
 
 
 @pytest.mark.parametrize("head", [{}, {"softcap": 3.0}, {"logit_scale": 0.25}, {"softcap": 2.0, "logit_scale": 1.7}])
@@ -291,6 +291,19 @@ def test_padding_and_duplicates_do_not_change_a_top_k_signal():
     clean = DistillLoss()(hidden, weight, labels, TopK(ids, logprobs))
     messy = DistillLoss()(hidden, weight, labels, TopK(messy_ids, messy_logprobs))
     torch.testing.assert_close(messy.divergence, clean.divergence)
+
+
+def test_an_id_may_appear_often_in_a_wide_row():
+    torch.manual_seed(0)
+    rows, k = 64, 300
+    ids = torch.randint(-1, 20, (rows, k))
+    logprobs = torch.randn(rows, k, dtype=torch.float64).log_softmax(1).masked_fill(ids < 0, -torch.inf)
+    found = merge_duplicates(TopK(ids, logprobs))
+    expected = torch.zeros(rows, 20, dtype=torch.float64).scatter_add_(1, ids.clamp(min=0), logprobs.exp())
+    masses = torch.zeros_like(expected).scatter_add_(1, found.ids.clamp(min=0), found.logprobs.exp())
+    torch.testing.assert_close(masses, expected)
+    assert repeated_id(found.ids) == -1 and torch.equal(found.ids[:, 0], ids[:, 0])
+    assert torch.equal(found.ids == -1, found.logprobs == -torch.inf)
 
 
 def test_a_signal_without_ids_may_stand_beside_one_with_duplicates():

@@ -49,3 +49,26 @@ def test_an_exported_lora_names_it(tmp_path, loaded_from, base, expected):
     model.config._name_or_path = loaded_from
     attach(model).export_lora(tmp_path, base)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == expected
+
+
+def test_a_relative_folder_is_no_hub_id_from_elsewhere_either(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "merged").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    model = llama()
+    model.config._name_or_path = "runs/merged"
+    adapter = attach(model)
+    monkeypatch.chdir(tmp_path / "runs")
+    adapter.export_lora(tmp_path / "lora")
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+
+
+def test_a_model_with_an_adapter_merged_into_it_is_not_what_its_name_stands_for():
+    model = llama()
+    model.config._name_or_path = "owner/name"
+    first = attach(model)
+    first.merge()
+    second = attach(model)
+    assert second.config.base_model_name_or_path is None
+    second.detach()
+    first.unmerge()
+    assert attach(model).config.base_model_name_or_path == "owner/name"

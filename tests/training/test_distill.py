@@ -67,6 +67,18 @@ def test_a_cut_run_goes_on_in_its_dtype_and_a_finished_one_is_found_in_any(tmp_p
     assert same_bits(run(tmp_path, monkeypatch, model=student().bfloat16()), trained)
 
 
+def test_a_run_resumes_however_the_folder_of_its_base_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = student()
+    for name in ("base", "base/", str(tmp_path / "base")):
+        model.config._name_or_path = name
+        with pytest.raises(RuntimeError, match="power cut"):
+            run("cut", monkeypatch, cut_at=3, model=model)
+    model.config._name_or_path = "other"
+    with pytest.raises(ValueError, match=r"its base_model is '.*base', now 'other'"):
+        run("cut", monkeypatch, model=model)
+
+
 def test_a_run_goes_on_with_the_adapter_of_another(tmp_path, monkeypatch):
     run(tmp_path / "first", monkeypatch)
     began, model = tmp_path / "first", student()
@@ -91,6 +103,32 @@ def test_a_run_goes_on_with_the_adapter_of_another(tmp_path, monkeypatch):
         run(tmp_path / "cut", monkeypatch, adapter=tmp_path / "second")
     assert same_bits(run(tmp_path / "cut", monkeypatch, adapter=began), whole)
     assert same_bits(run(tmp_path / "cut", monkeypatch, adapter=began), whole)  # a finished one is found
+
+
+def test_a_run_that_could_not_begin_leaves_its_folder_to_other_settings(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="raise density"):
+        run(tmp_path, monkeypatch, density=1e-4)
+    model = student()
+    attached = SparseAdapter.attach(model, density=0.2)
+    with pytest.raises(ValueError, match="call its detach"):
+        run(tmp_path, monkeypatch, density=0.1, model=model)
+    attached.detach()
+    run(tmp_path, monkeypatch, model=model)
+    with pytest.raises(ValueError, match=r"its density is 0\.2, now 0\.1"):
+        run(tmp_path, monkeypatch, density=0.1)
+
+
+def test_a_student_that_is_trained_again_is_asked_as_before(tmp_path, monkeypatch):
+    def asked(folder):
+        return json.loads((tmp_path / folder / "prompt.json").read_text())["instruction"]
+
+    run(tmp_path / "first", monkeypatch, instruction="Reply shortly.")
+    run(tmp_path / "second", monkeypatch, adapter=tmp_path / "first")
+    model = student()
+    model.config._name_or_path = str(tmp_path / "first")  # as the folder of a merged model, which has a prompt.json too
+    run(tmp_path / "merged", monkeypatch, model=model)
+    run(tmp_path / "other", monkeypatch, adapter=tmp_path / "first", instruction="none")
+    assert [asked(folder) for folder in ("second", "merged", "other")] == ["Reply shortly.", "Reply shortly.", ""]
 
 
 @pytest.mark.parametrize("setting", [{"density": 0.01}, {"rank": 3}, {"support": 16}, {"placement": "gradient"}])

@@ -144,6 +144,13 @@ def test_a_running_teacher_trains_and_resumes_to_the_same_bits(tmp_path):
         distill(model(), TOKENIZER, TRACES, tmp_path / "0", CONFIG, quiet=True)
 
 
+def test_a_student_is_no_teacher_of_itself(tmp_path):
+    student = model()
+    with pytest.raises(ValueError, match="the teacher is the student itself"):
+        distill(student, TOKENIZER, TRACES, tmp_path, CONFIG, quiet=True, teacher=student)
+    distill(student, TOKENIZER, TRACES, tmp_path, CONFIG, quiet=True, teacher=model())
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A teacher and a student on disk, and one with another tokenizer."""

@@ -334,6 +334,16 @@ def test_what_would_have_no_effect_is_refused(tmp_path: Path, name: str) -> None
         DistillTrainer(model, adapter, args, some_examples(2), **({} if is_argument else {name: lambda *_: {}}))
 
 
+@pytest.mark.parametrize("end", ["merge", "detach", None])
+def test_an_adapter_that_is_not_attached_is_refused(tmp_path: Path, end: str | None) -> None:
+    model = tiny_model()
+    adapter = SparseAdapter.attach(model if end else tiny_model(), density=0.05)
+    if end:
+        getattr(adapter, end)()
+    with pytest.raises(ValueError, match="the adapter is not attached to this model"):
+        DistillTrainer(model, adapter, arguments(tmp_path), some_examples(2))
+
+
 def test_a_stream_of_examples_is_refused(tmp_path: Path) -> None:
     adapter = SparseAdapter.attach(model := tiny_model(), density=0.05, placement="random")
     with pytest.raises(TypeError, match="expected a sequence of examples, got generator; make it a list"):
