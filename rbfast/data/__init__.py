@@ -1,6 +1,10 @@
-"""Traces and what becomes of them: fields and checks (`trace`), roles (`spans`), files and the hub (`readers`, `hub`),
-the shapes people hold traces in (`formats`, of which `fields`, `conversations`, `replies` and `answers` are parts), the
-marks around thinking (`thinking_marks`), how a model's chat template thinks (`thinking`), its prompt (`chat_template`)
-and what that says (`instruction`), what the student writes (`completions`), packed token batches (`encoding`), a
-teacher's log-probs on disk (`signal_store`).
+"""From files of traces to token batches.
+
+- Traces: their fields and checks (`trace`), the roles of their text (`spans`).
+- Reading: files and the hub (`readers`, `row_files`, `hub`), the known formats (`formats`, built on `row`, `fields`,
+  `conversations`, `replies`, `answers`, `choices`, `rendered` and `wrappers`).
+- Chat templates: thinking tags (`thinking_marks`), how a template renders thinking (`thinking`), the prompt
+  (`chat_template`) and its instruction (`instruction`).
+- Training data: the student's completion (`completions`), packed batches (`encoding`), a teacher's log-probs on disk
+  (`signal_store`).
 """

@@ -15,7 +15,7 @@ from rbfast.data.thinking_marks import end_of_thinking
 
 _TAG = re.compile(r"<answer>(.*?)(?=</answer>|<answer>|\Z)", re.DOTALL | re.IGNORECASE)
 _CLOSED_TAG = re.compile(r"</answer>[\s.*`$]*\Z", re.IGNORECASE)
-# Hashes that are no heading: the text ends there, or in a line that says the answer again, or a line holds a value.
+# `####` that marks an answer, not a heading: it ends the text, or the last line repeats it, or its line holds a value.
 _LAST_HASHES = re.compile(r"####\s*(\S.*?)\s*(?=\Z|\n(?=[^\n]{0,300}\Z)[^\n]*\banswer\b[^\n]*\1)", re.IGNORECASE)
 _VALUE = re.compile(
     r"[-+$]{0,2}\.?\d[\d.,/^%:]*(?<![.,:])(?: [a-z%]+)?|[a-z] ?= ?\S+|\\[^\n]*\S|\$[^$\n]+\$|\(?[A-J]\)?", re.IGNORECASE
@@ -23,20 +23,20 @@ _VALUE = re.compile(
 _HASHES = re.compile(_LAST_HASHES.pattern + rf"|####[ \t]*({_VALUE.pattern})[ \t\r]*(?=\n)", re.IGNORECASE)
 _PHRASE = re.compile(
     r"(?:\banswer\b[^.\n:=]{0,60}?(?:\bis\b|:|=)|答案[应该就]*\s*(?:是|为|选|：|:)|故选)[*_:：\s]*"
-    r"(?:(?:the )?(?:final )?answer\s*(?:is\b|:|=)[*_:\s]*)?"  # a heading, and the phrase under it
+    r"(?:(?:the )?(?:final )?answer\s*(?:is\b|:|=)[*_:\s]*)?"  # the phrase may follow a heading that says the same
     r"(?:(?:(?:most )?likely|probably|given by)\b[*:\s]*)?(?:(?<=\n)[-•]\s+|```\w*\n\s*)?"
     r"(\$\$[ \t]*\n[^$]+\$\$|\\\[[ \t]*\n(?:(?!\\\])[\s\S]){1,1000}\\\]|\S.*)",
     re.IGNORECASE,
 )
-# A heading with one line under it, which ends the text.
+# An "Answer" heading and one line under it, at the end of the text.
 _HEADED = re.compile(r"(?:^|\n)[#*_ ]*(?:final )?answer[*_:： ]*\n\s*(\S[^\n]*?)\s*\Z", re.IGNORECASE)
 _HOPE = re.compile(r"\.?\s*I hope (?:it|this) is correct\b.*", re.IGNORECASE)
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?=\{|\d)")
-_BARE = re.compile(r"\d+(?:[.,]\d+)*")  # after a box without braces
+_BARE = re.compile(r"\d+(?:[.,]\d+)*")  # the content of a box without braces
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _SENTENCES, _PROSE = re.compile(r"\n|[.!?]\s"), re.compile(r"(?:[^\W\d_]+,? ){5}")
 _EDGES = " \t*_$`.。"
-# What may stand between two boxes of one answer: `\boxed{2}$ and $x = \boxed{3}`.
+# The text allowed between two boxes of one answer: `\boxed{2}$ and $x = \boxed{3}`.
 _JOINT = re.compile(
     r"(?:[\s$,;&.*]|\\[()\[\],;!]|\\(?:quad|qquad)|\\text\{\s*(?:,\s*)?(?:and|or)?\s*\}|\b(?:and|or)\b"
     r"|[a-zA-Z](?:_\{?\w\}?)?\s*=)*"
@@ -46,10 +46,10 @@ _JOINT = re.compile(
 def extract_answer(text: str) -> str | None:
     """The final answer a completion states, or None if it marks none.
 
-    Looked for in this order, the last one of its kind: `<answer>..</answer>` (closed or not), a balanced `\\boxed{}`
-    (or several that are listed: `\\boxed{2}` and `\\boxed{3}`), `#### ..`, `answer is ..` / `Answer: ..`. Of a
-    completion that closes its thinking, what follows it counts; if that is of several lines and marks no answer, the
-    whole.
+    The forms are tried in this order, and the last match of a form is taken: `<answer>..</answer>` (closed or not), a
+    balanced `\\boxed{}` (or a list of them: `\\boxed{2}` and `\\boxed{3}`), `#### ..`, `answer is ..` / `Answer: ..`.
+    If the completion closes its thinking, only the text after it is searched. If that text has several lines and marks
+    no answer, the whole completion is searched.
     """
     said = without_thinking(text)
     found = _marked(said) or _phrased(said)
@@ -59,8 +59,10 @@ def extract_answer(text: str) -> str | None:
 
 
 def known_answer(text: str) -> str | None:
-    """The right answer in a field that has one: what it marks, else all of it. None for working, in several lines or
-    sentences, that marks no answer: nothing would equal that."""
+    """The reference answer in the text of a field: the answer that it marks, else the whole text.
+
+    None if the text is a solution (several lines or sentences) that marks no answer: no reply could equal it.
+    """
     stated = extract_answer(text)
     if stated is None and _SENTENCES.search(text.strip()) and _PROSE.search(text):
         return None
@@ -68,20 +70,22 @@ def known_answer(text: str) -> str | None:
 
 
 def lacks_answer(text: str) -> bool:
-    """Whether a completion says that it has no answer: nothing in its last `<answer>`, or after its thinking."""
+    """Whether a completion leaves its answer empty: nothing in its last `<answer>`, or nothing after its thinking."""
     tagged, end = _TAG.findall(text), end_of_thinking(text)
     return bool(tagged and not tagged[-1].strip()) or (end > 0 and not text[end:].strip())
 
 
 def without_thinking(text: str) -> str:
-    """What a completion says after its thinking; all of it if it closes none, or says nothing after it."""
+    """The text after a completion's thinking; the whole completion if no thinking is closed or nothing follows it."""
     said = text[end_of_thinking(text) :]
     return said if said.strip() else text
 
 
 def stated_answer(text: str) -> str | None:
-    """As `extract_answer`, for a text that need not end in an answer: `the answer is ..` counts in its last line alone,
-    and without the signs around it."""
+    """As `extract_answer`, for a text that may not end in an answer.
+
+    `the answer is ..` counts in the last line only, and is stripped of the punctuation around it.
+    """
     found = marked_answer(text)
     if found is None and (phrase := _phrased(text.strip().rpartition("\n")[2])):
         found = (_last_of(_PHRASE, phrase) or phrase).strip(_EDGES) or None
@@ -90,20 +94,20 @@ def stated_answer(text: str) -> str | None:
 
 
 def marked_answer(text: str) -> str | None:
-    """The answer that a text marks by a tag, a box or `####` at its end; None if it marks none."""
+    """The answer that a text marks with a tag, a box or `####` at its end; None if it marks none."""
     return _marked(text, _LAST_HASHES)
 
 
 def _marked(text: str, hashes: re.Pattern[str] = _HASHES) -> str | None:
     tagged = [match.strip() for match in _TAG.findall(text)]
-    # A student that repeats the instruction writes "between <answer> and </answer>": that "and" is no answer.
+    # A student may repeat the instruction, "between <answer> and </answer>": that "and" is not an answer.
     if answer := next((tag for tag in reversed(tagged) if tag and tag != "and"), None):
         return _last_boxed(answer) or answer
     return _last_boxed(text) or _last_of(hashes, text)
 
 
 def without_answer(text: str) -> str:
-    """The text before a final `<answer>` or `####`, which hold only the answer; a box is part of its sentence."""
+    """The text before a final `<answer>` or `####`. A box stays: it is part of its sentence."""
     for pattern in (_TAG, _LAST_HASHES):
         if found := list(pattern.finditer(text)):
             text = text[: found[-1].start()]
@@ -111,13 +115,15 @@ def without_answer(text: str) -> str:
 
 
 def ends_in_answer(text: str) -> bool:
-    """Whether a text ends in a closed `<answer>` or in `####` and a value: it was not cut before it came to its answer.
-    What else follows `####` may be a heading that was cut."""
+    """Whether a text ends in a closed `<answer>` or in `####` and a value, which shows that it was not truncated.
+
+    Any other text after `####` may be a truncated heading.
+    """
     return bool(_CLOSED_TAG.search(text) or _VALUE.fullmatch(_last_of(_LAST_HASHES, text) or ""))
 
 
 def as_text(value: object) -> str | None:
-    """A text as it is, a number as a person writes it (5.0 is 5), None for anything else."""
+    """A string unchanged, a number as a person writes it (5.0 as "5"), None for anything else."""
     if isinstance(value, str):
         return value
     if isinstance(value, int) and not isinstance(value, bool):
@@ -128,8 +134,7 @@ def as_text(value: object) -> str | None:
 
 
 def answer_text(value: object) -> str | None:
-    """The text of an answer: as `as_text`, of a truth value, of a list of one or its JSON, and of an object with a
-    `value` or `text`."""
+    """`as_text` of an answer; also of a bool, a list of one item (or its JSON), an object with `value` or `text`."""
     if isinstance(value, bool):
         return str(value)
     if isinstance(value, str) and value[:1] == "[":
@@ -147,18 +152,18 @@ def answer_text(value: object) -> str | None:
 
 def _phrased(text: str) -> str | None:
     phrase = _HOPE.sub("", _last_of(_PHRASE, text) or "")
-    # The signs before it are no part of it, but for those that open bold: "**42**, as 6 times 7 is 42".
+    # The pattern skips the asterisks before the answer. Restore them if they open bold: "**42**, as 6 times 7 is 42".
     return (f"**{phrase}" if phrase.count("**") % 2 else phrase) or None
 
 
 def _last_of(pattern: re.Pattern[str], text: str) -> str | None:
-    """What the last match holds, in the first of its groups that took part."""
+    """The first group that matched in the last match."""
     found = list(pattern.finditer(text))
     return next(filter(None, found[-1].groups())).strip() if found else None
 
 
 def _last_boxed(text: str) -> str | None:
-    """What the last box holds that closes; of boxes that are listed, all."""
+    """The content of the last closed box; of a list of boxes, the contents of all."""
     boxes = [(match.start(), *_content(text, match.end())) for match in _BOX.finditer(text)]
     closed = [(start, content.strip(), end) for start, content, end in boxes if content.strip()]
     if not closed:
@@ -167,7 +172,7 @@ def _last_boxed(text: str) -> str | None:
     listed = [content]
     for start, content, end in reversed(closed[:-1]):
         if start >= first or end > first:
-            continue  # a box around the others
+            continue  # nested boxes
         if not _JOINT.fullmatch(text[end:first]):
             break
         first = start
@@ -184,7 +189,7 @@ def _content(text: str, start: int) -> tuple[str, int]:
 
 
 def closing(text: str, start: int) -> int | None:
-    r"""Where the brace that opens at `start` closes; braces that are signs (`\{`) don't count."""
+    r"""The index of the brace that closes the one at `start`, or None. Escaped braces (`\{`) don't count."""
     depth = 0
     for match in _BRACE.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(match[0], 0)

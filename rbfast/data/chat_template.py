@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def default_instruction(tokenizer: PreTrainedTokenizerBase) -> Instruction:
-    """What a student is told after the problem: ours, or to box the answer if its template knows thinking."""
+    """The default instruction: BOXED if the chat template renders thinking, else ANSWER."""
     return BOXED if thinking_format(tokenizer).thinks else ANSWER
 
 
@@ -30,11 +30,11 @@ def format_prompt(
 
     Args:
         instruction: what follows the problem; None for the tokenizer's default.
-        system: a system prompt (None: the instruction's); it opens the first turn if the template knows none.
+        system: a system prompt (None: the instruction's). If the template has no system role, it opens the first turn.
         turns: earlier messages, {"role": "user" or "assistant", "content": ..}.
 
     Raises:
-        ValueError: the rendered prompt does not hold the problem.
+        ValueError: the rendered prompt does not contain the problem, or does not end as the template's prompts do.
     """
     asked = instruction or default_instruction(tokenizer)
     request, system = asked.request(problem), asked.system if system is None else system
@@ -58,7 +58,7 @@ def format_prompt(
 def render_conversation(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], system: str | None, open_reply: bool
 ) -> str:
-    """The template's text of messages after a system prompt."""
+    """The text that the chat template renders for a system prompt and messages."""
     found = thinking_format(tokenizer)
     without = render(tokenizer, messages, open_reply, found.switches, found.takes_parts)
     if not system:
@@ -88,14 +88,14 @@ def _user(content: str) -> dict[str, str]:
 
 
 def write_prompt(folder: str | Path, tokenizer: PreTrainedTokenizerBase, instruction: Instruction) -> None:
-    """Writes prompt.json: the instruction, and what the chat template must be told; `saved_instruction` reads it."""
+    """Write prompt.json: the instruction, and the chat template's arguments. `saved_instruction` reads it."""
     found = thinking_format(tokenizer)
     about = {"thinking": found.kind, "chat_template_kwargs": dict(found.switches), "stop": found.end}
     write_instruction(folder, instruction, about)
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends an assistant's turn: the added token the chat template puts there, else the eos token."""
+    """The id of the token that ends an assistant's turn: the added token in the chat template, else the eos token."""
     end = thinking_format(tokenizer).end
     if end is None:
         raise ValueError("the tokenizer has no eos token, and its chat template ends no turn; set tokenizer.eos_token")

@@ -1,4 +1,4 @@
-"""Questions of multiple choice: the options as part of the problem, and the answer as the letter of one.
+"""Multiple-choice questions: the options become part of the problem, and the answer is the label of one.
 
 ```python
 options_of({"choices": ["41", "42"], "answer": 1})             # {"A": "41", "B": "42"}
@@ -22,8 +22,11 @@ _LABELS, _TEXTS = ("label", "key", "id", "letter"), ("text", "value", "content",
 
 
 def options_of(value: Any) -> dict[str, str] | None:
-    """Options by their labels: a list of texts, of "A) .." or of objects; an object of labels; of `text` and `label`;
-    None for anything else, or for fewer than two."""
+    """Options by label; None if `value` holds no options, or fewer than two.
+
+    It may be a list of texts, of "A) .." or of objects; an object of labels; an object of lists `text` and `label`; or
+    any of these as JSON text.
+    """
     if isinstance(value, str):
         value = _in_a_text(value)
     if isinstance(value, Mapping):
@@ -40,7 +43,7 @@ def options_of(value: Any) -> dict[str, str] | None:
 
 
 def _in_a_text(text: str) -> Any:
-    """Options that one text lists, as JSON or as `a) 41, b) 42`; None if their labels do not follow one another."""
+    """The options in a text, JSON or `a) 41, b) 42`; None if the labels are not consecutive."""
     if text.strip()[:1] in ("[", "{"):
         try:
             return json.loads(text)
@@ -65,7 +68,7 @@ def _labelled(item: Any, letter: str) -> tuple[str, str] | None:
 
 
 def options_beside(row: Mapping[str, Any]) -> dict[str, str] | None:
-    """Options in fields of their own: `opa`, `opb`, ..; `A`, `B`, ..; `option_1`, `option_2`, .."""
+    """Options that each have a field: `opa`, `opb`, ..; `A`, `B`, ..; `option_1`, `option_2`, .."""
     stems: dict[str, dict[str, str]] = {}
     for name, value in row.items():
         match = _OWN_FIELD.fullmatch(str(name))
@@ -79,16 +82,17 @@ def options_beside(row: Mapping[str, Any]) -> dict[str, str] | None:
 
 
 def with_options(problem: str, options: Mapping[str, str]) -> str:
-    """The problem with its options, unless its text has them."""
+    """The problem followed by its options, unless it already contains them."""
     if all(text in problem for text in options.values()):
         return problem
     return "\n".join([f"{problem.rstrip()}\n", *(f"{label}. {text}" for label, text in options.items())])
 
 
 def chosen(answers: Sequence[Any], options: Mapping[str, str]) -> str | None:
-    """The answer as the label of an option, or as its text, of those that fields give; places count from zero.
+    """The label of the right option, from the first of `answers` that names one; None if none does.
 
-    A number is a place before it is a text: the 2 beside "8", "2" and "24" is the third.
+    An answer may be a label, the text of an option, or a 0-based index. A number is tried as an index before it is
+    tried as a text: 2 with the options "8", "2" and "24" is the third.
     """
     labels = list(options)
     for answer in answers:

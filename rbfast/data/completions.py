@@ -1,8 +1,8 @@
-"""What a student writes for a trace, in its own template: text, roles and tokens.
+"""The student's completion for a trace, in its own chat template: text, roles and tokens.
 
 ```python
 written = written_for(trace, tokenizer)                  # of Qwen3: "<think>\\n..\\n</think>\\n\\n\\\\boxed{4}"
-ids, offsets = tokens_of(written, tokenizer)             # without the end of turn
+ids, offsets = tokens_of(written, tokenizer)             # without the end-of-turn token
 ```
 """
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Written:
-    """A reply in pieces, up to the token that ends the turn.
+    """A reply in pieces, without the end-of-turn token.
 
     Attributes:
-        pieces: a text, and whether it is the trace's; only the template's own text may hold special tokens.
-        roles: of each character, int64 [characters].
-        thought, answer: their characters [start, end).
+        pieces: (text, whether it comes from the trace). Only the template's own text may contain special tokens.
+        roles: the role of each character, int64 [characters].
+        thought, answer: their character ranges [start, end).
     """
 
     pieces: tuple[tuple[str, bool], ...]
@@ -45,9 +45,9 @@ class Written:
 
 
 def written_for(trace: Trace, tokenizer: PreTrainedTokenizerBase, instruction: Instruction | None = None) -> Written:
-    """What the student writes; the answer is marked as the instruction says (None: the tokenizer's default).
+    """The completion of a trace. The instruction (None: the tokenizer's default) says how the answer is marked.
 
-    Raises TraceError if the reasoning holds the mark that would end the thinking.
+    Raises TraceError if the reasoning contains the tag that would end the thinking.
     """
     found, asked = thinking_format(tokenizer), instruction or default_instruction(tokenizer)
     answer = asked.write(trace.answer, after_thinking=found.thinks)
@@ -57,11 +57,11 @@ def written_for(trace: Trace, tokenizer: PreTrainedTokenizerBase, instruction: I
 def earlier_turn(
     turn: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, opening: str, whole: str
 ) -> Written | None:
-    """What the student writes for an earlier assistant's turn; None if it is empty, or its template shows no such turn.
+    """The completion of an earlier assistant turn; None if it is empty or the template cannot render it.
 
     Args:
         opening: the prompt of that turn.
-        whole: the template's text of the conversation with the turn.
+        whole: the rendered conversation up to and including the turn.
     """
     found, said = thinking_format(tokenizer), turn["content"]
     if not said.strip():
@@ -95,14 +95,14 @@ def _turn(found: ThinkingFormat, thought: str, spans: Sequence[Span], said: str)
 
 
 def _tiled(tiles: Sequence[Span], pieces: Sequence[tuple[str, bool]], start: int, cut: int, length: int) -> Written:
-    """A reply of these pieces, each character with its role.
+    """Join the pieces of a reply and give each character its role.
 
     Args:
-        tiles: the roles of the thought as the trace has it.
-        pieces: the thought, or what is there in its place, and the template's text around it.
-        start: where the thought stands in the joined pieces. What comes before it has its first role.
-        cut, length: the characters of the trace's thought that are written: `length` of them from `cut` on. All that
-            follows them is the answer.
+        tiles: the spans of the thought in the trace.
+        pieces: the template's text and the trace's text, in order.
+        start: the offset of the thought in the joined pieces. The text before it gets the thought's first role.
+        cut, length: the part of the trace's thought that is written: `length` characters from `cut` on. The text after
+            it gets the role ANSWER.
     """
     spans = np.array(tiles, dtype=np.int64)
     role_of = np.repeat(spans[:, 2], spans[:, 1] - spans[:, 0])[cut : cut + length]
@@ -114,8 +114,11 @@ def _tiled(tiles: Sequence[Span], pieces: Sequence[tuple[str, bool]], start: int
 
 
 def tokens_of(written: Written, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], np.ndarray]:
-    """The tokens of a reply, and the characters of each, [tokens, 2]. A tag that the template writes is its own token
-    if the tokenizer has one. A special token that the trace spells out stays text."""
+    """The token ids of a reply, and the character range of each, [tokens, 2].
+
+    A tag that the template writes becomes a special token if the tokenizer has one for it. A special token that is
+    spelled out in the trace stays text.
+    """
     ids: list[int] = []
     offsets: list[tuple[int, int]] = []
     at, adds_blank = 0, thinking_format(tokenizer).adds_blank
@@ -124,7 +127,7 @@ def tokens_of(written: Written, tokenizer: PreTrainedTokenizerBase) -> tuple[lis
             ids.append(number)
             offsets.append((at, at + len(text)))
         else:
-            skipped = int(adds_blank and text.startswith(" "))  # the tokenizer adds it again
+            skipped = int(adds_blank and text.startswith(" "))  # the tokenizer adds its own
             found = tokenizer(
                 text[skipped:],
                 add_special_tokens=False,
@@ -139,7 +142,7 @@ def tokens_of(written: Written, tokenizer: PreTrainedTokenizerBase) -> tuple[lis
 
 
 def _runs(written: Written, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, int | None]]:
-    """The longest texts between the template's own added tokens, and those tokens with their ids."""
+    """Split a reply at the template's added tokens: (text, None) between them, (token, id) for each."""
     numbers = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
     pattern = added_tokens(tokenizer)
     text = ""

@@ -1,4 +1,4 @@
-"""Conversations as people keep them, and the thinking in a reply: the turns, the thought and what follows it.
+"""Parse conversations into turns, and split a reply into its thinking and the text after it.
 
 ```python
 parse_turns([{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "<think>Add.</think>4"}])
@@ -48,7 +48,7 @@ _ENDS += ("<｜end▁of▁sentence｜>", "</s>")
 
 @dataclass(frozen=True)
 class Turn:
-    """A message: who says it, its text, the thinking that came beside it, and what else the message holds."""
+    """A message: its role, its text, the thinking in its other fields, and the whole message."""
 
     role: str
     text: str
@@ -57,10 +57,12 @@ class Turn:
 
 
 def parse_turns(value: object) -> list[Turn] | None:
-    """The turns of a conversation, or None if `value` is none: a list of messages (OpenAI's, ShareGPT's, Claude's,
-    Gemini's), one message, a mapping of lists as `datasets` makes of a list of objects, or any of these as JSON text.
+    """The turns of a conversation, or None if `value` is not one.
 
-    Raises TraceError, naming the turn, if a message has an unknown role or holds something else than text.
+    It may be a list of messages (OpenAI's, ShareGPT's, Claude's, Gemini's), one message, a mapping of lists (as
+    `datasets` stores a list of objects), or any of these as JSON text.
+
+    Raises TraceError, naming the turn, if a message has an unknown role or content that is not text.
     """
     if isinstance(value, str):
         value = _parsed(value)
@@ -78,7 +80,7 @@ def parse_turns(value: object) -> list[Turn] | None:
 
 
 def parse_pairs(value: object) -> list[Turn] | None:
-    """The turns of a list of pairs of a question and its reply, or None if `value` is none."""
+    """The turns of a list of (question, reply) pairs, or None if `value` is not one."""
     if not isinstance(value, list | tuple) or not value or not all(_is_pair(item) for item in value):
         return None
     return [Turn(role, text, None, {}) for pair in value for role, text in zip((USER, ASSISTANT), pair, strict=True)]
@@ -98,7 +100,7 @@ def _parsed(text: str) -> Any:
 
 
 def _turns_of(message: Mapping[str, Any], number: int) -> list[Turn] | None:
-    """The turn in a message; the two of an object like {"human": .., "assistant": ..}; None if it is no message."""
+    """The turn of a message; two turns of an object like {"human": .., "assistant": ..}; None if it is neither."""
     role = _role(message)
     if role is None:
         if message and all(str(key).lower() in _ROLES for key in message):
@@ -126,7 +128,7 @@ def _turns_of(message: Mapping[str, Any], number: int) -> list[Turn] | None:
 
 
 def _role(message: Mapping[str, Any]) -> str | None:
-    """Who says a message; channels and items of reasoning are thoughts, whoever says them."""
+    """The role that a message names. Reasoning channels and reasoning items count as thoughts, whatever their role."""
     if message.get("channel") in ("analysis", "commentary") or message.get("type") == "reasoning":
         return THOUGHT
     author = message.get("author")
@@ -135,7 +137,7 @@ def _role(message: Mapping[str, Any]) -> str | None:
 
 
 def thought_beside(message: Mapping[str, Any]) -> str | None:
-    """The thinking in a field beside a message's content: a text, an object that holds one, or blocks."""
+    """The thinking in a field beside a message's content: a text, an object with a text, or a list of blocks."""
     for key in (*THOUGHT_KEYS, "thinking_blocks"):
         value = message.get(key)
         if isinstance(value, Mapping):
@@ -153,7 +155,7 @@ def thought_beside(message: Mapping[str, Any]) -> str | None:
 
 
 def text_of(content: object, number: int = 1) -> tuple[str | None, str]:
-    """The thinking and the text of a message's content: a text, a list of blocks, or an object that holds either."""
+    """(thinking, text) of a message's content: a text, a list of blocks, or an object with one of these."""
     if isinstance(content, Mapping) and (inner := content.get("parts") or content.get("text")):
         content = inner
     if content is None:
@@ -191,7 +193,7 @@ def _block(block: object, number: int) -> tuple[str, str]:
 
 
 def _of_bedrock(block: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Bedrock's block of thinking as others write it; any other block as it is."""
+    """A Bedrock thinking block in the common form; any other block unchanged."""
     inner = block.get("reasoningContent")
     if not isinstance(inner, Mapping):
         return block
@@ -200,7 +202,7 @@ def _of_bedrock(block: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _with_thoughts(turns: Sequence[Turn]) -> list[Turn]:
-    """Thoughts that have a message of their own join the assistant's after them."""
+    """Attach thoughts that came as separate messages to the assistant turn after them."""
     found: list[Turn] = []
     thoughts: list[str] = []
     for turn in turns:
@@ -215,7 +217,7 @@ def _with_thoughts(turns: Sequence[Turn]) -> list[Turn]:
 
 
 class Exchange(NamedTuple):
-    """A conversation's system prompt, the turns before its last question, that question, and its reply if any."""
+    """A conversation's system prompt, the turns before its last question, that question, and its reply, if any."""
 
     system: str | None
     earlier: list[Turn]
@@ -224,7 +226,7 @@ class Exchange(NamedTuple):
 
 
 def exchange(turns: Sequence[Turn]) -> Exchange:
-    """A conversation by its last question. Raises TraceError unless a user and an assistant speak in turn."""
+    """Split a conversation at its last question. Raises TraceError unless user and assistant turns alternate."""
     system = "\n\n".join(turn.text for turn in turns if turn.role == SYSTEM) or None
     spoken = [turn for turn in turns if turn.role != SYSTEM]
     order = [turn.role for turn in spoken]
@@ -239,10 +241,10 @@ def exchange(turns: Sequence[Turn]) -> Exchange:
 
 
 def split_thinking(reply: str) -> tuple[str | None, str]:
-    """The thinking in a reply (None if it has none, or an empty one) and the text after it, without the marks of both.
+    """(thinking, text after it) of a reply, both without their tags. The thinking is None if absent or empty.
 
-    A closing tag without an opening one ends the thinking, for a template may have opened it. Raises TraceError if the
-    thinking is never closed: then the reply was cut.
+    A closing tag without an opening one ends the thinking, because the chat template may have opened it in the prompt.
+    Raises TraceError if the thinking is never closed: the reply was truncated.
     """
     rest = reply[_OPENING.match(reply).end() :]  # type: ignore[union-attr]
     thoughts = []
@@ -262,7 +264,7 @@ def split_thinking(reply: str) -> tuple[str | None, str]:
 
 
 def is_marked(text: str) -> bool:
-    """Whether a text opens with a thought in its tags."""
+    """Whether a text starts with tagged thinking."""
     return OPENER.match(text, _OPENING.match(text).end()) is not None  # type: ignore[union-attr]
 
 

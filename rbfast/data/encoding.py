@@ -31,9 +31,9 @@ IGNORE = -100
 class Example:
     """One tokenised trace: prompt, completion, end of turn.
 
-    Labels are already shifted: `labels[i]` is `input_ids[i + 1]` if that token is the student's to write, else
-    IGNORE; `roles[i]` is the role of `labels[i]`, else NO_ROLE. The teacher's top-k for `labels[teacher_rows[j]]` is
-    row j of `teacher_ids` and `teacher_logprobs`; a short row ends in id 0 at log-prob -inf.
+    Labels are already shifted: `labels[i]` is `input_ids[i + 1]` if that token is trained, else IGNORE. `roles[i]` is
+    the role of `labels[i]`, else NO_ROLE. The teacher's top-k for `labels[teacher_rows[j]]` is row j of `teacher_ids`
+    and `teacher_logprobs`; a short row is padded with id 0 at log-prob -inf.
     """
 
     input_ids: np.ndarray  # int64 [n], and so are labels and roles
@@ -52,18 +52,18 @@ def encode(
     max_tokens: int = 4096,
     instruction: Instruction | None = None,
 ) -> Example:
-    """Tokenise prompt and completion apart, as they meet at inference, and give every trained token its role.
+    """Tokenise prompt and completion separately, as at inference, and give every trained token its role.
 
     The completion is what the student's chat template renders for such a turn (`completions`). A token has the role of
-    its first character that is no white space. Special tokens that are spelled out in a trace stay text.
+    its first non-space character. Special tokens that are spelled out in a trace stay text.
 
     Args:
         instruction: what the prompt says after the problem, and how the answer is marked; None: the default.
 
     Raises:
-        TraceError: the trace is longer than `max_tokens` (it is never cut), its signals do not fit the tokens, or the
-            chat template cannot render it.
-        ValueError: the tokenizer gives no offsets or has no end of turn, or an unknown kind of template.
+        TraceError: the trace is longer than `max_tokens` (it is never truncated), its signals do not match the tokens,
+            or the chat template cannot render it.
+        ValueError: the tokenizer has no offsets, no end of turn, or an unknown kind of chat template.
     """
     if not tokenizer.is_fast:
         raise ValueError(f"roles need a fast tokenizer (one that gives offsets), got {type(tokenizer).__name__}")
@@ -80,9 +80,9 @@ def encode(
 
 
 def encode_earlier(trace: Trace, tokenizer: "PreTrainedTokenizerBase", *, max_tokens: int = 4096) -> list[Example]:
-    """An example of each reply among `trace.turns`, as if it were the last, with its own thought if it has one.
+    """One example for each reply in `trace.turns`, as if it were the last turn, with its own thinking if it has any.
 
-    An empty reply is left out, and one without a thought if the student's template shows none. Raises as `encode` does.
+    Skips an empty reply, and a reply without thinking if the template cannot render one. Raises as `encode` does.
     """
     found, turns = [], trace.turns or ()
     for number in range(1, len(turns), 2):
@@ -117,7 +117,7 @@ def _example(
 
 
 def _token_roles(written: Written, offsets: np.ndarray) -> np.ndarray:
-    """The role of each token of the completion, int64 [tokens], from its character offsets [tokens, 2]."""
+    """The role of each completion token, int64 [tokens], from its character offsets [tokens, 2]."""
     text = written.text
     blank = np.array([character.isspace() for character in text])
     next_ink = np.minimum.accumulate(np.where(blank, len(text), np.arange(len(text)))[::-1])[::-1]
@@ -151,9 +151,9 @@ def encode_all(
     instruction: Instruction | None = None,
     turns: Literal["last", "all"] = "last",
 ) -> tuple[list[Example], list[tuple[Trace, str]]]:
-    """Encode what can be encoded; returns the examples, and the traces that were left out with the reason.
+    """Encode every trace that can be encoded. Returns the examples, and the other traces, each with the reason.
 
-    With `turns="all"` the replies of earlier turns are examples too (`encode_earlier`).
+    With `turns="all"` the replies of earlier turns become examples too (`encode_earlier`).
     """
     examples: list[Example] = []
     left_out: list[tuple[Trace, str]] = []
@@ -170,11 +170,11 @@ def encode_all(
 def collate(examples: Sequence[Example]) -> dict[str, Any]:
     """Pack examples end to end without padding.
 
-    Returns `input_ids`, `position_ids` (from 0 in each example), `labels` and `roles`, int64 [1, T]; and if an
-    example has signals `teacher_ids` int64 [N, k] (-1 is padding), `teacher_logprobs` float32 [N, k] and `teacher_rows`
-    int64 [N], rows of the T axis. `text_rows` int64 are the rows with a label that have no signal. `lengths` is a list
-    of the examples' lengths. A model keeps the examples apart by the restarting positions: give it no attention mask
-    and `use_cache=False`.
+    Returns `input_ids`, `position_ids` (from 0 in each example), `labels` and `roles`, int64 [1, T]. If an example has
+    signals: `teacher_ids` int64 [N, k] (-1 is padding), `teacher_logprobs` float32 [N, k], and `teacher_rows` int64
+    [N], positions on the T axis. `text_rows` int64: the positions with a label but no signal. `lengths`: a list of the
+    examples' lengths. A model tells the examples apart by the restarting positions: pass no attention mask, and
+    `use_cache=False`.
     """
     if not examples:
         raise ValueError("collate needs at least one example, got none")
@@ -192,12 +192,12 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """A batch with its tensors on a device."""
+    """The batch with its tensors moved to `device`."""
     return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
 
 
 def leave_out(batch: dict[str, Any], start: int) -> None:
-    """Takes the tokens from `start` on out of what a batch trains: their labels, and their rows of signals."""
+    """Exclude the tokens from `start` on from training, in place: drop their labels and signals."""
     batch["labels"][:, start:] = IGNORE
     batch["text_rows"] = batch["text_rows"][batch["text_rows"] < start]
     if "teacher_rows" in batch:
@@ -208,7 +208,10 @@ def leave_out(batch: dict[str, Any], start: int) -> None:
 def _collate_signals(
     examples: Sequence[Example], lengths: Sequence[int], is_trained: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """The signals of the rows that are trained (bool [T]). Their values are checked here: on a GPU it would wait."""
+    """The signals at the trained positions (`is_trained`, bool [T]).
+
+    Their values are checked here, on the CPU: a check on a GPU would synchronise.
+    """
     ids, logprobs, rows = [], [], []
     for example, start in zip(examples, np.cumsum([0, *lengths[:-1]]), strict=True):
         if example.teacher_ids is None or example.teacher_logprobs is None or example.teacher_rows is None:
@@ -227,7 +230,7 @@ def _collate_signals(
 
 
 def _stack_rows(blocks: Sequence[np.ndarray], fill: float) -> np.ndarray:
-    """Blocks [m_i, k_i] under each other, [sum m_i, max k_i], short rows ended with `fill`."""
+    """Concatenate blocks [m_i, k_i] into [sum m_i, max k_i], short rows padded with `fill`."""
     width = max(block.shape[1] for block in blocks)
     padded = [np.pad(block, ((0, 0), (0, width - block.shape[1])), constant_values=fill) for block in blocks]
     return np.concatenate(padded)

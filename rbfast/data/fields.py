@@ -1,4 +1,4 @@
-"""What the fields of a row mean: names that people give to problems, thinking, replies and answers.
+"""Field names and their meanings: what datasets call a problem, thinking, a reply, an answer.
 
 ```python
 meanings(("question", "deepseek_thinking_trajectory", "deepseek_attempt"))
@@ -49,7 +49,7 @@ NAMES = {
 }
 _ROLE_OF = {name.replace("_", ""): role for role, names in NAMES.items() for name in names.split()}
 _ORDER = {name.replace("_", ""): order for names in NAMES.values() for order, name in enumerate(names.split())}
-# What a teacher's name may stand before: "deepseek_attempt", "r1_solution_1", "claude_thinking_trajectory".
+# Field names that a teacher's name may prefix: "deepseek_attempt", "r1_solution_1", "claude_thinking_trajectory".
 _BY_TEACHER = (
     "thinking_trajectory thinking_trajectories reasoning reasoning_content reasoning_trace thinking think thought "
     "trace cot attempt response solution output completion generation generations grade answer correctness correct "
@@ -63,12 +63,12 @@ _NOT_TEACHERS = re.compile(
     r"(?:ground_truth|gold|golden|reference|expected|correct|incorrect|wrong|rejected|non|orig|original|final|short|human)"
     r"(?:_.*)?"
 )
-# Words before such a name that say nothing of whose it is: "model_answer", "long_cot", "CoT_Native_Reasoning".
+# Prefixes that do not name a teacher: "model_answer", "long_cot", "CoT_Native_Reasoning".
 _NOBODY = re.compile(r"(?:model|llm|ai|assistant|generated|predicted|long|full|complex|native|raw|step|cot)(?:_.*)?")
 
 
 class Field(NamedTuple):
-    """A field of a row; `teacher` is whose it is, by its name, and `number` its place among others like it."""
+    """A field of a row. `teacher`: the teacher in its name, if any. `number`: the number that its name ends in."""
 
     name: str
     teacher: str = ""
@@ -77,7 +77,7 @@ class Field(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def meanings(names: tuple[str, ...]) -> Mapping[str, list[Field]]:
-    """The fields of a row by what they mean, those that are named best first; without those of no known meaning."""
+    """The fields of a row by meaning, in the order of NAMES, a teacher's last. Unknown names are left out."""
     found: dict[str, list[Field]] = {}
     numbered = [match["name"] for name in names if (match := _NUMBERED.fullmatch(name))]
     for name in names:
@@ -127,7 +127,7 @@ _SYNONYMS = {"response": "reply", "completion": "reply", "messages": "conversati
 
 
 def parse_map(text: str) -> dict[str, str]:
-    """`problem=question,answer=gold` as a mapping from meanings to fields. Raises ValueError for another form."""
+    """Parse `problem=question,answer=gold` into a mapping from meanings to fields. Raises ValueError if malformed."""
     found = {}
     for part in filter(None, text.split(",")):
         meant, equals, field = (piece.strip() for piece in part.partition("="))
@@ -138,7 +138,7 @@ def parse_map(text: str) -> dict[str, str]:
 
 
 def check_map(fields: Mapping[str, str]) -> dict[str, str]:
-    """The mapping with one name for each meaning. Raises ValueError for an unknown one."""
+    """The mapping with synonyms replaced by the canonical meanings. Raises ValueError for an unknown meaning."""
     renamed = {_SYNONYMS.get(meant, meant): field for meant, field in fields.items()}
     if unknown := set(renamed) - set(MAPPED):
         raise ValueError(f"map: expected one of {', '.join(MAPPED)}, got {', '.join(sorted(unknown))}")
@@ -146,7 +146,7 @@ def check_map(fields: Mapping[str, str]) -> dict[str, str]:
 
 
 def value_at(row: Mapping[str, Any], field: str) -> Any:
-    """The value of a field; `info.answer` is the field `answer` of the object `info`."""
+    """The value of a field. `info.answer` is the field `answer` of the object `info`."""
     if field in row:
         return row[field]
     value: Any = row

@@ -1,4 +1,4 @@
-"""The shapes in which people hold traces and problems, known by what their fields mean, one row at a time.
+"""Read a row of any known format as traces: the format is recognised by the names of the row's fields.
 
 ```python
 interpret({"question": "2+2?", "answer": "Add.\\n#### 4"}).rows     # [{"problem": .., "reasoning": .., "answer": "4"}]
@@ -28,19 +28,19 @@ from rbfast.utils.records import show
 _FOUND = ("generations", "trajectories", "conversations", "completions", "solutions")
 FORMATS = ("native", *_FOUND, "batch")
 _NATIVE = ("problem", "reasoning", "answer")
-# A value: a number, perhaps in a formula or a list; a choice; a verdict. Not "None", "N/A" or "Trivial.".
+# A bare value: a number, perhaps in a formula or a list; a choice; a verdict. Not "None", "N/A" or "Trivial.".
 _BARE = re.compile(r"(?=.*\d)(?:\S{0,80}[^\s.]|[\[(][^\[\]()\n]{1,80}[\])])|[A-J]+|True|False|Yes|No")
 _KEPT = ("plan", *END_FIELDS, "truncated")
 
 
 @dataclass(frozen=True)
 class FormatOptions:
-    """How rows are read, if not by what their fields mean.
+    """How to read rows if their field names are not enough.
 
     Args:
-        format: one of FORMATS; only this one is tried.
+        format: one of FORMATS; no other is tried.
         fields: the field that holds the problem, the answer, ...: `{"problem": "q", "answer": "info.gold"}`.
-        teacher_field: which teacher's trajectory, of several: the start of the field's name, or the whole name.
+        teacher_field: which of several teachers to take: the prefix of its field's name, or the whole name.
 
     Raises:
         ValueError: an unknown format or meaning.
@@ -61,18 +61,19 @@ AUTO = FormatOptions()
 
 @dataclass(frozen=True)
 class Interpretation:
-    """The format of a row, in words for people, and the traces in it as rows with the fields of a trace."""
+    """The format of a row, described in words, and the traces in it as rows with the fields of a trace."""
 
     name: str
     rows: list[Mapping[str, Any]]
 
 
 def interpret(row: Any, options: FormatOptions = AUTO) -> Interpretation:
-    """The traces in a row, with the fields of a trace and, if the row has them, `reference` (the known answer) and the
-    marks of a cut reply; `finished` is true of reasoning that a marked answer followed in the reply. The fields' own
-    checks are left to `Trace`.
+    """The traces in a row, as mappings with the fields of a trace. `Trace` checks their values.
 
-    Raises TraceError if the row is of no known shape, holds no whole trace, or may be read in several ways.
+    If the row has them, also `reference` (the known answer) and the fields that show a truncated reply. `finished` is
+    true if a marked answer followed the reasoning in the reply.
+
+    Raises TraceError if the row has no known format, holds no complete trace, or is ambiguous.
     """
     if isinstance(row, list) and parse_turns(row) is not None:
         row = {"messages": row}
@@ -101,8 +102,11 @@ def interpret(row: Any, options: FormatOptions = AUTO) -> Interpretation:
 
 
 def _is_native(row: Mapping[str, Any]) -> bool:
-    """Whether a row has the fields of a trace: not a switch or a list as its reasoning, none beside a worked answer, or
-    options that belong to its problem."""
+    """Whether a row is a trace already.
+
+    Not so: reasoning that is a list or only a flag ("on"), empty reasoning beside a worked answer, or options that
+    belong in the problem.
+    """
     if not all(name in row for name in _NATIVE) or Row(row).options is not None:
         return False
     reasoning, answer = row["reasoning"], row["answer"]
@@ -112,8 +116,8 @@ def _is_native(row: Mapping[str, Any]) -> bool:
 
 
 def _as_native(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The row with numbers as text, without the marks of thinking and of answers, and without what its other fields say
-    in words of their own ("difficulty": "hard"); itself if nothing has to change."""
+    """The row with numbers as text, without thinking tags and answer marks, and without values of another type
+    ("difficulty": "hard"). The same object if nothing changes."""
     answer, reasoning = row["answer"], row["reasoning"]
     told: dict[str, Any] = {name: as_text(row[name]) for name in MAY_BE_NUMBERS if name in row}
     told["answer"] = (marked_answer(answer) if isinstance(answer, str) else answer_text(answer)) or answer
@@ -126,7 +130,7 @@ def _as_native(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _name(form: str, row: Row, asked: "_Question") -> str:
-    """The name of such rows, for people."""
+    """What to call such rows in messages."""
     names = {"generations": "problems with generations", "completions": "prompts with completions"}
     names |= {"solutions": "problems with solutions", "conversations": "conversations"}
     if form == "trajectories":
@@ -147,12 +151,12 @@ class _Question:
     text: str
     system: str | None
     reply: Turn | None
-    rest: Mapping[str, Any]  # what else its message holds
+    rest: Mapping[str, Any]  # the other fields of its message
     earlier: Sequence[Turn] = ()
 
 
 def _question(row: Row) -> _Question:
-    """The question, with its options if it has any: a conversation's own before that of another field."""
+    """The question, with its options if it has any. A conversation takes precedence over a problem field."""
     conversation = None if "problem" in row.fields and "conversation" not in row.fields else _conversation(row)
     found: Any = conversation
     if conversation is None:
@@ -170,7 +174,7 @@ def _question(row: Row) -> _Question:
 
 
 def _without_opening(turns: list[Turn]) -> list[Turn]:
-    """Turns without a last one that only opens a reply, as a rendered prompt does."""
+    """The turns without a final assistant turn that only opens a reply, as a rendered generation prompt does."""
     said = turns[-1].text.strip()
     only_opens = turns[-1].role == ASSISTANT and (not said or OPENER.fullmatch(said) is not None)
     return turns[:-1] if only_opens else turns
@@ -187,8 +191,7 @@ def _conversation(row: Row) -> list[Turn] | None:
 
 
 def _unnamed_conversation(row: Row) -> list[Turn] | None:
-    """A conversation in a field that no name tells: the messages of a preferred reply, or of any one field; or a text
-    that a template rendered."""
+    """A conversation in a field whose name does not say so: messages (of a preferred reply, say) or rendered text."""
     found = [(one.name, value) for one, value in row.candidates("reply")]
     found += [item for item in row.unknown() if item not in found]
     whole = []
@@ -208,7 +211,7 @@ def _turns_or_none(value: Any) -> list[Turn] | None:
 
 
 def _history(row: Row) -> list[Turn]:
-    """Turns that a field of its own keeps from before the problem."""
+    """The turns before the problem, if a separate field holds them."""
     found = row.one("earlier")
     turns = (parse_turns(found[1]) or parse_pairs(found[1])) if found else []
     if turns is None:
@@ -218,7 +221,7 @@ def _history(row: Row) -> list[Turn]:
 
 
 def _system(row: Row) -> str | None:
-    """A system prompt in a field of its own: a text, or blocks of text."""
+    """The system prompt in a separate field: a text, or blocks of text."""
     found = row.candidates("system")
     return next((text for _, value in found if (text := text_of(value)[1].strip())), None)
 
@@ -232,7 +235,7 @@ def _problem_field(row: Row) -> Any:
         return asked[1][0]
     shortest = min(texts, key=len, default="")
     if len(texts) == len(found) > 1 and all(shortest.strip() in text for text in texts):
-        found = [(one, value) for one, value in found if value == shortest]  # the others say how to answer it
+        found = [(one, value) for one, value in found if value == shortest]  # the others add an instruction
     problem = only("problem", found)
     if problem is None:
         hint = "a batch's output holds no questions: join it with its requests" if "custom_id" in row.values else ADVICE
@@ -244,14 +247,14 @@ def _problem_field(row: Row) -> Any:
 
 
 def _is_question(value: Any) -> bool:
-    """One turn of a user alone, as a text: `turns: ["2+2?"]`."""
+    """Whether the value is a single user turn as text: `turns: ["2+2?"]`."""
     return isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], str)
 
 
 def question_of(row: Any, options: FormatOptions = AUTO) -> dict[str, Any]:
-    """The `problem` of a row, with `answer`, `system`, `domain`, `source` and `id` if it has them; no reply is needed.
+    """The `problem` of a row, with `answer`, `system`, `domain`, `source` and `id` if it has them. It needs no reply.
 
-    Raises TraceError if it has no problem, or more than one field that may be it.
+    Raises TraceError if it has no problem, or several fields that may be the problem.
     """
     if not isinstance(row, Mapping):
         raise TraceError(f"expected an object with a problem, got {show(row)}")
@@ -266,7 +269,7 @@ def question_of(row: Any, options: FormatOptions = AUTO) -> dict[str, Any]:
 
 
 def _gold(row: Row, asked: _Question) -> str | None:
-    """The known answer in a solution or in the question's own message."""
+    """The known answer in a solution field or in the question's message."""
     texts = [value for role in ("solution", "reference") for _, value in row.candidates(role) if isinstance(value, str)]
     found = next((answer for text in texts if (answer := stated_answer(text))), None)
     return (
@@ -277,7 +280,7 @@ def _gold(row: Row, asked: _Question) -> str | None:
 
 
 def _stated_field(row: Row) -> str | None:
-    """The answer in a field of its own, else in an object of the row; several fields must agree."""
+    """The answer in an answer field, else in an object of the row. If several fields have one, they must agree."""
     if row.options and (label := chosen([value for _, value in row.choices()], row.options)):
         return label
     found = row.candidates("answer") or row.inner_answers() or _bare_solutions(row)
@@ -288,7 +291,7 @@ def _stated_field(row: Row) -> str | None:
 
 
 def _bare_solutions(row: Row) -> list[tuple[Field, str]]:
-    """Solutions that are a value and no working, as s1K has them: "128", "BCD", "[7, 8]"."""
+    """Solutions that are a bare value, as in s1K: "128", "BCD", "[7, 8]"."""
     texts = [(one, as_text(value)) for one, value in row.candidates("solution")]
     return [(one, text) for one, text in texts if text and _BARE.fullmatch(text.strip())]
 
@@ -297,8 +300,11 @@ def _bare_solutions(row: Row) -> list[tuple[Field, str]]:
 
 
 def _trace_row(row: Row, asked: _Question, reply: Reply, form: str, count: int) -> dict[str, Any]:
-    """A trace's fields. The answer is the one the reply states, else the one in a field of its own; after thinking, a
-    reply that marks none is the answer. What is said beside code ("the answer is printed") is not."""
+    """A trace's fields.
+
+    The answer is the one that the reply states, else the one in an answer field, else, after thinking, the whole reply.
+    In a reply with code only a marked answer counts: "the answer is printed" states none.
+    """
     is_code = bool(reply.thought) and "```" in reply.text
     field_answer, own = _stated_field(row), marked_answer(reply.text) if is_code else stated_answer(reply.text)
     answer = own or field_answer
@@ -329,7 +335,7 @@ def _trace_row(row: Row, asked: _Question, reply: Reply, form: str, count: int) 
 
 
 def _earlier(turn: Turn) -> dict[str, str]:
-    """A turn before the problem as a trace keeps it."""
+    """A turn before the problem, in the form of `Trace.turns`."""
     if turn.role == USER:
         return {"role": USER, "content": turn.text}
     thought, text, *_ = reply_of_turn(turn)
@@ -337,7 +343,7 @@ def _earlier(turn: Turn) -> dict[str, str]:
 
 
 def _about(row: Row, asked: _Question, reply: Reply, count: int) -> dict[str, Any]:
-    """What the row says of its trace."""
+    """The metadata of a trace: domain, source, id, teacher, difficulty, finish reason, verdict."""
     found: dict[str, Any] = {name: row.text(name) for name in ("domain", "source", "id", "teacher")}
     found["source"] = found["source"] or as_text(asked.rest.get("source"))
     found["teacher"] = reply.teacher or found["teacher"]

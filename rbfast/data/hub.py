@@ -12,8 +12,8 @@ _NAME = re.compile(
     r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:(?::(?P<config>[^:\[\]]+))?:(?P<split>(?:[^:\[\]]|\[[^\[\]]*\])+))?"
 )
 FORMS = "owner/name, owner/name:split or owner/name:config:split"
-# Where the benchmarks live on the hub, and which split is theirs. AIME 24 has the columns id, problem, solution, answer
-# ("025" with its zeros), url and year; AIME 25 has problem, answer and id; 30 rows each.
+# The benchmarks' datasets and splits. AIME 24 has the columns id, problem, solution, answer ("025", zero-padded), url
+# and year; AIME 25 has problem, answer and id; 30 rows each.
 BENCHMARKS = {
     "math-500": "HuggingFaceH4/MATH-500:test",
     "aime24": "HuggingFaceH4/aime_2024:train",
@@ -24,7 +24,7 @@ BENCHMARKS = {
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A split of a dataset, of one of its configs if it has several."""
+    """A split of a dataset, and its config if it has several."""
 
     name: str
     config: str | None
@@ -35,13 +35,13 @@ class HubDataset:
 
 
 def named(text: str, split: str) -> HubDataset | None:
-    """What `text` names, with `split` if it names none; None if it is not of one of the FORMS."""
+    """The dataset that `text` names, with `split` as the default; None if `text` has none of the FORMS."""
     match = _NAME.fullmatch(text)
     return match and HubDataset(match["name"], match["config"], match["split"] or split)
 
 
 def load_rows(dataset: HubDataset, streaming: bool = False) -> Iterable[dict[str, Any]]:
-    """Its rows, one at a time as they arrive if `streaming`. Raises ValueError if they cannot be loaded."""
+    """The rows of a dataset, streamed if `streaming`. Raises ValueError if they cannot be loaded."""
     import datasets
 
     whole = "[" not in dataset.split  # a slice cannot be streamed

@@ -1,4 +1,4 @@
-r"""How a student is asked for its answer, and how it writes that answer: the same in training and at inference.
+r"""The instruction after a problem, and how the student marks its answer: the same in training and at inference.
 
 ```python
 BOXED.request("2+2?")                                    # "2+2?\n\nPlease reason step by step, and put ..."
@@ -27,10 +27,10 @@ class Instruction:
     """What a prompt says after the problem, and how an answer is marked.
 
     Attributes:
-        text: empty if nothing is said.
-        style: "tags" is `<answer>4</answer>`, "box" is `\\boxed{4}`, "plain" is the answer alone, after `The answer is`
-            if no thinking was closed before it.
-        system: the system prompt of a problem that comes without its own; empty for none.
+        text: the instruction; empty for none.
+        style: "tags": `<answer>4</answer>`. "box": `\\boxed{4}`. "plain": the answer alone, after `The answer is` if
+            it follows no closed thinking.
+        system: the system prompt for problems without their own; empty for none.
     """
 
     text: str
@@ -41,8 +41,8 @@ class Instruction:
         return f"{problem}\n\n{self.text}" if self.text else problem
 
     def write(self, answer: str, *, after_thinking: bool = False) -> str:
-        """The answer as the student writes it. An answer that no box can hold (several lines, braces that do not match)
-        is written without one."""
+        """The answer as the student writes it. One that does not fit a box (several lines, unbalanced braces) is
+        written without it."""
         if self.style == "tags":
             return f"<answer>{answer}</answer>"
         if self.style == "box" and _fits_a_box(answer):
@@ -51,12 +51,12 @@ class Instruction:
 
     @property
     def opens(self) -> str:
-        """What stands before an answer that follows no closed thinking."""
+        """The text before an answer that follows no closed thinking."""
         return {"tags": "<answer>", "box": "\\boxed{", "plain": _PHRASE.strip()}[self.style]
 
     @property
     def closes(self) -> str:
-        """What ends an answer; empty if only the end of the turn does."""
+        """The text after an answer; empty if only the end of the turn ends it."""
         return "</answer>" if self.style == "tags" else ""
 
 
@@ -67,7 +67,8 @@ _NAMED = {"answer": ANSWER, "boxed": BOXED, "none": NONE}
 
 
 def instruction_named(name: str) -> Instruction:
-    """The instruction of a name (answer, boxed, none), else `name` itself as one: it is marked as it says."""
+    """The instruction called `name` (answer, boxed, none), else `name` itself as the text of one, its style by what it
+    mentions."""
     if name.strip().lower() in _NAMED:
         return _NAMED[name.strip().lower()]
     style: Style = "tags" if "<answer>" in name else "box" if "\\boxed" in name else "plain"
@@ -80,13 +81,13 @@ def _fits_a_box(answer: str) -> bool:
 
 
 def write_instruction(folder: str | Path, instruction: Instruction, about: Mapping[str, Any]) -> None:
-    """Writes prompt.json, which says how the student in `folder` is asked; `about` says more, for people."""
+    """Write prompt.json into a student's folder. `about` holds further entries, for people to read."""
     record = {"instruction": instruction.text, "style": instruction.style, "system": instruction.system, **about}
     write_text(Path(folder) / FILE, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 def saved_instruction(folder: str | Path) -> Instruction | None:
-    """What `write_instruction` wrote, None if there is no such file. Raises ValueError for a file that is broken."""
+    """What `write_instruction` wrote; None if there is no such file. Raises ValueError for a broken file."""
     path = Path(folder) / FILE
     record = read_json(path, {"instruction": str, "style": str})
     if record is None:

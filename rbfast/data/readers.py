@@ -1,4 +1,4 @@
-"""Traces and rows from files and the hub, and traces into files.
+"""Read traces and rows from files and the hub, and write traces.
 
 traces = read_traces("traces.jsonl")                     # or .json, .parquet, .arrow, .csv, a folder of them, a hub id
 traces = read_traces("pool.jsonl", on_error="skip", unreadable="pool.unreadable.jsonl")
@@ -37,13 +37,13 @@ def read_traces(
     `owner/name:split` or `owner/name:config:split`), in any shape of docs/formats.md.
 
     Args:
-        limit: the first so many, if not all.
-        options: how rows are read, if not by what their fields mean.
-        on_error: "raise" stops at the first row that holds no trace; "skip" skips it with a warning.
-        unreadable: JSONL file for the rows that were skipped: where each stands, and why.
+        limit: read only the first `limit` traces.
+        options: how to read rows if their field names are not enough.
+        on_error: "raise" stops at the first row without a trace; "skip" skips it with a warning.
+        unreadable: JSONL file for the skipped rows: the location of each, and the reason.
 
     Raises:
-        TraceError: a row that holds no trace; with "skip", a source without any in it, or in its first 100 rows.
+        TraceError: a row without a trace; with "skip", a source without any trace, or with none in its first 100 rows.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
@@ -58,12 +58,15 @@ def read_traces(
     return traces
 
 
-PATIENCE = 100  # rows without a trace, at the start of a source
+PATIENCE = 100  # give up after this many rows without a trace at the start of a source
 
 
 class TraceReader:
-    """The traces of a source, one at a time; the formats of its rows (`counts`), and skipped rows with the reason
-    (`unreadable`). With `skip` it gives up if none of the first `patience` rows holds a trace."""
+    """Iterate over the traces of a source.
+
+    `counts` counts the formats of its rows, `unreadable` lists skipped rows with the reason. With `skip` it raises
+    TraceError if none of the first `patience` rows holds a trace.
+    """
 
     def __init__(
         self,
@@ -84,7 +87,7 @@ class TraceReader:
         return (trace for trace, _ in self.with_rows())
 
     def with_rows(self) -> Iterator[tuple[Trace, Mapping[str, Any]]]:
-        """Each trace, and the row that `interpret` made of it."""
+        """Each trace, and the row from `interpret` that it was made from."""
         for where, row in self._rows:
             try:
                 name, traces = _traces_of(row, self.options)
@@ -110,7 +113,7 @@ class TraceReader:
             raise TraceError(self.complaint())
 
     def complaint(self) -> str:
-        """Why nothing was read."""
+        """The message that says why nothing was read."""
         if not self.unreadable:
             return f"{self.source}: expected at least one trace, got none"
         first = self.unreadable[0][1]
@@ -127,7 +130,7 @@ class TraceReader:
         return f"reads {read or 'no rows'}{left}"
 
     def list_unreadable(self, path: str | Path) -> None:
-        """Writes the rows that were not read as JSONL: where each stands, and why."""
+        """Write the rows that were not read as JSONL: the location of each, and the reason."""
         lines = [
             json.dumps({"where": where, "reason": reason}, ensure_ascii=False) for where, reason in self.unreadable
         ]
@@ -148,15 +151,17 @@ def _traces_of(row: Any, options: FormatOptions) -> tuple[str, list[tuple[Trace,
 
 
 def read_rows(source: str | Path, *, split: str = "train") -> Iterator[tuple[str, Any]]:
-    """Every row, unchecked, with where it stands ("file:line"), one at a time; sources as for `read_traces`."""
+    """Every row, unchecked, with its location ("file:line"), one at a time. Sources as for `read_traces`."""
     return _rows(source, split, streaming=True)
 
 
 def read_native_rows(
     source: str | Path, options: FormatOptions = AUTO, *, note: Callable[[list[str]], None] | None = None
 ) -> Iterator[tuple[str, Any]]:
-    """Every trace as a row with the fields of a trace, unchecked, and the TraceError in place of a row that holds none;
-    sources as for `read_traces`. `note` gets the format of each row."""
+    """Every trace as an unchecked row with the fields of a trace; a TraceError in place of a row without a trace.
+
+    Sources as for `read_traces`. `note` is called with the format of each row.
+    """
     for where, row in _rows(source, "train", streaming=True, lenient=True):
         if isinstance(row, TraceError):
             yield where, row
@@ -175,7 +180,7 @@ def read_native_rows(
 
 
 def _rows(source: str | Path, split: str, streaming: bool, lenient: bool = False) -> Iterator[tuple[str, Any]]:
-    """Rows; if `lenient`, a TraceError in place of a line that is no JSON."""
+    """Located rows; if `lenient`, a TraceError in place of a line that is not JSON."""
     path = Path(source)
     if path.exists():
         return rows_of_path(path, split, lenient)
@@ -195,8 +200,8 @@ def _rows_hub(dataset: hub.HubDataset, streaming: bool) -> Iterator[tuple[str, A
 
 
 def record_of(trace: Trace, row: Mapping[str, Any]) -> dict[str, Any]:
-    """The trace as JSON writes it, and what curation reads in its row besides: the right answer, and whether the text
-    came to its end."""
+    """The trace as JSON, with what curation also reads from its row: the reference answer, and whether the text is
+    complete."""
     said = {name: row.get(name) for name in ("reference", "finished", *END_FIELDS)}
     plain = {name: value if isinstance(value, bool) else as_text(value) for name, value in said.items()}
     return trace.to_dict() | {name: value for name, value in plain.items() if value is not None}
@@ -208,8 +213,7 @@ def write_traces(path: str | Path, traces: Iterable[Trace]) -> int:
 
 
 def write_records(path: str | Path, records: Iterable[Mapping[str, Any]]) -> int:
-    """Write JSONL, whole or not at all: a temporary file in the same folder takes the name at the end. Returns how many
-    records there were."""
+    """Write JSONL atomically, through a temporary file in the same folder. Returns the number of records."""
     count = 0
     with replacing(path, "w") as file:
         for record in records:

@@ -1,11 +1,11 @@
-"""Conversations that a chat template has rendered into one text: the turns of it, by the marks that templates use."""
+"""Parse text that a chat template rendered back into turns, by the marks of known templates."""
 
 import re
 
 from rbfast.data.conversations import ASSISTANT, SYSTEM, USER, Turn
 
 _ROLE = r"(?P<role>system|user|assistant|model)"
-# Where a turn begins, and what ends it if the next turn doesn't.
+# What opens a turn, and what closes it if the next turn does not.
 _MARKS = (
     (rf"<\|im_start\|>{_ROLE}\n", r"<\|im_end\|>"),
     (rf"<\|start_header_id\|>{_ROLE}<\|end_header_id\|>\s*", r"<\|eot_id\|>|<\|end_of_text\|>"),
@@ -19,7 +19,7 @@ _ROLES = {"system": SYSTEM, "user": USER, "instruction": USER, "input": USER}
 
 
 def parse_rendered(text: str) -> list[Turn] | None:
-    """The turns of a text in which a user and an assistant speak between marks, or None if it is none."""
+    """The turns of a rendered conversation, or None if `text` is not one with a user and an assistant turn."""
     for begin, end in _PATTERNS:
         marks = list(begin.finditer(text))
         if len(marks) < 2:

@@ -1,5 +1,5 @@
-"""Where in a row the reply is: generations with verdicts, trajectories of several teachers, a conversation's last turn,
-a completion, a worked solution. `find_replies` knows them by what the fields mean (`rbfast.data.fields`).
+"""Find the replies in a row: generations with verdicts, trajectories of several teachers, a conversation's last turn,
+a completion, a worked solution. `find_replies` goes by the meanings of the fields (`rbfast.data.fields`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,30 +12,30 @@ from rbfast.data.row import Row, object_in, only
 from rbfast.data.trace import TraceError
 from rbfast.utils.records import show
 
-_FLAGS = {"on", "off", "true", "false", "yes", "no", "none", "low", "medium", "high"}  # not thoughts, but how to think
+_FLAGS = {"on", "off", "true", "false", "yes", "no", "none", "low", "medium", "high"}  # thinking modes, not thoughts
 _RIGHT = {"yes", "true", "correct", "right", "1", "pass", "passed", "y"}
 _WRONG = {"no", "false", "incorrect", "wrong", "0", "fail", "failed", "n"}
 END_FIELDS = ("finish_reason", "done_reason", "stop_reason")
-# What servers say there of a reply that is whole, of one that the limit of tokens cut, and of all that are cut.
+# Values of these fields for a complete reply, for one that hit the token limit, and for any truncated one.
 FINISHED = {"stop", "stop_sequence", "end_turn", "eos", "eos_token", "complete", "completed", "finished", "done"}
 AT_LIMIT = {"length", "max_tokens", "max_output_tokens", "max_completion_tokens"}
 _CUT = AT_LIMIT | {"model_length", "incomplete", "content_filter", "error", "abort"}
 
 
 class Reply(NamedTuple):
-    """What a teacher wrote: the thinking, if there is any, and the text."""
+    """A teacher's reply: the thinking, if there is any, and the text."""
 
     thought: str | None
     text: str
     verified: bool | None = None
     teacher: str = ""
-    number: int | None = None  # among the row's
+    number: int | None = None  # its index among the row's replies
 
 
 def find_replies(row: Row, reply: Turn | None, formats: Sequence[str]) -> tuple[str, list[Reply]]:
-    """The format of the first of `formats` that has a reply here, and the replies: several only if several are right.
+    """The first of `formats` that finds a reply in the row, and the replies: more than one only if several are right.
 
-    `reply` is the last turn of the row's conversation, if it has one.
+    `reply` is the last assistant turn of the row's conversation, if it has one. Raises TraceError if there is no reply.
     """
     for name in formats:
         if found := _FINDERS[name](row, reply):
@@ -47,7 +47,7 @@ def find_replies(row: Row, reply: Turn | None, formats: Sequence[str]) -> tuple[
 
 
 def _without_reply(row: Row, reply: Turn | None, formats: Sequence[str]) -> TraceError:
-    """Why a row holds no reply."""
+    """The error for a row without a reply."""
     for one, value in row.candidates("answer"):
         if isinstance(value, str) and "\n" in value.strip():
             return TraceError(
@@ -81,7 +81,7 @@ def _generations(row: Row, _: Turn | None) -> list[Reply]:
 
 
 def _is_series(value: object) -> bool:
-    """Several replies: a list, of texts or of messages, that is no conversation and no list of blocks."""
+    """Whether a value is a list of replies (texts or messages), not a conversation and not a list of blocks."""
     if not isinstance(value, list | tuple) or parse_turns(value) is not None:
         return False
     return not all(isinstance(item, Mapping) and "type" in item for item in value)
@@ -90,7 +90,7 @@ def _is_series(value: object) -> bool:
 def _judged(
     row: Row, teacher: str, replies: Sequence[Reply | TraceError], verdicts: Sequence[bool | None]
 ) -> list[Reply]:
-    """Every right reply; else the first that is whole."""
+    """Every reply that was judged right, else the first complete one."""
     whole = _complete(row, len(replies))
     found = [
         reply._replace(verified=verdict, teacher=teacher, number=number)
@@ -106,7 +106,7 @@ def _judged(
 
 
 def _verdicts(row: Row, replies: Sequence[Any]) -> list[bool | None]:
-    """Of each generation: right if any of the row's judges says so, wrong if they only say the contrary."""
+    """The verdict on each generation: right if any of the row's judges says so, wrong if all that judged say wrong."""
     count = len(replies)
     columns: list[Any] = [[_own_verdict(reply) for reply in replies]]
     columns += [value for _, value in row.candidates("verdict")]
@@ -121,7 +121,7 @@ def _verdicts(row: Row, replies: Sequence[Any]) -> list[bool | None]:
 
 
 def _own_verdict(reply: Any) -> Any:
-    """What an object that is a reply says of itself."""
+    """The verdict inside a reply that is an object."""
     if not isinstance(reply, Mapping):
         return None
     return next((reply[one.name] for one in meanings(tuple(map(str, reply))).get("verdict", ())), None)
@@ -135,7 +135,7 @@ def verdict_of(value: object) -> bool | None:
 
 
 def cut_by_server(row: Mapping[str, Any]) -> str | None:
-    """Why a row's reply is known not to be whole, by what its server said of its end; Gemini says so in capitals."""
+    """Why a reply was truncated, by its server's finish reason (Gemini's is in capitals); None if it was not."""
     for field in END_FIELDS:
         if str(row.get(field)).lower() in _CUT:
             return f"truncated: its {field} is {row[field]}"
@@ -189,7 +189,7 @@ def read_reply(value: object) -> Reply:
 
 
 def _fields_of_reply(value: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The thinking and the rest of a reply that is an object of both: `{"reasoning": .., "answer": ..}`."""
+    """(thinking, text) of a reply that is an object with both, `{"reasoning": .., "answer": ..}`; None for others."""
     found = meanings(tuple(map(str, value)))
     thoughts = [text for one in found.get("reasoning", ()) if (text := _thought_text(one, value[one.name]))]
     said = [as_text(value[one.name]) for role in ("reply", "answer") for one in found.get(role, ())]
@@ -202,7 +202,7 @@ def reply_of_turn(turn: Turn) -> Reply:
 
 
 def split_reply(thought: str | None, text: str) -> Reply:
-    """Thinking that came beside a reply, else that in its tags; raises TraceError if they are never closed."""
+    """A reply with the thinking given beside it, else with that in its tags. Raises TraceError for unclosed tags."""
     tagged, rest = split_thinking(text)
     return Reply((thought and thought.strip()) or tagged, rest)
 
@@ -211,7 +211,7 @@ def split_reply(thought: str | None, text: str) -> Reply:
 
 
 def _trajectories(row: Row, reply: Turn | None) -> list[Reply]:
-    """Thinking in a field of its own, with the reply beside it."""
+    """A reply whose thinking has a separate field."""
     thoughts = [(one, text) for one, value in row.candidates("reasoning") if (text := _thought_text(one, value))]
     if not thoughts:
         return []
@@ -227,7 +227,7 @@ def _trajectories(row: Row, reply: Turn | None) -> list[Reply]:
 
 
 def is_flag(value: object) -> bool:
-    """Whether a text only says how to think: "on", "high"."""
+    """Whether a value is only a thinking mode: "on", "high"."""
     return isinstance(value, str) and value.strip().lower() in _FLAGS
 
 
@@ -248,8 +248,7 @@ def _first(value: object) -> object:
 
 
 def _chosen(row: Row, found: Sequence[tuple[Field, Any]]) -> list[tuple[Field, Any]]:
-    """The fields of one teacher: the requested one, the only one, else the first that is graded right, else the first
-    graded."""
+    """The fields of one teacher: the requested one, the only one, the first graded right, or the first graded."""
     teachers = list(dict.fromkeys(one.teacher for one, _ in found))
     if row.teacher_field is not None:
         wanted = [(one, value) for one, value in found if row.teacher_field in (one.teacher, one.name)]
@@ -270,7 +269,7 @@ def _chosen(row: Row, found: Sequence[tuple[Field, Any]]) -> list[tuple[Field, A
 
 
 def _verdict_by(row: Row, teacher: str) -> bool | None:
-    """The verdict on a teacher's reply; on nobody's in particular if there is only one."""
+    """The verdict on a teacher's reply. If the row has only one verdict, it counts for any teacher."""
     found = [(one, value) for one, value in row.candidates("verdict") if one.name != "label" or isinstance(value, bool)]
     return next((verdict_of(value) for one, value in found if one.teacher == teacher or len(found) == 1), None)
 
@@ -288,7 +287,7 @@ def _completions(row: Row, _: Turn | None) -> list[Reply]:
 
 
 def _solutions(row: Row, _: Turn | None) -> list[Reply]:
-    """A worked solution; or an answer that holds its working, as GSM8K's does."""
+    """A worked solution, or an answer field that contains the working, as in GSM8K."""
     if found := row.one("solution"):
         return [read_reply(_first(found[1]))._replace(verified=_verdict_by(row, ""))]
     for value in (value for _, value in row.candidates("answer") if isinstance(value, str)):

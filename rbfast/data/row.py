@@ -1,4 +1,4 @@
-"""A row with what its fields mean: which of them may be its problem, its reply, its answer.
+"""Look up the fields of a row by meaning: which of them may be its problem, its reply, its answer.
 
 Row({"question": "2+2?", "gold": "4"}).one("answer")                # (Field("gold"), "4")
 """
@@ -17,14 +17,14 @@ from rbfast.data.trace import TraceError
 
 @dataclass(frozen=True)
 class Row:
-    """A row with what its fields mean. `fields` says of some what they mean; those mean nothing else."""
+    """A row whose fields are looked up by meaning. `fields` maps meanings to field names and overrides the names."""
 
     values: Mapping[str, Any]
     fields: Mapping[str, str] = field(default_factory=dict)
     teacher_field: str | None = None
 
     def candidates(self, role: str) -> list[tuple[Field, Any]]:
-        """The fields with this meaning that hold something."""
+        """The non-empty fields with this meaning."""
         if role in self.fields:
             return [(Field(self.fields[role]), value_at(self.values, self.fields[role]))]
         taken = set(self.fields.values())
@@ -35,13 +35,13 @@ class Row:
 
     @cached_property
     def options(self) -> Mapping[str, str] | None:
-        """The options of a question of multiple choice, by their labels."""
+        """The options of a multiple-choice question, by label."""
         named = next((found for _, value in self.candidates("options") if (found := options_of(value))), None)
         return named or options_beside(self.values)
 
     def choices(self) -> list[tuple[Field, Any]]:
-        """The fields that may say which option is right. Beside options that are numbers a number is one of them, not
-        its place."""
+        """The fields that may say which option is right. If the options are numbers, a number is an option, not an
+        index."""
         found = [*self.candidates("answer"), *self.candidates("choice"), *self.candidates("verdict")]
         lists = [value for _, value in self.candidates("options") if isinstance(value, list | tuple)]
         are_numbers = any(isinstance(option, int | float) for options in lists for option in options)
@@ -52,12 +52,12 @@ class Row:
         return any(self.candidates(role) for role in ("reply", "reasoning"))
 
     def unknown(self) -> list[tuple[str, Any]]:
-        """The fields of no known meaning that hold something."""
+        """The non-empty fields of unknown meaning."""
         known = {one.name for fields in meanings(tuple(map(str, self.values))).values() for one in fields}
         return [(str(name), value) for name, value in self.values.items() if name not in known and _holds(value)]
 
     def inner_answers(self) -> list[tuple[Field, Any]]:
-        """Answers in the objects of the row, or in their JSON: `reward_model.ground_truth`."""
+        """Answers inside objects of the row, or inside JSON text: `reward_model.ground_truth`."""
         found = []
         for name, value in self.values.items():
             inner = object_in(value)
@@ -85,7 +85,7 @@ def only(role: str, found: Sequence[tuple[Field, Any]]) -> tuple[Field, Any] | N
 
 
 def object_in(value: Any) -> Mapping[str, Any]:
-    """An object, also one written as a short JSON text; empty for anything else."""
+    """A mapping, also one given as a short JSON text; empty for anything else."""
     if isinstance(value, str) and value[:1] == "{" and len(value) < 10_000:
         try:
             value = json.loads(value)

@@ -1,5 +1,5 @@
-"""The rows of files, one at a time, each with where it stands: JSON lines, JSON, Parquet, Arrow, CSV, gzipped or not,
-and folders of them.
+"""Read the rows of files and folders one at a time, each with its location: JSON lines, JSON, Parquet, Arrow, CSV,
+gzipped or not.
 
 for where, row in rows_of_path(Path("data/"), "train"): ...             # ("data/train-0.parquet: row 0", {...})
 """
@@ -19,7 +19,7 @@ from rbfast.utils.records import objects_of, place_of, show
 
 _LONGEST_LINE = 64 * 2**20  # bytes; 32k tokens with a top-20 each are a quarter of it
 _LINES = (".jsonl", ".ndjson")
-_CELLS = {".csv": ",", ".tsv": "\t"}  # what stands between them
+_CELLS = {".csv": ",", ".tsv": "\t"}  # delimiters
 SUFFIXES = (*_LINES, ".json", ".parquet", ".arrow", *_CELLS)
 KINDS = ".jsonl, .json, .parquet, .arrow, .csv or .tsv file (.gz too)"
 _WRITTEN = {"datasheet.json": "reason1k.jsonl", "teach.json": "traces.jsonl"}  # by curate and teach, beside other files
@@ -37,15 +37,14 @@ def _kind_of(path: Path) -> str:
 
 
 def is_path_of_rows(text: str) -> bool:
-    """Whether a text names a file of rows, or a folder that is there, rather than anything else that has a name."""
+    """Whether a text names a file of rows or an existing folder, rather than a task or a dataset on the hub."""
     return is_file_of_rows(Path(text)) or ("/" in text and Path(text).is_dir())
 
 
 def rows_of_path(path: Path, split: str, lenient: bool = False) -> Rows:
-    """The rows of a file, or of the files of a folder that hold the split; if `lenient`, a TraceError in place of a
-    line that is no JSON.
+    """The rows of a file, or of a folder's files of that split. If `lenient`, a TraceError replaces a broken line.
 
-    Raises TraceError for a file that is broken or of another kind.
+    Raises TraceError for a file that is broken or of an unknown kind.
     """
     if path.is_dir():
         for file in _files_of(path, split):
@@ -67,8 +66,11 @@ def rows_of_path(path: Path, split: str, lenient: bool = False) -> Rows:
 
 
 def _files_of(folder: Path, split: str) -> list[Path]:
-    """The files of a folder in order: the traces that `teach` or `curate` wrote, what `save_to_disk` wrote, else those
-    of the split, else all if no name tells a split. Tables of text count if there is nothing else: many list files."""
+    """The files of a folder, in order.
+
+    If `teach` or `curate` wrote the folder, their traces; if `save_to_disk` did, its files; else the files named after
+    the split; else all. CSV files count only if there is nothing else, because many of them are file lists.
+    """
     for mark, traces in _WRITTEN.items():
         if (folder / mark).is_file() and (folder / traces).is_file():
             return [folder / traces]
@@ -114,7 +116,7 @@ def _rows_jsonl(path: Path, lenient: bool) -> Rows:
 
 
 def _rows_json(path: Path, lenient: bool) -> Rows:
-    """The rows of a list, of an object that holds one list, or columns; or of a line each."""
+    """The rows of a JSON list, of an object with one list, or of an object of columns; or JSON lines."""
     with _open(path) as file:
         data = file.read()
     try:
@@ -135,7 +137,7 @@ def _rows_json(path: Path, lenient: bool) -> Rows:
 
 
 def _are_json_lines(data: bytes) -> bool:
-    """Whether the first line is a whole object."""
+    """Whether the first line is a complete JSON object."""
     try:
         return isinstance(json.loads(data.lstrip().split(b"\n", 1)[0].decode("utf-8-sig")), dict)
     except (ValueError, RecursionError):
@@ -157,7 +159,7 @@ def _rows_parquet(path: Path) -> Rows:
 
 
 def _rows_arrow(path: Path) -> Rows:
-    """The rows of an Arrow file, or stream, which is what `datasets` writes."""
+    """The rows of an Arrow file, or of an Arrow stream, which `datasets` writes."""
     import pyarrow
 
     try:
@@ -176,7 +178,7 @@ def _rows_arrow(path: Path) -> Rows:
 
 
 def _rows_csv(path: Path, lenient: bool, delimiter: str) -> Rows:
-    """The rows of a table of text whose first row names the columns; an empty cell is None, any other is text."""
+    """The rows of a CSV file whose first row names the columns. An empty cell is None, any other is text."""
     csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_LINE))
     with _open(path) as source, io.TextIOWrapper(source, encoding="utf-8-sig", newline="") as text:
         rows = csv.DictReader(text, delimiter=delimiter, strict=True)

@@ -7,10 +7,9 @@ with SignalStore(folder, teacher="my-teacher", k=32) as store:
 missing = SignalStore.open(folder).fill(examples)                # before training
 ```
 
-A trace is looked up by its token ids, so that signals of another text or tokenizer are never taken for its own.
-Unlisted tokens are the tail: its mass is 1 minus the sum, so log-probs are kept in fp32 (rounded to 16 bits
-they would change the gradient of a student near the teacher by percents). A token takes `k` times 6 bytes, or 8 in
-vocabularies above 65,536.
+A trace is looked up by its token ids, so signals of another text or tokenizer never match. The tail's mass is 1 minus
+the sum of the listed tokens, so log-probs are kept in fp32: rounded to 16 bits they would change the gradient of a
+student near the teacher by percents. A token takes `k` times 6 bytes, or 8 for vocabularies above 65,536.
 """
 
 from __future__ import annotations
@@ -50,18 +49,18 @@ class _Entry:
 
 
 class SignalStore:
-    """A folder of shards that grows; whole shards only, so that an interrupted run resumes after the last one."""
+    """A growing folder of shards. Only complete shards are written, so an interrupted run resumes after the last."""
 
     def __init__(self, folder: str | Path, teacher: str, k: int, vocabulary: int) -> None:
-        """Opens the folder, or makes it.
+        """Open the folder, or create it.
 
         Args:
-            teacher: whose log-probs they are, as a name.
-            k: candidates per token, at most.
-            vocabulary: of the student, whose ids they are.
+            teacher: the name of the teacher.
+            k: the most candidates per token.
+            vocabulary: the size of the student's vocabulary.
 
         Raises:
-            ValueError: the folder holds signals of another teacher, k or vocabulary, or a file that is none.
+            ValueError: the folder holds signals of another teacher, k or vocabulary, or a broken file.
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
@@ -80,7 +79,7 @@ class SignalStore:
 
     @classmethod
     def open(cls, folder: str | Path) -> SignalStore:
-        """An existing folder. Raises ValueError if it holds no signals."""
+        """Open an existing folder. Raises ValueError if it holds no signals."""
         about = _read_manifest(Path(folder) / MANIFEST)
         return cls(folder, about["teacher"], about["k"], about["vocabulary"])
 
@@ -98,7 +97,7 @@ class SignalStore:
         return key in self._places or any(entry.key == key for entry in self._pending)
 
     def add(self, example: Example, rows: np.ndarray, ids: np.ndarray, logprobs: np.ndarray) -> None:
-        """Keeps log-probs [n, up to k] of the labels at `rows` [n] of an example; -inf marks padding."""
+        """Add log-probs [n, up to k] for the labels at `rows` [n] of an example; -inf marks padding."""
         if not len(rows) == len(ids) == len(logprobs) or ids.shape != logprobs.shape or ids.shape[1] > self.k:
             raise ValueError(f"expected rows [n], ids and logprobs [n, up to {self.k}], got {rows.shape}, {ids.shape}")
         # Also refuses NaN.
@@ -113,7 +112,7 @@ class SignalStore:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what was added since as one more shard, to a temporary name and then renamed."""
+        """Write the pending entries as one more shard, atomically."""
         if not self._pending:
             return
         entries, self._pending = self._pending, []
@@ -130,11 +129,11 @@ class SignalStore:
         self._shards.append(path)
 
     def fill(self, examples: Iterable[Example]) -> list[Example]:
-        """Gives each example its signals; returns those without. Raises ValueError for a broken shard."""
+        """Set the signals of each example; returns the examples without any. Raises ValueError for a broken shard."""
         self.flush()
         examples = list(examples)
         places = [self._places.get(_key(example)) for example in examples]
-        # Shard after shard, whatever the order of the examples: each is large.
+        # In the order of the shards, so that each, which is large, is loaded once.
         found = sorted((place, index) for index, place in enumerate(places) if place is not None)
         for (number, item), index in found:
             self._fill_one(examples[index], number, item)
@@ -165,7 +164,7 @@ class SignalStore:
                 )
 
     def _shard(self, number: int) -> dict[str, np.ndarray]:
-        """One shard, kept until another is read. Raises ValueError, naming the file, if it is broken."""
+        """One shard, cached until another is read. Raises ValueError, naming the file, if it is broken."""
         if self._loaded is None or self._loaded[0] != number:
             path = self._shards[number]
             try:
@@ -218,7 +217,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _key(example: Example) -> bytes:
-    """A name for the tokens of an example and which of them are trained."""
+    """A hash of an example's tokens and of where its trained tokens start."""
     first: Sequence[int] = np.flatnonzero(example.labels != IGNORE)[:1].tolist()
     data = np.array([*first, *example.input_ids], dtype="<i8").tobytes()
     return blake2b(data, digest_size=_KEY_BYTES).digest()

@@ -1,4 +1,4 @@
-r"""Roles in a trace: which characters are strategy, which are worked steps, which are the answer.
+r"""Roles of the text in a trace: which characters are strategy, worked steps or the answer.
 
     from rbfast.data.spans import ROLES, split_spans
     for span in split_spans(text):
@@ -6,14 +6,14 @@ r"""Roles in a trace: which characters are strategy, which are worked steps, whi
 
 `split_spans` is deterministic and takes time linear in the text. Five passes:
 
-1. protect: LaTeX (\( \), \[ \], $...$, $$...$$, \begin..\end) and code fences are blanked, so that no unit ends
-   inside them and no cue is read there;
-2. cut: a unit ends at a sentence end or a line break;
-3. weigh: a unit's cues (plan, reduction, change of approach, verification, monitoring, heading, sub-question) stand
-   against its share of mathematical characters, for "first, 3 * 4 = 12" is a step and "first, find the cost" a plan;
-4. heed: a plan that the teacher marked as one is strategic whatever it holds: <plan> ... </plan>, the section under a
-   Markdown heading that says plan; and so is every Markdown heading but one that states the answer;
-5. join: neighbouring units of one role become one span.
+1. Blank LaTeX (\( \), \[ \], $...$, $$...$$, \begin..\end) and code fences, so that no unit ends inside them and no
+   cue is found there.
+2. Cut the text into units at sentence ends and line breaks.
+3. Classify each unit by its cues (plan, reduction, change of approach, verification, monitoring, heading,
+   sub-question) and its share of mathematical characters: "first, 3 * 4 = 12" is a step, "first, find the cost" a plan.
+4. Make what the teacher marked as a plan strategic, whatever it contains: <plan> ... </plan>, the section under a
+   Markdown heading that says plan. Every Markdown heading is strategic too, unless it states the answer.
+5. Join neighbouring units of one role into one span.
 """
 
 import re
@@ -33,24 +33,24 @@ class Span(NamedTuple):
     role: int
 
 
-_OPENING_REACH = 24  # characters; a cue of intention further into a unit says little
+_OPENING_REACH = 24  # characters; a cue of intention further into a unit is weak evidence
 
-# Every repetition below is bounded, or cannot match in two ways: the time stays linear on any text.
+# Every repetition below is bounded or unambiguous, so that matching is linear in the text.
 
-# What is protected
+# Protected regions
 
 _BLANK = "\0"  # replaces a protected character; counts as mathematics
 _OPENER = re.compile(r"```|\$\$|(?<![\\$])\$(?=[^\s$])|\\\(|\\\[|\\begin\{[a-zA-Z]{1,20}\*?\}")
 _CLOSER = {"```": "```", "$$": "$$", "\\(": "\\)", "\\[": "\\]"}
-# pandoc's rule: neither what follows an opening dollar nor what precedes a closing one is a space, and no digit follows
-# the closing one; so "$5 and $6" is money
+# pandoc's rule: no space after an opening dollar or before a closing one, and no digit after a closing one. So
+# "$5 and $6" is money.
 _INLINE_MATH = re.compile(r"\$(?:[^$\\\n]|\\.)*(?<!\s)\$(?!\d)")
 _LONGEST_MATH = 5_000  # characters; an opener that is not closed within them protects nothing
 
-# Where units end
+# Ends of units
 
 _BREAK = re.compile(r"[.!?][.!?)\]\"'*_”]{0,8}\s+|\n\s*")
-_NO_SENTENCE_END = re.compile(  # at the end of the text before a full stop
+_NO_SENTENCE_END = re.compile(  # matched against the text before a full stop
     r"(?:^|[\s(*#_])(?:e\.g|i\.e|vs|dr|mr|ms|mrs|cf|eq|no|approx)$"
 )
 _ENUMERATOR = re.compile(r"[\s(*#_]*(?:\d{1,3}|[a-z])\.")
@@ -91,7 +91,7 @@ _MONITORING = (
     r"hmm|so far|not sure|confus(?:ed|ing|ion)|mistake|that (?:can't|doesn't|does not|seems|makes)|makes sense|"
     r"seems? (?:off|wrong|right|correct|too)|i (?:think|wonder|should|need|remember|recall|guess)"
 )
-# Cues of intention: they open a unit, and an equation outweighs them.
+# Cues of intention count only at the start of a unit, and only if it has no equation.
 _INTENTION = (
     r"(?<!the )first|firstly|to (?:begin|start|find|solve|determine|answer|calculate)|next step|"
     r"we (?:need|want|have|must) to|we can (?:use|apply|try|think|consider|start|find)|we (?:could|should|might)|"
@@ -103,7 +103,7 @@ _CUE = re.compile(
     rf"(?<![a-z])(?:({'|'.join((_PLAN, _REDUCTION, _CHANGE, _VERIFICATION, _MONITORING))})|(?:{_INTENTION}))(?![a-z])"
 )
 
-# Opening words and marks that say nothing of the role: "2. **So, ...", "Okay, but ..."
+# Opening words and marks that are no evidence of a role: "2. **So, ...", "Okay, but ..."
 _LEAD = (
     r"[\s>#*_(\[\"'\-•]{0,12}(?:(?:\d{1,3}|[a-z])[.)]\s{1,4})?[*_]{0,3}"
     r"(?:(?:so|but|and|okay|ok|well|oh|ah|yes|no|right|now|then|also|alright|thus|therefore|hence)\b[,.!\s]{1,4}){0,4}"
@@ -127,7 +127,7 @@ _HEADING = (
 )
 _OPENING = re.compile(rf"{_HEADING}|{_LEAD}(?:{_QUESTION}|{_INSTRUCTION})")
 
-# What a teacher marked as a plan
+# Plans that a teacher marked
 
 _LONGEST_PLAN = 5_000  # characters; a tag that is not closed within them marks nothing
 _TAGGED = re.compile(rf"<(plan|strategy|approach|outline)>(?:(?!<\1>).){{0,{_LONGEST_PLAN}}}?</\1>", re.DOTALL)
@@ -136,7 +136,7 @@ _SAYS_PLAN = re.compile(r"\b(?:plan|strategy|approach|outline|roadmap)\b")
 
 
 def split_spans(text: str) -> list[Span]:
-    """The roles of `text`: spans that tile it exactly, neighbours of different roles. Empty text gives no span."""
+    """Spans that tile `text` exactly, neighbours of different roles. Empty text gives no span."""
     if not text:
         return []
     blanked = _fold_case(_blank_protected(text))
@@ -178,9 +178,9 @@ def _blank_protected(text: str) -> str:
 
 
 def _protected_end(text: str, opener: re.Match[str], barren: dict[str, int]) -> int:
-    """Where the region that `opener` opens ends, or -1 if it protects nothing.
+    """The end of the region that `opener` opens, or -1 if it is not closed.
 
-    `barren` keeps how far each closer was looked for in vain, so that no character is searched twice for it.
+    `barren` holds how far each closer was searched for without success, so that no character is searched twice for it.
     """
     mark, start = opener.group(), opener.end()
     if mark == "$":
@@ -196,7 +196,7 @@ def _protected_end(text: str, opener: re.Match[str], barren: dict[str, int]) -> 
 
 
 def _cut(blanked: str) -> tuple[np.ndarray, np.ndarray]:
-    """The ends of the units, int64 [units], and whether each is closed by a question mark, bool [units]."""
+    """The ends of the units, int64 [units], and whether each ends in a question mark, bool [units]."""
     ends: list[int] = []
     asks: list[bool] = []
     start = 0
@@ -240,14 +240,14 @@ def _weigh(blanked: str, ends: np.ndarray, asks: np.ndarray) -> np.ndarray:
 
 
 def _marked_by_teacher(blanked: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Where marked plans and headings are.
+    """The character ranges of marked plans, and of headings.
 
-    A section ends at the next heading of its level or above. One that no heading ends may hold the solution too: it is
-    no plan.
+    A section ends at the next heading of its level or above. A section that runs to the end of the text may contain the
+    solution too, so it is not a plan.
     """
     plans = [tag.span() for tag in _TAGGED.finditer(blanked)]
     headings = [*_HEADED.finditer(blanked)]
-    open_: list[tuple[int, int]] = []  # sections that say plan: level, start
+    open_: list[tuple[int, int]] = []  # open plan sections: (level, start)
     for heading in headings:
         level = len(heading[1] or "#######")  # a line in bold is below every #
         while open_ and open_[-1][0] >= level:

@@ -1,13 +1,13 @@
-r"""How a model's chat template writes an assistant's turn: where its thinking stands, and what ends the turn.
+r"""How a model's chat template renders an assistant's turn: where its thinking goes, and what ends the turn.
 
 ```python
 found = thinking_format(tokenizer)                       # of Qwen3: kind "reply", opener "<think>\n"
 "".join(found.pieces("2 + 2 = 4", "It is 4."))           # "<think>\n2 + 2 = 4\n</think>\n\nIt is 4."
 ```
 
-It is found by rendering: a turn with a thought in every form that templates know, beside the generation prompt. What is
-rendered after that prompt is what the model writes. A template that drops the thought of a last turn (R1 distills)
-shows only how a turn begins and ends; the thought then stands in the tags that the template names.
+The format is detected by rendering: a turn with a thought, in every form that templates accept, is compared with the
+generation prompt. The text after that prompt is what the model writes. A template that drops the thought of a turn (R1
+distills) shows only how a turn begins and ends; the thought then goes into the tags that the template names.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ Kind = Literal["none", "reply", "prompt", "channels"]
 Message = Mapping[str, Any]
 
 _ASKED, _THOUGHT, _SAID, _NEXT = "RBFASTASKED", "RBFASTTHOUGHT", "RBFASTSAID", "RBFASTNEXT"
-# Not every template thinks unless it is told to.
+# Some templates render thinking only if it is switched on.
 _SWITCHES: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": True}, {"thinking": True})
 _OFF: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": False}, {"thinking": False})
 _FIELDS = ("reasoning_content", "thinking", "reasoning")
 _TAGS = tuple((opener, closer) for opener, closer, is_sure in THINKING if is_sure)
 _TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
-_DAY = datetime(2024, 7, 26)  # which Llama 3.1's template names if it cannot tell the day
-# A template's own name for such a switch.
+_DAY = datetime(2024, 7, 26)  # the default of Llama 3.1's template
+# A switch under a name of the template's own.
 _SWITCH = re.compile(r"\bif (?:not )?(\w*(?:think|reason)\w*)\b(?! *[.(])")
 
 
@@ -45,17 +45,18 @@ class ThinkingFormat:
     """What a model writes after its generation prompt: opener, thought, closer, reply, tail, and the end of the turn.
 
     Attributes:
-        kind: "none", no thinking; "reply", the model opens it; "prompt", the prompt has opened it; "channels", thought
-            and reply are messages of their own.
-        opening: how the generation prompt ends, after the problem.
+        kind: "none": no thinking. "reply": the model opens the thinking. "prompt": the prompt opens it. "channels":
+            thought and reply are separate messages.
+        opening: the end of the generation prompt, after the problem.
         opener: written before the thought; before the reply if there is no thinking.
         closer: written between thought and reply; empty if there is no thinking.
-        tail: written after the reply, before the token `end`, which is None if nothing ends a turn.
-        switches: what the chat template must be told besides the messages.
-        is_composed: the template drops a turn's thought; the tags are from its text, the spaces from its prompts.
-        takes_parts: contents are lists of blocks, not texts.
-        trims: white space around a reply is not written.
-        adds_blank: the tokenizer puts a blank of its own before every text.
+        tail: written after the reply, before the token `end`.
+        end: the id of the token that ends the turn; None if nothing does.
+        switches: arguments of the chat template besides the messages.
+        is_composed: the template drops a turn's thought; the tags come from its source, the spaces from its prompts.
+        takes_parts: contents are lists of blocks, not strings.
+        trims: white space around a reply is removed.
+        adds_blank: the tokenizer puts a space before every text.
     """
 
     kind: Kind = "none"
@@ -76,14 +77,14 @@ class ThinkingFormat:
 
     @property
     def close(self) -> str:
-        """The mark that ends the thinking, without the space around it; empty if there is no thinking."""
+        """The tag that ends the thinking, without the space around it; empty if there is no thinking."""
         return self.closer.strip()
 
     def pieces(self, thought: str, said: str) -> tuple[str, str, str, str, str]:
-        """What is written after the prompt: opener, thought, closer, reply, tail; the token `end` follows.
+        """What is written after the prompt: opener, thought, closer, reply, tail. The token `end` follows.
 
-        White space around a thought, and around a reply to one, is not written. Without thinking `thought` must be
-        empty. Raises ValueError for a thought that holds the mark of its own end.
+        White space around a thought, and around the reply after it, is removed. Without thinking `thought` must be
+        empty. Raises ValueError for a thought that contains its own closing tag.
         """
         if self.thinks:
             thought = thought.strip()
@@ -96,11 +97,11 @@ _FOUND: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, ThinkingFormat]] =
 
 
 def thinking_format(tokenizer: PreTrainedTokenizerBase) -> ThinkingFormat:
-    """The format of a tokenizer's chat template, found once; without a template a turn is its text and the eos token.
+    """The format of a tokenizer's chat template (cached). Without a template, a turn is its text and the eos token.
 
     Raises:
-        ValueError: the template leaves the problem out, or renders a turn that does not continue its own generation
-            prompt; the message shows both.
+        ValueError: the template omits the problem, or renders a turn that does not continue its generation prompt; the
+            message shows both.
     """
     state = (str(tokenizer.chat_template), tokenizer.eos_token, tokenizer.bos_token, len(tokenizer))
     held = _FOUND.get(tokenizer)
@@ -116,9 +117,9 @@ def render(
     switches: Mapping[str, Any],
     takes_parts: bool = False,
 ) -> str:
-    """The chat template's text of a conversation; with `open_reply` up to where the model goes on.
+    """Render a conversation with the chat template; with `open_reply`, up to where the model continues.
 
-    A template that names the day of the rendering names always the same one: a trace has the same tokens tomorrow.
+    A template that writes today's date always gets the same one, so that a trace has the same tokens every day.
     """
     turns = [{**turn, "content": _parts(turn["content"])} for turn in messages] if takes_parts else list(messages)
     template = str(tokenizer.get_chat_template())
@@ -151,7 +152,7 @@ def _find(tokenizer: PreTrainedTokenizerBase) -> ThinkingFormat:
 
 
 class _Template:
-    """A chat template that is tried out."""
+    """Renders probe conversations with a chat template, to detect its format."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -171,7 +172,7 @@ class _Template:
         return render(self.tokenizer, [_asked()], True, switches, self.takes_parts)
 
     def turn(self, message: Message, switches: Mapping[str, Any], *after: Message) -> str | None:
-        """The conversation up to this reply, or None if the template refuses it."""
+        """The rendered conversation, or None if the template raises an error."""
         from jinja2.exceptions import TemplateError
 
         try:
@@ -186,7 +187,7 @@ class _Template:
             f"{turn[turn.find(_ASKED) + len(_ASKED) :][-240:]!r}; set another tokenizer.chat_template"
         )
 
-    # ------------------------------------------------------------------------------------------------- three ways
+    # ------------------------------------------------------------------------------------------- the three detectors
 
     def shown(self, switches: Mapping[str, Any]) -> ThinkingFormat | None:
         """The format of a template that renders the thought of a turn."""
@@ -202,13 +203,13 @@ class _Template:
                 self.refused = self.refused or (prompt, turn)
                 if written:
                     return None
-                continue  # a turn in another form may go on from this prompt
+                continue  # a turn in another form may continue this prompt
             kind: Kind = "channels" if _opens_again(closer) else "reply" if before.strip() else "prompt"
             return self._format(kind, switches, after, opener=before, closer=closer)
         return None
 
     def _forms(self, prompt: str) -> Iterator[Message]:
-        """A turn with a thought, in the forms that templates know."""
+        """A turn with a thought, in each form that templates accept."""
         for name in _FIELDS:
             yield _said(_SAID, **{name: _THOUGHT})
         if "thinking" in self.text:
@@ -219,11 +220,11 @@ class _Template:
         if self.tags is not None:
             opener, closer = self._spaced(prompt)
             yield _said(f"{opener}{_THOUGHT}{closer}{_SAID}")
-            if not opener:  # a turn that has to say again what the prompt opened
+            if not opener:  # some templates want the turn to repeat the tag that the prompt opened
                 yield _said(f"{prompt[prompt.rindex(self.tags[0]) :]}{_THOUGHT}{closer}{_SAID}")
 
     def composed(self) -> ThinkingFormat | None:
-        """The format of a template that names tags, and drops what stands in them."""
+        """The format of a template that names thinking tags but drops the thought in them."""
         if self.tags is None:
             return None
         opener = self.tags[0]
@@ -237,7 +238,7 @@ class _Template:
         return None
 
     def plain(self) -> ThinkingFormat:
-        """The format of a template that knows no thinking."""
+        """The format of a template without thinking."""
         prompt, turn = self.prompt({}), self.turn(_said(_SAID), {}) or ""
         opener, said, after = _continuing(turn, prompt).partition(_SAID)
         if not said:
@@ -253,25 +254,25 @@ class _Template:
         rest |= {"takes_parts": self.takes_parts, "adds_blank": _adds_blank(self.tokenizer)}
         return ThinkingFormat(kind, opening, opener, closer, tail, end, switches, **rest)
 
-    # ------------------------------------------------------------------------------------------------- their parts
+    # ------------------------------------------------------------------------------------- what the detectors share
 
     @cached_property
     def tags(self) -> tuple[str, str] | None:
-        """The tags of thinking that the template's text names."""
+        """The thinking tags in the template's source or prompt."""
         opening = self.prompt({}).rstrip()
         return next((tags for tags in _TAGS if tags[1] in self.text or opening.endswith(tags[0])), None)
 
     def own_switches(self) -> list[dict[str, Any]]:
-        """Switches by names that only this template has, if they open the thinking or speak of it in the prompt."""
+        """Switches that only this template has, if they put the opening tag into the prompt."""
         if self.tags is None or self.tags[0] in self.prompt({}):
             return []
         names = dict.fromkeys(_SWITCH.findall(self.text))
         return [{name: True} for name in names if self.tags[0] in self.prompt({name: True})]
 
     def _spaced(self, prompt: str) -> tuple[str, str]:
-        """What is written before and after a thought, spaces included, if the prompt is this one.
+        """What is written before and after a thought for this prompt, spaces included.
 
-        The empty thought that a prompt without thinking opens and closes shows the spaces.
+        A prompt that switches thinking off opens and closes an empty thought: that shows the spaces.
         """
         assert self.tags is not None
         opener, closer = self.tags
@@ -287,8 +288,8 @@ class _Template:
     def _ending(self, after: str, switches: Mapping[str, Any], opening: str) -> tuple[str, int | None]:
         """What ends a turn: some text, then a token.
 
-        The token is the added one that the template writes after the reply, else one that opens the next turn, else
-        eos. If several follow the reply, it is the one that ends a question too: the others end only the reply.
+        The token is the added token that the template writes after the reply; else the one that opens the next turn;
+        else eos. If several follow the reply, it is the one that ends a user's turn too.
         """
         numbers = {token.content: number for number, token in self.tokenizer.added_tokens_decoder.items()}
         added = added_tokens(self.tokenizer)
@@ -304,7 +305,7 @@ class _Template:
 
 
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    """What finds the tokens beside the vocabulary's own (tags, ends of turns) in a text; None if there are none."""
+    """A pattern that finds the added tokens (tags, ends of turns) in a text; None if the tokenizer has none."""
     texts = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content]
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True)))) if texts else None
 
@@ -323,7 +324,7 @@ def _said(content: Any, **fields: str) -> Message:
 
 
 def _continuing(turn: str, prompt: str) -> str:
-    """What a turn writes after its prompt, which may end in more white space; empty if it does not continue it."""
+    """The text of a turn after its prompt, which may end in more white space; empty if it does not continue it."""
     if turn.startswith(prompt):
         return turn[len(prompt) :]
     short = prompt.rstrip()

@@ -1,7 +1,7 @@
-"""The marks that models put around their thinking and their answers: one table for all who read, grade or show replies.
+"""The tags that models put around their thinking and their answers: one table for reading, grading and display.
 
-A mark that nothing else means ends the thinking wherever it stands. One that may be a text's own subject (an element of
-XML, a sentence) is thinking's only if it opens the reply.
+An unambiguous tag ends the thinking wherever it stands. One that may also be ordinary text (an XML element, a sentence)
+counts only if it opens the reply.
 """
 
 import re
@@ -12,8 +12,9 @@ class Marks(NamedTuple):
     """What opens a part of a reply, and what closes it.
 
     Attributes:
-        is_sure: nothing else is written so. Such a closer ends the thinking without its opener, which a chat template
-            may have put into the prompt; such marks are no text for people; and a template that names them thinks.
+        is_sure: the marks are unambiguous. Such a closer ends the thinking even without its opener, which a chat
+            template may have put into the prompt. Such marks are not shown to people, and a template that contains them
+            is one that thinks.
     """
 
     opener: str
@@ -25,7 +26,7 @@ def _elements(names: str, *, is_sure: bool) -> list[Marks]:
     return [Marks(f"<{name}>", f"</{name}>", is_sure) for name in names.split()]
 
 
-# A template may name several; the first of this order is its thinking's.
+# A template may contain several of these; the first in this order counts.
 THINKING = (
     *_elements("think thinking thought reasoning", is_sure=True),
     Marks("<|think|>", "<|/think|>"),
@@ -38,24 +39,24 @@ THINKING = (
     Marks("<|START_THINKING|>", "<|END_THINKING|>"),
     Marks("<|begin_of_thought|>", "<|end_of_thought|>"),
     Marks("<|channel|>analysis<|message|>", "<|end|>", is_sure=False),  # every message ends so
-    Marks("<|im_start|>think", "<|im_start|>answer", is_sure=False),  # turns of ChatML, with roles of their own
+    Marks("<|im_start|>think", "<|im_start|>answer", is_sure=False),  # ChatML turns with roles of their own
     Marks("Here is my thought process:", "Here is my response:", is_sure=False),
     *_elements("thoughts reason deep_think deepthink scratchpad cot thought_process", is_sure=False),
 )
-# Around a reply's answer. `<answer>` is not among them: `rbfast.data.answers` reads what it holds.
+# Around a reply's answer. `<answer>` is not listed: `rbfast.data.answers` reads it.
 ANSWER = (
     Marks("<|begin_of_solution|>", "<|end_of_solution|>"),
     Marks("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
     *_elements("solution response", is_sure=True),
-    *_elements("output", is_sure=False),  # HTML has it
+    *_elements("output", is_sure=False),  # also an HTML element
 )
 # A reply of gpt-oss is two messages, each closed by `<|end|>`.
 FINAL_CHANNEL, NEXT_MESSAGE = "<|channel|>final<|message|>", "<|start|>assistant"
-BARE_CHANNELS = re.compile(r"analysis(.*?)assistantfinal", re.DOTALL)  # the same, if a server left its tokens out
+BARE_CHANNELS = re.compile(r"analysis(.*?)assistantfinal", re.DOTALL)  # the same, if a server dropped special tokens
 
 
 def _any_of(*marks: str) -> re.Pattern[str]:
-    """What finds one of these marks, in any case."""
+    """A case-insensitive pattern for any of these marks."""
     return re.compile("|".join(map(re.escape, marks)), re.IGNORECASE)
 
 
@@ -72,12 +73,12 @@ _SHOWN_TO_NOBODY = _any_of(
 
 
 def closer_of(opener: str) -> re.Pattern[str]:
-    """What closes that which a match of `OPENER` or of `ANSWER_OPENER` opens."""
+    """The pattern of the closer for a match of `OPENER` or `ANSWER_OPENER`."""
     return _CLOSERS[opener.lower()]
 
 
 def end_of_thinking(text: str) -> int:
-    """Where a completion's last thinking ends; 0 if it closes none."""
+    """The index where a completion's last thinking ends; 0 if it closes none."""
     end = 0
     if opened := OPENER.match(text.lstrip()):
         closed = closer_of(opened[0]).search(text)
@@ -88,5 +89,5 @@ def end_of_thinking(text: str) -> int:
 
 
 def without_marks(text: str) -> str:
-    """`text` as people read it."""
+    """`text` for display: without thinking and answer tags."""
     return _SHOWN_TO_NOBODY.sub("", text)

@@ -1,6 +1,6 @@
 """The trace: its fields, their checks, and the text the student learns to write.
 
-A `Trace` that exists is valid: its fields are checked when it is made. A `TraceError` reads
+A `Trace` is always valid: it checks its fields when it is created. A `TraceError` reads
 "file:line: field: expected ..., got ...; what to do".
 """
 
@@ -23,18 +23,18 @@ _LOGPROB_SLACK = 1e-3  # a log-softmax in half precision can end a little above 
 
 
 class TraceError(ValueError):
-    """A trace that cannot be used: where it stands, which field, what was expected, what came, what to do."""
+    """A trace that cannot be used: its location, the field, what was expected, what came, what to do."""
 
 
 @dataclass(frozen=True)
 class Trace:
     """One training example.
 
-    `spans` tile `reasoning` exactly, in characters. `system` is the system prompt that the problem came with, `turns`
-    the messages between the two: `{"role": "user" or "assistant", "content": text}` in turn, a reply perhaps with its
-    own `reasoning`; the student sees both. `signals` holds the teacher's top log-probs,
+    `spans` tile `reasoning` exactly, in characters. `system` is the problem's system prompt. `turns` are the messages
+    between the two, `{"role": "user" or "assistant", "content": text}` alternating; a reply may have its own
+    `reasoning`. Both are part of the student's prompt. `signals` holds the teacher's top log-probs,
     `{"ids": [[int]], "logprobs": [[float]]}`, one row for each token the student is trained on (see `encode`).
-    Raises TraceError if a field has the wrong type, is empty, is not finite, or the spans do not tile.
+    Raises TraceError if a field has the wrong type, is empty or not finite, or if the spans do not tile.
     """
 
     problem: str
@@ -72,10 +72,10 @@ class Trace:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], where: str = "") -> "Trace":
-        """The trace in a row of a file; `where` (as "file:line") opens the message of a TraceError.
+        """The trace in a row of a file. `where` ("file:line") opens the message of a TraceError.
 
-        Fields that a trace does not have are ignored; an optional text that is empty counts as absent; an answer, an
-        id, a domain, a source or a teacher that is a number is taken as text.
+        Unknown fields are ignored. An empty optional text counts as absent. Numbers in `answer`, `id`, `domain`,
+        `source` and `teacher` are converted to text.
         """
         prefix = f"{where}: " if where else ""
         if not isinstance(fields, Mapping):
@@ -95,7 +95,7 @@ class Trace:
             raise TraceError(f"{prefix}{error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that are set, as JSON writes them."""
+        """The fields that are set, as JSON values."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if self.spans is not None:
             fields["spans"] = [[span.start, span.end, ROLES[span.role]] for span in self.spans]
@@ -103,7 +103,7 @@ class Trace:
 
     @property
     def name(self) -> str:
-        """What messages call it: its id, or the beginning of its problem."""
+        """Its name in messages: its id, or the start of its problem."""
         return self.id or repr(self.problem[:40])
 
     def thought(self) -> str:
@@ -111,7 +111,7 @@ class Trace:
         return f"{self._plan_text()}{self.reasoning}"
 
     def thought_spans(self) -> list[Span]:
-        """Spans that tile `thought()` exactly: the plan, the reasoning by its own spans or else by `split_spans`."""
+        """Spans that tile `thought()` exactly: the plan, then the reasoning's `spans`, or those of `split_spans`."""
         offset = len(self._plan_text())
         spans = [Span(0, offset, STRATEGIC)] if offset else []
         inner = split_spans(self.reasoning) if self.spans is None else self.spans
@@ -134,7 +134,7 @@ class Trace:
 
 
 def is_finite(value: object) -> bool:
-    """Whether it is a number that a float holds."""
+    """Whether the value is a number that fits a finite float."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
@@ -157,7 +157,7 @@ def _check_difficulty(value: object) -> None:
 
 def _parse_spans(items: object) -> tuple[Span, ...]:
     """Spans from [[start, end, "role"], ...], from objects with these three keys (Parquet has no mixed lists), or from
-    an object of three lists (what `datasets` makes of those)."""
+    an object of three lists (how `datasets` stores them)."""
     if isinstance(items, Mapping) and set(items) == {"start", "end", "role"}:
         items = objects_of(items)
     if not isinstance(items, list | tuple):
@@ -189,7 +189,7 @@ def _check_spans(spans: Sequence[Span], length: int) -> None:
 
 
 def _parse_turns(items: object) -> Any:
-    """Turns from a list of messages, or an object of lists (what `datasets` makes of it), without empty fields."""
+    """Turns from a list of messages, or from an object of lists (how `datasets` stores it), without empty fields."""
     if isinstance(items, Mapping):
         items = objects_of(items)
     if not isinstance(items, list | tuple) or not all(isinstance(item, Mapping) for item in items):

@@ -1,5 +1,5 @@
-"""Rows that wrap what they hold: requests with their responses, as APIs and their batches write them, and objects in
-an object. `unwrapped` makes them rows whose fields can be known by what they mean.
+"""Flatten nested rows: API requests with their responses, batch files, and objects inside an object. The fields of the
+flat row can then be looked up by meaning.
 """
 
 from collections.abc import Mapping
@@ -16,8 +16,10 @@ _SYSTEMS = ("system", "instructions", "systemInstruction", "system_instruction")
 
 
 def unwrapped(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
-    """The request and the response of a batch as fields of a row, and what people call such rows; else the row or the
-    one object in it that holds a problem, and None.
+    """A flat row, and the name of its batch format, or None if it is not from a batch.
+
+    A batch's request and response become fields of one row. Of any other row, the one object in it that holds a problem
+    is merged into the row.
 
     Raises TraceError for a request that was answered with an error.
     """
@@ -62,7 +64,7 @@ def _response(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _replies(response: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], Any]]:
-    """The messages of a response, each with the reason for its end."""
+    """The messages of a response, each with its finish reason."""
     choices = response.get("choices") or response.get("candidates")
     if isinstance(choices, Mapping):
         choices = objects_of(choices)
@@ -89,7 +91,7 @@ def _with_system(messages: Any, system: Any) -> Any:
 
 
 def _inner(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The row with the fields of the one object in it that holds a problem, if nothing beside that object does."""
+    """The row merged with the one object in it that holds a problem, if the row itself has none."""
     if _asks(row):
         return row
     inner = [(name, value) for name, value in row.items() if isinstance(value, Mapping) and _asks(value)]
