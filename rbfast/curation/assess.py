@@ -1,9 +1,9 @@
-"""What is known of each item of a pool alone: is it whole, what is its problem, how hard and how good.
+"""Assess each item of a pool on its own: is it complete, what does it ask, how hard and how good is it.
 
     part = Assessor(decontaminator)(rows)         # rows: [("pool.jsonl:1", {"problem": ..., ...}), ...]
 
-An assessor can be sent to other processes, keeps nothing between calls, and assesses an item in the same way
-whatever is beside it. So the parts of a pool may be assessed anywhere, and joined in order.
+An assessor is picklable and stateless, and its result for an item does not depend on the other items. So the parts of a
+pool may be assessed anywhere, and joined in order.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,18 +22,18 @@ from rbfast.data.trace import Trace, TraceError
 UNVERIFIED, WRONG, RIGHT = -1, 0, 1
 
 Verify = Callable[[Trace, Mapping[str, Any]], bool | None]
-"""Whether a trace's answer is right, from the trace and the row it came in; None if unknown."""
+"""Whether a trace's answer is right, from the trace and its row; None if unknown."""
 TraceMeasure = Callable[[Trace], float]
 """How hard, or how good, a trace is: higher for harder (or better)."""
 
 
 class Part(NamedTuple):
-    """A part of a pool, assessed. `flaws` has a value for every row, the rest for those without a flaw, in order."""
+    """An assessed part of a pool. `flaws` has a value for every row, the rest for the rows without a flaw, in order."""
 
     flaws: list[str | None]
     domains: list[str]
     fingerprints: np.ndarray  # uint64, of the problem and the turns before it
-    keys: np.ndarray  # uint64, what near duplicates share
+    keys: np.ndarray  # uint64, equal for near duplicates (`dedup.key_of`)
     signatures: np.ndarray  # uint32 [n, 64], MinHash of the problem
     given: np.ndarray  # float64, the row's own difficulty, or NaN
     proxy: np.ndarray  # float64
@@ -41,17 +41,15 @@ class Part(NamedTuple):
     quality: np.ndarray  # float64
     verified: np.ndarray  # int8: UNVERIFIED, WRONG or RIGHT
     lengths: np.ndarray  # int32, characters of reasoning
-    asked: np.ndarray  # int64, how many texts the student reads: the problem, and what came before it
-    asked_fingerprints: np.ndarray  # uint64 [sum of asked], of the user's texts; the others have their problem's
-    found: Found  # in these texts
+    asked: np.ndarray  # int64, the number of texts in the prompt: the problem, and what comes before it
+    asked_fingerprints: np.ndarray  # uint64 [sum of asked], of the user's texts; other texts have their problem's
+    found: Found  # what these texts share with the evaluation sets
 
 
 @dataclass(frozen=True)
 class Assessor:
-    """Assesses rows. The measures are functions, so that others can take their place.
-
-    `quality` replaces the built-in mark, `difficulty` the trace's length, and `verify` `verify_answer`.
-    """
+    """Assesses rows. `quality`, `difficulty` and `verify` replace the built-in quality score, `proxy_difficulty` and
+    `verify_answer`."""
 
     decontaminator: Decontaminator
     quality: TraceMeasure | None = None
@@ -109,19 +107,18 @@ class Assessor:
 
 
 def questions(trace: Trace) -> str:
-    """What the user asked, from the first turn to the problem."""
+    """All that the user asks, from the first turn to the problem."""
     return "\n\n".join([*(turn["content"] for turn in (trace.turns or ())[::2]), trace.problem])
 
 
 def verify_answer(trace: Trace, row: Mapping[str, Any]) -> bool | None:
     """The trace's own `verified`, else its answer graded against the row's `reference`, else None.
 
-    A reference may be a solution that marks its answer; one that marks none says nothing. Grading is
-    `rbfast.grading.grade.grade`'s.
+    A reference may be a solution that marks its answer; a solution that marks none is ignored. The grader is
+    `rbfast.grading.grade.grade`.
 
     Raises:
-        ImportError: two answers differ as texts, comparing them needs math-verify, and it is not
-            installed.
+        ImportError: comparing two answers needs math-verify, and it is not installed.
     """
     if trace.verified is not None:
         return trace.verified
@@ -137,7 +134,7 @@ def verify_answer(trace: Trace, row: Mapping[str, Any]) -> bool | None:
 
 
 def join_parts(parts: Sequence[Part]) -> Part:
-    """The parts of a pool as one."""
+    """Concatenate the parts of a pool."""
     joined = {
         name: np.concatenate([getattr(part, name) for part in parts])
         for name in Part._fields
@@ -152,15 +149,15 @@ def join_parts(parts: Sequence[Part]) -> Part:
 
 
 def _given(trace: Trace) -> list[str]:
-    """What the student reads: the problem, the user's earlier turns, the replies to them, the system prompt."""
+    """The texts of a prompt: the problem, the user's earlier turns, the replies to them, the system prompt."""
     said = [turn["content"] for turn in trace.turns or ()]
     return [trace.problem, *said[::2], *said[1::2], *([trace.system] if trace.system else [])]
 
 
 def _of_questions(fingerprints: np.ndarray, asked: np.ndarray, traces: Sequence[Trace]) -> np.ndarray:
-    """The fingerprints of what is given, with the problem's in place of a reply's or a system prompt's.
+    """The fingerprints of the prompts' texts, with the problem's in place of a reply's or a system prompt's.
 
-    A fingerprint counts once when rarity is measured. How rare words are in problems is measured in questions alone.
+    Each fingerprint counts once when the rarity of shingles is measured, so this measures rarity among questions only.
     """
     problem = np.repeat(np.cumsum(asked) - asked, asked)
     questions = np.repeat([1 + len(trace.turns or ()) // 2 for trace in traces], asked)
@@ -186,7 +183,7 @@ def _read(row: Any) -> Trace | str:
 
 
 def _finished(row: Mapping[str, Any]) -> bool:
-    """Whether the server said that the reply is complete, or its answer was read after the reasoning."""
+    """Whether the server reported the reply as complete, or an answer followed the reasoning."""
     return row.get("finished") is True or any(str(row.get(field)).lower() in FINISHED for field in END_FIELDS)
 
 

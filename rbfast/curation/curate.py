@@ -5,10 +5,10 @@
 
 Writes `reason1k.jsonl` (in the order of the pool), `dropped.jsonl` (every other item: its location, its stage, its
 reason, what it matched or was graded against), `datasheet.json` and `datasheet.html`. The same arguments give the same
-bytes, for any number of processes, here or on a Ray cluster.
+bytes, for any number of processes, on one machine or on a Ray cluster.
 
-The pool is read three times, a chunk at a time, and never held: to assess each item, to fetch the problems of those
-that may be chosen, and to write. Between, an item is some 400 bytes of hashes and marks.
+The pool is read three times, a chunk at a time, and never held in memory: to assess each item, to fetch the shortlisted
+problems, and to write. Between the passes an item takes some 400 bytes of hashes and scores.
 """
 
 import json
@@ -38,11 +38,11 @@ from rbfast.utils.progress import counting
 
 @dataclass(frozen=True)
 class Weights:
-    """How much each criterion, a number in [0, 1], matters in an item's merit."""
+    """The weight of each criterion, itself a number in [0, 1], in an item's score."""
 
     difficulty: float = 0.5
     quality: float = 0.4
-    verified: float = 0.1  # 1 if the answer is known to be right, 0.5 if nothing is known
+    verified: float = 0.1  # the criterion is 1 if the answer is known to be right, 0.5 if it is unverified
 
     def __post_init__(self) -> None:
         if min(asdict(self).values()) < 0 or not 0 < sum(asdict(self).values()) < float("inf"):
@@ -51,7 +51,7 @@ class Weights:
 
 @dataclass
 class Curation:
-    """What became of a pool."""
+    """The result of a curation."""
 
     out: Path
     selected: int
@@ -66,18 +66,18 @@ class CurateConfig:
 
     Args:
         size: traces to pick.
-        against: evaluation sets whose problems must not be trained on: benchmarks by their name ("math-500"), files,
-            folders or hub ids, of which `test`.
-        pass_rates: share of a student's tries that solve a problem, by its text; see `read_pass_rates`.
-        quality, difficulty, verify, embed: functions in place of the built-in ones; with several processes they must be
-            picklable. See docs/curation.md.
+        against: evaluation sets whose problems must not be trained on: benchmarks by name ("math-500"), files, folders
+            or hub ids (their split `test` by default).
+        pass_rates: the share of a student's tries that solve a problem, by its text; see `read_pass_rates`.
+        quality, difficulty, verify, embed: functions that replace the built-in ones; picklable if there are several
+            processes. See docs/curation.md.
         weights: of difficulty, quality and correctness in an item's score.
-        thresholds: what counts as giving an evaluation problem away.
-        keep_templates: keep problems that differ from an evaluation problem in their numbers alone.
-        processes: how many assess the pool.
-        ray: a Ray cluster that assesses it in their place, as `ray.init` takes it: "auto", "local" or host:port. A Ray
-            session that is open is used.
-        formats: how the pool's rows are read, if not by what their fields mean.
+        thresholds: from which similarity on a problem counts as contaminated.
+        keep_templates: keep problems that differ from an evaluation problem only in their numbers.
+        processes: the number of processes that assess the pool.
+        ray: assess on this Ray cluster instead, an address for `ray.init`: "auto", "local" or host:port. An open Ray
+            session is reused.
+        formats: how to read the pool's rows if their field names are not enough.
 
     Raises:
         ValueError: a number out of its range, or both `processes` and `ray`.
@@ -122,17 +122,18 @@ class CurateConfig:
 def curate(
     pool: Sequence[Source], out: Source, config: CurateConfig = CurateConfig(), *, quiet: bool = True
 ) -> Curation:
-    """Clean, decontaminate, deduplicate, score and select; see the module for what is written to `out`.
+    """Clean, decontaminate, deduplicate, score and select; the module docstring lists the files written to `out`.
 
     Args:
-        pool: files or folders (JSONL, JSON, Parquet, Arrow, CSV) or hub ids of traces, of any shape in docs/formats.md;
-            beyond a trace's fields a row's `reference` (the right answer), `finish_reason` and `truncated` are read.
+        pool: files or folders (JSONL, JSON, Parquet, Arrow, CSV) or hub ids of traces, in any format of
+            docs/formats.md. Besides a trace's fields a row's `reference` (the right answer), `finish_reason` and
+            `truncated` are read.
 
     Raises:
-        TraceError: a file that cannot be read, or of whose first 100 rows none is a trace. Any other row that is no
+        TraceError: a file cannot be read, or none of a source's first 100 rows is a trace. Any other row that is not a
             trace is dropped with its reason.
-        ValueError: nothing in the pool, `out` is in the pool, a pass rate outside [0, 1], or pass rates that are for
-            none of the traces to choose from.
+        ValueError: the pool is empty, `out` is in the pool, a pass rate is outside [0, 1], or no pass rate belongs to a
+            trace that can be selected.
         ImportError: `ray` is set, and Ray Data is not installed.
         OSError: `out` cannot be written.
     """
@@ -158,10 +159,10 @@ def curate(
 
 
 def read_pass_rates(path: Source) -> dict[str, float]:
-    """The share of tries that were correct, by problem, from records as `rbfast eval -o` writes them.
+    """The share of correct tries of each problem, from the records that `rbfast eval -o` writes.
 
     Raises:
-        ValueError: a row is no such record, or there is none.
+        ValueError: a row is not such a record, or there is none.
     """
     tries: dict[str, list[bool]] = {}
     for where, row in read_rows(path):
@@ -183,14 +184,14 @@ def read_pass_rates(path: Source) -> dict[str, float]:
 
 
 def _check_apart(pool: Pool, out: Path) -> None:
-    """What is written must not be read as the pool, nor take its place."""
+    """Raise ValueError if the output would be read as part of the pool, or overwrite it."""
     for source in pool.sources:
         if Path(source).resolve() in (out.resolve(), (out / "reason1k.jsonl").resolve()):
             raise ValueError(f"{out}: expected a folder apart from the pool, got {source} in the pool; name another")
 
 
 def _assessed(pool: Pool, decontaminator: Decontaminator, config: CurateConfig) -> Iterator[Part]:
-    """The parts of the pool, assessed here or on a Ray cluster."""
+    """Assess the pool, in this process and its workers or on a Ray cluster."""
     assessor = Assessor(decontaminator, config.quality, config.difficulty, config.verify)
     if config.ray is not None:
         return assessed_on_ray(pool, assessor, config.ray)
@@ -198,7 +199,7 @@ def _assessed(pool: Pool, decontaminator: Decontaminator, config: CurateConfig) 
 
 
 def _joined(parts: Iterator[Part], pool: Pool, quiet: bool) -> Part:
-    """The parts of the pool as one."""
+    """Concatenate the parts of the pool, with a progress line."""
     found: list[Part] = []
     done = 0
     with counting("assessing", quiet) as progress:
@@ -216,7 +217,7 @@ def _joined(parts: Iterator[Part], pool: Pool, quiet: bool) -> Part:
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """The share of values below each, equal ones counting half: float64 in (0, 1)."""
+    """The share of values below each value, equal values counting half: float64 in (0, 1)."""
     _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
     below = np.append(0, np.cumsum(counts)[:-1])
     return ((below + counts / 2) / max(len(values), 1))[group]
@@ -238,7 +239,7 @@ def _known_rates(part: Part, pass_rates: Mapping[str, float]) -> np.ndarray:
 
 
 def _count_known(rates: np.ndarray, pass_rates: Mapping[str, float], alive: np.ndarray) -> dict[str, int] | None:
-    """Of how many of the traces to choose from the pass rate is known; None if no rates were given."""
+    """How many of the items that can be selected have a known pass rate; None if no rates were given."""
     if not pass_rates:
         return None
     known = {"known": int((alive & ~np.isnan(rates)).sum()), "of": int(alive.sum())}
@@ -251,8 +252,8 @@ def _count_known(rates: np.ndarray, pass_rates: Mapping[str, float], alive: np.n
 
 
 def _difficulties(part: Part, rates: np.ndarray, alive: np.ndarray) -> np.ndarray:
-    """float64 [n] in [0, 1]: 1 - the student's pass rate; else the rank of the difficulty that the row gives among all
-    that give one; else the rank of the proxy among all."""
+    """float64 [n] in [0, 1]: 1 - the student's pass rate; else the rank of the row's own difficulty among the rows that
+    have one; else the rank of the proxy among all."""
     found = np.full(len(alive), np.nan)
     found[alive] = ranks(part.proxy[alive])
     given = alive & ~np.isnan(part.given)
@@ -263,7 +264,7 @@ def _difficulties(part: Part, rates: np.ndarray, alive: np.ndarray) -> np.ndarra
 
 
 def _merits(part: Part, difficulty: np.ndarray, weights: Weights, alive: np.ndarray) -> np.ndarray:
-    """float64 [n]: what selection goes by, in [0, 1]; -inf for items that are out."""
+    """float64 [n]: the score that selection uses, in [0, 1]; -inf for dropped items."""
     merits = np.full(len(alive), -np.inf)
     verified = np.where(part.verified == UNVERIFIED, 0.5, part.verified == RIGHT)
     marks = weights.difficulty * difficulty[alive] + weights.quality * ranks(part.quality[alive])
@@ -277,7 +278,7 @@ def _merits(part: Part, difficulty: np.ndarray, weights: Weights, alive: np.ndar
 def _select(
     ledger: Ledger, merits: np.ndarray, pool: Pool, config: CurateConfig, quiet: bool
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """The chosen items, sorted; and where the rows stand that others are duplicates of."""
+    """The chosen items, sorted; and the locations of rows that others are duplicates of."""
     names, domains = np.unique(np.array(ledger.part.domains, dtype=object), return_inverse=True)
     domains = np.where(ledger.alive, domains, -1)
     share = quotas(np.bincount(domains[ledger.alive], minlength=len(names)).tolist(), config.size)
@@ -302,7 +303,7 @@ def _select(
 def _fetch(
     pool: Pool, problem_rows: np.ndarray, where_rows: np.ndarray, quiet: bool
 ) -> tuple[dict[int, str], dict[int, str]]:
-    """What some rows of the pool ask, and where some others stand."""
+    """Read the pool again: the questions of `problem_rows`, and the locations of `where_rows`."""
     wanted, located = set(problem_rows.tolist()), set(where_rows.tolist())
     problems, wheres, done = {}, {}, 0
     with counting("fetching", quiet) as progress:
@@ -364,7 +365,7 @@ def _finished(row: Mapping[str, Any], where: str, difficulty: float) -> Trace:
 
 
 def _graded(row: Mapping[str, Any]) -> dict[str, str]:
-    """The answer of a row and what it was graded against, as texts: a reference may be of any type."""
+    """The answer of a row and its reference, as text: a reference may be of any type."""
     given = ((name, row.get(name)) for name in ("answer", "reference"))
     return {name: str(value).encode("utf-8", "replace").decode() for name, value in given if value is not None}
 

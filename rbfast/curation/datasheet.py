@@ -1,9 +1,9 @@
-"""The datasheet of a curation: what went in, what was dropped why, what came out; as JSON and as a page with pictures.
+"""The datasheet of a curation: what went in, what was dropped and why, what came out; as JSON and as an HTML page.
 
     sheet = describe(settings, ledger, difficulty, chosen)
-    write_datasheet("reason1k/", sheet)                # datasheet.json; datasheet.html, which holds its pictures
+    write_datasheet("reason1k/", sheet)                # datasheet.json; datasheet.html, with its plots inside
 
-It holds no time and no machine, so the same curation has the same datasheet.
+It contains no time and no machine name, so the same curation gives the same datasheet.
 """
 
 import json
@@ -25,8 +25,8 @@ from rbfast.report.plots import AFTER, BEFORE, plain
 from rbfast.utils.files import write_text
 
 _BINS = 20
-_MOST_MATCHED = 50  # evaluation problems that are listed
-_MOST_DRAWN = 20  # domains
+_MOST_MATCHED = 50  # evaluation problems listed at most
+_MOST_DRAWN = 20  # domains drawn at most
 _WHICH = (
     "Before: the traces that clean let through; of difficulty, the eligible ones. "
     "Eligible: those that select could choose from. After: those that it chose."
@@ -40,12 +40,12 @@ def describe(
     chosen: np.ndarray,
     pass_rates: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """The datasheet as JSON values. `before` counts the items without a flaw, `after` the chosen ones.
+    """The datasheet as JSON values. `before` counts the items without a flaw, `after` the selected ones.
 
     Args:
         difficulty: float [items], NaN if an item was dropped before it was scored.
-        chosen: the items selected.
-        pass_rates: of how many items a student's is `known`, `of` how many; None if none were given.
+        chosen: the selected items.
+        pass_rates: `known`, the number of items with a pass rate, `of` how many items; None if none were given.
     """
     part = ledger.part
     after = np.zeros(len(ledger.rows), dtype=bool)
@@ -89,7 +89,7 @@ def _domains(domains: Sequence[str], eligible: np.ndarray, after: np.ndarray) ->
 
 
 def _contamination(ledger: Ledger) -> list[dict[str, Any]]:
-    """The evaluation problems that were matched most, with the tiers that matched."""
+    """The evaluation problems with the most matches, with the number of matches by tier."""
     tiers: dict[int, Counter[str]] = {}
     for match in ledger.matches:
         if match:
@@ -126,13 +126,13 @@ def _mean(values: np.ndarray) -> float | None:
 
 
 def write_datasheet(folder: str | Path, sheet: Mapping[str, Any]) -> None:
-    """Writes `datasheet.json` and `datasheet.html` into `folder`."""
+    """Write `datasheet.json` and `datasheet.html` into `folder`."""
     write_text(Path(folder) / "datasheet.json", json.dumps(sheet, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     write_text(Path(folder) / "datasheet.html", render(sheet))
 
 
 def render(sheet: Mapping[str, Any]) -> str:
-    """The datasheet as one HTML page, pictures inside; every text of the pool is escaped."""
+    """The datasheet as one self-contained HTML page. Every text of the pool is escaped."""
     selected = sheet["stages"][-1]["out"]
     matched = [(m["where"], m["problem"], dropped_because(m["items"])) for m in sheet["contamination"]]
     number = sheet["evaluation_problems_matched"]
@@ -169,7 +169,7 @@ def render(sheet: Mapping[str, Any]) -> str:
 
 
 def pass_rates_line(sheet: Mapping[str, Any]) -> str | None:
-    """For how many traces a student's pass rate was known, if any were given."""
+    """A line that says for how many traces the pass rate was known; None if no rates were given."""
     known = sheet.get("pass_rates")
     return known and f"Pass rates for {known['known']:,} of {known['of']:,} traces"
 

@@ -1,25 +1,25 @@
-"""Which problems of a pool give away a problem of an evaluation set.
+"""Find the problems of a pool that give away a problem of an evaluation set.
 
     evaluations = read_evaluations(["math500.jsonl", "aime25.jsonl"])
     found = contaminated(["Find the number of integer values of $k$ ...", ...], evaluations)
     found[0]            # None, or Match(item=80, tier="text", share=1.0)
 
-A problem is judged by the share of an evaluation problem that it holds, in 5-shingles of LaTeX-aware tokens, each
-weighted by how rare it is (idf): "find the number of integer values" weighs little, the equation much. What says in
-which form to answer ("Express your answer as a common fraction.") counts for nothing. Five tiers:
+A problem is judged by the share of an evaluation problem that it contains, in 5-shingles of LaTeX-aware tokens weighted
+by rarity (idf): "find the number of integer values" weighs little, the equation much. Sentences about the form of the
+answer ("Express your answer as a common fraction.") are ignored. Five tiers:
 
-- text: at least half of an evaluation problem is there. One of fewer than five tokens is one shingle, all of it; it
-  is also there if a sentence or a line ends in it (`_LEAST_RUN` tokens at least, and a numeral among them);
-- template: with every number masked at least four fifths of it is there: the same problem with other numbers;
+- text: at least half of an evaluation problem is contained. A problem of fewer than five tokens is a single shingle; it
+  also counts if a sentence or a line ends in it (at least `_LEAST_RUN` tokens, a numeral among them);
+- template: with every number masked at least four fifths is contained: the same problem with other numbers;
 - variant: with every number masked 55% of both problems is shared, in 3-shingles, and a tenth with the numbers: the
-  same problem with other numbers, names or a clause more;
+  same problem with other numbers, other names or one more clause;
 - renamed: with every number and every variable masked 65% of both problems is shared, in 3-shingles;
-- paraphrase: the embeddings of the two are close. Only if a function that embeds texts is given.
+- paraphrase: the two embeddings are close. Only if an embedding function is given.
 
 A trace is also judged by what comes before its problem: each earlier turn and the system prompt (`strongest`).
 
-In a pool that is read in parts, `Decontaminator.find` runs on each part alone and `Decontaminator.judge` once on all
-that was found: how rare a shingle is, is known at the end.
+The rarity of a shingle is known only once the whole pool is read. So `Decontaminator.find` runs on each part of a pool,
+and `Decontaminator.judge` once, on all that was found.
 """
 
 import re
@@ -40,35 +40,35 @@ from rbfast.data.readers import read_rows
 from rbfast.data.trace import TraceError
 
 SHINGLE = 5
-_SHORT_SHINGLE = 3  # of variants: a name or a number of other words breaks fewer of them
+_SHORT_SHINGLE = 3  # for variants: a changed name or number breaks fewer short shingles
 _LEAST_RUN = 3  # tokens; "Find $x$." ends many a problem
 _SAID_ALIKE = (
-    0.1  # of the evaluation problem a variant shares by tokens with their numbers; formulas alone are no problem
+    0.1  # the share of an evaluation problem that a variant must contain with its numbers, beyond common formulas
 )
-_BYTES_OF_A_HIT = 40  # a variant has a template shingle in common for so many bytes, of the first 400
+_BYTES_OF_A_HIT = 40  # a variant must share a template shingle for each so many bytes, of the first 400
 _QUESTION_FIELDS = ("problem", "question", "prompt")
 _VARIABLE = re.compile(r"(?<![^\W\d_]|\\)(?!a\s)[A-Za-z](?![^\W\d_])")
-_POINTS = re.compile(r"(?<![\w\\])[A-Z]{2,3}(?!\w)")  # of geometry: ABC
+_POINTS = re.compile(r"(?<![\w\\])[A-Z]{2,3}(?!\w)")  # named by their points, in geometry: ABC
 _BREAK = re.compile(r"[.?](?=[\s$\\)\]*\"']|\Z)|\n|\s\(?A[).]\s|\Z")  # a sentence ends, a line, or options follow
 _BEFORE_BREAK = 300  # characters that hold the tokens of a short problem
 _ESCAPED = re.compile(r"\\\\[a-zA-Z]")
 _SINGLE = re.compile(r"(?<!\\)\\(?:\\\\)*(?!\\)")
-_TIERS = ("text", "variant", "renamed", "paraphrase", "template")  # the surest first, and last what may be kept
-_WHOLE = 2**20  # a weight of one nat, as a whole number
+_TIERS = ("text", "variant", "renamed", "paraphrase", "template")  # the surest first; template, which may be kept, last
+_WHOLE = 2**20  # weights are integers in units of 2^-20 nats
 
 Embed = Callable[[Sequence[str]], np.ndarray]
 """Texts to vectors, float [n, d], of any length but zero."""
 
 
 class Evaluation(NamedTuple):
-    """A problem that training must not see; `where` is its file and line."""
+    """A problem that must not be trained on; `where` is its file and line."""
 
     where: str
     problem: str
 
 
 class Match(NamedTuple):
-    """The evaluation problem (its place in the list) that a problem gives away, how it was seen, and how much of it."""
+    """The evaluation problem that a problem gives away (its index in the list), the tier, and the shared part."""
 
     item: int
     tier: str  # "text", "template", "variant", "renamed" or "paraphrase"
@@ -76,20 +76,20 @@ class Match(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a part of the pool shares with the evaluation sets, before it is known how much that weighs."""
+    """The shingles that a part of the pool shares with the evaluation sets, not yet weighted."""
 
     text: Ragged
     template: Ragged
     variant: Ragged
     renamed: Ragged
-    sizes: np.ndarray  # int64 [n, 2], how many shingles of these two kinds a problem has; 0 if it can be neither
-    nearest: np.ndarray  # int32 [n], by embedding; -1 if there is none
+    sizes: np.ndarray  # int64 [n, 2], a problem's number of variant and renamed shingles; 0 if it can be neither
+    nearest: np.ndarray  # int32 [n], the nearest evaluation problem by embedding; -1 if there is none
     cosine: np.ndarray  # float32 [n]
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """The least share (for paraphrases: cosine) that counts, by tier."""
+    """The least share (for paraphrases: cosine) that counts as contamination, by tier."""
 
     text: float = 0.5
     template: float = 0.8
@@ -104,8 +104,8 @@ class Thresholds:
 
 
 def read_evaluations(sources: Iterable[str | Path]) -> list[Evaluation]:
-    """The problems of evaluation sets: files or folders of any kind that traces have, benchmarks by their name
-    (`hub.BENCHMARKS`), or hub ids, of which `test`.
+    """The problems of evaluation sets: files or folders in any format of traces, benchmarks by name
+    (`hub.BENCHMARKS`), or hub ids (their split `test` by default).
 
     Raises:
         TraceError: a row without a problem, or a source without rows.
@@ -124,13 +124,13 @@ def read_evaluations(sources: Iterable[str | Path]) -> list[Evaluation]:
             if not problem.strip():
                 raise TraceError(f"{where}: expected a text under {', '.join(_QUESTION_FIELDS)}, got an empty one")
             found.append(Evaluation(where, problem))
-        if len(found) == before:  # nothing would be taken out
+        if len(found) == before:  # decontamination would do nothing
             raise TraceError(f"{source}: expected at least one problem, got none")
     return found
 
 
 def _problem(row: Any, where: str) -> str:
-    """The problem of a row that has it in another field, or in a conversation."""
+    """The problem of a row that has it in a field of another name, or in a conversation."""
     try:
         return str(question_of(row)["problem"])
     except TraceError as error:
@@ -145,7 +145,7 @@ def contaminated(
     embed: Embed | None = None,
     threads: int | None = None,
 ) -> list[Match | None]:
-    """For each problem the evaluation problem it gives away, or None."""
+    """For each problem, the evaluation problem that it gives away, or None."""
     decontaminator = Decontaminator(evaluations, thresholds or Thresholds(), embed)
     texts = text.pack(problems)
     found = decontaminator.find(texts, problems, threads=threads or text.cores())
@@ -153,14 +153,14 @@ def contaminated(
 
 
 class _Best(NamedTuple):
-    """For each problem of the pool the evaluation problem it shares most with, or -1, and the share."""
+    """For each problem of the pool, the evaluation problem it shares most with, or -1, and the share."""
 
     items: np.ndarray
     shares: np.ndarray
 
 
 class _Tier(NamedTuple):
-    """The shingles of the evaluation problems: sorted hashes, and for each the items that have it."""
+    """An index of the evaluation problems' shingles: sorted hashes, and for each hash the problems that have it."""
 
     hashes: np.ndarray
     items: Ragged
@@ -175,7 +175,7 @@ class _Tier(NamedTuple):
 
 
 def _without_names(problem: str) -> str:
-    """`problem` with one letter for all variables, points, sides and triangles."""
+    """`problem` with every variable, point, side and triangle named x."""
     return _VARIABLE.sub("x", _POINTS.sub(lambda match: " x" * len(match[0]), problem))
 
 
@@ -187,16 +187,16 @@ def _unescaped(problem: str) -> str:
 
 
 def _ending_tokens(problem: str) -> set[tuple[str, ...]]:
-    """The last tokens, as many as a short problem has, before each break of `problem`."""
+    """The last `_LEAST_RUN` to `SHINGLE - 1` tokens before each end of a sentence or line in `problem`."""
     ends = [match.start() for match in _BREAK.finditer(problem)]
     said = [tokens(fold(problem[max(0, end - _BEFORE_BREAK) : end])) for end in ends]
     return {tuple(row[-length:]) for row in said for length in range(_LEAST_RUN, SHINGLE)}
 
 
 class _ShortProblems:
-    """The evaluation problems of fewer tokens than a shingle, to be found at the end of a sentence.
+    """Finds evaluation problems of fewer tokens than a shingle, only at the end of a sentence or line.
 
-    As a run of tokens anywhere `What is 50%?` would be in "What is 50% of 80?".
+    Found anywhere, "What is 50%?" would match "What is 50% of 80?".
     """
 
     def __init__(self, asked: Sequence[str], tier: _Tier) -> None:
@@ -207,7 +207,7 @@ class _ShortProblems:
             if _LEAST_RUN <= len(row) < SHINGLE and any(token[0] in "0123456789" for token in row)
         ]
         packed = text.pack(asked[item] for item in items)
-        whole, _ = text.shingles(packed, SHINGLE)  # one for each
+        whole, _ = text.shingles(packed, SHINGLE)  # one for each problem
         self._places = dict(
             zip((rows[item] for item in items), np.searchsorted(tier.hashes, whole.values).tolist(), strict=True)
         )
@@ -215,7 +215,7 @@ class _ShortProblems:
         self._hints = np.unique(text.shingles(packed, _LEAST_RUN)[0].values)
 
     def added(self, said: Ragged, texts: Texts, asked: Sequence[str], threads: int) -> Ragged:
-        """`said`, what problems share with the text tier, with the short problems that they hold."""
+        """Add the short evaluation problems that `texts` contain to `said`, what they share with the text tier."""
         if not self._places:
             return said
         hinted = np.flatnonzero(text.find(texts, _LEAST_RUN, self._hints, threads=threads).lengths)
@@ -233,8 +233,10 @@ class _ShortProblems:
 
 
 def _short(texts: Sequence[str], tier: _Tier, places: np.ndarray, n: int, threads: int) -> tuple[Ragged, np.ndarray]:
-    """What texts share with a tier of short shingles, and how many they have, int64 [n]: these texts stand at `places`
-    among n, and the others count as empty."""
+    """The short shingles that texts share with a tier, and how many each text has, int64 [n].
+
+    The texts stand at `places` among n; the others count as empty.
+    """
     packed = text.pack(texts)
     rows, _ = text.shingles(packed, _SHORT_SHINGLE, mask_digits=True, threads=threads)
     found = text.find(packed, _SHORT_SHINGLE, tier.hashes, mask_digits=True, threads=threads)
@@ -244,7 +246,7 @@ def _short(texts: Sequence[str], tier: _Tier, places: np.ndarray, n: int, thread
 
 
 class Decontaminator:
-    """An index of the evaluation problems; it can be sent to other processes."""
+    """An index of the evaluation problems. It is picklable."""
 
     def __init__(
         self, evaluations: Sequence[Evaluation], thresholds: Thresholds | None = None, embed: Embed | None = None
@@ -261,7 +263,7 @@ class Decontaminator:
         self._vectors = self._unit([item.problem for item in evaluations]) if embed and evaluations else None
 
     def find(self, texts: Texts, problems: Sequence[str], *, threads: int = 1) -> Found:
-        """What each problem shares with the evaluation sets. `texts` is `pack(problems)`."""
+        """Find what each problem shares with the evaluation sets. `texts` is `pack(problems)`."""
         asked = list(problems)
         for place in may_instruct(texts).tolist():
             asked[place] = without_instructions(asked[place])
@@ -278,10 +280,10 @@ class Decontaminator:
         return Found(said, template, variant, renamed, np.stack([sizes, unnamed], axis=1), *self._nearest(problems))
 
     def judge(self, found: Found, fingerprints: np.ndarray, *, threads: int = 1) -> list[Match | None]:
-        """The verdict on every problem of the pool, from what `find` gave for all of it.
+        """The match of every problem in the pool, or None, from what `find` gave for the whole pool.
 
         Args:
-            fingerprints: uint64 [n]; a problem that is there several times counts once when rarity is measured.
+            fingerprints: of the problems, uint64 [n]; equal ones count once when rarity is measured.
         """
         first = np.zeros(len(fingerprints), dtype=bool)
         first[np.unique(fingerprints, return_index=True)[1]] = True
@@ -309,10 +311,10 @@ class Decontaminator:
         return _Best(*text.containment(shared, tier.items, weights, totals, own=own, least=least, threads=threads))
 
     def _weigh(self, tier: _Tier, shared: Ragged, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Weights of the shingles, int64, and their sum for each item, int64.
+        """The weights of the shingles, int64, and their sum for each evaluation problem, int64.
 
         A weight is -log of the share of other problems that have the shingle, in the pool or in the evaluation sets,
-        whichever is larger: boilerplate of either weighs little.
+        whichever is larger. So boilerplate of either weighs little.
         """
         counted = np.repeat(first, shared.lengths)
         in_pool = np.bincount(shared.values[counted], minlength=len(tier.hashes))
@@ -324,8 +326,8 @@ class Decontaminator:
         return weights, np.maximum(totals, 1)
 
     def _own_weights(self, shared: Ragged, sizes: np.ndarray, weights: np.ndarray, pool: int) -> np.ndarray:
-        """For each problem of the pool the sum of its short shingles' weights, int64; one that no evaluation problem
-        has is as rare as can be."""
+        """For each problem of the pool, the sum of its short shingles' weights, int64. A shingle that no evaluation
+        problem has gets the largest weight."""
         held = np.append(0, np.cumsum(weights[shared.values]))[shared.starts]
         rarest = round(_WHOLE * np.log(pool + len(self.evaluations) + 1))
         return np.maximum(1, np.diff(held) + rarest * (sizes - shared.lengths))
@@ -349,10 +351,10 @@ class Decontaminator:
 
 
 def strongest(matches: Sequence[Match | None], lengths: np.ndarray) -> list[Match | None]:
-    """For each item, of which `lengths` says how many texts it has, the match of one of them.
+    """The strongest match among the texts of each item; `lengths` is the number of texts of each.
 
-    It is the surest tier's, then that of the largest share, then the first. A template comes last: where templates are
-    kept, it must not hide what is dropped.
+    The surest tier wins, then the largest share, then the first text. Templates come last: they may be kept, and must
+    not hide a match that is dropped.
     """
     ends = np.cumsum(lengths).tolist()
     groups = (matches[end - length : end] for end, length in zip(ends, lengths.tolist(), strict=True))
@@ -364,7 +366,7 @@ def _by_strength(match: Match) -> tuple[int, float]:
 
 
 def join_found(parts: Sequence[Found]) -> Found:
-    """What was found in the parts of a pool, as one."""
+    """Concatenate what was found in the parts of a pool."""
     return Found(
         text.join_ragged([part.text for part in parts]),
         text.join_ragged([part.template for part in parts]),

@@ -1,12 +1,12 @@
-"""One trace for each problem: the same problem typed twice, and nearly the same problem with the same answer.
+"""Keep one trace for each problem: find equal problems, and nearly equal problems with equal answers.
 
     keeper = duplicates(fingerprints, signatures, keys, preference)
-    keeper[i] == i                                     # i is kept; else i says again what keeper[i] says
+    keeper[i] == i                                     # i is kept; else it duplicates keeper[i]
 
-Problems of the same tokens are one problem, whatever their answers: one of them may be wrong. Problems whose shingles
-mostly agree (MinHash) count as one only if their answers agree, and the numbers, letters and signs in them: problems
-made from a template share most of their words and are different problems all the same. Of conversations the problem is
-what was asked last. "Are you sure?" is another problem after other turns, so these must be the same.
+Problems with the same tokens are duplicates, whatever their answers: one of them may be wrong. Near duplicates share
+most shingles (MinHash), and must also agree in their answers and in the problems' numbers, letters and signs: problems
+made from one template share most of their words and are still different problems. The problem of a conversation is its
+last question. The turns before it must be equal too: "Are you sure?" is another problem after other turns.
 """
 
 import re
@@ -17,16 +17,16 @@ import numpy as np
 from rbfast.curation.text import fold
 from rbfast.curation.text_reference import mix, tokens
 
-SIGNATURE = 64  # values of a MinHash signature; its estimate of a Jaccard index of 0.8 has a standard error of 0.05
-_BANDS = 16  # of 4 values: a pair of Jaccard index 0.8 meets in one with a probability of 0.9998, one of 0.3 with 0.12
+SIGNATURE = 64  # values in a MinHash signature: a standard error of 0.05 at a Jaccard index of 0.8
+_BANDS = 16  # of 4 values: a pair with Jaccard index 0.8 collides with probability 0.9998, one with 0.3 with 0.12
 _LEAST_AGREEMENT = 0.8
 _DATA = re.compile(r"[0-9]+|(?<![^\W\d_])[b-z](?![^\W\d_])")  # "a" is an article more often than a variable
 
-_SIGNS = frozenset([*"+*/=<>()[]{}|!'%^", "neg"])  # a hyphen is often only a word's
+_SIGNS = frozenset([*"+*/=<>()[]{}|!'%^", "neg"])  # not "-", which is often a hyphen
 
 
 def key_of(problem: str, answer: str) -> int:
-    """64 bits of what near duplicates must share: the answer's tokens, and the problem's numbers, letters and signs."""
+    """A 64-bit hash of what near duplicates must share: the answer's tokens; the problem's numbers, letters, signs."""
     folded = fold(problem)
     signs = [token for token in tokens(folded) if token in _SIGNS]
     shared = [*tokens(fold(answer)), "", *_DATA.findall(folded), "", *signs]
@@ -34,25 +34,25 @@ def key_of(problem: str, answer: str) -> int:
 
 
 def history_of(turns: np.ndarray) -> int:
-    """64 bits of the turns before a problem, from the fingerprint of each, uint64; 0 if there are none."""
+    """A 64-bit hash of the turns before a problem, from the fingerprint of each, uint64; 0 if there are none."""
     return int.from_bytes(blake2b(turns.tobytes(), digest_size=8).digest(), "big") if len(turns) else 0
 
 
 def after(histories: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Fingerprints or keys of problems, uint64 [n], told apart by `history_of` what came before; 0 stays 0."""
+    """Mix the `history_of` the earlier turns into fingerprints or keys of problems, uint64 [n]; 0 stays 0."""
     return np.where((histories == 0) | (values == 0), values, mix(values ^ histories))
 
 
 def duplicates(
     fingerprints: np.ndarray, signatures: np.ndarray, keys: np.ndarray, preference: np.ndarray
 ) -> np.ndarray:
-    """For each item the item that represents it, int64 [n].
+    """For each item, the item that is kept in its place (itself if it is kept), int64 [n].
 
     Args:
-        fingerprints: of the problem's tokens and its history, uint64 [n]; 0 is a problem without tokens, like no other.
+        fingerprints: of the problem's tokens and its history, uint64 [n]; 0, a problem without tokens, equals no other.
         signatures: MinHash of the problem's shingles, uint32 [n, 64].
         keys: `key_of` each item, uint64 [n].
-        preference: float [n]; of duplicates the highest is kept, of equals the first.
+        preference: float [n]; of duplicates the one with the highest is kept, of equals the first.
     """
     same = _same_value(fingerprints, fingerprints != 0)
     near = [_near_in_band(signatures, keys, band) for band in range(_BANDS)]
@@ -65,7 +65,7 @@ def duplicates(
 
 
 def _same_value(values: np.ndarray, counted: np.ndarray) -> np.ndarray:
-    """Pairs (first item of a value, another item of it), int64 [pairs, 2]."""
+    """Pairs (first item with a value, another item with it), int64 [pairs, 2]."""
     items = np.flatnonzero(counted)
     order = items[np.argsort(values[items], kind="stable")]
     opens = np.append(True, np.diff(values[order]) > 0)[: len(order)]  # unsigned differences are never negative
@@ -74,18 +74,18 @@ def _same_value(values: np.ndarray, counted: np.ndarray) -> np.ndarray:
 
 
 def _near_in_band(signatures: np.ndarray, keys: np.ndarray, band: int) -> np.ndarray:
-    """The pairs that meet in a band and agree in enough of their signatures."""
+    """The pairs with equal keys that collide in a band and agree in enough of their signatures."""
     width = signatures.shape[1] // _BANDS
     meet = keys
     for column in range(band * width, (band + 1) * width):
         meet = mix(meet + signatures[:, column].astype(np.uint64))
-    pairs = _same_value(meet, signatures[:, 0] != np.iinfo(np.uint32).max)  # an empty problem is near to none
+    pairs = _same_value(meet, signatures[:, 0] != np.iinfo(np.uint32).max)  # an empty problem has no duplicates
     agreement = (signatures[pairs[:, 0]] == signatures[pairs[:, 1]]).mean(1)
     return pairs[(agreement >= _LEAST_AGREEMENT) & (keys[pairs[:, 0]] == keys[pairs[:, 1]])]
 
 
 def _components(n: int, pairs: np.ndarray) -> np.ndarray:
-    """The least item that each item is connected to, int64 [n]."""
+    """Connected components: the least item that each item is connected to, int64 [n]."""
     label = np.arange(n)
     while len(pairs):
         least = label[pairs].min(1)

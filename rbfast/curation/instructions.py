@@ -1,8 +1,8 @@
-"""Sentences that say how to answer, and nothing of what is asked: "Express your answer as a common fraction."
+"""Remove sentences that say only how to answer: "Express your answer as a common fraction."
 
     without_instructions("Find the sum of x and y. Put your answer in a box.")  # "Find the sum of x and y. "
 
-They are cut where problems are compared: half of the problems of an evaluation set may end in one of a few.
+They are removed before problems are compared: half of the problems of an evaluation set may end in the same few.
 """
 
 import re
@@ -11,7 +11,7 @@ import numpy as np
 
 from rbfast.curation.text import Texts
 
-_LEAST = 12  # characters that must be left; else what looks like an instruction is the problem
+_LEAST = 12  # characters that must remain; else what looks like an instruction is the problem
 _HINTS = (
     b"answer",
     b"response",
@@ -57,7 +57,7 @@ _INSTRUCTION = re.compile(
 
 
 def may_instruct(texts: Texts) -> np.ndarray:
-    """Which texts hold a word of such sentences, int64. Most hold none, and one search for all of them is fast."""
+    """The texts that contain a word of such sentences, int64. A fast filter: most contain none."""
     data, found = texts.data.tobytes(), []
     for hint in _HINTS:
         at = data.find(hint)

@@ -24,7 +24,7 @@ _CONTAMINATED = {
 
 @dataclass(frozen=True)
 class Stage:
-    """How many items a stage was given, and how many it dropped for which kind of reason."""
+    """How many items a stage was given, and how many it dropped, by reason."""
 
     name: str
     given: int
@@ -36,7 +36,7 @@ class Stage:
 
 
 class Ledger:
-    """The fate of a pool. Rows are counted in the pool, items among the rows without a flaw; item i is `rows[i]`."""
+    """The fate of a pool. Rows are numbered in the pool, items among the rows without a flaw; item i is `rows[i]`."""
 
     def __init__(self, part: Part) -> None:
         self.part = part
@@ -51,7 +51,7 @@ class Ledger:
         self._keeper = np.arange(len(self.rows))
 
     def drop(self, stage: str, kinds: Mapping[int, str]) -> None:
-        """Ends a stage: these items leave, for these kinds of reason."""
+        """Record a stage: drop these items, each with its kind of reason."""
         self.stages.append(Stage(stage, int(self.alive.sum()), _by_count(Counter(kinds.values()))))
         for item, kind in kinds.items():
             self.alive[item] = False
@@ -70,7 +70,7 @@ class Ledger:
         )
 
     def dedup(self) -> None:
-        """Keeps one of each problem: the right before the unverified, then the better written, then the first."""
+        """Keep one item of each problem: right before unverified, then the best quality, then the first."""
         items = np.flatnonzero(self.alive)
         certainty = np.where(self.part.verified == UNVERIFIED, 1, 2 * (self.part.verified == RIGHT))
         order = np.lexsort((self.part.quality[items], certainty[items]))
@@ -85,7 +85,7 @@ class Ledger:
         self.drop("dedup", dict(zip(again.tolist(), kinds.tolist(), strict=True)))
 
     def drop_wrong(self) -> None:
-        """Drops the items whose answers are known to be wrong."""
+        """Drop the items whose answers are known to be wrong."""
         wrong = np.flatnonzero(self.alive & (self.part.verified == WRONG))
         self.drop("score", dict.fromkeys(wrong.tolist(), "wrong answer"))
 
@@ -95,11 +95,11 @@ class Ledger:
         return self.alive | (self._stage_of == len(_STAGES) - 1)
 
     def stood_for(self) -> np.ndarray:
-        """The rows that duplicates were dropped for, int64, sorted."""
+        """The rows that were kept in the place of duplicates, int64, sorted."""
         return self.rows[np.unique(self._keeper[self._keeper != np.arange(len(self._keeper))])]
 
     def record(self, row: int, item: int | None, wheres: Mapping[int, str]) -> dict[str, Any]:
-        """What `dropped.jsonl` says of a row: its stage, the reason, and what it matched."""
+        """The entry of a row in `dropped.jsonl`: its stage, the reason, and what it matched."""
         if item is None:
             return {"stage": "clean", "reason": self.part.flaws[row]}
         stage = self.stages[self._stage_of[item]].name
@@ -118,7 +118,7 @@ def _by_count(kinds: Counter[str]) -> dict[str, int]:
 
 
 def _dense_ranks(*columns: np.ndarray) -> np.ndarray:
-    """Ranks of sorted rows, equal rows sharing one."""
+    """Ranks of sorted rows; equal rows share a rank."""
     changes = np.zeros(len(columns[0]), dtype=bool)
     for column in columns:
         changes[1:] |= column[1:] != column[:-1]

@@ -1,10 +1,10 @@
-"""A pool of traces, read a chunk at a time and assessed in its order: here, by several processes, or on Ray Data.
+"""Read a pool of traces a chunk at a time and assess it in order: in one process, in several, or on Ray Data.
 
     pool = Pool(("pool.jsonl",))
     parts = assessed(pool, assessor, processes=4)
     parts = assessed_on_ray(pool, assessor, "auto")                 # the same parts, from a running Ray cluster
 
-What an `Assessor` says of an item does not depend on the items beside it, so all of these join to the same bytes.
+An `Assessor`'s result for an item does not depend on the other items, so all of these join to the same bytes.
 """
 
 import pickle
@@ -28,24 +28,24 @@ CHUNK = 1024  # rows
 
 Source = str | Path
 PoolRow = tuple[str, Any]
-"""Where a row stands ("file:line"), and its trace's fields; or a TraceError, if there is no trace."""
+"""The location of a row ("file:line"), and its trace's fields, or a TraceError if it has no trace."""
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Where traces are read from, and how."""
+    """The sources of traces, and how to read them."""
 
     sources: tuple[Source, ...]
     options: FormatOptions = AUTO
 
 
 def pool_rows(pool: Pool) -> Iterator[PoolRow]:
-    """Every row of the pool, one at a time; a row of several traces is as many."""
+    """Every row of the pool, one at a time; a row with several traces becomes several rows."""
     return chain.from_iterable(read_native_rows(source, pool.options) for source in pool.sources)
 
 
 def recognise(pool: Pool) -> dict[Source, list[str]]:
-    """As what the first rows of each source are read, the most frequent first.
+    """The formats of the first rows of each source, the most frequent first.
 
     Raises:
         TraceError: a source has rows, and none of its first 100 is read.
@@ -71,12 +71,12 @@ def chunks(pool: Pool, size: int) -> Iterator[list[PoolRow]]:
 
 
 def assessed(pool: Pool, assessor: Assessor, processes: int) -> Iterator[Part]:
-    """The parts of a pool, in its order. This process reads; with several, the others assess."""
+    """The assessed parts of a pool, in order. This process reads; with `processes` > 1, workers assess."""
     read = chunks(pool, CHUNK)
     if processes == 1:
         yield from (assessor(chunk, threads=text.cores()) for chunk in read)
         return
-    # spawned, for a forked process inherits locks of threads it does not have
+    # Spawn: a forked process inherits locks held by threads that it does not have.
     with ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (assessor,)) as workers:
         ahead = deque(workers.submit(_work, chunk) for chunk in islice(read, 2 * processes))
         while ahead:
@@ -97,14 +97,14 @@ def _work(chunk: list[PoolRow]) -> Part:
 
 
 def assessed_on_ray(pool: Pool, assessor: Assessor, address: str) -> Iterator[Part]:
-    """The parts of a pool, in its order. One worker, on this machine, reads; the others, on any, assess.
+    """The assessed parts of a pool, in order. One worker, on this machine, reads; the others, on any node, assess.
 
     Args:
-        address: as `ray.init` takes it: "auto", "local", host:port. A session that is open is used, and left open.
+        address: for `ray.init`: "auto", "local", host:port. An open session is reused, and left open.
 
     Raises:
         ImportError: Ray Data is not installed.
-        Exception: what reading or assessing raised.
+        Exception: whatever reading or assessing raised.
     """
     ray: Any = need("ray", "pools on Ray", install="'rbfast[ray]'")
     need("ray.data", "pools on Ray", install="'rbfast[ray]'")
@@ -116,7 +116,7 @@ def assessed_on_ray(pool: Pool, assessor: Assessor, address: str) -> Iterator[Pa
         data.context.execution_options.preserve_order = True
         data.context.target_max_block_size = 1  # byte: a chunk is a block, and every block a task
         data.context.enable_progress_bars = False
-        # The reader mostly waits for the others, and must not keep a core from them.
+        # The reader mostly waits for the others, and must not reserve a core.
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
         data = data.flat_map(_read, fn_kwargs={"size": CHUNK}, num_cpus=0, label_selector=here)
         for row in data.map(_assess, fn_kwargs={"assessor": assessor}, num_cpus=1).iter_rows():
@@ -130,12 +130,12 @@ def assessed_on_ray(pool: Pool, assessor: Assessor, address: str) -> Iterator[Pa
 
 
 def _absolute(pool: Pool) -> Pool:
-    """Workers have working folders of their own."""
+    """The pool with absolute paths: Ray workers have other working folders."""
     return replace(pool, sources=tuple(Path(s).resolve() if Path(s).exists() else s for s in pool.sources))
 
 
 def _read(row: Mapping[str, bytes], size: int) -> Iterator[dict[str, bytes]]:
-    """The chunks of a pool; an error is passed on as the last of them, for Ray would change its type and words."""
+    """The chunks of a pool, pickled. An error is passed on as the last chunk: Ray would change its type and message."""
     try:
         yield from ({"chunk": pickle.dumps(chunk)} for chunk in chunks(pickle.loads(row["pool"]), size))
     except Exception as error:
@@ -143,7 +143,7 @@ def _read(row: Mapping[str, bytes], size: int) -> Iterator[dict[str, bytes]]:
 
 
 def _assess(row: Mapping[str, bytes], assessor: Assessor) -> dict[str, bytes]:
-    """A chunk's part, or the error in its place."""
+    """The pickled part of a chunk, or the pickled error in its place."""
     chunk = pickle.loads(row["chunk"])
     try:
         return {"part": pickle.dumps(chunk if isinstance(chunk, Exception) else assessor(chunk))}

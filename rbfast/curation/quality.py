@@ -1,12 +1,12 @@
-r"""What the text of a trace shows: whether it is whole, and how well it reasons.
+r"""Judge a trace by its text: whether it is complete, and how well it reasons.
 
     repetition = repeated_shares(["Let me check ...", ...])
     flaw(trace, repetition[0])                     # None, or "truncated: it ends inside \[ ... \]"
     quality(trace, repetition[0]).score            # 0 to 1
 
-The four cues are LIMO's (arXiv 2502.03387: elaboration, self-verification, exploration, granularity), each a count per
-word that saturates, so that a trace is not better for saying "check" in every line. They say how a text is written, not
-that it is right: that takes a verifier.
+The four cues are LIMO's (arXiv 2502.03387: elaboration, self-verification, exploration, granularity). Each is a count
+per word that saturates, so that a trace gains nothing from "check" in every line. They measure how a text is written,
+not whether it is right: that takes a verifier.
 """
 
 import math
@@ -22,14 +22,14 @@ import numpy as np
 from rbfast.curation import text
 from rbfast.data.trace import Trace
 
-_LOOP_SHINGLE = 20  # tokens; twenty in a row come twice only in a loop or a quotation
+_LOOP_SHINGLE = 20  # tokens; a run of twenty repeats only in a loop or a quotation
 _MOST_REPEATED = 0.3  # share of a text; complete traces of three models stay below 0.11, looping ones above 0.6
-_MOST_FOREIGN = 0.05  # share of letters
+_MOST_FOREIGN = 0.05  # share of letters in another script
 
 # ------------------------------------------------------------------------------------------------------------- clean
 
 _PAIRS = (("\\(", "\\)"), ("\\[", "\\]"), ("\\begin{", "\\end{"))
-_CUT_MARKS = tuple(",;([{=+*/<&\\^−×÷±∓≤≥≠≈→√∑∫")  # nothing ends on these; after a colon the answer may follow
+_CUT_MARKS = tuple(",;([{=+*/<&\\^−×÷±∓≤≥≠≈→√∑∫")  # no complete text ends on these; an answer may follow a colon
 _CUT_COMMAND = re.compile(
     r"\\(?:[dt]?frac|sqrt|cdot|times|pm|leq?|geq?|neq?|approx|equiv|in|to|cup|cap|sum|int|prod|left|text)$"
 )
@@ -38,7 +38,7 @@ _CUT_WORDS = re.compile(
     r"we|it|let|[Ll]et's|this|has|have|equals|be|can|will|therefore|thus|hence|where|when|not|would|should|could|must|"
     r"might|their|our|my|your|than|between|whether|although|unless|into)\s*$"
 )
-_NAMED = re.compile(  # x = a, C++, :-(, };, Yes, it is, a/folder/
+_NAMED = re.compile(  # endings that look cut but are not: x = a, C++, :-(, };, Yes, it is, a/folder/
     r"(?:[=+*/^<>:-]\s*[a-z]|\w\+\+|:-?[(\[]|[)}];|"
     r"(?:^|\n|[.!?] )(?:Yes|No),? (?:it|they|we|he|she|you) [a-z]+|\w/\S*/)$"
 )
@@ -49,18 +49,18 @@ _EMPHASIS = re.compile(r"(?<=[^\s*_])(\*{1,3}|_{1,3})$")
 _NO_ANSWER = re.compile(r"[\s.…?!,;:_'\"–—-]*")
 _SENTENCE_END = re.compile(r"[.!?:][\s)\]\"'”’*_$]*$")
 _MAY_END_BARE = re.compile(rf"{_SENTENCE_END.pattern}|answer|\\boxed|\\\]$|\$\$$|^[^a-z]*$", re.IGNORECASE)
-_LEAST_LINES = 4  # before their full stops say anything of the last
+_LEAST_LINES = 4  # needed before a missing full stop in the last line counts as evidence
 
 
 def flaw(trace: Trace, repetition: float, *, finished: bool = False) -> str | None:
     """Why a trace cannot be used, as "kind: what was seen", or None.
 
-    What was cut off is seen in its text only if the cut shows, and an ending may look like a cut and be none. Better
-    than both is another's word: a trace that is `finished`, or whose answer was verified, is not called cut.
+    A truncated text does not always show it, and a complete text may look truncated. So a trace that is `finished`, or
+    whose answer was verified, is never called truncated.
 
     Args:
-        repetition: what `repeated_shares` says of its reasoning.
-        finished: it is known otherwise that the text came to its end.
+        repetition: `repeated_shares` of its reasoning.
+        finished: the text is known to be complete from other evidence.
     """
     right = trace.verified is True
     if repetition > _MOST_REPEATED:
@@ -75,14 +75,14 @@ def flaw(trace: Trace, repetition: float, *, finished: bool = False) -> str | No
 
 
 def repeated_shares(texts: Sequence[str], *, threads: int = 1) -> np.ndarray:
-    """For each text the share of its 20-token shingles that came before in it, float64 [n]."""
+    """For each text, the share of its 20-token shingles that occurred earlier in it, float64 [n]."""
     rows, counts = text.shingles(text.pack(texts), _LOOP_SHINGLE, threads=threads)
     total = np.maximum(counts - _LOOP_SHINGLE + 1, rows.lengths)
     return (total - rows.lengths) / np.maximum(total, 1)
 
 
 def _ends_on(reasoning: str, answer: str) -> bool:
-    """Whether the last words are the answer's, though they be "the" or "A+"."""
+    """Whether the text ends with the answer, even if that is "the" or "A+"."""
     wanted = answer.strip()
     for said in (reasoning, reasoning.rstrip(".*_\"'`$ ")):
         if wanted and said.endswith(wanted):
@@ -99,13 +99,13 @@ def _cut_short(reasoning: str, answer: str) -> str | None:
 
 
 def _left_open(written: str) -> str | None:
-    """What the text ends inside."""
+    """The open construct that the text ends inside, or None."""
     if written.count("```") % 2:
         return "it ends inside a code fence"
-    paragraph = written.rpartition("\n\n")[2]  # a formula left open in an earlier one was mistyped, not cut
+    paragraph = written.rpartition("\n\n")[2]  # a formula left open in an earlier paragraph is a typo, not a cut
     if written.count("$$") % 2 and "$$" in paragraph:
         return "it ends inside $$ ... $$"
-    formulas = written.replace("\\\\", "  ")  # the end of a line, that may stand before a bracket
+    formulas = written.replace("\\\\", "  ")  # a LaTeX line break, which may stand before a bracket
     for opener, closer in _PAIRS:
         if formulas.rfind(opener) > formulas.rfind(closer) and (opener != "\\(" or opener in paragraph):
             return f"it ends inside {opener} ... {closer}"
@@ -123,14 +123,14 @@ def _left_open(written: str) -> str | None:
 
 
 def _closes_emphasis(written: str) -> bool:
-    """Whether the text ends on the mark that closes **bold** or *italics*, opened in the same line, or on a rule."""
+    """Whether the text ends by closing **bold** or *italics* opened in the same line, or with a horizontal rule."""
     line = f"\n{written}".rpartition("\n")[2]
     mark = _EMPHASIS.search(line)
     return not line.strip("*_ ") if mark is None else line[: mark.start()].count(mark[1]) % 2 == 1
 
 
 def _breaks_off(written: str) -> str | None:
-    """What shows at the end of a text that stops in a clause."""
+    """The sign that a text stops in the middle of a clause, or None."""
     if not _NAMED.search(written[-20:]):
         if command := _CUT_COMMAND.search(written[-20:]):
             return f"it ends on {command[0]!r}"
@@ -149,13 +149,13 @@ def _unreadable(answer: str) -> str | None:
     if _NO_ANSWER.fullmatch(answer) and answer.strip() != "-":
         return "it holds no letter, digit or sign"
     opened = answer.count("{") - answer.count("\\{") - answer.count("}") + answer.count("\\}")
-    if opened and any(map(str.isalnum, answer)):  # an answer may be the brackets that are missing
+    if opened and any(map(str.isalnum, answer)):  # without these, brackets may be the answer itself
         return "its braces do not balance"
     return None
 
 
 def _foreign_share(given: str, reasoning: str) -> float:
-    """The share of the reasoning's letters in scripts that `given` does not use; Latin and Greek belong to all."""
+    """The share of the reasoning's letters in scripts that `given` does not use; Latin and Greek are never foreign."""
     if reasoning.isascii():
         return 0.0
     counts = Counter(reasoning)
@@ -166,7 +166,7 @@ def _foreign_share(given: str, reasoning: str) -> float:
 
 @lru_cache(maxsize=1 << 16)
 def _script(character: str) -> str:
-    """The script as its Unicode name opens: LATIN, CYRILLIC, CJK; signs of mathematics count as Latin."""
+    """The script, the first word of the Unicode name: LATIN, CYRILLIC, CJK. Mathematical signs count as Latin."""
     script = unicodedata.name(character, "").partition(" ")[0]
     return "LATIN" if character.isascii() else _SCRIPT_OF.get(script, script)
 
@@ -181,7 +181,7 @@ _WORD = re.compile(r"\w+")
 
 
 class _Cue(NamedTuple):
-    """Words and phrases that count for a mark, and how many of them in a hundred words count in full."""
+    """The words and phrases of a cue, and how many per hundred words give the full mark."""
 
     full: float
     words: frozenset[str]
@@ -219,24 +219,24 @@ class Quality(NamedTuple):
     """Marks in [0, 1], 1 the best."""
 
     elaboration: float  # words / (words + 200)
-    verification: float  # cues per word, up to 1.5 in a hundred
-    exploration: float  # the same, up to 2
-    granularity: float  # connectives per word, up to 6 in a hundred
+    verification: float  # cues per word, saturating at 1.5 per hundred
+    exploration: float  # the same, saturating at 2
+    granularity: float  # connectives per word, saturating at 6 per hundred
     completeness: float  # 1 if the reasoning arrives at the answer, else 0.5
-    repetition: float  # the share that repeats itself: 0 the best
+    repetition: float  # the share that repeats itself; here 0 is the best
 
     @property
     def score(self) -> float:
-        """The four cues, weighted as LIMO does, times completeness, times what does not repeat."""
+        """The four cues with LIMO's weights, times completeness, times (1 - repetition)."""
         cues = sum(weight * getattr(self, name) for name, weight in _WEIGHTS.items())
         return cues * self.completeness * (1 - self.repetition)
 
 
 def quality(trace: Trace, repetition: float) -> Quality:
-    """How well a trace reasons, by its text alone; the plan counts as part of it.
+    """How well a trace reasons, by its text alone, the plan included.
 
     Args:
-        repetition: what `repeated_shares` says of its reasoning.
+        repetition: `repeated_shares` of its reasoning.
     """
     written = f"{trace.plan or ''}\n{trace.reasoning}".lower()
     words = _WORD.findall(written)
@@ -257,15 +257,15 @@ def _count(cue: _Cue, words: Sequence[str], written: str) -> int:
 
 
 def _arrives(trace: Trace) -> bool:
-    """Whether the answer stands in the last quarter of the reasoning (its last 300 characters at least)."""
+    """Whether the last quarter of the reasoning (at least 300 characters) contains the answer."""
     reach = max(300, len(trace.reasoning) // 4)
     answer, end = text.fold(trace.answer), text.fold(trace.reasoning[-reach:])
     return "".join(answer.split()) in "".join(end.split())
 
 
 def proxy_difficulty(trace: Trace) -> float:
-    """How hard a trace's problem may be if no student has tried it: the logarithm of the trace's length.
+    """A proxy for the difficulty of a problem that no student has tried: the logarithm of the reasoning's length.
 
-    Teachers write more on what is harder; s1 (arXiv 2501.19393) picks by length too. Compare ranks, not values.
+    Teachers write more about harder problems; s1 (arXiv 2501.19393) selects by length too. Compare ranks, not values.
     """
     return math.log(1 + len(trace.reasoning))

@@ -1,11 +1,11 @@
-"""Choosing a few items from many: every domain its share, from the best of each those that represent the rest.
+"""Select a few items from many: a quota for every domain, and from the best of each those that represent the rest.
 
     share = quotas([900, 100, 4], size=40)                          # [28, 9, 3]: by square roots
     short = shortlist(merits, ties, domains, share)                 # the best of each domain
-    chosen = represent(pack(problems of short[0]), share[0])        # places in short[0], in the order chosen
+    chosen = represent(pack(problems of short[0]), share[0])        # indices into short[0], in the order chosen
 
 Square roots give small domains a share without letting them dominate. Merit alone would choose near copies of the best
-item; facility location chooses, from those with merit, items unlike each other and like what they represent.
+item. Facility location chooses, among items with merit, those that are unlike each other and represent many others.
 """
 
 import math
@@ -16,14 +16,14 @@ import numpy as np
 from rbfast.curation import text
 from rbfast.curation.text import Texts
 
-REACH = 8  # candidates for each item to be chosen
+REACH = 8  # shortlisted candidates for each item to be chosen
 
 
 def quotas(counts: Sequence[int], size: int) -> list[int]:
-    """How many of `size` items each domain gives: in proportion to the square root of what it has, never more.
+    """How many of `size` items each domain gives: in proportion to the square root of its count, at most its count.
 
-    What a domain cannot give goes to the others. Sums to the lesser of `size` and all there is; of equal remainders the
-    earlier domain is rounded up.
+    What a domain cannot give goes to the others. The quotas sum to the lesser of `size` and the total count. Of equal
+    remainders the earlier domain is rounded up.
     """
     if size < 0 or any(count < 0 for count in counts):
         raise ValueError(f"size and counts must be 0 or more, got {size} and {list(counts)}")
@@ -49,19 +49,20 @@ def quotas(counts: Sequence[int], size: int) -> list[int]:
 def shortlist(
     merits: np.ndarray, ties: np.ndarray, domains: np.ndarray, share: Sequence[int], *, reach: int = REACH
 ) -> list[np.ndarray]:
-    """The `reach * share[d]` best items of each domain d, but no more than its better half, best first, int64.
+    """The `reach * share[d]` best items of each domain d, but at most its better half, best first, int64.
 
-    So merits count in a small pool too: nothing of the lower half is chosen while the upper half has enough.
+    So merits count in a small pool too: the lower half is used only if the upper half has too few items.
 
     Args:
-        merits: float [n]; ties: [n], of equal merits the lower tie comes first, then the lower place.
+        merits: float [n].
+        ties: [n]; of equal merits the lower tie comes first, then the lower index.
         domains: the domain of each item, int [n].
     """
     found = []
     for domain, wanted in enumerate(share):
         items = np.flatnonzero(domains == domain)
         count = min(len(items), max(wanted, min(reach * wanted, (len(items) + 1) // 2)))
-        if 0 < count < len(items):  # what is below the last that may count need not be sorted
+        if 0 < count < len(items):  # sort only what may make the shortlist
             least = np.partition(merits[items], len(items) - count)[len(items) - count]
             items = items[merits[items] >= least]
         found.append(items[np.lexsort((items, ties[items], -merits[items]))][:count])
@@ -69,6 +70,6 @@ def shortlist(
 
 
 def represent(texts: Texts, size: int, *, threads: int = 1) -> np.ndarray:
-    """`size` places of `texts` that best represent all of them by their words, int64, in the order chosen."""
+    """The indices of the `size` texts that best represent all of them by their words, int64, in the order chosen."""
     vectors, values = text.unit_vectors(texts, threads=threads)
     return text.facility_location(vectors, values, size, threads=threads)[0]

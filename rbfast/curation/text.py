@@ -1,11 +1,11 @@
-"""Many texts at a time: tokens, shingles, sketches, and choosing a few that represent all.
+"""Operations on many texts at a time: tokens, shingles, sketches, and the choice of a few that represent all.
 
     texts = pack(["Find $\\frac12+1$.", "Find \\(\\dfrac{1}{2} + 1\\)."])          # the same tokens
     hashes, counts = shingles(texts, 5)                                            # Ragged of sorted distinct uint64
     found = find(texts, 5, index)                                                  # which of them an index has
 
-The native module `rbfast._text` runs if it was built, else `rbfast.curation.text_reference`; both give the same
-arrays, for any number of threads. Sums are of whole numbers, so that no order of summation can change a bit.
+The native module `rbfast._text` runs if it was built, else `rbfast.curation.text_reference`. Both give the same
+arrays, for any number of threads: all sums are of integers, so the order of summation does not matter.
 """
 
 import os
@@ -22,7 +22,7 @@ from rbfast.curation import text_reference
 
 
 class Texts(NamedTuple):
-    """Folded texts in one buffer: UTF-8 `data` uint8 [bytes]; text i is `data[starts[i] : starts[i + 1]]`."""
+    """Folded texts in one UTF-8 buffer: `data` uint8 [bytes]; text i is `data[starts[i] : starts[i + 1]]`."""
 
     data: np.ndarray
     starts: np.ndarray  # int64 [n + 1]
@@ -40,7 +40,7 @@ class Ragged(NamedTuple):
 
 
 def _load_native() -> Any:
-    """`rbfast._text` if it was built for this Python. One that is there but cannot be loaded raises."""
+    """`rbfast._text` if it was built for this Python. Raises ImportError if it is there but cannot be loaded."""
     return import_module("rbfast._text") if find_spec("rbfast._text") else None
 
 
@@ -49,18 +49,18 @@ _IMPL = _NATIVE or text_reference
 
 
 def implementation() -> str:
-    """'native' or 'reference': what the functions below run."""
+    """Which implementation the functions below run: 'native' or 'reference'."""
     return "reference" if _NATIVE is None else "native"
 
 
 def cores() -> int:
-    """The processors this process may use."""
+    """The number of CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ------------------------------------------------------------------------------------------------------------- folding
 
-# What a sign is called in LaTeX, so that both typings give one token. Spaces keep it from joining a word.
+# Unicode signs by their LaTeX names, so that both spellings give one token. Spaces keep a name from joining a word.
 _SIGNS = {
     **dict.fromkeys("×·⋅∙∗", "*"),
     **dict.fromkeys("−‒", "-"),
@@ -97,11 +97,11 @@ _LONE_GREEK = re.compile("(?<![α-ω])[α-ω](?![α-ω])")  # a variable; in Gre
 
 
 def fold(text: str) -> str:
-    """`text` in lower case with one spelling for each sign: what the tokens are read from.
+    """`text` in lower case with one spelling for each sign; the tokens are read from this form.
 
-    Beyond ASCII: NFKC, full case folding, digits of any script as 0 to 9, raised ones after "^", mathematical signs and
-    lone Greek letters by their LaTeX names, ideographs apart, other punctuation as space. Half a surrogate
-    pair counts as punctuation.
+    Beyond ASCII: NFKC, full case folding, digits of any script as 0 to 9, superscripts after "^", mathematical signs
+    and lone Greek letters by their LaTeX names, spaces around ideographs, other punctuation as space. A lone surrogate
+    counts as punctuation.
     """
     if text.isascii():
         return text.lower()
@@ -116,7 +116,7 @@ def _greek_name(match: re.Match[str]) -> str:
 
 
 class _Folded(dict[int, str]):
-    """The translation of one character, found when it is first met."""
+    """Translations of single characters, computed on first use."""
 
     def __missing__(self, code: int) -> str:
         self[code] = found = self._translate(chr(code))
@@ -143,7 +143,7 @@ _FOLDED = _Folded()
 
 
 def pack(texts: Iterable[str]) -> Texts:
-    """Folds texts and joins them into one buffer."""
+    """Fold texts and join them into one buffer."""
     encoded = [fold(text).encode() for text in texts]
     starts = np.zeros(len(encoded) + 1, dtype=np.int64)
     np.cumsum([len(text) for text in encoded], out=starts[1:])
@@ -154,19 +154,19 @@ def pack(texts: Iterable[str]) -> Texts:
 
 
 def shingles(texts: Texts, k: int, *, mask_digits: bool = False, threads: int = 1) -> tuple[Ragged, np.ndarray]:
-    """The distinct shingles of k tokens of each text, sorted, as 64-bit hashes; and its number of tokens, int64 [n].
+    """The distinct k-token shingles of each text, sorted 64-bit hashes; and the number of tokens, int64 [n].
 
-    A text of fewer than k tokens has one shingle, all of it. A token's hash is FNV-1a; a shingle's folds its tokens'
-    with splitmix64's finaliser: the same on every machine. `mask_digits` reads every numeral as one sign.
+    A text of fewer than k tokens is a single shingle. A token's hash is FNV-1a; a shingle's hash folds its tokens'
+    hashes with splitmix64's finaliser, the same on every machine. `mask_digits` reads every numeral as one token.
     """
     hashes, starts, counts = _IMPL.shingles(texts.data, texts.starts, k, mask_digits, threads)
     return Ragged(hashes, starts), counts
 
 
 def fingerprints(texts: Texts, *, threads: int = 1) -> np.ndarray:
-    """One hash for all the tokens of each text in their order, uint64 [n]; 0 if a text has none.
+    """One hash for all the tokens of each text, in order, uint64 [n]; 0 if a text has none.
 
-    Two of a million different texts agree with a probability of 3e-8.
+    Among a million different texts, the probability that any two collide is 3e-8.
     """
     rows, _ = shingles(texts, 2**62, threads=threads)
     found = np.zeros(len(rows.starts) - 1, dtype=np.uint64)
@@ -175,7 +175,7 @@ def fingerprints(texts: Texts, *, threads: int = 1) -> np.ndarray:
 
 
 def find(texts: Texts, k: int, index: np.ndarray, *, mask_digits: bool = False, threads: int = 1) -> Ragged:
-    """Which of its `shingles` each text shares with `index` (uint64, sorted, distinct): places there, int32, sorted."""
+    """The `shingles` that each text shares with `index` (uint64, sorted, distinct), as sorted int32 indices into it."""
     return Ragged(*_IMPL.find(texts.data, texts.starts, k, mask_digits, index, threads))
 
 
@@ -189,17 +189,18 @@ def containment(
     least: float,
     threads: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each row the item it holds the largest share of, and that share, if it is at least `least`.
+    """For each row, the item of which it contains the largest share, and that share, if it is at least `least`.
 
     Args:
-        found: terms of each row, as `find` gives them.
-        postings: for each term the items that have it, int32.
-        weights: of each term, int64, 0 or more.
-        totals: for each item the sum of its terms' weights, int64, more than 0.
-        own: for each row the same, int64; the share is then of both sides: twice what is shared of the two sums.
+        found: the terms of each row, as `find` gives them.
+        postings: for each term, the items that have it, int32.
+        weights: of the terms, int64, 0 or more.
+        totals: for each item, the sum of its terms' weights, int64, more than 0.
+        own: for each row, the sum of its terms' weights, int64; the share is then symmetric (Dice): twice the shared
+            weight over the sum of both totals.
 
     Returns:
-        int32 [rows], the first of equal shares, else -1; float64 [rows] in [0, 1], else 0.
+        The item, int32 [rows], the first of equal shares, -1 if none; the share, float64 [rows] in [0, 1], 0 if none.
     """
     both = np.empty(0, np.int64) if own is None else own
     return _IMPL.containment(*found, *postings, weights, totals, both, least, threads)
@@ -217,14 +218,14 @@ def minhash(rows: Ragged, width: int, *, threads: int = 1) -> np.ndarray:
 def facility_location(
     vectors: Ragged, values: np.ndarray, size: int, *, threads: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The `size` rows that best represent all, greedily: each next one adds most to sum_i max_j in chosen <x_i, x_j>.
+    """The `size` rows that best represent all, greedily: each adds the most to sum_i max_(j chosen) <x_i, x_j>.
 
     Args:
         vectors: the features of each row, int32, 0 or more, each at most once.
-        values: of each feature of each row, int32; 0 or more for the greedy guarantee of 1 - 1/e.
+        values: the value of each feature, int32; 0 or more for the greedy guarantee of 1 - 1/e.
 
     Returns:
-        The rows in the order chosen, int64 [size]; what each added, int64 [size]. Of equal gains the lower row.
+        The rows in the order chosen, int64 [size], the lower row of equal gains; the gain of each, int64 [size].
     """
     width = int(vectors.values.max(initial=-1)) + 1
     return _IMPL.facility_location(vectors.starts, vectors.values, values, width, size, threads)
@@ -232,14 +233,14 @@ def facility_location(
 
 # ------------------------------------------------------------------------------------------------------------- vectors
 
-_SCALE = 2**15  # a unit vector's length in whole numbers
+_SCALE = 2**15  # a unit vector's length as an integer
 
 
 def unit_vectors(texts: Texts, *, threads: int = 1) -> tuple[Ragged, np.ndarray]:
-    """Texts as sparse vectors of tf-idf kind, for `facility_location`: dot products are cosines times 2^30.
+    """Texts as sparse idf vectors, for `facility_location`: dot products are cosines times 2^30.
 
-    A feature is a distinct token (digits masked), its value the idf log((n + 1) / df) over these texts. Tokens of more
-    than half of the texts say nothing of one and are left out.
+    A feature is a distinct token (digits masked), its value the idf log((n + 1) / df) over these texts. Tokens that are
+    in more than half of the texts are left out.
     """
     rows, _ = shingles(texts, 1, mask_digits=True, threads=threads)
     n = len(rows.starts) - 1
@@ -256,6 +257,6 @@ def unit_vectors(texts: Texts, *, threads: int = 1) -> tuple[Ragged, np.ndarray]
 
 
 def join_ragged(rows: Sequence[Ragged]) -> Ragged:
-    """Rows of several parts, one part after another."""
+    """Concatenate the rows of several parts."""
     values = np.concatenate([part.values for part in rows])
     return Ragged(values, np.append(0, np.cumsum(np.concatenate([part.lengths for part in rows]))).astype(np.int64))

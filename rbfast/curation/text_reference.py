@@ -1,5 +1,5 @@
-"""The definition of every text loop in plain Python and NumPy: the oracle of the tests, and what runs where
-`rbfast._text` is not built. Arguments and results are described in `rbfast.curation.text`."""
+"""The reference implementation of every text loop in plain Python and NumPy: the oracle of the tests, and the fallback
+if `rbfast._text` is not built. `rbfast.curation.text` documents arguments and results."""
 
 import heapq
 import re
@@ -26,13 +26,13 @@ _TOKEN = re.compile(
 _SPACES = " \t\n\v\f\r"
 _ENVIRONMENT = re.compile(r"\{[a-z*]*\}")
 _NUMERAL = re.compile(r"[0-9]+(?:(?:,|\{,\}|,\\!)[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?")
-_IN_WORD = re.compile(r"(?![a-z]')[a-z\u0080-\U0010ffff]")  # after "'"; in a'b' it is a prime
+_IN_WORD = re.compile(r"(?![a-z]')[a-z\u0080-\U0010ffff]")  # after an apostrophe; in a'b' it is a prime
 _FIGURE_END = "[/asy]"
 _DIGITS = "0123456789"
-_STOP = ","  # what parts two numbers; no token
+_STOP = ","  # separates two numbers; not a token
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
-_GROUPED = "-+*/=<>^|!"  # brackets around these say in which order
-# A brace that opens what a command, ^ or / takes, one that closes, and one that opens a set if it holds a list.
+_GROUPED = "-+*/=<>^|!"  # brackets around these operators matter
+# The opening brace of an argument (of a command, ^ or /), a closing brace, the opening brace of a set if it has a list.
 _ARGUMENT, _END, _SET = "\x02", "\x03", "\x04"
 _OPENING, _CLOSING = ("(", _ARGUMENT, _SET), (")", _END)
 
@@ -40,22 +40,22 @@ _OPENING, _CLOSING = ("(", _ARGUMENT, _SET), (")", _END)
 def tokens(text: str, mask_digits: bool = False) -> list[str]:
     """The tokens of a folded text: words, numerals, signs, names of LaTeX commands.
 
-    What only sets type gives none: `\\left`, `\\text`, dollars, Asymptote figures, brackets that group nothing. Braces
-    are round brackets; both group if they hold a sign, or several tokens that a command, `^` or `/` takes as one. But
-    `{1, 2}`, which no command takes, is the set `\\{1, 2\\}`. A tilde is "neg" before what it denies, else a space. A
-    digit after a command stands alone, as TeX reads it. Where digits are masked a whole numeral is "0": its sign,
-    commas and point go, and a fraction of two numerals is one.
+    Typesetting gives no tokens: `\\left`, `\\text`, dollars, Asymptote figures, brackets that group nothing. Braces
+    count as round brackets; both group if they contain an operator, or several tokens that are the argument of a
+    command, `^` or `/`. But `{1, 2}`, if it is not an argument, is the set `\\{1, 2\\}`. A tilde before a negated term
+    is "neg", else a space. A digit after a command is a token of its own, as in TeX. With `mask_digits` a whole numeral
+    is "0", its sign, commas and point included, and so is a fraction of two numerals.
     """
     row = _read(text, mask_digits)
     return _grouped(_whole_numerals(row) if mask_digits else row)
 
 
 def _read(text: str, mask_digits: bool) -> list[str]:
-    """The tokens as they stand, with stops."""
+    """The tokens in order, with stops, before numerals are masked and brackets resolved."""
     found: list[str] = []
-    at, bound, figures = 0, -1, True  # bound: where a prime or a factorial would belong to what was read last
-    taking = -1  # where the command that was read last takes its argument
-    named, relates = -1, False  # where the name of that command ended, and whether it takes none
+    at, bound, figures = 0, -1, True  # bound: where a prime or a factorial would belong to the last token
+    taking = -1  # where the argument of the last command would start
+    named, relates = -1, False  # where the name of the last command ended, and whether it is a relation (no argument)
     while match := _TOKEN.search(text, at):
         start, at = match.span()
         kind, token = match.lastgroup, match.group(match.lastgroup or 0)
@@ -100,7 +100,7 @@ def _read(text: str, mask_digits: bool) -> list[str]:
 
 
 def _may_be_set(text: str, at: int, named: int, relates: bool) -> bool:
-    r"""Whether TeX takes nothing before this brace together with it, and it opens no change of font: `{\bf a, b}`."""
+    r"""Whether the brace at `at` is not an argument and not a font group: `{\bf a, b}`."""
     before, inside = text[:at].rstrip(_SPACES), text[at + 1 :].lstrip(_SPACES)
     if inside.startswith("\\") or before.endswith(tuple("_^/}]")):
         return False
@@ -115,7 +115,7 @@ def _numeral_end(text: str, start: int) -> int:
 
 
 def _mark(text: str, at: int, bound: int, found: list[str]) -> int:
-    """Reads "!" or "'" as a sign of mathematics, or as a sentence's; returns where another one would belong to it."""
+    """Read "!" or "'" as a factorial or prime if it is one, else as punctuation; returns where another may follow."""
     follows = at == bound or (at > 0 and text[at - 1] in "})]|")
     factorial, prime = text[at] == "!", follows and not _IN_WORD.match(text, at + 1)
     if not ((follows or text[at + 1 : at + 2] == "=") if factorial else prime):
@@ -125,7 +125,7 @@ def _mark(text: str, at: int, bound: int, found: list[str]) -> int:
 
 
 def _whole_numerals(row: list[str]) -> list[str]:
-    """Each numeral with its sign as "0", fractions too; a sign between two terms is "+"."""
+    """Replace each numeral, with its sign, by "0", fractions too; a sign between two terms becomes "+"."""
     found: list[str] = []
     for token in row:
         if token == _END and found[-1:] == ["0"] and found[-2:-1] and found[-2] in _OPENING:
@@ -146,11 +146,11 @@ def _whole_numerals(row: list[str]) -> list[str]:
 
 
 def _grouped(row: list[str]) -> list[str]:
-    """Without stops, and without the brackets that group nothing, or that have no other half."""
+    """Drop stops, brackets that group nothing, and unmatched brackets."""
     shown = [{_STOP: "", ")": "", _END: ""}.get(token, token) for token in row]  # "" is dropped
-    opened: list[tuple[int, bool]] = []  # where, and whether a sign came before it in the brackets around it
-    lists: set[int] = set()  # the open ones that hold a stop
-    signed, inner = False, (-1, -1)  # the brackets that were closed last
+    opened: list[tuple[int, bool]] = []  # index, and whether an operator came before it in the enclosing brackets
+    lists: set[int] = set()  # open brackets that contain a stop
+    signed, inner = False, (-1, -1)  # whether an operator came in these brackets; the brackets that were closed last
     for at, token in enumerate(row):
         if token in _OPENING:
             shown[at] = ""
@@ -165,7 +165,7 @@ def _grouped(row: list[str]) -> list[str]:
             groups = signed or (held > 1 and _is_taken(row, before, at))
             if is_set:
                 shown[before], shown[at] = "{", "}"
-            elif groups and inner != (before + 1, at - 1):  # else they are doubled
+            elif groups and inner != (before + 1, at - 1):  # else the brackets are doubled
                 shown[before], shown[at] = "(", ")"
             signed, inner = signed or outer, (-1, -1) if is_set else (before, at)
         elif token not in (*_CLOSING, _STOP):
@@ -174,7 +174,7 @@ def _grouped(row: list[str]) -> list[str]:
 
 
 def _is_taken(row: list[str], opened: int, closed: int) -> bool:
-    """Whether a command, `^` or `/` takes what the brackets hold."""
+    """Whether the brackets are the argument of a command, `^` or `/`."""
     return row[opened] == _ARGUMENT or row[max(0, opened - 1)] in ("/", "^") or row[closed + 1 : closed + 2] == ["^"]
 
 
