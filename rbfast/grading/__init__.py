@@ -1,3 +1,3 @@
-"""Whether an answer is right: the answer in a completion (`grade`), equality in mathematics (`math_equality`), a
-process that can be killed (`judge`), and where problems come from (`tasks`).
+"""Grade answers: the answer in a completion (`grade`), mathematical equality (`math_equality`), a grading process that
+can be killed (`judge`), and the problems of tasks and benchmarks (`tasks`).
 """

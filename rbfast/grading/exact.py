@@ -1,11 +1,11 @@
-r"""Exact arithmetic on what is written with digits alone: `\frac{1}{2}+3`, `3 1/2`, `2^{10}`, `6!`, `0.\overline{3}`.
+r"""Exact rational arithmetic on expressions of numbers: `\frac{1}{2}+3`, `3 1/2`, `2^{10}`, `6!`, `0.\overline{3}`.
 
 ```python
 exact(r"3\frac{1}{2}")       # Fraction(7, 2)
-exact(r"5\sqrt{3}")          # None: not a number of this kind
+exact(r"5\sqrt{3}")          # None: not rational
 ```
 
-Mathematics on floats calls tiny numbers equal, and a parser of LaTeX reads `3 1/2` as a sum; neither happens here.
+Unlike floats, this never takes two tiny numbers for equal. Unlike LaTeX parsers, it reads `3 1/2` as a mixed number.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 import re
 from fractions import Fraction
 
-_MOST_BITS = 10_000  # of a number; Python prints no longer ones
+_MOST_BITS = 10_000  # of a number; Python refuses to print much longer ones
 _TOKEN = re.compile(
     r"\s*(?:(?P<repeating>\d*\.\d*\\overline\{\d+\})|(?P<number>\d+\.?\d*(?:[eE][-+]?\d{1,4})?|\.\d+(?:[eE][-+]?\d{1,4})?)"
     r"|(?P<frac>\\frac\{)|(?P<times>\\cdot|\\times)|(?P<sign>[-+*/^!(){}]))"
@@ -29,7 +29,7 @@ class _Unreadable(Exception):
 
 @functools.lru_cache(maxsize=4096)
 def exact(text: str) -> Fraction | None:
-    """The value; None if there is more to it than rational arithmetic on numbers, or no end of it."""
+    """The value of an expression; None if it is not rational arithmetic on numbers, or too large."""
     if len(text) > 400 or not any(letter.isdigit() for letter in text):
         return None
     try:
@@ -41,7 +41,7 @@ def exact(text: str) -> Fraction | None:
 
 
 class _Reader:
-    """Recursive descent: sum, product, power, factor."""
+    """A recursive-descent parser: sum, product, power, factor."""
 
     def __init__(self, text: str) -> None:
         self.text, self.at = text, 0

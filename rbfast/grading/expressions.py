@@ -1,9 +1,9 @@
-r"""Whether two expressions have the same value: parsed by math-verify, compared by what they are worth at a few points.
+r"""Whether two expressions have the same value: parsed by math-verify, compared numerically at a few points.
 
-Import this only in the judging process: an expression may be a tower of powers, and evaluating it may never end.
+Import this only in the grading process: an expression may be a tower of powers, and evaluating it may never end.
 
-math-verify's own comparison rounds to six decimals, reads `101_2` as 101 and `2 3` as 5, and drops a prime. So only its
-parser is used, on texts that it reads whole; expressions that differ by a billionth of their size are different.
+math-verify's own comparison rounds to six decimals, reads `101_2` as 101 and `2 3` as 5, and drops a prime. So we use
+only its parser, on texts that it reads correctly, and two values that differ by a billionth are different.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from math_verify import LatexExtractionConfig, parse, verify
 
 from rbfast.grading.forms import depth
 
-_DIGITS = 30  # computed with
-_EQUAL = sympy.Float("1e-20", _DIGITS)  # relative difference of what is equal
+_DIGITS = 30  # working precision
+_EQUAL = sympy.Float("1e-20", _DIGITS)  # relative tolerance
 _POINTS = (sympy.Rational(37, 29), sympy.Rational(-41, 53), sympy.Rational(113, 47), sympy.Rational(-151, 61))
 _LEAST_DIGITS = 6
 _MOST_DIGITS = 5  # of an exponent
@@ -31,16 +31,16 @@ _AS_IT_STANDS = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none", equations=False
 )
 _CONFIG = [LatexExtractionConfig(boxed_match_priority=-1, normalization_config=_AS_IT_STANDS)]
-# What the parser reads as something else: numbers side by side, text, primes, a base, a percentage, double factorials.
+# What the parser misreads: numbers side by side, text, primes, a base, a percentage, double factorials.
 _MISREAD = re.compile(r"\d\s+\d|\\text|'|\d_|%|!!|(?<![a-zA-Z\\])[a-zA-Z]{5,}")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\{\w+\}")
 _CONSTANTS = {"i": sympy.I, "e": sympy.E}
 _DECIMAL = re.compile(r"-?(\d*)\.(\d+)")
-logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns of every text it can not read
+logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns about every text that it cannot read
 
 
 def same_value(expected: str, statement: str) -> bool:
-    """Whether both can be read, and are worth the same; equations if they say the same."""
+    """Whether both can be parsed and have the same value; for equations, whether they are equivalent."""
     left, right = _read(expected), _read(statement)
     if left is None or right is None:
         return False
@@ -72,7 +72,7 @@ def _read(text: str) -> Any:
 
 
 def _is_endless(text: str) -> bool:
-    """Whether the parser would take minutes: a tower of powers (it computes it), or brackets in many brackets."""
+    """Whether parsing would take minutes: a tower of powers, which the parser evaluates, or deeply nested brackets."""
     return depth(text) > _MOST_NESTED or any(
         higher or min(int(power), 10**9) * math.log10(max(int(base), 1)) > _MOST_DIGITS
         for base, power, higher in _TOWER.findall(text)
@@ -80,7 +80,7 @@ def _is_endless(text: str) -> bool:
 
 
 def _rounds(text: str, decimal: Any, other: Any) -> bool:
-    """Whether a text is a decimal of many digits that is the other number, rounded or cut off."""
+    """Whether a text is a decimal of enough digits that is the other number, rounded or truncated."""
     match = _DECIMAL.fullmatch(text.strip("$ "))
     if match is None or len((match[1] + match[2]).lstrip("0")) < _LEAST_DIGITS:
         return False
@@ -99,7 +99,7 @@ def _same_expression(left: Any, right: Any) -> bool:
 
 
 def _points(symbols: list[Any]) -> list[dict[Any, Any]]:
-    """Values for symbols: none of them twice at a point, positive and negative ones."""
+    """Test points: distinct values for the symbols, positive and negative."""
     return [
         {symbol: _POINTS[(start + i) % len(_POINTS)] + sympy.Rational(i, 7) for i, symbol in enumerate(symbols)}
         for start in range(len(_POINTS))
@@ -120,7 +120,7 @@ def _close(left: Any, right: Any) -> bool:
 
 
 def _same_relation(left: Any, right: Any) -> bool:
-    """Whether one side minus the other is the same but for a factor, positive in inequalities."""
+    """Whether left side minus right side is the same up to a constant factor, positive for inequalities."""
     first, second = left.lhs - left.rhs, right.lhs - right.rhs
     symbols = sorted(first.free_symbols | second.free_symbols, key=str)
     if not symbols or first.free_symbols != second.free_symbols:

@@ -1,4 +1,4 @@
-r"""The form of an answer: one value, or several in a list, a tuple, a set, an interval, a union.
+r"""Parse the form of an answer: one value, or several in a list, a tuple, a set, an interval, a union.
 
 ```python
 read("x=2, x=3")             # Several((One("2", "x"), One("3", "x")), "")
@@ -22,17 +22,17 @@ from rbfast.grading.numerals import numeral
 
 @dataclass(frozen=True)
 class One:
-    """One value, and the name that it was given (`x` in `x = 2`). `equation` is all of what had an equals sign."""
+    """One value, and its name (`x` in `x = 2`). `equation` is the whole text if it had an equals sign."""
 
     text: str
     name: str = ""
     equation: str = ""
-    named_only: bool = True  # what was left of the equals sign was a name: the value says all
+    named_only: bool = True  # left of the equals sign is only a name, so the value alone can be compared
 
 
 @dataclass(frozen=True)
 class Several:
-    """Several values; the brackets are "" for a list without, "()", "[]", "(]", "[)", "{}", or "u" for a union."""
+    """Several values. `brackets` is "()", "[]", "(]", "[)" or "{}", "" for a bare list, "u" for a union."""
 
     items: tuple[Form, ...]
     brackets: str
@@ -71,7 +71,7 @@ _OPEN, _CLOSE = "([{", ")]}"
 
 
 def read(text: str) -> Form:
-    """The form of an answer as `normalize` leaves it."""
+    """The form of an answer that `normalize` returned."""
     text = text.strip()
     if depth(text) > _MOST_NESTED:
         return One(text)
@@ -90,7 +90,7 @@ def read(text: str) -> Form:
 
 
 def _all_but(text: str) -> Several | None:
-    r"""The union that `x \ne 3` and `\mathbb{R} \setminus \{3\}` are."""
+    r"""`x \ne 3` and `\mathbb{R} \setminus \{3\}` as a union of intervals."""
     match = _EXCLUDED.fullmatch(text)
     if match is None:
         return None
@@ -106,7 +106,7 @@ def _all_but(text: str) -> Several | None:
 
 
 def depth(text: str) -> int:
-    """Brackets within brackets, at most."""
+    """The greatest nesting depth of brackets."""
     return max(accumulate((letter in _OPEN) - (letter in _CLOSE) for letter in text), default=0)
 
 
@@ -124,7 +124,7 @@ def _list(text: str) -> Form | None:
 
 
 def _collected(forms: list[Form], *, disjoint: bool) -> Form:
-    """A list without brackets. Two sides of one interval are the interval; several intervals a union."""
+    """A list without brackets. The two sides of one interval become the interval, several intervals a union."""
     intervals = [form for form in forms if isinstance(form, Several) and form.name]
     if len(intervals) == len(forms):
         return (None if disjoint else _between(intervals)) or Several(tuple(intervals), "u", intervals[0].name)
@@ -133,7 +133,7 @@ def _collected(forms: list[Form], *, disjoint: bool) -> Form:
     for form in forms:
         flat = form.items if isinstance(form, Several) and form.brackets == "" else (form,)
         for item in flat:
-            if isinstance(item, One):  # in `x = 2, 3` the name holds for both
+            if isinstance(item, One):  # in `x = 2, 3` the name applies to both
                 name = item.name or name
                 item = replace(item, name=name) if not item.equation and name else item
             items.append(item)
@@ -212,7 +212,7 @@ def _unwrapped(text: str) -> str:
 
 
 def _equation(text: str, parts: list[str]) -> Form:
-    r"""The value of `x = .. = value`; of `value \approx 3.14` both."""
+    r"""The value of `x = .. = value`; either side of `value \approx 3.14`."""
     if _IDENTIFIER.fullmatch(parts[-1]) and exact(parts[0]) is not None and len(parts) == 2:
         parts = parts[::-1]  # 5 = x
     left = parts[0]
@@ -246,9 +246,9 @@ def _named(values: list[Form], name: str, equation: str) -> Form:
 
 
 def _says_value(left: str) -> bool:
-    """Whether what it equals is an answer: of a calculation, or of an expression in several letters (`x+y = 5`).
+    """Whether the right side of an equation is an answer: the left is a calculation or has several letters (`x+y = 5`).
 
-    `2x = 5` and `x^2 = 4` are steps on the way to `x`.
+    `2x = 5` and `x^2 = 4` are only steps towards `x`.
     """
     letters = set(re.findall(r"[a-zA-Z]", re.sub(r"\\text\{[^{}]*\}|\\[a-zA-Z]+", " ", left))) - {"i"}
     return (
@@ -289,7 +289,8 @@ def _half_line(name: str, sign: str, end: str) -> Several:
 
 
 def matching(text: str, start: int) -> int | None:
-    """Where the bracket at `start` closes; a half-open interval closes a round one with a square one."""
+    """The index where the bracket at `start` closes, or None. Round and square brackets may close each other, as in
+    half-open intervals."""
     depth, position = 0, start
     while position < len(text):
         if text[position] == "\\":
@@ -305,7 +306,7 @@ def matching(text: str, start: int) -> int | None:
 
 
 def split(text: str, separator: re.Pattern[str]) -> list[str]:
-    """Parts between separators that stand outside all brackets; the whole if brackets don't match."""
+    """Split at the separators outside all brackets; one part, the whole text, if a bracket is not closed."""
     parts, last, position = [], 0, 0
     while position < len(text):
         if match := separator.match(text, position):

@@ -1,4 +1,4 @@
-"""Grading: whether the final answer of a completion is the expected one.
+"""Grade completions: whether the final answer is the expected one.
 
 ```python
 grade(problem, completion.text, truncated=completion.truncated)    # 1.0 is correct
@@ -22,8 +22,9 @@ from rbfast.utils.packages import need
 
 @dataclass(frozen=True)
 class Problem:
-    """A question with its answer, and the system prompt that came with it. `entry` is what the task's own verifier
-    needs, empty if answers are compared.
+    """A question with its answer and its system prompt.
+
+    `entry` is the input of the task's own verifier. If it is empty, the answers are compared.
     """
 
     task: str
@@ -39,41 +40,40 @@ _DISPLAYED = re.compile(r"(?:\\\[[^\[\]]*\\\]|\$\$[^$]*\$\$)$")
 
 
 def _statement(text: str, truncated: bool) -> str:
-    """What a completion answers: what it marks, else its last line; nothing if it leaves its answer empty.
+    """The answer of a completion: the marked one, else its last line; empty if the completion leaves its answer empty.
 
-    If the limit cut it, only what it marks before its last whole line or tag ends.
+    Of a truncated completion only an answer marked in its complete lines and tags counts.
     """
     if truncated:
         whole = _WHOLE.match(text)
         return (extract_answer(whole[0]) if whole else None) or ""
     stated = extract_answer(text)
     if stated and _EXCLAIMED.fullmatch(stated) and not marked_answer(without_thinking(text)):
-        return f"It is {stated}"  # a sentence, whose last sign may be no factorial
+        return f"It is {stated}"  # a sentence: its "!" need not be a factorial
     return stated or ("" if lacks_answer(text) else _last_line(text))
 
 
 def _last_line(text: str) -> str:
-    """The last line; all of a formula that is displayed over several; of a code fence its last line."""
+    """The last line; a whole displayed formula if the text ends in one; the last line inside a final code fence."""
     said = without_tags(without_thinking(text)).strip().removesuffix("\n```").rstrip()
     shown = _DISPLAYED.search(said)
     return shown[0] if shown else said.rpartition("\n")[2]
 
 
 def without_tags(text: str) -> str:
-    """A part of a completion for people: no marks of thinking or answer, and no white space around it."""
+    """Text for display: without thinking and answer tags, stripped."""
     return without_marks(text).strip()
 
 
 def grade(problem: Problem, completion: str, *, truncated: bool = False) -> float:
-    """The score of a completion: 1.0 is correct, less may be partial credit of a task's own verifier.
+    """The score of a completion: 1.0 is correct; less may be partial credit from a task's own verifier.
 
-    The answer is what `extract_answer` finds, else the last line, unless the completion leaves its answer empty. It
-    counts if any plain reading of it (`readings`) is equal to the expected one (`math_equality`), or passes the
-    verifier; the rule is the same for every author.
+    The answer is what `extract_answer` finds, else the last line, unless the completion leaves its answer empty. It is
+    correct if any plain reading of it (`readings`) equals the expected answer (`math_equality`) or passes the verifier.
+    The rule is the same for every model.
 
     Args:
-        truncated: the limit cut the completion: what stands after its last whole line or tag is no answer, and only a
-            marked answer counts.
+        truncated: the completion was cut off by a limit. Only a marked answer in its complete lines and tags counts.
     """
     found = readings(_statement(completion, truncated))
     if not problem.entry:
@@ -89,17 +89,17 @@ def _verifier(problem: Problem) -> Callable[[str], float]:
 
 
 def reasoning_gym() -> Any:
-    """The package. Raises ImportError, with what to do, if it cannot be imported."""
+    """The `reasoning_gym` package. Raises ImportError that says how to install it."""
     return need("reasoning_gym", "problems of generated tasks", install="reasoning-gym")
 
 
 def answer_key(text: str, *, truncated: bool = False) -> str | None:
-    """What a vote counts: the final answer of a completion, the same text for equal numbers; None if it has none.
+    """The key under which a vote counts a completion's answer, the same for equal numbers; None without an answer.
 
     Args:
         truncated: as for `grade`.
     """
     keys = [key(reading) for reading in readings(_statement(text, truncated))]
-    if keys and len(keys[0]) == 1:  # a choice, whatever is said of it
+    if keys and len(keys[0]) == 1:  # the letter of a choice, whatever follows it
         return keys[0]
     return next(filter(is_number, keys), keys[0] if keys else "") or None

@@ -1,11 +1,11 @@
-"""Verdicts on what a model wrote, from a process that can be killed: math-verify's, or a reasoning-gym task's own.
+"""Verdicts on answers from a process that can be killed: math-verify's, or a reasoning-gym task's own.
 
 ```python
 judge("math-verify").ask(["$1/2$", ["$0.5$"]], seconds=5)       # True; None if there is no verdict within the limit
 ```
 
-Both read an answer by evaluating it, and an answer may be a tower of powers. One process serves all answers of a kind;
-one that takes too long is killed with it, and the next answer gets a new process.
+Both evaluate an answer to read it, and an answer may be a tower of powers. One process serves all answers of a kind. If
+an answer takes too long, the process is killed, and the next answer starts a new one.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from rbfast.grading.judge_worker import READY
 log = logging.getLogger(__name__)
 
 Kind = Literal["math-verify", "reasoning-gym"]
-TIME_LIMIT = 5.0  # seconds of processor time an answer
-_PATIENCE = 24  # times as long by the wall clock: the machine may be busy
-_START_LIMIT = 120.0  # seconds; importing sympy on a busy machine
+TIME_LIMIT = 5.0  # seconds of CPU time per answer
+_PATIENCE = 24  # wall-clock limit as a multiple of the CPU limit: the machine may be busy
+_START_LIMIT = 120.0  # seconds; importing sympy is slow on a busy machine
 
 
 class Judge:
-    """A worker process, started at the first question, and again whenever it died."""
+    """A worker process, started at the first question, and again after it died."""
 
     def __init__(self, kind: Kind) -> None:
         self._kind = kind
@@ -47,13 +47,13 @@ class Judge:
         self.killed = 0
 
     def ask(self, question: Sequence[Any], seconds: float = TIME_LIMIT) -> Any:
-        """The verdict; None, and a warning, if there is none within so many seconds of processor time.
+        """The verdict; None, with a warning, if there is none within so many seconds of CPU time.
 
         Args:
             question: `[expected, [statement, ...]]` for math-verify, `[task, entry, reading]` for reasoning-gym.
 
         Raises:
-            ImportError: the package that judges cannot be imported.
+            ImportError: the package cannot be imported.
         """
         with self._lock:
             process = self._running()
@@ -76,7 +76,7 @@ class Judge:
             self._process.kill()
             self._process.wait()
             assert self._process.stdin is not None
-            with contextlib.suppress(BrokenPipeError):  # what it did not read any more
+            with contextlib.suppress(BrokenPipeError):  # flushes what the process did not read
                 self._process.stdin.close()
             self._process = None
 
@@ -92,7 +92,7 @@ class Judge:
 
 
 def _start(kind: Kind) -> tuple[subprocess.Popen[str], queue.Queue[str]]:
-    home = str(Path(__file__).resolve().parents[2])  # of the package, so that `-m` finds it
+    home = str(Path(__file__).resolve().parents[2])  # the package's parent folder, so that `-m` finds it
     paths = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
         [sys.executable, "-m", "rbfast.grading.judge_worker", kind],
@@ -109,7 +109,7 @@ def _start(kind: Kind) -> tuple[subprocess.Popen[str], queue.Queue[str]]:
 
 
 def _pump(process: subprocess.Popen[str], answers: queue.Queue[str]) -> None:
-    """Moves lines to a queue, which has a time limit to wait; an empty line says that the process has ended."""
+    """Move output lines to a queue, which can be read with a timeout. An empty line means that the process ended."""
     assert process.stdout is not None
     with process.stdout:
         for line in process.stdout:
@@ -119,7 +119,7 @@ def _pump(process: subprocess.Popen[str], answers: queue.Queue[str]) -> None:
 
 @functools.cache
 def judge(kind: Kind) -> Judge:
-    """The judge of this kind, shared by the whole program."""
+    """The judge of this kind, shared by the whole process."""
     shared = Judge(kind)
     atexit.register(shared.close)
     return shared

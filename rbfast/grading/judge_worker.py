@@ -1,8 +1,8 @@
-"""The process that judges answers: `python -m rbfast.grading.judge_worker math-verify|reasoning-gym`.
+"""The grading process: `python -m rbfast.grading.judge_worker math-verify|reasoning-gym`.
 
-A question a line on stdin (from `rbfast.grading.judge`), a verdict in JSON a line out; `"ready"` comes first, or why a
-package could not be imported. An answer that takes more seconds of processor time ends the process, wherever it is; so
-a busy machine grades like an idle one. Memory is limited too, for an answer may be a tower of powers.
+It reads a question per line from stdin (from `rbfast.grading.judge`) and writes a JSON verdict per line to stdout. The
+first line is `"ready"`, or why a package could not be imported. An answer that exceeds its CPU time ends the process;
+CPU time, so that a busy machine grades like an idle one. Memory is limited too: an answer may be a tower of powers.
 """
 
 import base64
@@ -23,11 +23,11 @@ _MEMORY = 4 * 2**30  # bytes
 
 def main() -> None:
     answers = sys.stdout
-    sys.stdout = sys.stderr  # whatever a parser prints is no answer
+    sys.stdout = sys.stderr  # keep what a parser prints out of the verdicts
     _limit_memory()
     try:
         judge = _JUDGES[sys.argv[1]]()
-    except Exception as error:  # whatever a package does as it is imported
+    except Exception as error:  # an import may raise anything
         _say(answers, said(error))
         return
     _say(answers, READY)
@@ -54,7 +54,7 @@ def _math_verify() -> Callable[[str, list[str]], bool]:
     return equal
 
 
-# What reading a text that is no answer may raise; anything else is a defect and ends the process.
+# What parsing a malformed answer may raise. Anything else is a bug and ends the process.
 _UNREADABLE = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, SyntaxError, RecursionError)
 
 
@@ -80,8 +80,8 @@ def _say(answers: Any, value: Any) -> None:
 
 
 def _end_after(seconds: float) -> None:
-    """Of processor time, by a signal without a handler; 0 for never."""
-    if hasattr(signal, "setitimer"):  # not on Windows, where the wall clock of whoever waits is the only limit
+    """End the process after so many seconds of CPU time, by a signal without a handler; 0 cancels."""
+    if hasattr(signal, "setitimer"):  # not on Windows, where only the wall-clock limit of `Judge` applies
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
 

@@ -1,4 +1,4 @@
-r"""Whether two final answers are equal: the same value, the same words, or the same form of equal values.
+r"""Decide whether two final answers are equal: the same value, the same words, or the same form of equal values.
 
 ```python
 equal(r"\frac{14}{3}", "14/3")             # True
@@ -6,8 +6,8 @@ equal("2", r"\frac{\pi}{2}")               # False: the whole answer counts, not
 equal(r"(-\infty, 3]", "x ≤ 3")            # True
 ```
 
-Numbers are compared exactly, here. What has roots, letters or functions in it is parsed by math-verify and compared in
-a process that can be killed.
+Numbers are compared here, exactly. Answers with roots, letters or functions are parsed by math-verify and compared in a
+process that can be killed.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ log = logging.getLogger(__name__)
 Same = Callable[[str, str], bool]
 """Whether two expressions in LaTeX have the same value."""
 
-_LEAST_DIGITS = 6  # of a decimal that may equal a number which it rounds
-_MOST_LETTERS = 1000  # of an answer that is more than words
-_MOST_QUESTIONS = 100  # to the judge, for one verdict
-_MOST_ITEMS = 50  # of a set whose order is free
+_LEAST_DIGITS = 6  # that a decimal needs to equal a number that it rounds
+_MOST_LETTERS = 1000  # longer answers are compared as plain text
+_MOST_QUESTIONS = 100  # to the grading process, per verdict
+_MOST_ITEMS = 50  # of a set, which is compared in any order
 _GROUPED = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 _SPACED = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?: \d{3})+(?![\d,/]| ?/)")
 _DECIMAL = re.compile(r"-?(\d*)\.(\d+)(?:\.\.\.)?")
@@ -46,7 +46,7 @@ _NUMBERED = re.compile(r"(?<![a-zA-Z\\])([a-zA-Z])(\d+)")
 _CONNECTIVE = re.compile(r"(?P<and>∧|\\(?:land|wedge)(?![a-zA-Z]))|∨|\\(?:lor|vee)(?![a-zA-Z])")
 _RELATION = re.compile(r"[=<>≤≥≠∈]|\\(?:leq?|geq?|neq?|lt|gt|in|[lg]eqslant)(?![a-zA-Z])")
 _CHOICE = re.compile(r"\(([A-Ja-j])\)|([A-Ja-j])[.):]?|(?:\(([A-J])\)[,:]?|([A-J])[.):])\s+(?P<said>[\w$(\\].*)")
-# What is said after a choice and takes it back, or makes it one of several: no text of the choice.
+# Text after a choice that takes it back or makes it one of several, and is not the text of the option.
 _HEDGE = re.compile(
     r"(?:or|and|nor)\s+\(?[A-J]\b|\(?[A-J][).]|but\b"
     r"|(?!(?i:both|either|neither|all|none|only)\b).*(?:\b(?:or|and)\b|[,/])\s*\([A-J]\)"
@@ -58,8 +58,10 @@ _NO_WORDS = re.compile(r"[\\\d+^_=<>*/|$%()\[\]{}!]|(?<![^\W\d_]{2})-|-(?![^\W\d
 
 
 class _Asked:
-    """The judge's word on expressions; after one that it couldn't read in time it isn't called again. Without
-    math-verify nothing but a plain expected answer can be graded."""
+    """Compares expressions with math-verify. After a timeout all further comparisons are false.
+
+    Without math-verify only plain expected answers can be graded.
+    """
 
     def __init__(self, expected: str) -> None:
         self._expected, self._left = expected, _MOST_QUESTIONS
@@ -92,7 +94,7 @@ def equals_any(expected: str, statements: Sequence[str]) -> bool:
     same = _Asked(expected)
     wanted, found = _money(expected), _money(statements[0]) if statements else None
     if wanted and found:
-        return _equal_quantities(wanted, found)  # another reading may leave the dollar out, and €5 is not $5
+        return _equal_quantities(wanted, found)  # €5 is not $5, but other readings may leave out the currency
     return any(_equal_statements(expected, statement, same) for statement in statements)
 
 
@@ -116,20 +118,20 @@ def _equal_statements(expected: str, statement: str, same: Same) -> bool:
 
 
 def _subscripted(text: str, other: str) -> str:
-    """`x1` as `x_{1}`, if the other text writes subscripts and this one none."""
+    """`x1` as `x_{1}`, if only the other text has subscripts."""
     if "_" in text or _SUBSCRIPT.search(other) is None:
         return text
     return _NUMBERED.sub(r"\1_{\2}", text)
 
 
 def _connectives(text: str) -> list[str]:
-    """The signs that join a formula of logic. Between relations they join a list: `x < 2 ∨ x > 5`."""
+    """The connectives of a logical formula; none if they join a list of relations: `x < 2 ∨ x > 5`."""
     found = [] if _RELATION.search(text) else _CONNECTIVE.finditer(text)
     return ["and" if match["and"] else "or" for match in found]
 
 
 def require() -> None:
-    """Raises ImportError, with what to do, if math-verify is not installed."""
+    """Raise ImportError, which says how to install it, if math-verify is not installed."""
     if not _is_installed():
         raise ImportError("mathematical answers are graded by the package math-verify: pip install math-verify")
 
@@ -144,7 +146,7 @@ def _warn_of_expressions() -> None:
 
 
 def is_plain(answer: str) -> bool:
-    """Whether an answer is a number, with or without a unit, or words: it is compared with such answers here."""
+    """Whether an answer is a number, with or without a unit, or words: these are compared without math-verify."""
     if len(answer) > _MOST_LETTERS:
         return True
     text = _ungrouped(normalize(answer))[0]
@@ -153,8 +155,10 @@ def is_plain(answer: str) -> bool:
 
 
 def key(statement: str) -> str:
-    """The same text for answers that are equal beyond doubt: numbers by their value, words without their case, anything
-    else as normalized. What has a measure, a percent sign or an equation with letters is no such number."""
+    """A text that is the same for equal answers: numbers by value, words without case, anything else normalized.
+
+    A number with a unit of measure, a percent sign or an equation with letters counts as anything else.
+    """
     if len(statement) > _MOST_LETTERS:
         return " ".join(statement.split()).casefold()
     text = _ungrouped(normalize(statement))[0]
@@ -170,7 +174,7 @@ def key(statement: str) -> str:
 
 
 def is_number(text: str) -> bool:
-    """Whether a key is a number's: two such keys are equal only if they are the same."""
+    """Whether a key is that of a number. Two numbers are equal only if their keys are."""
     return exact(text) is not None and not is_moment(text)
 
 
@@ -187,7 +191,7 @@ def _shown(value: Fraction) -> str:
 
 
 def _ungrouped(text: str) -> list[str]:
-    """With commas that group digits taken out, and as it stands: `100,200` may be two numbers."""
+    """The text without the commas that group digits, and the text itself: `100,200` may be two numbers."""
     joined = _GROUPED.sub(lambda match: match[0].replace(",", ""), text)
     joined = _SPACED.sub(lambda match: match[0].replace(" ", ""), joined)
     return list(dict.fromkeys((joined, text)))
@@ -201,7 +205,7 @@ def _equal(expected: Form, found: Form, same: Same) -> bool:
     if isinstance(expected, One) and isinstance(found, One):
         return _equal_values(expected, found, same)
     if isinstance(expected, One) and isinstance(found, Several) and found.brackets == "" and found.items:
-        return all(_equal(expected, form, same) for form in found.items)  # one value, written twice
+        return all(_equal(expected, form, same) for form in found.items)  # one value, repeated
     expected, found = _several(expected), _several(found)
     if not _same_name(expected.name, found.name):
         return False
@@ -259,7 +263,7 @@ def _equal_values(expected: One, found: One, same: Same) -> bool:
 
 
 def _same_name(one: str, other: str) -> bool:
-    """Whether two names may stand for the same value: one is left out, or the function of `y` is written as `f(x)`."""
+    """Whether two names may denote the same value: one is missing, or they are `y` and `f(x)`."""
     return not one or not other or one == other or {one, other} == {"y", "f(x)"}
 
 
@@ -272,7 +276,7 @@ class _Quantity(NamedTuple):
     unit: Unit | None
     percent: bool
     base: int | None
-    places: int | None  # after the point, of a decimal
+    places: int | None  # decimal places, if it is written as a decimal
 
 
 def _equal_texts(expected: str, found: str, same: Same) -> bool:
@@ -301,7 +305,7 @@ def _equal_expressions(expected: str, found: str, same: Same) -> bool:
 
 
 def _quantity(text: str) -> _Quantity | None:
-    """The number that the whole of a text is, with its unit."""
+    """The number, with its unit, if that is the whole text."""
     text = counted(bare(text)) or text
     if match := _BASE.fullmatch(bare(text)):
         return _in_base(match[1], int(match[2]))
@@ -316,7 +320,7 @@ def _quantity(text: str) -> _Quantity | None:
 
 
 def _money(statement: str) -> _Quantity | None:
-    """The sum of money that the whole of a statement is."""
+    """The sum of money, if that is the whole statement."""
     found = _quantity(_ungrouped(normalize(statement))[0]) if len(statement) <= _MOST_LETTERS else None
     return found if found and found.unit and found.unit.dimension in CURRENCIES else None
 
@@ -346,7 +350,7 @@ def _equal_quantities(expected: _Quantity, found: _Quantity) -> bool:
 
 
 def _equal_in_base(expected: _Quantity, found: _Quantity) -> bool:
-    """The base of the question may be left out; a base that is written must be right."""
+    """Whether numbers with different bases are equal: the answer may omit the base, but not name another one."""
     if found.base is None and found.value.denominator == 1:
         written = _in_base(str(found.value), expected.base or 10)
         return written is not None and written.value == expected.value
@@ -354,7 +358,7 @@ def _equal_in_base(expected: _Quantity, found: _Quantity) -> bool:
 
 
 def _close(left: _Quantity, right: _Quantity) -> bool:
-    """Equal, or one a decimal that is the other, rounded or cut off, with digits enough to leave no doubt."""
+    """Whether two values are equal, or one is a decimal of enough digits that is the other, rounded or truncated."""
     if left.value == right.value:
         return True
     for decimal, other in ((left, right), (right, left)):
@@ -369,7 +373,7 @@ def _digits(decimal: _Quantity) -> int:
 
 
 def _words(text: str) -> str:
-    """The words of a text that has nothing else in it, else an empty text."""
+    """The words of a text if it consists only of words, else an empty string."""
     if choice := _chooses(text):
         return choice
     words = re.sub(r"^([\"'`])(.*)\1$", r"\2", bare(text).strip(" ."))
@@ -387,5 +391,5 @@ def _chooses(text: str) -> str | None:
 
 
 def _are_products(*words: str) -> bool:
-    """Whether letters may be variables that are multiplied: `xy` is `yx`, but `no` is not `on`."""
+    """Whether words may be products of variables: `xy` is `yx`, but `no` is not `on`."""
     return all(len(word) == 1 or (len(word) <= 4 and set("xyzabcmnk") >= set(word)) for word in words)

@@ -1,8 +1,8 @@
-r"""Dates, times of day and ratios: numbers between which a sign is no operator.
+r"""Compare dates, times of day and ratios, whose signs between numbers are not operators.
 
 ```python
 same_moment("3:45 p.m.", "15:45")              # True
-same_moment("March 5, 2024", "5 March")        # True: what one leaves out can't disagree
+same_moment("March 5, 2024", "5 March")        # True: a missing year agrees with any
 same_moment("3:4:5", "6:8:10")                 # True
 same_moment("3:4", "0.75")                     # None: only one of them is of this kind
 ```
@@ -20,7 +20,7 @@ _MONTH_NAMES = "january february march april may june july august september octo
 _DAY_NAMES = "monday tuesday wednesday thursday friday saturday sunday"
 _MONTHS, _DAYS = _MONTH_NAMES.split(), _DAY_NAMES.split()
 MONTHS = frozenset({*_MONTHS, *(name[:3] for name in _MONTHS), "sept"})
-"""What months are called, in lower case."""
+"""The names of months, in lower case."""
 _NUMBERS = {name: place for names in (_MONTHS, _DAYS) for place, name in enumerate(names, start=1)}
 _NUMBERS |= {name[:3]: place for name, place in _NUMBERS.items()} | {"sept": 9, "tues": 2, "thur": 4, "thurs": 4}
 _DAY, _MONTH = (rf"(?:{'|'.join(f'{n}|{n[:3]}' for n in names)}|sept|tues|thurs?)\.?" for names in (_DAYS, _MONTHS))
@@ -30,16 +30,16 @@ _DATES = (
     re.compile(rf"{_WEEKDAY}(?P<month>{_MONTH}) {_NTH}{_YEAR}"),
     re.compile(rf"{_WEEKDAY}{_NTH}(?: of)? (?P<month>{_MONTH}){_YEAR}"),
     re.compile(r"(?P<year>\d{4})-(?P<month>\d\d)-(?P<day>\d\d)"),
-    re.compile(r"(?P<first>\d{1,2})/(?P<second>\d{1,2})/(?P<year>\d{4})"),  # which is the month, nobody knows
+    re.compile(r"(?P<first>\d{1,2})/(?P<second>\d{1,2})/(?P<year>\d{4})"),  # day/month or month/day
 )
 _CLOCK = re.compile(r"(\d{1,2})(?::([0-5]\d))? ?([ap])\.? ?m|(\d{1,2}):([0-5]\d)")
 _RATIO = re.compile(r"\d+(?:\.\d+)?(?:(?::| to )\d+(?:\.\d+)?)+")
 
 
 def same_moment(one: str, other: str) -> bool | None:
-    """Whether two dates, times of day or ratios are the same; None if they are of no such kind.
+    """Whether two dates, times of day or ratios are the same; None if they are not of the same kind.
 
-    Two texts like 3:45 are times, and no ratios: 1:15 is another.
+    Two texts like 3:45 are compared as times, not as ratios: 1:15 is another time.
     """
     left, right = _plain(one), _plain(other)
     dates = _date(left), _date(right)
@@ -64,7 +64,7 @@ def _plain(text: str) -> str:
 
 
 def _date(text: str) -> dict[str, int]:
-    """The parts of a date by their names; empty if the text is none."""
+    """The parts of a date by name; empty if the text is not a date."""
     match = next(filter(None, (pattern.fullmatch(text) for pattern in _DATES)), None)
     if match is None:
         return {}
@@ -78,7 +78,7 @@ def _agree(one: dict[str, int], other: dict[str, int]) -> bool:
 
 
 def _time(text: str) -> set[int]:
-    """The minutes of the day that a time may mean; empty if the text is none."""
+    """The minutes of the day that a time may mean; empty if the text is not a time."""
     match = _CLOCK.fullmatch(text)
     if match is None:
         return set()
@@ -89,6 +89,6 @@ def _time(text: str) -> set[int]:
 
 
 def _ratio(text: str) -> tuple[Fraction, ...]:
-    """The parts of a ratio for each one of the first; empty if the text is none."""
+    """The parts of a ratio divided by the first; empty if the text is not a ratio."""
     parts = [Fraction(part) for part in re.split(":| to ", text)] if _RATIO.fullmatch(text) else [Fraction(0)]
     return tuple(part / parts[0] for part in parts) if parts[0] else ()

@@ -1,4 +1,4 @@
-r"""One notation for answers: what people, keyboards and models write in many ways becomes plain LaTeX.
+r"""Normalize the notation of answers: the many spellings of people and models become plain LaTeX.
 
 ```python
 normalize("−√13 ⁄ 2")                      # "-\sqrt{13} / 2"
@@ -75,7 +75,7 @@ _RULES = [
         (r"\s*(?:\\text\{\s*)?\((?:rounded|correct|to the nearest|approx)[^()]*\)\}?$", ""),
         (r"^(?:about|around|roughly|approximately|exactly|either|both)\s+(?=\S)", ""),
         (r"^(?:minus|negative)\s+(?=[\d.\\$])", "-"),
-        (r"(?<=\d)'(?=\d{3}(?!\d))", "\u200b"),  # groups digits in Switzerland
+        (r"(?<=\d)'(?=\d{3}(?!\d))", "\u200b"),  # Swiss thousands separator
         (r"(?<=[\w)}]) & (?=[\w(\\-])(?!.*\\end)(?<!\\begin)", " and "),
         (r"(\d*\.\d*)\\(?:bar|dot)\s*\{?(\d+)\}?", r"\1\\overline{\2}"),
         (r"(?<!\d)(\d+\.)\((\d+)\)", r"\1\\overline{\2}"),
@@ -93,7 +93,7 @@ _RULES = [
             r"\1\\frac{\2\\pi}{180}",
         ),
         (r"\\log_\s*(\d)", r"\\log_{\1}"),
-        (r"\{,\}|, ?\\[!,]\s*", "\u200b"),  # no doubt that it groups digits
+        (r"\{,\}|, ?\\[!,]\s*", "\u200b"),  # certainly a thousands separator
         (r"(?<=\d)\\!(?=\d)", ""),
         (r"(?<=\d)(?:\\,|~)(?=\d{3}(?!\d))", "\u200b"),
         (r"\\!", ""),
@@ -102,11 +102,11 @@ _RULES = [
             r"(^|\(|\\(?:land|lor|wedge|vee|to|rightarrow|Rightarrow|implies)(?![a-zA-Z]))\s*\\sim(?![a-zA-Z])",
             r"\1\\neg ",
         ),
-        (r"(?<![^\s(\[~>&|^])~(?=~|[a-zA-Z](?![a-zA-Z])|\([\s~]*[a-zA-Z])", r"\\neg "),  # else it is a space
+        (r"(?<![^\s(\[~>&|^])~(?=~|[a-zA-Z](?![a-zA-Z])|\([\s~]*[a-zA-Z])", r"\\neg "),  # any other tilde is a space
         (r"(?<!\\)\\[,;:> ]|~|\\(?:quad|qquad|thinspace|enspace|hfill)(?![a-zA-Z])", " "),
         (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|mathstrut)(?![a-zA-Z])\s*\.?(?=[^\d]|$)", ""),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-        (r"\\(?:mathrm|text)\s*\{\s*([ei])\s*\}", r"\1"),  # the numbers, upright
+        (r"\\(?:mathrm|text)\s*\{\s*([ei])\s*\}", r"\1"),  # the constants e and i, upright
         (
             r"\\(?:mathrm|mathbf|mathit|mathsf|textbf|textit|textrm|textnormal|mbox|operatorname\*?|bf|rm)\s*\{",
             r"\\text{",
@@ -133,7 +133,7 @@ _RULES = [
         (r"\\%", "%"),
         (r"\\\$", "$"),
         (r"\\#", "#"),
-        (r"\\text\{\s*(\$?-?\d[\d.,]*)", r"\1\\text{"),  # a number in words' clothes
+        (r"\\text\{\s*(\$?-?\d[\d.,]*)", r"\1\\text{"),  # a number inside \text
         (r"\\text\{\s*\}(?:\s*\^\s*\{?\s*\d\s*\}?)?", ""),
         (r"\*\*(?=\s*[\d({-])(?<=[\w)}]\*\*)", "^"),
         (r"(?<![\\a-zA-Z])sqrt(?![a-zA-Z])", r"\\sqrt"),
@@ -155,7 +155,7 @@ _BASE = re.compile(
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _LINES = re.compile(r"\\begin\{(cases|aligned|align\*?|gathered)\}(.*)\\end\{\1\}", re.DOTALL)
 _DOTS = re.compile(r"(?:\.{3}|…|\\(?:ldots|dots|cdots)(?![a-zA-Z]))")
-# A decimal whose last digits come three times (two for a group of several) and go on.
+# A decimal that repeats a digit three times (or a group of digits twice) before dots.
 _ENDLESS = re.compile(
     r"(?P<fixed>(?<!\d)\d*\.\d*?)(?:(?P<one>\d)(?P=one){2,}|(?P<several>\d{2,9}?)(?P=several)+)"
     rf"\s*{_DOTS.pattern}"
@@ -167,8 +167,8 @@ _COMMAND = re.compile(r"\\[a-zA-Z]+(?:\[[^\]]*\])?")
 
 @functools.lru_cache(maxsize=1024)
 def normalize(text: str) -> str:
-    r"""An answer in plain LaTeX: ASCII, `\frac` and `\sqrt` with braces, without spacing, sizing, boxes, dollars and
-    the full stop at its end. Digits that are surely grouped (`1{,}234`, `1\,234`, a thin space) are joined.
+    r"""An answer in plain LaTeX: ASCII, `\frac` and `\sqrt` with braces, without spacing, sizing, boxes, dollar signs
+    and final full stop. Certain thousands separators (`1{,}234`, `1\,234`, a thin space) are removed.
     """
     text = _ENDLESS.sub(_repeated, text) if _DOTS.search(text) else text
     text = unbox(_ascii(text))
@@ -192,7 +192,7 @@ def _numbered_base(match: re.Match[str]) -> str:
 
 
 def _turned_brackets(text: str) -> str:
-    """An open interval with its brackets turned outwards, `]1, 3[`, as `(1, 3)`."""
+    """The French notation of an open interval, `]1, 3[`, as `(1, 3)`."""
     match = re.fullmatch(r"([\[\]])([^\[\]()]*[,;][^\[\]()]*)([\[\]])", text)
     if match is None:
         return text
@@ -200,7 +200,7 @@ def _turned_brackets(text: str) -> str:
 
 
 def _unlisted(text: str) -> str:
-    """The lines of `\\begin{cases} x = 1 \\\\ y = 2 \\end{cases}`; a function in pieces, which has an `&`, stays."""
+    """The lines of `\\begin{cases} x = 1 \\\\ y = 2 \\end{cases}`. A piecewise function, which has an `&`, stays."""
     match = _LINES.fullmatch(text)
     lines = re.sub(r"&\s*=", "=", match[2]) if match else text
     return text if "&" in lines else lines.strip()
@@ -223,19 +223,19 @@ def _letter(letter: str) -> str:
     if unicodedata.decimal(letter, None) is not None:
         return str(unicodedata.decimal(letter))
     plain = unicodedata.normalize("NFKC", letter)
-    if "\u2044" in plain:  # a fraction in one letter; the space makes 3½ a mixed number
+    if "\u2044" in plain:  # a vulgar fraction such as ½
         above, _, below = plain.partition("\u2044")
         return rf"\frac{{{above}}}{{{below}}}"
     return "".join(_SIGNS.get(part, part) for part in plain)
 
 
 def bare(text: str) -> str:
-    r"""Words without the `\text{}` around them."""
+    r"""The text without `\text{}` around words."""
     return re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
 
 
 def unbox(text: str) -> str:
-    r"""Without `\boxed{}` around what it holds."""
+    r"""The text without `\boxed{}` around its content."""
     while match := _BOX.search(text):
         end = closing(text, match.end() - 1)
         if end is None:
@@ -245,7 +245,7 @@ def unbox(text: str) -> str:
 
 
 def _undollared(text: str) -> str:
-    """Without the dollars that open and close mathematics; one alone before a number is money."""
+    """The text without the dollar signs around mathematics. A single dollar sign is money."""
     text = text.replace("$$", "$")
     if text.replace("\\$", "").count("$") > 1:
         return re.sub(r"(?<!\\)\$", " ", text).strip()
@@ -253,7 +253,7 @@ def _undollared(text: str) -> str:
 
 
 def braced(text: str) -> str:
-    r"""With braces around what `\frac`, `\sqrt`, `^` and `_` take."""
+    r"""The text with braces around the arguments of `\frac` and `\sqrt`, and of `^` if it has round brackets."""
     for command, arguments in ((r"\frac", 2), (r"\sqrt", 1)):
         if command in text:
             text = _with_arguments(text, command, arguments)
@@ -261,7 +261,7 @@ def braced(text: str) -> str:
 
 
 def _with_arguments(text: str, command: str, count: int) -> str:
-    """From the last command to the first, so that what one takes is in order already."""
+    """Brace the arguments of a command, from the last use to the first, so that nested arguments are braced already."""
     first, *parts = re.split(re.escape(command) + r"(?![a-zA-Z])", text)
     done = ""
     for part in reversed(parts):
@@ -276,7 +276,7 @@ def _with_arguments(text: str, command: str, count: int) -> str:
 
 
 def _argument(text: str, *, whole: bool) -> tuple[str, str]:
-    """What a command takes, and the rest: a group, a command or a digit; a root takes a whole number or `(...)`."""
+    """Split off a command's argument: a group, a command or one character; with `whole` also a number or `(...)`."""
     if text.startswith("{"):
         end = closing(text, 0)
         return (text[1:], "") if end is None else (text[1:end], text[end + 1 :])

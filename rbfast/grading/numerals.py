@@ -1,4 +1,4 @@
-r"""Numbers in English words.
+r"""Read numbers in English words.
 
 ```python
 numeral("twenty-one")            # "21"
@@ -33,7 +33,7 @@ WORDS = frozenset({*_UNITS, *_GROUPS, "hundred", "dozen"})
 
 
 def numeral(words: str) -> str | None:
-    r"""The number that words say, in digits or as a `\frac{}{}`; None if they say anything else."""
+    r"""A number in words, as digits or as `\frac{}{}`; None if the words are anything else."""
     text = " ".join(words.casefold().replace("-", " ").split())
     sign = _SIGN.match(text)
     value = _value(text[sign.end() :] if sign else text)
@@ -59,13 +59,13 @@ def _value(text: str) -> Fraction | None:
 
 
 def _whole(words: list[str]) -> int | None:
-    """A whole number; "a" counts as one before a hundred, a dozen and the like."""
+    """An integer; "a" counts as one before hundred, dozen and the like."""
     if words[-1:] == ["dozen"]:
         dozens = _whole(words[:-1] if words[:-1] not in ([], ["a"]) else ["one"])
         return None if dozens is None else 12 * dozens
     if words[:1] == ["a"] and len(words) > 1 and (words[1] in _GROUPS or words[1] == "hundred"):
         words = ["one", *words[1:]]
-    total, group, last = 0, 0, 10**15  # last: the group before, of which the next must be a smaller one
+    total, group, last = 0, 0, 10**15  # last: the previous group word; the next must be smaller
     smallest: int | None = None  # of the group: after twenty comes at most nine, after nine nothing
     for position, word in enumerate(words):
         if word == "and":
@@ -90,7 +90,7 @@ def _whole(words: list[str]) -> int | None:
 
 @functools.lru_cache(maxsize=1024)
 def counted(words: str) -> str | None:
-    """A text that opens in a number in words, with that in digits: "seven apples" as "7 apples"; else None."""
+    """A text with the number word that opens it as digits: "seven apples" as "7 apples"; None if it has none."""
     parts = words.split(" ")
     if not parts[0][:1].isalpha() or len(words) > _MOST_LETTERS:
         return None

@@ -1,12 +1,12 @@
-r"""What a final statement says: the plain readings of one line, be it mathematics or a sentence.
+r"""The readings of a final statement, mathematics or a sentence: the texts that may be its answer.
 
 ```python
 readings("There are **184** legs in total.")      # [.., "184"]
 readings("x=2, x=3")                               # ["x=2, x=3"]: no part of it is the answer
 ```
 
-A statement without a sentence in it is read as a whole only. Of a sentence, what its last verb or sign introduces, its
-marked parts, or the one number in it count, if no other word could change their meaning.
+A statement without a sentence is read only as a whole. The readings of a sentence are the text after its last verb or
+sign, its marked parts, or its only number, if no other word could change their meaning.
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ _LABEL_WORDS = """
 question problem exercise example step part case chapter section page line figure table version room number no option
 choice
 """
-_LABELS = MONTHS.union(_LABEL_WORDS.split())  # a number right after one of them is a name
+_LABELS = MONTHS.union(_LABEL_WORDS.split())  # a number right after one of these is a label
 _VERDICT = re.compile(r"(yes|no|true|false)\b[,.;:!]", re.IGNORECASE)
 _CHOSEN = re.compile(r"(?:\\text(?:bf)?\{)?\(([A-J])\)[}~\s\\]+(?=[^\s}])")
 _SHARED = re.compile(
     r"\s*(\S+(?: [A-Za-z]{2,})+?) (?:on|across|among|from|for) (?:the |its |all )?\S*\d\S* [A-Za-z]+\.?"
 )
 _EDGES = re.compile(r"^[\s*_`$\"]+|[\s*_`$\".。°]+$")
-_CALCULATED = re.compile(r"<<[^<>\n]*>>")  # by GSM8K's calculator, beside the value
-_PRICE = re.compile(  # the sign after the number; a dollar there may close a formula
+_CALCULATED = re.compile(r"<<[^<>\n]*>>")  # GSM8K's calculator annotations
+_PRICE = re.compile(  # a currency sign after the number; not a dollar, which may close a formula
     rf"(?<![\w.,{SIGNS}])(\d[\d,.]*(?<=\d))\s?([{SIGNS.replace('$', '')}])(?!\d)"
 )
-# Words that say another number only beside it. Signs of a second thought, as they open a sentence.
+# Words that change a number only if they are beside it.
 _NEARBY_WORDS = """
 and to times more less fewer greater than most least before after over under above below by without between out
 """
 _NEARBY = frozenset(_NEARBY_WORDS.split())
 _DENYING = {"not", "isn't", "aren't", "wasn't", "cannot", "can't", "never", "nor", "than", "least", "most"}
-_SECOND_THOUGHTS = {"But", "Wait", "Actually", "However", "Hmm"}
-# What comes of a calculation, and what is said of it: `14 + 16 = 30 apples in all`.
+_SECOND_THOUGHTS = {"But", "Wait", "Actually", "However", "Hmm"}  # at the start of a sentence
+# The result of a calculation, and the text after it: `14 + 16 = 30 apples in all`.
 _COMPUTED = re.compile(
     rf"[\d)]%?(?: [A-Za-z]+)? ?[-+*/×÷xX\u2212\u2013] ?[{SIGNS}]?(?:[\d,]*\.)?\d[\d,]*%?\)*(?: ?[A-Za-z]+)? ?= ?"
     rf"(?P<number>[-\u2212]?[{SIGNS}]?[\d,.]*\d%?)(?P<rest>(?:[ ,;.:!]|[a-z]{{2}})[^\d=]*|)\Z"
@@ -71,7 +71,7 @@ _PICKED = re.compile(
     r"|(?i:(?:it's|(?:i|we)(?:'d| would|'ll| will)? (?:choose|pick|select|go with)) (?:(?:answer|option|choice) )?)"
     r"\(?(?P<other>[A-J])\)?[.!]?"
 )
-# A short answer, and what is said of it: its reason, what it is not, a sentence without another value.
+# A short answer and a remark: its reason, what it is not, a sentence without another value.
 _REMARK = re.compile(
     r"(?P<said>.+?)"
     r"(?:,? (?:because|since) .+|, (?:and )?not .+|,? (?:rather than|instead of) .+|[.。!] (?P<more>[A-Z]\D*))",
@@ -84,7 +84,7 @@ _BOLD_FIRST = re.compile(r"\*\*(?P<said>[^*]+)\*\*(?P<rest>[.,;:!] (?!and )[A-Za
 
 
 def readings(statement: str) -> list[str]:
-    """The ways a person would read one final statement, most literal first."""
+    """The texts that a person may take for the answer of a final statement, most literal first."""
     statement = _PRICE.sub(r"\2\1", _CALCULATED.sub("", statement)).strip()
     found = [statement]
     if whole := _TEXT.fullmatch(statement):
@@ -101,13 +101,13 @@ def readings(statement: str) -> list[str]:
 
 
 def _whole_number(text: str) -> str | None:
-    """A whole number with zeros after the point, or grouped digits: not every verifier reads those."""
+    """The digits of an integer with zeros after the point or grouped digits, which some verifiers cannot read."""
     match = re.fullmatch(r"(-?(?:\d{1,3}(?:,\d{3})+|\d+))(?:\.0+)?", text)
     return match[1].replace(",", "") if match and len(text) < 400 else None
 
 
 def _lines(statement: str) -> list[str]:
-    """The lines that may say it all: the only one; the first and the last, if some of them are sentences."""
+    """The lines that may hold the answer: the only one; the first and the last if any line is a sentence."""
     lines = [line.strip() for line in statement.splitlines() if line.strip()]
     if len(lines) < 2 or any(map(is_sentence, lines)):
         return list(dict.fromkeys(lines[:1] + lines[-1:]))
@@ -144,7 +144,7 @@ def _of_line(line: str) -> list[str]:
 
 
 def _before_remark(line: str) -> str | None:
-    """A short answer without the remark that follows it, unless the remark may take it back."""
+    """A short answer without the remark after it, unless the remark may retract it."""
     match = _REMARK.fullmatch(line)
     if match is None or is_sentence(match["said"]):
         return None
@@ -153,7 +153,7 @@ def _before_remark(line: str) -> str | None:
 
 
 def _after_equals(line: str) -> str | None:
-    """What the last equals sign introduces, unless it is one of several."""
+    """The text after the last equals sign, unless the line is a list of equations or a single equation."""
     parts = re.split(r"(?<![<>!\\])=\s*", line)
     between = "=".join(parts[1:-1])
     left = parts[0]
@@ -167,7 +167,7 @@ def _after_equals(line: str) -> str | None:
 
 
 def _marked(line: str) -> list[str]:
-    """The last part in bold, quotes or dollars, with those that a comma or an "and" joins to it, unless the words
+    """The last part in bold, quotes or dollar signs, with those joined to it by a comma or "and", unless the words
     beside it deny or change it."""
     parts = list(_MARKED.finditer(line))
     if not parts:
@@ -183,14 +183,14 @@ def _marked(line: str) -> list[str]:
 
 
 def _is_denied(before: str, following: str) -> bool:
-    """Whether the words beside a marked part say that it is not the answer, or not all of it."""
+    """Whether the words beside a marked part say that it is not the answer, or not the whole answer."""
     last = re.findall(r"[\w']+", before.lower())[-2:]
     first = re.findall(r"[A-Za-z']+", re.sub(r"^ (?:is|are|was|were) ", " ", following))[:1]
     return not _DENYING.isdisjoint(last) or (following[:1] == " " and _changed(first))
 
 
 def _bold_first(line: str) -> str | None:
-    """The part in bold that opens a line, unless what follows may take it back or go on with it."""
+    """The bold part that opens a line, unless the text after it may retract or continue it."""
     match = _BOLD_FIRST.fullmatch(line)
     if match is None or _MARKED.search(match["rest"]):
         return None
@@ -199,7 +199,7 @@ def _bold_first(line: str) -> str | None:
 
 
 def _computed(line: str) -> str | None:
-    """The number that a calculation in a sentence comes to, whatever is counted."""
+    """The result of a calculation in a sentence, with its unit if that is a measure."""
     match = _COMPUTED.search(line)
     if match is None or not is_sentence(line):
         return None
@@ -208,18 +208,18 @@ def _computed(line: str) -> str | None:
 
 
 def _changed(words: list[str]) -> bool:
-    """Whether words that do not stand beside a number may change it."""
+    """Whether words that are not beside a number may change it."""
     return any(word in _SECOND_THOUGHTS or word.lower() in OTHER_VALUE - _NEARBY for word in words if word != "I")
 
 
 def _measured(number: str, following: list[str]) -> str:
-    """A number with its unit, if that is a measure."""
+    """A number, with the word after it if that is a unit of measure."""
     unit = "".join(following[:1])
     return f"{number} {unit}" if unit_of(unit) and exact(number) is not None else number
 
 
 def _only_number(line: str) -> str | None:
-    """The one number in a sentence of words, with its unit if that is a measure."""
+    """The only number in a sentence of words, with its unit if that is a measure."""
     if re.search(r"!\s*[$\\]", line):
         return None  # a factorial
     tokens = [_EDGES.sub("", token).strip(",;:!?()") for token in line.split()]
@@ -239,7 +239,7 @@ def _only_number(line: str) -> str | None:
 
 
 def _stands_alone(before: list[str], following: list[str]) -> bool:
-    """Whether no word beside a number makes it another: "more than 5", "5 or 6", "5 feet and six inches"."""
+    """Whether no word beside a number changes it: "more than 5", "5 or 6", "5 feet and six inches"."""
     beside = {word.lower() for word in before[-2:]}
     beside |= {word.lower() for word in following[:1]} - {"more", "less", "fewer"}
     goes_on = following[1:2] == ["and"] and not WORDS.union({"a"}).isdisjoint(following[2:3])

@@ -1,4 +1,4 @@
-"""Problems: of reasoning-gym's generators, of known benchmarks, of files and of datasets on the hub.
+"""Load problems: from reasoning-gym's generators, known benchmarks, files and datasets on the hub.
 
 ```python
 load_problems("leg_counting", n=50, seed=7)                 # a reasoning-gym generator
@@ -43,18 +43,17 @@ def load_problems(
 
     Args:
         task: a reasoning-gym generator at its default difficulty (`leg_counting`, `reasoning-gym:leg_counting`); a
-            file (.jsonl, .json, .parquet, .arrow, .csv, .tsv) or a folder of them, of any shape in docs/formats.md that
-            gives its answers; one of `hub.BENCHMARKS`; or a dataset on the hub of such a shape: `owner/name`,
-            `owner/name:split` or `owner/name:config:split`, of which the split (default: test) may be a slice,
-            `test[:100]`.
-        n: drawn from what there is; None for all of a file or dataset, in its order.
-        fewer: take all that there are if they are fewer than `n`.
+            file (.jsonl, .json, .parquet, .arrow, .csv, .tsv) or a folder of them, in any format of docs/formats.md
+            that has answers; one of `hub.BENCHMARKS`; or a dataset on the hub in such a format: `owner/name`,
+            `owner/name:split` or `owner/name:config:split`. The split (default: test) may be a slice, `test[:100]`.
+        n: the number of problems to draw; None for all of a file or dataset, in its order.
+        fewer: take all problems if there are fewer than `n`.
         exclude: questions to leave out, such as those trained on.
-        options: how rows are read, if not by what their fields mean.
+        options: how to read rows if their field names are not enough.
 
     Raises:
-        ValueError: an unknown task, a malformed line, or fewer than `n` problems to be had without `fewer`.
-        ImportError: what generates or grades the problems is not installed.
+        ValueError: an unknown task, a malformed line, or fewer than `n` problems without `fewer`.
+        ImportError: the package that generates or grades the problems is not installed.
     """
     if n is not None and n < 0:
         raise ValueError(f"n must be 0 or more, got {n}")
@@ -105,7 +104,7 @@ def _sample(
         if problem.question not in exclude:
             problems.setdefault((problem.question, problem.system), problem)
     if not all(math_equality.is_plain(problem.answer) for problem in problems.values()):
-        math_equality.require()  # now, not after hours of writing
+        math_equality.require()  # fail now, not after hours of generation
     if n is None:
         return list(problems.values())
     if len(problems) < n and not fewer:

@@ -1,12 +1,12 @@
-r"""The unit behind a number: which words may stand there, and what they are worth.
+r"""Split numbers from their units: which words are units, and the size of each.
 
 ```python
 split_unit(r"16\text{ cm}^2")        # ("16", Unit("length^2", Fraction(1, 10000)))
-split_unit("16 legs")                # ("16", None): a thing that is counted
+split_unit("16 legs")                # ("16", None): a counted thing
 split_unit("7x")                     # ("7x", None): no unit
 ```
 
-A measure must agree with the expected one, if both are written; a thing that is counted need not.
+If both answers have a unit of measure, the two must agree. Counted things need not.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 
 class Unit(NamedTuple):
-    """What is measured, and how much one of it is."""
+    """A dimension, and the size of the unit in that dimension's base unit."""
 
     dimension: str
     size: Fraction
@@ -64,7 +64,7 @@ for _line in _TABLE.strip().splitlines():
         _words, _, _size = _entry.partition("=")
         _UNITS |= {word: Unit(_dimension, Fraction(_size)) for word in _words.split()}
 
-# Symbols whose case counts.
+# Symbols, which are case-sensitive.
 _PREFIXES = {prefix: Fraction(10) ** power for prefix, power in zip("kMGmn", (3, 6, 9, -3, -9), strict=True)}
 _PREFIXES[""] = Fraction(1)
 _BASES = {"N": "newton", "J": "joule", "eV": "electronvolt", "W": "watt", "V": "volt", "A": "amp", "K": "kelvin"}
@@ -88,10 +88,10 @@ CURRENCIES = {"money", "euros", "sterling", "rupees"}
 """The dimensions of money."""
 _CURRENCY = {"$": "dollar", "€": "euro", "£": "gbp", "₹": "rupee", "¥": "yen"}
 SIGNS = "".join(_CURRENCY)
-"""The signs of money."""
+"""Currency signs."""
 _SIGN_LAST = re.compile(rf"([-+]?)([\d,.\u200b]*\d)\s*([{SIGNS}])")
 _SIGN_FIRST = re.compile(rf"([-+]?)\s*([{SIGNS}])\s*(.*)$", re.DOTALL)
-# Words that say another number, or less than one.
+# Words that change the number beside them, and so are not units.
 _OTHER_WORDS = """
 pi sin cos tan cot sec csc log ln exp sqrt mod modulo times over squared cubed factorial half halves third thirds
 quarter quarters fourth fourths fifth fifths tenth tenths hundredths root roots plus minus or and out choose more less
@@ -111,7 +111,7 @@ _DEGREES = re.compile(r"\^\\circ\s*(?:\\text\{\s*)?([CF]?)\}?$")
 
 
 def split_unit(text: str) -> tuple[str, Unit | None]:
-    """What stands before the unit, and the unit (None if there is none, or it counts things), of normalized text."""
+    """The text before the unit, and the unit (None if there is none or it counts things), of normalized text."""
     sign, currency, rest = _currency(text)
     if currency:
         return sign + rest, _UNITS.get(currency)
@@ -144,10 +144,10 @@ def _worded(text: str) -> tuple[str, Unit | None]:
 
 
 def _may_follow(phrase: str, spaced: bool) -> bool:
-    """Whether plain letters may be a unit: a product of variables looks much the same."""
+    """Whether plain letters may be a unit rather than a product of variables."""
     words = re.split(r"[ /]+", phrase)
     if any(word in _SYMBOLS and (len(word) == 1 or (word.islower() and not spaced)) for word in words):
-        return False  # letters of a product
+        return False  # a product of variables
     if not spaced:
         return len(words[0].rstrip("^{}23")) > 1 and unit_of(phrase) is not None
     known = unit_of(phrase) is not None
@@ -166,13 +166,13 @@ def _scaled(text: str, core: str, phrase: str) -> tuple[str, Unit | None]:
 
 
 def same_dimension(one: Unit, other: Unit) -> bool:
-    """Whether both measure the same; degrees may be those of an angle or of either scale of temperature."""
+    """Whether both have the same dimension. Degrees may be of an angle or of either temperature scale."""
     dimensions = {one.dimension, other.dimension}
     return len(dimensions) == 1 or ("angle" in dimensions and any(d.startswith("temperature") for d in dimensions))
 
 
 def unit_of(phrase: str) -> Unit | None:
-    """The measure that words name: `cm^2`, `square inches`, `miles per hour`, `km/h`; None for any other words."""
+    """The unit of measure that words name: `cm^2`, `square inches`, `miles per hour`, `km/h`; None for other words."""
     phrase = re.sub(r"[{}\s]+", " ", phrase.replace(".", "")).strip()
     above, per, below = re.sub(r"\s+per\s+", "/", phrase).partition("/")
     unit = _simple(above)
