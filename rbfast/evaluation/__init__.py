@@ -1,1 +1,1 @@
-"""Accuracy of a model: completions of problems, graded and kept (`evaluate`), with intervals (`statistics`)."""
+"""Measure a model's accuracy: complete, grade and store problems (`evaluate`), with intervals (`statistics`)."""

@@ -1,4 +1,4 @@
-"""Accuracy before and after: problems, completions, each task's own verifier, statistics over items.
+"""Evaluate a model on problems: complete them, grade with each task's own verifier, summarize over items.
 
 ```python
 problems = load_problems("leg_counting", n=50, seed=7)             # or math-500, gsm8k, a .jsonl file, a hub id
@@ -41,9 +41,9 @@ from rbfast.utils.records import check
 
 @dataclass(frozen=True)
 class Result:
-    """A problem, what the model wrote, its grade in [0, 1], and what a guide inserted.
+    """A problem, the model's completion, its score in [0, 1], and the interventions of a guide.
 
-    `sample` counts the completions of one problem.
+    `sample` is the index among the completions of one problem.
     """
 
     problem: Problem
@@ -57,9 +57,9 @@ class Result:
         return self.score >= 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """A record for `json.dumps`: the whole completion is kept, so that any other rule can grade it later.
+        """A record for `json.dumps`. It holds the whole completion, so that it can be graded again by other rules.
 
-        `system` is there if the problem has one, `events` if a guide put something in.
+        `system` is there only if the problem has one, `events` only if a guide intervened.
         """
         record: dict[str, Any] = {
             "task": self.problem.task,
@@ -85,12 +85,12 @@ Written = tuple[Completion, tuple[Event, ...]]
 
 @dataclass(frozen=True)
 class Decoding:
-    """How completions are written; a file of results resumes only if these agree.
+    """How completions are generated; a results file resumes only if these settings agree.
 
     Args:
-        max_new_tokens: of a completion; with a guide, its budget counts instead.
+        max_new_tokens: the limit of a completion; with a guide, its budget applies instead.
         temperature: 0 for greedy decoding.
-        label: whose completions they are, as a name: the model, its adapter.
+        label: a name for the model and its adapter.
         instruction: what follows a problem; None: the tokenizer's default.
     """
 
@@ -104,17 +104,17 @@ class Decoding:
     instruction: Instruction | None = None
 
     def __post_init__(self) -> None:
-        Sampling(self.samples, self.temperature, self.top_p)  # raises ValueError for what is out of range
+        Sampling(self.samples, self.temperature, self.top_p)  # raises ValueError if one is out of range
 
     def write(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], batch_size: int
     ) -> list[list[Written]]:
-        """`samples` completions of each problem, with what a guide put into them."""
+        """`samples` completions of each problem, with a guide's interventions."""
         prompts = [format_prompt(p.question, tokenizer, self.instruction, system=p.system) for p in problems]
         if self.guide is None and self.temperature == 0 and self.samples == 1:
             found = complete(model, tokenizer, prompts, max_new_tokens=self.max_new_tokens, batch_size=batch_size)
             return [[(completion, ())] for completion in found]
-        # A problem's draws must not depend on which others are left to do.
+        # A problem's draws must not depend on which others are left: a resumed run draws the same.
         seeds = [self._seed(problem) for problem in problems]
         sampling = Sampling(self.samples, self.temperature, self.top_p, seeds, early_stop=False)
         guide = self.guide or Guide(Limits(self.max_new_tokens), interventions=())
@@ -136,22 +136,22 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
     **decoding: Any,
 ) -> list[Result]:
-    """Completions of every problem, graded, in the order of `problems`, the samples of one next to each other.
+    """Graded completions of every problem, in the order of `problems`, the samples of one next to each other.
 
     Args:
-        keep: a JSONL file that every result is added to as soon as its batch is done. What it already holds of these
-            problems is not written again; its score is replaced if the problem's answer was corrected since.
+        keep: a JSONL file to which each batch of results is appended when it is done. Problems that it already holds
+            are not run again; they are graded again if their answer has changed since.
         progress: called with (problems done, problems in all) at the start and after each batch.
         decoding: the fields of `Decoding`.
 
     Raises:
-        ValueError: a number out of its range; `keep` holds results of another label or way of decoding, or a line that
-            is none.
+        ValueError: a number out of its range; `keep` holds results with another label or other decoding settings, or a
+            line that is not a result.
         OSError: `keep` cannot be written.
     """
     how = Decoding(**decoding)
     if keep is not None:
-        check_output(keep)  # before the first batch, which would be lost
+        check_output(keep)  # fail now, not after the first batch
     store = _Store(Path(keep), how) if keep is not None else None
     done = store.read(problems) if store else {}
     by_identity = {_identity(problem): problem for problem in problems}
@@ -197,19 +197,19 @@ _RECORD |= {"score": (int, float), "sample": int}
 
 
 class _Store:
-    """A file of results that grows by a batch at a time."""
+    """A results file that grows by one batch at a time."""
 
     def __init__(self, path: Path, decoding: Decoding) -> None:
         self.journal, self.decoding = Journal(path), decoding
         settings = asdict(decoding)
         if decoding.instruction is None:
-            del settings["instruction"]  # files from before there was one
+            del settings["instruction"]  # older files lack this setting
         self.settings = dict(json.loads(json.dumps(settings)))
 
     def read(self, problems: Sequence[Problem]) -> dict[_Identity, list[Result]]:
-        """The problems of which every sample is there, graded by the answers that they have now.
+        """The results of the problems with every sample in the file, graded against their current answers.
 
-        What a killed process wrote of others goes from the file. Scores by other answers are replaced there.
+        Removes the incomplete problems of a killed process from the file, and updates scores against other answers.
         """
         known = {_identity(problem): problem for problem in problems}
         found: dict[_Identity, list[Result]] = {}
@@ -245,7 +245,10 @@ class _Store:
 
 
 def summarize(results: Sequence[Result]) -> dict[str, float]:
-    """`n`, `accuracy` with its 95% interval (`ci_low`, `ci_high`), the share `truncated`, mean `tokens` written."""
+    """`n`, `accuracy` with its 95% interval (`ci_low`, `ci_high`), the share `truncated`, the mean number of `tokens`.
+
+    Raises ValueError if there are no results.
+    """
     if not results:
         raise ValueError("summarize needs at least one result, got none")
     interval = proportion([result.correct for result in results])
@@ -260,7 +263,7 @@ def summarize(results: Sequence[Result]) -> dict[str, float]:
 
 
 def correct_by_item(results: Sequence[Result]) -> list[list[float]]:
-    """1.0 or 0.0 for each sample of each problem, in the order of the results: for `clustered`, `paired_bootstrap`."""
+    """1.0 or 0.0 for each sample of each problem, in order: the input of `clustered` and `paired_bootstrap`."""
     return [[float(result.correct) for result in item] for item in _items(results)]
 
 
@@ -272,10 +275,11 @@ def _items(results: Sequence[Result]) -> list[list[Result]]:
 
 
 def summarize_samples(results: Sequence[Result]) -> dict[str, float]:
-    """Several samples a problem, every problem with as many.
+    """Summarize several samples per problem, the same number for each problem.
 
     Returns `items`, `samples`, `pass@1` with its item-clustered standard error `pass@1_se`, unbiased `pass@k` for the
-    powers of two up to `samples` and for `samples`, `majority@n`, the share `truncated`, mean `tokens` of a completion.
+    powers of two up to `samples` and for `samples`, `majority@n`, the share `truncated`, and the mean number of
+    `tokens` of a completion.
 
     Raises:
         ValueError: no results, or problems with different numbers of samples.
@@ -297,7 +301,7 @@ def summarize_samples(results: Sequence[Result]) -> dict[str, float]:
 
 
 def _majority_correct(item: Sequence[Result]) -> float:
-    """Whether the samples' most frequent answer is correct, as the first sample that gave it was graded."""
+    """1.0 if the samples' most frequent answer is correct, by the grade of the first sample that gave it, else 0.0."""
     keys = [answer_key(result.completion.text, truncated=result.completion.truncated) for result in item]
     winner = majority(keys).answer
     return float(next((r.correct for r, key in zip(item, keys, strict=True) if key == winner and winner), False))

@@ -1,4 +1,4 @@
-"""Statistics of an evaluation: shares and gains with intervals, samples of one item, the bootstrap."""
+"""Statistics of an evaluation: proportions and gains with intervals, pass@k, clustered errors, the bootstrap."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Interval:
 def paired_difference(before: Sequence[float], after: Sequence[float]) -> Interval:
     """The mean gain over the same problems, in [-1, 1], with a 95% interval.
 
-    The interval is Agresti and Min's for matched proportions (Statistics in Medicine 24, 2005): two pseudo-problems,
-    half a loss, half a win and one unchanged, join the data before the normal approximation. So it has a width even
-    if every difference is the same, and says next to nothing at n = 1. The mean itself is the plain one.
+    The interval is Agresti and Min's for matched proportions (Statistics in Medicine 24, 2005): two pseudo-problems
+    (half a loss, half a win, one unchanged) join the data before the normal approximation. So it has a width even if
+    every difference is the same, and is nearly [-1, 1] at n = 1. The mean is the plain one.
 
     Raises:
         ValueError: no problems, unequal lengths, or scores outside [0, 1].
@@ -42,14 +42,14 @@ def paired_difference(before: Sequence[float], after: Sequence[float]) -> Interv
 
 
 def proportion(outcomes: Sequence[float]) -> Interval:
-    """The share of successes in 0/1 outcomes with Wilson's 95% score interval."""
+    """The share of successes in 0/1 outcomes with Wilson's 95% score interval. Raises ValueError without outcomes."""
     if not outcomes:
         raise ValueError("a proportion needs at least one outcome, got none")
     n, share = len(outcomes), sum(outcomes) / len(outcomes)
     pull = _Z95**2 / n
     centre = (share + pull / 2) / (1 + pull)
     spread = _Z95 * math.sqrt(share * (1 - share) / n + pull / (4 * n)) / (1 + pull)
-    # At no success, and at nothing but successes, the bound is the share itself but for rounding.
+    # If no outcome is a success, or all are, the bound equals the share: avoid rounding errors.
     low = centre - spread if share > 0 else 0.0
     return Interval(share, low, centre + spread if share < 1 else 1.0)
 
@@ -74,7 +74,7 @@ def clustered(scores: Sequence[Sequence[float]]) -> tuple[float, float]:
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """The chance that one of k samples is correct, without bias (Chen et al., arXiv 2107.03374, section 2.1).
+    """The unbiased estimate of pass@k, that one of k samples is correct (Chen et al., arXiv 2107.03374, section 2.1).
 
     Raises:
         ValueError: k is below 1 or above the number of samples.
