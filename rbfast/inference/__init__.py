@@ -1,4 +1,4 @@
-"""Writing completions: the token loop (`decoding`), and guidance: what a guide is (`guide`), the state of a completion
-under it (`state`, `boundary`), the interface that all models share (`solver`), a local model (`local`, `steering`,
-`tokens`), a served one (`remote`), and votes (`vote`).
+"""Generate completions: the token loop (`decoding`), the settings of guidance (`guide`), the state of a guided
+completion (`state`, `boundary`), the interface that all models share (`solver`), local models (`local`, `steering`,
+`tokens`), served models (`remote`), and majority votes (`vote`).
 """

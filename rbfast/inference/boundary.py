@@ -1,23 +1,23 @@
-r"""Where a text that is still being written may be interrupted: never inside a number, LaTeX or code.
+r"""Find the places where a text that is still being written may be interrupted: never in a number, LaTeX or code.
 
     boundary = Boundary()
     boundary.write("So $x = 3")          # boundary.safe is False: the formula is open
     boundary.write("$ holds.\n")         # boundary.safe and boundary.sentence_end are True
 
-One pass, a few operations a character; only the last characters are kept.
+One pass, a few operations per character; only the last characters are kept.
 """
 
 import re
 
-_LONGEST_MATH = 1_000  # characters; an opener that is not closed within them was no opener
-_TAIL = 32  # characters that the rules below look back, at most
+_LONGEST_MATH = 1_000  # characters; an opener that is not closed within them does not count
+_TAIL = 32  # characters that the rules below look back at most
 
 _BEGIN = re.compile(r"\\begin\{([a-zA-Z]{1,20}\*?)\}\Z")
 _ARGUMENT = re.compile(r"\\[a-zA-Z]+\*?\{\Z")
 _MATH = {"\\(": "\\)", "\\[": "\\]"}
 # "$5 per day" is money, "$5 x$" and "$5 + 3$" are formulas
 _MONEY = re.compile(r"\d[\d,.]*[)]?\s+[A-Za-z]{2}")
-# A digit, what may join the next digit to it, what may open a number; a command whose name may continue.
+# A digit; a sign that may join it to the next digit; a sign that may open a number; a command name that may continue.
 _UNFINISHED = re.compile(r"(?:\d[.,:/]?|\d[eE][-+]?|(?:^|[\s(\[{=*/^<>|,$])[-+.]|\\(?:[a-zA-Z]+\*?)?)\Z")
 # A full stop after a digit may be a decimal point until white space follows.
 _SENTENCE_END = re.compile(r"(?:(?<!\d)[.!?][.!?)\]\"'*_”]{0,8}|[.!?][.!?)\]\"'*_”]{0,8}\s+|\n\s*)\Z")
@@ -25,10 +25,10 @@ _ABBREVIATION = re.compile(r"(?:^|[\s(*#_])(?:[a-z]|e\.g|i\.e|vs|dr|mr|ms|mrs|cf
 
 
 class Boundary:
-    """What a growing text is inside of.
+    """Tracks which constructs are open at the end of a growing text.
 
     Args:
-        marker: a text whose beginnings are no place to interrupt either (an end-of-thinking marker).
+        marker: a text that must not be interrupted either (an end-of-thinking marker).
     """
 
     def __init__(self, marker: str = ""):
@@ -36,10 +36,10 @@ class Boundary:
         self.restart("")
 
     def restart(self, text: str) -> None:
-        """Forgets what is open: `text` was inserted, after what was open was closed."""
+        """Reset to nothing open, after `text` was inserted."""
         self._tail = text[-_TAIL:]
         self._closer = ""
-        self._inside = ""  # what follows the opener, as far as the rules need it
+        self._inside = ""  # the first characters after the opener
         self._length = 0
         self._depth = 0  # of braces
 
@@ -53,7 +53,7 @@ class Boundary:
 
     @property
     def open(self) -> bool:
-        """Within LaTeX or code."""
+        """Whether the text ends inside LaTeX or code."""
         return bool(self._closer)
 
     @property
@@ -62,12 +62,12 @@ class Boundary:
 
     @property
     def in_line(self) -> bool:
-        """Within a line, of text or of code."""
+        """Whether the text ends within a line, of text or of code."""
         return not self._tail.endswith("\n")
 
     @property
     def safe(self) -> bool:
-        """Whether a text may be put here: outside of LaTeX, code, a number and the marker."""
+        """Whether a text may be inserted here: outside of LaTeX, code, a number and the marker."""
         return not self._closer and not _UNFINISHED.search(self._tail) and not self._tail.endswith(self._prefixes)
 
     @property
@@ -98,7 +98,7 @@ class Boundary:
                 self._open(f"\\end{{{environment[1]}}}")
 
     def _longer_delimiter(self) -> bool:
-        """`$$` and the code fence begin like their short forms."""
+        """Whether this character belongs to the opening delimiter: `$$` and code fences begin like `$` and "`"."""
         if self._closer == "$" and self._inside == "$":
             self._open("$$")
         elif self._closer == "`" and self._inside == "``":
@@ -117,5 +117,5 @@ class Boundary:
         if self._closer == "}":
             self._depth += 0 if self._tail[-2:-1] == "\\" else {"{": 1, "}": -1}.get(character, 0)
             return self._depth == 0
-        # The opener's own characters are no closer: four backticks do not end the fence that three began.
+        # The opener's own characters do not close it: four backticks do not end the fence that three began.
         return self._length >= len(self._closer) and self._tail.endswith(self._closer)

@@ -1,8 +1,8 @@
-"""Completions of many prompts, through the model's own `generate`.
+"""Complete many prompts through the model's own `generate`.
 
 A batch shrinks while it runs: as soon as half of its rows have finished, `generate` is stopped, the finished rows leave
-the batch and the key-value cache, and decoding continues with the rest. A row that never stops then costs the time of a
-small batch, not of the whole one. `decode` is that loop; what happens at each token is a `Steering`'s to say.
+the batch and the key-value cache, and decoding continues with the rest. So a row that never stops costs the time of a
+small batch, not of the whole one. `decode` is that loop. A `Steering` decides what happens at each token.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from rbfast.data.thinking import thinking_format
 from rbfast.models.student import evaluation_mode
 from rbfast.utils.overlap import Overlap
 
-# The name of `generate`'s cache, taken and returned: transformers 5.24 renamed it.
+# The name of the cache in `generate`'s arguments and output, which transformers 5.24 renamed.
 _CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 _PLAIN = Overlap()
 
@@ -44,7 +44,7 @@ _GENERATE_LOG = logging.getLogger("transformers.generation.utils")
 
 @dataclass(frozen=True)
 class Completion:
-    """What the model wrote after a prompt: the text, its tokens, whether the limit cut it."""
+    """A completion: the text, the number of tokens, whether the limit truncated it."""
 
     text: str
     tokens: int
@@ -62,14 +62,14 @@ def complete(
 ) -> list[Completion]:
     """One greedy completion per prompt, in the order of `prompts`.
 
-    Prompts carry their own special tokens, as `format_prompt` writes them. Those of similar length share a batch,
-    longest first, so that padding is short and too little memory shows at once.
+    Prompts contain their own special tokens, as `format_prompt` writes them. Prompts of similar length share a batch,
+    longest first, so that there is little padding and a lack of memory shows at once.
 
     Args:
         progress: called with (prompts done, prompts in all) after each batch.
 
     Raises:
-        ValueError: a prompt that is empty, or whose completion would not fit the model's positions.
+        ValueError: a prompt is empty, or its completion would exceed the model's positions.
     """
     if max_new_tokens < 1 or batch_size < 1:
         raise ValueError(f"max_new_tokens and batch_size must be at least 1, got {max_new_tokens} and {batch_size}")
@@ -89,7 +89,7 @@ def complete(
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """What a model wrote, without special tokens; those that part its thinking from its reply stay."""
+    """The text of generated tokens, without special tokens except those around the thinking."""
     found, special = thinking_format(tokenizer), set(tokenizer.all_special_ids)
     marks = set(tokenizer(found.opener + found.closer, add_special_tokens=False).input_ids) if found.thinks else set()
     if not special.intersection(marks):
@@ -100,7 +100,7 @@ def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 def encode_prompts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
 ) -> list[list[int]]:
-    """The tokens of each prompt. Raises ValueError for an empty one, and if a completion does not fit the model's
+    """The token ids of each prompt. Raises ValueError if one is empty, or if a completion would exceed the model's
     positions."""
     encoded = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
     if not all(encoded):
@@ -123,28 +123,28 @@ def batches_by_length(encoded: Sequence[Sequence[int]], batch_size: int) -> Iter
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, at the speed of the base if an adapter is folded into it; restores everything afterwards.
+    """Evaluation mode, and the speed of the base if an adapter is folded into it; restores everything afterwards.
 
         with evaluating(model), torch.no_grad():
             model(**batch)                              # or model.generate(...)
 
-    For what needs no gradients: a folded adapter gets none within the block (`rbfast.adapter.column_delta.unhooked`).
+    A folded adapter gets no gradients within the block (`rbfast.adapter.column_delta.unhooked`).
     """
     with evaluation_mode(model), unhooked(model):
         yield
 
 
 def greedy_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Plain greedy decoding, whatever sampling the model's own settings name; stops at any end of turn it knows."""
+    """Settings for greedy decoding, whatever the model's generation config says; stops at any of its ends of turn."""
     ends = model.generation_config.eos_token_id
-    # What the student is trained to end with need not be among the ends that its settings name (a base model's, say).
+    # The end of turn that the student is trained with need not be in its generation config (of a base model, say).
     stops = {end_of_turn(tokenizer), *(ends if isinstance(ends, list) else [ends])} - {None}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops)
     return {"do_sample": False, "repetition_penalty": 1.0, "eos_token_id": sorted(stops), "pad_token_id": pad}
 
 
 class _RoomyLayer(DynamicLayer):
-    """A cache layer that grows into spare room.
+    """A cache layer with preallocated room.
 
     Its parent copies the whole cache at every token, which on a CPU costs more than the model's matrix products.
     """
@@ -183,9 +183,9 @@ class _RoomyLayer(DynamicLayer):
 
 
 def new_cache(model: PreTrainedModel) -> Cache | None:
-    """The model's own kind of cache, with room to grow if every layer keeps all of its past.
+    """The model's own kind of cache, with preallocated room if every layer keeps its whole past.
 
-    None if a layer sums its past up (Mamba, linear attention): its state can lose no row, and forget no token.
+    None if a layer is recurrent (Mamba, linear attention): its state cannot drop rows or forget tokens.
     """
     cache = DynamicCache(config=model.config)
     if any(hasattr(layer, "conv_states") for layer in cache.layers):
@@ -196,14 +196,14 @@ def new_cache(model: PreTrainedModel) -> Cache | None:
 
 
 class Steering(StoppingCriteria):
-    """Watches the tokens of a batch: which rows have ended, when the batch is worth shrinking.
+    """Watches the tokens of a batch: which rows have ended, and when to shrink the batch.
 
-    This one lets the model write freely until an end token; a subclass may do more (`rbfast.inference.steering`).
+    The base class lets the model write freely until an end token. `rbfast.inference.steering` does more.
 
     Attributes:
-        rows: int64 [rows]; the numbers of the rows that are in the batch.
+        rows: int64 [rows]; the original indices of the rows that are still in the batch.
         ended: bool [rows]; which of them are done.
-        written: the tokens of every row there ever was, up to its end token.
+        written: the tokens of every original row, up to its end token.
     """
 
     def __init__(self, rows: int, stops: Sequence[int], device: torch.device):
@@ -217,19 +217,19 @@ class Steering(StoppingCriteria):
         return torch.full_like(self.ended, self.pausing())
 
     def see(self, tokens: torch.Tensor) -> None:
-        """Takes the token [rows] that each row has just written; a row that has ended writes padding."""
+        """Process the token that each row has just written, [rows]; a row that has ended writes padding."""
         self.ended = self.ended | torch.isin(tokens, self.stops)
 
     def pausing(self) -> bool:
-        """Whether `generate` must stop here: half of the rows are done."""
+        """Whether `generate` must stop now: half of the rows are done."""
         return bool(2 * self.ended.sum() >= len(self.ended))
 
     def processors(self) -> LogitsProcessorList:
-        """What changes the logits before a token is chosen."""
+        """The processors that change the logits before a token is chosen."""
         return LogitsProcessorList()
 
     def paused(self, batch: CachedBatch, new: torch.Tensor) -> None:
-        """`generate` has stopped after writing `new` [rows, tokens]."""
+        """Called when `generate` has stopped, after writing `new` [rows, tokens]."""
         ends = torch.isin(new, self.stops)
         # A row that ended is padded to the width of the others: keep up to its first end token.
         lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, new.shape[1])
@@ -237,15 +237,15 @@ class Steering(StoppingCriteria):
             self.written[row] += tokens[:length]
 
     def keep(self, rows: torch.Tensor) -> None:
-        """The batch keeps these of its rows [kept]."""
+        """Called when the batch keeps only these of its rows [kept]."""
         self.rows, self.ended = self.rows[rows], self.ended[rows]
 
 
 @dataclass
 class CachedBatch:
-    """Rows that are being written: `ids` and `mask` [rows, width], and the cache of all but the last token.
+    """Rows that are being written: `ids` and `mask` [rows, width], and the cache of all tokens but the last.
 
-    Without a cache the model reads the rows again each time that it was stopped.
+    Without a cache the model reads the rows again each time `generate` was stopped.
     """
 
     ids: torch.Tensor
@@ -253,9 +253,9 @@ class CachedBatch:
     cache: Cache | None
 
     def given(self) -> dict[str, Any]:
-        """What `generate` is given of the batch, besides ids and mask: the cache, and positions if it cannot count.
+        """Further arguments of `generate`: the cache, and the positions if a token within a row is masked.
 
-        Tokens that are masked within a row take up no position; else `generate` sets them itself.
+        Such a token takes up no position. Without one, `generate` sets the positions itself.
         """
         if self.cache is None:
             return {}
@@ -269,7 +269,7 @@ class CachedBatch:
             self.cache.batch_select_indices(rows)
 
     def drop_masked(self, pad: int) -> None:
-        """Takes out what is masked, for a model that sums up whatever it reads."""
+        """Remove the masked tokens, for a recurrent model, which cannot ignore them."""
         rows = [ids[seen.bool()].tolist() for ids, seen in zip(self.ids, self.mask, strict=True)]
         if rows:
             self.ids, self.mask = _padded(rows, pad, self.ids.device)
@@ -284,10 +284,10 @@ def decode(
     *,
     copies: int = 1,
 ) -> None:
-    """Writes after each prompt until its row has ended or has `max_new_tokens` tokens; `steering` takes them.
+    """Generate after each prompt until its row has ended or has `max_new_tokens` tokens; `steering` receives them.
 
     Args:
-        copies: rows of each prompt, next to each other; the prompt is read once for all of them.
+        copies: rows per prompt, next to each other; the prompt is read once for all of them.
     """
     with _plain_settings(model):
         _decode(model, _prefilled(model, prompts, settings["pad_token_id"], copies), settings, max_new_tokens, steering)
@@ -295,10 +295,10 @@ def decode(
 
 @contextmanager
 def _plain_settings(model: PreTrainedModel) -> Iterator[None]:
-    """Without the model's own settings, from which `generate` takes whatever it is not given.
+    """Set the model's generation config aside, from which `generate` takes every argument that it is not given.
 
-    A checkpoint saved after training often says `use_cache: false`, under which `generate` would read the whole text
-    into the cache at every token; others name beams, penalties or a kind of cache.
+    A checkpoint saved after training often has `use_cache: false`, with which `generate` would read the whole text into
+    the cache at every token. Others set beams, penalties or a kind of cache.
     """
 
     def put_aside() -> Callable[[], None]:
@@ -342,10 +342,10 @@ def _decode(
 
 @contextmanager
 def _masked_ends_expected(batch: CachedBatch) -> Iterator[None]:
-    """Without the warning of `generate` that rows are padded on the right, if some end in tokens that are masked.
+    """Suppress `generate`'s warning about right padding, if some rows end in masked tokens.
 
-    Steering masks what it strikes. `given` says the positions, and what comes next is put in, so nothing depends on
-    those tokens.
+    Steering masks struck tokens. `given` sets the positions, and the next tokens are forced, so nothing depends on
+    them.
     """
     if bool(batch.mask[:, -1].all()):
         yield
@@ -362,7 +362,7 @@ def _masked_ends_expected(batch: CachedBatch) -> Iterator[None]:
 
 
 def _padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask [rows, width], padded on the left."""
+    """Left-padded ids and mask, [rows, width]."""
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
@@ -392,9 +392,9 @@ def continuation(
     settings: dict[str, Any],
     limit: int,
 ) -> list[list[int]]:
-    """Greedy tokens, `limit` at most, that follow each text after its row; the batch stays as it is.
+    """At most `limit` greedy tokens after each row followed by its text. The batch does not change.
 
-    The texts are of one length: padding within a row would take up places in a sliding window.
+    The texts have the same number of tokens: padding within a row would take up room in a sliding window.
     """
     branch = _branch(model, batch, rows, texts, settings["pad_token_id"])
     output = model.generate(  # type: ignore[operator]
@@ -414,7 +414,7 @@ def continuation(
 def _branch(
     model: PreTrainedModel, batch: CachedBatch, rows: Sequence[int], texts: Sequence[list[int]], pad: int
 ) -> CachedBatch:
-    """A copy of some rows of a batch, a text after each."""
+    """A copy of some rows of a batch, each followed by a text."""
     index, put = torch.tensor(rows, device=batch.ids.device), torch.tensor(texts, device=batch.ids.device)
     ids, mask = torch.cat([batch.ids[index], put], dim=1), torch.cat([batch.mask[index], torch.ones_like(put)], dim=1)
     branch = CachedBatch(ids, mask, None)

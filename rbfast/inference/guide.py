@@ -1,11 +1,11 @@
-"""What guides a model's thinking: limits in tokens, the texts that are inserted, which interventions are on.
+"""The settings of guided inference: limits in tokens, the texts that are inserted, which interventions are on.
 
 ```python
 guide = Guide(Limits(budget=2048, reserve=256, minimum=200))
 guide = Guide(Limits(1024), phrases_for(tokenizer))        # the markers of a tokenizer: rbfast.inference.tokens
 ```
 
-`state` is the machine that applies a guide to one completion.
+`state` applies a guide to one completion.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ class Limits:
     """When to intervene, and how much may be written. Lengths are in tokens.
 
     Args:
-        budget: everything after the prompt, at most: thinking, interventions, what was struck, probes, answer.
-        reserve: kept back for the wrap-up and the answer (default: a quarter of the budget, at most 256).
+        budget: the limit for everything after the prompt: thinking, interventions, struck text, probes, answer.
+        reserve: kept for the wrap-up and the answer (default: a quarter of the budget, at most 256).
         minimum: an end of thinking before so many tokens is struck and replaced by `wait`.
-        maximum: of thinking (default: what the reserve leaves).
-        cap: interventions in a completion, at most, the wrap-up aside.
-        cooldown: tokens between an intervention and a `verify` or `other approach`.
-        verify_above: nats; `verify` comes at the end of a sentence if the moving average of the entropy is above
-            it. A high quantile of a model's own, see `calibrate`; None turns `verify` off.
-        loop_length, loop_times: so many tokens in a row, met so many times, are a loop: `other approach`.
-        probe_every: tokens between probes of the answer; 0 for none.
-        probe_agree: equal probed answers in a row that end the thinking.
-        probe_tokens: the length of a probed answer, at most.
+        maximum: the limit of the thinking (default: what the reserve leaves).
+        cap: the most interventions in a completion, not counting the wrap-up.
+        cooldown: the least number of tokens between an intervention and a `verify` or `other approach`.
+        verify_above: nats; `verify` comes at the end of a sentence if the moving average of the entropy exceeds this.
+            Choose a high quantile of the model's own entropy with `calibrate`; None turns `verify` off.
+        loop_length, loop_times: a run of `loop_length` tokens that occurs `loop_times` times is a loop, which triggers
+            `other approach`.
+        probe_every: tokens between probes of the answer; 0 for no probes.
+        probe_agree: so many equal probed answers in a row end the thinking.
+        probe_tokens: the limit of a probed answer.
 
     Raises:
         ValueError: a number out of its range.
@@ -75,10 +76,10 @@ class Phrases:
 
     Args:
         close: the marker that ends the thinking and begins the answer.
-        open: the marker that begins the thinking, if the model writes it; it precedes a wrap-up at once.
+        open: the marker that begins the thinking, if the model writes it; it precedes a wrap-up before any thinking.
         finish: the text that ends the answer; empty if only the end of turn does.
-        probe: what a probe puts after the close marker to have the answer at once.
-        wait, verify, other, wrap_up: what each intervention says.
+        probe: the text that a probe inserts after the close marker to get the answer at once.
+        wait, verify, other, wrap_up: the text of each intervention.
 
     Raises:
         ValueError: an empty `close`.
@@ -100,7 +101,7 @@ class Phrases:
 
 @dataclass(frozen=True)
 class Guide:
-    """How to guide: limits, texts, and which interventions are on; with none of them it is plain generation.
+    """Limits, texts, and which interventions are on. Without interventions and probes it is plain generation.
 
     Raises:
         ValueError: an unknown intervention.

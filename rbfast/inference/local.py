@@ -1,15 +1,15 @@
 """Guided inference with a Hugging Face model: batched, the key-value cache kept across interventions.
 
 ```python
-solver = LocalSolver(model, tokenizer)                          # from problems; `guided` is the same from prompts
+solver = LocalSolver(model, tokenizer)                          # solves problems; `guided` completes prompts
 guide = Guide(Limits(1024), phrases_for(tokenizer))
 [[solution]] = guided(model, tokenizer, [format_prompt(problem, tokenizer)], guide)
 [samples] = guided(model, tokenizer, [prompt], guide, Sampling(samples=16, temperature=0.8, seed=1))
 ```
 
-A text is inserted by choosing its tokens for the model, one a step; what is struck stays in the cache, but the row no
-longer attends to it and it takes up no position. Nothing is ever read twice, and each row goes its own way in a batch.
-Only a model with recurrent layers, which cannot forget, reads what is left of its rows again.
+A text is inserted by forcing its tokens, one per step. Struck tokens stay in the cache, but they are masked and take up
+no position. So nothing is read twice, and the rows of a batch are independent. Only a model with recurrent layers,
+which cannot forget tokens, reads its rows again.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def guided(
     """The guided samples of every prompt, in the order of `prompts`.
 
     Args:
-        batch_size: completions at a time, at most.
+        batch_size: the most completions at a time.
         listen: as in `Solver.solve`.
 
     Raises:
-        ValueError: a batch size below 1, a prompt that would not fit the model's positions, a marker that the tokenizer
+        ValueError: a batch size below 1, a prompt that would exceed the model's positions, a marker that the tokenizer
             cannot write, a budget too small for the wrap-up.
     """
     if batch_size < 1:
@@ -62,7 +62,7 @@ def guided(
             for i in batch:
                 states[i] = [TokenState(guide, vocabulary, listen and partial(listen, i)) for _ in range(copies)]
             groups = {i: SampleGroup(list(states[i])) if sampling.early_stop else None for i in batch}
-            for start in range(0, copies, batch_size):  # several turns only for one prompt with more samples than fit
+            for start in range(0, copies, batch_size):  # one turn, unless a prompt has more samples than fit
                 turn = range(copies)[start : start + batch_size]
                 rows = [(i, copy) for i in batch for copy in turn if not states[i][copy].abandoned]
                 if not rows:
@@ -82,7 +82,7 @@ def guided(
 
 
 def _names(sampling: Sampling, prompts: int) -> list[list[str]]:
-    """What the draws of each sample of each prompt depend on."""
+    """The names that seed the draws, for each sample of each prompt."""
     seed = sampling.seed
     seeds = [f"{seed}:{i}" for i in range(prompts)] if isinstance(seed, int) else list(map(str, seed))
     return [[f"{name}:{copy}" for copy in range(sampling.samples)] for name in seeds]
@@ -93,7 +93,7 @@ class LocalSolver:
     """A Hugging Face model as a `Solver`.
 
     Args:
-        batch_size: completions at a time, at most.
+        batch_size: the most completions at a time.
         instruction: what follows a problem; None: the tokenizer's default.
     """
 
@@ -103,7 +103,7 @@ class LocalSolver:
     instruction: Instruction | None = None
 
     def phrases(self) -> Phrases:
-        """The markers that suit the model."""
+        """The markers of this model."""
         return phrases_for(self.tokenizer, self.instruction)
 
     def solve(

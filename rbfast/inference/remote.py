@@ -2,15 +2,15 @@
 
 ```python
 server = Server("http://localhost:8000/v1", "my-model")          # the key, if any, from RBFAST_API_KEY
-solver = ServerSolver(server, tokenizer)                         # the served model's own, for its chat template
+solver = ServerSolver(server, tokenizer)                         # the tokenizer of the served model
 guide = Guide(Limits(1024), solver.phrases())
 [samples] = solver.solve([problem], guide, Sampling(16, temperature=0.8))    # stops when the vote is decided
-solution = write(server, prompt, guide)                          # one by completions: interventions, probes, budget
-solution = chat(server, problem, guide)                          # one by chat: the budget is requested and checked
+solution = write(server, prompt, guide)                          # /completions: interventions, probes, budget
+solution = chat(server, problem, guide)                          # /chat/completions: only the budget is checked
 ```
 
-A completion is streamed and read by the same `GuideState` as in a batch. An order closes the stream; the next request
-continues from what is left of the text, which the server's prefix cache has read already.
+A completion is streamed into the same `GuideState` that guides a local batch. An order closes the stream. The next
+request continues from the remaining text, which the server has in its prefix cache.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from rbfast.teacher.client import BrokenOff, Server, ServerError, pause_after
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CANDIDATES = 5  # log-probs a token: what every server gives
+_CANDIDATES = 5  # log-probs per token; every server supports this many
 _NO_COMPLETIONS = (404, 405, 501)
 _MALFORMED = (LookupError, TypeError, AttributeError)
 
 
 def prompt_for(problem: str, tokenizer: PreTrainedTokenizerBase, instruction: Instruction | None = None) -> str:
-    """`format_prompt` without the token that begins a text, if a server that reads text adds it itself."""
+    """`format_prompt` without the BOS token, if the server's tokenizer adds it."""
     prompt, begin = format_prompt(problem, tokenizer, instruction), tokenizer.bos_token
     adds_it = begin is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
     return prompt.removeprefix(str(begin)) if adds_it else prompt
@@ -60,20 +60,20 @@ def write(
     abandoned: Callable[[], bool] = lambda: False,
     keep_special: bool = False,
 ) -> Solution:
-    """A guided completion of `prompt`, which carries the model's own special tokens.
+    """A guided completion of `prompt`, which contains the model's own special tokens.
 
     Args:
-        count: tokens of a text, by the model's tokenizer. Without it a streamed piece counts as one token if the
-            server does not say how many it is, and an inserted text as one token a byte, which is never too few.
+        count: counts the tokens of a text. Without it, a streamed piece whose count the server does not report is one
+            token, and an inserted text is one token per byte, an upper bound.
         listen: called with (kind, text) for each piece: `think`, `answer` or the kind of an intervention.
-        abandoned: called at each piece; once it is true, the rest is not written.
-        keep_special: ask for text with its special tokens (`skip_special_tokens: false` of vLLM and SGLang), for a
+        abandoned: called at each piece; the completion stops once it returns True.
+        keep_special: request text with its special tokens (`skip_special_tokens: false` of vLLM and SGLang), for a
             model whose thinking ends in one.
 
     Raises:
         ServerError: no answer after all retries, a text that the server ended itself (a filter, an abort), more tokens
-            than requested, or no log-probs although the guide's `verify_above` needs them; `partial` holds what there
-            is.
+            than requested, or no log-probs although the guide's `verify_above` needs them. `partial` holds the solution
+            so far.
     """
     state = GuideState(guide, count or (lambda text: len(text.encode())), end_cost=0)
     hear = listen or (lambda kind, text: None)
@@ -109,7 +109,7 @@ def _one_stream(
     abandoned: Callable[[], bool],
     keep_special: bool,
 ) -> Order | None:
-    """Lets the model write until an order, a probe, or the end of the requested tokens."""
+    """Stream text until an order, a probe, or the end of the requested tokens."""
     allowed, before, said, reason = state.left, state.spent, 0, None
     measures, measured = state.limits.verify_above is not None, False
     body = {"prompt": text, "max_tokens": allowed, "stream": True, "stream_options": {"include_usage": True}}
@@ -120,7 +120,7 @@ def _one_stream(
     with closing(server.stream("/completions", body)) as events:
         for piece in _pieces(server, events):
             reason = piece.reason or reason
-            # A piece is one token at least; a count that the server gives is the truth, one by `count` is not.
+            # A piece is at least one token. Only counts that the server reports are checked; `count` is an estimate.
             said = max(said + (piece.tokens or bool(piece.text)), piece.total)
             _check(server, allowed, said)
             if not piece.text and not piece.tokens:
@@ -140,17 +140,17 @@ def _one_stream(
         if fault := fault_of_finish(reason):
             raise ServerError(f"{server.url}: {fault}")
         return state.write("", max(0, said - (state.spent - before)), ended=True)
-    # Fewer pieces than tokens: pieces of several tokens. The requested tokens are used up, and no more.
+    # There were fewer pieces than tokens, but all requested tokens are used up.
     rest = allowed - (state.spent - before)
     return state.write("", rest) if rest else None
 
 
 class _Piece(NamedTuple):
-    """What came in one piece.
+    """One streamed piece.
 
     Attributes:
-        tokens: in `text`; 0 if the server does not say.
-        total: tokens so far; 0 if the server does not say.
+        tokens: the tokens in `text`; 0 if the server does not report them.
+        total: the tokens so far; 0 if the server does not report them.
         entropy: nats, the mean over its tokens.
     """
 
@@ -179,7 +179,7 @@ def _pieces(server: Server, events: Iterator[dict[str, Any]]) -> Iterator[_Piece
 
 
 def _candidates(said: dict[str, Any]) -> list[Sequence[float]]:
-    """The best log-probs at each token, in the shape of OpenAI's completions or of its chat (llama.cpp)."""
+    """The top log-probs at each token, in the format of OpenAI's completions or of its chat API (llama.cpp)."""
     if "content" in said:
         return [[other["logprob"] for other in token.get("top_logprobs", [])] for token in said["content"]]
     tokens = said.get("tokens") or []
@@ -188,7 +188,7 @@ def _candidates(said: dict[str, Any]) -> list[Sequence[float]]:
 
 
 def _entropy(logprobs: Sequence[float]) -> float:
-    """Nats of a distribution whose best log-probs are these, all the rest as one token: at most the true entropy."""
+    """The entropy [nats] from the top log-probs, the rest counted as one token: a lower bound."""
     chances = [math.exp(value) for value in logprobs]
     chances.append(1.0 - sum(chances))
     return -sum(chance * math.log(chance) for chance in chances if chance > 0.0)
@@ -200,7 +200,7 @@ def _check(server: Server, allowed: int, written: int) -> None:
 
 
 def _probe(server: Server, text: str, state: GuideState) -> Order | None:
-    """Has the model answer now, and discards the answer."""
+    """Request the answer now, hand it to the state, and discard it."""
     limit, finish, put = state.limits.probe_tokens, state.phrases.finish, state.probe_text
     body = {"prompt": text + put, "max_tokens": limit, "temperature": 0.0, "stop": [finish] if finish else None}
     reply = server.ask("/completions", body)
@@ -214,11 +214,11 @@ def _probe(server: Server, text: str, state: GuideState) -> Order | None:
 
 
 def chat(server: Server, problem: str, guide: Guide, instruction: Instruction = ANSWER) -> Solution:
-    """An answer by a server that only chats: nothing can be inserted, so the budget is requested and checked.
+    """A solution from a server with only a chat API: nothing can be inserted, so the budget is requested and checked.
 
     Raises:
-        ServerError: no answer after all retries, a reply that is none, one that the server ended itself (a filter, an
-            abort), no token count, or one above the budget.
+        ServerError: no answer after all retries, a malformed reply, one that the server ended itself (a filter, an
+            abort), no token count, or a count above the budget.
     """
     body = {
         "messages": [
@@ -247,7 +247,7 @@ def chat(server: Server, problem: str, guide: Guide, instruction: Instruction = 
 
 
 def _marked_thinking(reply: ChatReply) -> str:
-    """Thinking that was sent beside the answer, in marks: what it says on its way is not the answer."""
+    """The separate thinking of a reply in thinking tags, so that nothing in it is taken for the answer."""
     if not reply.thinking:
         return ""
     opener, closer, _ = THINKING[0]
@@ -260,10 +260,10 @@ class ServerSolver:
     """A served model as a `Solver`.
 
     Args:
-        tokenizer: the served model's own, for its chat template and to count tokens; without it the model reads plain
-            text, and an inserted text counts a token a byte.
-        concurrency: requests at a time.
-        instruction: what follows a problem; None: the tokenizer's default, without a tokenizer `ANSWER`.
+        tokenizer: the served model's own, for its chat template and to count tokens. Without it the prompt is plain
+            text, and an inserted text counts as one token per byte.
+        concurrency: the most requests at a time.
+        instruction: what follows a problem; None: the tokenizer's default, or `ANSWER` without a tokenizer.
 
     Raises:
         ValueError: a concurrency below 1.
@@ -279,7 +279,7 @@ class ServerSolver:
             raise ValueError(f"concurrency must be at least 1, got {self.concurrency}")
 
     def phrases(self) -> Phrases:
-        """The markers that suit the model."""
+        """The markers of this model."""
         if self.tokenizer is None:
             return Phrases(close=self._asked_for.opens, finish=self._asked_for.closes)
         from rbfast.inference.tokens import phrases_for
@@ -295,12 +295,12 @@ class ServerSolver:
     def solve(
         self, problems: Sequence[str], guide: Guide, sampling: Sampling = GREEDY, *, listen: Listener | None = None
     ) -> list[list[Solution]]:
-        """The samples of every problem, one problem after the other; a seed each, from the sampling's on. See `Solver`.
+        """The samples of every problem, one problem after the other; see `Solver`. Sample i has the seed `seed + i`.
 
-        By chat if the server has no completions (404, 405, 501).
+        Uses the chat API if the server has no completions (404, 405, 501).
 
         Raises:
-            ServerError: one sample met it; `partial` is the list of what all samples of its problem had written.
+            ServerError: a sample failed; `partial` lists what all samples of its problem had written.
         """
         seeds = [sampling.seed] * len(problems) if isinstance(sampling.seed, int) else sampling.seed
         return [
@@ -315,7 +315,7 @@ class ServerSolver:
 
         def one(copy: int) -> Solution:
             solution = self._one(problem, guide, self._asked(sampling, seed + copy), listen, vote.over.is_set)
-            vote.take(solution.key)  # here: the next sample in the queue begins at once
+            vote.take(solution.key)  # in this thread, before it starts the next sample in the queue
             return solution
 
         with ThreadPoolExecutor(min(sampling.samples, self.concurrency)) as pool:
@@ -327,7 +327,7 @@ class ServerSolver:
                 vote.over.set()
                 raise ServerError(str(error), error.status, list(filter(None, map(_outcome, futures)))) from error
             finally:
-                vote.over.set()  # an interrupt too ends the samples that are under way
+                vote.over.set()  # end the running samples, also after an interrupt
         return [future.result() for future in futures]
 
     def _one(
@@ -352,7 +352,7 @@ class ServerSolver:
             return solution
 
     def _asked(self, sampling: Sampling, seed: int) -> Server:
-        """The server, with the sampling's settings."""
+        """The server with the settings of the sampling."""
         top_p = sampling.top_p if sampling.top_p < 1 else None
         return replace(self.server, temperature=sampling.temperature, top_p=top_p, seed=seed)
 
@@ -363,7 +363,7 @@ class ServerSolver:
         return prompt_for(problem, self.tokenizer, self.instruction)
 
     def _closes_by_special(self, guide: Guide) -> bool:
-        """Whether the mark that ends the thinking holds a special token, which servers leave out of the text."""
+        """Whether the close marker contains a special token, which servers leave out of the text."""
         special = self.tokenizer.all_special_tokens if self.tokenizer is not None else []
         return any(token in guide.phrases.close for token in special)
 
@@ -376,7 +376,7 @@ class ServerSolver:
 
 
 class _RunningVote:
-    """The answers of samples that are being written by several threads; `over` once the rest cannot change them."""
+    """Collects the answers of concurrent samples; sets `over` once the rest cannot change the majority."""
 
     def __init__(self, samples: int, early_stop: bool):
         self.over = threading.Event()
@@ -392,6 +392,6 @@ class _RunningVote:
 
 
 def _outcome(future: Future[Solution]) -> Solution | None:
-    """What there is of a sample, whether it succeeded or not."""
+    """The solution of a sample, or what it had written when it failed; None if there is nothing."""
     error = future.exception()
     return error.partial if isinstance(error, ServerError) else None if error else future.result()

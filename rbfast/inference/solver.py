@@ -1,4 +1,4 @@
-"""What every guided model takes and gives, whether it runs here (`local`) or on a server (`remote`).
+"""The interface of guided models, local (`local`) and served (`remote`): `Solver`, `Sampling`, `Solution`.
 
 ```python
 solver = LocalSolver(model, tokenizer)                      # or ServerSolver(Server(url, name), tokenizer)
@@ -29,12 +29,12 @@ Listener = Callable[[int, str, str], None]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How many completions of each prompt, and how freely they are drawn.
+    """How many completions to draw for each prompt, and how.
 
     Args:
         temperature: 0 for greedy decoding.
-        top_p: the share of the distribution that is drawn from.
-        seed: of the draws; one for each prompt, or one for all.
+        top_p: nucleus sampling: draw from the smallest set of tokens with this mass.
+        seed: one seed for each prompt, or one for all.
         early_stop: abandon the samples of a prompt that can no longer change the majority.
 
     Raises:
@@ -64,13 +64,12 @@ class Solution:
     """One guided completion.
 
     Attributes:
-        text: all that is left of it, without special tokens; `thinking` and `answer` are its parts.
-        tokens: the whole cost: what is left, what was struck, and `probe_tokens` thrown away after probes; as far as a
-            server says it.
-        truncated: the budget cut the answer.
+        text: the completion without struck text and special tokens; `thinking` and `answer` are its parts.
+        tokens: the whole cost: `text`, struck tokens, and the discarded `probe_tokens`; as far as a server reports it.
+        truncated: the budget cut off the answer.
         abandoned: the vote was decided before this sample ended.
-        sentences: nats; the entropy's moving average at each end of a sentence of thinking, if it was measured.
-        ids: the tokens of `text`; empty for a server's, which sends none.
+        sentences: nats; the moving average of the entropy at each end of a sentence of thinking, if it was measured.
+        ids: the tokens of `text`; empty for a server, which sends none.
     """
 
     text: str
@@ -86,7 +85,7 @@ class Solution:
 
     @classmethod
     def of(cls, state: GuideState) -> Solution:
-        """What has been written so far."""
+        """The solution so far."""
         return cls(
             text=state.thinking + state.answer,
             thinking=state.thinking,
@@ -101,7 +100,7 @@ class Solution:
 
     @property
     def key(self) -> str | None:
-        """Its answer, as a vote counts it."""
+        """The answer, as a vote counts it; None if there is none."""
         return answer_key(self.text, truncated=self.truncated)
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,7 +112,7 @@ class Solver(Protocol):
     """A model that solves problems under a guide."""
 
     def phrases(self) -> Phrases:
-        """The markers that suit the model."""
+        """The markers of this model."""
         ...
 
     def solve(
@@ -127,19 +126,19 @@ class Solver(Protocol):
         """The samples of every problem, in the order of `problems`.
 
         Args:
-            listen: called with (problem, kind, text) for each piece as it is written; kind is `think`, `answer` or
-                that of an intervention. For one sample a problem.
+            listen: called with (problem index, kind, text) for each piece as it is written; kind is `think`, `answer`
+                or an intervention's. Only for one sample per problem.
         """
         ...
 
 
 def vote_of(samples: Sequence[Solution]) -> Vote:
-    """The answer most of the samples agree on; abandoned ones have no vote."""
+    """The answer that most samples agree on; abandoned samples have no vote."""
     return majority([sample.key for sample in samples if not sample.abandoned])
 
 
 def calibrate(solver: Solver, problems: Sequence[str], guide: Guide, quantile: float = 0.9) -> float:
-    """The `verify_above` [nats] that a model's own unguided thinking exceeds at 1 - `quantile` of its sentence ends.
+    """A value for `verify_above` [nats]: the `quantile` of the entropy at the sentence ends of unguided thinking.
 
     Raises:
         ValueError: a quantile outside (0, 1), or no sentence end in what the model wrote.

@@ -1,14 +1,14 @@
-"""The state of one guided completion: what to put into a model's thinking, and when; one budget for all it writes.
+"""The state machine of one guided completion: what to insert into the thinking, and when, within one token budget.
 
 ```python
-state = GuideState(guide, count)                           # count(text) -> tokens that putting the text in costs
-order = state.write(" so x = 3.", tokens=1, entropy=0.4)   # None: let the model continue; else do what the order says
+state = GuideState(guide, count)                           # count(text) -> tokens that inserting the text costs
+order = state.write(" so x = 3.", tokens=1, entropy=0.4)   # None: let the model continue; else carry out the order
 ```
 
-A completion is thinking, then answering, then done. The state is a fold over what was written: the same pieces of text
-give the same state whatever the batch, and the Hugging Face loop and the server client share it. An `Order` strikes the
-last pieces, if the model was inside of something that must not be cut, and puts a text in. What is struck has been
-paid for: every token that was ever written, inserted or spent on a probe counts against the one budget.
+The phases are thinking, answer, done. The state depends only on the pieces of text that were written, not on the batch;
+the Hugging Face loop and the server client share it. An `Order` strikes the last pieces, if the model was inside
+something that must not be cut, and inserts a text. Struck tokens are still paid for: every token that was ever written,
+inserted or spent on a probe counts against the budget.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from enum import Enum
 from rbfast.inference.boundary import Boundary
 from rbfast.inference.guide import OTHER, VERIFY, WAIT, WRAP_UP, Guide
 
-STABLE, CLOSE = "stable", "close"  # the thinking ends: probes agreed; the model ended its turn without an answer
+STABLE, CLOSE = "stable", "close"  # why the thinking was ended: probes agreed; the model ended its turn too early
 
-_DECAY = 0.9  # of the entropy's moving average, a token
+_DECAY = 0.9  # of the moving average of the entropy, per token
 _PATIENCE = 32  # tokens that a due intervention waits for the end of a sentence
 _FENCE_END = "```\n"
 
@@ -34,7 +34,7 @@ class Phase(Enum):
 
 @dataclass(frozen=True)
 class Order:
-    """What must happen now: the last `strike` pieces are struck, `text` is inserted; with `end` the turn ends."""
+    """What to do now: strike the last `strike` pieces, insert `text`, and end the turn if `end`."""
 
     kind: str
     strike: int = 0
@@ -44,7 +44,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Event:
-    """An intervention: its kind, how many characters of thinking stood before it, the text it struck."""
+    """An intervention: its kind, the number of characters of thinking before it, the text that it struck."""
 
     kind: str
     at: int
@@ -56,8 +56,8 @@ class GuideState:
     """The state of one guided completion.
 
     Args:
-        count: tokens that putting a text in costs, at most.
-        end_cost: tokens that ending the turn costs: 1 if an end token is written, 0 if the caller stops.
+        count: the tokens that inserting a text costs, or an upper bound.
+        end_cost: the tokens that ending the turn costs: 1 if an end token is written, 0 if the caller stops.
 
     Raises:
         ValueError: the reserve does not hold the wrap-up, one token of answer and the end.
@@ -69,17 +69,17 @@ class GuideState:
     phase: Phase = Phase.THINK
     spent: int = 0
     probed_tokens: int = 0
-    finished: bool = False  # the model ended its answer, or wrote all of it
+    finished: bool = False  # the answer is complete
     answer: str = ""
     events: list[Event] = field(default_factory=list)
-    sentences: list[float] = field(default_factory=list)  # the entropy's average at each end of a sentence
+    sentences: list[float] = field(default_factory=list)  # the average entropy at each end of a sentence
 
     def __post_init__(self) -> None:
         self.limits, self.phrases = self.guide.limits, self.guide.phrases
         self._pieces: list[tuple[str, int]] = []
         self._kept = 0
         self._boundary = Boundary(self.phrases.close)
-        self._safe, self._repair = 0, ""  # pieces up to the last safe place, and the text that makes it safe
+        self._safe, self._repair = 0, ""  # pieces up to the last safe place; text to insert there first (a fence's end)
         self._tail = ""
         self._average: float | None = None
         self._recent: deque[str] = deque(maxlen=self.limits.loop_length)
@@ -98,11 +98,11 @@ class GuideState:
             )
 
     def _thinking_limit(self) -> int:
-        """Tokens of thinking before the wrap-up, at most."""
+        """The most tokens of thinking before the wrap-up."""
         budget, kept_back = self.limits.budget, self.limits.kept_back
         needed = self._wrap_cost() + 1 + self._finish_cost
         if kept_back < needed:
-            enough = replace(self.limits, budget=4 * needed).kept_back >= needed  # no, if the reserve was given
+            enough = replace(self.limits, budget=4 * needed).kept_back >= needed  # False if the reserve was given
             remedy = f"the budget to {4 * needed}" if enough else f"the reserve (of Limits) to {needed}"
             raise ValueError(
                 f"the wrap-up, an answer and its end need {needed} tokens, the reserve holds {kept_back} "
@@ -112,12 +112,12 @@ class GuideState:
 
     @property
     def thinking(self) -> str:
-        """What is left of the thinking, the close marker included once it is there."""
+        """The thinking without struck text, with the close marker once it is there."""
         return "".join(text for text, _ in self._pieces)
 
     @property
     def left(self) -> int:
-        """Tokens that the model may write before the next order at the latest."""
+        """The tokens that the model may write before the next order at the latest."""
         if self.phase is Phase.THINK:
             return self._limit - self.spent
         return self.limits.budget - self.spent - self._finish_cost if self._guarded else self.limits.budget - self.spent
@@ -126,17 +126,17 @@ class GuideState:
     def _guarded(self) -> bool:
         return WRAP_UP in self.guide.interventions
 
-    # ------------------------------------------------------------------------------------------------- what happens
+    # ------------------------------------------------------------------------------------------------------- inputs
 
     def start(self) -> Order | None:
-        """The order before the first token, if there is one: a budget that is all reserve leaves no thinking."""
+        """The order before the first token, if any: a budget that is all reserve leaves no thinking."""
         return self._stop_thinking(WRAP_UP) if self._guarded and self.left < 1 else None
 
     def write(self, text: str, tokens: int = 1, entropy: float | None = None, ended: bool = False) -> Order | None:
-        """Takes what the model wrote: `text`, of `tokens` tokens, from a distribution of `entropy` nats.
+        """Process what the model wrote: `text`, of `tokens` tokens, from a distribution of `entropy` nats.
 
         Args:
-            ended: this was the end of the turn, not text.
+            ended: the model ended its turn.
         """
         self.spent += tokens
         if self.phase is Phase.THINK:
@@ -149,7 +149,7 @@ class GuideState:
 
     @property
     def wants_probe(self) -> bool:
-        """Whether it is time to probe the answer, and the thinking's share of the budget has a token more than that."""
+        """Whether it is time to probe the answer, and the budget for thinking covers the probe and one more token."""
         due = 0 < self._next_probe <= self.spent - self.probed_tokens and self.phase is Phase.THINK
         return due and self.spent + self.limits.probe_tokens + self.count(self.probe_text) < self._limit
 
@@ -158,10 +158,10 @@ class GuideState:
         return self._joined(self.phrases.close + self.phrases.probe, 0)
 
     def probed(self, text: str, tokens: int) -> Order | None:
-        """Takes what the model wrote to a probe, for `tokens` tokens (inserted and written, then discarded)."""
+        """Process the model's reply to a probe, which cost `tokens` tokens (inserted and written, then discarded)."""
         self.spent += tokens
         self.probed_tokens += tokens
-        # From here on: an inserted text may be longer than several probes are apart.
+        # Count from here: an inserted text may be longer than the interval between probes.
         self._next_probe = self.spent - self.probed_tokens + self.limits.probe_every
         self._probes = [*self._probes, _first_answer(text, self.phrases.finish)][-self.limits.probe_agree :]
         stable = len(self._probes) == self.limits.probe_agree and len(set(self._probes)) == 1 and self._probes[0]
@@ -184,7 +184,7 @@ class GuideState:
         return self._at_sentence_end() if self._boundary.sentence_end and text else self._overdue()
 
     def _find_close(self, text: str) -> int | None:
-        """Characters of `text` that follow the close marker, if the marker ends in `text`."""
+        """The number of characters after the close marker, if it ends in `text`, else None."""
         close = self.phrases.close
         seen = self._tail + text
         at = seen.find(close)
@@ -201,7 +201,7 @@ class GuideState:
         return self._answer(text[len(text) - rest :], ended=False)
 
     def _marker_pieces(self, rest: int) -> int:
-        """How many of the last pieces hold the close marker, which ends `rest` characters before their end."""
+        """The number of last pieces that contain the close marker, which ends `rest` characters before their end."""
         pieces, length = 0, 0
         while length < rest + len(self.phrases.close):
             pieces += 1
@@ -209,11 +209,11 @@ class GuideState:
         return pieces
 
     def _back_over(self, pieces: int) -> int:
-        """What to strike with the last pieces: nothing, for they ended what came before, unless a formula is open."""
+        """The number of pieces to strike: the last `pieces`, or all since the last safe place if a formula is open."""
         return max(pieces, len(self._pieces) - self._safe) if self._boundary.open else pieces
 
     def _ended_thinking(self) -> Order | None:
-        """The model ended its turn without an answer."""
+        """Handle a turn that the model ended without an answer."""
         strike = self._back_over(1)
         if self._kept < self.limits.minimum and (order := self._intervene(WAIT, self.phrases.wait, strike)):
             return order
@@ -222,7 +222,7 @@ class GuideState:
         return self._put(CLOSE, self._joined(self.phrases.close, strike), strike, Phase.ANSWER)
 
     def _remember_safe_place(self, text: str) -> None:
-        # A piece without text is a part of a character: no place to interrupt.
+        # A piece without text is part of a character, which must not be interrupted.
         if not text:
             return
         if self._boundary.safe:
@@ -274,7 +274,7 @@ class GuideState:
     # ------------------------------------------------------------------------------------------------- interventions
 
     def _intervene(self, kind: str, text: str, strike: int) -> Order | None:
-        """An intervention, if it is on, not used up, and the thinking's share of the budget covers it."""
+        """The order for an intervention, if it is on, below the cap, and within the budget for thinking."""
         if kind not in self.guide.interventions or self._used >= self.limits.cap:
             return None
         joined = self._joined(text + "\n", strike)
@@ -302,14 +302,14 @@ class GuideState:
         return Order(kind, strike, text)
 
     def _forget(self) -> None:
-        """After a text was inserted, what came before it says nothing about what follows."""
+        """Reset what is tracked about the text: an inserted text starts anew."""
         self._boundary.restart(self._pieces[-1][0])
         self._safe, self._repair, self._tail, self._due = len(self._pieces), "", "", None
         self._recent.clear()
         self._met.clear()
 
     def _joined(self, text: str, strike: int | None = None) -> str:
-        """`text` as it follows the last safe place: an open code fence closed, in a paragraph of its own."""
+        """`text` as it is inserted: after closing an open code fence, in a new paragraph."""
         strike = len(self._pieces) - self._safe if strike is None else strike
         kept = len(self._pieces) - strike
         repair = self._repair if kept == self._safe else ""
@@ -348,7 +348,7 @@ class GuideState:
 
 
 def _first_answer(text: str, finish: str) -> str:
-    """The answer in a probe: up to the end of the answer, or of its first line."""
+    """The answer in a probe's reply: up to the finish text, or the end of the first line."""
     if finish:
         text = text.partition(finish)[0]
     return text.strip().partition("\n")[0].strip()

@@ -1,4 +1,4 @@
-"""A batch under guidance: each row forced, struck, probed and ended by the state of its own completion."""
+"""Guide a batch: the state of each completion forces, strikes, probes and ends its own row."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rbfast.inference.vote import decided
 
 @dataclass(frozen=True)
 class Sampler:
-    """Draws tokens; a draw depends on the row's name, which holds the seed, and its step alone, never on the batch."""
+    """Draws tokens. A draw depends only on the row's name, which contains the seed, and its step, not on the batch."""
 
     temperature: float
     top_p: float
@@ -28,7 +28,7 @@ class Sampler:
             raise ValueError(f"temperature must be above 0 and top_p in (0, 1], got {self.temperature}, {self.top_p}")
 
     def draw(self, scores: torch.Tensor, names: Sequence[str], steps: Sequence[int]) -> torch.Tensor:
-        """A token [rows] for each row of `scores` [rows, V]."""
+        """Draw a token for each row of `scores` [rows, V]; returns [rows]."""
         chances, tokens = torch.softmax(scores.double() / self.temperature, dim=-1), None
         if self.top_p < 1:  # sorting a whole vocabulary may take longer than the model
             chances, tokens = chances.sort(descending=True, stable=True)
@@ -47,13 +47,13 @@ class Sampler:
 
 @dataclass
 class SampleGroup:
-    """The samples of one prompt: those that can no longer change the majority are abandoned."""
+    """The samples of one prompt. Once the rest cannot change the majority, they are abandoned."""
 
     running: list[TokenState]
     answers: list[str | None] = field(default_factory=list)
 
     def take_answer(self, sample: TokenState) -> None:
-        """Takes the vote of a sample that has just ended."""
+        """Count the vote of a sample that has just ended."""
         self.running.remove(sample)
         self.answers.append(sample.key)
         if self.running and decided(self.answers, len(self.running)):
@@ -65,9 +65,9 @@ class GuidedSteering(Steering):
     """Steers each row of a batch by its own `TokenState`.
 
     Args:
-        names: of the rows, for the sampler.
-        groups: of each row, the samples that it votes with; None for a row that runs to its end whatever others say.
-        measures_entropy: whether the states need to know how sure the model was of each token.
+        names: the rows' names, which seed the sampler.
+        groups: for each row, the samples that it votes with; None for a row that is never abandoned.
+        measures_entropy: whether to compute the entropy at each token, for `verify_above`.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class GuidedSteering(Steering):
         return LogitsProcessorList([_Choose(self)])
 
     def choose(self, scores: torch.Tensor) -> torch.Tensor:
-        """The logits [rows, V] with every token that is not the model's own greedy choice made the only one."""
+        """Edit the logits [rows, V], in place, so that a forced or drawn token is the only possible one of its row."""
         if self.measures_entropy:
             self.entropies = list(entropy(scores).tolist())
         forced = {i: state.queue[0] for i, state in enumerate(self.states) if state.queue}
@@ -126,11 +126,11 @@ class GuidedSteering(Steering):
             self._strike(batch)
 
     def _strike(self, batch: CachedBatch) -> None:
-        """The last tokens of the rows that say so are no longer attended to."""
+        """Mask the struck tokens."""
         for i, count in enumerate(self.struck):
             if count:
                 batch.mask[i, -count:] = 0
-                # Any token that is no padding: `generate` warns of rows that end in padding.
+                # Any token but padding: `generate` warns about rows that end in padding.
                 batch.ids[i, -count:] = self.states[i].queue[0]
         self.struck = [0] * len(self.states)
 
@@ -161,8 +161,8 @@ class _Choose(LogitsProcessor):
 
 
 def entropy(scores: torch.Tensor) -> torch.Tensor:
-    """Nats [rows] of the distributions whose logits are `scores` [rows, V]; a logit may be -inf."""
+    """The entropy [rows] in nats of the distributions with logits `scores` [rows, V]; a logit may be -inf."""
     normalizer = torch.logsumexp(scores, dim=-1, keepdim=True)
     chances = (scores - normalizer).exp_()
-    # 0 * -inf would be no number
+    # 0 * -inf would be NaN.
     return normalizer[:, 0] - torch.linalg.vecdot(chances, scores.clamp(min=torch.finfo(scores.dtype).min))

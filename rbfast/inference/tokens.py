@@ -1,4 +1,4 @@
-"""A guided completion token by token: a tokenizer as a guide needs it, and the state of a completion over token ids."""
+"""Guidance over token ids: a guide's view of a tokenizer (`Vocabulary`), and the state of a completion."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rbfast.inference.state import GuideState, Order, Phase
 
 
 def phrases_for(tokenizer: PreTrainedTokenizerBase, instruction: Instruction | None = None) -> Phrases:
-    """The markers that suit a tokenizer: those of its template's thinking, else those of a plain chain of thought.
+    """The markers of a tokenizer's model: its template's thinking tags, else those of a plain chain of thought.
 
     A plain chain of thought ends where its answer begins, as the instruction (None: the default) tells the model.
     """
@@ -33,10 +33,10 @@ def phrases_for(tokenizer: PreTrainedTokenizerBase, instruction: Instruction | N
 
 
 class Vocabulary:
-    """A tokenizer as a guide needs it: texts to tokens, tokens to pieces of text, ends of turn.
+    """A guide's view of a tokenizer: the tokens of texts (cached), and the ends of turn.
 
     Raises:
-        ValueError: the tokenizer is not a fast one, or its vocabulary cannot write a text of a guide that inserts any.
+        ValueError: the tokenizer is not a fast one, or it cannot spell a text that the guide inserts.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, guide: Guide, stops: Sequence[int]):
@@ -69,12 +69,12 @@ class Vocabulary:
 
 
 class TokenState:
-    """A guided completion over token ids: THINK -> FORCE(queue) -> ANSWER, a fold over the tokens it was fed.
+    """A guided completion over token ids. It depends only on the tokens that it was fed.
 
     Attributes:
-        queue: tokens to write before the model may choose again.
-        ids: the tokens that are left, without what was struck.
-        written: tokens fed, the struck ones included.
+        queue: tokens to force before the model may choose again.
+        ids: the tokens without struck ones.
+        written: the number of tokens fed, struck ones included.
     """
 
     def __init__(self, guide: Guide, vocabulary: Vocabulary, listen: Callable[[str, str], None] | None = None):
@@ -98,11 +98,11 @@ class TokenState:
 
     @property
     def key(self) -> str | None:
-        """Its answer, as a vote counts it."""
+        """The answer, as a vote counts it; None if there is none."""
         return Solution.of(self.state).key
 
     def feed(self, token: int, entropy: float | None = None) -> int:
-        """Takes the next token, which must be the queue's if there is one; returns how many tokens are struck."""
+        """Process the next token, the queue's first if there is a queue; returns the number of tokens to strike."""
         self.written += 1
         self.ids.append(token)
         if self.queue:
@@ -117,19 +117,19 @@ class TokenState:
         return self._obey(order)
 
     def _text(self, token: int) -> str:
-        """The text that a token completes; empty within a character."""
+        """The text that a token completes; empty inside a multi-token character."""
         backend = self.vocabulary.tokenizer.backend_tokenizer  # type: ignore[attr-defined]
         try:
             return self._stream.step(backend, token) or ""
-        except Exception as error:  # the stream raises no kind of its own
+        except Exception as error:  # the stream raises plain Exceptions
             if "Invalid prefix" not in str(error):
                 raise
-            # With byte fallback a byte that was a character is none beside bytes that never become one. They are lost.
+            # With byte fallback, invalid bytes can change how an earlier byte decodes. Drop them.
             self._stream = DecodeStream(skip_special_tokens=False)
             return self._stream.step(backend, token) or ""
 
     def probed(self, text: str, tokens: int) -> int:
-        """Takes what was written to a probe; returns how many tokens are struck."""
+        """Process the reply to a probe; returns the number of tokens to strike."""
         return self._obey(self.state.probed(text, tokens))
 
     def _obey(self, order: Order | None) -> int:

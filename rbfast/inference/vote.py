@@ -1,7 +1,7 @@
-"""Self-consistency: the answer most samples of one prompt agree on (Wang et al., arXiv 2203.11171).
+"""Self-consistency: the answer that most samples of one prompt agree on (Wang et al., arXiv 2203.11171).
 
-Two answers are one vote if `math_equality.equal` says so, as it does when answers are graded. Keys of numbers are the
-same for equal ones (`answer_key`), so only the others are compared, each with the first of every group.
+Two answers count as the same if `math_equality.equal` says so, as in grading. Equal numbers have the same key
+(`answer_key`). Only other answers are compared, each with the first of every group.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rbfast.grading.math_equality import equal, is_number
 
 
 class Vote(NamedTuple):
-    """The winner, None if no sample had an answer; the samples that voted for it, and all that voted."""
+    """The winner (None if no sample had an answer), its votes, and the number of samples that voted."""
 
     answer: str | None
     votes: int
@@ -23,7 +23,7 @@ class Vote(NamedTuple):
 
 
 def majority(answers: Sequence[str | None]) -> Vote:
-    """The most frequent answer; of equally frequent ones the first that was given. None is no vote."""
+    """The most frequent answer; of equally frequent ones the first that was given. None does not vote."""
     counts = _counts(answers)
     if not counts:
         return Vote(None, 0, 0)
@@ -38,7 +38,7 @@ def decided(answers: Sequence[str | None], running: int) -> bool:
 
 
 def _counts(answers: Sequence[str | None]) -> dict[str, int]:
-    """Votes for each answer as it was first given, in that order."""
+    """The votes for each group of equal answers, under the first one given, in that order."""
     counts: dict[str, int] = {}
     for answer, votes in Counter(answer for answer in answers if answer is not None).items():
         group = next((first for first in counts if _agree(first, answer)), answer)
@@ -52,5 +52,5 @@ def _agree(first: str, answer: str) -> bool:
         return first == answer
     try:
         return equal(first, answer)
-    except ImportError:  # a vote needs no grader; without one, only numbers and words are compared
+    except ImportError:  # without math-verify, only numbers and words are compared
         return False
