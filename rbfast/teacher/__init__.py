@@ -1,5 +1,7 @@
-"""What a teacher gives: solutions (`solutions`) and log-probs (`logprobs`), from a server (`client`), a provider with
-an API of its own (`providers`) or a local model, aligned with the student's tokens (`align`). A reply is asked for as a
-job (`jobs`), one by one or in batches (`batch`, by a `batch_api`), read (`chat_reply`), kept (`reply_store`) and paid
-for (`budget`).
+"""Get solutions (`solutions`) and log-probs (`logprobs`, `server_logprobs`) from a teacher.
+
+A teacher is an OpenAI-compatible server (`client`), a provider with its own API (`providers`) or a local model. A
+request for one reply is a job (`jobs`). Jobs are sent one by one (`asking`) or in batches (`batch`, through a
+`batch_api`). Replies are parsed (`chat_reply`), stored (`reply_store`) and charged to a budget (`budget`). `align` maps
+a teacher's tokens to the student's.
 """

@@ -1,8 +1,8 @@
-"""A teacher's log-probs at the student's tokens, if both tokenizers split the text at the same places.
+"""Map a teacher's log-probs to the student's tokens, where both tokenizers split the text at the same places.
 
-Tokens are compared as bytes. If the student's token and the teacher's cover the same bytes, the teacher's candidates
-there count for the student's tokens of the same bytes; candidates that the student has no token for
-stay in the tail. Nothing is guessed: elsewhere there is no signal, and the text alone teaches.
+Tokens are compared as bytes. If a token of the student and one of the teacher cover the same bytes, the teacher's
+candidates become the student's tokens with the same bytes. Candidates without such a token stay in the tail. Nothing is
+guessed: at all other tokens there is no signal, only the text.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class _LoneByte(bytes):
-    """What `<0x33>` represents, which stands for a byte of a character that has no token."""
+    """The byte of a byte-fallback token such as `<0x33>`."""
 
 
 class Piece(NamedTuple):
-    """A teacher's token in a text, and its candidates there with natural log-probs."""
+    """A teacher's token in a text, and the candidates at its place with natural log-probs."""
 
     written: bytes
     top: Sequence[tuple[bytes, float]]
 
 
 class AlignedToken(NamedTuple):
-    """The candidates for one of the student's tokens: its ids and their natural log-probs, at least one."""
+    """The candidates for one of the student's tokens (its index): their ids and natural log-probs, at least one."""
 
     token: int
     ids: list[int]
@@ -42,7 +42,7 @@ class AlignedToken(NamedTuple):
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
-    """The bytes that each id represents in a text; None for special tokens and ids without a token.
+    """The bytes of each token id; None for special tokens and unused ids.
 
     Raises:
         ValueError: the tokenizer is not a fast one.
@@ -53,12 +53,12 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
 
 
 def spelled(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[bytes | None]:
-    """The bytes of each token. A special one, as the marks of a reply may be, is spelled by its name."""
+    """The bytes of each token. A special token, as thinking tags may be, is spelled by its name."""
     tokens, added = token_bytes(tokenizer), tokenizer.added_tokens_decoder
     return [added[number].content.encode() if number in added else tokens[number] for number in ids]
 
 
-@lru_cache(maxsize=4)  # every trace needs it, of the same two tokenizers; the size shows tokens added since
+@lru_cache(maxsize=4)  # needed for every trace, of the same two tokenizers; `size` changes if tokens are added
 def _spelled(tokenizer: PreTrainedTokenizerBase, size: int) -> list[bytes | None]:
     decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder"))
     spell = _spell_byte_level if "ByteLevel" in decoder else _spell_sentencepiece
@@ -74,8 +74,8 @@ def _spelled(tokenizer: PreTrainedTokenizerBase, size: int) -> list[bytes | None
 
 
 def ids_by_bytes(tokens: Sequence[bytes | None]) -> dict[bytes, int]:
-    """The id of each token's bytes. Of several ids the first, but `3` rather than `<0x33>`: no text is cut into the
-    latter if there is a token for its character."""
+    """The id of each token's bytes, the first of several. But `3` takes precedence over `<0x33>`: a tokenizer uses the
+    latter only for characters without a token."""
     found: dict[bytes, int] = {}
     for number, written in enumerate(tokens):
         if written and (written not in found or isinstance(tokens[found[written]], _LoneByte)):
@@ -84,7 +84,7 @@ def ids_by_bytes(tokens: Sequence[bytes | None]) -> dict[bytes, int]:
 
 
 def student_ids(teacher: Sequence[bytes | None], student: Sequence[bytes | None], size: int) -> np.ndarray:
-    """int64 [size]: for each id of the teacher the student's id of the same bytes, else -1."""
+    """int64 [size]: for each id of the teacher, the student's id with the same bytes, else -1."""
     by_bytes = ids_by_bytes(student)
     mapped = np.full(size, -1, dtype=np.int64)
     for number, written in enumerate(teacher):
@@ -94,10 +94,10 @@ def student_ids(teacher: Sequence[bytes | None], student: Sequence[bytes | None]
 
 
 def byte_spans(tokens: Sequence[bytes | None], text: bytes) -> list[tuple[int, int]]:
-    """The bytes [start, end) of `text` that each token represents; an opening blank of the tokenizer's own is at -1.
+    """The byte range [start, end) of each token in `text`. A space that the tokenizer itself puts first is at -1.
 
     Raises:
-        ValueError: the tokens do not spell the text, because the tokenizer normalises it or some token is special.
+        ValueError: the tokens do not spell the text, because the tokenizer normalises it or a token is special.
     """
     if any(token is None for token in tokens):
         raise ValueError("the tokens hold a special or unknown one, which stands for no bytes")
@@ -111,7 +111,7 @@ def byte_spans(tokens: Sequence[bytes | None], text: bytes) -> list[tuple[int, i
 
 
 def shared_length(one: bytes, other: bytes) -> int:
-    """How many bytes both begin with alike."""
+    """The length of the common prefix."""
     ends = min(len(one), len(other))
     return next((i for i in range(ends) if one[i] != other[i]), ends)
 
@@ -122,10 +122,10 @@ def align(
     pieces: Sequence[Piece],
     ids: Mapping[bytes, int],
 ) -> list[AlignedToken]:
-    """The candidates for each of the student's tokens that is a token of the teacher's too.
+    """The candidates for each token of the student that the teacher's tokenizer cuts alike.
 
     Args:
-        student, teacher: the spans of both one's tokens in the same text.
+        student, teacher: the byte ranges of both token sequences in the same text.
         pieces: the teacher's tokens.
         ids: `ids_by_bytes` of the student.
     """
@@ -146,7 +146,7 @@ def _spell_byte_level(token: str) -> bytes:
 
 @lru_cache
 def _letters() -> dict[str, int]:
-    """GPT-2's letters for bytes: printable ones represent themselves, the others follow from U+0100 on, in order."""
+    """GPT-2's characters for bytes: printable bytes are themselves, the others follow from U+0100 on, in order."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -1,4 +1,4 @@
-"""Jobs asked one by one, many at a time, until every reply is there, the budget ends, the teacher fails, or Ctrl-C."""
+"""Send jobs concurrently until every reply is there, the budget is used up, the teacher fails, or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from rbfast.teacher.jobs import Job
 from rbfast.teacher.reply_store import ReplyStore
 from rbfast.utils.interrupts import counted_interrupts
 
-_HOPELESS = {401, 402, 403, 404}  # the next question would be refused too
-_SPENT = "insufficient_quota"  # OpenAI's word for an empty account, which it sends with 429
+_HOPELESS = {401, 402, 403, 404}  # every further request would fail too
+_SPENT = "insufficient_quota"  # OpenAI's error code for an empty account, sent with status 429
 _MOST_FAILURES = 8  # in a row
-# A teacher that has answered is waited for, if it is too busy or cannot be reached; it bills nothing then.
+# Once a teacher has answered, wait for it if it is busy or unreachable. That costs nothing.
 _BUSY = {429, 503, 529}
 _PATIENCE = 600.0  # seconds since its last reply
 _REST = 15.0  # seconds before it is asked again
-_LONGEST_SILENCE = 0.2  # seconds, however long a reply takes; a Ctrl-C is seen after them
+_LONGEST_SILENCE = 0.2  # seconds between progress reports and checks for Ctrl-C
 
 Reply = dict[str, Any]
 
 
 def ask_all(jobs: Sequence[Job], store: ReplyStore, concurrency: int, report: Callable[[str], None]) -> str | None:
-    """Adds what comes to the store; returns why some jobs stay open, None if none does.
+    """Send jobs and store their replies. Returns why some jobs stay open, or None if none does.
 
-    After Ctrl-C nothing more is sent, and the replies under way, which are paid for, are waited for. A second Ctrl-C
-    leaves them. A teacher that has answered, and then is too busy or cannot be reached, is asked again for ten minutes.
+    After Ctrl-C nothing more is sent, and pending replies, which are paid for, are waited for. A second Ctrl-C drops
+    them. If a teacher that has answered is then busy or unreachable, it is asked again for ten minutes.
 
     Args:
-        report: called several times a second, with a word on a teacher that is waited for.
+        report: called several times a second, with a message if the teacher is being waited for.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C.
-        ServerError: the teacher refuses every question, or has failed several times in a row.
+        ServerError: the teacher refuses every request, or has failed several times in a row.
     """
     asking = _Asking(jobs, store, concurrency)
     with counted_interrupts() as interrupts:
@@ -67,11 +67,11 @@ def ask_all(jobs: Sequence[Job], store: ReplyStore, concurrency: int, report: Ca
 
 
 class _Asking:
-    """The jobs to send, in `queue`, and those under way, in `pending`.
+    """The jobs to send, in `queue`, and those that are sent, in `pending`.
 
     Attributes:
-        reason: why a job stays open; of several the last.
-        stopped: the error that ends the asking.
+        reason: why a job stays open (the last reason if there are several).
+        stopped: the error after which no job is sent any more.
     """
 
     def __init__(self, jobs: Sequence[Job], store: ReplyStore, concurrency: int) -> None:
@@ -86,7 +86,7 @@ class _Asking:
         self._interrupted = False
 
     def send(self) -> None:
-        """Sends jobs from the queue until so many are under way, or the budget may not cover another."""
+        """Send jobs from the queue up to the concurrency limit, as long as the budget covers the worst case."""
         purse = self._store.purse
         while self.queue and len(self.pending) < purse.at_a_time(self._concurrency):
             under_way = [job for job, _ in self.pending.values()]
@@ -97,11 +97,11 @@ class _Asking:
             self.pending[future] = job, thread
 
     def rests(self) -> bool:
-        """Whether jobs wait until a busy teacher is asked again."""
+        """Whether queued jobs wait because the teacher is busy."""
         return bool(self.queue) and time.monotonic() < self._rest_ends
 
     def take(self, done: Iterable[Future[Reply]]) -> None:
-        """Stores replies, and counts failures."""
+        """Store replies and count failures."""
         for future in done:
             job, _ = self.pending.pop(future)
             try:
@@ -133,7 +133,7 @@ class _Asking:
         return is_away and time.monotonic() - self._answered < _PATIENCE
 
     def leaves(self, interrupts: int) -> bool:
-        """Lets nothing more be sent after Ctrl-C; returns whether no reply is waited for."""
+        """Stop sending after Ctrl-C. Returns whether to leave now, without waiting for pending replies."""
         if not self._interrupted:
             self._interrupted = True
             self.queue.clear()
@@ -144,12 +144,12 @@ class _Asking:
         return interrupts > 1 or not self._coming()
 
     def _coming(self) -> int:
-        """How many replies may come: of requests that do not just wait to be sent again."""
+        """The number of replies that may still come: the requests that are not waiting for a retry."""
         return sum(not job.server.retried.waits(thread) for job, thread in self.pending.values())
 
 
 def _ask(job: Job) -> tuple[Future[Reply], Thread]:
-    """Asks in a thread that ends with the program: a pool's threads would keep it waiting."""
+    """Send a job in a daemon thread, which ends with the program. A pool's threads would keep it alive."""
     future: Future[Reply] = Future()
 
     def ask() -> None:

@@ -1,7 +1,7 @@
-"""Questions asked in batches (OpenAI's, Anthropic's, Gemini's), which are answered within a day at half the price.
+"""Send jobs through batch APIs (OpenAI's, Anthropic's, Gemini's), which answer within a day at half the price.
 
-The folder's `batch.json` names the batch from before it exists until its replies are on disk: a call that was killed
-finds it again, and nothing is asked twice.
+`batch.json` names the batch from before it is created until its replies are on disk. So after a kill the next call
+finds the batch, and nothing is asked twice.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from rbfast.utils.records import read_json
 BATCH = "batch.json"
 _STATE = {"url": str, "ticket": dict, "batch": str}
 _OF_PROVIDERS: dict[str, Callable[[Provider], BatchAPI]] = {"anthropic": AnthropicBatches, "gemini": GeminiBatches}
-_TOO_MANY = 429  # tried again, but unlike the others it says that no batch was made
+_TOO_MANY = 429  # the only status to retry after which certainly no batch was created
 
 
 def batches_of(teacher: Teacher) -> BatchAPI:
-    """The batch API of a teacher. Raises ValueError if it has none that is known here."""
+    """The batch API of a teacher. Raises ValueError if it has none that we support."""
     if isinstance(teacher, Server):
         return ServerBatches(teacher)
     if isinstance(teacher, Provider) and teacher.provider in _OF_PROVIDERS:
@@ -44,14 +44,14 @@ def batches_of(teacher: Teacher) -> BatchAPI:
 def ask_in_batches(
     teacher: Teacher, jobs: Sequence[Job], store: ReplyStore, folder: Path, report: Report
 ) -> str | None:
-    """Adds what comes to the store, batch after batch as the budget allows; returns why some jobs stay open.
+    """Send jobs in batches, as the budget allows, and store their replies. Returns why some jobs stay open.
 
     Args:
-        report: called with the state of the batch at every look.
+        report: called with the state of the batch after every poll.
 
     Raises:
-        ServerError: the server has no batches, or refuses one.
-        ValueError: no batches for such a teacher, or the folder's batch is of another server.
+        ServerError: the server has no batch API, or refuses a batch.
+        ValueError: no batch API for such a teacher, or the folder's batch belongs to another server.
     """
     api = batches_of(teacher)
     known = {job.key: job for job in jobs}
@@ -73,7 +73,7 @@ def ask_in_batches(
 
 
 def _left_over(api: BatchAPI, folder: Path, report: Report) -> str | None:
-    """The batch of an earlier call that did not see its end. One that never came to exist is forgotten."""
+    """The batch that an earlier, interrupted call left. If it was never created, removes `batch.json`."""
     state = read_json(folder / BATCH, _STATE)
     if state is None:
         return None
@@ -88,7 +88,7 @@ def _left_over(api: BatchAPI, folder: Path, report: Report) -> str | None:
 
 
 def _affordable(api: BatchAPI, queue: Sequence[Job], store: ReplyStore) -> list[Request]:
-    """The first of these that one batch holds and the budget covers, however long their replies."""
+    """The first jobs that fit into one batch and into the budget, even with the longest replies, as requests."""
     worst = [job.worst() for job in queue[: api.most_requests]]
     covered = bisect_left(range(len(worst)), True, key=lambda n: not store.purse.affords(worst[: n + 1]))
     chosen: list[Request] = []
@@ -103,7 +103,7 @@ def _affordable(api: BatchAPI, queue: Sequence[Job], store: ReplyStore) -> list[
 
 
 def _create(api: BatchAPI, requests: Sequence[Request], folder: Path, report: Report) -> str:
-    """The id of a batch of these. It is looked for before it is made again: it may exist though no reply said so."""
+    """Create a batch and return its id. A retry first looks for the batch: it may exist although no reply came."""
     ticket = api.prepare(requests)
     _write(api, folder, ticket, "")
     may_exist = False
@@ -130,10 +130,10 @@ def _write(api: BatchAPI, folder: Path, ticket: dict[str, Any], batch: str) -> N
 def _collect(
     api: BatchAPI, look: Look, requests: Sequence[Request], known: dict[str, Job], store: ReplyStore
 ) -> dict[str, str]:
-    """Adds the replies of a batch to the store; returns why others have none, by key.
+    """Store the replies of a batch. Returns why the other jobs have none, by key.
 
     Args:
-        requests: that the batch was made of, if this call made it.
+        requests: the requests of the batch, if this call created it.
     """
     refused: dict[str, str] = {}
     invalid: list[tuple[Job, dict[str, Any], str]] = []
@@ -157,12 +157,12 @@ def _collect(
     refused = {key: f"the batch {look.batch} of {api.url} holds no reply to it" for key in silent} | refused
     for job, sent, said in invalid:
         if api.teacher.connection.manners.learn(said, sent):
-            refused.pop(job.key, None)  # it is asked again without the parameter
+            refused.pop(job.key, None)  # it is sent again without the parameter
     return refused
 
 
 def _add(store: ReplyStore, key: str, job: Job | None, reply: dict[str, Any]) -> None:
-    """A reply to a question of an earlier call with other options is kept too: it is paid for."""
+    """Store a reply, also one without a job, from an earlier call with other options: it is paid for."""
     if job is not None:
         store.add(job.record(reply), job.worst())
     else:

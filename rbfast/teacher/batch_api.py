@@ -1,4 +1,4 @@
-"""What `batch` needs of a batch API. `server_batches` has OpenAI's, `provider_batches` Anthropic's and Gemini's."""
+"""The interface of batch APIs. `server_batches` implements OpenAI's, `provider_batches` Anthropic's and Gemini's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _POLL = 20.0  # seconds
 
 @dataclass(frozen=True)
 class Request:
-    """A question as the API's batches take it, in JSON."""
+    """A job in the API's batch format, as JSON."""
 
     key: str
     data: bytes
@@ -26,12 +26,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Look:
-    """What a batch says of itself.
+    """The state of a batch at one poll.
 
     Attributes:
-        done: requests that have a result, of `total`; None if it does not say.
-        fault: why it ended badly, None if it runs or ended well.
-        said: the API's own words, which `results` may need.
+        done: the number of requests with a result, of `total`; None if the API does not report it.
+        fault: why the batch failed; None if it is running or has succeeded.
+        said: the API's response, which `results` may need.
     """
 
     batch: str
@@ -45,7 +45,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one request: a reply in the shape of a chat completion, or a status and what was said."""
+    """The result of one request: a reply in the format of a chat completion, or an error's status and text."""
 
     key: str
     reply: dict[str, Any] | None
@@ -54,11 +54,11 @@ class Result:
 
 
 class BatchAPI(Protocol):
-    """Every method raises ServerError if the API refuses, and hides the key in what it says.
+    """A batch API. Every method raises ServerError if the API refuses, with the key hidden in its message.
 
     Attributes:
-        url: of the API; a batch belongs to one.
-        most_requests, most_bytes: of one batch.
+        url: of the API to which a batch belongs.
+        most_requests, most_bytes: the limits of one batch.
     """
 
     most_requests: int
@@ -70,26 +70,26 @@ class BatchAPI(Protocol):
     def url(self) -> str: ...
 
     def request(self, job: Job) -> Request:
-        """The job's question, with the options that the API takes."""
+        """The job as a request, with the options that the API accepts."""
 
     def prepare(self, requests: Sequence[Request]) -> dict[str, Any]:
-        """What a batch of these is made from, and found by later. In JSON, without a key."""
+        """A ticket, as JSON values without a key: what a batch is created from, and found by later."""
 
     def create(self, ticket: dict[str, Any], requests: Sequence[Request]) -> str:
-        """The id of a new batch. Raises BrokenOff if it may or may not exist now."""
+        """Create a batch and return its id. Raises BrokenOff if it is unknown whether the batch exists now."""
 
     def find(self, ticket: dict[str, Any], report: Report) -> str | None:
-        """The id of the batch that was made of a ticket, if there is one."""
+        """The id of the batch that was created from a ticket, or None."""
 
     def look(self, batch: str) -> Look:
-        """How a batch stands."""
+        """Poll the state of a batch."""
 
     def results(self, look: Look) -> Iterator[Result]:
-        """What became of each request of a batch that has ended, in any order."""
+        """The result of each request of a finished batch, in any order."""
 
 
 def finished(api: BatchAPI, batch: str, report: Report) -> Look:
-    """The batch once it has ended, well or not."""
+    """Wait for the end of a batch, successful or not."""
     while True:
         look = api.look(batch)
         report(f"batch {batch}: {look.status}" + (f", {look.done} of {look.total}" if look.total is not None else ""))
@@ -99,7 +99,7 @@ def finished(api: BatchAPI, batch: str, report: Report) -> Look:
 
 
 def parse_line(line: str | bytes, key: str, where: str, teacher: Server | Provider) -> dict[str, Any]:
-    """The object in a line of a batch's results. Raises ServerError for one that does not say whose it is."""
+    """The object in a line of a batch's results. Raises ServerError if it has no `key`."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):

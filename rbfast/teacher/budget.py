@@ -1,4 +1,4 @@
-"""What may be spent on a teacher, and what was."""
+"""The budget for a teacher: prices, limits, and what was spent."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Prices:
-    """What a million tokens cost, read and written, in the currency of `max_cost`."""
+    """The prices of a million tokens, read and written, in the currency of `max_cost`."""
 
     read: float = 0.0
     written: float = 0.0
@@ -20,26 +20,27 @@ FREE = Prices()
 
 @dataclass
 class Purse:
-    """What was spent, and the limits."""
+    """Tokens spent so far, and the limits."""
 
     prices: Prices
     max_cost: float | None
     max_tokens: int | None
     read: int = 0
     written: int = 0
-    # What a server took beyond what its request allowed, at most: the next may take as much. None: no reply yet.
+    # The most tokens by which a reply exceeded its request's limit: the next may do so too. None: no reply yet.
     _over: tuple[int, int] | None = None
 
     def pay(self, read: int, written: int) -> None:
         self.read, self.written = self.read + read, self.written + written
 
     def learn(self, worst: tuple[int, int], read: int, written: int) -> None:
-        """Notes how far a reply passed the worst that was expected of it."""
+        """Note by how much a reply exceeded its expected worst case."""
         over = self._over or (0, 0)
         self._over = max(over[0], read - worst[0]), max(over[1], written - worst[1])
 
     def at_a_time(self, concurrency: int) -> int:
-        """Requests to have under way: under a limit one, until its reply says whether the server keeps to its own."""
+        """The allowed number of concurrent requests. With a budget it is 1 until the first reply, which shows whether
+        the server honours `max_tokens`."""
         limited = self.max_cost is not None or self.max_tokens is not None
         return 1 if limited and self._over is None else concurrency
 
@@ -48,7 +49,7 @@ class Purse:
         return self.prices.cost(self.read, self.written)
 
     def affords(self, worst: Sequence[tuple[int, int]]) -> bool:
-        """Whether the budget covers replies that read and write so many tokens at most."""
+        """Whether the budget covers replies of these (read, written) tokens."""
         over = self._over or (0, 0)
         read = self.read + sum(r + over[0] for r, _ in worst)
         written = self.written + sum(w + over[1] for _, w in worst)

@@ -1,9 +1,9 @@
-"""What a chat completion holds, in whatever shape a server sends it: text, thinking, tokens, log-probs.
+"""Parse a chat completion, whatever server sent it: text, thinking, token counts, log-probs.
 
 ```python
 reply = read_chat_reply({"choices": [{"message": {"content": "4", "reasoning": "Add."}, "finish_reason": "stop"}]})
 reply.text, reply.thinking                                         # "4", "Add."
-fault_of_finish("content_filter")                                  # why such a reply is no trace
+fault_of_finish("content_filter")                                  # why such a reply is not a trace
 ```
 """
 
@@ -16,7 +16,7 @@ from rbfast.data.conversations import ASSISTANT, parse_turns
 from rbfast.data.replies import AT_LIMIT, FINISHED, split_reply
 from rbfast.data.trace import TraceError
 
-_LONGEST = 2**53  # tokens: what JSON holds exactly; a larger count is none
+_LONGEST = 2**53  # tokens; JSON cannot hold larger counts exactly, so they are ignored
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,12 @@ class ChatReply:
 
     Attributes:
         message: as it was sent.
-        text: what was written after the thinking, or with it in tags.
-        thinking: what was sent beside or before the text.
-        fault: why the message is no solution, whatever it says.
-        read, written, reasoned: tokens; None if the server does not say. `written` includes all that is billed.
-        logprobs: per token its bytes and the (bytes, log-prob) of its candidates, bytes as Latin-1.
+        text: the text, which may contain thinking in tags.
+        thinking: the thinking that was sent separately.
+        fault: why the message is not a solution; None if it may be one.
+        read, written: token counts; None if the server does not report them. `written` includes all that is billed.
+        reasoned: tokens of thinking; 0 if the server does not report them.
+        logprobs: for each token its bytes and the (bytes, log-prob) of its candidates, bytes as Latin-1.
     """
 
     message: dict[str, Any]
@@ -45,15 +46,15 @@ class ChatReply:
 
     @property
     def hides_thinking(self) -> bool:
-        """Whether tokens of thinking were counted, and none were sent."""
+        """Whether thinking tokens were counted but not sent."""
         return self.reasoned > 0 and not self.thinking and not thinks(self.text)
 
 
 def read_chat_reply(reply: Mapping[str, Any]) -> ChatReply:
-    """What a chat completion holds.
+    """Parse a chat completion.
 
     Raises:
-        ValueError: it is none: no choice or no message; or it holds half a surrogate pair, which no file can.
+        ValueError: it has no choice or no message, or it contains a lone surrogate, which cannot be written to a file.
     """
     choices = reply.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
@@ -81,12 +82,12 @@ def read_chat_reply(reply: Mapping[str, Any]) -> ChatReply:
 
 
 def is_cut(reason: str | None) -> bool:
-    """Whether the limit of tokens ended a reply."""
+    """Whether a finish reason says that the token limit cut the reply."""
     return (reason or "").lower() in AT_LIMIT
 
 
 def fault_of_finish(reason: str | None) -> str | None:
-    """Why a reply that ended so is no trace (cut, filtered, aborted, a call of a tool), None if it is one."""
+    """Why a reply with this finish reason is not a trace (cut, filtered, aborted, a tool call); None if it may be."""
     said = (reason or "").lower()
     if not said or said in FINISHED:
         return None
@@ -98,7 +99,7 @@ def fault_of_finish(reason: str | None) -> str | None:
 
 
 def thinks(text: str) -> bool:
-    """Whether a text has its thinking in tags."""
+    """Whether a text contains thinking in tags."""
     try:
         return split_reply(None, text).thought is not None
     except TraceError:
@@ -106,7 +107,7 @@ def thinks(text: str) -> bool:
 
 
 def _texts(message: Mapping[str, Any]) -> tuple[str, str, str | None]:
-    """The text, the thinking, and why there is none of both."""
+    """(text, thinking, why the message has neither)."""
     blocks = message.get("content")
     for block in blocks if isinstance(blocks, list) else ():
         if isinstance(block, Mapping) and isinstance(block.get("refusal"), str):
@@ -129,7 +130,7 @@ def _said_error(choice: Mapping[str, Any]) -> str | None:
 
 
 def _counts(usage: Mapping[str, Any]) -> tuple[int | None, int | None, int]:
-    """Tokens read, written and thought. Some servers count thinking in the total only, or beside what was written."""
+    """Tokens read, written and reasoned. Some servers count thinking only in the total, or not within `written`."""
     read, written = (
         _count(usage.get(f"{name}_tokens", usage.get(f"{other}_tokens")))
         for name, other in (("prompt", "input"), ("completion", "output"))
@@ -153,7 +154,7 @@ def _count(said: Any) -> int | None:
 
 
 def _logprobs(choice: Mapping[str, Any]) -> list[list[Any]]:
-    """Those of the reply's tokens; none if they have another shape, for the text is paid for."""
+    """The log-probs of the reply's tokens; none if their format is unknown, because the text is paid for."""
     try:
         top = (choice.get("logprobs") or {}).get("content") or []
         return [[_latin(token), [[_latin(c), float(c["logprob"])] for c in _candidates(token)]] for token in top]
@@ -166,6 +167,6 @@ def _candidates(token: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _latin(token: Mapping[str, Any]) -> str:
-    """A token's bytes as JSON can hold them, a letter for each."""
+    """A token's bytes as Latin-1, which JSON can hold."""
     raw = token.get("bytes")
     return (bytes(raw) if raw is not None else token["token"].encode()).decode("latin-1")

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server (vLLM, SGLang, llama.cpp, a vendor's), spoken to by the `openai` SDK.
+"""The client of an OpenAI-compatible server (vLLM, SGLang, llama.cpp, a vendor's), built on the `openai` SDK.
 
 ```python
 server = Server("http://localhost:8000/v1", "my-model")          # the key, if any, from RBFAST_API_KEY
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     import openai
 
 _KEYS = ("RBFAST_API_KEY", "OPENAI_API_KEY")
-INVALID = (400, 422)  # the request, by what the server says of it
-SHOWN = 500  # characters of a refusal
-CONNECTING = 10.0  # seconds
+INVALID = (400, 422)  # statuses of an invalid request
+SHOWN = 500  # characters of a refusal shown in messages
+CONNECTING = 10.0  # seconds to connect
 _LONGEST_PAUSE = 120.0  # seconds, as in the SDK
 _Found = TypeVar("_Found")
 
 
 class ServerError(RuntimeError):
-    """A server that does not answer as requested. `partial` is what it had written, `status` its reply, `pause` the
+    """A server did not answer as requested. `status`: its HTTP status; `partial`: what it had written; `pause`: the
     seconds that it asks to wait."""
 
     def __init__(
@@ -46,11 +46,11 @@ class ServerError(RuntimeError):
 
 
 class Unreachable(ServerError):
-    """A server to which no connection came about."""
+    """No connection to the server could be made."""
 
 
 class BrokenOff(Exception):
-    """A reply that ended before it was whole, or is none; the next one may be. `pause`: seconds to wait, if known."""
+    """A reply is incomplete or malformed, and a retry may succeed. `pause`: seconds to wait, if known."""
 
     def __init__(self, message: str, status: int | None = None, pause: float | None = None):
         super().__init__(message)
@@ -58,12 +58,12 @@ class BrokenOff(Exception):
 
 
 def is_busy(status: int | None) -> bool:
-    """Whether a status says that a later request may succeed; the SDK's rule."""
+    """Whether a later request may succeed after this status; the SDK's rule."""
     return status in (408, 409, 429) or (status is not None and 500 <= status < 600)
 
 
 class Retries:
-    """Requests that were retried: how many in all, and which wait now. Threads share it, each with one request."""
+    """Counts retries (`made`), and tracks which requests wait for one. Thread-safe; each thread has one request."""
 
     def __init__(self) -> None:
         self.made = 0
@@ -73,25 +73,25 @@ class Retries:
 
     @property
     def waiting(self) -> int:
-        """How many requests wait to be sent again."""
+        """The number of requests that wait for a retry."""
         return len(self._waiting)
 
     def waits(self, thread: threading.Thread) -> bool:
-        """Whether the request of a thread waits to be sent again."""
+        """Whether the request of a thread waits for a retry."""
         return thread in self._waiting
 
     def give_up(self, thread: threading.Thread) -> None:
-        """The request of a thread is not sent again."""
+        """Do not retry the request of a thread any more."""
         with self._lock:
             self._given_up.add(thread)
 
     def refused(self) -> None:
-        """This thread's request was refused for now, and waits."""
+        """This thread's request failed, and waits for a retry."""
         with self._lock:
             self._waiting.add(threading.current_thread())
 
     def again(self) -> None:
-        """This thread's request is sent again. Raises ServerError if it was given up."""
+        """This thread's request is being retried. Raises ServerError if it was given up."""
         with self._lock:
             if threading.current_thread() in self._given_up:
                 raise ServerError("the request was given up")
@@ -99,16 +99,16 @@ class Retries:
             self._waiting.discard(threading.current_thread())
 
     def over(self) -> None:
-        """This thread's request has ended, well or not."""
+        """This thread's request has ended, successfully or not."""
         with self._lock:
             self._waiting.discard(threading.current_thread())
 
 
 def insist(retried: Retries, retries: int, attempt: Callable[[], _Found]) -> _Found:
-    """What `attempt` returns. It is tried again, with growing pauses, if it raises BrokenOff.
+    """Call `attempt` and return its result. Retry with growing pauses if it raises BrokenOff.
 
     Raises:
-        ServerError: the last try broke off too.
+        ServerError: the last retry raised BrokenOff too.
     """
     try:
         for number in range(retries):
@@ -126,12 +126,12 @@ def insist(retried: Retries, retries: int, attempt: Callable[[], _Found]) -> _Fo
 
 
 def pause_after(failures: int) -> float:
-    """Seconds, growing with the failures so far, as the SDK's pauses do."""
+    """The seconds to wait after so many failures, as in the SDK."""
     return min(8.0, 0.5 * 2**failures)
 
 
 class Connection:
-    """What all copies of a Server share: the SDK's client, the retries, and what the server refuses."""
+    """What all copies of a Server share: the SDK's client, the retries, and the parameters that the server refuses."""
 
     def __init__(self) -> None:
         self.retried, self.manners = Retries(), Manners()
@@ -139,7 +139,7 @@ class Connection:
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type, tuple]:
-        return Connection, ()  # another process has connections of its own
+        return Connection, ()  # another process opens its own connections
 
     def client(self, make: Callable[[Retries], openai.OpenAI]) -> openai.OpenAI:
         with self._lock:
@@ -149,13 +149,15 @@ class Connection:
 
 @dataclass(frozen=True)
 class Server:
-    """Where to ask. Parameters that the server refuses by name (temperature, top_p, seed) are left out with a warning.
+    """A server and the parameters of its requests.
+
+    If the server refuses temperature, top_p or seed, they are left out, with a warning.
 
     Args:
         url: up to `/v1`.
         model: as the server names it.
-        timeout: seconds without a byte; a reply that is not streamed sends none before it is whole.
-        retries: of a request that the server refused for now, or broke off, before it is given up.
+        timeout: seconds without a byte; a reply that is not streamed sends none before it is complete.
+        retries: the most retries of a request that the server refused for now or broke off.
         temperature, top_p, seed: sent with every request that does not set its own; None is not sent.
 
     Attributes:
@@ -174,7 +176,7 @@ class Server:
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
-        if parts.username is not None or parts.query:  # it is shown in messages, which a key must never reach
+        if parts.username is not None or parts.query:  # messages show the url, and must never show a key
             raise ValueError(f"url must look like http://host:8000/v1, without a key in it; set {_KEYS[0]} instead")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"url must look like http://host:8000/v1, got {self.url!r}")
@@ -185,15 +187,16 @@ class Server:
         return self.connection.retried
 
     def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The whole reply, a JSON object; also retries if the server sends none, or says in it that it is busy."""
+        """POST a request and return the JSON object of the reply. Retries also if the reply is not a JSON object, or
+        holds an error that says the server is busy."""
         return insist(self.retried, self.retries, lambda: self._whole(path, self._post(path, body)))
 
     def stream(self, path: str, body: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
         """The JSON objects of a server-sent stream, up to its end.
 
         Raises:
-            BrokenOff: the connection broke, or what came is no JSON object.
-            ServerError: the server refused, or said that it broke off.
+            BrokenOff: the connection broke, or an event is not a JSON object.
+            ServerError: the server refused, or sent an error.
         """
         import openai
 
@@ -216,12 +219,12 @@ class Server:
             stream.close()
 
     def sent(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The body of a request with what is sent with every one, as far as the server takes it."""
+        """The body of a request with the common parameters, without those that the server refuses."""
         common = {"model": self.model, "temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
         return self.connection.manners.fit({n: value for n, value in (common | body).items() if value is not None})
 
     def client(self) -> openai.OpenAI:
-        """The SDK's client, made once."""
+        """The SDK's client, created once."""
         return self.connection.client(self._connect)
 
     def _connect(self, retried: Retries) -> openai.OpenAI:
@@ -260,14 +263,14 @@ class Server:
                     raise
 
     def headers(self) -> dict[str, Any]:
-        """Of a request by the SDK: a server without a key is sent none."""
+        """Extra headers for the SDK, which omit the Authorization header if there is no key."""
         import openai
 
         return {} if self._key else {"Authorization": openai.Omit()}
 
     @contextmanager
     def errors(self, path: str) -> Iterator[None]:
-        """Turns the SDK's errors into ServerError, which never shows the key: a server may repeat it."""
+        """Turn the SDK's errors into ServerError, with the key hidden: a server may repeat it."""
         import openai
 
         try:
@@ -305,14 +308,14 @@ class Server:
 
 
 def hide(text: str, keys: Iterable[str]) -> str:
-    """The text with stars in place of keys: a server may repeat the one that it was sent."""
+    """The text with keys masked: a server may repeat the key that it was sent."""
     for key in filter(None, keys):
         text = text.replace(key, "*" * len(key))
     return text
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """The seconds in a header, None if it gives none."""
+    """The seconds in the Retry-After header, or None."""
     try:
         return max(0.0, float(headers["retry-after"]))
     except (LookupError, ValueError):
@@ -320,7 +323,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def status_in(error: Any) -> int | None:
-    """The HTTP status that an error names in its body, if it does."""
+    """The HTTP status in the body of an error, or None."""
     if not isinstance(error, dict):
         return None
     codes = (error.get(name) for name in ("code", "status", "status_code"))
@@ -329,13 +332,13 @@ def status_in(error: Any) -> int | None:
 
 
 def _cause(error: Exception) -> str:
-    """What went wrong below the SDK, in a line."""
+    """The cause of an SDK error, in one line."""
     found = error.__cause__ or error
     return f"{type(found).__name__}: {found}".rstrip(": ")
 
 
 def _key_of_environment() -> str | None:
-    """The first key that is set. Raises ValueError for one that no request can carry, and does not show it."""
+    """The first key that is set. Raises ValueError, which does not show it, for a key that no header can hold."""
     for name in _KEYS:
         key = os.environ.get(name, "").strip()  # a key read from a file ends in a line break
         if not (key.isascii() and key.isprintable()):

@@ -1,4 +1,4 @@
-"""What a teacher is asked: a question, and one reply to get, with all that the reply depends on."""
+"""Questions for a teacher, and jobs: a job is one reply to get, with everything that the reply depends on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHAT = "/chat/completions"
 
 
 class Teacher(Protocol):
-    """Who is asked: `client.Server`, or `providers.Provider`."""
+    """A teacher with a chat API: `client.Server` or `providers.Provider`."""
 
     @property
     def model(self) -> str: ...
@@ -33,8 +33,8 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True)
 class Question:
-    """A problem to ask, with its own system prompt if it has one. `known` holds its answer, if there is one to verify
-    the teacher's with."""
+    """A problem to ask, with its own system prompt if it has one. `known` holds the answer to verify the teacher's
+    with, if there is one."""
 
     text: str
     known: Problem | None = None
@@ -49,8 +49,8 @@ class Job:
     """One reply to get.
 
     Attributes:
-        key: names everything that the reply depends on.
-        unlimited: the same without `max_tokens`, on which a reply that was not cut does not depend.
+        key: a hash of everything that the reply depends on.
+        unlimited: the same without `max_tokens`, which does not matter for a reply that was not cut.
     """
 
     question: Question
@@ -83,20 +83,20 @@ class Job:
         return {"messages": turns, "seed": seed, **self.options}
 
     def worst(self) -> tuple[int, int]:
-        """Tokens read and written, at most: no token is shorter than a byte, and a turn has a few of its own."""
+        """Upper bounds of the tokens (read, written): a token has at least one byte, and a turn adds a few tokens."""
         read = f"{self._systems()}{self.question.text}"
         return len(read.encode()) + 64, self.options["max_tokens"]
 
     def _systems(self) -> str:
-        """How to answer, and what the problem's own system prompt says."""
+        """The system prompt: how to answer, then the problem's own."""
         return "\n\n".join(text for text in (self.system, self.question.system) if text)
 
     def ask(self) -> dict[str, Any]:
-        """The record of a reply."""
+        """Send the job and return the record of its reply."""
         return self.record(self.server.ask(CHAT, self.body()))
 
     def record(self, reply: Mapping[str, Any]) -> dict[str, Any]:
-        """What is kept of a reply. Raises ServerError for one that is no chat completion."""
+        """The record of a reply. Raises ServerError if it is not a chat completion."""
         found = record_of(reply, key=self.key, problem=self.question.text, sample=self.sample, worst=self.worst())
         return found | {"unlimited": self.unlimited}
 
@@ -104,10 +104,10 @@ class Job:
 def record_of(
     reply: Mapping[str, Any], *, key: str, problem: str | None, sample: int | None, worst: tuple[int, int]
 ) -> dict[str, Any]:
-    """What is kept of a reply. A server that does not count is taken to have used all it was allowed.
+    """The record of a reply in `replies.jsonl`. Token counts that the server does not report are set to the worst case.
 
     Raises:
-        ServerError: it is no chat completion.
+        ServerError: the reply is not a chat completion.
     """
     try:
         found = read_chat_reply(reply)

@@ -1,12 +1,12 @@
-"""Log-probs of a local teacher for traces that exist (a server's: `server_logprobs`).
+"""Score existing traces with a local teacher: its top-k log-probs at each trained token (`server_logprobs`: a server).
 
 ```python
 with SignalStore(folder, teacher="my-teacher", k=32, vocabulary=len(tokenizer)) as store:
     refused = add_local_logprobs(teacher, teacher_tokenizer, traces, tokenizer, store)
 ```
 
-The teacher reads its own prompt and the student's completion. Where both tokenize alike, every trained token gets its
-top k; if they do not, that is an error unless `align=True`, and then the tokens that both share get theirs.
+The teacher reads its own prompt and the student's completion. If both tokenizers are the same, every trained token gets
+its top k. If they differ, that is an error, unless `align=True`: then only the tokens that both share get theirs.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 NOTHING_SHARED = "the two tokenizers share no token of it"
-# Tokens that a local teacher reads together, and the bytes of its logits at a time.
+# Tokens per forward pass of a local teacher, and bytes of logits at a time.
 _TOKENS, _TOKENS_ON_GPU = 2048, 16384
 _CHUNK_BYTES, _CHUNK_BYTES_ON_GPU = 2**26, 2**29
 
 
 class TokenizersDiffer(ValueError):
-    """The teacher splits a text into other tokens than the student."""
+    """The teacher's tokenizer differs from the student's."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class PendingTrace:
     trace: Trace
     example: Example
     written: list[int]  # without the end of turn
-    reply: Written  # their text
+    reply: Written  # the text of these tokens
     instruction: Instruction
 
     @property
@@ -68,7 +68,7 @@ def pending_traces(
     max_tokens: int,
     instruction: Instruction | None = None,
 ) -> tuple[list[PendingTrace], list[tuple[Trace, str]]]:
-    """The traces that `store` lacks, and those that can have no log-probs, with the reason."""
+    """The traces that `store` lacks, and the traces that cannot be encoded, with the reason."""
     tasks, refused = [], []
     asked = instruction or default_instruction(tokenizer)
     for trace in traces:
@@ -94,10 +94,10 @@ def add_local_logprobs(
     instruction: Instruction | None = None,
     progress: Progress | None = None,
 ) -> list[tuple[Trace, str]]:
-    """Adds the top k of every trace that `store` lacks; logits are fp32 and exist for a few tokens at a time.
+    """Add the top k of every trace that `store` lacks. Logits are fp32, and exist for a few tokens at a time.
 
     Returns:
-        the traces that got none, with the reason.
+        The traces that got no log-probs, with the reason.
 
     Raises:
         TokenizersDiffer: the two tokenizers are not the same and `align` is False.
@@ -127,7 +127,7 @@ def add_local_logprobs(
 def _read_all(
     tasks: Sequence[PendingTrace], read: Callable[[PendingTrace], _Reading]
 ) -> tuple[list[_Reading], list[tuple[Trace, str]]]:
-    """What can be read of some tasks, and why the others can't be."""
+    """The readings of some tasks, and the other tasks' traces with the reason."""
     readings, unread = [], []
     for task in tasks:
         try:
@@ -138,7 +138,7 @@ def _read_all(
 
 
 def _batches(tasks: Iterable[PendingTrace], tokens: int) -> Iterator[list[PendingTrace]]:
-    """Tasks in their order, of so many of the student's tokens together, or one that has more."""
+    """Group tasks, in order, into batches of at most so many of the student's tokens; a longer task is alone."""
     batch: list[PendingTrace] = []
     size = 0
     for task in tasks:
@@ -153,7 +153,7 @@ def _batches(tasks: Iterable[PendingTrace], tokens: int) -> Iterator[list[Pendin
 
 
 def _mapping(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, same: bool, vocabulary: int) -> Tensor:
-    """The student's id of each of the teacher's, -1 if there is none; [vocabulary]."""
+    """The student's id for each id of the teacher, -1 if there is none; int64 [vocabulary]."""
     if same:
         numbers = np.arange(vocabulary)
         return torch.from_numpy(np.where(numbers < len(student), numbers, -1))
@@ -166,7 +166,7 @@ class _Reading:
 
     Attributes:
         ids: the teacher's tokens of its own prompt and of the completion.
-        pairs: a token of the student's completion, and the row of `ids` that says what comes there.
+        pairs: (a token of the student's completion, the row of `ids` that predicts it).
     """
 
     task: PendingTrace
@@ -177,7 +177,7 @@ class _Reading:
 def _reader(
     teacher_tokenizer: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, same: bool
 ) -> Callable[[PendingTrace], _Reading]:
-    """How the teacher reads a task. The function raises ValueError for one of which it shares no token."""
+    """A function that makes the teacher's reading of a task. It raises ValueError if they share no token."""
     same_end = end_of_turn(teacher_tokenizer) == end_of_turn(tokenizer)
 
     def read(task: PendingTrace) -> _Reading:
@@ -203,7 +203,7 @@ def _reader(
 
 
 def _add_batch(teacher: PreTrainedModel, readings: Sequence[_Reading], mapped: Tensor, store: SignalStore) -> None:
-    """Adds the top k of traces read together, packed without padding."""
+    """Score several traces in one forward pass, packed without padding, and add their top k to the store."""
     lengths = [len(reading.ids) for reading in readings]
     positions = torch.cat([torch.arange(length) for length in lengths])[None].to(teacher.device)
     ids = torch.tensor([list(chain.from_iterable(reading.ids for reading in readings))], device=teacher.device)
@@ -220,7 +220,7 @@ def _add_batch(teacher: PreTrainedModel, readings: Sequence[_Reading], mapped: T
 def _shared_tokens(
     teacher_tokenizer: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, task: PendingTrace, reply: Written
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """The teacher's tokens of its own reply, and (student's token, teacher's token) if both are the same bytes."""
+    """The teacher's tokens of its own reply, and the pairs (student's token, teacher's token) with the same bytes."""
     written, _ = tokens_of(reply, teacher_tokenizer)
     whole = reply.text == task.reply.text
     at = {place: token for token, place in enumerate(_places(teacher_tokenizer, written, reply, whole)) if place}
@@ -231,8 +231,11 @@ def _shared_tokens(
 def _places(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], reply: Written, whole: bool
 ) -> list[tuple[int, int, int] | None]:
-    """Which bytes of the reply each token is; unless both replies are the same text as a `whole`, which bytes of the
-    thought or of the answer, for the marks around those are each model's own. None for a token of neither."""
+    """The byte range of each token: (0, start, end) in the reply if both replies are the same text (`whole`).
+
+    Otherwise (part, start, end) within the thought (0) or the answer (1), or None for a token of neither: each model
+    has its own tags around them.
+    """
     spans = byte_spans(spelled(tokenizer, ids), reply.text.encode())
     if whole:
         return [(0, start, end) for start, end in spans]
@@ -244,10 +247,10 @@ def _places(
 
 
 def _top_k(teacher: PreTrainedModel, hidden: Tensor, k: int, is_known: Tensor) -> tuple[Tensor, Tensor]:
-    """ids and natural log-probs [n, k] of hidden states [n, H], from fp32 logits.
+    """The top-k ids and natural log-probs [n, k] of hidden states [n, H], from fp32 logits.
 
-    Only ids that are known, bool [V], are candidates: a head has rows that are no token, and another tokenizer's tokens
-    need not be the student's. The log-probs are over all of the head's rows.
+    Only ids in `is_known`, bool [V], are candidates: a head may have rows without a token, and the student may lack a
+    token. The log-probs are normalised over all rows of the head.
     """
     head = head_of(teacher)
     signal = Dense(hidden, head.weight, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap)

@@ -1,9 +1,9 @@
-"""What a server refuses in a request: it is left out or renamed, once and aloud, and the request is sent again.
+"""Learn which parameters a server refuses: leave them out or rename them, with a warning, and send the request again.
 
 ```python
 manners = Manners()
-body = manners.fit({"model": "m", "temperature": 0.7, "max_tokens": 100})      # as the server wants it
-again = manners.learn("Unsupported parameter: 'temperature'", body)             # True: fit the body anew, send it again
+body = manners.fit({"model": "m", "temperature": 0.7, "max_tokens": 100})      # without refused parameters
+again = manners.learn("Unsupported parameter: 'temperature'", body)             # True: fit the body and send it again
 ```
 """
 
@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 
 _LIMIT, _NEWER_LIMIT = "max_tokens", "max_completion_tokens"
-_OPTIONAL = ("temperature", "top_p", "seed")  # without them an answer is still one to the question
-# How servers say that they don't take a parameter, or only its default. A value out of range is the user's to mend.
+_OPTIONAL = ("temperature", "top_p", "seed")  # may be left out
+# How servers refuse a parameter, or any value but its default. A value out of range is the user's error.
 _REFUSAL = re.compile(
     r"unsupported|not support|unrecogni[sz]ed|unknown|unexpected|not (?:be )?(?:permitted|allowed|accepted|available)"
     r"|forbidden|extra (?:inputs|fields)|not accept|deprecated|only (?:the default|be set)|cannot be (?:used|set)"
@@ -26,7 +26,7 @@ _REFUSAL = re.compile(
 
 
 class Manners:
-    """What a server was seen to refuse. Threads share it."""
+    """The parameters that a server has refused. Thread-safe."""
 
     def __init__(self) -> None:
         self._dropped: set[str] = set()
@@ -34,14 +34,14 @@ class Manners:
         self._lock = threading.Lock()
 
     def fit(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The body without what was refused."""
+        """The body without refused parameters."""
         fitted = {name: value for name, value in body.items() if name not in self._dropped}
         if self._takes_newer_limit and _LIMIT in fitted:
             fitted[_NEWER_LIMIT] = fitted.pop(_LIMIT)
         return fitted
 
     def learn(self, refusal: str, sent: Mapping[str, Any]) -> bool:
-        """Whether a body fitted anew differs from the one that was refused. Warns of a parameter that is left out."""
+        """Learn from a refusal. Returns whether `fit` would change the body now; warns about a dropped parameter."""
         if not _REFUSAL.search(refusal):
             return False
         with self._lock:

@@ -1,5 +1,5 @@
-"""The batch APIs of Anthropic and Gemini. litellm translates the questions and the replies, as it does those of chats;
-uploads, batches and results are the providers' own.
+"""The batch APIs of Anthropic and Gemini. litellm translates requests and replies, as for chats; uploads, batches and
+results use the providers' own APIs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rbfast.teacher.jobs import Job
 from rbfast.teacher.provider_requests import ProviderRequests
 from rbfast.teacher.providers import Provider
 
-# https://docs.claude.com/en/api/errors: the status that an error has outside of a batch
+# The HTTP status of each error type: https://docs.claude.com/en/api/errors
 _STATUS = {
     "invalid_request_error": 400,
     "authentication_error": 401,
@@ -35,8 +35,9 @@ _STATUS = {
 class AnthropicBatches:
     """A `BatchAPI`: Anthropic's Message Batches.
 
-    They have no name, and a request's id shows only in the results. A ticket names the newest batch before ours, the
-    number of our requests and the key of one: ours is the later batch of as many requests whose results have that key.
+    These batches have no name, and a request's id shows only in the results. So a ticket holds the newest batch before
+    ours, the number of our requests and the key of one. Ours is the later batch with as many requests whose results
+    contain that key.
     """
 
     most_requests, most_bytes = 100_000, 250_000_000
@@ -60,7 +61,7 @@ class AnthropicBatches:
         return self._requests.once("POST", self.url, "id", content=data)["id"]
 
     def find(self, ticket: dict[str, Any], report: Report) -> str | None:
-        """May wait for the end of a batch: before, nothing says whose it is."""
+        """May wait for the end of a batch: only its results show whose it is."""
         later = takewhile(lambda batch: batch["id"] != ticket["after"], self._list(self._LISTED))
         alike = [batch["id"] for batch in later if sum(_counts(batch).values()) == ticket["requests"]]
         for batch in reversed(alike):  # the oldest first
@@ -97,9 +98,9 @@ class AnthropicBatches:
 
 
 class GeminiBatches:
-    """A `BatchAPI`: Gemini's batchGenerateContent of an uploaded file. Each batch has its own name to be found by."""
+    """A `BatchAPI`: Gemini's batchGenerateContent of an uploaded file. A batch is found by its display name."""
 
-    most_requests, most_bytes = 100_000, 250_000_000  # they take 2 GB, which is much to hold in memory
+    most_requests, most_bytes = 100_000, 250_000_000  # the API accepts 2 GB, but we hold the requests in memory
     _ENDED = ("_SUCCEEDED", "_FAILED", "_CANCELLED", "_EXPIRED")
 
     def __init__(self, provider: Provider) -> None:
@@ -160,13 +161,13 @@ class GeminiBatches:
             yield Result(line["key"], None, _status_of_code(error.get("code")), said)
 
     def _beside(self, word: str) -> str:
-        """The API's address for files: the word stands before the version."""
+        """The API's URL for files, with `word` before the version."""
         root, version = re.fullmatch(r"(.*?)(/v\d\w*)?", self.url).groups(default="")  # type: ignore[union-attr]
         return f"{root}/{word}{version}"
 
 
 def read_result(provider: Provider, key: str, reply: Any) -> Result:
-    """The result in a reply of the provider's own shape."""
+    """The result in a reply of the provider's own format."""
     try:
         return Result(key, provider.read(reply))
     except ServerError as error:
@@ -182,5 +183,5 @@ def _counts(batch: dict[str, Any]) -> dict[str, int]:
 
 
 def _status_of_code(code: Any) -> int | None:
-    """The HTTP status of an error; a batch's results have gRPC's codes, of which 3 is an invalid argument."""
+    """The HTTP status of an error. A batch's results have gRPC codes, of which 3 is INVALID_ARGUMENT."""
     return 400 if code == 3 else code if isinstance(code, int) and code >= 100 else None

@@ -1,4 +1,4 @@
-"""Requests to a provider beside its chats (uploads, batches, results), at the address and with the headers of those."""
+"""Requests to a provider other than chats (uploads, batches, results), with the address and headers of its chats."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _Found = TypeVar("_Found")
 
 
 class ProviderRequests:
-    """Sends them.
+    """Sends such requests.
 
     Attributes:
-        chat_url: where litellm sends chats, without a query, which may hold a key.
+        chat_url: where litellm sends chats, without the query, which may contain a key.
 
     Raises:
-        ServerError: litellm cannot ask the provider, for want of a key for one.
+        ServerError: litellm cannot send requests to the provider, for lack of a key, say.
     """
 
     def __init__(self, provider: Provider) -> None:
@@ -40,11 +40,11 @@ class ProviderRequests:
         )
 
     def ask(self, method: str, url: str, field: str | None = None, **request: Any) -> dict[str, Any]:
-        """The JSON object in a reply, which has this field. Tries again if the provider is busy. Raises ServerError."""
+        """The JSON object in a reply, which must have `field`. Retries if the provider is busy. Raises ServerError."""
         return self._insist(lambda: self.once(method, url, field, **request))
 
     def once(self, method: str, url: str, field: str | None = None, **request: Any) -> dict[str, Any]:
-        """The same, tried once. Raises BrokenOff if the request may or may not have been heard."""
+        """As `ask`, without retries. Raises BrokenOff if it is unknown whether the request arrived."""
         with self._reply(method, url, **request) as response:
             data = response.read()
         try:
@@ -58,7 +58,7 @@ class ProviderRequests:
         return found
 
     def upload(self, url: str, name: str, data: bytes) -> str:
-        """The name that Google's file API gives to these lines."""
+        """Upload lines through Google's file API; returns the file's name."""
         start = {
             "X-Goog-Upload-Protocol": "resumable",
             "X-Goog-Upload-Command": "start",
@@ -77,7 +77,7 @@ class ProviderRequests:
         return self._insist(attempt)
 
     def lines(self, url: str) -> Iterator[bytes]:
-        """The lines of a file, which is on disk before the first is returned: it may be large, or break off."""
+        """The lines of a file. It is downloaded to disk first: it may be large, and the download may need retries."""
         with TemporaryFile() as file:
 
             def download() -> None:
@@ -96,7 +96,7 @@ class ProviderRequests:
 
     @contextmanager
     def _reply(self, method: str, url: str, **request: Any) -> Iterator[httpx.Response]:
-        """A reply that is none of an error. Raises BrokenOff or ServerError, which never show the key."""
+        """A successful reply. Raises BrokenOff or ServerError, with the key hidden."""
         import httpx
 
         try:
@@ -120,5 +120,5 @@ class ProviderRequests:
 
 
 def _shown(url: str) -> str:
-    """An address for messages: a query may hold what lets others in."""
+    """A URL for messages, without the query, which may contain credentials."""
     return url.partition("?")[0]

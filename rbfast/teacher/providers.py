@@ -1,4 +1,4 @@
-"""A provider with an API of its own (Anthropic, Gemini, ...), spoken to by `litellm` (the extra `teachers`).
+"""A provider with its own API (Anthropic, Gemini, ...), through `litellm` (the extra `teachers`).
 
 ```python
 teacher = Provider("anthropic", "claude-sonnet-4-5", temperature=None)      # the key from ANTHROPIC_API_KEY
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 
 _OWN_KEY = "RBFAST_API_KEY"
 _DELAY = re.compile(r'"retryDelay": ?"(\d+(?:\.\d+)?)s"')  # in Google's errors, in place of a header
-# Stands for any question: the provider's address, its headers and the shape of its replies do not depend on it.
+# A placeholder question: the provider's URL, headers and reply format do not depend on the question.
 _ANY: dict[str, Any] = {"messages": [{"role": "user", "content": "?"}]}
 _ANY |= {"temperature": None, "top_p": None, "seed": None}
 
 
 class _Caught(BaseException):
-    """A request on its way out. Not an Exception: litellm would make one of its own errors of it."""
+    """Carries a caught request. Not an Exception, which litellm would turn into one of its own errors."""
 
     def __init__(self, request: httpx.Request) -> None:
         self.request = request
@@ -53,8 +53,8 @@ class Provider:
 
     Args:
         provider: as litellm names it: anthropic, gemini, bedrock, ...
-        model: as the provider names it.
-        url: of another host than the provider's.
+        name: the model, as the provider names it.
+        url: the URL of another host than the provider's.
         timeout, retries, temperature, top_p, seed: see `client.Server`.
 
     Raises:
@@ -87,11 +87,11 @@ class Provider:
         return self.connection.retried
 
     def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The whole reply in the shape of a chat completion; raises ServerError. `path` is always that of chats."""
+        """The reply in the format of a chat completion. `path` is always that of chats. Raises ServerError."""
         return insist(self.retried, self.retries, lambda: self._once(body))
 
     def request(self, body: Mapping[str, Any] = _ANY) -> httpx.Request:
-        """The request that `ask` would send, in the provider's own shape; holds the key. Raises ServerError."""
+        """The request that `ask` would send, in the provider's own format, with the key. Raises ServerError."""
 
         def catch(request: httpx.Request) -> Any:
             raise _Caught(request)
@@ -105,7 +105,7 @@ class Provider:
         raise ServerError(f"litellm sends the requests of {self.provider} in a way that cannot be followed")
 
     def read(self, reply: Any) -> dict[str, Any]:
-        """A reply in the provider's own shape as `ask` returns it. Raises ServerError if it is none."""
+        """Convert a reply in the provider's own format to what `ask` returns. Raises ServerError if it is not one."""
         import httpx
 
         try:
@@ -114,14 +114,14 @@ class Provider:
             raise ServerError(str(error), error.status) from None
 
     def sent(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The body with what is sent with every request, as far as the provider takes it."""
+        """The body of a request with the common parameters, without those that the provider refuses."""
         common = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
         return self.connection.manners.fit({n: value for n, value in (common | {**body}).items() if value is not None})
 
     def _once(
         self, body: Mapping[str, Any], answer: Callable[[httpx.Request], httpx.Response] | None = None
     ) -> dict[str, Any]:
-        """A reply, of the provider or, if it is given, of `answer` in its place."""
+        """One request without retries. If `answer` is given, it replies in place of the provider."""
         import openai
 
         litellm, manners = _litellm(), self.connection.manners
@@ -142,19 +142,19 @@ class Provider:
                 raise ServerError(said, status) from None
 
     def _how(self) -> dict[str, Any]:
-        # Its own retries come without a pause.
+        # No retries by litellm: they come without a pause.
         how: dict[str, Any] = {"timeout": self.timeout, "num_retries": 0, "max_retries": 0}
         how |= {"api_base": self.url} if self.url else {}
         own = os.environ.get(_OWN_KEY, "").strip()
         return how | ({"api_key": own} if own else {})
 
     def hide(self, text: str) -> str:
-        """The text without any key that the provider may have been sent."""
+        """The text with any key masked that the provider may have been sent."""
         return hide(text, _keys())
 
 
 def _client(answer: Callable[[httpx.Request], httpx.Response]) -> Any:
-    """A client for litellm that has every request answered here."""
+    """A client for litellm whose requests are answered by `answer`."""
     import httpx
     from litellm.llms.custom_httpx.http_handler import HTTPHandler
 
@@ -162,11 +162,11 @@ def _client(answer: Callable[[httpx.Request], httpx.Response]) -> Any:
 
 
 def _litellm() -> Any:
-    # Else its import downloads a table of prices.
+    # Without this, its import downloads a table of prices.
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     litellm: Any = need("litellm", "providers with an API of their own", "'rbfast[teachers]'")
     litellm.suppress_debug_info = True  # it would print to stdout
-    # Of its own types, at every first use of one.
+    # Warnings about litellm's own types.
     warnings.filterwarnings("ignore", message=".*`ReadOnly` qualifier", category=UserWarning)
     return litellm
 
@@ -178,6 +178,6 @@ def _keys() -> list[str]:
 
 
 def pause_in(headers: Mapping[str, str], said: str) -> float | None:
-    """Seconds that the provider asks to wait, if it says so in a header or in the error."""
+    """The seconds that the provider asks to wait, in a header or in the error; None if it does not say."""
     delay, pause = _DELAY.search(said), retry_after(headers)
     return float(delay[1]) if pause is None and delay else pause

@@ -1,4 +1,4 @@
-"""The replies of a teacher: each on disk and paid for as soon as it is there."""
+"""Store a teacher's replies: each is written to disk and paid for as soon as it arrives."""
 
 import warnings
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ _REPLY |= {"prompt_tokens": int, "completion_tokens": int}
 
 
 class ReplyStore:
-    """The replies in a file and what they cost. Those to `jobs` show how far the teacher passes what it is allowed.
+    """The replies in a file, charged to `purse`. Stored replies to `jobs` show by how much the teacher exceeds limits.
 
     Raises:
         ValueError: the file holds something else.
@@ -27,7 +27,7 @@ class ReplyStore:
         self.purse = purse
         self._journal = Journal(path)
         self._found: dict[str, dict[str, Any]] = {}
-        self._whole: dict[str, dict[str, Any]] = {}  # that were not cut, by their jobs' `unlimited`
+        self._whole: dict[str, dict[str, Any]] = {}  # replies that were not cut, by their jobs' `unlimited`
         self._warned: set[str] = set()
         for where, record in self._journal.read():
             check(record, _REPLY, f"{where}: expected a teacher's reply, choose another folder")
@@ -40,7 +40,7 @@ class ReplyStore:
         return len(self._found)
 
     def get(self, job: Job) -> dict[str, Any] | None:
-        """The reply to a job, or one to the same question with another limit of tokens, unless that one was cut."""
+        """The reply to a job, or an uncut reply to the same request with another token limit; None if there is none."""
         return self._found.get(job.key) or self._whole.get(job.unlimited)
 
     def missing(self, jobs: Sequence[Job]) -> list[Job]:
@@ -50,7 +50,7 @@ class ReplyStore:
         return key in self._found
 
     def add(self, record: dict[str, Any], worst: tuple[int, int] | None = None) -> None:
-        """Keeps and pays a reply. `worst`: the tokens that its request allowed, if they are known."""
+        """Store and pay a reply. `worst`: the tokens that its request allowed, if known."""
         self._journal.append([record])
         self._keep(record)
         if worst is not None:

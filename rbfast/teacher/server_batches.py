@@ -1,4 +1,4 @@
-"""OpenAI's batch API, which other servers have too: a file of requests is uploaded, and a batch is made of it."""
+"""OpenAI's batch API, which other servers have too: upload a file of requests, and create a batch from it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _RUNNING = {"validating", "in_progress", "finalizing", "cancelling"}
 
 
 class ServerBatches:
-    """A `BatchAPI`. Its ticket names the file, and the file finds the batch."""
+    """A `BatchAPI`. Its ticket names the file, by which the batch is found."""
 
     most_requests, most_bytes = 50_000, 190_000_000
 
@@ -38,7 +38,7 @@ class ServerBatches:
     def create(self, ticket: dict[str, Any], requests: Sequence[Request]) -> str:
         try:
             with self.teacher.errors("/batches"):
-                # Without the SDK's retries: each could make another batch.
+                # Without the SDK's retries: each could create another batch.
                 once = self.teacher.client().with_options(max_retries=0)
                 return once.batches.create(
                     input_file_id=ticket["file"],

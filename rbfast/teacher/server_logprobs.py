@@ -1,4 +1,4 @@
-"""Log-probs of a served teacher: of traces that exist, if it scores prompts, or of the replies that became traces.
+"""Log-probs from a served teacher: for existing traces, if it can score prompts, or from the replies it wrote.
 
 ```python
 with SignalStore(folder, teacher="my-teacher", k=32, vocabulary=len(tokenizer)) as store:
@@ -45,20 +45,20 @@ def add_server_logprobs(
     concurrency: int = 8,
     progress: Progress | None = None,
 ) -> list[tuple[Trace, str]]:
-    """Adds the top k of every trace that `store` lacks, as `server` reads it as a prompt.
+    """Add the top k of every trace that `store` lacks. The server scores the traces as prompts.
 
     Args:
-        dialect: "vllm" requests `prompt_logprobs`; "echo" for the prompt back with `logprobs`, as OpenAI's completions.
-        align: the server's tokenizer may differ from the student's. It is then shown plain text, without the student's
-            chat template; else the student's own token ids (vllm) or its prompt (echo).
+        dialect: "vllm" requests `prompt_logprobs`; "echo" requests the prompt back with `logprobs`, as in OpenAI's
+            completions.
+        align: the server's tokenizer may differ from the student's. The server then gets plain text, without the
+            student's chat template; otherwise the student's token ids (vllm) or its prompt (echo).
 
     Returns:
-        the traces that got none, with the reason.
+        The traces that got no log-probs, with the reason.
 
     Raises:
-        TokenizersDiffer: the server reads other tokens than the student and `align` is False.
-        ServerError: no answer after all retries, one without log-probs, or a refusal of all
-            the first traces.
+        TokenizersDiffer: the server's tokens differ from the student's and `align` is False.
+        ServerError: no answer after all retries, one without log-probs, or a refusal of all the first traces.
     """
     if dialect not in DIALECTS:
         raise ValueError(f"dialect must be one of {', '.join(DIALECTS)}, got {dialect!r}")
@@ -85,7 +85,7 @@ def add_server_logprobs(
 
 
 class _Reader:
-    """Asks for the log-probs of one trace, and finds the student's tokens in the reply."""
+    """Requests the log-probs of one trace, and maps them to the student's tokens."""
 
     def __init__(
         self, server: Server, tokenizer: PreTrainedTokenizerBase, k: int, dialect: Dialect, align: bool
@@ -95,8 +95,8 @@ class _Reader:
         self.ids = ids_by_bytes(self.tokens)
 
     def read(self, task: PendingTrace) -> tuple[np.ndarray, np.ndarray, np.ndarray] | str | ServerError:
-        """rows, ids, logprobs for `SignalStore.add`; or why there are none: a ServerError if the server refuses the
-        trace, which may be too long for it."""
+        """(rows, ids, logprobs) for `SignalStore.add`; or why there are none, as text or, if the server refuses the
+        trace (it may be too long), as a ServerError."""
         try:
             found = self._by_ids(task) if self.dialect == "vllm" and not self.align else self._by_text(task)
             return _table(found, self.k) if found else NOTHING_SHARED
@@ -115,7 +115,7 @@ class _Reader:
             ) from error
 
     def _by_ids(self, task: PendingTrace) -> list[tuple[int, list[int], list[float]]]:
-        """Sends the student's ids. The reply says how the server spells each, and so whether both use the same ids."""
+        """Score by the student's token ids. The reply has the text of each, which shows whether the ids agree."""
         ids = task.example.input_ids.tolist()
         choice = self._ask({"prompt": ids, "prompt_logprobs": self.k, "add_special_tokens": False})
         tops = choice["prompt_logprobs"]
@@ -132,8 +132,8 @@ class _Reader:
     def _check_same(self, task: PendingTrace, number: int, theirs: str | None) -> None:
         written = self.tokens[number]
         if theirs is None or not theirs or "\ufffd" in theirs or written is None:
-            return  # part of a character, or a special token: it has no text to compare
-        if theirs.strip() != written.decode("utf-8", "replace").strip():  # some decode without the opening blank
+            return  # part of a character, or a special token: there is no text to compare
+        if theirs.strip() != written.decode("utf-8", "replace").strip():  # some servers drop the leading space
             raise TokenizersDiffer(
                 f"{task.trace.name}: token {number} is {theirs!r} to the server and {written!r} to the student: the "
                 "tokenizers differ; with align=True (--align) the tokens that both cut alike get theirs"
@@ -162,8 +162,8 @@ class _Reader:
         )
 
     def _pieces(self, text: str) -> list[Piece]:
-        """The tokens of `text` as the server cuts it. The first has no candidates, and often no text in the reply: it
-        is what the others leave."""
+        """The server's tokens of `text`. The first has no candidates, and often no text in the reply: its text is what
+        the others leave."""
         if self.dialect == "vllm":
             choice = self._ask({"prompt": text, "prompt_logprobs": self.k, "return_token_ids": True})
             pieces = list(_vllm_pieces(choice))
@@ -178,14 +178,14 @@ class _Reader:
         wanted = "prompt_logprobs" if self.dialect == "vllm" else "logprobs"
         reply = self.server.ask("/completions", {"max_tokens": 1} | body)
         choice = (reply.get("choices") or [{}])[0]
-        # vLLM puts them beside the choice, or above it.
+        # vLLM puts them into the choice, or beside the choices.
         found = choice.get(wanted) or reply.get(wanted)
         if not found:
             raise ServerError(
                 f"{self.server.url} sends no {wanted}: it does not score prompts this way; dialects: "
                 f"{', '.join(DIALECTS)}"
             )
-        # One token is generated, because some servers refuse to generate none.
+        # `max_tokens` is 1, because some servers refuse 0.
         counted = (reply.get("usage") or {}).get("prompt_tokens", -1)
         return choice | {wanted: found, "prompt_tokens": counted}
 
@@ -193,7 +193,7 @@ class _Reader:
 def _vllm_pieces(choice: dict[str, Any]) -> Iterator[Piece]:
     numbers = choice.get("prompt_token_ids") or [None] * len(choice["prompt_logprobs"])
     for number, top in zip(numbers, choice["prompt_logprobs"], strict=True):
-        # The first token has no candidates; of the others, the one that was written comes first.
+        # The first token has no candidates. In the others, the actual token is listed first.
         if top is None:
             yield Piece(b"", [])
             continue
@@ -210,7 +210,7 @@ def _echo_pieces(said: dict[str, Any]) -> Iterator[Piece]:
 
 
 def _table(found: Sequence[tuple[int, list[int], list[float]]], k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """rows [n], ids and logprobs [n, k]: the best k of each row, for servers list the written token besides them."""
+    """rows [n], ids and logprobs [n, k]: the best k of each row. Servers may list the actual token as one more."""
     rows = np.array([row for row, _, _ in found])
     table = np.zeros((len(found), k), dtype=np.int64), np.full((len(found), k), -np.inf)
     for i, (_, ids, values) in enumerate(found):
@@ -226,23 +226,23 @@ def add_reply_logprobs(
     store: SignalStore,
     instruction: Instruction | None = None,
 ) -> str | None:
-    """Adds what a reply of `teach` says of its own tokens to `store`, as far as the trace repeats its text.
+    """Add the log-probs in a reply of `teach` to `store`, as far as the trace repeats the reply's text.
 
     Returns:
-        why there is nothing to add, else None.
+        Why there is nothing to add, else None.
     """
     tasks, refused = pending_traces([trace], tokenizer, store, 2**31, instruction)
     if not tasks:
         return refused[0][1] if refused else None
     [task], tokens = tasks, token_bytes(tokenizer)
     pieces = [Piece(_raw(token), [(_raw(other), value) for other, value in top]) for token, top in reply["logprobs"]]
-    # Its tokens may write more than its text: many servers list those of a thought, and the end of the turn.
+    # The listed tokens may be more than the text: many servers include the thinking and the end of turn.
     said, completion = b"".join(piece.written for piece in pieces), task.reply.text.encode()
     reasoning = trace.reasoning.strip().encode()
     start = said.find(reasoning)
     if start < 0:
         return "the reply has no log-probs of the reasoning"
-    # The trace is the reply from here on, until the answer is written another way.
+    # From here on, trace and reply have the same text, up to the way in which the answer is marked.
     opening = completion.index(reasoning, len((trace.plan or "").encode()))
     shared = shared_length(said[start:], completion[opening:])
     theirs = [(a - start + opening, b - start + opening) for a, b in byte_spans([p.written for p in pieces], said)]

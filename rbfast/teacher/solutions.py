@@ -1,12 +1,12 @@
-"""A teacher asked for solutions over an OpenAI-compatible server: many at a time, within a budget, never twice.
+"""Ask a teacher for solutions: many at a time, within a budget, each question only once.
 
 ```python
 server = Server("https://api.example.com/v1", "their-model", temperature=0.7)      # the key from RBFAST_API_KEY
 taught = teach(server, read_questions("problems.jsonl"), "taught/", samples=2, max_cost=5.0, prices=Prices(3, 15))
 ```
 
-The folder holds `replies.jsonl` (every reply as it came, at once), and at the end `traces.jsonl`, `failed.jsonl` (what
-is no trace, and why) and `teach.json` (counts, tokens, cost). The same call resumes from the replies that are there.
+Every reply is written to `replies.jsonl` as it arrives; at the end come `traces.jsonl`, `failed.jsonl` (replies that
+are not traces, and why) and `teach.json` (counts, tokens, cost). The same call resumes from the stored replies.
 """
 
 from __future__ import annotations
@@ -47,31 +47,31 @@ SYSTEM = (
 
 _PLAN = re.compile(r"\s*<plan>(.*?)</plan>\s*", re.DOTALL | re.IGNORECASE)
 _ANSWER = re.compile(r"\s*<answer>", re.IGNORECASE)
-_OURS = {"model", "messages", "max_tokens", "max_completion_tokens", "n", "stream"}  # of a request's fields
+_OURS = {"model", "messages", "max_tokens", "max_completion_tokens", "n", "stream"}  # request fields that we set
 
 
 @dataclass(frozen=True)
 class Taught:
-    """The traces that `teach` made. `open` questions were not sent or not answered; the same call sends them again."""
+    """The result of `teach`. `open` replies were not requested or did not come; the same call requests them again."""
 
     traces: list[Trace]
     replies: list[dict[str, Any]]  # one for each trace
     failed: int
     open: int
-    reason: str | None  # why some are open
+    reason: str | None  # why replies are open
     read: int
     written: int
     cost: float
-    first_failure: str | None = None  # why the first of the failed is no trace
+    first_failure: str | None = None  # why the first failed reply is not a trace
 
     @property
     def verdicts(self) -> dict[str, int]:
-        """How many traces' answers are right, wrong, and without a known answer to compare them with."""
+        """The number of traces whose answer is right, wrong, or unverified for lack of a known answer."""
         counts = Counter(trace.verified for trace in self.traces)
         return {"right": counts[True], "wrong": counts[False], "unverified": counts[None]}
 
     def summary(self) -> dict[str, Any]:
-        """For `teach.json`."""
+        """The content of `teach.json`."""
         counts = {name: getattr(self, name) for name in ("failed", "open", "reason", "read", "written", "cost")}
         return {"traces": len(self.traces)} | self.verdicts | counts
 
@@ -79,8 +79,8 @@ class Taught:
 def read_questions(
     source: str | Path, n: int | None = None, seed: int = 0, options: FormatOptions = AUTO
 ) -> list[Question]:
-    """The first `n` problems (default: all) of a file, a folder or a hub dataset of any shape in docs/formats.md; or
-    `n` of a benchmark (default: all) or of a reasoning-gym generator (default: 50). Each once.
+    """Distinct problems: the first `n` (default: all) of a file, a folder or a hub dataset in any format of
+    docs/formats.md; or `n` of a benchmark (default: all) or of a reasoning-gym generator (default: 50).
 
     Raises:
         ValueError: no such source, a row without a problem, or no rows.
@@ -131,24 +131,24 @@ def teach(
     extra: Mapping[str, Any] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Taught:
-    """Asks for `samples` solutions of each question and turns the replies into traces.
+    """Ask for `samples` solutions of each question and turn the replies into traces.
 
     Args:
-        max_tokens: of one reply.
-        top_logprobs: candidates to ask for at each token, 0 for none; kept in `replies.jsonl`.
-        concurrency: questions under way at a time.
-        max_cost, max_total_tokens: nothing is sent that could exceed them, however long the reply; replies of
-            earlier calls in this folder count.
-        batch: by the batch API of the server or provider, at its lower prices (`prices` must be those), within a day.
+        max_tokens: the limit of one reply.
+        top_logprobs: candidates to request at each token, 0 for none; stored in `replies.jsonl`.
+        concurrency: the most concurrent requests.
+        max_cost, max_total_tokens: the budget. No request is sent that could exceed it, however long the reply; replies
+            of earlier calls in this folder count.
+        batch: use the batch API of the server or provider, at its lower prices (`prices` must be those), within a day.
         extra: more fields of every request, as the server names them (`reasoning_effort`, ...).
-        progress: called with (replies there, replies wanted, a few words on the cost and on retries), with
-            every reply and several times a second.
+        progress: called with (replies there, replies wanted, a text about cost and retries) at every reply and several
+            times a second.
 
     Raises:
         ValueError: an option out of range, or a folder whose replies cannot be read or in which another process works.
-        ServerError: the server refuses every question (a wrong key or model), or has failed several times in a row;
-            what had come is kept.
-        KeyboardInterrupt: after Ctrl-C, when the replies under way are there, or a second Ctrl-C left them.
+        ServerError: the server refuses every request (a wrong key or model), or has failed several times in a row. The
+            replies so far are kept.
+        KeyboardInterrupt: after Ctrl-C, once the pending replies are there, or at a second Ctrl-C.
     """
     _check({"samples": samples, "max_tokens": max_tokens, "concurrency": concurrency}, extra or {})
     if max_cost is not None and prices == FREE:
