@@ -1,3 +1,3 @@
-"""What people look at: plots (`plots`), pages (`html`), and the report of finished runs: `run_report`, with its
-`accuracy` and its `examples`, of what `read_run` finds in their folders.
+"""Plots (`plots`), HTML pages (`html`), and the report of finished runs: `run_report` renders what `read_run` finds in
+their folders, with the sections `accuracy` and `examples`.
 """

@@ -1,4 +1,4 @@
-"""The report's accuracy: before and after the training, by family and by token budget."""
+"""The report's accuracy sections: before and after the training, by family and by token budget."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ from rbfast.report.read_run import (
     task_name,
 )
 
-_BUDGETS = 32  # points of a curve that comes from one limit
+_BUDGETS = 32  # points of a curve that is computed from one evaluation
 NOTHING_MEASURED = (
     "No completions in the folder. `rbfast eval MODEL --task TASK -o RUN/before.jsonl`, and the same with "
     "`--adapter RUN -o RUN/after.jsonl`, measure the base model and the trained one."
@@ -93,7 +93,7 @@ def by_budget(run: RunFolder) -> Iterator[str]:
 
 
 def _over_limits(measurements: Sequence[Measurement]) -> dict[str, dict[int, Interval]]:
-    """For each side that was measured under several limits, the share solved under each."""
+    """For each side that was evaluated under several limits, the share solved under each."""
     curves: dict[str, dict[int, Interval]] = {}
     for side in ("before", "after"):
         by_limit: dict[int, Items] = {m.limit: getattr(m, side) for m in measurements if m.limit and getattr(m, side)}
@@ -110,7 +110,7 @@ def _over_limits(measurements: Sequence[Measurement]) -> dict[str, dict[int, Int
 
 
 def _within(measured: Measurement) -> dict[str, dict[int, Interval]]:
-    """For each side the share that is solved within so many tokens, up to the limit or the longest completion."""
+    """For each side, the share solved within each budget, up to the limit or the longest completion."""
     sides = {"before": measured.before, "after": measured.after}
     lengths = [record["tokens"] for items in sides.values() for found in items.values() for record in found]
     most = max(lengths) if measured.limit is None else measured.limit

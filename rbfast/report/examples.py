@@ -1,4 +1,4 @@
-"""The report's examples: what the model wrote before and after, in the colours of its roles."""
+"""The report's examples: completions before and after the training, coloured by role."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -10,7 +10,7 @@ from rbfast.report.read_run import Measurement, Record, RunFolder, main_measurem
 
 _MOST_EXAMPLES = 12
 _OPEN_EXAMPLES = 2
-_VERDICTS = [(False, True), (True, False), (False, False), (True, True)]  # before and after; the first are shown first
+_VERDICTS = [(False, True), (True, False), (False, False), (True, True)]  # (before, after), in the order of display
 
 
 def examples(run: RunFolder) -> Iterator[str]:
@@ -28,7 +28,7 @@ def examples(run: RunFolder) -> Iterator[str]:
 
 
 def _chosen(measured: Measurement) -> list[tuple[str, str]]:
-    """The first problem of every task that was gained; then of those lost, those never solved, those always solved."""
+    """The first problem of every task that was gained, then that was lost, was never solved, was always solved."""
     after = measured.after or measured.before
     before = measured.before or after
     firsts: dict[tuple[int, str], tuple[str, str]] = {}
@@ -63,7 +63,7 @@ def _completion(side: str, record: Record) -> str:
 
 
 def _coloured(record: Record) -> str:
-    """The completion in the colours of its roles; interventions are marked where they were, with what they struck."""
+    """The completion coloured by role, with each intervention marked in its place, with the text that it struck."""
     text = record["completion"]
     marks: dict[int, str] = {}
     for event in record.get("events", ()):

@@ -1,4 +1,4 @@
-"""An HTML page that is one file: one style, tables, pictures inside. Whatever comes from data is escaped.
+"""Self-contained HTML pages: one style, tables, embedded images. All data is escaped.
 
 ```python
 write_text("page.html", page("Losses", [table(("step", "loss"), rows), picture(figure, "Loss by step")]))
@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 
 import rbfast
 
-_DPI = 144  # half as many again as a screen's 96: sharp if a pixel of the page is more than one of the screen
+_DPI = 144  # 1.5 times the 96 of CSS: sharp on high-density screens
 _NUMBER = re.compile(r"[-+]?\d[\d,.]*%?( \(.{1,30}\))?")
-_SMALLEST = 0.62  # of a picture's width, so that its text stays legible on a phone; its box scrolls there
+_SMALLEST = 0.62  # least share of an image's width, to keep its text legible on a phone, where its box scrolls
 _STYLE = """
 :root{color-scheme:light dark;--line:#ddd;--soft:#f6f6f6;--quiet:#666}
 @media(prefers-color-scheme:dark){:root{--line:#444;--soft:#242424;--quiet:#aaa}}
@@ -43,7 +43,7 @@ mark{padding:0 .3rem;border-radius:3px;font-weight:600}del{opacity:.6}
 
 
 def page(title: str, body: Sequence[str]) -> str:
-    """The whole page; `body` is HTML, `title` a text."""
+    """A complete page; `body` is HTML, `title` plain text."""
     head = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><link rel="icon" href="data:,">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -53,12 +53,12 @@ def page(title: str, body: Sequence[str]) -> str:
 
 
 def escape(value: object) -> str:
-    """A text as HTML that shows it, in an element or in a quoted attribute; half a surrogate pair becomes `?`."""
+    """Escape a value as text, for an element or a quoted attribute. A lone surrogate becomes `?`."""
     return html.escape(str(value).encode("utf-8", "replace").decode("utf-8"))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Cells are texts, numbers or None, an empty cell. A column whose first cell is a number stands to the right."""
+    """An HTML table of texts, numbers or None (empty). A column is right-aligned if its first cell is a number."""
     texts = [[_text(cell) for cell in row] for row in rows]
     right = [bool(_NUMBER.fullmatch(cell)) for cell in texts[0]] if texts else [False] * len(header)
     lines = [_line("th", header, right), *(_line("td", row, right) for row in texts)]
@@ -77,7 +77,7 @@ def _line(tag: str, cells: Sequence[str], right: Sequence[bool]) -> str:
 
 
 def picture(figure: Figure, alt: str) -> str:
-    """The figure as an image inside the page; `alt` says what it shows."""
+    """The figure as an embedded image; `alt` describes it."""
     figure.set_dpi(_DPI)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
@@ -88,16 +88,16 @@ def picture(figure: Figure, alt: str) -> str:
 
 
 def stages_table(sheet: Mapping[str, Any]) -> str:
-    """What each stage of a curation took in, dropped for which reason, and let through, as HTML."""
+    """The stages of a curation as an HTML table: what came in, what was dropped and why, what came out."""
     rows = [(s["stage"], s["in"], dropped_because(s["dropped"]), s["out"]) for s in sheet["stages"]]
     return table(("stage", "in", "dropped, and why", "out"), rows)
 
 
 def dropped_because(counts: Mapping[str, int]) -> str:
-    """Counts by reason, as a text."""
+    """Counts by reason, as one line of text."""
     return "; ".join(f"{reason}: {count:,}" for reason, count in counts.items())
 
 
 def remark(text: str) -> str:
-    """A quiet line of plain text."""
+    """A paragraph of plain text in a muted colour."""
     return f'<p class="quiet">{escape(text)}</p>'

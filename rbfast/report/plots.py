@@ -1,4 +1,4 @@
-"""Pictures of a run: loss curves by role, where the budget went, accuracy before and after, accuracy against tokens.
+"""Plots of a run: losses by role, placement of the trained columns, accuracy before and after, accuracy by budget.
 
 ```python
 plot_losses(trainer.state.log_history, "losses.png")
@@ -6,7 +6,7 @@ plot_placement({"model.layers.0.self_attn.q_proj": {"columns": 17, "values": 979
 plot_accuracy([{"family": "gcd", "before": 0.1, "after": 0.5, "ci_low": 0.2, "ci_high": 0.6, "n": 40}], "accuracy.png")
 ```
 
-Each `plot_X(data, path)` writes what `draw_X(data)` returns as a figure.
+`draw_X(data)` returns a figure, `plot_X(data, path)` writes it to a file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rbfast.data.spans import ROLES
 from rbfast.evaluation.statistics import Interval, proportion
 from rbfast.utils.files import replacing
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
+# Okabe and Ito's palette, which is safe for colour-blind readers.
 _COLOURS = dict(zip(ROLES, ("#0072B2", "#D55E00", "#009E73"), strict=True))
 BEFORE, AFTER = "#999999", "#0072B2"
 _NUMBERED = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
@@ -35,16 +35,16 @@ _WIDEST = 24.0  # inches
 
 
 def plot_losses(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Writes `draw_losses`."""
+    """Write the figure of `draw_losses`."""
     _save(draw_losses(log_history), path)
 
 
 def draw_losses(log_history: Sequence[Mapping[str, Any]]) -> Figure:
     """Curves of `loss_strategic`, `loss_tactical` and `loss_answer` against `step`, with a running mean; those of
-    held-out traces (`eval_loss_strategic` and so on) dashed.
+    held-out traces (`eval_loss_strategic` and so on) are dashed.
 
     Raises:
-        ValueError: no record carries a role's loss.
+        ValueError: no record has a role's loss.
     """
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.add_subplot()
@@ -55,7 +55,7 @@ def draw_losses(log_history: Sequence[Mapping[str, Any]]) -> Figure:
         reach = len(losses) // 30
         smooth = [losses[max(0, i - reach) : i + reach + 1].mean() for i in range(len(losses))]
         axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=1)
-        dot = "o" if len(losses) == 1 else None  # a line through one point shows nothing
+        dot = "o" if len(losses) == 1 else None  # a line through one point is invisible
         axes.plot(steps, smooth, color=colour, linewidth=2, marker=dot, label=f"{role} (now {smooth[-1]:.3f})")
         steps, losses = _points(log_history, f"eval_loss_{role}")
         if len(steps):
@@ -73,22 +73,25 @@ def draw_losses(log_history: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def _points(log_history: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
-    """The steps and the values of one entry of a log, [2, n]."""
+    """The steps and the values of one quantity in a log, [2, n]."""
     points = [(log["step"], log[name]) for log in log_history if name in log]
     return np.array(points, dtype=float).reshape(-1, 2).T
 
 
 def plot_placement(modules: Mapping[str, Mapping[str, float]], path: str | Path) -> None:
-    """Writes `draw_placement`."""
+    """Write the figure of `draw_placement`."""
     _save(draw_placement(modules), path)
 
 
 def draw_placement(modules: Mapping[str, Mapping[str, float]]) -> Figure:
-    """A map, layers down and matrices across, of the share of input columns that each matrix trains.
+    """A heat map of the share of input columns that each matrix trains, layers by matrices.
 
     Args:
-        modules: by module name, `columns` trained, of `in` there are, holding `values` trained values. The first number
-            in a name is its layer.
+        modules: by module name, the number of trained `columns`, of all columns `in`, and of trained `values`. The
+            first number in a name is its layer.
+
+    Raises:
+        ValueError: no module.
     """
     if not modules:
         raise ValueError("expected at least one module, got none")
@@ -113,7 +116,7 @@ def draw_placement(modules: Mapping[str, Mapping[str, float]]) -> Figure:
 
 
 def draw_scores(scores: Mapping[str, float]) -> Figure:
-    """A map, layers down and matrices across, of the score by which each matrix's columns were chosen.
+    """A heat map of the score by which each matrix's columns were chosen, layers by matrices.
 
     Raises:
         ValueError: no score is above 0.
@@ -131,7 +134,7 @@ def draw_scores(scores: Mapping[str, float]) -> Figure:
 
 
 def _by_layer_and_kind(values: Mapping[str, float]) -> tuple[np.ndarray, list[int], list[str]]:
-    """Values as [layers, kinds], NaN if there is no such matrix; the layers; the kinds."""
+    """Values as an array [layers, kinds], NaN for a missing matrix; the layers; the kinds."""
     placed = {name: _layer_and_kind(name) for name in values}
     layers = sorted({layer for layer, _ in placed.values()})
     kinds = list(dict.fromkeys(kind for _, kind in placed.values()))
@@ -142,7 +145,7 @@ def _by_layer_and_kind(values: Mapping[str, float]) -> tuple[np.ndarray, list[in
 
 
 def _map_figure(layers: int, kinds: int, beside: float) -> Figure:
-    """A figure that gives each cell of a map its room, with `beside` inches for the rest."""
+    """A figure sized for a heat map of so many cells, plus `beside` inches of width."""
     width, height = max(5.0, 1.1 * kinds + beside), max(3.2, 0.21 * layers + 2.4)
     return Figure(figsize=(min(width, _WIDEST), min(height, _WIDEST)), layout="constrained")
 
@@ -161,15 +164,18 @@ def _layer_and_kind(name: str) -> tuple[int, str]:
 
 
 def plot_accuracy(families: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Writes `draw_accuracy`."""
+    """Write the figure of `draw_accuracy`."""
     _save(draw_accuracy(families), path)
 
 
 def draw_accuracy(families: Sequence[Mapping[str, Any]]) -> Figure:
-    """Bars before and after by family, each with its Wilson interval; the paired gain with its interval above them.
+    """Bars before and after by family, with Wilson intervals; above them the paired gain with its interval.
 
     Args:
         families: rows with `family`, `before`, `after` (shares), `ci_low`, `ci_high` (of the paired gain) and `n`.
+
+    Raises:
+        ValueError: no family.
     """
     if not families:
         raise ValueError("expected at least one family, got none")
@@ -191,7 +197,7 @@ def draw_accuracy(families: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_yticks(range(0, 101, 20))
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    figure.legend(frameon=False, loc="outside lower center", ncols=2)  # within the axes a gain near 100% would cover it
+    figure.legend(frameon=False, loc="outside lower center", ncols=2)  # inside the axes it could hide a gain near 100%
     return figure
 
 
@@ -202,10 +208,13 @@ def _interval(share: float, n: int) -> tuple[float, float]:
 
 
 def draw_budgets(curves: Mapping[str, Mapping[int, Interval]]) -> Figure:
-    """The share solved against the budget, a line with its 95% band for each of `before` and `after`.
+    """The share solved by token budget, one line with a 95% band for each of `before` and `after`.
 
     Args:
-        curves: for each side, by tokens of budget, the share solved with its interval.
+        curves: for each side, by budget in tokens, the share solved with its interval.
+
+    Raises:
+        ValueError: no budget.
     """
     if not any(curves.values()):
         raise ValueError("expected at least one budget, got none")
@@ -225,7 +234,7 @@ def draw_budgets(curves: Mapping[str, Mapping[int, Interval]]) -> Figure:
 
 
 def plain(name: str) -> str:
-    """A name that matplotlib draws as it stands: no mathematics, no line breaks, not too long."""
+    """A name for matplotlib: dollar signs escaped, on one line, at most 60 characters."""
     name = " ".join(name.split()).encode("utf-8", "replace").decode("utf-8").replace("$", r"\$")
     return name if len(name) <= 60 else name[:57] + "..."
 

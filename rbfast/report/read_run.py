@@ -1,12 +1,12 @@
-"""What a run left in its folder, read and checked: settings, losses, the adapter, completions, a datasheet.
+"""Read and check what a run wrote to its folder: settings, losses, the adapter, completions, a datasheet.
 
     run = read_run("runs/first")
     run.settings["base_model"], run.log[-1]["loss_tactical"]
-    for measured in run.measurements:                       # one for each limit of tokens and way of drawing
+    for measured in run.measurements:                       # one for each token limit and sampling setting
         print(compare("all", measured.before, measured.after).gain)
 
-Completions are every JSONL file in the folder that `rbfast eval -o` or the demo wrote. A file whose name begins with
-`before` holds the base model's, any other the trained model's.
+Completions come from every JSONL file in the folder that `rbfast eval -o` or the demo wrote. A file whose name begins
+with `before` holds the base model's, any other the trained model's.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,10 +22,10 @@ from rbfast.training.run_folder import DATASHEET, LOG, RUN, SKIPPED, SUMMARY
 from rbfast.utils.records import check, check_some, json_lines, read_json
 
 Record = dict[str, Any]
-Items = dict[tuple[str, str], list[Record]]  # by task and problem, the completions of the problem
+Items = dict[tuple[str, str], list[Record]]  # the completions of each problem, by (task, problem)
 
-# A shape is a type or several, [shape] for a list of it, {name: shape} for an object that has at least these, or
-# {str: shape} for one of which every value is that.
+# A schema is a type or several types, [schema] for a list, {name: schema} for an object with at least these fields, or
+# {str: schema} for an object whose values all have this schema.
 _NUMBER = (int, float)
 _SETTINGS = {"base_model": (str, NoneType), "traces": int, "density": _NUMBER}
 _COST = {
@@ -47,10 +47,10 @@ _SHEET = {
 
 @dataclass(frozen=True)
 class Measurement:
-    """The completions under one limit of tokens, drawn in one way. A side that was not measured is empty.
+    """The completions with one token limit and sampling setting. A side without completions is empty.
 
-    `limit` is None if it is not recorded and no completion reached it. `drawn` is empty for greedy completions, and if
-    it is not recorded.
+    `limit` is None if it was not recorded and no completion reached it. `drawn` describes the sampling; it is empty for
+    greedy completions, and if it was not recorded.
     """
 
     limit: int | None
@@ -63,8 +63,8 @@ class Measurement:
 class RunFolder:
     """A run as recorded in its folder; None means that a file is missing.
 
-    `cost` holds what is recorded of: trainable_percent, seconds (of everything), training_seconds, peak_memory_mb,
-    tokens_per_epoch, resumed.
+    `cost` holds those of these that were recorded: trainable_percent, seconds (of everything), training_seconds,
+    peak_memory_mb, tokens_per_epoch, resumed.
     """
 
     path: Path
@@ -79,7 +79,7 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Shares solved of the same n problems, with 95% intervals; None if a side was not measured."""
+    """The shares solved of the same n problems, with 95% intervals; None for a side without completions."""
 
     name: str
     n: int
@@ -89,10 +89,10 @@ class Comparison:
 
 
 def read_run(folder: str | Path) -> RunFolder:
-    """Reads the folder of a run.
+    """Read the folder of a run.
 
     Raises:
-        ValueError: the folder holds no run, or a file in it is not what rbfast writes; the message names the file.
+        ValueError: the folder holds no run, or a file in it is not in rbfast's format; the message names the file.
     """
     folder = Path(folder)
     settings = read_json(folder / RUN, _SETTINGS)
@@ -123,9 +123,9 @@ def families(measured: Measurement) -> list[Comparison]:
 
 
 def compare(name: str, before: Items, after: Items) -> Comparison:
-    """Before and after over the problems that both sides have; if they share none, one side alone.
+    """Compare before and after over the problems that both sides have; if they share none, one side alone.
 
-    Of a problem with several completions the mean is taken; its interval is then wider than it need be.
+    A problem with several completions counts by their mean. The interval is then wider than necessary.
     """
     shared = [problem for problem in before if problem in after]
     if shared:
@@ -137,7 +137,7 @@ def compare(name: str, before: Items, after: Items) -> Comparison:
 
 
 def share_right(records: list[Record]) -> float:
-    """The share of a problem's completions that is right."""
+    """The share of a problem's completions that are right."""
     return sum(record["correct"] for record in records) / len(records)
 
 
@@ -146,7 +146,7 @@ def _of(task: str, items: Items) -> Items:
 
 
 def _cost(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What the run says of its cost, and the demo's summary of the whole; the run knows its training best."""
+    """The cost from the demo's summary and from the run's settings, which take precedence."""
     summary = read_json(folder / SUMMARY, {}) or {}
     check_some(summary, _COST, str(folder / SUMMARY))
     check_some(settings, _COST, str(folder / RUN))
@@ -175,13 +175,13 @@ def _measurements(folder: Path) -> list[Measurement]:
 
 
 def _holds_results(path: Path) -> bool:
-    """Whether the first line is a completion; a folder may hold traces as well."""
+    """Whether the first line is a completion: a folder may also hold traces."""
     first = next(json_lines(path, object, most=1), None)
     return first is not None and isinstance(first[1], dict) and "completion" in first[1]
 
 
 def _limit(record: Record, where: str) -> int | None:
-    """The recorded limit of a completion's tokens; its events are checked on the way."""
+    """The recorded token limit of a completion. Also checks the record's events."""
     check_some(record, {"events": [_EVENT], "decoding": {"max_new_tokens": int}}, where)
     if (decoding := record.get("decoding")) is None:
         return None
@@ -201,7 +201,7 @@ def _drawn(record: Record, where: str) -> str:
 
 
 def _met(sides: Iterable[Items]) -> int | None:
-    """The limit that is not recorded, as the completions that were cut at it show it."""
+    """The token limit, if it was not recorded: the length of the longest truncated completion."""
     records = (record for items in sides for found in items.values() for record in found)
     return max((record["tokens"] for record in records if record["truncated"]), default=None)
 
@@ -210,10 +210,10 @@ def _met(sides: Iterable[Items]) -> int | None:
 
 
 def main_measurement(run: RunFolder) -> Measurement | None:
-    """The measurement to speak of: one with both sides, of those one with the highest limit, greedy if it can be."""
+    """The measurement to report first: with both sides if possible, then with the highest limit, then greedy."""
     return max(run.measurements, key=lambda m: (bool(m.before and m.after), m.limit or 0), default=None)
 
 
 def task_name(name: str) -> str:
-    """A task as people call it: a file by its name, a generator without its library."""
+    """The display name of a task: a file without its folder, a generator without its library."""
     return Path(name).name if name.endswith(".jsonl") else name.removeprefix("reasoning-gym:")

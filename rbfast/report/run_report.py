@@ -1,8 +1,8 @@
-"""The report of finished runs: one HTML page that needs nothing else, pictures inside.
+"""The report of finished runs: one self-contained HTML page.
 
     write_report(["runs/first", "runs/second"], "report.html")
 
-It shows what the folders hold and names what is missing. Texts of models, traces and files are escaped.
+It shows what the folders hold and names what is missing. All text of models, traces and files is escaped.
 """
 
 import json
@@ -21,14 +21,14 @@ from rbfast.report.read_run import Comparison, Items, RunFolder, compare, main_m
 from rbfast.training.run_folder import DATASHEET, LOG, RUN, SKIPPED
 from rbfast.utils.files import write_text
 
-_MOST_SKIPPED = 20  # traces that are listed
+_MOST_SKIPPED = 20  # traces listed at most
 
 
 def write_report(folders: Sequence[str | Path], out: str | Path) -> None:
-    """Writes the page about the runs in `folders` to `out`, whole or not at all.
+    """Write the report of the runs in `folders` to `out`, atomically.
 
     Raises:
-        ValueError: no folder, a folder without a run, or a file in it that is not what rbfast writes.
+        ValueError: no folder, a folder without a run, or a file in it that is not in rbfast's format.
     """
     if not folders:
         raise ValueError("expected at least one folder of a run, got none")
@@ -47,7 +47,7 @@ def render(runs: Sequence[RunFolder]) -> str:
 
 
 def _names(runs: Sequence[RunFolder]) -> list[str]:
-    """The names of the folders; if two are the same, the paths as given."""
+    """The names of the folders; if two are equal, the paths as given."""
     names = [run.path.resolve().name for run in runs]
     return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
 
@@ -127,7 +127,7 @@ def _headline(run: RunFolder) -> str:
 
 
 def _base_model(run: RunFolder) -> str:
-    """Its id on the hub, else its name alone: the path of a folder is of no use to a reader of the page."""
+    """The base model's hub id, else its name without the path, which means nothing to a reader of the page."""
     name = run.settings["base_model"] or "an unnamed model"
     return hub_id_of(name) or (Path(name).name if Path(name).is_absolute() else name)
 
@@ -137,7 +137,7 @@ def _values(adapter: AdapterConfig) -> int:
 
 
 def _traces(run: RunFolder) -> int:
-    """How many were trained on; of an unfinished run, how many it was given."""
+    """The number of traces trained on; for an unfinished run, the number it was given."""
     return int(run.settings["traces"]) - len(run.skipped or ())
 
 
