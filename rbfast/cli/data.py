@@ -1,4 +1,4 @@
-"""`rbfast convert | curate | teach`: the commands that make training data."""
+"""`rbfast convert | curate | teach`: the commands that create training data."""
 
 import argparse
 import sys
@@ -28,7 +28,7 @@ from rbfast.cli.common import (
 if TYPE_CHECKING:
     from rbfast.data.trace import Trace
 
-_SHOWN = 5  # reasons why traces have no log-probs
+_SHOWN = 5  # reasons shown why traces have no log-probs
 
 
 def add_convert(sub: argparse.ArgumentParser) -> None:
@@ -52,7 +52,7 @@ def run_convert(args: argparse.Namespace) -> int:
     unreadable = args.out.with_suffix(".unreadable.jsonl")
     records = (record_of(trace, row) for trace, row in reader.with_rows())
     first = next(records, None)
-    count = 0 if first is None else write_records(args.out, chain([first], records))  # nothing takes no file's place
+    count = 0 if first is None else write_records(args.out, chain([first], records))  # no traces: replace no file
     unreadable.unlink(missing_ok=True)  # of an earlier call
     if reader.unreadable:
         reader.list_unreadable(unreadable)
@@ -199,7 +199,7 @@ def run_teach(args: argparse.Namespace) -> int:
 
 
 def _teacher(args: argparse.Namespace) -> Any:
-    """Who is asked for solutions."""
+    """The teacher that is asked for solutions."""
     common = {"timeout": args.timeout, "temperature": args.temperature, "seed": args.seed}
     if args.provider:
         from rbfast.teacher.providers import Provider
@@ -215,9 +215,9 @@ def _teacher(args: argparse.Namespace) -> Any:
 
 
 def _add_replies(args: argparse.Namespace, taught: Any) -> int:
-    """The log-probs that came with the solutions, in the folder `signals`; of how many traces.
+    """Store the log-probs that came with the solutions in the folder `signals`; returns how many traces have them.
 
-    Says why the others have none.
+    Prints why the others have none.
     """
     from rbfast.teacher.server_logprobs import add_reply_logprobs
 
@@ -232,7 +232,7 @@ def _add_replies(args: argparse.Namespace, taught: Any) -> int:
 
 
 def _tell_refused(refused: "Sequence[tuple[Trace, str]]") -> None:
-    """Says why traces got no log-probs: the first reasons, and how many traces there are besides."""
+    """Print why traces got no log-probs: the first reasons, and the number of other traces."""
     for _, reason in refused[:_SHOWN]:
         print(f"no log-probs: {reason}", file=sys.stderr)
     if (others := len(refused) - _SHOWN) > 0:

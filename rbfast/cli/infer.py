@@ -1,4 +1,4 @@
-"""`rbfast solve | eval`: the commands that let a model answer."""
+"""`rbfast solve | eval`: the commands that run inference."""
 
 import argparse
 import sys
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from rbfast.grading.grade import Problem
     from rbfast.inference.solver import Solution, Solver
 
-_ALL = "all"  # what -n says for every problem of a task
-_PROBLEMS = 50  # of a task, if -n says nothing
+_ALL = "all"  # the value of -n for every problem of a task
+_PROBLEMS = 50  # problems per task without -n
 _LIMITS = ("budget", "minimum", "maximum", "verify_above", "probe_every")
 
 
@@ -216,9 +216,9 @@ def run_eval(args: argparse.Namespace) -> int:
 
 
 def _label(args: argparse.Namespace) -> str:
-    """Whose completions are measured; a model or an adapter that was trained again is another one."""
+    """A name for the evaluated model and adapter, with the times of their weights: if retrained, they are others."""
     names = [args.model, args.dtype, *([args.load_in] if args.load_in else [])]
-    if changed := _last_written(args.model):  # not 0, of a model on the hub
+    if changed := _last_written(args.model):  # 0 for a model on the hub
         names.append(changed)
     if args.adapter:
         names += [args.adapter, _last_written(args.adapter)]
@@ -226,7 +226,7 @@ def _label(args: argparse.Namespace) -> str:
 
 
 def _last_written(folder: str) -> int:
-    """When the weights in a folder were written; 0 if it holds none."""
+    """When the weights in a folder were written [ns]; 0 if it holds none."""
     return max((path.stat().st_mtime_ns for path in Path(folder).glob("*.safetensors")), default=0)
 
 

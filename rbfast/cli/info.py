@@ -1,11 +1,11 @@
-"""`rbfast info`: what this installation runs, and what an adapter of a model would be."""
+"""`rbfast info`: which implementations this installation runs, and what an adapter of a model would take."""
 
 import argparse
 from typing import Any
 
 from rbfast.cli.common import Command, print_result
 
-_OLDEST = (8, 0)  # the compute capability of a GPU that the CUDA ops run on
+_OLDEST = (8, 0)  # the lowest compute capability that the CUDA ops support
 _USE_TRITON = "reinstall rbfast with RBFAST_CUDA=0 to run its Triton kernels"
 
 
@@ -42,7 +42,8 @@ def _installation(args: argparse.Namespace) -> int:
 
 
 def _gpu_ops() -> dict[str, str]:
-    """What a call on this machine's GPU runs. The registry cannot say it all: asking for the GPU starts CUDA."""
+    """The implementation of each op on this machine's GPU. The registry does not check its compute capability, because
+    that would start CUDA."""
     import torch
 
     from rbfast import ops

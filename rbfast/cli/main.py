@@ -28,16 +28,16 @@ COMMANDS = (INFO, CONVERT, CURATE, TEACH, DISTILL, SOLVE, EVAL, REPORT, MERGE, E
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # what took an hour is shown, if in ASCII
+        sys.stdout.reconfigure(errors="backslashreplace")  # never lose a result that the terminal cannot encode
     try:
-        if getattr(args, "device", None):  # now, not after an hour of reading
+        if getattr(args, "device", None):  # fail now, not after an hour of reading
             device_of(args)
         with _without_bars() if args.json else nullcontext():
             code = args.run(args)
-        sys.stdout.flush()  # here, because here a closed pipe can be told from a failure
+        sys.stdout.flush()  # raise BrokenPipeError here, where it is handled
         return code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit would fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit would fail too
         return 1
     except (ValueError, OSError, ImportError) as error:
         print(f"rbfast {args.command}: error: {error}", file=sys.stderr)
@@ -46,14 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rbfast {args.command}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        resumes = "; run the same command to resume" if args.resumes and args.out else ""  # else nothing was kept
+        resumes = "; run the same command to resume" if args.resumes and args.out else ""  # else nothing was saved
         print(f"rbfast {args.command}: interrupted{resumes}", file=sys.stderr)
         return 130  # as a shell reports SIGINT
 
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Without the bars of others too, transformers' for one: tqdm asks the environment as it is imported."""
+    """Switch off the progress bars of other libraries (transformers): tqdm reads the environment when imported."""
     before = os.environ.get("TQDM_DISABLE")
     os.environ["TQDM_DISABLE"] = "1"
     try:
@@ -66,7 +66,7 @@ def _without_bars() -> Iterator[None]:
 
 
 class _CommandParser(argparse.ArgumentParser):
-    """Of one command: what is wrong with its arguments is said with its own usage, and an unknown one with a guess."""
+    """The parser of one command. Errors show the command's own usage, and suggest a name for an unknown option."""
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         found, unknown = super().parse_known_args(args, namespace)
@@ -89,7 +89,7 @@ class _CommandParser(argparse.ArgumentParser):
 
 
 def _meant(option: str, known: Sequence[str]) -> str | None:
-    """The known option that an unknown one stands for: by its initials, else by its spelling."""
+    """The known option that an unknown one may mean, by its initials or its spelling; None if there is none."""
     initials = {"--" + "".join(word[0] for word in name[2:].split("-")): name for name in known if name[2:]}
     return initials.get(option) or next(iter(difflib.get_close_matches(option, known, 1)), None)
 

@@ -1,4 +1,4 @@
-"""`rbfast distill | merge | export-lora | report | demo`: training an adapter, and what comes out of it."""
+"""`rbfast distill | merge | export-lora | report | demo`: train an adapter, and write, merge or report it."""
 
 import argparse
 import sys
@@ -155,7 +155,7 @@ def run_distill(args: argparse.Namespace) -> int:
 
 
 def _share_or_source(text: str) -> float | str:
-    """The type of an argument that is a share, or names traces."""
+    """Parse an argument that is a share, or else the name of a source of traces."""
     try:
         share = float(text)
     except ValueError:
@@ -176,18 +176,18 @@ def _held_out(args: argparse.Namespace) -> "list[Trace] | float | None":
 
 
 def _distill_config(args: argparse.Namespace) -> "DistillConfig":
-    """The defaults, with what was given on the command line."""
+    """The default config with the options of the command line."""
     from rbfast.training.distill import DistillConfig
     from rbfast.training.objective import Objective
 
     if args.instruction is None and (held := instruction_of(args, args.adapter, args.model)) is not None:
-        args.instruction = held.text or "none"  # of a student that is trained again
+        args.instruction = held.text or "none"  # the one that the student was trained with before
     objective = _given(args, Objective) | _by_role("", args.role_weights) | _by_role("_temperature", args.temperature)
     return DistillConfig(**_given(args, DistillConfig), objective=Objective(**objective))
 
 
 def _given(args: argparse.Namespace, kind: type) -> dict[str, Any]:
-    """The fields of a dataclass that are among the arguments."""
+    """The arguments that are fields of a dataclass and were given."""
     names = (field.name for field in fields(kind))
     return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
@@ -208,7 +208,7 @@ def _load_models(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     if args.shard and args.load_in:
         raise ValueError("--load-in is for a model that is whole on its device, --shard for one in parts: choose one")
     device = device_of(args)
-    model, tokenizer = load_model(args, "cpu" if args.shard else device)  # a device only sees parts of a sharded one
+    model, tokenizer = load_model(args, "cpu" if args.shard else device)  # no device holds all of a sharded model
     teacher = load_teacher(args.teacher, tokenizer, model.dtype).to(model.device) if args.teacher else None
     if args.shard:
         from rbfast.training.sharding import shard
@@ -220,7 +220,7 @@ def _load_models(args: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 
 def _what_is_kept(out: Path, config: "DistillConfig") -> str:
-    """Where a run goes on that was interrupted."""
+    """The message that says from where an interrupted run will resume."""
     from rbfast.training.checkpoints import last_checkpoint
 
     checkpoint = last_checkpoint(out / "checkpoints")
@@ -230,7 +230,7 @@ def _what_is_kept(out: Path, config: "DistillConfig") -> str:
 
 
 def _outcome(run: "Run", out: Path) -> dict[str, Any]:
-    # Of the first and the last step that had such tokens, each before its update.
+    # The losses at the first and the last step with tokens of each role, before that step's update.
     first: dict[str, float] = {}
     last: dict[str, float] = {}
     for entry in run.log_history:

@@ -1,4 +1,4 @@
-"""A guided solution as it is written: thinking dim, interventions marked, the answer bright."""
+"""Print a guided solution as it is written: thinking dim, interventions marked, the answer bold."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _MARK = "black on yellow"
 
 
 class Transcript:
-    """Prints pieces to stdout as they come; `summary` is the line that ends it."""
+    """Prints pieces to stdout as they come; `summary` is the final line, which the caller prints."""
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
@@ -18,7 +18,7 @@ class Transcript:
         self._console = Console(highlight=False)
 
     def write(self, kind: str, text: str) -> None:
-        """A piece of `think` or `answer`, or the text that an intervention of this kind inserts."""
+        """Print a piece of `think` or `answer`, or the text that an intervention of this kind inserted."""
         if self.quiet:
             return
         if kind in _STYLES:
