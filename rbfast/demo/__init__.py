@@ -1,1 +1,1 @@
-"""`make demo`: distills worked solutions of five task families into a 135M student and measures the gain."""
+"""`make demo`: distill worked solutions of five task families into a 135M student and measure the gain."""

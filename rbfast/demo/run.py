@@ -1,7 +1,8 @@
 """The demo: distill worked traces of several task families into a small student, with accuracy before and after.
 
-Everything is embedded: the student installs from PyPI, problems and worked solutions are generated. Held-out problems
-come from other seeds than the traces and share no question with them. The same seed gives the same numbers.
+Nothing is downloaded from the hub: the student installs from PyPI; problems and worked solutions are generated.
+Held-out problems come from other seeds than the traces and share no question with them. The same seed gives the same
+numbers.
 """
 
 import json
@@ -34,10 +35,10 @@ CONFIG = DistillConfig(batch_size=4, save_steps=30)
 
 
 def run_demo(out: str | Path, device: str = "cpu", seed: int = 0, quiet: bool = False) -> dict[str, Any]:
-    """Runs the demo into the folder `out` and returns what it writes to `out/summary.json`.
+    """Run the demo into the folder `out`; returns the content of `out/summary.json`.
 
-    The seed draws traces, problems, columns, their start and the order of training. Interrupted, it resumes where it
-    stopped: a finished evaluation is read back, training resumes.
+    The seed determines traces, problems, columns, their initial values and the order of training. An interrupted demo
+    resumes: a finished evaluation is read back, training continues from its checkpoint.
     """
     out, start, config = Path(out), time.monotonic(), replace(CONFIG, seed=seed)
     model, tokenizer = load_student(SMOLLM2, fast_dtype(device))
@@ -78,9 +79,9 @@ def run_demo(out: str | Path, device: str = "cpu", seed: int = 0, quiet: bool = 
 
 
 def run_seeds(out: str | Path, seeds: Sequence[int], device: str = "cpu", quiet: bool = False) -> dict[str, Any]:
-    """The demo once for each seed, in a folder of its own; `out/summary.json` is of all their problems together.
+    """Run the demo once for each seed, each in its own folder; `out/summary.json` covers all their problems together.
 
-    One training's gain depends on how its products are rounded; `gains` says how much.
+    The gain of one training depends on rounding errors; `gains` shows by how much.
     """
     out = Path(out)
     folders = [out / f"seed{seed}" for seed in seeds]
@@ -104,7 +105,7 @@ def run_seeds(out: str | Path, seeds: Sequence[int], device: str = "cpu", quiet:
 
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:
-    """The table people look at: a line per family, the paired gain with its 95% interval."""
+    """Print the summary as a table: a line per family, the paired gain with its 95% interval."""
     table = Table("family", "n", "before", "after", "gain (95% interval)")
     for name, row in [*summary["families"].items(), ("mean", summary["mean"])]:
         if name == "mean":
@@ -123,7 +124,7 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
 
 
 def _measured(path: Path, problems: Sequence[Problem], measure: Callable[[], list[Result]]) -> list[dict[str, Any]]:
-    """The records in `path` if they are of these problems, else measured now and written there."""
+    """The records in `path` if they belong to these problems; else measure now and write them there."""
     if path.exists():
         records = _read(path)
         if [r["problem"] for r in records] == [p.question for p in problems]:

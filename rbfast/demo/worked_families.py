@@ -1,11 +1,11 @@
-"""Worked traces for the demo: reasoning-gym problems solved step by step by code, a plan first, then explicit steps.
+"""Worked traces for the demo: code solves reasoning-gym problems step by step, first a plan, then explicit steps.
 
 ```python
 traces, problems = split("leg_counting", train=200, held_out=40, seed=0)     # no question is in both
 ```
 
-Every family uses its generator's default difficulty. A step writes down each intermediate value, so that a small model
-only ever has to copy a value, or to do one short operation on values that are already in the text.
+Every family uses its generator's default difficulty. The steps write down each intermediate value, so that a small
+model only has to copy a value, or to do one short operation on values that are already in the text.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rbfast.grading.tasks import load_problems
 
 @dataclass(frozen=True)
 class Worked:
-    """A worked solution: the method in a sentence or two, the steps, and the answer they reach."""
+    """A worked solution: the method in a sentence or two, the steps, and the answer."""
 
     plan: str
     steps: str
@@ -31,7 +31,7 @@ class Worked:
 
 @dataclass(frozen=True)
 class Family:
-    """A reasoning-gym generator with the code that works its problems, from the generator's entry."""
+    """A reasoning-gym generator with the code that solves its problems, from the generator's entry."""
 
     name: str
     domain: str
@@ -47,7 +47,7 @@ def make_traces(family: str, n: int, seed: int, *, exclude: Collection[str] = ()
         exclude: questions never to train on, such as the held-out ones.
     """
     worked = _family(family)
-    # Drawing more from one seed extends the same sequence of problems, so a shortfall is made up deterministically.
+    # Drawing more from one seed extends the same sequence of problems, so replacements are deterministic.
     wanted = n
     while True:
         traces = [_trace(worked, problem) for problem in load_problems(family, wanted, seed, exclude=exclude)]
@@ -129,7 +129,7 @@ def _palindrome_generation(entry: dict[str, Any]) -> Worked:
 
 
 def _running_total(terms: list[tuple[str, int]], total: int) -> tuple[list[str], int]:
-    """One line per term: `+47: 38+40=78, +7=85`. A step changes one place, as much as a small model can do."""
+    """One line per term: `+47: 38+40=78, +7=85`. A step changes one digit place, as much as a small model can do."""
     lines = []
     for sign, term in terms:
         steps, total = _by_places(total, sign, term)
@@ -138,9 +138,9 @@ def _running_total(terms: list[tuple[str, int]], total: int) -> tuple[list[str],
 
 
 def _by_places(total: int, sign: str, term: int) -> tuple[str, int]:
-    """`total + term` or `total - term`, the largest place of `term` first: the steps, and where they end.
+    """`total + term` or `total - term`, the largest place of `term` first: (the steps, the result).
 
-    A place that holds 0 has its step too: without such steps, students made one up.
+    A place with the digit 0 gets a step too: without it, students made one up.
     """
     digits = str(term)
     steps: list[str] = []
@@ -279,7 +279,7 @@ def _family_relationships(entry: dict[str, Any]) -> Worked:
     who, whose = entry["metadata"]["person1"], entry["metadata"]["person2"]
     kind, facts = _kinship(who, whose, spouse, parents)
     women = FamilyRelationshipsConfig().female_names
-    # The generator's key for a child's spouse is what the parent is to them, so that is what the last step says.
+    # For a child's spouse the generator's key is what the parent is to them, so the last step says the same.
     who, whose = (whose, who) if kind == "parent-in-law" else (who, whose)
     answer = _KIN[kind][0 if who in women else 1]
     facts.append(f"{who} is {'female' if who in women else 'male'}.\nSo {who} is the {answer} of {whose}.")
@@ -318,7 +318,7 @@ def _aiw(entry: dict[str, Any]) -> Worked:
     total = counts[0] + 1
     steps = f"{name} has {counts[0]} {kind}.\n{name} is a woman too, so she is one more: {counts[0]}+1={total}"
     if len(counts) == 2:
-        # Matilda stands in both circles. The generator's key forgets the second, so it rarely agrees with this.
+        # Matilda is in both circles. The generator's key ignores the second circle, so it rarely agrees with this.
         total = counts[0] + counts[1] - 1
         steps = (
             f"In the circle of {name}, Matilda has {counts[0]} {kind}.\n"
