@@ -28,7 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel, TrainerCallback
 
 from rbfast.adapter.sparse_adapter import SparseAdapter
-from rbfast.data.encoding import IGNORE, NO_ROLE, Example, collate, on_device
+from rbfast.data.encoding import IGNORE, NO_ROLE, Example, collate, to_device
 from rbfast.models import packed_attention
 from rbfast.models.checkpointing import checkpointing
 from rbfast.models.student import final_hidden
@@ -105,7 +105,7 @@ def one_at_a_time() -> Iterator[None]:
 @torch.no_grad()
 def compare_attention(model: PreTrainedModel, examples: Sequence[Example]) -> dict[str, Any]:
     """Seconds of both ways to attend to a packed row, and how far apart their hidden states are, by their norm."""
-    batch = on_device(collate(examples), model.device)
+    batch = to_device(collate(examples), model.device)
     row = batch["input_ids"], batch["position_ids"], batch["lengths"]
 
     def forward() -> tuple[torch.Tensor, float]:

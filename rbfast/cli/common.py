@@ -98,7 +98,7 @@ def read_traces_aloud(args: argparse.Namespace, source: str, unreadable: Path) -
     if not args.json:
         print(f"{source}: {reader.summary()}", file=sys.stderr)
     if reader.unreadable and is_first_process():
-        reader.list_unreadable(unreadable)
+        reader.write_unreadable(unreadable)
         print(f"{source}: what was not read, and why, is in {unreadable}", file=sys.stderr)
     return traces
 

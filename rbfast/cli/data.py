@@ -55,7 +55,7 @@ def run_convert(args: argparse.Namespace) -> int:
     count = 0 if first is None else write_records(args.out, chain([first], records))  # no traces: replace no file
     unreadable.unlink(missing_ok=True)  # of an earlier call
     if reader.unreadable:
-        reader.list_unreadable(unreadable)
+        reader.write_unreadable(unreadable)
     result = {"out": str(args.out), "traces": count, "unreadable": len(reader.unreadable), "rows": dict(reader.counts)}
     text = f"{reader.summary()}; {f'{count:,} traces in' if count else 'nothing written to'} {args.out}"
     if reader.unreadable:

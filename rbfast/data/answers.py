@@ -37,7 +37,7 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _SENTENCES, _PROSE = re.compile(r"\n|[.!?]\s"), re.compile(r"(?:[^\W\d_]+,? ){5}")
 _EDGES = " \t*_$`.。"
 # The text allowed between two boxes of one answer: `\boxed{2}$ and $x = \boxed{3}`.
-_JOINT = re.compile(
+_BETWEEN_BOXES = re.compile(
     r"(?:[\s$,;&.*]|\\[()\[\],;!]|\\(?:quad|qquad)|\\text\{\s*(?:,\s*)?(?:and|or)?\s*\}|\b(?:and|or)\b"
     r"|[a-zA-Z](?:_\{?\w\}?)?\s*=)*"
 )
@@ -52,10 +52,10 @@ def extract_answer(text: str) -> str | None:
     no answer, the whole completion is searched.
     """
     said = without_thinking(text)
-    found = _marked(said) or _phrased(said)
+    found = _find_marked(said) or _find_phrased(said)
     if found or "\n" not in said.strip():
         return found
-    return _marked(text) or _phrased(text)
+    return _find_marked(text) or _find_phrased(text)
 
 
 def known_answer(text: str) -> str | None:
@@ -87,23 +87,23 @@ def stated_answer(text: str) -> str | None:
     `the answer is ..` counts in the last line only, and is stripped of the punctuation around it.
     """
     found = marked_answer(text)
-    if found is None and (phrase := _phrased(text.strip().rpartition("\n")[2])):
-        found = (_last_of(_PHRASE, phrase) or phrase).strip(_EDGES) or None
+    if found is None and (phrase := _find_phrased(text.strip().rpartition("\n")[2])):
+        found = (_last_group(_PHRASE, phrase) or phrase).strip(_EDGES) or None
     headed = _HEADED.search(text) if found is None else None
     return headed[1].strip(_EDGES) or None if headed else found
 
 
 def marked_answer(text: str) -> str | None:
     """The answer that a text marks with a tag, a box or `####` at its end; None if it marks none."""
-    return _marked(text, _LAST_HASHES)
+    return _find_marked(text, _LAST_HASHES)
 
 
-def _marked(text: str, hashes: re.Pattern[str] = _HASHES) -> str | None:
+def _find_marked(text: str, hashes: re.Pattern[str] = _HASHES) -> str | None:
     tagged = [match.strip() for match in _TAG.findall(text)]
     # A student may repeat the instruction, "between <answer> and </answer>": that "and" is not an answer.
     if answer := next((tag for tag in reversed(tagged) if tag and tag != "and"), None):
-        return _last_boxed(answer) or answer
-    return _last_boxed(text) or _last_of(hashes, text)
+        return _find_boxed(answer) or answer
+    return _find_boxed(text) or _last_group(hashes, text)
 
 
 def without_answer(text: str) -> str:
@@ -119,7 +119,7 @@ def ends_in_answer(text: str) -> bool:
 
     Any other text after `####` may be a truncated heading.
     """
-    return bool(_CLOSED_TAG.search(text) or _VALUE.fullmatch(_last_of(_LAST_HASHES, text) or ""))
+    return bool(_CLOSED_TAG.search(text) or _VALUE.fullmatch(_last_group(_LAST_HASHES, text) or ""))
 
 
 def as_text(value: object) -> str | None:
@@ -150,21 +150,21 @@ def answer_text(value: object) -> str | None:
     return as_text(value)
 
 
-def _phrased(text: str) -> str | None:
-    phrase = _HOPE.sub("", _last_of(_PHRASE, text) or "")
+def _find_phrased(text: str) -> str | None:
+    phrase = _HOPE.sub("", _last_group(_PHRASE, text) or "")
     # The pattern skips the asterisks before the answer. Restore them if they open bold: "**42**, as 6 times 7 is 42".
     return (f"**{phrase}" if phrase.count("**") % 2 else phrase) or None
 
 
-def _last_of(pattern: re.Pattern[str], text: str) -> str | None:
+def _last_group(pattern: re.Pattern[str], text: str) -> str | None:
     """The first group that matched in the last match."""
     found = list(pattern.finditer(text))
     return next(filter(None, found[-1].groups())).strip() if found else None
 
 
-def _last_boxed(text: str) -> str | None:
+def _find_boxed(text: str) -> str | None:
     """The content of the last closed box; of a list of boxes, the contents of all."""
-    boxes = [(match.start(), *_content(text, match.end())) for match in _BOX.finditer(text)]
+    boxes = [(match.start(), *_box_content(text, match.end())) for match in _BOX.finditer(text)]
     closed = [(start, content.strip(), end) for start, content, end in boxes if content.strip()]
     if not closed:
         return None
@@ -173,22 +173,22 @@ def _last_boxed(text: str) -> str | None:
     for start, content, end in reversed(closed[:-1]):
         if start >= first or end > first:
             continue  # nested boxes
-        if not _JOINT.fullmatch(text[end:first]):
+        if not _BETWEEN_BOXES.fullmatch(text[end:first]):
             break
         first = start
         listed.insert(0, content)
     return ", ".join(dict.fromkeys(listed))
 
 
-def _content(text: str, start: int) -> tuple[str, int]:
+def _box_content(text: str, start: int) -> tuple[str, int]:
     if text[start] != "{":
         bare = _BARE.match(text, start)
         return (bare[0], bare.end()) if bare else ("", start)
-    end = closing(text, start)
+    end = closing_brace(text, start)
     return ("", start) if end is None else (text[start + 1 : end], end + 1)
 
 
-def closing(text: str, start: int) -> int | None:
+def closing_brace(text: str, start: int) -> int | None:
     r"""The index of the brace that closes the one at `start`, or None. Escaped braces (`\{`) don't count."""
     depth = 0
     for match in _BRACE.finditer(text, start):

@@ -38,9 +38,9 @@ def format_prompt(
     """
     asked = instruction or default_instruction(tokenizer)
     request, system = asked.request(problem), asked.system if system is None else system
-    messages = [*({"role": turn["role"], "content": turn["content"]} for turn in turns), _user(request)]
+    messages = [*({"role": turn["role"], "content": turn["content"]} for turn in turns), _user_message(request)]
     if tokenizer.chat_template is None:
-        return _without_template(tokenizer, system, messages)
+        return _render_without_template(tokenizer, system, messages)
     prompt = render_conversation(tokenizer, messages, system, open_reply=True)
     if not prompt.endswith(opening := thinking_format(tokenizer).opening):
         raise ValueError(
@@ -77,13 +77,13 @@ def render_conversation(
     return render(tokenizer, merged, open_reply, found.switches, found.takes_parts)
 
 
-def _without_template(tokenizer: PreTrainedTokenizerBase, system: str | None, messages: Sequence[Any]) -> str:
+def _render_without_template(tokenizer: PreTrainedTokenizerBase, system: str | None, messages: Sequence[Any]) -> str:
     opens_with_bos = tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
     texts = [*([system] if system else []), *(message["content"] for message in messages)]
     return f"{tokenizer.bos_token if opens_with_bos else ''}" + "".join(f"{text}\n\n" for text in texts)
 
 
-def _user(content: str) -> dict[str, str]:
+def _user_message(content: str) -> dict[str, str]:
     return {"role": "user", "content": content}
 
 

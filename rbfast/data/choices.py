@@ -1,7 +1,7 @@
 """Multiple-choice questions: the options become part of the problem, and the answer is the label of one.
 
 ```python
-options_of({"choices": ["41", "42"], "answer": 1})             # {"A": "41", "B": "42"}
+parse_options({"choices": ["41", "42"], "answer": 1})             # {"A": "41", "B": "42"}
 ```
 """
 
@@ -21,14 +21,14 @@ _IN_A_TEXT = re.compile(r"(?:^|[\s,;\[])\(?([A-Za-z])\s?[).:]\s*")
 _LABELS, _TEXTS = ("label", "key", "id", "letter"), ("text", "value", "content", "option")
 
 
-def options_of(value: Any) -> dict[str, str] | None:
+def parse_options(value: Any) -> dict[str, str] | None:
     """Options by label; None if `value` holds no options, or fewer than two.
 
     It may be a list of texts, of "A) .." or of objects; an object of labels; an object of lists `text` and `label`; or
     any of these as JSON text.
     """
     if isinstance(value, str):
-        value = _in_a_text(value)
+        value = _parse_option_text(value)
     if isinstance(value, Mapping):
         objects = objects_of(value)
         if objects is None:
@@ -37,12 +37,12 @@ def options_of(value: Any) -> dict[str, str] | None:
         value = objects
     if not isinstance(value, list | tuple) or len(value) < 2 or len(value) > len(ascii_uppercase):
         return None
-    pairs = [_labelled(item, letter) for item, letter in zip(value, ascii_uppercase, strict=False)]
+    pairs = [_labelled_option(item, letter) for item, letter in zip(value, ascii_uppercase, strict=False)]
     found = dict(pair for pair in pairs if pair)
     return found if len(found) == len(value) else None
 
 
-def _in_a_text(text: str) -> Any:
+def _parse_option_text(text: str) -> Any:
     """The options in a text, JSON or `a) 41, b) 42`; None if the labels are not consecutive."""
     if text.strip()[:1] in ("[", "{"):
         try:
@@ -55,7 +55,7 @@ def _in_a_text(text: str) -> Any:
     return dict(zip(labels, texts, strict=True)) if in_order and len(labels) > 1 else None
 
 
-def _labelled(item: Any, letter: str) -> tuple[str, str] | None:
+def _labelled_option(item: Any, letter: str) -> tuple[str, str] | None:
     if isinstance(item, Mapping):
         label = next((as_text(item[key]) for key in _LABELS if key in item), None) or letter
         text = next((as_text(item[key]) for key in _TEXTS if key in item), None)
@@ -67,7 +67,7 @@ def _labelled(item: Any, letter: str) -> tuple[str, str] | None:
     return (letter, own[2].strip()) if own and own[1].upper() == letter else (letter, text)
 
 
-def options_beside(row: Mapping[str, Any]) -> dict[str, str] | None:
+def options_in_fields(row: Mapping[str, Any]) -> dict[str, str] | None:
     """Options that each have a field: `opa`, `opb`, ..; `A`, `B`, ..; `option_1`, `option_2`, .."""
     stems: dict[str, dict[str, str]] = {}
     for name, value in row.items():
@@ -88,7 +88,7 @@ def with_options(problem: str, options: Mapping[str, str]) -> str:
     return "\n".join([f"{problem.rstrip()}\n", *(f"{label}. {text}" for label, text in options.items())])
 
 
-def chosen(answers: Sequence[Any], options: Mapping[str, str]) -> str | None:
+def chosen_label(answers: Sequence[Any], options: Mapping[str, str]) -> str | None:
     """The label of the right option, from the first of `answers` that names one; None if none does.
 
     An answer may be a label, the text of an option, or a 0-based index. A number is tried as an index before it is

@@ -1,8 +1,8 @@
 """The student's completion for a trace, in its own chat template: text, roles and tokens.
 
 ```python
-written = written_for(trace, tokenizer)                  # of Qwen3: "<think>\\n..\\n</think>\\n\\n\\\\boxed{4}"
-ids, offsets = tokens_of(written, tokenizer)             # without the end-of-turn token
+written = render_reply(trace, tokenizer)                  # of Qwen3: "<think>\\n..\\n</think>\\n\\n\\\\boxed{4}"
+ids, offsets = tokenize_reply(written, tokenizer)             # without the end-of-turn token
 ```
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Written:
+class RenderedReply:
     """A reply in pieces, without the end-of-turn token.
 
     Attributes:
@@ -44,19 +44,21 @@ class Written:
         return "".join(text for text, _ in self.pieces)
 
 
-def written_for(trace: Trace, tokenizer: PreTrainedTokenizerBase, instruction: Instruction | None = None) -> Written:
+def render_reply(
+    trace: Trace, tokenizer: PreTrainedTokenizerBase, instruction: Instruction | None = None
+) -> RenderedReply:
     """The completion of a trace. The instruction (None: the tokenizer's default) says how the answer is marked.
 
     Raises TraceError if the reasoning contains the tag that would end the thinking.
     """
     found, asked = thinking_format(tokenizer), instruction or default_instruction(tokenizer)
     answer = asked.write(trace.answer, after_thinking=found.thinks)
-    return _turn(found, trace.thought(), trace.thought_spans(), answer)
+    return _render(found, trace.thought(), trace.thought_spans(), answer)
 
 
-def earlier_turn(
+def render_earlier_reply(
     turn: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, opening: str, whole: str
-) -> Written | None:
+) -> RenderedReply | None:
     """The completion of an earlier assistant turn; None if it is empty or the template cannot render it.
 
     Args:
@@ -67,7 +69,7 @@ def earlier_turn(
     if not said.strip():
         return None
     if (thought := turn.get("reasoning", "")).strip():
-        return _turn(found, thought, split_spans(thought), said)
+        return _render(found, thought, split_spans(thought), said)
     if not found.thinks:
         opener, _, _, said, tail = found.pieces("", said)
         cut = turn["content"].index(said)
@@ -77,24 +79,26 @@ def earlier_turn(
     else:
         return None
     pieces = [(opener, False), (said, True), (tail, False)]
-    return _tiled(split_spans(turn["content"]), pieces, len(opener), cut, len(said))
+    return _with_roles(split_spans(turn["content"]), pieces, len(opener), cut, len(said))
 
 
-def _turn(found: ThinkingFormat, thought: str, spans: Sequence[Span], said: str) -> Written:
+def _render(found: ThinkingFormat, thought: str, spans: Sequence[Span], said: str) -> RenderedReply:
     cut = len(thought) - len(thought.lstrip())
     if not found.thinks:
         opener, _, _, body, tail = found.pieces("", f"{thought}\n\n{said}")
         cut = cut if found.trims else 0
-        return _tiled(spans, [(opener, False), (body, True), (tail, False)], len(opener), cut, len(thought) - cut)
+        return _with_roles(spans, [(opener, False), (body, True), (tail, False)], len(opener), cut, len(thought) - cut)
     try:
         opener, kept, closer, said, tail = found.pieces(thought, said)
     except ValueError as error:
         raise TraceError(f"reasoning: {error}; leave the trace out") from None
     pieces = [(opener, False), (kept, True), (closer, False), (said, True), (tail, False)]
-    return _tiled(spans, pieces, len(opener), cut, len(kept))
+    return _with_roles(spans, pieces, len(opener), cut, len(kept))
 
 
-def _tiled(tiles: Sequence[Span], pieces: Sequence[tuple[str, bool]], start: int, cut: int, length: int) -> Written:
+def _with_roles(
+    tiles: Sequence[Span], pieces: Sequence[tuple[str, bool]], start: int, cut: int, length: int
+) -> RenderedReply:
     """Join the pieces of a reply and give each character its role.
 
     Args:
@@ -110,10 +114,10 @@ def _tiled(tiles: Sequence[Span], pieces: Sequence[tuple[str, bool]], start: int
     roles = np.concatenate([np.full(start, role_of[0]), role_of, np.full(end - start - length, ANSWER)])
     tail = len(pieces[-1][0])
     said = len(pieces[-2][0]) if len(pieces) > 3 else end - tail - start - length
-    return Written(tuple(pieces), roles, (start, start + length), (end - tail - said, end - tail))
+    return RenderedReply(tuple(pieces), roles, (start, start + length), (end - tail - said, end - tail))
 
 
-def tokens_of(written: Written, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], np.ndarray]:
+def tokenize_reply(written: RenderedReply, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], np.ndarray]:
     """The token ids of a reply, and the character range of each, [tokens, 2].
 
     A tag that the template writes becomes a special token if the tokenizer has one for it. A special token that is
@@ -122,7 +126,7 @@ def tokens_of(written: Written, tokenizer: PreTrainedTokenizerBase) -> tuple[lis
     ids: list[int] = []
     offsets: list[tuple[int, int]] = []
     at, adds_blank = 0, thinking_format(tokenizer).adds_blank
-    for text, number in _runs(written, tokenizer):
+    for text, number in _split_added_tokens(written, tokenizer):
         if number is not None:
             ids.append(number)
             offsets.append((at, at + len(text)))
@@ -141,7 +145,7 @@ def tokens_of(written: Written, tokenizer: PreTrainedTokenizerBase) -> tuple[lis
     return ids, np.array(offsets, dtype=np.int64).reshape(-1, 2)
 
 
-def _runs(written: Written, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, int | None]]:
+def _split_added_tokens(written: RenderedReply, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, int | None]]:
     """Split a reply at the template's added tokens: (text, None) between them, (token, id) for each."""
     numbers = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
     pattern = added_tokens(tokenizer)

@@ -76,7 +76,7 @@ def parse_turns(value: object) -> list[Turn] | None:
         if found is None:
             return None
         turns += found
-    return _with_thoughts(turns)
+    return _attach_thoughts(turns)
 
 
 def parse_pairs(value: object) -> list[Turn] | None:
@@ -104,7 +104,10 @@ def _turns_of(message: Mapping[str, Any], number: int) -> list[Turn] | None:
     role = _role(message)
     if role is None:
         if message and all(str(key).lower() in _ROLES for key in message):
-            return [Turn(_ROLES[str(key).lower()], text_of(text, number)[1], None, {}) for key, text in message.items()]
+            return [
+                Turn(_ROLES[str(key).lower()], split_content(text, number)[1], None, {})
+                for key, text in message.items()
+            ]
         return None
     if role.lower() not in _ROLES:
         raise TraceError(
@@ -113,7 +116,7 @@ def _turns_of(message: Mapping[str, Any], number: int) -> list[Turn] | None:
     content = next((message[key] for key in _TEXT_KEYS if message.get(key) is not None), None)
     if role == THOUGHT and not content:
         content = message.get("summary")
-    thought, text = text_of(content, number)
+    thought, text = split_content(content, number)
     if role == THOUGHT:
         thought, text = None, "\n\n".join(filter(None, (thought, text)))
     info = message["info"] if isinstance(message.get("info"), Mapping) else {}
@@ -121,7 +124,7 @@ def _turns_of(message: Mapping[str, Any], number: int) -> list[Turn] | None:
         Turn(
             _ROLES[role.lower()],
             text,
-            thought_beside(message) or (info and thought_beside(info)) or thought,
+            separate_thought(message) or (info and separate_thought(info)) or thought,
             {**info, **message},
         )
     ]
@@ -136,14 +139,14 @@ def _role(message: Mapping[str, Any]) -> str | None:
     return next((message[key] for key in _ROLE_KEYS if isinstance(message.get(key), str)), None)
 
 
-def thought_beside(message: Mapping[str, Any]) -> str | None:
+def separate_thought(message: Mapping[str, Any]) -> str | None:
     """The thinking in a field beside a message's content: a text, an object with a text, or a list of blocks."""
     for key in (*THOUGHT_KEYS, "thinking_blocks"):
         value = message.get(key)
         if isinstance(value, Mapping):
             value = value.get("content") or value.get("text")
         if isinstance(value, list) and value and all(isinstance(item, str | Mapping) for item in value):
-            value = "\n\n".join(filter(None, text_of(value)))
+            value = "\n\n".join(filter(None, split_content(value)))
         if isinstance(value, str) and value.strip():
             return value
     details = message.get("reasoning_details")
@@ -151,10 +154,10 @@ def thought_beside(message: Mapping[str, Any]) -> str | None:
         parts = [item.get("text") or item.get("summary") for item in details if isinstance(item, Mapping)]
         return "\n\n".join(part for part in parts if isinstance(part, str)) or None
     inner = message.get("provider_specific_fields")
-    return thought_beside(inner) if isinstance(inner, Mapping) else None
+    return separate_thought(inner) if isinstance(inner, Mapping) else None
 
 
-def text_of(content: object, number: int = 1) -> tuple[str | None, str]:
+def split_content(content: object, number: int = 1) -> tuple[str | None, str]:
     """(thinking, text) of a message's content: a text, a list of blocks, or an object with one of these."""
     if isinstance(content, Mapping) and (inner := content.get("parts") or content.get("text")):
         content = inner
@@ -177,7 +180,7 @@ def _block(block: object, number: int) -> tuple[str, str]:
         return "", block
     if not isinstance(block, Mapping):
         raise TraceError(f"turn {number}: content: expected blocks of text, got {show(block)}")
-    block = _of_bedrock(block)
+    block = _normalize_bedrock(block)
     kind = str(block.get("type") or "")
     if "redacted" in kind:
         return THOUGHT, ""
@@ -186,13 +189,13 @@ def _block(block: object, number: int) -> tuple[str, str]:
     keys = ("thinking", "reasoning", "text", "summary", "content") if is_thought else ("text", "content", "output_text")
     text = next((block[key] for key in keys if block.get(key)), "" if "text" in kind or is_thought else None)
     if isinstance(text, list):
-        text = "\n\n".join(filter(None, text_of(text, number)))
+        text = "\n\n".join(filter(None, split_content(text, number)))
     if not isinstance(text, str):
         raise TraceError(f"turn {number}: content: expected blocks of text or thinking, got {kind or show(block)}")
     return THOUGHT if is_thought else "", text
 
 
-def _of_bedrock(block: Mapping[str, Any]) -> Mapping[str, Any]:
+def _normalize_bedrock(block: Mapping[str, Any]) -> Mapping[str, Any]:
     """A Bedrock thinking block in the common form; any other block unchanged."""
     inner = block.get("reasoningContent")
     if not isinstance(inner, Mapping):
@@ -201,7 +204,7 @@ def _of_bedrock(block: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"type": "thinking", "thinking": inner.get("text")}
 
 
-def _with_thoughts(turns: Sequence[Turn]) -> list[Turn]:
+def _attach_thoughts(turns: Sequence[Turn]) -> list[Turn]:
     """Attach thoughts that came as separate messages to the assistant turn after them."""
     found: list[Turn] = []
     thoughts: list[str] = []
@@ -225,7 +228,7 @@ class Exchange(NamedTuple):
     reply: Turn | None
 
 
-def exchange(turns: Sequence[Turn]) -> Exchange:
+def split_exchange(turns: Sequence[Turn]) -> Exchange:
     """Split a conversation at its last question. Raises TraceError unless user and assistant turns alternate."""
     system = "\n\n".join(turn.text for turn in turns if turn.role == SYSTEM) or None
     spoken = [turn for turn in turns if turn.role != SYSTEM]
@@ -263,7 +266,7 @@ def split_thinking(reply: str) -> tuple[str | None, str]:
     return "\n\n".join(filter(None, thoughts)) or None, _final_text(rest)
 
 
-def is_marked(text: str) -> bool:
+def opens_with_thinking(text: str) -> bool:
     """Whether a text starts with tagged thinking."""
     return OPENER.match(text, _OPENING.match(text).end()) is not None  # type: ignore[union-attr]
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from rbfast.data.chat_template import end_of_turn, format_prompt, render_conversation
-from rbfast.data.completions import Written, earlier_turn, tokens_of, written_for
+from rbfast.data.completions import RenderedReply, render_earlier_reply, render_reply, tokenize_reply
 from rbfast.data.instruction import NONE, Instruction
 from rbfast.data.spans import ANSWER
 from rbfast.data.trace import Trace, TraceError
@@ -70,10 +70,10 @@ def encode(
     end_of_turn(tokenizer)  # raises if there is none
     try:
         opening = format_prompt(trace.problem, tokenizer, instruction, system=trace.system, turns=trace.turns or ())
-        written = written_for(trace, tokenizer, instruction)
+        written = render_reply(trace, tokenizer, instruction)
     except ValueError as error:
         raise TraceError(f"{trace.name}: {error}") from None
-    example = _example(opening, written, tokenizer, max_tokens, trace.name, trace.id)
+    example = _make_example(opening, written, tokenizer, max_tokens, trace.name, trace.id)
     if trace.signals is not None:
         _add_signals(example, trace.signals, max(len(tokenizer), tokenizer.vocab_size), trace.name)
     return example
@@ -92,19 +92,24 @@ def encode_earlier(trace: Trace, tokenizer: "PreTrainedTokenizerBase", *, max_to
             opening = format_prompt(asked["content"], tokenizer, NONE, system=trace.system, turns=before)
             said = [{"role": turn["role"], "content": turn["content"]} for turn in (*before, asked, reply)]
             whole = render_conversation(tokenizer, said, trace.system, False) if tokenizer.chat_template else ""
-            written = earlier_turn(reply, tokenizer, opening, whole)
+            written = render_earlier_reply(reply, tokenizer, opening, whole)
         except ValueError as error:
             raise TraceError(f"{where}: {error}") from None
         if written is not None:
-            found.append(_example(opening, written, tokenizer, max_tokens, where, trace.id))
+            found.append(_make_example(opening, written, tokenizer, max_tokens, where, trace.id))
     return found
 
 
-def _example(
-    opening: str, written: Written, tokenizer: "PreTrainedTokenizerBase", max_tokens: int, where: str, name: str | None
+def _make_example(
+    opening: str,
+    written: RenderedReply,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_tokens: int,
+    where: str,
+    name: str | None,
 ) -> Example:
     prompt = tokenizer(opening, add_special_tokens=False, verbose=False).input_ids
-    tokens, offsets = tokens_of(written, tokenizer)
+    tokens, offsets = tokenize_reply(written, tokenizer)
     ids = np.array([*prompt, *tokens, end_of_turn(tokenizer)], dtype=np.int64)
     if len(ids) > max_tokens:
         raise TraceError(f"{where}: expected at most {max_tokens} tokens, got {len(ids)}; raise max_tokens or drop it")
@@ -116,7 +121,7 @@ def _example(
     return Example(ids, labels, roles, id=name)
 
 
-def _token_roles(written: Written, offsets: np.ndarray) -> np.ndarray:
+def _token_roles(written: RenderedReply, offsets: np.ndarray) -> np.ndarray:
     """The role of each completion token, int64 [tokens], from its character offsets [tokens, 2]."""
     text = written.text
     blank = np.array([character.isspace() for character in text])
@@ -191,12 +196,12 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
     return packed | {"text_rows": is_text.nonzero().squeeze(1), "lengths": lengths}
 
 
-def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """The batch with its tensors moved to `device`."""
     return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
 
 
-def leave_out(batch: dict[str, Any], start: int) -> None:
+def mask_targets_from(batch: dict[str, Any], start: int) -> None:
     """Exclude the tokens from `start` on from training, in place: drop their labels and signals."""
     batch["labels"][:, start:] = IGNORE
     batch["text_rows"] = batch["text_rows"][batch["text_rows"] < start]

@@ -64,7 +64,9 @@ _NOT_TEACHERS = re.compile(
     r"(?:_.*)?"
 )
 # Prefixes that do not name a teacher: "model_answer", "long_cot", "CoT_Native_Reasoning".
-_NOBODY = re.compile(r"(?:model|llm|ai|assistant|generated|predicted|long|full|complex|native|raw|step|cot)(?:_.*)?")
+_NO_TEACHER = re.compile(
+    r"(?:model|llm|ai|assistant|generated|predicted|long|full|complex|native|raw|step|cot)(?:_.*)?"
+)
 
 
 class Field(NamedTuple):
@@ -76,12 +78,12 @@ class Field(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def meanings(names: tuple[str, ...]) -> Mapping[str, list[Field]]:
+def fields_by_meaning(names: tuple[str, ...]) -> Mapping[str, list[Field]]:
     """The fields of a row by meaning, in the order of NAMES, a teacher's last. Unknown names are left out."""
     found: dict[str, list[Field]] = {}
     numbered = [match["name"] for name in names if (match := _NUMBERED.fullmatch(name))]
     for name in names:
-        role, field = _meaning(name, numbered)
+        role, field = _meaning_of(name, numbered)
         if role is not None:
             found.setdefault(role, []).append(field)
     for role, fields in found.items():
@@ -93,16 +95,16 @@ def meanings(names: tuple[str, ...]) -> Mapping[str, list[Field]]:
     return found
 
 
-def _meaning(name: str, numbered: list[str]) -> tuple[str | None, Field]:
+def _meaning_of(name: str, numbered: list[str]) -> tuple[str | None, Field]:
     if role := _ROLE_OF.get(_squeezed(name)):
         return role, Field(name)
     match = _NUMBERED.fullmatch(name)
     if match and numbered.count(match["name"]) > 1:
-        role, field = _meaning(match["name"], [])
+        role, field = _meaning_of(match["name"], [])
         return ("reply" if role == "solution" else role), Field(name, field.teacher, int(match["number"]))
     if (owned := _TEACHERS_FIELD.fullmatch(_snake(name))) and not _NOT_TEACHERS.fullmatch(owned["teacher"]):
         role = _ROLE_OF[_squeezed(owned["name"])]
-        teacher = "" if _NOBODY.fullmatch(owned["teacher"]) else name[: owned.end("teacher")].strip("_")
+        teacher = "" if _NO_TEACHER.fullmatch(owned["teacher"]) else name[: owned.end("teacher")].strip("_")
         return ("reply" if role in ("solution", "answer") else role), Field(name, teacher)
     return None, Field(name)
 
@@ -152,10 +154,10 @@ def value_at(row: Mapping[str, Any], field: str) -> Any:
     value: Any = row
     for part in field.split("."):
         if not isinstance(value, Mapping) or part not in value:
-            raise TraceError(f"{field}: expected this field, got {names_of(row)}; name another with --map")
+            raise TraceError(f"{field}: expected this field, got {field_names(row)}; name another with --map")
         value = value[part]
     return value
 
 
-def names_of(row: Mapping[str, Any]) -> str:
+def field_names(row: Mapping[str, Any]) -> str:
     return ", ".join(map(str, list(row)[:20])) or "no fields"

@@ -14,23 +14,32 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rbfast.data.answers import answer_text, as_text, ends_in_answer, marked_answer, stated_answer, without_answer
-from rbfast.data.choices import chosen, with_options
-from rbfast.data.conversations import ASSISTANT, USER, Turn, exchange, parse_pairs, parse_turns, split_thinking, text_of
-from rbfast.data.fields import Field, check_map, names_of
+from rbfast.data.choices import chosen_label, with_options
+from rbfast.data.conversations import (
+    ASSISTANT,
+    USER,
+    Turn,
+    parse_pairs,
+    parse_turns,
+    split_content,
+    split_exchange,
+    split_thinking,
+)
+from rbfast.data.fields import Field, check_map, field_names
 from rbfast.data.rendered import parse_rendered
-from rbfast.data.replies import ADVICE, END_FIELDS, Reply, find_replies, is_flag, reply_of_turn, verdict_of
-from rbfast.data.row import Row, only
+from rbfast.data.replies import END_FIELDS, MAP_HINT, Reply, find_replies, is_flag, reply_of_turn, verdict_of
+from rbfast.data.row import RowFields, sole_candidate
 from rbfast.data.thinking_marks import OPENER
 from rbfast.data.trace import MAY_BE_NUMBERS, TraceError, is_finite
-from rbfast.data.wrappers import unwrapped
+from rbfast.data.wrappers import unwrap
 from rbfast.utils.records import show
 
-_FOUND = ("generations", "trajectories", "conversations", "completions", "solutions")
-FORMATS = ("native", *_FOUND, "batch")
+_REPLY_FORMATS = ("generations", "trajectories", "conversations", "completions", "solutions")
+FORMATS = ("native", *_REPLY_FORMATS, "batch")
 _NATIVE = ("problem", "reasoning", "answer")
 # A bare value: a number, perhaps in a formula or a list; a choice; a verdict. Not "None", "N/A" or "Trivial.".
 _BARE = re.compile(r"(?=.*\d)(?:\S{0,80}[^\s.]|[\[(][^\[\]()\n]{1,80}[\])])|[A-J]+|True|False|Yes|No")
-_KEPT = ("plan", *END_FIELDS, "truncated")
+_COPIED_FIELDS = ("plan", *END_FIELDS, "truncated")
 
 
 @dataclass(frozen=True)
@@ -84,17 +93,17 @@ def interpret(row: Any, options: FormatOptions = AUTO) -> Interpretation:
     if options.format == "native":
         missing = next((name for name in _NATIVE if name not in row and name not in options.fields), None)
         if missing is not None:
-            raise TraceError(f"{missing}: expected this field, got {names_of(row)}; {ADVICE}")
-    values, batch = unwrapped(row)
+            raise TraceError(f"{missing}: expected this field, got {field_names(row)}; {MAP_HINT}")
+    values, batch = unwrap(row)
     if options.format == "batch" and batch is None:
-        raise TraceError(f"expected a batch's request with its response, got {names_of(row)}")
-    one = Row(values, options.fields, options.teacher_field)
-    asked = _question(one)
-    formats = (options.format,) if options.format in _FOUND else _FOUND
+        raise TraceError(f"expected a batch's request with its response, got {field_names(row)}")
+    one = RowFields(values, options.fields, options.teacher_field)
+    asked = _find_question(one)
+    formats = (options.format,) if options.format in _REPLY_FORMATS else _REPLY_FORMATS
     if options.format == "native":
         formats = ("trajectories",)
     form, replies = find_replies(one, asked.reply, formats)
-    name = _name(form, one, asked) if batch is None else batch
+    name = _format_name(form, one, asked) if batch is None else batch
     try:
         return Interpretation(name, [_trace_row(one, asked, reply, form, len(replies)) for reply in replies])
     except TraceError as error:
@@ -107,7 +116,7 @@ def _is_native(row: Mapping[str, Any]) -> bool:
     Not so: reasoning that is a list or only a flag ("on"), empty reasoning beside a worked answer, or options that
     belong in the problem.
     """
-    if not all(name in row for name in _NATIVE) or Row(row).options is not None:
+    if not all(name in row for name in _NATIVE) or RowFields(row).options is not None:
         return False
     reasoning, answer = row["reasoning"], row["answer"]
     if isinstance(reasoning, list) or is_flag(reasoning):
@@ -129,7 +138,7 @@ def _as_native(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**row, **changed} if changed else row
 
 
-def _name(form: str, row: Row, asked: "_Question") -> str:
+def _format_name(form: str, row: RowFields, asked: "_Question") -> str:
     """What to call such rows in messages."""
     names = {"generations": "problems with generations", "completions": "prompts with completions"}
     names |= {"solutions": "problems with solutions", "conversations": "conversations"}
@@ -155,7 +164,7 @@ class _Question:
     earlier: Sequence[Turn] = ()
 
 
-def _question(row: Row) -> _Question:
+def _find_question(row: RowFields) -> _Question:
     """The question, with its options if it has any. A conversation takes precedence over a problem field."""
     conversation = None if "problem" in row.fields and "conversation" not in row.fields else _conversation(row)
     found: Any = conversation
@@ -163,10 +172,10 @@ def _question(row: Row) -> _Question:
         found = _problem_field(row)
         turns = parse_rendered(found) if isinstance(found, str) else parse_turns(found)
         if turns is None and not isinstance(found, str):
-            raise TraceError(f"problem: expected text or messages, got {show(found)}; {ADVICE}")
+            raise TraceError(f"problem: expected text or messages, got {show(found)}; {MAP_HINT}")
         found = _without_opening(turns) if turns else found
     found = [Turn(USER, found, None, {})] if isinstance(found, str) else found
-    own_system, earlier, asked, reply = exchange([*_history(row), *found])
+    own_system, earlier, asked, reply = split_exchange([*_history(row), *found])
     rest = {**asked.rest, **{name: value for name, value in (reply.rest if reply else {}).items() if value is not None}}
     rest = rest if conversation is not None else {}
     text = with_options(asked.text, row.options) if row.options else asked.text
@@ -180,7 +189,7 @@ def _without_opening(turns: list[Turn]) -> list[Turn]:
     return turns[:-1] if only_opens else turns
 
 
-def _conversation(row: Row) -> list[Turn] | None:
+def _conversation(row: RowFields) -> list[Turn] | None:
     found = row.one("conversation")
     turns = (parse_turns(found[1]) or parse_pairs(found[1])) if found else None
     if found and turns is None and "conversation" in row.fields:
@@ -190,7 +199,7 @@ def _conversation(row: Row) -> list[Turn] | None:
     return None if row.candidates("problem") and row.has_reply else _unnamed_conversation(row)
 
 
-def _unnamed_conversation(row: Row) -> list[Turn] | None:
+def _unnamed_conversation(row: RowFields) -> list[Turn] | None:
     """A conversation in a field whose name does not say so: messages (of a preferred reply, say) or rendered text."""
     found = [(one.name, value) for one, value in row.candidates("reply")]
     found += [item for item in row.unknown() if item not in found]
@@ -199,7 +208,7 @@ def _unnamed_conversation(row: Row) -> list[Turn] | None:
         turns = parse_rendered(value) if isinstance(value, str) else _turns_or_none(value)
         if turns and {USER, ASSISTANT} <= {turn.role for turn in turns}:
             whole.append((Field(name), turns))
-    chosen = only("conversation", whole)
+    chosen = sole_candidate("conversation", whole)
     return chosen[1] if chosen else None
 
 
@@ -210,7 +219,7 @@ def _turns_or_none(value: Any) -> list[Turn] | None:
         return None
 
 
-def _history(row: Row) -> list[Turn]:
+def _history(row: RowFields) -> list[Turn]:
     """The turns before the problem, if a separate field holds them."""
     found = row.one("earlier")
     turns = (parse_turns(found[1]) or parse_pairs(found[1])) if found else []
@@ -220,13 +229,13 @@ def _history(row: Row) -> list[Turn]:
     return turns
 
 
-def _system(row: Row) -> str | None:
+def _system(row: RowFields) -> str | None:
     """The system prompt in a separate field: a text, or blocks of text."""
     found = row.candidates("system")
-    return next((text for _, value in found if (text := text_of(value)[1].strip())), None)
+    return next((text for _, value in found if (text := split_content(value)[1].strip())), None)
 
 
-def _problem_field(row: Row) -> Any:
+def _problem_field(row: RowFields) -> Any:
     found = row.candidates("problem")
     texts = [value for _, value in found if isinstance(value, str)]
     if {one.name for one, _ in found} == {"instruction", "input"} and len(texts) == len(found):
@@ -236,10 +245,12 @@ def _problem_field(row: Row) -> Any:
     shortest = min(texts, key=len, default="")
     if len(texts) == len(found) > 1 and all(shortest.strip() in text for text in texts):
         found = [(one, value) for one, value in found if value == shortest]  # the others add an instruction
-    problem = only("problem", found)
+    problem = sole_candidate("problem", found)
     if problem is None:
-        hint = "a batch's output holds no questions: join it with its requests" if "custom_id" in row.values else ADVICE
-        raise TraceError(f"problem: expected this field, got {names_of(row.values)}; {hint}")
+        hint = (
+            "a batch's output holds no questions: join it with its requests" if "custom_id" in row.values else MAP_HINT
+        )
+        raise TraceError(f"problem: expected this field, got {field_names(row.values)}; {hint}")
     context = row.one("context")
     if context and isinstance(problem[1], str) and isinstance(context[1], str):
         return f"{context[1]}\n\n{problem[1]}"
@@ -258,17 +269,17 @@ def question_of(row: Any, options: FormatOptions = AUTO) -> dict[str, Any]:
     """
     if not isinstance(row, Mapping):
         raise TraceError(f"expected an object with a problem, got {show(row)}")
-    one = Row(unwrapped(row)[0], options.fields, options.teacher_field)
-    asked = _question(one)
+    one = RowFields(unwrap(row)[0], options.fields, options.teacher_field)
+    asked = _find_question(one)
     if asked.earlier:
         raise TraceError(f"problem: expected a question alone, got one after {len(asked.earlier)} turns; leave it out")
-    known = _stated_field(one) or _gold(one, asked)
+    known = _answer_field(one) or _known_answer(one, asked)
     found = {"problem": asked.text, "answer": known, "system": asked.system}
     found |= {name: one.text(name) for name in ("domain", "source", "id")}
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _gold(row: Row, asked: _Question) -> str | None:
+def _known_answer(row: RowFields, asked: _Question) -> str | None:
     """The known answer in a solution field or in the question's message."""
     texts = [value for role in ("solution", "reference") for _, value in row.candidates(role) if isinstance(value, str)]
     found = next((answer for text in texts if (answer := stated_answer(text))), None)
@@ -279,18 +290,18 @@ def _gold(row: Row, asked: _Question) -> str | None:
     )
 
 
-def _stated_field(row: Row) -> str | None:
+def _answer_field(row: RowFields) -> str | None:
     """The answer in an answer field, else in an object of the row. If several fields have one, they must agree."""
-    if row.options and (label := chosen([value for _, value in row.choices()], row.options)):
+    if row.options and (label := chosen_label([value for _, value in row.choices()], row.options)):
         return label
     found = row.candidates("answer") or row.inner_answers() or _bare_solutions(row)
     texts = [(one, text) for one, value in found if (text := answer_text(value)) and text.strip()]
     short = [(one, stated_answer(text) or text.strip()) for one, text in texts if not one.teacher]
-    agreed = only("answer", short)
+    agreed = sole_candidate("answer", short)
     return agreed[1] if agreed else None
 
 
-def _bare_solutions(row: Row) -> list[tuple[Field, str]]:
+def _bare_solutions(row: RowFields) -> list[tuple[Field, str]]:
     """Solutions that are a bare value, as in s1K: "128", "BCD", "[7, 8]"."""
     texts = [(one, as_text(value)) for one, value in row.candidates("solution")]
     return [(one, text) for one, text in texts if text and _BARE.fullmatch(text.strip())]
@@ -299,14 +310,14 @@ def _bare_solutions(row: Row) -> list[tuple[Field, str]]:
 # -------------------------------------------------------------------------------------------------------- traces
 
 
-def _trace_row(row: Row, asked: _Question, reply: Reply, form: str, count: int) -> dict[str, Any]:
+def _trace_row(row: RowFields, asked: _Question, reply: Reply, form: str, count: int) -> dict[str, Any]:
     """A trace's fields.
 
     The answer is the one that the reply states, else the one in an answer field, else, after thinking, the whole reply.
     In a reply with code only a marked answer counts: "the answer is printed" states none.
     """
     is_code = bool(reply.thought) and "```" in reply.text
-    field_answer, own = _stated_field(row), marked_answer(reply.text) if is_code else stated_answer(reply.text)
+    field_answer, own = _answer_field(row), marked_answer(reply.text) if is_code else stated_answer(reply.text)
     answer = own or field_answer
     if answer is None and reply.thought:
         answer = reply.text.strip() or stated_answer(reply.thought)
@@ -317,16 +328,16 @@ def _trace_row(row: Row, asked: _Question, reply: Reply, form: str, count: int) 
         )
     reasoning = reply.thought or without_answer(reply.text)
     if not reasoning.strip() or reasoning.strip() == answer.strip():
-        raise TraceError(f"reasoning: expected working before the answer, got none; {ADVICE}")
+        raise TraceError(f"reasoning: expected working before the answer, got none; {MAP_HINT}")
     reference = field_answer or as_text(asked.rest.get("reference_answer")) or row.text("reference")
     found: dict[str, Any] = {
         "problem": asked.text.strip(),
         "reasoning": reasoning.strip(),
         "answer": answer.strip(),
         "system": asked.system,
-        "turns": [_earlier(turn) for turn in asked.earlier] or None,
+        "turns": [_earlier_turn(turn) for turn in asked.earlier] or None,
     }
-    found |= _about(row, asked, reply, count)
+    found |= _metadata(row, asked, reply, count)
     if own and not reply.thought and ends_in_answer(reply.text):
         found["finished"] = True
     if own and reference and form != "solutions" and "verified" not in found:
@@ -334,7 +345,7 @@ def _trace_row(row: Row, asked: _Question, reply: Reply, form: str, count: int) 
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _earlier(turn: Turn) -> dict[str, str]:
+def _earlier_turn(turn: Turn) -> dict[str, str]:
     """A turn before the problem, in the form of `Trace.turns`."""
     if turn.role == USER:
         return {"role": USER, "content": turn.text}
@@ -342,7 +353,7 @@ def _earlier(turn: Turn) -> dict[str, str]:
     return {"role": ASSISTANT, "content": text} | ({"reasoning": thought} if thought else {})
 
 
-def _about(row: Row, asked: _Question, reply: Reply, count: int) -> dict[str, Any]:
+def _metadata(row: RowFields, asked: _Question, reply: Reply, count: int) -> dict[str, Any]:
     """The metadata of a trace: domain, source, id, teacher, difficulty, finish reason, verdict."""
     found: dict[str, Any] = {name: row.text(name) for name in ("domain", "source", "id", "teacher")}
     found["source"] = found["source"] or as_text(asked.rest.get("source"))
@@ -351,7 +362,11 @@ def _about(row: Row, asked: _Question, reply: Reply, count: int) -> dict[str, An
         found["id"] += f"/{reply.number}"
     difficulty = next((value for _, value in row.candidates("difficulty")), None)
     found["difficulty"] = difficulty if is_finite(difficulty) else None
-    found |= {name: row.values[name] for name in _KEPT if name in row.values and not isinstance(row.values[name], list)}
+    found |= {
+        name: row.values[name]
+        for name in _COPIED_FIELDS
+        if name in row.values and not isinstance(row.values[name], list)
+    }
     if not any(found.get(name) for name in END_FIELDS):
         found["finish_reason"] = row.text("finish")
     if reply.verified is not None:

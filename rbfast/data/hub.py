@@ -34,7 +34,7 @@ class HubDataset:
         return f"{self.name if self.config is None else f'{self.name}:{self.config}'}[{self.split}]"
 
 
-def named(text: str, split: str) -> HubDataset | None:
+def parse_name(text: str, split: str) -> HubDataset | None:
     """The dataset that `text` names, with `split` as the default; None if `text` has none of the FORMS."""
     match = _NAME.fullmatch(text)
     return match and HubDataset(match["name"], match["config"], match["split"] or split)

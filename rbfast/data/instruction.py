@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rbfast.data.answers import closing
+from rbfast.data.answers import closing_brace
 from rbfast.utils.files import write_text
 from rbfast.utils.records import check_some, read_json
 
@@ -77,7 +77,7 @@ def instruction_named(name: str) -> Instruction:
 
 def _fits_a_box(answer: str) -> bool:
     is_one_line = "\n" not in answer and not answer.endswith("\\")
-    return is_one_line and closing(f"{{{answer}}}", 0) == len(answer) + 1
+    return is_one_line and closing_brace(f"{{{answer}}}", 0) == len(answer) + 1
 
 
 def write_instruction(folder: str | Path, instruction: Instruction, about: Mapping[str, Any]) -> None:

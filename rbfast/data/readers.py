@@ -54,7 +54,7 @@ def read_traces(
     if reader.unreadable:
         log.warning("%s: %s, the first: %s", source, reader.summary(), reader.unreadable[0][1])
         if unreadable is not None:
-            reader.list_unreadable(unreadable)
+            reader.write_unreadable(unreadable)
     return traces
 
 
@@ -81,7 +81,7 @@ class TraceReader:
         self.source, self.options, self.skip, self.patience = source, options, skip, patience
         self.counts: Counter[str] = Counter()
         self.unreadable: list[tuple[str, str]] = []
-        self._rows = _rows(source, split, streaming, lenient=skip)
+        self._rows = _open_rows(source, split, streaming, lenient=skip)
 
     def __iter__(self) -> Iterator[Trace]:
         return (trace for trace, _ in self.with_rows())
@@ -104,15 +104,15 @@ class TraceReader:
         """The traces, or the first `limit`. Raises TraceError if there are none."""
         traces = list(islice(self, limit))
         if not traces:
-            raise TraceError(self.complaint())
+            raise TraceError(self.error_message())
         return traces
 
     def _skip(self, where: str, reason: str) -> None:
         self.unreadable.append((where, reason))
         if len(self.unreadable) == self.patience and not self.counts:
-            raise TraceError(self.complaint())
+            raise TraceError(self.error_message())
 
-    def complaint(self) -> str:
+    def error_message(self) -> str:
         """The message that says why nothing was read."""
         if not self.unreadable:
             return f"{self.source}: expected at least one trace, got none"
@@ -129,7 +129,7 @@ class TraceReader:
         left = f"; {_rows_in_words(len(self.unreadable))} not read" if self.unreadable else ""
         return f"reads {read or 'no rows'}{left}"
 
-    def list_unreadable(self, path: str | Path) -> None:
+    def write_unreadable(self, path: str | Path) -> None:
         """Write the rows that were not read as JSONL: the location of each, and the reason."""
         lines = [
             json.dumps({"where": where, "reason": reason}, ensure_ascii=False) for where, reason in self.unreadable
@@ -152,7 +152,7 @@ def _traces_of(row: Any, options: FormatOptions) -> tuple[str, list[tuple[Trace,
 
 def read_rows(source: str | Path, *, split: str = "train") -> Iterator[tuple[str, Any]]:
     """Every row, unchecked, with its location ("file:line"), one at a time. Sources as for `read_traces`."""
-    return _rows(source, split, streaming=True)
+    return _open_rows(source, split, streaming=True)
 
 
 def read_native_rows(
@@ -162,7 +162,7 @@ def read_native_rows(
 
     Sources as for `read_traces`. `note` is called with the format of each row.
     """
-    for where, row in _rows(source, "train", streaming=True, lenient=True):
+    for where, row in _open_rows(source, "train", streaming=True, lenient=True):
         if isinstance(row, TraceError):
             yield where, row
             continue
@@ -179,12 +179,12 @@ def read_native_rows(
             yield from ((f"{where} ({number})", one) for number, one in enumerate(found.rows, start=1))
 
 
-def _rows(source: str | Path, split: str, streaming: bool, lenient: bool = False) -> Iterator[tuple[str, Any]]:
+def _open_rows(source: str | Path, split: str, streaming: bool, lenient: bool = False) -> Iterator[tuple[str, Any]]:
     """Located rows; if `lenient`, a TraceError in place of a line that is not JSON."""
     path = Path(source)
     if path.exists():
         return rows_of_path(path, split, lenient)
-    dataset = hub.named(source, split) if isinstance(source, str) and not is_file_of_rows(path) else None
+    dataset = hub.parse_name(source, split) if isinstance(source, str) and not is_file_of_rows(path) else None
     if dataset is None:
         raise TraceError(f"{source}: expected a file or a dataset on the hub ({hub.FORMS}); there is no such file")
     return _rows_hub(dataset, streaming)

@@ -6,9 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rbfast.data.answers import as_text, stated_answer
-from rbfast.data.conversations import ASSISTANT, Turn, is_marked, parse_turns, split_thinking, text_of, thought_beside
-from rbfast.data.fields import Field, meanings, names_of
-from rbfast.data.row import Row, object_in, only
+from rbfast.data.conversations import (
+    ASSISTANT,
+    Turn,
+    opens_with_thinking,
+    parse_turns,
+    separate_thought,
+    split_content,
+    split_thinking,
+)
+from rbfast.data.fields import Field, field_names, fields_by_meaning
+from rbfast.data.row import RowFields, as_mapping, sole_candidate
 from rbfast.data.trace import TraceError
 from rbfast.utils.records import show
 
@@ -32,7 +40,7 @@ class Reply(NamedTuple):
     number: int | None = None  # its index among the row's replies
 
 
-def find_replies(row: Row, reply: Turn | None, formats: Sequence[str]) -> tuple[str, list[Reply]]:
+def find_replies(row: RowFields, reply: Turn | None, formats: Sequence[str]) -> tuple[str, list[Reply]]:
     """The first of `formats` that finds a reply in the row, and the replies: more than one only if several are right.
 
     `reply` is the last assistant turn of the row's conversation, if it has one. Raises TraceError if there is no reply.
@@ -40,13 +48,15 @@ def find_replies(row: Row, reply: Turn | None, formats: Sequence[str]) -> tuple[
     for name in formats:
         if found := _FINDERS[name](row, reply):
             return name, found
-    marked = [(Field(name), value) for name, value in row.unknown() if isinstance(value, str) and is_marked(value)]
-    if "completions" in formats and not row.fields and (found_one := only("reply", marked)):
+    marked = [
+        (Field(name), value) for name, value in row.unknown() if isinstance(value, str) and opens_with_thinking(value)
+    ]
+    if "completions" in formats and not row.fields and (found_one := sole_candidate("reply", marked)):
         return "completions", [read_reply(found_one[1])]
-    raise _without_reply(row, reply, formats)
+    raise _no_reply_error(row, reply, formats)
 
 
-def _without_reply(row: Row, reply: Turn | None, formats: Sequence[str]) -> TraceError:
+def _no_reply_error(row: RowFields, reply: Turn | None, formats: Sequence[str]) -> TraceError:
     """The error for a row without a reply."""
     for one, value in row.candidates("answer"):
         if isinstance(value, str) and "\n" in value.strip():
@@ -57,41 +67,43 @@ def _without_reply(row: Row, reply: Turn | None, formats: Sequence[str]) -> Trac
     wanted = "this field"
     if reply is None and "conversations" in formats and row.candidates("conversation"):
         wanted = "a reply to the last turn or this field"
-    return TraceError(f"reasoning: expected {wanted}, got {names_of(row.values)}; {ADVICE}")
+    return TraceError(f"reasoning: expected {wanted}, got {field_names(row.values)}; {MAP_HINT}")
 
 
-ADVICE = "name the fields with --map problem=FIELD,reasoning=FIELD,answer=FIELD"
+MAP_HINT = "name the fields with --map problem=FIELD,reasoning=FIELD,answer=FIELD"
 
 
 # --------------------------------------------------------------------------------------------------- generations
 
 
-def _generations(row: Row, _: Turn | None) -> list[Reply]:
-    lists = [(one, value) for one, value in row.candidates("reply") if _is_series(value)]
+def _generations(row: RowFields, _: Turn | None) -> list[Reply]:
+    lists = [(one, value) for one, value in row.candidates("reply") if _is_list_of_replies(value)]
     if row.fields.keys() & {"reply", "reasoning"} and not lists:
         return []
-    found = only("reply", _chosen(row, lists)) if lists else None
+    found = sole_candidate("reply", _of_one_teacher(row, lists)) if lists else None
     if found is not None:
-        return _judged(row, found[0].teacher, [_reply_of(item) for item in found[1]], _verdicts(row, found[1]))
+        return _select_replies(
+            row, found[0].teacher, [_try_read_reply(item) for item in found[1]], _verdicts(row, found[1])
+        )
     numbered = [(one, value) for one, value in row.candidates("reply") if one.number is not None]
     if len(numbered) > 1:
         teacher = numbered[0][0].teacher
-        return _judged(row, teacher, [_reply_of(value) for _, value in numbered], [None] * len(numbered))
+        return _select_replies(row, teacher, [_try_read_reply(value) for _, value in numbered], [None] * len(numbered))
     return []
 
 
-def _is_series(value: object) -> bool:
+def _is_list_of_replies(value: object) -> bool:
     """Whether a value is a list of replies (texts or messages), not a conversation and not a list of blocks."""
     if not isinstance(value, list | tuple) or parse_turns(value) is not None:
         return False
     return not all(isinstance(item, Mapping) and "type" in item for item in value)
 
 
-def _judged(
-    row: Row, teacher: str, replies: Sequence[Reply | TraceError], verdicts: Sequence[bool | None]
+def _select_replies(
+    row: RowFields, teacher: str, replies: Sequence[Reply | TraceError], verdicts: Sequence[bool | None]
 ) -> list[Reply]:
     """Every reply that was judged right, else the first complete one."""
-    whole = _complete(row, len(replies))
+    whole = _which_complete(row, len(replies))
     found = [
         reply._replace(verified=verdict, teacher=teacher, number=number)
         for number, (reply, verdict) in enumerate(zip(replies, verdicts, strict=True))
@@ -105,10 +117,10 @@ def _judged(
     return [reply for reply in found if reply.verified] or found[:1]
 
 
-def _verdicts(row: Row, replies: Sequence[Any]) -> list[bool | None]:
+def _verdicts(row: RowFields, replies: Sequence[Any]) -> list[bool | None]:
     """The verdict on each generation: right if any of the row's judges says so, wrong if all that judged say wrong."""
     count = len(replies)
-    columns: list[Any] = [[_own_verdict(reply) for reply in replies]]
+    columns: list[Any] = [[_verdict_in(reply) for reply in replies]]
     columns += [value for _, value in row.candidates("verdict")]
     columns += [value for name, value in row.values.items() if name.startswith("correctness_")]
     said: list[list[bool]] = [[] for _ in range(count)]
@@ -120,11 +132,11 @@ def _verdicts(row: Row, replies: Sequence[Any]) -> list[bool | None]:
     return [any(marks) if marks else None for marks in said]
 
 
-def _own_verdict(reply: Any) -> Any:
+def _verdict_in(reply: Any) -> Any:
     """The verdict inside a reply that is an object."""
     if not isinstance(reply, Mapping):
         return None
-    return next((reply[one.name] for one in meanings(tuple(map(str, reply))).get("verdict", ())), None)
+    return next((reply[one.name] for one in fields_by_meaning(tuple(map(str, reply))).get("verdict", ())), None)
 
 
 def verdict_of(value: object) -> bool | None:
@@ -142,7 +154,7 @@ def cut_by_server(row: Mapping[str, Any]) -> str | None:
     return "truncated: so it says" if verdict_of(row.get("truncated")) else None
 
 
-def _complete(row: Row, count: int) -> list[bool]:
+def _which_complete(row: RowFields, count: int) -> list[bool]:
     whole = [True] * count
     for role in ("complete", "finish"):
         for _, value in row.candidates(role):
@@ -154,7 +166,7 @@ def _complete(row: Row, count: int) -> list[bool]:
     return whole
 
 
-def _reply_of(value: object) -> Reply | TraceError:
+def _try_read_reply(value: object) -> Reply | TraceError:
     try:
         return read_reply(value)
     except TraceError as error:
@@ -163,7 +175,7 @@ def _reply_of(value: object) -> Reply | TraceError:
 
 def read_reply(value: object) -> Reply:
     """A reply from a text, a message, messages of one reply, or blocks."""
-    if isinstance(value, str) and _fields_of_reply(object_in(value)) is None:
+    if isinstance(value, str) and _fields_of_reply(as_mapping(value)) is None:
         return Reply(*split_thinking(value))
     if isinstance(value, Mapping) and isinstance(value.get("messages"), list):
         value = value["messages"]
@@ -174,7 +186,7 @@ def read_reply(value: object) -> Reply:
                 f"reply: expected one assistant's turn, got {len(spoken)}; say with --map which field it is"
             )
         return reply_of_turn(spoken[0])
-    if (fields := _fields_of_reply(object_in(value))) is not None:
+    if (fields := _fields_of_reply(as_mapping(value))) is not None:
         return split_reply(*fields)
     if isinstance(value, Mapping):
         inner = next(
@@ -183,14 +195,14 @@ def read_reply(value: object) -> Reply:
         if inner is None:
             raise TraceError(f"reply: expected text, got {show(value)}")
         said = read_reply(inner)
-        return said._replace(thought=said.thought or thought_beside(value))
-    thought, text = text_of(value)
+        return said._replace(thought=said.thought or separate_thought(value))
+    thought, text = split_content(value)
     return split_reply(thought, text)
 
 
 def _fields_of_reply(value: Mapping[str, Any]) -> tuple[str, str] | None:
     """(thinking, text) of a reply that is an object with both, `{"reasoning": .., "answer": ..}`; None for others."""
-    found = meanings(tuple(map(str, value)))
+    found = fields_by_meaning(tuple(map(str, value)))
     thoughts = [text for one in found.get("reasoning", ()) if (text := _thought_text(one, value[one.name]))]
     said = [as_text(value[one.name]) for role in ("reply", "answer") for one in found.get(role, ())]
     texts = [text for text in said if text]
@@ -210,18 +222,20 @@ def split_reply(thought: str | None, text: str) -> Reply:
 # ------------------------------------------------------------------------------------ trajectories, completions, ...
 
 
-def _trajectories(row: Row, reply: Turn | None) -> list[Reply]:
+def _trajectories(row: RowFields, reply: Turn | None) -> list[Reply]:
     """A reply whose thinking has a separate field."""
     thoughts = [(one, text) for one, value in row.candidates("reasoning") if (text := _thought_text(one, value))]
     if not thoughts:
         return []
-    found = only("reasoning", _chosen(row, thoughts))
+    found = sole_candidate("reasoning", _of_one_teacher(row, thoughts))
     assert found is not None
     teacher = found[0].teacher
     thought = split_thinking(found[1])
     own = [(one, value) for one, value in row.candidates("reply") if one.teacher == teacher]
-    said = only("reply", own) or (only("solution", row.candidates("solution")) if reply is None else None)
-    text = read_reply(_first(said[1])).text if said else reply_of_turn(reply).text if reply else ""
+    said = sole_candidate("reply", own) or (
+        sole_candidate("solution", row.candidates("solution")) if reply is None else None
+    )
+    text = read_reply(_first_text(said[1])).text if said else reply_of_turn(reply).text if reply else ""
     joined = thought[0] or thought[1]
     return [Reply(joined, text or (thought[1] if thought[0] else ""), _verdict_by(row, teacher), teacher)]
 
@@ -243,11 +257,11 @@ def _inner_text(value: object) -> object:
     return value.get("content") or value.get("text") if isinstance(value, Mapping) else value
 
 
-def _first(value: object) -> object:
+def _first_text(value: object) -> object:
     return value[0] if isinstance(value, list | tuple) and value and isinstance(value[0], str) else value
 
 
-def _chosen(row: Row, found: Sequence[tuple[Field, Any]]) -> list[tuple[Field, Any]]:
+def _of_one_teacher(row: RowFields, found: Sequence[tuple[Field, Any]]) -> list[tuple[Field, Any]]:
     """The fields of one teacher: the requested one, the only one, the first graded right, or the first graded."""
     teachers = list(dict.fromkeys(one.teacher for one, _ in found))
     if row.teacher_field is not None:
@@ -268,28 +282,28 @@ def _chosen(row: Row, found: Sequence[tuple[Field, Any]]) -> list[tuple[Field, A
     return [(one, value) for one, value in found if one.teacher == teacher]
 
 
-def _verdict_by(row: Row, teacher: str) -> bool | None:
+def _verdict_by(row: RowFields, teacher: str) -> bool | None:
     """The verdict on a teacher's reply. If the row has only one verdict, it counts for any teacher."""
     found = [(one, value) for one, value in row.candidates("verdict") if one.name != "label" or isinstance(value, bool)]
     return next((verdict_of(value) for one, value in found if one.teacher == teacher or len(found) == 1), None)
 
 
-def _conversations(row: Row, reply: Turn | None) -> list[Reply]:
+def _conversations(row: RowFields, reply: Turn | None) -> list[Reply]:
     return [reply_of_turn(reply)._replace(verified=_verdict_by(row, ""))] if reply is not None else []
 
 
-def _completions(row: Row, _: Turn | None) -> list[Reply]:
+def _completions(row: RowFields, _: Turn | None) -> list[Reply]:
     found = row.candidates("reply")
     if not found:
         return []
-    one, value = only("reply", _chosen(row, found)) or found[0]
+    one, value = sole_candidate("reply", _of_one_teacher(row, found)) or found[0]
     return [read_reply(value)._replace(verified=_verdict_by(row, one.teacher), teacher=one.teacher)]
 
 
-def _solutions(row: Row, _: Turn | None) -> list[Reply]:
+def _solutions(row: RowFields, _: Turn | None) -> list[Reply]:
     """A worked solution, or an answer field that contains the working, as in GSM8K."""
     if found := row.one("solution"):
-        return [read_reply(_first(found[1]))._replace(verified=_verdict_by(row, ""))]
+        return [read_reply(_first_text(found[1]))._replace(verified=_verdict_by(row, ""))]
     for value in (value for _, value in row.candidates("answer") if isinstance(value, str)):
         written = read_reply(value)
         if written.thought or (stated_answer(written.text) not in (None, written.text.strip())):

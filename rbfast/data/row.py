@@ -1,6 +1,6 @@
 """Look up the fields of a row by meaning: which of them may be its problem, its reply, its answer.
 
-Row({"question": "2+2?", "gold": "4"}).one("answer")                # (Field("gold"), "4")
+RowFields({"question": "2+2?", "gold": "4"}).one("answer")                # (Field("gold"), "4")
 """
 
 import json
@@ -10,13 +10,13 @@ from functools import cached_property
 from typing import Any
 
 from rbfast.data.answers import as_text
-from rbfast.data.choices import options_beside, options_of
-from rbfast.data.fields import Field, meanings, value_at
+from rbfast.data.choices import options_in_fields, parse_options
+from rbfast.data.fields import Field, fields_by_meaning, value_at
 from rbfast.data.trace import TraceError
 
 
 @dataclass(frozen=True)
-class Row:
+class RowFields:
     """A row whose fields are looked up by meaning. `fields` maps meanings to field names and overrides the names."""
 
     values: Mapping[str, Any]
@@ -28,16 +28,16 @@ class Row:
         if role in self.fields:
             return [(Field(self.fields[role]), value_at(self.values, self.fields[role]))]
         taken = set(self.fields.values())
-        found = meanings(tuple(map(str, self.values))).get(role, ())
+        found = fields_by_meaning(tuple(map(str, self.values))).get(role, ())
         return [
-            (one, self.values[one.name]) for one in found if one.name not in taken and _holds(self.values[one.name])
+            (one, self.values[one.name]) for one in found if one.name not in taken and _is_filled(self.values[one.name])
         ]
 
     @cached_property
     def options(self) -> Mapping[str, str] | None:
         """The options of a multiple-choice question, by label."""
-        named = next((found for _, value in self.candidates("options") if (found := options_of(value))), None)
-        return named or options_beside(self.values)
+        named = next((found for _, value in self.candidates("options") if (found := parse_options(value))), None)
+        return named or options_in_fields(self.values)
 
     def choices(self) -> list[tuple[Field, Any]]:
         """The fields that may say which option is right. If the options are numbers, a number is an option, not an
@@ -53,29 +53,30 @@ class Row:
 
     def unknown(self) -> list[tuple[str, Any]]:
         """The non-empty fields of unknown meaning."""
-        known = {one.name for fields in meanings(tuple(map(str, self.values))).values() for one in fields}
-        return [(str(name), value) for name, value in self.values.items() if name not in known and _holds(value)]
+        known = {one.name for fields in fields_by_meaning(tuple(map(str, self.values))).values() for one in fields}
+        return [(str(name), value) for name, value in self.values.items() if name not in known and _is_filled(value)]
 
     def inner_answers(self) -> list[tuple[Field, Any]]:
         """Answers inside objects of the row, or inside JSON text: `reward_model.ground_truth`."""
         found = []
         for name, value in self.values.items():
-            inner = object_in(value)
-            for one in meanings(tuple(map(str, inner))).get("answer", ()):
-                if _holds(inner[one.name]):
+            inner = as_mapping(value)
+            for one in fields_by_meaning(tuple(map(str, inner))).get("answer", ()):
+                if _is_filled(inner[one.name]):
                     found.append((Field(f"{name}.{one.name}", one.teacher), inner[one.name]))
         return found
 
     def one(self, role: str) -> tuple[Field, Any] | None:
         """The field with this meaning, or None. Raises TraceError if several differ."""
-        return only(role, self.candidates(role))
+        return sole_candidate(role, self.candidates(role))
 
     def text(self, role: str) -> str | None:
         """The first text or number with this meaning."""
         return next((text for _, value in self.candidates(role) if (text := as_text(value)) is not None), None)
 
 
-def only(role: str, found: Sequence[tuple[Field, Any]]) -> tuple[Field, Any] | None:
+def sole_candidate(role: str, found: Sequence[tuple[Field, Any]]) -> tuple[Field, Any] | None:
+    """The only candidate, or None. Raises TraceError if there are several with different values."""
     if any(value != found[0][1] for _, value in found[1:]):
         names = " and ".join(one.name for one, _ in found)
         raise TraceError(
@@ -84,7 +85,7 @@ def only(role: str, found: Sequence[tuple[Field, Any]]) -> tuple[Field, Any] | N
     return found[0] if found else None
 
 
-def object_in(value: Any) -> Mapping[str, Any]:
+def as_mapping(value: Any) -> Mapping[str, Any]:
     """A mapping, also one given as a short JSON text; empty for anything else."""
     if isinstance(value, str) and value[:1] == "{" and len(value) < 10_000:
         try:
@@ -94,5 +95,5 @@ def object_in(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _holds(value: object) -> bool:
+def _is_filled(value: object) -> bool:
     return value is not None and value != "" and not (isinstance(value, list | tuple | Mapping) and not value)

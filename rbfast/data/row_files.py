@@ -29,10 +29,10 @@ Rows = Iterator[tuple[str, Any]]
 
 
 def is_file_of_rows(path: Path) -> bool:
-    return _kind_of(path) in SUFFIXES
+    return _suffix_of(path) in SUFFIXES
 
 
-def _kind_of(path: Path) -> str:
+def _suffix_of(path: Path) -> str:
     return Path(path.name.removesuffix(".gz")).suffix
 
 
@@ -58,7 +58,7 @@ def rows_of_path(path: Path, split: str, lenient: bool = False) -> Rows:
         ".arrow": _rows_arrow,
         **{suffix: partial(_rows_csv, lenient=lenient, delimiter=delimiter) for suffix, delimiter in _CELLS.items()},
     }
-    suffix = _kind_of(path)
+    suffix = _suffix_of(path)
     try:
         yield from readers.get(suffix, partial(_rows_jsonl, lenient=lenient))(path)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -85,7 +85,7 @@ def _files_of(folder: Path, split: str) -> list[Path]:
     found = [path for inner in (folder, folder / "data") for path in sorted(inner.glob("*")) if is_file_of_rows(path)]
     found = [path for path in found if path.is_file() and not path.name.endswith(("_infos.json", "unreadable.jsonl"))]
     found = [path for path in found if path.name not in _NO_ROWS]
-    found = [path for path in found if _kind_of(path) not in _CELLS] or found
+    found = [path for path in found if _suffix_of(path) not in _CELLS] or found
     if not found:
         raise TraceError(f"{folder}: expected a folder with a {KINDS} in it, got none; name a file")
     return [path for path in found if path.name.startswith(split)] or found

@@ -35,7 +35,7 @@ FORMAT, VERSION = "rbfast-signals", 1
 MANIFEST = "signals.json"
 _SHARD_TOKENS = 2**18
 _KEY_BYTES = 16
-_SLACK = 1e-3  # probabilities in half precision can add up to a little more than 1
+_MASS_TOLERANCE = 1e-3  # probabilities in half precision can add up to a little more than 1
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,14 @@ class SignalStore:
         self.vocabulary = vocabulary
         self._dtype = np.uint16 if vocabulary <= 2**16 else np.int32
         about = {"format": FORMAT, "version": VERSION, "teacher": teacher, "k": k, "vocabulary": vocabulary}
-        self._check(about)
+        self._check_manifest(about)
         self._pending: list[_Entry] = []
-        self._places: dict[bytes, tuple[int, int]] = {}  # shard and item
+        self._locations: dict[bytes, tuple[int, int]] = {}  # shard and item
         self._loaded: tuple[int, dict[str, np.ndarray]] | None = None
         self._shards = sorted(self.folder.glob("signals-*.safetensors"))
         for number in range(len(self._shards)):
-            for item, key in enumerate(self._shard(number)["keys"]):
-                self._places[key.tobytes()] = number, item
+            for item, key in enumerate(self._load_shard(number)["keys"]):
+                self._locations[key.tobytes()] = number, item
 
     @classmethod
     def open(cls, folder: str | Path) -> SignalStore:
@@ -90,23 +90,25 @@ class SignalStore:
         self.flush()
 
     def __len__(self) -> int:
-        return len(self._places) + len(self._pending)
+        return len(self._locations) + len(self._pending)
 
     def __contains__(self, example: Example) -> bool:
-        key = _key(example)
-        return key in self._places or any(entry.key == key for entry in self._pending)
+        key = _example_key(example)
+        return key in self._locations or any(entry.key == key for entry in self._pending)
 
     def add(self, example: Example, rows: np.ndarray, ids: np.ndarray, logprobs: np.ndarray) -> None:
         """Add log-probs [n, up to k] for the labels at `rows` [n] of an example; -inf marks padding."""
         if not len(rows) == len(ids) == len(logprobs) or ids.shape != logprobs.shape or ids.shape[1] > self.k:
             raise ValueError(f"expected rows [n], ids and logprobs [n, up to {self.k}], got {rows.shape}, {ids.shape}")
         # Also refuses NaN.
-        if not np.all(np.exp(logprobs.astype(np.float64)).sum(1) <= 1 + _SLACK):
+        if not np.all(np.exp(logprobs.astype(np.float64)).sum(1) <= 1 + _MASS_TOLERANCE):
             raise ValueError("expected log-probs whose probabilities add up to at most 1; are they logits?")
         blank = ((0, 0), (0, self.k - ids.shape[1]))
         ids = np.pad(np.where(logprobs == -math.inf, 0, ids), blank)
         logprobs = np.pad(logprobs, blank, constant_values=-math.inf)
-        entry = _Entry(_key(example), rows.astype(np.int32), ids.astype(self._dtype), logprobs.astype(np.float32))
+        entry = _Entry(
+            _example_key(example), rows.astype(np.int32), ids.astype(self._dtype), logprobs.astype(np.float32)
+        )
         self._pending.append(entry)
         if sum(len(entry.rows) for entry in self._pending) >= _SHARD_TOKENS:
             self.flush()
@@ -125,14 +127,14 @@ class SignalStore:
         with replacing(path) as file:
             file.write(seal(save(tensors)))
         for item, entry in enumerate(entries):
-            self._places[entry.key] = len(self._shards), item
+            self._locations[entry.key] = len(self._shards), item
         self._shards.append(path)
 
     def fill(self, examples: Iterable[Example]) -> list[Example]:
         """Set the signals of each example; returns the examples without any. Raises ValueError for a broken shard."""
         self.flush()
         examples = list(examples)
-        places = [self._places.get(_key(example)) for example in examples]
+        places = [self._locations.get(_example_key(example)) for example in examples]
         # In the order of the shards, so that each, which is large, is loaded once.
         found = sorted((place, index) for index, place in enumerate(places) if place is not None)
         for (number, item), index in found:
@@ -140,7 +142,7 @@ class SignalStore:
         return [example for example, place in zip(examples, places, strict=True) if place is None]
 
     def _fill_one(self, example: Example, number: int, item: int) -> None:
-        shard = self._shard(number)
+        shard = self._load_shard(number)
         ends = shard["ends"]
         part = slice(int(ends[item - 1]) if item else 0, int(ends[item]))
         rows = shard["rows"][part].astype(np.int64)
@@ -150,7 +152,7 @@ class SignalStore:
         example.teacher_ids = shard["ids"][part].astype(np.int32)
         example.teacher_logprobs = shard["logprobs"][part].copy()  # a view would keep the shard
 
-    def _check(self, about: dict[str, Any]) -> None:
+    def _check_manifest(self, about: dict[str, Any]) -> None:
         path = self.folder / MANIFEST
         if not path.exists():
             write_text(path, json.dumps(about, indent=1))
@@ -163,7 +165,7 @@ class SignalStore:
                     "choose another folder"
                 )
 
-    def _shard(self, number: int) -> dict[str, np.ndarray]:
+    def _load_shard(self, number: int) -> dict[str, np.ndarray]:
         """One shard, cached until another is read. Raises ValueError, naming the file, if it is broken."""
         if self._loaded is None or self._loaded[0] != number:
             path = self._shards[number]
@@ -194,7 +196,7 @@ class SignalStore:
             raise ValueError(f"expected ids and logprobs [{n}, {self.k}]")
         if n and not 0 <= ids.min() <= ids.max() < self.vocabulary:
             raise ValueError(f"expected ids below {self.vocabulary}")
-        if not np.all(np.exp(logprobs.astype(np.float64)).sum(1) <= 1 + _SLACK):  # also refuses NaN
+        if not np.all(np.exp(logprobs.astype(np.float64)).sum(1) <= 1 + _MASS_TOLERANCE):  # also refuses NaN
             raise ValueError("expected log-probs whose probabilities add up to at most 1")
 
 
@@ -216,7 +218,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return dict(about)
 
 
-def _key(example: Example) -> bytes:
+def _example_key(example: Example) -> bytes:
     """A hash of an example's tokens and of where its trained tokens start."""
     first: Sequence[int] = np.flatnonzero(example.labels != IGNORE)[:1].tolist()
     data = np.array([*first, *example.input_ids], dtype="<i8").tobytes()

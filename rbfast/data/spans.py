@@ -140,9 +140,9 @@ def split_spans(text: str) -> list[Span]:
     if not text:
         return []
     blanked = _fold_case(_blank_protected(text))
-    ends, asks = _cut(blanked)
-    roles = _weigh(blanked, ends, asks)
-    plans, headings = _marked_by_teacher(blanked)
+    ends, are_questions = _cut_units(blanked)
+    roles = _classify(blanked, ends, are_questions)
+    plans, headings = _plans_and_headings(blanked)
     if plans or headings:
         role_of = np.repeat(roles, np.diff(ends, prepend=0))
         for start, end in headings:
@@ -163,10 +163,10 @@ def _fold_case(text: str) -> str:
 
 def _blank_protected(text: str) -> str:
     pieces: list[str] = []
-    barren: dict[str, int] = {}
+    searched_to: dict[str, int] = {}
     done = position = 0
     while opener := _OPENER.search(text, position):
-        end = _protected_end(text, opener, barren)
+        end = _protected_end(text, opener, searched_to)
         if end < 0:
             position = opener.end()
             continue
@@ -177,10 +177,10 @@ def _blank_protected(text: str) -> str:
     return "".join([*pieces, text[done:]])
 
 
-def _protected_end(text: str, opener: re.Match[str], barren: dict[str, int]) -> int:
+def _protected_end(text: str, opener: re.Match[str], searched_to: dict[str, int]) -> int:
     """The end of the region that `opener` opens, or -1 if it is not closed.
 
-    `barren` holds how far each closer was searched for without success, so that no character is searched twice for it.
+    `searched_to` holds how far each closer was searched for in vain, so that no character is searched twice for it.
     """
     mark, start = opener.group(), opener.end()
     if mark == "$":
@@ -188,58 +188,58 @@ def _protected_end(text: str, opener: re.Match[str], barren: dict[str, int]) -> 
         return closed.end() if closed else -1
     closer = _CLOSER.get(mark) or mark.replace("\\begin", "\\end")
     limit = len(text) if mark == "```" else start + _LONGEST_MATH
-    found = text.find(closer, max(start, barren.get(closer, 0)), limit)
+    found = text.find(closer, max(start, searched_to.get(closer, 0)), limit)
     if found < 0:
-        barren[closer] = limit - len(closer) + 1
+        searched_to[closer] = limit - len(closer) + 1
         return len(text) if mark == "```" else -1  # an open fence runs to the end, as in Markdown
     return found + len(closer)
 
 
-def _cut(blanked: str) -> tuple[np.ndarray, np.ndarray]:
+def _cut_units(blanked: str) -> tuple[np.ndarray, np.ndarray]:
     """The ends of the units, int64 [units], and whether each ends in a question mark, bool [units]."""
     ends: list[int] = []
-    asks: list[bool] = []
+    are_questions: list[bool] = []
     start = 0
     for found in _BREAK.finditer(blanked):
         stop, end = found.span()
-        if blanked[stop] == "." and _keeps_going(blanked, start, stop):
+        if blanked[stop] == "." and _is_abbreviation(blanked, start, stop):
             continue
         ends.append(end)
-        asks.append(blanked[stop] != "\n" and "?" in found.group())
+        are_questions.append(blanked[stop] != "\n" and "?" in found.group())
         start = end
     if start < len(blanked):
         ends.append(len(blanked))
-        asks.append("?" in blanked[max(start, len(blanked) - 8) :])
-    return np.array(ends), np.array(asks)
+        are_questions.append("?" in blanked[max(start, len(blanked) - 8) :])
+    return np.array(ends), np.array(are_questions)
 
 
-def _keeps_going(blanked: str, start: int, stop: int) -> bool:
+def _is_abbreviation(blanked: str, start: int, stop: int) -> bool:
     """Whether the full stop at `stop` follows an abbreviation, or an enumerator that opens the unit ("2. Then")."""
     if stop - start <= 8 and _ENUMERATOR.fullmatch(blanked, start, stop + 1):
         return True
     return _NO_SENTENCE_END.search(blanked[max(start, stop - 8) : stop]) is not None
 
 
-def _weigh(blanked: str, ends: np.ndarray, asks: np.ndarray) -> np.ndarray:
+def _classify(blanked: str, ends: np.ndarray, are_questions: np.ndarray) -> np.ndarray:
     """The role of each unit, int64 [units]."""
     starts = np.append(0, ends[:-1])
     codes = np.frombuffer(blanked.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    density = _count(codes, _MATH_CHARACTERS, starts) / (ends - starts)
-    relation = _count(codes, _RELATIONS, starts) > 0
+    density = _count_characters(codes, _MATH_CHARACTERS, starts) / (ends - starts)
+    relation = _count_characters(codes, _RELATIONS, starts) > 0
     cues = [(cue.start(), cue.lastindex is not None) for cue in _CUE.finditer(blanked)]
-    strong = _marked(starts, [at for at, is_strong in cues if is_strong])
-    intends = _marked(starts, [at for at, is_strong in cues if not is_strong], reach=_OPENING_REACH)
-    answers = _marked(starts, [found.start() for found in _ANSWER.finditer(blanked)])
+    strong = _units_with(starts, [at for at, is_strong in cues if is_strong])
+    intends = _units_with(starts, [at for at, is_strong in cues if not is_strong], reach=_OPENING_REACH)
+    answers = _units_with(starts, [found.start() for found in _ANSWER.finditer(blanked)])
 
-    strategic = (asks & (density < 0.5)) | (strong & (density < np.where(relation, 0.12, 0.25)))
+    strategic = (are_questions & (density < 0.5)) | (strong & (density < np.where(relation, 0.12, 0.25)))
     prose = ~relation & (density < 0.2)
     strategic |= prose & intends & (density < 0.1)
     for unit in np.flatnonzero(prose & ~strategic & ~answers).tolist():
         strategic[unit] = _OPENING.match(blanked, starts[unit], ends[unit]) is not None
-    return np.where(answers & ~asks, ANSWER, np.where(strategic, STRATEGIC, TACTICAL))
+    return np.where(answers & ~are_questions, ANSWER, np.where(strategic, STRATEGIC, TACTICAL))
 
 
-def _marked_by_teacher(blanked: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+def _plans_and_headings(blanked: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """The character ranges of marked plans, and of headings.
 
     A section ends at the next heading of its level or above. A section that runs to the end of the text may contain the
@@ -257,14 +257,14 @@ def _marked_by_teacher(blanked: str) -> tuple[list[tuple[int, int]], list[tuple[
     return plans, [heading.span() for heading in headings]
 
 
-def _count(codes: np.ndarray, characters: str, starts: np.ndarray) -> np.ndarray:
+def _count_characters(codes: np.ndarray, characters: str, starts: np.ndarray) -> np.ndarray:
     """How many of `characters` each unit holds, int64 [units]."""
     table = np.zeros(0x10000, dtype=np.int64)
     table[[ord(character) for character in characters]] = 1
     return np.add.reduceat(table[np.minimum(codes, 0xFFFF)], starts)
 
 
-def _marked(starts: np.ndarray, positions: list[int], reach: int | None = None) -> np.ndarray:
+def _units_with(starts: np.ndarray, positions: list[int], reach: int | None = None) -> np.ndarray:
     """Which units hold one of `positions` (among their first `reach` characters, if given), bool [units]."""
     at = np.array(positions, dtype=np.int64)
     units = np.searchsorted(starts, at, side="right") - 1

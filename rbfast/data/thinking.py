@@ -34,8 +34,8 @@ _SWITCHES: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": True}, {"thinki
 _OFF: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": False}, {"thinking": False})
 _FIELDS = ("reasoning_content", "thinking", "reasoning")
 _TAGS = tuple((opener, closer) for opener, closer, is_sure in THINKING if is_sure)
-_TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
-_DAY = datetime(2024, 7, 26)  # the default of Llama 3.1's template
+_DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+_FIXED_DAY = datetime(2024, 7, 26)  # the default of Llama 3.1's template
 # A switch under a name of the template's own.
 _SWITCH = re.compile(r"\bif (?:not )?(\w*(?:think|reason)\w*)\b(?! *[.(])")
 
@@ -93,7 +93,7 @@ class ThinkingFormat:
         return self.opener, thought, self.closer, said.strip() if self.thinks or self.trims else said, self.tail
 
 
-_FOUND: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, ThinkingFormat]] = WeakKeyDictionary()
+_CACHE: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, ThinkingFormat]] = WeakKeyDictionary()
 
 
 def thinking_format(tokenizer: PreTrainedTokenizerBase) -> ThinkingFormat:
@@ -104,9 +104,9 @@ def thinking_format(tokenizer: PreTrainedTokenizerBase) -> ThinkingFormat:
             message shows both.
     """
     state = (str(tokenizer.chat_template), tokenizer.eos_token, tokenizer.bos_token, len(tokenizer))
-    held = _FOUND.get(tokenizer)
+    held = _CACHE.get(tokenizer)
     if held is None or held[0] != state:
-        held = _FOUND[tokenizer] = state, _find(tokenizer)
+        held = _CACHE[tokenizer] = state, _detect(tokenizer)
     return held[1]
 
 
@@ -123,35 +123,35 @@ def render(
     """
     turns = [{**turn, "content": _parts(turn["content"])} for turn in messages] if takes_parts else list(messages)
     template = str(tokenizer.get_chat_template())
-    dated = {"chat_template": _TODAY.sub(_on_that_day, template)} if _TODAY.search(template) else {}
+    dated = {"chat_template": _DATE_CALL.sub(_fixed_date, template)} if _DATE_CALL.search(template) else {}
     return str(
         tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=open_reply, **dated, **switches)  # type: ignore[arg-type]
     )
 
 
-def _on_that_day(call: re.Match[str]) -> str:
-    return repr(_DAY.strftime(call[2]))
+def _fixed_date(call: re.Match[str]) -> str:
+    return repr(_FIXED_DAY.strftime(call[2]))
 
 
 def _parts(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-def _find(tokenizer: PreTrainedTokenizerBase) -> ThinkingFormat:
+def _detect(tokenizer: PreTrainedTokenizerBase) -> ThinkingFormat:
     if tokenizer.chat_template is None:
         return ThinkingFormat(end=tokenizer.eos_token_id, adds_blank=_adds_blank(tokenizer))
-    template = _Template(tokenizer)
+    template = _TemplateProbe(tokenizer)
     known = (*_SWITCHES, *template.own_switches())
-    shown = [found for switches in known if (found := template.shown(switches)) is not None]
+    shown = [found for switches in known if (found := template.detect_rendered(switches)) is not None]
     if shown:  # a switch that changes the prompt asks for the thought
         plain = template.prompt(shown[0].switches)
         return next((found for found in shown if template.prompt(found.switches) != plain), shown[0])
     if template.refused is not None:
         raise template.unknown(*template.refused)
-    return template.composed() or template.plain()
+    return template.detect_composed() or template.detect_plain()
 
 
-class _Template:
+class _TemplateProbe:
     """Renders probe conversations with a chat template, to detect its format."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -169,14 +169,14 @@ class _Template:
                 )
 
     def prompt(self, switches: Mapping[str, Any]) -> str:
-        return render(self.tokenizer, [_asked()], True, switches, self.takes_parts)
+        return render(self.tokenizer, [_user_message()], True, switches, self.takes_parts)
 
     def turn(self, message: Message, switches: Mapping[str, Any], *after: Message) -> str | None:
         """The rendered conversation, or None if the template raises an error."""
         from jinja2.exceptions import TemplateError
 
         try:
-            return render(self.tokenizer, [_asked(), message, *after], False, switches, self.takes_parts)
+            return render(self.tokenizer, [_user_message(), message, *after], False, switches, self.takes_parts)
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError):
             return None
 
@@ -189,14 +189,14 @@ class _Template:
 
     # ------------------------------------------------------------------------------------------- the three detectors
 
-    def shown(self, switches: Mapping[str, Any]) -> ThinkingFormat | None:
+    def detect_rendered(self, switches: Mapping[str, Any]) -> ThinkingFormat | None:
         """The format of a template that renders the thought of a turn."""
         prompt = self.prompt(switches)
-        for message in self._forms(prompt):
+        for message in self._thinking_turns(prompt):
             turn = self.turn(message, switches)
             if turn is None or _THOUGHT not in turn:
                 continue
-            written = _continuing(turn, prompt)
+            written = _continuation(turn, prompt)
             before, _, rest = written.partition(_THOUGHT)
             closer, said, after = rest.partition(_SAID)
             if not said or not closer.strip() or _THOUGHT in after or "'type'" in closer:
@@ -204,47 +204,49 @@ class _Template:
                 if written:
                     return None
                 continue  # a turn in another form may continue this prompt
-            kind: Kind = "channels" if _opens_again(closer) else "reply" if before.strip() else "prompt"
+            kind: Kind = "channels" if _opens_channel(closer) else "reply" if before.strip() else "prompt"
             return self._format(kind, switches, after, opener=before, closer=closer)
         return None
 
-    def _forms(self, prompt: str) -> Iterator[Message]:
+    def _thinking_turns(self, prompt: str) -> Iterator[Message]:
         """A turn with a thought, in each form that templates accept."""
         for name in _FIELDS:
-            yield _said(_SAID, **{name: _THOUGHT})
+            yield _assistant_message(_SAID, **{name: _THOUGHT})
         if "thinking" in self.text:
-            yield _said([{"type": "thinking", "thinking": _THOUGHT}, {"type": "text", "text": _SAID}])
+            yield _assistant_message([{"type": "thinking", "thinking": _THOUGHT}, {"type": "text", "text": _SAID}])
         if "blocks" in self.text:
             thought, said = {"type": "thoughts", "text": _THOUGHT}, {"type": "response", "text": _SAID}
-            yield _said({"blocks": [thought, said]})
+            yield _assistant_message({"blocks": [thought, said]})
         if self.tags is not None:
-            opener, closer = self._spaced(prompt)
-            yield _said(f"{opener}{_THOUGHT}{closer}{_SAID}")
+            opener, closer = self._spaced_tags(prompt)
+            yield _assistant_message(f"{opener}{_THOUGHT}{closer}{_SAID}")
             if not opener:  # some templates want the turn to repeat the tag that the prompt opened
-                yield _said(f"{prompt[prompt.rindex(self.tags[0]) :]}{_THOUGHT}{closer}{_SAID}")
+                yield _assistant_message(f"{prompt[prompt.rindex(self.tags[0]) :]}{_THOUGHT}{closer}{_SAID}")
 
-    def composed(self) -> ThinkingFormat | None:
+    def detect_composed(self) -> ThinkingFormat | None:
         """The format of a template that names thinking tags but drops the thought in them."""
         if self.tags is None:
             return None
         opener = self.tags[0]
         for switches in sorted(_SWITCHES, key=lambda switches: opener not in self.prompt(switches)):
-            prompt, turn = self.prompt(switches), self.turn(_said(_SAID), switches)
+            prompt, turn = self.prompt(switches), self.turn(_assistant_message(_SAID), switches)
             if turn is None or prompt.rstrip().endswith(self.tags[1]):
                 continue  # this prompt closes the thinking
-            opener, closer = self._spaced(prompt)
+            opener, closer = self._spaced_tags(prompt)
             after = turn.partition(_SAID)[2]
             return self._format("reply" if opener else "prompt", switches, after, opener, closer, is_composed=True)
         return None
 
-    def plain(self) -> ThinkingFormat:
+    def detect_plain(self) -> ThinkingFormat:
         """The format of a template without thinking."""
-        prompt, turn = self.prompt({}), self.turn(_said(_SAID), {}) or ""
-        opener, said, after = _continuing(turn, prompt).partition(_SAID)
+        prompt, turn = self.prompt({}), self.turn(_assistant_message(_SAID), {}) or ""
+        opener, said, after = _continuation(turn, prompt).partition(_SAID)
         if not said:
             raise self.unknown(prompt, turn)
         blank = f" \n{_SAID}\n "
-        return self._format("none", {}, after, opener, trims=blank not in (self.turn(_said(blank), {}) or ""))
+        return self._format(
+            "none", {}, after, opener, trims=blank not in (self.turn(_assistant_message(blank), {}) or "")
+        )
 
     def _format(
         self, kind: Kind, switches: Mapping[str, Any], after: str, opener: str = "", closer: str = "", **rest: Any
@@ -269,7 +271,7 @@ class _Template:
         names = dict.fromkeys(_SWITCH.findall(self.text))
         return [{name: True} for name in names if self.tags[0] in self.prompt({name: True})]
 
-    def _spaced(self, prompt: str) -> tuple[str, str]:
+    def _spaced_tags(self, prompt: str) -> tuple[str, str]:
         """What is written before and after a thought for this prompt, spaces included.
 
         A prompt that switches thinking off opens and closes an empty thought: that shows the spaces.
@@ -297,7 +299,7 @@ class _Template:
             if found := list(added.finditer(after)):
                 match = next((one for one in found if one[0] in opening), found[0])
                 return after[: match.start()], numbers[match[0]]
-            longer = self.turn(_said(_SAID), switches, {"role": "user", "content": _NEXT}) or ""
+            longer = self.turn(_assistant_message(_SAID), switches, {"role": "user", "content": _NEXT}) or ""
             header = added.match(longer.partition(_SAID)[2].lstrip())
             if header and header[0] != self.tokenizer.bos_token:
                 return "", numbers[header[0]]
@@ -315,15 +317,15 @@ def _adds_blank(tokenizer: PreTrainedTokenizerBase) -> bool:
     return str(tokenizer.decode(twice, clean_up_tokenization_spaces=False)).strip() == "a a"
 
 
-def _asked() -> Message:
+def _user_message() -> Message:
     return {"role": "user", "content": _ASKED}
 
 
-def _said(content: Any, **fields: str) -> Message:
+def _assistant_message(content: Any, **fields: str) -> Message:
     return {"role": "assistant", "content": content, **fields}
 
 
-def _continuing(turn: str, prompt: str) -> str:
+def _continuation(turn: str, prompt: str) -> str:
     """The text of a turn after its prompt, which may end in more white space; empty if it does not continue it."""
     if turn.startswith(prompt):
         return turn[len(prompt) :]
@@ -331,5 +333,5 @@ def _continuing(turn: str, prompt: str) -> str:
     return turn[len(short) :].lstrip() if turn.startswith(short) and short.endswith(tuple(o for o, _ in _TAGS)) else ""
 
 
-def _opens_again(closer: str) -> bool:
+def _opens_channel(closer: str) -> bool:
     return "<|channel|>" in closer

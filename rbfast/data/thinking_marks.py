@@ -66,7 +66,7 @@ ANSWER_OPENER = _any_of(*(marks.opener for marks in ANSWER))
 LONE_CLOSER = _any_of(*_SURE_CLOSERS)
 _CLOSERS = {marks.opener.lower(): _any_of(marks.closer) for marks in (*THINKING, *ANSWER)}
 _ENDS = _any_of(*_SURE_CLOSERS, FINAL_CHANNEL)
-_SHOWN_TO_NOBODY = _any_of(
+_HIDDEN = _any_of(
     *(mark for opener, closer, is_sure in (*THINKING, *ANSWER) if is_sure for mark in (opener, closer)),
     *("<answer>", "</answer>", "<|channel|>analysis<|message|>", FINAL_CHANNEL, "<|end|>", NEXT_MESSAGE),
 )
@@ -90,4 +90,4 @@ def end_of_thinking(text: str) -> int:
 
 def without_marks(text: str) -> str:
     """`text` for display: without thinking and answer tags."""
-    return _SHOWN_TO_NOBODY.sub("", text)
+    return _HIDDEN.sub("", text)

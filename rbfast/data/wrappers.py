@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rbfast.data.conversations import ASSISTANT, SYSTEM, parse_turns
-from rbfast.data.fields import meanings
+from rbfast.data.fields import fields_by_meaning
 from rbfast.data.trace import TraceError
 from rbfast.utils.records import objects_of, show
 
@@ -15,7 +15,7 @@ _CONTENTS = ("messages", "input", "contents")
 _SYSTEMS = ("system", "instructions", "systemInstruction", "system_instruction")
 
 
-def unwrapped(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
+def unwrap(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
     """A flat row, and the name of its batch format, or None if it is not from a batch.
 
     A batch's request and response become fields of one row. Of any other row, the one object in it that holds a problem
@@ -29,7 +29,7 @@ def unwrapped(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
     if row.get("error") and not replies and ("custom_id" in row or messages):
         raise TraceError(f"expected a response, got the error {show(row['error'])}; ask again")
     if not messages and not replies:
-        return _inner(row), None
+        return _merge_inner(row), None
     flat = {key: value for key, value in row.items() if key not in _WRAPPERS and value is not request}
     if messages:
         flat["messages"] = _with_system(messages, next((request[key] for key in _SYSTEMS if request.get(key)), None))
@@ -37,10 +37,10 @@ def unwrapped(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
         flat["generations"] = [[{"role": ASSISTANT, **message}] for message, _ in replies]
         flat["finish_reasons"] = [reason for _, reason in replies]
     flat["model"] = response.get("model") or response.get("modelVersion") or request.get("model") or flat.get("model")
-    return flat, _name(row, request, response)
+    return flat, _batch_name(row, request, response)
 
 
-def _name(row: Mapping[str, Any], request: Mapping[str, Any], response: Mapping[str, Any]) -> str | None:
+def _batch_name(row: Mapping[str, Any], request: Mapping[str, Any], response: Mapping[str, Any]) -> str | None:
     if "candidates" in response or "contents" in request:
         return "Gemini batch rows"
     if "params" in row or ("content" in response and "choices" not in response):
@@ -90,20 +90,20 @@ def _with_system(messages: Any, system: Any) -> Any:
     return [{"role": SYSTEM, "content": system}, *messages] if system and isinstance(messages, list) else messages
 
 
-def _inner(row: Mapping[str, Any]) -> Mapping[str, Any]:
+def _merge_inner(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row merged with the one object in it that holds a problem, if the row itself has none."""
-    if _asks(row):
+    if _has_problem(row):
         return row
-    inner = [(name, value) for name, value in row.items() if isinstance(value, Mapping) and _asks(value)]
+    inner = [(name, value) for name, value in row.items() if isinstance(value, Mapping) and _has_problem(value)]
     if len(inner) != 1:
         return row
     name, value = inner[0]
     return {**value, **{key: other for key, other in row.items() if key != name}}
 
 
-def _asks(row: Mapping[str, Any]) -> bool:
+def _has_problem(row: Mapping[str, Any]) -> bool:
     """Whether a row has a field that may be its problem or its conversation."""
-    found = meanings(tuple(map(str, row)))
+    found = fields_by_meaning(tuple(map(str, row)))
     fields = [*found.get("problem", ()), *found.get("conversation", ())]
     if any(row.get(field.name) for field in fields):
         return True

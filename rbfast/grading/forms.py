@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import TypeAlias
 
-from rbfast.data.answers import closing
+from rbfast.data.answers import closing_brace
 from rbfast.grading.exact import exact
 from rbfast.grading.notation import bare
 from rbfast.grading.numerals import numeral
@@ -163,7 +163,7 @@ def _bracketed(text: str) -> Form | None:
     for opening, end, brackets in ((r"\{", r"\}", "{}"), (r"\langle", r"\rangle", "()")):
         if text.startswith(opening) and text.endswith(end):
             return _inside(text[len(opening) : -len(end)], brackets)
-    if text.startswith("{") and closing(text, 0) == len(text) - 1 and len(split(text[1:-1], _COMMA)) > 1:
+    if text.startswith("{") and closing_brace(text, 0) == len(text) - 1 and len(split(text[1:-1], _COMMA)) > 1:
         return _inside(text[1:-1], "{}")  # a set whose braces lost their backslash
     if len(text) > 1 and text[0] in "([" and text[-1] in ")]" and matching(text, 0) == len(text) - 1:
         return _inside(text[1:-1], text[0] + text[-1])
@@ -325,7 +325,7 @@ def split(text: str, separator: re.Pattern[str]) -> list[str]:
 
 def _end_of_group(text: str, position: int) -> int | None:
     if text[position] == "{":
-        return closing(text, position)
+        return closing_brace(text, position)
     for opening, end in ((r"\langle", r"\rangle"), (r"\begin", r"\end")):
         if text.startswith(opening, position):
             found = text.find(end, position)

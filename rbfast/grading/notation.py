@@ -12,7 +12,7 @@ import functools
 import re
 import unicodedata
 
-from rbfast.data.answers import closing
+from rbfast.data.answers import closing_brace
 from rbfast.grading.units import SIGNS
 
 _SIGNS = {
@@ -237,7 +237,7 @@ def bare(text: str) -> str:
 def unbox(text: str) -> str:
     r"""The text without `\boxed{}` around its content."""
     while match := _BOX.search(text):
-        end = closing(text, match.end() - 1)
+        end = closing_brace(text, match.end() - 1)
         if end is None:
             return text[: match.start()] + text[match.end() :]
         text = text[: match.start()] + text[match.end() : end] + text[end + 1 :]
@@ -278,7 +278,7 @@ def _with_arguments(text: str, command: str, count: int) -> str:
 def _argument(text: str, *, whole: bool) -> tuple[str, str]:
     """Split off a command's argument: a group, a command or one character; with `whole` also a number or `(...)`."""
     if text.startswith("{"):
-        end = closing(text, 0)
+        end = closing_brace(text, 0)
         return (text[1:], "") if end is None else (text[1:end], text[end + 1 :])
     if whole and (match := re.match(r"\d+(?:\.\d+)?|\(([^()]*)\)", text)):
         return match[1] or match[0], text[match.end() :]

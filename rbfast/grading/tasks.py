@@ -117,7 +117,7 @@ def _read_file(path: Path, options: FormatOptions) -> list[Problem]:
 
 
 def _read_hub(where: str, task: str, options: FormatOptions) -> list[Problem]:
-    dataset = hub.named(where, split="test")
+    dataset = hub.parse_name(where, split="test")
     if dataset is None:
         raise ValueError(f"{task}: expected a {KINDS}, or a dataset on the hub ({hub.FORMS}); there is no such file")
     try:

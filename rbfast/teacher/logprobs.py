@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rbfast import ops
 from rbfast.data.chat_template import default_instruction, end_of_turn, format_prompt
-from rbfast.data.completions import Written, tokens_of, written_for
+from rbfast.data.completions import RenderedReply, render_reply, tokenize_reply
 from rbfast.data.encoding import IGNORE, Example, encode_all
 from rbfast.data.instruction import Instruction
 from rbfast.data.signal_store import SignalStore
@@ -52,7 +52,7 @@ class PendingTrace:
     trace: Trace
     example: Example
     written: list[int]  # without the end of turn
-    reply: Written  # the text of these tokens
+    reply: RenderedReply  # the text of these tokens
     instruction: Instruction
 
     @property
@@ -77,7 +77,7 @@ def pending_traces(
         for example in examples:
             if example not in store:
                 written = example.labels[example.labels != IGNORE][:-1].tolist()
-                tasks.append(PendingTrace(trace, example, written, written_for(trace, tokenizer, asked), asked))
+                tasks.append(PendingTrace(trace, example, written, render_reply(trace, tokenizer, asked), asked))
     return tasks, refused
 
 
@@ -189,7 +189,7 @@ def _reader(
             turns=task.trace.turns or (),
         )
         prompt = teacher_tokenizer(opening, add_special_tokens=False).input_ids
-        reply = written_for(task.trace, teacher_tokenizer, task.instruction)
+        reply = render_reply(task.trace, teacher_tokenizer, task.instruction)
         if same and reply.text == task.reply.text:
             written = task.written
             shared = [(token, token) for token in range(len(written) + same_end)]
@@ -218,10 +218,13 @@ def _add_batch(teacher: PreTrainedModel, readings: Sequence[_Reading], mapped: T
 
 
 def _shared_tokens(
-    teacher_tokenizer: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, task: PendingTrace, reply: Written
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase,
+    task: PendingTrace,
+    reply: RenderedReply,
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """The teacher's tokens of its own reply, and the pairs (student's token, teacher's token) with the same bytes."""
-    written, _ = tokens_of(reply, teacher_tokenizer)
+    written, _ = tokenize_reply(reply, teacher_tokenizer)
     whole = reply.text == task.reply.text
     at = {place: token for token, place in enumerate(_places(teacher_tokenizer, written, reply, whole)) if place}
     student = _places(tokenizer, task.written, task.reply, whole)
@@ -229,7 +232,7 @@ def _shared_tokens(
 
 
 def _places(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], reply: Written, whole: bool
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], reply: RenderedReply, whole: bool
 ) -> list[tuple[int, int, int] | None]:
     """The byte range of each token: (0, start, end) in the reply if both replies are the same text (`whole`).
 

@@ -31,7 +31,7 @@ from rbfast.adapter.adapter_files import adapter_digest
 from rbfast.adapter.column_scores import METHODS, ColumnScores, Method, score_columns
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.data.chat_template import default_instruction, write_prompt
-from rbfast.data.encoding import Example, collate, encode_all, on_device
+from rbfast.data.encoding import Example, collate, encode_all, to_device
 from rbfast.data.instruction import Instruction, instruction_named
 from rbfast.data.signal_store import SignalStore
 from rbfast.data.spans import ROLES
@@ -425,7 +425,7 @@ def trace_loss(model: PreTrainedModel, examples: Sequence[Example], batch_size: 
     objective, found = Objective(), torch.zeros(2, len(ROLES), dtype=torch.float64)
     with evaluation_mode(model), torch.no_grad():
         for start in range(0, len(examples), batch_size):
-            batch = on_device(collate(examples[start : start + batch_size]), model.device)
+            batch = to_device(collate(examples[start : start + batch_size]), model.device)
             hidden = final_hidden(model, batch["input_ids"], batch["position_ids"], batch["lengths"])
             ce = token_losses(model, hidden, batch, torch.ones(len(ROLES)), objective).ce
             found += sums_by_role(batch, ce).cpu()
@@ -446,7 +446,7 @@ def placement_scores(
     batches = [collate(batch) for batch in _batches(chosen, config)]
 
     def loss(model: Any, batch: dict[str, Any]) -> Tensor:
-        batch = on_device(batch, model.device)
+        batch = to_device(batch, model.device)
         weights = config.objective.weights(0.0).to(model.device) / role_counts(batch).clamp(min=1)
         hidden = final_hidden(model, batch["input_ids"], batch["position_ids"], batch["lengths"])
         return token_losses(model, hidden, batch, weights, config.objective, teacher).loss

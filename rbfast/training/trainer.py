@@ -23,7 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from rbfast.adapter.adapter_files import read_adapter
 from rbfast.adapter.sparse_adapter import SparseAdapter
-from rbfast.data.encoding import Example, leave_out
+from rbfast.data.encoding import Example, mask_targets_from
 from rbfast.data.spans import ROLES
 from rbfast.models.linears import is_sharded
 from rbfast.models.student import final_hidden
@@ -219,7 +219,7 @@ class DistillTrainer(Trainer):
         filled up with the epoch's first items. They would count twice: they lose their labels."""
         own = max(left - size * self.args.process_index, 0)
         if left and own < size:
-            leave_out(batch, sum(batch["lengths"][:own]))
+            mask_targets_from(batch, sum(batch["lengths"][:own]))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[override]
         """The objective's loss of a packed batch. `model` is the `Student`, `num_items_in_batch` counts by role [3]."""

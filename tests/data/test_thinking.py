@@ -9,7 +9,7 @@ from tiny import tiny_tokenizer
 from tiny_tokenizers import END
 
 from rbfast.data.chat_template import default_instruction, end_of_turn, format_prompt
-from rbfast.data.completions import written_for
+from rbfast.data.completions import render_reply
 from rbfast.data.encoding import IGNORE, encode, encode_all, encode_earlier
 from rbfast.data.instruction import ANSWER, BOXED, NONE, Instruction, instruction_named
 from rbfast.data.spans import ANSWER as ANSWER_ROLE
@@ -135,7 +135,7 @@ def test_tags_that_are_tokens_stay_tokens_and_those_of_a_trace_stay_text(name):
 def test_every_character_has_its_role(name):
     tokenizer = tokenizer_of(name)
     marked = Trace("p", "Think.\n2+2=4", "4", spans=(Span(0, 7, STRATEGIC), Span(7, 12, TACTICAL)))
-    written = written_for(marked, tokenizer)
+    written = render_reply(marked, tokenizer)
     text, thought = written.text, written.text.index("Think.")
     assert len(written.roles) == len(text)
     assert (written.roles[: thought + 7] == STRATEGIC).all() and (
@@ -148,7 +148,7 @@ def test_every_character_has_its_role(name):
 def test_white_space_around_a_thought_is_not_written():
     tokenizer = tokenizer_of("qwen3")
     padded = Trace("p", "\n Think.\n2+2=4 \n", " 4", spans=(Span(0, 9, STRATEGIC), Span(9, 16, TACTICAL)))
-    written = written_for(padded, tokenizer, NONE)
+    written = render_reply(padded, tokenizer, NONE)
     assert written.text == "<think>\nThink.\n2+2=4\n</think>\n\n4"
     assert (written.roles[:15] == STRATEGIC).all() and (written.roles[15:20] == TACTICAL).all()
 

@@ -6,7 +6,7 @@ import pytest
 from thinking_templates import tokenizer_of
 
 from rbfast.data.answers import extract_answer, without_thinking
-from rbfast.data.conversations import is_marked, split_thinking
+from rbfast.data.conversations import opens_with_thinking, split_thinking
 from rbfast.data.formats import question_of
 from rbfast.data.thinking import thinking_format
 from rbfast.data.trace import TraceError
@@ -41,7 +41,7 @@ def known(opener: str, closer: str) -> set[str]:
     """Where a pair of marks is known as thinking's."""
     whole, rest = f"{opener}a{closer}b", f"a{closer}b"
     found = {
-        START: split_thinking(whole) == ("a", "b") and is_marked(whole),
+        START: split_thinking(whole) == ("a", "b") and opens_with_thinking(whole),
         ALONE: split_thinking(rest) == ("a", "b"),
         GRADED: without_thinking(rest) == "b",
         SHOWN: without_tags(whole) == "ab",

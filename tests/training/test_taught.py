@@ -10,7 +10,7 @@ from tiny_models import llama
 from tiny_tokenizers import byte_fallback, byte_level
 
 from rbfast.cli.main import main
-from rbfast.data.encoding import IGNORE, collate, encode, leave_out
+from rbfast.data.encoding import IGNORE, collate, encode, mask_targets_from
 from rbfast.data.readers import read_traces, write_traces
 from rbfast.data.signal_store import SignalStore
 from rbfast.data.trace import Trace
@@ -88,7 +88,7 @@ def test_tokens_with_log_probs_learn_from_those_and_the_others_from_the_running_
 def test_a_trace_left_out_of_a_batch_takes_its_signals_with_it(tmp_path):
     store = scored(tmp_path, TRACES[1:2])
     whole, first = packed(TRACES[:2], store), packed(TRACES[:1])
-    leave_out(whole, first["labels"].shape[1])
+    mask_targets_from(whole, first["labels"].shape[1])
     assert torch.equal(whole["text_rows"], first["text_rows"]) and not len(whole["teacher_rows"])
     assert len(whole["teacher_ids"]) == len(whole["teacher_logprobs"]) == 0
     _, out = losses(model(), whole)
