@@ -24,8 +24,8 @@ from real_thoughts import MODELS, thoughts
 
 from cases.problems import EVALUATIONS, problem
 from rbfast.curation import text, text_reference
-from rbfast.curation.decontaminate import Decontaminator, Evaluation, join_found
-from rbfast.curation.selection import quotas, represent, shortlist
+from rbfast.curation.decontaminate import Decontaminator, Evaluation, join_shared
+from rbfast.curation.selection import quotas, select_representatives, shortlist
 from rbfast.data.spans import split_spans
 
 POOL, MILLION = 4_000, 1_000_000
@@ -51,7 +51,7 @@ def decontaminate(decontaminator: Decontaminator, problems: Sequence[str], threa
         texts = text.pack(chunk)
         found.append(decontaminator.find(texts, chunk, threads=threads))
         fingerprints.append(text.fingerprints(texts, threads=threads))
-    matches = decontaminator.judge(join_found(found), np.concatenate(fingerprints), threads=threads)
+    matches = decontaminator.judge(join_shared(found), np.concatenate(fingerprints), threads=threads)
     return sum(match is not None for match in matches)
 
 
@@ -152,5 +152,5 @@ def test_choose_a_thousand_of_a_million() -> None:
         share = quotas(np.bincount(domains, minlength=12).tolist(), 1000)
         for items, wanted in zip(shortlist(scores, ties, domains, share), share, strict=True):
             packed = text.pack(texts[item % len(texts)] for item in items.tolist())
-            chosen += len(represent(packed, wanted, threads=text.cores()))
+            chosen += len(select_representatives(packed, wanted, threads=text.cores()))
     assert chosen == 1000

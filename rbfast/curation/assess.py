@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rbfast.curation import text
-from rbfast.curation.decontaminate import SHINGLE, Decontaminator, Found, join_found
-from rbfast.curation.dedup import SIGNATURE, after, history_of, key_of
-from rbfast.curation.quality import Quality, flaw, proxy_difficulty, quality, repeated_shares
+from rbfast.curation.decontaminate import SHINGLE, Decontaminator, SharedShingles, join_shared
+from rbfast.curation.dedup import SIGNATURE, agreement_key, history_hash, mix_history
+from rbfast.curation.quality import Quality, find_flaw, proxy_difficulty, quality, repeated_shares
 from rbfast.data.replies import END_FIELDS, FINISHED, cut_by_server
 from rbfast.data.trace import Trace, TraceError
 
@@ -27,13 +27,13 @@ TraceMeasure = Callable[[Trace], float]
 """How hard, or how good, a trace is: higher for harder (or better)."""
 
 
-class Part(NamedTuple):
+class AssessedPart(NamedTuple):
     """An assessed part of a pool. `flaws` has a value for every row, the rest for the rows without a flaw, in order."""
 
     flaws: list[str | None]
     domains: list[str]
     fingerprints: np.ndarray  # uint64, of the problem and the turns before it
-    keys: np.ndarray  # uint64, equal for near duplicates (`dedup.key_of`)
+    keys: np.ndarray  # uint64, equal for near duplicates (`dedup.agreement_key`)
     signatures: np.ndarray  # uint32 [n, 64], MinHash of the problem
     given: np.ndarray  # float64, the row's own difficulty, or NaN
     proxy: np.ndarray  # float64
@@ -41,9 +41,9 @@ class Part(NamedTuple):
     quality: np.ndarray  # float64
     verified: np.ndarray  # int8: UNVERIFIED, WRONG or RIGHT
     lengths: np.ndarray  # int32, characters of reasoning
-    asked: np.ndarray  # int64, the number of texts in the prompt: the problem, and what comes before it
-    asked_fingerprints: np.ndarray  # uint64 [sum of asked], of the user's texts; other texts have their problem's
-    found: Found  # what these texts share with the evaluation sets
+    prompt_sizes: np.ndarray  # int64, the number of texts in the prompt: the problem, and what comes before it
+    prompt_fingerprints: np.ndarray  # uint64 [sum of sizes], of the user's texts; other texts have their problem's
+    shared: SharedShingles  # what these texts share with the evaluation sets
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Assessor:
     difficulty: TraceMeasure = proxy_difficulty
     verify: Verify | None = None
 
-    def __call__(self, rows: Sequence[tuple[str, Any]], *, threads: int = 1) -> Part:
-        read = [_read(row) for _, row in rows]
+    def __call__(self, rows: Sequence[tuple[str, Any]], *, threads: int = 1) -> AssessedPart:
+        read = [_parse_row(row) for _, row in rows]
         whole = [trace for trace in read if isinstance(trace, Trace)]
         repeated = iter(repeated_shares([trace.reasoning for trace in whole], threads=threads).tolist())
         flaws: list[str | None] = []
@@ -67,46 +67,48 @@ class Assessor:
                 flaws.append(trace)
                 continue
             share = next(repeated)
-            flaws.append(cut_by_server(row) or flaw(trace, share, finished=_finished(row)))
+            flaws.append(cut_by_server(row) or find_flaw(trace, share, finished=_is_finished(row)))
             if flaws[-1] is None:
                 kept.append((trace, row, quality(trace, share)))
         return self._describe(flaws, kept, threads)
 
     def _describe(
         self, flaws: list[str | None], kept: Sequence[tuple[Trace, Mapping[str, Any], Quality]], threads: int
-    ) -> Part:
+    ) -> AssessedPart:
         traces = [trace for trace, _, _ in kept]
         problems = [trace.problem for trace in traces]
         texts = text.pack(problems)
         fingerprints = text.fingerprints(texts, threads=threads)
         histories = _histories(traces, threads)
-        given = [_given(trace) for trace in traces]
-        asked = np.array(list(map(len, given)), dtype=np.int64)
-        flat = [said for one in given for said in one]
+        prompts = [_prompt_texts(trace) for trace in traces]
+        sizes = np.array(list(map(len, prompts)), dtype=np.int64)
+        flat = [one for prompt in prompts for one in prompt]
         packed = texts if flat == problems else text.pack(flat)
         verify = self.verify or verify_answer
         rows, _ = text.shingles(texts, SHINGLE, threads=threads)
-        return Part(
+        return AssessedPart(
             flaws=flaws,
             domains=[trace.domain or "unknown" for trace in traces],
-            fingerprints=after(histories, fingerprints),
-            keys=after(histories, np.array([key_of(t.problem, t.answer) for t in traces], dtype=np.uint64)),
+            fingerprints=mix_history(histories, fingerprints),
+            keys=mix_history(
+                histories, np.array([agreement_key(t.problem, t.answer) for t in traces], dtype=np.uint64)
+            ),
             signatures=text.minhash(rows, SIGNATURE, threads=threads),
             given=np.array([np.nan if t.difficulty is None else t.difficulty for t in traces], dtype=np.float64),
-            proxy=_finite("difficulty", [self.difficulty(trace) for trace in traces]),
+            proxy=_as_finite("difficulty", [self.difficulty(trace) for trace in traces]),
             marks=np.array([mark for _, _, mark in kept], dtype=np.float32).reshape(-1, len(Quality._fields)),
-            quality=_finite("quality", [self.quality(t) if self.quality else mark.score for t, _, mark in kept]),
+            quality=_as_finite("quality", [self.quality(t) if self.quality else mark.score for t, _, mark in kept]),
             verified=np.array([_verdict(verify(trace, row)) for trace, row, _ in kept], dtype=np.int8),
             lengths=np.array([len(trace.reasoning) for trace in traces], dtype=np.int32),
-            asked=asked,
-            asked_fingerprints=fingerprints
+            prompt_sizes=sizes,
+            prompt_fingerprints=fingerprints
             if packed is texts
-            else _of_questions(text.fingerprints(packed, threads=threads), asked, traces),
-            found=self.decontaminator.find(packed, flat, threads=threads),
+            else _question_fingerprints(text.fingerprints(packed, threads=threads), sizes, traces),
+            shared=self.decontaminator.find(packed, flat, threads=threads),
         )
 
 
-def questions(trace: Trace) -> str:
+def question_text(trace: Trace) -> str:
     """All that the user asks, from the first turn to the problem."""
     return "\n\n".join([*(turn["content"] for turn in (trace.turns or ())[::2]), trace.problem])
 
@@ -133,47 +135,47 @@ def verify_answer(trace: Trace, row: Mapping[str, Any]) -> bool | None:
     return grade(Problem("", trace.problem, stated, {}), f"<answer>{trace.answer}</answer>") >= 1.0
 
 
-def join_parts(parts: Sequence[Part]) -> Part:
+def join_parts(parts: Sequence[AssessedPart]) -> AssessedPart:
     """Concatenate the parts of a pool."""
     joined = {
         name: np.concatenate([getattr(part, name) for part in parts])
-        for name in Part._fields
-        if name not in ("flaws", "domains", "found")
+        for name in AssessedPart._fields
+        if name not in ("flaws", "domains", "shared")
     }
-    return Part(
+    return AssessedPart(
         flaws=[flaw for part in parts for flaw in part.flaws],
         domains=[domain for part in parts for domain in part.domains],
-        found=join_found([part.found for part in parts]),
+        shared=join_shared([part.shared for part in parts]),
         **joined,
     )
 
 
-def _given(trace: Trace) -> list[str]:
+def _prompt_texts(trace: Trace) -> list[str]:
     """The texts of a prompt: the problem, the user's earlier turns, the replies to them, the system prompt."""
     said = [turn["content"] for turn in trace.turns or ()]
     return [trace.problem, *said[::2], *said[1::2], *([trace.system] if trace.system else [])]
 
 
-def _of_questions(fingerprints: np.ndarray, asked: np.ndarray, traces: Sequence[Trace]) -> np.ndarray:
+def _question_fingerprints(fingerprints: np.ndarray, sizes: np.ndarray, traces: Sequence[Trace]) -> np.ndarray:
     """The fingerprints of the prompts' texts, with the problem's in place of a reply's or a system prompt's.
 
     Each fingerprint counts once when the rarity of shingles is measured, so this measures rarity among questions only.
     """
-    problem = np.repeat(np.cumsum(asked) - asked, asked)
-    questions = np.repeat([1 + len(trace.turns or ()) // 2 for trace in traces], asked)
+    problem = np.repeat(np.cumsum(sizes) - sizes, sizes)
+    questions = np.repeat([1 + len(trace.turns or ()) // 2 for trace in traces], sizes)
     place = np.arange(len(fingerprints))
     return fingerprints[np.where(place - problem < questions, place, problem)]
 
 
 def _histories(traces: Sequence[Trace], threads: int) -> np.ndarray:
-    """`history_of` the turns before each problem, uint64 [n]."""
+    """The `history_hash` of the turns before each problem, uint64 [n]."""
     turns = [trace.turns or () for trace in traces]
     said = text.fingerprints(text.pack(turn["content"] for one in turns for turn in one), threads=threads)
     ends = np.cumsum([len(one) for one in turns], dtype=np.int64)
-    return np.array([history_of(one) for one in np.split(said, ends)[:-1]], dtype=np.uint64)
+    return np.array([history_hash(one) for one in np.split(said, ends)[:-1]], dtype=np.uint64)
 
 
-def _read(row: Any) -> Trace | str:
+def _parse_row(row: Any) -> Trace | str:
     try:
         if isinstance(row, TraceError):
             raise row
@@ -182,7 +184,7 @@ def _read(row: Any) -> Trace | str:
         return f"not a trace: {error}"
 
 
-def _finished(row: Mapping[str, Any]) -> bool:
+def _is_finished(row: Mapping[str, Any]) -> bool:
     """Whether the server reported the reply as complete, or an answer followed the reasoning."""
     return row.get("finished") is True or any(str(row.get(field)).lower() in FINISHED for field in END_FIELDS)
 
@@ -191,7 +193,7 @@ def _verdict(verified: bool | None) -> int:
     return UNVERIFIED if verified is None else RIGHT if verified else WRONG
 
 
-def _finite(name: str, values: Sequence[float]) -> np.ndarray:
+def _as_finite(name: str, values: Sequence[float]) -> np.ndarray:
     found = np.array(values, dtype=np.float64)
     if not np.isfinite(found).all():
         raise ValueError(f"{name} must give a finite number for every trace, got {found[~np.isfinite(found)][0]}")

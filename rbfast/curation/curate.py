@@ -21,13 +21,22 @@ from typing import IO, Any
 import numpy as np
 
 from rbfast.curation import text
-from rbfast.curation.assess import RIGHT, UNVERIFIED, Assessor, Part, TraceMeasure, Verify, join_parts, questions
+from rbfast.curation.assess import (
+    RIGHT,
+    UNVERIFIED,
+    AssessedPart,
+    Assessor,
+    TraceMeasure,
+    Verify,
+    join_parts,
+    question_text,
+)
 from rbfast.curation.datasheet import describe, write_datasheet
 from rbfast.curation.decontaminate import Decontaminator, Embed, Thresholds, read_evaluations
 from rbfast.curation.ledger import Ledger, Stage
-from rbfast.curation.pool import CHUNK, Pool, Source, assessed, assessed_on_ray, pool_rows, recognise
+from rbfast.curation.pool import CHUNK, Pool, Source, assess_on_ray, assess_pool, pool_rows, recognise_formats
 from rbfast.curation.quality import proxy_difficulty
-from rbfast.curation.selection import quotas, represent, shortlist
+from rbfast.curation.selection import quotas, select_representatives, shortlist
 from rbfast.curation.text_reference import mix
 from rbfast.data.formats import AUTO, FormatOptions
 from rbfast.data.readers import read_rows, record_of
@@ -140,10 +149,10 @@ def curate(
     out = Path(out)
     check_output(out, folder=True)  # before the pool is read, which takes long
     read = Pool((pool,) if isinstance(pool, str | Path) else tuple(pool), config.formats)
-    _check_apart(read, out)
-    formats = recognise(read)
+    _check_out_of_pool(read, out)
+    formats = recognise_formats(read)
     decontaminator = Decontaminator(read_evaluations(config.against), config.thresholds, config.embed)
-    ledger = Ledger(_joined(_assessed(read, decontaminator, config), read, quiet))
+    ledger = Ledger(_join_with_progress(_assess(read, decontaminator, config), read, quiet))
     ledger.decontaminate(decontaminator, config.keep_templates)
     ledger.dedup()
     ledger.drop_wrong()
@@ -183,24 +192,24 @@ def read_pass_rates(path: Source) -> dict[str, float]:
 # -------------------------------------------------------------------------------------------------------- reading
 
 
-def _check_apart(pool: Pool, out: Path) -> None:
+def _check_out_of_pool(pool: Pool, out: Path) -> None:
     """Raise ValueError if the output would be read as part of the pool, or overwrite it."""
     for source in pool.sources:
         if Path(source).resolve() in (out.resolve(), (out / "reason1k.jsonl").resolve()):
             raise ValueError(f"{out}: expected a folder apart from the pool, got {source} in the pool; name another")
 
 
-def _assessed(pool: Pool, decontaminator: Decontaminator, config: CurateConfig) -> Iterator[Part]:
+def _assess(pool: Pool, decontaminator: Decontaminator, config: CurateConfig) -> Iterator[AssessedPart]:
     """Assess the pool, in this process and its workers or on a Ray cluster."""
     assessor = Assessor(decontaminator, config.quality, config.difficulty, config.verify)
     if config.ray is not None:
-        return assessed_on_ray(pool, assessor, config.ray)
-    return assessed(pool, assessor, config.processes)
+        return assess_on_ray(pool, assessor, config.ray)
+    return assess_pool(pool, assessor, config.processes)
 
 
-def _joined(parts: Iterator[Part], pool: Pool, quiet: bool) -> Part:
+def _join_with_progress(parts: Iterator[AssessedPart], pool: Pool, quiet: bool) -> AssessedPart:
     """Concatenate the parts of the pool, with a progress line."""
-    found: list[Part] = []
+    found: list[AssessedPart] = []
     done = 0
     with counting("assessing", quiet) as progress:
         for part in parts:
@@ -223,7 +232,7 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return ((below + counts / 2) / max(len(values), 1))[group]
 
 
-def _known_rates(part: Part, pass_rates: Mapping[str, float]) -> np.ndarray:
+def _known_rates(part: AssessedPart, pass_rates: Mapping[str, float]) -> np.ndarray:
     """The student's pass rate on each item, float64 [n]; NaN where it is not known."""
     found = np.full(len(part.fingerprints), np.nan)
     if pass_rates:
@@ -251,7 +260,7 @@ def _count_known(rates: np.ndarray, pass_rates: Mapping[str, float], alive: np.n
     return known
 
 
-def _difficulties(part: Part, rates: np.ndarray, alive: np.ndarray) -> np.ndarray:
+def _difficulties(part: AssessedPart, rates: np.ndarray, alive: np.ndarray) -> np.ndarray:
     """float64 [n] in [0, 1]: 1 - the student's pass rate; else the rank of the row's own difficulty among the rows that
     have one; else the rank of the proxy among all."""
     found = np.full(len(alive), np.nan)
@@ -263,7 +272,7 @@ def _difficulties(part: Part, rates: np.ndarray, alive: np.ndarray) -> np.ndarra
     return found
 
 
-def _merits(part: Part, difficulty: np.ndarray, weights: Weights, alive: np.ndarray) -> np.ndarray:
+def _merits(part: AssessedPart, difficulty: np.ndarray, weights: Weights, alive: np.ndarray) -> np.ndarray:
     """float64 [n]: the score that selection uses, in [0, 1]; -inf for dropped items."""
     merits = np.full(len(alive), -np.inf)
     verified = np.where(part.verified == UNVERIFIED, 0.5, part.verified == RIGHT)
@@ -285,9 +294,13 @@ def _select(
     ties = mix(ledger.part.fingerprints ^ mix(np.array([config.seed % 2**64], dtype=np.uint64)))
     short = shortlist(merits, ties, domains, share)
     shortlisted = np.concatenate([*short, []]).astype(np.int64)
-    problems, wheres = _fetch(pool, ledger.rows[shortlisted], ledger.stood_for(), quiet)
+    problems, wheres = _fetch(pool, ledger.rows[shortlisted], ledger.kept_duplicates(), quiet)
     chosen = [
-        items[represent(text.pack(problems[row] for row in ledger.rows[items].tolist()), wanted, threads=text.cores())]
+        items[
+            select_representatives(
+                text.pack(problems[row] for row in ledger.rows[items].tolist()), wanted, threads=text.cores()
+            )
+        ]
         for items, wanted in zip(short, share, strict=True)
         if wanted
     ]
@@ -309,7 +322,7 @@ def _fetch(
     with counting("fetching", quiet) as progress:
         for number, (where, row) in enumerate(pool_rows(pool)):
             if number in wanted:
-                problems[number] = questions(Trace.from_dict(row))
+                problems[number] = question_text(Trace.from_dict(row))
             if number in located:
                 wheres[number] = where
             if (done := number + 1) % CHUNK == 0:
@@ -341,10 +354,10 @@ def _write(
                 break
             item = next(items) if flaws[rows - 1] is None else None
             if item is not None and item in selected:
-                _write_line(kept, record_of(_finished(row, where, float(difficulty[item])), row))
+                _write_line(kept, record_of(_with_metadata(row, where, float(difficulty[item])), row))
             else:
                 record = ledger.record(rows - 1, item, wheres)
-                graded = _graded(row) if record["stage"] == "score" else {}
+                graded = _grading_texts(row) if record["stage"] == "score" else {}
                 _write_line(dropped, {"where": where, "id": _id_of(row), **record, **graded})
             if rows % CHUNK == 0:
                 progress(rows, len(flaws))
@@ -359,12 +372,12 @@ def _write_line(file: IO[str], record: Mapping[str, Any]) -> None:
     )
 
 
-def _finished(row: Mapping[str, Any], where: str, difficulty: float) -> Trace:
+def _with_metadata(row: Mapping[str, Any], where: str, difficulty: float) -> Trace:
     trace = Trace.from_dict(row)
     return replace(trace, id=trace.id or where, difficulty=round(difficulty, 6))
 
 
-def _graded(row: Mapping[str, Any]) -> dict[str, str]:
+def _grading_texts(row: Mapping[str, Any]) -> dict[str, str]:
     """The answer of a row and its reference, as text: a reference may be of any type."""
     given = ((name, row.get(name)) for name in ("answer", "reference"))
     return {name: str(value).encode("utf-8", "replace").decode() for name, value in given if value is not None}

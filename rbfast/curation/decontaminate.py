@@ -16,7 +16,7 @@ answer ("Express your answer as a common fraction.") are ignored. Five tiers:
 - renamed: with every number and every variable masked 65% of both problems is shared, in 3-shingles;
 - paraphrase: the two embeddings are close. Only if an embedding function is given.
 
-A trace is also judged by what comes before its problem: each earlier turn and the system prompt (`strongest`).
+A trace is also judged by what comes before its problem: each earlier turn and the system prompt (`strongest_matches`).
 
 The rarity of a shingle is known only once the whole pool is read. So `Decontaminator.find` runs on each part of a pool,
 and `Decontaminator.judge` once, on all that was found.
@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rbfast.curation import text
-from rbfast.curation.instructions import may_instruct, without_instructions
+from rbfast.curation.instructions import may_contain_instruction, without_instructions
 from rbfast.curation.text import Ragged, Texts, fold
 from rbfast.curation.text_reference import tokens
 from rbfast.data import hub
@@ -42,10 +42,10 @@ from rbfast.data.trace import TraceError
 SHINGLE = 5
 _SHORT_SHINGLE = 3  # for variants: a changed name or number breaks fewer short shingles
 _LEAST_RUN = 3  # tokens; "Find $x$." ends many a problem
-_SAID_ALIKE = (
+_LEAST_TEXT_SHARE = (
     0.1  # the share of an evaluation problem that a variant must contain with its numbers, beyond common formulas
 )
-_BYTES_OF_A_HIT = 40  # a variant must share a template shingle for each so many bytes, of the first 400
+_BYTES_PER_HIT = 40  # a variant must share a template shingle for each so many bytes, of the first 400
 _QUESTION_FIELDS = ("problem", "question", "prompt")
 _VARIABLE = re.compile(r"(?<![^\W\d_]|\\)(?!a\s)[A-Za-z](?![^\W\d_])")
 _POINTS = re.compile(r"(?<![\w\\])[A-Z]{2,3}(?!\w)")  # named by their points, in geometry: ABC
@@ -54,7 +54,7 @@ _BEFORE_BREAK = 300  # characters that hold the tokens of a short problem
 _ESCAPED = re.compile(r"\\\\[a-zA-Z]")
 _SINGLE = re.compile(r"(?<!\\)\\(?:\\\\)*(?!\\)")
 _TIERS = ("text", "variant", "renamed", "paraphrase", "template")  # the surest first; template, which may be kept, last
-_WHOLE = 2**20  # weights are integers in units of 2^-20 nats
+_WEIGHT_UNIT = 2**20  # weights are integers in units of 2^-20 nats
 
 Embed = Callable[[Sequence[str]], np.ndarray]
 """Texts to vectors, float [n, d], of any length but zero."""
@@ -75,7 +75,7 @@ class Match(NamedTuple):
     share: float  # of the evaluation problem's weight; of both problems' if variant or renamed; or the cosine
 
 
-class Found(NamedTuple):
+class SharedShingles(NamedTuple):
     """The shingles that a part of the pool shares with the evaluation sets, not yet weighted."""
 
     text: Ragged
@@ -120,7 +120,7 @@ def read_evaluations(sources: Iterable[str | Path]) -> list[Evaluation]:
         before = len(found)
         for where, row in read_rows(hub.BENCHMARKS.get(str(source), source), split="test"):
             named = [row[field] for field in _QUESTION_FIELDS if field in row] if isinstance(row, dict) else []
-            problem = named[0] if named and isinstance(named[0], str) else _problem(row, where)
+            problem = named[0] if named and isinstance(named[0], str) else _problem_of(row, where)
             if not problem.strip():
                 raise TraceError(f"{where}: expected a text under {', '.join(_QUESTION_FIELDS)}, got an empty one")
             found.append(Evaluation(where, problem))
@@ -129,7 +129,7 @@ def read_evaluations(sources: Iterable[str | Path]) -> list[Evaluation]:
     return found
 
 
-def _problem(row: Any, where: str) -> str:
+def _problem_of(row: Any, where: str) -> str:
     """The problem of a row that has it in a field of another name, or in a conversation."""
     try:
         return str(question_of(row)["problem"])
@@ -152,21 +152,21 @@ def contaminated(
     return decontaminator.judge(found, text.fingerprints(texts), threads=threads or text.cores())
 
 
-class _Best(NamedTuple):
+class _BestMatches(NamedTuple):
     """For each problem of the pool, the evaluation problem it shares most with, or -1, and the share."""
 
     items: np.ndarray
     shares: np.ndarray
 
 
-class _Tier(NamedTuple):
+class _ShingleIndex(NamedTuple):
     """An index of the evaluation problems' shingles: sorted hashes, and for each hash the problems that have it."""
 
     hashes: np.ndarray
     items: Ragged
 
     @classmethod
-    def of(cls, texts: Texts, k: int, mask_digits: bool) -> "_Tier":
+    def of(cls, texts: Texts, k: int, mask_digits: bool) -> "_ShingleIndex":
         rows, _ = text.shingles(texts, k, mask_digits=mask_digits)
         item = np.repeat(np.arange(len(texts.starts) - 1, dtype=np.int32), rows.lengths)
         order = np.argsort(rows.values, kind="stable")
@@ -174,12 +174,12 @@ class _Tier(NamedTuple):
         return cls(hashes, Ragged(item[order], np.append(0, np.cumsum(counts))))
 
 
-def _without_names(problem: str) -> str:
+def _mask_names(problem: str) -> str:
     """`problem` with every variable, point, side and triangle named x."""
     return _VARIABLE.sub("x", _POINTS.sub(lambda match: " x" * len(match[0]), problem))
 
 
-def _unescaped(problem: str) -> str:
+def _unescape(problem: str) -> str:
     r"""`problem` with `\frac` for `\\frac`, if every backslash in it was doubled."""
     if not _ESCAPED.search(problem) or _SINGLE.search(problem):
         return problem
@@ -199,7 +199,7 @@ class _ShortProblems:
     Found anywhere, "What is 50%?" would match "What is 50% of 80?".
     """
 
-    def __init__(self, asked: Sequence[str], tier: _Tier) -> None:
+    def __init__(self, asked: Sequence[str], tier: _ShingleIndex) -> None:
         rows = [tuple(tokens(fold(problem))) for problem in asked]
         items = [
             item
@@ -214,7 +214,7 @@ class _ShortProblems:
         self._width = len(tier.hashes)
         self._hints = np.unique(text.shingles(packed, _LEAST_RUN)[0].values)
 
-    def added(self, said: Ragged, texts: Texts, asked: Sequence[str], threads: int) -> Ragged:
+    def add_shared(self, said: Ragged, texts: Texts, asked: Sequence[str], threads: int) -> Ragged:
         """Add the short evaluation problems that `texts` contain to `said`, what they share with the text tier."""
         if not self._places:
             return said
@@ -232,7 +232,9 @@ class _ShortProblems:
         return Ragged((pairs % width).astype(np.int32), np.searchsorted(pairs // width, np.arange(n + 1)))
 
 
-def _short(texts: Sequence[str], tier: _Tier, places: np.ndarray, n: int, threads: int) -> tuple[Ragged, np.ndarray]:
+def _find_short_shingles(
+    texts: Sequence[str], tier: _ShingleIndex, places: np.ndarray, n: int, threads: int
+) -> tuple[Ragged, np.ndarray]:
     """The short shingles that texts share with a tier, and how many each text has, int64 [n].
 
     The texts stand at `places` among n; the others count as empty.
@@ -254,32 +256,36 @@ class Decontaminator:
         self.evaluations = tuple(evaluations)
         self.thresholds = thresholds or Thresholds()
         self._embed = embed
-        asked = [without_instructions(_unescaped(item.problem)) for item in evaluations]
+        asked = [without_instructions(_unescape(item.problem)) for item in evaluations]
         texts = text.pack(asked)
-        self._text, self._template = _Tier.of(texts, SHINGLE, False), _Tier.of(texts, SHINGLE, True)
+        self._text, self._template = _ShingleIndex.of(texts, SHINGLE, False), _ShingleIndex.of(texts, SHINGLE, True)
         self._short_problems = _ShortProblems(asked, self._text)
-        self._variant = _Tier.of(texts, _SHORT_SHINGLE, True)
-        self._renamed = _Tier.of(text.pack(map(_without_names, asked)), _SHORT_SHINGLE, True)
-        self._vectors = self._unit([item.problem for item in evaluations]) if embed and evaluations else None
+        self._variant = _ShingleIndex.of(texts, _SHORT_SHINGLE, True)
+        self._renamed = _ShingleIndex.of(text.pack(map(_mask_names, asked)), _SHORT_SHINGLE, True)
+        self._vectors = self._embed_unit([item.problem for item in evaluations]) if embed and evaluations else None
 
-    def find(self, texts: Texts, problems: Sequence[str], *, threads: int = 1) -> Found:
+    def find(self, texts: Texts, problems: Sequence[str], *, threads: int = 1) -> SharedShingles:
         """Find what each problem shares with the evaluation sets. `texts` is `pack(problems)`."""
         asked = list(problems)
-        for place in may_instruct(texts).tolist():
+        for place in may_contain_instruction(texts).tolist():
             asked[place] = without_instructions(asked[place])
-        asked = list(map(_unescaped, asked))
+        asked = list(map(_unescape, asked))
         texts = texts if asked == list(problems) else text.pack(asked)
         said = text.find(texts, SHINGLE, self._text.hashes, threads=threads)
-        said = self._short_problems.added(said, texts, asked, threads)
+        said = self._short_problems.add_shared(said, texts, asked, threads)
         template = text.find(texts, SHINGLE, self._template.hashes, mask_digits=True, threads=threads)
-        needed = np.maximum(1, np.minimum(np.diff(texts.starts), 400) // _BYTES_OF_A_HIT)
+        needed = np.maximum(1, np.minimum(np.diff(texts.starts), 400) // _BYTES_PER_HIT)
         places = np.flatnonzero(template.lengths >= needed)
         near = [asked[place] for place in places.tolist()]
-        variant, sizes = _short(near, self._variant, places, len(asked), threads)
-        renamed, unnamed = _short(list(map(_without_names, near)), self._renamed, places, len(asked), threads)
-        return Found(said, template, variant, renamed, np.stack([sizes, unnamed], axis=1), *self._nearest(problems))
+        variant, sizes = _find_short_shingles(near, self._variant, places, len(asked), threads)
+        renamed, unnamed = _find_short_shingles(
+            list(map(_mask_names, near)), self._renamed, places, len(asked), threads
+        )
+        return SharedShingles(
+            said, template, variant, renamed, np.stack([sizes, unnamed], axis=1), *self._nearest(problems)
+        )
 
-    def judge(self, found: Found, fingerprints: np.ndarray, *, threads: int = 1) -> list[Match | None]:
+    def judge(self, found: SharedShingles, fingerprints: np.ndarray, *, threads: int = 1) -> list[Match | None]:
         """The match of every problem in the pool, or None, from what `find` gave for the whole pool.
 
         Args:
@@ -288,12 +294,12 @@ class Decontaminator:
         first = np.zeros(len(fingerprints), dtype=bool)
         first[np.unique(fingerprints, return_index=True)[1]] = True
         matches: list[Match | None] = [None] * len(fingerprints)
-        said = self._best("text", found, first, min(_SAID_ALIKE, self.thresholds.text), threads)
-        variant = self._best("variant", found, first, self.thresholds.variant, threads)
+        said = self._best_matches("text", found, first, min(_LEAST_TEXT_SHARE, self.thresholds.text), threads)
+        variant = self._best_matches("variant", found, first, self.thresholds.variant, threads)
         variant.items[variant.items != said.items] = -1
-        renamed = self._best("renamed", found, first, self.thresholds.renamed, threads)
+        renamed = self._best_matches("renamed", found, first, self.thresholds.renamed, threads)
         said.items[said.shares < self.thresholds.text] = -1
-        template = self._best("template", found, first, self.thresholds.template, threads)
+        template = self._best_matches("template", found, first, self.thresholds.template, threads)
         for name, best in (("renamed", renamed), ("variant", variant), ("template", template), ("text", said)):
             for at in np.flatnonzero(best.items >= 0).tolist():
                 matches[at] = Match(int(best.items[at]), name, float(best.shares[at]))
@@ -301,16 +307,20 @@ class Decontaminator:
             matches[at] = matches[at] or Match(int(found.nearest[at]), "paraphrase", float(found.cosine[at]))
         return matches
 
-    def _best(self, name: str, found: Found, first: np.ndarray, least: float, threads: int) -> "_Best":
+    def _best_matches(
+        self, name: str, found: SharedShingles, first: np.ndarray, least: float, threads: int
+    ) -> "_BestMatches":
         shared, tier = getattr(found, name), getattr(self, f"_{name}")
         weights, totals = self._weigh(tier, shared, first)
         kinds = ("variant", "renamed")
         own = None
         if name in kinds:
             own = self._own_weights(shared, found.sizes[:, kinds.index(name)], weights, int(first.sum()))
-        return _Best(*text.containment(shared, tier.items, weights, totals, own=own, least=least, threads=threads))
+        return _BestMatches(
+            *text.containment(shared, tier.items, weights, totals, own=own, least=least, threads=threads)
+        )
 
-    def _weigh(self, tier: _Tier, shared: Ragged, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _weigh(self, tier: _ShingleIndex, shared: Ragged, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The weights of the shingles, int64, and their sum for each evaluation problem, int64.
 
         A weight is -log of the share of other problems that have the shingle, in the pool or in the evaluation sets,
@@ -320,7 +330,7 @@ class Decontaminator:
         in_pool = np.bincount(shared.values[counted], minlength=len(tier.hashes))
         pool, items = int(first.sum()), len(self.evaluations)
         common = np.maximum((in_pool - 1) / max(pool, 1), (tier.items.lengths - 1) / max(items, 1))
-        weights = np.rint(-_WHOLE * np.log(np.maximum(common, 1 / (pool + items + 1)))).astype(np.int64)
+        weights = np.rint(-_WEIGHT_UNIT * np.log(np.maximum(common, 1 / (pool + items + 1)))).astype(np.int64)
         totals = np.zeros(items, dtype=np.int64)
         np.add.at(totals, tier.items.values, np.repeat(weights, tier.items.lengths))
         return weights, np.maximum(totals, 1)
@@ -329,17 +339,17 @@ class Decontaminator:
         """For each problem of the pool, the sum of its short shingles' weights, int64. A shingle that no evaluation
         problem has gets the largest weight."""
         held = np.append(0, np.cumsum(weights[shared.values]))[shared.starts]
-        rarest = round(_WHOLE * np.log(pool + len(self.evaluations) + 1))
+        rarest = round(_WEIGHT_UNIT * np.log(pool + len(self.evaluations) + 1))
         return np.maximum(1, np.diff(held) + rarest * (sizes - shared.lengths))
 
     def _nearest(self, problems: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if self._vectors is None or not problems:
             return np.full(len(problems), -1, dtype=np.int32), np.zeros(len(problems), dtype=np.float32)
-        cosines = self._unit(problems) @ self._vectors.T
+        cosines = self._embed_unit(problems) @ self._vectors.T
         nearest = cosines.argmax(1)
         return nearest.astype(np.int32), cosines[np.arange(len(problems)), nearest]
 
-    def _unit(self, problems: Sequence[str]) -> np.ndarray:
+    def _embed_unit(self, problems: Sequence[str]) -> np.ndarray:
         """Embeddings as unit vectors, float32 [n, d]."""
         assert self._embed is not None
         vectors = np.asarray(self._embed(problems), dtype=np.float32)
@@ -350,7 +360,7 @@ class Decontaminator:
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
-def strongest(matches: Sequence[Match | None], lengths: np.ndarray) -> list[Match | None]:
+def strongest_matches(matches: Sequence[Match | None], lengths: np.ndarray) -> list[Match | None]:
     """The strongest match among the texts of each item; `lengths` is the number of texts of each.
 
     The surest tier wins, then the largest share, then the first text. Templates come last: they may be kept, and must
@@ -365,9 +375,9 @@ def _by_strength(match: Match) -> tuple[int, float]:
     return _TIERS.index(match.tier), -match.share
 
 
-def join_found(parts: Sequence[Found]) -> Found:
+def join_shared(parts: Sequence[SharedShingles]) -> SharedShingles:
     """Concatenate what was found in the parts of a pool."""
-    return Found(
+    return SharedShingles(
         text.join_ragged([part.text for part in parts]),
         text.join_ragged([part.template for part in parts]),
         text.join_ragged([part.variant for part in parts]),

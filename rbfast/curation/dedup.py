@@ -25,7 +25,7 @@ _DATA = re.compile(r"[0-9]+|(?<![^\W\d_])[b-z](?![^\W\d_])")  # "a" is an articl
 _SIGNS = frozenset([*"+*/=<>()[]{}|!'%^", "neg"])  # not "-", which is often a hyphen
 
 
-def key_of(problem: str, answer: str) -> int:
+def agreement_key(problem: str, answer: str) -> int:
     """A 64-bit hash of what near duplicates must share: the answer's tokens; the problem's numbers, letters, signs."""
     folded = fold(problem)
     signs = [token for token in tokens(folded) if token in _SIGNS]
@@ -33,13 +33,13 @@ def key_of(problem: str, answer: str) -> int:
     return int.from_bytes(blake2b("\0".join(shared).encode(), digest_size=8).digest(), "big")
 
 
-def history_of(turns: np.ndarray) -> int:
+def history_hash(turns: np.ndarray) -> int:
     """A 64-bit hash of the turns before a problem, from the fingerprint of each, uint64; 0 if there are none."""
     return int.from_bytes(blake2b(turns.tobytes(), digest_size=8).digest(), "big") if len(turns) else 0
 
 
-def after(histories: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Mix the `history_of` the earlier turns into fingerprints or keys of problems, uint64 [n]; 0 stays 0."""
+def mix_history(histories: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Mix the `history_hash` of the earlier turns into fingerprints or keys of problems, uint64 [n]; 0 stays 0."""
     return np.where((histories == 0) | (values == 0), values, mix(values ^ histories))
 
 
@@ -51,11 +51,11 @@ def duplicates(
     Args:
         fingerprints: of the problem's tokens and its history, uint64 [n]; 0, a problem without tokens, equals no other.
         signatures: MinHash of the problem's shingles, uint32 [n, 64].
-        keys: `key_of` each item, uint64 [n].
+        keys: `agreement_key` of each item, uint64 [n].
         preference: float [n]; of duplicates the one with the highest is kept, of equals the first.
     """
-    same = _same_value(fingerprints, fingerprints != 0)
-    near = [_near_in_band(signatures, keys, band) for band in range(_BANDS)]
+    same = _equal_pairs(fingerprints, fingerprints != 0)
+    near = [_similar_pairs(signatures, keys, band) for band in range(_BANDS)]
     groups = _components(len(fingerprints), np.concatenate([same, *near]))
     order = np.lexsort((np.arange(len(groups)), -preference, groups))  # by group, the best first
     opens = np.append(True, np.diff(groups[order]) > 0)[: len(order)]
@@ -64,7 +64,7 @@ def duplicates(
     return keeper
 
 
-def _same_value(values: np.ndarray, counted: np.ndarray) -> np.ndarray:
+def _equal_pairs(values: np.ndarray, counted: np.ndarray) -> np.ndarray:
     """Pairs (first item with a value, another item with it), int64 [pairs, 2]."""
     items = np.flatnonzero(counted)
     order = items[np.argsort(values[items], kind="stable")]
@@ -73,13 +73,13 @@ def _same_value(values: np.ndarray, counted: np.ndarray) -> np.ndarray:
     return np.stack([first, order], axis=1)[first != order]
 
 
-def _near_in_band(signatures: np.ndarray, keys: np.ndarray, band: int) -> np.ndarray:
+def _similar_pairs(signatures: np.ndarray, keys: np.ndarray, band: int) -> np.ndarray:
     """The pairs with equal keys that collide in a band and agree in enough of their signatures."""
     width = signatures.shape[1] // _BANDS
     meet = keys
     for column in range(band * width, (band + 1) * width):
         meet = mix(meet + signatures[:, column].astype(np.uint64))
-    pairs = _same_value(meet, signatures[:, 0] != np.iinfo(np.uint32).max)  # an empty problem has no duplicates
+    pairs = _equal_pairs(meet, signatures[:, 0] != np.iinfo(np.uint32).max)  # an empty problem has no duplicates
     agreement = (signatures[pairs[:, 0]] == signatures[pairs[:, 1]]).mean(1)
     return pairs[(agreement >= _LEAST_AGREEMENT) & (keys[pairs[:, 0]] == keys[pairs[:, 1]])]
 

@@ -56,7 +56,7 @@ _INSTRUCTION = re.compile(
 )
 
 
-def may_instruct(texts: Texts) -> np.ndarray:
+def may_contain_instruction(texts: Texts) -> np.ndarray:
     """The texts that contain a word of such sentences, int64. A fast filter: most contain none."""
     data, found = texts.data.tobytes(), []
     for hint in _HINTS:

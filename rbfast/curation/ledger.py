@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from rbfast.curation import text
-from rbfast.curation.assess import RIGHT, UNVERIFIED, WRONG, Part
-from rbfast.curation.decontaminate import Decontaminator, Evaluation, Match, strongest
+from rbfast.curation.assess import RIGHT, UNVERIFIED, WRONG, AssessedPart
+from rbfast.curation.decontaminate import Decontaminator, Evaluation, Match, strongest_matches
 from rbfast.curation.dedup import duplicates
 
 _STAGES = ("clean", "decontaminate", "dedup", "score", "select")
@@ -38,21 +38,21 @@ class Stage:
 class Ledger:
     """The fate of a pool. Rows are numbered in the pool, items among the rows without a flaw; item i is `rows[i]`."""
 
-    def __init__(self, part: Part) -> None:
+    def __init__(self, part: AssessedPart) -> None:
         self.part = part
         self.rows = np.flatnonzero([flaw is None for flaw in part.flaws])
         self.alive = np.ones(len(self.rows), dtype=bool)
         self.matches: list[Match | None] = [None] * len(self.rows)
         self.evaluations: tuple[Evaluation, ...] = ()
         flaws = Counter(flaw.partition(":")[0] for flaw in part.flaws if flaw is not None)
-        self.stages = [Stage("clean", len(part.flaws), _by_count(flaws))]
+        self.stages = [Stage("clean", len(part.flaws), _sorted_by_count(flaws))]
         self._stage_of = np.zeros(len(self.rows), dtype=np.int8)  # 0: in no stage
         self._kind_of: list[str] = [""] * len(self.rows)
         self._keeper = np.arange(len(self.rows))
 
     def drop(self, stage: str, kinds: Mapping[int, str]) -> None:
         """Record a stage: drop these items, each with its kind of reason."""
-        self.stages.append(Stage(stage, int(self.alive.sum()), _by_count(Counter(kinds.values()))))
+        self.stages.append(Stage(stage, int(self.alive.sum()), _sorted_by_count(Counter(kinds.values()))))
         for item, kind in kinds.items():
             self.alive[item] = False
             self._stage_of[item] = len(self.stages) - 1
@@ -60,8 +60,8 @@ class Ledger:
 
     def decontaminate(self, decontaminator: Decontaminator, keep_templates: bool) -> None:
         part = self.part
-        matches = decontaminator.judge(part.found, part.asked_fingerprints, threads=text.cores())
-        self.matches = strongest(matches, part.asked)
+        matches = decontaminator.judge(part.shared, part.prompt_fingerprints, threads=text.cores())
+        self.matches = strongest_matches(matches, part.prompt_sizes)
         self.evaluations = decontaminator.evaluations
         kept = {"template"} if keep_templates else set()
         self.drop(
@@ -94,7 +94,7 @@ class Ledger:
         """The items that selection was given, bool."""
         return self.alive | (self._stage_of == len(_STAGES) - 1)
 
-    def stood_for(self) -> np.ndarray:
+    def kept_duplicates(self) -> np.ndarray:
         """The rows that were kept in the place of duplicates, int64, sorted."""
         return self.rows[np.unique(self._keeper[self._keeper != np.arange(len(self._keeper))])]
 
@@ -113,7 +113,7 @@ class Ledger:
         return found
 
 
-def _by_count(kinds: Counter[str]) -> dict[str, int]:
+def _sorted_by_count(kinds: Counter[str]) -> dict[str, int]:
     return dict(sorted(kinds.items(), key=lambda kind: (-kind[1], kind[0])))
 
 

@@ -2,7 +2,7 @@
 
     pool = Pool(("pool.jsonl",))
     parts = assessed(pool, assessor, processes=4)
-    parts = assessed_on_ray(pool, assessor, "auto")                 # the same parts, from a running Ray cluster
+    parts = assess_on_ray(pool, assessor, "auto")                 # the same parts, from a running Ray cluster
 
 An `Assessor`'s result for an item does not depend on the other items, so all of these join to the same bytes.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rbfast.curation import text
-from rbfast.curation.assess import Assessor, Part
+from rbfast.curation.assess import AssessedPart, Assessor
 from rbfast.data.formats import AUTO, FormatOptions
 from rbfast.data.readers import PATIENCE, read_native_rows
 from rbfast.data.trace import TraceError
@@ -44,7 +44,7 @@ def pool_rows(pool: Pool) -> Iterator[PoolRow]:
     return chain.from_iterable(read_native_rows(source, pool.options) for source in pool.sources)
 
 
-def recognise(pool: Pool) -> dict[Source, list[str]]:
+def recognise_formats(pool: Pool) -> dict[Source, list[str]]:
     """The formats of the first rows of each source, the most frequent first.
 
     Raises:
@@ -70,7 +70,7 @@ def chunks(pool: Pool, size: int) -> Iterator[list[PoolRow]]:
         yield chunk
 
 
-def assessed(pool: Pool, assessor: Assessor, processes: int) -> Iterator[Part]:
+def assess_pool(pool: Pool, assessor: Assessor, processes: int) -> Iterator[AssessedPart]:
     """The assessed parts of a pool, in order. This process reads; with `processes` > 1, workers assess."""
     read = chunks(pool, CHUNK)
     if processes == 1:
@@ -78,10 +78,10 @@ def assessed(pool: Pool, assessor: Assessor, processes: int) -> Iterator[Part]:
         return
     # Spawn: a forked process inherits locks held by threads that it does not have.
     with ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (assessor,)) as workers:
-        ahead = deque(workers.submit(_work, chunk) for chunk in islice(read, 2 * processes))
+        ahead = deque(workers.submit(_assess_chunk, chunk) for chunk in islice(read, 2 * processes))
         while ahead:
             yield ahead.popleft().result()
-            ahead.extend(workers.submit(_work, chunk) for chunk in islice(read, 1))
+            ahead.extend(workers.submit(_assess_chunk, chunk) for chunk in islice(read, 1))
 
 
 _worker: Assessor
@@ -92,11 +92,11 @@ def _start_worker(assessor: Assessor) -> None:
     _worker = assessor
 
 
-def _work(chunk: list[PoolRow]) -> Part:
+def _assess_chunk(chunk: list[PoolRow]) -> AssessedPart:
     return _worker(chunk)
 
 
-def assessed_on_ray(pool: Pool, assessor: Assessor, address: str) -> Iterator[Part]:
+def assess_on_ray(pool: Pool, assessor: Assessor, address: str) -> Iterator[AssessedPart]:
     """The assessed parts of a pool, in order. One worker, on this machine, reads; the others, on any node, assess.
 
     Args:
@@ -112,14 +112,14 @@ def assessed_on_ray(pool: Pool, assessor: Assessor, address: str) -> Iterator[Pa
     if own:
         ray.init(address, log_to_driver=False)
     try:
-        data: Any = ray.data.from_items([{"pool": pickle.dumps(_absolute(pool))}])
+        data: Any = ray.data.from_items([{"pool": pickle.dumps(_with_absolute_paths(pool))}])
         data.context.execution_options.preserve_order = True
         data.context.target_max_block_size = 1  # byte: a chunk is a block, and every block a task
         data.context.enable_progress_bars = False
         # The reader mostly waits for the others, and must not reserve a core.
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-        data = data.flat_map(_read, fn_kwargs={"size": CHUNK}, num_cpus=0, label_selector=here)
-        for row in data.map(_assess, fn_kwargs={"assessor": assessor}, num_cpus=1).iter_rows():
+        data = data.flat_map(_read_pickled, fn_kwargs={"size": CHUNK}, num_cpus=0, label_selector=here)
+        for row in data.map(_assess_pickled, fn_kwargs={"assessor": assessor}, num_cpus=1).iter_rows():
             part = pickle.loads(row["part"])
             if isinstance(part, Exception):
                 raise part
@@ -129,12 +129,12 @@ def assessed_on_ray(pool: Pool, assessor: Assessor, address: str) -> Iterator[Pa
             ray.shutdown()
 
 
-def _absolute(pool: Pool) -> Pool:
+def _with_absolute_paths(pool: Pool) -> Pool:
     """The pool with absolute paths: Ray workers have other working folders."""
     return replace(pool, sources=tuple(Path(s).resolve() if Path(s).exists() else s for s in pool.sources))
 
 
-def _read(row: Mapping[str, bytes], size: int) -> Iterator[dict[str, bytes]]:
+def _read_pickled(row: Mapping[str, bytes], size: int) -> Iterator[dict[str, bytes]]:
     """The chunks of a pool, pickled. An error is passed on as the last chunk: Ray would change its type and message."""
     try:
         yield from ({"chunk": pickle.dumps(chunk)} for chunk in chunks(pickle.loads(row["pool"]), size))
@@ -142,7 +142,7 @@ def _read(row: Mapping[str, bytes], size: int) -> Iterator[dict[str, bytes]]:
         yield {"chunk": pickle.dumps(error)}
 
 
-def _assess(row: Mapping[str, bytes], assessor: Assessor) -> dict[str, bytes]:
+def _assess_pickled(row: Mapping[str, bytes], assessor: Assessor) -> dict[str, bytes]:
     """The pickled part of a chunk, or the pickled error in its place."""
     chunk = pickle.loads(row["chunk"])
     try:

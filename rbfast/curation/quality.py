@@ -38,7 +38,7 @@ _CUT_WORDS = re.compile(
     r"we|it|let|[Ll]et's|this|has|have|equals|be|can|will|therefore|thus|hence|where|when|not|would|should|could|must|"
     r"might|their|our|my|your|than|between|whether|although|unless|into)\s*$"
 )
-_NAMED = re.compile(  # endings that look cut but are not: x = a, C++, :-(, };, Yes, it is, a/folder/
+_NOT_CUT = re.compile(  # endings that look cut but are not: x = a, C++, :-(, };, Yes, it is, a/folder/
     r"(?:[=+*/^<>:-]\s*[a-z]|\w\+\+|:-?[(\[]|[)}];|"
     r"(?:^|\n|[.!?] )(?:Yes|No),? (?:it|they|we|he|she|you) [a-z]+|\w/\S*/)$"
 )
@@ -52,7 +52,7 @@ _MAY_END_BARE = re.compile(rf"{_SENTENCE_END.pattern}|answer|\\boxed|\\\]$|\$\$$
 _LEAST_LINES = 4  # needed before a missing full stop in the last line counts as evidence
 
 
-def flaw(trace: Trace, repetition: float, *, finished: bool = False) -> str | None:
+def find_flaw(trace: Trace, repetition: float, *, finished: bool = False) -> str | None:
     """Why a trace cannot be used, as "kind: what was seen", or None.
 
     A truncated text does not always show it, and a complete text may look truncated. So a trace that is `finished`, or
@@ -65,9 +65,9 @@ def flaw(trace: Trace, repetition: float, *, finished: bool = False) -> str | No
     right = trace.verified is True
     if repetition > _MOST_REPEATED:
         return "looping: most of the reasoning repeats itself"
-    if not (finished or right) and (seen := _cut_short(trace.reasoning, trace.answer)):
+    if not (finished or right) and (seen := _sign_of_cut(trace.reasoning, trace.answer)):
         return f"truncated: {seen}"
-    if not right and (seen := _unreadable(trace.answer)):
+    if not right and (seen := _answer_flaw(trace.answer)):
         return f"unreadable answer: {seen}"
     if _foreign_share(trace.problem + trace.answer, trace.reasoning) > _MOST_FOREIGN:
         return "language: the reasoning changes to a script that problem and answer are not written in"
@@ -81,7 +81,7 @@ def repeated_shares(texts: Sequence[str], *, threads: int = 1) -> np.ndarray:
     return (total - rows.lengths) / np.maximum(total, 1)
 
 
-def _ends_on(reasoning: str, answer: str) -> bool:
+def _ends_with_answer(reasoning: str, answer: str) -> bool:
     """Whether the text ends with the answer, even if that is "the" or "A+"."""
     wanted = answer.strip()
     for said in (reasoning, reasoning.rstrip(".*_\"'`$ ")):
@@ -91,14 +91,14 @@ def _ends_on(reasoning: str, answer: str) -> bool:
     return False
 
 
-def _cut_short(reasoning: str, answer: str) -> str | None:
+def _sign_of_cut(reasoning: str, answer: str) -> str | None:
     written = reasoning.rstrip()
-    if seen := _left_open(written):
+    if seen := _open_construct(written):
         return seen
-    return None if _closes_emphasis(written) or _ends_on(written, answer) else _breaks_off(written)
+    return None if _closes_emphasis(written) or _ends_with_answer(written, answer) else _broken_ending(written)
 
 
-def _left_open(written: str) -> str | None:
+def _open_construct(written: str) -> str | None:
     """The open construct that the text ends inside, or None."""
     if written.count("```") % 2:
         return "it ends inside a code fence"
@@ -129,9 +129,9 @@ def _closes_emphasis(written: str) -> bool:
     return not line.strip("*_ ") if mark is None else line[: mark.start()].count(mark[1]) % 2 == 1
 
 
-def _breaks_off(written: str) -> str | None:
+def _broken_ending(written: str) -> str | None:
     """The sign that a text stops in the middle of a clause, or None."""
-    if not _NAMED.search(written[-20:]):
+    if not _NOT_CUT.search(written[-20:]):
         if command := _CUT_COMMAND.search(written[-20:]):
             return f"it ends on {command[0]!r}"
         if written.endswith(_CUT_MARKS):
@@ -145,7 +145,7 @@ def _breaks_off(written: str) -> str | None:
     return None
 
 
-def _unreadable(answer: str) -> str | None:
+def _answer_flaw(answer: str) -> str | None:
     if _NO_ANSWER.fullmatch(answer) and answer.strip() != "-":
         return "it holds no letter, digit or sign"
     opened = answer.count("{") - answer.count("\\{") - answer.count("}") + answer.count("\\}")
@@ -246,7 +246,7 @@ def quality(trace: Trace, repetition: float) -> Quality:
     }
     return Quality(
         elaboration=len(words) / (len(words) + _HALF_ELABORATED),
-        completeness=1.0 if _arrives(trace) else 0.5,
+        completeness=1.0 if _reaches_answer(trace) else 0.5,
         repetition=float(repetition),
         **marks,
     )
@@ -256,7 +256,7 @@ def _count(cue: _Cue, words: Sequence[str], written: str) -> int:
     return sum(map(cue.words.__contains__, words)) + sum(map(written.count, cue.phrases))
 
 
-def _arrives(trace: Trace) -> bool:
+def _reaches_answer(trace: Trace) -> bool:
     """Whether the last quarter of the reasoning (at least 300 characters) contains the answer."""
     reach = max(300, len(trace.reasoning) // 4)
     answer, end = text.fold(trace.answer), text.fold(trace.reasoning[-reach:])

@@ -69,7 +69,7 @@ def shortlist(
     return found
 
 
-def represent(texts: Texts, size: int, *, threads: int = 1) -> np.ndarray:
+def select_representatives(texts: Texts, size: int, *, threads: int = 1) -> np.ndarray:
     """The indices of the `size` texts that best represent all of them by their words, int64, in the order chosen."""
     vectors, values = text.unit_vectors(texts, threads=threads)
     return text.facility_location(vectors, values, size, threads=threads)[0]

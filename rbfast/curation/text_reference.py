@@ -46,11 +46,11 @@ def tokens(text: str, mask_digits: bool = False) -> list[str]:
     is "neg", else a space. A digit after a command is a token of its own, as in TeX. With `mask_digits` a whole numeral
     is "0", its sign, commas and point included, and so is a fraction of two numerals.
     """
-    row = _read(text, mask_digits)
-    return _grouped(_whole_numerals(row) if mask_digits else row)
+    row = _scan(text, mask_digits)
+    return _resolve_brackets(_mask_numerals(row) if mask_digits else row)
 
 
-def _read(text: str, mask_digits: bool) -> list[str]:
+def _scan(text: str, mask_digits: bool) -> list[str]:
     """The tokens in order, with stops, before numerals are masked and brackets resolved."""
     found: list[str] = []
     at, bound, figures = 0, -1, True  # bound: where a prime or a factorial would belong to the last token
@@ -85,7 +85,7 @@ def _read(text: str, mask_digits: bool) -> list[str]:
                 found.append("[")
                 at += 1
         elif kind == "mark":
-            bound = _mark(text, start, bound, found)
+            bound = _read_mark(text, start, bound, found)
         elif kind == "brace":
             is_argument = start == taking or text[start - 1 : start] in ("}", "^", "/")
             opening = _ARGUMENT if is_argument else _SET if _may_be_set(text, start, named, relates) else "("
@@ -114,7 +114,7 @@ def _numeral_end(text: str, start: int) -> int:
     return match.end() if match else start
 
 
-def _mark(text: str, at: int, bound: int, found: list[str]) -> int:
+def _read_mark(text: str, at: int, bound: int, found: list[str]) -> int:
     """Read "!" or "'" as a factorial or prime if it is one, else as punctuation; returns where another may follow."""
     follows = at == bound or (at > 0 and text[at - 1] in "})]|")
     factorial, prime = text[at] == "!", follows and not _IN_WORD.match(text, at + 1)
@@ -124,7 +124,7 @@ def _mark(text: str, at: int, bound: int, found: list[str]) -> int:
     return at + 1
 
 
-def _whole_numerals(row: list[str]) -> list[str]:
+def _mask_numerals(row: list[str]) -> list[str]:
     """Replace each numeral, with its sign, by "0", fractions too; a sign between two terms becomes "+"."""
     found: list[str] = []
     for token in row:
@@ -145,7 +145,7 @@ def _whole_numerals(row: list[str]) -> list[str]:
     return found
 
 
-def _grouped(row: list[str]) -> list[str]:
+def _resolve_brackets(row: list[str]) -> list[str]:
     """Drop stops, brackets that group nothing, and unmatched brackets."""
     shown = [{_STOP: "", ")": "", _END: ""}.get(token, token) for token in row]  # "" is dropped
     opened: list[tuple[int, bool]] = []  # index, and whether an operator came before it in the enclosing brackets
@@ -204,7 +204,7 @@ def shingles(
         row = tokens(buffer[first:last].decode(), mask_digits)
         rows.append(_shingles_of(np.array([hash_token(token) for token in row], dtype=np.uint64), k))
         counts.append(len(row))
-    return _joined(rows, np.uint64), _starts(rows), np.array(counts, dtype=np.int64)
+    return _concatenate(rows, np.uint64), _starts(rows), np.array(counts, dtype=np.int64)
 
 
 def _shingles_of(row: np.ndarray, k: int) -> np.ndarray:
@@ -294,7 +294,7 @@ def facility_location(
     return np.array(chosen, dtype=np.int64), np.array(gains, dtype=np.int64)
 
 
-def _joined(rows: list[np.ndarray], dtype: type) -> np.ndarray:
+def _concatenate(rows: list[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate([np.empty(0, dtype), *rows])
 
 

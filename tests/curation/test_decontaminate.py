@@ -18,7 +18,7 @@ from rbfast.curation.decontaminate import (
     Match,
     Thresholds,
     contaminated,
-    join_found,
+    join_shared,
     read_evaluations,
 )
 from rbfast.curation.instructions import without_instructions
@@ -224,7 +224,7 @@ def test_boilerplate_weighs_little() -> None:
 def test_parts_and_threads_do_not_matter(s1k: list[str], math500: list[Evaluation]) -> None:
     index = pickle.loads(pickle.dumps(Decontaminator(math500)))
     parts = [s1k[:1], s1k[1:400], [], s1k[400:]]
-    found = join_found([index.find(text.pack(part), part, threads=n) for n, part in enumerate(parts, start=1)])
+    found = join_shared([index.find(text.pack(part), part, threads=n) for n, part in enumerate(parts, start=1)])
     verdicts = index.judge(found, text.fingerprints(text.pack(s1k)), threads=2)
     assert verdicts == contaminated(s1k, math500, threads=1)
 

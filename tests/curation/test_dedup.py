@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 
 from rbfast.curation import text
-from rbfast.curation.dedup import SIGNATURE, duplicates, key_of
+from rbfast.curation.dedup import SIGNATURE, agreement_key, duplicates
 
 
 def keepers(items: list[tuple[str, str]], preference: list[float] | None = None) -> list[int]:
     """Of (problem, answer) pairs, as the curation computes their columns."""
     packed = text.pack(problem for problem, _ in items)
     rows, _ = text.shingles(packed, 5)
-    keys = np.array([key_of(*item) for item in items], dtype=np.uint64)
+    keys = np.array([agreement_key(*item) for item in items], dtype=np.uint64)
     likes = np.array(preference or [0.0] * len(items))
     return duplicates(text.fingerprints(packed), text.minhash(rows, SIGNATURE), keys, likes).tolist()
 
@@ -83,4 +83,4 @@ def test_chains_of_duplicates_have_one_keeper() -> None:
     ],
 )
 def test_answers_agree_if_one_may_be_typed_for_the_other(one: str, other: str, is_same: bool) -> None:
-    assert (key_of("What is it?", one) == key_of("What is it?", other)) is is_same
+    assert (agreement_key("What is it?", one) == agreement_key("What is it?", other)) is is_same

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from real_inputs import data_path
 
-from rbfast.curation.quality import Quality, flaw, quality, repeated_shares
+from rbfast.curation.quality import Quality, find_flaw, quality, repeated_shares
 from rbfast.data.trace import Trace
 
 QWEN = "qwen3_think_onoff/qwen3-8b__think-on.jsonl"
@@ -22,7 +22,7 @@ def thinking(name: str, field: str) -> list[tuple[str, bool]]:
 
 
 def flaw_of(reasoning: str, problem: str = "What is it?", answer: str = "7") -> str | None:
-    return flaw(Trace(problem, reasoning, answer), float(repeated_shares([reasoning])[0]))
+    return find_flaw(Trace(problem, reasoning, answer), float(repeated_shares([reasoning])[0]))
 
 
 @pytest.mark.parametrize(
@@ -154,10 +154,10 @@ def test_a_translation_is_no_change_of_language() -> None:
 
 def test_another_s_word_counts_more_than_an_ending() -> None:
     cut = Trace("p", "So it is the", "7")
-    assert flaw(cut, 0.0) == "truncated: it ends on 'the'"
-    assert flaw(cut, 0.0, finished=True) is None
-    assert flaw(Trace("p", "So it is the", "7", verified=True), 0.0) is None
-    assert flaw(Trace("p", "So it is the", "7", verified=False), 0.0) is not None
+    assert find_flaw(cut, 0.0) == "truncated: it ends on 'the'"
+    assert find_flaw(cut, 0.0, finished=True) is None
+    assert find_flaw(Trace("p", "So it is the", "7", verified=True), 0.0) is None
+    assert find_flaw(Trace("p", "So it is the", "7", verified=False), 0.0) is not None
 
 
 def test_finished_replies_have_no_flaw() -> None:

@@ -19,7 +19,7 @@ from rbfast import CurateConfig, curate
 from rbfast.cli.main import main
 from rbfast.curation.assess import Assessor, join_parts
 from rbfast.curation.decontaminate import Decontaminator
-from rbfast.curation.pool import Pool, assessed, assessed_on_ray
+from rbfast.curation.pool import Pool, assess_on_ray, assess_pool
 from rbfast.data.trace import Trace, TraceError
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -94,8 +94,8 @@ def test_two_workers_share_a_file_and_its_order_is_kept(
     monkeypatch.setattr("rbfast.curation.pool.CHUNK", 20)
     monkeypatch.chdir(pool[0].parent)  # workers are elsewhere
     name, decontaminator = Pool((pool[0].name,)), Decontaminator([])
-    there = join_parts([*assessed_on_ray(name, Assessor(decontaminator, quality=first_is_last), "auto")])
-    here = join_parts([*assessed(name, Assessor(decontaminator), 1)])
+    there = join_parts([*assess_on_ray(name, Assessor(decontaminator, quality=first_is_last), "auto")])
+    here = join_parts([*assess_pool(name, Assessor(decontaminator), 1)])
     assert there.fingerprints.tolist() == here.fingerprints.tolist()
     assert there.quality[0] not in there.quality[20:40]
     assert os.getpid() not in there.quality
@@ -116,9 +116,9 @@ def test_errors_are_those_of_one_process(
     torn.write_text("".join(pool[0].read_text(encoding="utf-8").splitlines(True)[:20]) + line + "\n")
     assessor = Assessor(Decontaminator([]), quality=lambda trace: float("nan") if trace.difficulty else 1.0)
     with pytest.raises(error, match=message) as here:
-        list(assessed(sources, assessor, 1))
+        list(assess_pool(sources, assessor, 1))
     with pytest.raises(error) as there:
-        list(assessed_on_ray(sources, assessor, "auto"))
+        list(assess_on_ray(sources, assessor, "auto"))
     assert type(there.value) is type(here.value)
     assert str(there.value) == str(here.value)
 

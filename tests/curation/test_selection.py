@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rbfast.curation.selection import quotas, represent, shortlist
+from rbfast.curation.selection import quotas, select_representatives, shortlist
 from rbfast.curation.text import pack
 
 
@@ -42,8 +42,8 @@ def test_the_shortlist_is_the_top_of_a_sort(n: int, reach: int, seed: int) -> No
 def test_representatives_are_unlike_each_other() -> None:
     kinds = ["the cat sat on a mat {}", "integral of {} dx over reals", "probability of {} heads in tosses"]
     texts = [kind.format(i) for kind in kinds for i in range(20)]
-    chosen = represent(pack(texts), 3)
+    chosen = select_representatives(pack(texts), 3)
     assert sorted(place // 20 for place in chosen.tolist()) == [0, 1, 2]
-    assert sorted(represent(pack(texts), 60).tolist()) == list(range(60))
-    assert represent(pack([]), 0).tolist() == []
-    assert represent(pack(["only one"]), 1).tolist() == [0]
+    assert sorted(select_representatives(pack(texts), 60).tolist()) == list(range(60))
+    assert select_representatives(pack([]), 0).tolist() == []
+    assert select_representatives(pack(["only one"]), 1).tolist() == [0]
