@@ -1,8 +1,8 @@
 r"""Exact rational arithmetic on expressions of numbers: `\frac{1}{2}+3`, `3 1/2`, `2^{10}`, `6!`, `0.\overline{3}`.
 
 ```python
-exact(r"3\frac{1}{2}")       # Fraction(7, 2)
-exact(r"5\sqrt{3}")          # None: not rational
+exact_value(r"3\frac{1}{2}")       # Fraction(7, 2)
+exact_value(r"5\sqrt{3}")          # None: not rational
 ```
 
 Unlike floats, this never takes two tiny numbers for equal. Unlike LaTeX parsers, it reads `3 1/2` as a mixed number.
@@ -23,24 +23,24 @@ _TOKEN = re.compile(
 _MIXED = re.compile(r"\s*(\d+)(?:\s*\\frac\{(\d+)\}\{(\d+)\}| +(\d+) ?/ ?(\d+)(?!\s*[\d.^!/]))(?![\d.])")
 
 
-class _Unreadable(Exception):
+class _NotRational(Exception):
     pass
 
 
 @functools.lru_cache(maxsize=4096)
-def exact(text: str) -> Fraction | None:
+def exact_value(text: str) -> Fraction | None:
     """The value of an expression; None if it is not rational arithmetic on numbers, or too large."""
     if len(text) > 400 or not any(letter.isdigit() for letter in text):
         return None
     try:
-        reader = _Reader(text)
+        reader = _Parser(text)
         value = reader.sum()
         return value if reader.rest() == "" else None
-    except (_Unreadable, ZeroDivisionError, RecursionError):
+    except (_NotRational, ZeroDivisionError, RecursionError):
         return None
 
 
-class _Reader:
+class _Parser:
     """A recursive-descent parser: sum, product, power, factor."""
 
     def __init__(self, text: str) -> None:
@@ -62,7 +62,7 @@ class _Reader:
 
     def expect(self, wanted: str) -> None:
         if self.take(wanted) is None:
-            raise _Unreadable
+            raise _NotRational
 
     def sum(self) -> Fraction:
         sign = self.take("+", "-")
@@ -103,13 +103,13 @@ class _Reader:
         if match := _MIXED.match(self.text, self.at):
             whole, above, below = int(match[1]), int(match[2] or match[4]), int(match[3] or match[5])
             if not 0 < above < below:
-                raise _Unreadable
+                raise _NotRational
             self.at = match.end()
             return Fraction(whole * below + above, below)
         kind, token = self.peek()
         match = _TOKEN.match(self.text, self.at)
         if match is None or kind in ("times", ""):
-            raise _Unreadable
+            raise _NotRational
         self.at = match.end()
         if kind == "number":
             return _number(token)
@@ -126,7 +126,7 @@ class _Reader:
             value = self.sum()
             self.expect(")" if token == "(" else "}")
             return value
-        raise _Unreadable
+        raise _NotRational
 
 
 def _number(text: str) -> Fraction:
@@ -143,20 +143,20 @@ def _repeating(text: str) -> Fraction:
 
 def _factorial(value: Fraction) -> Fraction:
     if value.denominator != 1 or not 0 <= value <= 1000:
-        raise _Unreadable
+        raise _NotRational
     return Fraction(math.factorial(int(value)))
 
 
 def _power(base: Fraction, exponent: Fraction) -> Fraction:
     if exponent.denominator != 1:
-        raise _Unreadable
+        raise _NotRational
     bits = max(base.numerator.bit_length(), base.denominator.bit_length())
     if bits * abs(exponent) > _MOST_BITS:
-        raise _Unreadable
+        raise _NotRational
     return Fraction(base ** int(exponent))
 
 
 def _bounded(value: Fraction) -> Fraction:
     if value.numerator.bit_length() + value.denominator.bit_length() > _MOST_BITS:
-        raise _Unreadable
+        raise _NotRational
     return value

@@ -18,7 +18,7 @@ import sympy
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 
-from rbfast.grading.forms import depth
+from rbfast.grading.forms import bracket_depth
 
 _DIGITS = 30  # working precision
 _EQUAL = sympy.Float("1e-20", _DIGITS)  # relative tolerance
@@ -41,13 +41,15 @@ logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns about ev
 
 def same_value(expected: str, statement: str) -> bool:
     """Whether both can be parsed and have the same value; for equations, whether they are equivalent."""
-    left, right = _read(expected), _read(statement)
+    left, right = _parse(expected), _parse(statement)
     if left is None or right is None:
         return False
     if isinstance(left, sympy.core.relational.Relational) and type(left) is type(right):
         return _same_relation(left, right)
     if isinstance(left, sympy.Expr) and isinstance(right, sympy.Expr):
-        return _same_expression(left, right) or _rounds(expected, left, right) or _rounds(statement, right, left)
+        return (
+            _same_expression(left, right) or _is_rounding(expected, left, right) or _is_rounding(statement, right, left)
+        )
     if isinstance(left, sympy.MatrixBase) and isinstance(right, sympy.MatrixBase):
         return left.shape == right.shape and all(map(_same_expression, left.flat(), right.flat()))
     if isinstance(left, sympy.Expr | sympy.MatrixBase) or isinstance(right, sympy.Expr | sympy.MatrixBase):
@@ -56,9 +58,9 @@ def same_value(expected: str, statement: str) -> bool:
 
 
 @functools.lru_cache(maxsize=512)
-def _read(text: str) -> Any:
+def _parse(text: str) -> Any:
     text = text.strip().strip("$").replace("**", "^")
-    if _MISREAD.search(_ENVIRONMENT.sub(" ", text)) or _is_endless(text):
+    if _MISREAD.search(_ENVIRONMENT.sub(" ", text)) or _is_too_costly(text):
         return None
     found = parse(f"${text}$", _CONFIG, fallback_mode="no_fallback", parsing_timeout=None)
     if not found:
@@ -71,20 +73,20 @@ def _read(text: str) -> Any:
     return exact.subs({symbol: _CONSTANTS[symbol.name] for symbol in exact.free_symbols if symbol.name in _CONSTANTS})
 
 
-def _is_endless(text: str) -> bool:
+def _is_too_costly(text: str) -> bool:
     """Whether parsing would take minutes: a tower of powers, which the parser evaluates, or deeply nested brackets."""
-    return depth(text) > _MOST_NESTED or any(
+    return bracket_depth(text) > _MOST_NESTED or any(
         higher or min(int(power), 10**9) * math.log10(max(int(base), 1)) > _MOST_DIGITS
         for base, power, higher in _TOWER.findall(text)
     )
 
 
-def _rounds(text: str, decimal: Any, other: Any) -> bool:
+def _is_rounding(text: str, decimal: Any, other: Any) -> bool:
     """Whether a text is a decimal of enough digits that is the other number, rounded or truncated."""
     match = _DECIMAL.fullmatch(text.strip("$ "))
     if match is None or len((match[1] + match[2]).lstrip("0")) < _LEAST_DIGITS:
         return False
-    value = _value(other)
+    value = _evaluate(other)
     if value is None or not value.is_real or value * decimal <= 0:
         return False
     left_out = (abs(value) - abs(decimal)) * 10 ** len(match[2])
@@ -94,11 +96,11 @@ def _rounds(text: str, decimal: Any, other: Any) -> bool:
 def _same_expression(left: Any, right: Any) -> bool:
     symbols = sorted(left.free_symbols | right.free_symbols, key=str)
     if not symbols:
-        return _close(_value(left), _value(right))
-    return all(_close(_value(left.subs(point)), _value(right.subs(point))) for point in _points(symbols))
+        return _are_close(_evaluate(left), _evaluate(right))
+    return all(_are_close(_evaluate(left.subs(point)), _evaluate(right.subs(point))) for point in _test_points(symbols))
 
 
-def _points(symbols: list[Any]) -> list[dict[Any, Any]]:
+def _test_points(symbols: list[Any]) -> list[dict[Any, Any]]:
     """Test points: distinct values for the symbols, positive and negative."""
     return [
         {symbol: _POINTS[(start + i) % len(_POINTS)] + sympy.Rational(i, 7) for i, symbol in enumerate(symbols)}
@@ -106,12 +108,12 @@ def _points(symbols: list[Any]) -> list[dict[Any, Any]]:
     ]
 
 
-def _value(expression: Any) -> Any:
+def _evaluate(expression: Any) -> Any:
     value = sympy.N(expression.doit(), _DIGITS)
     return value if value.is_number else None
 
 
-def _close(left: Any, right: Any) -> bool:
+def _are_close(left: Any, right: Any) -> bool:
     if left is None or right is None:
         return False
     if not (left.is_finite and right.is_finite):
@@ -126,10 +128,10 @@ def _same_relation(left: Any, right: Any) -> bool:
     if not symbols or first.free_symbols != second.free_symbols:
         return False
     ratios = []
-    for point in _points(symbols):
-        above, below = _value(first.subs(point)), _value(second.subs(point))
+    for point in _test_points(symbols):
+        above, below = _evaluate(first.subs(point)), _evaluate(second.subs(point))
         if not above or not below:
             return False
         ratios.append(above / below)
     signed = isinstance(left, sympy.Eq) or bool(ratios[0] > 0)
-    return signed and all(_close(ratio, ratios[0]) for ratio in ratios)
+    return signed and all(_are_close(ratio, ratios[0]) for ratio in ratios)

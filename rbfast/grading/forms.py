@@ -1,9 +1,9 @@
 r"""Parse the form of an answer: one value, or several in a list, a tuple, a set, an interval, a union.
 
 ```python
-read("x=2, x=3")             # Several((One("2", "x"), One("3", "x")), "")
-read(r"x\le 3")              # Several((One(r"-\infty"), One("3")), "(]", "x")
-read(r"2\pm\sqrt{3}")        # Several((One(r"2+\sqrt{3}"), One(r"2-\sqrt{3}")), "")
+parse_form("x=2, x=3")             # Collection((Value("2", "x"), Value("3", "x")), "")
+parse_form(r"x\le 3")              # Collection((Value(r"-\infty"), Value("3")), "(]", "x")
+parse_form(r"2\pm\sqrt{3}")        # Collection((Value(r"2+\sqrt{3}"), Value(r"2-\sqrt{3}")), "")
 ```
 """
 
@@ -15,13 +15,13 @@ from itertools import accumulate, pairwise
 from typing import TypeAlias
 
 from rbfast.data.answers import closing_brace
-from rbfast.grading.exact import exact
-from rbfast.grading.notation import bare
-from rbfast.grading.numerals import numeral
+from rbfast.grading.exact import exact_value
+from rbfast.grading.notation import without_text_command
+from rbfast.grading.numerals import parse_numeral
 
 
 @dataclass(frozen=True)
-class One:
+class Value:
     """One value, and its name (`x` in `x = 2`). `equation` is the whole text if it had an equals sign."""
 
     text: str
@@ -31,7 +31,7 @@ class One:
 
 
 @dataclass(frozen=True)
-class Several:
+class Collection:
     """Several values. `brackets` is "()", "[]", "(]", "[)" or "{}", "" for a bare list, "u" for a union."""
 
     items: tuple[Form, ...]
@@ -40,13 +40,13 @@ class Several:
 
 
 @dataclass(frozen=True)
-class Either:
+class Alternatives:
     """A value written twice, as in `22/7 ≈ 3.14`."""
 
     items: tuple[Form, ...]
 
 
-Form: TypeAlias = One | Several | Either
+Form: TypeAlias = Value | Collection | Alternatives
 
 _NAME = (
     r"(?:\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:\^\{-1\}(?=\())?'*|\\(?:overline|angle|triangle|vec|text)\s*\{?[A-Za-z' ]*\}?)"
@@ -70,182 +70,188 @@ _COMMA = re.compile("[,;]")
 _OPEN, _CLOSE = "([{", ")]}"
 
 
-def read(text: str) -> Form:
+def parse_form(text: str) -> Form:
     """The form of an answer that `normalize` returned."""
     text = text.strip()
-    if depth(text) > _MOST_NESTED:
-        return One(text)
-    words = bare(text).strip()
+    if bracket_depth(text) > _MOST_NESTED:
+        return Value(text)
+    words = without_text_command(text).strip()
     if _REALS.fullmatch(words):
-        return Several((One(r"-\infty"), One(r"\infty")), "()")
+        return Collection((Value(r"-\infty"), Value(r"\infty")), "()")
     if _NOTHING.fullmatch(words):
-        return Several((), "{}")
-    if words[:1].isalpha() and (number := numeral(words)) is not None:
-        return One(number)
-    if (excluded := _all_but(text)) is not None:
+        return Collection((), "{}")
+    if words[:1].isalpha() and (number := parse_numeral(words)) is not None:
+        return Value(number)
+    if (excluded := _parse_exclusion(text)) is not None:
         return excluded
     if match := re.match(rf"({_NAME}|\([^()]*\))\s*\\in(?![a-zA-Z])\s*", text):
-        return read(text[match.end() :])
-    return _union(text) or _list(text) or _bracketed(text) or _single(text)
+        return parse_form(text[match.end() :])
+    return _parse_union(text) or _parse_list(text) or _parse_bracketed(text) or _parse_single(text)
 
 
-def _all_but(text: str) -> Several | None:
+def _parse_exclusion(text: str) -> Collection | None:
     r"""`x \ne 3` and `\mathbb{R} \setminus \{3\}` as a union of intervals."""
     match = _EXCLUDED.fullmatch(text)
     if match is None:
         return None
     ends = [part.strip() for part in (match["values"] or match["value"]).split(",")]
-    values = [exact(end) for end in ends]
+    values = [exact_value(end) for end in ends]
     known = [value for value in values if value is not None]
     if len(known) < len(ends):
         return None
     ends = [end for _, end in sorted(zip(known, ends, strict=True))]
     edges = [r"-\infty", *ends, r"\infty"]
-    pieces = tuple(Several((One(low), One(high)), "()") for low, high in pairwise(edges))
-    return Several(pieces, "u", match["name"] or "")
+    pieces = tuple(Collection((Value(low), Value(high)), "()") for low, high in pairwise(edges))
+    return Collection(pieces, "u", match["name"] or "")
 
 
-def depth(text: str) -> int:
+def bracket_depth(text: str) -> int:
     """The greatest nesting depth of brackets."""
     return max(accumulate((letter in _OPEN) - (letter in _CLOSE) for letter in text), default=0)
 
 
-def _union(text: str) -> Form | None:
-    parts = split(text, re.compile(r"\\cup(?![a-zA-Z])"))
-    return Several(tuple(map(read, parts)), "u") if len(parts) > 1 else None
+def _parse_union(text: str) -> Form | None:
+    parts = split_outside_brackets(text, re.compile(r"\\cup(?![a-zA-Z])"))
+    return Collection(tuple(map(parse_form, parts)), "u") if len(parts) > 1 else None
 
 
-def _list(text: str) -> Form | None:
+def _parse_list(text: str) -> Form | None:
     joined = _AND_OR.sub(lambda match: "; " if (match[1] or match[2]) == "and" else " \x02 ", text)
-    parts = [part for part in split(joined, re.compile(r"[,;\x02\n]|\\\\(?!\w)")) if part.strip()]
+    parts = [part for part in split_outside_brackets(joined, re.compile(r"[,;\x02\n]|\\\\(?!\w)")) if part.strip()]
     if len(parts) < 2:
         return None
-    return _collected([read(part) for part in parts], disjoint="\x02" in joined)
+    return _collect([parse_form(part) for part in parts], disjoint="\x02" in joined)
 
 
-def _collected(forms: list[Form], *, disjoint: bool) -> Form:
+def _collect(forms: list[Form], *, disjoint: bool) -> Form:
     """A list without brackets. The two sides of one interval become the interval, several intervals a union."""
-    intervals = [form for form in forms if isinstance(form, Several) and form.name]
+    intervals = [form for form in forms if isinstance(form, Collection) and form.name]
     if len(intervals) == len(forms):
-        return (None if disjoint else _between(intervals)) or Several(tuple(intervals), "u", intervals[0].name)
+        return (None if disjoint else _merge_half_lines(intervals)) or Collection(
+            tuple(intervals), "u", intervals[0].name
+        )
     name = ""
     items: list[Form] = []
     for form in forms:
-        flat = form.items if isinstance(form, Several) and form.brackets == "" else (form,)
+        flat = form.items if isinstance(form, Collection) and form.brackets == "" else (form,)
         for item in flat:
-            if isinstance(item, One):  # in `x = 2, 3` the name applies to both
+            if isinstance(item, Value):  # in `x = 2, 3` the name applies to both
                 name = item.name or name
                 item = replace(item, name=name) if not item.equation and name else item
             items.append(item)
-    return Several(tuple(items), "")
+    return Collection(tuple(items), "")
 
 
-def _between(intervals: list[Several]) -> Several | None:
+def _merge_half_lines(intervals: list[Collection]) -> Collection | None:
     if len(intervals) != 2:
         return None
-    low = next((form for form in intervals if form.items[1] == One(r"\infty")), None)
-    high = next((form for form in intervals if form.items[0] == One(r"-\infty")), None)
+    low = next((form for form in intervals if form.items[1] == Value(r"\infty")), None)
+    high = next((form for form in intervals if form.items[0] == Value(r"-\infty")), None)
     if low is None or high is None or low.name != high.name:
         return None
     (start, _), (_, end) = low.items, high.items
-    ends = [exact(item.text) if isinstance(item, One) else None for item in (start, end)]
+    ends = [exact_value(item.text) if isinstance(item, Value) else None for item in (start, end)]
     if ends[0] is not None and ends[1] is not None and ends[0] >= ends[1]:
         return None
-    return Several((start, end), low.brackets[0] + high.brackets[1], low.name)
+    return Collection((start, end), low.brackets[0] + high.brackets[1], low.name)
 
 
-def _bracketed(text: str) -> Form | None:
+def _parse_bracketed(text: str) -> Form | None:
     if match := _MATRIX.fullmatch(text):
         cells = [cell.strip() for cell in re.split(r"\\\\|&", match[2])]
         if "&" in match[2] and "\\\\" in match[2].strip().rstrip("\\"):
             return None  # more than a vector
-        return Several(tuple(map(read, cells)), "()") if len(cells) > 1 else None
+        return Collection(tuple(map(parse_form, cells)), "()") if len(cells) > 1 else None
     for opening, end, brackets in ((r"\{", r"\}", "{}"), (r"\langle", r"\rangle", "()")):
         if text.startswith(opening) and text.endswith(end):
-            return _inside(text[len(opening) : -len(end)], brackets)
-    if text.startswith("{") and closing_brace(text, 0) == len(text) - 1 and len(split(text[1:-1], _COMMA)) > 1:
-        return _inside(text[1:-1], "{}")  # a set whose braces lost their backslash
-    if len(text) > 1 and text[0] in "([" and text[-1] in ")]" and matching(text, 0) == len(text) - 1:
-        return _inside(text[1:-1], text[0] + text[-1])
+            return _parse_inside(text[len(opening) : -len(end)], brackets)
+    if (
+        text.startswith("{")
+        and closing_brace(text, 0) == len(text) - 1
+        and len(split_outside_brackets(text[1:-1], _COMMA)) > 1
+    ):
+        return _parse_inside(text[1:-1], "{}")  # a set whose braces lost their backslash
+    if len(text) > 1 and text[0] in "([" and text[-1] in ")]" and matching_bracket(text, 0) == len(text) - 1:
+        return _parse_inside(text[1:-1], text[0] + text[-1])
     return None
 
 
-def _inside(text: str, brackets: str) -> Form | None:
+def _parse_inside(text: str, brackets: str) -> Form | None:
     if brackets == "{}" and (match := re.match(rf"\s*{_NAME}(?:\s*\\in\s*\\mathbb\{{R\}})?\s*[:|]\s*", text)):
-        return read(text[match.end() :])
-    parts = split(text, _COMMA)
+        return parse_form(text[match.end() :])
+    parts = split_outside_brackets(text, _COMMA)
     if len(parts) < 2:
-        inner = read(text)
-        if brackets == "()" and not isinstance(inner, One):
+        inner = parse_form(text)
+        if brackets == "()" and not isinstance(inner, Value):
             return inner
-        return Several((inner,), brackets) if brackets in ("{}", "[]") else None
-    forms = tuple(map(read, parts))
+        return Collection((inner,), brackets) if brackets in ("{}", "[]") else None
+    forms = tuple(map(parse_form, parts))
     if brackets != "{}":
-        return Several(forms, brackets)
-    listed = _collected(list(forms), disjoint=False)
-    return replace(listed, brackets="{}") if isinstance(listed, Several) else listed
+        return Collection(forms, brackets)
+    listed = _collect(list(forms), disjoint=False)
+    return replace(listed, brackets="{}") if isinstance(listed, Collection) else listed
 
 
-def _single(text: str) -> Form:
-    if (interval := _interval(text)) is not None:
+def _parse_single(text: str) -> Form:
+    if (interval := _parse_interval(text)) is not None:
         return interval
-    parts = split(text, _EQUALS)
+    parts = split_outside_brackets(text, _EQUALS)
     if len(parts) > 1 and all(part.strip() for part in parts[1:]):
-        return _equation(text, [part.strip() for part in parts])
+        return _parse_equation(text, [part.strip() for part in parts])
     if r"\pm" in text or r"\mp" in text:
         signs = (("+", "-"), ("-", "+"))
-        return Several(tuple(One(_signed(text, plus, minus)) for plus, minus in signs), "")
-    return One(_unwrapped(text))
+        return Collection(tuple(Value(_with_signs(text, plus, minus)) for plus, minus in signs), "")
+    return Value(_strip_brackets(text))
 
 
-def _signed(text: str, plus: str, minus: str) -> str:
+def _with_signs(text: str, plus: str, minus: str) -> str:
     text = re.sub(r"\\pm(?![a-zA-Z])\s*", plus, text)
     return re.sub(r"\\mp(?![a-zA-Z])\s*", minus, text).strip().removeprefix("+")
 
 
-def _unwrapped(text: str) -> str:
-    while text.startswith("(") and text.endswith(")") and matching(text, 0) == len(text) - 1 and len(text) > 3:
+def _strip_brackets(text: str) -> str:
+    while text.startswith("(") and text.endswith(")") and matching_bracket(text, 0) == len(text) - 1 and len(text) > 3:
         text = text[1:-1].strip()
     if len(text) > 2 and text[0] == text[-1] and text[0] in "\"'":
         text = text[1:-1]
     return text.removeprefix("+").strip()
 
 
-def _equation(text: str, parts: list[str]) -> Form:
+def _parse_equation(text: str, parts: list[str]) -> Form:
     r"""The value of `x = .. = value`; either side of `value \approx 3.14`."""
-    if _IDENTIFIER.fullmatch(parts[-1]) and exact(parts[0]) is not None and len(parts) == 2:
+    if _IDENTIFIER.fullmatch(parts[-1]) and exact_value(parts[0]) is not None and len(parts) == 2:
         parts = parts[::-1]  # 5 = x
     left = parts[0]
     name = left if _IDENTIFIER.fullmatch(left) else ""
     again = len(parts) > 2 and any(
         re.search(rf"(?<![a-zA-Z]){re.escape(name or '=')}(?![a-zA-Z])", p) for p in parts[1:]
     )
-    told = not again and (bool(name) or _says_value(left))
+    told = not again and (bool(name) or _is_answer_equation(left))
     equation = "" if r"\approx" in text or (len(parts) > 2 and told) else text
-    approximated = split(text, re.compile(r"\\approx(?![a-zA-Z])"))
+    approximated = split_outside_brackets(text, re.compile(r"\\approx(?![a-zA-Z])"))
     values = [parts[-1]]
-    if len(approximated) > 1 and (before := split(approximated[0], _EQUALS)[-1].strip()) != name:
+    if len(approximated) > 1 and (before := split_outside_brackets(approximated[0], _EQUALS)[-1].strip()) != name:
         values.append(before)
     if not told:
-        return One(text, equation=text, named_only=False)
-    return _named([read(value) for value in values], name, equation)
+        return Value(text, equation=text, named_only=False)
+    return _named([parse_form(value) for value in values], name, equation)
 
 
 def _named(values: list[Form], name: str, equation: str) -> Form:
     forms: list[Form] = []
     for form in values:
-        if isinstance(form, One):
+        if isinstance(form, Value):
             forms.append(replace(form, name=name, equation=equation, named_only=bool(name)))
-        elif isinstance(form, Several) and form.brackets == "" and name:
+        elif isinstance(form, Collection) and form.brackets == "" and name:
             forms.append(
-                replace(form, items=tuple(replace(i, name=name) if isinstance(i, One) else i for i in form.items))
+                replace(form, items=tuple(replace(i, name=name) if isinstance(i, Value) else i for i in form.items))
             )
         else:
             forms.append(form)
-    return forms[0] if len(forms) == 1 else Either(tuple(forms))
+    return forms[0] if len(forms) == 1 else Alternatives(tuple(forms))
 
 
-def _says_value(left: str) -> bool:
+def _is_answer_equation(left: str) -> bool:
     """Whether the right side of an equation is an answer: the left is a calculation or has several letters (`x+y = 5`).
 
     `2x = 5` and `x^2 = 4` are only steps towards `x`.
@@ -257,8 +263,8 @@ def _says_value(left: str) -> bool:
     )
 
 
-def _interval(text: str) -> Several | None:
-    parts = [part.strip() for part in split(text, _RELATION)]
+def _parse_interval(text: str) -> Collection | None:
+    parts = [part.strip() for part in split_outside_brackets(text, _RELATION)]
     signs = _RELATION.findall(text)
     if len(parts) != len(signs) + 1 or len(signs) not in (1, 2):
         return None
@@ -267,28 +273,28 @@ def _interval(text: str) -> Several | None:
         if _VARIABLE.fullmatch(left) and not _VARIABLE.fullmatch(right.lstrip("-")):
             return _half_line(left, signs[0], right)
         if _VARIABLE.fullmatch(right) and not _VARIABLE.fullmatch(left.lstrip("-")):
-            return _half_line(right, _turned(signs[0]), left)
+            return _half_line(right, _flip(signs[0]), left)
         return None
     low, name, high = parts
     if signs[0] in (">", r"\ge"):
-        low, high, signs = high, low, [_turned(sign) for sign in reversed(signs)]
+        low, high, signs = high, low, [_flip(sign) for sign in reversed(signs)]
     if not _VARIABLE.fullmatch(name) or not all(sign in ("<", r"\le") for sign in signs):
         return None
     brackets = ("[" if signs[0] == r"\le" else "(") + ("]" if signs[1] == r"\le" else ")")
-    return Several((read(low), read(high)), brackets, name)
+    return Collection((parse_form(low), parse_form(high)), brackets, name)
 
 
-def _turned(sign: str) -> str:
+def _flip(sign: str) -> str:
     return {">": "<", r"\ge": r"\le", "<": ">", r"\le": r"\ge"}[sign]
 
 
-def _half_line(name: str, sign: str, end: str) -> Several:
+def _half_line(name: str, sign: str, end: str) -> Collection:
     if sign in ("<", r"\le"):
-        return Several((One(r"-\infty"), read(end)), "(]" if sign == r"\le" else "()", name)
-    return Several((read(end), One(r"\infty")), "[)" if sign == r"\ge" else "()", name)
+        return Collection((Value(r"-\infty"), parse_form(end)), "(]" if sign == r"\le" else "()", name)
+    return Collection((parse_form(end), Value(r"\infty")), "[)" if sign == r"\ge" else "()", name)
 
 
-def matching(text: str, start: int) -> int | None:
+def matching_bracket(text: str, start: int) -> int | None:
     """The index where the bracket at `start` closes, or None. Round and square brackets may close each other, as in
     half-open intervals."""
     depth, position = 0, start
@@ -305,7 +311,7 @@ def matching(text: str, start: int) -> int | None:
     return None
 
 
-def split(text: str, separator: re.Pattern[str]) -> list[str]:
+def split_outside_brackets(text: str, separator: re.Pattern[str]) -> list[str]:
     """Split at the separators outside all brackets; one part, the whole text, if a bracket is not closed."""
     parts, last, position = [], 0, 0
     while position < len(text):
@@ -330,4 +336,4 @@ def _end_of_group(text: str, position: int) -> int | None:
         if text.startswith(opening, position):
             found = text.find(end, position)
             return None if found < 0 else found + len(end) - 1
-    return matching(text, position)
+    return matching_bracket(text, position)

@@ -15,7 +15,7 @@ from typing import Any
 from rbfast.data.answers import extract_answer, lacks_answer, marked_answer, without_thinking
 from rbfast.data.thinking_marks import without_marks
 from rbfast.grading.judge import judge
-from rbfast.grading.math_equality import equals_any, is_number, key
+from rbfast.grading.math_equality import equality_key, equals_any, is_number
 from rbfast.grading.statements import readings
 from rbfast.utils.packages import need
 
@@ -39,7 +39,7 @@ _EXCLAIMED = re.compile(r"[-$*]*[\d,.]*\d\**!\**")
 _DISPLAYED = re.compile(r"(?:\\\[[^\[\]]*\\\]|\$\$[^$]*\$\$)$")
 
 
-def _statement(text: str, truncated: bool) -> str:
+def _final_statement(text: str, truncated: bool) -> str:
     """The answer of a completion: the marked one, else its last line; empty if the completion leaves its answer empty.
 
     Of a truncated completion only an answer marked in its complete lines and tags counts.
@@ -75,7 +75,7 @@ def grade(problem: Problem, completion: str, *, truncated: bool = False) -> floa
     Args:
         truncated: the completion was cut off by a limit. Only a marked answer in its complete lines and tags counts.
     """
-    found = readings(_statement(completion, truncated))
+    found = readings(_final_statement(completion, truncated))
     if not problem.entry:
         return float(equals_any(problem.answer, found))
     verifier = _verifier(problem)
@@ -83,12 +83,12 @@ def grade(problem: Problem, completion: str, *, truncated: bool = False) -> floa
 
 
 def _verifier(problem: Problem) -> Callable[[str], float]:
-    reasoning_gym()
+    import_reasoning_gym()
     verifier = judge("reasoning-gym")
     return lambda reading: verifier.ask([problem.task, problem.entry, reading]) or 0.0
 
 
-def reasoning_gym() -> Any:
+def import_reasoning_gym() -> Any:
     """The `reasoning_gym` package. Raises ImportError that says how to install it."""
     return need("reasoning_gym", "problems of generated tasks", install="reasoning-gym")
 
@@ -99,7 +99,7 @@ def answer_key(text: str, *, truncated: bool = False) -> str | None:
     Args:
         truncated: as for `grade`.
     """
-    keys = [key(reading) for reading in readings(_statement(text, truncated))]
+    keys = [equality_key(reading) for reading in readings(_final_statement(text, truncated))]
     if keys and len(keys[0]) == 1:  # the letter of a choice, whatever follows it
         return keys[0]
     return next(filter(is_number, keys), keys[0] if keys else "") or None

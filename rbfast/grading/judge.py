@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 Kind = Literal["math-verify", "reasoning-gym"]
 TIME_LIMIT = 5.0  # seconds of CPU time per answer
-_PATIENCE = 24  # wall-clock limit as a multiple of the CPU limit: the machine may be busy
+_WALL_CLOCK_FACTOR = 24  # wall-clock limit as a multiple of the CPU limit: the machine may be busy
 _START_LIMIT = 120.0  # seconds; importing sympy is slow on a busy machine
 
 
@@ -56,12 +56,12 @@ class Judge:
             ImportError: the package cannot be imported.
         """
         with self._lock:
-            process = self._running()
+            process = self._ensure_running()
             assert process.stdin is not None
             try:
                 process.stdin.write(base64.b64encode(pickle.dumps((seconds, question))).decode() + "\n")
                 process.stdin.flush()
-                answer = self._answers.get(timeout=_PATIENCE * seconds)
+                answer = self._answers.get(timeout=_WALL_CLOCK_FACTOR * seconds)
             except (queue.Empty, BrokenPipeError):
                 answer = ""
             if answer:
@@ -80,7 +80,7 @@ class Judge:
                 self._process.stdin.close()
             self._process = None
 
-    def _running(self) -> subprocess.Popen[str]:
+    def _ensure_running(self) -> subprocess.Popen[str]:
         if self._process is None:
             self._process, self._answers = _start(self._kind)
             first = self._answers.get(timeout=_START_LIMIT)
@@ -104,11 +104,11 @@ def _start(kind: Kind) -> tuple[subprocess.Popen[str], queue.Queue[str]]:
         env={**os.environ, "PYTHONPATH": paths},
     )
     answers: queue.Queue[str] = queue.Queue()
-    threading.Thread(target=_pump, args=(process, answers), daemon=True).start()
+    threading.Thread(target=_forward_lines, args=(process, answers), daemon=True).start()
     return process, answers
 
 
-def _pump(process: subprocess.Popen[str], answers: queue.Queue[str]) -> None:
+def _forward_lines(process: subprocess.Popen[str], answers: queue.Queue[str]) -> None:
     """Move output lines to a queue, which can be read with a timeout. An empty line means that the process ended."""
     assert process.stdout is not None
     with process.stdout:

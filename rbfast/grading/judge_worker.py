@@ -28,15 +28,15 @@ def main() -> None:
     try:
         judge = _JUDGES[sys.argv[1]]()
     except Exception as error:  # an import may raise anything
-        _say(answers, said(error))
+        _write_verdict(answers, said(error))
         return
-    _say(answers, READY)
+    _write_verdict(answers, READY)
     for line in sys.stdin:
         seconds, question = pickle.loads(base64.b64decode(line))  # from the process that started this one
-        _end_after(seconds)
+        _set_time_limit(seconds)
         verdict = judge(*question)
-        _end_after(0)
-        _say(answers, verdict)
+        _set_time_limit(0)
+        _write_verdict(answers, verdict)
 
 
 def _math_verify() -> Callable[[str, list[str]], bool]:
@@ -75,11 +75,11 @@ def _reasoning_gym() -> Callable[[str, dict[str, Any], str], float]:
 _JUDGES: dict[str, Callable[[], Callable[..., Any]]] = {"math-verify": _math_verify, "reasoning-gym": _reasoning_gym}
 
 
-def _say(answers: Any, value: Any) -> None:
+def _write_verdict(answers: Any, value: Any) -> None:
     print(json.dumps(value), file=answers, flush=True)
 
 
-def _end_after(seconds: float) -> None:
+def _set_time_limit(seconds: float) -> None:
     """End the process after so many seconds of CPU time, by a signal without a handler; 0 cancels."""
     if hasattr(signal, "setitimer"):  # not on Windows, where only the wall-clock limit of `Judge` applies
         signal.setitimer(signal.ITIMER_PROF, seconds)

@@ -20,12 +20,12 @@ from fractions import Fraction
 from functools import cache
 from typing import NamedTuple
 
-from rbfast.grading.exact import exact
-from rbfast.grading.forms import Either, Form, One, Several, read
+from rbfast.grading.exact import exact_value
+from rbfast.grading.forms import Alternatives, Collection, Form, Value, parse_form
 from rbfast.grading.judge import judge
 from rbfast.grading.moments import is_moment, same_moment
-from rbfast.grading.notation import bare, normalize
-from rbfast.grading.numerals import counted
+from rbfast.grading.notation import normalize, without_text_command
+from rbfast.grading.numerals import replace_leading_numeral
 from rbfast.grading.units import CURRENCIES, Unit, same_dimension, split_unit
 
 log = logging.getLogger(__name__)
@@ -54,10 +54,10 @@ _HEDGE = re.compile(
     r"|(?i:(?:(?:is|are|was) not|isn't|not|cannot be|can't be|(?:may|might|could|would)(?: not)? be) (?:\w+ )?"
     r"(?:correct|right|true|this|that|it|the answer)\b)"
 )
-_NO_WORDS = re.compile(r"[\\\d+^_=<>*/|$%()\[\]{}!]|(?<![^\W\d_]{2})-|-(?![^\W\d_]{2})|'(?![a-z])")
+_NOT_WORDS = re.compile(r"[\\\d+^_=<>*/|$%()\[\]{}!]|(?<![^\W\d_]{2})-|-(?![^\W\d_]{2})|'(?![a-z])")
 
 
-class _Asked:
+class _ExpressionComparer:
     """Compares expressions with math-verify. After a timeout all further comparisons are false.
 
     Without math-verify only plain expected answers can be graded.
@@ -73,7 +73,7 @@ class _Asked:
         if not _is_installed() and is_plain(self._expected):
             _warn_of_expressions()
             return False
-        require()
+        require_math_verify()
         verdict = judge("math-verify").ask([left, [right]])
         if verdict is None:
             self._left = 0
@@ -91,8 +91,8 @@ def equal(expected: str, statement: str) -> bool:
 
 def equals_any(expected: str, statements: Sequence[str]) -> bool:
     """Whether one of several readings of a statement is the expected answer; see `equal`."""
-    same = _Asked(expected)
-    wanted, found = _money(expected), _money(statements[0]) if statements else None
+    same = _ExpressionComparer(expected)
+    wanted, found = _parse_money(expected), _parse_money(statements[0]) if statements else None
     if wanted and found:
         return _equal_quantities(wanted, found)  # €5 is not $5, but other readings may leave out the currency
     return any(_equal_statements(expected, statement, same) for statement in statements)
@@ -102,10 +102,10 @@ def _equal_statements(expected: str, statement: str, same: Same) -> bool:
     if max(len(expected), len(statement)) > _MOST_LETTERS:
         return " ".join(expected.split()) == " ".join(statement.split()) != ""
     left, right = normalize(expected), normalize(statement)
-    left, right = _subscripted(left, right), _subscripted(right, left)
+    left, right = _with_subscripts(left, right), _with_subscripts(right, left)
     if not left or not right:
         return False
-    if left == right or _words(left) == _words(right) != "":
+    if left == right or _plain_words(left) == _plain_words(right) != "":
         return True
     if (moment := same_moment(left, right)) is not None:
         return moment
@@ -113,11 +113,13 @@ def _equal_statements(expected: str, statement: str, same: Same) -> bool:
     if all(joined) and (joined[0] != joined[1] or len(set(joined[0])) > 1):
         return False
     return any(
-        _equal(read(wanted), read(found), same) for wanted in _ungrouped(left)[:1] for found in _ungrouped(right)
-    ) or (left != _ungrouped(left)[0] and _equal(read(left), read(right), same))
+        _equal(parse_form(wanted), parse_form(found), same)
+        for wanted in _without_separators(left)[:1]
+        for found in _without_separators(right)
+    ) or (left != _without_separators(left)[0] and _equal(parse_form(left), parse_form(right), same))
 
 
-def _subscripted(text: str, other: str) -> str:
+def _with_subscripts(text: str, other: str) -> str:
     """`x1` as `x_{1}`, if only the other text has subscripts."""
     if "_" in text or _SUBSCRIPT.search(other) is None:
         return text
@@ -130,7 +132,7 @@ def _connectives(text: str) -> list[str]:
     return ["and" if match["and"] else "or" for match in found]
 
 
-def require() -> None:
+def require_math_verify() -> None:
     """Raise ImportError, which says how to install it, if math-verify is not installed."""
     if not _is_installed():
         raise ImportError("mathematical answers are graded by the package math-verify: pip install math-verify")
@@ -149,36 +151,36 @@ def is_plain(answer: str) -> bool:
     """Whether an answer is a number, with or without a unit, or words: these are compared without math-verify."""
     if len(answer) > _MOST_LETTERS:
         return True
-    text = _ungrouped(normalize(answer))[0]
-    words = _words(text)
-    return _quantity(text) is not None or bool(_chooses(text)) or (words != "" and not _are_products(words))
+    text = _without_separators(normalize(answer))[0]
+    words = _plain_words(text)
+    return _parse_quantity(text) is not None or bool(_choice_letter(text)) or (words != "" and not _are_products(words))
 
 
-def key(statement: str) -> str:
+def equality_key(statement: str) -> str:
     """A text that is the same for equal answers: numbers by value, words without case, anything else normalized.
 
     A number with a unit of measure, a percent sign or an equation with letters counts as anything else.
     """
     if len(statement) > _MOST_LETTERS:
         return " ".join(statement.split()).casefold()
-    text = _ungrouped(normalize(statement))[0]
-    if choice := _chooses(text):
+    text = _without_separators(normalize(statement))[0]
+    if choice := _choice_letter(text):
         return choice
-    form = read(text)
-    if isinstance(form, One) and (form.named_only or not _has_letters(form.equation)) and not is_moment(text):
-        quantity = _quantity(form.text)
+    form = parse_form(text)
+    if isinstance(form, Value) and (form.named_only or not _has_letters(form.equation)) and not is_moment(text):
+        quantity = _parse_quantity(form.text)
         if quantity is not None and quantity.base is None and not (quantity.unit or quantity.percent):
-            return _shown(quantity.value)
+            return _format_fraction(quantity.value)
     text = re.sub(r"\s+", " ", text)
-    return text if _NO_WORDS.search(bare(text)) else bare(text).casefold()
+    return text if _NOT_WORDS.search(without_text_command(text)) else without_text_command(text).casefold()
 
 
 def is_number(text: str) -> bool:
     """Whether a key is that of a number. Two numbers are equal only if their keys are."""
-    return exact(text) is not None and not is_moment(text)
+    return exact_value(text) is not None and not is_moment(text)
 
 
-def _shown(value: Fraction) -> str:
+def _format_fraction(value: Fraction) -> str:
     below = value.denominator
     for prime in (2, 5):
         while below % prime == 0:
@@ -190,7 +192,7 @@ def _shown(value: Fraction) -> str:
     return f"{'-' if value < 0 else ''}{digits[:-places]}.{digits[-places:]}"
 
 
-def _ungrouped(text: str) -> list[str]:
+def _without_separators(text: str) -> list[str]:
     """The text without the commas that group digits, and the text itself: `100,200` may be two numbers."""
     joined = _GROUPED.sub(lambda match: match[0].replace(",", ""), text)
     joined = _SPACED.sub(lambda match: match[0].replace(" ", ""), joined)
@@ -198,45 +200,45 @@ def _ungrouped(text: str) -> list[str]:
 
 
 def _equal(expected: Form, found: Form, same: Same) -> bool:
-    if isinstance(expected, Either):
+    if isinstance(expected, Alternatives):
         return any(_equal(form, found, same) for form in expected.items)
-    if isinstance(found, Either):
+    if isinstance(found, Alternatives):
         return any(_equal(expected, form, same) for form in found.items)
-    if isinstance(expected, One) and isinstance(found, One):
+    if isinstance(expected, Value) and isinstance(found, Value):
         return _equal_values(expected, found, same)
-    if isinstance(expected, One) and isinstance(found, Several) and found.brackets == "" and found.items:
+    if isinstance(expected, Value) and isinstance(found, Collection) and found.brackets == "" and found.items:
         return all(_equal(expected, form, same) for form in found.items)  # one value, repeated
-    expected, found = _several(expected), _several(found)
+    expected, found = _as_collection(expected), _as_collection(found)
     if not _same_name(expected.name, found.name):
         return False
     if expected.brackets == "u" or found.brackets == "u":
-        return expected.brackets == found.brackets and _as_sets(expected.items, found.items, same)
+        return expected.brackets == found.brackets and _equal_in_any_order(expected.items, found.items, same)
     if expected.brackets and found.brackets and expected.brackets != found.brackets:
         return False
     if expected.brackets == "[]" and not found.brackets and len(found.items) == 2:
         return False  # an interval, which needs its brackets
     if "{}" in (expected.brackets, found.brackets) or (not expected.brackets and not found.brackets):
-        return _as_sets(expected.items, found.items, same)
-    return _in_order(_by_name(expected), _by_name(found), same)
+        return _equal_in_any_order(expected.items, found.items, same)
+    return _equal_in_order(_sorted_by_name(expected), _sorted_by_name(found), same)
 
 
-def _several(form: One | Several) -> Several:
-    return form if isinstance(form, Several) else Several((form,), "")
+def _as_collection(form: Value | Collection) -> Collection:
+    return form if isinstance(form, Collection) else Collection((form,), "")
 
 
-def _by_name(form: Several) -> Sequence[Form]:
+def _sorted_by_name(form: Collection) -> Sequence[Form]:
     """`y=3, x=2` as the pair (2, 3)."""
-    names = [item.name for item in form.items if isinstance(item, One) and item.name]
+    names = [item.name for item in form.items if isinstance(item, Value) and item.name]
     if form.brackets or len(set(names)) < len(form.items):
         return form.items
-    return sorted(form.items, key=lambda item: item.name if isinstance(item, One) else "")
+    return sorted(form.items, key=lambda item: item.name if isinstance(item, Value) else "")
 
 
-def _in_order(expected: Sequence[Form], found: Sequence[Form], same: Same) -> bool:
+def _equal_in_order(expected: Sequence[Form], found: Sequence[Form], same: Same) -> bool:
     return len(expected) == len(found) and all(_equal(e, f, same) for e, f in zip(expected, found, strict=True))
 
 
-def _as_sets(expected: Sequence[Form], found: Sequence[Form], same: Same) -> bool:
+def _equal_in_any_order(expected: Sequence[Form], found: Sequence[Form], same: Same) -> bool:
     if len(expected) != len(found) or len(expected) > _MOST_ITEMS:
         return False
     left = list(found)
@@ -248,7 +250,7 @@ def _as_sets(expected: Sequence[Form], found: Sequence[Form], same: Same) -> boo
     return True
 
 
-def _equal_values(expected: One, found: One, same: Same) -> bool:
+def _equal_values(expected: Value, found: Value, same: Same) -> bool:
     if expected.equation and found.equation:
         if expected.name and found.name and _same_name(expected.name, found.name):
             return _equal_texts(expected.text, found.text, same)
@@ -284,16 +286,18 @@ def _equal_texts(expected: str, found: str, same: Same) -> bool:
         return True
     if (moment := same_moment(expected, found)) is not None:
         return moment
-    left, right = _quantity(expected), _quantity(found)
+    left, right = _parse_quantity(expected), _parse_quantity(found)
     if left is not None and right is not None:
         return _equal_quantities(left, right)
     if left is not None and left.base and re.fullmatch("[0-9A-F]+", found):
         return _in_base(found, left.base) == left
-    plain = _words(expected), _words(found)
+    plain = _plain_words(expected), _plain_words(found)
     if all(plain):
-        return plain[0] == plain[1] or (not _chooses(expected) and _are_products(*plain) and same(expected, found))
+        return plain[0] == plain[1] or (
+            not _choice_letter(expected) and _are_products(*plain) and same(expected, found)
+        )
     if any(plain) and (left or right or not _are_products(*filter(None, plain))):
-        return _chooses(expected) is not None and _chooses(expected) == _chooses(found)
+        return _choice_letter(expected) is not None and _choice_letter(expected) == _choice_letter(found)
     return _equal_expressions(expected, found, same)
 
 
@@ -304,24 +308,24 @@ def _equal_expressions(expected: str, found: str, same: Same) -> bool:
     return same(wanted.removesuffix("%"), given.removesuffix("%"))
 
 
-def _quantity(text: str) -> _Quantity | None:
+def _parse_quantity(text: str) -> _Quantity | None:
     """The number, with its unit, if that is the whole text."""
-    text = counted(bare(text)) or text
-    if match := _BASE.fullmatch(bare(text)):
+    text = replace_leading_numeral(without_text_command(text)) or text
+    if match := _BASE.fullmatch(without_text_command(text)):
         return _in_base(match[1], int(match[2]))
     percent = re.search(r"\s*(?:%|(?:\\text\{)?\s*per ?cent(?:age)?\s*\}?)(?: points?)?$", text)
     core, unit = (text[: percent.start()], None) if percent else split_unit(text)
     core = core.removesuffix("...").strip()
-    value = exact(core)
+    value = exact_value(core)
     if value is None:
         return None
     decimal = _DECIMAL.fullmatch(core)
     return _Quantity(value, unit, percent is not None, None, len(decimal[2]) if decimal else None)
 
 
-def _money(statement: str) -> _Quantity | None:
+def _parse_money(statement: str) -> _Quantity | None:
     """The sum of money, if that is the whole statement."""
-    found = _quantity(_ungrouped(normalize(statement))[0]) if len(statement) <= _MOST_LETTERS else None
+    found = _parse_quantity(_without_separators(normalize(statement))[0]) if len(statement) <= _MOST_LETTERS else None
     return found if found and found.unit and found.unit.dimension in CURRENCIES else None
 
 
@@ -341,7 +345,7 @@ def _equal_quantities(expected: _Quantity, found: _Quantity) -> bool:
         )
     if (expected.unit and found.percent) or (found.unit and expected.percent):
         return False
-    if _close(expected, found):
+    if _are_close(expected, found):
         return True
     if expected.percent != found.percent:
         of_percent, other = (expected, found) if expected.percent else (found, expected)
@@ -357,7 +361,7 @@ def _equal_in_base(expected: _Quantity, found: _Quantity) -> bool:
     return False
 
 
-def _close(left: _Quantity, right: _Quantity) -> bool:
+def _are_close(left: _Quantity, right: _Quantity) -> bool:
     """Whether two values are equal, or one is a decimal of enough digits that is the other, rounded or truncated."""
     if left.value == right.value:
         return True
@@ -372,19 +376,19 @@ def _digits(decimal: _Quantity) -> int:
     return len(str(abs(decimal.value.numerator * 10 ** (decimal.places or 0) // decimal.value.denominator)))
 
 
-def _words(text: str) -> str:
+def _plain_words(text: str) -> str:
     """The words of a text if it consists only of words, else an empty string."""
-    if choice := _chooses(text):
+    if choice := _choice_letter(text):
         return choice
-    words = re.sub(r"^([\"'`])(.*)\1$", r"\2", bare(text).strip(" ."))
-    if _NO_WORDS.search(words) or not re.search(r"[^\W\d_]", words):
+    words = re.sub(r"^([\"'`])(.*)\1$", r"\2", without_text_command(text).strip(" ."))
+    if _NOT_WORDS.search(words) or not re.search(r"[^\W\d_]", words):
         return ""
     return re.sub(r"^(?:the|an?) (?=\S)|[\s\-]+", "", words.casefold())
 
 
-def _chooses(text: str) -> str | None:
+def _choice_letter(text: str) -> str | None:
     """The letter of a choice: `(C)`, `C.`, `(C) 5`."""
-    match = _CHOICE.fullmatch(re.sub(r"^(?:[Oo]ption|[Cc]hoice) ", "", bare(text).strip()))
+    match = _CHOICE.fullmatch(re.sub(r"^(?:[Oo]ption|[Cc]hoice) ", "", without_text_command(text).strip()))
     if match is None or _HEDGE.match(match["said"] or ""):
         return None
     return next(filter(None, match.groups())).casefold()

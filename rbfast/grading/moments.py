@@ -14,7 +14,7 @@ import functools
 import re
 from fractions import Fraction
 
-from rbfast.grading.notation import bare
+from rbfast.grading.notation import without_text_command
 
 _MONTH_NAMES = "january february march april may june july august september october november december"
 _DAY_NAMES = "monday tuesday wednesday thursday friday saturday sunday"
@@ -42,13 +42,13 @@ def same_moment(one: str, other: str) -> bool | None:
     Two texts like 3:45 are compared as times, not as ratios: 1:15 is another time.
     """
     left, right = _plain(one), _plain(other)
-    dates = _date(left), _date(right)
+    dates = _parse_date(left), _parse_date(right)
     if dates[0] or dates[1]:
-        return _agree(*dates)
-    times = _time(left), _time(right)
+        return _dates_agree(*dates)
+    times = _parse_time(left), _parse_time(right)
     if times[0] and times[1]:
         return not times[0].isdisjoint(times[1])
-    ratios = _ratio(left), _ratio(right)
+    ratios = _parse_ratio(left), _parse_ratio(right)
     return ratios[0] == ratios[1] if ratios[0] and ratios[1] else None
 
 
@@ -59,11 +59,11 @@ def is_moment(text: str) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _plain(text: str) -> str:
-    words = bare(text).replace(r"\colon", ":").casefold()
+    words = without_text_command(text).replace(r"\colon", ":").casefold()
     return re.sub(r"\s*:\s*", ":", " ".join(words.replace("~", " ").split())).strip(" .")
 
 
-def _date(text: str) -> dict[str, int]:
+def _parse_date(text: str) -> dict[str, int]:
     """The parts of a date by name; empty if the text is not a date."""
     match = next(filter(None, (pattern.fullmatch(text) for pattern in _DATES)), None)
     if match is None:
@@ -72,12 +72,12 @@ def _date(text: str) -> dict[str, int]:
     return {name: _NUMBERS.get(part) or int(part) for name, part in parts.items()}
 
 
-def _agree(one: dict[str, int], other: dict[str, int]) -> bool:
+def _dates_agree(one: dict[str, int], other: dict[str, int]) -> bool:
     shared = one.keys() & other.keys()
     return bool({"day", "second"} & shared) and all(one[name] == other[name] for name in shared)
 
 
-def _time(text: str) -> set[int]:
+def _parse_time(text: str) -> set[int]:
     """The minutes of the day that a time may mean; empty if the text is not a time."""
     match = _CLOCK.fullmatch(text)
     if match is None:
@@ -88,7 +88,7 @@ def _time(text: str) -> set[int]:
     return {(hour % 12 + half) * 60 + minute for half in (0, 12)} if 1 <= hour <= 12 else {(hour % 24) * 60 + minute}
 
 
-def _ratio(text: str) -> tuple[Fraction, ...]:
+def _parse_ratio(text: str) -> tuple[Fraction, ...]:
     """The parts of a ratio divided by the first; empty if the text is not a ratio."""
     parts = [Fraction(part) for part in re.split(":| to ", text)] if _RATIO.fullmatch(text) else [Fraction(0)]
     return tuple(part / parts[0] for part in parts) if parts[0] else ()

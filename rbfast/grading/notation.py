@@ -13,7 +13,7 @@ import re
 import unicodedata
 
 from rbfast.data.answers import closing_brace
-from rbfast.grading.units import SIGNS
+from rbfast.grading.units import CURRENCY_SIGNS
 
 _SIGNS = {
     **dict.fromkeys("−–—‐‑‒﹣－⁻", "-"),
@@ -71,7 +71,7 @@ _RULES = [
         (r"\\\\(?:\[\d+\w+\])?(?![a-zA-Z])", r" \\\\ "),
         (r"(?<!\\)\\[()\[\]]", " "),
         (r"\\(?:underline|(?:text)?color\s*\{\w+\})(?=\s*\{)|(?<!\\)\\$", ""),
-        (rf"\\text\{{\s*(\\?[{SIGNS}])\s*\}}", r"\1"),
+        (rf"\\text\{{\s*(\\?[{CURRENCY_SIGNS}])\s*\}}", r"\1"),
         (r"\s*(?:\\text\{\s*)?\((?:rounded|correct|to the nearest|approx)[^()]*\)\}?$", ""),
         (r"^(?:about|around|roughly|approximately|exactly|either|both)\s+(?=\S)", ""),
         (r"^(?:minus|negative)\s+(?=[\d.\\$])", "-"),
@@ -170,17 +170,17 @@ def normalize(text: str) -> str:
     r"""An answer in plain LaTeX: ASCII, `\frac` and `\sqrt` with braces, without spacing, sizing, boxes, dollar signs
     and final full stop. Certain thousands separators (`1{,}234`, `1\,234`, a thin space) are removed.
     """
-    text = _ENDLESS.sub(_repeated, text) if _DOTS.search(text) else text
+    text = _ENDLESS.sub(_with_overline, text) if _DOTS.search(text) else text
     text = unbox(_ascii(text))
-    text = _unlisted(_turned_brackets(_undollared(_EDGES.sub("", text))))
+    text = _environment_lines(_french_interval(_strip_dollars(_EDGES.sub("", text))))
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
-    text = braced(_BASE.sub(_numbered_base, text.replace("\u200b", "")))
+    text = add_braces(_BASE.sub(_numbered_base, text.replace("\u200b", "")))
     lines = r"\s+" if r"\begin" in text else r"[^\S\n]+"
     return _EDGES.sub("", re.sub(lines, " ", text)).strip()
 
 
-def _repeated(match: re.Match[str]) -> str:
+def _with_overline(match: re.Match[str]) -> str:
     """`0.1666...` as `0.1\\overline{6}`."""
     return rf"{match['fixed']}\overline{{{match['one'] or match['several']}}}"
 
@@ -191,7 +191,7 @@ def _numbered_base(match: re.Match[str]) -> str:
     return f"_{{{base}}}" if base.isdigit() else match[0]
 
 
-def _turned_brackets(text: str) -> str:
+def _french_interval(text: str) -> str:
     """The French notation of an open interval, `]1, 3[`, as `(1, 3)`."""
     match = re.fullmatch(r"([\[\]])([^\[\]()]*[,;][^\[\]()]*)([\[\]])", text)
     if match is None:
@@ -199,7 +199,7 @@ def _turned_brackets(text: str) -> str:
     return f"{'(' if match[1] == ']' else '['}{match[2]}{')' if match[3] == '[' else ']'}"
 
 
-def _unlisted(text: str) -> str:
+def _environment_lines(text: str) -> str:
     """The lines of `\\begin{cases} x = 1 \\\\ y = 2 \\end{cases}`. A piecewise function, which has an `&`, stays."""
     match = _LINES.fullmatch(text)
     lines = re.sub(r"&\s*=", "=", match[2]) if match else text
@@ -212,10 +212,10 @@ def _ascii(text: str) -> str:
     text = _RAISED.sub(lambda match: f"^{{{match[0].translate(_UP)}}}", text)
     text = _LOWERED.sub(lambda match: f"_{{{match[0].translate(_DOWN)}}}", text)
     text = re.sub(r"(?<=\d)[\u2009\u202f\u2006\u00a0\u2007](?=\d{3}(?!\d))", "", text)
-    return "".join(map(_letter, text))
+    return "".join(map(_ascii_letter, text))
 
 
-def _letter(letter: str) -> str:
+def _ascii_letter(letter: str) -> str:
     if letter.isascii():
         return letter
     if letter in _SIGNS:
@@ -229,7 +229,7 @@ def _letter(letter: str) -> str:
     return "".join(_SIGNS.get(part, part) for part in plain)
 
 
-def bare(text: str) -> str:
+def without_text_command(text: str) -> str:
     r"""The text without `\text{}` around words."""
     return re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
 
@@ -244,7 +244,7 @@ def unbox(text: str) -> str:
     return text
 
 
-def _undollared(text: str) -> str:
+def _strip_dollars(text: str) -> str:
     """The text without the dollar signs around mathematics. A single dollar sign is money."""
     text = text.replace("$$", "$")
     if text.replace("\\$", "").count("$") > 1:
@@ -252,7 +252,7 @@ def _undollared(text: str) -> str:
     return text
 
 
-def braced(text: str) -> str:
+def add_braces(text: str) -> str:
     r"""The text with braces around the arguments of `\frac` and `\sqrt`, and of `^` if it has round brackets."""
     for command, arguments in ((r"\frac", 2), (r"\sqrt", 1)):
         if command in text:
@@ -269,13 +269,13 @@ def _with_arguments(text: str, command: str, count: int) -> str:
         assert head is not None
         written, rest = command + (head[1] or ""), part[head.end() :] + done
         for _ in range(count):
-            argument, rest = _argument(rest.lstrip(), whole=count == 1)
+            argument, rest = _split_argument(rest.lstrip(), whole=count == 1)
             written += f"{{{argument}}}"
         done = written + rest
     return first + done
 
 
-def _argument(text: str, *, whole: bool) -> tuple[str, str]:
+def _split_argument(text: str, *, whole: bool) -> tuple[str, str]:
     """Split off a command's argument: a group, a command or one character; with `whole` also a number or `(...)`."""
     if text.startswith("{"):
         end = closing_brace(text, 0)

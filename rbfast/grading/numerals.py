@@ -1,9 +1,9 @@
 r"""Read numbers in English words.
 
 ```python
-numeral("twenty-one")            # "21"
-numeral("negative two thirds")   # r"-\frac{2}{3}"
-numeral("two of them")           # None
+parse_numeral("twenty-one")            # "21"
+parse_numeral("negative two thirds")   # r"-\frac{2}{3}"
+parse_numeral("two of them")           # None
 ```
 """
 
@@ -32,7 +32,7 @@ WORDS = frozenset({*_UNITS, *_GROUPS, "hundred", "dozen"})
 """The words that a whole number is made of."""
 
 
-def numeral(words: str) -> str | None:
+def parse_numeral(words: str) -> str | None:
     r"""A number in words, as digits or as `\frac{}{}`; None if the words are anything else."""
     text = " ".join(words.casefold().replace("-", " ").split())
     sign = _SIGN.match(text)
@@ -49,19 +49,19 @@ def _value(text: str) -> Fraction | None:
     if not words:
         return None
     if len(words) > 1 and words[-1] in _PARTS and (match := _AND_PART.fullmatch(text)):
-        whole, above = _whole(match[1].split()), 1 if match[2] is None else _UNITS.get(match[2])
+        whole, above = _parse_integer(match[1].split()), 1 if match[2] is None else _UNITS.get(match[2])
         return None if whole is None or above is None else whole + Fraction(above, _PARTS[match[3]])
     if words[-1] in _PARTS:
-        above = 1 if words in (["half"], ["a", words[-1]]) else _whole(words[:-1])
+        above = 1 if words in (["half"], ["a", words[-1]]) else _parse_integer(words[:-1])
         return None if above is None else Fraction(above, _PARTS[words[-1]])
-    whole = _whole(words)
+    whole = _parse_integer(words)
     return None if whole is None else Fraction(whole)
 
 
-def _whole(words: list[str]) -> int | None:
+def _parse_integer(words: list[str]) -> int | None:
     """An integer; "a" counts as one before hundred, dozen and the like."""
     if words[-1:] == ["dozen"]:
-        dozens = _whole(words[:-1] if words[:-1] not in ([], ["a"]) else ["one"])
+        dozens = _parse_integer(words[:-1] if words[:-1] not in ([], ["a"]) else ["one"])
         return None if dozens is None else 12 * dozens
     if words[:1] == ["a"] and len(words) > 1 and (words[1] in _GROUPS or words[1] == "hundred"):
         words = ["one", *words[1:]]
@@ -89,12 +89,12 @@ def _whole(words: list[str]) -> int | None:
 
 
 @functools.lru_cache(maxsize=1024)
-def counted(words: str) -> str | None:
+def replace_leading_numeral(words: str) -> str | None:
     """A text with the number word that opens it as digits: "seven apples" as "7 apples"; None if it has none."""
     parts = words.split(" ")
     if not parts[0][:1].isalpha() or len(words) > _MOST_LETTERS:
         return None
     for end in range(len(parts), 0, -1):
-        if (number := numeral(" ".join(parts[:end]))) is not None:
+        if (number := parse_numeral(" ".join(parts[:end]))) is not None:
             return " ".join([number, *parts[end:]])
     return None

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import re
 
-from rbfast.grading.exact import exact
+from rbfast.grading.exact import exact_value
 from rbfast.grading.moments import MONTHS, is_moment
 from rbfast.grading.numerals import WORDS
-from rbfast.grading.units import OTHER_VALUE, SIGNS, unit_of
+from rbfast.grading.units import CURRENCY_SIGNS, OTHER_VALUE, unit_of
 
 _WORD = re.compile(r"(?<![\\\w{])[A-Za-z]{2,}(?![\w({}])")
 _JOINING = {"and", "or"}
@@ -35,7 +35,7 @@ _THEREFORE = re.compile(r"\b(?:so|thus|hence|therefore|then|giving|gives|total)\
 _OPENING = re.compile(r"^(?:so|thus|hence|therefore|then|finally)[,:]?\s+", re.IGNORECASE)
 _LIST = re.compile(r"(?:^|(?<=\s))\[.*\]", re.DOTALL)
 _PLAIN_NUMBER = re.compile(
-    rf"[-\u2212]?\\?[{SIGNS}]?(?:\d{{1,3}}(?:,\d{{3}})+|\d+)?(?:\.\d+)?(?:/\d+)?%?|\d{{1,2}}:[0-5]\d"
+    rf"[-\u2212]?\\?[{CURRENCY_SIGNS}]?(?:\d{{1,3}}(?:,\d{{3}})+|\d+)?(?:\.\d+)?(?:/\d+)?%?|\d{{1,2}}:[0-5]\d"
 )
 _PLAIN_WORD = re.compile(r"(?:[^\W\d_]+(?:-[^\W\d_]+)*(?:['’]s?)?)?")
 _LABEL_WORDS = """
@@ -51,7 +51,7 @@ _SHARED = re.compile(
 _EDGES = re.compile(r"^[\s*_`$\"]+|[\s*_`$\".。°]+$")
 _CALCULATED = re.compile(r"<<[^<>\n]*>>")  # GSM8K's calculator annotations
 _PRICE = re.compile(  # a currency sign after the number; not a dollar, which may close a formula
-    rf"(?<![\w.,{SIGNS}])(\d[\d,.]*(?<=\d))\s?([{SIGNS.replace('$', '')}])(?!\d)"
+    rf"(?<![\w.,{CURRENCY_SIGNS}])(\d[\d,.]*(?<=\d))\s?([{CURRENCY_SIGNS.replace('$', '')}])(?!\d)"
 )
 # Words that change a number only if they are beside it.
 _NEARBY_WORDS = """
@@ -62,8 +62,9 @@ _DENYING = {"not", "isn't", "aren't", "wasn't", "cannot", "can't", "never", "nor
 _SECOND_THOUGHTS = {"But", "Wait", "Actually", "However", "Hmm"}  # at the start of a sentence
 # The result of a calculation, and the text after it: `14 + 16 = 30 apples in all`.
 _COMPUTED = re.compile(
-    rf"[\d)]%?(?: [A-Za-z]+)? ?[-+*/×÷xX\u2212\u2013] ?[{SIGNS}]?(?:[\d,]*\.)?\d[\d,]*%?\)*(?: ?[A-Za-z]+)? ?= ?"
-    rf"(?P<number>[-\u2212]?[{SIGNS}]?[\d,.]*\d%?)(?P<rest>(?:[ ,;.:!]|[a-z]{{2}})[^\d=]*|)\Z"
+    rf"[\d)]%?(?: [A-Za-z]+)? ?[-+*/×÷xX\u2212\u2013] ?[{CURRENCY_SIGNS}]?(?:[\d,]*\.)?\d[\d,]*%?\)*(?: ?[A-Za-z]+)?"
+    r" ?= ?"
+    rf"(?P<number>[-\u2212]?[{CURRENCY_SIGNS}]?[\d,.]*\d%?)(?P<rest>(?:[ ,;.:!]|[a-z]{{2}})[^\d=]*|)\Z"
 )
 _PICKED = re.compile(
     r"(?i:(?:the )?(?:(?:answer|option|choice) )?)\(?(?P<one>[A-J])\)? (?i:is (?:the )?(?:correct|right|best)"
@@ -89,9 +90,9 @@ def readings(statement: str) -> list[str]:
     found = [statement]
     if whole := _TEXT.fullmatch(statement):
         found.append(whole[1])
-    for line in _lines(found[-1]):
+    for line in _candidate_lines(found[-1]):
         for written in dict.fromkeys((line, _BOLD.sub(r"\1", line))):
-            found += _of_line(written)
+            found += _line_readings(written)
     found.append(_BOLD.sub(r"\1", statement))
     for written in _LIST.findall(statement):
         found += [written, str([item.strip(" '\"") for item in written[1:-1].split(",")])]
@@ -106,7 +107,7 @@ def _whole_number(text: str) -> str | None:
     return match[1].replace(",", "") if match and len(text) < 400 else None
 
 
-def _lines(statement: str) -> list[str]:
+def _candidate_lines(statement: str) -> list[str]:
     """The lines that may hold the answer: the only one; the first and the last if any line is a sentence."""
     lines = [line.strip() for line in statement.splitlines() if line.strip()]
     if len(lines) < 2 or any(map(is_sentence, lines)):
@@ -118,7 +119,7 @@ def is_sentence(line: str) -> bool:
     return len([word for word in _WORD.findall(line) if word not in _JOINING]) > 1
 
 
-def _of_line(line: str) -> list[str]:
+def _line_readings(line: str) -> list[str]:
     line = _OPENING.sub("", line)
     if is_moment(_EDGES.sub("", line)):
         return [line]
@@ -137,7 +138,7 @@ def _of_line(line: str) -> list[str]:
         found.append(tail)
     found += filter(None, (_only_number(line), _computed(line), _bold_first(line)))
     if is_sentence(line):
-        found += _marked(line) + [part for part in _VERB.split(line)[-1:] if part != line]
+        found += _marked_parts(line) + [part for part in _VERB.split(line)[-1:] if part != line]
         if shared := _SHARED.fullmatch(line):
             found.append(shared[1])
     return found
@@ -166,7 +167,7 @@ def _after_equals(line: str) -> str | None:
     return parts[-1] if is_sentence(left) or len(parts) > 2 else None
 
 
-def _marked(line: str) -> list[str]:
+def _marked_parts(line: str) -> list[str]:
     """The last part in bold, quotes or dollar signs, with those joined to it by a comma or "and", unless the words
     beside it deny or change it."""
     parts = list(_MARKED.finditer(line))
@@ -186,7 +187,7 @@ def _is_denied(before: str, following: str) -> bool:
     """Whether the words beside a marked part say that it is not the answer, or not the whole answer."""
     last = re.findall(r"[\w']+", before.lower())[-2:]
     first = re.findall(r"[A-Za-z']+", re.sub(r"^ (?:is|are|was|were) ", " ", following))[:1]
-    return not _DENYING.isdisjoint(last) or (following[:1] == " " and _changed(first))
+    return not _DENYING.isdisjoint(last) or (following[:1] == " " and _may_change_number(first))
 
 
 def _bold_first(line: str) -> str | None:
@@ -195,7 +196,7 @@ def _bold_first(line: str) -> str | None:
     if match is None or _MARKED.search(match["rest"]):
         return None
     words = re.findall(r"[A-Za-z']+", match["rest"])
-    return None if _changed(words) or not {"but", "maybe", "perhaps"}.isdisjoint(words) else match["said"]
+    return None if _may_change_number(words) or not {"but", "maybe", "perhaps"}.isdisjoint(words) else match["said"]
 
 
 def _computed(line: str) -> str | None:
@@ -204,18 +205,18 @@ def _computed(line: str) -> str | None:
     if match is None or not is_sentence(line):
         return None
     words = re.findall(r"[A-Za-z']+", match["rest"])
-    return None if _changed(words) or words[:1] in (["and"], ["to"]) else _measured(match["number"], words)
+    return None if _may_change_number(words) or words[:1] in (["and"], ["to"]) else _with_unit(match["number"], words)
 
 
-def _changed(words: list[str]) -> bool:
+def _may_change_number(words: list[str]) -> bool:
     """Whether words that are not beside a number may change it."""
     return any(word in _SECOND_THOUGHTS or word.lower() in OTHER_VALUE - _NEARBY for word in words if word != "I")
 
 
-def _measured(number: str, following: list[str]) -> str:
+def _with_unit(number: str, following: list[str]) -> str:
     """A number, with the word after it if that is a unit of measure."""
     unit = "".join(following[:1])
-    return f"{number} {unit}" if unit_of(unit) and exact(number) is not None else number
+    return f"{number} {unit}" if unit_of(unit) and exact_value(number) is not None else number
 
 
 def _only_number(line: str) -> str | None:
@@ -231,11 +232,13 @@ def _only_number(line: str) -> str | None:
     if not _PLAIN_NUMBER.fullmatch(number) or not all(_PLAIN_WORD.fullmatch(t) or unit_of(t) for t in tokens):
         return None
     before, following = tokens[:at], tokens[at:]
-    if (before and before[-1].lower() in _LABELS) or _changed([part for token in tokens for part in token.split("-")]):
+    if (before and before[-1].lower() in _LABELS) or _may_change_number(
+        [part for token in tokens for part in token.split("-")]
+    ):
         return None
     if "I" in before or not any(len(word) > 1 for word in tokens) or not _stands_alone(before, following):
         return None
-    return f"{number} {following[0]}" if ":" in number and following else _measured(number, following)
+    return f"{number} {following[0]}" if ":" in number and following else _with_unit(number, following)
 
 
 def _stands_alone(before: list[str], following: list[str]) -> bool:

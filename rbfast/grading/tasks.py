@@ -25,7 +25,7 @@ from rbfast.data.readers import read_rows
 from rbfast.data.row_files import KINDS, is_path_of_rows
 from rbfast.data.trace import TraceError
 from rbfast.grading import math_equality
-from rbfast.grading.grade import Problem, reasoning_gym
+from rbfast.grading.grade import Problem, import_reasoning_gym
 
 _REASONING_GYM = "reasoning-gym:"
 
@@ -71,7 +71,7 @@ def load_problems(
 
 
 def _generate_problems(task: str, n: int, seed: int, fewer: bool, exclude: Collection[str]) -> list[Problem]:
-    gym = reasoning_gym()
+    gym = import_reasoning_gym()
     if task not in gym.factory.DATASETS:
         raise ValueError(
             f"task must be a {KINDS}, one of {', '.join(hub.BENCHMARKS)}, a dataset on the hub "
@@ -104,7 +104,7 @@ def _sample(
         if problem.question not in exclude:
             problems.setdefault((problem.question, problem.system), problem)
     if not all(math_equality.is_plain(problem.answer) for problem in problems.values()):
-        math_equality.require()  # fail now, not after hours of generation
+        math_equality.require_math_verify()  # fail now, not after hours of generation
     if n is None:
         return list(problems.values())
     if len(problems) < n and not fewer:
@@ -113,7 +113,7 @@ def _sample(
 
 
 def _read_file(path: Path, options: FormatOptions) -> list[Problem]:
-    return [_problem(row, where, path.stem, options) for where, row in read_rows(path, split="test")]
+    return [_problem_of(row, where, path.stem, options) for where, row in read_rows(path, split="test")]
 
 
 def _read_hub(where: str, task: str, options: FormatOptions) -> list[Problem]:
@@ -124,10 +124,10 @@ def _read_hub(where: str, task: str, options: FormatOptions) -> list[Problem]:
         rows = hub.load_rows(dataset)
     except ValueError as error:
         raise ValueError(f"{task}: {error}") from error
-    return [_problem(row, f"{dataset}: row {number}", task, options) for number, row in enumerate(rows)]
+    return [_problem_of(row, f"{dataset}: row {number}", task, options) for number, row in enumerate(rows)]
 
 
-def _problem(row: Any, where: str, task: str, options: FormatOptions) -> Problem:
+def _problem_of(row: Any, where: str, task: str, options: FormatOptions) -> Problem:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
     try:

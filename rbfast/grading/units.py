@@ -87,10 +87,10 @@ _MULTIPLIERS = {
 CURRENCIES = {"money", "euros", "sterling", "rupees"}
 """The dimensions of money."""
 _CURRENCY = {"$": "dollar", "€": "euro", "£": "gbp", "₹": "rupee", "¥": "yen"}
-SIGNS = "".join(_CURRENCY)
+CURRENCY_SIGNS = "".join(_CURRENCY)
 """Currency signs."""
-_SIGN_LAST = re.compile(rf"([-+]?)([\d,.\u200b]*\d)\s*([{SIGNS}])")
-_SIGN_FIRST = re.compile(rf"([-+]?)\s*([{SIGNS}])\s*(.*)$", re.DOTALL)
+_SIGN_LAST = re.compile(rf"([-+]?)([\d,.\u200b]*\d)\s*([{CURRENCY_SIGNS}])")
+_SIGN_FIRST = re.compile(rf"([-+]?)\s*([{CURRENCY_SIGNS}])\s*(.*)$", re.DOTALL)
 # Words that change the number beside them, and so are not units.
 _OTHER_WORDS = """
 pi sin cos tan cot sec csc log ln exp sqrt mod modulo times over squared cubed factorial half halves third thirds
@@ -118,7 +118,7 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
     if match := _DEGREES.search(text):
         name = {"C": "celsius", "F": "fahrenheit", "": "degree"}[match[1]]
         return text[: match.start()].strip(), _UNITS[name]
-    return _worded(text)
+    return _split_word_unit(text)
 
 
 def _currency(text: str) -> tuple[str, str, str]:
@@ -128,7 +128,7 @@ def _currency(text: str) -> tuple[str, str, str]:
     return (match[1], _CURRENCY[match[2]], match[3]) if match else ("", "", text)
 
 
-def _worded(text: str) -> tuple[str, Unit | None]:
+def _split_word_unit(text: str) -> tuple[str, Unit | None]:
     spelled = _TEXT.sub(lambda match: f"\x01{match[1]} ", text).rstrip()
     marked = "\x01" in spelled
     match = _TAIL.search(spelled.replace("\x01", " ") if marked else spelled)
@@ -138,12 +138,12 @@ def _worded(text: str) -> tuple[str, Unit | None]:
     core = spelled.replace("\x01", " ")[: match.start()].strip()
     if not re.search(r"[\d)}%!.]$|\\[a-zA-Z]+$", core):
         return text, None
-    if not marked and not _may_follow(phrase, bool(match["gap"])):
+    if not marked and not _may_be_unit(phrase, bool(match["gap"])):
         return text, None
-    return _scaled(text, core, phrase)
+    return _apply_multiplier(text, core, phrase)
 
 
-def _may_follow(phrase: str, spaced: bool) -> bool:
+def _may_be_unit(phrase: str, spaced: bool) -> bool:
     """Whether plain letters may be a unit rather than a product of variables."""
     words = re.split(r"[ /]+", phrase)
     if any(word in _SYMBOLS and (len(word) == 1 or (word.islower() and not spaced)) for word in words):
@@ -154,12 +154,12 @@ def _may_follow(phrase: str, spaced: bool) -> bool:
     return known or all(len(word) > 3 or word in _SHORT for word in words)
 
 
-def _scaled(text: str, core: str, phrase: str) -> tuple[str, Unit | None]:
+def _apply_multiplier(text: str, core: str, phrase: str) -> tuple[str, Unit | None]:
     words = phrase.split()
     size = _MULTIPLIERS.get(words[0].lower())
     if size is not None:
         scaled = f"({core})\\cdot {size}"
-        return (scaled, None) if len(words) == 1 else _scaled(text, scaled, " ".join(words[1:]))
+        return (scaled, None) if len(words) == 1 else _apply_multiplier(text, scaled, " ".join(words[1:]))
     if any(word.strip(".-'").lower() in OTHER_VALUE for word in re.split(r"[ /\-]+", phrase) if unit_of(word) is None):
         return text, None
     return core, unit_of(phrase)
@@ -175,14 +175,14 @@ def unit_of(phrase: str) -> Unit | None:
     """The unit of measure that words name: `cm^2`, `square inches`, `miles per hour`, `km/h`; None for other words."""
     phrase = re.sub(r"[{}\s]+", " ", phrase.replace(".", "")).strip()
     above, per, below = re.sub(r"\s+per\s+", "/", phrase).partition("/")
-    unit = _simple(above)
+    unit = _simple_unit(above)
     if not per or unit is None:
         return unit
-    other = _simple(below)
+    other = _simple_unit(below)
     return other and Unit(f"{unit.dimension}/{other.dimension}", unit.size / other.size)
 
 
-def _simple(phrase: str) -> Unit | None:
+def _simple_unit(phrase: str) -> Unit | None:
     power, words = 1, phrase.strip().split(" ")
     for names, exponent in ((("square", "sq"), 2), (("cubic", "cu"), 3)):
         if words[0].lower() in names and len(words) > 1:
@@ -190,12 +190,12 @@ def _simple(phrase: str) -> Unit | None:
     match = re.fullmatch(r"([A-Za-z]+) ?(?:\^ ?([23]))?", " ".join(words))
     if match is None:
         return None
-    unit = _named(match[1])
+    unit = _look_up_unit(match[1])
     power = int(match[2] or power)
     return unit and (unit if power == 1 else Unit(f"{unit.dimension}^{power}", unit.size**power))
 
 
-def _named(word: str) -> Unit | None:
+def _look_up_unit(word: str) -> Unit | None:
     if word in _SYMBOLS:
         return _SYMBOLS[word]
     if len(word) == 1:

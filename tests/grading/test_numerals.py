@@ -2,7 +2,7 @@
 
 import pytest
 
-from rbfast.grading.numerals import counted, numeral
+from rbfast.grading.numerals import parse_numeral, replace_leading_numeral
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from rbfast.grading.numerals import counted, numeral
     ],
 )
 def test_numbers(words, number):
-    assert numeral(words) == number
+    assert parse_numeral(words) == number
 
 
 @pytest.mark.parametrize(
@@ -27,11 +27,11 @@ def test_numbers(words, number):
     ["", "third", "hundred", "five six", "twenty eleven", "one and", "hundred two", "two of them", "minus", "a"],
 )
 def test_other_words(words):
-    assert numeral(words) is None
+    assert parse_numeral(words) is None
 
 
 def test_what_is_counted():
-    assert counted("seven red apples") == "7 red apples"
-    assert counted("two thirds cups") == r"\frac{2}{3} cups"
-    assert counted("apples, seven") is None
-    assert counted("7 apples") is None
+    assert replace_leading_numeral("seven red apples") == "7 red apples"
+    assert replace_leading_numeral("two thirds cups") == r"\frac{2}{3} cups"
+    assert replace_leading_numeral("apples, seven") is None
+    assert replace_leading_numeral("7 apples") is None
