@@ -1,7 +1,7 @@
 """Read a pool of traces a chunk at a time and assess it in order: in one process, in several, or on Ray Data.
 
     pool = Pool(("pool.jsonl",))
-    parts = assessed(pool, assessor, processes=4)
+    parts = assess_pool(pool, assessor, processes=4)
     parts = assess_on_ray(pool, assessor, "auto")                 # the same parts, from a running Ray cluster
 
 An `Assessor`'s result for an item does not depend on the other items, so all of these join to the same bytes.

@@ -1,8 +1,8 @@
 r"""Judge a trace by its text: whether it is complete, and how well it reasons.
 
     repetition = repeated_shares(["Let me check ...", ...])
-    flaw(trace, repetition[0])                     # None, or "truncated: it ends inside \[ ... \]"
-    quality(trace, repetition[0]).score            # 0 to 1
+    find_flaw(trace, repetition[0])                     # None, or "truncated: it ends inside \[ ... \]"
+    quality(trace, repetition[0]).score                 # 0 to 1
 
 The four cues are LIMO's (arXiv 2502.03387: elaboration, self-verification, exploration, granularity). Each is a count
 per word that saturates, so that a trace gains nothing from "check" in every line. They measure how a text is written,

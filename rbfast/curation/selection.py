@@ -1,8 +1,8 @@
 """Select a few items from many: a quota for every domain, and from the best of each those that represent the rest.
 
-    share = quotas([900, 100, 4], size=40)                          # [28, 9, 3]: by square roots
-    short = shortlist(merits, ties, domains, share)                 # the best of each domain
-    chosen = represent(pack(problems of short[0]), share[0])        # indices into short[0], in the order chosen
+    share = quotas([900, 100, 4], size=40)                                 # [28, 9, 3]: by square roots
+    short = shortlist(merits, ties, domains, share)                        # the best of each domain
+    chosen = select_representatives(pack(problems of short[0]), share[0])  # indices into short[0], in the order chosen
 
 Square roots give small domains a share without letting them dominate. Merit alone would choose near copies of the best
 item. Facility location chooses, among items with merit, those that are unlike each other and represent many others.

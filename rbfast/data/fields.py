@@ -1,7 +1,7 @@
 """Field names and their meanings: what datasets call a problem, thinking, a reply, an answer.
 
 ```python
-meanings(("question", "deepseek_thinking_trajectory", "deepseek_attempt"))
+fields_by_meaning(("question", "deepseek_thinking_trajectory", "deepseek_attempt"))
 # {"problem": [Field("question", "")], "reasoning": [Field("deepseek_thinking_trajectory", "deepseek")], ...}
 ```
 """

@@ -1,6 +1,6 @@
 """Datasets on the hub: `owner/name`, `owner/name:split` or `owner/name:config:split`; a split may be a slice.
 
-for number, row in enumerate(load_rows(named("openai/gsm8k:main:test[:100]", split="train"))): ...
+for number, row in enumerate(load_rows(parse_name("openai/gsm8k:main:test[:100]", split="train"))): ...
 """
 
 import re
