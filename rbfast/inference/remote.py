@@ -33,7 +33,7 @@ from rbfast.inference.solver import GREEDY, Listener, Sampling, Solution
 from rbfast.inference.state import GuideState, Order, Phase
 from rbfast.inference.vote import decided
 from rbfast.teacher.chat_reply import ChatReply, fault_of_finish, is_cut, read_chat_reply
-from rbfast.teacher.client import BrokenOff, Server, ServerError, pause_after
+from rbfast.teacher.client import IncompleteReply, Server, ServerError, pause_after
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,7 +92,7 @@ def write(
                 order = _one_stream(server, text, state, count, hear, abandoned, keep_special)
         except ServerError as error:
             raise ServerError(str(error), error.status, Solution.of(state)) from error
-        except BrokenOff as error:
+        except IncompleteReply as error:
             order, failures = None, 0 if state.spent > before else failures + 1
             if failures > server.retries:
                 reason = f"{server.url} broke off {failures} times: {error}"
@@ -135,7 +135,7 @@ def _one_stream(
             if order or state.phase is Phase.DONE or state.wants_probe or abandoned():
                 return order
     if reason is None:
-        raise BrokenOff("the stream ended before the text did")
+        raise IncompleteReply("the stream ended before the text did")
     if not is_cut(reason):
         if fault := fault_of_finish(reason):
             raise ServerError(f"{server.url}: {fault}")

@@ -52,7 +52,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
     return _spelled(tokenizer, len(tokenizer))
 
 
-def spelled(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[bytes | None]:
+def spellings(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[bytes | None]:
     """The bytes of each token. A special token, as thinking tags may be, is spelled by its name."""
     tokens, added = token_bytes(tokenizer), tokenizer.added_tokens_decoder
     return [added[number].content.encode() if number in added else tokens[number] for number in ids]

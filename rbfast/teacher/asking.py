@@ -40,33 +40,33 @@ def ask_all(jobs: Sequence[Job], store: ReplyStore, concurrency: int, report: Ca
         KeyboardInterrupt: after Ctrl-C.
         ServerError: the teacher refuses every request, or has failed several times in a row.
     """
-    asking = _Asking(jobs, store, concurrency)
+    sender = _Sender(jobs, store, concurrency)
     with counted_interrupts() as interrupts:
-        while asking.queue or asking.pending:
-            if interrupts and asking.leaves(len(interrupts)):
+        while sender.queue or sender.pending:
+            if interrupts and sender.stop_sending(len(interrupts)):
                 break
-            rests = asking.rests()
+            rests = sender.is_resting()
             if not rests:
-                asking.send()
-            if not asking.pending and not rests:
-                asking.reason = f"the budget does not allow another question ({store.purse.words()} so far)"
+                sender.send()
+            if not sender.pending and not rests:
+                sender.reason = f"the budget does not allow another question ({store.budget.describe()} so far)"
                 break
             report("the teacher is busy or away" if rests else "")
-            if asking.pending:
-                done, _ = wait(asking.pending, _LONGEST_SILENCE, return_when=FIRST_COMPLETED)
-                asking.take(done)
+            if sender.pending:
+                done, _ = wait(sender.pending, _LONGEST_SILENCE, return_when=FIRST_COMPLETED)
+                sender.take(done)
             else:
                 time.sleep(_LONGEST_SILENCE)
-        asking.take([future for future in asking.pending if future.done()])
+        sender.take([future for future in sender.pending if future.done()])
         report("")
     if interrupts:
         raise KeyboardInterrupt
-    if asking.stopped is not None:
-        raise asking.stopped
-    return asking.reason
+    if sender.stopped is not None:
+        raise sender.stopped
+    return sender.reason
 
 
-class _Asking:
+class _Sender:
     """The jobs to send, in `queue`, and those that are sent, in `pending`.
 
     Attributes:
@@ -87,16 +87,16 @@ class _Asking:
 
     def send(self) -> None:
         """Send jobs from the queue up to the concurrency limit, as long as the budget covers the worst case."""
-        purse = self._store.purse
-        while self.queue and len(self.pending) < purse.at_a_time(self._concurrency):
+        budget = self._store.budget
+        while self.queue and len(self.pending) < budget.max_concurrency(self._concurrency):
             under_way = [job for job, _ in self.pending.values()]
-            if not purse.affords([job.worst() for job in (*under_way, self.queue[0])]):
+            if not budget.can_afford([job.worst_case() for job in (*under_way, self.queue[0])]):
                 return
             job = self.queue.popleft()
-            future, thread = _ask(job)
+            future, thread = _start(job)
             self.pending[future] = job, thread
 
-    def rests(self) -> bool:
+    def is_resting(self) -> bool:
         """Whether queued jobs wait because the teacher is busy."""
         return bool(self.queue) and time.monotonic() < self._rest_ends
 
@@ -105,7 +105,7 @@ class _Asking:
         for future in done:
             job, _ = self.pending.pop(future)
             try:
-                self._store.add(future.result(), job.worst())
+                self._store.add(future.result(), job.worst_case())
                 self._failures, self._answered = 0, time.monotonic()
             except ServerError as error:
                 self._fail(job, error)
@@ -132,23 +132,23 @@ class _Asking:
         is_away = error.status in _BUSY or isinstance(error, Unreachable)
         return is_away and time.monotonic() - self._answered < _PATIENCE
 
-    def leaves(self, interrupts: int) -> bool:
+    def stop_sending(self, interrupts: int) -> bool:
         """Stop sending after Ctrl-C. Returns whether to leave now, without waiting for pending replies."""
         if not self._interrupted:
             self._interrupted = True
             self.queue.clear()
             for job, thread in self.pending.values():
                 job.server.retried.give_up(thread)
-            if coming := self._coming():
+            if coming := self._expected_replies():
                 print(f"waiting for replies under way: {coming}; Ctrl-C again leaves them", file=sys.stderr)
-        return interrupts > 1 or not self._coming()
+        return interrupts > 1 or not self._expected_replies()
 
-    def _coming(self) -> int:
+    def _expected_replies(self) -> int:
         """The number of replies that may still come: the requests that are not waiting for a retry."""
-        return sum(not job.server.retried.waits(thread) for job, thread in self.pending.values())
+        return sum(not job.server.retried.is_waiting(thread) for job, thread in self.pending.values())
 
 
-def _ask(job: Job) -> tuple[Future[Reply], Thread]:
+def _start(job: Job) -> tuple[Future[Reply], Thread]:
     """Send a job in a daemon thread, which ends with the program. A pool's threads would keep it alive."""
     future: Future[Reply] = Future()
 

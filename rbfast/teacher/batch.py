@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rbfast.teacher.batch_api import BatchAPI, Look, Report, Request, finished
-from rbfast.teacher.client import INVALID, BrokenOff, Server, ServerError, insist
-from rbfast.teacher.jobs import Job, Teacher, record_of
+from rbfast.teacher.batch_api import BatchAPI, BatchStatus, Report, Request, wait_for_end
+from rbfast.teacher.client import INVALID, IncompleteReply, Server, ServerError, call_with_retries
+from rbfast.teacher.jobs import Job, Teacher, reply_record
 from rbfast.teacher.provider_batches import AnthropicBatches, GeminiBatches
 from rbfast.teacher.providers import Provider
 from rbfast.teacher.reply_store import ReplyStore
@@ -56,23 +56,23 @@ def ask_in_batches(
     api = batches_of(teacher)
     known = {job.key: job for job in jobs}
     refused: dict[str, str] = {}
-    batch = _left_over(api, folder, report)
+    batch = _find_left_over(api, folder, report)
     while True:
         requests: list[Request] = []
         if batch is None:
             queue = [job for job in store.missing(jobs) if job.key not in refused]
             if not queue:
                 return next(iter(refused.values()), None)
-            requests = _affordable(api, queue, store)
+            requests = _affordable_requests(api, queue, store)
             if not requests:
-                return f"the budget does not allow another question ({store.purse.words()} so far)"
+                return f"the budget does not allow another question ({store.budget.describe()} so far)"
             batch = _create(api, requests, folder, report)
-        refused |= _collect(api, finished(api, batch, report), requests, known, store)
+        refused |= _collect(api, wait_for_end(api, batch, report), requests, known, store)
         (folder / BATCH).unlink()
         batch = None
 
 
-def _left_over(api: BatchAPI, folder: Path, report: Report) -> str | None:
+def _find_left_over(api: BatchAPI, folder: Path, report: Report) -> str | None:
     """The batch that an earlier, interrupted call left. If it was never created, removes `batch.json`."""
     state = read_json(folder / BATCH, _STATE)
     if state is None:
@@ -87,10 +87,10 @@ def _left_over(api: BatchAPI, folder: Path, report: Report) -> str | None:
     return batch
 
 
-def _affordable(api: BatchAPI, queue: Sequence[Job], store: ReplyStore) -> list[Request]:
+def _affordable_requests(api: BatchAPI, queue: Sequence[Job], store: ReplyStore) -> list[Request]:
     """The first jobs that fit into one batch and into the budget, even with the longest replies, as requests."""
-    worst = [job.worst() for job in queue[: api.most_requests]]
-    covered = bisect_left(range(len(worst)), True, key=lambda n: not store.purse.affords(worst[: n + 1]))
+    worst = [job.worst_case() for job in queue[: api.most_requests]]
+    covered = bisect_left(range(len(worst)), True, key=lambda n: not store.budget.can_afford(worst[: n + 1]))
     chosen: list[Request] = []
     size = 0
     for job in queue[:covered]:
@@ -114,11 +114,11 @@ def _create(api: BatchAPI, requests: Sequence[Request], folder: Path, report: Re
             return found
         try:
             return api.create(ticket, requests)
-        except BrokenOff as error:
+        except IncompleteReply as error:
             may_exist |= error.status != _TOO_MANY
             raise
 
-    batch = insist(api.teacher.retried, api.teacher.retries, attempt)
+    batch = call_with_retries(api.teacher.retried, api.teacher.retries, attempt)
     _write(api, folder, ticket, batch)
     return batch
 
@@ -128,7 +128,7 @@ def _write(api: BatchAPI, folder: Path, ticket: dict[str, Any], batch: str) -> N
 
 
 def _collect(
-    api: BatchAPI, look: Look, requests: Sequence[Request], known: dict[str, Job], store: ReplyStore
+    api: BatchAPI, state: BatchStatus, requests: Sequence[Request], known: dict[str, Job], store: ReplyStore
 ) -> dict[str, str]:
     """Store the replies of a batch. Returns why the other jobs have none, by key.
 
@@ -137,7 +137,7 @@ def _collect(
     """
     refused: dict[str, str] = {}
     invalid: list[tuple[Job, dict[str, Any], str]] = []
-    for result in api.results(look):
+    for result in api.results(state):
         key = result.key
         if store.has(key):
             continue
@@ -150,13 +150,13 @@ def _collect(
         said = f"said {result.status}" if result.status else "sent no reply"
         refused[key] = f"{api.url} {said} in a batch: {result.said}"
         if result.status in INVALID and key in known:
-            invalid.append((known[key], api.teacher.sent(known[key].body()), result.said))
-    if look.fault is not None:
-        refused = {job.key: look.fault for job in store.missing(list(known.values()))} | refused
+            invalid.append((known[key], api.teacher.full_body(known[key].body()), result.said))
+    if state.fault is not None:
+        refused = {job.key: state.fault for job in store.missing(list(known.values()))} | refused
     silent = [request.key for request in requests if not store.has(request.key)]
-    refused = {key: f"the batch {look.batch} of {api.url} holds no reply to it" for key in silent} | refused
+    refused = {key: f"the batch {state.batch} of {api.url} holds no reply to it" for key in silent} | refused
     for job, sent, said in invalid:
-        if api.teacher.connection.manners.learn(said, sent):
+        if api.teacher.connection.parameter_filter.learn(said, sent):
             refused.pop(job.key, None)  # it is sent again without the parameter
     return refused
 
@@ -164,6 +164,6 @@ def _collect(
 def _add(store: ReplyStore, key: str, job: Job | None, reply: dict[str, Any]) -> None:
     """Store a reply, also one without a job, from an earlier call with other options: it is paid for."""
     if job is not None:
-        store.add(job.record(reply), job.worst())
+        store.add(job.record(reply), job.worst_case())
     else:
-        store.add(record_of(reply, key=key, problem=None, sample=None, worst=(0, 0)))
+        store.add(reply_record(reply, key=key, problem=None, sample=None, worst=(0, 0)))

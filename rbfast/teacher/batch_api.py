@@ -25,7 +25,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Look:
+class BatchStatus:
     """The state of a batch at one poll.
 
     Attributes:
@@ -76,25 +76,27 @@ class BatchAPI(Protocol):
         """A ticket, as JSON values without a key: what a batch is created from, and found by later."""
 
     def create(self, ticket: dict[str, Any], requests: Sequence[Request]) -> str:
-        """Create a batch and return its id. Raises BrokenOff if it is unknown whether the batch exists now."""
+        """Create a batch and return its id. Raises IncompleteReply if it is unknown whether the batch exists now."""
 
     def find(self, ticket: dict[str, Any], report: Report) -> str | None:
         """The id of the batch that was created from a ticket, or None."""
 
-    def look(self, batch: str) -> Look:
+    def poll(self, batch: str) -> BatchStatus:
         """Poll the state of a batch."""
 
-    def results(self, look: Look) -> Iterator[Result]:
+    def results(self, state: BatchStatus) -> Iterator[Result]:
         """The result of each request of a finished batch, in any order."""
 
 
-def finished(api: BatchAPI, batch: str, report: Report) -> Look:
+def wait_for_end(api: BatchAPI, batch: str, report: Report) -> BatchStatus:
     """Wait for the end of a batch, successful or not."""
     while True:
-        look = api.look(batch)
-        report(f"batch {batch}: {look.status}" + (f", {look.done} of {look.total}" if look.total is not None else ""))
-        if look.has_ended:
-            return look
+        state = api.poll(batch)
+        report(
+            f"batch {batch}: {state.status}" + (f", {state.done} of {state.total}" if state.total is not None else "")
+        )
+        if state.has_ended:
+            return state
         time.sleep(_POLL)
 
 

@@ -19,7 +19,7 @@ FREE = Prices()
 
 
 @dataclass
-class Purse:
+class Budget:
     """Tokens spent so far, and the limits."""
 
     prices: Prices
@@ -38,7 +38,7 @@ class Purse:
         over = self._over or (0, 0)
         self._over = max(over[0], read - worst[0]), max(over[1], written - worst[1])
 
-    def at_a_time(self, concurrency: int) -> int:
+    def max_concurrency(self, concurrency: int) -> int:
         """The allowed number of concurrent requests. With a budget it is 1 until the first reply, which shows whether
         the server honours `max_tokens`."""
         limited = self.max_cost is not None or self.max_tokens is not None
@@ -48,7 +48,7 @@ class Purse:
     def cost(self) -> float:
         return self.prices.cost(self.read, self.written)
 
-    def affords(self, worst: Sequence[tuple[int, int]]) -> bool:
+    def can_afford(self, worst: Sequence[tuple[int, int]]) -> bool:
         """Whether the budget covers replies of these (read, written) tokens."""
         over = self._over or (0, 0)
         read = self.read + sum(r + over[0] for r, _ in worst)
@@ -57,6 +57,6 @@ class Purse:
             return False
         return self.max_cost is None or self.prices.cost(read, written) <= self.max_cost
 
-    def words(self) -> str:
+    def describe(self) -> str:
         cost = f", cost {self.cost:.2f}" if self.prices != FREE else ""
         return f"{self.read} tokens read, {self.written} written{cost}"

@@ -47,7 +47,7 @@ class ChatReply:
     @property
     def hides_thinking(self) -> bool:
         """Whether thinking tokens were counted but not sent."""
-        return self.reasoned > 0 and not self.thinking and not thinks(self.text)
+        return self.reasoned > 0 and not self.thinking and not has_tagged_thinking(self.text)
 
 
 def read_chat_reply(reply: Mapping[str, Any]) -> ChatReply:
@@ -98,7 +98,7 @@ def fault_of_finish(reason: str | None) -> str | None:
     return f"the server ended the reply with finish_reason {reason!r}, expected 'stop'"
 
 
-def thinks(text: str) -> bool:
+def has_tagged_thinking(text: str) -> bool:
     """Whether a text contains thinking in tags."""
     try:
         return split_reply(None, text).thought is not None

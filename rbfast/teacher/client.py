@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 from weakref import WeakSet
 
-from rbfast.teacher.parameters import Manners
+from rbfast.teacher.parameters import ParameterFilter
 
 if TYPE_CHECKING:
     import openai
@@ -49,7 +49,7 @@ class Unreachable(ServerError):
     """No connection to the server could be made."""
 
 
-class BrokenOff(Exception):
+class IncompleteReply(Exception):
     """A reply is incomplete or malformed, and a retry may succeed. `pause`: seconds to wait, if known."""
 
     def __init__(self, message: str, status: int | None = None, pause: float | None = None):
@@ -76,7 +76,7 @@ class Retries:
         """The number of requests that wait for a retry."""
         return len(self._waiting)
 
-    def waits(self, thread: threading.Thread) -> bool:
+    def is_waiting(self, thread: threading.Thread) -> bool:
         """Whether the request of a thread waits for a retry."""
         return thread in self._waiting
 
@@ -85,12 +85,12 @@ class Retries:
         with self._lock:
             self._given_up.add(thread)
 
-    def refused(self) -> None:
+    def mark_waiting(self) -> None:
         """This thread's request failed, and waits for a retry."""
         with self._lock:
             self._waiting.add(threading.current_thread())
 
-    def again(self) -> None:
+    def mark_retried(self) -> None:
         """This thread's request is being retried. Raises ServerError if it was given up."""
         with self._lock:
             if threading.current_thread() in self._given_up:
@@ -98,31 +98,31 @@ class Retries:
             self.made += 1
             self._waiting.discard(threading.current_thread())
 
-    def over(self) -> None:
+    def mark_done(self) -> None:
         """This thread's request has ended, successfully or not."""
         with self._lock:
             self._waiting.discard(threading.current_thread())
 
 
-def insist(retried: Retries, retries: int, attempt: Callable[[], _Found]) -> _Found:
-    """Call `attempt` and return its result. Retry with growing pauses if it raises BrokenOff.
+def call_with_retries(retried: Retries, retries: int, attempt: Callable[[], _Found]) -> _Found:
+    """Call `attempt` and return its result. Retry with growing pauses if it raises IncompleteReply.
 
     Raises:
-        ServerError: the last retry raised BrokenOff too.
+        ServerError: the last retry raised IncompleteReply too.
     """
     try:
         for number in range(retries):
             try:
                 return attempt()
-            except BrokenOff as error:
-                retried.refused()
+            except IncompleteReply as error:
+                retried.mark_waiting()
                 time.sleep(min(_LONGEST_PAUSE, pause_after(number) if error.pause is None else error.pause))
-                retried.again()
+                retried.mark_retried()
         return attempt()
-    except BrokenOff as error:
+    except IncompleteReply as error:
         raise ServerError(str(error), error.status, pause=error.pause) from None
     finally:
-        retried.over()
+        retried.mark_done()
 
 
 def pause_after(failures: int) -> float:
@@ -134,7 +134,7 @@ class Connection:
     """What all copies of a Server share: the SDK's client, the retries, and the parameters that the server refuses."""
 
     def __init__(self) -> None:
-        self.retried, self.manners = Retries(), Manners()
+        self.retried, self.parameter_filter = Retries(), ParameterFilter()
         self._client: openai.OpenAI | None = None
         self._lock = threading.Lock()
 
@@ -180,7 +180,7 @@ class Server:
             raise ValueError(f"url must look like http://host:8000/v1, without a key in it; set {_KEYS[0]} instead")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"url must look like http://host:8000/v1, got {self.url!r}")
-        object.__setattr__(self, "_key", _key_of_environment())
+        object.__setattr__(self, "_key", _key_from_environment())
 
     @property
     def retried(self) -> Retries:
@@ -189,13 +189,13 @@ class Server:
     def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """POST a request and return the JSON object of the reply. Retries also if the reply is not a JSON object, or
         holds an error that says the server is busy."""
-        return insist(self.retried, self.retries, lambda: self._whole(path, self._post(path, body)))
+        return call_with_retries(self.retried, self.retries, lambda: self._whole(path, self._post(path, body)))
 
     def stream(self, path: str, body: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
         """The JSON objects of a server-sent stream, up to its end.
 
         Raises:
-            BrokenOff: the connection broke, or an event is not a JSON object.
+            IncompleteReply: the connection broke, or an event is not a JSON object.
             ServerError: the server refused, or sent an error.
         """
         import openai
@@ -204,24 +204,26 @@ class Server:
         try:
             if "json" in stream.response.headers.get("content-type", ""):
                 self._whole(path, stream.response.read())
-                raise BrokenOff(f"{self.url}{path} sent one object and no stream")
+                raise IncompleteReply(f"{self.url}{path} sent one object and no stream")
             for event in stream:
                 if not isinstance(event, dict):
-                    raise BrokenOff(f"expected JSON objects, got {type(event).__name__}")
+                    raise IncompleteReply(f"expected JSON objects, got {type(event).__name__}")
                 yield event
         except openai.APIConnectionError as error:
-            raise BrokenOff(_cause(error)) from None
+            raise IncompleteReply(_cause(error)) from None
         except openai.APIError as error:
             raise ServerError(f"the server broke off: {self.hide(str(error.body or error.message))}") from None
         except (ValueError, RecursionError):
-            raise BrokenOff("expected JSON objects, got something else") from None
+            raise IncompleteReply("expected JSON objects, got something else") from None
         finally:
             stream.close()
 
-    def sent(self, body: dict[str, Any]) -> dict[str, Any]:
+    def full_body(self, body: dict[str, Any]) -> dict[str, Any]:
         """The body of a request with the common parameters, without those that the server refuses."""
         common = {"model": self.model, "temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
-        return self.connection.manners.fit({n: value for n, value in (common | body).items() if value is not None})
+        return self.connection.parameter_filter.fit(
+            {n: value for n, value in (common | body).items() if value is not None}
+        )
 
     def client(self) -> openai.OpenAI:
         """The SDK's client, created once."""
@@ -232,11 +234,11 @@ class Server:
 
         def sending(request: Any) -> None:
             if request.headers.get("x-stainless-retry-count", "0") != "0":
-                retried.again()
+                retried.mark_retried()
 
         def received(response: Any) -> None:
             if is_busy(response.status_code):
-                retried.refused()
+                retried.mark_waiting()
 
         return openai.OpenAI(
             base_url=self.url,
@@ -254,12 +256,12 @@ class Server:
         if stream:
             how = {"cast_to": object, "stream": True, "stream_cls": openai.Stream[object]}
         while True:
-            sent = self.sent(body)
+            sent = self.full_body(body)
             try:
-                with self.errors(path):
+                with self.translated_errors(path):
                     return self.client().post(path, body=sent, options={"headers": self.headers()}, **how)
             except ServerError as error:
-                if error.status not in INVALID or not self.connection.manners.learn(str(error), sent):
+                if error.status not in INVALID or not self.connection.parameter_filter.learn(str(error), sent):
                     raise
 
     def headers(self) -> dict[str, Any]:
@@ -269,7 +271,7 @@ class Server:
         return {} if self._key else {"Authorization": openai.Omit()}
 
     @contextmanager
-    def errors(self, path: str) -> Iterator[None]:
+    def translated_errors(self, path: str) -> Iterator[None]:
         """Turn the SDK's errors into ServerError, with the key hidden: a server may repeat it."""
         import openai
 
@@ -285,7 +287,7 @@ class Server:
             hint = " (--timeout)" if isinstance(error, openai.APITimeoutError) and kind is ServerError else ""
             raise kind(f"{self.url}{path} said nothing: {_cause(error)}{hint}") from None
         finally:
-            self.retried.over()
+            self.retried.mark_done()
 
     def _whole(self, path: str, data: bytes) -> dict[str, Any]:
         try:
@@ -294,11 +296,11 @@ class Server:
             reply = None
         if not isinstance(reply, dict):
             said = self.hide(data.decode("utf-8", "replace"))[:SHOWN]
-            raise BrokenOff(f"{self.url}{path} sent no JSON object but {said!r}")
+            raise IncompleteReply(f"{self.url}{path} sent no JSON object but {said!r}")
         if (error := reply.get("error")) and not reply.get("choices"):
             status = status_in(error)
             said = self.hide(error if isinstance(error, str) else json.dumps(error, ensure_ascii=False))[:SHOWN]
-            kind = BrokenOff if is_busy(status) else ServerError
+            kind = IncompleteReply if is_busy(status) else ServerError
             raise kind(f"{self.url}{path} sent an error: {said}", status)
         return reply
 
@@ -337,7 +339,7 @@ def _cause(error: Exception) -> str:
     return f"{type(found).__name__}: {found}".rstrip(": ")
 
 
-def _key_of_environment() -> str | None:
+def _key_from_environment() -> str | None:
     """The first key that is set. Raises ValueError, which does not show it, for a key that no header can hold."""
     for name in _KEYS:
         key = os.environ.get(name, "").strip()  # a key read from a file ends in a line break

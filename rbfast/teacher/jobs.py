@@ -82,7 +82,7 @@ class Job:
         turns.append({"role": "user", "content": self.question.text})
         return {"messages": turns, "seed": seed, **self.options}
 
-    def worst(self) -> tuple[int, int]:
+    def worst_case(self) -> tuple[int, int]:
         """Upper bounds of the tokens (read, written): a token has at least one byte, and a turn adds a few tokens."""
         read = f"{self._systems()}{self.question.text}"
         return len(read.encode()) + 64, self.options["max_tokens"]
@@ -97,11 +97,13 @@ class Job:
 
     def record(self, reply: Mapping[str, Any]) -> dict[str, Any]:
         """The record of a reply. Raises ServerError if it is not a chat completion."""
-        found = record_of(reply, key=self.key, problem=self.question.text, sample=self.sample, worst=self.worst())
+        found = reply_record(
+            reply, key=self.key, problem=self.question.text, sample=self.sample, worst=self.worst_case()
+        )
         return found | {"unlimited": self.unlimited}
 
 
-def record_of(
+def reply_record(
     reply: Mapping[str, Any], *, key: str, problem: str | None, sample: int | None, worst: tuple[int, int]
 ) -> dict[str, Any]:
     """The record of a reply in `replies.jsonl`. Token counts that the server does not report are set to the worst case.

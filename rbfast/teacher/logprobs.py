@@ -29,7 +29,7 @@ from rbfast.data.signal_store import SignalStore
 from rbfast.data.trace import Trace
 from rbfast.loss.teacher_signal import Dense
 from rbfast.models.student import final_hidden, head_of
-from rbfast.teacher.align import byte_spans, spelled, student_ids, token_bytes
+from rbfast.teacher.align import byte_spans, spellings, student_ids, token_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -239,7 +239,7 @@ def _places(
     Otherwise (part, start, end) within the thought (0) or the answer (1), or None for a token of neither: each model
     has its own tags around them.
     """
-    spans = byte_spans(spelled(tokenizer, ids), reply.text.encode())
+    spans = byte_spans(spellings(tokenizer, ids), reply.text.encode())
     if whole:
         return [(0, start, end) for start, end in spans]
     parts = [[len(reply.text[:edge].encode()) for edge in part] for part in (reply.thought, reply.answer)]

@@ -1,9 +1,9 @@
 """Learn which parameters a server refuses: leave them out or rename them, with a warning, and send the request again.
 
 ```python
-manners = Manners()
-body = manners.fit({"model": "m", "temperature": 0.7, "max_tokens": 100})      # without refused parameters
-again = manners.learn("Unsupported parameter: 'temperature'", body)             # True: fit the body and send it again
+allowed = ParameterFilter()
+body = allowed.fit({"model": "m", "temperature": 0.7, "max_tokens": 100})        # without refused parameters
+again = allowed.learn("Unsupported parameter: 'temperature'", body)               # True: fit the body and send it again
 ```
 """
 
@@ -25,7 +25,7 @@ _REFUSAL = re.compile(
 )
 
 
-class Manners:
+class ParameterFilter:
     """The parameters that a server has refused. Thread-safe."""
 
     def __init__(self) -> None:

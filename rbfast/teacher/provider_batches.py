@@ -11,7 +11,7 @@ from itertools import takewhile
 from typing import Any
 from uuid import uuid4
 
-from rbfast.teacher.batch_api import Look, Report, Request, Result, finished, parse_line
+from rbfast.teacher.batch_api import BatchStatus, Report, Request, Result, parse_line, wait_for_end
 from rbfast.teacher.client import ServerError
 from rbfast.teacher.jobs import Job
 from rbfast.teacher.provider_requests import ProviderRequests
@@ -65,19 +65,19 @@ class AnthropicBatches:
         later = takewhile(lambda batch: batch["id"] != ticket["after"], self._list(self._LISTED))
         alike = [batch["id"] for batch in later if sum(_counts(batch).values()) == ticket["requests"]]
         for batch in reversed(alike):  # the oldest first
-            finished(self, batch, report)
+            wait_for_end(self, batch, report)
             if any(line["custom_id"] == ticket["key"] for line in self._lines(batch)):
                 return batch
         return None
 
-    def look(self, batch: str) -> Look:
+    def poll(self, batch: str) -> BatchStatus:
         found = self._requests.ask("GET", f"{self.url}/{batch}", "processing_status")
         counts, status = _counts(found), found["processing_status"]
         total = sum(counts.values())
-        return Look(batch, status, status == "ended", total - counts.get("processing", 0), total)
+        return BatchStatus(batch, status, status == "ended", total - counts.get("processing", 0), total)
 
-    def results(self, look: Look) -> Iterator[Result]:
-        for line in self._lines(look.batch):
+    def results(self, state: BatchStatus) -> Iterator[Result]:
+        for line in self._lines(state.batch):
             key, result = line["custom_id"], _object(line.get("result"))
             if result.get("type") == "succeeded":
                 yield read_result(self.teacher, key, result.get("message"))
@@ -134,7 +134,7 @@ class GeminiBatches:
             if not page:
                 return None
 
-    def look(self, batch: str) -> Look:
+    def poll(self, batch: str) -> BatchStatus:
         found = self._requests.ask("GET", f"{self.url}/{batch}", "metadata")
         status = str(found["metadata"].get("state", ""))
         counts = found["metadata"].get("batchStats") or {}
@@ -143,10 +143,10 @@ class GeminiBatches:
         if ended and not status.endswith("SUCCEEDED"):
             said = (found.get("error") or {}).get("message")
             fault = self.teacher.hide(f"the batch {batch} has the status {status}{f': {said}' if said else ''}")
-        return Look(batch, status, ended, good + bad, total, fault, found)
+        return BatchStatus(batch, status, ended, good + bad, total, fault, found)
 
-    def results(self, look: Look) -> Iterator[Result]:
-        places = (look.said.get("response"), look.said["metadata"].get("output"))
+    def results(self, state: BatchStatus) -> Iterator[Result]:
+        places = (state.said.get("response"), state.said["metadata"].get("output"))
         file = next((place["responsesFile"] for place in places if place and place.get("responsesFile")), None)
         if file is None:
             return

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rbfast.teacher.client import CONNECTING, SHOWN, BrokenOff, ServerError, insist, is_busy
+from rbfast.teacher.client import CONNECTING, SHOWN, IncompleteReply, ServerError, call_with_retries, is_busy
 from rbfast.teacher.providers import Provider, pause_in
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class ProviderRequests:
         return self._insist(lambda: self.once(method, url, field, **request))
 
     def once(self, method: str, url: str, field: str | None = None, **request: Any) -> dict[str, Any]:
-        """As `ask`, without retries. Raises BrokenOff if it is unknown whether the request arrived."""
+        """As `ask`, without retries. Raises IncompleteReply if it is unknown whether the request arrived."""
         with self._reply(method, url, **request) as response:
             data = response.read()
         try:
@@ -54,7 +54,7 @@ class ProviderRequests:
         if not isinstance(found, dict) or (field and field not in found):
             said = self._provider.hide(data.decode("utf-8", "replace"))[:SHOWN]
             wanted = f"object with {field}" if field else "object"
-            raise BrokenOff(f"{_shown(url)} sent no {wanted} but {said!r}")
+            raise IncompleteReply(f"{_without_query(url)} sent no {wanted} but {said!r}")
         return found
 
     def upload(self, url: str, name: str, data: bytes) -> str:
@@ -71,7 +71,7 @@ class ProviderRequests:
             with self._reply("POST", url, headers=start, json={"file": {"display_name": name}}) as response:
                 place = response.headers.get("x-goog-upload-url")
             if not place:
-                raise ServerError(f"{_shown(url)} names no place for an upload")
+                raise ServerError(f"{_without_query(url)} names no place for an upload")
             return self.once("POST", place, "file", headers=finish, content=data)["file"]["name"]
 
         return self._insist(attempt)
@@ -92,11 +92,11 @@ class ProviderRequests:
             yield from filter(bytes.strip, file)
 
     def _insist(self, attempt: Callable[[], _Found]) -> _Found:
-        return insist(self._provider.retried, self._provider.retries, attempt)
+        return call_with_retries(self._provider.retried, self._provider.retries, attempt)
 
     @contextmanager
     def _reply(self, method: str, url: str, **request: Any) -> Iterator[httpx.Response]:
-        """A successful reply. Raises BrokenOff or ServerError, with the key hidden."""
+        """A successful reply. Raises IncompleteReply or ServerError, with the key hidden."""
         import httpx
 
         try:
@@ -106,19 +106,19 @@ class ProviderRequests:
                     raise self._refusal(url, response)
                 yield response
         except httpx.TransportError as error:
-            raise BrokenOff(f"{_shown(url)} said nothing: {type(error).__name__}: {error}") from None
+            raise IncompleteReply(f"{_without_query(url)} said nothing: {type(error).__name__}: {error}") from None
 
     def _refusal(self, url: str, response: httpx.Response) -> Exception:
         status = response.status_code
         said = self._provider.hide(response.text)[:SHOWN].strip() or response.reason_phrase
-        said = f"{_shown(url)} said {status}: {said}"
+        said = f"{_without_query(url)} said {status}: {said}"
         return (
-            BrokenOff(said, status, pause_in(response.headers, response.text))
+            IncompleteReply(said, status, pause_in(response.headers, response.text))
             if is_busy(status)
             else ServerError(said, status)
         )
 
 
-def _shown(url: str) -> str:
+def _without_query(url: str) -> str:
     """A URL for messages, without the query, which may contain credentials."""
     return url.partition("?")[0]

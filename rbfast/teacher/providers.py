@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 from rbfast.teacher.client import (
     INVALID,
     SHOWN,
-    BrokenOff,
     Connection,
+    IncompleteReply,
     Retries,
     ServerError,
+    call_with_retries,
     hide,
-    insist,
     is_busy,
     retry_after,
 )
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 _OWN_KEY = "RBFAST_API_KEY"
 _DELAY = re.compile(r'"retryDelay": ?"(\d+(?:\.\d+)?)s"')  # in Google's errors, in place of a header
 # A placeholder question: the provider's URL, headers and reply format do not depend on the question.
-_ANY: dict[str, Any] = {"messages": [{"role": "user", "content": "?"}]}
-_ANY |= {"temperature": None, "top_p": None, "seed": None}
+_PLACEHOLDER: dict[str, Any] = {"messages": [{"role": "user", "content": "?"}]}
+_PLACEHOLDER |= {"temperature": None, "top_p": None, "seed": None}
 
 
-class _Caught(BaseException):
+class _CaughtRequest(BaseException):
     """Carries a caught request. Not an Exception, which litellm would turn into one of its own errors."""
 
     def __init__(self, request: httpx.Request) -> None:
@@ -88,19 +88,19 @@ class Provider:
 
     def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The reply in the format of a chat completion. `path` is always that of chats. Raises ServerError."""
-        return insist(self.retried, self.retries, lambda: self._once(body))
+        return call_with_retries(self.retried, self.retries, lambda: self._once(body))
 
-    def request(self, body: Mapping[str, Any] = _ANY) -> httpx.Request:
+    def request(self, body: Mapping[str, Any] = _PLACEHOLDER) -> httpx.Request:
         """The request that `ask` would send, in the provider's own format, with the key. Raises ServerError."""
 
         def catch(request: httpx.Request) -> Any:
-            raise _Caught(request)
+            raise _CaughtRequest(request)
 
         try:
             self._once(body, catch)
-        except _Caught as caught:
+        except _CaughtRequest as caught:
             return caught.request
-        except BrokenOff as error:
+        except IncompleteReply as error:
             raise ServerError(str(error), error.status) from None
         raise ServerError(f"litellm sends the requests of {self.provider} in a way that cannot be followed")
 
@@ -109,14 +109,16 @@ class Provider:
         import httpx
 
         try:
-            return self._once(_ANY, lambda request: httpx.Response(200, json=reply))
-        except BrokenOff as error:
+            return self._once(_PLACEHOLDER, lambda request: httpx.Response(200, json=reply))
+        except IncompleteReply as error:
             raise ServerError(str(error), error.status) from None
 
-    def sent(self, body: Mapping[str, Any]) -> dict[str, Any]:
+    def full_body(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The body of a request with the common parameters, without those that the provider refuses."""
         common = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
-        return self.connection.manners.fit({n: value for n, value in (common | {**body}).items() if value is not None})
+        return self.connection.parameter_filter.fit(
+            {n: value for n, value in (common | {**body}).items() if value is not None}
+        )
 
     def _once(
         self, body: Mapping[str, Any], answer: Callable[[httpx.Request], httpx.Response] | None = None
@@ -124,24 +126,24 @@ class Provider:
         """One request without retries. If `answer` is given, it replies in place of the provider."""
         import openai
 
-        litellm, manners = _litellm(), self.connection.manners
-        how = self._how() | ({"client": _client(answer)} if answer else {})
+        litellm, parameter_filter = _litellm(), self.connection.parameter_filter
+        how = self._options() | ({"client": _client(answer)} if answer else {})
         while True:
-            sent = self.sent(body)
+            sent = self.full_body(body)
             try:
                 return litellm.completion(model=self.model, **how, **sent).model_dump()
             except openai.APIError as error:  # litellm's errors are subclasses
                 status = getattr(error, "status_code", None)
                 refusal = self.hide(str(error))[:SHOWN]
-                if status in INVALID and manners.learn(refusal, sent):
+                if status in INVALID and parameter_filter.learn(refusal, sent):
                     continue
                 said = f"{self.model} said {status or 'nothing'}: {refusal}"
                 if is_busy(status) or isinstance(error, openai.APIConnectionError):
                     headers = getattr(error, "litellm_response_headers", None)
-                    raise BrokenOff(said, status, pause_in(headers or {}, str(error))) from None
+                    raise IncompleteReply(said, status, pause_in(headers or {}, str(error))) from None
                 raise ServerError(said, status) from None
 
-    def _how(self) -> dict[str, Any]:
+    def _options(self) -> dict[str, Any]:
         # No retries by litellm: they come without a pause.
         how: dict[str, Any] = {"timeout": self.timeout, "num_retries": 0, "max_retries": 0}
         how |= {"api_base": self.url} if self.url else {}

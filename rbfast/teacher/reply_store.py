@@ -6,7 +6,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from rbfast.teacher.budget import Purse
+from rbfast.teacher.budget import Budget
 from rbfast.teacher.chat_reply import is_cut
 from rbfast.teacher.jobs import Job
 from rbfast.utils.files import Journal
@@ -17,14 +17,14 @@ _REPLY |= {"prompt_tokens": int, "completion_tokens": int}
 
 
 class ReplyStore:
-    """The replies in a file, charged to `purse`. Stored replies to `jobs` show by how much the teacher exceeds limits.
+    """The replies in a file, charged to `budget`. Stored replies to `jobs` show by how much the teacher exceeds limits.
 
     Raises:
         ValueError: the file holds something else.
     """
 
-    def __init__(self, path: Path, purse: Purse, jobs: Sequence[Job]) -> None:
-        self.purse = purse
+    def __init__(self, path: Path, budget: Budget, jobs: Sequence[Job]) -> None:
+        self.budget = budget
         self._journal = Journal(path)
         self._found: dict[str, dict[str, Any]] = {}
         self._whole: dict[str, dict[str, Any]] = {}  # replies that were not cut, by their jobs' `unlimited`
@@ -34,7 +34,7 @@ class ReplyStore:
             self._keep(record)
         for job in jobs:
             if (record := self._found.get(job.key)) is not None:
-                purse.learn(job.worst(), record["prompt_tokens"], record["completion_tokens"])
+                budget.learn(job.worst_case(), record["prompt_tokens"], record["completion_tokens"])
 
     def __len__(self) -> int:
         return len(self._found)
@@ -54,7 +54,7 @@ class ReplyStore:
         self._journal.append([record])
         self._keep(record)
         if worst is not None:
-            self.purse.learn(worst, record["prompt_tokens"], record["completion_tokens"])
+            self.budget.learn(worst, record["prompt_tokens"], record["completion_tokens"])
         if record.get("hides_thinking"):
             self._warn(
                 "the teacher counts tokens of thinking, but sends none: traces hold only what it writes after; servers "
@@ -70,7 +70,7 @@ class ReplyStore:
         self._found[record["key"]] = record
         if isinstance(unlimited := record.get("unlimited"), str) and not is_cut(record["finish_reason"]):
             self._whole[unlimited] = record
-        self.purse.pay(record["prompt_tokens"], record["completion_tokens"])
+        self.budget.pay(record["prompt_tokens"], record["completion_tokens"])
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:

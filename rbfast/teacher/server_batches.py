@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rbfast.teacher.batch_api import Look, Report, Request, Result, parse_line
-from rbfast.teacher.client import BrokenOff, Server, ServerError, is_busy
+from rbfast.teacher.batch_api import BatchStatus, Report, Request, Result, parse_line
+from rbfast.teacher.client import IncompleteReply, Server, ServerError, is_busy
 from rbfast.teacher.jobs import CHAT, Job
 
 _RUNNING = {"validating", "in_progress", "finalizing", "cancelling"}
@@ -22,14 +22,14 @@ class ServerBatches:
         self.teacher, self.url = server, server.url
 
     def request(self, job: Job) -> Request:
-        body = self.teacher.sent(job.body())
+        body = self.teacher.full_body(job.body())
         line = {"custom_id": job.key, "method": "POST", "url": f"/v1{CHAT}", "body": body}
         return Request(job.key, json.dumps(line, ensure_ascii=False).encode())
 
     def prepare(self, requests: Sequence[Request]) -> dict[str, Any]:
         data = b"".join(request.data + b"\n" for request in requests)
         server = self.teacher
-        with server.errors("/files"):
+        with server.translated_errors("/files"):
             file = server.client().files.create(
                 file=("rbfast.jsonl", data), purpose="batch", extra_headers=server.headers()
             )
@@ -37,7 +37,7 @@ class ServerBatches:
 
     def create(self, ticket: dict[str, Any], requests: Sequence[Request]) -> str:
         try:
-            with self.teacher.errors("/batches"):
+            with self.teacher.translated_errors("/batches"):
                 # Without the SDK's retries: each could create another batch.
                 once = self.teacher.client().with_options(max_retries=0)
                 return once.batches.create(
@@ -48,16 +48,16 @@ class ServerBatches:
                 ).id
         except ServerError as error:
             if error.status is None or is_busy(error.status):
-                raise BrokenOff(str(error), error.status) from None
+                raise IncompleteReply(str(error), error.status) from None
             raise
 
     def find(self, ticket: dict[str, Any], report: Report) -> str | None:
-        with self.teacher.errors("/batches"):
+        with self.teacher.translated_errors("/batches"):
             recent = self.teacher.client().batches.list(limit=100, extra_headers=self.teacher.headers()).data
         return next((batch.id for batch in recent if batch.input_file_id == ticket["file"]), None)
 
-    def look(self, batch: str) -> Look:
-        with self.teacher.errors(f"/batches/{batch}"):
+    def poll(self, batch: str) -> BatchStatus:
+        with self.teacher.translated_errors(f"/batches/{batch}"):
             found = self.teacher.client().batches.retrieve(batch, extra_headers=self.teacher.headers())
         counts = found.request_counts
         done, total = (counts.completed + counts.failed, counts.total) if counts else (None, None)
@@ -65,20 +65,20 @@ class ServerBatches:
         if ended and found.status != "completed":
             said = "; ".join(str(error.message) for error in (found.errors and found.errors.data) or [])
             fault = self.teacher.hide(f"the batch {batch} has the status {found.status}{': ' + said if said else ''}")
-        return Look(batch, found.status, ended, done, total, fault, found)
+        return BatchStatus(batch, found.status, ended, done, total, fault, found)
 
-    def results(self, look: Look) -> Iterator[Result]:
-        for line in self._lines(look):
+    def results(self, state: BatchStatus) -> Iterator[Result]:
+        for line in self._lines(state):
             response, error = line.get("response") or {}, line.get("error")
             body, status = response.get("body"), response.get("status_code")
             whole = status == 200 and isinstance(body, dict) and not error
             said = "" if whole else self.teacher.hide(json.dumps(error or body, ensure_ascii=False, default=str))
             yield Result(line["custom_id"], body if whole else None, status, said)
 
-    def _lines(self, look: Look) -> Iterator[dict[str, Any]]:
+    def _lines(self, state: BatchStatus) -> Iterator[dict[str, Any]]:
         server = self.teacher
-        for file in filter(None, (look.said.output_file_id, look.said.error_file_id)):
-            with server.errors(f"/files/{file}/content"):
+        for file in filter(None, (state.said.output_file_id, state.said.error_file_id)):
+            with server.translated_errors(f"/files/{file}/content"):
                 text = server.client().files.content(file, extra_headers=server.headers()).text
             for line in filter(str.strip, text.split("\n")):
                 yield parse_line(line, "custom_id", f"{server.url}/files/{file}", server)

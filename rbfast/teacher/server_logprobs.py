@@ -20,7 +20,7 @@ from rbfast.data.chat_template import format_prompt
 from rbfast.data.instruction import Instruction
 from rbfast.data.signal_store import SignalStore
 from rbfast.data.trace import Trace
-from rbfast.teacher.align import Piece, align, byte_spans, ids_by_bytes, shared_length, spelled, token_bytes
+from rbfast.teacher.align import Piece, align, byte_spans, ids_by_bytes, shared_length, spellings, token_bytes
 from rbfast.teacher.client import Server, ServerError
 from rbfast.teacher.logprobs import NOTHING_SHARED, PendingTrace, Progress, TokenizersDiffer, pending_traces
 
@@ -99,7 +99,7 @@ class _Reader:
         trace (it may be too long), as a ServerError."""
         try:
             found = self._by_ids(task) if self.dialect == "vllm" and not self.align else self._by_text(task)
-            return _table(found, self.k) if found else NOTHING_SHARED
+            return _top_k_table(found, self.k) if found else NOTHING_SHARED
         except TokenizersDiffer:
             raise
         except ServerError as error:
@@ -146,7 +146,7 @@ class _Reader:
         shift = len(opening.encode())
         bounds = byte_spans([piece.written for piece in pieces], opening.encode() + text)
         theirs = [(start - shift, end - shift) for start, end in bounds]
-        student = byte_spans(spelled(self.tokenizer, task.written), text)
+        student = byte_spans(spellings(self.tokenizer, task.written), text)
         rows = align(student, theirs, pieces, self.ids)
         if not self.align and len(rows) < len(student):
             raise TokenizersDiffer(
@@ -209,7 +209,9 @@ def _echo_pieces(said: dict[str, Any]) -> Iterator[Piece]:
         yield Piece(token.encode(), [(other.encode(), value) for other, value in (top or {}).items()])
 
 
-def _table(found: Sequence[tuple[int, list[int], list[float]]], k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _top_k_table(
+    found: Sequence[tuple[int, list[int], list[float]]], k: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """rows [n], ids and logprobs [n, k]: the best k of each row. Servers may list the actual token as one more."""
     rows = np.array([row for row, _, _ in found])
     table = np.zeros((len(found), k), dtype=np.int64), np.full((len(found), k), -np.inf)
@@ -235,7 +237,9 @@ def add_reply_logprobs(
     if not tasks:
         return refused[0][1] if refused else None
     [task], tokens = tasks, token_bytes(tokenizer)
-    pieces = [Piece(_raw(token), [(_raw(other), value) for other, value in top]) for token, top in reply["logprobs"]]
+    pieces = [
+        Piece(_to_bytes(token), [(_to_bytes(other), value) for other, value in top]) for token, top in reply["logprobs"]
+    ]
     # The listed tokens may be more than the text: many servers include the thinking and the end of turn.
     said, completion = b"".join(piece.written for piece in pieces), task.reply.text.encode()
     reasoning = trace.reasoning.strip().encode()
@@ -247,7 +251,7 @@ def add_reply_logprobs(
     shared = shared_length(said[start:], completion[opening:])
     theirs = [(a - start + opening, b - start + opening) for a, b in byte_spans([p.written for p in pieces], said)]
     try:
-        ours = byte_spans(spelled(tokenizer, task.written), completion)
+        ours = byte_spans(spellings(tokenizer, task.written), completion)
     except ValueError as error:
         return str(error)
     rows = [
@@ -257,9 +261,9 @@ def add_reply_logprobs(
     ]
     if not rows:
         return NOTHING_SHARED
-    store.add(task.example, *_table(rows, store.k))
+    store.add(task.example, *_top_k_table(rows, store.k))
     return None
 
 
-def _raw(letters: str) -> bytes:
+def _to_bytes(letters: str) -> bytes:
     return letters.encode("latin-1")

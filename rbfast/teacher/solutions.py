@@ -30,7 +30,7 @@ from rbfast.grading.grade import Problem, grade
 from rbfast.grading.tasks import load_problems
 from rbfast.teacher.asking import ask_all
 from rbfast.teacher.batch import BATCH, ask_in_batches
-from rbfast.teacher.budget import FREE, Prices, Purse
+from rbfast.teacher.budget import FREE, Budget, Prices
 from rbfast.teacher.chat_reply import fault_of_finish
 from rbfast.teacher.client import ServerError
 from rbfast.teacher.jobs import Job, Question, Teacher
@@ -159,25 +159,25 @@ def teach(
         body |= {"logprobs": True, "top_logprobs": top_logprobs}
     jobs = [Job(question, sample, server, system, body) for question in questions for sample in range(samples)]
     with holding(out):
-        return _teach(server, jobs, out, Purse(prices, max_cost, max_total_tokens), batch, concurrency, progress)
+        return _teach(server, jobs, out, Budget(prices, max_cost, max_total_tokens), batch, concurrency, progress)
 
 
 def _teach(
     server: Teacher,
     jobs: Sequence[Job],
     out: Path,
-    purse: Purse,
+    budget: Budget,
     batch: bool,
     concurrency: int,
     progress: Callable[[int, int, str], None] | None,
 ) -> Taught:
-    store = ReplyStore(out / REPLIES, purse, jobs)
+    store = ReplyStore(out / REPLIES, budget, jobs)
     todo = store.missing(jobs)
     wanted = len(store) + len(todo)
 
     def report(state: str = "") -> None:
         if progress:
-            progress(len(store), wanted, ", ".join(filter(None, [state, store.purse.words()])) + _retries(server))
+            progress(len(store), wanted, ", ".join(filter(None, [state, store.budget.describe()])) + _retries(server))
 
     if not batch and (out / BATCH).exists():
         raise ValueError(f"{out / BATCH} names a batch under way: ask in batches again, or choose another folder")
@@ -221,10 +221,10 @@ def _collect(jobs: Sequence[Job], store: ReplyStore, reason: str | None, out: Pa
             used.append(reply)
         except TraceError as error:
             failed.append({"problem": job.question.text, "sample": job.sample, "reason": str(error), "key": job.key})
-    missing, purse = len(store.missing(jobs)), store.purse
+    missing, budget = len(store.missing(jobs)), store.budget
     why = reason if missing else None
     first = failed[0]["reason"] if failed else None
-    taught = Taught(traces, used, len(failed), missing, why, purse.read, purse.written, purse.cost, first)
+    taught = Taught(traces, used, len(failed), missing, why, budget.read, budget.written, budget.cost, first)
     write_records(out / TRACES, map(record_of, traces, used))
     write_text(out / FAILED, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in failed))
     write_text(out / SUMMARY, json.dumps(taught.summary(), indent=1))

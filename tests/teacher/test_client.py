@@ -9,7 +9,7 @@ from fake_api import Answer, answering, chat_reply, events
 from guides import make_guide
 
 from rbfast.inference.remote import chat, write
-from rbfast.teacher.client import BrokenOff, ServerError
+from rbfast.teacher.client import IncompleteReply, ServerError
 
 ASKED = {"messages": [{"role": "user", "content": "2 + 2?"}], "max_tokens": 50}
 GOOD = chat_reply("4")
@@ -154,7 +154,7 @@ def test_a_chunk_that_is_no_object_breaks_the_stream_off(chunk):
     with answering(Answer(text, headers={"Content-Type": "text/event-stream"})) as api:
         found = api.client().stream("/completions", {"prompt": "Q"})
         assert next(found) == piece("So.")
-        with pytest.raises(BrokenOff, match="expected JSON objects"):
+        with pytest.raises(IncompleteReply, match="expected JSON objects"):
             next(found)
 
 
