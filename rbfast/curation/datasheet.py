@@ -21,7 +21,7 @@ from rbfast.curation.assess import RIGHT, UNVERIFIED, WRONG
 from rbfast.curation.ledger import Ledger
 from rbfast.curation.quality import Quality
 from rbfast.report.html import dropped_because, escape, page, picture, remark, stages_table, table
-from rbfast.report.plots import AFTER, BEFORE, plain
+from rbfast.report.plots import AFTER, BEFORE, plot_label
 from rbfast.utils.files import write_text
 
 _BINS = 20
@@ -185,7 +185,7 @@ def _picture(draw: Callable[[Axes, Any], None], data: Any, title: str) -> str:
 def _draw_stages(axes: Axes, stages: Sequence[Mapping[str, Any]]) -> None:
     dropped = [(f"{s['stage']}: {reason}", count) for s in stages for reason, count in s["dropped"].items()]
     bars = [*dropped, ("selected", stages[-1]["out"])][::-1]
-    names = [plain(name) for name, _ in bars]
+    names = [plot_label(name) for name, _ in bars]
     drawn = axes.barh(range(len(bars)), [count for _, count in bars], color=[AFTER] + [BEFORE] * len(dropped))
     axes.bar_label(drawn, padding=3, fontsize=8)
     axes.set_yticks(range(len(bars)), names, fontsize=8)
@@ -205,7 +205,7 @@ def _draw_domains(axes: Axes, domains: Sequence[Mapping[str, Any]]) -> None:
         axes.bar(
             np.arange(len(shown)) + offset, share, width=0.38, color=colour, label="selected" if key == "after" else key
         )
-    names = [f"{plain(domain['domain'])}\n{domain['after']} of {domain['eligible']}" for domain in shown]
+    names = [f"{plot_label(domain['domain'])}\n{domain['after']} of {domain['eligible']}" for domain in shown]
     axes.set_xticks(range(len(shown)), names, rotation=45, ha="right", fontsize=8)
     axes.set(ylabel="share of items (%)")
     axes.legend(frameon=False)

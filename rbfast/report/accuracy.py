@@ -15,7 +15,7 @@ from rbfast.report.read_run import (
     compare,
     families,
     main_measurement,
-    share_right,
+    share_correct,
     task_name,
 )
 
@@ -80,19 +80,19 @@ def by_budget(run: RunFolder) -> Iterator[str]:
     if measured is None:
         yield remark(NOTHING_MEASURED)
         return
-    curves = _over_limits([other for other in run.measurements if other.drawn == measured.drawn])
+    curves = _by_limit([other for other in run.measurements if other.drawn == measured.drawn])
     if curves:
         yield picture(draw_budgets(curves), "Share solved by limit of tokens")
         yield remark("Each point is an evaluation of its own, over the problems that all of them have.")
     else:
-        yield picture(draw_budgets(_within(measured)), "Share solved within so many tokens")
+        yield picture(draw_budgets(_within_budgets(measured)), "Share solved within so many tokens")
         yield remark(
             f"Counted from one evaluation ({_limit(measured)}): right, and finished within the budget. "
             "Evaluations with other limits (`rbfast eval --max-new-tokens`) in the folder would be drawn in its place."
         )
 
 
-def _over_limits(measurements: Sequence[Measurement]) -> dict[str, dict[int, Interval]]:
+def _by_limit(measurements: Sequence[Measurement]) -> dict[str, dict[int, Interval]]:
     """For each side that was evaluated under several limits, the share solved under each."""
     curves: dict[str, dict[int, Interval]] = {}
     for side in ("before", "after"):
@@ -103,13 +103,13 @@ def _over_limits(measurements: Sequence[Measurement]) -> dict[str, dict[int, Int
         shared = [problem for problem in first if all(problem in items for items in others)]
         if shared:
             curves[side] = {
-                limit: proportion([share_right(items[problem]) for problem in shared])
+                limit: proportion([share_correct(items[problem]) for problem in shared])
                 for limit, items in by_limit.items()
             }
     return curves
 
 
-def _within(measured: Measurement) -> dict[str, dict[int, Interval]]:
+def _within_budgets(measured: Measurement) -> dict[str, dict[int, Interval]]:
     """For each side, the share solved within each budget, up to the limit or the longest completion."""
     sides = {"before": measured.before, "after": measured.after}
     lengths = [record["tokens"] for items in sides.values() for found in items.values() for record in found]

@@ -20,14 +20,14 @@ def examples(run: RunFolder) -> Iterator[str]:
         return
     roles = " ".join(f'<span class="{role}">{role}</span>' for role in ROLES)
     yield f"<p>Colours are the roles that the splitter reads in the text: {roles}.</p>"
-    chosen = _chosen(measured)
+    chosen = _choose_problems(measured)
     if not chosen:
         yield remark("No problem was measured both before and after the training.")
     for number, problem in enumerate(chosen):
         yield _example(problem, measured, opened=number < _OPEN_EXAMPLES)
 
 
-def _chosen(measured: Measurement) -> list[tuple[str, str]]:
+def _choose_problems(measured: Measurement) -> list[tuple[str, str]]:
     """The first problem of every task that was gained, then that was lost, was never solved, was always solved."""
     after = measured.after or measured.before
     before = measured.before or after
@@ -59,10 +59,10 @@ def _verdict(record: Record) -> str:
 def _completion(side: str, record: Record) -> str:
     cut = ", cut at the limit" if record["truncated"] else ""
     title = f"{side}: {_verdict(record)}, {record['tokens']:,} tokens{cut}"
-    return f'<div><b>{title}</b><div class="text">{_coloured(record)}</div></div>'
+    return f'<div><b>{title}</b><div class="text">{_colour_roles(record)}</div></div>'
 
 
-def _coloured(record: Record) -> str:
+def _colour_roles(record: Record) -> str:
     """The completion coloured by role, with each intervention marked in its place, with the text that it struck."""
     text = record["completion"]
     marks: dict[int, str] = {}

@@ -151,7 +151,7 @@ def _map_figure(layers: int, kinds: int, beside: float) -> Figure:
 
 
 def _name_ticks(axes: Axes, layers: Sequence[int], kinds: Sequence[str]) -> None:
-    axes.set_xticks(range(len(kinds)), [plain(kind.rpartition(".")[2]) for kind in kinds], rotation=30, ha="right")
+    axes.set_xticks(range(len(kinds)), [plot_label(kind.rpartition(".")[2]) for kind in kinds], rotation=30, ha="right")
     ticks = range(0, len(layers), max(1, len(layers) // 10))
     axes.set_yticks(ticks, [str(layers[tick]) for tick in ticks])
     axes.set(ylabel="layer")
@@ -191,7 +191,7 @@ def draw_accuracy(families: Sequence[Mapping[str, Any]]) -> Figure:
         gain, low, high = (100 * value for value in (row["after"] - row["before"], row["ci_low"], row["ci_high"]))
         top = 100 * max(_interval(row[key], row["n"])[1] for key in ("before", "after"))
         axes.text(x, top + 1.5, f"{gain:+.0f}\n[{low:+.0f}, {high:+.0f}]", ha="center", va="bottom", fontsize=8)
-    names = [f"{plain(row['family'])}\nn={row['n']}" for row in families]
+    names = [f"{plot_label(row['family'])}\nn={row['n']}" for row in families]
     axes.set_xticks(range(len(families)), names, rotation=20, ha="right")
     axes.set(ylabel="solved (%)", ylim=(0, 118), title="Held-out accuracy before and after, 95% intervals")
     axes.set_yticks(range(0, 101, 20))
@@ -233,7 +233,7 @@ def draw_budgets(curves: Mapping[str, Mapping[int, Interval]]) -> Figure:
     return figure
 
 
-def plain(name: str) -> str:
+def plot_label(name: str) -> str:
     """A name for matplotlib: dollar signs escaped, on one line, at most 60 characters."""
     name = " ".join(name.split()).encode("utf-8", "replace").decode("utf-8").replace("$", r"\$")
     return name if len(name) <= 60 else name[:57] + "..."

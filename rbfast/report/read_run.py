@@ -119,7 +119,7 @@ def read_run(folder: str | Path) -> RunFolder:
 def families(measured: Measurement) -> list[Comparison]:
     """A comparison for each task, in the order of the files."""
     tasks = dict.fromkeys(task for items in (measured.before, measured.after) for task, _ in items)
-    return [compare(task, *(_of(task, items) for items in (measured.before, measured.after))) for task in tasks]
+    return [compare(task, *(_items_of(task, items) for items in (measured.before, measured.after))) for task in tasks]
 
 
 def compare(name: str, before: Items, after: Items) -> Comparison:
@@ -129,19 +129,19 @@ def compare(name: str, before: Items, after: Items) -> Comparison:
     """
     shared = [problem for problem in before if problem in after]
     if shared:
-        first, second = ([share_right(items[problem]) for problem in shared] for items in (before, after))
+        first, second = ([share_correct(items[problem]) for problem in shared] for items in (before, after))
         return Comparison(name, len(shared), proportion(first), proportion(second), paired_difference(first, second))
-    shares = [share_right(records) for records in (after or before).values()]
+    shares = [share_correct(records) for records in (after or before).values()]
     alone = proportion(shares) if shares else None
     return Comparison(name, len(shares), None if after else alone, alone if after else None, None)
 
 
-def share_right(records: list[Record]) -> float:
+def share_correct(records: list[Record]) -> float:
     """The share of a problem's completions that are right."""
     return sum(record["correct"] for record in records) / len(records)
 
 
-def _of(task: str, items: Items) -> Items:
+def _items_of(task: str, items: Items) -> Items:
     return {key: records for key, records in items.items() if key[0] == task}
 
 
@@ -165,11 +165,12 @@ def _measurements(folder: Path) -> list[Measurement]:
     for path in sorted(folder.glob("*.jsonl")):
         if path.name != SKIPPED and _holds_results(path):
             for where, record in json_lines(path, _RESULT):
-                before, after = sides.setdefault((_limit(record, where), _drawn(record, where)), ({}, {}))
+                before, after = sides.setdefault((_limit(record, where), _sampling_label(record, where)), ({}, {}))
                 items = before if path.name.startswith("before") else after
                 items.setdefault((record["task"], record["problem"]), []).append(record)
     found = [
-        Measurement(_met(pair) if limit is None else limit, *pair, drawn) for (limit, drawn), pair in sides.items()
+        Measurement(_inferred_limit(pair) if limit is None else limit, *pair, drawn)
+        for (limit, drawn), pair in sides.items()
     ]
     return sorted(found, key=lambda measured: (measured.limit or 0, measured.drawn))
 
@@ -191,7 +192,7 @@ def _limit(record: Record, where: str) -> int | None:
     return int(decoding["max_new_tokens"])
 
 
-def _drawn(record: Record, where: str) -> str:
+def _sampling_label(record: Record, where: str) -> str:
     decoding = record.get("decoding") or {}
     check_some(decoding, {"samples": int, "temperature": _NUMBER}, f"{where}: decoding")
     samples, temperature = decoding.get("samples", 1), decoding.get("temperature", 0)
@@ -200,7 +201,7 @@ def _drawn(record: Record, where: str) -> str:
     return f"{samples} sample{'s' if samples > 1 else ''} at temperature {temperature:g}"
 
 
-def _met(sides: Iterable[Items]) -> int | None:
+def _inferred_limit(sides: Iterable[Items]) -> int | None:
     """The token limit, if it was not recorded: the length of the longest truncated completion."""
     records = (record for items in sides for found in items.values() for record in found)
     return max((record["tokens"] for record in records if record["truncated"]), default=None)

@@ -86,7 +86,7 @@ def _overview(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
         "placement",
         "base model",
     )
-    rows = [(name, *_at_a_glance(run)) for name, run in zip(names, runs, strict=True)]
+    rows = [(name, *_overview_row(run)) for name, run in zip(names, runs, strict=True)]
     links = " · ".join(f'<a href="#run{number}">{escape(name)}</a>' for number, name in enumerate(names))
     note = remark(
         "Losses are means of the last tenth of the steps that had such tokens. "
@@ -95,7 +95,7 @@ def _overview(runs: Sequence[RunFolder], names: Sequence[str]) -> str:
     return f"{table(header, rows)}{note}<p>{links}</p>"
 
 
-def _at_a_glance(run: RunFolder) -> list[Any]:
+def _overview_row(run: RunFolder) -> list[Any]:
     measured = main_measurement(run)
     solved = compare("all", measured.before, measured.after) if measured else Comparison("all", 0, None, None, None)
     return [
@@ -109,7 +109,7 @@ def _at_a_glance(run: RunFolder) -> list[Any]:
         run.log[-1]["step"] if run.log else None,
         *(_last_loss(run, role) for role in ROLES),
         _held_out_loss(run),
-        _values(run.adapter) if run.adapter else None,
+        _trained_values(run.adapter) if run.adapter else None,
         run.settings.get("placement"),
         _base_model(run),
     ]
@@ -132,7 +132,7 @@ def _base_model(run: RunFolder) -> str:
     return hub_id_of(name) or (Path(name).name if Path(name).is_absolute() else name)
 
 
-def _values(adapter: AdapterConfig) -> int:
+def _trained_values(adapter: AdapterConfig) -> int:
     return sum(matrix.values for matrix in adapter.modules.values())
 
 
@@ -209,7 +209,9 @@ def _placement(run: RunFolder) -> Iterator[str]:
         yield remark(f"No {CONFIG_FILE} in the folder: the adapter is not there.")
         return
     matrices = run.adapter.modules
-    budget = f"{_values(run.adapter):,} trained values in {len(matrices):,} matrices: {_trainable(run)} of the base."
+    budget = (
+        f"{_trained_values(run.adapter):,} trained values in {len(matrices):,} matrices: {_trainable(run)} of the base."
+    )
     yield f"<p>{escape(budget)} Columns were placed by: {escape(run.adapter.placement)}.</p>"
     placed = {name: {"columns": m.support, "values": m.values, "in": m.in_features} for name, m in matrices.items()}
     yield picture(draw_placement(placed), "Share of input columns trained, by layer and matrix")

@@ -92,8 +92,8 @@ def test_the_legend_covers_no_gain():
 
 
 def test_names_are_drawn_as_they_stand():
-    assert plots.plain("a\n$x$ \ud83d") == r"a \$x\$ ?"
-    assert len(plots.plain("x" * 100)) == 60
+    assert plots.plot_label("a\n$x$ \ud83d") == r"a \$x\$ ?"
+    assert len(plots.plot_label("x" * 100)) == 60
 
 
 def test_modules_are_placed_by_their_first_number():

@@ -166,7 +166,7 @@ def test_limits_make_a_curve_of_budgets(tmp_path: Path) -> None:
     )
     measurements = read_run(run).measurements
     assert [measured.limit for measured in measurements] == [64, 128, 256]
-    curves = accuracy._over_limits(measurements)
+    curves = accuracy._by_limit(measurements)
     assert {side: {limit: share.mean for limit, share in curve.items()} for side, curve in curves.items()} == {
         "after": {64: 3 / 8, 128: 5 / 8, 256: 7 / 8}
     }
@@ -200,7 +200,7 @@ def test_one_limit_is_counted_within(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", **{"after.jsonl": lines([*results(6), cut])}))
     [measured] = run.measurements
     assert measured.limit == 100
-    curve = accuracy._within(measured)["after"]
+    curve = accuracy._within_budgets(measured)["after"]
     assert max(curve) == 100 and curve[100].mean == 12 / 17
     assert curve[min(curve)].mean == 0
     assert curve[41].mean == 4 / 17
@@ -220,12 +220,12 @@ def test_examples_show_what_was_gained_first_and_what_was_lost(tmp_path: Path) -
         )
     )
     [measured] = run.measurements
-    assert [problem for _, problem in examples._chosen(measured)] == [
+    assert [problem for _, problem in examples._choose_problems(measured)] == [
         f"Problem {number} of legs?" for number in (3, 2, 1, 0)
     ]
     (tmp_path / "run" / "after.jsonl").unlink()
     [measured] = read_run(tmp_path / "run").measurements
-    assert len(examples._chosen(measured)) == 2
+    assert len(examples._choose_problems(measured)) == 2
     (tmp_path / "run" / "after.jsonl").write_text(lines([record(9, True)]))
     assert "No problem was measured both before and after" in page_of(tmp_path / "run")
 
@@ -236,14 +236,14 @@ def test_completions_keep_their_text_and_show_interventions() -> None:
         {"kind": "wrap up", "at": 12, "struck": ""},
         {"kind": "close", "at": 999, "struck": ""},
     ]
-    coloured = examples._coloured(record(0, True, events=events))
+    coloured = examples._colour_roles(record(0, True, events=events))
     without = re.sub(r"<(mark|del)>.*?</\1>", "", coloured)
     assert html.unescape(re.sub(r"<[^>]+>", "", without)) == THOUGHT
     assert "<mark>wait</mark><del>so &lt;b&gt;</del><mark>wrap up</mark>" in coloured
     assert coloured.endswith("<mark>close</mark>")
     assert {"strategic", "tactical", "answer"} == set(re.findall(r'class="(\w+)"', coloured))
     assert html.unescape(re.sub(r"<[^>]+>", "", coloured.split("<mark>wait")[0])) == THOUGHT[:12]
-    assert examples._coloured(record(0, True, completion="")) == ""
+    assert examples._colour_roles(record(0, True, completion="")) == ""
 
 
 # ------------------------------------------------------------------------------------------------- what it is given
