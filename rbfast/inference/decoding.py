@@ -81,14 +81,14 @@ def complete(
             steering = Steering(len(rows), greedy["eos_token_id"], model.device)
             decode(model, [encoded[i] for i in rows], greedy, max_new_tokens, steering)
             for row, written in zip(rows, steering.written, strict=True):
-                text = text_of(tokenizer, written)
+                text = decode_text(tokenizer, written)
                 completions[row] = Completion(text, len(written), written[-1] not in greedy["eos_token_id"])
             if progress is not None:
                 progress(len(completions), len(encoded))
     return [completions[i] for i in range(len(prompts))]
 
 
-def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """The text of generated tokens, without special tokens except those around the thinking."""
     found, special = thinking_format(tokenizer), set(tokenizer.all_special_ids)
     marks = set(tokenizer(found.opener + found.closer, add_special_tokens=False).input_ids) if found.thinks else set()
@@ -143,7 +143,7 @@ def greedy_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     return {"do_sample": False, "repetition_penalty": 1.0, "eos_token_id": sorted(stops), "pad_token_id": pad}
 
 
-class _RoomyLayer(DynamicLayer):
+class _PreallocatedLayer(DynamicLayer):
     """A cache layer with preallocated room.
 
     Its parent copies the whole cache at every token, which on a CPU costs more than the model's matrix products.
@@ -191,7 +191,7 @@ def new_cache(model: PreTrainedModel) -> Cache | None:
     if any(hasattr(layer, "conv_states") for layer in cache.layers):
         return None
     if all(type(layer) is DynamicLayer for layer in cache.layers):
-        return Cache(layer_class_to_replicate=_RoomyLayer)
+        return Cache(layer_class_to_replicate=_PreallocatedLayer)
     return cache
 
 
@@ -289,12 +289,12 @@ def decode(
     Args:
         copies: rows per prompt, next to each other; the prompt is read once for all of them.
     """
-    with _plain_settings(model):
+    with _without_own_generation_config(model):
         _decode(model, _prefilled(model, prompts, settings["pad_token_id"], copies), settings, max_new_tokens, steering)
 
 
 @contextmanager
-def _plain_settings(model: PreTrainedModel) -> Iterator[None]:
+def _without_own_generation_config(model: PreTrainedModel) -> Iterator[None]:
     """Set the model's generation config aside, from which `generate` takes every argument that it is not given.
 
     A checkpoint saved after training often has `use_cache: false`, with which `generate` would read the whole text into
@@ -316,7 +316,7 @@ def _decode(
     left = max_new_tokens
     while len(batch.ids) and left > 0:
         config = GenerationConfig(**settings, max_new_tokens=left, return_dict_in_generate=True)
-        with _masked_ends_expected(batch):
+        with _without_padding_warning(batch):
             output = model.generate(  # type: ignore[operator]
                 batch.ids,
                 attention_mask=batch.mask,
@@ -341,7 +341,7 @@ def _decode(
 
 
 @contextmanager
-def _masked_ends_expected(batch: CachedBatch) -> Iterator[None]:
+def _without_padding_warning(batch: CachedBatch) -> Iterator[None]:
     """Suppress `generate`'s warning about right padding, if some rows end in masked tokens.
 
     Steering masks struck tokens. `given` sets the positions, and the next tokens are forced, so nothing depends on

@@ -281,13 +281,13 @@ class ServerSolver:
     def phrases(self) -> Phrases:
         """The markers of this model."""
         if self.tokenizer is None:
-            return Phrases(close=self._asked_for.opens, finish=self._asked_for.closes)
+            return Phrases(close=self._used_instruction.opens, finish=self._used_instruction.closes)
         from rbfast.inference.tokens import phrases_for
 
         return phrases_for(self.tokenizer, self.instruction)
 
     @property
-    def _asked_for(self) -> Instruction:
+    def _used_instruction(self) -> Instruction:
         if self.instruction is not None or self.tokenizer is None:
             return self.instruction or ANSWER
         return default_instruction(self.tokenizer)
@@ -314,7 +314,9 @@ class ServerSolver:
         vote = _RunningVote(sampling.samples, sampling.early_stop)
 
         def one(copy: int) -> Solution:
-            solution = self._one(problem, guide, self._asked(sampling, seed + copy), listen, vote.over.is_set)
+            solution = self._solve_sample(
+                problem, guide, self._server_for(sampling, seed + copy), listen, vote.over.is_set
+            )
             vote.take(solution.key)  # in this thread, before it starts the next sample in the queue
             return solution
 
@@ -325,12 +327,14 @@ class ServerSolver:
                     future.result()
             except ServerError as error:
                 vote.over.set()
-                raise ServerError(str(error), error.status, list(filter(None, map(_outcome, futures)))) from error
+                raise ServerError(
+                    str(error), error.status, list(filter(None, map(_partial_solution, futures)))
+                ) from error
             finally:
                 vote.over.set()  # end the running samples, also after an interrupt
         return [future.result() for future in futures]
 
-    def _one(
+    def _solve_sample(
         self,
         problem: str,
         guide: Guide,
@@ -345,20 +349,20 @@ class ServerSolver:
         except ServerError as error:
             if error.status not in _NO_COMPLETIONS:
                 raise
-            solution = chat(server, problem, guide, self._asked_for)
+            solution = chat(server, problem, guide, self._used_instruction)
             for kind, text in ((Phase.THINK, solution.thinking), (Phase.ANSWER, solution.answer)):
                 if listen and text:
                     listen(kind.value, text)
             return solution
 
-    def _asked(self, sampling: Sampling, seed: int) -> Server:
+    def _server_for(self, sampling: Sampling, seed: int) -> Server:
         """The server with the settings of the sampling."""
         top_p = sampling.top_p if sampling.top_p < 1 else None
         return replace(self.server, temperature=sampling.temperature, top_p=top_p, seed=seed)
 
     def _prompt(self, problem: str) -> str:
         if self.tokenizer is None:
-            asked = self._asked_for
+            asked = self._used_instruction
             return "".join(f"{text}\n\n" for text in (asked.system, asked.request(problem)) if text)
         return prompt_for(problem, self.tokenizer, self.instruction)
 
@@ -391,7 +395,7 @@ class _RunningVote:
                 self.over.set()
 
 
-def _outcome(future: Future[Solution]) -> Solution | None:
+def _partial_solution(future: Future[Solution]) -> Solution | None:
     """The solution of a sample, or what it had written when it failed; None if there is nothing."""
     error = future.exception()
     return error.partial if isinstance(error, ServerError) else None if error else future.result()

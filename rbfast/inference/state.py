@@ -89,7 +89,7 @@ class GuideState:
         self._probes: list[str] = []
         self._next_probe = self.limits.probe_every
         self._finish_cost = (self.count(self.phrases.finish) if self.phrases.finish else 0) + self.end_cost
-        self._limit = self._thinking_limit() if self._guarded else self.limits.budget
+        self._limit = self._thinking_limit() if self._wraps_up else self.limits.budget
         if self.limits.minimum > self._limit:
             raise ValueError(
                 f"minimum must fit into the budget, got {self.limits.minimum} of {self._limit} tokens of thinking "
@@ -120,17 +120,19 @@ class GuideState:
         """The tokens that the model may write before the next order at the latest."""
         if self.phase is Phase.THINK:
             return self._limit - self.spent
-        return self.limits.budget - self.spent - self._finish_cost if self._guarded else self.limits.budget - self.spent
+        return (
+            self.limits.budget - self.spent - self._finish_cost if self._wraps_up else self.limits.budget - self.spent
+        )
 
     @property
-    def _guarded(self) -> bool:
+    def _wraps_up(self) -> bool:
         return WRAP_UP in self.guide.interventions
 
     # ------------------------------------------------------------------------------------------------------- inputs
 
     def start(self) -> Order | None:
         """The order before the first token, if any: a budget that is all reserve leaves no thinking."""
-        return self._stop_thinking(WRAP_UP) if self._guarded and self.left < 1 else None
+        return self._stop_thinking(WRAP_UP) if self._wraps_up and self.left < 1 else None
 
     def write(self, text: str, tokens: int = 1, entropy: float | None = None, ended: bool = False) -> Order | None:
         """Process what the model wrote: `text`, of `tokens` tokens, from a distribution of `entropy` nats.
@@ -155,7 +157,7 @@ class GuideState:
 
     @property
     def probe_text(self) -> str:
-        return self._joined(self.phrases.close + self.phrases.probe, 0)
+        return self._with_separator(self.phrases.close + self.phrases.probe, 0)
 
     def probed(self, text: str, tokens: int) -> Order | None:
         """Process the model's reply to a probe, which cost `tokens` tokens (inserted and written, then discarded)."""
@@ -165,7 +167,7 @@ class GuideState:
         self._next_probe = self.spent - self.probed_tokens + self.limits.probe_every
         self._probes = [*self._probes, _first_answer(text, self.phrases.finish)][-self.limits.probe_agree :]
         stable = len(self._probes) == self.limits.probe_agree and len(set(self._probes)) == 1 and self._probes[0]
-        pays = self._guarded or self.spent + self.count(self._joined(self.phrases.close)) < self.limits.budget
+        pays = self._wraps_up or self.spent + self.count(self._with_separator(self.phrases.close)) < self.limits.budget
         return self._stop_thinking(STABLE) if stable and pays and self._kept >= self.limits.minimum else None
 
     # ----------------------------------------------------------------------------------------------------- thinking
@@ -180,7 +182,7 @@ class GuideState:
         self._remember_safe_place(text)
         self._look_for_loop(text)
         if self.left < 1:
-            return self._stop_thinking(WRAP_UP) if self._guarded else self._done(finished=False)
+            return self._stop_thinking(WRAP_UP) if self._wraps_up else self._done(finished=False)
         return self._at_sentence_end() if self._boundary.sentence_end and text else self._overdue()
 
     def _find_close(self, text: str) -> int | None:
@@ -192,7 +194,7 @@ class GuideState:
         return None if at < 0 else len(seen) - at - len(close)
 
     def _closed(self, rest: int) -> Order | None:
-        strike = self._back_over(self._marker_pieces(rest))
+        strike = self._pieces_to_strike(self._marker_pieces(rest))
         if self._kept < self.limits.minimum and (order := self._intervene(WAIT, self.phrases.wait, strike)):
             return order
         text, tokens = self._pieces[-1]
@@ -208,18 +210,18 @@ class GuideState:
             length += len(self._pieces[-pieces][0])
         return pieces
 
-    def _back_over(self, pieces: int) -> int:
+    def _pieces_to_strike(self, pieces: int) -> int:
         """The number of pieces to strike: the last `pieces`, or all since the last safe place if a formula is open."""
         return max(pieces, len(self._pieces) - self._safe) if self._boundary.open else pieces
 
     def _ended_thinking(self) -> Order | None:
         """Handle a turn that the model ended without an answer."""
-        strike = self._back_over(1)
+        strike = self._pieces_to_strike(1)
         if self._kept < self.limits.minimum and (order := self._intervene(WAIT, self.phrases.wait, strike)):
             return order
-        if not self._guarded:
+        if not self._wraps_up:
             return self._done(finished=True)
-        return self._put(CLOSE, self._joined(self.phrases.close, strike), strike, Phase.ANSWER)
+        return self._insert(CLOSE, self._with_separator(self.phrases.close, strike), strike, Phase.ANSWER)
 
     def _remember_safe_place(self, text: str) -> None:
         # A piece without text is part of a character, which must not be interrupted.
@@ -239,37 +241,37 @@ class GuideState:
         if self._met[key] < self.limits.loop_times or self._due is not None:
             return
         if OTHER in self.guide.interventions and self._used < self.limits.cap:
-            if self._cool:
+            if self._has_cooled_down:
                 self._due = OTHER, self.spent + _PATIENCE
-        elif self._guarded:
+        elif self._wraps_up:
             self._due = WRAP_UP, self.spent + _PATIENCE
 
     @property
-    def _cool(self) -> bool:
+    def _has_cooled_down(self) -> bool:
         return self.spent - self._last >= self.limits.cooldown
 
     def _at_sentence_end(self) -> Order | None:
         if self._average is not None:
             self.sentences.append(self._average)
         if self._due is not None:
-            return self._do_due()
-        if self._guarded and self.left <= self._limit // 16:
+            return self._run_due()
+        if self._wraps_up and self.left <= self._limit // 16:
             return self._stop_thinking(WRAP_UP)
         above = self.limits.verify_above
-        if above is not None and self._average is not None and self._average > above and self._cool:
+        if above is not None and self._average is not None and self._average > above and self._has_cooled_down:
             return self._intervene(VERIFY, self.phrases.verify, 0)
         return None
 
     def _overdue(self) -> Order | None:
-        return self._do_due() if self._due is not None and self.spent >= self._due[1] else None
+        return self._run_due() if self._due is not None and self.spent >= self._due[1] else None
 
-    def _do_due(self) -> Order | None:
+    def _run_due(self) -> Order | None:
         assert self._due is not None
         kind, _ = self._due
         self._due = None
         if kind == OTHER and (order := self._intervene(OTHER, self.phrases.other, len(self._pieces) - self._safe)):
             return order
-        return self._stop_thinking(WRAP_UP) if self._guarded else None
+        return self._stop_thinking(WRAP_UP) if self._wraps_up else None
 
     # ------------------------------------------------------------------------------------------------- interventions
 
@@ -277,19 +279,21 @@ class GuideState:
         """The order for an intervention, if it is on, below the cap, and within the budget for thinking."""
         if kind not in self.guide.interventions or self._used >= self.limits.cap:
             return None
-        joined = self._joined(text + "\n", strike)
+        joined = self._with_separator(text + "\n", strike)
         if self.spent + self.count(joined) >= self._limit:
             return None
         self._used += 1
-        return self._put(kind, joined, strike, Phase.THINK)
+        return self._insert(kind, joined, strike, Phase.THINK)
 
     def _stop_thinking(self, kind: str) -> Order:
         strike = len(self._pieces) - self._safe
         words = "" if kind == STABLE else f"{self.phrases.wrap_up}\n"
         opener = self.phrases.open if strike == len(self._pieces) else ""
-        return self._put(kind, opener + self._joined(words + self.phrases.close, strike), strike, Phase.ANSWER)
+        return self._insert(
+            kind, opener + self._with_separator(words + self.phrases.close, strike), strike, Phase.ANSWER
+        )
 
-    def _put(self, kind: str, text: str, strike: int, phase: Phase) -> Order:
+    def _insert(self, kind: str, text: str, strike: int, phase: Phase) -> Order:
         struck = self._pieces[len(self._pieces) - strike :]
         del self._pieces[len(self._pieces) - strike :]
         cost = self.count(text)
@@ -298,17 +302,17 @@ class GuideState:
         self._kept += cost - sum(tokens for _, tokens in struck)
         self.spent += cost
         self._last, self.phase = self.spent, phase
-        self._forget()
+        self._reset_tracking()
         return Order(kind, strike, text)
 
-    def _forget(self) -> None:
+    def _reset_tracking(self) -> None:
         """Reset what is tracked about the text: an inserted text starts anew."""
         self._boundary.restart(self._pieces[-1][0])
         self._safe, self._repair, self._tail, self._due = len(self._pieces), "", "", None
         self._recent.clear()
         self._met.clear()
 
-    def _joined(self, text: str, strike: int | None = None) -> str:
+    def _with_separator(self, text: str, strike: int | None = None) -> str:
         """`text` as it is inserted: after closing an open code fence, in a new paragraph."""
         strike = len(self._pieces) - self._safe if strike is None else strike
         kept = len(self._pieces) - strike
@@ -326,7 +330,7 @@ class GuideState:
         if ended:
             return self._done(finished=True)
         self.answer += text
-        if self.phrases.finish and self._guarded and self.phrases.finish in self.answer:
+        if self.phrases.finish and self._wraps_up and self.phrases.finish in self.answer:
             self.finished = True
             return self._finish("")
         return self._end_if_due()
@@ -334,7 +338,7 @@ class GuideState:
     def _end_if_due(self) -> Order | None:
         if self.left >= 1:
             return None
-        return self._finish(self.phrases.finish) if self._guarded else self._done(finished=False)
+        return self._finish(self.phrases.finish) if self._wraps_up else self._done(finished=False)
 
     def _finish(self, text: str) -> Order:
         self.answer += text

@@ -90,7 +90,7 @@ class GuidedSteering(Steering):
         self.ended = torch.tensor([state.done for state in states], device=model.device)
 
     def processors(self) -> LogitsProcessorList:
-        return LogitsProcessorList([_Choose(self)])
+        return LogitsProcessorList([_ForceTokens(self)])
 
     def choose(self, scores: torch.Tensor) -> torch.Tensor:
         """Edit the logits [rows, V], in place, so that a forced or drawn token is the only possible one of its row."""
@@ -152,7 +152,7 @@ class GuidedSteering(Steering):
             setattr(self, name, [item for i, item in enumerate(getattr(self, name)) if i in kept])
 
 
-class _Choose(LogitsProcessor):
+class _ForceTokens(LogitsProcessor):
     def __init__(self, steering: GuidedSteering):
         self.steering = steering
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from rbfast.data.chat_template import default_instruction, end_of_turn
 from rbfast.data.instruction import Instruction
 from rbfast.data.thinking import thinking_format
-from rbfast.inference.decoding import text_of
+from rbfast.inference.decoding import decode_text
 from rbfast.inference.guide import Guide, Phrases
 from rbfast.inference.solver import Solution
 from rbfast.inference.state import GuideState, Order, Phase
@@ -86,7 +86,7 @@ class TokenState:
         self.abandoned = False
         self._listen = listen
         self._stream = DecodeStream(skip_special_tokens=False)
-        self._obey(self.state.start())
+        self._carry_out(self.state.start())
 
     @property
     def done(self) -> bool:
@@ -110,13 +110,13 @@ class TokenState:
                 raise ValueError(f"expected a token of the queue, got {token}: feed tokens in order")
             return 0
         phase, ended = self.state.phase, token in self.vocabulary.stops
-        piece = "" if ended else self._text(token)
+        piece = "" if ended else self._decode(token)
         order = self.state.write(piece, 1, entropy, ended)
         if self._listen and piece:
             self._listen(phase.value, piece)
-        return self._obey(order)
+        return self._carry_out(order)
 
-    def _text(self, token: int) -> str:
+    def _decode(self, token: int) -> str:
         """The text that a token completes; empty inside a multi-token character."""
         backend = self.vocabulary.tokenizer.backend_tokenizer  # type: ignore[attr-defined]
         try:
@@ -130,9 +130,9 @@ class TokenState:
 
     def probed(self, text: str, tokens: int) -> int:
         """Process the reply to a probe; returns the number of tokens to strike."""
-        return self._obey(self.state.probed(text, tokens))
+        return self._carry_out(self.state.probed(text, tokens))
 
-    def _obey(self, order: Order | None) -> int:
+    def _carry_out(self, order: Order | None) -> int:
         if order is None:
             return 0
         if order.strike:
@@ -149,7 +149,7 @@ class TokenState:
         found = Solution.of(self.state)
         return replace(
             found,
-            text=text_of(self.vocabulary.tokenizer, self.ids),
+            text=decode_text(self.vocabulary.tokenizer, self.ids),
             ids=tuple(self.ids),
             tokens=found.tokens if not self.abandoned else self.written + found.probe_tokens,
             abandoned=self.abandoned,

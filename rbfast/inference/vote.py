@@ -41,13 +41,13 @@ def _counts(answers: Sequence[str | None]) -> dict[str, int]:
     """The votes for each group of equal answers, under the first one given, in that order."""
     counts: dict[str, int] = {}
     for answer, votes in Counter(answer for answer in answers if answer is not None).items():
-        group = next((first for first in counts if _agree(first, answer)), answer)
+        group = next((first for first in counts if _are_same_answer(first, answer)), answer)
         counts[group] = counts.get(group, 0) + votes
     return counts
 
 
 @functools.lru_cache(maxsize=4096)
-def _agree(first: str, answer: str) -> bool:
+def _are_same_answer(first: str, answer: str) -> bool:
     if is_number(first) and is_number(answer):
         return first == answer
     try:

@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 from tiny_models import attach, disturb, family
 
-from rbfast.inference.decoding import Completion, _plain_settings, complete, evaluating
+from rbfast.inference.decoding import Completion, _without_own_generation_config, complete, evaluating
 from rbfast.inference.guide import Guide, Limits
 from rbfast.inference.local import guided
 from rbfast.inference.solver import Sampling
@@ -125,7 +125,7 @@ def test_a_model_that_is_put_into_training_mode_meanwhile_decodes_in_evaluation_
 
 @contextlib.contextmanager
 def _decoding(model):
-    with evaluating(model), _plain_settings(model):
+    with evaluating(model), _without_own_generation_config(model):
         yield
 
 

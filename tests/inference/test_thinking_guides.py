@@ -9,7 +9,7 @@ from rbfast.data.instruction import ANSWER, BOXED, NONE
 from rbfast.data.thinking import thinking_format
 from rbfast.data.trace import Trace
 from rbfast.grading.grade import Problem, extract_answer, grade, without_tags
-from rbfast.inference.decoding import text_of
+from rbfast.inference.decoding import decode_text
 from rbfast.inference.guide import Guide, Limits
 from rbfast.inference.tokens import TokenState, Vocabulary, phrases_for
 
@@ -50,7 +50,7 @@ def test_what_was_trained_is_graded_right(name, instruction):
     tokenizer = tokenizer_of(name)
     thought = "The answer is 7.\n\\boxed{7}. No, it is 5." if thinking_format(tokenizer).thinks else "I add them."
     labels = encode(Trace("p", thought, "5"), tokenizer, instruction=instruction).labels
-    text = text_of(tokenizer, labels[labels != IGNORE])
+    text = decode_text(tokenizer, labels[labels != IGNORE])
     assert grade(Problem("", "p", "5", {}), text) == 1.0
     assert extract_answer(text) in ("5", None)
 
