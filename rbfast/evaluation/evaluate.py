@@ -80,7 +80,7 @@ class Result:
         return record
 
 
-Written = tuple[Completion, tuple[Event, ...]]
+Generated = tuple[Completion, tuple[Event, ...]]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Decoding:
 
     def write(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], batch_size: int
-    ) -> list[list[Written]]:
+    ) -> list[list[Generated]]:
         """`samples` completions of each problem, with a guide's interventions."""
         prompts = [format_prompt(p.question, tokenizer, self.instruction, system=p.system) for p in problems]
         if self.guide is None and self.temperature == 0 and self.samples == 1:
@@ -152,7 +152,7 @@ def evaluate(
     how = Decoding(**decoding)
     if keep is not None:
         check_output(keep)  # fail now, not after the first batch
-    store = _Store(Path(keep), how) if keep is not None else None
+    store = _ResultsFile(Path(keep), how) if keep is not None else None
     done = store.read(problems) if store else {}
     by_identity = {_identity(problem): problem for problem in problems}
     todo = [problem for identity, problem in by_identity.items() if identity not in done]
@@ -196,7 +196,7 @@ _RECORD: dict[str, Any] = {"task": str, "problem": str, "completion": str, "toke
 _RECORD |= {"score": (int, float), "sample": int}
 
 
-class _Store:
+class _ResultsFile:
     """A results file that grows by one batch at a time."""
 
     def __init__(self, path: Path, decoding: Decoding) -> None:

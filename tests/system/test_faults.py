@@ -19,7 +19,7 @@ from tiny_models import llama
 from tiny_runs import TOKENIZER, TRACES, run
 
 from rbfast.data.signal_store import SignalStore
-from rbfast.evaluation.evaluate import Decoding, Result, _Store
+from rbfast.evaluation.evaluate import Decoding, Result, _ResultsFile
 from rbfast.grading.grade import Problem
 from rbfast.inference.decoding import Completion
 from rbfast.teacher.solutions import teach
@@ -152,7 +152,7 @@ def test_a_broken_file_of_a_run_is_named(cut, tmp_path, monkeypatch, name, text)
 def test_results_of_half_a_problem_leave_the_file(tmp_path):
     how = Decoding(samples=2, temperature=1.0)
     problems = [Problem("t", name, "1", {}) for name in "ab"]
-    store = _Store(tmp_path / "results.jsonl", how)
+    store = _ResultsFile(tmp_path / "results.jsonl", how)
     results = [Result(problem, Completion("1", 1, False), 1.0, sample) for problem in problems for sample in (0, 1)]
     store.add(results)
     whole = (tmp_path / "results.jsonl").read_bytes()
