@@ -89,7 +89,7 @@ def format_options(args: argparse.Namespace) -> "FormatOptions":
     return FormatOptions(args.format, parse_map(args.map), args.teacher_field)
 
 
-def read_traces_aloud(args: argparse.Namespace, source: str, unreadable: Path) -> "list[Trace]":
+def read_and_report_traces(args: argparse.Namespace, source: str, unreadable: Path) -> "list[Trace]":
     """Read the traces of a source, print the formats of its rows to stderr, and list unreadable rows in a file."""
     from rbfast.data.readers import TraceReader
 
@@ -166,13 +166,13 @@ def load_model(args: argparse.Namespace, device: str | None = None) -> tuple[Any
     return model.to(torch.device(device)), tokenizer  # type: ignore[arg-type]
 
 
-def attach(model: Any, directory: str) -> Any:
+def attach_adapter(model: Any, directory: str) -> Any:
     from rbfast.adapter.sparse_adapter import SparseAdapter
 
     return SparseAdapter.from_pretrained(model, directory)
 
 
-def lines(result: dict[str, Any]) -> str:
+def format_lines(result: dict[str, Any]) -> str:
     return "\n".join(
         f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}"
         for name, value in result.items()

@@ -13,16 +13,16 @@ from rbfast.cli.common import (
     add_device,
     add_formats,
     add_instruction,
+    format_lines,
     format_options,
     instruction_of,
     json_object,
-    lines,
     load_model,
     output_file,
     output_folder,
     positive,
     print_result,
-    read_traces_aloud,
+    read_and_report_traces,
 )
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def run_teach(args: argparse.Namespace) -> int:
     from rbfast.teacher.solutions import FAILED, Prices, read_questions, teach
     from rbfast.utils.progress import bar
 
-    server = _teacher(args)
+    server = _make_teacher(args)
     extra = args.extra_body | ({"reasoning_effort": args.reasoning_effort} if args.reasoning_effort else {})
     questions = read_questions(args.source, args.n, args.seed, format_options(args))
     with bar("asking", args.json) as progress:
@@ -177,7 +177,7 @@ def run_teach(args: argparse.Namespace) -> int:
             args.out,
             samples=args.samples,
             max_tokens=args.max_tokens,
-            top_logprobs=_candidates(args) if args.student else 0,
+            top_logprobs=_top_k(args) if args.student else 0,
             concurrency=args.concurrency,
             prices=Prices(*args.prices or (0.0, 0.0)),
             max_cost=args.max_cost,
@@ -188,8 +188,8 @@ def run_teach(args: argparse.Namespace) -> int:
         )
     result = {"out": str(args.out)} | taught.summary()
     if args.student:
-        result["signals"] = _add_replies(args, taught)
-    text = lines(result)
+        result["signals"] = _add_reply_logprobs(args, taught)
+    text = format_lines(result)
     if taught.verdicts["wrong"]:
         text += "\nthe wrong answers are among the traces too (verified: false); rbfast curate leaves those out"
     if taught.failed:
@@ -198,7 +198,7 @@ def run_teach(args: argparse.Namespace) -> int:
     return 1 if taught.open else 0
 
 
-def _teacher(args: argparse.Namespace) -> Any:
+def _make_teacher(args: argparse.Namespace) -> Any:
     """The teacher that is asked for solutions."""
     common = {"timeout": args.timeout, "temperature": args.temperature, "seed": args.seed}
     if args.provider:
@@ -214,7 +214,7 @@ def _teacher(args: argparse.Namespace) -> Any:
     )
 
 
-def _add_replies(args: argparse.Namespace, taught: Any) -> int:
+def _add_reply_logprobs(args: argparse.Namespace, taught: Any) -> int:
     """Store the log-probs that came with the solutions in the folder `signals`; returns how many traces have them.
 
     Prints why the others have none.
@@ -227,11 +227,11 @@ def _add_replies(args: argparse.Namespace, taught: Any) -> int:
             reason = add_reply_logprobs(trace, reply, tokenizer, store, instruction_of(args, args.student))
             if reason is not None:
                 refused.append((trace, f"{trace.name}: {reason}"))
-    _tell_refused(refused)
+    _print_refused(refused)
     return len(store)
 
 
-def _tell_refused(refused: "Sequence[tuple[Trace, str]]") -> None:
+def _print_refused(refused: "Sequence[tuple[Trace, str]]") -> None:
     """Print why traces got no log-probs: the first reasons, and the number of other traces."""
     for _, reason in refused[:_SHOWN]:
         print(f"no log-probs: {reason}", file=sys.stderr)
@@ -247,7 +247,7 @@ def _teach_logprobs(args: argparse.Namespace) -> int:
 
     if not args.student:
         raise ValueError("--score needs --student: log-probs are kept for the tokens of one student")
-    traces = read_traces_aloud(args, args.source, args.out / "unreadable.jsonl")
+    traces = read_and_report_traces(args, args.source, args.out / "unreadable.jsonl")
     tokenizer = _tokenizer(args.student)
     with _signal_store(args, tokenizer) as store, counting("reading", args.json) as progress:
         options: dict[str, Any] = {"align": args.align, "max_tokens": args.max_tokens, "progress": progress}
@@ -259,13 +259,13 @@ def _teach_logprobs(args: argparse.Namespace) -> int:
         else:
             teacher, teacher_tokenizer = load_model(args)
             refused = add_local_logprobs(teacher, teacher_tokenizer, traces, tokenizer, store, **options)
-    _tell_refused(refused)
+    _print_refused(refused)
     result = {"out": str(args.out / "signals"), "scored": len(store), "refused": len(refused)}
-    print_result(args, result, lines(result))
+    print_result(args, result, format_lines(result))
     return 0 if len(store) else 1
 
 
-def _candidates(args: argparse.Namespace) -> int:
+def _top_k(args: argparse.Namespace) -> int:
     default = 20 if args.server or args.provider else 32
     return default if args.k is None else args.k
 
@@ -273,7 +273,7 @@ def _candidates(args: argparse.Namespace) -> int:
 def _signal_store(args: argparse.Namespace, tokenizer: Any) -> Any:
     from rbfast.data.signal_store import SignalStore
 
-    return SignalStore(args.out / "signals", args.model, _candidates(args), len(tokenizer))
+    return SignalStore(args.out / "signals", args.model, _top_k(args), len(tokenizer))
 
 
 def _tokenizer(student: str) -> Any:

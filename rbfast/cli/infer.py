@@ -14,10 +14,10 @@ from rbfast.cli.common import (
     add_instruction,
     add_load_in,
     add_model,
-    attach,
+    attach_adapter,
+    format_lines,
     format_options,
     instruction_of,
-    lines,
     load_model,
     output_file,
     positive,
@@ -113,7 +113,7 @@ def _local_solver(args: argparse.Namespace) -> "Solver":
 
     model, tokenizer = load_model(args)
     if args.adapter:
-        attach(model, args.adapter)
+        attach_adapter(model, args.adapter)
     return LocalSolver(model, tokenizer, instruction=instruction_of(args, args.adapter, args.model))
 
 
@@ -187,7 +187,7 @@ def run_eval(args: argparse.Namespace) -> int:
     problems = {task: _problems(args, task) for task in args.task}
     model, tokenizer = load_model(args)
     if args.adapter:
-        attach(model, args.adapter)
+        attach_adapter(model, args.adapter)
     results = {}
     for task, asked in problems.items():
         with counting(task, args.json) as progress:
@@ -205,7 +205,7 @@ def run_eval(args: argparse.Namespace) -> int:
             )
     if args.samples > 1:
         sampled = {task: summarize_samples(found) for task, found in results.items()}
-        return print_result(args, sampled, "\n".join(f"{task}\n{lines(s)}" for task, s in sampled.items()))
+        return print_result(args, sampled, "\n".join(f"{task}\n{format_lines(s)}" for task, s in sampled.items()))
     summary = {task: summarize(found) for task, found in results.items()}
     text = "\n".join(
         f"{task}: {100 * s['accuracy']:.1f}% ({100 * s['ci_low']:.1f} .. {100 * s['ci_high']:.1f}), n={s['n']}, "

@@ -71,7 +71,7 @@ class _CommandParser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            self.error(self._complaint(unknown))
+            self.error(self._unknown_message(unknown))
         return found, unknown
 
     def error(self, message: str) -> NoReturn:
@@ -80,15 +80,15 @@ class _CommandParser(argparse.ArgumentParser):
         usage = formatter.format_help().strip()
         self.exit(2, f"{usage} [options]\n{self.prog}: error: {message}; see {self.prog} --help\n")
 
-    def _complaint(self, unknown: Sequence[str]) -> str:
+    def _unknown_message(self, unknown: Sequence[str]) -> str:
         option = next((word.partition("=")[0] for word in unknown if word.startswith("-")), None)
         if option is None:
             return f"unexpected argument {unknown[0]!r}"
-        meant = _meant(option, [name for action in self._actions for name in action.option_strings])
+        meant = _suggest_option(option, [name for action in self._actions for name in action.option_strings])
         return f"unknown option {option}" + (f": did you mean {meant}?" if meant else "")
 
 
-def _meant(option: str, known: Sequence[str]) -> str | None:
+def _suggest_option(option: str, known: Sequence[str]) -> str | None:
     """The known option that an unknown one may mean, by its initials or its spelling; None if there is none."""
     initials = {"--" + "".join(word[0] for word in name[2:].split("-")): name for name in known if name[2:]}
     return initials.get(option) or next(iter(difflib.get_close_matches(option, known, 1)), None)

@@ -15,15 +15,15 @@ from rbfast.cli.common import (
     add_instruction,
     add_load_in,
     add_model,
-    attach,
+    attach_adapter,
     device_of,
+    format_lines,
     instruction_of,
-    lines,
     load_model,
     output_file,
     output_folder,
     print_result,
-    read_traces_aloud,
+    read_and_report_traces,
 )
 from rbfast.utils.processes import is_first_process
 
@@ -119,7 +119,7 @@ def run_distill(args: argparse.Namespace) -> int:
     from rbfast.training.distill import distill, plan_run
 
     config = _distill_config(args)
-    traces = read_traces_aloud(args, args.traces, args.out / "unreadable.jsonl")
+    traces = read_and_report_traces(args, args.traces, args.out / "unreadable.jsonl")
     if (wrong := sum(trace.verified is False for trace in traces)) and is_first_process():
         print(
             f"{wrong} of {len(traces)} traces have a wrong answer (verified: false); rbfast curate leaves those out",
@@ -135,7 +135,7 @@ def run_distill(args: argparse.Namespace) -> int:
         extra |= {"signals": args.signals, "keep_best": args.keep_best, "report_to": args.report_to}
         run = distill(model, tokenizer, traces, args.out, config, args.json, **extra)
     except KeyboardInterrupt:
-        print(_what_is_kept(args.out, config), file=sys.stderr)
+        print(_resume_message(args.out, config), file=sys.stderr)
         raise
     if not is_first_process():
         return 0  # only the first process prints
@@ -148,10 +148,10 @@ def run_distill(args: argparse.Namespace) -> int:
         )
     if run.skipped:
         print(f"{len(run.skipped)} traces left out, see {args.out / 'skipped.jsonl'}", file=sys.stderr)
-    result = _outcome(run, args.out)
+    result = _summarize_run(run, args.out)
     if args.json and run.plan is not None:
         result["plan"] = run.plan.to_dict()
-    return print_result(args, result, lines(result))
+    return print_result(args, result, format_lines(result))
 
 
 def _share_or_source(text: str) -> float | str:
@@ -172,7 +172,7 @@ def _held_out(args: argparse.Namespace) -> "list[Trace] | float | None":
         return None
     if isinstance(args.held_out, float):
         return args.held_out
-    return read_traces_aloud(args, args.held_out, args.out / "held_out.unreadable.jsonl")
+    return read_and_report_traces(args, args.held_out, args.out / "held_out.unreadable.jsonl")
 
 
 def _distill_config(args: argparse.Namespace) -> "DistillConfig":
@@ -182,11 +182,13 @@ def _distill_config(args: argparse.Namespace) -> "DistillConfig":
 
     if args.instruction is None and (held := instruction_of(args, args.adapter, args.model)) is not None:
         args.instruction = held.text or "none"  # the one that the student was trained with before
-    objective = _given(args, Objective) | _by_role("", args.role_weights) | _by_role("_temperature", args.temperature)
-    return DistillConfig(**_given(args, DistillConfig), objective=Objective(**objective))
+    objective = (
+        _given_options(args, Objective) | _by_role("", args.role_weights) | _by_role("_temperature", args.temperature)
+    )
+    return DistillConfig(**_given_options(args, DistillConfig), objective=Objective(**objective))
 
 
-def _given(args: argparse.Namespace, kind: type) -> dict[str, Any]:
+def _given_options(args: argparse.Namespace, kind: type) -> dict[str, Any]:
     """The arguments that are fields of a dataclass and were given."""
     names = (field.name for field in fields(kind))
     return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
@@ -219,7 +221,7 @@ def _load_models(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     return model, tokenizer, teacher
 
 
-def _what_is_kept(out: Path, config: "DistillConfig") -> str:
+def _resume_message(out: Path, config: "DistillConfig") -> str:
     """The message that says from where an interrupted run will resume."""
     from rbfast.training.checkpoints import last_checkpoint
 
@@ -229,7 +231,7 @@ def _what_is_kept(out: Path, config: "DistillConfig") -> str:
     return f"there is no checkpoint yet (one every {config.save_steps} steps: --save-steps), so it begins anew"
 
 
-def _outcome(run: "Run", out: Path) -> dict[str, Any]:
+def _summarize_run(run: "Run", out: Path) -> dict[str, Any]:
     # The losses at the first and the last step with tokens of each role, before that step's update.
     first: dict[str, float] = {}
     last: dict[str, float] = {}
@@ -284,7 +286,7 @@ def run_merge(args: argparse.Namespace) -> int:
     if args.base_only:
         save_checkpoint(model, tokenizer, args.out)
     else:
-        attach(model, args.adapter).merge()
+        attach_adapter(model, args.adapter).merge()
         save_merged(model, tokenizer, args.out, _trained_with(args, tokenizer))
     return print_result(args, {"out": str(args.out)}, f"wrote {args.out}")
 
@@ -300,7 +302,7 @@ def run_export_lora(args: argparse.Namespace) -> int:
     from rbfast.data.chat_template import write_prompt
 
     model, tokenizer = load_model(args)
-    attach(model, args.adapter).export_lora(args.out, args.base)
+    attach_adapter(model, args.adapter).export_lora(args.out, args.base)
     write_prompt(args.out, tokenizer, _trained_with(args, tokenizer))
     return print_result(args, {"out": str(args.out)}, f"wrote {args.out}")
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.cli.infer import _label
 from rbfast.cli.main import _parser, main
-from rbfast.cli.train import _distill_config, _outcome
+from rbfast.cli.train import _distill_config, _summarize_run
 from rbfast.cli.transcript import Transcript
 from rbfast.data.readers import read_traces, write_traces
 from rbfast.data.trace import Trace
@@ -604,7 +604,7 @@ def test_an_interrupted_training_says_where_it_goes_on(
 def test_the_loss_of_a_role_is_that_of_the_last_step_that_had_it() -> None:
     log = [{"loss_tactical": 3.0}, {"loss_strategic": 2.0, "loss_tactical": 2.5}, {"loss_tactical": 2.0}]
     run = Run(SimpleNamespace(trainable_percent=0.3), log, [], 1.0, traces=1)
-    found = {name: value for name, value in _outcome(run, Path("run")).items() if "loss" in name}
+    found = {name: value for name, value in _summarize_run(run, Path("run")).items() if "loss" in name}
     assert found == {
         "first_loss_strategic": 2.0,
         "first_loss_tactical": 3.0,
