@@ -49,7 +49,7 @@ def run_demo(out: str | Path, device: str = "cpu", seed: int = 0, quiet: bool = 
 
     def measure(name: str) -> list[dict[str, Any]]:
         with counting(f"evaluating {name} training", quiet) as progress:
-            return _measured(
+            return _load_or_measure(
                 out / f"{name}.jsonl",
                 problems,
                 lambda: evaluate(
@@ -60,7 +60,7 @@ def run_demo(out: str | Path, device: str = "cpu", seed: int = 0, quiet: bool = 
     before = measure("before")
     run = distill(model, tokenizer, traces, out, config, quiet=quiet)
     after = measure("after")
-    families = {name: _compare(_of(name, before), _of(name, after)) for name in FAMILIES}
+    families = {name: _compare(_of_family(name, before), _of_family(name, after)) for name in FAMILIES}
     summary = {
         "trainable_percent": run.adapter.trainable_percent,
         "families": families,
@@ -93,7 +93,7 @@ def run_seeds(out: str | Path, seeds: Sequence[int], device: str = "cpu", quiet:
         "seeds": list(seeds),
         "gains": [run["mean"]["gain"] for run in runs],
         "trainable_percent": runs[0]["trainable_percent"],
-        "families": {name: _compare(_of(name, before), _of(name, after)) for name in FAMILIES},
+        "families": {name: _compare(_of_family(name, before), _of_family(name, after)) for name in FAMILIES},
         "mean": _compare(before, after),
         "seconds": sum(run["seconds"] for run in runs),
         "training_seconds": sum(run["training_seconds"] for run in runs),
@@ -123,7 +123,9 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     )
 
 
-def _measured(path: Path, problems: Sequence[Problem], measure: Callable[[], list[Result]]) -> list[dict[str, Any]]:
+def _load_or_measure(
+    path: Path, problems: Sequence[Problem], measure: Callable[[], list[Result]]
+) -> list[dict[str, Any]]:
     """The records in `path` if they belong to these problems; else measure now and write them there."""
     if path.exists():
         records = _read(path)
@@ -138,7 +140,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _of(family: str, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _of_family(family: str, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [record for record in records if record["task"].removeprefix("reasoning-gym:") == family]
 
 
