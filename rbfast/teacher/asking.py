@@ -51,7 +51,7 @@ def ask_all(jobs: Sequence[Job], store: ReplyStore, concurrency: int, report: Ca
             if not sender.pending and not rests:
                 sender.reason = f"the budget does not allow another question ({store.budget.describe()} so far)"
                 break
-            report("the teacher is busy or away" if rests else "")
+            report("the teacher is busy or unreachable" if rests else "")
             if sender.pending:
                 done, _ = wait(sender.pending, _LONGEST_SILENCE, return_when=FIRST_COMPLETED)
                 sender.take(done)

@@ -579,7 +579,9 @@ def test_an_interrupted_command_that_kept_nothing_does_not_offer_to_resume(
     assert (code, err) == (130, "rbfast curate: interrupted\n")
 
 
-@pytest.mark.parametrize(("checkpoint", "said"), [(None, "it begins anew"), ("checkpoint-4", "it goes on from ")])
+@pytest.mark.parametrize(
+    ("checkpoint", "said"), [(None, "it will start over"), ("checkpoint-4", "it will resume from ")]
+)
 def test_an_interrupted_training_says_where_it_goes_on(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

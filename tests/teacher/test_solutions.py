@@ -414,7 +414,7 @@ def test_a_teacher_that_is_busy_for_minutes_is_waited_for(server, tmp_path, hour
         server.client(), QUESTIONS, tmp_path, concurrency=2, progress=lambda done, wanted, words: said.append(words)
     )
     assert len(taught.traces) == 12 and taught.open == 0 and len(server.requests) == 72
-    assert any(words.startswith("the teacher is busy or away") for words in said)
+    assert any(words.startswith("the teacher is busy or unreachable") for words in said)
 
 
 def test_a_teacher_that_stays_busy_is_given_up(server, tmp_path, hours):
