@@ -81,7 +81,7 @@ def instruction_of(args: argparse.Namespace, *folders: "str | None") -> "Instruc
 
     if getattr(args, "instruction", None) is not None:
         return instruction_named(args.instruction)
-    return next((found for folder in folders if folder and (found := saved_instruction(folder))), None)
+    return saved_instruction(*folders)
 
 
 def format_options(args: argparse.Namespace) -> "FormatOptions":

@@ -86,9 +86,13 @@ def write_instruction(folder: str | Path, instruction: Instruction, about: Mappi
     write_text(Path(folder) / FILE, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
-def saved_instruction(folder: str | Path) -> Instruction | None:
-    """What `write_instruction` wrote; None if there is no such file. Raises ValueError for a broken file."""
-    path = Path(folder) / FILE
+def saved_instruction(*folders: str | Path | None) -> Instruction | None:
+    """The instruction that `write_instruction` wrote in the first of these folders that has one; None if none has.
+    Raises ValueError for a broken file."""
+    return next((found for folder in folders if folder and (found := _read_instruction(Path(folder) / FILE))), None)
+
+
+def _read_instruction(path: Path) -> Instruction | None:
     record = read_json(path, {"instruction": str, "style": str})
     if record is None:
         return None

@@ -371,8 +371,7 @@ def _with_instruction(config: DistillConfig, adapter: str | Path | None, model: 
     """A student that is trained again is asked as before, unless the config says otherwise."""
     if config.instruction is not None:
         return config
-    folders = [folder for folder in (adapter, model.config.name_or_path) if folder]
-    held = next((found for folder in folders if (found := saved_instruction(folder))), None)
+    held = saved_instruction(adapter, model.config.name_or_path)
     return config if held is None else replace(config, instruction=held.text or "none")
 
 
