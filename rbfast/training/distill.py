@@ -49,7 +49,7 @@ from rbfast.training.resume import check_same_folder, check_same_run, digest_tra
 from rbfast.training.run_folder import LOG, RUN, SKIPPED
 from rbfast.training.trainer import DistillTrainer, StopAtNaN
 from rbfast.training.training_bar import TrainingBar
-from rbfast.utils.files import write_text
+from rbfast.utils.files import check_output, write_text
 from rbfast.utils.processes import is_first_process, process_count
 from rbfast.utils.records import check_numbers, read_json, show
 
@@ -218,16 +218,12 @@ def distill(
     if (history := read_json(out / LOG, [{"step": int}])) is not None:
         return _load_finished_run(model, out, history, skipped, len(examples))
     if first:  # before the long part: fail early if the folder is not writable
-        write_text(out / RUN, json.dumps(settings, indent=1))
-        write_prompt(out, tokenizer, replace(_instruction(tokenizer, config), system=_shared_system_prompt(traces)))
-    try:
-        trained = _attach_adapter(model, examples, config, teacher, checkpoint or adapter)
-    except BaseException:
-        if first and checkpoint is None:  # nothing is trained yet, and another density may be what it takes
-            (out / RUN).unlink(missing_ok=True)
-        raise
+        check_output(out, folder=True)
+    trained = _attach_adapter(model, examples, config, teacher, checkpoint or adapter)
     with preserve_mode(model), _detach_on_failure(trained):
-        if first:
+        if first:  # not before: a run that could not begin leaves its folder to other settings
+            write_text(out / RUN, json.dumps(settings, indent=1))
+            write_prompt(out, tokenizer, replace(_instruction(tokenizer, config), system=_shared_system_prompt(traces)))
             check_disk_space(out, sum(parameter.numel() for parameter in trained.parameters()))
         plan = None if is_sharded(model) else _plan_batches(model, trained, examples, len(skipped), config, teacher)
         if first and not quiet and plan is not None:
