@@ -281,7 +281,8 @@ def test_the_command_says_how_many_answers_are_wrong_and_why_replies_failed(serv
     asked[4] = str(tmp_path / "short")
     assert main([*asked, "--max-tokens", "5"]) == 0
     said = capsys.readouterr().out
-    assert f"{tmp_path / 'short' / 'failed.jsonl'}; the first: the reply was cut at the limit of tokens" in said
+    failed = tmp_path / "short" / "failed.jsonl"
+    assert f"listed, with reasons, in {failed}; the first: the reply was cut at the limit of tokens" in said
 
 
 def test_thinking_is_the_reasoning_where_a_teacher_thinks():
