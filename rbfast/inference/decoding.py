@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from transformers import (
     Cache,
-    DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
@@ -26,12 +25,12 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
-from transformers.cache_utils import DynamicLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from rbfast.adapter.column_delta import unhooked
 from rbfast.data.chat_template import end_of_turn
 from rbfast.data.thinking import thinking_format
+from rbfast.inference.cache import new_cache
 from rbfast.models.student import evaluation_mode
 from rbfast.utils.overlap import Overlap
 
@@ -90,8 +89,8 @@ def complete(
 
 def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """The text of generated tokens, without special tokens except those around the thinking."""
-    found, special = thinking_format(tokenizer), set(tokenizer.all_special_ids)
-    marks = set(tokenizer(found.opener + found.closer, add_special_tokens=False).input_ids) if found.thinks else set()
+    tags, special = thinking_format(tokenizer), set(tokenizer.all_special_ids)
+    marks = set(tokenizer(tags.opener + tags.closer, add_special_tokens=False).input_ids) if tags.thinks else set()
     if not special.intersection(marks):
         return str(tokenizer.decode(list(ids), skip_special_tokens=True))
     return str(tokenizer.decode([n for n in ids if n in marks or n not in special], skip_special_tokens=False))
@@ -141,58 +140,6 @@ def greedy_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     stops = {end_of_turn(tokenizer), *(ends if isinstance(ends, list) else [ends])} - {None}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops)
     return {"do_sample": False, "repetition_penalty": 1.0, "eos_token_id": sorted(stops), "pad_token_id": pad}
-
-
-class _PreallocatedLayer(DynamicLayer):
-    """A cache layer with preallocated room.
-
-    Its parent copies the whole cache at every token, which on a CPU costs more than the model's matrix products.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    spare = 64
-    room: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        length = self.get_seq_length()
-        total = length + key_states.shape[-2]
-        if self.room is None or total > self.room[0].shape[-2]:
-            grown = []
-            for past, new in ((self.keys, key_states), (self.values, value_states)):
-                grown.append(new.new_empty(*new.shape[:2], total + self.spare, new.shape[-1]))
-                if length:
-                    grown[-1][:, :, :length] = past
-            self.room = grown[0], grown[1]
-        self.room[0][:, :, length:total] = key_states
-        self.room[1][:, :, length:total] = value_states
-        self.keys, self.values = self.room[0][:, :, :total], self.room[1][:, :, :total]
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.room = None
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self.room = None
-
-
-def new_cache(model: PreTrainedModel) -> Cache | None:
-    """The model's own kind of cache, with preallocated room if every layer keeps its whole past.
-
-    None if a layer is recurrent (Mamba, linear attention): its state cannot drop rows or forget tokens.
-    """
-    cache = DynamicCache(config=model.config)
-    if any(hasattr(layer, "conv_states") for layer in cache.layers):
-        return None
-    if all(type(layer) is DynamicLayer for layer in cache.layers):
-        return Cache(layer_class_to_replicate=_PreallocatedLayer)
-    return cache
 
 
 class Steering(StoppingCriteria):
@@ -270,7 +217,7 @@ class CachedBatch:
 
     def drop_masked(self, pad: int) -> None:
         """Remove the masked tokens, for a recurrent model, which cannot ignore them."""
-        rows = [ids[seen.bool()].tolist() for ids, seen in zip(self.ids, self.mask, strict=True)]
+        rows = [ids[mask.bool()].tolist() for ids, mask in zip(self.ids, self.mask, strict=True)]
         if rows:
             self.ids, self.mask = _padded(rows, pad, self.ids.device)
 
@@ -289,8 +236,41 @@ def decode(
     Args:
         copies: rows per prompt, next to each other; the prompt is read once for all of them.
     """
+    left, pad = max_new_tokens, settings["pad_token_id"]
     with _without_own_generation_config(model):
-        _decode(model, _prefilled(model, prompts, settings["pad_token_id"], copies), settings, max_new_tokens, steering)
+        batch = _prefilled(model, prompts, pad, copies)
+        while len(batch.ids) and left > 0:
+            with _without_padding_warning(batch):
+                output = _generate(
+                    model,
+                    batch,
+                    settings,
+                    left,
+                    stopping_criteria=StoppingCriteriaList([steering]),
+                    logits_processor=steering.processors(),
+                )
+            new = output.sequences[:, batch.ids.shape[1] :]
+            left -= new.shape[1]
+            batch.ids = output.sequences
+            if batch.cache is not None:
+                batch.cache = output[_CACHE]
+            batch.mask = torch.cat([batch.mask, batch.mask.new_ones(new.shape)], dim=1)
+            steering.paused(batch, new)
+            running = (~steering.ended).nonzero()[:, 0]
+            if len(running) < len(batch.ids):
+                steering.keep(running)
+                batch.keep(running)
+            if batch.cache is None:
+                batch.drop_masked(pad)
+
+
+def _generate(
+    model: PreTrainedModel, batch: CachedBatch, settings: dict[str, Any], max_new_tokens: int, **others: Any
+) -> Any:
+    config = GenerationConfig(**settings, max_new_tokens=max_new_tokens, return_dict_in_generate=True)
+    return model.generate(  # type: ignore[operator]
+        batch.ids, attention_mask=batch.mask, generation_config=config, **batch.given(), **others
+    )
 
 
 @contextmanager
@@ -308,36 +288,6 @@ def _without_own_generation_config(model: PreTrainedModel) -> Iterator[None]:
 
     with _PLAIN.block(model, put_aside):
         yield
-
-
-def _decode(
-    model: PreTrainedModel, batch: CachedBatch, settings: dict[str, Any], max_new_tokens: int, steering: Steering
-) -> None:
-    left = max_new_tokens
-    while len(batch.ids) and left > 0:
-        config = GenerationConfig(**settings, max_new_tokens=left, return_dict_in_generate=True)
-        with _without_padding_warning(batch):
-            output = model.generate(  # type: ignore[operator]
-                batch.ids,
-                attention_mask=batch.mask,
-                generation_config=config,
-                stopping_criteria=StoppingCriteriaList([steering]),
-                logits_processor=steering.processors(),
-                **batch.given(),
-            )
-        new = output.sequences[:, batch.ids.shape[1] :]
-        left -= new.shape[1]
-        batch.ids = output.sequences
-        if batch.cache is not None:
-            batch.cache = output[_CACHE]
-        batch.mask = torch.cat([batch.mask, batch.mask.new_ones(new.shape)], dim=1)
-        steering.paused(batch, new)
-        keep = (~steering.ended).nonzero()[:, 0]
-        if len(keep) < len(batch.ids):
-            steering.keep(keep)
-            batch.keep(keep)
-        if batch.cache is None:
-            batch.drop_masked(settings["pad_token_id"])
 
 
 @contextmanager
@@ -374,11 +324,8 @@ def _prefilled(model: PreTrainedModel, prompts: Sequence[list[int]], pad: int, c
     batch = CachedBatch(ids, mask, new_cache(model))
     if copies > 1:
         if ids.shape[1] > 1 and batch.cache is not None:
-            one = GenerationConfig(max_new_tokens=1, do_sample=False, pad_token_id=pad, return_dict_in_generate=True)
-            output = model.generate(  # type: ignore[operator]
-                ids[:, :-1], attention_mask=mask[:, :-1], generation_config=one, **{_CACHE: batch.cache}
-            )
-            batch.cache = output[_CACHE]
+            start = CachedBatch(ids[:, :-1], mask[:, :-1], batch.cache)
+            batch.cache = _generate(model, start, {"do_sample": False, "pad_token_id": pad}, 1)[_CACHE]
             batch.cache.batch_repeat_interleave(copies)
         batch.ids, batch.mask = (tensor.repeat_interleave(copies, dim=0) for tensor in (ids, mask))
     return batch
@@ -396,13 +343,8 @@ def continuation(
 
     The texts have the same number of tokens: padding within a row would take up room in a sliding window.
     """
-    branch = _branch(model, batch, rows, texts, settings["pad_token_id"])
-    output = model.generate(  # type: ignore[operator]
-        branch.ids,
-        attention_mask=branch.mask,
-        generation_config=GenerationConfig(**settings, max_new_tokens=limit, return_dict_in_generate=True),
-        **branch.given(),
-    )
+    branch = _branch(batch, rows, texts, settings["pad_token_id"])
+    output = _generate(model, branch, settings, limit)
     stops = set(settings["eos_token_id"])
     written = []
     for ids in output.sequences[:, branch.ids.shape[1] :].tolist():
@@ -411,12 +353,11 @@ def continuation(
     return written
 
 
-def _branch(
-    model: PreTrainedModel, batch: CachedBatch, rows: Sequence[int], texts: Sequence[list[int]], pad: int
-) -> CachedBatch:
+def _branch(batch: CachedBatch, rows: Sequence[int], texts: Sequence[list[int]], pad: int) -> CachedBatch:
     """A copy of some rows of a batch, each followed by a text."""
-    index, put = torch.tensor(rows, device=batch.ids.device), torch.tensor(texts, device=batch.ids.device)
-    ids, mask = torch.cat([batch.ids[index], put], dim=1), torch.cat([batch.mask[index], torch.ones_like(put)], dim=1)
+    index, added = torch.tensor(rows, device=batch.ids.device), torch.tensor(texts, device=batch.ids.device)
+    ids = torch.cat([batch.ids[index], added], dim=1)
+    mask = torch.cat([batch.mask[index], torch.ones_like(added)], dim=1)
     branch = CachedBatch(ids, mask, None)
     if batch.cache is None:
         branch.drop_masked(pad)

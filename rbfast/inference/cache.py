@@ -1,0 +1,59 @@
+"""The key-value cache of a batch that `generate` extends and that drops rows which have ended."""
+
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+
+class _PreallocatedLayer(DynamicLayer):
+    """A cache layer with preallocated room.
+
+    Its parent copies the whole cache at every token, which on a CPU costs more than the model's matrix products.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    spare = 64
+    room: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length = self.get_seq_length()
+        total = length + key_states.shape[-2]
+        if self.room is None or total > self.room[0].shape[-2]:
+            grown = []
+            for past, new in ((self.keys, key_states), (self.values, value_states)):
+                grown.append(new.new_empty(*new.shape[:2], total + self.spare, new.shape[-1]))
+                if length:
+                    grown[-1][:, :, :length] = past
+            self.room = grown[0], grown[1]
+        self.room[0][:, :, length:total] = key_states
+        self.room[1][:, :, length:total] = value_states
+        self.keys, self.values = self.room[0][:, :, :total], self.room[1][:, :, :total]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.room = None
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.room = None
+
+
+def new_cache(model: PreTrainedModel) -> Cache | None:
+    """The model's own kind of cache, with preallocated room if every layer keeps its whole past.
+
+    None if a layer is recurrent (Mamba, linear attention): its state cannot drop rows or forget tokens.
+    """
+    cache = DynamicCache(config=model.config)
+    if any(hasattr(layer, "conv_states") for layer in cache.layers):
+        return None
+    if all(type(layer) is DynamicLayer for layer in cache.layers):
+        return Cache(layer_class_to_replicate=_PreallocatedLayer)
+    return cache
