@@ -42,9 +42,8 @@ from rbfast.data.trace import TraceError
 SHINGLE = 5
 _SHORT_SHINGLE = 3  # for variants: a changed name or number breaks fewer short shingles
 _LEAST_RUN = 3  # tokens; "Find $x$." ends many a problem
-_LEAST_TEXT_SHARE = (
-    0.1  # the share of an evaluation problem that a variant must contain with its numbers, beyond common formulas
-)
+# The share of an evaluation problem that a variant must contain with its numbers, beyond common formulas.
+_LEAST_TEXT_SHARE = 0.1
 _BYTES_PER_HIT = 40  # a variant must share a template shingle for each so many bytes, of the first 400
 _QUESTION_FIELDS = ("problem", "question", "prompt")
 _VARIABLE = re.compile(r"(?<![^\W\d_]|\\)(?!a\s)[A-Za-z](?![^\W\d_])")
@@ -54,6 +53,7 @@ _BEFORE_BREAK = 300  # characters that hold the tokens of a short problem
 _ESCAPED = re.compile(r"\\\\[a-zA-Z]")
 _SINGLE = re.compile(r"(?<!\\)\\(?:\\\\)*(?!\\)")
 _TIERS = ("text", "variant", "renamed", "paraphrase", "template")  # the surest first; template, which may be kept, last
+_SHARE_OF_BOTH = ("variant", "renamed")  # tiers whose share is of both problems
 _WEIGHT_UNIT = 2**20  # weights are integers in units of 2^-20 nats
 
 Embed = Callable[[Sequence[str]], np.ndarray]
@@ -110,23 +110,23 @@ def read_evaluations(sources: Iterable[str | Path]) -> list[Evaluation]:
     Raises:
         TraceError: a row without a problem, or a source without rows.
     """
-    found: list[Evaluation] = []
+    evaluations: list[Evaluation] = []
     for source in sources:
         if "/" not in str(source) and str(source) not in hub.BENCHMARKS and not Path(source).exists():
             raise TraceError(
                 f"{source}: expected a file of problems, a dataset on the hub ({hub.FORMS}) or one of "
                 f"{', '.join(hub.BENCHMARKS)}; there is no such file"
             )
-        before = len(found)
+        before = len(evaluations)
         for where, row in read_rows(hub.BENCHMARKS.get(str(source), source), split="test"):
             named = [row[field] for field in _QUESTION_FIELDS if field in row] if isinstance(row, dict) else []
             problem = named[0] if named and isinstance(named[0], str) else _problem_of(row, where)
             if not problem.strip():
                 raise TraceError(f"{where}: expected a text under {', '.join(_QUESTION_FIELDS)}, got an empty one")
-            found.append(Evaluation(where, problem))
-        if len(found) == before:  # decontamination would do nothing
+            evaluations.append(Evaluation(where, problem))
+        if len(evaluations) == before:  # decontamination would do nothing
             raise TraceError(f"{source}: expected at least one problem, got none")
-    return found
+    return evaluations
 
 
 def _problem_of(row: Any, where: str) -> str:
@@ -147,9 +147,9 @@ def contaminated(
 ) -> list[Match | None]:
     """For each problem, the evaluation problem that it gives away, or None."""
     decontaminator = Decontaminator(evaluations, thresholds or Thresholds(), embed)
-    texts = text.pack(problems)
-    found = decontaminator.find(texts, problems, threads=threads or text.cores())
-    return decontaminator.judge(found, text.fingerprints(texts), threads=threads or text.cores())
+    texts, threads = text.pack(problems), threads or text.cores()
+    shared = decontaminator.find(texts, problems, threads=threads)
+    return decontaminator.judge(shared, text.fingerprints(texts), threads=threads)
 
 
 class _BestMatches(NamedTuple):
@@ -189,8 +189,8 @@ def _unescape(problem: str) -> str:
 def _ending_tokens(problem: str) -> set[tuple[str, ...]]:
     """The last `_LEAST_RUN` to `SHINGLE - 1` tokens before each end of a sentence or line in `problem`."""
     ends = [match.start() for match in _BREAK.finditer(problem)]
-    said = [tokens(fold(problem[max(0, end - _BEFORE_BREAK) : end])) for end in ends]
-    return {tuple(row[-length:]) for row in said for length in range(_LEAST_RUN, SHINGLE)}
+    before_ends = [tokens(fold(problem[max(0, end - _BEFORE_BREAK) : end])) for end in ends]
+    return {tuple(row[-length:]) for row in before_ends for length in range(_LEAST_RUN, SHINGLE)}
 
 
 class _ShortProblems:
@@ -199,14 +199,14 @@ class _ShortProblems:
     Found anywhere, "What is 50%?" would match "What is 50% of 80?".
     """
 
-    def __init__(self, asked: Sequence[str], tier: _ShingleIndex) -> None:
-        rows = [tuple(tokens(fold(problem))) for problem in asked]
+    def __init__(self, evaluations: Sequence[str], tier: _ShingleIndex) -> None:
+        rows = [tuple(tokens(fold(problem))) for problem in evaluations]
         items = [
             item
             for item, row in enumerate(rows)
             if _LEAST_RUN <= len(row) < SHINGLE and any(token[0] in "0123456789" for token in row)
         ]
-        packed = text.pack(asked[item] for item in items)
+        packed = text.pack(evaluations[item] for item in items)
         whole, _ = text.shingles(packed, SHINGLE)  # one for each problem
         self._places = dict(
             zip((rows[item] for item in items), np.searchsorted(tier.hashes, whole.values).tolist(), strict=True)
@@ -214,21 +214,22 @@ class _ShortProblems:
         self._width = len(tier.hashes)
         self._hints = np.unique(text.shingles(packed, _LEAST_RUN)[0].values)
 
-    def add_shared(self, said: Ragged, texts: Texts, asked: Sequence[str], threads: int) -> Ragged:
-        """Add the short evaluation problems that `texts` contain to `said`, what they share with the text tier."""
+    def add_shared(self, shared: Ragged, texts: Texts, problems: Sequence[str], threads: int) -> Ragged:
+        """Add the short evaluation problems that `problems` contain to what they share with the text tier. `texts` is
+        `pack(problems)`."""
         if not self._places:
-            return said
+            return shared
         hinted = np.flatnonzero(text.find(texts, _LEAST_RUN, self._hints, threads=threads).lengths)
         found = [
             (row, self._places[run])
             for row in hinted.tolist()
-            for run in _ending_tokens(asked[row]) & self._places.keys()
+            for run in _ending_tokens(problems[row]) & self._places.keys()
         ]
         if not found:
-            return said
+            return shared
         rows, places = np.array(found, dtype=np.int64).T
-        n, width = len(said.lengths), self._width
-        pairs = np.union1d(np.repeat(np.arange(n), said.lengths) * width + said.values, rows * width + places)
+        n, width = len(shared.lengths), self._width
+        pairs = np.union1d(np.repeat(np.arange(n), shared.lengths) * width + shared.values, rows * width + places)
         return Ragged((pairs % width).astype(np.int32), np.searchsorted(pairs // width, np.arange(n + 1)))
 
 
@@ -256,34 +257,31 @@ class Decontaminator:
         self.evaluations = tuple(evaluations)
         self.thresholds = thresholds or Thresholds()
         self._embed = embed
-        asked = [without_instructions(_unescape(item.problem)) for item in evaluations]
-        texts = text.pack(asked)
+        cleaned = [without_instructions(_unescape(item.problem)) for item in evaluations]
+        texts = text.pack(cleaned)
         self._text, self._template = _ShingleIndex.of(texts, SHINGLE, False), _ShingleIndex.of(texts, SHINGLE, True)
-        self._short_problems = _ShortProblems(asked, self._text)
+        self._short_problems = _ShortProblems(cleaned, self._text)
         self._variant = _ShingleIndex.of(texts, _SHORT_SHINGLE, True)
-        self._renamed = _ShingleIndex.of(text.pack(map(_mask_names, asked)), _SHORT_SHINGLE, True)
+        self._renamed = _ShingleIndex.of(text.pack(map(_mask_names, cleaned)), _SHORT_SHINGLE, True)
         self._vectors = self._embed_unit([item.problem for item in evaluations]) if embed and evaluations else None
 
     def find(self, texts: Texts, problems: Sequence[str], *, threads: int = 1) -> SharedShingles:
         """Find what each problem shares with the evaluation sets. `texts` is `pack(problems)`."""
-        asked = list(problems)
+        cleaned = list(problems)
         for place in may_contain_instruction(texts).tolist():
-            asked[place] = without_instructions(asked[place])
-        asked = list(map(_unescape, asked))
-        texts = texts if asked == list(problems) else text.pack(asked)
-        said = text.find(texts, SHINGLE, self._text.hashes, threads=threads)
-        said = self._short_problems.add_shared(said, texts, asked, threads)
+            cleaned[place] = without_instructions(cleaned[place])
+        cleaned = list(map(_unescape, cleaned))
+        texts = texts if cleaned == list(problems) else text.pack(cleaned)
+        verbatim = text.find(texts, SHINGLE, self._text.hashes, threads=threads)
+        verbatim = self._short_problems.add_shared(verbatim, texts, cleaned, threads)
         template = text.find(texts, SHINGLE, self._template.hashes, mask_digits=True, threads=threads)
         needed = np.maximum(1, np.minimum(np.diff(texts.starts), 400) // _BYTES_PER_HIT)
         places = np.flatnonzero(template.lengths >= needed)
-        near = [asked[place] for place in places.tolist()]
-        variant, sizes = _find_short_shingles(near, self._variant, places, len(asked), threads)
-        renamed, unnamed = _find_short_shingles(
-            list(map(_mask_names, near)), self._renamed, places, len(asked), threads
-        )
-        return SharedShingles(
-            said, template, variant, renamed, np.stack([sizes, unnamed], axis=1), *self._nearest(problems)
-        )
+        near, n = [cleaned[place] for place in places.tolist()], len(cleaned)
+        variant, variant_sizes = _find_short_shingles(near, self._variant, places, n, threads)
+        renamed, renamed_sizes = _find_short_shingles(list(map(_mask_names, near)), self._renamed, places, n, threads)
+        sizes = np.stack([variant_sizes, renamed_sizes], axis=1)
+        return SharedShingles(verbatim, template, variant, renamed, sizes, *self._nearest(problems))
 
     def judge(self, found: SharedShingles, fingerprints: np.ndarray, *, threads: int = 1) -> list[Match | None]:
         """The match of every problem in the pool, or None, from what `find` gave for the whole pool.
@@ -294,13 +292,13 @@ class Decontaminator:
         first = np.zeros(len(fingerprints), dtype=bool)
         first[np.unique(fingerprints, return_index=True)[1]] = True
         matches: list[Match | None] = [None] * len(fingerprints)
-        said = self._best_matches("text", found, first, min(_LEAST_TEXT_SHARE, self.thresholds.text), threads)
+        verbatim = self._best_matches("text", found, first, min(_LEAST_TEXT_SHARE, self.thresholds.text), threads)
         variant = self._best_matches("variant", found, first, self.thresholds.variant, threads)
-        variant.items[variant.items != said.items] = -1
+        variant.items[variant.items != verbatim.items] = -1
         renamed = self._best_matches("renamed", found, first, self.thresholds.renamed, threads)
-        said.items[said.shares < self.thresholds.text] = -1
+        verbatim.items[verbatim.shares < self.thresholds.text] = -1
         template = self._best_matches("template", found, first, self.thresholds.template, threads)
-        for name, best in (("renamed", renamed), ("variant", variant), ("template", template), ("text", said)):
+        for name, best in (("renamed", renamed), ("variant", variant), ("template", template), ("text", verbatim)):
             for at in np.flatnonzero(best.items >= 0).tolist():
                 matches[at] = Match(int(best.items[at]), name, float(best.shares[at]))
         for at in np.flatnonzero(found.cosine >= self.thresholds.paraphrase).tolist():
@@ -309,13 +307,12 @@ class Decontaminator:
 
     def _best_matches(
         self, name: str, found: SharedShingles, first: np.ndarray, least: float, threads: int
-    ) -> "_BestMatches":
+    ) -> _BestMatches:
         shared, tier = getattr(found, name), getattr(self, f"_{name}")
         weights, totals = self._weigh(tier, shared, first)
-        kinds = ("variant", "renamed")
         own = None
-        if name in kinds:
-            own = self._own_weights(shared, found.sizes[:, kinds.index(name)], weights, int(first.sum()))
+        if name in _SHARE_OF_BOTH:
+            own = self._own_weights(shared, found.sizes[:, _SHARE_OF_BOTH.index(name)], weights, int(first.sum()))
         return _BestMatches(
             *text.containment(shared, tier.items, weights, totals, own=own, least=least, threads=threads)
         )
@@ -338,9 +335,9 @@ class Decontaminator:
     def _own_weights(self, shared: Ragged, sizes: np.ndarray, weights: np.ndarray, pool: int) -> np.ndarray:
         """For each problem of the pool, the sum of its short shingles' weights, int64. A shingle that no evaluation
         problem has gets the largest weight."""
-        held = np.append(0, np.cumsum(weights[shared.values]))[shared.starts]
+        before = np.append(0, np.cumsum(weights[shared.values]))[shared.starts]
         rarest = round(_WEIGHT_UNIT * np.log(pool + len(self.evaluations) + 1))
-        return np.maximum(1, np.diff(held) + rarest * (sizes - shared.lengths))
+        return np.maximum(1, np.diff(before) + rarest * (sizes - shared.lengths))
 
     def _nearest(self, problems: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if self._vectors is None or not problems:
@@ -377,12 +374,5 @@ def _by_strength(match: Match) -> tuple[int, float]:
 
 def join_shared(parts: Sequence[SharedShingles]) -> SharedShingles:
     """Concatenate what was found in the parts of a pool."""
-    return SharedShingles(
-        text.join_ragged([part.text for part in parts]),
-        text.join_ragged([part.template for part in parts]),
-        text.join_ragged([part.variant for part in parts]),
-        text.join_ragged([part.renamed for part in parts]),
-        np.concatenate([part.sizes for part in parts]),
-        np.concatenate([part.nearest for part in parts]),
-        np.concatenate([part.cosine for part in parts]),
-    )
+    *shingles, sizes, nearest, cosine = zip(*parts, strict=True)
+    return SharedShingles._make([*map(text.join_ragged, shingles), *map(np.concatenate, (sizes, nearest, cosine))])
