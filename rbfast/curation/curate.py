@@ -209,17 +209,17 @@ def _assess(pool: Pool, decontaminator: Decontaminator, config: CurateConfig) ->
 
 def _join_with_progress(parts: Iterator[AssessedPart], pool: Pool, quiet: bool) -> AssessedPart:
     """Concatenate the parts of the pool, with a progress line."""
-    found: list[AssessedPart] = []
+    assessed: list[AssessedPart] = []
     done = 0
     with counting("assessing", quiet) as progress:
         for part in parts:
-            found.append(part)
+            assessed.append(part)
             done += len(part.flaws)
             progress(done, None)
         progress(done, done)
-    if not found:
+    if not assessed:
         raise ValueError(f"expected at least one trace in {', '.join(map(str, pool.sources)) or 'the pool'}, got none")
-    return join_parts(found)
+    return join_parts(assessed)
 
 
 # --------------------------------------------------------------------------------------------------------- merits
@@ -234,17 +234,17 @@ def ranks(values: np.ndarray) -> np.ndarray:
 
 def _known_rates(part: AssessedPart, pass_rates: Mapping[str, float]) -> np.ndarray:
     """The student's pass rate on each item, float64 [n]; NaN where it is not known."""
-    found = np.full(len(part.fingerprints), np.nan)
+    rates = np.full(len(part.fingerprints), np.nan)
     if pass_rates:
         known = text.fingerprints(text.pack(pass_rates))
-        rates = np.array(list(pass_rates.values()), dtype=np.float64)
-        if not ((rates >= 0) & (rates <= 1)).all():
-            raise ValueError(f"pass rates must lie in [0, 1], got {rates.min()} to {rates.max()}")
+        given = np.array(list(pass_rates.values()), dtype=np.float64)
+        if not ((given >= 0) & (given <= 1)).all():
+            raise ValueError(f"pass rates must lie in [0, 1], got {given.min()} to {given.max()}")
         order = np.argsort(known, kind="stable")
         at = np.minimum(np.searchsorted(known[order], part.fingerprints), len(known) - 1)
         tried = known[order][at] == part.fingerprints
-        found[tried] = rates[order][at[tried]]
-    return found
+        rates[tried] = given[order][at[tried]]
+    return rates
 
 
 def _count_known(rates: np.ndarray, pass_rates: Mapping[str, float], alive: np.ndarray) -> dict[str, int] | None:
@@ -263,13 +263,13 @@ def _count_known(rates: np.ndarray, pass_rates: Mapping[str, float], alive: np.n
 def _difficulties(part: AssessedPart, rates: np.ndarray, alive: np.ndarray) -> np.ndarray:
     """float64 [n] in [0, 1]: 1 - the student's pass rate; else the rank of the row's own difficulty among the rows that
     have one; else the rank of the proxy among all."""
-    found = np.full(len(alive), np.nan)
-    found[alive] = ranks(part.proxy[alive])
+    difficulties = np.full(len(alive), np.nan)
+    difficulties[alive] = ranks(part.proxy[alive])
     given = alive & ~np.isnan(part.given)
-    found[given] = ranks(part.given[given])
+    difficulties[given] = ranks(part.given[given])
     tried = alive & ~np.isnan(rates)
-    found[tried] = 1 - rates[tried]
-    return found
+    difficulties[tried] = 1 - rates[tried]
+    return difficulties
 
 
 def _merits(part: AssessedPart, difficulty: np.ndarray, weights: Weights, alive: np.ndarray) -> np.ndarray:
@@ -305,11 +305,11 @@ def _select(
         if wanted
     ]
     selected = np.sort(np.concatenate([*chosen, np.empty(0, dtype=np.int64)]))
-    kinds = dict.fromkeys(np.flatnonzero(ledger.alive).tolist(), "others of its domain score higher")
-    kinds |= dict.fromkeys(shortlisted.tolist(), "others of its domain stand for it")
+    reasons = dict.fromkeys(np.flatnonzero(ledger.alive).tolist(), "others of its domain score higher")
+    reasons |= dict.fromkeys(shortlisted.tolist(), "others of its domain stand for it")
     for item in selected.tolist():
-        del kinds[item]
-    ledger.drop("select", kinds)
+        del reasons[item]
+    ledger.drop("select", reasons)
     return selected, wheres
 
 
@@ -384,5 +384,5 @@ def _grading_texts(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _id_of(row: Any) -> str | None:
-    found = row.get("id") if isinstance(row, Mapping) else None
-    return found if isinstance(found, str) else None
+    name = row.get("id") if isinstance(row, Mapping) else None
+    return name if isinstance(name, str) else None
