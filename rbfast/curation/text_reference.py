@@ -52,8 +52,9 @@ def tokens(text: str, mask_digits: bool = False) -> list[str]:
 
 def _scan(text: str, mask_digits: bool) -> list[str]:
     """The tokens in order, with stops, before numerals are masked and brackets resolved."""
-    found: list[str] = []
-    at, bound, figures = 0, -1, True  # bound: where a prime or a factorial would belong to the last token
+    row: list[str] = []
+    at, bound = 0, -1  # bound: where a prime or a factorial would belong to the last token
+    figures_end = True  # whether a figure may have an end in the rest of the text
     taking = -1  # where the argument of the last command would start
     named, relates = -1, False  # where the name of the last command ended, and whether it is a relation (no argument)
     while match := _TOKEN.search(text, at):
@@ -61,42 +62,39 @@ def _scan(text: str, mask_digits: bool) -> list[str]:
         kind, token = match.lastgroup, match.group(match.lastgroup or 0)
         if kind == "command":
             if token not in _TYPESETTING:
-                found.append(_ALIASES.get(token, token))
+                row.append(_ALIASES.get(token, token))
                 taking = -1 if token in _RELATIONS else at
             named, relates = at, token in _RELATIONS
             if token in ("begin", "end") and (name := _ENVIRONMENT.match(text, at)):
                 at = name.end()
             elif at < len(text) and text[at] in _DIGITS:
-                found.append("0" if mask_digits else text[at])
+                row.append("0" if mask_digits else text[at])
                 at += 1
             bound = at
         elif kind == "digits":
             at = bound = _numeral_end(text, start) if mask_digits else at
-            found.append("0" if mask_digits else token)
+            row.append("0" if mask_digits else token)
         elif kind == "word":
-            found.append(token)
+            row.append(token)
             shortened = start > 0 and text[start - 1] == "'" and bound != start  # the t of "don't"
             bound = at if len(token) == 1 and token in _LETTERS and not shortened else -1
         elif kind == "figure":
-            close = text.find(_FIGURE_END, at) if figures else -1
-            figures = close >= 0
-            at = close + len(_FIGURE_END) if figures else start
-            if not figures:
-                found.append("[")
-                at += 1
+            end = text.find(_FIGURE_END, at) if figures_end else -1
+            figures_end = end >= 0
+            if figures_end:
+                at = end + len(_FIGURE_END)
+            else:
+                row.append("[")
+                at = start + 1
         elif kind == "mark":
-            bound = _read_mark(text, start, bound, found)
+            bound = _read_mark(text, start, bound, row)
         elif kind == "brace":
             is_argument = start == taking or text[start - 1 : start] in ("}", "^", "/")
             opening = _ARGUMENT if is_argument else _SET if _may_be_set(text, start, named, relates) else "("
-            found.append(_END if token == "}" else opening)
-        elif kind == "stop":
-            found.append(_STOP)
-        elif kind == "negation":
-            found.append("neg")
+            row.append(_END if token == "}" else opening)
         elif kind is not None:
-            found.append(token)
-    return found
+            row.append({"stop": _STOP, "negation": "neg"}.get(kind, token))
+    return row
 
 
 def _may_be_set(text: str, at: int, named: int, relates: bool) -> bool:
@@ -114,35 +112,35 @@ def _numeral_end(text: str, start: int) -> int:
     return match.end() if match else start
 
 
-def _read_mark(text: str, at: int, bound: int, found: list[str]) -> int:
+def _read_mark(text: str, at: int, bound: int, row: list[str]) -> int:
     """Read "!" or "'" as a factorial or prime if it is one, else as punctuation; returns where another may follow."""
     follows = at == bound or (at > 0 and text[at - 1] in "})]|")
     factorial, prime = text[at] == "!", follows and not _IN_WORD.match(text, at + 1)
     if not ((follows or text[at + 1 : at + 2] == "=") if factorial else prime):
         return -1
-    found.append(text[at])
+    row.append(text[at])
     return at + 1
 
 
 def _mask_numerals(row: list[str]) -> list[str]:
     """Replace each numeral, with its sign, by "0", fractions too; a sign between two terms becomes "+"."""
-    found: list[str] = []
+    masked: list[str] = []
     for token in row:
-        if token == _END and found[-1:] == ["0"] and found[-2:-1] and found[-2] in _OPENING:
-            del found[-2:]
+        if token == _END and masked[-1:] == ["0"] and masked[-2:-1] and masked[-2] in _OPENING:
+            del masked[-2:]
             token = "0"
-        while token == "0" and found:
-            if found[-2:] in (["frac", "0"], ["0", "/"]):
-                del found[-2:]
-            elif found[-1] not in ("+", "-"):
+        while token == "0" and masked:
+            if masked[-2:] in (["frac", "0"], ["0", "/"]):
+                del masked[-2:]
+            elif masked[-1] not in ("+", "-"):
                 break
-            elif len(found) > 1 and (found[-2] in ("0", ")", "]") or found[-2] in tuple(_LETTERS)):
-                found[-1] = "+"
+            elif len(masked) > 1 and (masked[-2] in ("0", ")", "]") or masked[-2] in tuple(_LETTERS)):
+                masked[-1] = "+"
                 break
             else:
-                found.pop()
-        found.append(token)
-    return found
+                masked.pop()
+        masked.append(token)
+    return masked
 
 
 def _resolve_brackets(row: list[str]) -> list[str]:
@@ -160,9 +158,9 @@ def _resolve_brackets(row: list[str]) -> list[str]:
             lists.add(opened[-1][0])
         elif token in _CLOSING and opened:
             before, outer = opened.pop()
-            held = sum(map(bool, shown[before:at]))
-            is_set = row[before] == _SET and token == _END and before in lists and held > 1
-            groups = signed or (held > 1 and _is_taken(row, before, at))
+            terms = sum(map(bool, shown[before:at]))
+            is_set = row[before] == _SET and token == _END and before in lists and terms > 1
+            groups = signed or (terms > 1 and _is_taken(row, before, at))
             if is_set:
                 shown[before], shown[at] = "{", "}"
             elif groups and inner != (before + 1, at - 1):  # else the brackets are doubled
