@@ -97,15 +97,15 @@ def interpret(row: Any, options: FormatOptions = AUTO) -> Interpretation:
     values, batch = unwrap(row)
     if options.format == "batch" and batch is None:
         raise TraceError(f"expected a batch's request with its response, got {field_names(row)}")
-    one = RowFields(values, options.fields, options.teacher_field)
-    asked = _find_question(one)
+    fields = RowFields(values, options.fields, options.teacher_field)
+    question = _find_question(fields)
     formats = (options.format,) if options.format in _REPLY_FORMATS else _REPLY_FORMATS
     if options.format == "native":
         formats = ("trajectories",)
-    form, replies = find_replies(one, asked.reply, formats)
-    name = _format_name(form, one, asked) if batch is None else batch
+    form, replies = find_replies(fields, question.reply, formats)
+    name = _format_name(form, fields, question) if batch is None else batch
     try:
-        return Interpretation(name, [_trace_row(one, asked, reply, form, len(replies)) for reply in replies])
+        return Interpretation(name, [_trace_row(fields, question, reply, form, len(replies)) for reply in replies])
     except TraceError as error:
         raise TraceError(f"read as {name}: {error}") from None
 
@@ -128,26 +128,27 @@ def _as_native(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row with numbers as text, without thinking tags and answer marks, and without values of another type
     ("difficulty": "hard"). The same object if nothing changes."""
     answer, reasoning = row["answer"], row["reasoning"]
-    told: dict[str, Any] = {name: as_text(row[name]) for name in MAY_BE_NUMBERS if name in row}
-    told["answer"] = (marked_answer(answer) if isinstance(answer, str) else answer_text(answer)) or answer
+    cleaned: dict[str, Any] = {name: as_text(row[name]) for name in MAY_BE_NUMBERS if name in row}
+    cleaned["answer"] = (marked_answer(answer) if isinstance(answer, str) else answer_text(answer)) or answer
     if isinstance(reasoning, str) and row.get("spans") is None:
-        told["reasoning"] = split_thinking(reasoning)[0] or reasoning
-    told |= {"verified": verdict_of(row.get("verified"))}
-    told |= {} if is_finite(row.get("difficulty")) else {"difficulty": None}
-    changed = {name: value for name, value in told.items() if value is not row.get(name)}
+        cleaned["reasoning"] = split_thinking(reasoning)[0] or reasoning
+    cleaned["verified"] = verdict_of(row.get("verified"))
+    if not is_finite(row.get("difficulty")):
+        cleaned["difficulty"] = None
+    changed = {name: value for name, value in cleaned.items() if value is not row.get(name)}
     return {**row, **changed} if changed else row
 
 
-def _format_name(form: str, row: RowFields, asked: "_Question") -> str:
+def _format_name(form: str, row: RowFields, question: "_Question") -> str:
     """What to call such rows in messages."""
     names = {"generations": "problems with generations", "completions": "prompts with completions"}
     names |= {"solutions": "problems with solutions", "conversations": "conversations"}
     if form == "trajectories":
-        fields = [found.name for found, _ in row.candidates("reasoning")]
+        fields = [one.name for one, _ in row.candidates("reasoning")]
         return "s1K trajectories" if any("traject" in name for name in fields) else f"problems with {fields[0]}"
     if form == "generations" and "correctness_math_verify" in row.values:
         return "OpenR1 generations"
-    if form == "conversations" and asked.reply is not None and "<|begin_of_thought|>" in asked.reply.text:
+    if form == "conversations" and question.reply is not None and "<|begin_of_thought|>" in question.reply.text:
         return "OpenThoughts conversations"
     return names[form]
 
@@ -167,33 +168,35 @@ class _Question:
 def _find_question(row: RowFields) -> _Question:
     """The question, with its options if it has any. A conversation takes precedence over a problem field."""
     conversation = None if "problem" in row.fields and "conversation" not in row.fields else _conversation(row)
-    found: Any = conversation
-    if conversation is None:
-        found = _problem_field(row)
-        turns = parse_rendered(found) if isinstance(found, str) else parse_turns(found)
-        if turns is None and not isinstance(found, str):
-            raise TraceError(f"problem: expected text or messages, got {show(found)}; {MAP_HINT}")
-        found = _without_opening(turns) if turns else found
-    found = [Turn(USER, found, None, {})] if isinstance(found, str) else found
-    own_system, earlier, asked, reply = split_exchange([*_history(row), *found])
-    rest = {**asked.rest, **{name: value for name, value in (reply.rest if reply else {}).items() if value is not None}}
-    rest = rest if conversation is not None else {}
-    text = with_options(asked.text, row.options) if row.options else asked.text
+    turns = _problem_turns(row) if conversation is None else conversation
+    own_system, earlier, question, reply = split_exchange([*_history(row), *turns])
+    rest: Mapping[str, Any] = {}
+    if conversation is not None:
+        of_reply = reply.rest if reply else {}
+        rest = {**question.rest, **{name: value for name, value in of_reply.items() if value is not None}}
+    text = with_options(question.text, row.options) if row.options else question.text
     return _Question(text, own_system or _system(row), reply, rest, earlier)
 
 
-def _without_opening(turns: list[Turn]) -> list[Turn]:
-    """The turns without a final assistant turn that only opens a reply, as a rendered generation prompt does."""
-    said = turns[-1].text.strip()
-    only_opens = turns[-1].role == ASSISTANT and (not said or OPENER.fullmatch(said) is not None)
-    return turns[:-1] if only_opens else turns
+def _problem_turns(row: RowFields) -> list[Turn]:
+    """The turns of a problem field: a text is one turn, unless a template rendered it."""
+    problem = _problem_field(row)
+    turns = parse_rendered(problem) if isinstance(problem, str) else parse_turns(problem)
+    if turns:
+        last = turns[-1].text.strip()
+        # A rendered generation prompt ends in an assistant turn that only opens a reply.
+        opens_reply = turns[-1].role == ASSISTANT and (not last or OPENER.fullmatch(last) is not None)
+        return turns[:-1] if opens_reply else turns
+    if isinstance(problem, str):
+        return [Turn(USER, problem, None, {})]
+    raise TraceError(f"problem: expected text or messages, got {show(problem)}; {MAP_HINT}")
 
 
 def _conversation(row: RowFields) -> list[Turn] | None:
-    found = row.one("conversation")
-    turns = (parse_turns(found[1]) or parse_pairs(found[1])) if found else None
-    if found and turns is None and "conversation" in row.fields:
-        raise TraceError(f"{found[0].name}: expected messages with role and content, got {show(found[1])}")
+    candidate = row.one("conversation")
+    turns = (parse_turns(candidate[1]) or parse_pairs(candidate[1])) if candidate else None
+    if candidate and turns is None and "conversation" in row.fields:
+        raise TraceError(f"{candidate[0].name}: expected messages with role and content, got {show(candidate[1])}")
     if turns and any(turn.role == USER for turn in turns):
         return turns
     return None if row.candidates("problem") and row.has_reply else _unnamed_conversation(row)
@@ -201,14 +204,14 @@ def _conversation(row: RowFields) -> list[Turn] | None:
 
 def _unnamed_conversation(row: RowFields) -> list[Turn] | None:
     """A conversation in a field whose name does not say so: messages (of a preferred reply, say) or rendered text."""
-    found = [(one.name, value) for one, value in row.candidates("reply")]
-    found += [item for item in row.unknown() if item not in found]
-    whole = []
-    for name, value in found:
+    candidates = [(one.name, value) for one, value in row.candidates("reply")]
+    candidates += [item for item in row.unknown() if item not in candidates]
+    conversations = []
+    for name, value in candidates:
         turns = parse_rendered(value) if isinstance(value, str) else _turns_or_none(value)
         if turns and {USER, ASSISTANT} <= {turn.role for turn in turns}:
-            whole.append((Field(name), turns))
-    chosen = sole_candidate("conversation", whole)
+            conversations.append((Field(name), turns))
+    chosen = sole_candidate("conversation", conversations)
     return chosen[1] if chosen else None
 
 
@@ -221,40 +224,43 @@ def _turns_or_none(value: Any) -> list[Turn] | None:
 
 def _history(row: RowFields) -> list[Turn]:
     """The turns before the problem, if a separate field holds them."""
-    found = row.one("earlier")
-    turns = (parse_turns(found[1]) or parse_pairs(found[1])) if found else []
+    field_and_value = row.one("earlier")
+    if field_and_value is None:
+        return []
+    source, value = field_and_value
+    turns = parse_turns(value) or parse_pairs(value)
     if turns is None:
-        assert found is not None
-        raise TraceError(f"{found[0].name}: expected turns before the problem, got {show(found[1])}; leave the row out")
+        raise TraceError(f"{source.name}: expected turns before the problem, got {show(value)}; leave the row out")
     return turns
 
 
 def _system(row: RowFields) -> str | None:
     """The system prompt in a separate field: a text, or blocks of text."""
-    found = row.candidates("system")
-    return next((text for _, value in found if (text := split_content(value)[1].strip())), None)
+    texts = (split_content(value)[1].strip() for _, value in row.candidates("system"))
+    return next(filter(None, texts), None)
 
 
 def _problem_field(row: RowFields) -> Any:
-    found = row.candidates("problem")
-    texts = [value for _, value in found if isinstance(value, str)]
-    if {one.name for one, _ in found} == {"instruction", "input"} and len(texts) == len(found):
+    candidates = row.candidates("problem")
+    texts = [value for _, value in candidates if isinstance(value, str)]
+    are_texts = len(texts) == len(candidates)
+    if are_texts and {one.name for one, _ in candidates} == {"instruction", "input"}:
         return "\n\n".join(texts)
-    if not found and (asked := row.one("conversation")) and _is_question(asked[1]):
-        return asked[1][0]
+    if not candidates and (conversation := row.one("conversation")) and _is_question(conversation[1]):
+        return conversation[1][0]
     shortest = min(texts, key=len, default="")
-    if len(texts) == len(found) > 1 and all(shortest.strip() in text for text in texts):
-        found = [(one, value) for one, value in found if value == shortest]  # the others add an instruction
-    problem = sole_candidate("problem", found)
-    if problem is None:
+    if are_texts and all(shortest.strip() in text for text in texts):
+        candidates = [(one, value) for one, value in candidates if value == shortest]  # others add an instruction
+    chosen = sole_candidate("problem", candidates)
+    if chosen is None:
         hint = (
             "a batch's output holds no questions: join it with its requests" if "custom_id" in row.values else MAP_HINT
         )
         raise TraceError(f"problem: expected this field, got {field_names(row.values)}; {hint}")
-    context = row.one("context")
-    if context and isinstance(problem[1], str) and isinstance(context[1], str):
-        return f"{context[1]}\n\n{problem[1]}"
-    return problem[1]
+    problem, context = chosen[1], row.one("context")
+    if context and isinstance(problem, str) and isinstance(context[1], str):
+        return f"{context[1]}\n\n{problem}"
+    return problem
 
 
 def _is_question(value: Any) -> bool:
@@ -269,24 +275,23 @@ def question_of(row: Any, options: FormatOptions = AUTO) -> dict[str, Any]:
     """
     if not isinstance(row, Mapping):
         raise TraceError(f"expected an object with a problem, got {show(row)}")
-    one = RowFields(unwrap(row)[0], options.fields, options.teacher_field)
-    asked = _find_question(one)
-    if asked.earlier:
-        raise TraceError(f"problem: expected a question alone, got one after {len(asked.earlier)} turns; leave it out")
-    known = _answer_field(one) or _known_answer(one, asked)
-    found = {"problem": asked.text, "answer": known, "system": asked.system}
-    found |= {name: one.text(name) for name in ("domain", "source", "id")}
-    return {name: value for name, value in found.items() if value is not None}
+    fields = RowFields(unwrap(row)[0], options.fields, options.teacher_field)
+    question = _find_question(fields)
+    if earlier := question.earlier:
+        raise TraceError(f"problem: expected a question alone, got one after {len(earlier)} turns; leave it out")
+    known = _answer_field(fields) or _known_answer(fields, question)
+    values = {"problem": question.text, "answer": known, "system": question.system}
+    values |= {name: fields.text(name) for name in ("domain", "source", "id")}
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def _known_answer(row: RowFields, asked: _Question) -> str | None:
+def _known_answer(row: RowFields, question: _Question) -> str | None:
     """The known answer in a solution field or in the question's message."""
     texts = [value for role in ("solution", "reference") for _, value in row.candidates(role) if isinstance(value, str)]
-    found = next((answer for text in texts if (answer := stated_answer(text))), None)
     return (
-        found
-        or as_text(asked.rest.get("reference_answer"))
-        or (stated_answer(asked.reply.text) if asked.reply else None)
+        next(filter(None, map(stated_answer, texts)), None)
+        or as_text(question.rest.get("reference_answer"))
+        or (stated_answer(question.reply.text) if question.reply else None)
     )
 
 
@@ -294,8 +299,8 @@ def _answer_field(row: RowFields) -> str | None:
     """The answer in an answer field, else in an object of the row. If several fields have one, they must agree."""
     if row.options and (label := chosen_label([value for _, value in row.choices()], row.options)):
         return label
-    found = row.candidates("answer") or row.inner_answers() or _bare_solutions(row)
-    texts = [(one, text) for one, value in found if (text := answer_text(value)) and text.strip()]
+    candidates = row.candidates("answer") or row.inner_answers() or _bare_solutions(row)
+    texts = [(one, text) for one, value in candidates if (text := answer_text(value)) and text.strip()]
     short = [(one, stated_answer(text) or text.strip()) for one, text in texts if not one.teacher]
     agreed = sole_candidate("answer", short)
     return agreed[1] if agreed else None
@@ -310,7 +315,7 @@ def _bare_solutions(row: RowFields) -> list[tuple[Field, str]]:
 # -------------------------------------------------------------------------------------------------------- traces
 
 
-def _trace_row(row: RowFields, asked: _Question, reply: Reply, form: str, count: int) -> dict[str, Any]:
+def _trace_row(row: RowFields, question: _Question, reply: Reply, form: str, count: int) -> dict[str, Any]:
     """A trace's fields.
 
     The answer is the one that the reply states, else the one in an answer field, else, after thinking, the whole reply.
@@ -329,20 +334,20 @@ def _trace_row(row: RowFields, asked: _Question, reply: Reply, form: str, count:
     reasoning = reply.thought or without_answer(reply.text)
     if not reasoning.strip() or reasoning.strip() == answer.strip():
         raise TraceError(f"reasoning: expected working before the answer, got none; {MAP_HINT}")
-    reference = field_answer or as_text(asked.rest.get("reference_answer")) or row.text("reference")
-    found: dict[str, Any] = {
-        "problem": asked.text.strip(),
+    reference = field_answer or as_text(question.rest.get("reference_answer")) or row.text("reference")
+    trace: dict[str, Any] = {
+        "problem": question.text.strip(),
         "reasoning": reasoning.strip(),
         "answer": answer.strip(),
-        "system": asked.system,
-        "turns": [_earlier_turn(turn) for turn in asked.earlier] or None,
+        "system": question.system,
+        "turns": [_earlier_turn(turn) for turn in question.earlier] or None,
     }
-    found |= _metadata(row, asked, reply, count)
+    trace |= _metadata(row, question, reply, count)
     if own and not reply.thought and ends_in_answer(reply.text):
-        found["finished"] = True
-    if own and reference and form != "solutions" and "verified" not in found:
-        found["reference"] = reference
-    return {name: value for name, value in found.items() if value is not None}
+        trace["finished"] = True
+    if own and reference and form != "solutions" and "verified" not in trace:
+        trace["reference"] = reference
+    return {name: value for name, value in trace.items() if value is not None}
 
 
 def _earlier_turn(turn: Turn) -> dict[str, str]:
@@ -353,22 +358,22 @@ def _earlier_turn(turn: Turn) -> dict[str, str]:
     return {"role": ASSISTANT, "content": text} | ({"reasoning": thought} if thought else {})
 
 
-def _metadata(row: RowFields, asked: _Question, reply: Reply, count: int) -> dict[str, Any]:
+def _metadata(row: RowFields, question: _Question, reply: Reply, count: int) -> dict[str, Any]:
     """The metadata of a trace: domain, source, id, teacher, difficulty, finish reason, verdict."""
-    found: dict[str, Any] = {name: row.text(name) for name in ("domain", "source", "id", "teacher")}
-    found["source"] = found["source"] or as_text(asked.rest.get("source"))
-    found["teacher"] = reply.teacher or found["teacher"]
-    if found["id"] and count > 1:
-        found["id"] += f"/{reply.number}"
+    metadata: dict[str, Any] = {name: row.text(name) for name in ("domain", "source", "id", "teacher")}
+    metadata["source"] = metadata["source"] or as_text(question.rest.get("source"))
+    metadata["teacher"] = reply.teacher or metadata["teacher"]
+    if metadata["id"] and count > 1:
+        metadata["id"] += f"/{reply.number}"
     difficulty = next((value for _, value in row.candidates("difficulty")), None)
-    found["difficulty"] = difficulty if is_finite(difficulty) else None
-    found |= {
+    metadata["difficulty"] = difficulty if is_finite(difficulty) else None
+    metadata |= {
         name: row.values[name]
         for name in _COPIED_FIELDS
         if name in row.values and not isinstance(row.values[name], list)
     }
-    if not any(found.get(name) for name in END_FIELDS):
-        found["finish_reason"] = row.text("finish")
+    if not any(metadata.get(name) for name in END_FIELDS):
+        metadata["finish_reason"] = row.text("finish")
     if reply.verified is not None:
-        found["verified"] = reply.verified
-    return {name: value for name, value in found.items() if value is not None}
+        metadata["verified"] = reply.verified
+    return {name: value for name, value in metadata.items() if value is not None}

@@ -99,6 +99,7 @@ def test_the_teacher_can_be_chosen_and_has_to_be_without_grades() -> None:
         ({"question": "p", "prompt": "q", "output": "\\boxed{1}"}, "question and prompt; .*problem=question"),
         ({"prompt": "p", "response": "a", "output": "b"}, "reply: expected one field .* response and output"),
         ({"prompt": "p", "response": "So.", "answer": "1", "gold": "2"}, "answer: expected one .* answer and gold"),
+        ({"question": [{"role": "thought", "content": "t"}], "solution": "4"}, "problem: expected text or messages"),
         (conversation(("user", "p")), "reasoning: expected a reply to the last turn or this field, got messages"),
         (conversation(("user", "p"), ("user", "q"), ("assistant", "b")), "in turn, got user, user, assistant"),
         (conversation(("user", "p"), ("assistant", "a"), ("assistant", "b")), "got user, assistant, assistant"),
