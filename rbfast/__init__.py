@@ -26,8 +26,8 @@ if TYPE_CHECKING:  # what type checkers and editors see of `_HOMES`
     from rbfast.loss.teacher_signal import Dense as Dense
     from rbfast.loss.teacher_signal import TopK as TopK
     from rbfast.models.student import load_student as load_student
-    from rbfast.training.distill import DistillConfig as DistillConfig
     from rbfast.training.distill import distill as distill
+    from rbfast.training.distill_config import DistillConfig as DistillConfig
     from rbfast.training.objective import Objective as Objective
     from rbfast.training.trainer import DistillTrainer as DistillTrainer
 
@@ -36,7 +36,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "CurateConfig": "curation.curate",
     "Dense": "loss.teacher_signal",
-    "DistillConfig": "training.distill",
+    "DistillConfig": "training.distill_config",
     "DistillLoss": "loss.distill_loss",
     "DistillTrainer": "training.trainer",
     "Guide": "inference.guide",

@@ -30,7 +30,8 @@ from rbfast.utils.processes import is_first_process
 if TYPE_CHECKING:
     from rbfast.data.instruction import Instruction
     from rbfast.data.trace import Trace
-    from rbfast.training.distill import DistillConfig, Run
+    from rbfast.training.distill import Run
+    from rbfast.training.distill_config import DistillConfig
 
 
 def add_distill(sub: argparse.ArgumentParser) -> None:
@@ -181,7 +182,7 @@ def _held_out(args: argparse.Namespace) -> "list[Trace] | float | None":
 
 def _distill_config(args: argparse.Namespace) -> "DistillConfig":
     """The default config with the options of the command line."""
-    from rbfast.training.distill import DistillConfig
+    from rbfast.training.distill_config import DistillConfig
     from rbfast.training.objective import Objective
 
     objective = (

@@ -18,9 +18,9 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,20 +28,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from rbfast.adapter.adapter_files import adapter_digest
-from rbfast.adapter.column_scores import METHODS, ColumnScores, Method, score_columns
+from rbfast.adapter.column_scores import ColumnScores, Method, score_columns
 from rbfast.adapter.sparse_adapter import SparseAdapter
-from rbfast.data.chat_template import default_instruction, write_prompt
-from rbfast.data.encoding import Example, collate, encode_all, to_device
-from rbfast.data.instruction import Instruction, instruction_named, saved_instruction
+from rbfast.data.chat_template import write_prompt
+from rbfast.data.encoding import Example, collate, to_device
+from rbfast.data.instruction import saved_instruction
 from rbfast.data.signal_store import SignalStore
 from rbfast.data.spans import ROLES
 from rbfast.data.trace import Trace
 from rbfast.models.checkpointing import checkpointing
 from rbfast.models.linears import is_sharded
-from rbfast.models.student import evaluation_mode, final_hidden, packs, preserve_mode, rotary_embeddings
+from rbfast.models.student import evaluation_mode, final_hidden, packs, preserve_mode
 from rbfast.training.arguments import DeviceArguments, check_trackers
 from rbfast.training.batches import batches_by_tokens
 from rbfast.training.checkpoints import KEPT, check_disk_space, last_checkpoint, remove_checkpoints
+from rbfast.training.distill_config import SCHEDULES, DistillConfig
+from rbfast.training.examples import check_positions, check_traces, encode_held_out, encode_traces, instruction_of
 from rbfast.training.held_out import evaluation_arguments, split_held_out, strip_timings
 from rbfast.training.objective import Objective, role_counts, sums_by_role, token_losses
 from rbfast.training.plan import Plan, make_plan
@@ -51,78 +53,7 @@ from rbfast.training.trainer import DistillTrainer, StopAtNaN
 from rbfast.training.training_bar import TrainingBar
 from rbfast.utils.files import check_output, write_text
 from rbfast.utils.processes import is_first_process, process_count
-from rbfast.utils.records import check_numbers, read_json, show
-
-_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}  # as transformers names them
-
-
-@dataclass(frozen=True)
-class DistillConfig:
-    """The settings of a run, apart from the model and the traces.
-
-    Attributes:
-        density: trainable values / all parameters of the base, at most.
-        rank, support: the shape of each delta; None lets the adapter choose it within the budget.
-        placement: "random", or by scores from `placement_traces` traces: "gradient", "factored", "activation"
-            (docs/training.md).
-        batch_size, accumulation: traces per batch, and batches per optimizer step, on each process.
-        tokens_per_batch: the most tokens in a batch, instead of batch_size. A longer trace is alone in its batch.
-        gradient_checkpointing: keep only the input of each layer, and run the layer again for its backward.
-        warmup: the share of the steps before the peak learning rate.
-        schedule: the decay of the learning rate from its peak: linear or cosine to zero, or constant.
-        max_tokens: longer traces are left out and listed, never cut.
-        instruction: what a prompt says after the problem: "answer", "boxed", "none" or a text; None is what the adapter
-            or the merged model to go on with was trained with, else "boxed" for a student whose chat template thinks,
-            and "answer" for another.
-        turns: "last" trains the last reply of a conversation, "all" every reply.
-
-    Raises:
-        TypeError: a field that must be a number is not one.
-        ValueError: a number is out of range, or the placement is unknown.
-    """
-
-    density: float = 0.003
-    rank: int | None = None
-    support: int | None = None
-    placement: Literal["gradient", "factored", "activation", "random"] = "random"
-    placement_traces: int = 64
-    epochs: float = 1.0
-    batch_size: int = 8
-    tokens_per_batch: int | None = None
-    accumulation: int = 1
-    gradient_checkpointing: bool = False
-    learning_rate: float = 1e-2
-    warmup: float = 0.05
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    max_tokens: int = 4096
-    save_steps: int = 50
-    seed: int = 0
-    instruction: str | None = None
-    turns: Literal["last", "all"] = "last"
-    objective: Objective = field(default_factory=Objective)
-
-    def __post_init__(self) -> None:
-        check_numbers(self)
-        if not 0 < self.density <= 1:
-            raise ValueError(f"density must be above 0 and at most 1 (the share of trained values), got {self.density}")
-        for name in ("epochs", "learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup must be at least 0 and below 1 (a share of the steps), got {self.warmup}")
-        counts = ("rank", "support", "placement_traces", "batch_size", "tokens_per_batch", "accumulation", "max_tokens")
-        for name in (*counts, "save_steps"):
-            value = getattr(self, name)
-            if value is not None and not value >= 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not 0 <= self.seed < 2**32:  # NumPy's range
-            raise ValueError(f"seed must be at least 0 and below 2**32, got {self.seed}")
-        if self.placement not in (*METHODS, "random"):
-            raise ValueError(f"placement must be one of {', '.join(METHODS)} or random, got {self.placement!r}")
-        if self.turns not in ("last", "all"):
-            raise ValueError(f"turns must be last or all, got {self.turns!r}")
-        if self.schedule not in _SCHEDULES:
-            raise ValueError(f"schedule must be one of {', '.join(_SCHEDULES)}, got {self.schedule!r}")
+from rbfast.utils.records import read_json
 
 
 @dataclass(frozen=True)
@@ -190,13 +121,13 @@ def distill(
     if keep_best and held_out is None:
         raise ValueError("keep_best compares checkpoints by the loss of held-out traces: give held_out too")
     check_trackers(report_to)
-    first = is_first_process()  # all processes share the folder, and only the first one writes
-    _check_traces(traces)
+    is_first = is_first_process()  # all processes share the folder, and only the first one writes
+    check_traces(traces)
     config = _with_instruction(config, adapter, model)
     traces, eval_traces = split_held_out(traces, held_out, config.seed)
-    examples, skipped = _encode(traces, tokenizer, config)
-    eval_examples = _encode_held_out(eval_traces, tokenizer, config)
-    _check_positions(model, [*examples, *eval_examples])
+    examples, skipped = encode_traces(traces, tokenizer, config)
+    eval_examples = encode_held_out(eval_traces, tokenizer, config)
+    check_positions(model, [*examples, *eval_examples])
     settings = run_settings(model, traces, asdict(config))
     if eval_traces:
         digest = digest_traces(eval_traces)
@@ -217,24 +148,25 @@ def distill(
     check_same_folder(out, checkpoint)
     if (history := read_json(out / LOG, [{"step": int}])) is not None:
         return _load_finished_run(model, out, history, skipped, len(examples))
-    if first:  # before the long part: fail early if the folder is not writable
+    if is_first:  # before the long part: fail early if the folder is not writable
         check_output(out, folder=True)
     trained = _attach_adapter(model, examples, config, teacher, checkpoint or adapter)
     with preserve_mode(model), _detach_on_failure(trained):
-        if first:  # not before: a run that could not begin leaves its folder to other settings
+        if is_first:  # not before: a run that could not begin leaves its folder to other settings
             write_text(out / RUN, json.dumps(settings, indent=1))
-            write_prompt(out, tokenizer, replace(_instruction(tokenizer, config), system=_shared_system_prompt(traces)))
+            instruction = instruction_of(tokenizer, config)
+            write_prompt(out, tokenizer, replace(instruction, system=_shared_system_prompt(traces)))
             check_disk_space(out, sum(parameter.numel() for parameter in trained.parameters()))
         plan = None if is_sharded(model) else _plan_batches(model, trained, examples, len(skipped), config, teacher)
-        if first and not quiet and plan is not None:
+        if is_first and not quiet and plan is not None:
             print(plan, file=sys.stderr)
-        progress = TrainingBar(quiet or not first)
+        progress = TrainingBar(quiet or not is_first)
         trainer = _make_trainer(model, trained, arguments, examples, eval_examples, config, teacher, progress)
         with closing(progress), checkpointing(model) if config.gradient_checkpointing else nullcontext():
             trainer.train(resume_from_checkpoint=checkpoint)
         history = [strip_timings(entry) for entry in trainer.state.log_history if {"loss", "eval_loss"} & entry.keys()]
         run = Run(trained, history, skipped, time.monotonic() - start, len(examples), plan=plan)
-        if first:
+        if is_first:
             _save(run, out, settings, examples, resumed=checkpoint is not None)
         trainer.accelerator.wait_for_everyone()
         return run
@@ -276,11 +208,11 @@ def plan_run(
 ) -> Plan:
     """The resources that `distill` would need with these arguments. Trains nothing. Raises ValueError as `distill` does
     for traces that do not fit."""
-    _check_traces(traces)
+    check_traces(traces)
     config = _with_instruction(config, adapter, model)
     traces, _ = split_held_out(traces, held_out, config.seed)
-    examples, skipped = _encode(traces, tokenizer, config)
-    _check_positions(model, examples)
+    examples, skipped = encode_traces(traces, tokenizer, config)
+    check_positions(model, examples)
     if adapter is not None:
         _check_no_shape_options(config, adapter)
     attached = _attach_adapter(model, examples, replace(config, placement="random"), teacher, adapter)
@@ -304,75 +236,12 @@ def _plan_batches(
     return make_plan(model, adapter, _batches(examples, config), config.gradient_checkpointing, teacher, left_out)
 
 
-def _check_traces(traces: object) -> None:
-    given = [traces] if isinstance(traces, str | Path) else traces
-    for other in (trace for trace in given if not isinstance(trace, Trace)):  # type: ignore[attr-defined]
-        raise TypeError(f"expected a list of Trace, got {show(other)}: read_traces(FILE) reads one from a file")
-
-
-def _encode(
-    traces: Sequence[Trace], tokenizer: PreTrainedTokenizerBase, config: DistillConfig
-) -> tuple[list[Example], list[tuple[Trace, str]]]:
-    examples, skipped = encode_all(
-        traces,
-        tokenizer,
-        max_tokens=config.max_tokens,
-        instruction=_instruction(tokenizer, config),
-        turns=config.turns,
-    )
-    if not examples:
-        raise ValueError(f"none of the {len(traces)} traces can be trained on{_first_reason(skipped)}")
-    return examples, skipped
-
-
-def _encode_held_out(
-    traces: Sequence[Trace], tokenizer: PreTrainedTokenizerBase, config: DistillConfig
-) -> list[Example]:
-    """Encodes held-out traces. Warns of those that cannot be measured."""
-    if not traces:
-        return []
-    examples, skipped = _encode(traces, tokenizer, config)
-    if skipped and is_first_process():
-        warnings.warn(
-            f"{len(skipped)} of {len(traces)} held-out traces are not measured{_first_reason(skipped)}", stacklevel=3
-        )
-    return examples
-
-
-def _check_positions(model: PreTrainedModel, examples: Sequence[Example]) -> None:
-    """Raises ValueError if an example is longer than the model's position table, if it has one (GPT-2, OPT): the run
-    would fail at that example. Warns if one is longer than the model's max_position_embeddings."""
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    longest = max(len(example.input_ids) for example in examples)
-    if limit is None or longest <= limit:
-        return
-    tables = (m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not model.get_input_embeddings())
-    if any(0 <= table.num_embeddings - limit <= 2 for table in tables):  # OPT's table has two rows more
-        raise ValueError(
-            f"the longest trace has {longest} tokens, and {type(model).__name__} has {limit} positions: "
-            f"set max_tokens (--max-tokens) to {limit}, which leaves longer traces out"
-        )
-    if all(rope["rope_type"] == "default" for rope in rotary_embeddings(config)):  # others stretch the positions
-        beyond = sum(len(example.input_ids) > limit for example in examples)
-        warnings.warn(
-            f"{beyond} of {len(examples)} traces are longer than the {limit} positions that this model was made for "
-            f"(max_position_embeddings; the longest has {longest} tokens): it may write worse beyond them; max_tokens "
-            f"(--max-tokens) {limit} leaves them out",
-            stacklevel=3,
-        )
-
-
 def _with_instruction(config: DistillConfig, adapter: str | Path | None, model: PreTrainedModel) -> DistillConfig:
     """A student that is trained again is asked as before, unless the config says otherwise."""
     if config.instruction is not None:
         return config
-    held = saved_instruction(adapter, model.config.name_or_path)
-    return config if held is None else replace(config, instruction=held.text or "none")
-
-
-def _instruction(tokenizer: PreTrainedTokenizerBase, config: DistillConfig) -> Instruction:
-    return default_instruction(tokenizer) if config.instruction is None else instruction_named(config.instruction)
+    saved = saved_instruction(adapter, model.config.name_or_path)
+    return config if saved is None else replace(config, instruction=saved.text or "none")
 
 
 def _shared_system_prompt(traces: Sequence[Trace]) -> str:
@@ -434,14 +303,14 @@ def _save(run: Run, out: Path, settings: dict[str, Any], examples: Sequence[Exam
 def trace_loss(model: PreTrainedModel, examples: Sequence[Example], batch_size: int = 8) -> dict[str, float]:
     """Mean cross-entropy per token of encoded traces, in nats: for each role, and over all tokens as `mean`. Runs the
     model in evaluation mode."""
-    objective, found = Objective(), torch.zeros(2, len(ROLES), dtype=torch.float64)
+    objective, totals = Objective(), torch.zeros(2, len(ROLES), dtype=torch.float64)
     with evaluation_mode(model), torch.no_grad():
         for start in range(0, len(examples), batch_size):
             batch = to_device(collate(examples[start : start + batch_size]), model.device)
             hidden = final_hidden(model, batch["input_ids"], batch["position_ids"], batch["lengths"])
             ce = token_losses(model, hidden, batch, torch.ones(len(ROLES)), objective).ce
-            found += sums_by_role(batch, ce).cpu()
-    sums, counts = found
+            totals += sums_by_role(batch, ce).cpu()
+    sums, counts = totals
     losses = {name: (sums[i] / counts[i]).item() for i, name in enumerate(ROLES)}
     return losses | {"mean": (sums.sum() / counts.sum()).item()}
 
@@ -473,8 +342,8 @@ def _add_signals(
 ) -> dict[str, Any]:
     """Adds signals to the examples. Returns the signals' teacher, their k and how many training traces have them, for
     run.json. Warns of training traces without any."""
-    within = Path(signals) / "signals"  # of the folder that `rbfast teach -o` was given
-    store = SignalStore.open(within if within.is_dir() else signals)
+    subfolder = Path(signals) / "signals"  # of the folder that `rbfast teach -o` was given
+    store = SignalStore.open(subfolder if subfolder.is_dir() else signals)
     missing = len(store.fill(examples))
     store.fill(eval_examples)
     if missing == len(examples):
@@ -515,10 +384,11 @@ def _attach_adapter(
     """The adapter saved in a folder, or a new one."""
     if saved is not None:
         return SparseAdapter.from_pretrained(model, saved)
-    method = config.placement
-    start = "random" if method == "random" else placement_scores(model, examples, config, method, teacher)
+    placement: str | ColumnScores = "random"
+    if config.placement != "random":
+        placement = placement_scores(model, examples, config, config.placement, teacher)
     return SparseAdapter.attach(
-        model, config.density, support=config.support, rank=config.rank, placement=start, seed=config.seed
+        model, config.density, support=config.support, rank=config.rank, placement=placement, seed=config.seed
     )
 
 
@@ -536,7 +406,7 @@ def _training_arguments(
         learning_rate=config.learning_rate,
         # The first warmup step has a learning rate of 0, so a run with only one such step skips the warmup.
         warmup_steps=config.warmup if config.warmup * steps > 1 else 0,
-        lr_scheduler_type=_SCHEDULES[config.schedule],
+        lr_scheduler_type=SCHEDULES[config.schedule],
         weight_decay=0.0,
         logging_steps=1,
         save_steps=config.save_steps,
@@ -548,7 +418,3 @@ def _training_arguments(
         ddp_find_unused_parameters=False,
         **others,
     )
-
-
-def _first_reason(skipped: Sequence[tuple[Trace, str]]) -> str:
-    return f"; the first: {skipped[0][1]}" if skipped else ""
