@@ -119,10 +119,10 @@ class _ChunkedLoss:
         self.bias = None if bias is None else bias.to(self.dtype)
         self.is_narrow = hidden.dtype == weight.dtype == torch.bfloat16
         self.wants_gradient, self.wants_hidden = any(wanted), wanted[0]
-        self.extra_columns = 0
+        extra_columns = 0
         for group in job.active.groups:
-            self.extra_columns = max(self.extra_columns, group.extra_columns(weight.shape[0]))
-        self.widths = row_width(weight.shape[0]), row_width(self.extra_columns)  # of logits, and of extra logits
+            extra_columns = max(extra_columns, group.extra_columns(weight.shape[0]))
+        self.widths = row_width(weight.shape[0]), row_width(extra_columns)  # of logits, and of extra logits
         self.chunking = self._choose_chunking(trains_head=wanted[1])
         self.extra: Tensor | None = None
         self.d_hidden: Tensor | None = None  # allocated when first needed
@@ -216,13 +216,16 @@ class _ChunkedLoss:
     def _forward_group(
         self, group: RowGroup, rows: tuple[int, int], base: int, x: Tensor, z: Tensor, out: Tensor | None
     ) -> None:
-        """Solves `rows` (start, stop) of a group; the group begins at `base` of the rows that take part."""
+        """Computes the losses of `rows` (start, stop) of a group, which begins at `base` of the rows that take part."""
         start, stop = rows
-        signal = self._signal(group, start - base, stop - base, x, z)
+        signal, job = self._signal(group, start - base, stop - base, x, z), self.job
         if isinstance(group.signal, TopK) and group.signal.temperature != 1:
-            self._forward_rows_at_temperature(group.signal.temperature, start, stop, z, out, signal)
+            losses = self._run_op_at_temperature(group.signal.temperature, start, stop, z, out, signal)
         else:
-            self._forward_rows(start, stop, z, out, signal)
+            losses = self._run_op(start, stop, z, out, signal, job.kl_weight, job.ce_weight, job.temperature)
+            if signal[2] is not None and not _is_gpu(z):
+                self._check_teacher(losses[0], signal[2])
+        self.losses.append(losses)
 
     def _signal(self, group: RowGroup, start: int, stop: int, x: Tensor, student: Tensor) -> SignalOfRows:
         """The teacher's ids, log-probs and logits of rows of a group. x, student: the student's hidden and logits."""
@@ -242,42 +245,29 @@ class _ChunkedLoss:
         assert self.extra is not None
         return self.extra[:rows, :columns]
 
-    def _forward_rows(self, start: int, stop: int, logits: Tensor, dz: Tensor | None, signal: SignalOfRows) -> None:
-        job = self.job
-        losses = self._run_op(start, stop, logits, dz, signal, job.kl_weight, job.ce_weight, job.temperature)
-        if signal[2] is not None and not _is_gpu(logits):
-            self._check_teacher(losses[0], signal[2])
-        self.losses.append(losses)
-
-    def _forward_rows_at_temperature(
-        self,
-        temperature: float,
-        start: int,
-        stop: int,
-        logits: Tensor,
-        dz: Tensor | None,
-        signal: SignalOfRows,
-    ) -> None:
-        """Solves rows whose log-probs are at a temperature s other than 1, which the op does not support.
+    def _run_op_at_temperature(
+        self, temperature: float, start: int, stop: int, logits: Tensor, dz: Tensor | None, signal: SignalOfRows
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_run_op`, for rows whose log-probs are at a temperature s other than 1, which the op does not support.
 
         In units of z/s they are at temperature 1, and the loss's temperature is tau/s. So the divergence is the op's on
         logits, scale and softcap divided by s, weighted by tau^2, not (tau/s)^2. The cross-entropy is at temperature 1
         in the original units, so it takes a second call and a second copy of the logits.
         """
-        again = self._extra_rows(*logits.shape).copy_(logits)
+        copy = self._extra_rows(*logits.shape).copy_(logits)
         job, wanted = self.job, dz is not None
         kl_weight = RowParameter(job.kl_weight.values, job.kl_weight.factor * temperature**2)
         tau = RowParameter(job.temperature.values, job.temperature.factor / temperature)
         divergence, _, weighted = self._run_op(
-            start, stop, again, again if wanted else None, signal, kl_weight, _ZERO_WEIGHT, tau, temperature
+            start, stop, copy, copy if wanted else None, signal, kl_weight, _ZERO_WEIGHT, tau, temperature
         )
-        text = (None, None, None)
+        no_signal = (None, None, None)
         _, ce, weighted_ce = self._run_op(
-            start, stop, logits, logits if wanted else None, text, _ZERO_WEIGHT, job.ce_weight, job.temperature
+            start, stop, logits, logits if wanted else None, no_signal, _ZERO_WEIGHT, job.ce_weight, job.temperature
         )
         if dz is not None:
-            dz.copy_(again.add_(logits))
-        self.losses.append((divergence, ce, weighted + weighted_ce))
+            dz.copy_(copy.add_(logits))
+        return divergence, ce, weighted + weighted_ce
 
     def _run_op(
         self,
@@ -315,9 +305,9 @@ class _ChunkedLoss:
         is free. In NumPy: for a small batch the overhead of torch ops would equal the rest of the work."""
         if not np.isnan(divergence.numpy()).any():
             return
-        most = teacher.amax(1)
-        if not most.isfinite().all():
-            what = "only -inf" if (most == -torch.inf).any() else "NaN or infinity"
+        largest = teacher.amax(1)
+        if not largest.isfinite().all():
+            what = "only -inf" if (largest == -torch.inf).any() else "NaN or infinity"
             raise ValueError(
                 f"a row of the Dense teacher's logits holds {what}, which is no distribution; leave such rows out of "
                 "the signal with rows=[N]"
@@ -345,10 +335,10 @@ class _ChunkedLoss:
         if self.d_hidden is None:
             make = self.hidden.new_empty if at is None else self.hidden.new_zeros
             self.d_hidden = make(tokens, width, dtype=self.dtype)
-        part = _rows(self.d_hidden, start, start + rows) if at is None else self.d_hidden.new_empty(rows, width)
-        self.products.head_backward_(part, dz, self.weight, thresholds)
+        out = _rows(self.d_hidden, start, start + rows) if at is None else self.d_hidden.new_empty(rows, width)
+        self.products.head_backward_(out, dz, self.weight, thresholds)
         if at is not None:
-            self.d_hidden.index_copy_(0, at, part)
+            self.d_hidden.index_copy_(0, at, out)
 
 
 def _shared_head_forward(forward: HeadForward, x: Tensor, weight: Tensor, logits: Tensor) -> HeadForward:
