@@ -175,9 +175,9 @@ class ColumnDelta(nn.Module):
 
     def _match_base_dtype(self, weight: Tensor) -> None:
         """Casts the kept columns if the model was cast: they are what its weight would hold without the delta."""
-        kept: Any = self._buffers["base_columns"]
-        if kept.dtype != weight.dtype:
-            self.base_columns = kept.to(weight.dtype)
+        columns: Any = self._buffers["base_columns"]
+        if columns.dtype != weight.dtype:
+            self.base_columns = columns.to(weight.dtype)
 
     def _versions(self) -> _Versions:
         # Every forward calls this, so stored_weight and factors are inlined.
@@ -271,9 +271,9 @@ class ColumnDelta(nn.Module):
     def _fold_into_written_base(self, skip_check: bool) -> None:
         """Folds into a weight that other code wrote. skip_check: its columns cannot be compared, because A or B changed
         since the last fold."""
-        found = self.weight.index_select(-1, self.cols)
-        is_cast = found.dtype != self.base_columns.dtype
-        if not (skip_check or is_cast or self._is_base_or_folded(found)):
+        columns = self.weight.index_select(-1, self.cols)
+        is_cast = columns.dtype != self.base_columns.dtype
+        if not (skip_check or is_cast or self._is_base_or_folded(columns)):
             raise RuntimeError(_WRITTEN.format(kind=type(weight_owner(self.linear)[0]).__name__))
         self.fold()
 
@@ -288,19 +288,19 @@ class ColumnDelta(nn.Module):
         """Refuses a weight that holds neither the base's values nor those with the delta: its delta is unknown. If the
         adapter is a submodule of the model, the same call may load that delta next (`_load_from_state_dict`)."""
         linear, key = self.linear, prefix + weight_owner(self.linear)[1]
-        kept: Any = linear.weight
-        weight, came = matrix_view(linear), state.get(key)
-        if weight is None or not isinstance(came, Tensor) or came.shape != kept.shape or came.is_meta:
+        current: Any = linear.weight
+        weight, new = matrix_view(linear), state.get(key)
+        if weight is None or not isinstance(new, Tensor) or new.shape != current.shape or new.is_meta:
             return
         self.fold_if_stale()
-        columns = came.detach().mT if is_transposed(linear) else came.detach()
-        taken = came.dtype if local.get("assign_to_params_buffers") else weight.dtype
-        columns = columns.to(weight.device, taken).index_select(-1, self.cols)
+        columns = new.detach().mT if is_transposed(linear) else new.detach()
+        dtype = new.dtype if local.get("assign_to_params_buffers") else weight.dtype
+        columns = columns.to(weight.device, dtype).index_select(-1, self.cols)
         if not self._is_base_or_folded(columns):
             refusal = f"{key}: " + _WRITTEN.format(kind=type(owner).__name__)
             lists[-1].append(refusal)
-            self._refused_load = refusal, came.detach()
-            state[key] = kept.detach()
+            self._refused_load = refusal, new.detach()
+            state[key] = current.detach()
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Folds, and withdraws the refusal if the refused weight is the base with the delta just loaded."""
@@ -353,13 +353,13 @@ def fold_all(sites: Iterable[ColumnDelta]) -> None:
         else:
             together.setdefault((weight.device, site.scale), []).append(site)
     for (_, scale), members in together.items():
-        held: list[Any] = [(site._buffers, site._parameters) for site in members]
+        tensors: list[Any] = [(site._buffers, site._parameters) for site in members]  # nn.Module's attributes are slow
         ops.column_fold_all_(
             [weights[site] for site in members],
-            [buffers["base_columns"] for buffers, _ in held],
-            [buffers["cols"] for buffers, _ in held],
-            [parameters["A"] for _, parameters in held],
-            [parameters["B"] for _, parameters in held],
+            [buffers["base_columns"] for buffers, _ in tensors],
+            [buffers["cols"] for buffers, _ in tensors],
+            [parameters["A"] for _, parameters in tensors],
+            [parameters["B"] for _, parameters in tensors],
             scale,
             [site.run for site in members],
         )
@@ -373,8 +373,8 @@ def _execution_device(linear: nn.Module, device: torch.device) -> torch.device:
     if device != _META:
         return device
     hook = weight_owner(linear)[0].__dict__.get("_hf_hook")
-    found = (getattr(one, "execution_device", None) for one in getattr(hook, "hooks", (hook,)))
-    return next((torch.device(one) for one in found if one is not None), device)
+    devices = (getattr(one, "execution_device", None) for one in getattr(hook, "hooks", (hook,)))
+    return next((torch.device(one) for one in devices if one is not None), device)
 
 
 def delta_of(linear: nn.Module) -> ColumnDelta | None:
