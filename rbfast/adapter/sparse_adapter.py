@@ -79,7 +79,6 @@ class SparseAdapter(nn.Module):
 
     def __init__(self, model: nn.Module, config: AdapterConfig, deltas: Mapping[str, Delta], mode: Mode) -> None:
         super().__init__()
-        check_attachable(model)
         check_fit(unfit(model), deltas)
         modules = named_modules(model)
         folds = {name: _should_fold(name, modules[name], mode) for name in deltas}
@@ -164,7 +163,7 @@ class SparseAdapter(nn.Module):
         names no base, and the loader must be told it.
         The exception is `smollm2-135m`, a GGUF file from PyPI: it names the hub model that it was quantised from.
         """
-        single = (site.linear for site in self.sites().values() if not isinstance(site.linear, ExpertStack))
+        single = (site.linear for site in self._sites.values() if not isinstance(site.linear, ExpertStack))
         transposed = set(map(is_transposed, single))
         if len(transposed) > 1:
             raise ValueError("a LoRA file cannot hold both Conv1D and nn.Linear; attach to matrices of one kind")
@@ -179,7 +178,7 @@ class SparseAdapter(nn.Module):
         weight averaging does), and after any change by hand under torch.compile or in `unhooked`. Optimizer steps and
         load_state_dict fold automatically; after other changes the next forward does."""
         self._require_state("attached", "fold")
-        fold_all(site for site in self.sites().values() if site.is_folded and site.enabled)
+        fold_all(site for site in self._sites.values() if site.is_folded and site.enabled)
 
     def merge(self) -> None:
         """Leaves in the model the weights that training used, bitwise, and removes every hook: it is a plain model.
@@ -188,18 +187,18 @@ class SparseAdapter(nn.Module):
         there), and for a base whose weights were changed since attaching.
         """
         self._require_state("attached", "merge")
-        for name, site in self.sites().items():
+        for name, site in self._sites.items():
             if matrix_view(site.linear) is None:
                 raise RuntimeError(
                     f"cannot merge into {name}: {why_not_folded(site.linear)}; use export_lora() instead"
                 )
         adapter_files.check_finite(self._deltas())
-        for site in self.sites().values():
+        for site in self._sites.values():
             site.fold_if_stale()
-        for site in self.sites().values():
+        for site in self._sites.values():
             if not site.is_folded:
                 site.base_columns = site.weight.index_select(-1, site.cols)
-        fold_all(self.sites().values())
+        fold_all(self._sites.values())
         self._release("merged")
         self._count_merged(1)
 
@@ -207,12 +206,12 @@ class SparseAdapter(nn.Module):
         """Undoes merge(): restores the original columns bitwise. Raises RuntimeError if the weights changed since, or
         if another adapter is attached."""
         self._require_state("merged", "unmerge")
-        for name, site in self.sites().items():
+        for name, site in self._sites.items():
             if delta_of(site.linear) is not None:
                 raise RuntimeError(f"cannot unmerge: another adapter is attached at {name}; detach that one first")
             if not torch.equal(site.weight.index_select(-1, site.cols), site.folded_columns()):
                 raise RuntimeError(f"cannot unmerge: {name} was changed after merge(); load the base model again")
-        for site in self.sites().values():
+        for site in self._sites.values():
             site.restore()
         self._count_merged(-1)
         self._state = "detached"
@@ -220,7 +219,7 @@ class SparseAdapter(nn.Module):
     def detach(self) -> None:
         """Restores the base bitwise, removes every hook and restores each parameter's requires_grad."""
         self._require_state("attached", "detach")
-        for site in self.sites().values():
+        for site in self._sites.values():
             if site.is_folded:
                 site.restore()
         self._release("detached")
@@ -233,11 +232,11 @@ class SparseAdapter(nn.Module):
         self._disabled += 1
         guards = []
         if self._disabled == 1:
-            for site in self.sites().values():
+            for site in self._sites.values():
                 site.enabled = False
                 if site.is_folded:
                     site.restore()
-                    guards += [part.register_hook(_refuse_backward) for part in site.factors if part.requires_grad]
+                    guards += [one.register_hook(_refuse_backward) for one in site.factors if one.requires_grad]
         try:
             yield
         finally:
@@ -245,7 +244,7 @@ class SparseAdapter(nn.Module):
                 guard.remove()
             self._disabled -= 1
             if self._disabled == 0 and self._state == "attached":
-                for site in self.sites().values():
+                for site in self._sites.values():
                     site.enabled = True
                 self.fold()
 
@@ -269,7 +268,7 @@ class SparseAdapter(nn.Module):
     def surviving_share(self) -> float:
         """The share of non-zero fp32 changes that survive the fold's rounding; 1 if there is no change to lose."""
         self._require_state("attached", "ask for the surviving share of")
-        counts = [site.count_survivors() for site in self.sites().values() if site.is_folded]
+        counts = [site.count_survivors() for site in self._sites.values() if site.is_folded]
         wanted = sum(count for _, count in counts)
         return sum(count for count, _ in counts) / wanted if wanted else 1.0
 
@@ -334,8 +333,10 @@ class SparseAdapter(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def _deltas(self) -> dict[str, Delta]:
-        sites = self.sites().items()
-        return {name: Delta(site.cols, unsharded(site.A.detach()), unsharded(site.B.detach())) for name, site in sites}
+        return {
+            name: Delta(site.cols, unsharded(site.A.detach()), unsharded(site.B.detach()))
+            for name, site in self._sites.items()
+        }
 
     def _require_state(self, state: str, verb: str) -> None:
         if self._state != state:
@@ -343,7 +344,7 @@ class SparseAdapter(nn.Module):
 
     def _release(self, state: Literal["merged", "detached"]) -> None:
         self._watch.end()
-        for site in self.sites().values():
+        for site in self._sites.values():
             site.release()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
@@ -352,7 +353,7 @@ class SparseAdapter(nn.Module):
 
     def _count_merged(self, change: int) -> None:
         """An adapter attached next is not one of the weights that the model's name stands for."""
-        for site in self.sites().values():
+        for site in self._sites.values():
             owner, _ = weight_owner(site.linear)
             owner.__dict__[MERGED] = owner.__dict__.get(MERGED, 0) + change
 
