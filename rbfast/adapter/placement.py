@@ -67,24 +67,18 @@ def plan_adapter(
         raise ValueError(f"density must be above 0 and at most 1 (the share of trained values), got {density}")
     if not (math.isfinite(scale) and scale != 0):
         raise ValueError(f"scale must be finite and not 0, got {scale}")
-    if isinstance(placement, Path) or (isinstance(placement, str) and placement != "random"):
-        if not Path(placement).is_file():
-            raise FileNotFoundError(
-                'placement must be "random", ColumnScores (of rbfast.adapter.column_scores) or the path of a '
-                f"file of them, got {str(placement)!r}: there is no such file"
-            )
-        placement = ColumnScores.load(placement)
+    scores = _scores_of(placement)
     linears = select_linears(model, targets)
     if targets == "all-linear":
         _warn_of_experts(model, linears)
         _warn_of_non_text(model)
         _warn_of_unfit(model)
     shapes = group_siblings(linears)
-    if isinstance(placement, ColumnScores):
-        shapes = placement.shapes_of(shapes)
+    if scores is not None:
+        shapes = scores.shapes_of(shapes)
     rank, supports = allocate(shapes, int(density * count_parameters(model)), rank, support)
-    if isinstance(placement, ColumnScores):
-        starts = place_scored(placement, shapes, rank, supports, seed)
+    if scores is not None:
+        starts = place_scored(scores, shapes, rank, supports, seed)
     else:
         starts = place_random(shapes, rank, supports, seed)
     modules, deltas = {}, {}
@@ -102,9 +96,23 @@ def plan_adapter(
         )
         B = torch.zeros(*start.A.shape[:-2], shape.out_features, rank, dtype=torch.float32, device="cpu")
         deltas[name] = Delta(start.cols, start.A, B)
-    method = placement.method if isinstance(placement, ColumnScores) else "random"
+    method = "random" if scores is None else scores.method
     dtype = dtype_name(next(model.parameters()))
     return AdapterConfig(loaded_name(model), dtype, density, scale, seed, method, modules), deltas
+
+
+def _scores_of(placement: ColumnScores | str | Path) -> ColumnScores | None:
+    """The scores of a placement; None for a random one."""
+    if isinstance(placement, ColumnScores):
+        return placement
+    if placement == "random":
+        return None
+    if not Path(placement).is_file():
+        raise FileNotFoundError(
+            'placement must be "random", ColumnScores (of rbfast.adapter.column_scores) or the path of a '
+            f"file of them, got {str(placement)!r}: there is no such file"
+        )
+    return ColumnScores.load(placement)
 
 
 def _warn_of_experts(model: nn.Module, chosen: Collection[str]) -> None:
