@@ -76,11 +76,11 @@ def write(
             so far.
     """
     state = GuideState(guide, count or (lambda text: len(text.encode())), end_cost=0)
-    hear = listen or (lambda kind, text: None)
+    report = listen or (lambda kind, text: None)
     order, failures = state.start(), 0
     while True:
         if order and order.text:
-            hear(order.kind, order.text)
+            report(order.kind, order.text)
         if state.phase is Phase.DONE or abandoned():
             return Solution.of(state)
         before = state.spent
@@ -89,7 +89,7 @@ def write(
                 order = _probe(server, prompt + state.thinking, state)
             else:
                 text = prompt + state.thinking + state.answer
-                order = _one_stream(server, text, state, count, hear, abandoned, keep_special)
+                order = _one_stream(server, text, state, count, report, abandoned, keep_special)
         except ServerError as error:
             raise ServerError(str(error), error.status, Solution.of(state)) from error
         except IncompleteReply as error:
@@ -105,12 +105,12 @@ def _one_stream(
     text: str,
     state: GuideState,
     count: Callable[[str], int] | None,
-    hear: Callable[[str, str], None],
+    report: Callable[[str, str], None],
     abandoned: Callable[[], bool],
     keep_special: bool,
 ) -> Order | None:
     """Stream text until an order, a probe, or the end of the requested tokens."""
-    allowed, before, said, reason = state.left, state.spent, 0, None
+    allowed, before, written, reason = state.left, state.spent, 0, None
     measures, measured = state.limits.verify_above is not None, False
     body = {"prompt": text, "max_tokens": allowed, "stream": True, "stream_options": {"include_usage": True}}
     if keep_special:
@@ -121,8 +121,8 @@ def _one_stream(
         for piece in _pieces(server, events):
             reason = piece.reason or reason
             # A piece is at least one token. Only counts that the server reports are checked; `count` is an estimate.
-            said = max(said + (piece.tokens or bool(piece.text)), piece.total)
-            _check(server, allowed, said)
+            written = max(written + (piece.tokens or bool(piece.text)), piece.total)
+            _check(server, allowed, written)
             if not piece.text and not piece.tokens:
                 continue
             measured = measured or piece.entropy is not None
@@ -131,7 +131,7 @@ def _one_stream(
             tokens = piece.tokens or max(1, count(piece.text) if count else 1)
             phase = state.phase.value
             order = state.write(piece.text, min(tokens, state.left), piece.entropy)
-            hear(phase, piece.text)
+            report(phase, piece.text)
             if order or state.phase is Phase.DONE or state.wants_probe or abandoned():
                 return order
     if reason is None:
@@ -139,7 +139,7 @@ def _one_stream(
     if not is_cut(reason):
         if fault := fault_of_finish(reason):
             raise ServerError(f"{server.url}: {fault}")
-        return state.write("", max(0, said - (state.spent - before)), ended=True)
+        return state.write("", max(0, written - (state.spent - before)), ended=True)
     # There were fewer pieces than tokens, but all requested tokens are used up.
     rest = allowed - (state.spent - before)
     return state.write("", rest) if rest else None
@@ -178,12 +178,12 @@ def _pieces(server: Server, events: Iterator[dict[str, Any]]) -> Iterator[_Piece
             raise ServerError(f"{server.url} sent no completion: {type(error).__name__}: {error}") from error
 
 
-def _candidates(said: dict[str, Any]) -> list[Sequence[float]]:
+def _candidates(logprobs: dict[str, Any]) -> list[Sequence[float]]:
     """The top log-probs at each token, in the format of OpenAI's completions or of its chat API (llama.cpp)."""
-    if "content" in said:
-        return [[other["logprob"] for other in token.get("top_logprobs", [])] for token in said["content"]]
-    tokens = said.get("tokens") or []
-    tops = said.get("top_logprobs") or [None] * len(tokens)
+    if "content" in logprobs:
+        return [[top["logprob"] for top in token.get("top_logprobs", [])] for token in logprobs["content"]]
+    tokens = logprobs.get("tokens") or []
+    tops = logprobs.get("top_logprobs") or [None] * len(tokens)
     return [list((top or {}).values()) for top in tops]
 
 
@@ -201,8 +201,8 @@ def _check(server: Server, allowed: int, written: int) -> None:
 
 def _probe(server: Server, text: str, state: GuideState) -> Order | None:
     """Request the answer now, hand it to the state, and discard it."""
-    limit, finish, put = state.limits.probe_tokens, state.phrases.finish, state.probe_text
-    body = {"prompt": text + put, "max_tokens": limit, "temperature": 0.0, "stop": [finish] if finish else None}
+    limit, finish, probe = state.limits.probe_tokens, state.phrases.finish, state.probe_text
+    body = {"prompt": text + probe, "max_tokens": limit, "temperature": 0.0, "stop": [finish] if finish else None}
     reply = server.ask("/completions", body)
     try:
         answer = str(reply["choices"][0]["text"])
@@ -210,7 +210,7 @@ def _probe(server: Server, text: str, state: GuideState) -> Order | None:
     except _MALFORMED as error:
         raise ServerError(f"{server.url} sent no completion: {type(error).__name__}: {error}") from error
     _check(server, limit, written or 0)
-    return state.probed(answer, state.count(put) + (limit if written is None else written))
+    return state.probed(answer, state.count(probe) + (limit if written is None else written))
 
 
 def chat(server: Server, problem: str, guide: Guide, instruction: Instruction = ANSWER) -> Solution:
@@ -228,14 +228,14 @@ def chat(server: Server, problem: str, guide: Guide, instruction: Instruction = 
         "max_tokens": guide.limits.budget,
         "stream": False,
     }
-    reply = server.ask("/chat/completions", body)
+    answer = server.ask("/chat/completions", body)
     try:
-        found = read_chat_reply(reply)
+        reply = read_chat_reply(answer)
     except ValueError as error:
         raise ServerError(f"{server.url} sent no chat completion: {error}") from error
-    tokens, thinking, cut = found.written, _marked_thinking(found), is_cut(found.finish_reason)
-    solution = Solution(thinking + found.text, thinking, found.text, tokens or 0, cut)
-    if not cut and (fault := fault_of_finish(found.finish_reason)):
+    tokens, thinking, cut = reply.written, _marked_thinking(reply), is_cut(reply.finish_reason)
+    solution = Solution(thinking + reply.text, thinking, reply.text, tokens or 0, cut)
+    if not cut and (fault := fault_of_finish(reply.finish_reason)):
         raise ServerError(f"{server.url}: {fault}", partial=solution)
     if tokens is None or tokens > guide.limits.budget:
         raise ServerError(
@@ -313,23 +313,21 @@ class ServerSolver:
     ) -> list[Solution]:
         vote = _RunningVote(sampling.samples, sampling.early_stop)
 
-        def one(copy: int) -> Solution:
-            solution = self._solve_sample(
-                problem, guide, self._server_for(sampling, seed + copy), listen, vote.over.is_set
-            )
+        def sample(number: int) -> Solution:
+            server = self._server_for(sampling, seed + number)
+            solution = self._solve_sample(problem, guide, server, listen, vote.over.is_set)
             vote.take(solution.key)  # in this thread, before it starts the next sample in the queue
             return solution
 
         with ThreadPoolExecutor(min(sampling.samples, self.concurrency)) as pool:
-            futures = [pool.submit(one, copy) for copy in range(sampling.samples)]
+            futures = [pool.submit(sample, number) for number in range(sampling.samples)]
             try:
                 for future in as_completed(futures):
                     future.result()
             except ServerError as error:
                 vote.over.set()
-                raise ServerError(
-                    str(error), error.status, list(filter(None, map(_partial_solution, futures)))
-                ) from error
+                partial = [solution for future in futures if (solution := _partial_solution(future))]
+                raise ServerError(str(error), error.status, partial) from error
             finally:
                 vote.over.set()  # end the running samples, also after an interrupt
         return [future.result() for future in futures]
@@ -362,8 +360,8 @@ class ServerSolver:
 
     def _prompt(self, problem: str) -> str:
         if self.tokenizer is None:
-            asked = self._used_instruction
-            return "".join(f"{text}\n\n" for text in (asked.system, asked.request(problem)) if text)
+            instruction = self._used_instruction
+            return "".join(f"{text}\n\n" for text in (instruction.system, instruction.request(problem)) if text)
         return prompt_for(problem, self.tokenizer, self.instruction)
 
     def _closes_by_special(self, guide: Guide) -> bool:
