@@ -95,28 +95,28 @@ class Plan:
             del rows["teacher"]
         if not self.left_out:
             del rows["left out"]
-        return "\n".join(f"{name:12} {said}" for name, said in rows.items())
+        return "\n".join(f"{name:12} {text}" for name, text in rows.items())
 
     def _activations(self) -> str:
-        said = f"about {megabytes(self.kept)} at the largest batch"
+        kept = f"about {megabytes(self.kept)} at the largest batch"
         if self.kept_checkpointed is None:
-            return said
+            return kept
         with_it = f"{megabytes(self.kept_checkpointed)} with gradient checkpointing"
-        return f"about {with_it} (on); {megabytes(self.kept)} without" if self.is_checkpointed else f"{said}; {with_it}"
+        return f"about {with_it} (on); {megabytes(self.kept)} without" if self.is_checkpointed else f"{kept}; {with_it}"
 
     def _memory(self) -> str:
         needed = f"about {megabytes(self.needed)} needed"
         if self.memory is None:
             return f"{needed} on {self.device}"
-        said = f"{needed} of {megabytes(self.memory)} on {self.device}"
-        return f"{said}: fits" if self.fits else f"{said}: does not fit; {self._advice()}"
+        needed += f" of {megabytes(self.memory)} on {self.device}"
+        return f"{needed}: fits" if self.fits else f"{needed}: does not fit; {self._advice()}"
 
     def _advice(self) -> str:
         if self.fixed > _USABLE * (self.memory or 0):
             return "the weights alone are too large: use --load-in 4bit, or --shard"
         if self.kept_checkpointed is not None and not self.is_checkpointed:
             return "use --gradient-checkpointing"
-        return f"use --tokens-per-batch {self._tokens_that_fit():,}".replace(",", "") + ", or shorter traces"
+        return f"use --tokens-per-batch {self._tokens_that_fit()}, or shorter traces"
 
     def _tokens_that_fit(self) -> int:
         share = (_USABLE * (self.memory or 0) - self.fixed) / (self.needed - self.fixed)
@@ -175,19 +175,19 @@ def _saved_bytes_per_token(model: PreTrainedModel) -> int:
 def _saved_bytes(model: PreTrainedModel, tokens: int) -> int:
     """Bytes that autograd saves for a row of `tokens` tokens, excluding weights."""
     weights = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
-    found: dict[int, int] = {}
+    sizes: dict[int, int] = {}  # by the address of a storage
 
     def keep(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         if storage.data_ptr() not in weights:
-            found[storage.data_ptr()] = storage.nbytes()
+            sizes[storage.data_ptr()] = storage.nbytes()
         return x
 
     ids = torch.arange(tokens, device=model.device)[None]
     with torch.enable_grad(), saved_tensors_hooks(keep, lambda x: x):
         hidden = final_hidden(model, ids % model.config.get_text_config().vocab_size, ids, [tokens])
     del hidden  # until here the graph kept every storage alive, so no address was reused
-    return sum(found.values())
+    return sum(sizes.values())
 
 
 def _memory_of(device: torch.device) -> int | None:
