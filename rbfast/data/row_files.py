@@ -9,7 +9,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -148,12 +148,8 @@ def _rows_parquet(path: Path) -> Rows:
     import pyarrow.parquet
 
     try:
-        number = 0
         with _open(path) as source, pyarrow.parquet.ParquetFile(source) as file:
-            for batch in file.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
-                    yield f"{path}: row {number}", row
-                    number += 1
+            yield from _rows_of_batches(path, file.iter_batches(batch_size=256))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise TraceError(f"{path}: expected a Parquet file: {error}") from error
 
@@ -168,13 +164,14 @@ def _rows_arrow(path: Path) -> Rows:
             source.seek(0)
             opened = pyarrow.ipc.open_file(source) if is_file else pyarrow.ipc.open_stream(source)
             batches = map(opened.get_batch, range(opened.num_record_batches)) if is_file else opened
-            number = 0
-            for batch in batches:
-                for row in batch.to_pylist():
-                    yield f"{path}: row {number}", row
-                    number += 1
+            yield from _rows_of_batches(path, batches)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise TraceError(f"{path}: expected an Arrow file: {error}") from error
+
+
+def _rows_of_batches(path: Path, batches: Iterable[Any]) -> Rows:
+    rows = (row for batch in batches for row in batch.to_pylist())
+    return ((f"{path}: row {number}", row) for number, row in enumerate(rows))
 
 
 def _rows_csv(path: Path, lenient: bool, delimiter: str) -> Rows:
