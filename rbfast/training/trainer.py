@@ -337,10 +337,10 @@ class DistillTrainer(Trainer):
     def _drop_old_checkpoints(self, folder: Path) -> None:
         """Keeps `save_total_limit` checkpoints: the last, the best if there is one, then the newest others."""
         limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-        found = checkpoints_in(folder)
-        kept = {found[-1], *(path for path in found if best is not None and path.name == Path(best).name)}
-        others = [path for path in found if path not in kept]
-        for path in others[: max(0, len(found) - max(limit, len(kept)))] if limit else []:
+        checkpoints = checkpoints_in(folder)
+        kept = {checkpoints[-1], *(path for path in checkpoints if best is not None and path.name == Path(best).name)}
+        others = [path for path in checkpoints if path not in kept]
+        for path in others[: max(0, len(checkpoints) - max(limit, len(kept)))] if limit else []:
             shutil.rmtree(path)
 
     def _load_best_model(self) -> None:
