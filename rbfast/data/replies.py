@@ -46,13 +46,13 @@ def find_replies(row: RowFields, reply: Turn | None, formats: Sequence[str]) -> 
     `reply` is the last assistant turn of the row's conversation, if it has one. Raises TraceError if there is no reply.
     """
     for name in formats:
-        if found := _FINDERS[name](row, reply):
-            return name, found
+        if replies := _FINDERS[name](row, reply):
+            return name, replies
     marked = [
         (Field(name), value) for name, value in row.unknown() if isinstance(value, str) and opens_with_thinking(value)
     ]
-    if "completions" in formats and not row.fields and (found_one := sole_candidate("reply", marked)):
-        return "completions", [read_reply(found_one[1])]
+    if "completions" in formats and not row.fields and (candidate := sole_candidate("reply", marked)):
+        return "completions", [read_reply(candidate[1])]
     raise _no_reply_error(row, reply, formats)
 
 
@@ -80,11 +80,10 @@ def _generations(row: RowFields, _: Turn | None) -> list[Reply]:
     lists = [(one, value) for one, value in row.candidates("reply") if _is_list_of_replies(value)]
     if row.fields.keys() & {"reply", "reasoning"} and not lists:
         return []
-    found = sole_candidate("reply", _of_one_teacher(row, lists)) if lists else None
-    if found is not None:
-        return _select_replies(
-            row, found[0].teacher, [_try_read_reply(item) for item in found[1]], _verdicts(row, found[1])
-        )
+    chosen = sole_candidate("reply", _of_one_teacher(row, lists)) if lists else None
+    if chosen is not None:
+        one, values = chosen
+        return _select_replies(row, one.teacher, list(map(_try_read_reply, values)), _verdicts(row, values))
     numbered = [(one, value) for one, value in row.candidates("reply") if one.number is not None]
     if len(numbered) > 1:
         teacher = numbered[0][0].teacher
@@ -104,17 +103,17 @@ def _select_replies(
 ) -> list[Reply]:
     """Every reply that was judged right, else the first complete one."""
     whole = _which_complete(row, len(replies))
-    found = [
+    complete = [
         reply._replace(verified=verdict, teacher=teacher, number=number)
         for number, (reply, verdict) in enumerate(zip(replies, verdicts, strict=True))
         if whole[number] and isinstance(reply, Reply)
     ]
-    if not found:
+    if not complete:
         unread = next((reply for reply in replies if isinstance(reply, TraceError)), None)
         if unread is not None and all(whole):
             raise unread
         raise TraceError(f"generations: expected a whole reply, got {len(replies)} that were cut; leave the row out")
-    return [reply for reply in found if reply.verified] or found[:1]
+    return [reply for reply in complete if reply.verified] or complete[:1]
 
 
 def _verdicts(row: RowFields, replies: Sequence[Any]) -> list[bool | None]:
@@ -123,13 +122,13 @@ def _verdicts(row: RowFields, replies: Sequence[Any]) -> list[bool | None]:
     columns: list[Any] = [[_verdict_in(reply) for reply in replies]]
     columns += [value for _, value in row.candidates("verdict")]
     columns += [value for name, value in row.values.items() if name.startswith("correctness_")]
-    said: list[list[bool]] = [[] for _ in range(count)]
+    judgements: list[list[bool]] = [[] for _ in range(count)]
     for column in columns:
         column = [column] if count == 1 and not isinstance(column, list | tuple) else column
         if isinstance(column, list | tuple) and len(column) == count:
-            for marks, value in zip(said, column, strict=True):
+            for marks, value in zip(judgements, column, strict=True):
                 marks += [verdict for verdict in [verdict_of(value)] if verdict is not None]
-    return [any(marks) if marks else None for marks in said]
+    return [any(marks) if marks else None for marks in judgements]
 
 
 def _verdict_in(reply: Any) -> Any:
@@ -194,19 +193,19 @@ def read_reply(value: object) -> Reply:
         )
         if inner is None:
             raise TraceError(f"reply: expected text, got {show(value)}")
-        said = read_reply(inner)
-        return said._replace(thought=said.thought or separate_thought(value))
+        reply = read_reply(inner)
+        return reply._replace(thought=reply.thought or separate_thought(value))
     thought, text = split_content(value)
     return split_reply(thought, text)
 
 
 def _fields_of_reply(value: Mapping[str, Any]) -> tuple[str, str] | None:
     """(thinking, text) of a reply that is an object with both, `{"reasoning": .., "answer": ..}`; None for others."""
-    found = fields_by_meaning(tuple(map(str, value)))
-    thoughts = [text for one in found.get("reasoning", ()) if (text := _thought_text(one, value[one.name]))]
-    said = [as_text(value[one.name]) for role in ("reply", "answer") for one in found.get(role, ())]
-    texts = [text for text in said if text]
-    return (thoughts[0], texts[0]) if thoughts and texts else None
+    fields = fields_by_meaning(tuple(map(str, value)))
+    thoughts = [text for one in fields.get("reasoning", ()) if (text := _thought_text(one, value[one.name]))]
+    texts = [as_text(value[one.name]) for role in ("reply", "answer") for one in fields.get(role, ())]
+    text = next(filter(None, texts), None)
+    return (thoughts[0], text) if thoughts and text else None
 
 
 def reply_of_turn(turn: Turn) -> Reply:
@@ -227,17 +226,14 @@ def _trajectories(row: RowFields, reply: Turn | None) -> list[Reply]:
     thoughts = [(one, text) for one, value in row.candidates("reasoning") if (text := _thought_text(one, value))]
     if not thoughts:
         return []
-    found = sole_candidate("reasoning", _of_one_teacher(row, thoughts))
-    assert found is not None
-    teacher = found[0].teacher
-    thought = split_thinking(found[1])
+    chosen = sole_candidate("reasoning", _of_one_teacher(row, thoughts))
+    assert chosen is not None
+    teacher = chosen[0].teacher
+    thought, after = split_thinking(chosen[1])
     own = [(one, value) for one, value in row.candidates("reply") if one.teacher == teacher]
-    said = sole_candidate("reply", own) or (
-        sole_candidate("solution", row.candidates("solution")) if reply is None else None
-    )
-    text = read_reply(_first_text(said[1])).text if said else reply_of_turn(reply).text if reply else ""
-    joined = thought[0] or thought[1]
-    return [Reply(joined, text or (thought[1] if thought[0] else ""), _verdict_by(row, teacher), teacher)]
+    written = sole_candidate("reply", own) or (row.one("solution") if reply is None else None)
+    text = read_reply(_first_text(written[1])).text if written else reply_of_turn(reply).text if reply else ""
+    return [Reply(thought or after, text or (after if thought else ""), _verdict_by(row, teacher), teacher)]
 
 
 def is_flag(value: object) -> bool:
@@ -261,31 +257,33 @@ def _first_text(value: object) -> object:
     return value[0] if isinstance(value, list | tuple) and value and isinstance(value[0], str) else value
 
 
-def _of_one_teacher(row: RowFields, found: Sequence[tuple[Field, Any]]) -> list[tuple[Field, Any]]:
+def _of_one_teacher(row: RowFields, candidates: Sequence[tuple[Field, Any]]) -> list[tuple[Field, Any]]:
     """The fields of one teacher: the requested one, the only one, the first graded right, or the first graded."""
-    teachers = list(dict.fromkeys(one.teacher for one, _ in found))
+    teachers = list(dict.fromkeys(one.teacher for one, _ in candidates))
     if row.teacher_field is not None:
-        wanted = [(one, value) for one, value in found if row.teacher_field in (one.teacher, one.name)]
+        wanted = [(one, value) for one, value in candidates if row.teacher_field in (one.teacher, one.name)]
         if not wanted:
-            names = ", ".join(one.name for one, _ in found)
+            names = ", ".join(one.name for one, _ in candidates)
             raise TraceError(f"expected a field of the teacher {row.teacher_field!r}, got {names}; see --teacher-field")
         return wanted
     if len(teachers) < 2:
-        return list(found)
+        return list(candidates)
     verdicts = {teacher: _verdict_by(row, teacher) for teacher in teachers}
     if all(verdict is None for verdict in verdicts.values()):
-        names = " and ".join(one.name for one, _ in found)
+        names = " and ".join(one.name for one, _ in candidates)
         raise TraceError(
             f"expected one teacher or a grade for each, got {names}; say which with --teacher-field {teachers[0]}"
         )
     teacher = next((name for name, verdict in verdicts.items() if verdict), teachers[0])
-    return [(one, value) for one, value in found if one.teacher == teacher]
+    return [(one, value) for one, value in candidates if one.teacher == teacher]
 
 
 def _verdict_by(row: RowFields, teacher: str) -> bool | None:
     """The verdict on a teacher's reply. If the row has only one verdict, it counts for any teacher."""
-    found = [(one, value) for one, value in row.candidates("verdict") if one.name != "label" or isinstance(value, bool)]
-    return next((verdict_of(value) for one, value in found if one.teacher == teacher or len(found) == 1), None)
+    verdicts = [
+        (one, value) for one, value in row.candidates("verdict") if one.name != "label" or isinstance(value, bool)
+    ]
+    return next((verdict_of(value) for one, value in verdicts if one.teacher == teacher or len(verdicts) == 1), None)
 
 
 def _conversations(row: RowFields, reply: Turn | None) -> list[Reply]:
@@ -293,10 +291,10 @@ def _conversations(row: RowFields, reply: Turn | None) -> list[Reply]:
 
 
 def _completions(row: RowFields, _: Turn | None) -> list[Reply]:
-    found = row.candidates("reply")
-    if not found:
+    candidates = row.candidates("reply")
+    if not candidates:
         return []
-    one, value = sole_candidate("reply", _of_one_teacher(row, found)) or found[0]
+    one, value = sole_candidate("reply", _of_one_teacher(row, candidates)) or candidates[0]
     return [read_reply(value)._replace(verified=_verdict_by(row, one.teacher), teacher=one.teacher)]
 
 
