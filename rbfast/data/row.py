@@ -58,13 +58,13 @@ class RowFields:
 
     def inner_answers(self) -> list[tuple[Field, Any]]:
         """Answers inside objects of the row, or inside JSON text: `reward_model.ground_truth`."""
-        found = []
+        answers = []
         for name, value in self.values.items():
             inner = as_mapping(value)
             for one in fields_by_meaning(tuple(map(str, inner))).get("answer", ()):
                 if _is_filled(inner[one.name]):
-                    found.append((Field(f"{name}.{one.name}", one.teacher), inner[one.name]))
-        return found
+                    answers.append((Field(f"{name}.{one.name}", one.teacher), inner[one.name]))
+        return answers
 
     def one(self, role: str) -> tuple[Field, Any] | None:
         """The field with this meaning, or None. Raises TraceError if several differ."""
@@ -75,14 +75,15 @@ class RowFields:
         return next((text for _, value in self.candidates(role) if (text := as_text(value)) is not None), None)
 
 
-def sole_candidate(role: str, found: Sequence[tuple[Field, Any]]) -> tuple[Field, Any] | None:
+def sole_candidate(role: str, candidates: Sequence[tuple[Field, Any]]) -> tuple[Field, Any] | None:
     """The only candidate, or None. Raises TraceError if there are several with different values."""
-    if any(value != found[0][1] for _, value in found[1:]):
-        names = " and ".join(one.name for one, _ in found)
+    if any(value != candidates[0][1] for _, value in candidates[1:]):
+        names = [one.name for one, _ in candidates]
         raise TraceError(
-            f"{role}: expected one field that it may be, got {names}; say which with --map {role}={found[0][0].name}"
+            f"{role}: expected one field that it may be, got {' and '.join(names)}; say which with "
+            f"--map {role}={names[0]}"
         )
-    return found[0] if found else None
+    return candidates[0] if candidates else None
 
 
 def as_mapping(value: Any) -> Mapping[str, Any]:
