@@ -51,9 +51,9 @@ def render_reply(
 
     Raises TraceError if the reasoning contains the tag that would end the thinking.
     """
-    found, asked = thinking_format(tokenizer), instruction or default_instruction(tokenizer)
-    answer = asked.write(trace.answer, after_thinking=found.thinks)
-    return _render(found, trace.thought(), trace.thought_spans(), answer)
+    template, instruction = thinking_format(tokenizer), instruction or default_instruction(tokenizer)
+    answer = instruction.write(trace.answer, after_thinking=template.thinks)
+    return _render(template, trace.thought(), trace.thought_spans(), answer)
 
 
 def render_earlier_reply(
@@ -65,34 +65,34 @@ def render_earlier_reply(
         opening: the prompt of that turn.
         whole: the rendered conversation up to and including the turn.
     """
-    found, said = thinking_format(tokenizer), turn["content"]
-    if not said.strip():
+    template, text = thinking_format(tokenizer), turn["content"]
+    if not text.strip():
         return None
     if (thought := turn.get("reasoning", "")).strip():
-        return _render(found, thought, split_spans(thought), said)
-    if not found.thinks:
-        opener, _, _, said, tail = found.pieces("", said)
-        cut = turn["content"].index(said)
-    elif whole.startswith(opening) and said.strip() in whole[len(opening) :]:  # a turn without a thought
-        opener, said, tail = whole[len(opening) :].partition(said.strip())
-        tail, cut = found.tail, turn["content"].index(said)
+        return _render(template, thought, split_spans(thought), text)
+    if not template.thinks:
+        opener, _, _, text, tail = template.pieces("", text)
+        cut = turn["content"].index(text)
+    elif whole.startswith(opening) and text.strip() in whole[len(opening) :]:  # a turn without a thought
+        opener, text, tail = whole[len(opening) :].partition(text.strip())
+        tail, cut = template.tail, turn["content"].index(text)
     else:
         return None
-    pieces = [(opener, False), (said, True), (tail, False)]
-    return _with_roles(split_spans(turn["content"]), pieces, len(opener), cut, len(said))
+    pieces = [(opener, False), (text, True), (tail, False)]
+    return _with_roles(split_spans(turn["content"]), pieces, len(opener), cut, len(text))
 
 
-def _render(found: ThinkingFormat, thought: str, spans: Sequence[Span], said: str) -> RenderedReply:
+def _render(template: ThinkingFormat, thought: str, spans: Sequence[Span], answer: str) -> RenderedReply:
     cut = len(thought) - len(thought.lstrip())
-    if not found.thinks:
-        opener, _, _, body, tail = found.pieces("", f"{thought}\n\n{said}")
-        cut = cut if found.trims else 0
+    if not template.thinks:
+        opener, _, _, body, tail = template.pieces("", f"{thought}\n\n{answer}")
+        cut = cut if template.trims else 0
         return _with_roles(spans, [(opener, False), (body, True), (tail, False)], len(opener), cut, len(thought) - cut)
     try:
-        opener, kept, closer, said, tail = found.pieces(thought, said)
+        opener, kept, closer, answer, tail = template.pieces(thought, answer)
     except ValueError as error:
         raise TraceError(f"reasoning: {error}; leave the trace out") from None
-    pieces = [(opener, False), (kept, True), (closer, False), (said, True), (tail, False)]
+    pieces = [(opener, False), (kept, True), (closer, False), (answer, True), (tail, False)]
     return _with_roles(spans, pieces, len(opener), cut, len(kept))
 
 
@@ -113,8 +113,8 @@ def _with_roles(
     end = sum(len(text) for text, _ in pieces)
     roles = np.concatenate([np.full(start, role_of[0]), role_of, np.full(end - start - length, ANSWER)])
     tail = len(pieces[-1][0])
-    said = len(pieces[-2][0]) if len(pieces) > 3 else end - tail - start - length
-    return RenderedReply(tuple(pieces), roles, (start, start + length), (end - tail - said, end - tail))
+    answer = len(pieces[-2][0]) if len(pieces) > 3 else end - tail - start - length
+    return RenderedReply(tuple(pieces), roles, (start, start + length), (end - tail - answer, end - tail))
 
 
 def tokenize_reply(written: RenderedReply, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], np.ndarray]:
