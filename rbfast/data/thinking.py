@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Kind = Literal["none", "reply", "prompt", "channels"]
 Message = Mapping[str, Any]
 
-_ASKED, _THOUGHT, _SAID, _NEXT = "RBFASTASKED", "RBFASTTHOUGHT", "RBFASTSAID", "RBFASTNEXT"
+_PROBLEM, _THOUGHT, _REPLY, _NEXT = "RBFASTASKED", "RBFASTTHOUGHT", "RBFASTSAID", "RBFASTNEXT"
 # Some templates render thinking only if it is switched on.
 _SWITCHES: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": True}, {"thinking": True})
 _OFF: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": False}, {"thinking": False})
@@ -104,10 +104,10 @@ def thinking_format(tokenizer: PreTrainedTokenizerBase) -> ThinkingFormat:
             message shows both.
     """
     state = (str(tokenizer.chat_template), tokenizer.eos_token, tokenizer.bos_token, len(tokenizer))
-    held = _CACHE.get(tokenizer)
-    if held is None or held[0] != state:
-        held = _CACHE[tokenizer] = state, _detect(tokenizer)
-    return held[1]
+    cached = _CACHE.get(tokenizer)
+    if cached is None or cached[0] != state:
+        cached = _CACHE[tokenizer] = state, _detect(tokenizer)
+    return cached[1]
 
 
 def render(
@@ -160,9 +160,9 @@ class _TemplateProbe:
         self.takes_parts = False
         self.refused: tuple[str, str] | None = None  # a prompt, and a turn with a thought that does not continue it
         prompt = self.prompt({})
-        if _ASKED not in prompt:
+        if _PROBLEM not in prompt:
             self.takes_parts = True
-            if _ASKED not in self.prompt({}):
+            if _PROBLEM not in self.prompt({}):
                 raise ValueError(
                     "the chat template leaves the problem out: a user's turn, given as text and as a list of parts, is "
                     f"rendered as {prompt[-200:]!r}; set another tokenizer.chat_template"
@@ -184,7 +184,7 @@ class _TemplateProbe:
         return ValueError(
             "the chat template writes turns in an unknown way: expected a turn that continues the generation prompt, "
             f"with at most one thought before the reply; the prompt is {prompt[-160:]!r}, the turn "
-            f"{turn[turn.find(_ASKED) + len(_ASKED) :][-240:]!r}; set another tokenizer.chat_template"
+            f"{turn[turn.find(_PROBLEM) + len(_PROBLEM) :][-240:]!r}; set another tokenizer.chat_template"
         )
 
     # ------------------------------------------------------------------------------------------- the three detectors
@@ -198,8 +198,8 @@ class _TemplateProbe:
                 continue
             written = _continuation(turn, prompt)
             before, _, rest = written.partition(_THOUGHT)
-            closer, said, after = rest.partition(_SAID)
-            if not said or not closer.strip() or _THOUGHT in after or "'type'" in closer:
+            closer, reply, after = rest.partition(_REPLY)
+            if not reply or not closer.strip() or _THOUGHT in after or "'type'" in closer:
                 self.refused = self.refused or (prompt, turn)
                 if written:
                     return None
@@ -211,17 +211,17 @@ class _TemplateProbe:
     def _thinking_turns(self, prompt: str) -> Iterator[Message]:
         """A turn with a thought, in each form that templates accept."""
         for name in _FIELDS:
-            yield _assistant_message(_SAID, **{name: _THOUGHT})
+            yield _assistant_message(_REPLY, **{name: _THOUGHT})
         if "thinking" in self.text:
-            yield _assistant_message([{"type": "thinking", "thinking": _THOUGHT}, {"type": "text", "text": _SAID}])
+            yield _assistant_message([{"type": "thinking", "thinking": _THOUGHT}, {"type": "text", "text": _REPLY}])
         if "blocks" in self.text:
-            thought, said = {"type": "thoughts", "text": _THOUGHT}, {"type": "response", "text": _SAID}
-            yield _assistant_message({"blocks": [thought, said]})
+            thought, reply = {"type": "thoughts", "text": _THOUGHT}, {"type": "response", "text": _REPLY}
+            yield _assistant_message({"blocks": [thought, reply]})
         if self.tags is not None:
             opener, closer = self._spaced_tags(prompt)
-            yield _assistant_message(f"{opener}{_THOUGHT}{closer}{_SAID}")
+            yield _assistant_message(f"{opener}{_THOUGHT}{closer}{_REPLY}")
             if not opener:  # some templates want the turn to repeat the tag that the prompt opened
-                yield _assistant_message(f"{prompt[prompt.rindex(self.tags[0]) :]}{_THOUGHT}{closer}{_SAID}")
+                yield _assistant_message(f"{prompt[prompt.rindex(self.tags[0]) :]}{_THOUGHT}{closer}{_REPLY}")
 
     def detect_composed(self) -> ThinkingFormat | None:
         """The format of a template that names thinking tags but drops the thought in them."""
@@ -229,21 +229,21 @@ class _TemplateProbe:
             return None
         opener = self.tags[0]
         for switches in sorted(_SWITCHES, key=lambda switches: opener not in self.prompt(switches)):
-            prompt, turn = self.prompt(switches), self.turn(_assistant_message(_SAID), switches)
+            prompt, turn = self.prompt(switches), self.turn(_assistant_message(_REPLY), switches)
             if turn is None or prompt.rstrip().endswith(self.tags[1]):
                 continue  # this prompt closes the thinking
             opener, closer = self._spaced_tags(prompt)
-            after = turn.partition(_SAID)[2]
+            after = turn.partition(_REPLY)[2]
             return self._format("reply" if opener else "prompt", switches, after, opener, closer, is_composed=True)
         return None
 
     def detect_plain(self) -> ThinkingFormat:
         """The format of a template without thinking."""
-        prompt, turn = self.prompt({}), self.turn(_assistant_message(_SAID), {}) or ""
-        opener, said, after = _continuation(turn, prompt).partition(_SAID)
-        if not said:
+        prompt, turn = self.prompt({}), self.turn(_assistant_message(_REPLY), {}) or ""
+        opener, reply, after = _continuation(turn, prompt).partition(_REPLY)
+        if not reply:
             raise self.unknown(prompt, turn)
-        blank = f" \n{_SAID}\n "
+        blank = f" \n{_REPLY}\n "
         return self._format(
             "none", {}, after, opener, trims=blank not in (self.turn(_assistant_message(blank), {}) or "")
         )
@@ -251,7 +251,7 @@ class _TemplateProbe:
     def _format(
         self, kind: Kind, switches: Mapping[str, Any], after: str, opener: str = "", closer: str = "", **rest: Any
     ) -> ThinkingFormat:
-        opening = self.prompt(switches).partition(_ASKED)[2]
+        opening = self.prompt(switches).partition(_PROBLEM)[2]
         tail, end = self._ending(after, switches, opening)
         rest |= {"takes_parts": self.takes_parts, "adds_blank": _adds_blank(self.tokenizer)}
         return ThinkingFormat(kind, opening, opener, closer, tail, end, switches, **rest)
@@ -299,8 +299,8 @@ class _TemplateProbe:
             if found := list(added.finditer(after)):
                 match = next((one for one in found if one[0] in opening), found[0])
                 return after[: match.start()], numbers[match[0]]
-            longer = self.turn(_assistant_message(_SAID), switches, {"role": "user", "content": _NEXT}) or ""
-            header = added.match(longer.partition(_SAID)[2].lstrip())
+            longer = self.turn(_assistant_message(_REPLY), switches, {"role": "user", "content": _NEXT}) or ""
+            header = added.match(longer.partition(_REPLY)[2].lstrip())
             if header and header[0] != self.tokenizer.bos_token:
                 return "", numbers[header[0]]
         return "", self.tokenizer.eos_token_id
@@ -318,7 +318,7 @@ def _adds_blank(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _user_message() -> Message:
-    return {"role": "user", "content": _ASKED}
+    return {"role": "user", "content": _PROBLEM}
 
 
 def _assistant_message(content: Any, **fields: str) -> Message:
