@@ -51,10 +51,10 @@ def extract_answer(text: str) -> str | None:
     If the completion closes its thinking, only the text after it is searched. If that text has several lines and marks
     no answer, the whole completion is searched.
     """
-    said = without_thinking(text)
-    found = _find_marked(said) or _find_phrased(said)
-    if found or "\n" not in said.strip():
-        return found
+    after = without_thinking(text)
+    answer = _find_marked(after) or _find_phrased(after)
+    if answer or "\n" not in after.strip():
+        return answer
     return _find_marked(text) or _find_phrased(text)
 
 
@@ -77,8 +77,8 @@ def lacks_answer(text: str) -> bool:
 
 def without_thinking(text: str) -> str:
     """The text after a completion's thinking; the whole completion if no thinking is closed or nothing follows it."""
-    said = text[end_of_thinking(text) :]
-    return said if said.strip() else text
+    after = text[end_of_thinking(text) :]
+    return after if after.strip() else text
 
 
 def stated_answer(text: str) -> str | None:
@@ -86,11 +86,11 @@ def stated_answer(text: str) -> str | None:
 
     `the answer is ..` counts in the last line only, and is stripped of the punctuation around it.
     """
-    found = marked_answer(text)
-    if found is None and (phrase := _find_phrased(text.strip().rpartition("\n")[2])):
-        found = (_last_group(_PHRASE, phrase) or phrase).strip(_EDGES) or None
-    headed = _HEADED.search(text) if found is None else None
-    return headed[1].strip(_EDGES) or None if headed else found
+    answer = marked_answer(text)
+    if answer is None and (phrase := _find_phrased(text.strip().rpartition("\n")[2])):
+        answer = (_last_group(_PHRASE, phrase) or phrase).strip(_EDGES) or None
+    headed = _HEADED.search(text) if answer is None else None
+    return headed[1].strip(_EDGES) or None if headed else answer
 
 
 def marked_answer(text: str) -> str | None:

@@ -84,20 +84,20 @@ def encode_earlier(trace: Trace, tokenizer: "PreTrainedTokenizerBase", *, max_to
 
     Skips an empty reply, and a reply without thinking if the template cannot render one. Raises as `encode` does.
     """
-    found, turns = [], trace.turns or ()
+    examples, turns = [], trace.turns or ()
     for number in range(1, len(turns), 2):
         where = f"{trace.name}, turn {number + 1}"
-        before, asked, reply = turns[: number - 1], turns[number - 1], turns[number]
+        before, question, reply = turns[: number - 1], turns[number - 1], turns[number]
         try:
-            opening = format_prompt(asked["content"], tokenizer, NONE, system=trace.system, turns=before)
-            said = [{"role": turn["role"], "content": turn["content"]} for turn in (*before, asked, reply)]
-            whole = render_conversation(tokenizer, said, trace.system, False) if tokenizer.chat_template else ""
+            opening = format_prompt(question["content"], tokenizer, NONE, system=trace.system, turns=before)
+            messages = [{"role": turn["role"], "content": turn["content"]} for turn in (*before, question, reply)]
+            whole = render_conversation(tokenizer, messages, trace.system, False) if tokenizer.chat_template else ""
             written = render_earlier_reply(reply, tokenizer, opening, whole)
         except ValueError as error:
             raise TraceError(f"{where}: {error}") from None
         if written is not None:
-            found.append(_make_example(opening, written, tokenizer, max_tokens, where, trace.id))
-    return found
+            examples.append(_make_example(opening, written, tokenizer, max_tokens, where, trace.id))
+    return examples
 
 
 def _make_example(

@@ -202,8 +202,8 @@ def _rows_hub(dataset: hub.HubDataset, streaming: bool) -> Iterator[tuple[str, A
 def record_of(trace: Trace, row: Mapping[str, Any]) -> dict[str, Any]:
     """The trace as JSON, with what curation also reads from its row: the reference answer, and whether the text is
     complete."""
-    said = {name: row.get(name) for name in ("reference", "finished", *END_FIELDS)}
-    plain = {name: value if isinstance(value, bool) else as_text(value) for name, value in said.items()}
+    values = {name: row.get(name) for name in ("reference", "finished", *END_FIELDS)}
+    plain = {name: value if isinstance(value, bool) else as_text(value) for name, value in values.items()}
     return trace.to_dict() | {name: value for name, value in plain.items() if value is not None}
 
 

@@ -26,13 +26,13 @@ def parse_rendered(text: str) -> list[Turn] | None:
             continue
         turns: list[Turn] = []
         for mark, following in zip(marks, [*marks[1:], None], strict=True):
-            said = text[mark.end() : following.start() if following else len(text)]
+            content = text[mark.end() : following.start() if following else len(text)]
             role = _ROLES.get(mark["role"].lower(), ASSISTANT)
-            said = end.split(said, maxsplit=1)[0].strip()
+            content = end.split(content, maxsplit=1)[0].strip()
             if turns and turns[-1].role == role == USER:  # Alpaca's input after its instruction
-                turns[-1] = Turn(USER, f"{turns[-1].text}\n\n{said}", None, {})
+                turns[-1] = Turn(USER, f"{turns[-1].text}\n\n{content}", None, {})
             else:
-                turns.append(Turn(role, said, None, {}))
+                turns.append(Turn(role, content, None, {}))
         if {USER, ASSISTANT} <= {turn.role for turn in turns}:
             return turns
     return None
