@@ -152,8 +152,8 @@ def join_parts(parts: Sequence[AssessedPart]) -> AssessedPart:
 
 def _prompt_texts(trace: Trace) -> list[str]:
     """The texts of a prompt: the problem, the user's earlier turns, the replies to them, the system prompt."""
-    said = [turn["content"] for turn in trace.turns or ()]
-    return [trace.problem, *said[::2], *said[1::2], *([trace.system] if trace.system else [])]
+    contents = [turn["content"] for turn in trace.turns or ()]
+    return [trace.problem, *contents[::2], *contents[1::2], *([trace.system] if trace.system else [])]
 
 
 def _question_fingerprints(fingerprints: np.ndarray, sizes: np.ndarray, traces: Sequence[Trace]) -> np.ndarray:
@@ -170,9 +170,9 @@ def _question_fingerprints(fingerprints: np.ndarray, sizes: np.ndarray, traces: 
 def _histories(traces: Sequence[Trace], threads: int) -> np.ndarray:
     """The `history_hash` of the turns before each problem, uint64 [n]."""
     turns = [trace.turns or () for trace in traces]
-    said = text.fingerprints(text.pack(turn["content"] for one in turns for turn in one), threads=threads)
+    fingerprints = text.fingerprints(text.pack(turn["content"] for one in turns for turn in one), threads=threads)
     ends = np.cumsum([len(one) for one in turns], dtype=np.int64)
-    return np.array([history_hash(one) for one in np.split(said, ends)[:-1]], dtype=np.uint64)
+    return np.array([history_hash(one) for one in np.split(fingerprints, ends)[:-1]], dtype=np.uint64)
 
 
 def _parse_row(row: Any) -> Trace | str:

@@ -69,5 +69,5 @@ def may_contain_instruction(texts: Texts) -> np.ndarray:
 
 def without_instructions(problem: str) -> str:
     """`problem` without the sentences that say how to answer."""
-    asked = _INSTRUCTION.sub(" ", problem)
-    return asked if len(asked.strip()) >= _LEAST else problem
+    question = _INSTRUCTION.sub(" ", problem)
+    return question if len(question.strip()) >= _LEAST else problem

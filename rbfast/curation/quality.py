@@ -65,10 +65,10 @@ def find_flaw(trace: Trace, repetition: float, *, finished: bool = False) -> str
     right = trace.verified is True
     if repetition > _MOST_REPEATED:
         return "looping: most of the reasoning repeats itself"
-    if not (finished or right) and (seen := _sign_of_cut(trace.reasoning, trace.answer)):
-        return f"truncated: {seen}"
-    if not right and (seen := _answer_flaw(trace.answer)):
-        return f"unreadable answer: {seen}"
+    if not (finished or right) and (sign := _sign_of_cut(trace.reasoning, trace.answer)):
+        return f"truncated: {sign}"
+    if not right and (flaw := _answer_flaw(trace.answer)):
+        return f"unreadable answer: {flaw}"
     if _foreign_share(trace.problem + trace.answer, trace.reasoning) > _MOST_FOREIGN:
         return "language: the reasoning changes to a script that problem and answer are not written in"
     return None
@@ -84,17 +84,17 @@ def repeated_shares(texts: Sequence[str], *, threads: int = 1) -> np.ndarray:
 def _ends_with_answer(reasoning: str, answer: str) -> bool:
     """Whether the text ends with the answer, even if that is "the" or "A+"."""
     wanted = answer.strip()
-    for said in (reasoning, reasoning.rstrip(".*_\"'`$ ")):
-        if wanted and said.endswith(wanted):
-            before = said[: -len(wanted)]
+    for ending in (reasoning, reasoning.rstrip(".*_\"'`$ ")):
+        if wanted and ending.endswith(wanted):
+            before = ending[: -len(wanted)]
             return not (before[-1:].isalnum() and wanted[0].isalnum())
     return False
 
 
 def _sign_of_cut(reasoning: str, answer: str) -> str | None:
     written = reasoning.rstrip()
-    if seen := _open_construct(written):
-        return seen
+    if sign := _open_construct(written):
+        return sign
     return None if _closes_emphasis(written) or _ends_with_answer(written, answer) else _broken_ending(written)
 
 
