@@ -112,8 +112,8 @@ class Decoding:
         """`samples` completions of each problem, with a guide's interventions."""
         prompts = [format_prompt(p.question, tokenizer, self.instruction, system=p.system) for p in problems]
         if self.guide is None and self.temperature == 0 and self.samples == 1:
-            found = complete(model, tokenizer, prompts, max_new_tokens=self.max_new_tokens, batch_size=batch_size)
-            return [[(completion, ())] for completion in found]
+            greedy = complete(model, tokenizer, prompts, max_new_tokens=self.max_new_tokens, batch_size=batch_size)
+            return [[(completion, ())] for completion in greedy]
         # A problem's draws must not depend on which others are left: a resumed run draws the same.
         seeds = [self._seed(problem) for problem in problems]
         sampling = Sampling(self.samples, self.temperature, self.top_p, seeds, early_stop=False)
@@ -164,9 +164,9 @@ def evaluate(
 
     report()
     for rows in batches_by_length(lengths, max(1, batch_size // how.samples)):
-        asked = [todo[i] for i in rows]
-        written = how.write(model, tokenizer, asked, batch_size)
-        for problem, completions in zip(asked, written, strict=True):
+        batch = [todo[i] for i in rows]
+        written = how.write(model, tokenizer, batch, batch_size)
+        for problem, completions in zip(batch, written, strict=True):
             results = [_graded(problem, c, sample, events) for sample, (c, events) in enumerate(completions)]
             done[_identity(problem)] = results
             if store:
@@ -222,9 +222,9 @@ class _ResultsFile:
                 completion = Completion(record["completion"], record["tokens"], record["truncated"])
             except (TypeError, KeyError, AttributeError, ValueError) as error:
                 raise ValueError(f"{where}: expected a result of an evaluation: {error!r}; name another file") from None
-            if (held := record.get("decoding")) != self.settings:
+            if (was := record.get("decoding")) != self.settings:
                 raise ValueError(
-                    f"{where}: holds results of another model or way of decoding: {_differences(held, self.settings)}; "
+                    f"{where}: holds results of another model or way of decoding: {_differences(was, self.settings)}; "
                     "name another file"
                 )
             if (problem := known.get(identity)) is not None:
@@ -307,7 +307,7 @@ def _majority_correct(item: Sequence[Result]) -> float:
     return float(next((r.correct for r, key in zip(item, keys, strict=True) if key == winner and winner), False))
 
 
-def _differences(held: object, asked: dict[str, Any]) -> str:
-    was = held if isinstance(held, dict) else {}
-    names = [name for name in asked | was if was.get(name) != asked.get(name)]
-    return ", ".join(f"its {name} is {was.get(name)!r}, now {asked.get(name)!r}" for name in names)
+def _differences(saved: object, now: dict[str, Any]) -> str:
+    was = saved if isinstance(saved, dict) else {}
+    names = [name for name in now | was if was.get(name) != now.get(name)]
+    return ", ".join(f"its {name} is {was.get(name)!r}, now {now.get(name)!r}" for name in names)
