@@ -76,8 +76,8 @@ def guided(
                     sampler=sampler,
                     measures_entropy=guide.limits.verify_above is not None,
                 )
-                asked, each = [encoded[i] for i in batch], len(rows) // len(batch)
-                decode(model, asked, settings, guide.limits.budget, steering, copies=each)
+                ids = [encoded[i] for i in batch]
+                decode(model, ids, settings, guide.limits.budget, steering, copies=len(rows) // len(batch))
     return [[state.solution() for state in states[i]] for i in range(len(prompts))]
 
 

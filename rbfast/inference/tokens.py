@@ -23,13 +23,13 @@ def phrases_for(tokenizer: PreTrainedTokenizerBase, instruction: Instruction | N
 
     A plain chain of thought ends where its answer begins, as the instruction (None: the default) tells the model.
     """
-    found, asked = thinking_format(tokenizer), instruction or default_instruction(tokenizer)
-    finish = asked.closes and asked.closes + found.tail
-    if not found.thinks:
-        return Phrases(close=asked.opens, finish=finish)
-    space = found.closer[len(found.closer.rstrip()) :]
-    probe = space + (asked.opens if asked.text else "")
-    return Phrases(close=found.close, finish=finish, probe=probe, open=found.opener)
+    template, instruction = thinking_format(tokenizer), instruction or default_instruction(tokenizer)
+    finish = instruction.closes and instruction.closes + template.tail
+    if not template.thinks:
+        return Phrases(close=instruction.opens, finish=finish)
+    space = template.closer[len(template.closer.rstrip()) :]
+    probe = space + (instruction.opens if instruction.text else "")
+    return Phrases(close=template.close, finish=finish, probe=probe, open=template.opener)
 
 
 class Vocabulary:
