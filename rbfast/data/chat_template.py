@@ -36,8 +36,8 @@ def format_prompt(
     Raises:
         ValueError: the rendered prompt does not contain the problem, or does not end as the template's prompts do.
     """
-    asked = instruction or default_instruction(tokenizer)
-    request, system = asked.request(problem), asked.system if system is None else system
+    instruction = instruction or default_instruction(tokenizer)
+    request, system = instruction.request(problem), instruction.system if system is None else system
     messages = [*({"role": turn["role"], "content": turn["content"]} for turn in turns), _user_message(request)]
     if tokenizer.chat_template is None:
         return _render_without_template(tokenizer, system, messages)

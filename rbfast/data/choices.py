@@ -98,9 +98,11 @@ def chosen_label(answers: Sequence[Any], options: Mapping[str, str]) -> str | No
     for answer in answers:
         text = (as_text(answer) or "").strip()
         label = text.strip("().: ")
-        own = next((own for own in labels if label and own.upper() == label.upper()), None)
-        place = labels[int(label)] if label.isdecimal() and int(label) < len(labels) else None
-        said = text if text in options.values() else None
-        if found := (own or place or said) if isinstance(answer, int | float) else (said or own or place):
+        by_label = next((own for own in labels if label and own.upper() == label.upper()), None)
+        by_index = labels[int(label)] if label.isdecimal() and int(label) < len(labels) else None
+        by_text = text if text in options.values() else None
+        matches = by_label or by_index, by_text
+        first, second = matches if isinstance(answer, int | float) else reversed(matches)
+        if found := first or second:
             return found
     return None

@@ -157,11 +157,11 @@ class SignalStore:
         if not path.exists():
             write_text(path, json.dumps(about, indent=1))
             return
-        held = _read_manifest(path)
+        stored = _read_manifest(path)
         for name, value in about.items():
-            if held[name] != value:
+            if stored[name] != value:
                 raise ValueError(
-                    f"{self.folder} holds signals with {name} {held[name]!r}, now it is {value!r}; "
+                    f"{self.folder} holds signals with {name} {stored[name]!r}, now it is {value!r}; "
                     "choose another folder"
                 )
 

@@ -68,7 +68,7 @@ def _replies(response: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], Any]]
     choices = response.get("choices") or response.get("candidates")
     if isinstance(choices, Mapping):
         choices = objects_of(choices)
-    found: list[tuple[Mapping[str, Any], Any]] = []
+    replies: list[tuple[Mapping[str, Any], Any]] = []
     for choice in choices if isinstance(choices, list) else ():
         if not isinstance(choice, Mapping):
             continue
@@ -77,11 +77,11 @@ def _replies(response: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], Any]]
             message = {"content": choice["text"]}
         if isinstance(message, Mapping):
             message = {**message, "role": ASSISTANT}  # Gemini's is "model"
-            found.append((message, choice.get("finish_reason") or choice.get("finishReason")))
-    said = response.get("content") or response.get("output")
-    if not choices and isinstance(said, list):
-        found.append(({"content": said}, response.get("stop_reason") or response.get("status")))
-    return found
+            replies.append((message, choice.get("finish_reason") or choice.get("finishReason")))
+    content = response.get("content") or response.get("output")
+    if not choices and isinstance(content, list):
+        replies.append(({"content": content}, response.get("stop_reason") or response.get("status")))
+    return replies
 
 
 def _with_system(messages: Any, system: Any) -> Any:
