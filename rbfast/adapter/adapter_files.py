@@ -271,8 +271,8 @@ def read_config(path: Path) -> AdapterConfig:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}); save the adapter again") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
-        came = header.get("format", header.get("peft_type")) if isinstance(header, dict) else type(header).__name__
-        raise ValueError(f'{path}: format: expected "{FORMAT}", got {came!r}; this is not an rbfast adapter')
+        actual = header.get("format", header.get("peft_type")) if isinstance(header, dict) else type(header).__name__
+        raise ValueError(f'{path}: format: expected "{FORMAT}", got {actual!r}; this is not an rbfast adapter')
     if header.get("version") != VERSION:
         raise ValueError(f"{path}: version: expected {VERSION}, got {header.get('version')!r}; update rbfast")
     entries = header.get("modules")
@@ -298,8 +298,8 @@ def _check_delta(where: str, delta: Delta, info: MatrixInfo) -> None:
     for key, shape in shapes.items():
         tensor, dtype = getattr(delta, key), torch.int64 if key == "cols" else torch.float32
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-            came = f"{tuple(tensor.shape)} {dtype_name(tensor)}"
-            raise ValueError(f"{where}.{key}: expected {shape} {str(dtype).removeprefix('torch.')}, got {came}")
+            actual = f"{tuple(tensor.shape)} {dtype_name(tensor)}"
+            raise ValueError(f"{where}.{key}: expected {shape} {str(dtype).removeprefix('torch.')}, got {actual}")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{where}.{key}: expected finite values, got NaN or infinity")
     if (delta.cols.diff() <= 0).any() or delta.cols[0] < 0 or delta.cols[-1] >= info.in_features:

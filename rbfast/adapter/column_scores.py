@@ -51,11 +51,11 @@ class ColumnScores:
     def shapes_of(self, matrices: Mapping[str, Shape]) -> dict[str, Shape]:
         """The scored shapes of these matrices. Raises ValueError, naming the matrix, if one differs or is missing."""
         for name, shape in matrices.items():
-            came = self.shapes.get(name)
-            if came is None:
+            scored = self.shapes.get(name)
+            if scored is None:
                 raise ValueError(f"{name} was not scored; score this model with the same targets")
-            if (came.out_features, came.in_features) != (shape.out_features, shape.in_features):
-                raise ValueError(f"{name} was scored as {came}, here it is {shape}; score this model")
+            if (scored.out_features, scored.in_features) != (shape.out_features, shape.in_features):
+                raise ValueError(f"{name} was scored as {scored}, here it is {shape}; score this model")
         return {name: self.shapes[name] for name in matrices}
 
     def save(self, path: str | Path) -> None:
