@@ -45,8 +45,8 @@ def check_disk_space(folder: Path, values: int) -> None:
     needed = (KEPT + 1) * checkpoint + 4 * values
     free = shutil.disk_usage(folder).free
     if free < needed:
-        said = f"{megabytes(free)} are free, and the checkpoints and the adapter take {megabytes(needed)}"
-        raise OSError(errno.ENOSPC, f"{said}; free some or name a folder on another disk", str(folder))
+        reason = f"{megabytes(free)} are free, and the checkpoints and the adapter take {megabytes(needed)}"
+        raise OSError(errno.ENOSPC, f"{reason}; free some or name a folder on another disk", str(folder))
 
 
 def write_digests(folder: Path) -> None:

@@ -81,20 +81,20 @@ def _stop_at(settings: Any, end: int) -> None:
 
 
 def _readme(tokenizer: Any, instruction: Instruction, base: str) -> str:
-    found = thinking_format(tokenizer)
-    known = hub_id_of(base)
-    named = f" It was made from {known}." if known else ""
+    template = thinking_format(tokenizer)
+    hub_id = hub_id_of(base)
+    origin = f" It was made from {hub_id}." if hub_id else ""
     lines = [
         "# A student trained with rbfast",
-        f"These are the merged weights of a student that was distilled on reasoning traces.{named}",
+        f"These are the merged weights of a student that was distilled on reasoning traces.{origin}",
         "## How to ask it",
         _prompt_section(instruction),
     ]
-    if found.switches:
-        told = ", ".join(f"`{name}={value}`" for name, value in found.switches.items())
-        lines.append(f"Its chat template must be told {told} (`chat_template_kwargs` of a server).")
-    if found.thinks:
-        lines.append(f"It thinks first. The thinking ends with `{found.close}`; the answer follows.")
+    if template.switches:
+        switches = ", ".join(f"`{name}={value}`" for name, value in template.switches.items())
+        lines.append(f"Its chat template must be told {switches} (`chat_template_kwargs` of a server).")
+    if template.thinks:
+        lines.append(f"It thinks first. The thinking ends with `{template.close}`; the answer follows.")
     lines += [
         f"A turn ends with `{tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer))}`.",
         "The whole prompt of a problem, as it was trained:",

@@ -78,18 +78,18 @@ def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
             )
 
 
-def _is_same(name: str, held: Any, asked: Any) -> bool:
+def _is_same(name: str, stored: Any, now: Any) -> bool:
     """A folder may be written in several ways: `base`, `base/` or whole."""
-    if name in ("base_model", "teacher") and isinstance(held, str) and isinstance(asked, str):
-        return Path(held).resolve() == Path(asked).resolve()
-    return bool(held == asked)
+    if name in ("base_model", "teacher") and isinstance(stored, str) and isinstance(now, str):
+        return Path(stored).resolve() == Path(now).resolve()
+    return bool(stored == now)
 
 
 def check_same_folder(out: Path, checkpoint: str | None) -> None:
     """Raises ValueError if the processes find different states in the folder. They must start at the same step, or they
     would wait for each other forever."""
-    found = "a finished run" if (out / LOG).exists() else Path(checkpoint).name if checkpoint else "no checkpoint"
-    everyones = sorted(set(gather_object([found])))
+    state = "a finished run" if (out / LOG).exists() else Path(checkpoint).name if checkpoint else "no checkpoint"
+    everyones = sorted(set(gather_object([state])))
     if len(everyones) > 1:
         raise ValueError(
             f"{out} is not the same folder for all processes, which find {' and '.join(everyones)} in it; "
