@@ -100,18 +100,18 @@ def run_curate(args: argparse.Namespace) -> int:
     )
     result = curate(args.pool, args.out, config, quiet=args.json)
     stages = [{"stage": s.name, "in": s.given, "dropped": s.dropped, "out": s.kept} for s in result.stages]
-    said = [f"{source}: read as {' and '.join(names)}" for source, names in result.formats.items()]
-    said += [
+    lines = [f"{source}: read as {' and '.join(names)}" for source, names in result.formats.items()]
+    lines += [
         f"{s.name}: {s.given} in, {s.kept} out" + "".join(f"; {why}: {n}" for why, n in s.dropped.items())
         for s in result.stages
     ]
     known = {"pass_rates": result.datasheet["pass_rates"]} if args.pass_rates else {}
     if rates := pass_rates_line(result.datasheet):
-        said.append(rates)
+        lines.append(rates)
     chosen = args.out / "reason1k.jsonl"
-    said.append(f"{result.selected} traces in {chosen}; see datasheet.html and dropped.jsonl there")
+    lines.append(f"{result.selected} traces in {chosen}; see datasheet.html and dropped.jsonl there")
     found = {"out": str(args.out), "selected": result.selected, "stages": stages, **known}
-    print_result(args, found, "\n".join(said))
+    print_result(args, found, "\n".join(lines))
     return 0 if result.selected else 1
 
 

@@ -154,7 +154,7 @@ def render(sheet: Mapping[str, Any]) -> str:
                 ("log10_characters", "Length of the reasoning", "characters, log10"),
             )
         ),
-        *([f"<p>{escape(said)}.</p>"] if (said := pass_rates_line(sheet)) else []),
+        *([f"<p>{escape(rates)}.</p>"] if (rates := pass_rates_line(sheet)) else []),
         "<h2>Answers</h2>",
         table(("answer", "before", "after"), verdicts),
         "<h2>Marks of quality, means</h2>",

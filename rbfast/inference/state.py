@@ -188,10 +188,10 @@ class GuideState:
     def _find_close(self, text: str) -> int | None:
         """The number of characters after the close marker, if it ends in `text`, else None."""
         close = self.phrases.close
-        seen = self._tail + text
-        at = seen.find(close)
-        self._tail = seen[-(len(close) - 1) :] if len(close) > 1 else ""
-        return None if at < 0 else len(seen) - at - len(close)
+        recent = self._tail + text
+        at = recent.find(close)
+        self._tail = recent[-(len(close) - 1) :] if len(close) > 1 else ""
+        return None if at < 0 else len(recent) - at - len(close)
 
     def _closed(self, rest: int) -> Order | None:
         strike = self._pieces_to_strike(self._marker_pieces(rest))

@@ -158,10 +158,10 @@ def _explain_load_errors(name: str) -> Iterator[None]:
     except OSError as error:
         if Path(name).exists():  # the message already names the missing file
             raise
-        said = str(error).strip().partition("\n")[0].rstrip(".")
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise OSError(
             f"{name}: expected a hub id (owner/name), the folder of a model, a .gguf file or {SMOLLM2}; there is no "
-            f"such folder, and the hub gave nothing: {said}. Check the spelling; without a connection name a local "
+            f"such folder, and the hub gave nothing: {reason}. Check the spelling; without a connection name a local "
             "folder"
         ) from error
 
