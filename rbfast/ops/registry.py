@@ -167,9 +167,9 @@ def _(logits: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
     return logits.new_empty(rows), logits.new_empty(rows), logits.new_empty(rows)
 
 
-_IN_PLACE = ("column_linear_", "column_scatter_", "column_fold_", "column_fold_all_", "scaled_", *_PRODUCTS)
-for _name in (*_IN_PLACE, "grouped_column_linear_", "grouped_column_scatter_", "grouped_column_fold_"):
-    torch.library.register_fake(f"rbfast::{_name}", lambda *args: None, lib=_LIBRARY)
+for _name, _schema in _SCHEMAS.items():
+    if _schema.endswith("-> ()"):
+        torch.library.register_fake(f"rbfast::{_name}", lambda *args: None, lib=_LIBRARY)
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
