@@ -120,9 +120,7 @@ class GuideState:
         """The tokens that the model may write before the next order at the latest."""
         if self.phase is Phase.THINK:
             return self._limit - self.spent
-        return (
-            self.limits.budget - self.spent - self._finish_cost if self._wraps_up else self.limits.budget - self.spent
-        )
+        return self.limits.budget - self.spent - (self._finish_cost if self._wraps_up else 0)
 
     @property
     def _wraps_up(self) -> bool:
