@@ -103,22 +103,22 @@ def score_columns(
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    base = unwrapped(model)
+    base, needs_gradient = unwrapped(model), method != "activation"
     scorer = _Scorer(select_linears(base, targets), method)
     scored = 0
     # Compiled code would ignore our new hooks, and each call of a hook would trigger a recompilation.
     with _frozen_weights(model), scorer.attached(), torch.compiler.set_stance("force_eager"):
         for batch in batches:
-            with torch.set_grad_enabled(method != "activation"):
+            with torch.set_grad_enabled(needs_gradient):
                 loss = loss_fn(model, batch)
             if not math.isfinite(loss.item()):
                 raise ValueError(f"batch {scored}: expected a finite loss, got {loss.item()}")
-            if method != "activation" and not loss.requires_grad:
+            if needs_gradient and not loss.requires_grad:
                 raise ValueError(
                     "the loss has no gradient: loss_fn must return a loss of the model's outputs, outside no_grad; "
                     "reentrant gradient checkpointing must be off"
                 )
-            if method != "activation":
+            if needs_gradient:
                 loss.backward()
             scorer.end_batch()
             scored += 1
@@ -185,11 +185,10 @@ class _Scorer:
     def shapes(self) -> dict[str, Shape]:
         """Shapes with the observed groups, numbered in the model's order. A matrix that never ran is its own group."""
         numbers: dict[object, int] = {}
-        keys = {name: self._groups.get(name, name) for name in self.linears}
-        shapes = {}
-        for name, module in self.linears.items():
-            shapes[name] = shape_of(module, numbers.setdefault(keys[name], len(numbers)))
-        return shapes
+        return {
+            name: shape_of(module, numbers.setdefault(self._groups.get(name, name), len(numbers)))
+            for name, module in self.linears.items()
+        }
 
     def columns_on_cpu(self) -> dict[str, Tensor]:
         """The columns in the model's order, with zeros for a matrix that never ran."""

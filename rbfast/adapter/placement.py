@@ -213,8 +213,8 @@ def place_scored(
     for name, shape in shapes.items():
         by_run = totals[shape.group].view(-1, run_length(shape.in_features)).sum(1)
         cols = _columns(by_run.argsort(descending=True, stable=True), shape.in_features, supports[name])
-        found = float(scores.columns[name][cols].sum())
-        starts[name] = InitialDelta(cols, _initial_a(name, shape, rank, supports[name], seed), found)
+        score = float(scores.columns[name][cols].sum())
+        starts[name] = InitialDelta(cols, _initial_a(name, shape, rank, supports[name], seed), score)
     return starts
 
 
