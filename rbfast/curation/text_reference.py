@@ -72,7 +72,9 @@ def _scan(text: str, mask_digits: bool) -> list[str]:
                 at += 1
             bound = at
         elif kind == "digits":
-            at = bound = _numeral_end(text, start) if mask_digits else at
+            if mask_digits and (numeral := _NUMERAL.match(text, start)):
+                at = numeral.end()
+            bound = at
             row.append("0" if mask_digits else token)
         elif kind == "word":
             row.append(token)
@@ -105,11 +107,6 @@ def _may_be_set(text: str, at: int, named: int, relates: bool) -> bool:
     if len(before) == named:
         return relates
     return len(before) < at or re.search(r"[a-z0-9\u0080-\U0010ffff]\Z", before) is None
-
-
-def _numeral_end(text: str, start: int) -> int:
-    match = _NUMERAL.match(text, start)
-    return match.end() if match else start
 
 
 def _read_mark(text: str, at: int, bound: int, row: list[str]) -> int:
@@ -202,7 +199,8 @@ def shingles(
         row = tokens(buffer[first:last].decode(), mask_digits)
         rows.append(_shingles_of(np.array([hash_token(token) for token in row], dtype=np.uint64), k))
         counts.append(len(row))
-    return _concatenate(rows, np.uint64), _starts(rows), np.array(counts, dtype=np.int64)
+    ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
+    return np.concatenate([np.empty(0, np.uint64), *rows]), np.append(0, ends), np.array(counts, dtype=np.int64)
 
 
 def _shingles_of(row: np.ndarray, k: int) -> np.ndarray:
@@ -290,11 +288,3 @@ def facility_location(
         chosen.append(item)
         gains.append(-gain)
     return np.array(chosen, dtype=np.int64), np.array(gains, dtype=np.int64)
-
-
-def _concatenate(rows: list[np.ndarray], dtype: type) -> np.ndarray:
-    return np.concatenate([np.empty(0, dtype), *rows])
-
-
-def _starts(rows: list[np.ndarray]) -> np.ndarray:
-    return np.append(0, np.cumsum([len(row) for row in rows], dtype=np.int64))
