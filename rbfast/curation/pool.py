@@ -50,17 +50,15 @@ def recognise_formats(pool: Pool) -> dict[Source, list[str]]:
     Raises:
         TraceError: a source has rows, and none of its first 100 is read.
     """
-    found: dict[Source, list[str]] = {}
+    formats: dict[Source, list[str]] = {}
     for source in pool.sources:
         names: Counter[str] = Counter()
-        errors = []
-        for _, row in islice(read_native_rows(source, pool.options, note=names.update), PATIENCE):
-            if isinstance(row, TraceError):
-                errors.append(row)
+        rows = islice(read_native_rows(source, pool.options, note=names.update), PATIENCE)
+        errors = [row for _, row in rows if isinstance(row, TraceError)]
         if errors and not names:
             raise TraceError(f"{source}: none of the first {len(errors)} rows is a trace, the first: {errors[0]}")
-        found[source] = [name for name, _ in names.most_common()]
-    return found
+        formats[source] = [name for name, _ in names.most_common()]
+    return formats
 
 
 def chunks(pool: Pool, size: int) -> Iterator[list[PoolRow]]:

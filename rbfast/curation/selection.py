@@ -58,15 +58,15 @@ def shortlist(
         ties: [n]; of equal merits the lower tie comes first, then the lower index.
         domains: the domain of each item, int [n].
     """
-    found = []
+    best = []
     for domain, wanted in enumerate(share):
         items = np.flatnonzero(domains == domain)
         count = min(len(items), max(wanted, min(reach * wanted, (len(items) + 1) // 2)))
         if 0 < count < len(items):  # sort only what may make the shortlist
             least = np.partition(merits[items], len(items) - count)[len(items) - count]
             items = items[merits[items] >= least]
-        found.append(items[np.lexsort((items, ties[items], -merits[items]))][:count])
-    return found
+        best.append(items[np.lexsort((items, ties[items], -merits[items]))][:count])
+    return best
 
 
 def select_representatives(texts: Texts, size: int, *, threads: int = 1) -> np.ndarray:
