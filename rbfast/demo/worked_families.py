@@ -46,11 +46,12 @@ def make_traces(family: str, n: int, seed: int, *, exclude: Collection[str] = ()
     Args:
         exclude: questions never to train on, such as the held-out ones.
     """
-    worked = _family(family)
+    if family not in FAMILIES:
+        raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
     # Drawing more from one seed extends the same sequence of problems, so replacements are deterministic.
     wanted = n
     while True:
-        traces = [_trace(worked, problem) for problem in load_problems(family, wanted, seed, exclude=exclude)]
+        traces = [_trace(FAMILIES[family], problem) for problem in load_problems(family, wanted, seed, exclude=exclude)]
         verified = [trace for trace in traces if trace is not None]
         if len(verified) >= n:
             return verified[:n]
@@ -61,12 +62,6 @@ def split(family: str, *, train: int, held_out: int, seed: int) -> tuple[list[Tr
     """Traces to train on and problems to evaluate on, from different seeds; no question is in both."""
     problems = load_problems(family, held_out, seed=2 * seed + 1)
     return make_traces(family, train, seed=2 * seed, exclude={p.question for p in problems}), problems
-
-
-def _family(name: str) -> Family:
-    if name not in FAMILIES:
-        raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {name!r}")
-    return FAMILIES[name]
 
 
 def _trace(family: Family, problem: Problem) -> Trace | None:
