@@ -204,7 +204,7 @@ class _TemplateProbe:
                 if written:
                     return None
                 continue  # a turn in another form may continue this prompt
-            kind: Kind = "channels" if _opens_channel(closer) else "reply" if before.strip() else "prompt"
+            kind: Kind = "channels" if "<|channel|>" in closer else "reply" if before.strip() else "prompt"
             return self._format(kind, switches, after, opener=before, closer=closer)
         return None
 
@@ -331,7 +331,3 @@ def _continuation(turn: str, prompt: str) -> str:
         return turn[len(prompt) :]
     short = prompt.rstrip()
     return turn[len(short) :].lstrip() if turn.startswith(short) and short.endswith(tuple(o for o, _ in _TAGS)) else ""
-
-
-def _opens_channel(closer: str) -> bool:
-    return "<|channel|>" in closer
