@@ -110,8 +110,8 @@ def run_curate(args: argparse.Namespace) -> int:
         lines.append(rates)
     chosen = args.out / "reason1k.jsonl"
     lines.append(f"{result.selected} traces in {chosen}; see datasheet.html and dropped.jsonl there")
-    found = {"out": str(args.out), "selected": result.selected, "stages": stages, **known}
-    print_result(args, found, "\n".join(lines))
+    report = {"out": str(args.out), "selected": result.selected, "stages": stages, **known}
+    print_result(args, report, "\n".join(lines))
     return 0 if result.selected else 1
 
 
@@ -124,42 +124,42 @@ def add_teach(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--server", metavar="URL", help="an OpenAI-compatible server, up to /v1; key: RBFAST_API_KEY")
     sub.add_argument("--timeout", type=float, default=600.0, help="seconds without a byte of a reply (default: 600)")
     sub.add_argument("--concurrency", type=int, default=8, help="requests at a time (default: 8)")
-    asked = sub.add_argument_group("solutions")
-    asked.add_argument(
+    solutions = sub.add_argument_group("solutions")
+    solutions.add_argument(
         "--provider",
         metavar="NAME",
         help="a provider with an API of its own, as litellm names it (anthropic, gemini, ...); key: ANTHROPIC_API_KEY "
         "and the like; needs rbfast[teachers]",
     )
-    asked.add_argument("-n", type=positive, help="problems to ask (default: all, or 50 of a generator)")
-    asked.add_argument("--samples", type=int, default=1, help="solutions per problem (default: 1)")
-    asked.add_argument("--temperature", type=float, default=0.7, help="default: 0.7")
-    asked.add_argument("--reasoning-effort", metavar="LEVEL", help="how long to think: low, medium, high, ...")
-    asked.add_argument(
+    solutions.add_argument("-n", type=positive, help="problems to ask (default: all, or 50 of a generator)")
+    solutions.add_argument("--samples", type=int, default=1, help="solutions per problem (default: 1)")
+    solutions.add_argument("--temperature", type=float, default=0.7, help="default: 0.7")
+    solutions.add_argument("--reasoning-effort", metavar="LEVEL", help="how long to think: low, medium, high, ...")
+    solutions.add_argument(
         "--extra-body", type=json_object, default={}, metavar="JSON", help="more fields of every request, as an object"
     )
-    asked.add_argument(
+    solutions.add_argument(
         "--batch",
         action="store_true",
         help="use the batch API of the server (OpenAI's) or the provider (anthropic, gemini): replies within a day, at "
         "lower prices; give those as --prices",
     )
-    asked.add_argument("--prices", type=float, nargs=2, metavar=("READ", "WRITTEN"), help="per million tokens")
-    asked.add_argument("--max-cost", type=float, help="send nothing that could cost more, in the prices' currency")
-    asked.add_argument("--max-total-tokens", type=int, help="send nothing that could take more")
-    scored = sub.add_argument_group("log-probs")
-    scored.add_argument("--score", action="store_true", help="get log-probs of the traces in SOURCE, no new solutions")
-    scored.add_argument("--student", help="student whose tokens are scored: hub id, local folder, or smollm2-135m")
-    scored.add_argument("-k", type=int, help="candidates per token (default: 32; 20 of a server, as most give)")
-    scored.add_argument(
+    solutions.add_argument("--prices", type=float, nargs=2, metavar=("READ", "WRITTEN"), help="per million tokens")
+    solutions.add_argument("--max-cost", type=float, help="send nothing that could cost more, in the prices' currency")
+    solutions.add_argument("--max-total-tokens", type=int, help="send nothing that could take more")
+    scoring = sub.add_argument_group("log-probs")
+    scoring.add_argument("--score", action="store_true", help="get log-probs of the traces in SOURCE, no new solutions")
+    scoring.add_argument("--student", help="student whose tokens are scored: hub id, local folder, or smollm2-135m")
+    scoring.add_argument("-k", type=int, help="candidates per token (default: 32; 20 of a server, as most give)")
+    scoring.add_argument(
         "--align", action="store_true", help="accept a teacher with another tokenizer: score shared tokens"
     )
-    scored.add_argument(
+    scoring.add_argument(
         "--dialect", choices=["vllm", "echo"], default="vllm", help="how the server scores prompts (default: vllm)"
     )
-    scored.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="dtype of a local teacher")
+    scoring.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="dtype of a local teacher")
     sub.add_argument("--max-tokens", type=int, default=4096, help="limit of a solution, or of a trace (default: 4096)")
-    add_instruction(scored, "boxed if the student's chat template thinks, else answer; distill needs the same")
+    add_instruction(scoring, "boxed if the student's chat template thinks, else answer; distill needs the same")
     add_formats(sub)
     add_device(sub)
 
@@ -223,9 +223,10 @@ def _add_reply_logprobs(args: argparse.Namespace, taught: Any) -> int:
 
     Prints why the others have none.
     """
+    from rbfast.models.student import load_tokenizer
     from rbfast.teacher.server_logprobs import add_reply_logprobs
 
-    tokenizer, refused = _tokenizer(args.student), []
+    tokenizer, refused = load_tokenizer(args.student), []
     with _signal_store(args, tokenizer) as store:
         for trace, reply in zip(taught.traces, taught.replies, strict=True):
             reason = add_reply_logprobs(trace, reply, tokenizer, store, instruction_of(args, args.student))
@@ -244,6 +245,7 @@ def _print_refused(refused: "Sequence[tuple[Trace, str]]") -> None:
 
 
 def _teach_logprobs(args: argparse.Namespace) -> int:
+    from rbfast.models.student import load_tokenizer
     from rbfast.teacher.client import Server
     from rbfast.teacher.logprobs import add_local_logprobs
     from rbfast.teacher.server_logprobs import add_server_logprobs
@@ -252,7 +254,7 @@ def _teach_logprobs(args: argparse.Namespace) -> int:
     if not args.student:
         raise ValueError("--score needs --student: log-probs are kept for the tokens of one student")
     traces = read_and_report_traces(args, args.source, args.out / "unreadable.jsonl")
-    tokenizer = _tokenizer(args.student)
+    tokenizer = load_tokenizer(args.student)
     with _signal_store(args, tokenizer) as store, counting("reading", args.json) as progress:
         options: dict[str, Any] = {"align": args.align, "max_tokens": args.max_tokens, "progress": progress}
         options["instruction"] = instruction_of(args, args.student)
@@ -278,12 +280,6 @@ def _signal_store(args: argparse.Namespace, tokenizer: Any) -> Any:
     from rbfast.data.signal_store import SignalStore
 
     return SignalStore(args.out / "signals", args.model, _top_k(args), len(tokenizer))
-
-
-def _tokenizer(student: str) -> Any:
-    from rbfast.models.student import load_tokenizer
-
-    return load_tokenizer(student)
 
 
 CONVERT = Command(

@@ -191,12 +191,12 @@ def run_eval(args: argparse.Namespace) -> int:
     if args.adapter:
         attach_adapter(model, args.adapter)
     results = {}
-    for task, asked in problems.items():
+    for task, items in problems.items():
         with counting(task, args.json) as progress:
             results[task] = evaluate(
                 model,
                 tokenizer,
-                asked,
+                items,
                 max_new_tokens=args.max_new_tokens,
                 batch_size=args.batch_size,
                 keep=args.out,
@@ -206,9 +206,9 @@ def run_eval(args: argparse.Namespace) -> int:
                 **sampling,
             )
     if args.samples > 1:
-        sampled = {task: summarize_samples(found) for task, found in results.items()}
+        sampled = {task: summarize_samples(of_task) for task, of_task in results.items()}
         return print_result(args, sampled, "\n".join(f"{task}\n{format_lines(s)}" for task, s in sampled.items()))
-    summary = {task: summarize(found) for task, found in results.items()}
+    summary = {task: summarize(of_task) for task, of_task in results.items()}
     text = "\n".join(
         f"{task}: {100 * s['accuracy']:.1f}% ({100 * s['ci_low']:.1f} .. {100 * s['ci_high']:.1f}), n={s['n']}, "
         f"{100 * s['truncated']:.0f}% cut at the limit"

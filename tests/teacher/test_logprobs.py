@@ -276,7 +276,7 @@ def test_a_reply_without_log_probs_says_so(tmp_path):
 
 
 def test_the_command_says_why_replies_gave_no_log_probs(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("rbfast.cli.data._tokenizer", lambda student: TOKENIZER)
+    monkeypatch.setattr("rbfast.models.student.load_tokenizer", lambda student: TOKENIZER)
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"problem": f"{i}?", "id": f"q{i}"}) + "\n" for i in range(7)))
     with serving(teacher_model(TOKENIZER), TOKENIZER, script=lambda problem: "Add.\n<answer>1</answer>") as server:
         chat = server.chat
