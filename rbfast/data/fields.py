@@ -80,19 +80,19 @@ class Field(NamedTuple):
 @lru_cache(maxsize=1024)
 def fields_by_meaning(names: tuple[str, ...]) -> Mapping[str, list[Field]]:
     """The fields of a row by meaning, in the order of NAMES, a teacher's last. Unknown names are left out."""
-    found: dict[str, list[Field]] = {}
+    by_meaning: dict[str, list[Field]] = {}
     numbered = [match["name"] for name in names if (match := _NUMBERED.fullmatch(name))]
     for name in names:
         role, field = _meaning_of(name, numbered)
         if role is not None:
-            found.setdefault(role, []).append(field)
-    for role, fields in found.items():
+            by_meaning.setdefault(role, []).append(field)
+    for role, fields in by_meaning.items():
         if any(_is_plain(field) for field in fields):
-            found[role] = fields = [
+            by_meaning[role] = fields = [
                 field for field in fields if field.teacher or field.number is not None or _is_plain(field)
             ]
         fields.sort(key=lambda field: (bool(field.teacher), _ORDER.get(_squeezed(field.name), 0)))
-    return found
+    return by_meaning
 
 
 def _meaning_of(name: str, numbered: list[str]) -> tuple[str | None, Field]:

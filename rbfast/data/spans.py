@@ -200,12 +200,12 @@ def _cut_units(blanked: str) -> tuple[np.ndarray, np.ndarray]:
     ends: list[int] = []
     are_questions: list[bool] = []
     start = 0
-    for found in _BREAK.finditer(blanked):
-        stop, end = found.span()
+    for mark in _BREAK.finditer(blanked):
+        stop, end = mark.span()
         if blanked[stop] == "." and _is_abbreviation(blanked, start, stop):
             continue
         ends.append(end)
-        are_questions.append(blanked[stop] != "\n" and "?" in found.group())
+        are_questions.append(blanked[stop] != "\n" and "?" in mark.group())
         start = end
     if start < len(blanked):
         ends.append(len(blanked))

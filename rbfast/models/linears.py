@@ -31,11 +31,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module by its name, without the prefixes that torch.compile adds; the model itself is "". Expert stacks
     (`rbfast.models.experts`) are included by the names of their weights."""
-    found: dict[str, nn.Module] = {}
+    modules: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        found[_strip_compile_prefix(name)] = module
-        found |= {_strip_compile_prefix(f"{name}.{key}"): stack for key, stack in stacks_of(module).items()}
-    return found
+        modules[_strip_compile_prefix(name)] = module
+        modules |= {_strip_compile_prefix(f"{name}.{key}"): stack for key, stack in stacks_of(module).items()}
+    return modules
 
 
 def _strip_compile_prefix(name: str) -> str:
