@@ -116,12 +116,8 @@ class TraceReader:
         """The message that says why nothing was read."""
         if not self.unreadable:
             return f"{self.source}: expected at least one trace, got none"
-        first = self.unreadable[0][1]
-        return (
-            first
-            if len(self.unreadable) == 1
-            else f"{first} (and none of the first {len(self.unreadable)} rows is read)"
-        )
+        rows, first = len(self.unreadable), self.unreadable[0][1]
+        return first if rows == 1 else f"{first} (and none of the first {rows} rows is read)"
 
     def summary(self) -> str:
         """The formats found: "reads 17,398 rows as OpenThoughts conversations"."""
@@ -144,10 +140,10 @@ def _rows_in_words(count: int) -> str:
 def _traces_of(row: Any, options: FormatOptions) -> tuple[str, list[tuple[Trace, Mapping[str, Any]]]]:
     if isinstance(row, TraceError):
         raise row
-    found = interpret(row, options)
-    if reason := next(filter(None, map(cut_by_server, found.rows)), None):
+    interpretation = interpret(row, options)
+    if reason := next(filter(None, map(cut_by_server, interpretation.rows)), None):
         raise TraceError(f"{reason}; leave it out")
-    return found.name, [(Trace.from_dict(fields), fields) for fields in found.rows]
+    return interpretation.name, [(Trace.from_dict(fields), fields) for fields in interpretation.rows]
 
 
 def read_rows(source: str | Path, *, split: str = "train") -> Iterator[tuple[str, Any]]:
@@ -163,20 +159,19 @@ def read_native_rows(
     Sources as for `read_traces`. `note` is called with the format of each row.
     """
     for where, row in _open_rows(source, "train", streaming=True, lenient=True):
-        if isinstance(row, TraceError):
-            yield where, row
-            continue
         try:
-            found = interpret(row, options)
+            if isinstance(row, TraceError):
+                raise row
+            interpretation = interpret(row, options)
         except TraceError as error:
             yield where, error
             continue
         if note is not None:
-            note([found.name])
-        if len(found.rows) == 1:
-            yield where, found.rows[0]
+            note([interpretation.name])
+        if len(interpretation.rows) == 1:
+            yield where, interpretation.rows[0]
         else:
-            yield from ((f"{where} ({number})", one) for number, one in enumerate(found.rows, start=1))
+            yield from ((f"{where} ({number})", one) for number, one in enumerate(interpretation.rows, start=1))
 
 
 def _open_rows(source: str | Path, split: str, streaming: bool, lenient: bool = False) -> Iterator[tuple[str, Any]]:
