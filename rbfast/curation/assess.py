@@ -194,7 +194,7 @@ def _verdict(verified: bool | None) -> int:
 
 
 def _as_finite(name: str, values: Sequence[float]) -> np.ndarray:
-    found = np.array(values, dtype=np.float64)
-    if not np.isfinite(found).all():
-        raise ValueError(f"{name} must give a finite number for every trace, got {found[~np.isfinite(found)][0]}")
-    return found
+    array = np.array(values, dtype=np.float64)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} must give a finite number for every trace, got {array[~np.isfinite(array)][0]}")
+    return array

@@ -220,14 +220,14 @@ class _ShortProblems:
         if not self._places:
             return shared
         hinted = np.flatnonzero(text.find(texts, _LEAST_RUN, self._hints, threads=threads).lengths)
-        found = [
+        matches = [
             (row, self._places[run])
             for row in hinted.tolist()
             for run in _ending_tokens(problems[row]) & self._places.keys()
         ]
-        if not found:
+        if not matches:
             return shared
-        rows, places = np.array(found, dtype=np.int64).T
+        rows, places = np.array(matches, dtype=np.int64).T
         n, width = len(shared.lengths), self._width
         pairs = np.union1d(np.repeat(np.arange(n), shared.lengths) * width + shared.values, rows * width + places)
         return Ragged((pairs % width).astype(np.int32), np.searchsorted(pairs // width, np.arange(n + 1)))

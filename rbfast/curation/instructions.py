@@ -58,13 +58,13 @@ _INSTRUCTION = re.compile(
 
 def may_contain_instruction(texts: Texts) -> np.ndarray:
     """The texts that contain a word of such sentences, int64. A fast filter: most contain none."""
-    data, found = texts.data.tobytes(), []
+    data, places = texts.data.tobytes(), []
     for hint in _HINTS:
         at = data.find(hint)
         while at >= 0:
-            found.append(at)
+            places.append(at)
             at = data.find(hint, at + 1)
-    return np.unique(np.searchsorted(texts.starts, np.array(found, dtype=np.int64), "right") - 1)
+    return np.unique(np.searchsorted(texts.starts, np.array(places, dtype=np.int64), "right") - 1)
 
 
 def without_instructions(problem: str) -> str:

@@ -71,16 +71,15 @@ class Ledger:
 
     def dedup(self) -> None:
         """Keep one item of each problem: right before unverified, then the best quality, then the first."""
-        items = np.flatnonzero(self.alive)
-        certainty = np.where(self.part.verified == UNVERIFIED, 1, 2 * (self.part.verified == RIGHT))
-        order = np.lexsort((self.part.quality[items], certainty[items]))
+        part, items = self.part, np.flatnonzero(self.alive)
+        certainty = np.where(part.verified == UNVERIFIED, 1, 2 * (part.verified == RIGHT))
+        order = np.lexsort((part.quality[items], certainty[items]))
         preference = np.empty(len(items))
-        preference[order] = _dense_ranks(certainty[items][order], self.part.quality[items][order])
-        part = self.part
+        preference[order] = _dense_ranks(certainty[items][order], part.quality[items][order])
         keeper = duplicates(part.fingerprints[items], part.signatures[items], part.keys[items], preference)
         self._keeper[items] = items[keeper]
         again = items[keeper != np.arange(len(items))]
-        same = self.part.fingerprints[again] == self.part.fingerprints[self._keeper[again]]
+        same = part.fingerprints[again] == part.fingerprints[self._keeper[again]]
         kinds = np.where(same, "the same problem", "nearly the same problem and answer")
         self.drop("dedup", dict(zip(again.tolist(), kinds.tolist(), strict=True)))
 
@@ -103,14 +102,14 @@ class Ledger:
         if item is None:
             return {"stage": "clean", "reason": self.part.flaws[row]}
         stage = self.stages[self._stage_of[item]].name
-        found: dict[str, Any] = {"stage": stage, "reason": self._kind_of[item]}
+        entry: dict[str, Any] = {"stage": stage, "reason": self._kind_of[item]}
         match = self.matches[item]
         if stage == "decontaminate" and match:
             where, problem = self.evaluations[match.item]
-            found["matched"] = {"where": where, "problem": problem, "share": round(match.share, 4)}
+            entry["matched"] = {"where": where, "problem": problem, "share": round(match.share, 4)}
         if stage == "dedup":
-            found["duplicate_of"] = wheres[int(self.rows[self._keeper[item]])]
-        return found
+            entry["duplicate_of"] = wheres[int(self.rows[self._keeper[item]])]
+        return entry
 
 
 def _sorted_by_count(kinds: Counter[str]) -> dict[str, int]:

@@ -119,8 +119,8 @@ class _Folded(dict[int, str]):
     """Translations of single characters, computed on first use."""
 
     def __missing__(self, code: int) -> str:
-        self[code] = found = self._translate(chr(code))
-        return found
+        self[code] = folded = self._translate(chr(code))
+        return folded
 
     @staticmethod
     def _translate(character: str) -> str:
@@ -169,9 +169,9 @@ def fingerprints(texts: Texts, *, threads: int = 1) -> np.ndarray:
     Among a million different texts, the probability that any two collide is 3e-8.
     """
     rows, _ = shingles(texts, 2**62, threads=threads)
-    found = np.zeros(len(rows.starts) - 1, dtype=np.uint64)
-    found[rows.lengths > 0] = rows.values
-    return found
+    hashes = np.zeros(len(rows.starts) - 1, dtype=np.uint64)
+    hashes[rows.lengths > 0] = rows.values
+    return hashes
 
 
 def find(texts: Texts, k: int, index: np.ndarray, *, mask_digits: bool = False, threads: int = 1) -> Ragged:
