@@ -59,22 +59,22 @@ def render_conversation(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], system: str | None, open_reply: bool
 ) -> str:
     """The text that the chat template renders for a system prompt and messages."""
-    found = thinking_format(tokenizer)
-    without = render(tokenizer, messages, open_reply, found.switches, found.takes_parts)
+    template = thinking_format(tokenizer)
+    without = render(tokenizer, messages, open_reply, template.switches, template.takes_parts)
     if not system:
         return without
     from jinja2.exceptions import TemplateError
 
     try:
         with_system = [{"role": "system", "content": system}, *messages]
-        prompt = render(tokenizer, with_system, open_reply, found.switches, found.takes_parts)
+        prompt = render(tokenizer, with_system, open_reply, template.switches, template.takes_parts)
         if prompt != without:
             return prompt
     except TemplateError:
         pass
     first, *rest = messages
     merged = [{**first, "content": f"{system}\n\n{first['content']}"}, *rest]
-    return render(tokenizer, merged, open_reply, found.switches, found.takes_parts)
+    return render(tokenizer, merged, open_reply, template.switches, template.takes_parts)
 
 
 def _render_without_template(tokenizer: PreTrainedTokenizerBase, system: str | None, messages: Sequence[Any]) -> str:
@@ -89,8 +89,8 @@ def _user_message(content: str) -> dict[str, str]:
 
 def write_prompt(folder: str | Path, tokenizer: PreTrainedTokenizerBase, instruction: Instruction) -> None:
     """Write prompt.json: the instruction, and the chat template's arguments. `saved_instruction` reads it."""
-    found = thinking_format(tokenizer)
-    about = {"thinking": found.kind, "chat_template_kwargs": dict(found.switches), "stop": found.end}
+    template = thinking_format(tokenizer)
+    about = {"thinking": template.kind, "chat_template_kwargs": dict(template.switches), "stop": template.end}
     write_instruction(folder, instruction, about)
 
 

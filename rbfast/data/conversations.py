@@ -72,10 +72,10 @@ def parse_turns(value: object) -> list[Turn] | None:
         return None
     turns: list[Turn] = []
     for number, message in enumerate(value, start=1):
-        found = _turns_of(message, number)
-        if found is None:
+        parsed = _turns_of(message, number)
+        if parsed is None:
             return None
-        turns += found
+        turns += parsed
     return _attach_thoughts(turns)
 
 
@@ -206,7 +206,7 @@ def _normalize_bedrock(block: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _attach_thoughts(turns: Sequence[Turn]) -> list[Turn]:
     """Attach thoughts that came as separate messages to the assistant turn after them."""
-    found: list[Turn] = []
+    attached: list[Turn] = []
     thoughts: list[str] = []
     for turn in turns:
         if turn.role == THOUGHT:
@@ -215,8 +215,8 @@ def _attach_thoughts(turns: Sequence[Turn]) -> list[Turn]:
         if thoughts and turn.role == ASSISTANT:
             turn = Turn(turn.role, turn.text, "\n\n".join(filter(None, [*thoughts, turn.thought])), turn.rest)
             thoughts = []
-        found.append(turn)
-    return found
+        attached.append(turn)
+    return attached
 
 
 class Exchange(NamedTuple):

@@ -130,13 +130,13 @@ _SYNONYMS = {"response": "reply", "completion": "reply", "messages": "conversati
 
 def parse_map(text: str) -> dict[str, str]:
     """Parse `problem=question,answer=gold` into a mapping from meanings to fields. Raises ValueError if malformed."""
-    found = {}
+    mapping = {}
     for part in filter(None, text.split(",")):
         meant, equals, field = (piece.strip() for piece in part.partition("="))
         if not equals or not field:
             raise ValueError(f"map: expected problem=FIELD,answer=FIELD, got {part!r}")
-        found[meant] = field
-    return found
+        mapping[meant] = field
+    return mapping
 
 
 def check_map(fields: Mapping[str, str]) -> dict[str, str]:

@@ -300,8 +300,8 @@ def _completions(row: RowFields, _: Turn | None) -> list[Reply]:
 
 def _solutions(row: RowFields, _: Turn | None) -> list[Reply]:
     """A worked solution, or an answer field that contains the working, as in GSM8K."""
-    if found := row.one("solution"):
-        return [read_reply(_first_text(found[1]))._replace(verified=_verdict_by(row, ""))]
+    if solution := row.one("solution"):
+        return [read_reply(_first_text(solution[1]))._replace(verified=_verdict_by(row, ""))]
     for value in (value for _, value in row.candidates("answer") if isinstance(value, str)):
         written = read_reply(value)
         if written.thought or (stated_answer(written.text) not in (None, written.text.strip())):

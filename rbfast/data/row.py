@@ -28,9 +28,9 @@ class RowFields:
         if role in self.fields:
             return [(Field(self.fields[role]), value_at(self.values, self.fields[role]))]
         taken = set(self.fields.values())
-        found = fields_by_meaning(tuple(map(str, self.values))).get(role, ())
+        named = fields_by_meaning(tuple(map(str, self.values))).get(role, ())
         return [
-            (one, self.values[one.name]) for one in found if one.name not in taken and _is_filled(self.values[one.name])
+            (one, self.values[one.name]) for one in named if one.name not in taken and _is_filled(self.values[one.name])
         ]
 
     @cached_property
@@ -42,10 +42,10 @@ class RowFields:
     def choices(self) -> list[tuple[Field, Any]]:
         """The fields that may say which option is right. If the options are numbers, a number is an option, not an
         index."""
-        found = [*self.candidates("answer"), *self.candidates("choice"), *self.candidates("verdict")]
+        candidates = [*self.candidates("answer"), *self.candidates("choice"), *self.candidates("verdict")]
         lists = [value for _, value in self.candidates("options") if isinstance(value, list | tuple)]
         are_numbers = any(isinstance(option, int | float) for options in lists for option in options)
-        return [(one, as_text(value)) for one, value in found] if are_numbers else found
+        return [(one, as_text(value)) for one, value in candidates] if are_numbers else candidates
 
     @property
     def has_reply(self) -> bool:

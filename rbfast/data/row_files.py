@@ -82,13 +82,13 @@ def _files_of(folder: Path, split: str) -> list[Path]:
     if (folder / "state.json").is_file():
         state = _parse_json((folder / "state.json").read_bytes(), str(folder / "state.json"))
         return [folder / str(entry["filename"]) for entry in state["_data_files"]]
-    found = [path for inner in (folder, folder / "data") for path in sorted(inner.glob("*")) if is_file_of_rows(path)]
-    found = [path for path in found if path.is_file() and not path.name.endswith(("_infos.json", "unreadable.jsonl"))]
-    found = [path for path in found if path.name not in _NO_ROWS]
-    found = [path for path in found if _suffix_of(path) not in _CELLS] or found
-    if not found:
+    files = [path for inner in (folder, folder / "data") for path in sorted(inner.glob("*")) if is_file_of_rows(path)]
+    files = [path for path in files if path.is_file() and not path.name.endswith(("_infos.json", "unreadable.jsonl"))]
+    files = [path for path in files if path.name not in _NO_ROWS]
+    files = [path for path in files if _suffix_of(path) not in _CELLS] or files
+    if not files:
         raise TraceError(f"{folder}: expected a folder with a {KINDS} in it, got none; name a file")
-    return [path for path in found if path.name.startswith(split)] or found
+    return [path for path in files if path.name.startswith(split)] or files
 
 
 def _open(path: Path) -> BinaryIO:

@@ -136,8 +136,8 @@ class SignalStore:
         examples = list(examples)
         places = [self._locations.get(_example_key(example)) for example in examples]
         # In the order of the shards, so that each, which is large, is loaded once.
-        found = sorted((place, index) for index, place in enumerate(places) if place is not None)
-        for (number, item), index in found:
+        in_order = sorted((place, index) for index, place in enumerate(places) if place is not None)
+        for (number, item), index in in_order:
             self._fill_one(examples[index], number, item)
         return [example for example, place in zip(examples, places, strict=True) if place is None]
 

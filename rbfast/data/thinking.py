@@ -296,8 +296,8 @@ class _TemplateProbe:
         numbers = {token.content: number for number, token in self.tokenizer.added_tokens_decoder.items()}
         added = added_tokens(self.tokenizer)
         if added is not None:
-            if found := list(added.finditer(after)):
-                match = next((one for one in found if one[0] in opening), found[0])
+            if tokens := list(added.finditer(after)):
+                match = next((one for one in tokens if one[0] in opening), tokens[0])
                 return after[: match.start()], numbers[match[0]]
             longer = self.turn(_assistant_message(_REPLY), switches, {"role": "user", "content": _NEXT}) or ""
             header = added.match(longer.partition(_REPLY)[2].lstrip())

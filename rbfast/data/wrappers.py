@@ -49,18 +49,18 @@ def _batch_name(row: Mapping[str, Any], request: Mapping[str, Any], response: Ma
 
 
 def _request(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    found: Any = next(
+    request: Any = next(
         (row[key] for key in ("request", "body", "params", "input") if isinstance(row.get(key), Mapping)), {}
     )
-    found = found["body"] if isinstance(found.get("body"), Mapping) else found
-    return found if any(isinstance(found.get(key), list | str) for key in _CONTENTS) else {}
+    request = request["body"] if isinstance(request.get("body"), Mapping) else request
+    return request if any(isinstance(request.get(key), list | str) for key in _CONTENTS) else {}
 
 
 def _response(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    found: Any = next(
+    response: Any = next(
         (row[key] for key in ("response", "result", "completion") if isinstance(row.get(key), Mapping)), {}
     )
-    return next((found[key] for key in ("body", "message") if isinstance(found.get(key), Mapping)), found)
+    return next((response[key] for key in ("body", "message") if isinstance(response.get(key), Mapping)), response)
 
 
 def _replies(response: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], Any]]:
@@ -103,11 +103,11 @@ def _merge_inner(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _has_problem(row: Mapping[str, Any]) -> bool:
     """Whether a row has a field that may be its problem or its conversation."""
-    found = fields_by_meaning(tuple(map(str, row)))
-    fields = [*found.get("problem", ()), *found.get("conversation", ())]
+    by_meaning = fields_by_meaning(tuple(map(str, row)))
+    fields = [*by_meaning.get("problem", ()), *by_meaning.get("conversation", ())]
     if any(row.get(field.name) for field in fields):
         return True
-    return any(_is_conversation(row.get(field.name)) for field in found.get("reply", ()))
+    return any(_is_conversation(row.get(field.name)) for field in by_meaning.get("reply", ()))
 
 
 def _is_conversation(value: Any) -> bool:
