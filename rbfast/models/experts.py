@@ -171,10 +171,10 @@ def _compare_forwards(experts: Any) -> str:
     try:
         with torch.autocast(weight.device.type, enabled=False):
             expected = _original_forward(experts)(x, index, weights)
-            found = _run_stacks(experts, x, index, weights)
+            actual = _run_stacks(experts, x, index, weights)
     except Exception as error:  # third-party code may raise anything
         return f"belongs to a {type(experts).__name__} that does not run on rows alone ({error})"
-    apart = (found.float() - expected.float()).abs().amax()
+    apart = (actual.float() - expected.float()).abs().amax()
     if not apart <= _TOLERANCE[weight.dtype] * expected.float().abs().amax():
         return f"belongs to a {type(experts).__name__}, which does more to its experts than multiply and gate"
     return ""

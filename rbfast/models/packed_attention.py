@@ -58,11 +58,11 @@ def packed_inputs(model: PreTrainedModel, lengths: Sequence[int], device: torch.
     transformers takes such a mask as it is, and nothing reads it. Without it, transformers would read the positions and
     build a mask of T x T.
     """
-    found = packing(lengths, device)
+    packed = packing(lengths, device)
     window = _configured_window(model)
-    if window is not None and found.longest > window:
-        return {"packing": replace(found, has_mask=True)}
-    return {"packing": found, "attention_mask": torch.empty(NO_MASK, dtype=torch.bool, device=device)}
+    if window is not None and packed.longest > window:
+        return {"packing": replace(packed, has_mask=True)}
+    return {"packing": packed, "attention_mask": torch.empty(NO_MASK, dtype=torch.bool, device=device)}
 
 
 def packing(lengths: Sequence[int], device: torch.device) -> Packing:

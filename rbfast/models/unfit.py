@@ -28,21 +28,21 @@ class Unfit(NamedTuple):
 def unfit_linears(model: nn.Module, linears: Linears) -> dict[str, Unfit]:
     """The layers that can have no delta, by name. linears: (layer, (out, in)) by name."""
     tied, overlapping, bypassed = _tied_weights(model), _overlapping_weights(model), _bypassed_linears(model)
-    found = {}
+    unfit = {}
     for name, (module, shape) in linears.items():
         weight = stored_weight(module)
         if weight is not None and id(weight) in tied:
-            found[name] = Unfit(f"the weight of {name} is tied to another module's: a delta would change both", False)
+            unfit[name] = Unfit(f"the weight of {name} is tied to another module's: a delta would change both", False)
         elif id(module) in bypassed:
             how, should_warn = bypassed[id(module)]
-            found[name] = Unfit(how.replace("NAME", name), should_warn)
+            unfit[name] = Unfit(how.replace("NAME", name), should_warn)
         elif weight is not None and id(weight) in overlapping:
-            found[name] = Unfit(
+            unfit[name] = Unfit(
                 f"the weight of {name} shares its memory with another one: a delta would change both", True
             )
         elif (use := weight_use(module, shape)).kind == "unfit":
-            found[name] = Unfit(f"{name} {use.reason}", True)
-    return found
+            unfit[name] = Unfit(f"{name} {use.reason}", True)
+    return unfit
 
 
 def _tied_weights(model: nn.Module) -> set[int]:
@@ -76,24 +76,24 @@ def _overlaps(spans: list[tuple[int, int, int]]) -> Iterator[tuple[int, int]]:
 def _bypassed_linears(model: nn.Module) -> dict[int, Unfit]:
     """By id, layers whose weight other modules multiply by without running the layer, so that a delta may never see
     their input. In the reasons, NAME stands for the layer's name."""
-    found = {}
+    bypassed = {}
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):
             reason = "nn.MultiheadAttention multiplies by the weight of NAME without running the layer"
-            found[id(module.out_proj)] = Unfit(reason, True)
+            bypassed[id(module.out_proj)] = Unfit(reason, True)
         children = dict(module.named_children())
         if hasattr(module, "A_log") and hasattr(module, "D"):
             # The mixer multiplies by dt_proj's weight; in training a fused kernel takes x_proj, dt_proj and out_proj.
             reason = "a Mamba mixer may use the weight of NAME without running the layer"
-            found |= {id(child): Unfit(reason, False) for name, child in children.items() if name != "in_proj"}
+            bypassed |= {id(child): Unfit(reason, False) for name, child in children.items() if name != "in_proj"}
         for name in children.keys() & _multiplied_by_hand(type(module)):
             reason = f"{type(module).__name__} multiplies by the weight of NAME without running the layer"
-            found.setdefault(id(children[name]), Unfit(reason, True))
+            bypassed.setdefault(id(children[name]), Unfit(reason, True))
         gain = module._parameters.get("A")
         if "dt_proj" in children and gain is not None and not gain.is_meta and not gain.any():
             reason = "NAME acts through exp(A softplus(y)), which is 1 as long as A is 0, as it is here"  # Doge's masks
-            found[id(children["dt_proj"])] = Unfit(reason, True)
-    return found
+            bypassed[id(children["dt_proj"])] = Unfit(reason, True)
+    return bypassed
 
 
 _PRODUCT = re.compile(

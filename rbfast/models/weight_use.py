@@ -136,12 +136,12 @@ def _probe(module: nn.Module, weight: Tensor, shape: tuple[int, int]) -> WeightU
 def _use_by_gradient(y: Tensor, leaf: Tensor, x: Tensor, dy: Tensor) -> WeightUse:
     if not y.requires_grad:
         return WeightUse("unfit", "gives the same output whatever its weight is")
-    (found,) = torch.autograd.grad(y, leaf, dy.expand_as(y).to(y.dtype), allow_unused=True)
-    if found is None or not found.any():
+    (gradient,) = torch.autograd.grad(y, leaf, dy.expand_as(y).to(y.dtype), allow_unused=True)
+    if gradient is None or not gradient.any():
         return WeightUse("unfit", "gives the same output whatever its weight is")
     tolerance = max(_TOLERANCE, 4 * torch.finfo(leaf.dtype).eps)
     for use, expected in ((LINEAR, torch.outer(dy, x)), (TRANSPOSED, torch.outer(x, dy))):
-        if found.shape == expected.shape and (found - expected).norm() <= tolerance * expected.norm():
+        if gradient.shape == expected.shape and (gradient - expected).norm() <= tolerance * expected.norm():
             return use
     return WeightUse("opaque", "does more to its weight than multiply by it")
 
