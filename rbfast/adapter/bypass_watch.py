@@ -60,7 +60,7 @@ class BypassWatch:
                 if _is_idle(site):
                     self._mark(name, site)
             return
-        marked = [found for found in self._marked.values() if _is_trained(found[1])]
+        marked = [entry for entry in self._marked.values() if _is_trained(entry[1])]
         bypassed = [name for name, site, weight in marked if weight.grad is not None and _is_idle(site)]
         self.end()
         if bypassed:
@@ -104,12 +104,14 @@ def _is_idle(site: Site) -> bool:
 
 def _has_gradient(sites: Mapping[str, Site]) -> dict[str, bool]:
     """Which sites have a non-zero gradient, found with one device synchronisation."""
-    found = {name: [unsharded(x.grad) for x in (site.A, site.B) if x.grad is not None] for name, site in sites.items()}
+    gradients = {
+        name: [unsharded(x.grad) for x in (site.A, site.B) if x.grad is not None] for name, site in sites.items()
+    }
     sizes: list[Tensor] = [
-        torch.stack([grad.abs().amax() for grad in grads]).amax() for grads in found.values() if grads
+        torch.stack([grad.abs().amax() for grad in grads]).amax() for grads in gradients.values() if grads
     ]
     values = iter(torch.stack([size.to(sizes[0].device) for size in sizes]).tolist())
-    return {name: bool(grads) and next(values) != 0 for name, grads in found.items()}  # NaN is not 0
+    return {name: bool(grads) and next(values) != 0 for name, grads in gradients.items()}  # NaN is not 0
 
 
 def _warn_of_idle(names: list[str], total: int) -> None:

@@ -71,9 +71,9 @@ def outline(model: nn.Module) -> Outline:
     """Reads only shapes, so the model may be on the meta device. Assumes weights in bf16."""
     shapes, parameters = group_siblings(select_linears(model)), count_parameters(model)
     rank, supports = allocate(shapes, int(DEFAULT_DENSITY * parameters))
-    found = planned_footprint(shapes, rank, supports, parameters * _BF16, _BF16)
+    planned = planned_footprint(shapes, rank, supports, parameters * _BF16, _BF16)
     support = min(supports.values()), max(supports.values())
-    return Outline(parameters, len(shapes), support, rank, found.values // _FP32, found)
+    return Outline(parameters, len(shapes), support, rank, planned.values // _FP32, planned)
 
 
 def megabytes(count: int) -> str:

@@ -48,39 +48,39 @@ def _gpu_ops() -> dict[str, str]:
 
     from rbfast import ops
 
-    found = ops.implementations("cuda")
+    kinds = ops.implementations("cuda")
     if not torch.cuda.is_available() or (capability := torch.cuda.get_device_capability()) >= _OLDEST:
-        return found
+        return kinds
     refused = f"none (the CUDA C++ needs sm_80, this GPU is sm_{capability[0]}{capability[1]}: {_USE_TRITON})"
-    return {name: refused if how == "CUDA C++" else how for name, how in found.items()}
+    return {name: refused if how == "CUDA C++" else how for name, how in kinds.items()}
 
 
 def _model(args: argparse.Namespace) -> int:
     from rbfast.adapter.footprint import outline
     from rbfast.models.student import load_without_weights
 
-    found = outline(load_without_weights(args.model))
-    footprint = found.footprint
+    plan = outline(load_without_weights(args.model))
+    footprint = plan.footprint
     facts = {
         "model": args.model,
-        "parameters": found.parameters,
-        "weight_bytes": {"bfloat16": 2 * found.parameters, "float32": 4 * found.parameters},
-        "matrices": found.matrices,
-        "support": found.support,
-        "rank": found.rank,
-        "trained_values": found.values,
+        "parameters": plan.parameters,
+        "weight_bytes": {"bfloat16": 2 * plan.parameters, "float32": 4 * plan.parameters},
+        "matrices": plan.matrices,
+        "support": plan.support,
+        "rank": plan.rank,
+        "trained_values": plan.values,
         "kept_bytes": footprint.kept,
         "value_bytes": footprint.values,
         "adamw_bytes": footprint.adamw,
         "share_of_base": footprint.share,
     }
-    narrowest, widest = found.support
+    narrowest, widest = plan.support
     columns = f"{narrowest}" if narrowest == widest else f"{narrowest} to {widest}"
     lines = [
-        f"{args.model}: {found.parameters:,} parameters, "
-        f"{2 * found.parameters / 1e9:.2f} GB in bfloat16, {4 * found.parameters / 1e9:.2f} GB in float32",
-        f"adapter by default: rank {found.rank} on {columns} columns of {found.matrices} matrices, "
-        f"{found.values:,} trained values ({found.values / found.parameters:.3%})",
+        f"{args.model}: {plan.parameters:,} parameters, "
+        f"{2 * plan.parameters / 1e9:.2f} GB in bfloat16, {4 * plan.parameters / 1e9:.2f} GB in float32",
+        f"adapter by default: rank {plan.rank} on {columns} columns of {plan.matrices} matrices, "
+        f"{plan.values:,} trained values ({plan.values / plan.parameters:.3%})",
         f"its memory, in bfloat16: {footprint}",
     ]
     return print_result(args, facts, "\n".join(lines))

@@ -30,5 +30,5 @@ class Transcript:
 
     def end(self, answer: str | None, tokens: int, samples: int, votes: int) -> None:
         voted = f", {votes} of {samples} samples agree" if samples > 1 else ""
-        found = "none" if answer is None else answer
-        self.summary = f"{'' if self.quiet else chr(10)}answer: {found} ({tokens} tokens{voted})"
+        shown = "none" if answer is None else answer
+        self.summary = f"{'' if self.quiet else chr(10)}answer: {shown} ({tokens} tokens{voted})"

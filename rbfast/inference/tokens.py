@@ -146,11 +146,11 @@ class TokenState:
         return order.strike
 
     def solution(self) -> Solution:
-        found = Solution.of(self.state)
+        solution = Solution.of(self.state)
         return replace(
-            found,
+            solution,
             text=decode_text(self.vocabulary.tokenizer, self.ids),
             ids=tuple(self.ids),
-            tokens=found.tokens if not self.abandoned else self.written + found.probe_tokens,
+            tokens=solution.tokens if not self.abandoned else self.written + solution.probe_tokens,
             abandoned=self.abandoned,
         )

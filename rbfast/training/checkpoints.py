@@ -26,8 +26,8 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
-    found = ((match, path) for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name)))
-    return [path for _, path in sorted(found, key=lambda pair: int(pair[0][1]))]
+    matches = ((match, path) for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name)))
+    return [path for _, path in sorted(matches, key=lambda pair: int(pair[0][1]))]
 
 
 def remove_checkpoints(folder: Path) -> None:

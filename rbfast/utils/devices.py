@@ -30,5 +30,5 @@ def find_device(name: str | None = None) -> torch.device:
 def _present() -> list[str]:
     """The names of this machine's devices."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    found = [] if accelerator is None else [f"{accelerator.type}:{n}" for n in range(torch.accelerator.device_count())]
-    return ["cpu", *found]
+    names = [] if accelerator is None else [f"{accelerator.type}:{n}" for n in range(torch.accelerator.device_count())]
+    return ["cpu", *names]
