@@ -7,7 +7,6 @@ Without gradients the hooks of a folded delta do nothing, but calling them takes
 for a block. So does `rbfast.evaluating(model)`, which all decoding in rbfast uses.
 """
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from rbfast import ops
 from rbfast.adapter.adapter_files import Delta
 from rbfast.adapter.bypass_watch import BypassWatch
+from rbfast.adapter.shared_gather import SharedGather
 from rbfast.models.experts import ExpertStack, patch_forward, unpatch_forward, weight_owner
 from rbfast.models.linears import is_transposed, matrix_shape, matrix_view, named_modules
 from rbfast.models.weight_use import input_of, stored_weight
@@ -35,33 +35,6 @@ _WRITTEN = (
     "the weight of a {kind} was changed while a delta is folded into it, and it holds neither the base's values nor "
     'those with the delta; detach the adapter before you change the base, or attach with mode="side"'
 )
-
-
-class SharedGather:
-    """Gathers a group's support once for all its matrices, if they get the same unchanged input tensor."""
-
-    def __init__(self) -> None:
-        self.members = 0
-        self._cached: tuple[weakref.ref, int, Tensor] | None = None  # the input, its version, and its columns
-        self._remaining_uses = 0  # members that have not used them yet
-
-    def __call__(self, x: Tensor, cols: Tensor, run: int, dtype: torch.dtype) -> Tensor:
-        # A compiler merges equal gathers itself. Inference tensors have no version counter to detect changes by.
-        if self.members == 1 or torch.compiler.is_compiling() or x.is_inference():
-            return _gather(x, cols, run, dtype)
-        cached = self._cached  # read once: another thread may replace it at any time
-        if cached is None or cached[0]() is not x or cached[1] != x._version or cached[2].dtype != dtype:
-            cached = weakref.ref(x, self._drop), x._version, _gather(x, cols, run, dtype)
-            self._cached, self._remaining_uses = cached, self.members
-        self._remaining_uses -= 1
-        if self._remaining_uses <= 0:
-            self._cached = None
-        return cached[2]
-
-    def _drop(self, dead: weakref.ref) -> None:
-        cached = self._cached
-        if cached is not None and cached[0] is dead:
-            self._cached = None
 
 
 class ColumnDelta(nn.Module):
@@ -415,9 +388,3 @@ def _unhook_all(model: nn.Module) -> Callable[[], None]:
                 site.hook()
 
     return hook_again
-
-
-def _gather(x: Tensor, cols: Tensor, run: int, dtype: torch.dtype) -> Tensor:
-    x = x.detach()
-    xs = ops.column_gather(x.reshape(-1, x.shape[-1]), cols, run)
-    return xs if xs.dtype == dtype else xs.to(dtype)

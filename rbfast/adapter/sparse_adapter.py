@@ -13,7 +13,6 @@ The deltas themselves are in `column_delta`.
 """
 
 import sys
-import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,11 +27,13 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from rbfast.adapter import adapter_files
 from rbfast.adapter.adapter_files import AdapterConfig, Delta
+from rbfast.adapter.attachable import check_attachable, warn_of_ddp
 from rbfast.adapter.bypass_watch import BypassWatch
-from rbfast.adapter.column_delta import ColumnDelta, SharedGather, delta_of, deltas_of, fold_all
+from rbfast.adapter.column_delta import ColumnDelta, delta_of, fold_all
 from rbfast.adapter.column_scores import ColumnScores
 from rbfast.adapter.footprint import Footprint
 from rbfast.adapter.placement import DEFAULT_DENSITY, plan_adapter
+from rbfast.adapter.shared_gather import SharedGather
 from rbfast.models.experts import ExpertStack, weight_owner
 from rbfast.models.linears import (
     bytes_of,
@@ -128,7 +129,7 @@ class SparseAdapter(nn.Module):
         that can have no delta (`rbfast.models.linears.unfit`). Raises ValueError for a density outside (0, 1] or too
         small for any delta, a model without linear layers, and a model with an adapter attached (PEFT's included).
         """
-        _warn_of_ddp(model)
+        warn_of_ddp(model)
         model = unwrapped(model)
         check_attachable(model)
         config, deltas = plan_adapter(model, density, support, rank, targets, placement, scale, seed)
@@ -138,7 +139,7 @@ class SparseAdapter(nn.Module):
     def from_pretrained(cls, model: nn.Module, directory: str | Path, mode: Mode = "auto") -> "SparseAdapter":
         """Attaches a saved adapter. Raises ValueError, naming the first mismatch, if it was made for another model, or
         if the model has an adapter attached."""
-        _warn_of_ddp(model)
+        warn_of_ddp(model)
         model = unwrapped(model)
         check_attachable(model)
         config, deltas = adapter_files.read_adapter(directory)
@@ -415,18 +416,6 @@ def _should_fold(name: str, linear: nn.Module, mode: Mode) -> bool:
     return foldable and mode != "side"
 
 
-def _warn_of_ddp(model: nn.Module) -> None:
-    """Warns, because DistributedDataParallel says nothing if a backward reaches none of its parameters."""
-    replicas = (m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel))
-    if any(replica.process_group.size() > 1 for replica in replicas):
-        warnings.warn(
-            "DistributedDataParallel does not reduce the gradients of an adapter attached to the model inside it, so "
-            "each process would train its own: attach first, then wrap a module that holds both, or sum the gradients "
-            "of adapter.parameters() over the processes before each step",
-            stacklevel=3,
-        )
-
-
 def _refuse_backward(grad: Tensor) -> None:
     raise RuntimeError(
         "a backward within adapter.disabled(), of a forward from before it, would go through the base's weights: call "
@@ -439,34 +428,6 @@ def _mark_written(sites: Iterable[ColumnDelta]) -> None:
     the old weights then raises in autograd, instead of giving wrong gradients."""
     weights = (stored_weight(site.linear) for site in sites)
     torch.autograd.graph.increment_version([w for w in weights if w is not None and not w.is_inference()])
-
-
-def check_attachable(model: nn.Module) -> None:
-    """Raises ValueError for a model that has an adapter attached (PEFT's included), has uninitialised lazy layers, is
-    scripted, or is split by tensor parallelism."""
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError("expected a module of Python code, got one made by torch.jit: attach before scripting it")
-    if (getattr(model, "tp_size", None) or 1) > 1:
-        raise ValueError(
-            f"this model is split over {model.tp_size} processes by tensor parallelism, which an adapter does not "
-            "support: load it without tp_plan, and shard its weights with rbfast.training.sharding.shard"
-        )
-    if (first := next(deltas_of(model), None)) is not None:
-        raise ValueError(
-            f"this model has a SparseAdapter attached already (at {first[0]}); one at a time: call its detach() or "
-            "merge() first"
-        )
-    for name, module in model.named_modules():
-        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module._parameters.values()):
-            raise ValueError(
-                f"{name or type(module).__name__} is a lazy layer without a weight: run the model once first"
-            )
-        if type(module).__module__.startswith("peft."):
-            where = f" (a {type(module).__name__} at {name or 'the top'})"
-            raise ValueError(
-                f"this model carries an adapter of PEFT{where}: merge it with merge_and_unload(), or remove it with "
-                "unload(), and attach to the model that it returns"
-            )
 
 
 def _hook_optimizers(adapter: SparseAdapter) -> weakref.finalize:

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
 
-from rbfast.adapter.sparse_adapter import check_attachable
+from rbfast.adapter.attachable import check_attachable
 from rbfast.models.linears import is_sharded
 from rbfast.models.student import backbone_of
 

@@ -11,7 +11,8 @@ from torch import nn
 from torch.func import functional_call
 from transformers import GPT2LMHeadModel
 
-from rbfast.adapter.column_delta import SharedGather, unhooked
+from rbfast.adapter.column_delta import unhooked
+from rbfast.adapter.shared_gather import SharedGather
 from rbfast.models.linears import matrix_shape
 
 
