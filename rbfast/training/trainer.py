@@ -106,21 +106,7 @@ class DistillTrainer(Trainer):
             TypeError: the examples are a stream, which has no length.
         """
         _refuse_unused(args, kwargs)
-        # A benchmark may pass a peer's adapter, which another library attached.
-        if isinstance(adapter, SparseAdapter) and not _is_attached(adapter, model):
-            raise ValueError(
-                "the adapter is not attached to this model (merged or detached, or another model's), so it would learn "
-                "nothing: attach one with SparseAdapter.attach or from_pretrained"
-            )
-        if teacher is model:
-            raise ValueError(
-                "the teacher is the student itself, with the adapter in it, so it could teach nothing: load the "
-                "teacher as a model of its own"
-            )
-        if not isinstance(train_dataset, Sized):
-            raise TypeError(
-                f"train_dataset: expected a sequence of examples, got {type(train_dataset).__name__}; make it a list"
-            )
+        _check_inputs(model, adapter, train_dataset, teacher)
         items: Sequence[Example] | Sequence[list[Example]] = train_dataset
         eval_items: Sequence[Example] | Sequence[list[Example]] | None = eval_dataset
         if tokens_per_batch is not None:
@@ -347,8 +333,24 @@ class DistillTrainer(Trainer):
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
-def _is_attached(adapter: SparseAdapter, model: nn.Module) -> bool:
-    return {id(delta) for _, delta in deltas_of(model)} == {id(site) for site in adapter.sites().values()}
+def _check_inputs(model: nn.Module, adapter: nn.Module, train_dataset: object, teacher: nn.Module | None) -> None:
+    # A benchmark may pass a peer's adapter, which another library attached.
+    if isinstance(adapter, SparseAdapter):
+        attached = {id(delta) for _, delta in deltas_of(model)}
+        if attached != {id(site) for site in adapter.sites().values()}:
+            raise ValueError(
+                "the adapter is not attached to this model (merged or detached, or another model's), so it would learn "
+                "nothing: attach one with SparseAdapter.attach or from_pretrained"
+            )
+    if teacher is model:
+        raise ValueError(
+            "the teacher is the student itself, with the adapter in it, so it could teach nothing: load the teacher as "
+            "a model of its own"
+        )
+    if not isinstance(train_dataset, Sized):
+        raise TypeError(
+            f"train_dataset: expected a sequence of examples, got {type(train_dataset).__name__}; make it a list"
+        )
 
 
 def _refuse_unused(args: TrainingArguments, options: Mapping[str, Any]) -> None:
