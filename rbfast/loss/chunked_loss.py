@@ -40,26 +40,8 @@ class LossOps(HeadProducts, Protocol):
     """The ops that a loss calls: the registry's, or the reference for fp64."""
 
     def row_thresholds(self, dz: Tensor, share: float, /) -> tuple[Tensor, Tensor]: ...
-    def divergence_rows_(
-        self,
-        logits: Tensor,
-        dz: Tensor | None,
-        labels: Tensor,
-        kl_weight: Tensor | None,
-        ce_weight: Tensor | None,
-        temperature: Tensor | None,
-        ids: Tensor | None,
-        logprobs: Tensor | None,
-        teacher: Tensor | None,
-        bias: Tensor | None,
-        beta: float,
-        logit_scale: float,
-        softcap: float | None,
-        kl_factor: float,
-        ce_factor: float,
-        temperature_factor: float,
-        /,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    @property
+    def divergence_rows_(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]: ...  # as rbfast.ops.reference's
 
 
 class LossJob(NamedTuple):
