@@ -4,8 +4,9 @@
 judge("math-verify").ask(["$1/2$", ["$0.5$"]], seconds=5)       # True; None if there is no verdict within the limit
 ```
 
-Both evaluate an answer to read it, and an answer may be a tower of powers. One process serves all answers of a kind. If
-an answer takes too long, the process is killed, and the next answer starts a new one.
+Both evaluate an answer to read it, and an answer may be a tower of powers, or code. One process serves all answers of a
+kind. If an answer takes too long or acts on files, processes or the network, the process ends (`judge_worker`), and the
+next answer starts a new one.
 """
 
 from __future__ import annotations
@@ -66,7 +67,12 @@ class Judge:
                 answer = ""
             if answer:
                 return loads(answer)
-            log.warning("no verdict on %.80r within %g s of processor time: it counts as wrong", question[-1], seconds)
+            log.warning(
+                "no verdict on %.80r: it takes more than %g s of processor time or too much memory, or it is code that "
+                "acts on files, processes or the network; it counts as wrong",
+                question[-1],
+                seconds,
+            )
             self.close()
             self.killed += 1
             return None

@@ -3,12 +3,16 @@
 It reads a question per line from stdin (from `rbfast.grading.judge`) and writes a JSON verdict per line to stdout. The
 first line is `"ready"`, or why a package could not be imported. An answer that exceeds its CPU time ends the process;
 CPU time, so that a busy machine grades like an idle one. Memory is limited too: an answer may be a tower of powers.
+
+Several verifiers of reasoning-gym evaluate an answer as Python. So an answer that writes a file, starts a process or
+opens a connection ends the process too. This guards against what a model happens to write; it is no sandbox.
 """
 
 import base64
 import contextlib
 import functools
 import json
+import os
 import pickle
 import signal
 import sys
@@ -19,6 +23,13 @@ from rbfast.utils.packages import error_line
 
 READY = "ready"
 _MEMORY = 4 * 2**30  # bytes
+# Audit events, by their first letters.
+_ACTS = (
+    *("os.", "shutil.", "subprocess.", "pty.", "socket.", "ctypes.", "fcntl.", "mmap.", "sqlite3.", "signal."),
+    *("builtins.input", "builtins.breakpoint", "time.sleep"),
+)
+_READS = ("os.listdir", "os.scandir", "os.walk", "os.putenv")  # as a late import does
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
 def main() -> None:
@@ -30,6 +41,7 @@ def main() -> None:
     except Exception as error:  # an import may raise anything
         _write_verdict(answers, error_line(error))
         return
+    _forbid_acts()
     _write_verdict(answers, READY)
     for line in sys.stdin:
         seconds, question = pickle.loads(base64.b64decode(line))  # from the process that started this one
@@ -83,6 +95,18 @@ def _set_time_limit(seconds: float) -> None:
     """End the process after so many seconds of CPU time, by a signal without a handler; 0 cancels."""
     if hasattr(signal, "setitimer"):  # not on Windows, where only the wall-clock limit of `Judge` applies
         signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+def _forbid_acts() -> None:
+    """From now on, end the process if it acts on anything outside of it. An exception could be caught by a verifier."""
+
+    def check(event: str, args: tuple[Any, ...]) -> None:
+        writes = event == "open" and args[2] & _WRITES
+        if writes or (event.startswith(_ACTS) and event not in _READS):
+            os._exit(1)
+
+    sys.dont_write_bytecode = True  # of a module that is imported late
+    sys.addaudithook(check)
 
 
 def _limit_memory() -> None:

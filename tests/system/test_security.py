@@ -27,6 +27,9 @@ from rbfast.adapter.column_scores import ColumnScores
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.cli.main import main
 from rbfast.data.signal_store import SignalStore
+from rbfast.grading.grade import grade
+from rbfast.grading.judge import Judge
+from rbfast.grading.tasks import load_problems
 from rbfast.models.student import load_student
 from rbfast.teacher.client import Server, ServerError
 from rbfast.training.checkpoints import write_digests
@@ -185,6 +188,22 @@ def test_a_planted_checkpoint_does_not_run(cut, tmp_path, mark, monkeypatch, nam
     else:
         with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
             run(tmp_path / "run", monkeypatch, placement="random")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["string_insertion", "polynomial_multiplication"])
+@pytest.mark.parametrize("code", ["__import__('os').system('touch {}')", "open('{}', 'w')"])
+def test_an_answer_that_is_code_acts_on_nothing(mark, monkeypatch, task, code):
+    """Verifiers of reasoning-gym call eval on an answer, or sympy's parse_expr, which does."""
+    pytest.importorskip("reasoning_gym")
+    [problem] = load_problems(task, 1, seed=0)
+    own = Judge("reasoning-gym")
+    monkeypatch.setattr("rbfast.grading.grade.judge", lambda kind: own)
+    try:
+        assert grade(problem, f"<answer>{code.format(mark)}</answer>") == 0.0 and own.killed
+        assert grade(problem, f"<answer>{problem.answer}</answer>") == 1.0
+    finally:
+        own.close()
 
 
 # -------------------------------------------------------------------------------------------------------------- paths
