@@ -16,11 +16,11 @@ from rbfast.data.thinking_marks import end_of_thinking
 _TAG = re.compile(r"<answer>(.*?)(?=</answer>|<answer>|\Z)", re.DOTALL | re.IGNORECASE)
 _CLOSED_TAG = re.compile(r"</answer>[\s.*`$]*\Z", re.IGNORECASE)
 # `####` that marks an answer, not a heading: it ends the text, or the last line repeats it, or its line holds a value.
-_LAST_HASHES = re.compile(r"####\s*(\S.*?)\s*(?=\Z|\n(?=[^\n]{0,300}\Z)[^\n]*\banswer\b[^\n]*\1)", re.IGNORECASE)
+_LAST_HASHES = re.compile(r"(?<!#)####\s*(\S.*?)\s*(?=\Z|\n(?=[^\n]{0,300}\Z)[^\n]*\banswer\b[^\n]*\1)", re.IGNORECASE)
 _VALUE = re.compile(
     r"[-+$]{0,2}\.?\d[\d.,/^%:]*(?<![.,:])(?: [a-z%]+)?|[a-z] ?= ?\S+|\\[^\n]*\S|\$[^$\n]+\$|\(?[A-J]\)?", re.IGNORECASE
 )
-_HASHES = re.compile(_LAST_HASHES.pattern + rf"|####[ \t]*({_VALUE.pattern})[ \t\r]*(?=\n)", re.IGNORECASE)
+_HASHES = re.compile(_LAST_HASHES.pattern + rf"|(?<!#)####[ \t]*({_VALUE.pattern})[ \t\r]*(?=\n)", re.IGNORECASE)
 _PHRASE = re.compile(
     r"(?:\banswer\b[^.\n:=]{0,60}?(?:\bis\b|:|=)|答案[应该就]*\s*(?:是|为|选|：|:)|故选)[*_:：\s]*"
     r"(?:(?:the )?(?:final )?answer\s*(?:is\b|:|=)[*_:\s]*)?"  # the phrase may follow a heading that says the same
@@ -34,7 +34,7 @@ _HOPE = re.compile(r"\.?\s*I hope (?:it|this) is correct\b.*", re.IGNORECASE)
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?=\{|\d)")
 _BARE = re.compile(r"\d+(?:[.,]\d+)*")  # the content of a box without braces
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-_SENTENCES, _PROSE = re.compile(r"\n|[.!?]\s"), re.compile(r"(?:[^\W\d_]+,? ){5}")
+_SENTENCES, _PROSE = re.compile(r"\n|[.!?]\s"), re.compile(r"(?<![^\W\d_])(?:[^\W\d_]+,? ){5}")
 _EDGES = " \t*_$`.。"
 # The text allowed between two boxes of one answer: `\boxed{2}$ and $x = \boxed{3}`.
 _BETWEEN_BOXES = re.compile(
@@ -164,28 +164,38 @@ def _last_group(pattern: re.Pattern[str], text: str) -> str | None:
 
 def _find_boxed(text: str) -> str | None:
     """The content of the last closed box; of a list of boxes, the contents of all."""
-    boxes = [(match.start(), *_box_content(text, match.end())) for match in _BOX.finditer(text)]
-    closed = [(start, content.strip(), end) for start, content, end in boxes if content.strip()]
-    if not closed:
-        return None
-    first, content, _ = closed[-1]
-    listed = [content]
-    for start, content, end in reversed(closed[:-1]):
-        if start >= first or end > first:
-            continue  # nested boxes
-        if not _BETWEEN_BOXES.fullmatch(text[end:first]):
+    boxes = list(_BOX.finditer(text))
+    closers = _closing_braces(text) if boxes else {}
+    listed: list[str] = []
+    first = len(text)
+    for box in reversed(boxes):
+        content, end = _box_content(text, box.end(), closers)
+        if not content or end > first:
+            continue  # empty, not closed, or around the box after it
+        if listed and not _BETWEEN_BOXES.fullmatch(text[end:first]):
             break
-        first = start
+        first = box.start()
         listed.insert(0, content)
-    return ", ".join(dict.fromkeys(listed))
+    return ", ".join(dict.fromkeys(listed)) or None
 
 
-def _box_content(text: str, start: int) -> tuple[str, int]:
+def _box_content(text: str, start: int, closers: Mapping[int, int]) -> tuple[str, int]:
     if text[start] != "{":
         bare = _BARE.match(text, start)
         return (bare[0], bare.end()) if bare else ("", start)
-    end = closing_brace(text, start)
-    return ("", start) if end is None else (text[start + 1 : end], end + 1)
+    end = closers.get(start)
+    return ("", start) if end is None else (text[start + 1 : end].strip(), end + 1)
+
+
+def _closing_braces(text: str) -> dict[int, int]:
+    """The index of the brace that closes each open one. One pass: a looping model may open a box a thousand times."""
+    opened, closers = [], {}
+    for match in _BRACE.finditer(text):
+        if match[0] == "{":
+            opened.append(match.start())
+        elif match[0] == "}" and opened:
+            closers[opened.pop()] = match.start()
+    return closers
 
 
 def closing_brace(text: str, start: int) -> int | None:

@@ -48,7 +48,8 @@ _CHOSEN = re.compile(r"(?:\\text(?:bf)?\{)?\(([A-J])\)[}~\s\\]+(?=[^\s}])")
 _SHARED = re.compile(
     r"\s*(\S+(?: [A-Za-z]{2,})+?) (?:on|across|among|from|for) (?:the |its |all )?\S*\d\S* [A-Za-z]+\.?"
 )
-_EDGES = re.compile(r"^[\s*_`$\"]+|[\s*_`$\".。°]+$")
+_LEFT_EDGE = re.compile(r"[\s*_`$\"]*")
+_RIGHT_EDGE = re.compile(r"[\s*_`$\".。°]*")
 _CALCULATED = re.compile(r"<<[^<>\n]*>>")  # GSM8K's calculator annotations
 _PRICE = re.compile(  # a currency sign after the number; not a dollar, which may close a formula
     rf"(?<![\w.,{CURRENCY_SIGNS}])(\d[\d,.]*(?<=\d))\s?([{CURRENCY_SIGNS.replace('$', '')}])(?!\d)"
@@ -96,9 +97,15 @@ def readings(statement: str) -> list[str]:
     found.append(_BOLD.sub(r"\1", statement))
     for written in _LIST.findall(statement):
         found += [written, str([item.strip(" '\"") for item in written[1:-1].split(",")])]
-    stripped = [_EDGES.sub("", reading) for reading in found]
+    stripped = [_without_edges(reading) for reading in found]
     numbers = [str(int(number)) for number in map(_whole_number, stripped) if number is not None]
     return [reading for reading in dict.fromkeys((*found, *stripped, *numbers)) if reading.strip()]
+
+
+def _without_edges(text: str) -> str:
+    """The text without the marks and spaces around it. Linear: a looping model may write a line of dots."""
+    text = text[_LEFT_EDGE.match(text).end() :]  # type: ignore[union-attr]
+    return text[: len(text) - _RIGHT_EDGE.match(text[::-1]).end()]  # type: ignore[union-attr]
 
 
 def _whole_number(text: str) -> str | None:
@@ -121,7 +128,7 @@ def is_sentence(line: str) -> bool:
 
 def _line_readings(line: str) -> list[str]:
     line = _OPENING.sub("", line)
-    if is_moment(_EDGES.sub("", line)):
+    if is_moment(_without_edges(line)):
         return [line]
     found = [line]
     if label := _COLON.split(line)[1:]:
@@ -223,7 +230,7 @@ def _only_number(line: str) -> str | None:
     """The only number in a sentence of words, with its unit if that is a measure."""
     if re.search(r"!\s*[$\\]", line):
         return None  # a factorial
-    tokens = [_EDGES.sub("", token).strip(",;:!?()") for token in line.split()]
+    tokens = [_without_edges(token).strip(",;:!?()") for token in line.split()]
     numbers = [i for i, token in enumerate(tokens) if any(letter.isdigit() for letter in token)]
     if len(numbers) != 1:
         return None

@@ -2,12 +2,13 @@
 
 import json
 import random
+import time
 
 import pytest
 from problems import plain
 from real_inputs import data_path
 
-from rbfast.data.answers import extract_answer
+from rbfast.data.answers import extract_answer, known_answer
 from rbfast.grading import math_equality
 from rbfast.grading.grade import Problem, answer_key, grade, without_tags
 from rbfast.grading.judge import Judge, judge
@@ -330,6 +331,15 @@ def test_an_answer_that_cannot_be_computed_is_wrong_at_once(answer):
     shared = judge("math-verify")
     killed = shared.killed
     assert grade(plain("x^2+1"), rf"\boxed{{{answer}}}") == 0.0 and shared.killed == killed
+
+
+@pytest.mark.parametrize(
+    "text", ["#" * 100_000 + "\nz", r"\boxed{" * 14_000, "a" * 100_000 + "\nz", *(f"x{c * 100_000}!" for c in " .*_$")]
+)
+def test_the_completion_of_a_looping_model_is_graded_at_once(text):
+    start = time.process_time()
+    assert grade(plain("42"), text) == 0.0 and known_answer(text)
+    assert time.process_time() - start < 5  # a pattern that starts anew at every character takes minutes
 
 
 @pytest.mark.slow
