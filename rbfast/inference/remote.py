@@ -32,7 +32,7 @@ from rbfast.inference.guide import Guide, Phrases
 from rbfast.inference.solver import GREEDY, Listener, Sampling, Solution
 from rbfast.inference.state import GuideState, Order, Phase
 from rbfast.inference.vote import decided
-from rbfast.teacher.chat_reply import ChatReply, fault_of_finish, is_cut, read_chat_reply
+from rbfast.teacher.chat_reply import ChatReply, count_of, fault_of_finish, is_cut, read_chat_reply
 from rbfast.teacher.client import IncompleteReply, Server, ServerError, pause_after
 
 if TYPE_CHECKING:
@@ -167,12 +167,15 @@ def _pieces(server: Server, events: Iterator[dict[str, Any]]) -> Iterator[_Piece
             choice = (chunk.get("choices") or [{}])[0]
             candidates = _candidates(choice.get("logprobs") or {})
             entropies = [_entropy(logprobs) for logprobs in candidates if logprobs]
+            text, reason = choice.get("text") or "", choice.get("finish_reason") or None
+            if not isinstance(text, str) or not isinstance(reason, str | None):
+                raise TypeError(f"expected text and finish_reason as strings, got {text!r:.40} and {reason!r:.40}")
             yield _Piece(
-                text=choice.get("text") or "",
+                text=text,
                 tokens=len(candidates),
-                total=(chunk.get("usage") or {}).get("completion_tokens") or 0,
+                total=count_of((chunk.get("usage") or {}).get("completion_tokens")) or 0,
                 entropy=sum(entropies) / len(entropies) if entropies else None,
-                reason=choice.get("finish_reason"),
+                reason=reason,
             )
         except _MALFORMED as error:
             raise ServerError(f"{server.url} sent no completion: {type(error).__name__}: {error}") from error
@@ -189,7 +192,7 @@ def _candidates(logprobs: dict[str, Any]) -> list[Sequence[float]]:
 
 def _entropy(logprobs: Sequence[float]) -> float:
     """The entropy [nats] from the top log-probs, the rest counted as one token: a lower bound."""
-    chances = [math.exp(value) for value in logprobs]
+    chances = [math.exp(min(value, 0.0)) for value in logprobs]
     chances.append(1.0 - sum(chances))
     return -sum(chance * math.log(chance) for chance in chances if chance > 0.0)
 
@@ -206,7 +209,7 @@ def _probe(server: Server, text: str, state: GuideState) -> Order | None:
     reply = server.ask("/completions", body)
     try:
         answer = str(reply["choices"][0]["text"])
-        written = (reply.get("usage") or {}).get("completion_tokens")
+        written = count_of((reply.get("usage") or {}).get("completion_tokens"))
     except _MALFORMED as error:
         raise ServerError(f"{server.url} sent no completion: {type(error).__name__}: {error}") from error
     _check(server, limit, written or 0)

@@ -132,13 +132,13 @@ def _said_error(choice: Mapping[str, Any]) -> str | None:
 def _counts(usage: Mapping[str, Any]) -> tuple[int | None, int | None, int]:
     """Tokens read, written and reasoned. Some servers count thinking only in the total, or not within `written`."""
     read, written = (
-        _count(usage.get(f"{name}_tokens", usage.get(f"{other}_tokens")))
+        count_of(usage.get(f"{name}_tokens", usage.get(f"{other}_tokens")))
         for name, other in (("prompt", "input"), ("completion", "output"))
     )
-    total = _count(usage.get("total_tokens"))
+    total = count_of(usage.get("total_tokens"))
     details = usage.get("completion_tokens_details", usage.get("output_tokens_details"))
-    reasoned = _count(details.get("reasoning_tokens")) if isinstance(details, Mapping) else None
-    reasoned = reasoned or _count(usage.get("reasoning_tokens")) or 0
+    reasoned = count_of(details.get("reasoning_tokens")) if isinstance(details, Mapping) else None
+    reasoned = reasoned or count_of(usage.get("reasoning_tokens")) or 0
     if written is not None and reasoned > written:
         written += reasoned
     if total is not None and read is None and written is not None:
@@ -148,7 +148,8 @@ def _counts(usage: Mapping[str, Any]) -> tuple[int | None, int | None, int]:
     return read, written, reasoned
 
 
-def _count(said: Any) -> int | None:
+def count_of(said: Any) -> int | None:
+    """A number of tokens as a server reports it; None if it is no count."""
     said = int(said) if isinstance(said, float) and said.is_integer() else said
     return said if type(said) is int and 0 <= said < _LONGEST else None
 
