@@ -183,5 +183,13 @@ def format_lines(result: dict[str, Any]) -> str:
 
 
 def print_result(args: argparse.Namespace, result: dict[str, Any], text: str) -> int:
-    print(json.dumps(result) if args.json else text)
+    print(json.dumps(result) if args.json else printable(text))
     return 0
+
+
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} | {10: "\n", 9: "\t", 13: None}
+
+
+def printable(text: str) -> str:
+    """The text with its control characters spelled out: a model, a server or a file may write a terminal's commands."""
+    return text.translate(_CONTROLS)

@@ -22,6 +22,7 @@ from rbfast.cli.common import (
     output_folder,
     positive,
     print_result,
+    printable,
     read_and_report_traces,
 )
 
@@ -239,7 +240,7 @@ def _add_reply_logprobs(args: argparse.Namespace, taught: Any) -> int:
 def _print_refused(refused: "Sequence[tuple[Trace, str]]") -> None:
     """Print why traces got no log-probs: the first reasons, and the number of other traces."""
     for _, reason in refused[:_SHOWN]:
-        print(f"no log-probs: {reason}", file=sys.stderr)
+        print(printable(f"no log-probs: {reason}"), file=sys.stderr)
     if (others := len(refused) - _SHOWN) > 0:
         print(f"no log-probs: {others} more", file=sys.stderr)
 

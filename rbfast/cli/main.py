@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from typing import NoReturn
 
 from rbfast import __version__
-from rbfast.cli.common import Command, device_of
+from rbfast.cli.common import Command, device_of, printable
 from rbfast.cli.data import CONVERT, CURATE, TEACH
 from rbfast.cli.infer import EVAL, SOLVE
 from rbfast.cli.info import INFO
@@ -40,10 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit would fail too
         return 1
     except (ValueError, OSError, ImportError) as error:
-        print(f"rbfast {args.command}: error: {error}", file=sys.stderr)
+        print(printable(f"rbfast {args.command}: error: {error}"), file=sys.stderr)
         return 2
     except ServerError as error:
-        print(f"rbfast {args.command}: error: {error}", file=sys.stderr)
+        print(printable(f"rbfast {args.command}: error: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         resumes = "; run the same command to resume" if args.resumes and args.out else ""  # else nothing was saved

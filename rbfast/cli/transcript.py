@@ -5,6 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
+from rbfast.cli.common import printable
+
 _STYLES = {"think": "dim", "answer": "bold"}
 _MARK = "black on yellow"
 
@@ -21,6 +23,7 @@ class Transcript:
         """Print a piece of `think` or `answer`, or the text that an intervention of this kind inserted."""
         if self.quiet:
             return
+        text = printable(text)
         if kind in _STYLES:
             self._console.print(Text(text, style=_STYLES[kind]), end="", soft_wrap=True)
         else:

@@ -52,7 +52,7 @@ class ParameterFilter:
             said = " ".join(refusal.split())
             for name in found:
                 if name not in self._dropped:
-                    warnings.warn(f"the server refuses {name}: requests go without it ({said:.200})", stacklevel=2)
+                    warnings.warn(f"the server refuses {name}: requests go without it ({said[:200]!r})", stacklevel=2)
             self._dropped.update(found)
         return bool(found)
 

@@ -230,6 +230,15 @@ def test_merged_weights_are_bitwise_those_of_the_training_in_its_dtype(
     assert merged and all(torch.equal(tensor, trained[name]) for name, tensor in merged.items())
 
 
+def test_what_a_model_or_a_server_wrote_commands_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    transcript = Transcript()
+    transcript.write("think", "a\x1b]0;title\x07b\r\n\x9b2J")
+    transcript.write("wait", "\x1b[2J")
+    assert capsys.readouterr().out == "a\\x1b]0;title\\x07b\n\\x9b2J [wait] \\x1b[2J"
+    code, _, said = call(capsys, "convert", "\x1b[2J.jsonl", "-o", "out.jsonl")
+    assert code == 2 and "\\x1b[2J.jsonl" in said and "\x1b" not in said
+
+
 def test_a_solution_without_an_answer_says_so() -> None:
     transcript = Transcript(quiet=True)
     transcript.end(None, 88, 1, 0)
