@@ -11,12 +11,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 def bar(title: str, quiet: bool = False) -> Progress:
     """A bar with counts, elapsed and remaining time, then the task's description."""
     return Progress(
-        TextColumn(title),
+        TextColumn(title.replace("{", "{{").replace("}", "}}"), markup=False),  # it may be the name of a file
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         console=Console(file=sys.stderr),
         disable=quiet,
     )
