@@ -159,7 +159,7 @@ def _logprobs(choice: Mapping[str, Any]) -> list[list[Any]]:
     try:
         top = (choice.get("logprobs") or {}).get("content") or []
         return [[_latin(token), [[_latin(c), float(c["logprob"])] for c in _candidates(token)]] for token in top]
-    except (LookupError, TypeError, AttributeError, ValueError):
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError):
         return []
 
 
@@ -170,4 +170,4 @@ def _candidates(token: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _latin(token: Mapping[str, Any]) -> str:
     """A token's bytes as Latin-1, which JSON can hold."""
     raw = token.get("bytes")
-    return (bytes(raw) if raw is not None else token["token"].encode()).decode("latin-1")
+    return (bytes([*raw]) if raw is not None else token["token"].encode()).decode("latin-1")

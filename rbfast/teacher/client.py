@@ -328,8 +328,8 @@ def status_in(error: Any) -> int | None:
     """The HTTP status in the body of an error, or None."""
     if not isinstance(error, dict):
         return None
-    codes = (error.get(name) for name in ("code", "status", "status_code"))
-    found = (int(code) for code in codes if isinstance(code, int | str) and str(code).isdecimal())
+    codes = (str(error.get(name)) for name in ("code", "status", "status_code"))
+    found = (int(code) for code in codes if len(code) == 3 and code.isdecimal())
     return next((code for code in found if 400 <= code < 600), None)
 
 

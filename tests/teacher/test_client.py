@@ -66,6 +66,14 @@ def test_retries_come_to_an_end(pauses):
         assert len(api.requests) == 3
 
 
+@pytest.mark.parametrize("code", ["9" * 5000, -503, 2**63, "²²²", 400.5, True, []])
+def test_a_code_that_is_no_status_hides_no_error(code):
+    with answering({"error": {"code": code, "message": "too long"}}) as api:
+        with pytest.raises(ServerError, match="sent an error: ") as caught:
+            ask(api)
+        assert caught.value.status is None
+
+
 def test_an_error_in_a_reply_of_200_is_an_error_that_says_what_the_server_said(pauses):
     with answering({"error": {"code": 400, "message": "Provider returned error: context too long"}}) as api:
         with pytest.raises(ServerError, match=r"sent an error: .*context too long") as caught:

@@ -169,7 +169,8 @@ def test_thinking_that_is_counted_and_not_sent_is_said_once(tmp_path):
 
 def test_log_probs_without_candidates_keep_the_text(tmp_path):
     tokens = [{"token": "<answer>4", "bytes": None, "logprob": -0.1, "top_logprobs": None}, {"token": "</answer>"}]
-    for number, content in enumerate([tokens, None, [{"logprob": "?"}], "?"]):
+    huge = [{"token": "a", "top_logprobs": [{"token": "a", "logprob": 10**400}]}]
+    for number, content in enumerate([tokens, None, [{"logprob": "?"}], "?", [{"token": "a", "bytes": 2**63}], huge]):
         reply = chat_reply({"content": ANSWER, "reasoning": THOUGHT}, logprobs={"content": content})
         taught = taught_by(tmp_path / str(number), reply, top_logprobs=5)
         assert len(taught.traces) == 1, content
