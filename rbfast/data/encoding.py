@@ -55,7 +55,8 @@ def encode(
     """Tokenise prompt and completion separately, as at inference, and give every trained token its role.
 
     The completion is what the student's chat template renders for such a turn (`completions`). A token has the role of
-    its first non-space character. Special tokens that are spelled out in a trace stay text.
+    its first non-space character. Special tokens that are spelled out in the completion stay text; in the prompt they
+    become tokens, as at inference.
 
     Args:
         instruction: what the prompt says after the problem, and how the answer is marked; None: the default.
