@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _OWN_KEY = "RBFAST_API_KEY"
 _DELAY = re.compile(r'"retryDelay": ?"(\d+(?:\.\d+)?)s"')  # in Google's errors, in place of a header
+_NAME_OF_KEY = re.compile("KEY$|SECRET|TOKEN|JWT$")  # AIMLAPI_KEY, SCW_SECRET_KEY, AWS_BEARER_TOKEN_BEDROCK, ...
 # A placeholder question: the provider's URL, headers and reply format do not depend on the question.
 _PLACEHOLDER: dict[str, Any] = {"messages": [{"role": "user", "content": "?"}]}
 _PLACEHOLDER |= {"temperature": None, "top_p": None, "seed": None}
@@ -175,7 +176,7 @@ def _litellm() -> Any:
 
 def _keys() -> list[str]:
     """Every key that a provider may have been sent."""
-    found = (value.strip() for name, value in os.environ.items() if name.endswith(("_API_KEY", "_TOKEN", "_SECRET")))
+    found = (value.strip() for name, value in os.environ.items() if _NAME_OF_KEY.search(name))
     return [key for key in found if len(key) >= 8]
 
 

@@ -118,6 +118,14 @@ def test_a_wrong_key_ends_it_at_once_and_is_not_shown(tmp_path, caplog, capfd):
     assert "Give Feedback" not in said.out  # litellm would print it
 
 
+@pytest.mark.parametrize("name", ["AIMLAPI_KEY", "SCW_SECRET_KEY", "AWS_BEARER_TOKEN_BEDROCK", "SNOWFLAKE_JWT"])
+def test_the_key_of_every_provider_is_hidden(monkeypatch, name):
+    from rbfast.teacher.providers import Provider
+
+    monkeypatch.setenv(name, "another-0123456789")
+    assert Provider("anthropic", "m").hide("bad key another-0123456789.") == f"bad key {'*' * 18}."
+
+
 def test_parameters_that_a_provider_refuses_are_left_out_and_said(tmp_path):
     """litellm knows that Claude has no seed; the provider says itself what it doesn't take beside thinking."""
     said = "`temperature` may only be set to 1 when thinking is enabled."
