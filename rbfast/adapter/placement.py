@@ -70,8 +70,8 @@ def plan_adapter(
     if isinstance(placement, Path) or (isinstance(placement, str) and placement != "random"):
         if not Path(placement).is_file():
             raise FileNotFoundError(
-                'placement must be "random", ColumnScores (of rbfast.adapter.column_scores) or the path of a '
-                f"file of them, got {str(placement)!r}: there is no such file"
+                'placement must be "random", ColumnScores (from rbfast.adapter.column_scores.score_columns) or the '
+                f"path of a file of them, got {str(placement)!r}: there is no such file"
             )
         placement = ColumnScores.load(placement)
     linears = select_linears(model, targets)
