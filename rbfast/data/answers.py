@@ -95,8 +95,8 @@ def stated_answer(text: str) -> str | None:
 
 
 def final_answer(text: str) -> str | None:
-    """As `extract_answer`, stripped of the punctuation around it if the text ends in it."""
-    return stated_answer(without_thinking(text)) or extract_answer(text)
+    """As `extract_answer`. `the answer is ..` is stripped of the punctuation around it."""
+    return stated_answer(without_thinking(text)) or _without_edges(extract_answer(text) or "") or None
 
 
 def _without_edges(phrase: str) -> str:
