@@ -101,9 +101,8 @@ def final_answer(text: str) -> str | None:
 
 def _without_edges(phrase: str) -> str:
     """A phrase without a final full stop and without the marks around it. `$5$ and $6$` and `.5` stay as they are."""
-    before = None
-    while phrase != before:
-        before, phrase = phrase, _FULL_STOP.sub("", phrase.strip())
+    for _ in range(3):  # `**$5$.**` needs two rounds; a number of rounds keeps this linear
+        phrase = _FULL_STOP.sub("", phrase.strip())
         for mark in _PAIRED:
             core = phrase.removeprefix(mark).removesuffix(mark)
             phrase = phrase if mark in core else core
