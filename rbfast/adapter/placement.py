@@ -109,8 +109,8 @@ def _scores_of(placement: ColumnScores | str | Path) -> ColumnScores | None:
         return None
     if not Path(placement).is_file():
         raise FileNotFoundError(
-            'placement must be "random", ColumnScores (of rbfast.adapter.column_scores) or the path of a '
-            f"file of them, got {str(placement)!r}: there is no such file"
+            'placement must be "random", ColumnScores (from rbfast.adapter.column_scores.score_columns) or the '
+            f"path of a file of them, got {str(placement)!r}: there is no such file"
         )
     return ColumnScores.load(placement)
 

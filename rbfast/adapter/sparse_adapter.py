@@ -204,8 +204,10 @@ class SparseAdapter(nn.Module):
         self._count_merged(1)
 
     def unmerge(self) -> None:
-        """Undoes merge(): restores the original columns bitwise. Raises RuntimeError if the weights changed since, or
-        if another adapter is attached."""
+        """Undoes merge(): restores the original columns bitwise. The model is then the base, without the adapter.
+
+        Raises RuntimeError if the weights changed since, or if another adapter is attached.
+        """
         self._require_state("merged", "unmerge")
         for name, site in self._sites.items():
             if delta_of(site.linear) is not None:

@@ -120,11 +120,11 @@ def _local_solver(args: argparse.Namespace) -> "Solver":
 
 
 def _print_solutions(args: argparse.Namespace, solutions: "Sequence[Solution]", transcript: "Transcript") -> int:
-    from rbfast.data.answers import extract_answer
+    from rbfast.data.answers import final_answer
     from rbfast.inference.solver import vote_of
 
     vote = vote_of(solutions)
-    answer = vote.answer if len(solutions) > 1 else extract_answer(solutions[0].text)
+    answer = vote.answer if len(solutions) > 1 else final_answer(solutions[0].text)
     transcript.end(answer, sum(solution.tokens for solution in solutions), len(solutions), vote.votes)
     result = {"answer": answer, "votes": vote.votes, "solutions": [solution.to_dict() for solution in solutions]}
     return print_result(args, result, transcript.summary)

@@ -35,7 +35,8 @@ _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?=\{|\d)")
 _BARE = re.compile(r"\d+(?:[.,]\d+)*")  # the content of a box without braces
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _SENTENCES, _PROSE = re.compile(r"\n|[.!?]\s"), re.compile(r"(?<![^\W\d_])(?:[^\W\d_]+,? ){5}")
-_EDGES = " \t*_$`.。"
+_FULL_STOP = re.compile(r"(?<!\.)[.。]\Z")  # not the end of an ellipsis: 0.333...
+_PAIRED = ("$$", "**", "__", "$", "*", "_", "`")  # Markdown and LaTeX around a text
 # The text allowed between two boxes of one answer: `\boxed{2}$ and $x = \boxed{3}`.
 _BETWEEN_BOXES = re.compile(
     r"(?:[\s$,;&.*]|\\[()\[\],;!]|\\(?:quad|qquad)|\\text\{\s*(?:,\s*)?(?:and|or)?\s*\}|\b(?:and|or)\b"
@@ -88,9 +89,24 @@ def stated_answer(text: str) -> str | None:
     """
     answer = marked_answer(text)
     if answer is None and (phrase := _find_phrased(text.strip().rpartition("\n")[2])):
-        answer = (_last_group(_PHRASE, phrase) or phrase).strip(_EDGES) or None
+        answer = _without_edges(_last_group(_PHRASE, phrase) or phrase) or None
     headed = _HEADED.search(text) if answer is None else None
-    return headed[1].strip(_EDGES) or None if headed else answer
+    return _without_edges(headed[1]) or None if headed else answer
+
+
+def final_answer(text: str) -> str | None:
+    """As `extract_answer`. `the answer is ..` is stripped of the punctuation around it."""
+    return stated_answer(without_thinking(text)) or _without_edges(extract_answer(text) or "") or None
+
+
+def _without_edges(phrase: str) -> str:
+    """A phrase without a final full stop and without the marks around it. `$5$ and $6$` and `.5` stay as they are."""
+    for _ in range(3):  # `**$5$.**` needs two rounds; a number of rounds keeps this linear
+        phrase = _FULL_STOP.sub("", phrase.strip())
+        for mark in _PAIRED:
+            core = phrase.removeprefix(mark).removesuffix(mark)
+            phrase = phrase if mark in core else core
+    return phrase
 
 
 def marked_answer(text: str) -> str | None:

@@ -2,12 +2,13 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rbfast.models.experts import experts_in, stacks_of, weight_owner
 from rbfast.models.unfit import Unfit, unfit_linears
@@ -270,4 +271,16 @@ def count_parameters(model: nn.Module) -> int:
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
     """The memory of the tensors, each counted once."""
-    return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
+    stored = (part for tensor in tensors for part in stored_tensors(tensor))
+    return sum({id(part): part.numel() * part.element_size() for part in stored}.values())
+
+
+def stored_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that hold the memory of `tensor`: itself, or those that it wraps (a weight quantised by torchao, or
+    sharded: then the part that is here)."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        if isinstance(part := getattr(tensor, name), Tensor):  # a sharded tensor names its mesh too
+            yield from stored_tensors(part)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rbfast.data import hub
-from rbfast.data.answers import extract_answer, known_answer
+from rbfast.data.answers import final_answer, known_answer
 from rbfast.data.formats import AUTO, FormatOptions, question_of
 from rbfast.data.readers import read_rows, record_of, write_records
 from rbfast.data.replies import split_reply
@@ -240,7 +240,7 @@ def trace_of(question: Question, reply: dict[str, Any], teacher: str, sample: in
     if fault := fault_of_finish(reply["finish_reason"]) or reply.get("fault"):
         raise TraceError(fault)
     thinking, text, *_ = split_reply(reply["thinking"], reply["text"])
-    answer = extract_answer(text)
+    answer = final_answer(text)
     if answer is None:
         raise TraceError("the reply marks no answer")
     plan = _PLAN.match(text)

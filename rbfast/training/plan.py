@@ -20,7 +20,7 @@ from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.data.encoding import Example
 from rbfast.loss.chunking import logits_bytes
 from rbfast.models.checkpointing import checkpointed_layers
-from rbfast.models.linears import bytes_of
+from rbfast.models.linears import bytes_of, stored_tensors
 from rbfast.models.packed_attention import describe_attention
 from rbfast.models.student import final_hidden, head_of, packs
 
@@ -174,13 +174,15 @@ def _saved_bytes_per_token(model: PreTrainedModel) -> int:
 
 def _saved_bytes(model: PreTrainedModel, tokens: int) -> int:
     """Bytes that autograd saves for a row of `tokens` tokens, excluding weights."""
-    weights = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
+    stored = (part for x in (*model.parameters(), *model.buffers()) for part in stored_tensors(x))
+    weights = {part.untyped_storage().data_ptr() for part in stored}
     sizes: dict[int, int] = {}  # by the address of a storage
 
     def keep(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in weights:
-            sizes[storage.data_ptr()] = storage.nbytes()
+        for part in stored_tensors(x):
+            storage = part.untyped_storage()
+            if storage.data_ptr() not in weights:
+                sizes[storage.data_ptr()] = storage.nbytes()
         return x
 
     ids = torch.arange(tokens, device=model.device)[None]

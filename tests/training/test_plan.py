@@ -56,6 +56,48 @@ def test_it_knows_what_a_forward_keeps(model):
     assert plan.weights == sum(4 * parameter.numel() for parameter in model.parameters())
 
 
+class EightBits(torch.Tensor):
+    """A weight that holds int8, as torchao's do: a tensor without a memory of its own, which F.linear takes."""
+
+    @staticmethod
+    def __new__(cls, held):
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=torch.float32)
+
+    def __init__(self, held):
+        self.held = held
+
+    def __tensor_flatten__(self):
+        return ["held"], None
+
+    @staticmethod
+    def __tensor_unflatten__(parts, *_):
+        return EightBits(parts["held"])
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.linear:
+            args = (args[0], args[1].held.float() / 100, *args[2:])
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args, kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return EightBits(args[0].held)
+        raise NotImplementedError(function)
+
+
+def test_it_counts_what_quantised_weights_hold(model):
+    before = plan_run(model, TOKENIZER, TRACES, CONFIG)
+    weights = [layer.mlp.up_proj for layer in model.model.layers]
+    for linear in weights:
+        held = (linear.weight.detach() * 100).to(torch.int8)
+        linear.weight = torch.nn.Parameter(EightBits(held), requires_grad=False)
+    plan = plan_run(model, TOKENIZER, TRACES, CONFIG)
+    assert before.weights - plan.weights == sum(3 * linear.weight.numel() for linear in weights)
+    assert plan.kept == pytest.approx(before.kept, rel=0.1)
+
+
 def test_checkpointing_keeps_less_and_the_plan_says_how_much(model):
     without, with_it = (
         plan_run(model, TOKENIZER, TRACES, replace(CONFIG, gradient_checkpointing=on)) for on in (False, True)
