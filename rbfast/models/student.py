@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -40,6 +40,7 @@ from rbfast.models.packed_attention import (
     has_packed_attention,
     lengths_of,
     packed_inputs,
+    spare_rows,
     use_packed_attention,
 )
 from rbfast.models.quantised import Bits, quantisation
@@ -234,7 +235,12 @@ def final_hidden(
     """
     lengths = lengths_of(position_ids) if lengths is None else lengths
     if packs(model) and not _rope_depends_on_row(model, lengths):
-        return _run_backbone(model, input_ids, position_ids, lengths)
+        tokens = input_ids.shape[1]
+        if spare := spare_rows(tokens, model.device, model.dtype):  # they are one more example
+            input_ids = pad(input_ids, (0, spare))
+            position_ids = torch.cat([position_ids, torch.arange(spare)[None]], dim=1)
+            lengths = [*lengths, spare]
+        return _run_backbone(model, input_ids, position_ids, lengths)[:tokens]
     examples = pairwise(accumulate(lengths, initial=0))
     return torch.cat([_run_backbone(model, input_ids[:, a:b], position_ids[:, a:b], [b - a]) for a, b in examples])
 

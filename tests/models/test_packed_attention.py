@@ -7,6 +7,7 @@ import torch
 from host_waits import host_waits
 from tiny_models import llama
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rbfast.models import packed_attention
 from rbfast.models.packed_attention import Packing, describe_attention, lengths_of, packing
@@ -103,6 +104,34 @@ def test_one_call_for_all_examples_gives_what_one_at_a_time_does(monkeypatch, fl
     assert flash_calls == ["forward"] * layers + ["backward"] * layers
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours - theirs).norm() <= torch.finfo(torch.bfloat16).eps * theirs.norm()
+
+
+class RowsOfProducts(TorchDispatchMode):
+    """The rows of every product of matrices and of every attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default):
+            self.rows.add(args[0].shape[-2])
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_16_bit_rows_have_few_sizes_on_a_cpu_where_each_size_takes_memory(dtype):
+    torch.manual_seed(0)
+    model = llama(dtype).eval()
+    assert packs(model)
+    with torch.no_grad():
+        with RowsOfProducts() as products:
+            together = final_hidden(model, *row(), LENGTHS)
+        assert products.rows == ({32} if dtype == torch.bfloat16 else {sum(LENGTHS), *LENGTHS})
+        examples = row()[0].split(LENGTHS, dim=1)
+        alone = torch.cat([model.float().model(ids).last_hidden_state[0] for ids in examples])
+    assert together.shape == alone.shape
+    assert (together - alone).norm() <= 4 * torch.finfo(dtype).eps * alone.norm()
 
 
 def assert_same_together_and_alone(heads, device):
