@@ -229,10 +229,10 @@ def test_parts_and_threads_do_not_matter(s1k: list[str], math500: list[Evaluatio
     assert verdicts == contaminated(s1k, math500, threads=1)
 
 
-def test_copies_in_the_pool_do_not_hide_it(math500: list[Evaluation]) -> None:
-    half = math500[285].problem
-    half = half[: int(0.7 * len(half))]
-    assert all(contaminated([half] * 500 + ["Find the area of the triangle."] * 20, math500)[:500])
+def test_copies_in_the_pool_do_not_hide_it() -> None:
+    most = SET[0][: int(0.7 * len(SET[0]))]
+    pool = [most] * 500 + ["Find the area of the triangle."] * 20
+    assert all(contaminated(pool, [Evaluation("e", asked) for asked in SET])[:500])
 
 
 def test_no_evaluations_and_no_problems(math500: list[Evaluation]) -> None:
@@ -250,6 +250,7 @@ def test_an_embedding_sees_paraphrases() -> None:
     found = contaminated(pool, evaluations, embed=letters)
     assert found[0] is not None and found[0][:2] == (0, "paraphrase") and found[0].share == pytest.approx(1.0)
     assert found[1:] == [None, None]
+    assert contaminated(["silent night"], evaluations, embed=letters) == [Match(0, "text", 1.0)]
     assert contaminated(pool, evaluations) == [None] * 3
     with pytest.raises(ValueError, match=r"embed must return finite numbers \[2, d\], got \[2\]"):
         contaminated(pool, evaluations, embed=lambda problems: np.ones(len(problems)))

@@ -245,8 +245,9 @@ def test_a_budget_may_be_used_up_to_its_limits():
 
 def test_a_server_that_does_not_count_is_taken_at_its_worst(server, tmp_path):
     server.counts, server.script = False, lambda problem: "So it is 1.\n<answer>1</answer>"
-    taught = teach(server.client(), [Question("五" * 100)], tmp_path, max_tokens=500)
-    assert taught.written == 500 and taught.read > len("五".encode()) * 100
+    questions = [Question("a" * 300)], [Question("五" * 100)]  # of as many bytes
+    latin, chinese = (teach(server.client(), q, tmp_path / q[0].text[0], max_tokens=500) for q in questions)
+    assert latin.written == chinese.written == 500 and latin.read == chinese.read > 300
 
 
 def test_tokens_can_be_capped(server, tmp_path):
