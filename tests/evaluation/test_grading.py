@@ -323,13 +323,21 @@ def test_an_answer_that_hangs_the_grader_is_wrong_and_the_next_one_is_graded():
 
 @pytest.mark.parametrize(
     "answer",
-    [r"\lim_{x\to0}\frac{\sin x}{x}", "9^{9^{9}}", "2^{2^{2^{2^2}}}", r"x + 2^{10^{9}}", "(" * 100 + "x" + ")" * 100],
+    [
+        r"\lim_{x\to0}\frac{\sin x}{x}",
+        "9^{9^{9}}",
+        "2^{2^{2^{2^2}}}",
+        "2^{-20000}",
+        r"x + 2^{10^{9}}",
+        "(" * 100 + "x" + ")" * 100,
+    ],
 )
 def test_an_answer_that_cannot_be_computed_is_wrong_at_once(answer):
     pytest.importorskip("math_verify")
     shared = judge("math-verify")
     killed = shared.killed
     assert grade(plain("x^2+1"), rf"\boxed{{{answer}}}") == 0.0 and shared.killed == killed
+    assert answer_key(rf"\boxed{{{answer}}}")
 
 
 @pytest.mark.slow
