@@ -20,6 +20,7 @@ from rbfast.curation.decontaminate import (
     contaminated,
     join_shared,
     read_evaluations,
+    strongest_matches,
 )
 from rbfast.curation.instructions import without_instructions
 from rbfast.data.trace import TraceError
@@ -178,6 +179,19 @@ def test_a_problem_with_other_numbers_names_or_a_clause_is_met(problem: str, ite
     match = contaminated([problem, *others], [Evaluation("e", asked) for asked in SET])[0]
     assert match is not None
     assert (match.item, match.tier) == (item, tier)
+
+
+def test_formulas_of_a_common_form_alone_make_no_variant() -> None:
+    evaluations = [Evaluation("e", "Solve the system $2x + 3y = 12$, $5x - 4y = 7$ for $x$ and $y$.")]
+    pool = ["Given that $7x + 8y = 1$ and $6x - 9y = 5$, for $x$ and $y$ what holds?", "How many primes are there?"]
+    assert contaminated(pool, evaluations) == [None, None]
+
+
+def test_the_strongest_match_is_of_the_surest_tier_then_the_largest_then_the_first() -> None:
+    small, large, equal = Match(0, "variant", 0.6), Match(1, "variant", 0.9), Match(2, "variant", 0.9)
+    text, template = Match(3, "text", 0.5), Match(4, "template", 1.0)
+    matches = [small, large, None, large, text, template, None, large, equal]
+    assert strongest_matches(matches, np.array([2, 4, 1, 0, 2])) == [large, text, None, None, large]
 
 
 def test_what_says_how_to_answer_counts_for_nothing() -> None:
