@@ -101,6 +101,18 @@ def test_the_strategic_weight_moves_to_the_tactical_one() -> None:
         Objective(strategic=-1.0)
 
 
+def test_the_weights_of_a_step_are_those_of_what_is_done_before_it(tmp_path: Path) -> None:
+    model, examples, objective = tiny_model(), some_examples(4), Objective(anneal=1.0)
+    torch.nn.init.normal_(model.lm_head.weight)  # so that the roles have different losses
+    adapter = SparseAdapter.attach(model, density=0.05, placement="random")
+    settings = arguments(tmp_path, per_device_train_batch_size=4, num_train_epochs=4, learning_rate=0.0)
+    trainer = DistillTrainer(model, adapter, settings, examples, objective=objective)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    expected = [plain_loss(model, examples, objective.weights(step / 4)).item() for step in range(4)]
+    assert losses == pytest.approx(expected, rel=1e-5) and max(losses) - min(losses) > 1e-3
+
+
 def test_full_logits_are_never_built_and_roles_are_logged(tmp_path: Path) -> None:
     model = tiny_model()
     adapter = SparseAdapter.attach(model, density=0.05, placement="random")
