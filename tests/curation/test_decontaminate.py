@@ -189,9 +189,9 @@ def test_formulas_of_a_common_form_alone_make_no_variant() -> None:
 
 def test_the_strongest_match_is_of_the_surest_tier_then_the_largest_then_the_first() -> None:
     small, large, equal = Match(0, "variant", 0.6), Match(1, "variant", 0.9), Match(2, "variant", 0.9)
-    text, template = Match(3, "text", 0.5), Match(4, "template", 1.0)
-    matches = [small, large, None, large, text, template, None, large, equal]
-    assert strongest_matches(matches, np.array([2, 4, 1, 0, 2])) == [large, text, None, None, large]
+    copied, template = Match(3, "text", 0.5), Match(4, "template", 1.0)
+    matches = [small, large, None, large, copied, template, None, large, equal]
+    assert strongest_matches(matches, np.array([2, 4, 1, 0, 2])) == [large, copied, None, None, large]
 
 
 def test_what_says_how_to_answer_counts_for_nothing() -> None:
