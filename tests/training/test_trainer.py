@@ -91,6 +91,8 @@ def test_a_packed_batch_has_the_loss_and_gradient_of_its_examples_alone() -> Non
     theirs = torch.autograd.grad(expected, list(adapter.parameters()))
     for a, b in zip(ours, theirs, strict=True):
         assert torch.linalg.norm(a - b) <= 1e-5 * torch.linalg.norm(b)
+    filtered = token_losses(model, hidden, batch, weights, Objective(gradient_filter=0.02))
+    assert out.hidden_grad_error_bound is None and filtered.hidden_grad_error_bound is not None
 
 
 def test_the_strategic_weight_moves_to_the_tactical_one() -> None:
