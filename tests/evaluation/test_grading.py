@@ -2,6 +2,7 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 from problems import plain
@@ -319,6 +320,13 @@ def test_an_answer_that_hangs_the_grader_is_wrong_and_the_next_one_is_graded():
         assert judge.killed == 1
     finally:
         judge.close()
+
+
+def test_after_a_timeout_nothing_more_is_compared(monkeypatch):
+    pytest.importorskip("math_verify")
+    asked = []
+    monkeypatch.setattr(math_equality, "judge", lambda name: SimpleNamespace(ask=asked.append))  # its verdict is None
+    assert not equal(r"\{\sqrt2, \sqrt3\}", r"\{\sqrt5, \sqrt7\}") and len(asked) == 1
 
 
 @pytest.mark.parametrize(
