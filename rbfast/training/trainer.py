@@ -339,7 +339,7 @@ class DistillTrainer(Trainer):
         found = checkpoints_in(folder)
         kept = {found[-1], *(path for path in found if best is not None and path.name == Path(best).name)}
         others = [path for path in found if path not in kept]
-        for path in others[: max(0, len(found) - max(limit, len(kept)))] if limit else []:
+        for path in others[: max(0, len(found) - limit)] if limit else []:
             shutil.rmtree(path)
 
     def _load_best_model(self) -> None:

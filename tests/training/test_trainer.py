@@ -163,7 +163,7 @@ def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("limit", "best", "kept"), [(1, None, [9]), (2, 2, [2, 9]), (4, None, [6, 7, 8, 9]), (12, 3, None)]
+    ("limit", "best", "kept"), [(1, None, [9]), (1, 2, [2, 9]), (2, 2, [2, 9]), (4, None, [6, 7, 8, 9]), (12, 3, None)]
 )
 def test_as_many_checkpoints_are_kept_as_asked(
     tmp_path: Path, limit: int, best: int | None, kept: list[int] | None
@@ -356,6 +356,13 @@ def test_an_adapter_that_is_not_attached_is_refused(tmp_path: Path, end: str | N
         getattr(adapter, end)()
     with pytest.raises(ValueError, match="the adapter is not attached to this model"):
         DistillTrainer(model, adapter, arguments(tmp_path), some_examples(2))
+
+
+def test_a_teacher_is_frozen_and_without_dropout(tmp_path: Path) -> None:
+    teacher = tiny_model().train()
+    adapter = SparseAdapter.attach(model := tiny_model(), density=0.05, placement="random")
+    DistillTrainer(model, adapter, arguments(tmp_path), some_examples(2), teacher=teacher)
+    assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
 def test_a_stream_of_examples_is_refused(tmp_path: Path) -> None:
