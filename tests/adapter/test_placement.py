@@ -50,6 +50,13 @@ def test_the_split_stays_within_the_budget_and_no_further_run_fits(budget, rank)
     assert supports["down"] == 40 or left < k * 8 * len(SHAPES)
 
 
+@pytest.mark.parametrize("budget", range(400, 3000, 97))
+def test_the_split_counts_every_expert(budget):
+    shapes = {"stack": Shape(24, 40, 0, 4), "down": Shape(24, 40, 1)}
+    rank, supports = allocate(shapes, budget)
+    assert sum(shape.values(rank, supports[name]) for name, shape in shapes.items()) <= budget
+
+
 def test_a_support_is_no_narrower_than_the_rank():
     shapes = {name: Shape(64, 64, group) for group, name in enumerate("ab")}
     assert allocate(shapes, 2 * 20 * (64 + 32), rank=20) == (20, {"a": 32, "b": 32})
