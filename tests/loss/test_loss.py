@@ -230,6 +230,20 @@ def test_head_trained_in_bf16_has_the_gradient_of_the_plain_formula(isa, reducti
         assert relative_error(ours, theirs) <= 0.003
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_second_backward_has_the_same_gradients_and_leaves_the_first(reduction):
+    case = Case()
+    inputs = [x.requires_grad_() for x in case.inputs()]
+    out = DistillLoss(reduction=reduction)(
+        *inputs[:2], case.labels, case.signals(), head_bias=inputs[2], **case.arguments()
+    )
+    first = torch.autograd.grad(3 * out.loss.sum(), inputs, retain_graph=True)
+    kept = [x.clone() for x in first]
+    second = torch.autograd.grad(3 * out.loss.sum(), inputs)
+    assert all(map(torch.equal, first, kept))
+    torch.testing.assert_close(second, first)
+
+
 def test_num_items_divides_the_mean():
     case = Case()
     arguments = (case.hidden, case.weight, case.labels, case.signals())
