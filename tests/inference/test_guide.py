@@ -36,6 +36,11 @@ def test_an_early_end_becomes_wait_up_to_the_cap():
     assert row.state.answer == "42</answer>" and row.state.finished
 
 
+def test_an_early_end_inside_a_formula_strikes_the_formula():
+    row, _ = drive(make_guide(budget=300, minimum=100, **SHORT), tokens_of(["so $x + 1</think>", "Then"]))
+    assert row.state.events[0].struck == "$x + 1</think>" and row.state.thinking.startswith("so \n\nWait.\nThen")
+
+
 def test_struck_text_does_not_count_towards_the_minimum():
     row = GuideState(make_guide(budget=300, minimum=40, **SHORT), len)
     row.write("word word", tokens=10)
@@ -151,9 +156,9 @@ def test_a_probe_leaves_a_token(budget, pays):
 
 
 def test_a_budget_that_is_all_reserve_goes_straight_to_the_answer():
-    row = GuideState(make_guide(budget=60, reserve=60, **SHORT), len)
+    row = GuideState(make_guide(budget=60, reserve=60, open="<think>", **SHORT), len)
     order = row.start()
-    assert order.kind == WRAP_UP and row.phase is Phase.ANSWER and row.thinking == "Stop.\n</think>"
+    assert order.kind == WRAP_UP and row.phase is Phase.ANSWER and row.thinking == "<think>Stop.\n</think>"
 
 
 @pytest.mark.parametrize(
@@ -218,6 +223,8 @@ def test_markers_the_vocabulary_cannot_write_are_refused():
         ("so $$x = 1$$\n", True, True),
         (r"so \(x", False, False),
         (r"so \[x\].", True, True),
+        (r"so x \\(y).", True, True),
+        ("so $x + y $", False, False),
         (r"a price of \$x here.", True, True),
         ("it costs $5 per day.", True, True),
         ("it costs $5", False, False),
