@@ -21,6 +21,8 @@ from rbfast.data.readers import read_traces
 from rbfast.data.trace import TraceError
 from rbfast.teacher.budget import Budget
 from rbfast.teacher.client import Server, ServerError
+from rbfast.teacher.jobs import Job
+from rbfast.teacher.reply_store import ReplyStore
 from rbfast.teacher.solutions import Prices, Question, read_questions, teach, trace_of
 
 
@@ -241,6 +243,15 @@ def test_a_budget_may_be_used_up_to_its_limits():
     for limits in ({"max_cost": prices.cost(50, 50), "max_tokens": None}, {"max_cost": None, "max_tokens": 100}):
         budget = Budget(prices, **limits)
         assert budget.can_afford([(50, 50)]) and not budget.can_afford([(50, 51)])
+
+
+def test_a_stored_reply_shows_by_how_much_a_teacher_exceeds_its_limits(tmp_path):
+    prices, job = Prices(), Job(QUESTIONS[0], 0, Server("http://localhost/v1", "m"), "", {"max_tokens": 5})
+    record = job.record(chat_reply("1", usage={"prompt_tokens": 1, "completion_tokens": 9}))
+    ReplyStore(tmp_path / "replies.jsonl", Budget(prices, None, 99), []).add(record)
+    ReplyStore(tmp_path / "replies.jsonl", budget := Budget(prices, None, 99), [job])
+    assert budget.max_concurrency(4) == 4 and (budget.read, budget.written) == (1, 9)
+    assert budget.can_afford([(0, 85)]) and not budget.can_afford([(0, 86)])  # 4 tokens more than it was told
 
 
 def test_a_server_that_does_not_count_is_taken_at_its_worst(server, tmp_path):
