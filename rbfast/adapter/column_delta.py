@@ -193,7 +193,6 @@ class ColumnDelta(nn.Module):
             hook.remove()
         owner, key = weight_owner(self.linear)
         del owner.__dict__[_DELTA + key], self.__dict__["adapter_reference"]
-        self._gather.members -= 1
 
     @torch.no_grad()
     def folded_columns(self) -> Tensor:
@@ -208,7 +207,7 @@ class ColumnDelta(nn.Module):
     def count_survivors(self) -> tuple[int, int]:
         """(number of weights that the fold changes, number that it would change without rounding)."""
         folded = self.folded_columns()
-        wanted, changed = self.scale * (self.B @ self.A) != 0, folded != self.base_columns.to(folded.dtype)
+        wanted, changed = self.B @ self.A != 0, folded != self.base_columns.to(folded.dtype)
         return int((wanted & changed).sum()), int(wanted.sum())
 
     def _pre_forward(self, linear: nn.Module, args: tuple) -> None:

@@ -355,7 +355,7 @@ def _equal_quantities(expected: _Quantity, found: _Quantity) -> bool:
 
 def _equal_in_base(expected: _Quantity, found: _Quantity) -> bool:
     """Whether numbers with different bases are equal: the answer may omit the base, but not name another one."""
-    if found.base is None and found.value.denominator == 1:
+    if found.base is None:
         written = _in_base(str(found.value), expected.base or 10)
         return written is not None and written.value == expected.value
     return False

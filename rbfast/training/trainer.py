@@ -221,7 +221,7 @@ class DistillTrainer(Trainer):
             mask_targets_from(batch, sum(batch["lengths"][:own]))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # type: ignore[override]
-        """The objective's loss of a packed batch. `model` is the `Student`, `num_items_in_batch` counts by role [3]."""
+        """The loss of a batch to train on. `model` is the `Student`, `num_items_in_batch` counts by role [3]."""
         counts = role_counts(inputs) if num_items_in_batch is None else num_items_in_batch
         progress = self.state.global_step / max(self.state.max_steps, 1)
         weights = self.objective.weights(progress, counts.device) / counts.clamp(min=1)
@@ -232,10 +232,9 @@ class DistillTrainer(Trainer):
         out = token_losses(self._student, hidden, inputs, weights, self.objective, self.teacher)
         if self._scales_gradients:
             out = out._replace(loss=_WithScaledGradient.apply(out.loss, self._gradient_scale))
-        if model.training:
-            self._role_sums += sums_by_role(inputs, out.ce)
+        self._role_sums += sums_by_role(inputs, out.ce)
         # DDP averages gradients over processes, while the denominators already span them.
-        loss = out.loss * self.accelerator.num_processes if model.training else out.loss
+        loss = out.loss * self.accelerator.num_processes
         return (loss, out) if return_outputs else loss
 
     def _scale_for(self, hidden: Tensor, largest: Tensor) -> Tensor:
@@ -326,7 +325,7 @@ class DistillTrainer(Trainer):
         checkpoints = checkpoints_in(folder)
         kept = {checkpoints[-1], *(path for path in checkpoints if best is not None and path.name == Path(best).name)}
         others = [path for path in checkpoints if path not in kept]
-        for path in others[: max(0, len(checkpoints) - max(limit, len(kept)))] if limit else []:
+        for path in others[: max(0, len(checkpoints) - limit)] if limit else []:
             shutil.rmtree(path)
 
     def _load_best_model(self) -> None:

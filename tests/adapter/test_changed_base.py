@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_models import attach, batch, disturb, gpt2, llama, same_bits, snapshot, train
+from torch import nn
 from torch.nn.utils import parametrizations
 
 from rbfast.adapter.adapter_files import write_lora
@@ -140,6 +141,7 @@ def test_a_weight_written_by_hand_is_seen_by_the_next_forward_and_by_merge():
     assert torch.equal(weight, trained)
     with torch.no_grad():
         weight.mul_(2)
+    site.A.data = site.A.data.clone()  # as a move does: no reason not to look at the weight
     for act in (lambda: model(**batch()), adapter.merge):
         with pytest.raises(RuntimeError, match="was changed while a delta is folded into it"):
             act()
@@ -178,6 +180,17 @@ def test_an_optimizer_may_hold_frozen_weights():
     adapter = attach(other)
     held = torch.optim.AdamW(model.parameters(), lr=0.05)
     assert train(model, model.adapter, optimizer=held) == train(other, adapter)
+
+
+def test_an_optimizer_may_hold_the_frozen_weight_of_a_layer_that_does_not_run():
+    model = nn.ModuleDict({"runs": nn.Linear(8, 8), "idle": nn.Linear(8, 8)})
+    model.adapter = attach(model, density=0.5)
+    held = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match="1 of 2 matrices got no gradient"):
+        for _ in range(3):  # after the first step that weight has a gradient for a while, to see if it is used
+            model["runs"](torch.ones(2, 8)).square().sum().backward()
+            held.step()
+            held.zero_grad()
 
 
 def test_an_optimizer_that_trains_a_folded_weight_is_refused():

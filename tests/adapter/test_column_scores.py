@@ -69,6 +69,39 @@ def test_the_factored_and_activation_methods_follow_their_definitions():
     torch.testing.assert_close(activation.columns[MATRIX], sum(power))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bf16_model_is_scored_in_fp32(method):
+    torch.manual_seed(0)
+    model, rows = nn.ModuleDict({"linear": nn.Linear(16, 8)}).bfloat16(), torch.randn(512, 16).bfloat16()
+    x, dy = rows.float(), 2 * model["linear"](rows).detach().float()
+    power = x.square().mean(0)
+    expected = {
+        "gradient": (dy.T @ x).square().sum(0),
+        "factored": power * dy.square().mean(0).sum(),
+        "activation": power,
+    }
+    scores = score_columns(model, [rows], lambda m, x: m["linear"](x).float().square().sum(), method=method)
+    torch.testing.assert_close(scores.columns["linear"], expected[method])
+
+
+def test_an_output_may_be_changed_in_place():
+    model, plain = (nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace), nn.Linear(8, 4)) for inplace in (True, False))
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(5, 8)
+    found = [score_columns(m, [x], lambda m, x: m(x).square().sum()).columns["0"] for m in (model, plain)]
+    assert torch.equal(*found)
+
+
+def test_an_input_that_was_changed_in_place_is_another_one():
+    def loss(model, x):
+        y, x = model["a"](x), x.clone()
+        return y.sum() + model["b"](x).sum() + model["c"](x.mul_(2)).sum()
+
+    model = nn.ModuleDict({name: nn.Linear(8, 8) for name in "abc"})
+    shapes = score_columns(model, [torch.randn(5, 8)], loss, method="activation").shapes
+    assert [shapes[name].group for name in "abc"] == [0, 1, 2]
+
+
 def test_matrices_given_the_same_tensor_are_one_group_with_one_support():
     scores = score_columns(llama(), BATCHES, loss_fn)
     groups = {}

@@ -79,6 +79,22 @@ def test_a_backward_within_disabled_of_a_forward_before_it_is_refused():
     assert all(map(torch.equal, (parameter.grad for parameter in adapter.parameters()), expected))
 
 
+def step_by_sgd(adapter):
+    for parameter in adapter.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD(adapter.parameters(), lr=0.5).step()
+
+
+def test_a_step_while_disabled_is_folded_after_the_block():
+    model = llama()
+    adapter = attach(model)
+    original = snapshot(model)
+    with adapter.disabled():
+        step_by_sgd(adapter)
+        assert same_bits(snapshot(model), original)
+    assert is_folded(adapter) and not same_bits(snapshot(model), original)
+
+
 def test_detaching_while_disabled_leaves_the_base():
     model = llama(torch.bfloat16)
     original = snapshot(model)
@@ -101,6 +117,7 @@ def test_an_adapter_that_is_off_the_model_writes_nothing_into_it(end):
         adapter.fold()
     with pytest.raises(RuntimeError, match="cannot load a state into this adapter: it must be attached"):
         adapter.load_state_dict(state)
+    step_by_sgd(adapter)
     assert same_bits(snapshot(model), left) and not same_bits(adapter.state_dict(), state)
 
 

@@ -50,6 +50,27 @@ def test_the_split_stays_within_the_budget_and_no_further_run_fits(budget, rank)
     assert supports["down"] == 40 or left < k * 8 * len(SHAPES)
 
 
+@pytest.mark.parametrize("budget", range(400, 3000, 97))
+def test_the_split_counts_every_expert(budget):
+    shapes = {"stack": Shape(24, 40, 0, 4), "down": Shape(24, 40, 1)}
+    rank, supports = allocate(shapes, budget)
+    assert sum(shape.values(rank, supports[name]) for name, shape in shapes.items()) <= budget
+
+
+def test_a_support_is_no_narrower_than_the_rank():
+    shapes = {name: Shape(64, 64, group) for group, name in enumerate("ab")}
+    assert allocate(shapes, 2 * 20 * (64 + 32), rank=20) == (20, {"a": 32, "b": 32})
+    with pytest.raises(ValueError, match=r"rank 20 with 32 column\(s\) in each of 2 matrices needs 3,840"):
+        allocate(shapes, 3839, rank=20)
+    with pytest.raises(ValueError, match=r"rank must be at most the support \(16\), got 20"):
+        allocate(shapes | {"c": Shape(64, 16, 2)}, 10**6, rank=20)
+
+
+@pytest.mark.parametrize(("width", "widest"), [(LARGE_WIDTH - 16, LARGE_WIDTH - 16), (LARGE_WIDTH, LARGE_WIDTH // 8)])
+def test_a_model_is_large_from_a_width_on(width, widest):
+    assert allocate({"a": Shape(64, width, 0)}, 10**6, rank=2) == (2, {"a": widest})
+
+
 def test_the_default_rank_follows_the_budget():
     assert allocate(SHAPES, 140)[0] == 1
     assert allocate(SHAPES, 300)[0] == DEFAULT_RANK

@@ -20,6 +20,7 @@ from rbfast.curation.decontaminate import (
     contaminated,
     join_shared,
     read_evaluations,
+    strongest_matches,
 )
 from rbfast.curation.instructions import without_instructions
 from rbfast.data.trace import TraceError
@@ -180,6 +181,19 @@ def test_a_problem_with_other_numbers_names_or_a_clause_is_met(problem: str, ite
     assert (match.item, match.tier) == (item, tier)
 
 
+def test_formulas_of_a_common_form_alone_make_no_variant() -> None:
+    evaluations = [Evaluation("e", "Solve the system $2x + 3y = 12$, $5x - 4y = 7$ for $x$ and $y$.")]
+    pool = ["Given that $7x + 8y = 1$ and $6x - 9y = 5$, for $x$ and $y$ what holds?", "How many primes are there?"]
+    assert contaminated(pool, evaluations) == [None, None]
+
+
+def test_the_strongest_match_is_of_the_surest_tier_then_the_largest_then_the_first() -> None:
+    small, large, equal = Match(0, "variant", 0.6), Match(1, "variant", 0.9), Match(2, "variant", 0.9)
+    copied, template = Match(3, "text", 0.5), Match(4, "template", 1.0)
+    matches = [small, large, None, large, copied, template, None, large, equal]
+    assert strongest_matches(matches, np.array([2, 4, 1, 0, 2])) == [large, copied, None, None, large]
+
+
 def test_what_says_how_to_answer_counts_for_nothing() -> None:
     asked = SET[2].partition("Enter")[2]
     problem = f"A sphere touches three given planes and two lines. Find the plane of its centre. Enter{asked}"
@@ -229,10 +243,10 @@ def test_parts_and_threads_do_not_matter(s1k: list[str], math500: list[Evaluatio
     assert verdicts == contaminated(s1k, math500, threads=1)
 
 
-def test_copies_in_the_pool_do_not_hide_it(math500: list[Evaluation]) -> None:
-    half = math500[285].problem
-    half = half[: int(0.7 * len(half))]
-    assert all(contaminated([half] * 500 + ["Find the area of the triangle."] * 20, math500)[:500])
+def test_copies_in_the_pool_do_not_hide_it() -> None:
+    most = SET[0][: int(0.7 * len(SET[0]))]
+    pool = [most] * 500 + ["Find the area of the triangle."] * 20
+    assert all(contaminated(pool, [Evaluation("e", asked) for asked in SET])[:500])
 
 
 def test_no_evaluations_and_no_problems(math500: list[Evaluation]) -> None:
@@ -250,6 +264,7 @@ def test_an_embedding_sees_paraphrases() -> None:
     found = contaminated(pool, evaluations, embed=letters)
     assert found[0] is not None and found[0][:2] == (0, "paraphrase") and found[0].share == pytest.approx(1.0)
     assert found[1:] == [None, None]
+    assert contaminated(["silent night"], evaluations, embed=letters) == [Match(0, "text", 1.0)]
     assert contaminated(pool, evaluations) == [None] * 3
     with pytest.raises(ValueError, match=r"embed must return finite numbers \[2, d\], got \[2\]"):
         contaminated(pool, evaluations, embed=lambda problems: np.ones(len(problems)))

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from rbfast.curation import text
-from rbfast.curation.dedup import SIGNATURE, agreement_key, duplicates
+from rbfast.curation.dedup import SIGNATURE, agreement_key, duplicates, mix_history
 
 
 def keepers(items: list[tuple[str, str]], preference: list[float] | None = None) -> list[int]:
@@ -55,6 +55,7 @@ def test_other_data_make_another_problem(said: str, instead: str) -> None:
         ("Find $5!$.", "Find $5$."),
         (LONG.format("How many is $|x-3|$?"), LONG.format("How many is $x-3$?")),
         (LONG.format("How many is 9!?"), LONG.format("How many is 9?")),
+        (LONG.format("Is $\\lnot p$ true?"), LONG.format("Is $p$ true?")),
     ],
 )
 def test_signs_make_another_problem(one: str, other: str) -> None:
@@ -64,6 +65,7 @@ def test_signs_make_another_problem(one: str, other: str) -> None:
 def test_problems_without_a_word_are_like_no_other() -> None:
     assert keepers([("?", "1"), ("!", "1"), ("", "1")]) == [0, 1, 2]
     assert keepers([]) == []
+    assert mix_history(np.array([5, 0], dtype=np.uint64), np.array([0, 7], dtype=np.uint64)).tolist() == [0, 7]
 
 
 def test_chains_of_duplicates_have_one_keeper() -> None:

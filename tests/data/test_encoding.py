@@ -13,7 +13,7 @@ from real_inputs import data_path
 from traces import trace
 
 from rbfast.data.chat_template import format_prompt
-from rbfast.data.encoding import IGNORE, NO_ROLE, collate, encode, encode_all
+from rbfast.data.encoding import IGNORE, NO_ROLE, Example, collate, encode, encode_all, mask_targets_from
 from rbfast.data.instruction import instruction_named
 from rbfast.data.spans import ANSWER
 from rbfast.data.trace import Trace, TraceError
@@ -137,6 +137,16 @@ def test_signals_stand_at_the_labels_they_teach(tokenizer) -> None:
     assert logprobs[0].tolist() == [-0.5, -3.0, -math.inf]
     assert logprobs[count].tolist() == [-0.5, -3.0, -3.0]
     assert len(rows) == count + len(wide.signals["ids"])
+
+
+def test_signals_of_tokens_that_are_not_trained_are_left_out() -> None:
+    labels, top = np.array([-100, 2, 3, -100]), np.array([[1], [2]])
+    example = Example(np.arange(4), labels, labels, top, np.full((2, 1), -0.5, dtype=np.float32), np.array([0, 1]))
+    batch = collate([example])
+    assert (batch["teacher_rows"].tolist(), batch["teacher_ids"].tolist()) == ([1], [[2]])
+    assert batch["text_rows"].tolist() == [2]
+    mask_targets_from(batch, 2)
+    assert batch["teacher_rows"].tolist() == [1] and batch["text_rows"].tolist() == []
 
 
 def test_short_rows_of_a_signal_end_in_nothing(tokenizer) -> None:

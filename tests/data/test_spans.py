@@ -161,7 +161,9 @@ def test_final_answers(text: str) -> None:
     assert roles_of(text) == ["answer"]
 
 
-@pytest.mark.parametrize("text", ["#### 1. Setting up", "Is the answer 5?", "But the answer is asked in metres."])
+@pytest.mark.parametrize(
+    "text", ["#### 1. Setting up", "Is the answer 5?", "So the answer is 5?", "But the answer is asked in metres."]
+)
 def test_what_only_looks_like_an_answer(text: str) -> None:
     assert "answer" not in roles_of(text)
 
@@ -175,6 +177,7 @@ def test_what_only_looks_like_an_answer(text: str) -> None:
         "$$a.\nB$$",
         "\\begin{align}a. B\\\\\n c = 2\\end{align}",
         "```python\nprint(1). Wait\n```",
+        "```python\n" + "print(1). Wait\n" * 500 + "```",
     ],
 )
 def test_no_span_ends_inside_what_is_protected(protected: str) -> None:
@@ -182,6 +185,11 @@ def test_no_span_ends_inside_what_is_protected(protected: str) -> None:
     inside = range(text.index(protected) + 1, text.index(protected) + len(protected))
     assert len(split_spans(text)) == 3
     assert not any(span.end in inside for span in split_spans(text))
+
+
+def test_words_of_intention_count_only_where_a_unit_begins() -> None:
+    assert roles_of("Perhaps the farmer sells the rest of his hens.") == ["strategic"]
+    assert roles_of("The farmer sells the rest of his hens, perhaps.") == ["tactical"]
 
 
 def test_money_protects_nothing() -> None:

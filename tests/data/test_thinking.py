@@ -64,6 +64,13 @@ def rendered(tokenizer, case: Case, thought: str, said: str) -> str:
     return tokenizer.apply_chat_template(turns, tokenize=False, **found.switches)
 
 
+def test_another_template_is_looked_at_anew():
+    tokenizer = tokenizer_of("qwen3")
+    assert thinking_format(tokenizer).thinks
+    tokenizer.chat_template = tokenizer_of("qwen2.5").chat_template
+    assert not thinking_format(tokenizer).thinks
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_kind_is_found(name):
     tokenizer, case = tokenizer_of(name), CASES[name]

@@ -83,6 +83,8 @@ def test_intervals_stay_honest_where_every_difference_is_the_same():
     assert equal.mean == 0.0 and -0.15 < equal.low < -0.01 and equal.low == -equal.high
     all_won = paired_difference([0.0] * 30, [1.0] * 30)
     assert all_won.mean == all_won.high == 1.0 and 0.7 < all_won.low < 1.0
+    all_lost = paired_difference([1.0] * 30, [0.0] * 30)
+    assert (all_lost.mean, all_lost.low, all_lost.high) == (-1.0, -1.0, -all_won.low)
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():

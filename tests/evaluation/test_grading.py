@@ -3,6 +3,7 @@
 import json
 import random
 import time
+from types import SimpleNamespace
 
 import pytest
 from problems import plain
@@ -322,15 +323,30 @@ def test_an_answer_that_hangs_the_grader_is_wrong_and_the_next_one_is_graded():
         judge.close()
 
 
+def test_after_a_timeout_nothing_more_is_compared(monkeypatch):
+    pytest.importorskip("math_verify")
+    asked = []
+    monkeypatch.setattr(math_equality, "judge", lambda name: SimpleNamespace(ask=asked.append))  # its verdict is None
+    assert not equal(r"\{\sqrt2, \sqrt3\}", r"\{\sqrt5, \sqrt7\}") and len(asked) == 1
+
+
 @pytest.mark.parametrize(
     "answer",
-    [r"\lim_{x\to0}\frac{\sin x}{x}", "9^{9^{9}}", "2^{2^{2^{2^2}}}", r"x + 2^{10^{9}}", "(" * 100 + "x" + ")" * 100],
+    [
+        r"\lim_{x\to0}\frac{\sin x}{x}",
+        "9^{9^{9}}",
+        "2^{2^{2^{2^2}}}",
+        "2^{-20000}",
+        r"x + 2^{10^{9}}",
+        "(" * 100 + "x" + ")" * 100,
+    ],
 )
 def test_an_answer_that_cannot_be_computed_is_wrong_at_once(answer):
     pytest.importorskip("math_verify")
     shared = judge("math-verify")
     killed = shared.killed
     assert grade(plain("x^2+1"), rf"\boxed{{{answer}}}") == 0.0 and shared.killed == killed
+    assert answer_key(rf"\boxed{{{answer}}}")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,19 @@ def test_numbers(words, number):
 
 @pytest.mark.parametrize(
     "words",
-    ["", "third", "hundred", "five six", "twenty eleven", "one and", "hundred two", "two of them", "minus", "a"],
+    [
+        "",
+        "third",
+        "hundred",
+        "five six",
+        "twenty zero",
+        "twenty eleven",
+        "one and",
+        "hundred two",
+        "two of them",
+        "minus",
+        "a",
+    ],
 )
 def test_other_words(words):
     assert parse_numeral(words) is None

@@ -71,7 +71,7 @@ def test_rows_with_a_reference():
         ([r"\boxed{x+2y=6}", r"\boxed{2x+y=6}", r"\boxed{2x+4y=12}"], "x+2y=6", 2),
         ([r"\boxed{0.25}", r"\boxed{\frac{1}{4}}", r"\boxed{25\%}"], "0.25", 3),
         ([r"\boxed{March 5}", r"\boxed{5}", r"\boxed{5 March}"], "March 5", 2),
-        ([r"\boxed{B}", r"\boxed{C. 7}", r"\boxed{B. 12}"], "b", 2),
+        ([r"\boxed{B}", r"\boxed{C. 7}", r"\boxed{B. 12}", r"\boxed{(B) 12}"], "b", 3),
     ],
 )
 def test_votes(answers, winner, votes):

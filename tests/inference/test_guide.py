@@ -36,6 +36,33 @@ def test_an_early_end_becomes_wait_up_to_the_cap():
     assert row.state.answer == "42</answer>" and row.state.finished
 
 
+def test_an_early_end_inside_a_formula_strikes_the_formula():
+    row, _ = drive(make_guide(budget=300, minimum=100, **SHORT), tokens_of(["so $x + 1</think>", "Then"]))
+    assert row.state.events[0].struck == "$x + 1</think>" and row.state.thinking.startswith("so \n\nWait.\nThen")
+
+
+def test_struck_text_does_not_count_towards_the_minimum():
+    row = GuideState(make_guide(budget=300, minimum=40, **SHORT), len)
+    row.write("word word", tokens=10)
+    assert row.write("</think>", tokens=25).kind == WAIT
+    assert row.write("</think>", tokens=1).kind == WAIT  # 10 tokens are left, and those of the first wait
+
+
+@pytest.mark.parametrize(("tokens", "minimum", "waits"), [(13, 20, True), (14, 20, False), (13, 13, False)])
+def test_an_early_end_waits_below_the_minimum_if_a_token_is_left_to_think(tokens, minimum, waits):
+    row = GuideState(make_guide(budget=60, reserve=40, minimum=minimum, **SHORT), len)
+    order = row.write("word</think>", tokens=tokens)
+    assert (order is not None) == waits and row.left > 0
+    assert row.phase is (Phase.THINK if waits else Phase.ANSWER)
+
+
+@pytest.mark.parametrize(("tokens", "ends"), [(59, False), (60, True)])
+def test_a_sentence_that_ends_near_the_limit_ends_the_thinking(tokens, ends):
+    row = GuideState(make_guide(budget=104, reserve=40, **SHORT), len)
+    order = row.write("A sentence. ", tokens=tokens)
+    assert (order is not None and order.kind == WRAP_UP and order.strike == 0) == ends
+
+
 def test_a_model_that_ends_without_an_answer_is_asked_for_it():
     guide = make_guide(budget=200, close="<answer>", finish="</answer>", **SHORT)
     row, _ = drive(guide, tokens_of(["It is 42", "<end>", "42</answer>"]))
@@ -57,10 +84,12 @@ def test_a_piece_may_hold_the_whole_answer():
 
 
 def test_a_loop_gets_another_approach_then_the_end():
-    guide = make_guide(budget=2000, cap=1, cooldown=0, loop_length=6, **SHORT)
-    row, _ = drive(guide, tokens_of(["round and round. " * 60]))
-    assert [event.kind for event in row.state.events] == [OTHER, WRAP_UP]
-    assert row.state.thinking.startswith("round and round. ") and len(row.state.thinking) < 150
+    guide, loop = make_guide(budget=2000, cap=2, cooldown=0, loop_length=6, **SHORT), "round and round. "
+    row, _ = drive(guide, tokens_of([loop * 60]))
+    assert [event.kind for event in row.state.events] == [OTHER, OTHER, WRAP_UP]
+    assert row.state.thinking.startswith(loop) and len(row.state.thinking) < 220
+    places = [event.at for event in row.state.events]
+    assert all(b - a > 2 * len(loop) for a, b in pairwise(places))  # each time it is counted anew
 
 
 def test_interventions_keep_their_distance():
@@ -83,14 +112,23 @@ def test_sure_models_are_not_told_to_verify():
 def test_a_stable_probe_ends_the_thinking():
     guide = make_guide(budget=900, probe_every=10, probe_agree=3, **SHORT)
     row = GuideState(guide, len)
-    for answer in ("", "7", "8", "8"):
+    for answer in ("", "", "", "7", "8", "8"):
         assert row.write("word word. ", tokens=10) is None
         assert row.wants_probe and row.probed(answer, 20) is None
         assert not row.wants_probe
     row.write("word word. ", tokens=10)
     order = row.probed("8", 20)
     assert order.kind == STABLE and row.phase is Phase.ANSWER
-    assert row.probed_tokens == 100 and row.spent == 150 + len(order.text)
+    assert row.probed_tokens == 140 and row.spent == 210 + len(order.text)
+
+
+def test_a_stable_probe_ends_no_thinking_below_the_minimum():
+    row = GuideState(make_guide(budget=900, minimum=50, probe_every=10, probe_agree=2, **SHORT), len)
+    orders = []
+    for _ in range(5):
+        row.write("word word. ", tokens=10)
+        orders.append(row.probed("8", 20))
+    assert orders[:4] == [None] * 4 and orders[4].kind == STABLE
 
 
 def test_probes_are_apart_after_a_long_insertion_too():
@@ -118,9 +156,9 @@ def test_a_probe_leaves_a_token(budget, pays):
 
 
 def test_a_budget_that_is_all_reserve_goes_straight_to_the_answer():
-    row = GuideState(make_guide(budget=60, reserve=60, **SHORT), len)
+    row = GuideState(make_guide(budget=60, reserve=60, open="<think>", **SHORT), len)
     order = row.start()
-    assert order.kind == WRAP_UP and row.phase is Phase.ANSWER and row.thinking == "Stop.\n</think>"
+    assert order.kind == WRAP_UP and row.phase is Phase.ANSWER and row.thinking == "<think>Stop.\n</think>"
 
 
 @pytest.mark.parametrize(
@@ -147,7 +185,8 @@ def test_budgets_that_hold_no_answer_are_refused():
     ) as told:
         GuideState(make_guide(budget=10), len)
     enough = int(str(told.value).split()[-1])
-    assert GuideState(make_guide(budget=enough), len)
+    row = GuideState(make_guide(budget=enough), len)
+    assert row.write("```\ncode\n", tokens=row.left).kind == WRAP_UP and row.left == 1
     with pytest.raises(
         ValueError, match=r"need (\d+) tokens, the reserve holds 5 .* raise the reserve \(of Limits\) to"
     ):
@@ -184,11 +223,14 @@ def test_markers_the_vocabulary_cannot_write_are_refused():
         ("so $$x = 1$$\n", True, True),
         (r"so \(x", False, False),
         (r"so \[x\].", True, True),
+        (r"so x \\(y).", True, True),
+        ("so $x + y $", False, False),
         (r"a price of \$x here.", True, True),
         ("it costs $5 per day.", True, True),
         ("it costs $5", False, False),
         ("```\ncode.\n", False, False),
         ("```\ncode.\n```\n", True, True),
+        ("````\ncode.\n", False, False),
         ("an `inline. ", False, False),
         ("an `inline.` piece.", True, True),
         (r"\begin{align} x.", False, False),

@@ -230,6 +230,20 @@ def test_head_trained_in_bf16_has_the_gradient_of_the_plain_formula(isa, reducti
         assert relative_error(ours, theirs) <= 0.003
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_second_backward_has_the_same_gradients_and_leaves_the_first(reduction):
+    case = Case()
+    inputs = [x.requires_grad_() for x in case.inputs()]
+    out = DistillLoss(reduction=reduction)(
+        *inputs[:2], case.labels, case.signals(), head_bias=inputs[2], **case.arguments()
+    )
+    first = torch.autograd.grad(3 * out.loss.sum(), inputs, retain_graph=True)
+    kept = [x.clone() for x in first]
+    second = torch.autograd.grad(3 * out.loss.sum(), inputs)
+    assert all(map(torch.equal, first, kept))
+    torch.testing.assert_close(second, first)
+
+
 def test_num_items_divides_the_mean():
     case = Case()
     arguments = (case.hidden, case.weight, case.labels, case.signals())
@@ -279,6 +293,14 @@ def test_other_vocabulary_is_restricted_not_padded(student, teacher):
     torch.testing.assert_close(torch.autograd.grad(out.loss, hidden), expected)
 
 
+def test_a_dense_teacher_has_a_head_of_its_own():
+    torch.manual_seed(0)
+    student, labels = (torch.randn(6, 8), torch.randn(11, 8)), torch.zeros(6, dtype=torch.int64)
+    theirs, head = (torch.randn(6, 8), torch.randn(11, 8), torch.randn(11)), {"logit_scale": 0.7, "softcap": 1.5}
+    teachers = Dense(*theirs[:2], bias=theirs[2], **head), Dense(logits=student_logits(*theirs, **head))
+    torch.testing.assert_close(*(DistillLoss()(*student, labels, teacher).divergence for teacher in teachers))
+
+
 def test_padding_and_duplicates_do_not_change_a_top_k_signal():
     torch.manual_seed(0)
     hidden, weight = torch.randn(3, 8), torch.randn(37, 8)
@@ -286,7 +308,7 @@ def test_padding_and_duplicates_do_not_change_a_top_k_signal():
     half = logprobs[:, :1] + math.log(0.5)
     padding = torch.tensor([[-1], [36], [-1]])
     messy_ids = torch.cat([ids[:, :1], padding, ids], 1)
-    messy_logprobs = torch.cat([half, torch.tensor([[-1.0], [-torch.inf], [-1.0]]), half, logprobs[:, 1:]], 1)
+    messy_logprobs = torch.cat([half, torch.tensor([[0.0], [-torch.inf], [0.0]]), half, logprobs[:, 1:]], 1)
     labels = torch.zeros(3, dtype=torch.int64)
     clean = DistillLoss()(hidden, weight, labels, TopK(ids, logprobs))
     messy = DistillLoss()(hidden, weight, labels, TopK(messy_ids, messy_logprobs))

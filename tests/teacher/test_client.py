@@ -9,7 +9,7 @@ from fake_api import Answer, answering, chat_reply, events
 from guides import make_guide
 
 from rbfast.inference.remote import chat, write
-from rbfast.teacher.client import IncompleteReply, ServerError
+from rbfast.teacher.client import IncompleteReply, Retries, ServerError, call_with_retries
 
 ASKED = {"messages": [{"role": "user", "content": "2 + 2?"}], "max_tokens": 50}
 GOOD = chat_reply("4")
@@ -57,6 +57,16 @@ def test_a_server_is_given_the_pause_that_it_asks_for(headers, pause, pauses):
     with answering(Answer("busy", 429, headers()), GOOD) as api:
         assert ask(api) == GOOD
     assert pauses == [pytest.approx(pause, abs=2 if pause == 20 else 0.01)]
+
+
+@pytest.mark.parametrize(("asked_for", "expected"), [(None, [0.5, 1, 2, 4, 8, 8]), (7, [7] * 6), (9999, [120] * 6)])
+def test_pauses_grow_or_are_those_asked_for_up_to_a_limit(asked_for, expected, pauses):
+    def attempt():
+        raise IncompleteReply("busy", 503, asked_for)
+
+    with pytest.raises(ServerError, match="busy"):
+        call_with_retries(Retries(), 6, attempt)
+    assert pauses == expected
 
 
 def test_retries_come_to_an_end(pauses):
@@ -122,6 +132,14 @@ def test_without_a_key_none_is_sent(monkeypatch):
     with answering(GOOD) as api:
         ask(api)
         assert "Authorization" not in api.requests[0].headers
+
+
+def test_our_own_variable_for_the_key_comes_first(monkeypatch):
+    for name in ("RBFAST_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.setenv(name, f"of {name}")
+    with answering(GOOD) as api:
+        ask(api)
+        assert api.requests[0].headers["Authorization"] == "Bearer of RBFAST_API_KEY"
 
 
 # -------------------------------------------------------------------------------------------------------------- streams

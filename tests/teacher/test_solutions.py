@@ -19,7 +19,10 @@ from rbfast.cli.main import main
 from rbfast.curation.curate import curate
 from rbfast.data.readers import read_traces
 from rbfast.data.trace import TraceError
+from rbfast.teacher.budget import Budget
 from rbfast.teacher.client import Server, ServerError
+from rbfast.teacher.jobs import Job
+from rbfast.teacher.reply_store import ReplyStore
 from rbfast.teacher.solutions import Prices, Question, read_questions, teach, trace_of
 
 
@@ -186,6 +189,13 @@ def test_a_question_that_is_refused_stays_open(server, tmp_path):
     assert len(server.requests) == 5
 
 
+@pytest.mark.parametrize(("faults", "concurrency"), [([None, 400] * 10, 1), ([400] * 10, 12)])
+def test_many_refusals_do_not_end_it_if_they_are_not_in_a_row_or_came_at_a_time(server, tmp_path, faults, concurrency):
+    server.faults = faults
+    taught = teach(server.client(), QUESTIONS, tmp_path, samples=2, concurrency=concurrency)
+    assert (len(taught.traces), taught.open) == (14, 10)
+
+
 def test_a_wrong_key_ends_it_at_once(server, tmp_path, monkeypatch):
     monkeypatch.setenv("RBFAST_API_KEY", "sk-secret")
     server.faults = [None, 401]
@@ -228,10 +238,27 @@ def test_the_budget_holds_whatever_the_replies_cost(server, tmp_path):
     assert again.cost == taught.cost and len(server.requests) == len(taught.traces)
 
 
+def test_a_budget_may_be_used_up_to_its_limits():
+    prices = Prices(read=1.0, written=3.0)
+    for limits in ({"max_cost": prices.cost(50, 50), "max_tokens": None}, {"max_cost": None, "max_tokens": 100}):
+        budget = Budget(prices, **limits)
+        assert budget.can_afford([(50, 50)]) and not budget.can_afford([(50, 51)])
+
+
+def test_a_stored_reply_shows_by_how_much_a_teacher_exceeds_its_limits(tmp_path):
+    prices, job = Prices(), Job(QUESTIONS[0], 0, Server("http://localhost/v1", "m"), "", {"max_tokens": 5})
+    record = job.record(chat_reply("1", usage={"prompt_tokens": 1, "completion_tokens": 9}))
+    ReplyStore(tmp_path / "replies.jsonl", Budget(prices, None, 99), []).add(record)
+    ReplyStore(tmp_path / "replies.jsonl", budget := Budget(prices, None, 99), [job])
+    assert budget.max_concurrency(4) == 4 and (budget.read, budget.written) == (1, 9)
+    assert budget.can_afford([(0, 85)]) and not budget.can_afford([(0, 86)])  # 4 tokens more than it was told
+
+
 def test_a_server_that_does_not_count_is_taken_at_its_worst(server, tmp_path):
-    server.counts = False
-    taught = teach(server.client(), QUESTIONS[:1], tmp_path, max_tokens=500)
-    assert taught.written == 500 and taught.read > 100
+    server.counts, server.script = False, lambda problem: "So it is 1.\n<answer>1</answer>"
+    questions = [Question("a" * 300)], [Question("五" * 100)]  # of as many bytes
+    latin, chinese = (teach(server.client(), q, tmp_path / q[0].text[0], max_tokens=500) for q in questions)
+    assert latin.written == chinese.written == 500 and latin.read == chinese.read > 300
 
 
 def test_tokens_can_be_capped(server, tmp_path):

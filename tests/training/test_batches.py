@@ -30,6 +30,10 @@ def test_every_trace_is_in_one_batch_and_no_batch_is_too_full():
     assert sum(lengths) / (4096 * len(batches)) > 0.93
 
 
+def test_a_batch_may_be_full():
+    assert sizes(batches_by_tokens(some_examples([60, 40]), 100, seed=0)) == [100]
+
+
 def test_a_longer_trace_is_alone_in_its_batch():
     batches = batches_by_tokens(some_examples([10, 500, 10, 300, 10]), 100, seed=0)
     assert sorted(sizes(batches)) == [30, 300, 500]

@@ -19,7 +19,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from rbfast.adapter.column_scores import score_columns
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.data.encoding import encode_all
-from rbfast.training.distill import DistillConfig, distill, plan_run, trace_loss
+from rbfast.models.student import packs
+from rbfast.training.distill import DistillConfig, distill, placement_scores, plan_run, trace_loss
 from rbfast.training.objective import Objective
 from rbfast.training.trainer import DistillTrainer
 from rbfast.training.training_bar import TrainingBar
@@ -147,6 +148,22 @@ def test_a_run_does_not_replace_the_adapter_that_it_goes_on_with(tmp_path, monke
 
 def planned(adapter, **settings):
     return plan_run(student(), TOKENIZER, TRACES, DistillConfig(**settings), adapter=adapter)
+
+
+def test_columns_are_scored_by_the_mean_of_each_role():
+    examples, _ = encode_all(TRACES[:2], TOKENIZER)
+    config = DistillConfig(batch_size=4)
+    once, twice = (placement_scores(student(), examples * n, config).columns for n in (1, 2))
+    for name, scores in once.items():
+        torch.testing.assert_close(twice[name], scores)
+
+
+def test_the_scores_of_activations_are_those_of_the_traces_alone():
+    examples, _ = encode_all(TRACES[:2], TOKENIZER)
+    fresh, tried = student(), student()
+    packs(tried)  # it runs two examples of its own, once
+    found = [placement_scores(model, examples, DistillConfig(), "activation").columns for model in (fresh, tried)]
+    assert same_bits(*found)
 
 
 def test_the_loss_of_traces_is_measured_in_evaluation_mode():

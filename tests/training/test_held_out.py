@@ -32,7 +32,7 @@ def measured(log):
 
 def test_a_share_holds_out_all_traces_of_a_problem():
     traces = [Trace(f"Problem {n} ", f"Solve {m}.", "1") for m in range(3) for n in range(10)]
-    traces += [Trace("Problem  4", "Solve again.", "1")]
+    traces += [Trace(f"Problem  {n}", "Solve again.", "1") for n in range(10)]
     trained, held_out = split_held_out(traces, 0.2, seed=1)
     sides = defaultdict(set)
     for side, some in (("trained", trained), ("held out", held_out)):

@@ -6,17 +6,19 @@ import pytest
 import torch
 from host_waits import host_waits
 from openai_server import serving
-from tiny_models import llama
+from plain_losses import divergence
+from tiny_models import family, llama
 from tiny_tokenizers import byte_fallback, byte_level
 
 from rbfast.cli.main import main
 from rbfast.data.encoding import IGNORE, collate, encode, mask_targets_from
 from rbfast.data.readers import read_traces, write_traces
 from rbfast.data.signal_store import SignalStore
+from rbfast.data.spans import ROLES
 from rbfast.data.trace import Trace
 from rbfast.loss.distill_loss import DistillLoss
 from rbfast.loss.teacher_signal import Dense
-from rbfast.models.student import load_teacher
+from rbfast.models.student import final_hidden, load_teacher
 from rbfast.teacher.logprobs import add_local_logprobs
 from rbfast.training.distill import DistillConfig, distill
 from rbfast.training.objective import Objective, role_counts, token_losses
@@ -64,6 +66,26 @@ def test_a_running_teacher_gives_its_whole_distribution():
     )
     torch.testing.assert_close(out.loss, expected.loss)
     assert not any(parameter.grad is not None for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize("name", ["gemma2", "cohere", "phi"])  # their heads have a softcap, a scale, a bias
+def test_heads_and_roles_count_as_in_the_formula(name):
+    student, teacher = (family(name, vocab_size=len(TOKENIZER), max_position_embeddings=512) for _ in range(2))
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(1.2)
+    batch, weights, taus = packed(TRACES[:1]), torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0.5, 2.0, 3.0])
+    temperatures = dict(zip((f"{role}_temperature" for role in ROLES), taus.tolist(), strict=True))
+    hidden = final_hidden(student, batch["input_ids"], batch["position_ids"], batch["lengths"])
+    out = token_losses(student, hidden, batch, weights, Objective(ce_share=0.25, **temperatures), teacher)
+
+    rows = batch["text_rows"]
+    roles, z, y = batch["roles"][0][rows], *(m(batch["input_ids"]).logits[0][rows].double() for m in (student, teacher))
+    tau = taus[roles]
+    d = divergence((y / tau[:, None]).log_softmax(1), (z / tau[:, None]).log_softmax(1), 0.0)
+    ce = torch.nn.functional.cross_entropy(z, batch["labels"][0][rows], reduction="none")
+    expected = (weights[roles] * (0.75 * tau**2 * d + 0.25 * ce)).sum()
+    assert set(roles.tolist()) == {0, 1, 2} and out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_a_student_that_is_its_own_teacher_diverges_by_nothing():

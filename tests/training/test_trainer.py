@@ -91,6 +91,8 @@ def test_a_packed_batch_has_the_loss_and_gradient_of_its_examples_alone() -> Non
     theirs = torch.autograd.grad(expected, list(adapter.parameters()))
     for a, b in zip(ours, theirs, strict=True):
         assert torch.linalg.norm(a - b) <= 1e-5 * torch.linalg.norm(b)
+    filtered = token_losses(model, hidden, batch, weights, Objective(gradient_filter=0.02))
+    assert out.hidden_grad_error_bound is None and filtered.hidden_grad_error_bound is not None
 
 
 def test_the_strategic_weight_moves_to_the_tactical_one() -> None:
@@ -99,6 +101,18 @@ def test_the_strategic_weight_moves_to_the_tactical_one() -> None:
     assert objective.weights(1.0).tolist() == pytest.approx([0.2, 0.7, 0.1])
     with pytest.raises(ValueError, match="role weights"):
         Objective(strategic=-1.0)
+
+
+def test_the_weights_of_a_step_are_those_of_what_is_done_before_it(tmp_path: Path) -> None:
+    model, examples, objective = tiny_model(), some_examples(4), Objective(anneal=1.0)
+    torch.nn.init.normal_(model.lm_head.weight)  # so that the roles have different losses
+    adapter = SparseAdapter.attach(model, density=0.05, placement="random")
+    settings = arguments(tmp_path, per_device_train_batch_size=4, num_train_epochs=4, learning_rate=0.0)
+    trainer = DistillTrainer(model, adapter, settings, examples, objective=objective)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    expected = [plain_loss(model, examples, objective.weights(step / 4)).item() for step in range(4)]
+    assert losses == pytest.approx(expected, rel=1e-5) and max(losses) - min(losses) > 1e-3
 
 
 def test_full_logits_are_never_built_and_roles_are_logged(tmp_path: Path) -> None:
@@ -149,7 +163,7 @@ def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("limit", "best", "kept"), [(1, None, [9]), (2, 2, [2, 9]), (4, None, [6, 7, 8, 9]), (12, 3, None)]
+    ("limit", "best", "kept"), [(1, None, [9]), (1, 2, [2, 9]), (2, 2, [2, 9]), (4, None, [6, 7, 8, 9]), (12, 3, None)]
 )
 def test_as_many_checkpoints_are_kept_as_asked(
     tmp_path: Path, limit: int, best: int | None, kept: list[int] | None
@@ -240,7 +254,7 @@ class Evaluating(TrainerCallback):
 def test_a_loss_that_is_not_finite_is_logged_as_the_trainer_would(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, filters: bool, bad: float
 ) -> None:
-    losses = iter((1.0, bad, 4.0, 2.0))
+    losses = iter((1.0, bad, 4.0, bad))
     monkeypatch.setattr(Trainer, "training_step", lambda self, *_: torch.tensor(next(losses)))
     model = tiny_model()
     adapter = SparseAdapter.attach(model, density=0.05, placement="random")
@@ -257,7 +271,7 @@ def test_a_loss_that_is_not_finite_is_logged_as_the_trainer_would(
     trainer.train()
     assert set(seen) == {filters} and settings.logging_nan_inf_filter == filters
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert logged == [(1.0 + 1.0 / 2) / 2, 3.0] if filters else not np.isfinite(logged).any()
+    assert logged == [(1.0 + 1.0 / 2) / 2, (4.0 + 4.0 / 2) / 2] if filters else not np.isfinite(logged).any()
 
 
 def train(folder: Path, stop_at: int | None = None, **more: object) -> dict[str, torch.Tensor]:
@@ -342,6 +356,13 @@ def test_an_adapter_that_is_not_attached_is_refused(tmp_path: Path, end: str | N
         getattr(adapter, end)()
     with pytest.raises(ValueError, match="the adapter is not attached to this model"):
         DistillTrainer(model, adapter, arguments(tmp_path), some_examples(2))
+
+
+def test_a_teacher_is_frozen_and_without_dropout(tmp_path: Path) -> None:
+    teacher = tiny_model().train()
+    adapter = SparseAdapter.attach(model := tiny_model(), density=0.05, placement="random")
+    DistillTrainer(model, adapter, arguments(tmp_path), some_examples(2), teacher=teacher)
+    assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
 def test_a_stream_of_examples_is_refused(tmp_path: Path) -> None:

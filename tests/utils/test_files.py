@@ -15,10 +15,11 @@ def test_the_new_file_takes_the_name_at_the_end(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file.txt"
     write_text(path, "é\n")
     assert path.read_bytes() == "é\n".encode()
-    with atomic_write(path) as file:
-        file.write(b"later")
-        assert path.read_bytes() == "é\n".encode()
-    assert path.read_bytes() == b"later"
+    with path.open("rb") as reader:
+        with atomic_write(path) as file:
+            file.write(b"later")
+            assert path.read_bytes() == "é\n".encode()
+        assert path.read_bytes() == b"later" and reader.read() == "é\n".encode()  # it is another file
 
 
 def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
