@@ -60,6 +60,12 @@ def add_distill(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--rank", type=int, help="rank of each delta (default: what the density allows)")
     sub.add_argument("--support", type=int, help="columns of each delta (default: what the density allows)")
     sub.add_argument(
+        "--targets",
+        nargs="+",
+        metavar="NAME",
+        help="linear layers to train: names or their ends, such as q_proj (default: all but the head)",
+    )
+    sub.add_argument(
         "--placement",
         choices=["gradient", "factored", "activation", "random"],
         help="which columns: at random, or those that score best on some traces (default: random)",

@@ -334,7 +334,7 @@ def placement_scores(
 
     packs(model)  # before scoring, which must not see its two test examples
     with checkpointing(model) if config.gradient_checkpointing else nullcontext():
-        return score_columns(model, batches, loss, method=method)
+        return score_columns(model, batches, loss, method=method, targets=config.targets)
 
 
 def _add_signals(
@@ -369,7 +369,7 @@ def _starting_adapter_digest(adapter: str | Path, config: DistillConfig, out: Pa
 
 def _check_no_shape_options(config: DistillConfig, adapter: str | Path) -> None:
     """Raises ValueError if the config sets the shape of a new adapter, but the run continues from a saved one."""
-    for name in ("density", "rank", "support", "placement"):
+    for name in ("density", "rank", "support", "targets", "placement"):
         if getattr(config, name) != getattr(DistillConfig, name):
             raise ValueError(f"{name} is for a new adapter, but the one in {adapter} has its own: give one of the two")
 
@@ -388,7 +388,13 @@ def _attach_adapter(
     if config.placement != "random":
         placement = placement_scores(model, examples, config, config.placement, teacher)
     return SparseAdapter.attach(
-        model, config.density, support=config.support, rank=config.rank, placement=placement, seed=config.seed
+        model,
+        config.density,
+        support=config.support,
+        rank=config.rank,
+        targets=config.targets,
+        placement=placement,
+        seed=config.seed,
     )
 
 

@@ -1,6 +1,7 @@
 """The settings of a run of `distill`."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,6 +19,7 @@ class DistillConfig:
     Attributes:
         density: trainable values / all parameters of the base, at most.
         rank, support: the shape of each delta; None lets the adapter choose it within the budget.
+        targets: the linear layers to train, by PEFT's rules: names or their ends, a regex, or "all-linear".
         placement: "random", or by scores from `placement_traces` traces: "gradient", "factored", "activation"
             (docs/training.md).
         batch_size, accumulation: traces per batch, and batches per optimizer step, on each process.
@@ -39,6 +41,7 @@ class DistillConfig:
     density: float = 0.003
     rank: int | None = None
     support: int | None = None
+    targets: str | Sequence[str] = "all-linear"
     placement: Literal["gradient", "factored", "activation", "random"] = "random"
     placement_traces: int = 64
     epochs: float = 1.0
@@ -58,6 +61,8 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        if not isinstance(self.targets, str):
+            object.__setattr__(self, "targets", [*self.targets])  # as JSON gives it back
         if not 0 < self.density <= 1:
             raise ValueError(f"density must be above 0 and at most 1 (the share of trained values), got {self.density}")
         for name in ("epochs", "learning_rate"):

@@ -443,9 +443,9 @@ def test_every_setting_of_a_run_is_an_option() -> None:
     numbers = {"rank", "support", "placement_traces", "batch_size", "accumulation", "max_tokens", "save_steps", "seed"}
     flags |= dict.fromkeys(numbers | {"tokens_per_batch"}, "7") | {"learning_rate": "0.25"}
     options = [part for name, value in flags.items() for part in ("--" + name.replace("_", "-"), value)]
-    config = parsed(*options, "--gradient-checkpointing", "--instruction", "none")
+    config = parsed(*options, "--gradient-checkpointing", "--instruction", "none", "--targets", "q_proj", "v_proj")
     given = {name: type(getattr(DistillConfig(), name) or 0)(value) for name, value in flags.items()}
-    given |= {"gradient_checkpointing": True, "instruction": "none"}
+    given |= {"gradient_checkpointing": True, "instruction": "none", "targets": ["q_proj", "v_proj"]}
     assert given.keys() == DistillConfig.__dataclass_fields__.keys() - {"objective"}
     assert config == DistillConfig(**given)  # type: ignore[arg-type]
 

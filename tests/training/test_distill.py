@@ -132,7 +132,21 @@ def test_a_student_that_is_trained_again_is_asked_as_before(tmp_path, monkeypatc
     assert [asked(folder) for folder in ("second", "merged", "other")] == ["Reply shortly.", "Reply shortly.", ""]
 
 
-@pytest.mark.parametrize("setting", [{"density": 0.01}, {"rank": 3}, {"support": 16}, {"placement": "gradient"}])
+@pytest.mark.parametrize("placement", ["random", "gradient"])
+def test_a_run_trains_the_layers_that_are_named_and_goes_on_with_them(tmp_path, monkeypatch, placement):
+    settings = {"targets": ("q_proj", "v_proj"), "density": 0.05, "placement": placement}
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path, monkeypatch, cut_at=5, **settings)
+    values = run(tmp_path, monkeypatch, **settings)
+    assert {name.split(".")[-2] for name in values} == {"q_proj", "v_proj"}
+    with pytest.raises(ValueError, match="its targets is"):
+        run(tmp_path, monkeypatch, **settings | {"targets": "all-linear"})
+
+
+SHAPES = [{"density": 0.01}, {"rank": 3}, {"support": 16}, {"targets": ["q_proj"]}, {"placement": "gradient"}]
+
+
+@pytest.mark.parametrize("setting", SHAPES)
 def test_an_adapter_to_go_on_with_has_its_own_shape(tmp_path, monkeypatch, setting):
     [name] = setting
     for ask in (run, lambda *args, **settings: planned(**settings)):
