@@ -65,7 +65,7 @@ def rendered(tokenizer, case: Case, thought: str, said: str) -> str:
 
 
 def test_another_template_is_looked_at_anew():
-    tokenizer = tokenizer_of("qwen3")
+    tokenizer = deepcopy(tokenizer_of("qwen3"))
     assert thinking_format(tokenizer).thinks
     tokenizer.chat_template = tokenizer_of("qwen2.5").chat_template
     assert not thinking_format(tokenizer).thinks
