@@ -88,11 +88,11 @@ def with_options(problem: str, options: Mapping[str, str]) -> str:
     return "\n".join([f"{problem.rstrip()}\n", *(f"{label}. {text}" for label, text in options.items())])
 
 
-def chosen_label(answers: Sequence[Any], options: Mapping[str, str]) -> str | None:
-    """The label of the right option, from the first of `answers` that names one; None if none does.
+def chosen_option(answers: Sequence[Any], options: Mapping[str, str]) -> str | None:
+    """The right option, from the first of `answers` that names one, as text if that gives its text, else as label.
 
     An answer may be a label, the text of an option, or a 0-based index. A number is tried as an index before it is
-    tried as a text: 2 with the options "8", "2" and "24" is the third.
+    tried as a text: 2 with the options "8", "2" and "24" is the third. None if no answer names an option.
     """
     labels = list(options)
     for answer in answers:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rbfast.data.answers import answer_text, as_text, ends_in_answer, marked_answer, stated_answer, without_answer
-from rbfast.data.choices import chosen_label, with_options
+from rbfast.data.choices import chosen_option, with_options
 from rbfast.data.conversations import (
     ASSISTANT,
     USER,
@@ -297,8 +297,8 @@ def _known_answer(row: RowFields, question: _Question) -> str | None:
 
 def _answer_field(row: RowFields) -> str | None:
     """The answer in an answer field, else in an object of the row. If several fields have one, they must agree."""
-    if row.options and (label := chosen_label([value for _, value in row.choices()], row.options)):
-        return label
+    if row.options and (option := chosen_option([value for _, value in row.choices()], row.options)):
+        return option
     candidates = row.candidates("answer") or row.inner_answers() or _bare_solutions(row)
     texts = [(one, text) for one, value in candidates if (text := answer_text(value)) and text.strip()]
     short = [(one, stated_answer(text) or text.strip()) for one, text in texts if not one.teacher]
