@@ -46,6 +46,13 @@ def test_batches_write_what_each_prompt_writes_alone(model, batch_size):
     ]
 
 
+def test_the_head_gets_rows_for_which_its_weight_is_not_copied(model):
+    contiguous = []
+    model.lm_head.register_forward_hook(lambda head, args, output: contiguous.append(args[0].is_contiguous()))
+    complete(model, tiny_tokenizer(), PROMPTS, max_new_tokens=4)
+    assert all(contiguous)
+
+
 @pytest.mark.parametrize("name", ["falcon-h1", "jamba", "lfm2"])
 def test_so_do_batches_of_a_model_that_sums_its_past_up(name):
     model, tokenizer = family(name, vocab_size=258, initializer_range=0.5), tiny_tokenizer()
