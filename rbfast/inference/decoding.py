@@ -138,7 +138,7 @@ def _contiguous_head_input(model: PreTrainedModel) -> Iterator[None]:
     """Of a prompt the head reads the last token alone, a strided view. On a CPU PyTorch multiplies that by a frozen
     weight in batches, with a copy of the weight for every row: 3.4 GB for 60 rows of a 135M model."""
     head = model.get_output_embeddings()
-    if head is None:
+    if head is None or model.device.type != "cpu":
         yield
         return
     hook = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]) if args else None)

@@ -236,7 +236,7 @@ def final_hidden(
     lengths = lengths_of(position_ids) if lengths is None else lengths
     if packs(model) and not _rope_depends_on_row(model, lengths):
         tokens = input_ids.shape[1]
-        if spare := spare_rows(tokens, model.device, model.dtype):  # they are one more example
+        if spare := spare_rows(tokens, input_ids.device, model.dtype):  # they are one more example
             input_ids = pad(input_ids, (0, spare))
             position_ids = torch.cat([position_ids, torch.arange(spare)[None]], dim=1)
             lengths = [*lengths, spare]
