@@ -39,10 +39,10 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // x if it is contiguous, else a copy. torch::stable::contiguous looks its op up by name at every call, even if x needs
 // no copy.
-inline Tensor packed(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+inline Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
 // x if its rows are dense, else a copy.
-inline Tensor dense_rows(const Tensor& x) {
+inline Tensor as_dense_rows(const Tensor& x) {
   return x.stride(1) == 1 || x.size(1) < 2 ? x : torch::stable::contiguous(x);
 }
 

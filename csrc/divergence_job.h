@@ -131,7 +131,7 @@ class Arguments {
   }
 
   void take_bias(const Tensor& bias) {
-    const Tensor b = alive_.emplace_back(packed(bias));
+    const Tensor b = alive_.emplace_back(as_contiguous(bias));
     expect(b.dim() == 1 && b.size(0) == job.vocabulary && b.scalar_type() == ScalarType::Float,
            "divergence_rows_: bias must be float32 [", job.vocabulary, "]");
     job.bias = data<float>(b);
@@ -148,7 +148,7 @@ class Arguments {
 
   Tensor dense(const char* name, const Tensor& x, ScalarType type) {
     expect_rows(name, x, type);
-    return alive_.emplace_back(packed(x));
+    return alive_.emplace_back(as_contiguous(x));
   }
 
   void expect_rows(const char* name, const Tensor& x, ScalarType type) const {

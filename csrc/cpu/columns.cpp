@@ -22,7 +22,7 @@ Tensor checked_columns(const char* op, const Tensor& cols, int64_t width, int64_
   expect(cols.dim() == 1 && cols.scalar_type() == ScalarType::Long, op, ": cols must be int64 with 1 dimension, got ",
          torch::headeronly::toString(cols.scalar_type()), " with ", cols.dim());
   expect_run(op, cols.size(0), run);
-  const Tensor result = packed(cols);
+  const Tensor result = as_contiguous(cols);
   const int64_t* index = data<int64_t>(result);
   const int64_t count = cols.size(0), low_bits = run - 1;
   for (int64_t j = 0; j < count; ++j) {
@@ -93,7 +93,7 @@ Tensor column_gather(const Tensor& x, const Tensor& cols, int64_t run) {
   const char* op = "column_gather";
   expect_matrix(op, "x", x, -1, -1);
   expect(x.size(1) <= INT32_MAX, op, ": x must have fewer than 2^31 columns, got ", x.size(1));
-  const Tensor index = checked_columns(op, cols, x.size(1), run), source = dense_rows(x);
+  const Tensor index = checked_columns(op, cols, x.size(1), run), source = as_dense_rows(x);
   const int64_t s = cols.size(0), ld = source.stride(0);
   const Tensor narrow = empty(cols, {s}, ScalarType::Int);
   int32_t* columns = mutable_data<int32_t>(narrow);
@@ -124,7 +124,7 @@ std::tuple<Tensor, Tensor> column_grad(const Tensor& dy, const Tensor& xs, const
   expect_delta(op, A, B, xs.size(1), dy.size(1));
   const int64_t tokens = dy.size(0), out = dy.size(1), s = xs.size(1), k = A.size(0), width = k * (out + s);
   const int64_t size = group_size(tokens), groups = std::max<int64_t>(1, ceil_div(tokens, size));
-  const Tensor y = dense_rows(dy), x = dense_rows(xs), a = packed(A), bt = transposed(B);
+  const Tensor y = as_dense_rows(dy), x = as_dense_rows(xs), a = as_contiguous(A), bt = transposed(B);
   const Tensor hidden = floats(dy, 2 * tokens, k), sums = floats(dy, groups, width);
   float* total = mutable_data<float>(sums);  // a row is one group's dB^T [k, out] and dA [k, s]
   std::fill_n(total, width, 0.0f);
@@ -170,8 +170,8 @@ void column_linear_(Tensor y, const Tensor& xs, const Tensor& A, const Tensor& B
   expect_delta(op, A, B, xs.size(1), y.size(1));
   expect_writable(op, "y", y);
   const int64_t tokens = y.size(0), out = y.size(1), k = A.size(0);
-  const Tensor x = dense_rows(xs), a = packed(A), bt = transposed(B), hidden = floats(y, tokens, k);
-  Tensor target = dense_rows(y);
+  const Tensor x = as_dense_rows(xs), a = as_contiguous(A), bt = transposed(B), hidden = floats(y, tokens, k);
+  Tensor target = as_dense_rows(y);
   const int64_t ld = target.stride(0);
   const Isa isa = active_isa();
   for_each_type(y.scalar_type(), [&](auto y_type) {
@@ -197,7 +197,7 @@ void column_scatter_(Tensor dx, const Tensor& dy, const Tensor& cols, const Tens
   const Tensor offsets = checked_offsets(op, cols, dx, run);
   const int64_t tokens = dx.size(0), s = offsets.size(0), k = A.size(0), row = dx.stride(0);
   const int64_t together = dx.stride(1) == 1 ? run : 1;
-  const Tensor y = dense_rows(dy), a = packed(A), bt = transposed(B), hidden = floats(dx, tokens, k);
+  const Tensor y = as_dense_rows(dy), a = as_contiguous(A), bt = transposed(B), hidden = floats(dx, tokens, k);
   const Isa isa = active_isa();
   for_each_type(dx.scalar_type(), [&](auto dx_type) {
     for_each_type(dy.scalar_type(), [&](auto dy_type) {
@@ -240,12 +240,8 @@ Fold checked_fold(const char* op, const Tensor& weight, const Tensor& base_colum
   expect_delta(op, A, B, cols.numel(), weight.size(0));
   expect_writable(op, "weight", weight);
   for_each_type(weight.scalar_type(), [](auto) {});  // throws here: inside a parallel region it could not
-  return {weight,
-          dense_rows(base_columns),
-          checked_offsets(op, cols, weight, run),
-          packed(A),
-          scaled(B, static_cast<float>(scale)),
-          weight.stride(1) == 1 ? run : 1};
+  return {weight,           as_dense_rows(base_columns),          checked_offsets(op, cols, weight, run),
+          as_contiguous(A), scaled(B, static_cast<float>(scale)), weight.stride(1) == 1 ? run : 1};
 }
 
 void write_folds(const std::vector<Fold>& folds) {

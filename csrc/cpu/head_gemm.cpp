@@ -124,7 +124,7 @@ void head_forward_(Tensor logits, const Tensor& hidden, const Tensor& weight) {
   const int64_t tokens = hidden.size(0), vocabulary = weight.size(0), width = hidden.size(1);
   if (width == 0) torch::stable::zero_(logits);
   if (tokens == 0 || vocabulary == 0 || width == 0) return;
-  const Tensor x = dense_rows(hidden), w = dense_rows(weight);
+  const Tensor x = as_dense_rows(hidden), w = as_dense_rows(weight);
   parallel_gemm({by_rows(x), by_rows(w), mutable_data<float>(logits), logits.stride(0), width, Sums::fresh}, tokens,
                 vocabulary);
 }
@@ -142,7 +142,7 @@ void head_backward_(Tensor d_hidden, const Tensor& dz, const Tensor& weight, std
   }
   if (vocabulary == 0 || thresholds) torch::stable::zero_(d_hidden);
   if (tokens == 0 || vocabulary == 0 || width == 0) return;
-  const Tensor x = dense_rows(dz), w = dense_rows(weight);
+  const Tensor x = as_dense_rows(dz), w = as_dense_rows(weight);
   const Sums sums = thresholds ? Sums::resumed : Sums::fresh;
   const Gemm g{by_rows(x), by_columns(w), mutable_data<float>(d_hidden), width, vocabulary, sums};
   if (thresholds)
@@ -153,7 +153,7 @@ void head_backward_(Tensor d_hidden, const Tensor& dz, const Tensor& weight, std
 
 std::tuple<Tensor, Tensor> row_thresholds(const Tensor& dz, double share) {
   expect_matrix("row_thresholds", "dz", dz, -1, -1);
-  const Tensor x = dense_rows(dz);
+  const Tensor x = as_dense_rows(dz);
   const int64_t rows = dz.size(0), count = dz.size(1);
   Tensor thresholds = empty(dz, {rows}, ScalarType::Float);
   Tensor left_out = empty(dz, {rows}, ScalarType::Float);
@@ -174,7 +174,7 @@ void head_grad_(Tensor dW, const Tensor& dz, const Tensor& hidden) {
   const int64_t tokens = dz.size(0), vocabulary = dz.size(1), width = hidden.size(1);
   expect_sums("head_grad_", "dW", dW);
   if (tokens == 0 || vocabulary == 0 || width == 0) return;
-  const Tensor x = dense_rows(dz), h = dense_rows(hidden);
+  const Tensor x = as_dense_rows(dz), h = as_dense_rows(hidden);
   parallel_gemm({by_columns(x), by_columns(h), mutable_data<float>(dW), width, tokens, Sums::resumed}, vocabulary,
                 width);
 }

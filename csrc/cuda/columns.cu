@@ -302,7 +302,7 @@ Tensor column_gather(const Tensor& x, const Tensor& cols, int64_t run) {
   const char* op = "column_gather";
   expect_matrix(op, "x", x, -1, -1);
   const Device device(op, {{"x", x}, {"cols", cols}});
-  const Tensor index = packed(cols);
+  const Tensor index = as_contiguous(cols);
   const int64_t* column = checked_columns(op, index, run);
   const int64_t tokens = x.size(0), s = cols.size(0);
   const Tensor xs = empty(x, {tokens, s});
@@ -349,7 +349,7 @@ void column_scatter_(Tensor dx, const Tensor& dy, const Tensor& cols, const Tens
   expect_writable(op, "dx", dx);
   const Device device(op, {{"dx", dx}, {"dy", dy}, {"cols", cols}, {"A", A}, {"B", B}});
   const int64_t k = A.size(0);
-  const Tensor index = packed(cols);
+  const Tensor index = as_contiguous(cols);
   const int64_t* column = checked_columns(op, index, run);
   const Tensor d_hidden = project_all(device, dy, B, k, B.stride(1), B.stride(0));
   for_each_type(dx.scalar_type(), [&](auto type) {
@@ -371,7 +371,7 @@ void fold(const char* op, const Tensor& weight, const Tensor& base_columns, cons
   expect_delta(op, A, B, cols.numel(), weight.size(0));
   expect_writable(op, "weight", weight);
   const Device device(op, {{"weight", weight}, {"base_columns", base_columns}, {"cols", cols}, {"A", A}, {"B", B}});
-  const Tensor index = packed(cols), base = dense_rows(base_columns);
+  const Tensor index = as_contiguous(cols), base = as_dense_rows(base_columns);
   const int64_t* column = checked_columns(op, index, run);
   for_each_type(weight.scalar_type(), [&](auto type) {
     using T = decltype(type);
