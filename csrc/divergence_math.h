@@ -24,7 +24,7 @@ namespace rbfast {
 
 // Logits are clamped to at least this: it acts as -inf without the NaN of inf - inf, and its exp is 0 beside any other
 // logit.
-constexpr float kNone = -1e30f;
+constexpr float kLeastLogit = -1e30f;
 
 // For x below -86, exp(x) counts as 0, or as exp(-86) if that makes no difference: no power of two is denormal.
 constexpr float kLeastPower = -124.0f;

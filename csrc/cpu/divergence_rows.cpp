@@ -42,7 +42,7 @@ struct Row {
   double z_label;
 };
 
-double logit(float z) { return std::max(z, kNone); }
+double logit(float z) { return std::max(z, kLeastLogit); }
 
 double log_add(double x, double y) {
   const double top = std::max(x, y);
@@ -93,17 +93,17 @@ Losses sparse_row(const Row& row, const int64_t* ids, const float* logprobs, int
   support.clear();
   buckets.clear();
   const double inv_tau = row.inv_tau;
-  double top = kNone;
+  double top = kLeastLogit;
   for (int64_t i = 0; i < k; ++i) {
     if (ids[i] < 0) continue;
     support.push_back({ids[i], logit(row.z[ids[i]])});
     buckets.push_back({logprobs[i], 0, 0});
     top = std::max(top, support.back().z);
-    row.z[ids[i]] = kNone;  // leaves the tail, which is summed separately
+    row.z[ids[i]] = kLeastLogit;  // leaves the tail, which is summed separately
   }
   LogSum tail;
   RBFAST_CALL(row.isa, log_sum, row.z, row.job.vocabulary, row.inv_tau, &tail);
-  const bool has_tail = tail.max > kNone || std::isnan(tail.at_one);
+  const bool has_tail = tail.max > kLeastLogit || std::isnan(tail.at_one);
   top = std::max<double>(top, tail.max);
   const double below = tail.max - top;
   double sum_tau = has_tail ? tail.at_tau * std::exp(below * inv_tau) : 0;
@@ -149,11 +149,11 @@ Losses sparse_row(const Row& row, const int64_t* ids, const float* logprobs, int
 Losses dense_row(const Row& row, const float* teacher) {
   const int64_t vocabulary = row.job.vocabulary, shared = std::min(vocabulary, row.job.teacher_vocabulary);
   const double inv_tau = row.inv_tau;
-  LogSum z, rest{kNone, 0, 0}, t;
+  LogSum z, rest{kLeastLogit, 0, 0}, t;
   RBFAST_CALL(row.isa, log_sum, row.z, shared, row.inv_tau, &z);
   if (shared < vocabulary) RBFAST_CALL(row.isa, log_sum, row.z + shared, vocabulary - shared, row.inv_tau, &rest);
   RBFAST_CALL(row.isa, log_sum, teacher, shared, row.inv_tau, &t);
-  if (t.max <= kNone) t.max = std::numeric_limits<float>::quiet_NaN();  // no distribution, so no loss either
+  if (t.max <= kLeastLogit) t.max = std::numeric_limits<float>::quiet_NaN();  // no distribution, so no loss either
   const double top = std::max(z.max, rest.max);
   const double z_log = std::log(z.at_tau) + (z.max - top) * inv_tau, t_log = std::log(t.at_tau);
   const double log_one = std::log(z.at_one * std::exp(z.max - top) + rest.at_one * std::exp(rest.max - top));

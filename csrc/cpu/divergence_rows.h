@@ -9,7 +9,7 @@
 
 namespace rbfast {
 
-// sum_v exp((z_v - max) * inv_tau) and sum_v exp(z_v - max); undefined if max is kNone.
+// sum_v exp((z_v - max) * inv_tau) and sum_v exp(z_v - max); undefined if max is kLeastLogit.
 struct LogSum {
   float max;
   double at_tau, at_one;

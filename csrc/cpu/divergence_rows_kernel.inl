@@ -26,12 +26,12 @@ static inline __attribute__((always_inline)) void for_lanes(int64_t begin, int64
   if (v < end) f(v, end - v);
 }
 
-// kLanes logits, of which the first `left` exist; the others become kNone.
+// kLanes logits, of which the first `left` exist; the others become kLeastLogit.
 static inline __attribute__((always_inline)) Lanes load_logits(const float* p, int64_t left) {
   Lanes z = left >= kLanes ? load_lanes(p) : load_lanes(p, static_cast<int>(left));
   if (left < kLanes)
-    for (int i = static_cast<int>(left); i < kLanes; ++i) z[i] = kNone;
-  return larger(z, splat(kNone));
+    for (int i = static_cast<int>(left); i < kLanes; ++i) z[i] = kLeastLogit;
+  return larger(z, splat(kLeastLogit));
 }
 
 // Applies the label and the head's derivative to kLanes values of the gradient at column v, and stores them.
@@ -54,16 +54,16 @@ static inline __attribute__((always_inline)) void store_gradient(const Output& o
 
 template <bool kTwo>
 static void log_sum_of(const float* z, int64_t n, float inv_tau, LogSum* result) {
-  float top = kNone;
+  float top = kLeastLogit;
   double at_tau = 0, at_one = 0;
   for (int64_t b = 0; b < n; b += kBlock) {
     const int64_t end = smaller(b + kBlock, n);
-    Lanes most = splat(kNone);
+    Lanes most = splat(kLeastLogit);
     for_lanes(b, end, [&](int64_t v, int64_t left) __attribute__((always_inline)) {
       __builtin_prefetch(z + v + kAhead);
       most = larger(most, load_logits(z + v, left));
     });
-    float block_top = kNone;
+    float block_top = kLeastLogit;
     for (int i = 0; i < kLanes; ++i) block_top = most[i] > block_top ? most[i] : block_top;
     if (block_top > top) {
       at_tau *= __builtin_exp((static_cast<double>(top) - block_top) * inv_tau);

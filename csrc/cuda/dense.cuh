@@ -51,7 +51,7 @@ struct Part {
 template <Kind kKind>
 __device__ inline Part part_of(float z, float t, const DenseScale& row, const Series& series) {
   if (kKind == Kind::reverse) t = fmaxf(t, row.least_t);
-  const float d = fmaxf(fmaf(t - z, row.times, -row.apart), kNone), q = row.q(z), p = row.p(t);
+  const float d = fmaxf(fmaf(t - z, row.times, -row.apart), kLeastLogit), q = row.q(z), p = row.p(t);
   if (kKind == Kind::js) {
     const JsTerm x = js_term(q, p, d, series);
     return {x.term, q, q * x.score};
@@ -119,7 +119,7 @@ __device__ inline void clear_holes(Vector (&z)[kVectors]) {
 #pragma unroll
   for (int i = 0; i < kVectors; ++i)
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) z[i].value[j] = max_nan(z[i].value[j], kNone);
+    for (int j = 0; j < kVector; ++j) z[i].value[j] = max_nan(z[i].value[j], kLeastLogit);
 }
 
 template <typename T>
@@ -140,7 +140,7 @@ struct DenseExchange {
   }
 };
 
-// Starts the copies of a thread's tile into shared memory; columns beyond the row become kNone.
+// Starts the copies of a thread's tile into shared memory; columns beyond the row become kLeastLogit.
 template <int kVectors, int kStep, int kThreads>
 __device__ inline void copy_tile(Vector* mine, const Input& row, int first) {
   const auto copy_inside = [&](int v, int i) {
@@ -153,7 +153,7 @@ __device__ inline void copy_tile(Vector* mine, const Input& row, int first) {
       if (v + j < row.end)
         __pipeline_memcpy_async(&mine[i * kThreads].value[j], row.begin + v + j, sizeof(float));
       else
-        mine[i * kThreads].value[j] = kNone;
+        mine[i * kThreads].value[j] = kLeastLogit;
   };
   for_each_vector<kVectors, kStep>(first, row.is_aligned ? row.end : 0, copy_inside, copy_any);
   __pipeline_commit();
@@ -169,7 +169,7 @@ __device__ inline float sum_shared(const Vector* mine, float pivot, float scale)
 }
 template <int kVectors, int kThreads>
 __device__ inline float largest_shared(const Vector* mine) {
-  float top = kNone;
+  float top = kLeastLogit;
 #pragma unroll 4
   for (int i = 0; i < kVectors; ++i)
     for (int j = 0; j < kVector; ++j) top = fmaxf(top, mine[i * kThreads].value[j]);
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
         return Few<3>{{sum_tile(z, pivot[0], scale), of_t, needs_one ? sum_tile(z, pivot[2], kLog2e) : 0}};
       };
       const auto largest = [&] {
-        const float top = largest_of(z, kNone);
+        const float top = largest_of(z, kLeastLogit);
         return Few<3>{{top, largest_shared<kVectors, kThreads>(mine), top}};
       };
       // The team meets after every logit of the row is read: dz may overwrite them.
@@ -271,7 +271,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       for_each_vector<kDenseStreamVectors, T::kStep>(first, [&](int v, int i) {
 #pragma unroll
         for (int j = 0; j < kVector; ++j)
-          if (v + j >= n) z[i].value[j] = kNone;
+          if (v + j >= n) z[i].value[j] = kLeastLogit;
       });
     };
     const auto sums_about = [&](const Few<3>& pivot) {
@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       return sums;
     };
     const auto largest = [&] {
-      Few<3> top{{kNone, kNone, kNone}};
+      Few<3> top{{kLeastLogit, kLeastLogit, kLeastLogit}};
       for (int first = team.first(); first < V; first += kTile) {
         read(first);
         prepare(first);

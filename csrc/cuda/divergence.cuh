@@ -90,7 +90,7 @@ __device__ inline Score score_of(float log_q, float log_p, const Series& s) {
   const float q = exp2_fast(log_q);
   float score;
   if (kKind == Kind::js) {
-    const float e = fminf(fmaxf((log_p - log_q) * s.sign, kNone), 100.0f);
+    const float e = fminf(fmaxf((log_p - log_q) * s.sign, kLeastLogit), 100.0f);
     score = fabsf(e) < kNearJs ? series_score(s, e) : far_score(s, e, log_m_of(s, e));
   } else {
     score = log_q - fmaxf(log_p, kFloor2);

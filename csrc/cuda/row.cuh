@@ -28,7 +28,7 @@ struct Head {
     if (bias != nullptr) x += bias[v];
     x *= scale;
     if (softcap != 0) x = tanh_fast(x * inv_softcap) * softcap;
-    return x < kNone ? kNone : x;
+    return x < kLeastLogit ? kLeastLogit : x;
   }
   // d loss / d x from d loss / d z
   __device__ float finish(float gradient, float z) const {

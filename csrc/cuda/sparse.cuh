@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, kGeneral&& kResident > 2 ? 2 : kResi
       };
       // The team meets after every logit of the row is read: dz may overwrite them.
       const Sums sums =
-          find_tail(team, exchange, info, needs_one, turn, sums_about, [&] { return largest_of(z, kNone); });
+          find_tail(team, exchange, info, needs_one, turn, sums_about, [&] { return largest_of(z, kLeastLogit); });
       if (team.is_leader()) scratch.sums[row] = sums;
       const TailScale tail = tail_scale<kGeneral>(job, series, info, scratch.entries + row * job.k, sums, scale);
       const Input next = Input::of(job, team.row(round + 1));
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
       return sums;
     };
     const auto largest = [&] {
-      float top = kNone;
+      float top = kLeastLogit;
       for (int first = team.first(); first < V; first += kTile) {
         read(first);
         top = largest_of(z, top);

@@ -37,7 +37,7 @@ struct Mass {
 // A pivot (see Sums) for n logits, picked by a warp: the largest of the label's and of 32 others.
 template <typename F>
 __device__ float pick_pivot(int64_t n, int64_t label, const F& logit_at) {
-  float top = fmaxf(kNone, logit_at(threadIdx.x % kWarp * n / kWarp));
+  float top = fmaxf(kLeastLogit, logit_at(threadIdx.x % kWarp * n / kWarp));
   if (label >= 0 && label < n) top = fmaxf(top, logit_at(label));
   return as_pivot(warp_max(top));
 }
@@ -60,15 +60,15 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows(const Job job, c
   info.ce_weight = of_row(job.ce_weight, row);
   info.label = is_there ? static_cast<int>(label) : -1;
   info.z_label = is_there ? head.logit(logits[label], info.label) : NAN;
-  info.support_max = kNone;
-  float p_top = kNone;  // log2 of the teacher's largest probability, at the row's temperature
+  info.support_max = kLeastLogit;
+  float p_top = kLeastLogit;  // log2 of the teacher's largest probability, at the row's temperature
   if (k > 0) {
     const int64_t* ids = job.ids + row * k;
     const float* logprobs = job.logprobs + row * k;
     Entry* entries = scratch.entries + row * k;
     const float scale = info.scale();
     const Mass mass(logprobs, ids, k);
-    float top = kNone, best = -INFINITY;
+    float top = kLeastLogit, best = -INFINITY;
     for (int i = lane; i < k; i += kWarp) {
       const int64_t id = ids[i];
       const bool is_used = id >= 0 && id < job.vocabulary;
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows(const Job job, c
       best = fmaxf(best, entries[i].log_p);
     }
     const auto at_tau = [&](float log_p) { return (log_p - mass.excess) * scale; };
-    p_top = info.inv_tau == 1 ? 0 : fmaxf(kNone, static_cast<float>(at_tau(warp_max(best))));
+    p_top = info.inv_tau == 1 ? 0 : fmaxf(kLeastLogit, static_cast<float>(at_tau(warp_max(best))));
     for (int i = lane; i < k; i += kWarp) entries[i].log_p = static_cast<float>(at_tau(entries[i].log_p) - p_top);
     __syncwarp();  // all logits are read, the label's too
     for (int i = lane; i < k; i += kWarp)

@@ -127,7 +127,7 @@ struct alignas(16) Sums {
 };
 
 // A logit as a pivot; 0 if it is masked, infinite or NaN.
-__device__ inline float as_pivot(float z) { return fabsf(z) < -kNone ? z : 0; }
+__device__ inline float as_pivot(float z) { return fabsf(z) < -kLeastLogit ? z : 0; }
 
 // Whether a pivot served, judged by the sum over the row. The power of a logit that lies y away in base 2 has a
 // relative error of 2^-25 |y|: here up to 2^-20, the same as for logits far below the largest one. False for NaN.
