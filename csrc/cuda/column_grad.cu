@@ -25,7 +25,7 @@ namespace {
 // ---- launching ----
 
 // Bytes of shared memory per block, with this many blocks on a multiprocessor.
-int64_t shared_room(const Device& device, int blocks) {
+int64_t shared_per_block(const Device& device, int blocks) {
   constexpr int kReserved = 1024;  // by the system, per block
   const int all = device.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / blocks - kReserved;
   return std::min(all, device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
@@ -48,8 +48,8 @@ Fit fit_of(const Device& device) {
   return once(key_of(device), [&] {
     constexpr int64_t kMostStages = 4, kStage = kStageBytes<T, kN, kDot>, kScratch = kScratchBytes<kN, kDot>;
     int resident = kBlocks<T, kN, kDot>;
-    while (resident > 1 && shared_room(device, resident) < 2 * kStage + kScratch) --resident;
-    const int64_t room = shared_room(device, resident) - kScratch;
+    while (resident > 1 && shared_per_block(device, resident) < 2 * kStage + kScratch) --resident;
+    const int64_t room = shared_per_block(device, resident) - kScratch;
     Fit fit{static_cast<int>(std::min(kMostStages, room / kStage)), 0, 0};
     fit.shared = fit.stages * kStage + kScratch;
     device.allow_shared_memory(sweep<T, kN, kDot>);
@@ -63,7 +63,7 @@ Fit fit_of(const Device& device) {
 // Ranks per sweep: as many as a block has shared memory for.
 int most_ranks(const Device& device) {
   constexpr int kNeeded = 2 * kStageBytes<float, 4, true> + kScratchBytes<4, true>;
-  return once(key_of(device), [&] { return shared_room(device, 1) >= kNeeded ? kMostRanks : kMostRanks - 8; });
+  return once(key_of(device), [&] { return shared_per_block(device, 1) >= kNeeded ? kMostRanks : kMostRanks - 8; });
 }
 
 // Shares the units of a matrix between blocks, at least `least` to each. Without any units, one block writes sums of 0.
@@ -103,7 +103,7 @@ struct Gradients {
 
 template <typename T, int kN, bool kDot>
 void launch_sweep(const Device& device, const Fit& fit, const Sweep<T>& s) {
-  static_assert(2 * sizeof(SumRoom) <= 2 * kStageBytes<T, kN, kDot>);
+  static_assert(2 * sizeof(SumStorage) <= 2 * kStageBytes<T, kN, kDot>);
   device.launch({s.shares.blocks, 1, kSweepThreads, 1, fit.shared, true}, sweep<T, kN, kDot>, s);
 }
 
@@ -116,11 +116,11 @@ void grad_of_ranks(const Device& device, RankBlocks<kN>, const Gradients& g, int
   const Fit fit_y = fit_of<Y, kN, true>(device), fit_x = fit_of<X, kN, false>(device);
   // Whatever its share, a block writes parts of dA as large as three tiles of xs: give it at least 4 units.
   Shares of_y = shares_of<TileY>(fit_y, y.tokens, y.n, 1), of_x = shares_of<TileX>(fit_x, x.tokens, x.n, 4);
-  const int64_t tiles = of_y.tiles, of_tile = kTokens / kLeaf * kN * kWarp;
+  const int64_t tiles = of_y.tiles, of_tile = kTokens / kSlice * kN * kWarp;
   Workspace work;
   const int64_t hidden = work.add<Pair>(tiles * of_tile * kPartners<Y>);
   const int64_t d_hidden = work.add<Pair>(tiles * of_tile * kPartners<X>);
-  const int64_t B = work.add<Pair>(ceil_div(y.n, kLeaf) * kN * kPartners<Y> * kWarp);
+  const int64_t B = work.add<Pair>(ceil_div(y.n, kSlice) * kN * kPartners<Y> * kWarp);
   const int64_t dots = work.add<Floats>(of_y.strips * tiles * of_tile);
   const int64_t dB_parts = work.add<Floats>((of_y.blocks + of_y.strips) * TileY::kStrip * kN * kWarp);
   const int64_t dA_parts = work.add<Floats>((of_x.blocks + of_x.strips) * TileX::kStrip * kN * kWarp);

@@ -8,7 +8,7 @@ namespace rbfast {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr int kTokens = 32;     // per tile: twice the rows of a product
-constexpr int kLeaf = 16;       // features per product
+constexpr int kSlice = 16;      // features, or tokens, of one product
 constexpr int kMostRanks = 32;  // per launch; ranks come in blocks of 8
 
 using Floats = Pack<float, 4>;   // a lane's part of a product [16, 8]
@@ -56,7 +56,7 @@ __device__ inline Pack<T, count> read(const Matrix<T>& m, int64_t t, int64_t v) 
   const T* from = m.x + t * m.row + v * m.column;
   if (m.aligned && left >= count) return *reinterpret_cast<const Pack<T, count>*>(from);
   Pack<T, count> values{};
-  const int64_t step = afresh(m.column);
+  const int64_t step = rematerialize(m.column);
 #pragma unroll
   for (int i = 0; i < count; ++i, from += step)
     if (i < left) values.value[i] = *from;
@@ -89,7 +89,7 @@ struct Factor {
         memcpy(values + e, &four, sizeof(four));
       }
     } else {
-      const int64_t step = afresh(feature);
+      const int64_t step = rematerialize(feature);
 #pragma unroll
       for (int e = 0; e < count; ++e, from += step) values[e] = e < left ? *from : 0;
     }
@@ -115,7 +115,7 @@ __device__ inline void write_operand(Pair* to, int pieces, const float (&upper)[
     if (p < pieces) to[p * kWarp + threadIdx.x % kWarp] = {{first[p], second[p]}};
 }
 
-// A factor m, and where it goes as operands of products with tiles of T: [leaves of n features, blocks of ranks,
+// A factor m, and where it goes as operands of products with tiles of T: [slices of n features, blocks of ranks,
 // pieces, lanes].
 struct Operands {
   Factor m;
@@ -123,7 +123,7 @@ struct Operands {
   Pair* to;
   int pieces;
 
-  __host__ __device__ int64_t leaves() const { return (n + kLeaf - 1) / kLeaf; }
+  __host__ __device__ int64_t slices() const { return (n + kSlice - 1) / kSlice; }
 };
 
 // H for up to kMostRanks ranks, by column_project.cu. The same launch splits `also`, a factor of as many ranks.

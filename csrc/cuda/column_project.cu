@@ -14,21 +14,21 @@ namespace {
 
 // Warps per block. Blocks are few, so each has as many warps as registers allow, to hide memory latency.
 template <typename T, int kN>
-constexpr int kReaders = sizeof(T) == 4 || kPieces<T> * kN == 8 ? 8 : 16;
+constexpr int kProjectWarps = sizeof(T) == 4 || kPieces<T> * kN == 8 ? 8 : 16;
 
-constexpr int kLane = 8;  // features of a row that a lane reads at once
+constexpr int kLaneValues = 8;  // features of a row that a lane reads at once
 
 template <typename T>
-using Row = Bits<kLane * sizeof(T)>;
+using Row = Bits<kLaneValues * sizeof(T)>;
 
-// Reads a lane's share of the features from `begin` on, kLane for each of four lanes: rows first, first + 8, .. of x,
-// and one rank of every eight of m. If nothing is cut off, all of its loads are in flight at once.
+// Reads a lane's share of the features from `begin` on, kLaneValues for each of four lanes: rows first, first + 8, ..
+// of x, and one rank of every eight of m. If nothing is cut off, all of its loads are in flight at once.
 template <typename T, int kRows, int kN>
 __device__ inline void read_chunk(const Matrix<T>& x, const Factor& m, int64_t first, int64_t begin,
                                   Row<T> (&rows)[kRows], Row<float> (&ranks)[kN]) {
   const int lane = threadIdx.x % kWarp, rank = lane / 4;
-  const int64_t v = begin + kLane * (lane % 4);
-  if (x.aligned && m.aligned && begin + 4 * kLane <= x.n) {
+  const int64_t v = begin + kLaneValues * (lane % 4);
+  if (x.aligned && m.aligned && begin + 4 * kLaneValues <= x.n) {
     const T* row = x.x + first * x.row + v;
     const float* of_rank = m.m + rank * m.rank + v;
 #pragma unroll
@@ -41,30 +41,30 @@ __device__ inline void read_chunk(const Matrix<T>& x, const Factor& m, int64_t f
   }
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
-    const Pack<T, kLane> row = read<kLane>(x, first + 8 * i, v);
+    const Pack<T, kLaneValues> row = read<kLaneValues>(x, first + 8 * i, v);
     memcpy(&rows[i], &row, sizeof(row));
   }
 #pragma unroll
   for (int j = 0; j < kN; ++j) {
-    float values[kLane];
+    float values[kLaneValues];
     m.read(8 * j + rank, v, x.n, values);
     memcpy(&ranks[j], values, sizeof(values));
   }
 }
 
-// Splits a block's share of the leaves of a factor into pieces, one leaf per warp, the last warp first.
+// Splits a block's share of a factor's slices into pieces, one slice per warp, the last warp first.
 template <int kN>
-__device__ inline void cut_leaves(const Operands& from, int warps) {
-  const int lane = threadIdx.x % kWarp, leaves = static_cast<int>(from.leaves()), blocks = gridDim.x;
-  const int share = (leaves + blocks - 1) / blocks, begin = blockIdx.x * share;
-  const int end = begin + share < leaves ? begin + share : leaves;
+__device__ inline void split_factor(const Operands& from, int warps) {
+  const int lane = threadIdx.x % kWarp, slices = static_cast<int>(from.slices()), blocks = gridDim.x;
+  const int share = (slices + blocks - 1) / blocks, begin = blockIdx.x * share;
+  const int end = begin + share < slices ? begin + share : slices;
 #pragma unroll 1
-  for (int leaf = begin + warps - 1 - threadIdx.x / kWarp; leaf < end; leaf += warps) {
-    const int64_t v = leaf * int64_t{kLeaf} + lane % 4 * 2;
+  for (int slice = begin + warps - 1 - threadIdx.x / kWarp; slice < end; slice += warps) {
+    const int64_t v = slice * int64_t{kSlice} + lane % 4 * 2;
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
       const int rank = 8 * j + lane / 4;
-      write_operand(from.to + (leaf * int64_t{kN} + j) * from.pieces * kWarp, from.pieces,
+      write_operand(from.to + (slice * int64_t{kN} + j) * from.pieces * kWarp, from.pieces,
                     {from.m.at(rank, v, from.n), from.m.at(rank, v + 1, from.n)},
                     {from.m.at(rank, v + 8, from.n), from.m.at(rank, v + 9, from.n)});
     }
@@ -73,18 +73,18 @@ __device__ inline void cut_leaves(const Operands& from, int warps) {
 
 // While some warps of a block add up H, the others split its share of `also`. Blocks beyond the last tile only do that.
 template <typename T, int kN>
-__global__ void __launch_bounds__(kReaders<T, kN>* kWarp, 1)
+__global__ void __launch_bounds__(kProjectWarps<T, kN>* kWarp, 1)
     project_tile(const Matrix<T> x, const Factor m, const Hidden to, const Operands also) {
-  constexpr int kParts = kTokens / kLeaf, kRow = 8 * kN + 1;
+  constexpr int kParts = kTokens / kSlice, kRow = 8 * kN + 1;
   RBFAST_SHARED_MEMORY(memory);
-  Floats* parts = reinterpret_cast<Floats*>(memory);                                       // [warps, kParts, kN, lanes]
-  float* total = reinterpret_cast<float*>(parts + kReaders<T, kN> * kParts * kN * kWarp);  // [kTokens, kRow]
+  Floats* parts = reinterpret_cast<Floats*>(memory);  // [warps, kParts, kN, lanes]
+  float* total = reinterpret_cast<float*>(parts + kProjectWarps<T, kN> * kParts * kN * kWarp);  // [kTokens, kRow]
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4;
   const int64_t first = blockIdx.x * int64_t{kTokens};
-  if (first >= x.tokens) return cut_leaves<kN>(also, kReaders<T, kN>);
+  if (first >= x.tokens) return split_factor<kN>(also, kProjectWarps<T, kN>);
   float acc[kParts][kN][4] = {};
 #pragma unroll 1
-  for (int64_t begin = warp * 4 * kLane; begin < x.n; begin += kReaders<T, kN> * 4 * kLane) {
+  for (int64_t begin = warp * 4 * kLaneValues; begin < x.n; begin += kProjectWarps<T, kN> * 4 * kLaneValues) {
     Row<T> rows[kParts * 2];
     Row<float> ranks[kN];
     read_chunk(x, m, first + g, begin, rows, ranks);
@@ -126,34 +126,34 @@ __global__ void __launch_bounds__(kReaders<T, kN>* kWarp, 1)
 #pragma unroll
     for (int j = 0; j < kN; ++j) parts[((warp * kParts + part) * kN + j) * kWarp + lane] = floats_of(acc[part][j]);
   __syncthreads();
-  cut_leaves<kN>(also, kReaders<T, kN>);
-  for (int i = threadIdx.x; i < kParts * kN * kWarp; i += kReaders<T, kN> * kWarp) {
+  split_factor<kN>(also, kProjectWarps<T, kN>);
+  for (int i = threadIdx.x; i < kParts * kN * kWarp; i += kProjectWarps<T, kN> * kWarp) {
     Floats sum = parts[i];
-    for (int w = 1; w < kReaders<T, kN>; ++w) sum = sum + parts[w * kParts * kN * kWarp + i];
-    const int l = i % kWarp, t = i / (kN * kWarp) * kLeaf + l / 4, rank = i / kWarp % kN * 8 + l % 4 * 2;
+    for (int w = 1; w < kProjectWarps<T, kN>; ++w) sum = sum + parts[w * kParts * kN * kWarp + i];
+    const int l = i % kWarp, t = i / (kN * kWarp) * kSlice + l / 4, rank = i / kWarp % kN * 8 + l % 4 * 2;
 #pragma unroll
     for (int e = 0; e < 4; ++e) total[(t + e / 2 * 8) * kRow + rank + e % 2] = sum.value[e];
   }
   __syncthreads();
-  for (int i = threadIdx.x; to.operands != nullptr && i < kParts * kN * kWarp; i += kReaders<T, kN> * kWarp) {
-    const int l = i % kWarp, t = i / (kN * kWarp) * kLeaf + l % 4 * 2, rank = i / kWarp % kN * 8 + l / 4;
+  for (int i = threadIdx.x; to.operands != nullptr && i < kParts * kN * kWarp; i += kProjectWarps<T, kN> * kWarp) {
+    const int l = i % kWarp, t = i / (kN * kWarp) * kSlice + l % 4 * 2, rank = i / kWarp % kN * 8 + l / 4;
     write_operand(to.operands + (blockIdx.x * int64_t{kParts * kN} + i / kWarp) * to.pieces * kWarp, to.pieces,
                   {total[t * kRow + rank], total[(t + 1) * kRow + rank]},
                   {total[(t + 8) * kRow + rank], total[(t + 9) * kRow + rank]});
   }
-  for (int i = threadIdx.x; to.plain != nullptr && i < kTokens * m.k; i += kReaders<T, kN> * kWarp)
+  for (int i = threadIdx.x; to.plain != nullptr && i < kTokens * m.k; i += kProjectWarps<T, kN> * kWarp)
     if (first + i / m.k < x.tokens) to.plain[(first + i / m.k) * to.ld + i % m.k] = total[i / m.k * kRow + i % m.k];
 }
 
 template <typename T, int kN>
 void launch(const Device& device, RankBlocks<kN>, const Matrix<T>& x, const Factor& m, const Hidden& to,
             const Operands& also) {
-  constexpr size_t kParts = kReaders<T, kN> * kTokens / kLeaf * kN * kWarp * sizeof(Floats);
+  constexpr size_t kParts = kProjectWarps<T, kN> * kTokens / kSlice * kN * kWarp * sizeof(Floats);
   constexpr size_t kShared = kParts + kTokens * (8 * kN + 1) * sizeof(float);
   if (kShared > 48 << 10)  // beyond 48 KB a kernel must opt in
     once(device.index(), [&] { return device.allow_shared_memory(project_tile<T, kN>), true; });
-  const int64_t blocks = std::max(ceil_div(x.tokens, kTokens), ceil_div(also.leaves(), kReaders<T, kN>));
-  device.launch({blocks, 1, kReaders<T, kN> * kWarp, 1, kShared}, project_tile<T, kN>, x, m, to, also);
+  const int64_t blocks = std::max(ceil_div(x.tokens, kTokens), ceil_div(also.slices(), kProjectWarps<T, kN>));
+  device.launch({blocks, 1, kProjectWarps<T, kN> * kWarp, 1, kShared}, project_tile<T, kN>, x, m, to, also);
 }
 
 }  // namespace

@@ -17,7 +17,7 @@ struct Dots {
   int pieces = 0;
 };
 
-// How all blocks share the list of units, strip by strip, and the parts [blocks + strips, leaves of a strip, blocks of
+// How all blocks share the list of units, strip by strip, and the parts [blocks + strips, slices of a strip, blocks of
 // ranks, lanes] of x^T w that they write: part b + q belongs to block b and strip q alone.
 struct Shares {
   int strips, tiles, blocks;
@@ -39,16 +39,16 @@ struct Shares {
 };
 
 // Warps per block of a sweep.
-constexpr int kSweepers = 4, kSweepThreads = kSweepers * kWarp;
+constexpr int kSweepWarps = 4, kSweepThreads = kSweepWarps * kWarp;
 
 // How many warps share a sum of this many parts: one warp has at most 16 loads in flight.
-__host__ __device__ inline int team_for(int parts) { return parts > 16 ? kSweepers : 1; }
+__host__ __device__ inline int warps_for(int parts) { return parts > 16 ? kSweepWarps : 1; }
 
-// to[v * feature + i * rank] = scale * the sum over the blocks that had v's strip, added up by a team of warps.
+// to[v * feature + i * rank] = scale * the sum over the blocks that had v's strip, shared by `warps` warps.
 struct Sum {
   float* to;
   int64_t feature, rank;
-  int k, team;
+  int k, warps;
   float scale;
 
   Sum(const Shares& shares, float* to, int64_t feature, int64_t rank, int k, float scale)
@@ -56,23 +56,24 @@ struct Sum {
         feature(feature),
         rank(rank),
         k(k),
-        team(team_for(shares.blocks / std::max(1, shares.strips))),
+        warps(warps_for(shares.blocks / std::max(1, shares.strips))),
         scale(scale) {}
 };
 
-// Shared memory for the sums of a block's warps. It is double-buffered: a team's first warp may read one buffer while
-// the others write to the other.
-struct SumRoom {
+// Shared memory for the sums of a block's warps. There are two: the first warp of a sum may read one while the others
+// already write to the other.
+struct SumStorage {
   static constexpr int kRow = 9;
   Floats parts[kSweepThreads];
-  float totals[kSweepers][kLeaf * kRow];
+  float totals[kSweepWarps][kSlice * kRow];
 };
 
-// The sum of parts[i * step] for i in [begin, end), split between `team` warps; complete in the team's first warp.
-__device__ inline Floats sum_of_parts(const Floats* parts, int64_t step, int begin, int end, int team, Floats* room) {
+// The sum of parts[i * step] for i in [begin, end), split between `warps` warps; complete in the first of them.
+__device__ inline Floats sum_of_parts(const Floats* parts, int64_t step, int begin, int end, int warps,
+                                      Floats* shared) {
   constexpr int kAtOnce = 16;  // loads in flight together
-  const int lane = threadIdx.x % kWarp, member = threadIdx.x / kWarp % team;
-  const int each = (end - begin + team - 1) / team, from = begin + member * each;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp % warps;
+  const int each = (end - begin + warps - 1) / warps, from = begin + warp * each;
   const int to = from + each < end ? from + each : end;
   Floats sum{};
 #pragma unroll 1
@@ -83,46 +84,46 @@ __device__ inline Floats sum_of_parts(const Floats* parts, int64_t step, int beg
 #pragma unroll
     for (int b = 0; b < kAtOnce; ++b) sum = sum + part[b];
   }
-  if (team == 1) return sum;
-  room[threadIdx.x] = sum;
+  if (warps == 1) return sum;
+  shared[threadIdx.x] = sum;
   __syncthreads();
-  for (int w = 1; member == 0 && w < team; ++w) sum = sum + room[threadIdx.x + w * kWarp];
+  for (int w = 1; warp == 0 && w < warps; ++w) sum = sum + shared[threadIdx.x + w * kWarp];
   return sum;
 }
 
-// Each team adds up dH for 16 tokens by 8 ranks, one of `all` such tiles.
-__device__ inline void sum_dots(const Dots& dots, int strips, int index, int all, int team, SumRoom& room) {
-  constexpr int kRow = SumRoom::kRow;
+// Every `warps` warps add up dH for 16 tokens by 8 ranks, one of `all` such tiles.
+__device__ inline void sum_dots(const Dots& dots, int strips, int index, int all, int warps, SumStorage& storage) {
+  constexpr int kRow = SumStorage::kRow;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, c = lane % 4;
-  const int place = index * (kSweepers / team) + warp / team;
-  const Floats* parts = dots.parts + place * int64_t{kWarp};
-  const Floats sum = sum_of_parts(parts, all * int64_t{kWarp}, 0, place < all ? strips : 0, team, room.parts);
-  if (warp % team > 0 || place >= all) return;
-  float* total = room.totals[warp];
+  const int tile = index * (kSweepWarps / warps) + warp / warps;
+  const Floats* parts = dots.parts + tile * int64_t{kWarp};
+  const Floats sum = sum_of_parts(parts, all * int64_t{kWarp}, 0, tile < all ? strips : 0, warps, storage.parts);
+  if (warp % warps > 0 || tile >= all) return;
+  float* total = storage.totals[warp];
 #pragma unroll
   for (int e = 0; e < 4; ++e) total[(g + e / 2 * 8) * kRow + 2 * c + e % 2] = sum.value[e];
   __syncwarp();
-  write_operand(dots.hidden + place * int64_t{dots.pieces} * kWarp, dots.pieces,
+  write_operand(dots.hidden + tile * int64_t{dots.pieces} * kWarp, dots.pieces,
                 {total[2 * c * kRow + g], total[(2 * c + 1) * kRow + g]},
                 {total[(2 * c + 8) * kRow + g], total[(2 * c + 9) * kRow + g]});
 }
 
-// Each team adds up x^T w for 16 features by 8 ranks.
+// Every s.warps warps add up x^T w for 16 features by 8 ranks.
 template <int kRanks, int kStrip>
-__device__ inline void sum_outer(const Sum& s, const Shares& shares, int n, int index, SumRoom& room) {
+__device__ inline void sum_outer(const Sum& s, const Shares& shares, int n, int index, SumStorage& storage) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int place = index * (kSweepers / s.team) + warp / s.team;
-  const int leaf = place / kRanks, j = place % kRanks, strip = leaf / kStrip;
-  const bool is_inside = shares.tiles > 0 && leaf * kLeaf < n;
+  const int tile = index * (kSweepWarps / s.warps) + warp / s.warps;
+  const int slice = tile / kRanks, j = tile % kRanks, strip = slice / kStrip;
+  const bool is_inside = shares.tiles > 0 && slice * kSlice < n;
   const int begin = is_inside ? shares.block_of(strip * shares.tiles) : 0;
   const int end = is_inside ? shares.block_of((strip + 1) * shares.tiles - 1) + 1 : 0;
   constexpr int kStep = kStrip * kRanks * kWarp;  // from block to block
-  const Floats* parts = shares.parts + strip * int64_t{kStep} + (leaf % kStrip * kRanks + j) * kWarp;
-  const Floats sum = sum_of_parts(parts, kStep, begin, end, s.team, room.parts);
-  if (warp % s.team > 0) return;
+  const Floats* parts = shares.parts + strip * int64_t{kStep} + (slice % kStrip * kRanks + j) * kWarp;
+  const Floats sum = sum_of_parts(parts, kStep, begin, end, s.warps, storage.parts);
+  if (warp % s.warps > 0) return;
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
-    const int v = leaf * kLeaf + lane / 4 + e / 2 * 8, i = 8 * j + lane % 4 * 2 + e % 2;
+    const int v = slice * kSlice + lane / 4 + e / 2 * 8, i = 8 * j + lane % 4 * 2 + e % 2;
     if (v < n && i < s.k) s.to[v * s.feature + i * s.rank] = s.scale * sum.value[e];
   }
 }
@@ -130,18 +131,18 @@ __device__ inline void sum_outer(const Sum& s, const Shares& shares, int n, int 
 // All sums of a sweep, by all blocks of the grid, after every part is written. `memory` is shared memory.
 template <int kRanks, int kStrip, bool kDot>
 __device__ inline void sum_all(const Sum& sum, const Dots& dots, const Shares& shares, int n, char* memory) {
-  const int of_dots = kDot ? shares.tiles * (kTokens / kLeaf) * kRanks : 0;
-  const int team = team_for(shares.strips), teams = kSweepers / team;
-  const int rounds = (of_dots + teams - 1) / teams;
-  const int all = rounds + ((n + kLeaf - 1) / kLeaf * kRanks * sum.team + kSweepers - 1) / kSweepers;
-  SumRoom* rooms = reinterpret_cast<SumRoom*>(memory);
-  int turn = 0;
+  const int of_dots = kDot ? shares.tiles * (kTokens / kSlice) * kRanks : 0;
+  const int warps = warps_for(shares.strips), at_once = kSweepWarps / warps;
+  const int rounds = (of_dots + at_once - 1) / at_once;
+  const int all = rounds + ((n + kSlice - 1) / kSlice * kRanks * sum.warps + kSweepWarps - 1) / kSweepWarps;
+  SumStorage* storage = reinterpret_cast<SumStorage*>(memory);
+  int buffer = 0;
 #pragma unroll 1
-  for (int i = blockIdx.x; i < all; i += gridDim.x, turn ^= 1) {
+  for (int i = blockIdx.x; i < all; i += gridDim.x, buffer ^= 1) {
     if (kDot && i < rounds)
-      sum_dots(dots, shares.strips, i, of_dots, team, rooms[turn]);
+      sum_dots(dots, shares.strips, i, of_dots, warps, storage[buffer]);
     else
-      sum_outer<kRanks, kStrip>(sum, shares, n, i - rounds, rooms[turn]);
+      sum_outer<kRanks, kStrip>(sum, shares, n, i - rounds, storage[buffer]);
   }
 }
 

@@ -1,5 +1,5 @@
-// The main kernel of `column_grad`: one pass over a matrix gives both of its products (dy) or one (xs). See
-// column_grad.cu.
+// The main kernel of `column_grad`: one pass over a matrix x gives x^T w (`outer`) and, with kDot, x m (`dot`) too:
+// both for dy, the first one for xs. See column_grad.cu.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -9,10 +9,10 @@
 namespace rbfast {
 namespace {
 
-// Leaves of 16 features per warp. With one product they are few: however little of a strip a block has, it writes parts
+// Slices of 16 features per warp. With one product they are few: however little of a strip a block has, it writes parts
 // of dA for all of the strip's features.
 template <typename T, bool kDot>
-constexpr int kLeaves = (kDot ? 4 : 2) / (sizeof(T) == 4 ? 2 : 1);
+constexpr int kSlices = (kDot ? 4 : 2) / (sizeof(T) == 4 ? 2 : 1);
 
 // Blocks of `sweep` per multiprocessor as registers allow; fewer if shared memory does not hold two tiles for each.
 template <typename T, int kN, bool kDot>
@@ -21,28 +21,28 @@ constexpr int kBlocks = kDot ? (kPieces<T> == 1 || kPieces<T> * kN < 4 ? 3 : 2) 
 // ---- both products of a matrix ----
 
 // A tile of x in shared memory: rows of kWidth values, in 16-byte chunks swizzled by the row, so that eight rows of a
-// chunk lie in different banks. A warp's leaves are kStep values apart, a multiple of eight chunks, so all have the
+// chunk lie in different banks. A warp's slices are kStep values apart, a multiple of eight chunks, so all have the
 // same swizzle.
 template <typename T, bool kDot>
 struct Tile {
-  static constexpr int kStrip = kLeaves<T, kDot> * kSweepers, kWidth = kStrip * kLeaf, kChunk = 16 / sizeof(T);
-  static constexpr int kStep = kSweepers * kLeaf, kBytes = kTokens * kWidth * sizeof(T);
+  static constexpr int kStrip = kSlices<T, kDot> * kSweepWarps, kWidth = kStrip * kSlice, kChunk = 16 / sizeof(T);
+  static constexpr int kStep = kSweepWarps * kSlice, kBytes = kTokens * kWidth * sizeof(T);
   static_assert(kStep / kChunk % 8 == 0);
   T* values;
 
   __device__ T* at(int t, int v) const { return values + t * kWidth + ((v / kChunk) ^ (t & 7)) * kChunk + v % kChunk; }
 
-  // The pieces of the operand [16 tokens, 16 features], or, transposed, [16 features, 16 tokens], for this warp's leaf
+  // The pieces of the operand [16 tokens, 16 features], or, transposed, [16 features, 16 tokens], for this warp's slice
   // and the 16 tokens of a part.
   template <bool kTransposed>
-  __device__ void operand(int part, int leaf, uint32_t (&a)[kPieces<T>][4]) const {
-    const int lane = threadIdx.x % kWarp, first = threadIdx.x / kWarp * kLeaf;
-    const int away = part * kLeaf * kWidth + leaf * kStep;
+  __device__ void operand(int part, int slice, uint32_t (&a)[kPieces<T>][4]) const {
+    const int lane = threadIdx.x % kWarp, first = threadIdx.x / kWarp * kSlice;
+    const int offset = part * kSlice * kWidth + slice * kStep;
     if constexpr (sizeof(T) == 2) {
       const int upper = lane / 16 * 8, lower = lane / 8 % 2 * 8;
       uint32_t raw[4];
       load_matrices<kTransposed>(
-          raw, at(lane % 8 + (kTransposed ? upper : lower), first + (kTransposed ? lower : upper)) + away);
+          raw, at(lane % 8 + (kTransposed ? upper : lower), first + (kTransposed ? lower : upper)) + offset);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         T pair[2];
@@ -57,7 +57,7 @@ struct Tile {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int row = g + i % 2 * 8, column = 2 * c + i / 2 * 8 + e;
-          pair[e] = (kTransposed ? at(column, first + row) : at(row, first + column))[away];
+          pair[e] = (kTransposed ? at(column, first + row) : at(row, first + column))[offset];
         }
         set(a, i, pair);
       }
@@ -92,11 +92,11 @@ struct Unit {
 
 // Bytes of shared memory for one tile and its part of w, and for the warps' parts of dH.
 template <typename T, int kN>
-constexpr int kHiddenPairs = kTokens / kLeaf * kN * kPartners<T> * kWarp;
+constexpr int kHiddenPairs = kTokens / kSlice * kN * kPartners<T> * kWarp;
 template <typename T, int kN, bool kDot>
 constexpr int kStageBytes = Tile<T, kDot>::kBytes + kHiddenPairs<T, kN> * sizeof(Pair);
 template <int kN, bool kDot>
-constexpr int kScratchBytes = kDot ? 2 * kSweepers * kTokens / kLeaf * kN * kWarp * sizeof(Floats) : 0;
+constexpr int kScratchBytes = kDot ? 2 * kSweepWarps * kTokens / kSlice * kN * kWarp * sizeof(Floats) : 0;
 
 // Starts to copy a unit's tile of x. A thread copies the same features of every kRows-th row, so only kPlaces different
 // swizzles occur.
@@ -123,12 +123,12 @@ __device__ void copy_tile(const Matrix<T>& x, Unit unit, T* values) {
 #pragma unroll
     for (int j = 0; j < kPlaces; ++j, from += kRows * x.row) {
       const int64_t at = t + i + j * kRows;
-      T* place = to[j] + i * Tile::kWidth;
+      T* chunk = to[j] + i * Tile::kWidth;
       if (x.aligned) {
         const bool is_inside = at < x.tokens && valid > 0;
-        copy_async(place, is_inside ? from : x.x, is_inside ? valid * sizeof(T) : 0);
+        copy_async(chunk, is_inside ? from : x.x, is_inside ? valid * sizeof(T) : 0);
       } else {
-        *reinterpret_cast<Pack<T, Tile::kChunk>*>(place) = read<Tile::kChunk>(x, at, feature);
+        *reinterpret_cast<Pack<T, Tile::kChunk>*>(chunk) = read<Tile::kChunk>(x, at, feature);
       }
     }
 }
@@ -157,7 +157,7 @@ __device__ inline void wait_for_stage(int stages) {
 template <typename T, int kN, bool kDot>
 __global__ void __launch_bounds__(kSweepThreads, kBlocks<T, kN, kDot>) sweep(const Sweep<T> s) {
   using Tile = Tile<T, kDot>;
-  constexpr int kOwn = kLeaves<T, kDot>, kParts = kTokens / kLeaf, kPartner = kPartners<T>;
+  constexpr int kOwn = kSlices<T, kDot>, kParts = kTokens / kSlice, kPartner = kPartners<T>;
   constexpr int kStage = kStageBytes<T, kN, kDot>;
   RBFAST_SHARED_MEMORY(memory);
   char* scratch = memory + s.stages * kStage;
@@ -172,9 +172,9 @@ __global__ void __launch_bounds__(kSweepThreads, kBlocks<T, kN, kDot>) sweep(con
   const auto store_outer = [&] {
 #pragma unroll
     for (int f = 0; f < kOwn; ++f) {
-      const int leaf = f * kSweepers + warp;
-      if (leaf * kLeaf >= left) continue;
-      Floats* to = s.shares.parts + ((blockIdx.x + strip) * int64_t{Tile::kStrip} + leaf) * kN * kWarp + lane;
+      const int slice = f * kSweepWarps + warp;
+      if (slice * kSlice >= left) continue;
+      Floats* to = s.shares.parts + ((blockIdx.x + strip) * int64_t{Tile::kStrip} + slice) * kN * kWarp + lane;
 #pragma unroll
       for (int j = 0; j < kN; ++j) write_floats(to + j * kWarp, outer[f][j]);
     }
@@ -182,12 +182,12 @@ __global__ void __launch_bounds__(kSweepThreads, kBlocks<T, kN, kDot>) sweep(con
   // Adds up the warps' parts of dH for a unit, from its half of scratch.
   const auto store_dot = [&](Unit of, int half) {
     constexpr int kCount = kParts * kN * kWarp;
-    const Floats* from = reinterpret_cast<const Floats*>(scratch) + half * kSweepers * kCount;
+    const Floats* from = reinterpret_cast<const Floats*>(scratch) + half * kSweepWarps * kCount;
     Floats* to = s.dots.parts + (static_cast<int64_t>(of.strip) * tiles + of.tile) * kCount;
     for (int l = threadIdx.x; l < kCount; l += kSweepThreads) {
       Floats sum = from[l];
 #pragma unroll
-      for (int w = 1; w < kSweepers; ++w) sum = sum + from[w * kCount + l];
+      for (int w = 1; w < kSweepWarps; ++w) sum = sum + from[w * kCount + l];
       write_floats(to + l, sum.value);
     }
   };
@@ -196,9 +196,9 @@ __global__ void __launch_bounds__(kSweepThreads, kBlocks<T, kN, kDot>) sweep(con
     left = static_cast<int>(s.x.n) - strip * Tile::kWidth;
 #pragma unroll
     for (int f = 0; f < kOwn; ++f) {
-      const int leaf = f * kSweepers + warp;
-      const bool is_inside = leaf * kLeaf < left;
-      const Pair* from = s.m + (strip * int64_t{Tile::kStrip} + leaf) * kN * kPartner * kWarp + lane;
+      const int slice = f * kSweepWarps + warp;
+      const bool is_inside = slice * kSlice < left;
+      const Pair* from = s.m + (strip * int64_t{Tile::kStrip} + slice) * kN * kPartner * kWarp + lane;
 #pragma unroll
       for (int j = 0; j < kN; ++j) {
 #pragma unroll
@@ -215,14 +215,14 @@ __global__ void __launch_bounds__(kSweepThreads, kBlocks<T, kN, kDot>) sweep(con
 
   for (int i = 0; i < s.stages - 1; ++i) {
     if (i < count) start_copies<T, kN, kDot>(s, unit_at(i), memory + i * kStage);
-    close_copies();
+    commit_copies();
   }
   int now = 0, next = s.stages - 1;
   for (int i = 0; i < count; ++i) {
     wait_for_stage(s.stages);
     __syncthreads();  // the tile and the previous unit's dots are there, and no thread reads that unit's tile
     if (i + s.stages - 1 < count) start_copies<T, kN, kDot>(s, unit_at(i + s.stages - 1), memory + next * kStage);
-    close_copies();
+    commit_copies();
     if constexpr (kDot)
       if (i > 0) store_dot(unit_at(i - 1), (i - 1) % 2);
     if (const int of = unit_at(i).strip; of != strip) {
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(kSweepThreads, kBlocks<T, kN, kDot>) sweep(con
       }
       if constexpr (kDot) {
         Floats* to =
-            reinterpret_cast<Floats*>(scratch) + ((i % 2 * kSweepers + warp) * kParts + part) * kN * kWarp + lane;
+            reinterpret_cast<Floats*>(scratch) + ((i % 2 * kSweepWarps + warp) * kParts + part) * kN * kWarp + lane;
 #pragma unroll
         for (int j = 0; j < kN; ++j) to[j * kWarp] = floats_of(dot[j]);
       }

@@ -17,7 +17,7 @@
 namespace rbfast {
 namespace {
 
-constexpr int kLane = 8;  // values of a row per lane, at most
+constexpr int kLaneValues = 8;  // values of a row per lane, at most
 
 // ---- gather ----
 
@@ -86,25 +86,27 @@ struct Update {
 };
 
 // A thread has kRows rows by kPieces pieces of kVector columns, and kAcross threads cover the width of a tile. These
-// are neighbours in a warp, unless the target is column-major (kDown): then a warp goes down the rows.
-template <int kVector, bool kDown>
+// are neighbours in a warp, unless the target is column-major: then a warp goes down the rows.
+template <int kVector, bool kColumnMajor>
 struct UpdateTile {
-  static constexpr int kRows = kVector == 8 && !kDown ? 4 : 2, kPieces = kLane / kVector;  // as registers allow
-  static constexpr int kAcross = kDown || kVector > 1 ? kWarps : kWarp, kGroups = kThreads / kAcross;
-  static constexpr int kTall = kGroups * kRows, kWide = kAcross * kLane;
+  static constexpr int kRows = kVector == 8 && !kColumnMajor ? 4 : 2;  // as registers allow
+  static constexpr int kPieces = kLaneValues / kVector;
+  static constexpr int kAcross = kColumnMajor || kVector > 1 ? kWarps : kWarp, kGroups = kThreads / kAcross;
+  static constexpr int kTall = kGroups * kRows, kWide = kAcross * kLaneValues;
   static constexpr int kRanks = 32;        // in shared memory at a time
   static constexpr int kStep = kTall + 4;  // from rank to rank of w, padded against bank conflicts
   static constexpr size_t kShared = kRanks * (kStep + kWide) * sizeof(float);
 
-  static __device__ int across() { return kDown ? threadIdx.x / kWarp : threadIdx.x % kAcross; }
+  static __device__ int across() { return kColumnMajor ? threadIdx.x / kWarp : threadIdx.x % kAcross; }
   static __device__ int row(int a) {
-    return kDown ? threadIdx.x % kWarp + a * kGroups : static_cast<int>(threadIdx.x) / kAcross * kRows + a;
+    return kColumnMajor ? threadIdx.x % kWarp + a * kGroups : static_cast<int>(threadIdx.x) / kAcross * kRows + a;
   }
   static __device__ int column(int piece) {
-    return kDown ? across() * kLane + piece * kVector : (piece * kAcross + across()) * kVector;
+    return kColumnMajor ? across() * kLaneValues + piece * kVector : (piece * kAcross + across()) * kVector;
   }
-  // Where the values of m for column v of the tile are: threads side by side read 16 bytes each from different banks.
-  static __device__ int place(int v) { return kVector == 8 ? v / 4 % 2 * (kWide / 2) + v / 8 * 4 + v % 4 : v; }
+  // Where the value of m for column v of the tile is in shared memory: threads side by side read 16 bytes each from
+  // different banks.
+  static __device__ int shared_index(int v) { return kVector == 8 ? v / 4 % 2 * (kWide / 2) + v / 8 * 4 + v % 4 : v; }
 };
 
 // Reads `ranks` ranks from `begin` on: of the tile's rows of w, scaled, and if with_m of its columns of m.
@@ -136,16 +138,18 @@ __device__ void read_factors(const Update<T>& p, int64_t top, int64_t left, int6
 #pragma unroll 4
   for (int i = threadIdx.x; with_m && i < ranks * Tile::kWide; i += kThreads) {
     const int v = i % Tile::kWide, of = i / Tile::kWide;
-    m[of * Tile::kWide + Tile::place(v)] = left + v < p.s ? p.m[(begin + of) * p.m_rank + (left + v) * p.m_column] : 0;
+    m[of * Tile::kWide + Tile::shared_index(v)] =
+        left + v < p.s ? p.m[(begin + of) * p.m_rank + (left + v) * p.m_column] : 0;
   }
 }
 
-template <typename T, int kVector, bool kDown>
+template <typename T, int kVector, bool kColumnMajor>
 __global__ void __launch_bounds__(kThreads, 3) update_columns(const Update<T> p) {
-  using Tile = UpdateTile<kVector, kDown>;
+  using Tile = UpdateTile<kVector, kColumnMajor>;
   using Vector = Bits<kVector * sizeof(T)>;
   constexpr int kRows = Tile::kRows, kPieces = Tile::kPieces;
-  constexpr int kTogether = kDown ? 1 : kVector, kTargets = kLane / kTogether;  // values side by side in the target
+  constexpr int kTogether = kColumnMajor ? 1 : kVector;  // values side by side in the target
+  constexpr int kTargets = kLaneValues / kTogether;
   RBFAST_SHARED_MEMORY(memory);
   float* w = reinterpret_cast<float*>(memory);  // [kRanks, kStep], scaled
   float* m = w + Tile::kRanks * Tile::kStep;    // [kRanks, kWide]
@@ -182,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, 3) update_columns(const Update<T> p)
           }
       }
     }
-    float total[kRows][kLane] = {};
+    float total[kRows][kLaneValues] = {};
     for (int64_t begin = 0; begin < p.k; begin += Tile::kRanks) {
       const int ranks = p.k - begin < Tile::kRanks ? static_cast<int>(p.k - begin) : Tile::kRanks;
       __syncthreads();
@@ -192,22 +196,22 @@ __global__ void __launch_bounds__(kThreads, 3) update_columns(const Update<T> p)
       for (int i = 0; i < ranks; ++i) {
         Pack<float, kRows> of_row;
         const float *from_w = w + i * Tile::kStep, *from_m = m + i * Tile::kWide;
-        if constexpr (kDown) {
+        if constexpr (kColumnMajor) {
 #pragma unroll
           for (int a = 0; a < kRows; ++a) of_row.value[a] = from_w[Tile::row(a)];
         } else {
           of_row = *reinterpret_cast<const Pack<float, kRows>*>(from_w + Tile::row(0));
         }
         constexpr int kRead = kVector < 4 ? kVector : 4;
-        Pack<float, kRead> of_column[kLane / kRead];
+        Pack<float, kRead> of_column[kLaneValues / kRead];
 #pragma unroll
-        for (int e = 0; e < kLane; e += kRead)
+        for (int e = 0; e < kLaneValues; e += kRead)
           of_column[e / kRead] = *reinterpret_cast<const Pack<float, kRead>*>(
-              from_m + Tile::place(Tile::column(e / kVector) + e % kVector));
+              from_m + Tile::shared_index(Tile::column(e / kVector) + e % kVector));
 #pragma unroll
         for (int a = 0; a < kRows; ++a)
 #pragma unroll
-          for (int e = 0; e < kLane; ++e)
+          for (int e = 0; e < kLaneValues; ++e)
             total[a][e] = __fadd_rn(total[a][e], __fmul_rn(of_row.value[a], of_column[e / kRead].value[e % kRead]));
       }
     }
@@ -216,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, 3) update_columns(const Update<T> p)
       const int64_t r = top + Tile::row(a);
       if (p.k > 0)
 #pragma unroll
-        for (int e = 0; e < kLane; ++e) {
+        for (int e = 0; e < kLaneValues; ++e) {
           T value = value_of<T, sizeof(Vector)>(values[a][e / kVector], e % kVector);
           store(&value, __fadd_rn(load(&value), total[a][e]));
           set_value<T, sizeof(Vector)>(values[a][e / kVector], e % kVector, value);
@@ -238,33 +242,34 @@ __global__ void __launch_bounds__(kThreads, 3) update_columns(const Update<T> p)
 
 // How many of a run's columns can move together: as many as are aligned in every row, up to 16 bytes.
 template <typename T>
-int vector_of(const void* p, int64_t row, int64_t column, int64_t run) {
+int vector_width(const void* p, int64_t row, int64_t column, int64_t run) {
   if (column != 1) return 1;
   int64_t vector = std::min<int64_t>(run, 16 / sizeof(T));
   while (vector > 1 && !(is_aligned(p, vector * sizeof(T)) && row % vector == 0)) vector /= 2;
   return static_cast<int>(vector);
 }
 
-template <typename T, int kVector, bool kDown>
+template <typename T, int kVector, bool kColumnMajor>
 void launch_update(const Device& device, Update<T> p) {
-  using Tile = UpdateTile<kVector, kDown>;
+  using Tile = UpdateTile<kVector, kColumnMajor>;
   const int64_t across = ceil_div(p.s, Tile::kWide), down = ceil_div(p.rows, Tile::kTall);
   const int64_t busy = 8 * device.attribute(cudaDevAttrMultiProcessorCount);  // enough blocks to share the work evenly
   p.tiles = std::max<int64_t>(1, std::min<int64_t>(8, across * down / busy));
-  device.launch({ceil_div(down, p.tiles), across, kThreads, 1, Tile::kShared}, update_columns<T, kVector, kDown>, p);
+  device.launch({ceil_div(down, p.tiles), across, kThreads, 1, Tile::kShared}, update_columns<T, kVector, kColumnMajor>,
+                p);
 }
 
 template <typename T>
 void run_update(const Device& device, const Update<T>& p, int64_t run) {
   constexpr int kVector = 16 / sizeof(T);
   expect(p.width <= INT32_MAX, "CUDA: a matrix must have fewer than 2^31 columns, got ", p.width);
-  const bool is_down = p.row == 1 && p.column != 1;
+  const bool is_column_major = p.row == 1 && p.column != 1;
   const bool has_vectors =
-      (is_down || vector_of<T>(p.target, p.row, p.column, run) == kVector) &&
-      (p.base == nullptr || vector_of<T>(p.base, p.ld, 1, p.s % kVector == 0 ? kVector : 1) == kVector);
-  if (is_down && has_vectors)
+      (is_column_major || vector_width<T>(p.target, p.row, p.column, run) == kVector) &&
+      (p.base == nullptr || vector_width<T>(p.base, p.ld, 1, p.s % kVector == 0 ? kVector : 1) == kVector);
+  if (is_column_major && has_vectors)
     launch_update<T, kVector, true>(device, p);
-  else if (is_down)
+  else if (is_column_major)
     launch_update<T, 1, true>(device, p);
   else if (has_vectors)
     launch_update<T, kVector, false>(device, p);
@@ -309,7 +314,7 @@ Tensor column_gather(const Tensor& x, const Tensor& cols, int64_t run) {
   for_each_type(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const Gather<T> p{data<T>(x), x.stride(0), x.stride(1), x.size(1), tokens, column, s, mutable_data<T>(xs)};
-    const int vector = vector_of<T>(p.x, p.row, p.column, run);
+    const int vector = vector_width<T>(p.x, p.row, p.column, run);
     if (vector * sizeof(T) == 16)
       launch_gather<T, 16 / sizeof(T)>(device, p);
     else if (vector >= 2)

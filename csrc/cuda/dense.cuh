@@ -9,11 +9,11 @@
 namespace rbfast {
 namespace {
 
-// The scalars of a row between its sums and its gradient. d = (t - z) * times - apart is log(p/q), for JS its e. For JS
+// The scalars of a row between its sums and its gradient. d = (t - z) * scale - shift is log(p/q), for JS its e. For JS
 // q and p include their weights, and coefficient is for scores in base 2. The CE's part of the gradient is q_one * q +
 // one(z).
 struct DenseScale {
-  float times, apart, coefficient, q_one;
+  float scale, shift, coefficient, q_one;
   float least_t;  // reverse KL: the t at which p reaches its floor
   Powers q, p, one;
   int shared;  // number of ids that the teacher has too
@@ -24,21 +24,22 @@ struct DenseSums {
   Sums z, t, all;
 };
 
+// one_is_q: the student's distribution at temperature 1 is q.
 template <Kind kKind>
 __device__ inline DenseScale dense_scale(const RowInfo& info, const Series& series, const DenseSums& sums, int shared,
-                                         bool is_q) {
+                                         bool one_is_q) {
   constexpr bool kIsJs = kKind == Kind::js;
   const float scale = info.scale(), z = sums.z.at_tau, t = sums.t.at_tau, weight = series.rest_of_beta;
-  const float apart = fmaf(sums.t.pivot - sums.z.pivot, scale, log2f(t / z));  // in base 2
+  const float shift = fmaf(sums.t.pivot - sums.z.pivot, scale, log2f(t / z));  // in base 2
   const bool is_known = t > 0 && t < INFINITY;                                 // if not, the row is NaN
   return {kIsJs ? scale * series.sign : info.inv_tau,
-          apart * (kIsJs ? series.sign : kLn2f),
-          is_known ? info.pull * (kIsJs ? kLn2f : 1) : NAN,
-          is_q ? info.ce_weight / weight : 0,
+          shift * (kIsJs ? series.sign : kLn2f),
+          is_known ? info.kl_scale * (kIsJs ? kLn2f : 1) : NAN,
+          one_is_q ? info.ce_weight / weight : 0,
           kKind == Kind::reverse ? sums.t.pivot + (kFloor2 + log2f(t)) / scale : 0,
           {sums.z.pivot, scale, weight / z},
           {sums.t.pivot, scale, (kIsJs ? series.beta : 1) / t},
-          {sums.all.pivot, kLog2e, is_q ? 0 : info.ce_weight / sums.all.at_one},
+          {sums.all.pivot, kLog2e, one_is_q ? 0 : info.ce_weight / sums.all.at_one},
           shared};
 }
 
@@ -51,7 +52,7 @@ struct Part {
 template <Kind kKind>
 __device__ inline Part part_of(float z, float t, const DenseScale& row, const Series& series) {
   if (kKind == Kind::reverse) t = fmaxf(t, row.least_t);
-  const float d = fmaxf(fmaf(t - z, row.times, -row.apart), kLeastLogit), q = row.q(z), p = row.p(t);
+  const float d = fmaxf(fmaf(t - z, row.scale, -row.shift), kLeastLogit), q = row.q(z), p = row.p(t);
   if (kKind == Kind::js) {
     const JsTerm x = js_term(q, p, d, series);
     return {x.term, q, q * x.score};
@@ -65,17 +66,19 @@ struct DenseTotals {
   float terms = 0, scores = 0;
 };
 
-// Solves a tile: z becomes the gradient in logits except for the mean score's part, and `put_q` receives the factor of
-// that part for each vector. kGeneral: with a head, or ids that the teacher does not have.
+// Turns the logits z of a tile into their gradient except for the mean score's part, of which `put_q` receives the
+// factor for each vector. Returns the sums of D's terms and of the scores. kGeneral: with a head, or ids that the
+// teacher does not have.
 template <Kind kKind, bool kGeneral, int kStep, int kVectors, typename GetT, typename PutQ>
-__device__ inline DenseTotals solve_tile(Vector (&z)[kVectors], int first, const DenseScale& row, const Series& series,
-                                         const RowInfo& info, const Head& head, const GetT& get_t, const PutQ& put_q) {
+__device__ inline DenseTotals gradient_tile(Vector (&z)[kVectors], int first, const DenseScale& row,
+                                            const Series& series, const RowInfo& info, const Head& head,
+                                            const GetT& get_t, const PutQ& put_q) {
   // Whether to branch around the powers at temperature 1: only forward KL has registers left for a vector of them.
   constexpr bool kBranches = kKind == Kind::forward;
   const bool with_one = row.one.factor != 0;
   float terms[2] = {}, scores[2] = {};
   for_each_vector<kVectors, kStep>(first, [&](int v, int i) {
-    keep_order();
+    compiler_barrier();
     const Vector t = get_t(v, i);
     Vector q, one{};
     if (kBranches && with_one)
@@ -91,13 +94,13 @@ __device__ inline DenseTotals solve_tile(Vector (&z)[kVectors], int first, const
       const float text = kBranches ? fmaf(x.q, row.q_one, one.value[j]) : x.q * row.q_one;
       float gradient = fmaf(x.gradient, row.coefficient, text);
       if (!kBranches && with_one) gradient += row.one(logit);
-      z[i].value[j] = kGeneral ? head.finish(gradient, logit) : gradient;
-      q.value[j] = kGeneral ? head.finish(x.q, logit) : x.q;
+      z[i].value[j] = kGeneral ? head.backward(gradient, logit) : gradient;
+      q.value[j] = kGeneral ? head.backward(x.q, logit) : x.q;
     }
     if (kKind != Kind::forward) put_q(q, i);
   });
-  keep_order();  // read the label's data only now
-  const float of_label = kGeneral ? head.finish(info.ce_weight, info.z_label) : info.ce_weight;
+  compiler_barrier();  // the label's data are read only now
+  const float of_label = kGeneral ? head.backward(info.ce_weight, info.z_label) : info.ce_weight;
   const int label = info.label;
   if (static_cast<unsigned>(label - first) % kStep < kVector)  // one thread of the team has it
     for_each_vector<kVectors, kStep>(first, [&](int v, int i) {
@@ -108,14 +111,15 @@ __device__ inline DenseTotals solve_tile(Vector (&z)[kVectors], int first, const
   return {(terms[0] + terms[1]) * (kKind == Kind::js ? kLn2f : 1), scores[0] + scores[1]};
 }
 
-// Subtracts the mean score's part from a vector.
-__device__ inline void take_mean(Vector& gradient, const Vector& q, float mean) {
+// Subtracts the mean score's part from a vector of the gradient.
+__device__ inline void subtract_mean(Vector& gradient, const Vector& q, float mean) {
 #pragma unroll
   for (int j = 0; j < kVector; ++j) gradient.value[j] = fmaf(-mean, q.value[j], gradient.value[j]);
 }
 
+// Raises -inf, of masked ids and of columns beyond the row, to kLeastLogit. NaN stays NaN.
 template <int kVectors>
-__device__ inline void clear_holes(Vector (&z)[kVectors]) {
+__device__ inline void clamp_logits(Vector (&z)[kVectors]) {
 #pragma unroll
   for (int i = 0; i < kVectors; ++i)
 #pragma unroll
@@ -130,10 +134,10 @@ struct DenseExchange {
   // The sums of a row, from each thread's: of z, of t, and of all the student's ids at temperature 1, which are z's
   // unless needs_one.
   template <typename SumsAbout, typename GetLargest>
-  __device__ DenseSums find(const T& team, const RowInfo& info, bool needs_one, int turn, const SumsAbout& sums_about,
+  __device__ DenseSums find(const T& team, const RowInfo& info, bool needs_one, int buffer, const SumsAbout& sums_about,
                             const GetLargest& largest) {
     const auto found = find_sums<3, 3>(team, sums, {{info.pivot, info.teacher_pivot, info.pivot}}, needs_one ? 3 : 2,
-                                       turn, sums_about, largest);
+                                       buffer, sums_about, largest);
     const Sums z{found.pivot[0], found.sum[0]}, t{found.pivot[1], found.sum[1]};
     if (needs_one) return {z, t, {found.pivot[2], 0, found.sum[2]}};
     return {z, t, {z.pivot, 0, z.at_tau}};
@@ -180,7 +184,7 @@ __device__ inline float largest_shared(const Vector* mine) {
 template <Kind kKind, int kBlocks, int kThreads, int kVectors, int kResident>
 __global__ void __launch_bounds__(kThreads, kResident)
     dense_rows(const Job job, const Series series, const Scratch scratch) {
-  if constexpr (is_possible<kBlocks>()) {
+  if constexpr (is_supported<kBlocks>()) {
     using T = Team<kBlocks, kThreads>;
     RBFAST_SHARED_MEMORY(memory);
     auto& exchange = *reinterpret_cast<DenseExchange<T>*>(memory);
@@ -188,45 +192,45 @@ __global__ void __launch_bounds__(kThreads, kResident)
     const T team;
     const Head head(job);
     const int V = static_cast<int>(job.vocabulary);
-    team.meet();  // every block has started: its shared memory can be written
+    team.sync();  // every block has started: its shared memory can be written
     for (int round = 0; team.row(round) < job.rows; ++round) {
-      const int row = team.row(round), turn = round % 2;
+      const int row = team.row(round), buffer = round % 2;
       copy_tile<kVectors, T::kStep, kThreads>(mine, {job.teacher + row * job.teacher_stride, V}, team.first());
       Vector z[kVectors];
       read_tile<T::kStep>(z, Input::of(job, row), team.first());
       const RowInfo& info = scratch.rows[row];
       const float scale = info.scale();
       const bool needs_one = info.inv_tau != 1;
-      const auto sums_about = [&](const Few<3>& pivot) {
+      const auto sums_about = [&](const Array<3>& pivot) {
         __pipeline_wait_prior(0);
         const float of_t = sum_shared<kVectors, kThreads>(mine, pivot[1], scale);  // while z arrives
-        clear_holes(z);
-        return Few<3>{{sum_tile(z, pivot[0], scale), of_t, needs_one ? sum_tile(z, pivot[2], kLog2e) : 0}};
+        clamp_logits(z);
+        return Array<3>{{sum_tile(z, pivot[0], scale), of_t, needs_one ? sum_tile(z, pivot[2], kLog2e) : 0}};
       };
       const auto largest = [&] {
         const float top = largest_of(z, kLeastLogit);
-        return Few<3>{{top, largest_shared<kVectors, kThreads>(mine), top}};
+        return Array<3>{{top, largest_shared<kVectors, kThreads>(mine), top}};
       };
-      // The team meets after every logit of the row is read: dz may overwrite them.
-      const DenseSums sums = exchange.find(team, info, needs_one, turn, sums_about, largest);
+      // The barrier in here comes after every logit of the row is read: dz may overwrite them.
+      const DenseSums sums = exchange.find(team, info, needs_one, buffer, sums_about, largest);
       const DenseScale row_scale = dense_scale<kKind>(info, series, sums, V, !needs_one);
       if (team.is_leader()) scratch.sums[row] = sums.all;
-      const DenseTotals totals = solve_tile<kKind, false, T::kStep>(
+      const DenseTotals totals = gradient_tile<kKind, false, T::kStep>(
           z, team.first(), row_scale, series, info, head, [&](int, int i) { return mine[i * kThreads]; },
           [&](const Vector& q, int i) { mine[i * kThreads] = q; });
       const float terms = warp_sum(totals.terms);
       if (threadIdx.x % kWarp == 0) scratch.terms[row * T::kAllWarps + team.warp()] = terms;
       if (kKind != Kind::forward) {
-        const Few<1> scores = exchange.scores.template over<Add>(team, Few<1>{{totals.scores}}, 1, turn);
+        const Array<1> scores = exchange.scores.template reduce<Add>(team, Array<1>{{totals.scores}}, 1, buffer);
         const float mean = scores[0] * row_scale.coefficient / series.rest_of_beta;
 #pragma unroll
         for (int i = 0; i < kVectors; ++i) {
-          keep_order();
-          take_mean(z[i], mine[i * kThreads], mean);
+          compiler_barrier();
+          subtract_mean(z[i], mine[i * kThreads], mean);
         }
       }
       if (job.dz == nullptr) continue;
-      Output(job, row).put_tile<T::kStep>(z, team.first(), [](const Vector& of) { return of; });
+      Output(job, row).store_tile<T::kStep>(z, team.first(), [](const Vector& of) { return of; });
     }
   }
 }
@@ -236,8 +240,8 @@ constexpr int kDenseStreamVectors = 2;
 // All other rows are streamed, as in sparse.cuh.
 template <Kind kKind, int kBlocks, int kThreads>
 __global__ void __launch_bounds__(kThreads, 1)
-    dense_streamed(const Job job, const Series series, const Scratch scratch, const bool in_step) {
-  if constexpr (is_possible<kBlocks>()) {
+    dense_streamed(const Job job, const Series series, const Scratch scratch, const bool needs_sync) {
+  if constexpr (is_supported<kBlocks>()) {
     using T = Team<kBlocks, kThreads>;
     constexpr int kTile = T::kStep * kDenseStreamVectors;
     RBFAST_SHARED_MEMORY(memory);
@@ -258,47 +262,47 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
     const auto prepare = [&](int first) {
       if (!head.is_plain()) apply_head<T::kStep>(z, head, first, V);
-      clear_holes(z);
-      clear_holes(t);
+      clamp_logits(z);
+      clamp_logits(t);
     };
-    const auto solve = [&](int first, const DenseScale& row_scale) {
-      return solve_tile<kKind, true, T::kStep>(
+    const auto gradient = [&](int first, const DenseScale& row_scale) {
+      return gradient_tile<kKind, true, T::kStep>(
           z, first, row_scale, series, info, head, [&](int, int i) { return t[i]; },
           [&](const Vector& q, int i) { t[i] = q; });
     };
     // Masks the student's logits of a tile at ids that the teacher does not have.
-    const auto cut = [&](int first) {
+    const auto mask = [&](int first) {
       for_each_vector<kDenseStreamVectors, T::kStep>(first, [&](int v, int i) {
 #pragma unroll
         for (int j = 0; j < kVector; ++j)
           if (v + j >= n) z[i].value[j] = kLeastLogit;
       });
     };
-    const auto sums_about = [&](const Few<3>& pivot) {
-      Few<3> sums{};
+    const auto sums_about = [&](const Array<3>& pivot) {
+      Array<3> sums{};
       for (int first = team.first(); first < V; first += kTile) {
         read(first);
         prepare(first);
         if (needs_one) sums[2] += sum_tile(z, pivot[2], kLog2e);
-        cut(first);
+        mask(first);
         sums[0] += sum_tile(z, pivot[0], scale);
         sums[1] += sum_tile(t, pivot[1], scale);
       }
       return sums;
     };
     const auto largest = [&] {
-      Few<3> top{{kLeastLogit, kLeastLogit, kLeastLogit}};
+      Array<3> top{{kLeastLogit, kLeastLogit, kLeastLogit}};
       for (int first = team.first(); first < V; first += kTile) {
         read(first);
         prepare(first);
         top[2] = largest_of(z, top[2]);
-        cut(first);
+        mask(first);
         top[0] = largest_of(z, top[0]);
         top[1] = largest_of(t, top[1]);
       }
       return top;
     };
-    team.meet();  // every block has started: its shared memory can be written
+    team.sync();  // every block has started: its shared memory can be written
     const DenseSums sums = exchange.find(team, info, needs_one, 0, sums_about, largest);
     const DenseScale row_scale = dense_scale<kKind>(info, series, sums, n, !needs_one);
     if (team.is_leader()) scratch.sums[row] = sums.all;
@@ -309,24 +313,24 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int first = team.first(); first < n; first += kTile) {
         read(first);
         prepare(first);
-        const DenseTotals more = solve(first, row_scale);
+        const DenseTotals more = gradient(first, row_scale);
         totals.terms += more.terms, totals.scores += more.scores;
       }
     }
     if (!is_forward) {
-      const Few<1> scores = exchange.scores.template over<Add>(team, Few<1>{{totals.scores}}, 1, 0);
+      const Array<1> scores = exchange.scores.template reduce<Add>(team, Array<1>{{totals.scores}}, 1, 0);
       mean = scores[0] * row_scale.coefficient / series.rest_of_beta;
     }
     for (int start = 0; job.dz != nullptr && start < V; start += kTile) {
       const int first = start + team.first();
       read(first);
-      if (in_step) team.meet();
+      if (needs_sync) team.sync();
       prepare(first);
-      const DenseTotals more = solve(first, row_scale);
+      const DenseTotals more = gradient(first, row_scale);
       if (is_forward) totals.terms += more.terms;
 #pragma unroll
-      for (int i = 0; !is_forward && i < kDenseStreamVectors; ++i) take_mean(z[i], t[i], mean);
-      Output(job, row).put_tile<T::kStep>(z, first, [](const Vector& of) { return of; });
+      for (int i = 0; !is_forward && i < kDenseStreamVectors; ++i) subtract_mean(z[i], t[i], mean);
+      Output(job, row).store_tile<T::kStep>(z, first, [](const Vector& of) { return of; });
     }
     const float terms = warp_sum(totals.terms);
     if (threadIdx.x % kWarp == 0) scratch.terms[row * T::kAllWarps + team.warp()] = terms;
@@ -345,7 +349,7 @@ __global__ void __launch_bounds__(kWarp)
   const RowInfo info = scratch.rows[row];
   const double ce =
       log(static_cast<double>(all.at_one)) + (static_cast<double>(all.pivot) - info.z_label) * (kLog2e * kLn2);
-  losses.put(job, info, row, sum < 0 ? 0 : sum, ce);
+  losses.store(job, info, row, sum < 0 ? 0 : sum, ce);
 }
 
 }  // namespace

@@ -102,10 +102,10 @@ __device__ inline Pack<T, n> read(const T* p, int64_t left, bool aligned, T empt
   return values;
 }
 
-// Hides from the compiler that a value is unchanged. It would otherwise keep what it derives from the value in
-// registers across the iterations of a loop, and there are none to spare.
+// The same value, but opaque to the compiler, which must recompute what derives from it at each use. It would otherwise
+// keep that in registers across the iterations of a loop, and there are none to spare.
 template <typename T>
-__device__ inline T afresh(T value) {
+__device__ inline T rematerialize(T value) {
 #ifdef __CUDA_ARCH__
   if constexpr (sizeof(T) == 8)
     asm volatile("" : "+l"(value));
@@ -120,37 +120,37 @@ __device__ inline T afresh(T value) {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffff;
 
-// Reduction operators; `empty` is the identity.
+// Reduction operators.
 struct Add {
-  static constexpr float empty = 0;
+  static constexpr float identity = 0;
   template <typename T>
-  __device__ static T of(T a, T b) {
+  __device__ static T apply(T a, T b) {
     return a + b;
   }
 };
 // Ignores NaN, as the CPU's kernels do: the sums propagate it.
-struct Largest {
-  static constexpr float empty = -INFINITY;
+struct Max {
+  static constexpr float identity = -INFINITY;
   template <typename T>
-  __device__ static T of(T a, T b) {
+  __device__ static T apply(T a, T b) {
     return b > a ? b : a;
   }
 };
 
-// Reduces the values of all lanes; every lane gets the result.
-template <typename Of, typename T>
-__device__ inline T over_warp(T value) {
+// All-reduces the values of a warp's lanes: every lane gets the result.
+template <typename Op, typename T>
+__device__ inline T warp_reduce(T value) {
 #pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) value = Of::of(value, __shfl_xor_sync(kAllLanes, value, step));
+  for (int step = kWarp / 2; step > 0; step /= 2) value = Op::apply(value, __shfl_xor_sync(kAllLanes, value, step));
   return value;
 }
 template <typename T>
 __device__ inline T warp_sum(T value) {
-  return over_warp<Add>(value);
+  return warp_reduce<Add>(value);
 }
 template <typename T>
 __device__ inline T warp_max(T value) {
-  return over_warp<Largest>(value);
+  return warp_reduce<Max>(value);
 }
 
 // ---- launching ----
@@ -179,7 +179,7 @@ struct Shape {
   int threads = 256;
   int cluster = 1;  // blocks along x that share a cluster
   size_t shared = 0;
-  bool meets = false;  // with a grid barrier: a cooperative launch, whose blocks the device must hold at once
+  bool is_cooperative = false;  // for a grid barrier: the device must hold all blocks at once
 };
 
 // A Shape in CUDA's form. It points into itself.
@@ -193,8 +193,8 @@ struct Configuration {
     config.dynamicSmemBytes = shape.shared;
     config.stream = stream;
     config.attrs = &attribute;
-    config.numAttrs = shape.cluster > 1 || shape.meets ? 1 : 0;
-    if (shape.meets) {
+    config.numAttrs = shape.cluster > 1 || shape.is_cooperative ? 1 : 0;
+    if (shape.is_cooperative) {
       attribute.id = cudaLaunchAttributeCooperative;
       attribute.val.cooperative = 1;
     } else {

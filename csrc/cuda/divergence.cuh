@@ -75,7 +75,8 @@ struct JsTerm {
 __device__ inline JsTerm js_term(float of_q, float of_p, float e, const Series& s) {
   const bool is_near = fabsf(e) < kNearJs;
   e = fminf(e, 100.0f);
-  const float m = of_p + of_q, near = worked_out(m * series_term(s, e)), near_score = worked_out(series_score(s, e));
+  const float m = of_p + of_q, near = unconditional(m * series_term(s, e)),
+              near_score = unconditional(series_score(s, e));
   const float log_m = log_m_of(s, e), of_lighter = s.is_q_lighter != 0 ? of_q : of_p;
   const float far = fmaf(of_lighter, e, -(m * log_m));
   return {is_near ? near : max_nan(far, 0.0f), is_near ? near_score : far_score(s, e, log_m)};

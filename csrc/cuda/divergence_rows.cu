@@ -111,13 +111,13 @@ Plan streamed_plan(Family family) {
 Plan make_plan(const Device& device, const Job& job) {
   const Family family = family_of(job);
   const bool is_dense = job.teacher != nullptr, clusters = has_clusters(device);
-  const size_t room = device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const size_t shared_limit = device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const Layout *first = is_dense ? std::begin(kDenseLayouts) : std::begin(kSparseLayouts),
                *last = is_dense ? std::end(kDenseLayouts) : std::end(kSparseLayouts);
-  const bool is_kept = !is_dense || (Head(job).is_plain() && job.teacher_vocabulary >= job.vocabulary);
+  const bool can_hold = !is_dense || (Head(job).is_plain() && job.teacher_vocabulary >= job.vocabulary);
   const auto fits = [&](const Layout& x) {
-    return is_kept && x.columns() >= job.vocabulary && x.kernels[family] != nullptr && (x.blocks == 1 || clusters) &&
-           x.sparse_bytes + x.dense_bytes <= room;
+    return can_hold && x.columns() >= job.vocabulary && x.kernels[family] != nullptr && (x.blocks == 1 || clusters) &&
+           x.sparse_bytes + x.dense_bytes <= shared_limit;
   };
   const Layout* found = std::find_if(first, last, fits);
   if (found == last) return clusters ? streamed_plan<8>(family) : streamed_plan<1>(family);
@@ -152,10 +152,10 @@ void launch(const Device& device, const Job& job, const Plan& plan, const Scratc
     const int64_t teams = std::min(job.rows, teams_that_fit(device, plan));
     device.launch({teams * plan.blocks, 1, plan.threads, plan.blocks, plan.bytes}, plan.kernel, job, series, scratch);
   } else {
-    const bool in_step = job.dz == static_cast<void*>(job.logits) && job.dz_is_bf16;
+    const bool needs_sync = job.dz == static_cast<void*>(job.logits) && job.dz_is_bf16;
     const Shape shape{job.rows * plan.blocks, 1, plan.threads, plan.blocks, plan.bytes};
     device.allow_shared_memory(plan.streamed);
-    device.launch(shape, plan.streamed, job, series, scratch, in_step);
+    device.launch(shape, plan.streamed, job, series, scratch, needs_sync);
   }
   if (job.teacher != nullptr)
     return device.launch({job.rows, 1, kWarp}, finish_dense, job, scratch, plan.warps(), losses);

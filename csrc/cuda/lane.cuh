@@ -81,8 +81,9 @@ RBFAST_INLINE float max_nan(float a, float b) {
 #endif
 }
 
-// Makes the compiler compute a value even if it is not selected; it would otherwise branch around it, lane by lane.
-RBFAST_INLINE float worked_out(float value) {
+// The same value, but computed even if a later `?:` does not select it: the compiler would otherwise branch around it,
+// and the warp diverge.
+RBFAST_INLINE float unconditional(float value) {
 #ifdef __CUDA_ARCH__
   asm volatile("" : "+f"(value));
 #endif

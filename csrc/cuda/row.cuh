@@ -9,7 +9,7 @@
 namespace rbfast {
 namespace {
 
-constexpr int kHoleBits = 0x7fc0b1d5;  // a NaN that marks a hole, see Head::hole
+constexpr int kMaskBits = 0x7fc0b1d5;  // a NaN, see Head::mask_value
 
 __device__ inline float tanh_fast(float x) {
   const float t = exp_change(fabsf(x) * -2.0f).change;
@@ -31,13 +31,13 @@ struct Head {
     return x < kLeastLogit ? kLeastLogit : x;
   }
   // d loss / d x from d loss / d z
-  __device__ float finish(float gradient, float z) const {
+  __device__ float backward(float gradient, float z) const {
     if (softcap != 0) gradient *= 1 - z * inv_softcap * (z * inv_softcap);
     return gradient * scale;
   }
-  // Overwrites the logits of a top-k teacher's ids, so that the row's sums are those of the tail. -inf adds nothing to
+  // What masks the logits of a top-k teacher's ids, so that the row's sums are those of the tail. -inf adds nothing to
   // a sum, but a softcap would make it finite: hence the NaN.
-  __device__ float hole() const { return is_plain() ? -INFINITY : __int_as_float(kHoleBits); }
+  __device__ float mask_value() const { return is_plain() ? -INFINITY : __int_as_float(kMaskBits); }
 };
 
 // What is known of a row before its logits are read, see prepare_rows. Sums over the teacher's support (its ids) are as
@@ -45,7 +45,7 @@ struct Head {
 // low temperature all probabilities may underflow fp32, so the largest one of the support is factored out of p_support,
 // log_tail and the entries.
 struct alignas(16) RowInfo {
-  float inv_tau, pull, ce_weight, z_label;  // pull: kl_weight * tau
+  float inv_tau, kl_scale, ce_weight, z_label;  // kl_scale: kl_weight * tau
   float support_max, support_tau, support_one, p_support;
   float p_tail, log_tail;
   int label;                   // -1: outside the vocabulary
@@ -58,11 +58,11 @@ struct alignas(16) RowInfo {
 struct Losses {
   float *divergence, *ce, *loss;
 
-  __device__ void put(const Job& job, const RowInfo& info, int64_t row, double d, double cross_entropy) const {
+  __device__ void store(const Job& job, const RowInfo& info, int64_t row, double d, double cross_entropy) const {
     divergence[row] = static_cast<float>(d);
     ce[row] = static_cast<float>(cross_entropy);
     const double tau = of_row(job.temperature, row);
-    loss[row] = static_cast<float>(info.pull * tau * d + info.ce_weight * cross_entropy);
+    loss[row] = static_cast<float>(info.kl_scale * tau * d + info.ce_weight * cross_entropy);
   }
 };
 
@@ -133,14 +133,14 @@ __device__ inline void read_tile(Vector (&z)[kVectors], const Input& row, int fi
       [&](int v, int i) { z[i] = read_vector(row, v); });
 }
 
-// Turns a tile of raw logits into what the softmax sees, and holes into -inf.
+// Turns a tile of raw logits into what the softmax sees, and masked ones into -inf.
 template <int kStep, int kVectors>
 __device__ inline void apply_head(Vector (&z)[kVectors], const Head& head, int first, int end) {
   for_each_vector<kVectors, kStep>(first, [&](int v, int i) {
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
       const float x = z[i].value[j];
-      z[i].value[j] = v + j >= end || __float_as_int(x) == kHoleBits ? -INFINITY : head.logit(x, v + j);
+      z[i].value[j] = v + j >= end || __float_as_int(x) == kMaskBits ? -INFINITY : head.logit(x, v + j);
     }
   });
 }
@@ -177,7 +177,7 @@ struct Output {
   }
   __device__ bool is_whole() const { return is_aligned && end % kVector == 0; }
 
-  __device__ void put_one(float gradient, int v) const {
+  __device__ void store_one(float gradient, int v) const {
     if (is_bf16)
       store(static_cast<__nv_bfloat16*>(dz) + v, gradient);
     else
@@ -185,7 +185,7 @@ struct Output {
   }
   // Stores an aligned vector inside the row, as bf16 or fp32.
   template <bool kBf16>
-  __device__ void put_inside(const Vector& gradient, int v) const {
+  __device__ void store_inside(const Vector& gradient, int v) const {
     const float* g = gradient.value;
     if (kBf16)
       *reinterpret_cast<Pack<unsigned, 2>*>(static_cast<uint16_t*>(dz) +
@@ -193,24 +193,24 @@ struct Output {
     else
       *reinterpret_cast<Vector*>(static_cast<float*>(dz) + v) = gradient;
   }
-  __device__ void put(const Vector& gradient, int v) const {
+  __device__ void store_vector(const Vector& gradient, int v) const {
     if (is_aligned && v + kVector <= end)
-      return is_bf16 ? put_inside<true>(gradient, v) : put_inside<false>(gradient, v);
+      return is_bf16 ? store_inside<true>(gradient, v) : store_inside<false>(gradient, v);
 #pragma unroll
     for (int j = 0; j < kVector; ++j)
-      if (v + j < end) put_one(gradient.value[j], v + j);
+      if (v + j < end) store_one(gradient.value[j], v + j);
   }
   // Stores f(z[i]), the gradient of each vector of a tile; f is not called for vectors beyond the row.
   template <int kStep, int kVectors, typename F>
-  __device__ void put_tile(const Vector (&z)[kVectors], int first, const F& f) const {
-    const auto put_all = [&](auto is_bf16) {
+  __device__ void store_tile(const Vector (&z)[kVectors], int first, const F& f) const {
+    const auto store_all = [&](auto is_bf16) {
       for_each_vector<kVectors, kStep>(
-          first, is_aligned ? end : 0, [&](int v, int i) { put_inside<is_bf16.value>(f(z[i]), v); },
+          first, is_aligned ? end : 0, [&](int v, int i) { store_inside<is_bf16.value>(f(z[i]), v); },
           [&](int v, int i) {
-            if (v < end) put(f(z[i]), v);
+            if (v < end) store_vector(f(z[i]), v);
           });
     };
-    is_bf16 ? put_all(std::true_type{}) : put_all(std::false_type{});
+    is_bf16 ? store_all(std::true_type{}) : store_all(std::false_type{});
   }
 };
 

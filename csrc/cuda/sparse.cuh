@@ -7,6 +7,7 @@
 namespace rbfast {
 namespace {
 
+// The gradient of a vector of the tail. kTwo: its part at temperature 1 is not within the other one.
 template <bool kHasHead, bool kTwo>
 __device__ inline Vector tail_gradient(const Vector& z, const TailScale& tail, const Head& head) {
   Vector gradient;
@@ -14,7 +15,7 @@ __device__ inline Vector tail_gradient(const Vector& z, const TailScale& tail, c
   for (int j = 0; j < kVector; ++j) {
     float g = tail.at_tau(z.value[j]);
     if (kTwo) g += tail.at_one(z.value[j]);
-    gradient.value[j] = kHasHead ? head.finish(g, z.value[j]) : g;
+    gradient.value[j] = kHasHead ? head.backward(g, z.value[j]) : g;
   }
   return gradient;
 }
@@ -27,14 +28,14 @@ __device__ inline void replace_tile(Vector (&z)[kVectors], const Output& output,
                                     const F& f) {
   const auto replace_whole = [&](auto is_bf16) {
     for_each_vector<kVectors, kStep>(first, [&](int v, int i) {
-      if (v < output.end) output.put_inside<is_bf16.value>(f(z[i]), v);
+      if (v < output.end) output.store_inside<is_bf16.value>(f(z[i]), v);
       z[i] = read_whole(next, v);
     });
   };
   if (output.is_whole() && next.is_whole())
     return output.is_bf16 ? replace_whole(std::true_type{}) : replace_whole(std::false_type{});
   const auto replace_any = [&](int v, int i) {
-    if (v < output.end) output.put(f(z[i]), v);
+    if (v < output.end) output.store_vector(f(z[i]), v);
     z[i] = read_vector(next, v);
   };
   if (!output.is_aligned || !next.is_aligned || !output.is_bf16)
@@ -43,7 +44,7 @@ __device__ inline void replace_tile(Vector (&z)[kVectors], const Output& output,
   for_each_vector<kVectors, kStep>(
       first, end,
       [&](int v, int i) {
-        if (v < output.end) output.put_inside<true>(f(z[i]), v);
+        if (v < output.end) output.store_inside<true>(f(z[i]), v);
         z[i] = read_inside(next, v);
       },
       replace_any);
@@ -55,10 +56,10 @@ using SparseExchange = Exchange<2, T::kAllWarps>;
 // The sums of a row's tail, from each thread's.
 template <typename T, typename SumsAbout, typename GetLargest>
 __device__ inline Sums find_tail(const T& team, SparseExchange<T>& exchange, const RowInfo& info, bool needs_one,
-                                 int turn, const SumsAbout& sums_about, const GetLargest& largest) {
+                                 int buffer, const SumsAbout& sums_about, const GetLargest& largest) {
   const auto found = find_sums<2, 1>(
-      team, exchange, {{info.pivot}}, needs_one ? 2 : 1, turn,
-      [&](const Few<1>& pivot) { return sums_about(pivot[0]); }, [&] { return Few<1>{{largest()}}; });
+      team, exchange, {{info.pivot}}, needs_one ? 2 : 1, buffer,
+      [&](const Array<1>& pivot) { return sums_about(pivot[0]); }, [&] { return Array<1>{{largest()}}; });
   return {found.pivot[0], found.sum[0], needs_one ? found.sum[1] : found.sum[0]};
 }
 
@@ -67,28 +68,28 @@ __device__ inline Sums find_tail(const T& team, SparseExchange<T>& exchange, con
 template <int kBlocks, int kThreads, int kVectors, int kResident, bool kGeneral>
 __global__ void __launch_bounds__(kThreads, kGeneral&& kResident > 2 ? 2 : kResident)
     sparse_rows(const Job job, const Series series, const Scratch scratch) {
-  if constexpr (is_possible<kBlocks>()) {
+  if constexpr (is_supported<kBlocks>()) {
     using T = Team<kBlocks, kThreads>;
     RBFAST_SHARED_MEMORY(memory);
     auto& exchange = *reinterpret_cast<SparseExchange<T>*>(memory);
     const T team;
     const Head head(job);
     const int V = static_cast<int>(job.vocabulary);
-    team.meet();  // every block has started: its shared memory can be written
+    team.sync();  // every block has started: its shared memory can be written
     Vector z[kVectors];
     read_tile<T::kStep>(z, Input::of(job, team.row(0)), team.first());
     for (int round = 0; team.row(round) < job.rows; ++round) {
-      const int row = team.row(round), turn = round % 2;
+      const int row = team.row(round), buffer = round % 2;
       const RowInfo& info = scratch.rows[row];
       const float scale = info.scale();
       const bool needs_one = info.inv_tau != 1;
       if (kGeneral) apply_head<T::kStep>(z, head, team.first(), V);
       const auto sums_about = [&](float pivot) {
-        return Few<2>{{sum_tile(z, pivot, scale), needs_one ? sum_tile(z, pivot, kLog2e) : 0}};
+        return Array<2>{{sum_tile(z, pivot, scale), needs_one ? sum_tile(z, pivot, kLog2e) : 0}};
       };
-      // The team meets after every logit of the row is read: dz may overwrite them.
+      // The barrier in here comes after every logit of the row is read: dz may overwrite them.
       const Sums sums =
-          find_tail(team, exchange, info, needs_one, turn, sums_about, [&] { return largest_of(z, kLeastLogit); });
+          find_tail(team, exchange, info, needs_one, buffer, sums_about, [&] { return largest_of(z, kLeastLogit); });
       if (team.is_leader()) scratch.sums[row] = sums;
       const TailScale tail = tail_scale<kGeneral>(job, series, info, scratch.entries + row * job.k, sums, scale);
       const Input next = Input::of(job, team.row(round + 1));
@@ -107,12 +108,12 @@ constexpr int kStreamThreads = 512, kStreamVectors = 4;
 
 // Rows that no team can hold: the second pass reads them again. Teams are as large as possible, so that few rows are in
 // flight and the second pass hits L2 where it can. dz may overwrite the logits. In fp32 each thread writes where it has
-// just read. In bf16 (in_step) element v covers logit v / 2, so the team meets between reading a tile and writing its
-// gradients, which cover columns of this tile and of those before it.
+// just read. In bf16 (needs_sync) element v covers logit v / 2, so there is a barrier between reading a tile and
+// writing its gradients, which cover columns of this tile and of those before it.
 template <int kBlocks>
 __global__ void __launch_bounds__(kStreamThreads, 1)
-    sparse_streamed(const Job job, const Series series, const Scratch scratch, const bool in_step) {
-  if constexpr (is_possible<kBlocks>()) {
+    sparse_streamed(const Job job, const Series series, const Scratch scratch, const bool needs_sync) {
+  if constexpr (is_supported<kBlocks>()) {
     using T = Team<kBlocks, kStreamThreads>;
     constexpr int kTile = T::kStep * kStreamVectors;
     RBFAST_SHARED_MEMORY(memory);
@@ -125,14 +126,14 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
     const RowInfo info = scratch.rows[row];
     const float scale = info.scale();
     const bool needs_one = info.inv_tau != 1, is_plain = head.is_plain();
-    team.meet();  // every block has started: its shared memory can be written
+    team.sync();  // every block has started: its shared memory can be written
     Vector z[kStreamVectors];
     const auto read = [&](int first) {
       read_tile<T::kStep>(z, input, first);
       if (!is_plain) apply_head<T::kStep>(z, head, first, V);
     };
     const auto sums_about = [&](float pivot) {
-      Few<2> sums{};
+      Array<2> sums{};
       for (int first = team.first(); first < V; first += kTile) {
         read(first);
         sums[0] += sum_tile(z, pivot, scale);
@@ -156,9 +157,10 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
     for (int start = 0; start < V; start += kTile) {
       const int first = start + team.first();
       read_tile<T::kStep>(z, input, first);
-      if (in_step) team.meet();
+      if (needs_sync) team.sync();
       if (!is_plain) apply_head<T::kStep>(z, head, first, V);
-      output.put_tile<T::kStep>(z, first, [&](const Vector& of) { return tail_gradient<true, true>(of, tail, head); });
+      output.store_tile<T::kStep>(z, first,
+                                  [&](const Vector& of) { return tail_gradient<true, true>(of, tail, head); });
     }
   }
 }

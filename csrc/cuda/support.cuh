@@ -3,9 +3,9 @@
 // tail, and finish_rows computes the losses and the gradient at the support. Both small kernels touch O(k) values of a
 // row, not V.
 //
-// prepare_rows overwrites the support's logits with holes, so that the main kernel's sums are those of the tail. From
-// these sums to the gradient takes a handful of operations in fp32. finish_rows takes the logarithms and all that a
-// loss needs, in fp64, off the critical path.
+// prepare_rows masks the support's logits, so that the main kernel's sums are those of the tail. From these sums to the
+// gradient takes a handful of operations in fp32. finish_rows takes the logarithms and all that a loss needs, in fp64,
+// off the critical path.
 #pragma once
 
 #include "cuda/divergence.cuh"
@@ -52,14 +52,14 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows(const Job job, c
   const bool has_teacher = job.ids != nullptr || job.teacher != nullptr;
   const float tau = has_teacher ? of_row(job.temperature, row) : 1;
   const int64_t label = job.labels[row];
-  const bool is_there = label >= 0 && label < job.vocabulary;
+  const bool has_label = label >= 0 && label < job.vocabulary;
 
   RowInfo info{};
   info.inv_tau = 1 / tau;
-  info.pull = has_teacher ? of_row(job.kl_weight, row) * tau : 0;
+  info.kl_scale = has_teacher ? of_row(job.kl_weight, row) * tau : 0;
   info.ce_weight = of_row(job.ce_weight, row);
-  info.label = is_there ? static_cast<int>(label) : -1;
-  info.z_label = is_there ? head.logit(logits[label], info.label) : NAN;
+  info.label = has_label ? static_cast<int>(label) : -1;
+  info.z_label = has_label ? head.logit(logits[label], info.label) : NAN;
   info.support_max = kLeastLogit;
   float p_top = kLeastLogit;  // log2 of the teacher's largest probability, at the row's temperature
   if (k > 0) {
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows(const Job job, c
     for (int i = lane; i < k; i += kWarp) entries[i].log_p = static_cast<float>(at_tau(entries[i].log_p) - p_top);
     __syncwarp();  // all logits are read, the label's too
     for (int i = lane; i < k; i += kWarp)
-      if (ids[i] >= 0 && ids[i] < job.vocabulary) logits[ids[i]] = head.hole();
+      if (ids[i] >= 0 && ids[i] < job.vocabulary) logits[ids[i]] = head.mask_value();
     top = warp_max(top);
     const auto sum = [&](float scale) {
       return static_cast<float>(sum_over(k, [&](int i) { return exp2_fast((entries[i].z - top) * scale); }));
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows(const Job job, c
     info.p_tail = 1;
   }
   info.log_tail = info.inv_tau * log2f(info.p_tail) - p_top;
-  __syncwarp();  // the holes are written: the pivot comes from what the main kernel will read
+  __syncwarp();  // the masks are written: the pivot comes from what the main kernel will read
   info.pivot = pick_pivot(job.vocabulary, label, [&](int64_t v) { return head.logit(logits[v], static_cast<int>(v)); });
   if (job.teacher != nullptr)
     info.teacher_pivot =
@@ -135,9 +135,9 @@ __device__ inline TailScale tail_scale(const Job& job, const Series& series, con
   if (tail.at_one == 0) return {{0, scale, 0}, {0, kLog2e, 0}};  // no tail
   const bool is_plain = info.inv_tau == 1;
   const float top = fmaxf(tail.pivot, info.support_max);
-  const float own = tail.at_tau * lowered(tail.pivot, top, scale);
-  const float all = own + info.support_tau * lowered(info.support_max, top, scale);
-  float pull = 0;
+  const float own = tail.at_tau * rebase(tail.pivot, top, scale);
+  const float all = own + info.support_tau * rebase(info.support_max, top, scale);
+  float gradient = 0;  // of D in the tail's own logit
   if (job.ids != nullptr) {
     // The teacher's tail is taken to have the student's shape, which matters at temperatures other than 1.
     float p = info.p_tail, p_support = info.p_support, above = 0;
@@ -150,21 +150,21 @@ __device__ inline TailScale tail_scale(const Job& job, const Series& series, con
     }
     const float q = divide(own, all), norm = p + p_support;
     if (!kGeneral || job.beta == 0) {
-      pull = q - divide(p, norm);
+      gradient = q - divide(p, norm);
     } else {
       const float log_norm = log2f(norm) + above, log_p = log2f(p) - log2f(norm);
       const Log2Parts of_all = log2_parts(all), of_tail = log2_parts(tail.at_tau);
       const float log_q = fmaf(tail.pivot - top, scale, of_tail.whole - of_all.whole) + (of_tail.rest - of_all.rest);
       const int k = static_cast<int>(job.k);
-      pull = job.beta == 1
-                 ? q * tail_score<Kind::reverse>(series, entries, k, scale, top, of_all, log_norm, log_q, log_p)
-                 : q * tail_score<Kind::js>(series, entries, k, scale, top, of_all, log_norm, log_q, log_p);
+      gradient = job.beta == 1
+                     ? q * tail_score<Kind::reverse>(series, entries, k, scale, top, of_all, log_norm, log_q, log_p)
+                     : q * tail_score<Kind::js>(series, entries, k, scale, top, of_all, log_norm, log_q, log_p);
     }
-    pull *= info.pull;
+    gradient *= info.kl_scale;
   }
   // If the support is far above the pivot this is inf, and the CE's gradient in the tail becomes 0.
-  const float others = info.support_one * lowered(info.support_max, tail.pivot, kLog2e);
-  const float at_one = divide_fast(info.ce_weight, tail.at_one + others), at_tau = divide(pull, tail.at_tau);
+  const float others = info.support_one * rebase(info.support_max, tail.pivot, kLog2e);
+  const float at_one = divide_fast(info.ce_weight, tail.at_one + others), at_tau = divide(gradient, tail.at_tau);
   return {{tail.pivot, scale, is_plain ? at_tau + at_one : at_tau}, {tail.pivot, kLog2e, is_plain ? 0 : at_one}};
 }
 
@@ -207,13 +207,10 @@ __device__ inline double bucket_divergence(double beta, Bucket* buckets, int cou
   return value < 0 ? 0 : value;
 }
 
-// A product that is never fused: in a difference of equals an FMA would leave the product's rounding error in place of
-// 0.
-__device__ inline double times(double a, double b) { return __dmul_rn(a, b); }
-
-// The log of a sum of powers about `pivot`, see Sums.
+// The log of a sum of powers about `pivot`, see Sums. Here and below a product is not fused with the addition after it:
+// where equals are subtracted, an FMA would leave the product's rounding error in place of 0.
 __device__ inline double log_sum(float pivot, float sum, float scale) {
-  return log(static_cast<double>(sum)) + times(pivot, static_cast<double>(scale) * kLn2);
+  return log(static_cast<double>(sum)) + __dmul_rn(pivot, static_cast<double>(scale) * kLn2);
 }
 __device__ inline double log_add(double a, double b) {
   const double top = a > b || isnan(b) ? a : b;
@@ -239,9 +236,9 @@ __global__ void __launch_bounds__(kWarp) finish_rows(const Job job, const Scratc
   const double log_tau = log_add(tail_tau, log_sum(info.support_max, info.support_tau, scale));
   const double log_one = log_add(tail_one, log_sum(info.support_max, info.support_one, kLog2e));
 
-  double value = 0, tail_pull = 0;
+  double value = 0, gradient_of_tail = 0;
   if (job.ids != nullptr) {
-    for (int i = lane; i < k; i += kWarp) buckets[i].log_q = times(entries[i].z, at_tau) - log_tau;
+    for (int i = lane; i < k; i += kWarp) buckets[i].log_q = __dmul_rn(entries[i].z, at_tau) - log_tau;
     if (lane == 0) buckets[k].log_q = tail_tau - log_tau;
     __syncwarp();
     const bool is_plain = info.inv_tau == 1;
@@ -249,24 +246,27 @@ __global__ void __launch_bounds__(kWarp) finish_rows(const Job job, const Scratc
         log(static_cast<double>(tail.at_tau)) - log(static_cast<double>(tail.at_one)) * info.inv_tau;
     teacher_buckets(job.logprobs + row * k, ids, info.inv_tau, is_plain ? 0 : log_shape, has_tail, buckets, k);
     value = bucket_divergence(job.beta, buckets, k + 1);
-    tail_pull = buckets[k].gradient;
+    gradient_of_tail = buckets[k].gradient;
   }
-  if (lane == 0) losses.put(job, info, row, value, log_one - times(info.z_label, at_one));
+  if (lane == 0) losses.store(job, info, row, value, log_one - __dmul_rn(info.z_label, at_one));
   const Output output(job, row);
   if (job.dz == nullptr) return;
-  const auto put = [&](int v, double z, double pull) {
-    const double one = exp(times(z, at_one) - log_one) - (v == info.label ? 1 : 0);
-    output.put_one(head.finish(static_cast<float>(info.pull * pull + info.ce_weight * one), static_cast<float>(z)), v);
+  const auto store_gradient = [&](int v, double z, double of_divergence) {
+    const double one = exp(__dmul_rn(z, at_one) - log_one) - (v == info.label ? 1 : 0);
+    output.store_one(
+        head.backward(static_cast<float>(info.kl_scale * of_divergence + info.ce_weight * one), static_cast<float>(z)),
+        v);
   };
   int is_in_support = 0;
   for (int i = lane; i < k; i += kWarp) {
     if (ids[i] < 0 || ids[i] >= job.vocabulary) continue;
     if (ids[i] == info.label) is_in_support = 1;
-    put(static_cast<int>(ids[i]), entries[i].z, buckets[i].gradient);
+    store_gradient(static_cast<int>(ids[i]), entries[i].z, buckets[i].gradient);
   }
   is_in_support = warp_max(is_in_support);
   if (lane == 0 && info.label >= 0 && !is_in_support)
-    put(info.label, info.z_label, has_tail ? tail_pull * exp(times(info.z_label, at_tau) - tail_tau) : 0);
+    store_gradient(info.label, info.z_label,
+                   has_tail ? gradient_of_tail * exp(__dmul_rn(info.z_label, at_tau) - tail_tau) : 0);
 }
 
 }  // namespace

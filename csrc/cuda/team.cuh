@@ -1,4 +1,5 @@
-// A row's team, one block or a cluster of blocks: who holds which columns, and how the team reduces its sums.
+// A team is what shares a row of logits: one block or a cluster of blocks. Here are the columns that each thread holds,
+// and the reductions over the team.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -18,9 +19,9 @@ constexpr int kVector = 4;
 
 using Vector = Pack<float, kVector>;
 
-// Whether a kernel of teams of `blocks` can run on the architecture being compiled for.
+// Whether the architecture being compiled for can run teams of this many blocks.
 template <int blocks>
-__host__ __device__ constexpr bool is_possible() {
+__host__ __device__ constexpr bool is_supported() {
 #ifdef RBFAST_HAS_CLUSTERS
   return true;
 #else
@@ -28,8 +29,8 @@ __host__ __device__ constexpr bool is_possible() {
 #endif
 }
 
-// Keeps the compiler from moving reads of memory across it, which would put more in flight than there are registers.
-__device__ inline void keep_order() {
+// Keeps the compiler from moving reads of memory across it: more in flight would take more registers than there are.
+__device__ inline void compiler_barrier() {
 #ifdef __CUDA_ARCH__
   asm volatile("" ::: "memory");
 #endif
@@ -41,19 +42,19 @@ struct Team {
   static constexpr int kWarps = kThreads / kWarp, kAllWarps = kBlocks * kWarps;
   static constexpr int kStep = kBlocks * kThreads * kVector;  // columns of one vector in every thread
 
-  // All of this is recomputed at every use: kept from row to row it would take registers.
-  __device__ static int rank() { return kBlocks == 1 ? 0 : afresh(static_cast<int>(blockIdx.x)) % kBlocks; }
+  // All of this is rematerialized at every use: kept from row to row it would take registers.
+  __device__ static int rank() { return kBlocks == 1 ? 0 : rematerialize(static_cast<int>(blockIdx.x)) % kBlocks; }
   // This thread's first column; its next vectors are kStep columns apart.
-  __device__ static int first() { return afresh((rank() * kThreads + static_cast<int>(threadIdx.x)) * kVector); }
+  __device__ static int first() { return rematerialize((rank() * kThreads + static_cast<int>(threadIdx.x)) * kVector); }
   __device__ static int warp() { return rank() * kWarps + static_cast<int>(threadIdx.x) / kWarp; }
   __device__ static bool is_leader() { return rank() == 0 && threadIdx.x == 0; }
   // The team's row in a round: rows go to the teams in turn.
   __device__ static int row(int round) {
-    return (afresh(static_cast<int>(blockIdx.x)) + round * afresh(static_cast<int>(gridDim.x))) / kBlocks;
+    return (rematerialize(static_cast<int>(blockIdx.x)) + round * rematerialize(static_cast<int>(gridDim.x))) / kBlocks;
   }
 
   // A barrier over all threads of the team; what was written before it is visible after it.
-  __device__ void meet() const {
+  __device__ void sync() const {
 #ifdef RBFAST_HAS_CLUSTERS
     if (kBlocks > 1) {
       cooperative_groups::this_cluster().barrier_arrive();
@@ -62,56 +63,56 @@ struct Team {
 #endif
     __syncthreads();
   }
-  // A member's copy of an object in shared memory, given this block's.
+  // The address of another block's copy of an object in shared memory, given that of this block's.
   template <typename T>
-  __device__ T* of(T* mine, int member) const {
+  __device__ T* map_shared(T* mine, int block) const {
 #ifdef RBFAST_HAS_CLUSTERS
-    if (kBlocks > 1) return cooperative_groups::this_cluster().map_shared_rank(mine, member);
+    if (kBlocks > 1) return cooperative_groups::this_cluster().map_shared_rank(mine, block);
 #endif
     return mine;
   }
 };
 
-// A group of n floats.
+// n floats of a thread.
 template <int n>
-struct Few {
+struct Array {
   float value[n];
 
   __device__ float& operator[](int i) { return value[i]; }
   __device__ float operator[](int i) const { return value[i]; }
 };
 
-// A slot in every block for the values of each warp of the team. It is double-buffered: a member may write the next
-// values while another still reads.
+// Shared memory of an all-reduce over a team: in every block a slot for each warp of the team. It is double-buffered: a
+// warp may write its next values while another still reads.
 template <int n, int kWarps>
 struct Exchange {
-  float given[2][kWarps][n];
+  float slots[2][kWarps][n];
 
-  // Reduces the first `count` values over all threads of the team; every thread gets the results. The team meets once.
-  template <typename Of, int m, typename T>
-  __device__ Few<m> over(const T& team, const Few<m>& mine, int count, int turn) {
+  // Reduces the first `count` values over all threads of the team; every thread gets the results. It takes one barrier.
+  template <typename Op, int m, typename T>
+  __device__ Array<m> reduce(const T& team, const Array<m>& mine, int count, int buffer) {
     static_assert(m <= n);
     constexpr int kTeamBlocks = kWarps / T::kWarps;
-    const int lane = afresh(static_cast<int>(threadIdx.x) % kWarp);
-    Few<m> all = mine;
+    const int lane = rematerialize(static_cast<int>(threadIdx.x) % kWarp);
+    Array<m> all = mine;
 #pragma unroll
     for (int i = 0; i < m; ++i)
-      if (i < count) all[i] = over_warp<Of>(all[i]);
+      if (i < count) all[i] = warp_reduce<Op>(all[i]);
     if (lane < kTeamBlocks) {
-      float* place = team.of(given[turn][afresh(team.warp())], lane);
+      float* slot = team.map_shared(slots[buffer][rematerialize(team.warp())], lane);
 #pragma unroll
       for (int i = 0; i < m; ++i)
-        if (i < count) place[i] = all[i];
+        if (i < count) slot[i] = all[i];
     }
-    team.meet();
+    team.sync();
 #pragma unroll
     for (int i = 0; i < m; ++i) {
       if (i >= count) continue;
-      all[i] = Of::empty;
+      all[i] = Op::identity;
 #pragma unroll
       for (int warp = 0; warp < kWarps; warp += kWarp)
-        if (warp + lane < kWarps) all[i] = Of::of(all[i], given[turn][warp + lane][i]);
-      all[i] = over_warp<Of>(all[i]);
+        if (warp + lane < kWarps) all[i] = Op::apply(all[i], slots[buffer][warp + lane][i]);
+      all[i] = warp_reduce<Op>(all[i]);
     }
     return all;
   }
@@ -129,25 +130,25 @@ struct alignas(16) Sums {
 // A logit as a pivot; 0 if it is masked, infinite or NaN.
 __device__ inline float as_pivot(float z) { return fabsf(z) < -kLeastLogit ? z : 0; }
 
-// Whether a pivot served, judged by the sum over the row. The power of a logit that lies y away in base 2 has a
+// Whether a sum about a pivot is accurate enough. The power of a logit that lies y away in base 2 has a
 // relative error of 2^-25 |y|: here up to 2^-20, the same as for logits far below the largest one. False for NaN.
-__device__ inline bool is_in_reach(float sum) { return sum > 0x1p-30f && sum < 0x1p30f; }
+__device__ inline bool is_in_range(float sum) { return sum > 0x1p-30f && sum < 0x1p30f; }
 
 // The factor that rebases sums from `pivot` to `top`.
-__device__ inline float lowered(float pivot, float top, float scale) { return exp2_fast((pivot - top) * scale); }
+__device__ inline float rebase(float pivot, float top, float scale) { return exp2_fast((pivot - top) * scale); }
 
-// factor * 2^((z - pivot) * scale) = factor * 2^(z * scale - shift - off). `off` is the rounding error of shift; it
-// goes into the factor, which saves an operation per logit.
+// factor * 2^((z - pivot) * scale) = factor * 2^(z * scale - shift - shift_error), where shift_error is what rounding
+// took from shift. It goes into the factor, which saves an operation per logit.
 struct Powers {
-  float scale, shift, off, factor;
+  float scale, shift, shift_error, factor;
 
   __device__ Powers(float pivot, float scale, float factor) : scale(scale) {
     // Logits this large are 2^6 / scale or more apart, so only the pivot itself counts, at any scale. A power of two as
     // the scale makes the product exact.
     if (fabsf(pivot * scale) >= 0x1p30f) this->scale = __int_as_float(__float_as_int(scale) & 0x7f800000);
     shift = __fmul_rn(pivot, this->scale);  // no initializer: nvcc's host pass keeps those, and lacks __fmul_rn
-    off = fmaf(pivot, this->scale, -shift);
-    this->factor = factor * exp2_fast(-off);
+    shift_error = fmaf(pivot, this->scale, -shift);
+    this->factor = factor * exp2_fast(-shift_error);
   }
   __device__ float shifted(float z) const { return exp2_fast(fmaf(z, scale, -shift)); }
   __device__ float operator()(float z) const { return shifted(z) * factor; }
@@ -165,31 +166,34 @@ struct PowerSum {
   }
   // Divided by the pivot's own power as computed: if the pivot has all the mass, the sum is exactly 1 and the row's CE
   // 0.
-  __device__ float total() const { return divide((sum[0] + sum[1]) + (sum[2] + sum[3]), exp2_fast(powers.off)); }
+  __device__ float total() const {
+    return divide((sum[0] + sum[1]) + (sum[2] + sum[3]), exp2_fast(powers.shift_error));
+  }
 };
 
-// A team's results for a row: its sums, and the pivots that they are about.
+// The sums of a row, and the pivots that they are about.
 template <int n, int kPivots>
-struct Found {
-  Few<kPivots> pivot;
-  Few<n> sum;
+struct TeamSums {
+  Array<kPivots> pivot;
+  Array<n> sum;
 };
 
-// The first `count` of n sums over a row; sums_about(pivots) gives a thread's. If the given pivots do not serve, the
-// row's largest logits are used, of which largest() gives a thread's: one more pass, and the team meets twice more.
+// The first `count` of n sums over a row; sums_about(pivots) gives a thread's. If the sums about the given pivots leave
+// the range, the pivots become the row's largest logits, of which largest() gives a thread's: one more pass and two
+// more barriers.
 template <int n, int kPivots, typename T, typename E, typename SumsAbout, typename GetLargest>
-__device__ inline Found<n, kPivots> find_sums(const T& team, E& exchange, Few<kPivots> pivot, int count, int turn,
-                                              const SumsAbout& sums_about, const GetLargest& largest) {
-  Few<n> sum = exchange.template over<Add>(team, sums_about(pivot), count, turn);
-  bool serves = true;
+__device__ inline TeamSums<n, kPivots> find_sums(const T& team, E& exchange, Array<kPivots> pivot, int count,
+                                                 int buffer, const SumsAbout& sums_about, const GetLargest& largest) {
+  Array<n> sum = exchange.template reduce<Add>(team, sums_about(pivot), count, buffer);
+  bool are_in_range = true;
 #pragma unroll
   for (int i = 0; i < n; ++i)
-    if (i < count) serves = serves && is_in_reach(sum[i]);
-  if (!serves) {
-    pivot = exchange.template over<Largest>(team, largest(), kPivots, 1 - turn);
+    if (i < count) are_in_range = are_in_range && is_in_range(sum[i]);
+  if (!are_in_range) {
+    pivot = exchange.template reduce<Max>(team, largest(), kPivots, 1 - buffer);
 #pragma unroll
     for (int i = 0; i < kPivots; ++i) pivot[i] = as_pivot(pivot[i]);
-    sum = exchange.template over<Add>(team, sums_about(pivot), count, turn);
+    sum = exchange.template reduce<Add>(team, sums_about(pivot), count, buffer);
   }
   return {pivot, sum};
 }

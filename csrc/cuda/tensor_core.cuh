@@ -45,7 +45,7 @@ __device__ inline void copy_async(void* to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
 }
 // Makes one group of the copies that this thread started since the last call.
-__device__ inline void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most the last `open` groups of this thread are in flight.
 template <int open>
 __device__ inline void wait_for_copies() {

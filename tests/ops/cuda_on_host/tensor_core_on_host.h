@@ -54,7 +54,7 @@ inline void copy_async(void* to, const void* from, int bytes) {
     throw std::runtime_error("cp.async of unaligned bytes");
   on_host::current().copies.push_back({to, from, bytes});
 }
-inline void close_copies() { on_host::current().copies.push_back({}); }
+inline void commit_copies() { on_host::current().copies.push_back({}); }
 template <int open>
 void wait_for_copies() {
   std::vector<on_host::Copy>& copies = on_host::current().copies;
