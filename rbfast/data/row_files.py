@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -180,12 +181,17 @@ def _rows_csv(path: Path, lenient: bool, delimiter: str) -> Rows:
     with _open(path) as source, io.TextIOWrapper(source, encoding="utf-8-sig", newline="") as text:
         rows = csv.DictReader(text, delimiter=delimiter, strict=True)
         try:
+            names = rows.fieldnames or ()
+            if repeated := [name for name, count in Counter(names).items() if name and count > 1]:
+                raise TraceError(
+                    f"{path}:{rows.line_num}: expected different columns, got {repeated[0]!r} twice; rename one"
+                )
             for row in rows:
                 where = f"{path}:{rows.line_num}"
                 if None not in row:
                     yield where, {name: cell or None for name, cell in row.items()}
                     continue
-                error = TraceError(f"{where}: expected {len(rows.fieldnames or ())} cells, got more; quote their text")
+                error = TraceError(f"{where}: expected {len(names)} cells, got more; quote their text")
                 if not lenient:
                     raise error
                 yield where, error

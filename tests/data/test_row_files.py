@@ -85,7 +85,7 @@ def test_a_folder_of_shards_leaves_lists_of_other_things_out(tmp_path: Path) -> 
 
 
 def test_tables_of_text_are_read(tmp_path: Path) -> None:
-    rows = [["problem", "solution", "answer"], ["Who, 1?", 'First:\n"so".', "036"], ["Who?", "", "4"]]
+    rows = [["problem", "solution", "answer", "", ""], ["Who, 1?", 'First:\n"so".', "036"], ["Who?", "", "4", "", ""]]
     for name, dialect in (("t.csv", "excel"), ("t.tsv", "excel-tab")):
         with (tmp_path / name).open("w", newline="", encoding="utf-8-sig") as file:
             csv.writer(file, dialect).writerows(rows)

@@ -58,6 +58,7 @@ GOOD = json.dumps(ROW).encode()
         ("t.jsonl", GOOD + b"\n" + GOOD[:-1] + b"\n" + GOOD, r"t\.jsonl:2, column \d+: expected JSON"),
         ("t.csv", b"problem", "expected at least one trace, got none"),
         ("t.csv", b"problem,reasoning,answer\np,r,a\np,r,a,b\n", r"t\.csv:3: expected 3 cells, got more"),
+        ("t.csv", b"answer,problem,answer\n1,p,2\n", r"t\.csv:1: expected different columns, got 'answer' twice"),
         ("t.csv", b"problem\n\xff\n", r"t\.csv: expected UTF-8"),
         ("t.csv", b'problem\n"p', r"t\.csv:\d: expected cells of a table: unexpected end"),
         ("t.xlsx", b"PK", r"expected a \.jsonl, .*, \.csv or \.tsv file \(\.gz too\), got \.xlsx"),
