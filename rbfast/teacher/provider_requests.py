@@ -72,9 +72,21 @@ class ProviderRequests:
                 place = response.headers.get("x-goog-upload-url")
             if not place:
                 raise ServerError(f"{_without_query(url)} names no place for an upload")
+            if not self._is_of_api(place):  # every request has the key
+                raise ServerError(
+                    f"{_without_query(url)} names another host for the upload, {_without_query(place)}: nothing was "
+                    "sent there; use the provider's own address"
+                )
             return self.once("POST", place, "file", headers=finish, content=data)["file"]["name"]
 
         return self._insist(attempt)
+
+    def _is_of_api(self, url: str) -> bool:
+        """Whether a URL has the scheme, host and port of the API."""
+        from httpx import URL
+
+        own, other = URL(self.chat_url), URL(url)
+        return (own.scheme, own.host, own.port) == (other.scheme, other.host, other.port)
 
     def lines(self, url: str) -> Iterator[bytes]:
         """The lines of a file. It is downloaded to disk first: it may be large, and the download may need retries."""

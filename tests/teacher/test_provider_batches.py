@@ -281,6 +281,17 @@ def test_the_key_is_in_no_file_log_or_message(tmp_path, kind, caplog, capfd):
         assert KEY not in text
 
 
+@pytest.mark.parametrize("place", ["https://127.0.0.1:{port}/", "http://localhost:{port}/", "http://127.0.0.1:1/"])
+def test_the_key_goes_to_no_other_host(tmp_path, place):
+    with answering(Gemini(solved)) as api:
+        other = place.format(port=api.host.rpartition(":")[2])
+        once(api, "POST /upload/", Answer({}, headers={"X-Goog-Upload-Url": other}))
+        with pytest.raises(ServerError, match=r"/upload/v1beta/files names another host for the upload, http"):
+            ask(api, tmp_path)
+        assert not any(request.path == "/" for request in api.requests)
+        assert len(ask(api, tmp_path).traces) == 4
+
+
 def test_a_wrong_key_ends_it_before_a_batch_is_written_down(tmp_path, monkeypatch):
     monkeypatch.setenv("ANTHROPIC_API_KEY", "another-key-than-theirs")
     with answering(Claude(solved)) as api, pytest.raises(ServerError, match=r"said 401: .*who is it"):
