@@ -8,7 +8,7 @@ from plain_losses import Case, Near, divergence, relative_error, student_logits
 from torch import Tensor
 
 from rbfast.loss.distill_loss import DistillLoss
-from rbfast.loss.teacher_signal import Dense, TopK, merge_duplicates, repeated_id
+from rbfast.loss.teacher_signal import Dense, TopK, check_top_k, merge_duplicates, repeated_id
 
 
 @pytest.mark.parametrize("head", [{}, {"softcap": 3.0}, {"logit_scale": 0.25}, {"softcap": 2.0, "logit_scale": 1.7}])
@@ -326,6 +326,13 @@ def test_an_id_may_appear_often_in_a_wide_row():
     torch.testing.assert_close(masses, expected)
     assert repeated_id(found.ids) == -1 and torch.equal(found.ids[:, 0], ids[:, 0])
     assert torch.equal(found.ids == -1, found.logprobs == -torch.inf)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_checked_signal_has_each_id_once(number):
+    found = check_top_k(TopK(torch.tensor([[number, number]]), torch.tensor([[0.25, 0.5]]).log()))
+    assert found.ids.tolist() == [[number, -1]]
+    torch.testing.assert_close(found.logprobs.exp(), torch.tensor([[0.75, 0.0]]))
 
 
 def test_a_signal_without_ids_may_stand_beside_one_with_duplicates():
