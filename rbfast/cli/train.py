@@ -63,7 +63,8 @@ def add_distill(sub: argparse.ArgumentParser) -> None:
         "--targets",
         nargs="+",
         metavar="NAME",
-        help="linear layers to train: names or their ends, such as q_proj (default: all but the head)",
+        help="linear layers to train: names or their ends, such as q_proj, or all-linear alone (default: all-linear, "
+        "which leaves out the head)",
     )
     sub.add_argument(
         "--placement",
@@ -194,7 +195,12 @@ def _distill_config(args: argparse.Namespace) -> "DistillConfig":
     objective = (
         _given_options(args, Objective) | _by_role("", args.role_weights) | _by_role("_temperature", args.temperature)
     )
-    return DistillConfig(**_given_options(args, DistillConfig), objective=Objective(**objective))
+    options = _given_options(args, DistillConfig)
+    if "all-linear" in (args.targets or ()):
+        if len(args.targets) > 1:
+            raise ValueError("--targets: all-linear stands for all layers, got other names beside it; leave one out")
+        options["targets"] = "all-linear"
+    return DistillConfig(**options, objective=Objective(**objective))
 
 
 def _given_options(args: argparse.Namespace, kind: type) -> dict[str, Any]:

@@ -450,6 +450,12 @@ def test_every_setting_of_a_run_is_an_option() -> None:
     assert config == DistillConfig(**given)  # type: ignore[arg-type]
 
 
+def test_all_linear_layers_may_be_named_alone() -> None:
+    assert parsed("--targets", "all-linear") == DistillConfig()
+    with pytest.raises(ValueError, match="got other names beside it"):
+        parsed("--targets", "all-linear", "q_proj")
+
+
 def test_a_plan_is_printed_and_nothing_is_trained(
     capsys: pytest.CaptureFixture[str], model_folder: str, traces: str, tmp_path: Path
 ) -> None:
