@@ -1,9 +1,10 @@
-r"""Compare dates, times of day and ratios, whose signs between numbers are not operators.
+r"""Compare dates, times of day, durations and ratios, whose signs between numbers are not operators.
 
 ```python
 same_moment("3:45 p.m.", "15:45")              # True
 same_moment("March 5, 2024", "5 March")        # True: a missing year agrees with any
 same_moment("3:4:5", "6:8:10")                 # True
+same_moment("2 h 30 min", "150 minutes")       # True
 same_moment("3:4", "0.75")                     # None: only one of them is of this kind
 ```
 """
@@ -13,8 +14,10 @@ from __future__ import annotations
 import functools
 import re
 from fractions import Fraction
+from itertools import pairwise
 
 from rbfast.grading.notation import without_text_command
+from rbfast.grading.units import unit_of
 
 _MONTH_NAMES = "january february march april may june july august september october november december"
 _DAY_NAMES = "monday tuesday wednesday thursday friday saturday sunday"
@@ -33,13 +36,17 @@ _DATES = (
     re.compile(r"(?P<first>\d{1,2})/(?P<second>\d{1,2})/(?P<year>\d{4})"),  # day/month or month/day
 )
 _CLOCK = re.compile(r"(\d{1,2})(?::([0-5]\d))? ?([ap])\.? ?m|(\d{1,2}):([0-5]\d)")
-_RATIO = re.compile(r"\d+(?:\.\d+)?(?:(?::| to )\d+(?:\.\d+)?)+")
+_NUMBER = r"\d{1,100}(?:\.\d{1,100})?"  # Python reads no number of thousands of digits
+_RATIO = re.compile(rf"{_NUMBER}(?:(?::| to ){_NUMBER})+")
+_TIMED = re.compile(rf"({_NUMBER}) ?([a-z]+)\.?")
+_DURATION = re.compile(rf"{_TIMED.pattern}(?: (?:and )?{_TIMED.pattern})*")
 
 
 def same_moment(one: str, other: str) -> bool | None:
-    """Whether two dates, times of day or ratios are the same; None if they are not of the same kind.
+    """Whether two dates, times of day, durations or ratios are the same; None if they are not of the same kind.
 
-    Two texts like 3:45 are compared as times, not as ratios: 1:15 is another time.
+    Two texts like 3:45 are compared as times, not as ratios: 1:15 is another time. Two durations are compared here if
+    one has several units.
     """
     left, right = _plain(one), _plain(other)
     dates = _parse_date(left), _parse_date(right)
@@ -48,12 +55,15 @@ def same_moment(one: str, other: str) -> bool | None:
     times = _parse_time(left), _parse_time(right)
     if times[0] and times[1]:
         return not times[0].isdisjoint(times[1])
+    durations = _parse_duration(left), _parse_duration(right)
+    if durations[0] and durations[1] and len(durations[0]) + len(durations[1]) > 2:
+        return sum(durations[0]) == sum(durations[1])
     ratios = _parse_ratio(left), _parse_ratio(right)
     return ratios[0] == ratios[1] if ratios[0] and ratios[1] else None
 
 
 def is_moment(text: str) -> bool:
-    """Whether a text is a date, a time of day or a ratio."""
+    """Whether a text is a date, a time of day, a duration in several units or a ratio."""
     return same_moment(text, text) is not None
 
 
@@ -86,6 +96,16 @@ def _parse_time(text: str) -> set[int]:
     if match[3]:
         return {(hour % 12 + 12 * (match[3] == "p")) * 60 + minute} if 1 <= hour <= 12 else set()
     return {(hour % 12 + half) * 60 + minute for half in (0, 12)} if 1 <= hour <= 12 else {(hour % 24) * 60 + minute}
+
+
+def _parse_duration(text: str) -> list[Fraction]:
+    """The seconds of each part of a duration, the larger units first; empty if the text is not a duration."""
+    parts = _TIMED.findall(text) if _DURATION.fullmatch(text) else []
+    units = [unit_of(word) for _, word in parts]
+    sizes = [unit.size for unit in units if unit and unit.dimension == "time"]
+    if len(sizes) < len(parts) or any(size <= next_size for size, next_size in pairwise(sizes)):
+        return []
+    return [Fraction(number) * size for (number, _), size in zip(parts, sizes, strict=True)]
 
 
 def _parse_ratio(text: str) -> tuple[Fraction, ...]:

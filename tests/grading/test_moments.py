@@ -1,4 +1,4 @@
-"""Dates, times of day and ratios, and what is none."""
+"""Dates, times of day, durations and ratios, and what is none."""
 
 import pytest
 
@@ -23,6 +23,18 @@ from rbfast.grading.moments import is_moment, same_moment
         ("1:2:3", "2 : 4 : 6", True),
         ("1:2:3", "1:2", False),
         ("3:4", r"\frac{3}{4}", None),
+        ("2 hours 30 minutes", "150 minutes", True),
+        ("2 hours and 30 minutes", "2.5 hours", True),
+        ("2h 30min", r"2\text{ hours }30\text{ min}", True),
+        ("1 day 1 hour 1 s", "90001 seconds", True),
+        ("2 hours 30 minutes", "151 minutes", False),
+        ("2 hours 30 minutes", "2 hours", False),
+        ("2 hours 30 minutes", "150", None),
+        ("2 hours 30 minutes", "2.5", None),
+        ("30 minutes 2 hours", "150 minutes", None),
+        ("2 hours, 30 minutes", "150 minutes", None),
+        ("2 hours 30 m", "150 minutes", None),
+        ("2 hours", "120 minutes", None),
         ("13 PM", "13", None),
         ("2 to 1 odds", "2", None),
     ],
@@ -33,4 +45,4 @@ def test_moments(one, other, same):
 
 
 def test_a_number_is_no_moment():
-    assert [is_moment(text) for text in ("3:4", "noon", "5", "3/4", "May")] == [True, False, False, False, False]
+    assert [is_moment(text) for text in ("3:4", "noon", "5", "3/4", "May", "5 min")] == [True, *[False] * 5]
