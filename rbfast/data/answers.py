@@ -16,9 +16,16 @@ from rbfast.data.thinking_marks import end_of_thinking
 _TAG = re.compile(r"<answer>(.*?)(?=</answer>|<answer>|\Z)", re.DOTALL | re.IGNORECASE)
 _CLOSED_TAG = re.compile(r"</answer>[\s.*`$]*\Z", re.IGNORECASE)
 # `####` that marks an answer, not a heading: it ends the text, or the last line repeats it, or its line holds a value.
-_LAST_HASHES = re.compile(r"(?<!#)####\s*(\S.*?)\s*(?=\Z|\n(?=[^\n]{0,300}\Z)[^\n]*\banswer\b[^\n]*\1)", re.IGNORECASE)
+# It does not go on past another `####`, nor end in a space: so a line of either is read only once.
+_SAID = r"(?:(?!####)\S)"
+_LAST_HASHES = re.compile(
+    rf"(?<!#)####\s*({_SAID}(?:[^\S\n]*{_SAID})*)\s*(?=\Z|\n(?=[^\n]{{0,300}}\Z)[^\n]*\banswer\b[^\n]*\1)",
+    re.IGNORECASE,
+)
 _VALUE = re.compile(
-    r"[-+$]{0,2}\.?\d[\d.,/^%:]*(?<![.,:])(?: [a-z%]+)?|[a-z] ?= ?\S+|\\[^\n]*\S|\$[^$\n]+\$|\(?[A-J]\)?", re.IGNORECASE
+    r"[-+$]{0,2}\.?\d[\d.,/^%:]*(?<![.,:])(?: [a-z%]+)?"
+    rf"|[a-z] ?= ?{_SAID}+|\\(?:[^\S\n]*{_SAID})+|\$[^$\n]+\$|\(?[A-J]\)?",
+    re.IGNORECASE,
 )
 _HASHES = re.compile(_LAST_HASHES.pattern + rf"|(?<!#)####[ \t]*({_VALUE.pattern})[ \t\r]*(?=\n)", re.IGNORECASE)
 _PHRASE = re.compile(
@@ -29,8 +36,8 @@ _PHRASE = re.compile(
     re.IGNORECASE,
 )
 # An "Answer" heading and one line under it, at the end of the text.
-_HEADED = re.compile(r"(?:^|\n)[#*_ ]*(?:final )?answer[*_:： ]*\n\s*(\S[^\n]*?)\s*\Z", re.IGNORECASE)
-_HOPE = re.compile(r"\.?\s*I hope (?:it|this) is correct\b.*", re.IGNORECASE)
+_HEADED = re.compile(r"(?:^|\n)[#*_ ]*(?:final )?answer[*_:： ]*\n\s*(\S(?:[^\n]*\S)?)\s*\Z", re.IGNORECASE)
+_HOPE = re.compile(r"(?:\.|(?<!\s))\s*I hope (?:it|this) is correct\b.*", re.IGNORECASE)
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?=\{|\d)")
 _BARE = re.compile(r"\d+(?:[.,]\d+)*")  # the content of a box without braces
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -39,7 +46,7 @@ _FULL_STOP = re.compile(r"(?<!\.)[.。]\Z")  # not the end of an ellipsis: 0.333
 _PAIRED = ("$$", "**", "__", "$", "*", "_", "`")  # Markdown and LaTeX around a text
 # The text allowed between two boxes of one answer: `\boxed{2}$ and $x = \boxed{3}`.
 _BETWEEN_BOXES = re.compile(
-    r"(?:[\s$,;&.*]|\\[()\[\],;!]|\\(?:quad|qquad)|\\text\{\s*(?:,\s*)?(?:and|or)?\s*\}|\b(?:and|or)\b"
+    r"(?:[\s$,;&.*]|\\[()\[\],;!]|\\(?:quad|qquad)|\\text\{(?:\s*,)?\s*(?:(?:and|or)\s*)?\}|\b(?:and|or)\b"
     r"|[a-zA-Z](?:_\{?\w\}?)?\s*=)*"
 )
 

@@ -40,6 +40,7 @@ _MOST_ITEMS = 50  # of a set, which is compared in any order
 _GROUPED = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 _SPACED = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?: \d{3})+(?![\d,/]| ?/)")
 _DECIMAL = re.compile(r"-?(\d*)\.(\d+)(?:\.\.\.)?")
+_PERCENT = re.compile(r"\s*(?:%|(?:\\text\{\s*)?per ?cent(?:age)?\s*\}?)(?: points?)?$")
 _BASE = re.compile(r"\(?([0-9A-F]+)\)?_\{?(\d+)\}?")
 _SUBSCRIPT = re.compile(r"[a-zA-Z]_\{?\d")
 _NUMBERED = re.compile(r"(?<![a-zA-Z\\])([a-zA-Z])(\d+)")
@@ -313,7 +314,7 @@ def _parse_quantity(text: str) -> _Quantity | None:
     text = replace_leading_numeral(without_text_command(text)) or text
     if match := _BASE.fullmatch(without_text_command(text)):
         return _in_base(match[1], int(match[2]))
-    percent = re.search(r"\s*(?:%|(?:\\text\{)?\s*per ?cent(?:age)?\s*\}?)(?: points?)?$", text)
+    percent = _PERCENT.search(text)
     core, unit = (text[: percent.start()], None) if percent else split_unit(text)
     core = core.removesuffix("...").strip()
     value = exact_value(core)

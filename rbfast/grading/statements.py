@@ -22,7 +22,7 @@ _WORD = re.compile(r"(?<![\\\w{])[A-Za-z]{2,}(?![\w({}])")
 _JOINING = {"and", "or"}
 _TEXT = re.compile(r"\\text(?:bf|rm|it)?\{([^{}]*)\}")
 _MARKED = re.compile(
-    r"\*\*(.+?)\*\*|\"([^\"]+)\"|`([^`]+)`|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]|(?<!\w)'([^']+)'(?!\w)"
+    r"\*\*(.+?)\*\*|\"([^\"]+)\"|`([^`]+)`|\$([^$]+)\$|\\\(((?:(?!\\\().)+?)\\\)|\\\[((?:(?!\\\[).)+?)\\\]|(?<!\w)'([^']+)'(?!\w)"
 )
 _BETWEEN = re.compile(r"[\s,;$*]*(?:and|or)?\s*")
 _VERB = re.compile(
@@ -46,7 +46,7 @@ _LABELS = MONTHS.union(_LABEL_WORDS.split())  # a number right after one of thes
 _VERDICT = re.compile(r"(yes|no|true|false)\b[,.;:!]", re.IGNORECASE)
 _CHOSEN = re.compile(r"(?:\\text(?:bf)?\{)?\(([A-J])\)[}~\s\\]+(?=[^\s}])")
 _SHARED = re.compile(
-    r"\s*(\S+(?: [A-Za-z]{2,})+?) (?:on|across|among|from|for) (?:the |its |all )?\S*\d\S* [A-Za-z]+\.?"
+    r"\s*(\S+(?: [A-Za-z]{2,})+?) (?:on|across|among|from|for) (?:the |its |all )?(?=\S*\d)\S+ [A-Za-z]+\.?"
 )
 _LEFT_EDGE = re.compile(r"[\s*_`$\"]*")
 _RIGHT_EDGE = re.compile(r"[\s*_`$\".。°]*")
@@ -59,6 +59,7 @@ _NEARBY_WORDS = """
 and to times more less fewer greater than most least before after over under above below by without between out
 """
 _NEARBY = frozenset(_NEARBY_WORDS.split())
+_ANYWHERE = OTHER_VALUE - _NEARBY
 _DENYING = {"not", "isn't", "aren't", "wasn't", "cannot", "can't", "never", "nor", "than", "least", "most"}
 _SECOND_THOUGHTS = {"But", "Wait", "Actually", "However", "Hmm"}  # at the start of a sentence
 # The result of a calculation, and the text after it: `14 + 16 = 30 apples in all`.
@@ -73,9 +74,9 @@ _PICKED = re.compile(
     r"|(?i:(?:it's|(?:i|we)(?:'d| would|'ll| will)? (?:choose|pick|select|go with)) (?:(?:answer|option|choice) )?)"
     r"\(?(?P<other>[A-J])\)?[.!]?"
 )
-# A short answer and a remark: its reason, what it is not, a sentence without another value.
+# A short answer (a limit keeps this linear) and a remark: its reason, what it is not, a sentence without another value.
 _REMARK = re.compile(
-    r"(?P<said>.+?)"
+    r"(?P<said>.{1,1000}?)"
     r"(?:,? (?:because|since) .+|, (?:and )?not .+|,? (?:rather than|instead of) .+|[.。!] (?P<more>[A-Z]\D*))",
     re.DOTALL,
 )
@@ -95,7 +96,7 @@ def readings(statement: str) -> list[str]:
         for written in dict.fromkeys((line, _BOLD.sub(r"\1", line))):
             found += _line_readings(written)
     found.append(_BOLD.sub(r"\1", statement))
-    for written in _LIST.findall(statement):
+    for written in _LIST.findall(statement[: statement.rfind("]") + 1]):  # each "[" has an end: linear
         found += [written, str([item.strip(" '\"") for item in written[1:-1].split(",")])]
     stripped = [_without_edges(reading) for reading in found]
     numbers = [str(int(number)) for number in map(_whole_number, stripped) if number is not None]
@@ -217,7 +218,7 @@ def _computed(line: str) -> str | None:
 
 def _may_change_number(words: list[str]) -> bool:
     """Whether words that are not beside a number may change it."""
-    return any(word in _SECOND_THOUGHTS or word.lower() in OTHER_VALUE - _NEARBY for word in words if word != "I")
+    return any(word in _SECOND_THOUGHTS or word.lower() in _ANYWHERE for word in words if word != "I")
 
 
 def _with_unit(number: str, following: list[str]) -> str:

@@ -105,7 +105,7 @@ OTHER_VALUE = frozenset(_OTHER_WORDS.split())
 _SHORT_WORDS = "of in on a an the per cu sq men way ant cat dog pen cow hen pig car cup day egg toy box row leg"
 _SHORT = frozenset(_SHORT_WORDS.split())
 _WORD = r"[A-Za-z][A-Za-z'.\-]*(?:\s*\^\s*\{?[23]\}?)?"
-_TAIL = re.compile(rf"(?P<gap>\s*)(?<![\\A-Za-z])(?P<unit>{_WORD}(?:\s*[ /]\s*{_WORD})*)\.?$")
+_TAIL = re.compile(rf"(?P<gap>\s*)(?<![\\A-Za-z])(?P<unit>{_WORD}(?:(?:\s*/\s*|[^\S\n]+){_WORD})*)\.?$")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _DEGREES = re.compile(r"\^\\circ\s*(?:\\text\{\s*)?([CF]?)\}?$")
 

@@ -9,7 +9,7 @@ import pytest
 from problems import plain
 from real_inputs import data_path
 
-from rbfast.data.answers import extract_answer, known_answer
+from rbfast.data.answers import extract_answer, final_answer, known_answer
 from rbfast.grading import math_equality
 from rbfast.grading.grade import Problem, answer_key, grade, without_tags
 from rbfast.grading.judge import Judge, judge
@@ -39,6 +39,9 @@ from rbfast.grading.tasks import load_problems
         ("#### 12 apples\nI hope this helps!", "12 apples"),
         ("#### 42 \r\nDone.\r\n", "42"),
         ("so\n#### 7\n" + "The answer is 7. " * 3000 + "\n\nDone.", "7"),  # in no time
+        ("#### Result #### 7", "7"),
+        ("#### Result #### 7\nDone.", "7"),
+        ("#### \\frac{1}{2} + 3 apples \nDone.", "\\frac{1}{2} + 3 apples"),
         ("Answer: 5\nThe final answer is **6**.", "**6**."),
         ("**Answer:** 5", "5"),
         ("The answer to the problem is: 9 legs", "9 legs"),
@@ -350,12 +353,38 @@ def test_an_answer_that_cannot_be_computed_is_wrong_at_once(answer):
 
 
 @pytest.mark.parametrize(
-    "text", ["#" * 100_000 + "\nz", r"\boxed{" * 14_000, "a" * 100_000 + "\nz", *(f"x{c * 100_000}!" for c in " .*_$")]
+    "text",
+    [
+        "#" * 100_000 + "\nz",
+        "#### x " * 15_000 + "\n5 is the answer",
+        "####x=" * 17_000 + " a\n5",
+        f"#### x{' ' * 100_000}y\nz",
+        f"answer is x{' ' * 100_000}y",
+        f"Answer\nx{' ' * 100_000}y",
+        rf"\boxed{{2}}\text{{{' ' * 100_000}\boxed{{3}}",
+        r"\boxed{" * 14_000,
+        "It is so: " + r"\( " * 33_000,
+        "It is so: " + r"\[" * 50_000,
+        " [" * 200_000,
+        "It is. " * 14_000 + "5",
+        f"six ants on {'1' * 100_000} a b",
+        f"1:{'1' * 100_000}",
+        "a" * 100_000 + "\nz",
+        *(f"x{c * 100_000}!" for c in " .*_$"),
+    ],
+    ids=lambda text: f"{text[:9]}",
 )
 def test_the_completion_of_a_looping_model_is_graded_at_once(text):
     start = time.process_time()
-    assert grade(plain("42"), text) == 0.0 and known_answer(text)
+    assert grade(plain("42"), text) == 0.0 and known_answer(text) and final_answer(text) != ""
     assert time.process_time() - start < 5  # a pattern that starts anew at every character takes minutes
+
+
+@pytest.mark.parametrize("answer", [r"5\text{ab}" + r"\text{ab}" * 40 + "1", "^(" + " \n" * 490 + "1"])
+def test_a_short_answer_is_graded_at_once(answer):
+    start = time.process_time()
+    assert not equal("7", answer)
+    assert time.process_time() - start < 1  # each word doubled the time; each space of a run was tried with each
 
 
 @pytest.mark.slow
