@@ -31,7 +31,7 @@ INVALID = (400, 422)  # statuses of an invalid request
 SHOWN = 500  # characters of a refusal shown in messages
 CONNECTING = 10.0  # seconds to connect
 _LONGEST_PAUSE = 120.0  # seconds, as in the SDK
-_Found = TypeVar("_Found")
+_Result = TypeVar("_Result")
 
 
 class ServerError(RuntimeError):
@@ -104,7 +104,7 @@ class Retries:
             self._waiting.discard(threading.current_thread())
 
 
-def call_with_retries(retried: Retries, retries: int, attempt: Callable[[], _Found]) -> _Found:
+def call_with_retries(retried: Retries, retries: int, attempt: Callable[[], _Result]) -> _Result:
     """Call `attempt` and return its result. Retry with growing pauses if it raises IncompleteReply.
 
     Raises:
@@ -147,31 +147,52 @@ class Connection:
             return self._client
 
 
-@dataclass(frozen=True)
-class Server:
-    """A server and the parameters of its requests.
+@dataclass(frozen=True, kw_only=True)
+class RequestSettings:
+    """How a teacher is asked, whatever its API.
 
-    If the server refuses temperature, top_p or seed, they are left out, with a warning.
+    If it refuses temperature, top_p or seed, they are left out, with a warning.
 
     Args:
-        url: up to `/v1`.
-        model: as the server names it.
         timeout: seconds without a byte; a reply that is not streamed sends none before it is complete.
-        retries: the most retries of a request that the server refused for now or broke off.
+        retries: the most retries of a request that was refused for now or broken off.
         temperature, top_p, seed: sent with every request that does not set its own; None is not sent.
 
     Attributes:
         retried: the retries so far.
     """
 
-    url: str
-    model: str
     timeout: float = 600.0
     retries: int = 4
     temperature: float | None = 0.0
     top_p: float | None = None
     seed: int | None = 0
     connection: Connection = field(default_factory=Connection, repr=False, compare=False)
+
+    @property
+    def retried(self) -> Retries:
+        return self.connection.retried
+
+    def full_body(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The body of a request with the common parameters, without those that the teacher refuses."""
+        common = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
+        return self.connection.parameter_filter.fit(
+            {name: value for name, value in (common | {**body}).items() if value is not None}
+        )
+
+
+@dataclass(frozen=True)
+class Server(RequestSettings):
+    """A server and the parameters of its requests.
+
+    Args:
+        url: up to `/v1`.
+        model: as the server names it.
+        timeout, retries, temperature, top_p, seed: see `RequestSettings`.
+    """
+
+    url: str
+    model: str
     _key: str | None = field(default=None, repr=False, init=False)
 
     def __post_init__(self) -> None:
@@ -181,10 +202,6 @@ class Server:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"url must look like http://host:8000/v1, got {self.url!r}")
         object.__setattr__(self, "_key", _key_from_environment())
-
-    @property
-    def retried(self) -> Retries:
-        return self.connection.retried
 
     def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """POST a request and return the JSON object of the reply. Retries also if the reply is not a JSON object, or
@@ -218,12 +235,8 @@ class Server:
         finally:
             stream.close()
 
-    def full_body(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The body of a request with the common parameters, without those that the server refuses."""
-        common = {"model": self.model, "temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
-        return self.connection.parameter_filter.fit(
-            {n: value for n, value in (common | body).items() if value is not None}
-        )
+    def full_body(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        return super().full_body({"model": self.model, **body})
 
     def client(self) -> openai.OpenAI:
         """The SDK's client, created once."""
@@ -278,9 +291,9 @@ class Server:
         try:
             yield
         except openai.APIStatusError as error:
-            said = self.hide(error.response.text)[:SHOWN].strip() or error.response.reason_phrase
+            refusal = self.hide(error.response.text)[:SHOWN].strip() or error.response.reason_phrase
             pause = retry_after(error.response.headers)
-            message = f"{self.url}{path} said {error.status_code}: {said}"
+            message = f"{self.url}{path} said {error.status_code}: {refusal}"
             raise ServerError(message, error.status_code, pause=pause) from None
         except openai.APIConnectionError as error:
             kind = Unreachable if _cause(error).startswith(("ConnectError", "ConnectTimeout")) else ServerError
@@ -295,13 +308,13 @@ class Server:
         except (ValueError, RecursionError):
             reply = None
         if not isinstance(reply, dict):
-            said = self.hide(data.decode("utf-8", "replace"))[:SHOWN]
-            raise IncompleteReply(f"{self.url}{path} sent no JSON object but {said!r}")
+            text = self.hide(data.decode("utf-8", "replace"))[:SHOWN]
+            raise IncompleteReply(f"{self.url}{path} sent no JSON object but {text!r}")
         if (error := reply.get("error")) and not reply.get("choices"):
             status = status_in(error)
-            said = self.hide(error if isinstance(error, str) else json.dumps(error, ensure_ascii=False))[:SHOWN]
+            message = self.hide(error if isinstance(error, str) else json.dumps(error, ensure_ascii=False))[:SHOWN]
             kind = IncompleteReply if is_busy(status) else ServerError
-            raise kind(f"{self.url}{path} sent an error: {said}", status)
+            raise kind(f"{self.url}{path} sent an error: {message}", status)
         return reply
 
     def hide(self, text: str) -> str:
@@ -329,14 +342,14 @@ def status_in(error: Any) -> int | None:
     if not isinstance(error, dict):
         return None
     codes = (str(error.get(name)) for name in ("code", "status", "status_code"))
-    found = (int(code) for code in codes if len(code) == 3 and code.isdecimal())
-    return next((code for code in found if 400 <= code < 600), None)
+    numbers = (int(code) for code in codes if len(code) == 3 and code.isdecimal())
+    return next((code for code in numbers if 400 <= code < 600), None)
 
 
 def _cause(error: Exception) -> str:
     """The cause of an SDK error, in one line."""
-    found = error.__cause__ or error
-    return f"{type(found).__name__}: {found}".rstrip(": ")
+    cause = error.__cause__ or error
+    return f"{type(cause).__name__}: {cause}".rstrip(": ")
 
 
 def _key_from_environment() -> str | None:

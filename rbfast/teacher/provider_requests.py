@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import httpx
 
 _OF_ONE = ("host", "content-length", "content-type")  # headers that belong to one request
-_Found = TypeVar("_Found")
+_Result = TypeVar("_Result")
 
 
 class ProviderRequests:
@@ -48,14 +48,14 @@ class ProviderRequests:
         with self._reply(method, url, **request) as response:
             data = response.read()
         try:
-            found = json.loads(data)
+            reply = json.loads(data)
         except (ValueError, RecursionError):
-            found = None
-        if not isinstance(found, dict) or (field and field not in found):
-            said = self._provider.hide(data.decode("utf-8", "replace"))[:SHOWN]
+            reply = None
+        if not isinstance(reply, dict) or (field and field not in reply):
+            text = self._provider.hide(data.decode("utf-8", "replace"))[:SHOWN]
             wanted = f"object with {field}" if field else "object"
-            raise IncompleteReply(f"{_without_query(url)} sent no {wanted} but {said!r}")
-        return found
+            raise IncompleteReply(f"{_without_query(url)} sent no {wanted} but {text!r}")
+        return reply
 
     def upload(self, url: str, name: str, data: bytes) -> str:
         """Upload lines through Google's file API; returns the file's name."""
@@ -103,7 +103,7 @@ class ProviderRequests:
             file.seek(0)
             yield from filter(bytes.strip, file)
 
-    def _insist(self, attempt: Callable[[], _Found]) -> _Found:
+    def _insist(self, attempt: Callable[[], _Result]) -> _Result:
         return call_with_retries(self._provider.retried, self._provider.retries, attempt)
 
     @contextmanager
@@ -122,13 +122,11 @@ class ProviderRequests:
 
     def _refusal(self, url: str, response: httpx.Response) -> Exception:
         status = response.status_code
-        said = self._provider.hide(response.text)[:SHOWN].strip() or response.reason_phrase
-        said = f"{_without_query(url)} said {status}: {said}"
-        return (
-            IncompleteReply(said, status, pause_in(response.headers, response.text))
-            if is_busy(status)
-            else ServerError(said, status)
-        )
+        refusal = self._provider.hide(response.text)[:SHOWN].strip() or response.reason_phrase
+        message = f"{_without_query(url)} said {status}: {refusal}"
+        if is_busy(status):
+            return IncompleteReply(message, status, pause_in(response.headers, response.text))
+        return ServerError(message, status)
 
 
 def _without_query(url: str) -> str:

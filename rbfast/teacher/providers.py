@@ -13,15 +13,14 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rbfast.teacher.client import (
     INVALID,
     SHOWN,
-    Connection,
     IncompleteReply,
-    Retries,
+    RequestSettings,
     ServerError,
     call_with_retries,
     hide,
@@ -49,14 +48,14 @@ class _CaughtRequest(BaseException):
 
 
 @dataclass(frozen=True)
-class Provider:
+class Provider(RequestSettings):
     """A model of a provider, with the interface of `client.Server` for chats.
 
     Args:
         provider: as litellm names it: anthropic, gemini, bedrock, ...
         name: the model, as the provider names it.
         url: the URL of another host than the provider's.
-        timeout, retries, temperature, top_p, seed: see `client.Server`.
+        timeout, retries, temperature, top_p, seed: see `RequestSettings`.
 
     Raises:
         ImportError: litellm is not installed.
@@ -66,26 +65,16 @@ class Provider:
     provider: str
     name: str
     url: str | None = None
-    timeout: float = 600.0
-    retries: int = 4
-    temperature: float | None = 0.0
-    top_p: float | None = None
-    seed: int | None = 0
-    connection: Connection = field(default_factory=Connection, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        known = sorted(str(getattr(name, "value", name)) for name in _litellm().provider_list)
-        if self.provider not in known:
-            near = difflib.get_close_matches(self.provider, known, 3) or ["anthropic", "gemini", "mistral"]
+        providers = sorted(str(getattr(name, "value", name)) for name in _litellm().provider_list)
+        if self.provider not in providers:
+            near = difflib.get_close_matches(self.provider, providers, 3) or ["anthropic", "gemini", "mistral"]
             raise ValueError(f"unknown provider {self.provider!r}: use one that litellm knows, like {', '.join(near)}")
 
     @property
     def model(self) -> str:
         return f"{self.provider}/{self.name}"
-
-    @property
-    def retried(self) -> Retries:
-        return self.connection.retried
 
     def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The reply in the format of a chat completion. `path` is always that of chats. Raises ServerError."""
@@ -114,13 +103,6 @@ class Provider:
         except IncompleteReply as error:
             raise ServerError(str(error), error.status) from None
 
-    def full_body(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The body of a request with the common parameters, without those that the provider refuses."""
-        common = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
-        return self.connection.parameter_filter.fit(
-            {n: value for n, value in (common | {**body}).items() if value is not None}
-        )
-
     def _once(
         self, body: Mapping[str, Any], answer: Callable[[httpx.Request], httpx.Response] | None = None
     ) -> dict[str, Any]:
@@ -138,11 +120,11 @@ class Provider:
                 refusal = self.hide(str(error))[:SHOWN]
                 if status in INVALID and parameter_filter.learn(refusal, sent):
                     continue
-                said = f"{self.model} said {status or 'nothing'}: {refusal}"
+                message = f"{self.model} said {status or 'nothing'}: {refusal}"
                 if is_busy(status) or isinstance(error, openai.APIConnectionError):
                     headers = getattr(error, "litellm_response_headers", None)
-                    raise IncompleteReply(said, status, pause_in(headers or {}, str(error))) from None
-                raise ServerError(said, status) from None
+                    raise IncompleteReply(message, status, pause_in(headers or {}, str(error))) from None
+                raise ServerError(message, status) from None
 
     def _options(self) -> dict[str, Any]:
         # No retries by litellm: they come without a pause.
@@ -176,11 +158,11 @@ def _litellm() -> Any:
 
 def _keys() -> list[str]:
     """Every key that a provider may have been sent."""
-    found = (value.strip() for name, value in os.environ.items() if _NAME_OF_KEY.search(name))
-    return [key for key in found if len(key) >= 8]
+    secrets = (value.strip() for name, value in os.environ.items() if _NAME_OF_KEY.search(name))
+    return [key for key in secrets if len(key) >= 8]
 
 
-def pause_in(headers: Mapping[str, str], said: str) -> float | None:
+def pause_in(headers: Mapping[str, str], error: str) -> float | None:
     """The seconds that the provider asks to wait, in a header or in the error; None if it does not say."""
-    delay, pause = _DELAY.search(said), retry_after(headers)
+    delay, pause = _DELAY.search(error), retry_after(headers)
     return float(delay[1]) if pause is None and delay else pause
