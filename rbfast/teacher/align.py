@@ -63,24 +63,24 @@ def _spelled(tokenizer: PreTrainedTokenizerBase, size: int) -> list[bytes | None
     decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder"))
     spell = _spell_byte_level if "ByteLevel" in decoder else _spell_sentencepiece
     vocabulary = tokenizer.get_vocab()
-    found: list[bytes | None] = [None] * (max(vocabulary.values()) + 1)
+    spelled: list[bytes | None] = [None] * (max(vocabulary.values()) + 1)
     added = tokenizer.added_tokens_decoder
     for token, number in vocabulary.items():
         if number not in added:
-            found[number] = spell(token)
+            spelled[number] = spell(token)
         elif not added[number].special:
-            found[number] = added[number].content.encode()
-    return found
+            spelled[number] = added[number].content.encode()
+    return spelled
 
 
 def ids_by_bytes(tokens: Sequence[bytes | None]) -> dict[bytes, int]:
     """The id of each token's bytes, the first of several. But `3` takes precedence over `<0x33>`: a tokenizer uses the
     latter only for characters without a token."""
-    found: dict[bytes, int] = {}
+    ids: dict[bytes, int] = {}
     for number, written in enumerate(tokens):
-        if written and (written not in found or isinstance(tokens[found[written]], _LoneByte)):
-            found[written] = number
-    return found
+        if written and (written not in ids or isinstance(tokens[ids[written]], _LoneByte)):
+            ids[written] = number
+    return ids
 
 
 def student_ids(teacher: Sequence[bytes | None], student: Sequence[bytes | None], size: int) -> np.ndarray:
@@ -130,13 +130,14 @@ def align(
         ids: `ids_by_bytes` of the student.
     """
     at = dict(zip(teacher, pieces, strict=True))
-    found = []
+    aligned = []
     for token, span in enumerate(student):
         piece = at.get(span)
-        known = [(ids[written], value) for written, value in piece.top if written in ids] if piece else []
-        if known:
-            found.append(AlignedToken(token, [number for number, _ in known], [value for _, value in known]))
-    return found
+        candidates = [(ids[written], value) for written, value in piece.top if written in ids] if piece else []
+        if candidates:
+            numbers, logprobs = zip(*candidates, strict=True)
+            aligned.append(AlignedToken(token, [*numbers], [*logprobs]))
+    return aligned
 
 
 def _spell_byte_level(token: str) -> bytes:

@@ -54,7 +54,7 @@ def ask_in_batches(
         ValueError: no batch API for such a teacher, or the folder's batch belongs to another server.
     """
     api = batches_of(teacher)
-    known = {job.key: job for job in jobs}
+    by_key = {job.key: job for job in jobs}
     refused: dict[str, str] = {}
     batch = _find_left_over(api, folder, report)
     while True:
@@ -67,7 +67,7 @@ def ask_in_batches(
             if not requests:
                 return f"the budget does not allow another question ({store.budget.describe()} so far)"
             batch = _create(api, requests, folder, report)
-        refused |= _collect(api, wait_for_end(api, batch, report), requests, known, store)
+        refused |= _collect(api, wait_for_end(api, batch, report), requests, by_key, store)
         (folder / BATCH).unlink()
         batch = None
 
@@ -110,8 +110,8 @@ def _create(api: BatchAPI, requests: Sequence[Request], folder: Path, report: Re
 
     def attempt() -> str:
         nonlocal may_exist
-        if may_exist and (found := api.find(ticket, report)):
-            return found
+        if may_exist and (batch := api.find(ticket, report)):
+            return batch
         try:
             return api.create(ticket, requests)
         except IncompleteReply as error:
@@ -128,12 +128,13 @@ def _write(api: BatchAPI, folder: Path, ticket: dict[str, Any], batch: str) -> N
 
 
 def _collect(
-    api: BatchAPI, state: BatchStatus, requests: Sequence[Request], known: dict[str, Job], store: ReplyStore
+    api: BatchAPI, state: BatchStatus, requests: Sequence[Request], jobs: dict[str, Job], store: ReplyStore
 ) -> dict[str, str]:
     """Store the replies of a batch. Returns why the other jobs have none, by key.
 
     Args:
         requests: the requests of the batch, if this call created it.
+        jobs: all jobs of this call, by key.
     """
     refused: dict[str, str] = {}
     invalid: list[tuple[Job, dict[str, Any], str]] = []
@@ -143,20 +144,20 @@ def _collect(
             continue
         if result.reply is not None:
             try:
-                _add(store, key, known.get(key), result.reply)
+                _add(store, key, jobs.get(key), result.reply)
             except ServerError as error:
                 refused[key] = str(error)
             continue
-        said = f"said {result.status}" if result.status else "sent no reply"
-        refused[key] = f"{api.url} {said} in a batch: {result.said}"
-        if result.status in INVALID and key in known:
-            invalid.append((known[key], api.teacher.full_body(known[key].body()), result.said))
+        outcome = f"said {result.status}" if result.status else "sent no reply"
+        refused[key] = f"{api.url} {outcome} in a batch: {result.refusal}"
+        if result.status in INVALID and key in jobs:
+            invalid.append((jobs[key], api.teacher.full_body(jobs[key].body()), result.refusal))
     if state.fault is not None:
-        refused = {job.key: state.fault for job in store.missing(list(known.values()))} | refused
+        refused = {job.key: state.fault for job in store.missing(list(jobs.values()))} | refused
     silent = [request.key for request in requests if not store.has(request.key)]
     refused = {key: f"the batch {state.batch} of {api.url} holds no reply to it" for key in silent} | refused
-    for job, sent, said in invalid:
-        if api.teacher.connection.parameter_filter.learn(said, sent):
+    for job, sent, refusal in invalid:
+        if api.teacher.connection.parameter_filter.learn(refusal, sent):
             refused.pop(job.key, None)  # it is sent again without the parameter
     return refused
 

@@ -31,7 +31,7 @@ class BatchStatus:
     Attributes:
         done: the number of requests with a result, of `total`; None if the API does not report it.
         fault: why the batch failed; None if it is running or has succeeded.
-        said: the API's response, which `results` may need.
+        response: the API's own, which `results` may need.
     """
 
     batch: str
@@ -40,17 +40,17 @@ class BatchStatus:
     done: int | None = None
     total: int | None = None
     fault: str | None = None
-    said: Any = field(default=None, repr=False)
+    response: Any = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
 class Result:
-    """The result of one request: a reply in the format of a chat completion, or an error's status and text."""
+    """The result of one request: a reply in the format of a chat completion, or the status and text of a refusal."""
 
     key: str
     reply: dict[str, Any] | None
     status: int | None = None
-    said: str = ""
+    refusal: str = ""
 
 
 class BatchAPI(Protocol):
@@ -92,9 +92,8 @@ def wait_for_end(api: BatchAPI, batch: str, report: Report) -> BatchStatus:
     """Wait for the end of a batch, successful or not."""
     while True:
         state = api.poll(batch)
-        report(
-            f"batch {batch}: {state.status}" + (f", {state.done} of {state.total}" if state.total is not None else "")
-        )
+        progress = "" if state.total is None else f", {state.done} of {state.total}"
+        report(f"batch {batch}: {state.status}{progress}")
         if state.has_ended:
             return state
         time.sleep(_POLL)
@@ -103,10 +102,10 @@ def wait_for_end(api: BatchAPI, batch: str, report: Report) -> BatchStatus:
 def parse_line(line: str | bytes, key: str, where: str, teacher: Server | Provider) -> dict[str, Any]:
     """The object in a line of a batch's results. Raises ServerError if it has no `key`."""
     try:
-        found = json.loads(line)
+        parsed = json.loads(line)
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or not isinstance(found.get(key), str):
+        parsed = None
+    if not isinstance(parsed, dict) or not isinstance(parsed.get(key), str):
         text = line if isinstance(line, str) else line.decode("utf-8", "replace")
         raise ServerError(f"{where} holds no result but {teacher.hide(text)[:200]!r}")
-    return found
+    return parsed

@@ -71,7 +71,7 @@ def read_chat_reply(reply: Mapping[str, Any]) -> ChatReply:
         dict(message),
         text,
         thinking,
-        fault or _said_error(choice),
+        fault or _error_of(choice),
         reason if isinstance(reason, str) else None,
         usage,
         read,
@@ -88,12 +88,12 @@ def is_cut(reason: str | None) -> bool:
 
 def fault_of_finish(reason: str | None) -> str | None:
     """Why a reply with this finish reason is not a trace (cut, filtered, aborted, a tool call); None if it may be."""
-    said = (reason or "").lower()
-    if not said or said in FINISHED:
+    lowered = (reason or "").lower()
+    if not lowered or lowered in FINISHED:
         return None
     if is_cut(reason):
         return "the reply was cut at the limit of tokens; raise max_tokens"
-    if said == "model_length":
+    if lowered == "model_length":
         return "the reply was cut at the model's own limit (finish_reason 'model_length'); take a shorter problem"
     return f"the server ended the reply with finish_reason {reason!r}, expected 'stop'"
 
@@ -124,7 +124,7 @@ def _texts(message: Mapping[str, Any]) -> tuple[str, str, str | None]:
     return text, thinking, None
 
 
-def _said_error(choice: Mapping[str, Any]) -> str | None:
+def _error_of(choice: Mapping[str, Any]) -> str | None:
     error = choice.get("error")
     return f"the server ended the reply with an error: {json.dumps(error, default=str):.200}" if error else None
 
@@ -148,10 +148,10 @@ def _counts(usage: Mapping[str, Any]) -> tuple[int | None, int | None, int]:
     return read, written, reasoned
 
 
-def count_of(said: Any) -> int | None:
+def count_of(value: Any) -> int | None:
     """A number of tokens as a server reports it; None if it is no count."""
-    said = int(said) if isinstance(said, float) and said.is_integer() else said
-    return said if type(said) is int and 0 <= said < _LONGEST else None
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
+    return value if type(value) is int and 0 <= value < _LONGEST else None
 
 
 def _logprobs(choice: Mapping[str, Any]) -> list[list[Any]]:

@@ -67,13 +67,13 @@ class Job:
         object.__setattr__(self, "unlimited", self._digest({n: v for n, v in body.items() if n != "max_tokens"}))
 
     def _digest(self, body: dict[str, Any]) -> str:
-        asked: list[Any] = [self.server.model, self.server.temperature, body]
+        content: list[Any] = [self.server.model, self.server.temperature, body]
         has_own_seed = self.server.seed is not None and "seed" not in self.options
         if self.server.top_p is not None:
-            asked.append({"top_p": self.server.top_p})
+            content.append({"top_p": self.server.top_p})
         if self.sample and not has_own_seed:
-            asked.append(self.sample)
-        return blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16).hexdigest()
+            content.append(self.sample)
+        return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def body(self) -> dict[str, Any]:
         system = self._systems()
@@ -97,10 +97,10 @@ class Job:
 
     def record(self, reply: Mapping[str, Any]) -> dict[str, Any]:
         """The record of a reply. Raises ServerError if it is not a chat completion."""
-        found = reply_record(
+        record = reply_record(
             reply, key=self.key, problem=self.question.text, sample=self.sample, worst=self.worst_case()
         )
-        return found | {"unlimited": self.unlimited}
+        return record | {"unlimited": self.unlimited}
 
 
 def reply_record(
@@ -112,21 +112,21 @@ def reply_record(
         ServerError: the reply is not a chat completion.
     """
     try:
-        found = read_chat_reply(reply)
+        parsed = read_chat_reply(reply)
     except ValueError as error:
         raise ServerError(f"the server sent no chat completion: {error!s:.300}") from error
     return {
         "key": key,
         "problem": problem,
         "sample": sample,
-        "text": found.text,
-        "thinking": found.thinking,
-        "fault": found.fault,
-        "finish_reason": found.finish_reason,
-        "prompt_tokens": worst[0] if found.read is None else found.read,
-        "completion_tokens": worst[1] if found.written is None else found.written,
-        "hides_thinking": found.hides_thinking,
-        "message": found.message,
-        "usage": found.usage,
-        "logprobs": found.logprobs,
+        "text": parsed.text,
+        "thinking": parsed.thinking,
+        "fault": parsed.fault,
+        "finish_reason": parsed.finish_reason,
+        "prompt_tokens": worst[0] if parsed.read is None else parsed.read,
+        "completion_tokens": worst[1] if parsed.written is None else parsed.written,
+        "hides_thinking": parsed.hides_thinking,
+        "message": parsed.message,
+        "usage": parsed.usage,
+        "logprobs": parsed.logprobs,
     }

@@ -70,14 +70,15 @@ def pending_traces(
 ) -> tuple[list[PendingTrace], list[tuple[Trace, str]]]:
     """The traces that `store` lacks, and the traces that cannot be encoded, with the reason."""
     tasks, refused = [], []
-    asked = instruction or default_instruction(tokenizer)
+    instruction = instruction or default_instruction(tokenizer)
     for trace in traces:
-        examples, left_out = encode_all([trace], tokenizer, max_tokens=max_tokens, instruction=asked)
+        examples, left_out = encode_all([trace], tokenizer, max_tokens=max_tokens, instruction=instruction)
         refused += left_out
         for example in examples:
             if example not in store:
                 written = example.labels[example.labels != IGNORE][:-1].tolist()
-                tasks.append(PendingTrace(trace, example, written, render_reply(trace, tokenizer, asked), asked))
+                reply = render_reply(trace, tokenizer, instruction)
+                tasks.append(PendingTrace(trace, example, written, reply, instruction))
     return tasks, refused
 
 
@@ -210,11 +211,13 @@ def _add_batch(teacher: PreTrainedModel, readings: Sequence[_Reading], mapped: T
     starts = [0, *accumulate(lengths)]
     rows = [start + row for reading, start in zip(readings, starts, strict=False) for _, row in reading.pairs]
     hidden = final_hidden(teacher, ids, positions, lengths)[torch.tensor(rows, device=teacher.device)]
-    top_ids, logprobs = (found.cpu() for found in _top_k(teacher, hidden, store.k, mapped >= 0))
+    top_ids, logprobs = (table.cpu() for table in _top_k(teacher, hidden, store.k, mapped >= 0))
     counts = [len(reading.pairs) for reading in readings]
-    for reading, found, values in zip(readings, mapped[top_ids].split(counts), logprobs.split(counts), strict=True):
+    for reading, ids_of_rows, values in zip(
+        readings, mapped[top_ids].split(counts), logprobs.split(counts), strict=True
+    ):
         at = np.array([reading.task.first + ours for ours, _ in reading.pairs])
-        store.add(reading.task.example, at, found.numpy(), values.numpy())
+        store.add(reading.task.example, at, ids_of_rows.numpy(), values.numpy())
 
 
 def _shared_tokens(

@@ -48,13 +48,13 @@ class ParameterFilter:
             if _LIMIT in sent and _names(_NEWER_LIMIT, refusal):
                 self._takes_newer_limit = True
                 return True
-            found = [name for name in _OPTIONAL if name in sent and _names(name, refusal)]
-            said = " ".join(refusal.split())
-            for name in found:
+            refused = [name for name in _OPTIONAL if name in sent and _names(name, refusal)]
+            shown = " ".join(refusal.split())[:200]
+            for name in refused:
                 if name not in self._dropped:
-                    warnings.warn(f"the server refuses {name}: requests go without it ({said[:200]!r})", stacklevel=2)
-            self._dropped.update(found)
-        return bool(found)
+                    warnings.warn(f"the server refuses {name}: requests go without it ({shown!r})", stacklevel=2)
+            self._dropped.update(refused)
+        return bool(refused)
 
 
 def _names(parameter: str, refusal: str) -> bool:

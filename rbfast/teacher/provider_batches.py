@@ -71,8 +71,8 @@ class AnthropicBatches:
         return None
 
     def poll(self, batch: str) -> BatchStatus:
-        found = self._requests.ask("GET", f"{self.url}/{batch}", "processing_status")
-        counts, status = _counts(found), found["processing_status"]
+        response = self._requests.ask("GET", f"{self.url}/{batch}", "processing_status")
+        counts, status = _counts(response), response["processing_status"]
         total = sum(counts.values())
         return BatchStatus(batch, status, status == "ended", total - counts.get("processing", 0), total)
 
@@ -84,8 +84,10 @@ class AnthropicBatches:
                 continue
             error = _object(result.get("error"))
             error = _object(error.get("error")) or error
-            said = json.dumps(error, ensure_ascii=False) if error else f"the request has the state {result.get('type')}"
-            yield Result(key, None, _STATUS.get(str(error.get("type"))), self.teacher.hide(said))
+            refusal = f"the request has the state {result.get('type')}"
+            if error:
+                refusal = json.dumps(error, ensure_ascii=False)
+            yield Result(key, None, _STATUS.get(str(error.get("type"))), self.teacher.hide(refusal))
 
     def _list(self, limit: int) -> list[dict[str, Any]]:
         """The newest batches, the newest first."""
@@ -126,27 +128,27 @@ class GeminiBatches:
     def find(self, ticket: dict[str, Any], report: Report) -> str | None:
         page = ""
         while True:
-            found = self._requests.ask("GET", f"{self.url}/batches?pageSize=100&pageToken={page}")
-            for batch in found.get("operations") or []:
+            response = self._requests.ask("GET", f"{self.url}/batches?pageSize=100&pageToken={page}")
+            for batch in response.get("operations") or []:
                 if (batch.get("metadata") or {}).get("displayName") == ticket["name"]:
                     return batch["name"]
-            page = found.get("nextPageToken") or ""
+            page = response.get("nextPageToken") or ""
             if not page:
                 return None
 
     def poll(self, batch: str) -> BatchStatus:
-        found = self._requests.ask("GET", f"{self.url}/{batch}", "metadata")
-        status = str(found["metadata"].get("state", ""))
-        counts = found["metadata"].get("batchStats") or {}
+        response = self._requests.ask("GET", f"{self.url}/{batch}", "metadata")
+        status = str(response["metadata"].get("state", ""))
+        counts = response["metadata"].get("batchStats") or {}
         total, good, bad = (int(counts.get(f"{name}equestCount", 0)) for name in ("r", "successfulR", "failedR"))
-        ended, fault = status.endswith(self._ENDED) or found.get("done") is True, None
+        ended, fault = status.endswith(self._ENDED) or response.get("done") is True, None
         if ended and not status.endswith("SUCCEEDED"):
-            said = (found.get("error") or {}).get("message")
-            fault = self.teacher.hide(f"the batch {batch} has the status {status}{f': {said}' if said else ''}")
-        return BatchStatus(batch, status, ended, good + bad, total, fault, found)
+            error = (response.get("error") or {}).get("message")
+            fault = self.teacher.hide(f"the batch {batch} has the status {status}{f': {error}' if error else ''}")
+        return BatchStatus(batch, status, ended, good + bad, total, fault, response)
 
     def results(self, state: BatchStatus) -> Iterator[Result]:
-        places = (state.said.get("response"), state.said["metadata"].get("output"))
+        places = (state.response.get("response"), state.response["metadata"].get("output"))
         file = next((place["responsesFile"] for place in places if place and place.get("responsesFile")), None)
         if file is None:
             return
@@ -157,8 +159,8 @@ class GeminiBatches:
                 yield read_result(self.teacher, line["key"], line["response"])
                 continue
             error = _object(line.get("error") or line.get("status"))
-            said = self.teacher.hide(json.dumps(error, ensure_ascii=False))
-            yield Result(line["key"], None, _status_of_code(error.get("code")), said)
+            refusal = self.teacher.hide(json.dumps(error, ensure_ascii=False))
+            yield Result(line["key"], None, _status_of_code(error.get("code")), refusal)
 
     def _beside(self, word: str) -> str:
         """The API's URL for files, with `word` before the version."""
@@ -174,8 +176,8 @@ def read_result(provider: Provider, key: str, reply: Any) -> Result:
         return Result(key, None, error.status, str(error))
 
 
-def _object(found: Any) -> dict[str, Any]:
-    return found if isinstance(found, dict) else {}
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _counts(batch: dict[str, Any]) -> dict[str, int]:

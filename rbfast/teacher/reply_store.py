@@ -26,28 +26,28 @@ class ReplyStore:
     def __init__(self, path: Path, budget: Budget, jobs: Sequence[Job]) -> None:
         self.budget = budget
         self._journal = Journal(path)
-        self._found: dict[str, dict[str, Any]] = {}
+        self._replies: dict[str, dict[str, Any]] = {}
         self._whole: dict[str, dict[str, Any]] = {}  # replies that were not cut, by their jobs' `unlimited`
         self._warned: set[str] = set()
         for where, record in self._journal.read():
             check_shape(record, _REPLY, f"{where}: expected a teacher's reply, choose another folder")
             self._keep(record)
         for job in jobs:
-            if (record := self._found.get(job.key)) is not None:
+            if (record := self._replies.get(job.key)) is not None:
                 budget.learn(job.worst_case(), record["prompt_tokens"], record["completion_tokens"])
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._replies)
 
     def get(self, job: Job) -> dict[str, Any] | None:
         """The reply to a job, or an uncut reply to the same request with another token limit; None if there is none."""
-        return self._found.get(job.key) or self._whole.get(job.unlimited)
+        return self._replies.get(job.key) or self._whole.get(job.unlimited)
 
     def missing(self, jobs: Sequence[Job]) -> list[Job]:
         return [job for job in jobs if self.get(job) is None]
 
     def has(self, key: str) -> bool:
-        return key in self._found
+        return key in self._replies
 
     def add(self, record: dict[str, Any], worst: tuple[int, int] | None = None) -> None:
         """Store and pay a reply. `worst`: the tokens that its request allowed, if known."""
@@ -67,7 +67,7 @@ class ReplyStore:
             )
 
     def _keep(self, record: dict[str, Any]) -> None:
-        self._found[record["key"]] = record
+        self._replies[record["key"]] = record
         if isinstance(unlimited := record.get("unlimited"), str) and not is_cut(record["finish_reason"]):
             self._whole[unlimited] = record
         self.budget.pay(record["prompt_tokens"], record["completion_tokens"])

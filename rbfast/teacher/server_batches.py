@@ -58,26 +58,27 @@ class ServerBatches:
 
     def poll(self, batch: str) -> BatchStatus:
         with self.teacher.translated_errors(f"/batches/{batch}"):
-            found = self.teacher.client().batches.retrieve(batch, extra_headers=self.teacher.headers())
-        counts = found.request_counts
+            response = self.teacher.client().batches.retrieve(batch, extra_headers=self.teacher.headers())
+        counts = response.request_counts
         done, total = (counts.completed + counts.failed, counts.total) if counts else (None, None)
-        ended, fault = found.status not in _RUNNING, None
-        if ended and found.status != "completed":
-            said = "; ".join(str(error.message) for error in (found.errors and found.errors.data) or [])
-            fault = self.teacher.hide(f"the batch {batch} has the status {found.status}{': ' + said if said else ''}")
-        return BatchStatus(batch, found.status, ended, done, total, fault, found)
+        ended, fault = response.status not in _RUNNING, None
+        if ended and response.status != "completed":
+            errors = "; ".join(str(error.message) for error in (response.errors and response.errors.data) or [])
+            fault = f"the batch {batch} has the status {response.status}{': ' + errors if errors else ''}"
+            fault = self.teacher.hide(fault)
+        return BatchStatus(batch, response.status, ended, done, total, fault, response)
 
     def results(self, state: BatchStatus) -> Iterator[Result]:
         for line in self._lines(state):
             response, error = line.get("response") or {}, line.get("error")
             body, status = response.get("body"), response.get("status_code")
             whole = status == 200 and isinstance(body, dict) and not error
-            said = "" if whole else self.teacher.hide(json.dumps(error or body, ensure_ascii=False, default=str))
-            yield Result(line["custom_id"], body if whole else None, status, said)
+            refusal = "" if whole else self.teacher.hide(json.dumps(error or body, ensure_ascii=False, default=str))
+            yield Result(line["custom_id"], body if whole else None, status, refusal)
 
     def _lines(self, state: BatchStatus) -> Iterator[dict[str, Any]]:
         server = self.teacher
-        for file in filter(None, (state.said.output_file_id, state.said.error_file_id)):
+        for file in filter(None, (state.response.output_file_id, state.response.error_file_id)):
             with server.translated_errors(f"/files/{file}/content"):
                 text = server.client().files.content(file, extra_headers=server.headers()).text
             for line in filter(str.strip, text.split("\n")):

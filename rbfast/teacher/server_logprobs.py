@@ -68,13 +68,13 @@ def add_server_logprobs(
     with ThreadPoolExecutor(concurrency) as pool:
         done, refusal, scores = 0, None, False
         while batch := list(islice(queue, 4 * concurrency)):
-            for task, found in zip(batch, pool.map(reader.read, batch), strict=True):
+            for task, result in zip(batch, pool.map(reader.read, batch), strict=True):
                 done += 1
-                if isinstance(found, str | ServerError):
-                    refused.append((task.trace, f"{task.trace.name}: {found}"))
-                    refusal = found if isinstance(found, ServerError) else refusal
+                if isinstance(result, str | ServerError):
+                    refused.append((task.trace, f"{task.trace.name}: {result}"))
+                    refusal = result if isinstance(result, ServerError) else refusal
                 else:
-                    store.add(task.example, *found)
+                    store.add(task.example, *result)
                     scores = True
                 if progress:
                     progress(done, len(tasks))
@@ -98,8 +98,8 @@ class _Reader:
         """(rows, ids, logprobs) for `SignalStore.add`; or why there are none, as text or, if the server refuses the
         trace (it may be too long), as a ServerError."""
         try:
-            found = self._by_ids(task) if self.dialect == "vllm" and not self.align else self._by_text(task)
-            return _top_k_table(found, self.k) if found else NOTHING_SHARED
+            rows = self._by_ids(task) if self.dialect == "vllm" and not self.align else self._by_text(task)
+            return _top_k_table(rows, self.k) if rows else NOTHING_SHARED
         except TokenizersDiffer:
             raise
         except ServerError as error:
@@ -121,13 +121,13 @@ class _Reader:
         tops = choice["prompt_logprobs"]
         if len(tops) != len(ids):
             raise TokenizersDiffer(f"{task.trace.name}: {len(ids)} tokens were sent, log-probs of {len(tops)} came")
-        found = []
+        rows = []
         for row in range(task.first, len(ids) - 1):
             number, top = ids[row + 1], tops[row + 1]
             self._check_same(task, number, (top.get(str(number)) or {}).get("decoded_token"))
-            known = [(int(n), entry["logprob"]) for n, entry in top.items() if int(n) < len(self.tokens)]
-            found.append((row, [n for n, _ in known], [value for _, value in known]))
-        return found
+            logprobs = {int(n): entry["logprob"] for n, entry in top.items() if int(n) < len(self.tokens)}
+            rows.append((row, [*logprobs], [*logprobs.values()]))
+        return rows
 
     def _check_same(self, task: PendingTrace, number: int, theirs: str | None) -> None:
         written = self.tokens[number]
@@ -179,15 +179,15 @@ class _Reader:
         reply = self.server.ask("/completions", {"max_tokens": 1} | body)
         choice = (reply.get("choices") or [{}])[0]
         # vLLM puts them into the choice, or beside the choices.
-        found = choice.get(wanted) or reply.get(wanted)
-        if not found:
+        logprobs = choice.get(wanted) or reply.get(wanted)
+        if not logprobs:
             raise ServerError(
                 f"{self.server.url} sends no {wanted}: it does not score prompts this way; dialects: "
                 f"{', '.join(DIALECTS)}"
             )
         # `max_tokens` is 1, because some servers refuse 0.
         counted = (reply.get("usage") or {}).get("prompt_tokens", -1)
-        return choice | {wanted: found, "prompt_tokens": counted}
+        return choice | {wanted: logprobs, "prompt_tokens": counted}
 
 
 def _vllm_pieces(choice: dict[str, Any]) -> Iterator[Piece]:
@@ -204,21 +204,21 @@ def _vllm_pieces(choice: dict[str, Any]) -> Iterator[Piece]:
         )
 
 
-def _echo_pieces(said: dict[str, Any]) -> Iterator[Piece]:
-    for token, top in zip(said["tokens"], said["top_logprobs"], strict=True):
+def _echo_pieces(logprobs: dict[str, Any]) -> Iterator[Piece]:
+    for token, top in zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True):
         yield Piece(token.encode(), [(other.encode(), value) for other, value in (top or {}).items()])
 
 
 def _top_k_table(
-    found: Sequence[tuple[int, list[int], list[float]]], k: int
+    scored: Sequence[tuple[int, list[int], list[float]]], k: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """rows [n], ids and logprobs [n, k]: the best k of each row. Servers may list the actual token as one more."""
-    rows = np.array([row for row, _, _ in found])
-    table = np.zeros((len(found), k), dtype=np.int64), np.full((len(found), k), -np.inf)
-    for i, (_, ids, values) in enumerate(found):
+    rows = np.array([row for row, _, _ in scored])
+    top_ids, logprobs = np.zeros((len(scored), k), dtype=np.int64), np.full((len(scored), k), -np.inf)
+    for i, (_, ids, values) in enumerate(scored):
         best = np.argsort(-np.array(values), kind="stable")[:k]
-        table[0][i, : len(best)], table[1][i, : len(best)] = np.array(ids)[best], np.array(values)[best]
-    return rows, *table
+        top_ids[i, : len(best)], logprobs[i, : len(best)] = np.array(ids)[best], np.array(values)[best]
+    return rows, top_ids, logprobs
 
 
 def add_reply_logprobs(
@@ -241,15 +241,15 @@ def add_reply_logprobs(
         Piece(_to_bytes(token), [(_to_bytes(other), value) for other, value in top]) for token, top in reply["logprobs"]
     ]
     # The listed tokens may be more than the text: many servers include the thinking and the end of turn.
-    said, completion = b"".join(piece.written for piece in pieces), task.reply.text.encode()
+    listed, completion = b"".join(piece.written for piece in pieces), task.reply.text.encode()
     reasoning = trace.reasoning.strip().encode()
-    start = said.find(reasoning)
+    start = listed.find(reasoning)
     if start < 0:
         return "the reply has no log-probs of the reasoning"
     # From here on, trace and reply have the same text, up to the way in which the answer is marked.
     opening = completion.index(reasoning, len((trace.plan or "").encode()))
-    shared = shared_length(said[start:], completion[opening:])
-    theirs = [(a - start + opening, b - start + opening) for a, b in byte_spans([p.written for p in pieces], said)]
+    shared = shared_length(listed[start:], completion[opening:])
+    theirs = [(a - start + opening, b - start + opening) for a, b in byte_spans([p.written for p in pieces], listed)]
     try:
         ours = byte_spans(spellings(tokenizer, task.written), completion)
     except ValueError as error:

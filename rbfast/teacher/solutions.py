@@ -89,15 +89,15 @@ def read_questions(
     if not is_path_of_rows(name) and "/" not in name:
         problems = load_problems(name, 50 if n is None and name not in hub.BENCHMARKS else n, seed)
         return [Question(problem.question, problem, problem.task) for problem in problems]
-    found: dict[tuple[str, str | None], Question] = {}
+    questions: dict[tuple[str, str | None], Question] = {}
     for where, row in read_rows(source):
         question = _question(row, where, options)
-        found.setdefault((question.text, question.system), question)
-        if n is not None and len(found) == n:
+        questions.setdefault((question.text, question.system), question)
+        if n is not None and len(questions) == n:
             break
-    if not found:
+    if not questions:
         raise ValueError(f"{source}: expected at least one problem, got none")
-    return list(found.values())
+    return list(questions.values())
 
 
 def _question(row: Any, where: str, options: FormatOptions) -> Question:
