@@ -62,14 +62,15 @@ def _parse(text: str) -> Any:
     text = text.strip().strip("$").replace("**", "^")
     if _MISREAD.search(_ENVIRONMENT.sub(" ", text)) or _is_too_costly(text):
         return None
-    found = parse(f"${text}$", _CONFIG, fallback_mode="no_fallback", parsing_timeout=None)
-    if not found:
+    parsed = parse(f"${text}$", _CONFIG, fallback_mode="no_fallback", parsing_timeout=None)
+    if not parsed:
         return None
-    if isinstance(found[0], sympy.MatrixExpr):
-        return found[0].doit()
-    if not isinstance(found[0], sympy.Expr):
-        return found[0]
-    exact = found[0].xreplace({number: sympy.Rational(str(number)) for number in found[0].atoms(sympy.Float)})
+    expression = parsed[0]
+    if isinstance(expression, sympy.MatrixExpr):
+        return expression.doit()
+    if not isinstance(expression, sympy.Expr):
+        return expression
+    exact = expression.xreplace({number: sympy.Rational(str(number)) for number in expression.atoms(sympy.Float)})
     return exact.subs({symbol: _CONSTANTS[symbol.name] for symbol in exact.free_symbols if symbol.name in _CONSTANTS})
 
 

@@ -96,10 +96,10 @@ def _parse_exclusion(text: str) -> Collection | None:
         return None
     ends = [part.strip() for part in (match["values"] or match["value"]).split(",")]
     values = [exact_value(end) for end in ends]
-    known = [value for value in values if value is not None]
-    if len(known) < len(ends):
+    numbers = [value for value in values if value is not None]
+    if len(numbers) < len(ends):
         return None
-    ends = [end for _, end in sorted(zip(known, ends, strict=True))]
+    ends = [end for _, end in sorted(zip(numbers, ends, strict=True))]
     edges = [r"-\infty", *ends, r"\infty"]
     pieces = tuple(Collection((Value(low), Value(high)), "()") for low, high in pairwise(edges))
     return Collection(pieces, "u", match["name"] or "")
@@ -334,6 +334,6 @@ def _end_of_group(text: str, position: int) -> int | None:
         return closing_brace(text, position)
     for opening, end in ((r"\langle", r"\rangle"), (r"\begin", r"\end")):
         if text.startswith(opening, position):
-            found = text.find(end, position)
-            return None if found < 0 else found + len(end) - 1
+            closed = text.find(end, position)
+            return None if closed < 0 else closed + len(end) - 1
     return matching_bracket(text, position)

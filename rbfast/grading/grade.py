@@ -55,9 +55,9 @@ def _final_statement(text: str, truncated: bool) -> str:
 
 def _last_line(text: str) -> str:
     """The last line; a whole displayed formula if the text ends in one; the last line inside a final code fence."""
-    said = without_tags(without_thinking(text)).strip().removesuffix("\n```").rstrip()
-    shown = _DISPLAYED.search(said)
-    return shown[0] if shown else said.rpartition("\n")[2]
+    answer = without_tags(without_thinking(text)).strip().removesuffix("\n```").rstrip()
+    formula = _DISPLAYED.search(answer)
+    return formula[0] if formula else answer.rpartition("\n")[2]
 
 
 def without_tags(text: str) -> str:
@@ -75,11 +75,10 @@ def grade(problem: Problem, completion: str, *, truncated: bool = False) -> floa
     Args:
         truncated: the completion was cut off by a limit. Only a marked answer in its complete lines and tags counts.
     """
-    found = readings(_final_statement(completion, truncated))
+    answers = readings(_final_statement(completion, truncated))
     if not problem.entry:
-        return float(equals_any(problem.answer, found))
-    verifier = _verifier(problem)
-    return max(map(verifier, found), default=0.0)
+        return float(equals_any(problem.answer, answers))
+    return max(map(_verifier(problem), answers), default=0.0)
 
 
 def _verifier(problem: Problem) -> Callable[[str], float]:

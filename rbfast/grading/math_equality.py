@@ -129,8 +129,8 @@ def _with_subscripts(text: str, other: str) -> str:
 
 def _connectives(text: str) -> list[str]:
     """The connectives of a logical formula; none if they join a list of relations: `x < 2 ∨ x > 5`."""
-    found = [] if _RELATION.search(text) else _CONNECTIVE.finditer(text)
-    return ["and" if match["and"] else "or" for match in found]
+    matches = [] if _RELATION.search(text) else _CONNECTIVE.finditer(text)
+    return ["and" if match["and"] else "or" for match in matches]
 
 
 def require_math_verify() -> None:
@@ -326,8 +326,10 @@ def _parse_quantity(text: str) -> _Quantity | None:
 
 def _parse_money(statement: str) -> _Quantity | None:
     """The sum of money, if that is the whole statement."""
-    found = _parse_quantity(_without_separators(normalize(statement))[0]) if len(statement) <= _MOST_LETTERS else None
-    return found if found and found.unit and found.unit.dimension in CURRENCIES else None
+    if len(statement) > _MOST_LETTERS:
+        return None
+    quantity = _parse_quantity(_without_separators(normalize(statement))[0])
+    return quantity if quantity and quantity.unit and quantity.unit.dimension in CURRENCIES else None
 
 
 def _in_base(digits: str, base: int) -> _Quantity | None:

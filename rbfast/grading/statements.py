@@ -89,18 +89,18 @@ _BOLD_FIRST = re.compile(r"\*\*(?P<said>[^*]+)\*\*(?P<rest>[.,;:!] (?!and )[A-Za
 def readings(statement: str) -> list[str]:
     """The texts that a person may take for the answer of a final statement, most literal first."""
     statement = _PRICE.sub(r"\2\1", _CALCULATED.sub("", statement)).strip()
-    found = [statement]
+    texts = [statement]
     if whole := _TEXT.fullmatch(statement):
-        found.append(whole[1])
-    for line in _candidate_lines(found[-1]):
+        texts.append(whole[1])
+    for line in _candidate_lines(texts[-1]):
         for written in dict.fromkeys((line, _BOLD.sub(r"\1", line))):
-            found += _line_readings(written)
-    found.append(_BOLD.sub(r"\1", statement))
+            texts += _line_readings(written)
+    texts.append(_BOLD.sub(r"\1", statement))
     for written in _LIST.findall(statement[: statement.rfind("]") + 1]):  # each "[" has an end: linear
-        found += [written, str([item.strip(" '\"") for item in written[1:-1].split(",")])]
-    stripped = [_without_edges(reading) for reading in found]
+        texts += [written, str([item.strip(" '\"") for item in written[1:-1].split(",")])]
+    stripped = [_without_edges(reading) for reading in texts]
     numbers = [str(int(number)) for number in map(_whole_number, stripped) if number is not None]
-    return [reading for reading in dict.fromkeys((*found, *stripped, *numbers)) if reading.strip()]
+    return [reading for reading in dict.fromkeys((*texts, *stripped, *numbers)) if reading.strip()]
 
 
 def _without_edges(text: str) -> str:
@@ -131,25 +131,25 @@ def _line_readings(line: str) -> list[str]:
     line = _OPENING.sub("", line)
     if is_moment(_without_edges(line)):
         return [line]
-    found = [line]
+    texts = [line]
     if label := _COLON.split(line)[1:]:
-        found.append(label[-1])
+        texts.append(label[-1])
     if verdict := _VERDICT.match(line):
-        found.append(verdict[1])
-    if (said := _before_remark(line)) is not None:
-        found.append(said)
+        texts.append(verdict[1])
+    if (answer := _before_remark(line)) is not None:
+        texts.append(answer)
     if picked := _PICKED.fullmatch(line):
-        found.append(picked["one"] or picked["other"])
+        texts.append(picked["one"] or picked["other"])
     if chosen := _CHOSEN.match(line):
-        found.append(line[chosen.end() :])
+        texts.append(line[chosen.end() :])
     if (tail := _after_equals(line)) is not None:
-        found.append(tail)
-    found += filter(None, (_only_number(line), _computed(line), _bold_first(line)))
+        texts.append(tail)
+    texts += filter(None, (_only_number(line), _computed(line), _bold_first(line)))
     if is_sentence(line):
-        found += _marked_parts(line) + [part for part in _VERB.split(line)[-1:] if part != line]
+        texts += _marked_parts(line) + [part for part in _VERB.split(line)[-1:] if part != line]
         if shared := _SHARED.fullmatch(line):
-            found.append(shared[1])
-    return found
+            texts.append(shared[1])
+    return texts
 
 
 def _before_remark(line: str) -> str | None:

@@ -97,10 +97,10 @@ def _generate_problems(task: str, n: int | None, seed: int, fewer: bool, exclude
 
 
 def _sample(
-    found: Sequence[Problem], source: str, n: int | None, seed: int, fewer: bool, exclude: Collection[str]
+    loaded: Sequence[Problem], source: str, n: int | None, seed: int, fewer: bool, exclude: Collection[str]
 ) -> list[Problem]:
     problems: dict[tuple[str, str | None], Problem] = {}
-    for problem in found:
+    for problem in loaded:
         if problem.question not in exclude:
             problems.setdefault((problem.question, problem.system), problem)
     if not all(math_equality.is_plain(problem.answer) for problem in problems.values()):
@@ -131,9 +131,9 @@ def _problem_of(row: Any, where: str, task: str, options: FormatOptions) -> Prob
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
     try:
-        found = question_of(row, options)
+        fields = question_of(row, options)
     except TraceError as error:
         raise ValueError(f"{where}: problem: expected text: {error}") from None
-    if (answer := found.get("answer")) is None:
+    if (answer := fields.get("answer")) is None:
         raise ValueError(f"{where}: answer: expected text or a number, got None")
-    return Problem(task, found["problem"], extract_answer(answer) or answer.strip(), {}, found.get("system"))
+    return Problem(task, fields["problem"], extract_answer(answer) or answer.strip(), {}, fields.get("system"))

@@ -150,8 +150,7 @@ def _may_be_unit(phrase: str, spaced: bool) -> bool:
         return False  # a product of variables
     if not spaced:
         return len(words[0].rstrip("^{}23")) > 1 and unit_of(phrase) is not None
-    known = unit_of(phrase) is not None
-    return known or all(len(word) > 3 or word in _SHORT for word in words)
+    return unit_of(phrase) is not None or all(len(word) > 3 or word in _SHORT for word in words)
 
 
 def _apply_multiplier(text: str, core: str, phrase: str) -> tuple[str, Unit | None]:
