@@ -94,7 +94,7 @@ class SparseAdapter(nn.Module):
         self._state: Literal["attached", "merged", "detached"] = "attached"
         self._disabled = 0
         self._watch = BypassWatch()
-        self._optimizer_hook = _hook_optimizers(self)
+        _ATTACHED[id(self)] = self  # folds after every step of an optimizer that holds its parameters
         try:
             self._add_deltas(modules, deltas, folds)
         except BaseException:  # likely out of memory; the caller has no adapter to detach
@@ -351,7 +351,7 @@ class SparseAdapter(nn.Module):
             site.release()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
-        self._optimizer_hook()
+        _ATTACHED.pop(id(self), None)
         self._state = state
 
     def _count_merged(self, change: int) -> None:
@@ -432,15 +432,13 @@ def _mark_written(sites: Iterable[ColumnDelta]) -> None:
     torch.autograd.graph.increment_version([w for w in weights if w is not None and not w.is_inference()])
 
 
-def _hook_optimizers(adapter: SparseAdapter) -> weakref.finalize:
-    """Folds after every step of an optimizer that holds the adapter's parameters, until called or the adapter dies."""
-    reference = weakref.ref(adapter)
+def _fold_after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    for reference in _ATTACHED.valuerefs():
+        if (adapter := reference()) is not None:
+            adapter._on_optimizer_step(optimizer)
 
-    def fold_after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        alive = reference()
-        if alive is not None:
-            alive._on_optimizer_step(optimizer)
 
-    stop = weakref.finalize(adapter, register_optimizer_step_post_hook(fold_after_step).remove)
-    stop.atexit = False
-    return stop
+# By id, in the order in which they were attached. One hook stays for all of them: removed with its adapter, it might be
+# gone in the midst of a step, whenever garbage is collected, and torch iterates over its hooks.
+_ATTACHED: weakref.WeakValueDictionary[int, SparseAdapter] = weakref.WeakValueDictionary()
+register_optimizer_step_post_hook(_fold_after_step)

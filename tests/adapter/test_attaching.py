@@ -13,8 +13,10 @@ import torch
 from tiny_models import attach, batch, disturb, gpt2, llama, same_bits, snapshot, train
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from rbfast.adapter import sparse_adapter
 from rbfast.adapter.adapter_files import read_adapter
 from rbfast.adapter.column_delta import ColumnDelta
 from rbfast.adapter.column_scores import score_columns
@@ -218,18 +220,29 @@ def test_copying_and_pickling_are_refused_with_the_way_out():
 
 
 def test_a_forgotten_adapter_and_its_model_are_collected():
-    from torch.optim.optimizer import _global_optimizer_post_hooks
-
     gc.collect()
-    hooks = len(_global_optimizer_post_hooks)
+    others = len(sparse_adapter._ATTACHED)
     model = llama()
     adapter = attach(model)
-    assert len(_global_optimizer_post_hooks) == hooks + 1
+    assert len(sparse_adapter._ATTACHED) == others + 1
     alive = weakref.ref(adapter), weakref.ref(model)
     del model, adapter
     gc.collect()
     assert alive[0]() is None and alive[1]() is None
-    assert len(_global_optimizer_post_hooks) == hooks
+    assert len(sparse_adapter._ATTACHED) == others
+
+
+def test_an_adapter_may_be_collected_during_a_step():
+    def collect(*step) -> None:
+        forgotten.clear()
+        gc.collect()
+
+    hook = register_optimizer_step_post_hook(collect)
+    forgotten, model = [attach(llama())], llama()
+    adapter, original = attach(model), snapshot(model)
+    train(model, adapter, steps=2)
+    hook.remove()
+    assert not same_bits(snapshot(model), original)
 
 
 def test_parameters_are_fp32_named_after_their_matrix_and_counted(capsys):
