@@ -4,6 +4,8 @@ Both are large, and vLLM wants a torch of its own, so nothing installs them for 
 into an environment for that, and run this file there.
 """
 
+import json
+
 import pytest
 import torch
 from gguf_files import SPECIAL, VOCABULARY, write_llama, write_lora
@@ -80,8 +82,9 @@ def test_vllm(files):
     from vllm.lora.request import LoRARequest
 
     folder, base, merged = files
+    rank = json.loads((folder / "lora" / "adapter_config.json").read_text())["r"]
     options = dict(dtype="float32", enforce_eager=True, max_model_len=128, skip_tokenizer_init=True, max_num_seqs=8)
-    engine = vllm.LLM(str(folder / "base"), enable_lora=True, max_lora_rank=8, **options)
+    engine = vllm.LLM(str(folder / "base"), enable_lora=True, max_lora_rank=rank, **options)
     sampling = vllm.SamplingParams(temperature=0.0, max_tokens=TOKENS, detokenize=False, ignore_eos=True)
     prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
 
