@@ -57,14 +57,11 @@ class Judge:
             ImportError: the package cannot be imported.
         """
         with self._lock:
-            process = self._ensure_running()
-            assert process.stdin is not None
             try:
-                process.stdin.write(base64.b64encode(pickle.dumps((seconds, question))).decode() + "\n")
-                process.stdin.flush()
-                answer = self._answers.get(timeout=_WALL_CLOCK_FACTOR * seconds)
-            except (queue.Empty, BrokenPipeError):
-                answer = ""
+                answer = self._answer(question, seconds)
+            except BaseException:  # after Ctrl-C the next question would get the answer to this one
+                self.close()
+                raise
             if answer:
                 return loads(answer)
             log.warning(
@@ -77,14 +74,25 @@ class Judge:
             self.killed += 1
             return None
 
+    def _answer(self, question: Sequence[Any], seconds: float) -> str:
+        """A line of JSON; empty if there is none within the limit."""
+        process = self._ensure_running()
+        assert process.stdin is not None
+        try:
+            process.stdin.write(base64.b64encode(pickle.dumps((seconds, question))).decode() + "\n")
+            process.stdin.flush()
+            return self._answers.get(timeout=_WALL_CLOCK_FACTOR * seconds)
+        except (queue.Empty, BrokenPipeError):
+            return ""
+
     def close(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            assert self._process.stdin is not None
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError):  # flushes what the process did not read
-                self._process.stdin.close()
-            self._process = None
+                process.stdin.close()
 
     def _ensure_running(self) -> subprocess.Popen[str]:
         if self._process is None:
@@ -123,9 +131,19 @@ def _forward_lines(process: subprocess.Popen[str], answers: queue.Queue[str]) ->
     answers.put("")
 
 
-@functools.cache
 def judge(kind: Kind) -> Judge:
-    """The judge of this kind, shared by the whole process."""
+    """The judge of this kind, shared by the whole process. A forked process gets its own: two that ask the same worker
+    would get each other's answers."""
+    return _judge_of(os.getpid(), kind)
+
+
+@functools.cache
+def _judge_of(asking: int, kind: Kind) -> Judge:
     shared = Judge(kind)
-    atexit.register(shared.close)
+
+    def close() -> None:
+        if os.getpid() == asking:  # a forked process may exit before its parent
+            shared.close()
+
+    atexit.register(close)
     return shared

@@ -33,6 +33,7 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the asking one decides
     answers = sys.stdout
     sys.stdout = sys.stderr  # keep what a parser prints out of the verdicts
     _limit_memory()
