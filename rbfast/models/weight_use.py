@@ -8,7 +8,7 @@ Conv1D are known. A layer whose weight is quantised, sharded or on meta is judge
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -57,12 +57,13 @@ def weight_use(module: nn.Module, shape: tuple[int, int]) -> WeightUse:
     if weight.is_meta or weight.is_inference():  # no values to run with, or autograd refuses the tensor
         return TRANSPOSED if is_conv1d(module) else LINEAR
     known = _PROBED.get(module)
-    if known is None or known[0] is not forward:
-        known = _PROBED[module] = forward, _probe(module, weight, shape)
+    if known is None or known[0]() is not forward:
+        known = _PROBED[module] = ref(forward), _probe(module, weight, shape)
     return known[1]
 
 
-_PROBED: WeakKeyDictionary[nn.Module, tuple[Callable[..., Any], WeightUse]] = WeakKeyDictionary()
+# With the forward that was tried, weakly: one that was put on the layer itself holds it.
+_PROBED: WeakKeyDictionary[nn.Module, tuple[ref[Callable[..., Any]], WeightUse]] = WeakKeyDictionary()
 
 
 def stored_weight(module: nn.Module) -> Tensor | None:

@@ -6,6 +6,7 @@ import re
 import warnings
 import weakref
 from pathlib import Path
+from types import MethodType
 
 import accelerate
 import pytest
@@ -230,6 +231,17 @@ def test_a_forgotten_adapter_and_its_model_are_collected():
     gc.collect()
     assert alive[0]() is None and alive[1]() is None
     assert len(sparse_adapter._ATTACHED) == others
+
+
+def test_a_layer_whose_forward_was_replaced_is_collected():
+    model = llama()
+    layer = model.model.layers[0].mlp.up_proj
+    layer.forward = MethodType(nn.Linear.forward, layer)
+    attach(model).detach()
+    alive = weakref.ref(layer)
+    del model, layer
+    gc.collect()
+    assert alive() is None
 
 
 def test_an_adapter_may_be_collected_during_a_step():
