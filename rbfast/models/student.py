@@ -9,7 +9,7 @@ hidden, head = final_hidden(model, input_ids, position_ids), head_of(model)
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate, pairwise
@@ -333,30 +333,20 @@ def _relative_error(left: Tensor, right: Tensor) -> float:
 @contextmanager
 def preserve_mode(model: PreTrainedModel) -> Iterator[None]:
     """Restores the training or evaluation mode of each module of a model after the block."""
-    restore = _save_modes(model)
+    training = {module for module in model.modules() if module.training}
     try:
         yield
     finally:
-        restore()
+        for module in model.modules():
+            module.training = module in training
 
 
 @contextmanager
 def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
     """Puts a model in evaluation mode within the block; after the outermost block restores the mode of each module."""
-    with _EVALUATING.block(model, partial(_save_modes, model)):
+    with _EVALUATING.block(model, partial(preserve_mode, model)):
         model.eval()  # in an inner block too: the model may have been put into training mode since
         yield
-
-
-def _save_modes(model: PreTrainedModel) -> Callable[[], None]:
-    """Returns a function that restores the present mode of each module."""
-    training = {module for module in model.modules() if module.training}
-
-    def restore() -> None:
-        for module in model.modules():
-            module.training = module in training
-
-    return restore
 
 
 def _run_backbone(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 
 class Overlap:
@@ -13,20 +13,24 @@ class Overlap:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._running: dict[int, tuple[Callable[[], None], int]] = {}  # by the object's id: (undo, number of blocks)
+        self._running: dict[int, tuple[AbstractContextManager, int]] = {}  # by the object's id: (change, blocks)
 
     @contextmanager
-    def block(self, of: object, change: Callable[[], Callable[[], None]]) -> Iterator[None]:
-        """change: changes the object `of` and returns a function that undoes it."""
+    def block(self, of: object, change: Callable[[], AbstractContextManager]) -> Iterator[None]:
+        """change: makes the context manager that changes the object `of` and undoes it."""
         with self._lock:
-            undo, blocks = self._running.get(id(of)) or (change(), 0)
-            self._running[id(of)] = undo, blocks + 1
+            if id(of) in self._running:
+                changed, blocks = self._running[id(of)]
+            else:
+                changed, blocks = change(), 0
+                changed.__enter__()
+            self._running[id(of)] = changed, blocks + 1
         try:
             yield
         finally:
             with self._lock:
-                undo, blocks = self._running.pop(id(of))
+                changed, blocks = self._running.pop(id(of))
                 if blocks > 1:
-                    self._running[id(of)] = undo, blocks - 1
+                    self._running[id(of)] = changed, blocks - 1
                 else:
-                    undo()
+                    changed.__exit__(None, None, None)

@@ -9,6 +9,7 @@ from tiny_models import VOCABULARY, disturb, llama, seeing, snapshot
 
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.models import student
+from rbfast.models.gguf_files import cache_gguf_parsing
 from rbfast.models.student import final_hidden, head_of, load_student, load_tokenizer, load_without_weights
 
 
@@ -86,6 +87,16 @@ def test_a_gguf_file_is_parsed_once(tmp_path, monkeypatch):
         model, _ = load_student(str(tmp_path / "tiny.gguf"), torch.float32)
         assert len(parsed) == times and gguf.GGUFReader is Reader
     assert all(torch.equal(x, original.state_dict()[name]) for name, x in model.state_dict().items())
+
+
+def test_gguf_is_as_it_was_after_two_threads_have_loaded():
+    gguf = pytest.importorskip("gguf")
+    reader, first, second = gguf.GGUFReader, cache_gguf_parsing(), cache_gguf_parsing()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert gguf.GGUFReader is reader
 
 
 def test_the_file_says_what_ends_a_turn(tmp_path, monkeypatch):

@@ -1,0 +1,40 @@
+from contextlib import contextmanager
+
+import pytest
+
+from rbfast.utils.overlap import Overlap
+
+
+def changing(log, fails=False):
+    @contextmanager
+    def change():
+        log.append("changed")
+        try:
+            if fails:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            log.append("undone")
+
+    return change
+
+
+def test_the_first_block_changes_an_object_and_the_last_to_end_undoes_it():
+    overlap, log, one, other = Overlap(), [], object(), object()
+    first, second = overlap.block(one, changing(log)), overlap.block(one, changing(log))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert log == ["changed"]
+    with overlap.block(other, changing([])):
+        second.__exit__(None, None, None)
+    assert log == ["changed", "undone"]
+
+
+def test_a_change_that_fails_is_undone_and_can_be_tried_again():
+    overlap, log, one = Overlap(), [], object()
+    with pytest.raises(KeyboardInterrupt), overlap.block(one, changing(log, fails=True)):
+        pass
+    with overlap.block(one, changing(log)):
+        assert log == ["changed", "undone", "changed"]
+    assert log.pop() == "undone"
