@@ -1,6 +1,8 @@
-"""TrainingArguments for a model that is already on its training device, and a check of the trackers they name."""
+"""TrainingArguments for a model that is already on its training device, and checks of what a Trainer needs: installed
+trackers, and a process without another training."""
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 _DEVICE_VARIABLE = "ACCELERATE_TORCH_DEVICE"
+_TRAINING = threading.RLock()
 
 
 @dataclass
@@ -27,12 +30,30 @@ class DeviceArguments(TrainingArguments):
     def _setup_devices(self) -> torch.device:
         device = torch.device(self.train_device)
         self.use_cpu = device.type == "cpu"
-        with _accelerate_on(device):
+        with sole_training(), _accelerate_on(device):
             super()._setup_devices  # noqa: B018  (it initialises torch.distributed)
         self._n_gpu = 0 if self.use_cpu else 1
         if device.type == "cuda":
             torch.cuda.set_device(device)
         return device
+
+
+@contextmanager
+def sole_training() -> Iterator[None]:
+    """Raises RuntimeError if another thread of this process is in such a block.
+
+    accelerate keeps one state for the process, with whether a batch is the last of its step: of two trainings at a time
+    each would skip steps of its optimizer.
+    """
+    if not _TRAINING.acquire(blocking=False):
+        raise RuntimeError(
+            "another thread of this process is training, and two at a time would disturb each other: train one after "
+            "the other, or each in a process of its own"
+        )
+    try:
+        yield
+    finally:
+        _TRAINING.release()
 
 
 @contextmanager

@@ -116,6 +116,7 @@ def distill(
         TypeError: `traces` holds something other than Trace, or is a file name.
         OSError: the disk has no room for the checkpoints.
         ImportError: a tracker is not installed.
+        RuntimeError: another thread of this process is training.
     """
     out, start = Path(out), time.monotonic()
     if keep_best and held_out is None:

@@ -28,6 +28,7 @@ from rbfast.data.encoding import Example, mask_targets_from
 from rbfast.data.spans import ROLES
 from rbfast.models.linears import is_sharded
 from rbfast.models.student import final_hidden
+from rbfast.training.arguments import sole_training
 from rbfast.training.batches import batches_by_tokens, collate_items
 from rbfast.training.checkpoints import UNFINISHED, checkpoints_in, write_digests
 from rbfast.training.objective import Objective, role_counts, sums_by_role, token_losses
@@ -148,7 +149,9 @@ class DistillTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, except that `training_step` keeps NaN and infinite losses out of the log, on the device.
-        The Trainer's own filter (`logging_nan_inf_filter`) synchronises with a GPU twice a step."""
+        The Trainer's own filter (`logging_nan_inf_filter`) synchronises with a GPU twice a step.
+
+        Raises RuntimeError if another thread of this process is training."""
         self._filters_log, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
         self._loss_since_log.zero_()
         hooks = []
@@ -156,7 +159,8 @@ class DistillTrainer(Trainer):
             hooks = [parameter.register_hook(self._unscale) for parameter in self.adapter.parameters()]
         self._scales_gradients = bool(hooks)
         try:
-            return super().train(*args, **kwargs)
+            with sole_training():
+                return super().train(*args, **kwargs)
         finally:
             for hook in hooks:
                 hook.remove()

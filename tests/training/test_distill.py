@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
@@ -20,6 +21,7 @@ from rbfast.adapter.column_scores import score_columns
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.data.encoding import encode_all
 from rbfast.models.student import packs
+from rbfast.training.arguments import sole_training
 from rbfast.training.distill import DistillConfig, distill, placement_scores, plan_run, trace_loss
 from rbfast.training.objective import Objective
 from rbfast.training.trainer import DistillTrainer
@@ -447,3 +449,13 @@ def test_a_run_ends_at_the_first_gradient_that_is_not_finite(tmp_path, monkeypat
     with pytest.raises(ValueError, match="the gradient of step 3 is NaN or infinite, so the training has diverged"):
         run(tmp_path, monkeypatch)
     assert steps == [0, 1, 2]
+
+
+def test_two_threads_do_not_train_at_a_time(tmp_path, monkeypatch):
+    model = student()
+    with ThreadPoolExecutor(1) as other_thread, sole_training():
+        running = other_thread.submit(run, tmp_path, monkeypatch, model=model)
+        with pytest.raises(RuntimeError, match="another thread of this process is training"):
+            running.result()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    run(tmp_path, monkeypatch, model=model)

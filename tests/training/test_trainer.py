@@ -2,6 +2,7 @@
 
 import json
 import resource
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.data.encoding import Example, collate
 from rbfast.data.spans import ROLES
 from rbfast.models.student import final_hidden, packs
+from rbfast.training.arguments import sole_training
 from rbfast.training.checkpoints import last_checkpoint
 from rbfast.training.objective import Objective, role_counts, token_losses
 from rbfast.training.trainer import DistillTrainer
@@ -414,3 +416,9 @@ def test_a_plain_trainer_that_does_not_find_the_adapter_is_stopped(tmp_path: Pat
     with pytest.raises(RuntimeError, match=r"set model\.adapter = adapter before you create a Trainer"):
         plain_trainer(tmp_path, model).train()
     assert not any(site.B.any() for site in adapter.sites().values())
+
+
+def test_a_trainer_does_not_train_while_another_thread_does(tmp_path: Path) -> None:
+    refused = pytest.raises(RuntimeError, match="another thread of this process is training")
+    with ThreadPoolExecutor(1) as other_thread, sole_training(), refused:
+        other_thread.submit(train, tmp_path).result()
