@@ -30,12 +30,11 @@ from rbfast.adapter.column_delta import unhooked
 from rbfast.data.chat_template import end_of_turn
 from rbfast.data.thinking import thinking_format
 from rbfast.inference.cache import new_cache
+from rbfast.models.linears import unwrapped
 from rbfast.models.student import evaluation_mode
-from rbfast.utils.overlap import Overlap
 
 # The name of the cache in `generate`'s arguments and output, which transformers 5.24 renamed.
 _CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
-_PLAIN = Overlap()
 
 _GENERATE_LOG = logging.getLogger("transformers.generation.utils")
 
@@ -251,60 +250,51 @@ def decode(
         copies: rows per prompt, next to each other; the prompt is read once for all of them.
     """
     left, pad = max_new_tokens, settings["pad_token_id"]
-    with _without_own_generation_config(model):
-        batch = _prefilled(model, prompts, pad, copies)
-        while len(batch.ids) and left > 0:
-            with _without_padding_warning(batch):
-                output = _generate(
-                    model,
-                    batch,
-                    settings,
-                    left,
-                    stopping_criteria=StoppingCriteriaList([steering]),
-                    logits_processor=steering.processors(),
-                )
-            new = output.sequences[:, batch.ids.shape[1] :]
-            left -= new.shape[1]
-            batch.ids = output.sequences
-            if batch.cache is not None:
-                batch.cache = output[_CACHE]
-            batch.mask = torch.cat([batch.mask, batch.mask.new_ones(new.shape)], dim=1)
-            steering.paused(batch, new)
-            running = (~steering.ended).nonzero()[:, 0]
-            if len(running) < len(batch.ids):
-                steering.keep(running)
-                batch.keep(running)
-            if batch.cache is None:
-                batch.drop_masked(pad)
+    batch = _prefilled(model, prompts, pad, copies)
+    while len(batch.ids) and left > 0:
+        with _without_padding_warning(batch):
+            output = _generate(
+                model,
+                batch,
+                settings,
+                left,
+                stopping_criteria=StoppingCriteriaList([steering]),
+                logits_processor=steering.processors(),
+            )
+        new = output.sequences[:, batch.ids.shape[1] :]
+        left -= new.shape[1]
+        batch.ids = output.sequences
+        if batch.cache is not None:
+            batch.cache = output[_CACHE]
+        batch.mask = torch.cat([batch.mask, batch.mask.new_ones(new.shape)], dim=1)
+        steering.paused(batch, new)
+        running = (~steering.ended).nonzero()[:, 0]
+        if len(running) < len(batch.ids):
+            steering.keep(running)
+            batch.keep(running)
+        if batch.cache is None:
+            batch.drop_masked(pad)
 
 
 def _generate(
     model: PreTrainedModel, batch: CachedBatch, settings: dict[str, Any], max_new_tokens: int, **others: Any
 ) -> Any:
     config = GenerationConfig(**settings, max_new_tokens=max_new_tokens, return_dict_in_generate=True)
-    return model.generate(  # type: ignore[operator]
+    return _without_own_generation_config(model).generate(
         batch.ids, attention_mask=batch.mask, generation_config=config, **batch.given(), **others
     )
 
 
-@contextmanager
-def _without_own_generation_config(model: PreTrainedModel) -> Iterator[None]:
-    """Set the model's generation config aside, from which `generate` takes every argument that it is not given.
+def _without_own_generation_config(model: PreTrainedModel) -> Any:
+    """The model, sharing everything but its generation config, from which `generate` takes what it is not given.
 
     A checkpoint saved after training often has `use_cache: false`, with which `generate` would read the whole text into
-    the cache at every token. Others set beams, penalties or a kind of cache.
+    the cache at every token. Others set beams, penalties or a kind of cache. The model itself keeps its config: another
+    thread may read it.
     """
-
-    @contextmanager
-    def put_aside() -> Iterator[None]:
-        own, model.generation_config = model.generation_config, GenerationConfig()
-        try:
-            yield
-        finally:
-            model.generation_config = own
-
-    with _PLAIN.block(model, put_aside):
-        yield
+    plain: Any = copy(unwrapped(model))  # what torch.compile wraps would pass the new config on to the model
+    plain.generation_config = GenerationConfig()
+    return plain
 
 
 @contextmanager

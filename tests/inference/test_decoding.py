@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 from tiny_models import attach, disturb, family
 
-from rbfast.inference.decoding import Completion, _without_own_generation_config, complete, evaluating
+from rbfast.inference.decoding import Completion, complete, evaluating
 from rbfast.inference.guide import Guide, Limits
 from rbfast.inference.local import guided
 from rbfast.inference.solver import Sampling
@@ -108,17 +108,17 @@ def test_a_models_own_settings_change_nothing(model, own):
     assert own.items() <= model.generation_config.to_dict().items()
 
 
-def test_settings_mode_and_hooks_come_back_with_the_last_of_several_threads_that_decode(model):
-    adapter, own = attach(model.train()), model.generation_config
+def test_mode_and_hooks_come_back_with_the_last_of_several_threads_that_decode(model):
+    adapter = attach(model.train())
     linear = next(iter(adapter.sites().values())).linear
-    first, second = _decoding(model), _decoding(model)
+    first, second = evaluating(model), evaluating(model)
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
-    assert model.generation_config is not own and not any(part.training for part in model.modules())
+    assert not any(part.training for part in model.modules())
     assert not linear._forward_hooks
     second.__exit__(None, None, None)
-    assert model.generation_config is own and all(part.training for part in model.modules())
+    assert all(part.training for part in model.modules())
     assert len(linear._forward_hooks) == 1
     adapter.detach()
 
@@ -128,12 +128,6 @@ def test_a_model_that_is_put_into_training_mode_meanwhile_decodes_in_evaluation_
         model.train()
         with evaluating(model):
             assert not any(part.training for part in model.modules())
-
-
-@contextlib.contextmanager
-def _decoding(model):
-    with evaluating(model), _without_own_generation_config(model):
-        yield
 
 
 def test_training_mode_is_restored_and_progress_counts_prompts(model):
@@ -171,6 +165,12 @@ def test_a_folded_adapter_writes_without_hooks_and_gets_them_back(model, monkeyp
     )
     assert complete(model, tokenizer, PROMPTS, max_new_tokens=24) == expected and hooked == []
     assert all(linear._forward_hooks and linear._forward_pre_hooks for linear in linears)
+
+
+def test_a_compiled_model_keeps_its_generation_config(model):
+    own, expected = model.generation_config, complete(model, tiny_tokenizer(), ["ab"], max_new_tokens=4)
+    assert complete(torch.compile(model), tiny_tokenizer(), ["ab"], max_new_tokens=4) == expected
+    assert model.generation_config is own
 
 
 def test_what_does_not_fit_is_refused(model):

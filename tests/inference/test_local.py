@@ -324,6 +324,12 @@ def test_calibration_is_a_quantile_of_the_models_own(model, monkeypatch):
         calibrate(solver, PROMPTS, guide(), quantile=1.5)
 
 
+def test_another_thread_may_begin_meanwhile_and_ends_at_the_same_tokens(model):
+    ends, meanwhile = greedy_settings(model, TOKENIZER), []
+    guided(model, TOKENIZER, ["xyz"], guide(), listen=lambda *_: meanwhile.append(greedy_settings(model, TOKENIZER)))
+    assert meanwhile and all(settings == ends for settings in meanwhile)
+
+
 def test_the_listener_hears_everything_in_order(model):
     heard = []
     [[solution]] = guided(
