@@ -173,6 +173,16 @@ def test_a_compiled_model_keeps_its_generation_config(model):
     assert model.generation_config is own
 
 
+def test_a_model_of_a_class_that_cannot_be_made_anew_decodes(model):
+    class Sharded(type(model)):  # as FSDP2's
+        def __new__(cls):
+            raise TypeError
+
+    expected = complete(model, tiny_tokenizer(), ["ab"], max_new_tokens=4)
+    model.__class__ = Sharded
+    assert complete(model, tiny_tokenizer(), ["ab"], max_new_tokens=4) == expected
+
+
 def test_what_does_not_fit_is_refused(model):
     with pytest.raises(ValueError, match="longest prompt has 250 tokens and 10 more"):
         complete(model, tiny_tokenizer(), ["short", "x" * 250], max_new_tokens=10)
