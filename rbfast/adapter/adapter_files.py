@@ -146,6 +146,11 @@ def check_base(config: AdapterConfig, matrices: Mapping[str, nn.Module], where: 
         if name not in matrices:
             raise ValueError(f"{where}: made for {base}, whose linear {name} is not in this model; load that base")
         expected, shape = (info.out_features, info.in_features), matrix_shape(matrices[name])
+        if shape is None:
+            raise ValueError(
+                f"{where}: made for {base}, whose linear {name} is of type {type(matrices[name]).__name__} here; load "
+                "that base with the version of transformers that the adapter was trained with"
+            )
         if shape != expected:
             raise ValueError(f"{where}: made for {base}, where {name} is {expected}, not {shape}; load that base")
         if info.experts != (count := experts_in(matrices[name])):

@@ -123,6 +123,14 @@ def test_a_file_for_another_model_is_refused_and_leaves_that_model_alone(tmp_pat
     assert same_bits(snapshot(other), original) and all(p.requires_grad for p in other.parameters())
 
 
+def test_a_layer_that_transformers_has_made_another_module_is_named(tmp_path):
+    attach(llama()).save_pretrained(tmp_path)
+    changed = llama()
+    changed.model.layers[1].mlp.up_proj = nn.Identity()  # as Jamba's router, a Linear until transformers 5.21
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj is of type Identity here; .* version of"):
+        SparseAdapter.from_pretrained(changed, tmp_path)
+
+
 def test_an_adapter_trained_in_fp32_loads_onto_the_bf16_and_fp16_base(tmp_path):
     attach(llama()).save_pretrained(tmp_path)
     for dtype in (torch.bfloat16, torch.float16):
