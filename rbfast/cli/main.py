@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit would fail too
         return 1
     except (ValueError, OSError, ImportError) as error:
-        print(printable(f"rbfast {args.command}: error: {error}"), file=sys.stderr)
+        cause = f" ({error.__cause__})" if isinstance(error, ImportError) and error.__cause__ else ""
+        print(printable(f"rbfast {args.command}: error: {error}{cause}"), file=sys.stderr)
         return 2
     except ServerError as error:
         print(printable(f"rbfast {args.command}: error: {error}"), file=sys.stderr)

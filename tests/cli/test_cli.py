@@ -284,6 +284,16 @@ def test_impossible_solving_is_refused(
     assert complaint in err
 
 
+def test_an_import_that_fails_says_why(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:  # as transformers does beside a torchvision that was built for another torch
+        raise ImportError("Could not import module 'PreTrainedModel'.") from RuntimeError("no torchvision::nms")
+
+    monkeypatch.setattr("rbfast.models.student.load_without_weights", fail)
+    code, out, err = call(capsys, "info", "some-model")
+    assert (code, out) == (2, "")
+    assert err == "rbfast info: error: Could not import module 'PreTrainedModel'. (no torchvision::nms)\n"
+
+
 def test_a_problem_in_another_encoding_is_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
