@@ -292,9 +292,9 @@ def _without_own_generation_config(model: PreTrainedModel) -> Any:
     the cache at every token. Others set beams, penalties or a kind of cache. The model itself keeps its config: another
     thread may read it.
     """
-    model = unwrapped(model)  # what torch.compile wraps would pass the new config on to the model
-    plain: Any = object.__new__(type(model))  # not copy(): FSDP2's classes would be made anew
-    plain.__dict__.update(model.__dict__, generation_config=GenerationConfig())
+    inner = unwrapped(model)  # what torch.compile wraps would pass the new config on to the model
+    plain: Any = object.__new__(type(inner))  # not copy(): FSDP2's classes would be made anew
+    plain.__dict__.update(inner.__dict__, generation_config=GenerationConfig())
     return plain
 
 
