@@ -175,7 +175,11 @@ class ColumnDelta(nn.Module):
         owner.__dict__[_DELTA + key] = self  # not a submodule either
         if self.is_folded:
             self.keep_base_columns()
-            self.fold()
+            try:
+                self.fold()
+            except Exception:  # a weight that cannot be written to cannot be restored either
+                self._buffers["base_columns"] = None
+                raise
             self._load_hooks.append(owner.register_load_state_dict_pre_hook(self._before_load))
             self._load_hooks.append(owner.register_load_state_dict_post_hook(self._after_load))
         self.hook()
