@@ -32,20 +32,22 @@ def gguf_path(name_or_path: str) -> Path | None:
 
 
 @contextmanager
-def explain_gguf_errors(file: Path) -> Iterator[None]:
-    """If loading fails and gguf itself cannot read the file, reports the file as damaged."""
+def read_gguf(file: Path) -> Iterator[None]:
+    """If loading fails and gguf itself cannot read the file, reports the file as damaged. Within the block gguf's
+    functions are cached, and its reader refuses a length that exceeds the file."""
     import gguf
 
-    try:
-        yield
-    except Exception as error:
+    with cache_gguf_parsing():
         try:
-            gguf.GGUFReader(file)
-        except Exception:
-            raise OSError(
-                f"{file}: cannot be read as GGUF ({error}): a cut download, or a Git LFS pointer? Get it again"
-            ) from error
-        raise
+            yield
+        except Exception as error:
+            try:
+                gguf.GGUFReader(file)
+            except Exception:
+                raise OSError(
+                    f"{file}: cannot be read as GGUF ({error}): a cut download, or a Git LFS pointer? Get it again"
+                ) from error
+            raise
 
 
 @contextmanager
@@ -60,15 +62,20 @@ def cache_gguf_parsing() -> Iterator[None]:
 
 @contextmanager
 def _cached_functions(gguf: Any) -> Iterator[None]:
-    names = ("GGUFReader", "get_tensor_name_map")
-    before = {name: getattr(gguf, name) for name in names}
-    for name, function in before.items():
-        setattr(gguf, name, cache(function))
+    reader, get_tensor_name_map = gguf.GGUFReader, gguf.get_tensor_name_map
+
+    class WholeReader(reader):  # type: ignore[valid-type,misc]
+        def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **options: Any) -> Any:
+            values = super()._get(offset, dtype, count, *args, **options)
+            if len(values) < count:  # gguf would read on, for as many values as an array claims to have
+                raise ValueError("it ends too early")
+            return values
+
+    gguf.GGUFReader, gguf.get_tensor_name_map = cache(WholeReader), cache(get_tensor_name_map)
     try:
         yield
     finally:
-        for name, function in before.items():
-            setattr(gguf, name, function)
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, get_tensor_name_map
 
 
 def load_gguf(file: Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -32,14 +32,7 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from rbfast.models.gguf_files import (
-    SMOLLM2,
-    cache_gguf_parsing,
-    explain_gguf_errors,
-    gguf_path,
-    load_gguf,
-    load_gguf_tokenizer,
-)
+from rbfast.models.gguf_files import SMOLLM2, gguf_path, load_gguf, load_gguf_tokenizer, read_gguf
 from rbfast.models.linears import is_sharded, unsharded
 from rbfast.models.packed_attention import (
     NotPackable,
@@ -88,7 +81,7 @@ def load_student(
     if (file := gguf_path(name_or_path)) is not None:
         if load_in is not None:
             raise ValueError(f"{name_or_path} is read from a GGUF file, whose weights cannot be loaded in {load_in}")
-        with explain_gguf_errors(file), cache_gguf_parsing():
+        with read_gguf(file):
             return _with_attention_softcap(load_gguf(file, dtype)), load_tokenizer(name_or_path)
     options: dict[str, Any] = {}
     if load_in is not None:
@@ -116,7 +109,7 @@ def load_without_weights(name_or_path: str) -> PreTrainedModel:
     `load_student`."""
     file = gguf_path(name_or_path)
     source, options = (name_or_path, {}) if file is None else (str(file.parent), {"gguf_file": file.name})
-    with explain_gguf_errors(file) if file else _explain_load_errors(source), torch.device("meta"):
+    with read_gguf(file) if file else _explain_load_errors(source), torch.device("meta"):
         if file is None:
             _check_folder(source)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
@@ -137,7 +130,7 @@ def _auto_class(config: PreTrainedConfig, name: str) -> Any:
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a student alone; names as for `load_student`."""
     if (file := gguf_path(name_or_path)) is not None:
-        with explain_gguf_errors(file), cache_gguf_parsing():
+        with read_gguf(file):
             return load_gguf_tokenizer(file)
     with _explain_load_errors(name_or_path):
         # trust_remote_code=None would prompt on the terminal.

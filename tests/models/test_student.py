@@ -1,5 +1,6 @@
 import importlib.util
 import re
+import struct
 
 import pytest
 import torch
@@ -137,6 +138,17 @@ def test_a_cut_gguf_file_is_named(tmp_path, load, kept):
     cut = kept.encode() if isinstance(kept, str) else whole[: kept if isinstance(kept, int) else int(kept * len(whole))]
     file.write_bytes(cut)
     with pytest.raises(OSError, match=r"cut\.gguf: cannot be read as GGUF \(.+\): a cut download"):
+        load(str(file))
+
+
+@pytest.mark.parametrize("load", [load_student, load_tokenizer, load_without_weights])
+def test_a_gguf_file_with_more_values_than_bytes_is_named(tmp_path, load):
+    """gguf itself would make them all from nothing; with 2^60 that takes all memory."""
+    pytest.importorskip("gguf")
+    file = tmp_path / "lying.gguf"
+    array = struct.pack("<QsIIQ", 1, b"a", 9, 4, 10**6)  # the key "a", an array of that many uint32
+    file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + array)
+    with pytest.raises(OSError, match=r"lying\.gguf: cannot be read as GGUF \(.+\): a cut download"):
         load(str(file))
 
 
