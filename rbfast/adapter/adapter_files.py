@@ -107,7 +107,7 @@ def read_adapter(directory: str | Path) -> tuple[AdapterConfig, dict[str, Delta]
         data = _read_bytes(path)
         tensors = load_tensors(data)
         check_seal(data)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch lacks
         raise ValueError(f"{path}: not a complete safetensors file ({error}); save the adapter again") from error
     expected = {f"{name}.{key}" for name in config.modules for key in ("cols", "A", "B")}
     for problem, keys in (("missing", expected - tensors.keys()), ("not in the config", tensors.keys() - expected)):
@@ -307,7 +307,7 @@ def _check_delta(where: str, delta: Delta, info: MatrixInfo) -> None:
             raise ValueError(f"{where}.{key}: expected {shape} {str(dtype).removeprefix('torch.')}, got {actual}")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{where}.{key}: expected finite values, got NaN or infinity")
-    if (delta.cols.diff() <= 0).any() or delta.cols[0] < 0 or delta.cols[-1] >= info.in_features:
+    if (delta.cols.diff() <= 0).any() or delta.cols[0] < 0 or int(delta.cols[-1]) >= info.in_features:
         raise ValueError(f"{where}.cols: expected sorted unique columns in 0..{info.in_features - 1}")
 
 

@@ -75,7 +75,7 @@ class ColumnScores:
         try:
             data = Path(path).read_bytes()
             tensors, metadata = load_tensors(data), check_seal(data)
-        except SafetensorError as error:
+        except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch lacks
             raise ValueError(f"{path}: not a complete safetensors file ({error}); score the model again") from error
         header = _read_header(path, metadata)
         shapes = {name: from_json(Shape, entry, f"{path}: {name}") for name, entry in header["matrices"].items()}

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, fields
 from itertools import zip_longest
 from numbers import Integral, Real
@@ -22,7 +23,9 @@ def from_json(cls: type, entry: object, where: str) -> Any:
             raise ValueError(f"{where}: {field.name} is missing; write the file again")
         value = entry[field.name]
         expected = dict if get_origin(field.type) is dict else field.type
-        value = float(value) if expected is float and type(value) is int else value
+        if expected is float and type(value) is int:
+            with suppress(OverflowError):  # reported below
+                value = float(value)
         if isinstance(value, bool) or not isinstance(value, expected):  # type: ignore[arg-type]
             raise ValueError(f"{where}: {field.name}: expected {field.type}, got {value!r}")
         values[field.name] = value

@@ -69,6 +69,7 @@ Q = "model.layers.0.self_attn.q_proj"
         (drop_field("scale"), "scale is missing"),
         (set_field("scale", value="1"), "scale: expected .*float.*, got '1'"),
         (set_field("scale", value=float("nan")), "scale: expected a finite number other than 0, got nan"),
+        (set_field("scale", value=10**400), "scale: expected .*float.*, got 1000"),
         (set_field("seed", value=True), "seed: expected .*int.*, got True"),
         (set_field("modules", value={}), "modules: expected an object with at least one matrix"),
         (set_field("modules", Q, value=3), "q_proj: expected an object, got 3"),
@@ -120,6 +121,23 @@ def test_a_malformed_tensor_is_named(tmp_path, key, change, message):
     with pytest.raises(ValueError, match=message) as error:
         adapter_files.read_adapter(tmp_path)
     assert Q in str(error.value)
+
+
+def test_a_dtype_that_torch_lacks_is_named(tmp_path):
+    saved(tmp_path)
+    header = json.dumps({"x": {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors: not a complete safetensors file \(.*F4"):
+        adapter_files.read_adapter(tmp_path)
+
+
+def test_a_width_beyond_int64_is_not_that_of_the_base(tmp_path):
+    saved(tmp_path)
+    header = json.loads((tmp_path / "adapter_config.json").read_text())
+    header["modules"][Q]["in_features"] = 2**70
+    (tmp_path / "adapter_config.json").write_text(json.dumps(header))
+    with pytest.raises(ValueError, match=rf"q_proj is \(24, {2**70}\), not \(24, 24\)"):
+        SparseAdapter.from_pretrained(llama(), tmp_path)
 
 
 def test_missing_and_truncated_files_are_named(tmp_path):
