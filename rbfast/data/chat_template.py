@@ -34,7 +34,8 @@ def format_prompt(
         turns: earlier messages, {"role": "user" or "assistant", "content": ..}.
 
     Raises:
-        ValueError: the rendered prompt does not contain the problem, or does not end as the template's prompts do.
+        ValueError: the template fails, or the rendered prompt does not contain the problem or does not end as the
+            template's prompts do.
     """
     instruction = instruction or default_instruction(tokenizer)
     request, system = instruction.request(problem), instruction.system if system is None else system
@@ -63,14 +64,12 @@ def render_conversation(
     without = render(tokenizer, messages, open_reply, template.switches, template.takes_parts)
     if not system:
         return without
-    from jinja2.exceptions import TemplateError
-
     try:
         with_system = [{"role": "system", "content": system}, *messages]
         prompt = render(tokenizer, with_system, open_reply, template.switches, template.takes_parts)
         if prompt != without:
             return prompt
-    except TemplateError:
+    except ValueError:  # the template has no system role
         pass
     first, *rest = messages
     merged = [{**first, "content": f"{system}\n\n{first['content']}"}, *rest]

@@ -34,6 +34,8 @@ _SWITCHES: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": True}, {"thinki
 _OFF: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": False}, {"thinking": False})
 _FIELDS = ("reasoning_content", "thinking", "reasoning")
 _TAGS = tuple((opener, closer) for opener, closer, is_sure in THINKING if is_sure)
+# What a template raises for messages that it does not expect, besides jinja2's TemplateError.
+_FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 _DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _FIXED_DAY = datetime(2024, 7, 26)  # the default of Llama 3.1's template
 # A switch under a name of the template's own.
@@ -100,8 +102,8 @@ def thinking_format(tokenizer: PreTrainedTokenizerBase) -> ThinkingFormat:
     """The format of a tokenizer's chat template (cached). Without a template, a turn is its text and the eos token.
 
     Raises:
-        ValueError: the template omits the problem, or renders a turn that does not continue its generation prompt; the
-            message shows both.
+        ValueError: the template fails, omits the problem, or renders a turn that does not continue its generation
+            prompt; the message shows both.
     """
     state = (str(tokenizer.chat_template), tokenizer.eos_token, tokenizer.bos_token, len(tokenizer))
     cached = _CACHE.get(tokenizer)
@@ -120,13 +122,19 @@ def render(
     """Render a conversation with the chat template; with `open_reply`, up to where the model continues.
 
     A template that writes today's date always gets the same one, so that a trace has the same tokens every day.
+    Raises ValueError for a template that fails.
     """
+    from jinja2.exceptions import TemplateError
+
     turns = [{**turn, "content": _parts(turn["content"])} for turn in messages] if takes_parts else list(messages)
     template = str(tokenizer.get_chat_template())
     dated = {"chat_template": _DATE_CALL.sub(_fixed_date, template)} if _DATE_CALL.search(template) else {}
-    return str(
-        tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=open_reply, **dated, **switches)  # type: ignore[arg-type]
-    )
+    try:
+        return str(
+            tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=open_reply, **dated, **switches)  # type: ignore[arg-type]
+        )
+    except (TemplateError, *_FAILURES) as error:
+        raise ValueError(f"the chat template fails: {error!r}; set another tokenizer.chat_template") from error
 
 
 def _fixed_date(call: re.Match[str]) -> str:
@@ -172,12 +180,10 @@ class _TemplateProbe:
         return render(self.tokenizer, [_user_message()], True, switches, self.takes_parts)
 
     def turn(self, message: Message, switches: Mapping[str, Any], *after: Message) -> str | None:
-        """The rendered conversation, or None if the template raises an error."""
-        from jinja2.exceptions import TemplateError
-
+        """The rendered conversation, or None if the template fails."""
         try:
             return render(self.tokenizer, [_user_message(), message, *after], False, switches, self.takes_parts)
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError):
+        except ValueError:
             return None
 
     def unknown(self, prompt: str, turn: str) -> ValueError:

@@ -200,6 +200,25 @@ def test_a_template_that_leaves_the_problem_out_is_refused():
         thinking_format(with_template("<bot>"))
 
 
+GOOD = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "failing", ["{{ messages.a.b }}", "{{ 1 + 'a' }}", "{{ 1 / 0 }}", "{{ raise_exception('no') }}", "{% for"]
+)
+def test_a_template_that_fails_is_named(failing):
+    templates = [failing, f"{GOOD}{{% if '2+2?' in messages[0].content %}}{failing}{{% endif %}}"]
+    for template in templates:  # it fails always, or for this problem
+        with pytest.raises(ValueError, match=r"the chat template fails: .*\(.*; set another tokenizer\.chat_template"):
+            format_prompt("2+2?", with_template(template))
+
+
+@pytest.mark.parametrize("code", ["{{ ''.__class__.__mro__ }}", "{{ cycler.__init__.__globals__.os.popen('id') }}"])
+def test_a_template_reaches_no_code(code):
+    with pytest.raises(ValueError, match="the chat template fails: SecurityError"):
+        thinking_format(with_template(GOOD + code))
+
+
 def test_a_problem_that_the_template_changes_is_refused():
     tokenizer = with_template("{% for m in messages %}{{ m.content.replace('/think', '') }}{% endfor %}")
     assert format_prompt("2+2?", tokenizer).startswith("2+2?")
