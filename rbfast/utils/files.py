@@ -10,13 +10,16 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
 
+_TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
+
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Opens a temporary file beside `path` and renames it to `path` at the end. On an error it is deleted, and `path`
     stays as it was.
 
-    Also deletes temporary files that killed processes left. If `path` is a symlink, its target is replaced.
+    Text is UTF-8; half a surrogate pair, which UTF-8 cannot hold, is written as its escape in JSON. Also deletes
+    temporary files that killed processes left. If `path` is a symlink, its target is replaced.
     Raises OSError if `path` is a folder, a device or a pipe.
     """
     path = resolve_target(path)
@@ -24,10 +27,12 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     for left in _leftovers(path.parent, path.name):
         left.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
+    temporary.unlink(missing_ok=True)  # left by an earlier process with the same id
+    mode = mode.replace("w", "x")  # a symlink that someone planted under this name is not followed
+    text = {} if "b" in mode else _TEXT
     try:
         with name_file_in_errors(path):
-            with open(temporary, mode, encoding=encoding, newline=newline) as file:
+            with open(temporary, mode, **text) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -186,7 +191,7 @@ class Journal:
 
     def append(self, records: Iterable[Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with name_file_in_errors(self.path), self.path.open("a", encoding="utf-8", newline="\n") as file:
+        with name_file_in_errors(self.path), self.path.open("a", **_TEXT) as file:
             file.writelines(map(_line, records))
             file.flush()
             os.fsync(file.fileno())

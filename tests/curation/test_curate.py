@@ -60,6 +60,14 @@ def small(tmp_path: Path) -> tuple[Path, Path]:
     return write_rows(tmp_path / "pool.jsonl", pool), write_rows(tmp_path / "eval.jsonl", evaluations)
 
 
+def test_an_id_that_utf8_cannot_hold_drops_its_row_alone(tmp_path: Path) -> None:
+    pool = write_rows(tmp_path / "pool.jsonl", [row("Which is odd?", id="\ud800"), row("Which is even?", id="good")])
+    rbfast.curate([pool], tmp_path / "out", CurateConfig(size=1))
+    assert [trace.id for trace in read_traces(tmp_path / "out" / "reason1k.jsonl")] == ["good"]
+    (dropped,) = rows_of(tmp_path / "out" / "dropped.jsonl")
+    assert dropped["id"] == "\ud800" and "half a surrogate pair" in dropped["reason"]
+
+
 def test_every_item_is_kept_or_dropped_with_a_reason(small: tuple[Path, Path], tmp_path: Path) -> None:
     pool, evaluations = small
     result = rbfast.curate([pool], tmp_path / "out", CurateConfig(size=3, against=[evaluations]))

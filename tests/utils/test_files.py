@@ -74,6 +74,24 @@ def test_a_link_stays_and_its_target_is_written(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "far").iterdir()) == ["None.txt", "old.txt"]
 
 
+def test_a_link_in_place_of_the_temporary_file_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "theirs").write_text("old")
+    (tmp_path / f".file.{os.getpid()}.tmp").symlink_to("theirs")
+    write_text(tmp_path / "file", "new")
+    assert (tmp_path / "theirs").read_text() == "old"
+    assert (tmp_path / "file").read_text() == "new" and not (tmp_path / "file").is_symlink()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_half_a_surrogate_pair_is_written_as_json_writes_it(tmp_path: Path) -> None:
+    record = {"id": "é\ud800"}  # from a row or a server that escaped it
+    write_text(tmp_path / "file", json.dumps(record, ensure_ascii=False))
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append([record])
+    assert json.loads((tmp_path / "file").read_bytes()) == record
+    assert [found for _, found in journal.read()] == [record]
+
+
 def test_a_pipe_or_a_folder_is_refused_and_stays(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
