@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rbfast.data.trace import TraceError
-from rbfast.utils.records import json_error_location, objects_of, show
+from rbfast.utils.records import check_shape, json_error_location, objects_of, show
 
 _LONGEST_LINE = 64 * 2**20  # bytes; 32k tokens with a top-20 each are a quarter of it
 _LINES = (".jsonl", ".ndjson")
@@ -81,8 +81,7 @@ def _files_of(folder: Path, split: str) -> list[Path]:
             raise TraceError(f"{folder}: expected a split {split!r}, got {names}; name the folder of one split")
         folder = folder / split
     if (folder / "state.json").is_file():
-        state = _parse_json((folder / "state.json").read_bytes(), str(folder / "state.json"))
-        return [folder / str(entry["filename"]) for entry in state["_data_files"]]
+        return _files_of_state(folder / "state.json")
     files = [path for inner in (folder, folder / "data") for path in sorted(inner.glob("*")) if is_file_of_rows(path)]
     files = [path for path in files if path.is_file() and not path.name.endswith(("_infos.json", "unreadable.jsonl"))]
     files = [path for path in files if path.name not in _NO_ROWS]
@@ -90,6 +89,19 @@ def _files_of(folder: Path, split: str) -> list[Path]:
     if not files:
         raise TraceError(f"{folder}: expected a folder with a {KINDS} in it, got none; name a file")
     return [path for path in files if path.name.startswith(split)] or files
+
+
+def _files_of_state(path: Path) -> list[Path]:
+    """The files beside it that the state.json of `save_to_disk` lists."""
+    state = _parse_json(path.read_bytes(), str(path))
+    try:
+        check_shape(state, {"_data_files": [{"filename": str}]}, str(path))
+    except ValueError as error:
+        raise TraceError(f"{error}; save the dataset again") from None
+    names = [entry["filename"] for entry in state["_data_files"]]
+    if odd := [name for name in names if Path(name).name != name or not is_file_of_rows(Path(name))]:
+        raise TraceError(f"{path}: expected the name of a {KINDS} beside it, got {show(odd[0])}")
+    return [path.with_name(name) for name in names]
 
 
 def _open(path: Path) -> BinaryIO:

@@ -115,3 +115,23 @@ def test_a_torn_gzip_file_says_so(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(json.dumps(ROW).encode())[:-9])
     with pytest.raises(TraceError, match=r"t\.jsonl\.gz: expected a whole gzip file"):
         read_traces(tmp_path / "t.jsonl.gz")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "state.json: _data_files is missing"),
+        ({"_data_files": 3}, "state.json: _data_files: expected list, got int 3"),
+        ({"_data_files": [3]}, "state.json: _data_files: entry 1: expected dict, got int 3"),
+        *(
+            ({"_data_files": [{"filename": name}]}, f"state.json: expected the name of .* beside it, got str '{name}'")
+            for name in ("../other.jsonl", "/other.jsonl", ".", "..", "")
+        ),
+    ],
+)
+def test_a_saved_dataset_names_files_of_its_own_alone(tmp_path, files, message):
+    (tmp_path / "other.jsonl").write_text(json.dumps(PLAIN) + "\n")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state.json").write_text(json.dumps(files or {}))
+    with pytest.raises(TraceError, match=message):
+        read_traces(tmp_path / "saved")
