@@ -14,7 +14,7 @@ from real_inputs import data_path
 
 import rbfast
 from rbfast.cli.main import main
-from rbfast.curation import curate
+from rbfast.curation import curate, text
 from rbfast.curation.assess import Assessor, verify_answer
 from rbfast.curation.curate import CurateConfig, Weights, _difficulties, _known_rates, ranks, read_pass_rates
 from rbfast.curation.decontaminate import Decontaminator
@@ -191,6 +191,22 @@ def test_conversations_are_one_if_their_turns_and_their_problem_are(tmp_path: Pa
     assert result.stages[2].dropped == {"the same problem": 2}
     copies = {rec["where"].rpartition(":")[2]: rec for rec in rows_of(tmp_path / "out" / "dropped.jsonl")}
     assert {line: rec["duplicate_of"].rpartition(":")[2] for line, rec in copies.items()} == {"2": "1", "8": "7"}
+
+
+@pytest.mark.parametrize(("plain_is_right", "kept"), [(None, "better"), (True, "plain")])
+def test_of_one_problem_the_right_trace_is_kept_then_the_better(tmp_path: Path, plain_is_right, kept: str) -> None:
+    better = "Perhaps add first. Then check: therefore it is 7."
+    pool = [row("Two and five?", id="plain", verified=plain_is_right), row("Two and five?", id="better")]
+    pool[1]["reasoning"] = better
+    rbfast.curate([write_rows(tmp_path / "pool.jsonl", pool)], tmp_path / "out")
+    assert [trace.id for trace in read_traces(tmp_path / "out" / "reason1k.jsonl")] == [kept]
+
+
+def test_only_questions_count_in_the_rarity_of_shingles() -> None:
+    said = row("Are you sure?", turns=turns("What is 2 + 5?", "It is 7."), system="Be brief.")
+    asked = text.fingerprints(text.pack(["Are you sure?", "What is 2 + 5?"])).tolist()
+    part = Assessor(Decontaminator([]))([("", said)])
+    assert part.prompt_fingerprints.tolist() == [asked[0], asked[1], asked[0], asked[0]]
 
 
 @pytest.fixture(scope="module")

@@ -266,6 +266,11 @@ def test_an_embedding_sees_paraphrases() -> None:
     assert found[1:] == [None, None]
     assert contaminated(["silent night"], evaluations, embed=letters) == [Match(0, "text", 1.0)]
     assert contaminated(pool, evaluations) == [None] * 3
+    whole = contaminated(["silent night"], evaluations, thresholds=Thresholds(text=1.0))
+    assert whole == [Match(0, "text", 1.0)]
+    lax = contaminated(["silent"], evaluations, embed=letters, thresholds=Thresholds(paraphrase=0.85))
+    assert lax == [Match(0, "paraphrase", pytest.approx(9 / 102**0.5))]
+    assert contaminated(["silent"], evaluations, embed=letters) == [None]
     with pytest.raises(ValueError, match=r"embed must return finite numbers \[2, d\], got \[2\]"):
         contaminated(pool, evaluations, embed=lambda problems: np.ones(len(problems)))
 

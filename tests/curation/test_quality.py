@@ -100,6 +100,8 @@ def test_cut_reasoning(reasoning: str, complaint: str) -> None:
         "It is 7",
         "```\nx\n```",
         "One.\nTwo.\nThree.\nFour.\nThe answer is seven",
+        "One.\nTwo.\nThree.\nFour as well",
+        "One.\nTwo.\nThree\nFour\nFive.\nSix as well",
         "\\[x=7\\]",
         "So it is\n\n---\n\n**Answer: 670**",
         "One.\nTwo.\nThree.\nFour.\n*Five, to the*",
@@ -138,6 +140,8 @@ def test_answers_and_languages() -> None:
     assert flaw_of("It is \\{1\\}.", answer="\\{1, 2\\}") is None
     assert (flaw_of("所以我们得到答案 7.") or "").startswith("language")
     assert flaw_of("所以我们得到答案 7.", problem="求解 x") is None
+    said = "The sum of these numbers is even, so {} it is 7."
+    assert flaw_of(said.format("求")) is None and flaw_of(said.format("我们求解")) is not None
     assert flaw_of("Thus α + β ≤ 𝑥, naïve.") is None
     assert flaw_of("aⁿ bⁿ = (ab)ⁿ, ∠A = 45º, ℜ(z) = 1.") is None
     assert flaw_of("サーバーとユーザーのデーター、人々。", problem="計算") is None
@@ -158,6 +162,7 @@ def test_another_s_word_counts_more_than_an_ending() -> None:
     assert find_flaw(cut, 0.0, finished=True) is None
     assert find_flaw(Trace("p", "So it is the", "7", verified=True), 0.0) is None
     assert find_flaw(Trace("p", "So it is the", "7", verified=False), 0.0) is not None
+    assert find_flaw(Trace("p", "It is an open brace.", "{7", verified=True), 0.0) is None
 
 
 def test_finished_replies_have_no_flaw() -> None:
@@ -188,6 +193,10 @@ def test_marks() -> None:
     assert quality(Trace("p", "It is \\frac{ 1 }{2}.", "\\frac{1}{2}"), 0.0).completeness == 1.0
     assert Quality(1, 1, 1, 1, 1, 0).score == pytest.approx(1.0)
     assert Quality(1, 1, 1, 1, 0.5, 0.5).score == pytest.approx(0.25)
+    each = [Quality(*(float(at == mark) for at in range(4)), 1, 0).score for mark in range(4)]
+    assert each == [0.3, 0.2, 0.25, 0.25]
+    short = quality(Trace("p", "Check: it is 3.", "3", plan="Perhaps add."), 0.0)  # counts as a hundred words
+    assert short[1:4] == (pytest.approx(1 / 1.5), pytest.approx(1 / 2), 0.0)
 
 
 def test_thinking_models_reason_at_greater_length_than_a_plain_reply() -> None:
