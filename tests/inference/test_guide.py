@@ -46,6 +46,7 @@ def test_struck_text_does_not_count_towards_the_minimum():
     row.write("word word", tokens=10)
     assert row.write("</think>", tokens=25).kind == WAIT
     assert row.write("</think>", tokens=1).kind == WAIT  # 10 tokens are left, and those of the first wait
+    assert row.write("", tokens=1, ended=True).kind == WAIT
 
 
 @pytest.mark.parametrize(("tokens", "minimum", "waits"), [(13, 20, True), (14, 20, False), (13, 13, False)])
@@ -61,6 +62,26 @@ def test_a_sentence_that_ends_near_the_limit_ends_the_thinking(tokens, ends):
     row = GuideState(make_guide(budget=104, reserve=40, **SHORT), len)
     order = row.write("A sentence. ", tokens=tokens)
     assert (order is not None and order.kind == WRAP_UP and order.strike == 0) == ends
+
+
+@pytest.mark.parametrize(("tokens", "ends"), [(63, False), (64, True)])
+def test_the_last_token_of_thinking_may_be_written(tokens, ends):
+    row = GuideState(make_guide(budget=104, reserve=40, **SHORT), len)
+    order = row.write("word ", tokens=tokens)
+    assert (order is not None and order.kind == WRAP_UP) == ends
+
+
+@pytest.mark.parametrize(("cooldown", "noticed"), [(0, 3), (64, 64)])
+def test_a_loop_without_a_sentence_end_is_left_after_so_many_tokens(cooldown, noticed):
+    row = GuideState(make_guide(budget=2000, cooldown=cooldown, loop_length=2, loop_times=2, **SHORT), len)
+    orders = [row.write("a ") for _ in range(noticed + 32)]
+    assert orders[:-1] == [None] * (noticed + 31) and orders[-1].kind == OTHER
+
+
+def test_without_interventions_the_finish_text_ends_nothing():
+    row = GuideState(make_guide(budget=300, finish="</answer>", interventions=()), len)
+    row.write("So</think>", tokens=3)
+    assert row.write("4</answer>", tokens=3) is None and row.phase is Phase.ANSWER
 
 
 def test_a_model_that_ends_without_an_answer_is_asked_for_it():
@@ -241,6 +262,7 @@ def test_markers_the_vocabulary_cannot_write_are_refused():
         (r"so \alph", False, False),
         (r"so \alpha is.", True, True),
         (r"\begin{align} x. \end{align}" + "\n", True, True),
+        ("so $x + y\n", True, True),
         ("3 - ", True, False),
         ("3 -", False, False),
         ("well </thi", False, False),

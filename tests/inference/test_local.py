@@ -10,6 +10,8 @@ from guides import make_guide
 from tiny import tiny_model, tiny_tokenizer
 from tiny_models import family
 
+from rbfast.data.chat_template import format_prompt
+from rbfast.data.instruction import BOXED
 from rbfast.inference.decoding import complete, greedy_settings
 from rbfast.inference.guide import WAIT, WRAP_UP, Guide, Limits
 from rbfast.inference.local import LocalSolver, guided
@@ -351,6 +353,16 @@ def test_markers_suit_the_tokenizer():
     thinking.chat_template = thinking.chat_template.replace("{{ (", "{{ m.content if m.role == 'user' else (")
     assert (phrases_for(thinking).close, phrases_for(thinking).probe) == ("</think>", "\n\\boxed{")
     assert len(Vocabulary(TOKENIZER, Guide(Limits(500)), [0]).encode("</think>")) == 8  # a marker may be a sequence
+
+
+def test_a_solver_asks_by_its_instruction_in_batches_of_its_size(model, monkeypatch):
+    asked = []
+    monkeypatch.setattr("rbfast.inference.local.guided", lambda *args, **others: asked.append((args, others)))
+    solver = LocalSolver(model, TOKENIZER, batch_size=3, instruction=BOXED)
+    solver.solve(["2 + 2?"], guide())
+    [((_, _, prompts, *_), others)] = asked
+    assert prompts == [format_prompt("2 + 2?", TOKENIZER, BOXED)] and others["batch_size"] == 3
+    assert solver.phrases().close == "\\boxed{"
 
 
 def test_bad_requests_are_refused(model):

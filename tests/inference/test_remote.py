@@ -5,11 +5,12 @@ import math
 import pytest
 from scripted_server import PROMPT, WORDS, guide, samples_of
 
+from rbfast.data.instruction import BOXED
 from rbfast.inference.guide import OTHER, VERIFY, WAIT, WRAP_UP, Guide, Limits
 from rbfast.inference.remote import ServerSolver, chat, write
 from rbfast.inference.solver import calibrate
 from rbfast.inference.state import STABLE
-from rbfast.teacher.client import Server, ServerError
+from rbfast.teacher.client import IncompleteReply, Server, ServerError
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
 
@@ -65,6 +66,37 @@ def test_a_server_that_always_breaks_off_loses_nothing(start):
     assert caught.value.partial.text == "So x = 4." and caught.value.status == 429
 
 
+def test_only_breaks_in_a_row_without_a_word_count_as_tries(start, no_pauses, monkeypatch):
+    state, server = start("|".join(["word "] * 8) + "|</think>|4", retries=1)
+    state.faults = ["close"] * 4
+    assert write(server, PROMPT, guide()).answer == "4"
+    tries = []
+
+    def say_nothing(*args):
+        tries.append(args)
+        raise IncompleteReply("nothing")
+
+    monkeypatch.setattr("rbfast.inference.remote._one_stream", say_nothing)
+    with pytest.raises(ServerError, match="broke off 2 times"):
+        write(server, PROMPT, guide())
+    assert len(tries) == 2
+
+
+def test_a_server_that_writes_several_tokens_in_a_piece_is_not_asked_for_more(start):
+    state, server = start(WORDS)
+    state.pieces = lambda body, ignore: ["word word "]
+    solution = write(server, PROMPT, guide(interventions=()))
+    assert len(state.requests) == 1 and solution.tokens == 120 and solution.truncated
+
+
+def test_a_text_that_a_filter_ended_is_refused(start):
+    state, server = start("It is |4")
+    state.finish = "content_filter"
+    with pytest.raises(ServerError, match="content_filter") as caught:
+        write(server, PROMPT, guide())
+    assert caught.value.partial.text == "It is 4"
+
+
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_busy_servers_are_asked_again(start, status):
     state, server = start("</think>|4")
@@ -104,9 +136,20 @@ def test_chat_is_the_fallback_and_is_checked(start):
     with pytest.raises(ServerError, match=r"did not honour the budget: at most 3 tokens .* it reports 4") as caught:
         chat(server, "2+2?", Guide(Limits(3)))
     assert caught.value.partial.text == "It is <answer>4</answer>"
+    ServerSolver(server, instruction=BOXED).solve(["2+2?"], guide())
+    assert state.requests[-1]["messages"][0]["content"] == BOXED.request("2+2?")
     state.usage = False
     with pytest.raises(ServerError, match="it reports no count"):
         chat(server, "2+2?", guide())
+
+
+@pytest.mark.parametrize(("text", "closed"), [("", False), ("4", True)])
+def test_thinking_that_a_chat_reply_was_cut_in_stays_open(monkeypatch, text, closed):
+    message = {"content": text, "reasoning_content": "Add."}
+    reply = {"choices": [{"message": message, "finish_reason": "length"}], "usage": {"completion_tokens": 3}}
+    monkeypatch.setattr(Server, "ask", lambda *_: reply)
+    solution = chat(Server("http://127.0.0.1:9/v1", "m"), "2+2?", guide())
+    assert solution.thinking.startswith("<think>\nAdd.\n") and ("</think>" in solution.thinking) == closed
 
 
 def test_nobody_there():

@@ -145,6 +145,9 @@ def test_problems_are_solved_one_after_the_other_each_from_its_own_seed(start):
     ]
     assert [request["prompt"].split("\n")[0] for request in state.requests] == ["one?"] * 2 + ["two?"] * 2
     assert {(request["temperature"], request["top_p"]) for request in state.requests} == {(0.5, 0.9)}
+    heard = []
+    ServerSolver(server).solve(["three?", "four?"], plain(), listen=lambda *said: heard.append(said[0]))
+    assert heard == sorted(heard) and set(heard) == {0, 1}
 
 
 def test_a_concurrency_of_none_is_refused(start):

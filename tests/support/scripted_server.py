@@ -25,6 +25,7 @@ class Script:
         self.requests, self.headers, self.probes = [], [], []
         self.faults: list = []  # one a request: None, an int status, "close", "ignore", "deaf", "garbage", "nonsense"
         self.completions, self.usage = True, True
+        self.finish = None  # the finish reason; None: "stop" or "length"
         self.told = Counter()
         self.logprobs = []  # of the candidates at a token; used in turn, over and over
         self.probed = ["4"]  # answers to probes; the last one is repeated
@@ -107,7 +108,7 @@ def start():
                     except OSError:
                         return
                 done = state.told[body["seed"]] >= len(state.script(body))
-                self.event({"text": "", "finish_reason": "stop" if done else "length"})
+                self.event({"text": "", "finish_reason": state.finish or ("stop" if done else "length")})
                 if state.usage == "exact":
                     self.wfile.write(b"data: " + json.dumps({"choices": [], "usage": self.exact(pieces)}).encode())
                     self.wfile.write(b"\n\n")
