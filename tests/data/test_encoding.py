@@ -89,6 +89,7 @@ def test_encoding_is_what_inference_sees(tokenizer) -> None:
     assert tokenizer.decode(trained[:-1]) == one.completion()
     assert trained.tolist().count(tokenizer.eos_token_id) == 1  # the end of the turn, and none out of the text
     assert ((example.roles == NO_ROLE) == (example.labels == IGNORE)).all()
+    assert example.roles[-2] == ANSWER  # of the end of the turn
     assert all(array.dtype == np.int64 for array in (example.input_ids, example.labels, example.roles))
 
 

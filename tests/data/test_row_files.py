@@ -135,3 +135,9 @@ def test_a_saved_dataset_names_files_of_its_own_alone(tmp_path, files, message):
     (tmp_path / "saved" / "state.json").write_text(json.dumps(files or {}))
     with pytest.raises(TraceError, match=message):
         read_traces(tmp_path / "saved")
+
+
+def test_the_files_of_a_folder_are_read_in_order(tmp_path: Path) -> None:
+    for name in ("train-1.jsonl", "train-0.jsonl", "train-2.jsonl"):
+        (tmp_path / name).write_text(json.dumps(PLAIN | {"id": name}))
+    assert [trace.id for trace in read_traces(tmp_path)] == ["train-0.jsonl", "train-1.jsonl", "train-2.jsonl"]

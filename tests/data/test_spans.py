@@ -131,6 +131,7 @@ def test_cues_make_a_sentence_strategic(text: str) -> None:
         "16 - 3 - 4 = 9",
         "First, 40 times 11 is 440 and 3 times 11 is 33, so 440 + 33 = 473 boxes.",  # a cue, outweighed
         "Hmm, 400 + 70 = 470 and 470 + 3 = 473.",
+        "Let me check the total number of legs: 12 + 4 = 16.",  # an equation outweighs a cue sooner
         "When she returned, 63 melons were ready.",
         "However far she walks, the bus costs the same.",
         "He had to wait for the bus.",

@@ -141,7 +141,7 @@ def test_tags_that_are_tokens_stay_tokens_and_those_of_a_trace_stay_text(name):
 @pytest.mark.parametrize("name", CASES)
 def test_every_character_has_its_role(name):
     tokenizer = tokenizer_of(name)
-    marked = Trace("p", "Think.\n2+2=4", "4", spans=(Span(0, 7, STRATEGIC), Span(7, 12, TACTICAL)))
+    marked = Trace("p", "\n Think.\n2+2=4", "4", spans=(Span(0, 9, STRATEGIC), Span(9, 14, TACTICAL)))
     written = render_reply(marked, tokenizer)
     text, thought = written.text, written.text.index("Think.")
     assert len(written.roles) == len(text)
@@ -149,7 +149,7 @@ def test_every_character_has_its_role(name):
         written.roles[thought + 7 : thought + 12] == TACTICAL
     ).all()
     assert (written.roles[thought + 12 :] == ANSWER_ROLE).all()
-    assert text[slice(*written.thought)] == "Think.\n2+2=4" and "4" in text[slice(*written.answer)]
+    assert text[slice(*written.thought)].strip() == "Think.\n2+2=4" and "4" in text[slice(*written.answer)]
 
 
 def test_white_space_around_a_thought_is_not_written():

@@ -35,6 +35,8 @@ from rbfast.data.trace import Trace, TraceError
         ({"spans": [[1, 27, "tactical"]]}, "spans: expected a span that starts at character 0"),
         ({"spans": [[0, 9, "tactical"], [8, 27, "tactical"]]}, "spans: expected a span that starts at character 9"),
         ({"spans": [[0, 0, "tactical"], [0, 27, "tactical"]]}, "spans: expected a span that .* is not empty"),
+        ({"signals": {"ids": [[1]], "logprobs": [[0.5]]}}, "signals.logprobs: .* of at most 0, got 0.5"),
+        ({"turns": [{"role": "user", "content": "2+2?"}]}, "turns: expected a reply to every question"),
         ({"spans": [[0, 26, "tactical"]]}, "spans: .* at character 27, got 26"),
         ({"spans": [[0, 28, "tactical"]]}, "spans: .* at character 27, got 28"),
         ({"signals": [[1]]}, "signals: expected"),

@@ -29,6 +29,7 @@ def test_evaluate_keeps_order_and_completions():
     assert again == results[1:2]
     record = json.loads(json.dumps(results[0].to_dict()))
     assert record["completion"] == results[0].completion.text and record["correct"] is False
+    assert all(result.completion.tokens == 6 for result in results if result.completion.truncated)
     assert record["problem"] == "x" * 30 and record["tokens"] == results[0].completion.tokens
 
 
@@ -139,6 +140,7 @@ def test_summary_of_samples():
     assert summary["pass@4"] == 3 / 4
     # A tie goes to the first answer given: "a" counts, "d" does not.
     assert summary["majority@4"] == 2 / 4
+    assert (summary["truncated"], summary["tokens"]) == (0.0, 5.0)
     with pytest.raises(ValueError, match="same number of samples, got \\[1, 2\\]"):
         summarize_samples(results_of({"a": "r", "b": "rw"}))
     with pytest.raises(ValueError, match="got no results"):
@@ -150,14 +152,17 @@ def test_completions_that_were_cut_before_an_answer_do_not_vote():
     cut = [Result(problem, Completion("16 + 4 = 2", 5, True), 0.0, sample) for sample in range(2)]
     right = Result(problem, Completion("<answer>20</answer>", 5, False), 1.0, 2)
     assert summarize_samples([*cut, right])["majority@3"] == 1.0
+    without = [replace(result, score=1.0) for result in cut]  # right by a grader that needs no marked answer
+    assert summarize_samples(without)["majority@2"] == 0.0
 
 
 def test_pass_at_k_is_the_share_of_subsets():
     for samples, correct, k in [(5, 2, 3), (6, 1, 2), (4, 0, 2), (3, 3, 1), (7, 3, 7)]:
         drawn = list(combinations([1] * correct + [0] * (samples - correct), k))
         assert pass_at_k(samples, correct, k) == pytest.approx(mean(any(draw) for draw in drawn))
-    with pytest.raises(ValueError, match="k must lie in"):
-        pass_at_k(3, 1, 4)
+    for samples, correct, k in [(3, 1, 4), (3, 1, 0), (3, 4, 1), (3, -1, 1)]:
+        with pytest.raises(ValueError, match="k must lie in"):
+            pass_at_k(samples, correct, k)
 
 
 def test_the_clustered_error_is_the_error_of_item_means():
@@ -166,6 +171,7 @@ def test_the_clustered_error_is_the_error_of_item_means():
     found, error = clustered(scores)
     assert found == pytest.approx(mean(means))
     assert error == pytest.approx((sum((m - found) ** 2 for m in means)) ** 0.5 / len(means))
+    assert clustered([[1.0, 1.0, 1.0], [0.0]])[0] == 0.75  # each sample counts once
     # Samples that all agree say no more than one of them.
     assert clustered([[1.0] * 9, [0.0] * 9])[1] == pytest.approx(clustered([[1.0], [0.0]])[1])
 
@@ -189,6 +195,7 @@ def test_the_bootstrap_agrees_with_theory_and_with_itself():
     after = [[float(source.random() < 0.6) for _ in range(4)] for _ in range(200)]
     gain = paired_bootstrap(before, after, seed=3, draws=4000)
     assert gain == paired_bootstrap(before, after, seed=3, draws=4000)
+    assert gain != paired_bootstrap(before, after, seed=4, draws=4000)
     gains = [mean(b) - mean(a) for a, b in zip(before, after, strict=True)]
     error = stdev(gains) / len(gains) ** 0.5
     assert gain.mean == pytest.approx(mean(gains))
@@ -202,7 +209,9 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch):
     model, tokenizer = tiny_model(), tiny_tokenizer()
     problems = [Problem("file", "x" * length, "never", {}) for length in (30, 5, 80, 12)]
     options = {"max_new_tokens": 6, "batch_size": 2, "samples": 2, "temperature": 0.9, "seed": 4}
-    whole = evaluate(model, tokenizer, problems, **options)
+    done_after_batches = []  # two completions at a time
+    whole = evaluate(model, tokenizer, problems, progress=lambda *n: done_after_batches.append(n[0]), **options)
+    assert done_after_batches == [0, 1, 2, 3, 4]
     path = tmp_path / "results.jsonl"
 
     def stop(done, total):
@@ -217,6 +226,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "rbfast.evaluation.evaluate.grade", lambda problem, text, truncated: asked.append(problem) or 0.0
     )
+    assert "instruction" not in json.loads(path.read_text().splitlines()[0])["decoding"]  # as in older files
     assert evaluate(model, tokenizer, problems, keep=path, **options) == whole
     assert len(asked) == 4 and len(path.read_text().splitlines()) == 8
     assert evaluate(model, tokenizer, problems, keep=path, **options) == whole and len(asked) == 4
@@ -225,6 +235,24 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch):
     path.write_text("{}\n")
     with pytest.raises(ValueError, match=r"results\.jsonl:1: expected a result of an evaluation"):
         evaluate(model, tokenizer, problems, keep=path, **options)
+
+
+def test_a_problem_with_some_of_its_samples_is_asked_again(tmp_path):
+    model, tokenizer, path = tiny_model(), tiny_tokenizer(), tmp_path / "results.jsonl"
+    problems = [Problem("file", question, "never", {}) for question in ("a", "b")]
+    options = {"max_new_tokens": 6, "samples": 2, "temperature": 0.9, "keep": path}
+    whole = evaluate(model, tokenizer, problems, **options)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]))
+    assert evaluate(model, tokenizer, problems, **options) == whole
+    assert sorted(path.read_text().splitlines(keepends=True)) == sorted(lines)
+
+
+def test_one_sample_is_drawn_too_and_by_the_seed():
+    model, tokenizer, problems = tiny_model(), tiny_tokenizer(), [Problem("file", "x", "never", {})]
+    hot = {"max_new_tokens": 12, "temperature": 5.0}
+    drawn = [evaluate(model, tokenizer, problems, seed=seed, **hot)[0].completion.text for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 @pytest.mark.parametrize(

@@ -302,6 +302,9 @@ def test_a_store_takes_what_is_its_own_and_nothing_else(tmp_path):
     changed = Trace(TRACES[0].problem, TRACES[0].reasoning + "!", TRACES[0].answer)
     missing = SignalStore.open(tmp_path).fill([encode(trace, TOKENIZER) for trace in (TRACES[0], changed)])
     assert len(missing) == 1
+    later = encode(TRACES[0], TOKENIZER)  # the same tokens, trained from a later one on
+    later.labels[np.flatnonzero(later.labels != IGNORE)[0]] = IGNORE
+    assert SignalStore.open(tmp_path).fill([later]) == [later]
     for other in (dict(k=K + 1), dict(tokenizer=OTHER)):
         with pytest.raises(ValueError, match="choose another folder"):
             store_at(tmp_path, **other)
@@ -319,6 +322,10 @@ def test_each_shard_is_read_once_whatever_the_order(tmp_path, monkeypatch):
             store.add(example, rows, np.full((len(rows), 1), number), np.full((len(rows), 1), -0.5))
             if number % 2:
                 store.flush()
+    for example in examples:
+        example.teacher_ids = None
+    assert store.fill(examples) == []  # the store that wrote the shards knows where each is
+    assert [int(example.teacher_ids[0, 0]) for example in examples] == list(range(6))
     store, read = SignalStore.open(tmp_path), []
     monkeypatch.setattr("rbfast.data.signal_store.load", lambda data: read.append(data) or load(data))
     mixed = [examples[number] for number in (0, 5, 2, 1, 4, 3)]
@@ -343,6 +350,13 @@ def test_a_broken_store_is_named(tmp_path):
     (tmp_path / "signals.json").write_text(json.dumps({"format": "other"}))
     with pytest.raises(ValueError, match=r"signals\.json"):
         SignalStore.open(tmp_path)
+
+
+def test_ids_above_sixteen_bits_are_kept(tmp_path):
+    example, row, last = encode(TRACES[0], TOKENIZER), np.array([3]), 2**16
+    with SignalStore(tmp_path, "tiny", 1, last + 1) as store:
+        store.add(example, row, np.array([[last]]), np.array([[-0.5]]))
+    assert SignalStore.open(tmp_path).fill([example]) == [] and example.teacher_ids.tolist() == [[last]]
 
 
 def test_logits_and_nan_are_refused(tmp_path):
