@@ -182,8 +182,6 @@ def _block(block: object, number: int) -> tuple[str, str]:
         raise TraceError(f"turn {number}: content: expected blocks of text, got {show(block)}")
     block = _normalize_bedrock(block)
     kind = str(block.get("type") or "")
-    if "redacted" in kind:
-        return THOUGHT, ""
     is_thought = "think" in kind or "reason" in kind or block.get("thought") is True
     is_thought = is_thought or (not kind and isinstance(block.get("thinking"), str))
     keys = ("thinking", "reasoning", "text", "summary", "content") if is_thought else ("text", "content", "output_text")

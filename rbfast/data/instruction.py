@@ -76,8 +76,7 @@ def instruction_named(name: str) -> Instruction:
 
 
 def _fits_a_box(answer: str) -> bool:
-    is_one_line = "\n" not in answer and not answer.endswith("\\")
-    return is_one_line and closing_brace(f"{{{answer}}}", 0) == len(answer) + 1
+    return "\n" not in answer and closing_brace(f"{{{answer}}}", 0) == len(answer) + 1
 
 
 def write_instruction(folder: str | Path, instruction: Instruction, about: Mapping[str, Any]) -> None:

@@ -7,6 +7,8 @@ import pytest
 from trace_shapes import PLAIN, QUESTION, SYSTEM, THOUGHT, conversation
 
 from rbfast.data.answers import stated_answer
+from rbfast.data.choices import chosen_option, options_in_fields, parse_options
+from rbfast.data.conversations import parse_turns, split_content
 from rbfast.data.formats import interpret, question_of
 from rbfast.data.trace import Trace, TraceError
 
@@ -176,6 +178,15 @@ def test_the_right_generation_is_taken_by_any_kind_of_verdict(row: Any) -> None:
     assert interpret({"problem": QUESTION, **row}).rows == [PLAIN | {"verified": True}]
 
 
+def test_a_separate_thought_belongs_to_the_next_reply_alone() -> None:
+    said = [("user", "1+1?"), ("thought", "Add."), ("assistant", "2"), ("user", "Sure?"), ("assistant", "Yes.")]
+    turns = parse_turns([{"role": role, "content": text} for role, text in said])
+    assert turns is not None and [turn.thought for turn in turns] == [None, "Add.", None, None]
+    assert split_content([{"type": "redacted_thinking", "data": "x"}, {"type": "text", "text": "2"}]) == (None, "2")
+    twice = [{"role": "thought", "content": "Add."}, {"role": "assistant", "content": "2", "reasoning": "Check."}]
+    assert [turn.thought for turn in parse_turns(twice) or ()] == ["Add.\n\nCheck."]
+
+
 def test_generations_that_cannot_be_read_say_why() -> None:
     with pytest.raises(TraceError, match="<think> is opened and never closed"):
         interpret({"problem": QUESTION, "generations": ["<think>Hm"]})
@@ -220,6 +231,10 @@ def test_a_number_is_a_place_before_it_is_the_text_of_an_option(row: Any, answer
 def test_options_in_fields_of_their_own_and_in_the_problem() -> None:
     row = {"question": QUESTION, "opa": "40", "opb": "41", "opc": "42", "cop": 2, "exp": ""}
     assert question_of(row) == {"problem": f"{QUESTION}\n\nA. 40\nB. 41\nC. 42", "answer": "C"}
+    one = question_of({"question": "Is 41 prime?", "choices": ["41", "42"], "answer": "A"})
+    assert one["problem"] == "Is 41 prime?\n\nA. 41\nB. 42"
+    assert parse_options(["41"]) is None and options_in_fields({"a": "41", "b": "42"}) is None
+    assert chosen_option([2], {"A": "41", "B": "42"}) is None
     listed = f"{QUESTION} (A) 41 (B) 42"
     assert question_of({"question": listed, "choices": ["41", "42"], "answer": "B"})["problem"] == listed
 
