@@ -173,16 +173,13 @@ def _saved_bytes_per_token(model: PreTrainedModel) -> int:
 
 
 def _saved_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """Bytes that autograd saves for a row of `tokens` tokens, excluding weights."""
-    stored = (part for x in (*model.parameters(), *model.buffers()) for part in stored_tensors(x))
-    weights = {part.untyped_storage().data_ptr() for part in stored}
+    """Bytes that autograd saves for a row of `tokens` tokens, weights among them."""
     sizes: dict[int, int] = {}  # by the address of a storage
 
     def keep(x: Tensor) -> Tensor:
         for part in stored_tensors(x):
             storage = part.untyped_storage()
-            if storage.data_ptr() not in weights:
-                sizes[storage.data_ptr()] = storage.nbytes()
+            sizes[storage.data_ptr()] = storage.nbytes()
         return x
 
     ids = torch.arange(tokens, device=model.device)[None]

@@ -1,6 +1,7 @@
 """A run from traces to adapter: cut anywhere, it goes on to the same bits, also where a gradient placed the columns."""
 
 import json
+import math
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +18,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, Trai
 from transformers.integrations import integration_utils
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from rbfast.adapter.adapter_files import read_adapter
 from rbfast.adapter.column_scores import score_columns
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.data.encoding import encode_all
 from rbfast.models.student import packs
 from rbfast.training.arguments import sole_training
 from rbfast.training.distill import DistillConfig, distill, placement_scores, plan_run, trace_loss
+from rbfast.training.distill_config import SCHEDULES
 from rbfast.training.objective import Objective
 from rbfast.training.trainer import DistillTrainer
 from rbfast.training.training_bar import TrainingBar
@@ -408,6 +411,39 @@ def test_a_run_of_one_step_trains(tmp_path):
     found = distill(student(), TOKENIZER, TRACES[:4], tmp_path, config, quiet=True)
     assert len(found.log_history) == 1
     assert any(bool(site.B.any()) for site in found.adapter.sites().values())
+
+
+def rates_of(folder, monkeypatch, **settings):
+    run(folder, monkeypatch, learning_rate=1.0, **settings)
+    return [entry["learning_rate"] for entry in json.loads((folder / "log.json").read_text())]
+
+
+def test_the_learning_rate_goes_by_the_schedule_over_all_optimizer_steps(tmp_path, monkeypatch):
+    two_epochs = dict(accumulation=2, epochs=2, warmup=0.3)  # 6 steps, 2 of them warm up
+    found = {name: rates_of(tmp_path / name, monkeypatch, schedule=name, **two_epochs) for name in SCHEDULES}
+    assert found["linear"] == pytest.approx([0, 0.5, 1, 0.75, 0.5, 0.25])
+    assert found["constant"] == pytest.approx([0, 0.5, 1, 1, 1, 1])
+    assert found["cosine"] == pytest.approx([0, 0.5, *((1 + math.cos(math.pi * n / 4)) / 2 for n in range(4))])
+
+
+def test_a_warmup_of_one_step_which_would_learn_nothing_is_skipped(tmp_path, monkeypatch):
+    assert rates_of(tmp_path, monkeypatch, accumulation=3, warmup=0.5, save_steps=1) == [1, 0.5]
+
+
+def test_the_seed_chooses_the_columns_and_what_is_held_out(tmp_path, monkeypatch):
+    columns, held_out = [], []
+    for folder, seed in ((tmp_path / "0", 0), (tmp_path / "1", 1)):
+        run(folder, monkeypatch, seed=seed, held_out=0.2, support=4)
+        columns.append([delta.cols.tolist() for delta in read_adapter(folder)[1].values()])
+        held_out.append(json.loads((folder / "run.json").read_text())["held_out"]["digest"])
+    assert columns[0] != columns[1] and held_out[0] != held_out[1]
+
+
+def test_a_run_with_other_traces_is_refused(tmp_path, monkeypatch):
+    run(tmp_path, monkeypatch)
+    monkeypatch.setattr("tiny_runs.TRACES", TRACES[::-1])
+    with pytest.raises(ValueError, match="its traces_digest is"):
+        run(tmp_path, monkeypatch)
 
 
 def test_the_losses_reach_the_trackers_that_are_named(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from rbfast.data.encoding import collate, encode_all
 from rbfast.models.checkpointing import checkpointing
 from rbfast.models.student import final_hidden, packs
+from rbfast.training.batches import batches_by_tokens
 from rbfast.training.distill import DistillConfig, distill, plan_run
 
 CONFIG = DistillConfig(density=0.2, rank=3, tokens_per_batch=400)
@@ -110,11 +111,15 @@ def test_checkpointing_keeps_less_and_the_plan_says_how_much(model):
 def test_it_says_whether_it_fits_and_what_would(model):
     plan = plan_run(model, TOKENIZER, TRACES, CONFIG)
     assert plan.fits and "fits" in str(plan)
+    assert plan.needed == plan.weights + plan.adapter + plan.optimizer + plan.kept + plan.loss
+    assert replace(plan, teacher_weights=7).needed == plan.needed + 7
     small = replace(plan, memory=plan.needed)  # some must stay free
     assert not small.fits and "does not fit; use --gradient-checkpointing" in str(small)
     checkpointed = replace(plan, is_checkpointed=True)
     checkpointed = replace(checkpointed, memory=checkpointed.needed)
     assert "does not fit; use --tokens-per-batch" in str(checkpointed)
+    half = replace(checkpointed, memory=round((plan.fixed + checkpointed.needed) / 2 / 0.92))
+    assert f"--tokens-per-batch {plan.largest // 2}," in str(half)
     assert "--load-in 4bit" in str(replace(plan, memory=plan.fixed))
     assert replace(plan, memory=None).fits is None
 
@@ -143,8 +148,11 @@ def test_a_run_keeps_its_plan(model, tmp_path, capsys):
 
 def test_the_batches_of_tokens_are_those_that_are_trained(model, tmp_path):
     traces = [replace(trace, reasoning="One. " * (1 + 17 * n % 23)) for n, trace in enumerate(TRACES)]
-    found = distill(model, TOKENIZER, traces, tmp_path, replace(CONFIG, tokens_per_batch=260), quiet=True)
-    assert found.plan.batches == len(found.log_history)
+    found = distill(model, TOKENIZER, traces, tmp_path, replace(CONFIG, tokens_per_batch=280), quiet=True)
+    batches = batches_by_tokens(encode_all(traces, TOKENIZER)[0], 280, seed=0)
+    sizes = [sum(len(example.input_ids) for example in batch) for batch in batches]
+    assert found.plan.batches == len(sizes) == len(found.log_history)
+    assert found.plan.largest == max(sizes) > sizes[0] and found.plan.tokens == sum(sizes)
 
 
 def test_it_says_how_many_traces_are_left_out(model):

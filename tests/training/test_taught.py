@@ -68,8 +68,9 @@ def test_a_running_teacher_gives_its_whole_distribution():
     assert not any(parameter.grad is not None for parameter in teacher.parameters())
 
 
-@pytest.mark.parametrize("name", ["gemma2", "cohere", "phi"])  # their heads have a softcap, a scale, a bias
-def test_heads_and_roles_count_as_in_the_formula(name):
+# Their heads have a softcap, a scale, a bias.
+@pytest.mark.parametrize(("name", "beta"), [("gemma2", 0.0), ("cohere", 0.5), ("phi", 1.0)])
+def test_heads_and_roles_count_as_in_the_formula(name, beta):
     student, teacher = (family(name, vocab_size=len(TOKENIZER), max_position_embeddings=512) for _ in range(2))
     with torch.no_grad():
         for parameter in teacher.parameters():
@@ -77,12 +78,12 @@ def test_heads_and_roles_count_as_in_the_formula(name):
     batch, weights, taus = packed(TRACES[:1]), torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0.5, 2.0, 3.0])
     temperatures = dict(zip((f"{role}_temperature" for role in ROLES), taus.tolist(), strict=True))
     hidden = final_hidden(student, batch["input_ids"], batch["position_ids"], batch["lengths"])
-    out = token_losses(student, hidden, batch, weights, Objective(ce_share=0.25, **temperatures), teacher)
+    out = token_losses(student, hidden, batch, weights, Objective(ce_share=0.25, beta=beta, **temperatures), teacher)
 
     rows = batch["text_rows"]
     roles, z, y = batch["roles"][0][rows], *(m(batch["input_ids"]).logits[0][rows].double() for m in (student, teacher))
     tau = taus[roles]
-    d = divergence((y / tau[:, None]).log_softmax(1), (z / tau[:, None]).log_softmax(1), 0.0)
+    d = divergence((y / tau[:, None]).log_softmax(1), (z / tau[:, None]).log_softmax(1), beta)
     ce = torch.nn.functional.cross_entropy(z, batch["labels"][0][rows], reduction="none")
     expected = (weights[roles] * (0.75 * tau**2 * d + 0.25 * ce)).sum()
     assert set(roles.tolist()) == {0, 1, 2} and out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
