@@ -1,10 +1,15 @@
 """Gradient checkpointing: a layer keeps only its input, and runs again for its backward."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+_FUNCTION = "_gradient_checkpointing_func"  # what a layer calls to run with checkpointing
 
 
 def checkpointed_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
@@ -14,7 +19,7 @@ def checkpointed_layers(model: PreTrainedModel) -> list[GradientCheckpointingLay
 
 @contextmanager
 def checkpointing(model: PreTrainedModel) -> Iterator[None]:
-    """Turns on gradient checkpointing within the block, in training mode or not.
+    """Turns on gradient checkpointing within the block, in training mode or not. After it, it is as it was before.
 
     Raises:
         ValueError: the model does not support it.
@@ -22,17 +27,19 @@ def checkpointing(model: PreTrainedModel) -> Iterator[None]:
     layers = checkpointed_layers(model)
     if not model.supports_gradient_checkpointing or not layers:
         raise ValueError(f"{type(model).__name__} does not support gradient checkpointing: train it without")
-    # transformers 5.23 renamed it, and warns of the old name.
-    _first_method(model, "activation_checkpointing_enable", "gradient_checkpointing_enable")({"use_reentrant": False})
+    # Not by the model's own method, which also leaves a hook on the embeddings for good.
+    before = [(layer, layer.gradient_checkpointing, getattr(layer, _FUNCTION, None)) for layer in layers]
     for layer in layers:
+        _set_checkpointing(layer, True, partial(checkpoint, use_reentrant=False))
         layer.training = True  # only the layer's own flag, which it reads; its submodules keep their mode
     try:
         yield
     finally:
-        _first_method(model, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
-        for layer in layers:
+        for layer, is_on, function in before:
+            _set_checkpointing(layer, is_on, function)
             layer.training = model.training
 
 
-def _first_method(model: PreTrainedModel, *names: str):  # type: ignore[no-untyped-def]
-    return next(getattr(model, name) for name in names if hasattr(model, name))
+def _set_checkpointing(layer: GradientCheckpointingLayer, is_on: bool, function: Callable[..., Any] | None) -> None:
+    layer.gradient_checkpointing = is_on
+    setattr(layer, _FUNCTION, function)

@@ -162,6 +162,20 @@ def test_it_says_how_many_traces_are_left_out(model):
     assert plan.left_out == 1 and "left out     1 of the traces" in str(plan)
 
 
+def test_checkpointing_leaves_the_model_as_it_was(model):
+    def state():
+        flags = [(layer.gradient_checkpointing, layer._gradient_checkpointing_func) for layer in model.model.layers]
+        return flags, sum(len(module._forward_hooks) for module in model.modules())
+
+    first = model.model.layers[0]
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    first.gradient_checkpointing = False
+    before = state()
+    with checkpointing(model):
+        assert first.gradient_checkpointing and state() != before
+    assert state() == before
+
+
 def test_a_model_without_layers_to_run_again_says_so():
     with pytest.raises(ValueError, match="does not support gradient checkpointing"):
         model = llama()
