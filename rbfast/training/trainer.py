@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,8 @@ class DistillTrainer(Trainer):
         tokens_per_batch: int | None = None,
         **kwargs: Any,
     ) -> None:
-        """tokens_per_batch: the most tokens in a batch; overrides the batch sizes in args.
+        """args: copied, so the caller's are left as they are.
+        tokens_per_batch: the most tokens in a batch; overrides the batch sizes in args.
 
         Raises:
             ValueError: a Trainer option for its loss, logits or embeddings is set, which would have no effect here; the
@@ -108,6 +110,7 @@ class DistillTrainer(Trainer):
         """
         _refuse_unused(args, kwargs)
         _check_inputs(model, adapter, train_dataset, teacher)
+        args = copy(args)
         items: Sequence[Example] | Sequence[list[Example]] = train_dataset
         eval_items: Sequence[Example] | Sequence[list[Example]] | None = eval_dataset
         if tokens_per_batch is not None:

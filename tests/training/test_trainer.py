@@ -350,6 +350,14 @@ def test_what_would_have_no_effect_is_refused(tmp_path: Path, name: str) -> None
         DistillTrainer(model, adapter, args, some_examples(2), **({} if is_argument else {name: lambda *_: {}}))
 
 
+def test_the_arguments_are_left_as_they_were(tmp_path: Path) -> None:
+    given, model = arguments(tmp_path), tiny_model()
+    adapter, before = SparseAdapter.attach(model, density=0.2), given.to_dict()
+    trainer = DistillTrainer(model, adapter, given, some_examples(4), tokens_per_batch=40)
+    assert trainer.args.per_device_train_batch_size == 1
+    assert given.to_dict() == before
+
+
 @pytest.mark.parametrize("end", ["merge", "detach", None])
 def test_an_adapter_that_is_not_attached_is_refused(tmp_path: Path, end: str | None) -> None:
     model = tiny_model()
