@@ -55,6 +55,7 @@ class Judge:
 
         Raises:
             ImportError: the package cannot be imported.
+            TimeoutError: the process did not start in time.
         """
         with self._lock:
             try:
@@ -97,7 +98,13 @@ class Judge:
     def _ensure_running(self) -> subprocess.Popen[str]:
         if self._process is None:
             self._process, self._answers = _start(self._kind)
-            first = self._answers.get(timeout=_START_LIMIT)
+            try:
+                first = self._answers.get(timeout=_START_LIMIT)
+            except queue.Empty:
+                raise TimeoutError(
+                    f"the process that grades answers by {self._kind} did not start within {_START_LIMIT:g} s; the "
+                    "machine is probably short of memory or very busy: grade again when other work has ended"
+                ) from None
             if first == "" or loads(first) != READY:
                 self.close()
                 why = loads(first) if first else "the grading process ended as it started"

@@ -42,6 +42,18 @@ def test_after_an_interrupt_the_next_question_gets_its_own_answer(waits, monkeyp
         own.close()
 
 
+def test_a_worker_that_does_not_start_in_time_is_an_error_that_says_so(monkeypatch):
+    own = Judge("math-verify")
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(judging, "_START_LIMIT", 0.001)
+            with pytest.raises(TimeoutError, match=r"math-verify did not start within 0.001 s.*grade again when"):
+                own.ask(RIGHT)
+        assert own.ask(RIGHT)
+    finally:
+        own.close()
+
+
 @pytest.mark.skipif(os.name != "posix", reason="Ctrl-C reaches a group of processes on POSIX")
 def test_ctrl_c_between_questions_does_not_end_the_worker():
     own = Judge("math-verify")
