@@ -10,7 +10,7 @@ with SignalStore(folder, teacher="my-teacher", k=32, vocabulary=len(tokenizer)) 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Dialect = Literal["vllm", "echo"]
 DIALECTS = ("vllm", "echo")
+_Result = tuple[np.ndarray, np.ndarray, np.ndarray] | str | ServerError
 _REFUSED = (400, 413, 422)  # the request, not the next one
 
 
@@ -68,20 +69,36 @@ def add_server_logprobs(
     with ThreadPoolExecutor(concurrency) as pool:
         done, refusal, scores = 0, None, False
         while batch := list(islice(queue, 4 * concurrency)):
-            for task, result in zip(batch, pool.map(reader.read, batch), strict=True):
-                done += 1
-                if isinstance(result, str | ServerError):
-                    refused.append((task.trace, f"{task.trace.name}: {result}"))
-                    refusal = result if isinstance(result, ServerError) else refusal
-                else:
-                    store.add(task.example, *result)
-                    scores = True
-                if progress:
-                    progress(done, len(tasks))
-            store.flush()  # what was paid for is kept
+            futures = [pool.submit(reader.read, task) for task in batch]
+            try:
+                for future in futures:
+                    future.result()
+                    done += 1
+                    if progress:
+                        progress(done, len(tasks))
+            finally:  # after an error or Ctrl-C too: nothing more is sent, and what was paid for is kept
+                for task, result in _finished(batch, futures):
+                    if isinstance(result, str | ServerError):
+                        refused.append((task.trace, f"{task.trace.name}: {result}"))
+                        refusal = result if isinstance(result, ServerError) else refusal
+                    else:
+                        store.add(task.example, *result)
+                        scores = True
+                store.flush()
             if refusal is not None and not scores:
                 raise refusal
     return refused
+
+
+def _finished(
+    tasks: Sequence[PendingTrace], futures: Sequence[Future[_Result]]
+) -> Iterator[tuple[PendingTrace, _Result]]:
+    """The results that are there after those under way have come, in order; cancels the others."""
+    sent = [future for future in futures if not future.cancel()]
+    wait(sent)
+    for task, future in zip(tasks, futures, strict=True):
+        if future in sent and future.exception() is None:
+            yield task, future.result()
 
 
 class _Reader:
@@ -94,7 +111,7 @@ class _Reader:
         self.tokens = token_bytes(tokenizer)
         self.ids = ids_by_bytes(self.tokens)
 
-    def read(self, task: PendingTrace) -> tuple[np.ndarray, np.ndarray, np.ndarray] | str | ServerError:
+    def read(self, task: PendingTrace) -> _Result:
         """(rows, ids, logprobs) for `SignalStore.add`; or why there are none, as text or, if the server refuses the
         trace (it may be too long), as a ServerError."""
         try:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from threading import Event
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from rbfast.data.trace import Trace
 from rbfast.loss.distill_loss import DistillLoss
 from rbfast.loss.teacher_signal import TopK
 from rbfast.models.student import packs
-from rbfast.teacher import logprobs
+from rbfast.teacher import logprobs, server_logprobs
 from rbfast.teacher.client import ServerError
 from rbfast.teacher.logprobs import TokenizersDiffer, add_local_logprobs
 from rbfast.teacher.server_logprobs import add_reply_logprobs, add_server_logprobs
@@ -215,6 +216,32 @@ def test_a_server_that_refuses_every_trace_ends_it(tmp_path, status):
         with pytest.raises(ServerError, match=f"said {status}"):
             add_server_logprobs(server.client(), TRACES * 9, TOKENIZER, store, concurrency=1)
         assert len(server.requests) < 9 and len(store) == 0
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), ServerError("it is gone", status=500)])
+def test_answers_of_a_batch_that_ends_early_are_kept(tmp_path, monkeypatch, fault):
+    """The third of twelve traces fails while the second and the fourth are under way; then nothing more is sent."""
+    traces = [Trace(f"Problem {i}?", TEXTS[0], str(i), id=f"t{i}") for i in range(12)]
+    read, failed, asked = server_logprobs._Reader.read, Event(), []
+
+    def read_or_fail(reader, task):
+        asked.append(number := int(task.trace.answer))
+        if number == 2:
+            failed.set()
+            raise fault
+        if number in (1, 3, 4):
+            assert failed.wait(60)
+        return read(reader, task)
+
+    monkeypatch.setattr(server_logprobs._Reader, "read", read_or_fail)
+    with (
+        serving(teacher_model(TOKENIZER), TOKENIZER) as server,
+        store_at(tmp_path) as store,
+        pytest.raises(type(fault)),
+    ):
+        add_server_logprobs(server.client(), traces, TOKENIZER, store, concurrency=3)
+    assert len(SignalStore.open(tmp_path)) == len(asked) - 1
+    assert len(asked) < len(traces)
 
 
 def test_a_server_that_scores_no_prompts_is_named(tmp_path):
