@@ -26,7 +26,7 @@ from rbfast.grading.judge import judge
 from rbfast.grading.moments import is_moment, same_moment
 from rbfast.grading.notation import normalize, without_text_command
 from rbfast.grading.numerals import replace_leading_numeral
-from rbfast.grading.units import CURRENCIES, Unit, same_dimension, split_unit
+from rbfast.grading.units import CURRENCIES, Unit, mark_symbol, same_dimension, split_unit
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +104,7 @@ def _equal_statements(expected: str, statement: str, same: Same) -> bool:
         return " ".join(expected.split()) == " ".join(statement.split()) != ""
     left, right = normalize(expected), normalize(statement)
     left, right = _with_subscripts(left, right), _with_subscripts(right, left)
+    left, right = mark_symbol(left, right), mark_symbol(right, left)
     if not left or not right:
         return False
     if left == right or _plain_words(left) == _plain_words(right) != "":

@@ -107,6 +107,7 @@ _SHORT = frozenset(_SHORT_WORDS.split())
 _WORD = r"[A-Za-z][A-Za-z'.\-]*(?:\s*\^\s*\{?[23]\}?)?"
 _TAIL = re.compile(rf"(?P<gap>\s*)(?<![\\A-Za-z])(?P<unit>{_WORD}(?:(?:\s*/\s*|[^\S\n]+){_WORD})*)\.?$")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
+_LETTER_LAST = re.compile(rf"(?<=\d)\s*([{''.join(symbol for symbol in _SYMBOLS if len(symbol) == 1)}])$")
 _DEGREES = re.compile(r"\^\\circ\s*(?:\\text\{\s*)?([CF]?)\}?$")
 
 
@@ -119,6 +120,11 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
         name = {"C": "celsius", "F": "fahrenheit", "": "degree"}[match[1]]
         return text[: match.start()].strip(), _UNITS[name]
     return _split_word_unit(text)
+
+
+def mark_symbol(text: str, other: str) -> str:
+    r"""`100 N` as `100\text{ N}`, if the other text has a unit of measure; without one the letter may be a variable."""
+    return text if split_unit(other)[1] is None else _LETTER_LAST.sub(r"\\text{ \1}", text)
 
 
 def _currency(text: str) -> tuple[str, str, str]:
