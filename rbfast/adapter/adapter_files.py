@@ -139,8 +139,9 @@ def check_finite(deltas: Mapping[str, Delta]) -> None:
                 )
 
 
-def check_base(config: AdapterConfig, matrices: Mapping[str, nn.Module], where: str | Path) -> None:
-    """Raises ValueError, naming the first mismatch, unless these are the matrices the adapter was made for."""
+def check_base(config: AdapterConfig, matrices: Mapping[str, nn.Module], where: str | Path) -> dict[str, str | None]:
+    """The fingerprints of the matrices. Raises ValueError, naming the first mismatch, unless these are the matrices the
+    adapter was made for."""
     base = f"{config.base_model_name_or_path or 'an unnamed model'}"
     for name, info in config.modules.items():
         if name not in matrices:
@@ -157,19 +158,21 @@ def check_base(config: AdapterConfig, matrices: Mapping[str, nn.Module], where: 
             raise ValueError(
                 f"{where}: made for {base}, where {name} has {info.experts} experts, not {count}; load that base"
             )
+    found = {name: fingerprint(matrices[name]) for name in config.modules}
     for name, info in config.modules.items():
         weight = stored_weight(matrices[name])
         if weight is None or info.fingerprint is None or "float16" in {config.base_dtype, dtype_name(weight)}:
             continue  # fp16 and quantised weights cannot be compared bit by bit with the base's
-        if fingerprint(matrices[name]) not in (info.fingerprint, None):
+        if found[name] not in (info.fingerprint, None):
             raise ValueError(f"{where}: made for {base}; the weights of {name} differ from those; load that base")
+    return found
 
 
-def on_base(config: AdapterConfig, dtype: str, matrices: Mapping[str, nn.Module]) -> AdapterConfig:
+def on_base(config: AdapterConfig, dtype: str, fingerprints: Mapping[str, str | None]) -> AdapterConfig:
     """The config of an adapter that goes on with its base in another dtype: `rbfast merge` uses that one then."""
     if dtype == config.base_dtype:
         return config
-    modules = {name: replace(info, fingerprint=fingerprint(matrices[name])) for name, info in config.modules.items()}
+    modules = {name: replace(info, fingerprint=fingerprints[name]) for name, info in config.modules.items()}
     return replace(config, base_dtype=dtype, modules=modules)
 
 

@@ -145,9 +145,8 @@ class SparseAdapter(nn.Module):
         model = unwrapped(model)
         check_attachable(model)
         config, deltas = adapter_files.read_adapter(directory)
-        matrices = named_modules(model)
-        adapter_files.check_base(config, matrices, directory)
-        config = adapter_files.on_base(config, dtype_name(next(model.parameters())), matrices)
+        fingerprints = adapter_files.check_base(config, named_modules(model), directory)
+        config = adapter_files.on_base(config, dtype_name(next(model.parameters())), fingerprints)
         return cls(model, config, deltas, mode)
 
     def save_pretrained(self, directory: str | Path) -> None:

@@ -17,11 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from rbfast.adapter import sparse_adapter
+from rbfast.adapter import adapter_files, sparse_adapter
 from rbfast.adapter.adapter_files import read_adapter
 from rbfast.adapter.column_delta import ColumnDelta
 from rbfast.adapter.column_scores import score_columns
 from rbfast.adapter.sparse_adapter import SparseAdapter
+from rbfast.models.linears import fingerprint
 
 
 @pytest.mark.parametrize("mode", ["fold", "side"])
@@ -143,6 +144,14 @@ def test_an_adapter_that_goes_on_in_another_dtype_is_saved_with_it(tmp_path):
         SparseAdapter.from_pretrained(llama(dtype), tmp_path).save_pretrained(tmp_path)
         assert read_adapter(tmp_path)[0].base_dtype == str(dtype).removeprefix("torch.")
     assert SparseAdapter.from_pretrained(llama(), tmp_path).config == attach(llama()).config
+
+
+def test_each_matrix_is_compared_once(tmp_path, monkeypatch):
+    attach(llama()).save_pretrained(tmp_path)
+    compared = []
+    monkeypatch.setattr(adapter_files, "fingerprint", lambda matrix: compared.append(matrix) or fingerprint(matrix))
+    adapter = SparseAdapter.from_pretrained(llama(torch.bfloat16), tmp_path)
+    assert len(compared) == len(adapter.sites())
 
 
 @pytest.mark.parametrize("mode", ["fold", "side"])
