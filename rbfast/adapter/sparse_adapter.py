@@ -13,6 +13,7 @@ The deltas themselves are in `column_delta`.
 """
 
 import sys
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -99,7 +100,7 @@ class SparseAdapter(nn.Module):
             self._add_deltas(modules, deltas, folds)
             _reset_compiled_code()
             # Folds after every step of an optimizer that holds its parameters. Last: other threads may step meanwhile.
-            _ATTACHED[id(self)] = self
+            _ADAPTERS[id(self)] = self
         except BaseException:  # likely out of memory; the caller has no adapter to detach
             self.detach()
             raise
@@ -353,7 +354,6 @@ class SparseAdapter(nn.Module):
             site.release()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
-        _ATTACHED.pop(id(self), None)
         self._state = state
 
     def _count_merged(self, change: int) -> None:
@@ -364,6 +364,15 @@ class SparseAdapter(nn.Module):
 
     def _on_optimizer_step(self, optimizer: Optimizer) -> None:
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if self._state != "attached":
+            factors = (factor for site in self._sites.values() for factor in site.factors)
+            if any(factor.grad is not None and id(factor) in stepped for factor in factors):
+                warnings.warn(
+                    f"an optimizer trains an adapter that is {self._state}, which no longer changes the model: attach "
+                    "an adapter, and give the optimizer its parameters",
+                    stacklevel=4,
+                )
+            return
         if not stepped and any(parameter.grad is not None for parameter in self.parameters()):
             raise RuntimeError(  # a Trainer builds such an optimizer for a frozen model, and would run to the end
                 "an optimizer without parameters made a step: the adapter's parameters are not the model's; give the "
@@ -435,12 +444,13 @@ def _mark_written(sites: Iterable[ColumnDelta]) -> None:
 
 
 def _fold_after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-    for reference in _ATTACHED.valuerefs():
+    for reference in _ADAPTERS.valuerefs():
         if (adapter := reference()) is not None:
             adapter._on_optimizer_step(optimizer)
 
 
-# By id, in the order in which they were attached. One hook stays for all of them: removed with its adapter, it might be
-# gone in the midst of a step, whenever garbage is collected, and torch iterates over its hooks.
-_ATTACHED: weakref.WeakValueDictionary[int, SparseAdapter] = weakref.WeakValueDictionary()
+# Attached, merged or detached; by id, in the order in which they were attached. One hook stays for all of them: removed
+# with its adapter, it might be gone in the midst of a step, whenever garbage is collected, and torch iterates over its
+# hooks.
+_ADAPTERS: weakref.WeakValueDictionary[int, SparseAdapter] = weakref.WeakValueDictionary()
 register_optimizer_step_post_hook(_fold_after_step)

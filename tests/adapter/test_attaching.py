@@ -237,17 +237,44 @@ def test_copying_and_pickling_are_refused_with_the_way_out():
     copy.deepcopy(model)
 
 
-def test_a_forgotten_adapter_and_its_model_are_collected():
-    gc.collect()
-    others = len(sparse_adapter._ATTACHED)
+@pytest.mark.parametrize("end", ["merge", "detach"])
+def test_an_optimizer_that_trains_an_adapter_of_no_model_warns(end):
     model = llama()
     adapter = attach(model)
-    assert len(sparse_adapter._ATTACHED) == others + 1
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.05)
+    model(**batch()).loss.backward()
+    getattr(adapter, end)()
+    with pytest.warns(UserWarning, match=f"trains an adapter that is {end.removesuffix('e')}ed, which") as found:
+        optimizer.step()
+    assert found[0].filename == __file__
+
+
+def test_an_optimizer_may_hold_an_adapter_of_no_model_beside_others():
+    model, other = llama(), llama()
+    old, side = attach(model), attach(other)
+    optimizer = torch.optim.AdamW([*old.parameters(), *side.parameters()], lr=0.05)
+    train(model, old, optimizer=optimizer)
+    old.detach()
+    new = attach(model)
+    optimizer.add_param_group({"params": new.parameters()})
+    train(model, new, optimizer=optimizer)
+    train(other, side, optimizer=optimizer)
+    model(**batch()).loss.backward()
+    new.detach()  # with gradients, which nothing steps
+    train(other, side)
+
+
+def test_a_forgotten_adapter_and_its_model_are_collected():
+    gc.collect()
+    others = len(sparse_adapter._ADAPTERS)
+    model = llama()
+    adapter = attach(model)
+    assert len(sparse_adapter._ADAPTERS) == others + 1
     alive = weakref.ref(adapter), weakref.ref(model)
     del model, adapter
     gc.collect()
     assert alive[0]() is None and alive[1]() is None
-    assert len(sparse_adapter._ATTACHED) == others
+    assert len(sparse_adapter._ADAPTERS) == others
 
 
 def test_a_layer_whose_forward_was_replaced_is_collected():
