@@ -28,6 +28,9 @@ from rbfast.cli.common import (
 from rbfast.utils.processes import is_first_process
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from rbfast.adapter.sparse_adapter import SparseAdapter
     from rbfast.data.instruction import Instruction
     from rbfast.data.trace import Trace
     from rbfast.training.distill import Run
@@ -317,9 +320,29 @@ def run_export_lora(args: argparse.Namespace) -> int:
     from rbfast.data.chat_template import write_prompt
 
     model, tokenizer = load_model(args)
-    attach_adapter(model, args.adapter).export_lora(args.out, args.base)
+    adapter = attach_adapter(model, args.adapter)
+    if args.base is not None and Path(args.base).exists():
+        _check_fits(args.base, adapter, model)
+    adapter.export_lora(args.out, args.base)
     write_prompt(args.out, tokenizer, _trained_with(args, tokenizer))
     return print_result(args, {"out": str(args.out)}, f"wrote {args.out}")
+
+
+def _check_fits(base: str, adapter: "SparseAdapter", model: "PreTrainedModel") -> None:
+    """Raises ValueError if the local model `base` differs from the adapter's in its matrices' shapes or its vocabulary.
+    Its weights are not compared."""
+    from rbfast.adapter.adapter_files import check_base
+    from rbfast.models.linears import named_modules
+    from rbfast.models.student import load_without_weights
+
+    named = load_without_weights(base)
+    check_base(adapter.config, named_modules(named), f"--base {base}: not the base of this adapter")
+    theirs, ours = (one.config.get_text_config().vocab_size for one in (named, model))
+    if theirs != ours:
+        raise ValueError(
+            f"--base {base}: not the base of this adapter, because its vocabulary has {theirs} tokens, not {ours}; "
+            "name the model that it was trained on"
+        )
 
 
 def add_report(sub: argparse.ArgumentParser) -> None:

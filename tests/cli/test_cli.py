@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -176,6 +177,29 @@ def test_a_base_is_written_as_a_folder_that_an_exported_lora_names(
     assert code == 0
     theirs = peft.AutoPeftModelForCausalLM.from_pretrained(lora, dtype=torch.float32)(ids).logits
     assert torch.dist(theirs, logits) <= 1e-4 * logits.norm()
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"hidden_size": 48}, r"where .*_proj is .*, not "),
+        ({"model_type": "gpt2"}, r"whose linear .*_proj is not in this model"),
+        ({"vocab_size": 77}, "its vocabulary has 77 tokens, not"),
+    ],
+)
+def test_an_exported_lora_names_no_base_that_does_not_fit(
+    capsys: pytest.CaptureFixture[str], model_folder: str, tmp_path: Path, change: dict, complaint: str
+) -> None:
+    SparseAdapter.attach(load_student(model_folder, torch.float32)[0], density=0.05).save_pretrained(tmp_path / "run")
+    (tmp_path / "base").mkdir()
+    config = json.loads((Path(model_folder) / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | change))
+    code, _, err = call(
+        capsys, "export-lora", model_folder, str(tmp_path / "run"),
+        "-o", str(tmp_path / "lora"), "--base", str(tmp_path / "base"), "--dtype", "float32",
+    )  # fmt: skip
+    assert code == 2 and "not the base of this adapter" in err and re.search(complaint, err)
+    assert not (tmp_path / "lora").exists()
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_any_work(
