@@ -49,7 +49,11 @@ def add_load_in(sub: argparse.ArgumentParser) -> None:
 
 
 def add_device(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
+    sub.add_argument(
+        "--device",
+        help="torch device (default: cuda if there is one, else cpu), or auto: a model that one GPU does not hold is "
+        "spread over all",
+    )
 
 
 def add_formats(sub: argparse.ArgumentParser) -> None:
@@ -149,10 +153,20 @@ def _output(text: str, folder: bool) -> Path:
     return Path(text)
 
 
-def device_of(args: argparse.Namespace) -> str:
-    from rbfast.utils.devices import find_device
+AUTO = "auto"  # a device: all GPUs
 
-    return str(find_device(args.device))
+
+def device_of(args: argparse.Namespace) -> str:
+    """The device of a command; with --device auto the first that a model is spread over."""
+    from rbfast.utils.devices import find_device
+    from rbfast.utils.processes import process_count
+
+    if args.device == AUTO and process_count() > 1:
+        raise ValueError(
+            "--device auto spreads a model over the GPUs of one process, and there are several: leave it out, or "
+            "spread the model over the processes with --shard"
+        )
+    return str(find_device(None if args.device == AUTO else args.device))
 
 
 def load_model(args: argparse.Namespace, device: str | None = None) -> tuple[Any, Any]:
@@ -161,8 +175,9 @@ def load_model(args: argparse.Namespace, device: str | None = None) -> tuple[Any
     from rbfast.models.student import fast_dtype, load_student
 
     dtype = getattr(torch, args.dtype) if args.dtype else fast_dtype(device_of(args))
-    device = device or device_of(args)
-    if (load_in := getattr(args, "load_in", None)) is not None:
+    device = device or (AUTO if args.device == AUTO else device_of(args))
+    load_in = getattr(args, "load_in", None)
+    if load_in is not None or device == AUTO:
         return load_student(args.model, dtype, load_in=load_in, device=device)
     model, tokenizer = load_student(args.model, dtype)
     return model.to(torch.device(device)), tokenizer  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rbfast.cli.common import (
+    AUTO,
     DTYPES,
     FILE_ONLY,
     Command,
@@ -227,9 +228,14 @@ def _load_models(args: argparse.Namespace) -> tuple[Any, Any, Any]:
 
     if args.shard and args.load_in:
         raise ValueError("--load-in and --shard cannot be combined: a quantised model must fit on one device; drop one")
-    device = device_of(args)
-    model, tokenizer = load_model(args, "cpu" if args.shard else device)  # no device holds all of a sharded model
-    teacher = load_teacher(args.teacher, tokenizer, model.dtype).to(model.device) if args.teacher else None
+    if args.shard and args.device == AUTO:
+        raise ValueError("--shard spreads a model over processes, and --device auto over the GPUs of one: drop one")
+    device, is_spread = device_of(args), args.device == AUTO
+    model, tokenizer = load_model(args, "cpu" if args.shard else None)  # no device holds all of a sharded model
+    teacher = None
+    if args.teacher:
+        teacher = load_teacher(args.teacher, tokenizer, model.dtype, device=AUTO if is_spread else "cpu")
+        teacher = teacher if is_spread else teacher.to(model.device)
     if args.shard:
         from rbfast.training.sharding import shard
 

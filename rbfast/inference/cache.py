@@ -57,3 +57,10 @@ def new_cache(model: PreTrainedModel) -> Cache | None:
     if all(type(layer) is DynamicLayer for layer in cache.layers):
         return Cache(layer_class_to_replicate=_PreallocatedLayer)
     return cache
+
+
+def keep_rows(cache: Cache, rows: torch.Tensor) -> None:
+    """Keeps these rows [kept] of a cache, as `batch_select_indices` does. Its layers may be on several devices."""
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        layer.batch_select_indices(rows if layer.keys is None else rows.to(layer.keys.device))

@@ -29,7 +29,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from rbfast.adapter.column_delta import unhooked
 from rbfast.data.chat_template import end_of_turn
 from rbfast.data.thinking import thinking_format
-from rbfast.inference.cache import new_cache
+from rbfast.inference.cache import keep_rows, new_cache
 from rbfast.models.linears import unwrapped
 from rbfast.models.student import evaluation_mode
 
@@ -226,7 +226,7 @@ class CachedBatch:
     def keep(self, rows: torch.Tensor) -> None:
         self.ids, self.mask = self.ids[rows], self.mask[rows]
         if self.cache is not None:
-            self.cache.batch_select_indices(rows)
+            keep_rows(self.cache, rows)
 
     def drop_masked(self, pad: int) -> None:
         """Remove the masked tokens, for a recurrent model, which cannot ignore them."""
@@ -372,5 +372,5 @@ def _branch(batch: CachedBatch, rows: Sequence[int], texts: Sequence[list[int]],
     else:
         branch.cache = copy(batch.cache)
         branch.cache.layers = [copy(layer) for layer in batch.cache.layers]
-        branch.cache.batch_select_indices(index)  # copies keys and values
+        keep_rows(branch.cache, index)  # copies keys and values
     return branch

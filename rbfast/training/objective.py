@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rbfast.data.encoding import IGNORE
+from rbfast.data.encoding import IGNORE, to_device
 from rbfast.data.spans import ROLES
 from rbfast.loss.distill_loss import DistillLoss, LossOutput, Reduction
 from rbfast.loss.teacher_signal import Dense, TopK
@@ -80,7 +80,7 @@ def role_mask(batch: dict[str, Any]) -> Tensor:
 def sums_by_role(batch: dict[str, Any], values: Tensor) -> Tensor:
     """The sums of values [T] over the supervised tokens of each role, and the numbers of those tokens: fp64 [2, 3]."""
     mask = role_mask(batch)
-    return torch.stack([torch.where(mask, values.double(), 0.0).sum(1), mask.sum(1)])
+    return torch.stack([torch.where(mask, values.to(mask.device).double(), 0.0).sum(1), mask.sum(1)])
 
 
 def token_losses(
@@ -97,6 +97,7 @@ def token_losses(
     A token learns from its top-k log-probs if the batch has them, else from the full distribution of `teacher` if there
     is one, else from the text alone.
     """
+    batch = to_device(batch, hidden.device)
     labels, roles = batch["labels"].view(-1), batch["roles"].view(-1).clamp(min=0)
     weight = role_weights.to(hidden.device, torch.float32)[roles]
     temperature = objective.temperatures(hidden.device)[roles]
@@ -110,7 +111,7 @@ def token_losses(
         share.index_fill_(0, taught_rows, objective.ce_share)
         rows = torch.cat([taught_rows, text_rows])
     if teacher is not None and (len(text_rows) or is_sharded(teacher)):  # sharded: it runs on every process or on none
-        signals.append(_online_signal(teacher, batch, text_rows))
+        signals.append(_online_signal(teacher, batch, text_rows, hidden.device))
         share.index_fill_(0, text_rows, objective.ce_share)
     kl_weight, ce_weight = weight * (1 - share), weight * share
     loss_fn = DistillLoss(
@@ -135,8 +136,9 @@ def token_losses(
 
 
 @torch.no_grad()
-def _online_signal(teacher: PreTrainedModel, batch: dict[str, Any], rows: Tensor) -> Dense:
+def _online_signal(teacher: PreTrainedModel, batch: dict[str, Any], rows: Tensor, device: torch.device) -> Dense:
     """The full distribution of a teacher at some rows of a batch. Its logits are not materialised either."""
     hidden = final_hidden(teacher, batch["input_ids"], batch["position_ids"], batch["lengths"])
     head = head_of(teacher)
-    return Dense(hidden[rows], head.weight, rows, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap)
+    weight, bias = head.weight.to(device), None if head.bias is None else head.bias.to(device)
+    return Dense(hidden.to(device)[rows], weight, rows, bias=bias, logit_scale=head.logit_scale, softcap=head.softcap)

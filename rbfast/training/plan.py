@@ -40,7 +40,7 @@ class Plan:
         kept: activations of the largest batch, saved for its backward.
         kept_checkpointed: the same with gradient checkpointing; None if the model does not support it.
         loss: the logits of one chunk, and hidden states and their gradient.
-        memory: of the device; None if unknown.
+        device, memory: all on which the student is; memory is None if unknown.
     """
 
     device: str
@@ -136,6 +136,7 @@ def make_plan(
     footprint = adapter.footprint()
     per_token = _saved_bytes_per_token(model)
     layers = len(checkpointed_layers(model))
+    devices = list(dict.fromkeys(x.device for x in (*model.parameters(), *model.buffers()) if not x.is_meta))
     head = head_of(model).weight
     vocabulary, hidden = head.shape
     largest = max(sizes)
@@ -143,7 +144,7 @@ def make_plan(
     inputs = layers * hidden * head.element_size() * largest
     teacher_vocabulary = 0 if teacher is None else head_of(teacher).weight.shape[0]
     return Plan(
-        device=str(model.device),
+        device=", ".join(map(str, devices)),
         parameters=adapter.parameters_of_base,
         trained=sum(parameter.numel() for parameter in adapter.parameters()),
         weights=footprint.base,
@@ -161,7 +162,7 @@ def make_plan(
         + largest * hidden * (2 * head.element_size() + 4),
         attention=describe_attention(model, model.device)
         + ("" if packs(model) else "; the model runs one example at a time, which is slower"),
-        memory=_memory_of(model.device),
+        memory=_memory_of(devices),
     )
 
 
@@ -189,7 +190,12 @@ def _saved_bytes(model: PreTrainedModel, tokens: int) -> int:
     return sum(sizes.values())
 
 
-def _memory_of(device: torch.device) -> int | None:
+def _memory_of(devices: Sequence[torch.device]) -> int | None:
+    sizes = [_memory_of_one(device) for device in devices]
+    return None if None in sizes else sum(filter(None, sizes))
+
+
+def _memory_of_one(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if device.type == "cpu" and hasattr(os, "sysconf"):

@@ -27,7 +27,7 @@ from rbfast.adapter.column_delta import deltas_of
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.data.encoding import Example, mask_targets_from
 from rbfast.data.spans import ROLES
-from rbfast.models.linears import is_sharded
+from rbfast.models.linears import is_sharded, is_spread
 from rbfast.models.student import final_hidden
 from rbfast.training.arguments import sole_training
 from rbfast.training.batches import batches_by_tokens, collate_items
@@ -57,6 +57,8 @@ class Student(nn.Module):
         self.adapter, self.config = adapter, model.config
         self.__dict__["model"] = model
         self._trained = list(adapter.parameters())
+        if is_spread(model):
+            self.hf_device_map = model.hf_device_map  # a Trainer moves no model that has one
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, lengths: Sequence[int]) -> Tensor:
         """Last hidden states [T, H] of a packed row [1, T]."""
@@ -72,8 +74,8 @@ class Student(nn.Module):
         return self if self.training == mode else super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Student":
-        """Applies to the base too (`to(device)` and the like), unless it is sharded."""
-        if not is_sharded(self.model):
+        """Applies to the base too (`to(device)` and the like), unless it is sharded or on several devices."""
+        if not (is_sharded(self.model) or is_spread(self.model)):
             self.model._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
@@ -237,6 +239,7 @@ class DistillTrainer(Trainer):
             self._gradient_scale = self._scale_for(hidden, torch.where(counts > 0, weights, 0.0).max())
             weights = weights * self._gradient_scale
         out = token_losses(self._student, hidden, inputs, weights, self.objective, self.teacher)
+        out = out._replace(loss=out.loss.to(self.args.device))
         if self._scales_gradients:
             out = out._replace(loss=_WithScaledGradient.apply(out.loss, self._gradient_scale))
         self._role_sums += sums_by_role(inputs, out.ce)
@@ -252,7 +255,7 @@ class DistillTrainer(Trainer):
         return torch.log2(_MAX_WEIGHT / largest).clamp(max=math.log2(max(tokens, 1))).floor().exp2()
 
     def _unscale(self, gradient: Tensor) -> Tensor:
-        return gradient / self._gradient_scale
+        return gradient / self._gradient_scale.to(gradient.device)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):  # type: ignore[override]
         with torch.no_grad():

@@ -24,6 +24,16 @@ def test_a_local_folder_loads_in_the_dtype_asked_for(tmp_path):
         assert torch.equal(tensor, original.state_dict()[name].bfloat16())
 
 
+def test_auto_takes_the_devices_that_there_are(tmp_path):
+    original = tiny_model()
+    original.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    model, _ = load_student(str(tmp_path), torch.float32, device="auto")
+    assert torch.equal(model.lm_head.weight.cpu(), original.lm_head.weight)
+    with pytest.raises(ValueError, match="GGUF file, whose weights cannot be loaded over several devices"):
+        load_student("smollm2-135m", device="auto")
+
+
 def test_the_attention_of_gemma_2_has_its_softcap(tmp_path, monkeypatch):
     family("gemma2").save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)

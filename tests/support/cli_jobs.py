@@ -183,6 +183,8 @@ def _start(setup: Setup, job: str) -> int:
         os.dup2(said.fileno(), 2)
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             try:
+                # A fork's first use of torch's thread pool makes it anew, which two threads must not do at a time.
+                torch.set_num_threads(torch.get_num_threads())
                 code = setup.run(job)
             except BaseException:
                 traceback.print_exc()

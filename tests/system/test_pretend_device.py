@@ -1,7 +1,7 @@
 """Every job of the command line runs where the model is, on a device that is not the CPU.
 
 The device is a pretend one (tests/support/pretend_device): it computes on the CPU, and mixing it with the CPU raises
-what a GPU raises. So a job gives the numbers of the CPU there, or fails.
+what a GPU raises. So a job gives the numbers of the CPU there, or fails. "auto" is a model that is spread over two.
 """
 
 import json
@@ -46,7 +46,7 @@ def ended(folder):
 
 
 @pytest.mark.parametrize("job", [*JOBS, *AFTERWARDS])
-@pytest.mark.parametrize("device", ["cpu", "pretend"])
+@pytest.mark.parametrize("device", ["cpu", "pretend", "auto"])
 def test_the_job_ends_well(ended, device, job):
     assert ended[device][job]["code"] == 0, ended[device][job]["said"]
 
@@ -56,22 +56,30 @@ def trained(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("job", TRAININGS)
-def test_training_gives_the_adapter_of_the_cpu(ended, folder, job):
+@pytest.mark.parametrize("device", ["pretend", "auto"])
+def test_training_gives_the_adapter_of_the_cpu(ended, folder, device, job):
     expected = trained(folder / "cpu" / job)
-    for name, tensor in trained(folder / "pretend" / job).items():
+    for name, tensor in trained(folder / device / job).items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5, msg=name)
         assert tensor.abs().max() > 0
 
 
-def test_an_interrupted_run_resumes_bitwise(ended, folder):
-    assert json.loads((folder / "pretend" / "cut" / "run.json").read_text())["resumed"]
-    whole = trained(folder / "pretend" / "whole")
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in trained(folder / "pretend" / "cut").items())
+@pytest.mark.parametrize("device", ["pretend", "auto"])
+def test_an_interrupted_run_resumes_bitwise(ended, folder, device):
+    assert json.loads((folder / device / "cut" / "run.json").read_text())["resumed"]
+    whole = trained(folder / device / "whole")
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in trained(folder / device / "cut").items())
 
 
-def test_scores_are_those_of_the_cpu(ended, folder):
+def test_a_plan_names_every_device(ended, folder):
+    plan = json.loads((folder / "auto" / "text" / "run.json").read_text())["plan"]
+    assert plan["device"] == "pretend:0, pretend:1"
+
+
+@pytest.mark.parametrize("device", ["pretend", "auto"])
+def test_scores_are_those_of_the_cpu(ended, folder, device):
     name = "teach/signals/signals-00000.safetensors"
-    here, there = (load_arrays(folder / device / name) for device in ("pretend", "cpu"))
+    here, there = (load_arrays(folder / where / name) for where in (device, "cpu"))
     assert np.array_equal(here["keys"], there["keys"]) and np.array_equal(here["rows"], there["rows"])
     np.testing.assert_allclose(here["logprobs"], there["logprobs"], atol=1e-5)
 
@@ -81,7 +89,7 @@ def test_placements_differ(ended, folder):
     assert any(not torch.equal(random[name], scored[name]) for name in random if name.endswith(".cols"))
 
 
-@pytest.mark.parametrize("device", ["cpu", "pretend"])
+@pytest.mark.parametrize("device", ["cpu", "pretend", "auto"])
 def test_solutions_answers_and_files_are_there(ended, folder, device):
     assert json.loads(ended[device]["solve"]["said"].splitlines()[-1])["solutions"][0]["tokens"] > 0
     assert len((folder / device / "eval-samples" / "results.jsonl").read_text().splitlines()) == 8

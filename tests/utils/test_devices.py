@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from rbfast.cli.main import main
+from rbfast.data.readers import write_traces
+from rbfast.data.trace import Trace
 from rbfast.utils.devices import find_device
 
 
@@ -31,3 +33,15 @@ def test_a_name_without_a_number_is_the_processes_own_device(monkeypatch):
     assert find_device("cuda") == torch.device("cuda", 3)
     assert find_device("cuda:1") == torch.device("cuda", 1)
     assert find_device("cpu") == torch.device("cpu")
+
+
+def test_a_model_is_spread_by_one_process_or_by_several(monkeypatch, capsys, tmp_path):
+    write_traces(tmp_path / "traces.jsonl", [Trace("1+1?", "1+1=2", "2")])
+    auto = ["distill", "no/model", str(tmp_path / "traces.jsonl"), "-o", str(tmp_path / "run"), "--device", "auto"]
+    assert main([*auto, "--shard", "1"]) == 2
+    assert "--shard spreads a model over processes" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(auto) == 2
+    assert (
+        "--device auto spreads a model over the GPUs of one process, and there are several" in capsys.readouterr().err
+    )

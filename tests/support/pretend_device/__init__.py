@@ -59,7 +59,7 @@ def _module() -> types.ModuleType:
     module = types.ModuleType("torch.pretend")
     module.is_available = lambda: True
     module.current_device = lambda: 0
-    module.device_count = lambda: 1
+    module.device_count = lambda: 2
     module.device = contextlib.nullcontext
     module._is_in_bad_fork = lambda: False
     module.manual_seed_all = lambda seed: None

@@ -18,10 +18,12 @@ using std::optional;
 constexpr auto kPretend = c10::DeviceType::PrivateUse1;
 constexpr c10::DispatchKeySet kKeys(c10::DispatchKey::PrivateUse1);
 
+thread_local c10::DeviceIndex current = 0;
+
 struct Allocator final : at::Allocator {
   at::DataPtr allocate(size_t bytes) override {
     void* memory = std::malloc(bytes ? bytes : 1);
-    return {memory, memory, &std::free, at::Device(kPretend, 0)};
+    return {memory, memory, &std::free, at::Device(kPretend, current)};
   }
   at::DeleterFnPtr raw_deleter() const override { return &std::free; }
   void copy_data(void* to, const void* from, std::size_t bytes) const override { std::memcpy(to, from, bytes); }
@@ -32,14 +34,18 @@ REGISTER_ALLOCATOR(kPretend, &allocator);
 // One device, one stream, nothing asynchronous.
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceType type() const override { return kPretend; }
-  c10::Device exchangeDevice(c10::Device device) const override { return device; }
-  c10::Device getDevice() const override { return {kPretend, 0}; }
-  void setDevice(c10::Device) const override {}
-  void uncheckedSetDevice(c10::Device) const noexcept override {}
+  c10::Device exchangeDevice(c10::Device device) const override {
+    const c10::Device before(kPretend, current);
+    current = device.index() < 0 ? 0 : device.index();
+    return before;
+  }
+  c10::Device getDevice() const override { return {kPretend, current}; }
+  void setDevice(c10::Device device) const override { current = device.index() < 0 ? 0 : device.index(); }
+  void uncheckedSetDevice(c10::Device device) const noexcept override { setDevice(device); }
   c10::Stream getStream(c10::Device device) const override { return c10::Stream(c10::Stream::DEFAULT, device); }
   c10::Stream getNewStream(c10::Device device, int) const override { return getStream(device); }
   c10::Stream exchangeStream(c10::Stream stream) const override { return stream; }
-  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
+  c10::DeviceIndex deviceCount() const noexcept override { return 2; }
   void record(void**, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {}
   void block(void*, const c10::Stream&) const override {}
   bool queryEvent(void*) const override { return true; }
@@ -58,13 +64,15 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   }
 };
 
-Tensor empty(c10::IntArrayRef size, optional<at::ScalarType> dtype, optional<at::Layout>, optional<at::Device>,
+Tensor empty(c10::IntArrayRef size, optional<at::ScalarType> dtype, optional<at::Layout>, optional<at::Device> device,
              optional<bool>, optional<at::MemoryFormat> format) {
+  const c10::OptionalDeviceGuard guard(device);
   return at::detail::empty_generic(size, &allocator, kKeys, c10::dtype_or_default(dtype), format);
 }
 
 Tensor empty_strided(c10::IntArrayRef size, c10::IntArrayRef stride, optional<at::ScalarType> dtype,
-                     optional<at::Layout>, optional<at::Device>, optional<bool>) {
+                     optional<at::Layout>, optional<at::Device> device, optional<bool>) {
+  const c10::OptionalDeviceGuard guard(device);
   return at::detail::empty_strided_generic(size, stride, &allocator, kKeys, c10::dtype_or_default(dtype));
 }
 
@@ -86,6 +94,7 @@ Tensor copy_from_and_resize(const Tensor& from, const Tensor& to) {
 }
 
 const Tensor& resize_(const Tensor& self, c10::SymIntArrayRef size, optional<at::MemoryFormat>) {
+  const c10::DeviceGuard guard(self.device());
   self.unsafeGetTensorImpl()->set_sizes_contiguous(C10_AS_INTARRAYREF_SLOW(size));
   const size_t bytes = (self.numel() + self.storage_offset()) * self.itemsize();
   if (self.storage().nbytes() < bytes) {
