@@ -140,7 +140,8 @@ def _is_patched(forward: Any) -> bool:
 def _run_stacks(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The forward of a module with experts, by its stacks: hidden_states [T, H], top_k_index and weights [T, k]."""
     up, down = stacks_of(experts).values()
-    chosen, order = top_k_index.reshape(-1).sort(stable=True)
+    # Not stable, as in transformers: where an expert's rows stand may change their last bits.
+    chosen, order = top_k_index.reshape(-1).sort()
     # bincount would synchronise with the device.
     ends = torch.searchsorted(chosen, torch.arange(up.count, device=chosen.device, dtype=chosen.dtype), right=True)
     per_token = top_k_index.shape[-1]
