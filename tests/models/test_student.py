@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import re
 import struct
 
@@ -22,6 +23,23 @@ def test_a_local_folder_loads_in_the_dtype_asked_for(tmp_path):
     assert not model.training and tokenizer("ab").input_ids == tiny_tokenizer()("ab").input_ids
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, original.state_dict()[name].bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"num_hidden_layers": 3}, r"9 are missing or have another shape \(the first is model\.layers\.2\."),
+        ({"intermediate_size": 64}, r"6 are missing or have another shape \(the first is model\.layers\.0\.mlp"),
+        ({"hidden_size": "large"}, r"its config\.json is not valid: .*hidden_size.* expected int, got str"),
+    ],
+)
+def test_weights_that_do_not_fit_their_config_are_refused(tmp_path, change, complaint):
+    tiny_model().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(ValueError, match=complaint):
+        load_student(str(tmp_path))
 
 
 def test_auto_takes_the_devices_that_there_are(tmp_path):
