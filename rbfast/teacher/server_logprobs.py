@@ -94,10 +94,9 @@ def _finished(
     tasks: Sequence[PendingTrace], futures: Sequence[Future[_Result]]
 ) -> Iterator[tuple[PendingTrace, _Result]]:
     """The results that are there after those under way have come, in order; cancels the others."""
-    sent = [future for future in futures if not future.cancel()]
-    wait(sent)
+    wait([future for future in futures if not future.cancel()])
     for task, future in zip(tasks, futures, strict=True):
-        if future in sent and future.exception() is None:
+        if not future.cancelled() and future.exception() is None:
             yield task, future.result()
 
 
