@@ -87,9 +87,11 @@ def load_student(
             raise ValueError(f"{name_or_path} is read from a GGUF file, whose weights cannot be loaded {how}")
         with read_gguf(file):
             return _with_attention_softcap(load_gguf(file, dtype)), load_tokenizer(name_or_path)
-    options: dict[str, Any] = {"device_map": "auto"} if device == "auto" else {}
+    options: dict[str, Any] = {}
     if load_in is not None:
-        options = {"device_map": {"": device}, "quantization_config": quantisation(load_in, dtype)} | options
+        options["quantization_config"] = quantisation(load_in, dtype)
+    if load_in is not None or device == "auto":
+        options["device_map"] = device if device == "auto" else {"": device}
     with _explain_load_errors(name_or_path):
         _check_folder(name_or_path)
         loader: Any = AutoModelForCausalLM
