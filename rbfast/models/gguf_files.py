@@ -78,13 +78,16 @@ def _cached_functions(gguf: Any) -> Iterator[None]:
         gguf.GGUFReader, gguf.get_tensor_name_map = reader, get_tensor_name_map
 
 
-def load_gguf(file: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model in a GGUF file, dequantised, in evaluation mode."""
+def load_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model in a GGUF file, dequantised, in evaluation mode, and what transformers says of its weights."""
     # By default, recent transformers leave weights packed if they have a kernel for that.
     make_config = getattr(transformers, "GgufConfig", None)
-    options = {} if make_config is None else {"quantization_config": make_config(dequantize=True)}
+    options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    if make_config is not None:
+        options["quantization_config"] = make_config(dequantize=True)
     # Let transformers cast: it leaves buffers alone, and model.to(dtype) would round the RoPE frequencies too.
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    loader: Any = AutoModelForCausalLM
+    model, info = loader.from_pretrained(
         file.parent, gguf_file=file.name, dtype=dtype, trust_remote_code=False, **options
     )
     # These leftovers would only prevent saving and training.
@@ -92,7 +95,7 @@ def load_gguf(file: Path, dtype: torch.dtype) -> PreTrainedModel:
         del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = False
-    return model.eval()
+    return model.eval(), info
 
 
 def load_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:

@@ -86,7 +86,9 @@ def load_student(
             how = f"in {load_in}" if load_in else "over several devices"
             raise ValueError(f"{name_or_path} is read from a GGUF file, whose weights cannot be loaded {how}")
         with read_gguf(file):
-            return _with_attention_softcap(load_gguf(file, dtype)), load_tokenizer(name_or_path)
+            model, info = load_gguf(file, dtype)
+            _check_loaded(name_or_path, info)
+            return _with_attention_softcap(model), load_tokenizer(name_or_path)
     options: dict[str, Any] = {}
     if load_in is not None:
         options["quantization_config"] = quantisation(load_in, dtype)
@@ -108,7 +110,7 @@ def _check_loaded(name: str, info: Mapping[str, Any]) -> None:
     mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
     if random := sorted({*info["missing_keys"], *mismatched}):
         raise ValueError(
-            f"{name}: its weights do not fit its config.json: {len(random)} are missing or have another shape (the "
+            f"{name}: its weights do not fit its config: {len(random)} are missing or have another shape (the "
             f"first is {random[0]}); get the model again"
         )
 

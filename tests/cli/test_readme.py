@@ -24,15 +24,15 @@ def block(request):
 @pytest.mark.slow
 def test_it_runs(block, student, tokenizer, tmp_path, monkeypatch):
     # The same weights, for the file they come in takes long to read: tests/models/test_student.py reads it.
-    monkeypatch.setattr("rbfast.models.student.load_gguf", lambda file, dtype: student().to(dtype))
+    info = {"missing_keys": [], "mismatched_keys": []}
+    monkeypatch.setattr("rbfast.models.student.load_gguf", lambda file, dtype: (student().to(dtype), info))
     monkeypatch.setattr("rbfast.models.student.load_tokenizer", lambda name: tokenizer)
     monkeypatch.chdir(tmp_path)
     write_traces(tmp_path / "pool.jsonl", make_traces("leg_counting", 2, seed=0))
     names: dict = {}
     exec(block, names)
-    assert (
-        float(sum(site.B.abs().sum() for site in (names.get("adapter") or names["run"].adapter).sites().values())) > 0
-    )
+    adapter = names.get("adapter") or names["run"].adapter
+    assert any(site.B.any() for site in adapter.sites().values())
 
 
 def test_what_a_build_without_isolation_needs_is_named_with_its_versions():

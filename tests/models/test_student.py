@@ -129,6 +129,18 @@ def test_a_gguf_file_is_parsed_once(tmp_path, monkeypatch):
     assert all(torch.equal(x, original.state_dict()[name]) for name, x in model.state_dict().items())
 
 
+@pytest.mark.parametrize(("change", "count"), [({"num_hidden_layers": 3}, 9), ({"intermediate_size": 24}, 6)])
+def test_weights_of_a_gguf_file_that_do_not_fit_its_config_are_refused(tmp_path, change, count):
+    pytest.importorskip("gguf")
+    from gguf_files import VOCABULARY, write_llama
+
+    model = llama(vocab_size=VOCABULARY)
+    model.config.update(change)
+    write_llama(model, tmp_path / "tiny.gguf")
+    with pytest.raises(ValueError, match=rf"its weights do not fit its config: {count} are missing or"):
+        load_student(str(tmp_path / "tiny.gguf"))
+
+
 def test_gguf_is_as_it_was_after_two_threads_have_loaded():
     gguf = pytest.importorskip("gguf")
     reader, first, second = gguf.GGUFReader, cache_gguf_parsing(), cache_gguf_parsing()
