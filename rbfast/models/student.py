@@ -148,13 +148,20 @@ def _auto_class(config: PreTrainedConfig, name: str) -> Any:
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a student alone; names as for `load_student`."""
+    """The tokenizer of a student alone; names as for `load_student`. Raises ValueError if there is none, or its files
+    are damaged."""
     if (file := gguf_path(name_or_path)) is not None:
         with read_gguf(file):
             return load_gguf_tokenizer(file)
     with _explain_load_errors(name_or_path):
-        # trust_remote_code=None would prompt on the terminal.
-        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        try:
+            # trust_remote_code=None would prompt on the terminal.
+            return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{name_or_path}: its tokenizer cannot be loaded ({' '.join(str(error).split())}); get its "
+                "tokenizer.json and tokenizer_config.json again, or save the tokenizer beside the model"
+            ) from error
 
 
 def _check_folder(name: str) -> None:
@@ -181,8 +188,9 @@ def _explain_load_errors(name: str) -> Iterator[None]:
         raise FileNotFoundError(f"{name}: expected the folder of a model, found none")
     try:
         yield
-    except StrictDataclassError as error:
-        raise ValueError(f"{name}: its config.json is not valid: {' '.join(str(error).split())}") from error
+    except (StrictDataclassError, ArithmeticError, AssertionError, LookupError) as error:
+        reason = " ".join((str(error) if isinstance(error, StrictDataclassError) else repr(error)).split())
+        raise ValueError(f"{name}: its config.json is not valid: {reason}") from error
     except SafetensorError as error:
         raise OSError(
             f"{name}: its weights cannot be read ({error}): a cut download, or a Git LFS pointer? Get them again"

@@ -31,6 +31,8 @@ def test_a_local_folder_loads_in_the_dtype_asked_for(tmp_path):
         ({"num_hidden_layers": 3}, r"9 are missing or have another shape \(the first is model\.layers\.2\."),
         ({"intermediate_size": 64}, r"6 are missing or have another shape \(the first is model\.layers\.0\.mlp"),
         ({"hidden_size": "large"}, r"its config\.json is not valid: .*hidden_size.* expected int, got str"),
+        ({"num_attention_heads": 0}, r"its config\.json is not valid: ZeroDivisionError"),
+        ({"hidden_act": "cubic"}, r"its config\.json is not valid: KeyError\('cubic'\)"),
     ],
 )
 def test_weights_that_do_not_fit_their_config_are_refused(tmp_path, change, complaint):
@@ -40,6 +42,17 @@ def test_weights_that_do_not_fit_their_config_are_refused(tmp_path, change, comp
     config.write_text(json.dumps(json.loads(config.read_text()) | change))
     with pytest.raises(ValueError, match=complaint):
         load_student(str(tmp_path))
+
+
+@pytest.mark.parametrize("load", [load_student, load_tokenizer])
+@pytest.mark.parametrize("content", [None, "", "[]", "version https://git-lfs.github.com/spec/v1"])
+def test_a_model_without_a_whole_tokenizer_is_named(tmp_path, load, content):
+    tiny_model().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.unlink() if content is None else file.write_text(content)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}: its tokenizer cannot be loaded \(.+\); get"):
+        load(str(tmp_path))
 
 
 def test_auto_takes_the_devices_that_there_are(tmp_path):
