@@ -18,6 +18,7 @@ from rbfast.grading.grade import Problem
 from rbfast.grading.tasks import load_problems
 from rbfast.inference.decoding import Completion
 from rbfast.inference.guide import Guide, Limits, Phrases
+from rbfast.inference.local import guided
 
 
 def test_evaluate_keeps_order_and_completions():
@@ -253,6 +254,24 @@ def test_one_sample_is_drawn_too_and_by_the_seed():
     hot = {"max_new_tokens": 12, "temperature": 5.0}
     drawn = [evaluate(model, tokenizer, problems, seed=seed, **hot)[0].completion.text for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_only_the_likeliest_tokens_are_drawn_if_top_p_is_small():
+    model, tokenizer, problems = tiny_model(), tiny_tokenizer(), [Problem("file", "x", "never", {})]
+    greedy = evaluate(model, tokenizer, problems, max_new_tokens=12)
+    drawn = evaluate(model, tokenizer, problems, max_new_tokens=12, temperature=5.0, top_p=1e-6)
+    assert drawn[0].completion == greedy[0].completion
+
+
+def test_all_samples_are_written_though_the_vote_is_decided(monkeypatch):
+    """pass@k counts every sample."""
+    asked = []
+    monkeypatch.setattr(
+        "rbfast.evaluation.evaluate.guided", lambda *args, **options: asked.append(args[4]) or guided(*args, **options)
+    )
+    problems = [Problem("file", "x", "never", {})]
+    found = evaluate(tiny_model(), tiny_tokenizer(), problems, max_new_tokens=6, samples=5, temperature=1e-9)
+    assert len(found) == 5 and [sampling.early_stop for sampling in asked] == [False]
 
 
 @pytest.mark.parametrize(

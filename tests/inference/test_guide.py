@@ -64,9 +64,12 @@ def test_a_sentence_that_ends_near_the_limit_ends_the_thinking(tokens, ends):
     assert (order is not None and order.kind == WRAP_UP and order.strike == 0) == ends
 
 
-@pytest.mark.parametrize(("tokens", "ends"), [(63, False), (64, True)])
-def test_the_last_token_of_thinking_may_be_written(tokens, ends):
-    row = GuideState(make_guide(budget=104, reserve=40, **SHORT), len)
+@pytest.mark.parametrize(
+    ("maximum", "tokens", "ends"),
+    [(None, 63, False), (None, 64, True), (30, 29, False), (30, 30, True), (99, 63, False)],
+)
+def test_the_last_token_of_thinking_may_be_written(maximum, tokens, ends):
+    row = GuideState(make_guide(budget=104, reserve=40, maximum=maximum, **SHORT), len)
     order = row.write("word ", tokens=tokens)
     assert (order is not None and order.kind == WRAP_UP) == ends
 
@@ -118,6 +121,12 @@ def test_interventions_keep_their_distance():
     row, _ = drive(guide, tokens_of([f"Sentence {word} here. " for word in "abcdefghijklmnopqrstuvwxyz" * 3]), True)
     places = [event.at for event in row.state.events if event.kind == VERIFY]
     assert len(places) > 10 and all(b - a >= 50 for a, b in pairwise(places))
+
+
+@pytest.mark.parametrize(("tokens", "verifies"), [(49, False), (50, True)])
+def test_an_intervention_may_come_when_the_cooldown_is_over(tokens, verifies):
+    row = GuideState(make_guide(budget=2000, cooldown=50, verify_above=0.0, **SHORT), len)
+    assert (row.write("A sentence. ", tokens=tokens, entropy=1.0) is not None) == verifies
 
 
 def test_sure_models_are_not_told_to_verify():
