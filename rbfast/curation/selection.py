@@ -1,6 +1,6 @@
 """Select a few items from many: a quota for every domain, and from the best of each those that represent the rest.
 
-    share = quotas([900, 100, 4], size=40)                                 # [28, 9, 3]: by square roots
+    share = quotas([900, 100, 4], size=40)                                 # [29, 9, 2]: by square roots
     short = shortlist(merits, ties, domains, share)                        # the best of each domain
     chosen = select_representatives(pack(problems of short[0]), share[0])  # indices into short[0], in the order chosen
 

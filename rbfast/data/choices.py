@@ -1,7 +1,7 @@
 """Multiple-choice questions: the options become part of the problem, and the answer is the label of one.
 
 ```python
-parse_options({"choices": ["41", "42"], "answer": 1})             # {"A": "41", "B": "42"}
+parse_options(["41", "42"])                          # {"A": "41", "B": "42"}
 ```
 """
 
