@@ -6,7 +6,7 @@ with 4,096 tokens, and the gradient of all linears of the 14B.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -20,7 +20,8 @@ from rbfast import ops
 RUN = 16  # supports come in aligned runs of this many columns
 CACHE = 256 * 2**20  # inputs are rotated until together they are larger than any cache
 SMOLLM2 = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))  # out, in
-QWEN_14B = ((5120, 5120), (1024, 5120), (1024, 5120), (5120, 5120), (13824, 5120), (13824, 5120), (5120, 13824))
+# The outputs that share an input, and its width: q, k and v; o; gate and up; down.
+QWEN_14B = (((5120, 1024, 1024), 5120), ((5120,), 5120), ((13824, 13824), 5120), ((5120,), 13824))
 LAYERS_14B, VALUES_14B = 48, 44_300_000  # trained values at the default density
 
 
@@ -154,11 +155,23 @@ def whole_model(place: Place, names: tuple[str, ...]) -> Contest:
 
 def gradient_of_14b(place: Place) -> Contest:
     T, layers = place.size(4096, 32), place.size(LAYERS_14B, 1)
-    shapes = ((64, 128), (128, 64)) if place.is_toy else QWEN_14B
-    cost = sum(out + features // 8 for out, features in shapes)
+    inputs = (((64, 32), 128), ((128,), 64)) if place.is_toy else QWEN_14B
+    cost = sum(out + features // 8 for outs, features in inputs for out in outs)
     k = place.size(round(VALUES_14B / LAYERS_14B / cost), 2)
-    linears = [Linear.draw(place, T, out, features, features // 8 // RUN * RUN, k) for out, features in shapes]
-    steps = {who: every([call], linears, layers) for who, call in CALLS["column_grad"].items()}
+    groups = [
+        [Linear.draw(place, T, out, features, features // 8 // RUN * RUN, k) for out in outs]
+        for outs, features in inputs
+    ]
+    groups = [[replace(linear, xs=group[0].xs) for linear in group] for group in groups]
+
+    def together() -> None:
+        for group in groups * layers:
+            dy, A, B = ([getattr(linear, name) for linear in group] for name in ("dy", "A", "B"))
+            ops.column_grad_all(dy, group[0].xs, A, B, 1.0)
+
+    linears = [linear for group in groups for linear in group]
+    alone = {who: every([call], linears, layers) for who, call in CALLS["column_grad"].items()}
+    steps = alone | {"rbfast": together, "rbfast, one by one": alone["rbfast"]}
     title = f"column_grad of all linears of a 14B, T={T} s=in/8 k={k}"
     return Contest(title, steps, (Bar("rbfast ms", "<=", 14.0),), rounds=5)
 

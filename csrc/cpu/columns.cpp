@@ -116,9 +116,8 @@ int64_t group_size(int64_t tokens) {
   return std::max(kLeast, ceil_div(ceil_div(tokens, kMostGroups), kBlock) * kBlock);
 }
 
-std::tuple<Tensor, Tensor> column_grad(const Tensor& dy, const Tensor& xs, const Tensor& A, const Tensor& B,
-                                       double scale) {
-  const char* op = "column_grad";
+std::tuple<Tensor, Tensor> grad(const char* op, const Tensor& dy, const Tensor& xs, const Tensor& A, const Tensor& B,
+                                double scale) {
   expect_matrix(op, "dy", dy, -1, -1);
   expect_matrix(op, "xs", xs, dy.size(0), -1);
   expect_delta(op, A, B, xs.size(1), dy.size(1));
@@ -161,6 +160,25 @@ std::tuple<Tensor, Tensor> column_grad(const Tensor& dy, const Tensor& xs, const
   for (int64_t o = 0; o < out; ++o)
     for (int64_t i = 0; i < k; ++i) target[o * k + i] = total[i * out + o];
   return {dA, dB};
+}
+
+std::tuple<Tensor, Tensor> column_grad(const Tensor& dy, const Tensor& xs, const Tensor& A, const Tensor& B,
+                                       double scale) {
+  return grad("column_grad", dy, xs, A, B, scale);
+}
+
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> column_grad_all(std::vector<Tensor> dy, const Tensor& xs,
+                                                                     std::vector<Tensor> A, std::vector<Tensor> B,
+                                                                     double scale) {
+  const char* op = "column_grad_all";
+  expect_lists(op, dy.size(), {A.size(), B.size()});
+  std::vector<Tensor> dAs, dBs;
+  for (size_t i = 0; i < dy.size(); ++i) {
+    const auto [dA, dB] = grad(op, dy[i], xs, A[i], B[i], scale);
+    dAs.push_back(dA);
+    dBs.push_back(dB);
+  }
+  return {dAs, dBs};
 }
 
 void column_linear_(Tensor y, const Tensor& xs, const Tensor& A, const Tensor& B, double scale) {
@@ -282,6 +300,7 @@ void column_fold_all_(std::vector<Tensor> weights, std::vector<Tensor> base_colu
 STABLE_TORCH_LIBRARY_IMPL(rbfast, CPU, m) {
   m.impl("column_gather", TORCH_BOX(&column_gather));
   m.impl("column_grad", TORCH_BOX(&column_grad));
+  m.impl("column_grad_all", TORCH_BOX(&column_grad_all));
   m.impl("column_linear_", TORCH_BOX(&column_linear_));
   m.impl("column_scatter_", TORCH_BOX(&column_scatter_));
   m.impl("column_fold_", TORCH_BOX(&column_fold_));

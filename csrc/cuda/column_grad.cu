@@ -9,6 +9,7 @@
 // and strip go back to memory: 4 k / 512 of the bytes of a bf16 dy for strips of 256.
 //
 // Three launches: `project` computes H and splits B, `sweep` over dy computes dB and dH, `sweep` over xs computes dA.
+// Matrices that share xs, such as q, k and v, share them.
 // Blocks get equal shares of the list of all (strip, tile of tokens) and write partial sums to memory. After a grid
 // barrier they share the work of adding these up; the launch is cooperative, so the device holds all blocks at once.
 // The shapes and the number of multiprocessors fix the order of every sum, whichever block comes first.
@@ -66,11 +67,11 @@ int most_ranks(const Device& device) {
   return once(key_of(device), [&] { return shared_per_block(device, 1) >= kNeeded ? kMostRanks : kMostRanks - 8; });
 }
 
-// Shares the units of a matrix between blocks, at least `least` to each. Without any units, one block writes sums of 0.
-template <typename Tile>
-Shares shares_of(const Fit& fit, int64_t tokens, int64_t n, int64_t least) {
-  const int64_t strips = ceil_div(n, Tile::kWidth), tiles = ceil_div(tokens, kTokens), units = strips * tiles;
-  expect(units <= INT32_MAX / 2, "column_grad: too large for one call: ", tokens, " x ", n, "; split the tokens");
+// Shares the units of matrices between blocks, at least `least` to each. Without any units, one block writes sums of 0.
+Shares shares_of(const Fit& fit, int64_t tokens, int64_t strips, int64_t least) {
+  const int64_t tiles = ceil_div(tokens, kTokens), units = strips * tiles;
+  expect(units <= INT32_MAX / 2, "column_grad: too large for one call: ", tokens, " tokens of ", strips,
+         " strips of features; split the tokens");
   return {strips, tiles, std::max<int64_t>(1, std::min(fit.blocks, units / least))};
 }
 
@@ -95,10 +96,9 @@ class Workspace {
   float* memory_ = nullptr;
 };
 
-struct Gradients {
-  const Tensor &dy, &xs, &A, &B;
-  float scale;
-  float *dA, *dB;
+// The factors of one matrix's delta, and their gradients.
+struct Delta {
+  Tensor dy, A, B, dA, dB;
 };
 
 template <typename T, int kN, bool kDot>
@@ -107,62 +107,120 @@ void launch_sweep(const Device& device, const Fit& fit, const Sweep<T>& s) {
   device.launch({s.shares.blocks, 1, kSweepThreads, 1, fit.shared, true}, sweep<T, kN, kDot>, s);
 }
 
+// Gradients of ranks first .. first + k, for up to kMostMatrices deltas that share xs and dy's dtype.
 template <typename Y, typename X, int kN>
-void grad_of_ranks(const Device& device, RankBlocks<kN>, const Gradients& g, int64_t first, int k) {
+void grad_of_ranks(const Device& device, RankBlocks<kN>, const std::vector<Delta>& deltas, const Tensor& xs,
+                   float scale, int64_t first, int k) {
   using TileY = Tile<Y, true>;
   using TileX = Tile<X, false>;
-  const Matrix<Y> y(g.dy);
-  const Matrix<X> x(g.xs);
+  const Matrix<X> x(xs);
   const Fit fit_y = fit_of<Y, kN, true>(device), fit_x = fit_of<X, kN, false>(device);
+  const int matrices = static_cast<int>(deltas.size()), strips_x = static_cast<int>(ceil_div(x.n, TileX::kWidth));
+  int64_t strips_y = 0;
+  for (const Delta& delta : deltas) strips_y += ceil_div(delta.dy.size(1), TileY::kWidth);
   // Whatever its share, a block writes parts of dA as large as three tiles of xs: give it at least 4 units.
-  Shares of_y = shares_of<TileY>(fit_y, y.tokens, y.n, 1), of_x = shares_of<TileX>(fit_x, x.tokens, x.n, 4);
-  const int64_t tiles = of_y.tiles, of_tile = kTokens / kSlice * kN * kWarp;
+  Shares of_y = shares_of(fit_y, x.tokens, strips_y, 1),
+         of_x = shares_of(fit_x, x.tokens, int64_t{matrices} * strips_x, 4);
+  const int64_t tiles = of_y.tiles, of_tile = kTokens / kSlice * kN * kWarp, of_slice = kN * kPartners<Y> * kWarp;
   Workspace work;
-  const int64_t hidden = work.add<Pair>(tiles * of_tile * kPartners<Y>);
-  const int64_t d_hidden = work.add<Pair>(tiles * of_tile * kPartners<X>);
-  const int64_t B = work.add<Pair>(ceil_div(y.n, kSlice) * kN * kPartners<Y> * kWarp);
-  const int64_t dots = work.add<Floats>(of_y.strips * tiles * of_tile);
+  const int64_t hidden_at = work.add<Pair>(matrices * tiles * of_tile * kPartners<Y>);
+  const int64_t d_hidden_at = work.add<Pair>(matrices * tiles * of_tile * kPartners<X>);
+  const int64_t B_at = work.add<Pair>(strips_y * TileY::kStrip * of_slice);
+  const int64_t dots_at = work.add<Floats>(strips_y * tiles * of_tile);
   const int64_t dB_parts = work.add<Floats>((of_y.blocks + of_y.strips) * TileY::kStrip * kN * kWarp);
   const int64_t dA_parts = work.add<Floats>((of_x.blocks + of_x.strips) * TileX::kStrip * kN * kWarp);
-  work.allocate(g.dy);
+  work.allocate(xs);
   of_y.parts = work.at<Floats>(dB_parts);
   of_x.parts = work.at<Floats>(dA_parts);
-  const int64_t all = g.A.size(0);
-  const Factor a(g.A, g.A.stride(0), g.A.stride(1), first, k), b(g.B, g.B.stride(1), g.B.stride(0), first, k);
-  const Sum dB(of_y, g.dB + first, all, 1, k, g.scale), dA(of_x, g.dA + first * x.n, 1, x.n, k, g.scale);
-  const Dots parts{work.at<Floats>(dots), work.at<Pair>(d_hidden), kPartners<X>};
-  const Operands of_B{b, y.n, work.at<Pair>(B), kPartners<Y>};
-  project(device, g.xs, a, {work.at<Pair>(hidden), kPartners<Y>}, &of_B);
-  launch_sweep<Y, kN, true>(device, fit_y, {y, of_y, fit_y.stages, work.at<Pair>(hidden), dB, of_B.to, parts});
-  launch_sweep<X, kN, false>(device, fit_x, {x, of_x, fit_x.stages, work.at<Pair>(d_hidden), dA, nullptr, {}});
+  Pair *hidden = work.at<Pair>(hidden_at), *d_hidden = work.at<Pair>(d_hidden_at), *B = work.at<Pair>(B_at);
+  Sweep<Y> over_y{of_y, fit_y.stages, hidden, B, {work.at<Floats>(dots_at), d_hidden, kPartners<X>}};
+  Sweep<X> over_x{of_x, fit_x.stages, d_hidden};
+  std::vector<Projection> projections;
+  int strip = 0;
+  for (int i = 0; i < matrices; ++i) {
+    const Delta& delta = deltas[i];
+    const Matrix<Y> y(delta.dy);
+    const int64_t all = delta.A.size(0);
+    const Factor a(delta.A, delta.A.stride(0), delta.A.stride(1), first, k);
+    const Factor b(delta.B, delta.B.stride(1), delta.B.stride(0), first, k);
+    const Hidden to{hidden + i * tiles * of_tile * kPartners<Y>, kPartners<Y>};
+    projections.push_back({a, to, {b, y.n, B + strip * TileY::kStrip * of_slice, kPartners<Y>}});
+    over_y.each[i] = {y, {mutable_data<float>(delta.dB) + first, all, 1, k, scale}, strip};
+    over_x.each[i] = {x, {mutable_data<float>(delta.dA) + first * x.n, 1, x.n, k, scale}, i * strips_x};
+    strip += static_cast<int>(ceil_div(y.n, TileY::kWidth));
+  }
+  project(device, xs, projections);
+  launch_sweep<Y, kN, true>(device, fit_y, over_y);
+  launch_sweep<X, kN, false>(device, fit_x, over_x);
 }
 
-std::tuple<Tensor, Tensor> column_grad(const Tensor& dy, const Tensor& xs, const Tensor& A, const Tensor& B,
-                                       double scale) {
-  const char* op = "column_grad";
-  expect_matrix(op, "dy", dy, -1, -1);
-  expect_matrix(op, "xs", xs, dy.size(0), -1);
-  expect_delta(op, A, B, xs.size(1), dy.size(1));
-  const Device device(op, {{"dy", dy}, {"xs", xs}, {"A", A}, {"B", B}});
-  const int64_t k = A.size(0);
-  const Tensor dA = floats(A, k, xs.size(1)), dB = floats(B, dy.size(1), k);
-  const Gradients gradients{dy, xs, A, B, static_cast<float>(scale), mutable_data<float>(dA), mutable_data<float>(dB)};
-  for_each_type(dy.scalar_type(), [&](auto dy_type) {
+void grad_of_deltas(const Device& device, const std::vector<Delta>& deltas, const Tensor& xs, float scale) {
+  for_each_type(deltas.front().dy.scalar_type(), [&](auto dy_type) {
     for_each_type(xs.scalar_type(), [&](auto xs_type) {
-      const int most = most_ranks(device);
+      const int64_t k = deltas.front().A.size(0), most = most_ranks(device);
       for (int64_t i = 0; i < k; i += most) {
-        const int ranks = static_cast<int>(std::min<int64_t>(most, k - i));
+        const int ranks = static_cast<int>(std::min(most, k - i));
         for_rank_blocks(ranks, [&](auto blocks) {
-          grad_of_ranks<decltype(dy_type), decltype(xs_type)>(device, blocks, gradients, i, ranks);
+          grad_of_ranks<decltype(dy_type), decltype(xs_type)>(device, blocks, deltas, xs, scale, i, ranks);
         });
       }
     });
   });
-  return {dA, dB};
+}
+
+bool share_launches(const Delta& a, const Delta& b) {
+  return a.dy.scalar_type() == b.dy.scalar_type() && a.A.size(0) == b.A.size(0);
+}
+
+std::vector<Delta> checked_deltas(const char* op, const std::vector<Tensor>& dy, const Tensor& xs,
+                                  const std::vector<Tensor>& A, const std::vector<Tensor>& B) {
+  std::vector<Delta> deltas;
+  for (size_t i = 0; i < dy.size(); ++i) {
+    expect_matrix(op, "dy", dy[i], -1, -1);
+    expect_matrix(op, "xs", xs, dy[i].size(0), -1);
+    expect_delta(op, A[i], B[i], xs.size(1), dy[i].size(1));
+    const Device device(op, {{"dy", dy[i]}, {"xs", xs}, {"A", A[i]}, {"B", B[i]}});
+    const int64_t k = A[i].size(0);
+    deltas.push_back({dy[i], A[i], B[i], floats(A[i], k, xs.size(1)), floats(B[i], dy[i].size(1), k)});
+  }
+  return deltas;
+}
+
+using Gradients = std::tuple<std::vector<Tensor>, std::vector<Tensor>>;
+
+Gradients column_grad_all(std::vector<Tensor> dy, const Tensor& xs, std::vector<Tensor> A, std::vector<Tensor> B,
+                          double scale) {
+  const char* op = "column_grad_all";
+  expect_lists(op, dy.size(), {A.size(), B.size()});
+  const std::vector<Delta> deltas = checked_deltas(op, dy, xs, A, B);
+  const Device device(op, {{"xs", xs}});
+  Gradients gradients;
+  std::vector<Delta> together;
+  for (const Delta& delta : deltas) {
+    if (!together.empty() && (together.size() == kMostMatrices || !share_launches(together.front(), delta))) {
+      grad_of_deltas(device, together, xs, static_cast<float>(scale));
+      together.clear();
+    }
+    together.push_back(delta);
+    std::get<0>(gradients).push_back(delta.dA);
+    std::get<1>(gradients).push_back(delta.dB);
+  }
+  if (!together.empty()) grad_of_deltas(device, together, xs, static_cast<float>(scale));
+  return gradients;
+}
+
+std::tuple<Tensor, Tensor> column_grad(const Tensor& dy, const Tensor& xs, const Tensor& A, const Tensor& B,
+                                       double scale) {
+  const std::vector<Delta> one = checked_deltas("column_grad", {dy}, xs, {A}, {B});
+  grad_of_deltas(Device("column_grad", {{"xs", xs}}), one, xs, static_cast<float>(scale));
+  return {one.front().dA, one.front().dB};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(rbfast, CUDA, m) { m.impl("column_grad", TORCH_BOX(&column_grad)); }
+STABLE_TORCH_LIBRARY_IMPL(rbfast, CUDA, m) {
+  m.impl("column_grad", TORCH_BOX(&column_grad));
+  m.impl("column_grad_all", TORCH_BOX(&column_grad_all));
+}
 
 }  // namespace rbfast

@@ -2,14 +2,17 @@
 // the delta.
 #pragma once
 
+#include <vector>
+
 #include "cuda/tensor_core.cuh"
 
 namespace rbfast {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kTokens = 32;     // per tile: twice the rows of a product
-constexpr int kSlice = 16;      // features, or tokens, of one product
-constexpr int kMostRanks = 32;  // per launch; ranks come in blocks of 8
+constexpr int kTokens = 32;       // per tile: twice the rows of a product
+constexpr int kSlice = 16;        // features, or tokens, of one product
+constexpr int kMostRanks = 32;    // per launch; ranks come in blocks of 8
+constexpr int kMostMatrices = 4;  // per launch: those that share an input, such as q, k and v
 
 using Floats = Pack<float, 4>;   // a lane's part of a product [16, 8]
 using Pair = Pack<uint32_t, 2>;  // a lane's part of an operand [16, 8], of one piece
@@ -36,10 +39,11 @@ inline __device__ Floats operator+(Floats a, const Floats& b) {
 // x [tokens, n]
 template <typename T>
 struct Matrix {
-  const T* x;
-  int64_t row, column, tokens, n;
-  bool aligned;  // rows are dense and start at multiples of 16 bytes
+  const T* x = nullptr;
+  int64_t row = 0, column = 0, tokens = 0, n = 0;
+  bool aligned = false;  // rows are dense and start at multiples of 16 bytes
 
+  Matrix() = default;
   explicit Matrix(const Tensor& from)
       : x(data<T>(from)),
         row(from.stride(0)),
@@ -65,11 +69,12 @@ __device__ inline Pack<T, count> read(const Matrix<T>& m, int64_t t, int64_t v) 
 
 // Up to kMostRanks ranks of A or B: m[i * rank + v * feature]
 struct Factor {
-  const float* m;
-  int64_t rank, feature;
-  int k;
-  bool aligned;  // the features of a rank are dense and start at multiples of 16 bytes
+  const float* m = nullptr;
+  int64_t rank = 0, feature = 0;
+  int k = 0;
+  bool aligned = false;  // the features of a rank are dense and start at multiples of 16 bytes
 
+  Factor() = default;
   Factor(const Tensor& from, int64_t rank, int64_t feature, int64_t first, int k)
       : m(data<float>(from) + first * rank),
         rank(rank),
@@ -119,15 +124,23 @@ __device__ inline void write_operand(Pair* to, int pieces, const float (&upper)[
 // pieces, lanes].
 struct Operands {
   Factor m;
-  int64_t n;
-  Pair* to;
-  int pieces;
+  int64_t n = 0;
+  Pair* to = nullptr;
+  int pieces = 0;
 
   __host__ __device__ int64_t slices() const { return (n + kSlice - 1) / kSlice; }
 };
 
-// H for up to kMostRanks ranks, by column_project.cu. The same launch splits `also`, a factor of as many ranks.
-void project(const Device& device, const Tensor& x, const Factor& m, const Hidden& to, const Operands* also = nullptr);
+// H for up to kMostRanks ranks of a factor, and where it goes. The same launch splits `also`, a factor of as many
+// ranks.
+struct Projection {
+  Factor m;
+  Hidden to;
+  Operands also;
+};
+
+// H of x for each of up to kMostMatrices factors of as many ranks, in one launch, by column_project.cu.
+void project(const Device& device, const Tensor& x, const std::vector<Projection>& each);
 // H [tokens, k] for all ranks of m [k, n], m[i * rank + v * feature], as plain floats.
 Tensor project_all(const Device& device, const Tensor& x, const Tensor& m, int64_t k, int64_t rank, int64_t feature);
 

@@ -1,10 +1,11 @@
 // H = x m^T on a GPU, where x [tokens, n] are activations and m [k, n] is a factor of the delta, fp32.
 //
-// Traffic: for every 32 ranks x is read once, m once per block, and H is written once, as floats or as bf16 pieces.
+// Traffic: for every 32 ranks of a factor x is read once, m once per block, and H is written once, as floats or as bf16
+// pieces. Factors that share x share a launch, and then find x in the level-2 cache.
 //
-// A block takes 32 tokens. Its warps split the features and add up their results in shared memory, in order of the
-// warps. A lane reads 8 values of a row at once: any order of features within a product will do, as long as x and m
-// agree. m is split into three bf16 pieces, so H is as exact as fp32 sums are.
+// A block takes 32 tokens and one factor. Its warps split the features and add up their results in shared memory, in
+// order of the warps. A lane reads 8 values of a row at once: any order of features within a product will do, as long
+// as x and m agree. m is split into three bf16 pieces, so H is as exact as fp32 sums are.
 #include <algorithm>
 
 #include "cuda/column_products.cuh"
@@ -71,10 +72,15 @@ __device__ inline void split_factor(const Operands& from, int warps) {
   }
 }
 
+struct Projections {
+  Projection each[kMostMatrices];
+};
+
 // While some warps of a block add up H, the others split its share of `also`. Blocks beyond the last tile only do that.
 template <typename T, int kN>
 __global__ void __launch_bounds__(kProjectWarps<T, kN>* kWarp, 1)
-    project_tile(const Matrix<T> x, const Factor m, const Hidden to, const Operands also) {
+    project_tile(const Matrix<T> x, const __grid_constant__ Projections all) {
+  const auto& [m, to, also] = all.each[blockIdx.y];
   constexpr int kParts = kTokens / kSlice, kRow = 8 * kN + 1;
   RBFAST_SHARED_MEMORY(memory);
   Floats* parts = reinterpret_cast<Floats*>(memory);  // [warps, kParts, kN, lanes]
@@ -146,24 +152,27 @@ __global__ void __launch_bounds__(kProjectWarps<T, kN>* kWarp, 1)
 }
 
 template <typename T, int kN>
-void launch(const Device& device, RankBlocks<kN>, const Matrix<T>& x, const Factor& m, const Hidden& to,
-            const Operands& also) {
+void launch(const Device& device, RankBlocks<kN>, const Matrix<T>& x, const std::vector<Projection>& each) {
   constexpr size_t kParts = kProjectWarps<T, kN> * kTokens / kSlice * kN * kWarp * sizeof(Floats);
   constexpr size_t kShared = kParts + kTokens * (8 * kN + 1) * sizeof(float);
   if (kShared > 48 << 10)  // beyond 48 KB a kernel must opt in
     once(device.index(), [&] { return device.allow_shared_memory(project_tile<T, kN>), true; });
-  const int64_t blocks = std::max(ceil_div(x.tokens, kTokens), ceil_div(also.slices(), kProjectWarps<T, kN>));
-  device.launch({blocks, 1, kProjectWarps<T, kN> * kWarp, 1, kShared}, project_tile<T, kN>, x, m, to, also);
+  Projections all;
+  int64_t blocks = ceil_div(x.tokens, kTokens);
+  for (size_t i = 0; i < each.size(); ++i) {
+    all.each[i] = each[i];
+    blocks = std::max(blocks, ceil_div(each[i].also.slices(), kProjectWarps<T, kN>));
+  }
+  const int64_t matrices = static_cast<int64_t>(each.size());
+  device.launch({blocks, matrices, kProjectWarps<T, kN> * kWarp, 1, kShared}, project_tile<T, kN>, x, all);
 }
 
 }  // namespace
 
-void project(const Device& device, const Tensor& x, const Factor& m, const Hidden& to, const Operands* also) {
+void project(const Device& device, const Tensor& x, const std::vector<Projection>& each) {
   for_each_type(x.scalar_type(), [&](auto type) {
     const Matrix<decltype(type)> matrix(x);
-    for_rank_blocks(m.k, [&](auto blocks) {
-      launch(device, blocks, matrix, m, to, also != nullptr ? *also : Operands{m, 0, nullptr, 0});
-    });
+    for_rank_blocks(each.front().m.k, [&](auto blocks) { launch(device, blocks, matrix, each); });
   });
 }
 
@@ -171,7 +180,7 @@ Tensor project_all(const Device& device, const Tensor& x, const Tensor& m, int64
   const Tensor hidden = floats(x, x.size(0), k);
   for (int64_t i = 0; i < k; i += kMostRanks) {
     const int ranks = static_cast<int>(std::min<int64_t>(kMostRanks, k - i));
-    project(device, x, Factor(m, rank, feature, i, ranks), {nullptr, 0, mutable_data<float>(hidden) + i, k});
+    project(device, x, {{Factor(m, rank, feature, i, ranks), {nullptr, 0, mutable_data<float>(hidden) + i, k}, {}}});
   }
   return hidden;
 }

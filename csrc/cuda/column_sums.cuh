@@ -10,15 +10,15 @@ namespace rbfast {
 namespace {
 
 // The parts of dH, [strips, tiles, 2, blocks of ranks, lanes], and where dH goes: as operands of products with tiles of
-// xs, [tiles, 2, blocks of ranks, pieces, lanes].
+// xs, [matrices, tiles, 2, blocks of ranks, pieces, lanes].
 struct Dots {
   Floats* parts = nullptr;
   Pair* hidden = nullptr;
   int pieces = 0;
 };
 
-// How all blocks share the list of units, strip by strip, and the parts [blocks + strips, slices of a strip, blocks of
-// ranks, lanes] of x^T w that they write: part b + q belongs to block b and strip q alone.
+// How all blocks share the list of units, strip by strip of all matrices, and the parts [blocks + strips, slices of a
+// strip, blocks of ranks, lanes] of x^T w that they write: part b + q belongs to block b and strip q alone.
 struct Shares {
   int strips, tiles, blocks;
   int each, more;  // units per block; the first `more` blocks have one more
@@ -44,24 +44,16 @@ constexpr int kSweepWarps = 4, kSweepThreads = kSweepWarps * kWarp;
 // How many warps share a sum of this many parts: one warp has at most 16 loads in flight.
 __host__ __device__ inline int warps_for(int parts) { return parts > 16 ? kSweepWarps : 1; }
 
-// to[v * feature + i * rank] = scale * the sum over the blocks that had v's strip, shared by `warps` warps.
+// to[v * feature + i * rank] = scale * the sum over the blocks that had v's strip
 struct Sum {
-  float* to;
-  int64_t feature, rank;
-  int k, warps;
-  float scale;
-
-  Sum(const Shares& shares, float* to, int64_t feature, int64_t rank, int k, float scale)
-      : to(to),
-        feature(feature),
-        rank(rank),
-        k(k),
-        warps(warps_for(shares.blocks / std::max(1, shares.strips))),
-        scale(scale) {}
+  float* to = nullptr;
+  int64_t feature = 0, rank = 0;
+  int k = 0;
+  float scale = 0;
 };
 
 // Shared memory for the sums of a block's warps. There are two: the first warp of a sum may read one while the others
-// already write to the other.
+// already write to the other. That holds for the sums of one matrix, those of dH first.
 struct SumStorage {
   static constexpr int kRow = 9;
   Floats parts[kSweepThreads];
@@ -91,7 +83,7 @@ __device__ inline Floats sum_of_parts(const Floats* parts, int64_t step, int beg
   return sum;
 }
 
-// Every `warps` warps add up dH for 16 tokens by 8 ranks, one of `all` such tiles.
+// Every `warps` warps add up dH for 16 tokens by 8 ranks, one of `all` such tiles of a matrix. dots: of this matrix.
 __device__ inline void sum_dots(const Dots& dots, int strips, int index, int all, int warps, SumStorage& storage) {
   constexpr int kRow = SumStorage::kRow;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, c = lane % 4;
@@ -108,41 +100,24 @@ __device__ inline void sum_dots(const Dots& dots, int strips, int index, int all
                 {total[(2 * c + 8) * kRow + g], total[(2 * c + 9) * kRow + g]});
 }
 
-// Every s.warps warps add up x^T w for 16 features by 8 ranks.
+// Every `warps` warps add up x^T w for 16 features by 8 ranks. first, n: the matrix's first strip, and its features.
 template <int kRanks, int kStrip>
-__device__ inline void sum_outer(const Sum& s, const Shares& shares, int n, int index, SumStorage& storage) {
+__device__ inline void sum_outer(const Sum& s, const Shares& shares, int first, int n, int index, int warps,
+                                 SumStorage& storage) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int tile = index * (kSweepWarps / s.warps) + warp / s.warps;
-  const int slice = tile / kRanks, j = tile % kRanks, strip = slice / kStrip;
+  const int tile = index * (kSweepWarps / warps) + warp / warps;
+  const int slice = tile / kRanks, j = tile % kRanks, strip = first + slice / kStrip;
   const bool is_inside = shares.tiles > 0 && slice * kSlice < n;
   const int begin = is_inside ? shares.block_of(strip * shares.tiles) : 0;
   const int end = is_inside ? shares.block_of((strip + 1) * shares.tiles - 1) + 1 : 0;
   constexpr int kStep = kStrip * kRanks * kWarp;  // from block to block
   const Floats* parts = shares.parts + strip * int64_t{kStep} + (slice % kStrip * kRanks + j) * kWarp;
-  const Floats sum = sum_of_parts(parts, kStep, begin, end, s.warps, storage.parts);
-  if (warp % s.warps > 0) return;
+  const Floats sum = sum_of_parts(parts, kStep, begin, end, warps, storage.parts);
+  if (warp % warps > 0) return;
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
     const int v = slice * kSlice + lane / 4 + e / 2 * 8, i = 8 * j + lane % 4 * 2 + e % 2;
     if (v < n && i < s.k) s.to[v * s.feature + i * s.rank] = s.scale * sum.value[e];
-  }
-}
-
-// All sums of a sweep, by all blocks of the grid, after every part is written. `memory` is shared memory.
-template <int kRanks, int kStrip, bool kDot>
-__device__ inline void sum_all(const Sum& sum, const Dots& dots, const Shares& shares, int n, char* memory) {
-  const int of_dots = kDot ? shares.tiles * (kTokens / kSlice) * kRanks : 0;
-  const int warps = warps_for(shares.strips), at_once = kSweepWarps / warps;
-  const int rounds = (of_dots + at_once - 1) / at_once;
-  const int all = rounds + ((n + kSlice - 1) / kSlice * kRanks * sum.warps + kSweepWarps - 1) / kSweepWarps;
-  SumStorage* storage = reinterpret_cast<SumStorage*>(memory);
-  int buffer = 0;
-#pragma unroll 1
-  for (int i = blockIdx.x; i < all; i += gridDim.x, buffer ^= 1) {
-    if (kDot && i < rounds)
-      sum_dots(dots, shares.strips, i, of_dots, warps, storage[buffer]);
-    else
-      sum_outer<kRanks, kStrip>(sum, shares, n, i - rounds, storage[buffer]);
   }
 }
 

@@ -1,5 +1,5 @@
 // The main kernel of `column_grad`: one pass over a matrix x gives x^T w (`outer`) and, with kDot, x m (`dot`) too:
-// both for dy, the first one for xs. See column_grad.cu.
+// both for dy, the first one for xs. A launch takes up to kMostMatrices of as many tokens. See column_grad.cu.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -73,19 +73,35 @@ struct Tile {
   }
 };
 
+// One of the matrices of a sweep.
 template <typename T>
-struct Sweep {
+struct Swept {
   Matrix<T> x;
-  Shares shares;
-  int stages;          // tiles in shared memory: one is computed on, the others are being copied
-  const Pair* hidden;  // w, as operands: H or dH
-  Sum sum;             // dB or dA
-  // with both products:
-  const Pair* m;  // B, as operands
-  Dots dots;
+  Sum sum;                // dB or dA
+  int first = INT32_MAX;  // its first strip in the list of all matrices' strips
 };
 
-// A strip of features and a tile of tokens.
+// Matrices of as many tokens and ranks, and their factors.
+template <typename T>
+struct Sweep {
+  Shares shares;
+  int stages;          // tiles in shared memory: one is computed on, the others are being copied
+  const Pair* hidden;  // w, as operands: H or dH, [matrices, tiles, ..]
+  // with both products:
+  const Pair* m = nullptr;  // B, as operands, [strips, slices of a strip, ..]
+  Dots dots = {};
+  Swept<T> each[kMostMatrices];
+
+  // The matrix that has a strip.
+  __device__ int matrix_of(int strip) const {
+    int i = 0;
+#pragma unroll
+    for (int other = 1; other < kMostMatrices; ++other) i += strip >= each[other].first;
+    return i;
+  }
+};
+
+// A strip of features, in the list of all matrices' strips, and a tile of tokens.
 struct Unit {
   int strip, tile;
 };
@@ -98,7 +114,7 @@ constexpr int kStageBytes = Tile<T, kDot>::kBytes + kHiddenPairs<T, kN> * sizeof
 template <int kN, bool kDot>
 constexpr int kScratchBytes = kDot ? 2 * kSweepWarps * kTokens / kSlice * kN * kWarp * sizeof(Floats) : 0;
 
-// Starts to copy a unit's tile of x. A thread copies the same features of every kRows-th row, so only kPlaces different
+// Starts to copy a tile of x. A thread copies the same features of every kRows-th row, so only kPlaces different
 // swizzles occur.
 template <typename Tile, typename T>
 __device__ void copy_tile(const Matrix<T>& x, Unit unit, T* values) {
@@ -108,10 +124,10 @@ __device__ void copy_tile(const Matrix<T>& x, Unit unit, T* values) {
   const int64_t feature = unit.strip * int64_t{Tile::kWidth} + v, left = x.n - feature;
   const int64_t first = unit.tile * int64_t{kTokens}, t = first + row;
   const T* from = x.x + t * x.row + feature;
-  T* to[kPlaces];
-#pragma unroll
-  for (int i = 0; i < kPlaces; ++i) to[i] = Tile{values}.at(row + i * kRows, v);
   if (x.aligned && first + kTokens <= x.tokens && left >= Tile::kChunk) {
+    T* to[kPlaces];
+#pragma unroll
+    for (int i = 0; i < kPlaces; ++i) to[i] = Tile{values}.at(row + i * kRows, v);
 #pragma unroll
     for (int i = 0; i < kTokens / kRows; ++i, from += kRows * x.row)
       copy_async(to[i % kPlaces] + i / kPlaces * 8 * Tile::kWidth, from, 16);
@@ -119,30 +135,28 @@ __device__ void copy_tile(const Matrix<T>& x, Unit unit, T* values) {
   }
   const int valid = left < 0 ? 0 : left < Tile::kChunk ? static_cast<int>(left) : Tile::kChunk;
 #pragma unroll 1
-  for (int i = 0; i < kTokens; i += 8)
-#pragma unroll
-    for (int j = 0; j < kPlaces; ++j, from += kRows * x.row) {
-      const int64_t at = t + i + j * kRows;
-      T* chunk = to[j] + i * Tile::kWidth;
-      if (x.aligned) {
-        const bool is_inside = at < x.tokens && valid > 0;
-        copy_async(chunk, is_inside ? from : x.x, is_inside ? valid * sizeof(T) : 0);
-      } else {
-        *reinterpret_cast<Pack<T, Tile::kChunk>*>(chunk) = read<Tile::kChunk>(x, at, feature);
-      }
+  for (int i = 0; i < kTokens; i += kRows, from += kRows * x.row) {
+    T* chunk = Tile{values}.at(row + i, v);
+    if (x.aligned) {
+      const bool is_inside = t + i < x.tokens && valid > 0;
+      copy_async(chunk, is_inside ? from : x.x, is_inside ? valid * sizeof(T) : 0);
+    } else {
+      *reinterpret_cast<Pack<T, Tile::kChunk>*>(chunk) = read<Tile::kChunk>(x, t + i, feature);
     }
+  }
 }
 
 // Starts to copy a unit's tile of x and its part of w.
 template <typename T, int kN, bool kDot>
 __device__ void start_copies(const Sweep<T>& s, Unit unit, char* stage) {
   using Tile = Tile<T, kDot>;
-  copy_tile<Tile>(s.x, unit, reinterpret_cast<T*>(stage));
+  const int i = s.matrix_of(unit.strip);
   constexpr int kPairs = kHiddenPairs<T, kN>;
-  const Pair* from = s.hidden + unit.tile * int64_t{kPairs};
+  const Pair* from = s.hidden + (int64_t{i} * s.shares.tiles + unit.tile) * kPairs;
   Pair* to = reinterpret_cast<Pair*>(stage + Tile::kBytes);
 #pragma unroll
   for (int i = 2 * threadIdx.x; i < kPairs; i += 2 * kSweepThreads) copy_async(to + i, from + i, 16);
+  copy_tile<Tile>(s.each[i].x, {unit.strip - s.each[i].first, unit.tile}, reinterpret_cast<T*>(stage));
 }
 
 __device__ inline void wait_for_stage(int stages) {
@@ -154,8 +168,38 @@ __device__ inline void wait_for_stage(int stages) {
     wait_for_copies<0>();
 }
 
+// Adds up all parts, by all blocks of the grid, after every part is written. `memory` is shared memory.
+template <typename T, int kRanks, bool kDot>
+__device__ inline void sum_all(const Sweep<T>& s, char* memory) {
+  constexpr int kStrip = Tile<T, kDot>::kStrip;
+  const Shares& shares = s.shares;
+  const int of_dots = kDot ? shares.tiles * (kTokens / kSlice) * kRanks : 0;  // of a matrix
+  const int outer_warps = warps_for(shares.blocks / (shares.strips > 0 ? shares.strips : 1));
+  SumStorage* storage = reinterpret_cast<SumStorage*>(memory);
+  int buffer = 0, job = blockIdx.x;
+#pragma unroll 1
+  for (int i = 0; i < kMostMatrices && s.each[i].first != INT32_MAX; ++i) {
+    const int first = s.each[i].first, n = static_cast<int>(s.each[i].x.n);
+    const int strips = (n + kStrip * kSlice - 1) / (kStrip * kSlice), warps = warps_for(strips);
+    const int at_once = kSweepWarps / warps, rounds = (of_dots + at_once - 1) / at_once;
+    const int slices = (n + kSlice - 1) / kSlice;
+    const int all = rounds + (slices * kRanks * outer_warps + kSweepWarps - 1) / kSweepWarps;
+    const Dots dots{s.dots.parts + first * int64_t{of_dots} * kWarp,
+                    s.dots.hidden + i * int64_t{of_dots} * s.dots.pieces * kWarp, s.dots.pieces};
+#pragma unroll 1
+    for (; job < all; job += gridDim.x, buffer ^= 1) {
+      if (kDot && job < rounds)
+        sum_dots(dots, strips, job, of_dots, warps, storage[buffer]);
+      else
+        sum_outer<kRanks, kStrip>(s.each[i].sum, shares, first, n, job - rounds, outer_warps, storage[buffer]);
+    }
+    job -= all;
+    __syncthreads();  // the two storages are free, whichever of the sums used them
+  }
+}
+
 template <typename T, int kN, bool kDot>
-__global__ void __launch_bounds__(kSweepThreads, kBlocks<T, kN, kDot>) sweep(const Sweep<T> s) {
+__global__ void __launch_bounds__(kSweepThreads, kBlocks<T, kN, kDot>) sweep(const __grid_constant__ Sweep<T> s) {
   using Tile = Tile<T, kDot>;
   constexpr int kOwn = kSlices<T, kDot>, kParts = kTokens / kSlice, kPartner = kPartners<T>;
   constexpr int kStage = kStageBytes<T, kN, kDot>;
@@ -163,13 +207,20 @@ __global__ void __launch_bounds__(kSweepThreads, kBlocks<T, kN, kDot>) sweep(con
   char* scratch = memory + s.stages * kStage;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, tiles = s.shares.tiles;
   const int begin = s.shares.first_of(blockIdx.x), count = s.shares.first_of(blockIdx.x + 1) - begin;
-  const auto unit_at = [&](int i) { return Unit{(begin + i) / tiles, (begin + i) % tiles}; };
+  const auto unit_at = [&](int i) {
+    const unsigned at = begin + i, each = tiles;
+    return Unit{static_cast<int>(at / each), static_cast<int>(at % each)};
+  };
   float outer[kOwn][kN][4];
   uint32_t m[kDot ? kOwn : 1][kN][kPartner][2];
-  int strip = -1;  // the strip of features that this block works on
-  int left = 0;    // features from the strip's first one on
+  // Features of its matrix from a strip's first one on.
+  const auto left_of = [&](int strip) {
+    const int i = s.matrix_of(strip);
+    return static_cast<int>(s.each[i].x.n) - (strip - s.each[i].first) * Tile::kWidth;
+  };
 
-  const auto store_outer = [&] {
+  const auto store_outer = [&](int strip) {
+    const int left = left_of(strip);
 #pragma unroll
     for (int f = 0; f < kOwn; ++f) {
       const int slice = f * kSweepWarps + warp;
@@ -191,9 +242,8 @@ __global__ void __launch_bounds__(kSweepThreads, kBlocks<T, kN, kDot>) sweep(con
       write_floats(to + l, sum.value);
     }
   };
-  const auto start_strip = [&](int next) {
-    strip = next;
-    left = static_cast<int>(s.x.n) - strip * Tile::kWidth;
+  const auto start_strip = [&](int strip) {
+    const int left = left_of(strip);
 #pragma unroll
     for (int f = 0; f < kOwn; ++f) {
       const int slice = f * kSweepWarps + warp;
@@ -217,17 +267,18 @@ __global__ void __launch_bounds__(kSweepThreads, kBlocks<T, kN, kDot>) sweep(con
     if (i < count) start_copies<T, kN, kDot>(s, unit_at(i), memory + i * kStage);
     commit_copies();
   }
-  int now = 0, next = s.stages - 1;
+  int now = 0;
   for (int i = 0; i < count; ++i) {
     wait_for_stage(s.stages);
     __syncthreads();  // the tile and the previous unit's dots are there, and no thread reads that unit's tile
-    if (i + s.stages - 1 < count) start_copies<T, kN, kDot>(s, unit_at(i + s.stages - 1), memory + next * kStage);
+    const int free = now > 0 ? now - 1 : s.stages - 1;
+    if (i + s.stages - 1 < count) start_copies<T, kN, kDot>(s, unit_at(i + s.stages - 1), memory + free * kStage);
     commit_copies();
     if constexpr (kDot)
       if (i > 0) store_dot(unit_at(i - 1), (i - 1) % 2);
-    if (const int of = unit_at(i).strip; of != strip) {
-      if (strip >= 0) store_outer();
-      start_strip(of);
+    if (const Unit unit = unit_at(i); i == 0 || unit.tile == 0) {
+      if (i > 0) store_outer(unit.strip - 1);
+      start_strip(unit.strip);
     }
     const Tile tile{reinterpret_cast<T*>(memory + now * kStage)};
     const Pair* pairs = reinterpret_cast<const Pair*>(memory + now * kStage + Tile::kBytes) + lane;
@@ -265,15 +316,14 @@ __global__ void __launch_bounds__(kSweepThreads, kBlocks<T, kN, kDot>) sweep(con
       }
     }
     now = now + 1 < s.stages ? now + 1 : 0;
-    next = next + 1 < s.stages ? next + 1 : 0;
   }
-  store_outer();
+  if (count > 0) store_outer(unit_at(count - 1).strip);
   if constexpr (kDot) {
     __syncthreads();
     if (count > 0) store_dot(unit_at(count - 1), (count - 1) % 2);
   }
   cooperative_groups::this_grid().sync();  // every block's parts are written, and shared memory is free
-  sum_all<kN, Tile::kStrip, kDot>(s.sum, s.dots, s.shares, static_cast<int>(s.x.n), memory);
+  sum_all<T, kN, kDot>(s, memory);
 }
 
 }  // namespace

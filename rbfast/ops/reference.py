@@ -25,6 +25,17 @@ def column_grad(dy: Tensor, xs: Tensor, A: Tensor, B: Tensor, scale: float) -> t
     return dA, dB
 
 
+def column_grad_all(
+    dy: Sequence[Tensor], xs: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], scale: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """column_grad for many matrices that share xs: lists of dA and of dB.
+
+    Calls column_grad for each matrix, in whichever implementation that has. A native kernel saves those calls.
+    """
+    results = [torch.ops.rbfast.column_grad(*one, scale) for one in zip(dy, [xs] * len(dy), A, B, strict=True)]
+    return [dA for dA, _ in results], [dB for _, dB in results]
+
+
 def column_linear_(y: Tensor, xs: Tensor, A: Tensor, B: Tensor, scale: float) -> None:
     """Adds the delta beside the weight: y [T, out] += scale * (xs A^T) B^T."""
     y.copy_(wide(y) + scale * (wide(xs) @ wide(A).T) @ wide(B).T)

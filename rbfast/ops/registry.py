@@ -9,7 +9,7 @@ import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ _LIBRARY = torch.library.Library("rbfast", "DEF")
 _SCHEMAS = {
     "column_gather": "(Tensor x, Tensor cols, int run=1) -> Tensor",
     "column_grad": "(Tensor dy, Tensor xs, Tensor A, Tensor B, float scale) -> (Tensor, Tensor)",
+    "column_grad_all": "(Tensor[] dy, Tensor xs, Tensor[] A, Tensor[] B, float scale) -> (Tensor[], Tensor[])",
     "column_linear_": "(Tensor(a!) y, Tensor xs, Tensor A, Tensor B, float scale) -> ()",
     "column_scatter_": "(Tensor(a!) dx, Tensor dy, Tensor cols, Tensor A, Tensor B, float scale, int run=1) -> ()",
     "column_fold_": "(Tensor(a!) weight, Tensor base_columns, Tensor cols, Tensor A, Tensor B, float scale, "
@@ -63,6 +64,7 @@ _TRITON_MODULES = {
     "divergence_rows_": "divergence_rows",
     "scaled_": "scale",
 }
+_OF_LISTS = {"column_grad_all": "column_grad", "column_fold_all_": "column_fold_"}  # for many matrices: the plain op
 _PRODUCTS = ("head_forward_", "head_backward_", "head_grad_")  # on CUDA torch's own GEMMs, which are fast enough
 
 
@@ -119,6 +121,7 @@ if not torch.version.hip:
 # The overloads themselves: a call through the packet looks up the overload every time.
 column_gather = torch.ops.rbfast.column_gather.default
 column_grad = torch.ops.rbfast.column_grad.default
+column_grad_all = torch.ops.rbfast.column_grad_all.default
 column_linear_ = torch.ops.rbfast.column_linear_.default
 column_scatter_ = torch.ops.rbfast.column_scatter_.default
 column_fold_ = torch.ops.rbfast.column_fold_.default
@@ -144,6 +147,13 @@ def _(x: Tensor, cols: Tensor, run: int = 1) -> Tensor:
 @torch.library.register_fake("rbfast::column_grad", lib=_LIBRARY)
 def _(dy: Tensor, xs: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return A.new_empty(A.shape), B.new_empty(B.shape)
+
+
+@torch.library.register_fake("rbfast::column_grad_all", lib=_LIBRARY)
+def _(
+    dy: list[Tensor], xs: Tensor, A: list[Tensor], B: list[Tensor], scale: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    return [x.new_empty(x.shape) for x in A], [x.new_empty(x.shape) for x in B]
 
 
 @torch.library.register_fake("rbfast::grouped_linear", lib=_LIBRARY)
@@ -224,6 +234,46 @@ class _ColumnTap(torch.autograd.Function):
         return dy, None, dA, dB, None, None
 
 
+class _SharedTap(torch.autograd.Function):
+    """See `column_tap_shared`. factors: A of every matrix, then B of every matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, xs: Tensor, scale: float, *factors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(xs, *factors)
+        ctx.scale, ctx.is_spent = scale, False
+        leading, no_strides = y.shape[:-1], (0,) * y.dim()
+        others = factors[len(factors) // 2 + 1 :]
+        return y.detach(), *(xs.new_empty_strided((*leading, len(B)), no_strides) for B in others)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.is_spent = True
+        xs, *factors = ctx.saved_tensors
+        count = len(dys)
+        at = [i for i, dy in enumerate(dys) if dy is not None]
+        rows = [dy.reshape(-1, dy.shape[-1]) for dy in dys if dy is not None]
+        results = column_grad_all(rows, xs, [factors[i] for i in at], [factors[count + i] for i in at], ctx.scale)
+        grads: list[Tensor | None] = [None] * (2 * count)
+        for i, dA, dB in zip(at, *results, strict=True):
+            grads[i], grads[count + i] = dA, dB
+        return dys[0], None, None, *grads
+
+
+class _TapInto(torch.autograd.Function):
+    """See `column_tap_into`."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, sink: Tensor) -> Tensor:
+        return y.detach()
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        return dy, dy
+
+
 class _ColumnSide(torch.autograd.Function):
     """y [..., out] + scale * (xs A^T) B^T, where xs [T, s] are the columns `cols` of x [..., in], in runs of `run`.
     Stacks of experts as in `_ColumnTap`."""
@@ -295,6 +345,8 @@ def run_of(cols: Tensor, in_features: int) -> int:
 # `Function.apply` searches the arguments for tensors of dead functorch transforms and checks for setup_context, which
 # takes longer than the op. Without an active transform, the method of its base class that it calls next is enough.
 _tap: Any = super(torch.autograd.Function, _ColumnTap).apply
+_shared_tap: Any = super(torch.autograd.Function, _SharedTap).apply
+_tap_into: Any = super(torch.autograd.Function, _TapInto).apply
 
 
 def column_tap(y: Tensor, xs: Tensor, A: Tensor, B: Tensor, scale: float, ends: Tensor | None = None) -> Tensor:
@@ -303,6 +355,28 @@ def column_tap(y: Tensor, xs: Tensor, A: Tensor, B: Tensor, scale: float, ends: 
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _ColumnTap.apply(y, xs, A, B, scale, ends)
     return _tap(y, xs, A, B, scale, ends)
+
+
+def column_tap_shared(
+    y: Tensor, xs: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], scale: float
+) -> tuple[Tensor, ...]:
+    """`column_tap` for matrices that share xs, given the output y [..., out] of the first one. Returns y, and for each
+    other matrix a sink [..., its out] for `column_tap_into`: a tensor without memory or values.
+
+    The backward runs once all gradients have arrived, and computes dA and dB of every matrix in one call. So those of
+    the outputs exist together: of q, k and v, or of gate and up, which do anyway.
+    """
+    return _shared_tap(y, xs, scale, *A, *B)
+
+
+def column_tap_into(y: Tensor, sink: Tensor) -> Tensor:
+    """The identity on y [..., out]. Its backward gives the gradient to the sink too."""
+    return _tap_into(y, sink)
+
+
+def is_spent(sink: Tensor) -> bool:
+    """Whether the backward behind a sink has run, so that it may not be able to run again."""
+    return sink.grad_fn.is_spent  # type: ignore[union-attr]
 
 
 column_side = _ColumnSide.apply
@@ -366,8 +440,8 @@ def _on_gpu(name: str) -> str:
         return "torch.nn.functional.grouped_mm"
     if name == "row_thresholds":
         return "reference (a filter saves a GPU nothing)"
-    if name == "column_fold_all_" and not _has_kernel(name, "CUDA"):
-        return _on_gpu("column_fold_")
+    if name in _OF_LISTS and not _has_kernel(name, "CUDA"):  # calls the plain op for each matrix
+        return _on_gpu(_OF_LISTS[name])
     if name in _IN_TRITON:
         return f"triton ({importlib.metadata.version('triton')})"
     if name.startswith("grouped_column_"):  # calls the plain op for each expert

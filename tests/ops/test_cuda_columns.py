@@ -16,9 +16,11 @@ from column_cases import (
     Delta,
     arguments,
     fold_all,
+    grad_all,
     make,
     run,
     scattered_in_memory,
+    sharing_xs,
 )
 from covering import covering
 from cuda_devices import Gpu, host, launches_on_host, real
@@ -72,16 +74,17 @@ def lost_below_bf16(name: str, d: Delta) -> tuple[Tensor | float, ...]:
     return tuple(2.0**-134 * d.scale * x.double().abs().sum(0) for x in (d.xs, d.dy[:, :, None]))
 
 
-def assert_within_budget(gpu: Gpu, name: str, d: Delta) -> None:
+def assert_within_budget(gpu: Gpu, name: str, d: Delta, results: tuple[Tensor, ...] | None = None) -> None:
     """At each element: at most the error of plain torch, half a step of the result's dtype, and one step of fp32
     of the sum of the terms' sizes; for column_grad of 16 bits two, as it sums twice, and what its cuts take: two in
-    dA = (dy B)^T xs, one in dB = dy^T H."""
+    dA = (dy B)^T xs, one in dB = dy^T H. results: what the op returned, if it ran already."""
     steps = [EPS32] * 2
-    if name == "column_grad" and d.dy.dtype != torch.float32:
-        steps = [cuts * CUT[d.dy.dtype] + 2 * EPS32 for cuts in (2, 1)]
+    if name == "column_grad" and (cut := (CUT.get(d.dy.dtype, 0.0), CUT.get(d.xs.dtype, 0.0))) != (0, 0):
+        steps = [sum(cut) + 2 * EPS32, cut[0] + 2 * EPS32]
     truths = run(name, d.map(Tensor.double), reference)
     sizes = run(name, d.map(lambda t: t.double().abs()), reference)
-    results, plains, lost = run_on(gpu, name, d), run(name, d, reference), lost_below_bf16(name, d)
+    results = run_on(gpu, name, d) if results is None else results
+    plains, lost = run(name, d, reference), lost_below_bf16(name, d)
     rows = zip(results, plains, truths, sizes, steps[: len(truths)], lost[: len(truths)], strict=True)
     for ours, plain, truth, size, step, below in rows:
         assert ours.dtype == plain.dtype and ours.shape == plain.shape
@@ -167,18 +170,58 @@ def test_aligned_or_not_the_bits_are_the_same(gpu: Gpu, dtype: torch.dtype) -> N
     assert_same(run_on(gpu, "column_grad", shifted), run_on(gpu, "column_grad", d))
 
 
+# Strips of one matrix beside those of others, of which a block may have several; a matrix without features; more
+# matrices than a launch takes.
+@covering(
+    2,
+    dtype=DTYPES,
+    outs=[(300, 40, 40), (1, 0, 520), (70, 1, 260, 8, 30), (20,)],
+    tokens=[1, 70, 400],
+    s=[17, 150],
+    k=[2, 23, 40],
+)
+def test_gradients_of_matrices_that_share_xs_are_within_budget(
+    gpu: Gpu, dtype: torch.dtype, outs: tuple[int, ...], tokens: int, s: int, k: int
+) -> None:
+    deltas = sharing_xs(outs, tokens, s, k, dtype)
+    there = [d.map(lambda t: t.to(gpu.device)) for d in deltas]
+    first = grad_all(there, gpu.ops)
+    for d, results in zip(deltas, first, strict=True):
+        assert_within_budget(gpu, "column_grad", d, tuple(result.cpu() for result in results))
+    for before, again in zip(first, grad_all(there, gpu.ops), strict=True):
+        assert_same(before, again)
+
+
+def test_matrices_that_share_xs_may_differ_in_all_else(gpu: Gpu) -> None:
+    """In ranks and dtypes, which do not share launches, and in layout."""
+    deltas = [
+        *sharing_xs((40, 30), 35, 17, 2, torch.bfloat16),
+        *sharing_xs((50,), 35, 17, 9, torch.bfloat16),
+        *sharing_xs((60, 20), 35, 17, 2, torch.float32),
+        *sharing_xs((4400, 40, 4100), 35, 17, 2, torch.bfloat16),  # more strips than one warp adds up, and fewer
+    ]
+    deltas[1] = deltas[1].map(scattered_in_memory)
+    deltas = [replace(d, xs=deltas[0].xs) for d in deltas]
+    for d, results in zip(deltas, grad_all([d.map(lambda t: t.to(gpu.device)) for d in deltas], gpu.ops), strict=True):
+        assert_within_budget(gpu, "column_grad", d, tuple(result.cpu() for result in results))
+    assert gpu.ops.column_grad_all([], deltas[0].xs.to(gpu.device), [], [], 1.0) == ([], [])
+    with pytest.raises(RuntimeError, match="column_grad_all: all lists must be of one length, got 1 and 0"):
+        gpu.ops.column_grad_all([deltas[0].dy.to(gpu.device)], deltas[0].xs.to(gpu.device), [], [], 1.0)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the profiler of a machine with a GPU follows no imitation")
-def test_a_gradient_takes_three_launches_and_three_allocations() -> None:
+@pytest.mark.parametrize("outs", ((300,), (300, 40, 40)))
+def test_gradients_take_three_launches_and_one_allocation_beside_the_results(outs: tuple[int, ...]) -> None:
     """The host takes longer over a small layer than the GPU does, so each counts."""
-    on_host, d = host("hopper"), make((70, 40, 300, 17, 8), torch.bfloat16)
+    on_host, deltas = host("hopper"), sharing_xs(outs, 70, 17, 8, torch.bfloat16)
     before = launches_on_host()
     with profile(profile_memory=True) as calls:
-        run("column_grad", d, on_host.ops)
+        grad_all(deltas, on_host.ops)
     assert launches_on_host() - before == 3
     assert calls.profiler is not None and calls.profiler.kineto_results is not None
     events = calls.profiler.kineto_results.events()
-    assert [e.name() for e in events if e.name() != "[memory]"] == ["rbfast_on_host::column_grad"]
-    assert sum(e.nbytes() > 0 for e in events) == 3  # dA, dB and a workspace
+    assert [e.name() for e in events if e.name() != "[memory]"] == ["rbfast_on_host::column_grad_all"]
+    assert sum(e.nbytes() > 0 for e in events) == 2 * len(outs) + 1  # dA and dB of each, and a workspace
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -79,6 +79,19 @@ def fold_all(deltas: Sequence[Delta], module: object = ops) -> list[Tensor]:
     return weights
 
 
+def sharing_xs(outs: Sequence[int], tokens: int, s: int, k: int, dtype: torch.dtype) -> list[Delta]:
+    """Deltas of matrices with so many output features, and one input."""
+    made = [make((tokens, s, out, s, k), dtype, seed=seed) for seed, out in enumerate(outs)]
+    return [replace(d, xs=made[0].xs) for d in made]
+
+
+def grad_all(deltas: Sequence[Delta], module: object = ops) -> list[tuple[Tensor, Tensor]]:
+    """dA and dB of each delta by column_grad_all; xs and the scale are the first delta's."""
+    dys, As, Bs = ([getattr(d, name) for d in deltas] for name in ("dy", "A", "B"))
+    op = module.column_grad_all  # type: ignore[attr-defined]
+    return list(zip(*op(dys, deltas[0].xs, As, Bs, deltas[0].scale), strict=True))
+
+
 IN_RUNS = ("column_gather", "column_scatter_", "column_fold_")
 RUNS = (2, 4, 8, 16)
 OPS = ("column_gather", "column_grad", "column_linear_", "column_scatter_", "column_fold_")

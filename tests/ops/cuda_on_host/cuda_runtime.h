@@ -28,6 +28,7 @@
 #define CUDA CPU  // the dispatch key: after the headers of torch, which have a word of that name
 
 #define __global__ static
+#define __grid_constant__
 #define __device__
 #define __host__
 #define __forceinline__ inline
