@@ -70,7 +70,7 @@ class ColumnDelta(nn.Module):
         self.watch: BypassWatch | None = None
         self._refused_load: tuple[str, Tensor] | None = None  # why a weight was not loaded, and the weight
         self._gather = gather
-        gather.members += 1
+        gather.members.append(self)
         self._hooks: list[RemovableHandle] = []
         self._load_hooks: list[RemovableHandle] = []
 
@@ -78,7 +78,7 @@ class ColumnDelta(nn.Module):
     def weight(self) -> Tensor:
         """The base's weight as a writable view [out, in], or [E, out, in] for experts. Reading it first moves the delta
         to the weight's device."""
-        self._follow_base()
+        self.follow_base()
         own, key = stored_weight(self.linear), self._view_key()
         if own is not None and key == self._view_cache[0]:
             return own.detach().mT if self._view_cache[1] else own.detach()
@@ -99,7 +99,7 @@ class ColumnDelta(nn.Module):
         forward = self.linear.__dict__.get("forward")
         return type(weight), weight.dtype, weight.shape, weight.is_meta, type(self.linear), forward
 
-    def _follow_base(self) -> None:
+    def follow_base(self) -> None:
         """Moves the delta to the base's device: model.to(device) does not reach it."""
         device = self._device()
         if device not in (self.factors[0].device, _META):
@@ -233,7 +233,7 @@ class ColumnDelta(nn.Module):
         if not self.enabled or torch.compiler.is_compiling():
             return
         if self._versions_at_forward != self._versions():
-            self._follow_base()
+            self.follow_base()
             self.fold_if_stale()
             self._versions_at_forward = self._versions()
         if self.watch is not None and torch.is_grad_enabled():
@@ -318,8 +318,10 @@ class ColumnDelta(nn.Module):
             )
         x, (a, b) = input_of(args, kwargs), self.factors
         cols: Any = self._buffers["cols"]
-        xs = self._gather(x, cols, self.run, y.dtype)
         ends = args[1] if isinstance(linear, ExpertStack) else None
+        if self.is_folded and ends is None:
+            return self._gather.tap(self, y, x, cols, self.run)
+        xs = self._gather(x, cols, self.run, y.dtype)
         if self.is_folded:
             return ops.column_tap(y, xs, a, b, self.scale, ends)
         return ops.column_side(y, x, xs, cols, a, b, self.scale, self.run, ends)

@@ -1,6 +1,9 @@
-"""The columns of an input that several matrices share, gathered once."""
+"""What matrices share if they get the same input: its columns, and the call that computes their gradients."""
+
+from __future__ import annotations
 
 import weakref
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -8,34 +11,87 @@ from torch import Tensor
 from rbfast import ops
 
 
+class Member(Protocol):
+    """What SharedGather needs of a ColumnDelta."""
+
+    scale: float
+    is_folded: bool
+    enabled: bool
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]: ...
+    def follow_base(self) -> None: ...
+
+
+class _Gathered:
+    """The columns xs of an input, and for each matrix that has not used it yet the sink of its output's gradient."""
+
+    def __init__(self, x: weakref.ref[Tensor], version: int, xs: Tensor) -> None:
+        self.x, self.version, self.xs = x, version, xs
+        self.sinks: dict[Member, Tensor] = {}
+
+
 class SharedGather:
     """Gathers a group's support once for all its matrices, if they get the same unchanged input tensor."""
 
     def __init__(self) -> None:
-        self.members = 0
-        self._cached: tuple[weakref.ref, int, Tensor] | None = None  # the input, its version, and its columns
-        self._remaining_uses = 0  # members that have not used them yet
+        self.members: list[Member] = []
+        self._cached: _Gathered | None = None
+        self._remaining_uses = 0  # members that have not used it yet
 
     def __call__(self, x: Tensor, cols: Tensor, run: int, dtype: torch.dtype) -> Tensor:
+        """The columns of x as [T, s]."""
+        return self._gathered(x, cols, run, dtype).xs if self._is_shared(x) else _columns_of(x, cols, run, dtype)
+
+    def tap(self, member: Member, y: Tensor, x: Tensor, cols: Tensor, run: int) -> Tensor:
+        """`ops.column_tap` on a member's output y; one backward computes the gradients of all that share x."""
+        if not (self._is_shared(x) and _trains(member)):
+            return ops.column_tap(y, self(x, cols, run, y.dtype), *member.factors, member.scale)
+        gathered = self._gathered(x, cols, run, y.dtype)
+        sink = gathered.sinks.pop(member, None)
+        if sink is not None and sink.shape == y.shape and not ops.is_spent(sink):
+            return ops.column_tap_into(y, sink)
+        others = [other for other in self.members if other is not member and _goes_with(other, member)]
+        A, B = zip(*(one.factors for one in (member, *others)), strict=True)
+        tapped, *sinks = ops.column_tap_shared(y, gathered.xs, A, B, member.scale)
+        gathered.sinks = dict(zip(others, sinks, strict=True))
+        return tapped
+
+    def _is_shared(self, x: Tensor) -> bool:
         # A compiler merges equal gathers itself. Inference tensors have no version counter to detect changes by.
-        if self.members == 1 or torch.compiler.is_compiling() or x.is_inference():
-            return _gather(x, cols, run, dtype)
+        is_traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        return len(self.members) > 1 and not is_traced and not x.is_inference()
+
+    def _gathered(self, x: Tensor, cols: Tensor, run: int, dtype: torch.dtype) -> _Gathered:
         cached = self._cached  # read once: another thread may replace it at any time
-        if cached is None or cached[0]() is not x or cached[1] != x._version or cached[2].dtype != dtype:
-            cached = weakref.ref(x, self._drop), x._version, _gather(x, cols, run, dtype)
-            self._cached, self._remaining_uses = cached, self.members
+        if cached is None or cached.x() is not x or cached.version != x._version or cached.xs.dtype != dtype:
+            cached = _Gathered(weakref.ref(x, self._drop), x._version, _columns_of(x, cols, run, dtype))
+            self._cached, self._remaining_uses = cached, len(self.members)
         self._remaining_uses -= 1
         if self._remaining_uses <= 0:
             self._cached = None
-        return cached[2]
+        return cached
 
     def _drop(self, dead: weakref.ref) -> None:
         cached = self._cached
-        if cached is not None and cached[0] is dead:
+        if cached is not None and cached.x is dead:
             self._cached = None
 
 
-def _gather(x: Tensor, cols: Tensor, run: int, dtype: torch.dtype) -> Tensor:
+def _goes_with(member: Member, first: Member) -> bool:
+    device = first.factors[0].device
+    if member.factors[0].device != device:  # the model may have moved since this member last ran
+        member.follow_base()
+    A, dims = member.factors[0], first.factors[0].dim()  # a stack of experts has more
+    is_alike = A.device == device and A.dim() == dims and member.scale == first.scale
+    return is_alike and member.is_folded and member.enabled and _trains(member)
+
+
+def _trains(member: Member) -> bool:
+    return any(factor.requires_grad for factor in member.factors)
+
+
+def _columns_of(x: Tensor, cols: Tensor, run: int, dtype: torch.dtype) -> Tensor:
     x = x.detach()
     xs = ops.column_gather(x.reshape(-1, x.shape[-1]), cols, run)
     return xs if xs.dtype == dtype else xs.to(dtype)

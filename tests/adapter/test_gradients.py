@@ -112,18 +112,18 @@ def test_matrices_that_share_an_input_gather_it_once(monkeypatch):
 
 def test_a_gather_is_shared_in_one_dtype():
     x, cols, gather = torch.randn(3, 8), torch.tensor([1, 4]), SharedGather()
-    gather.members = 2
+    gather.members = [None, None]
     assert [gather(x, cols, 1, dtype).dtype for dtype in (torch.float32, torch.bfloat16)] == [x.dtype, torch.bfloat16]
 
 
 def test_threads_that_share_a_gather_get_their_own_columns():
     x, other, cols = torch.randn(3, 8), torch.randn(3, 8), torch.tensor([1, 4])
-    code, lines = SharedGather.__call__.__code__, set()
+    code, lines = SharedGather._gathered.__code__, set()
 
     def interrupted_at(number):
         """Runs a gather of x; at each line, or the one of this number, another thread gathers other columns."""
         gather = SharedGather()
-        gather.members = 2
+        gather.members = [None, None]
 
         def on_line(frame, event, arg):
             lines.add(frame.f_lineno)

@@ -1,0 +1,180 @@
+"""Matrices that share an input compute their gradients in one call, with the same bits as one by one."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from tiny_models import attach, batch, disturb, llama
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from rbfast import ops
+
+
+class GradientCalls(TorchDispatchMode):
+    """How many matrices each call of column_grad_all is for; `alone` counts calls of column_grad."""
+
+    def __init__(self):
+        super().__init__()
+        self.together, self.alone = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is ops.column_grad_all:
+            self.together.append(len(args[0]))
+        self.alone += func is ops.column_grad
+        return func(*args, **(kwargs or {}))
+
+
+def projections(**options):
+    """q, k and v of one input, and their adapter."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: nn.Linear(16, out) for name, out in (("q", 12), ("k", 6), ("v", 6))})
+    adapter = attach(model, **{"density": 1.0, "rank": 2, "support": 8} | options)
+    disturb(adapter)
+    return model, adapter
+
+
+def gradients(adapter):
+    return {name: None if p.grad is None else p.grad.clone() for name, p in adapter.named_parameters()}
+
+
+def one_by_one(names, x):
+    """The gradients if each matrix gets an input of its own: nothing is shared."""
+    model, adapter = projections()
+    for name in names:
+        model[name](x.clone()).square().sum().backward()
+    return gradients(adapter)
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    for name, gradient in left.items():
+        assert (gradient is None) == (right[name] is None), name
+        assert gradient is None or torch.equal(gradient, right[name]), name
+
+
+def test_a_layer_calls_once_for_each_input():
+    model = llama(num_hidden_layers=1)
+    attach(model)
+    loss = model(**batch()).loss
+    with GradientCalls() as calls:
+        loss.backward()
+    assert sorted(calls.together) == [1, 2, 3] and calls.alone == 1  # o; gate and up; q, k and v. down has no sibling
+
+
+@pytest.mark.parametrize("names", ["qkv", "vkq", "qk", "q"])
+def test_gradients_have_the_bits_of_single_calls(names):
+    model, adapter = projections()
+    x = torch.randn(2, 5, 16)
+    sum(model[name](x).square().sum() for name in names).backward()
+    assert_same(gradients(adapter), one_by_one(names, x))
+
+
+def test_outputs_that_the_loss_does_not_use_get_no_gradient():
+    model, adapter = projections()
+    x = torch.randn(5, 16)
+    q, _k, v = (model[name](x) for name in "qkv")
+    (q.square().sum() + v.square().sum()).backward()
+    assert_same(gradients(adapter), one_by_one("qv", x))
+
+
+def test_one_input_in_several_graphs():
+    """Of one tensor, each matrix in a backward of its own, some of them twice."""
+    model, adapter = projections()
+    x = torch.randn(5, 16)
+    for name in "qkqvk":
+        model[name](x).square().sum().backward()
+    assert_same(gradients(adapter), one_by_one("qkqvk", x))
+
+
+def test_a_matrix_that_runs_twice_on_one_input():
+    model, adapter = projections()
+    x = torch.randn(5, 16)
+    sum(model[name](x).square().sum() for name in "qqk").backward()
+    expected = one_by_one("qqk", x)
+    for name, gradient in gradients(adapter).items():
+        assert gradient is expected[name] is None or torch.allclose(gradient, expected[name], rtol=1e-5)
+
+
+def test_a_graph_that_is_kept_runs_twice():
+    model, adapter = projections()
+    x = torch.randn(5, 16)
+    loss = sum(model[name](x).square().sum() for name in "qkv")
+    loss.backward(retain_graph=True)
+    once = gradients(adapter)
+    loss.backward()
+    assert_same(gradients(adapter), {name: 2 * gradient for name, gradient in once.items()})
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+def test_a_gradient_of_one_parameter_alone():
+    model, adapter = projections()
+    x = torch.randn(5, 16)
+    loss = sum(model[name](x).square().sum() for name in "qkv")
+    parameters = dict(adapter.named_parameters())
+    (found,) = torch.autograd.grad(loss, [parameters["k.A"]])
+    assert torch.equal(found, one_by_one("k", x)["k.A"])
+    assert all(p.grad is None for p in parameters.values())
+
+
+def test_a_frozen_matrix_stays_frozen_beside_others():
+    for frozen in "qkv":
+        model, adapter = projections()
+        site = adapter.sites()[frozen]
+        site.A.requires_grad_(False)
+        site.B.requires_grad_(False)
+        x = torch.randn(5, 16)
+        sum(model[name](x).square().sum() for name in "qkv").backward()
+        expected = one_by_one([name for name in "qkv" if name != frozen], x)
+        assert_same(gradients(adapter), expected)
+    model, adapter = projections()
+    adapter.requires_grad_(False)
+    x = torch.randn(5, 16, requires_grad=True)
+    sum(model[name](x).square().sum() for name in "qkv").backward()
+    assert x.grad is not None and all(gradient is None for gradient in gradients(adapter).values())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed_layers_of_one_input(use_reentrant):
+    """The input outlives the forward, so the second run of the layers meets what the first one gathered."""
+    model, adapter = projections()
+    x = torch.randn(5, 16, requires_grad=True)
+
+    def layers(x):
+        return sum(model[name](x).square().sum() for name in "qkv")
+
+    for _ in range(2):
+        checkpoint(layers, x, use_reentrant=use_reentrant).backward()
+    expected = one_by_one("qkvqkv", x.detach())
+    assert_same(gradients(adapter), expected)
+
+
+def test_every_layer_of_a_model_is_checkpointed():
+    found = []
+    for checkpoints in (False, True):
+        model = llama().train()
+        adapter = attach(model)
+        disturb(adapter)
+        if checkpoints:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        model(**batch()).loss.backward()
+        found.append(gradients(adapter))
+    assert_same(*found)
+
+
+def test_nothing_of_a_group_outlives_its_input_and_outputs():
+    model, adapter = projections()
+    x = torch.randn(5, 16)
+    y = model["q"](x)
+    gather = adapter.sites()["q"]._gather
+    columns = weakref.ref(gather._cached.xs)
+    del x
+    gc.collect()
+    assert gather._cached is None and columns() is not None  # the graph needs them
+    del y
+    gc.collect()
+    assert columns() is None
