@@ -25,7 +25,7 @@ from rbfast.data.conversations import (
     split_exchange,
     split_thinking,
 )
-from rbfast.data.fields import Field, check_map, field_names
+from rbfast.data.fields import Field, check_map, field_names, value_at
 from rbfast.data.rendered import parse_rendered
 from rbfast.data.replies import END_FIELDS, MAP_HINT, Reply, find_replies, is_flag, reply_of_turn, verdict_of
 from rbfast.data.row import RowFields, sole_candidate
@@ -39,7 +39,7 @@ FORMATS = ("native", *_REPLY_FORMATS, "batch")
 _NATIVE = ("problem", "reasoning", "answer")
 # A bare value: a number, perhaps in a formula or a list; a choice; a verdict. Not "None", "N/A" or "Trivial.".
 _BARE = re.compile(r"(?=.*\d)(?:\S{0,80}[^\s.]|[\[(][^\[\]()\n]{1,80}[\])])|[A-J]+|True|False|Yes|No")
-_COPIED_FIELDS = ("plan", *END_FIELDS, "truncated")
+_COPIED_FIELDS = (*END_FIELDS, "truncated")
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def interpret(row: Any, options: FormatOptions = AUTO) -> Interpretation:
         row = {"messages": row}
     if not isinstance(row, Mapping):
         raise TraceError(f"expected an object with {', '.join(_NATIVE)}, got {show(row)}")
-    if options.format in (None, "native") and not options.fields and _is_native(row):
-        return Interpretation("native traces", [_as_native(row)])
+    if options.format in (None, "native") and (native := _native_row(row, options.fields)) is not None:
+        return Interpretation("native traces", [_as_native(native)])
     if options.format == "native":
         missing = next((name for name in _NATIVE if name not in row and name not in options.fields), None)
         if missing is not None:
@@ -108,6 +108,15 @@ def interpret(row: Any, options: FormatOptions = AUTO) -> Interpretation:
         return Interpretation(name, [_trace_row(fields, question, reply, form, len(replies)) for reply in replies])
     except TraceError as error:
         raise TraceError(f"read as {name}: {error}") from None
+
+
+def _native_row(row: Mapping[str, Any], fields: Mapping[str, str]) -> Mapping[str, Any] | None:
+    """A row that is a trace already, with the mapped fields in their places; None for another row."""
+    if not _is_native(row) or fields.keys() & {"reply", "solution", "conversation"}:
+        return None
+    mapped = {"verified" if meant == "verdict" else meant: value_at(row, name) for meant, name in fields.items()}
+    native = {**row, **mapped} if mapped else row
+    return native if not mapped or _is_native(native) else None
 
 
 def _is_native(row: Mapping[str, Any]) -> bool:
@@ -275,9 +284,11 @@ def question_of(row: Any, options: FormatOptions = AUTO) -> dict[str, Any]:
     """
     if not isinstance(row, Mapping):
         raise TraceError(f"expected an object with a problem, got {show(row)}")
+    native = _native_row(row, options.fields)
     fields = RowFields(unwrap(row)[0], options.fields, options.teacher_field)
     question = _find_question(fields)
-    if earlier := question.earlier:
+    earlier = question.earlier if native is None else parse_turns(native.get("turns") or ())
+    if earlier:
         raise TraceError(f"problem: expected a question alone, got one after {len(earlier)} turns; leave it out")
     known = _answer_field(fields) or _known_answer(fields, question)
     values = {"problem": question.text, "answer": known, "system": question.system}
@@ -359,8 +370,8 @@ def _earlier_turn(turn: Turn) -> dict[str, str]:
 
 
 def _metadata(row: RowFields, question: _Question, reply: Reply, count: int) -> dict[str, Any]:
-    """The metadata of a trace: domain, source, id, teacher, difficulty, finish reason, verdict."""
-    metadata: dict[str, Any] = {name: row.text(name) for name in ("domain", "source", "id", "teacher")}
+    """The metadata of a trace: domain, source, id, teacher, plan, difficulty, finish reason, verdict."""
+    metadata: dict[str, Any] = {name: row.text(name) for name in ("domain", "source", "id", "teacher", "plan")}
     metadata["source"] = metadata["source"] or as_text(question.rest.get("source"))
     metadata["teacher"] = reply.teacher or metadata["teacher"]
     if metadata["id"] and count > 1:

@@ -165,6 +165,9 @@ def test_earlier_turns_are_kept_with_their_thoughts(tmp_path):
 def test_a_question_after_other_turns_is_not_asked_alone():
     with pytest.raises(TraceError, match="expected a question alone, got one after 2 turns"):
         question_of(conversation(("user", "1+1?"), ("assistant", "2"), ("user", "And twice that?")))
+    turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    with pytest.raises(TraceError, match="expected a question alone, got one after 2 turns"):
+        question_of({"problem": "And twice that?", "reasoning": "2 * 2", "answer": "4", "turns": turns})
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,20 @@ def test_fields_and_formats_can_be_named() -> None:
         FormatOptions(fields={"gold": "a"})
 
 
+def test_a_trace_stays_one_if_fields_are_mapped() -> None:
+    """Read as another format, `turns` would be the conversation, and the spans and the reference would be lost."""
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    row = PLAIN | {"turns": turns, "spans": [[0, len(THOUGHT), "tactical"]], "reference": "42", "about": {"of": "sums"}}
+    [found] = interpret(row | {"ok": "no"}, FormatOptions(fields={"domain": "about.of", "verdict": "ok"})).rows
+    assert found == row | {"ok": "no", "domain": "sums", "verified": False}
+
+
+@pytest.mark.parametrize("row", [PLAIN, {"question": QUESTION, "thinking": THOUGHT, "answer": "42"}])
+def test_a_plan_can_be_mapped(row: dict[str, Any]) -> None:
+    [found] = interpret(row | {"outline": "Add."}, FormatOptions(fields={"plan": "outline"})).rows
+    assert found["plan"] == "Add."
+
+
 def test_a_known_answer_and_a_cut_reply_are_passed_on() -> None:
     row = {"prompt": "p", "response": "I add. It is \\boxed{5}.", "answer": 6, "finish_reason": "length"}
     [found] = interpret(row).rows
