@@ -13,7 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rbfast.data.answers import answer_text, as_text, ends_in_answer, marked_answer, stated_answer, without_answer
+from rbfast.data.answers import (
+    answer_text,
+    as_text,
+    ends_in_answer,
+    known_answer,
+    marked_answer,
+    stated_answer,
+    without_answer,
+)
 from rbfast.data.choices import chosen_option, with_options
 from rbfast.data.conversations import (
     ASSISTANT,
@@ -290,7 +298,9 @@ def question_of(row: Any, options: FormatOptions = AUTO) -> dict[str, Any]:
     earlier = question.earlier if native is None else parse_turns(native.get("turns") or ())
     if earlier:
         raise TraceError(f"problem: expected a question alone, got one after {len(earlier)} turns; leave it out")
-    known = _answer_field(fields) or _known_answer(fields, question)
+    reference = None if native is None else native.get("reference")  # a trace's own answer may be wrong
+    known = None if reference is None else known_answer(str(reference))
+    known = known or _answer_field(fields) or _known_answer(fields, question)
     values = {"problem": question.text, "answer": known, "system": question.system}
     values |= {name: fields.text(name) for name in ("domain", "source", "id")}
     return {name: value for name, value in values.items() if value is not None}

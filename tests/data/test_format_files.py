@@ -162,6 +162,15 @@ def test_earlier_turns_are_kept_with_their_thoughts(tmp_path):
     assert Trace.from_dict(as_lists) == trace
 
 
+@pytest.mark.parametrize(
+    ("reference", "answer"),
+    [("43", "43"), (43, "43"), ("Add.\n#### 43", "43"), ("It is long. So we leave it out here.", "44")],
+)
+def test_the_reference_of_a_trace_is_its_known_answer(reference, answer):
+    row = {"problem": "12 + 31?", "reasoning": "Add.", "answer": "44", "reference": reference}
+    assert question_of(row) == {"problem": "12 + 31?", "answer": answer}
+
+
 def test_a_question_after_other_turns_is_not_asked_alone():
     with pytest.raises(TraceError, match="expected a question alone, got one after 2 turns"):
         question_of(conversation(("user", "1+1?"), ("assistant", "2"), ("user", "And twice that?")))
