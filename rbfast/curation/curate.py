@@ -148,7 +148,8 @@ def curate(
     """
     out = Path(out)
     check_output(out, folder=True)  # before the pool is read, which takes long
-    read = Pool((pool,) if isinstance(pool, str | Path) else tuple(pool), config.formats)
+    sources = (pool,) if isinstance(pool, str | Path) else tuple(pool)
+    read = Pool(sources, config.formats, keep_fields=config.verify is not None)
     _check_out_of_pool(read, out)
     formats = recognise_formats(read)
     decontaminator = Decontaminator(read_evaluations(config.against), config.thresholds, config.embed)

@@ -33,15 +33,18 @@ PoolRow = tuple[str, Any]
 
 @dataclass(frozen=True)
 class Pool:
-    """The sources of traces, and how to read them."""
+    """The sources of traces, how to read them, and whether rows keep the fields that are no fields of a trace."""
 
     sources: tuple[Source, ...]
     options: FormatOptions = AUTO
+    keep_fields: bool = False
 
 
 def pool_rows(pool: Pool) -> Iterator[PoolRow]:
     """Every row of the pool, one at a time; a row with several traces becomes several rows."""
-    return chain.from_iterable(read_native_rows(source, pool.options) for source in pool.sources)
+    return chain.from_iterable(
+        read_native_rows(source, pool.options, keep_fields=pool.keep_fields) for source in pool.sources
+    )
 
 
 def recognise_formats(pool: Pool) -> dict[Source, list[str]]:

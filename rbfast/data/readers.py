@@ -151,12 +151,20 @@ def read_rows(source: str | Path, *, split: str = "train") -> Iterator[tuple[str
     return _open_rows(source, split, streaming=True)
 
 
+_TRACE_FIELDS = {*Trace.__dataclass_fields__, "reference", "finished", "truncated", *END_FIELDS}
+
+
 def read_native_rows(
-    source: str | Path, options: FormatOptions = AUTO, *, note: Callable[[list[str]], None] | None = None
+    source: str | Path,
+    options: FormatOptions = AUTO,
+    *,
+    note: Callable[[list[str]], None] | None = None,
+    keep_fields: bool = False,
 ) -> Iterator[tuple[str, Any]]:
     """Every trace as an unchecked row with the fields of a trace; a TraceError in place of a row without a trace.
 
-    Sources as for `read_traces`. `note` is called with the format of each row.
+    Sources as for `read_traces`. `note` is called with the format of each row. With `keep_fields` a row also has the
+    other fields that it has in its source, whatever its format.
     """
     for where, row in _open_rows(source, "train", streaming=True, lenient=True):
         try:
@@ -168,10 +176,14 @@ def read_native_rows(
             continue
         if note is not None:
             note([interpretation.name])
-        if len(interpretation.rows) == 1:
-            yield where, interpretation.rows[0]
+        rows = interpretation.rows
+        if keep_fields and isinstance(row, Mapping):
+            others = {name: value for name, value in row.items() if name not in _TRACE_FIELDS}
+            rows = [{**others, **one} for one in rows]
+        if len(rows) == 1:
+            yield where, rows[0]
         else:
-            yield from ((f"{where} ({number})", one) for number, one in enumerate(interpretation.rows, start=1))
+            yield from ((f"{where} ({number})", one) for number, one in enumerate(rows, start=1))
 
 
 def _open_rows(source: str | Path, split: str, streaming: bool, lenient: bool = False) -> Iterator[tuple[str, Any]]:

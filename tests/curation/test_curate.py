@@ -401,6 +401,14 @@ def test_answers_are_verified(fields: dict[str, Any], verdict: bool | None) -> N
     assert verify_answer(Trace.from_dict(given), given) is verdict
 
 
+def test_a_verifier_gets_the_fields_of_a_row_in_any_format(tmp_path: Path) -> None:
+    asked = {"question": "Write 7.", "response": "I write it. The answer is 7", "finish_reason": "stop", "tests": ["7"]}
+    pool = write_rows(tmp_path / "pool.jsonl", [asked, {**asked, "question": "Write 8.", "tests": ["8"]}])
+    config = CurateConfig(verify=lambda trace, row: trace.answer in row["tests"] and row["finish_reason"] == "stop")
+    rbfast.curate([pool], tmp_path / "out", config)
+    assert [found["problem"] for found in rows_of(tmp_path / "out" / "reason1k.jsonl")] == ["Write 7."]
+
+
 def test_weights() -> None:
     for wrong in ({"quality": -1.0}, {"difficulty": 0.0, "quality": 0.0, "verified": 0.0}, {"quality": math.inf}):
         with pytest.raises(ValueError, match="weights must be 0 or more"):
