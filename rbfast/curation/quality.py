@@ -64,7 +64,7 @@ def find_flaw(trace: Trace, repetition: float, *, finished: bool = False) -> str
     """
     right = trace.verified is True
     if repetition > _MOST_REPEATED:
-        return "looping: most of the reasoning repeats itself"
+        return f"looping: {repetition:.0%} of the reasoning repeats itself"
     if not (finished or right) and (sign := _sign_of_cut(trace.reasoning, trace.answer)):
         return f"truncated: {sign}"
     if not right and (flaw := _answer_flaw(trace.answer)):

@@ -181,6 +181,7 @@ def test_repetition_is_the_share_said_before() -> None:
     once = " ".join(f"word{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(100))
     assert repeated_shares([once, f"{once} {once}", "", "short"]).tolist() == [0.0, pytest.approx(81 / 181), 0.0, 0.0]
     assert repeated_shares([]).tolist() == []
+    assert flaw_of(f"{once} {once}") == "looping: 45% of the reasoning repeats itself"
 
 
 def test_marks() -> None:
