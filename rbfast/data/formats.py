@@ -292,18 +292,26 @@ def question_of(row: Any, options: FormatOptions = AUTO) -> dict[str, Any]:
     """
     if not isinstance(row, Mapping):
         raise TraceError(f"expected an object with a problem, got {show(row)}")
-    native = _native_row(row, options.fields)
+    trace = _native_row(row, options.fields)
     fields = RowFields(unwrap(row)[0], options.fields, options.teacher_field)
-    question = _find_question(fields)
-    earlier = question.earlier if native is None else parse_turns(native.get("turns") or ())
-    if earlier:
+    question = _find_question(fields) if trace is None else _question_of_trace(trace, fields)
+    if earlier := question.earlier:
         raise TraceError(f"problem: expected a question alone, got one after {len(earlier)} turns; leave it out")
-    reference = None if native is None else native.get("reference")  # a trace's own answer may be wrong
-    known = None if reference is None else known_answer(str(reference))
+    known = None
+    if trace is not None and trace.get("reference") is not None and "answer" not in options.fields:
+        known = known_answer(str(trace["reference"]))  # the trace's own answer may be wrong
     known = known or _answer_field(fields) or _known_answer(fields, question)
     values = {"problem": question.text, "answer": known, "system": question.system}
     values |= {name: fields.text(name) for name in ("domain", "source", "id")}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _question_of_trace(trace: Mapping[str, Any], fields: RowFields) -> _Question:
+    """The question of a native trace, whose `turns` come before its problem."""
+    problem = trace["problem"]
+    if not isinstance(problem, str) or not problem:
+        return _find_question(fields)
+    return _Question(problem, _system(fields), None, {}, parse_turns(trace.get("turns") or ()) or ())
 
 
 def _known_answer(row: RowFields, question: _Question) -> str | None:

@@ -162,6 +162,11 @@ def test_earlier_turns_are_kept_with_their_thoughts(tmp_path):
     assert Trace.from_dict(as_lists) == trace
 
 
+def test_the_question_of_a_trace_is_its_problem() -> None:
+    row = {"problem": "1+1?", "reasoning": "Add.", "answer": "2"}
+    assert question_of(row | conversation(("user", "Solve: 1+1?"), ("assistant", "2")))["problem"] == "1+1?"
+
+
 @pytest.mark.parametrize(
     ("reference", "answer"),
     [("43", "43"), (43, "43"), ("Add.\n#### 43", "43"), ("It is long. So we leave it out here.", "44")],
@@ -169,6 +174,7 @@ def test_earlier_turns_are_kept_with_their_thoughts(tmp_path):
 def test_the_reference_of_a_trace_is_its_known_answer(reference, answer):
     row = {"problem": "12 + 31?", "reasoning": "Add.", "answer": "44", "reference": reference}
     assert question_of(row) == {"problem": "12 + 31?", "answer": answer}
+    assert question_of(row | {"gold": "45"}, FormatOptions(fields={"answer": "gold"}))["answer"] == "45"
 
 
 def test_a_question_after_other_turns_is_not_asked_alone():
