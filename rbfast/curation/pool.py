@@ -72,11 +72,22 @@ def chunks(pool: Pool, size: int) -> Iterator[list[PoolRow]]:
 
 
 def assess_pool(pool: Pool, assessor: Assessor, processes: int) -> Iterator[AssessedPart]:
-    """The assessed parts of a pool, in order. This process reads; with `processes` > 1, workers assess."""
+    """The assessed parts of a pool, in order. This process reads; with `processes` > 1, workers assess.
+
+    Raises:
+        ValueError: there are several processes, and the assessor is not picklable.
+    """
     read = chunks(pool, CHUNK)
     if processes == 1:
         yield from (assessor(chunk, threads=text.cores()) for chunk in read)
         return
+    try:
+        pickle.dumps(assessor)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ValueError(
+            "with several processes quality, difficulty, verify and embed must be functions of a module, no lambdas or "
+            f"inner functions: {error}"
+        ) from error
     # Spawn: a forked process inherits locks held by threads that it does not have.
     with ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (assessor,)) as workers:
         ahead = deque(workers.submit(_assess_chunk, chunk) for chunk in islice(read, 2 * processes))

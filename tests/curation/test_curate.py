@@ -401,6 +401,12 @@ def test_answers_are_verified(fields: dict[str, Any], verdict: bool | None) -> N
     assert verify_answer(Trace.from_dict(given), given) is verdict
 
 
+def test_several_processes_need_functions_of_a_module(tmp_path: Path) -> None:
+    pool = write_rows(tmp_path / "pool.jsonl", [row("Write 7.")])
+    with pytest.raises(ValueError, match="quality, difficulty, verify and embed must be functions of a module"):
+        rbfast.curate([pool], tmp_path / "out", CurateConfig(quality=lambda trace: 1.0, processes=2))
+
+
 def test_a_verifier_gets_the_fields_of_a_row_in_any_format(tmp_path: Path) -> None:
     asked = {"question": "Write 7.", "response": "I write it. The answer is 7", "finish_reason": "stop", "tests": ["7"]}
     pool = write_rows(tmp_path / "pool.jsonl", [asked, {**asked, "question": "Write 8.", "tests": ["8"]}])
