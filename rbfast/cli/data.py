@@ -27,7 +27,11 @@ from rbfast.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rbfast.data.signal_store import SignalStore
     from rbfast.data.trace import Trace
+    from rbfast.teacher.solutions import Taught
 
 _SHOWN = 5  # reasons shown why traces have no log-probs
 
@@ -124,7 +128,7 @@ def add_teach(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--server", metavar="URL", help="an OpenAI-compatible server, up to /v1; key: RBFAST_API_KEY")
     sub.add_argument("--timeout", type=float, default=600.0, help="seconds without a byte of a reply (default: 600)")
-    sub.add_argument("--concurrency", type=int, default=8, help="requests at a time (default: 8)")
+    sub.add_argument("--concurrency", type=positive, default=8, help="requests at a time (default: 8)")
     solutions = sub.add_argument_group("solutions")
     solutions.add_argument(
         "--provider",
@@ -172,6 +176,7 @@ def run_teach(args: argparse.Namespace) -> int:
     from rbfast.utils.progress import bar
 
     server = _make_teacher(args)
+    student = _open_student(args) if args.student else None  # fail before a reply is paid for
     extra = args.extra_body | ({"reasoning_effort": args.reasoning_effort} if args.reasoning_effort else {})
     questions = read_questions(args.source, args.n, args.seed, format_options(args))
     with bar("asking", args.json) as progress:
@@ -182,7 +187,7 @@ def run_teach(args: argparse.Namespace) -> int:
             args.out,
             samples=args.samples,
             max_tokens=args.max_tokens,
-            top_logprobs=_top_k(args) if args.student else 0,
+            top_logprobs=_top_k(args) if student else 0,
             concurrency=args.concurrency,
             prices=Prices(*args.prices or (0.0, 0.0)),
             max_cost=args.max_cost,
@@ -192,8 +197,8 @@ def run_teach(args: argparse.Namespace) -> int:
             progress=lambda done, total, words: progress.update(task, completed=done, total=total, description=words),
         )
     result = {"out": str(args.out)} | taught.summary()
-    if args.student:
-        result["signals"] = _add_reply_logprobs(args, taught)
+    if student:
+        result["signals"] = _add_reply_logprobs(args, taught, *student)
     text = format_lines(result)
     if taught.verdicts["wrong"]:
         text += "\nthe wrong answers are among the traces too (verified: false); rbfast curate leaves those out"
@@ -219,16 +224,26 @@ def _make_teacher(args: argparse.Namespace) -> Any:
     )
 
 
-def _add_reply_logprobs(args: argparse.Namespace, taught: Any) -> int:
+def _open_student(args: argparse.Namespace) -> "tuple[PreTrainedTokenizerBase, SignalStore]":
+    """The student's tokenizer, and the folder `signals` for log-probs of its tokens."""
+    from rbfast.data.signal_store import SignalStore
+    from rbfast.models.student import load_tokenizer
+
+    tokenizer = load_tokenizer(args.student)
+    return tokenizer, SignalStore(args.out / "signals", args.model, _top_k(args), len(tokenizer))
+
+
+def _add_reply_logprobs(
+    args: argparse.Namespace, taught: "Taught", tokenizer: "PreTrainedTokenizerBase", store: "SignalStore"
+) -> int:
     """Store the log-probs that came with the solutions in the folder `signals`; returns how many traces have them.
 
     Prints why the others have none.
     """
-    from rbfast.models.student import load_tokenizer
     from rbfast.teacher.server_logprobs import add_reply_logprobs
 
-    tokenizer, refused = load_tokenizer(args.student), []
-    with _signal_store(args, tokenizer) as store:
+    refused = []
+    with store:
         for trace, reply in zip(taught.traces, taught.replies, strict=True):
             reason = add_reply_logprobs(trace, reply, tokenizer, store, instruction_of(args, args.student))
             if reason is not None:
@@ -246,7 +261,6 @@ def _print_refused(refused: "Sequence[tuple[Trace, str]]") -> None:
 
 
 def _teach_logprobs(args: argparse.Namespace) -> int:
-    from rbfast.models.student import load_tokenizer
     from rbfast.teacher.client import Server
     from rbfast.teacher.logprobs import add_local_logprobs
     from rbfast.teacher.server_logprobs import add_server_logprobs
@@ -255,8 +269,8 @@ def _teach_logprobs(args: argparse.Namespace) -> int:
     if not args.student:
         raise ValueError("--score needs --student: log-probs are kept for the tokens of one student")
     traces = read_and_report_traces(args, args.source, args.out / "unreadable.jsonl")
-    tokenizer = load_tokenizer(args.student)
-    with _signal_store(args, tokenizer) as store, counting("reading", args.json) as progress:
+    tokenizer, store = _open_student(args)
+    with store, counting("reading", args.json) as progress:
         options: dict[str, Any] = {"align": args.align, "max_tokens": args.max_tokens, "progress": progress}
         options["instruction"] = instruction_of(args, args.student)
         if args.server:
@@ -275,12 +289,6 @@ def _teach_logprobs(args: argparse.Namespace) -> int:
 def _top_k(args: argparse.Namespace) -> int:
     default = 20 if args.server or args.provider else 32
     return default if args.k is None else args.k
-
-
-def _signal_store(args: argparse.Namespace, tokenizer: Any) -> Any:
-    from rbfast.data.signal_store import SignalStore
-
-    return SignalStore(args.out / "signals", args.model, _top_k(args), len(tokenizer))
 
 
 CONVERT = Command(

@@ -68,11 +68,11 @@ class SignalStore:
         self.vocabulary = vocabulary
         self._dtype = np.uint16 if vocabulary <= 2**16 else np.int32
         about = {"format": FORMAT, "version": VERSION, "teacher": teacher, "k": k, "vocabulary": vocabulary}
+        self._shards = sorted(self.folder.glob("signals-*.safetensors"))
         self._check_manifest(about)
         self._pending: list[_Entry] = []
         self._locations: dict[bytes, tuple[int, int]] = {}  # shard and item
         self._loaded: tuple[int, dict[str, np.ndarray]] | None = None
-        self._shards = sorted(self.folder.glob("signals-*.safetensors"))
         for number in range(len(self._shards)):
             for item, key in enumerate(self._load_shard(number)["keys"]):
                 self._locations[key.tobytes()] = number, item
@@ -154,10 +154,11 @@ class SignalStore:
 
     def _check_manifest(self, about: dict[str, Any]) -> None:
         path = self.folder / MANIFEST
-        if not path.exists():
-            write_text(path, json.dumps(about, indent=1))
+        stored = _read_manifest(path) if path.exists() else None
+        if stored is None or not self._shards:  # a call that got no log-probs may have had other settings
+            if stored != about:
+                write_text(path, json.dumps(about, indent=1))
             return
-        stored = _read_manifest(path)
         for name, value in about.items():
             if stored[name] != value:
                 raise ValueError(

@@ -337,6 +337,8 @@ def test_a_store_takes_what_is_its_own_and_nothing_else(tmp_path):
             store_at(tmp_path, **other)
     with pytest.raises(ValueError, match="holds signals with teacher 'tiny', now it is 'huge'"):
         SignalStore(tmp_path, "huge", K, len(TOKENIZER))
+    store_at(tmp_path / "empty").flush()
+    assert store_at(tmp_path / "empty", k=K + 1).k == SignalStore.open(tmp_path / "empty").k == K + 1
 
 
 def test_each_shard_is_read_once_whatever_the_order(tmp_path, monkeypatch):

@@ -232,6 +232,22 @@ def test_the_command_line_asks_a_server(folders, tmp_path, capsys):
     assert "--server" in capsys.readouterr().err
 
 
+def test_the_command_line_checks_the_student_before_it_asks(folders, tmp_path, capsys):
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text('{"problem": "What is 3 + 1?"}\n')
+    wrong = {
+        "mistyped: expected the folder of a model": ["--student", str(tmp_path / "mistyped")],
+        "k must be at least 1, got 0": ["--student", str(folders / "student"), "-k", "0"],
+    }
+    with serving(model(), TOKENIZER) as server:
+        url = f"http://127.0.0.1:{server.port}/v1"
+        for message, options in wrong.items():
+            ask = ["teach", "tiny", str(problems), "-o", str(tmp_path / "taught"), "--server", url, *options]
+            assert main(ask) == 2
+            assert message in capsys.readouterr().err
+        assert not server.requests
+
+
 def test_a_teacher_with_other_tokens_cannot_run_beside_the_student(folders):
     assert load_teacher(str(folders / "teacher"), TOKENIZER).config.vocab_size == len(TOKENIZER)
     with pytest.raises(ValueError, match="another vocabulary than the student"):
