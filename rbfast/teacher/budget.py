@@ -1,15 +1,24 @@
 """The budget for a teacher: prices, limits, and what was spent."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Prices:
-    """The prices of a million tokens, read and written, in the currency of `max_cost`."""
+    """The prices of a million tokens, read and written, in the currency of `max_cost`.
+
+    Raises:
+        ValueError: a price is negative or not finite.
+    """
 
     read: float = 0.0
     written: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.read < math.inf and 0 <= self.written < math.inf):
+            raise ValueError(f"prices must be finite and at least 0, got {self.read} and {self.written}")
 
     def cost(self, read: int, written: int) -> float:
         return (read * self.read + written * self.written) / 1e6

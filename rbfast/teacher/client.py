@@ -11,6 +11,7 @@ with closing(server.stream("/completions", body)) as events:     # dicts, as the
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 import time
@@ -160,6 +161,9 @@ class RequestSettings:
 
     Attributes:
         retried: the retries so far.
+
+    Raises:
+        ValueError: the timeout is not finite and above 0.
     """
 
     timeout: float = 600.0
@@ -168,6 +172,10 @@ class RequestSettings:
     top_p: float | None = None
     seed: int | None = 0
     connection: Connection = field(default_factory=Connection, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout < math.inf:
+            raise ValueError(f"timeout must be finite and above 0 seconds, got {self.timeout}")
 
     @property
     def retried(self) -> Retries:
@@ -196,6 +204,7 @@ class Server(RequestSettings):
     _key: str | None = field(default=None, repr=False, init=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         parts = urlsplit(self.url)
         if parts.username is not None or parts.query:  # messages show the url, and must never show a key
             raise ValueError(f"url must look like http://host:8000/v1, without a key in it; set {_KEYS[0]} instead")

@@ -67,6 +67,7 @@ class Provider(RequestSettings):
     url: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         providers = sorted(str(getattr(name, "value", name)) for name in _litellm().provider_list)
         if self.provider not in providers:
             near = difflib.get_close_matches(self.provider, providers, 3) or ["anthropic", "gemini", "mistral"]

@@ -339,6 +339,15 @@ def test_bad_options_are_refused(tmp_path, options, message):
         teach(Server("http://127.0.0.1:9/v1", "m"), QUESTIONS, tmp_path, **options)
 
 
+def test_prices_and_timeouts_that_cannot_be_are_refused():
+    for prices in ((-1.0, 1.0), (1.0, float("nan"))):
+        with pytest.raises(ValueError, match="prices must be finite and at least 0"):
+            Prices(*prices)
+    for timeout in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="timeout must be finite and above 0"):
+            Server("http://127.0.0.1:9/v1", "m", timeout=timeout)
+
+
 def test_questions_that_are_none_are_named(tmp_path):
     file = tmp_path / "problems.jsonl"
     file.write_text('{"problem": "Why?"}\n{"problem": " "}\n')
