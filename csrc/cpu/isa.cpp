@@ -89,7 +89,14 @@ extern "C" __attribute__((visibility("default"))) const char* rbfast_cpu_isa() {
   }
 }
 
-// Why this instruction set is active, and none better.
+// Why this instruction set is active, and none better; if RBFAST_CPU_ISA is invalid, what is wrong with it.
 extern "C" __attribute__((visibility("default"))) const char* rbfast_cpu_isa_reason() {
+  try {
+    rbfast::active_isa();
+  } catch (const std::exception& error) {
+    static thread_local std::string wrong;
+    wrong = error.what();
+    return wrong.c_str();
+  }
   return rbfast::forced_isa() != nullptr ? "RBFAST_CPU_ISA says so" : rbfast::choice().why;
 }

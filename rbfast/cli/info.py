@@ -36,7 +36,7 @@ def _installation(args: argparse.Namespace) -> int:
     lines = [f"{name}: {'none' if value is None else value}" for name, value in shown.items()]
     for title, key in (("on the CPU", "ops"), ("on a GPU", "gpu_ops")):
         lines += [f"{title}:"] + [f"  {name}: {implementation}" for name, implementation in facts[key].items()]
-    if facts["cpu_isa"] is None or facts["text"] == "reference":
+    if "reference" in (*facts["ops"].values(), facts["text"]):
         lines.append(f"The native CPU code, which is far faster, is not all built: {how_to_build()}.")
     return print_result(args, facts, "\n".join(lines))
 

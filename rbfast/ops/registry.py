@@ -383,7 +383,8 @@ column_side = _ColumnSide.apply
 
 
 def cpu_isa() -> str | None:
-    """The instruction set the CPU kernels use (RBFAST_CPU_ISA forces one), or None if they are not built."""
+    """The instruction set that the CPU kernels use (RBFAST_CPU_ISA forces one). None if they are not built, or if
+    RBFAST_CPU_ISA is invalid: then every call of them raises."""
     if _NATIVE is None:
         return None
     _NATIVE.rbfast_cpu_isa.restype = ctypes.c_char_p
@@ -392,7 +393,7 @@ def cpu_isa() -> str | None:
 
 
 def cpu_isa_reason() -> str:
-    """Why `cpu_isa` is not a better instruction set."""
+    """Why `cpu_isa` is not a better instruction set, or why it is None."""
     if _NATIVE is None:
         return f"not built: {how_to_build()}"
     _NATIVE.rbfast_cpu_isa_reason.restype = ctypes.c_char_p
@@ -417,9 +418,9 @@ def uses_torch_products(device: torch.device) -> bool:
 def implementations(device: str = "cpu") -> dict[str, str]:
     """For each op, the implementation that runs on this device ("cpu" or "cuda").
 
-    'native (ISA)', 'CUDA C++', 'triton (VERSION)', 'torch.mm, fp32 output' or 'reference (REASON)'; 'none (REASON)'
-    if torch is built without GPU support. 'reference' without a reason: the native code is not built
-    (`cpu_isa_reason`).
+    'native (ISA)', 'CUDA C++', 'triton (VERSION)', 'torch.nn.functional.grouped_mm', 'torch.mm, fp32 output' or
+    'reference (REASON)'; 'none (REASON)' if torch is built without GPU support or RBFAST_CPU_ISA is invalid.
+    'reference' without a reason: the native code is not built (`cpu_isa_reason`).
     """
     if device == "cpu":
         return {name: _on_cpu(name) for name in _SCHEMAS}
@@ -432,7 +433,10 @@ def _on_cpu(name: str) -> str:
     if name in ("scaled_", "grouped_linear"):
         return "reference (it is a call of torch)"
     name = name.removeprefix("grouped_")  # the grouped column ops call the plain op for each expert
-    return f"native ({cpu_isa()})" if _has_kernel(name, "CPU") else "reference"
+    if not _has_kernel(name, "CPU"):
+        return "reference"
+    isa = cpu_isa()
+    return "none (RBFAST_CPU_ISA is invalid)" if isa is None else f"native ({isa})"
 
 
 def _on_gpu(name: str) -> str:

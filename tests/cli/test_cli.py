@@ -73,6 +73,21 @@ def test_info_names_an_implementation_for_every_op(capsys: pytest.CaptureFixture
     assert shown.count("\n") > len(facts["ops"]) and "None" not in shown
 
 
+def test_info_says_what_is_wrong_with_a_forced_instruction_set(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = json.loads(call(capsys, "info", "--json")[1])
+    if "reference" in facts["ops"].values():
+        pytest.skip("the native CPU ops are not built")
+    monkeypatch.setenv("RBFAST_CPU_ISA", "neon")
+    facts = json.loads(call(capsys, "info", "--json")[1])
+    assert facts["cpu_isa"] is None
+    assert facts["cpu_isa_reason"] == "RBFAST_CPU_ISA must be scalar, avx2, avx512, avx512_bf16 or amx, got neon"
+    assert facts["ops"]["column_grad"] == "none (RBFAST_CPU_ISA is invalid)"
+    shown = call(capsys, "info")[1]
+    assert ("is not all built" in shown) == (facts["text"] == "reference") and "None" not in shown
+
+
 @pytest.mark.parametrize(
     ("capability", "begins"), [((7, 5), "none (the CUDA C++ needs sm_80, this GPU is sm_75: "), ((8, 0), "CUDA C++")]
 )
