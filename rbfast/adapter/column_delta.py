@@ -248,10 +248,14 @@ class ColumnDelta(nn.Module):
             return
         (weight, delta, _), (folded_weight, folded_delta, _) = self._versions(), self._versions_at_fold
         if weight != folded_weight and self._has_real_weight():
-            # A move alone changes the addresses of A and B, not their versions.
-            self._fold_into_written_base(skip_check=delta[:2] != folded_delta[:2])
+            self._fold_into_written_base(skip_check=self.is_delta_written())
         elif delta != folded_delta:
             self.fold()
+
+    def is_delta_written(self) -> bool:
+        """Whether A or B was written in place since the last fold. A move alone changes their addresses, not their
+        versions."""
+        return self._versions()[1][:2] != self._versions_at_fold[1][:2]
 
     def _has_real_weight(self) -> bool:
         """Whether the weight is a real tensor: neither on meta (offloaded) nor a stand-in."""

@@ -207,14 +207,15 @@ class SparseAdapter(nn.Module):
     def unmerge(self) -> None:
         """Undoes merge(): restores the original columns bitwise. The model is then the base, without the adapter.
 
-        Raises RuntimeError if the weights changed since, or if another adapter is attached.
+        Raises RuntimeError if the weights, A or B changed since, or if another adapter is attached.
         """
         self._require_state("merged", "unmerge")
         for name, site in self._sites.items():
             if delta_of(site.linear) is not None:
                 raise RuntimeError(f"cannot unmerge: another adapter is attached at {name}; detach that one first")
             if not site.is_base_or_folded(site.weight.index_select(-1, site.cols)):
-                raise RuntimeError(f"cannot unmerge: {name} was changed after merge(); load the base model again")
+                changed = f"A or B of {name}" if site.is_delta_written() else f"the weight of {name}"
+                raise RuntimeError(f"cannot unmerge: {changed} was changed after merge(); load the base model again")
         for site in self._sites.values():
             site.restore()
         self._count_merged(-1)

@@ -127,7 +127,18 @@ def test_nothing_is_unmerged_from_weights_that_were_changed_since():
     adapter.merge()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.add_(1.0)
-    with pytest.raises(RuntimeError, match=r"model\.layers\.1\.mlp\.up_proj was changed after merge"):
+    with pytest.raises(RuntimeError, match=r"the weight of model\.layers\.1\.mlp\.up_proj was changed after merge"):
+        adapter.unmerge()
+
+
+@pytest.mark.filterwarnings("ignore:an optimizer trains an adapter that is merged")
+def test_unmerge_says_that_the_adapter_was_trained_after_the_merge():
+    model = llama()
+    adapter = attach(model)
+    disturb(adapter)
+    adapter.merge()
+    step_by_sgd(adapter)
+    with pytest.raises(RuntimeError, match=r"A or B of \S+q_proj was changed after merge"):
         adapter.unmerge()
 
 
