@@ -9,43 +9,55 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def main(names: Sequence[str], device: str, is_toy: bool, kernels: int | None) -> int:
-    """Profiles the cases whose names contain one of `names`; the exit code is 2 if there is none."""
-    wanted = [name.replace(" ", "-").replace(",", "") for name in names]
-    chosen = [case for case in cases(device) if any(name in str(case) for name in wanted)]
+    """Profiles the cases whose names contain one of `names`, all of them if there are no names.
+
+    The exit code is 2 if no case has such a name, or if a case of a GPU is asked for in full size without one.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        if not is_toy:
+            print("no GPU; --toy tries its cases on the CPU")
+            return 2
+        place = Place("cpu", is_toy)
+    else:
+        place = Place(device, is_toy)
+    wanted = [name.replace(" ", "-").replace(",", "").lower() for name in names] or [""]
+    chosen = [case for case in cases(device) if any(name in str(case).lower() for name in wanted)]
     if not chosen:
-        print(f"no case is called {' or '.join(names) or 'nothing'}; there are {', '.join(map(str, cases(device)))}")
+        print(f"no case is called {' or '.join(names)}; there are {', '.join(map(str, cases(device)))}")
         return 2
-    place = Place("cuda" if torch.cuda.is_available() else "cpu", is_toy or not torch.cuda.is_available())
     for case in chosen:
         step = _warm(case, place)
-        if kernels:
-            print(f"{case}\n{top_kernels(step, kernels)}")
+        if step is None:
+            print(f"{case} times nothing")
+        elif kernels:
+            print(f"{case}\n{top_kernels(step, kernels, place.device)}")
         else:
-            _between_marks(step)
+            _between_marks(step, place.device)
     return 0
 
 
-def _warm(case: Case, place: Place) -> Step:
-    step = case.make(place).steps["rbfast"]
-    for _ in range(3):
-        step()
-    settle()
+def _warm(case: Case, place: Place) -> Step | None:
+    """A step of rbfast that has run before; None for a case of values alone."""
+    step = case.make(place).steps.get("rbfast")
+    if step is not None:
+        for _ in range(3):
+            step()
+        settle()
     return step
 
 
-def _between_marks(step: Step) -> None:
-    marks = torch.cuda.profiler.profile() if torch.cuda.is_available() else None
-    if marks is None:
+def _between_marks(step: Step, device: str) -> None:
+    if device != "cuda":
         step()
         return
-    with marks:
+    with torch.cuda.profiler.profile():
         step()
         settle()
 
 
-def top_kernels(step: Step, count: int) -> str:
-    """A line (ms, calls, name) for each of the kernels, or ops without a GPU, that take most of a step's time."""
-    on_gpu = torch.cuda.is_available()
+def top_kernels(step: Step, count: int, device: str) -> str:
+    """A line (ms, calls, name) for each of the kernels, or ops on a CPU, that take most of a step's time."""
+    on_gpu = device == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as found:
         step()
         settle()
@@ -54,4 +66,5 @@ def top_kernels(step: Step, count: int) -> str:
     times.sort(key=lambda pair: -pair[0])
     total = sum(time for time, _ in times)
     lines = [f"{time / 1e3:8.3f} ms {event.count:6d} x  {event.key[:90]}" for time, event in times[:count] if time > 0]
-    return "\n".join([f"{total / 1e3:8.3f} ms in {sum(e.count for _, e in times)} kernels, the first {count}:", *lines])
+    calls, kind = sum(event.count for _, event in times), "kernels" if on_gpu else "ops"
+    return "\n".join([f"{total / 1e3:8.3f} ms in {calls} {kind}, the first {count}:", *lines])

@@ -7,11 +7,12 @@ from functools import partial
 from pathlib import Path
 
 import gpu_page
+import profiling
 import pytest
 import registry
 import torch
 from harness import absent, clock_for, host_waits, in_turn, race
-from registry import Bar
+from registry import Bar, Case, Contest, Place
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,6 +80,32 @@ def test_every_case_has_a_name_of_its_own_and_a_known_group(device: str) -> None
     cases = registry.cases(device)
     assert len({str(case) for case in cases}) == len(cases)
     assert {case.group for case in cases} <= set(registry.GROUPS)
+
+
+@pytest.mark.parametrize(
+    ("device", "is_toy", "place"),
+    [("cpu", False, Place("cpu")), ("cpu", True, Place("cpu", True)), ("cuda", True, Place("cpu", True))],
+)
+def test_a_case_is_profiled_in_the_size_asked_for(monkeypatch, capsys, device: str, is_toy: bool, place: Place) -> None:
+    places: list[Place] = []
+
+    def make(at: Place) -> Contest:
+        places.append(at)
+        return Contest("a sum", {"rbfast": lambda: torch.ones(9).sum().item()})
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(profiling, "cases", lambda device: [Case("loss", "top-k, 7B", make), Case("fold", "7B", make)])
+    assert profiling.main(["Top-K, 7b"], device, is_toy, 3) == 0
+    assert places == [place]
+    assert "ops, the first 3:" in capsys.readouterr().out
+    assert profiling.main([], device, is_toy, None) == 0
+    assert len(places) == 3
+
+
+def test_a_case_of_a_gpu_is_not_profiled_in_full_size_without_one(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert profiling.main(["four 7B"], "cuda", False, 3) == 2
+    assert "no GPU; --toy" in capsys.readouterr().out
 
 
 def test_a_record_becomes_a_page_and_a_short_table(tmp_path: Path, capsys) -> None:
