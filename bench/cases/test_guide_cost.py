@@ -5,7 +5,7 @@
 Plain and guided steps take turns, and both write the same tokens. `share` in extra_info is the CPU time spent in
 guidance (the entropy, the state machines, choosing and watching tokens) over that of the whole decoding. On one thread
 other load on the machine hardly changes it; on several, threads that spin while they wait count as CPU time, so a
-loaded machine shows more. The bar is 0.02.
+loaded machine shows more. So the bar, a share of at most 0.02, is judged on one thread only.
 """
 
 import time
@@ -73,10 +73,13 @@ def test_guidance(
     benchmark.pedantic(run, rounds=2)
     plain = time.process_time()
     complete(model, tokenizer, prompts, max_new_tokens=TOKENS)
+    share = guide_time.seconds / sum(seconds)
     benchmark.extra_info |= {
-        "share": guide_time.seconds / sum(seconds),
+        "share": share,
         "plain_seconds": time.process_time() - plain,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    print(f"\n{rows} rows: guidance is {100 * guide_time.seconds / sum(seconds):.2f}% of the processor time")
+    print(f"\n{rows} rows: guidance is {100 * share:.2f}% of the processor time")
+    if torch.get_num_threads() == 1:
+        assert share <= 0.02
