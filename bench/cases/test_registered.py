@@ -1,7 +1,7 @@
 """Runs every case of the registry: all contestants in turn, then the bars.
 
-    pytest bench --benchmark-only                   # all cases of a CPU, rbfast beside its floors
-    pytest bench --benchmark-only --peers -k loss   # the loss, beside its peers
+    pytest bench/cases --benchmark-only                   # all cases of a CPU, rbfast beside its floors
+    pytest bench/cases --benchmark-only --peers -k loss   # the loss, beside its peers
 
 A case fails if rbfast fails or misses a bar, after the record is written.
 """
