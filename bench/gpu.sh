@@ -2,7 +2,7 @@
 # One command on a machine with a GPU, in under five minutes: builds the CUDA ops for that GPU, runs the commands and the
 # tests that need one, measures every op beside its floor and its peers, and says what a training step's time goes to.
 # Needs no network, only what is installed: torch with CUDA (which brings triton), nvcc, a C++ compiler, ninja, setuptools,
-# pybind11, pytest, pytest-benchmark, transformers, safetensors; pytest-xdist and peers are used if they are there.
+# pybind11, pytest, pytest-benchmark and what rbfast requires; pytest-xdist and peers are used if they are there.
 #
 #     bash bench/gpu.sh                                  # writes docs/gpu.md, and JSON and logs to runs/gpu
 #     bash bench/gpu.sh --no-build                       # with the rbfast/_C_cuda*.so that is there
@@ -17,9 +17,11 @@ PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo pyth
 "$PYTHON" -c 'import torch' || { echo "$PYTHON has no torch: set PYTHON to the interpreter that has it"; exit 2; }
 LOGS=runs/gpu
 export PYTHON PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-mkdir -p "$LOGS"
-rm -f "$LOGS"/*.log "$LOGS"/*.go "$LOGS"/cases.jsonl "$LOGS"/kernels.txt
 failed=()
+case ${1:-} in
+  "" | --no-build | --profile) ;;
+  *) echo "expected --no-build, --profile CASE or nothing, got $1"; exit 2 ;;
+esac
 
 capability=$("$PYTHON" -c 'import torch; print(*torch.cuda.get_device_capability(), sep=".") if torch.cuda.is_available() else None')
 [ "$capability" = None ] && capability=
@@ -29,6 +31,8 @@ if [ "${1:-}" = --profile ]; then
     --section MemoryWorkloadAnalysis --section WarpStateStats "$PYTHON" bench/run.py "${2:?name a case}" --device cuda --once
 fi
 
+mkdir -p "$LOGS"
+rm -f "$LOGS"/*.log "$LOGS"/*.go "$LOGS"/cases.jsonl "$LOGS"/kernels.txt
 TOTAL=${TOTAL:-295}  # seconds for all sections together, so that a slow one does not use up the GPU's time
 
 # allow LOG SECONDS: sets `limit` to SECONDS or to the time left; fails if none is left.
