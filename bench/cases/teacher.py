@@ -1,7 +1,7 @@
 """Scoring traces with a local teacher: 24 short ones read together, and one at a time.
 
-One at a time it took 23 s on an H200, which is 20 times the bar. The teacher has the shape of Qwen2.5-0.5B and random
-weights; the tokenizer cuts a text into its bytes.
+The teacher has the shape of Qwen2.5-0.5B and random weights; the tokenizer cuts a text into its bytes. docs/gpu.md has
+the times.
 """
 
 import tempfile

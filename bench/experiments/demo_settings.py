@@ -2,7 +2,7 @@
 
     python bench/experiments demo_settings --rate 0.02 --epochs 1 --seeds 0 1 2 --out runs/settings.jsonl
 
-The demo's traces, problems and evaluation; before training its student solves 1.7% of the problems whatever the seed.
+The demo's traces, problems and evaluation. docs/results.md says what its student solves before training.
 Each training adds a line to --out; several of these may run at a time, on a GPU or with one thread each.
 """
 

@@ -8,8 +8,8 @@
 // registers. For each tile of 32 tokens the warps' parts of dH are summed in shared memory, so only k floats per token
 // and strip go back to memory: 4 k / 512 of the bytes of a bf16 dy for strips of 256.
 //
-// Three launches: `project` computes H and splits B, `sweep` over dy computes dB and dH, `sweep` over xs computes dA.
-// Matrices that share xs, such as q, k and v, share them.
+// Three launches: `project_tile` computes H and splits B, `sweep` over dy dB and dH, `sweep` over xs dA. Matrices that
+// share xs, such as q, k and v, share them.
 // Blocks get equal shares of the list of all (strip, tile of tokens) and write partial sums to memory. After a grid
 // barrier they share the work of adding these up; the launch is cooperative, so the device holds all blocks at once.
 // The shapes and the number of multiprocessors fix the order of every sum, whichever block comes first.
