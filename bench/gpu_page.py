@@ -1,6 +1,6 @@
 """Reports what bash bench/gpu.sh measured: a page with a row per case, JSON, and a short table for the terminal.
 
-    python bench/gpu_page.py runs/gpu/cases.jsonl --page docs/gpu.md --json runs/gpu/gpu.json
+python bench/gpu_page.py runs/gpu/cases.jsonl --page docs/gpu.md --json runs/gpu/gpu.json
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """What each CUDA kernel compiles to: registers, shared memory and spills for every GPU generation.
 
-    python bench/experiments kernel_resources            # what docs/kernels.md sums up; needs nvcc, not a GPU; minutes
+python bench/experiments kernel_resources            # what docs/kernels.md sums up; needs nvcc, not a GPU; minutes
 """
 
 import argparse

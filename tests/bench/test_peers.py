@@ -71,6 +71,17 @@ def test_adapters_train_every_linear(who: str) -> None:
     assert all(parameter.grad is not None for parameter in trained(adapter))
 
 
+@pytest.mark.parametrize(("is_there", "found"), [(False, "none"), (True, "only toys")])
+def test_toys_and_absent_records_make_no_page(tmp_path: Path, capsys, is_there: bool, found: str) -> None:
+    record = tmp_path / "cases.jsonl"
+    if is_there:
+        entry = {"case": "loss-a", "who": {"rbfast": {"seconds": [1.0, 1.0]}}, "is_toy": True}
+        record.write_text(json.dumps(entry) + "\n")
+    assert cpu_page.main([str(record), "--docs", str(tmp_path)]) == 2
+    assert f"expected cases in which rbfast has figures, found {found}" in capsys.readouterr().err
+    assert not (tmp_path / "bench.md").exists()
+
+
 def test_why_somebody_is_missing() -> None:
     with pytest.raises(ModuleNotFoundError) as missing:
         import no_such_package_at_all  # noqa: F401
