@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kProjectWarps<T, kN>* kWarp, 1)
   RBFAST_SHARED_MEMORY(memory);
   Floats* parts = reinterpret_cast<Floats*>(memory);  // [warps, kParts, kN, lanes]
   float* total = reinterpret_cast<float*>(parts + kProjectWarps<T, kN> * kParts * kN * kWarp);  // [kTokens, kRow]
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4;
+  const int thread = rematerialize(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp, g = lane / 4;
   const int64_t first = blockIdx.x * int64_t{kTokens};
   if (first >= x.tokens) return split_factor<kN>(also, kProjectWarps<T, kN>);
   float acc[kParts][kN][4] = {};

@@ -120,7 +120,7 @@ template <typename Tile, typename T>
 __device__ void copy_tile(const Matrix<T>& x, Unit unit, T* values) {
   constexpr int kChunks = Tile::kWidth / Tile::kChunk, kRows = kSweepThreads / kChunks, kPlaces = 8 / kRows;
   static_assert(8 % kRows == 0 && kTokens % 8 == 0);
-  const int row = threadIdx.x / kChunks, v = threadIdx.x % kChunks * Tile::kChunk;
+  const int thread = rematerialize(threadIdx.x), row = thread / kChunks, v = thread % kChunks * Tile::kChunk;
   const int64_t feature = unit.strip * int64_t{Tile::kWidth} + v, left = x.n - feature;
   const int64_t first = unit.tile * int64_t{kTokens}, t = first + row;
   const T* from = x.x + t * x.row + feature;
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kSweepThreads, kBlocks<T, kN, kDot>) sweep(con
   constexpr int kStage = kStageBytes<T, kN, kDot>;
   RBFAST_SHARED_MEMORY(memory);
   char* scratch = memory + s.stages * kStage;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, tiles = s.shares.tiles;
+  const int thread = rematerialize(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp, tiles = s.shares.tiles;
   const int begin = s.shares.first_of(blockIdx.x), count = s.shares.first_of(blockIdx.x + 1) - begin;
   const auto unit_at = [&](int i) {
     const unsigned at = begin + i, each = tiles;

@@ -363,8 +363,8 @@ def column_tap_shared(
     """`column_tap` for matrices that share xs, given the output y [..., out] of the first one. Returns y, and for each
     other matrix a sink [..., its out] for `column_tap_into`: a tensor without memory or values.
 
-    The backward runs once all gradients have arrived, and computes dA and dB of every matrix in one call. So those of
-    the outputs exist together: of q, k and v, or of gate and up, which do anyway.
+    The backward runs once all gradients have arrived, which autograd holds until then, and computes dA and dB of every
+    matrix in one call.
     """
     return _shared_tap(y, xs, scale, *A, *B)
 

@@ -35,7 +35,6 @@ SPILLED = {
     ("120", "dense_rows<reverse, 8, 256, 7, 3>"): 16,
     ("120", "sparse_rows<8, 256, 16, 2, true>"): 64,
     ("120", "sparse_rows<8, 512, 16, 1, true>"): 64,
-    ("120", "sweep<fp16, 4, true>"): 24,
 }
 
 
