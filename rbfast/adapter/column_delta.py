@@ -69,7 +69,7 @@ class ColumnDelta(nn.Module):
         self._versions_at_forward: _Versions | None = None  # of the last forward, or of a later fold
         self.watch: BypassWatch | None = None
         self._refused_load: tuple[str, Tensor] | None = None  # why a weight was not loaded, and the weight
-        self._gather = gather
+        self.gather = gather
         gather.members.append(self)
         self._hooks: list[RemovableHandle] = []
         self._load_hooks: list[RemovableHandle] = []
@@ -324,8 +324,8 @@ class ColumnDelta(nn.Module):
         cols: Any = self._buffers["cols"]
         ends = args[1] if isinstance(linear, ExpertStack) else None
         if self.is_folded and ends is None:
-            return self._gather.tap(self, y, x, cols, self.run)
-        xs = self._gather(x, cols, self.run, y.dtype)
+            return self.gather.tap(self, y, x, cols, self.run)
+        xs = self.gather(x, cols, self.run, y.dtype)
         if self.is_folded:
             return ops.column_tap(y, xs, a, b, self.scale, ends)
         return ops.column_side(y, x, xs, cols, a, b, self.scale, self.run, ends)

@@ -36,6 +36,7 @@ class SharedGather:
 
     def __init__(self) -> None:
         self.members: list[Member] = []
+        self.shares_gradients = False  # see SparseAdapter.sharing_gradients
         self._cached: _Gathered | None = None
         self._remaining_uses = 0  # members that have not used it yet
 
@@ -44,8 +45,9 @@ class SharedGather:
         return self._gathered(x, cols, run, dtype).xs if self._is_shared(x) else _columns_of(x, cols, run, dtype)
 
     def tap(self, member: Member, y: Tensor, x: Tensor, cols: Tensor, run: int) -> Tensor:
-        """`ops.column_tap` on a member's output y; one backward computes the gradients of all that share x."""
-        if not (self._is_shared(x) and _trains(member)):
+        """`ops.column_tap` on a member's output y. If gradients are shared, one call computes those of all members that
+        get x."""
+        if not (self.shares_gradients and self._is_shared(x) and _trains(member)) or _has_saved_tensor_hooks():
             return ops.column_tap(y, self(x, cols, run, y.dtype), *member.factors, member.scale)
         gathered = self._gathered(x, cols, run, y.dtype)
         sink = gathered.sinks.pop(member, None)
@@ -85,6 +87,12 @@ def _goes_with(member: Member, first: Member) -> bool:
     A, dims = member.factors[0], first.factors[0].dim()  # a stack of experts has more
     is_alike = A.device == device and A.dim() == dims and member.scale == first.scale
     return is_alike and member.is_folded and member.enabled and _trains(member)
+
+
+def _has_saved_tensor_hooks() -> bool:
+    """Whether a checkpoint is recorded or recomputed. It must save the same tensors both times, whatever was cached
+    before."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _trains(member: Member) -> bool:

@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -174,12 +175,18 @@ class DistillTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The loss of a batch, for the log. A non-finite one is replaced by the mean of those since the last entry."""
-        loss = super().training_step(*args, **kwargs)
+        with self._sharing_gradients():
+            loss = super().training_step(*args, **kwargs)
         if self._filters_log:
             mean = self._loss_since_log / (1 + self.state.global_step - self._globalstep_last_logged)
             loss = torch.where(loss.isfinite(), loss, mean)
             self._loss_since_log += loss
         return loss
+
+    def _sharing_gradients(self) -> AbstractContextManager[None]:
+        if isinstance(self.adapter, SparseAdapter) and not self._scales_gradients:  # whose hooks need every gradient
+            return self.adapter.sharing_gradients()
+        return nullcontext()
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, with these metrics: the loss over all tokens, independent of batching, with the role

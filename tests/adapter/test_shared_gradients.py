@@ -2,37 +2,32 @@
 
 import gc
 import weakref
+from contextlib import ExitStack
 
 import pytest
 import torch
+from gradient_calls import GradientCalls
 from tiny_models import attach, batch, disturb, llama
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from rbfast import ops
+
+@pytest.fixture(autouse=True)
+def sharing():
+    """Has the adapters of `projections` share gradients until the test ends."""
+    with ExitStack() as blocks:
+        projections.blocks = blocks
+        yield
 
 
-class GradientCalls(TorchDispatchMode):
-    """How many matrices each call of column_grad_all is for; `alone` counts calls of column_grad."""
-
-    def __init__(self):
-        super().__init__()
-        self.together, self.alone = [], 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is ops.column_grad_all:
-            self.together.append(len(args[0]))
-        self.alone += func is ops.column_grad
-        return func(*args, **(kwargs or {}))
-
-
-def projections(**options):
+def projections(shares=True, **options):
     """q, k and v of one input, and their adapter."""
     torch.manual_seed(0)
     model = nn.ModuleDict({name: nn.Linear(16, out) for name, out in (("q", 12), ("k", 6), ("v", 6))})
     adapter = attach(model, **{"density": 1.0, "rank": 2, "support": 8} | options)
     disturb(adapter)
+    if shares:
+        projections.blocks.enter_context(adapter.sharing_gradients())
     return model, adapter
 
 
@@ -57,8 +52,8 @@ def assert_same(left, right):
 
 def test_a_layer_calls_once_for_each_input():
     model = llama(num_hidden_layers=1)
-    attach(model)
-    loss = model(**batch()).loss
+    with attach(model).sharing_gradients():
+        loss = model(**batch()).loss
     with GradientCalls() as calls:
         loss.backward()
     assert sorted(calls.together) == [1, 2, 3] and calls.alone == 1  # o; gate and up; q, k and v. down has no sibling
@@ -161,7 +156,8 @@ def test_every_layer_of_a_model_is_checkpointed():
         if checkpoints:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
-        model(**batch()).loss.backward()
+        with adapter.sharing_gradients():
+            model(**batch()).loss.backward()
         found.append(gradients(adapter))
     assert_same(*found)
 
@@ -170,7 +166,7 @@ def test_nothing_of_a_group_outlives_its_input_and_outputs():
     model, adapter = projections()
     x = torch.randn(5, 16)
     y = model["q"](x)
-    gather = adapter.sites()["q"]._gather
+    gather = adapter.sites()["q"].gather
     columns = weakref.ref(gather._cached.xs)
     del x
     gc.collect()
@@ -178,3 +174,40 @@ def test_nothing_of_a_group_outlives_its_input_and_outputs():
     del y
     gc.collect()
     assert columns() is None
+
+
+def test_a_checkpoint_of_one_matrix_shares_nothing():
+    """What it saves may not depend on what ran before it, or the second run saves other tensors."""
+    model, adapter = projections()
+    x = torch.randn(5, 16)
+    k = checkpoint(lambda x: model["k"](x), x, use_reentrant=False)
+    q = model["q"](x)
+    v = checkpoint(lambda x: model["v"](x), x, use_reentrant=False)
+    sum(y.square().sum() for y in (q, k, v)).backward()
+    assert_same(gradients(adapter), one_by_one("qkv", x))
+
+
+def test_a_loop_that_did_not_ask_shares_nothing():
+    """So outputs of one input may have backwards of their own, and parameters may change between them."""
+    model, adapter = projections(shares=False)
+    x = torch.randn(5, 16)
+    site = adapter.sites()["k"]
+    site.A.register_hook(lambda gradient: 1.0 * gradient)
+    q, k = model["q"](x).square().sum(), model["k"](x).square().sum()
+    with GradientCalls() as calls:
+        q.backward()
+        k.backward()
+    assert calls.alone == 2 and not calls.together
+    assert_same(gradients(adapter), one_by_one("qk", x))
+    q = model["q"](x).square().sum()
+    with torch.no_grad():
+        site.A.add_(1)
+    q.backward()
+
+
+def test_blocks_that_share_end():
+    _, adapter = projections(shares=False)
+    gather = adapter.sites()["q"].gather
+    with adapter.sharing_gradients(), adapter.sharing_gradients():
+        assert gather.shares_gradients
+    assert not gather.shares_gradients

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gradient_calls import GradientCalls
 from host_waits import HostWaits, host_waits
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
@@ -217,6 +218,19 @@ def test_the_only_token_of_a_role_does_not_overflow_in_fp16(tmp_path: Path) -> N
     hidden, weights = torch.empty(200_000, 1), torch.tensor([0.4, 0.5 / 150_000, 0.1 / 50_000])
     assert trainer._scale_for(hidden, weights.max()) == 8192  # times 0.4
     assert trainer._scale_for(hidden, weights[1]) == 2**17
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+def test_matrices_of_one_input_share_the_call_for_their_gradients(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = tiny_model().to(dtype)
+    adapter = SparseAdapter.attach(model, density=0.05, placement="random")
+    trainer = DistillTrainer(model, adapter, arguments(tmp_path, max_steps=1), some_examples(2))
+    with GradientCalls() as calls:
+        trainer.train()
+    if dtype == torch.float16:  # its gradients go through hooks, which a matrix that did not run would call without one
+        assert not calls.together and calls.alone == 2 * 7
+    else:
+        assert sorted(calls.together) == 2 * [1] + 2 * [2] + 2 * [3] and calls.alone == 2
 
 
 class WaitsInSteps(TrainerCallback):
