@@ -13,13 +13,11 @@ def main(names: Sequence[str], device: str, is_toy: bool, kernels: int | None) -
 
     The exit code is 2 if no case has such a name, or if a case of a GPU is asked for in full size without one.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        if not is_toy:
-            print("no GPU; --toy tries its cases on the CPU")
-            return 2
-        place = Place("cpu", is_toy)
-    else:
-        place = Place(device, is_toy)
+    lacks_gpu = device == "cuda" and not torch.cuda.is_available()
+    if lacks_gpu and not is_toy:
+        print("no GPU; --toy tries its cases on the CPU")
+        return 2
+    place = Place("cpu" if lacks_gpu else device, is_toy)
     wanted = [name.replace(" ", "-").replace(",", "").lower() for name in names] or [""]
     chosen = [case for case in cases(device) if any(name in str(case).lower() for name in wanted)]
     if not chosen:

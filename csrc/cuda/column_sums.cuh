@@ -2,8 +2,6 @@
 // the work of adding them up. The shapes and the number of blocks fix the order of each sum.
 #pragma once
 
-#include <algorithm>
-
 #include "cuda/column_products.cuh"
 
 namespace rbfast {

@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(kSweepThreads, kBlocks<T, kN, kDot>) sweep(con
   const int thread = rematerialize(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp, tiles = s.shares.tiles;
   const int begin = s.shares.first_of(blockIdx.x), count = s.shares.first_of(blockIdx.x + 1) - begin;
   const auto unit_at = [&](int i) {
-    const unsigned at = begin + i, each = tiles;
+    const unsigned at = begin + i, each = tiles;  // unsigned division takes fewer registers
     return Unit{static_cast<int>(at / each), static_cast<int>(at % each)};
   };
   float outer[kOwn][kN][4];

@@ -22,6 +22,9 @@ from rbfast.utils.files import atomic_write, write_text
 
 log = logging.getLogger(__name__)
 
+# What a row with the fields of a trace may have; any other field is of the row alone.
+_TRACE_FIELDS = {*Trace.__dataclass_fields__, "reference", "finished", "truncated", *END_FIELDS}
+
 
 def read_traces(
     source: str | Path,
@@ -149,9 +152,6 @@ def _traces_of(row: Any, options: FormatOptions) -> tuple[str, list[tuple[Trace,
 def read_rows(source: str | Path, *, split: str = "train") -> Iterator[tuple[str, Any]]:
     """Every row, unchecked, with its location ("file:line"), one at a time. Sources as for `read_traces`."""
     return _open_rows(source, split, streaming=True)
-
-
-_TRACE_FIELDS = {*Trace.__dataclass_fields__, "reference", "finished", "truncated", *END_FIELDS}
 
 
 def read_native_rows(
