@@ -156,8 +156,8 @@ def allocate(
     first groups. Models whose usual input width is at least LARGE_WIDTH take an eighth of it at most (stacks of
     experts: an eighth of their own) and the largest rank that fits; the rest of the budget stays unspent. Smaller
     models take DEFAULT_RANK, or less if that does not fit, or more if it would leave budget unused. A given `support`
-    is kept, with the largest rank that fits; if it is no multiple of a run, the last run is cut. Raises ValueError if
-    nothing fits.
+    is kept (up to a matrix's inputs), with the largest rank that fits; if it is no multiple of a run, the last run is
+    cut. Raises ValueError if nothing fits.
     """
     for name, value in (("rank", rank), ("support", support)):
         if value is not None and value < 1:

@@ -62,7 +62,7 @@ def add_distill(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--density", type=float, help="trainable values / all parameters, at most (default: 0.003)")
     sub.add_argument("--rank", type=int, help="rank of each delta (default: what the density allows)")
-    sub.add_argument("--support", type=int, help="columns of each delta (default: what the density allows)")
+    sub.add_argument("--support", type=int, help="input columns of each delta (default: what the density allows)")
     sub.add_argument(
         "--targets",
         nargs="+",

@@ -29,7 +29,11 @@ FREE = Prices()
 
 @dataclass
 class Budget:
-    """Tokens spent so far, and the limits."""
+    """Tokens spent so far, and the limits.
+
+    Raises:
+        ValueError: a limit is negative or not a number, or one on the cost without prices.
+    """
 
     prices: Prices
     max_cost: float | None
@@ -38,6 +42,13 @@ class Budget:
     written: int = 0
     # The most tokens by which a reply exceeded its request's limit: the next may do so too. None: no reply yet.
     _over: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for name, limit in (("max_cost", self.max_cost), ("max_total_tokens", self.max_tokens)):
+            if limit is not None and not limit >= 0:
+                raise ValueError(f"{name} must be at least 0, got {limit}")
+        if self.max_cost is not None and self.prices == FREE:
+            raise ValueError("max_cost needs the prices of a million tokens (--prices READ WRITTEN), got none")
 
     def pay(self, read: int, written: int) -> None:
         self.read, self.written = self.read + read, self.written + written

@@ -63,6 +63,8 @@ def add_server_logprobs(
     """
     if dialect not in DIALECTS:
         raise ValueError(f"dialect must be one of {', '.join(DIALECTS)}, got {dialect!r}")
+    if concurrency < 1:
+        raise ValueError(f"concurrency must be at least 1, got {concurrency}")
     reader = _Reader(server, tokenizer, store.k, dialect, align)
     tasks, refused = pending_traces(traces, tokenizer, store, max_tokens, instruction)
     queue = iter(tasks)

@@ -151,15 +151,14 @@ def teach(
         KeyboardInterrupt: after Ctrl-C, once the pending replies are there, or at a second Ctrl-C.
     """
     _check({"samples": samples, "max_tokens": max_tokens, "concurrency": concurrency}, extra or {})
-    if max_cost is not None and prices == FREE:
-        raise ValueError("max_cost needs the prices of a million tokens (--prices READ WRITTEN), got none")
+    budget = Budget(prices, max_cost, max_total_tokens)
     out = Path(out)
     body: dict[str, Any] = {"max_tokens": max_tokens, "stream": False, **(extra or {})}
     if top_logprobs:
         body |= {"logprobs": True, "top_logprobs": top_logprobs}
     jobs = [Job(question, sample, server, system, body) for question in questions for sample in range(samples)]
     with lock_folder(out):
-        return _teach(server, jobs, out, Budget(prices, max_cost, max_total_tokens), batch, concurrency, progress)
+        return _teach(server, jobs, out, budget, batch, concurrency, progress)
 
 
 def _teach(

@@ -21,7 +21,7 @@ from rbfast.loss.distill_loss import DistillLoss
 from rbfast.loss.teacher_signal import TopK
 from rbfast.models.student import packs
 from rbfast.teacher import logprobs, server_logprobs
-from rbfast.teacher.client import ServerError
+from rbfast.teacher.client import Server, ServerError
 from rbfast.teacher.logprobs import TokenizersDiffer, add_local_logprobs
 from rbfast.teacher.server_logprobs import add_reply_logprobs, add_server_logprobs
 from rbfast.teacher.solutions import Question, teach
@@ -207,6 +207,11 @@ def test_a_trace_that_a_server_refuses_does_not_stop_the_others(tmp_path):
         server.faults, server.says = [400], b"the maximum context length is 64 tokens"
         [(trace, reason)] = add_server_logprobs(server.client(), TRACES, TOKENIZER, store, concurrency=1)
         assert trace == TRACES[0] and "maximum context length" in reason and len(store) == 2
+
+
+def test_at_least_one_trace_is_read_at_a_time(tmp_path):
+    with store_at(tmp_path) as store, pytest.raises(ValueError, match="concurrency must be at least 1, got 0"):
+        add_server_logprobs(Server("http://127.0.0.1:9/v1", "m"), TRACES, TOKENIZER, store, concurrency=0)
 
 
 @pytest.mark.parametrize("status", [400, 401])

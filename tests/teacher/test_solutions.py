@@ -332,6 +332,8 @@ def test_thinking_is_the_reasoning_where_a_teacher_thinks():
         ({"samples": 0}, "samples must be at least 1, got 0"),
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
         ({"max_cost": 1.0}, "max_cost needs the prices"),
+        ({"max_cost": float("nan")}, "max_cost must be at least 0, got nan"),
+        ({"max_total_tokens": -1}, "max_total_tokens must be at least 0, got -1"),
     ],
 )
 def test_bad_options_are_refused(tmp_path, options, message):
