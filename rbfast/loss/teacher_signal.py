@@ -55,8 +55,8 @@ class Dense:
     logit_scale, softcap: as in DistillLoss, for the teacher's own head.
 
     If V' differs from the student's V, both are restricted to the ids below min(V, V') and renormalised. A row whose
-    logits are all -inf, or contain a NaN, is no distribution: a CPU raises; on a GPU, where nothing is read back, its
-    loss is NaN.
+    logits for these ids are all -inf, or contain a NaN, is no distribution: a CPU raises; on a GPU, where nothing is
+    read back, its loss is NaN.
     """
 
     hidden: Tensor | None = None

@@ -33,6 +33,15 @@ def test_a_teacher_row_that_is_no_distribution_is_refused(value, what, dtype, be
         DistillLoss(beta)(case.hidden.to(dtype), case.weight.to(dtype), case.labels, signal, rows=rows)
 
 
+def test_a_teacher_row_that_holds_only_ids_unknown_to_the_student_is_refused():
+    case = Case()
+    known = case.weight.shape[0]
+    logits = torch.zeros(len(case.dense_rows), known + 3)
+    logits[:, :known] = -torch.inf
+    with pytest.raises(ValueError, match="Dense teacher's logits holds only -inf, which is no distribution"):
+        DistillLoss()(case.hidden, case.weight, case.labels, Dense(logits=logits, rows=case.dense_rows))
+
+
 def test_a_teacher_that_excludes_most_ids_is_fine_and_a_broken_student_is_not_blamed_on_it():
     case = Case()
     logits = case.teacher_logits.clone()
