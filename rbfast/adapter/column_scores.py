@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -54,7 +54,7 @@ class ColumnScores:
             scored = self.shapes.get(name)
             if scored is None:
                 raise ValueError(f"{name} was not scored; score this model with the same targets")
-            if (scored.out_features, scored.in_features) != (shape.out_features, shape.in_features):
+            if replace(scored, group=shape.group) != shape:
                 raise ValueError(f"{name} was scored as {scored}, here it is {shape}; score this model")
         return {name: self.shapes[name] for name in matrices}
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import batch, gpt2, llama
+from tiny_models import batch, family, gpt2, llama
 from torch import nn
 
 from rbfast.adapter.column_scores import METHODS, ColumnScores, score_columns
@@ -246,6 +246,9 @@ def test_scores_of_another_model_are_refused():
         SparseAdapter.attach(llama(intermediate_size=48), density=0.1, placement=scores)
     with pytest.raises(ValueError, match=r"model\.layers\.2\.self_attn\.q_proj was not scored"):
         SparseAdapter.attach(llama(num_hidden_layers=3), density=0.1, placement=scores)
+    scores = score_columns(family("qwen3-moe"), BATCHES, loss_fn)
+    with pytest.raises(ValueError, match=r"experts\.gate_up_proj was scored as .*experts=4.* here it is .*experts=6"):
+        SparseAdapter.attach(family("qwen3-moe", num_experts=6, num_local_experts=6), density=0.1, placement=scores)
 
 
 def test_malformed_score_files_are_named(tmp_path):
