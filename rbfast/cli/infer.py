@@ -227,9 +227,11 @@ def _label(args: argparse.Namespace) -> str:
     return " ".join(map(str, names))
 
 
-def _last_written(folder: str) -> int:
-    """When the weights in a folder were written [ns]; 0 if it holds none."""
-    return max((path.stat().st_mtime_ns for path in Path(folder).glob("*.safetensors")), default=0)
+def _last_written(name: str) -> int:
+    """When the weights in a folder, or in a GGUF file, were written [ns]; 0 if there are none."""
+    path = Path(name)
+    files = [path] if path.is_file() else path.glob("*.safetensors")
+    return max((file.stat().st_mtime_ns for file in files), default=0)
 
 
 SOLVE = Command(

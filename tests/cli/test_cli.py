@@ -382,6 +382,11 @@ def test_eval_resumes_only_from_the_same_weights(
     os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
     code, _, err = call(capsys, *asked)
     assert code == 2 and "results of another model" in err
+    (gguf := tmp_path / "model.gguf").touch()
+    of_file = SimpleNamespace(**vars(args) | {"model": str(gguf)})
+    before = _label(of_file)
+    os.utime(gguf, ns=(0, gguf.stat().st_mtime_ns + 1))
+    assert _label(of_file) != before
 
 
 def test_eval_takes_50_problems_or_all_of_a_task_that_has_fewer(
