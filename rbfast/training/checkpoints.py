@@ -40,9 +40,11 @@ def remove_checkpoints(folder: Path) -> None:
 
 def check_disk_space(folder: Path, values: int) -> None:
     """Raises OSError if the disk has no room for the checkpoints and the adapter of a run that trains so many fp32
-    values. Otherwise the run would fail later, and its training would be lost."""
+    values. Otherwise the run would fail later, and its training would be lost. The checkpoints that a resumed run finds
+    need no more room: later ones replace them."""
     checkpoint = 3 * 4 * values  # values and the two moments of AdamW
-    needed = (KEPT + 1) * checkpoint + 4 * values
+    found = min(KEPT, len(checkpoints_in(folder / "checkpoints")))
+    needed = (KEPT + 1 - found) * checkpoint + 4 * values
     free = shutil.disk_usage(folder).free
     if free < needed:
         reason = f"{megabytes(free)} are free, and the checkpoints and the adapter take {megabytes(needed)}"

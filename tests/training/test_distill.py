@@ -356,6 +356,10 @@ def test_a_disk_without_room_for_the_checkpoints_is_named_before_training(tmp_pa
             assert all(parameter.requires_grad for parameter in model.parameters())
         else:
             run(tmp_path / "second", monkeypatch)
+    for free in (41 * values, 17 * values):  # at the start, and beside two checkpoints
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: shutil._ntuple_diskusage(free, 0, free))
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(tmp_path / "cut", monkeypatch, cut_at=5)
 
 
 def test_a_run_is_not_written_into_the_folder_of_a_model(tmp_path, monkeypatch):
