@@ -189,7 +189,7 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
         for name in ("input_ids", "labels", "roles")
     }
     lengths = [len(example.input_ids) for example in examples]
-    packed["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
+    packed["position_ids"] = torch.cat([torch.arange(length, device="cpu") for length in lengths])[None]
     is_text = packed["labels"][0] != IGNORE
     packed |= _collate_signals(examples, lengths, is_text)
     if "teacher_rows" in packed:

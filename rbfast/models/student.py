@@ -279,7 +279,7 @@ def final_hidden(
         tokens = input_ids.shape[1]
         if spare := spare_rows(tokens, input_ids.device, model.dtype):  # they are one more example
             input_ids = pad(input_ids, (0, spare))
-            position_ids = torch.cat([position_ids, torch.arange(spare)[None]], dim=1)
+            position_ids = torch.cat([position_ids, torch.arange(spare, device=position_ids.device)[None]], dim=1)
             lengths = [*lengths, spare]
         return _run_backbone(model, input_ids, position_ids, lengths)[:tokens]
     examples = pairwise(accumulate(lengths, initial=0))

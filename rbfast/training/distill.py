@@ -304,12 +304,12 @@ def _save(run: Run, out: Path, settings: dict[str, Any], examples: Sequence[Exam
 def trace_loss(model: PreTrainedModel, examples: Sequence[Example], batch_size: int = 8) -> dict[str, float]:
     """Mean cross-entropy per token of encoded traces, in nats: for each role, and over all tokens as `mean`. Runs the
     model in evaluation mode."""
-    objective, totals = Objective(), torch.zeros(2, len(ROLES), dtype=torch.float64)
+    objective, totals = Objective(), torch.zeros(2, len(ROLES), dtype=torch.float64, device="cpu")
     with evaluation_mode(model), torch.no_grad():
         for start in range(0, len(examples), batch_size):
             batch = to_device(collate(examples[start : start + batch_size]), model.device)
             hidden = final_hidden(model, batch["input_ids"], batch["position_ids"], batch["lengths"])
-            ce = token_losses(model, hidden, batch, torch.ones(len(ROLES)), objective).ce
+            ce = token_losses(model, hidden, batch, torch.ones(len(ROLES), device=hidden.device), objective).ce
             totals += sums_by_role(batch, ce).cpu()
     sums, counts = totals
     losses = {name: (sums[i] / counts[i]).item() for i, name in enumerate(ROLES)}

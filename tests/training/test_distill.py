@@ -192,6 +192,13 @@ def test_the_loss_of_traces_is_measured_in_evaluation_mode():
     assert trace_loss(model.train(), examples) == expected and model.training
 
 
+def test_a_default_device_leaves_the_loss_of_traces_as_it_is():
+    model, (examples, _) = student().bfloat16(), encode_all(TRACES[:3], TOKENIZER)
+    expected = trace_loss(model, examples)
+    with torch.device("meta"):  # stands for a GPU
+        assert trace_loss(model, examples) == expected
+
+
 def test_a_cut_run_of_batches_of_tokens_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     settings = dict(tokens_per_batch=400, accumulation=2, epochs=2)
     whole = run(tmp_path / "whole", monkeypatch, **settings)
