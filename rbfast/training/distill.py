@@ -51,7 +51,7 @@ from rbfast.training.resume import check_same_folder, check_same_run, digest_tra
 from rbfast.training.run_folder import LOG, RUN, SKIPPED
 from rbfast.training.trainer import DistillTrainer, StopAtNaN
 from rbfast.training.training_bar import TrainingBar
-from rbfast.utils.files import check_output, write_text
+from rbfast.utils.files import check_output, lock_folder, write_text
 from rbfast.utils.processes import is_first_process, process_count
 from rbfast.utils.records import read_json
 
@@ -111,8 +111,8 @@ def distill(
     Raises:
         ValueError: no trace fits `max_tokens`, or one is longer than the model's position table; `signals` covers none
             of the traces; `out` holds a run with other settings, model, traces or teacher, or a damaged file, or is not
-            the same folder on all processes; `held_out` leaves none to train on or to measure; `keep_best` without
-            `held_out`; a gradient is NaN or infinite.
+            the same folder on all processes, or another run writes into it; `held_out` leaves none to train on or to
+            measure; `keep_best` without `held_out`; a gradient is NaN or infinite.
         TypeError: `traces` holds something other than Trace, or is a file name.
         OSError: the disk has no room for the checkpoints.
         ImportError: a tracker is not installed.
@@ -152,7 +152,7 @@ def distill(
     if is_first:  # before the long part: fail early if the folder is not writable
         check_output(out, folder=True)
     trained = _attach_adapter(model, examples, config, teacher, checkpoint or adapter)
-    with preserve_mode(model), _detach_on_failure(trained):
+    with preserve_mode(model), _detach_on_failure(trained), lock_folder(out) if is_first else nullcontext():
         if is_first:  # not before: a run that could not begin leaves its folder to other settings
             write_text(out / RUN, json.dumps(settings, indent=1))
             instruction = instruction_of(tokenizer, config)

@@ -29,6 +29,7 @@ from rbfast.training.distill_config import SCHEDULES
 from rbfast.training.objective import Objective
 from rbfast.training.trainer import DistillTrainer
 from rbfast.training.training_bar import TrainingBar
+from rbfast.utils.files import lock_folder
 
 ELSEWHERE = [pytest.param(placement, marks=pytest.mark.slow) for placement in ("activation", "random")]
 
@@ -367,6 +368,13 @@ def test_a_disk_without_room_for_the_checkpoints_is_named_before_training(tmp_pa
         monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: shutil._ntuple_diskusage(free, 0, free))
         with pytest.raises(RuntimeError, match="power cut"):
             run(tmp_path / "cut", monkeypatch, cut_at=5)
+
+
+def test_a_folder_into_which_another_run_writes_is_refused(tmp_path, monkeypatch):
+    model = student()
+    with lock_folder(tmp_path), pytest.raises(ValueError, match="another process is using"):
+        run(tmp_path, monkeypatch, model=model)
+    run(tmp_path, monkeypatch, model=model)
 
 
 def test_a_run_is_not_written_into_the_folder_of_a_model(tmp_path, monkeypatch):
