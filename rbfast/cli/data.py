@@ -170,8 +170,11 @@ def add_teach(sub: argparse.ArgumentParser) -> None:
 
 
 def run_teach(args: argparse.Namespace) -> int:
+    from rbfast.utils.files import lock_folder
+
     if args.score:
-        return _teach_logprobs(args)
+        with lock_folder(args.out):  # two calls would number their shards alike
+            return _teach_logprobs(args)
     from rbfast.teacher.solutions import FAILED, Prices, read_questions, teach
     from rbfast.utils.progress import bar
 

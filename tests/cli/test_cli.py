@@ -29,6 +29,7 @@ from rbfast.data.trace import Trace
 from rbfast.models.student import load_student
 from rbfast.training.checkpoints import write_digests
 from rbfast.training.distill import DistillConfig, Run
+from rbfast.utils.files import lock_folder
 
 
 @pytest.fixture(scope="module")
@@ -358,6 +359,16 @@ def test_eval_samples_and_goes_on(capsys: pytest.CaptureFixture[str], model_fold
     assert code == 2 and "its top_p is 1.0, now 0.9" in err
     code, _, err = call(capsys, "eval", model_folder, "--task", str(problems), "--top-p", "0.9")
     assert code == 2 and "--top-p is for sampling" in err
+
+
+def test_two_calls_do_not_score_into_one_folder(
+    capsys: pytest.CaptureFixture[str], model_folder: str, traces: str, tmp_path: Path
+) -> None:
+    with lock_folder(tmp_path / "out"):
+        code, _, err = call(
+            capsys, "teach", model_folder, traces, "-o", str(tmp_path / "out"), "--score", "--student", model_folder
+        )
+    assert code == 2 and "another process is using" in err
 
 
 def test_eval_resumes_only_from_the_same_weights(
