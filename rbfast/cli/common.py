@@ -101,9 +101,12 @@ def read_and_report_traces(args: argparse.Namespace, source: str, unreadable: Pa
 
     reader = TraceReader(source, options=format_options(args), skip=True)
     traces = reader.all()
+    if not is_first_process():
+        return traces
     if not args.json:
         print(f"{source}: {reader.summary()}", file=sys.stderr)
-    if reader.unreadable and is_first_process():
+    unreadable.unlink(missing_ok=True)  # of an earlier call
+    if reader.unreadable:
         reader.write_unreadable(unreadable)
         print(f"{source}: unreadable rows are listed, with reasons, in {unreadable}", file=sys.stderr)
     return traces

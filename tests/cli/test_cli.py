@@ -20,6 +20,7 @@ from tiny import model_of_words
 from transformers import PreTrainedTokenizerBase
 
 from rbfast.adapter.sparse_adapter import SparseAdapter
+from rbfast.cli.common import read_and_report_traces
 from rbfast.cli.infer import _label
 from rbfast.cli.main import _parser, main
 from rbfast.cli.train import _distill_config, _summarize_run
@@ -359,6 +360,22 @@ def test_eval_samples_and_goes_on(capsys: pytest.CaptureFixture[str], model_fold
     assert code == 2 and "its top_p is 1.0, now 0.9" in err
     code, _, err = call(capsys, "eval", model_folder, "--task", str(problems), "--top-p", "0.9")
     assert code == 2 and "--top-p is for sampling" in err
+
+
+def test_rows_that_were_mended_are_no_longer_listed_as_unreadable(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, traces: str, tmp_path: Path
+) -> None:
+    args, listed = SimpleNamespace(format=None, map="", teacher_field=None, json=False), tmp_path / "unreadable.jsonl"
+    whole = Path(traces).read_text()
+    Path(traces).write_text(f"{whole}{{}}\n")
+    read_and_report_traces(args, traces, listed)
+    assert listed.exists()
+    Path(traces).write_text(whole)
+    read_and_report_traces(args, traces, listed)
+    assert not listed.exists() and capsys.readouterr().err.count(f"{traces}: ") == 3
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert read_and_report_traces(args, traces, listed) and not capsys.readouterr().err
 
 
 def test_two_calls_do_not_score_into_one_folder(
