@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rbfast.kernels.columns import _launch
 from rbfast.kernels.divergence_terms import (
     FORWARD,
     JS,
@@ -260,11 +261,6 @@ def weighted_loss_kernel(
 # ---- the op ----
 
 
-def _launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: object, **options: object) -> None:
-    if all(grid):
-        kernel[grid](*args, enable_fp_fusion=True, **options)
-
-
 def divergence_rows_(
     logits: Tensor,
     dz: Tensor | None,
@@ -299,17 +295,18 @@ def divergence_rows_(
     # the block sets the order of the sums, so a choice by timing would make the bits vary between runs.
     widest = 1024 if teacher is not None and has_head and kind == JS.value else 2048
     block = min(max(64, triton.next_power_of_2(V)), widest)
-    options = {"num_warps": 8 if block == widest else 4}
+    warps = 8 if block == widest else 4
     if teacher is not None and (ids is None or logprobs is None):
         _per_row("teacher", teacher, T, torch.float32, 2)
         _check_plane("teacher", teacher, T)
         rows = (logits, dz, labels, *parameters, teacher, bias, values, ces, V, min(V, teacher.shape[1]))
-        _launch(dense_rows_kernel, (T,), *rows, *strides, teacher.stride(0), *head, block, **options)
+        _launch(dense_rows_kernel, (T,), *rows, *strides, teacher.stride(0), *head, block, num_warps=warps)
     else:
         signal = _top_k(ids, logprobs, T) if ids is not None and logprobs is not None else (None, None)
         k = 0 if signal[0] is None else signal[0].shape[1]
         rows = (logits, dz, labels, *parameters, *signal, bias, values, ces, V, k)
-        _launch(sparse_rows_kernel, (T,), *rows, *strides, *head, triton.next_power_of_2(max(k, 2)), block, **options)
+        block_k = triton.next_power_of_2(max(k, 2))
+        _launch(sparse_rows_kernel, (T,), *rows, *strides, *head, block_k, block, num_warps=warps)
     grid = (triton.cdiv(T, BLOCK_ROWS),)
     _launch(weighted_loss_kernel, grid, values, ces, losses, *parameters, T, *factors, BLOCK_ROWS)
     return values, ces, losses

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rbfast.kernels.columns import _launch
+
 BLOCK = 4096
 PROGRAMS = 2048
 
@@ -25,10 +27,6 @@ def scale_kernel(out, x, factor, n, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr)
             tl.store(out + i, value.to(out.dtype.element_ty), mask=i < n)
 
 
-def _launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: object, **options: object) -> None:
-    kernel[grid](*args, **options)
-
-
 def scaled_(out: Tensor, x: Tensor, factor: Tensor) -> None:
     if not (out.shape == x.shape and out.is_contiguous() and x.is_contiguous()):
         raise ValueError(
@@ -37,6 +35,5 @@ def scaled_(out: Tensor, x: Tensor, factor: Tensor) -> None:
         )
     if factor.numel() != 1 or factor.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"scaled_: factor must be one float32 or float64, got {factor.dtype} {list(factor.shape)}")
-    if x.numel():
-        grid, in_place = min(PROGRAMS, triton.cdiv(x.numel(), BLOCK)), out.data_ptr() == x.data_ptr()
-        _launch(scale_kernel, (grid,), out, x, factor, x.numel(), in_place, BLOCK)
+    grid, in_place = min(PROGRAMS, triton.cdiv(x.numel(), BLOCK)), out.data_ptr() == x.data_ptr()
+    _launch(scale_kernel, (grid,), out, x, factor, x.numel(), in_place, BLOCK)
