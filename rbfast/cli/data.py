@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rbfast.cli.common import (
+    DTYPES,
     FILE_ONLY,
     Command,
     add_device,
@@ -162,7 +163,7 @@ def add_teach(sub: argparse.ArgumentParser) -> None:
     scoring.add_argument(
         "--dialect", choices=["vllm", "echo"], default="vllm", help="how the server scores prompts (default: vllm)"
     )
-    scoring.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="dtype of a local teacher")
+    scoring.add_argument("--dtype", choices=DTYPES, help="dtype of a local teacher")
     sub.add_argument("--max-tokens", type=int, default=4096, help="limit of a solution, or of a trace (default: 4096)")
     add_instruction(scoring, "boxed if the student's chat template thinks, else answer; distill needs the same")
     add_formats(sub)
@@ -245,10 +246,10 @@ def _add_reply_logprobs(
     """
     from rbfast.teacher.server_logprobs import add_reply_logprobs
 
-    refused = []
+    refused, instruction = [], instruction_of(args, args.student)
     with store:
         for trace, reply in zip(taught.traces, taught.replies, strict=True):
-            reason = add_reply_logprobs(trace, reply, tokenizer, store, instruction_of(args, args.student))
+            reason = add_reply_logprobs(trace, reply, tokenizer, store, instruction)
             if reason is not None:
                 refused.append((trace, f"{trace.name}: {reason}"))
     _print_refused(refused)

@@ -125,9 +125,9 @@ def _print_solutions(args: argparse.Namespace, solutions: "Sequence[Solution]", 
 
     vote = vote_of(solutions)
     answer = vote.answer if len(solutions) > 1 else final_answer(solutions[0].text)
-    transcript.end(answer, sum(solution.tokens for solution in solutions), len(solutions), vote.votes)
+    text = transcript.last_line(answer, sum(solution.tokens for solution in solutions), len(solutions), vote.votes)
     result = {"answer": answer, "votes": vote.votes, "solutions": [solution.to_dict() for solution in solutions]}
-    return print_result(args, result, transcript.summary)
+    return print_result(args, result, text)
 
 
 def _read_stdin() -> str:

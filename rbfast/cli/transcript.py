@@ -12,11 +12,10 @@ _MARK = "black on yellow"
 
 
 class Transcript:
-    """Prints pieces to stdout as they come; `summary` is the final line, which the caller prints."""
+    """Prints pieces to stdout as they come."""
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
-        self.summary = ""
         self._console = Console(highlight=False)
 
     def write(self, kind: str, text: str) -> None:
@@ -31,7 +30,8 @@ class Transcript:
                 Text(f" [{kind}] ", style=_MARK), Text(text, style="yellow"), sep="", end="", soft_wrap=True
             )
 
-    def end(self, answer: str | None, tokens: int, samples: int, votes: int) -> None:
+    def last_line(self, answer: str | None, tokens: int, samples: int, votes: int) -> str:
+        """The line that says the result, for the caller to print."""
         voted = f", {votes} of {samples} samples agree" if samples > 1 else ""
         shown = "none" if answer is None else answer
-        self.summary = f"{'' if self.quiet else chr(10)}answer: {shown} ({tokens} tokens{voted})"
+        return f"{'' if self.quiet else chr(10)}answer: {shown} ({tokens} tokens{voted})"

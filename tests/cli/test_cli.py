@@ -281,9 +281,7 @@ def test_what_a_model_or_a_server_wrote_commands_no_terminal(capsys: pytest.Capt
 
 
 def test_a_solution_without_an_answer_says_so() -> None:
-    transcript = Transcript(quiet=True)
-    transcript.end(None, 88, 1, 0)
-    assert transcript.summary == "answer: none (88 tokens)"
+    assert Transcript(quiet=True).last_line(None, 88, 1, 0) == "answer: none (88 tokens)"
 
 
 def test_solve_keeps_to_its_budget(capsys: pytest.CaptureFixture[str], model_folder: str) -> None:
