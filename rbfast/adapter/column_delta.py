@@ -247,9 +247,10 @@ class ColumnDelta(nn.Module):
         if not (self.is_folded and self.enabled):
             return
         (weight, delta, _), (folded_weight, folded_delta, _) = self._versions(), self._versions_at_fold
-        if weight != folded_weight and self._has_real_weight():
-            self._fold_into_written_base(skip_check=self.is_delta_written())
-        elif delta != folded_delta:
+        is_written = weight != folded_weight and self._has_real_weight()
+        if is_written and not self.is_delta_written():  # otherwise its columns cannot be compared
+            self._check_written_base()
+        if is_written or delta != folded_delta:
             self.fold()
 
     def is_delta_written(self) -> bool:
@@ -263,14 +264,12 @@ class ColumnDelta(nn.Module):
         return type(weight) in (Tensor, nn.Parameter) and not weight.is_meta
 
     @torch.no_grad()
-    def _fold_into_written_base(self, skip_check: bool) -> None:
-        """Folds into a weight that other code wrote. skip_check: its columns cannot be compared, because A or B changed
-        since the last fold."""
+    def _check_written_base(self) -> None:
+        """Raises RuntimeError if a weight that other code wrote holds neither the base's columns nor the folded."""
         columns = self.weight.index_select(-1, self.cols)
         is_cast = columns.dtype != self.base_columns.dtype
-        if not (skip_check or is_cast or self.is_base_or_folded(columns)):
+        if not (is_cast or self.is_base_or_folded(columns)):
             raise RuntimeError(_WRITTEN.format(kind=type(weight_owner(self.linear)[0]).__name__))
-        self.fold()
 
     def is_base_or_folded(self, columns: Tensor) -> bool:
         known = self.base_columns, self.folded_columns()
