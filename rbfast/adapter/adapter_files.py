@@ -142,7 +142,7 @@ def check_finite(deltas: Mapping[str, Delta]) -> None:
 def check_base(config: AdapterConfig, matrices: Mapping[str, nn.Module], where: str | Path) -> dict[str, str | None]:
     """The fingerprints of the matrices. Raises ValueError, naming the first mismatch, unless these are the matrices the
     adapter was made for."""
-    base = f"{config.base_model_name_or_path or 'an unnamed model'}"
+    base = config.base_model_name_or_path or "an unnamed model"
     for name, info in config.modules.items():
         if name not in matrices:
             raise ValueError(f"{where}: made for {base}, whose linear {name} is not in this model; load that base")

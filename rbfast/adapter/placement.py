@@ -58,7 +58,7 @@ def plan_adapter(
     support: int | None,
     rank: int | None,
     targets: str | Sequence[str],
-    placement: "ColumnScores | str | Path",
+    placement: ColumnScores | str | Path,
     scale: float,
     seed: int,
 ) -> tuple[AdapterConfig, dict[str, Delta]]:
