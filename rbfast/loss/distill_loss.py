@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rbfast.loss.chunked_loss import LossJob
 from rbfast.loss.fused_loss import FusedLoss
-from rbfast.loss.inputs import check_logit_settings, check_shapes, input_checks
+from rbfast.loss.inputs import check_logit_settings, check_shapes, check_tensors, input_checks
 from rbfast.loss.parameters import check_parameter
 from rbfast.loss.row_groups import group_known_rows, group_rows
 from rbfast.loss.teacher_signal import Signal, check_signal
@@ -132,6 +132,7 @@ class DistillLoss(nn.Module):
         Raises:
             ValueError: shapes, dtypes or values that do not fit; the message says which.
         """
+        check_tensors(hidden=hidden, head_weight=head_weight, labels=labels)
         if not torch.is_grad_enabled():  # do not compute gradients that nobody will use
             hidden, head_weight = hidden.detach(), head_weight.detach()
             head_bias = None if head_bias is None else head_bias.detach()

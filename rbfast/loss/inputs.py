@@ -12,6 +12,13 @@ from rbfast.loss.value_checks import ValueCheck
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def check_tensors(**given: object) -> None:
+    """Raises if one is no tensor: the head itself in place of its weight, a list."""
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+
+
 def check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
     """Raises if shapes, dtypes or devices do not fit."""
     if hidden.dim() != 2:

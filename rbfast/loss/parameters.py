@@ -1,6 +1,7 @@
 """Weights and temperatures of a loss: one number for all rows, or one per row. Shapes: T tokens, n active rows."""
 
 import math
+from numbers import Real
 from typing import NamedTuple
 
 from torch import Tensor
@@ -39,6 +40,8 @@ def check_parameter(name: str, value: float | Tensor, hidden: Tensor) -> RowPara
             raise ValueError(f"{name} must be a float or [T] = [{hidden.shape[0]}], got {tuple(value.shape)}")
         values = value.detach().to(hidden.device, wide_dtype(hidden.dtype))
         return RowParameter(values if values.dim() else values.expand(hidden.shape[0]))
+    if not isinstance(value, Real):
+        raise ValueError(f"{name} must be a float or a tensor [T] = [{hidden.shape[0]}], got {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite in every row")
     if name == "temperature" and value <= 0:

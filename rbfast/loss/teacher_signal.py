@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rbfast.loss.inputs import check_device, check_logit_settings
+from rbfast.loss.inputs import check_device, check_logit_settings, check_tensors
 from rbfast.loss.value_checks import ValueCheck, read_back
 from rbfast.ops.dtypes import wide_dtype
 
@@ -133,12 +133,15 @@ def _check_dense(signal: Dense, student: Tensor) -> int:
 
 def _check_source(signal: Dense, student: Tensor) -> int:
     if signal.logits is not None:
-        if signal.hidden is not None or signal.weight is not None or signal.logits.dim() != 2:
+        if signal.hidden is not None or signal.weight is not None:
             raise ValueError("Dense takes logits [N, V'] or hidden [N, H'] with weight [V', H'], not both")
+        if signal.logits.dim() != 2:
+            raise ValueError(f"Dense needs logits [N, V'], got {list(signal.logits.shape)}; flatten them first")
         return signal.logits.shape[0]
     hidden, weight = signal.hidden, signal.weight
     if hidden is None or weight is None:
         raise ValueError("Dense needs logits [N, V'], or both hidden [N, H'] and weight [V', H']")
+    check_tensors(**{"the hidden of Dense": hidden, "the weight of Dense": weight})
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"Dense needs hidden [N, H'] and weight [V', H'], got {list(hidden.shape)}, {list(weight.shape)}"
@@ -152,6 +155,7 @@ def _check_source(signal: Dense, student: Tensor) -> int:
 
 def _check_top_k(signal: TopK, hidden: Tensor) -> TopK:
     ids, logprobs = signal.ids, signal.logprobs
+    check_tensors(**{"the ids of TopK": ids, "the logprobs of TopK": logprobs})
     if ids.dim() != 2 or ids.shape != logprobs.shape:
         raise ValueError(f"TopK needs ids [N, k] and logprobs [N, k], got {list(ids.shape)} and {list(logprobs.shape)}")
     if ids.is_floating_point() or ids.dtype == torch.bool or not logprobs.is_floating_point():
