@@ -358,6 +358,12 @@ def _check_inputs(model: nn.Module, adapter: nn.Module, train_dataset: object, t
                 "the adapter is not attached to this model (merged or detached, or another model's), so it would learn "
                 "nothing: attach one with SparseAdapter.attach or from_pretrained"
             )
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        if name := next((name for name, site in adapter.sites().items() if site.linear is head), None):
+            raise ValueError(
+                f"{name} is the output head, whose weight the loss uses without running the layer, so its delta would "
+                "learn nothing: leave it out of targets"
+            )
     if teacher is model:
         raise ValueError(
             "the teacher is the student itself, with the adapter in it, so it could teach nothing: load the teacher as "

@@ -382,6 +382,12 @@ def test_an_adapter_that_is_not_attached_is_refused(tmp_path: Path, end: str | N
         DistillTrainer(model, adapter, arguments(tmp_path), some_examples(2))
 
 
+def test_an_adapted_head_is_refused(tmp_path: Path) -> None:
+    adapter = SparseAdapter.attach(model := tiny_model(), density=0.2, targets=["q_proj", "lm_head"])
+    with pytest.raises(ValueError, match="lm_head is the output head"):
+        DistillTrainer(model, adapter, arguments(tmp_path), some_examples(2))
+
+
 def test_a_teacher_is_frozen_and_without_dropout(tmp_path: Path) -> None:
     teacher = tiny_model().train()
     adapter = SparseAdapter.attach(model := tiny_model(), density=0.05, placement="random")
