@@ -23,6 +23,7 @@ from rbfast.cli.common import (
     load_model,
     output_file,
     output_folder,
+    positive,
     print_result,
     read_and_report_traces,
 )
@@ -94,7 +95,9 @@ def add_distill(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--learning-rate", type=float, help="peak learning rate of AdamW (default: 0.01)")
     sub.add_argument("--warmup", type=float, help="share of the steps before the peak (default: 0.05)")
     sub.add_argument("--schedule", choices=["linear", "cosine", "constant"], help="after the peak (default: linear)")
-    sub.add_argument("--shard", type=int, metavar="PROCESSES", help="spread each copy of MODEL over so many processes")
+    sub.add_argument(
+        "--shard", type=positive, metavar="PROCESSES", help="spread each copy of MODEL over so many processes"
+    )
     sub.add_argument("--max-tokens", type=int, help="leave longer traces out, and list them (default: 4096)")
     sub.add_argument("--save-steps", type=int, help="steps between checkpoints (default: 50)")
     sub.add_argument(

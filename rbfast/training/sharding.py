@@ -50,8 +50,8 @@ def _shard_weights(model: PreTrainedModel, over: int | None, device: str) -> Non
     if not dist.is_initialized():
         raise ValueError("a model is sharded over processes, and this is the only one: start them with torchrun")
     processes = dist.get_world_size()
-    over = over or processes
-    if processes % over:
+    over = processes if over is None else over
+    if over < 1 or processes % over:
         raise ValueError(f"{processes} processes can't share copies by {over}: expected a divisor of {processes}")
     layers = set(model._no_split_modules or ())
     units = [module for module in model.modules() if type(module).__name__ in layers]

@@ -118,8 +118,9 @@ def test_the_command_line_shards_what_it_trains(group, tmp_path, monkeypatch):
 
 def test_what_cannot_be_sharded_is_refused(group):
     model = gpt2()
-    with pytest.raises(ValueError, match="1 processes can't share copies by 3"):
-        shard(model, over=3)
+    for over in (3, 0, -1):
+        with pytest.raises(ValueError, match=f"1 processes can't share copies by {over}"):
+            shard(model, over=over)
     adapter = attach(model)
     with pytest.raises(ValueError, match="has a SparseAdapter attached"):
         shard(model)
