@@ -86,7 +86,7 @@ class ColumnDelta(nn.Module):
         if view is None:
             raise RuntimeError(
                 "the base's weight is no longer a plain floating tensor of at most 32 bits; detach the adapter before "
-                "you change it"
+                'you change or shard it, or attach with mode="side"'
             )
         self._view_cache = key, is_transposed(self.linear)
         return view

@@ -100,6 +100,14 @@ def test_an_adapter_that_is_sharded_with_its_model_trains_and_is_saved_whole(gro
     assert saved[0] == saved[1]
 
 
+def test_a_model_that_is_sharded_under_a_folded_adapter_says_how_to_attach(group):
+    model = llama()
+    model.adapter = attach(model)
+    fully_shard(model)
+    with pytest.raises(RuntimeError, match='before you change or shard it, or attach with mode="side"'):
+        train(model, model.adapter)
+
+
 def test_the_command_line_shards_what_it_trains(group, tmp_path, monkeypatch):
     traces = [Trace(f"What is {n} + 1?", f"{n} + 1 = {n + 1}", str(n + 1)) for n in range(8)]
     tokenizer = byte_level(*(trace.completion() for trace in traces))
