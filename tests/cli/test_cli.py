@@ -627,9 +627,10 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
         ("--bach-size=4", "unknown option --bach-size: did you mean --batch-size?"),
         ("--xyzzy", "unknown option --xyzzy"),
         ("more", "unexpected argument 'more'"),
+        ("--shard=0", "argument --shard: expected a whole number above 0, got '0'"),
     ],
 )
-def test_an_unknown_option_is_answered_by_its_command(
+def test_a_bad_option_is_answered_by_its_command(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, words: str, complaint: str
 ) -> None:
     with pytest.raises(SystemExit) as done:
