@@ -38,9 +38,8 @@ def quotas(counts: Sequence[int], size: int) -> list[int]:
             share[i] = float(counts[i]) if full else unit * math.sqrt(counts[i])
         left -= sum(share[i] for i in full)
         open_ = [i for i in open_ if i not in full] if full else []
-    whole = [min(int(part), count) for part, count in zip(share, counts, strict=True)]
-    by_remainder = sorted(range(len(counts)), key=lambda i: (whole[i] - share[i], i))
-    for i in (i for _ in range(2) for i in by_remainder):
+    whole = [int(part) for part in share]
+    for i in sorted(range(len(counts)), key=lambda i: whole[i] - share[i]):
         if sum(whole) < size and whole[i] < counts[i]:
             whole[i] += 1
     return whole

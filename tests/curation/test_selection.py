@@ -22,6 +22,7 @@ def test_quotas() -> None:
     assert quotas([900, 100, 4], 42) == [30, 10, 2]
     assert quotas([900, 100, 4], 40) == [29, 9, 2]
     assert quotas([10_000, 1, 1], 100) == [98, 1, 1]
+    assert quotas([9, 9, 9], 4) == [2, 1, 1]
     with pytest.raises(ValueError, match="must be 0 or more"):
         quotas([1], -1)
 
@@ -37,6 +38,12 @@ def test_the_shortlist_is_the_top_of_a_sort(n: int, reach: int, seed: int) -> No
         best = sorted(items, key=lambda i: (-scores[i], ties[i], i))
         half = (len(items) + 1) // 2
         assert found.tolist() == best[: max(share[domain], min(reach * share[domain], half))]
+
+
+def test_eight_items_are_shortlisted_for_each_that_is_wanted() -> None:
+    merits, nothing = np.arange(100.0), np.zeros(100, dtype=int)
+    [best] = shortlist(merits, nothing, nothing, [3])
+    assert best.tolist() == list(range(99, 75, -1))
 
 
 def test_representatives_are_unlike_each_other() -> None:
