@@ -107,7 +107,7 @@ def test_proportion_is_wilsons():
     interval = proportion([1.0] * 3 + [0.0] * 37)
     assert (interval.mean, interval.low, interval.high) == pytest.approx((0.075, 0.02585, 0.19864), abs=5e-5)
     assert proportion([0.0]).high == pytest.approx(0.7935, abs=1e-4) and proportion([0.0]).low == 0.0
-    assert proportion([1.0] * 7).high == 1.0 and proportion([0.0] * 24).low == 0.0
+    assert proportion([1.0] * 16).high == 1.0 and proportion([0.0] * 24).low == 0.0
 
 
 def test_differences_need_matching_scores():
@@ -175,6 +175,9 @@ def test_the_clustered_error_is_the_error_of_item_means():
     assert clustered([[1.0, 1.0, 1.0], [0.0]])[0] == 0.75  # each sample counts once
     # Samples that all agree say no more than one of them.
     assert clustered([[1.0] * 9, [0.0] * 9])[1] == pytest.approx(clustered([[1.0], [0.0]])[1])
+    for missing in ([], [[1.0], []]):
+        with pytest.raises(ValueError, match="every item needs at least one sample"):
+            clustered(missing)
 
 
 def test_real_samples_have_the_statistics_that_were_counted():
