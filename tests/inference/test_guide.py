@@ -57,6 +57,12 @@ def test_an_early_end_waits_below_the_minimum_if_a_token_is_left_to_think(tokens
     assert row.phase is (Phase.THINK if waits else Phase.ANSWER)
 
 
+def test_the_thinking_may_be_of_one_length_alone():
+    row = GuideState(make_guide(budget=300, minimum=100, maximum=100, **SHORT), len)
+    assert row.write("word</think>", tokens=50).kind == WAIT
+    assert row.write("word ", tokens=row.left).kind == WRAP_UP
+
+
 @pytest.mark.parametrize(("tokens", "ends"), [(59, False), (60, True)])
 def test_a_sentence_that_ends_near_the_limit_ends_the_thinking(tokens, ends):
     row = GuideState(make_guide(budget=104, reserve=40, **SHORT), len)
@@ -74,11 +80,32 @@ def test_the_last_token_of_thinking_may_be_written(maximum, tokens, ends):
     assert (order is not None and order.kind == WRAP_UP) == ends
 
 
-@pytest.mark.parametrize(("cooldown", "noticed"), [(0, 3), (64, 64)])
-def test_a_loop_without_a_sentence_end_is_left_after_so_many_tokens(cooldown, noticed):
-    row = GuideState(make_guide(budget=2000, cooldown=cooldown, loop_length=2, loop_times=2, **SHORT), len)
+@pytest.mark.parametrize(("budget", "thinking"), [(400, 300), (1024, 768), (4096, 3840)])
+def test_a_quarter_of_the_budget_is_kept_back_but_at_most_256_tokens(budget, thinking):
+    assert GuideState(make_guide(budget=budget), len).left == thinking
+
+
+@pytest.mark.parametrize(
+    ("cap", "cooldown", "noticed", "kind"), [(4, 0, 3, OTHER), (4, 64, 64, OTHER), (0, 64, 3, WRAP_UP)]
+)
+def test_a_loop_without_a_sentence_end_is_left_after_so_many_tokens(cap, cooldown, noticed, kind):
+    row = GuideState(make_guide(budget=2000, cap=cap, cooldown=cooldown, loop_length=2, loop_times=2, **SHORT), len)
     orders = [row.write("a ") for _ in range(noticed + 32)]
-    assert orders[:-1] == [None] * (noticed + 31) and orders[-1].kind == OTHER
+    assert orders[:-1] == [None] * (noticed + 31) and orders[-1].kind == kind
+
+
+def test_a_loop_is_counted_anew_after_another_approach():
+    row = GuideState(make_guide(budget=2000, cooldown=0, loop_length=2, loop_times=2, **SHORT), len)
+    for _ in range(2):
+        orders = [row.write("a ") for _ in range(3 + 32)]
+        assert orders[:-1] == [None] * 34 and orders[-1].kind == OTHER
+
+
+def test_an_intervention_drops_one_that_was_due():
+    row = GuideState(make_guide(budget=2000, minimum=200, cooldown=3, loop_length=2, loop_times=2, **SHORT), len)
+    assert [row.write("a ") for _ in range(3)] == [None] * 3  # another approach is due
+    assert row.write("</think>").kind == WAIT
+    assert row.write("A sentence. ") is None
 
 
 def test_without_interventions_the_finish_text_ends_nothing():
@@ -123,10 +150,10 @@ def test_interventions_keep_their_distance():
     assert len(places) > 10 and all(b - a >= 50 for a, b in pairwise(places))
 
 
-@pytest.mark.parametrize(("tokens", "verifies"), [(49, False), (50, True)])
-def test_an_intervention_may_come_when_the_cooldown_is_over(tokens, verifies):
-    row = GuideState(make_guide(budget=2000, cooldown=50, verify_above=0.0, **SHORT), len)
-    assert (row.write("A sentence. ", tokens=tokens, entropy=1.0) is not None) == verifies
+@pytest.mark.parametrize(("tokens", "entropy", "verifies"), [(49, 1.5, False), (50, 1.5, True), (50, 1.0, False)])
+def test_an_intervention_may_come_when_the_cooldown_is_over_and_the_model_unsure(tokens, entropy, verifies):
+    row = GuideState(make_guide(budget=2000, cooldown=50, verify_above=1.0, **SHORT), len)
+    assert (row.write("A sentence. ", tokens=tokens, entropy=entropy) is not None) == verifies
 
 
 def test_sure_models_are_not_told_to_verify():
@@ -140,9 +167,9 @@ def test_sure_models_are_not_told_to_verify():
 
 
 def test_a_stable_probe_ends_the_thinking():
-    guide = make_guide(budget=900, probe_every=10, probe_agree=3, **SHORT)
+    guide = make_guide(budget=900, probe_every=10, probe_agree=3, finish="</answer>", **SHORT)
     row = GuideState(guide, len)
-    for answer in ("", "", "", "7", "8", "8"):
+    for answer in ("", "", "", "7", "8</answer> or", " 8\nSo"):  # an answer ends with its mark or its line
         assert row.write("word word. ", tokens=10) is None
         assert row.wants_probe and row.probed(answer, 20) is None
         assert not row.wants_probe
@@ -243,6 +270,9 @@ def test_markers_the_vocabulary_cannot_write_are_refused():
         ("So it is.", True, True),
         ("so it is 12", False, False),
         ("so it is 12.", False, False),
+        ("so it is 7/", False, False),
+        ("so it is 3e", False, False),
+        ("so it is 3e-", False, False),
         ("so it is 12. ", True, True),
         ("so it is 12.\n", True, True),
         ("for example, e.g. ", True, False),
@@ -289,3 +319,9 @@ def test_a_stray_opener_protects_nothing_for_long():
     boundary = Boundary()
     boundary.write("\\( never closed " + "word. " * 300)
     assert boundary.safe
+
+
+def test_a_fence_protects_code_of_any_length():
+    boundary = Boundary()
+    boundary.write("```\n" + "code. " * 300)
+    assert not boundary.safe
