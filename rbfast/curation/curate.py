@@ -274,11 +274,11 @@ def _difficulties(part: AssessedPart, rates: np.ndarray, alive: np.ndarray) -> n
 
 
 def _merits(part: AssessedPart, difficulty: np.ndarray, weights: Weights, alive: np.ndarray) -> np.ndarray:
-    """float64 [n]: the score that selection uses, in [0, 1]; -inf for dropped items."""
+    """float64 [n]: the score that selection uses; -inf for dropped items."""
     merits = np.full(len(alive), -np.inf)
     verified = np.where(part.verified == UNVERIFIED, 0.5, part.verified == RIGHT)
     marks = weights.difficulty * difficulty[alive] + weights.quality * ranks(part.quality[alive])
-    merits[alive] = (marks + weights.verified * verified[alive]) / sum(asdict(weights).values())
+    merits[alive] = marks + weights.verified * verified[alive]
     return merits
 
 

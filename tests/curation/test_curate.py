@@ -193,11 +193,13 @@ def test_conversations_are_one_if_their_turns_and_their_problem_are(tmp_path: Pa
     assert {line: rec["duplicate_of"].rpartition(":")[2] for line, rec in copies.items()} == {"2": "1", "8": "7"}
 
 
-@pytest.mark.parametrize(("plain_is_right", "kept"), [(None, "better"), (True, "plain")])
-def test_of_one_problem_the_right_trace_is_kept_then_the_better(tmp_path: Path, plain_is_right, kept: str) -> None:
-    better = "Perhaps add first. Then check: therefore it is 7."
-    pool = [row("Two and five?", id="plain", verified=plain_is_right), row("Two and five?", id="better")]
-    pool[1]["reasoning"] = better
+@pytest.mark.parametrize(
+    ("plain", "better", "kept"), [(None, None, "better"), (True, None, "plain"), (None, False, "plain")]
+)
+def test_of_one_problem_the_right_trace_is_kept_then_the_better(tmp_path: Path, plain, better, kept: str) -> None:
+    """A wrong one is the last to be kept."""
+    pool = [row("Two and five?", id="plain", verified=plain), row("Two and five?", id="better", verified=better)]
+    pool[1]["reasoning"] = "Perhaps add first. Then check: therefore it is 7."
     rbfast.curate([write_rows(tmp_path / "pool.jsonl", pool)], tmp_path / "out")
     assert [trace.id for trace in read_traces(tmp_path / "out" / "reason1k.jsonl")] == [kept]
 
@@ -334,6 +336,16 @@ def test_measures_are_pluggable(tmp_path: Path) -> None:
         rbfast.curate([pool], tmp_path / "nan", CurateConfig(quality=lambda trace: math.nan))
 
 
+@pytest.mark.parametrize(("weight", "kept"), [(0.75, "better"), (1.25, "right")])
+def test_a_right_answer_counts_twice_as_much_as_an_unverified_one(tmp_path: Path, weight: float, kept: str) -> None:
+    """The ranks of the two qualities, of any scale, differ by a half."""
+    pool = [row("Which is the longer question?", id="right", verified=True), row("What is it?", id="better")]
+    weights = Weights(difficulty=0, quality=1, verified=weight)
+    config = CurateConfig(size=1, quality=shorter_is_better, weights=weights)
+    rbfast.curate([write_rows(tmp_path / "pool.jsonl", pool)], tmp_path / "out", config)
+    assert [trace.id for trace in read_traces(tmp_path / "out" / "reason1k.jsonl")] == [kept]
+
+
 def test_difficulty_is_what_the_student_missed_else_what_is_given_else_the_length() -> None:
     rows = [("", row(f"Problem {word}?", **more)) for word, more in (
         ("one", {}), ("two", {"difficulty": 9}), ("three three three", {}), ("four", {"difficulty": 4}),
@@ -425,3 +437,15 @@ def test_weights() -> None:
 def test_any_number_is_a_seed(tmp_path: Path, seed: int) -> None:
     pool = write_rows(tmp_path / "pool.jsonl", [row("What is 3 + 4?"), row("How many days has a week?")])
     assert rbfast.curate([pool], tmp_path / "out", CurateConfig(size=1, seed=seed)).selected == 1
+
+
+def test_the_seed_chooses_among_equals(tmp_path: Path) -> None:
+    words = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen")
+    pool = write_rows(tmp_path / "pool.jsonl", [row(f"What is one {word}?") for word in words])
+
+    def chosen(seed: int) -> str:
+        rbfast.curate([pool], tmp_path / "out", CurateConfig(size=1, seed=seed))
+        return (tmp_path / "out" / "reason1k.jsonl").read_text(encoding="utf-8")
+
+    assert chosen(0) == chosen(0)
+    assert len({chosen(seed) for seed in range(5)}) > 1

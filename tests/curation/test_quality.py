@@ -192,6 +192,9 @@ def test_marks() -> None:
     assert all(better > worse for better, worse in zip(checked[:4], plain[:4], strict=True))
     assert quality(Trace("p", "It is 4.", "3"), 0.0).completeness == 0.5
     assert quality(Trace("p", "It is \\frac{ 1 }{2}.", "\\frac{1}{2}"), 0.0).completeness == 1.0
+    for before, after, completeness in ((0, 280, 1.0), (100, 320, 0.5), (2000, 600, 1.0), (2000, 700, 0.5)):
+        reasoning = f"{'a' * before} 73. {'b' * after}"  # an answer counts in the last quarter, or 300 characters
+        assert quality(Trace("p", reasoning, "73"), 0.0).completeness == completeness
     assert Quality(1, 1, 1, 1, 1, 0).score == pytest.approx(1.0)
     assert Quality(1, 1, 1, 1, 0.5, 0.5).score == pytest.approx(0.25)
     each = [Quality(*(float(at == mark) for at in range(4)), 1, 0).score for mark in range(4)]
