@@ -183,8 +183,9 @@ def test_a_problem_with_other_numbers_names_or_a_clause_is_met(problem: str, ite
 
 def test_formulas_of_a_common_form_alone_make_no_variant() -> None:
     evaluations = [Evaluation("e", "Solve the system $2x + 3y = 12$, $5x - 4y = 7$ for $x$ and $y$.")]
-    pool = ["Given that $7x + 8y = 1$ and $6x - 9y = 5$, for $x$ and $y$ what holds?", "How many primes are there?"]
-    assert contaminated(pool, evaluations) == [None, None]
+    asked = "Given that $7x + {}y = 1$ and $6x - 9y = 5$, for $x$ and $y$ what holds?"
+    for number in (8, 3):  # with 3 it shares a few tokens as they are, "x + 3y ="
+        assert contaminated([asked.format(number), "How many primes are there?"], evaluations) == [None, None]
 
 
 def test_the_strongest_match_is_of_the_surest_tier_then_the_largest_then_the_first() -> None:
@@ -192,6 +193,25 @@ def test_the_strongest_match_is_of_the_surest_tier_then_the_largest_then_the_fir
     copied, template = Match(3, "text", 0.5), Match(4, "template", 1.0)
     matches = [small, large, None, large, copied, template, None, large, equal]
     assert strongest_matches(matches, np.array([2, 4, 1, 0, 2])) == [large, copied, None, None, large]
+
+
+WORDS = [letter * 3 for letter in "abcdefghijklmnopqrstuvwx"]
+
+
+def told(words: list[str], first: int | None) -> str:
+    """The words, every fourth of them replaced by a number, counted on from `first` if it is given."""
+    return " ".join(word if first is None or n % 4 < 3 else str(first + n) for n, word in enumerate(words))
+
+
+@pytest.mark.parametrize(
+    ("shared", "numbers", "tier"), [(14, None, "text"), (13, None, None), (20, 50, "template"), (19, 50, None)]
+)
+def test_half_of_a_problem_counts_and_four_fifths_with_other_numbers(shared: int, numbers, tier: str | None) -> None:
+    """The problem has 20 shingles; its first 14 words hold 10 of them."""
+    evaluation = Evaluation("e", told(WORDS, numbers and 10))
+    others = "while some other people over there talk about quite different things that matter to them alone"
+    [match] = contaminated([f"{told(WORDS[:shared], numbers)} {others}"], [evaluation])
+    assert (match and match.tier) == tier
 
 
 def test_what_says_how_to_answer_counts_for_nothing() -> None:
@@ -270,7 +290,10 @@ def test_an_embedding_sees_paraphrases() -> None:
     assert whole == [Match(0, "text", 1.0)]
     lax = contaminated(["silent"], evaluations, embed=letters, thresholds=Thresholds(paraphrase=0.85))
     assert lax == [Match(0, "paraphrase", pytest.approx(9 / 102**0.5))]
-    assert contaminated(["silent"], evaluations, embed=letters) == [None]
+    assert [match and match.item for match in contaminated(["silent", "silent ni"], evaluations, embed=letters)] == [
+        None,
+        0,
+    ]
     with pytest.raises(ValueError, match=r"embed must return finite numbers \[2, d\], got \[2\]"):
         contaminated(pool, evaluations, embed=lambda problems: np.ones(len(problems)))
 
