@@ -27,6 +27,8 @@ from rbfast.training.arguments import sole_training
 from rbfast.training.distill import DistillConfig, distill, placement_scores, plan_run, trace_loss
 from rbfast.training.distill_config import SCHEDULES
 from rbfast.training.objective import Objective
+from rbfast.training.resume import check_same_run, run_settings
+from rbfast.training.run_folder import RUN
 from rbfast.training.trainer import DistillTrainer
 from rbfast.training.training_bar import TrainingBar
 from rbfast.utils.files import lock_folder
@@ -463,6 +465,29 @@ def test_a_run_with_other_traces_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("tiny_runs.TRACES", TRACES[::-1])
     with pytest.raises(ValueError, match="its traces_digest is"):
         run(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"save_steps": 7, "gradient_checkpointing": True}, None),
+        ({"batch_size": 2, "accumulation": 4}, None),
+        ({"batch_size": 4}, "whose optimizer steps take 8 traces, now they would take 4"),
+        ({"tokens_per_batch": 512}, "whose optimizer steps take None tokens, now they would take 512"),
+        ({"seed": 1}, "its seed is 0, now 1"),
+        ({"epochs": 2.0}, "its epochs is 1.0, now 2.0"),
+        ({"objective": Objective(anneal=0.25)}, "its objective is"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_cut_run_goes_on_with_the_settings_that_count_alone(tmp_path, changes, named):
+    first, now = (asdict(DistillConfig(**settings)) for settings in ({}, changes))
+    (tmp_path / RUN).write_text(json.dumps(run_settings(student(), TRACES, first)))
+    settings = run_settings(student(), TRACES, now)
+    if named is None:
+        return check_same_run(tmp_path, settings)
+    with pytest.raises(ValueError, match=named):
+        check_same_run(tmp_path, settings)
 
 
 def test_the_losses_reach_the_trackers_that_are_named(tmp_path, monkeypatch):

@@ -106,6 +106,10 @@ def test_tokens_with_log_probs_learn_from_those_and_the_others_from_the_running_
     assert torch.equal(mixed.divergence[~first], running.divergence[~first])
     # The tail of a top-k is one bucket, which can only bring the two closer.
     assert (mixed.divergence[first] < running.divergence[first]).all()
+    shared = 0.25 * mixed.ce + 0.75 * mixed.divergence
+    torch.testing.assert_close(mixed.loss, shared.sum())
+    _, text = losses(student, batch)  # without a running teacher
+    torch.testing.assert_close(text.loss, torch.where(first, shared, mixed.ce).sum())
 
 
 def test_a_trace_left_out_of_a_batch_takes_its_signals_with_it(tmp_path):

@@ -102,8 +102,9 @@ def test_the_strategic_weight_moves_to_the_tactical_one() -> None:
     objective = Objective(strategic=0.4, tactical=0.5, answer=0.1, anneal=0.5)
     assert objective.weights(0.0).tolist() == pytest.approx([0.4, 0.5, 0.1])
     assert objective.weights(1.0).tolist() == pytest.approx([0.2, 0.7, 0.1])
-    with pytest.raises(ValueError, match="role weights"):
-        Objective(strategic=-1.0)
+    for weights in ((-1.0, 0.5, 0.1), (0.0, 0.0, 0.0)):
+        with pytest.raises(ValueError, match="role weights"):
+            Objective(*weights)
 
 
 def test_the_weights_of_a_step_are_those_of_what_is_done_before_it(tmp_path: Path) -> None:
