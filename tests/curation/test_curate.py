@@ -433,6 +433,14 @@ def test_weights() -> None:
             Weights(**wrong)
 
 
+def test_copies_are_not_among_those_to_choose_from(tmp_path: Path) -> None:
+    pool = write_rows(tmp_path / "pool.jsonl", [row("What is 3 + 4?")] * 6 + [row("How many days has a week?")])
+    result = rbfast.curate([pool], tmp_path / "out", CurateConfig(size=1))
+    dropped = rows_of(tmp_path / "out" / "dropped.jsonl")
+    assert Counter(record["stage"] for record in dropped) == {"dedup": 5, "select": 1}
+    assert result.datasheet["domains"] == [{"domain": "unknown", "before": 7, "eligible": 2, "after": 1}]
+
+
 @pytest.mark.parametrize("seed", [-1, 2**70])
 def test_any_number_is_a_seed(tmp_path: Path, seed: int) -> None:
     pool = write_rows(tmp_path / "pool.jsonl", [row("What is 3 + 4?"), row("How many days has a week?")])
