@@ -204,6 +204,8 @@ def test_a_known_answer_and_a_cut_reply_are_passed_on() -> None:
     row = {"prompt": "p", "response": "I add. It is \\boxed{5}.", "answer": 6, "finish_reason": "length"}
     [found] = interpret(row).rows
     assert (found["answer"], found["reference"], found["finish_reason"]) == ("5", "6", "length")
+    [solved] = interpret({"question": "p", "answer": "I add.\n#### 5"}).rows
+    assert solved["answer"] == "5" and "reference" not in solved  # it would verify itself
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,23 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
         {},
     ),
     "alpaca's text": ({"text": f"Do it.\n\n### Instruction:\n{QUESTION}\n\n### Response:\n{TAGGED}"}, {}),
+    "alpaca's text with an input": (
+        {"text": f"### Instruction:\nSolve it.\n\n### Input:\n{QUESTION}\n\n### Response:\n{TAGGED}"},
+        {"problem": f"Solve it.\n\n{QUESTION}"},
+    ),
+    "a problem with headings like alpaca's": (
+        {"problem": f"{QUESTION}\n### Input: 1\n### Input: 2", "response": TAGGED},
+        {"problem": f"{QUESTION}\n### Input: 1\n### Input: 2"},
+    ),
+    "a thought beside tags": (
+        {
+            "messages": [
+                *ASKED,
+                {"role": "assistant", "reasoning_content": THOUGHT, "content": f"<think>A.</think>{SAID}"},
+            ]
+        },
+        {},
+    ),
 }
 
 

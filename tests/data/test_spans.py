@@ -112,7 +112,9 @@ def test_a_last_section_that_says_plan_may_hold_the_solution() -> None:
         "**Finding the radius**",
         "Step 2: Factor the polynomial",
         "1. Calculate how much she loses by doing it herself:",
+        "Let’s think about the total.",
         "How many eggs does Janet sell?",  # sub-questions
+        "What is 3 * 4 + 5?",
         "How many eggs does Janet sell",
         "What is the value of the house",
         "By how many points is Joey winning",
@@ -137,6 +139,7 @@ def test_cues_make_a_sentence_strategic(text: str) -> None:
         "He had to wait for the bus.",
         "It was 3 inches tall after the first week.",
         "Let x be the number of losses.",
+        "Finally, add the 12 cows to 30 hens.",
         "```\nwait = first(check)  # let me verify?\n```",
         "\\[ \\text{wait, let me check. How many?} \\]",
     ],
@@ -186,6 +189,13 @@ def test_no_span_ends_inside_what_is_protected(protected: str) -> None:
     inside = range(text.index(protected) + 1, text.index(protected) + len(protected))
     assert len(split_spans(text)) == 3
     assert not any(span.end in inside for span in split_spans(text))
+
+
+def test_a_fence_that_is_not_closed_protects_the_rest() -> None:
+    assert roles_of("Wait, is that right?\n```python\ny = x + 1\n# wait, let me check\nHow many?") == [
+        "strategic",
+        "tactical",
+    ]
 
 
 def test_words_of_intention_count_only_where_a_unit_begins() -> None:
