@@ -112,7 +112,7 @@ def test_a_last_section_that_says_plan_may_hold_the_solution() -> None:
         "**Finding the radius**",
         "Step 2: Factor the polynomial",
         "1. Calculate how much she loses by doing it herself:",
-        "Let’s think about the total.",
+        "Let’s see what each of them weighs.",
         "How many eggs does Janet sell?",  # sub-questions
         "What is 3 * 4 + 5?",
         "How many eggs does Janet sell",
