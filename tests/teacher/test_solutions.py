@@ -6,10 +6,11 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from fake_api import answering, chat_reply
+from fake_api import Answer, answering, chat_reply
 from openai_server import serving
 from questions import QUESTIONS, solve
 from tiny_models import llama
@@ -76,11 +77,13 @@ def test_samples_without_seeds_of_their_own_are_kept_apart(server, tmp_path, see
     assert len(server.requests) == 3
 
 
-@pytest.mark.parametrize("sampling", [{"temperature": 0.7}, {"top_p": 0.9}, {"seed": 1}], ids=lambda s: next(iter(s)))
-def test_other_sampling_is_another_question(server, tmp_path, sampling):
+@pytest.mark.parametrize(
+    "changes", [{"model": "other"}, {"temperature": 0.7}, {"top_p": 0.9}, {"seed": 1}], ids=lambda s: next(iter(s))
+)
+def test_another_model_or_sampling_is_another_question(server, tmp_path, changes):
     teach(server.client(), QUESTIONS[:1], tmp_path)
-    teach(server.client(**sampling), QUESTIONS[:1], tmp_path)
-    assert len(server.requests) == 2 and sampling.items() <= server.requests[1].items()
+    teach(replace(server.client(), **changes), QUESTIONS[:1], tmp_path)
+    assert len(server.requests) == 2 and changes.items() <= server.requests[1].items()
 
 
 def test_many_are_asked_at_a_time_but_no_more(server, tmp_path):
@@ -243,6 +246,8 @@ def test_a_budget_may_be_used_up_to_its_limits():
     for limits in ({"max_cost": prices.cost(50, 50), "max_tokens": None}, {"max_cost": None, "max_tokens": 100}):
         budget = Budget(prices, **limits)
         assert budget.can_afford([(50, 50)]) and not budget.can_afford([(50, 51)])
+        assert budget.max_concurrency(4) == 1  # until the first reply
+    assert Budget(prices, None, None).max_concurrency(4) == 4
 
 
 def test_a_stored_reply_shows_by_how_much_a_teacher_exceeds_its_limits(tmp_path):
@@ -486,6 +491,13 @@ def test_an_empty_account_is_not_waited_for(server, tmp_path, hours):
     with pytest.raises(ServerError, match="insufficient_quota"):
         teach(server.client(), QUESTIONS, tmp_path, concurrency=1)
     assert len(server.requests) == 5
+
+
+def test_a_teacher_that_asks_for_a_pause_of_hours_is_not_waited_for(tmp_path, hours):
+    answers = chat_reply("Add.\n<answer>1</answer>"), Answer("come again tomorrow", 429, {"Retry-After": "86400"})
+    with answering(*answers) as api, pytest.raises(ServerError, match="come again tomorrow"):
+        teach(api.client(), QUESTIONS, tmp_path, concurrency=1)
+    assert hours[0] < 600
 
 
 def test_two_calls_at_once_do_not_pay_twice(server, tmp_path):
