@@ -324,6 +324,9 @@ def test_thinking_is_the_reasoning_where_a_teacher_thinks():
     tagged = reply | {"text": "<think>\nHm.\n</think>\n<plan>Add.</plan><answer>4</answer>", "thinking": ""}
     trace = trace_of(Question("2 + 2?"), tagged, "t")
     assert (trace.reasoning, trace.answer, trace.plan) == ("Hm.", "4", "Add.")
+    twice = reply | {"text": "<plan> </plan>Is it <answer>3</answer>?\n<answer>4</answer>", "thinking": ""}
+    trace = trace_of(Question("2 + 2?"), twice, "t")
+    assert (trace.reasoning, trace.answer, trace.plan) == ("Is it <answer>3</answer>?", "4", None)
     for end in ("", "\n\nShall I go on?"):
         said = f"<think>Is it \\boxed{{3}}?</think>Two and two.\nThe answer is **4**.{end}"
         assert trace_of(Question("2 + 2?"), reply | {"text": said, "thinking": ""}, "t").answer == "4"

@@ -5,7 +5,7 @@ import math
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import wraps
 from pathlib import Path
 
@@ -462,9 +462,10 @@ def test_the_seed_chooses_the_columns_and_what_is_held_out(tmp_path, monkeypatch
 
 def test_a_run_with_other_traces_is_refused(tmp_path, monkeypatch):
     run(tmp_path, monkeypatch)
-    monkeypatch.setattr("tiny_runs.TRACES", TRACES[::-1])
-    with pytest.raises(ValueError, match="its traces_digest is"):
-        run(tmp_path, monkeypatch)
+    for traces in (TRACES[::-1], [*TRACES[:-1], replace(TRACES[-1], reasoning="Count on.")]):
+        monkeypatch.setattr("tiny_runs.TRACES", traces)
+        with pytest.raises(ValueError, match="its traces_digest is"):
+            run(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
