@@ -6,6 +6,20 @@ import torch
 from torch import nn
 
 from rbfast.adapter.column_delta import deltas_of
+from rbfast.models.linears import unwrapped
+
+
+def attachable(model: nn.Module) -> nn.Module:
+    """The model inside its wrappers, to which an adapter can be attached. Raises as `check_attachable` does, and
+    TypeError for what is no module. Warns of DistributedDataParallel."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"expected a model, such as load_student returns, got {type(model).__name__}: load it, then attach"
+        )
+    _warn_of_ddp(model)
+    model = unwrapped(model)
+    check_attachable(model)
+    return model
 
 
 def check_attachable(model: nn.Module) -> None:
@@ -36,7 +50,7 @@ def check_attachable(model: nn.Module) -> None:
             )
 
 
-def warn_of_ddp(model: nn.Module) -> None:
+def _warn_of_ddp(model: nn.Module) -> None:
     """Warns, because DistributedDataParallel says nothing if a backward reaches none of its parameters."""
     replicas = (m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel))
     if any(replica.process_group.size() > 1 for replica in replicas):
@@ -44,5 +58,5 @@ def warn_of_ddp(model: nn.Module) -> None:
             "DistributedDataParallel does not reduce the gradients of an adapter attached to the model inside it, so "
             "each process would train its own: attach first, then wrap a module that holds both, or sum the gradients "
             "of adapter.parameters() over the processes before each step",
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -28,7 +28,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from rbfast.adapter import adapter_files
 from rbfast.adapter.adapter_files import AdapterConfig, Delta
-from rbfast.adapter.attachable import check_attachable, warn_of_ddp
+from rbfast.adapter.attachable import attachable
 from rbfast.adapter.bypass_watch import BypassWatch
 from rbfast.adapter.column_delta import ColumnDelta, delta_of, fold_all
 from rbfast.adapter.column_scores import ColumnScores
@@ -47,7 +47,6 @@ from rbfast.models.linears import (
     named_modules,
     unfit,
     unsharded,
-    unwrapped,
     why_not_folded,
 )
 from rbfast.models.names import MERGED
@@ -132,9 +131,7 @@ class SparseAdapter(nn.Module):
         that can have no delta (`rbfast.models.linears.unfit`). Raises ValueError for a density outside (0, 1] or too
         small for any delta, a model without linear layers, and a model with an adapter attached (PEFT's included).
         """
-        warn_of_ddp(model)
-        model = unwrapped(model)
-        check_attachable(model)
+        model = attachable(model)
         config, deltas = plan_adapter(model, density, support, rank, targets, placement, scale, seed)
         return cls(model, config, deltas, mode)
 
@@ -142,9 +139,7 @@ class SparseAdapter(nn.Module):
     def from_pretrained(cls, model: nn.Module, directory: str | Path, mode: Mode = "auto") -> "SparseAdapter":
         """Attaches a saved adapter. Raises ValueError, naming the first mismatch, if it was made for another model, or
         if the model has an adapter attached."""
-        warn_of_ddp(model)
-        model = unwrapped(model)
-        check_attachable(model)
+        model = attachable(model)
         config, deltas = adapter_files.read_adapter(directory)
         fingerprints = adapter_files.check_base(config, named_modules(model), directory)
         config = adapter_files.on_base(config, dtype_name(next(model.parameters())), fingerprints)

@@ -237,6 +237,12 @@ def test_copying_and_pickling_are_refused_with_the_way_out():
     copy.deepcopy(model)
 
 
+def test_the_name_of_a_model_is_no_model():
+    for call in (SparseAdapter.attach, lambda model: SparseAdapter.from_pretrained(model, "adapter/")):
+        with pytest.raises(TypeError, match="expected a model, such as load_student returns, got str"):
+            call("smollm2-135m")
+
+
 @pytest.mark.parametrize("end", ["merge", "detach"])
 def test_an_optimizer_that_trains_an_adapter_of_no_model_warns(end):
     model = llama()
@@ -384,6 +390,7 @@ def test_a_delta_that_was_moved_away_comes_back_to_its_base(monkeypatch):
         ({"targets": ["q_proj", "query"]}, "'query' names no linear layer; they are named like model.layers.0"),
         ({"targets": "layers.*"}, "the regex 'layers.*' matches no linear layer"),
         ({"targets": []}, "expected at least one name"),
+        ({"targets": None}, 'expected names, a regex or "all-linear", got None'),
         ({"targets": ["lm_head"]}, "the weight of lm_head is tied"),
     ],
 )
