@@ -63,11 +63,12 @@ def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
     else:
         ignored |= {"batch_size", "accumulation"}
         unit, size = _batch_size(settings)
-        if (step := stored.get(f"{unit}_per_step")) != settings[f"{unit}_per_step"]:
+        step, now = (of.get(f"{unit}_per_step") for of in (stored, settings))
+        if step not in (None, now):  # None: that run counts in the other unit, so tokens_per_batch differs
             raise ValueError(
-                f"{folder} holds a run whose optimizer steps take {step} {unit}, now they would take "
-                f"{settings[f'{unit}_per_step']}: batch size {size} x accumulation {settings['accumulation']} "
-                f"x {settings['processes']} process(es); change one of them or choose another output folder"
+                f"{folder} holds a run whose optimizer steps take {step} {unit}, now they would take {now}: batch size "
+                f"{size} x accumulation {settings['accumulation']} x {settings['processes']} process(es); "
+                "change one of them or choose another output folder"
             )
     optional = [name for name in _OPTIONAL if name in stored or name in settings]
     for name in [*optional, *settings]:  # report an optional setting first: it may explain other differences

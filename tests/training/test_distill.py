@@ -474,7 +474,7 @@ def test_a_run_with_other_traces_is_refused(tmp_path, monkeypatch):
         ({"save_steps": 7, "gradient_checkpointing": True}, None),
         ({"batch_size": 2, "accumulation": 4}, None),
         ({"batch_size": 4}, "whose optimizer steps take 8 traces, now they would take 4"),
-        ({"tokens_per_batch": 512}, "whose optimizer steps take None tokens, now they would take 512"),
+        ({"tokens_per_batch": 512}, "its tokens_per_batch is None, now 512"),
         ({"seed": 1}, "its seed is 0, now 1"),
         ({"epochs": 2.0}, "its epochs is 1.0, now 2.0"),
         ({"objective": Objective(anneal=0.25)}, "its objective is"),
