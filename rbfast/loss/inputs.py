@@ -36,10 +36,7 @@ def check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | 
         raise ValueError(f"labels must be integers, got {labels.dtype}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"head_bias must be [V] = [{weight.shape[0]}], got {tuple(bias.shape)}")
-    check_device("head_weight", weight, hidden)
-    check_device("labels", labels, hidden)
-    if bias is not None:
-        check_device("head_bias", bias, hidden)
+    check_devices(hidden, head_weight=weight, labels=labels, head_bias=bias)
 
 
 def check_logit_settings(logit_scale: float, softcap: float | None, of: str = "") -> None:
@@ -50,12 +47,13 @@ def check_logit_settings(logit_scale: float, softcap: float | None, of: str = ""
         raise ValueError(f"logit_scale{of} must be finite, got {logit_scale}")
 
 
-def check_device(name: str, x: Tensor, hidden: Tensor) -> None:
-    """Raises if x is on another device than hidden. With an offloaded weight (on meta) a product would silently compute
-    nothing."""
-    if x.device != hidden.device:
-        where = "meta, where an offloaded weight has no values" if x.is_meta else x.device
-        raise ValueError(f"{name} must be on {hidden.device} like the student's hidden, got one on {where}")
+def check_devices(hidden: Tensor, **given: Tensor | None) -> None:
+    """Raises if one is on another device than hidden. With an offloaded weight (on meta) a product would silently
+    compute nothing."""
+    for name, x in given.items():
+        if x is not None and x.device != hidden.device:
+            where = "meta, where an offloaded weight has no values" if x.is_meta else x.device
+            raise ValueError(f"{name} must be on {hidden.device} like the student's hidden, got one on {where}")
 
 
 def input_checks(

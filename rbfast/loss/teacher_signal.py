@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rbfast.loss.inputs import check_device, check_logit_settings, check_tensors
+from rbfast.loss.inputs import check_devices, check_logit_settings, check_tensors
 from rbfast.loss.value_checks import ValueCheck, read_back
 from rbfast.ops.dtypes import wide_dtype
 
@@ -148,8 +148,7 @@ def _check_source(signal: Dense, student: Tensor) -> int:
         )
     if student.dtype != torch.float64 and torch.float64 in (hidden.dtype, weight.dtype):
         raise ValueError(f"Dense must not be float64 if the student is {student.dtype}; use float32")
-    check_device("the hidden of Dense", hidden, student)
-    check_device("the weight of Dense", weight, student)
+    check_devices(student, **{"the hidden of Dense": hidden, "the weight of Dense": weight})
     return hidden.shape[0]
 
 
