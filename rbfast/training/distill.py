@@ -141,7 +141,8 @@ def distill(
     if adapter is not None:
         settings |= {"adapter": _starting_adapter_digest(adapter, config, out)}
     check_same_run(out, settings)
-    checkpoint = last_checkpoint(out / "checkpoints")
+    # A run that was killed while it removed its checkpoints is finished, and may have left a part of one.
+    checkpoint = None if (out / LOG).exists() else last_checkpoint(out / "checkpoints")
     reporting = {"report_to": list(report_to) or "none", "run_name": out.name}
     if eval_traces:
         reporting |= evaluation_arguments(config.save_steps, keep_best, from_start=checkpoint is None)

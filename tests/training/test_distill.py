@@ -342,6 +342,14 @@ def test_what_others_have_among_the_checkpoints_stays(tmp_path, monkeypatch):
         assert theirs.read_text() == "theirs"
 
 
+def test_a_run_that_was_killed_while_it_removed_its_last_checkpoint_is_found(tmp_path, monkeypatch):
+    whole = run(tmp_path, monkeypatch)
+    left = tmp_path / "checkpoints" / "checkpoint-6"
+    left.mkdir(parents=True)
+    (left / "optimizer.pt").write_bytes(b"")
+    assert same_bits(run(tmp_path, monkeypatch), whole) and not left.exists()
+
+
 def test_a_lone_process_saves_its_run_whatever_rank_its_shell_was_left_with(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     run(tmp_path, monkeypatch)
