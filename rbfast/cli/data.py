@@ -174,7 +174,7 @@ def run_teach(args: argparse.Namespace) -> int:
     from rbfast.utils.files import lock_folder
 
     if args.score:
-        with lock_folder(args.out):  # two calls would number their shards alike
+        with lock_folder(args.out):  # two calls would score every trace twice
             return _teach_logprobs(args)
     from rbfast.teacher.solutions import FAILED, Prices, read_questions, teach
     from rbfast.utils.progress import bar

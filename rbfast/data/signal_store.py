@@ -123,7 +123,9 @@ class SignalStore:
             "ends": np.cumsum([len(entry.rows) for entry in entries]),
             **{name: np.concatenate([getattr(e, name) for e in entries]) for name in ("rows", "ids", "logprobs")},
         }
-        path = self.folder / f"signals-{len(self._shards):05d}.safetensors"
+        # Named after its traces, so that no other process writes another shard under the same name.
+        name = blake2b(tensors["keys"].tobytes(), digest_size=8).hexdigest()
+        path = self.folder / f"signals-{name}.safetensors"
         with atomic_write(path) as file:
             file.write(seal(save(tensors)))
         for item, entry in enumerate(entries):

@@ -378,12 +378,21 @@ def test_a_broken_store_is_named(tmp_path):
     whole = shard.read_bytes()
     for broken in (whole[:-5], whole[:40], b"", b"x" * 100):
         shard.write_bytes(broken)
-        with pytest.raises(ValueError, match=r"signals-00000\.safetensors: not a whole shard"):
+        with pytest.raises(ValueError, match=r"signals-\w+\.safetensors: not a whole shard"):
             SignalStore.open(tmp_path)
     shard.write_bytes(whole)
     (tmp_path / "signals.json").write_text(json.dumps({"format": "other"}))
     with pytest.raises(ValueError, match=r"signals\.json"):
         SignalStore.open(tmp_path)
+
+
+def test_two_stores_of_one_folder_do_not_replace_each_others_shards(tmp_path):
+    examples, row = [encode(trace, TOKENIZER) for trace in TRACES[:2]], np.array([3])
+    stores = [SignalStore(tmp_path, "tiny", 1, len(TOKENIZER)) for _ in examples]
+    for example, store in zip(examples, stores, strict=True):
+        store.add(example, row, np.array([[5]]), np.array([[-0.5]]))
+        store.flush()
+    assert SignalStore.open(tmp_path).fill(examples) == []
 
 
 def test_ids_above_sixteen_bits_are_kept(tmp_path):
