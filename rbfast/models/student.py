@@ -8,6 +8,7 @@ hidden, head = final_hidden(model, input_ids, position_ids), head_of(model)
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,6 +47,7 @@ from rbfast.models.packed_attention import (
 )
 from rbfast.models.quantised import Bits, quantisation
 from rbfast.utils.overlap import Overlap
+from rbfast.utils.records import show
 
 _EVALUATING = Overlap()
 
@@ -96,9 +98,7 @@ def load_student(
         options["device_map"] = device if device == "auto" else {"": device}
     with _explain_load_errors(name_or_path):
         _check_folder(name_or_path)
-        loader: Any = AutoModelForCausalLM
-        if find_adapter_config_file(name_or_path) is None:  # a LoRA has no model config; transformers loads its base
-            loader = _auto_class(AutoConfig.from_pretrained(name_or_path, trust_remote_code=False), name_or_path)
+        loader = _auto_class(_read_config(_base_of(name_or_path)), name_or_path)
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `_check_loaded` names them
         model, info = loader.from_pretrained(name_or_path, dtype=dtype, trust_remote_code=False, **options)
     _check_loaded(name_or_path, info)
@@ -132,8 +132,32 @@ def load_without_weights(name_or_path: str) -> PreTrainedModel:
     with read_gguf(file) if file else _explain_load_errors(source), torch.device("meta"):
         if file is None:
             _check_folder(source)
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+        config = _read_config(source, **options)
         return _auto_class(config, name_or_path).from_config(config, trust_remote_code=False)
+
+
+def _base_of(name: str) -> str:
+    """The model of a LoRA without a model of its own: transformers loads the two together. Else the name itself."""
+    path = find_adapter_config_file(name)
+    if path is None or (Path(name) / "config.json").exists():
+        return name
+    base = json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not isinstance(base, str):
+        raise ValueError(f"{name}: expected base_model_name_or_path in its adapter_config.json, got {show(base)}")
+    return base
+
+
+def _read_config(source: str, **options: Any) -> PreTrainedConfig:
+    """The config of a model. Raises ValueError if it asks for an attention from a repository (`owner/name`), which is
+    code: transformers would load and run it."""
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if "/" in str(attention := getattr(part, "_attn_implementation", None)):
+            raise ValueError(
+                f"{source}: its config.json asks for the attention {attention!r}, which is code of its own and is "
+                "never run; remove attn_implementation from it"
+            )
+    return config
 
 
 def _auto_class(config: PreTrainedConfig, name: str) -> Any:

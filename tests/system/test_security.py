@@ -30,7 +30,7 @@ from rbfast.data.signal_store import SignalStore
 from rbfast.grading.grade import grade
 from rbfast.grading.judge import Judge
 from rbfast.grading.tasks import load_problems
-from rbfast.models.student import load_student
+from rbfast.models.student import load_student, load_without_weights
 from rbfast.teacher.client import Server, ServerError
 from rbfast.training.checkpoints import write_digests
 
@@ -138,6 +138,22 @@ def test_code_that_a_model_brings_is_not_run(model_folder, mark, monkeypatch, kn
     else:
         with pytest.raises(ValueError, match="custom code"):
             load_student(str(model_folder))
+
+
+def test_an_attention_from_a_repository_is_not_run(model_folder):
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps(config | {"attn_implementation": "someone/attention"}))
+    for load in (load_student, load_without_weights):
+        with pytest.raises(ValueError, match="asks for the attention 'someone/attention', which is code"):
+            load(str(model_folder))
+    (lora := model_folder.parent / "lora").mkdir()
+    about = {"peft_type": "LORA", "base_model_name_or_path": str(model_folder)}
+    (lora / "adapter_config.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="which is code"):
+        load_student(str(lora))
+    (lora / "adapter_config.json").write_text(json.dumps(about | {"base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match="expected base_model_name_or_path in its adapter_config"):
+        load_student(str(lora))
 
 
 @pytest.mark.parametrize("kind", PICKLES)
