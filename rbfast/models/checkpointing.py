@@ -28,16 +28,18 @@ def checkpointing(model: PreTrainedModel) -> Iterator[None]:
     if not model.supports_gradient_checkpointing or not layers:
         raise ValueError(f"{type(model).__name__} does not support gradient checkpointing: train it without")
     # Not by the model's own method, which also leaves a hook on the embeddings for good.
-    before = [(layer, layer.gradient_checkpointing, getattr(layer, _FUNCTION, None)) for layer in layers]
+    before = [
+        (layer, layer.training, layer.gradient_checkpointing, getattr(layer, _FUNCTION, None)) for layer in layers
+    ]
     for layer in layers:
         _set_checkpointing(layer, True, partial(checkpoint, use_reentrant=False))
         layer.training = True  # only the layer's own flag, which it reads; its submodules keep their mode
     try:
         yield
     finally:
-        for layer, is_on, function in before:
+        for layer, training, is_on, function in before:
             _set_checkpointing(layer, is_on, function)
-            layer.training = model.training
+            layer.training = training
 
 
 def _set_checkpointing(layer: GradientCheckpointingLayer, is_on: bool, function: Callable[..., Any] | None) -> None:

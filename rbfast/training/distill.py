@@ -212,9 +212,9 @@ def plan_run(
     for traces that do not fit."""
     check_traces(traces)
     config = _with_instruction(config, adapter, model)
-    traces, _ = split_held_out(traces, held_out, config.seed)
+    traces, eval_traces = split_held_out(traces, held_out, config.seed)
     examples, skipped = encode_traces(traces, tokenizer, config)
-    check_positions(model, examples)
+    check_positions(model, [*examples, *encode_held_out(eval_traces, tokenizer, config)])
     if adapter is not None:
         _check_no_shape_options(config, adapter)
     attached = _attach_adapter(model, examples, replace(config, placement="random"), teacher, adapter)

@@ -162,14 +162,25 @@ def test_it_says_how_many_traces_are_left_out(model):
     assert plan.left_out == 1 and "left out     1 of the traces" in str(plan)
 
 
+def test_a_plan_names_held_out_traces_that_are_too_long(model):
+    model.config.max_position_embeddings = 600
+    long = replace(TRACES[0], reasoning="One. " * 200)
+    with pytest.warns(UserWarning, match="1 of 5 traces are longer than the 600 positions"):
+        plan_run(model, TOKENIZER, TRACES[:4], CONFIG, held_out=[long])
+
+
 def test_checkpointing_leaves_the_model_as_it_was(model):
     def state():
-        flags = [(layer.gradient_checkpointing, layer._gradient_checkpointing_func) for layer in model.model.layers]
+        flags = [
+            (layer.training, layer.gradient_checkpointing, layer._gradient_checkpointing_func)
+            for layer in model.model.layers
+        ]
         return flags, sum(len(module._forward_hooks) for module in model.modules())
 
     first = model.model.layers[0]
     model.gradient_checkpointing_enable({"use_reentrant": True})
     first.gradient_checkpointing = False
+    first.training = not model.training
     before = state()
     with checkpointing(model):
         assert first.gradient_checkpointing and state() != before
