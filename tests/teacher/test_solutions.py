@@ -199,6 +199,13 @@ def test_many_refusals_do_not_end_it_if_they_are_not_in_a_row_or_came_at_a_time(
     assert (len(taught.traces), taught.open) == (14, 10)
 
 
+def test_eight_refusals_in_a_row_end_it(server, tmp_path):
+    server.faults = [400] * 7 + [None] + [400] * 8
+    with pytest.raises(ServerError, match="said 400"):
+        teach(server.client(), QUESTIONS, tmp_path, samples=2, concurrency=1)
+    assert len(server.requests) == 16
+
+
 def test_a_wrong_key_ends_it_at_once(server, tmp_path, monkeypatch):
     monkeypatch.setenv("RBFAST_API_KEY", "sk-secret")
     server.faults = [None, 401]
