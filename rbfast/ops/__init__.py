@@ -1,5 +1,5 @@
-"""The native ops: schemas and autograd (registry), their definition in plain torch (reference), and the head's
-products on a GPU (head_gemm).
+"""The native ops: schemas and kernels (registry), gradients (autograd), their definition in plain torch (reference),
+and the head's products on a GPU (head_gemm).
 
     from rbfast import ops
     ops.column_gather(x, cols); ops.implementations("cuda")
@@ -7,6 +7,14 @@ products on a GPU (head_gemm).
 By the device of its tensors, an op runs native code if there is any, else Triton, else the reference.
 """
 
+from rbfast.ops.autograd import (
+    column_side,
+    column_tap,
+    column_tap_into,
+    column_tap_shared,
+    first_order,
+    is_spent,
+)
 from rbfast.ops.registry import (
     column_fold_,
     column_fold_all_,
@@ -15,15 +23,10 @@ from rbfast.ops.registry import (
     column_grad_all,
     column_linear_,
     column_scatter_,
-    column_side,
-    column_tap,
-    column_tap_into,
-    column_tap_shared,
     cpu_isa,
     cpu_isa_reason,
     divergence_rows_,
     filter_helps,
-    first_order,
     grouped_column_fold_,
     grouped_column_grad,
     grouped_column_linear_,
@@ -33,7 +36,6 @@ from rbfast.ops.registry import (
     head_forward_,
     head_grad_,
     implementations,
-    is_spent,
     row_thresholds,
     run_of,
     scaled_,

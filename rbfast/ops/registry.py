@@ -9,19 +9,18 @@ import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rbfast.ops import head_gemm, reference
 from rbfast.ops.dtypes import wide
 from rbfast.utils.packages import how_to_build
 
-_LIBRARY = torch.library.Library("rbfast", "DEF")
+LIBRARY = torch.library.Library("rbfast", "DEF")
 _SCHEMAS = {
     "column_gather": "(Tensor x, Tensor cols, int run=1) -> Tensor",
     "column_grad": "(Tensor dy, Tensor xs, Tensor A, Tensor B, float scale) -> (Tensor, Tensor)",
@@ -102,13 +101,13 @@ def _register_triton() -> set[str]:
         return set()
     missing = {name for name in _TRITON_MODULES if not _has_kernel(name, "CUDA")}
     for name in sorted(missing):
-        _LIBRARY.impl(name, _triton_op(name), "CUDA")
+        LIBRARY.impl(name, _triton_op(name), "CUDA")
     return missing
 
 
 for _name, _schema in _SCHEMAS.items():
-    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 # In order of preference: native libraries, Triton where they have no kernel, the reference for the rest.
 _NATIVE = _load_library("_C")
 # It needs CUDA streams, which a CPU build of torch lacks.
@@ -116,7 +115,7 @@ _CUDA = _load_library("_C_cuda") if torch.version.cuda else None
 _IN_TRITON = _register_triton()
 if not torch.version.hip:
     for _name in _PRODUCTS:
-        _LIBRARY.impl(_name, getattr(head_gemm, _name), "CUDA")
+        LIBRARY.impl(_name, getattr(head_gemm, _name), "CUDA")
 
 # The overloads themselves: a call through the packet looks up the overload every time.
 column_gather = torch.ops.rbfast.column_gather.default
@@ -139,39 +138,39 @@ row_thresholds = torch.ops.rbfast.row_thresholds.default
 divergence_rows_ = torch.ops.rbfast.divergence_rows_.default
 
 
-@torch.library.register_fake("rbfast::column_gather", lib=_LIBRARY)
+@torch.library.register_fake("rbfast::column_gather", lib=LIBRARY)
 def _(x: Tensor, cols: Tensor, run: int = 1) -> Tensor:
     return x.new_empty(x.shape[0], cols.shape[0])
 
 
-@torch.library.register_fake("rbfast::column_grad", lib=_LIBRARY)
+@torch.library.register_fake("rbfast::column_grad", lib=LIBRARY)
 def _(dy: Tensor, xs: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return A.new_empty(A.shape), B.new_empty(B.shape)
 
 
-@torch.library.register_fake("rbfast::column_grad_all", lib=_LIBRARY)
+@torch.library.register_fake("rbfast::column_grad_all", lib=LIBRARY)
 def _(
     dy: list[Tensor], xs: Tensor, A: list[Tensor], B: list[Tensor], scale: float
 ) -> tuple[list[Tensor], list[Tensor]]:
     return [x.new_empty(x.shape) for x in A], [x.new_empty(x.shape) for x in B]
 
 
-@torch.library.register_fake("rbfast::grouped_linear", lib=_LIBRARY)
+@torch.library.register_fake("rbfast::grouped_linear", lib=LIBRARY)
 def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-@torch.library.register_fake("rbfast::grouped_column_grad", lib=_LIBRARY)
+@torch.library.register_fake("rbfast::grouped_column_grad", lib=LIBRARY)
 def _(dy: Tensor, xs: Tensor, ends: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return A.new_empty(A.shape), B.new_empty(B.shape)
 
 
-@torch.library.register_fake("rbfast::row_thresholds", lib=_LIBRARY)
+@torch.library.register_fake("rbfast::row_thresholds", lib=LIBRARY)
 def _(dz: Tensor, share: float) -> tuple[Tensor, Tensor]:
     return wide(dz).new_empty(dz.shape[0]), wide(dz).new_empty(dz.shape[0])
 
 
-@torch.library.register_fake("rbfast::divergence_rows_", lib=_LIBRARY)
+@torch.library.register_fake("rbfast::divergence_rows_", lib=LIBRARY)
 def _(logits: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
     rows = logits.shape[0]
     return logits.new_empty(rows), logits.new_empty(rows), logits.new_empty(rows)
@@ -179,151 +178,7 @@ def _(logits: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
 
 for _name, _schema in _SCHEMAS.items():
     if _schema.endswith("-> ()"):
-        torch.library.register_fake(f"rbfast::{_name}", lambda *args: None, lib=_LIBRARY)
-
-
-def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """once_differentiable, applied only if a graph is kept: its no_grad costs more than all else around the op.
-
-    Incoming gradients are marked as requiring grad first. Otherwise once_differentiable would treat the result of a
-    constant gradient, such as a loss's own 1, as a constant, and a second derivative would silently be 0.
-    """
-    once = once_differentiable(backward)
-
-    def call(ctx: Any, *grads: Tensor | None) -> Any:
-        if not torch.is_grad_enabled():
-            return backward(ctx, *grads)
-        return once(ctx, *(None if grad is None else grad.detach().requires_grad_() for grad in grads))
-
-    return call
-
-
-def _save_for_grouped_linear(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
-
-
-def _grouped_linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    weight, ends = ctx.saved_tensors
-    return torch.ops.rbfast.grouped_linear(dy, weight.mT, ends), None, None
-
-
-torch.library.register_autograd(
-    "rbfast::grouped_linear", _grouped_linear_backward, setup_context=_save_for_grouped_linear, lib=_LIBRARY
-)
-
-
-class _ColumnTap(torch.autograd.Function):
-    """The identity on y [..., out]. Its backward computes dA and dB of a delta that is already in the weight.
-
-    For a stack of experts y is [S, out], xs [S, s], and the rows of each expert end at `ends` [E].
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, xs: Tensor, A: Tensor, B: Tensor, scale: float, ends: Tensor | None = None
-    ) -> Tensor:
-        ctx.save_for_backward(xs, A, B, ends)
-        ctx.scale = scale
-        return y.detach()  # an alias that autograd does not treat as a view, so later in-place changes are allowed
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        xs, A, B, ends = ctx.saved_tensors
-        dA, dB = _factor_grads(dy.reshape(-1, dy.shape[-1]), xs, ends, A, B, ctx.scale)
-        return dy, None, dA, dB, None, None
-
-
-class _SharedTap(torch.autograd.Function):
-    """See `column_tap_shared`. factors: A of every matrix, then B of every matrix."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, xs: Tensor, scale: float, *factors: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(xs, *factors)
-        ctx.scale, ctx.is_spent = scale, False
-        leading, no_strides = y.shape[:-1], (0,) * y.dim()
-        others = factors[len(factors) // 2 + 1 :]
-        return y.detach(), *(xs.new_empty_strided((*leading, len(B)), no_strides) for B in others)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.is_spent = True
-        xs, *factors = ctx.saved_tensors
-        count = len(dys)
-        at = [i for i, dy in enumerate(dys) if dy is not None]
-        rows = [dy.reshape(-1, dy.shape[-1]) for dy in dys if dy is not None]
-        results = column_grad_all(rows, xs, [factors[i] for i in at], [factors[count + i] for i in at], ctx.scale)
-        grads: list[Tensor | None] = [None] * (2 * count)
-        for i, dA, dB in zip(at, *results, strict=True):
-            grads[i], grads[count + i] = dA, dB
-        return dys[0], None, None, *grads
-
-
-class _TapInto(torch.autograd.Function):
-    """See `column_tap_into`."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, sink: Tensor) -> Tensor:
-        return y.detach()
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        return dy, dy
-
-
-class _ColumnSide(torch.autograd.Function):
-    """y [..., out] + scale * (xs A^T) B^T, where xs [T, s] are the columns `cols` of x [..., in], in runs of `run`.
-    Stacks of experts as in `_ColumnTap`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        x: Tensor,
-        xs: Tensor,
-        cols: Tensor,
-        A: Tensor,
-        B: Tensor,
-        scale: float,
-        run: int = 1,
-        ends: Tensor | None = None,
-    ) -> Tensor:
-        ctx.save_for_backward(xs, cols, A, B, ends)
-        ctx.scale, ctx.run, ctx.x_shape, ctx.x_dtype = scale, run, x.shape, x.dtype
-        out = y.clone(memory_format=torch.contiguous_format)
-        rows = out.view(-1, out.shape[-1])
-        if ends is None:
-            column_linear_(rows, xs, A, B, scale)
-        else:
-            grouped_column_linear_(rows, xs, ends, A, B, scale)
-        return out
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        xs, cols, A, B, ends = ctx.saved_tensors
-        rows = dy.reshape(-1, dy.shape[-1])
-        dx = None
-        if ctx.needs_input_grad[1]:
-            dx = rows.new_zeros(rows.shape[0], ctx.x_shape[-1])
-            if ends is None:
-                column_scatter_(dx, rows, cols, A, B, ctx.scale, ctx.run)
-            else:
-                grouped_column_scatter_(dx, rows, ends, cols, A, B, ctx.scale, ctx.run)
-            dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
-        dA, dB = _factor_grads(rows, xs, ends, A, B, ctx.scale)
-        return dy, dx, None, None, dA, dB, None, None, None
-
-
-def _factor_grads(
-    dy: Tensor, xs: Tensor, ends: Tensor | None, A: Tensor, B: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    if ends is None:
-        return column_grad(dy, xs, A, B, scale)
-    return grouped_column_grad(dy, xs, ends, A, B, scale)
+        torch.library.register_fake(f"rbfast::{_name}", lambda *args: None, lib=LIBRARY)
 
 
 def run_of(cols: Tensor, in_features: int) -> int:
@@ -340,46 +195,6 @@ def run_of(cols: Tensor, in_features: int) -> int:
         if bool((runs[:, 0] % run == 0).all()) and bool((runs == runs[:, :1] + torch.arange(run, device="cpu")).all()):
             return run
     return 1
-
-
-# `Function.apply` searches the arguments for tensors of dead functorch transforms and checks for setup_context, which
-# takes longer than the op. Without an active transform, the method of its base class that it calls next is enough.
-_tap: Any = super(torch.autograd.Function, _ColumnTap).apply
-_shared_tap: Any = super(torch.autograd.Function, _SharedTap).apply
-_tap_into: Any = super(torch.autograd.Function, _TapInto).apply
-
-
-def column_tap(y: Tensor, xs: Tensor, A: Tensor, B: Tensor, scale: float, ends: Tensor | None = None) -> Tensor:
-    """The identity on y [..., out]. Its backward computes dA and dB of a delta that is already in the weight; with
-    `ends`, of the deltas of a stack of experts."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return _ColumnTap.apply(y, xs, A, B, scale, ends)
-    return _tap(y, xs, A, B, scale, ends)
-
-
-def column_tap_shared(
-    y: Tensor, xs: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], scale: float
-) -> tuple[Tensor, ...]:
-    """`column_tap` for matrices that share xs, given the output y [..., out] of the first one. Returns y, and for each
-    other matrix a sink [..., its out] for `column_tap_into`: a tensor without memory or values.
-
-    The backward runs once all gradients have arrived, which autograd holds until then, and computes dA and dB of every
-    matrix in one call.
-    """
-    return _shared_tap(y, xs, scale, *A, *B)
-
-
-def column_tap_into(y: Tensor, sink: Tensor) -> Tensor:
-    """The identity on y [..., out]. Its backward gives the gradient to the sink too."""
-    return _tap_into(y, sink)
-
-
-def is_spent(sink: Tensor) -> bool:
-    """Whether the backward behind a sink has run, so that it may not be able to run again."""
-    return sink.grad_fn.is_spent  # type: ignore[union-attr]
-
-
-column_side = _ColumnSide.apply
 
 
 def cpu_isa() -> str | None:
