@@ -331,7 +331,7 @@ def _shared_head_forward(forward: HeadForward, x: Tensor, weight: Tensor, logits
     """
 
     def teacher_forward(z: Tensor, hidden: Tensor, head: Tensor) -> None:
-        if hidden.dtype != x.dtype or x.dtype not in (torch.float32, torch.float64) or not _is_same(head, weight):
+        if x.dtype not in (torch.float32, torch.float64) or not _is_same(head, weight):
             return forward(z, hidden, head)
         forward(z, hidden - x, head)
         z.add_(logits)

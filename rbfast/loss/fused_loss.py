@@ -56,9 +56,8 @@ class FusedLoss(torch.autograd.Function):
         lacks = (wants_hidden and d_hidden is None, wants_weight and d_weight is None, wants_bias and d_bias is None)
         if any(lacks):
             made = compute_chunks(ctx.saved_tensors, _weight_job(ctx.job, upstream), lacks).gradients
-            cast = (None if x is None else x.to(dtype) for x, dtype in zip(made, ctx.dtypes, strict=True))
-            ours = (d_hidden, d_weight, d_bias)
-            d_hidden, d_weight, d_bias = (x if y is None else y for x, y in zip(ours, cast, strict=True))
+            ours = (d_hidden, d_weight, d_bias)  # autograd casts what was made
+            d_hidden, d_weight, d_bias = (x if y is None else y for x, y in zip(ours, made, strict=True))
         return d_hidden, d_weight, d_bias, None
 
 
