@@ -50,6 +50,10 @@ def test_logits_beside_a_teacher_s_keep_within_the_memory_of_a_gpu(V):
     assert plan.chunk * 4 * V + plan.extra * 4 * V <= chunking.GPU_BYTES
 
 
+def test_rows_of_logits_are_aligned_whatever_the_vocabulary():
+    assert [chunked_loss.row_width(V) for V in (0, 1, 32, 50257)] == [0, 32, 32, 50272]
+
+
 def test_a_long_batch_adds_up_the_gradient_of_its_head_in_fp32():
     assert chunk_trained_head(4 * 4096, 4 * LLAMA_8B[0], None, LLAMA_8B).rounds_sum
     plan = chunk_trained_head(4 * 4096 + 1, 4 * LLAMA_8B[0], None, LLAMA_8B)
@@ -86,6 +90,17 @@ def test_a_head_trained_as_on_a_gpu_has_the_gradient_of_the_plain_formula(kind, 
         assert ours.dtype == torch.bfloat16
         assert relative_error(ours, theirs) <= 0.003
     assert relative_error(out.divergence, truth.detach()) <= 0.003
+
+
+@pytest.mark.parametrize("rows", [None, torch.arange(0)])
+def test_a_head_trained_as_on_a_gpu_has_no_gradient_of_no_rows(rows, monkeypatch):
+    monkeypatch.setattr(chunked_loss, "_is_gpu", lambda x: True)
+    monkeypatch.setattr(chunked_loss.torch, "empty", lambda shape, **kinds: torch.full(shape, torch.nan, **kinds))
+    near = Near(1.0)
+    labels = torch.full((near.T,), -100)
+    out = DistillLoss()(near.hidden, near.weight, labels, ce_weight=1.0, rows=rows)
+    out.loss.backward()
+    assert not near.weight.grad.any() and not near.hidden.grad.any()
 
 
 def test_a_second_backward_pass_gives_the_same_gradients():

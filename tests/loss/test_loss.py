@@ -1,6 +1,7 @@
 """DistillLoss against the plain formula in fp64, differentiated by autograd."""
 
 import math
+from itertools import permutations
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from rbfast.loss.distill_loss import DistillLoss
 from rbfast.loss.teacher_signal import Dense, TopK, check_top_k, merge_duplicates, repeated_id
+from rbfast.ops import reference
 
 
 @pytest.mark.parametrize("head", [{}, {"softcap": 3.0}, {"logit_scale": 0.25}, {"softcap": 2.0, "logit_scale": 1.7}])
@@ -28,6 +30,7 @@ def test_mixed_rows_match_the_plain_formula(beta, reduction, head):
     loss_fn = DistillLoss(beta, reduction=reduction, chunk_rows=16, **head)
     hidden, weight, bias = inputs
     out = loss_fn(hidden, weight, case.labels, case.signals(), head_bias=bias, **case.arguments())
+    assert not (out.divergence.requires_grad or out.ce.requires_grad)
     torch.testing.assert_close(out.loss, truth)
     torch.testing.assert_close(out.divergence, divergence_truth)
     torch.testing.assert_close(out.ce, ce_truth)
@@ -134,9 +137,11 @@ def test_without_gradients_none_is_computed(monkeypatch):
     inputs = [x.requires_grad_() for x in (case.hidden, case.weight, case.bias)]
     monkeypatch.setattr("rbfast.ops.reference.head_backward_", lambda *_: pytest.fail("a gradient of hidden"))
     monkeypatch.setattr("rbfast.ops.reference.head_grad_", lambda *_: pytest.fail("a gradient of the head"))
+    written, rows = [], reference.divergence_rows_
+    monkeypatch.setattr(reference, "divergence_rows_", lambda z, dz, *rest: written.append(dz) or rows(z, dz, *rest))
     with torch.no_grad():
         out = DistillLoss()(*inputs[:2], case.labels, case.signals(), head_bias=inputs[2], **case.arguments())
-    assert not out.loss.requires_grad and float(out.loss) > 0
+    assert not out.loss.requires_grad and float(out.loss) > 0 and set(written) == {None}
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
@@ -187,6 +192,24 @@ def test_gradient_error_under_a_head_that_both_share(isa, beta, gap):
         assert relative_error(ours, exact) <= 0.001
 
 
+@pytest.mark.parametrize("view", [lambda head: head[:5], lambda head: head.T])
+def test_a_teachers_head_in_the_memory_of_the_students_need_not_be_the_same(view):
+    torch.manual_seed(0)
+    hidden, theirs, weight = torch.randn(6, 8), torch.randn(6, 8), torch.randn(8, 8)
+    labels = torch.zeros(6, dtype=torch.int64)
+    teachers = Dense(theirs, view(weight)), Dense(theirs, view(weight).clone())
+    assert torch.equal(*(DistillLoss()(hidden, weight, labels, teacher).divergence for teacher in teachers))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_shared_head_of_16_bits_does_not_round_the_difference_of_hidden_states(dtype):
+    torch.manual_seed(0)
+    hidden, theirs, weight = (torch.randn(n, 8).to(dtype) for n in (6, 6, 37))
+    labels = torch.zeros(6, dtype=torch.int64)
+    teachers = Dense(theirs, weight), Dense(theirs, weight.clone())
+    assert torch.equal(*(DistillLoss()(hidden, weight, labels, teacher).divergence for teacher in teachers))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_bits_do_not_depend_on_chunks_threads_or_packing(isa, dtype, threads):
     T, H, V = 100, 40, 301
@@ -217,6 +240,20 @@ def test_bits_do_not_depend_on_chunks_threads_or_packing(isa, dtype, threads):
     torch.testing.assert_close(shuffled[4:], truth[4:])
 
 
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "bfloat16")])
+def test_hidden_and_head_of_two_dtypes_keep_the_precision_of_each(isa, dtypes):
+    near = Near(1.0)
+    leaves = (near.hidden, near.weight, torch.linspace(-1, 1, near.V))
+    kinds = [getattr(torch, name) for name in (*dtypes, "bfloat16")]
+    inputs = [x.detach().to(kind).requires_grad_() for x, kind in zip(leaves, kinds, strict=True)]
+    found = []
+    for given in (inputs, [x.detach().double().requires_grad_() for x in inputs]):
+        out = DistillLoss()(*given[:2], near.labels, near.signal("top-k"), ce_weight=0.3, head_bias=given[2])
+        found.append(torch.autograd.grad(out.loss, given))
+    for ours, exact in zip(*found, strict=True):
+        assert relative_error(ours, exact) <= 8 * torch.finfo(ours.dtype).eps
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_head_trained_in_bf16_has_the_gradient_of_the_plain_formula(isa, reduction):
     near = Near(1.0)
@@ -228,6 +265,13 @@ def test_head_trained_in_bf16_has_the_gradient_of_the_plain_formula(isa, reducti
     out = DistillLoss(reduction=reduction)(*inputs, near.labels, near.signal("top-k"))
     for ours, theirs in zip(torch.autograd.grad(out.loss, inputs, upstream), expected, strict=True):
         assert relative_error(ours, theirs) <= 0.003
+
+
+def test_a_sum_has_the_same_bits_in_any_order_of_its_rows():
+    hidden, weight, labels = torch.ones(3, 8), torch.eye(8), torch.zeros(3, dtype=torch.int64)
+    orders = permutations(torch.tensor([1.0, 1e20, -1e20]))
+    losses = {DistillLoss()(hidden, weight, labels, ce_weight=torch.stack(order)).loss.item() for order in orders}
+    assert len(losses) == 1
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -275,6 +319,8 @@ def test_nothing_to_learn_is_zero_with_zero_gradients(labels, reduction):
     out = DistillLoss(reduction=reduction)(hidden, weight, labels, teacher, ce_weight=1.0)
     out.loss.sum().backward()
     assert out.loss.sum() == 0
+    for items in (0, torch.tensor(0)) if reduction == "mean" else ():
+        assert DistillLoss()(hidden, weight, labels, teacher, num_items=items).loss == 0
     assert hidden.grad is not None and not hidden.grad.any()
     assert weight.grad is not None and not weight.grad.any()
 
@@ -363,6 +409,9 @@ def test_values_are_the_same_without_gradients_and_under_autocast():
         silent = DistillLoss()(hidden, weight, *arguments)
     assert not silent.loss.requires_grad
     assert torch.equal(silent.divergence, out.divergence) and torch.equal(silent.ce, out.ce)
+    double = DistillLoss()(*case.inputs()[:2], *arguments)
+    with torch.autocast("cpu", torch.bfloat16):  # which casts no fp64, as in F.linear
+        assert torch.equal(DistillLoss()(*case.inputs()[:2], *arguments).loss, double.loss)
 
     narrow = DistillLoss()(hidden.bfloat16(), weight.bfloat16(), *arguments)
     with torch.autocast("cpu", torch.bfloat16):
@@ -370,6 +419,13 @@ def test_values_are_the_same_without_gradients_and_under_autocast():
     assert torch.equal(cast.loss, narrow.loss)
     cast.loss.backward()
     assert hidden.grad is not None and hidden.grad.dtype == torch.float32
+
+
+def test_labels_may_be_of_any_integers():
+    case = Case()
+    arguments = (case.hidden.float(), case.weight.float())
+    losses = [DistillLoss()(*arguments, labels, ce_weight=1.0).loss for labels in (case.labels, case.labels.int())]
+    assert torch.equal(*losses)
 
 
 def test_a_default_device_changes_nothing():

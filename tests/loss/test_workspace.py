@@ -6,8 +6,10 @@ import pytest
 import torch
 from plain_losses import Case
 
-from rbfast.loss import workspace
+from rbfast.loss import chunked_loss, workspace
+from rbfast.loss.chunking import logits_bytes
 from rbfast.loss.distill_loss import DistillLoss
+from rbfast.loss.teacher_signal import Dense
 
 
 @pytest.fixture(autouse=True)
@@ -89,3 +91,20 @@ def test_huge_memory_is_not_kept(monkeypatch):
     monkeypatch.setattr(workspace, "MAX_KEPT", 1000)
     solve_text(10)
     assert not workspace._kept
+
+
+@pytest.mark.parametrize("theirs", [0, 8192])
+def test_a_call_takes_the_memory_that_is_planned_for_it(theirs):
+    tokens, own = 2000, 16384  # in several chunks
+    hidden, weight = torch.ones(tokens, 8).bfloat16(), torch.ones(own, 8).bfloat16()
+    teacher = Dense(hidden, weight[:theirs]) if theirs else None
+    with torch.no_grad():
+        DistillLoss()(hidden, weight, torch.zeros(tokens, dtype=torch.int64), teacher, ce_weight=1.0)
+    assert kept().numel() == logits_bytes(tokens, own, hidden.device, theirs) < 4 * tokens * (own + theirs)
+
+
+def test_a_call_on_a_gpu_takes_none(monkeypatch):
+    expected = solve_text(10)
+    workspace.release()
+    monkeypatch.setattr(chunked_loss, "_is_gpu", lambda x: True)
+    assert same(expected, solve_text(10)) and not workspace._kept
