@@ -44,8 +44,6 @@ def group_known_rows(signals: Sequence[Signal], rows: Tensor, tokens: int) -> Ac
     if rows.dtype != torch.int64 or rows.dim() != 1:
         raise ValueError(f"rows must be int64 [n], the rows that take part, got {rows.dtype} {list(rows.shape)}")
     size = rows.shape[0]
-    if not size:
-        return ActiveRows(0, rows, [])
     if not signals or (len(signals) == 1 and signals[0].rows is None):
         order = None if size == tokens else rows
         return ActiveRows(size, order, [RowGroup(size, signals[0], order) if signals else RowGroup(size)])

@@ -79,12 +79,12 @@ class Dense:
     ) -> None:
         """Writes the logits of some entries [n] into z [n, V'], fp32 or wider."""
         if self.logits is not None:
-            z.copy_(self.logits.detach()[entries])
+            z.copy_(self.logits[entries])
         else:
             assert self.hidden is not None and self.weight is not None
-            head_forward_(z, self.hidden.detach()[entries], self.weight.detach())
+            head_forward_(z, self.hidden[entries], self.weight)
         if self.bias is not None:
-            z.add_(self.bias.detach())
+            z.add_(self.bias)
         if self.logit_scale != 1:
             z.mul_(self.logit_scale)
         if self.softcap is not None:
@@ -165,7 +165,6 @@ def _check_top_k(signal: TopK, hidden: Tensor) -> TopK:
             f"TopK's temperature must be a positive number, the one its log-probs were taken at, got {at!r}; rows at "
             "different ones go into signals of their own"
         )
-    logprobs = logprobs.detach() if logprobs.requires_grad else logprobs
     ids, logprobs = ids.to(hidden.device, torch.int64), logprobs.to(hidden.device, wide_dtype(hidden.dtype))
     is_same = ids is signal.ids and logprobs is signal.logprobs
     return signal if is_same else replace(signal, ids=ids, logprobs=logprobs)
