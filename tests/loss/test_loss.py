@@ -347,6 +347,23 @@ def test_a_dense_teacher_has_a_head_of_its_own():
     torch.testing.assert_close(*(DistillLoss()(*student, labels, teacher).divergence for teacher in teachers))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_teacher_that_trains_gets_no_gradient(reduction):
+    torch.manual_seed(0)
+    hidden, weight, *theirs = (torch.randn(*n, requires_grad=True) for n in ((8, 4), (11, 4), (4, 4), (11, 4), (11,)))
+    logits, logprobs = torch.randn(2, 11, requires_grad=True), torch.tensor([[-1.0], [-2.0]], requires_grad=True)
+    signals = [
+        Dense(*theirs[:2], bias=theirs[2], rows=torch.arange(4)),
+        Dense(logits=logits, rows=torch.arange(4, 6)),
+        TopK(torch.tensor([[3], [4]]), logprobs, torch.arange(6, 8)),
+    ]
+    weights = {name: torch.rand(8, requires_grad=True) for name in ("kl_weight", "ce_weight", "temperature")}
+    out = DistillLoss(reduction=reduction)(hidden, weight, torch.arange(8), signals, **weights)
+    out.loss.sum().backward()
+    assert hidden.grad is not None and weight.grad is not None
+    assert all(x.grad is None for x in (*theirs, logits, logprobs, *weights.values()))
+
+
 def test_padding_and_duplicates_do_not_change_a_top_k_signal():
     torch.manual_seed(0)
     hidden, weight = torch.randn(3, 8), torch.randn(37, 8)
@@ -386,7 +403,7 @@ def test_a_signal_without_ids_may_stand_beside_one_with_duplicates():
     hidden, weight, labels = torch.randn(4, 8), torch.randn(11, 8), torch.arange(4)
     empty = TopK(torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, 0), torch.tensor([0, 1]))
     outs = []
-    for ids, p in (([[1, 1]], [[0.2, 0.3]]), ([[1]], [[0.5]])):
+    for ids, p in (([[0, 0]], [[0.2, 0.3]]), ([[0]], [[0.5]])):
         messy = TopK(torch.tensor(ids), torch.tensor(p).log(), torch.tensor([2]))
         outs.append(DistillLoss()(hidden, weight, labels, [empty, messy]).divergence)
     torch.testing.assert_close(*outs)
@@ -421,10 +438,11 @@ def test_values_are_the_same_without_gradients_and_under_autocast():
     assert hidden.grad is not None and hidden.grad.dtype == torch.float32
 
 
-def test_labels_may_be_of_any_integers():
-    case = Case()
-    arguments = (case.hidden.float(), case.weight.float())
-    losses = [DistillLoss()(*arguments, labels, ce_weight=1.0).loss for labels in (case.labels, case.labels.int())]
+def test_labels_and_rows_may_be_of_any_integers():
+    case, losses = Case(), []
+    for dtype in (torch.int64, torch.int32):
+        signal = TopK(case.ids.to(dtype), case.logprobs, case.topk_rows.to(dtype))
+        losses.append(DistillLoss()(case.hidden.float(), case.weight.float(), case.labels.to(dtype), signal).loss)
     assert torch.equal(*losses)
 
 

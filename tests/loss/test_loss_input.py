@@ -90,9 +90,12 @@ NAN, ROWS, ROW_3 = torch.full((5, 3), torch.nan), torch.tensor([0, 1]), torch.ar
         (lambda g: {"teacher": TopK(g["teacher"].ids, g["teacher"].logprobs + 1)}, "more than 1"),
         (lambda g: {"teacher": TopK(g["teacher"].ids[:, :2], g["teacher"].logprobs)}, r"ids \[N, k\]"),
         (lambda g: {"teacher": TopK(g["teacher"].ids.float(), g["teacher"].logprobs)}, "integer ids"),
+        (lambda g: {"teacher": TopK(g["teacher"].ids, g["teacher"].ids)}, "and torch.int64"),
         (lambda g: {"teacher": TopK(g["teacher"].ids[:2], g["teacher"].logprobs[:2])}, "2 rows for 5 tokens"),
+        (lambda g: {"teacher": TopK(g["teacher"].ids, g["teacher"].logprobs, ROW_3)}, r"rows must be .*torch.bool"),
         (lambda g: {"teacher": TopK(g["teacher"].ids, g["teacher"].logprobs, ROWS)}, r"rows must be \[5\]"),
         (lambda g: {"teacher": TopK(g["teacher"].ids[:2], g["teacher"].logprobs[:2], ROWS + 4)}, "4..5"),
+        (lambda g: {"teacher": TopK(g["teacher"].ids[:2], g["teacher"].logprobs[:2], ROWS - 1)}, "got -1..0"),
         (lambda g: {"teacher": TopK(g["teacher"].ids.tolist(), g["teacher"].logprobs)}, "ids of TopK must be a tensor"),
         (lambda g: {"teacher": Dense()}, "Dense needs"),
         (lambda g: {"teacher": Dense(torch.randn(5, 4), torch.nn.Linear(4, 11))}, "weight of Dense must be a tensor"),
@@ -127,6 +130,22 @@ def test_bad_input_is_refused_by_name(change, message):
     DistillLoss()(**arguments)
     with pytest.raises(ValueError, match=message):
         DistillLoss()(**{**arguments, **change(arguments)})
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        (torch.arange(4, dtype=torch.int32), r"rows must be int64 \[n\], .* got torch.int32 \[4\]"),
+        (torch.ones(5, dtype=torch.bool), r"rows must be int64 \[n\], .* got torch.bool \[5\]"),
+        (torch.arange(4)[None], r"rows must be int64 \[n\], .* got torch.int64 \[1, 4\]"),
+        (torch.arange(1), "the signals cover 2 rows, but only 1 take part"),
+        (torch.arange(0), "the signals cover 2 rows, but only 0 take part"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(rows, message):
+    teacher = TopK(torch.ones(2, 1).long(), torch.zeros(2, 1), torch.arange(2))
+    with pytest.raises(ValueError, match=message):
+        DistillLoss()(**good() | {"teacher": teacher}, rows=rows)
 
 
 @pytest.mark.parametrize(
