@@ -383,7 +383,9 @@ def test_an_id_may_appear_often_in_a_wide_row():
     rows, k = 64, 300
     ids = torch.randint(-1, 20, (rows, k))
     logprobs = torch.randn(rows, k, dtype=torch.float64).log_softmax(1).masked_fill(ids < 0, -torch.inf)
+    given = ids.clone(), logprobs.clone()
     found = merge_duplicates(TopK(ids, logprobs))
+    assert torch.equal(ids, given[0]) and torch.equal(logprobs, given[1])
     expected = torch.zeros(rows, 20, dtype=torch.float64).scatter_add_(1, ids.clamp(min=0), logprobs.exp())
     masses = torch.zeros_like(expected).scatter_add_(1, found.ids.clamp(min=0), found.logprobs.exp())
     torch.testing.assert_close(masses, expected)
@@ -396,6 +398,8 @@ def test_a_checked_signal_has_each_id_once(number):
     found = check_top_k(TopK(torch.tensor([[number, number]]), torch.tensor([[0.25, 0.5]]).log()))
     assert found.ids.tolist() == [[number, -1]]
     torch.testing.assert_close(found.logprobs.exp(), torch.tensor([[0.75, 0.0]]))
+    with pytest.raises(ValueError, match="add up to more than 1"):
+        check_top_k(TopK(torch.tensor([[number, 2]]), torch.tensor([[0.75, 0.5]]).log()))
 
 
 def test_a_signal_without_ids_may_stand_beside_one_with_duplicates():
