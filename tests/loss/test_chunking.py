@@ -50,6 +50,12 @@ def test_logits_beside_a_teacher_s_keep_within_the_memory_of_a_gpu(V):
     assert plan.chunk * 4 * V + plan.extra * 4 * V <= chunking.GPU_BYTES
 
 
+@pytest.mark.parametrize("rows", [1025, 2047, 2048, 2049])
+def test_a_gradient_that_is_summed_in_bf16_takes_two_products(rows):
+    plan = chunk_trained_head(rows, 4 * 262144, None, torch.Size((262144, 1000)))
+    assert plan.rounds_sum and -(-rows // plan.product) == 2
+
+
 def test_rows_of_logits_are_aligned_whatever_the_vocabulary():
     assert [chunked_loss.row_width(V) for V in (0, 1, 32, 50257)] == [0, 32, 32, 50272]
 
