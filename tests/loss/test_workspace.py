@@ -78,6 +78,14 @@ def test_memory_from_inference_mode_serves_a_training_step():
     assert kept() is memory
 
 
+def test_it_is_on_the_cpu_whatever_the_default_device():
+    case = Case()
+    expected = solve(case)
+    workspace.release()
+    with torch.device("meta"):  # stands for a GPU
+        assert same(expected, solve(case))
+
+
 def test_threads_do_not_share_it():
     cases = [Case(seed) for seed in range(8)]
     expected = [solve(case) for case in cases]
