@@ -27,7 +27,7 @@ def borrow(size: int) -> Tensor:
 
 def give_back(memory: Tensor) -> None:
     """Returns memory of `borrow` for the next call. The caller must hold no other reference to it."""
-    if MIN_KEPT <= memory.numel() <= MAX_KEPT and not _kept:
+    if memory.numel() <= MAX_KEPT and not _kept:
         _kept.append(memory)
 
 
