@@ -12,6 +12,7 @@ from tiny_models import MODELS, attach, batch, disturb, llama, same_bits, snapsh
 from torch import nn
 
 from rbfast.adapter.column_delta import unhooked
+from rbfast.adapter.sparse_adapter import SparseAdapter
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -383,14 +384,22 @@ class Quantised(nn.Module):
         return nn.functional.linear(x, self.weight * self.steps)
 
 
+def with_quantised_down_proj(model):
+    for layer in model.model.layers:
+        layer.mlp.down_proj = Quantised(layer.mlp.down_proj)
+    return model
+
+
+def beside_their_weight(adapter):
+    return {name.rpartition(".")[2] for name, site in adapter.sites().items() if not site.is_folded}
+
+
 def test_a_quantised_matrix_runs_beside_its_weight_and_the_others_fold():
     model, full = llama(), llama()
     total = sum(parameter.numel() for parameter in full.parameters())
-    for layer in model.model.layers:
-        layer.mlp.down_proj = Quantised(layer.mlp.down_proj)
-    adapter = attach(model)
+    adapter = attach(with_quantised_down_proj(model))
     assert adapter.parameters_of_base == total
-    assert {name.rpartition(".")[2] for name, site in adapter.sites().items() if not site.is_folded} == {"down_proj"}
+    assert beside_their_weight(adapter) == {"down_proj"}
     losses = train(model, adapter, steps=7)
     assert losses[6] < losses[4] < losses[0]
     with pytest.raises(RuntimeError, match="down_proj: its weight is quantised, sharded or offloaded; use export_lora"):
@@ -398,6 +407,12 @@ def test_a_quantised_matrix_runs_beside_its_weight_and_the_others_fold():
     with pytest.raises(ValueError, match=r"mode \"fold\" needs .* which model\.layers\.0\.mlp\.down_proj is not"):
         adapter.detach()
         attach(model, mode="fold")
+
+
+def test_an_adapter_of_plain_weights_goes_on_with_quantised_ones(tmp_path):
+    attach(llama()).save_pretrained(tmp_path)
+    adapter = SparseAdapter.from_pretrained(with_quantised_down_proj(llama()), tmp_path)
+    assert beside_their_weight(adapter) == {"down_proj"}
 
 
 def test_the_surviving_share_falls_with_the_size_of_the_change():

@@ -176,6 +176,16 @@ def test_nothing_of_a_group_outlives_its_input_and_outputs():
     assert columns() is None
 
 
+def test_columns_are_not_kept_for_an_input_that_every_matrix_has_read():
+    model, adapter = projections()
+    x, gather = torch.randn(5, 16), adapter.sites()["q"].gather
+    for name in "qk":
+        model[name](x)
+        assert gather._cached is not None
+    model["v"](x)
+    assert gather._cached is None
+
+
 def test_a_checkpoint_of_one_matrix_shares_nothing():
     """What it saves may not depend on what ran before it, or the second run saves other tensors."""
     model, adapter = projections()

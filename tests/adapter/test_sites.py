@@ -42,6 +42,12 @@ def test_a_weight_that_is_computed_gets_its_delta_beside_it(kind, tmp_path):
     assert torch.equal(model(rows()), written)
 
 
+def test_an_adapter_of_a_plain_weight_goes_on_with_one_that_is_computed(tmp_path):
+    on(Pair(layer())).save_pretrained(tmp_path)
+    adapter = SparseAdapter.from_pretrained(Pair(parametrizations.weight_norm(layer())), tmp_path)
+    assert {name: site.is_folded for name, site in adapter.sites().items()} == {"first": True, "layer": False}
+
+
 def test_a_computed_weight_is_not_counted_twice():
     plain, normed = Pair(layer()), Pair(parametrizations.weight_norm(layer()))
     scales = normed.layer.parametrizations.weight.original0.numel()

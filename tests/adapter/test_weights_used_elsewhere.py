@@ -96,9 +96,12 @@ class Bypassing(nn.Module):
 
 @pytest.mark.parametrize("mode", ["fold", "side"])
 @pytest.mark.parametrize("first", [False, True])
-def test_a_weight_that_is_used_past_its_layer_is_an_error(first, mode):
+@pytest.mark.parametrize("trained", ["A B", "B"])
+def test_a_weight_that_is_used_past_its_layer_is_an_error(first, mode, trained):
     model = Bypassing(first)
     adapter = on(model, mode=mode)
+    for site in adapter.sites().values():
+        site.A.requires_grad_("A" in trained)
     optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     with pytest.raises(RuntimeError, match="uses the weight of a without running that layer"):
@@ -171,9 +174,28 @@ def test_a_weight_that_is_trained_beside_its_delta_is_not_frozen():
     assert weight.requires_grad and weight.grad is not None
 
 
-def test_a_layer_that_never_runs_is_named_once_and_its_weight_stays_frozen():
+class Int8(nn.Module):
+    in_features = out_features = 16
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(16, 16, dtype=torch.int8), requires_grad=False)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_gradient_that_is_nowhere_above_zero_is_one(sign):
+    model = nn.Sequential(nn.Linear(16, 2))
+    optimizer = torch.optim.SGD(attach(model, density=1.0, rank=1, support=4).parameters(), lr=0.1)
+    (sign * model(rows())[:, 0].sum()).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+@pytest.mark.parametrize("idle", [lambda: nn.Linear(16, 16), Int8])
+def test_a_layer_that_never_runs_is_named_once_and_its_weight_stays_frozen(idle):
     model = Pair(layer())
-    model.idle = nn.Linear(16, 16)
+    model.idle = idle()
     adapter = on(model)
     optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
     with pytest.warns(UserWarning, match=r"1 of 3 matrices got no gradient in the first step \(the first is idle\)"):
