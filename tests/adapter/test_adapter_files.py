@@ -37,6 +37,15 @@ def test_the_config_says_what_the_adapter_is_made_of(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
+def test_values_are_saved_however_they_lie_in_memory(tmp_path):
+    _, adapter = saved(tmp_path / "rows")
+    for parameter in adapter.parameters():
+        parameter.data = parameter.data.T.contiguous().T
+    adapter.save_pretrained(tmp_path / "columns")
+    files = [tmp_path / folder / "adapter_model.safetensors" for folder in ("rows", "columns")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def set_field(*path, value):
     def change(header):
         *parents, last = path

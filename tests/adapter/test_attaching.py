@@ -339,6 +339,9 @@ def test_the_delta_follows_the_base_to_its_device(monkeypatch, mode):
         site.linear.weight = nn.Parameter(torch.empty(site.linear.weight.shape, device="cuda:1"), requires_grad=False)
     site._pre_forward(site.linear, ())
     assert moves == [torch.device("cuda:1")]
+    with pytest.raises(RuntimeError, match="no longer a plain floating tensor"):  # the fake one is none
+        _ = site.weight  # as merge() reads it, if no forward ran since
+    assert moves == [torch.device("cuda:1")] * 2
 
 
 @pytest.mark.parametrize("is_attached_before", [False, True])

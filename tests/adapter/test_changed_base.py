@@ -58,6 +58,15 @@ def test_a_model_cast_to_what_cannot_be_folded_says_so():
         model(**batch())
 
 
+def test_a_weight_that_is_flattened_says_so():
+    model = llama()
+    adapter = attach(model)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight.data = weight.data.flatten()  # as FSDP1 does
+    with pytest.raises(RuntimeError, match="no longer a plain floating tensor"):
+        adapter.fold()
+
+
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_base_weights_loaded_into_an_attached_model_keep_its_delta(make, assign):
@@ -145,6 +154,18 @@ def test_a_weight_written_by_hand_is_seen_by_the_next_forward_and_by_merge():
     for act in (lambda: model(**batch()), adapter.merge):
         with pytest.raises(RuntimeError, match="was changed while a delta is folded into it"):
             act()
+
+
+def test_a_weight_that_another_takes_the_place_of_is_seen_by_the_next_forward():
+    model, base = llama(), llama()
+    disturb(attach(model))
+    layer, theirs = (m.model.layers[1].mlp.up_proj for m in (model, base))
+    model(**batch())
+    trained, version = layer.weight.clone(), layer.weight._version
+    layer.weight = theirs.weight.requires_grad_(False)
+    assert layer.weight._version == version  # so only the tensor itself tells
+    model(**batch())
+    assert torch.equal(layer.weight, trained)
 
 
 def test_a_weight_that_its_layer_computes_from_now_on_is_refused():
