@@ -178,7 +178,7 @@ def _measurements(folder: Path) -> list[Measurement]:
 def _holds_results(path: Path) -> bool:
     """Whether the first line is a completion: a folder may also hold traces."""
     first = next(json_lines(path, object, most=1), None)
-    return first is not None and isinstance(first[1], dict) and "completion" in first[1]
+    return first is not None and isinstance(first[1], dict) and {"task", "completion"} <= first[1].keys()
 
 
 def _limit(record: Record, where: str) -> int | None:

@@ -319,6 +319,7 @@ def test_broken_files_are_named_and_nothing_is_written(tmp_path: Path, name: str
 def test_what_is_no_completion_is_passed_over(tmp_path: Path) -> None:
     unfinished = lines(results(6)) + '{"task": "legs", "prob'
     traces = {"traces.jsonl": lines([{"problem": "p"}]), "list.jsonl": "[1]\n", "empty.jsonl": ""}
+    traces["pairs.jsonl"] = lines([{"prompt": "p", "completion": "c"}])  # a shape of traces too
     [measured] = read_run(write_run(tmp_path / "run", **{"after.jsonl": unfinished}, **traces)).measurements
     assert len(measured.after) == 16
 
