@@ -138,6 +138,34 @@ def test_weights_of_another_base_are_refused_and_nothing_is_lost():
     assert all(torch.equal(model.state_dict()[name], trained[name]) for name in sites)
 
 
+@pytest.mark.parametrize("end", ["detach", "merge"])
+def test_an_adapter_that_is_off_its_model_writes_nothing_as_the_model_loads_it(end):
+    model = llama()
+    model.adapter = attach(model)
+    disturb(model.adapter)
+    getattr(model.adapter, end)()
+    state = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in snapshot(model).items()}
+    model.load_state_dict(state)
+    assert same_bits(snapshot(model), state)
+
+
+def test_weights_of_another_shape_are_named_by_torch():
+    model = llama()
+    attach(model)
+    name = "model.layers.0.mlp.up_proj.weight"
+    with pytest.raises(RuntimeError, match=f"size mismatch for {name}"):
+        model.load_state_dict(snapshot(model) | {name: torch.zeros(40, 4)})
+
+
+def test_weights_that_were_on_meta_for_a_while_get_their_delta_back():
+    model, base = llama(), snapshot(llama())
+    disturb(attach(model))
+    trained = snapshot(model)
+    model.load_state_dict({name: tensor.to("meta") for name, tensor in base.items()}, assign=True)
+    model.load_state_dict(base, assign=True)
+    assert same_bits(snapshot(model), trained)
+
+
 def test_a_weight_written_by_hand_is_seen_by_the_next_forward_and_by_merge():
     model = llama()
     adapter = attach(model)
