@@ -255,6 +255,7 @@ def test_an_optimizer_that_trains_an_adapter_of_no_model_warns(end):
     assert found[0].filename == __file__
 
 
+@pytest.mark.filterwarnings("error:an optimizer trains an adapter")
 def test_an_optimizer_may_hold_an_adapter_of_no_model_beside_others():
     model, other = llama(), llama()
     old, side = attach(model), attach(other)
@@ -352,6 +353,8 @@ def test_an_offloaded_base_runs_and_trains_its_delta(is_attached_before, tmp_pat
         adapters.append(attach(model, mode="side"))
     accelerate.disk_offload(model.model.layers[0], tmp_path / "weights", torch.device("cpu"))
     accelerate.cpu_offload(model.model.layers[1], torch.device("cpu"))
+    up_proj = model.model.layers[1].mlp.up_proj
+    accelerate.hooks.add_hook_to_module(up_proj, accelerate.hooks.ModelHook(), append=True)  # a second one
     if not is_attached_before:
         adapters.append(attach(model))
     assert all(site.linear.weight.is_meta for site in adapters[1].sites().values())

@@ -86,6 +86,15 @@ def step_by_sgd(adapter):
     torch.optim.SGD(adapter.parameters(), lr=0.5).step()
 
 
+def test_a_frozen_adapter_can_be_disabled():
+    model = llama()
+    original, adapter = snapshot(model), attach(model)
+    disturb(adapter)
+    adapter.requires_grad_(False)
+    with adapter.disabled():
+        assert same_bits(snapshot(model), original)
+
+
 def test_a_step_while_disabled_is_folded_after_the_block():
     model = llama()
     adapter = attach(model)
@@ -427,3 +436,6 @@ def test_the_surviving_share_falls_with_the_size_of_the_change():
                 site.B.fill_(size)
         shares.append(adapter.surviving_share())
     assert shares[0] > 0.99 and shares[0] > shares[1] > shares[2] and shares[2] < 0.1
+    beside = attach(llama(torch.bfloat16), mode="side")
+    disturb(beside)
+    assert beside.surviving_share() == 1.0  # nothing is rounded
