@@ -459,7 +459,7 @@ def _mark_written(sites: Iterable[ColumnDelta]) -> None:
     """Tells autograd that the weights are written, because our ops bypass it. A pending backward of a forward that used
     the old weights then raises in autograd, instead of giving wrong gradients."""
     weights = (stored_weight(site.linear) for site in sites)
-    torch.autograd.graph.increment_version([w for w in weights if w is not None and not w.is_inference()])
+    torch.autograd.graph.increment_version([w for w in weights if w is not None])
 
 
 def _fold_after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
