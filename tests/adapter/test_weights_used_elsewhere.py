@@ -213,6 +213,19 @@ def test_a_layer_that_never_runs_is_named_once_and_its_weight_stays_frozen(idle)
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("end", ["merge", "detach"])
+def test_a_frozen_model_stays_frozen_if_its_adapter_ends_after_the_first_step(end):
+    model = Pair(Routed()).requires_grad_(False)
+    adapter = on(model)
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    model(rows()).square().sum().backward()
+    with pytest.warns(UserWarning, match="1 of 3 matrices got no gradient"):
+        optimizer.step()
+    assert model.layer.second.weight.requires_grad  # to see whether it is used
+    getattr(adapter, end)()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_a_model_that_runs_all_its_layers_computes_no_gradient_of_a_weight():
     model = llama()
     adapter = attach(model)
