@@ -184,6 +184,12 @@ def test_the_fingerprint_agrees_across_fp32_and_bf16_and_sees_one_changed_weight
     assert linears.fingerprint(layer) != before
 
 
+def test_the_fingerprint_of_a_large_weight_is_the_one_in_files_of_earlier_versions():
+    layer = nn.Linear(96, 100)
+    layer.weight = nn.Parameter(torch.arange(9600.0).view(100, 96))
+    assert linears.fingerprint(layer) == "8e0fbf2b6087e097"
+
+
 @pytest.mark.parametrize(("make", "rank", "padded"), [(llama, 1, 1), (llama, 2, 8), (gpt2, 2, 8)])
 def test_peft_loads_the_exported_lora_and_computes_the_same(tmp_path, make, rank, padded):
     peft = pytest.importorskip("peft")

@@ -394,6 +394,7 @@ def test_a_delta_that_was_moved_away_comes_back_to_its_base(monkeypatch):
         ({"scale": float("nan")}, "scale must be finite and not 0"),
         ({"mode": "folded"}, 'mode must be "auto", "fold" or "side"'),
         ({"targets": ["q_proj", "query"]}, "'query' names no linear layer; they are named like model.layers.0"),
+        ({"targets": ["proj"]}, "'proj' names no linear layer"),
         ({"targets": "layers.*"}, "the regex 'layers.*' matches no linear layer"),
         ({"targets": []}, "expected at least one name"),
         ({"targets": None}, 'expected names, a regex or "all-linear", got None'),

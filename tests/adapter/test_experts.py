@@ -16,7 +16,7 @@ from rbfast.adapter.column_scores import score_columns
 from rbfast.adapter.footprint import outline
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.models.experts import ExpertStack, stacks_of
-from rbfast.models.linears import count_parameters, select_linears
+from rbfast.models.linears import count_parameters, group_siblings, select_linears
 
 EPS = torch.finfo(torch.float32).eps
 FAMILIES = ("mixtral", "qwen3-moe", "gpt-oss", "jamba")  # gpt-oss keeps [E, in, out], and has biases
@@ -196,6 +196,32 @@ def test_experts_that_run_otherwise_get_no_delta_and_a_word():
     adapter.detach()
     with pytest.raises(ValueError, match="Doubled, which does more"):
         attach(model, targets=r".*layers\.1.*experts.*")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda experts: setattr(experts, "_is_expert_parallel", True), "is spread over processes by expert"),
+        (lambda experts: accelerate.cpu_offload(experts, torch.device("cpu")), "whose forward was replaced"),
+    ],
+)
+def test_experts_that_are_elsewhere_can_have_no_delta(change, reason):
+    model = family("mixtral")
+    change(model.model.layers[1].mlp.experts)
+    with pytest.raises(ValueError, match=rf"layers\.1\.mlp\.experts\.gate_up_proj .*{reason}"):
+        attach(model, targets=r".*experts\..*_proj")
+
+
+def test_experts_in_packed_matrices_are_no_stacks():
+    experts = family("mixtral").model.layers[0].mlp.experts
+    experts.down_proj = nn.Parameter(torch.zeros(96, 1, dtype=torch.uint8), requires_grad=False)
+    assert stacks_of(experts) == {}
+
+
+def test_stacks_of_one_width_have_columns_of_their_own():
+    shapes = group_siblings(select_linears(family("mixtral", intermediate_size=32), r".*experts\..*_proj"))
+    assert {shape.in_features for shape in shapes.values()} == {32}
+    assert len({shape.group for shape in shapes.values()}) == len(shapes) == 4
 
 
 def test_a_base_that_was_changed_behind_it_is_taken_or_refused():
