@@ -230,6 +230,13 @@ def test_what_a_model_adds_to_the_scores_is_not_dropped(extra):
         packed_attention._attend(nn.Module(), query, query, query, **options)
 
 
+def test_a_window_that_the_config_does_not_name_is_not_dropped():
+    query, no_mask = torch.randn(1, 4, 25, 8), torch.ones(packed_attention.NO_MASK, dtype=torch.bool)
+    options = {"packing": packing(LENGTHS, query.device), "sliding_window": 6}  # shorter than the longest example
+    with pytest.raises(packed_attention.NotPackable, match="sees 6 tokens, which its model's config does not say"):
+        packed_attention._attend(nn.Module(), query, query, query, no_mask, **options)
+
+
 def test_a_model_with_a_mask_of_its_own_runs_one_example_at_a_time():
     model = llama().eval()
 
