@@ -173,6 +173,19 @@ def test_fp32_is_attended_to_one_example_at_a_time(monkeypatch, flash_calls):
     assert not flash_calls
 
 
+def test_dropout_goes_to_the_attention_that_has_it(flash_calls):
+    query, cuts = torch.randn(1, 4, 25, 8, dtype=torch.bfloat16), packing(LENGTHS, torch.device("cpu")).cuts
+    packed = Packing(cuts, torch.tensor(cuts, dtype=torch.int32))
+    given, options = (nn.Module(), query, query, query, None), {"packing": packed, "scaling": SCALE}
+    whole, dropped = (packed_attention._attend(*given, **options, dropout=share)[0] for share in (0.0, 0.5))
+    assert flash_calls == ["forward"] and (dropped - whole).norm() > 0.1 * whole.norm()
+
+
+def test_flash_takes_heads_of_some_sizes():
+    heads = {size: torch.empty(1, 1, 1, size, dtype=torch.bfloat16) for size in (8, 12, 256, 264)}
+    assert [size for size, query in heads.items() if packed_attention._suits_flash(query)] == [8, 256]
+
+
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_torchs_own_op_takes_these_rows(heads):
     """Shapes and the derivative, on the device without memory; numbers need a GPU."""
