@@ -299,10 +299,11 @@ def test_an_offloaded_head_is_said_to_be_one(part):
         packs(model)
 
 
-def test_a_model_of_damaged_weights_is_said_to_be_one():
+@pytest.mark.parametrize(("name", "at"), [("layers.0.mlp.up_proj", (0, 0)), ("norm", 0)])  # all NaN; some infinite
+def test_a_model_of_damaged_weights_is_said_to_be_one(name, at):
     model = family("llama")
     with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.inf
+        model.model.get_submodule(name).weight[at] = torch.inf
     with pytest.raises(ValueError, match="gives hidden states that are NaN or infinite in float32"):
         packs(model)
 

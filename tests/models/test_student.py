@@ -296,6 +296,18 @@ def test_a_folder_that_lacks_a_file_is_not_taken_for_a_hub_id(tmp_path):
     assert "expected a hub id" not in str(refused.value)
 
 
+def test_a_block_of_evaluation_ends_in_the_modes_it_began_in():
+    model = llama().train()
+    model.model.layers[1].eval()
+    before = [module.training for module in model.modules()]
+    with student.evaluation_mode(model):
+        assert not any(module.training for module in model.modules())
+        model.train()
+        with student.evaluation_mode(model):
+            assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == before
+
+
 @pytest.mark.parametrize(("multiplies", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_the_dtype_is_one_the_cpu_can_multiply(multiplies, dtype, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: multiplies)
