@@ -100,9 +100,17 @@ class Scaled(nn.Linear):
         return linear(x, 3 * self.weight, self.bias)
 
 
+class TakingRows(nn.Linear):
+    """y = x W^T of tokens in a row alone, as experts are called."""
+
+    def forward(self, x):
+        tokens, _ = x.shape
+        return (x @ self.weight.T + self.bias).view(tokens, -1)
+
+
 def test_a_layer_with_a_forward_of_its_own_folds_if_it_only_multiplies():
     torch.manual_seed(0)
-    for kind, folds in ((OwnForward, True), (Scaled, False)):
+    for kind, folds in ((OwnForward, True), (Scaled, False), (TakingRows, True)):
         model = Pair(kind(16, 16))
         flags, state = [p.requires_grad for p in model.parameters()], torch.get_rng_state()
         adapter = on(model)
@@ -111,6 +119,17 @@ def test_a_layer_with_a_forward_of_its_own_folds_if_it_only_multiplies():
         check_gradients(model, adapter, rows())
         adapter.detach()
         assert flags == [p.requires_grad for p in model.parameters()] and model.layer.training
+
+
+def test_a_forward_is_tried_without_gradients_around_it_and_again_if_it_was_replaced():
+    model = Pair(OwnForward(16, 16))
+    with torch.no_grad():
+        adapter = on(model)
+    assert adapter.sites()["layer"].is_folded
+    adapter.detach()
+    layer = model.layer
+    layer.forward = lambda x: linear(x, 3 * layer.weight, layer.bias)
+    assert not on(model).sites()["layer"].is_folded
 
 
 class Router(nn.Linear):

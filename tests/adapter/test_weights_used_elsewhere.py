@@ -50,6 +50,21 @@ def test_weights_in_one_memory_get_no_delta():
     assert set(on(model).sites()) == {"first", "layer", "last"}
 
 
+def test_every_weight_inside_another_one_gets_no_delta():
+    model, whole = Pair(nn.Linear(16, 16)), torch.randn(48, 16)
+    model.last, model.whole = nn.Linear(16, 16), nn.Parameter(whole)
+    model.first.weight, model.layer.weight = nn.Parameter(whole[4:20]), nn.Parameter(whole[24:40])
+    with pytest.warns(UserWarning, match="2 linear layers .* the weight of first shares its memory with another one"):
+        assert set(on(model).sites()) == {"last"}
+
+
+def test_a_weight_that_a_buffer_shows_too_gets_no_delta():
+    model = Pair(nn.Linear(16, 16))
+    model.register_buffer("shown", model.layer.weight.data[2:4])
+    with pytest.warns(UserWarning, match="the weight of layer shares its memory with another one"):
+        assert set(on(model).sites()) == {"first"}
+
+
 def test_a_model_with_an_adapter_of_peft_is_refused():
     peft = pytest.importorskip("peft")
     wrapped = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
@@ -71,14 +86,25 @@ class ByHand(nn.Module):
         return self.d(torch.matmul(self.d(x), self.c.weight.t()))
 
 
-def test_a_weight_that_the_code_of_a_model_multiplies_by_gets_no_delta():
-    model = ByHand()
-    with pytest.warns(UserWarning, match="3 linear layers .* ByHand multiplies by the weight of a without running"):
+class Inheriting(ByHand):
+    pass
+
+
+@pytest.mark.parametrize("kind", [ByHand, Inheriting])
+def test_a_weight_that_the_code_of_a_model_multiplies_by_gets_no_delta(kind):
+    model = kind()
+    said = f"3 linear layers .* {kind.__name__} multiplies by the weight of a without running"
+    with pytest.warns(UserWarning, match=said):
         adapter = on(model)
     assert set(adapter.sites()) == {"d"}
     adapter.detach()
     with pytest.raises(ValueError, match="multiplies by the weight of b without running the layer"):
         on(model, targets=["b"])
+
+
+def test_code_without_its_source_is_no_error():
+    kind = type("Typed", (nn.Sequential,), {"forward": eval("lambda self, x: self[0](x)")})  # as in a shell
+    assert set(on(kind(nn.Linear(16, 16))).sites()) == {"0"}
 
 
 class Bypassing(nn.Module):

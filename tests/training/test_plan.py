@@ -187,6 +187,14 @@ def test_checkpointing_leaves_the_model_as_it_was(model):
     assert state() == before
 
 
+def test_a_model_in_evaluation_mode_runs_its_layers_again():
+    model, runs = llama().eval(), []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    with checkpointing(model):
+        model(torch.arange(5)[None]).logits.sum().backward()
+    assert len(runs) == 2
+
+
 def test_a_model_without_layers_to_run_again_says_so():
     with pytest.raises(ValueError, match="does not support gradient checkpointing"):
         model = llama()
