@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from rbfast.adapter.column_scores import score_columns
 from rbfast.adapter.sparse_adapter import SparseAdapter
+from rbfast.models.weight_use import input_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
 
@@ -237,6 +238,25 @@ def test_a_layer_may_be_called_by_name(mode):
     adapter.detach()
     scores = score_columns(model, [rows()], lambda model, x: model(x).square().sum())
     assert (scores.columns["a"] > 0).all()
+
+
+def test_a_layer_that_is_called_with_several_tensors_by_name_is_refused():
+    with pytest.raises(TypeError, match=r"takes one tensor, got 0 arguments and \['scale', 'x'\] by name"):
+        input_of((), {"x": rows(), "scale": rows()})
+
+
+class Turned(nn.Linear):
+    """Its output is a transposed view."""
+
+    def forward(self, x):
+        return (self.weight @ x.mT).mT
+
+
+@pytest.mark.parametrize("mode", ["fold", "side"])
+def test_an_output_may_lie_in_memory_as_it_likes(mode):
+    model, x = Pair(Turned(16, 8)), torch.stack([rows(), 2 * rows()])
+    assert not model.layer(x).is_contiguous()
+    check_gradients(model, on(model, mode=mode), x)
 
 
 @pytest.mark.parametrize("mode", ["fold", "side"])
