@@ -83,6 +83,15 @@ def test_a_link_in_place_of_the_temporary_file_is_not_followed(tmp_path: Path) -
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_what_a_killed_process_left_is_deleted_and_what_a_running_one_writes_is_not(tmp_path: Path) -> None:
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    for process in (killed.pid, os.getppid()):
+        (tmp_path / f".file[1].{process}.tmp").touch()
+    write_text(tmp_path / "file[1]", "new")
+    assert {path.name for path in tmp_path.iterdir()} == {"file[1]", f".file[1].{os.getppid()}.tmp"}
+
+
 def test_half_a_surrogate_pair_is_written_as_json_writes_it(tmp_path: Path) -> None:
     record = {"id": "é\ud800"}  # from a row or a server that escaped it
     write_text(tmp_path / "file", json.dumps(record, ensure_ascii=False))
