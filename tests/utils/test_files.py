@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rbfast.utils.files import Journal, atomic_write, check_output, staged_files, write_text
+from rbfast.utils.files import Journal, atomic_write, check_output, lock_folder, staged_files, write_text
 
 
 def test_the_new_file_takes_the_name_at_the_end(tmp_path: Path) -> None:
@@ -48,14 +48,15 @@ def test_files_take_their_places_together(tmp_path: Path) -> None:
 def test_an_error_leaves_a_folder_as_it_was(tmp_path: Path) -> None:
     killed = subprocess.Popen([sys.executable, "-c", ""])
     killed.wait()
-    for folder in (tmp_path / "new", tmp_path / "old"):
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "new", tmp_path / "empty", tmp_path / "old"):
         if folder.name == "old":
             write_text(folder / "file", "old")
             (folder / f".files.{killed.pid}.tmp").mkdir()
         with pytest.raises(RuntimeError), staged_files(folder) as files:
             (files / "file").write_text("half")
             raise RuntimeError("power cut")
-    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "new").exists() and (tmp_path / "empty").exists()
     assert [path.name for path in (tmp_path / "old").iterdir()] == ["file"]
     assert (tmp_path / "old" / "file").read_text() == "old"
 
@@ -132,6 +133,23 @@ def test_an_output_under_a_file_is_refused(tmp_path: Path, name: str, folder: bo
     with pytest.raises(NotADirectoryError, match=complaint):
         check_output(tmp_path / name, folder=folder)
     assert (tmp_path / "file").read_text() == "old"
+
+
+def test_a_read_only_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("old")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write to every file
+    with pytest.raises(PermissionError, match="file: expected a file that can be written, found a read-only one"):
+        check_output(tmp_path / "file")
+
+
+def test_a_locked_folder_is_gone_unless_something_was_written_into_it(tmp_path: Path) -> None:
+    for name in ("empty", "full"):
+        with lock_folder(tmp_path / name), pytest.raises(ValueError, match=f"another process is using .*{name}"):
+            if name == "full":
+                write_text(tmp_path / name / "file", "new")
+            with lock_folder(tmp_path / name):
+                pass
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
 def test_an_output_in_a_place_that_refuses_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
