@@ -98,6 +98,15 @@ def test_a_malformed_config_is_named(tmp_path, change, message):
         adapter_files.read_adapter(tmp_path)
 
 
+def test_a_scale_may_be_a_whole_number(tmp_path):
+    saved(tmp_path, scale=2.0)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(file.read_text().replace('"scale": 2.0', '"scale": 2'))
+    assert '"scale": 2,' in file.read_text()
+    scale = adapter_files.read_adapter(tmp_path)[0].scale
+    assert scale == 2 and isinstance(scale, float)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", '"x"'])
 def test_a_config_that_is_no_json_object_is_named(tmp_path, text):
     saved(tmp_path)
