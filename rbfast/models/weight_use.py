@@ -1,7 +1,7 @@
 """How a layer uses its weight: y = x W^T, y = x W, or something else that may rule out a delta.
 
 Class name and shape cannot tell: a square layer may multiply by its weight or by its transpose. So a layer with a
-custom forward is run once on one row, and the gradient of its weight shows what it does. nn.Linear and transformers'
+custom forward is run on one row, and the gradient of its weight shows what it does. nn.Linear and transformers'
 Conv1D are known. A layer whose weight is quantised, sharded or on meta is judged by its class.
 """
 
@@ -116,13 +116,20 @@ def _unwrapped_forward(module: nn.Module) -> Callable[..., Any]:
 
 
 def _probe(module: nn.Module, weight: Tensor, shape: tuple[int, int]) -> WeightUse:
+    use = _use_in_mode(module, weight, shape, training=False)
+    if use in (LINEAR, TRANSPOSED) and _use_in_mode(module, weight, shape, training=True) != use:
+        return WeightUse("opaque", "does more in training than multiply by its weight (dropout?)")
+    return use
+
+
+def _use_in_mode(module: nn.Module, weight: Tensor, shape: tuple[int, int], training: bool) -> WeightUse:
     out_features, in_features = shape
     count = torch.arange(max(shape), device=weight.device, dtype=torch.float32)
     x, dy = count[:in_features].cos().to(weight.dtype), (0.7 * count[:out_features]).sin().to(weight.dtype)
     errors = []
     for row in (x[None, None], x[None]):  # a batch of sequences, else tokens in a row
         try:
-            with _leaf_weight(module, weight) as leaf:
+            with _leaf_weight(module, weight, training) as leaf:
                 y = module.forward(row)
                 if not isinstance(y, Tensor):
                     return WeightUse("unfit", f"returns a {type(y).__name__}, not a tensor")
@@ -148,19 +155,24 @@ def _use_by_gradient(y: Tensor, leaf: Tensor, x: Tensor, dy: Tensor) -> WeightUs
 
 
 @contextmanager
-def _leaf_weight(module: nn.Module, weight: Tensor) -> Iterator[Tensor]:
-    """Within the block a leaf tensor with the same values replaces the layer's weight, and the layer is in evaluation
-    mode."""
+def _leaf_weight(module: nn.Module, weight: Tensor, training: bool) -> Iterator[Tensor]:
+    """Within the block a leaf tensor with the same values replaces the layer's weight, and the layer is in training or
+    evaluation mode. Random numbers that it draws are drawn again afterwards."""
     store: Any = module._parameters if "weight" in module._parameters else module._buffers
-    training = [part for part in module.modules() if part.training]
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(weight.device.type, enabled=False):
+    modes = [(part, part.training) for part in module.modules()]
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(weight.device.type, enabled=False),
+        torch.random.fork_rng([weight.device] if weight.is_cuda else []),
+    ):
         leaf = nn.Parameter(weight.detach())
         store["weight"] = leaf
-        for part in training:
-            part.training = False
+        for part, _ in modes:
+            part.training = training
         try:
             yield leaf
         finally:
             store["weight"] = weight
-            for part in training:
-                part.training = True
+            for part, mode in modes:
+                part.training = mode

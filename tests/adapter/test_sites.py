@@ -5,7 +5,7 @@ import torch
 from layer_pairs import Pair, check_gradients, layer, on, rows
 from tiny_models import disturb
 from torch import nn
-from torch.nn.functional import linear
+from torch.nn.functional import dropout, linear
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from rbfast.adapter.column_scores import score_columns
@@ -107,6 +107,26 @@ class TakingRows(nn.Linear):
     def forward(self, x):
         tokens, _ = x.shape
         return (x @ self.weight.T + self.bias).view(tokens, -1)
+
+
+class Dropping(nn.Linear):
+    """The gradient of a folded delta would be that of an output without dropout."""
+
+    def forward(self, x):
+        return dropout(super().forward(x), 0.25, self.training)
+
+
+def test_a_layer_that_drops_some_of_its_output_in_training_has_its_delta_beside_it():
+    model = Pair(Dropping(16, 8))
+    adapter = on(model)
+    assert not adapter.sites()["layer"].is_folded
+    check_gradients(model.eval(), adapter, rows())
+    adapter.zero_grad()
+    with torch.random.fork_rng():
+        model.train()(rows()).square().sum().backward()
+    site, dy = adapter.sites()["layer"], 2 * model(rows()).detach()
+    xs = model.first(rows()).tanh()[:, site.cols]
+    torch.testing.assert_close(site.B.grad, dy.T @ xs @ site.A.T)
 
 
 def test_a_layer_with_a_forward_of_its_own_folds_if_it_only_multiplies():
