@@ -14,6 +14,7 @@ import pytest
 from run_folders import ADAPTER, BROWSERS, NASTY, SETTINGS, THOUGHT, lines, record, results, write_run
 
 from rbfast.cli.main import main
+from rbfast.data.spans import split_spans
 from rbfast.evaluation.statistics import paired_difference, proportion
 from rbfast.report import accuracy, examples
 from rbfast.report.html import escape, table
@@ -141,6 +142,10 @@ def test_missing_parts_are_said(tmp_path: Path) -> None:
     assert "Nothing was measured before the training" in page.text and "75.0% (" in page.text
 
 
+def test_two_families_are_counted_together_too(tmp_path: Path) -> None:
+    assert '<td>all</td><td class="n">16</td>' in page_of(write_run(tmp_path / "run"))
+
+
 def test_only_shared_problems_are_compared() -> None:
     before = {("t", "one"): [record(0, True)], ("t", "two"): [record(1, False), record(1, True)]}
     after = {("t", "two"): [record(1, True)], ("t", "three"): [record(2, False)]}
@@ -195,6 +200,12 @@ def test_samples_are_not_pooled_with_greedy_completions(tmp_path: Path) -> None:
     assert "at most 64 tokens, 2 samples at temperature 0.8" in Page(page_of(run)).text
 
 
+def test_budgets_reach_the_limit_though_no_completion_does(tmp_path: Path) -> None:
+    after = results(6, decoding={"max_new_tokens": 200})
+    run = read_run(write_run(tmp_path / "run", **{"before.jsonl": lines(after), "after.jsonl": lines(after)}))
+    assert max(accuracy._within_budgets(run.measurements[0])["after"]) == 200
+
+
 def test_one_limit_is_counted_within(tmp_path: Path) -> None:
     cut = record(70, False, truncated=True, tokens=100)
     run = read_run(write_run(tmp_path / "run", **{"after.jsonl": lines([*results(6), cut])}))
@@ -228,6 +239,20 @@ def test_examples_show_what_was_gained_first_and_what_was_lost(tmp_path: Path) -
     assert len(examples._choose_problems(measured)) == 2
     (tmp_path / "run" / "after.jsonl").write_text(lines([record(9, True)]))
     assert "No problem was measured both before and after" in page_of(tmp_path / "run")
+
+
+def test_no_more_than_twelve_examples_are_shown(tmp_path: Path) -> None:
+    tasks = lines([record(0, True, f"task {number}") for number in range(14)])
+    [measured] = read_run(write_run(tmp_path / "run", **{"before.jsonl": tasks, "after.jsonl": tasks})).measurements
+    assert len(examples._choose_problems(measured)) == 12
+
+
+def test_an_intervention_between_two_roles_or_before_the_text_is_shown_once() -> None:
+    border = split_spans(THOUGHT)[0][1]
+    for at, shown in ((border, border), (-5, 0)):
+        coloured = examples._colour_roles(record(0, True, events=[{"kind": "wait", "at": at, "struck": ""}]))
+        before, _ = coloured.split("<mark>wait</mark>")
+        assert html.unescape(re.sub(r"<[^>]+>", "", before)) == THOUGHT[:shown]
 
 
 def test_completions_keep_their_text_and_show_interventions() -> None:
