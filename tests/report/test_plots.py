@@ -64,6 +64,19 @@ def test_losses_of_held_out_traces_are_dashed_beside_those_of_the_training():
     assert dashed[0].get_xydata().tolist() == [[0, 3], [2, 1]] and len(axes.lines) == 3
 
 
+def test_a_running_mean_is_of_as_many_steps_before_as_behind():
+    log = [{"step": step, "loss_answer": 5.0 * (step == 30)} for step in range(61)]
+    _, smooth = plots.draw_losses(log).axes[0].lines
+    assert {step: loss for step, loss in smooth.get_xydata().tolist() if loss} == dict.fromkeys(range(28, 33), 1.0)
+
+
+def test_columns_are_drawn_in_percent_layer_by_layer():
+    matrix = {"columns": 16, "in": 64, "values": 100}
+    figure = plots.draw_placement({"layers.8.up": matrix | {"columns": 0}, "layers.1.up": matrix})
+    [image] = [image for axes in figure.axes for image in axes.images]
+    assert image.get_array().tolist() == [[25], [0]]
+
+
 def test_scores_are_drawn_where_there_are_some():
     figure = plots.draw_scores({**SCORES, "model.layers.12.self_attn.q_proj": float("nan")})
     drawn = figure.axes[0].images[0].get_array()
