@@ -200,6 +200,32 @@ def test_samples_are_not_pooled_with_greedy_completions(tmp_path: Path) -> None:
     assert "at most 64 tokens, 2 samples at temperature 0.8" in Page(page_of(run)).text
 
 
+def test_a_limit_that_is_not_recorded_is_that_of_the_longest_completion_that_was_cut(tmp_path: Path) -> None:
+    completions = [*results(6), record(70, False, truncated=True, tokens=45)]  # whole ones have up to 47 tokens
+    [measured] = read_run(write_run(tmp_path / "run", **{"after.jsonl": lines(completions)})).measurements
+    assert measured.limit == 45
+
+
+def test_a_short_run_shows_its_last_loss_and_its_seconds(tmp_path: Path) -> None:
+    log = [{"step": step, "loss_answer": 6.0 - step} for step in range(1, 6)]
+    files = {"log.json": json.dumps(log), "run.json": json.dumps(SETTINGS | {"seconds": 90})}
+    page = Page(page_of(write_run(tmp_path / "run", **files)))
+    assert "answer1.0000" in page.text and "training90\u00a0seconds" in page.text
+
+
+def test_traces_that_were_left_out_are_all_listed_if_they_are_few(tmp_path: Path) -> None:
+    for count, said in ((20, False), (21, True)):
+        skipped = lines([{"problem": "p", "reason": "too long"}] * count)
+        page = Page(page_of(write_run(tmp_path / str(count), **{"skipped.jsonl": skipped})))
+        assert (f"The first 20 of {count}" in page.text) == said
+
+
+def test_scores_that_are_all_zero_are_not_drawn(tmp_path: Path) -> None:
+    matrices = {name: info | {"score": 0.0} for name, info in ADAPTER["modules"].items()}
+    config = json.dumps(ADAPTER | {"modules": matrices})
+    assert "Score of the trained columns" not in page_of(write_run(tmp_path / "run", **{"adapter_config.json": config}))
+
+
 def test_budgets_reach_the_limit_though_no_completion_does(tmp_path: Path) -> None:
     after = results(6, decoding={"max_new_tokens": 200})
     run = read_run(write_run(tmp_path / "run", **{"before.jsonl": lines(after), "after.jsonl": lines(after)}))
