@@ -177,7 +177,7 @@ def _measurements(folder: Path) -> list[Measurement]:
 
 def _holds_results(path: Path) -> bool:
     """Whether the first line is a completion: a folder may also hold traces."""
-    first = next(json_lines(path, object, most=1), None)
+    first = next(json_lines(path, object), None)
     return first is not None and isinstance(first[1], dict) and {"task", "completion"} <= first[1].keys()
 
 

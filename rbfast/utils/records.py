@@ -73,11 +73,11 @@ def read_json(path: Path, shape: Any) -> Any:
     return _parse(path.read_bytes(), shape, str(path))
 
 
-def json_lines(path: Path, shape: Any, most: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_lines(path: Path, shape: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a JSONL file, each with its location. Skips a last line without a line break (truncated)."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if (most is not None and number > most) or not line.endswith(b"\n"):
+            if not line.endswith(b"\n"):
                 return
             yield f"{path}:{number}", _parse(line.rstrip(b"\r\n"), shape, f"{path}:{number}")
 
