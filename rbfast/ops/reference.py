@@ -246,7 +246,7 @@ def _top_k_rows(z: Tensor, ids: Tensor, logprobs: Tensor, tau: Tensor, beta: flo
     log_p = torch.log_softmax(torch.cat([log_p / tau, log_p_tail / tau + log_shape], 1), 1)
 
     value, gradient = divergence(log_p, log_q, beta)
-    inside_tail = torch.where(in_support, 0.0, (tail / tau - log_tail).exp())
+    inside_tail = torch.where(tail == -torch.inf, 0.0, (tail / tau - log_tail).exp())
     return value, (inside_tail * gradient[:, -1:]).scatter_add(1, columns, gradient[:, :-1].masked_fill(~used, 0.0))
 
 

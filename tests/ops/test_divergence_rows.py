@@ -7,19 +7,25 @@ import torch
 from row_cases import (
     BETAS,
     KINDS,
+    PARTS_OF_A_HEAD,
     SIZES,
     TAUGHT,
     assert_close_to_fp64,
     assert_masked,
     assert_no_rows,
+    assert_no_tail,
     assert_reverse_kl_floors_a_teacher_of_zero,
     assert_tail,
+    below_one_without_a_tail,
     certain,
     cold,
     extreme,
     make,
+    make_with_part_of_a_head,
     masked,
+    masked_label,
     no_rows,
+    over_one,
     taught_rows,
     tiny_tail,
     with_factors,
@@ -45,6 +51,12 @@ def test_text_rows_match_fp64(size, head):
     rows = make("text", *size, head=head)
     assert_close_to_fp64(rows)
     assert not rows.run()[0].any()
+
+
+@pytest.mark.parametrize("part", PARTS_OF_A_HEAD)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_of_one_part_matches_fp64(kind, part):
+    assert_close_to_fp64(make_with_part_of_a_head(kind, part))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -100,6 +112,30 @@ def test_a_peaked_teacher_and_masked_logits_stay_finite(beta):
     assert_masked(masked(beta).run())
 
 
+@pytest.mark.parametrize("beta", BETAS)
+def test_probabilities_that_do_not_add_up_to_1_are_scaled(beta):
+    assert_close_to_fp64(over_one(beta))
+    assert_close_to_fp64(below_one_without_a_tail(beta))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_no_divergence_from_oneself_is_negative(beta):
+    for V in (2, 3, 5, 8, 50):
+        assert bool((make("top-k", V, gap=0.0, k=2, beta=beta).run()[0] >= 0).all())
+
+
+def test_a_masked_label_without_a_weight_leaves_the_loss_finite():
+    for kind in KINDS:
+        divergence, _, loss, dz = masked_label(kind).run()
+        assert all(bool(x.isfinite().all()) for x in (divergence, loss, dz))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_a_tail_of_only_minus_inf_has_no_gradient(beta):
+    assert_no_tail(ops, beta)
+    assert_no_tail(reference, beta)
+
+
 def test_reverse_kl_floors_a_teacher_of_zero():
     assert_reverse_kl_floors_a_teacher_of_zero()
 
@@ -142,17 +178,36 @@ def test_wrong_arguments_are_named():
         ({"kl_weight": rows.kl_weight[:4]}, "kl_weight must be Float with one entry per row"),
         ({"ids": rows.ids + 37}, r"ids must be in \[-1, 37\)"),
         ({"bias": torch.zeros(36)}, r"bias must be float32 \[37\]"),
+        ({"ids": rows.ids[:, 1:]}, r"ids and logprobs must both be \[T, k\]"),
         ({"ids": None, "teacher": torch.zeros(8, 37)}, "teacher must be Float with one entry per row"),
+        ({"ids": None, "teacher": torch.zeros(9, 0)}, "teacher must have at least one column"),
+        ({"ids": None, "teacher": torch.zeros(37, 9).T}, r"teacher must be \[9, columns\] with dense rows"),
     ):
         with pytest.raises(RuntimeError, match=message):
             replace(rows, **change).run()
-    with pytest.raises(RuntimeError, match="dz must be float32 or bfloat16"):
-        rows.run(dz=torch.zeros(9, 36))
+    for dz in (torch.zeros(9, 36), torch.zeros(9, 38), torch.zeros(9, 37).half()):
+        with pytest.raises(RuntimeError, match="dz must be float32 or bfloat16, of the shape of logits"):
+            rows.run(dz=dz)
+    with pytest.raises(RuntimeError, match=r"dz must be \[9, columns\] with dense rows"):
+        rows.run(dz=torch.zeros(37, 9).T)
+    with pytest.raises(RuntimeError, match="logits is expanded: clone it"):
+        ops.divergence_rows_(torch.zeros(1, 37).expand(9, 37), None, *rows.signals())
     with pytest.raises(RuntimeError, match="dz is expanded: clone it"):
         rows.run(dz=torch.zeros(1, 37).expand(9, 37))
     memory = torch.zeros(10, 37)
-    with pytest.raises(RuntimeError, match="dz overlaps logits in another way than row by row"):
-        ops.divergence_rows_(memory[:9], memory[1:], *rows.signals())
+    for dz in (memory[1:], memory.view(torch.bfloat16).view(20, 37)[:9]):
+        with pytest.raises(RuntimeError, match="dz overlaps logits in another way than row by row"):
+            ops.divergence_rows_(memory[:9], dz, *rows.signals())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_may_lie_right_beside_the_logits(kind):
+    rows = make(kind)
+    *_, expected = rows.run()
+    for logits, dz in (torch.zeros(18, 37).split(9), torch.zeros(18, 37).split(9)[::-1]):
+        logits.copy_(rows.logits)
+        ops.divergence_rows_(logits, dz, *rows.signals())
+        assert torch.equal(dz, expected)
 
 
 def test_no_rows():

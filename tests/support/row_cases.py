@@ -18,6 +18,7 @@ SIZES = ((1, 1), (5, 5), (37, 50), (3001, 2700))  # V, V'
 taught_rows = covering(3, kind=TAUGHT, beta=BETAS, size=SIZES, gap=(3.0, 0.1, 0.001), head=(False, True))
 
 
+PARTS_OF_A_HEAD = ("bias", "logit_scale", "softcap")
 WEIGHTS = ("kl_weight", "ce_weight", "temperature")
 FACTORS = ("kl_factor", "ce_factor", "temperature_factor")
 PER_ROW = ("logits", "labels", *WEIGHTS, "ids", "logprobs", "teacher")
@@ -103,6 +104,11 @@ def make(
     return rows
 
 
+def make_with_part_of_a_head(kind: str, part: str) -> Rows:
+    """Rows of a head that has one part alone."""
+    return replace(make(kind), **{part: getattr(make(kind, head=True), part)})
+
+
 def assert_close_to_fp64(rows: Rows, implementation=ops) -> None:
     """The error against fp64 is within the roundings of a logit and of a result."""
     results = rows.run(implementation)
@@ -137,6 +143,19 @@ def certain(kind: str, beta: float) -> Rows:
     )
 
 
+def over_one(beta: float) -> Rows:
+    """A teacher whose probabilities add up to more than 1, as rounded ones may."""
+    rows = make("top-k", 50, beta=beta)
+    total = rows.logprobs.exp().where(rows.ids >= 0, 0.0).sum(1, keepdim=True)
+    return replace(rows, logprobs=rows.logprobs - total.log() + 0.001)
+
+
+def below_one_without_a_tail(beta: float) -> Rows:
+    """A teacher of every id whose probabilities add up to less than 1."""
+    rows = make("top-k", 5, beta=beta)
+    return replace(rows, logprobs=rows.logprobs - 0.1)
+
+
 def cold(beta: float) -> Rows:
     """At a temperature at which all of the teacher's probabilities underflow fp32.
 
@@ -158,6 +177,14 @@ def masked(beta: float) -> Rows:
     rows, bias = make("dense", 50, 50, beta=beta), torch.zeros(50)
     bias[3] = -torch.inf
     return replace(rows, bias=bias, labels=torch.zeros(9, dtype=torch.int64), teacher=rows.teacher + bias)
+
+
+def masked_label(kind: str) -> Rows:
+    """Rows whose label has a logit of minus infinity and no weight; a top-k teacher does not have it."""
+    rows = make(kind, 50, 50)
+    labels = rows.logits.argmin(1)
+    logits = rows.logits.scatter(1, labels.unsqueeze(1), -torch.inf)
+    return replace(rows, logits=logits, labels=labels, ce_weight=torch.zeros(9))
 
 
 def assert_masked(results: tuple[Tensor, ...]) -> None:
@@ -184,6 +211,18 @@ def tiny_tail(student_tail: float, V: int = 1000) -> Rows:
 def assert_tail(dz: Tensor) -> None:
     V = dz.shape[1]
     torch.testing.assert_close(dz[0, 1:], torch.full((V - 1,), -0.1 / (V - 1)), rtol=1e-5, atol=0)
+
+
+def assert_no_tail(implementation, beta: float) -> None:
+    """Where the student's logits outside of the support are minus infinity, or in the first row one is NaN."""
+    rows = make("top-k", 50, beta=beta).at(slice(1, 9))  # without the one that has padding
+    others = torch.ones(8, 50).scatter(1, rows.ids, 0.0) > 0
+    rows = replace(rows, logits=rows.logits.masked_fill(others, -torch.inf), labels=rows.ids[:, 0])
+    rows.logits[0, int(others[0].nonzero()[0])] = torch.nan
+    results = rows.run(implementation)
+    for result in results:
+        assert bool(result[0].isnan().any()) and bool(result[1:].isfinite().all())
+    assert not results[-1][1:][others[1:]].any()
 
 
 def no_rows() -> Rows:
