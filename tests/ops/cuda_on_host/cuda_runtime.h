@@ -21,6 +21,7 @@
 #include <functional>
 #include <memory>
 #include <random>
+#include <set>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -45,6 +46,7 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace on_host {
 
 constexpr size_t kStackBytes = 64 << 10;
+constexpr size_t kPlainShared = 48 << 10;  // bytes of shared memory that a block has without being asked for more
 constexpr size_t kGuard = 64;  // bytes after a block's shared memory, which no thread may change
 
 struct Barrier {
@@ -97,6 +99,7 @@ struct Machine {
   ucontext_t entry;
   std::function<void()> kernel;
   std::mt19937 random{0};
+  std::set<const void*> roomy;  // the kernels that may have more than kPlainShared
 };
 inline Machine machine;
 inline int most_shared() { return machine.shared_bytes - 1024; }  // of a block
@@ -378,8 +381,10 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const v
   attributes->ptxVersion = on_host::machine.has_clusters ? 90 : 80;
   return on_host::machine.shared_bytes == 0 ? cudaErrorInvalidDeviceFunction : cudaSuccess;
 }
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
-  return bytes <= on_host::most_shared() ? cudaSuccess : cudaErrorInvalidValue;
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes > on_host::most_shared()) return cudaErrorInvalidValue;
+  on_host::machine.roomy.insert(kernel);
+  return cudaSuccess;
 }
 // So few that some teams have several rows, and not all as many.
 template <typename Kernel>
@@ -401,6 +406,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   ++on_host::machine.launches;
   if (threads % 32 != 0 || threads > 1024 || config->gridDim.x % cluster != 0) return cudaErrorInvalidValue;
   if (config->dynamicSmemBytes > static_cast<size_t>(on_host::most_shared())) return cudaErrorInvalidValue;
+  const bool is_roomy = on_host::machine.roomy.count(reinterpret_cast<const void*>(kernel)) > 0;
+  if (config->dynamicSmemBytes > on_host::kPlainShared && !is_roomy) return cudaErrorInvalidValue;
   gridDim = config->gridDim;
   blockDim = config->blockDim;
   on_host::machine.kernel = [&] { kernel(arguments...); };
