@@ -182,6 +182,10 @@ def test_many_folds_check_all_before_they_write(isa: str) -> None:
     with pytest.raises(RuntimeError, match=r"^column_fold_all_: cols must lie in \[0, 90\), got \d+ at position 0$"):
         ops.column_fold_all_(weights, [good.base, bad.base], columns, *lists, 1.0, [1, 1])
     assert torch.equal(weights[0], good.weight)
+    with pytest.raises(RuntimeError, match=r"take float32, bfloat16 or float16, got Double; cast it"):
+        doubles = ([weights[0], bad.weight.double()], [good.base, bad.base.double()])
+        ops.column_fold_all_(*doubles, [good.cols, bad.cols], *lists, 1.0, [1, 1])
+    assert torch.equal(weights[0], good.weight)
     with pytest.raises(RuntimeError, match=r"^column_fold_all_: all lists must be of one length, got 2 and 1$"):
         ops.column_fold_all_(weights, [good.base], columns, *lists, 1.0, [1, 1])
 
@@ -235,6 +239,10 @@ def test_columns_that_come_in_no_such_runs_are_refused(name: str) -> None:
     swapped = replace(d, cols=d.cols.flip(0))
     with pytest.raises(RuntimeError, match=rf"^{name}: cols must come in aligned runs of 16"):
         run(name, swapped)
+    mixed = d.cols.clone()
+    mixed[[15, 31]] = d.cols[[31, 15]]
+    with pytest.raises(RuntimeError, match=rf"^{name}: cols must come in aligned runs of 16, got \d+ at position 15$"):
+        run(name, replace(d, cols=mixed))
     with pytest.raises(RuntimeError, match=rf"^{name}: run must divide the number of columns, 33, got 16$"):
         run(name, replace(make((5, 90, 77, 33, 2), torch.float32), run=16))
     with pytest.raises(RuntimeError, match=rf"^{name}: run must be 1, 2, 4, 8 or 16, got 3$"):
@@ -314,10 +322,19 @@ def test_bad_arguments(name: str, change: Callable[[Delta], dict], message: str)
         run(name, replace(d, **change(d)))
 
 
-def test_an_expanded_target_is_refused() -> None:
-    d = make((5, 90, 77, 33, 2), torch.float32)
-    with pytest.raises(RuntimeError, match="column_linear_: y is expanded: clone it"):
-        ops.column_linear_(torch.zeros(1, 77).expand(5, 77), d.xs, d.A, d.B, d.scale)
+@pytest.mark.parametrize(
+    "name, target, width", (("column_linear_", "y", 77), ("column_scatter_", "dx", 90), ("column_fold_", "weight", 90))
+)
+def test_an_expanded_target_is_refused(name: str, target: str, width: int) -> None:
+    d = make((77, 90, 77, 33, 2), torch.float32)
+    expanded = replace(d, **{target: torch.zeros(1, width).expand(77, width)})
+    with pytest.raises(RuntimeError, match=f"{name}: {target} is expanded: clone it"):
+        getattr(ops, name)(*arguments(name, expanded))
+
+
+def test_a_matrix_of_too_many_columns_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"column_gather: x must have fewer than 2\^31 columns, got 2147483648"):
+        ops.column_gather(torch.zeros(1, 1).expand(1, 2**31), torch.zeros(1, dtype=torch.int64))
 
 
 def test_an_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:

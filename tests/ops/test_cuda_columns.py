@@ -26,6 +26,7 @@ from covering import covering
 from cuda_devices import Gpu, host, launches_on_host, real
 from fenced import fenced_at_end, fenced_at_start
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.profiler import profile
 
 from rbfast.ops import reference
@@ -139,7 +140,13 @@ def test_what_is_not_finite_goes_where_it_does_in_torch(gpu: Gpu, name: str, bad
 
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize(
-    "layout", (scattered_in_memory, lambda t: t.T.contiguous().T, lambda t: torch.cat((t, t), 1)[:, : t.shape[1]])
+    "layout",
+    (
+        scattered_in_memory,
+        lambda t: t.T.contiguous().T,
+        lambda t: torch.cat((t, t), 1)[:, : t.shape[1]],
+        lambda t: pad(t, (0, -t.shape[1] % 16), value=torch.nan)[:, : t.shape[1]],  # rows are aligned, their ends not
+    ),
 )
 def test_any_strides_give_the_same_bits(gpu: Gpu, name: str, layout: Callable[[Tensor], Tensor]) -> None:
     d = make((70, 90, 77, 33, 3), torch.bfloat16)
@@ -161,13 +168,21 @@ def test_only_what_is_given_is_touched(
         getattr(gpu.ops, name)(*arguments(name, inside))
 
 
+@pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_aligned_or_not_the_bits_are_the_same(gpu: Gpu, dtype: torch.dtype) -> None:
-    d = make((40, 60, 264, 48, 2), dtype)  # with rows of dy that start at any value
-    room = torch.zeros(40 * 264 + 1, dtype=dtype)
-    shifted = replace(d, dy=room[1:].view(40, 264))
-    shifted.dy.copy_(d.dy)
-    assert_same(run_on(gpu, "column_grad", shifted), run_on(gpu, "column_grad", d))
+def test_aligned_or_not_the_bits_are_the_same(gpu: Gpu, name: str, dtype: torch.dtype) -> None:
+    """Of matrices that start one value after an aligned address."""
+
+    def shifted(t: Tensor) -> Tensor:
+        return torch.zeros(t.numel() + 1, dtype=t.dtype, device=gpu.device)[1:].view(t.shape).copy_(t)
+
+    d = make((40, 96, 264, 48, 2), dtype, run=16)
+    there = replace(d.map(shifted), cols=d.cols.to(gpu.device))
+    results = getattr(gpu.ops, name)(*arguments(name, there))
+    if results is None:
+        results = {"column_linear_": there.y, "column_scatter_": there.dx, "column_fold_": there.weight}[name]
+    results = (results,) if isinstance(results, Tensor) else results
+    assert_same(tuple(result.cpu() for result in results), run_on(gpu, name, d))
 
 
 # Strips of one matrix beside those of others, of which a block may have several; a matrix without features; more
@@ -231,6 +246,7 @@ def test_a_gpu_that_no_kernel_is_built_for_is_told_what_to_do(name: str) -> None
 
 
 def test_writing_through_a_view_touches_nothing_else(gpu: Gpu) -> None:
+    """Every second element, and rows that are aligned although their length is odd."""
     d = make((70, 90, 77, 33, 3), torch.bfloat16).map(lambda t: t.to(gpu.device))
     d = replace(d, cols=d.cols.to(gpu.device))
     calls = (
@@ -239,12 +255,14 @@ def test_writing_through_a_view_touches_nothing_else(gpu: Gpu) -> None:
         ("column_fold_", d.weight, (d.base, d.cols, d.A, d.B, d.scale)),
     )
     for name, target, rest in calls:
-        wide = torch.full((2 * target.shape[1], 2 * target.shape[0]), torch.nan, dtype=target.dtype, device=gpu.device)
-        view = wide.T[::2, ::2]
-        view.copy_(target)
-        getattr(gpu.ops, name)(view, *rest)
-        assert torch.equal(view, run(name, d, gpu.ops)[0])
-        assert wide.isnan().sum() == 3 * target.numel()
+        rows, columns = target.shape
+        wide = torch.full((2 * columns, 2 * rows), torch.nan, dtype=target.dtype, device=gpu.device)
+        longer = torch.full((rows, columns + -columns % 16), torch.nan, dtype=target.dtype, device=gpu.device)
+        for room, view in ((wide, wide.T[::2, ::2]), (longer, longer[:, :columns])):
+            view.copy_(target)
+            getattr(gpu.ops, name)(view, *rest)
+            assert torch.equal(view, run(name, d, gpu.ops)[0])
+            assert room.isnan().sum() == room.numel() - target.numel()
 
 
 @pytest.mark.parametrize("name", ("column_grad", "column_linear_", "column_scatter_"))
@@ -261,6 +279,19 @@ def test_fold_writes_the_bits_of_the_reference(gpu: Gpu, dtype: torch.dtype, k: 
     assert_same(run_on(gpu, "column_fold_", d), expected)
     transposed = replace(d, weight=d.weight.T.contiguous().T)
     assert_same(run_on(gpu, "column_fold_", transposed), expected)
+
+
+@pytest.mark.parametrize("k", (2, 40))
+@pytest.mark.parametrize("rows, run_length, is_transposed", ((5200, 1, False), (20600, 1, True), (41100, 8, False)))
+def test_a_fold_whose_blocks_have_several_tiles_of_rows(
+    gpu: Gpu, rows: int, run_length: int, is_transposed: bool, k: int
+) -> None:
+    """As they do if a matrix has many more tiles than a device has multiprocessors."""
+    d = make((1, 16, rows, 8, k), torch.bfloat16, run=run_length)
+    expected = run("column_fold_", d, reference)
+    assert_same(
+        run_on(gpu, "column_fold_", replace(d, weight=d.weight.T.contiguous().T) if is_transposed else d), expected
+    )
 
 
 def test_many_folds_in_one_call_are_those_of_single_calls(gpu: Gpu) -> None:
@@ -328,10 +359,29 @@ def test_a_column_outside_the_matrix_is_nan_and_never_written(gpu: Gpu) -> None:
             assert torch.equal(after[:, d.cols[4]], before[:, d.cols[4]])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_run_that_leaves_the_matrix_or_is_not_aligned_is_nan_and_never_written(gpu: Gpu, dtype: torch.dtype) -> None:
+    """The rows are aligned to a run of 8. Of these columns the last run is cut off; one further on none is aligned."""
+    d = make((7, 96, 7, 32, 2), dtype, run=8).map(lambda t: t.to(gpu.device))
+    narrow = replace(d, x=d.x[:, :90], dx=d.dx[:, :90], weight=d.weight[:, :90])
+    whole = (("column_scatter_", d.dx), ("column_fold_", d.weight))
+    for first, written in ((49, ()), (64, range(64, 88))):
+        d_of = replace(narrow, cols=torch.arange(first, first + 32, device=gpu.device))
+        xs = gpu.ops.column_gather(*arguments("column_gather", d_of))
+        assert torch.equal(xs[:, : len(written)], d.x[:, list(written)]) and xs[:, len(written) + 2 :].isnan().all()
+        for name, target in whole:
+            before = target.clone()
+            getattr(gpu.ops, name)(*arguments(name, d_of))
+            changed = (target != before).any(0).nonzero().flatten().tolist()
+            assert set(written) <= set(changed) <= {*written, *(range(88, 90) if written else ())}
+
+
 @pytest.mark.parametrize(
     "name, change, message",
     (
         ("column_gather", lambda d: {"cols": d.cols.int()}, "column_gather: cols must be int64"),
+        ("column_gather", lambda d: {"run": 3}, "column_gather: run must be 1, 2, 4, 8 or 16, got 3"),
+        ("column_fold_", lambda d: {"run": 16}, "column_fold_: run must divide the number of columns, 33, got 16"),
         ("column_gather", lambda d: {"x": d.x.double()}, "CUDA ops take float32, bfloat16 or float16, got Double"),
         ("column_grad", lambda d: {"A": d.A.bfloat16()}, "column_grad: A must be float32, got BFloat16"),
         ("column_grad", lambda d: {"xs": d.xs[1:]}, r"xs must be \[5, 33\] to fit the other arguments, got \[4, 33\]"),
@@ -344,6 +394,24 @@ def test_bad_arguments(gpu: Gpu, name: str, change: Callable[[Delta], dict], mes
     d = make((5, 90, 77, 33, 2), torch.float32)
     with pytest.raises(RuntimeError, match=message):
         run_on(gpu, name, replace(d, **change(d)))
+
+
+def test_what_is_too_large_for_one_call_is_named(gpu: Gpu) -> None:
+    x, one = torch.zeros(1, 1, device=gpu.device), torch.ones(1, 1, device=gpu.device)
+    tokens = x.expand(2**36, 1)
+    with pytest.raises(RuntimeError, match="column_grad: too large for one call: 68719476736 tokens of 1 strips"):
+        gpu.ops.column_grad(tokens, tokens, one, one, 1.0)
+
+
+@pytest.mark.parametrize(
+    "name, target, width", (("column_linear_", "y", 77), ("column_scatter_", "dx", 90), ("column_fold_", "weight", 90))
+)
+def test_an_expanded_target_is_refused(gpu: Gpu, name: str, target: str, width: int) -> None:
+    d = make((77, 90, 77, 33, 2), torch.float32)
+    there = replace(d.map(lambda t: t.to(gpu.device)), cols=d.cols.to(gpu.device))
+    there = replace(there, **{target: torch.zeros(1, width, device=gpu.device).expand(77, width)})
+    with pytest.raises(RuntimeError, match=f"{name}: {target} is expanded: clone it"):
+        getattr(gpu.ops, name)(*arguments(name, there))
 
 
 @pytest.mark.parametrize(
