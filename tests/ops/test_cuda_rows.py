@@ -14,19 +14,25 @@ from row_cases import (
     BETAS,
     EPS32,
     KINDS,
+    PARTS_OF_A_HEAD,
     ROUNDINGS,
     TAUGHT,
     Rows,
     assert_masked,
     assert_no_rows,
+    assert_no_tail,
     assert_reverse_kl_floors_a_teacher_of_zero,
     assert_tail,
+    below_one_without_a_tail,
     certain,
     cold,
     extreme,
     make,
+    make_with_part_of_a_head,
     masked,
+    masked_label,
     no_rows,
+    over_one,
     taught_rows,
     tiny_tail,
     with_factors,
@@ -132,6 +138,12 @@ def test_text_rows_match_fp64(gpu: Gpu, V: int, head: bool) -> None:
     assert not run(gpu, rows)[0].any()
 
 
+@pytest.mark.parametrize("part", PARTS_OF_A_HEAD)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_of_one_part_matches_fp64(gpu: Gpu, kind: str, part: str) -> None:
+    assert_close_to_fp64(gpu, make_with_part_of_a_head(kind, part))
+
+
 @pytest.mark.parametrize("kind, beta", [("text", 0.0), ("top-k", 0.0), *(("dense", beta) for beta in (0.0, 0.3, 1.0))])
 def test_a_large_vocabulary(gpu: Gpu, kind: str, beta: float) -> None:
     """More than a team keeps on the small devices, and a dense teacher on all."""
@@ -175,14 +187,19 @@ def test_gradient_in_place_of_the_logits(
     V=[1, 37, 4096, 4001, 11_001, 32_001],
     head=[False, True],
     dz=["none", "apart", "float32", "bfloat16"],
+    more=[3, -3],
 )
 def test_only_what_is_given_is_touched(
-    gpu: Gpu, fenced: Callable[[Tensor], Tensor], teacher: tuple[str, float], V: int, head: bool, dz: str
+    gpu: Gpu, fenced: Callable[[Tensor], Tensor], teacher: tuple[str, float], V: int, head: bool, dz: str, more: int
 ) -> None:
-    """On the host; on a GPU compute-sanitizer looks for that."""
+    """On the host; on a GPU compute-sanitizer looks for that.
+
+    more: how many ids a dense teacher has that the student lacks, or, if below 0, the reverse.
+    """
     if gpu.is_real:
         pytest.skip("pages of the host")
-    rows = make(teacher[0], V, V + 3, head=head, beta=teacher[1])
+    rows = make(teacher[0], V, max(1, V + more), head=head, beta=teacher[1])
+    rows.labels[-1] = V - 1
     logits, *signals = [fenced(x) if isinstance(x, Tensor) else x for x in (rows.logits, *rows.signals())]
     over = {
         "none": None,
@@ -266,6 +283,24 @@ def test_a_peaked_teacher_and_masked_logits_stay_finite(gpu: Gpu, beta: float) -
     assert_masked(run(gpu, masked(beta)))
 
 
+@pytest.mark.parametrize("beta", BETAS)
+def test_probabilities_that_do_not_add_up_to_1_are_scaled(gpu: Gpu, beta: float) -> None:
+    assert_close_to_fp64(gpu, over_one(beta))
+    assert_close_to_fp64(gpu, below_one_without_a_tail(beta))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_no_divergence_from_oneself_is_negative(gpu: Gpu, beta: float) -> None:
+    for V in (2, 3, 5, 8, 50):
+        assert bool((run(gpu, make("top-k", V, gap=0.0, k=2, beta=beta))[0] >= 0).all())
+
+
+def test_a_masked_label_without_a_weight_leaves_the_loss_finite(gpu: Gpu) -> None:
+    for kind in KINDS:
+        divergence, _, loss, dz = run(gpu, masked_label(kind))
+        assert all(bool(x.isfinite().all()) for x in (divergence, loss, dz))
+
+
 def test_reverse_kl_floors_a_teacher_of_zero(gpu: Gpu) -> None:
     assert_reverse_kl_floors_a_teacher_of_zero(There(gpu))
 
@@ -322,6 +357,21 @@ def test_a_teacher_that_is_no_distribution_makes_its_row_nan(gpu: Gpu, beta: flo
         divergence, _, _, dz = run(gpu, rows)
         assert divergence[0].isnan() and dz[0].isnan().all()
         assert not divergence[1:].isnan().any() and not dz[1:].isnan().any()
+
+
+@pytest.mark.parametrize("V_teacher", [50, 40])
+@pytest.mark.parametrize("beta", BETAS)
+def test_a_teacher_row_of_only_minus_inf_is_nan(gpu: Gpu, beta: float, V_teacher: int) -> None:
+    rows = make("dense", 50, V_teacher, beta=beta)
+    rows.teacher[4] = -torch.inf
+    divergence, ce, _, dz = run(gpu, rows)
+    assert torch.equal(divergence.isnan(), torch.arange(9) == 4) and bool(ce.isfinite().all())
+    assert bool(dz[4, :V_teacher].isnan().all()) and bool(dz[:4].isfinite().all()) and bool(dz[5:].isfinite().all())
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_a_tail_of_only_minus_inf_has_no_gradient(gpu: Gpu, beta: float) -> None:
+    assert_no_tail(There(gpu), beta)
 
 
 def test_what_is_not_a_number_stays_in_its_row(gpu: Gpu) -> None:
