@@ -169,6 +169,10 @@ def test_wrong_shapes_are_named():
         head_forward(torch.randn(3, 5), torch.randn(7, 6))
     with pytest.raises(RuntimeError, match="head_forward_: logits must have dense rows"):
         ops.head_forward_(torch.zeros(7, 3).T, torch.randn(3, 5), torch.randn(7, 5))
+    with pytest.raises(
+        RuntimeError, match="head_forward_: logits must have dense rows, which may lie apart but not over"
+    ):
+        ops.head_forward_(torch.zeros(20).as_strided((3, 7), (5, 1)), torch.randn(3, 5), torch.randn(7, 5))
     with pytest.raises(RuntimeError, match=r"head_backward_: weight must be \[7, 5\]"):
         head_backward(torch.randn(3, 7), torch.randn(6, 5))
     with pytest.raises(RuntimeError, match=r"head_backward_: d_hidden must be \[3, 5\]"):
@@ -183,6 +187,8 @@ def test_wrong_shapes_are_named():
         head_forward(torch.randn(3, 5).double(), torch.randn(7, 5).double())
     with pytest.raises(RuntimeError, match=r"head_backward_: thresholds must be \[3\]"):
         head_backward(torch.randn(3, 7), torch.randn(7, 5), torch.zeros(4))
+    with pytest.raises(RuntimeError, match=r"thresholds must be \[3\], one for each row of dz, and contiguous"):
+        head_backward(torch.randn(3, 7), torch.randn(7, 5), torch.zeros(6)[::2])
     with pytest.raises(RuntimeError, match="head_backward_: thresholds must be float32"):
         head_backward(torch.randn(3, 7), torch.randn(7, 5), torch.zeros(3).double())
 

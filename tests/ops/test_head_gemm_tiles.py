@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fenced import fenced_at_end, fenced_at_start
 from head_products import SHAPES, assert_product, draw
 from torch import Tensor
 
@@ -18,8 +19,8 @@ from rbfast import ops
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "tests/ops/tiles_on_any_cpu.cpp"
 PANEL = 32
-# More of k than is packed at a time, more rows and more columns.
-LONG = ((40, 5000, 50), (70, 64, 2100), (1100, 40, 60), (33, 130, 1500))
+# More of k than is packed at a time, more rows, more columns, and more of both.
+LONG = ((40, 5000, 50), (70, 64, 2100), (1100, 40, 60), (33, 130, 1500), (100, 4090, 70))
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,15 @@ def test_no_neighbour_is_read(emulated):
     assert_product(product(emulated, torch.empty(50, 33), weight.T.contiguous(), x.T, False), weight.T, x.T)
     other = draw(33, 40, dtype=torch.bfloat16, seed=2)
     assert_product(product(emulated, torch.zeros(129, 40), x.T, other, True), x.T, other)
+
+
+@pytest.mark.parametrize("fenced", (fenced_at_end, fenced_at_start))
+@pytest.mark.parametrize("shape", SHAPES[:5])
+def test_only_what_is_given_is_touched(emulated, shape, fenced):
+    def inside(x: Tensor) -> Tensor:
+        return fenced(x) if x.is_contiguous() else fenced(x.T).T
+
+    three(shape, lambda c, a, b, resumed: product(emulated, inside(c), inside(a), inside(b), resumed))
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, *LONG])
