@@ -283,6 +283,48 @@ def test_native_checks(native, call, complaint: str) -> None:
         native.shingles(arrays["ids"], arrays["starts"], 5, False, 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "complaint"),
+    [
+        ("ids", [0, 2], r"ids must lie in \[0, 2\)"),
+        ("ids", [-1, 0], r"ids must lie in \[0, 2\)"),
+        ("starts", [0, 3, 2], "starts must not decrease, but does at 2"),
+        ("starts", [1, 1, 2], "starts must run from 0 to 2"),
+        ("postings", [0, 1], r"postings must lie in \[0, 1\)"),
+        ("posting_starts", [0, 2], "weights must have one value for each row of postings"),
+        ("totals", [0], "totals must be more than 0"),
+        ("own", [1], "own must have one value for each row, or none"),
+    ],
+)
+def test_native_containment_checks_what_it_reads(native, name: str, values: list[int], complaint: str) -> None:
+    lists = {"ids": [0, 1], "starts": [0, 1, 2], "postings": [0, 0], "posting_starts": [0, 1, 2], "weights": [1, 1]}
+    lists |= {"totals": [2], "own": []}
+
+    def call(lists: dict[str, list[int]]) -> object:
+        is_short = {"ids", "postings"}
+        arrays = [np.array(x, dtype=np.int32 if key in is_short else np.int64) for key, x in lists.items()]
+        return native.containment(*arrays, 0.5, 1)
+
+    assert call(lists)[0].tolist() == [0, 0]
+    with pytest.raises(ValueError, match=complaint):
+        call(lists | {name: values})
+
+
+def test_of_items_that_share_as_much_the_first_is_reported(native) -> None:
+    ids, starts = as_rows([[0, 1]], np.int32)
+    postings, posting_starts = as_rows([[1], [0]], np.int32)  # the second item is met first
+    ones, twos, none = np.array([1, 1]), np.array([2, 2]), np.array([], dtype=np.int64)
+    for module in (native, text_reference):
+        best, share = module.containment(ids, starts, postings, posting_starts, ones, twos, none, 0.5, 1)
+        assert best.tolist() == [0] and share.tolist() == [0.5]
+
+
+def test_native_facility_location_wants_a_value_for_each_feature(native) -> None:
+    starts, features = np.array([0, 1, 2]), np.array([0, 1], dtype=np.int32)
+    with pytest.raises(ValueError, match="values must have one value for each feature"):
+        native.facility_location(starts, features, features[:1].copy(), 2, 1, 1)
+
+
 def test_the_reference_serves_where_nothing_is_built() -> None:
     code = (
         "import sys; sys.modules['rbfast._text'] = None\n"
