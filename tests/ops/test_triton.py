@@ -17,23 +17,30 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'rbfast[gpu]'")
 
-from column_cases import EMPTY, EPS32, IN_RUNS, OPS, RUNS, make, scattered_in_memory
+from column_cases import EMPTY, EPS32, IN_RUNS, OPS, RUNS, arguments, make, scattered_in_memory
 from column_cases import run as run_columns
 from covering import covering
+from fenced import fenced_at_end, fenced_at_start
 from row_cases import (
     KINDS,
+    PARTS_OF_A_HEAD,
     SIZES,
     TAUGHT,
     assert_close_to_fp64,
     assert_masked,
     assert_no_rows,
+    assert_no_tail,
     assert_reverse_kl_floors_a_teacher_of_zero,
     assert_tail,
+    below_one_without_a_tail,
     certain,
     cold,
     extreme,
+    make_with_part_of_a_head,
     masked,
+    masked_label,
     no_rows,
+    over_one,
     tiny_tail,
     with_factors,
     without_values,
@@ -146,7 +153,7 @@ def test_what_is_not_finite_goes_where_it_does_in_torch(name, dtype, bad):
 @pytest.mark.parametrize("name", OPS)
 def test_any_strides_give_the_same_bits(name):
     d = on_device(make((70, 90, 77, 33, 3), torch.float16))
-    strided = replace(d.map(lambda t: scattered_in_memory(t).to(DEVICE)), cols=d.cols)
+    strided = replace(d.map(lambda t: scattered_in_memory(t).to(DEVICE)), cols=scattered_in_memory(d.cols))
     if DEVICE == "cuda":  # .to(device) would make them dense
         strided = d.map(lambda t: t.T.contiguous().T)
     for ours, expected in zip(run_columns(name, strided, columns), run_columns(name, d, columns), strict=True):
@@ -188,6 +195,7 @@ def test_runs_give_the_bits_of_single_columns(name, run):
         ("column_grad", lambda d: {"xs": d.xs[1:]}, r"xs must be \[5, 33\] to fit the other arguments, got \[4, 33\]"),
         ("column_linear_", lambda d: {"y": d.y.double()}, "take float32, bfloat16 or float16, got torch.float64"),
         ("column_fold_", lambda d: {"base": d.base.half()}, "base_columns must have the dtype of weight"),
+        ("column_fold_", lambda d: {"base": d.base[1:]}, r"base_columns must be \[77, 33\] to fit"),
         ("column_fold_", lambda d: {"run": 2}, "run must be 1, 2, 4, 8 or 16 and divide the 33 columns, got 2"),
     ),
 )
@@ -197,6 +205,17 @@ def test_bad_columns(name, change, message):
         run_triton(name, replace(d, **change(d)))
 
 
+@here
+@pytest.mark.parametrize(
+    "name, target, width", (("column_linear_", "y", 77), ("column_scatter_", "dx", 90), ("column_fold_", "weight", 90))
+)
+def test_an_expanded_target_is_refused(name, target, width):
+    d = on_device(make((77, 90, 77, 33, 2), torch.float32))
+    expanded = replace(d, **{target: torch.zeros(1, width, device=DEVICE).expand(77, width)})
+    with pytest.raises(ValueError, match=f"{name}: {target} is expanded: clone it"):
+        getattr(columns, name)(*arguments(name, expanded))
+
+
 # ---- the ops of stacked experts ----
 
 
@@ -204,14 +223,14 @@ def test_bad_columns(name, change, message):
 @pytest.mark.parametrize("name", GROUPED)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("shares", ((0, 1, 2, 3), (5, 0, 0, 5)))
+@pytest.mark.parametrize("shares", ((0, 1, 2, 3), (5, 0, 5)))
 def test_experts_match_fp64(name, dtype, shape, shares):
     """The rows are parted among the experts in these proportions."""
     d = make(shape, dtype)
     rows = len(d.x)
     counts = [share * rows // sum(shares) for share in shares]
     counts[-1] += rows - sum(counts)
-    A, B = (torch.stack([(1 + e) * part for e in range(4)]) for part in (d.A, d.B))
+    A, B = (torch.stack([(1 + e) * part for e in range(len(shares))]) for part in (d.A, d.B))
     ends = torch.tensor(counts).cumsum(0)
 
     def run_all(to):
@@ -221,7 +240,7 @@ def test_experts_match_fp64(name, dtype, shape, shares):
         if name == "grouped_column_linear_":
             grouped_columns.grouped_column_linear_(y, xs, to(ends), a, b, d.scale)
             return (y,)
-        grouped_columns.grouped_column_scatter_(dx, dy, to(ends), to(d.cols), a, b, d.scale)
+        grouped_columns.grouped_column_scatter_(dx, dy, to(ends), scattered_in_memory(to(d.cols)), a, b, d.scale)
         return (dx,)
 
     def run_each(wide):
@@ -272,11 +291,48 @@ def test_experts_of_other_shapes_are_refused():
     for bad, message in (
         ((d.dy, d.xs[1:], ends, A, B), r"as many rows .* in both, got torch.float32 \[7, 33\]"),
         ((d.dy, d.xs, ends.int(), A, B), "ends must be int64"),
+        ((d.dy, d.xs, torch.zeros(4, dtype=torch.int64)[::2], A, B), "ends must be int64"),
         ((d.dy, d.xs, ends, A[:1], B), r"A must be float32 \[2, 2, 33\]"),
         ((d.dy, d.xs, ends, A, B.mT), r"B must be float32 \[2, 77, 2\]"),
     ):
         with pytest.raises(ValueError, match=message):
             grouped_columns.grouped_column_grad(*(t.to(DEVICE) for t in bad), 0.5)
+    weight = d.weight.expand(2, -1, -1).clone()
+    for bad, message in (
+        ((weight, d.base.expand(2, -1, -1)[:, 1:], d.cols, A, B), r"base_columns must be torch.float32 \[2, 77, 33\]"),
+        (
+            (weight, d.base.half().expand(2, -1, -1), d.cols, A, B),
+            r"base_columns must be torch.float32 .* got torch.float16",
+        ),
+        ((weight, d.base.expand(2, -1, -1), d.cols, A[:1], B), r"grouped_column_fold_: A must be float32 \[2, 2, 33\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            grouped_columns.grouped_column_fold_(*(t.to(DEVICE) for t in bad), 0.5)
+
+
+# ---- memory ----
+
+
+@here
+@pytest.mark.skipif(not INTERPRETED, reason="pages of the host")
+@pytest.mark.parametrize("fenced", (fenced_at_end, fenced_at_start))
+@pytest.mark.parametrize("name", (*OPS, *GROUPED, *KINDS))
+def test_only_what_is_given_is_touched(name, fenced):
+    d = make((65, 90, 77, 33, 3), torch.float16).map(fenced)
+    cols, ends = fenced(d.cols), fenced(torch.tensor((20, 20, 65)))
+    stacked = fenced(d.A.expand(3, 3, 33)), fenced(d.B.expand(3, 77, 3)), d.scale
+    if name in OPS:
+        getattr(columns, name)(*arguments(name, replace(d, cols=cols)))
+    elif name == "grouped_column_grad":
+        grouped_columns.grouped_column_grad(d.dy, d.xs, ends, *stacked)
+    elif name == "grouped_column_linear_":
+        grouped_columns.grouped_column_linear_(d.y, d.xs, ends, *stacked)
+    elif name == "grouped_column_scatter_":
+        grouped_columns.grouped_column_scatter_(d.dx, d.dy, ends, cols, *stacked)
+    else:
+        rows = make_rows(name, 70, 67, head=True, beta=0.3)
+        given = [fenced(x) if isinstance(x, Tensor) else x for x in (rows.logits, rows.logits, *rows.signals())]
+        divergence_rows.divergence_rows_(*given)
 
 
 # ---- divergence_rows_ ----
@@ -305,6 +361,13 @@ def test_the_gradient_near_the_teacher(kind, beta):
 @pytest.mark.parametrize("head", (False, True))
 def test_text_rows_match_fp64(size, head):
     assert_close_to_fp64(make_rows("text", *size, head=head), OnDevice)
+
+
+@here
+@pytest.mark.parametrize("part", PARTS_OF_A_HEAD)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_of_one_part_matches_fp64(kind, part):
+    assert_close_to_fp64(make_with_part_of_a_head(kind, part), OnDevice)
 
 
 @here
@@ -371,6 +434,33 @@ def test_a_peaked_teacher_and_masked_logits_stay_finite(beta):
 
 
 @here
+@pytest.mark.parametrize("beta", BETAS)
+def test_probabilities_that_do_not_add_up_to_1_are_scaled(beta):
+    assert_close_to_fp64(over_one(beta), OnDevice)
+    assert_close_to_fp64(below_one_without_a_tail(beta), OnDevice)
+
+
+@here
+@pytest.mark.parametrize("beta", BETAS)
+def test_no_divergence_from_oneself_is_negative(beta):
+    for V in (2, 3, 8, 50):
+        assert bool((make_rows("top-k", V, gap=0.0, k=2, beta=beta).run(OnDevice)[0] >= 0).all())
+
+
+@here
+def test_a_masked_label_without_a_weight_leaves_the_loss_finite():
+    for kind in KINDS:
+        divergence, _, loss, dz = masked_label(kind).run(OnDevice)
+        assert all(bool(x.isfinite().all()) for x in (divergence, loss, dz))
+
+
+@here
+@pytest.mark.parametrize("beta", BETAS)
+def test_a_tail_of_only_minus_inf_has_no_gradient(beta):
+    assert_no_tail(OnDevice, beta)
+
+
+@here
 def test_reverse_kl_floors_a_teacher_of_zero():
     assert_reverse_kl_floors_a_teacher_of_zero(OnDevice)
 
@@ -421,6 +511,15 @@ def test_ids_and_labels_outside_the_vocabulary_make_their_row_nan(wrong):
 
 
 @here
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_rows_than_one_program_weighs(kind, monkeypatch):
+    monkeypatch.setattr(divergence_rows, "BLOCK_ROWS", 4)  # of nine rows
+    rows = make_rows(kind)
+    divergence, ce, loss, _ = rows.run(OnDevice)
+    torch.testing.assert_close(loss, rows.kl_weight * rows.temperature**2 * divergence + rows.ce_weight * ce)
+
+
+@here
 def test_no_rows_and_no_support():
     assert_no_rows(no_rows().run(OnDevice))
     assert_close_to_fp64(make_rows("top-k", 37, k=0), OnDevice)
@@ -435,9 +534,14 @@ def test_wrong_rows_are_named():
         ({"labels": rows.labels.new_empty(9, 0)}, "labels must be torch.int64 with one entry per row"),
         ({"bias": torch.zeros(36)}, r"bias must be float32 \[37\]"),
         ({"logits": rows.logits.double()}, "logits must be float32"),
+        ({"ids": rows.ids[:, 1:]}, r"ids and logprobs must both be \[T, k\]"),
+        ({"ids": None, "teacher": torch.zeros(8, 37)}, "teacher must be torch.float32 with one entry per row"),
+        ({"ids": None, "teacher": torch.zeros(9, 0)}, r"teacher must be \[9, columns\] with dense rows"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(rows, **change).run(OnDevice)
+    with pytest.raises(ValueError, match="dz must be float32, bfloat16 or float16 of the shape of logits"):
+        rows.run(OnDevice, dz=torch.zeros(9, 38))
     values = rows.signals(DEVICE)
     logits = rows.logits.clone().to(DEVICE)
     packed = logits.view(-1).view(torch.float16)[: 9 * 37].view(9, 37)  # its row 1 starts in the logits of row 0
