@@ -1,9 +1,10 @@
 // CUDA on the host, as much of it as the kernels use: what lets csrc/cuda/*.cu be compiled by g++ and run on CPU tensors.
 //
 // A CUDA thread is a fiber. All fibers of a cluster take turns on one host thread, and each runs until it waits at a
-// barrier or exchanges values with its warp. A cooperative grid is one cluster. So between two barriers threads run one after the other: in order, in
-// reverse, or in a random order, as the test says; a kernel with a race gives another result in one of them. A barrier
-// that some threads never reach ends the launch with an error.
+// barrier or exchanges values with its warp. A cooperative grid is one cluster. So between two barriers threads run one
+// after the other, and a warp gets as far ahead of the others as barriers let it: in order, in reverse, or in a random
+// order, as the test says; a kernel with a race gives another result in one of them. A barrier that some threads never
+// reach ends the launch with an error.
 #pragma once
 
 #include <setjmp.h>
@@ -20,6 +21,7 @@
 #include <cmath>
 #include <functional>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <set>
 #include <stdexcept>
@@ -150,18 +152,41 @@ inline bool can_run(const Fiber& fiber) {
   return !fiber.is_done && (fiber.waits_for == nullptr || fiber.waits_for->generation != fiber.generation);
 }
 
-inline void run_fibers() {
-  std::vector<int> order(machine.fibers.size());
-  for (size_t i = 0; i < order.size(); ++i) order[i] = machine.order == 1 ? order.size() - 1 - i : i;
-  for (size_t done = 0; done < order.size();) {
-    if (machine.order > 1) std::shuffle(order.begin(), order.end(), machine.random);
-    bool is_stuck = true;
-    for (int i : order) {
-      Fiber& fiber = machine.fibers[i];
+// Runs a warp as far as it gets, in the order of these lanes; returns how many of them are done by it, or -1 if none ran.
+inline int run_warp(int first, const std::vector<int>& lanes) {
+  int done = -1;
+  for (bool has_run = true; has_run;) {
+    has_run = false;
+    for (int lane : lanes) {
+      Fiber& fiber = machine.fibers[first + lane];
       if (!can_run(fiber)) continue;
-      is_stuck = false;
+      has_run = true;
       resume(fiber);
-      done += fiber.is_done;
+      done = std::max(done, 0) + fiber.is_done;
+    }
+  }
+  return done;
+}
+
+inline void run_fibers() {
+  std::vector<int> warps(machine.fibers.size() / 32), lanes(32);
+  std::iota(warps.begin(), warps.end(), 0);
+  std::iota(lanes.begin(), lanes.end(), 0);
+  if (machine.order == 1) {
+    std::reverse(warps.begin(), warps.end());
+    std::reverse(lanes.begin(), lanes.end());
+  }
+  for (size_t done = 0; done < machine.fibers.size();) {
+    if (machine.order > 1) {
+      std::shuffle(warps.begin(), warps.end(), machine.random);
+      std::shuffle(lanes.begin(), lanes.end(), machine.random);
+    }
+    bool is_stuck = true;
+    for (int warp : warps) {
+      const int more = run_warp(32 * warp, lanes);
+      if (more < 0) continue;
+      is_stuck = false;
+      done += more;
     }
     if (is_stuck) throw std::runtime_error("some threads wait at a barrier that others never reach");
   }
