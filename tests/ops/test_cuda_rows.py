@@ -261,6 +261,16 @@ def test_sums_about_a_pivot_that_says_nothing_of_the_row(gpu: Gpu, kind: str, be
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_sums_about_a_pivot_far_below_the_row(gpu: Gpu, kind: str) -> None:
+    """All logits that a pivot is picked from lie far below the others, of which any thread may have the largest."""
+    rows = make(kind, 3000, 3000)
+    picked = torch.zeros(9, 3000).scatter(1, rows.labels.unsqueeze(1), -300.0)
+    picked[:, torch.arange(32) * 3000 // 32] = -300.0
+    teacher = None if rows.teacher is None else rows.teacher + picked
+    assert_close_to_fp64(gpu, replace(rows, logits=rows.logits + picked, teacher=teacher))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_label_that_is_masked_leaves_the_other_gradients_right(gpu: Gpu, kind: str) -> None:
     rows = make(kind, 3000, 3000)
     labels = torch.zeros(9, dtype=torch.int64)
