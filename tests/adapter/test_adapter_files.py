@@ -141,16 +141,17 @@ def test_a_malformed_tensor_is_named(tmp_path, key, change, message):
     assert Q in str(error.value)
 
 
-def test_tensors_that_have_changed_their_names_are_seen(tmp_path):
+def test_tensors_that_have_changed_their_names_or_a_bit_are_seen(tmp_path):
     saved(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     first, second = b"layers.0.mlp.up_proj.A", b"layers.1.mlp.up_proj.A"
     data = file.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
     header = data[8:end].replace(first, b"?").replace(second, first).replace(b"?", second)
-    file.write_bytes(data[:8] + header + data[end:])
-    with pytest.raises(ValueError, match="its content has changed since it was written"):
-        adapter_files.read_adapter(tmp_path)
+    for changed in (data[:8] + header + data[end:], data[:-1] + bytes([data[-1] ^ 1])):
+        file.write_bytes(changed)
+        with pytest.raises(ValueError, match="its content has changed since it was written"):
+            adapter_files.read_adapter(tmp_path)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 10])

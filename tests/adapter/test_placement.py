@@ -183,6 +183,12 @@ def test_random_placement_is_the_same_for_one_seed_whatever_else_is_placed():
     assert any(not torch.equal(first[name].cols, other[name].cols) for name in SHAPES)
 
 
+def test_groups_of_one_width_draw_columns_and_starts_of_their_own():
+    shapes = {"o": Shape(4, 512, 0), "q": Shape(4, 512, 1)}
+    starts = place_random(shapes, 2, dict.fromkeys(shapes, 64), seed=0)
+    assert not torch.equal(starts["o"].cols, starts["q"].cols) and not torch.equal(starts["o"].A, starts["q"].A)
+
+
 def test_scored_placement_takes_the_runs_with_the_largest_sum_over_their_group():
     columns = {"q": torch.zeros(48), "k": torch.zeros(48)}
     columns["q"][3] = 5.0  # the best column is in the run that is the worst as a whole
