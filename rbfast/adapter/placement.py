@@ -229,8 +229,7 @@ def run_length(in_features: int) -> int:
 def _columns(runs: Tensor, in_features: int, support: int) -> Tensor:
     """The first `support` columns of these runs, sorted. The last run may be cut."""
     run = run_length(in_features)
-    needed = runs[: -(-support // run)]
-    return (needed[:, None] * run + torch.arange(run, device=runs.device)).flatten()[:support].sort().values
+    return (runs[:, None] * run + torch.arange(run, device=runs.device)).flatten()[:support].sort().values
 
 
 def _initial_a(name: str, shape: Shape, rank: int, support: int, seed: int) -> Tensor:

@@ -49,7 +49,13 @@ def test_the_gradient_method_sums_squared_gradients(make, matrix):
     expected = sum(gradient.square().sum(0) for gradient in gradients)
     scores = score_columns(model, BATCHES, loss_fn)
     torch.testing.assert_close(scores.columns[matrix], expected)
-    assert scores.batches == 3
+    assert scores.batches == 3 and scores.base_model_name_or_path is None
+
+
+def test_scores_name_their_model():
+    model = llama()
+    model.config._name_or_path = "owner/model"
+    assert score_columns(model, BATCHES, loss_fn).base_model_name_or_path == "owner/model"
 
 
 def test_the_first_layer_is_scored_though_everything_before_it_is_frozen():

@@ -130,6 +130,20 @@ def test_a_given_support_is_kept_and_capped_at_the_inputs():
     assert spent(SHAPES, rank, supports) <= 700 < spent(SHAPES, rank + 1, supports)
 
 
+def test_the_rank_of_a_narrow_support_is_its_width():
+    assert allocate(SHAPES, 10_000, support=2) == (2, dict.fromkeys(SHAPES, 2))
+
+
+def test_of_two_widths_that_are_as_usual_the_smaller_one_counts():
+    shapes = {"q": Shape(64, 2048, 0), "down": Shape(64, 1024, 1)}
+    assert allocate(shapes, 10**6, rank=1)[1] == dict.fromkeys(shapes, 128)
+
+
+def test_a_narrow_stack_of_experts_keeps_one_run():
+    shapes = {"q": Shape(64, 1024, 0), "up": Shape(64, 1024, 1), "down": Shape(1024, 64, 2, experts=4)}
+    assert allocate(shapes, 10**6, rank=1)[1]["down"] == 16
+
+
 def test_all_linear_leaves_the_head_and_tied_weights_alone():
     names = set(select_linears(llama()))
     assert len(names) == 14 and not any("lm_head" in name for name in names)
@@ -181,6 +195,7 @@ def test_random_placement_is_the_same_for_one_seed_whatever_else_is_placed():
     assert torch.equal(first["down"].cols, fewer["down"].cols) and torch.equal(first["down"].A, fewer["down"].A)
     assert torch.equal(first["q"].cols, first["k"].cols)
     assert any(not torch.equal(first[name].cols, other[name].cols) for name in SHAPES)
+    assert not any(torch.equal(first[name].A, other[name].A) for name in SHAPES)
 
 
 def test_groups_of_one_width_draw_columns_and_starts_of_their_own():
@@ -194,10 +209,13 @@ def test_scored_placement_takes_the_runs_with_the_largest_sum_over_their_group()
     columns["q"][3] = 5.0  # the best column is in the run that is the worst as a whole
     columns["q"][16:32], columns["k"][32:48] = 0.2, 0.4
     shapes = {"q": Shape(4, 48, 0), "k": Shape(4, 48, 0)}
-    starts = place_scored(ColumnScores("gradient", 1, None, shapes, columns), shapes, 1, {"q": 16, "k": 16}, 0)
+    scores = ColumnScores("gradient", 1, None, shapes, columns)
+    starts = place_scored(scores, shapes, 1, {"q": 16, "k": 16}, 0)
+    in_reverse = place_scored(scores, dict(reversed(shapes.items())), 1, {"q": 16, "k": 16}, 0)
+    assert torch.equal(in_reverse["q"].cols, starts["q"].cols)
     assert runs_of(starts["q"].cols, 16) == runs_of(starts["k"].cols, 16) == [2]
     assert starts["q"].score == 0 and starts["k"].score == pytest.approx(6.4)
-    wider = place_scored(ColumnScores("gradient", 1, None, shapes, columns), shapes, 1, {"q": 24, "k": 24}, 0)
+    wider = place_scored(scores, shapes, 1, {"q": 24, "k": 24}, 0)
     assert wider["q"].cols.tolist() == [*range(8), *range(32, 48)]  # 6.4, 5.0 and its beginning, 3.2
     assert torch.equal(wider["q"].A.norm(dim=1), torch.tensor([START_NORM]))
 

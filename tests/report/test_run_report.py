@@ -18,7 +18,7 @@ from rbfast.data.spans import split_spans
 from rbfast.evaluation.statistics import paired_difference, proportion
 from rbfast.report import accuracy, examples
 from rbfast.report.html import escape, table
-from rbfast.report.read_run import compare, read_run
+from rbfast.report.read_run import compare, main_measurement, read_run
 from rbfast.report.run_report import write_report
 
 
@@ -198,6 +198,37 @@ def test_samples_are_not_pooled_with_greedy_completions(tmp_path: Path) -> None:
     assert (first.limit, first.drawn, second.limit, second.drawn) == (64, "", 64, "2 samples at temperature 0.8")
     assert compare("all", first.before, first.after).after == proportion([1.0] * 12 + [0.0] * 4)
     assert "at most 64 tokens, 2 samples at temperature 0.8" in Page(page_of(run)).text
+
+
+def test_the_measurement_that_is_reported_first_has_both_sides_and_then_the_highest_limit(tmp_path: Path) -> None:
+    def measured(solved: int, limit: int) -> str:
+        return lines(results(solved, decoding={"max_new_tokens": limit, "samples": 1, "temperature": 0.0}))
+
+    before = measured(1, 64) + measured(1, 96)
+    after = measured(6, 64) + measured(6, 96) + measured(6, 128)  # which was not measured before
+    first = main_measurement(read_run(write_run(tmp_path / "run", **{"before.jsonl": before, "after.jsonl": after})))
+    assert first is not None and first.limit == 96
+
+
+def test_a_single_sample_at_a_temperature_is_not_greedy(tmp_path: Path) -> None:
+    drawn = lines(results(6, decoding={"max_new_tokens": 64, "samples": 1, "temperature": 0.8}))
+    measurements = read_run(write_run(tmp_path / "run", **{"after.jsonl": drawn})).measurements
+    assert "1 sample at temperature 0.8" in [measured.drawn for measured in measurements]
+
+
+def test_examples_say_which_completions_were_cut_and_two_are_open(tmp_path: Path) -> None:
+    after = lines(results(6, truncated=True))
+    page = page_of(write_run(tmp_path / "run", **{"after.jsonl": after}))
+    assert re.search(r"after: right, [\d,]+ tokens, cut at the limit<", page)
+    assert re.search(r"before: wrong, [\d,]+ tokens<", page)
+    assert page.count("<details open>") == 2 < page.count("<details>")
+
+
+def test_the_time_of_a_run_that_resumed_is_said_to_be_that_since_then(tmp_path: Path) -> None:
+    for resumed in (True, False):
+        settings = json.dumps(SETTINGS | {"resumed": resumed})
+        page = page_of(write_run(tmp_path / str(resumed), **{"run.json": settings}))
+        assert (", since it was resumed" in page) == resumed
 
 
 def test_a_limit_that_is_not_recorded_is_that_of_the_longest_completion_that_was_cut(tmp_path: Path) -> None:
