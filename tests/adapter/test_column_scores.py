@@ -274,6 +274,9 @@ def test_malformed_score_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="expected scores of version 2 written by rbfast"):
         ColumnScores.load(file)
     header = {"format": "rbfast-scores", "version": 2, "method": "gradient", "batches": 1}
+    save_file(tensors, file, metadata={"rbfast": json.dumps(header | {"version": 1})})
+    with pytest.raises(ValueError, match="expected scores of version 2 written by rbfast"):
+        ColumnScores.load(file)
     header |= {
         "base_model_name_or_path": None,
         "matrices": {MATRIX: {"out_features": 40, "in_features": 24, "group": 0}},

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from qwen_shapes import QWEN_7B, QWEN_7B_PARAMETERS
-from tiny_models import MODELS, attach, llama
+from tiny_models import MODELS, attach, family, llama
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from rbfast.adapter.footprint import outline, planned_footprint
@@ -12,9 +12,9 @@ from rbfast.models.linears import group_siblings, select_linears
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, "mixtral"])
 def test_what_is_planned_is_what_is_there(name, dtype):
-    model = MODELS[name](dtype)
+    model = family(name, dtype) if name == "mixtral" else MODELS[name](dtype)
     base = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     shapes = group_siblings(select_linears(model))
     adapter = attach(model)
@@ -23,7 +23,7 @@ def test_what_is_planned_is_what_is_there(name, dtype):
     supports = {row.name: row.columns for row in rows.values()}
     assert found == planned_footprint(shapes, next(iter(rows.values())).rank, supports, base, dtype.itemsize)
     assert found.values == 4 * sum(row.values for row in rows.values())
-    kept = sum(row.out_features * row.columns for row in rows.values())
+    kept = sum((shapes[name].experts or 1) * row.out_features * row.columns for name, row in rows.items())
     assert found.kept == kept * dtype.itemsize + 8 * sum(supports.values())
 
 
@@ -63,3 +63,4 @@ def test_the_outline_of_a_7b_model_needs_none_of_its_weights():
     assert (found.parameters, found.matrices, found.support) == (QWEN_7B_PARAMETERS, 196, (448, 448))
     assert found.values == found.rank * sum(shape.out_features + 448 for shape in QWEN_7B.values())
     assert found.values <= 0.003 * QWEN_7B_PARAMETERS and found.footprint.share < 1 / 6
+    assert found.footprint.base == 2 * QWEN_7B_PARAMETERS  # bytes, in bf16

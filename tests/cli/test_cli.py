@@ -342,6 +342,15 @@ def test_a_problem_in_another_encoding_is_named(
     assert "problem: expected UTF-8 on stdin, got byte 0xe9" in err
 
 
+def test_what_does_not_belong_to_a_local_or_a_served_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for options, complaint in (
+        (["--server", "http://localhost:1/v1", "--adapter", "run"], "--adapter is for a local model"),
+        (["--tokenizer", "owner/model"], "--tokenizer is for --server"),
+    ):
+        code, out, err = call(capsys, "solve", "model", "1 + 1?", *options)
+        assert (code, out) == (2, "") and complaint in err
+
+
 def test_eval_samples_and_goes_on(capsys: pytest.CaptureFixture[str], model_folder: str, tmp_path: Path) -> None:
     problems, records = tmp_path / "set.jsonl", tmp_path / "records.jsonl"
     problems.write_text('{"problem": "1+1?", "answer": "2"}\n{"problem": "1+2?", "answer": "3"}\n')
@@ -405,7 +414,12 @@ def test_eval_resumes_only_from_the_same_weights(
     args = SimpleNamespace(model=str(weights.parent), dtype=None, load_in=None, adapter=None)
     quantised = SimpleNamespace(**vars(args) | {"load_in": "4bit"})
     assert _label(args) != _label(quantised)
+    assert _label(args) != _label(SimpleNamespace(**vars(args) | {"dtype": "bfloat16"}))
+    adapted = SimpleNamespace(**vars(args) | {"adapter": str(weights.parent)})  # any folder of weights
+    before = _label(adapted)
+    assert before != _label(args)
     os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
+    assert before.split()[-1] != _label(adapted).split()[-1]
     code, _, err = call(capsys, *asked)
     assert code == 2 and "results of another model" in err
     (gguf := tmp_path / "model.gguf").touch()
