@@ -8,7 +8,6 @@ hidden, head = final_hidden(model, input_ids, position_ids), head_of(model)
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,7 +46,7 @@ from rbfast.models.packed_attention import (
 )
 from rbfast.models.quantised import Bits, quantisation
 from rbfast.utils.overlap import Overlap
-from rbfast.utils.records import show
+from rbfast.utils.records import read_json
 
 _EVALUATING = Overlap()
 
@@ -137,14 +136,12 @@ def load_without_weights(name_or_path: str) -> PreTrainedModel:
 
 
 def _base_of(name: str) -> str:
-    """The model of a LoRA without a model of its own: transformers loads the two together. Else the name itself."""
+    """The model of a LoRA without a model of its own: transformers loads the two together. Else the name itself. Raises
+    ValueError if the LoRA names none."""
     path = find_adapter_config_file(name)
     if path is None or (Path(name) / "config.json").exists():
         return name
-    base = json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not isinstance(base, str):
-        raise ValueError(f"{name}: expected base_model_name_or_path in its adapter_config.json, got {show(base)}")
-    return base
+    return str(read_json(Path(path), {"base_model_name_or_path": str})["base_model_name_or_path"])
 
 
 def _read_config(source: str, **options: Any) -> PreTrainedConfig:

@@ -151,9 +151,13 @@ def test_an_attention_from_a_repository_is_not_run(model_folder):
     (lora / "adapter_config.json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match="which is code"):
         load_student(str(lora))
-    (lora / "adapter_config.json").write_text(json.dumps(about | {"base_model_name_or_path": None}))
-    with pytest.raises(ValueError, match="expected base_model_name_or_path in its adapter_config"):
-        load_student(str(lora))
+    for wrong, complaint in (
+        (about | {"base_model_name_or_path": None}, "base_model_name_or_path: expected str, got null"),
+        (["peft_type"], r"expected dict, got list \['peft_type'\]"),
+    ):
+        (lora / "adapter_config.json").write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=rf"adapter_config\.json: {complaint}"):
+            load_student(str(lora))
 
 
 @pytest.mark.parametrize("kind", PICKLES)
