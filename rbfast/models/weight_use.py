@@ -157,9 +157,9 @@ def _use_by_gradient(y: Tensor, leaf: Tensor, x: Tensor, dy: Tensor) -> WeightUs
 @contextmanager
 def _leaf_weight(module: nn.Module, weight: Tensor, training: bool) -> Iterator[Tensor]:
     """Within the block a leaf tensor with the same values replaces the layer's weight, and the layer is in training or
-    evaluation mode. Random numbers that it draws are drawn again afterwards."""
+    evaluation mode. Afterwards its modes, its buffers and the state of random numbers are as they were."""
     store: Any = module._parameters if "weight" in module._parameters else module._buffers
-    modes = [(part, part.training) for part in module.modules()]
+    before = [(part, part.training, dict(part._buffers)) for part in module.modules()]
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -167,12 +167,15 @@ def _leaf_weight(module: nn.Module, weight: Tensor, training: bool) -> Iterator[
         torch.random.fork_rng([weight.device] if weight.is_cuda else []),
     ):
         leaf = nn.Parameter(weight.detach())
-        store["weight"] = leaf
-        for part, _ in modes:
+        for part, _, buffers in before:
             part.training = training
+            copies = {name: x.clone() for name, x in buffers.items() if x is not None and x is not weight}
+            part._buffers.update(copies)  # a layer may count in them
+        store["weight"] = leaf
         try:
             yield leaf
         finally:
             store["weight"] = weight
-            for part, mode in modes:
+            for part, mode, buffers in before:
                 part.training = mode
+                part._buffers.update(buffers)

@@ -129,6 +129,26 @@ def test_a_layer_that_drops_some_of_its_output_in_training_has_its_delta_beside_
     torch.testing.assert_close(site.B.grad, dy.T @ xs @ site.A.T)
 
 
+class Counting(nn.Linear):
+    """Counts its forwards in training in a buffer, as a layer that watches its inputs does."""
+
+    def __init__(self, *shape):
+        super().__init__(*shape)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.seen += 1
+        return super().forward(x)
+
+
+def test_a_layer_that_is_tried_keeps_its_buffers():
+    model = Pair(Counting(16, 8))
+    seen = model.layer.seen
+    assert on(model).sites()["layer"].is_folded
+    assert model.layer.seen is seen and seen == 0
+
+
 def test_a_layer_with_a_forward_of_its_own_folds_if_it_only_multiplies():
     torch.manual_seed(0)
     for kind, folds in ((OwnForward, True), (Scaled, False), (TakingRows, True)):
