@@ -165,6 +165,7 @@ def _check_top_k(signal: TopK, hidden: Tensor) -> TopK:
             f"TopK's temperature must be a positive number, the one its log-probs were taken at, got {at!r}; rows at "
             "different ones go into signals of their own"
         )
+    logprobs = logprobs.detach() if logprobs.requires_grad else logprobs  # else the checks would record a graph
     ids, logprobs = ids.to(hidden.device, torch.int64), logprobs.to(hidden.device, wide_dtype(hidden.dtype))
     is_same = ids is signal.ids and logprobs is signal.logprobs
     return signal if is_same else replace(signal, ids=ids, logprobs=logprobs)
