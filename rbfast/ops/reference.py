@@ -185,6 +185,8 @@ def scaled_(out: Tensor, x: Tensor, factor: Tensor) -> None:
     torch.mul(x, factor.reshape(1), out=out)
 
 
+# The kernels clamp the student's logits here: a weight of 0 times a loss of infinity would be NaN.
+LEAST_LOGIT = -1e30
 # Reverse KL needs log p of every token the student may produce. It is clamped here, as in binary_cross_entropy.
 LOG_FLOOR = -100.0
 
@@ -238,7 +240,7 @@ def _top_k_rows(z: Tensor, ids: Tensor, logprobs: Tensor, tau: Tensor, beta: flo
     log_p_tail = torch.log1p(-log_total.clamp_max(0).exp())
 
     in_support = torch.zeros_like(z, dtype=torch.int64).scatter_add(1, columns, used.long()) > 0
-    tail = z.masked_fill(in_support, -torch.inf)
+    tail = z.masked_fill(in_support | (z <= LEAST_LOGIT), -torch.inf)
     log_tail, log_tail_1 = torch.logsumexp(tail / tau, 1, keepdim=True), torch.logsumexp(tail, 1, keepdim=True)
     log_q = torch.cat([(z.gather(1, columns) / tau).masked_fill(~used, -torch.inf), log_tail], 1)
     log_q = torch.log_softmax(log_q, 1)
@@ -280,7 +282,7 @@ def divergence_rows_(
     """
     z = logits.double()
     z = logit_scale * (z if bias is None else z + bias.double())
-    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    z = (z if softcap is None else softcap * torch.tanh(z / softcap)).clamp_min(LEAST_LOGIT)
     kl_weight, ce_weight, tau = (
         (torch.ones_like(z[:, 0]) if x is None else x.double()).mul(factor).unsqueeze(1)
         for x, factor in ((kl_weight, kl_factor), (ce_weight, ce_factor), (temperature, temperature_factor))

@@ -128,6 +128,16 @@ def test_a_masked_label_without_a_weight_leaves_the_loss_finite():
     for kind in KINDS:
         divergence, _, loss, dz = masked_label(kind).run()
         assert all(bool(x.isfinite().all()) for x in (divergence, loss, dz))
+        assert_close_to_fp64(masked_label(kind))
+
+
+def test_masked_ids_of_the_teacher_without_a_weight_leave_the_loss_finite():
+    for kind in TAUGHT:
+        rows = replace(make(kind, 50, 50), kl_weight=torch.zeros(9))
+        likely = rows.logits.argmax(1, keepdim=True) if rows.ids is None else rows.ids[:, :1]
+        rows = replace(rows, logits=rows.logits.scatter(1, likely, -torch.inf), labels=(likely[:, 0] + 1) % 50)
+        assert all(bool(x.isfinite().all()) for x in rows.run())
+        assert_close_to_fp64(rows)
 
 
 @pytest.mark.parametrize("beta", BETAS)
