@@ -122,6 +122,11 @@ def has_packed_attention(model: PreTrainedModel) -> bool:
     return model.config.get_text_config()._attn_implementation == NAME
 
 
+def window_of(model: PreTrainedModel) -> int | None:
+    """The longest example that needs no mask of transformers. None if none ever does, or if all do."""
+    return _configured_window(model) if has_packed_attention(model) else None
+
+
 def describe_attention(model: PreTrainedModel, device: torch.device) -> str:
     """A description of the attention that a model uses for a packed row, for display."""
     if not has_packed_attention(model):

@@ -43,6 +43,7 @@ from rbfast.models.packed_attention import (
     packed_inputs,
     spare_rows,
     use_packed_attention,
+    window_of,
 )
 from rbfast.models.quantised import Bits, quantisation
 from rbfast.utils.overlap import Overlap
@@ -296,7 +297,7 @@ def final_hidden(
         ValueError: the head does more to the logits than `Head` can represent, or the model returns NaN.
     """
     lengths = lengths_of(position_ids) if lengths is None else lengths
-    if packs(model) and not _rope_depends_on_row(model, lengths):
+    if packs(model) and not _depends_on_row(model, lengths):
         tokens = input_ids.shape[1]
         if spare := spare_rows(tokens, input_ids.device, model.dtype):  # they are one more example
             input_ids = pad(input_ids, (0, spare))
@@ -307,20 +308,24 @@ def final_hidden(
     return torch.cat([_run_backbone(model, input_ids[:, a:b], position_ids[:, a:b], [b - a]) for a, b in examples])
 
 
-def _rope_depends_on_row(model: PreTrainedModel, lengths: Sequence[int]) -> bool:
-    """Whether the longest example of a row changes the rotary frequencies of the others: beyond some length, "longrope"
-    (Phi-3) and "dynamic" embeddings switch frequencies by the largest position in the row.
+def _depends_on_row(model: PreTrainedModel, lengths: Sequence[int]) -> bool:
+    """Whether the other examples of a row change what a token of it gets, though they do not in a short row.
 
     For a sharded model True whatever the lengths: another process may have a long row, and all must run the model
     equally often.
     """
+    always, longest = is_sharded(model), max(lengths)
     config = model.config.get_text_config()
-    for rope in rotary_embeddings(config):
+    for rope in rotary_embeddings(config):  # the largest position of a row switches the frequencies of all
         if rope["rope_type"] in ("longrope", "dynamic"):
             limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-            if max(lengths) > limit or is_sharded(model):
+            if longest > limit or always:
                 return True
-    return False
+    # Llama 4 scales queries by their place in the row.
+    if getattr(config, "attn_temperature_tuning", False) and (sum(lengths) >= config.floor_scale or always):
+        return True
+    window = window_of(model)  # the masks of some models ignore the positions (AFMoE)
+    return window is not None and (longest > window or always) and not _PACKS[model].masks_apart
 
 
 def rotary_embeddings(config: Any) -> list[dict[str, Any]]:
@@ -329,7 +334,18 @@ def rotary_embeddings(config: Any) -> list[dict[str, Any]]:
     return [kind for kind in (rope, *rope.values()) if isinstance(kind, dict) and "rope_type" in kind]
 
 
-_PACKS: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+class _Packs(NamedTuple):
+    """What a model with some attention did with a packed row of two short examples.
+
+    whole: they got the same hidden states as alone. masks_apart: with the masks that transformers makes, too.
+    """
+
+    attention: str
+    whole: bool
+    masks_apart: bool
+
+
+_PACKS: WeakKeyDictionary[PreTrainedModel, _Packs] = WeakKeyDictionary()
 
 
 @torch.compiler.disable
@@ -337,17 +353,24 @@ def packs(model: PreTrainedModel) -> bool:
     """Whether the examples of a packed row get the same hidden states as alone.
 
     No config tells: a state-space layer carries its state across examples, and some attentions ignore positions. So the
-    first call runs two short examples. It also compares `head_of` with the model's own logits.
+    first call runs two short examples, and so does one after a change of the attention. It also compares `head_of` with
+    the model's own logits.
     """
-    if model not in _PACKS:
+    if model not in _PACKS or _PACKS[model].attention != _attention_of(model):
         with torch.no_grad():
             head = head_of(model)  # first: it raises for a model that is offloaded as a whole
             with torch.autocast(model.device.type, enabled=False), evaluation_mode(model):
-                _PACKS[model] = _test_packing(model, head)
-    return _PACKS[model]
+                whole, masks_apart = _test_packing(model, head)
+        _PACKS[model] = _Packs(_attention_of(model), whole, masks_apart)
+    return _PACKS[model].whole
 
 
-def _test_packing(model: PreTrainedModel, head: Head) -> bool:
+def _attention_of(model: PreTrainedModel) -> str:
+    return str(model.config.get_text_config()._attn_implementation)
+
+
+def _test_packing(model: PreTrainedModel, head: Head) -> tuple[bool, bool]:
+    """`whole` and `masks_apart` of `_Packs`."""
     step = max(1, model.config.get_text_config().vocab_size // 16)
     examples = [torch.arange(1, n, device=model.device)[None] * step for n in (7, 9)]
     positions = [torch.arange(ids.shape[1], device=model.device)[None] for ids in examples]
@@ -364,19 +387,23 @@ def _test_packing(model: PreTrainedModel, head: Head) -> bool:
             f"{type(model).__name__} does more to its logits than a bias, a scale and a softcap named in its config; "
             "rbfast cannot train it through its hidden states"
         )
+
+    def is_apart(**options: bool) -> bool:
+        packed = _run_backbone(model, torch.cat(examples, 1), torch.cat(positions, 1), lengths, **options)
+        # Other kernels round differently; a leak from another example is far larger.
+        return _relative_error(packed, torch.cat(alone)) <= eps**0.5
+
     use_packed_attention(model)
     try:
-        packed = _run_backbone(model, torch.cat(examples, 1), torch.cat(positions, 1), lengths)
-        # Other kernels round differently; a leak from another example is far larger.
-        if _relative_error(packed, torch.cat(alone)) <= eps**0.5:
-            return True
+        if is_apart():
+            return True, window_of(model) is None or is_apart(by_masks=True)
     except NotPackable:
         pass  # the warning below covers it
     drop_packed_attention(model)
     warnings.warn(
         f"{type(model).__name__} does not keep the examples of a packed row apart: they run one at a time", stacklevel=2
     )
-    return False
+    return False, False
 
 
 def _relative_error(left: Tensor, right: Tensor) -> float:
@@ -404,8 +431,12 @@ def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-def _run_backbone(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, lengths: Sequence[int]) -> Tensor:
-    packed = packed_inputs(model, lengths, input_ids.device) if has_packed_attention(model) else {}
+def _run_backbone(
+    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, lengths: Sequence[int], by_masks: bool = False
+) -> Tensor:
+    """by_masks: leaves it to the model's masks to keep the examples apart."""
+    is_packed = has_packed_attention(model) and not by_masks
+    packed = packed_inputs(model, lengths, input_ids.device) if is_packed else {}
     run = getattr(model, "run_backbone", backbone_of(model))  # `training.sharding.shard` adds run_backbone
     output = run(input_ids=input_ids, position_ids=position_ids, use_cache=False, **packed)
     head: Any = model.get_output_embeddings()

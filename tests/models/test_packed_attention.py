@@ -4,12 +4,14 @@ from itertools import pairwise
 
 import pytest
 import torch
+from every_causal_lm import tiny, tiny_config
 from host_waits import host_waits
 from tiny_models import llama
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, Llama4ForCausalLM, Llama4TextConfig, PreTrainedConfig
 
-from rbfast.models import packed_attention
+from rbfast.models import packed_attention, student
 from rbfast.models.packed_attention import Packing, describe_attention, lengths_of, packing
 from rbfast.models.student import final_hidden, packs
 
@@ -261,3 +263,65 @@ def test_a_model_with_a_mask_of_its_own_runs_one_example_at_a_time():
     with pytest.warns(UserWarning, match="does not keep the examples of a packed row apart"):
         assert not packs(model)
     assert not packed_attention.has_packed_attention(model)
+
+
+def change_by_packing(model, lengths):
+    """The largest relative change of a hidden state in a row of examples of these lengths, against each alone."""
+    ids = torch.randint(3, 61, (1, sum(lengths)), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    with torch.no_grad():
+        packed = final_hidden(model, ids, positions)
+        alone = torch.cat([final_hidden(model, one, torch.arange(one.shape[1])[None]) for one in ids.split(lengths, 1)])
+    return float(((packed - alone).norm(dim=1) / alone.norm(dim=1)).max())
+
+
+def afmoe() -> nn.Module:
+    """Its masks ignore the positions. The two examples that `packs` runs are shorter than its window."""
+    config: PreTrainedConfig = tiny_config("afmoe")
+    config.update({"sliding_window": 12, "max_position_embeddings": 256})
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def llama4(**options: int) -> nn.Module:
+    sizes = dict(vocab_size=61, hidden_size=32, intermediate_size=48, intermediate_size_mlp=48, num_hidden_layers=4)
+    sizes |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=2, pad_token_id=0)
+    torch.manual_seed(0)
+    return Llama4ForCausalLM(Llama4TextConfig(initializer_range=0.15, **sizes | options)).eval()
+
+
+@pytest.mark.parametrize("lengths", [[5, 12, 7], [20, 13, 9]])
+def test_examples_beyond_a_window_stay_apart_whatever_the_masks_of_their_model(lengths):
+    model = afmoe()
+    assert packs(model)
+    assert change_by_packing(model, lengths) <= 1e-5
+
+
+@pytest.mark.parametrize("lengths", [[5, 7], [20, 20, 20], [9, 8, 7]])
+@pytest.mark.parametrize("option", ["floor_scale", "attention_chunk_size"])
+def test_the_place_in_a_long_row_changes_nothing(option, lengths):
+    model = llama4(**{option: 24})
+    assert packs(model)
+    assert change_by_packing(model, lengths) <= 1e-5
+
+
+@pytest.mark.parametrize("make", [afmoe, lambda: llama4(floor_scale=24)])
+def test_processes_that_share_such_a_model_run_it_equally_often(make, monkeypatch):
+    model, runs = make(), []
+    assert packs(model)
+    monkeypatch.setattr(student, "is_sharded", lambda model: True)
+    model.model.register_forward_hook(lambda *_: runs.append(1))
+    for lengths in ([5, 6], [5, 30]):
+        positions = torch.cat([torch.arange(n) for n in lengths])[None]
+        final_hidden(model, positions, positions)
+    assert len(runs) == 4
+
+
+def test_a_model_whose_attention_is_changed_is_asked_again():
+    model = tiny("opt")  # its masks ignore the positions
+    assert packs(model) and change_by_packing(model, LENGTHS) <= 1e-5
+    model.set_attn_implementation("eager")
+    with pytest.warns(UserWarning, match="does not keep the examples of a packed row apart"):
+        assert change_by_packing(model, LENGTHS) <= 1e-5
+    model.set_attn_implementation("sdpa")
+    assert packs(model)
