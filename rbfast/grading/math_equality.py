@@ -47,6 +47,9 @@ _NUMBERED = re.compile(r"(?<![a-zA-Z\\])([a-zA-Z])(\d+)")
 _CONNECTIVE = re.compile(r"(?P<and>∧|\\(?:land|wedge)(?![a-zA-Z]))|∨|\\(?:lor|vee)(?![a-zA-Z])")
 _RELATION = re.compile(r"[=<>≤≥≠∈]|\\(?:leq?|geq?|neq?|lt|gt|in|[lg]eqslant)(?![a-zA-Z])")
 _CHOICE = re.compile(r"\(([A-Ja-j])\)|([A-Ja-j])[.):]?|(?:\(([A-J])\)[,:]?|([A-J])[.):])\s+(?P<said>[\w$(\\].*)")
+# Several choices: in a row, which is in order (`AB` is not the product `BA`), or in a list.
+_IN_A_ROW = re.compile("(?=..)A?B?C?D?E?F?G?H?I?J?")
+_CHOICES = re.compile(r"\(?[A-J]\)?(?:(?:[,;、]? ?(?:and )?)\(?[A-J]\)?)+")
 # Text after a choice that takes it back or makes it one of several, and is not the text of the option.
 _HEDGE = re.compile(
     r"(?:or|and|nor)\s+\(?[A-J]\b|\(?[A-J][).]|but\b"
@@ -108,6 +111,8 @@ def _equal_statements(expected: str, statement: str, same: Same) -> bool:
     if not left or not right:
         return False
     if left == right or _plain_words(left) == _plain_words(right) != "":
+        return True
+    if _choice_letters(left) == _choice_letters(right) != set():
         return True
     if (moment := same_moment(left, right)) is not None:
         return moment
@@ -396,6 +401,13 @@ def _choice_letter(text: str) -> str | None:
     if match is None or _HEDGE.match(match["said"] or ""):
         return None
     return next(filter(None, match.groups())).casefold()
+
+
+def _choice_letters(text: str) -> set[str]:
+    """The letters of several choices: `ACD`, `A, C and D`, `(A), (C)`; empty for anything else."""
+    written = without_text_command(text).strip(" .")
+    is_list = _CHOICES.fullmatch(written) is not None and not written.isalpha()
+    return set(re.findall("[A-J]", written)) if is_list or _IN_A_ROW.fullmatch(written) else set()
 
 
 def _are_products(*words: str) -> bool:

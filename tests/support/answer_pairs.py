@@ -198,6 +198,12 @@ RIGHT = [
     ("42", "42. I am sure."),
     ("42", "42, not 43."),
     ("B", "<answer>B, since it is the powerhouse</answer>"),
+    # several choices, in a row or in a list
+    ("ACD", "A, C, D"),
+    ("A, C", "AC"),
+    ("BCD", "(B), (C) and (D)"),
+    ("AC", r"\boxed{A} and \boxed{C}"),
+    ("BD", r"\text{B, D}"),
     ("2i", r"2\mathrm{i}"),
     ("Hanoi", "**Hanoi**"),
     ("the match", "Match"),
@@ -278,6 +284,11 @@ WRONG = [
     ("A", "(A) isn't right"),
     ("A", "A) not this"),
     ("A", "Answer: (A) is incorrect, so (B)"),
+    # some of several choices, or more; the product of two
+    ("ACD", "A, C"),
+    ("AC", "A, C, D"),
+    ("AC", "A or C"),
+    ("BE", "EB"),
     # a remark that takes the answer back
     ("43", "The answer is 42, not 43."),
     ("42", "The answer is 42. Wait, no."),
