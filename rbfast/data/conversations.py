@@ -254,7 +254,7 @@ def split_thinking(reply: str) -> tuple[str | None, str]:
         if closed is None:
             raise TraceError(f"reply: {opened[0]} is opened and never closed; the reply was cut, leave it out")
         thoughts.append(rest[opened.end() : closed.start()].strip())
-        rest = rest[closed.end() :].lstrip()
+        rest = rest[closed.end() :].lstrip().removeprefix(NEXT_MESSAGE)  # which may be thinking too
     if not thoughts and (bare := BARE_CHANNELS.match(rest)):
         thoughts.append(bare[1].strip())
         rest = rest[bare.end() :]

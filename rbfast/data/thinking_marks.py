@@ -39,6 +39,7 @@ THINKING = (
     Marks("<|START_THINKING|>", "<|END_THINKING|>"),
     Marks("<|begin_of_thought|>", "<|end_of_thought|>"),
     Marks("<|channel|>analysis<|message|>", "<|end|>", is_sure=False),  # every message ends so
+    Marks("<|channel|>commentary<|message|>", "<|end|>", is_sure=False),  # what gpt-oss says before it is done
     Marks("<|im_start|>think", "<|im_start|>answer", is_sure=False),  # ChatML turns with roles of their own
     Marks("Here is my thought process:", "Here is my response:", is_sure=False),
     *_elements("thoughts reason deep_think deepthink scratchpad cot thought_process", is_sure=False),
@@ -50,7 +51,7 @@ ANSWER = (
     *_elements("solution response", is_sure=True),
     *_elements("output", is_sure=False),  # also an HTML element
 )
-# A reply of gpt-oss is two messages, each closed by `<|end|>`.
+# A reply of gpt-oss is two messages or more, each closed by `<|end|>`.
 FINAL_CHANNEL, NEXT_MESSAGE = "<|channel|>final<|message|>", "<|start|>assistant"
 BARE_CHANNELS = re.compile(r"analysis(.*?)assistantfinal", re.DOTALL)  # the same, if a server dropped special tokens
 
@@ -68,7 +69,8 @@ _CLOSERS = {marks.opener.lower(): _any_of(marks.closer) for marks in (*THINKING,
 _ENDS = _any_of(*_SURE_CLOSERS, FINAL_CHANNEL)
 _HIDDEN = _any_of(
     *(mark for opener, closer, is_sure in (*THINKING, *ANSWER) if is_sure for mark in (opener, closer)),
-    *("<answer>", "</answer>", "<|channel|>analysis<|message|>", FINAL_CHANNEL, "<|end|>", NEXT_MESSAGE),
+    *("<answer>", "</answer>", "<|channel|>analysis<|message|>", "<|channel|>commentary<|message|>"),
+    *(FINAL_CHANNEL, "<|end|>", NEXT_MESSAGE),
 )
 
 

@@ -238,6 +238,13 @@ def test_stated_answers(text: str, answer: str | None, rest: str) -> None:
         ("a\n</think>\n\nb<|im_end|>\n", "a", "b"),
         ("[THINK]a[/THINK]b</s>", "a", "b"),
         ("<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>b", "a", "b"),
+        (
+            "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>analysis<|message|>c<|end|>"
+            "<|start|>assistant<|channel|>commentary<|message|>d<|end|>"
+            "<|start|>assistant<|channel|>final<|message|>b<|return|>",
+            "a\n\nc\n\nd",
+            "b",
+        ),
         ("<Thought>a</Thought><Output>b</Output>", "a", "b"),
         ("The tag <think> opens it.", None, "The tag <think> opens it."),
     ],
