@@ -1,7 +1,8 @@
 """Store a teacher's replies: each is written to disk and paid for as soon as it arrives."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -14,6 +15,17 @@ from rbfast.utils.records import check_shape
 
 _REPLY = {"key": str, "text": str, "thinking": str, "finish_reason": (str, NoneType), "logprobs": list}
 _REPLY |= {"prompt_tokens": int, "completion_tokens": int}
+
+
+@dataclass(frozen=True)
+class _LogprobsOnDisk:
+    """The log-probs of a reply, read whenever they are iterated: in memory they take megabytes."""
+
+    journal: Journal
+    offset: int
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return iter(self.journal.read_at(self.offset)["logprobs"])
 
 
 class ReplyStore:
@@ -29,9 +41,9 @@ class ReplyStore:
         self._replies: dict[str, dict[str, Any]] = {}
         self._whole: dict[str, dict[str, Any]] = {}  # replies that were not cut, by their jobs' `unlimited`
         self._warned: set[str] = set()
-        for where, record in self._journal.read():
+        for where, offset, record in self._journal.read_with_offsets():
             check_shape(record, _REPLY, f"{where}: expected a teacher's reply, choose another folder")
-            self._keep(record)
+            self._keep(record, offset)
         for job in jobs:
             if (record := self._replies.get(job.key)) is not None:
                 budget.learn(job.worst_case(), record["prompt_tokens"], record["completion_tokens"])
@@ -51,8 +63,7 @@ class ReplyStore:
 
     def add(self, record: dict[str, Any], worst: tuple[int, int] | None = None) -> None:
         """Store and pay a reply. `worst`: the tokens that its request allowed, if known."""
-        self._journal.append([record])
-        self._keep(record)
+        self._keep(record, self._journal.append([record]))
         if worst is not None:
             self.budget.learn(worst, record["prompt_tokens"], record["completion_tokens"])
         if record.get("hides_thinking"):
@@ -66,7 +77,9 @@ class ReplyStore:
                 "max_tokens (--max-tokens): whole replies are not asked again"
             )
 
-    def _keep(self, record: dict[str, Any]) -> None:
+    def _keep(self, record: dict[str, Any], offset: int) -> None:
+        if record["logprobs"]:
+            record = record | {"logprobs": _LogprobsOnDisk(self._journal, offset)}
         self._replies[record["key"]] = record
         if isinstance(unlimited := record.get("unlimited"), str) and not is_cut(record["finish_reason"]):
             self._whole[unlimited] = record

@@ -178,23 +178,38 @@ class Journal:
         Raises:
             ValueError: a line is not JSON.
         """
+        return ((where, record) for where, _, record in self.read_with_offsets())
+
+    def read_with_offsets(self) -> Iterator[tuple[str, int, Any]]:
+        """As `read`, with the offset at which `read_at` finds the record again."""
         if not self.path.exists():
             return
         self._repair_end()
+        offset = 0
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 where = f"{self.path}:{number}"
                 try:
-                    yield where, json.loads(line)
+                    record = json.loads(line)
                 except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError too
                     raise ValueError(f"{where}: expected a record in JSON: {error}; name another file") from None
+                yield where, offset, record
+                offset += len(line)
 
-    def append(self, records: Iterable[Any]) -> None:
+    def read_at(self, offset: int) -> Any:
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            return json.loads(file.readline())
+
+    def append(self, records: Iterable[Any]) -> int:
+        """Returns the offset of the first record."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with name_file_in_errors(self.path), self.path.open("a", **_TEXT) as file:
-            file.writelines(map(_line, records))
+        data = "".join(map(_line, records)).encode(_TEXT["encoding"], _TEXT["errors"])
+        with name_file_in_errors(self.path), self.path.open("ab") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
+            return file.tell() - len(data)
 
     def rewrite(self, records: Iterable[Any]) -> None:
         """Replaces all records by these, atomically."""
@@ -203,8 +218,7 @@ class Journal:
 
     def _repair_end(self) -> None:
         """Removes a truncated last record. Adds the line break if a complete last record lacks it."""
-        data = self.path.read_bytes()
-        last = data[data.rfind(b"\n") + 1 :]
+        last = self._last_line()
         if not last:
             return
         try:
@@ -213,10 +227,21 @@ class Journal:
             return
         except ValueError:
             if last.strip(b"\0 \t\r")[:1] in (b"", b"{"):  # otherwise it was no record: keep it, `read` reports it
-                os.truncate(self.path, len(data) - len(last))
+                os.truncate(self.path, self.path.stat().st_size - len(last))
         else:
             with self.path.open("ab") as file:
                 file.write(b"\n")
+
+    def _last_line(self) -> bytes:
+        """What follows the last line break. The file may be larger than the memory."""
+        last = b""
+        with self.path.open("rb") as file:
+            start = file.seek(0, os.SEEK_END)
+            while start and b"\n" not in last:
+                size = min(start, max(2**20, len(last)))
+                start = file.seek(start - size)
+                last = file.read(size) + last
+        return last[last.rfind(b"\n") + 1 :]
 
 
 def _line(record: Any) -> str:

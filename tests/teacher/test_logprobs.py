@@ -2,7 +2,9 @@
 
 import json
 import math
+import tracemalloc
 from threading import Event
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,8 +23,10 @@ from rbfast.loss.distill_loss import DistillLoss
 from rbfast.loss.teacher_signal import TopK
 from rbfast.models.student import packs
 from rbfast.teacher import logprobs, server_logprobs
+from rbfast.teacher.budget import FREE, Budget
 from rbfast.teacher.client import Server, ServerError
 from rbfast.teacher.logprobs import TokenizersDiffer, add_local_logprobs
+from rbfast.teacher.reply_store import ReplyStore
 from rbfast.teacher.server_logprobs import add_reply_logprobs, add_server_logprobs
 from rbfast.teacher.solutions import Question, teach
 
@@ -281,6 +285,25 @@ def test_a_teachers_own_reply_carries_its_log_probs_into_the_trace(tmp_path, ser
     said = np.array([value for _, top in record["logprobs"] for _, value in top], dtype=np.float32)
     kept = example.teacher_logprobs[example.teacher_logprobs > -math.inf]
     assert len(labels) > 5 and np.isin(kept, said).all()
+
+
+def test_log_probs_of_stored_replies_take_no_memory(tmp_path):
+    tokens = [["a", [[f"token {i}", -i / 7] for i in range(20)]]] * 1000
+    replies = {f"key {i}": [[str(i), tokens[0][1]], *tokens[1:]] for i in range(30)}
+    fields = {"text": "", "thinking": "", "finish_reason": "stop", "prompt_tokens": 1, "completion_tokens": 1}
+    record = {**fields, "key": "", "logprobs": []}
+    tracemalloc.start()
+    try:
+        store = ReplyStore(tmp_path / "replies.jsonl", Budget(FREE, None, None), [])
+        for key, logprobs in replies.items():
+            store.add(record | {"key": key, "logprobs": list(logprobs)})
+        again = ReplyStore(tmp_path / "replies.jsonl", Budget(FREE, None, None), [])
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 2**20  # one reply alone takes more
+    for one in (store, again):
+        assert {key: list(one.get(SimpleNamespace(key=key))["logprobs"]) for key in replies} == replies
 
 
 @pytest.mark.parametrize(

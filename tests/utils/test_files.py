@@ -202,6 +202,17 @@ def test_a_last_line_torn_anywhere_is_cut_off(tmp_path: Path) -> None:
         assert list(journal.read()) == [] and journal.path.read_bytes() == b""
 
 
+def test_a_last_line_of_any_length_is_repaired(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    long = {"text": "é" * 2**21}  # 4 MiB
+    first = journal.append([long])
+    second = journal.append([{"n": 2}, long])
+    assert (first, second) == (0, len(json.dumps(long, ensure_ascii=False).encode()) + 1)
+    os.truncate(journal.path, journal.path.stat().st_size - 5)
+    assert [(offset, record) for _, offset, record in journal.read_with_offsets()] == [(0, long), (second, {"n": 2})]
+    assert journal.read_at(second) == {"n": 2} and journal.read_at(0) == long
+
+
 @pytest.mark.parametrize("text", ["my notes", "[" * 100_000, "{}\nmy notes"])
 def test_a_file_that_is_no_journal_is_named_and_stays(tmp_path: Path, text: str) -> None:
     journal = Journal(tmp_path / "notes.txt")
