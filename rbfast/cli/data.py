@@ -44,11 +44,19 @@ def add_convert(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "-o",
         "--out",
-        type=output_file,
+        type=_jsonl_file,
         required=True,
         help=f"JSONL file to write ({FILE_ONLY}); unreadable rows go beside it",
     )
     add_formats(sub)
+
+
+def _jsonl_file(text: str) -> Path:
+    """As `output_file`, of a name by which it is read again: out.parquet would be read as Parquet."""
+    path = output_file(text)
+    if path.suffix not in (".jsonl", ".ndjson"):
+        raise argparse.ArgumentTypeError(f"{text}: expected a name that ends in .jsonl, which is what is written")
+    return path
 
 
 def run_convert(args: argparse.Namespace) -> int:

@@ -83,6 +83,14 @@ def test_convert_lists_what_it_could_not_read_and_goes_on(mixed: Path, capsys: p
     assert "nothing written to" in capsys.readouterr().out and len(list(read_traces(out))) == 1  # of the call before
 
 
+@pytest.mark.parametrize("name", ["out.jsonl.gz", "out.parquet", "out.csv", "out.json", "out"])
+def test_convert_writes_no_file_that_is_read_as_another_kind(mixed: Path, name: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["convert", str(mixed), "-o", str(mixed.with_name(name))])
+    assert f"{name}: expected a name that ends in .jsonl" in capsys.readouterr().err
+    assert not mixed.with_name(name).exists()
+
+
 def test_what_convert_and_curate_wrote_is_curated_as_its_source_is(tmp_path: Path) -> None:
     steps = "".join(f"They add {n} more boxes to the pile.\n" for n in range(1, 5))
     rows = [
