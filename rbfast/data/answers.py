@@ -42,6 +42,7 @@ _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?=\{|\d)")
 _BARE = re.compile(r"\d+(?:[.,]\d+)*")  # the content of a box without braces
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _SENTENCES, _PROSE = re.compile(r"\n|[.!?]\s"), re.compile(r"(?<![^\W\d_])(?:[^\W\d_]+,? ){5}")
+_PLACEHOLDERS = {"", "n/a", "nan", "notfound", "not found", "proof"}  # "notfound" and "proof" are NuminaMath's
 _FULL_STOP = re.compile(r"(?<!\.)[.。]\Z")  # not the end of an ellipsis: 0.333...
 _PAIRED = ("$$", "**", "__", "$", "*", "_", "`")  # Markdown and LaTeX around a text
 # The text allowed between two boxes of one answer: `\boxed{2}$ and $x = \boxed{3}`.
@@ -69,12 +70,18 @@ def extract_answer(text: str) -> str | None:
 def known_answer(text: str) -> str | None:
     """The reference answer in the text of a field: the answer that it marks, else the whole text.
 
-    None if the text is a solution (several lines or sentences) that marks no answer: no reply could equal it.
+    None if no reply could equal it: a placeholder, or a solution (several lines or sentences) that marks no answer.
     """
     stated = extract_answer(text)
     if stated is None and _SENTENCES.search(text.strip()) and _PROSE.search(text):
         return None
-    return stated or text.strip()
+    known = stated or text.strip()
+    return None if is_placeholder(known) else known
+
+
+def is_placeholder(answer: str) -> bool:
+    """Whether a dataset has no answer to a problem and says so in the answer's field: "notfound"."""
+    return answer.strip().casefold() in _PLACEHOLDERS
 
 
 def lacks_answer(text: str) -> bool:

@@ -17,6 +17,7 @@ from rbfast.data.answers import (
     answer_text,
     as_text,
     ends_in_answer,
+    is_placeholder,
     known_answer,
     marked_answer,
     stated_answer,
@@ -352,6 +353,7 @@ def _trace_row(row: RowFields, question: _Question, reply: Reply, form: str, cou
     """
     is_code = bool(reply.thought) and "```" in reply.text
     field_answer, own = _answer_field(row), marked_answer(reply.text) if is_code else stated_answer(reply.text)
+    field_answer = None if field_answer is None or is_placeholder(field_answer) else field_answer
     answer = own or field_answer
     if answer is None and reply.thought:
         answer = reply.text.strip() or stated_answer(reply.thought)

@@ -319,3 +319,12 @@ def test_a_solution_of_words_is_none(value: Any) -> None:
     row = {"question": QUESTION, "solution": value, "gemini_thinking_trajectory": THOUGHT, "gemini_attempt": SAID}
     assert "answer" not in question_of(row)
     assert "reference" not in interpret(row).rows[0]
+
+
+@pytest.mark.parametrize("value", ["proof", "notfound", "N/A", " nan"])
+def test_a_placeholder_is_no_answer(value: str) -> None:
+    row = {"problem": QUESTION, "answer": value}
+    [trace] = interpret({**row, "response": TAGGED}).rows
+    assert "reference" not in trace
+    with pytest.raises(TraceError, match="answer: expected one that the text marks"):
+        interpret({**row, "solution": "Add them. That is how it is."})

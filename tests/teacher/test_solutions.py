@@ -293,13 +293,14 @@ def test_known_answers_verify_the_teacher(server, tmp_path):
     rows = [{"problem": "What is 3 + 1?", "answer": 4}, {"question": "What is 5 + 1?", "answer": "#### 7"}]
     rows += [{"problem": "What is 7 + 1?"}, {"problem": "What is 3 + 1?", "answer": 4}]
     rows += [{"problem": "What is 9 + 1?", "answer": "We add 1 to the 9.\nSo that is how we get 10 in the end."}]
+    rows += [{"problem": "What is 11 + 1?", "answer": "notfound"}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     taught = teach(server.client(), read_questions(file), tmp_path / "out")
-    assert [trace.verified for trace in taught.traces] == [True, False, None, None]
-    assert taught.verdicts == {"right": 1, "wrong": 1, "unverified": 2}
+    assert [trace.verified for trace in taught.traces] == [True, False, None, None, None]
+    assert taught.verdicts == {"right": 1, "wrong": 1, "unverified": 3}
     assert taught.verdicts.items() <= json.loads((tmp_path / "out" / "teach.json").read_text()).items()
     curate([tmp_path / "out"], tmp_path / "kept")
-    assert [trace.verified for trace in read_traces(tmp_path / "kept")] == [True, None, None]
+    assert [trace.verified for trace in read_traces(tmp_path / "kept")] == [True, None, None, None]
 
 
 def test_the_command_says_how_many_answers_are_wrong_and_why_replies_failed(server, tmp_path, capsys):
