@@ -70,7 +70,8 @@ def _files_of(folder: Path, split: str) -> list[Path]:
     """The files of a folder, in order.
 
     If `teach` or `curate` wrote the folder, their traces; if `save_to_disk` did, its files; else the files named after
-    the split; else all. CSV files count only if there is nothing else, because many of them are file lists.
+    the split; else all. CSV files count only if there is nothing else, because many of them are file lists. Hidden
+    files do not count: macOS leaves "._data.jsonl" beside "data.jsonl" on other file systems.
     """
     for mark, traces in _WRITTEN.items():
         if (folder / mark).is_file() and (folder / traces).is_file():
@@ -84,7 +85,7 @@ def _files_of(folder: Path, split: str) -> list[Path]:
         return _files_of_state(folder / "state.json")
     files = [path for inner in (folder, folder / "data") for path in sorted(inner.glob("*")) if is_file_of_rows(path)]
     files = [path for path in files if path.is_file() and not path.name.endswith(("_infos.json", "unreadable.jsonl"))]
-    files = [path for path in files if path.name not in _NO_ROWS]
+    files = [path for path in files if path.name not in _NO_ROWS and not path.name.startswith(".")]
     files = [path for path in files if _suffix_of(path) not in _CELLS] or files
     if not files:
         raise TraceError(f"{folder}: expected a folder with a {KINDS} in it, got none; name a file")

@@ -84,6 +84,12 @@ def test_a_folder_of_shards_leaves_lists_of_other_things_out(tmp_path: Path) -> 
     assert len(read_traces(tmp_path)) == 2
 
 
+def test_hidden_files_of_a_folder_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "shard.jsonl").write_text(json.dumps(PLAIN))
+    (tmp_path / "._shard.jsonl").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    assert len(read_traces(tmp_path)) == 1
+
+
 def test_tables_of_text_are_read(tmp_path: Path) -> None:
     rows = [["problem", "solution", "answer", "", ""], ["Who, 1?", 'First:\n"so".', "036"], ["Who?", "", "4", "", ""]]
     for name, dialect in (("t.csv", "excel"), ("t.tsv", "excel-tab")):
