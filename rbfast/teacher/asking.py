@@ -15,7 +15,7 @@ from rbfast.teacher.jobs import Job
 from rbfast.teacher.reply_store import ReplyStore
 from rbfast.utils.interrupts import counted_interrupts
 
-_HOPELESS = {401, 402, 403, 404}  # every further request would fail too
+_HOPELESS = {401, 402, 404}  # every further request would fail too; 403 may refuse one question (moderation)
 _SPENT = "insufficient_quota"  # OpenAI's error code for an empty account, sent with status 429
 _MOST_FAILURES = 8  # in a row
 # Once a teacher has answered, wait for it if it is busy or unreachable. That costs nothing.
@@ -86,13 +86,21 @@ class _Sender:
         self._interrupted = False
 
     def send(self) -> None:
-        """Send jobs from the queue up to the concurrency limit, as long as the budget covers the worst case."""
+        """Send jobs from the queue up to the concurrency limit, as long as the budget covers the worst case.
+
+        After failures every other job is taken from the end: an earlier call may have left only questions that the
+        teacher refuses at the front. And after too many the jobs under way decide whether it goes on.
+        """
         budget = self._store.budget
         while self.queue and len(self.pending) < budget.max_concurrency(self._concurrency):
-            under_way = [job for job, _ in self.pending.values()]
-            if not budget.can_afford([job.worst_case() for job in (*under_way, self.queue[0])]):
+            if self.pending and self._failed_too_often():
                 return
-            job = self.queue.popleft()
+            under_way = [job for job, _ in self.pending.values()]
+            at = -(self._failures % 2)
+            if not budget.can_afford([job.worst_case() for job in (*under_way, self.queue[at])]):
+                return
+            job = self.queue[at]
+            del self.queue[at]
             future, thread = _start(job)
             self.pending[future] = job, thread
 
@@ -116,13 +124,13 @@ class _Sender:
             self._rest_ends = time.monotonic() + _REST
             return
         self._failures, self.reason = self._failures + 1, str(error)
-        if (
-            error.status in _HOPELESS
-            or _SPENT in str(error)
-            or self._failures >= max(_MOST_FAILURES, self._concurrency)
-        ):
+        is_hopeless = error.status in _HOPELESS or _SPENT in str(error)
+        if is_hopeless or (not self.pending and self._failed_too_often()):
             self.stopped = self.stopped or error
             self.queue.clear()
+
+    def _failed_too_often(self) -> bool:
+        return self._failures >= max(_MOST_FAILURES, self._concurrency)
 
     def _is_waited_for(self, error: ServerError) -> bool:
         if self._answered is None or self._interrupted or self.stopped or _SPENT in str(error):

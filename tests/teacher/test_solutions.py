@@ -199,6 +199,22 @@ def test_many_refusals_do_not_end_it_if_they_are_not_in_a_row_or_came_at_a_time(
     assert (len(taught.traces), taught.open) == (14, 10)
 
 
+@pytest.mark.parametrize("status", [400, 403])
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_questions_that_an_earlier_call_left_do_not_keep_it_from_the_others(tmp_path, status, concurrency):
+    def answer(request):
+        number = int(request.body["messages"][-1]["content"].split()[-1])
+        if number < 12:
+            return Answer({"error": "flagged"}, status)
+        time.sleep(0.05)  # a refusal is faster than a reply
+        return chat_reply("Add.\n<answer>2</answer>")
+
+    with answering(answer) as api:
+        questions = [Question(f"What is {number}") for number in range(30)]
+        taught = teach(api.client(), questions, tmp_path, concurrency=concurrency)
+    assert (len(taught.traces), taught.open) == (18, 12) and len(api.requests) == 30
+
+
 def test_eight_refusals_in_a_row_end_it(server, tmp_path):
     server.faults = [400] * 7 + [None] + [400] * 8
     with pytest.raises(ServerError, match="said 400"):
