@@ -59,7 +59,8 @@ def add_server_logprobs(
 
     Raises:
         TokenizersDiffer: the server's tokens differ from the student's and `align` is False.
-        ServerError: no answer after all retries, one without log-probs, or a refusal of all the first traces.
+        ServerError: no answer after all retries, one without log-probs, or a refusal of all the first traces if none
+            was scored in an earlier call either.
     """
     if dialect not in DIALECTS:
         raise ValueError(f"dialect must be one of {', '.join(DIALECTS)}, got {dialect!r}")
@@ -69,7 +70,7 @@ def add_server_logprobs(
     tasks, refused = pending_traces(traces, tokenizer, store, max_tokens, instruction)
     queue = iter(tasks)
     with ThreadPoolExecutor(concurrency) as pool:
-        done, refusal, scores = 0, None, False
+        done, refusal, scores = 0, None, len(store) > 0
         while batch := list(islice(queue, 4 * concurrency)):
             futures = [pool.submit(reader.read, task) for task in batch]
             try:

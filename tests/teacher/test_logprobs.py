@@ -227,6 +227,15 @@ def test_a_server_that_refuses_every_trace_ends_it(tmp_path, status):
         assert len(server.requests) < 9 and len(store) == 0
 
 
+def test_traces_that_an_earlier_call_left_refused_do_not_keep_it_from_the_others(tmp_path):
+    traces = [Trace(f"Problem {i}?", TEXTS[0], str(i), id=f"t{i}") for i in range(10)]
+    with serving(teacher_model(TOKENIZER), TOKENIZER) as server, store_at(tmp_path) as store:
+        add_server_logprobs(server.client(), traces[:1], TOKENIZER, store)
+        server.faults = [400] * 6
+        refused = add_server_logprobs(server.client(), traces, TOKENIZER, store, concurrency=1)
+    assert [trace for trace, _ in refused] == traces[1:7] and len(store) == 4
+
+
 @pytest.mark.parametrize("fault", [KeyboardInterrupt(), ServerError("it is gone", status=500)])
 def test_answers_of_a_batch_that_ends_early_are_kept(tmp_path, monkeypatch, fault):
     """The third of twelve traces fails while the second and the fourth are under way; then nothing more is sent."""
