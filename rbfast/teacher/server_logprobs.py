@@ -159,7 +159,7 @@ class _Reader:
             )
 
     def _by_text(self, task: PendingTrace) -> list[tuple[int, list[int], list[float]]]:
-        opening = f"{task.instruction.request(task.trace.problem)}\n\n" if self.align else self._prompt(task)
+        opening = self._plain_prompt(task) if self.align else self._prompt(task)
         text = task.reply.text.encode()
         pieces = self._pieces(opening + task.reply.text)
         shift = len(opening.encode())
@@ -179,6 +179,12 @@ class _Reader:
         return format_prompt(
             trace.problem, self.tokenizer, task.instruction, system=trace.system, turns=trace.turns or ()
         )
+
+    def _plain_prompt(self, task: PendingTrace) -> str:
+        """All that comes before the reply, without the student's chat template."""
+        trace, earlier = task.trace, [turn["content"] for turn in task.trace.turns or ()]
+        texts = [trace.system, *earlier, task.instruction.request(trace.problem)]
+        return "".join(f"{text}\n\n" for text in texts if text)
 
     def _pieces(self, text: str) -> list[Piece]:
         """The server's tokens of `text`. The first has no candidates, and often no text in the reply: its text is what

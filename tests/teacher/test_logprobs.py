@@ -206,6 +206,15 @@ def test_a_server_of_other_tokens_is_an_error_unless_aligned(tmp_path, dialect):
     assert 0 < len(example.teacher_rows) < (example.labels != IGNORE).sum()
 
 
+@pytest.mark.parametrize("dialect", ["vllm", "echo"])
+def test_a_server_of_other_tokens_reads_what_came_before_the_problem(tmp_path, dialect):
+    turns = ({"role": "user", "content": "Add 12."}, {"role": "assistant", "content": "To what?"})
+    trace = Trace("To 30.", TEXTS[0], "42", system="Be brief.", turns=turns)
+    with serving(teacher_model(OTHER), OTHER) as server, store_at(tmp_path) as store:
+        add_server_logprobs(server.client(), [trace], TOKENIZER, store, dialect=dialect, align=True)
+    assert server.requests[0]["prompt"].startswith("Be brief.\n\nAdd 12.\n\nTo what?\n\nTo 30.") and len(store) == 1
+
+
 def test_a_trace_that_a_server_refuses_does_not_stop_the_others(tmp_path):
     with serving(teacher_model(TOKENIZER), TOKENIZER) as server, store_at(tmp_path) as store:
         server.faults, server.says = [400], b"the maximum context length is 64 tokens"
