@@ -39,7 +39,7 @@ from rbfast.data.rendered import parse_rendered
 from rbfast.data.replies import END_FIELDS, MAP_HINT, Reply, find_replies, is_flag, reply_of_turn, verdict_of
 from rbfast.data.row import RowFields, sole_candidate
 from rbfast.data.thinking_marks import OPENER
-from rbfast.data.trace import MAY_BE_NUMBERS, TraceError, is_finite
+from rbfast.data.trace import MAY_BE_NUMBERS, TraceError, check_text, is_finite
 from rbfast.data.wrappers import unwrap
 from rbfast.utils.records import show
 
@@ -289,7 +289,7 @@ def _is_question(value: Any) -> bool:
 def question_of(row: Any, options: FormatOptions = AUTO) -> dict[str, Any]:
     """The `problem` of a row, with `answer`, `system`, `domain`, `source` and `id` if it has them. It needs no reply.
 
-    Raises TraceError if it has no problem, or several fields that may be the problem.
+    Raises TraceError if it has no problem, several fields that may be the problem, or one that is no Unicode text.
     """
     if not isinstance(row, Mapping):
         raise TraceError(f"expected an object with a problem, got {show(row)}")
@@ -303,6 +303,9 @@ def question_of(row: Any, options: FormatOptions = AUTO) -> dict[str, Any]:
         known = known_answer(str(trace["reference"]))  # the trace's own answer may be wrong
     known = known or _answer_field(fields) or _known_answer(fields, question)
     values = {"problem": question.text, "answer": known, "system": question.system}
+    for name in ("problem", "system"):
+        if values[name] is not None:
+            check_text(name, values[name])  # half a surrogate pair cannot be sent
     values |= {name: fields.text(name) for name in ("domain", "source", "id")}
     return {name: value for name, value in values.items() if value is not None}
 

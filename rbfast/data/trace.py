@@ -54,12 +54,12 @@ class Trace:
 
     def __post_init__(self) -> None:
         for field in _REQUIRED:
-            _check_text(field, getattr(self, field))
+            check_text(field, getattr(self, field))
             if not getattr(self, field).strip():
                 raise TraceError(f"{field}: expected text, got an empty string; fill it or leave the trace out")
         for field in _OPTIONAL_TEXT:
             if getattr(self, field) is not None:
-                _check_text(field, getattr(self, field))
+                check_text(field, getattr(self, field))
         _check_difficulty(self.difficulty)
         if not isinstance(self.verified, bool | None):
             raise TraceError(f"verified: expected true, false or null, got {show(self.verified)}")
@@ -138,7 +138,7 @@ def is_finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def _check_text(field: str, value: object) -> None:
+def check_text(field: str, value: object) -> None:
     if not isinstance(value, str):
         raise TraceError(f"{field}: expected a string, got {show(value)}; write it as text")
     try:
@@ -204,9 +204,9 @@ def _check_turns(turns: object) -> None:
         expected = ("user", "assistant")[number % 2]
         if turn.get("role") != expected:
             raise TraceError(f"turns: expected the role {expected} in turn {number + 1}, got {show(turn.get('role'))}")
-        _check_text(f"turns: content of turn {number + 1}", turn.get("content"))
+        check_text(f"turns: content of turn {number + 1}", turn.get("content"))
         if "reasoning" in turn:
-            _check_text(f"turns: reasoning of turn {number + 1}", turn["reasoning"])
+            check_text(f"turns: reasoning of turn {number + 1}", turn["reasoning"])
     if len(turns) % 2:
         raise TraceError("turns: expected a reply to every question before the problem, got none to the last")
 

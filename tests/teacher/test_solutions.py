@@ -387,6 +387,10 @@ def test_questions_that_are_none_are_named(tmp_path):
     file.write_text('{"problem": "Why?"}\n{"problem": " "}\n')
     with pytest.raises(ValueError, match=r"problems\.jsonl:2: problem: expected text"):
         read_questions(file)
+    for torn in ({"problem": "Why? \ud83d"}, {"problem": "Why?", "system": "\ud83d"}):
+        file.write_text(json.dumps(torn))
+        with pytest.raises(ValueError, match=r"problems\.jsonl:1: (problem|system): .* half a surrogate pair"):
+            read_questions(file)
     file.write_text("")
     with pytest.raises(ValueError, match="at least one problem"):
         read_questions(file)
