@@ -101,12 +101,17 @@ def _scan(text: str, mask_digits: bool) -> list[str]:
 
 def _may_be_set(text: str, at: int, named: int, relates: bool) -> bool:
     r"""Whether the brace at `at` is not an argument and not a font group: `{\bf a, b}`."""
-    before, inside = text[:at].rstrip(_SPACES), text[at + 1 :].lstrip(_SPACES)
-    if inside.startswith("\\") or before.endswith(tuple("_^/}]")):
+    end, inside = at, at + 1  # of what is before and where the inside starts; no slices, as a text may hold many braces
+    while end and text[end - 1] in _SPACES:
+        end -= 1
+    while text[inside : inside + 1] and text[inside] in _SPACES:
+        inside += 1
+    before = text[max(0, end - 1) : end]
+    if text.startswith("\\", inside) or (before and before in "_^/}]"):
         return False
-    if len(before) == named:
+    if end == named:
         return relates
-    return len(before) < at or re.search(r"[a-z0-9\u0080-\U0010ffff]\Z", before) is None
+    return end < at or re.fullmatch(r"[a-z0-9\u0080-\U0010ffff]", before) is None
 
 
 def _read_mark(text: str, at: int, bound: int, row: list[str]) -> int:

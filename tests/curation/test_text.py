@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -161,6 +162,12 @@ def test_native_shingles_are_the_definition(native, texts: list[str], k: int, ma
     packed = pack(texts)
     expected = text_reference.shingles(*packed, k, masked, 1)
     assert same(native.shingles(*packed, k, masked, threads), expected)
+
+
+def test_many_braces_are_read_in_time() -> None:
+    start = time.process_time()
+    assert len(tokens(r"\frac{1}{2} + " * 20_000)) == 20_000 * 4
+    assert time.process_time() - start < 10  # 0.7 s; a minute if every brace copied what is before it
 
 
 def test_native_shingles_are_the_definition_on_real_problems(native, problems: list[str]) -> None:
