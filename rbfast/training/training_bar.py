@@ -28,8 +28,10 @@ class TrainingBar(TrainerCallback):
         logs = logs or {}
         self.shown |= {name[5:]: value for name, value in logs.items() if name.startswith("loss_")}
         self.shown |= {"held-out": logs["eval_loss"]} if "eval_loss" in logs else {}
-        losses = "  ".join(f"{name} {value:.3f}" for name, value in self.shown.items())
-        self.bar.update(self.task, completed=state.global_step, description=losses)
+        losses = [f"{name} {value:.3f}" for name, value in self.shown.items()]
+        # Two in a line: a terminal of 80 columns holds no four beside the bar.
+        lines = "\n".join("  ".join(losses[i : i + 2]) for i in range(0, len(losses), 2))
+        self.bar.update(self.task, completed=state.global_step, description=lines)
 
     def close(self) -> None:
         self.bar.stop()

@@ -6,16 +6,18 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 
 def bar(title: str, quiet: bool = False) -> Progress:
     """A bar with counts, elapsed and remaining time, then the task's description."""
+    whole = Column(no_wrap=True)  # a narrow terminal takes its room from the bar alone
     return Progress(
         TextColumn(title.replace("{", "{{").replace("}", "}}"), markup=False),  # it may be the name of a file
         BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        MofNCompleteColumn(table_column=whole),
+        TimeElapsedColumn(table_column=whole),
+        TimeRemainingColumn(table_column=whole),
         TextColumn("{task.description}", markup=False),
         console=Console(file=sys.stderr),
         disable=quiet,
