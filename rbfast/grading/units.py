@@ -115,7 +115,7 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
     """The text before the unit, and the unit (None if there is none or it counts things), of normalized text."""
     sign, currency, rest = _currency(text)
     if currency:
-        return sign + rest, _UNITS.get(currency)
+        return sign + _scaled(rest), _UNITS.get(currency)
     if match := _DEGREES.search(text):
         name = {"C": "celsius", "F": "fahrenheit", "": "degree"}[match[1]]
         return text[: match.start()].strip(), _UNITS[name]
@@ -132,6 +132,13 @@ def _currency(text: str) -> tuple[str, str, str]:
         return match[1], _CURRENCY[match[3]], match[2]
     match = _SIGN_FIRST.match(text)
     return (match[1], _CURRENCY[match[2]], match[3]) if match else ("", "", text)
+
+
+def _scaled(amount: str) -> str:
+    """`3 million` as a product; any other amount as it is."""
+    number, _, word = _TEXT.sub(r" \1", amount).strip().rpartition(" ")
+    size = _MULTIPLIERS.get(word.lower())
+    return f"({number.strip()})\\cdot {size}" if size and number.strip() else amount
 
 
 def _split_word_unit(text: str) -> tuple[str, Unit | None]:
@@ -156,7 +163,8 @@ def _may_be_unit(phrase: str, spaced: bool) -> bool:
         return False  # a product of variables
     if not spaced:
         return len(words[0].rstrip("^{}23")) > 1 and unit_of(phrase) is not None
-    return unit_of(phrase) is not None or all(len(word) > 3 or word in _SHORT for word in words)
+    # A power is not counted as letters: `3 x^{2}` is a product.
+    return unit_of(phrase) is not None or all(len(word.rstrip("^{}23")) > 3 or word in _SHORT for word in words)
 
 
 def _apply_multiplier(text: str, core: str, phrase: str) -> tuple[str, Unit | None]:

@@ -271,6 +271,13 @@ RIGHT = [
     ("2nm", "2mn"),
     (r"p \land \sim q", "p ∧ ¬q"),
     (r"p \lor q", "q ∨ p"),
+    # a power of a variable is no unit,
+    ("3x^2", "3 x^{2}"),
+    (r"\pi r^2", "πr²"),
+    # large sums of money,
+    ("$3 million", "3 million dollars"),
+    ("$1.2 million", r"\$1,200,000"),
+    ("1200000", r"\$1.2\text{ million}"),
 ]
 
 WRONG = [
@@ -503,4 +510,10 @@ WRONG = [
     (r"p \land q", r"p \lor q"),
     ("p ∧ q", "p ∨ q"),
     (r"p \land q \lor r", r"q \land r \lor p"),
+    # a power of a variable, large sums of money,
+    ("3", "3 x^{2}"),
+    ("3 x^{2}", "3 y^{2}"),
+    (r"\pi", "πr²"),
+    ("$3", "$3 million"),
+    ("$3 million", "$3 billion"),
 ]
