@@ -93,7 +93,8 @@ _RULES = [
             r"\1\\frac{\2\\pi}{180}",
         ),
         (r"\\log_\s*(\d)", r"\\log_{\1}"),
-        (r"\{,\}|, ?\\[!,]\s*", "\u200b"),  # certainly a thousands separator
+        (r"(?<=\d)(?:\{,\}|, ?\\!) ?(?=\d{3}(?!\d))", "\u200b"),  # certainly a thousands separator
+        (r"\{,\}|, ?\\[!,]", ","),  # `(1,\,2)`, or a decimal comma; `1,\,234` may be one number or two
         (r"(?<=\d)\\!(?=\d)", ""),
         (r"(?<=\d)(?:\\,|~)(?=\d{3}(?!\d))", "\u200b"),
         (r"\\!", ""),

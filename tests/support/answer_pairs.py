@@ -278,6 +278,13 @@ RIGHT = [
     ("$3 million", "3 million dollars"),
     ("$1.2 million", r"\$1,200,000"),
     ("1200000", r"\$1.2\text{ million}"),
+    # a comma and a thin space,
+    ("(1, 2)", r"\left(1,\,2\right)"),
+    ("(x, y)", r"(x,\,y)"),
+    ("1, 2, 3", r"\{1,\,2,\,3\}"),
+    ("1234567", r"1,\,234,\,567"),
+    ("(100, 200)", r"(100,\,200)"),
+    ("10080", r"10,\! 080"),
 ]
 
 WRONG = [
@@ -516,4 +523,8 @@ WRONG = [
     (r"\pi", "πr²"),
     ("$3", "$3 million"),
     ("$3 million", "$3 billion"),
+    # a comma and a thin space, a decimal comma,
+    ("12", r"(1,\,2)"),
+    ("xy", r"(x,\,y)"),
+    ("314", "3{,}14"),
 ]
