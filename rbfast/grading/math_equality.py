@@ -289,7 +289,7 @@ class _Quantity(NamedTuple):
 
 
 def _equal_texts(expected: str, found: str, same: Same) -> bool:
-    if expected == found:
+    if _compact(expected) == _compact(found):
         return True
     if (moment := same_moment(expected, found)) is not None:
         return moment
@@ -306,6 +306,12 @@ def _equal_texts(expected: str, found: str, same: Same) -> bool:
     if any(plain) and (left or right or not _are_products(*filter(None, plain))):
         return _choice_letter(expected) is not None and _choice_letter(expected) == _choice_letter(found)
     return _equal_expressions(expected, found, same)
+
+
+def _compact(text: str) -> str:
+    """The text without braces around one character and spaces beside a bar: `O(n^{2})`, `P(A | B)`, which no parser
+    reads."""
+    return re.sub(r"([\^_])\{(\w)\}", r"\1\2", re.sub(r"\s*\|\s*", "|", text))
 
 
 def _equal_expressions(expected: str, found: str, same: Same) -> bool:

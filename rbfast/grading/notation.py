@@ -64,6 +64,7 @@ _SIGNS |= {"Δ": r"\Delta ", "Ω": r"\Omega ", "Σ": r"\Sigma ", "ϕ": r"\phi ",
 _UP = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "0123456789+-()n")
 _DOWN = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 
+_FUNCTION = "(?:sin|cos|tan)h?|sec|csc|cot|arc(?:sin|cos|tan)|ln|log|exp"
 _RULES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -83,11 +84,9 @@ _RULES = [
         (r"\\colon(?![a-zA-Z])", ":"),
         (r"\\log_\{?e\}?(?![a-zA-Z])", r"\\ln "),
         (r"(?<![\\a-zA-Z{])a(sin|cos|tan)(?=\s*\()", r"\\arc\1"),
-        (
-            r"(?<![\\a-zA-Z{])((?:sin|cos|tan)h?|sec|csc|cot|arc(?:sin|cos|tan)|ln|log|exp)"
-            r"(?=\s*[({\\_|^]| ?\d*[a-z](?![a-zA-Z]))",
-            r"\\\1",
-        ),
+        (rf"\\(?:operatorname\*?|mathrm|text)\s*\{{\s*(?!sec)({_FUNCTION})\s*\}}", r"\\\1 "),  # sec: seconds
+        (rf"(?<![\\a-zA-Z{{])({_FUNCTION})(?=\s*[({{\\_|^]| ?\d*[a-z](?![a-zA-Z]))", r"\\\1"),
+        (r"(?<![\\a-zA-Z{])(?:(ln)(?= ?\d)|(log|sin|cos|tan)(?= \d))", r"\\\1\2 "),  # `log2` may be of base 2
         (
             r"(\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])(?:\^\{?\d\}?)?\s*[({]?)\s*(\d+(?:\.\d+)?)\s*\^\s*\{?\\circ\}?",
             r"\1\\frac{\2\\pi}{180}",
@@ -254,11 +253,14 @@ def _strip_dollars(text: str) -> str:
 
 
 def add_braces(text: str) -> str:
-    r"""The text with braces around the arguments of `\frac` and `\sqrt`, and of `^` if it has round brackets."""
+    r"""The text with braces around the arguments of `\frac` and `\sqrt`, and of `^` if it has a minus or brackets."""
     for command, arguments in ((r"\frac", 2), (r"\sqrt", 1)):
         if command in text:
             text = _with_arguments(text, command, arguments)
-    return re.sub(r"\^\s*\(((?:[^()]|\([^()]*\))*)\)", r"^{\1}", text) if "^" in text else text
+    if "^" not in text:
+        return text
+    text = re.sub(r"\^\s*(-\s*(?:\d+|[a-zA-Z]))", r"^{\1}", text)
+    return re.sub(r"\^\s*\(((?:[^()]|\([^()]*\))*)\)", r"^{\1}", text)
 
 
 def _with_arguments(text: str, command: str, count: int) -> str:

@@ -271,20 +271,31 @@ RIGHT = [
     ("2nm", "2mn"),
     (r"p \land \sim q", "p ∧ ¬q"),
     (r"p \lor q", "q ∨ p"),
-    # a power of a variable is no unit,
+    # a power of a variable is no unit
     ("3x^2", "3 x^{2}"),
     (r"\pi r^2", "πr²"),
-    # large sums of money,
+    # large sums of money
     ("$3 million", "3 million dollars"),
     ("$1.2 million", r"\$1,200,000"),
     ("1200000", r"\$1.2\text{ million}"),
-    # a comma and a thin space,
+    # a comma and a thin space
     ("(1, 2)", r"\left(1,\,2\right)"),
     ("(x, y)", r"(x,\,y)"),
     ("1, 2, 3", r"\{1,\,2,\,3\}"),
     ("1234567", r"1,\,234,\,567"),
     ("(100, 200)", r"(100,\,200)"),
     ("10080", r"10,\! 080"),
+    # functions without brackets or as text, powers with a minus, what no parser reads
+    (r"\ln 2", "ln 2"),
+    (r"2\ln 3", "2ln3"),
+    (r"\frac{1}{2}", "sin 30°"),
+    (r"\arctan 2", r"\operatorname{arctan}(2)"),
+    (r"\sin x", r"\mathrm{sin}(x)"),
+    (r"5 \text{ s}", r"5\text{ sec}"),
+    ("e^{-x}", "e^-x"),
+    (r"\frac{1}{x}", "x^-1"),
+    ("O(n^2)", "O(n^{2})"),
+    ("P(A|B)", r"P(A \mid B)"),
 ]
 
 WRONG = [
@@ -517,14 +528,19 @@ WRONG = [
     (r"p \land q", r"p \lor q"),
     ("p ∧ q", "p ∨ q"),
     (r"p \land q \lor r", r"q \land r \lor p"),
-    # a power of a variable, large sums of money,
+    # a power of a variable, large sums of money
     ("3", "3 x^{2}"),
     ("3 x^{2}", "3 y^{2}"),
     (r"\pi", "πr²"),
     ("$3", "$3 million"),
     ("$3 million", "$3 billion"),
-    # a comma and a thin space, a decimal comma,
+    # a comma and a thin space, a decimal comma
     ("12", r"(1,\,2)"),
     ("xy", r"(x,\,y)"),
     ("314", "3{,}14"),
+    # functions without brackets, powers with a minus
+    (r"\log 6", "log2(3)"),
+    (r"\ln 3", "ln 2"),
+    ("e^{-x}", "e^x"),
+    ("O(n^2)", "O(n^{3})"),
 ]
