@@ -49,8 +49,8 @@ _SHEET = {
 class Measurement:
     """The completions with one token limit and sampling setting. A side without completions is empty.
 
-    `limit` is None if it was not recorded and no completion reached it. `drawn` describes the sampling; it is empty for
-    greedy completions, and if it was not recorded.
+    `limit` is None if it was not recorded and no completion reached it. `drawn` describes the guide and the sampling;
+    it is empty for plain greedy completions, and if it was not recorded.
     """
 
     limit: int | None
@@ -187,8 +187,8 @@ def _limit(record: Record, where: str) -> int | None:
     if (decoding := record.get("decoding")) is None:
         return None
     if (guide := decoding.get("guide")) is not None:
-        check_shape(guide, {"budget": int}, f"{where}: decoding: guide")
-        return int(guide["budget"])
+        check_shape(guide, {"limits": {"budget": int}}, f"{where}: decoding: guide")
+        return int(guide["limits"]["budget"])
     return int(decoding["max_new_tokens"])
 
 
@@ -196,9 +196,10 @@ def _sampling_label(record: Record, where: str) -> str:
     decoding = record.get("decoding") or {}
     check_present_fields(decoding, {"samples": int, "temperature": _NUMBER}, f"{where}: decoding")
     samples, temperature = decoding.get("samples", 1), decoding.get("temperature", 0)
-    if samples == 1 and temperature == 0:
-        return ""
-    return f"{samples} sample{'s' if samples > 1 else ''} at temperature {temperature:g}"
+    labels = ["guided"] if decoding.get("guide") is not None else []
+    if samples > 1 or temperature != 0:
+        labels.append(f"{samples} sample{'s' if samples > 1 else ''} at temperature {temperature:g}")
+    return ", ".join(labels)
 
 
 def _inferred_limit(sides: Iterable[Items]) -> int | None:
@@ -211,7 +212,7 @@ def _inferred_limit(sides: Iterable[Items]) -> int | None:
 
 
 def main_measurement(run: RunFolder) -> Measurement | None:
-    """The measurement to report first: with both sides if possible, then with the highest limit, then greedy."""
+    """The measurement to report first: with both sides if possible, then with the highest limit, then plain greedy."""
     return max(run.measurements, key=lambda m: (bool(m.before and m.after), m.limit or 0), default=None)
 
 

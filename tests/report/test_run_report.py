@@ -6,16 +6,21 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 from run_folders import ADAPTER, BROWSERS, NASTY, SETTINGS, THOUGHT, lines, record, results, write_run
+from tiny import tiny_model, tiny_tokenizer
 
 from rbfast.cli.main import main
 from rbfast.data.spans import split_spans
+from rbfast.evaluation.evaluate import evaluate
 from rbfast.evaluation.statistics import paired_difference, proportion
+from rbfast.grading.grade import Problem
+from rbfast.inference.guide import Guide, Limits, Phrases
 from rbfast.report import accuracy, examples
 from rbfast.report.html import escape, table
 from rbfast.report.read_run import compare, main_measurement, read_run
@@ -160,13 +165,14 @@ def test_limits_make_a_curve_of_budgets(tmp_path: Path) -> None:
     def limited(limit: int) -> dict[str, Any]:
         return {"decoding": {"max_new_tokens": limit, "guide": None}}
 
+    guided = asdict(Guide(Limits(128)))
     run = write_run(
         tmp_path / "run",
         **{
             "before.jsonl": lines(results(1, **limited(64))),
             "after.jsonl": lines(results(3, **limited(64))),
             "after-long.jsonl": lines([*results(7, n=9, **limited(256)), record(99, True, "other", **limited(256))]),
-            "after-guided.jsonl": lines(results(5, decoding={"max_new_tokens": 64, "guide": {"budget": 128}})),
+            "after-guided.jsonl": lines(results(5, decoding={"max_new_tokens": 64, "guide": guided})),
         },
     )
     measurements = read_run(run).measurements
@@ -177,6 +183,18 @@ def test_limits_make_a_curve_of_budgets(tmp_path: Path) -> None:
     }
     page = Page(page_of(run))
     assert "an evaluation of its own" in page.text and "at most 128 tokens" in page.text
+
+
+def test_a_guided_evaluation_is_a_measurement_of_its_own(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    problem = Problem("legs", "How many legs?", "4", {})
+    guide = Guide(Limits(150, reserve=140), Phrases(close="</think>"))
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    evaluate(model, tokenizer, [problem], keep=run / "guided.jsonl", guide=guide)
+    evaluate(model, tokenizer, [problem], keep=run / "plain.jsonl", max_new_tokens=150)
+    drawn = [(measured.limit, measured.drawn, len(measured.after)) for measured in read_run(run).measurements]
+    assert drawn[-2:] == [(150, "", 1), (150, "guided", 1)]
+    assert "at most 150 tokens, guided" in Page(page_of(run)).text
 
 
 def test_samples_are_not_pooled_with_greedy_completions(tmp_path: Path) -> None:
