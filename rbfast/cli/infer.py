@@ -124,10 +124,20 @@ def _print_solutions(args: argparse.Namespace, solutions: "Sequence[Solution]", 
     from rbfast.inference.solver import vote_of
 
     vote = vote_of(solutions)
-    answer = vote.answer if len(solutions) > 1 else final_answer(solutions[0].text)
+    answer = _as_written(solutions, vote.answer) if len(solutions) > 1 else final_answer(solutions[0].text)
     text = transcript.last_line(answer, sum(solution.tokens for solution in solutions), len(solutions), vote.votes)
     result = {"answer": answer, "votes": vote.votes, "solutions": [solution.to_dict() for solution in solutions]}
     return print_result(args, result, text)
+
+
+def _as_written(solutions: "Sequence[Solution]", winner: str | None) -> str | None:
+    """The winner of a vote as the first sample that gave it wrote it: a vote counts `Paris` as `paris`, `B` as `b`."""
+    from rbfast.data.answers import final_answer
+    from rbfast.grading.grade import answer_key
+
+    whole = [solution.text for solution in solutions if not (solution.abandoned or solution.truncated)]
+    given = next((text for text in whole if answer_key(text) == winner), "") if winner else ""
+    return final_answer(given) or winner
 
 
 def _read_stdin() -> str:

@@ -173,6 +173,14 @@ def test_samples_vote_from_the_command_line(start, capsys):
     assert "said 401" in printed.err and json.loads(printed.out)["solutions"][0]["answer"] == "4"
 
 
+@pytest.mark.parametrize("written", ["New Delhi", "B", r"\frac{1}{2}"])
+def test_the_command_line_shows_a_voted_answer_as_it_was_written(start, capsys, written):
+    _, server = start(says(4), says(written), says(written))
+    assert main(["solve", "m", "2+2?", "--server", server.url, "--samples", "3", "--concurrency", "1", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["answer"], result["votes"]) == (written, 2)
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
