@@ -46,13 +46,16 @@ _SUBSCRIPT = re.compile(r"[a-zA-Z]_\{?\d")
 _NUMBERED = re.compile(r"(?<![a-zA-Z\\])([a-zA-Z])(\d+)")
 _CONNECTIVE = re.compile(r"(?P<and>∧|\\(?:land|wedge)(?![a-zA-Z]))|∨|\\(?:lor|vee)(?![a-zA-Z])")
 _RELATION = re.compile(r"[=<>≤≥≠∈]|\\(?:leq?|geq?|neq?|lt|gt|in|[lg]eqslant)(?![a-zA-Z])")
-_CHOICE = re.compile(r"\(([A-Ja-j])\)|([A-Ja-j])[.):]?|(?:\(([A-J])\)[,:]?|([A-J])[.):])\s+(?P<said>[\w$(\\].*)")
+_CHOICE = re.compile(
+    r"\(([A-Ja-j])\)|([A-Ja-j])[.):]?"
+    r"|(?:\(([A-J])\)[,:]?|([A-J])[.):]|([A-J])(?= \([A-Za-z]{2}))\s+(?P<said>[\w$(\\].*)"
+)
 # Several choices: in a row, which is in order (`AB` is not the product `BA`), or in a list.
 _IN_A_ROW = re.compile("(?=..)A?B?C?D?E?F?G?H?I?J?")
 _CHOICES = re.compile(r"\(?[A-J]\)?(?:(?:[,;、]? ?(?:and )?)\(?[A-J]\)?)+")
 # Text after a choice that takes it back or makes it one of several, and is not the text of the option.
 _HEDGE = re.compile(
-    r"(?:or|and|nor)\s+\(?[A-J]\b|\(?[A-J][).]|but\b"
+    r"(?:or|and|nor)\s+\(?[A-J]\b|\(?[A-J][).]|but\b|(?:maybe|wrong|incorrect|false)\b"
     r"|(?!(?i:both|either|neither|all|none|only)\b).*(?:\b(?:or|and)\b|[,/])\s*\([A-J]\)"
     r"|(?i:(?:is|are|was|must be) (?:\w+ )?(?:wrong|incorrect|false|ruled out))"
     r"|(?i:(?:(?:is|are|was) not|isn't|not|cannot be|can't be|(?:may|might|could|would)(?: not)? be) (?:\w+ )?"
@@ -404,7 +407,7 @@ def _plain_words(text: str) -> str:
 def _choice_letter(text: str) -> str | None:
     """The letter of a choice: `(C)`, `C.`, `(C) 5`."""
     match = _CHOICE.fullmatch(re.sub(r"^(?:[Oo]ption|[Cc]hoice) ", "", without_text_command(text).strip()))
-    if match is None or _HEDGE.match(match["said"] or ""):
+    if match is None or _HEDGE.match((match["said"] or "").removeprefix("(")):
         return None
     return next(filter(None, match.groups())).casefold()
 

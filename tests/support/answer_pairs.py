@@ -296,6 +296,10 @@ RIGHT = [
     (r"\frac{1}{x}", "x^-1"),
     ("O(n^2)", "O(n^{2})"),
     ("P(A|B)", r"P(A \mid B)"),
+    # a choice with its text in brackets
+    ("B", "B (Paris)"),
+    ("B", "The answer is B (Paris)."),
+    ("B", "B (both of them)"),
 ]
 
 WRONG = [
@@ -543,4 +547,8 @@ WRONG = [
     (r"\ln 3", "ln 2"),
     ("e^{-x}", "e^x"),
     ("O(n^2)", "O(n^{3})"),
+    # a choice with a doubt in brackets
+    ("B", "B (or C)"),
+    ("B", "B (wrong)"),
+    ("B", "B (x)"),
 ]
