@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # what type checkers and editors see of `_HOMES`
     from rbfast.loss.teacher_signal import Dense as Dense
     from rbfast.loss.teacher_signal import TopK as TopK
     from rbfast.models.student import load_student as load_student
+    from rbfast.on_policy.rounds import distill_on_policy as distill_on_policy
     from rbfast.training.distill import distill as distill
     from rbfast.training.distill_config import DistillConfig as DistillConfig
     from rbfast.training.objective import Objective as Objective
@@ -52,6 +53,7 @@ _HOMES = {
     "calibrate": "inference.solver",
     "curate": "curation.curate",
     "distill": "training.distill",
+    "distill_on_policy": "on_policy.rounds",
     "evaluating": "inference.decoding",
     "guided": "inference.local",
     "load_student": "models.student",

@@ -19,6 +19,7 @@ from rbfast.cli.common import (
     attach_adapter,
     device_of,
     format_lines,
+    format_options,
     instruction_of,
     load_model,
     output_file,
@@ -112,6 +113,7 @@ def add_distill(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--plan", action="store_true", help="print the memory that the run would take, and train nothing")
     add_formats(sub)
     _add_objective(sub)
+    _add_on_policy(sub)
 
 
 def _add_objective(sub: argparse.ArgumentParser) -> None:
@@ -122,22 +124,38 @@ def _add_objective(sub: argparse.ArgumentParser) -> None:
         "--anneal", type=float, help="share of the strategic weight moved to the tactical (default: 0.5)"
     )
     group.add_argument("--temperature", type=float, nargs="+", help="one for all roles, or one for each (default: 1)")
-    group.add_argument("--beta", type=float, help="0 forward KL, 1 reverse KL, between: Jensen-Shannon (default: 0)")
+    group.add_argument(
+        "--beta", type=float, help="0 forward KL, 1 reverse KL, between: Jensen-Shannon (default: 0; 1 with --rounds)"
+    )
     group.add_argument(
         "--ce-weight",
         type=float,
         dest="ce_share",
         metavar="SHARE",
-        help="weight of the text where a teacher has log-probs; the divergence gets the rest (default: 0.5)",
+        help="weight of the text where a teacher has log-probs; the divergence gets the rest (default: 0.5; 0 with "
+        "--rounds)",
     )
     group.add_argument("--gradient-filter", type=float, help="share of a gradient that a CPU may skip (default: 0)")
 
 
+def _add_on_policy(sub: argparse.ArgumentParser) -> None:
+    group = sub.add_argument_group(
+        "on-policy",
+        "with --rounds the student writes the text, and --teacher corrects it; TRACES are problems, answers optional",
+    )
+    group.add_argument("--rounds", type=positive, help="times that the student writes with what it has learnt")
+    group.add_argument("--samples", type=positive, help="completions of a problem (default: 1)")
+    group.add_argument("--max-new-tokens", type=positive, help="tokens of a completion, at most (default: 512)")
+
+
 def run_distill(args: argparse.Namespace) -> int:
-    from rbfast.report.plots import plot_losses
     from rbfast.training.distill import distill, plan_run
 
     config = _distill_config(args)
+    if args.rounds:
+        return _run_rounds(args, config)
+    if args.samples or args.max_new_tokens:
+        raise ValueError("--samples and --max-new-tokens are for --rounds, in which the student writes: give it too")
     traces = read_and_report_traces(args, args.traces, args.out / "unreadable.jsonl")
     if (wrong := sum(trace.verified is False for trace in traces)) and is_first_process():
         print(
@@ -156,8 +174,44 @@ def run_distill(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(_resume_message(args.out, config), file=sys.stderr)
         raise
-    if not is_first_process():
-        return 0  # only the first process prints
+    return _print_run(args, run) if is_first_process() else 0  # only the first process prints
+
+
+def _run_rounds(args: argparse.Namespace, config: "DistillConfig") -> int:
+    from rbfast.on_policy.rounds import distill_on_policy
+    from rbfast.on_policy.samples import Writing
+    from rbfast.teacher.solutions import read_questions
+
+    for_traces = ("signals", "held_out", "keep_best", "plan", "report_to", "shard")
+    if given := [f"--{name.replace('_', '-')}" for name in for_traces if getattr(args, name)]:
+        raise ValueError(f"{given[0]} has no meaning with --rounds: leave one of them out")
+    if args.teacher is None:
+        raise ValueError("--rounds needs a --teacher, which corrects what the student writes")
+    written = {"samples": args.samples, "max_new_tokens": args.max_new_tokens}
+    questions = read_questions(args.traces, seed=args.seed, options=format_options(args))
+    model, tokenizer, teacher = _load_models(args)
+    try:
+        run = distill_on_policy(
+            model,
+            tokenizer,
+            questions,
+            args.out,
+            config,
+            args.json,
+            teacher=teacher,
+            rounds=args.rounds,
+            writing=Writing(**{name: value for name, value in written.items() if value}),
+            adapter=args.adapter,
+        )
+    except KeyboardInterrupt:
+        print(_resume_message(args.out, config), file=sys.stderr)
+        raise
+    return _print_run(args, run)
+
+
+def _print_run(args: argparse.Namespace, run: "Run") -> int:
+    from rbfast.report.plots import plot_losses
+
     plot_losses(run.log_history, args.out / "losses.png")
     if run.found:
         print(
@@ -167,7 +221,7 @@ def run_distill(args: argparse.Namespace) -> int:
         )
     if run.skipped:
         print(f"{len(run.skipped)} traces left out, see {args.out / 'skipped.jsonl'}", file=sys.stderr)
-    result = _summarize_run(run, args.out)
+    result = _summarize_run(run, args.out, "loss" if args.rounds else "loss_")
     if args.json and run.plan is not None:
         result["plan"] = run.plan.to_dict()
     return print_result(args, result, format_lines(result))
@@ -199,8 +253,12 @@ def _distill_config(args: argparse.Namespace) -> "DistillConfig":
     from rbfast.training.distill_config import DistillConfig
     from rbfast.training.objective import Objective
 
+    on_policy = {"beta": 1.0, "ce_share": 0.0} if args.rounds else {}
     objective = (
-        _given_options(args, Objective) | _by_role("", args.role_weights) | _by_role("_temperature", args.temperature)
+        on_policy
+        | _given_options(args, Objective)
+        | _by_role("", args.role_weights)
+        | _by_role("_temperature", args.temperature)
     )
     options = _given_options(args, DistillConfig)
     if "all-linear" in (args.targets or ()):
@@ -258,12 +316,12 @@ def _resume_message(out: Path, config: "DistillConfig") -> str:
     return f"there is no checkpoint yet (one every {config.save_steps} steps: --save-steps), so it will start over"
 
 
-def _summarize_run(run: "Run", out: Path) -> dict[str, Any]:
-    # The losses at the first and the last step with tokens of each role, before that step's update.
+def _summarize_run(run: "Run", out: Path, kind: str) -> dict[str, Any]:
+    # The losses whose name begins so at the first and the last step with tokens of each role, before its update.
     first: dict[str, float] = {}
     last: dict[str, float] = {}
     for entry in run.log_history:
-        losses = {name: loss for name, loss in entry.items() if name.startswith("loss_")}
+        losses = {name: loss for name, loss in entry.items() if name.startswith(kind)}
         first, last = losses | first, last | losses
     result = {
         "out": str(out),

@@ -111,18 +111,27 @@ def _make_example(
 ) -> Example:
     prompt = tokenizer(opening, add_special_tokens=False, verbose=False).input_ids
     tokens, offsets = tokenize_reply(written, tokenizer)
-    ids = np.array([*prompt, *tokens, end_of_turn(tokenizer)], dtype=np.int64)
-    if len(ids) > max_tokens:
-        raise TraceError(f"{where}: expected at most {max_tokens} tokens, got {len(ids)}; raise max_tokens or drop it")
-    labels = np.full(len(ids), IGNORE, dtype=np.int64)
-    labels[len(prompt) - 1 : -1] = ids[len(prompt) :]
-    roles = np.full(len(ids), NO_ROLE, dtype=np.int64)
-    roles[len(prompt) - 1 : -2] = _token_roles(written, offsets)
-    roles[-2] = ANSWER
-    return Example(ids, labels, roles, id=name)
+    length = len(prompt) + len(tokens) + 1
+    if length > max_tokens:
+        raise TraceError(f"{where}: expected at most {max_tokens} tokens, got {length}; raise max_tokens or drop it")
+    roles = [*token_roles(written, offsets), ANSWER]
+    return example_of(prompt, [*tokens, end_of_turn(tokenizer)], roles, name)
 
 
-def _token_roles(written: RenderedReply, offsets: np.ndarray) -> np.ndarray:
+def example_of(
+    prompt: Sequence[int], completion: Sequence[int], roles: Sequence[int], name: str | None = None
+) -> Example:
+    """The example of a prompt and a completion, its end of turn included, with the role of each of its tokens."""
+    ids = np.array([*prompt, *completion], dtype=np.int64)
+    example = Example(
+        ids, np.full(len(ids), IGNORE, dtype=np.int64), np.full(len(ids), NO_ROLE, dtype=np.int64), id=name
+    )
+    example.labels[len(prompt) - 1 : -1] = completion
+    example.roles[len(prompt) - 1 : -1] = roles
+    return example
+
+
+def token_roles(written: RenderedReply, offsets: np.ndarray) -> np.ndarray:
     """The role of each completion token, int64 [tokens], from its character offsets [tokens, 2]."""
     text = written.text
     blank = np.array([character.isspace() for character in text])

@@ -14,7 +14,6 @@ summarize_samples(samples)                                         # pass@1, pas
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -31,7 +30,7 @@ from rbfast.grading.grade import Problem, answer_key, grade
 from rbfast.inference.decoding import Completion, batches_by_length, complete
 from rbfast.inference.guide import Guide, Limits
 from rbfast.inference.local import guided
-from rbfast.inference.solver import Sampling
+from rbfast.inference.solver import Sampling, seed_named
 from rbfast.inference.state import Event
 from rbfast.inference.vote import majority
 from rbfast.utils.files import Journal, check_output
@@ -115,15 +114,11 @@ class Decoding:
             greedy = complete(model, tokenizer, prompts, max_new_tokens=self.max_new_tokens, batch_size=batch_size)
             return [[(completion, ())] for completion in greedy]
         # A problem's draws must not depend on which others are left: a resumed run draws the same.
-        seeds = [self._seed(problem) for problem in problems]
+        seeds = [seed_named(f"{self.seed}:{problem.question}") for problem in problems]
         sampling = Sampling(self.samples, self.temperature, self.top_p, seeds, early_stop=False)
         guide = self.guide or Guide(Limits(self.max_new_tokens), interventions=())
         solutions = guided(model, tokenizer, prompts, guide, sampling, batch_size=batch_size)
         return [[(Completion(s.text, s.tokens, s.truncated), s.events) for s in samples] for samples in solutions]
-
-    def _seed(self, problem: Problem) -> int:
-        name = f"{self.seed}:{problem.question}".encode()
-        return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
 
 
 def evaluate(

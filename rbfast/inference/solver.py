@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from hashlib import blake2b
 from typing import Any, Protocol
 
 import numpy as np
@@ -57,6 +58,11 @@ class Sampling:
 
 
 GREEDY = Sampling()
+
+
+def seed_named(name: str) -> int:
+    """The seed of draws with a name."""
+    return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big")
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ from rbfast.training.examples import check_positions, check_traces, encode_held_
 from rbfast.training.held_out import evaluation_arguments, split_held_out, strip_timings
 from rbfast.training.objective import Objective, role_counts, sums_by_role, token_losses
 from rbfast.training.plan import Plan, make_plan
-from rbfast.training.resume import check_same_folder, check_same_run, digest_traces, run_settings
+from rbfast.training.resume import check_same_folder, check_same_run, digest_records, run_settings
 from rbfast.training.run_folder import LOG, RUN, SKIPPED
 from rbfast.training.trainer import DistillTrainer, StopAtNaN
 from rbfast.training.training_bar import TrainingBar
@@ -122,20 +122,65 @@ def distill(
     if keep_best and held_out is None:
         raise ValueError("keep_best compares checkpoints by the loss of held-out traces: give held_out too")
     check_trackers(report_to)
-    is_first = is_first_process()  # all processes share the folder, and only the first one writes
     check_traces(traces)
-    config = _with_instruction(config, adapter, model)
+    config = with_instruction(config, adapter, model)
     traces, eval_traces = split_held_out(traces, held_out, config.seed)
     examples, skipped = encode_traces(traces, tokenizer, config)
     eval_examples = encode_held_out(eval_traces, tokenizer, config)
     check_positions(model, [*examples, *eval_examples])
-    settings = run_settings(model, traces, asdict(config))
+    settings: dict[str, Any] = {"traces": len(traces), "traces_digest": digest_records(map(Trace.to_dict, traces))}
     if eval_traces:
-        digest = digest_traces(eval_traces)
+        digest = digest_records(map(Trace.to_dict, eval_traces))
         settings |= {"held_out": {"traces": len(eval_traces), "digest": digest, "keep_best": keep_best}}
     if signals is not None:
         otherwise = "their text alone" if teacher is None else "the running teacher"
         settings |= {"signals": _add_signals(examples, eval_examples, signals, otherwise)}
+    data = TrainingData(examples, eval_examples, skipped, settings, _shared_system_prompt(traces))
+    return train_examples(
+        model,
+        tokenizer,
+        data,
+        out,
+        config,
+        quiet,
+        teacher=teacher,
+        adapter=adapter,
+        keep_best=keep_best,
+        report_to=report_to,
+        start=start,
+    )
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The encoded examples of a run. settings: what run.json says of them. system: the system prompt that all share."""
+
+    examples: Sequence[Example]
+    held_out: Sequence[Example]
+    skipped: list[tuple[Trace, str]]
+    settings: dict[str, Any]
+    system: str = ""
+
+
+def train_examples(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: TrainingData,
+    out: Path,
+    config: DistillConfig,
+    quiet: bool = False,
+    *,
+    teacher: PreTrainedModel | None = None,
+    adapter: str | Path | None = None,
+    keep_best: bool = False,
+    report_to: Sequence[str] = (),
+    progress: TrainingBar | None = None,
+    start: float,
+) -> Run:
+    """The training of `distill`, on examples that are already encoded. start: when the call began."""
+    is_first = is_first_process()  # all processes share the folder, and only the first one writes
+    examples = data.examples
+    settings = run_settings(model, asdict(config)) | data.settings
     if teacher is not None:
         settings |= {"teacher": teacher.config.name_or_path}
     if adapter is not None:
@@ -144,30 +189,31 @@ def distill(
     # A run that was killed while it removed its checkpoints is finished, and may have left a part of one.
     checkpoint = None if (out / LOG).exists() else last_checkpoint(out / "checkpoints")
     reporting = {"report_to": list(report_to) or "none", "run_name": out.name}
-    if eval_traces:
+    if data.held_out:
         reporting |= evaluation_arguments(config.save_steps, keep_best, from_start=checkpoint is None)
     arguments = _training_arguments(out, model, config, examples, reporting)  # from here on the processes are connected
     check_same_folder(out, checkpoint)
     if (history := read_json(out / LOG, [{"step": int}])) is not None:
-        return _load_finished_run(model, out, history, skipped, len(examples))
+        return _load_finished_run(model, out, history, data.skipped, len(examples))
     if is_first:  # before the long part: fail early if the folder is not writable
         check_output(out, folder=True)
     trained = _attach_adapter(model, examples, config, teacher, checkpoint or adapter)
     with preserve_mode(model), _detach_on_failure(trained), lock_folder(out) if is_first else nullcontext():
         if is_first:  # not before: a run that could not begin leaves its folder to other settings
             write_text(out / RUN, json.dumps(settings, indent=1))
-            instruction = instruction_of(tokenizer, config)
-            write_prompt(out, tokenizer, replace(instruction, system=_shared_system_prompt(traces)))
+            write_prompt(out, tokenizer, replace(instruction_of(tokenizer, config), system=data.system))
             check_disk_space(out, sum(parameter.numel() for parameter in trained.parameters()))
-        plan = None if is_sharded(model) else _plan_batches(model, trained, examples, len(skipped), config, teacher)
+        plan = (
+            None if is_sharded(model) else _plan_batches(model, trained, examples, len(data.skipped), config, teacher)
+        )
         if is_first and not quiet and plan is not None:
             print(plan, file=sys.stderr)
-        progress = TrainingBar(quiet or not is_first)
-        trainer = _make_trainer(model, trained, arguments, examples, eval_examples, config, teacher, progress)
+        progress = progress or TrainingBar(quiet or not is_first)
+        trainer = _make_trainer(model, trained, arguments, examples, data.held_out, config, teacher, progress)
         with closing(progress), checkpointing(model) if config.gradient_checkpointing else nullcontext():
             trainer.train(resume_from_checkpoint=checkpoint)
         history = [strip_timings(entry) for entry in trainer.state.log_history if {"loss", "eval_loss"} & entry.keys()]
-        run = Run(trained, history, skipped, time.monotonic() - start, len(examples), plan=plan)
+        run = Run(trained, history, data.skipped, time.monotonic() - start, len(examples), plan=plan)
         if is_first:
             _save(run, out, settings, examples, resumed=checkpoint is not None)
         trainer.accelerator.wait_for_everyone()
@@ -211,7 +257,7 @@ def plan_run(
     """The resources that `distill` would need with these arguments. Trains nothing. Raises ValueError as `distill` does
     for traces that do not fit."""
     check_traces(traces)
-    config = _with_instruction(config, adapter, model)
+    config = with_instruction(config, adapter, model)
     traces, eval_traces = split_held_out(traces, held_out, config.seed)
     examples, skipped = encode_traces(traces, tokenizer, config)
     check_positions(model, [*examples, *encode_held_out(eval_traces, tokenizer, config)])
@@ -238,7 +284,7 @@ def _plan_batches(
     return make_plan(model, adapter, _batches(examples, config), config.gradient_checkpointing, teacher, left_out)
 
 
-def _with_instruction(config: DistillConfig, adapter: str | Path | None, model: PreTrainedModel) -> DistillConfig:
+def with_instruction(config: DistillConfig, adapter: str | Path | None, model: PreTrainedModel) -> DistillConfig:
     """A student that is trained again is asked as before, unless the config says otherwise."""
     if config.instruction is not None:
         return config

@@ -1,7 +1,7 @@
 """Checks that a folder holds the requested run: a run resumes only with the settings that it started with."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,15 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
 from rbfast.adapter.adapter_files import check_holds_no_model
-from rbfast.data.trace import Trace
 from rbfast.training.run_folder import LOG, RUN
 from rbfast.utils.processes import process_count
 from rbfast.utils.records import read_json
 
-_OPTIONAL = "quantised", "signals", "teacher", "adapter", "held_out"  # settings that only some runs have
+_OPTIONAL = "quantised", "signals", "teacher", "adapter", "held_out", "on_policy"  # settings that only some runs have
 
 
-def run_settings(model: PreTrainedModel, traces: Sequence[Trace], config: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a run, for run.json. config: the fields of its DistillConfig."""
+def run_settings(model: PreTrainedModel, config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run apart from its traces, for run.json. config: the fields of its DistillConfig."""
     processes = process_count()
     unit, size = _batch_size(config)
     settings = config | {
@@ -27,16 +26,14 @@ def run_settings(model: PreTrainedModel, traces: Sequence[Trace], config: dict[s
         f"{unit}_per_step": size * config["accumulation"] * processes,
         "base_model": model.config.name_or_path,
         "dtype": f"{model.dtype}".removeprefix("torch."),
-        "traces": len(traces),
-        "traces_digest": digest_traces(traces),
     }
     if (quantised := getattr(model.config, "quantization_config", None)) is not None:
         settings["quantised"] = f"{quantised.quant_method}"
     return settings
 
 
-def digest_traces(traces: Sequence[Trace]) -> str:
-    lines = "\n".join(json.dumps(trace.to_dict(), sort_keys=True) for trace in traces)
+def digest_records(records: Iterable[Mapping[str, Any]]) -> str:
+    lines = "\n".join(json.dumps(record, sort_keys=True) for record in records)
     return blake2b(lines.encode(), digest_size=16).hexdigest()
 
 

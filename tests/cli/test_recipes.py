@@ -20,6 +20,7 @@ SMALLER = {
     "--processes": "1",
     "--budget": "300",
     "--max-tokens": "2000",
+    "--rounds": "3",
 }
 
 
@@ -78,6 +79,7 @@ def names(tmp_path, monkeypatch):
         "math-500": "problems.jsonl",
         "Qwen/Qwen2.5-7B-Instruct": str(save_student(tmp_path / "qwen2.5", "qwen2.5")),
         "Qwen/Qwen3-8B": str(save_student(tmp_path / "qwen3", "qwen3")),
+        "Qwen/Qwen3-32B": str(save_student(tmp_path / "qwen3-32b", "qwen3")),
     }
 
 

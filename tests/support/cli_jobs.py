@@ -41,6 +41,7 @@ JOBS = {
     "text": _DISTILL,
     "teach": _TEACH,
     "teacher": _DISTILL + " --teacher {teacher} --accumulation 2",
+    "rounds": _DISTILL + " --teacher {teacher} --rounds 2 --max-new-tokens 4",
     "gradient": _DISTILL + " --placement gradient",
     "factored": _DISTILL + " --placement factored",
     "activation": _DISTILL + " --placement activation",

@@ -12,6 +12,7 @@ LAYERS = (
     "curation",
     "report",
     "evaluation",
+    "on_policy",
     "inference",
     "teacher",
     "grading",

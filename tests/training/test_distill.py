@@ -491,8 +491,8 @@ def test_a_run_with_other_traces_is_refused(tmp_path, monkeypatch):
 )
 def test_a_cut_run_goes_on_with_the_settings_that_count_alone(tmp_path, changes, named):
     first, now = (asdict(DistillConfig(**settings)) for settings in ({}, changes))
-    (tmp_path / RUN).write_text(json.dumps(run_settings(student(), TRACES, first)))
-    settings = run_settings(student(), TRACES, now)
+    (tmp_path / RUN).write_text(json.dumps(run_settings(student(), first)))
+    settings = run_settings(student(), now)
     if named is None:
         return check_same_run(tmp_path, settings)
     with pytest.raises(ValueError, match=named):

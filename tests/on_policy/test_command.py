@@ -1,0 +1,103 @@
+"""`rbfast distill --rounds`: the command of on-policy rounds."""
+
+import json
+import re
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+from cli_jobs import Setup
+
+from rbfast.cli.main import main
+from rbfast.on_policy import rounds
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "on_policy.md"
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory):
+    made = Setup(tmp_path_factory.mktemp("models"), "cpu")
+    made.prepare()
+    return made
+
+
+def distill(setup, out, *options):
+    folder = setup.folder
+    line = [
+        f"{folder}/models/student",
+        f"{folder}/problems.jsonl",
+        "-o",
+        f"{out}",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]
+    return main(["distill", *line, "--density", "0.2", "--batch-size", "3", *options])
+
+
+def of_rounds(setup, *options):
+    return ("--teacher", f"{setup.folder}/models/teacher", "--rounds", "2", "--max-new-tokens", "4", *options)
+
+
+def test_it_writes_trains_and_says_what_was_written(setup, tmp_path, capsys):
+    assert distill(setup, tmp_path / "run", *of_rounds(setup, "--samples", "2")) == 0
+    said, told = capsys.readouterr()
+    assert (
+        re.search(r"round 1 of 2: 12 completions of 4 tokens, \d+% cut off, 0% right", told) and "round 2 of 2" in told
+    )
+    assert "steps: 8" in said and "first_loss:" in said and "last_loss:" in said
+    settings = json.loads((tmp_path / "run/run.json").read_text())
+    assert settings["objective"] == settings["objective"] | {"beta": 1.0, "ce_share": 0.0}
+    assert settings["on_policy"] == {
+        "rounds": 2, "epochs": 1.0, "samples": 2, "max_new_tokens": 4, "temperature": 1.0, "top_p": 1.0
+    }  # fmt: skip
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"losses.png", "adapter_config.json", "samples"}
+    assert main(["report", f"{tmp_path}/run", "-o", f"{tmp_path}/report.html"]) == 0
+
+
+def test_the_loss_may_be_another_divergence(setup, tmp_path):
+    assert distill(setup, tmp_path, *of_rounds(setup, "--beta", "0.5", "--json")) == 0
+    assert json.loads((tmp_path / "run.json").read_text())["objective"]["beta"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--rounds", "2"), "--rounds needs a --teacher"),
+        (("--samples", "2"), "--samples and --max-new-tokens are for --rounds"),
+        (("--max-new-tokens", "9"), "--samples and --max-new-tokens are for --rounds"),
+        (("--rounds", "2", "--signals", "x"), "--signals has no meaning with --rounds"),
+        (("--rounds", "2", "--held-out", "0.1"), "--held-out has no meaning with --rounds"),
+        (("--rounds", "2", "--plan"), "--plan has no meaning with --rounds"),
+        (("--rounds", "2", "--report-to", "wandb"), "--report-to has no meaning with --rounds"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together_is_refused_before_a_model_is_loaded(setup, tmp_path, capsys, options, message):
+    assert distill(setup, tmp_path / "run", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_says_from_where_it_will_go_on(setup, tmp_path, capsys, monkeypatch):
+    def stop(self, number, progress):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rounds._Rounds, "start", stop)
+    assert distill(setup, tmp_path, *of_rounds(setup)) == 130
+    assert "it will start over" in capsys.readouterr().err
+
+
+def test_the_python_of_the_page_runs(setup, tmp_path, monkeypatch):
+    [block] = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    model, tokenizer = setup.random_model(2)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rbfast.models.student.load_student", lambda *_, **__: (model, tokenizer))
+    monkeypatch.setattr("rbfast.models.student.load_teacher", lambda *_: setup.random_model(3)[0])
+    tiny = partial(rounds.distill_on_policy, config=replace(rounds.DEFAULTS, density=0.2))
+    monkeypatch.setattr(rounds, "distill_on_policy", tiny)
+    (tmp_path / "problems.jsonl").write_text((setup.folder / "problems.jsonl").read_text())
+    exec(block.replace("samples=2", "samples=2, max_new_tokens=4"), names := {})
+    assert names["run"].traces == 12 and (tmp_path / "runs/own/log.json").exists()

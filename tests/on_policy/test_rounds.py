@@ -1,0 +1,231 @@
+"""On-policy rounds: the student is trained on what it writes, learns its teacher, and resumes to the same bits."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import llama
+from tiny_runs import TOKENIZER, TRACES, PowerCut, student
+from tiny_tokenizers import byte_fallback
+
+from rbfast.adapter.sparse_adapter import SparseAdapter
+from rbfast.data.chat_template import format_prompt
+from rbfast.data.encoding import IGNORE, NO_ROLE
+from rbfast.data.instruction import instruction_named
+from rbfast.data.spans import ROLES
+from rbfast.on_policy import rounds as module
+from rbfast.on_policy.rounds import DEFAULTS, distill_on_policy, summary
+from rbfast.on_policy.samples import Student, Writing, example_of_sample, write_samples
+from rbfast.report.read_run import read_run
+from rbfast.teacher.jobs import Question
+from rbfast.training.distill import distill
+from rbfast.training.distill_config import DistillConfig
+from rbfast.training.objective import Objective
+
+INSTRUCTION = instruction_named("answer")
+QUESTIONS = [Question(trace.problem) for trace in TRACES[:12]]
+WRITING = Writing(max_new_tokens=6, batch_size=5)
+CONFIG = replace(DEFAULTS, density=0.2, rank=3, batch_size=2, save_steps=1, learning_rate=3e-2, instruction="none")
+
+
+def teacher():
+    torch.manual_seed(5)
+    model = student()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    return model
+
+
+def run(folder, monkeypatch=None, cut_at=None, model=None, **settings):
+    how = dict(rounds=3, writing=WRITING) | {
+        name: settings.pop(name) for name in ("rounds", "writing", "adapter", "questions") if name in settings
+    }
+    questions = how.pop("questions", QUESTIONS)
+    if cut_at is not None:
+        monkeypatch.setattr(module, "_RoundsBar", cut_bar(cut_at))
+    try:
+        config = replace(CONFIG, **settings)
+        return distill_on_policy(
+            model or student(), TOKENIZER, questions, folder, config, True, teacher=teacher(), **how
+        )
+    finally:
+        if monkeypatch is not None:
+            monkeypatch.undo()
+
+
+def cut_bar(step):
+    class Cut(module._RoundsBar, PowerCut):
+        def __init__(self, quiet, examples):
+            super().__init__(quiet, examples)
+            self.step = step
+
+    return Cut
+
+
+def written(folder):
+    return {path.name: path.read_text() for path in sorted((folder / "samples").iterdir())}
+
+
+def test_a_round_is_written_with_what_was_learnt_and_all_of_it_is_trained(tmp_path, monkeypatch):
+    seen = []
+    start = module._Rounds.start
+
+    def spy(self, number, progress):
+        records = start(self, number, progress)
+        seen.append((number, list(self.examples), records))
+        return records
+
+    monkeypatch.setattr(module._Rounds, "start", spy)
+    ran = run(tmp_path / "run", learning_rate=0.5)  # large, so that other words are drawn soon
+    assert [number for number, *_ in seen] == [0, 1, 2]
+    assert len(written(tmp_path / "run")) == 3
+    problems = [record["problem"] for _, _, records in seen for record in records]
+    assert sorted(problems) == sorted(question.text for question in QUESTIONS)  # one pass over all of them
+    for _, examples, records in seen:
+        for example, record in zip(examples, records, strict=True):
+            kept = example.labels != IGNORE
+            assert example.labels[kept].tolist() == record["ids"]
+            assert example.input_ids[-len(record["ids"]) :].tolist() == record["ids"]
+            assert ((example.roles != NO_ROLE) == kept).all()
+    losses = [entry["loss"] for entry in ran.log_history]
+    assert [entry["step"] for entry in ran.log_history] == [*range(1, 7)] and min(losses) >= 0
+    # The first round is the base's own text, the last one is not.
+    base = Student(student(), TOKENIZER, instruction_named("none"))
+    for number, same in ((0, True), (2, False)):
+        questions = [Question(record["problem"]) for record in seen[number][2]]
+        again = write_samples(base, questions, WRITING, tmp_path / f"{number}", f"0:{number}", lambda *_: None)
+        assert (again == seen[number][2]) is same
+
+
+def test_the_student_comes_closer_to_its_teacher(tmp_path):
+    taught = student()
+    shape = dict(density=0.2, rank=3, learning_rate=3e-2, instruction="none")
+    distill(taught, TOKENIZER, TRACES, tmp_path / "teacher", DistillConfig(epochs=6.0, **shape), True).adapter.merge()
+    config = DistillConfig(objective=DEFAULTS.objective, epochs=12.0, batch_size=6, **shape)
+    writing = replace(WRITING, max_new_tokens=12)
+    ran = distill_on_policy(
+        student(), TOKENIZER, QUESTIONS, tmp_path / "run", config, True, teacher=taught, rounds=12, writing=writing
+    )
+    losses = [entry["loss"] for entry in ran.log_history]
+    assert np.mean(losses[-3:]) < 0.3 * np.mean(losses[:3])
+
+
+def test_a_cut_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    whole = run(tmp_path / "whole")
+    for cut_at in (0, 2, 3):  # before the first step, between two rounds, within one
+        folder, model = tmp_path / f"cut{cut_at}", student()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(folder, monkeypatch, cut_at, model)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        resumed = run(folder, model=model)
+        assert written(folder) == written(tmp_path / "whole")
+        assert (folder / "log.json").read_text() == (tmp_path / "whole/log.json").read_text()
+        for name, value in whole.adapter.state_dict().items():
+            assert torch.equal(value, resumed.adapter.state_dict()[name])
+    found = run(tmp_path / "whole")
+    assert found.found and found.log_history == whole.log_history
+
+
+def test_a_process_that_was_killed_while_it_wrote_writes_the_rest(tmp_path):
+    asked = Student(student(), TOKENIZER, INSTRUCTION)
+    how = replace(WRITING, samples=2, batch_size=4)
+    whole, calls = tmp_path / "whole", []
+    records = write_samples(asked, QUESTIONS, how, whole, "0:0", lambda *done: calls.append(done))
+    assert calls[-1] == (12, 12) and len(records) == 24
+    assert [(record["number"], record["sample"]) for record in records] == [(n, s) for n in range(12) for s in range(2)]
+    lines = whole.read_text().splitlines(keepends=True)
+    (tmp_path / "part").write_text("".join(lines[:7]) + lines[7][:20])  # a problem has one of its two, and a torn line
+    again = write_samples(asked, QUESTIONS, how, tmp_path / "part", "0:0", lambda *_: None)
+    assert again == records
+    other = write_samples(asked, QUESTIONS, how, tmp_path / "other", "0:1", lambda *_: None)
+    assert other != records
+
+
+def test_roles_follow_the_text_and_the_end_of_turn_is_trained_if_it_was_written():
+    tokenizers = TOKENIZER, byte_fallback("Add one. 3 + 1 = 4 <answer> </answer> é", size=40)
+    text = "First, find the plan: add one to the number.\n3 + 1 = 4 é\n\n<answer>4</answer>"
+    for tokenizer in tokenizers:
+        asked = Student(None, tokenizer, INSTRUCTION)
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        question = Question("What is 3 + 1?")
+        prompt = tokenizer(format_prompt(question.text, tokenizer, INSTRUCTION), add_special_tokens=False).input_ids
+        for end in ([], [tokenizer.eos_token_id]):
+            record = {"ids": [*ids, *end], "truncated": not end}
+            example = example_of_sample(asked, question, record)
+            assert example.input_ids.tolist() == [*prompt, *ids, *end]
+            roles = example.roles[len(prompt) - 1 : -1]
+            assert (len(roles) == len(record["ids"]) and not end) or ROLES[roles[-1]] == "answer"
+            of = {}
+            for token, role in zip(ids, roles, strict=False):
+                of.setdefault(ROLES[role], []).append(token)
+            assert "plan" in tokenizer.decode(of["strategic"])
+            assert "+ 1 =" in tokenizer.decode(of["tactical"])
+            assert "4</answer>" in tokenizer.decode(of["answer"]).replace(" ", "")
+    nothing = example_of_sample(asked, question, {"ids": [tokenizer.eos_token_id], "truncated": False})
+    assert nothing.labels[-2] == tokenizer.eos_token_id and ROLES[nothing.roles[-2]] == "answer"
+
+
+def test_a_run_goes_on_from_an_adapter_and_its_folder_is_that_of_a_run(tmp_path):
+    first = run(tmp_path / "first")
+    first.adapter.detach()
+    config = dict(density=DEFAULTS.density, rank=None)
+    run(tmp_path / "second", adapter=tmp_path / "first", **config)
+    model = student()
+    SparseAdapter.from_pretrained(model, tmp_path / "second")
+    folder = read_run(tmp_path / "second")
+    assert folder.settings["on_policy"]["rounds"] == 3 and len(folder.log) == 6
+    assert folder.measurements == []  # what it wrote for itself is no evaluation
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rounds": 0}, "expected rounds from 1 to the number of questions"),
+        ({"rounds": 13}, r"\(12 x 1 epochs\), got 13"),
+        ({"objective": Objective()}, "ce_share must be 0, got 0.5"),
+        ({"tokens_per_batch": 64}, "tokens_per_batch is for traces"),
+        ({"max_tokens": 64}, "max_tokens is for traces"),
+        ({"placement": "gradient"}, "placement is for traces"),
+        ({"writing": Writing(max_new_tokens=300)}, "256 positions"),
+    ],
+    ids=str,
+)
+def test_what_makes_no_sense_is_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("changed", [{"max_new_tokens": 7}, {"samples": 2}, {"temperature": 0.5}, {"top_p": 0.9}])
+def test_another_way_of_writing_is_another_run(tmp_path, changed):
+    run(tmp_path)
+    with pytest.raises(ValueError, match="its on_policy is"):
+        run(tmp_path, writing=replace(WRITING, **changed))
+    with pytest.raises(ValueError, match="its traces_digest is"):
+        run(tmp_path, questions=[replace(QUESTIONS[0], system="Be brief."), *QUESTIONS[1:]])
+    assert run(tmp_path, writing=replace(WRITING, batch_size=3)).found
+
+
+@pytest.mark.parametrize(
+    "field", [{"samples": 0}, {"max_new_tokens": 0}, {"batch_size": 0}, {"temperature": -1}, {"top_p": 0}]
+)
+def test_numbers_out_of_range_are_refused(field):
+    with pytest.raises(ValueError, match=next(iter(field))):
+        Writing(**field)
+
+
+def test_a_file_of_something_else_is_named(tmp_path):
+    (tmp_path / "round-001.jsonl").write_text(json.dumps({"problem": "What?"}) + "\n")
+    asked = Student(llama(), TOKENIZER, INSTRUCTION)
+    with pytest.raises(ValueError, match=r"round-001\.jsonl:1: number"):
+        write_samples(asked, QUESTIONS, WRITING, tmp_path / "round-001.jsonl", "0", lambda *_: None)
+
+
+def test_a_round_is_summed_up_in_words():
+    records = [{"ids": [1] * 4, "truncated": True}, {"ids": [1] * 6, "truncated": False}]
+    assert summary(records) == "2 completions of 5 tokens, 50% cut off"
+    graded = [record | {"correct": right} for record in records for right in (True, False)]
+    assert summary(graded) == "4 completions of 5 tokens, 50% cut off, 50% right"
