@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, overload
 
@@ -28,7 +29,7 @@ from rbfast.on_policy.samples import Student, Writing, example_of_sample, longes
 from rbfast.teacher.jobs import Question
 from rbfast.training.distill import Run, TrainingData, train_examples, with_instruction
 from rbfast.training.distill_config import DistillConfig
-from rbfast.training.examples import check_positions, instruction_of
+from rbfast.training.examples import instruction_of
 from rbfast.training.objective import Objective
 from rbfast.training.resume import digest_records
 from rbfast.training.training_bar import TrainingBar
@@ -63,6 +64,9 @@ def distill_on_policy(
         adapter: the folder of a trained adapter of this model to continue from. Begin with a student that can already
             solve some of the problems: of one that cannot, a teacher only sees bad starts.
 
+    Returns:
+        The run; its `traces` are the completions of all rounds.
+
     Raises:
         ValueError: as `distill`, and: fewer questions than rounds, an option that is for traces alone, several
             processes.
@@ -72,7 +76,6 @@ def distill_on_policy(
     config = with_instruction(config, adapter, model)
     student = Student(model, tokenizer, instruction_of(tokenizer, config))
     examples = _Rounds(student, _deal(questions, rounds, config), writing, out / SAMPLES, config.seed)
-    check_positions(model, examples)
     how = {name: value for name, value in asdict(writing).items() if name != "batch_size"}
     settings: dict[str, Any] = {
         "traces": len(questions),
@@ -83,9 +86,10 @@ def distill_on_policy(
     data = TrainingData(examples, [], [], settings, systems.pop() if len(systems) == 1 else "")
     config = replace(config, epochs=float(rounds))
     progress = _RoundsBar(quiet, examples)
-    return train_examples(
+    run = train_examples(
         model, tokenizer, data, out, config, quiet, teacher=teacher, adapter=adapter, progress=progress, start=start
     )
+    return replace(run, traces=rounds * len(examples))
 
 
 def _check(config: DistillConfig) -> None:
@@ -122,8 +126,8 @@ class _Rounds(Sequence[Example]):
         self, student: Student, rounds: Sequence[Sequence[Question]], how: Writing, folder: Path, seed: int
     ) -> None:
         self.student, self.rounds, self.how, self.folder, self.seed = student, rounds, how, folder, seed
-        possible = (longest_example(student, question, how) for questions in rounds for question in questions)
-        self.examples = [max(possible, key=lambda example: len(example.input_ids))] * (len(rounds[0]) * how.samples)
+        longest = longest_example(student, list(chain.from_iterable(rounds)), how)
+        self.examples = [longest] * (len(rounds[0]) * how.samples)
 
     def __len__(self) -> int:
         return len(self.examples)

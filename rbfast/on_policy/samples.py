@@ -16,7 +16,7 @@ from rbfast.data.encoding import Example, example_of, token_roles
 from rbfast.data.instruction import Instruction
 from rbfast.data.spans import ANSWER, split_spans
 from rbfast.grading.grade import grade
-from rbfast.inference.decoding import batches_by_length
+from rbfast.inference.decoding import batches_by_length, encode_prompts
 from rbfast.inference.guide import Guide, Limits
 from rbfast.inference.local import guided
 from rbfast.inference.solver import Sampling, Solution, seed_named
@@ -160,7 +160,10 @@ def _roles(student: Student, ids: Sequence[int]) -> np.ndarray:
     return token_roles(RenderedReply(((text, True),), roles, (0, len(thought)), (len(thought), len(text))), offsets)
 
 
-def longest_example(student: Student, question: Question, how: Writing) -> Example:
-    """An example as long as a completion of this problem can be."""
-    size = how.max_new_tokens
-    return example_of(student.prompt_ids(question), [0] * size, [ANSWER] * size)
+def longest_example(student: Student, questions: Sequence[Question], how: Writing) -> Example:
+    """An example as long as a completion of these problems can be. Raises ValueError if the model has not the positions
+    for it."""
+    prompts = [student.prompt(question) for question in questions]
+    encoded = encode_prompts(student.model, student.tokenizer, prompts, how.max_new_tokens)
+    completion = [0] * how.max_new_tokens
+    return example_of(max(encoded, key=len), completion, [ANSWER] * len(completion))

@@ -54,8 +54,8 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
 
 def spellings(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[bytes | None]:
     """The bytes of each token. A special token, as thinking tags may be, is spelled by its name."""
-    tokens, added = token_bytes(tokenizer), tokenizer.added_tokens_decoder
-    return [added[number].content.encode() if number in added else tokens[number] for number in ids]
+    tokens, added = dict(enumerate(token_bytes(tokenizer))), tokenizer.added_tokens_decoder
+    return [added[number].content.encode() if number in added else tokens.get(number) for number in ids]
 
 
 @lru_cache(maxsize=4)  # needed for every trace, of the same two tokenizers; `size` changes if tokens are added

@@ -100,4 +100,4 @@ def test_the_python_of_the_page_runs(setup, tmp_path, monkeypatch):
     monkeypatch.setattr(rounds, "distill_on_policy", tiny)
     (tmp_path / "problems.jsonl").write_text((setup.folder / "problems.jsonl").read_text())
     exec(block.replace("samples=2", "samples=2, max_new_tokens=4"), names := {})
-    assert names["run"].traces == 12 and (tmp_path / "runs/own/log.json").exists()
+    assert names["run"].traces == 24 and (tmp_path / "runs/own/log.json").exists()

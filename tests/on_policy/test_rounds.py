@@ -91,6 +91,7 @@ def test_a_round_is_written_with_what_was_learnt_and_all_of_it_is_trained(tmp_pa
             assert example.input_ids[-len(record["ids"]) :].tolist() == record["ids"]
             assert ((example.roles != NO_ROLE) == kept).all()
     losses = [entry["loss"] for entry in ran.log_history]
+    assert ran.traces == 12 and not ran.found
     assert [entry["step"] for entry in ran.log_history] == [*range(1, 7)] and min(losses) >= 0
     # The first round is the base's own text, the last one is not.
     base = Student(student(), TOKENIZER, instruction_named("none"))
@@ -145,6 +146,13 @@ def test_a_process_that_was_killed_while_it_wrote_writes_the_rest(tmp_path):
     assert other != records
 
 
+def test_layers_that_run_again_write_the_same(tmp_path):
+    plain, again = run(tmp_path / "plain"), run(tmp_path / "again", gradient_checkpointing=True)
+    assert written(tmp_path / "plain") == written(tmp_path / "again")
+    for name, value in plain.adapter.state_dict().items():
+        torch.testing.assert_close(again.adapter.state_dict()[name], value)
+
+
 def test_roles_follow_the_text_and_the_end_of_turn_is_trained_if_it_was_written():
     tokenizers = TOKENIZER, byte_fallback("Add one. 3 + 1 = 4 <answer> </answer> é", size=40)
     text = "First, find the plan: add one to the number.\n3 + 1 = 4 é\n\n<answer>4</answer>"
@@ -165,6 +173,8 @@ def test_roles_follow_the_text_and_the_end_of_turn_is_trained_if_it_was_written(
             assert "plan" in tokenizer.decode(of["strategic"])
             assert "+ 1 =" in tokenizer.decode(of["tactical"])
             assert "4</answer>" in tokenizer.decode(of["answer"]).replace(" ", "")
+    unused = example_of_sample(asked, question, {"ids": [*ids, 10**6], "truncated": True})
+    assert unused.input_ids[-1] == 10**6  # a model's vocabulary may be larger than its tokenizer's
     nothing = example_of_sample(asked, question, {"ids": [tokenizer.eos_token_id], "truncated": False})
     assert nothing.labels[-2] == tokenizer.eos_token_id and ROLES[nothing.roles[-2]] == "answer"
 
@@ -190,13 +200,14 @@ def test_a_run_goes_on_from_an_adapter_and_its_folder_is_that_of_a_run(tmp_path)
         ({"tokens_per_batch": 64}, "tokens_per_batch is for traces"),
         ({"max_tokens": 64}, "max_tokens is for traces"),
         ({"placement": "gradient"}, "placement is for traces"),
-        ({"writing": Writing(max_new_tokens=300)}, "256 positions"),
+        ({"writing": Writing(max_new_tokens=300)}, "lower max_new_tokens"),
     ],
     ids=str,
 )
 def test_what_makes_no_sense_is_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
-        run(tmp_path, **settings)
+        run(tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("changed", [{"max_new_tokens": 7}, {"samples": 2}, {"temperature": 0.5}, {"top_p": 0.9}])
