@@ -103,20 +103,17 @@ def run(
         return {"who": who} | part(out / f"{who}.json", asked, measure)["result"]
 
     first = settings.config(learning_rate=settings.rate, density=settings.density)
-    taught = distill(
-        teacher, tokenizer, data.taught, out / "teacher", replace(first, epochs=settings.taught_epochs), quiet
-    )
+    long, short = (replace(first, epochs=epochs) for epochs in (settings.taught_epochs, settings.few_epochs))
+    taught = distill(teacher, tokenizer, data.taught, out / "teacher", long, quiet)
     records = [measured("teacher", teacher, taught)]
     taught.adapter.merge()
-    begun = distill(student, tokenizer, data.few, out / "student", replace(first, epochs=settings.few_epochs), quiet)
+    begun = distill(student, tokenizer, data.few, out / "student", short, quiet)
     records.append(measured("student", student, begun))
     begun.adapter.detach()
 
     def again(folder: Path) -> Run:
-        epochs = steps * settings.batch_size / len(data.few)
-        return distill(
-            student, tokenizer, data.few, folder, replace(config, epochs=epochs), quiet, adapter=out / "student"
-        )
+        repeated = replace(config, epochs=steps * settings.batch_size / len(data.few))
+        return distill(student, tokenizer, data.few, folder, repeated, quiet, adapter=out / "student")
 
     def teachers_text(folder: Path) -> Run:
         writer = Student(teacher, tokenizer, default_instruction(tokenizer))
