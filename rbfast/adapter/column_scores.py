@@ -96,7 +96,8 @@ def score_columns(
 ) -> ColumnScores:
     """Scores every column of the target matrices by the gradient of `loss_fn(model, batch)`, a scalar.
 
-    "gradient": sum over batches of sum_o G[o, c]^2, with G = dy^T x in fp32 (one dense G at a time).
+    "gradient": sum over batches, and over the times a layer runs in one, of sum_o G[o, c]^2, with G = dy^T x in fp32
+    (one dense G at a time).
     "factored": E[x_c^2] * sum_o E[dy_o^2], which needs no G. "activation": E[x_c^2], which needs no backward.
     The weights are frozen while it runs; the model is left unchanged. Raises ValueError for no batches, a loss that is
     not finite, and a loss without a gradient.
