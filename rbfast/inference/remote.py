@@ -220,8 +220,8 @@ def chat(server: Server, problem: str, guide: Guide, instruction: Instruction = 
     """A solution from a server with only a chat API: nothing can be inserted, so the budget is requested and checked.
 
     Raises:
-        ServerError: no answer after all retries, a malformed reply, one that the server ended itself (a filter, an
-            abort), no token count, or a count above the budget.
+        ServerError: no answer after all retries, a malformed reply, a refusal, one that the server ended itself (a
+            filter, an abort), no token count, or a count above the budget.
     """
     body = {
         "messages": [
@@ -238,7 +238,7 @@ def chat(server: Server, problem: str, guide: Guide, instruction: Instruction = 
         raise ServerError(f"{server.url} sent no chat completion: {error}") from error
     tokens, thinking, cut = reply.written, _marked_thinking(reply), is_cut(reply.finish_reason)
     solution = Solution(thinking + reply.text, thinking, reply.text, tokens or 0, cut)
-    if not cut and (fault := fault_of_finish(reply.finish_reason)):
+    if not cut and (fault := reply.fault or fault_of_finish(reply.finish_reason)):
         raise ServerError(f"{server.url}: {fault}", partial=solution)
     if tokens is None or tokens > guide.limits.budget:
         raise ServerError(

@@ -152,6 +152,14 @@ def test_thinking_that_a_chat_reply_was_cut_in_stays_open(monkeypatch, text, clo
     assert solution.thinking.startswith("<think>\nAdd.\n") and ("</think>" in solution.thinking) == closed
 
 
+def test_a_refusal_says_why(monkeypatch):
+    message = {"content": None, "refusal": "I do not do sums."}
+    reply = {"choices": [{"message": message, "finish_reason": "stop"}], "usage": {"completion_tokens": 3}}
+    monkeypatch.setattr(Server, "ask", lambda *_: reply)
+    with pytest.raises(ServerError, match=r"the teacher refused: I do not do sums\."):
+        chat(Server("http://127.0.0.1:9/v1", "m"), "2+2?", guide())
+
+
 def test_nobody_there():
     server = Server("http://127.0.0.1:9/v1", "m", timeout=2, retries=1)
     with pytest.raises(ServerError, match="said nothing: ConnectError"):
