@@ -118,7 +118,7 @@ def add_local_logprobs(
         readings, unread = _read_all(batch, read)
         refused += unread
         if readings:
-            _add_batch(teacher, readings, mapped, store)
+            refused += _add_batch(teacher, readings, mapped, store)
         done += len(batch)
         if progress:
             progress(done, len(tasks))
@@ -203,8 +203,13 @@ def _reader(
     return read
 
 
-def _add_batch(teacher: PreTrainedModel, readings: Sequence[_Reading], mapped: Tensor, store: SignalStore) -> None:
-    """Score several traces in one forward pass, packed without padding, and add their top k to the store."""
+def _add_batch(
+    teacher: PreTrainedModel, readings: Sequence[_Reading], mapped: Tensor, store: SignalStore
+) -> list[tuple[Trace, str]]:
+    """Score several traces in one forward pass, packed without padding, and add their top k to the store.
+
+    Returns the traces whose log-probs the store refuses, with the reason.
+    """
     lengths = [len(reading.ids) for reading in readings]
     positions = torch.cat([torch.arange(length) for length in lengths])[None].to(teacher.device)
     ids = torch.tensor([list(chain.from_iterable(reading.ids for reading in readings))], device=teacher.device)
@@ -214,11 +219,25 @@ def _add_batch(teacher: PreTrainedModel, readings: Sequence[_Reading], mapped: T
     hidden = hidden[torch.tensor(rows, device=hidden.device)]
     top_ids, logprobs = (table.cpu() for table in _top_k(teacher, hidden, store.k, mapped >= 0))
     counts = [len(reading.pairs) for reading in readings]
+    refused = []
     for reading, ids_of_rows, values in zip(
         readings, mapped[top_ids].split(counts), logprobs.split(counts), strict=True
     ):
         at = np.array([reading.task.first + ours for ours, _ in reading.pairs])
-        store.add(reading.task.example, at, ids_of_rows.numpy(), values.numpy())
+        if reason := try_to_add(store, reading.task, at, ids_of_rows.numpy(), values.numpy()):
+            refused.append((reading.task.trace, f"{reading.task.trace.name}: {reason}"))
+    return refused
+
+
+def try_to_add(
+    store: SignalStore, task: PendingTrace, rows: np.ndarray, ids: np.ndarray, logprobs: np.ndarray
+) -> str | None:
+    """Add the log-probs of a trace. Returns why the store refuses them (logits, NaN), else None."""
+    try:
+        store.add(task.example, rows, ids, logprobs)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _shared_tokens(

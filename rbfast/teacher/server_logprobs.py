@@ -22,7 +22,7 @@ from rbfast.data.signal_store import SignalStore
 from rbfast.data.trace import Trace
 from rbfast.teacher.align import Piece, align, byte_spans, ids_by_bytes, shared_length, spellings, token_bytes
 from rbfast.teacher.client import Server, ServerError
-from rbfast.teacher.logprobs import NOTHING_SHARED, PendingTrace, Progress, TokenizersDiffer, pending_traces
+from rbfast.teacher.logprobs import NOTHING_SHARED, PendingTrace, Progress, TokenizersDiffer, pending_traces, try_to_add
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,12 +81,12 @@ def add_server_logprobs(
                         progress(done, len(tasks))
             finally:  # after an error or Ctrl-C too: nothing more is sent, and what was paid for is kept
                 for task, result in _finished(batch, futures):
-                    if isinstance(result, str | ServerError):
-                        refused.append((task.trace, f"{task.trace.name}: {result}"))
-                        refusal = result if isinstance(result, ServerError) else refusal
-                    else:
-                        store.add(task.example, *result)
+                    reason = _add_result(store, task, result)
+                    if reason is None:
                         scores = True
+                    else:
+                        refused.append((task.trace, f"{task.trace.name}: {reason}"))
+                        refusal = reason if isinstance(reason, ServerError) else refusal
                 store.flush()
             if refusal is not None and not scores:
                 raise refusal
@@ -101,6 +101,15 @@ def _finished(
     for task, future in zip(tasks, futures, strict=True):
         if not future.cancelled() and future.exception() is None:
             yield task, future.result()
+
+
+def _add_result(store: SignalStore, task: PendingTrace, result: _Result) -> str | ServerError | None:
+    """Add the log-probs of a trace. Returns why there are none, else None. Logits count as a refusal of the trace: the
+    server may send them for every trace."""
+    if not isinstance(result, tuple):
+        return result
+    reason = try_to_add(store, task, *result)
+    return ServerError(reason) if reason else None
 
 
 class _Reader:
@@ -286,8 +295,7 @@ def add_reply_logprobs(
     ]
     if not rows:
         return NOTHING_SHARED
-    store.add(task.example, *_top_k_table(rows, store.k))
-    return None
+    return try_to_add(store, task, *_top_k_table(rows, store.k))
 
 
 def _to_bytes(letters: str) -> bytes:

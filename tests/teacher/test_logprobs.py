@@ -222,6 +222,49 @@ def test_a_trace_that_a_server_refuses_does_not_stop_the_others(tmp_path):
         assert trace == TRACES[0] and "maximum context length" in reason and len(store) == 2
 
 
+def answering_logits(server, times):
+    """Let a server's first replies hold logits instead of log-probs."""
+    answer, sent = server.complete, []
+
+    def complete(body):
+        reply = answer(body)
+        sent.append(body)
+        for entry in reply["choices"][0]["prompt_logprobs"][1:] if len(sent) <= times else ():
+            for candidate in entry.values():
+                candidate["logprob"] += 20.0
+        return reply
+
+    server.complete = complete
+
+
+def test_a_trace_with_logits_for_log_probs_does_not_stop_the_others(tmp_path):
+    with serving(teacher_model(TOKENIZER), TOKENIZER) as server, store_at(tmp_path) as store:
+        answering_logits(server, 1)
+        [(trace, reason)] = add_server_logprobs(server.client(), TRACES, TOKENIZER, store, concurrency=1)
+    assert trace == TRACES[0] and "t0: " in reason and "are they logits" in reason and len(store) == 2
+
+
+def test_a_server_that_sends_logits_for_every_trace_ends_it(tmp_path):
+    with serving(teacher_model(TOKENIZER), TOKENIZER) as server, store_at(tmp_path) as store:
+        answering_logits(server, 99)
+        with pytest.raises(ServerError, match="are they logits"):
+            add_server_logprobs(server.client(), TRACES * 9, TOKENIZER, store, concurrency=1)
+        assert len(server.requests) < 9 and len(store) == 0
+
+
+def test_a_trace_that_a_local_teacher_cannot_score_does_not_stop_the_others(tmp_path, monkeypatch):
+    def with_nan(*args):
+        ids, values = top_k(*args)
+        values[0] = math.nan  # of the first trace
+        return ids, values
+
+    top_k = logprobs._top_k
+    monkeypatch.setattr(logprobs, "_top_k", with_nan)
+    with store_at(tmp_path) as store:
+        [(trace, reason)] = add_local_logprobs(teacher_model(TOKENIZER), TOKENIZER, TRACES, TOKENIZER, store)
+    assert trace == TRACES[0] and "t0: " in reason and len(SignalStore.open(tmp_path)) == 2
+
+
 def test_at_least_one_trace_is_read_at_a_time(tmp_path):
     with store_at(tmp_path) as store, pytest.raises(ValueError, match="concurrency must be at least 1, got 0"):
         add_server_logprobs(Server("http://127.0.0.1:9/v1", "m"), TRACES, TOKENIZER, store, concurrency=0)
@@ -346,6 +389,14 @@ def test_a_reply_without_log_probs_says_so(tmp_path):
     reply = {"text": "Add.\n\n<answer>1</answer>", "logprobs": []}
     with store_at(tmp_path) as store:
         assert "no log-probs" in add_reply_logprobs(Trace("1?", "Add.", "1"), reply, TOKENIZER, store)
+
+
+def test_a_reply_with_logits_for_log_probs_says_so(tmp_path):
+    spelled = [bytes([byte]).decode("latin-1") for byte in b"Add.\n\n<answer>1</answer>"]
+    reply = {"text": "Add.\n\n<answer>1</answer>", "logprobs": [[letter, [[letter, 3.0]]] for letter in spelled]}
+    tokenizer = byte_level()
+    with store_at(tmp_path, tokenizer) as store:
+        assert "are they logits" in add_reply_logprobs(Trace("1?", "Add.", "1"), reply, tokenizer, store)
 
 
 def test_the_command_says_why_replies_gave_no_log_probs(tmp_path, monkeypatch, capsys):
