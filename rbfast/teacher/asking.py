@@ -19,7 +19,7 @@ _HOPELESS = {401, 402, 404}  # every further request would fail too; 403 may ref
 _SPENT = "insufficient_quota"  # OpenAI's error code for an empty account, sent with status 429
 _MOST_FAILURES = 8  # in a row
 # Once a teacher has answered, wait for it if it is busy or unreachable. That costs nothing.
-_BUSY = {429, 503, 529}
+_BUSY = {429, 502, 503, 504, 529}  # 502 and 504: of a proxy whose server restarts
 _PATIENCE = 600.0  # seconds since its last reply
 _REST = 15.0  # seconds before it is asked again
 _LONGEST_SILENCE = 0.2  # seconds between progress reports and checks for Ctrl-C

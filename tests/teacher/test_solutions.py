@@ -485,7 +485,7 @@ def hours(monkeypatch):
     return now
 
 
-@pytest.mark.parametrize("status", [429, 503, 529])
+@pytest.mark.parametrize("status", [429, 502, 503, 504, 529])
 def test_a_teacher_that_is_busy_for_minutes_is_waited_for(server, tmp_path, hours, status):
     server.faults, said = [None] + [status] * 60, []
     taught = teach(
