@@ -10,7 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from threading import Thread
 from typing import Any
 
-from rbfast.teacher.client import ServerError, Unreachable
+from rbfast.teacher.client import PATIENCE, ServerError, Unreachable
 from rbfast.teacher.jobs import Job
 from rbfast.teacher.reply_store import ReplyStore
 from rbfast.utils.interrupts import counted_interrupts
@@ -20,7 +20,6 @@ _SPENT = "insufficient_quota"  # OpenAI's error code for an empty account, sent 
 _MOST_FAILURES = 8  # in a row
 # Once a teacher has answered, wait for it if it is busy or unreachable. That costs nothing.
 _BUSY = {429, 502, 503, 504, 529}  # 502 and 504: of a proxy whose server restarts
-_PATIENCE = 600.0  # seconds since its last reply
 _REST = 15.0  # seconds before it is asked again
 _LONGEST_SILENCE = 0.2  # seconds between progress reports and checks for Ctrl-C
 
@@ -135,10 +134,10 @@ class _Sender:
     def _is_waited_for(self, error: ServerError) -> bool:
         if self._answered is None or self._interrupted or self.stopped or _SPENT in str(error):
             return False
-        if error.pause is not None and error.pause > _PATIENCE:
+        if error.pause is not None and error.pause > PATIENCE:
             return False
         is_away = error.status in _BUSY or isinstance(error, Unreachable)
-        return is_away and time.monotonic() - self._answered < _PATIENCE
+        return is_away and time.monotonic() - self._answered < PATIENCE
 
     def stop_sending(self, interrupts: int) -> bool:
         """Stop sending after Ctrl-C. Returns whether to leave now, without waiting for pending replies."""

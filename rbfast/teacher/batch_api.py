@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from rbfast.teacher.client import Server, ServerError
+from rbfast.teacher.client import PATIENCE, Server, ServerError, is_busy
 from rbfast.teacher.jobs import Job
 from rbfast.teacher.providers import Provider
 
@@ -89,9 +89,20 @@ class BatchAPI(Protocol):
 
 
 def wait_for_end(api: BatchAPI, batch: str, report: Report) -> BatchStatus:
-    """Wait for the end of a batch, successful or not."""
+    """Wait for the end of a batch, successful or not. Once a poll was answered, the API may be busy or away for ten
+    minutes: asking again costs nothing."""
+    answered = None
     while True:
-        state = api.poll(batch)
+        try:
+            state = api.poll(batch)
+        except ServerError as error:
+            is_away = error.status is None or is_busy(error.status)
+            if answered is None or not is_away or time.monotonic() - answered > PATIENCE:
+                raise
+            report(f"batch {batch}: the teacher is busy or unreachable")
+            time.sleep(_POLL)
+            continue
+        answered = time.monotonic()
         progress = "" if state.total is None else f", {state.done} of {state.total}"
         report(f"batch {batch}: {state.status}{progress}")
         if state.has_ended:

@@ -31,6 +31,7 @@ _KEYS = ("RBFAST_API_KEY", "OPENAI_API_KEY")
 INVALID = (400, 422)  # statuses of an invalid request
 SHOWN = 500  # characters of a refusal shown in messages
 CONNECTING = 10.0  # seconds to connect
+PATIENCE = 600.0  # seconds that a teacher which has answered may be busy or away
 _LONGEST_PAUSE = 120.0  # seconds, as in the SDK
 _Result = TypeVar("_Result")
 

@@ -3,6 +3,7 @@
 import json
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from batch_api import Batches, assert_the_budget_holds
@@ -66,6 +67,42 @@ def test_a_batch_whose_making_is_not_confirmed_is_not_made_again(tmp_path):
         api.answer = losing
         assert len(in_batches(api, tmp_path).traces) == 4
         assert len(created(api)) == len(batches.batches) == 1
+
+
+def failing_polls(api, status, times):
+    """Let all polls fail but the first, up to so many times."""
+    answer, polls = api.answer, []
+
+    def failing(request):
+        if request.path.startswith("/v1/batches/"):
+            polls.append(request)
+            if 1 < len(polls) <= times + 1:
+                return Answer("not now", status)
+        return answer(request)
+
+    api.answer = failing
+
+
+@pytest.mark.parametrize("status", [500, 502, 529])
+def test_an_outage_of_minutes_does_not_end_the_wait_for_a_batch(tmp_path, status):
+    said = []
+    with answering(Batches(solved)) as api:
+        failing_polls(api, status, 40)
+        taught = in_batches(api, tmp_path, progress=lambda done, wanted, words: said.append(words))
+        assert len(taught.traces) == 4 and len(created(api)) == 1
+    assert any("batch-0: the teacher is busy or unreachable" in words for words in said)
+
+
+@pytest.mark.parametrize(("status", "least", "most"), [(502, 600, 1200), (404, 0, 60)])
+def test_the_wait_for_a_batch_ends_after_ten_minutes_without_an_answer(tmp_path, monkeypatch, status, least, most):
+    now = [0.0]
+    sleep = lambda seconds: now.__setitem__(0, now[0] + seconds)  # noqa: E731
+    monkeypatch.setattr("rbfast.teacher.batch_api.time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    with answering(Batches(solved)) as api:
+        failing_polls(api, status, 10**6)
+        with pytest.raises(ServerError, match=f"said {status}"):
+            in_batches(api, tmp_path)
+    assert least <= now[0] < most and (tmp_path / "batch.json").exists()
 
 
 class Killed(BaseException):
