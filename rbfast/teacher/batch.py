@@ -20,7 +20,7 @@ from rbfast.teacher.providers import Provider
 from rbfast.teacher.reply_store import ReplyStore
 from rbfast.teacher.server_batches import ServerBatches
 from rbfast.utils.files import write_text
-from rbfast.utils.records import read_json
+from rbfast.utils.records import check_present_fields, read_json
 
 BATCH = "batch.json"
 _STATE = {"url": str, "ticket": dict, "batch": str}
@@ -56,7 +56,10 @@ def ask_in_batches(
     api = batches_of(teacher)
     by_key = {job.key: job for job in jobs}
     refused: dict[str, str] = {}
-    batch = _find_left_over(api, folder, report)
+    left_over = _find_left_over(api, folder, report) or {}
+    batch = left_over.get("batch")
+    if (limit := left_over.get("max_tokens")) is not None:  # maybe another than this call's
+        by_key |= {job.key: job for job in (job.with_limit(limit) for job in jobs)}
     while True:
         requests: list[Request] = []
         if batch is None:
@@ -66,25 +69,25 @@ def ask_in_batches(
             requests = _affordable_requests(api, queue, store)
             if not requests:
                 return f"the budget does not allow another question ({store.budget.describe()} so far)"
-            batch = _create(api, requests, folder, report)
+            batch = _create(api, requests, queue[0].options["max_tokens"], folder, report)
         refused |= _collect(api, wait_for_end(api, batch, report), requests, by_key, store)
         (folder / BATCH).unlink()
         batch = None
 
 
-def _find_left_over(api: BatchAPI, folder: Path, report: Report) -> str | None:
-    """The batch that an earlier, interrupted call left. If it was never created, removes `batch.json`."""
+def _find_left_over(api: BatchAPI, folder: Path, report: Report) -> dict[str, Any] | None:
+    """The state of the batch that an earlier, interrupted call left. If it was never created, removes `batch.json`."""
     state = read_json(folder / BATCH, _STATE)
     if state is None:
         return None
+    check_present_fields(state, {"max_tokens": int}, str(folder / BATCH))
     if state["url"] != api.url:
         raise ValueError(f"{folder / BATCH} is a batch of {state['url']}: name that server, or another folder")
     batch = state["batch"] or api.find(state["ticket"], report)
     if batch is None:
         (folder / BATCH).unlink()
-    else:
-        _write(api, folder, state["ticket"], batch)
-    return batch
+        return None
+    return _write(folder, state | {"batch": batch})
 
 
 def _affordable_requests(api: BatchAPI, queue: Sequence[Job], store: ReplyStore) -> list[Request]:
@@ -102,10 +105,10 @@ def _affordable_requests(api: BatchAPI, queue: Sequence[Job], store: ReplyStore)
     return chosen
 
 
-def _create(api: BatchAPI, requests: Sequence[Request], folder: Path, report: Report) -> str:
+def _create(api: BatchAPI, requests: Sequence[Request], max_tokens: int, folder: Path, report: Report) -> str:
     """Create a batch and return its id. A retry first looks for the batch: it may exist although no reply came."""
     ticket = api.prepare(requests)
-    _write(api, folder, ticket, "")
+    state = _write(folder, {"url": api.url, "ticket": ticket, "batch": "", "max_tokens": max_tokens})
     may_exist = False
 
     def attempt() -> str:
@@ -119,12 +122,13 @@ def _create(api: BatchAPI, requests: Sequence[Request], folder: Path, report: Re
             raise
 
     batch = call_with_retries(api.teacher.retried, api.teacher.retries, attempt)
-    _write(api, folder, ticket, batch)
+    _write(folder, state | {"batch": batch})
     return batch
 
 
-def _write(api: BatchAPI, folder: Path, ticket: dict[str, Any], batch: str) -> None:
-    write_text(folder / BATCH, json.dumps({"url": api.url, "ticket": ticket, "batch": batch}))
+def _write(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    write_text(folder / BATCH, json.dumps(state))
+    return state
 
 
 def _collect(
@@ -134,7 +138,7 @@ def _collect(
 
     Args:
         requests: the requests of the batch, if this call created it.
-        jobs: all jobs of this call, by key.
+        jobs: all jobs of this call, by key; also with the limit of tokens that the batch was created with.
     """
     refused: dict[str, str] = {}
     invalid: list[tuple[Job, dict[str, Any], str]] = []

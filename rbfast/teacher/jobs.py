@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any, Protocol
 
@@ -81,6 +81,10 @@ class Job:
         seed = None if self.server.seed is None else self.server.seed + self.sample
         turns.append({"role": "user", "content": self.question.text})
         return {"messages": turns, "seed": seed, **self.options}
+
+    def with_limit(self, max_tokens: int) -> Job:
+        """The same job with another limit of tokens."""
+        return replace(self, options=self.options | {"max_tokens": max_tokens})
 
     def worst_case(self) -> tuple[int, int]:
         """Upper bounds of the tokens (read, written): a token has at least one byte, and a turn adds a few tokens."""

@@ -165,6 +165,21 @@ def test_replies_to_questions_of_an_earlier_call_are_kept(tmp_path):
         assert len(in_batches(api, tmp_path, QUESTIONS[:5]).traces) == 5 and len(created(api)) == 2
 
 
+def test_whole_replies_of_a_batch_count_under_another_limit_of_tokens(tmp_path):
+    def replies(body):
+        text = solve(body["messages"][-1]["content"])
+        return chat_reply(text, "length" if body["max_tokens"] == 100 and " 2 " in str(body) else "stop")
+
+    with answering(Batches(replies)) as api:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(time, "sleep", raiser(Killed))
+            in_batches(api, tmp_path, max_tokens=100)
+        with pytest.warns(UserWarning, match="cut at the limit"):
+            assert len(in_batches(api, tmp_path, max_tokens=200).traces) == 4
+        files = [request.data for request in api.requests if request.path == "/v1/files"]
+        assert [data.count(b'"custom_id"') for data in files] == [4, 1], "only the reply that was cut is asked again"
+
+
 def raiser(kind):
     def fail(*args):
         raise kind
