@@ -184,8 +184,25 @@ def _rows_arrow(path: Path) -> Rows:
 
 
 def _rows_of_batches(path: Path, batches: Iterable[Any]) -> Rows:
-    rows = (row for batch in batches for row in batch.to_pylist())
+    rows = (row for batch in batches for row in _rows_of_batch(batch))
     return ((f"{path}: row {number}", row) for number, row in enumerate(rows))
+
+
+def _rows_of_batch(batch: Any) -> Iterator[dict[str, Any]]:
+    columns = list(map(_values_of_column, batch.columns))
+    return (dict(zip(batch.schema.names, (column[n] for column in columns), strict=True)) for n in range(len(batch)))
+
+
+def _values_of_column(column: Any) -> list[Any]:
+    """The values of an Arrow array. Decimals become numbers as JSON has them, and 0.1 in 32 bits becomes 0.1."""
+    import pyarrow
+
+    if column.type == pyarrow.float32():
+        column = column.cast(pyarrow.string()).cast(pyarrow.float64())
+    values = column.to_pylist()
+    if pyarrow.types.is_decimal(column.type):
+        return [None if value is None else int(value) if value == int(value) else float(value) for value in values]
+    return values
 
 
 def _rows_csv(path: Path, lenient: bool, delimiter: str) -> Rows:

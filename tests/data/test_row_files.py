@@ -3,16 +3,21 @@
 import csv
 import gzip
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fake_api import answering, chat_reply
 from trace_shapes import PLAIN, conversation
 
 from rbfast.cli.main import main
 from rbfast.curation.curate import curate
+from rbfast.data.answers import answer_text
 from rbfast.data.readers import read_traces
+from rbfast.data.row_files import rows_of_path
 from rbfast.data.trace import TraceError
 from rbfast.grading.tasks import load_problems
 from rbfast.teacher.solutions import Question, read_questions, teach
@@ -51,6 +56,24 @@ def test_every_kind_of_file_goes_on_past_a_bad_row(name: str, second: str, tmp_p
     assert [trace.to_dict() for trace in read_traces(out)] == [PLAIN] * 2
     [unread] = [json.loads(line) for line in (tmp_path / "out.unreadable.jsonl").read_text().splitlines()]
     assert second in unread["where"] and "never closed" in unread["reason"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_numbers_of_other_types_are_what_a_person_wrote(kind: str, tmp_path: Path) -> None:
+    decimals = [Decimal("0.50"), Decimal("5.00"), None, Decimal("12345678901234567890.00")]
+    singles = [0.1, 5.0, None, -2.5e-7]
+    columns = {"d": pa.array(decimals, pa.decimal128(30, 2)), "f": pa.array(singles, pa.float32())}
+    path, table = tmp_path / f"t.{kind}", pa.table(columns)
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_file(path, table.schema) as file:
+            file.write_table(table)
+    rows = [row for _, row in rows_of_path(path, "train")]
+    assert [row["d"] for row in rows] == [0.5, 5, None, 12345678901234567890]
+    assert [row["f"] for row in rows] == [0.1, 5.0, None, -2.5e-7]
+    json.dumps(rows)
+    assert [answer_text(row["d"]) for row in rows[:2]] == ["0.5", "5"] and answer_text(rows[0]["f"]) == "0.1"
 
 
 def test_folders_are_read_by_their_split(tmp_path: Path) -> None:
