@@ -47,11 +47,12 @@ _TASK = (  # before the problem
     r"(?:solve|answer|consider|here\sis)\s(?:the\sfollowing|this|the|a)\s(?:\w+\s)?(?:problem|question|exercise)"
     r"(?=\s*[.:])"
 )
+_GAP = r"\s{0,20}"  # bounded: a long run of line breaks would be read again from each of them
 _REST = r"(?:[^.?!\n]|\.(?=\d)|\n(?!\n))*[.?!]*"
 _INSTRUCTION = re.compile(
-    rf"\(reminder:(?:[^()]|\([^()]*\))*\)|(?:^|(?<=[.?!\])$:}}])|\n)\s*\(?(?:please\s)?"
+    rf"\(reminder:(?:[^()]|\([^()]*\))*\)|(?:^|(?<=[.?!\])$:}}])|\n){_GAP}\(?(?:please\s)?"
     rf"(?:{_VERB}(?:{_ANSWER}|{_LIST})|{_REASON}|{_FORM}){_REST}\)?|"
-    rf"(?:^|(?<=[.?!:])|\n)\s*(?:please\s)?(?:{_TASK})[^.?!:\n]*[.:]",
+    rf"(?:^|(?<=[.?!:])|\n){_GAP}(?:please\s)?(?:{_TASK})[^.?!:\n]*[.:]",
     re.IGNORECASE,
 )
 
