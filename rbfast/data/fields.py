@@ -26,7 +26,7 @@ NAMES = {
     "reply": "response output completion generation generated_text reply attempt model_output model_response chosen "
     "answer_content generations completions responses outputs generated_solution generated_solutions samples "
     "candidates rollouts attempts assistant gpt content preferred_output preferred_response preferred resps "
-    "final final_response final_output 回答 回复",
+    "final final_response final_output reannotated_assistant_content 回答 回复",
     "rejected": "rejected rejected_response rejected_output non_preferred_output non_preferred dispreferred",
     "solution": "solution solutions worked_solution full_solution answer_cot",
     "answer": "answer final_answer expected_answer gold gold_answer ground_truth golden_answer ground_truth_answer "

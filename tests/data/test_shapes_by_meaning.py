@@ -204,6 +204,13 @@ def test_a_separate_thought_belongs_to_the_next_reply_alone() -> None:
     assert [turn.thought for turn in parse_turns(twice) or ()] == ["Add.\n\nCheck."]
 
 
+def test_a_reply_beside_a_solution_is_the_reply() -> None:
+    """As in R1-Distill-SFT."""
+    row = {"problem": QUESTION, "reannotated_assistant_content": TAGGED, "solution": "By hand it is \\boxed{42}."}
+    [trace] = interpret(row).rows
+    assert (trace["reasoning"], trace["answer"]) == (THOUGHT, "42")
+
+
 def test_generations_that_cannot_be_read_say_why() -> None:
     with pytest.raises(TraceError, match="<think> is opened and never closed"):
         interpret({"problem": QUESTION, "generations": ["<think>Hm"]})
