@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
 from threading import Thread
 from typing import Any
 
@@ -38,6 +39,7 @@ def ask_all(jobs: Sequence[Job], store: ReplyStore, concurrency: int, report: Ca
     Raises:
         KeyboardInterrupt: after Ctrl-C.
         ServerError: the teacher refuses every request, or has failed several times in a row.
+        OSError: a reply could not be stored. Nothing more was sent, and those under way were waited for and stored.
     """
     sender = _Sender(jobs, store, concurrency)
     with counted_interrupts() as interrupts:
@@ -57,6 +59,7 @@ def ask_all(jobs: Sequence[Job], store: ReplyStore, concurrency: int, report: Ca
             else:
                 time.sleep(_LONGEST_SILENCE)
         sender.take([future for future in sender.pending if future.done()])
+        sender.store_again()
         report("")
     if interrupts:
         raise KeyboardInterrupt
@@ -77,7 +80,8 @@ class _Sender:
         self.queue = deque(jobs)
         self.pending: dict[Future[Reply], tuple[Job, Thread]] = {}
         self.reason: str | None = None
-        self.stopped: ServerError | None = None
+        self.stopped: ServerError | OSError | None = None
+        self._unstored: list[tuple[Reply, Job]] = []
         self._store, self._concurrency = store, concurrency
         self._failures = 0
         self._answered: float | None = None  # when the last reply came
@@ -112,10 +116,25 @@ class _Sender:
         for future in done:
             job, _ = self.pending.pop(future)
             try:
-                self._store.add(future.result(), job.worst_case())
-                self._failures, self._answered = 0, time.monotonic()
+                self._keep(future.result(), job)
             except ServerError as error:
                 self._fail(job, error)
+
+    def _keep(self, reply: Reply, job: Job) -> None:
+        """Store a reply. If the disk is full, nothing more is sent; the replies under way are paid for, and may fit."""
+        self._failures, self._answered = 0, time.monotonic()
+        try:
+            self._store.add(reply, job.worst_case())
+        except OSError as error:
+            self.stopped = error
+            self.queue.clear()
+            self._unstored.append((reply, job))
+
+    def store_again(self) -> None:
+        """Store the replies that could not be stored when they came: there may be room by now."""
+        for reply, job in self._unstored:
+            with suppress(OSError):
+                self._store.add(reply, job.worst_case())
 
     def _fail(self, job: Job, error: ServerError) -> None:
         if self._is_waited_for(error):

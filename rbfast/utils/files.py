@@ -202,14 +202,20 @@ class Journal:
             return json.loads(file.readline())
 
     def append(self, records: Iterable[Any]) -> int:
-        """Returns the offset of the first record."""
+        """Returns the offset of the first record. If the disk is full, the file stays as it was."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         data = "".join(map(_line, records)).encode(_TEXT["encoding"], _TEXT["errors"])
-        with name_file_in_errors(self.path), self.path.open("ab") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            return file.tell() - len(data)
+        start = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with name_file_in_errors(self.path), self.path.open("ab") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self.path, start)  # a record after half a one could not be read
+            raise
+        return start
 
     def rewrite(self, records: Iterable[Any]) -> None:
         """Replaces all records by these, atomically."""

@@ -164,6 +164,25 @@ def test_a_second_ctrl_c_leaves_at_once_and_keeps_what_came(server, tmp_path, ct
     assert reply["problem"] == QUESTIONS[0].text
 
 
+@pytest.mark.parametrize("failures", [1, 99])
+def test_a_full_disk_stops_it_and_keeps_the_replies_under_way_that_fit(server, tmp_path, monkeypatch, failures):
+    add, tries, server.pause = ReplyStore.add, [], 0.3
+
+    def full(store, record, *args):
+        tries.append(record["key"])
+        if len(tries) <= failures:
+            raise OSError(28, "No space left on device", str(tmp_path / "replies.jsonl"))
+        add(store, record, *args)
+
+    monkeypatch.setattr(ReplyStore, "add", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*replies\.jsonl"):
+        teach(server.client(), QUESTIONS, tmp_path, concurrency=3)
+    assert len(server.requests) == len(set(tries)) == 3, "all that was paid for came, and no more was asked"
+    if failures == 1:
+        monkeypatch.undo()
+        assert len(teach(server.client(), QUESTIONS[:3], tmp_path).traces) == 3 and len(server.requests) == 3
+
+
 @pytest.mark.parametrize("fault", [503, 200])
 def test_after_ctrl_c_nothing_is_asked_again(server, tmp_path, monkeypatch, capsys, ctrl_c, fault):
     woken, client = threading.Event(), server.client()

@@ -189,6 +189,18 @@ def test_a_whole_last_line_without_its_line_break_is_kept_and_gone_on_from(tmp_p
         assert [record for _, record in journal.read()] == [*RECORDS, RECORDS[0]]
 
 
+def test_a_record_that_does_not_fit_on_the_disk_leaves_the_others(tmp_path: Path, monkeypatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append(RECORDS)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"No space left on device: .*journal\.jsonl"):
+        patch.setattr(os, "fsync", full)
+        journal.append(RECORDS[:1])
+    assert journal.path.read_bytes() == LINES
+
+
 def test_a_last_line_torn_anywhere_is_cut_off(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.jsonl")
     first = LINES.index(b"\n") + 1
