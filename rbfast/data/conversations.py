@@ -17,8 +17,10 @@ from rbfast.data.thinking_marks import (
     BARE_CHANNELS,
     FINAL_CHANNEL,
     LONE_CLOSER,
+    NEXT_BARE_CHANNEL,
     NEXT_MESSAGE,
     OPENER,
+    TOOL_CALL,
     closer_of,
 )
 from rbfast.data.trace import TraceError
@@ -245,8 +247,10 @@ def split_thinking(reply: str) -> tuple[str | None, str]:
     """(thinking, text after it) of a reply, both without their tags. The thinking is None if absent or empty.
 
     A closing tag without an opening one ends the thinking, because the chat template may have opened it in the prompt.
-    Raises TraceError if the thinking is never closed: the reply was truncated.
+    Raises TraceError if the thinking is never closed, because the reply was truncated, or if it calls a tool.
     """
+    if TOOL_CALL.search(reply):
+        raise TraceError("reply: it calls a tool, which a student has not; leave it out")
     rest = reply[_OPENING.match(reply).end() :]  # type: ignore[union-attr]
     thoughts = []
     while opened := OPENER.match(rest):
@@ -256,7 +260,7 @@ def split_thinking(reply: str) -> tuple[str | None, str]:
         thoughts.append(rest[opened.end() : closed.start()].strip())
         rest = rest[closed.end() :].lstrip().removeprefix(NEXT_MESSAGE)  # which may be thinking too
     if not thoughts and (bare := BARE_CHANNELS.match(rest)):
-        thoughts.append(bare[1].strip())
+        thoughts += [thought.strip() for thought in NEXT_BARE_CHANNEL.split(bare[1])]
         rest = rest[bare.end() :]
     if not thoughts and (closed := LONE_CLOSER.search(rest)):
         thoughts.append(rest[: closed.start()].strip())

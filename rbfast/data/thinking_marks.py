@@ -53,7 +53,14 @@ ANSWER = (
 )
 # A reply of gpt-oss is two messages or more, each closed by `<|end|>`.
 FINAL_CHANNEL, NEXT_MESSAGE = "<|channel|>final<|message|>", "<|start|>assistant"
-BARE_CHANNELS = re.compile(r"analysis(.*?)assistantfinal", re.DOTALL)  # the same, if a server dropped special tokens
+# The same, if a server dropped special tokens.
+BARE_CHANNELS = re.compile(r"(?:assistant)?(?:analysis|commentary)(.*?)assistantfinal", re.DOTALL)
+NEXT_BARE_CHANNEL = re.compile(r"assistant(?:analysis|commentary)")
+# A message of gpt-oss to a tool; its recipient stands before or after the channel.
+TOOL_CALL = re.compile(
+    r"<\|channel\|>\w+ to=|\bto=[\w.]+<\|channel\|>"
+    r"|assistant(?:analysis|commentary) to=|assistant to=[\w.]+(?:analysis|commentary)"
+)
 
 
 def _any_of(*marks: str) -> re.Pattern[str]:

@@ -245,9 +245,35 @@ def test_stated_answers(text: str, answer: str | None, rest: str) -> None:
             "a\n\nc\n\nd",
             "b",
         ),
+        ("analysisa.assistantcommentaryc.assistantanalysisd.assistantfinalb", "a.\n\nc.\n\nd.", "b"),
+        ("commentarya.assistantanalysisc.assistantfinalb", "a.\n\nc.", "b"),
         ("<Thought>a</Thought><Output>b</Output>", "a", "b"),
         ("The tag <think> opens it.", None, "The tag <think> opens it."),
     ],
 )  # fmt: skip
 def test_thinking_is_split_from_the_reply(reply: str, thought: str | None, text: str) -> None:
     assert split_thinking(reply) == (thought, text)
+
+
+_CALLED = '{"a": 1}<|call|><|start|>functions.f to=assistant<|channel|>commentary<|message|>4<|end|>'
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        f"<|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{_CALLED}",
+        f"<|start|>assistant to=functions.f<|channel|>commentary json<|message|>{_CALLED}",
+        "<|start|>assistant<|channel|>analysis to=python code<|message|>1 + 1<|call|>",
+    ],
+)
+def test_a_reply_that_calls_a_tool_is_refused(call: str) -> None:
+    with pytest.raises(TraceError, match="calls a tool"):
+        split_thinking(
+            f"<|channel|>analysis<|message|>a<|end|>{call}<|start|>assistant<|channel|>final<|message|>b<|return|>"
+        )
+
+
+@pytest.mark.parametrize("call", ['commentary to=functions.f json{"a": 1}', ' to=functions.fcommentary json{"a": 1}'])
+def test_a_tool_call_is_known_without_special_tokens(call: str) -> None:
+    with pytest.raises(TraceError, match="calls a tool"):
+        split_thinking(f"analysisa.assistant{call}assistantfinalb")
