@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from experiments.parts import part
+from experiments.parts import digest, part
 from rbfast.data.chat_template import default_instruction
 from rbfast.data.trace import Trace
 from rbfast.demo.worked_families import split
@@ -30,7 +30,7 @@ from rbfast.evaluation.evaluate import evaluate, summarize
 from rbfast.grading.grade import Problem
 from rbfast.models.student import SMOLLM2, fast_dtype, load_student
 from rbfast.on_policy.rounds import DEFAULTS, distill_on_policy
-from rbfast.on_policy.samples import Student, Writing, example_of_sample, write_samples
+from rbfast.on_policy.samples import Writer, Writing, example_of_sample, write_samples
 from rbfast.teacher.jobs import Question
 from rbfast.training.distill import Run, TrainingData, distill, train_examples
 from rbfast.training.distill_config import DistillConfig
@@ -92,13 +92,14 @@ def run(
     student, _ = load()
     writing = Writing(max_new_tokens=settings.max_new_tokens)
     config = settings.config(learning_rate=settings.later_rate)
-    steps = settings.problems * len(settings.families) // settings.rounds * settings.rounds // settings.batch_size
+    steps, rest = divmod(settings.problems * len(settings.families), settings.batch_size)
+    if rest or settings.problems * len(settings.families) % (settings.rounds * settings.batch_size):
+        raise ValueError("rounds of whole batches alone take the same steps: change problems, rounds or batch_size")
 
     def measured(who: str, model: PreTrainedModel, trained: Run) -> dict[str, Any]:
         def measure() -> dict[str, Any]:
             results = evaluate(model, tokenizer, data.held_out, max_new_tokens=settings.max_new_tokens, batch_size=48)
-            seconds = json.loads((out / who / "run.json").read_text())["seconds"]
-            return summarize(results) | {"steps": len(trained.log_history), "training_seconds": seconds}
+            return summarize(results) | {"steps": len(trained.log_history)}
 
         return {"who": who} | part(out / f"{who}.json", asked, measure)["result"]
 
@@ -116,11 +117,11 @@ def run(
         return distill(student, tokenizer, data.few, folder, repeated, quiet, adapter=out / "student")
 
     def teachers_text(folder: Path) -> Run:
-        writer = Student(teacher, tokenizer, default_instruction(tokenizer))
+        writer = Writer(teacher, tokenizer, default_instruction(tokenizer))
         path = out / "teacher.samples.jsonl"
         written = write_samples(writer, data.questions, writing, path, f"{settings.seed}", lambda *_: None)
         examples = [example_of_sample(writer, data.questions[record["number"]], record) for record in written]
-        described = {"traces": len(examples), "traces_digest": "the teacher's samples"}
+        described = {"traces": len(examples), "traces_digest": digest(written)}
         return train_examples(
             student,
             tokenizer,

@@ -123,7 +123,9 @@ def _add_objective(sub: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--anneal", type=float, help="share of the strategic weight moved to the tactical (default: 0.5)"
     )
-    group.add_argument("--temperature", type=float, nargs="+", help="one for all roles, or one for each (default: 1)")
+    group.add_argument(
+        "--temperature", type=float, nargs="+", help="of the loss: one for all roles, or one for each (default: 1)"
+    )
     group.add_argument(
         "--beta", type=float, help="0 forward KL, 1 reverse KL, between: Jensen-Shannon (default: 0; 1 with --rounds)"
     )
@@ -146,6 +148,7 @@ def _add_on_policy(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--rounds", type=positive, help="times that the student writes with what it has learnt")
     group.add_argument("--samples", type=positive, help="completions of a problem (default: 1)")
     group.add_argument("--max-new-tokens", type=positive, help="tokens of a completion, at most (default: 512)")
+    group.add_argument("--sample-batch-size", type=positive, help="completions written at a time (default: 32)")
 
 
 def run_distill(args: argparse.Namespace) -> int:
@@ -154,8 +157,11 @@ def run_distill(args: argparse.Namespace) -> int:
     config = _distill_config(args)
     if args.rounds:
         return _run_rounds(args, config)
-    if args.samples or args.max_new_tokens:
-        raise ValueError("--samples and --max-new-tokens are for --rounds, in which the student writes: give it too")
+    if args.samples or args.max_new_tokens or args.sample_batch_size:
+        raise ValueError(
+            "--samples, --max-new-tokens and --sample-batch-size are for --rounds, in which the student writes: give "
+            "it too"
+        )
     traces = read_and_report_traces(args, args.traces, args.out / "unreadable.jsonl")
     if (wrong := sum(trace.verified is False for trace in traces)) and is_first_process():
         print(
@@ -178,16 +184,18 @@ def run_distill(args: argparse.Namespace) -> int:
 
 
 def _run_rounds(args: argparse.Namespace, config: "DistillConfig") -> int:
-    from rbfast.on_policy.rounds import distill_on_policy
+    from rbfast.on_policy.rounds import check_config, distill_on_policy
     from rbfast.on_policy.samples import Writing
     from rbfast.teacher.solutions import read_questions
 
-    for_traces = ("signals", "held_out", "keep_best", "plan", "report_to", "shard")
+    for_traces = ("signals", "held_out", "keep_best", "plan", "shard")
     if given := [f"--{name.replace('_', '-')}" for name in for_traces if getattr(args, name)]:
         raise ValueError(f"{given[0]} has no meaning with --rounds: leave one of them out")
     if args.teacher is None:
         raise ValueError("--rounds needs a --teacher, which corrects what the student writes")
-    written = {"samples": args.samples, "max_new_tokens": args.max_new_tokens}
+    check_config(config)
+    how = {"samples": args.samples, "max_new_tokens": args.max_new_tokens, "batch_size": args.sample_batch_size}
+    writing = Writing(**{name: value for name, value in how.items() if value})
     questions = read_questions(args.traces, seed=args.seed, options=format_options(args))
     model, tokenizer, teacher = _load_models(args)
     try:
@@ -200,11 +208,12 @@ def _run_rounds(args: argparse.Namespace, config: "DistillConfig") -> int:
             args.json,
             teacher=teacher,
             rounds=args.rounds,
-            writing=Writing(**{name: value for name, value in written.items() if value}),
+            writing=writing,
             adapter=args.adapter,
+            report_to=args.report_to,
         )
     except KeyboardInterrupt:
-        print(_resume_message(args.out, config), file=sys.stderr)
+        print(f"what was written is kept; of the training {_resume_message(args.out, config)}", file=sys.stderr)
         raise
     return _print_run(args, run)
 
@@ -221,7 +230,7 @@ def _print_run(args: argparse.Namespace, run: "Run") -> int:
         )
     if run.skipped:
         print(f"{len(run.skipped)} traces left out, see {args.out / 'skipped.jsonl'}", file=sys.stderr)
-    result = _summarize_run(run, args.out, "loss" if args.rounds else "loss_")
+    result = _summarize_run(run, args.out)
     if args.json and run.plan is not None:
         result["plan"] = run.plan.to_dict()
     return print_result(args, result, format_lines(result))
@@ -316,12 +325,12 @@ def _resume_message(out: Path, config: "DistillConfig") -> str:
     return f"there is no checkpoint yet (one every {config.save_steps} steps: --save-steps), so it will start over"
 
 
-def _summarize_run(run: "Run", out: Path, kind: str) -> dict[str, Any]:
-    # The losses whose name begins so at the first and the last step with tokens of each role, before its update.
+def _summarize_run(run: "Run", out: Path) -> dict[str, Any]:
+    # The losses at the first and the last step with tokens of each role, before that step's update.
     first: dict[str, float] = {}
     last: dict[str, float] = {}
     for entry in run.log_history:
-        losses = {name: loss for name, loss in entry.items() if name.startswith(kind)}
+        losses = {name: loss for name, loss in entry.items() if name.startswith("loss_")}
         first, last = losses | first, last | losses
     result = {
         "out": str(out),

@@ -15,19 +15,20 @@ from rbfast.data.completions import RenderedReply
 from rbfast.data.encoding import Example, example_of, token_roles
 from rbfast.data.instruction import Instruction
 from rbfast.data.spans import ANSWER, split_spans
+from rbfast.data.thinking import thinking_format
 from rbfast.grading.grade import grade
-from rbfast.inference.decoding import batches_by_length, encode_prompts
+from rbfast.inference.decoding import batches_by_length, encode_prompts, greedy_settings
 from rbfast.inference.guide import Guide, Limits
 from rbfast.inference.local import guided
 from rbfast.inference.solver import Sampling, Solution, seed_named
-from rbfast.inference.tokens import phrases_for
+from rbfast.inference.tokens import Vocabulary, phrases_for
 from rbfast.teacher.align import spellings
 from rbfast.teacher.jobs import Question
 from rbfast.utils.files import Journal
 from rbfast.utils.memory import trim_memory
 from rbfast.utils.records import check_shape
 
-_RECORD: dict[str, Any] = {"number": int, "sample": int, "ids": [int], "truncated": bool}
+_RECORD: dict[str, Any] = {"number": int, "sample": int, "problem": str, "ids": [int], "truncated": bool}
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ class Writing:
 
 
 @dataclass(frozen=True)
-class Student:
-    """A model that writes, and how it is asked."""
+class Writer:
+    """A model that writes, and how it is asked. A problem without a system prompt gets the instruction's."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -73,7 +74,7 @@ class Student:
 
 
 def write_samples(
-    student: Student,
+    writer: Writer,
     questions: Sequence[Question],
     how: Writing,
     path: Path,
@@ -81,41 +82,54 @@ def write_samples(
     progress: Callable[[int, int], None],
 ) -> list[dict[str, Any]]:
     """A record of every completion, the samples of a problem next to each other. The file `path` grows by a batch of
-    problems at a time; those that it holds already are not written again.
+    problems at a time. Batches that it holds as a whole are not written again: with its neighbours a completion keeps
+    its last bits too.
 
     Args:
-        seed: names the draws, with the place of the problem and its text. They do not depend on what is left to do.
-        progress: called with (problems done, problems in all) after each batch.
+        seed: names the draws, with the place of the problem and its text.
+        progress: called with (problems done, problems in all) at the start and after each batch.
 
     Raises:
         ValueError: the file holds something else.
     """
-    journal, found = Journal(path), dict[int, list[dict[str, Any]]]()
-    for where, record in journal.read():
-        check_shape(record, _RECORD, where)
-        found.setdefault(record["number"], []).append(record)
-    done = {number: records for number, records in found.items() if len(records) == how.samples}
+    journal = Journal(path)
+    found = _read(journal, questions)
+    batches = list(batches_by_length(list(map(writer.prompt_ids, questions)), max(1, how.batch_size // how.samples)))
+    whole = [batch for batch in batches if all(len(found.get(number, ())) == how.samples for number in batch)]
+    done = {number: found[number] for batch in whole for number in batch}
     if len(done) < len(found):  # a process was killed while it wrote
         journal.rewrite(record for records in done.values() for record in records)
-    todo = [number for number in range(len(questions)) if number not in done]
-    prompts = [student.prompt_ids(questions[number]) for number in todo]
-    for rows in batches_by_length(prompts, max(1, how.batch_size // how.samples)):
-        batch = [todo[row] for row in rows]
-        written = _write(student, {number: questions[number] for number in batch}, how, seed)
-        journal.append(record for number in batch for record in written[number])
-        done |= written
-        trim_memory()
-        progress(len(done), len(questions))
+    progress(len(done), len(questions))
+    for batch in batches:
+        if batch[0] not in done:
+            written = _write(writer, {number: questions[number] for number in batch}, how, seed)
+            journal.append(record for number in batch for record in written[number])
+            done |= written
+            trim_memory()
+            progress(len(done), len(questions))
     return [record for number in range(len(questions)) for record in done[number]]
 
 
-def _write(student: Student, batch: Mapping[int, Question], how: Writing, seed: str) -> dict[int, list[dict[str, Any]]]:
+def _read(journal: Journal, questions: Sequence[Question]) -> dict[int, list[dict[str, Any]]]:
+    """The records of a file by the number of the problem."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for where, record in journal.read():
+        check_shape(record, _RECORD, where)
+        number, records = record["number"], found.setdefault(record["number"], [])
+        is_next = record["sample"] == len(records) and record["ids"]
+        if not (0 <= number < len(questions) and record["problem"] == questions[number].text and is_next):
+            raise ValueError(f"{where}: expected a completion of this round's problems; name another folder")
+        records.append(record)
+    return found
+
+
+def _write(writer: Writer, batch: Mapping[int, Question], how: Writing, seed: str) -> dict[int, list[dict[str, Any]]]:
     seeds = [seed_named(f"{seed}:{number}:{question.text}") for number, question in batch.items()]
     solutions = guided(
-        student.model,
-        student.tokenizer,
-        [student.prompt(question) for question in batch.values()],
-        Guide(Limits(how.max_new_tokens), interventions=()),
+        writer.model,
+        writer.tokenizer,
+        list(map(writer.prompt, batch.values())),
+        _plain(how),
         Sampling(how.samples, how.temperature, how.top_p, seeds, early_stop=False),
         batch_size=how.batch_size,
     )
@@ -123,6 +137,11 @@ def _write(student: Student, batch: Mapping[int, Question], how: Writing, seed: 
         number: [_record(number, question, sample, solution) for sample, solution in enumerate(of_one)]
         for (number, question), of_one in zip(batch.items(), solutions, strict=True)
     }
+
+
+def _plain(how: Writing) -> Guide:
+    """The guide that inserts nothing."""
+    return Guide(Limits(how.max_new_tokens), interventions=())
 
 
 def _record(number: int, question: Question, sample: int, solution: Solution) -> dict[str, Any]:
@@ -135,35 +154,45 @@ def _record(number: int, question: Question, sample: int, solution: Solution) ->
     return record
 
 
-def example_of_sample(student: Student, question: Question, record: Mapping[str, Any]) -> Example:
+def example_of_sample(writer: Writer, question: Question, record: Mapping[str, Any]) -> Example:
     """The example of a completion: the very tokens that were written, with the role that each has in the text."""
     ids, finished = record["ids"], not record["truncated"]
     inner = ids[:-1] if finished else ids
-    roles = [*_roles(student, inner), *([ANSWER] if finished else [])]
-    return example_of(student.prompt_ids(question), ids, roles)
+    roles = [*_roles(writer, inner), *([ANSWER] if finished else [])]
+    return example_of(writer.prompt_ids(question), ids, roles)
 
 
-def _roles(student: Student, ids: Sequence[int]) -> np.ndarray:
+def _roles(writer: Writer, ids: Sequence[int]) -> np.ndarray:
     """The thinking is split into strategic and tactical spans; what follows its end is the answer."""
-    spelled = [spelling or b"" for spelling in spellings(student.tokenizer, ids)]
-    text = b"".join(spelled).decode(errors="replace")
+    spelled = [spelling or b"" for spelling in spellings(writer.tokenizer, ids)]
+    text = b"".join(spelled).decode(errors="surrogateescape")  # tokens may break a character, or write none
     if not text:
         return np.full(len(ids), ANSWER)
-    at = text.find(phrases_for(student.tokenizer, student.instruction).close)
+    close = phrases_for(writer.tokenizer, writer.instruction).close
+    # A plain chain of thought may name the marker of the answer before it gives one.
+    at = text.find(close) if thinking_format(writer.tokenizer).thinks else text.rfind(close)
     thought = text if at < 0 else text[:at]
     roles = np.full(len(text), ANSWER)
     for start, end, role in split_spans(thought) if thought else ():
         roles[start:end] = role
-    # A character counts for the token in which it begins: bytes 0x80 to 0xBF continue one.
-    ends = np.cumsum([0, *(sum(byte & 0xC0 != 0x80 for byte in spelling) for spelling in spelled)])
+    # A character counts for the token in which it begins.
+    begins = np.cumsum([0, *(len(letter.encode(errors="surrogateescape")) for letter in text)])[:-1]
+    ends = np.searchsorted(begins, np.cumsum([0, *map(len, spelled)]))
     offsets = np.stack([ends[:-1], ends[1:]], axis=1)
     return token_roles(RenderedReply(((text, True),), roles, (0, len(thought)), (len(thought), len(text))), offsets)
 
 
-def longest_example(student: Student, questions: Sequence[Question], how: Writing) -> Example:
-    """An example as long as a completion of these problems can be. Raises ValueError if the model has not the positions
-    for it."""
-    prompts = [student.prompt(question) for question in questions]
-    encoded = encode_prompts(student.model, student.tokenizer, prompts, how.max_new_tokens)
+def longest_example(writer: Writer, questions: Sequence[Question], how: Writing) -> Example:
+    """An example as long as a completion of these problems can be.
+
+    Raises ValueError if the model cannot write one: it has not the positions, or its tokenizer is not fast or knows no
+    end of turn.
+    """
+    Vocabulary(writer.tokenizer, _plain(how), greedy_settings(writer.model, writer.tokenizer)["eos_token_id"])
+    longest = max(questions, key=lambda question: len(writer.prompt_ids(question)))
+    try:
+        [prompt] = encode_prompts(writer.model, writer.tokenizer, [writer.prompt(longest)], how.max_new_tokens)
+    except ValueError as error:
+        raise ValueError(f"{longest.text[:60]!r}: {error}") from None
     completion = [0] * how.max_new_tokens
-    return example_of(max(encoded, key=len), completion, [ANSWER] * len(completion))
+    return example_of(prompt, completion, [ANSWER] * len(completion))

@@ -54,8 +54,12 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
 
 def spellings(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[bytes | None]:
     """The bytes of each token. A special token, as thinking tags may be, is spelled by its name."""
-    tokens, added = dict(enumerate(token_bytes(tokenizer))), tokenizer.added_tokens_decoder
-    return [added[number].content.encode() if number in added else tokens.get(number) for number in ids]
+    tokens, added = token_bytes(tokenizer), tokenizer.added_tokens_decoder
+    known = [number if number < len(tokens) else None for number in ids]  # a model may have more rows than tokens
+    return [
+        None if number is None else added[number].content.encode() if number in added else tokens[number]
+        for number in known
+    ]
 
 
 @lru_cache(maxsize=4)  # needed for every trace, of the same two tokenizers; `size` changes if tokens are added

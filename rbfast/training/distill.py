@@ -63,7 +63,7 @@ class Run:
 
     An entry of `log_history` has `step` and `epoch`, and either `loss` and `loss_{role}` (a training step) or
     `eval_loss` and `eval_loss_{role}` (held-out traces). The loss is the objective's. The loss of a role is the mean
-    cross-entropy of its tokens, in nats.
+    cross-entropy of its tokens, in nats; in on-policy rounds their mean divergence from the teacher.
     found: the run had finished before and was only loaded. Otherwise `plan` is set, unless the base is sharded.
     """
 
@@ -153,13 +153,18 @@ def distill(
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The encoded examples of a run. settings: what run.json says of them. system: the system prompt that all share."""
+    """The encoded examples of a run.
+
+    settings: what run.json says of them. system: the system prompt that all share. is_on_policy: the student wrote
+    them, so the loss of a role that is logged is its divergence: its cross-entropy says nothing of what it learns.
+    """
 
     examples: Sequence[Example]
     held_out: Sequence[Example]
     skipped: list[tuple[Trace, str]]
     settings: dict[str, Any]
     system: str = ""
+    is_on_policy: bool = False
 
 
 def train_examples(
@@ -209,7 +214,7 @@ def train_examples(
         if is_first and not quiet and plan is not None:
             print(plan, file=sys.stderr)
         progress = progress or TrainingBar(quiet or not is_first)
-        trainer = _make_trainer(model, trained, arguments, examples, data.held_out, config, teacher, progress)
+        trainer = _make_trainer(model, trained, arguments, data, config, teacher, progress)
         with closing(progress), checkpointing(model) if config.gradient_checkpointing else nullcontext():
             trainer.train(resume_from_checkpoint=checkpoint)
         history = [strip_timings(entry) for entry in trainer.state.log_history if {"loss", "eval_loss"} & entry.keys()]
@@ -308,8 +313,7 @@ def _make_trainer(
     model: PreTrainedModel,
     adapter: SparseAdapter,
     arguments: TrainingArguments,
-    examples: Sequence[Example],
-    eval_examples: Sequence[Example],
+    data: TrainingData,
     config: DistillConfig,
     teacher: PreTrainedModel | None,
     progress: TrainingBar,
@@ -319,11 +323,12 @@ def _make_trainer(
         model,
         adapter,
         arguments,
-        examples,
-        eval_examples or None,
+        data.examples,
+        data.held_out or None,
         objective=config.objective,
         teacher=teacher,
         tokens_per_batch=config.tokens_per_batch,
+        logs_divergence=data.is_on_policy,
         callbacks=[progress, StopAtNaN()],
     )
     trainer.remove_callback(ProgressCallback)

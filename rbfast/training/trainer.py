@@ -101,10 +101,13 @@ class DistillTrainer(Trainer):
         objective: Objective | None = None,
         teacher: PreTrainedModel | None = None,
         tokens_per_batch: int | None = None,
+        logs_divergence: bool = False,
         **kwargs: Any,
     ) -> None:
         """args: copied, so the caller's are left as they are.
         tokens_per_batch: the most tokens in a batch; overrides the batch sizes in args.
+        logs_divergence: the loss of a role that is logged is its mean divergence from the teacher, not its mean
+            cross-entropy.
 
         Raises:
             ValueError: a Trainer option for its loss, logits or embeddings is set, which would have no effect here; the
@@ -123,11 +126,11 @@ class DistillTrainer(Trainer):
         args.remove_unused_columns = False
         args.label_names = ["labels"]
         self.objective: Objective = objective or Objective()
-        self.adapter, self._items = adapter, len(items)
+        self.adapter, self._items, self._logs_divergence = adapter, len(items), logs_divergence
         self._scales_gradients, self._gradient_scale = False, torch.ones(())  # True while an fp16 student trains
         self._student = model  # unwrapping the trained module in every step would walk over all of it
         self.teacher = teacher if teacher is None else teacher.eval().requires_grad_(False)
-        # Sums of CE and token counts since the last log.
+        # Sums of CE (or divergence) and token counts since the last log.
         self._role_sums = torch.zeros(2, len(ROLES), dtype=torch.float64, device=args.device)
         # Sums of losses, CE and token counts in an evaluation.
         self._eval_sums = torch.zeros(3, len(ROLES), dtype=torch.float64, device=args.device)
@@ -249,7 +252,7 @@ class DistillTrainer(Trainer):
         out = out._replace(loss=out.loss.to(self.args.device))
         if self._scales_gradients:
             out = out._replace(loss=_WithScaledGradient.apply(out.loss, self._gradient_scale))
-        self._role_sums += sums_by_role(inputs, out.ce)
+        self._role_sums += sums_by_role(inputs, out.divergence if self._logs_divergence else out.ce)
         # DDP averages gradients over processes, while the denominators already span them.
         loss = out.loss * self.accelerator.num_processes
         return (loss, out) if return_outputs else loss

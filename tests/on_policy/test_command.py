@@ -47,7 +47,7 @@ def test_it_writes_trains_and_says_what_was_written(setup, tmp_path, capsys):
     assert (
         re.search(r"round 1 of 2: 12 completions of 4 tokens, \d+% cut off, 0% right", told) and "round 2 of 2" in told
     )
-    assert "steps: 8" in said and "first_loss:" in said and "last_loss:" in said
+    assert "steps: 8" in said and "trained: 24" in said and "last_loss_answer:" in said
     settings = json.loads((tmp_path / "run/run.json").read_text())
     assert settings["objective"] == settings["objective"] | {"beta": 1.0, "ce_share": 0.0}
     assert settings["on_policy"] == {
@@ -66,16 +66,21 @@ def test_the_loss_may_be_another_divergence(setup, tmp_path):
     ("options", "message"),
     [
         (("--rounds", "2"), "--rounds needs a --teacher"),
-        (("--samples", "2"), "--samples and --max-new-tokens are for --rounds"),
-        (("--max-new-tokens", "9"), "--samples and --max-new-tokens are for --rounds"),
+        (("--samples", "2"), "--samples, --max-new-tokens and --sample-batch-size are for --rounds"),
+        (("--max-new-tokens", "9"), "are for --rounds"),
+        (("--sample-batch-size", "9"), "are for --rounds"),
         (("--rounds", "2", "--signals", "x"), "--signals has no meaning with --rounds"),
         (("--rounds", "2", "--held-out", "0.1"), "--held-out has no meaning with --rounds"),
         (("--rounds", "2", "--plan"), "--plan has no meaning with --rounds"),
-        (("--rounds", "2", "--report-to", "wandb"), "--report-to has no meaning with --rounds"),
+        (("--rounds", "2", "--teacher", "x", "--ce-weight", "0.5"), "ce_share (--ce-weight) must be 0, got 0.5"),
+        (("--rounds", "2", "--teacher", "x", "--max-tokens", "99"), "max_tokens (--max-tokens) is for traces"),
     ],
     ids=str,
 )
-def test_what_does_not_go_together_is_refused_before_a_model_is_loaded(setup, tmp_path, capsys, options, message):
+def test_what_does_not_go_together_is_refused_before_a_model_is_loaded(
+    setup, tmp_path, capsys, monkeypatch, options, message
+):
+    monkeypatch.setattr("rbfast.cli.train._load_models", None)
     assert distill(setup, tmp_path / "run", *options) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -87,7 +92,7 @@ def test_ctrl_c_says_from_where_it_will_go_on(setup, tmp_path, capsys, monkeypat
 
     monkeypatch.setattr(rounds._Rounds, "start", stop)
     assert distill(setup, tmp_path, *of_rounds(setup)) == 130
-    assert "it will start over" in capsys.readouterr().err
+    assert "what was written is kept; of the training there is no checkpoint yet" in capsys.readouterr().err
 
 
 def test_the_python_of_the_page_runs(setup, tmp_path, monkeypatch):

@@ -16,13 +16,15 @@ from rbfast.data.encoding import IGNORE, NO_ROLE
 from rbfast.data.instruction import instruction_named
 from rbfast.data.spans import ROLES
 from rbfast.on_policy import rounds as module
+from rbfast.on_policy import samples
 from rbfast.on_policy.rounds import DEFAULTS, distill_on_policy, summary
-from rbfast.on_policy.samples import Student, Writing, example_of_sample, write_samples
+from rbfast.on_policy.samples import Writer, Writing, example_of_sample, write_samples
 from rbfast.report.read_run import read_run
 from rbfast.teacher.jobs import Question
 from rbfast.training.distill import distill
 from rbfast.training.distill_config import DistillConfig
 from rbfast.training.objective import Objective
+from rbfast.training.trainer import DistillTrainer
 
 INSTRUCTION = instruction_named("answer")
 QUESTIONS = [Question(trace.problem) for trace in TRACES[:12]]
@@ -78,9 +80,20 @@ def test_a_round_is_written_with_what_was_learnt_and_all_of_it_is_trained(tmp_pa
         seen.append((number, list(self.examples), records))
         return records
 
+    step, trained = DistillTrainer.compute_loss, []
+
+    def watch(self, model, inputs, *args, **kwargs):
+        trained.append((self.state.global_step, inputs["labels"][inputs["labels"] != IGNORE].tolist()))
+        return step(self, model, inputs, *args, **kwargs)
+
     monkeypatch.setattr(module._Rounds, "start", spy)
+    monkeypatch.setattr(DistillTrainer, "compute_loss", watch)
     ran = run(tmp_path / "run", learning_rate=0.5)  # large, so that other words are drawn soon
-    assert [number for number, *_ in seen] == [0, 1, 2]
+    assert [number for number, *_ in seen] == [0, 1, 2, 2]  # the last one is read again at the end
+    seen = seen[:3]
+    for number, _, records in seen:
+        tokens = [token for at, labels in trained if at // 2 == number for token in labels]
+        assert sorted(tokens) == sorted(token for record in records for token in record["ids"])
     assert len(written(tmp_path / "run")) == 3
     problems = [record["problem"] for _, _, records in seen for record in records]
     assert sorted(problems) == sorted(question.text for question in QUESTIONS)  # one pass over all of them
@@ -94,7 +107,7 @@ def test_a_round_is_written_with_what_was_learnt_and_all_of_it_is_trained(tmp_pa
     assert ran.traces == 12 and not ran.found
     assert [entry["step"] for entry in ran.log_history] == [*range(1, 7)] and min(losses) >= 0
     # The first round is the base's own text, the last one is not.
-    base = Student(student(), TOKENIZER, instruction_named("none"))
+    base = Writer(student(), TOKENIZER, instruction_named("none"))
     for number, same in ((0, True), (2, False)):
         questions = [Question(record["problem"]) for record in seen[number][2]]
         again = write_samples(base, questions, WRITING, tmp_path / f"{number}", f"0:{number}", lambda *_: None)
@@ -131,15 +144,70 @@ def test_a_cut_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     assert found.found and found.log_history == whole.log_history
 
 
+@pytest.mark.parametrize("cut", ["while the second round is written", "after the last checkpoint"])
+def test_a_killed_process_goes_on_to_the_same_bits(tmp_path, monkeypatch, cut):
+    def stop(*args, **kwargs):
+        raise RuntimeError("power cut")
+
+    whole = run(tmp_path / "whole", save_steps=99)  # a round ends with a checkpoint of its own
+    with monkeypatch.context() as patch:
+        if cut == "after the last checkpoint":
+            patch.setattr("rbfast.training.distill._save", stop)
+        else:
+            write, calls = samples._write, []
+
+            def write_or_stop(*args):
+                calls.append(args)
+                return stop() if len(calls) == 3 else write(*args)
+
+            patch.setattr(samples, "_write", write_or_stop)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(tmp_path / "cut", save_steps=99, writing=replace(WRITING, batch_size=2))
+    resumed = run(tmp_path / "cut", save_steps=99, writing=replace(WRITING, batch_size=2))
+    assert written(tmp_path / "cut") == written(tmp_path / "whole")
+    costs = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("cut", "whole")]
+    assert costs[0]["tokens_per_epoch"] == costs[1]["tokens_per_epoch"]
+    for name, value in whole.adapter.state_dict().items():
+        assert torch.equal(value, resumed.adapter.state_dict()[name])
+
+
+def test_the_loss_of_a_role_is_its_divergence(tmp_path):
+    ran = run(tmp_path, objective=Objective(0, 1, 0, anneal=0.0, beta=1.0, ce_share=0.0))
+    for entry in ran.log_history:
+        assert entry["loss_tactical"] == pytest.approx(entry["loss"], rel=1e-4)
+
+
+def test_the_student_is_asked_as_it_was_trained(tmp_path):
+    first = run(tmp_path / "first")
+    first.adapter.detach()
+    prompt = tmp_path / "first/prompt.json"
+    prompt.write_text(json.dumps(json.loads(prompt.read_text()) | {"system": "Be careful."}))
+    settings = dict(adapter=tmp_path / "first", density=DEFAULTS.density, rank=None, instruction=None)
+    run(tmp_path / "plain", **settings)
+    assert json.loads((tmp_path / "plain/prompt.json").read_text())["system"] == "Be careful."
+    own = [replace(question, system="Be brief.") for question in QUESTIONS]
+    run(tmp_path / "own", questions=own, **settings)
+    assert json.loads((tmp_path / "own/prompt.json").read_text())["system"] == "Be brief."
+    with pytest.raises(ValueError, match="its traces_digest is"):
+        run(tmp_path / "plain", questions=own, **settings)
+
+
+def test_problems_that_do_not_fill_a_round_are_left_over(tmp_path):
+    with pytest.warns(UserWarning, match="2 of 12 problems are left over: 5 rounds take 2 each"):
+        assert run(tmp_path, rounds=5).traces == 10
+    with pytest.raises(TypeError, match=r"expected a list of Question, got str 'p': read_questions\(FILE\)"):
+        run(tmp_path / "names", questions="problems.jsonl")
+
+
 def test_a_process_that_was_killed_while_it_wrote_writes_the_rest(tmp_path):
-    asked = Student(student(), TOKENIZER, INSTRUCTION)
+    asked = Writer(student(), TOKENIZER, INSTRUCTION)
     how = replace(WRITING, samples=2, batch_size=4)
     whole, calls = tmp_path / "whole", []
     records = write_samples(asked, QUESTIONS, how, whole, "0:0", lambda *done: calls.append(done))
     assert calls[-1] == (12, 12) and len(records) == 24
     assert [(record["number"], record["sample"]) for record in records] == [(n, s) for n in range(12) for s in range(2)]
     lines = whole.read_text().splitlines(keepends=True)
-    (tmp_path / "part").write_text("".join(lines[:7]) + lines[7][:20])  # a problem has one of its two, and a torn line
+    (tmp_path / "part").write_text("".join(lines[:7]) + lines[7][:20])  # a batch without its last problem, a torn line
     again = write_samples(asked, QUESTIONS, how, tmp_path / "part", "0:0", lambda *_: None)
     assert again == records
     other = write_samples(asked, QUESTIONS, how, tmp_path / "other", "0:1", lambda *_: None)
@@ -157,7 +225,7 @@ def test_roles_follow_the_text_and_the_end_of_turn_is_trained_if_it_was_written(
     tokenizers = TOKENIZER, byte_fallback("Add one. 3 + 1 = 4 <answer> </answer> é", size=40)
     text = "First, find the plan: add one to the number.\n3 + 1 = 4 é\n\n<answer>4</answer>"
     for tokenizer in tokenizers:
-        asked = Student(None, tokenizer, INSTRUCTION)
+        asked = Writer(None, tokenizer, INSTRUCTION)
         ids = tokenizer(text, add_special_tokens=False).input_ids
         question = Question("What is 3 + 1?")
         prompt = tokenizer(format_prompt(question.text, tokenizer, INSTRUCTION), add_special_tokens=False).input_ids
@@ -166,13 +234,20 @@ def test_roles_follow_the_text_and_the_end_of_turn_is_trained_if_it_was_written(
             example = example_of_sample(asked, question, record)
             assert example.input_ids.tolist() == [*prompt, *ids, *end]
             roles = example.roles[len(prompt) - 1 : -1]
-            assert (len(roles) == len(record["ids"]) and not end) or ROLES[roles[-1]] == "answer"
+            assert len(roles) == len(record["ids"])
+            assert ROLES[roles[-1]] == "answer"
             of = {}
             for token, role in zip(ids, roles, strict=False):
                 of.setdefault(ROLES[role], []).append(token)
             assert "plan" in tokenizer.decode(of["strategic"])
             assert "+ 1 =" in tokenizer.decode(of["tactical"])
             assert "4</answer>" in tokenizer.decode(of["answer"]).replace(" ", "")
+    named = tokenizer("First, I put it between <answer> and </answer>.\n3 + 1 = 4\n<answer>4</answer>").input_ids
+    roles = example_of_sample(asked, question, {"ids": named, "truncated": True}).roles
+    assert "tactical" in {ROLES[role] for role in roles[len(prompt) - 1 : -1]}  # the marker was only named at first
+    broken = [*tokenizer("é").input_ids[:1], *ids]  # half a character
+    roles = example_of_sample(asked, question, {"ids": broken, "truncated": True}).roles
+    assert roles[-2] == example.roles[-3] and len(roles) == len(prompt) + len(broken)
     unused = example_of_sample(asked, question, {"ids": [*ids, 10**6], "truncated": True})
     assert unused.input_ids[-1] == 10**6  # a model's vocabulary may be larger than its tokenizer's
     nothing = example_of_sample(asked, question, {"ids": [tokenizer.eos_token_id], "truncated": False})
@@ -196,10 +271,10 @@ def test_a_run_goes_on_from_an_adapter_and_its_folder_is_that_of_a_run(tmp_path)
     [
         ({"rounds": 0}, "expected rounds from 1 to the number of questions"),
         ({"rounds": 13}, r"\(12 x 1 epochs\), got 13"),
-        ({"objective": Objective()}, "ce_share must be 0, got 0.5"),
-        ({"tokens_per_batch": 64}, "tokens_per_batch is for traces"),
-        ({"max_tokens": 64}, "max_tokens is for traces"),
-        ({"placement": "gradient"}, "placement is for traces"),
+        ({"objective": Objective()}, r"ce_share \(--ce-weight\) must be 0, got 0\.5"),
+        ({"tokens_per_batch": 64}, r"tokens_per_batch \(--tokens-per-batch\) is for traces"),
+        ({"max_tokens": 64}, r"max_tokens \(--max-tokens\) is for traces"),
+        ({"placement": "gradient"}, r"placement \(--placement\) is for traces"),
         ({"writing": Writing(max_new_tokens=300)}, "lower max_new_tokens"),
     ],
     ids=str,
@@ -228,9 +303,18 @@ def test_numbers_out_of_range_are_refused(field):
         Writing(**field)
 
 
+@pytest.mark.parametrize("change", [{"number": 12}, {"problem": "What is 2?"}, {"sample": 1}, {"ids": []}], ids=str)
+def test_completions_of_other_problems_are_refused(tmp_path, change):
+    asked, path = Writer(student(), TOKENIZER, INSTRUCTION), tmp_path / "round-001.jsonl"
+    record, *_ = write_samples(asked, QUESTIONS[:1], WRITING, path, "0", lambda *_: None)
+    path.write_text(json.dumps(record | change) + "\n")
+    with pytest.raises(ValueError, match=r"round-001\.jsonl:1: expected a completion of this round's problems"):
+        write_samples(asked, QUESTIONS[:1], WRITING, path, "0", lambda *_: None)
+
+
 def test_a_file_of_something_else_is_named(tmp_path):
     (tmp_path / "round-001.jsonl").write_text(json.dumps({"problem": "What?"}) + "\n")
-    asked = Student(llama(), TOKENIZER, INSTRUCTION)
+    asked = Writer(llama(), TOKENIZER, INSTRUCTION)
     with pytest.raises(ValueError, match=r"round-001\.jsonl:1: number"):
         write_samples(asked, QUESTIONS, WRITING, tmp_path / "round-001.jsonl", "0", lambda *_: None)
 

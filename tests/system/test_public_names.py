@@ -28,6 +28,7 @@ PUBLIC = [
     "calibrate",
     "curate",
     "distill",
+    "distill_on_policy",
     "evaluating",
     "guided",
     "load_student",
