@@ -123,12 +123,10 @@ def example_of(
 ) -> Example:
     """The example of a prompt and a completion, its end of turn included, with the role of each of its tokens."""
     ids = np.array([*prompt, *completion], dtype=np.int64)
-    example = Example(
-        ids, np.full(len(ids), IGNORE, dtype=np.int64), np.full(len(ids), NO_ROLE, dtype=np.int64), id=name
-    )
-    example.labels[len(prompt) - 1 : -1] = completion
-    example.roles[len(prompt) - 1 : -1] = roles
-    return example
+    labels, role_of = np.full_like(ids, IGNORE), np.full_like(ids, NO_ROLE)
+    labels[len(prompt) - 1 : -1] = completion
+    role_of[len(prompt) - 1 : -1] = roles
+    return Example(ids, labels, role_of, id=name)
 
 
 def token_roles(written: RenderedReply, offsets: np.ndarray) -> np.ndarray:
