@@ -92,8 +92,8 @@ def run(
     student, _ = load()
     writing = Writing(max_new_tokens=settings.max_new_tokens)
     config = settings.config(learning_rate=settings.later_rate)
-    steps, rest = divmod(settings.problems * len(settings.families), settings.batch_size)
-    if rest or settings.problems * len(settings.families) % (settings.rounds * settings.batch_size):
+    steps = len(data.questions) // settings.batch_size
+    if len(data.questions) % (settings.rounds * settings.batch_size):
         raise ValueError("rounds of whole batches alone take the same steps: change problems, rounds or batch_size")
 
     def measured(who: str, model: PreTrainedModel, trained: Run) -> dict[str, Any]:

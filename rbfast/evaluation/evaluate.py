@@ -28,7 +28,7 @@ from rbfast.data.instruction import Instruction
 from rbfast.evaluation.statistics import clustered, pass_at_k, proportion
 from rbfast.grading.grade import Problem, answer_key, grade
 from rbfast.inference.decoding import Completion, batches_by_length, complete
-from rbfast.inference.guide import Guide, Limits
+from rbfast.inference.guide import Guide
 from rbfast.inference.local import guided
 from rbfast.inference.solver import Sampling, seed_named
 from rbfast.inference.state import Event
@@ -116,7 +116,7 @@ class Decoding:
         # A problem's draws must not depend on which others are left: a resumed run draws the same.
         seeds = [seed_named(f"{self.seed}:{problem.question}") for problem in problems]
         sampling = Sampling(self.samples, self.temperature, self.top_p, seeds, early_stop=False)
-        guide = self.guide or Guide(Limits(self.max_new_tokens), interventions=())
+        guide = self.guide or Guide.plain(self.max_new_tokens)
         solutions = guided(model, tokenizer, prompts, guide, sampling, batch_size=batch_size)
         return [[(Completion(s.text, s.tokens, s.truncated), s.events) for s in samples] for samples in solutions]
 

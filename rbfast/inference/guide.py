@@ -120,6 +120,11 @@ class Guide:
         """Whether nothing is ever inserted: plain generation."""
         return not self.interventions and not self.limits.probe_every
 
+    @classmethod
+    def plain(cls, budget: int) -> Guide:
+        """The guide that inserts nothing and cuts off a completion at the budget."""
+        return cls(Limits(budget), interventions=())
+
     def with_limits(self, **changes: Any) -> Guide:
         """This guide with other limits: `guide.with_limits(verify_above=calibrate(solver, problems, guide))`."""
         return replace(self, limits=replace(self.limits, **changes))

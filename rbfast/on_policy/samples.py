@@ -18,7 +18,7 @@ from rbfast.data.spans import ANSWER, split_spans
 from rbfast.data.thinking import thinking_format
 from rbfast.grading.grade import grade
 from rbfast.inference.decoding import batches_by_length, encode_prompts, greedy_settings
-from rbfast.inference.guide import Guide, Limits
+from rbfast.inference.guide import Guide
 from rbfast.inference.local import guided
 from rbfast.inference.solver import Sampling, Solution, seed_named
 from rbfast.inference.tokens import Vocabulary, phrases_for
@@ -129,7 +129,7 @@ def _write(writer: Writer, batch: Mapping[int, Question], how: Writing, seed: st
         writer.model,
         writer.tokenizer,
         list(map(writer.prompt, batch.values())),
-        _plain(how),
+        Guide.plain(how.max_new_tokens),
         Sampling(how.samples, how.temperature, how.top_p, seeds, early_stop=False),
         batch_size=how.batch_size,
     )
@@ -137,11 +137,6 @@ def _write(writer: Writer, batch: Mapping[int, Question], how: Writing, seed: st
         number: [_record(number, question, sample, solution) for sample, solution in enumerate(of_one)]
         for (number, question), of_one in zip(batch.items(), solutions, strict=True)
     }
-
-
-def _plain(how: Writing) -> Guide:
-    """The guide that inserts nothing."""
-    return Guide(Limits(how.max_new_tokens), interventions=())
 
 
 def _record(number: int, question: Question, sample: int, solution: Solution) -> dict[str, Any]:
@@ -188,7 +183,8 @@ def longest_example(writer: Writer, questions: Sequence[Question], how: Writing)
     Raises ValueError if the model cannot write one: it has not the positions, or its tokenizer is not fast or knows no
     end of turn.
     """
-    Vocabulary(writer.tokenizer, _plain(how), greedy_settings(writer.model, writer.tokenizer)["eos_token_id"])
+    stops = greedy_settings(writer.model, writer.tokenizer)["eos_token_id"]
+    Vocabulary(writer.tokenizer, Guide.plain(how.max_new_tokens), stops)
     longest = max(questions, key=lambda question: len(writer.prompt_ids(question)))
     try:
         [prompt] = encode_prompts(writer.model, writer.tokenizer, [writer.prompt(longest)], how.max_new_tokens)

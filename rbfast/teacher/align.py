@@ -55,11 +55,13 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
 def spellings(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[bytes | None]:
     """The bytes of each token. A special token, as thinking tags may be, is spelled by its name."""
     tokens, added = token_bytes(tokenizer), tokenizer.added_tokens_decoder
-    known = [number if number < len(tokens) else None for number in ids]  # a model may have more rows than tokens
-    return [
-        None if number is None else added[number].content.encode() if number in added else tokens[number]
-        for number in known
-    ]
+
+    def spell(number: int) -> bytes | None:
+        if number in added:
+            return added[number].content.encode()
+        return tokens[number] if number < len(tokens) else None  # a model may have more rows than tokens
+
+    return list(map(spell, ids))
 
 
 @lru_cache(maxsize=4)  # needed for every trace, of the same two tokenizers; `size` changes if tokens are added
