@@ -20,7 +20,7 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +32,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_callback import PrinterCallback
 
 from experiments.closed_teacher_report import averaged, best, section
+from experiments.options import add_options, read_options
 from experiments.parts import digest, part
 from experiments.teacher_results import one_per_problem, traces_from_results
 from rbfast.adapter.sparse_adapter import SparseAdapter
@@ -283,15 +284,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder of results, one JSON file for each task")
     parser.add_argument("--out", type=Path, required=True, help="folder of the experiment; run again to resume")
     parser.add_argument("--results", type=Path, default=RESULTS, help="Markdown file to put the section in")
-    for option in fields(Recipe):
-        many, flag = isinstance(option.default, tuple), "--" + option.name.replace("_", "-")
-        kind = type(option.default[0] if many else option.default)
-        shown = " ".join(f"{rate:g}" for rate in option.default) if many else option.default
-        text = f"{option.metadata['help']} (default: {shown})"
-        parser.add_argument(flag, type=kind, default=option.default, nargs="+" if many else None, help=text)
+    add_options(parser, Recipe)
     args = parser.parse_args(argv)
-    given = {option.name: getattr(args, option.name) for option in fields(Recipe)}
-    recipe = Recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    recipe = read_options(args, Recipe)
     command = shlex.join(["python", "bench/experiments", "closed_teacher", *argv])
 
     def make() -> str:

@@ -15,13 +15,14 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from experiments.options import add_options, read_options
 from experiments.parts import digest, part
 from rbfast.data.chat_template import default_instruction
 from rbfast.data.trace import Trace
@@ -159,18 +160,13 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the experiment; run again to resume")
     parser.add_argument("--device", default="cpu")
-    for option in fields(Settings):
-        many, flag = isinstance(option.default, tuple), "--" + option.name.replace("_", "-")
-        kind = str if many else type(option.default)
-        parser.add_argument(flag, type=kind, nargs="+" if many else None, default=option.default)
+    add_options(parser, Settings)
     args = parser.parse_args(argv)
-    given = {option.name: getattr(args, option.name) for option in fields(Settings)}
-    settings = Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
     def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model, tokenizer = load_student(SMOLLM2, fast_dtype(args.device))
         return model.to(torch.device(args.device)), tokenizer  # type: ignore[arg-type]
 
-    for record in run(args.out, settings, load):
+    for record in run(args.out, read_options(args, Settings), load):
         print(json.dumps(record))
     return 0
