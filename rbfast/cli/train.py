@@ -215,7 +215,7 @@ def _run_rounds(args: argparse.Namespace, config: "DistillConfig") -> int:
     except KeyboardInterrupt:
         print(f"what was written is kept; of the training {_resume_message(args.out, config)}", file=sys.stderr)
         raise
-    return _print_run(args, run)
+    return _print_run(args, run) if is_first_process() else 0
 
 
 def _print_run(args: argparse.Namespace, run: "Run") -> int:

@@ -35,7 +35,7 @@ from rbfast.training.examples import instruction_of
 from rbfast.training.objective import Objective
 from rbfast.training.resume import digest_records
 from rbfast.training.training_bar import TrainingBar
-from rbfast.utils.processes import process_count
+from rbfast.utils.processes import is_first_process
 from rbfast.utils.records import show
 
 SAMPLES = "samples"
@@ -73,8 +73,8 @@ def distill_on_policy(
         The run; its `traces` are the completions of all rounds.
 
     Raises:
-        ValueError: as `distill`, and: fewer questions than rounds, an option that is for traces alone, several
-            processes, a tokenizer that is not fast.
+        ValueError: as `distill`, and: fewer questions than rounds, an option that is for traces alone, a
+            tokenizer that is not fast.
         TypeError: `questions` holds something other than Question, or is a file name.
     """
     out, start = Path(out), time.monotonic()
@@ -104,7 +104,7 @@ def distill_on_policy(
         teacher=teacher,
         adapter=adapter,
         report_to=report_to,
-        progress=_RoundsBar(quiet, examples),
+        progress=_RoundsBar(quiet or not is_first_process(), examples),
         start=start,
     )
     return replace(run, traces=rounds * len(examples))
@@ -112,8 +112,6 @@ def distill_on_policy(
 
 def check_config(config: DistillConfig) -> None:
     """Raises ValueError for settings with which a student cannot learn from what it writes."""
-    if process_count() > 1:
-        raise ValueError("on-policy rounds run on one process: launch without torchrun, or train on traces")
     if config.objective.ce_share > 0:
         raise ValueError(
             f"ce_share (--ce-weight) must be 0, got {config.objective.ce_share}: the text is the student's own, from "
@@ -133,7 +131,7 @@ def _deal(questions: Sequence[Question], rounds: int, config: DistillConfig) -> 
             f"got {rounds}"
         )
     size = wanted // rounds
-    if left := wanted - size * rounds:
+    if (left := wanted - size * rounds) and is_first_process():
         warnings.warn(f"{left} of {wanted} problems are left over: {rounds} rounds take {size} each", stacklevel=3)
     draw, order = random.Random(config.seed), list[Question]()
     while len(order) < size * rounds:

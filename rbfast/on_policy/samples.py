@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rbfast.data.chat_template import format_prompt
@@ -26,6 +27,7 @@ from rbfast.teacher.align import spellings
 from rbfast.teacher.jobs import Question
 from rbfast.utils.files import Journal
 from rbfast.utils.memory import trim_memory
+from rbfast.utils.processes import is_first_process, process_count, process_index
 from rbfast.utils.records import check_shape
 
 _RECORD: dict[str, Any] = {"number": int, "sample": int, "problem": str, "ids": [int], "truncated": bool}
@@ -81,33 +83,46 @@ def write_samples(
     seed: str,
     progress: Callable[[int, int], None],
 ) -> list[dict[str, Any]]:
-    """A record of every completion, the samples of a problem next to each other. The file `path` grows by a batch of
-    problems at a time. Batches that it holds as a whole are not written again: with its neighbours a completion keeps
-    its last bits too.
+    """A record of every completion, the samples of a problem next to each other.
+
+    A completion's last bits depend on the others in its batch, so a batch is the unit of work: processes take turns at
+    the batches, the first process appends whole batches to `path`, and a batch that the file holds only in part is
+    written again.
 
     Args:
-        seed: names the draws, with the place of the problem and its text.
+        seed: names the draws, with the number of the problem and its text.
         progress: called with (problems done, problems in all) at the start and after each batch.
 
     Raises:
         ValueError: the file holds something else.
     """
     journal = Journal(path)
-    found = _read(journal, questions)
     batches = list(batches_by_length(list(map(writer.prompt_ids, questions)), max(1, how.batch_size // how.samples)))
+    [done] = broadcast_object_list([_whole_batches(journal, questions, batches, how) if is_first_process() else {}])
+    progress(len(done), len(questions))
+    missing = [batch for batch in batches if batch[0] not in done]
+    for start in range(0, len(missing), process_count()):
+        turn = missing[start : start + process_count()]  # one batch for each process, at most
+        mine = [{number: questions[number] for number in batch} for batch in turn[process_index() :][:1]]
+        for records in gather_object([_write(writer, batch, how, seed) for batch in mine]):
+            done |= records
+        if is_first_process():
+            journal.append(record for batch in turn for number in batch for record in done[number])
+        trim_memory()
+        progress(len(done), len(questions))
+    return [record for number in range(len(questions)) for record in done[number]]
+
+
+def _whole_batches(
+    journal: Journal, questions: Sequence[Question], batches: Sequence[Sequence[int]], how: Writing
+) -> dict[int, list[dict[str, Any]]]:
+    """The records of the batches that a file holds in whole, by the number of the problem. Removes the others."""
+    found = _read(journal, questions)
     whole = [batch for batch in batches if all(len(found.get(number, ())) == how.samples for number in batch)]
     done = {number: found[number] for batch in whole for number in batch}
     if len(done) < len(found):  # a process was killed while it wrote
         journal.rewrite(record for records in done.values() for record in records)
-    progress(len(done), len(questions))
-    for batch in batches:
-        if batch[0] not in done:
-            written = _write(writer, {number: questions[number] for number in batch}, how, seed)
-            journal.append(record for number in batch for record in written[number])
-            done |= written
-            trim_memory()
-            progress(len(done), len(questions))
-    return [record for number in range(len(questions)) for record in done[number]]
+    return done
 
 
 def _read(journal: Journal, questions: Sequence[Question]) -> dict[int, list[dict[str, Any]]]:

@@ -214,6 +214,28 @@ def test_a_process_that_was_killed_while_it_wrote_writes_the_rest(tmp_path):
     assert other != records
 
 
+def test_processes_take_turns_at_the_batches(tmp_path, monkeypatch):
+    asked, write, alone = Writer(student(), TOKENIZER, INSTRUCTION), samples._write, []
+    monkeypatch.setattr(samples, "_write", lambda *args: alone.append(write(*args)) or alone[-1])
+    expected = write_samples(asked, QUESTIONS, WRITING, tmp_path / "alone", "0:0", lambda *_: None)
+    assert len(alone) == 3
+    monkeypatch.setattr(samples, "_write", write)
+    monkeypatch.setattr(samples, "process_count", lambda: 2)
+    for index, mine in enumerate(([[alone[0]], [alone[2]]], [[alone[1]], []])):
+        gathered = []
+
+        def gather(written, gathered=gathered):
+            gathered.append(written)
+            return alone[2 * len(gathered) - 2 : 2 * len(gathered)]
+
+        monkeypatch.setattr(samples, "process_index", lambda index=index: index)
+        monkeypatch.setattr(samples, "is_first_process", lambda index=index: index == 0)
+        monkeypatch.setattr(samples, "gather_object", gather)
+        path = tmp_path / f"{index}"
+        assert write_samples(asked, QUESTIONS, WRITING, path, "0:0", lambda *_: None) == expected
+        assert gathered == mine and path.exists() == (index == 0)
+
+
 def test_layers_that_run_again_write_the_same(tmp_path):
     plain, again = run(tmp_path / "plain"), run(tmp_path / "again", gradient_checkpointing=True)
     assert written(tmp_path / "plain") == written(tmp_path / "again")

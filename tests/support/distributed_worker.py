@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -19,6 +20,9 @@ from tiny_tokenizers import byte_level
 
 from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.data.trace import Trace
+from rbfast.on_policy.rounds import DEFAULTS, distill_on_policy
+from rbfast.on_policy.samples import Writing
+from rbfast.teacher.jobs import Question
 from rbfast.training.distill import DistillConfig, distill
 from rbfast.training.sharding import shard
 from rbfast.training.trainer import DistillTrainer
@@ -26,10 +30,13 @@ from rbfast.training.trainer import DistillTrainer
 TRACES = [Trace(f"What is {n} + 1?", f"Add one.\n{n} + 1 = {n + 1}" + " ok" * (n % 4), str(n + 1)) for n in range(25)]
 
 
-def distill_tiny(out, stop_at=None, over=None, beside=False, taught=False, untied=False, held_out=None, **settings):
+def distill_tiny(
+    out, stop_at=None, over=None, beside=False, taught=False, untied=False, held_out=None, rounds=None, **settings
+):
     """stop_at: the step that fails. over: the processes that share a sharded base. beside: deltas stay beside the
     weights, even of a whole base. taught: by another model, sharded as the base is. untied: the head is not tied to the
-    embedding. held_out: a share of the traces, by which the best adapter is kept."""
+    embedding. held_out: a share of the traces, by which the best adapter is kept. rounds: of writing to the
+    problems."""
     tokenizer = byte_level(*(trace.completion() for trace in TRACES))
     size = dict(vocab_size=len(tokenizer), max_position_embeddings=256, tie_word_embeddings=not untied)
     model, teacher = llama(**size), llama(**size, num_hidden_layers=3) if taught else None
@@ -46,6 +53,12 @@ def distill_tiny(out, stop_at=None, over=None, beside=False, taught=False, untie
     config = DistillConfig(**dict(density=0.05, learning_rate=1e-2, save_steps=2) | settings)
     attach = partial(SparseAdapter.attach, mode="side" if beside else "auto")
     with patch.object(DistillTrainer, "training_step", step_or_fail), patch.object(SparseAdapter, "attach", attach):
+        if rounds:
+            config = replace(config, objective=DEFAULTS.objective)
+            writing = dict(rounds=rounds, writing=Writing(max_new_tokens=6, batch_size=2))
+            questions = [Question(trace.problem) for trace in TRACES[:18]]
+            distill_on_policy(model, tokenizer, questions, out, config, quiet=True, teacher=teacher, **writing)
+            return
         measuring = dict(held_out=held_out, keep_best=held_out is not None)
         distill(model, tokenizer, TRACES, out, config, quiet=True, teacher=teacher, **measuring)
 

@@ -21,6 +21,7 @@ STEPS = 7
 HELD_OUT = {"held_out": 0.2, "learning_rate": 0.3}  # 5 traces: two processes have no full last batch
 RANDOM = {"placement": "random"}  # by gradients, the columns follow the batches they were measured on
 LARGE = {"taught": True, "untied": True}
+ROUNDS = {"rounds": 3, "taught": True} | RANDOM  # 6 problems a round, written 2 at a time
 
 # By folder; what begins with "cut" is ended by other processes.
 FIRST = {
@@ -35,9 +36,12 @@ FIRST = {
     "cut-two": {"batch_size": 2, "stop_at": 3} | RANDOM,
     "held-out": {"batch_size": 2} | HELD_OUT | RANDOM,
     "held-out-sharded": {"batch_size": 2, "over": 2} | HELD_OUT | RANDOM,
+    "rounds": {"batch_size": 2} | ROUNDS,
+    "cut-rounds": {"batch_size": 2, "stop_at": 3} | ROUNDS,
 }
 SECOND = {
     "cut-whole": {"batch_size": 2},
+    "cut-rounds": {"batch_size": 2} | ROUNDS,
     "cut-one": {"batch_size": 2, "over": 2} | RANDOM,
     "apart": {"batch_size": 2, "apart": True} | RANDOM,
 }
@@ -136,6 +140,24 @@ def test_what_two_processes_began_one_ends(first, alone):
         distill_tiny(first / "cut-two", batch_size=2, **RANDOM)
     distill_tiny(first / "cut-two", batch_size=2, accumulation=2, **RANDOM)
     check_close(trained(first / "cut-two"), alone)
+
+
+def test_two_processes_write_what_one_does(first, tmp_path):
+    distill_tiny(tmp_path, batch_size=4, **ROUNDS)
+    # The students of later rounds differ by rounding, and so may their tokens.
+    ones, twos = (folder / "samples/round-001.jsonl" for folder in (tmp_path, first / "rounds"))
+    assert twos.read_text() == ones.read_text()
+    losses = [[entry["loss"] for entry in trained(folder)[1]] for folder in (tmp_path, first / "rounds")]
+    assert len(losses[0]) == len(losses[1]) == 6
+    assert losses[1][:2] == pytest.approx(losses[0][:2], rel=1e-5)
+
+
+def test_two_processes_resume_rounds_to_the_same_bits(second):
+    assert (second / "cut-rounds" / "error.txt").read_text() == "power cut"
+    check_bits(trained(second / "cut-rounds"), trained(second / "rounds"))
+    written = [sorted((second / name / "samples").iterdir()) for name in ("cut-rounds", "rounds")]
+    assert [path.read_text() for path in written[0]] == [path.read_text() for path in written[1]]
+    assert len(written[0]) == 3
 
 
 def test_processes_with_different_folders_are_refused(second):
