@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from rbfast.adapter.sparse_adapter import SparseAdapter
     from rbfast.data.instruction import Instruction
     from rbfast.data.trace import Trace
+    from rbfast.on_policy.served_teacher import ServedTeacher
     from rbfast.training.distill import Run
     from rbfast.training.distill_config import DistillConfig
 
@@ -149,6 +150,14 @@ def _add_on_policy(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--samples", type=positive, help="completions of a problem (default: 1)")
     group.add_argument("--max-new-tokens", type=positive, help="tokens of a completion, at most (default: 512)")
     group.add_argument("--sample-batch-size", type=positive, help="completions written at a time (default: 32)")
+    group.add_argument(
+        "--server",
+        metavar="URL",
+        help="where --teacher runs, if not beside the student: a server up to /v1 that scores prompts as vLLM does; "
+        "key: RBFAST_API_KEY",
+    )
+    group.add_argument("-k", type=positive, help="candidates per token that the server is asked for (default: 20)")
+    group.add_argument("--concurrency", type=positive, help="requests to the server at a time (default: 8)")
 
 
 def run_distill(args: argparse.Namespace) -> int:
@@ -157,11 +166,8 @@ def run_distill(args: argparse.Namespace) -> int:
     config = _distill_config(args)
     if args.rounds:
         return _run_rounds(args, config)
-    if args.samples or args.max_new_tokens or args.sample_batch_size:
-        raise ValueError(
-            "--samples, --max-new-tokens and --sample-batch-size are for --rounds, in which the student writes: give "
-            "it too"
-        )
+    if only := _given(args, "samples", "max_new_tokens", "sample_batch_size", "server", "k", "concurrency"):
+        raise ValueError(f"{only[0]} is for --rounds, in which the student writes: give that too, or leave it out")
     traces = read_and_report_traces(args, args.traces, args.out / "unreadable.jsonl")
     if (wrong := sum(trace.verified is False for trace in traces)) and is_first_process():
         print(
@@ -188,14 +194,14 @@ def _run_rounds(args: argparse.Namespace, config: "DistillConfig") -> int:
     from rbfast.on_policy.samples import Writing
     from rbfast.teacher.solutions import read_questions
 
-    for_traces = ("signals", "held_out", "keep_best", "plan", "shard")
-    if given := [f"--{name.replace('_', '-')}" for name in for_traces if getattr(args, name)]:
+    if given := _given(args, "signals", "held_out", "keep_best", "plan", "shard"):
         raise ValueError(f"{given[0]} has no meaning with --rounds: leave one of them out")
     if args.teacher is None:
         raise ValueError("--rounds needs a --teacher, which corrects what the student writes")
     check_config(config)
     how = {"samples": args.samples, "max_new_tokens": args.max_new_tokens, "batch_size": args.sample_batch_size}
     writing = Writing(**{name: value for name, value in how.items() if value})
+    served = _served_teacher(args)
     questions = read_questions(args.traces, seed=args.seed, options=format_options(args))
     model, tokenizer, teacher = _load_models(args)
     try:
@@ -206,7 +212,7 @@ def _run_rounds(args: argparse.Namespace, config: "DistillConfig") -> int:
             args.out,
             config,
             args.json,
-            teacher=teacher,
+            teacher=served or teacher,
             rounds=args.rounds,
             writing=writing,
             adapter=args.adapter,
@@ -216,6 +222,25 @@ def _run_rounds(args: argparse.Namespace, config: "DistillConfig") -> int:
         print(f"what was written is kept; of the training {_resume_message(args.out, config)}", file=sys.stderr)
         raise
     return _print_run(args, run) if is_first_process() else 0
+
+
+def _served_teacher(args: argparse.Namespace) -> "ServedTeacher | None":
+    from rbfast.on_policy.served_teacher import ServedTeacher
+    from rbfast.teacher.client import Server
+
+    if not args.server:
+        if only := _given(args, "k", "concurrency"):
+            raise ValueError(f"{only[0]} is for a --server: a teacher beside the student gives every token's log-prob")
+        return None
+    options = {"k": args.k, "concurrency": args.concurrency}
+    return ServedTeacher(
+        Server(args.server, args.teacher), **{name: value for name, value in options.items() if value is not None}
+    )
+
+
+def _given(args: argparse.Namespace, *names: str) -> list[str]:
+    """Those of these options that were given, as they are written."""
+    return [f"{'-' if len(name) == 1 else '--'}{name.replace('_', '-')}" for name in names if getattr(args, name)]
 
 
 def _print_run(args: argparse.Namespace, run: "Run") -> int:
@@ -303,7 +328,7 @@ def _load_models(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     device, is_spread = device_of(args), args.device == AUTO
     model, tokenizer = load_model(args, "cpu" if args.shard else None)  # no device holds all of a sharded model
     teacher = None
-    if args.teacher:
+    if args.teacher and not args.server:
         teacher = load_teacher(args.teacher, tokenizer, model.dtype, device=AUTO if is_spread else "cpu")
         teacher = teacher if is_spread else teacher.to(model.device)
     if args.shard:

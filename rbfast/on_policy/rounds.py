@@ -1,5 +1,5 @@
-"""On-policy distillation in one call: in each round the student writes to problems, then learns what the teacher would
-have written in every place of what it wrote.
+"""On-policy distillation in one call: in each round the student writes completions of problems, then learns what the
+teacher would have written at each of their tokens.
 
 ```python
 model, tokenizer = load_student("smollm2-135m")
@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, overload
@@ -28,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rbfast.data.encoding import Example
 from rbfast.data.instruction import saved_instruction
 from rbfast.on_policy.samples import Writer, Writing, example_of_sample, longest_example, write_samples
+from rbfast.on_policy.served_teacher import ServedTeacher
 from rbfast.teacher.jobs import Question
 from rbfast.training.distill import Run, TrainingData, train_examples, with_instruction
 from rbfast.training.distill_config import DistillConfig
@@ -38,7 +40,7 @@ from rbfast.training.training_bar import TrainingBar
 from rbfast.utils.processes import is_first_process
 from rbfast.utils.records import show
 
-SAMPLES = "samples"
+SAMPLES, SIGNALS = "samples", "signals"
 DEFAULTS = DistillConfig(objective=Objective(beta=1.0, ce_share=0.0))
 _FOR_TRACES = ("placement", "placement_traces", "tokens_per_batch", "max_tokens", "turns")
 
@@ -51,7 +53,7 @@ def distill_on_policy(
     config: DistillConfig = DEFAULTS,
     quiet: bool = False,
     *,
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | ServedTeacher,
     rounds: int = 8,
     writing: Writing = Writing(),
     adapter: str | Path | None = None,
@@ -61,47 +63,48 @@ def distill_on_policy(
     folder, the same resuming, the same state of the model afterwards.
 
     Args:
-        config: `epochs` are passes over the questions, dealt out evenly to the rounds. The loss is the divergence
-            alone (`ce_share` 0); by default it is the reverse KL. The rounds are equally long, so a few questions may
-            be left over, with a warning.
-        teacher: a model with the student's vocabulary that runs beside it.
-        rounds: how many times the student writes with what it has learnt.
-        adapter: the folder of a trained adapter of this model to continue from. Begin with a student that can already
-            solve some of the problems: of one that cannot, a teacher only sees bad starts.
+        config: `epochs` is the number of passes over the questions, which are divided evenly among the rounds. A
+            remainder is left out, with a warning. The loss is the divergence alone (`ce_share` 0), by default the
+            reverse KL.
+        teacher: a model with the student's vocabulary that runs beside it, or on a server.
+        rounds: how many times the student writes and is trained.
+        adapter: the folder of a trained adapter of this model to continue from. Begin with a student that already
+            solves some of the problems; otherwise the teacher sees only bad beginnings.
 
     Returns:
         The run; its `traces` are the completions of all rounds.
 
     Raises:
-        ValueError: as `distill`, and: fewer questions than rounds, an option that is for traces alone, a
-            tokenizer that is not fast.
+        ValueError: as `distill`, and: fewer questions than rounds, an option that only makes sense for traces, a
+            tokenizer that is not fast; a server whose tokens are not the student's (TokenizersDiffer).
         TypeError: `questions` holds something other than Question, or is a file name.
+        ServerError: the server of the teacher does not score prompts, or gives up. What was written is kept.
     """
     out, start = Path(out), time.monotonic()
     check_config(config)
     for other in (question for question in questions if not isinstance(question, Question)):
         raise TypeError(f"expected a list of Question, got {show(other)}: read_questions(FILE) reads one from a file")
-    asked = saved_instruction(adapter, model.config.name_or_path) if config.instruction is None else None
+    former = saved_instruction(adapter, model.config.name_or_path) if config.instruction is None else None
     config = with_instruction(config, adapter, model)
-    writer = Writer(model, tokenizer, asked or instruction_of(tokenizer, config))  # as it was asked before
-    examples = _Rounds(writer, _deal(questions, rounds, config), writing, out / SAMPLES, config.seed)
-    how = {name: value for name, value in asdict(writing).items() if name != "batch_size"}
-    systems = [writer.instruction.system if one.system is None else one.system for one in questions]
-    asked_with = [{"problem": one.text, "system": system} for one, system in zip(questions, systems, strict=True)]
-    settings: dict[str, Any] = {
-        "traces": len(questions),
-        "traces_digest": digest_records(asked_with),
-        "on_policy": {"rounds": rounds, "epochs": config.epochs} | how,
-    }
-    shared = systems[0] if len(set(systems)) == 1 else ""
+    writer = Writer(model, tokenizer, former or instruction_of(tokenizer, config))
+    served = teacher if isinstance(teacher, ServedTeacher) else None
+    examples = _Rounds(writer, _deal(questions, rounds, config), writing, out / SAMPLES, config.seed, served)
+    data = TrainingData(
+        examples,
+        [],
+        [],
+        _settings(writer, questions, rounds, config.epochs, writing, served),
+        _shared_system(writer, questions),
+        is_on_policy=True,
+    )
     run = train_examples(
         model,
         tokenizer,
-        TrainingData(examples, [], [], settings, shared, is_on_policy=True),
+        data,
         out,
         replace(config, epochs=float(rounds)),
         quiet,
-        teacher=teacher,
+        teacher=None if isinstance(teacher, ServedTeacher) else teacher,
         adapter=adapter,
         report_to=report_to,
         progress=_RoundsBar(quiet or not is_first_process(), examples),
@@ -110,12 +113,37 @@ def distill_on_policy(
     return replace(run, traces=rounds * len(examples))
 
 
+def _settings(
+    writer: Writer,
+    questions: Sequence[Question],
+    rounds: int,
+    epochs: float,
+    writing: Writing,
+    served: ServedTeacher | None,
+) -> dict[str, Any]:
+    """The settings of a run for run.json, apart from those of its config."""
+    asked = [{"problem": question.text, "system": writer.system(question)} for question in questions]
+    on_policy = {"rounds": rounds, "epochs": epochs} | asdict(writing)
+    del on_policy["batch_size"]  # it may differ when a run resumes
+    settings = {"traces": len(questions), "traces_digest": digest_records(asked), "on_policy": on_policy}
+    if served is not None:
+        on_policy["top_k"] = served.k
+        settings["teacher"] = served.server.model
+    return settings
+
+
+def _shared_system(writer: Writer, questions: Sequence[Question]) -> str:
+    """The system prompt of all questions; empty if they differ."""
+    systems = set(map(writer.system, questions))
+    return systems.pop() if len(systems) == 1 else ""
+
+
 def check_config(config: DistillConfig) -> None:
-    """Raises ValueError for settings with which a student cannot learn from what it writes."""
+    """Raises ValueError for settings that do not fit on-policy rounds."""
     if config.objective.ce_share > 0:
         raise ValueError(
-            f"ce_share (--ce-weight) must be 0, got {config.objective.ce_share}: the text is the student's own, from "
-            "which it would only learn to repeat itself; Objective(beta=1.0, ce_share=0.0) is the default"
+            f"ce_share (--ce-weight) must be 0, got {config.objective.ce_share}: the text is the student's own, so "
+            "training on it would teach nothing; Objective(beta=1.0, ce_share=0.0) is the default"
         )
     for name in _FOR_TRACES:
         if getattr(config, name) != getattr(DistillConfig, name):
@@ -123,7 +151,7 @@ def check_config(config: DistillConfig) -> None:
 
 
 def _deal(questions: Sequence[Question], rounds: int, config: DistillConfig) -> list[list[Question]]:
-    """The questions of each round, equally many. A pass over all of them is shuffled by the seed."""
+    """The questions of each round, in equal numbers. Each pass over all questions has its own order."""
     wanted = round(len(questions) * config.epochs)
     if not 1 <= rounds <= wanted:
         raise ValueError(
@@ -132,7 +160,7 @@ def _deal(questions: Sequence[Question], rounds: int, config: DistillConfig) -> 
         )
     size = wanted // rounds
     if (left := wanted - size * rounds) and is_first_process():
-        warnings.warn(f"{left} of {wanted} problems are left over: {rounds} rounds take {size} each", stacklevel=3)
+        warnings.warn(f"{left} of {wanted} problems are left out: {rounds} rounds take {size} each", stacklevel=3)
     draw, order = random.Random(config.seed), list[Question]()
     while len(order) < size * rounds:
         order += draw.sample(questions, len(questions))
@@ -140,14 +168,23 @@ def _deal(questions: Sequence[Question], rounds: int, config: DistillConfig) -> 
 
 
 class _Rounds(Sequence[Example]):
-    """The examples of the current round, which `start` writes. Before the first, the one that takes the most memory."""
+    """The examples of the current round, which `start` sets. Before the first, the longest possible ones, for the plan
+    of the memory."""
 
     def __init__(
-        self, writer: Writer, rounds: Sequence[Sequence[Question]], how: Writing, folder: Path, seed: int
+        self,
+        writer: Writer,
+        rounds: Sequence[Sequence[Question]],
+        writing: Writing,
+        folder: Path,
+        seed: int,
+        teacher: ServedTeacher | None,
     ) -> None:
-        self.writer, self.rounds, self.how, self.folder, self.seed = writer, rounds, how, folder, seed
-        longest = longest_example(writer, list(chain.from_iterable(rounds)), how)
-        self.examples = [longest] * (len(rounds[0]) * how.samples)
+        self.writer, self.rounds, self.writing, self.folder, self.seed = writer, rounds, writing, folder, seed
+        self.teacher = teacher
+        self.number: int | None = None
+        longest = longest_example(writer, list(chain.from_iterable(rounds)), writing)
+        self.examples = [longest] * (len(rounds[0]) * writing.samples)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -159,16 +196,32 @@ class _Rounds(Sequence[Example]):
     def __getitem__(self, at: int | slice) -> Example | list[Example]:
         return self.examples[at]
 
-    def start(self, number: int, progress: Callable[[int, int], None]) -> list[dict[str, Any]]:
-        """Writes the completions of a round, or reads them if they are written; returns their records."""
+    def start(self, number: int, show: Callable[[str], None]) -> tuple[list[dict[str, Any]], list[str]]:
+        """Starts a round: writes its completions, or reads those that are written, and makes them the examples.
+
+        Returns:
+            The records of the completions, and the reasons for which the teacher's server refused some.
+        """
+        self.number = number
         questions, path = self.rounds[number], self.folder / f"round-{number + 1:03}.jsonl"
-        records = write_samples(self.writer, questions, self.how, path, f"{self.seed}:{number}", progress)
+        tokenizer, signals = self.writer.tokenizer, self.folder / SIGNALS
+        if self.teacher is not None and not path.exists():
+            self.teacher.check(self.writer.prompt_ids(questions[0]), tokenizer, signals)
+        named, written = f"{self.seed}:{number}", partial(_show, show, "problems written")
+        records = write_samples(self.writer, questions, self.writing, path, named, written)
         self.examples = [example_of_sample(self.writer, questions[record["number"]], record) for record in records]
-        return records
+        if self.teacher is None:
+            return records, []
+        scored = partial(_show, show, "completions scored")
+        return records, self.teacher.correct(self.examples, tokenizer, signals, scored)
+
+
+def _show(show: Callable[[str], None], what: str, done: int, total: int) -> None:
+    show(f"{what} {done}/{total}")
 
 
 class _RoundsBar(TrainingBar):
-    """Starts a round at the beginning of each epoch, and says what was written."""
+    """Starts a round at the beginning of each epoch, and reports what was written."""
 
     def __init__(self, quiet: bool, rounds: _Rounds) -> None:
         super().__init__(quiet)
@@ -179,24 +232,31 @@ class _RoundsBar(TrainingBar):
         number = state.global_step * count // state.max_steps
         name = f"round {number + 1} of {count}"
 
-        def show_written(done: int, total: int) -> None:
-            self.bar.update(self.task, description=f"{name}:\nproblems written {done}/{total}")
+        def show(what: str) -> None:
+            self.bar.update(self.task, description=f"{name}:\n{what}")
 
-        records = self.rounds.start(number, show_written)
+        records, refused = self.rounds.start(number, show)
+        if refused and is_first_process():
+            warnings.warn(
+                f"{name}: {len(refused)} of {len(records)} completions are not trained on, because the teacher's "
+                f"server did not score them: {refused[0]}",
+                stacklevel=2,
+            )
         if not self.bar.disable:
             print(f"{name}: {summary(records)}", file=sys.stderr)
 
     def on_epoch_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        # The next round is written by these weights: a killed run must find them again.
+        # A killed run must find the weights that write the next round.
         control.should_save = control.should_save or state.global_step < state.max_steps
         return control
 
     def on_train_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        self.rounds.start(len(self.rounds.rounds) - 1, lambda *_: None)  # a run that resumes at its end began no round
+        if self.rounds.number is None:  # the run resumed at its end, and its cost counts the tokens of a round
+            self.rounds.start(len(self.rounds.rounds) - 1, lambda _: None)
 
 
 def summary(records: Sequence[Mapping[str, Any]]) -> str:
-    """What was written in a round, in words."""
+    """A line about the completions of a round."""
     length = sum(len(record["ids"]) for record in records) / len(records)
     words = f"{len(records)} completions of {length:.0f} tokens, {_share(records, 'truncated')} cut off"
     graded = [record for record in records if "correct" in record]

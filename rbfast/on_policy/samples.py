@@ -1,4 +1,4 @@
-"""What a student writes in a round: completions as tokens, kept in a file, and the examples made of them."""
+"""The completions that a student writes in a round: their file, and the training examples made of them."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Writing:
 
     Args:
         samples: completions of each problem.
-        max_new_tokens: the limit of a completion. One that reaches it is trained on too, without an end of turn.
-        temperature, top_p: what tokens are drawn from; 0 writes greedily.
-        batch_size: the most completions at a time. It does not count among the settings of a run.
+        max_new_tokens: the limit of a completion. A completion that reaches it is trained on, without an end of turn.
+        temperature, top_p: of the distribution that tokens are drawn from; temperature 0 is greedy.
+        batch_size: the most completions at a time. It may differ when a run resumes.
 
     Raises:
         ValueError: a number out of its range, or several samples at temperature 0.
@@ -62,11 +62,14 @@ class Writing:
 
 @dataclass(frozen=True)
 class Writer:
-    """A model that writes, and how it is asked. A problem without a system prompt gets the instruction's."""
+    """A model with its prompt. The system prompt is the problem's own, else the instruction's."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     instruction: Instruction
+
+    def system(self, question: Question) -> str:
+        return self.instruction.system if question.system is None else question.system
 
     def prompt(self, question: Question) -> str:
         return format_prompt(question.text, self.tokenizer, self.instruction, system=question.system)
@@ -78,7 +81,7 @@ class Writer:
 def write_samples(
     writer: Writer,
     questions: Sequence[Question],
-    how: Writing,
+    writing: Writing,
     path: Path,
     seed: str,
     progress: Callable[[int, int], None],
@@ -97,14 +100,16 @@ def write_samples(
         ValueError: the file holds something else.
     """
     journal = Journal(path)
-    batches = list(batches_by_length(list(map(writer.prompt_ids, questions)), max(1, how.batch_size // how.samples)))
-    [done] = broadcast_object_list([_whole_batches(journal, questions, batches, how) if is_first_process() else {}])
+    batches = list(
+        batches_by_length(list(map(writer.prompt_ids, questions)), max(1, writing.batch_size // writing.samples))
+    )
+    [done] = broadcast_object_list([_whole_batches(journal, questions, batches, writing) if is_first_process() else {}])
     progress(len(done), len(questions))
     missing = [batch for batch in batches if batch[0] not in done]
     for start in range(0, len(missing), process_count()):
         turn = missing[start : start + process_count()]  # one batch for each process, at most
         mine = [{number: questions[number] for number in batch} for batch in turn[process_index() :][:1]]
-        for records in gather_object([_write(writer, batch, how, seed) for batch in mine]):
+        for records in gather_object([_write(writer, batch, writing, seed) for batch in mine]):
             done |= records
         if is_first_process():
             journal.append(record for batch in turn for number in batch for record in done[number])
@@ -114,11 +119,11 @@ def write_samples(
 
 
 def _whole_batches(
-    journal: Journal, questions: Sequence[Question], batches: Sequence[Sequence[int]], how: Writing
+    journal: Journal, questions: Sequence[Question], batches: Sequence[Sequence[int]], writing: Writing
 ) -> dict[int, list[dict[str, Any]]]:
     """The records of the batches that a file holds in whole, by the number of the problem. Removes the others."""
     found = _read(journal, questions)
-    whole = [batch for batch in batches if all(len(found.get(number, ())) == how.samples for number in batch)]
+    whole = [batch for batch in batches if all(len(found.get(number, ())) == writing.samples for number in batch)]
     done = {number: found[number] for batch in whole for number in batch}
     if len(done) < len(found):  # a process was killed while it wrote
         journal.rewrite(record for records in done.values() for record in records)
@@ -138,15 +143,17 @@ def _read(journal: Journal, questions: Sequence[Question]) -> dict[int, list[dic
     return found
 
 
-def _write(writer: Writer, batch: Mapping[int, Question], how: Writing, seed: str) -> dict[int, list[dict[str, Any]]]:
+def _write(
+    writer: Writer, batch: Mapping[int, Question], writing: Writing, seed: str
+) -> dict[int, list[dict[str, Any]]]:
     seeds = [seed_named(f"{seed}:{number}:{question.text}") for number, question in batch.items()]
     solutions = guided(
         writer.model,
         writer.tokenizer,
         list(map(writer.prompt, batch.values())),
-        Guide.plain(how.max_new_tokens),
-        Sampling(how.samples, how.temperature, how.top_p, seeds, early_stop=False),
-        batch_size=how.batch_size,
+        Guide.plain(writing.max_new_tokens),
+        Sampling(writing.samples, writing.temperature, writing.top_p, seeds, early_stop=False),
+        batch_size=writing.batch_size,
     )
     return {
         number: [_record(number, question, sample, solution) for sample, solution in enumerate(of_one)]
@@ -155,7 +162,7 @@ def _write(writer: Writer, batch: Mapping[int, Question], how: Writing, seed: st
 
 
 def _record(number: int, question: Question, sample: int, solution: Solution) -> dict[str, Any]:
-    """A line of the file: the tokens to train on, and for its reader the text and, if it can be told, whether it is
+    """A line of the file: the tokens to train on; for readers, the text and, if an answer is known, whether it is
     right."""
     record = {"number": number, "sample": sample, "problem": question.text, "text": solution.text}
     record |= {"truncated": solution.truncated, "ids": [*solution.ids]}
@@ -165,7 +172,7 @@ def _record(number: int, question: Question, sample: int, solution: Solution) ->
 
 
 def example_of_sample(writer: Writer, question: Question, record: Mapping[str, Any]) -> Example:
-    """The example of a completion: the very tokens that were written, with the role that each has in the text."""
+    """The example of a completion: the tokens as they were written, each with its role."""
     ids, finished = record["ids"], not record["truncated"]
     inner = ids[:-1] if finished else ids
     roles = [*_roles(writer, inner), *([ANSWER] if finished else [])]
@@ -173,37 +180,37 @@ def example_of_sample(writer: Writer, question: Question, record: Mapping[str, A
 
 
 def _roles(writer: Writer, ids: Sequence[int]) -> np.ndarray:
-    """The thinking is split into strategic and tactical spans; what follows its end is the answer."""
+    """The roles of tokens: strategic and tactical in the thinking, answer after it."""
     spelled = [spelling or b"" for spelling in spellings(writer.tokenizer, ids)]
-    text = b"".join(spelled).decode(errors="surrogateescape")  # tokens may break a character, or write none
+    text = b"".join(spelled).decode(errors="surrogateescape")  # a token may be a part of a character, or have no text
     if not text:
         return np.full(len(ids), ANSWER)
     close = phrases_for(writer.tokenizer, writer.instruction).close
-    # A plain chain of thought may name the marker of the answer before it gives one.
+    # A plain chain of thought may mention the answer marker before the answer, so its last occurrence counts.
     at = text.find(close) if thinking_format(writer.tokenizer).thinks else text.rfind(close)
     thought = text if at < 0 else text[:at]
     roles = np.full(len(text), ANSWER)
     for start, end, role in split_spans(thought) if thought else ():
         roles[start:end] = role
-    # A character counts for the token in which it begins.
+    # A character belongs to the token in which it begins.
     begins = np.cumsum([0, *(len(letter.encode(errors="surrogateescape")) for letter in text)])[:-1]
     ends = np.searchsorted(begins, np.cumsum([0, *map(len, spelled)]))
     offsets = np.stack([ends[:-1], ends[1:]], axis=1)
     return token_roles(RenderedReply(((text, True),), roles, (0, len(thought)), (len(thought), len(text))), offsets)
 
 
-def longest_example(writer: Writer, questions: Sequence[Question], how: Writing) -> Example:
-    """An example as long as a completion of these problems can be.
+def longest_example(writer: Writer, questions: Sequence[Question], writing: Writing) -> Example:
+    """An example of the longest prompt and a completion of the greatest length.
 
-    Raises ValueError if the model cannot write one: it has not the positions, or its tokenizer is not fast or knows no
-    end of turn.
+    Raises:
+        ValueError: the model has too few positions, or its tokenizer is not fast or has no end of turn.
     """
     stops = greedy_settings(writer.model, writer.tokenizer)["eos_token_id"]
-    Vocabulary(writer.tokenizer, Guide.plain(how.max_new_tokens), stops)
+    Vocabulary(writer.tokenizer, Guide.plain(writing.max_new_tokens), stops)
     longest = max(questions, key=lambda question: len(writer.prompt_ids(question)))
     try:
-        [prompt] = encode_prompts(writer.model, writer.tokenizer, [writer.prompt(longest)], how.max_new_tokens)
+        [prompt] = encode_prompts(writer.model, writer.tokenizer, [writer.prompt(longest)], writing.max_new_tokens)
     except ValueError as error:
         raise ValueError(f"{longest.text[:60]!r}: {error}") from None
-    completion = [0] * how.max_new_tokens
+    completion = [0] * writing.max_new_tokens
     return example_of(prompt, completion, [ANSWER] * len(completion))

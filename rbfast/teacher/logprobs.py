@@ -224,17 +224,17 @@ def _add_batch(
         readings, mapped[top_ids].split(counts), logprobs.split(counts), strict=True
     ):
         at = np.array([reading.task.first + ours for ours, _ in reading.pairs])
-        if reason := try_to_add(store, reading.task, at, ids_of_rows.numpy(), values.numpy()):
+        if reason := try_to_add(store, reading.task.example, at, ids_of_rows.numpy(), values.numpy()):
             refused.append((reading.task.trace, f"{reading.task.trace.name}: {reason}"))
     return refused
 
 
 def try_to_add(
-    store: SignalStore, task: PendingTrace, rows: np.ndarray, ids: np.ndarray, logprobs: np.ndarray
+    store: SignalStore, example: Example, rows: np.ndarray, ids: np.ndarray, logprobs: np.ndarray
 ) -> str | None:
-    """Add the log-probs of a trace. Returns why the store refuses them (logits, NaN), else None."""
+    """Add the log-probs of an example. Returns why the store refuses them (logits, NaN), else None."""
     try:
-        store.add(task.example, rows, ids, logprobs)
+        store.add(example, rows, ids, logprobs)
     except ValueError as error:
         return str(error)
     return None

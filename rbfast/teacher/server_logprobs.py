@@ -9,14 +9,16 @@ with SignalStore(folder, teacher="my-teacher", k=32, vocabulary=len(tokenizer)) 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from rbfast.data.chat_template import format_prompt
+from rbfast.data.encoding import IGNORE, Example
 from rbfast.data.instruction import Instruction
 from rbfast.data.signal_store import SignalStore
 from rbfast.data.trace import Trace
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 Dialect = Literal["vllm", "echo"]
 DIALECTS = ("vllm", "echo")
+_Row = tuple[int, list[int], list[float]]  # row of the example, ids, log-probs
 _Result = tuple[np.ndarray, np.ndarray, np.ndarray] | str | ServerError
 _REFUSED = (400, 413, 422)  # the request, not the next one
 
@@ -64,28 +67,71 @@ def add_server_logprobs(
     """
     if dialect not in DIALECTS:
         raise ValueError(f"dialect must be one of {', '.join(DIALECTS)}, got {dialect!r}")
+    reader = _Reader(server, tokenizer, store.k, store.k, dialect, align)
+    tasks, refused = pending_traces(traces, tokenizer, store, max_tokens, instruction)
+    jobs = [_Job(task.example, partial(reader.read, task)) for task in tasks]
+    for number, reason in _score_all(jobs, store, concurrency, progress):
+        trace = tasks[number].trace
+        refused.append((trace, f"{trace.name}: {reason}"))
+    return refused
+
+
+def add_example_logprobs(
+    server: Server,
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    store: SignalStore,
+    *,
+    concurrency: int = 8,
+    progress: Progress | None = None,
+) -> list[tuple[Example, str]]:
+    """Add log-probs of the labels of examples that `store` lacks, by token ids (vLLM's `prompt_logprobs`): the top
+    `store.k - 1`, and the label itself if it is not among them.
+
+    Returns:
+        The examples that got no log-probs, with the reason.
+
+    Raises:
+        As `add_server_logprobs`.
+    """
+    reader = _Reader(server, tokenizer, store.k - 1, store.k, "vllm", align=False)
+    missing = [example for example in examples if example not in store]
+    jobs = [_Job(example, partial(reader.read_ids, example, "a completion")) for example in missing]
+    return [(missing[number], str(reason)) for number, reason in _score_all(jobs, store, concurrency, progress)]
+
+
+class _Job(NamedTuple):
+    """An example to score, and the function that requests its log-probs."""
+
+    example: Example
+    read: Callable[[], _Result]
+
+
+def _score_all(
+    jobs: Sequence[_Job], store: SignalStore, concurrency: int, progress: Progress | None
+) -> list[tuple[int, str | ServerError]]:
+    """Run the jobs and add their log-probs to `store`. Returns which jobs (by number) got none, with the reason."""
     if concurrency < 1:
         raise ValueError(f"concurrency must be at least 1, got {concurrency}")
-    reader = _Reader(server, tokenizer, store.k, dialect, align)
-    tasks, refused = pending_traces(traces, tokenizer, store, max_tokens, instruction)
-    queue = iter(tasks)
+    refused: list[tuple[int, str | ServerError]] = []
+    queue = iter(enumerate(jobs))
     with ThreadPoolExecutor(concurrency) as pool:
         done, refusal, scores = 0, None, len(store) > 0
         while batch := list(islice(queue, 4 * concurrency)):
-            futures = [pool.submit(reader.read, task) for task in batch]
+            futures = [pool.submit(job.read) for _, job in batch]
             try:
                 for future in futures:
                     future.result()
                     done += 1
                     if progress:
-                        progress(done, len(tasks))
+                        progress(done, len(jobs))
             finally:  # after an error or Ctrl-C too: nothing more is sent, and what was paid for is kept
-                for task, result in _finished(batch, futures):
-                    reason = _add_result(store, task, result)
+                for (number, job), result in _finished(batch, futures):
+                    reason = _add_result(store, job.example, result)
                     if reason is None:
                         scores = True
                     else:
-                        refused.append((task.trace, f"{task.trace.name}: {reason}"))
+                        refused.append((number, reason))
                         refusal = reason if isinstance(reason, ServerError) else refusal
                 store.flush()
             if refusal is not None and not scores:
@@ -94,40 +140,53 @@ def add_server_logprobs(
 
 
 def _finished(
-    tasks: Sequence[PendingTrace], futures: Sequence[Future[_Result]]
-) -> Iterator[tuple[PendingTrace, _Result]]:
+    jobs: Sequence[tuple[int, _Job]], futures: Sequence[Future[_Result]]
+) -> Iterator[tuple[tuple[int, _Job], _Result]]:
     """The results that are there after those under way have come, in order; cancels the others."""
     wait([future for future in futures if not future.cancel()])
-    for task, future in zip(tasks, futures, strict=True):
+    for job, future in zip(jobs, futures, strict=True):
         if not future.cancelled() and future.exception() is None:
-            yield task, future.result()
+            yield job, future.result()
 
 
-def _add_result(store: SignalStore, task: PendingTrace, result: _Result) -> str | ServerError | None:
-    """Add the log-probs of a trace. Returns why there are none, else None. Logits count as a refusal of the trace: the
-    server may send them for every trace."""
+def _add_result(store: SignalStore, example: Example, result: _Result) -> str | ServerError | None:
+    """Add the log-probs of an example. Returns why there are none, else None. Logits count as a refusal of the example:
+    the server may send them for every one."""
     if not isinstance(result, tuple):
         return result
-    reason = try_to_add(store, task, *result)
+    reason = try_to_add(store, example, *result)
     return ServerError(reason) if reason else None
 
 
 class _Reader:
-    """Requests the log-probs of one trace, and maps them to the student's tokens."""
+    """Requests the log-probs of one trace, and maps them to the student's tokens.
+
+    Asks for `k` candidates per token, and keeps the best `width`: vLLM lists the actual token as one more.
+    """
 
     def __init__(
-        self, server: Server, tokenizer: PreTrainedTokenizerBase, k: int, dialect: Dialect, align: bool
+        self, server: Server, tokenizer: PreTrainedTokenizerBase, k: int, width: int, dialect: Dialect, align: bool
     ) -> None:
-        self.server, self.tokenizer, self.k, self.dialect, self.align = server, tokenizer, k, dialect, align
+        self.server, self.tokenizer, self.k, self.width = server, tokenizer, k, width
+        self.dialect, self.align = dialect, align
         self.tokens = token_bytes(tokenizer)
         self.ids = ids_by_bytes(self.tokens)
 
     def read(self, task: PendingTrace) -> _Result:
         """(rows, ids, logprobs) for `SignalStore.add`; or why there are none, as text or, if the server refuses the
         trace (it may be too long), as a ServerError."""
+        if self.dialect == "vllm" and not self.align:
+            return self.read_ids(task.example, task.trace.name)
+        return self._table(partial(self._by_text, task))
+
+    def read_ids(self, example: Example, name: str) -> _Result:
+        """As `read`, by the student's token ids."""
+        return self._table(partial(self._by_ids, example, name))
+
+    def _table(self, read_rows: Callable[[], list[_Row]]) -> _Result:
         try:
-            rows = self._by_ids(task) if self.dialect == "vllm" and not self.align else self._by_text(task)
-            return _top_k_table(rows, self.k) if rows else NOTHING_SHARED
+            rows = read_rows()
+            return _top_k_table(rows, self.width) if rows else NOTHING_SHARED
         except TokenizersDiffer:
             raise
         except ServerError as error:
@@ -142,32 +201,32 @@ class _Reader:
                 f"({type(error).__name__}: {error}); dialects: {', '.join(DIALECTS)}"
             ) from error
 
-    def _by_ids(self, task: PendingTrace) -> list[tuple[int, list[int], list[float]]]:
+    def _by_ids(self, example: Example, name: str) -> list[_Row]:
         """Score by the student's token ids. The reply has the text of each, which shows whether the ids agree."""
-        ids = task.example.input_ids.tolist()
+        ids = example.input_ids.tolist()
         choice = self._ask({"prompt": ids, "prompt_logprobs": self.k, "add_special_tokens": False})
         tops = choice["prompt_logprobs"]
         if len(tops) != len(ids):
-            raise TokenizersDiffer(f"{task.trace.name}: {len(ids)} tokens were sent, log-probs of {len(tops)} came")
+            raise TokenizersDiffer(f"{name}: {len(ids)} tokens were sent, log-probs of {len(tops)} came")
         rows = []
-        for row in range(task.first, len(ids) - 1):
+        for row in np.flatnonzero(example.labels != IGNORE).tolist():
             number, top = ids[row + 1], tops[row + 1]
-            self._check_same(task, number, (top.get(str(number)) or {}).get("decoded_token"))
+            self._check_same(name, number, (top.get(str(number)) or {}).get("decoded_token"))
             logprobs = {int(n): entry["logprob"] for n, entry in top.items() if int(n) < len(self.tokens)}
             rows.append((row, [*logprobs], [*logprobs.values()]))
         return rows
 
-    def _check_same(self, task: PendingTrace, number: int, theirs: str | None) -> None:
-        written = self.tokens[number]
+    def _check_same(self, name: str, number: int, theirs: str | None) -> None:
+        written = self.tokens[number] if number < len(self.tokens) else None  # a head may have rows without a token
         if theirs is None or not theirs or "\ufffd" in theirs or written is None:
             return  # part of a character, or a special token: there is no text to compare
         if theirs.strip() != written.decode("utf-8", "replace").strip():  # some servers drop the leading space
             raise TokenizersDiffer(
-                f"{task.trace.name}: token {number} is {theirs!r} to the server and {written!r} to the student: the "
+                f"{name}: token {number} is {theirs!r} to the server and {written!r} to the student: the "
                 "tokenizers differ; with align=True (--align) the tokens that both cut alike get theirs"
             )
 
-    def _by_text(self, task: PendingTrace) -> list[tuple[int, list[int], list[float]]]:
+    def _by_text(self, task: PendingTrace) -> list[_Row]:
         opening = self._plain_prompt(task) if self.align else self._prompt(task)
         text = task.reply.text.encode()
         pieces = self._pieces(opening + task.reply.text)
@@ -243,9 +302,7 @@ def _echo_pieces(logprobs: dict[str, Any]) -> Iterator[Piece]:
         yield Piece(token.encode(), [(other.encode(), value) for other, value in (top or {}).items()])
 
 
-def _top_k_table(
-    scored: Sequence[tuple[int, list[int], list[float]]], k: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _top_k_table(scored: Sequence[_Row], k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """rows [n], ids and logprobs [n, k]: the best k of each row. Servers may list the actual token as one more."""
     rows = np.array([row for row, _, _ in scored])
     top_ids, logprobs = np.zeros((len(scored), k), dtype=np.int64), np.full((len(scored), k), -np.inf)
@@ -295,7 +352,7 @@ def add_reply_logprobs(
     ]
     if not rows:
         return NOTHING_SHARED
-    return try_to_add(store, task, *_top_k_table(rows, store.k))
+    return try_to_add(store, task.example, *_top_k_table(rows, store.k))
 
 
 def _to_bytes(letters: str) -> bytes:

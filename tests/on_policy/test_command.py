@@ -2,12 +2,16 @@
 
 import json
 import re
+import socket
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 from cli_jobs import Setup
+from openai_server import serving
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rbfast.cli.main import main
 from rbfast.on_policy import rounds
@@ -57,6 +61,29 @@ def test_it_writes_trains_and_says_what_was_written(setup, tmp_path, capsys):
     assert main(["report", f"{tmp_path}/run", "-o", f"{tmp_path}/report.html"]) == 0
 
 
+def test_a_teacher_may_be_behind_a_server(setup, tmp_path, capsys):
+    student, teacher = (f"{setup.folder}/models/{name}" for name in ("student", "teacher"))
+    with serving(
+        AutoModelForCausalLM.from_pretrained(teacher).eval(), AutoTokenizer.from_pretrained(student)
+    ) as server:
+        options = ("--server", f"http://127.0.0.1:{server.port}/v1", "-k", "7", "--concurrency", "2")
+        assert distill(setup, tmp_path / "run", *of_rounds(setup, *options)) == 0
+    assert "round 2 of 2" in capsys.readouterr().err
+    settings = json.loads((tmp_path / "run/run.json").read_text())
+    assert settings["on_policy"]["top_k"] == 7 and settings["teacher"] == teacher
+    assert {request["prompt_logprobs"] for request in server.requests} == {7}
+    assert main(["report", f"{tmp_path}/run", "-o", f"{tmp_path}/report.html"]) == 0
+
+
+def test_a_server_that_is_not_there_is_named(setup, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
+        assert distill(setup, tmp_path / "run", *of_rounds(setup, "--server", url)) == 1
+    assert url in capsys.readouterr().err
+
+
 def test_the_loss_may_be_another_divergence(setup, tmp_path):
     assert distill(setup, tmp_path, *of_rounds(setup, "--beta", "0.5", "--json")) == 0
     assert json.loads((tmp_path / "run.json").read_text())["objective"]["beta"] == 0.5
@@ -66,9 +93,15 @@ def test_the_loss_may_be_another_divergence(setup, tmp_path):
     ("options", "message"),
     [
         (("--rounds", "2"), "--rounds needs a --teacher"),
-        (("--samples", "2"), "--samples, --max-new-tokens and --sample-batch-size are for --rounds"),
-        (("--max-new-tokens", "9"), "are for --rounds"),
-        (("--sample-batch-size", "9"), "are for --rounds"),
+        (("--samples", "2"), "--samples is for --rounds"),
+        (("--max-new-tokens", "9"), "--max-new-tokens is for --rounds"),
+        (("--sample-batch-size", "9"), "--sample-batch-size is for --rounds"),
+        (("--teacher", "x", "--server", "http://localhost/v1"), "--server is for --rounds"),
+        (("-k", "9"), "-k is for --rounds"),
+        (("--rounds", "2", "--teacher", "x", "-k", "9"), "-k is for a --server"),
+        (("--rounds", "2", "--teacher", "x", "--concurrency", "9"), "--concurrency is for a --server"),
+        (("--rounds", "2", "--teacher", "x", "--server", "localhost"), "url must look like http://host:8000/v1"),
+        (("--rounds", "2", "--server", "http://localhost/v1"), "--rounds needs a --teacher"),
         (("--rounds", "2", "--signals", "x"), "--signals has no meaning with --rounds"),
         (("--rounds", "2", "--held-out", "0.1"), "--held-out has no meaning with --rounds"),
         (("--rounds", "2", "--plan"), "--plan has no meaning with --rounds"),

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import llama
-from tiny_runs import TOKENIZER, TRACES, PowerCut, student
+from tiny_rounds import QUESTIONS, WRITING, run, written
+from tiny_runs import TOKENIZER, TRACES, student
 from tiny_tokenizers import byte_fallback
 
 from rbfast.adapter.sparse_adapter import SparseAdapter
@@ -27,48 +28,6 @@ from rbfast.training.objective import Objective
 from rbfast.training.trainer import DistillTrainer
 
 INSTRUCTION = instruction_named("answer")
-QUESTIONS = [Question(trace.problem) for trace in TRACES[:12]]
-WRITING = Writing(max_new_tokens=6, batch_size=5)
-CONFIG = replace(DEFAULTS, density=0.2, rank=3, batch_size=2, save_steps=1, learning_rate=3e-2, instruction="none")
-
-
-def teacher():
-    torch.manual_seed(5)
-    model = student()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.01 * torch.randn_like(parameter))
-    return model
-
-
-def run(folder, monkeypatch=None, cut_at=None, model=None, **settings):
-    how = dict(rounds=3, writing=WRITING) | {
-        name: settings.pop(name) for name in ("rounds", "writing", "adapter", "questions") if name in settings
-    }
-    questions = how.pop("questions", QUESTIONS)
-    if cut_at is not None:
-        monkeypatch.setattr(module, "_RoundsBar", cut_bar(cut_at))
-    try:
-        config = replace(CONFIG, **settings)
-        return distill_on_policy(
-            model or student(), TOKENIZER, questions, folder, config, True, teacher=teacher(), **how
-        )
-    finally:
-        if monkeypatch is not None:
-            monkeypatch.undo()
-
-
-def cut_bar(step):
-    class Cut(module._RoundsBar, PowerCut):
-        def __init__(self, quiet, examples):
-            super().__init__(quiet, examples)
-            self.step = step
-
-    return Cut
-
-
-def written(folder):
-    return {path.name: path.read_text() for path in sorted((folder / "samples").iterdir())}
 
 
 def test_a_round_is_written_with_what_was_learnt_and_all_of_it_is_trained(tmp_path, monkeypatch):
@@ -76,9 +35,9 @@ def test_a_round_is_written_with_what_was_learnt_and_all_of_it_is_trained(tmp_pa
     start = module._Rounds.start
 
     def spy(self, number, progress):
-        records = start(self, number, progress)
+        records, refused = start(self, number, progress)
         seen.append((number, list(self.examples), records))
-        return records
+        return records, refused
 
     step, trained = DistillTrainer.compute_loss, []
 
@@ -89,8 +48,7 @@ def test_a_round_is_written_with_what_was_learnt_and_all_of_it_is_trained(tmp_pa
     monkeypatch.setattr(module._Rounds, "start", spy)
     monkeypatch.setattr(DistillTrainer, "compute_loss", watch)
     ran = run(tmp_path / "run", learning_rate=0.5)  # large, so that other words are drawn soon
-    assert [number for number, *_ in seen] == [0, 1, 2, 2]  # the last one is read again at the end
-    seen = seen[:3]
+    assert [number for number, *_ in seen] == [0, 1, 2]
     for number, _, records in seen:
         tokens = [token for at, labels in trained if at // 2 == number for token in labels]
         assert sorted(tokens) == sorted(token for record in records for token in record["ids"])
@@ -193,7 +151,7 @@ def test_the_student_is_asked_as_it_was_trained(tmp_path):
 
 
 def test_problems_that_do_not_fill_a_round_are_left_over(tmp_path):
-    with pytest.warns(UserWarning, match="2 of 12 problems are left over: 5 rounds take 2 each"):
+    with pytest.warns(UserWarning, match="2 of 12 problems are left out: 5 rounds take 2 each"):
         assert run(tmp_path, rounds=5).traces == 10
     with pytest.raises(TypeError, match=r"expected a list of Question, got str 'p': read_questions\(FILE\)"):
         run(tmp_path / "names", questions="problems.jsonl")

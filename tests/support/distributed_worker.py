@@ -22,6 +22,8 @@ from rbfast.adapter.sparse_adapter import SparseAdapter
 from rbfast.data.trace import Trace
 from rbfast.on_policy.rounds import DEFAULTS, distill_on_policy
 from rbfast.on_policy.samples import Writing
+from rbfast.on_policy.served_teacher import ServedTeacher
+from rbfast.teacher.client import Server
 from rbfast.teacher.jobs import Question
 from rbfast.training.distill import DistillConfig, distill
 from rbfast.training.sharding import shard
@@ -30,15 +32,28 @@ from rbfast.training.trainer import DistillTrainer
 TRACES = [Trace(f"What is {n} + 1?", f"Add one.\n{n} + 1 = {n + 1}" + " ok" * (n % 4), str(n + 1)) for n in range(25)]
 
 
+def tokenizer_and_size(untied=False):
+    tokenizer = byte_level(*(trace.completion() for trace in TRACES))
+    return tokenizer, dict(vocab_size=len(tokenizer), max_position_embeddings=256, tie_word_embeddings=not untied)
+
+
 def distill_tiny(
-    out, stop_at=None, over=None, beside=False, taught=False, untied=False, held_out=None, rounds=None, **settings
+    out,
+    stop_at=None,
+    over=None,
+    beside=False,
+    taught=False,
+    untied=False,
+    held_out=None,
+    rounds=None,
+    server=None,
+    **settings,
 ):
     """stop_at: the step that fails. over: the processes that share a sharded base. beside: deltas stay beside the
     weights, even of a whole base. taught: by another model, sharded as the base is. untied: the head is not tied to the
     embedding. held_out: a share of the traces, by which the best adapter is kept. rounds: of writing to the
-    problems."""
-    tokenizer = byte_level(*(trace.completion() for trace in TRACES))
-    size = dict(vocab_size=len(tokenizer), max_position_embeddings=256, tie_word_embeddings=not untied)
+    problems. server: of the teacher, by its URL."""
+    tokenizer, size = tokenizer_and_size(untied)
     model, teacher = llama(**size), llama(**size, num_hidden_layers=3) if taught else None
     for base in (model, teacher):
         if over and base is not None:
@@ -56,6 +71,7 @@ def distill_tiny(
         if rounds:
             config = replace(config, objective=DEFAULTS.objective)
             writing = dict(rounds=rounds, writing=Writing(max_new_tokens=6, batch_size=2))
+            teacher = ServedTeacher(Server(server, "tiny"), k=len(tokenizer) - 1) if server else teacher
             questions = [Question(trace.problem) for trace in TRACES[:18]]
             distill_on_policy(model, tokenizer, questions, out, config, quiet=True, teacher=teacher, **writing)
             return

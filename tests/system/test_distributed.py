@@ -10,9 +10,11 @@ import sys
 
 import pytest
 import torch
-from distributed_worker import distill_tiny
+from distributed_worker import distill_tiny, tokenizer_and_size
+from openai_server import serving
 from real_inputs import ROOT
 from safetensors.torch import load_file
+from tiny_models import llama
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -158,6 +160,17 @@ def test_two_processes_resume_rounds_to_the_same_bits(second):
     written = [sorted((second / name / "samples").iterdir()) for name in ("cut-rounds", "rounds")]
     assert [path.read_text() for path in written[0]] == [path.read_text() for path in written[1]]
     assert len(written[0]) == 3
+
+
+def test_two_processes_share_the_requests_to_a_served_teacher(first, tmp_path):
+    tokenizer, size = tokenizer_and_size()
+    with serving(llama(**size, num_hidden_layers=3).eval(), tokenizer) as server:
+        url = f"http://127.0.0.1:{server.port}/v1"
+        launch(tmp_path, {"served": {"batch_size": 2, "server": url} | ROUNDS | {"taught": False}})
+    prompts = [tuple(request["prompt"]) for request in server.requests]
+    assert len(prompts) == 2 * 3 + 18  # each process checks the server before a round; each completion is scored once
+    losses = [[entry["loss"] for entry in trained(folder)[1]] for folder in (tmp_path / "served", first / "rounds")]
+    assert losses[0][:2] == pytest.approx(losses[1][:2], rel=1e-3)
 
 
 def test_processes_with_different_folders_are_refused(second):

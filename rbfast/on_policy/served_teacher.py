@@ -1,0 +1,98 @@
+"""A teacher behind a server, for a model too large to run beside the student. It scores what the student wrote.
+
+```python
+server = Server("http://localhost:8000/v1", "their-model")       # vLLM, or another with its `prompt_logprobs`
+distill_on_policy(model, tokenizer, questions, "runs/own", teacher=ServedTeacher(server))
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from accelerate.utils import gather_object
+from transformers import PreTrainedTokenizerBase
+
+from rbfast.data.encoding import IGNORE, NO_ROLE, Example, example_of
+from rbfast.data.signal_store import SignalStore
+from rbfast.data.spans import ANSWER
+from rbfast.teacher.client import Server
+from rbfast.teacher.logprobs import Progress
+from rbfast.teacher.server_logprobs import add_example_logprobs
+from rbfast.utils.processes import process_count, process_index
+
+
+@dataclass(frozen=True)
+class ServedTeacher:
+    """A model with the student's tokens on a server that scores prompts as vLLM does.
+
+    Args:
+        k: candidates per token. The written token is always one more. vLLM gives as many as its --max-logprobs (20).
+        concurrency: requests at a time, of each process.
+
+    Raises:
+        ValueError: a number below 1.
+    """
+
+    server: Server
+    k: int = 20
+    concurrency: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("k", "concurrency"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def check(self, prompt: Sequence[int], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+        """Score a prompt, to find out before the student writes whether the server can.
+
+        Raises:
+            ServerError: it cannot.
+            TokenizersDiffer: its tokens differ from the student's.
+        """
+        self._score([example_of(prompt[:1], prompt[1:], [ANSWER] * (len(prompt) - 1))], tokenizer, folder)
+
+    def correct(
+        self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, folder: Path, progress: Progress
+    ) -> list[str]:
+        """Give the examples the teacher's log-probs, and keep these in `folder`, so that none is requested twice. A
+        label without log-probs is no longer trained on. Processes share the requests.
+
+        Returns:
+            The reasons for which examples got none.
+
+        Raises:
+            ServerError, TokenizersDiffer: as `add_server_logprobs`.
+        """
+        share = examples[process_index() :: process_count()]
+        reasons = gather_object(self._score(share, tokenizer, folder, progress))
+        self._store(tokenizer, folder).fill(examples)  # opened anew, so with the shards of all processes
+        for example in examples:
+            _drop_labels_without_logprobs(example)
+        return list(reasons)
+
+    def _score(
+        self,
+        examples: Sequence[Example],
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path,
+        progress: Progress | None = None,
+    ) -> list[str]:
+        with self._store(tokenizer, folder) as store:
+            refused = add_example_logprobs(
+                self.server, examples, tokenizer, store, concurrency=self.concurrency, progress=progress
+            )
+        return [reason for _, reason in refused]
+
+    def _store(self, tokenizer: PreTrainedTokenizerBase, folder: Path) -> SignalStore:
+        return SignalStore(folder, self.server.model, self.k + 1, len(tokenizer))
+
+
+def _drop_labels_without_logprobs(example: Example) -> None:
+    dropped = np.ones(len(example.labels), dtype=bool)
+    if example.teacher_rows is not None:
+        dropped[example.teacher_rows] = False
+    example.labels[dropped], example.roles[dropped] = IGNORE, NO_ROLE

@@ -1,0 +1,172 @@
+"""On-policy rounds with a teacher behind a server: what it scores equals what a teacher beside the student gives."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from openai_server import serving
+from tiny_models import llama
+from tiny_rounds import QUESTIONS, WRITING, run, teacher, written
+from tiny_runs import TOKENIZER, student
+
+from rbfast.data.encoding import IGNORE
+from rbfast.data.signal_store import SignalStore
+from rbfast.on_policy import rounds as module
+from rbfast.on_policy import served_teacher
+from rbfast.on_policy.samples import Writing
+from rbfast.on_policy.served_teacher import ServedTeacher
+from rbfast.teacher.client import ServerError
+from rbfast.teacher.logprobs import TokenizersDiffer
+from rbfast.training.trainer import DistillTrainer
+
+
+@pytest.fixture
+def server():
+    with serving(teacher(), TOKENIZER) as running:
+        yield running
+
+
+def losses(ran):
+    return [entry["loss"] for entry in ran.log_history]
+
+
+def test_all_candidates_of_a_server_give_what_a_teacher_beside_the_student_gives(tmp_path, server):
+    beside = run(tmp_path / "beside")
+    all_but_one = ServedTeacher(server.client(), k=len(TOKENIZER) - 1, concurrency=2)
+    served = run(tmp_path / "served", teacher=all_but_one)
+    assert losses(served) == pytest.approx(losses(beside), rel=1e-3)
+    for name, value in beside.adapter.state_dict().items():
+        torch.testing.assert_close(served.adapter.state_dict()[name], value, rtol=1e-2, atol=1e-4)
+    settings = json.loads((tmp_path / "served/run.json").read_text())
+    assert settings["teacher"] == "tiny" and settings["on_policy"]["top_k"] == len(TOKENIZER) - 1
+
+
+def test_the_teacher_of_every_written_token_is_among_its_candidates(tmp_path, server, monkeypatch):
+    compute, seen = DistillTrainer.compute_loss, []
+
+    def watch(self, model, inputs, *args, **kwargs):
+        seen.append(inputs)
+        return compute(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(DistillTrainer, "compute_loss", watch)
+    run(tmp_path, teacher=ServedTeacher(server.client(), k=2))
+    model = teacher()
+    for batch in seen:
+        rows = (batch["labels"][0] != IGNORE).nonzero().squeeze(1)
+        assert batch["teacher_rows"].tolist() == rows.tolist() and len(batch["text_rows"]) == 0
+        labels = batch["labels"][0, rows]
+        ids, logprobs = batch["teacher_ids"], batch["teacher_logprobs"]
+        assert ids.shape[1] == 3 and (ids == labels[:, None]).any(1).all()
+        start = 0
+        for length in batch["lengths"]:
+            part = slice(start, start + length)
+            start += length
+            exact = model(batch["input_ids"][:, part]).logits[0].log_softmax(-1)
+            for row in [row for row in rows.tolist() if part.start <= row < part.stop]:
+                at = rows.tolist().index(row)
+                kept = logprobs[at].isfinite()
+                torch.testing.assert_close(
+                    logprobs[at, kept], exact[row - part.start, ids[at, kept]], atol=1e-4, rtol=0
+                )
+
+
+@pytest.mark.parametrize("cut_at", [0, 3])
+def test_a_cut_run_asks_for_nothing_twice_and_resumes_bitwise(tmp_path, server, monkeypatch, cut_at):
+    taught = ServedTeacher(server.client(), k=4)
+    whole = run(tmp_path / "whole", teacher=taught)
+    asked = [json.dumps(request["prompt"]) for request in server.requests]
+    server.requests.clear()
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path / "cut", monkeypatch, cut_at, teacher=taught)
+    resumed = run(tmp_path / "cut", teacher=taught)
+    assert sorted(json.dumps(request["prompt"]) for request in server.requests) == sorted(asked)
+    for name in ("log.json", "samples/round-003.jsonl"):
+        assert (tmp_path / "cut" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    for name, value in whole.adapter.state_dict().items():
+        assert torch.equal(value, resumed.adapter.state_dict()[name])
+    with pytest.raises(ValueError, match="its on_policy is"):
+        run(tmp_path / "cut", teacher=ServedTeacher(server.client(), k=5))
+    server.requests.clear()
+    assert run(tmp_path / "cut", teacher=taught).found and not server.requests
+
+
+def test_a_server_that_fails_keeps_what_was_written_and_scored(tmp_path, server):
+    server.faults = [None] * 3 + [500] * 4
+    one_by_one = ServedTeacher(server.client(), k=4, concurrency=1)
+    with pytest.raises(ServerError, match="said 500"):
+        run(tmp_path, teacher=one_by_one)
+    assert len((tmp_path / "samples/round-001.jsonl").read_text().splitlines()) == 4
+    kept = len(SignalStore.open(tmp_path / "samples/signals"))
+    assert kept in (3, 4)  # the check before the round, two completions, and the last one if it was under way
+    server.requests.clear()
+    assert not run(tmp_path, teacher=one_by_one).found
+    assert len(server.requests) == 3 * (1 + 4) - kept
+
+
+def test_a_completion_that_the_server_refuses_is_not_trained_on(tmp_path, server, monkeypatch):
+    compute, trained = DistillTrainer.compute_loss, []
+
+    def watch(self, model, inputs, *args, **kwargs):
+        trained.append((inputs["labels"] != IGNORE).sum().item())
+        return compute(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(DistillTrainer, "compute_loss", watch)
+    server.faults, server.says = [None, 400], b'{"error": "too long"}'
+    with pytest.warns(UserWarning, match="round 1 of 3: 1 of 4 completions are not trained on.*too long"):
+        run(tmp_path, teacher=ServedTeacher(server.client(), k=4, concurrency=1))
+    records = [json.loads(line) for text in written(tmp_path).values() for line in text.splitlines()]
+    refused = next(record for record in records if record["number"] == 0)  # requested first
+    assert sum(trained) == sum(len(record["ids"]) for record in records) - len(refused["ids"])
+
+
+def test_a_server_that_cannot_score_is_named_before_the_student_writes(tmp_path, server):
+    server.complete = lambda body: {"choices": [{"text": "hello"}]}
+    with pytest.raises(ServerError, match="sends no prompt_logprobs"):
+        run(tmp_path / "plain", teacher=ServedTeacher(server.client()))
+    with serving(teacher(), TOKENIZER) as foreign, pytest.raises(TokenizersDiffer, match="the tokenizers differ"):
+        foreign.text = "other {}".format
+        run(tmp_path / "foreign", teacher=ServedTeacher(foreign.client()))
+    for name in ("plain", "foreign"):
+        assert not list((tmp_path / name).glob("samples/round-*"))
+
+
+def test_processes_share_the_requests(tmp_path, server, monkeypatch):
+    run(tmp_path / "run", teacher=ServedTeacher(server.client(), k=4))
+    rounds = module._Rounds(
+        module.Writer(student(), TOKENIZER, module.instruction_of(TOKENIZER, module.DEFAULTS)),
+        [QUESTIONS[:4]], WRITING, tmp_path / "other", 0, None,
+    )  # fmt: skip
+    rounds.start(0, lambda _: None)
+    server.requests.clear()
+    monkeypatch.setattr(served_teacher, "process_count", lambda: 2)
+    for index in (1, 0):
+        monkeypatch.setattr(served_teacher, "process_index", lambda index=index: index)
+        ServedTeacher(server.client(), k=4).correct(rounds.examples, TOKENIZER, tmp_path / "signals", lambda *_: None)
+        if index == 1:
+            assert len(server.requests) == 2
+            assert [np.any(example.labels != IGNORE) for example in rounds.examples] == [False, True, False, True]
+            rounds.start(0, lambda _: None)
+    assert len(server.requests) == 4 and all(np.any(example.labels != IGNORE) for example in rounds.examples)
+
+
+@pytest.mark.parametrize("field", ["k", "concurrency"])
+def test_numbers_below_one_are_refused(server, field):
+    with pytest.raises(ValueError, match=f"{field} must be at least 1, got 0"):
+        ServedTeacher(server.client(), **{field: 0})
+
+
+def test_a_student_may_draw_a_row_of_its_head_without_a_token(tmp_path, server):
+    rows = len(TOKENIZER) + 40
+
+    def wide():
+        return llama(vocab_size=rows, max_position_embeddings=256)
+
+    with serving(wide(), TOKENIZER) as padded:
+        padded.text = lambda number: "" if number >= len(TOKENIZER) else type(padded).text(padded, number)
+        taught = ServedTeacher(padded.client(), k=4)
+        ran = run(tmp_path, model=wide(), teacher=taught, writing=Writing(max_new_tokens=30))
+    drawn = [
+        token for text in written(tmp_path).values() for line in text.splitlines() for token in json.loads(line)["ids"]
+    ]
+    assert max(drawn) >= len(TOKENIZER) and np.isfinite(losses(ran)).all()

@@ -1,0 +1,52 @@
+"""On-policy rounds of a tiny model, which a simulated power failure may interrupt."""
+
+from dataclasses import replace
+
+import torch
+from tiny_runs import TOKENIZER, TRACES, PowerCut, student
+
+from rbfast.on_policy import rounds as module
+from rbfast.on_policy.rounds import DEFAULTS, distill_on_policy
+from rbfast.on_policy.samples import Writing
+from rbfast.teacher.jobs import Question
+
+QUESTIONS = [Question(trace.problem) for trace in TRACES[:12]]
+WRITING = Writing(max_new_tokens=6, batch_size=5)
+CONFIG = replace(DEFAULTS, density=0.2, rank=3, batch_size=2, save_steps=1, learning_rate=3e-2, instruction="none")
+
+
+def teacher():
+    torch.manual_seed(5)
+    model = student()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    return model
+
+
+def run(folder, monkeypatch=None, cut_at=None, model=None, **settings):
+    own = "rounds", "writing", "adapter", "questions", "teacher"
+    how = dict(rounds=3, writing=WRITING, teacher=None) | {name: settings.pop(name) for name in own if name in settings}
+    how["teacher"] = how["teacher"] or teacher()
+    questions = how.pop("questions", QUESTIONS)
+    if cut_at is not None:
+        monkeypatch.setattr(module, "_RoundsBar", cut_bar(cut_at))
+    try:
+        config = replace(CONFIG, **settings)
+        return distill_on_policy(model or student(), TOKENIZER, questions, folder, config, True, **how)
+    finally:
+        if monkeypatch is not None:
+            monkeypatch.undo()
+
+
+def cut_bar(step):
+    class Cut(module._RoundsBar, PowerCut):
+        def __init__(self, quiet, examples):
+            super().__init__(quiet, examples)
+            self.step = step
+
+    return Cut
+
+
+def written(folder):
+    return {path.name: path.read_text() for path in sorted((folder / "samples").glob("*.jsonl"))}
