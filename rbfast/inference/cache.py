@@ -1,10 +1,15 @@
 """The key-value cache of a batch that `generate` extends and that drops rows which have ended."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+
+from rbfast.models.student import evaluation_mode
+
+_SHORT, _LONG = 8, 16  # tokens of the two texts whose cache is measured
 
 
 class _PreallocatedLayer(DynamicLayer):
@@ -64,3 +69,35 @@ def keep_rows(cache: Cache, rows: torch.Tensor) -> None:
     layers: list[Any] = cache.layers
     for layer in layers:
         layer.batch_select_indices(rows if layer.keys is None else rows.to(layer.keys.device))
+
+
+def cache_bytes(model: PreTrainedModel, texts: int, tokens: int) -> int:
+    """The memory of the cache of so many texts of `tokens` tokens each, extrapolated from two short texts."""
+    total = 0
+    for short, long in zip(_layers_after(model, _SHORT), _layers_after(model, _LONG), strict=True):
+        kept = min(tokens, getattr(long, "sliding_window", None) or tokens)
+        per_token = (_bytes_of(long) - _bytes_of(short)) / (_LONG - _SHORT)
+        total += round(_bytes_of(long) + per_token * (kept - _LONG))
+    return texts * total
+
+
+@torch.no_grad()
+def _layers_after(model: PreTrainedModel, tokens: int) -> list[Any]:
+    """The layers of the cache after a text of this length; none if the model has another kind of cache."""
+    ids = torch.ones(1, tokens, dtype=torch.long, device=model.device)
+    with evaluation_mode(model):
+        output = model(ids, use_cache=True)
+    caches = [value for value in output.values() if isinstance(value, Cache)]
+    return list(caches[0].layers) if caches else []
+
+
+def _bytes_of(layer: Any) -> int:
+    return sum(x.numel() * x.element_size() for x in _tensors(vars(layer)))
+
+
+def _tensors(held: Any) -> Iterator[torch.Tensor]:
+    if isinstance(held, torch.Tensor):
+        yield held
+    elif isinstance(held, dict | list | tuple):
+        for part in held.values() if isinstance(held, dict) else held:
+            yield from _tensors(part)

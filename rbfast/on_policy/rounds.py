@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rbfast.data.encoding import Example
 from rbfast.data.instruction import saved_instruction
+from rbfast.inference.cache import cache_bytes
 from rbfast.on_policy.samples import Writer, Writing, example_of_sample, longest_example, write_samples
 from rbfast.on_policy.served_teacher import ServedTeacher
 from rbfast.teacher.jobs import Question
@@ -96,6 +97,7 @@ def distill_on_policy(
         _settings(writer, questions, rounds, config.epochs, writing, served),
         _shared_system(writer, questions),
         is_on_policy=True,
+        cache=cache_bytes(model, min(writing.batch_size, len(examples)), len(examples[0].input_ids)),  # of the longest
     )
     run = train_examples(
         model,

@@ -157,6 +157,7 @@ class TrainingData:
 
     settings: what run.json says of them. system: the system prompt that all share. is_on_policy: the student wrote
     them, so the loss of a role that is logged is its divergence: its cross-entropy says nothing of what it learns.
+    cache: the bytes of the key-value cache while it writes them.
     """
 
     examples: Sequence[Example]
@@ -165,6 +166,7 @@ class TrainingData:
     settings: dict[str, Any]
     system: str = ""
     is_on_policy: bool = False
+    cache: int = 0
 
 
 def train_examples(
@@ -208,9 +210,7 @@ def train_examples(
             write_text(out / RUN, json.dumps(settings, indent=1))
             write_prompt(out, tokenizer, replace(instruction_of(tokenizer, config), system=data.system))
             check_disk_space(out, sum(parameter.numel() for parameter in trained.parameters()))
-        plan = (
-            None if is_sharded(model) else _plan_batches(model, trained, examples, len(data.skipped), config, teacher)
-        )
+        plan = None if is_sharded(model) else _plan_batches(model, trained, data, config, teacher)
         if is_first and not quiet and plan is not None:
             print(plan, file=sys.stderr)
         progress = progress or TrainingBar(quiet or not is_first)
@@ -270,7 +270,7 @@ def plan_run(
         _check_no_shape_options(config, adapter)
     attached = _attach_adapter(model, examples, replace(config, placement="random"), teacher, adapter)
     try:
-        return _plan_batches(model, attached, examples, len(skipped), config, teacher)
+        return _plan_batches(model, attached, TrainingData(examples, [], skipped, {}), config, teacher)
     finally:
         attached.detach()
 
@@ -278,15 +278,16 @@ def plan_run(
 def _plan_batches(
     model: PreTrainedModel,
     adapter: SparseAdapter,
-    examples: Sequence[Example],
-    left_out: int,
+    data: TrainingData,
     config: DistillConfig,
     teacher: PreTrainedModel | None,
 ) -> Plan:
     """The plan of a run. Without tokens_per_batch it batches the longest traces together, which is the worst case."""
+    examples = data.examples
     if config.tokens_per_batch is None:
         examples = sorted(examples, key=lambda one: -len(one.input_ids))
-    return make_plan(model, adapter, _batches(examples, config), config.gradient_checkpointing, teacher, left_out)
+    batches, left_out = _batches(examples, config), len(data.skipped)
+    return make_plan(model, adapter, batches, config.gradient_checkpointing, teacher, left_out, data.cache)
 
 
 def with_instruction(config: DistillConfig, adapter: str | Path | None, model: PreTrainedModel) -> DistillConfig:

@@ -40,6 +40,7 @@ class Plan:
         kept: activations of the largest batch, saved for its backward.
         kept_checkpointed: the same with gradient checkpointing; None if the model does not support it.
         loss: the logits of one chunk, and hidden states and their gradient.
+        cache: the key-value cache while the student writes, in on-policy rounds; freed before it is trained.
         device, memory: all on which the student is; memory is None if unknown.
     """
 
@@ -58,6 +59,7 @@ class Plan:
     kept_checkpointed: int | None
     is_checkpointed: bool
     loss: int
+    cache: int
     attention: str
     memory: int | None
 
@@ -67,9 +69,13 @@ class Plan:
 
     @property
     def needed(self) -> int:
-        """The memory needed at the largest batch."""
+        """The memory needed at the largest batch, or while the student writes if that is more."""
+        return self.fixed + max(self._of_batch, self.cache)
+
+    @property
+    def _of_batch(self) -> int:
         kept = self.kept_checkpointed if self.is_checkpointed and self.kept_checkpointed else self.kept
-        return self.fixed + kept + self.loss
+        return kept + self.loss
 
     @property
     def fits(self) -> bool | None:
@@ -88,11 +94,14 @@ class Plan:
             "left out": f"{self.left_out:,} of the traces: too long, or not to be rendered; skipped.jsonl lists them",
             "activations": self._activations(),
             "loss": megabytes(self.loss),
+            "writing": f"at most {megabytes(self.cache)} of key-value cache, not at the same time as the above two",
             "attention": self.attention,
             "memory": self._memory(),
         }
         if not self.teacher_weights:
             del rows["teacher"]
+        if not self.cache:
+            del rows["writing"]
         if not self.left_out:
             del rows["left out"]
         return "\n".join(f"{name:12} {text}" for name, text in rows.items())
@@ -114,6 +123,8 @@ class Plan:
     def _advice(self) -> str:
         if self.fixed > _USABLE * (self.memory or 0):
             return "the weights alone are too large: use --load-in 4bit, or --shard"
+        if self.cache > self._of_batch:
+            return "use a smaller --sample-batch-size"
         if self.kept_checkpointed is not None and not self.is_checkpointed:
             return "use --gradient-checkpointing"
         return f"use --tokens-per-batch {self._tokens_that_fit()}, or shorter traces"
@@ -130,8 +141,12 @@ def make_plan(
     is_checkpointed: bool = False,
     teacher: PreTrainedModel | None = None,
     left_out: int = 0,
+    cache: int = 0,
 ) -> Plan:
-    """The plan for training `adapter`, attached to `model`, on these batches. Runs two short rows through the model."""
+    """The plan for training `adapter`, attached to `model`, on these batches. Runs two short rows through the model.
+
+    cache: the bytes of the key-value cache while the student writes.
+    """
     sizes = [sum(len(example.input_ids) for example in batch) for batch in batches]
     footprint = adapter.footprint()
     per_token = _saved_bytes_per_token(model)
@@ -160,6 +175,7 @@ def make_plan(
         is_checkpointed=is_checkpointed,
         loss=logits_bytes(largest, vocabulary, model.device, teacher_vocabulary)
         + largest * hidden * (2 * head.element_size() + 4),
+        cache=cache,
         attention=describe_attention(model, model.device)
         + ("" if packs(model) else "; the model runs one example at a time, which is slower"),
         memory=_memory_of(devices),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import llama
-from tiny_rounds import QUESTIONS, WRITING, run, written
+from tiny_rounds import CONFIG, QUESTIONS, WRITING, run, written
 from tiny_runs import TOKENIZER, TRACES, student
 from tiny_tokenizers import byte_fallback
 
@@ -192,6 +192,17 @@ def test_processes_take_turns_at_the_batches(tmp_path, monkeypatch):
         path = tmp_path / f"{index}"
         assert write_samples(asked, QUESTIONS, WRITING, path, "0:0", lambda *_: None) == expected
         assert gathered == mine and path.exists() == (index == 0)
+
+
+def test_the_plan_counts_the_cache_of_what_is_written_at_a_time(tmp_path):
+    plan = run(tmp_path / "run", writing=replace(WRITING, max_new_tokens=200, batch_size=3)).plan
+    model, longest = student(), plan.largest // CONFIG.batch_size
+    config = model.config
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    assert plan.cache == 3 * longest * per_token
+    assert f"writing      at most {plan.cache / 1e6:.1f} MB of key-value cache" in str(plan)
+    large = replace(plan, memory=2 * plan.fixed, cache=10**9)
+    assert large.needed == plan.fixed + 10**9 and "use a smaller --sample-batch-size" in str(large)
 
 
 def test_layers_that_run_again_write_the_same(tmp_path):
