@@ -138,7 +138,10 @@ def token_losses(
 @torch.no_grad()
 def _online_signal(teacher: PreTrainedModel, batch: dict[str, Any], rows: Tensor, device: torch.device) -> Dense:
     """The full distribution of a teacher at some rows of a batch. Its logits are not materialised either."""
-    hidden = final_hidden(teacher, batch["input_ids"], batch["position_ids"], batch["lengths"])
+    # A student with more embeddings may write one that has no token, and that its teacher lacks.
+    embeddings: Any = teacher.get_input_embeddings()
+    ids = batch["input_ids"].clamp(max=len(embeddings.weight) - 1)
+    hidden = final_hidden(teacher, ids, batch["position_ids"], batch["lengths"])
     head = head_of(teacher)
     weight, bias = head.weight.to(device), None if head.bias is None else head.bias.to(device)
     return Dense(hidden.to(device)[rows], weight, rows, bias=bias, logit_scale=head.logit_scale, softcap=head.softcap)

@@ -205,6 +205,14 @@ def test_the_plan_counts_the_cache_of_what_is_written_at_a_time(tmp_path):
     assert large.needed == plan.fixed + 10**9 and "use a smaller --sample-batch-size" in str(large)
 
 
+def test_a_student_may_write_a_row_of_its_head_that_its_teacher_lacks(tmp_path):
+    wide = llama(vocab_size=len(TOKENIZER) + 40, max_position_embeddings=256)
+    ran = run(tmp_path, model=wide, writing=replace(WRITING, max_new_tokens=30))
+    records = [json.loads(line) for text in written(tmp_path).values() for line in text.splitlines()]
+    assert max(token for record in records for token in record["ids"]) >= len(TOKENIZER)
+    assert all(entry["loss"] >= 0 for entry in ran.log_history)
+
+
 def test_layers_that_run_again_write_the_same(tmp_path):
     plain, again = run(tmp_path / "plain"), run(tmp_path / "again", gradient_checkpointing=True)
     assert written(tmp_path / "plain") == written(tmp_path / "again")
