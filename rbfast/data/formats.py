@@ -37,7 +37,7 @@ from rbfast.data.conversations import (
 from rbfast.data.fields import Field, check_map, field_names, value_at
 from rbfast.data.rendered import parse_rendered
 from rbfast.data.replies import END_FIELDS, MAP_HINT, Reply, find_replies, is_flag, reply_of_turn, verdict_of
-from rbfast.data.row import RowFields, sole_candidate
+from rbfast.data.row import RowFields, check_shows_nothing, sole_candidate
 from rbfast.data.thinking_marks import OPENER
 from rbfast.data.trace import MAY_BE_NUMBERS, TraceError, check_text, is_finite
 from rbfast.data.wrappers import unwrap
@@ -97,6 +97,7 @@ def interpret(row: Any, options: FormatOptions = AUTO) -> Interpretation:
         row = {"messages": row}
     if not isinstance(row, Mapping):
         raise TraceError(f"expected an object with {', '.join(_NATIVE)}, got {show(row)}")
+    check_shows_nothing(row)
     if options.format in (None, "native") and (native := _native_row(row, options.fields)) is not None:
         return Interpretation("native traces", [_as_native(native)])
     if options.format == "native":
@@ -293,6 +294,7 @@ def question_of(row: Any, options: FormatOptions = AUTO) -> dict[str, Any]:
     """
     if not isinstance(row, Mapping):
         raise TraceError(f"expected an object with a problem, got {show(row)}")
+    check_shows_nothing(row)
     trace = _native_row(row, options.fields)
     fields = RowFields(unwrap(row)[0], options.fields, options.teacher_field)
     question = _find_question(fields) if trace is None else _question_of_trace(trace, fields)

@@ -4,6 +4,7 @@ RowFields({"question": "2+2?", "gold": "4"}).one("answer")                # (Fie
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +14,8 @@ from rbfast.data.answers import as_text
 from rbfast.data.choices import options_in_fields, parse_options
 from rbfast.data.fields import Field, fields_by_meaning, value_at
 from rbfast.data.trace import TraceError
+
+_MEDIA = re.compile(r"(image|video|audio)s?(_\d+)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,16 @@ def as_mapping(value: Any) -> Mapping[str, Any]:
         except (ValueError, RecursionError):
             return {}
     return value if isinstance(value, Mapping) else {}
+
+
+def check_shows_nothing(row: Mapping[str, Any]) -> None:
+    """Raises TraceError for a row with an image, a video or a sound, which a student of text does not get."""
+    for name, value in row.items():
+        if _MEDIA.fullmatch(str(name)) and _is_filled(value):
+            raise TraceError(
+                f"{name}: the row comes with an image, a video or a sound, which a student of text does not get; leave "
+                "the row out, or remove this field if the text does not need it"
+            )
 
 
 def _is_filled(value: object) -> bool:

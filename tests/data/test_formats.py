@@ -9,7 +9,7 @@ from trace_shapes import GOLDEN, PLAIN, QUESTION, SHAPES, THOUGHT, conversation,
 
 from rbfast.data.answers import stated_answer, without_answer
 from rbfast.data.conversations import split_thinking
-from rbfast.data.formats import FormatOptions, interpret
+from rbfast.data.formats import FormatOptions, interpret, question_of
 from rbfast.data.readers import TraceReader
 from rbfast.data.trace import Trace, TraceError
 
@@ -277,3 +277,17 @@ def test_a_reply_that_calls_a_tool_is_refused(call: str) -> None:
 def test_a_tool_call_is_known_without_special_tokens(call: str) -> None:
     with pytest.raises(TraceError, match="calls a tool"):
         split_thinking(f"analysisa.assistant{call}assistantfinalb")
+
+
+@pytest.mark.parametrize("field", ["image", "images", "image_1", "Video", "audio"])
+def test_a_row_that_shows_something_is_refused(field: str) -> None:
+    question = {"question": "What is in it?"}
+    row = question | {"response": "<think>a cat</think>cat"}
+    native = {"problem": "What is in it?", "reasoning": "a cat", "answer": "cat"}
+    for value in ({"bytes": "..", "path": None}, ["x.png"], "x.png"):
+        for seeing, read in ((row, interpret), (native, interpret), (question, question_of), (native, question_of)):
+            with pytest.raises(TraceError, match=f"^{field}: the row comes with an image, a video or a sound"):
+                read(seeing | {field: value})
+    for nothing in (None, "", [], {}):  # as mixed data sets have it in their rows of text
+        assert interpret(row | {field: nothing}).rows == interpret(row).rows
+        assert question_of(question | {field: nothing}) == question_of(question)
