@@ -15,8 +15,8 @@ from rbfast.data.thinking_marks import end_of_thinking
 
 _TAG = re.compile(r"<answer>(.*?)(?=</answer>|<answer>|\Z)", re.DOTALL | re.IGNORECASE)
 _CLOSED_TAG = re.compile(r"</answer>[\s.*`$]*\Z", re.IGNORECASE)
-# `####` that marks an answer, not a heading: it ends the text, or the last line repeats it, or its line holds a value.
-# It does not go on past another `####`, nor end in a space: so a line of either is read only once.
+# `####` that marks an answer, not a heading: it ends the text, the last line repeats it, or its line holds a value.
+# The match stops before another `####` and never ends in a space, so that a long line of either takes linear time.
 _SAID = r"(?:(?!####)\S)"
 _LAST_HASHES = re.compile(
     rf"(?<!#)####\s*({_SAID}(?:[^\S\n]*{_SAID})*)\s*(?=\Z|\n(?=[^\n]{{0,300}}\Z)[^\n]*\banswer\b[^\n]*\1)",
@@ -80,7 +80,7 @@ def known_answer(text: str) -> str | None:
 
 
 def is_placeholder(answer: str) -> bool:
-    """Whether a dataset has no answer to a problem and says so in the answer's field: "notfound"."""
+    """Whether an answer field holds a placeholder for a missing answer: "notfound"."""
     return answer.strip().casefold() in _PLACEHOLDERS
 
 
@@ -109,13 +109,13 @@ def stated_answer(text: str) -> str | None:
 
 
 def final_answer(text: str) -> str | None:
-    """As `extract_answer`. `the answer is ..` is stripped of the punctuation around it."""
+    """As `extract_answer`, but `the answer is ..` is stripped of the punctuation around it."""
     return stated_answer(without_thinking(text)) or _without_edges(extract_answer(text) or "") or None
 
 
 def _without_edges(phrase: str) -> str:
     """A phrase without a final full stop and without the marks around it. `$5$ and $6$` and `.5` stay as they are."""
-    for _ in range(3):  # `**$5$.**` needs two rounds; a number of rounds keeps this linear
+    for _ in range(3):  # `**$5$.**` needs two rounds; a fixed number keeps this linear
         phrase = _FULL_STOP.sub("", phrase.strip())
         for mark in _PAIRED:
             core = phrase.removeprefix(mark).removesuffix(mark)
@@ -164,7 +164,7 @@ def as_text(value: object) -> str | None:
 
 
 def answer_text(value: object) -> str | None:
-    """`as_text` of an answer; also of a bool, a list of one item (or its JSON), an object with `value` or `text`."""
+    """`as_text` for an answer, also a bool, a list of one item (or its JSON), or an object with `value` or `text`."""
     if isinstance(value, bool):
         return str(value)
     if isinstance(value, str) and value[:1] == "[":
@@ -193,7 +193,7 @@ def _last_group(pattern: re.Pattern[str], text: str) -> str | None:
 
 
 def _find_boxed(text: str) -> str | None:
-    """The content of the last closed box; of a list of boxes, the contents of all."""
+    """The content of the last closed box; if it ends a list of boxes, the contents of them all."""
     boxes = list(_BOX.finditer(text))
     closers = _closing_braces(text) if boxes else {}
     listed: list[str] = []
@@ -218,7 +218,7 @@ def _box_content(text: str, start: int, closers: Mapping[int, int]) -> tuple[str
 
 
 def _closing_braces(text: str) -> dict[int, int]:
-    """The index of the brace that closes each open one. One pass: a looping model may open a box a thousand times."""
+    """The closing brace of each opening one, by index. One pass: a looping model may open a box a thousand times."""
     opened, closers = [], {}
     for match in _BRACE.finditer(text):
         if match[0] == "{":

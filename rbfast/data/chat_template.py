@@ -30,7 +30,8 @@ def format_prompt(
 
     Args:
         instruction: what follows the problem; None for the tokenizer's default.
-        system: a system prompt (None: the instruction's). If the template has no system role, it opens the first turn.
+        system: the system prompt; None for the instruction's. If the template has no system role, the first turn opens
+            with the prompt.
         turns: earlier messages, {"role": "user" or "assistant", "content": ..}.
 
     Raises:
@@ -45,8 +46,8 @@ def format_prompt(
     prompt = render_conversation(tokenizer, messages, system, open_reply=True)
     if not prompt.endswith(opening := thinking_format(tokenizer).opening):
         raise ValueError(
-            f"the prompt of {problem[:60]!r} ends with {prompt[-80:]!r} where others end with {opening!r}: something "
-            "in it tells the chat template to think otherwise; leave it out"
+            f"the prompt of {problem[:60]!r} should end with {opening!r}, got {prompt[-80:]!r}: its text switches the "
+            "chat template's thinking mode; leave the problem out"
         )
     if request.strip() not in prompt:
         raise ValueError(
@@ -97,5 +98,5 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id of the token that ends an assistant's turn: the added token in the chat template, else the eos token."""
     end = thinking_format(tokenizer).end
     if end is None:
-        raise ValueError("the tokenizer has no eos token, and its chat template ends no turn; set tokenizer.eos_token")
+        raise ValueError("no token ends a turn, neither in the chat template nor as eos token; set tokenizer.eos_token")
     return end

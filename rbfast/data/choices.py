@@ -1,4 +1,4 @@
-"""Multiple-choice questions: the options become part of the problem, and the answer is the label of one.
+"""Multiple-choice questions: the options become part of the problem, and the answer is the label of an option.
 
 ```python
 parse_options(["41", "42"])                          # {"A": "41", "B": "42"}
@@ -24,8 +24,8 @@ _LABELS, _TEXTS = ("label", "key", "id", "letter"), ("text", "value", "content",
 def parse_options(value: Any) -> dict[str, str] | None:
     """Options by label; None if `value` holds no options, or fewer than two.
 
-    It may be a list of texts, of "A) .." or of objects; an object of labels; an object of lists `text` and `label`; or
-    any of these as JSON text.
+    `value` may be a list of texts, of labelled texts ("A) ..") or of objects; an object of texts by label; an object of
+    the lists `text` and `label`; any of these as JSON text; or a text like `a) 41, b) 42`.
     """
     if isinstance(value, str):
         value = _parse_option_text(value)
@@ -43,7 +43,7 @@ def parse_options(value: Any) -> dict[str, str] | None:
 
 
 def _parse_option_text(text: str) -> Any:
-    """The options in a text, JSON or `a) 41, b) 42`; None if the labels are not consecutive."""
+    """The options in JSON text or in a text like `a) 41, b) 42`; None if the labels are not consecutive."""
     if text.strip()[:1] in ("[", "{"):
         try:
             return json.loads(text)
@@ -89,7 +89,7 @@ def with_options(problem: str, options: Mapping[str, str]) -> str:
 
 
 def chosen_option(answers: Sequence[Any], options: Mapping[str, str]) -> str | None:
-    """The right option, from the first of `answers` that names one, as text if that gives its text, else as label.
+    """The option that the first matching answer names: its text if the answer is the text, else its label.
 
     An answer may be a label, the text of an option, or a 0-based index. A number is tried as an index before it is
     tried as a text: 2 with the options "8", "2" and "24" is the third. None if no answer names an option.

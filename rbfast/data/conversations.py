@@ -61,7 +61,7 @@ class Turn:
 def parse_turns(value: object) -> list[Turn] | None:
     """The turns of a conversation, or None if `value` is not one.
 
-    It may be a list of messages (OpenAI's, ShareGPT's, Claude's, Gemini's), one message, a mapping of lists (as
+    `value` may be a list of messages (OpenAI's, ShareGPT's, Claude's, Gemini's), one message, a mapping of lists (as
     `datasets` stores a list of objects), or any of these as JSON text.
 
     Raises TraceError, naming the turn, if a message has an unknown role or content that is not text.
@@ -235,7 +235,7 @@ def split_exchange(turns: Sequence[Turn]) -> Exchange:
     order = [turn.role for turn in spoken]
     if not order or order != [(USER, ASSISTANT)[number % 2] for number in range(len(order))]:
         raise TraceError(
-            "conversation: expected a user's turn and an assistant's, in turn, got "
+            "conversation: expected alternating turns, the user's first, got "
             f"{', '.join(order[:8]) or 'no turns'}; leave the row out"
         )
     if order[-1] == USER:
@@ -247,18 +247,18 @@ def split_thinking(reply: str) -> tuple[str | None, str]:
     """(thinking, text after it) of a reply, both without their tags. The thinking is None if absent or empty.
 
     A closing tag without an opening one ends the thinking, because the chat template may have opened it in the prompt.
-    Raises TraceError if the thinking is never closed, because the reply was truncated, or if it calls a tool.
+    Raises TraceError if the thinking is never closed (the reply was truncated) or if the reply calls a tool.
     """
     if TOOL_CALL.search(reply):
-        raise TraceError("reply: it calls a tool, which a student has not; leave it out")
+        raise TraceError("reply: it calls a tool, but a student has no tools; leave the row out")
     rest = reply[_OPENING.match(reply).end() :]  # type: ignore[union-attr]
     thoughts = []
     while opened := OPENER.match(rest):
         closed = closer_of(opened[0]).search(rest, opened.end())
         if closed is None:
-            raise TraceError(f"reply: {opened[0]} is opened and never closed; the reply was cut, leave it out")
+            raise TraceError(f"reply: {opened[0]} is never closed: the reply was truncated; leave the row out")
         thoughts.append(rest[opened.end() : closed.start()].strip())
-        rest = rest[closed.end() :].lstrip().removeprefix(NEXT_MESSAGE)  # which may be thinking too
+        rest = rest[closed.end() :].lstrip().removeprefix(NEXT_MESSAGE)  # the next message may be thinking too
     if not thoughts and (bare := BARE_CHANNELS.match(rest)):
         thoughts += [thought.strip() for thought in NEXT_BARE_CHANNEL.split(bare[1])]
         rest = rest[bare.end() :]

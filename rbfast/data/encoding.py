@@ -59,7 +59,7 @@ def encode(
     become tokens, as at inference.
 
     Args:
-        instruction: what the prompt says after the problem, and how the answer is marked; None: the default.
+        instruction: what the prompt says after the problem, and how the answer is marked; None for the default.
 
     Raises:
         TraceError: the trace is longer than `max_tokens` (it is never truncated), its signals do not match the tokens,

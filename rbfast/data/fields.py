@@ -79,7 +79,7 @@ class Field(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def fields_by_meaning(names: tuple[str, ...]) -> Mapping[str, list[Field]]:
-    """The fields of a row by meaning, in the order of NAMES, a teacher's last. Unknown names are left out."""
+    """The fields of a row by meaning, in the order of NAMES, a teacher's fields last. Unknown names are left out."""
     by_meaning: dict[str, list[Field]] = {}
     numbered = [match["name"] for name in names if (match := _NUMBERED.fullmatch(name))]
     for name in names:
@@ -132,16 +132,16 @@ def parse_map(text: str) -> dict[str, str]:
     """Parse `problem=question,answer=gold` into a mapping from meanings to fields. Raises ValueError if malformed."""
     mapping = {}
     for part in filter(None, text.split(",")):
-        meant, equals, field = (piece.strip() for piece in part.partition("="))
+        meaning, equals, field = (piece.strip() for piece in part.partition("="))
         if not equals or not field:
             raise ValueError(f"map: expected problem=FIELD,answer=FIELD, got {part!r}")
-        mapping[meant] = field
+        mapping[meaning] = field
     return mapping
 
 
 def check_map(fields: Mapping[str, str]) -> dict[str, str]:
     """The mapping with synonyms replaced by the canonical meanings. Raises ValueError for an unknown meaning."""
-    renamed = {_SYNONYMS.get(meant, meant): field for meant, field in fields.items()}
+    renamed = {_SYNONYMS.get(meaning, meaning): field for meaning, field in fields.items()}
     if unknown := set(renamed) - set(MAPPED):
         raise ValueError(f"map: expected one of {', '.join(MAPPED)}, got {', '.join(sorted(unknown))}")
     return renamed

@@ -8,9 +8,10 @@ interpret(row, FormatOptions(fields={"problem": "q", "reasoning": "work", "answe
 The format of a row depends on that row alone. docs/formats.md lists the formats.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from rbfast.data.answers import (
@@ -58,14 +59,14 @@ class FormatOptions:
     Args:
         format: one of FORMATS; no other is tried.
         fields: the field that holds the problem, the answer, ...: `{"problem": "q", "answer": "info.gold"}`.
-        teacher_field: which of several teachers to take: the prefix of its field's name, or the whole name.
+        teacher_field: which of several teachers to take: the prefix of the teacher's field, or the field's whole name.
 
     Raises:
         ValueError: an unknown format or meaning.
     """
 
     format: str | None = None
-    fields: Mapping[str, str] = field(default_factory=dict)
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
     teacher_field: str | None = None
 
     def __post_init__(self) -> None:
@@ -88,8 +89,8 @@ class Interpretation:
 def interpret(row: Any, options: FormatOptions = AUTO) -> Interpretation:
     """The traces in a row, as mappings with the fields of a trace. `Trace` checks their values.
 
-    If the row has them, also `reference` (the known answer) and the fields that show a truncated reply. `finished` is
-    true if a marked answer followed the reasoning in the reply.
+    The mappings also have `reference` (the known answer) and the fields that show a truncated reply, if the row has
+    them. `finished` is true if a marked answer followed the reasoning in the reply.
 
     Raises TraceError if the row has no known format, holds no complete trace, or is ambiguous.
     """
@@ -121,19 +122,19 @@ def interpret(row: Any, options: FormatOptions = AUTO) -> Interpretation:
 
 
 def _native_row(row: Mapping[str, Any], fields: Mapping[str, str]) -> Mapping[str, Any] | None:
-    """A row that is a trace already, with the mapped fields in their places; None for another row."""
+    """A row that is already a trace, with the mapped fields set; None for any other row."""
     if not _is_native(row) or fields.keys() & {"reply", "solution", "conversation"}:
         return None
-    mapped = {"verified" if meant == "verdict" else meant: value_at(row, name) for meant, name in fields.items()}
+    mapped = {"verified" if role == "verdict" else role: value_at(row, name) for role, name in fields.items()}
     native = {**row, **mapped} if mapped else row
     return native if not mapped or _is_native(native) else None
 
 
 def _is_native(row: Mapping[str, Any]) -> bool:
-    """Whether a row is a trace already.
+    """Whether a row is already a trace.
 
-    Not so: reasoning that is a list or only a flag ("on"), empty reasoning beside a worked answer, or options that
-    belong in the problem.
+    It is not if its reasoning is a list, only a flag ("on"), or empty beside a worked answer; or if it has options,
+    which belong in the problem.
     """
     if not all(name in row for name in _NATIVE) or RowFields(row).options is not None:
         return False
@@ -159,11 +160,11 @@ def _as_native(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _format_name(form: str, row: RowFields, question: "_Question") -> str:
-    """What to call such rows in messages."""
+    """The name of the row's format in messages."""
     names = {"generations": "problems with generations", "completions": "prompts with completions"}
     names |= {"solutions": "problems with solutions", "conversations": "conversations"}
     if form == "trajectories":
-        fields = [one.name for one, _ in row.candidates("reasoning")]
+        fields = [field.name for field, _ in row.candidates("reasoning")]
         return "s1K trajectories" if any("traject" in name for name in fields) else f"problems with {fields[0]}"
     if form == "generations" and "correctness_math_verify" in row.values:
         return "OpenR1 generations"
@@ -191,8 +192,8 @@ def _find_question(row: RowFields) -> _Question:
     own_system, earlier, question, reply = split_exchange([*_history(row), *turns])
     rest: Mapping[str, Any] = {}
     if conversation is not None:
-        of_reply = reply.rest if reply else {}
-        rest = {**question.rest, **{name: value for name, value in of_reply.items() if value is not None}}
+        reply_fields = reply.rest if reply else {}
+        rest = {**question.rest, **{name: value for name, value in reply_fields.items() if value is not None}}
     text = with_options(question.text, row.options) if row.options else question.text
     return _Question(text, own_system or _system(row), reply, rest, earlier)
 
@@ -222,8 +223,8 @@ def _conversation(row: RowFields) -> list[Turn] | None:
 
 
 def _unnamed_conversation(row: RowFields) -> list[Turn] | None:
-    """A conversation in a field whose name does not say so: messages (of a preferred reply, say) or rendered text."""
-    candidates = [(one.name, value) for one, value in row.candidates("reply")]
+    """A conversation in a field with another name: messages (with a preferred reply, say) or rendered text."""
+    candidates = [(field.name, value) for field, value in row.candidates("reply")]
     candidates += [item for item in row.unknown() if item not in candidates]
     conversations = []
     for name, value in candidates:
@@ -263,13 +264,13 @@ def _problem_field(row: RowFields) -> Any:
     candidates = row.candidates("problem")
     texts = [value for _, value in candidates if isinstance(value, str)]
     are_texts = len(texts) == len(candidates)
-    if are_texts and {one.name for one, _ in candidates} == {"instruction", "input"}:
+    if are_texts and {field.name for field, _ in candidates} == {"instruction", "input"}:
         return "\n\n".join(texts)
     if not candidates and (conversation := row.one("conversation")) and _is_question(conversation[1]):
         return conversation[1][0]
     shortest = min(texts, key=len, default="")
     if are_texts and all(shortest.strip() in text for text in texts):
-        candidates = [(one, value) for one, value in candidates if value == shortest]  # others add an instruction
+        candidates = [(field, value) for field, value in candidates if value == shortest]  # others add an instruction
     chosen = sole_candidate("problem", candidates)
     if chosen is None:
         hint = (
@@ -288,9 +289,10 @@ def _is_question(value: Any) -> bool:
 
 
 def question_of(row: Any, options: FormatOptions = AUTO) -> dict[str, Any]:
-    """The `problem` of a row, with `answer`, `system`, `domain`, `source` and `id` if it has them. It needs no reply.
+    """The `problem` of a row, with `answer`, `system`, `domain`, `source` and `id` if it has them. No reply is needed.
 
-    Raises TraceError if it has no problem, several fields that may be the problem, or one that is no Unicode text.
+    Raises TraceError if the row has no problem, several fields that may be the problem, or a problem that is not valid
+    Unicode.
     """
     if not isinstance(row, Mapping):
         raise TraceError(f"expected an object with a problem, got {show(row)}")
@@ -299,7 +301,7 @@ def question_of(row: Any, options: FormatOptions = AUTO) -> dict[str, Any]:
     fields = RowFields(unwrap(row)[0], options.fields, options.teacher_field)
     question = _find_question(fields) if trace is None else _question_of_trace(trace, fields)
     if earlier := question.earlier:
-        raise TraceError(f"problem: expected a question alone, got one after {len(earlier)} turns; leave it out")
+        raise TraceError(f"problem: expected a question alone, got one after {len(earlier)} turns; leave the row out")
     known = None
     if trace is not None and trace.get("reference") is not None and "answer" not in options.fields:
         known = known_answer(str(trace["reference"]))  # the trace's own answer may be wrong
@@ -335,26 +337,27 @@ def _answer_field(row: RowFields) -> str | None:
     if row.options and (option := chosen_option([value for _, value in row.choices()], row.options)):
         return option
     candidates = row.candidates("answer") or row.inner_answers() or _bare_solutions(row)
-    texts = [(one, text) for one, value in candidates if (text := answer_text(value)) and text.strip()]
-    short = [(one, stated_answer(text) or text.strip()) for one, text in texts if not one.teacher]
+    texts = [(field, text) for field, value in candidates if (text := answer_text(value)) and text.strip()]
+    short = [(field, stated_answer(text) or text.strip()) for field, text in texts if not field.teacher]
     agreed = sole_candidate("answer", short)
     return agreed[1] if agreed else None
 
 
 def _bare_solutions(row: RowFields) -> list[tuple[Field, str]]:
     """Solutions that are a bare value, as in s1K: "128", "BCD", "[7, 8]"."""
-    texts = [(one, as_text(value)) for one, value in row.candidates("solution")]
-    return [(one, text) for one, text in texts if text and _BARE.fullmatch(text.strip())]
+    texts = [(field, as_text(value)) for field, value in row.candidates("solution")]
+    return [(field, text) for field, text in texts if text and _BARE.fullmatch(text.strip())]
 
 
 # -------------------------------------------------------------------------------------------------------- traces
 
 
 def _trace_row(row: RowFields, question: _Question, reply: Reply, form: str, count: int) -> dict[str, Any]:
-    """A trace's fields.
+    """The fields of a trace.
 
-    The answer is the one that the reply states, else the one in an answer field, else, after thinking, the whole reply.
-    In a reply with code only a marked answer counts: "the answer is printed" states none.
+    The answer is the one that the reply states, else the one in an answer field. If both are missing and the reply has
+    thinking, the answer is the whole text after it. If that text has code, only a marked answer counts: "the answer is
+    printed" states none.
     """
     is_code = bool(reply.thought) and "```" in reply.text
     field_answer, own = _answer_field(row), marked_answer(reply.text) if is_code else stated_answer(reply.text)
@@ -364,7 +367,7 @@ def _trace_row(row: RowFields, question: _Question, reply: Reply, form: str, cou
         answer = reply.text.strip() or stated_answer(reply.thought)
     if not answer:
         raise TraceError(
-            r"answer: expected one that the text marks (\boxed{}, ####, <answer>) or a field of its own, got neither; "
+            r"answer: expected a marked answer (\boxed{}, ####, <answer>) or an answer field, got neither; "
             "name the field with --map answer=FIELD"
         )
     reasoning = reply.thought or without_answer(reply.text)

@@ -50,6 +50,6 @@ def load_rows(dataset: HubDataset, streaming: bool = False) -> Iterable[dict[str
     except (OSError, ValueError) as error:
         part = f"split {dataset.split}" if dataset.config is None else f"config {dataset.config}, split {dataset.split}"
         raise ValueError(
-            f"the dataset {dataset.name} ({part}) could not be loaded: {error}; one of several configs is named as "
-            f"owner/name:config:split"
+            f"the dataset {dataset.name} ({part}) could not be loaded: {error}; if it has several configs, "
+            "name one: owner/name:config:split"
         ) from error

@@ -41,8 +41,8 @@ class Instruction:
         return f"{problem}\n\n{self.text}" if self.text else problem
 
     def write(self, answer: str, *, after_thinking: bool = False) -> str:
-        """The answer as the student writes it. One that does not fit a box (several lines, unbalanced braces) is
-        written without it."""
+        """The answer as the student writes it. An answer that does not fit a box (several lines, unbalanced braces) is
+        written without one."""
         if self.style == "tags":
             return f"<answer>{answer}</answer>"
         if self.style == "box" and _fits_a_box(answer):
@@ -67,8 +67,8 @@ _NAMED = {"answer": ANSWER, "boxed": BOXED, "none": NONE}
 
 
 def instruction_named(name: str) -> Instruction:
-    """The instruction called `name` (answer, boxed, none), else `name` itself as the text of one, its style by what it
-    mentions."""
+    """The instruction called `name` (answer, boxed, none), else one whose text is `name` and whose style is that of the
+    mark it mentions."""
     if name.strip().lower() in _NAMED:
         return _NAMED[name.strip().lower()]
     style: Style = "tags" if "<answer>" in name else "box" if "\\boxed" in name else "plain"
@@ -86,8 +86,8 @@ def write_instruction(folder: str | Path, instruction: Instruction, about: Mappi
 
 
 def saved_instruction(*folders: str | Path | None) -> Instruction | None:
-    """The instruction that `write_instruction` wrote in the first of these folders that has one; None if none has.
-    Raises ValueError for a broken file."""
+    """The instruction in the first of these folders that has a prompt.json; None if none has. Raises ValueError for a
+    broken file."""
     return next((found for folder in folders if folder and (found := _read_instruction(Path(folder) / FILE))), None)
 
 

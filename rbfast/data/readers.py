@@ -22,7 +22,7 @@ from rbfast.utils.files import atomic_write, write_text
 
 log = logging.getLogger(__name__)
 
-# What a row with the fields of a trace may have; any other field is of the row alone.
+# The fields that `interpret` may set. Any other field is the source row's own.
 _TRACE_FIELDS = {*Trace.__dataclass_fields__, "reference", "finished", "truncated", *END_FIELDS}
 
 
@@ -35,11 +35,12 @@ def read_traces(
     on_error: Literal["raise", "skip"] = "raise",
     unreadable: str | Path | None = None,
 ) -> list[Trace]:
-    """The traces of a .jsonl, .json, .parquet, .arrow, .csv or .tsv file (.gz too), of a folder of them or one that
-    `rbfast teach` or `rbfast curate` wrote, or of a dataset on the hub (`owner/name`, of which `split`;
-    `owner/name:split` or `owner/name:config:split`), in any shape of docs/formats.md.
+    """The traces of a file, a folder or a dataset on the hub, in any format of docs/formats.md.
 
     Args:
+        source: a .jsonl, .json, .parquet, .arrow, .csv or .tsv file (.gz too); a folder of them, or one that `rbfast
+            teach` or `rbfast curate` wrote; or `owner/name`, `owner/name:split` or `owner/name:config:split`.
+        split: the split of a folder, or of a dataset named without one.
         limit: read only the first `limit` traces.
         options: how to read rows if their field names are not enough.
         on_error: "raise" stops at the first row without a trace; "skip" skips it with a warning.
@@ -116,11 +117,11 @@ class TraceReader:
             raise TraceError(self.error_message())
 
     def error_message(self) -> str:
-        """The message that says why nothing was read."""
+        """Why nothing was read."""
         if not self.unreadable:
             return f"{self.source}: expected at least one trace, got none"
         rows, first = len(self.unreadable), self.unreadable[0][1]
-        return first if rows == 1 else f"{first} (and none of the first {rows} rows is read)"
+        return first if rows == 1 else f"{first} (none of the first {rows} rows can be read)"
 
     def summary(self) -> str:
         """The formats found: "reads 17,398 rows as OpenThoughts conversations"."""
@@ -164,7 +165,7 @@ def read_native_rows(
     """Every trace as an unchecked row with the fields of a trace; a TraceError in place of a row without a trace.
 
     Sources as for `read_traces`. `note` is called with the format of each row. With `keep_fields` a row also has the
-    other fields that it has in its source, whatever its format.
+    other fields of its source row, whatever the format.
     """
     for where, row in _open_rows(source, "train", streaming=True, lenient=True):
         try:
@@ -179,11 +180,11 @@ def read_native_rows(
         rows = interpretation.rows
         if keep_fields and isinstance(row, Mapping):
             others = {name: value for name, value in row.items() if name not in _TRACE_FIELDS}
-            rows = [{**others, **one} for one in rows]
+            rows = [{**others, **fields} for fields in rows]
         if len(rows) == 1:
             yield where, rows[0]
         else:
-            yield from ((f"{where} ({number})", one) for number, one in enumerate(rows, start=1))
+            yield from ((f"{where} ({number})", fields) for number, fields in enumerate(rows, start=1))
 
 
 def _open_rows(source: str | Path, split: str, streaming: bool, lenient: bool = False) -> Iterator[tuple[str, Any]]:
@@ -207,16 +208,16 @@ def _rows_hub(dataset: hub.HubDataset, streaming: bool) -> Iterator[tuple[str, A
 
 
 def record_of(trace: Trace, row: Mapping[str, Any]) -> dict[str, Any]:
-    """The trace as JSON, with what curation also reads from its row: the reference answer, and whether the text is
-    complete."""
+    """The trace as JSON, with the fields of its row that curation also reads: the reference answer, and the fields that
+    show whether the text is complete."""
     values = {name: row.get(name) for name in ("reference", "finished", *END_FIELDS)}
     plain = {name: value if isinstance(value, bool) else as_text(value) for name, value in values.items()}
     return trace.to_dict() | {name: value for name, value in plain.items() if value is not None}
 
 
 def write_traces(path: str | Path, traces: Iterable[Trace]) -> int:
-    """`write_records` of traces. A row's known right answer (`reference`) is no field of a trace: to curate by it, give
-    `rbfast curate` the file that was read, or what `rbfast convert` made of it."""
+    """Write traces by `write_records`. A row's known answer (`reference`) is not a field of a trace, so it is lost: to
+    curate by it, give `rbfast curate` the source file, or the output of `rbfast convert`."""
     return write_records(path, (trace.to_dict() for trace in traces))
 
 

@@ -1,5 +1,5 @@
 """Find the replies in a row: generations with verdicts, trajectories of several teachers, a conversation's last turn,
-a completion, a worked solution. `find_replies` goes by the meanings of the fields (`rbfast.data.fields`).
+a completion, a worked solution. `find_replies` looks fields up by meaning (`rbfast.data.fields`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,7 @@ class Reply(NamedTuple):
 
 
 def find_replies(row: RowFields, reply: Turn | None, formats: Sequence[str]) -> tuple[str, list[Reply]]:
-    """The first of `formats` that finds a reply in the row, and the replies: more than one only if several are right.
+    """The first of `formats` with a reply in the row, and its replies: several only if several were judged right.
 
     `reply` is the last assistant turn of the row's conversation, if it has one. Raises TraceError if there is no reply.
     """
@@ -58,11 +58,11 @@ def find_replies(row: RowFields, reply: Turn | None, formats: Sequence[str]) -> 
 
 def _no_reply_error(row: RowFields, reply: Turn | None, formats: Sequence[str]) -> TraceError:
     """The error for a row without a reply."""
-    for one, value in row.candidates("answer"):
+    for field, value in row.candidates("answer"):
         if isinstance(value, str) and "\n" in value.strip():
             return TraceError(
-                rf"answer: expected working that marks its answer (\boxed{{}}, ####, <answer>), got {one.name} without "
-                "a mark; leave it out, or name a field with the answer by --map answer=FIELD"
+                rf"answer: expected working that marks its answer (\boxed{{}}, ####, <answer>), got {field.name} "
+                "without a mark; leave the row out, or name the answer's field with --map answer=FIELD"
             )
     wanted = "this field"
     if reply is None and "conversations" in formats and row.candidates("conversation"):
@@ -77,14 +77,14 @@ MAP_HINT = "name the fields with --map problem=FIELD,reasoning=FIELD,answer=FIEL
 
 
 def _generations(row: RowFields, _: Turn | None) -> list[Reply]:
-    lists = [(one, value) for one, value in row.candidates("reply") if _is_list_of_replies(value)]
+    lists = [(field, value) for field, value in row.candidates("reply") if _is_list_of_replies(value)]
     if row.fields.keys() & {"reply", "reasoning"} and not lists:
         return []
     chosen = sole_candidate("reply", _of_one_teacher(row, lists)) if lists else None
     if chosen is not None:
-        one, values = chosen
-        return _select_replies(row, one.teacher, list(map(_try_read_reply, values)), _verdicts(row, values))
-    numbered = [(one, value) for one, value in row.candidates("reply") if one.number is not None]
+        field, values = chosen
+        return _select_replies(row, field.teacher, list(map(_try_read_reply, values)), _verdicts(row, values))
+    numbered = [(field, value) for field, value in row.candidates("reply") if field.number is not None]
     if len(numbered) > 1:
         teacher = numbered[0][0].teacher
         return _select_replies(row, teacher, [_try_read_reply(value) for _, value in numbered], [None] * len(numbered))
@@ -112,12 +112,12 @@ def _select_replies(
         unread = next((reply for reply in replies if isinstance(reply, TraceError)), None)
         if unread is not None and all(whole):
             raise unread
-        raise TraceError(f"generations: expected a whole reply, got {len(replies)} that were cut; leave the row out")
+        raise TraceError(f"generations: expected a complete reply, got {len(replies)} truncated; leave the row out")
     return [reply for reply in complete if reply.verified] or complete[:1]
 
 
 def _verdicts(row: RowFields, replies: Sequence[Any]) -> list[bool | None]:
-    """The verdict on each generation: right if any of the row's judges says so, wrong if all that judged say wrong."""
+    """The verdict on each generation: True if any of the row's judges accepts it, False if all judges reject it."""
     count = len(replies)
     columns: list[Any] = [[_verdict_in(reply) for reply in replies]]
     columns += [value for _, value in row.candidates("verdict")]
@@ -135,7 +135,7 @@ def _verdict_in(reply: Any) -> Any:
     """The verdict inside a reply that is an object."""
     if not isinstance(reply, Mapping):
         return None
-    return next((reply[one.name] for one in fields_by_meaning(tuple(map(str, reply))).get("verdict", ())), None)
+    return next((reply[field.name] for field in fields_by_meaning(tuple(map(str, reply))).get("verdict", ())), None)
 
 
 def verdict_of(value: object) -> bool | None:
@@ -150,7 +150,7 @@ def cut_by_server(row: Mapping[str, Any]) -> str | None:
     for field in END_FIELDS:
         if str(row.get(field)).lower() in _CUT:
             return f"truncated: its {field} is {row[field]}"
-    return "truncated: so it says" if verdict_of(row.get("truncated")) else None
+    return "truncated: its field truncated is true" if verdict_of(row.get("truncated")) else None
 
 
 def _which_complete(row: RowFields, count: int) -> list[bool]:
@@ -182,7 +182,7 @@ def read_reply(value: object) -> Reply:
         spoken = [turn for turn in turns if turn.role == ASSISTANT]
         if len(spoken) != 1:
             raise TraceError(
-                f"reply: expected one assistant's turn, got {len(spoken)}; say with --map which field it is"
+                f"reply: expected one assistant's turn, got {len(spoken)}; name the field with --map reply=FIELD"
             )
         return reply_of_turn(spoken[0])
     if (fields := _fields_of_reply(as_mapping(value))) is not None:
@@ -202,8 +202,8 @@ def read_reply(value: object) -> Reply:
 def _fields_of_reply(value: Mapping[str, Any]) -> tuple[str, str] | None:
     """(thinking, text) of a reply that is an object with both, `{"reasoning": .., "answer": ..}`; None for others."""
     fields = fields_by_meaning(tuple(map(str, value)))
-    thoughts = [text for one in fields.get("reasoning", ()) if (text := _thought_text(one, value[one.name]))]
-    texts = [as_text(value[one.name]) for role in ("reply", "answer") for one in fields.get(role, ())]
+    thoughts = [text for field in fields.get("reasoning", ()) if (text := _thought_text(field, value[field.name]))]
+    texts = [as_text(value[field.name]) for role in ("reply", "answer") for field in fields.get(role, ())]
     text = next(filter(None, texts), None)
     return (thoughts[0], text) if thoughts and text else None
 
@@ -213,7 +213,7 @@ def reply_of_turn(turn: Turn) -> Reply:
 
 
 def split_reply(thought: str | None, text: str) -> Reply:
-    """A reply with the thinking given beside it, else with that in its tags. Raises TraceError for unclosed tags."""
+    """A reply with `thought` as its thinking, else with the tagged thinking. Raises TraceError for unclosed tags."""
     tagged, rest = split_thinking(text)
     return Reply((thought and thought.strip()) or tagged, rest)
 
@@ -223,14 +223,14 @@ def split_reply(thought: str | None, text: str) -> Reply:
 
 def _trajectories(row: RowFields, reply: Turn | None) -> list[Reply]:
     """A reply whose thinking has a separate field."""
-    thoughts = [(one, text) for one, value in row.candidates("reasoning") if (text := _thought_text(one, value))]
+    thoughts = [(field, text) for field, value in row.candidates("reasoning") if (text := _thought_text(field, value))]
     if not thoughts:
         return []
     chosen = sole_candidate("reasoning", _of_one_teacher(row, thoughts))
     assert chosen is not None
     teacher = chosen[0].teacher
     thought, after = split_thinking(chosen[1])
-    own = [(one, value) for one, value in row.candidates("reply") if one.teacher == teacher]
+    own = [(field, value) for field, value in row.candidates("reply") if field.teacher == teacher]
     written = sole_candidate("reply", own) or (row.one("solution") if reply is None else None)
     text = read_reply(_first_text(written[1])).text if written else reply_of_turn(reply).text if reply else ""
     return [Reply(thought or after, text or (after if thought else ""), _verdict_by(row, teacher), teacher)]
@@ -241,10 +241,10 @@ def is_flag(value: object) -> bool:
     return isinstance(value, str) and value.strip().lower() in _FLAGS
 
 
-def _thought_text(one: Field, value: object) -> str | None:
+def _thought_text(field: Field, value: object) -> str | None:
     if isinstance(value, list | tuple):
         texts = [text for item in value if isinstance(text := _inner_text(item), str)]
-        value = "\n\n".join(texts) if "step" in one.name.lower() else next(iter(texts), None)
+        value = "\n\n".join(texts) if "step" in field.name.lower() else next(iter(texts), None)
     value = _inner_text(value)
     return value if isinstance(value, str) and value.strip() and not is_flag(value) else None
 
@@ -259,31 +259,33 @@ def _first_text(value: object) -> object:
 
 def _of_one_teacher(row: RowFields, candidates: Sequence[tuple[Field, Any]]) -> list[tuple[Field, Any]]:
     """The fields of one teacher: the requested one, the only one, the first graded right, or the first graded."""
-    teachers = list(dict.fromkeys(one.teacher for one, _ in candidates))
+    teachers = list(dict.fromkeys(field.teacher for field, _ in candidates))
     if row.teacher_field is not None:
-        wanted = [(one, value) for one, value in candidates if row.teacher_field in (one.teacher, one.name)]
+        wanted = [(field, value) for field, value in candidates if row.teacher_field in (field.teacher, field.name)]
         if not wanted:
-            names = ", ".join(one.name for one, _ in candidates)
+            names = ", ".join(field.name for field, _ in candidates)
             raise TraceError(f"expected a field of the teacher {row.teacher_field!r}, got {names}; see --teacher-field")
         return wanted
     if len(teachers) < 2:
         return list(candidates)
     verdicts = {teacher: _verdict_by(row, teacher) for teacher in teachers}
     if all(verdict is None for verdict in verdicts.values()):
-        names = " and ".join(one.name for one, _ in candidates)
+        names = " and ".join(field.name for field, _ in candidates)
         raise TraceError(
-            f"expected one teacher or a grade for each, got {names}; say which with --teacher-field {teachers[0]}"
+            f"expected one teacher or a grade for each, got {names}; choose one with --teacher-field {teachers[0]}"
         )
     teacher = next((name for name, verdict in verdicts.items() if verdict), teachers[0])
-    return [(one, value) for one, value in candidates if one.teacher == teacher]
+    return [(field, value) for field, value in candidates if field.teacher == teacher]
 
 
 def _verdict_by(row: RowFields, teacher: str) -> bool | None:
     """The verdict on a teacher's reply. If the row has only one verdict, it counts for any teacher."""
     verdicts = [
-        (one, value) for one, value in row.candidates("verdict") if one.name != "label" or isinstance(value, bool)
+        (field, value) for field, value in row.candidates("verdict") if field.name != "label" or isinstance(value, bool)
     ]
-    return next((verdict_of(value) for one, value in verdicts if one.teacher == teacher or len(verdicts) == 1), None)
+    return next(
+        (verdict_of(value) for field, value in verdicts if field.teacher == teacher or len(verdicts) == 1), None
+    )
 
 
 def _conversations(row: RowFields, reply: Turn | None) -> list[Reply]:
@@ -294,8 +296,8 @@ def _completions(row: RowFields, _: Turn | None) -> list[Reply]:
     candidates = row.candidates("reply")
     if not candidates:
         return []
-    one, value = sole_candidate("reply", _of_one_teacher(row, candidates)) or candidates[0]
-    return [read_reply(value)._replace(verified=_verdict_by(row, one.teacher), teacher=one.teacher)]
+    field, value = sole_candidate("reply", _of_one_teacher(row, candidates)) or candidates[0]
+    return [read_reply(value)._replace(verified=_verdict_by(row, field.teacher), teacher=field.teacher)]
 
 
 def _solutions(row: RowFields, _: Turn | None) -> list[Reply]:

@@ -3,10 +3,11 @@
 RowFields({"question": "2+2?", "gold": "4"}).one("answer")                # (Field("gold"), "4")
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -20,10 +21,10 @@ _MEDIA = re.compile(r"(image|video|audio)s?(_\d+)?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class RowFields:
-    """A row whose fields are looked up by meaning. `fields` maps meanings to field names and overrides the names."""
+    """A row whose fields are looked up by meaning. `fields` maps meanings to field names, and takes precedence."""
 
     values: Mapping[str, Any]
-    fields: Mapping[str, str] = field(default_factory=dict)
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
     teacher_field: str | None = None
 
     def candidates(self, role: str) -> list[tuple[Field, Any]]:
@@ -33,7 +34,9 @@ class RowFields:
         taken = set(self.fields.values())
         named = fields_by_meaning(tuple(map(str, self.values))).get(role, ())
         return [
-            (one, self.values[one.name]) for one in named if one.name not in taken and _is_filled(self.values[one.name])
+            (field, self.values[field.name])
+            for field in named
+            if field.name not in taken and _is_filled(self.values[field.name])
         ]
 
     @cached_property
@@ -48,7 +51,7 @@ class RowFields:
         candidates = [*self.candidates("answer"), *self.candidates("choice"), *self.candidates("verdict")]
         lists = [value for _, value in self.candidates("options") if isinstance(value, list | tuple)]
         are_numbers = any(isinstance(option, int | float) for options in lists for option in options)
-        return [(one, as_text(value)) for one, value in candidates] if are_numbers else candidates
+        return [(field, as_text(value)) for field, value in candidates] if are_numbers else candidates
 
     @property
     def has_reply(self) -> bool:
@@ -56,7 +59,7 @@ class RowFields:
 
     def unknown(self) -> list[tuple[str, Any]]:
         """The non-empty fields of unknown meaning."""
-        known = {one.name for fields in fields_by_meaning(tuple(map(str, self.values))).values() for one in fields}
+        known = {field.name for fields in fields_by_meaning(tuple(map(str, self.values))).values() for field in fields}
         return [(str(name), value) for name, value in self.values.items() if name not in known and _is_filled(value)]
 
     def inner_answers(self) -> list[tuple[Field, Any]]:
@@ -64,9 +67,9 @@ class RowFields:
         answers = []
         for name, value in self.values.items():
             inner = as_mapping(value)
-            for one in fields_by_meaning(tuple(map(str, inner))).get("answer", ()):
-                if _is_filled(inner[one.name]):
-                    answers.append((Field(f"{name}.{one.name}", one.teacher), inner[one.name]))
+            for field in fields_by_meaning(tuple(map(str, inner))).get("answer", ()):
+                if _is_filled(inner[field.name]):
+                    answers.append((Field(f"{name}.{field.name}", field.teacher), inner[field.name]))
         return answers
 
     def one(self, role: str) -> tuple[Field, Any] | None:
@@ -81,9 +84,9 @@ class RowFields:
 def sole_candidate(role: str, candidates: Sequence[tuple[Field, Any]]) -> tuple[Field, Any] | None:
     """The only candidate, or None. Raises TraceError if there are several with different values."""
     if any(value != candidates[0][1] for _, value in candidates[1:]):
-        names = [one.name for one, _ in candidates]
+        names = [field.name for field, _ in candidates]
         raise TraceError(
-            f"{role}: expected one field that it may be, got {' and '.join(names)}; say which with "
+            f"{role}: expected one field or equal values, got {' and '.join(names)}; choose one with "
             f"--map {role}={names[0]}"
         )
     return candidates[0] if candidates else None

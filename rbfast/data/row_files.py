@@ -18,12 +18,12 @@ from typing import Any, BinaryIO
 from rbfast.data.trace import TraceError
 from rbfast.utils.records import check_shape, json_error_location, objects_of, show
 
-_LONGEST_LINE = 64 * 2**20  # bytes; 32k tokens with a top-20 each are a quarter of it
+_LONGEST_LINE = 64 * 2**20  # bytes; 32k tokens, each with a top-20, take a quarter of it
 _LINES = (".jsonl", ".ndjson")
 _CELLS = {".csv": ",", ".tsv": "\t"}  # delimiters
 SUFFIXES = (*_LINES, ".json", ".parquet", ".arrow", *_CELLS)
 KINDS = ".jsonl, .json, .parquet, .arrow, .csv or .tsv file (.gz too)"
-_WRITTEN = {"datasheet.json": "reason1k.jsonl", "teach.json": "traces.jsonl"}  # by curate and teach, beside other files
+_WRITTEN = {"datasheet.json": "reason1k.jsonl", "teach.json": "traces.jsonl"}  # of curate and teach, beside other files
 _NO_ROWS = ("dataset_info.json", "dataset_dict.json", "state.json")
 
 Rows = Iterator[tuple[str, Any]]
@@ -117,7 +117,7 @@ def _rows_jsonl(path: Path, lenient: bool) -> Rows:
             where = f"{path}:{number}"
             if len(line) > _LONGEST_LINE:
                 raise TraceError(
-                    f"{where}: expected at most {_LONGEST_LINE} bytes in a line; is this one trace a line?"
+                    f"{where}: expected at most {_LONGEST_LINE} bytes in a line, got more; write one trace a line"
                 )
             if line.strip():
                 try:
@@ -145,7 +145,7 @@ def _rows_json(path: Path, lenient: bool) -> Rows:
         lists = [inner for inner in value.values() if isinstance(inner, list)]
         rows = lists[0] if len(lists) == 1 and all(isinstance(item, dict) for item in lists[0]) else objects_of(value)
     if not isinstance(rows, list):
-        raise TraceError(f"{path}: expected a list of traces, got {show(value)}; name it .jsonl if it has one a line")
+        raise TraceError(f"{path}: expected a list of traces, got {show(value)}; name it .jsonl if each line is one")
     for number, row in enumerate(rows):
         yield f"{path}: item {number}", row
 
@@ -194,7 +194,7 @@ def _rows_of_batch(batch: Any) -> Iterator[dict[str, Any]]:
 
 
 def _values_of_column(column: Any) -> list[Any]:
-    """The values of an Arrow array. Decimals become numbers as JSON has them, and 0.1 in 32 bits becomes 0.1."""
+    """The values of an Arrow array. Decimals become ints or floats, and a float32 0.1 becomes 0.1."""
     import pyarrow
 
     if column.type == pyarrow.float32():
@@ -221,12 +221,12 @@ def _rows_csv(path: Path, lenient: bool, delimiter: str) -> Rows:
                 if None not in row:
                     yield where, {name: cell or None for name, cell in row.items()}
                     continue
-                error = TraceError(f"{where}: expected {len(names)} cells, got more; quote their text")
+                error = TraceError(f"{where}: expected {len(names)} cells, got more; quote cells with {delimiter!r}")
                 if not lenient:
                     raise error
                 yield where, error
         except csv.Error as error:
-            raise TraceError(f"{path}:{rows.reader.line_num}: expected cells of a table: {error}") from error
+            raise TraceError(f"{path}:{rows.reader.line_num}: expected a valid table: {error}") from error
         except UnicodeDecodeError as error:
             raise TraceError(f"{path}: expected UTF-8, got {error.reason}; convert the file to UTF-8") from None
 
@@ -241,4 +241,4 @@ def _parse_json(data: bytes, where: str) -> Any:
     except json.JSONDecodeError as error:
         raise TraceError(f"{json_error_location(error, where)}: expected JSON: {error.msg}") from None
     except (RecursionError, ValueError) as error:  # nested too deep; a number of thousands of digits
-        raise TraceError(f"{where}: expected JSON that can be read: {error}") from None
+        raise TraceError(f"{where}: expected JSON that Python can read: {error}") from None

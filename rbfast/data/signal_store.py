@@ -137,7 +137,7 @@ class SignalStore:
         self.flush()
         examples = list(examples)
         places = [self._locations.get(_example_key(example)) for example in examples]
-        # In the order of the shards, so that each, which is large, is loaded once.
+        # In the order of the shards, so that each is loaded once: they are large.
         in_order = sorted((place, index) for index, place in enumerate(places) if place is not None)
         for (number, item), index in in_order:
             self._fill_one(examples[index], number, item)
@@ -152,7 +152,7 @@ class SignalStore:
             raise ValueError(f"{self._shards[number]}: rows beyond the end of a trace; remove it and teach again")
         example.teacher_rows = rows
         example.teacher_ids = shard["ids"][part].astype(np.int32)
-        example.teacher_logprobs = shard["logprobs"][part].copy()  # a view would keep the shard
+        example.teacher_logprobs = shard["logprobs"][part].copy()  # a view would keep the shard in memory
 
     def _check_manifest(self, about: dict[str, Any]) -> None:
         path = self.folder / MANIFEST
@@ -164,7 +164,7 @@ class SignalStore:
         for name, value in about.items():
             if stored[name] != value:
                 raise ValueError(
-                    f"{self.folder} holds signals with {name} {stored[name]!r}, now it is {value!r}; "
+                    f"{self.folder} holds signals with {name} {stored[name]!r}, expected {value!r}; "
                     "choose another folder"
                 )
 
@@ -179,7 +179,7 @@ class SignalStore:
                 self._check_shard(tensors)
             except (SafetensorError, KeyError, ValueError) as error:
                 raise ValueError(
-                    f"{path}: not a whole shard of signals ({error}); remove it and teach again"
+                    f"{path}: not a complete shard of signals ({error}); remove it and teach again"
                 ) from error
             self._loaded = number, tensors
         return self._loaded[1]
@@ -215,7 +215,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"{path.parent}: expected a folder that `rbfast teach --score` wrote, got none") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: expected the description of a folder of signals: {error!r}") from None
+        raise ValueError(f"{path}: expected the manifest of a folder of signals: {error!r}") from None
     if not valid:
         raise ValueError(f"{path}: expected {FORMAT} of version {VERSION}, got another")
     return dict(about)

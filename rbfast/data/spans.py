@@ -11,8 +11,8 @@ r"""Roles of the text in a trace: which characters are strategy, worked steps or
 2. Cut the text into units at sentence ends and line breaks.
 3. Classify each unit by its cues (plan, reduction, change of approach, verification, monitoring, heading,
    sub-question) and its share of mathematical characters: "first, 3 * 4 = 12" is a step, "first, find the cost" a plan.
-4. Make what the teacher marked as a plan strategic, whatever it contains: <plan> ... </plan>, the section under a
-   Markdown heading that says plan. Every Markdown heading is strategic too, unless it states the answer.
+4. Set whatever the teacher marked as a plan to strategic: <plan> ... </plan>, or the section under a Markdown heading
+   that says plan. Every Markdown heading is strategic too, unless it states the answer.
 5. Join neighbouring units of one role into one span.
 """
 
@@ -180,7 +180,7 @@ def _blank_protected(text: str) -> str:
 def _protected_end(text: str, opener: re.Match[str], searched_to: dict[str, int]) -> int:
     """The end of the region that `opener` opens, or -1 if it is not closed.
 
-    `searched_to` holds how far each closer was searched for in vain, so that no character is searched twice for it.
+    `searched_to` says how far each closer was searched without a match, so that no character is searched twice for it.
     """
     mark, start = opener.group(), opener.end()
     if mark == "$":

@@ -38,7 +38,7 @@ _TAGS = tuple((opener, closer) for opener, closer, is_sure in THINKING if is_sur
 _FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 _DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _FIXED_DAY = datetime(2024, 7, 26)  # the default of Llama 3.1's template
-# A switch under a name of the template's own.
+# A template's own switch: a variable whose name contains `think` or `reason`.
 _SWITCH = re.compile(r"\bif (?:not )?(\w*(?:think|reason)\w*)\b(?! *[.(])")
 
 
@@ -121,7 +121,7 @@ def render(
 ) -> str:
     """Render a conversation with the chat template; with `open_reply`, up to where the model continues.
 
-    A template that writes today's date always gets the same one, so that a trace has the same tokens every day.
+    A template that writes today's date gets a fixed date, so that a trace has the same tokens every day.
     Raises ValueError for a template that fails.
     """
     from jinja2.exceptions import TemplateError
@@ -151,7 +151,7 @@ def _detect(tokenizer: PreTrainedTokenizerBase) -> ThinkingFormat:
     template = _TemplateProbe(tokenizer)
     known = (*_SWITCHES, *template.own_switches())
     shown = [found for switches in known if (found := template.detect_rendered(switches)) is not None]
-    if shown:  # a switch that changes the prompt asks for the thought
+    if shown:  # prefer a switch that changes the prompt: it asks for the thought
         plain = template.prompt(shown[0].switches)
         return next((found for found in shown if template.prompt(found.switches) != plain), shown[0])
     if template.refused is not None:
@@ -172,7 +172,7 @@ class _TemplateProbe:
             self.takes_parts = True
             if _PROBLEM not in self.prompt({}):
                 raise ValueError(
-                    "the chat template leaves the problem out: a user's turn, given as text and as a list of parts, is "
+                    "the chat template leaves the problem out: a user's turn, as text or as a list of parts, is "
                     f"rendered as {prompt[-200:]!r}; set another tokenizer.chat_template"
                 )
 
@@ -278,9 +278,9 @@ class _TemplateProbe:
         return [{name: True} for name in names if self.tags[0] in self.prompt({name: True})]
 
     def _spaced_tags(self, prompt: str) -> tuple[str, str]:
-        """What is written before and after a thought for this prompt, spaces included.
+        """The text before and after a thought for this prompt, spaces included.
 
-        A prompt that switches thinking off opens and closes an empty thought: that shows the spaces.
+        A prompt with thinking switched off opens and closes an empty thought, which shows the spaces.
         """
         assert self.tags is not None
         opener, closer = self.tags
@@ -297,7 +297,7 @@ class _TemplateProbe:
         """What ends a turn: some text, then a token.
 
         The token is the added token that the template writes after the reply; else the one that opens the next turn;
-        else eos. If several follow the reply, it is the one that ends a user's turn too.
+        else eos. If several added tokens follow the reply, it is the one that also ends a user's turn.
         """
         numbers = {token.content: number for number, token in self.tokenizer.added_tokens_decoder.items()}
         added = added_tokens(self.tokenizer)
@@ -332,7 +332,7 @@ def _assistant_message(content: Any, **fields: str) -> Message:
 
 
 def _continuation(turn: str, prompt: str) -> str:
-    """The text of a turn after its prompt, which may end in more white space; empty if it does not continue it."""
+    """The part of `turn` after `prompt`, which may end in more white space; empty if `turn` does not continue it."""
     if turn.startswith(prompt):
         return turn[len(prompt) :]
     short = prompt.rstrip()

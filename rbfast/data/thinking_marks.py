@@ -1,7 +1,7 @@
 """The tags that models put around their thinking and their answers: one table for reading, grading and display.
 
-An unambiguous tag ends the thinking wherever it stands. One that may also be ordinary text (an XML element, a sentence)
-counts only if it opens the reply.
+An unambiguous tag ends the thinking wherever it stands. A tag that may also be ordinary text (an XML element, a
+sentence) counts only if it opens the reply.
 """
 
 import re
@@ -13,8 +13,8 @@ class Marks(NamedTuple):
 
     Attributes:
         is_sure: the marks are unambiguous. Such a closer ends the thinking even without its opener, which a chat
-            template may have put into the prompt. Such marks are not shown to people, and a template that contains them
-            is one that thinks.
+            template may have put into the prompt. Such marks are hidden from display, and a template that contains them
+            counts as a thinking template.
     """
 
     opener: str
@@ -38,9 +38,9 @@ THINKING = (
     Marks("<|inner_prefix|>", "<|inner_suffix|>"),
     Marks("<|START_THINKING|>", "<|END_THINKING|>"),
     Marks("<|begin_of_thought|>", "<|end_of_thought|>"),
-    Marks("<|channel|>analysis<|message|>", "<|end|>", is_sure=False),  # every message ends so
-    Marks("<|channel|>commentary<|message|>", "<|end|>", is_sure=False),  # what gpt-oss says before it is done
-    Marks("<|im_start|>think", "<|im_start|>answer", is_sure=False),  # ChatML turns with roles of their own
+    Marks("<|channel|>analysis<|message|>", "<|end|>", is_sure=False),  # every message ends like this
+    Marks("<|channel|>commentary<|message|>", "<|end|>", is_sure=False),  # gpt-oss's messages before the final one
+    Marks("<|im_start|>think", "<|im_start|>answer", is_sure=False),  # ChatML turns with these two roles
     Marks("Here is my thought process:", "Here is my response:", is_sure=False),
     *_elements("thoughts reason deep_think deepthink scratchpad cot thought_process", is_sure=False),
 )
@@ -53,10 +53,10 @@ ANSWER = (
 )
 # A reply of gpt-oss is two messages or more, each closed by `<|end|>`.
 FINAL_CHANNEL, NEXT_MESSAGE = "<|channel|>final<|message|>", "<|start|>assistant"
-# The same, if a server dropped special tokens.
+# The same after a server dropped the special tokens.
 BARE_CHANNELS = re.compile(r"(?:assistant)?(?:analysis|commentary)(.*?)assistantfinal", re.DOTALL)
 NEXT_BARE_CHANNEL = re.compile(r"assistant(?:analysis|commentary)")
-# A message of gpt-oss to a tool; its recipient stands before or after the channel.
+# A message of gpt-oss to a tool; the recipient comes before or after the channel.
 TOOL_CALL = re.compile(
     r"<\|channel\|>\w+ to=|\bto=[\w.]+<\|channel\|>"
     r"|assistant(?:analysis|commentary) to=|assistant to=[\w.]+(?:analysis|commentary)"

@@ -18,7 +18,7 @@ from rbfast.utils.records import objects_of, show
 
 _REQUIRED = ("problem", "reasoning", "answer")
 _OPTIONAL_TEXT = ("plan", "domain", "source", "teacher", "id", "system")
-MAY_BE_NUMBERS = ("answer", "id", "domain", "source", "teacher")  # in a file; taken as text
+MAY_BE_NUMBERS = ("answer", "id", "domain", "source", "teacher")  # in a file; converted to text
 _LOGPROB_SLACK = 1e-3  # a log-softmax in half precision can end a little above zero
 
 
@@ -31,8 +31,8 @@ class Trace:
     """One training example.
 
     `spans` tile `reasoning` exactly, in characters. `system` is the problem's system prompt. `turns` are the messages
-    between the two, `{"role": "user" or "assistant", "content": text}` alternating; a reply may have its own
-    `reasoning`. Both are part of the student's prompt. `signals` holds the teacher's top log-probs,
+    between `system` and `problem`, `{"role": "user" or "assistant", "content": text}` alternating; a reply may have its
+    own `reasoning`. Both are part of the student's prompt. `signals` holds the teacher's top log-probs,
     `{"ids": [[int]], "logprobs": [[float]]}`, one row for each token the student is trained on (see `encode`).
     Raises TraceError if a field has the wrong type, is empty or not finite, or if the spans do not tile.
     """
@@ -103,7 +103,7 @@ class Trace:
 
     @property
     def name(self) -> str:
-        """Its name in messages: its id, or the start of its problem."""
+        """The trace in messages: its id, or the start of its problem."""
         return self.id or repr(self.problem[:40])
 
     def thought(self) -> str:

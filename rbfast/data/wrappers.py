@@ -18,8 +18,8 @@ _SYSTEMS = ("system", "instructions", "systemInstruction", "system_instruction")
 def unwrap(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
     """A flat row, and the name of its batch format, or None if it is not from a batch.
 
-    A batch's request and response become fields of one row. Of any other row, the one object in it that holds a problem
-    is merged into the row.
+    A batch's request and response become fields of one row. In any other row, the only object that holds a problem is
+    merged into the row.
 
     Raises TraceError for a request that was answered with an error.
     """

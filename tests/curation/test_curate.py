@@ -266,7 +266,7 @@ def test_nothing_left_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     pool = write_rows(tmp_path / "pool.jsonl", [row("Cut?", truncated=True)])
     assert main(["curate", str(pool), "-o", str(tmp_path / "out"), "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["selected"] == 0
-    assert rows_of(tmp_path / "out" / "dropped.jsonl")[0]["reason"] == "truncated: so it says"
+    assert rows_of(tmp_path / "out" / "dropped.jsonl")[0]["reason"] == "truncated: its field truncated is true"
     assert (tmp_path / "out" / "datasheet.html").exists()
     empty = write_rows(tmp_path / "empty.jsonl", [])
     with pytest.raises(ValueError, match="expected at least one trace"):

@@ -1,4 +1,4 @@
-"""Traces as tokens: prompts, labels, roles and a teacher's signals at their places, and examples packed end to end."""
+"""Traces as tokens: prompts, labels, roles, aligned teacher signals, and examples packed end to end."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def test_importing_loads_neither_datasets_nor_transformers() -> None:
 
 def test_the_chat_template_survives_and_opens_the_reply(tokenizer) -> None:
     prompt = format_prompt("What is 2 + 3?", tokenizer)
-    assert prompt.startswith("<|im_start|>system\n")  # this student's template brings a system prompt of its own
+    assert prompt.startswith("<|im_start|>system\n")  # this student's template adds its own system prompt
     assert prompt.endswith(f"user\nWhat is 2 + 3?\n\n{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n")
 
 
@@ -42,7 +42,7 @@ def test_without_a_chat_template_the_prompt_is_plain(tokenizer, monkeypatch: pyt
     assert encode(trace(), tokenizer).labels[-2] == tokenizer.eos_token_id
 
 
-def test_without_a_chat_template_a_bos_token_opens_the_prompt_where_the_tokenizer_adds_one() -> None:
+def test_without_a_chat_template_the_prompt_opens_with_the_bos_token_that_the_tokenizer_adds() -> None:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -72,11 +72,11 @@ def test_a_tokenizer_without_offsets_or_end_of_turn_is_refused(tokenizer, monkey
 
 def test_the_end_of_turn_is_the_templates_own(tokenizer) -> None:
     other = deepcopy(tokenizer)
-    other.eos_token = other.pad_token = "<|endoftext|>"  # as where <|im_end|> has no other name
+    other.eos_token = other.pad_token = "<|endoftext|>"  # like a tokenizer whose eos token is not <|im_end|>
     assert encode(trace(), other).labels[-2] == tokenizer.eos_token_id != other.eos_token_id
 
 
-def test_encoding_is_what_inference_sees(tokenizer) -> None:
+def test_encoding_matches_inference(tokenizer) -> None:
     one = trace(plan="Add. 😀 café", reasoning="Wait, 2 + 3 \\(= 5\\).\r\n\tYes <|im_end|> it is.", id="one")
     example = encode(one, tokenizer)
     prompt = tokenizer(format_prompt(one.problem, tokenizer), add_special_tokens=False).input_ids
@@ -87,9 +87,9 @@ def test_encoding_is_what_inference_sees(tokenizer) -> None:
     trained = example.labels[len(prompt) - 1 : -1]
     assert trained.tolist() == example.input_ids[len(prompt) :].tolist()
     assert tokenizer.decode(trained[:-1]) == one.completion()
-    assert trained.tolist().count(tokenizer.eos_token_id) == 1  # the end of the turn, and none out of the text
+    assert trained.tolist().count(tokenizer.eos_token_id) == 1  # the end of the turn; <|im_end|> in the text stays text
     assert ((example.roles == NO_ROLE) == (example.labels == IGNORE)).all()
-    assert example.roles[-2] == ANSWER  # of the end of the turn
+    assert example.roles[-2] == ANSWER  # the end of the turn
     assert all(array.dtype == np.int64 for array in (example.input_ids, example.labels, example.roles))
 
 
@@ -108,7 +108,7 @@ def test_every_token_has_the_role_of_its_characters(tokenizer) -> None:
             assert role == role_at[ink[0]]
 
 
-def test_a_trace_that_is_too_long_is_left_out_whole(tokenizer) -> None:
+def test_a_trace_that_is_too_long_is_not_truncated(tokenizer) -> None:
     huge = trace(id="huge", reasoning="word " * 200_000)
     fits = len(encode(trace(), tokenizer).input_ids)
     examples, left_out = encode_all([trace(), huge], tokenizer, max_tokens=fits)
@@ -127,7 +127,7 @@ def with_signals(tokenizer, k: int = 2, **changes) -> Trace:
     return trace(signals={"ids": rows, "logprobs": logprobs}, **changes)
 
 
-def test_signals_stand_at_the_labels_they_teach(tokenizer) -> None:
+def test_signals_are_aligned_with_their_labels(tokenizer) -> None:
     plain = trace(problem="Another?")
     taught, wide = with_signals(tokenizer, 2), with_signals(tokenizer, 3, answer="seven")
     batch = collate([encode(one, tokenizer) for one in (taught, plain, wide)])
@@ -150,7 +150,7 @@ def test_signals_of_tokens_that_are_not_trained_are_left_out() -> None:
     assert batch["teacher_rows"].tolist() == [1] and batch["text_rows"].tolist() == []
 
 
-def test_short_rows_of_a_signal_end_in_nothing(tokenizer) -> None:
+def test_short_rows_of_a_signal_are_padded(tokenizer) -> None:
     signals = with_signals(tokenizer).signals
     ragged = {name: [rows[0][:1], *rows[1:]] for name, rows in signals.items()}
     example = encode(trace(signals=ragged), tokenizer)

@@ -41,11 +41,11 @@ def test_bad_rows_can_be_skipped_and_are_listed(mixed: Path, caplog: pytest.LogC
         read_traces(mixed, on_error="ignore")  # type: ignore[arg-type]
 
 
-def test_a_source_without_a_trace_is_given_up_after_100_rows(tmp_path: Path) -> None:
+def test_a_source_without_a_trace_is_refused_after_100_rows(tmp_path: Path) -> None:
     path = tmp_path / "chat.jsonl"
     row = json.dumps(conversation(("user", "Hi"), ("assistant", "Hello.")))
     path.write_text(f"{row}\n" * 100 + "x" * 10**6)
-    message = r"chat\.jsonl:1: read as conversations: answer: .*\(and none of the first 100 rows is read\)"
+    message = r"chat\.jsonl:1: read as conversations: answer: .*\(none of the first 100 rows can be read\)"
     with pytest.raises(TraceError, match=message):
         read_traces(path, on_error="skip")
     with pytest.raises(
@@ -55,7 +55,7 @@ def test_a_source_without_a_trace_is_given_up_after_100_rows(tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
-def test_curate_reads_any_shape_alike(mixed: Path, tmp_path: Path) -> None:
+def test_curate_reads_any_shape(mixed: Path, tmp_path: Path) -> None:
     pool = [mixed, *sorted(SHAPES.glob("*.jsonl"))]
     result = curate(pool, tmp_path / "out", CurateConfig(size=50))
     assert result.formats[mixed] == ["problems with solutions", "s1K trajectories"]
@@ -68,7 +68,7 @@ def test_curate_reads_any_shape_alike(mixed: Path, tmp_path: Path) -> None:
     assert {trace.answer for trace in read_traces(tmp_path / "out" / "reason1k.jsonl")} <= {"42", "The sum is 42."}
 
 
-def test_convert_lists_what_it_could_not_read_and_goes_on(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_lists_unreadable_rows_and_continues(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = mixed.with_name("out.jsonl")
     assert main(["convert", str(mixed), "-o", str(out)]) == 0
     assert "reads 2 rows as problems with solutions and 1 row as s1K trajectories" in capsys.readouterr().out
@@ -80,21 +80,21 @@ def test_convert_lists_what_it_could_not_read_and_goes_on(mixed: Path, capsys: p
     assert main(["convert", str(mixed), "-o", str(out), "--map", "problem:q"]) == 2
     assert "map: expected problem=FIELD,answer=FIELD, got 'problem:q'" in capsys.readouterr().err
     assert main(["convert", str(mixed), "-o", str(out), "--map", "answer=gold"]) == 1
-    assert "nothing written to" in capsys.readouterr().out and len(list(read_traces(out))) == 1  # of the call before
+    assert "nothing written to" in capsys.readouterr().out and len(list(read_traces(out))) == 1  # of the earlier call
 
 
 @pytest.mark.parametrize("name", ["out.jsonl.gz", "out.parquet", "out.csv", "out.json", "out"])
-def test_convert_writes_no_file_that_is_read_as_another_kind(mixed: Path, name: str, capsys) -> None:
+def test_convert_refuses_the_suffix_of_another_kind(mixed: Path, name: str, capsys) -> None:
     with pytest.raises(SystemExit):
         main(["convert", str(mixed), "-o", str(mixed.with_name(name))])
     assert f"{name}: expected a name that ends in .jsonl" in capsys.readouterr().err
     assert not mixed.with_name(name).exists()
 
 
-def test_what_convert_and_curate_wrote_is_curated_as_its_source_is(tmp_path: Path) -> None:
+def test_converted_and_curated_files_are_curated_like_their_source(tmp_path: Path) -> None:
     steps = "".join(f"They add {n} more boxes to the pile.\n" for n in range(1, 5))
     rows = [
-        {"question": QUESTION, "answer": f"{steps}So they have 10 boxes in\n#### 10"},  # the mark says that it is whole
+        {"question": QUESTION, "answer": f"{steps}So they have 10 boxes in\n#### 10"},  # the mark shows that it ended
         {"prompt": "What is 2 + 2?", "completion": r"Two and two make 5. It is \boxed{5}", "answer": "4"},
         {"prompt": "What is 3 + 3?", "completion": r"Three and three make 6. It is \boxed{6}", "answer": "6"},
     ]
@@ -108,7 +108,7 @@ def test_what_convert_and_curate_wrote_is_curated_as_its_source_is(tmp_path: Pat
         assert [verdicts[name]["after"] for name in ("right", "wrong", "unverified")] == [1, 0, 1]
 
 
-def test_datasets_makes_lists_of_spans(tmp_path: Path) -> None:
+def test_spans_may_be_an_object_of_lists_as_datasets_stores_them(tmp_path: Path) -> None:
     spans = {"start": [0, 9], "end": [9, 23], "role": ["strategic", "tactical"]}
     listed = [[0, 9, "strategic"], [9, 23, "tactical"]]
     assert Trace.from_dict(PLAIN | {"spans": spans}) == Trace.from_dict(PLAIN | {"spans": listed})
@@ -202,6 +202,6 @@ def test_a_question_after_other_turns_is_not_asked_alone():
         ([{"role": "user", "content": 3}], "content of turn 1: expected a string, got int 3"),
     ],
 )
-def test_turns_of_another_form_are_named(turns, fault):
+def test_the_error_describes_malformed_turns(turns, fault):
     with pytest.raises(TraceError, match=f"^turns: {fault}"):
         Trace.from_dict(PLAIN | {"turns": turns})

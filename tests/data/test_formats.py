@@ -1,4 +1,4 @@
-"""The shapes in which people hold traces: each read as it is, broken rows named, what is ambiguous asked for."""
+"""The formats that people keep traces in: each is read; the error for a broken or ambiguous row says what to do."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def test_a_shape_is_read_as_it_is(name: str) -> None:
     assert reader.summary() == f"reads 1 row as {said}"
 
 
-def test_every_right_generation_that_is_whole_is_a_trace() -> None:
+def test_every_correct_complete_generation_is_a_trace() -> None:
     reader = TraceReader(SHAPES / "openr1_math.jsonl")
     about = {"domain": "Algebra", "source": "made", "verified": True}
     second = PLAIN | {"reasoning": "Add it all: 20 + 22 = 42."}
@@ -35,7 +35,7 @@ def test_every_shape_here_is_tested() -> None:
 
 
 @pytest.mark.parametrize("verdicts", [{"correctness_llama": [False] * 4, "correctness_math_verify": [False] * 4}, None])
-def test_with_no_right_generation_the_first_is_taken(verdicts: Any) -> None:
+def test_without_a_correct_generation_the_first_is_taken(verdicts: Any) -> None:
     row = row_of("openr1_math")
     row |= verdicts or {"correctness_llama": None, "correctness_math_verify": None}
     [found] = interpret(row).rows
@@ -44,8 +44,8 @@ def test_with_no_right_generation_the_first_is_taken(verdicts: Any) -> None:
     assert found.get("reference") == (None if verdicts else "42")
 
 
-def test_generations_that_were_all_cut_are_no_trace() -> None:
-    with pytest.raises(TraceError, match="generations: expected a whole reply, got 4 that were cut"):
+def test_truncated_generations_alone_are_refused() -> None:
+    with pytest.raises(TraceError, match="generations: expected a complete reply, got 4 truncated"):
         interpret(row_of("openr1_math") | {"finish_reasons": ["length"] * 4})
 
 
@@ -55,13 +55,13 @@ def test_generations_that_were_all_cut_are_no_trace() -> None:
         ({"finish_reason": "length"}, "its finish_reason is length"),
         ({"done_reason": "length"}, "its done_reason is length"),
         ({"stop_reason": "MAX_TOKENS"}, "its stop_reason is MAX_TOKENS"),
-        ({"truncated": True}, "so it says"),
+        ({"truncated": True}, "its field truncated is true"),
     ],
 )
 @pytest.mark.parametrize(
     "row", [PLAIN, {"prompt": QUESTION, "completion": "Add. The answer is 42"}], ids=["native", "other"]
 )
-def test_a_reply_that_its_server_cut_is_no_trace(
+def test_a_reply_truncated_by_its_server_is_refused(
     tmp_path: Path, row: dict[str, Any], end: dict[str, Any], said: str
 ) -> None:
     path = tmp_path / "t.jsonl"
@@ -70,7 +70,7 @@ def test_a_reply_that_its_server_cut_is_no_trace(
     assert len(reader.all()) == 1 and f"truncated: {said}" in reader.unreadable[0][1]
 
 
-def test_the_teacher_can_be_chosen_and_has_to_be_without_grades() -> None:
+def test_the_teacher_can_be_chosen_and_must_be_without_grades() -> None:
     row = row_of("s1k_1_1")
     for name in ("gemini", "gemini_thinking_trajectory"):
         [found] = interpret(row, FormatOptions(teacher_field=name)).rows
@@ -101,20 +101,20 @@ def test_the_teacher_can_be_chosen_and_has_to_be_without_grades() -> None:
         ({"prompt": "p", "response": "So.", "answer": "1", "gold": "2"}, "answer: expected one .* answer and gold"),
         ({"question": [{"role": "thought", "content": "t"}], "solution": "4"}, "problem: expected text or messages"),
         (conversation(("user", "p")), "reasoning: expected a reply to the last turn or this field, got messages"),
-        (conversation(("user", "p"), ("user", "q"), ("assistant", "b")), "in turn, got user, user, assistant"),
+        (conversation(("user", "p"), ("user", "q"), ("assistant", "b")), "the user's first, got user, user, assistant"),
         (conversation(("user", "p"), ("assistant", "a"), ("assistant", "b")), "got user, assistant, assistant"),
-        (conversation(("assistant", "a"), ("user", "p")), "in turn, got assistant, user"),
+        (conversation(("assistant", "a"), ("user", "p")), "the user's first, got assistant, user"),
         (conversation(("user", "p"), ("tool", "{}")), "turn 2: expected a role of .*, got 'tool'"),
         (conversation(("user", [{"type": "image_url", "image_url": {}}])), "turn 1: content: .* got image_url"),
         (conversation(("user", "p"), ("assistant", 5)), "turn 2: content: expected text or .* got int 5"),
-        (conversation(("user", "p"), ("assistant", "<think>Hm")), "<think> is opened and never closed"),
+        (conversation(("user", "p"), ("assistant", "<think>Hm")), "<think> is never closed: the reply was truncated"),
         (conversation(("user", "p"), ("assistant", "Hello there.")), r"read as conversations: answer: .*neither"),
         (conversation(("user", "p"), ("assistant", "<answer>42</answer>")), "reasoning: expected working"),
         ({"custom_id": "r", "response": {"body": {"choices": [{"message": {}}]}}}, "holds no questions: join it"),
         ({"custom_id": "r", "body": conversation(("user", "p")), "error": {"code": "500"}}, "got the error dict"),
     ],
 )  # fmt: skip
-def test_a_row_that_is_no_trace_says_what_to_pass(row: Any, message: str) -> None:
+def test_the_error_for_a_row_that_is_not_a_trace_says_what_to_do(row: Any, message: str) -> None:
     with pytest.raises(TraceError, match=message):
         interpret(row)
 
@@ -135,19 +135,19 @@ def test_a_row_that_is_no_trace_says_what_to_pass(row: Any, message: str) -> Non
         {"question": QUESTION, "context": "", "samples": [{"text": f"<think>{THOUGHT}</think>42"}]},
     ],
 )  # fmt: skip
-def test_shapes_without_a_name_are_read_by_what_their_fields_mean(row: Any) -> None:
+def test_unnamed_shapes_are_read_by_the_meanings_of_their_fields(row: Any) -> None:
     [found] = interpret(row).rows
     assert {name: found[name] for name in PLAIN} == PLAIN
 
 
-def test_code_after_thinking_is_the_answer_whatever_is_said_beside_it() -> None:
+def test_code_after_thinking_is_the_answer_despite_the_text_beside_it() -> None:
     code = "```python\nprint(1)\n```\nThe loop ends, and the answer is printed."
     for said, answer in ((code, code), (f"{code} So \\boxed{{1}}.", "1")):
         [found] = interpret(conversation(("user", QUESTION), ("assistant", f"<think>Hm.</think>{said}"))).rows
         assert (found["reasoning"], found["answer"]) == ("Hm.", answer)
 
 
-def test_a_flag_is_not_thinking_and_an_empty_thought_is_none() -> None:
+def test_flags_and_empty_thoughts_are_not_thinking() -> None:
     row = row_of("llama_nemotron") | {
         "reasoning": "off",
         "output": f"<think>\n\n</think>\n\n{THOUGHT} So \\boxed{{42}}.",
@@ -156,7 +156,7 @@ def test_a_flag_is_not_thinking_and_an_empty_thought_is_none() -> None:
 
 
 @pytest.mark.parametrize("name", ["problem", "question"])
-def test_what_a_row_says_of_its_trace_in_words_of_its_own_is_no_fault(name: str) -> None:
+def test_metadata_of_other_types_is_converted_or_ignored(name: str) -> None:
     about = {"difficulty": "hard", "domain": ["algebra"], "source": {"of": "x"}, "id": 7, "verified": "yes"}
     [found] = interpret({name: "2+2?", "reasoning": "Add.", "answer": [4], **about}).rows
     assert Trace.from_dict(found) == Trace("2+2?", "Add.", "4", id="7", verified=True)
@@ -186,7 +186,7 @@ def test_fields_and_formats_can_be_named() -> None:
         FormatOptions(fields={"gold": "a"})
 
 
-def test_a_trace_stays_one_if_fields_are_mapped() -> None:
+def test_a_native_trace_with_mapped_fields_stays_native() -> None:
     """Read as another format, `turns` would be the conversation, and the spans and the reference would be lost."""
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
     row = PLAIN | {"turns": turns, "spans": [[0, len(THOUGHT), "tactical"]], "reference": "42", "about": {"of": "sums"}}
@@ -200,12 +200,12 @@ def test_a_plan_can_be_mapped(row: dict[str, Any]) -> None:
     assert found["plan"] == "Add."
 
 
-def test_a_known_answer_and_a_cut_reply_are_passed_on() -> None:
+def test_the_known_answer_and_the_finish_reason_are_kept() -> None:
     row = {"prompt": "p", "response": "I add. It is \\boxed{5}.", "answer": 6, "finish_reason": "length"}
     [found] = interpret(row).rows
     assert (found["answer"], found["reference"], found["finish_reason"]) == ("5", "6", "length")
     [solved] = interpret({"question": "p", "answer": "I add.\n#### 5"}).rows
-    assert solved["answer"] == "5" and "reference" not in solved  # it would verify itself
+    assert solved["answer"] == "5" and "reference" not in solved  # an answer cannot verify itself
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_a_reply_that_calls_a_tool_is_refused(call: str) -> None:
 
 
 @pytest.mark.parametrize("call", ['commentary to=functions.f json{"a": 1}', ' to=functions.fcommentary json{"a": 1}'])
-def test_a_tool_call_is_known_without_special_tokens(call: str) -> None:
+def test_a_tool_call_is_recognised_without_special_tokens(call: str) -> None:
     with pytest.raises(TraceError, match="calls a tool"):
         split_thinking(f"analysisa.assistant{call}assistantfinalb")
 

@@ -1,4 +1,4 @@
-"""Rows from files of every kind that traces come in, gzipped or not, and from folders of them."""
+"""Rows from every kind of trace file, gzipped or not, and from folders of them."""
 
 import csv
 import gzip
@@ -49,7 +49,7 @@ def _write(path: Path) -> None:
     [("t.parquet", "row 1"), ("t.arrow", "row 1"), ("t.jsonl.gz", ":2"), ("t.ndjson", ":2"), ("t.json", "item 1"),
      ("t.json.gz", ":2")],
 )  # fmt: skip
-def test_every_kind_of_file_goes_on_past_a_bad_row(name: str, second: str, tmp_path: Path) -> None:
+def test_every_kind_of_file_is_read_past_a_bad_row(name: str, second: str, tmp_path: Path) -> None:
     path, out = tmp_path / name, tmp_path / "out.jsonl"
     _write(path)
     assert main(["convert", str(path), "-o", str(out)]) == 0
@@ -59,7 +59,7 @@ def test_every_kind_of_file_goes_on_past_a_bad_row(name: str, second: str, tmp_p
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
-def test_numbers_of_other_types_are_what_a_person_wrote(kind: str, tmp_path: Path) -> None:
+def test_decimals_and_float32_are_read_as_written(kind: str, tmp_path: Path) -> None:
     decimals = [Decimal("0.50"), Decimal("5.00"), None, Decimal("12345678901234567890.00")]
     singles = [0.1, 5.0, None, -2.5e-7]
     columns = {"d": pa.array(decimals, pa.decimal128(30, 2)), "f": pa.array(singles, pa.float32())}
@@ -90,7 +90,7 @@ def test_folders_are_read_by_their_split(tmp_path: Path) -> None:
     assert len(read_traces(tmp_path / "clone")) == 4
 
 
-def test_folders_that_teach_and_curate_wrote_are_read_as_their_traces(tmp_path: Path) -> None:
+def test_folders_of_teach_and_curate_are_read_as_their_traces(tmp_path: Path) -> None:
     with answering(chat_reply("<plan>Add.</plan>1 + 1 = 2\n<answer>2</answer>")) as api:
         teach(api.client(), [Question("What is 1 + 1?", None)], tmp_path / "taught")
     (tmp_path / "taught" / "sums.csv").write_text("a,b\n1,2\n")
@@ -99,7 +99,7 @@ def test_folders_that_teach_and_curate_wrote_are_read_as_their_traces(tmp_path: 
     assert [trace.answer for trace in read_traces(tmp_path / "reason1k")] == ["2"]
 
 
-def test_a_folder_of_shards_leaves_lists_of_other_things_out(tmp_path: Path) -> None:
+def test_a_folder_of_shards_is_read_without_its_other_files(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text(json.dumps(ROW))
     (tmp_path / "a.unreadable.jsonl").write_text('{"where": "x:1", "reason": "cut"}')
@@ -107,7 +107,7 @@ def test_a_folder_of_shards_leaves_lists_of_other_things_out(tmp_path: Path) -> 
     assert len(read_traces(tmp_path)) == 2
 
 
-def test_hidden_files_of_a_folder_are_left_out(tmp_path: Path) -> None:
+def test_hidden_files_of_a_folder_are_skipped(tmp_path: Path) -> None:
     (tmp_path / "shard.jsonl").write_text(json.dumps(PLAIN))
     (tmp_path / "._shard.jsonl").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
     assert len(read_traces(tmp_path)) == 1
@@ -124,9 +124,9 @@ def test_tables_of_text_are_read(tmp_path: Path) -> None:
         assert [question.text for question in read_questions(str(tmp_path / name))] == ["Who, 1?", "Who?"]
 
 
-def test_a_broken_table_is_named_by_its_line(tmp_path: Path) -> None:
+def test_the_error_for_a_broken_table_names_the_line(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text('problem,solution,answer\n"1?",so,1\n"2"?,so,2\n')
-    with pytest.raises(TraceError, match=r"t\.csv:3: expected cells of a table"):
+    with pytest.raises(TraceError, match=r"t\.csv:3: expected a valid table"):
         read_traces(tmp_path / "t.csv")
 
 
@@ -140,7 +140,7 @@ def test_problems_come_from_the_same_files(tmp_path: Path) -> None:
     assert len(load_problems(str(tmp_path), None, 0)) == 2
 
 
-def test_a_torn_gzip_file_says_so(tmp_path: Path) -> None:
+def test_a_truncated_gzip_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(json.dumps(ROW).encode())[:-9])
     with pytest.raises(TraceError, match=r"t\.jsonl\.gz: expected a whole gzip file"):
         read_traces(tmp_path / "t.jsonl.gz")
@@ -158,7 +158,7 @@ def test_a_torn_gzip_file_says_so(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_saved_dataset_names_files_of_its_own_alone(tmp_path, files, message):
+def test_a_saved_dataset_may_list_only_files_beside_it(tmp_path, files, message):
     (tmp_path / "other.jsonl").write_text(json.dumps(PLAIN) + "\n")
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "state.json").write_text(json.dumps(files or {}))

@@ -1,4 +1,4 @@
-"""Shapes that no list names, read by what their fields mean: what APIs write, options, verdicts, rendered text."""
+"""Unnamed formats, read by the meanings of their fields: API rows, options, verdicts, rendered text."""
 
 import json
 from typing import Any
@@ -147,7 +147,7 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_shape_without_a_name_is_read(name: str) -> None:
+def test_an_unnamed_shape_is_read(name: str) -> None:
     row, changes = SHAPES[name]
     assert [Trace.from_dict(found) for found in interpret(row).rows] == [Trace.from_dict(PLAIN | changes)]
 
@@ -164,7 +164,7 @@ def test_a_shape_without_a_name_is_read(name: str) -> None:
         f"{THOUGHT}<|END_THINKING|>42",
     ],
 )
-def test_thinking_is_known_in_the_marks_of_many_models(reply: str) -> None:
+def test_the_thinking_marks_of_many_models_are_recognised(reply: str) -> None:
     assert interpret({"prompt": QUESTION, "response": reply}).rows == [PLAIN]
 
 
@@ -191,7 +191,7 @@ def test_a_verdict_on_the_only_reply_counts(fields: dict[str, Any], verdict: boo
         {"samples": [{"messages": [*ASKED, *REPLIED], "passed": True}]},
     ],
 )
-def test_the_right_generation_is_taken_by_any_kind_of_verdict(row: Any) -> None:
+def test_any_kind_of_verdict_selects_the_correct_generation(row: Any) -> None:
     assert interpret({"problem": QUESTION, **row}).rows == [PLAIN | {"verified": True}]
 
 
@@ -211,8 +211,8 @@ def test_a_reply_beside_a_solution_is_the_reply() -> None:
     assert (trace["reasoning"], trace["answer"]) == (THOUGHT, "42")
 
 
-def test_generations_that_cannot_be_read_say_why() -> None:
-    with pytest.raises(TraceError, match="<think> is opened and never closed"):
+def test_the_error_for_unreadable_generations_gives_the_reason() -> None:
+    with pytest.raises(TraceError, match="<think> is never closed: the reply was truncated"):
         interpret({"problem": QUESTION, "generations": ["<think>Hm"]})
 
 
@@ -248,11 +248,11 @@ def test_the_options_are_part_of_the_problem(row: Any, answer: str) -> None:
         ({"choices": {"text": ["41", "42"], "label": ["1", "2"]}, "answer": 1}, "1"),
     ],
 )
-def test_a_number_is_a_place_before_it_is_the_text_of_an_option(row: Any, answer: str) -> None:
+def test_a_number_is_an_index_before_it_is_the_text_of_an_option(row: Any, answer: str) -> None:
     assert question_of({"question": QUESTION, **row})["answer"] == answer
 
 
-def test_options_in_fields_of_their_own_and_in_the_problem() -> None:
+def test_options_in_separate_fields_and_in_the_problem() -> None:
     row = {"question": QUESTION, "opa": "40", "opb": "41", "opc": "42", "cop": 2, "exp": ""}
     assert question_of(row) == {"problem": f"{QUESTION}\n\nA. 40\nB. 41\nC. 42", "answer": "C"}
     one = question_of({"question": "Is 41 prime?", "choices": ["41", "42"], "answer": "A"})
@@ -277,12 +277,12 @@ def test_options_in_fields_of_their_own_and_in_the_problem() -> None:
         {"extra_info": {"answer": "Add.\n#### 42", "index": 0}},
     ],
 )
-def test_the_known_answer_is_found_where_rewards_keep_it(row: Any) -> None:
+def test_the_known_answer_is_found_in_reward_fields(row: Any) -> None:
     assert question_of({"prompt": ASKED, **row}) == {"problem": QUESTION, "answer": "42"}
     assert interpret({"prompt": ASKED, "response": TAGGED, **row}).rows == [PLAIN | {"reference": "42"}]
 
 
-def test_a_known_answer_beside_the_question_outlives_the_reply() -> None:
+def test_a_known_answer_beside_the_question_becomes_the_reference() -> None:
     info = {"reference_answer": "43", "think_content": None}
     messages = [{**ASKED[0], "info": info}, {**REPLIED[0], "info": {"reference_answer": None}}]
     assert interpret({"messages": messages}).rows == [PLAIN | {"reference": "43"}]
@@ -298,7 +298,7 @@ def test_a_heading_is_no_answer_and_a_reply_without_one_is_whole() -> None:
     assert found == [PLAIN | {"answer": reply}]
 
 
-def test_what_cannot_be_read_says_what_is_missing() -> None:
+def test_errors_say_what_is_missing() -> None:
     worked = {"question": QUESTION, "answer": "Add them.\nIt makes forty-two."}
     with pytest.raises(
         TraceError, match=r"answer: expected working that marks its answer .*, got answer without a mark"
@@ -322,16 +322,16 @@ def test_a_solution_that_is_a_value_is_the_known_answer(value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", ["None", "N/A", "-", "Trivial.", "See figure 3", "Add 1 and 2.", "", None])
-def test_a_solution_of_words_is_none(value: Any) -> None:
+def test_a_solution_in_words_is_not_a_known_answer(value: Any) -> None:
     row = {"question": QUESTION, "solution": value, "gemini_thinking_trajectory": THOUGHT, "gemini_attempt": SAID}
     assert "answer" not in question_of(row)
     assert "reference" not in interpret(row).rows[0]
 
 
 @pytest.mark.parametrize("value", ["proof", "notfound", "N/A", " nan"])
-def test_a_placeholder_is_no_answer(value: str) -> None:
+def test_a_placeholder_is_not_an_answer(value: str) -> None:
     row = {"problem": QUESTION, "answer": value}
     [trace] = interpret({**row, "response": TAGGED}).rows
     assert "reference" not in trace
-    with pytest.raises(TraceError, match="answer: expected one that the text marks"):
+    with pytest.raises(TraceError, match="answer: expected a marked answer"):
         interpret({**row, "solution": "Add them. That is how it is."})

@@ -39,7 +39,7 @@ def roles_of(text: str) -> list[str]:
 
 
 def role_characters(text: str) -> np.ndarray:
-    """The role of every character of `text`; fails where the spans do not tile it."""
+    """The role of every character of `text`; fails if the spans do not tile it."""
     spans = split_spans(text)
     assert [span.start for span in spans] == [0, *(span.end for span in spans[:-1])][: len(spans)]
     assert (spans[-1].end if spans else 0) == len(text)
@@ -54,7 +54,7 @@ def test_spans_tile_any_text_and_neighbours_differ(text: str) -> None:
     assert spans == split_spans(text)
 
 
-def test_a_plan_that_the_teacher_marked_is_strategic_whatever_it_holds() -> None:
+def test_a_marked_plan_is_strategic_whatever_it_contains() -> None:
     steps = "1. 3 * 4 = 12\n2. 12 + 5 = 17\n"
     worked = "3 * 4 = 12 and 12 + 5 = 17.\n"
     for before, plan, after in (
@@ -81,7 +81,7 @@ def test_a_plan_that_the_teacher_marked_is_strategic_whatever_it_holds() -> None
         "3 * 4 = 12 #plan 12 + 5 = 17",
     ],
 )
-def test_what_is_no_marked_plan(text: str) -> None:
+def test_text_that_only_looks_like_a_marked_plan(text: str) -> None:
     assert roles_of(text) == ["tactical"]
 
 
@@ -133,7 +133,7 @@ def test_cues_make_a_sentence_strategic(text: str) -> None:
         "16 - 3 - 4 = 9",
         "First, 40 times 11 is 440 and 3 times 11 is 33, so 440 + 33 = 473 boxes.",  # a cue, outweighed
         "Hmm, 400 + 70 = 470 and 470 + 3 = 473.",
-        "Let me check the total number of legs: 12 + 4 = 16.",  # an equation outweighs a cue sooner
+        "Let me check the total number of legs: 12 + 4 = 16.",  # with an equation, less mathematics outweighs a cue
         "When she returned, 63 melons were ready.",
         "However far she walks, the bus costs the same.",
         "He had to wait for the bus.",
@@ -168,7 +168,7 @@ def test_final_answers(text: str) -> None:
 @pytest.mark.parametrize(
     "text", ["#### 1. Setting up", "Is the answer 5?", "So the answer is 5?", "But the answer is asked in metres."]
 )
-def test_what_only_looks_like_an_answer(text: str) -> None:
+def test_text_that_only_looks_like_an_answer(text: str) -> None:
     assert "answer" not in roles_of(text)
 
 
@@ -184,21 +184,21 @@ def test_what_only_looks_like_an_answer(text: str) -> None:
         "```python\n" + "print(1). Wait\n" * 500 + "```",
     ],
 )
-def test_no_span_ends_inside_what_is_protected(protected: str) -> None:
+def test_no_span_ends_inside_a_protected_region(protected: str) -> None:
     text = f"Wait, let me check the sign. So 1 + 1 = 2 and {protected} = 5 holds. Wait, is that right?"
     inside = range(text.index(protected) + 1, text.index(protected) + len(protected))
     assert len(split_spans(text)) == 3
     assert not any(span.end in inside for span in split_spans(text))
 
 
-def test_a_fence_that_is_not_closed_protects_the_rest() -> None:
+def test_an_unclosed_fence_protects_the_rest() -> None:
     assert roles_of("Wait, is that right?\n```python\ny = x + 1\n# wait, let me check\nHow many?") == [
         "strategic",
         "tactical",
     ]
 
 
-def test_words_of_intention_count_only_where_a_unit_begins() -> None:
+def test_words_of_intention_count_only_at_the_start_of_a_unit() -> None:
     assert roles_of("Perhaps the farmer sells the rest of his hens.") == ["strategic"]
     assert roles_of("The farmer sells the rest of his hens, perhaps.") == ["tactical"]
 
@@ -208,7 +208,7 @@ def test_money_protects_nothing() -> None:
     assert roles_of(text) == ["tactical", "strategic", "tactical"]
 
 
-def test_abbreviations_and_enumerators_end_no_sentence() -> None:
+def test_abbreviations_and_enumerators_do_not_end_a_sentence() -> None:
     assert roles_of("It holds for 12, e.g. wait and see.") == ["strategic"]
     assert split_spans("1. Wait, is it even?") == [Span(0, 20, STRATEGIC)]
 
@@ -226,7 +226,7 @@ def test_time_is_linear_on_hostile_text(unit: str) -> None:
             times.append(time.process_time() - begun)
         return min(times)
 
-    assert seconds(160_000) < 24 * seconds(20_000)  # 8 times the text: 8 where linear, 64 where quadratic
+    assert seconds(160_000) < 24 * seconds(20_000)  # 8 times the text: 8 if linear, 64 if quadratic
 
 
 def socratic_pairs() -> Iterator[list[tuple[str, str]]]:
@@ -256,7 +256,7 @@ def test_socratic_questions_are_strategic_and_steps_tactical(question_marks: boo
     assert np.mean(recall[TACTICAL]) >= 0.996
 
 
-def test_worked_solutions_that_no_rule_was_written_for_are_tactical() -> None:
+def test_unseen_worked_solutions_are_tactical() -> None:
     steps, answers = [], []
     with data_path("gsm8k_train/gsm8k_train.jsonl").open(encoding="utf-8") as file:
         for row in file:

@@ -1,4 +1,4 @@
-"""What a student is trained to write is what its chat template renders, in the habits of two dozen public templates."""
+"""A trained completion is what the student's chat template renders: tested with two dozen public templates."""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -37,7 +37,7 @@ def trained(tokenizer, trace: Trace = TRACE, **options) -> tuple[str, list[int]]
     """The prompt as text, and the tokens after it."""
     example = encode(trace, tokenizer, **options)
     start = int((example.labels != IGNORE).argmax()) + 1
-    assert example.labels[start - 1 : -1].tolist() == example.input_ids[start:].tolist()  # all of it is trained
+    assert example.labels[start - 1 : -1].tolist() == example.input_ids[start:].tolist()  # every token is trained
     return decoded(tokenizer, example.input_ids[:start]), example.input_ids[start:].tolist()
 
 
@@ -64,7 +64,7 @@ def rendered(tokenizer, case: Case, thought: str, said: str) -> str:
     return tokenizer.apply_chat_template(turns, tokenize=False, **found.switches)
 
 
-def test_another_template_is_looked_at_anew():
+def test_a_changed_template_is_detected_again():
     tokenizer = deepcopy(tokenizer_of("qwen3"))
     assert thinking_format(tokenizer).thinks
     tokenizer.chat_template = tokenizer_of("qwen2.5").chat_template
@@ -81,7 +81,7 @@ def test_the_kind_is_found(name):
     assert thinking_format(tokenizer) is found
 
 
-def test_a_template_is_told_to_ask_for_a_thought():
+def test_thinking_is_switched_on():
     switches = {name: thinking_format(tokenizer_of(name)).switches for name in ("apertus", "granite", "own-switch")}
     assert switches == {
         "apertus": {"enable_thinking": True},
@@ -107,7 +107,7 @@ def test_a_trained_turn_is_what_the_template_renders(name):
 
 
 @pytest.mark.parametrize("name", COMPOSED)
-def test_a_thought_that_the_template_drops_stands_in_its_tags(name):
+def test_a_thought_that_the_template_drops_is_written_in_its_tags(name):
     tokenizer, case = tokenizer_of(name), CASES[name]
     _, ids = trained(tokenizer)
     assert decoded(tokenizer, ids) == COMPOSED[name] + case.end
@@ -128,7 +128,7 @@ def test_the_prompt_is_the_generation_prompt(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_tags_that_are_tokens_stay_tokens_and_those_of_a_trace_stay_text(name):
+def test_the_templates_tags_become_special_tokens_and_those_of_a_trace_stay_text(name):
     tokenizer, case = tokenizer_of(name), CASES[name]
     _, ids = trained(tokenizer)
     for tag in [*case.tags.split(), *case.tokens.split()]:
@@ -152,7 +152,7 @@ def test_every_character_has_its_role(name):
     assert text[slice(*written.thought)].strip() == "Think.\n2+2=4" and "4" in text[slice(*written.answer)]
 
 
-def test_white_space_around_a_thought_is_not_written():
+def test_white_space_around_a_thought_is_removed():
     tokenizer = tokenizer_of("qwen3")
     padded = Trace("p", "\n Think.\n2+2=4 \n", " 4", spans=(Span(0, 9, STRATEGIC), Span(9, 16, TACTICAL)))
     written = render_reply(padded, tokenizer, NONE)
@@ -160,14 +160,14 @@ def test_white_space_around_a_thought_is_not_written():
     assert (written.roles[:15] == STRATEGIC).all() and (written.roles[15:20] == TACTICAL).all()
 
 
-def test_a_thought_that_would_end_itself_is_left_out():
+def test_a_thought_with_a_closing_tag_is_refused():
     torn = Trace("p", "I think</think> that it is 4.", "4")
     with pytest.raises(TraceError, match="reasoning: expected text without </think>, which ends"):
         encode(torn, tokenizer_of("qwen3"))
     assert encode(torn, tokenizer_of("qwen2.5"))
 
 
-# ----------------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------------------------ refused inputs
 
 
 def with_template(template: str):
@@ -179,13 +179,13 @@ def with_template(template: str):
 UNKNOWN = {
     "a thought without marks": "{{ m.content if not m.thinking else m.thinking + ' ' + m.content }}",
     "a thought after the reply": "{{ m.content + '<why>' + (m.thinking or '') + '</why>' }}",
-    "a thought told twice": "{{ (m.thinking or '') + '</think>' + m.content + (m.thinking or '') }}",
+    "a thought written twice": "{{ (m.thinking or '') + '</think>' + m.content + (m.thinking or '') }}",
     "a turn that does not continue the prompt": "{{ '<other>' + (m.thinking or '') + '</other>' + m.content }}",
 }
 
 
 @pytest.mark.parametrize("habit", UNKNOWN)
-def test_an_unknown_kind_says_what_was_rendered(habit):
+def test_the_error_for_an_unknown_kind_shows_what_was_rendered(habit):
     opening = "<bot><t>" if "continue" in habit else "<bot>"
     template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}<bot>" + UNKNOWN[habit]
     tokenizer = with_template(
@@ -206,15 +206,15 @@ GOOD = "{% for m in messages %}{{ m.content }}{% endfor %}"
 @pytest.mark.parametrize(
     "failing", ["{{ messages.a.b }}", "{{ 1 + 'a' }}", "{{ 1 / 0 }}", "{{ raise_exception('no') }}", "{% for"]
 )
-def test_a_template_that_fails_is_named(failing):
+def test_a_failing_template_raises_value_error(failing):
     templates = [failing, f"{GOOD}{{% if '2+2?' in messages[0].content %}}{failing}{{% endif %}}"]
-    for template in templates:  # it fails always, or for this problem
+    for template in templates:  # fails always, or only for this problem
         with pytest.raises(ValueError, match=r"the chat template fails: .*\(.*; set another tokenizer\.chat_template"):
             format_prompt("2+2?", with_template(template))
 
 
 @pytest.mark.parametrize("code", ["{{ ''.__class__.__mro__ }}", "{{ cycler.__init__.__globals__.os.popen('id') }}"])
-def test_a_template_reaches_no_code(code):
+def test_a_template_cannot_run_code(code):
     with pytest.raises(ValueError, match="the chat template fails: SecurityError"):
         thinking_format(with_template(GOOD + code))
 
@@ -245,13 +245,13 @@ def test_the_instruction_follows_the_problem_and_marks_the_answer():
         assert f"What is 2 + 3?{asked and chr(10) * 2 + asked}<|im_end|>" in prompt
 
 
-def test_an_answer_that_no_box_holds_is_written_without():
+def test_an_answer_that_does_not_fit_a_box_is_written_without_one():
     assert BOXED.write(r"\frac{1}{2}") == r"\boxed{\frac{1}{2}}"
     for whole in ("two\nlines", "a } b", "{", "\\"):
         assert BOXED.write(whole, after_thinking=True) == whole
 
 
-def test_an_instruction_has_a_name_or_is_a_text():
+def test_an_instruction_is_a_name_or_a_text():
     assert [instruction_named(name) for name in ("answer", "Boxed", "none")] == [ANSWER, BOXED, NONE]
     assert instruction_named("Box it: \\boxed{}") == Instruction("Box it: \\boxed{}", "box")
     assert instruction_named("Use <answer>.").style == "tags" and instruction_named("Be brief.").style == "plain"
@@ -272,9 +272,9 @@ def test_without_a_template_a_system_prompt_opens_the_text():
     assert format_prompt("p", tiny_tokenizer(), NONE, system="s") == "s\n\np\n\n"
 
 
-def test_a_system_prompt_that_turns_the_thinking_off_leaves_the_trace_out():
+def test_a_system_prompt_that_turns_thinking_off_is_refused():
     off = Trace("What is 2 + 3?", "I add.", "5", system="Be brief. /no_think")
-    with pytest.raises(TraceError, match="something in it tells the chat template to think otherwise"):
+    with pytest.raises(TraceError, match="its text switches the chat template's thinking mode"):
         encode(off, tokenizer_of("nemotron"))
 
 
@@ -302,7 +302,7 @@ def test_earlier_turns_are_rendered_and_only_the_last_reply_is_trained(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_earlier_replies_are_trained_as_last_ones_if_asked_for(name):
+def test_earlier_replies_are_trained_on_request(name):
     tokenizer = tokenizer_of(name)
     found = thinking_format(tokenizer)
     first, *second = encode_earlier(LATER, tokenizer)
@@ -317,7 +317,7 @@ def test_earlier_replies_are_trained_as_last_ones_if_asked_for(name):
     elif name == "qwen3":  # as its template renders a reply without a thought
         assert written[1:] == ["<think>\n\n</think>\n\nThen it is 3.<|im_end|>"]
     elif found.is_composed and found.kind == "prompt":
-        assert written[1:] == []  # a prompt that opens a thought is followed by one
+        assert written[1:] == []  # a prompt that opens a thought needs one
     examples, left_out = encode_all([LATER], tokenizer, turns="all")
     assert len(examples) == len(written) + 1 and left_out == []
     assert len(encode_all([LATER], tokenizer)[0]) == 1
@@ -335,7 +335,7 @@ def test_an_empty_earlier_reply_is_not_trained(name):
 @pytest.mark.parametrize(
     ("call", "named"), [('strftime_now("%d %b %Y")', "26 Jul 2024"), ("strftime_now( '%Y-%m-%d' )", "2024-07-26")]
 )
-def test_a_template_names_the_same_day_whenever_it_is_rendered(call, named):
+def test_a_template_renders_the_same_date_every_day(call, named):
     tokenizer = deepcopy(tokenizer_of("llama-3"))
     day = "{% if strftime_now is defined %}{% set day = " + call + " %}{% else %}{% set day = '?' %}{% endif %}"
     tokenizer.chat_template = f"{day}Today: {{{{ day }}}}\n{tokenizer.chat_template}"

@@ -1,4 +1,4 @@
-"""Which marks of thinking are known where: opening a reply, closing alone, graded, shown, in a chat template."""
+"""Where thinking marks are recognised: opening a reply, closing alone, in grading, display and chat templates."""
 
 from copy import deepcopy
 
@@ -38,7 +38,7 @@ KNOWN = {
 
 
 def known(opener: str, closer: str) -> set[str]:
-    """Where a pair of marks is known as thinking's."""
+    """Where a pair of marks is recognised as thinking."""
     whole, rest = f"{opener}a{closer}b", f"a{closer}b"
     found = {
         START: split_thinking(whole) == ("a", "b") and opens_with_thinking(whole),
@@ -51,7 +51,7 @@ def known(opener: str, closer: str) -> set[str]:
 
 
 def in_template(opener: str, closer: str) -> bool:
-    """Whether thinking is found in a template that drops what stands before a closer."""
+    """Whether thinking is found in a template that drops the text before a closer."""
     tokenizer = deepcopy(tokenizer_of("mistral"))
     tokenizer.chat_template = (
         "{% for m in messages %}<" + "{{ m.role }}>{{ m.content.split('" + closer + "')[-1] }}{% endfor %}"
@@ -63,15 +63,15 @@ def in_template(opener: str, closer: str) -> bool:
 
 
 @pytest.mark.parametrize("marks", KNOWN, ids=lambda marks: marks[0])
-def test_marks_are_known_where_they_are_sure(marks: tuple[str, str]) -> None:
+def test_marks_are_recognised_where_listed(marks: tuple[str, str]) -> None:
     assert known(*marks) == KNOWN[marks]
 
 
 @pytest.mark.parametrize("marks", [marks for marks in KNOWN if KNOWN[marks]], ids=lambda marks: marks[0])
-def test_a_reply_in_its_marks_is_split_in_any_case(marks: tuple[str, str]) -> None:
+def test_marks_are_case_insensitive(marks: tuple[str, str]) -> None:
     opener, closer = marks
     assert split_thinking(f"{opener.upper()}\na{closer.lower()}\nb") == ("a", "b")
-    with pytest.raises(TraceError, match="is opened and never closed"):
+    with pytest.raises(TraceError, match="is never closed: the reply was truncated"):
         split_thinking(f"{opener}a")
 
 
@@ -91,7 +91,7 @@ def test_a_reply_in_its_marks_is_split_in_any_case(marks: tuple[str, str]) -> No
         ("a<|end|>b", "a<|end|>b"),
     ],
 )
-def test_what_follows_the_last_thinking_is_what_a_completion_says(completion: str, said: str) -> None:
+def test_text_after_the_last_thinking(completion: str, said: str) -> None:
     assert without_thinking(completion) == said
 
 
@@ -128,15 +128,15 @@ def test_a_reply_is_split_from_its_thinking(reply: str, thought: str | None, tex
         ("an <em>a</em> in <cot> and <|im_end|>", "an <em>a</em> in <cot> and <|im_end|>"),
     ],
 )
-def test_people_see_no_marks(part: str, shown: str) -> None:
+def test_marks_are_hidden_from_display(part: str, shown: str) -> None:
     assert without_tags(part) == shown
 
 
-def test_an_answer_is_looked_for_after_the_thinking() -> None:
+def test_the_answer_comes_after_the_thinking() -> None:
     assert extract_answer("The answer is 3.\n</thought>\nThe answer is 4") == "4"
 
 
-def test_an_answer_in_the_marks_of_a_model_is_its_answer() -> None:
+def test_an_answer_in_a_models_marks_is_found() -> None:
     written = "<|begin_of_thought|>\n2 + 2 = 4\n<|end_of_thought|>\n\n<|begin_of_solution|>\n{}\n<|end_of_solution|>"
     problem = Problem("file", "2 + 2?", "4", {})
     assert grade(problem, written.format(4)) == 1.0

@@ -1,4 +1,4 @@
-"""A trace's fields: which are taken, which are refused and how they are named, and the roles of its parts."""
+"""A trace's fields: the accepted values, the errors for others, and the roles of its parts."""
 
 import math
 
@@ -52,12 +52,12 @@ from rbfast.data.trace import Trace, TraceError
         ({"signals": {"ids": [[1], []], "logprobs": [[0.0], []]}}, "signals: .* got none in row 1"),
     ],
 )
-def test_a_field_that_is_wrong_is_named(changes: dict, message: str) -> None:
+def test_the_error_names_the_wrong_field(changes: dict, message: str) -> None:
     with pytest.raises(TraceError, match=f"^here:3: {message}"):
         Trace.from_dict(ROW | changes, "here:3")
 
 
-def test_numbers_are_taken_as_text() -> None:
+def test_numbers_are_converted_to_text() -> None:
     trace = Trace.from_dict(ROW | {"answer": 5, "id": 7, "domain": 3, "source": 2024})
     assert (trace.domain, trace.source) == ("3", "2024")
     assert (trace.answer, trace.id) == ("5", "7")
@@ -65,7 +65,7 @@ def test_numbers_are_taken_as_text() -> None:
 
 
 @pytest.mark.parametrize("field", ["problem", "reasoning", "answer"])
-def test_a_missing_field_is_named_beside_those_that_came(field: str) -> None:
+def test_the_error_names_the_missing_field_and_the_present_ones(field: str) -> None:
     row = {("question" if name == field else name): text for name, text in ROW.items()}
     with pytest.raises(TraceError, match=f"^here: {field}: expected this field, got .*question"):
         Trace.from_dict(row, "here")
@@ -101,7 +101,7 @@ def test_role_spans_tile_the_completion() -> None:
     ]
 
 
-def test_marked_spans_win_over_the_splitter() -> None:
+def test_given_spans_take_precedence_over_the_splitter() -> None:
     marked = trace(spans=[[0, 20, "tactical"], [20, 27, "strategic"]])
     assert marked.role_spans()[:2] == [Span(0, 20, TACTICAL), Span(20, 27, STRATEGIC)]
     assert marked.role_spans()[:2] != split_spans(marked.reasoning)

@@ -1,4 +1,4 @@
-"""Files and datasets of traces: read as they were written, broken ones named by line, writes whole or not at all."""
+"""Files and datasets of traces: round trips, errors that name the line, atomic writes."""
 
 import errno
 import json
@@ -45,8 +45,8 @@ GOOD = json.dumps(ROW).encode()
         ),
         ("t.jsonl", GOOD.replace(b"First", b"\xff"), r"t\.jsonl:1: expected UTF-8, got byte 0xff at 44"),
         ("t.jsonl", GOOD.replace(b'"5"', b"NaN"), r"t\.jsonl:1: answer: expected a string, got float nan"),
-        ("t.jsonl", GOOD.replace(b'"5"', b"9" * 5000), r"t\.jsonl:1: expected JSON that can be read: .*digits"),
-        ("t.jsonl", b"[" * 10**6, r"t\.jsonl:1: expected JSON that can be read"),
+        ("t.jsonl", GOOD.replace(b'"5"', b"9" * 5000), r"t\.jsonl:1: expected JSON that Python can read: .*digits"),
+        ("t.jsonl", b"[" * 10**6, r"t\.jsonl:1: expected JSON that Python can read"),
         ("t.jsonl", GOOD.replace(b"First", b"\\ud83d"), r"t\.jsonl:1: reasoning: .*surrogate"),
         ("t.jsonl", b"", "expected at least one trace, got none"),
         ("t.jsonl", b"\n \n", "expected at least one trace, got none"),
@@ -60,7 +60,7 @@ GOOD = json.dumps(ROW).encode()
         ("t.csv", b"problem,reasoning,answer\np,r,a\np,r,a,b\n", r"t\.csv:3: expected 3 cells, got more"),
         ("t.csv", b"answer,problem,answer\n1,p,2\n", r"t\.csv:1: expected different columns, got 'answer' twice"),
         ("t.csv", b"problem\n\xff\n", r"t\.csv: expected UTF-8"),
-        ("t.csv", b'problem\n"p', r"t\.csv:\d: expected cells of a table: unexpected end"),
+        ("t.csv", b'problem\n"p', r"t\.csv:\d: expected a valid table: unexpected end"),
         ("t.xlsx", b"PK", r"expected a \.jsonl, .*, \.csv or \.tsv file \(\.gz too\), got \.xlsx"),
     ],
 )
@@ -70,7 +70,7 @@ def test_a_broken_file_names_its_line(tmp_path: Path, name: str, content: bytes,
         read_traces(tmp_path / name)
 
 
-def test_a_line_without_end_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_line_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rbfast.data.row_files._LONGEST_LINE", len(GOOD))
     (tmp_path / "fits.jsonl").write_bytes(GOOD)
     (tmp_path / "long.jsonl").write_bytes(GOOD + b" " * 1000)
@@ -87,7 +87,7 @@ def test_a_byte_order_mark_and_windows_lines_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "source", ["absent.jsonl", "data/absent.parquet", "./absent", "/absent/x", "absent", Path("a/b")]
 )
-def test_a_path_that_is_absent_asks_no_hub(source: str | Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_path_is_not_looked_up_on_the_hub(source: str | Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rbfast.data.readers._rows_hub", lambda *_: pytest.fail("asked the hub"))
     with pytest.raises(TraceError, match="there is no such file"):
         read_traces(source)
@@ -98,7 +98,7 @@ def test_a_directory_is_an_error(tmp_path: Path) -> None:
         read_traces(tmp_path)
 
 
-def test_hub_ids_go_to_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_ids_are_loaded_by_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     asked = []
@@ -114,7 +114,7 @@ def test_hub_ids_go_to_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
         read_traces("owner/name")
 
 
-def test_a_hub_id_that_does_not_load_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_hub_id_that_cannot_be_loaded_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     def refuse(name: str, *_: object, **__: object) -> None:
@@ -125,7 +125,7 @@ def test_a_hub_id_that_does_not_load_says_why(monkeypatch: pytest.MonkeyPatch) -
         read_traces("owner/name")
 
 
-def test_real_parquet_of_another_layout_is_read_by_what_its_columns_mean() -> None:
+def test_real_parquet_is_read_by_the_meanings_of_its_columns() -> None:
     traces = read_traces(data_path("s1k_gemini_sample/reasoning_dataset.parquet"))
     assert [trace.teacher for trace in traces] == ["gemini"] * 5
     assert traces[0].answer == r"a^2 + b^2 \leq 2, A^2 + B^2 \leq 1"
@@ -145,7 +145,7 @@ def test_a_write_that_fails_midway_leaves_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_no_partial_file(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:

@@ -154,7 +154,9 @@ def test_a_dataset_that_needs_a_config_says_how_to_name_it(monkeypatch):
         raise ValueError("Config name is missing. Please pick one among the available configs: ['main', 'socratic']")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ValueError, match=r"n \(split test\) .* \['main', 'socratic'\]; one .* owner/name:config:split"):
+    with pytest.raises(
+        ValueError, match=r"n \(split test\) .* \['main', 'socratic'\]; if .* name one: owner/name:config:split"
+    ):
         load_problems("owner/n", 1, seed=0)
     with pytest.raises(ValueError, match=r"n \(config main, split test\) could not be loaded"):
         load_problems("owner/n:main:test", 1, seed=0)

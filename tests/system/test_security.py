@@ -184,7 +184,7 @@ def test_pickles_in_our_own_files_do_not_run(tmp_path, mark, kind):
         ColumnScores.load(tmp_path / "scores.safetensors")
     SignalStore(tmp_path / "signals", "teacher", 2, 9)
     (tmp_path / "signals" / "signals-00000.safetensors").write_bytes(data)
-    with pytest.raises(ValueError, match="not a whole shard"):
+    with pytest.raises(ValueError, match="not a complete shard"):
         SignalStore.open(tmp_path / "signals")
 
 

@@ -432,7 +432,7 @@ def test_a_store_takes_what_is_its_own_and_nothing_else(tmp_path):
     for other in (dict(k=K + 1), dict(tokenizer=OTHER)):
         with pytest.raises(ValueError, match="choose another folder"):
             store_at(tmp_path, **other)
-    with pytest.raises(ValueError, match="holds signals with teacher 'tiny', now it is 'huge'"):
+    with pytest.raises(ValueError, match="holds signals with teacher 'tiny', expected 'huge'"):
         SignalStore(tmp_path, "huge", K, len(TOKENIZER))
     store_at(tmp_path / "empty").flush()
     assert store_at(tmp_path / "empty", k=K + 1).k == SignalStore.open(tmp_path / "empty").k == K + 1
@@ -470,7 +470,7 @@ def test_a_broken_store_is_named(tmp_path):
     whole = shard.read_bytes()
     for broken in (whole[:-5], whole[:40], b"", b"x" * 100):
         shard.write_bytes(broken)
-        with pytest.raises(ValueError, match=r"signals-\w+\.safetensors: not a whole shard"):
+        with pytest.raises(ValueError, match=r"signals-\w+\.safetensors: not a complete shard"):
             SignalStore.open(tmp_path)
     shard.write_bytes(whole)
     (tmp_path / "signals.json").write_text(json.dumps({"format": "other"}))
