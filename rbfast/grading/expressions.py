@@ -3,7 +3,7 @@ r"""Whether two expressions have the same value: parsed by math-verify, compared
 Import this only in the grading process: an expression may be a tower of powers, and evaluating it may never end.
 
 math-verify's own comparison rounds to six decimals, reads `101_2` as 101 and `2 3` as 5, and drops a prime. So we use
-only its parser, on texts that it reads correctly, and two values that differ by a billionth are different.
+only its parser, on texts that it reads correctly. Two values that differ by a billionth are different.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MISREAD = re.compile(r"\d\s+\d|\\text|'|\d_|%|!!|(?<![a-zA-Z\\])[a-zA-Z]{5,}")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\{\w+\}")
 _CONSTANTS = {"i": sympy.I, "e": sympy.E}
 _DECIMAL = re.compile(r"-?(\d*)\.(\d+)")
-logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns about every text that it cannot read
+logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns about every text that it cannot parse
 
 
 def same_value(expected: str, statement: str) -> bool:
@@ -83,7 +83,7 @@ def _is_too_costly(text: str) -> bool:
 
 
 def _is_rounding(text: str, decimal: Any, other: Any) -> bool:
-    """Whether a text is a decimal of enough digits that is the other number, rounded or truncated."""
+    """Whether a text is a decimal of enough digits: the other number, rounded or truncated."""
     match = _DECIMAL.fullmatch(text.strip("$ "))
     if match is None or len((match[1] + match[2]).lstrip("0")) < _LEAST_DIGITS:
         return False

@@ -223,16 +223,16 @@ def _parse_equation(text: str, parts: list[str]) -> Form:
         parts = parts[::-1]  # 5 = x
     left = parts[0]
     name = left if _IDENTIFIER.fullmatch(left) else ""
-    again = len(parts) > 2 and any(
+    name_recurs = len(parts) > 2 and any(
         re.search(rf"(?<![a-zA-Z]){re.escape(name or '=')}(?![a-zA-Z])", p) for p in parts[1:]
     )
-    told = not again and (bool(name) or _is_answer_equation(left))
-    equation = "" if r"\approx" in text or (len(parts) > 2 and told) else text
+    is_answer = not name_recurs and (bool(name) or _is_answer_equation(left))
+    equation = "" if r"\approx" in text or (len(parts) > 2 and is_answer) else text
     approximated = split_outside_brackets(text, re.compile(r"\\approx(?![a-zA-Z])"))
     values = [parts[-1]]
     if len(approximated) > 1 and (before := split_outside_brackets(approximated[0], _EQUALS)[-1].strip()) != name:
         values.append(before)
-    if not told:
+    if not is_answer:
         return Value(text, equation=text, named_only=False)
     return _named([parse_form(value) for value in values], name, equation)
 

@@ -42,7 +42,7 @@ _DISPLAYED = re.compile(r"(?:\\\[[^\[\]]*\\\]|\$\$[^$]*\$\$)$")
 def _final_statement(text: str, truncated: bool) -> str:
     """The answer of a completion: the marked one, else its last line; empty if the completion leaves its answer empty.
 
-    Of a truncated completion only an answer marked in its complete lines and tags counts.
+    In a truncated completion, only an answer marked in its complete lines and tags counts.
     """
     if truncated:
         whole = _WHOLE.match(text)

@@ -1,10 +1,10 @@
-"""Verdicts on answers from a process that can be killed: math-verify's, or a reasoning-gym task's own.
+"""Grade answers in a process that can be killed: by math-verify, or by a reasoning-gym task's own verifier.
 
 ```python
 judge("math-verify").ask(["$1/2$", ["$0.5$"]], seconds=5)       # True; None if there is no verdict within the limit
 ```
 
-Both evaluate an answer to read it, and an answer may be a tower of powers, or code. One process serves all answers of a
+Both evaluate an answer to read it, and an answer may be a tower of powers or code. One process serves all answers of a
 kind. If an answer takes too long or acts on files, processes or the network, the process ends (`judge_worker`), and the
 next answer starts a new one.
 """
@@ -38,7 +38,7 @@ _START_LIMIT = 120.0  # seconds; importing sympy is slow on a busy machine
 
 
 class Judge:
-    """A worker process, started at the first question, and again after it died."""
+    """A worker process, started at the first question and restarted after it died."""
 
     def __init__(self, kind: Kind) -> None:
         self._kind = kind
@@ -66,8 +66,8 @@ class Judge:
             if answer:
                 return loads(answer)
             log.warning(
-                "no verdict on %.80r: it takes more than %g s of processor time or too much memory, or it is code that "
-                "acts on files, processes or the network; it counts as wrong",
+                "no verdict on %.80r: it takes more than %g s of CPU time or too much memory, or it is code that acts "
+                "on files, processes or the network; it counts as wrong",
                 question[-1],
                 seconds,
             )
@@ -107,7 +107,7 @@ class Judge:
                 ) from None
             if first == "" or loads(first) != READY:
                 self.close()
-                why = loads(first) if first else "the grading process ended as it started"
+                why = loads(first) if first else "the grading process exited on startup"
                 raise ImportError(f"answers are graded by the package {self._kind}, which cannot be imported: {why}")
         return self._process
 
@@ -139,17 +139,17 @@ def _forward_lines(process: subprocess.Popen[str], answers: queue.Queue[str]) ->
 
 
 def judge(kind: Kind) -> Judge:
-    """The judge of this kind, shared by the whole process. A forked process gets its own: two that ask the same worker
-    would get each other's answers."""
+    """The judge of this kind, shared by the whole process. A forked process gets its own: two processes that share a
+    worker would get each other's answers."""
     return _judge_of(os.getpid(), kind)
 
 
 @functools.cache
-def _judge_of(asking: int, kind: Kind) -> Judge:
+def _judge_of(pid: int, kind: Kind) -> Judge:
     shared = Judge(kind)
 
     def close() -> None:
-        if os.getpid() == asking:  # a forked process may exit before its parent
+        if os.getpid() == pid:  # a forked process may exit before its parent
             shared.close()
 
     atexit.register(close)

@@ -1,11 +1,12 @@
 """The grading process: `python -m rbfast.grading.judge_worker math-verify|reasoning-gym`.
 
 It reads a question per line from stdin (from `rbfast.grading.judge`) and writes a JSON verdict per line to stdout. The
-first line is `"ready"`, or why a package could not be imported. An answer that exceeds its CPU time ends the process;
-CPU time, so that a busy machine grades like an idle one. Memory is limited too: an answer may be a tower of powers.
+first line is `"ready"`, or why a package could not be imported. An answer that exceeds its time limit ends the process.
+The limit is CPU time, so that a busy machine grades like an idle one. Memory is limited too: an answer may be a tower
+of powers.
 
 Several verifiers of reasoning-gym evaluate an answer as Python. So an answer that writes a file, starts a process or
-opens a connection ends the process too. This guards against what a model happens to write; it is no sandbox.
+opens a connection ends the process too. This guards against what a model happens to write; it is not a sandbox.
 """
 
 import base64
@@ -23,19 +24,19 @@ from rbfast.utils.packages import error_line
 
 READY = "ready"
 _MEMORY = 4 * 2**30  # bytes
-# Audit events, by their first letters.
+# Prefixes of the audit events that end the process.
 _ACTS = (
     *("os.", "shutil.", "subprocess.", "pty.", "socket.", "ctypes.", "fcntl.", "mmap.", "sqlite3.", "signal."),
     *("builtins.input", "builtins.breakpoint", "time.sleep"),
 )
-_READS = ("os.listdir", "os.scandir", "os.walk", "os.putenv")  # as a late import does
+_READS = ("os.listdir", "os.scandir", "os.walk", "os.putenv")  # allowed: a late import raises them
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the asking one decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent handles it
     answers = sys.stdout
-    sys.stdout = sys.stderr  # keep what a parser prints out of the verdicts
+    sys.stdout = sys.stderr  # keeps a parser's prints out of the verdicts
     _limit_memory()
     try:
         judge = _JUDGES[sys.argv[1]]()
@@ -99,14 +100,14 @@ def _set_time_limit(seconds: float) -> None:
 
 
 def _forbid_acts() -> None:
-    """From now on, end the process if it acts on anything outside of it. An exception could be caught by a verifier."""
+    """From now on, end the process if it acts on anything outside itself: a verifier could catch an exception."""
 
     def check(event: str, args: tuple[Any, ...]) -> None:
         writes = event == "open" and args[2] & _WRITES
         if writes or (event.startswith(_ACTS) and event not in _READS):
             os._exit(1)
 
-    sys.dont_write_bytecode = True  # of a module that is imported late
+    sys.dont_write_bytecode = True  # a late import would write it
     sys.addaudithook(check)
 
 

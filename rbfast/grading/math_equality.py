@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 Same = Callable[[str, str], bool]
 """Whether two expressions in LaTeX have the same value."""
 
-_LEAST_DIGITS = 6  # that a decimal needs to equal a number that it rounds
+_LEAST_DIGITS = 6  # that a rounded decimal needs to equal the exact number
 _MOST_LETTERS = 1000  # longer answers are compared as plain text
 _MOST_QUESTIONS = 100  # to the grading process, per verdict
 _MOST_ITEMS = 50  # of a set, which is compared in any order
@@ -53,7 +53,7 @@ _CHOICE = re.compile(
 # Several choices: in a row, which is in order (`AB` is not the product `BA`), or in a list.
 _IN_A_ROW = re.compile("(?=..)A?B?C?D?E?F?G?H?I?J?")
 _CHOICES = re.compile(r"\(?[A-J]\)?(?:(?:[,;、]? ?(?:and )?)\(?[A-J]\)?)+")
-# Text after a choice that takes it back or makes it one of several, and is not the text of the option.
+# Text after a choice that retracts it or makes it one of several, rather than the option's text.
 _HEDGE = re.compile(
     r"(?:or|and|nor)\s+\(?[A-J]\b|\(?[A-J][).]|but\b|(?:maybe|wrong|incorrect|false)\b"
     r"|(?!(?i:both|either|neither|all|none|only)\b).*(?:\b(?:or|and)\b|[,/])\s*\([A-J]\)"
@@ -154,7 +154,7 @@ def _is_installed() -> bool:
 
 @cache
 def _warn_of_expressions() -> None:
-    log.warning("without math-verify an expression equals no number and no words: pip install math-verify")
+    log.warning("math-verify is not installed, so no expression equals a number or words: pip install math-verify")
 
 
 def is_plain(answer: str) -> bool:
@@ -169,7 +169,7 @@ def is_plain(answer: str) -> bool:
 def equality_key(statement: str) -> str:
     """A text that is the same for equal answers: numbers by value, words without case, anything else normalized.
 
-    A number with a unit of measure, a percent sign or an equation with letters counts as anything else.
+    A number with a unit of measure, a percent sign or an equation with letters is only normalized.
     """
     if len(statement) > _MOST_LETTERS:
         return " ".join(statement.split()).casefold()
@@ -186,7 +186,7 @@ def equality_key(statement: str) -> str:
 
 
 def is_number(text: str) -> bool:
-    """Whether a key is that of a number. Two numbers are equal only if their keys are."""
+    """Whether an `equality_key` is a number's. Two numbers are equal only if their keys are."""
     return exact_value(text) is not None and not is_moment(text)
 
 
@@ -312,8 +312,8 @@ def _equal_texts(expected: str, found: str, same: Same) -> bool:
 
 
 def _compact(text: str) -> str:
-    """The text without braces around one character and spaces beside a bar: `O(n^{2})`, `P(A | B)`, which no parser
-    reads."""
+    """The text without braces around one character and spaces beside a bar. No parser reads `O(n^{2})` or
+    `P(A | B)`."""
     return re.sub(r"([\^_])\{(\w)\}", r"\1\2", re.sub(r"\s*\|\s*", "|", text))
 
 
@@ -366,13 +366,13 @@ def _equal_quantities(expected: _Quantity, found: _Quantity) -> bool:
     if _are_close(expected, found):
         return True
     if expected.percent != found.percent:
-        of_percent, other = (expected, found) if expected.percent else (found, expected)
-        return of_percent.value == 100 * other.value
+        percentage, other = (expected, found) if expected.percent else (found, expected)
+        return percentage.value == 100 * other.value
     return False
 
 
 def _equal_in_base(expected: _Quantity, found: _Quantity) -> bool:
-    """Whether numbers with different bases are equal: the answer may omit the base, but not name another one."""
+    """Whether numbers with different bases are equal: the answer may omit the base, but not state another one."""
     if found.base is None:
         written = _in_base(str(found.value), expected.base or 10)
         return written is not None and written.value == expected.value
@@ -380,7 +380,7 @@ def _equal_in_base(expected: _Quantity, found: _Quantity) -> bool:
 
 
 def _are_close(left: _Quantity, right: _Quantity) -> bool:
-    """Whether two values are equal, or one is a decimal of enough digits that is the other, rounded or truncated."""
+    """Whether two values are equal, or one is a decimal of enough digits: the other, rounded or truncated."""
     if left.value == right.value:
         return True
     for decimal, other in ((left, right), (right, left)):

@@ -36,7 +36,7 @@ _DATES = (
     re.compile(r"(?P<first>\d{1,2})/(?P<second>\d{1,2})/(?P<year>\d{4})"),  # day/month or month/day
 )
 _CLOCK = re.compile(r"(\d{1,2})(?::([0-5]\d))? ?([ap])\.? ?m|(\d{1,2}):([0-5]\d)")
-_NUMBER = r"\d{1,100}(?:\.\d{1,100})?"  # Python reads no number of thousands of digits
+_NUMBER = r"\d{1,100}(?:\.\d{1,100})?"  # Python refuses to parse thousands of digits
 _RATIO = re.compile(rf"{_NUMBER}(?:(?::| to ){_NUMBER})+")
 _TIMED = re.compile(rf"({_NUMBER}) ?([a-z]+)\.?")
 _DURATION = re.compile(rf"{_TIMED.pattern}(?: (?:and )?{_TIMED.pattern})*")
@@ -45,8 +45,8 @@ _DURATION = re.compile(rf"{_TIMED.pattern}(?: (?:and )?{_TIMED.pattern})*")
 def same_moment(one: str, other: str) -> bool | None:
     """Whether two dates, times of day, durations or ratios are the same; None if they are not of the same kind.
 
-    Two texts like 3:45 are compared as times, not as ratios: 1:15 is another time. Two durations are compared here if
-    one has several units.
+    Two texts like 3:45 and 1:15 are compared as times, not as ratios. Two durations are compared here if one has
+    several units.
     """
     left, right = _plain(one), _plain(other)
     dates = _parse_date(left), _parse_date(right)

@@ -90,7 +90,7 @@ def _parse_integer(words: list[str]) -> int | None:
 
 @functools.lru_cache(maxsize=1024)
 def replace_leading_numeral(words: str) -> str | None:
-    """A text with the number word that opens it as digits: "seven apples" as "7 apples"; None if it has none."""
+    """The text with its leading number in digits: "seven apples" as "7 apples"; None if no number words lead it."""
     parts = words.split(" ")
     if not parts[0][:1].isalpha() or len(words) > _MOST_LETTERS:
         return None

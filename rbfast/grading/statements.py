@@ -74,7 +74,7 @@ _PICKED = re.compile(
     r"|(?i:(?:it's|(?:i|we)(?:'d| would|'ll| will)? (?:choose|pick|select|go with)) (?:(?:answer|option|choice) )?)"
     r"\(?(?P<other>[A-J])\)?[.!]?"
 )
-# A short answer (a limit keeps this linear) and a remark: its reason, what it is not, a sentence without another value.
+# A short answer (the limit keeps this linear) and a remark: a reason, a contrast, or a sentence without another value.
 _REMARK = re.compile(
     r"(?P<said>.{1,1000}?)"
     r"(?:,? (?:because|since) .+|, (?:and )?not .+|,? (?:rather than|instead of) .+|[.。!] (?P<more>[A-Z]\D*))",
@@ -110,7 +110,7 @@ def _without_edges(text: str) -> str:
 
 
 def _whole_number(text: str) -> str | None:
-    """The digits of an integer with zeros after the point or grouped digits, which some verifiers cannot read."""
+    """The digits of an integer written with grouped digits or zeros after the point: some verifiers read neither."""
     match = re.fullmatch(r"(-?(?:\d{1,3}(?:,\d{3})+|\d+))(?:\.0+)?", text)
     return match[1].replace(",", "") if match and len(text) < 400 else None
 
@@ -176,7 +176,7 @@ def _after_equals(line: str) -> str | None:
 
 
 def _marked_parts(line: str) -> list[str]:
-    """The last part in bold, quotes or dollar signs, with those joined to it by a comma or "and", unless the words
+    """The last part in bold, quotes or dollar signs, with the parts joined to it by a comma or "and", unless the words
     beside it deny or change it."""
     parts = list(_MARKED.finditer(line))
     if not parts:

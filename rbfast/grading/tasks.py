@@ -48,7 +48,7 @@ def load_problems(
             `owner/name:split` or `owner/name:config:split`. The split (default: test) may be a slice, `test[:100]`.
         n: the number of problems to draw; None for all of a file or dataset, in its order.
         fewer: take all problems if there are fewer than `n`.
-        exclude: questions to leave out, such as those trained on.
+        exclude: questions to leave out, such as those of the training data.
         options: how to read rows if their field names are not enough.
 
     Raises:
@@ -62,7 +62,7 @@ def load_problems(
             raise FileNotFoundError(f"{task}: expected a file of problems, found none")
         return _sample(_read_file(Path(task), options), task, n, seed, fewer, exclude)
     if Path(task).is_file():
-        raise ValueError(f"{task}: expected a {KINDS}; write it as one, by pandas for instance: docs/formats.md")
+        raise ValueError(f"{task}: expected a {KINDS}; convert it, with pandas for example: docs/formats.md")
     if task in hub.BENCHMARKS or "/" in task:
         return _sample(_read_hub(hub.BENCHMARKS.get(task, task), task, options), task, n, seed, fewer, exclude)
     return _generate_problems(task.removeprefix(_REASONING_GYM), n, seed, fewer, exclude)
@@ -76,7 +76,7 @@ def _generate_problems(task: str, n: int | None, seed: int, fewer: bool, exclude
             f"(owner/name:config:split) or one of reasoning-gym's generators, got {task!r}"
         )
     if n is None:
-        raise ValueError(f"{task} generates problems without end: give their number as n (-n on the command line)")
+        raise ValueError(f"{task} generates endless problems: set n (-n on the command line)")
     # The generators seed item i with seed + i, so neighbouring seeds would share items: spread them first.
     spread = int.from_bytes(hashlib.blake2b(f"{task}:{seed}".encode(), digest_size=4).digest(), "big") >> 1
     tries = 4 * n + 100

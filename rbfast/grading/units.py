@@ -6,7 +6,7 @@ split_unit("16 legs")                # ("16", None): a counted thing
 split_unit("7x")                     # ("7x", None): no unit
 ```
 
-If both answers have a unit of measure, the two must agree. Counted things need not.
+If both answers have a unit of measure, the units must agree. Counted things need not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The worker process that compares expressions: whose answer a caller gets."""
+"""The worker process that compares expressions: every caller gets its own answer."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ RIGHT, WRONG = ["$1/2$", ["$0.5$"]], ["$1/2$", ["$0.4$"]]
 
 @pytest.mark.parametrize("waits", [0, 1], ids=["as the worker starts", "as it compares"])
 def test_after_an_interrupt_the_next_question_gets_its_own_answer(waits, monkeypatch):
-    """waits: for how many lines of the worker before Ctrl-C."""
+    """waits: the number of the worker's lines read before Ctrl-C."""
     start = judging._start
 
     def start_and_interrupt(kind):
@@ -42,7 +42,7 @@ def test_after_an_interrupt_the_next_question_gets_its_own_answer(waits, monkeyp
         own.close()
 
 
-def test_a_worker_that_does_not_start_in_time_is_an_error_that_says_so(monkeypatch):
+def test_a_worker_that_does_not_start_in_time_raises_timeout_error(monkeypatch):
     own = Judge("math-verify")
     try:
         with monkeypatch.context() as patch:
@@ -66,7 +66,7 @@ def test_ctrl_c_between_questions_does_not_end_the_worker():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_a_forked_process_asks_a_worker_of_its_own():
+def test_a_forked_process_starts_its_own_worker():
     shared = judge("math-verify")
     assert shared.ask(RIGHT)
     worker = shared._process.pid

@@ -1,4 +1,4 @@
-"""Dates, times of day, durations and ratios, and what is none."""
+"""Dates, times of day, durations and ratios, and texts that are none of these."""
 
 import pytest
 
@@ -44,5 +44,5 @@ def test_moments(one, other, same):
     assert same_moment(other, one) is same
 
 
-def test_a_number_is_no_moment():
+def test_is_moment():
     assert [is_moment(text) for text in ("3:4", "noon", "5", "3/4", "May", "5 min")] == [True, *[False] * 5]

@@ -1,4 +1,4 @@
-"""Numbers in words, and what only looks like one."""
+"""Numbers in words, and words that only look like a number."""
 
 import pytest
 
@@ -38,11 +38,11 @@ def test_numbers(words, number):
         "a",
     ],
 )
-def test_other_words(words):
+def test_other_words_are_not_numbers(words):
     assert parse_numeral(words) is None
 
 
-def test_what_is_counted():
+def test_leading_numbers_become_digits():
     assert replace_leading_numeral("seven red apples") == "7 red apples"
     assert replace_leading_numeral("two thirds cups") == r"\frac{2}{3} cups"
     assert replace_leading_numeral("apples, seven") is None

@@ -1,4 +1,4 @@
-"""Hard pairs through the doors that answers come in by: a file of problems, a teacher's reply, a row, a vote."""
+"""Hard pairs of answers by every way in: a file of problems, a teacher's reply, a row, a vote."""
 
 import json
 import random

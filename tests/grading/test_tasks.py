@@ -1,4 +1,4 @@
-"""Problems of files in each form that people hold them in."""
+"""Problems from JSON and Parquet files."""
 
 import json
 
@@ -28,7 +28,7 @@ def test_problems_of_a_parquet_file(tmp_path):
     assert [p.answer for p in load_problems(str(path), None, seed=0)] == ["42", r"\frac{1}{2}"]
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path):
+def test_the_error_names_a_missing_file(tmp_path):
     for name in ("set.json", "set.parquet"):
         with pytest.raises(FileNotFoundError, match=rf"{name}: expected a file of problems"):
             load_problems(str(tmp_path / name), None, seed=0)
