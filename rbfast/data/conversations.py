@@ -133,7 +133,7 @@ def _turns_of(message: Mapping[str, Any], number: int) -> list[Turn] | None:
 
 
 def _role(message: Mapping[str, Any]) -> str | None:
-    """The role that a message names. Reasoning channels and reasoning items count as thoughts, whatever their role."""
+    """The role of a message. Reasoning channels and reasoning items count as thoughts, whatever their role."""
     if message.get("channel") in ("analysis", "commentary") or message.get("type") == "reasoning":
         return THOUGHT
     author = message.get("author")

@@ -146,7 +146,7 @@ def _traces_of(row: Any, options: FormatOptions) -> tuple[str, list[tuple[Trace,
         raise row
     interpretation = interpret(row, options)
     if reason := next(filter(None, map(cut_by_server, interpretation.rows)), None):
-        raise TraceError(f"{reason}; leave it out")
+        raise TraceError(f"{reason}; leave the row out")
     return interpretation.name, [(Trace.from_dict(fields), fields) for fields in interpretation.rows]
 
 
@@ -188,7 +188,7 @@ def read_native_rows(
 
 
 def _open_rows(source: str | Path, split: str, streaming: bool, lenient: bool = False) -> Iterator[tuple[str, Any]]:
-    """Located rows; if `lenient`, a TraceError in place of a line that is not JSON."""
+    """Rows with their locations; if `lenient`, a TraceError in place of a line that is not JSON."""
     path = Path(source)
     if path.exists():
         return rows_of_path(path, split, lenient)

@@ -5,7 +5,7 @@ import re
 from rbfast.data.conversations import ASSISTANT, SYSTEM, USER, Turn
 
 _ROLE = r"(?P<role>system|user|assistant|model)"
-# What opens a turn, and what closes it if the next turn does not.
+# Patterns for the start of a turn and for its end. The next turn's start ends it too.
 _MARKS = (
     (rf"<\|im_start\|>{_ROLE}\n", r"<\|im_end\|>"),
     (rf"<\|start_header_id\|>{_ROLE}<\|end_header_id\|>\s*", r"<\|eot_id\|>|<\|end_of_text\|>"),

@@ -8,8 +8,8 @@ missing = SignalStore.open(folder).fill(examples)                # before traini
 ```
 
 A trace is looked up by its token ids, so signals of another text or tokenizer never match. The tail's mass is 1 minus
-the sum of the listed tokens, so log-probs are kept in fp32: rounded to 16 bits they would change the gradient of a
-student near the teacher by percents. A token takes `k` times 6 bytes, or 8 for vocabularies above 65,536.
+the sum of the listed tokens, so log-probs are kept in fp32: rounding them to 16 bits would change the gradient of a
+student 0.02 nats from the teacher by 2%. A token takes `k` times 6 bytes, or 8 for vocabularies above 65,536.
 """
 
 from __future__ import annotations
