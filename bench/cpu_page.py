@@ -85,8 +85,8 @@ def section(entries: Sequence[Entry], kind: str, picture: str) -> str:
     machine = entries[0]
     return f"""### {kind}
 
-`make bench`. Medians of {rounds} rounds or more, in which the peers alternate. Ratios are taken within a round and
-stand with their quartiles. Extra MiB: resident memory at the peak of a step over what is there before it.
+`make bench`. Medians of at least {rounds} rounds, in which the peers alternate. Ratios are taken within a round and
+given with their quartiles. Extra MiB: a step's peak resident memory minus that before it.
 
 {tables}
 

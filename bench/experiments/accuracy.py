@@ -194,15 +194,15 @@ def section() -> str:
     tables = "\n\n".join(loss_table(title) for title in TABLES)
     return f"""`python bench/experiments accuracy`
 
-Relative error of the loss's gradient in the hidden states against fp64 of the same bf16 inputs, and in brackets how
-many of {T} rows have a negative divergence (-: its value is no divergence). T={T}, H={H}, V={V}; the gap is the rms
-distance of the logits. Whoever rounds logits to bf16 moves them by about 0.2%, more than a small gap.
+Relative error of the loss's gradient in the hidden states against fp64 on the same bf16 inputs, and in brackets how
+many of {T} rows have a negative divergence (-: its value is not a divergence). T={T}, H={H}, V={V}; the gap is the rms
+distance of the logits. Rounding logits to bf16 moves them by about 0.2%, more than a small gap.
 
 {tables}
 
-A two-layer model in bf16 (H={H}) with an adapter on every linear, trained for 10 steps of AdamW at 1e-3, merged, and
-unmerged: how far the merged model's logits are from the ones with the adapter attached, and how many weights are not
-what they were in the end.
+A two-layer model in bf16 (H={H}) with an adapter on every linear is trained for 10 steps of AdamW at 1e-3, merged and
+unmerged. The table shows how far the merged model's logits are from those with the adapter attached, and how many
+weights differ from the original ones in the end.
 
 {merge_table()}
 

@@ -114,20 +114,20 @@ def section(
 
 **Held-out loss**, nats per token on {recipe.held_out} traces of at most {recipe.compare_tokens} tokens. All methods
 train on the same {recipe.train} other traces: one epoch of batch {recipe.batch_size} in the same order, with the same
-objective, schedule and trainer. rbfast draws columns at random, at density {recipe.density:g}; beside it those with
-the largest gradient; LoRA is PEFT's, rank {recipe.lora_rank} on all linears, with fp32 weights. Means over
-{recipe.compare_seeds} seeds, which draw the traces, their order and how each begins.
+objective, schedule and trainer. rbfast takes random columns at density {recipe.density:g}, "columns by gradient" those
+with the largest gradient; LoRA is PEFT's, rank {recipe.lora_rank} on all linears, with fp32 weights. Means over
+{recipe.compare_seeds} seeds, which draw the traces, their order and the initialisation.
 
 {comparison_table(entries)}
 
 **Accuracy on fresh problems** of the same tasks, graded by their own verifiers; greedy, at most {recipe.max_new_tokens}
 tokens ({100 * cut[0]:.0f}% of the completions were cut there before training, {100 * cut[1]:.0f}% after). Trained on
-the shortest correct completion of each problem, where it fits {recipe.tokens} tokens: {trained["traces"]} traces,
+the shortest correct completion of each problem, if it fits {recipe.tokens} tokens: {trained["traces"]} traces,
 {trained["steps"]} steps at {trained["rate"]:g} (the best rate above), {trained["values"]:,} trained values
 ({trained["percent"]:.3f}%).
 
 {accuracy_table(measured["before"], measured["after"], fitting)}
 
-{datetime.date.today()}; {cpu()}, {torch.get_num_threads()} threads; {seconds:.0f} s of measuring in all \
-({trained["seconds"]:.0f} s of it the training for the second table); {", ".join(versions)}.
+{datetime.date.today()}; {cpu()}, {torch.get_num_threads()} threads; {seconds:.0f} s in all \
+({trained["seconds"]:.0f} s of them the training for the second table); {", ".join(versions)}.
 """

@@ -279,7 +279,7 @@ def section(found: Sequence[Mapping[str, Mapping[str, Any]]], settings: Settings
             f"{settings.rate:g}; {len(found)} seeds, {fresh} fresh problems each"
             f"{' of ' + ', '.join(settings.tested) if settings.tested else ''}; greedy, at most "
             f"{settings.max_new_tokens} tokens.",
-            "Intervals of 95% for paired proportions, all seeds together. The loss is nats per token of right traces",
+            "95% intervals for paired proportions, all seeds together. The loss is in nats per token, on right traces",
             "of problems that no arm has seen.",
             "",
             *table,
